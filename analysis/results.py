@@ -1,0 +1,63 @@
+"""What an analysis returns: values with interval, n and flags, and the one place that writes them for people."""
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval. `value` is None where only a bound is known (`low` or `high`)."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    flags: tuple[str, ...] = ()
+
+    def has_interval(self) -> bool:
+        """Say whether both ends are known."""
+        return self.low is not None and self.high is not None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """SUPPORTED, REFUTED or UNDECIDED, with the reason and what would decide it."""
+
+    claim: str
+    group: str
+    outcome: str
+    estimate: Estimate
+    expected: float
+    margin: tuple[float, float]
+    primary: bool
+    why: str
+    needed: str = ""
+    rivals: dict[str, float] = field(default_factory=dict)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a number for people; a missing one as a dash."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.{digits}g}"
+
+
+def rate(value: float | None) -> str:
+    """Write a learning rate: 1.23e-3."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def with_interval(e: Estimate, write=number) -> str:
+    """Write an estimate as value [low, high], or as a bound."""
+    if e.value is None:
+        if e.low is not None and e.high is not None:
+            return f"between {write(e.low)} and {write(e.high)}"
+        if e.low is not None:
+            return f"> {write(e.low)}"
+        return f"< {write(e.high)}" if e.high is not None else "-"
+    if not e.has_interval():
+        return f"{write(e.value)} (no interval)"
+    return f"{write(e.value)} [{write(e.low)}, {write(e.high)}]"

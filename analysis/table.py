@@ -1,0 +1,112 @@
+"""Tables of runs: read them, check their columns, and split them into curves (cells equal but for lr)."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+REQUIRED = ("status", "model", "dataset", "method", "rank", "lr", "seed", "test_nll")
+CURVE_KEYS = ("model", "dataset", "method", "rank", "alpha", "layers", "scope", "batch_size", "steps", "schedule",
+              "precision")  # fmt: skip
+
+
+class TableError(ValueError):
+    """A table that the analysis cannot use."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of one curve. x = ln(lr), y = test NLL in nats (NaN where censored), seed; all of length n."""
+
+    key: dict[str, Any]
+    x: np.ndarray
+    y: np.ndarray
+    seed: np.ndarray
+    usable: np.ndarray
+    """False: diverged, or no better than the untrained model: constrains the fit, never enters least squares."""
+    nll_start: float
+    """Held-out NLL before training; NaN if unknown."""
+    floor: float
+    """The generator's own NLL; NaN if unknown."""
+
+    @property
+    def name(self) -> str:
+        """Name the curve for people: method and rank."""
+        rank = self.key.get("rank")
+        return self.key["method"] + (f" r{int(rank)}" if _there(rank) else "")
+
+    @property
+    def group(self) -> str:
+        """Name the model and data set."""
+        return f"{self.key['model']} on {self.key['dataset']}"
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Read a table of runs from parquet or CSV."""
+    if not path.is_file():
+        raise TableError(f"no table {path}. Give a .parquet or .csv file with columns {', '.join(REQUIRED)}.")
+    return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+
+
+def check(table: pd.DataFrame) -> None:
+    """Raise TableError if columns are missing or two different bases are mixed under one model name."""
+    missing = [c for c in REQUIRED if c not in table.columns]
+    if missing:
+        raise TableError(f"the table has no column {', '.join(missing)}. It has: {', '.join(table.columns)}.")
+    if "base_sha256" in table.columns:
+        for model, shas in table.dropna(subset=["base_sha256"]).groupby("model")["base_sha256"]:
+            if shas.nunique() > 1:
+                raise TableError(
+                    f"the runs of model {model!r} start from {shas.nunique()} different bases (sha256 "
+                    f"{', '.join(sorted(s[:8] for s in shas.unique()))}): two bases are never mixed in one curve. "
+                    "Retrain the smaller part, or give the bases names of their own."
+                )
+
+
+def curves(table: pd.DataFrame) -> list[Curve]:
+    """Split a table into curves, full fine-tuning first, then by rank."""
+    check(table)
+    keys = [k for k in CURVE_KEYS if k in table.columns]
+    found = [_curve(dict(zip(keys, key)), part) for key, part in table.groupby(keys, dropna=False)]
+    return sorted(found, key=lambda c: (c.group, c.key["method"] != "fullft", c.key["method"], _rank(c)))
+
+
+def _rank(curve: Curve) -> float:
+    rank = curve.key.get("rank")
+    return float(rank) if _there(rank) else 0.0
+
+
+def _there(value: Any) -> bool:
+    return value is not None and value == value
+
+
+def _curve(key: dict[str, Any], part: pd.DataFrame) -> Curve:
+    part = part.sort_values(["lr", "seed"])
+    y = part["test_nll"].astype(float).to_numpy()
+    start = part["nll_start"].astype(float).to_numpy() if "nll_start" in part else np.full(len(part), np.nan)
+    done = (part["status"] == "done").to_numpy() & np.isfinite(y)
+    usable = done & ~(y >= start)  # a NaN start compares False: the point stays usable
+    return Curve(
+        key=key, x=np.log(part["lr"].astype(float).to_numpy()), y=np.where(done, y, np.nan),
+        seed=part["seed"].astype(int).to_numpy(), usable=usable, nll_start=_mean(start),
+        floor=_mean(part["floor_nats"].astype(float).to_numpy()) if "floor_nats" in part else np.nan,
+    )  # fmt: skip
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def learning_curves(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.DataFrame]]:
+    """Yield (run, its held-out curve with columns step and test_nll) for runs that carry one."""
+    if "result" not in table.columns:
+        return
+    for _, row in table.iterrows():
+        points = pd.DataFrame(json.loads(row["result"]).get("curve") or [])
+        if len(points):
+            yield row, points

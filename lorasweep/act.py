@@ -1,0 +1,243 @@
+"""The actions of the command line: run, plan, status, export, import, adapter.
+
+Ties plan, local execution and analysis together; knows no torch (the workers do).
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lorasweep import local, plan
+from lorasweep.compose import Request
+from lorasweep.errors import SpecError
+from lorasweep.execute import Stopped, Trainer
+from lorasweep.grid import Point, second_stage
+from lorasweep.progress import Display, duration, run_name
+from lorasweep.store import FINAL, RunStore
+
+
+def act(request: Request, trainer: Trainer | None = None) -> int:
+    """Do what was asked; return the exit status. `trainer` replaces the real one in tests."""
+    store = RunStore(request.exec.runs_dir)
+    if request.action == "export":
+        return _export(request, store)
+    if request.action == "import":
+        return _import(request)
+    if request.action == "adapter":
+        return _adapter(request, store)
+    if request.action == "plan":
+        return _plan(request, store)
+    if request.action == "status":
+        return _status(request, store)
+    return _run(request, store, trainer)
+
+
+def all_points(request: Request, store: RunStore) -> list[Point]:
+    """Return the sweep's runs: the first stage and, for curves whose first stage is over, the second."""
+    points = list(request.points)
+    second = request.sweep.second if request.sweep else None
+    if second is None or not second.seeds:
+        return points
+    results = {p.id: store.result(p.id) for p in points}
+    by_curve: dict[tuple[str, str], list[Point]] = {}
+    for p in points:
+        by_curve.setdefault((p.arm, plan.pack_key(p.spec)), []).append(p)
+    over = [p for curve in by_curve.values() if all(results[q.id] for q in curve) for p in curve]
+
+    def nll(rid: str) -> float | None:
+        result = results[rid] or {}
+        return result.get("test_nll") if result.get("state") == "done" else None
+
+    return points + second_stage(over, second, nll)
+
+
+def check_available(request: Request) -> None:
+    """Raise an error that says how to get them if weights or data of any point are not on this machine."""
+    from lorasweep import data, models
+
+    seen: set[str] = set()
+    for p in request.points:
+        for spec, check, dirs in (
+            (p.spec.model, models.check_available, request.exec.models_dir),
+            (p.spec.dataset, data.check_available, request.exec.data_dir),
+        ):
+            if spec.name not in seen:
+                seen.add(spec.name)
+                check(spec, dirs)
+        vocab = data.generator_vocab(p.spec.dataset)
+        if vocab is not None and vocab > p.spec.model.vocab_size:
+            raise SpecError(
+                f"dataset {p.spec.dataset.name!r} has {vocab} symbols, model {p.spec.model.name!r} only "
+                f"{p.spec.model.vocab_size}. Choose a model made for it (conf/model)."
+            )
+
+
+# ---------------------------------------------------------------- run
+
+
+def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
+    store.prepare()
+    check_available(request)
+    quiet = request.format == "json"
+    try:
+        while True:
+            points = all_points(request, store)
+            now = plan.make_plan(points, store, request.exec)
+            if not now.todo:
+                break
+            if not quiet:
+                print(_plan_text(request, now), file=sys.stderr)
+            with Display(now.todo, quiet) as display:
+                local.run_points(points, store, request.exec, display.event, trainer)
+            if len(all_points(request, store)) == len(points):
+                break
+    except (Stopped, KeyboardInterrupt):
+        print("stopped; finished runs are kept, the others continue from their checkpoints when you ask again",
+              file=sys.stderr)  # fmt: skip
+        return 130
+    failed = [p for p in points if store.state(p.id) == "failed"]
+    for p in failed:
+        print(f"run {p.id} ({run_name(p)}) failed: {store.failure(p.id)}. Log: {store.folder(p.id)}/attempts/"
+              f"{store.last_attempt(p.id)}/log.txt. Try again: exec.retry=true", file=sys.stderr)  # fmt: skip
+    if request.mirror == "wandb":
+        from lorasweep.mirror import mirror
+
+        mirror(points, store, request.sweep_name or "single")
+    if request.sweep is None:
+        _show_single(request, store, points[0])
+    else:
+        _answer(request, store, points)
+    return 1 if failed else 0
+
+
+def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
+    """Judge the finished runs, print the answer and write the report."""
+    from analysis.report import judge_and_report
+
+    from lorasweep.store import load_runs
+
+    finished = [p.id for p in points if store.result(p.id)]
+    if not finished:
+        print("no run has finished, so there is no answer yet", file=sys.stderr)
+        return
+    folder = Path(request.exec.reports_dir) / f"{request.sweep_name}-{request.scale}"
+    text = judge_and_report(load_runs(store.root, finished), question(request), folder, as_json=request.format == "json")
+    print(text)
+
+
+def question(request: Request) -> dict[str, Any]:
+    """Return what the analysis must know of the sweep: plain values, kept beside the report."""
+    sweep = dataclasses.asdict(request.sweep)
+    return {"name": request.sweep_name, "scale": request.scale, "question": sweep["question"],
+            "source": sweep["source"], "claims": sweep["claims"], "analysis": sweep["analysis"]}  # fmt: skip
+
+
+def _show_single(request: Request, store: RunStore, point: Point) -> None:
+    result = store.result(point.id)
+    if result is None:
+        return
+    if request.format == "json":
+        print(json.dumps({k: v for k, v in result.items() if k != "curve"}))
+        return
+    nll = result.get("test_nll")
+    shown = "" if nll is None else f", test NLL {nll:.4f} (from {result['nll_start']:.4f})"
+    print(f"run {point.id} ({run_name(point)}): {result['state']}{shown}. Folder: {store.folder(point.id)}")
+
+
+# ---------------------------------------------------------------- plan and status
+
+
+def _plan(request: Request, store: RunStore) -> int:
+    now = plan.make_plan(all_points(request, store), store, request.exec)
+    if request.format == "json":
+        print(json.dumps({"sweep": request.sweep_name, "scale": request.scale, **plan.summary(now)}))
+    else:
+        print(_plan_text(request, now))
+    return 0
+
+
+def _plan_text(request: Request, now: plan.Plan) -> str:
+    told = plan.summary(now)
+    runs, cost = told["runs"], told["cost"]
+    head = f"sweep {request.sweep_name}, scale {request.scale}" if request.sweep_name else "single run"
+    states = ", ".join(f"{n} {s}" for s, n in now.counts().items())
+    how = "measured here" if cost["measured"] else "assumed speed"
+    lines = [
+        f"{head}: {runs['total']} runs ({states}); {runs['todo']} to do in {cost['packs']} packs on "
+        f"{cost['workers']} worker(s) x {cost['threads']} thread(s), about {duration(cost['hours'] * 3600)} ({how}), "
+        f"{cost['flops']:.2g} FLOPs, checkpoints up to {cost['checkpoint_gib']:.1f} GiB"
+    ]
+    for a in told["arms"]:
+        rank = f" rank {a['rank']}" if a["rank"] else ""
+        lines.append(f"  {a['arm']}{rank} on {a['model']}: {a['runs']} runs, {a['n_trainable']:,} trained parameters")
+    if request.sweep and request.sweep.second.seeds:
+        s = request.sweep.second
+        lines.append(f"  second stage, when a curve's first is over: seeds {s.seeds} at its {s.n_lrs} best rates")
+    return "\n".join(lines)
+
+
+def _status(request: Request, store: RunStore) -> int:
+    now = plan.make_plan(all_points(request, store), store, request.exec)
+    running = [p for p in now.points if now.states[p.id] in ("running", "stale")]
+    steps = {p.id: (store.records(p.id) or [{"step": 0}])[-1]["step"] for p in running}
+    left = now.hours * 3600
+    if now.flops:
+        begun = sum(plan.run_flops(p.spec) * steps[p.id] / p.spec.steps for p in running)
+        left *= max(0.0, 1 - begun / now.flops)
+    problems = [{"run": p.id, "name": run_name(p), "state": now.states[p.id], "cause": store.failure(p.id)}
+                for p in now.points if now.states[p.id] in ("failed", "diverged")]  # fmt: skip
+    if request.format == "json":
+        told = plan.summary(now)
+        print(json.dumps({"sweep": request.sweep_name, "scale": request.scale, "runs": told["runs"], "left_s": left,
+                          "running": [{"run": i, "step": s} for i, s in steps.items()], "problems": problems}))  # fmt: skip
+        return 0
+    counts = ", ".join(f"{n} {s}" for s, n in now.counts().items())
+    print(f"{request.sweep_name or 'single run'} at scale {request.scale}: {counts}; about {duration(left)} left")
+    for p in running:
+        print(f"  {now.states[p.id]:8} {run_name(p):32} {p.id}  step {steps[p.id]}/{p.spec.steps}")
+    for x in problems:
+        print(f"  {x['state']:8} {x['name']:32} {x['run']}  {x['cause']}")
+    return 0
+
+
+# ---------------------------------------------------------------- tables and adapters
+
+
+def _export(request: Request, store: RunStore) -> int:
+    from lorasweep.store import load_runs
+
+    path = Path(request.table)
+    if path.suffix not in (".parquet", ".csv"):
+        raise SpecError(f"table={request.table!r}: name a file that ends in .parquet or .csv.")
+    ids = [p.id for p in all_points(request, store)] if request.sweep else None
+    table = load_runs(store.root, ids)
+    if table.empty:
+        raise SpecError(f"no finished runs in {store.root}. Run the sweep first, or set exec.runs_dir.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        table.to_parquet(path, index=False)
+    else:
+        table.to_csv(path, index=False)
+    print(f"{len(table)} runs written to {path}")
+    return 0
+
+
+def _import(request: Request) -> int:
+    from lorasweep.store import import_table
+
+    print(f"{import_table(request.exec.runs_dir, request.table)} runs imported into {request.exec.runs_dir}")
+    return 0
+
+
+def _adapter(request: Request, store: RunStore) -> int:
+    from lorasweep.adapter_export import export_adapter
+
+    if not request.run or not request.out:
+        raise SpecError("action=adapter needs run=RUN_ID and out=FOLDER.")
+    if (store.result(request.run) or {}).get("state") not in FINAL[:1]:
+        raise SpecError(f"run {request.run!r} is not a finished run in {store.root}. See action=status for ids.")
+    export_adapter(store.spec(request.run), request.exec, Path(request.out))
+    print(f"adapter of run {request.run} saved to {request.out}: load it with peft.PeftModel.from_pretrained")
+    return 0

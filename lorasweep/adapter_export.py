@@ -1,0 +1,23 @@
+"""Save a finished LoRA run as a PEFT adapter. The weights of a run are not kept (a sweep has thousands), so the
+run is trained again; on the machine and layout that made it the weights come out bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+from lorasweep.errors import SpecError
+from lorasweep.spec import Exec, from_plain, run_id
+
+
+def export_adapter(plain_spec: dict[str, Any], exec_: Exec, out: Path) -> None:
+    """Train the run again, alone, and write its adapter to the folder `out`."""
+    from lorasweep.adapters import save_peft
+    from lorasweep.execute import TorchTrainer
+
+    spec = from_plain(plain_spec)
+    if spec.method.name != "lora":
+        raise SpecError(f"a {spec.method.name} run has no adapter. Choose a lora run.")
+    rid, state = run_id(spec), None
+    for event in TorchTrainer()([spec], exec_, None):
+        state = event.snapshot()[rid]
+    params = {k.removeprefix("param/"): v for k, v in state["tensors"].items() if k.startswith("param/")}
+    save_peft(out, params, spec.method.rank, spec.method.alpha, spec.model.location or spec.model.name)

@@ -1,0 +1,64 @@
+"""`skills`: short symbolic tasks in one answer format: copy, reverse, sort, addition, word problems.
+
+Characters are the tokens. The base model is pretrained on easier instances in the same format
+(knob difficulty 1), so that fine-tuning (difficulty 2) teaches the skill and not the format.
+"""
+
+import numpy as np
+
+from lorasweep.data import Data, Example, generated, stream
+from lorasweep.errors import DataError
+from lorasweep.spec import DatasetSpec
+
+ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789+-*=:>.?"
+VOCAB = 48  # the alphabet, rounded up; spare symbols are never used
+KNOBS = {"difficulty": 2.0}
+_INDEX = {char: i for i, char in enumerate(ALPHABET)}
+_NAMES = ("ann", "bob", "eve", "tom", "sue", "max")
+_THINGS = ("nuts", "pens", "cups", "hats")
+
+
+def load(spec: DatasetSpec) -> Data:
+    """Make the task at `knobs.difficulty`. The loss looks at the answer and its closing line end."""
+    for key in spec.knobs:
+        if key not in KNOBS:
+            raise DataError(f"dataset {spec.name!r}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}.")
+    difficulty = int({**KNOBS, **spec.knobs}["difficulty"])
+    if not 1 <= difficulty <= 3:
+        raise DataError(f"dataset {spec.name!r}: knob difficulty={difficulty} is 1, 2 or 3.")
+
+    def draw(rng: np.random.Generator, count: int) -> list[Example]:
+        return [_example(*instance(rng, difficulty), spec.max_length) for _ in range(count)]
+
+    test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
+    return Data(train=generated(spec, spec.train_split, draw), test=test, n_train=None)
+
+
+def instance(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
+    """Draw one (prompt, answer). Each of the five skills comes up equally often."""
+    kind = int(rng.integers(5))
+    if kind < 3:
+        n = int(rng.integers(2 * difficulty, 2 + 4 * difficulty))
+        letters = [chr(97 + int(i)) for i in rng.integers(26, size=n)]
+        name, answer = (
+            ("copy", letters),
+            ("reverse", letters[::-1]),
+            ("sort", sorted(letters)),
+        )[kind]
+        return f"{name} {''.join(letters)}>", "".join(answer)
+    top = 10**difficulty
+    a, b = (int(x) for x in rng.integers(1, top, size=2))
+    if kind == 3:
+        return f"{a}+{b}>", str(a + b)
+    who, thing = _NAMES[int(rng.integers(len(_NAMES)))], _THINGS[int(rng.integers(len(_THINGS)))]
+    if rng.integers(2):
+        return f"{who} has {a} {thing} and buys {b}. how many?>", str(a + b)
+    a, b = max(a, b), min(a, b)
+    return f"{who} has {a} {thing} and sells {b}. how many?>", str(a - b)
+
+
+def _example(prompt: str, answer: str, max_length: int) -> Example:
+    text = prompt + answer + "\n"
+    tokens = np.array([_INDEX[c] for c in text[:max_length]], dtype=np.int32)
+    loss = np.arange(len(tokens)) >= len(prompt)
+    return Example(tokens=tokens, loss=loss, n_bytes=int(loss.sum()))

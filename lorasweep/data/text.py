@@ -1,0 +1,136 @@
+"""Rows of text -> token ids and loss mask: JSON Lines files and hub data sets, prompts or messages.
+
+Every row is read and checked when the split is loaded, before a run starts: an unreadable row, or one
+on which no token would bear loss, is an error that names file and line.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorasweep.data import Example
+from lorasweep.errors import DataError
+from lorasweep.spec import DatasetSpec
+
+
+def examples(
+    spec: DatasetSpec, split: str, data_dirs: Sequence[str], tokenizer: Any, limit: int | None
+) -> list[Example]:
+    """Tokenize the first `limit` rows of a split; DataError on the first row that cannot be used."""
+    found = []
+    for where, row in _rows(spec, split, data_dirs):
+        if limit is not None and len(found) >= limit:
+            break
+        found.append(_example(spec, row, tokenizer, where))
+    if not found:
+        raise DataError(f"dataset {spec.name!r}, split {split!r}: no rows.")
+    return found
+
+
+def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Path:
+    """Find <data_dir>/<location>/<split>.jsonl and check the file against the pinned revision."""
+    tried = [Path(folder).expanduser() / spec.location / f"{split}.jsonl" for folder in data_dirs]
+    path = next((p for p in tried if p.is_file()), None)
+    if path is None:
+        raise DataError(
+            f"dataset {spec.name!r}: no file {' or '.join(map(str, tried))}. Put it there, or say where it is: "
+            f"exec.data_dir=[FOLDER] with FOLDER/{spec.location}/{split}.jsonl (see README, Data)."
+        )
+    if spec.revision.startswith("sha256:"):
+        wanted = dict(part.split("=") for part in spec.revision[7:].split(",")).get(split)
+        got = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        if wanted and wanted != got:
+            raise DataError(
+                f"dataset {spec.name!r}: {path} has sha256 {got}..., but the revision in conf/dataset pins {wanted}. "
+                "Get the pinned file, or write a dataset file of your own with another name and revision."
+            )
+    return path
+
+
+def _rows(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if spec.source == "jsonl":
+        path = find_jsonl(spec, split, data_dirs)
+        with path.open(encoding="utf-8", errors="strict") as lines:
+            number = 0
+            try:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield f"{path}:{number}", json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}:{number}: not a JSON row ({error}). Mend or remove the line.") from None
+        return
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            spec.location, spec.config or None, split=split, revision=spec.revision or None
+        )
+    except Exception as error:
+        raise DataError(
+            f"dataset {spec.name!r}: cannot load {spec.location!r} from the hub ({type(error).__name__}: {error}). "
+            "Check the network, log in if it is gated, or use local files: a dataset with source=jsonl."
+        ) from error
+    for number, row in enumerate(rows):
+        yield f"{spec.location}[{split}] row {number}", row
+
+
+def _field(row: Any, name: str, where: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(name), str):
+        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"{where}: no text field {name!r}. The row has: {keys}. Set the field in conf/dataset.")
+    return row[name]
+
+
+def _example(spec: DatasetSpec, row: dict[str, Any], tokenizer: Any, where: str) -> Example:
+    """Tokenize one row. Parts are tokenized apart, so that the mask falls on token borders."""
+    if spec.format == "messages":
+        parts = _message_parts(spec, row, where)
+    else:
+        prompt = spec.template.replace("{prompt}", _field(row, spec.prompt_field, where))
+        completion = _field(row, spec.completion_field, where)
+        parts = [(prompt, spec.mask == "all", False), (completion, True, True)]
+    ids: list[int] = []
+    loss: list[bool] = []
+    n_bytes = 0
+    for text, counts, ends in parts:
+        piece = tokenizer(text, add_special_tokens=False).input_ids
+        if ends:
+            piece = [*piece, tokenizer.eos_token_id]
+        ids += piece
+        loss += [counts] * len(piece)
+        n_bytes += len(text.encode()) if counts else 0
+    cut = len(ids) > spec.max_length
+    tokens, mask = np.array(ids[: spec.max_length], dtype=np.int32), np.array(loss[: spec.max_length], dtype=bool)
+    if len(mask):
+        mask[0] = False  # nothing stands before the first token
+    if not mask.any():
+        raise DataError(
+            f"{where}: no token bears loss (mask={spec.mask}, {len(ids)} tokens, max_length={spec.max_length}). "
+            "Remove the row, raise max_length, or change the mask."
+        )
+    if cut:  # bytes of the part that was kept, so that bits per byte stay right
+        kept = [t for t, m in zip(tokens, mask) if m]
+        n_bytes = len(tokenizer.decode(kept, skip_special_tokens=True).encode())
+    return Example(tokens=tokens, loss=mask, n_bytes=n_bytes)
+
+
+def _message_parts(spec: DatasetSpec, row: dict[str, Any], where: str) -> list[tuple[str, bool, bool]]:
+    """Render messages as 'Role: text', the plain form that the study's authors used for base models."""
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise DataError(f"{where}: format=messages needs a list 'messages' of {{role, content}}.")
+    last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=None)
+    parts: list[tuple[str, bool, bool]] = []
+    for i, message in enumerate(messages):
+        role, content = _field(message, "role", where), _field(message, "content", where)
+        answer = role == "assistant"
+        counts = spec.mask == "all" or (answer and (spec.mask == "completion" or i == last))
+        parts.append((f"{role.capitalize()}: ", spec.mask == "all", False))
+        parts.append((content, counts, answer))
+        if not answer:
+            parts.append(("\n\n", spec.mask == "all", False))
+    return parts

@@ -1,0 +1,20 @@
+"""What a trainer tells whoever writes things down: one Event an update. Standard library only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Record = dict[str, Any]
+State = dict[str, Any]
+"""One member's state: {'tensors': name -> array, 'meta': plain values with at least 'step'}."""
+
+
+@dataclass
+class Event:
+    """What one update brought. Keys are run ids; `ended` gives 'done' or 'diverged' and the final measures."""
+
+    step: int
+    records: dict[str, Record]
+    ended: dict[str, tuple[str, Record]]
+    snapshot: Callable[[], dict[str, State]]
+    """Call before asking for the next event: the state of every member still in the pack."""

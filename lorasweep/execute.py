@@ -1,0 +1,257 @@
+"""One pack, start to finish, on this machine: claim, train, record. What a worker or a cluster job calls.
+
+    python -m lorasweep.execute JOB.json     {"packs": [[spec, ...], ...], "exec": {...}}
+
+Knows the store and asks a trainer for events; torch is loaded by the trainer alone, inside functions.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lorasweep import checkpoint, ownership, provenance
+from lorasweep.errors import StoreError
+from lorasweep.event import Event, State
+from lorasweep.spec import Exec, RunSpec, from_plain, run_id
+from lorasweep.store import RunStore
+
+Trainer = Callable[[list[RunSpec], Exec, "dict[str, State] | None"], Iterator[Event]]
+Report = Callable[[dict[str, Any]], None]
+
+CHECKPOINT_SHARE = 20
+"""A checkpoint is made at most once in this many times its own cost: at most 5% of the time."""
+
+
+class Stopped(Exception):
+    """A signal asked for a clean stop; the checkpoint is written."""
+
+
+class StopFlag:
+    """Set by SIGINT and SIGTERM: finish the update, write a checkpoint, leave."""
+
+    def __init__(self) -> None:
+        self.set = False
+
+    def install(self) -> None:
+        """Take over both signals; a second one ends the process at once."""
+
+        def handler(number: int, frame: Any) -> None:
+            if self.set:
+                os._exit(128 + number)
+            self.set = True
+
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, handler)
+
+
+def execute(
+    pack: Sequence[RunSpec], exec_: Exec, store: RunStore, trainer: Trainer, report: Report, stop: StopFlag
+) -> None:
+    """Claim what is free of the pack and bring it to an end. Failures are recorded, not raised;
+    Stopped and a full disk are raised."""
+    claims: dict[str, int] = {}
+    for spec in pack:
+        n = store.claim(spec)
+        if n is not None:
+            claims[run_id(spec)] = n
+    members = [s for s in pack if run_id(s) in claims]
+    if not members:
+        return
+    beats = _Heartbeats(store, claims)
+    try:
+        _run(members, claims, exec_, store, trainer, report, stop)
+    except Stopped:
+        _end_all(store, claims, "stopped", "asked to stop")
+        raise
+    except Exception as error:
+        text = traceback.format_exc()
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cause = f"{type(error).__name__}: {error}"
+        _end_all(store, claims, "stopped" if full else "failed", cause, text)
+        if full:
+            free = checkpoint.free_bytes(store.root) / 2**20
+            raise StoreError(
+                f"the disk of {store.root} is full ({free:.0f} MiB free). Finished runs are safe. Free some space "
+                "and give the same command again: it goes on from the last checkpoints."
+            ) from None
+        for rid in claims:
+            if store.result(rid) is None:
+                report({"run": rid, "ended": "failed", "cause": cause})
+    finally:
+        beats.stop()
+
+
+def _run(
+    members: list[RunSpec], claims: dict[str, int], exec_: Exec, store: RunStore, trainer: Trainer, report: Report,
+    stop: StopFlag,
+) -> None:  # fmt: skip
+    ids = [run_id(s) for s in members]
+    specs = dict(zip(ids, members))
+    resume = checkpoint.load_pack({i: store.folder(i) / "checkpoint" for i in ids})
+    layout_changed = False
+    for i in ids:
+        store.cut_records(i, resume[i]["meta"]["records_size"] if resume else 0)
+        layout_changed |= bool(resume) and resume[i]["meta"]["layout"] != ids
+    if resume:  # the same layout goes on bit for bit, so its threads and micro-batch go with it
+        meta = resume[ids[0]]["meta"]
+        exec_ = Exec(**{**vars(exec_), "threads": meta["threads"], "micro_batch_size": meta["micro_batch_size"]})
+    env = {
+        **provenance.environment(), "pack": ids, "threads": exec_.threads, "micro_batch_size": exec_.micro_batch_size,
+        "resumed_from_step": resume[ids[0]]["meta"]["step"] if resume else None,
+        "resumed_in_other_company": layout_changed,
+    }  # fmt: skip
+    for i in ids:
+        store.write_env(i, claims[i], env)
+        store.log(i, claims[i], f"training {len(ids)} run(s) together; this one: {specs[i].method.name} "
+                                f"lr={specs[i].lr:g} seed={specs[i].seed}")  # fmt: skip
+    started, saved_at, cost, wall = time.monotonic(), time.monotonic(), 0.0, dict.fromkeys(ids, 0.0)
+    if resume:
+        wall = {i: resume[i]["meta"]["wall_s"] for i in ids}
+    share_from, live = started, list(ids)
+
+    for event in trainer(members, exec_, resume):
+        now = time.monotonic()
+        for i in live:  # a member's share of the pack's time
+            wall[i] += (now - share_from) / len(live)
+        share_from = now
+        mine = [i for i in live if store.owns(i, claims[i])]
+        for i in mine:
+            store.record(i, event.records[i])
+        for i, (state, final) in event.ended.items():
+            if i in mine:
+                extra = {
+                    "wall_s": wall[i], "n_trainable": specs[i].method.n_trainable(specs[i].model),
+                    "attempt": claims[i], "pack_size": len(ids), "threads": exec_.threads,
+                    "resumed_in_other_company": layout_changed,
+                }  # fmt: skip
+                store.finish(i, state, {**final, **extra})
+                report({"run": i, "ended": state, "test_nll": final.get("test_nll"), "wall_s": wall[i]})
+        live = [i for i in live if i not in event.ended]
+        report({"runs": live, "step": event.step})
+        due = now - saved_at > max(exec_.checkpoint_s, CHECKPOINT_SHARE * cost)
+        if live and (due or stop.set):
+            for i, state in event.snapshot().items():
+                if i in live and store.owns(i, claims[i]):
+                    where = {
+                        "layout": live, "records_size": store.records_size(i), "threads": exec_.threads,
+                        "micro_batch_size": exec_.micro_batch_size, "wall_s": wall[i],
+                    }  # fmt: skip
+                    state = {"tensors": state["tensors"], "meta": {**state["meta"], **where}}
+                    checkpoint.save(store.folder(i) / "checkpoint", state)
+            saved_at = time.monotonic()
+            cost = saved_at - now
+        if stop.set and live:
+            raise Stopped
+
+
+def _end_all(store: RunStore, claims: dict[str, int], state: str, cause: str, text: str = "") -> None:
+    for rid, n in claims.items():
+        if store.result(rid) is None:
+            try:
+                if text:
+                    store.log(rid, n, text)
+                store.write_end(rid, n, state, cause)
+            except OSError:  # a full disk: without end.json the run counts as stale, which is also right
+                continue
+
+
+class _Heartbeats:
+    """A thread that shows that the claimed runs are being worked on."""
+
+    def __init__(self, store: RunStore, claims: dict[str, int]) -> None:
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, args=(store, dict(claims)), daemon=True)
+        self._thread.start()
+
+    def _beat(self, store: RunStore, claims: dict[str, int]) -> None:
+        beat = 0
+        while not self._done.wait(0 if beat == 0 else ownership.HEARTBEAT_S):
+            beat += 1
+            for rid, n in claims.items():
+                try:
+                    store.heartbeat(rid, n, beat)
+                except OSError:
+                    continue  # the training itself meets the same trouble and reports it
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+# ---------------------------------------------------------------- the real trainer
+
+
+class TorchTrainer:
+    """Loads base models and data once a process and trains packs with `lorasweep.train`."""
+
+    def __init__(self) -> None:
+        self._base: tuple[Any, Any] | None = None
+        self._data: dict[Any, Any] = {}
+
+    def __call__(self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None) -> Iterator[Event]:
+        import torch
+
+        from lorasweep import data, models
+        from lorasweep.train import train
+
+        if exec_.threads:
+            torch.set_num_threads(exec_.threads)
+        first = pack[0]
+        key = (json.dumps(first.model, default=vars, sort_keys=True), first.precision)
+        if self._base is None or self._base[0] != key:
+            self._base, self._data = None, {}  # one base in memory at a time
+            self._base = (key, models.load(first.model, exec_.models_dir, first.precision))
+        base = self._base[1]
+        data_key = json.dumps(first.dataset, default=vars, sort_keys=True)
+        if data_key not in self._data:
+            self._data[data_key] = data.load(first.dataset, exec_.data_dir, base.tokenizer)
+        yield from train(pack, base, self._data[data_key], exec_.micro_batch_size, resume)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to stop this process when its parent dies, so that no orphan holds claims (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def main(job_path: str) -> int:
+    """Run the packs of a job file that are free, in order; events go to stdout as JSON lines."""
+    die_with_parent()
+    stop = StopFlag()
+    stop.install()
+    with open(job_path, encoding="utf-8") as file:
+        job = json.load(file)
+    exec_ = Exec(**job["exec"])
+    store = RunStore(exec_.runs_dir)
+    trainer = TorchTrainer()
+    last = 0.0
+
+    def report(event: dict[str, Any]) -> None:
+        nonlocal last
+        if "ended" in event or time.monotonic() - last > 0.3:
+            last = time.monotonic()
+            print(json.dumps(event), flush=True)
+
+    try:
+        for pack in job["packs"]:
+            execute([from_plain(p) for p in pack], exec_, store, trainer, report, stop)
+            if stop.set:
+                return 3
+    except Stopped:
+        return 3
+    except StoreError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        return 4
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,103 @@
+"""Durable file operations: everything the store writes goes through these few functions.
+
+A reader sees a file as it was or as it is, never half of it. Tests replace this module's `os` to fail
+each operation in turn.
+"""
+
+import os
+from pathlib import Path
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` with `content`: temporary file, fsync, rename, fsync of the folder."""
+    partial = _partial(path)
+    _write_new(partial, content)
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def create_once(path: Path, content: bytes) -> bool:
+    """Create `path` with `content` if it does not exist, in one step; say whether this call did it."""
+    partial = _partial(path)
+    _write_new(partial, content)
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(partial)
+    sync_folder(path.parent)
+    return True
+
+
+def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
+    """Create the folder `path` holding `files` in one step; say whether this call did it.
+
+    A rename onto a folder that holds something fails, and ours always does: that makes it a claim.
+    """
+    partial = _partial(path)
+    os.mkdir(partial)
+    for name, content in files.items():
+        _write_new(partial / name, content)
+    try:
+        os.rename(partial, path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        for name in files:
+            os.unlink(partial / name)
+        os.rmdir(partial)
+        return False
+    sync_folder(path.parent)
+    return True
+
+
+def append(path: Path, content: bytes) -> None:
+    """Append to a log of lines; a kill may leave a part of the last line, which readers pass over."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        _write_all(fd, content)
+    finally:
+        os.close(fd)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut a log back to `size` bytes; a missing file counts as empty."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.ftruncate(fd, size)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's entries to the disk."""
+    sync(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(3).hex()}")
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        _write_all(fd, content)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(fd, view) :]

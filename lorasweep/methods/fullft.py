@@ -1,0 +1,108 @@
+"""Full fine-tuning: every weight of the base model, or only the matrices that a layer set names.
+
+`scope=all` trains all parameters. `scope=matrices` trains exactly the matrices that LoRA with the
+same `layers` would adapt: the control that separates parametrisation from location.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lorasweep.errors import SpecError
+from lorasweep.methods import Method, parse_layers
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorasweep.spec import ModelSpec
+
+SCOPES = ("all", "matrices")
+
+
+@dataclass
+class FullFT(Method):
+    """Fields of full fine-tuning."""
+
+    name: str = "fullft"
+    scope: str = "all"
+    """'all' parameters, or only the 'matrices' that `layers` names."""
+    layers: str = "all"
+    """Layer sets trained under scope=matrices; without effect, and kept at 'all', under scope=all."""
+    MAX_PACK: ClassVar[int | None] = 1  # members' weights differ, so nothing is shared
+
+    def check(self, model: "ModelSpec") -> None:
+        if self.scope not in SCOPES:
+            raise SpecError(f"method.scope={self.scope!r}. Allowed: {', '.join(SCOPES)}.")
+        layers = parse_layers(self.layers)
+        if self.scope == "all" and len(layers) != 3:
+            raise SpecError(
+                f"method.layers={self.layers!r} has no effect under method.scope=all. "
+                "Add method.scope=matrices, or leave layers at 'all'."
+            )
+        if self.scope == "matrices":
+            model.matrices(layers)
+            if model.tied and "unembedding" in layers:
+                raise SpecError(
+                    f"method.scope=matrices with the unembedding on {model.name!r}, whose unembedding is its "
+                    "embedding (tied): it cannot be trained alone. Use method.layers=attention+mlp."
+                )
+
+    def n_trainable(self, model: "ModelSpec") -> int:
+        if self.scope == "all":
+            return model.n_params()
+        return sum(m.d_in * m.d_out * m.count for m in model.matrices(parse_layers(self.layers)))
+
+    def step_flops(self, model: "ModelSpec", n_tokens: int) -> float:
+        # 6 per weight and token: 2 forward, 4 backward (study.md section 4; attention scores left out).
+        return 6.0 * n_tokens * model.n_matmul_params()
+
+    def attach(self, base: Any, model: "ModelSpec", methods: Sequence[Method], seeds: Sequence[int]):
+        if len(methods) != 1:
+            raise SpecError(f"fullft trains one run at a time, not {len(methods)}.")
+        return _WholeModel(base, model, self)
+
+
+class _WholeModel:
+    """Trainables of one full fine-tuning run: the base's own parameters."""
+
+    stacked = False
+
+    def __init__(self, base, model: "ModelSpec", method: FullFT) -> None:
+        from lorasweep.models import layer_modules
+
+        if method.scope == "all":
+            chosen = {id(p) for p in base.parameters()}
+        else:
+            modules = layer_modules(base, model, parse_layers(method.layers))
+            chosen = {id(module.weight) for module in modules.values()}
+        self._base = base
+        self._flags = {name: p.requires_grad for name, p in base.named_parameters()}
+        for p in base.parameters():
+            p.requires_grad_(id(p) in chosen)
+        self._start = {n: p.detach().clone() for n, p in base.named_parameters() if p.requires_grad}
+
+    def parameters(self) -> "dict[str, torch.Tensor]":
+        return {n: p for n, p in self._base.named_parameters() if p.requires_grad}
+
+    def keep(self, members: list[int]) -> None:
+        if members != [0]:
+            raise SpecError("a full fine-tuning pack has one member and cannot be compacted")
+
+    def norms(self) -> list[dict[str, float]]:
+        total = sum(
+            float((p.detach().float() - self._start[n].float()).square().sum())
+            for n, p in self.parameters().items()
+        )
+        return [{"norm_delta": total**0.5}]
+
+    def detach(self) -> None:
+        import torch
+
+        with torch.no_grad():
+            for name, p in self._base.named_parameters():
+                if name in self._start:
+                    p.copy_(self._start[name])
+                p.requires_grad_(self._flags[name])
+
+
+METHOD = FullFT

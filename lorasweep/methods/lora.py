@@ -1,0 +1,66 @@
+"""LoRA: W' = W + (alpha/rank) B A on the chosen layer sets (Hu et al., arXiv 2106.09685).
+
+Defaults are the study's: alpha 32 whatever the rank, A uniform in +-1/sqrt(d_in), B zero, one learning
+rate for both. The stacked module that a pack trains lives in `lorasweep.adapters`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lorasweep.errors import SpecError
+from lorasweep.methods import Method, parse_layers
+
+if TYPE_CHECKING:
+    from lorasweep.spec import ModelSpec
+
+
+@dataclass
+class LoRA(Method):
+    """Fields of LoRA."""
+
+    name: str = "lora"
+    rank: int = 16
+    """Columns of A and rows of B; 1 to half the smaller side of every adapted matrix (science: rank/width)."""
+    alpha: float = 32.0
+    """Numerator of scaling = alpha/rank. 32 in every experiment of the study."""
+    layers: str = "all"
+    """Layer sets joined by '+': attention, mlp, unembedding; 'all' is all three, as in the study's table."""
+    PACKED_FIELDS: ClassVar[tuple[str, ...]] = ("alpha",)
+
+    @property
+    def scaling(self) -> float:
+        """Factor on B A x."""
+        return self.alpha / self.rank
+
+    def check(self, model: "ModelSpec") -> None:
+        matrices = model.matrices(parse_layers(self.layers))
+        smallest = min(min(m.d_in, m.d_out) for m in matrices)
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 1 <= self.rank <= smallest:
+            raise SpecError(
+                f"method.rank={self.rank}: on model {model.name!r} with layers {self.layers} the rank is a whole "
+                f"number from 1 to {smallest} (the smallest adapted matrix has a side of {smallest})."
+            )
+        if not 0 < self.alpha < 1e6:
+            raise SpecError(f"method.alpha={self.alpha}: a number above 0 and below 1e6. The study uses 32.")
+
+    def n_trainable(self, model: "ModelSpec") -> int:
+        return sum(
+            self.rank * (m.d_in + m.d_out) * m.count for m in model.matrices(parse_layers(self.layers))
+        )
+
+    def step_flops(self, model: "ModelSpec", n_tokens: int) -> float:
+        # 4 per frozen weight and token (forward, gradient of the input), 6 per adapter weight: the study's
+        # 2N^2 + 6NR against 3N^2 multiply-adds (study.md section 4; attention scores left out).
+        return n_tokens * (4.0 * model.n_matmul_params() + 6.0 * self.n_trainable(model))
+
+    def attach(self, base: Any, model: "ModelSpec", methods: Sequence[Method], seeds: Sequence[int]):
+        from lorasweep.adapters import StackedAdapters
+        from lorasweep.models import layer_modules
+
+        modules = layer_modules(base, model, parse_layers(self.layers))
+        scalings = [m.scaling for m in methods]
+        return StackedAdapters(base, modules, rank=self.rank, scalings=scalings, seeds=seeds)
+
+
+METHOD = LoRA

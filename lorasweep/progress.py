@@ -1,0 +1,89 @@
+"""What the terminal shows while runs work. A courtesy: nothing reads it back."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from lorasweep.grid import Point
+from lorasweep.plan import run_flops
+
+
+def duration(seconds: float) -> str:
+    """Write a time span for people: 40 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def run_name(point: Point) -> str:
+    """Name a run by what people look for; the store knows it by its id."""
+    method, spec = point.spec.method, point.spec
+    rank = getattr(method, "rank", None)
+    return f"{point.arm}{f' r{rank}' if rank else ''} lr={spec.lr:g} seed={spec.seed}"
+
+
+class Display:
+    """Progress by the work (floating-point operations) that runs stand for, with the time left."""
+
+    def __init__(self, todo: list[Point], quiet: bool = False) -> None:
+        self._points = {p.id: p for p in todo}
+        self._work = {p.id: run_flops(p.spec) for p in todo}
+        self._total = sum(self._work.values()) or 1.0
+        self._share = dict.fromkeys(self._work, 0.0)
+        self._first: dict[str, float] = {}
+        self._ended = 0
+        self._started = time.monotonic()
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[left]}"), console=self._console, transient=True,
+            disable=quiet or not sys.stderr.isatty(),
+        )  # fmt: skip
+        self._task = self._bar.add_task(f"0/{len(todo)} runs", total=1.0, left="")
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, markup=False)
+
+    def event(self, event: dict) -> None:
+        """Take in an event of a worker."""
+        for rid in event.get("runs", []):
+            if rid in self._points:
+                done = event["step"] / self._points[rid].spec.steps
+                self._first.setdefault(rid, done)  # a resumed run's earlier part is no work of this session
+                self._share[rid] = done
+        if "ended" in event and event["run"] in self._points:
+            rid = event["run"]
+            self._first.setdefault(rid, 0.0)
+            self._share[rid] = 1.0
+            self._ended += 1
+            self.line(self._outcome(event))
+        self._bar.update(self._task, completed=self._done(), left=self._left(),
+                         description=f"{self._ended}/{len(self._points)} runs")  # fmt: skip
+
+    def _outcome(self, event: dict) -> str:
+        head = f"[{self._ended:>3}/{len(self._points)}] {run_name(self._points[event['run']]):32} {event['run']}"
+        if event["ended"] == "failed":
+            return f"{head}  FAILED: {event['cause']}"
+        nll = event.get("test_nll")
+        measure = "" if nll is None else f"  test NLL {nll:.4f}"
+        return f"{head}  {event['ended']:8}{measure}  {duration(event['wall_s'])}  ({self._left()})"
+
+    def _done(self) -> float:
+        return sum(self._work[i] * s for i, s in self._share.items()) / self._total
+
+    def _left(self) -> str:
+        here = sum(self._work[i] * (self._share[i] - self._first.get(i, 0.0)) for i in self._work) / self._total
+        if here <= 0:
+            return "time left: ?"
+        seconds = (time.monotonic() - self._started) * (1 - self._done()) / here
+        return f"{duration(seconds)} left"

@@ -1,0 +1,215 @@
+"""The training loop, linear, for one pack of N runs over one base model; one run is N = 1.
+
+Knows a method only by its Trainables. Refuses to know the store, the launcher, configuration files and
+mirrors: it yields events, and whoever called writes them down.
+Shapes: N members, B sequences a member, T tokens, P predicted places, V vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lorasweep.data import Data
+from lorasweep.data.batches import Batch, collate, eval_batches
+from lorasweep.event import Event, Record, State
+from lorasweep.loss import evaluate, nll_sums, to_device
+from lorasweep.models import Base
+from lorasweep.optim import AdamW
+from lorasweep.spec import RunSpec, run_id
+
+DIVERGED_NLL_FACTOR = 1.5
+"""A member diverges when its train NLL stays above this multiple of its held-out NLL at step 0 ...
+(relative, because an absolute bound such as 2.0 nats means something else for every model)."""
+DIVERGED_PATIENCE = 8
+"""... for this many updates in a row; a value that is not finite counts at once. Assumption, not tuned."""
+EVAL_TOKENS = 8192
+"""Padded tokens in one evaluation forward, over all members; affects memory only."""
+
+
+def eval_steps(steps: int) -> list[int]:
+    """List the log-spaced steps at which the held-out loss is taken: 1, 2, 3, 4, 6, 8, 12, ... and the last.
+
+    The list of a long run begins with that of a short one, so a constant-rate run holds all its prefixes.
+    """
+    powers = [2**k for k in range(steps.bit_length() + 1)]
+    return sorted({s for s in (*powers, *(3 * p // 2 for p in powers[1:])) if s < steps} | {steps})
+
+
+def train(
+    pack: Sequence[RunSpec],
+    base: Base,
+    data: Data,
+    micro_batch_size: int | None = None,
+    resume: dict[str, State] | None = None,
+) -> Iterator[Event]:
+    """Train the runs of `pack` together and yield an Event an update.
+
+    `resume` maps every run id of the pack to its state, all at one step, as snapshot() gave it.
+    """
+    # ---------------------------------------------------------------- setup
+    model = base.model
+    device = next(model.parameters()).device
+    specs, ids = list(pack), [run_id(s) for s in pack]
+    first = specs[0]
+    batch_size = first.batch_size
+    rows = min(micro_batch_size or batch_size, batch_size)
+    test = eval_batches(data.test, max(EVAL_TOKENS // len(specs), 1))
+    curve = eval_batches(data.test[: first.dataset.n_test_curve], max(EVAL_TOKENS // len(specs), 1))
+    bytes_per_token = _bytes_per_token(data)
+
+    # Before the first update every method is the base model itself, so this is measured once a base.
+    key = f"{first.dataset.name}/{first.dataset.n_test}/{first.precision}"
+    if key not in base.start_nll:
+        whole = eval_batches(data.test, EVAL_TOKENS)
+        base.start_nll[key] = evaluate(model, whole, 1, first.precision, device)[0]
+    nll_start = base.start_nll[key]
+
+    trainables = first.method.attach(model, first.model, [s.method for s in specs], [s.seed for s in specs])
+    try:
+        optimizer = AdamW.start(trainables.parameters(), trainables.stacked, specs)
+        step, curves, above, tokens_seen = 0, {i: [] for i in ids}, dict.fromkeys(ids, 0), dict.fromkeys(ids, 0)
+        if resume is None:
+            for i in ids:
+                curves[i].append({"step": 0, "examples": 0, "tokens": 0, "test_nll": nll_start})
+        else:
+            step = _load(resume, ids, trainables, optimizer)
+            for i in ids:
+                meta = resume[i]["meta"]
+                curves[i], above[i], tokens_seen[i] = list(meta["curve"]), meta["above"], meta["tokens"]
+        evaluations = {n for s in specs for n in eval_steps(s.steps)}
+
+        # ---------------------------------------------------------------- loop
+        while specs:
+            started = time.perf_counter()
+            batches = [_batch(data, s.seed, step, batch_size, rows) for s in specs]
+            counts = [sum(b.n_loss for b in parts) for parts in batches]
+            per_member = torch.tensor(counts, device=device)
+            total = torch.zeros(len(specs), dtype=torch.float64)
+            for parts in zip(*batches):
+                merged = _merge(parts)
+                sums = nll_sums(model, to_device(merged, device), len(specs), first.precision)
+                (sums / per_member).sum().backward()
+                total += sums.detach().double().cpu()
+            norms = optimizer.grad_norms()
+            optimizer.step(step, norms)
+            optimizer.zero_grad()
+            step += 1
+            seconds = time.perf_counter() - started
+
+            # ------------------------------------------------------------ records
+            losses = (total / torch.tensor(counts, dtype=torch.float64)).tolist()
+            records: dict[str, Record] = {}
+            for i, spec, parts, nll, norm in zip(ids, specs, batches, losses, norms):
+                n_tokens = sum(b.n_tokens for b in parts)
+                tokens_seen[i] += n_tokens
+                records[i] = {
+                    "step": step, "examples": step * spec.batch_size, "tokens": tokens_seen[i],
+                    "train_nll": nll, "grad_norm": norm, "step_s": seconds / len(specs),
+                    "tokens_per_s": n_tokens * len(specs) / seconds,
+                }  # fmt: skip
+                bad = not math.isfinite(nll) or not math.isfinite(norm)
+                above[i] = above[i] + 1 if nll > DIVERGED_NLL_FACTOR * nll_start else 0
+                if bad or above[i] >= DIVERGED_PATIENCE:
+                    records[i]["diverged"] = True
+            last = {i for i, s in zip(ids, specs) if step == s.steps}
+            diverged = {i for i in ids if records[i].get("diverged")}
+
+            # ------------------------------------------------------------ held-out loss
+            if step in evaluations and not diverged.issuperset(ids):
+                whole = bool(last)
+                nlls = evaluate(model, test if whole else curve, len(specs), first.precision, device)
+                for i, spec, nll, norm in zip(ids, specs, nlls, trainables.norms()):
+                    if i in diverged or step not in eval_steps(spec.steps):
+                        continue
+                    records[i] |= {"test_nll": nll, **norm, "test_items": len(data.test) if whole else
+                                   min(first.dataset.n_test_curve, len(data.test))}  # fmt: skip
+                    if bytes_per_token is not None:
+                        records[i]["test_bpb"] = nll / math.log(2) / bytes_per_token
+                    keep = ("step", "examples", "tokens", "test_nll", *norm)
+                    curves[i].append({k: records[i][k] for k in keep})
+                    if not math.isfinite(nll):
+                        diverged.add(i)
+            ended: dict[str, tuple[str, Record]] = {}
+            for i in ids:
+                if i in diverged or i in last:
+                    final = {
+                        "nll_start": nll_start, "floor_nats": data.floor_nats, "steps_done": step,
+                        "tokens": tokens_seen[i], "train_nll": records[i]["train_nll"], "curve": curves[i],
+                        "base_sha256": base.sha256, "n_test": len(data.test), "n_train": data.n_train,
+                    }  # fmt: skip
+                    if i not in diverged:
+                        names = ("test_nll", "test_bpb", "norm_a", "norm_b", "norm_delta")
+                        final |= {k: records[i][k] for k in names if k in records[i]}
+                    ended[i] = ("diverged" if i in diverged else "done", final)
+
+            def snapshot() -> dict[str, State]:
+                return {
+                    i: _member_state(k, i, step, ids, trainables, optimizer,
+                                     {"curve": curves[i], "above": above[i], "tokens": tokens_seen[i]})
+                    for k, i in enumerate(ids)
+                }  # fmt: skip
+
+            yield Event(step, records, ended, snapshot)
+
+            # ------------------------------------------------------------ compaction
+            stay = [k for k, i in enumerate(ids) if i not in ended]
+            if len(stay) < len(ids):
+                ids, specs = [ids[k] for k in stay], [specs[k] for k in stay]
+                if stay:
+                    trainables.keep(stay)
+                    optimizer.keep(stay, trainables.parameters())
+    finally:
+        trainables.detach()
+
+
+def _batch(data: Data, seed: int, step: int, batch_size: int, rows: int) -> list[Batch]:
+    """Return update `step`'s batch of one member, in micro-batches of `rows` sequences of like length."""
+    examples = sorted(data.train(seed, step * batch_size, batch_size), key=lambda e: len(e.tokens))
+    return [collate(examples[k : k + rows]) for k in range(0, batch_size, rows)]
+
+
+def _merge(parts: Sequence[Batch]) -> Batch:
+    """Lay the members' micro-batches under one another, [N*B, ...], padded to the longest."""
+    if len(parts) == 1:
+        return parts[0]
+    import numpy as np
+
+    def pile(name: str) -> Any:
+        arrays = [getattr(p, name) for p in parts]
+        width = max(a.shape[1] for a in arrays)
+        return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in arrays])
+
+    names = ("tokens_BT", "places_BP", "targets_BP", "weight_BP")
+    return Batch(*(pile(n) for n in names), n_tokens=sum(p.n_tokens for p in parts))
+
+
+def _bytes_per_token(data: Data) -> float | None:
+    """Return UTF-8 bytes per loss-bearing held-out token; None where tokens are no text."""
+    if any(e.n_bytes is None for e in data.test):
+        return None
+    return sum(e.n_bytes for e in data.test) / sum(int(e.loss.sum()) for e in data.test)
+
+
+def _member_state(k: int, i: str, step: int, ids: list[str], trainables: Any, optimizer: AdamW, meta: Record) -> State:
+    tensors = {}
+    for name, p in trainables.parameters().items():
+        for kind, source in (("param", p), ("m", optimizer.exp_avg[name]), ("v", optimizer.exp_avg_sq[name])):
+            part = source.detach()[k] if trainables.stacked else source.detach()
+            tensors[f"{kind}/{name}"] = part
+    return {"tensors": tensors, "meta": {"step": step, "layout": list(ids), **meta}}
+
+
+@torch.no_grad()
+def _load(resume: dict[str, State], ids: list[str], trainables: Any, optimizer: AdamW) -> int:
+    steps = {resume[i]["meta"]["step"] for i in ids}
+    if len(steps) != 1:
+        raise ValueError(f"the members' states are at different steps: {steps}")
+    for k, i in enumerate(ids):
+        tensors = resume[i]["tensors"]
+        for name, p in trainables.parameters().items():
+            for kind, target in (("param", p), ("m", optimizer.exp_avg[name]), ("v", optimizer.exp_avg_sq[name])):
+                (target[k] if trainables.stacked else target).copy_(tensors[f"{kind}/{name}"])
+    return steps.pop()
