@@ -1,0 +1,220 @@
+"""Is the best LoRA learning rate about 10 times the best full fine-tuning one?
+
+Estimands, per model and data set: the ratio of the best rates for each rank and over the ranks of 4 and more; the
+drift, the slope of ln(best LoRA rate) per doubling of the rank. Beside them the NLL gap, and the regret of rules
+of thumb. Intervals of a difference come from the two optima's own intervals (MOVER; Zou & Donner 2008), which may be
+lopsided; seeds shared by both arms make it cautious.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from analysis.lr_optimum import Optimum, fit_all
+from analysis.results import Estimate, Verdict
+from analysis.table import Curve, TableError
+from analysis.verdicts import MIN_SEEDS, judge
+
+MIN_RANK = 4
+"""The claims on ratio and drift are about ranks of 4 and more: the study itself sets rank 1 apart."""
+MIN_GAIN = 0.3
+"""A task qualifies only if the untrained model's NLL is at least this far above its floor, in nats ..."""
+MIN_REST = 0.2
+"""... and the best run keeps at least this share of that excess: a solved task says nothing of learning rates."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """LoRA against full fine-tuning at one rank of one model and data set."""
+
+    group: str
+    rank: int | None
+    """None: over the ranks of MIN_RANK and more."""
+    alpha: float
+    ratio: Estimate
+    gap: float | None
+    """Best LoRA NLL - best full fine-tuning NLL, nats."""
+    regrets: dict[str, float | None] = field(default_factory=dict)
+    """NLL lost by a rule of thumb against the tuned rate, nats; None where the rule leaves the tried rates."""
+    rivals: dict[str, float] = field(default_factory=dict)
+    """The ratio that each rival law in print gives at this width and alpha."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that the question's runs say."""
+
+    optima: list[Optimum]
+    ratios: list[Ratio]
+    drifts: dict[str, Estimate]
+    verdicts: list[Verdict]
+
+
+def answer(curves: Sequence[Curve], claims: dict[str, Any], widths: dict[str, int] | None = None) -> Answer:
+    """Fit all curves of a sweep, form the ratios and judge the claims. `widths`: hidden size by model."""
+    optima = fit_all(curves)
+    groups: dict[str, list[Optimum]] = {}
+    for o in optima:
+        groups.setdefault(o.curve.group, []).append(o)
+    ratios: list[Ratio] = []
+    drifts: dict[str, Estimate] = {}
+    verdicts: list[Verdict] = []
+    for group, members in groups.items():
+        full = [o for o in members if o.curve.key["method"] == "fullft"]
+        lora = [o for o in members if o.curve.key["method"] == "lora"]
+        if len(full) != 1 or not lora:
+            raise TableError(
+                f"{group}: lr_ratio needs one fullft curve and at least one lora curve, found {len(full)} and "
+                f"{len(lora)}. Keep one batch size, number of steps and precision a table."
+            )
+        width = (widths or {}).get(str(lora[0].curve.key["model"]), 0)
+        for o in lora:
+            ratios.append(_one(group, o, full[0], width))
+        high = [o for o in lora if o.curve.key["rank"] >= MIN_RANK]
+        if high:
+            overall = Estimate(*_log_ratio(high, full[0]), n=sum(o.best_lr.n for o in [*high, *full]))
+            alpha = float(high[0].curve.key["alpha"])
+            ratios.append(Ratio(group, None, alpha, overall, None, rivals=rivals(width, alpha)))
+            drifts[group] = _drift(high)
+            verdicts += _judge_group(group, claims, high, full[0], overall, drifts[group], rivals(width, alpha))
+    return Answer(optima, ratios, drifts, verdicts)
+
+
+def rivals(width: int, alpha: float) -> dict[str, float]:
+    """Return the ratios that laws in print predict at this hidden size and alpha."""
+    if not width:
+        return {}
+    return {
+        "constant 10 (the study)": 10.0,
+        "10 sqrt(hidden/4096) (muA, arXiv 2602.06204, anchored)": 10 * math.sqrt(width / 4096),
+        "hidden/(2 alpha) (withdrawn by the study's authors)": width / (2 * alpha),
+        "sqrt(3) hidden/alpha (equal first step under Adam)": math.sqrt(3) * width / alpha,
+    }
+
+
+def _one(group: str, lora: Optimum, full: Optimum, width: int) -> Ratio:
+    alpha = float(lora.curve.key["alpha"])
+    value, low, high = _log_ratio([lora], full)
+    base = full.best_lr.value
+    rules = {"FullFT's best LR": 1.0, "10 x FullFT's best LR": 10.0}
+    regrets = {name: lora.regret(k * base) if base else None for name, k in rules.items()}
+    gap = None
+    if lora.best_lr.value is not None and full.best_lr.value is not None:
+        gap = lora.best_nll - full.best_nll
+    estimate = Estimate(value, low, high, lora.best_lr.n + full.best_lr.n, (*lora.flags, *full.flags))
+    return Ratio(group, int(lora.curve.key["rank"]), alpha, estimate, gap, regrets, rivals(width, alpha))
+
+
+def _log_ratio(lora: Sequence[Optimum], full: Optimum) -> tuple[float | None, float | None, float | None]:
+    """Return (value, low, high) of exp(mean ln best LoRA rate - ln best full rate); bounds where that is all."""
+    a = [o.best_lr for o in lora]
+    f = full.best_lr
+
+    def ln(v: float | None) -> float:
+        return math.nan if v is None else math.log(v)
+
+    if any(e.value is None for e in a) or f.value is None:
+        # what is known of both sides gives a bound; a missing end leaves that side open
+        low = _mean([ln(e.low if e.value is None else e.value) for e in a]) - ln(f.high if f.value is None else f.value)
+        high = _mean([ln(e.high if e.value is None else e.value) for e in a]) - ln(f.low if f.value is None else f.value)
+        return None, *(math.exp(v) if math.isfinite(v) else None for v in (low, high))
+    centre = _mean([ln(e.value) for e in a]) - ln(f.value)
+    if not all(e.has_interval() for e in [*a, f]):
+        return math.exp(centre), None, None
+    down = math.sqrt(sum((ln(e.value) - ln(e.low)) ** 2 for e in a)) / len(a)
+    up = math.sqrt(sum((ln(e.high) - ln(e.value)) ** 2 for e in a)) / len(a)
+    low = centre - math.hypot(down, ln(f.high) - ln(f.value))
+    high = centre + math.hypot(up, ln(f.value) - ln(f.low))
+    return math.exp(centre), math.exp(low), math.exp(high)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _drift(lora: Sequence[Optimum]) -> Estimate:
+    """Slope of ln(best rate) per doubling of the rank, by least squares weighted by the optima's intervals."""
+    n = sum(o.best_lr.n for o in lora)
+    known = [o for o in lora if o.best_lr.value is not None and o.best_lr.has_interval()]
+    if len(known) < 2 or len(known) < len(lora):
+        return Estimate(None, n=n, flags=("needs two or more optima with intervals, and none at an edge",))
+    x = np.array([math.log2(o.curve.key["rank"]) for o in known])
+    y = np.array([math.log(o.best_lr.value) for o in known])
+    half = np.array([(math.log(o.best_lr.high) - math.log(o.best_lr.low)) / 2 for o in known])
+    w = 1 / half**2
+    centre = (w * x).sum() / w.sum()
+    spread = (w * (x - centre) ** 2).sum()
+    slope = float((w * (x - centre) * y).sum() / spread)
+    reach = float(1 / math.sqrt(spread))  # the weights are in units of 95% half-widths, so this is one too
+    return Estimate(slope, slope - reach, slope + reach, n)
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def _judge_group(
+    group: str, claims: dict[str, Any], lora: list[Optimum], full: Optimum, overall: Estimate, drift: Estimate,
+    laws: dict[str, float],
+) -> list[Verdict]:  # fmt: skip
+    every = [full, *lora]
+    gates = _gates(every)
+    seeds = min(seeds_at_best(o) for o in every)
+    known = {"lr_ratio": (overall, True, gates), "lr_drift_per_doubling": (drift, False, _drift_gates(gates, lora))}
+    verdicts = []
+    for name, claim in claims.items():
+        if claim["estimand"] not in known:
+            raise TableError(
+                f"claim {name!r}: lr_ratio measures {', '.join(known)}, not {claim['estimand']!r}."
+            )
+        estimate, log, stops = known[claim["estimand"]]
+        claim = {**claim, "rivals": laws} if log else claim
+        verdicts.append(judge(name, claim, group, estimate, stops, seeds, log))
+    return verdicts
+
+
+def _drift_gates(gates: list[str], lora: list[Optimum]) -> list[str]:
+    return gates if len(lora) >= 2 else [*gates, "one rank only"]
+
+
+def _gates(optima: list[Optimum]) -> list[str]:
+    """List what forbids a verdict."""
+    found = []
+    for o in optima:
+        stops = [f for f in o.flags if f in ("at_edge", "bounded_by_divergence", "flat", "few_points",
+                                             "no_usable_points", "no_variance")]  # fmt: skip
+        if stops:
+            found.append(f"{o.curve.name}: {', '.join(stops)}")
+        seeds = seeds_at_best(o)
+        if seeds < MIN_SEEDS:
+            found.append(f"{o.curve.name}: {seeds} seed(s) at the optimum, {MIN_SEEDS} needed")
+    found += task_problems([o.curve for o in optima], [o.best_nll for o in optima])
+    return found
+
+
+def task_problems(curves: Sequence[Curve], best: Sequence[float | None]) -> list[str]:
+    """Say why the task is unfit for the question, where its floor is known (science: qualification)."""
+    start, floor = curves[0].nll_start, curves[0].floor
+    lowest = min((b for b in best if b is not None), default=math.nan)
+    if not (math.isfinite(start) and math.isfinite(floor) and math.isfinite(lowest)):
+        return []
+    found = []
+    if start - floor < MIN_GAIN:
+        found.append(f"task: the base starts {start - floor:.2f} nats above the floor, {MIN_GAIN} needed")
+    elif (lowest - floor) / (start - floor) < MIN_REST:
+        found.append("task: nearly solved, less than a fifth of the starting excess is left")
+    return found
+
+
+def seeds_at_best(o: Optimum) -> int:
+    """Count the seeds at the grid rate nearest to the optimum, the least of it and its neighbours."""
+    x = o.curve.x[o.curve.usable]
+    if not len(x):
+        return 0
+    rates = sorted(set(x))
+    y = o.curve.y[o.curve.usable]
+    best = min(range(len(rates)), key=lambda k: y[x == rates[k]].mean())
+    around = rates[max(0, best - 1) : best + 2]
+    return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in around)

@@ -1,0 +1,112 @@
+"""Figures. The only importer of matplotlib; draws result objects and computes nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from analysis.lr_optimum import Optimum
+from analysis.table import learning_curves
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe & Ito: told apart by colour-blind eyes. Black is full fine-tuning."""
+MARKERS = "osD^vP*"
+_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.grid": True,
+          "grid.alpha": 0.25, "svg.hashsalt": "lorasweep"}  # fmt: skip
+
+
+def lr_against_nll(optima: Sequence[Optimum], path: Path) -> None:
+    """Draw NLL over learning rate with fits, optima and intervals; runs that diverged stand on the top line."""
+    groups = list(dict.fromkeys(o.curve.group for o in optima))
+    with plt.rc_context(_STYLE):
+        fig, axes = plt.subplots(1, len(groups), figsize=(7.2 * len(groups), 4.8), squeeze=False)
+        for ax, group in zip(axes[0], groups):
+            members = [o for o in optima if o.curve.group == group]
+            top = _top(members)
+            for o, colour, marker in zip(members, COLOURS, MARKERS):
+                _one_curve(ax, o, colour, marker, top)
+            ax.set(xscale="log", xlabel="learning rate", ylabel="test NLL (nats per token)", title=group)
+            ax.set_ylim(top=top[1])
+            ax.legend(frameon=False, fontsize=9)
+        fig.tight_layout()
+        fig.savefig(path, dpi=150)
+        plt.close(fig)
+
+
+def _top(members: Sequence[Optimum]) -> tuple[float, float]:
+    """Return the height for diverged runs and the axis limit: above every point worth comparing."""
+    y = np.concatenate([o.curve.y[o.curve.usable] for o in members])
+    if not len(y):
+        return 1.0, 1.1
+    span = max(float(y.max() - y.min()), 1e-3)
+    return float(y.max()) + 0.08 * span, float(y.max()) + 0.14 * span
+
+
+def _one_curve(ax: Any, o: Optimum, colour: str, marker: str, top: tuple[float, float]) -> None:
+    c, e = o.curve, o.best_lr
+    lr = np.exp(c.x)
+    label = c.name
+    if e.value is not None:
+        label += f": best {e.value:.2g}" + (f" [{e.low:.2g}, {e.high:.2g}]" if e.has_interval() else "")
+    elif o.flags:
+        label += f": {o.flags[0].replace('_', ' ')}"
+    ax.plot(lr[c.usable], c.y[c.usable], marker, color=colour, ms=5, alpha=0.8, label=label)
+    bad = ~c.usable
+    ax.plot(lr[bad], np.full(bad.sum(), top[0]), "x", color=colour, ms=7, mew=2)
+    if c.usable.sum() > 1:
+        span = np.geomspace(lr[c.usable].min(), lr[c.usable].max(), 200)
+        fitted = o.predict(span)
+        if fitted is not None:
+            shown = fitted <= top[1]
+            ax.plot(span[shown], fitted[shown], "-", color=colour, lw=1.3)
+    if e.value is not None and o.best_nll is not None:
+        reach = [[e.value - e.low], [e.high - e.value]] if e.has_interval() else None
+        ax.errorbar([e.value], [o.best_nll], xerr=reach, fmt="|", color=colour, ms=14, mew=2, capsize=4, zorder=5)
+
+
+def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path) -> bool:
+    """Draw held-out NLL over steps: every run thin, the run at each curve's best tried rate thick.
+
+    Returns False, drawing nothing, if the table carries no learning curves.
+    """
+    runs = list(learning_curves(table))
+    if not runs:
+        return False
+    with plt.rc_context(_STYLE):
+        fig, ax = plt.subplots(figsize=(7.2, 4.6))
+        for o, colour in zip(optima, COLOURS):
+            mine = [(row, points) for row, points in runs if _same(row, o)]
+            x, y = o.curve.x[o.curve.usable], o.curve.y[o.curve.usable]
+            best = np.exp(x[np.argmin(y)]) if len(y) else None
+            labelled = False
+            for row, points in mine:
+                points = points[points["step"] >= 1]
+                is_best = best is not None and np.isclose(row["lr"], best, rtol=1e-6)
+                label = f"{o.curve.name}, lr {row['lr']:.2g}" if is_best and not labelled else None
+                labelled |= is_best
+                ax.plot(points["step"], points["test_nll"], color=colour, lw=2 if is_best else 0.7,
+                        alpha=1.0 if is_best else 0.25, label=label)  # fmt: skip
+        limit = np.nanmax([o.curve.nll_start for o in optima])
+        if np.isfinite(limit):
+            ax.axhline(limit, color="grey", lw=0.8, ls=":", label="before training")
+            ax.set_ylim(top=limit * 1.05)
+        ax.set(xscale="log", xlabel="step", ylabel="held-out NLL (nats per token)",
+               title="thin: every run; thick: best tried rate (the last step uses more held-out rows)")
+        ax.title.set_fontsize(9)
+        ax.legend(frameon=False, fontsize=9)
+        fig.tight_layout()
+        fig.savefig(path, dpi=150)
+        plt.close(fig)
+    return True
+
+
+def _same(row: pd.Series, o: Optimum) -> bool:
+    return all(
+        row.get(k) == v or (pd.isna(v) and pd.isna(row.get(k))) for k, v in o.curve.key.items() if k in row.index
+    )

@@ -1,0 +1,180 @@
+"""From a table and a question to the answer, the report (Markdown with figures) and the machine-readable results.
+
+One call writes all of it from the same result objects; there is no sentence in it that does not come from them.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis import plots
+from analysis.lr_ratio import Answer, answer
+from analysis.results import Estimate, Verdict, number, rate, with_interval
+from analysis.table import Curve, curves
+
+
+def judge_and_report(
+    table: pd.DataFrame, question: dict[str, Any], folder: Path, as_json: bool = False
+) -> str:
+    """Judge the runs, write report.md, figures, results.json, table.parquet and table.csv into `folder`, and
+    return the answer for the terminal (or as one JSON object)."""
+    parts = curves(table)
+    widths = {} if "hidden_size" not in table else dict(zip(table["model"], table["hidden_size"].fillna(0).astype(int)))
+    found = answer(parts, question["claims"], widths)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "question.json").write_text(json.dumps(question, indent=1) + "\n")
+    table.to_parquet(folder / "table.parquet", index=False)
+    table.to_csv(folder / "table.csv", index=False)
+    plots.lr_against_nll(found.optima, folder / "lr_nll.png")
+    has_curves = plots.learning(table, found.optima, folder / "learning.png")
+    told = to_plain(found, question, folder)
+    (folder / "results.json").write_text(json.dumps(told, indent=1) + "\n")
+    (folder / "report.md").write_text(markdown(found, question, parts, table, has_curves))
+    return json.dumps(told) if as_json else terminal(found, question, folder)
+
+
+def question_hash(question: dict[str, Any]) -> str:
+    """Hash what was asked and with which margins: a report shows that they were not changed after the runs."""
+    return hashlib.sha256(json.dumps(question["claims"], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _flags(flags: Sequence[str]) -> str:
+    return ", ".join(flags) or "-"
+
+
+def _curve_rows(found: Answer) -> list[list[str]]:
+    rows = [["curve", "model and data", "best LR [95%]", "best NLL", "runs", "diverged", "flags"]]
+    for o in found.optima:
+        c = o.curve
+        rows.append([c.name, c.group, with_interval(o.best_lr, rate), number(o.best_nll, 5),
+                     str(len(c.x)), str(int((~c.usable).sum())), _flags(o.flags)])  # fmt: skip
+    return rows
+
+
+def _ratio_rows(found: Answer) -> list[list[str]]:
+    rows = [["LoRA / FullFT", "model and data", "alpha", "ratio [95%]", "NLL gap", "regret of FullFT's LR",
+             "regret of 10x FullFT's LR"]]  # fmt: skip
+    for r in found.ratios:
+        name = "ranks 4 and more" if r.rank is None else f"rank {r.rank}"
+        one, ten = (r.regrets.get(k) for k in ("FullFT's best LR", "10 x FullFT's best LR"))
+        rows.append([name, r.group, f"{r.alpha:g}", with_interval(r.ratio), _signed(r.gap), _signed(one), _signed(ten)])
+    return rows
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.4f}"
+
+
+def _verdict_line(v: Verdict) -> str:
+    line = f"{v.outcome}: {v.claim} ({v.group}) {with_interval(v.estimate)}, expected {v.expected:g} within "
+    line += f"[{v.margin[0]:g}, {v.margin[1]:g}]{' (primary)' if v.primary else ''}: {v.why}"
+    return line + (f". Needed: {v.needed}" if v.needed else "")
+
+
+def terminal(found: Answer, question: dict[str, Any], folder: Path) -> str:
+    """Write the answer for the terminal."""
+    out = [question["question"], "", *_aligned(_curve_rows(found)), "", *_aligned(_ratio_rows(found)), ""]
+    out += [_verdict_line(v) for v in found.verdicts]
+    if not found.verdicts:
+        out.append("UNDECIDED: no rank of 4 or more")
+    return "\n".join([*out, "", f"report: {folder / 'report.md'}"])
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows]
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+    return [line(rows[0]), "|" + "---|" * len(rows[0]), *(line(r) for r in rows[1:])]
+
+
+def markdown(
+    found: Answer, question: dict[str, Any], parts: Sequence[Curve], table: pd.DataFrame, has_curves: bool
+) -> str:
+    """Write the report."""
+    out = [f"# {question['name']} at scale {question['scale']}", "", f"**{question['question']}**", ""]
+    out += [f"Source of the claim: {question['source']}.", ""] if question["source"] else []
+    out += ["## Verdicts", "", *_table([["claim", "model and data", "verdict", "measured [95%]", "expected", "margin",
+                                        "why", "needed"], *(_verdict_cells(v) for v in found.verdicts)]), ""]  # fmt: skip
+    laws = {k: v for r in found.ratios if r.rank is None for k, v in r.rivals.items()}
+    if laws:
+        inside = [r.ratio for r in found.ratios if r.rank is None][0]
+        out += ["Laws of the ratio in print, at this width and alpha:", "",
+                *_table([["law", "predicts", "inside the interval"],
+                         *([k, number(v), _inside(v, inside)] for k, v in laws.items())]), ""]  # fmt: skip
+    out += ["## Optima", "", *_table(_curve_rows(found)), "", "![LR against NLL](lr_nll.png)", ""]
+    noise = next((o for o in found.optima if o.noise is not None), None)
+    if noise is not None:
+        out += [f"Noise pooled over the sweep: {noise.noise:.2g} nats at the bottom of a valley, {noise.df} degrees of "
+                "freedom. Crosses on the top line: runs that diverged, or ended no better than the untrained model.", ""]  # fmt: skip
+    out += ["## LoRA against full fine-tuning", "", *_table(_ratio_rows(found)), ""]
+    out += [f"Drift of ln(best LR) per doubling of the rank, {g}: {with_interval(d)}." for g, d in found.drifts.items()]
+    out += ["", "Gap: best LoRA NLL minus best full fine-tuning NLL, nats per token. Regret: NLL lost by a rule of thumb "
+            "against the tuned LoRA rate.", ""]  # fmt: skip
+    if has_curves:
+        out += ["## Learning curves", "", "![learning curves](learning.png)", ""]
+    return "\n".join([*out, *_conditions(question, parts, table)]) + "\n"
+
+
+def _verdict_cells(v: Verdict) -> list[str]:
+    return [v.claim + (" (primary)" if v.primary else ""), v.group, f"**{v.outcome}**", with_interval(v.estimate),
+            f"{v.expected:g}", f"[{v.margin[0]:g}, {v.margin[1]:g}]", v.why, v.needed or "-"]  # fmt: skip
+
+
+def _inside(value: float, e: Estimate) -> str:
+    if not e.has_interval():
+        return "-"
+    return "yes" if e.low <= value <= e.high else "no"
+
+
+def _conditions(question: dict[str, Any], parts: Sequence[Curve], table: pd.DataFrame) -> list[str]:
+    """State under which conditions the numbers hold."""
+    out = ["## Conditions", ""]
+    for column, label in (("batch_size", "sequences an update"), ("steps", "updates"), ("schedule", "schedule"),
+                          ("precision", "precision"), ("alpha", "LoRA alpha"), ("layers", "LoRA layer sets"),
+                          ("hidden_size", "hidden size"), ("seed", "seeds")):  # fmt: skip
+        if column in table:
+            values = sorted(str(v) for v in table[column].dropna().unique())
+            out.append(f"- {label}: {', '.join(values)}")
+    out.append("- LoRA start: A uniform in +-1/sqrt(d_in), B zero; one learning rate for both; AdamW")
+    for c in parts[:1]:
+        out.append(f"- NLL before training: {number(c.nll_start, 5)}; floor of the task: {number(c.floor, 5)}")
+    if "base_sha256" in table:
+        shas = ", ".join(f"{m} {s[:12]}" for m, s in table[["model", "base_sha256"]].dropna().drop_duplicates().values)
+        out.append(f"- base weights, sha256: {shas}")
+    out += [f"- runs: {len(table)} in table.parquet and table.csv; claims and margins, hash {question_hash(question)}",
+            f"- what is measured at scale {question['scale']} is claimed for that scale only", "",
+            f"Command: `python -m lorasweep +sweep={question['name']} scale={question['scale']}`"]  # fmt: skip
+    return out
+
+
+def to_plain(found: Answer, question: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the answer as plain values."""
+    def curve(o: Any) -> dict[str, Any]:
+        e = o.best_lr
+        return {**{k: _plain(v) for k, v in o.curve.key.items()}, "n": e.n, "best_lr": e.value, "low": e.low,
+                "high": e.high, "best_nll": o.best_nll, "flags": list(o.flags)}  # fmt: skip
+
+    return {
+        "sweep": question["name"], "scale": question["scale"], "claims_hash": question_hash(question),
+        "curves": [curve(o) for o in found.optima],
+        "ratios": [{**dataclasses.asdict(r), "ratio": dataclasses.asdict(r.ratio)} for r in found.ratios],
+        "drift": {g: dataclasses.asdict(d) for g, d in found.drifts.items()},
+        "verdicts": [dataclasses.asdict(v) for v in found.verdicts],
+        "report": str(folder / "report.md"),
+    }  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    if value is None or value != value:
+        return None
+    return value.item() if hasattr(value, "item") else value
