@@ -31,7 +31,7 @@ MIN_DF = 9
 CHECK_RATIO = 1.3
 """A narrow parabola whose vertex differs by more than this factor raises the flag 'checks_disagree'."""
 LEVEL = 0.95
-_M_STEPS, _A_STEPS, _PAD = 481, 51, 0.7
+_M_STEPS, _A_STEPS, _PAD = 241, 31, 0.7
 
 
 @dataclass(frozen=True)

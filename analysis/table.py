@@ -90,6 +90,11 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> Curve:
     start = part["nll_start"].astype(float).to_numpy() if "nll_start" in part else np.full(len(part), np.nan)
     done = (part["status"] == "done").to_numpy() & np.isfinite(y)
     usable = done & ~(y >= start)  # a NaN start compares False: the point stays usable
+    lr = part["lr"].astype(float).to_numpy()
+    if usable.any():  # beyond the first rate that broke down, a lucky survivor is no part of the valley
+        best = lr[usable][np.argmin(y[usable])]
+        broken = lr[~usable & (lr > best)]
+        usable &= lr < (broken.min() if len(broken) else np.inf)
     return Curve(
         key=key, x=np.log(part["lr"].astype(float).to_numpy()), y=np.where(done, y, np.nan),
         seed=part["seed"].astype(int).to_numpy(), usable=usable, nll_start=_mean(start),

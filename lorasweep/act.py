@@ -13,7 +13,7 @@ from lorasweep import local, plan
 from lorasweep.compose import Request
 from lorasweep.errors import SpecError
 from lorasweep.execute import Stopped, Trainer
-from lorasweep.grid import Point, second_stage
+from lorasweep.grid import Point, curve_key, second_stage
 from lorasweep.progress import Display, duration, run_name
 from lorasweep.store import FINAL, RunStore
 
@@ -43,7 +43,7 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
     results = {p.id: store.result(p.id) for p in points}
     by_curve: dict[tuple[str, str], list[Point]] = {}
     for p in points:
-        by_curve.setdefault((p.arm, plan.pack_key(p.spec)), []).append(p)
+        by_curve.setdefault(curve_key(p), []).append(p)
     over = [p for curve in by_curve.values() if all(results[q.id] for q in curve) for p in curve]
 
     def nll(rid: str) -> float | None:

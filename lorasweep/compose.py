@@ -115,8 +115,19 @@ def register() -> None:
     store.store(name="schema", node=Config)
     for name, cls in method_classes().items():
         store.store(group="method", name=name, node=cls)
-    OmegaConf.register_new_resolver("geom", lambda a, b, n: geom(float(a), float(b), float(n)), replace=True)
-    OmegaConf.register_new_resolver("around", lambda c, n, f: around(float(c), int(n), float(f)), replace=True)
+    for name, function in (("geom", geom), ("around", around)):
+        OmegaConf.register_new_resolver(
+            name, lambda *args, f=function: OmegaConf.create(f(*map(float, args))), replace=True
+        )
+
+
+def shipped_model(name: str) -> ModelSpec:
+    """Return a shipped model's spec by name, outside a command line."""
+    from hydra import initialize_config_dir
+
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return _object(hydra_compose("config", overrides=[f"model={name}"])).model
 
 
 _ENV = {"runs_dir": "LORASWEEP_RUNS", "reports_dir": "LORASWEEP_REPORTS", "models_dir": "LORASWEEP_MODELS",

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorasweep.errors import SpecError
 from lorasweep.methods import method_class
-from lorasweep.spec import ModelSpec, RunSpec, canonical, run_id, validate, with_axes
+from lorasweep.spec import ModelSpec, RunSpec, canonical, checked_id, run_id, with_axes
 
 MAX_RUNS = 100_000
 
@@ -21,7 +21,7 @@ MAX_RUNS = 100_000
 class Claim:
     """What is measured, what is expected, and how far off still counts: stated before any run."""
 
-    estimand: str = "???"
+    estimand: str = ""
     expected: float = math.nan
     margin: list[float] = field(default_factory=list)
     """[low, high]: the claim is SUPPORTED if the 95% interval lies inside, REFUTED if it lies outside."""
@@ -42,7 +42,7 @@ class Second:
 class Sweep:
     """One file of sweeps/."""
 
-    question: str = "???"
+    question: str = ""
     source: str = ""
     claims: dict[str, Claim] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +80,8 @@ def around(centre: float, n: int, factor: float) -> list[float]:
 def check_sweep(name: str, sweep: Sweep) -> None:
     """Raise SpecError if the question is not stated in full: claims with margins, arms, no empty axis."""
     where = f"sweep {name!r}"
+    if not sweep.question:
+        raise SpecError(f"{where} asks no question. Write `question: ...` at its top.")
     if not sweep.claims:
         raise SpecError(f"{where} has no claims. State at least one, with estimand and margin, before any run.")
     for key, claim in sweep.claims.items():
@@ -128,8 +130,7 @@ def expand(
             where = f"arm {arm!r}, point {_say(dict(zip(lists, values)))}"
             try:
                 spec = with_axes(start, dict(zip(lists, values)))
-                validate(spec)
-                rid = run_id(spec)
+                rid = checked_id(spec)
             except SpecError as error:
                 problems.append(f"{where}: {error}")
                 if len(problems) >= 5:
@@ -150,6 +151,11 @@ def _say(values: dict[str, Any]) -> str:
     return ", ".join(f"{k}={getattr(v, 'name', v)}" for k, v in values.items())
 
 
+def curve_key(point: Point) -> tuple[str, str]:
+    """Runs with the same key are one curve: equal but for lr and seed, in one arm."""
+    return point.arm, canonical(dataclasses.replace(point.spec, lr=1.0, seed=0))
+
+
 def second_stage(points: Sequence[Point], second: Second, nll: Callable[[str], float | None]) -> list[Point]:
     """Return the runs of the second stage: fresh seeds at the `n_lrs` learning rates around each curve's best.
 
@@ -158,8 +164,7 @@ def second_stage(points: Sequence[Point], second: Second, nll: Callable[[str], f
     """
     curves: dict[tuple[str, str], dict[float, list[Point]]] = {}
     for p in points:
-        key = (p.arm, canonical(dataclasses.replace(p.spec, lr=1.0, seed=0)))
-        curves.setdefault(key, {}).setdefault(p.spec.lr, []).append(p)
+        curves.setdefault(curve_key(p), {}).setdefault(p.spec.lr, []).append(p)
     extra: dict[str, Point] = {}
     for (arm, _), by_lr in curves.items():
         lrs = sorted(by_lr)

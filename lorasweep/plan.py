@@ -1,6 +1,5 @@
 """What is done, what is missing, what it will cost, and which runs share a pack. Starts nothing; no torch."""
 
-import dataclasses
 import os
 import statistics
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 from lorasweep import checkpoint
 from lorasweep.grid import Point
-from lorasweep.spec import Exec, RunSpec, canonical
+from lorasweep.spec import Exec, RunSpec, part_json
 from lorasweep.store import FINAL, STATES, RunStore
 
 ASSUMED_FLOPS_PER_CORE = 3e10
@@ -85,17 +84,17 @@ def _rate(points: list[Point], states: dict[str, str], store: RunStore, workers:
     return ASSUMED_FLOPS_PER_CORE * (os.cpu_count() or 1), False
 
 
-def pack_key(spec: RunSpec) -> str:
+def pack_key(spec: RunSpec) -> tuple[Any, ...]:
     """Runs with the same key may share a pack: they differ in lr, seed and the method's packed fields only."""
-    plain = {name: 0 for name in spec.method.PACKED_FIELDS}
-    method = dataclasses.replace(spec.method, **plain) if plain else spec.method
-    return canonical(dataclasses.replace(spec, method=method, lr=1.0, seed=0))
+    method = tuple(v for k, v in vars(spec.method).items() if k not in spec.method.PACKED_FIELDS)
+    rest = tuple(v for k, v in vars(spec).items() if k not in ("model", "dataset", "method", "lr", "seed"))
+    return (part_json(spec.model), part_json(spec.dataset), method, rest)
 
 
 def make_packs(todo: Sequence[Point], store: RunStore, size: int, states: dict[str, str]) -> list[list[Point]]:
     """Group runs that may share a pack, `size` at most. Runs with a checkpoint stay with the company that they
     had, so that they continue bit for bit. Full fine-tuning runs come first: they take longest alone."""
-    groups: dict[str, list[Point]] = {}
+    groups: dict[tuple[Any, ...], list[Point]] = {}
     resumed: dict[tuple[str, ...], list[Point]] = {}
     for p in todo:
         layout = () if states[p.id] == "missing" else checkpoint.layout(store.folder(p.id) / "checkpoint")

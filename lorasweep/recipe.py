@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,18 @@ def pretrain(spec: ModelSpec, progress: Callable[[int, float], None] | None = No
     model.eval()
     nll = evaluate(model, eval_batches(data.test, 8192), 1, "fp32", torch.device("cpu"))[0]
     return model, {"nll": nll, "floor": data.floor_nats if data.floor_nats is not None else math.nan}
+
+
+def main(names: Sequence[str]) -> None:
+    """Remake shipped bases (`make bases`): `python -m lorasweep.recipe tiny64`."""
+    from lorasweep.compose import shipped_model
+
+    for name in names:
+        spec = shipped_model(name)
+        model, reached = pretrain(spec, lambda step, nll: print(f"{step} {nll:.4f}") if step % 100 == 0 else None)
+        save(model, SHIPPED / file_name(spec))
+        print(f"{name}: NLL {reached['nll']:.4f}, floor {reached['floor']:.4f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -10,6 +10,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -85,6 +86,9 @@ class ModelSpec:
 
     def matrices(self, layers: tuple[str, ...]) -> list[Matrix]:
         """List the matrices of the layer sets; raise SpecError if a set matches nothing."""
+        return _once(self, f"matrices {layers}", lambda: self._matrices(layers))
+
+    def _matrices(self, layers: tuple[str, ...]) -> list[Matrix]:
         h, q, kv = self.hidden_size, self.n_heads * self.head_size, self.n_kv_heads * self.head_size
         shape = {
             "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
@@ -210,8 +214,13 @@ def snap_lr(lr: float) -> float:
     return float(f"{lr:.2e}")
 
 
+_SCALARS = frozenset((str, int, bool, float))
+
+
 def _coerce(value: Any, kind: Any, where: str) -> Any:
     """Bring `value` to the field's type, so that 32 and 32.0 have one hash; SpecError if it cannot be."""
+    if type(value) is kind and kind in _SCALARS and (kind is not float or math.isfinite(value)):
+        return value  # the common case, first: planning coerces half a million values
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -257,26 +266,29 @@ def _plain(obj: Any, where: str = "") -> dict[str, Any]:
         value = getattr(obj, name)
         if name == "layers":
             value = canonical_layers(value)
-        value = _coerce(value, kind if not isinstance(value, Method) else type(value), at)
-        if name == "lr":
-            value = snap_lr(value)
+        value = _coerce(value, kind, at)
         if added is dataclasses.MISSING or value != added:
             out[name] = value
     return out
 
 
-_part_json: dict[int, tuple[Any, str]] = {}
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+_memo: dict[tuple[int, str], tuple[Any, Any]] = {}
 
 
-def _part(obj: Any, where: str) -> str:
-    """Canonical JSON of a model or data set; remembered by object, as thousands of specs share one."""
-    kept = _part_json.get(id(obj))
+def _once(obj: Any, what: str, compute: Callable[[], Any]) -> Any:
+    """Compute something of a model or data set once an object: thousands of specs of a grid share one."""
+    kept = _memo.get((id(obj), what))
     if kept is None or kept[0] is not obj:
-        if len(_part_json) > 4096:
-            _part_json.clear()
-        kept = (obj, json.dumps(_plain(obj, where), sort_keys=True, separators=(",", ":")))
-        _part_json[id(obj)] = kept
+        if len(_memo) > 4096:
+            _memo.clear()
+        kept = _memo[id(obj), what] = (obj, compute())  # holding the object keeps its id from being reused
     return kept[1]
+
+
+def part_json(obj: ModelSpec | DatasetSpec) -> str:
+    """Return the canonical JSON of a model or data set."""
+    return _once(obj, "json", lambda: _encode(_plain(obj, type(obj).__name__.removesuffix("Spec").lower())))
 
 
 def canonical(spec: RunSpec) -> str:
@@ -285,29 +297,29 @@ def canonical(spec: RunSpec) -> str:
     A field added after the first release carries `metadata={"added": past}`, where `past` is the value that
     reproduces what was done before it existed; at that value it is left out, so old names stay.
     """
-    parts = {"model": _part(spec.model, "model"), "dataset": _part(spec.dataset, "dataset")}
+    values: dict[str, Any] = {}
     for name, kind, added in _fields(RunSpec):
-        if name in parts:
-            continue
         value = getattr(spec, name)
+        if name in ("model", "dataset"):
+            continue
         value = _plain(value, "method") if name == "method" else _coerce(value, kind, name)
         if name == "lr":
             value = snap_lr(value)
         if added is dataclasses.MISSING or value != added:
-            parts[name] = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return "{" + ",".join(f'"{k}":{parts[k]}' for k in sorted(parts)) + "}"
+            values[name] = value
+    low = {k: v for k, v in values.items() if k < "dataset"}
+    middle = {k: v for k, v in values.items() if "dataset" < k < "model"}
+    high = {k: v for k, v in values.items() if k > "model"}
+    pieces = [
+        _encode(low)[1:-1], f'"dataset":{part_json(spec.dataset)}', _encode(middle)[1:-1],
+        f'"model":{part_json(spec.model)}', _encode(high)[1:-1],
+    ]  # fmt: skip
+    return "{" + ",".join(p for p in pieces if p) + "}"
 
 
 def run_id(spec: RunSpec) -> str:
     """Name a run: the first 12 hex digits of the SHA-256 of its canonical form."""
     return hashlib.sha256(canonical(spec).encode()).hexdigest()[:12]
-
-
-def cell_seedless(spec: RunSpec) -> dict[str, Any]:
-    """Return the canonical spec as a dict without its seed: what makes two runs repeats of one cell."""
-    plain = json.loads(canonical(spec))
-    del plain["seed"]
-    return plain
 
 
 def from_plain(plain: dict[str, Any]) -> RunSpec:
@@ -359,9 +371,19 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     _check(value in allowed, f"{name}={value!r}. Allowed: {', '.join(allowed)}.")
 
 
+def checked_id(spec: RunSpec) -> str:
+    """Validate a spec and return its run_id."""
+    text = canonical(spec)  # checks the types
+    _validate_values(spec)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def validate(spec: RunSpec) -> None:
     """Raise SpecError if the spec cannot be trained. Changes nothing; needs no torch and no files."""
-    canonical(spec)  # types
+    checked_id(spec)
+
+
+def _validate_values(spec: RunSpec) -> None:
     low, high = LR_RANGE
     _check(
         low <= spec.lr <= high,
@@ -383,9 +405,9 @@ def validate(spec: RunSpec) -> None:
         f"train_version={spec.train_version}, but this lorasweep trains by version {TRAIN_VERSION}. "
         "Leave it out, or install the lorasweep that trained it.",
     )
-    _validate_model(spec.model)
-    _validate_dataset(spec.dataset)
-    spec.method.check(spec.model)
+    _once(spec.model, "check", lambda: _validate_model(spec.model))
+    _once(spec.dataset, "check", lambda: _validate_dataset(spec.dataset))
+    _once(spec.model, f"check {spec.method!r}", lambda: spec.method.check(spec.model))
 
 
 def _validate_model(model: ModelSpec) -> None:

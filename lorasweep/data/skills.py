@@ -19,7 +19,7 @@ _THINGS = ("nuts", "pens", "cups", "hats")
 
 
 def load(spec: DatasetSpec) -> Data:
-    """Make the task at `knobs.difficulty`. The loss looks at the answer and its closing line end."""
+    """Make the task at `knobs.difficulty`. The loss looks at the answer and its line end, or under mask=all at all."""
     for key in spec.knobs:
         if key not in KNOBS:
             raise DataError(f"dataset {spec.name!r}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}.")
@@ -28,7 +28,7 @@ def load(spec: DatasetSpec) -> Data:
         raise DataError(f"dataset {spec.name!r}: knob difficulty={difficulty} is 1, 2 or 3.")
 
     def draw(rng: np.random.Generator, count: int) -> list[Example]:
-        return [_example(*instance(rng, difficulty), spec.max_length) for _ in range(count)]
+        return [_example(*instance(rng, difficulty), spec) for _ in range(count)]
 
     test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
     return Data(train=generated(spec, spec.train_split, draw), test=test, n_train=None)
@@ -57,8 +57,8 @@ def instance(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
     return f"{who} has {a} {thing} and sells {b}. how many?>", str(a - b)
 
 
-def _example(prompt: str, answer: str, max_length: int) -> Example:
+def _example(prompt: str, answer: str, spec: DatasetSpec) -> Example:
     text = prompt + answer + "\n"
-    tokens = np.array([_INDEX[c] for c in text[:max_length]], dtype=np.int32)
-    loss = np.arange(len(tokens)) >= len(prompt)
+    tokens = np.array([_INDEX[c] for c in text[: spec.max_length]], dtype=np.int32)
+    loss = np.arange(len(tokens)) >= (1 if spec.mask == "all" else len(prompt))
     return Example(tokens=tokens, loss=loss, n_bytes=int(loss.sum()))

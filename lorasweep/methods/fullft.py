@@ -79,6 +79,7 @@ class _WholeModel:
         self._flags = {name: p.requires_grad for name, p in base.named_parameters()}
         for p in base.parameters():
             p.requires_grad_(id(p) in chosen)
+            p.grad = None  # nothing of an earlier use of the base may flow into the first update
         self._start = {n: p.detach().clone() for n, p in base.named_parameters() if p.requires_grad}
 
     def parameters(self) -> "dict[str, torch.Tensor]":
@@ -103,6 +104,7 @@ class _WholeModel:
                 if name in self._start:
                     p.copy_(self._start[name])
                 p.requires_grad_(self._flags[name])
+                p.grad = None
 
 
 METHOD = FullFT

