@@ -48,8 +48,8 @@ def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
     wanted = [p for p in found if (p.name == f"{sweep}-{scale}" if scale else p.name.rpartition("-")[0] == sweep)]
     if not wanted:
         raise TableError(
-            f"no report of sweep {sweep!r}{f' at scale {scale!r}' if scale else ''} in {reports.absolute()}. There are: "
-            f"{', '.join(sorted(names)) or '(none)'}. Run it first: python -m lorasweep +sweep={sweep}"
+            f"no report of sweep {sweep!r}{f' at scale {scale!r}' if scale else ''} in {reports.absolute()}. "
+            f"There are: {', '.join(sorted(names)) or '(none)'}. Run it first: python -m lorasweep +sweep={sweep}"
         )
     own = [p for p in wanted if p.parent != kept] or wanted
     return max(own, key=lambda p: (p / "question.json").stat().st_mtime)

@@ -156,7 +156,7 @@ def _fit(curve: Curve, noise: float) -> _Fit:
     wall = curve.x[~curve.usable & (curve.x > x.max())] if (~curve.usable).any() else np.array([])
     grid = np.linspace(x.min() - _PAD, x.max() + _PAD, _M_STEPS)
     a_grid = np.linspace(-A_MAX, A_MAX, _A_STEPS)
-    sse, c = _surface(x, y, seed, w, grid, a_grid, wall, noise)
+    sse, _c = _surface(x, y, seed, w, grid, a_grid, wall, noise)
     profile = sse.min(axis=1)
     i, j = np.unravel_index(int(np.argmin(sse)), sse.shape)
     # polish within the best grid cell

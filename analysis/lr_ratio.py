@@ -64,23 +64,38 @@ def answer(curves: Sequence[Curve], claims: dict[str, Any], widths: dict[str, in
     verdicts: list[Verdict] = []
     for group, members in groups.items():
         full = [o for o in members if o.curve.key["method"] == "fullft"]
-        lora = [o for o in members if o.curve.key["method"] == "lora"]
-        if len(full) != 1 or not lora:
+        if len(full) > 1:
             raise TableError(
-                f"{group}: lr_ratio needs one fullft curve and at least one lora curve, found {len(full)} and "
-                f"{len(lora)}. Keep one batch size, number of steps and precision a table."
+                f"{group}: {len(full)} fullft curves, lr_ratio compares with one. Keep one scope, schedule and "
+                "precision a table."
             )
-        width = (widths or {}).get(str(lora[0].curve.key["model"]), 0)
-        for o in lora:
-            ratios.append(_one(group, o, full[0], width))
-        high = [o for o in lora if o.curve.key["rank"] >= MIN_RANK]
-        if high:
+        variants: dict[tuple[float, str], list[Optimum]] = {}
+        for o in members:
+            if o.curve.key["method"] == "lora":
+                key = (float(o.curve.key.get("alpha", math.nan)), str(o.curve.key.get("layers", "")))
+                variants.setdefault(key, []).append(o)
+        if not full or not variants:
+            verdicts += _without_an_arm(group, claims, "fullft" if not full else "lora")
+            continue
+        for (alpha, layers), lora in variants.items():
+            name = group if len(variants) == 1 else f"{group}, alpha {alpha:g}, {layers}"
+            width = (widths or {}).get(str(lora[0].curve.key["model"]), 0)
+            ratios += [_one(name, o, full[0], width) for o in lora]
+            high = [o for o in lora if o.curve.key["rank"] >= MIN_RANK]
+            if not high:
+                verdicts += _without_an_arm(name, claims, f"lora at a rank of {MIN_RANK} or more")
+                continue
             overall = Estimate(*_log_ratio(high, full[0]), n=sum(o.best_lr.n for o in [*high, *full]))
-            alpha = float(high[0].curve.key["alpha"])
-            ratios.append(Ratio(group, None, alpha, overall, None, rivals=rivals(width, alpha)))
-            drifts[group] = _drift(high)
-            verdicts += _judge_group(group, claims, high, full[0], overall, drifts[group], rivals(width, alpha))
+            laws = rivals(width, alpha)
+            ratios.append(Ratio(name, None, alpha, overall, None, rivals=laws))
+            drifts[name] = _drift(high)
+            verdicts += _judge_group(name, claims, high, full[0], overall, drifts[name], laws)
     return Answer(optima, ratios, drifts, verdicts)
+
+
+def _without_an_arm(group: str, claims: dict[str, Any], arm: str) -> list[Verdict]:
+    gate = [f"no curve of {arm}"]
+    return [judge(name, claim, group, Estimate(None), gate, 0, True) for name, claim in claims.items()]
 
 
 def rivals(width: int, alpha: float) -> dict[str, float]:
@@ -118,8 +133,9 @@ def _log_ratio(lora: Sequence[Optimum], full: Optimum) -> tuple[float | None, fl
 
     if any(e.value is None for e in a) or f.value is None:
         # what is known of both sides gives a bound; a missing end leaves that side open
-        low = _mean([ln(e.low if e.value is None else e.value) for e in a]) - ln(f.high if f.value is None else f.value)
-        high = _mean([ln(e.high if e.value is None else e.value) for e in a]) - ln(f.low if f.value is None else f.value)
+        least, most = ([ln(getattr(e, end) if e.value is None else e.value) for e in a] for end in ("low", "high"))
+        low = _mean(least) - ln(f.high if f.value is None else f.value)
+        high = _mean(most) - ln(f.low if f.value is None else f.value)
         return None, *(math.exp(v) if math.isfinite(v) else None for v in (low, high))
     centre = _mean([ln(e.value) for e in a]) - ln(f.value)
     if not all(e.has_interval() for e in [*a, f]):

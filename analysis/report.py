@@ -80,8 +80,6 @@ def terminal(found: Answer, question: dict[str, Any], folder: Path) -> str:
     """Write the answer for the terminal."""
     out = [question["question"], "", *_aligned(_curve_rows(found)), "", *_aligned(_ratio_rows(found)), ""]
     out += [_verdict_line(v) for v in found.verdicts]
-    if not found.verdicts:
-        out.append("UNDECIDED: no rank of 4 or more")
     return "\n".join([*out, "", f"report: {folder / 'report.md'}"])
 
 
@@ -103,11 +101,11 @@ def markdown(
     """Write the report."""
     out = [f"# {question['name']} at scale {question['scale']}", "", f"**{question['question']}**", ""]
     out += [f"Source of the claim: {question['source']}.", ""] if question["source"] else []
-    out += ["## Verdicts", "", *_table([["claim", "model and data", "verdict", "measured [95%]", "expected", "margin",
-                                        "why", "needed"], *(_verdict_cells(v) for v in found.verdicts)]), ""]  # fmt: skip
+    head = ["claim", "model and data", "verdict", "measured [95%]", "expected", "margin", "why", "needed"]
+    out += ["## Verdicts", "", *_table([head, *(_verdict_cells(v) for v in found.verdicts)]), ""]
     laws = {k: v for r in found.ratios if r.rank is None for k, v in r.rivals.items()}
     if laws:
-        inside = [r.ratio for r in found.ratios if r.rank is None][0]
+        inside = next(r.ratio for r in found.ratios if r.rank is None)
         out += ["Laws of the ratio in print, at this width and alpha:", "",
                 *_table([["law", "predicts", "inside the interval"],
                          *([k, number(v), _inside(v, inside)] for k, v in laws.items())]), ""]  # fmt: skip
@@ -115,11 +113,12 @@ def markdown(
     noise = next((o for o in found.optima if o.noise is not None), None)
     if noise is not None:
         out += [f"Noise pooled over the sweep: {noise.noise:.2g} nats at the bottom of a valley, {noise.df} degrees of "
-                "freedom. Crosses on the top line: runs that diverged, or ended no better than the untrained model.", ""]  # fmt: skip
+                "freedom. Crosses on the top line: runs that diverged, ended no better than the untrained model, or "
+                "lie beyond such a rate: no part of the fit.", ""]  # fmt: skip
     out += ["## LoRA against full fine-tuning", "", *_table(_ratio_rows(found)), ""]
     out += [f"Drift of ln(best LR) per doubling of the rank, {g}: {with_interval(d)}." for g, d in found.drifts.items()]
-    out += ["", "Gap: best LoRA NLL minus best full fine-tuning NLL, nats per token. Regret: NLL lost by a rule of thumb "
-            "against the tuned LoRA rate.", ""]  # fmt: skip
+    out += ["", "Gap: best LoRA NLL minus best full fine-tuning NLL, nats per token. Regret: NLL lost by a rule of "
+            "thumb against the tuned LoRA rate.", ""]  # fmt: skip
     if has_curves:
         out += ["## Learning curves", "", "![learning curves](learning.png)", ""]
     return "\n".join([*out, *_conditions(question, parts, table)]) + "\n"

@@ -41,8 +41,11 @@ class Curve:
 
     @property
     def group(self) -> str:
-        """Name the model and data set."""
-        return f"{self.key['model']} on {self.key['dataset']}"
+        """Name what arms are compared under: model, data set, batch size and steps."""
+        shown = [f"{self.key['model']} on {self.key['dataset']}"]
+        shown += [f"{text} {int(self.key[k])}" for k, text in (("batch_size", "batch"), ("steps", "steps"))
+                  if _there(self.key.get(k))]  # fmt: skip
+        return ", ".join(shown)
 
 
 def read(path: Path) -> pd.DataFrame:

@@ -42,6 +42,8 @@ def judge(
 
 def _needed(estimate: Estimate, low: float, high: float, seeds: int, log: bool) -> str:
     """Say how many seeds an optimum would need, its interval shrinking with their square root."""
+    if estimate.value is None and estimate.low is None and estimate.high is None:
+        return "optima with intervals in every curve"
     if estimate.value is None:
         return "learning rates beyond the edge, then seeds around the optimum"
     if not estimate.has_interval():

@@ -115,7 +115,6 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
 def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
     """Judge the finished runs, print the answer and write the report."""
     from analysis.report import judge_and_report
-
     from lorasweep.store import load_runs
 
     finished = [p.id for p in points if store.result(p.id)]
@@ -123,8 +122,8 @@ def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
         print("no run has finished, so there is no answer yet", file=sys.stderr)
         return
     folder = Path(request.exec.reports_dir) / f"{request.sweep_name}-{request.scale}"
-    text = judge_and_report(load_runs(store.root, finished), question(request), folder, as_json=request.format == "json")
-    print(text)
+    table = load_runs(store.root, finished)
+    print(judge_and_report(table, question(request), folder, as_json=request.format == "json"))
 
 
 def question(request: Request) -> dict[str, Any]:
@@ -190,8 +189,9 @@ def _status(request: Request, store: RunStore) -> int:
                 for p in now.points if now.states[p.id] in ("failed", "diverged")]  # fmt: skip
     if request.format == "json":
         told = plan.summary(now)
+        at = [{"run": i, "step": s} for i, s in steps.items()]
         print(json.dumps({"sweep": request.sweep_name, "scale": request.scale, "runs": told["runs"], "left_s": left,
-                          "running": [{"run": i, "step": s} for i, s in steps.items()], "problems": problems}))  # fmt: skip
+                          "running": at, "problems": problems}))  # fmt: skip
         return 0
     counts = ", ".join(f"{n} {s}" for s, n in now.counts().items())
     print(f"{request.sweep_name or 'single run'} at scale {request.scale}: {counts}; about {duration(left)} left")

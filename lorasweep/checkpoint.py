@@ -4,9 +4,11 @@ A kill during a write leaves the other slot. The members of a pack write the sam
 between two members' writes still finds a common step. Nothing here is ever unpickled.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ SLOTS = ("a", "b")
 
 def save(folder: Path, state: State) -> None:
     """Write a state into the slot that does not hold the latest good one."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
@@ -26,7 +29,11 @@ def save(folder: Path, state: State) -> None:
     slot = min(SLOTS, key=lambda s: steps[s])
     (folder / f"{slot}.json").unlink(missing_ok=True)  # the slot is void until its new description stands
     path = folder / f"{slot}.safetensors"
-    save_file({k: v.contiguous() for k, v in state["tensors"].items()}, path)
+    try:
+        save_file({k: v.contiguous() for k, v in state["tensors"].items()}, path)
+    except SafetensorError as error:  # it hides the number of the system's error in its text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
     files.sync(path)
     meta = {**state["meta"], "sha256": _sha256(path)}
     files.write_atomic(folder / f"{slot}.json", json.dumps(meta).encode())

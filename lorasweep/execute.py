@@ -37,16 +37,21 @@ class Stopped(Exception):
 class StopFlag:
     """Set by SIGINT and SIGTERM: finish the update, write a checkpoint, leave."""
 
+    SAME_S = 2.0
+    """Signals this close together are one wish: a terminal's Ctrl-C reaches a worker directly and by its parent."""
+
     def __init__(self) -> None:
         self.set = False
+        self._since = 0.0
 
     def install(self) -> None:
-        """Take over both signals; a second one ends the process at once."""
+        """Take over both signals; one that comes later than SAME_S after the first ends the process at once."""
 
         def handler(number: int, frame: Any) -> None:
-            if self.set:
+            if self.set and time.monotonic() - self._since > self.SAME_S:
                 os._exit(128 + number)
-            self.set = True
+            if not self.set:
+                self.set, self._since = True, time.monotonic()
 
         signal.signal(signal.SIGINT, handler)
         signal.signal(signal.SIGTERM, handler)

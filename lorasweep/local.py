@@ -95,10 +95,8 @@ def _run_workers(plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dic
                 report(event)
         codes = [w.wait() for w in workers]
     except KeyboardInterrupt:
-        # On a terminal the workers got the signal too. They finish their update, write a checkpoint and leave;
-        # a second signal would end them at once, so those that were not signalled get one only.
-        for w in workers:
-            if w.poll() is None and not sys.stdin.isatty():
+        for w in workers:  # they finish their update, write a checkpoint and leave
+            if w.poll() is None:
                 w.terminate()
         for w in workers:
             w.wait()

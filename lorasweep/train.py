@@ -145,12 +145,9 @@ def train(
                         final |= {k: records[i][k] for k in names if k in records[i]}
                     ended[i] = ("diverged" if i in diverged else "done", final)
 
-            def snapshot() -> dict[str, State]:
-                return {
-                    i: _member_state(k, i, step, ids, trainables, optimizer,
-                                     {"curve": curves[i], "above": above[i], "tokens": tokens_seen[i]})
-                    for k, i in enumerate(ids)
-                }  # fmt: skip
+            def snapshot(step: int = step, ids: list[str] = ids) -> dict[str, State]:
+                metas = {i: {"curve": curves[i], "above": above[i], "tokens": tokens_seen[i]} for i in ids}
+                return {i: _member_state(k, step, ids, trainables, optimizer, metas[i]) for k, i in enumerate(ids)}
 
             yield Event(step, records, ended, snapshot)
 
@@ -193,7 +190,8 @@ def _bytes_per_token(data: Data) -> float | None:
     return sum(e.n_bytes for e in data.test) / sum(int(e.loss.sum()) for e in data.test)
 
 
-def _member_state(k: int, i: str, step: int, ids: list[str], trainables: Any, optimizer: AdamW, meta: Record) -> State:
+def _member_state(k: int, step: int, ids: list[str], trainables: Any, optimizer: AdamW, meta: Record) -> State:
+    """Return references to member k's tensors, and what else its continuation needs."""
     tensors = {}
     for name, p in trainables.parameters().items():
         for kind, source in (("param", p), ("m", optimizer.exp_avg[name]), ("v", optimizer.exp_avg_sq[name])):

@@ -71,7 +71,6 @@ def test_the_loop_knows_no_store_and_no_method():
     found = imports(ROOT / "lorasweep" / "train.py")
     assert not {m for m in found if re.match(r"lorasweep\.(store|local|compose|mirror|methods|files|act|plan)", m)}
     text = (ROOT / "lorasweep" / "train.py").read_text()
-    assert not re.search(r"\b(lora|fullft)\b", text, re.IGNORECASE.value and 0) or "lorasweep" in text
     assert not re.search(r"['\"](lora|fullft)['\"]", text)
 
 
@@ -115,10 +114,9 @@ def test_files_are_of_one_noun_and_of_readable_size(path):
 def test_functions_are_short_and_public_ones_say_what_they_do(path):
     allowed = {"train": 160, "_run": 70}
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            if isinstance(node, ast.FunctionDef):
-                length = node.end_lineno - node.lineno
-                assert length <= allowed.get(node.name, 60), f"{node.name}: {length} lines"
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno
+            assert length <= allowed.get(node.name, 60), f"{node.name}: {length} lines"
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name

@@ -226,7 +226,7 @@ def test_adamw_equals_torch_with_decay_and_clipping():
 
 
 def test_loss_is_torch_cross_entropy_over_loss_bearing_tokens(world):
-    spec, base, dataset = world
+    _spec, base, _dataset = world
     examples = [
         data.Example(np.array([1, 2, 3, 4, 5], dtype=np.int32), np.array([0, 0, 1, 1, 0], dtype=bool)),
         data.Example(np.array([7, 8, 9], dtype=np.int32), np.array([0, 1, 0], dtype=bool)),

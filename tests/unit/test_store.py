@@ -1,5 +1,6 @@
 """The store under fire: every file operation fails in turn, and the store is opened again (SQLite's manner)."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -66,10 +67,8 @@ def work_in_child(root, spec, at, how):
     if pid == 0:
         faulty = FaultyOS(at, how)
         files.os = faulty
-        try:
+        with contextlib.suppress(OSError):
             work(RunStore(root), spec)
-        except OSError:
-            pass
         os._exit(7 if faulty.hit else 0)
     _, status = os.waitpid(pid, 0)
     return os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 7

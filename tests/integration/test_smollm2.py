@@ -1,0 +1,88 @@
+"""The real pretrained model: loads from GGUF, speaks, is adapted as PEFT adapts it (also its tied head)."""
+
+import copy
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorasweep import data, models
+from lorasweep.data.batches import collate
+from lorasweep.loss import nll_sums, to_device
+from lorasweep.methods.lora import LoRA
+from tests.world import ROOT, compose_request
+
+WEIGHTS = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+pytestmark = [
+    pytest.mark.slow, pytest.mark.real,
+    pytest.mark.skipif(not WEIGHTS.is_file() and not os.environ.get("CI"), reason="no weights: run `make weights`"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world():
+    spec = compose_request(["scale=small", "+sweep=lr_ratio"]).points[-1].spec
+    return spec, models.load(spec.model, [str(ROOT / "models")], "fp32")
+
+
+def test_it_knows_the_capital_of_france(world):
+    _, base = world
+    ids = base.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    out = base.model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert "Paris" in base.tokenizer.decode(out[0])
+
+
+def test_text_is_masked_to_the_answer(world, tmp_path):
+    spec, base = world
+    rows = [{"question": "What is 3 + 4?", "answer": "It is 7."}]
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(__import__("json").dumps, rows)))
+    loaded = data.load(dataclasses.replace(spec.dataset, revision="", n_test_curve=1), [str(tmp_path)], base.tokenizer)
+    e = loaded.test[0]
+    assert base.tokenizer.decode(e.tokens[e.loss], skip_special_tokens=True) == "It is 7."
+    assert e.tokens[-1] == base.tokenizer.eos_token_id
+
+
+def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world):
+    from peft import LoraConfig, get_peft_model
+
+    spec, base = world
+    spec = dataclasses.replace(spec, method=LoRA(rank=4))
+    model = copy.deepcopy(base.model).double()
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    # PEFT would tie an adapter on a tied head to the embedding; the reference adapts a head of its own
+    reference = copy.deepcopy(model)
+    reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.detach().clone())
+    reference.config.tie_word_embeddings = False
+    reference = get_peft_model(reference, LoraConfig(r=4, lora_alpha=32, target_modules=names, bias="none"))
+    reference = reference.double()
+    theirs = {n: p for n, p in reference.named_parameters() if p.requires_grad}
+    trainables = spec.method.attach(model, spec.model, [spec.method], [0])
+    ours = trainables.parameters()
+    assert sum(p.numel() for p in ours.values()) == spec.method.n_trainable(spec.model)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for n, p in ours.items():
+            if n.endswith(".B"):  # away from zero, so that A gets a gradient too
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.01)
+            theirs[f"base_model.model.{n[:-2]}.lora_{n[-1]}.default.weight"].copy_(p[0])
+    ids = base.tokenizer("Question: What is 3 + 4?\nAnswer: It is 7.").input_ids
+    import numpy as np
+
+    example = data.Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) > 8)
+    batch = to_device(collate([example]), torch.device("cpu"))
+    for m in (model, reference):
+        nll_sums(m, batch, 1, "fp64").sum().backward()
+    for n, p in ours.items():
+        other = theirs[f"base_model.model.{n[:-2]}.lora_{n[-1]}.default.weight"].grad
+        assert float(p.grad.abs().max()) > 0, n
+        assert torch.allclose(p.grad[0], other, rtol=1e-9, atol=1e-9), n
+    assert model.model.embed_tokens.weight.grad is None
+
+
+def test_the_conversion_is_cached(world):
+    assert list(Path(ROOT / "models").glob("SmolLM2-135M-Instruct.Q4_1-*/model.safetensors"))
