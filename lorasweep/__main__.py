@@ -1,6 +1,7 @@
 """`python -m lorasweep +sweep=lr_ratio`: compose, then act. The Hydra entry, and user errors without traceback."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def main() -> None:
         if code:
             sys.exit(code)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: workers checkpoint, then leave
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handlers below instead of Hydra's printer
     if Path(sys.argv[0]).name == "__main__.py":
         sys.argv[0] = "lorasweep"

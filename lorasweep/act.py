@@ -101,6 +101,10 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
     for p in failed:
         print(f"run {p.id} ({run_name(p)}) failed: {store.failure(p.id)}. Log: {store.folder(p.id)}/attempts/"
               f"{store.last_attempt(p.id)}/log.txt. Try again: exec.retry=true", file=sys.stderr)  # fmt: skip
+    killed = [p for p in points if store.state(p.id) == "stale"]
+    for p in killed:
+        print(f"run {p.id} ({run_name(p)}) did not end: its process was killed {store.failures(p.id)} times "
+              "(out of memory?). Try fewer workers or a smaller exec.micro_batch_size, then ask again.", file=sys.stderr)  # fmt: skip
     if request.mirror == "wandb":
         from lorasweep.mirror import mirror
 
@@ -109,7 +113,7 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
         _show_single(request, store, points[0])
     else:
         _answer(request, store, points)
-    return 1 if failed else 0
+    return 1 if failed or killed else 0
 
 
 def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
@@ -238,6 +242,6 @@ def _adapter(request: Request, store: RunStore) -> int:
         raise SpecError("action=adapter needs run=RUN_ID and out=FOLDER.")
     if (store.result(request.run) or {}).get("state") not in FINAL[:1]:
         raise SpecError(f"run {request.run!r} is not a finished run in {store.root}. See action=status for ids.")
-    export_adapter(store.spec(request.run), request.exec, Path(request.out))
+    export_adapter(store.spec(request.run), store.layout(request.run), request.exec, Path(request.out))
     print(f"adapter of run {request.run} saved to {request.out}: load it with peft.PeftModel.from_pretrained")
     return 0

@@ -39,6 +39,14 @@ def save(folder: Path, state: State) -> None:
     files.write_atomic(folder / f"{slot}.json", json.dumps(meta).encode())
 
 
+def keep_only(folder: Path, step: int | None) -> None:
+    """Void every slot but that of `step`: what lies beyond a resumed step belongs to records that are cut away."""
+    for slot in SLOTS:
+        d = _describe(folder, slot)
+        if d is None or d["step"] != step:
+            (folder / f"{slot}.json").unlink(missing_ok=True)
+
+
 def described(folder: Path) -> dict[int, str]:
     """Step -> slot of the checkpoints whose description stands. Reads no tensors."""
     found = {slot: _describe(folder, slot) for slot in SLOTS}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lorasweep import checkpoint, ownership, provenance
-from lorasweep.errors import StoreError
+from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError, StoreError
 from lorasweep.event import Event, State
 from lorasweep.spec import Exec, RunSpec, from_plain, run_id
 from lorasweep.store import RunStore
@@ -61,20 +61,24 @@ def execute(
     pack: Sequence[RunSpec], exec_: Exec, store: RunStore, trainer: Trainer, report: Report, stop: StopFlag
 ) -> None:
     """Claim what is free of the pack and bring it to an end. Failures are recorded, not raised;
-    Stopped and a full disk are raised."""
+    Stopped, a full disk, and data or models that the user must mend are raised."""
     claims: dict[str, int] = {}
-    for spec in pack:
-        n = store.claim(spec)
-        if n is not None:
-            claims[run_id(spec)] = n
-    members = [s for s in pack if run_id(s) in claims]
-    if not members:
-        return
-    beats = _Heartbeats(store, claims)
+    beats = None
     try:
+        for spec in pack:
+            n = store.claim(spec)
+            if n is not None:
+                claims[run_id(spec)] = n
+            elif not claims:
+                return  # another worker has the first member, so this pack is its: never torn between two
+        beats = _Heartbeats(store, claims)
+        members = [s for s in pack if run_id(s) in claims]
         _run(members, claims, exec_, store, trainer, report, stop)
     except Stopped:
         _end_all(store, claims, "stopped", "asked to stop")
+        raise
+    except (SpecError, DataError, ModelError) as error:  # the user's to mend: said once, not recorded run by run
+        _end_all(store, claims, "stopped", str(error))
         raise
     except Exception as error:
         text = traceback.format_exc()
@@ -91,7 +95,8 @@ def execute(
             if store.result(rid) is None:
                 report({"run": rid, "ended": "failed", "cause": cause})
     finally:
-        beats.stop()
+        if beats is not None:
+            beats.stop()
 
 
 def _run(
@@ -101,13 +106,18 @@ def _run(
     ids = [run_id(s) for s in members]
     specs = dict(zip(ids, members))
     resume = checkpoint.load_pack({i: store.folder(i) / "checkpoint" for i in ids})
+    if resume and any(resume[i]["meta"]["records_size"] > store.records_size(i) for i in ids):
+        resume = None  # records that a power cut took cannot be mended: from the start
     layout_changed = False
     for i in ids:
         store.cut_records(i, resume[i]["meta"]["records_size"] if resume else 0)
+        checkpoint.keep_only(store.folder(i) / "checkpoint", resume[i]["meta"]["step"] if resume else None)
         layout_changed |= bool(resume) and resume[i]["meta"]["layout"] != ids
-    if resume:  # the same layout goes on bit for bit, so its threads and micro-batch go with it
+    if resume:  # the same layout goes on bit for bit, so its threads and micro-batch go with it ...
         meta = resume[ids[0]]["meta"]
-        exec_ = Exec(**{**vars(exec_), "threads": meta["threads"], "micro_batch_size": meta["micro_batch_size"]})
+        rows = exec_.micro_batch_size or meta["micro_batch_size"]  # ... unless the user asks for another
+        layout_changed |= rows != meta["micro_batch_size"]
+        exec_ = Exec(**{**vars(exec_), "threads": meta["threads"], "micro_batch_size": rows})
     env = {
         **provenance.environment(), "pack": ids, "threads": exec_.threads, "micro_batch_size": exec_.micro_batch_size,
         "resumed_from_step": resume[ids[0]]["meta"]["step"] if resume else None,
@@ -145,6 +155,7 @@ def _run(
         if live and (due or stop.set):
             for i, state in event.snapshot().items():
                 if i in live and store.owns(i, claims[i]):
+                    store.sync_records(i)
                     where = {
                         "layout": live, "records_size": store.records_size(i), "threads": exec_.threads,
                         "micro_batch_size": exec_.micro_batch_size, "wall_s": wall[i],
@@ -227,15 +238,15 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def main(job_path: str) -> int:
-    """Run the packs of a job file that are free, in order; events go to stdout as JSON lines."""
+def main(job_path: str, first: int = 0) -> int:
+    """Run the packs of a job file that are free, in order from number `first`; events go to stdout as JSON lines."""
     die_with_parent()
     stop = StopFlag()
     stop.install()
     with open(job_path, encoding="utf-8") as file:
         job = json.load(file)
     exec_ = Exec(**job["exec"])
-    store = RunStore(exec_.runs_dir)
+    store = RunStore(exec_.runs_dir, dead=job.get("dead"))
     trainer = TorchTrainer()
     last = 0.0
 
@@ -243,20 +254,25 @@ def main(job_path: str) -> int:
         nonlocal last
         if "ended" in event or time.monotonic() - last > 0.3:
             last = time.monotonic()
-            print(json.dumps(event), flush=True)
+            try:
+                print(json.dumps(event), flush=True)
+            except OSError:  # nobody listens any more: the command is gone, so stop cleanly
+                stop.set = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
+    packs = job["packs"]
     try:
-        for pack in job["packs"]:
+        for pack in packs[first:] + packs[:first]:
             execute([from_plain(p) for p in pack], exec_, store, trainer, report, stop)
             if stop.set:
                 return 3
     except Stopped:
         return 3
-    except StoreError as error:
+    except LorasweepError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return 4
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:])))

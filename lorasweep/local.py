@@ -52,7 +52,7 @@ def run_points(
             # A run that failed here is not tried again by this command; one that went stale (its worker was
             # killed from outside) is, as long as attempts are left.
             tried |= {i for i, s in states.items() if s == "failed"}
-            tried |= {i for i, s in states.items() if (store.last_attempt(i) or 0) >= exec_.max_attempts}
+            tried |= {i for i, s in states.items() if s == "stale" and store.failures(i) >= exec_.max_attempts}
         elif elsewhere:
             time.sleep(POLL_S)
         else:
@@ -62,22 +62,27 @@ def run_points(
 def _run_workers(plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dict[str, Any]], None]) -> None:
     """Start the workers on one job file, pass their events on, and wait for all of them."""
     jobs = store.root / ".jobs"
-    jobs.mkdir(exist_ok=True)
     job = {
         "packs": [[json.loads(canonical(p.spec)) for p in pack] for pack in plan.packs],
         "exec": {**asdict(exec_), "threads": plan.threads, "workers": plan.workers},
+        # A worker has not watched other machines' heartbeats, so it is told which owners were found dead.
+        "dead": {p.id: store.last_attempt(p.id) for p in plan.todo if plan.states[p.id] == "stale"},
     }
     path = jobs / f"{os.getpid()}-{os.urandom(3).hex()}.json"
-    files.write_atomic(path, json.dumps(job).encode())
+    try:
+        jobs.mkdir(exist_ok=True)
+        files.write_atomic(path, json.dumps(job).encode())
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written ({error.strerror}). Free some space, then ask again.") from None
     env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(plan.threads)), "TOKENIZERS_PARALLELISM": "false"}
     root = str(Path(__file__).resolve().parent.parent)
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     events: queue.Queue[dict[str, Any] | None] = queue.Queue()
     with open(path.with_suffix(".log"), "ab") as log:
         workers = [
-            subprocess.Popen([sys.executable, "-m", "lorasweep.execute", str(path)], stdout=subprocess.PIPE,
+            subprocess.Popen([sys.executable, "-m", "lorasweep.execute", str(path), str(k)], stdout=subprocess.PIPE,
                              stderr=log, env=env, text=True)
-            for _ in range(plan.workers)
+            for k in range(plan.workers)
         ]  # fmt: skip
     readers = [threading.Thread(target=_read, args=(w, events), daemon=True) for w in workers]
     for reader in readers:
@@ -102,7 +107,7 @@ def _run_workers(plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dic
             w.wait()
         raise Stopped from None
     if error:
-        raise StoreError(error)
+        raise TrainingError(error)
     if 3 in codes:
         raise Stopped
     crashed = [c for c in codes if c not in (0, 3)]

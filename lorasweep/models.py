@@ -7,6 +7,7 @@ Refuses to know methods and data.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,6 +124,7 @@ def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     try:
         os.rename(partial, cache)
     except OSError:  # another process was first
+        shutil.rmtree(partial, ignore_errors=True)
         if not (cache / "config.json").is_file():
             raise
     return cache

@@ -11,9 +11,11 @@ from lorasweep.grid import Point
 from lorasweep.spec import Exec, RunSpec, part_json
 from lorasweep.store import FINAL, STATES, RunStore
 
-ASSUMED_FLOPS_PER_CORE = 3e10
-"""Floating-point operations a second and core, used until this store holds a timed run of the model.
-Assumption: what small fp32 models reach on a current server core."""
+ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2e11, "fp64": 2e10}
+"""Floating-point operations a second and core by precision, used until this store holds a timed run of the sweep.
+Assumption: what tiny128 (fp32) and SmolLM2-135M (bf16) reached on one core with matrix units (LOG.md)."""
+TEXT_FILL = 0.4
+"""Mean length of text rows as a share of max_length. Assumption: GSM8K has 0.37 of 512."""
 FULLFT_BYTES = 20
 """Bytes a parameter of a full fine-tuning process: fp32 weight, gradient, two moments, and the start's copy."""
 CHECKPOINT_BYTES = 12
@@ -50,8 +52,8 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec) -> Plan:
     skip = set(FINAL) if exec_.retry else {*FINAL, "failed"}
     todo = [p for p in points if states[p.id] not in skip]
     if exec_.retry:
-        todo = [p for p in todo if (store.last_attempt(p.id) or 0) < exec_.max_attempts or states[p.id] != "failed"]
-    packs = make_packs(todo, store, exec_.pack_size, states)
+        todo = [p for p in todo if states[p.id] != "failed" or store.failures(p.id) < exec_.max_attempts]
+    packs = make_packs([p for p in todo if states[p.id] != "running"], store, exec_.pack_size, states)
     workers, threads = machine_split(points, exec_, len(packs))
     flops = sum(run_flops(p.spec) for p in todo)
     rate, measured = _rate(points, states, store, workers)
@@ -64,9 +66,9 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec) -> Plan:
 def run_flops(spec: RunSpec) -> float:
     """Estimate a run's floating-point operations: its updates, and the held-out evaluation at the end.
 
-    Tokens a sequence are taken as the data set's longest, an upper bound for text.
+    Tokens a sequence are the data set's longest, times TEXT_FILL for text.
     """
-    length = spec.dataset.max_length
+    length = round(spec.dataset.max_length * (1.0 if spec.dataset.source == "synthetic" else TEXT_FILL))
     train = spec.method.step_flops(spec.model, spec.batch_size * length) * spec.steps
     evaluation = 2.0 * spec.model.n_matmul_params() * length * (spec.dataset.n_test + 8 * spec.dataset.n_test_curve)
     return train + evaluation
@@ -81,7 +83,7 @@ def _rate(points: list[Point], states: dict[str, str], store: RunStore, workers:
             rates.append(run_flops(p.spec) / result["wall_s"])
     if rates:
         return statistics.median(rates) * workers, True
-    return ASSUMED_FLOPS_PER_CORE * (os.cpu_count() or 1), False
+    return ASSUMED_FLOPS_PER_CORE[points[0].spec.precision] * (os.cpu_count() or 1), False
 
 
 def pack_key(spec: RunSpec) -> tuple[Any, ...]:

@@ -33,9 +33,11 @@ FINAL = ("done", "diverged")
 class RunStore:
     """Runs below one folder."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, dead: dict[str, int] | None = None) -> None:
+        """`dead`: run id -> attempt whose owner another watcher has already found dead."""
         self.root = Path(root).expanduser().absolute()
         self._liveness = ownership.Liveness()
+        self._dead = dead or {}
 
     def prepare(self) -> None:
         """Make the folder and try a write; StoreError with the reason if it cannot be used."""
@@ -70,6 +72,8 @@ class RunStore:
             return {e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith(".")}
         except FileNotFoundError:
             return set()
+        except OSError as error:
+            raise StoreError(f"run folder {self.root} cannot be read ({error.strerror}). Set exec.runs_dir.") from None
 
     # ------------------------------------------------------------ reading
 
@@ -95,7 +99,7 @@ class RunStore:
         end = self.end(rid, last)
         if end is not None:
             return "failed" if end["state"] == "failed" else "stale"
-        return "running" if self._liveness.alive(self._attempt(rid, last)) else "stale"
+        return "running" if self._alive(rid, last) else "stale"
 
     def states(self, ids: Iterable[str]) -> dict[str, str]:
         """Return the state of each id; ids without a folder cost nothing."""
@@ -109,6 +113,20 @@ class RunStore:
         except FileNotFoundError:
             return None
         return max(numbers, default=None)
+
+    def layout(self, rid: str) -> dict[str, Any]:
+        """Return {threads, micro_batch_size} under which a run ended; empty if it is not recorded (imported)."""
+        path = self._attempt(rid, self.last_attempt(rid) or 0) / "env.json"
+        try:
+            env = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return {k: env[k] for k in ("threads", "micro_batch_size")}
+
+    def failures(self, rid: str) -> int:
+        """Count the attempts that failed or were killed; clean stops do not count."""
+        ends = [self.end(rid, n) for n in range(1, (self.last_attempt(rid) or 0) + 1)]
+        return sum(e is None or e["state"] == "failed" for e in ends)
 
     def end(self, rid: str, attempt: int) -> dict[str, Any] | None:
         """Return how an attempt ended ({state: stopped | failed, cause}); None while open or killed."""
@@ -151,7 +169,7 @@ class RunStore:
         if not spec_path.exists() or spec_path.read_bytes() != canonical(spec).encode():
             files.write_atomic(spec_path, canonical(spec).encode())
         last = self.last_attempt(rid)
-        if last is not None and self.end(rid, last) is None and self._liveness.alive(self._attempt(rid, last)):
+        if last is not None and self.end(rid, last) is None and self._alive(rid, last):
             return None
         mine = 1 if last is None else last + 1
         owner = json.dumps(ownership.me()).encode()
@@ -160,10 +178,17 @@ class RunStore:
         if self.result(rid) is not None:  # finished between the look and the claim
             self.write_end(rid, mine, "stopped", "already finished")
             return None
-        damaged = folder / "result.json"
-        if damaged.exists():  # its checksum failed: kept for inspection, out of the way of the next finish
-            os.replace(damaged, folder / f"result.damaged-{mine}.json")
+        self._set_aside_damage(rid)
         return mine
+
+    def _set_aside_damage(self, rid: str) -> None:
+        """Move a result whose checksum fails out of the way of the next finish; it is kept for inspection."""
+        path = self.folder(rid) / "result.json"
+        if path.exists() and self.result(rid) is None:
+            os.replace(path, path.with_name(f"result.damaged-{os.urandom(3).hex()}.json"))
+
+    def _alive(self, rid: str, attempt: int) -> bool:
+        return self._dead.get(rid) != attempt and self._liveness.alive(self._attempt(rid, attempt))
 
     def owns(self, rid: str, attempt: int) -> bool:
         """Say whether `attempt` is still the highest: if not, another process took over and this one must stop."""
@@ -192,6 +217,10 @@ class RunStore:
             return (self.folder(rid) / "metrics.jsonl").stat().st_size
         except FileNotFoundError:
             return 0
+
+    def sync_records(self, rid: str) -> None:
+        """Bring the records to the disk: a checkpoint that counts them must not outlive them."""
+        files.sync(self.folder(rid) / "metrics.jsonl")
 
     def cut_records(self, rid: str, size: int) -> None:
         """Cut the records back to where a checkpoint was made."""
@@ -290,24 +319,34 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
     """Put the runs of an exported table into a store, marked as imported; return how many were new."""
     import pandas as pd
 
-    from lorasweep.spec import from_plain
+    from lorasweep.spec import checked_id, from_plain
 
     path = Path(path)
     if not path.is_file():
         raise StoreError(f"no table {path}. Give a .parquet or .csv made by `action=export`.")
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    try:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are ValueErrors
+        raise StoreError(f"{path} cannot be read as a table ({error}).") from None
     if not {"spec", "result"} <= set(table.columns):
         raise StoreError(f"{path} has no columns 'spec' and 'result': only tables made by `action=export` carry runs.")
+    rows = []
+    for number, (spec_text, result_text) in enumerate(zip(table["spec"], table["result"]), start=1):
+        try:
+            spec, result = from_plain(json.loads(spec_text)), json.loads(result_text)
+            rid, named = checked_id(spec), result["run_id"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreError(f"{path}, row {number}: not a run ({error}).") from None
+        if rid != named:
+            raise StoreError(f"{path}, row {number}: the spec's name is {rid}, the result's {named}.")
+        rows.append((rid, spec, result))
     store = RunStore(runs_dir)
     store.prepare()
     new = 0
-    for number, (spec_text, result_text) in enumerate(zip(table["spec"], table["result"]), start=1):
-        spec, result = from_plain(json.loads(spec_text)), json.loads(result_text)
-        rid = run_id(spec)
-        if rid != result["run_id"]:
-            raise StoreError(f"{path}, row {number}: the spec's name is {rid}, the result's {result['run_id']}.")
+    for rid, spec, result in rows:
         if store.result(rid) is None:
             store.folder(rid).mkdir(parents=True, exist_ok=True)
+            store._set_aside_damage(rid)
             files.write_atomic(store.folder(rid) / "spec.json", canonical(spec).encode())
             new += store.finish(rid, result["state"], {**result, "imported": True})
     return new

@@ -138,3 +138,11 @@ def test_links_in_documents_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert ((ROOT / document).parent / target).exists(), target
+
+
+def test_the_pages_of_answers_are_made_from_the_kept_results():
+    from analysis import page
+
+    text = (ROOT / "README.md").read_text()
+    assert page.readme(text) == text
+    assert (page.RESULTS / "README.md").read_text().endswith(page.block("") + "\n")

@@ -61,14 +61,17 @@ def load(spec: DatasetSpec, data_dirs: Sequence[str], tokenizer: Any = None) -> 
 
 
 def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
-    """Raise DataError, saying how to get it, if a data set of local files is not there. Reads no rows."""
+    """Raise DataError if a data set of local files is not there (saying how to get it) or a row is unreadable.
+
+    Needs no tokenizer: whether a row has a token that bears loss is seen when the split is loaded.
+    """
     if spec.source == "synthetic":
-        _generator(spec.location)
+        _generator(spec.location).check(spec)
     elif spec.source == "jsonl":
         from lorasweep.data import text
 
         for split in (spec.train_split, spec.test_split):
-            text.find_jsonl(spec, split, data_dirs)
+            text.check_jsonl(spec, split, data_dirs)
 
 
 def generator_vocab(spec: DatasetSpec) -> int | None:

@@ -46,15 +46,14 @@ def load(spec: DatasetSpec) -> Data:
     )
 
 
+def check(spec: DatasetSpec) -> None:
+    """Raise DataError for knobs that make no language."""
+    _checked(spec.knobs, f"dataset {spec.name!r}")
+
+
 def transition(knobs: dict[str, float], where: str = "dialect") -> np.ndarray:
     """Return P(next | a, b, c) as float64 [32, 32, 32, 32], rows summing to 1."""
-    for key in knobs:
-        if key not in KNOBS:
-            raise DataError(f"{where}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}.")
-    k = {**KNOBS, **knobs}
-    for key in ("rule_shift", "new_exceptions", "exceptions", "mass"):
-        if not 0 <= k[key] <= 1:
-            raise DataError(f"{where}: knob {key}={k[key]} lies between 0 and 1.")
+    k = _checked(knobs, where)
     rank, v, number = int(k["features"]), VOCAB, int(k["language"])
     old, new = stream("dialect", number, "language"), stream("dialect", number, "dialect")
 
@@ -78,6 +77,19 @@ def transition(knobs: dict[str, float], where: str = "dialect") -> np.ndarray:
     a, b, c = np.nonzero(is_exception)
     p[a, b, c, memorised[a, b, c]] += k["mass"]
     return p
+
+
+def _checked(knobs: dict[str, float], where: str) -> dict[str, float]:
+    for key in knobs:
+        if key not in KNOBS:
+            raise DataError(f"{where}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}.")
+    k = {**KNOBS, **knobs}
+    for key in ("rule_shift", "new_exceptions", "exceptions", "mass"):
+        if not 0 <= k[key] <= 1:
+            raise DataError(f"{where}: knob {key}={k[key]} lies between 0 and 1.")
+    if k["features"] < 1:
+        raise DataError(f"{where}: knob features={k['features']} is 1 or more.")
+    return k
 
 
 def sample(table: np.ndarray, rng: np.random.Generator, count: int, length: int) -> np.ndarray:

@@ -18,14 +18,27 @@ _NAMES = ("ann", "bob", "eve", "tom", "sue", "max")
 _THINGS = ("nuts", "pens", "cups", "hats")
 
 
-def load(spec: DatasetSpec) -> Data:
-    """Make the task at `knobs.difficulty`. The loss looks at the answer and its line end, or under mask=all at all."""
+LONGEST = 48
+"""Symbols of the longest instance (46 seen): a shorter max_length would cut answers off."""
+DIFFICULTIES = (1, 2, 3)
+
+
+def check(spec: DatasetSpec) -> None:
+    """Raise DataError for knobs or lengths that make no task."""
     for key in spec.knobs:
         if key not in KNOBS:
             raise DataError(f"dataset {spec.name!r}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}.")
+    difficulty = {**KNOBS, **spec.knobs}["difficulty"]
+    if difficulty not in DIFFICULTIES:
+        raise DataError(f"dataset {spec.name!r}: knob difficulty={difficulty:g} is 1, 2 or 3.")
+    if spec.max_length < LONGEST:
+        raise DataError(f"dataset {spec.name!r}: max_length={spec.max_length} would cut answers off. Give {LONGEST}.")
+
+
+def load(spec: DatasetSpec) -> Data:
+    """Make the task at `knobs.difficulty`. The loss looks at the answer and its line end, or under mask=all at all."""
+    check(spec)
     difficulty = int({**KNOBS, **spec.knobs}["difficulty"])
-    if not 1 <= difficulty <= 3:
-        raise DataError(f"dataset {spec.name!r}: knob difficulty={difficulty} is 1, 2 or 3.")
 
     def draw(rng: np.random.Generator, count: int) -> list[Example]:
         return [_example(*instance(rng, difficulty), spec) for _ in range(count)]

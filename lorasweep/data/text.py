@@ -51,6 +51,16 @@ def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Path:
     return path
 
 
+def check_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> None:
+    """Read every row of a local split and check its fields; DataError names file and line."""
+    for where, row in _rows(spec, split, data_dirs):
+        if spec.format == "messages":
+            _message_parts(spec, row, where)
+        else:
+            _field(row, spec.prompt_field, where)
+            _field(row, spec.completion_field, where)
+
+
 def _rows(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     if spec.source == "jsonl":
         path = find_jsonl(spec, split, data_dirs)

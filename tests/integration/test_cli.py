@@ -213,3 +213,17 @@ def test_an_installed_wheel_carries_its_configuration(tmp_path):
     code = "import sys; sys.path.remove(''); from lorasweep.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *SWEEP], cwd=foreign, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "UNDECIDED" in done.stdout, done.stderr
+
+
+def test_an_unreadable_row_is_named_before_anything_starts(tmp_path):
+    (tmp_path / "mine/dataset").mkdir(parents=True)
+    text = (ROOT / "conf/dataset/gsm8k.yaml").read_text().replace("name: gsm8k", "name: mine")
+    lines = [line for line in text.splitlines() if not line.startswith("revision")]
+    (tmp_path / "mine/dataset/mine.yaml").write_text("\n".join(lines))
+    (tmp_path / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / f"gsm8k/{split}.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": \n')
+    done = cli("--config-dir", tmp_path / "mine", "dataset=mine", "model=smollm2-135m", "method.rank=4",
+               f"exec.data_dir=[{tmp_path}]", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "train.jsonl:2: not a JSON row" in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs").glob("*/spec.json"))
