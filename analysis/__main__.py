@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder to write to; default: the report's folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
+    if args.table and not args.out:
+        parser.error("--table needs --out FOLDER, so that no other report is overwritten")
 
     from analysis.report import judge_and_report
     from analysis.table import TableError, read

@@ -226,8 +226,11 @@ def _optimum(curve: Curve, fit: _Fit | None, noise: float, df: int) -> Optimum:
     if df < MIN_DF:
         flags.append("no_variance")
     if not inside:
-        flags.append("at_edge")
-        side = (math.exp(rates[-1]), None) if fit.m > rates[-1] else (None, math.exp(rates[0]))
+        flags.append("at_edge")  # the points say inside, the curve outside: only the interval's inner end is safe
+        if fit.m > rates[-1]:
+            side = (math.exp(rates[best - 1] if low is None else min(low, rates[best])), None)
+        else:
+            side = (None, math.exp(rates[best + 1] if high is None else max(high, rates[best])))
         return Optimum(curve, Estimate(None, *side, n, tuple(flags)), float(means[best]), tuple(flags),
                        noise=noise, df=df, _fit=fit)  # fmt: skip
     vertex = _parabola(rates, means, best)
@@ -244,13 +247,12 @@ def _optimum(curve: Curve, fit: _Fit | None, noise: float, df: int) -> Optimum:
 
 def _edge(curve: Curve, rates: np.ndarray, best: int, walled: bool) -> Estimate:
     """An optimum at the edge of what was tried is a bound: beyond the neighbour, up to a divergence if one is known."""
+    wall = math.exp(curve.x[~curve.usable & (curve.x > rates[-1])].min()) if walled else None
     if best == 0:
-        high = math.exp(rates[1]) if len(rates) > 1 else math.exp(rates[0])
-        return Estimate(None, None, high, flags=("at_edge",))
+        return Estimate(None, None, math.exp(rates[1]) if len(rates) > 1 else wall, flags=("at_edge",))
     low = math.exp(rates[best - 1])
     if walled:
-        wall = curve.x[~curve.usable & (curve.x > rates[-1])].min()
-        return Estimate(None, low, math.exp(wall), flags=("bounded_by_divergence",))
+        return Estimate(None, low, wall, flags=("bounded_by_divergence",))
     return Estimate(None, low, None, flags=("at_edge",))
 
 

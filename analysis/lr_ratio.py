@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.results import Estimate, Verdict
-from analysis.table import Curve, TableError
+from analysis.table import GROUP_KEYS, Curve, TableError
 from analysis.verdicts import MIN_SEEDS, judge
 
+ESTIMANDS = ("lr_ratio", "lr_drift_per_doubling")
 MIN_RANK = 4
 """The claims on ratio and drift are about ranks of 4 and more: the study itself sets rank 1 apart."""
 MIN_GAIN = 0.3
@@ -69,16 +71,17 @@ def answer(curves: Sequence[Curve], claims: dict[str, Any], widths: dict[str, in
                 f"{group}: {len(full)} fullft curves, lr_ratio compares with one. Keep one scope, schedule and "
                 "precision a table."
             )
-        variants: dict[tuple[float, str], list[Optimum]] = {}
+        variants: dict[str, list[Optimum]] = {}
         for o in members:
             if o.curve.key["method"] == "lora":
-                key = (float(o.curve.key.get("alpha", math.nan)), str(o.curve.key.get("layers", "")))
-                variants.setdefault(key, []).append(o)
+                rest = {k: v for k, v in o.curve.key.items() if k not in (*GROUP_KEYS, "method", "rank", "scope")}
+                variants.setdefault(", ".join(f"{k} {v}" for k, v in rest.items() if v == v), []).append(o)
         if not full or not variants:
             verdicts += _without_an_arm(group, claims, "fullft" if not full else "lora")
             continue
-        for (alpha, layers), lora in variants.items():
-            name = group if len(variants) == 1 else f"{group}, alpha {alpha:g}, {layers}"
+        for variant, lora in variants.items():
+            name = group if len(variants) == 1 else f"{group}; {variant}"
+            alpha = float(lora[0].curve.key.get("alpha", math.nan))
             width = (widths or {}).get(str(lora[0].curve.key["model"]), 0)
             ratios += [_one(name, o, full[0], width) for o in lora]
             high = [o for o in lora if o.curve.key["rank"] >= MIN_RANK]
@@ -111,7 +114,7 @@ def rivals(width: int, alpha: float) -> dict[str, float]:
 
 
 def _one(group: str, lora: Optimum, full: Optimum, width: int) -> Ratio:
-    alpha = float(lora.curve.key["alpha"])
+    alpha = float(lora.curve.key.get("alpha", math.nan))
     value, low, high = _log_ratio([lora], full)
     base = full.best_lr.value
     rules = {"FullFT's best LR": 1.0, "10 x FullFT's best LR": 10.0}
@@ -131,11 +134,9 @@ def _log_ratio(lora: Sequence[Optimum], full: Optimum) -> tuple[float | None, fl
     def ln(v: float | None) -> float:
         return math.nan if v is None else math.log(v)
 
-    if any(e.value is None for e in a) or f.value is None:
-        # what is known of both sides gives a bound; a missing end leaves that side open
-        least, most = ([ln(getattr(e, end) if e.value is None else e.value) for e in a] for end in ("low", "high"))
-        low = _mean(least) - ln(f.high if f.value is None else f.value)
-        high = _mean(most) - ln(f.low if f.value is None else f.value)
+    if any(e.value is None for e in a) or f.value is None:  # a bound, from the ends of both sides that are known
+        low = _mean([ln(e.low) for e in a]) - ln(f.high)
+        high = _mean([ln(e.high) for e in a]) - ln(f.low)
         return None, *(math.exp(v) if math.isfinite(v) else None for v in (low, high))
     centre = _mean([ln(e.value) for e in a]) - ln(f.value)
     if not all(e.has_interval() for e in [*a, f]):
@@ -152,7 +153,11 @@ def _mean(values: list[float]) -> float:
 
 
 def _drift(lora: Sequence[Optimum]) -> Estimate:
-    """Slope of ln(best rate) per doubling of the rank, by least squares weighted by the optima's intervals."""
+    """Slope of ln(best rate) per doubling of the rank, by least squares weighted by the optima's intervals.
+
+    The slope is a sum of the optima, so its interval is formed from theirs (MOVER). With three ranks and more it is
+    widened where they scatter about the line by more than their intervals say.
+    """
     n = sum(o.best_lr.n for o in lora)
     known = [o for o in lora if o.best_lr.value is not None and o.best_lr.has_interval()]
     if len(known) < 2 or len(known) < len(lora):
@@ -163,9 +168,22 @@ def _drift(lora: Sequence[Optimum]) -> Estimate:
     w = 1 / half**2
     centre = (w * x).sum() / w.sum()
     spread = (w * (x - centre) ** 2).sum()
-    slope = float((w * (x - centre) * y).sum() / spread)
-    reach = float(1 / math.sqrt(spread))  # the weights are in units of 95% half-widths, so this is one too
-    return Estimate(slope, slope - reach, slope + reach, n)
+    if spread == 0:
+        return Estimate(None, n=n, flags=("one rank only",))
+    k = w * (x - centre) / spread
+    slope = float((k * y).sum())
+    down = y - np.log([o.best_lr.low for o in known])
+    up = np.log([o.best_lr.high for o in known]) - y
+    low = math.sqrt(float(((k * np.where(k > 0, down, up)) ** 2).sum()))
+    high = math.sqrt(float(((k * np.where(k > 0, up, down)) ** 2).sum()))
+    left = len(known) - 2
+    if left > 0:
+        rest = y - np.average(y, weights=w) - slope * (x - centre)
+        scatter = float((w * rest**2).sum()) * 1.96**2 / left  # squares in units of standard errors
+        if scatter > 1:
+            wider = math.sqrt(scatter) * stats.t.ppf(0.975, left) / 1.96
+            low, high = low * wider, high * wider
+    return Estimate(slope, slope - low, slope + high, n)
 
 
 # ---------------------------------------------------------------- verdicts
@@ -186,7 +204,7 @@ def _judge_group(
                 f"claim {name!r}: lr_ratio measures {', '.join(known)}, not {claim['estimand']!r}."
             )
         estimate, log, stops = known[claim["estimand"]]
-        claim = {**claim, "rivals": laws} if log else claim
+        claim = {**claim, "rivals": {**(claim.get("rivals") or {}), **laws}} if log else claim
         verdicts.append(judge(name, claim, group, estimate, stops, seeds, log))
     return verdicts
 
@@ -225,12 +243,16 @@ def task_problems(curves: Sequence[Curve], best: Sequence[float | None]) -> list
 
 
 def seeds_at_best(o: Optimum) -> int:
-    """Count the seeds at the grid rate nearest to the optimum, the least of it and its neighbours."""
+    """Count the seeds at the two rates on both sides of the fitted optimum (without one: about the best rate)."""
     x = o.curve.x[o.curve.usable]
     if not len(x):
         return 0
     rates = sorted(set(x))
     y = o.curve.y[o.curve.usable]
+    if o.best_lr.value is not None and rates[0] <= math.log(o.best_lr.value) <= rates[-1]:
+        m = math.log(o.best_lr.value)
+        sides = (max(r for r in rates if r <= m), min(r for r in rates if r >= m))
+        return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in sides)
     best = min(range(len(rates)), key=lambda k: y[x == rates[k]].mean())
     around = rates[max(0, best - 1) : best + 2]
     return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in around)

@@ -1,5 +1,6 @@
 """Figures. The only importer of matplotlib; draws result objects and computes nothing."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path) -> None:
         for ax, group in zip(axes[0], groups):
             members = [o for o in optima if o.curve.group == group]
             top = _top(members)
-            for o, colour, marker in zip(members, COLOURS, MARKERS):
+            for o, colour, marker in zip(members, itertools.cycle(COLOURS), itertools.cycle(MARKERS)):
                 _one_curve(ax, o, colour, marker, top)
             ax.set(xscale="log", xlabel="learning rate", ylabel="test NLL (nats per token)", title=group)
             ax.set_ylim(top=top[1])
@@ -80,7 +81,7 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path) -> bool
         return False
     with plt.rc_context(_STYLE):
         fig, ax = plt.subplots(figsize=(7.2, 4.6))
-        for o, colour in zip(optima, COLOURS):
+        for o, colour in zip(optima, itertools.cycle(COLOURS)):
             mine = [(row, points) for row, points in runs if _same(row, o)]
             x, y = o.curve.x[o.curve.usable], o.curve.y[o.curve.usable]
             best = np.exp(x[np.argmin(y)]) if len(y) else None

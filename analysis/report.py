@@ -48,7 +48,7 @@ def _flags(flags: Sequence[str]) -> str:
 
 
 def _curve_rows(found: Answer) -> list[list[str]]:
-    rows = [["curve", "model and data", "best LR [95%]", "best NLL", "runs", "diverged", "flags"]]
+    rows = [["curve", "model and data", "best LR [95%]", "best NLL", "runs", "not fitted", "flags"]]
     for o in found.optima:
         c = o.curve
         rows.append([c.name, c.group, with_interval(o.best_lr, rate), number(o.best_nll, 5),
@@ -103,14 +103,13 @@ def markdown(
     out += [f"Source of the claim: {question['source']}.", ""] if question["source"] else []
     head = ["claim", "model and data", "verdict", "measured [95%]", "expected", "margin", "why", "needed"]
     out += ["## Verdicts", "", *_table([head, *(_verdict_cells(v) for v in found.verdicts)]), ""]
-    laws = {k: v for r in found.ratios if r.rank is None for k, v in r.rivals.items()}
-    if laws:
-        inside = next(r.ratio for r in found.ratios if r.rank is None)
-        out += ["Laws of the ratio in print, at this width and alpha:", "",
-                *_table([["law", "predicts", "inside the interval"],
-                         *([k, number(v), _inside(v, inside)] for k, v in laws.items())]), ""]  # fmt: skip
+    for r in found.ratios:
+        if r.rank is None and r.rivals:
+            out += [f"Laws of the ratio in print, at the width and alpha {r.alpha:g} of {r.group}:", "",
+                    *_table([["law", "predicts", "inside the interval"],
+                             *([k, number(v), _inside(v, r.ratio)] for k, v in r.rivals.items())]), ""]  # fmt: skip
     out += ["## Optima", "", *_table(_curve_rows(found)), "", "![LR against NLL](lr_nll.png)", ""]
-    noise = next((o for o in found.optima if o.noise is not None), None)
+    noise = next((o for o in found.optima if o.df > 0), None)
     if noise is not None:
         out += [f"Noise pooled over the sweep: {noise.noise:.2g} nats at the bottom of a valley, {noise.df} degrees of "
                 "freedom. Crosses on the top line: runs that diverged, ended no better than the untrained model, or "
@@ -130,7 +129,7 @@ def _verdict_cells(v: Verdict) -> list[str]:
 
 
 def _inside(value: float, e: Estimate) -> str:
-    if not e.has_interval():
+    if e.value is None or not e.has_interval():
         return "-"
     return "yes" if e.low <= value <= e.high else "no"
 
@@ -145,8 +144,8 @@ def _conditions(question: dict[str, Any], parts: Sequence[Curve], table: pd.Data
             values = sorted(str(v) for v in table[column].dropna().unique())
             out.append(f"- {label}: {', '.join(values)}")
     out.append("- LoRA start: A uniform in +-1/sqrt(d_in), B zero; one learning rate for both; AdamW")
-    for c in parts[:1]:
-        out.append(f"- NLL before training: {number(c.nll_start, 5)}; floor of the task: {number(c.floor, 5)}")
+    for where, c in {f"{c.key['model']} on {c.key['dataset']}": c for c in parts}.items():
+        out.append(f"- {where}: NLL before training {number(c.nll_start, 5)}, floor of the task {number(c.floor, 5)}")
     if "base_sha256" in table:
         shas = ", ".join(f"{m} {s[:12]}" for m, s in table[["model", "base_sha256"]].dropna().drop_duplicates().values)
         out.append(f"- base weights, sha256: {shas}")

@@ -10,8 +10,11 @@ import numpy as np
 import pandas as pd
 
 REQUIRED = ("status", "model", "dataset", "method", "rank", "lr", "seed", "test_nll")
-CURVE_KEYS = ("model", "dataset", "method", "rank", "alpha", "layers", "scope", "batch_size", "steps", "schedule",
-              "precision")  # fmt: skip
+GROUP_KEYS = ("model", "dataset", "batch_size", "steps")
+"""What arms are compared under."""
+CURVE_KEYS = (*GROUP_KEYS, "method", "rank", "alpha", "layers", "scope", "schedule", "warmup_steps", "precision",
+              "beta1", "beta2", "eps", "weight_decay", "clip_norm")  # fmt: skip
+"""Runs equal in these are one curve: they differ in lr and seed only."""
 
 
 class TableError(ValueError):
@@ -60,6 +63,16 @@ def check(table: pd.DataFrame) -> None:
     missing = [c for c in REQUIRED if c not in table.columns]
     if missing:
         raise TableError(f"the table has no column {', '.join(missing)}. It has: {', '.join(table.columns)}.")
+    lora = table[table["method"] == "lora"]
+    if lora["rank"].isna().any():
+        raise TableError(f"{int(lora['rank'].isna().sum())} lora run(s) have no rank. Fill the column, or drop them.")
+    keys = [k for k in (*CURVE_KEYS, "lr", "seed") if k in table.columns]
+    twice = table[table.duplicated(keys, keep=False)]
+    if len(twice):
+        raise TableError(
+            f"{len(twice)} rows are repeats of one run (same model, data, method, ..., lr and seed), first: lr "
+            f"{twice.iloc[0]['lr']:g}, seed {twice.iloc[0]['seed']}. Drop them, or give true repeats seeds of their own."
+        )
     if "base_sha256" in table.columns:
         for model, shas in table.dropna(subset=["base_sha256"]).groupby("model")["base_sha256"]:
             if shas.nunique() > 1:
@@ -94,8 +107,9 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> Curve:
     done = (part["status"] == "done").to_numpy() & np.isfinite(y)
     usable = done & ~(y >= start)  # a NaN start compares False: the point stays usable
     lr = part["lr"].astype(float).to_numpy()
-    if usable.any():  # beyond the first rate that broke down, a lucky survivor is no part of the valley
-        best = lr[usable][np.argmin(y[usable])]
+    whole = [v for v in np.unique(lr) if usable[lr == v].all()]
+    if whole:  # from the first rate at which a run broke down, a lucky survivor is no part of the valley
+        best = min(whole, key=lambda v: y[lr == v].mean())
         broken = lr[~usable & (lr > best)]
         usable &= lr < (broken.min() if len(broken) else np.inf)
     return Curve(

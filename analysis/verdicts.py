@@ -32,7 +32,7 @@ def judge(
     else:
         why = "the 95% interval crosses the margin's edge"
     if outcome == "UNDECIDED":
-        needed = _needed(estimate, low, high, seeds, log)
+        needed = _remedy(gates) or _needed(estimate, low, high, seeds, log)
     return Verdict(
         claim=name, group=group, outcome=outcome, estimate=estimate, expected=float(claim["expected"]),
         margin=(low, high), primary=bool(claim.get("primary")), why=why, needed=needed,
@@ -40,12 +40,27 @@ def judge(
     )  # fmt: skip
 
 
+REMEDIES = {
+    "task:": "another task or model: more runs cannot help",
+    "no curve of": "the missing arm",
+    "one rank only": "another rank",
+    "bounded_by_divergence": "learning rates between the best one and the first that breaks down",
+    "at_edge": "learning rates beyond the edge",
+    "few_points": "more learning rates",
+    "no_usable_points": "lower learning rates",
+}
+"""What opens each gate, the first that applies; the gates not named here are about seeds."""
+
+
+def _remedy(gates: list[str]) -> str:
+    text = "; ".join(gates)
+    return next((remedy for gate, remedy in REMEDIES.items() if gate in text), "")
+
+
 def _needed(estimate: Estimate, low: float, high: float, seeds: int, log: bool) -> str:
     """Say how many seeds an optimum would need, its interval shrinking with their square root."""
-    if estimate.value is None and estimate.low is None and estimate.high is None:
-        return "optima with intervals in every curve"
     if estimate.value is None:
-        return "learning rates beyond the edge, then seeds around the optimum"
+        return "optima with intervals in every curve"
     if not estimate.has_interval():
         return f"fresh seeds around the optimum (at least {MIN_SEEDS})"
     to = math.log if log else float

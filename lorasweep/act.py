@@ -4,6 +4,7 @@ Ties plan, local execution and analysis together; knows no torch (the workers do
 """
 
 import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from lorasweep import local, plan
 from lorasweep.compose import Request
-from lorasweep.errors import SpecError
+from lorasweep.errors import SpecError, StoreError, unknown
 from lorasweep.execute import Stopped, Trainer
 from lorasweep.grid import Point, curve_key, second_stage
 from lorasweep.progress import Display, duration, run_name
@@ -74,12 +75,26 @@ def check_available(request: Request) -> None:
             )
 
 
+def check_claims(request: Request) -> None:
+    """Raise SpecError if the sweep claims what its analysis does not measure: before runs, not after them."""
+    if request.sweep is None:
+        return
+    try:
+        known = importlib.import_module(f"analysis.{request.sweep.analysis or '?'}").ESTIMANDS
+    except (ImportError, AttributeError):
+        raise SpecError(f"analysis={request.sweep.analysis!r} is no analysis. Available: lr_ratio.") from None
+    for name, claim in request.sweep.claims.items():
+        if claim.estimand not in known:
+            raise SpecError(f"claim {name!r}: " + unknown("estimand", claim.estimand, known))
+
+
 # ---------------------------------------------------------------- run
 
 
 def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
     store.prepare()
     check_available(request)
+    check_claims(request)
     quiet = request.format == "json"
     try:
         while True:
@@ -103,8 +118,9 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
               f"{store.last_attempt(p.id)}/log.txt. Try again: exec.retry=true", file=sys.stderr)  # fmt: skip
     killed = [p for p in points if store.state(p.id) == "stale"]
     for p in killed:
-        print(f"run {p.id} ({run_name(p)}) did not end: its process was killed {store.failures(p.id)} times "
-              "(out of memory?). Try fewer workers or a smaller exec.micro_batch_size, then ask again.", file=sys.stderr)  # fmt: skip
+        print(f"run {p.id} ({run_name(p)}) did not end: its process was killed {store.failures(p.id)} times (out of "
+              "memory?). Try fewer workers or a smaller exec.micro_batch_size, then ask again.",
+              file=sys.stderr)  # fmt: skip
     if request.mirror == "wandb":
         from lorasweep.mirror import mirror
 
@@ -119,6 +135,7 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
 def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
     """Judge the finished runs, print the answer and write the report."""
     from analysis.report import judge_and_report
+    from analysis.table import TableError
     from lorasweep.store import load_runs
 
     finished = [p.id for p in points if store.result(p.id)]
@@ -127,7 +144,10 @@ def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
         return
     folder = Path(request.exec.reports_dir) / f"{request.sweep_name}-{request.scale}"
     table = load_runs(store.root, finished)
-    print(judge_and_report(table, question(request), folder, as_json=request.format == "json"))
+    try:
+        print(judge_and_report(table, question(request), folder, as_json=request.format == "json"))
+    except TableError as error:
+        raise StoreError(f"the runs are finished and kept, but cannot be judged together: {error}") from None
 
 
 def question(request: Request) -> dict[str, Any]:
