@@ -70,8 +70,8 @@ def check(table: pd.DataFrame) -> None:
     twice = table[table.duplicated(keys, keep=False)]
     if len(twice):
         raise TableError(
-            f"{len(twice)} rows are repeats of one run (same model, data, method, ..., lr and seed), first: lr "
-            f"{twice.iloc[0]['lr']:g}, seed {twice.iloc[0]['seed']}. Drop them, or give true repeats seeds of their own."
+            f"{len(twice)} rows repeat of one run (same model, method, ..., lr and seed), first: lr "
+            f"{twice.iloc[0]['lr']:g}, seed {twice.iloc[0]['seed']}. Drop them, or give repeats seeds of their own."
         )
     if "base_sha256" in table.columns:
         for model, shas in table.dropna(subset=["base_sha256"]).groupby("model")["base_sha256"]:

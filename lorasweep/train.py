@@ -26,7 +26,9 @@ DIVERGED_NLL_FACTOR = 1.5
 DIVERGED_PATIENCE = 8
 """... for this many updates in a row; a value that is not finite counts at once. Assumption, not tuned."""
 EVAL_TOKENS = 8192
-"""Padded tokens in one evaluation forward, over all members; affects memory only."""
+"""Padded tokens in one evaluation forward, over all members; affects memory and rounding only ..."""
+EVAL_LOGITS = 1 << 25
+"""... and at most this many logits: gigabytes of them cost more in page faults than the forward itself (LOG.md)."""
 
 
 def eval_steps(steps: int) -> list[int]:
@@ -56,14 +58,15 @@ def train(
     first = specs[0]
     batch_size = first.batch_size
     rows = min(micro_batch_size or batch_size, batch_size)
-    test = eval_batches(data.test, max(EVAL_TOKENS // len(specs), 1))
-    curve = eval_batches(data.test[: first.dataset.n_test_curve], max(EVAL_TOKENS // len(specs), 1))
+    eval_tokens = min(EVAL_TOKENS, EVAL_LOGITS // first.model.vocab_size)
+    test = eval_batches(data.test, max(eval_tokens // len(specs), 1))
+    curve = eval_batches(data.test[: first.dataset.n_test_curve], max(eval_tokens // len(specs), 1))
     bytes_per_token = _bytes_per_token(data)
 
     # Before the first update every method is the base model itself, so this is measured once a base.
     key = f"{first.dataset.name}/{first.dataset.n_test}/{first.precision}"
     if key not in base.start_nll:
-        whole = eval_batches(data.test, EVAL_TOKENS)
+        whole = eval_batches(data.test, eval_tokens)
         base.start_nll[key] = evaluate(model, whole, 1, first.precision, device)[0]
     nll_start = base.start_nll[key]
 
