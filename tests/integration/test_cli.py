@@ -118,6 +118,37 @@ def test_a_killed_worker_is_replaced(tmp_path):
     assert process.returncode == 0 and RunStore(tmp_path / "runs").state(rid) == "done"
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
+    """Also where nobody reads their events any more: the runs are stale, not failed, and their checkpoint is kept."""
+    arguments = (*LONG, "method=lora", "method.rank=4", "lr=3e-3", "exec.checkpoint_s=60", "steps=400")
+    process = start(*arguments, cwd=tmp_path)
+    wait_for(lambda: any(max(steps, default=0) >= 10 for steps in kept(tmp_path).values()))
+    (rid,) = kept(tmp_path)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    store = RunStore(tmp_path / "runs")
+    wait_for(lambda: store.state(rid) != "running")
+    assert store.state(rid) == "stale" and store.end(rid, 1)["state"] == "stopped"
+    assert list((tmp_path / "runs" / rid / "checkpoint").glob("*.json"))
+
+
+def test_an_owner_found_dead_on_another_machine_is_replaced(tmp_path, monkeypatch):
+    """Workers have watched nobody: the command that did tells them."""
+    from lorasweep import local, ownership
+    from tests.world import compose_request
+
+    request = compose_request(["scale=smoke", "method=lora", "method.rank=4", "lr=3e-3", f"exec.runs_dir={tmp_path}/runs"])
+    store, (point,) = RunStore(tmp_path / "runs"), request.points
+    store.prepare()
+    store.claim(point.spec)
+    path = store.folder(point.id) / "attempts/1/owner.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "boot": "other", "host": "elsewhere"}))
+    monkeypatch.setattr(ownership, "SILENCE_S", 1.0)
+    local.run_points(request.points, store, request.exec, lambda event: None)
+    assert store.state(point.id) == "done" and store.last_attempt(point.id) == 2
+
+
 def test_two_commands_at_once_share_the_runs(tmp_path):
     two = [start(*SWEEP, "exec.pack_size=1", "steps=40", cwd=tmp_path) for _ in range(2)]
     answers = [p.communicate(timeout=300) for p in two]
