@@ -32,10 +32,10 @@ def judge_and_report(
     table.to_csv(folder / "table.csv", index=False)
     plots.lr_against_nll(found.optima, folder / "lr_nll.png")
     has_curves = plots.learning(table, found.optima, folder / "learning.png")
-    told = to_plain(found, question, folder)
+    told = to_plain(found, question)
     (folder / "results.json").write_text(json.dumps(told, indent=1) + "\n")
     (folder / "report.md").write_text(markdown(found, question, parts, table, has_curves))
-    return json.dumps(told) if as_json else terminal(found, question, folder)
+    return json.dumps({**told, "report": str(folder / "report.md")}) if as_json else terminal(found, question, folder)
 
 
 def question_hash(question: dict[str, Any]) -> str:
@@ -155,8 +155,8 @@ def _conditions(question: dict[str, Any], parts: Sequence[Curve], table: pd.Data
     return out
 
 
-def to_plain(found: Answer, question: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the answer as plain values."""
+def to_plain(found: Answer, question: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer as plain values (no path, so that a kept one is the same on every machine)."""
     def curve(o: Any) -> dict[str, Any]:
         e = o.best_lr
         return {**{k: _plain(v) for k, v in o.curve.key.items()}, "n": e.n, "best_lr": e.value, "low": e.low,
@@ -168,7 +168,6 @@ def to_plain(found: Answer, question: dict[str, Any], folder: Path) -> dict[str,
         "ratios": [{**dataclasses.asdict(r), "ratio": dataclasses.asdict(r.ratio)} for r in found.ratios],
         "drift": {g: dataclasses.asdict(d) for g, d in found.drifts.items()},
         "verdicts": [dataclasses.asdict(v) for v in found.verdicts],
-        "report": str(folder / "report.md"),
     }  # fmt: skip
 
 
