@@ -12,10 +12,6 @@ import torch
 
 from lorasweep.spec import RunSpec
 
-CHUNK = 1 << 18
-"""Elements updated at a time in an unstacked tensor: the passes over p, m, v then stay in the cache."""
-
-
 def lr_factor(spec: RunSpec, step: int) -> float:
     """Return the factor on the peak rate for update `step` (0-based)."""
     if step < spec.warmup_steps:
@@ -53,11 +49,9 @@ class AdamW:
     @torch.no_grad()
     def grad_norms(self) -> list[float]:
         """Return each member's global gradient norm."""
-        total = torch.zeros(len(self.specs), dtype=torch.float64)
-        for p in self.params.values():
-            squares = p.grad.flatten(1 if self.stacked else 0).square().sum(-1, dtype=torch.float64)
-            total += squares.cpu()
-        return total.sqrt().tolist()
+        first = 1 if self.stacked else 0
+        norms = [torch.linalg.vector_norm(p.grad.flatten(first), dim=-1) for p in self.params.values()]
+        return torch.stack(norms).double().square().sum(0).sqrt().view(-1).tolist()
 
     @torch.no_grad()
     def step(self, step: int, norms: Sequence[float]) -> None:
@@ -68,19 +62,28 @@ class AdamW:
         clip = [min(1.0, s.clip_norm / (n + 1e-6)) if s.clip_norm else 1.0 for s, n in zip(specs, norms)]
         t = step + 1
         fix1, fix2 = 1 - first.beta1**t, math.sqrt(1 - first.beta2**t)
+        if not self.stacked:
+            self._fused(step, lr[0], clip[0])
+            return
         for name, p in self.params.items():
-            tensors = (p, p.grad, self.exp_avg[name], self.exp_avg_sq[name])
-            if self.stacked:
-                shape = (-1, *[1] * (p.dim() - 1))
-                rate = torch.tensor(lr, dtype=p.dtype, device=p.device).view(shape)
-                if any(c != 1.0 for c in clip):
-                    p.grad.mul_(torch.tensor(clip, dtype=p.dtype, device=p.device).view(shape))
-                _update(*tensors, rate, fix1, fix2, first)
-                continue
-            if clip[0] != 1.0:
-                p.grad.mul_(clip[0])
-            for chunk in zip(*(t_.view(-1).split(CHUNK) for t_ in tensors)):
-                _update(*chunk, lr[0], fix1, fix2, first)
+            shape = (-1, *[1] * (p.dim() - 1))
+            rate = torch.tensor(lr, dtype=p.dtype, device=p.device).view(shape)
+            if any(c != 1.0 for c in clip):
+                p.grad.mul_(torch.tensor(clip, dtype=p.dtype, device=p.device).view(shape))
+            _update(p, p.grad, self.exp_avg[name], self.exp_avg_sq[name], rate, fix1, fix2, first)
+
+    def _fused(self, step: int, lr: float, clip: float) -> None:
+        """Update one run's whole weights by torch's fused kernel, which reads and writes each number once."""
+        spec, params = self.specs[0], list(self.params.values())
+        grads = [p.grad for p in params]
+        if clip != 1.0:
+            torch._foreach_mul_(grads, clip)
+        steps = [torch.tensor(float(step + 1), device=p.device) for p in params]
+        torch._fused_adamw_(
+            params, grads, [self.exp_avg[n] for n in self.params], [self.exp_avg_sq[n] for n in self.params], [], steps,
+            lr=lr, beta1=spec.beta1, beta2=spec.beta2, weight_decay=spec.weight_decay, eps=spec.eps, amsgrad=False,
+            maximize=False,
+        )  # fmt: skip
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -88,13 +91,9 @@ class AdamW:
             p.grad = None
 
 
-def _update(p, g, m, v, lr, fix1: float, fix2: float, spec: RunSpec) -> None:
+def _update(p, g, m, v, rate, fix1: float, fix2: float, spec: RunSpec) -> None:
     if spec.weight_decay:
-        p.mul_(1 - lr * spec.weight_decay)
+        p.mul_(1 - rate * spec.weight_decay)
     m.lerp_(g, 1 - spec.beta1)
     v.mul_(spec.beta2).addcmul_(g, g, value=1 - spec.beta2)
-    denominator = v.sqrt().div_(fix2).add_(spec.eps)
-    if isinstance(lr, float):
-        p.addcdiv_(m, denominator, value=-lr / fix1)
-    else:
-        p.sub_((m / denominator).mul_(lr / fix1))
+    p.sub_((m / v.sqrt().div_(fix2).add_(spec.eps)).mul_(rate / fix1))

@@ -17,7 +17,7 @@ import torch
 
 from lorasweep.data import load as load_data
 from lorasweep.data.batches import collate, eval_batches
-from lorasweep.loss import evaluate, nll_sums, to_device
+from lorasweep.loss import evaluate, nll_sums
 from lorasweep.models import SHIPPED
 from lorasweep.optim import AdamW
 from lorasweep.spec import DatasetSpec, ModelSpec, RunSpec, _plain
@@ -95,7 +95,7 @@ def pretrain(spec: ModelSpec, progress: Callable[[int, float], None] | None = No
     optimizer = AdamW.start(dict(model.named_parameters()), False, [rate])
     for step in range(recipe.steps):
         batch = collate(data.train(recipe.seed, step * recipe.batch_size, recipe.batch_size))
-        nll = nll_sums(model, to_device(batch, torch.device("cpu")), 1, recipe.precision)[0] / batch.n_loss
+        nll = nll_sums(model, batch, recipe.precision)[0] / batch.n_loss
         nll.backward()
         warm = min(1.0, (step + 1) / (rate.warmup_steps + 1))
         decay = 0.55 + 0.45 * math.cos(math.pi * step / recipe.steps)  # to a tenth
@@ -105,7 +105,7 @@ def pretrain(spec: ModelSpec, progress: Callable[[int, float], None] | None = No
         if progress is not None:
             progress(step, float(nll.detach()))
     model.eval()
-    nll = evaluate(model, eval_batches(data.test, 8192), 1, "fp32", torch.device("cpu"))[0]
+    nll = evaluate(model, eval_batches(data.test, 8192), 1, "fp32")[0]
     return model, {"nll": nll, "floor": data.floor_nats if data.floor_nats is not None else math.nan}
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from lorasweep.data import Data
-from lorasweep.data.batches import Batch, collate, eval_batches
+from lorasweep.data.batches import Batch, collate, eval_batches, merge
 from lorasweep.event import Event, Record, State
-from lorasweep.loss import evaluate, nll_sums, to_device
+from lorasweep.loss import evaluate, nll_sums
 from lorasweep.models import Base
 from lorasweep.optim import AdamW
 from lorasweep.spec import RunSpec, run_id
@@ -67,7 +67,7 @@ def train(
     key = f"{first.dataset.name}/{first.dataset.n_test}/{first.precision}"
     if key not in base.start_nll:
         whole = eval_batches(data.test, eval_tokens)
-        base.start_nll[key] = evaluate(model, whole, 1, first.precision, device)[0]
+        base.start_nll[key] = evaluate(model, whole, 1, first.precision)[0]
     nll_start = base.start_nll[key]
 
     trainables = first.method.attach(model, first.model, [s.method for s in specs], [s.seed for s in specs])
@@ -92,8 +92,7 @@ def train(
             per_member = torch.tensor(counts, device=device)
             total = torch.zeros(len(specs), dtype=torch.float64)
             for parts in zip(*batches):
-                merged = _merge(parts)
-                sums = nll_sums(model, to_device(merged, device), len(specs), first.precision)
+                sums = nll_sums(model, merge(parts), first.precision)
                 (sums / per_member).sum().backward()
                 total += sums.detach().double().cpu()
             norms = optimizer.grad_norms()
@@ -123,7 +122,7 @@ def train(
             # ------------------------------------------------------------ held-out loss
             if step in evaluations and not diverged.issuperset(ids):
                 whole = bool(last)
-                nlls = evaluate(model, test if whole else curve, len(specs), first.precision, device)
+                nlls = evaluate(model, test if whole else curve, len(specs), first.precision)
                 for i, spec, nll, norm in zip(ids, specs, nlls, trainables.norms()):
                     if i in diverged or step not in eval_steps(spec.steps):
                         continue
@@ -169,21 +168,6 @@ def _batch(data: Data, seed: int, step: int, batch_size: int, rows: int) -> list
     """Return update `step`'s batch of one member, in micro-batches of `rows` sequences of like length."""
     examples = sorted(data.train(seed, step * batch_size, batch_size), key=lambda e: len(e.tokens))
     return [collate(examples[k : k + rows]) for k in range(0, batch_size, rows)]
-
-
-def _merge(parts: Sequence[Batch]) -> Batch:
-    """Lay the members' micro-batches under one another, [N*B, ...], padded to the longest."""
-    if len(parts) == 1:
-        return parts[0]
-    import numpy as np
-
-    def pile(name: str) -> Any:
-        arrays = [getattr(p, name) for p in parts]
-        width = max(a.shape[1] for a in arrays)
-        return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in arrays])
-
-    names = ("tokens_BT", "places_BP", "targets_BP", "weight_BP")
-    return Batch(*(pile(n) for n in names), n_tokens=sum(p.n_tokens for p in parts))
 
 
 def _bytes_per_token(data: Data) -> float | None:

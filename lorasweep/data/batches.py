@@ -1,7 +1,8 @@
-"""Examples -> padded arrays. Shapes: B sequences, T tokens, P places where a loss-bearing token is predicted.
+"""Examples -> arrays. Rows lie one after another, each padded on its own, so little is padded.
 
-Rows are padded on the right and attention is causal, so no real token sees a pad: results do not depend on
-the padding, and no attention mask is needed.
+Shapes: N members, X tokens a member (its rows laid end to end), M places a member where a loss-bearing token is
+predicted. Attention is causal and looks at its own row only, so no real token sees a pad or another row: results do
+not depend on the padding, nor on what else is in the batch.
 """
 
 from collections.abc import Sequence
@@ -12,53 +13,114 @@ import numpy as np
 from lorasweep.data import Example
 
 PAD_TO = 16
-"""T is a multiple of this: with equal ranks a pack is then bit for bit the run alone (recipes: measured)."""
+"""Row lengths, X and M are multiples of this: with equal ranks a pack is then bit for bit the run alone (measured;
+the matrix products of narrower shapes are rounded otherwise)."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens_BT int64; places_BP int64, positions whose logits are needed; targets_BP int64; weight_BP float32."""
+    """tokens_NX int64; places_NM int64, whose next token is predicted; targets_NM int64; weight_NM float32, 0 for pads."""
 
-    tokens_BT: np.ndarray
-    places_BP: np.ndarray
-    targets_BP: np.ndarray
-    weight_BP: np.ndarray
+    tokens_NX: np.ndarray
+    lengths: tuple[tuple[int, ...], ...]
+    """Padded length of each row of each member, in order; they sum to X. A last row may be filler."""
+    places_NM: np.ndarray
+    targets_NM: np.ndarray
+    weight_NM: np.ndarray
     n_tokens: int
-    """Real tokens, pads left out."""
+    """Real tokens of all members, pads left out."""
 
     @property
     def n_loss(self) -> int:
-        """Loss-bearing tokens."""
-        return int(self.weight_BP.sum())
+        """Loss-bearing tokens of all members."""
+        return int(self.weight_NM.sum())
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad examples into one batch."""
-    length = max(len(e.tokens) for e in examples)
-    length = -(-length // PAD_TO) * PAD_TO
-    counts = [int(e.loss.sum()) for e in examples]
-    shape = (len(examples), max(counts))
-    tokens = np.zeros((len(examples), length), dtype=np.int64)
+    """Lay out the rows of one member."""
+    lengths = [_up(len(e.tokens)) for e in examples]
+    starts = np.cumsum([0, *lengths])
+    tokens = np.zeros(starts[-1], dtype=np.int64)
+    places, targets = [], []
+    for start, example in zip(starts, examples):
+        tokens[start : start + len(example.tokens)] = example.tokens
+        at = np.flatnonzero(example.loss)
+        places.append(start + at - 1)  # the logits at t-1 predict token t
+        targets.append(example.tokens[at])
+    count = sum(map(len, places))
+    arrays = []
+    for values in (np.concatenate(places), np.concatenate(targets), np.ones(count, dtype=np.float32)):
+        arrays.append(_widen(values.astype(np.float32 if values.dtype == np.float32 else np.int64)[None], _up(count)))
+    return Batch(tokens[None], (tuple(lengths),), *arrays, n_tokens=sum(len(e.tokens) for e in examples))
+
+
+def merge(parts: Sequence[Batch]) -> Batch:
+    """Lay the batches of members under one another, filled up to the longest."""
+    if len(parts) == 1:
+        return parts[0]
+    x, m = max(p.tokens_NX.shape[1] for p in parts), max(p.places_NM.shape[1] for p in parts)
+    lengths = tuple(
+        row if sum(row) == x else (*row, x - sum(row)) for part in parts for row in part.lengths
+    )
+    return Batch(
+        np.concatenate([_widen(p.tokens_NX, x) for p in parts]),
+        lengths,
+        *(np.concatenate([_widen(getattr(p, k), m) for p in parts]) for k in ("places_NM", "targets_NM", "weight_NM")),
+        n_tokens=sum(p.n_tokens for p in parts),
+    )
+
+
+def rows_of_a_length(batch: Batch) -> dict[int, np.ndarray]:
+    """Group all members' rows by padded length: length -> where their tokens are in the flattened [N*X], int64."""
+    found: dict[int, list[np.ndarray]] = {}
+    at = 0
+    for member in batch.lengths:
+        for length in member:
+            found.setdefault(length, []).append(np.arange(at, at + length))
+            at += length
+    return {length: np.concatenate(rows) for length, rows in sorted(found.items())}
+
+
+def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the batch as models of any class take it: tokens [R, T], and places, targets, weight [R, P] by row."""
+    lengths = [length for member in batch.lengths for length in member]
+    starts = np.cumsum([0, *lengths])
+    flat = batch.tokens_NX.ravel()
+    n, x = batch.tokens_NX.shape
+    tokens = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
+    for row, (start, length) in enumerate(zip(starts, lengths)):
+        tokens[row, :length] = flat[start : start + length]
+    bears = batch.weight_NM.ravel() > 0
+    at = (batch.places_NM + np.arange(n)[:, None] * x).ravel()[bears]
+    wanted = batch.targets_NM.ravel()[bears]
+    row_of = np.searchsorted(starts, at, side="right") - 1
+    counts = np.bincount(row_of, minlength=len(lengths))
+    shape = (len(lengths), max(1, counts.max()))
     places, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     weight = np.zeros(shape, dtype=np.float32)
-    for row, (example, n) in enumerate(zip(examples, counts)):
-        tokens[row, : len(example.tokens)] = example.tokens
-        at = np.flatnonzero(example.loss)
-        places[row, :n] = at - 1  # the logits at t-1 predict token t
-        targets[row, :n] = example.tokens[at]
-        weight[row, :n] = 1.0
-    return Batch(tokens, places, targets, weight, sum(len(e.tokens) for e in examples))
+    column = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)  # places are in the order of the rows
+    places[row_of, column], targets[row_of, column], weight[row_of, column] = at - starts[row_of], wanted, 1.0
+    return tokens, places, targets, weight
 
 
 def eval_batches(examples: Sequence[Example], n_tokens: int) -> list[Batch]:
-    """Group examples of like length into batches of about `n_tokens` padded tokens; the order is fixed."""
+    """Group examples of like length into batches of at most about `n_tokens` padded tokens; the order is fixed."""
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
-    batches, group = [], []
+    batches, group, total = [], [], 0
     for i in order:
-        longest = len(examples[i].tokens)
-        if group and (len(group) + 1) * longest > n_tokens:
+        length = _up(len(examples[i].tokens))
+        if group and total + length > n_tokens:
             batches.append(collate([examples[j] for j in group]))
-            group = []
+            group, total = [], 0
         group.append(i)
+        total += length
     batches.append(collate([examples[j] for j in group]))
     return batches
+
+
+def _up(count: int) -> int:
+    return -(-count // PAD_TO) * PAD_TO
+
+
+def _widen(values_NX: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(values_NX, ((0, 0), (0, width - values_NX.shape[1])))

@@ -46,5 +46,5 @@ def test_the_recipe_remakes_the_shipped_base():
     language = DatasetSpec(name="pretrain-dialect", source="synthetic", location="dialect", format="tokens", mask="all",
                            max_length=64, n_test=512, knobs=spec.recipe.knobs)
     batches = eval_batches(data.load(language, []).test, 8192)
-    shipped = evaluate(models.load(spec, []).model, batches, 1, "fp32", torch.device("cpu"))[0]
+    shipped = evaluate(models.load(spec, []).model, batches, 1, "fp32")[0]
     assert reached["nll"] == pytest.approx(shipped, abs=0.02)

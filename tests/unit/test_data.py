@@ -8,7 +8,7 @@ import pytest
 
 from lorasweep import data
 from lorasweep.data import dialect, skills
-from lorasweep.data.batches import collate
+from lorasweep.data.batches import collate, merge, padded, rows_of_a_length
 from lorasweep.errors import DataError
 from tests.world import compose_request, tiny_spec
 
@@ -96,12 +96,29 @@ def test_padding_never_bears_loss_and_places_predict_the_next_token():
     examples = [data.Example(np.arange(1, 6, dtype=np.int32), np.array([0, 1, 1, 0, 1], bool)),
                 data.Example(np.arange(1, 21, dtype=np.int32), np.arange(20) == 19)]  # fmt: skip
     b = collate(examples)
-    assert b.tokens_BT.shape == (2, 32) and b.places_BP.shape == (2, 3) and b.n_loss == 4 and b.n_tokens == 25
-    for row, example in enumerate(examples):
-        n = int(example.loss.sum())
-        assert list(b.targets_BP[row, :n]) == list(example.tokens[example.loss])
-        assert list(b.tokens_BT[row][b.places_BP[row, :n] + 1]) == list(b.targets_BP[row, :n])
-        assert not b.weight_BP[row, n:].any()
+    assert b.tokens_NX.shape == (1, 48) and b.lengths == ((16, 32),) and b.places_NM.shape == (1, 16)
+    assert b.n_loss == 4 and b.n_tokens == 25
+    assert list(b.tokens_NX[0, b.places_NM[0, :4] + 1]) == list(b.targets_NM[0, :4]) == [2, 3, 5, 20]
+    assert not b.weight_NM[0, 4:].any()
+
+
+def test_members_are_filled_up_and_the_padded_form_says_the_same():
+    rng = np.random.default_rng(0)
+
+    def rows(*lengths):
+        return [data.Example(rng.integers(1, 9, size=n).astype(np.int32), np.arange(n) > 1) for n in lengths]
+
+    parts = [collate(rows(5, 20)), collate(rows(40, 40, 3))]
+    b = merge(parts)
+    assert b.lengths == ((16, 32, 64), (48, 48, 16)) and b.tokens_NX.shape == (2, 112)
+    assert b.n_loss == sum(p.n_loss for p in parts) and b.n_tokens == 108
+    at = np.concatenate(list(rows_of_a_length(b).values()))
+    assert sorted(at) == list(range(224))
+    tokens, places, targets, weight = padded(b)
+    assert tokens.shape == (6, 64) and weight.sum() == b.n_loss
+    real = weight > 0
+    rows_, _ = np.nonzero(real)
+    assert list(tokens[rows_, places[real] + 1]) == list(targets[real])
 
 
 def test_dialect_is_a_distribution_and_its_floor_is_its_entropy():

@@ -9,7 +9,7 @@ import torch
 
 from lorasweep import data, models
 from lorasweep.data.batches import collate, eval_batches
-from lorasweep.loss import evaluate, nll_sums, to_device
+from lorasweep.loss import evaluate, nll_sums
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.optim import AdamW
@@ -17,13 +17,22 @@ from lorasweep.spec import run_id
 from lorasweep.train import eval_steps, train
 from tests.world import tiny_spec
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(scope="module")
 def world():
     spec = tiny_spec(precision="fp64", method=LoRA(rank=4), lr=5e-3, steps=6)
     return spec, models.load(spec.model, ["/nonexistent"], "fp64"), data.load(spec.dataset, [])
+
+
+@pytest.fixture(autouse=True)
+def norms_in_float64(monkeypatch):
+    """transformers' norm goes through float32 even in a float64 model; a reference of 1e-9 cannot."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 
 
 def run_all(pack, base, dataset, **kwargs):
@@ -67,10 +76,10 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world):
             with torch.no_grad():  # the same state on both sides
                 for n, p in ours.items():
                     theirs[pair[n]].copy_(p[0])
-            batch = to_device(collate(dataset.train(spec.seed, step * 4, 4)), CPU)
-            count = batch[3].sum()
-            loss_a = nll_sums(base.model, batch, 1, "fp64")[0] / count
-            loss_b = nll_sums(reference, batch, 1, "fp64")[0] / count
+            batch = collate(dataset.train(spec.seed, step * 4, 4))
+            count = batch.n_loss
+            loss_a = nll_sums(base.model, batch, "fp64")[0] / count
+            loss_b = nll_sums(reference, batch, "fp64")[0] / count
             loss_a.backward()
             loss_b.backward()
             assert abs(float((loss_a - loss_b).detach())) < 1e-9
@@ -100,7 +109,7 @@ def test_adapter_in_peft_format_is_loaded_by_peft(world, tmp_path):
     save_peft(tmp_path / "adapter", state, spec.method.rank, spec.method.alpha, "tiny64")
     loaded = PeftModel.from_pretrained(base.model, tmp_path / "adapter").double()
     try:
-        nll = evaluate(loaded, eval_batches(dataset.test, 4096), 1, "fp64", CPU)[0]
+        nll = evaluate(loaded, eval_batches(dataset.test, 4096), 1, "fp64")[0]
     finally:
         loaded.unload()
     assert nll == pytest.approx(records[run_id(spec)][-1]["test_nll"], abs=1e-9)
@@ -110,13 +119,13 @@ def test_adapter_in_peft_format_is_loaded_by_peft(world, tmp_path):
 def test_step_zero_changes_nothing(world, method):
     spec, base, dataset = world
     batches = eval_batches(dataset.test, 4096)
-    before = evaluate(base.model, batches, 1, "fp64", CPU)
+    before = evaluate(base.model, batches, 1, "fp64")
     trainables = method.attach(base.model, spec.model, [method], [0])
     try:
-        assert evaluate(base.model, batches, 1, "fp64", CPU) == before
+        assert evaluate(base.model, batches, 1, "fp64") == before
     finally:
         trainables.detach()
-    assert evaluate(base.model, batches, 1, "fp64", CPU) == before
+    assert evaluate(base.model, batches, 1, "fp64") == before
 
 
 @pytest.mark.parametrize("method", [
@@ -133,9 +142,9 @@ def test_every_intended_tensor_gets_a_gradient_and_the_count_is_right(world, met
         assert sum(p.numel() for p in params.values()) == method.n_trainable(spec.model)
         optimizer = AdamW.start(params, trainables.stacked, [spec])
         for step in range(2):
-            batch = to_device(collate(dataset.train(0, step * 4, 4)), CPU)
+            batch = collate(dataset.train(0, step * 4, 4))
             optimizer.zero_grad()
-            (nll_sums(base.model, batch, 1, "fp64")[0] / batch[3].sum()).backward()
+            (nll_sums(base.model, batch, "fp64")[0] / batch.n_loss).backward()
             if step == 0:
                 optimizer.step(0, optimizer.grad_norms())
         still = [n for n, p in params.items() if p.grad is None or float(p.grad.abs().max()) == 0]
@@ -231,7 +240,7 @@ def test_loss_is_torch_cross_entropy_over_loss_bearing_tokens(world):
         data.Example(np.array([1, 2, 3, 4, 5], dtype=np.int32), np.array([0, 0, 1, 1, 0], dtype=bool)),
         data.Example(np.array([7, 8, 9], dtype=np.int32), np.array([0, 1, 0], dtype=bool)),
     ]
-    got = nll_sums(base.model, to_device(collate(examples), CPU), 1, "fp64")[0]
+    got = nll_sums(base.model, collate(examples), "fp64")[0]
     want = 0.0
     for e in examples:
         logits = base.model(input_ids=torch.tensor(e.tokens[None].astype(np.int64))).logits[0].log_softmax(-1)
@@ -248,9 +257,9 @@ def test_eval_steps_of_a_short_run_begin_those_of_a_long_one():
 def test_shipped_base_is_near_its_floor_and_far_from_the_dialects(world):
     """The base knows its language; the dialect is a task: its NLL starts at least 0.3 above the floor."""
     spec, base, dataset = world
-    start = evaluate(base.model, eval_batches(dataset.test, 4096), 1, "fp64", CPU)[0]
+    start = evaluate(base.model, eval_batches(dataset.test, 4096), 1, "fp64")[0]
     language = data.load(dataclasses.replace(spec.dataset, knobs={"rule_shift": 0.0, "new_exceptions": 0.0}), [])
-    known = evaluate(base.model, eval_batches(language.test, 4096), 1, "fp64", CPU)[0]
+    known = evaluate(base.model, eval_batches(language.test, 4096), 1, "fp64")[0]
     assert known - language.floor_nats < 0.25
     assert start - dataset.floor_nats > 0.3
     assert math.isfinite(start)
