@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorasweep import local, plan
+from lorasweep import calibrate, local, plan
 from lorasweep.compose import Request
+from lorasweep.cost import run_flops
 from lorasweep.errors import SpecError, StoreError, unknown
 from lorasweep.execute import Stopped, Trainer
 from lorasweep.grid import Point, curve_key, second_stage
@@ -99,6 +100,8 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
     try:
         while True:
             points = all_points(request, store)
+            if trainer is None:
+                _calibrate(request, store, points)
             now = plan.make_plan(points, store, request.exec)
             if not now.todo:
                 break
@@ -130,6 +133,19 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
     else:
         _answer(request, store, points)
     return 1 if failed or killed else 0
+
+
+def _calibrate(request: Request, store: RunStore, points: list[Point]) -> None:
+    shapes = plan.to_calibrate(points, store.states(p.id for p in points), request.exec)
+    shapes = [s for s in shapes if calibrate.known(store.root, s) is None]
+    if not shapes:
+        return
+    if request.format != "json":
+        print(f"measuring {len(shapes)} shape(s) of run on this machine, once: at most about "
+              f"{duration(len(shapes) * calibrate.BUDGET_S)}", file=sys.stderr)  # fmt: skip
+    trouble = calibrate.ensure(shapes, request.exec)
+    if trouble:
+        print(f"the measurement failed ({trouble}); packs are planned by default sizes", file=sys.stderr)
 
 
 def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
@@ -186,19 +202,44 @@ def _plan_text(request: Request, now: plan.Plan) -> str:
     runs, cost = told["runs"], told["cost"]
     head = f"sweep {request.sweep_name}, scale {request.scale}" if request.sweep_name else "single run"
     states = ", ".join(f"{n} {s}" for s, n in now.counts().items())
-    how = "measured here" if cost["measured"] else "assumed speed"
+    how = {"measured": "by the runs that are done", "calibrated": "by a calibration", "assumed": "by an assumed speed"}
     lines = [
         f"{head}: {runs['total']} runs ({states}); {runs['todo']} to do in {cost['packs']} packs on "
-        f"{cost['workers']} worker(s) x {cost['threads']} thread(s), about {duration(cost['hours'] * 3600)} ({how}), "
-        f"{cost['flops']:.2g} FLOPs, checkpoints up to {cost['checkpoint_gib']:.1f} GiB"
+        f"{cost['workers']} worker(s) x {cost['threads']} thread(s), about {duration(cost['hours'] * 3600)} "
+        f"({how[cost['basis']]}), {cost['flops']:.2g} FLOPs, memory up to {cost['memory_gib']:.1f} GiB, checkpoints up "
+        f"to {cost['checkpoint_gib']:.1f} GiB"
     ]
     for a in told["arms"]:
         rank = f" rank {a['rank']}" if a["rank"] else ""
         lines.append(f"  {a['arm']}{rank} on {a['model']}: {a['runs']} runs, {a['n_trainable']:,} trained parameters")
+    lines += _pack_lines(request, now)
     if request.sweep and request.sweep.second.seeds:
         s = request.sweep.second
         lines.append(f"  second stage, when a curve's first is over: seeds {s.seeds} at its {s.n_lrs} best rates")
     return "\n".join(lines)
+
+
+def _pack_lines(request: Request, now: plan.Plan) -> list[str]:
+    """Say how runs are packed, and why: what was measured for each shape."""
+    lines = []
+    shapes = {calibrate.kind(pack.points[-1].spec): pack for pack in now.packs}
+    for pack in shapes.values():
+        spec, n = pack.points[-1].spec, len(pack.points)
+        if spec.method.MAX_PACK is not None:
+            continue
+        rank = f" rank {spec.method.rank}" if hasattr(spec.method, "rank") else ""
+        head = f"  packs of {spec.method.name}{rank} on {spec.model.name}: {n} run(s)"
+        speed = calibrate.known(request.exec.runs_dir, spec)
+        if request.exec.pack_size is not None:
+            why = "exec.pack_size"
+        elif speed is None:
+            why = f"as many as {calibrate.FORWARD_TOKENS} tokens a forward allow; not measured here"
+        else:
+            times = ", ".join(f"{s * 1e3:.3g} ms in {size}" for size, s in sorted(speed.step_s.items()))
+            pays = "" if speed.best_size() > 1 else ": packing does not pay"
+            why = f"measured a step and run: {times}{pays}"
+        lines.append(f"{head}, {pack.micro_batch_size} rows of each a forward ({why})")
+    return lines
 
 
 def _status(request: Request, store: RunStore) -> int:
@@ -207,7 +248,7 @@ def _status(request: Request, store: RunStore) -> int:
     steps = {p.id: (store.records(p.id) or [{"step": 0}])[-1]["step"] for p in running}
     left = now.hours * 3600
     if now.flops:
-        begun = sum(plan.run_flops(p.spec) * steps[p.id] / p.spec.steps for p in running)
+        begun = sum(run_flops(p.spec) * steps[p.id] / p.spec.steps for p in running)
         left *= max(0.0, 1 - begun / now.flops)
     problems = [{"run": p.id, "name": run_name(p), "state": now.states[p.id], "cause": store.failure(p.id)}
                 for p in now.points if now.states[p.id] in ("failed", "diverged")]  # fmt: skip

@@ -18,21 +18,28 @@ from lorasweep.data import stream
 
 
 class StackedLinear(nn.Module):
-    """y = W x + scaling_n B_n A_n x for member n. A: [N, r, I]. B: [N, O, r]. W (and bias) stay frozen."""
+    """y = W x + scaling_n B_n A_n x for member n. Members of one rank are stacked, never padded to another's.
 
-    def __init__(self, base: nn.Linear, a_NrI: torch.Tensor, b_NOr: torch.Tensor, scaling_N: torch.Tensor) -> None:
+    A: one [n, r, I] a rank, B: one [n, O, r]; `ranks` says which members each holds. W (and bias) stay frozen.
+    """
+
+    def __init__(
+        self, base: nn.Linear, ranks: list[slice], a_nrI: list[torch.Tensor], b_nOr: list[torch.Tensor],
+        scaling_N: torch.Tensor,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.base = base
-        self.A = nn.Parameter(a_NrI)
-        self.B = nn.Parameter(b_NOr)
-        self.scaling_N = scaling_N
+        self.base, self.ranks, self.scaling_N = base, ranks, scaling_N
+        self.A, self.B = nn.ParameterList(a_nrI), nn.ParameterList(b_nOr)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
-        n = self.A.shape[0]
-        x_NXI = x.reshape(n, -1, x.shape[-1])
-        low_NXr = torch.bmm(x_NXI, self.A.transpose(1, 2)) * self.scaling_N.view(-1, 1, 1)
-        return torch.baddbmm(y.reshape(n, -1, y.shape[-1]), low_NXr, self.B.transpose(1, 2)).view(y.shape)
+        n = len(self.scaling_N)
+        x_NXI, y_NXO = x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, y.shape[-1])
+        parts = []
+        for members, a, b in zip(self.ranks, self.A, self.B):
+            low = torch.bmm(x_NXI[members], a.mT) * self.scaling_N[members].view(-1, 1, 1)
+            parts.append(torch.baddbmm(y_NXO[members], low, b.mT))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(y.shape)
 
 
 class StackedAdapters:
@@ -41,45 +48,73 @@ class StackedAdapters:
     stacked = True
 
     def __init__(
-        self, base: Any, modules: dict[str, nn.Linear], rank: int, scalings: Sequence[float], seeds: Sequence[int]
-    ) -> None:
+        self, base: Any, modules: dict[str, nn.Linear], ranks: Sequence[int], scalings: Sequence[float],
+        seeds: Sequence[int],
+    ) -> None:  # fmt: skip
         """Wrap `modules` (name -> module of `base`). A is uniform in +-1/sqrt(I) from the stream named 'init'
-        (PEFT's kaiming_uniform with a = sqrt(5) has that range), B is zero."""
+        (PEFT's kaiming_uniform with a = sqrt(5) has that range), B is zero. Members of one rank stand together."""
         self._base, self._originals, self._wrapped = base, modules, {}
+        spans = _runs_of_equals(ranks)
         for p in base.parameters():
             p.requires_grad_(False)
         for name, linear in modules.items():
-            weight = linear.weight
-            a = [_uniform_a(seed, name, rank, linear.in_features) for seed in seeds]
-            a_NrI = torch.stack(a).to(weight)
-            b_NOr = torch.zeros(len(seeds), linear.out_features, rank).to(weight)
-            wrapped = StackedLinear(linear, a_NrI, b_NOr, torch.tensor(list(scalings)).to(weight))
+            weight, a, b = linear.weight, [], []
+            for s in spans:
+                drawn = [_uniform_a(seed, name, ranks[s.start], linear.in_features) for seed in seeds[s]]
+                a.append(nn.Parameter(torch.stack(drawn).to(weight)))
+                b.append(nn.Parameter(torch.zeros(len(drawn), linear.out_features, ranks[s.start]).to(weight)))
+            wrapped = StackedLinear(linear, spans, a, b, torch.tensor(list(scalings)).to(weight))
             _replace(base, name, wrapped)
             self._wrapped[name] = wrapped
+        self._named = self._names()
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        out = {}
-        for name, module in self._wrapped.items():
-            out[f"{name}.A"], out[f"{name}.B"] = module.A, module.B
-        return out
+        return {name: p for name, (p, _, _) in self._named.items()}
 
-    def keep(self, members: list[int]) -> None:
-        for module in self._wrapped.values():
-            module.A = nn.Parameter(module.A.detach()[members].clone())
-            module.B = nn.Parameter(module.B.detach()[members].clone())
+    def part_of(self, name: str) -> tuple[str, slice]:
+        _, of_member, members = self._named[name]
+        return of_member, members
+
+    def _names(self) -> dict[str, tuple[nn.Parameter, str, slice]]:
+        """Name -> (tensor, its name in the state of one member, the members that it holds)."""
+        found = {}
+        for name, module in self._wrapped.items():
+            for members, a, b in zip(module.ranks, module.A, module.B):
+                found[f"{name}.A{members.start}"] = (a, f"{name}.A", members)
+                found[f"{name}.B{members.start}"] = (b, f"{name}.B", members)
+        return found
+
+    def keep(self, members: list[int]) -> dict[str, tuple[str, list[int]]]:
+        renamed: dict[str, tuple[str, list[int]]] = {}
+        for name, module in self._wrapped.items():
+            ranks, a, b, start = [], [], [], 0
+            for span, old_a, old_b in zip(module.ranks, module.A, module.B):
+                rows = [m - span.start for m in members if span.start <= m < span.stop]
+                if not rows:
+                    continue
+                ranks.append(slice(start, start + len(rows)))
+                a.append(nn.Parameter(old_a.detach()[rows].clone()))
+                b.append(nn.Parameter(old_b.detach()[rows].clone()))
+                for which in "AB":
+                    renamed[f"{name}.{which}{start}"] = (f"{name}.{which}{span.start}", rows)
+                start += len(rows)
+            module.ranks, module.A, module.B = ranks, nn.ParameterList(a), nn.ParameterList(b)
             module.scaling_N = module.scaling_N[members].clone()
+        self._named = self._names()
+        return renamed
 
     @torch.no_grad()
     def norms(self) -> list[dict[str, float]]:
         """Frobenius norms over all adapted matrices of A, of B, and of the change scaling * B A."""
-        n = next(iter(self._wrapped.values())).A.shape[0]
+        n = len(next(iter(self._wrapped.values())).scaling_N)
         sums = torch.zeros(3, n, dtype=torch.float64)
-        for m in self._wrapped.values():
-            a, b, s = m.A.double().cpu(), m.B.double().cpu(), m.scaling_N.double().cpu()
-            sums[0] += a.square().sum((1, 2))
-            sums[1] += b.square().sum((1, 2))
-            # |BA|_F^2 = tr(B'B AA'): r x r products instead of an O x I matrix
-            sums[2] += s.square() * (torch.bmm(b.mT, b) * torch.bmm(a, a.mT)).sum((1, 2))
+        for module in self._wrapped.values():
+            for members, p, q in zip(module.ranks, module.A, module.B):
+                a, b, s = p.double().cpu(), q.double().cpu(), module.scaling_N[members].double().cpu()
+                sums[0, members] += a.square().sum((1, 2))
+                sums[1, members] += b.square().sum((1, 2))
+                # |BA|_F^2 = tr(B'B AA'): r x r products instead of an O x I matrix
+                sums[2, members] += s.square() * (torch.bmm(b.mT, b) * torch.bmm(a, a.mT)).sum((1, 2))
         root = sums.clamp_min(0).sqrt()
         return [
             {"norm_a": float(root[0, i]), "norm_b": float(root[1, i]), "norm_delta": float(root[2, i])}
@@ -89,6 +124,12 @@ class StackedAdapters:
     def detach(self) -> None:
         for name, linear in self._originals.items():
             _replace(self._base, name, linear)
+
+
+def _runs_of_equals(values: Sequence[int]) -> list[slice]:
+    """Split into runs of equal neighbours: [4, 4, 16] -> [0:2], [2:3]."""
+    starts = [i for i, v in enumerate(values) if i == 0 or v != values[i - 1]]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(values)])]
 
 
 def _uniform_a(seed: int, name: str, rank: int, d_in: int) -> torch.Tensor:

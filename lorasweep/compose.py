@@ -196,10 +196,10 @@ def _places(exec_: Exec) -> None:
         one = not isinstance(value, list)
         paths = [str(Path(p).expanduser().absolute()) for p in ([value] if one else value)]
         setattr(exec_, name, paths[0] if one else paths)
-    for name in ("pack_size", "max_attempts"):
+    for name in ("max_attempts",):
         if getattr(exec_, name) < 1:
             raise SpecError(f"exec.{name}={getattr(exec_, name)}: at least 1.")
-    for name in ("workers", "threads", "micro_batch_size"):
+    for name in ("workers", "threads", "micro_batch_size", "pack_size"):
         value = getattr(exec_, name)
         if value is not None and value < 1:
             raise SpecError(f"exec.{name}={value}: at least 1, or null to choose by the machine.")

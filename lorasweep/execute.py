@@ -1,11 +1,11 @@
 """One pack, start to finish, on this machine: claim, train, record. What a worker or a cluster job calls.
 
-    python -m lorasweep.execute JOB.json     {"packs": [[spec, ...], ...], "exec": {...}}
+    python -m lorasweep.execute JOB.json
+    {"packs": [{"runs": [spec, ...], "micro_batch_size": n}, ...], "exec": {...}, "dead": {run id: attempt}}
 
 Knows the store and asks a trainer for events; torch is loaded by the trainer alone, inside functions.
 """
 
-import ctypes
 import errno
 import json
 import os
@@ -20,6 +20,7 @@ from typing import Any
 from lorasweep import checkpoint, ownership, provenance
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError, StoreError
 from lorasweep.event import Event, State
+from lorasweep.process import die_with_parent, keep_freed_memory
 from lorasweep.spec import Exec, RunSpec, from_plain, run_id
 from lorasweep.store import RunStore
 
@@ -58,10 +59,14 @@ class StopFlag:
 
 
 def execute(
-    pack: Sequence[RunSpec], exec_: Exec, store: RunStore, trainer: Trainer, report: Report, stop: StopFlag
-) -> None:
+    pack: Sequence[RunSpec], exec_: Exec, store: RunStore, trainer: Trainer, report: Report, stop: StopFlag,
+    micro_batch_size: int | None = None,
+) -> None:  # fmt: skip
     """Claim what is free of the pack and bring it to an end. Failures are recorded, not raised;
-    Stopped, a full disk, and data or models that the user must mend are raised."""
+    Stopped, a full disk, and data or models that the user must mend are raised.
+
+    `micro_batch_size` is the plan's; the user's (exec.micro_batch_size) and a checkpoint's come before it.
+    """
     claims: dict[str, int] = {}
     beats = None
     try:
@@ -73,7 +78,7 @@ def execute(
                 return  # another worker has the first member, so this pack is its: never torn between two
         beats = _Heartbeats(store, claims)
         members = [s for s in pack if run_id(s) in claims]
-        _run(members, claims, exec_, store, trainer, report, stop)
+        _run(members, claims, exec_, store, trainer, report, stop, micro_batch_size)
     except Stopped:
         _end_all(store, claims, "stopped", "asked to stop")
         raise
@@ -101,7 +106,7 @@ def execute(
 
 def _run(
     members: list[RunSpec], claims: dict[str, int], exec_: Exec, store: RunStore, trainer: Trainer, report: Report,
-    stop: StopFlag,
+    stop: StopFlag, planned_rows: int | None,
 ) -> None:  # fmt: skip
     ids = [run_id(s) for s in members]
     specs = dict(zip(ids, members))
@@ -118,6 +123,8 @@ def _run(
         rows = exec_.micro_batch_size or meta["micro_batch_size"]  # ... unless the user asks for another
         layout_changed |= rows != meta["micro_batch_size"]
         exec_ = Exec(**{**vars(exec_), "threads": meta["threads"], "micro_batch_size": rows})
+    elif exec_.micro_batch_size is None:
+        exec_ = Exec(**{**vars(exec_), "micro_batch_size": planned_rows})
     env = {
         **provenance.environment(), "pack": ids, "threads": exec_.threads, "micro_batch_size": exec_.micro_batch_size,
         "resumed_from_step": resume[ids[0]]["meta"]["step"] if resume else None,
@@ -232,15 +239,10 @@ class TorchTrainer:
         yield from train(pack, base, self._data[data_key], exec_.micro_batch_size, resume)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to stop this process when its parent dies, so that no orphan holds claims (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def main(job_path: str, first: int = 0) -> int:
     """Run the packs of a job file that are free, in order from number `first`; events go to stdout as JSON lines."""
     die_with_parent()
+    keep_freed_memory()
     stop = StopFlag()
     stop.install()
     with open(job_path, encoding="utf-8") as file:
@@ -263,7 +265,8 @@ def main(job_path: str, first: int = 0) -> int:
     packs = job["packs"]
     try:
         for pack in packs[first:] + packs[:first]:
-            execute([from_plain(p) for p in pack], exec_, store, trainer, report, stop)
+            specs = [from_plain(p) for p in pack["runs"]]
+            execute(specs, exec_, store, trainer, report, stop, pack["micro_batch_size"])
             if stop.set:
                 return 3
     except Stopped:

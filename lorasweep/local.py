@@ -47,7 +47,8 @@ def run_points(
                 _run_workers(plan, store, exec_, report)
             else:
                 for pack in plan.packs:
-                    execute([p.spec for p in pack], exec_, store, trainer, report, StopFlag())
+                    specs = [p.spec for p in pack.points]
+                    execute(specs, exec_, store, trainer, report, StopFlag(), pack.micro_batch_size)
             states = store.states(p.id for p in mine)
             # A run that failed here is not tried again by this command; one that went stale (its worker was
             # killed from outside) is, as long as attempts are left.
@@ -63,7 +64,10 @@ def _run_workers(plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dic
     """Start the workers on one job file, pass their events on, and wait for all of them."""
     jobs = store.root / ".jobs"
     job = {
-        "packs": [[json.loads(canonical(p.spec)) for p in pack] for pack in plan.packs],
+        "packs": [
+            {"runs": [json.loads(canonical(p.spec)) for p in pack.points], "micro_batch_size": pack.micro_batch_size}
+            for pack in plan.packs
+        ],
         "exec": {**asdict(exec_), "threads": plan.threads, "workers": plan.workers},
         # A worker has not watched other machines' heartbeats, so it is told which owners were found dead.
         "dead": {p.id: store.last_attempt(p.id) for p in plan.todo if plan.states[p.id] == "stale"},

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from lorasweep.data.batches import PAD_TO, Batch, merge, padded
-from lorasweep.decoder import Group, lean_for
+from lorasweep.decoder import lean_for
+from lorasweep.linears import Group
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Type of the master weights by precision: bf16 is autocast over fp32 weights, in every arm."""
 LOGITS = 1 << 24
-"""Logits a member in one chunk of the unembedding: 64 MB, large enough for the products, small enough for the cache."""
+"""Logits in one chunk of the unembedding: 64 MB, large enough for the products, small enough for the cache."""
 
 
 def autocast(precision: str, device: torch.device) -> Any:
@@ -75,7 +76,9 @@ class _HeadNll(torch.autograd.Function):
         dh = torch.empty_like(h_NMH) if need else None
         kept = torch.empty(n, m, vocab, dtype=h.dtype, device=h.device) if need and group.trained else None
         grads: list[torch.Tensor] = []
-        rows = max(PAD_TO, LOGITS // vocab // PAD_TO * PAD_TO)  # a member's rows, so that a chunk is as in a run alone
+        # In fp32 a chunk has the same rows of a member whatever the company, for equality bit for bit; bf16 has none.
+        share = LOGITS // n if h.dtype == torch.bfloat16 else LOGITS
+        rows = max(PAD_TO, share // vocab // PAD_TO * PAD_TO)
         for c in range(0, m, rows):
             part = h[:, c : c + rows].contiguous()
             logits, low = group.forward(part)

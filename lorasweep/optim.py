@@ -7,10 +7,12 @@ parameter group, while a pack holds N members in one tensor. Tests compare the t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lorasweep.spec import RunSpec
+
 
 def lr_factor(spec: RunSpec, step: int) -> float:
     """Return the factor on the peak rate for update `step` (0-based)."""
@@ -23,35 +25,59 @@ def lr_factor(spec: RunSpec, step: int) -> float:
 
 
 @dataclass
-class AdamW:
-    """State for named tensors; with `stacked`, the first axis of each is the member axis N."""
+class OneRun:
+    """Trainables that are plain named tensors of one run: a base in pretraining."""
 
-    params: dict[str, torch.Tensor]
-    stacked: bool
+    tensors: dict[str, torch.Tensor]
+    stacked = False
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor."""
+        return self.tensors
+
+    def part_of(self, name: str) -> tuple[str, slice]:
+        """All of it belongs to the one run."""
+        return name, slice(0, 1)
+
+
+@dataclass
+class AdamW:
+    """State for the tensors of a pack's Trainables."""
+
+    trainables: Any
     specs: list[RunSpec]
+    params: dict[str, torch.Tensor]
     exp_avg: dict[str, torch.Tensor]
     exp_avg_sq: dict[str, torch.Tensor]
 
     @classmethod
-    def start(cls, params: dict[str, torch.Tensor], stacked: bool, specs: Sequence[RunSpec]) -> "AdamW":
-        """Begin with empty moments."""
+    def start(cls, trainables: Any, specs: Sequence[RunSpec]) -> "AdamW":
+        """Begin with empty moments. `trainables` is a methods.Trainables."""
+        params = trainables.parameters()
         zeros = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
-        return cls(params, stacked, list(specs), *zeros)
+        return cls(trainables, list(specs), params, *zeros)
 
-    def keep(self, members: list[int], params: dict[str, torch.Tensor]) -> None:
-        """Follow a compaction of the pack to `members`, whose tensors are now `params`."""
-        self.params, self.specs = params, [self.specs[i] for i in members]
-        if self.stacked:
-            for moment in (self.exp_avg, self.exp_avg_sq):
-                for name in moment:
-                    moment[name] = moment[name][members].clone()
+    def keep(self, members: list[int]) -> None:
+        """Compact the pack to `members` (rising indices), parameters and moments."""
+        came_from = self.trainables.keep(members)
+        self.specs = [self.specs[i] for i in members]
+        self.params = self.trainables.parameters()
+        self.exp_avg, self.exp_avg_sq = (
+            {new: moment[old][rows].clone() for new, (old, rows) in came_from.items()}
+            for moment in (self.exp_avg, self.exp_avg_sq)
+        )
 
     @torch.no_grad()
     def grad_norms(self) -> list[float]:
         """Return each member's global gradient norm."""
-        first = 1 if self.stacked else 0
-        norms = [torch.linalg.vector_norm(p.grad.flatten(first), dim=-1) for p in self.params.values()]
-        return torch.stack(norms).double().square().sum(0).sqrt().view(-1).tolist()
+        if not self.trainables.stacked:
+            norms = [torch.linalg.vector_norm(p.grad) for p in self.params.values()]
+            return [float(torch.stack(norms).double().square().sum().sqrt())]
+        squares = torch.zeros(len(self.specs), dtype=torch.float64, device=next(iter(self.params.values())).device)
+        for name, p in self.params.items():
+            members = self.trainables.part_of(name)[1]
+            squares[members] += torch.linalg.vector_norm(p.grad.flatten(1), dim=1).double().square()
+        return squares.sqrt().tolist()
 
     @torch.no_grad()
     def step(self, step: int, norms: Sequence[float]) -> None:
@@ -60,16 +86,19 @@ class AdamW:
         first = specs[0]  # betas, eps and decay are shared by a pack (plan.pack_key)
         lr = [s.lr * lr_factor(s, step) for s in specs]
         clip = [min(1.0, s.clip_norm / (n + 1e-6)) if s.clip_norm else 1.0 for s, n in zip(specs, norms)]
-        t = step + 1
-        fix1, fix2 = 1 - first.beta1**t, math.sqrt(1 - first.beta2**t)
-        if not self.stacked:
+        if not self.trainables.stacked:
             self._fused(step, lr[0], clip[0])
             return
+        t = step + 1
+        fix1, fix2 = 1 - first.beta1**t, math.sqrt(1 - first.beta2**t)
+        some = next(iter(self.params.values()))
+        rate_N, clip_N = torch.tensor(lr).to(some), torch.tensor(clip).to(some)
+        clips = any(c != 1.0 for c in clip)
         for name, p in self.params.items():
-            shape = (-1, *[1] * (p.dim() - 1))
-            rate = torch.tensor(lr, dtype=p.dtype, device=p.device).view(shape)
-            if any(c != 1.0 for c in clip):
-                p.grad.mul_(torch.tensor(clip, dtype=p.dtype, device=p.device).view(shape))
+            members = self.trainables.part_of(name)[1]
+            if clips:
+                p.grad.mul_(clip_N[members].view(-1, 1, 1))
+            rate = rate_N[members].view(-1, 1, 1)
             _update(p, p.grad, self.exp_avg[name], self.exp_avg_sq[name], rate, fix1, fix2, first)
 
     def _fused(self, step: int, lr: float, clip: float) -> None:

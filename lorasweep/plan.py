@@ -1,25 +1,33 @@
 """What is done, what is missing, what it will cost, and which runs share a pack. Starts nothing; no torch."""
 
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep import checkpoint
+from lorasweep import calibrate, checkpoint, cost
+from lorasweep.cost import run_flops
 from lorasweep.grid import Point
 from lorasweep.spec import Exec, RunSpec, part_json
 from lorasweep.store import FINAL, STATES, RunStore
 
-ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2e11, "fp64": 2e10}
-"""Floating-point operations a second and core by precision, used until this store holds a timed run of the sweep.
+ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2.5e11, "fp64": 2e10}
+"""Floating-point operations a second and core by precision, used until something was measured here.
 Assumption: what tiny128 (fp32) and SmolLM2-135M (bf16) reached on one core with matrix units (LOG.md)."""
-TEXT_FILL = 0.4
-"""Mean length of text rows as a share of max_length. Assumption: GSM8K has 0.37 of 512."""
-FULLFT_BYTES = 20
-"""Bytes a parameter of a full fine-tuning process: fp32 weight, gradient, two moments, and the start's copy."""
-CHECKPOINT_BYTES = 12
-"""Bytes a trained parameter of one checkpoint slot: fp32 weight and two moments; there are two slots."""
+MEMORY_SHARE = 0.8
+"""Share of the machine's memory that the workers may take together."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Runs that train together, and how."""
+
+    points: list[Point]
+    micro_batch_size: int
+    """Rows a member and forward."""
+    flops: float
+    seconds: float | None
+    """Expected on one worker; None: this shape was not measured on this machine."""
 
 
 @dataclass
@@ -29,15 +37,17 @@ class Plan:
     points: list[Point]
     states: dict[str, str]
     todo: list[Point]
-    packs: list[list[Point]]
+    packs: list[Pack]
     workers: int
     threads: int
     flops: float
     hours: float
-    measured: bool
-    """True: `hours` comes from this store's own runs of the same model; False: from an assumed speed."""
+    basis: str
+    """Where `hours` comes from: 'measured' (this store's finished runs), 'calibrated', or 'assumed'."""
     checkpoint_gib: float
     """Disk that the checkpoints of the running packs may take."""
+    memory_gib: float
+    """Memory that the workers are expected to take together at their peak."""
 
     def counts(self) -> dict[str, int]:
         """Count the runs by state."""
@@ -53,49 +63,79 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec) -> Plan:
     todo = [p for p in points if states[p.id] not in skip]
     if exec_.retry:
         todo = [p for p in todo if states[p.id] != "failed" or store.failures(p.id) < exec_.max_attempts]
-    packs = make_packs([p for p in todo if states[p.id] != "running"], store, exec_.pack_size, states)
-    workers, threads = machine_split(points, exec_, len(packs))
+    packs = make_packs([p for p in todo if states[p.id] != "running"], store, exec_, states)
+    workers, threads = machine_split(packs, exec_)
     flops = sum(run_flops(p.spec) for p in todo)
-    rate, measured = _rate(points, states, store, workers)
-    disk = sum(
-        sum(p.spec.method.n_trainable(p.spec.model) for p in pack) * CHECKPOINT_BYTES * 2 for pack in packs[:workers]
-    )
-    return Plan(points, states, todo, packs, workers, threads, flops, flops / rate / 3600, measured, disk / 2**30)
+    seconds, basis = _seconds(points, states, store, packs, flops, workers)
+    busiest = sorted(packs, key=_pack_bytes, reverse=True)[:workers]
+    disk = sum(p.spec.method.n_trainable(p.spec.model) for pack in busiest for p in pack.points)
+    return Plan(
+        points, states, todo, packs, workers, threads, flops, seconds / 3600, basis,
+        disk * cost.CHECKPOINT_BYTES * 2 / 2**30, sum(map(_pack_bytes, busiest)) / 2**30,
+    )  # fmt: skip
 
 
-def run_flops(spec: RunSpec) -> float:
-    """Estimate a run's floating-point operations: its updates, and the held-out evaluation at the end.
+def to_calibrate(points: Sequence[Point], states: dict[str, str], exec_: Exec) -> list[RunSpec]:
+    """List one spec of each shape that is worth measuring: several runs of it are to do, and they take far longer than
+    the measurement. Nothing where the user has chosen the pack size."""
+    if exec_.pack_size is not None:
+        return []
+    groups: dict[str, list[RunSpec]] = {}
+    for p in points:
+        if states[p.id] == "missing":
+            groups.setdefault(calibrate.kind(p.spec), []).append(p.spec)
+    worth = 8 * calibrate.BUDGET_S * ASSUMED_FLOPS_PER_CORE[points[0].spec.precision]
+    total = sum(run_flops(s) for specs in groups.values() for s in specs)
+    return [specs[0] for specs in groups.values() if len(specs) > 1 and total > worth]
 
-    Tokens a sequence are the data set's longest, times TEXT_FILL for text.
-    """
-    length = round(spec.dataset.max_length * (1.0 if spec.dataset.source == "synthetic" else TEXT_FILL))
-    train = spec.method.step_flops(spec.model, spec.batch_size * length) * spec.steps
-    evaluation = 2.0 * spec.model.n_matmul_params() * length * (spec.dataset.n_test + 8 * spec.dataset.n_test_curve)
-    return train + evaluation
 
-
-def _rate(points: list[Point], states: dict[str, str], store: RunStore, workers: int) -> tuple[float, bool]:
-    """Return floating-point operations a second over all workers, and whether it was measured in this store."""
+def _seconds(
+    points: list[Point], states: dict[str, str], store: RunStore, packs: list[Pack], flops: float, workers: int
+) -> tuple[float, str]:
+    """Return the expected time of what is left, and what the expectation rests on."""
     rates = []
     for p in [p for p in points if states[p.id] == "done"][:16]:
         result = store.result(p.id) or {}
         if result.get("wall_s") and not result.get("imported"):
             rates.append(run_flops(p.spec) / result["wall_s"])
     if rates:
-        return statistics.median(rates) * workers, True
-    return ASSUMED_FLOPS_PER_CORE[points[0].spec.precision] * (os.cpu_count() or 1), False
+        return flops / (statistics.median(rates) * workers), "measured"
+    if packs and all(pack.seconds is not None for pack in packs):
+        times = [pack.seconds or 0.0 for pack in packs]
+        return max(sum(times) / workers, max(times)), "calibrated"
+    precision = points[0].spec.precision if points else "fp32"
+    return flops / (ASSUMED_FLOPS_PER_CORE[precision] * cost.cores()), "assumed"
+
+
+# ---------------------------------------------------------------- packs
 
 
 def pack_key(spec: RunSpec) -> tuple[Any, ...]:
-    """Runs with the same key may share a pack: they differ in lr, seed and the method's packed fields only."""
+    """Runs with the same key may share a pack: they differ in lr, seed, steps and the method's packed fields only."""
     method = tuple(v for k, v in vars(spec.method).items() if k not in spec.method.PACKED_FIELDS)
-    rest = tuple(v for k, v in vars(spec).items() if k not in ("model", "dataset", "method", "lr", "seed"))
+    rest = tuple(v for k, v in vars(spec).items() if k not in ("model", "dataset", "method", "lr", "seed", "steps"))
     return (part_json(spec.model), part_json(spec.dataset), method, rest)
 
 
-def make_packs(todo: Sequence[Point], store: RunStore, size: int, states: dict[str, str]) -> list[list[Point]]:
-    """Group runs that may share a pack, `size` at most. Runs with a checkpoint stay with the company that they
-    had, so that they continue bit for bit. Full fine-tuning runs come first: they take longest alone."""
+def pack_size(spec: RunSpec, exec_: Exec) -> int:
+    """Return how many runs like `spec` share a pack at most: the user's choice, else what was measured to pay on this
+    machine, else as many as one forward holds tokens for (calibrate.FORWARD_TOKENS)."""
+    if spec.method.MAX_PACK is not None:
+        return spec.method.MAX_PACK
+    if exec_.pack_size is not None:
+        return exec_.pack_size
+    speed = calibrate.known(exec_.runs_dir, spec)
+    if speed is not None:
+        return speed.best_size()
+    tokens = spec.batch_size * cost.mean_length(spec)
+    size = max((n for n in calibrate.SIZES if n * tokens <= calibrate.FORWARD_TOKENS), default=1)
+    fits = (n for n in calibrate.SIZES if n <= size and _bytes(n, spec, exec_) < MEMORY_SHARE * cost.machine_bytes())
+    return max(fits, default=1)
+
+
+def make_packs(todo: Sequence[Point], store: RunStore, exec_: Exec, states: dict[str, str]) -> list[Pack]:
+    """Group runs that may share a pack; longest first. Runs with a checkpoint stay with the company that they had, so
+    that they continue bit for bit. Ranks are mixed only where one alone fills less than half a pack."""
     groups: dict[tuple[Any, ...], list[Point]] = {}
     resumed: dict[tuple[str, ...], list[Point]] = {}
     for p in todo:
@@ -103,37 +143,59 @@ def make_packs(todo: Sequence[Point], store: RunStore, size: int, states: dict[s
         if layout:
             resumed.setdefault(layout, []).append(p)
         else:
-            groups.setdefault(pack_key(p.spec), []).append(p)
-    packs = [sorted(members, key=lambda p: layout.index(p.id)) for layout, members in resumed.items()]
-    fresh = []
-    for members in groups.values():
-        limit = min(size, members[0].spec.method.MAX_PACK or size)
-        count = -(-len(members) // limit)  # as equal as possible: 7 and 7, not 8 and 6
-        share = -(-len(members) // count)
-        fresh += [members[k : k + share] for k in range(0, len(members), share)]
-    return packs + sorted(fresh, key=len)
+            groups.setdefault((pack_key(p.spec), getattr(p.spec.method, "rank", 0)), []).append(p)
+    chunks = [sorted(members, key=lambda p: layout.index(p.id)) for layout, members in resumed.items()]
+    small: dict[tuple[Any, ...], list[Point]] = {}
+    for (key, _), members in groups.items():
+        size = pack_size(members[0].spec, exec_)
+        if 2 * len(members) < size:
+            small.setdefault(key, []).extend(members)
+        else:
+            chunks += _shares(members, size)
+    for members in small.values():
+        members.sort(key=lambda p: p.spec.method.rank)  # members of one rank stand together in a pack
+        chunks += _shares(members, pack_size(members[-1].spec, exec_))
+    return sorted((_pack(c, exec_) for c in chunks), key=lambda pack: -pack.flops)
 
 
-def machine_split(points: Sequence[Point], exec_: Exec, n_packs: int) -> tuple[int, int]:
+def _shares(members: list[Point], size: int) -> list[list[Point]]:
+    """Cut into packs as equal as possible: 7 and 7, not 8 and 6."""
+    share = -(-len(members) // -(-len(members) // size))
+    return [members[k : k + share] for k in range(0, len(members), share)]
+
+
+def _pack(points: list[Point], exec_: Exec) -> Pack:
+    spec, n = points[-1].spec, len(points)  # of the largest rank
+    speed = calibrate.known(exec_.runs_dir, spec)
+    seconds = None
+    if speed is not None:
+        step_s = speed.step_s[max((k for k in speed.step_s if k <= n), default=min(speed.step_s))]
+        seconds = sum(step_s * p.spec.steps * run_flops(p.spec) / cost.train_flops(p.spec) for p in points)
+    rows = exec_.micro_batch_size or calibrate.micro_batch(spec, n)
+    return Pack(points, rows, sum(run_flops(p.spec) for p in points), seconds)
+
+
+def _bytes(members: int, spec: RunSpec, exec_: Exec) -> float:
+    return cost.pack_bytes(members, spec, exec_.micro_batch_size or calibrate.micro_batch(spec, members))
+
+
+def _pack_bytes(pack: Pack) -> float:
+    return cost.pack_bytes(len(pack.points), pack.points[-1].spec, pack.micro_batch_size)
+
+
+def machine_split(packs: Sequence[Pack], exec_: Exec) -> tuple[int, int]:
     """Choose workers x threads: one worker a core with one thread each while memory allows (measured: two
     one-thread workers finish 1.5 times the small runs of one two-thread worker)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n_params = max(p.spec.model.n_params() for p in points)
-    fit = max(1, int(0.7 * _memory_bytes() / (FULLFT_BYTES * n_params + 3e9)))
-    workers = exec_.workers or max(1, min(cores, fit, n_packs or 1, 8))
-    threads = exec_.threads or max(1, cores // min(workers, max(1, n_packs)))
+    cores = cost.cores()
+    largest = max(map(_pack_bytes, packs), default=1.0)
+    fit = max(1, int(MEMORY_SHARE * cost.machine_bytes() / largest))
+    workers = exec_.workers or max(1, min(cores, fit, len(packs) or 1, 8))
+    threads = exec_.threads or max(1, cores // min(workers, max(1, len(packs))))
     return workers, threads
 
 
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 8 * 2**30
-
-
 def summary(plan: Plan) -> dict[str, Any]:
-    """Return the plan as plain values: counts by state, arms, and the cost."""
+    """Return the plan as plain values: counts by state, arms, packs, and the cost."""
     arms: dict[tuple[str, str, str], dict[str, Any]] = {}
     for p in plan.points:
         rank = getattr(p.spec.method, "rank", None)
@@ -147,8 +209,13 @@ def summary(plan: Plan) -> dict[str, Any]:
     return {
         "runs": {"total": len(plan.points), "todo": len(plan.todo), **plan.counts()},
         "arms": list(arms.values()),
+        "packs": [
+            {"runs": len(p.points), "method": p.points[0].spec.method.name, "micro_batch_size": p.micro_batch_size,
+             "expected_s": p.seconds} for p in plan.packs
+        ],
         "cost": {
-            "flops": plan.flops, "hours": plan.hours, "measured": plan.measured, "packs": len(plan.packs),
+            "flops": plan.flops, "hours": plan.hours, "basis": plan.basis, "packs": len(plan.packs),
             "workers": plan.workers, "threads": plan.threads, "checkpoint_gib": plan.checkpoint_gib,
+            "memory_gib": plan.memory_gib,
         },
     }  # fmt: skip

@@ -6,8 +6,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from lorasweep.cost import run_flops
 from lorasweep.grid import Point
-from lorasweep.plan import run_flops
 
 
 def duration(seconds: float) -> str:

@@ -19,7 +19,7 @@ from lorasweep.data import load as load_data
 from lorasweep.data.batches import collate, eval_batches
 from lorasweep.loss import evaluate, nll_sums
 from lorasweep.models import SHIPPED
-from lorasweep.optim import AdamW
+from lorasweep.optim import AdamW, OneRun
 from lorasweep.spec import DatasetSpec, ModelSpec, RunSpec, _plain
 
 
@@ -92,7 +92,7 @@ def pretrain(spec: ModelSpec, progress: Callable[[int, float], None] | None = No
         data_dirs=(),
     )  # fmt: skip
     rate = RunSpec(lr=recipe.lr, steps=recipe.steps, warmup_steps=recipe.steps // 20)
-    optimizer = AdamW.start(dict(model.named_parameters()), False, [rate])
+    optimizer = AdamW.start(OneRun(dict(model.named_parameters())), [rate])
     for step in range(recipe.steps):
         batch = collate(data.train(recipe.seed, step * recipe.batch_size, recipe.batch_size))
         nll = nll_sums(model, batch, recipe.precision)[0] / batch.n_loss

@@ -195,10 +195,10 @@ class Exec:
     """Processes; None: chosen for the machine."""
     threads: int | None = None
     """Threads a worker; None: the cores divided by the workers."""
-    pack_size: int = 8
-    """Runs trained together over one base; 1 turns packing off."""
+    pack_size: int | None = None
+    """Runs trained together over one base, at most; 1 turns packing off; None: measured on this machine."""
     micro_batch_size: int | None = None
-    """Sequences a forward, for each member; None: the whole batch."""
+    """Sequences a forward, for each member; None: chosen by the plan."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints."""
     retry: bool = False

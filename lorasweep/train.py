@@ -25,10 +25,8 @@ DIVERGED_NLL_FACTOR = 1.5
 (relative, because an absolute bound such as 2.0 nats means something else for every model)."""
 DIVERGED_PATIENCE = 8
 """... for this many updates in a row; a value that is not finite counts at once. Assumption, not tuned."""
-EVAL_TOKENS = 8192
-"""Padded tokens in one evaluation forward, over all members; affects memory and rounding only ..."""
-EVAL_LOGITS = 1 << 25
-"""... and at most this many logits: gigabytes of them cost more in page faults than the forward itself (LOG.md)."""
+EVAL_TOKENS = 4096
+"""Padded tokens in one evaluation forward, over all members; affects memory and rounding only."""
 
 
 def eval_steps(steps: int) -> list[int]:
@@ -58,21 +56,21 @@ def train(
     first = specs[0]
     batch_size = first.batch_size
     rows = min(micro_batch_size or batch_size, batch_size)
-    eval_tokens = min(EVAL_TOKENS, EVAL_LOGITS // first.model.vocab_size)
-    test = eval_batches(data.test, max(eval_tokens // len(specs), 1))
-    curve = eval_batches(data.test[: first.dataset.n_test_curve], max(eval_tokens // len(specs), 1))
+    share = max(EVAL_TOKENS // len(specs), 1)
+    n_curve = min(first.dataset.n_test_curve, len(data.test))
+    test, curve = eval_batches(data.test, share), eval_batches(data.test[:n_curve], share)
     bytes_per_token = _bytes_per_token(data)
 
     # Before the first update every method is the base model itself, so this is measured once a base.
     key = f"{first.dataset.name}/{first.dataset.n_test}/{first.precision}"
     if key not in base.start_nll:
-        whole = eval_batches(data.test, eval_tokens)
+        whole = eval_batches(data.test, EVAL_TOKENS)
         base.start_nll[key] = evaluate(model, whole, 1, first.precision)[0]
     nll_start = base.start_nll[key]
 
     trainables = first.method.attach(model, first.model, [s.method for s in specs], [s.seed for s in specs])
     try:
-        optimizer = AdamW.start(trainables.parameters(), trainables.stacked, specs)
+        optimizer = AdamW.start(trainables, specs)
         step, curves, above, tokens_seen = 0, {i: [] for i in ids}, dict.fromkeys(ids, 0), dict.fromkeys(ids, 0)
         if resume is None:
             for i in ids:
@@ -82,7 +80,7 @@ def train(
             for i in ids:
                 meta = resume[i]["meta"]
                 curves[i], above[i], tokens_seen[i] = list(meta["curve"]), meta["above"], meta["tokens"]
-        evaluations = {n for s in specs for n in eval_steps(s.steps)}
+        evaluations = {i: set(eval_steps(s.steps)) for i, s in zip(ids, specs)}
 
         # ---------------------------------------------------------------- loop
         while specs:
@@ -90,9 +88,11 @@ def train(
             batches = [_batch(data, s.seed, step, batch_size, rows) for s in specs]
             counts = [sum(b.n_loss for b in parts) for parts in batches]
             per_member = torch.tensor(counts, device=device)
-            total = torch.zeros(len(specs), dtype=torch.float64)
+            total, laid_out = torch.zeros(len(specs), dtype=torch.float64), 0
             for parts in zip(*batches):
-                sums = nll_sums(model, merge(parts), first.precision)
+                merged = merge(parts)
+                laid_out += merged.tokens_NX.shape[1]
+                sums = nll_sums(model, merged, first.precision)
                 (sums / per_member).sum().backward()
                 total += sums.detach().double().cpu()
             norms = optimizer.grad_norms()
@@ -110,7 +110,7 @@ def train(
                 records[i] = {
                     "step": step, "examples": step * spec.batch_size, "tokens": tokens_seen[i],
                     "train_nll": nll, "grad_norm": norm, "step_s": seconds / len(specs),
-                    "tokens_per_s": n_tokens * len(specs) / seconds,
+                    "tokens_per_s": n_tokens * len(specs) / seconds, "padding": 1 - n_tokens / laid_out,
                 }  # fmt: skip
                 bad = not math.isfinite(nll) or not math.isfinite(norm)
                 above[i] = above[i] + 1 if nll > DIVERGED_NLL_FACTOR * nll_start else 0
@@ -120,17 +120,17 @@ def train(
             diverged = {i for i in ids if records[i].get("diverged")}
 
             # ------------------------------------------------------------ held-out loss
-            if step in evaluations and not diverged.issuperset(ids):
-                whole = bool(last)
-                nlls = evaluate(model, test if whole else curve, len(specs), first.precision)
-                for i, spec, nll, norm in zip(ids, specs, nlls, trainables.norms()):
-                    if i in diverged or step not in eval_steps(spec.steps):
+            due = {i for i in ids if step in evaluations[i] and i not in diverged}
+            norms_now = dict(zip(ids, trainables.norms())) if due else {}
+            for members, batches_, items in ((due & last, test, len(data.test)), (due - last, curve, n_curve)):
+                nlls = evaluate(model, batches_, len(specs), first.precision) if members else []
+                for i, nll in zip(ids, nlls):
+                    if i not in members:
                         continue
-                    records[i] |= {"test_nll": nll, **norm, "test_items": len(data.test) if whole else
-                                   min(first.dataset.n_test_curve, len(data.test))}  # fmt: skip
+                    records[i] |= {"test_nll": nll, **norms_now[i], "test_items": items}
                     if bytes_per_token is not None:
                         records[i]["test_bpb"] = nll / math.log(2) / bytes_per_token
-                    keep = ("step", "examples", "tokens", "test_nll", *norm)
+                    keep = ("step", "examples", "tokens", "test_nll", *norms_now[i])
                     curves[i].append({k: records[i][k] for k in keep})
                     if not math.isfinite(nll):
                         diverged.add(i)
@@ -158,8 +158,7 @@ def train(
             if len(stay) < len(ids):
                 ids, specs = [ids[k] for k in stay], [specs[k] for k in stay]
                 if stay:
-                    trainables.keep(stay)
-                    optimizer.keep(stay, trainables.parameters())
+                    optimizer.keep(stay)
     finally:
         trainables.detach()
 
@@ -180,10 +179,12 @@ def _bytes_per_token(data: Data) -> float | None:
 def _member_state(k: int, step: int, ids: list[str], trainables: Any, optimizer: AdamW, meta: Record) -> State:
     """Return references to member k's tensors, and what else its continuation needs."""
     tensors = {}
-    for name, p in trainables.parameters().items():
-        for kind, source in (("param", p), ("m", optimizer.exp_avg[name]), ("v", optimizer.exp_avg_sq[name])):
-            part = source.detach()[k] if trainables.stacked else source.detach()
-            tensors[f"{kind}/{name}"] = part
+    for name, p in optimizer.params.items():
+        of_member, members = trainables.part_of(name)
+        if k in range(members.start, members.stop):
+            for kind, source in (("param", p), ("m", optimizer.exp_avg[name]), ("v", optimizer.exp_avg_sq[name])):
+                part = source.detach()
+                tensors[f"{kind}/{of_member}"] = part[k - members.start] if trainables.stacked else part
     return {"tensors": tensors, "meta": {"step": step, "layout": list(ids), **meta}}
 
 
@@ -192,9 +193,10 @@ def _load(resume: dict[str, State], ids: list[str], trainables: Any, optimizer: 
     steps = {resume[i]["meta"]["step"] for i in ids}
     if len(steps) != 1:
         raise ValueError(f"the members' states are at different steps: {steps}")
-    for k, i in enumerate(ids):
-        tensors = resume[i]["tensors"]
-        for name, p in trainables.parameters().items():
+    for name, p in optimizer.params.items():
+        of_member, members = trainables.part_of(name)
+        for k in range(members.start, members.stop):
+            tensors = resume[ids[k]]["tensors"]
             for kind, target in (("param", p), ("m", optimizer.exp_avg[name]), ("v", optimizer.exp_avg_sq[name])):
-                (target[k] if trainables.stacked else target).copy_(tensors[f"{kind}/{name}"])
+                (target[k - members.start] if trainables.stacked else target).copy_(tensors[f"{kind}/{of_member}"])
     return steps.pop()

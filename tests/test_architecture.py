@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("lorasweep/**/*.py"), *ROOT.glob("analysis/**/*.py")])
 HEAVY = {"torch", "transformers", "peft", "datasets", "safetensors"}
-MAY_USE_TORCH = {"train", "execute", "models", "recipe", "loss", "optim", "adapters", "adapter_export", "checkpoint"}
+MAY_USE_TORCH = {"calibrate", "decoder", "linears", "attention", "train", "execute", "models", "recipe", "loss", "optim", "adapters", "adapter_export", "checkpoint"}
 ONLY_IN = {
     "hydra": {"lorasweep/compose.py", "lorasweep/__main__.py"}, "omegaconf": {"lorasweep/compose.py", "lorasweep/__main__.py"},
     "wandb": {"lorasweep/mirror.py"}, "submitit": {"lorasweep/launch.py"}, "matplotlib": {"analysis/plots.py"},

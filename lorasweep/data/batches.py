@@ -19,14 +19,16 @@ the matrix products of narrower shapes are rounded otherwise)."""
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens_NX int64; places_NM int64, whose next token is predicted; targets_NM int64; weight_NM float32, 0 for pads."""
+    """Rows of token ids and where the loss looks; int64, weights float32."""
 
     tokens_NX: np.ndarray
     lengths: tuple[tuple[int, ...], ...]
     """Padded length of each row of each member, in order; they sum to X. A last row may be filler."""
     places_NM: np.ndarray
+    """Places in X whose next token is predicted."""
     targets_NM: np.ndarray
     weight_NM: np.ndarray
+    """1, or 0 where M is filled up."""
     n_tokens: int
     """Real tokens of all members, pads left out."""
 

@@ -50,13 +50,18 @@ class Method:
 class Trainables(Protocol):
     """What the loop may ask of the parameters that a pack trains."""
 
-    stacked: bool  # True: every tensor has the member axis N first; False: N = 1, no such axis
+    stacked: bool  # True: every tensor has a member axis first; False: N = 1, no such axis
 
     def parameters(self) -> "dict[str, torch.Tensor]":
         """Name -> tensor, in a fixed order."""
 
-    def keep(self, members: list[int]) -> None:
-        """Compact the pack to `members` (indices into the present order)."""
+    def part_of(self, name: str) -> tuple[str, slice]:
+        """Return the name that this tensor's part has in one member's state, and the members that it holds."""
+
+    def keep(self, members: list[int]) -> "dict[str, tuple[str, list[int]]]":
+        """Compact the pack to `members` (rising indices into the present order).
+
+        Returns for each new tensor the one that it came from, and the rows of that which it kept."""
 
     def norms(self) -> list[dict[str, float]]:
         """Norms worth recording, one dict a member."""

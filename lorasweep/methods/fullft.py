@@ -85,9 +85,11 @@ class _WholeModel:
     def parameters(self) -> "dict[str, torch.Tensor]":
         return {n: p for n, p in self._base.named_parameters() if p.requires_grad}
 
-    def keep(self, members: list[int]) -> None:
-        if members != [0]:
-            raise SpecError("a full fine-tuning pack has one member and cannot be compacted")
+    def part_of(self, name: str) -> tuple[str, slice]:
+        return name, slice(0, 1)
+
+    def keep(self, members: list[int]) -> dict[str, tuple[str, list[int]]]:
+        raise SpecError("a full fine-tuning pack has one member and cannot be compacted")
 
     def norms(self) -> list[dict[str, float]]:
         total = sum(

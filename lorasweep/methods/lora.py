@@ -26,7 +26,7 @@ class LoRA(Method):
     """Numerator of scaling = alpha/rank. 32 in every experiment of the study."""
     layers: str = "all"
     """Layer sets joined by '+': attention, mlp, unembedding; 'all' is all three, as in the study's table."""
-    PACKED_FIELDS: ClassVar[tuple[str, ...]] = ("alpha",)
+    PACKED_FIELDS: ClassVar[tuple[str, ...]] = ("alpha", "rank")
 
     @property
     def scaling(self) -> float:
@@ -59,8 +59,7 @@ class LoRA(Method):
         from lorasweep.models import layer_modules
 
         modules = layer_modules(base, model, parse_layers(self.layers))
-        scalings = [m.scaling for m in methods]
-        return StackedAdapters(base, modules, rank=self.rank, scalings=scalings, seeds=seeds)
+        return StackedAdapters(base, modules, [m.rank for m in methods], [m.scaling for m in methods], seeds)
 
 
 METHOD = LoRA

@@ -47,7 +47,7 @@ def test_text_is_masked_to_the_answer(world, tmp_path):
     assert e.tokens[-1] == base.tokenizer.eos_token_id
 
 
-def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world):
+def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
     spec, base = world
@@ -64,21 +64,27 @@ def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world):
     trainables = spec.method.attach(model, spec.model, [spec.method], [0])
     ours = trainables.parameters()
     assert sum(p.numel() for p in ours.values()) == spec.method.n_trainable(spec.model)
+    pair = {n: f"base_model.model.{p[:-2]}.lora_{p[-1]}.default.weight" for n, p in
+            ((n, trainables.part_of(n)[0]) for n in ours)}  # fmt: skip
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for n, p in ours.items():
-            if n.endswith(".B"):  # away from zero, so that A gets a gradient too
+            if ".B" in n:  # away from zero, so that A gets a gradient too
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.01)
-            theirs[f"base_model.model.{n[:-2]}.lora_{n[-1]}.default.weight"].copy_(p[0])
+            theirs[pair[n]].copy_(p[0])
     ids = base.tokenizer("Question: What is 3 + 4?\nAnswer: It is 7.").input_ids
     import numpy as np
 
     example = data.Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) > 8)
     batch = collate([example])
+    monkeypatch.setattr(  # transformers' norm goes through float32 even in a float64 model
+        "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward",
+        lambda norm, x: norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)),
+    )
     for m in (model, reference):
         nll_sums(m, batch, "fp64").sum().backward()
     for n, p in ours.items():
-        other = theirs[f"base_model.model.{n[:-2]}.lora_{n[-1]}.default.weight"].grad
+        other = theirs[pair[n]].grad
         assert float(p.grad.abs().max()) > 0, n
         assert torch.allclose(p.grad[0], other, rtol=1e-9, atol=1e-9), n
     assert model.model.embed_tokens.weight.grad is None

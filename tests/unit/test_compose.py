@@ -142,10 +142,10 @@ def compose_exec():
 def test_packs_hold_what_may_share_a_base_and_split_evenly(compose, tmp_path):
     request = compose("+sweep=lr_ratio", "scale=smoke", "scale.ranks=[1,4]", "exec.pack_size=2")
     now = plan.make_plan(request.points, RunStore(tmp_path), request.exec)
-    assert sorted(len(p) for p in now.packs) == [1, 1, 1, 1, 1, 2, 2]
+    assert sorted(len(p.points) for p in now.packs) == [1, 1, 1, 1, 1, 2, 2]
     for pack in now.packs:
-        assert len({p.spec.method.name for p in pack}) == 1
-        assert len({getattr(p.spec.method, "rank", 0) for p in pack}) == 1
+        assert len({p.spec.method.name for p in pack.points}) == 1
+        assert len({getattr(p.spec.method, "rank", 0) for p in pack.points}) == 1
 
 
 def test_the_plan_is_json(compose, capsys):

@@ -12,7 +12,7 @@ from lorasweep.data.batches import collate, eval_batches
 from lorasweep.loss import evaluate, nll_sums
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.optim import AdamW
+from lorasweep.optim import AdamW, OneRun
 from lorasweep.spec import run_id
 from lorasweep.train import eval_steps, train
 from tests.world import tiny_spec
@@ -68,9 +68,10 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world):
     trainables = spec.method.attach(base.model, spec.model, [spec.method], [spec.seed])
     try:
         ours = trainables.parameters()
-        pair = {n: f"base_model.model.{n[:-2]}.lora_{n[-1]}.default.weight" for n in ours}
+        parts = {n: trainables.part_of(n)[0] for n in ours}
+        pair = {n: f"base_model.model.{p[:-2]}.lora_{p[-1]}.default.weight" for n, p in parts.items()}
         assert set(pair.values()) == set(theirs)
-        optimizer = AdamW.start(ours, True, [spec])
+        optimizer = AdamW.start(trainables, [spec])
         torch_optimizer = torch.optim.AdamW(theirs.values(), lr=spec.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
         for step in range(spec.steps):
             with torch.no_grad():  # the same state on both sides
@@ -140,7 +141,7 @@ def test_every_intended_tensor_gets_a_gradient_and_the_count_is_right(world, met
     try:
         params = trainables.parameters()
         assert sum(p.numel() for p in params.values()) == method.n_trainable(spec.model)
-        optimizer = AdamW.start(params, trainables.stacked, [spec])
+        optimizer = AdamW.start(trainables, [spec])
         for step in range(2):
             batch = collate(dataset.train(0, step * 4, 4))
             optimizer.zero_grad()
@@ -222,7 +223,7 @@ def test_adamw_equals_torch_with_decay_and_clipping():
     spec = tiny_spec(weight_decay=0.1, clip_norm=0.5, lr=1e-2)
     start = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
-    optimizer = AdamW.start({"w": ours}, False, [spec])
+    optimizer = AdamW.start(OneRun({"w": ours}), [spec])
     reference = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for step in range(20):
         for w in (ours, theirs):

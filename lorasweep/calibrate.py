@@ -1,0 +1,149 @@
+"""How fast this machine trains: seconds a step and member, alone and in packs. Measured once a machine and shape.
+
+    python -m lorasweep.calibrate JOB.json     measures; called by the command line before a sweep starts
+
+The planner reads what is kept (no torch); only measuring trains. A measurement takes at most about BUDGET_S.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasweep import cost, files, provenance
+from lorasweep.spec import Exec, RunSpec, canonical, from_plain, part_json
+
+SIZES = (1, 2, 4, 8)
+"""Pack sizes that are tried, smallest first, while the budget lasts and each is faster than the last."""
+BUDGET_S = 25.0
+STEPS, WARM = 4, 1
+"""Updates a measurement, and how many of them at the start do not count; the median of the others is kept."""
+GAIN = 0.96
+"""A larger pack must take less than this share of the time of a smaller one, a member: else it is noise (LOG.md)."""
+FORWARD_TOKENS = 4096
+"""Tokens of one forward over all members: beyond it nothing is gained, and activations leave the cache (LOG.md)."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured for runs of one shape: pack size -> seconds a step and member, one thread."""
+
+    step_s: dict[int, float]
+
+    def best_size(self) -> int:
+        """Return the smallest pack size that no larger one beats by more than noise; 1: packing does not pay."""
+        best = 1
+        for size in sorted(self.step_s):
+            if self.step_s[size] < GAIN * self.step_s[best]:
+                best = size
+        return best
+
+
+def kind(spec: RunSpec) -> str:
+    """Name what decides a step's time: shapes, not rates or seeds."""
+    rank = getattr(spec.method, "rank", None)
+    rest = [spec.method.name, vars(spec.method).get("layers"), vars(spec.method).get("scope"), rank, spec.batch_size,
+            spec.precision]  # fmt: skip
+    env = provenance.environment()
+    machine = [env["processor"], cost.cores(), env["packages"]["torch"], env["lorasweep"]]
+    text = json.dumps([part_json(spec.model), part_json(spec.dataset), rest, machine])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def micro_batch(spec: RunSpec, members: int) -> int:
+    """Return the rows a member and forward: as many as FORWARD_TOKENS hold, at least one."""
+    return max(1, min(spec.batch_size, FORWARD_TOKENS // (members * cost.mean_length(spec))))
+
+
+def known(runs_dir: str | Path, spec: RunSpec) -> Speed | None:
+    """Return the kept measurement for runs like `spec` on this machine; None if there is none."""
+    try:
+        plain = json.loads(_path(runs_dir, kind(spec)).read_bytes())
+        return Speed({int(n): float(s) for n, s in plain["step_s"].items()})
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def ensure(specs: Sequence[RunSpec], exec_: Exec) -> str | None:
+    """Measure the shapes among `specs` that are not known, in a process of its own, and keep the results.
+
+    Returns None, or why nothing was measured: the plan then goes by its defaults, and says so.
+    """
+    missing = {kind(s): s for s in specs if known(exec_.runs_dir, s) is None}
+    if not missing:
+        return None
+    folder = Path(exec_.runs_dir) / ".calibration"
+    folder.mkdir(exist_ok=True)
+    job = {"specs": [json.loads(canonical(s)) for s in missing.values()], "exec": dataclasses.asdict(exec_)}
+    path = folder / f"job-{os.getpid()}-{os.urandom(3).hex()}.json"
+    files.write_atomic(path, json.dumps(job).encode())
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parent.parent), env.get("PYTHONPATH", "")])
+    try:
+        done = subprocess.run([sys.executable, "-m", "lorasweep.calibrate", str(path)], env=env, check=False, text=True,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    finally:
+        path.unlink(missing_ok=True)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+    return None
+
+
+def measure(spec: RunSpec, exec_: Exec, budget_s: float = BUDGET_S) -> Speed:
+    """Train a few updates of runs like `spec`, alone and in packs, and return their times."""
+    from lorasweep import data, models
+    from lorasweep.train import train
+
+    few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1, n_train=min(64, spec.dataset.n_train or 64))
+    spec = dataclasses.replace(spec, dataset=few, steps=STEPS, schedule="constant", warmup_steps=0)
+    base = models.load(spec.model, exec_.models_dir, spec.precision)
+    rows = data.load(few, exec_.data_dir, base.tokenizer)
+    found: dict[int, float] = {}
+    left = budget_s
+    for size in SIZES[: 1 if spec.method.MAX_PACK == 1 else None]:
+        if cost.pack_bytes(size, spec, micro_batch(spec, size)) > 0.7 * cost.machine_bytes():
+            break
+        started = time.monotonic()
+        pack = [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(size)]  # too small to move anything
+        times = [next(iter(event.records.values()))["step_s"]
+                 for event in train(pack, base, rows, exec_.micro_batch_size or micro_batch(spec, size))]  # fmt: skip
+        kept = sorted(times[WARM:])
+        found[size] = kept[len(kept) // 2]
+        took = time.monotonic() - started
+        left -= took
+        if left < 2 * took or found[size] > 1.05 * min(found.values()):
+            break
+    return Speed(found)
+
+
+def _path(runs_dir: str | Path, name: str) -> Path:
+    return Path(runs_dir) / ".calibration" / f"{name}.json"
+
+
+def main(job_path: str) -> None:
+    """Measure the shapes of a job file and keep each result as soon as it is there."""
+    import torch
+
+    from lorasweep.process import die_with_parent, keep_freed_memory
+
+    die_with_parent()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    job = json.loads(Path(job_path).read_bytes())
+    exec_ = Exec(**job["exec"])
+    for plain in job["specs"]:
+        spec = from_plain(plain)
+        speed = measure(spec, exec_)
+        content = {"step_s": speed.step_s, "model": spec.model.name, "method": spec.method.name,
+                   "batch_size": spec.batch_size, "precision": spec.precision}  # fmt: skip
+        files.write_atomic(_path(exec_.runs_dir, kind(spec)), json.dumps(content).encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
