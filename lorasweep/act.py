@@ -1,4 +1,4 @@
-"""The actions of the command line: run, plan, status, export, import, adapter.
+"""The actions of the command line that run and watch sweeps; those on finished runs are in `upkeep`.
 
 Ties plan, local execution and analysis together; knows no torch (the workers do).
 """
@@ -10,25 +10,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorasweep import calibrate, local, plan
+from lorasweep import calibrate, local, plan, upkeep
 from lorasweep.compose import Request
 from lorasweep.cost import run_flops
 from lorasweep.errors import SpecError, StoreError, unknown
 from lorasweep.execute import Stopped, Trainer
 from lorasweep.grid import Point, curve_key, second_stage
 from lorasweep.progress import Display, duration, run_name
-from lorasweep.store import FINAL, RunStore
+from lorasweep.store import RunStore
 
 
 def act(request: Request, trainer: Trainer | None = None) -> int:
     """Do what was asked; return the exit status. `trainer` replaces the real one in tests."""
     store = RunStore(request.exec.runs_dir)
     if request.action == "export":
-        return _export(request, store)
+        return upkeep.export(request, store, all_points(request, store) if request.sweep else [])
     if request.action == "import":
-        return _import(request)
+        return upkeep.import_(request)
     if request.action == "adapter":
-        return _adapter(request, store)
+        return upkeep.adapter(request, store)
+    if request.action == "verify":
+        return upkeep.verify(request, store, all_points(request, store))
     if request.action == "plan":
         return _plan(request, store)
     if request.action == "status":
@@ -264,45 +266,4 @@ def _status(request: Request, store: RunStore) -> int:
         print(f"  {now.states[p.id]:8} {run_name(p):32} {p.id}  step {steps[p.id]}/{p.spec.steps}")
     for x in problems:
         print(f"  {x['state']:8} {x['name']:32} {x['run']}  {x['cause']}")
-    return 0
-
-
-# ---------------------------------------------------------------- tables and adapters
-
-
-def _export(request: Request, store: RunStore) -> int:
-    from lorasweep.store import load_runs
-
-    path = Path(request.table)
-    if path.suffix not in (".parquet", ".csv"):
-        raise SpecError(f"table={request.table!r}: name a file that ends in .parquet or .csv.")
-    ids = [p.id for p in all_points(request, store)] if request.sweep else None
-    table = load_runs(store.root, ids)
-    if table.empty:
-        raise SpecError(f"no finished runs in {store.root}. Run the sweep first, or set exec.runs_dir.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        table.to_parquet(path, index=False)
-    else:
-        table.to_csv(path, index=False)
-    print(f"{len(table)} runs written to {path}")
-    return 0
-
-
-def _import(request: Request) -> int:
-    from lorasweep.store import import_table
-
-    print(f"{import_table(request.exec.runs_dir, request.table)} runs imported into {request.exec.runs_dir}")
-    return 0
-
-
-def _adapter(request: Request, store: RunStore) -> int:
-    from lorasweep.adapter_export import export_adapter
-
-    if not request.run or not request.out:
-        raise SpecError("action=adapter needs run=RUN_ID and out=FOLDER.")
-    if (store.result(request.run) or {}).get("state") not in FINAL[:1]:
-        raise SpecError(f"run {request.run!r} is not a finished run in {store.root}. See action=status for ids.")
-    export_adapter(store.spec(request.run), store.layout(request.run), request.exec, Path(request.out))
-    print(f"adapter of run {request.run} saved to {request.out}: load it with peft.PeftModel.from_pretrained")
     return 0

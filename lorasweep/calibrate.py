@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasweep import cost, files, provenance
+from lorasweep.methods import canonical_layers
 from lorasweep.spec import Exec, RunSpec, canonical, from_plain, part_json
 
 SIZES = (1, 2, 4, 8)
@@ -48,7 +49,8 @@ class Speed:
 def kind(spec: RunSpec) -> str:
     """Name what decides a step's time: shapes, not rates or seeds."""
     rank = getattr(spec.method, "rank", None)
-    rest = [spec.method.name, vars(spec.method).get("layers"), vars(spec.method).get("scope"), rank, spec.batch_size,
+    layers = canonical_layers(getattr(spec.method, "layers", "all"))
+    rest = [spec.method.name, layers, vars(spec.method).get("scope"), rank, spec.batch_size,
             spec.precision]  # fmt: skip
     env = provenance.environment()
     machine = [env["processor"], cost.cores(), env["packages"]["torch"], env["lorasweep"]]

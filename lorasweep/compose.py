@@ -3,9 +3,10 @@
 Knows the schema and the groups. Refuses to know torch: composing works on a login node.
 """
 
+import copy
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.errors import SpecError, unknown
@@ -22,7 +23,7 @@ from lorasweep.grid import Point, Sweep, around, check_sweep, expand, geom
 from lorasweep.methods import Method, method_classes
 from lorasweep.spec import DatasetSpec, Exec, ModelSpec, RunSpec, run_id, snap_lr, validate
 
-ACTIONS = ("run", "plan", "status", "export", "import", "adapter")
+ACTIONS = ("run", "plan", "status", "export", "import", "adapter", "verify")
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
 
@@ -59,6 +60,7 @@ class Config:
     table: str = ""
     run: str = ""
     out: str = ""
+    sample: int = 3
     scale: Scale = field(default_factory=Scale)
     cluster: Cluster = field(default_factory=Cluster)
     exec: Exec = field(default_factory=Exec)
@@ -90,6 +92,8 @@ class Request:
     table: str
     run: str
     out: str
+    sample: int
+    """Runs that action=verify trains again."""
     scale: str
     exec: Exec
     sweep_name: str | None
@@ -123,11 +127,25 @@ def register() -> None:
 
 def shipped_model(name: str) -> ModelSpec:
     """Return a shipped model's spec by name, outside a command line."""
+    return compose_request([f"model={name}"]).points[0].spec.model
+
+
+def compose_request(overrides: Sequence[str]) -> Request:
+    """Return the request that the command line `python -m lorasweep OVERRIDES` makes, for other programs."""
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
 
     register()
+    GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return _object(hydra_compose("config", overrides=[f"model={name}"])).model
+        loader = GlobalHydra.instance().config_loader()
+        cfg = loader.load_configuration("config", list(overrides), run_mode=RunMode.RUN)
+        HydraConfig.instance().set_config(cfg)
+        cfg = copy.deepcopy(cfg)
+        with flag_override(cfg, ["struct", "readonly"], False):
+            del cfg["hydra"]
+        return request(cfg)
 
 
 _ENV = {"runs_dir": "LORASWEEP_RUNS", "reports_dir": "LORASWEEP_REPORTS", "models_dir": "LORASWEEP_MODELS",
@@ -147,7 +165,8 @@ def request(cfg: DictConfig) -> Request:
     _places(config.exec)
     sweep_name = choices.get("sweep")
     common = {"action": config.action, "format": config.format, "mirror": config.mirror, "table": config.table,
-              "run": config.run, "out": config.out, "scale": config.scale.name, "exec": config.exec}  # fmt: skip
+              "run": config.run, "out": config.out, "sample": config.sample,
+              "scale": config.scale.name, "exec": config.exec}  # fmt: skip
     base = _run_spec(config)
     if sweep_name is None:
         points = []

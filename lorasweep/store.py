@@ -82,7 +82,7 @@ class RunStore:
         try:
             wrapped = json.loads((self.folder(rid) / "result.json").read_bytes())
             body = wrapped["result"]
-            return body if wrapped["sha256"] == _checksum(body) else None
+            return body if wrapped["sha256"] == checksum(body) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -234,7 +234,7 @@ class RunStore:
         if metrics.exists():
             files.sync(metrics)
         body = json.loads(_json({"run_id": rid, "state": state, **result}))
-        content = json.dumps({"sha256": _checksum(body), "result": body}).encode()
+        content = json.dumps({"sha256": checksum(body), "result": body}).encode()
         first = files.create_once(self.folder(rid) / "result.json", content)
         shutil.rmtree(self.folder(rid) / "checkpoint", ignore_errors=True)
         return first
@@ -268,7 +268,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _checksum(body: dict[str, Any]) -> str:
+def checksum(body: dict[str, Any]) -> str:
+    """Return the SHA-256 of a result's canonical JSON."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,6 +1,5 @@
 """What tests build their worlds from: the composed configuration, small float64 models, the command line."""
 
-import copy
 import dataclasses
 import os
 import subprocess
@@ -8,29 +7,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from lorasweep.compose import compose_request
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def compose_request(overrides):
-    """Run compose.request on the shipped configuration inside a Hydra context, as `python -m lorasweep` does."""
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-    from omegaconf import flag_override
-
-    from lorasweep import compose
-
-    compose.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(compose.conf_dir()), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        cfg = loader.load_configuration("config", list(overrides), run_mode=RunMode.RUN)
-        HydraConfig.instance().set_config(cfg)
-        cfg = copy.deepcopy(cfg)
-        with flag_override(cfg, ["struct", "readonly"], False):
-            del cfg["hydra"]
-        return compose.request(cfg)
 
 
 def tiny_spec(**changes):

@@ -1,0 +1,150 @@
+"""The same runs as a user would make them today: TRL's SFTTrainer with PEFT, or a plain PEFT loop.
+
+    python -m lorasweep.bench.baseline trl|loop JOB.json    {"runs": [spec, ...], "exec": {...}}
+
+One process trains the runs of the job one after another and prints one JSON line a run, with the seconds that went
+into imports, loading, training and the final evaluation. Same weights, rows in the same order, batch, steps,
+optimizer, precision and loss as ours; the held-out loss is taken once, at the end, over the same rows.
+"""
+
+import json
+import sys
+import time
+
+START = time.perf_counter()
+
+import warnings  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+
+from lorasweep.data import Data, Example  # noqa: E402
+from lorasweep.data import load as load_data  # noqa: E402
+from lorasweep.models import layer_modules  # noqa: E402
+from lorasweep.models import load as load_model  # noqa: E402
+from lorasweep.spec import Exec, RunSpec, from_plain  # noqa: E402
+
+
+def adapted(model: Any, spec: RunSpec, kind: str) -> Any:
+    """Wrap the model by PEFT; full fine-tuning trains it as it is. TRL refuses an adapter on the unembedding, so its
+    runs go without one: a little less work than ours."""
+    from peft import LoraConfig, get_peft_model
+
+    from lorasweep.methods import parse_layers
+
+    if spec.method.name == "fullft":
+        return model
+    layers = [x for x in parse_layers(spec.method.layers) if kind != "trl" or x != "unembedding"]
+    names = list(layer_modules(model, spec.model, tuple(layers)))
+    return get_peft_model(model, LoraConfig(r=spec.method.rank, lora_alpha=spec.method.alpha, target_modules=names,
+                                            lora_dropout=0.0, bias="none"))  # fmt: skip
+
+
+def padded_batch(rows: list[Example]) -> dict[str, torch.Tensor]:
+    """Pad to the longest row, with an attention mask and labels, as a collator does."""
+    longest = max(len(e.tokens) for e in rows)
+    batch = {k: torch.full((len(rows), longest), v) for k, v in
+             (("input_ids", 0), ("attention_mask", 0), ("labels", -100))}  # fmt: skip
+    for i, e in enumerate(rows):
+        tokens = torch.from_numpy(e.tokens.astype("int64"))
+        batch["input_ids"][i, : len(tokens)] = tokens
+        batch["attention_mask"][i, : len(tokens)] = 1
+        batch["labels"][i, : len(tokens)][torch.from_numpy(e.loss)] = tokens[torch.from_numpy(e.loss)]
+    return batch
+
+
+@torch.no_grad()
+def held_out(model: Any, data: Data, spec: RunSpec) -> float:
+    """Return the held-out NLL in nats a token, batches of 8 rows at a large vocabulary, 64 at a small one."""
+    total, count, size = 0.0, 0, 64 if spec.model.vocab_size < 1000 else 8
+    for k in range(0, len(data.test), size):
+        batch = padded_batch(list(data.test[k : k + size]))
+        n = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.autocast("cpu", torch.bfloat16, enabled=spec.precision == "bf16"):
+            total += float(model(**batch).loss) * n
+        count += n
+    return total / count
+
+
+def loop(model: Any, data: Data, spec: RunSpec) -> None:
+    """Train by a plain loop over a PEFT model."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps, weight_decay=0)
+    model.train()
+    for step in range(spec.steps):
+        batch = padded_batch(data.train(spec.seed, step * spec.batch_size, spec.batch_size))
+        with torch.autocast("cpu", torch.bfloat16, enabled=spec.precision == "bf16"):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def sft(model: Any, data: Data, spec: RunSpec, tokenizer: Any) -> None:
+    """Train by TRL's SFTTrainer on tokenized rows, its own extras (logging, saving, decay, clipping) off."""
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    rows = data.train(spec.seed, 0, spec.steps * spec.batch_size)
+    table = datasets.Dataset.from_dict({
+        "input_ids": [e.tokens.tolist() for e in rows], "completion_mask": [e.loss.astype(int).tolist() for e in rows],
+    })  # fmt: skip
+    config = SFTConfig(
+        output_dir="trl-out", per_device_train_batch_size=spec.batch_size, max_steps=spec.steps, learning_rate=spec.lr,
+        lr_scheduler_type="constant", adam_beta1=spec.beta1, adam_beta2=spec.beta2, adam_epsilon=spec.eps,
+        weight_decay=0.0, max_grad_norm=0.0, use_cpu=True, bf16=spec.precision == "bf16", gradient_checkpointing=False,
+        completion_only_loss=True, packing=False, report_to="none", save_strategy="no", logging_strategy="no",
+        disable_tqdm=True, train_sampling_strategy="sequential", max_length=None, eos_token=None, pad_token=None,
+        dataloader_num_workers=0,
+    )  # fmt: skip
+    SFTTrainer(model=model, args=config, train_dataset=table, processing_class=tokenizer).train()
+    model.eval()
+
+
+def symbols(vocab: int) -> Any:
+    """Make a tokenizer of bare symbols: TRL asks for one, and synthetic data have none."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({f"<{i}>": i for i in range(vocab)}, unk_token="<0>"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<0>", eos_token="<1>")
+
+
+def main(kind: str, job_path: str) -> None:
+    """Train the runs of a job; print a JSON line a run."""
+    warnings.filterwarnings("ignore")
+    if kind == "trl":
+        import trl
+        from trl import SFTTrainer
+
+        assert SFTTrainer, trl.__version__
+    import peft
+
+    assert peft
+    job = json.loads(Path(job_path).read_bytes())
+    exec_ = Exec(**job["exec"])
+    imports_s = time.perf_counter() - START
+    for plain in job["runs"]:
+        spec = from_plain(plain)
+        at = [time.perf_counter()]
+        base = load_model(spec.model, exec_.models_dir, spec.precision)
+        data = load_data(spec.dataset, exec_.data_dir, base.tokenizer)
+        model = adapted(base.model, spec, kind)
+        at.append(time.perf_counter())
+        if kind == "trl":
+            sft(model, data, spec, base.tokenizer or symbols(spec.model.vocab_size))
+        else:
+            loop(model, data, spec)
+        at.append(time.perf_counter())
+        nll = held_out(model, data, spec)
+        at.append(time.perf_counter())
+        print(json.dumps({"imports_s": imports_s, "load_s": at[1] - at[0], "train_s": at[2] - at[1],
+                          "eval_s": at[3] - at[2], "test_nll": nll}), flush=True)  # fmt: skip
+        imports_s = 0.0
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,74 @@
+"""What the harness itself costs: planning and status of 10,000 runs, and 1,000 runs of a trainer that does nothing."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from lorasweep.compose import compose_request
+from lorasweep.event import Event
+from lorasweep.execute import StopFlag, execute
+from lorasweep.spec import Exec, RunSpec, canonical, run_id
+from lorasweep.store import RunStore, checksum
+
+GRID = ("+sweep=lr_ratio", "~sweep.arms.fullft", "sweep.arms.lora.lr=${around:3e-3,25,1.3}",
+        "sweep.arms.lora.rank=[1,2,4,8,16]", f"sweep.axes.seed={list(range(80))}".replace(" ", ""),
+        "sweep.second.seeds=[]")  # fmt: skip
+"""10,000 runs: 25 learning rates, 5 ranks, 80 seeds."""
+
+
+FINAL = {"nll_start": 3.0, "test_nll": 2.0, "steps_done": 1, "curve": [{"step": 1, "test_nll": 2.0}],
+         "base_sha256": "none", "tokens": 1, "train_nll": 2.0, "wall_s": 1.0}  # fmt: skip
+
+
+def command(*arguments: str, runs_dir: Path) -> tuple[float, dict[str, Any]]:
+    """Run the command line; return its wall seconds, process start included, and its JSON answer."""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "lorasweep", *arguments, "format=json"], check=True, text=True,
+                          capture_output=True, env={**os.environ, "LORASWEEP_RUNS": str(runs_dir)})  # fmt: skip
+    return time.perf_counter() - started, json.loads(done.stdout)
+
+
+def nothing(pack: list[RunSpec], exec_: Exec, resume: Any) -> Any:
+    """Train nothing: one record, one result a run."""
+    ids = [run_id(s) for s in pack]
+    yield Event(1, {i: {"step": 1, "train_nll": 2.0} for i in ids}, {i: ("done", dict(FINAL)) for i in ids}, dict)
+
+
+def measure(log: Any) -> dict[str, float]:
+    """Return plan_10k_s, status_10k_s (beyond the same command on a single run) and noop_run_s."""
+    with tempfile.TemporaryDirectory() as folder:
+        empty, full = Path(folder) / "empty", Path(folder) / "full"
+        plan_s = min(command(*GRID, "action=plan", runs_dir=empty)[0] for _ in range(3))
+        log(f"planning 10,000 runs: {plan_s:.2f} s, process start included")
+        specs = [p.spec for p in compose_request([*GRID, f"exec.runs_dir={full}"]).points]
+        store = RunStore(full)
+        store.prepare()
+        exec_ = Exec(runs_dir=str(full))
+        started = time.perf_counter()
+        for k in range(0, 1000, 4):
+            execute(specs[k : k + 4], exec_, store, nothing, lambda event: None, StopFlag())
+        noop_s = (time.perf_counter() - started) / 1000
+        log(f"1,000 runs of a trainer that does nothing: {noop_s * 1e3:.2f} ms a run")
+        for spec in specs[1000:]:
+            _finished(store, spec)
+        start_s = min(command("action=status", runs_dir=empty)[0] for _ in range(3))  # of one run that is not there
+        timed = [command(*GRID, "action=status", runs_dir=full) for _ in range(3)]
+        assert timed[0][1]["runs"]["done"] == 10_000, timed[0][1]["runs"]
+        status_s = min(t for t, _ in timed) - start_s
+        log(f"status of 10,000 finished runs: {status_s:.2f} s beyond start-up ({start_s:.2f} s)")
+    return {"plan_10k_s": plan_s, "status_10k_s": status_s, "start_s": start_s, "noop_run_s": noop_s}
+
+
+def _finished(store: RunStore, spec: RunSpec) -> None:
+    """Put a finished run into the store as it is after training, without its 9 ms of durability."""
+    folder = store.folder(run_id(spec))
+    (folder / "attempts" / "1").mkdir(parents=True)
+    (folder / "spec.json").write_text(canonical(spec))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "train_nll": 2.0}\n')
+    body = {"run_id": run_id(spec), "state": "done", **FINAL}
+    (folder / "result.json").write_text(json.dumps({"sha256": checksum(body), "result": body}))
