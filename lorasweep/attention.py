@@ -1,20 +1,21 @@
 """Causal attention with rotary positions over rows of several lengths, and its way back by hand.
 
-Rows of one length are one batch of products; the causal half of the scores is never computed. Where no gradient is
-wanted, torch's scaled_dot_product_attention is faster and used.
-Shapes: N members, X tokens a member, R rows of one length T, S = R x kv heads, G query heads a kv head, d head size,
-O = (heads + 2 kv heads) x d.
+Rows of like length are one batch of products; most of the scores that causality forbids are never computed. Where no
+gradient is wanted, torch's scaled_dot_product_attention is faster and used.
+Shapes: N members, X tokens a member, R rows of a class of length T, P places of all classes, S = R x kv heads,
+G query heads a kv head, d head size, C = (heads + 2 kv heads) x d.
 """
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lorasweep.data.batches import Batch, rows_of_a_length
+from lorasweep.data.batches import Batch
 
-ATTENTION_BLOCK = 128
-"""Queries at a time: half of the scores is skipped, and a block stays in the cache (LOG.md)."""
+ATTENTION_BLOCK = 256
+"""Queries at a time: beyond it half of the scores is skipped (LOG.md)."""
 
 
 class Heads(NamedTuple):
@@ -27,112 +28,143 @@ class Heads(NamedTuple):
     """Head size."""
 
 
+def row_class(length: int) -> int:
+    """Return the length to which a row is filled up for attention: few classes, at most a third of filler. It depends
+    on the row alone, so that a row is computed alike in whatever company."""
+    step = 16
+    while length > 4 * step:
+        step *= 2
+    return -(-length // step) * step
+
+
 class Rows:
-    """Where the rows of each length are in the flattened tokens, and the rotary positions."""
+    """Where a batch's rows lie when those of a class are laid under one another, and the rotations of positions."""
 
-    def __init__(self, batch: Batch, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """cos, sin: [1, longest row, d], in the master type."""
-        self.cos, self.sin, self.turn = cos, sin, _half_turn(cos.shape[-1], cos)
-        self.spans: list[tuple[int, torch.Tensor | None]] = []
-        """(length, where its rows' tokens are; None: all rows have this length)."""
-        for length, at in rows_of_a_length(batch).items():
-            self.spans.append((length, None if len(at) == batch.tokens_NX.size else torch.from_numpy(at)))
+    def __init__(self, batch: Batch, rotations: torch.Tensor) -> None:
+        """rotations: [at least the longest class, d, d]."""
+        self.rotations = rotations
+        lengths = np.array([length for member in batch.lengths for length in member])
+        classes = np.array([row_class(length) for length in lengths])
+        starts, size = np.cumsum(lengths) - lengths, lengths.sum()
+        self.spans: list[tuple[int, int, int]] = []
+        """(place of the first row, rows R, length T) of each class."""
+        take, put, at = [], np.empty(size, dtype=np.int64), 0
+        for length in np.unique(classes):
+            here = np.flatnonzero(classes == length)
+            self.spans.append((at, len(here), int(length)))
+            offset = np.arange(length)
+            # Filler repeats the row's last token: no token of the row looks that far, and its own output is dropped.
+            take.append((starts[here, None] + np.minimum(offset, lengths[here, None] - 1)).ravel())
+            for k, row in enumerate(here):
+                put[starts[row] : starts[row] + lengths[row]] = at + k * length + offset[: lengths[row]]
+            at += len(here) * int(length)
+        same = at == size and len(self.spans) == 1
+        self.take = None if same else torch.from_numpy(np.concatenate(take))
+        """[P], the token at each place; None: as they lie."""
+        self.put = None if same else torch.from_numpy(put)
+        """[N*X], the place of each token."""
+        self.places = at
 
 
-def attention(y_NXO: torch.Tensor, heads: Heads, rows: Rows, keep: bool) -> tuple[torch.Tensor, list[Any]]:
-    """Return the heads' output [N, X, heads * d] from the q/k/v products [N, X, O], and, with `keep`, what the way
+def attention(y_NXC: torch.Tensor, heads: Heads, rows: Rows, keep: bool) -> tuple[torch.Tensor, list[Any]]:
+    """Return the heads' output [N, X, heads * d] from the q/k/v products [N, X, C], and, with `keep`, what the way
     back needs."""
     n, kv, d = heads
-    flat = y_NXO.view(-1, (n + 2 * kv) * d)
-    whole, kept = torch.empty(len(flat), n * d, dtype=flat.dtype, device=flat.device), []
-    for length, where in rows.spans:
-        part = flat if where is None else flat.index_select(0, where)
-        part = part.view(-1, length, n + 2 * kv, d).transpose(1, 2)  # [R, heads + 2 kv, T, d]
-        q = _turned(part[:, : n], rows).view(-1, n // kv, length, d)
-        k = _turned(part[:, n : n + kv], rows).view(-1, length, d)
-        v = part[:, n + kv :].reshape(-1, length, d)
+    flat = y_NXC.view(-1, (n + 2 * kv) * d)
+    y_PC = flat if rows.take is None else flat.index_select(0, rows.take)
+    out_PO, kept = torch.empty(rows.places, n * d, dtype=flat.dtype), []
+    for at, r, t in rows.spans:
+        part = y_PC[at : at + r * t].view(r, t, n + 2 * kv, d)
+        q, k = _turned(part, heads, rows)
+        v = part[:, :, n + kv :].transpose(1, 2).reshape(-1, t, d)
         if keep:
-            out, blocks = attend(q, k, v, d**-0.5)
+            out, blocks = attend(q, k, v)
             kept.append((k, v, blocks))
         else:
-            out = F.scaled_dot_product_attention(q, k[:, None], v[:, None], is_causal=True, enable_gqa=True)
-        out = out.view(-1, n, length, d).transpose(1, 2).reshape(-1, n * d)
-        if where is None:
-            whole = out
-        else:
-            whole.index_copy_(0, where, out)
-    return whole.view(*y_NXO.shape[:2], -1), kept
+            out = F.scaled_dot_product_attention(q, k[:, None], v[:, None], is_causal=True, scale=1.0, enable_gqa=True)
+        out_PO[at : at + r * t].view(r, t, n, d).copy_(out.view(r, n, t, d).transpose(1, 2))
+    out_XO = out_PO if rows.put is None else out_PO.index_select(0, rows.put)
+    return out_XO.view(*y_NXC.shape[:2], -1), kept
 
 
 def attention_backward(dout: torch.Tensor, kept: list[Any], heads: Heads, rows: Rows) -> torch.Tensor:
-    """Gradient of the q/k/v products, [N, X, O]."""
+    """Gradient of the q/k/v products, [N, X, C]."""
     n, kv, d = heads
     flat = dout.view(-1, n * d)
-    whole = torch.empty(len(flat), (n + 2 * kv) * d, dtype=flat.dtype, device=flat.device)
-    for (length, where), (k, v, blocks) in zip(rows.spans, kept):
-        part = flat if where is None else flat.index_select(0, where)
-        part = part.view(-1, length, n, d).transpose(1, 2).reshape(len(k), -1, length, d)
-        dq, dk, dv = attend_backward(part, k, v, blocks, d**-0.5)
-        dy = whole if where is None else torch.empty(len(where), whole.shape[1], dtype=flat.dtype, device=flat.device)
-        view = dy.view(-1, length, n + 2 * kv, d).transpose(1, 2)
-        view[:, : n] = _turned_back(dq.view(-1, n, length, d), rows)
-        view[:, n : n + kv] = _turned_back(dk.view(-1, kv, length, d), rows)
-        view[:, n + kv :] = dv.view(-1, kv, length, d)
-        if where is not None:
-            whole.index_copy_(0, where, dy)
-    return whole.view(*dout.shape[:2], -1)
+    if rows.put is not None:  # filler gets no gradient
+        flat = torch.zeros(rows.places, n * d, dtype=flat.dtype).index_copy_(0, rows.put, flat)
+    dy_PC = torch.empty(rows.places, (n + 2 * kv) * d, dtype=flat.dtype)
+    for (at, r, t), (k, v, blocks) in zip(rows.spans, kept):
+        do = flat[at : at + r * t].view(r, t, n, d).transpose(1, 2).reshape(r * kv, n // kv, t, d)
+        dq, dk, dv = attend_backward(do, k, v, blocks)
+        view = dy_PC[at : at + r * t].view(r, t, n + 2 * kv, d)
+        view[:, :, : n + kv] = _turned_back(dq, dk, heads, rows)
+        view[:, :, n + kv :] = dv.view(r, kv, t, d).transpose(1, 2)
+    dy_XC = dy_PC if rows.put is None else dy_PC.index_select(0, rows.put)
+    return dy_XC.view(*dout.shape[:2], -1)
 
 
-def _turned(y: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Rotary positions (Su et al., arXiv 2104.09864) on [R, heads, T, d], contiguous in the compute type."""
-    cos, sin = rows.cos[:, : y.shape[2]], rows.sin[:, : y.shape[2]]
-    dtype = y.dtype
-    y = y.to(cos.dtype, memory_format=torch.contiguous_format, copy=True)
-    turned = torch.matmul(y, rows.turn)
-    return y.mul_(cos).addcmul_(turned, sin).to(dtype)
+def rotations(cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the rotary positions (Su et al., arXiv 2104.09864) as matrices [T, d, d] in the compute type, from cos and
+    sin [T, d]: x R_t = x cos + rotate_half(x) sin, times d^(-1/4).
 
-
-def _turned_back(dy: torch.Tensor, rows: Rows) -> torch.Tensor:
-    cos, sin = rows.cos[:, : dy.shape[2]], rows.sin[:, : dy.shape[2]]
-    dy = dy.to(cos.dtype)
-    return torch.matmul(dy * sin, rows.turn.T).addcmul_(dy, cos)
-
-
-def _half_turn(d: int, like: torch.Tensor) -> torch.Tensor:
-    """The [d, d] matrix P with x P = rotate_half(x) = (-x2, x1): exact, as it only moves and negates."""
-    half, eye = d // 2, torch.eye(d // 2, dtype=like.dtype, device=like.device)
-    turn = torch.zeros(d, d, dtype=like.dtype, device=like.device)
+    One product a position replaces five passes over memory; a product adds up in fp32 and is rounded once. The factor,
+    on q and on k, is the scores' 1/sqrt(d), and their gradients' too, for nothing.
+    """
+    d = cos.shape[-1]
+    half, eye = d // 2, torch.eye(d // 2, dtype=cos.dtype)
+    turn = torch.zeros(d, d, dtype=cos.dtype)  # rotate_half: (x1, x2) -> (-x2, x1)
     turn[half:, :half], turn[:half, half:] = -eye, eye
-    return turn
+    return ((torch.diag_embed(cos) + turn * sin[:, None]) * d**-0.25).to(dtype)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, list[Any]]:
-    """Causal attention. q [S, G, T, d], k and v [S, T, d]; the softmax works in the master type.
+def _turned(part_RTHD: torch.Tensor, heads: Heads, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [S, G, T, d] and k [S, T, d], turned by their positions."""
+    n, kv, d = heads
+    r, t = part_RTHD.shape[:2]
+    both = part_RTHD[:, :, : n + kv].transpose(0, 1).reshape(t, -1, d)
+    both = torch.bmm(both, rows.rotations[:t]).view(t, r, n + kv, d).permute(1, 2, 0, 3)
+    return both[:, :n].reshape(r * kv, n // kv, t, d), both[:, n:].reshape(r * kv, t, d)
+
+
+def _turned_back(dq: torch.Tensor, dk: torch.Tensor, heads: Heads, rows: Rows) -> torch.Tensor:
+    """Gradient of q and k before they were turned, [R, T, heads + kv heads, d]."""
+    n, kv, d = heads
+    t = dk.shape[1]
+    both = torch.cat([dq.view(-1, n, t, d), dk.view(-1, kv, t, d)], 1).permute(2, 0, 1, 3)
+    back = torch.bmm(both.reshape(t, -1, d), rows.rotations[:t].mT)
+    return back.view(t, -1, n + kv, d).transpose(0, 1)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+    """Causal attention of q [S, G, T, d] to k and v [S, T, d].
 
     Returns the output [S, G, T, d] and each block's (range, queries, probabilities) for the way back.
     """
     s_, g, t, d = q.shape
-    out, kept = torch.empty_like(q), []
+    parts, kept = [], []
     for t0 in range(0, t, ATTENTION_BLOCK):
         t1 = min(t, t0 + ATTENTION_BLOCK)
-        block = q[:, :, t0:t1].reshape(s_, -1, d) * scale
+        block = q[:, :, t0:t1].reshape(s_, -1, d)
         scores = torch.bmm(block, k[:, :t1].mT).view(s_, g, t1 - t0, t1)
-        scores[..., t0:].add_(torch.full((t1 - t0, t1 - t0), -torch.inf, dtype=q.dtype, device=q.device).triu_(1))
+        scores[..., t0:].add_(torch.full((t1 - t0, t1 - t0), -torch.inf, dtype=q.dtype).triu_(1))
         p = torch.softmax(scores, -1).view(s_, -1, t1)
-        out[:, :, t0:t1] = torch.bmm(p, v[:, :t1]).view(s_, g, t1 - t0, d)
+        parts.append(torch.bmm(p, v[:, :t1]).view(s_, g, t1 - t0, d))
         kept.append((t0, t1, block, p))
-    return out, kept
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2), kept
 
 
-def attend_backward(dout: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: list[Any], scale: float):
+def attend_backward(dout: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: list[Any]):
     """Gradients of q [S, G, T, d], k and v [S, T, d]."""
     s_, g, _, d = dout.shape
-    dq, dk, dv = torch.empty_like(dout), torch.zeros_like(k), torch.zeros_like(v)
-    for t0, t1, block, p in kept:
+    parts, dk, dv = [], None, None
+    for t0, t1, block, p in reversed(kept):  # the last block saw all keys
         do = dout[:, :, t0:t1].reshape(s_, -1, d)
-        dv[:, :t1] += torch.bmm(p.mT, do)
-        dp = torch.bmm(do, v[:, :t1].mT)
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-        torch.mul(torch.bmm(ds, k[:, :t1]).view(s_, g, t1 - t0, d), scale, out=dq[:, :, t0:t1])
-        dk[:, :t1] += torch.bmm(ds.mT, block)  # the block holds the scale
-    return dq, dk, dv
+        ds = torch.ops.aten._softmax_backward_data(torch.bmm(do, v[:, :t1].mT), p, -1, p.dtype)
+        parts.insert(0, torch.bmm(ds, k[:, :t1]).view(s_, g, t1 - t0, d))
+        if dk is None:
+            dk, dv = torch.bmm(ds.mT, block), torch.bmm(p.mT, do)
+        else:
+            dk[:, :t1] += torch.bmm(ds.mT, block)
+            dv[:, :t1] += torch.bmm(p.mT, do)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2), dk, dv

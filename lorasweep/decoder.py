@@ -7,14 +7,14 @@ Refuses other families: `lean_for` gives None, and transformers' forward is used
 Shapes: N members, X tokens a member, H hidden.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 
 from lorasweep.adapters import StackedLinear
-from lorasweep.attention import Heads, Rows, attention, attention_backward
+from lorasweep.attention import Heads, Rows, attention, attention_backward, rotations, row_class
 from lorasweep.data.batches import Batch
 from lorasweep.linears import Group
 
@@ -76,10 +76,11 @@ class _Layer(torch.autograd.Function):
         gate, low_g = w.gate.forward(h2)
         up, low_u = w.up.forward(h2)
         swish = F.silu(gate)
-        down, low_d = w.down.forward(swish * up)
+        act = swish * up
+        down, low_d = w.down.forward(act)
         if w.keep:
             ctx.w = w
-            ctx.kept = (x, r1, h1, low_qkv, kept, out, low_o, x1, r2, h2, low_g, gate, low_u, up, swish, low_d)
+            ctx.kept = (x, r1, h1, low_qkv, kept, out, low_o, x1, r2, h2, low_g, gate, low_u, up, swish, act, low_d)
             ctx.save_for_backward(*params)  # autograd then notices if one is changed before the way back
         return x1 + down
 
@@ -87,9 +88,9 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, dx2: torch.Tensor) -> tuple[Any, ...]:
         w: _Work = ctx.w
         _ = ctx.saved_tensors
-        x, r1, h1, low_qkv, kept, out, low_o, x1, r2, h2, low_g, gate, low_u, up, swish, low_d = ctx.kept
+        x, r1, h1, low_qkv, kept, out, low_o, x1, r2, h2, low_g, gate, low_u, up, swish, act, low_d = ctx.kept
         ctx.kept = None
-        dact, g_down = w.down.backward(dx2.to(w.dtype), swish * up, low_d)
+        dact, g_down = w.down.backward(dx2.to(w.dtype), act, low_d)
         dh2, g_up = w.up.backward(dact * swish, h2, low_u)
         dgate = torch.ops.aten.silu_backward(dact.mul_(up), gate)
         dh2, g_gate = w.gate.backward(dgate, h2, low_g, into=dh2)
@@ -108,6 +109,15 @@ class _Layer(torch.autograd.Function):
 # ---------------------------------------------------------------- the model
 
 
+class _Cast(NamedTuple):
+    versions: list[int]
+    frozen: bool
+    weights: list[torch.Tensor]
+    """Held, so that their ids are not reused."""
+    w_OH: torch.Tensor
+    w_HO: torch.Tensor
+
+
 class Lean:
     """The lean passes of one loaded model. Reads its modules at each call, so adapters come and go at will."""
 
@@ -116,31 +126,42 @@ class Lean:
         self.body, self.head = model.model, model
         self.eps, d = config.rms_norm_eps, model.model.layers[0].self_attn.head_dim
         self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, d)
-        self._casts: dict[tuple[int, ...], tuple[list[int], list[torch.Tensor], torch.Tensor]] = {}
+        self._casts: dict[tuple[int, ...], _Cast] = {}
+        self._turns: dict[torch.dtype, torch.Tensor] = {}
 
-    def cast(self, weights: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """Return the weights under one another in the compute type; made again only when one has changed."""
+    def cast(self, weights: list[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights under one another in the compute type, [O, H], and turned round, [H, O]; made again only
+        when one has changed. Frozen ones in bf16 are turned round in memory, once: the forward product then takes two
+        thirds of the time (LOG.md)."""
         if len(weights) == 1 and weights[0].dtype == dtype:
-            return weights[0].detach()
+            return weights[0].detach(), weights[0].detach().T
         key, versions = (*map(id, weights), hash(dtype)), [w._version for w in weights]
+        frozen = dtype == torch.bfloat16 and not any(w.requires_grad for w in weights)
         kept = self._casts.get(key)
-        if kept is None or kept[0] != versions:
+        if kept is None or kept.versions != versions or kept.frozen != frozen:
             made = torch.cat([w.detach().to(dtype) for w in weights])
-            kept = self._casts[key] = (versions, weights, made)  # holding the weights keeps their ids from reuse
-        return kept[2]
+            turned = made.T.contiguous() if frozen else made.T
+            kept = self._casts[key] = _Cast(versions, frozen, weights, made, turned)
+        return kept.w_OH, kept.w_HO
 
     def hidden(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
         """Return the residual stream after the last layer, [N, X, H], in the master type."""
         x = self.body.embed_tokens(torch.from_numpy(batch.tokens_NX))
-        positions = torch.arange(max(max(lengths) for lengths in batch.lengths))[None]
-        cos, sin = (c.to(x.dtype) for c in self.body.rotary_emb(x, positions))
-        rows, grad = Rows(batch, cos, sin), torch.is_grad_enabled()
+        length = row_class(max(max(lengths) for lengths in batch.lengths))
+        rows, grad = Rows(batch, self._rotations(length, x, dtype)), torch.is_grad_enabled()
         for layer in self.body.layers:
             w = _Work(self, layer, dtype, rows, keep=False)
             params = w.params()
             w.keep = grad and (x.requires_grad or bool(params))
             x = _Layer.apply(x, w, *params)
         return x
+
+    def _rotations(self, length: int, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the rotary positions up to `length` as matrices in the compute type; made once a length."""
+        if len(self._turns.get(dtype, ())) < length:
+            cos, sin = (c[0].to(x.dtype) for c in self.body.rotary_emb(x, torch.arange(length)[None]))
+            self._turns[dtype] = rotations(cos, sin, dtype)
+        return self._turns[dtype]
 
     def normed(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the final norm in the master type, with autograd."""
@@ -182,6 +203,8 @@ def _is_plain_llama(model: Any) -> bool:
     if type(model) is not LlamaForCausalLM or next(model.parameters()).device.type != "cpu":
         return False
     c = model.config
+    if (c.rope_parameters or {}).get("rope_type", "default") in ("dynamic", "longrope"):
+        return False  # their rotations depend on the longest row
     return c.hidden_act == "silu" and not c.attention_bias and not c.mlp_bias and not c.attention_dropout
 
 

@@ -15,7 +15,8 @@ from lorasweep.adapters import StackedLinear
 class Group:
     """The linears of one layer that share an input, as one product: y_i = W_i h + s B_i A_i h."""
 
-    def __init__(self, modules: list[Any], cast: Callable[[list[torch.Tensor]], torch.Tensor], dtype: torch.dtype):
+    def __init__(self, modules: list[Any], cast: Callable[[list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]],
+                 dtype: torch.dtype) -> None:  # fmt: skip
         self.weights: list[torch.Tensor] = []
         adapted: list[tuple[slice, StackedLinear]] = []
         start = 0
@@ -25,7 +26,7 @@ class Group:
             if isinstance(module, StackedLinear):
                 adapted.append((slice(start, start + linear.out_features), module))
             start += linear.out_features
-        self.w_OH, self.dtype = cast(self.weights), dtype
+        (self.w_OH, self.w_HO), self.dtype = cast(self.weights), dtype
         self.trained = [w for w in self.weights if w.requires_grad]
         self.outputs = [where for where, _ in adapted]
         self.ranks = [_Rank(adapted, k, dtype) for k in range(len(adapted[0][1].ranks))] if adapted else []
@@ -35,7 +36,7 @@ class Group:
     def forward(self, h_NXH: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return y [N, X, O], and for each rank the scaled A h [n, X, r of all modules] that backward needs."""
         n, x, _ = h_NXH.shape
-        y = torch.mm(h_NXH.view(n * x, -1), self.w_OH.T).view(n, x, -1)
+        y = torch.mm(h_NXH.view(n * x, -1), self.w_HO).view(n, x, -1)
         lows = []
         for rank in self.ranks:
             low = torch.bmm(h_NXH[rank.members], rank.a_nrH.mT).mul_(rank.scaling)
