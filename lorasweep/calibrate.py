@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasweep import cost, files, provenance
+from lorasweep import cost, files, machine, provenance
 from lorasweep.methods import canonical_layers
 from lorasweep.spec import Exec, RunSpec, canonical, from_plain, part_json
 
-SIZES = (1, 2, 4, 8)
+SIZES = (1, 2, 4, 8, 16)
 """Pack sizes that are tried, smallest first, while the budget lasts and each is faster than the last."""
+GPU_SIZES = (*SIZES, 32, 64, 128)
 BUDGET_S = 25.0
 STEPS, WARM = 4, 1
 """Updates a measurement, and how many of them at the start do not count; the median of the others is kept."""
@@ -29,6 +30,8 @@ GAIN = 0.96
 """A larger pack must take less than this share of the time of a smaller one, a member: else it is noise (LOG.md)."""
 FORWARD_TOKENS = 4096
 """Tokens of one forward over all members: beyond it nothing is gained, and activations leave the cache (LOG.md)."""
+GPU_FORWARD_TOKENS = 65536
+"""The same on a GPU. Assumption: not measured yet."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,30 @@ def kind(spec: RunSpec) -> str:
     rest = [spec.method.name, layers, vars(spec.method).get("scope"), rank, spec.batch_size,
             spec.precision]  # fmt: skip
     env = provenance.environment()
-    machine = [env["processor"], cost.cores(), env["packages"]["torch"], env["lorasweep"]]
-    text = json.dumps([part_json(spec.model), part_json(spec.dataset), rest, machine])
+    gpus = [gpu.name for gpu in machine.gpus()]
+    here = [env["processor"], machine.cores(), gpus, env["packages"]["torch"], env["lorasweep"]]
+    text = json.dumps([part_json(spec.model), part_json(spec.dataset), rest, here])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def sizes() -> tuple[int, ...]:
+    """Return the pack sizes worth trying on this machine."""
+    return GPU_SIZES if machine.gpus() else SIZES
+
+
+def forward_tokens() -> int:
+    """Return how many tokens one forward should hold on this machine."""
+    return GPU_FORWARD_TOKENS if machine.gpus() else FORWARD_TOKENS
+
+
+def worker_bytes() -> int:
+    """Return the memory that bounds one worker: a GPU's, or this machine's."""
+    return min((gpu.memory_bytes for gpu in machine.gpus()), default=machine.memory_bytes())
+
+
 def micro_batch(spec: RunSpec, members: int) -> int:
-    """Return the rows a member and forward: as many as FORWARD_TOKENS hold, at least one."""
-    return max(1, min(spec.batch_size, FORWARD_TOKENS // (members * cost.mean_length(spec))))
+    """Return the rows a member and forward: as many as forward_tokens() hold, at least one."""
+    return max(1, min(spec.batch_size, forward_tokens() // (members * cost.mean_length(spec))))
 
 
 def known(runs_dir: str | Path, spec: RunSpec) -> Speed | None:
@@ -108,8 +127,8 @@ def measure(spec: RunSpec, exec_: Exec, budget_s: float = BUDGET_S) -> Speed:
     rows = data.load(few, exec_.data_dir, base.tokenizer)
     found: dict[int, float] = {}
     left = budget_s
-    for size in SIZES[: 1 if spec.method.MAX_PACK == 1 else None]:
-        if cost.pack_bytes(size, spec, micro_batch(spec, size)) > 0.7 * cost.machine_bytes():
+    for size in sizes()[: 1 if spec.method.MAX_PACK == 1 else None]:
+        if cost.pack_bytes(size, spec, micro_batch(spec, size)) > 0.7 * worker_bytes():
             break
         started = time.monotonic()
         pack = [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(size)]  # too small to move anything

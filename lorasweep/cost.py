@@ -1,7 +1,5 @@
 """What a run costs: floating-point operations, memory, disk. From shapes alone; standard library only."""
 
-import os
-
 from lorasweep.spec import RunSpec
 
 TEXT_FILL = 0.4
@@ -51,19 +49,3 @@ def pack_bytes(members: int, spec: RunSpec, micro_batch_size: int | None = None)
     if whole:
         logits += tokens * model.vocab_size * word / 2  # half of the places bear loss
     return PROCESS_BYTES + weights + trained + model.n_layers * layer + logits
-
-
-def machine_bytes() -> int:
-    """Return this machine's memory, or what a control group allows of it."""
-    total = 8 * 2**30
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            return min(total, int(file.read()))
-    except (ValueError, OSError):
-        return total
-
-
-def cores() -> int:
-    """Return the processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -228,10 +228,12 @@ class TorchTrainer:
         if exec_.threads:
             torch.set_num_threads(exec_.threads)
         first = pack[0]
-        key = (json.dumps(first.model, default=vars, sort_keys=True), first.precision)
+        key = (json.dumps(first.model, default=vars, sort_keys=True), first.precision, exec_.compile)
         if self._base is None or self._base[0] != key:
             self._base, self._data = None, {}  # one base in memory at a time
             self._base = (key, models.load(first.model, exec_.models_dir, first.precision))
+            if exec_.compile:
+                self._base[1].model.compile(dynamic=True)
         base = self._base[1]
         data_key = json.dumps(first.dataset, default=vars, sort_keys=True)
         if data_key not in self._data:

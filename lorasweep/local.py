@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorasweep import files
+from lorasweep import files, machine
 from lorasweep.errors import StoreError, TrainingError
 from lorasweep.execute import StopFlag, Stopped, Trainer, execute
 from lorasweep.grid import Point
@@ -85,7 +85,7 @@ def _run_workers(plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dic
     with open(path.with_suffix(".log"), "ab") as log:
         workers = [
             subprocess.Popen([sys.executable, "-m", "lorasweep.execute", str(path), str(k)], stdout=subprocess.PIPE,
-                             stderr=log, env=env, text=True)
+                             stderr=log, env={**env, **_gpu_of(k)}, text=True)
             for k in range(plan.workers)
         ]  # fmt: skip
     readers = [threading.Thread(target=_read, args=(w, events), daemon=True) for w in workers]
@@ -120,6 +120,12 @@ def _run_workers(plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dic
         raise TrainingError("a worker ended with an error of its own:\n" + "\n".join(tail))
     path.unlink(missing_ok=True)
     path.with_suffix(".log").unlink(missing_ok=True)
+
+
+def _gpu_of(worker: int) -> dict[str, str]:
+    """Give each worker one GPU, in turn; nothing where there is none."""
+    gpus = machine.gpus()
+    return {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)].index} if gpus else {}
 
 
 def _read(worker: subprocess.Popen, events: "queue.Queue[dict[str, Any] | None]") -> None:

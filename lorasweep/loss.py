@@ -53,10 +53,7 @@ def _nll_sums_of_any_model(model: Any, batch: Batch, precision: str) -> torch.Te
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    by_row = (nll * weight.flatten().to(nll.dtype)).view(len(tokens), -1).sum(1)
-    counts = torch.tensor([len(rows) for rows in batch.lengths], device=device)
-    member = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
-    return torch.zeros(len(counts), dtype=nll.dtype, device=device).index_add(0, member, by_row)
+    return (nll * weight.flatten().to(nll.dtype)).view(len(batch.lengths), -1).sum(1)
 
 
 class _HeadNll(torch.autograd.Function):
@@ -99,15 +96,15 @@ class _HeadNll(torch.autograd.Function):
             grads = more if not grads else [a.add_(b) for a, b in zip(grads, more)]
         if kept is not None:  # one product over all places: sums of rounded chunks would lose digits
             grads = [torch.mm(kept.view(n * m, -1).T, h.view(n * m, -1)).to(group.trained[0].dtype), *grads]
-        ctx.kept = (dh, grads)
+        ctx.kept = (dh, grads, [slice(None)] * len(group.trained) + [r.members for r in group.ranks for _ in r.params])
         return sums
 
     @staticmethod
     def backward(ctx: Any, dsums_N: torch.Tensor) -> tuple[Any, ...]:
-        dh, grads = ctx.kept
+        dh, grads, members = ctx.kept
         ctx.kept = None
         factor = dsums_N.view(-1, 1, 1)
-        scaled = [g * (factor if g.dim() == 3 else dsums_N[0]) for g in grads]  # an unstacked weight has one member
+        scaled = [g * (factor[at] if g.dim() == 3 else dsums_N[0]) for g, at in zip(grads, members)]  # no axis: one member
         return dh * factor, None, None, None, *scaled
 
 

@@ -93,13 +93,22 @@ class AdamW:
         fix1, fix2 = 1 - first.beta1**t, math.sqrt(1 - first.beta2**t)
         some = next(iter(self.params.values()))
         rate_N, clip_N = torch.tensor(lr).to(some), torch.tensor(clip).to(some)
-        clips = any(c != 1.0 for c in clip)
-        for name, p in self.params.items():
-            members = self.trainables.part_of(name)[1]
-            if clips:
-                p.grad.mul_(clip_N[members].view(-1, 1, 1))
-            rate = rate_N[members].view(-1, 1, 1)
-            _update(p, p.grad, self.exp_avg[name], self.exp_avg_sq[name], rate, fix1, fix2, first)
+        members = [self.trainables.part_of(name)[1] for name in self.params]
+        params, rates = list(self.params.values()), [rate_N[at].view(-1, 1, 1) for at in members]
+        grads, m, v = [p.grad for p in params], self._moments(self.exp_avg), self._moments(self.exp_avg_sq)
+        if any(c != 1.0 for c in clip):
+            torch._foreach_mul_(grads, [clip_N[at].view(-1, 1, 1) for at in members])
+        if first.weight_decay:
+            torch._foreach_mul_(params, [1 - rate * first.weight_decay for rate in rates])
+        torch._foreach_lerp_(m, grads, 1 - first.beta1)
+        torch._foreach_mul_(v, first.beta2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - first.beta2)
+        change = torch._foreach_sqrt(v)
+        torch._foreach_div_(change, fix2)
+        torch._foreach_add_(change, first.eps)
+        change = torch._foreach_div(m, change)
+        torch._foreach_mul_(change, [rate / fix1 for rate in rates])
+        torch._foreach_sub_(params, change)
 
     def _fused(self, step: int, lr: float, clip: float) -> None:
         """Update one run's whole weights by torch's fused kernel, which reads and writes each number once."""
@@ -109,20 +118,17 @@ class AdamW:
             torch._foreach_mul_(grads, clip)
         steps = [torch.tensor(float(step + 1), device=p.device) for p in params]
         torch._fused_adamw_(
-            params, grads, [self.exp_avg[n] for n in self.params], [self.exp_avg_sq[n] for n in self.params], [], steps,
-            lr=lr, beta1=spec.beta1, beta2=spec.beta2, weight_decay=spec.weight_decay, eps=spec.eps, amsgrad=False,
+            params, grads, self._moments(self.exp_avg), self._moments(self.exp_avg_sq), [], steps, lr=lr,
+            beta1=spec.beta1, beta2=spec.beta2, weight_decay=spec.weight_decay, eps=spec.eps, amsgrad=False,
             maximize=False,
         )  # fmt: skip
+        # The kernel changes the weights without saying so, and decoder.Lean would go on with the old ones' copies.
+        torch.autograd.graph.increment_version(params)
+
+    def _moments(self, moments: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [moments[name] for name in self.params]
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for p in self.params.values():
             p.grad = None
-
-
-def _update(p, g, m, v, rate, fix1: float, fix2: float, spec: RunSpec) -> None:
-    if spec.weight_decay:
-        p.mul_(1 - rate * spec.weight_decay)
-    m.lerp_(g, 1 - spec.beta1)
-    v.mul_(spec.beta2).addcmul_(g, g, value=1 - spec.beta2)
-    p.sub_((m / v.sqrt().div_(fix2).add_(spec.eps)).mul_(rate / fix1))

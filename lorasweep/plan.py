@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep import calibrate, checkpoint, cost
+from lorasweep import calibrate, checkpoint, cost, machine
 from lorasweep.cost import run_flops
 from lorasweep.grid import Point
 from lorasweep.spec import Exec, RunSpec, part_json
@@ -104,7 +104,7 @@ def _seconds(
         times = [pack.seconds or 0.0 for pack in packs]
         return max(sum(times) / workers, max(times)), "calibrated"
     precision = points[0].spec.precision if points else "fp32"
-    return flops / (ASSUMED_FLOPS_PER_CORE[precision] * cost.cores()), "assumed"
+    return flops / (ASSUMED_FLOPS_PER_CORE[precision] * machine.cores()), "assumed"
 
 
 # ---------------------------------------------------------------- packs
@@ -128,9 +128,9 @@ def pack_size(spec: RunSpec, exec_: Exec) -> int:
     if speed is not None:
         return speed.best_size()
     tokens = spec.batch_size * cost.mean_length(spec)
-    size = max((n for n in calibrate.SIZES if n * tokens <= calibrate.FORWARD_TOKENS), default=1)
-    fits = (n for n in calibrate.SIZES if n <= size and _bytes(n, spec, exec_) < MEMORY_SHARE * cost.machine_bytes())
-    return max(fits, default=1)
+    wanted = [n for n in calibrate.sizes() if n == 1 or n * tokens <= calibrate.forward_tokens()]
+    bound = MEMORY_SHARE * calibrate.worker_bytes()
+    return max((n for n in wanted if _bytes(n, spec, exec_) < bound), default=1)
 
 
 def make_packs(todo: Sequence[Point], store: RunStore, exec_: Exec, states: dict[str, str]) -> list[Pack]:
@@ -184,12 +184,12 @@ def _pack_bytes(pack: Pack) -> float:
 
 
 def machine_split(packs: Sequence[Pack], exec_: Exec) -> tuple[int, int]:
-    """Choose workers x threads: one worker a core with one thread each while memory allows (measured: two
-    one-thread workers finish 1.5 times the small runs of one two-thread worker)."""
-    cores = cost.cores()
+    """Choose workers x threads: one worker a GPU; without GPUs one a core with one thread each while memory allows
+    (measured: two one-thread workers finish 1.5 times the small runs of one two-thread worker)."""
+    cores, gpus = machine.cores(), len(machine.gpus())
     largest = max(map(_pack_bytes, packs), default=1.0)
-    fit = max(1, int(MEMORY_SHARE * cost.machine_bytes() / largest))
-    workers = exec_.workers or max(1, min(cores, fit, len(packs) or 1, 8))
+    fit = max(1, int(MEMORY_SHARE * machine.memory_bytes() / largest))
+    workers = exec_.workers or max(1, min(gpus or min(cores, fit, 8), len(packs) or 1))
     threads = exec_.threads or max(1, cores // min(workers, max(1, len(packs))))
     return workers, threads
 

@@ -199,6 +199,8 @@ class Exec:
     """Runs trained together over one base, at most; 1 turns packing off; None: measured on this machine."""
     micro_batch_size: int | None = None
     """Sequences a forward, for each member; None: chosen by the plan."""
+    compile: bool = False
+    """torch.compile the forward of models that have no passes of our own (on a GPU: all)."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints."""
     retry: bool = False

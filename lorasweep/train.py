@@ -25,8 +25,9 @@ DIVERGED_NLL_FACTOR = 1.5
 (relative, because an absolute bound such as 2.0 nats means something else for every model)."""
 DIVERGED_PATIENCE = 8
 """... for this many updates in a row; a value that is not finite counts at once. Assumption, not tuned."""
-EVAL_TOKENS = 4096
-"""Padded tokens in one evaluation forward, over all members; affects memory and rounding only."""
+EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
+"""Padded tokens of one member in an evaluation forward. Not divided by the pack's size: the held-out loss would then be
+rounded otherwise in other company."""
 
 
 def eval_steps(steps: int) -> list[int]:
@@ -56,7 +57,7 @@ def train(
     first = specs[0]
     batch_size = first.batch_size
     rows = min(micro_batch_size or batch_size, batch_size)
-    share = max(EVAL_TOKENS // len(specs), 1)
+    share = EVAL_TOKENS if device.type == "cpu" else GPU_EVAL_TOKENS
     n_curve = min(first.dataset.n_test_curve, len(data.test))
     test, curve = eval_batches(data.test, share), eval_batches(data.test[:n_curve], share)
     bytes_per_token = _bytes_per_token(data)
@@ -64,8 +65,7 @@ def train(
     # Before the first update every method is the base model itself, so this is measured once a base.
     key = f"{first.dataset.name}/{first.dataset.n_test}/{first.precision}"
     if key not in base.start_nll:
-        whole = eval_batches(data.test, EVAL_TOKENS)
-        base.start_nll[key] = evaluate(model, whole, 1, first.precision)[0]
+        base.start_nll[key] = evaluate(model, test, 1, first.precision)[0]
     nll_start = base.start_nll[key]
 
     trainables = first.method.attach(model, first.model, [s.method for s in specs], [s.seed for s in specs])

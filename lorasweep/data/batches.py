@@ -72,24 +72,17 @@ def merge(parts: Sequence[Batch]) -> Batch:
     )
 
 
-def rows_of_a_length(batch: Batch) -> dict[int, np.ndarray]:
-    """Group all members' rows by padded length: length -> where their tokens are in the flattened [N*X], int64."""
-    found: dict[int, list[np.ndarray]] = {}
-    at = 0
-    for member in batch.lengths:
-        for length in member:
-            found.setdefault(length, []).append(np.arange(at, at + length))
-            at += length
-    return {length: np.concatenate(rows) for length, rows in sorted(found.items())}
-
-
 def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the batch as models of any class take it: tokens [R, T], and places, targets, weight [R, P] by row."""
-    lengths = [length for member in batch.lengths for length in member]
-    starts = np.cumsum([0, *lengths])
-    flat = batch.tokens_NX.ravel()
+    """Return the batch as models of any class take it: tokens [N*B, T], and places, targets, weight [N*B, P] by row.
+
+    Member by member, B rows each: filler rows are left out.
+    """
     n, x = batch.tokens_NX.shape
-    tokens = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
+    rows = min(map(len, batch.lengths))  # the member that fills X has no filler row
+    lengths = np.array([member[:rows] for member in batch.lengths])
+    starts = np.cumsum(lengths, axis=1) - lengths + np.arange(n)[:, None] * x
+    flat, lengths, starts = batch.tokens_NX.ravel(), lengths.ravel(), starts.ravel()
+    tokens = np.zeros((n * rows, lengths.max()), dtype=np.int64)
     for row, (start, length) in enumerate(zip(starts, lengths)):
         tokens[row, :length] = flat[start : start + length]
     bears = batch.weight_NM.ravel() > 0

@@ -235,6 +235,28 @@ def test_adamw_equals_torch_with_decay_and_clipping():
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_full_fine_tuning_equals_torch_over_a_whole_run(world):
+    """Against a plain loop of transformers' forward and torch.optim.AdamW: stale copies of weights would show."""
+    import copy
+
+    spec, base, dataset = world
+    spec = dataclasses.replace(spec, method=FullFT(), lr=2e-3)
+    reference = copy.deepcopy(base.model).requires_grad_(True)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=spec.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
+    states, records = run_all([spec], base, dataset)
+    for step in range(spec.steps):
+        rows = dataset.train(spec.seed, step * spec.batch_size, spec.batch_size)
+        tokens = torch.tensor(np.stack([e.tokens for e in rows]).astype(np.int64))
+        labels = tokens.where(torch.tensor(np.stack([e.loss for e in rows])), -100)
+        loss = reference(input_ids=tokens, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert float(loss.detach()) == pytest.approx(records[run_id(spec)][step]["train_nll"], abs=1e-9)
+    for name, p in reference.named_parameters():
+        assert torch.allclose(p, states[run_id(spec)][f"param/{name}"], rtol=0, atol=1e-9), name
+
+
 def test_loss_is_torch_cross_entropy_over_loss_bearing_tokens(world):
     _spec, base, _dataset = world
     examples = [

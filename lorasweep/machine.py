@@ -1,0 +1,58 @@
+"""What this machine has: processors, memory, GPUs. Asks the system, never torch, so that planning needs none."""
+
+import csv
+import os
+import shutil
+import subprocess
+from functools import cache
+from typing import NamedTuple
+
+
+class Gpu(NamedTuple):
+    """One GPU that this process may use."""
+
+    index: str
+    """What CUDA_VISIBLE_DEVICES calls it."""
+    name: str
+    memory_bytes: int
+
+
+def cores() -> int:
+    """Return the processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Return this machine's memory, or what a control group allows of it."""
+    total = 8 * 2**30
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            return min(total, int(file.read()))
+    except (ValueError, OSError):
+        return total
+
+
+@cache
+def gpus() -> tuple[Gpu, ...]:
+    """List the GPUs that CUDA_VISIBLE_DEVICES leaves, as nvidia-smi names them; none where there is no nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    ask = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return visible(told, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def visible(told: str, wanted: str | None) -> tuple[Gpu, ...]:
+    """Read nvidia-smi's table (index, uuid, name, MiB) and keep what `wanted` (CUDA_VISIBLE_DEVICES) names, in its
+    order; None: all."""
+    rows = [[cell.strip() for cell in row] for row in csv.reader(told.splitlines()) if row]
+    found = {index: Gpu(index, name, int(mib) * 2**20) for index, _, name, mib in rows}
+    by_uuid = {uuid: index for index, uuid, _, _ in rows}
+    if wanted is None:
+        return tuple(found.values())
+    names = [by_uuid.get(n.strip(), n.strip()) for n in wanted.split(",") if n.strip()]
+    return tuple(found[n] for n in names if n in found)

@@ -1,0 +1,226 @@
+"""Packs are the runs alone: step by step, over whole trajectories, bit for bit, and on models of other families."""
+
+import dataclasses
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+from lorasweep import data, loss, models
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.spec import run_id
+from lorasweep.train import train
+from tests.world import tiny_spec
+
+POINTS = 100
+
+
+def ragged(vocab=32, longest=60):
+    """Rows of 5 to `longest` tokens, the second half of each bearing loss."""
+    def row(*names):
+        rng = data.stream(*names)
+        tokens = rng.integers(0, vocab, size=rng.integers(5, longest + 1)).astype(np.int32)
+        return data.Example(tokens, np.arange(len(tokens)) > len(tokens) // 2)
+
+    def rows(seed, start, count):
+        return [row("ragged", seed, start + k) for k in range(count)]
+
+    return data.Data(rows, rows(-1, 0, 12), None)
+
+
+@pytest.fixture(scope="module")
+def world():
+    spec = tiny_spec(precision="fp64", method=LoRA(rank=4), lr=2e-3, steps=POINTS)
+    return spec, models.load(spec.model, ["/nonexistent"], "fp64"), data.load(spec.dataset, [])
+
+
+def mixed(spec, count, wild=()):
+    """`count` members that mix rates, ranks (equal ones together, as the planner lays them), alphas and seeds."""
+    ranks = sorted((1, 4, 8, 16)[k % 4] for k in range(count))
+    return [
+        dataclasses.replace(spec, lr=wild[k] if k < len(wild) else 5e-4 * (1 + k), seed=k % 3,
+                            method=LoRA(rank=rank, alpha=(8.0, 32.0)[k % 2]))
+        for k, rank in enumerate(ranks)
+    ]  # fmt: skip
+
+
+def copied(snapshot):
+    return {i: {"tensors": {n: t.clone() for n, t in s["tensors"].items()}, "meta": dict(s["meta"])}
+            for i, s in snapshot.items()}  # fmt: skip
+
+
+def run(pack, base, rows, **kwargs):
+    """Train to the end; the last state of each member, and its last record."""
+    states, records = {}, {}
+    for event in train(pack, base, rows, **kwargs):
+        states |= copied(event.snapshot())
+        records |= event.records
+    return states, records
+
+
+def worst(a, b):
+    """The largest difference between two members' tensors (weights and moments)."""
+    return max(float((a["tensors"][n].cpu() - t.cpu()).abs().max()) for n, t in b["tensors"].items())
+
+
+@pytest.mark.parametrize("count", [2, 5, 16])
+def test_one_step_in_a_pack_is_one_step_alone_at_100_points_of_its_run(world, count):
+    """(a) From the same state, a member beyond the edge of stability included: gradient, moments and update."""
+    spec, base, rows = world
+    other = models.load(spec.model, ["/nonexistent"], "fp64")  # the pack is attached to `base` meanwhile
+    pack = mixed(dataclasses.replace(spec, batch_size=2), count, wild=(0.12,))
+    members = {run_id(s): s for s in pack}
+    assert len(members) == count
+    before, losses = None, {i: [] for i in members}
+    for point, event in enumerate(train(pack, base, rows)):
+        after = copied(event.snapshot())
+        for i, record in event.records.items():
+            losses[i].append(record["train_nll"])
+        if before is not None:
+            alive = [i for i in members if i in before]
+            for i in {alive[0], alive[point % len(alive)]}:  # the wild one, and each in turn
+                alone = next(iter(train([members[i]], other, rows, resume={i: before[i]}))).snapshot()[i]
+                for name, tensor in after[i]["tensors"].items():
+                    scale = max(1.0, float(tensor.abs().max()))  # gradients of a wild member may be of order 1000
+                    assert float((alone["tensors"][name] - tensor).abs().max()) <= 1e-9 * scale, (point, name)
+        before = {i: s for i, s in after.items() if i not in event.ended}
+    wild = losses[run_id(pack[0])]
+    rise = max(later - min(wild[: k + 1]) for k, later in enumerate(wild))
+    assert len(wild) == point + 1 == POINTS and rise > 0.5
+
+
+def test_whole_trajectories_agree_in_float64_below_the_edge(world):
+    """(b) Sixteen members of four ranks; some are then run alone."""
+    spec, base, rows = world
+    pack = mixed(dataclasses.replace(spec, steps=40, batch_size=2), 16)
+    together, _ = run(pack, base, rows)
+    for member in pack[::5]:
+        alone, _ = run([member], base, rows)
+        assert worst(alone[run_id(member)], together[run_id(member)]) < 1e-9
+
+
+def test_in_float32_packing_is_far_within_the_noise_between_seeds():
+    """(b) Mixed ranks are not the same bits; the final held-out loss differs by less than a twentieth of a seed."""
+    spec = tiny_spec(lr=3e-3, steps=40)
+    base, rows = models.load(spec.model, ["/nonexistent"]), data.load(spec.dataset, [])
+    seeds = [run([dataclasses.replace(spec, method=LoRA(rank=4), seed=s)], base, rows)[1] for s in range(4)]
+    noise = statistics.stdev(next(iter(r.values()))["test_nll"] for r in seeds)
+    pack = [dataclasses.replace(spec, method=LoRA(rank=r), seed=s) for r in (1, 4, 8) for s in (0, 1)]
+    _, together = run(pack, base, rows)
+    for member in pack:
+        _, alone = run([member], base, rows)
+        i = run_id(member)
+        assert abs(alone[i]["test_nll"] - together[i]["test_nll"]) < noise / 20
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("count", [2, 7, 16])
+@pytest.mark.parametrize("text", [False, True], ids=["equal rows", "ragged rows"])
+def test_equal_ranks_are_bit_for_bit(count, precision, text):
+    """(c) Weights, moments and losses after every step; rows of different lengths and seeds too."""
+    spec = tiny_spec(method=LoRA(rank=4), steps=12, precision=precision)
+    base = models.load(spec.model, ["/nonexistent"], precision)
+    rows = ragged() if text else data.load(spec.dataset, [])
+    pack = [dataclasses.replace(spec, lr=1e-3 * (1 + k), seed=k % 2) for k in range(count)]
+    together, told = run(pack, base, rows)
+    for member in (pack[0], pack[-1]):
+        alone, own = run([member], base, rows)
+        i = run_id(member)
+        assert own[i]["train_nll"] == told[i]["train_nll"] and own[i]["test_nll"] == told[i]["test_nll"]
+        for name, tensor in alone[i]["tensors"].items():
+            assert torch.equal(tensor, together[i]["tensors"][name]), name
+
+
+def test_a_resumed_pack_in_other_company_agrees_within_tolerance(world):
+    spec, base, rows = world
+    pack = mixed(dataclasses.replace(spec, steps=30), 4)
+    whole, _ = run(pack, base, rows)
+    for event in train(pack, base, rows):
+        if event.step == 12:
+            middle = copied(event.snapshot())
+            break
+    some = pack[1:3]
+    rest, _ = run(some, base, rows, resume={run_id(s): middle[run_id(s)] for s in some})
+    for member in some:
+        assert worst(rest[run_id(member)], whole[run_id(member)]) < 1e-9
+
+
+# ---------------------------------------------------------------- both ways to compute a forward
+
+
+@pytest.fixture
+def norms_in_float64(monkeypatch):
+    """transformers' norms go through float32 even in a float64 model."""
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    for family in ("llama.modeling_llama.LlamaRMSNorm", "qwen3.modeling_qwen3.Qwen3RMSNorm"):
+        monkeypatch.setattr(f"transformers.models.{family}.forward", forward)
+
+
+@pytest.mark.parametrize("methods", [[LoRA(rank=2), LoRA(rank=2, alpha=8.0), LoRA(rank=8)], [FullFT()]],
+                         ids=["lora", "fullft"])  # fmt: skip
+def test_our_passes_are_transformers_own_on_ragged_rows(world, norms_in_float64, monkeypatch, methods):
+    spec, base, _ = world
+    pack = [dataclasses.replace(spec, method=m, steps=5, lr=1e-3, seed=k) for k, m in enumerate(methods)]
+    ours, _ = run(pack, base, ragged())
+    monkeypatch.setattr(loss, "lean_for", lambda model: None)
+    theirs, _ = run(pack, base, ragged())
+    for i, state in ours.items():
+        assert worst(state, theirs[i]) < 1e-9
+
+
+def qwen3(spec):
+    """A random Qwen3 of tiny64's shape: a family that has no passes of ours."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    m = spec.model
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        hidden_size=m.hidden_size, intermediate_size=m.mlp_size, num_hidden_layers=2, num_attention_heads=m.n_heads,
+        num_key_value_heads=m.n_kv_heads, head_dim=m.head_size, vocab_size=m.vocab_size, tie_word_embeddings=False,
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    ))  # fmt: skip
+    shape = dataclasses.replace(m, name="qwen3-tiny", n_layers=2, qk_norm=True)
+    return dataclasses.replace(spec, model=shape), models.Base(model.double().eval(), None, "random")
+
+
+def test_a_pack_on_another_family_is_its_runs_alone(world, norms_in_float64):
+    """Ragged rows: members of unequal length must not be cut at the wrong place."""
+    spec, base = qwen3(dataclasses.replace(world[0], steps=8, batch_size=3))
+    pack = mixed(spec, 5)
+    together, _ = run(pack, base, ragged(longest=40), micro_batch_size=2)
+    for member in pack:
+        alone, _ = run([member], base, ragged(longest=40))
+        assert worst(alone[run_id(member)], together[run_id(member)]) < 1e-9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", [LoRA(rank=4), FullFT()], ids=["lora", "fullft"])
+def test_on_a_gpu_it_is_the_cpus_run(method):
+    """float64, the same curve as on the CPU; then bf16 autocast, near it."""
+    spec = tiny_spec(method=method, steps=10, lr=1e-3, precision="fp64")
+    rows, curves = data.load(spec.dataset, []), {}
+    for device in ("cpu", "cuda"):
+        base = models.load(spec.model, ["/nonexistent"], "fp64")
+        base.model.to(device)
+        curves[device] = run([spec], base, rows)[1][run_id(spec)]
+    assert curves["cuda"]["test_nll"] == pytest.approx(curves["cpu"]["test_nll"], abs=1e-6)  # norms in float32
+    low = dataclasses.replace(spec, precision="bf16")
+    got = run([low], models.load(low.model, ["/nonexistent"], "bf16"), rows)[1][run_id(low)]
+    assert got["test_nll"] == pytest.approx(curves["cpu"]["test_nll"], abs=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_pack_on_a_gpu_is_its_runs_alone():
+    spec = tiny_spec(steps=20, lr=1e-3, precision="fp64")
+    base, rows = models.load(spec.model, ["/nonexistent"], "fp64"), ragged()
+    pack = mixed(spec, 8)
+    together, _ = run(pack, base, rows)
+    for member in pack[::3]:
+        alone, _ = run([member], base, rows)
+        assert worst(alone[run_id(member)], together[run_id(member)]) < 1e-6
