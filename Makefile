@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SCALE ?= tiny
 
-.PHONY: help run small weights test test-fast lint bases clean
+.PHONY: help run small weights test test-fast lint bench bases clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -43,6 +43,11 @@ test-fast: $(VENV)/.installed ## unit tests only
 
 lint: $(VENV)/.installed ## style
 	$(BIN)/ruff check .
+
+bench: weights data/gsm8k/train.jsonl ## measure on an idle machine, and write analysis/results/bench and the README's table
+	$(BIN)/pip install --quiet -e '.[bench]'
+	$(BIN)/python -m lorasweep.bench analysis/results/bench/bench.json
+	$(BIN)/python -m analysis.bench
 
 bases: $(VENV)/.installed ## remake the shipped base models from their recipes (half an hour)
 	$(BIN)/python -m lorasweep.recipe tiny64 tiny128

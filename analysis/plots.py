@@ -111,3 +111,27 @@ def _same(row: pd.Series, o: Optimum) -> bool:
     return all(
         row.get(k) == v or (pd.isna(v) and pd.isna(row.get(k))) for k, v in o.curve.key.items() if k in row.index
     )
+
+
+def packing(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw a LoRA step's time a run over the pack size, as a share of a full fine-tuning step of the same batch."""
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    with plt.rc_context(_STYLE):
+        fig, axes = plt.subplots(1, len(models), figsize=(4.4 * len(models), 3.8), squeeze=False, sharey=True)
+        for ax, model in zip(axes[0], models):
+            mine = [r for r in rows if r["model"] == model]
+            batches = list(dict.fromkeys(r["batch_size"] for r in mine))
+            for batch, colour, marker in zip(batches, COLOURS[1:], MARKERS):
+                whole = next(r["step_s"] for r in mine if r["batch_size"] == batch and r["method"] == "fullft")
+                lora = [r for r in mine if r["batch_size"] == batch and r["method"] == "lora"]
+                ax.plot([r["pack"] for r in lora], [r["step_s"] / whole for r in lora], marker=marker, color=colour,
+                        label=f"batch {batch}")  # fmt: skip
+            ax.axhline(1, color=COLOURS[0], lw=1, ls="--", label="full fine-tuning")
+            ax.set(xscale="log", xlabel="runs in a pack", title=model, ylim=(0, None))
+            ax.set_xticks(sorted({r["pack"] for r in mine}), [str(n) for n in sorted({r["pack"] for r in mine})])
+            ax.minorticks_off()
+            ax.legend(frameon=False, fontsize=9)
+        axes[0][0].set_ylabel("LoRA r16 step a run / FullFT step")
+        fig.tight_layout()
+        fig.savefig(path, dpi=150)
+        plt.close(fig)

@@ -139,7 +139,7 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
 
 def _calibrate(request: Request, store: RunStore, points: list[Point]) -> None:
     shapes = plan.to_calibrate(points, store.states(p.id for p in points), request.exec)
-    shapes = [s for s in shapes if calibrate.known(store.root, s) is None]
+    shapes = [s for s in shapes if calibrate.known(s, request.exec) is None]
     if not shapes:
         return
     if request.format != "json":
@@ -224,14 +224,14 @@ def _plan_text(request: Request, now: plan.Plan) -> str:
 def _pack_lines(request: Request, now: plan.Plan) -> list[str]:
     """Say how runs are packed, and why: what was measured for each shape."""
     lines = []
-    shapes = {calibrate.kind(pack.points[-1].spec): pack for pack in now.packs}
+    shapes = {calibrate.kind(pack.points[-1].spec, request.exec): pack for pack in now.packs}
     for pack in shapes.values():
         spec, n = pack.points[-1].spec, len(pack.points)
         if spec.method.MAX_PACK is not None:
             continue
         rank = f" rank {spec.method.rank}" if hasattr(spec.method, "rank") else ""
         head = f"  packs of {spec.method.name}{rank} on {spec.model.name}: {n} run(s)"
-        speed = calibrate.known(request.exec.runs_dir, spec)
+        speed = calibrate.known(spec, request.exec)
         if request.exec.pack_size is not None:
             why = "exec.pack_size"
         elif speed is None:

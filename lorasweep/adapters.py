@@ -63,7 +63,7 @@ class StackedAdapters:
                 drawn = [_uniform_a(seed, name, ranks[s.start], linear.in_features) for seed in seeds[s]]
                 a.append(nn.Parameter(torch.stack(drawn).to(weight)))
                 b.append(nn.Parameter(torch.zeros(len(drawn), linear.out_features, ranks[s.start]).to(weight)))
-            wrapped = StackedLinear(linear, spans, a, b, torch.tensor(list(scalings)).to(weight))
+            wrapped = StackedLinear(linear, spans, a, b, torch.tensor(list(scalings), dtype=torch.float64).to(weight))
             _replace(base, name, wrapped)
             self._wrapped[name] = wrapped
         self._named = self._names()

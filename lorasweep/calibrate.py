@@ -49,15 +49,16 @@ class Speed:
         return best
 
 
-def kind(spec: RunSpec) -> str:
-    """Name what decides a step's time: shapes, not rates or seeds."""
+def kind(spec: RunSpec, exec_: Exec) -> str:
+    """Name what decides a step's time: shapes and the machine, not rates or seeds."""
     rank = getattr(spec.method, "rank", None)
     layers = canonical_layers(getattr(spec.method, "layers", "all"))
     rest = [spec.method.name, layers, vars(spec.method).get("scope"), rank, spec.batch_size,
             spec.precision]  # fmt: skip
     env = provenance.environment()
     gpus = [gpu.name for gpu in machine.gpus()]
-    here = [env["processor"], machine.cores(), gpus, env["packages"]["torch"], env["lorasweep"]]
+    here = [env["processor"], machine.cores(), gpus, env["packages"]["torch"], env["lorasweep"],
+            exec_.micro_batch_size, exec_.compile]  # fmt: skip
     text = json.dumps([part_json(spec.model), part_json(spec.dataset), rest, here])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -82,11 +83,11 @@ def micro_batch(spec: RunSpec, members: int) -> int:
     return max(1, min(spec.batch_size, forward_tokens() // (members * cost.mean_length(spec))))
 
 
-def known(runs_dir: str | Path, spec: RunSpec) -> Speed | None:
+def known(spec: RunSpec, exec_: Exec) -> Speed | None:
     """Return the kept measurement for runs like `spec` on this machine; None if there is none."""
     try:
-        plain = json.loads(_path(runs_dir, kind(spec)).read_bytes())
-        return Speed({int(n): float(s) for n, s in plain["step_s"].items()})
+        plain = json.loads(_path(spec, exec_).read_bytes())
+        return Speed({int(n): float(s) for n, s in plain["step_s"].items()}) if plain["step_s"] else None
     except (OSError, ValueError, KeyError, AttributeError):
         return None
 
@@ -96,7 +97,7 @@ def ensure(specs: Sequence[RunSpec], exec_: Exec) -> str | None:
 
     Returns None, or why nothing was measured: the plan then goes by its defaults, and says so.
     """
-    missing = {kind(s): s for s in specs if known(exec_.runs_dir, s) is None}
+    missing = {kind(s, exec_): s for s in specs if known(s, exec_) is None}
     if not missing:
         return None
     folder = Path(exec_.runs_dir) / ".calibration"
@@ -118,22 +119,31 @@ def ensure(specs: Sequence[RunSpec], exec_: Exec) -> str | None:
 
 def measure(spec: RunSpec, exec_: Exec, budget_s: float = BUDGET_S) -> Speed:
     """Train a few updates of runs like `spec`, alone and in packs, and return their times."""
+    import torch
+
     from lorasweep import data, models
     from lorasweep.train import train
 
     few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1, n_train=min(64, spec.dataset.n_train or 64))
     spec = dataclasses.replace(spec, dataset=few, steps=STEPS, schedule="constant", warmup_steps=0)
     base = models.load(spec.model, exec_.models_dir, spec.precision)
+    if exec_.compile:
+        base.model.compile(dynamic=True)
     rows = data.load(few, exec_.data_dir, base.tokenizer)
     found: dict[int, float] = {}
     left = budget_s
     for size in sizes()[: 1 if spec.method.MAX_PACK == 1 else None]:
-        if cost.pack_bytes(size, spec, micro_batch(spec, size)) > 0.7 * worker_bytes():
+        micro = exec_.micro_batch_size or micro_batch(spec, size)
+        if size > 1 and cost.pack_bytes(size, spec, micro) > 0.7 * worker_bytes():
             break
         started = time.monotonic()
         pack = [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(size)]  # too small to move anything
-        times = [next(iter(event.records.values()))["step_s"]
-                 for event in train(pack, base, rows, exec_.micro_batch_size or micro_batch(spec, size))]  # fmt: skip
+        try:
+            times = [next(iter(event.records.values()))["step_s"] for event in train(pack, base, rows, micro)]
+        except torch.OutOfMemoryError:  # of a GPU: the sizes below it stand
+            if size == 1:
+                raise
+            break
         kept = sorted(times[WARM:])
         found[size] = kept[len(kept) // 2]
         took = time.monotonic() - started
@@ -143,8 +153,8 @@ def measure(spec: RunSpec, exec_: Exec, budget_s: float = BUDGET_S) -> Speed:
     return Speed(found)
 
 
-def _path(runs_dir: str | Path, name: str) -> Path:
-    return Path(runs_dir) / ".calibration" / f"{name}.json"
+def _path(spec: RunSpec, exec_: Exec) -> Path:
+    return Path(exec_.runs_dir) / ".calibration" / f"{kind(spec, exec_)}.json"
 
 
 def main(job_path: str) -> None:
@@ -163,7 +173,7 @@ def main(job_path: str) -> None:
         speed = measure(spec, exec_)
         content = {"step_s": speed.step_s, "model": spec.model.name, "method": spec.method.name,
                    "batch_size": spec.batch_size, "precision": spec.precision}  # fmt: skip
-        files.write_atomic(_path(exec_.runs_dir, kind(spec)), json.dumps(content).encode())
+        files.write_atomic(_path(spec, exec_), json.dumps(content).encode())
 
 
 if __name__ == "__main__":

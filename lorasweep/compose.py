@@ -170,7 +170,7 @@ def request(cfg: DictConfig) -> Request:
     base = _run_spec(config)
     if sweep_name is None:
         points = []
-        if config.action in ("run", "plan", "status"):
+        if config.action in ("run", "plan", "status", "verify"):
             validate(base)
             points = [Point(base.method.name, base, run_id(base))]
         return Request(**common, sweep_name=None, sweep=None, points=points)

@@ -1,9 +1,12 @@
 """What a run costs: floating-point operations, memory, disk. From shapes alone; standard library only."""
 
+from lorasweep import machine
 from lorasweep.spec import RunSpec
 
 TEXT_FILL = 0.4
 """Mean length of text rows as a share of max_length. Assumption: GSM8K has 0.37 of 512."""
+TEXT_PEAK = 1.2
+"""Tokens of the longest batch of text rows over the mean one's. Measured on GSM8K, batches of 8 (LOG.md)."""
 CHECKPOINT_BYTES = 12
 """Bytes a trained parameter of one checkpoint slot: fp32 weight and two moments; there are two slots."""
 PROCESS_BYTES = 450 * 2**20
@@ -37,15 +40,18 @@ def pack_bytes(members: int, spec: RunSpec, micro_batch_size: int | None = None)
     model, word = spec.model, {"bf16": 2, "fp32": 4, "fp64": 8}[spec.precision]
     master = 8 if spec.precision == "fp64" else 4
     whole = spec.method.MAX_PACK == 1
-    weights = model.n_params() * master + (model.n_matmul_params() * 2 if word == 2 else 0)
+    copies = (2 if whole else 4) if word == 2 else 0  # frozen weights are kept turned round as well
+    weights = model.n_params() * master + model.n_matmul_params() * copies
     trained = members * spec.method.n_trainable(model) * (5 if whole else 4) * master
     rows = min(micro_batch_size or spec.batch_size, spec.batch_size)
     length = mean_length(spec)
-    tokens = members * rows * length
+    tokens = members * rows * length * (1.0 if spec.dataset.source == "synthetic" else TEXT_PEAK)
     h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
-    scores = model.n_heads * (length + 128) / 2
-    layer = tokens * (2 * h * master + word * (4 * h + 2 * kv + 3 * f + scores))
-    logits = min(CHUNK_BYTES, 5 * master * tokens * model.vocab_size)
+    scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)
+    layer = tokens * (2 * h * master + word * (4 * h + 2 * kv + 4 * f + scores))
+    logits = 5 * master * tokens * model.vocab_size  # fp32 values: logits, their logarithms, gradients, temporaries
+    if not machine.gpus():
+        logits = min(CHUNK_BYTES, logits)
     if whole:
         logits += tokens * model.vocab_size * word / 2  # half of the places bear loss
     return PROCESS_BYTES + weights + trained + model.n_layers * layer + logits

@@ -8,7 +8,7 @@ Shapes: N members, X tokens a member, H hidden.
 """
 
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -123,11 +123,21 @@ class Lean:
 
     def __init__(self, model: Any) -> None:
         config = model.config
-        self.body, self.head = model.model, model
+        self._model = ref(model)  # not the model itself: the registry of these is keyed by it, weakly
         self.eps, d = config.rms_norm_eps, model.model.layers[0].self_attn.head_dim
         self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, d)
         self._casts: dict[tuple[int, ...], _Cast] = {}
         self._turns: dict[torch.dtype, torch.Tensor] = {}
+
+    @property
+    def body(self) -> Any:
+        """The decoder below the unembedding."""
+        return self._model().model
+
+    @property
+    def head(self) -> Any:
+        """The unembedding's module."""
+        return self._model().lm_head
 
     def cast(self, weights: list[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weights under one another in the compute type, [O, H], and turned round, [H, O]; made again only
@@ -169,7 +179,7 @@ class Lean:
 
     def head_group(self, dtype: torch.dtype) -> Group:
         """Return the unembedding."""
-        return Group([self.head.lm_head], lambda w: self.cast(w, dtype), dtype)
+        return Group([self.head], lambda w: self.cast(w, dtype), dtype)
 
 
 class _Norm(torch.autograd.Function):
@@ -215,4 +225,4 @@ def _modules_are_known(lean: Lean) -> bool:
         linears = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
         if any(type(linear) not in kinds for linear in linears):
             return False
-    return type(lean.head.lm_head) in kinds
+    return type(lean.head) in kinds

@@ -66,7 +66,7 @@ class Group:
             dlow, db = torch.empty_like(low), []
             for k, where in enumerate(self.outputs):
                 dy = dy_NXO[rank.members, :, where]
-                torch.mul(torch.bmm(dy, rank.b[k]), rank.scaling, out=dlow[..., rank.columns(k)])
+                dlow[..., rank.columns(k)] = torch.bmm(dy, rank.b[k]).mul_(rank.scaling)
                 # the narrow factor is the one turned round: a transposed dy would be copied whole
                 turned = torch.bmm(low[..., rank.columns(k)].mT, dy).mT
                 db.append(turned.to(rank.master, memory_format=torch.contiguous_format))
@@ -84,7 +84,7 @@ class _Rank:
         a, b = [m.A[k] for _, m in adapted], [m.B[k] for _, m in adapted]
         self.params = [*a, *b]
         self.members, self.r, self.master = adapted[0][1].ranks[k], a[0].shape[1], a[0].dtype
-        self.scaling = adapted[0][1].scaling_N[self.members].view(-1, 1, 1).to(dtype)
+        self.scaling = adapted[0][1].scaling_N[self.members].view(-1, 1, 1)  # in the master type: exact
         self.a_nrH = torch.cat([p.detach() for p in a], 1).to(dtype)
         self.b = [p.detach().to(dtype) for p in b]
 

@@ -125,7 +125,7 @@ def _run_workers(plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dic
 def _gpu_of(worker: int) -> dict[str, str]:
     """Give each worker one GPU, in turn; nothing where there is none."""
     gpus = machine.gpus()
-    return {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)].index} if gpus else {}
+    return {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)].uuid} if gpus else {}
 
 
 def _read(worker: subprocess.Popen, events: "queue.Queue[dict[str, Any] | None]") -> None:

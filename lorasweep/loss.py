@@ -42,7 +42,9 @@ def nll_sums(model: Any, batch: Batch, precision: str) -> torch.Tensor:
     h_NMH = lean.normed(hidden_NXH.flatten(0, 1).index_select(0, at.flatten())).view(n, at.shape[1], -1)
     group = lean.head_group(dtype)
     weight = torch.from_numpy(batch.weight_NM).to(h_NMH.dtype)
-    return _HeadNll.apply(h_NMH, group, torch.from_numpy(batch.targets_NM), weight, *group.params)
+    return _HeadNll.apply(
+        h_NMH, group, torch.from_numpy(batch.targets_NM), weight, torch.is_grad_enabled(), *group.params
+    )
 
 
 def _nll_sums_of_any_model(model: Any, batch: Batch, precision: str) -> torch.Tensor:
@@ -64,10 +66,10 @@ class _HeadNll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h_NMH: torch.Tensor, group: Group, targets_NM: torch.Tensor, weight_NM: torch.Tensor,
-                *params: torch.Tensor) -> torch.Tensor:  # fmt: skip
+                grad: bool, *params: torch.Tensor) -> torch.Tensor:  # fmt: skip
         n, m, _ = h_NMH.shape
         vocab = group.w_OH.shape[0]
-        need = any(ctx.needs_input_grad)
+        need = grad and any(ctx.needs_input_grad)  # the latter is so under no_grad too
         h = h_NMH.to(group.dtype)
         sums = torch.zeros(n, dtype=h_NMH.dtype, device=h.device)
         dh = torch.empty_like(h_NMH) if need else None
@@ -104,8 +106,9 @@ class _HeadNll(torch.autograd.Function):
         dh, grads, members = ctx.kept
         ctx.kept = None
         factor = dsums_N.view(-1, 1, 1)
-        scaled = [g * (factor[at] if g.dim() == 3 else dsums_N[0]) for g, at in zip(grads, members)]  # no axis: one member
-        return dh * factor, None, None, None, *scaled
+        # a gradient without a member axis is a trained weight's: one member
+        scaled = [g * (factor[at] if g.dim() == 3 else dsums_N[0]) for g, at in zip(grads, members)]
+        return dh * factor, None, None, None, None, *scaled
 
 
 @torch.no_grad()

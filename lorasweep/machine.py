@@ -5,14 +5,15 @@ import os
 import shutil
 import subprocess
 from functools import cache
+from importlib import metadata
 from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
     """One GPU that this process may use."""
 
-    index: str
-    """What CUDA_VISIBLE_DEVICES calls it."""
+    uuid: str
+    """What CUDA_VISIBLE_DEVICES calls it; its number may be another's, as CUDA counts the fastest first."""
     name: str
     memory_bytes: int
 
@@ -35,8 +36,9 @@ def memory_bytes() -> int:
 
 @cache
 def gpus() -> tuple[Gpu, ...]:
-    """List the GPUs that CUDA_VISIBLE_DEVICES leaves, as nvidia-smi names them; none where there is no nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
+    """List the GPUs that CUDA_VISIBLE_DEVICES leaves, as nvidia-smi names them; none where there is no nvidia-smi, or
+    where torch is a CPU build."""
+    if shutil.which("nvidia-smi") is None or metadata.version("torch").endswith("+cpu"):
         return ()
     ask = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
     try:
@@ -50,9 +52,8 @@ def visible(told: str, wanted: str | None) -> tuple[Gpu, ...]:
     """Read nvidia-smi's table (index, uuid, name, MiB) and keep what `wanted` (CUDA_VISIBLE_DEVICES) names, in its
     order; None: all."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(told.splitlines()) if row]
-    found = {index: Gpu(index, name, int(mib) * 2**20) for index, _, name, mib in rows}
-    by_uuid = {uuid: index for index, uuid, _, _ in rows}
+    found = [(index, Gpu(uuid, name, int(mib) * 2**20)) for index, uuid, name, mib in rows if mib.isdigit()]
     if wanted is None:
-        return tuple(found.values())
-    names = [by_uuid.get(n.strip(), n.strip()) for n in wanted.split(",") if n.strip()]
-    return tuple(found[n] for n in names if n in found)
+        return tuple(gpu for _, gpu in found)
+    names = [n.strip() for n in wanted.split(",") if n.strip()]
+    return tuple(gpu for n in names for index, gpu in found if n == index or gpu.uuid.startswith(n))

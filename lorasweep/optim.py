@@ -92,7 +92,7 @@ class AdamW:
         t = step + 1
         fix1, fix2 = 1 - first.beta1**t, math.sqrt(1 - first.beta2**t)
         some = next(iter(self.params.values()))
-        rate_N, clip_N = torch.tensor(lr).to(some), torch.tensor(clip).to(some)
+        rate_N, clip_N = (torch.tensor(x, dtype=torch.float64).to(some) for x in (lr, clip))
         members = [self.trainables.part_of(name)[1] for name in self.params]
         params, rates = list(self.params.values()), [rate_N[at].view(-1, 1, 1) for at in members]
         grads, m, v = [p.grad for p in params], self._moments(self.exp_avg), self._moments(self.exp_avg_sq)

@@ -83,7 +83,7 @@ def to_calibrate(points: Sequence[Point], states: dict[str, str], exec_: Exec) -
     groups: dict[str, list[RunSpec]] = {}
     for p in points:
         if states[p.id] == "missing":
-            groups.setdefault(calibrate.kind(p.spec), []).append(p.spec)
+            groups.setdefault(calibrate.kind(p.spec, exec_), []).append(p.spec)
     worth = 8 * calibrate.BUDGET_S * ASSUMED_FLOPS_PER_CORE[points[0].spec.precision]
     total = sum(run_flops(s) for specs in groups.values() for s in specs)
     return [specs[0] for specs in groups.values() if len(specs) > 1 and total > worth]
@@ -124,7 +124,7 @@ def pack_size(spec: RunSpec, exec_: Exec) -> int:
         return spec.method.MAX_PACK
     if exec_.pack_size is not None:
         return exec_.pack_size
-    speed = calibrate.known(exec_.runs_dir, spec)
+    speed = calibrate.known(spec, exec_)
     if speed is not None:
         return speed.best_size()
     tokens = spec.batch_size * cost.mean_length(spec)
@@ -146,16 +146,26 @@ def make_packs(todo: Sequence[Point], store: RunStore, exec_: Exec, states: dict
             groups.setdefault((pack_key(p.spec), getattr(p.spec.method, "rank", 0)), []).append(p)
     chunks = [sorted(members, key=lambda p: layout.index(p.id)) for layout, members in resumed.items()]
     small: dict[tuple[Any, ...], list[Point]] = {}
+    total = sum(run_flops(p.spec) for p in todo)
     for (key, _), members in groups.items():
         size = pack_size(members[0].spec, exec_)
         if 2 * len(members) < size:
             small.setdefault(key, []).extend(members)
         else:
-            chunks += _shares(members, size)
+            chunks += _shares(members, _spread(size, members, total, exec_))
     for members in small.values():
-        members.sort(key=lambda p: p.spec.method.rank)  # members of one rank stand together in a pack
-        chunks += _shares(members, pack_size(members[-1].spec, exec_))
+        members.sort(key=lambda p: getattr(p.spec.method, "rank", 0))  # members of one rank stand together in a pack
+        chunks += _shares(members, _spread(pack_size(members[-1].spec, exec_), members, total, exec_))
     return sorted((_pack(c, exec_) for c in chunks), key=lambda pack: -pack.flops)
+
+
+def _spread(size: int, members: list[Point], total: float, exec_: Exec) -> int:
+    """Return a pack size that leaves no worker idle: these runs get their share of the workers, by arithmetic."""
+    if exec_.pack_size is not None:
+        return size
+    workers = exec_.workers or len(machine.gpus()) or machine.cores()
+    mine = max(1, int(workers * sum(run_flops(p.spec) for p in members) / total + 1e-9))
+    return min(size, -(-len(members) // mine))
 
 
 def _shares(members: list[Point], size: int) -> list[list[Point]]:
@@ -166,7 +176,7 @@ def _shares(members: list[Point], size: int) -> list[list[Point]]:
 
 def _pack(points: list[Point], exec_: Exec) -> Pack:
     spec, n = points[-1].spec, len(points)  # of the largest rank
-    speed = calibrate.known(exec_.runs_dir, spec)
+    speed = calibrate.known(spec, exec_)
     seconds = None
     if speed is not None:
         step_s = speed.step_s[max((k for k in speed.step_s if k <= n), default=min(speed.step_s))]

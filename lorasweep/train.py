@@ -26,8 +26,8 @@ DIVERGED_NLL_FACTOR = 1.5
 DIVERGED_PATIENCE = 8
 """... for this many updates in a row; a value that is not finite counts at once. Assumption, not tuned."""
 EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
-"""Padded tokens of one member in an evaluation forward. Not divided by the pack's size: the held-out loss would then be
-rounded otherwise in other company."""
+"""Padded tokens of one member in an evaluation forward on a CPU, of all members on a GPU (where whole logits exist). On
+a CPU not divided by the pack's size: the held-out loss would then be rounded otherwise in other company."""
 
 
 def eval_steps(steps: int) -> list[int]:
@@ -57,7 +57,7 @@ def train(
     first = specs[0]
     batch_size = first.batch_size
     rows = min(micro_batch_size or batch_size, batch_size)
-    share = EVAL_TOKENS if device.type == "cpu" else GPU_EVAL_TOKENS
+    share = EVAL_TOKENS if device.type == "cpu" else max(1, GPU_EVAL_TOKENS // len(specs))
     n_curve = min(first.dataset.n_test_curve, len(data.test))
     test, curve = eval_batches(data.test, share), eval_batches(data.test[:n_curve], share)
     bytes_per_token = _bytes_per_token(data)
@@ -99,6 +99,8 @@ def train(
             optimizer.step(step, norms)
             optimizer.zero_grad()
             step += 1
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # else the time would be that of asking
             seconds = time.perf_counter() - started
 
             # ------------------------------------------------------------ records

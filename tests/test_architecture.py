@@ -146,3 +146,17 @@ def test_the_pages_of_answers_are_made_from_the_kept_results():
     text = (ROOT / "README.md").read_text()
     assert page.readme(text) == text
     assert (page.RESULTS / "README.md").read_text().endswith(page.block("") + "\n")
+
+
+def test_the_benchmarks_pages_are_made_from_its_figures():
+    import json
+
+    from analysis import bench
+
+    told = json.loads((bench.FOLDER / "bench.json").read_text())
+    wanted = {"sweep_vs_process_per_run", "pack_vs_warm_peft", "lora_step_over_fullft_step", "flops_over_gemm_peak",
+              "plan_10k_s", "status_10k_s", "noop_run_s", "machine"}  # fmt: skip
+    assert wanted <= told.keys() and all(told[k] for k in wanted)
+    text = (ROOT / "README.md").read_text()
+    assert bench.with_block(text, told) == text
+    assert (bench.FOLDER / "README.md").read_text() == bench.render(told)

@@ -126,12 +126,14 @@ def main(kind: str, job_path: str) -> None:
     assert peft
     job = json.loads(Path(job_path).read_bytes())
     exec_ = Exec(**job["exec"])
-    imports_s = time.perf_counter() - START
+    imports_s, base, data = time.perf_counter() - START, None, None
     for plain in job["runs"]:
         spec = from_plain(plain)
         at = [time.perf_counter()]
-        base = load_model(spec.model, exec_.models_dir, spec.precision)
-        data = load_data(spec.dataset, exec_.data_dir, base.tokenizer)
+        if base is None:  # all runs of a job are on one base and data set
+            base = load_model(spec.model, exec_.models_dir, spec.precision)
+            data = load_data(spec.dataset, exec_.data_dir, base.tokenizer)
+            weights = {k: v.clone() for k, v in base.model.state_dict().items()}
         model = adapted(base.model, spec, kind)
         at.append(time.perf_counter())
         if kind == "trl":
@@ -141,6 +143,10 @@ def main(kind: str, job_path: str) -> None:
         at.append(time.perf_counter())
         nll = held_out(model, data, spec)
         at.append(time.perf_counter())
+        if hasattr(model, "unload"):
+            model.unload()
+        else:
+            base.model.load_state_dict(weights)
         print(json.dumps({"imports_s": imports_s, "load_s": at[1] - at[0], "train_s": at[2] - at[1],
                           "eval_s": at[3] - at[2], "test_nll": nll}), flush=True)  # fmt: skip
         imports_s = 0.0

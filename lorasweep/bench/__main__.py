@@ -1,0 +1,78 @@
+"""`python -m lorasweep.bench OUT.json [part ...]`: measure all parts, or some, one after another on an idle machine."""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lorasweep import files, machine, provenance
+from lorasweep.bench import grids, overhead, steps
+from lorasweep.compose import compose_request
+from lorasweep.spec import Exec
+
+PARTS = ("overhead", "steps", "tiny", "small")
+GRIDS = {"tiny": ((1, 200), (4, 100), (16, 50)), "small": ((4, 8),)}
+"""Scale -> (per-run batch, updates) of the grids of 16 LoRA runs."""
+
+
+def places() -> dict[str, Any]:
+    """Return where weights and data are, absolutely: the baselines run in a folder of their own."""
+    exec_ = compose_request(["scale=tiny"]).exec
+    absolute = {k: [str(Path(d).resolve()) for d in getattr(exec_, k)] for k in ("models_dir", "data_dir")}
+    return {**dataclasses.asdict(Exec()), **absolute}
+
+
+def headline(parts: dict[str, Any]) -> dict[str, Any]:
+    """Pick the figures that the README quotes."""
+    out: dict[str, Any] = {"sweep_vs_process_per_run": None, "pack_vs_warm_peft": {}, "grid_vs_process_per_run": {},
+                           "lora_step_over_fullft_step": {}, "flops_over_gemm_peak": {}}  # fmt: skip
+    if "sweep" in parts.get("tiny", {}):
+        out["sweep_vs_process_per_run"] = parts["tiny"]["sweep"]["vs_process_per_run"]
+        out["flops_over_gemm_peak"]["tiny128"] = parts["tiny"]["sweep"]["flops_over_gemm_peak"]
+    for scale in GRIDS:
+        for grid in parts.get(scale, {}).get("grids", []):
+            model, batch = grid["model"], str(grid["batch_size"])
+            out["pack_vs_warm_peft"].setdefault(model, {})[batch] = grid["vs_warm_peft"]
+            out["grid_vs_process_per_run"].setdefault(model, {})[batch] = grid["vs_process_per_run"]
+            if scale != "tiny":
+                out["flops_over_gemm_peak"][grid["model"]] = grid["flops_over_gemm_peak"]
+    for model, told in parts.get("steps", {}).get("lora_over_fullft", {}).items():
+        out["lora_step_over_fullft_step"][model] = list(told["by_batch"].values())[-1]["n1"]
+    keys = ("plan_10k_s", "status_10k_s", "noop_run_s")
+    return out | {k: parts.get("overhead", {}).get(k) for k in keys}
+
+
+def main(out: str, wanted: list[str]) -> None:
+    """Measure `wanted` and write the figures; parts measured before stay in the file."""
+    path, started = Path(out), time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = json.loads(path.read_text())["parts"] if path.is_file() and wanted else {}
+
+    def log(text: str) -> None:
+        print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)
+
+    where, cores = places(), machine.cores()
+    for part in wanted or PARTS:
+        if part == "overhead":
+            parts[part] = overhead.measure(log)
+        elif part == "steps":
+            parts[part] = steps.measure(where["models_dir"], where["data_dir"], log)
+        else:
+            spec = compose_request([f"scale={part}"]).points[0].spec
+            peak, start_s = steps.gemm_peak(spec.precision, cores), overhead.start_s()
+            told: dict[str, Any] = {"gemm_peak": peak, "precision": spec.precision}
+            if part == "tiny":
+                told["sweep"] = grids.whole_sweep(where, peak, log)
+            asked = [grids.Grid(part, batch, updates) for batch, updates in GRIDS[part]]
+            told["grids"] = [grids.lora_grid(grid, where, start_s, peak, log) for grid in asked]
+            parts[part] = told
+        env = provenance.environment()
+        here = {"processor": env["processor"], "cores": cores, "gpus": [gpu.name for gpu in machine.gpus()],
+                "packages": env["packages"], "python": env["python"]}  # fmt: skip
+        files.write_atomic(path, json.dumps({**headline(parts), "machine": here, "parts": parts}, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

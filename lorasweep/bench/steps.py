@@ -1,0 +1,108 @@
+"""Seconds a step by pack size and batch, the machine's matrix-multiply peak, and what a step's time goes into."""
+
+import dataclasses
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lorasweep import cost, data, models
+from lorasweep.calibrate import micro_batch
+from lorasweep.compose import compose_request
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.process import keep_freed_memory
+from lorasweep.spec import RunSpec
+from lorasweep.train import train
+
+GRIDS = {"tiny": ((1, 4, 16), (1, 2, 4, 8, 16)), "small": ((1, 4, 8), (1, 2, 4))}
+"""Scale -> batch sizes and pack sizes."""
+UPDATES = {"tiny": 10, "small": 5}
+RANK = 16
+KINDS = (("bmm", "products of adapters and attention"), ("mm", "products with the base's weights"),
+         ("softmax", "softmax"), ("adamw", "optimizer"), ("copy", "copies and casts"))  # fmt: skip
+"""Part of an operation's name -> what it is counted as; the rest are passes over activations, and Python."""
+
+
+def gemm_peak(precision: str, threads: int) -> float:
+    """Return the best measured rate of large matrix products, in floating-point operations a second."""
+    torch.set_num_threads(threads)
+    dtype, best = torch.bfloat16 if precision == "bf16" else torch.float32, 0.0
+    for m, k, n in ((2048, 2048, 2048), (1600, 576, 1536), (4096, 1024, 1024)):
+        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+        for _ in range(8):
+            started = time.perf_counter()
+            torch.mm(a, b)
+            best = max(best, 2 * m * k * n / (time.perf_counter() - started))
+    return best
+
+
+class Bench:
+    """One base model and its data, loaded once."""
+
+    def __init__(self, scale: str, models_dirs: list[str], data_dirs: list[str]) -> None:
+        spec = compose_request([f"scale={scale}"]).points[0].spec
+        few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1)
+        self.scale, self.spec = scale, dataclasses.replace(spec, dataset=few, steps=UPDATES[scale])
+        self.base = models.load(spec.model, models_dirs, spec.precision)
+        self.rows = data.load(few, data_dirs, self.base.tokenizer)
+
+    def pack(self, method: Any, batch_size: int, count: int) -> list[RunSpec]:
+        """Make `count` runs at rates too small to move anything."""
+        spec = dataclasses.replace(self.spec, method=method, batch_size=batch_size)
+        return [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(count)]
+
+    def step_s(self, method: Any, batch_size: int, count: int) -> float:
+        """Return the median seconds a step and member, without the first two."""
+        pack = self.pack(method, batch_size, count)
+        events = train(pack, self.base, self.rows, micro_batch(pack[0], count))
+        return statistics.median([next(iter(e.records.values()))["step_s"] for e in events][2:])
+
+    def profile(self, method: Any, batch_size: int) -> dict[str, float]:
+        """Return the share of one step's time by kind of operation."""
+        from torch.profiler import ProfilerActivity, profile
+
+        pack = self.pack(method, batch_size, 1)
+        events = train(pack, self.base, self.rows, micro_batch(pack[0], 1))
+        for _ in range(4):  # the fifth update is followed by no evaluation but the last one's single row
+            next(events)
+        with profile(activities=[ProfilerActivity.CPU]) as told:
+            next(events)
+        shares: Counter[str] = Counter()
+        for row in told.key_averages():
+            name = row.key.lower()
+            kind = next((what for part, what in KINDS if part in name), "passes over activations, and Python")
+            shares[kind] += row.self_cpu_time_total
+        total = sum(shares.values())
+        return {kind: round(us / total, 3) for kind, us in shares.most_common()}
+
+
+def measure(models_dirs: list[str], data_dirs: list[str], log: Callable[[str], None]) -> dict[str, Any]:
+    """Time steps on one thread, as one worker of a sweep does; full fine-tuning and LoRA of rank 16."""
+    keep_freed_memory()  # as workers do
+    rows: list[dict[str, Any]] = []
+    out: dict[str, Any] = {"steps": rows, "lora_over_fullft": {}, "profile": {}}
+    for scale, (batches, sizes) in GRIDS.items():
+        torch.set_num_threads(1)
+        bench = Bench(scale, models_dirs, data_dirs)
+        name, ratios = bench.spec.model.name, {}
+        for batch in batches:
+            whole = bench.step_s(FullFT(), batch, 1)
+            rows.append({"model": name, "method": "fullft", "batch_size": batch, "pack": 1, "step_s": whole})
+            for n in sizes:
+                step = bench.step_s(LoRA(rank=RANK), batch, n)
+                rows.append({"model": name, "method": "lora", "batch_size": batch, "pack": n, "step_s": step})
+                log(f"{name}, batch {batch}: a LoRA step in a pack of {n} {step * 1e3:.1f} ms a run, full fine-tuning "
+                    f"{whole * 1e3:.1f} ms")  # fmt: skip
+            mine = {r["pack"]: r["step_s"] / whole for r in rows[-len(sizes) :]}
+            ratios[str(batch)] = {"n1": mine[1], "best": min(mine.values())}
+        one = dataclasses.replace(bench.spec, steps=1)
+        formula = cost.train_flops(dataclasses.replace(one, method=LoRA(rank=RANK))) / cost.train_flops(
+            dataclasses.replace(one, method=FullFT())
+        )
+        out["lora_over_fullft"][name] = {"formula": formula, "by_batch": ratios}
+        out["profile"][name] = {m.name: bench.profile(m, batches[-1]) for m in (LoRA(rank=RANK), FullFT())}
+    return out

@@ -1,0 +1,113 @@
+"""Packs by the command line: resumed in other company, verified against runs alone, memory as planned, compiled."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorasweep.store import RunStore, checksum
+from tests.integration.test_cli import SWEEP, kept, start, wait_for
+from tests.integration.test_smollm2 import WEIGHTS
+from tests.world import ROOT, cli
+
+pytestmark = pytest.mark.slow
+DATA = os.environ.get("LORASWEEP_TEST_DATA", str(ROOT / "data"))
+MIXED = ("+sweep=lr_ratio", "scale=smoke", "~sweep.arms.fullft", "scale.ranks=[1,4]", "sweep.arms.lora.lr=[1e-3,3e-3]",
+         "exec.pack_size=8", "exec.workers=1", "exec.threads=1")  # fmt: skip
+
+
+def test_a_pack_of_mixed_ranks_goes_on_in_other_company_and_says_so(tmp_path):
+    long = (*MIXED, "steps=150", "batch_size=8", "exec.checkpoint_s=0.3")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    cli(*long, cwd=whole)
+    process = start(*long, cwd=killed)
+    wait_for(lambda: any(max(steps, default=0) >= 20 for steps in kept(killed).values()))
+    wait_for(lambda: len(list((killed / "runs").glob("*/checkpoint/*.json"))) >= 4)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    cli(*long, "sweep.arms.lora.lr=[3e-3]", cwd=killed)  # half of the company
+    store, other = RunStore(whole / "runs"), RunStore(killed / "runs")
+    done = [i for i in kept(killed) if other.state(i) == "done"]
+    assert len(done) == 2
+    for i in done:
+        a, b = store.result(i), other.result(i)
+        assert a["pack_size"] == 4 and b["pack_size"] == 2
+        assert b["resumed_in_other_company"] and not a["resumed_in_other_company"]
+        assert a["test_nll"] == pytest.approx(b["test_nll"], abs=1e-4)
+
+
+def test_verify_finds_runs_equal_and_a_falsified_one(tmp_path):
+    cli(*SWEEP, "exec.pack_size=3", cwd=tmp_path)
+    told = json.loads(cli(*SWEEP, "action=verify", "sample=4", "format=json", cwd=tmp_path).stdout)
+    assert len(told["runs"]) == 4 and told["differing"] == [] and told["runs"][0]["pack_size"] == 3
+    assert all(r["difference"] == 0 and r["curve_difference"] == 0 for r in told["runs"])
+    path = tmp_path / "runs" / told["runs"][0]["run"] / "result.json"
+    body = json.loads(path.read_text())["result"]
+    body["test_nll"] += 0.5
+    path.write_text(json.dumps({"sha256": checksum(body), "result": body}))
+    done = cli(*SWEEP, "action=verify", "sample=4", "format=json", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and json.loads(done.stdout)["differing"] == [told["runs"][0]["run"]]
+
+
+PEAK = """
+import dataclasses, json, resource, sys
+from lorasweep.process import keep_freed_memory
+keep_freed_memory()
+from lorasweep import cost, data, models
+from lorasweep.calibrate import micro_batch
+from lorasweep.compose import compose_request
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.train import train
+scale, method, batch, count, root, rows = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:]
+spec = compose_request([f"scale={scale}"]).points[0].spec
+few = dataclasses.replace(spec.dataset, n_test=16, n_test_curve=4)
+method = FullFT() if method == "fullft" else LoRA(rank=16)
+spec = dataclasses.replace(spec, dataset=few, method=method, batch_size=batch, steps=3)
+base = models.load(spec.model, [f"{root}/models"], spec.precision)
+rows = data.load(few, [rows], base.tokenizer)
+for _ in train([dataclasses.replace(spec, lr=1e-5 * (1 + k)) for k in range(count)], base, rows, micro_batch(spec, count)):
+    pass
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([cost.pack_bytes(count, spec, micro_batch(spec, count)), peak]))
+"""
+
+
+def real(*case):
+    there = WEIGHTS.is_file() and Path(DATA, "gsm8k", "train.jsonl").is_file()
+    return pytest.param(*case, marks=[
+        pytest.mark.real, pytest.mark.skipif(not there, reason="no weights (make weights), or no gsm8k in data/ or LORASWEEP_TEST_DATA")])  # fmt: skip
+
+
+@pytest.mark.parametrize("scale, method, batch, count", [
+    ("tiny", "lora", 16, 1), ("tiny", "lora", 16, 8), ("tiny", "lora", 4, 16), ("tiny", "fullft", 16, 1),
+    real("small", "lora", 8, 1), real("small", "lora", 2, 4), real("small", "fullft", 4, 1),
+])  # fmt: skip
+def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, batch, count):
+    done = subprocess.run([sys.executable, "-c", PEAK, scale, method, str(batch), str(count), str(ROOT), DATA], check=True,
+                          text=True, capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    planned, peak = json.loads(done.stdout.splitlines()[-1])
+    assert planned == pytest.approx(peak, rel=0.2)
+
+
+def test_a_compiled_forward_gives_the_same_numbers():
+    """torch.compile on the CPU, as there is no GPU in the tests; a Qwen3, as Llamas have passes of their own."""
+    import dataclasses
+
+    from tests.unit.test_packs import mixed, qwen3, ragged, run
+    from tests.world import tiny_spec
+
+    spec, base = qwen3(dataclasses.replace(tiny_spec(precision="fp64"), steps=3, batch_size=2))
+    pack = mixed(spec, 2)
+    plain, _ = run(pack, base, ragged(longest=20))
+    base.model.compile(dynamic=True)
+    compiled, _ = run(pack, base, ragged(longest=20))
+    for i, state in plain.items():
+        for name, tensor in state["tensors"].items():
+            assert float((tensor - compiled[i]["tensors"][name]).abs().max()) < 1e-6, name  # norms are in float32
