@@ -200,7 +200,8 @@ class Exec:
     micro_batch_size: int | None = None
     """Sequences a forward, for each member; None: chosen by the plan."""
     compile: bool = False
-    """torch.compile the forward of models that have no passes of our own (on a GPU: all)."""
+    """torch.compile the forward of models that have no passes of our own (on a GPU: all). Not verified on a GPU yet; on
+    a CPU compiling takes minutes."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints."""
     retry: bool = False

@@ -94,20 +94,3 @@ def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, 
                           text=True, capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     planned, peak = json.loads(done.stdout.splitlines()[-1])
     assert planned == pytest.approx(peak, rel=0.2)
-
-
-def test_a_compiled_forward_gives_the_same_numbers():
-    """torch.compile on the CPU, as there is no GPU in the tests; a Qwen3, as Llamas have passes of their own."""
-    import dataclasses
-
-    from tests.unit.test_packs import mixed, qwen3, ragged, run
-    from tests.world import tiny_spec
-
-    spec, base = qwen3(dataclasses.replace(tiny_spec(precision="fp64"), steps=3, batch_size=2))
-    pack = mixed(spec, 2)
-    plain, _ = run(pack, base, ragged(longest=20))
-    base.model.compile(dynamic=True)
-    compiled, _ = run(pack, base, ragged(longest=20))
-    for i, state in plain.items():
-        for name, tensor in state["tensors"].items():
-            assert float((tensor - compiled[i]["tensors"][name]).abs().max()) < 1e-6, name  # norms are in float32
