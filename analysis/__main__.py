@@ -1,42 +1,135 @@
-"""`python -m analysis lr_ratio`: render a sweep's report again, from its kept table or from any table of runs."""
+"""`python -m analysis`: judge a sweep again, or fit anyone's runs. Trains nothing and needs no torch."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+EPILOG = """commands
+  fit FILE      the best learning rate of every curve, with interval or bound and the low-regret band
+  ratio FILE    LoRA's best rate over full fine-tuning's
+  drift FILE    how the best rate moves with the rank
+  law FILE      the rate as a law of the hidden size, by family; the ratio as a law of hidden size and alpha
+  html FILE     an interactive page of curves, fits and runs: one file, opened from disk (--out page.html)
+  SWEEP         the report of a sweep, from its kept table or from --table
+  suggest SWEEP the runs that would decide most of what is still open (action=extend adds them to the sweep)
 
-def main(argv: list[str] | None = None) -> int:
+examples
+  python -m analysis lr_ratio --scale small
+  python -m analysis fit runs.csv --map learning_rate=lr --map lora_r=rank --out fits.json
+  python -m analysis ratio runs.csv --higher accuracy --json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 done, 2 the request was wrong."""
-    parser = argparse.ArgumentParser(
-        prog="lorasweep-analysis",
-        description="Judge a sweep's runs again and write its report. Trains nothing and needs no torch.",
-        epilog="Examples: python -m analysis lr_ratio    python -m analysis lr_ratio --scale small    "
-        "python -m analysis lr_ratio --table runs.parquet --out report/",
-    )
-    parser.add_argument("sweep", help="name of the sweep, e.g. lr_ratio")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    from analysis.table import TableError
+
+    try:
+        if argv and argv[0] in ("fit", "ratio", "drift", "law", "html"):
+            return _outside(argv)
+        return _sweep(argv[1:], suggest=True) if argv[:1] == ["suggest"] else _sweep(argv)
+    except TableError as error:
+        print(f"analysis: {error}", file=sys.stderr)
+        return 2
+
+
+# ---------------------------------------------------------------- anyone's runs
+
+
+def _outside(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"lorasweep-analysis {argv[0]}", epilog=EPILOG,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("command", help=argparse.SUPPRESS)
+    parser.add_argument("file", type=Path, help="one run a row: .csv, .parquet, .json or .jsonl (a W&B export will do). "
+                        "Columns model, lr, test_nll, and method or rank; optional status, dataset, batch_size, seed, "
+                        "hidden_size, layers, alpha, steps. No method means lora, an empty rank full fine-tuning")  # fmt: skip
+    parser.add_argument("--map", action="append", default=[], metavar="THEIRS=OURS", help="a column's name here; repeatable")
+    parser.add_argument("--higher", metavar="COLUMN", help="use this column as the metric: better when higher")
+    parser.add_argument("--broken", type=float, help="a metric at least as bad as this counts as diverged")
+    parser.add_argument("--within", type=float, default=0.01, help="loss that the low-regret band allows")
+    parser.add_argument("--share", action="store_true", help="ranks of one model lend each other their curvature")
+    parser.add_argument("--out", type=Path, help="write the JSON (or the page) here")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    args = parser.parse_args(argv)
+
+    from analysis import outside, reading
+    from analysis.table import TableError
+
+    mapping = {}
+    for pair in args.map:
+        theirs, sign, ours = pair.rpartition("=")
+        if not sign or not theirs or not ours:
+            raise TableError(f"--map {pair}: write THEIR_COLUMN=OURS, e.g. --map learning_rate=lr")
+        mapping[theirs] = ours
+    if not args.within > 0:
+        raise TableError(f"--within {args.within:g}: give a loss above 0, in the metric's units, e.g. --within 0.01")
+    table = reading.read(args.file, mapping, args.higher, args.broken)
+    for note in table.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.command == "html":
+        out = args.out or args.file.with_suffix(".html")
+        outside.html(table, out, args.within, args.share)
+        print(f"page: {out}")
+        return 0
+    told, lines = _told(args.command, table, args, outside)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps(told, indent=1) if args.json else "\n".join(lines))
+    return 0
+
+
+def _told(command: str, table: Any, args: argparse.Namespace, outside: Any) -> tuple[Any, list[str]]:
+    if command == "fit":
+        told = outside.fit(table, args.within, args.share)
+        return told, outside.fit_lines(told, args.within)
+    if command == "ratio":
+        told = outside.ratio(table, args.share)
+        return told, outside.ratio_lines(told)
+    if command == "drift":
+        told = outside.drifts(table, args.share)
+        return told, outside.drift_lines(told)
+    told = outside.law(table, args.share)
+    return told, outside.law_lines(told)
+
+
+# ---------------------------------------------------------------- a sweep's report
+
+
+def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
+    parser = argparse.ArgumentParser(prog="lorasweep-analysis", description=__doc__, epilog=EPILOG,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("sweep", help="name of the sweep, e.g. lr_ratio; or a command, see below")
     parser.add_argument("--scale", help="scale of the sweep; default: the report written last")
     parser.add_argument("--reports-dir", default=os.environ.get("LORASWEEP_REPORTS", "reports"), type=Path)
     parser.add_argument("--table", type=Path, help=".parquet or .csv with one run a row; default: the report's own")
     parser.add_argument("--out", type=Path, help="folder to write to; default: the report's folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
-    if args.table and not args.out:
+    if args.table and not args.out and not suggest:
         parser.error("--table needs --out FOLDER, so that no other report is overwritten")
 
-    from analysis.report import judge_and_report
-    from analysis.table import TableError, read
+    from analysis import design
+    from analysis.report import answer_of, judge_and_report
+    from analysis.table import read
 
-    try:
-        folder = find_report(args.reports_dir, args.sweep, args.scale)
-        question: dict[str, Any] = json.loads((folder / "question.json").read_text())
-        table = read(args.table or folder / "table.parquet")
+    folder = find_report(args.reports_dir, args.sweep, args.scale)
+    question: dict[str, Any] = json.loads((folder / "question.json").read_text())
+    table = read(args.table or folder / "table.parquet")
+    if not suggest:
         print(judge_and_report(table, question, args.out or folder, args.json))
-    except TableError as error:
-        print(f"analysis: {error}", file=sys.stderr)
-        return 2
+        return 0
+    wanted = design.suggest(answer_of(table, question))
+    if args.json:
+        print(json.dumps([dataclasses.asdict(s) for s in wanted], indent=1))
+    else:
+        print("\n".join(design.lines(wanted)) or "nothing to add: every claim is decided, or more runs cannot help")
     return 0
 
 
@@ -51,7 +144,8 @@ def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
     if not wanted:
         raise TableError(
             f"no report of sweep {sweep!r}{f' at scale {scale!r}' if scale else ''} in {reports.absolute()}. "
-            f"There are: {', '.join(sorted(names)) or '(none)'}. Run it first: python -m lorasweep +sweep={sweep}"
+            f"There are: {', '.join(sorted(names)) or '(none)'}. Run it first: python -m lorasweep +sweep={sweep}. "
+            "For a table of runs: python -m analysis fit FILE"
         )
     own = [p for p in wanted if p.parent != kept] or wanted
     return max(own, key=lambda p: (p / "question.json").stat().st_mtime)

@@ -2,10 +2,11 @@
 
 Estimands, per model and data set: the ratio of the best rates for each rank and over the ranks of 4 and more; the
 drift, the slope of ln(best LoRA rate) per doubling of the rank. Beside them the NLL gap, and the regret of rules
-of thumb. Intervals of a difference come from the two optima's own intervals (MOVER; Zou & Donner 2008), which may be
-lopsided; seeds shared by both arms make it cautious.
+of thumb. A ratio's interval comes from draws of both optima; what the arms have in common (seeds, the shape of their
+valleys) makes it cautious.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ import numpy as np
 from scipy import stats
 
 from analysis.lr_optimum import Optimum, fit_all
-from analysis.results import Estimate, Verdict
+from analysis.pooling import Drift, RandomEffects, drift, random_effects
+from analysis.results import LEVEL, Estimate, Verdict, from_draws
 from analysis.table import GROUP_KEYS, Curve, TableError
 from analysis.verdicts import MIN_SEEDS, judge
 
@@ -37,8 +39,8 @@ class Ratio:
     """None: over the ranks of MIN_RANK and more."""
     alpha: float
     ratio: Estimate
-    gap: float | None
-    """Best LoRA NLL - best full fine-tuning NLL, nats."""
+    gap: Estimate
+    """Best LoRA NLL - best full fine-tuning NLL, nats; from fresh seeds only, paired by seed, where there are."""
     regrets: dict[str, float | None] = field(default_factory=dict)
     """NLL lost by a rule of thumb against the tuned rate, nats; None where the rule leaves the tried rates."""
     rivals: dict[str, float] = field(default_factory=dict)
@@ -51,18 +53,27 @@ class Answer:
 
     optima: list[Optimum]
     ratios: list[Ratio]
-    drifts: dict[str, Estimate]
+    drifts: dict[str, Drift]
     verdicts: list[Verdict]
+    pooled: RandomEffects | None = None
+    """ln ratio over the groups (models, data sets), where two or more have one."""
 
 
-def answer(curves: Sequence[Curve], claims: dict[str, Any], widths: dict[str, int] | None = None) -> Answer:
-    """Fit all curves of a sweep, form the ratios and judge the claims. `widths`: hidden size by model."""
+def answer(
+    curves: Sequence[Curve], claims: dict[str, Any], widths: dict[str, int] | None = None, level: float = LEVEL
+) -> Answer:
+    """Fit all curves of a sweep, form the ratios and judge the claims.
+
+    Args:
+        widths: hidden size by model.
+        level: of the intervals that are held against the margins (see verdicts.look_level).
+    """
     optima = fit_all(curves)
     groups: dict[str, list[Optimum]] = {}
     for o in optima:
         groups.setdefault(o.curve.group, []).append(o)
     ratios: list[Ratio] = []
-    drifts: dict[str, Estimate] = {}
+    drifts: dict[str, Drift] = {}
     verdicts: list[Verdict] = []
     for group, members in groups.items():
         full = [o for o in members if o.curve.key["method"] == "fullft"]
@@ -88,12 +99,18 @@ def answer(curves: Sequence[Curve], claims: dict[str, Any], widths: dict[str, in
             if not high:
                 verdicts += _without_an_arm(name, claims, f"lora at a rank of {MIN_RANK} or more")
                 continue
-            overall = Estimate(*_log_ratio(high, full[0]), n=sum(o.best_lr.n for o in [*high, *full]))
+            overall = ratio_of(high, full[0])
             laws = rivals(width, alpha)
-            ratios.append(Ratio(name, None, alpha, overall, None, rivals=laws))
+            ratios.append(Ratio(name, None, alpha, overall, Estimate(None), rivals=laws))
             drifts[name] = _drift(high)
-            verdicts += _judge_group(name, claims, high, full[0], overall, drifts[name], laws)
-    return Answer(optima, ratios, drifts, verdicts)
+            verdicts += _judge_group(name, claims, high, full[0], overall, drifts[name].slope, laws, level)
+    return Answer(optima, ratios, drifts, verdicts, pool_ratios([r.ratio for r in ratios if r.rank is None]))
+
+
+def pool_ratios(ratios: Sequence[Estimate]) -> RandomEffects | None:
+    """Pool ln ratios of several groups; None with fewer than two that have an interval."""
+    logs = [np.log(r.draws) for r in ratios if r.draws is not None]
+    return random_effects([d.mean() for d in logs], [d.std() for d in logs]) if len(logs) > 1 else None
 
 
 def _without_an_arm(group: str, claims: dict[str, Any], arm: str) -> list[Verdict]:
@@ -115,75 +132,66 @@ def rivals(width: int, alpha: float) -> dict[str, float]:
 
 def _one(group: str, lora: Optimum, full: Optimum, width: int) -> Ratio:
     alpha = float(lora.curve.key.get("alpha", math.nan))
-    value, low, high = _log_ratio([lora], full)
     base = full.best_lr.value
     rules = {"FullFT's best LR": 1.0, "10 x FullFT's best LR": 10.0}
     regrets = {name: lora.regret(k * base) if base else None for name, k in rules.items()}
-    gap = None
-    if lora.best_lr.value is not None and full.best_lr.value is not None:
-        gap = lora.best_nll - full.best_nll
-    estimate = Estimate(value, low, high, lora.best_lr.n + full.best_lr.n, (*lora.flags, *full.flags))
-    return Ratio(group, int(lora.curve.key["rank"]), alpha, estimate, gap, regrets, rivals(width, alpha))
+    estimate = ratio_of([lora], full)
+    estimate = dataclasses.replace(estimate, flags=(*lora.flags, *full.flags))
+    return Ratio(group, int(lora.curve.key["rank"]), alpha, estimate, gap(lora, full), regrets, rivals(width, alpha))
 
 
-def _log_ratio(lora: Sequence[Optimum], full: Optimum) -> tuple[float | None, float | None, float | None]:
-    """Return (value, low, high) of exp(mean ln best LoRA rate - ln best full rate); bounds where that is all."""
-    a = [o.best_lr for o in lora]
-    f = full.best_lr
+def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
+    """Return exp(mean ln best LoRA rate - ln best full rate); a bound where that is all that is known."""
+    a, f = [o.best_lr for o in lora], full.best_lr
+    n = sum(e.n for e in [*a, f])
 
     def ln(v: float | None) -> float:
         return math.nan if v is None else math.log(v)
 
-    if any(e.value is None for e in a) or f.value is None:  # a bound, from the ends of both sides that are known
-        low = _mean([ln(e.low) for e in a]) - ln(f.high)
-        high = _mean([ln(e.high) for e in a]) - ln(f.low)
-        return None, *(math.exp(v) if math.isfinite(v) else None for v in (low, high))
-    centre = _mean([ln(e.value) for e in a]) - ln(f.value)
-    if not all(e.has_interval() for e in [*a, f]):
-        return math.exp(centre), None, None
-    down = math.sqrt(sum((ln(e.value) - ln(e.low)) ** 2 for e in a)) / len(a)
-    up = math.sqrt(sum((ln(e.high) - ln(e.value)) ** 2 for e in a)) / len(a)
-    low = centre - math.hypot(down, ln(f.high) - ln(f.value))
-    high = centre + math.hypot(up, ln(f.value) - ln(f.low))
-    return math.exp(centre), math.exp(low), math.exp(high)
+    if any(e.value is None for e in a) or f.value is None:  # from the ends of both sides that are known
+        low = float(np.mean([ln(e.low) for e in a])) - ln(f.high)
+        high = float(np.mean([ln(e.high) for e in a])) - ln(f.low)
+        return Estimate(None, *(math.exp(v) if math.isfinite(v) else None for v in (low, high)), n=n)
+    if any(e.draws is None for e in [*a, f]):
+        return Estimate(math.exp(float(np.mean([ln(e.value) for e in a])) - ln(f.value)), n=n)
+    return from_draws(np.exp(np.mean([np.log(e.draws) for e in a], axis=0) - np.log(f.draws)), n)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def gap(lora: Optimum, full: Optimum) -> Estimate:
+    """Return best LoRA NLL - best full NLL, nats: each arm at its best tried rate, paired by seed, Student's interval.
 
-
-def _drift(lora: Sequence[Optimum]) -> Estimate:
-    """Slope of ln(best rate) per doubling of the rank, by least squares weighted by the optima's intervals.
-
-    The slope is a sum of the optima, so its interval is formed from theirs (MOVER). With three ranks and more it is
-    widened where they scatter about the line by more than their intervals say.
+    Only seeds that were not used to choose the rate count (all but each curve's first); with fewer than two of them
+    there is the difference of the fitted minima, and no interval.
     """
+    if lora.best_nll is None or full.best_nll is None:
+        return Estimate(None)
+    a, b = _fresh(lora), _fresh(full)
+    both = sorted(a.keys() & b.keys())
+    if len(both) < 2:
+        return Estimate(lora.best_nll - full.best_nll)
+    d = np.array([a[s] - b[s] for s in both])
+    half = stats.t.ppf(0.5 + LEVEL / 2, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d))
+    return Estimate(float(d.mean()), float(d.mean() - half), float(d.mean() + half), len(d))
+
+
+def _fresh(o: Optimum) -> dict[int, float]:
+    """NLL by seed at the tried rate nearest the optimum, the grid's seed (the one tried at most rates) left out."""
+    c = o.curve
+    x, y, seed = c.x[c.usable], c.y[c.usable], c.seed[c.usable]
+    if not len(x) or o.best_lr.value is None:
+        return {}
+    grid_seed = max(sorted(set(seed)), key=lambda s: (seed == s).sum())
+    at = x[np.argmin(np.abs(x - math.log(o.best_lr.value)))]
+    return {int(s): float(v) for s, v in zip(seed[x == at], y[x == at]) if s != grid_seed}
+
+
+def _drift(lora: Sequence[Optimum]) -> Drift:
+    """Drift over ranks whose optimum has an interval; none if any is missing, since those at an edge are no accident."""
     n = sum(o.best_lr.n for o in lora)
-    known = [o for o in lora if o.best_lr.value is not None and o.best_lr.has_interval()]
-    if len(known) < 2 or len(known) < len(lora):
-        return Estimate(None, n=n, flags=("needs two or more optima with intervals, and none at an edge",))
-    x = np.array([math.log2(o.curve.key["rank"]) for o in known])
-    y = np.array([math.log(o.best_lr.value) for o in known])
-    half = np.array([(math.log(o.best_lr.high) - math.log(o.best_lr.low)) / 2 for o in known])
-    w = 1 / half**2
-    centre = (w * x).sum() / w.sum()
-    spread = (w * (x - centre) ** 2).sum()
-    if spread == 0:
-        return Estimate(None, n=n, flags=("one rank only",))
-    k = w * (x - centre) / spread
-    slope = float((k * y).sum())
-    down = y - np.log([o.best_lr.low for o in known])
-    up = np.log([o.best_lr.high for o in known]) - y
-    low = math.sqrt(float(((k * np.where(k > 0, down, up)) ** 2).sum()))
-    high = math.sqrt(float(((k * np.where(k > 0, up, down)) ** 2).sum()))
-    left = len(known) - 2
-    if left > 0:
-        rest = y - np.average(y, weights=w) - slope * (x - centre)
-        scatter = float((w * rest**2).sum()) * 1.96**2 / left  # squares in units of standard errors
-        if scatter > 1:
-            wider = math.sqrt(scatter) * stats.t.ppf(0.975, left) / 1.96
-            low, high = low * wider, high * wider
-    return Estimate(slope, slope - low, slope + high, n)
+    known = [o for o in lora if o.best_lr.draws is not None]
+    if len(known) < len(lora):
+        known = []
+    return drift([o.curve.key["rank"] for o in known], [np.log(o.best_lr.draws) for o in known], n)
 
 
 # ---------------------------------------------------------------- verdicts
@@ -191,7 +199,7 @@ def _drift(lora: Sequence[Optimum]) -> Estimate:
 
 def _judge_group(
     group: str, claims: dict[str, Any], lora: list[Optimum], full: Optimum, overall: Estimate, drift: Estimate,
-    laws: dict[str, float],
+    laws: dict[str, float], level: float,
 ) -> list[Verdict]:  # fmt: skip
     every = [full, *lora]
     gates = _gates(every)
@@ -205,7 +213,7 @@ def _judge_group(
             )
         estimate, log, stops = known[claim["estimand"]]
         claim = {**claim, "rivals": {**(claim.get("rivals") or {}), **laws}} if log else claim
-        verdicts.append(judge(name, claim, group, estimate, stops, seeds, log))
+        verdicts.append(judge(name, claim, group, estimate, stops, seeds, log, level))
     return verdicts
 
 

@@ -33,7 +33,7 @@ def _answer(told: dict[str, Any], question: str, folder: str) -> list[str]:
         best = Estimate(c["best_lr"], c["low"], c["high"])
         out.append(f"| {name} | {with_interval(best, rate)} | {number(c['best_nll'], 4)} "
                    f"| {', '.join(c['flags']) or '-'} |")  # fmt: skip
-    out += ["", "| claim | verdict | measured [95%] | expected | margin |", "|---|---|---|---|---|"]
+    out += ["", f"| claim | verdict | measured [{_percent(told)}] | expected | margin |", "|---|---|---|---|---|"]
     for v in told["verdicts"]:
         e = Estimate(**{**v["estimate"], "flags": ()})
         out.append(f"| {v['claim']} | **{v['outcome']}** | {with_interval(e)} | {v['expected']:g} "
@@ -43,6 +43,10 @@ def _answer(told: dict[str, Any], question: str, folder: str) -> list[str]:
             f"`python -m lorasweep +sweep={told['sweep']} scale={told['scale']}`.", "",
             f"![LR against NLL, {told['scale']}]({folder}/lr_nll.png)", ""]  # fmt: skip
     return out
+
+
+def _percent(told: dict[str, Any]) -> str:
+    return f"{100 * next((v['estimate']['level'] for v in told['verdicts']), 0.95):.3g}%"
 
 
 def readme(text: str) -> str:

@@ -1,22 +1,43 @@
 """What an analysis returns: values with interval, n and flags, and the one place that writes them for people."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+LEVEL = 0.95
+"""Level of an interval unless a sweep's rounds ask for another."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval. `value` is None where only a bound is known (`low` or `high`)."""
+    """A number with its interval. `value` is None where only a bound is known (`low` or `high`)."""
 
     value: float | None
     low: float | None = None
     high: float | None = None
     n: int = 0
     flags: tuple[str, ...] = ()
+    draws: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """Equally likely values, where there is an interval: what other estimates are formed from."""
+    level: float = LEVEL
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain values, without the draws."""
+        told = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "draws"}
+        return {**told, "flags": list(self.flags)}
 
     def has_interval(self) -> bool:
         """Say whether both ends are known."""
         return self.low is not None and self.high is not None
+
+
+def from_draws(draws: np.ndarray, n: int, level: float = LEVEL, flags: tuple[str, ...] = ()) -> Estimate:
+    """Return the median of equally likely values and their interval, tails even."""
+    low, value, high = (float(v) for v in np.quantile(draws, [0.5 - level / 2, 0.5, 0.5 + level / 2]))
+    return Estimate(value, low, high, n, flags, draws, level)
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,13 @@ class Verdict:
     why: str
     needed: str = ""
     rivals: dict[str, float] = field(default_factory=dict)
+    p: float | None = None
+    """The least level at which it would be decided; None without draws."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        told = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**told, "estimate": self.estimate.plain(), "margin": list(self.margin)}
 
 
 def number(value: float | None, digits: int = 3) -> str:

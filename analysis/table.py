@@ -29,6 +29,8 @@ class Curve:
     x: np.ndarray
     y: np.ndarray
     seed: np.ndarray
+    block: np.ndarray
+    """Runs of one block share a shift of the loss: those of one seed, which see the same batches at every rate."""
     usable: np.ndarray
     """False: diverged, or no better than the untrained model: constrains the fit, never enters least squares."""
     nll_start: float
@@ -52,7 +54,7 @@ class Curve:
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Read a table of runs from parquet or CSV."""
+    """Read a sweep's own table, as `action=export` or a report wrote it. Anyone else's: `analysis.reading`."""
     if not path.is_file():
         raise TableError(f"no table {path}. Give a .parquet or .csv file with columns {', '.join(REQUIRED)}.")
     return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
@@ -70,7 +72,7 @@ def check(table: pd.DataFrame) -> None:
     twice = table[table.duplicated(keys, keep=False)]
     if len(twice):
         raise TableError(
-            f"{len(twice)} rows repeat of one run (same model, method, ..., lr and seed), first: lr "
+            f"{len(twice)} rows repeat one run (same model, method, ..., lr and seed), first: lr "
             f"{twice.iloc[0]['lr']:g}, seed {twice.iloc[0]['seed']}. Drop them, or give repeats seeds of their own."
         )
     if "base_sha256" in table.columns:
@@ -81,6 +83,20 @@ def check(table: pd.DataFrame) -> None:
                     f"{', '.join(sorted(s[:8] for s in shas.unique()))}): two bases are never mixed in one curve. "
                     "Retrain the smaller part, or give the bases names of their own."
                 )
+
+
+def alike(table: pd.DataFrame, group: str, method: str, rank: int | None) -> str:
+    """Return the id of a run of a curve, named by its group, method and rank: a pattern for more runs of it."""
+    for c in curves(table):
+        r = c.key.get("rank")
+        if c.group == group and c.key["method"] == method and (int(r) if _there(r) else None) == rank:
+            rows = table[np.logical_and.reduce([_equal(table[k], v) for k, v in c.key.items()])]
+            return str(rows.iloc[0]["run_id"])
+    raise TableError(f"no run of {method} rank {rank} in {group}")
+
+
+def _equal(column: pd.Series, value: Any) -> pd.Series:
+    return (column == value) | (column.isna() & (not _there(value)))
 
 
 def curves(table: pd.DataFrame) -> list[Curve]:
@@ -102,6 +118,7 @@ def _there(value: Any) -> bool:
 
 def _curve(key: dict[str, Any], part: pd.DataFrame) -> Curve:
     part = part.sort_values(["lr", "seed"])
+    block = "block" if "block" in part else "seed"
     y = part["test_nll"].astype(float).to_numpy()
     start = part["nll_start"].astype(float).to_numpy() if "nll_start" in part else np.full(len(part), np.nan)
     done = (part["status"] == "done").to_numpy() & np.isfinite(y)
@@ -114,7 +131,8 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> Curve:
         usable &= lr < (broken.min() if len(broken) else np.inf)
     return Curve(
         key=key, x=np.log(part["lr"].astype(float).to_numpy()), y=np.where(done, y, np.nan),
-        seed=part["seed"].astype(int).to_numpy(), usable=usable, nll_start=_mean(start),
+        seed=part["seed"].astype(int).to_numpy(), block=part[block].astype(int).to_numpy(), usable=usable,
+        nll_start=_mean(start),
         floor=_mean(part["floor_nats"].astype(float).to_numpy()) if "floor_nats" in part else np.nan,
     )  # fmt: skip
 

@@ -1,43 +1,96 @@
 """The decision rule: an interval against a margin that was stated before any run.
 
-SUPPORTED: the 95% interval lies inside the margin. REFUTED: the two do not meet. Else UNDECIDED, with the runs
-that would decide. A failing gate forces UNDECIDED, whatever the numbers say.
+SUPPORTED: the interval lies inside the margin. REFUTED: the two do not meet. Else UNDECIDED, with the runs that would
+decide. A failing gate forces UNDECIDED, whatever the numbers say. The interval is the 95% one, or a wider one where the
+sweep may be extended in rounds: looking more than once must not make a false claim easier to support.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from analysis.results import Estimate, Verdict
+import numpy as np
+
+from analysis.results import LEVEL, Estimate, Verdict, from_draws
 
 MIN_SEEDS = 3
 """Seeds at the rates around the optimum below which no verdict is given: fewer say nothing of the noise there."""
 MAX_NEEDED = 64
 """More seeds than this are reported as 'more than'."""
+POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221}
+"""Level of each look by the number of looks planned, so that all together err in 5% (Pocock, Biometrika 64, 1977)."""
+
+
+def look_level(rounds: int) -> float:
+    """Return the interval's level at each of the rounds that a sweep plans: 0.95 for one, 0.978 for three."""
+    if rounds not in POCOCK:
+        raise ValueError(f"a sweep has at most {max(POCOCK)} rounds, not {rounds}")
+    return 1 - POCOCK[rounds]
 
 
 def judge(
-    name: str, claim: dict[str, Any], group: str, estimate: Estimate, gates: list[str], seeds: int, log: bool
-) -> Verdict:
-    """Judge one claim. `gates` are reasons that forbid a verdict; `log` says that the margin is one of ratios."""
+    name: str, claim: dict[str, Any], group: str, estimate: Estimate, gates: list[str], seeds: int, log: bool,
+    level: float = LEVEL,
+) -> Verdict:  # fmt: skip
+    """Judge one claim.
+
+    Args:
+        gates: reasons that forbid a verdict.
+        log: the margin is one of ratios.
+        level: of the interval that is held against the margin.
+    """
     low, high = (float(v) for v in claim["margin"])
-    outcome, why, needed = "UNDECIDED", "", ""
+    outcome, why, needed, p = "UNDECIDED", "", "", None
+    if estimate.draws is not None:
+        if level != estimate.level:
+            estimate = from_draws(estimate.draws, estimate.n, level, estimate.flags)
+        p = p_value(estimate.draws, low, high)
+    shown = f"the {100 * level:.3g}% interval"
     if gates:
         why = "; ".join(gates)
     elif estimate.value is None or not estimate.has_interval():
         why = "no interval"
     elif low <= estimate.low and estimate.high <= high:
-        outcome, why = "SUPPORTED", "the 95% interval lies inside the margin"
+        outcome, why = "SUPPORTED", f"{shown} lies inside the margin"
     elif estimate.high < low or estimate.low > high:
-        outcome, why = "REFUTED", "the 95% interval and the margin do not meet"
+        outcome, why = "REFUTED", f"{shown} and the margin do not meet"
     else:
-        why = "the 95% interval crosses the margin's edge"
+        why = f"{shown} crosses the margin's edge"
     if outcome == "UNDECIDED":
         needed = _remedy(gates) or _needed(estimate, low, high, seeds, log)
     return Verdict(
         claim=name, group=group, outcome=outcome, estimate=estimate, expected=float(claim["expected"]),
         margin=(low, high), primary=bool(claim.get("primary")), why=why, needed=needed,
-        rivals=dict(claim.get("rivals") or {}),
+        rivals=dict(claim.get("rivals") or {}), p=p,
     )  # fmt: skip
+
+
+def p_value(draws: np.ndarray, low: float, high: float) -> float:
+    """Return the least level at which the draws decide: their interval of level 1 - p lies inside [low, high], or
+    apart from it. Never below what their number can tell."""
+    below, above = float((draws < low).mean()), float((draws > high).mean())
+    inside, apart = 2 * max(below, above), 2 * min(1 - below, 1 - above)
+    return min(1.0, max(min(inside, apart), 2 / len(draws)))
+
+
+def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]:
+    """Correct the primary claims for their number (Holm 1979): the k-th smallest p must be at most alpha / (n - k + 1).
+
+    A verdict that does not survive becomes UNDECIDED and says so; the others are returned as they are.
+    """
+    primary = [v for v in verdicts if v.primary]
+    out = {id(v): v for v in verdicts}
+    failed = False
+    for k, v in enumerate(sorted(primary, key=lambda v: 1.0 if v.p is None else v.p)):
+        share = alpha / (len(primary) - k)
+        failed = failed or v.p is None or v.p > share
+        if failed and v.outcome != "UNDECIDED":
+            out[id(v)] = dataclasses.replace(
+                v, outcome="UNDECIDED", needed="more seeds at each optimum",
+                why=f"{v.outcome} alone (p {v.p:.2g}), but not after Holm's correction over {len(primary)} primary claims"
+            )  # fmt: skip
+    return [out[id(v)] for v in verdicts]
 
 
 REMEDIES = {

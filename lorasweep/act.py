@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorasweep import calibrate, local, plan, upkeep
+from lorasweep import calibrate, local, plan, rounds, upkeep
 from lorasweep.compose import Request
 from lorasweep.cost import run_flops
 from lorasweep.errors import SpecError, StoreError, unknown
@@ -33,13 +33,22 @@ def act(request: Request, trainer: Trainer | None = None) -> int:
         return upkeep.verify(request, store, all_points(request, store))
     if request.action == "plan":
         return _plan(request, store)
+    if request.action == "extend":
+        return upkeep.extend(request, store, all_points(request, store), question(request))
     if request.action == "status":
         return _status(request, store)
     return _run(request, store, trainer)
 
 
 def all_points(request: Request, store: RunStore) -> list[Point]:
-    """Return the sweep's runs: the first stage and, for curves whose first stage is over, the second."""
+    """Return the sweep's runs: the first stage, for curves whose first is over the second, and further rounds."""
+    points = _two_stages(request, store)
+    if request.sweep is None:
+        return points
+    return points + rounds.points(rounds.read(rounds.file_of(request)), points)
+
+
+def _two_stages(request: Request, store: RunStore) -> list[Point]:
     points = list(request.points)
     second = request.sweep.second if request.sweep else None
     if second is None or not second.seeds:
@@ -99,6 +108,7 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
     check_available(request)
     check_claims(request)
     quiet = request.format == "json"
+    started = False
     try:
         while True:
             points = all_points(request, store)
@@ -109,6 +119,10 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
                 break
             if not quiet:
                 print(_plan_text(request, now), file=sys.stderr)
+                if not started:
+                    for line in _power(request):
+                        print(line, file=sys.stderr)
+            started = True
             with Display(now.todo, quiet) as display:
                 local.run_points(points, store, request.exec, display.event, trainer)
             if len(all_points(request, store)) == len(points):
@@ -135,6 +149,24 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
     else:
         _answer(request, store, points)
     return 1 if failed or killed else 0
+
+
+def _power(request: Request) -> list[str]:
+    """Say, before anything is trained, how many fresh seeds the claims about a ratio need."""
+    from analysis.design import NOISE, needed_seeds
+
+    if request.sweep is None:
+        return []
+    lines = []
+    n_lora = len({curve_key(p) for p in request.points if p.spec.method.name == "lora"})
+    for name, claim in request.sweep.claims.items():
+        if claim.estimand != "lr_ratio":
+            continue
+        n, error = needed_seeds((claim.margin[0], claim.margin[1]), n_lora)
+        shown = "more than 16" if n is None else f"about {n}"
+        lines.append(f"  claim {name}: needs {shown} fresh seeds a curve, planned {len(request.sweep.second.seeds)} "
+                     f"(expected error {error:.2f} of ln ratio at a noise of {NOISE:g} nats)")  # fmt: skip
+    return lines
 
 
 def _calibrate(request: Request, store: RunStore, points: list[Point]) -> None:
@@ -172,7 +204,8 @@ def question(request: Request) -> dict[str, Any]:
     """Return what the analysis must know of the sweep: plain values, kept beside the report."""
     sweep = dataclasses.asdict(request.sweep)
     return {"name": request.sweep_name, "scale": request.scale, "question": sweep["question"],
-            "source": sweep["source"], "claims": sweep["claims"], "analysis": sweep["analysis"]}  # fmt: skip
+            "source": sweep["source"], "claims": sweep["claims"], "rounds": sweep["rounds"],
+            "analysis": sweep["analysis"]}  # fmt: skip
 
 
 def _show_single(request: Request, store: RunStore, point: Point) -> None:

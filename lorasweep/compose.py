@@ -23,7 +23,7 @@ from lorasweep.grid import Point, Sweep, around, check_sweep, expand, geom
 from lorasweep.methods import Method, method_classes
 from lorasweep.spec import DatasetSpec, Exec, ModelSpec, RunSpec, run_id, snap_lr, validate
 
-ACTIONS = ("run", "plan", "status", "export", "import", "adapter", "verify")
+ACTIONS = ("run", "plan", "status", "export", "import", "adapter", "verify", "extend")
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
 

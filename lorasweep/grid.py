@@ -50,6 +50,8 @@ class Sweep:
     arms: dict[str, Any] = field(default_factory=dict)
     """Arm name -> {method: name, axis: list or value, ...}."""
     second: Second = field(default_factory=Second)
+    rounds: int = 1
+    """Looks at the answer that are planned, 1 to 3: each is judged at a stricter level, so that all together err in 5%."""
     analysis: str = ""
 
 
@@ -88,6 +90,8 @@ def check_sweep(name: str, sweep: Sweep) -> None:
         low, high = (claim.margin + [math.nan, math.nan])[:2]
         if len(claim.margin) != 2 or not low < high:
             raise SpecError(f"{where}, claim {key!r}: margin={claim.margin}. Give [low, high] with low < high.")
+    if not 1 <= sweep.rounds <= 3:
+        raise SpecError(f"{where}: rounds={sweep.rounds}. Plan 1, 2 or 3 looks at the answer.")
     if not sweep.arms:
         raise SpecError(f"{where} has no arms, so there is nothing to run.")
     for arm, axes in sweep.arms.items():
@@ -145,8 +149,6 @@ def expand(
     return list(points.values())
 
 
-
-
 def _say(values: dict[str, Any]) -> str:
     return ", ".join(f"{k}={getattr(v, 'name', v)}" for k, v in values.items())
 
@@ -183,5 +185,3 @@ def second_stage(points: Sequence[Point], second: Second, nll: Callable[[str], f
                 extra.setdefault(run_id(spec), Point(arm, spec, run_id(spec)))
     known = {p.id for p in points}
     return [p for p in extra.values() if p.id not in known]
-
-

@@ -1,10 +1,12 @@
-"""The actions on finished runs: export, import, adapter, verify."""
+"""The actions on finished runs: export, import, adapter, verify, extend."""
 
 import json
 from pathlib import Path
+from typing import Any
 
+from lorasweep import rounds
 from lorasweep.compose import Request
-from lorasweep.errors import SpecError
+from lorasweep.errors import SpecError, StoreError
 from lorasweep.grid import Point
 from lorasweep.progress import run_name
 from lorasweep.store import FINAL, RunStore
@@ -78,3 +80,31 @@ def verify(request: Request, store: RunStore, points: list[Point]) -> int:
         largest = max((abs(c.difference) for c in report.comparisons if c.difference is not None), default=0.0)
         print(f"largest difference {largest:.1e} nats; {noise}")
     return 1 if report.differing() else 0
+
+
+def extend(request: Request, store: RunStore, points: list[Point], asked: dict[str, Any]) -> int:
+    """Add the runs that would decide most to the sweep, as its next round; starts nothing."""
+    from analysis.design import lines, suggest
+    from analysis.report import answer_of, question_hash
+    from analysis.table import TableError, alike
+    from lorasweep.store import load_runs
+
+    if request.sweep is None:
+        raise SpecError("action=extend needs a sweep: +sweep=NAME.")
+    missing = [p for p in points if not store.result(p.id)]
+    if missing:
+        raise SpecError(f"{len(missing)} of {len(points)} runs have not finished: a round is extended when it is over. "
+                        "Ask without action=extend first.")  # fmt: skip
+    table = load_runs(store.root, [p.id for p in points])
+    try:
+        wanted = suggest(answer_of(table, asked))
+        runs = [{"like": alike(table, s.group, s.method, s.rank), "lr": s.lr, "seed": seed}
+                for s in wanted for seed in s.seeds]  # fmt: skip
+    except TableError as error:
+        raise StoreError(f"the runs are finished and kept, but cannot be judged together: {error}") from None
+    if not runs:
+        print("nothing to add: every claim is decided, or more runs cannot help")
+        return 0
+    number = rounds.append(rounds.file_of(request), runs, question_hash(asked), request.sweep.rounds)
+    print("\n".join([*lines(wanted), f"round {number}: {len(runs)} runs added; ask without action=extend to train them"]))
+    return 0

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.lr_optimum import linex
+from analysis.valley import linex
 from lorasweep.act import act
 from lorasweep.spec import run_id
 

@@ -1,0 +1,240 @@
+"""Designing the next runs: how many seeds a claim needs before any run, and which runs would decide most after some.
+
+Everything is worked out by fitting the runs that one plans as if they came out at the fitted curve: the posterior's
+spread is then the one to expect.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.lr_optimum import Optimum
+from analysis.lr_ratio import MIN_RANK, Answer, seeds_at_best
+from analysis.posterior import Evidence, gather, weigh
+from analysis.results import Verdict
+from analysis.valley import linex
+from analysis.verdicts import MIN_SEEDS
+
+NOISE, CURVATURE, SKEW, MISFIT = 4e-3, 0.15, 0.5, 0.35
+"""Assumed before a sweep has measured its own: noise of one run (nats), curvature at the optimum (nats per unit of ln(lr)
+squared), asymmetry, misfit of the curvature. Measured on the kept sweeps (analysis/results): 4e-3 to 5e-3, 0.08 to 0.30,
+-0.1 to 1.4, 0.24 to 0.47."""
+MAX_SEEDS = 16
+N_AROUND = 3
+MAX_NEW_SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Runs to add to one curve."""
+
+    curve: str
+    group: str
+    method: str
+    rank: int | None
+    lr: float
+    seeds: tuple[int, ...]
+    why: str
+
+
+# ---------------------------------------------------------------- before any run
+
+
+def needed_seeds(
+    margin: tuple[float, float], n_lora: int, noise: float = NOISE, curvature: float = CURVATURE, rates: int = 7,
+    factor: float = 2.0,
+) -> tuple[int | None, float]:  # fmt: skip
+    """Return the fresh seeds a curve at its three best rates after which a ratio's standard error is a quarter of the
+    margin's width (in ln), and that error; None if MAX_SEEDS are not enough.
+
+    Args:
+        margin: of the ratio.
+        n_lora: LoRA curves that are averaged against one full fine-tuning curve.
+        noise: nats, of one run. curvature: nats per unit of ln(lr) squared, at the optimum.
+    """
+    target = (math.log(margin[1]) - math.log(margin[0])) / 4
+    error = math.inf
+    for n in range(MIN_SEEDS - 1, MAX_SEEDS + 1):
+        error = _planned_error(rates, factor, n, noise, curvature) * math.sqrt(1 + 1 / max(n_lora, 1))
+        if error <= target:
+            return n, error
+    return None, error
+
+
+def _planned_error(rates: int, factor: float, fresh: int, noise: float, curvature: float) -> float:
+    """Standard deviation of ln(best LR) to expect of one curve: one seed over the grid, `fresh` at the three best."""
+    step = math.log(factor)
+    grid = (np.arange(rates) - (rates - 1) / 2) * step
+    errors = []
+    for m in (0.0, 0.25 * step, 0.5 * step):
+        loss = curvature * linex(grid - m, SKEW)
+        first = min(max(int(np.argmin(loss)) - 1, 0), rates - N_AROUND)
+        x = np.concatenate([grid, np.tile(grid[first : first + N_AROUND], fresh)])
+        block = np.concatenate([np.zeros(rates), np.repeat(np.arange(fresh) + 1, N_AROUND)]).astype(int)
+        errors.append(_spread(gather(x, curvature * linex(x - m, SKEW), block), noise, MISFIT))
+    return float(np.mean(errors))
+
+
+def _spread(e: Evidence, noise: float, misfit: float) -> float:
+    """Standard deviation of the minimum's posterior when noise and misfit are known."""
+    ((posterior,), _) = weigh([[dataclasses.replace(e, squares=100 * noise**2, df=100)]], misfit=misfit)[0]
+    mean = float(posterior.m @ posterior.mass)
+    return math.sqrt(max(float((posterior.m - mean) ** 2 @ posterior.mass), 0.0))
+
+
+# ---------------------------------------------------------------- after some runs
+
+
+def suggest(found: Answer) -> list[Suggestion]:
+    """Name the runs that would decide most for claims that are open: first what opens a gate, then what narrows most."""
+    out: list[Suggestion] = []
+    for verdict in found.verdicts:
+        if verdict.outcome != "UNDECIDED" or "task:" in verdict.why or "no curve of" in verdict.why:
+            continue
+        curves = _involved(found, verdict)
+        gated = [s for o in curves for s in _open_gates(o)]
+        out += gated or _narrow(verdict, curves)
+    merged: dict[tuple, Suggestion] = {}
+    for s in out:
+        key = (s.group, s.method, s.rank, s.lr)
+        known = merged.get(key)
+        seeds = s.seeds if known is None else tuple(sorted({*known.seeds, *s.seeds}))
+        merged[key] = dataclasses.replace(s if known is None else known, seeds=seeds)
+    return list(merged.values())
+
+
+def _involved(found: Answer, verdict: Verdict) -> list[Optimum]:
+    """The curves that a claim rests on: ranks of MIN_RANK and more, and full fine-tuning where it is compared with."""
+    group = verdict.group.split(";")[0]
+    compared = verdict.margin[0] > 0  # a margin of ratios, not of slopes
+    return [o for o in found.optima if o.curve.group == group
+            and ((o.curve.key["method"] == "fullft" and compared)
+                 or (o.curve.key["method"] == "lora" and (o.curve.key.get("rank") or 0) >= MIN_RANK))]  # fmt: skip
+
+
+def _make(o: Optimum, lr: float, seeds: Sequence[int], why: str) -> Suggestion:
+    rank = o.curve.key.get("rank")
+    return Suggestion(o.curve.name, o.curve.group, o.curve.key["method"], None if rank is None or rank != rank else int(rank),
+                      float(f"{lr:.2e}"), tuple(int(s) for s in seeds), why)  # fmt: skip
+
+
+def _open_gates(o: Optimum) -> list[Suggestion]:
+    """Runs without which no verdict is given: rates beyond an edge or before a cliff, more rates, seeds at the optimum."""
+    x = np.unique(o.curve.x[o.curve.usable])
+    if not len(x):
+        low = float(o.curve.x.min())
+        return [_make(o, math.exp(low - k * math.log(2)), [_grid_seed(o)], "every rate broke down") for k in (1, 2, 3)]
+    step = float(np.median(np.diff(x))) if len(x) > 1 else math.log(2)
+    seed = [_grid_seed(o)]
+    if "bounded_by_divergence" in o.flags:
+        wall = float(o.curve.x[~o.curve.usable & (o.curve.x > x[-1])].min())
+        return [_make(o, math.exp(x[-1] + (wall - x[-1]) * k / 3), seed, "between the best rate and the first that breaks "
+                      "down") for k in (1, 2)]  # fmt: skip
+    if "at_edge" in o.flags:
+        end, sign = (x[-1], 1) if o.best_lr.high is None else (x[0], -1)
+        return [_make(o, math.exp(end + sign * k * step), seed, "beyond the edge of the rates tried") for k in (1, 2)]
+    if "few_points" in o.flags or "no_variance" in o.flags:
+        y = np.array([o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x])
+        best = float(x[int(np.argmin(y))])
+        return [_make(o, math.exp(best + k * step / 2), seed, "more rates about the best one") for k in (-1, 1)]
+    have = seeds_at_best(o)
+    if have < MIN_SEEDS:
+        return _more_seeds(o, MIN_SEEDS - have, f"{MIN_SEEDS} seeds at the optimum")
+    return []
+
+
+def _grid_seed(o: Optimum) -> int:
+    seeds, counts = np.unique(o.curve.seed, return_counts=True)
+    return int(seeds[int(np.argmax(counts))])
+
+
+def _more_seeds(o: Optimum, n: int, why: str) -> list[Suggestion]:
+    fresh = int(o.curve.seed.max()) + 1 + np.arange(n)
+    return [_make(o, math.exp(v), fresh, why) for v in _around(o)]
+
+
+def _around(o: Optimum) -> np.ndarray:
+    """The tried rates around the optimum, N_AROUND of them."""
+    x = np.unique(o.curve.x[o.curve.usable])
+    at = math.log(o.best_lr.value) if o.best_lr.value else x[int(np.argmin([o.curve.y[o.curve.x == v].mean() for v in x]))]
+    first = int(np.argmin(np.abs(x - at))) - N_AROUND // 2
+    first = min(max(first, 0), max(len(x) - N_AROUND, 0))
+    return x[first : first + N_AROUND]
+
+
+def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
+    """Give runs to the curve whose share of the variance falls most for each run, until the claim would be decided if its
+    value stayed: two rates halfway between those around the optimum, or one more seed at the three around it."""
+    known = [o for o in curves if o.best_lr.draws is not None]
+    if len(known) < len(curves) or verdict.estimate.value is None:
+        return []
+    weight = {id(o): 1.0 if o.curve.key["method"] == "fullft" else 1.0 / max(len(known) - 1, 1) for o in known}
+    plan = {id(o): (0, False) for o in known}
+    cache: dict[tuple[int, int, bool], float] = {}
+
+    def variance(o: Optimum, n: int, rates: bool) -> float:
+        key = (id(o), n, rates)
+        if key not in cache:
+            cache[key] = (weight[id(o)] * _expected(o, n, rates)) ** 2
+        return cache[key]
+
+    target = _target(verdict)
+    while math.sqrt(sum(variance(o, *plan[id(o)]) for o in known)) > target:
+        steps = []
+        for o in known:
+            n, rates = plan[id(o)]
+            now = variance(o, n, rates)
+            if n < MAX_NEW_SEEDS:
+                steps.append(((now - variance(o, n + 1, rates)) / N_AROUND, id(o), (n + 1, rates)))
+            if not rates:
+                steps.append(((now - variance(o, n, True)) / 2, id(o), (n, True)))
+        if not steps or max(steps)[0] <= 0:
+            break
+        _, which, plan_of = max(steps)
+        plan[which] = plan_of
+    out = []
+    for o in known:
+        n, rates = plan[id(o)]
+        if rates:
+            out += [_make(o, math.exp(v), [_grid_seed(o)], "halfway between the rates around the optimum") for v in _halfway(o)]
+        if n:
+            out += _more_seeds(o, n, "narrows the optimum")
+    return out
+
+
+def _halfway(o: Optimum) -> np.ndarray:
+    x = _around(o)
+    return (x[1:] + x[:-1]) / 2
+
+
+def _target(verdict: Verdict) -> float:
+    """Standard error of the estimand, in ln for ratios, at which its interval would clear the nearest edge."""
+    e, to = verdict.estimate, (math.log if verdict.margin[0] > 0 else float)
+    room = min(abs(to(e.value) - to(edge)) for edge in verdict.margin)
+    return max(room / 2.3, 1e-4)
+
+
+def _expected(o: Optimum, n: int, rates: bool) -> float:
+    """Standard deviation of ln(best LR) to expect with n more seeds at the rates around the optimum, and with two rates
+    halfway between them."""
+    use = o.curve.usable
+    x, block = o.curve.x[use], o.curve.block[use]
+    extra = np.tile(_around(o), n)
+    fresh = np.repeat(int(block.max()) + 1 + np.arange(n), N_AROUND)[: len(extra)]
+    if rates:
+        extra, fresh = np.append(extra, _halfway(o)), np.append(fresh, np.full(2, _grid_block(o)))
+    planned, blocks = np.concatenate([x, extra]), np.concatenate([block, fresh]).astype(int)
+    return _spread(gather(planned, o.shape.height(planned), blocks), o.pooled.noise, o.pooled.misfit)
+
+
+def _grid_block(o: Optimum) -> int:
+    blocks, counts = np.unique(o.curve.block, return_counts=True)
+    return int(blocks[int(np.argmax(counts))])
+
+
+def lines(suggestions: Sequence[Suggestion]) -> list[str]:
+    """Write suggestions for the terminal."""
+    return [f"{s.curve} ({s.group}): lr {s.lr:g}, seeds {', '.join(map(str, s.seeds))}: {s.why}" for s in suggestions]

@@ -1,0 +1,95 @@
+"""rho, step efficiency: full fine-tuning's steps to reach LoRA's loss, over LoRA's steps; each at its own best rate.
+
+A gap in nats grows and shrinks with the place on the learning curve, rho does not: 0.9 means that LoRA needs 11% more
+steps. Reads learning curves from a table of runs; fits no rate.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from analysis.lr_optimum import Optimum
+from analysis.results import LEVEL, Estimate
+from analysis.table import learning_curves
+
+Points = list[tuple[float, float]]
+
+
+def steps_to_reach(points: Points, loss: float) -> float | None:
+    """Return the step at which a held-out curve [(step, loss), ...] first reaches a loss, interpolated in ln(step);
+    None if it never does."""
+    before: tuple[float, float] | None = None
+    for step, value in points:
+        if value <= loss:
+            if before is None or before[1] <= value:
+                return step
+            share = (before[1] - loss) / (before[1] - value)
+            return math.exp(math.log(before[0]) + share * (math.log(step) - math.log(before[0])))
+        before = (step, value)
+    return None
+
+
+def rho(lora: dict[int, Points], full: dict[int, Points]) -> Estimate:
+    """Return rho from held-out curves by seed (step 0 and the last evaluation left out), paired by seed.
+
+    Interval: Student's, over ln rho of the seeds; needs two or more. Where full fine-tuning ends above LoRA's loss in any
+    seed, rho is beyond the ratio of steps seen, and only that bound is given.
+    """
+    logs, censored = [], []
+    for seed in sorted(lora.keys() & full.keys()):
+        if not lora[seed] or not full[seed]:
+            continue
+        steps, loss = lora[seed][-1]
+        reached = steps_to_reach(full[seed], loss)
+        if reached is None:
+            censored.append(full[seed][-1][0] / steps)
+        else:
+            logs.append(math.log(reached / steps))
+    if censored:
+        return Estimate(None, min([*censored, *(math.exp(v) for v in logs)]), None, len(logs) + len(censored),
+                        ("FullFT does not reach LoRA's loss",))  # fmt: skip
+    if not logs:
+        return Estimate(None)
+    mean = float(np.mean(logs))
+    if len(logs) < 2:
+        return Estimate(math.exp(mean), n=len(logs))
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, len(logs) - 1) * np.std(logs, ddof=1) / math.sqrt(len(logs)))
+    return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs))
+
+
+def by_rank(table: pd.DataFrame, optima: Sequence[Optimum]) -> dict[tuple[str, str], Estimate]:
+    """Return rho of every LoRA curve against the full fine-tuning one of its group: (group, name) -> rho.
+
+    Each arm's runs are those at the tried rate nearest its optimum. Evaluations before the last one use the same held-out
+    rows in all runs, the last one uses more: it is left out.
+    """
+    best = {id(o): _near(o) for o in optima}
+    curves: dict[int, dict[int, Points]] = {id(o): {} for o in optima}
+    for row, points in learning_curves(table):
+        for o in optima:
+            at = best[id(o)]
+            if at is not None and abs(math.log(row["lr"]) - at) < 1e-6 and _same(row, o):
+                kept = points[(points["step"] >= 1) & points["test_nll"].notna()].iloc[:-1]
+                curves[id(o)][int(row["seed"])] = list(zip(kept["step"].astype(float), kept["test_nll"].astype(float)))
+    out = {}
+    for o in optima:
+        if o.curve.key["method"] != "lora":
+            continue
+        full = [f for f in optima if f.curve.group == o.curve.group and f.curve.key["method"] == "fullft"]
+        if len(full) == 1:
+            out[o.curve.group, o.curve.name] = rho(curves[id(o)], curves[id(full[0])])
+    return out
+
+
+def _near(o: Optimum) -> float | None:
+    x = o.curve.x[o.curve.usable]
+    if o.best_lr.value is None or not len(x):
+        return None
+    return float(x[np.argmin(np.abs(x - math.log(o.best_lr.value)))])
+
+
+def _same(row: pd.Series, o: Optimum) -> bool:
+    return all(row.get(k) == v or (pd.isna(v) and pd.isna(row.get(k))) for k, v in o.curve.key.items() if k in row.index)

@@ -1,0 +1,158 @@
+"""The interactive report in a real browser: from disk, without network, with thousands of runs and hostile names."""
+
+import json
+import math
+import os
+import shutil
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.__main__ import main
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+if not (BROWSER and DRIVER):
+    why = "needs Chromium and ChromeDriver (Debian: apt-get install chromium chromium-driver)"
+    if os.environ.get("LORASWEEP_NO_SKIP"):
+        pytest.fail(why, pytrace=False)
+    pytest.skip(why, allow_module_level=True)
+
+HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>/*REPORT*/ & \u2028"
+
+
+def runs(models, ranks, n_lrs=7, seeds=1, batches=(8,)):
+    rng = np.random.default_rng(0)
+    rows = []
+    for model in models:
+        for batch in batches:
+            for rank in ranks:
+                best = 1e-4 * (1 if rank is None else 8)
+                for k in range(n_lrs):
+                    lr = float(f"{best * 2.0 ** (k - n_lrs // 2) * 1.1:.3g}")
+                    for seed in range(seeds):
+                        nll = 2 + 0.1 * math.log(lr / best) ** 2 + rng.normal(0, 1e-3)
+                        curve = [{"step": s, "test_nll": nll + 1 / s} for s in (1, 2, 4, 8, 16)]
+                        rows.append({"run_id": f"r{len(rows):05d}", "model": model, "rank": rank, "lr": lr, "seed": seed,
+                                     "batch_size": batch, "status": "diverged" if k == n_lrs - 1 else "done",
+                                     "test_nll": nll, "result": json.dumps({"curve": curve})})
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+                 "--disable-background-networking", "--disable-component-update", "--window-size=1280,1600"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def drawn(browser, times=1):
+    for _ in range(600):
+        if int(browser.execute_script("return document.body.dataset.drawn || 0")) >= times:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"not drawn: {browser.get_log('browser')}")
+
+
+def opened(browser, tmp_path, table):
+    table.to_parquet(tmp_path / "runs.parquet")
+    page = tmp_path / "page.html"
+    assert main(["html", str(tmp_path / "runs.parquet"), "--out", str(page)]) == 0
+    browser.get_log("performance"), browser.get_log("browser")
+    browser.get(page.as_uri())
+    drawn(browser)
+    return page
+
+
+def quiet(browser):
+    """Nothing on the console, nothing asked of the network."""
+    assert browser.get_log("browser") == []
+    for entry in browser.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            assert message["params"]["request"]["url"].split(":")[0] in ("file", "data", "blob"), message
+
+
+def count(browser):
+    return browser.execute_script("return document.getElementById('count').textContent")
+
+
+def choose(browser, key, value, times):
+    browser.execute_script(
+        "const s = document.getElementById(arguments[0]); s.value = arguments[1]; s.dispatchEvent(new Event('change'))",
+        f"filter-{key}", value)  # fmt: skip
+    drawn(browser, times)
+
+
+def test_it_opens_from_disk_and_filters(browser, tmp_path):
+    opened(browser, tmp_path, runs(["a/one", "b/two"], [None, 4, 16], batches=(8, 32)))
+    assert count(browser) == "12 curves, 84 runs"
+    assert browser.execute_script("return document.querySelectorAll('#lr-plot .points path').length") >= 84
+    assert browser.execute_script("return document.querySelectorAll('#forest-plot .points path').length") == 8
+    choose(browser, "rank", "4", 2)
+    assert count(browser) == "4 curves, 28 runs"
+    choose(browser, "model", "b/two", 3)
+    choose(browser, "batch_size", "32", 4)
+    assert count(browser) == "1 curves, 7 runs"
+    assert "lora r4" in browser.execute_script("return document.getElementById('curve-table').textContent")
+    choose(browser, "rank", "null", 5)
+    assert "fullft" in browser.execute_script("return document.getElementById('curve-table').textContent")
+    quiet(browser)
+
+
+def test_tables_sort_and_each_point_leads_to_its_run(browser, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    opened(browser, tmp_path, runs(["a/one"], [None, 4]))
+    column = "return [...document.querySelectorAll('#run-table tbody tr')].map(r => Number(r.children[6].textContent))"
+    browser.find_elements(By.CSS_SELECTOR, "#run-table th")[6].click()
+    up = browser.execute_script(column)
+    browser.find_elements(By.CSS_SELECTOR, "#run-table th")[6].click()
+    down = browser.execute_script(column)
+    assert up == sorted(up) and down == sorted(down, reverse=True) and len(up) == 14
+    browser.find_elements(By.CSS_SELECTOR, "#run-table tbody tr")[0].click()
+    first = browser.find_element(By.ID, "details").text
+    assert "run_id" in first and "r000" in first
+    browser.find_element(By.CSS_SELECTOR, "#details button").click()
+    browser.execute_script("window.scrollTo(0, 0)")
+    point = browser.find_element(By.CSS_SELECTOR, "#lr-plot .points path")
+    ActionChains(browser).move_to_element(point).pause(0.3).click().perform()
+    time.sleep(0.3)
+    told = browser.find_element(By.ID, "details")
+    assert told.is_displayed() and "run_id" in told.text and "test_nll" in told.text
+    quiet(browser)
+
+
+def test_it_is_usable_with_5000_runs(browser, tmp_path):
+    table = runs([f"m{k}" for k in range(10)], [None, 1, 2, 4, 8, 16, 32, 64], n_lrs=9, seeds=7)
+    assert len(table) >= 5000
+    opened(browser, tmp_path, table)
+    assert count(browser) == f"80 curves, {len(table)} runs"
+    assert browser.execute_script("return document.querySelectorAll('#run-table tbody tr').length") == 100
+    choose(browser, "model", "m3", 2)
+    assert count(browser) == "8 curves, 504 runs"
+    quiet(browser)
+
+
+def test_names_are_text_and_nothing_else(browser, tmp_path):
+    table = runs([HOSTILE], [None, 4])
+    table["run_id"] = [f"{HOSTILE}{k}" for k in range(len(table))]
+    opened(browser, tmp_path, table)
+    assert browser.execute_script("return window.hacked") is None
+    assert browser.execute_script("return document.querySelectorAll('img').length") == 0
+    assert HOSTILE in browser.execute_script("return document.getElementById('curve-table').textContent")
+    browser.execute_script("document.querySelector('#run-table tbody tr').click()")
+    assert HOSTILE in browser.execute_script("return document.getElementById('details').textContent")
+    assert browser.execute_script("return window.hacked") is None
+    quiet(browser)
