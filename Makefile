@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SCALE ?= tiny
 
-.PHONY: help run small weights test test-fast lint bench bases clean
+.PHONY: help run small weights test test-fast lint bench calibrate bases clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -48,6 +48,10 @@ bench: weights data/gsm8k/train.jsonl ## measure on an idle machine, and write a
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m lorasweep.bench analysis/results/bench/bench.json
 	$(BIN)/python -m analysis.bench
+
+calibrate: $(VENV)/.installed ## fit and judge planted sweeps (about 40 minutes on two cores), and write their page
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.calibration --cases $(or $(CASES),700)
+	$(BIN)/python -m analysis.calibration_page
 
 bases: $(VENV)/.installed ## remake the shipped base models from their recipes (half an hour)
 	$(BIN)/python -m lorasweep.recipe tiny64 tiny128

@@ -241,15 +241,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.calibration", description=__doc__)
     parser.add_argument("--cases", type=int, default=600, help="sweeps a cell: four optima and three ratios each")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", choices=("coverage", "verdicts", "flags", "sharing"), help="run this part again, keep the others")
     parser.add_argument("--out", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
     started = time.monotonic()
-    told: dict[str, Any] = {"cases": args.cases}
+    told: dict[str, Any] = {"cases": args.cases, "minutes": 0.0}
+    if args.only:
+        told = json.loads((args.out / "calibration.json").read_text())
+        told.pop(args.only, None)
+    cells = [c for c in tasks(args.cases) if args.only in (None, c[0].__name__)]
     with ProcessPoolExecutor(args.jobs) as pool:
-        for k, (kind, row) in enumerate(pool.map(_do, tasks(args.cases))):
+        for k, (kind, row) in enumerate(pool.map(_do, cells)):
             told.setdefault(kind, []).append(row)
             print(f"{k + 1} {kind} {row}", flush=True)
-    told["minutes"] = round((time.monotonic() - started) / 60, 1)
+    told["minutes"] = round(told["minutes"] + (time.monotonic() - started) / 60, 1)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "calibration.json").write_text(json.dumps(told, indent=1) + "\n")
 

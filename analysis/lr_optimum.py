@@ -266,13 +266,13 @@ def _edge(curve: Curve, rates: np.ndarray, best: int, low: float, high: float) -
     if best == 0 and len(rates) > 1:
         inner = max(rates[1], high) if math.isfinite(high) else rates[1]
         if inner >= rates[-1] and len(rates) > 2:
-            return Estimate(None, flags=("flat",))
+            return Estimate(None, flags=("at_edge", "flat"))
         return Estimate(None, None, math.exp(inner), flags=("at_edge",))
     if best == 0:
         return Estimate(None, None, math.exp(wall) if math.isfinite(wall) else None, flags=("at_edge",))
     inner = min(rates[best - 1], low) if math.isfinite(low) else rates[best - 1]
     if inner <= rates[0] and len(rates) > 2:
-        return Estimate(None, None, math.exp(wall) if math.isfinite(wall) else None, flags=("flat",))
+        return Estimate(None, None, math.exp(wall) if math.isfinite(wall) else None, flags=("at_edge", "flat"))
     if math.isfinite(wall):
         return Estimate(None, math.exp(inner), math.exp(wall), flags=("bounded_by_divergence",))
     return Estimate(None, math.exp(inner), None, flags=("at_edge",))

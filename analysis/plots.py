@@ -135,3 +135,54 @@ def packing(rows: Sequence[dict[str, Any]], path: Path) -> None:
         fig.tight_layout()
         fig.savefig(path, dpi=150)
         plt.close(fig)
+
+
+def coverage(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw how often intervals hold the truth, a column a family: ours by noise, and what others do as crosses."""
+    families = list(dict.fromkeys(r["family"] for r in rows))
+    noises = sorted({r["noise"] for r in rows})
+    with plt.rc_context(_STYLE):
+        fig, ax = plt.subplots(figsize=(8.6, 4.6))
+        ax.axhspan(94, 97, color=COLOURS[3], alpha=0.12, lw=0, label="asked on average: 94 to 97%")
+        ax.axhline(93, color=COLOURS[3], lw=1, ls="--", label="asked in each family: 93%")
+        for k, (noise, colour, marker) in enumerate(zip(noises, COLOURS[1:], MARKERS)):
+            y = [100 * np.mean([r["coverage"] for r in rows if r["family"] == f and r["noise"] == noise]) for f in families]
+            ax.plot(np.arange(len(families)) + 0.12 * (k - 1), y, marker, color=colour, ms=6, label=f"noise {noise:g}")
+        for key, label, marker in (("parabola_coverage", "5-point parabola, bootstrap", "x"),
+                                   ("global_coverage", "one parabola", "+")):  # fmt: skip
+            y = [_mean_of([r[key] for r in rows if r["family"] == f]) for f in families]
+            ax.plot(np.arange(len(families)), y, marker, color="grey", ms=8, mew=1.6, label=label)
+        ax.set_xticks(np.arange(len(families)), [f.replace("_", " ") for f in families], rotation=30, ha="right")
+        ax.set(ylabel="intervals that hold the truth (%)", ylim=(0, 103))
+        ax.legend(frameon=False, fontsize=8, ncol=2, loc="lower left", bbox_to_anchor=(0, 1.0))
+        fig.tight_layout()
+        fig.savefig(path, dpi=150)
+        plt.close(fig)
+
+
+def _mean_of(values: Sequence[float | None]) -> float:
+    known = [v for v in values if v is not None]
+    return 100 * float(np.mean(known)) if known else float("nan")
+
+
+def verdict_shares(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the share of each verdict over the true ratio, a panel a noise."""
+    noises = sorted({r["noise"] for r in rows})
+    ratios = sorted({r["ratio"] for r in rows})
+    with plt.rc_context(_STYLE):
+        fig, axes = plt.subplots(1, len(noises), figsize=(4.6 * len(noises), 3.6), squeeze=False, sharey=True)
+        for ax, noise in zip(axes[0], noises):
+            base = np.zeros(len(ratios))
+            for kind, colour, hatch in (("supported", COLOURS[3], ""), ("undecided", "#c8ced4", ""), ("refuted", COLOURS[2], "//")):
+                y = np.array([_mean_of([r[kind] for r in rows if r["ratio"] == v and r["noise"] == noise]) for v in ratios])
+                ax.bar(np.arange(len(ratios)), y, bottom=base, color=colour, hatch=hatch, edgecolor="white", width=0.8,
+                       label=kind.upper())  # fmt: skip
+                base += y
+            ax.set_xticks(np.arange(len(ratios)), [f"{v:g}" for v in ratios])
+            ax.set(xlabel="true ratio (margin 7.1 to 14.1)", title=f"noise {noise:g} nats")
+            ax.grid(False)
+        axes[0][0].set_ylabel("sweeps (%)")
+        axes[0][0].legend(frameon=True, fontsize=8, loc="lower left")
+        fig.tight_layout()
+        fig.savefig(path, dpi=150)
+        plt.close(fig)

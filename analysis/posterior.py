@@ -135,6 +135,8 @@ def weigh(
 
 def _sigmas(sweep: Sequence[Evidence]) -> np.ndarray:
     """Levels of noise to average over: about what repeats say, or wide where there are few."""
+    if not sweep:
+        return np.ones(1)
     df = sum(e.df for e in sweep)
     if df >= 10:
         noise = math.sqrt(max(sum(e.squares for e in sweep) / df, 1e-18))
@@ -180,6 +182,8 @@ def _pool(
     misfit: float | None,
 ) -> tuple[list[Posterior], Pooled]:  # fmt: skip
     """Weigh noise and misfit by all curves, then average each curve's posterior over them."""
+    if not sweep:
+        return [], Pooled(math.nan, math.nan, 0)
     prior = np.array(valley.TAU_PRIOR)
     if np.median([np.median(np.diff(e.x)) for e in sweep]) > valley.COARSE:
         prior = np.where(np.array(valley.TAUS) < valley.COARSE_TAU, 0.0, prior)

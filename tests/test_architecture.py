@@ -14,7 +14,8 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "safetensors"}
 MAY_USE_TORCH = {"calibrate", "decoder", "linears", "attention", "train", "execute", "models", "recipe", "loss", "optim", "adapters", "adapter_export", "checkpoint"}
 ONLY_IN = {
     "hydra": {"lorasweep/compose.py", "lorasweep/__main__.py"}, "omegaconf": {"lorasweep/compose.py", "lorasweep/__main__.py"},
-    "wandb": {"lorasweep/mirror.py"}, "submitit": {"lorasweep/launch.py"}, "matplotlib": {"analysis/plots.py"},
+    "wandb": {"lorasweep/mirror.py"}, "submitit": {"lorasweep/launch.py"}, "matplotlib": {"analysis/plots.py"}, "plotly": {"analysis/interactive/__init__.py"},
+    "IPython": {"analysis/notebook.py"},
 }  # fmt: skip
 
 
@@ -146,6 +147,18 @@ def test_the_pages_of_answers_are_made_from_the_kept_results():
     text = (ROOT / "README.md").read_text()
     assert page.readme(text) == text
     assert (page.RESULTS / "README.md").read_text().endswith(page.block("") + "\n")
+
+
+def test_the_calibrations_pages_are_made_from_its_figures():
+    import json
+
+    from analysis import calibration_page as page
+
+    told = json.loads((page.FOLDER / "calibration.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    assert page.with_block(text, told) == text
+    assert (page.FOLDER / "README.md").read_text() == page.render(told)
+    assert min(r["cases"] for r in told["coverage"]) >= 2000
 
 
 def test_the_benchmarks_pages_are_made_from_its_figures():

@@ -34,11 +34,6 @@ def test_a_noise_free_member_of_the_family_is_found(steepness):
     assert o.best_nll == pytest.approx(2.0, abs=2e-3)
 
 
-def test_linex_is_smooth_through_zero():
-    u = np.linspace(-3, 3, 13)
-    assert np.allclose(linex(u, 1e-9), u * u / 2)
-    assert np.allclose(linex(u, 1e-3 * 1.0001), linex(u, 1e-3 * 0.9999), rtol=1e-3, atol=1e-6)
-
 
 def test_without_degrees_of_freedom_there_is_no_interval():
     (o,) = fit_all(curves(table(lambda lr, s: 2 + 0.1 * math.log(lr / 8e-4) ** 2)))

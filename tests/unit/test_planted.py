@@ -151,3 +151,56 @@ def test_a_flipped_table_flips_the_verdict_and_the_report(compose, capsys, fake_
     text = (tmp_path / "again" / "report.md").read_text()
     primary = next(line for line in text.splitlines() if line.startswith("| ratio (primary)"))
     assert "**REFUTED**" in primary
+
+
+def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, capsys, fake_trainer, tmp_path):
+    """An open claim, its suggested runs as round 2, and no fourth look."""
+    planted = Planted(10, noise=0.02)
+    lora = f"sweep.arms.lora.lr=[{','.join(f'{FULL * 10 * 2.0**k:.3g}' for k in range(-3, 4))}]"
+    base = ["+sweep=lr_ratio", "scale=smoke", "scale.ranks=[4,8]", "format=json", "scale.fresh_seeds=[1,2,3]",
+            "sweep.arms.fullft.lr=[1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3,9.6e-3]", lora]  # fmt: skip
+    trainer = fake_trainer(planted.nll)
+    with pytest.raises(Exception, match="have not finished"):
+        act(compose(*base, "action=extend"), trainer)
+    assert act(compose(*base), trainer) == 0
+    first = json.loads(capsys.readouterr().out)
+    ratio = next(v for v in first["verdicts"] if v["claim"] == "ratio")
+    assert ratio["outcome"] == "UNDECIDED" and "97.8%" in ratio["why"]
+    before = len(trainer.trained)
+    assert act(compose(*base, "action=extend"), trainer) == 0
+    told = capsys.readouterr().out
+    assert "round 2:" in told and "lr " in told
+    assert len(trainer.trained) == before  # adding starts nothing
+    with pytest.raises(Exception, match="have not finished"):
+        act(compose(*base, "action=extend"), trainer)
+    assert act(compose(*base), trainer) == 0
+    second = json.loads(capsys.readouterr().out)
+    added = len(trainer.trained) - before
+    assert added == int(told.rsplit("round 2: ", 1)[1].split()[0]) > 0
+    n = {v["claim"]: v["estimate"]["n"] for v in first["verdicts"]}
+    assert all(v["estimate"]["n"] > n[v["claim"]] for v in second["verdicts"] if v["claim"] == "ratio")
+    assert act(compose(*base, "action=extend"), trainer) == 0 and act(compose(*base), trainer) == 0
+    capsys.readouterr()
+    with pytest.raises(Exception, match="optional stopping"):
+        act(compose(*base, "action=extend"), trainer)
+
+
+def test_rounds_are_not_extended_under_other_margins(compose, capsys, fake_trainer):
+    planted = Planted(10, noise=0.02)
+    base = ["+sweep=lr_ratio", "scale=smoke", "scale.ranks=[4]", "scale.fresh_seeds=[1,2]",
+            "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]", "sweep.arms.lora.lr=[3e-3,6e-3,1.2e-2,2.4e-2,4.8e-2]"]
+    trainer = fake_trainer(planted.nll)
+    for extra in ([], ["action=extend"], []):
+        assert act(compose(*base, *extra), trainer) == 0
+    with pytest.raises(Exception, match="margins were changed"):
+        act(compose(*base, "sweep.claims.ratio.margin=[5,30]", "action=extend"), trainer)
+
+
+def test_an_optimum_beyond_the_edge_is_answered_by_rates_beyond_it(compose, capsys, fake_trainer, tmp_path):
+    from analysis.__main__ import main
+
+    planted = Planted(3)
+    ask(compose, capsys, fake_trainer, planted, extra=["sweep.arms.fullft.lr=[1e-5,2e-5,4e-5,8e-5,1.6e-4]"])
+    assert main(["suggest", "lr_ratio", "--reports-dir", str(tmp_path / "reports"), "--json"]) == 0
+    wanted = [s for s in json.loads(capsys.readouterr().out) if s["method"] == "fullft"]
+    assert [s["lr"] for s in wanted] == pytest.approx([3.2e-4, 6.4e-4]) and "beyond the edge" in wanted[0]["why"]

@@ -1,0 +1,240 @@
+"""Anyone's runs: what is read, what is refused, and that no message leaves row and column out."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import outside
+from analysis.__main__ import main
+from analysis.reading import read
+from analysis.table import TableError, curves
+from analysis.valley import linex
+
+EVIDENCE = Path(os.environ.get("LORASWEEP_TEST_EVIDENCE", "/nonexistent"))
+needs_evidence = pytest.mark.skipif(not (EVIDENCE / "tulu3_lora_sweep.csv").is_file(),
+                                    reason="LORASWEEP_TEST_EVIDENCE names no folder with the public tables")
+
+
+def planted(ranks=(None, 4, 16), seeds=(0, 1, 2), ratio=10.0, noise=1e-3, higher=False):
+    rng = np.random.default_rng(3)
+    rows = []
+    for rank in ranks:
+        best = 1.3e-4 * (1 if rank is None else ratio)
+        for k in range(7):
+            lr = float(f"{best * 1.15 * 2.0 ** (k - 3):.3g}")
+            for seed in seeds:
+                y = 2 + 0.1 * float(linex(np.array(math.log(lr / best)), 0.5)) + 0.004 * seed + noise * rng.standard_normal()
+                rows.append({"model": "m", "rank": rank, "lr": lr, "seed": seed, "status": "done",
+                             "test_nll": 1 - y / 10 if higher else y})
+    return pd.DataFrame(rows)
+
+
+def write(tmp_path, table, name="runs.csv"):
+    path = tmp_path / name
+    table.to_parquet(path) if name.endswith("parquet") else table.to_csv(path, index=False)
+    return path
+
+
+def run(capsys, *argv):
+    code = main([str(a) for a in argv])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_fit_prints_a_line_a_curve_and_writes_the_objects(tmp_path, capsys):
+    code, text, _ = run(capsys, "fit", write(tmp_path, planted()), "--out", tmp_path / "fits.json")
+    rows = json.loads((tmp_path / "fits.json").read_text())
+    assert code == 0 and len(text.splitlines()) == 1 + 3 == 1 + len(rows)
+    assert {"model", "dataset", "method", "rank", "layers", "batch_size", "n", "best_lr", "low", "high", "best_nll", "flags",
+            "band"} <= rows[0].keys()
+    full = next(r for r in rows if r["rank"] is None)
+    assert full["method"] == "fullft" and full["low"] < 1.3e-4 < full["high"] and full["best_lr"] == pytest.approx(1.3e-4, rel=0.1)
+    assert full["band"][0] < full["best_lr"] < full["band"][1]
+    # a loss of 0.01 under a valley of curvature 0.1 is about sqrt(0.2) wide on each side
+    assert math.log(full["band"][1] / full["band"][0]) == pytest.approx(2 * math.sqrt(0.2), rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["runs.parquet", "runs.csv"])
+def test_ratio_and_drift_come_back(tmp_path, capsys, name):
+    path = write(tmp_path, planted(), name)
+    code, text, _ = run(capsys, "ratio", path, "--json")
+    told = json.loads(text)
+    assert code == 0 and all(r["low"] < 10 < r["high"] for r in told["ratios"])
+    assert run(capsys, "ratio", path)[0] == 0
+    code, text, _ = run(capsys, "drift", path, "--json")
+    (row,) = json.loads(text)
+    assert row["low"] < 0 < row["high"] and row["ranks"] == [4, 16]
+    assert run(capsys, "drift", path)[0] == 0
+
+
+def test_two_models_are_pooled(tmp_path, capsys):
+    one, two = planted(), planted(ratio=9.0)
+    two["model"] = "n"
+    code, text, _ = run(capsys, "ratio", write(tmp_path, pd.concat([one, two])), "--json")
+    pooled = json.loads(text)["pooled"]
+    assert code == 0 and pooled["groups"] == 2 and pooled["low"] < 9.5 < pooled["high"]
+
+
+def test_law_needs_a_width_and_then_speaks(tmp_path, capsys):
+    table = pd.concat([planted(ratio=10).assign(model=f"org/Llama-{h}", hidden_size=h, alpha=32) for h in (1024, 2048, 4096)])
+    code, text, _ = run(capsys, "law", write(tmp_path, table), "--json")
+    told = json.loads(text)
+    assert code == 0 and {v["method"] for v in told["by_optima"]} == {"lora", "fullft"}
+    assert told["ratio_law"]["p"]["low"] < 0 < told["ratio_law"]["p"]["high"]
+    assert run(capsys, "law", write(tmp_path, table))[0] == 0
+    code, _, err = run(capsys, "law", write(tmp_path, planted()))
+    assert code == 2 and "hidden_size" in err
+
+
+def test_other_peoples_names_are_mapped_and_suggested(tmp_path, capsys):
+    path = write(tmp_path, planted().rename(columns={"lr": "learning_rate", "test_nll": "eval_loss"}))
+    code, _, err = run(capsys, "fit", path)
+    assert code == 2 and "--map learning_rate=lr" in err
+    code, _, err = run(capsys, "fit", path, "--map", "learning_rate=lr")
+    assert code == 2 and "--map eval_loss=test_nll" in err
+    assert run(capsys, "fit", path, "--map", "learning_rate=lr", "--map", "eval_loss=test_nll")[0] == 0
+    code, _, err = run(capsys, "fit", path, "--map", "learning_rat=lr")
+    assert code == 2 and "Did you mean 'learning_rate'?" in err
+    code, _, err = run(capsys, "fit", path, "--map", "learning_rate=lrr")
+    assert code == 2 and "Did you mean 'lr'?" in err
+    code, _, err = run(capsys, "fit", path, "--map", "learning_rate")
+    assert code == 2 and "THEIR_COLUMN=OURS" in err
+
+
+def test_a_metric_that_is_better_when_higher(tmp_path, capsys):
+    path = write(tmp_path, planted(higher=True).rename(columns={"test_nll": "accuracy"}))
+    code, text, _ = run(capsys, "fit", path, "--higher", "accuracy", "--json")
+    rows = json.loads(text)
+    assert code == 0 and all(0.78 < r["best_nll"] < 0.81 and r["metric"] == "accuracy" for r in rows)
+    assert rows[0]["low"] < 1.3e-4 < rows[0]["high"]
+    code, _, err = run(capsys, "fit", path, "--higher", "acuracy")
+    assert code == 2 and "Did you mean 'accuracy'?" in err
+
+
+def test_wandb_exports(tmp_path, capsys):
+    table = planted()
+    csv = table.rename(columns={"status": "State"}).assign(Name=[f"run{k}" for k in range(len(table))])
+    csv["State"] = ["crashed" if k == 5 else "finished" for k in range(len(csv))]
+    code, _, err = run(capsys, "fit", write(tmp_path, csv))
+    assert code == 0 and "1 run(s) that failed or did not end are left out (row 6)" in err
+    objects = [{"state": "finished", "config": {"lr": r.lr, "rank": r["rank"] if r["rank"] == r["rank"] else None, "model": "m",
+                                                "seed": r.seed}, "summary": {"test_nll": r.test_nll}} for _, r in table.iterrows()]
+    (tmp_path / "export.json").write_text(json.dumps(objects))
+    code, text, _ = run(capsys, "fit", tmp_path / "export.json", "--map", "state=status", "--json")
+    assert code == 0 and len(json.loads(text)) == 3
+
+
+def test_repeats_without_a_seed_are_seeds_that_share_nothing(tmp_path):
+    reading = read(write(tmp_path, planted(seeds=(0, 1)).drop(columns="seed")))
+    assert set(reading.table["seed"]) == {0, 1} and set(reading.table["block"]) == {0}
+    (full, *_) = curves(reading.table)
+    assert len(set(full.block)) == 1 and len(full.x) == 14
+
+
+def test_an_optimum_that_is_not_bracketed_is_null_with_a_bound(tmp_path, capsys):
+    table = planted(ranks=(4,))
+    table = table[table["lr"] < 1e-3]  # the optimum is at 1.3e-3
+    code, text, _ = run(capsys, "fit", write(tmp_path, table), "--json")
+    (row,) = json.loads(text)
+    assert code == 0 and row["best_lr"] is None and row["low"] is not None and row["high"] is None and "at_edge" in row["flags"]
+
+
+def broken(row=3, **values):
+    def change(table):
+        table = table.astype(object)
+        for column, value in values.items():
+            table.iloc[row, table.columns.get_loc(column)] = value
+        return table
+
+    return change
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda t: t.drop(columns="model"), ["no column 'model'", "--map"]),
+    (lambda t: t.drop(columns="rank"), ["no column 'rank'"]),
+    (lambda t: t.iloc[:0], ["no rows"]),
+    (broken(lr="fast"), ["row 4", "column lr", "'fast' is not a number"]),
+    (broken(lr=""), ["row 4", "column lr", "empty"]),
+    (broken(lr=-1e-4), ["row 4", "column lr", "not above 0"]),
+    (broken(lr=30), ["row 4", "column lr", "mixed units"]),
+    (broken(test_nll="2.1 nats"), ["row 4", "column test_nll", "not a number"]),
+    (broken(test_nll=""), ["row 4", "column test_nll", "empty", "done"]),
+    (broken(test_nll="nan"), ["row 4", "column test_nll"]),
+    (broken(test_nll="inf"), ["row 4", "column test_nll", "infinite"]),
+    (broken(test_nll=-0.5), ["row 4", "column test_nll", "--higher"]),
+    (broken(status="perhaps"), ["row 4", "column status", "'perhaps'"]),
+    (broken(rank="4.5"), ["row 4", "column rank", "whole number"]),
+    (broken(rank=0), ["row 4", "column rank", "below 1"]),
+    (broken(seed=""), ["row 4", "column seed", "empty"]),
+    (broken(model=""), ["row 4", "column model", "empty"]),
+    (lambda t: t.assign(method="lora"), ["row 1", "column rank", "without a rank"]),
+])  # fmt: skip
+def test_bad_tables_are_refused_with_row_and_column(tmp_path, capsys, change, words):
+    code, out, err = run(capsys, "fit", write(tmp_path, change(planted())))
+    assert code == 2 and not out
+    for word in words:
+        assert word in err, err
+
+
+def test_percent_beside_fractions_is_refused(tmp_path, capsys):
+    table = planted(higher=True)
+    table.loc[table.index % 2 == 0, "test_nll"] *= 100
+    code, _, err = run(capsys, "fit", write(tmp_path, table), "--higher", "test_nll")
+    assert code == 2 and "mixed units" in err and "row" in err
+
+
+def test_one_arm_has_no_ratio_and_one_point_no_optimum(tmp_path, capsys):
+    code, _, err = run(capsys, "ratio", write(tmp_path, planted(ranks=(4, 8))))
+    assert code == 2 and "no fullft run" in err
+    code, _, err = run(capsys, "drift", write(tmp_path, planted(ranks=(None,))))
+    assert code == 2 and "no lora run" in err
+    code, text, _ = run(capsys, "fit", write(tmp_path, planted(ranks=(4,), seeds=(0,)).iloc[:1]), "--json")
+    (row,) = json.loads(text)
+    assert code == 0 and row["best_lr"] is None and row["low"] is None and row["band"] is None and "few_points" in row["flags"]
+
+
+def test_a_seed_twice_with_different_results_is_told(tmp_path, capsys):
+    table = planted()
+    again = table.iloc[[8]].assign(test_nll=2.5)
+    code, _, err = run(capsys, "fit", write(tmp_path, pd.concat([table, again, table.iloc[[0]]])))
+    assert code == 0 and "rows 9 and 64" in err and "taken as repeats" in err
+    assert "say again what another says" in err and "row 65" in err
+
+
+def test_runs_without_value_and_status_are_left_out_aloud(tmp_path, capsys):
+    table = planted().drop(columns="status").astype(object)
+    table.iloc[2, table.columns.get_loc("test_nll")] = ""
+    code, _, err = run(capsys, "fit", write(tmp_path, table))
+    assert code == 0 and "row 3" in err and "column test_nll" in err
+
+
+def test_no_file_and_no_table(tmp_path, capsys):
+    code, _, err = run(capsys, "fit", tmp_path / "none.csv")
+    assert code == 2 and "no file" in err
+    (tmp_path / "x.parquet").write_bytes(b"not parquet")
+    code, _, err = run(capsys, "fit", tmp_path / "x.parquet")
+    assert code == 2 and "cannot be read" in err
+    (tmp_path / "x.json").write_text("[1, 2")
+    code, _, err = run(capsys, "fit", tmp_path / "x.json")
+    assert code == 2 and "cannot be read" in err
+
+
+@needs_evidence
+def test_public_tables_give_what_the_kept_page_says():
+    from analysis.public_evidence import OUT, render
+
+    assert render(EVIDENCE / "tulu3_lora_sweep.csv", EVIDENCE / "rl_grpo_runs.csv") == OUT.read_text()
+
+
+@needs_evidence
+def test_best_rates_at_an_edge_are_bounds_in_the_public_sweep():
+    rows = outside.fit(read(EVIDENCE / "tulu3_lora_sweep.csv"))
+    one_b = [r for r in rows if r["model"] == "meta-llama/Llama-3.2-1B"]
+    assert len(one_b) == 4 and all(r["best_lr"] is None and r["low"] >= 2.9e-4 and r["high"] == pytest.approx(3e-3) for r in one_b)
+    with pytest.raises(TableError, match="no fullft"):
+        outside.ratio(read(EVIDENCE / "tulu3_lora_sweep.csv"))

@@ -1,0 +1,119 @@
+"""The model of a valley against what is known of it: the family's limits, a covariance by quadrature, planted optima."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import integrate
+
+from analysis import valley
+from analysis.design import needed_seeds
+from analysis.generators import FAMILIES, Design, plant
+from analysis.lr_optimum import fit_all, fit_sweeps
+from analysis.lr_ratio import ratio_of
+from analysis.posterior import gather, weigh
+
+
+def test_linex_is_smooth_through_zero():
+    u = np.linspace(-3, 3, 13)
+    assert np.allclose(valley.linex(u, 1e-9), u * u / 2)
+    assert np.allclose(valley.linex(u, 1e-3 * 1.0001), valley.linex(u, 1e-3 * 0.9999), rtol=1e-3, atol=1e-6)
+
+
+def test_linex_is_the_double_integral_of_its_curvature():
+    for a in (-0.7, 0.4, 1.3):
+        for x in (-1.5, 0.8):
+            value, _ = integrate.quad(lambda t, x=x, a=a: (x - t) * math.exp(a * t), 0, x)
+            assert valley.linex(np.array(x), a) == pytest.approx(value, rel=1e-9)
+
+
+def test_the_misfits_covariance_is_the_curvatures_integrated_twice():
+    """One entry by direct quadrature of the double integral in the module's docstring."""
+    m, a, x1, x2 = 0.2, 0.6, 1.3, -0.9
+
+    def process(s, t):
+        far = math.sqrt(3) * abs(s - t) / valley.ELL
+        return (1 + far) * math.exp(-far) + valley.STEP**2 * np.sign(s - m) * np.sign(t - m)
+
+    def inner(s, t):
+        scale = max(math.exp(a * (s - m)), 1.0) * max(math.exp(a * (t - m)), 1.0)
+        return abs(x1 - s) * abs(x2 - t) * scale * process(s, t)
+
+    value, _ = integrate.dblquad(inner, x2, m, m, x1, epsabs=1e-6)
+    found = valley.misfit(np.array([x1, x2]), np.array([m]), np.array([a]))[0, 0]
+    assert found[0, 1] == pytest.approx(value, rel=0.05)  # the product is a sum over 100 points
+    assert np.linalg.eigvalsh(found).min() > 0
+
+
+def test_the_misfit_neither_lifts_nor_tilts_the_minimum():
+    near = valley.misfit(np.array([0.0, 1e-3, 1.0]), np.array([0.0]), np.array([0.5]))[0, 0]
+    assert near[0, 0] == 0 and near[1, 1] < 1e-9 * near[2, 2]
+
+
+def test_blocks_take_out_what_a_seed_shifts():
+    """Two seeds of which the second sees three rates only: shifts leave the evidence unchanged."""
+    x = np.array([0.0, 1, 2, 3, 1, 2, 3])
+    y, block = np.array([3.0, 2, 1.5, 2.5, 2.1, 1.4, 2.6]), np.array([0, 0, 0, 0, 1, 1, 1])
+    one, other = gather(x, y, block), gather(x, y + 7.0 * block, block)
+    assert np.allclose(np.diff(one.loss), np.diff(other.loss)) and one.squares == pytest.approx(other.squares)
+    assert one.df == 7 - 2 - 3
+    assert np.allclose(one.root @ np.ones(4), 0, atol=1e-9)
+
+
+def test_repeats_measure_the_noise():
+    rng = np.random.default_rng(0)
+    x = np.tile(np.arange(6.0), 200)
+    block = np.repeat(np.arange(200), 6)
+    e = gather(x, 0.1 * (x - 2.6) ** 2 + 0.05 * rng.standard_normal(200)[block] + 3e-3 * rng.standard_normal(1200), block)
+    assert math.sqrt(e.squares / e.df) == pytest.approx(3e-3, rel=0.05)
+    ((posterior,), pooled) = weigh([[e]])[0]
+    assert pooled.noise == pytest.approx(3e-3, rel=0.05)
+    assert posterior.quantile(0.5) == pytest.approx(2.6, abs=0.1)
+    assert posterior.mass.sum() == pytest.approx(1)
+
+
+def test_curves_fitted_together_are_the_curves_fitted_one_sweep_at_a_time():
+    rng = np.random.default_rng(1)
+    sweeps = [plant("linex", Design(7, 2.0, 2), rng)[0] for _ in range(3)]
+    for together, alone in zip(fit_sweeps(sweeps), sweeps):
+        for a, b in zip(together, fit_all(alone)):
+            assert a.best_lr.value == pytest.approx(b.best_lr.value, rel=1e-9)
+            assert a.best_lr.low == pytest.approx(b.best_lr.low, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_intervals_hold_planted_truths(family):
+    """A small calibration of each family (the full one: make calibrate), at three noises."""
+    rng = np.random.default_rng(11)
+    held = ratios = n = n_ratios = 0
+    for noise in (1e-4, 1e-3, 1e-2):
+        planted = [plant(family, Design(7, 2.0, 2, noise=noise), rng) for _ in range(12)]
+        for (_, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
+            for o, truth in zip(optima, truths):
+                e, n = o.best_lr, n + 1
+                held += (e.low is None or math.log(e.low) <= truth) and (e.high is None or truth <= math.log(e.high))
+                assert e.value is not None or o.flags
+            r = ratio_of(optima[1:], optima[0])
+            if r.has_interval():
+                n_ratios += 1
+                ratios += math.log(r.low) <= np.mean(truths[1:]) - truths[0] <= math.log(r.high)
+    assert held / n >= 0.88  # 144 curves: 0.93 less two standard errors
+    assert ratios >= 0.85 * n_ratios
+
+
+def test_sharing_curvature_narrows_curves_of_few_rates():
+    from analysis.calibration import sharing
+
+    told = sharing("linex", 4, 2.0, 1e-3, 12)
+    assert told["shared"]["width"] < told["alone"]["width"]
+    assert told["shared"]["coverage"] >= 0.9
+    three = sharing("linex", 3, 2.0, 1e-3, 6)
+    assert three["alone"]["answers"] == 0 and three["shared"]["answers"] > 0
+
+
+def test_more_noise_needs_more_seeds_and_a_wider_margin_fewer():
+    quiet, _ = needed_seeds((7.1, 14.1), 3, noise=1e-3)
+    loud, error = needed_seeds((7.1, 14.1), 3, noise=3e-2)
+    wide, _ = needed_seeds((5, 20), 3, noise=3e-2)
+    assert quiet < (loud or 17) and (wide or 17) < (loud or 18) and error > 0
+    assert needed_seeds((9.9, 10.1), 3)[0] is None
