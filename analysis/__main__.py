@@ -1,7 +1,6 @@
 """`python -m analysis`: judge a sweep again, or fit anyone's runs. Trains nothing and needs no torch."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -127,7 +126,7 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
         return 0
     wanted = design.suggest(answer_of(table, question))
     if args.json:
-        print(json.dumps([dataclasses.asdict(s) for s in wanted], indent=1))
+        print(json.dumps([s.plain() for s in wanted], indent=1))
     else:
         print("\n".join(design.lines(wanted)) or "nothing to add: every claim is decided, or more runs cannot help")
     return 0

@@ -36,7 +36,7 @@ RATIOS = (3.0, 6.0, 7.1, 10.0, 14.1, 20.0)
 MARGIN = (7.1, 14.1)
 CLAIM = {"margin": MARGIN, "expected": 10, "primary": True}
 PLACES = ("inside", "below", "above")
-KINDS = ("value", "bound", "error", "width", "ratio", "ratio_error", "argmin", "parabola", "parabola_error", "global",
+KINDS = ("value", "bound", "empty", "error", "width", "ratio", "ratio_error", "argmin", "parabola", "parabola_error", "global",
          "global_error")  # fmt: skip
 _BATCH = 100
 
@@ -67,11 +67,12 @@ def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
             if start < 200:
                 for c, truth in zip(curves, truths):
                     _rivals(rows, c, float(truth), rng)
-    answers = rows["value"] + rows["bound"]
+    answers = rows["value"] + rows["bound"]  # an answer that says nothing is no success
     return {
         "family": family, **design.__dict__, "cases": design.curves * cases, "sweeps": cases,
         "coverage": _share(answers), "coverage_value": _share(rows["value"]), "coverage_bound": _share(rows["bound"]),
-        "valued": len(rows["value"]) / (design.curves * cases), "error": _factor(rows["error"]),
+        "empty": len(rows["empty"]) / (design.curves * cases), "valued": len(rows["value"]) / (design.curves * cases),
+        "error": _factor(rows["error"]),
         "width": _middle(rows["width"]),
         "ratio_coverage": _share(rows["ratio"]), "ratio_cases": len(rows["ratio"]),
         "ratio_error": _factor(rows["ratio_error"]), "argmin_error": _factor(rows["argmin"]),
@@ -82,7 +83,9 @@ def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
 
 def _tally(rows: dict[str, list[float]], o: Optimum, truth: float) -> None:
     e = o.best_lr
-    if e.value is None:
+    if e.value is None and e.low is None and e.high is None:
+        rows["empty"].append(1.0)
+    elif e.value is None:
         rows["bound"].append(_covers(e, math.exp(truth)))
     elif e.has_interval():
         rows["value"].append(_covers(e, math.exp(truth)))
@@ -241,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.calibration", description=__doc__)
     parser.add_argument("--cases", type=int, default=600, help="sweeps a cell: four optima and three ratios each")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", choices=("coverage", "verdicts", "flags", "sharing"), help="run this part again, keep the others")
+    parser.add_argument("--only", choices=("coverage", "verdicts", "flags", "sharing"), help="run this part again")
     parser.add_argument("--out", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
     started = time.monotonic()

@@ -97,21 +97,28 @@ def render(told: dict[str, Any]) -> str:
     out = [
         "# How far the analysis can be trusted", "",
         f"{n_coverage:,} planted curves in {len(told['coverage'])} cells (family x design x noise), at least {least:,} a cell, "
-        f"fitted as real ones are, in sweeps of four curves; {sum(r['cases'] for r in told['verdicts']):,} planted sweeps judged. "
+        f"fitted as real ones are, in sweeps of four curves; {sum(r['cases'] for r in told['verdicts']):,} planted sweeps "
+        "judged. "
         f"{told['minutes']:.0f} minutes. Families inside the fitted one: {', '.join(INSIDE)}; never looked at when the model's "
         f"constants were chosen: {', '.join(HELD_OUT)}. Noise of a run 1e-4 to 1e-2 nats, curvature 0.02 to 0.3 nats per unit "
         "of ln(lr) squared. The truth is the minimum of the generator's expected loss.", "",
         *table([HEAD, *targets(told)]), "![coverage](coverage.png)", "",
-        "## By family", "", f"Spacing of at most {FINE:g}. Coverage: intervals and bounds. Errors are median factors. Beside it, on "
+        "## By family", "",
+        f"Spacing of at most {FINE:g}. Coverage: intervals and bounds. Errors are median factors. Beside it, "
+        "on "
         "the same cases: the best rate of the grid, a parabola through the five rates around it with a bootstrap over seeds, "
         "and one parabola through all points.", "", *table(_family_rows(told)),
         "## By design", "", *table(_design_rows(told)),
-        "## Verdicts", "", f"'The ratio lies in {MARGIN[0]:g} to {MARGIN[1]:g}', one full fine-tuning curve against three ranks, one "
+        "## Verdicts", "",
+        f"'The ratio lies in {MARGIN[0]:g} to {MARGIN[1]:g}', one full fine-tuning curve against three ranks, "
+        "one "
         "seed over the grid and five fresh ones at the three best rates.", "", *table(_verdict_rows(told)),
         "![verdicts](verdicts.png)", "",
-        "## Flags", "", "Optima 1.5 spacings inside the rates tried must get a value (or end at a rate that breaks down), those "
+        "## Flags", "",
+        "Optima 1.5 spacings inside the rates tried must get a value (or end at a rate that breaks down), those "
         "half a spacing or more outside must be called bounds.", "", *table(_flag_rows(told)),
-        "## Curvature shared between ranks", "", "Four ranks with fewer rates beside two with seven, curvatures within 20%.", "",
+        "## Curvature shared between ranks", "",
+        "Four ranks with fewer rates beside two with seven, curvatures within 20%.", "",
         *table(_sharing_rows(told)),
         "Command: `make calibrate`",
     ]  # fmt: skip
@@ -133,8 +140,8 @@ def _family_rows(told: dict[str, Any]) -> list[list[str]]:
 
 
 def _design_rows(told: dict[str, Any]) -> list[list[str]]:
-    rows = [["rates", "factor", "seeds", "fresh seeds", "noise", "coverage", "worst family", "with a value", "width (high / low)",
-             "error", "ratio"]]  # fmt: skip
+    rows = [["rates", "factor", "seeds", "fresh seeds", "noise", "coverage", "worst family", "with a value",
+             "width (high / low)", "error", "ratio"]]  # fmt: skip
     for key, cells in _by(told["coverage"], lambda r: (r["rates"], r["factor"], r["seeds"], r["fresh"], r["noise"])).items():
         worst = min((r["coverage"], r["family"]) for r in cells if r["coverage"] is not None)
         width = _mean(cells, "width")

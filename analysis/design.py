@@ -8,15 +8,19 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from scipy import stats
 
+from analysis.evidence import Evidence, gather
 from analysis.lr_optimum import Optimum
-from analysis.lr_ratio import MIN_RANK, Answer, seeds_at_best
-from analysis.posterior import Evidence, gather, weigh
+from analysis.lr_ratio import Answer, seeds_at_best
+from analysis.posterior import weigh
 from analysis.results import Verdict
+from analysis.table import Curve
 from analysis.valley import linex
-from analysis.verdicts import MIN_SEEDS
+from analysis.verdicts import MIN_SEEDS, scale_of
 
 NOISE, CURVATURE, SKEW, MISFIT = 4e-3, 0.15, 0.5, 0.35
 """Assumed before a sweep has measured its own: noise of one run (nats), curvature at the optimum (nats per unit of ln(lr)
@@ -31,13 +35,17 @@ MAX_NEW_SEEDS = 5
 class Suggestion:
     """Runs to add to one curve."""
 
-    curve: str
-    group: str
-    method: str
-    rank: int | None
+    curve: Curve
     lr: float
     seeds: tuple[int, ...]
     why: str
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        rank = self.curve.key.get("rank")
+        return {"curve": self.curve.name, "group": self.curve.group, "variant": self.curve.variant,
+                "method": self.curve.key["method"], "rank": None if rank is None or rank != rank else int(rank),
+                "lr": self.lr, "seeds": list(self.seeds), "why": self.why}  # fmt: skip
 
 
 # ---------------------------------------------------------------- before any run
@@ -55,6 +63,8 @@ def needed_seeds(
         n_lora: LoRA curves that are averaged against one full fine-tuning curve.
         noise: nats, of one run. curvature: nats per unit of ln(lr) squared, at the optimum.
     """
+    if not 0 < margin[0] < margin[1]:
+        return None, math.inf  # no lower edge to stay off: a ratio's margin starts above 0
     target = (math.log(margin[1]) - math.log(margin[0])) / 4
     error = math.inf
     for n in range(MIN_SEEDS - 1, MAX_SEEDS + 1):
@@ -89,60 +99,58 @@ def _spread(e: Evidence, noise: float, misfit: float) -> float:
 
 
 def suggest(found: Answer) -> list[Suggestion]:
-    """Name the runs that would decide most for claims that are open: first what opens a gate, then what narrows most."""
-    out: list[Suggestion] = []
+    """Name the runs that would decide most for claims that are open: first what opens a gate, then what narrows most.
+
+    Runs that exist are never named. Nothing is returned where every claim is decided or no run of the grid can help
+    (another task, another arm, another rank).
+    """
+    wanted: list[Suggestion] = []
     for verdict in found.verdicts:
         if verdict.outcome != "UNDECIDED" or "task:" in verdict.why or "no curve of" in verdict.why:
             continue
-        curves = _involved(found, verdict)
+        curves = [o for o in found.members.get(verdict.group, []) if verdict.log or o.curve.key["method"] == "lora"]
         gated = [s for o in curves for s in _open_gates(o)]
-        out += gated or _narrow(verdict, curves)
-    merged: dict[tuple, Suggestion] = {}
-    for s in out:
-        key = (s.group, s.method, s.rank, s.lr)
-        known = merged.get(key)
-        seeds = s.seeds if known is None else tuple(sorted({*known.seeds, *s.seeds}))
-        merged[key] = dataclasses.replace(s if known is None else known, seeds=seeds)
+        wanted += gated or _narrow(verdict, curves)
+    merged: dict[tuple[int, float], Suggestion] = {}
+    for s in wanted:
+        known = merged.get((id(s.curve), s.lr))
+        seeds = {*(known.seeds if known else ()), *s.seeds} - _tried(s.curve, s.lr)
+        if seeds:
+            merged[id(s.curve), s.lr] = dataclasses.replace(known or s, seeds=tuple(sorted(seeds)))
     return list(merged.values())
 
 
-def _involved(found: Answer, verdict: Verdict) -> list[Optimum]:
-    """The curves that a claim rests on: ranks of MIN_RANK and more, and full fine-tuning where it is compared with."""
-    group = verdict.group.split(";")[0]
-    compared = verdict.margin[0] > 0  # a margin of ratios, not of slopes
-    return [o for o in found.optima if o.curve.group == group
-            and ((o.curve.key["method"] == "fullft" and compared)
-                 or (o.curve.key["method"] == "lora" and (o.curve.key.get("rank") or 0) >= MIN_RANK))]  # fmt: skip
+def _tried(curve: Curve, lr: float) -> set[int]:
+    return {int(s) for s in curve.seed[np.abs(curve.x - math.log(lr)) < 2e-3]}
 
 
 def _make(o: Optimum, lr: float, seeds: Sequence[int], why: str) -> Suggestion:
-    rank = o.curve.key.get("rank")
-    return Suggestion(o.curve.name, o.curve.group, o.curve.key["method"], None if rank is None or rank != rank else int(rank),
-                      float(f"{lr:.2e}"), tuple(int(s) for s in seeds), why)  # fmt: skip
+    return Suggestion(o.curve, float(f"{lr:.2e}"), tuple(int(s) for s in seeds), why)
 
 
 def _open_gates(o: Optimum) -> list[Suggestion]:
     """Runs without which no verdict is given: rates beyond an edge or before a cliff, more rates, seeds at the optimum."""
-    x = np.unique(o.curve.x[o.curve.usable])
-    if not len(x):
-        low = float(o.curve.x.min())
-        return [_make(o, math.exp(low - k * math.log(2)), [_grid_seed(o)], "every rate broke down") for k in (1, 2, 3)]
-    step = float(np.median(np.diff(x))) if len(x) > 1 else math.log(2)
+    x, every = np.unique(o.curve.x[o.curve.usable]), np.unique(o.curve.x)
     seed = [_grid_seed(o)]
-    if "bounded_by_divergence" in o.flags:
-        wall = float(o.curve.x[~o.curve.usable & (o.curve.x > x[-1])].min())
-        return [_make(o, math.exp(x[-1] + (wall - x[-1]) * k / 3), seed, "between the best rate and the first that breaks "
-                      "down") for k in (1, 2)]  # fmt: skip
-    if "at_edge" in o.flags:
-        end, sign = (x[-1], 1) if o.best_lr.high is None else (x[0], -1)
-        return [_make(o, math.exp(end + sign * k * step), seed, "beyond the edge of the rates tried") for k in (1, 2)]
+    if not len(x):
+        return [_make(o, math.exp(every[0] - k * math.log(2)), seed, "every rate broke down") for k in (1, 2, 3)]
+    step = float(np.median(np.diff(x))) if len(x) > 1 else math.log(2)
+    wall = min(every[every > x[-1]], default=math.inf)
+    side = o.open_side
+    if side > 0 and math.isfinite(wall):
+        why = "between the best rate and the first that breaks down"
+        return [_make(o, math.exp(x[-1] + (wall - x[-1]) * k / 3), seed, why) for k in (1, 2)]
+    if side:
+        end = x[-1] if side > 0 else every[0]
+        return [_make(o, math.exp(end + side * k * step), seed, "beyond the edge of the rates tried") for k in (1, 2)]
     if "few_points" in o.flags or "no_variance" in o.flags:
-        y = np.array([o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x])
-        best = float(x[int(np.argmin(y))])
+        best = float(x[int(np.argmin([o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x]))])
         return [_make(o, math.exp(best + k * step / 2), seed, "more rates about the best one") for k in (-1, 1)]
     have = seeds_at_best(o)
     if have < MIN_SEEDS:
         return _more_seeds(o, MIN_SEEDS - have, f"{MIN_SEEDS} seeds at the optimum")
+    if "flat" in o.flags:
+        return _more_seeds(o, MIN_SEEDS, "the valley is flat for its noise")
     return []
 
 
@@ -159,7 +167,8 @@ def _more_seeds(o: Optimum, n: int, why: str) -> list[Suggestion]:
 def _around(o: Optimum) -> np.ndarray:
     """The tried rates around the optimum, N_AROUND of them."""
     x = np.unique(o.curve.x[o.curve.usable])
-    at = math.log(o.best_lr.value) if o.best_lr.value else x[int(np.argmin([o.curve.y[o.curve.x == v].mean() for v in x]))]
+    means = [o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x]
+    at = math.log(o.best_lr.value) if o.best_lr.value else x[int(np.argmin(means))]
     first = int(np.argmin(np.abs(x - at))) - N_AROUND // 2
     first = min(max(first, 0), max(len(x) - N_AROUND, 0))
     return x[first : first + N_AROUND]
@@ -167,22 +176,25 @@ def _around(o: Optimum) -> np.ndarray:
 
 def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     """Give runs to the curve whose share of the variance falls most for each run, until the claim would be decided if its
-    value stayed: two rates halfway between those around the optimum, or one more seed at the three around it."""
+    value stayed: two rates halfway between those around the optimum (at MIN_SEEDS seeds, so that no gate closes), or one
+    more seed at the three around it. An open claim gets at least one such step."""
     known = [o for o in curves if o.best_lr.draws is not None]
-    if len(known) < len(curves) or verdict.estimate.value is None:
+    if not known or len(known) < len(curves) or verdict.estimate.value is None:
         return []
-    weight = {id(o): 1.0 if o.curve.key["method"] == "fullft" else 1.0 / max(len(known) - 1, 1) for o in known}
+    weight = _weights(verdict, known)
     plan = {id(o): (0, False) for o in known}
     cache: dict[tuple[int, int, bool], float] = {}
 
     def variance(o: Optimum, n: int, rates: bool) -> float:
         key = (id(o), n, rates)
-        if key not in cache:
-            cache[key] = (weight[id(o)] * _expected(o, n, rates)) ** 2
+        if key not in cache:  # what is planned, in proportion to the spread that the curve's optimum has now
+            now = float(np.std(np.log(o.best_lr.draws)))
+            cache[key] = (weight[id(o)] * now * _expected(o, n, rates) / _expected(o, 0, False)) ** 2
         return cache[key]
 
     target = _target(verdict)
-    while math.sqrt(sum(variance(o, *plan[id(o)]) for o in known)) > target:
+    first = True
+    while first or math.sqrt(sum(variance(o, *plan[id(o)]) for o in known)) > target:
         steps = []
         for o in known:
             n, rates = plan[id(o)]
@@ -190,19 +202,30 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
             if n < MAX_NEW_SEEDS:
                 steps.append(((now - variance(o, n + 1, rates)) / N_AROUND, id(o), (n + 1, rates)))
             if not rates:
-                steps.append(((now - variance(o, n, True)) / 2, id(o), (n, True)))
-        if not steps or max(steps)[0] <= 0:
+                steps.append(((now - variance(o, n, True)) / (2 * MIN_SEEDS), id(o), (n, True)))
+        if not steps or (max(steps)[0] <= 0 and not first):
             break
-        _, which, plan_of = max(steps)
-        plan[which] = plan_of
+        _, which, then = max(steps)
+        plan[which], first = then, False
+    return [s for o in known for s in _planned(o, *plan[id(o)])]
+
+
+def _planned(o: Optimum, n: int, rates: bool) -> list[Suggestion]:
     out = []
-    for o in known:
-        n, rates = plan[id(o)]
-        if rates:
-            out += [_make(o, math.exp(v), [_grid_seed(o)], "halfway between the rates around the optimum") for v in _halfway(o)]
-        if n:
-            out += _more_seeds(o, n, "narrows the optimum")
-    return out
+    if rates:
+        seeds = sorted(set(o.curve.seed), key=lambda s: -(o.curve.seed == s).sum())[:MIN_SEEDS]
+        out += [_make(o, math.exp(v), seeds, "halfway between the rates around the optimum") for v in _halfway(o)]
+    return out + (_more_seeds(o, n, "narrows the optimum") if n else [])
+
+
+def _weights(verdict: Verdict, known: Sequence[Optimum]) -> dict[int, float]:
+    """Weight of each curve's ln(best LR) in the estimand: a mean against full fine-tuning, or a slope over log2(rank)."""
+    if verdict.log:
+        n = sum(o.curve.key["method"] == "lora" for o in known)
+        return {id(o): 1.0 if o.curve.key["method"] == "fullft" else 1.0 / n for o in known}
+    x = np.log2([float(o.curve.key["rank"]) for o in known])
+    spread = float(((x - x.mean()) ** 2).sum()) or 1.0
+    return {id(o): float(v - x.mean()) / spread for o, v in zip(known, x)}
 
 
 def _halfway(o: Optimum) -> np.ndarray:
@@ -212,9 +235,9 @@ def _halfway(o: Optimum) -> np.ndarray:
 
 def _target(verdict: Verdict) -> float:
     """Standard error of the estimand, in ln for ratios, at which its interval would clear the nearest edge."""
-    e, to = verdict.estimate, (math.log if verdict.margin[0] > 0 else float)
+    e, to = verdict.estimate, scale_of(verdict.log)
     room = min(abs(to(e.value) - to(edge)) for edge in verdict.margin)
-    return max(room / 2.3, 1e-4)
+    return max(room / float(stats.norm.ppf(0.5 + e.level / 2)), 1e-4)
 
 
 def _expected(o: Optimum, n: int, rates: bool) -> float:
@@ -225,16 +248,15 @@ def _expected(o: Optimum, n: int, rates: bool) -> float:
     extra = np.tile(_around(o), n)
     fresh = np.repeat(int(block.max()) + 1 + np.arange(n), N_AROUND)[: len(extra)]
     if rates:
-        extra, fresh = np.append(extra, _halfway(o)), np.append(fresh, np.full(2, _grid_block(o)))
+        seeds, counts = np.unique(block, return_counts=True)
+        usual = seeds[np.argsort(-counts, kind="stable")][:MIN_SEEDS]
+        extra = np.concatenate([extra, np.repeat(_halfway(o), len(usual))])
+        fresh = np.concatenate([fresh, np.tile(usual, len(_halfway(o)))])
     planned, blocks = np.concatenate([x, extra]), np.concatenate([block, fresh]).astype(int)
     return _spread(gather(planned, o.shape.height(planned), blocks), o.pooled.noise, o.pooled.misfit)
 
 
-def _grid_block(o: Optimum) -> int:
-    blocks, counts = np.unique(o.curve.block, return_counts=True)
-    return int(blocks[int(np.argmax(counts))])
-
-
 def lines(suggestions: Sequence[Suggestion]) -> list[str]:
     """Write suggestions for the terminal."""
-    return [f"{s.curve} ({s.group}): lr {s.lr:g}, seeds {', '.join(map(str, s.seeds))}: {s.why}" for s in suggestions]
+    return [f"{s.curve.name} ({s.curve.group}): lr {s.lr:g}, seeds {', '.join(map(str, s.seeds))}: {s.why}"
+            for s in suggestions]  # fmt: skip

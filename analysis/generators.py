@@ -68,12 +68,13 @@ def _well(rng: np.random.Generator) -> Shape:
 FAMILIES: dict[str, Callable[[np.random.Generator], Shape]] = {
     "linex": _linex, "parabola": lambda rng: lambda u: u * u / 2, "cosh": _cosh, "plateau": _plateau,
     "double_slope": _double, "kink": _kink, "power": _power, "turning": _turning, "morse": _morse, "well": _well,
-    "cliff": _linex, "unequal": _linex,
+    "cliff": _linex, "unequal": _linex, "collapse": _linex,
 }  # fmt: skip
 """Inside the family: linex, parabola. `cliff`: every run above a rate 1.2 to 3 times the optimum diverges. `unequal`:
-the noise grows as lr^0.7."""
+the noise grows as lr^0.7. `collapse`: from 3 to 12 times the optimum on, the loss is 4 to 10 nats up, without being called
+diverged."""
 INSIDE = ("linex", "parabola")
-HELD_OUT = ("morse", "well", "cliff", "unequal")
+HELD_OUT = ("morse", "well", "cliff", "unequal", "collapse")
 """Families that were not looked at when the model's constants were chosen."""
 
 
@@ -110,7 +111,10 @@ def plant(
         c = math.exp(rng.uniform(*np.log(steep)))
         m = rng.uniform(x[0] + place[0] * step, x[-1] - place[1] * step)
         last = m + rng.uniform(math.log(1.2), math.log(3)) if family == "cliff" else math.inf
-        curves.append(_measure(k, x, c * shape(x - m + own), m, last, design, family == "unequal", rng))
+        loss = c * shape(x - m + own)
+        if family == "collapse":
+            loss = np.where(x > m + rng.uniform(math.log(3), math.log(12)), loss + rng.uniform(4, 10), loss)
+        curves.append(_measure(k, x, loss, m, last, design, family == "unequal", rng))
         truths[k] = m
     return curves, truths
 

@@ -88,7 +88,7 @@ def regret(curve: Curve, lr: float) -> Regret:
     if not math.isfinite(loss) or not len(rates):
         return Regret(curve, lr, None)
     best = min(y[curve.x[curve.usable] == v].mean() for v in rates)
-    return Regret(curve, lr, 100 * (loss - best) / best)
+    return Regret(curve, lr, 100 * (loss - best) / abs(best) if best else None)
 
 
 # ---------------------------------------------------------------- the study's way
@@ -140,7 +140,7 @@ def _beyond(curve: Curve, ln_lr: np.ndarray) -> np.ndarray:
     inside = np.interp(ln_lr, rates, means)
     left = max((means[0] - means[1]) / (rates[1] - rates[0]), 0.0) * np.maximum(rates[0] - ln_lr, 0)
     right = max((means[-1] - means[-2]) / (rates[-1] - rates[-2]), 0.0) * np.maximum(ln_lr - rates[-1], 0)
-    return (inside + left + right - means.min()) / means.min()
+    return (inside + left + right - means.min()) / (abs(means.min()) or 1.0)
 
 
 def _around(value: float, draws: np.ndarray, n: int, enough: bool) -> Estimate:
@@ -156,7 +156,8 @@ def _around(value: float, draws: np.ndarray, n: int, enough: bool) -> Estimate:
 def by_optima(optima: Sequence[Optimum], hidden: dict[str, float]) -> list[Law]:
     """Fit ln(best LR) = ln(LR at 2000) + p ln(2000 / hidden) by family and method, over optima that are known.
 
-    Random-effects regression: a variance between curves beside each optimum's own. At an edge there is no optimum, so
+    One row a model (the mean over its ranks, which are no independent witnesses of its width), and a variance between
+    models beside each row's own. At an edge there is no optimum, so
     curves whose best rate is the largest tried are missing here, which biases the law downward: flagged.
     """
     laws = []
@@ -168,14 +169,14 @@ def by_optima(optima: Sequence[Optimum], hidden: dict[str, float]) -> list[Law]:
         known = [o for o in members if o.best_lr.draws is not None]
         missing = len(members) - len(known)
         flags = (f"{missing} of {len(members)} optima are bounds only",) if missing else ()
-        models = {o.curve.key["model"] for o in known}
-        sizes = np.array([hidden[o.curve.key["model"]] for o in known])
-        if len(known) < 3 or len(set(sizes)) < 2:
+        models = sorted({o.curve.key["model"] for o in known})
+        sizes = np.array([hidden[m] for m in models])
+        if len(models) < 3 or len(set(sizes)) < 2:
             laws.append(Law(name, method, Estimate(None, n=len(known)), Estimate(None, n=len(known)), len(models), None,
                             (*flags, "too few optima or one hidden size")))  # fmt: skip
             continue
-        y = np.array([np.mean(np.log(o.best_lr.draws)) for o in known])
-        v = np.array([np.var(np.log(o.best_lr.draws)) for o in known])
+        logs = [np.mean([np.log(o.best_lr.draws) for o in known if o.curve.key["model"] == m], axis=0) for m in models]
+        y, v = np.array([d.mean() for d in logs]), np.array([d.var() for d in logs])
         design = np.stack([np.ones(len(y)), np.log(REFERENCE / sizes)], 1)
         fit = meta_regression(y, v, design)
         at, p = fit.term(0), fit.term(1)

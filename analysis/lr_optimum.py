@@ -14,26 +14,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis import valley
-from analysis.posterior import Evidence, Pooled, Posterior, gather, weigh
+from analysis.evidence import MIN_DF, MIN_RATES, Evidence, growth_of, n_rates, of_curve, pools, wall, without_collapse
+from analysis.posterior import Pooled, Posterior, weigh
 from analysis.results import LEVEL, Estimate
 from analysis.table import Curve
 
-MIN_RATES = 4
-"""Distinct usable learning rates below which a curve has no fit of its own."""
 FEW_RATES = 5
 """Below this many a curve is flagged 'few_points', and no verdict rests on it."""
 MIN_RATES_KIN = 3
-"""The same where related curves lend it their shape."""
-MIN_DF = 10
-"""Degrees of freedom of the pooled variance below which there is no interval."""
+"""The same where two or more related curves lend it their shape."""
 CHECK_RATIO = 1.3
 """A narrow cubic whose minimum lies outside the interval and differs by more raises the flag 'checks_disagree'."""
-GROWTH = (0.0, 0.35, 0.7, 1.05)
-"""Growth of the noise's standard deviation tried: as lr to this power."""
-MIN_DF_GROWTH = 20
-"""Degrees of freedom of repeats below which the noise is taken to be even."""
-
-
 @dataclass(frozen=True)
 class Optimum:
     """The optimum of one curve. `best_lr` has value None where only a bound is known."""
@@ -46,6 +37,8 @@ class Optimum:
     check_lr: float | None = None
     """Minimum of a cubic through the five rates around the best: a check, not the answer."""
     pooled: Pooled | None = None
+    open_side: int = 0
+    """1: the optimum may lie above the rates tried, -1: below; 0: between them, or on either side (flat)."""
     posterior: Posterior | None = field(default=None, repr=False)
     evidence: Evidence | None = field(default=None, repr=False)
 
@@ -80,7 +73,7 @@ class Optimum:
         if self.shape is None:
             return None
         x = self.curve.x[self.curve.usable]
-        grid = np.union1d(np.linspace(x.min(), x.max(), 400), [self.shape.m])
+        grid = np.union1d(np.linspace(x.min(), x.max(), 400), [np.clip(self.shape.m, x.min(), x.max())])
         over = np.flatnonzero(self.shape.height(grid) > loss)
         at = int(np.argmin(np.abs(grid - self.shape.m)))
         low = max((int(k) for k in over if k < at), default=-1) + 1
@@ -91,105 +84,67 @@ class Optimum:
 def fit_all(curves: Sequence[Curve], level: float = LEVEL, share: bool = False) -> list[Optimum]:
     """Find the optimum of every curve of a sweep, with noise and misfit pooled over all of them.
 
-    share: curves of one group and method but different rank lend each other their curvature (see `_kin`).
+    share: curves that differ in their rank only lend each other their curvature (see `_kin`).
     """
     return fit_sweeps([curves], level, share)[0]
 
 
 def fit_sweeps(sweeps: Sequence[Sequence[Curve]], level: float = LEVEL, share: bool = False) -> list[list[Optimum]]:
     """The same for many sweeps, none of which knows of the others."""
+    trimmed = [[without_collapse(c) for c in curves] for curves in sweeps]
+    parts = [(i, part) for i, curves in enumerate(trimmed) for part in pools(curves)]
     gathered: list[dict[int, Evidence]] = []
-    for curves in sweeps:
-        least = MIN_RATES_KIN if share else MIN_RATES
-        fit = {k: c for k, c in enumerate(curves) if len(set(c.x[c.usable])) >= least}
-        growth = _growth(list(fit.values()))
-        gathered.append({k: _evidence(c, growth) for k, c in fit.items()})
-    told = [list(g.values()) for g in gathered]
+    for i, part in parts:
+        growth = growth_of([trimmed[i][k] for k in part])
+        gathered.append({k: of_curve(trimmed[i][k], growth) for k in part if n_rates(trimmed[i][k]) >= MIN_RATES})
+    kin: list[list[valley.Kin | None]] | None = None
     if share:
-        alone = [[e for e in row if len(e.x) >= MIN_RATES] for row in told]
-        kin = [_kin(curves, g, lone) for curves, g, lone in zip(sweeps, gathered, weigh(alone))]
-        weighed = weigh(told, kin)
-    else:
-        weighed = weigh(told)
-    return [
-        [_optimum(c, g.get(k), dict(zip(g, posteriors)).get(k), pooled, level) for k, c in enumerate(curves)]
-        for curves, g, (posteriors, pooled) in zip(sweeps, gathered, weighed)
-    ]
-
-
-# ---------------------------------------------------------------- from runs to evidence
-
-
-def _evidence(curve: Curve, growth: float) -> Evidence:
-    use = curve.usable
-    return gather(curve.x[use], curve.y[use], curve.block[use], _wall(curve), growth)
-
-
-def _wall(curve: Curve) -> float:
-    """ln of the lowest rate above all usable ones that broke down; infinite without one."""
-    top = curve.x[curve.usable].max()
-    return float(min(curve.x[~curve.usable & (curve.x > top)], default=math.inf))
-
-
-def _growth(curves: Sequence[Curve]) -> float:
-    """Return how the noise grows with the rate, by the likelihood of repeats near the bottoms of a sweep's valleys."""
-    far, rest, df = [], [], 0
-    for c in curves:
-        x, y, block = c.x[c.usable], c.y[c.usable], c.block[c.usable]
-        e = gather(x, y, block)
-        if not e.df:
-            continue
-        at = np.searchsorted(e.x, x)
-        left = y - e.loss[at]
-        for b in np.unique(block):
-            left[block == b] -= left[block == b].mean()
-        near = (np.bincount(at)[at] >= 2) & (np.abs(at - e.best) <= 2)
-        far += list(x[near] - e.x[e.best])
-        rest += list(left[near])
-        df += e.df
-    if df < MIN_DF_GROWTH or len(far) < MIN_DF_GROWTH:
-        return 0.0
-    u, r = np.array(far), np.array(rest)
-
-    def log(g: float) -> float:
-        return -0.5 * len(u) * math.log((r**2 * np.exp(-2 * g * u)).mean() + 1e-30) - g * u.sum()
-
-    return max(GROWTH, key=lambda g: log(g) - g)  # a light prior for even noise
-
-
-def _kin(
-    curves: Sequence[Curve], told: dict[int, Evidence], alone: tuple[list[Posterior], Pooled]
-) -> list[valley.Kin | None]:
-    """Say for each curve what the others of its group and method say of its shape: empirical Bayes.
-
-    Asymmetry and curvature of the curves that have a fit of their own give mean and spread (at least 0.2 and 15%); a
-    curve that is the only one of its kind gets none.
-    """
-    posteriors, pooled = alone
-    shapes: dict[tuple, list[valley.Shape]] = {}
-    fitted = iter(posteriors)
-    for k, e in told.items():
-        if len(e.x) >= MIN_RATES and 0 < e.best < len(e.x) - 1:
-            m = float(next(fitted).quantile(0.5))
-            shapes.setdefault(_kind(curves[k]), []).append(
-                valley.likeliest(e.x, e.root, e.root @ e.loss, m, pooled.noise, pooled.misfit)
-            )
-        elif len(e.x) >= MIN_RATES:
-            next(fitted)
-    out: list[valley.Kin | None] = []
-    for k in told:
-        found = shapes.get(_kind(curves[k]), [])
-        if len(found) < 2:
-            out.append(None)
-            continue
-        a, c = np.array([s.a for s in found]), np.log([s.c for s in found])
-        out.append(valley.Kin(float(a.mean()), max(float(a.std(ddof=1)), 0.2), float(np.exp(c.mean())),
-                              max(float(c.std(ddof=1)), 0.15)))  # fmt: skip
+        kin = []
+        for n, ((i, part), (posteriors, pooled)) in enumerate(zip(parts, weigh([list(g.values()) for g in gathered]))):
+            shapes = _shapes(trimmed[i], gathered[n], posteriors, pooled)
+            friends = {k: _kin(k, trimmed[i], shapes) for k in part if n_rates(trimmed[i][k]) >= MIN_RATES_KIN}
+            growth = growth_of([trimmed[i][k] for k in part])
+            gathered[n] = {k: of_curve(trimmed[i][k], growth) for k, friend in friends.items()
+                           if friend is not None or n_rates(trimmed[i][k]) >= MIN_RATES}  # fmt: skip
+            kin.append([friends[k] for k in gathered[n]])
+    out: list[list[Optimum | None]] = [[None] * len(curves) for curves in trimmed]
+    for (i, part), told, (posteriors, pooled) in zip(parts, gathered, weigh([list(g.values()) for g in gathered], kin)):
+        found = dict(zip(told, posteriors))
+        for k in part:
+            out[i][k] = _optimum(trimmed[i][k], told.get(k), found.get(k), pooled, level)
     return out
 
 
+# ---------------------------------------------------------------- related curves
+
+
+def _shapes(
+    curves: Sequence[Curve], told: dict[int, Evidence], posteriors: Sequence[Posterior], pooled: Pooled
+) -> dict[int, valley.Shape]:
+    """The shapes of curves that have a fit of their own and their best rate inside."""
+    out = {}
+    for (k, e), posterior in zip(told.items(), posteriors):
+        if 0 < e.best < len(e.x) - 1:
+            m = float(posterior.quantile(0.5))
+            out[k] = valley.likeliest(e.x, e.root, e.root @ e.loss, m, pooled.noise, pooled.misfit)
+    return out
+
+
+def _kin(k: int, curves: Sequence[Curve], shapes: dict[int, valley.Shape]) -> valley.Kin | None:
+    """Say what the others that differ from a curve in their rank only say of its shape: empirical Bayes.
+
+    Their asymmetry and curvature give mean and spread (at least 0.2 and 15%); fewer than two others say nothing.
+    """
+    found = [s for j, s in shapes.items() if j != k and _kind(curves[j]) == _kind(curves[k])]
+    if len(found) < 2:
+        return None
+    a, c = np.array([s.a for s in found]), np.log([s.c for s in found])
+    return valley.Kin(float(a.mean()), max(float(a.std(ddof=1)), 0.2), float(np.exp(c.mean())),
+                      max(float(c.std(ddof=1)), 0.15))  # fmt: skip
+
+
 def _kind(curve: Curve) -> tuple:
-    return curve.group, curve.key["method"]
+    return tuple(sorted((k, str(v)) for k, v in curve.key.items() if k != "rank"))
 
 
 # ---------------------------------------------------------------- from a posterior to an answer
@@ -211,7 +166,7 @@ def _optimum(
         bound = _edge(curve, rates, best, *ends)
         flags += bound.flags
         return Optimum(curve, Estimate(None, bound.low, bound.high, len(x), tuple(flags)), lowest, tuple(flags),
-                       pooled=pooled)  # fmt: skip
+                       pooled=pooled, open_side=1 if best and len(rates) > 1 else -1)  # fmt: skip
     if evidence is None:
         around = Estimate(None, math.exp(rates[best - 1]), math.exp(rates[best + 1]), len(x), tuple(flags))
         return Optimum(curve, around, lowest, tuple(flags))
@@ -222,11 +177,12 @@ def _optimum(
     low, high = (float(v) for v in posterior.quantile(np.array([0.5 - level / 2, 0.5 + level / 2])))
     if vertex is None or (not low <= vertex <= high and abs(vertex - m) > math.log(CHECK_RATIO)):
         flags.append("checks_disagree")
+    side = 0 if (low < rates[0]) == (high > rates[-1]) else -1 if low < rates[0] else 1
     estimate, shown = _answer(posterior, m, (low, high), rates, curve, pooled.df >= MIN_DF, level)
     flags += shown
     estimate = Estimate(estimate.value, estimate.low, estimate.high, len(x), tuple(flags), estimate.draws, level)
     return Optimum(curve, estimate, lowest, tuple(flags), None if vertex is None else math.exp(vertex), pooled,
-                   posterior, evidence)  # fmt: skip
+                   side, posterior, evidence)  # fmt: skip
 
 
 def _answer(
@@ -236,7 +192,7 @@ def _answer(
     """Turn a posterior into a value with an interval, or a bound where the interval leaves the rates tried."""
     low, high = ends
     open_low, open_high = low < rates[0], high > rates[-1]
-    wall = _wall(curve)
+    end = wall(curve)
     if not (open_low or open_high):
         if not known:
             return Estimate(math.exp(m)), []
@@ -245,7 +201,7 @@ def _answer(
     if open_low and open_high:
         return Estimate(None), ["flat"]
     if open_high:
-        end, flag = (math.exp(wall), "bounded_by_divergence") if math.isfinite(wall) else (None, "at_edge")
+        end, flag = (math.exp(end), "bounded_by_divergence") if math.isfinite(end) else (None, "at_edge")
         return Estimate(None, math.exp(low) if known else None, end), [flag]
     return Estimate(None, None, math.exp(high) if known else None), ["at_edge"]
 
@@ -262,28 +218,30 @@ def _edge(curve: Curve, rates: np.ndarray, best: int, low: float, high: float) -
     It reaches to the neighbour inside, or further where the noise leaves that open (low, high: ends of the posterior,
     ln(lr)), and outside to a rate that broke down, if one is known.
     """
-    wall = _wall(curve)
+    end = wall(curve)
     if best == 0 and len(rates) > 1:
         inner = max(rates[1], high) if math.isfinite(high) else rates[1]
         if inner >= rates[-1] and len(rates) > 2:
             return Estimate(None, flags=("at_edge", "flat"))
         return Estimate(None, None, math.exp(inner), flags=("at_edge",))
     if best == 0:
-        return Estimate(None, None, math.exp(wall) if math.isfinite(wall) else None, flags=("at_edge",))
+        return Estimate(None, None, math.exp(end) if math.isfinite(end) else None, flags=("at_edge",))
     inner = min(rates[best - 1], low) if math.isfinite(low) else rates[best - 1]
     if inner <= rates[0] and len(rates) > 2:
-        return Estimate(None, None, math.exp(wall) if math.isfinite(wall) else None, flags=("at_edge", "flat"))
-    if math.isfinite(wall):
-        return Estimate(None, math.exp(inner), math.exp(wall), flags=("bounded_by_divergence",))
+        return Estimate(None, None, math.exp(end) if math.isfinite(end) else None, flags=("at_edge", "flat"))
+    if math.isfinite(end):
+        return Estimate(None, math.exp(inner), math.exp(end), flags=("bounded_by_divergence",))
     return Estimate(None, math.exp(inner), None, flags=("at_edge",))
 
 
 def _level(curve: Curve, shape: valley.Shape, pooled: Pooled) -> float:
-    """Return the fitted loss at the optimum: mean over blocks (seeds) of what their runs, near the bottom, say."""
+    """Return the fitted loss at the optimum: what each block's (seed's) runs say of it, those near the bottom most."""
     x, y, block = curve.x[curve.usable], curve.y[curve.usable], curve.block[curve.usable]
     height = shape.height(x)
     weight = 1 / (pooled.noise**2 + (pooled.misfit * height) ** 2 + 1e-18)
-    return float(np.mean([np.average((y - height)[block == b], weights=weight[block == b]) for b in np.unique(block)]))
+    blocks = np.unique(block)
+    share = [min(float(weight[block == b].sum()), 1 / pooled.noise**2) for b in blocks]  # no seed counts more than one
+    return float(np.average([np.average((y - height)[block == b], weights=weight[block == b]) for b in blocks], weights=share))
 
 
 def _cubic(rates: np.ndarray, means: np.ndarray, best: int) -> float | None:

@@ -18,10 +18,12 @@ from scipy import stats
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.pooling import Drift, RandomEffects, drift, random_effects
 from analysis.results import LEVEL, Estimate, Verdict, from_draws
-from analysis.table import GROUP_KEYS, Curve, TableError
-from analysis.verdicts import MIN_SEEDS, judge
+from analysis.table import Curve, TableError
+from analysis.verdicts import MIN_SEEDS, holm, judge
 
 ESTIMANDS = ("lr_ratio", "lr_drift_per_doubling")
+LOG_ESTIMANDS = ("lr_ratio",)
+"""Estimands whose margin is one of ratios, above 0."""
 MIN_RANK = 4
 """The claims on ratio and drift are about ranks of 4 and more: the study itself sets rank 1 apart."""
 MIN_GAIN = 0.3
@@ -43,6 +45,8 @@ class Ratio:
     """Best LoRA NLL - best full fine-tuning NLL, nats; from fresh seeds only, paired by seed, where there are."""
     regrets: dict[str, float | None] = field(default_factory=dict)
     """NLL lost by a rule of thumb against the tuned rate, nats; None where the rule leaves the tried rates."""
+    at: int | None = None
+    """Place of the LoRA curve among the answer's optima; None over several."""
     rivals: dict[str, float] = field(default_factory=dict)
     """The ratio that each rival law in print gives at this width and alpha."""
 
@@ -57,6 +61,8 @@ class Answer:
     verdicts: list[Verdict]
     pooled: RandomEffects | None = None
     """ln ratio over the groups (models, data sets), where two or more have one."""
+    members: dict[str, list[Optimum]] = field(default_factory=dict)
+    """The curves that a verdict's group rests on: full fine-tuning and the ranks of MIN_RANK and more."""
 
 
 def answer(
@@ -74,6 +80,7 @@ def answer(
         groups.setdefault(o.curve.group, []).append(o)
     ratios: list[Ratio] = []
     drifts: dict[str, Drift] = {}
+    groups_judged: dict[str, list[Optimum]] = {}
     verdicts: list[Verdict] = []
     for group, members in groups.items():
         full = [o for o in members if o.curve.key["method"] == "fullft"]
@@ -85,8 +92,7 @@ def answer(
         variants: dict[str, list[Optimum]] = {}
         for o in members:
             if o.curve.key["method"] == "lora":
-                rest = {k: v for k, v in o.curve.key.items() if k not in (*GROUP_KEYS, "method", "rank", "scope")}
-                variants.setdefault(", ".join(f"{k} {v}" for k, v in rest.items() if v == v), []).append(o)
+                variants.setdefault(o.curve.variant, []).append(o)
         if not full or not variants:
             verdicts += _without_an_arm(group, claims, "fullft" if not full else "lora")
             continue
@@ -94,7 +100,8 @@ def answer(
             name = group if len(variants) == 1 else f"{group}; {variant}"
             alpha = float(lora[0].curve.key.get("alpha", math.nan))
             width = (widths or {}).get(str(lora[0].curve.key["model"]), 0)
-            ratios += [_one(name, o, full[0], width) for o in lora]
+            place = {id(o): k for k, o in enumerate(optima)}
+            ratios += [dataclasses.replace(_one(name, o, full[0], width), at=place[id(o)]) for o in lora]
             high = [o for o in lora if o.curve.key["rank"] >= MIN_RANK]
             if not high:
                 verdicts += _without_an_arm(name, claims, f"lora at a rank of {MIN_RANK} or more")
@@ -103,12 +110,16 @@ def answer(
             laws = rivals(width, alpha)
             ratios.append(Ratio(name, None, alpha, overall, Estimate(None), rivals=laws))
             drifts[name] = _drift(high)
+            groups_judged[name] = [full[0], *high]
             verdicts += _judge_group(name, claims, high, full[0], overall, drifts[name].slope, laws, level)
-    return Answer(optima, ratios, drifts, verdicts, pool_ratios([r.ratio for r in ratios if r.rank is None]))
+    verdicts = holm(verdicts, 1 - level)  # over the primary claims of all models and data sets
+    overall_ratios = [r.ratio for r in ratios if r.rank is None]
+    pooled = None if any(";" in r.group for r in ratios) else pool_ratios(overall_ratios)  # variants share one FullFT curve
+    return Answer(optima, ratios, drifts, verdicts, pooled, groups_judged)
 
 
 def pool_ratios(ratios: Sequence[Estimate]) -> RandomEffects | None:
-    """Pool ln ratios of several groups; None with fewer than two that have an interval."""
+    """Pool ln ratios of independent groups; None with fewer than two that have an interval."""
     logs = [np.log(r.draws) for r in ratios if r.draws is not None]
     return random_effects([d.mean() for d in logs], [d.std() for d in logs]) if len(logs) > 1 else None
 
@@ -204,14 +215,15 @@ def _judge_group(
     every = [full, *lora]
     gates = _gates(every)
     seeds = min(seeds_at_best(o) for o in every)
-    known = {"lr_ratio": (overall, True, gates), "lr_drift_per_doubling": (drift, False, _drift_gates(gates, lora))}
+    known = {"lr_ratio": (overall, gates), "lr_drift_per_doubling": (drift, _drift_gates(_gates(lora), lora))}
     verdicts = []
     for name, claim in claims.items():
         if claim["estimand"] not in known:
             raise TableError(
                 f"claim {name!r}: lr_ratio measures {', '.join(known)}, not {claim['estimand']!r}."
             )
-        estimate, log, stops = known[claim["estimand"]]
+        estimate, stops = known[claim["estimand"]]
+        log = claim["estimand"] in LOG_ESTIMANDS
         claim = {**claim, "rivals": {**(claim.get("rivals") or {}), **laws}} if log else claim
         verdicts.append(judge(name, claim, group, estimate, stops, seeds, log, level))
     return verdicts

@@ -15,9 +15,10 @@ from analysis import design, plots, report
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.lr_ratio import Answer
 from analysis.outside import WITHIN
-from analysis.results import Estimate, number, rate, with_interval
-from analysis.step_efficiency import by_rank
+from analysis.results import Estimate, Verdict, number, rate, with_interval
+from analysis.step_efficiency import of_curves
 from analysis.table import curves, read
+from analysis.verdicts import holm
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -89,16 +90,19 @@ def drifts(found: Answer) -> pd.DataFrame:
 def suggestions(found: Answer) -> pd.DataFrame:
     """One row a suggestion: the rates and seeds that would decide most."""
     return pd.DataFrame([
-        {"model and data": s.group, "curve": s.curve, "lr": rate(s.lr), "seeds": ", ".join(map(str, s.seeds)), "why": s.why}
+        {"model and data": s.curve.group, "curve": s.curve.name, "lr": rate(s.lr), "seeds": ", ".join(map(str, s.seeds)),
+         "why": s.why}
         for s in design.suggest(found)
     ])  # fmt: skip
 
 
 def efficiency(runs: pd.DataFrame, found: Answer | Sequence[Optimum]) -> pd.DataFrame:
     """One row a LoRA curve: rho, full fine-tuning's steps to its loss over its own steps."""
-    told: dict[tuple[str, str], Estimate] = by_rank(runs, _of(found))
-    return pd.DataFrame([{"model and data": g, "curve": n, "rho [95%]": with_interval(e), "seeds": e.n, "flags": ", ".join(e.flags)}
-                         for (g, n), e in told.items()])  # fmt: skip
+    told = zip(_of(found), of_curves(runs, _of(found)))
+    return pd.DataFrame([
+        {"model and data": o.curve.group, "curve": o.curve.name, "rho [95%]": with_interval(e), "seeds": e.n,
+         "flags": ", ".join(e.flags)} for o, e in told if e is not None
+    ])  # fmt: skip
 
 
 def lr_against_nll(found: Answer | Sequence[Optimum]) -> Any:
@@ -112,16 +116,18 @@ def learning_curves(runs: pd.DataFrame, found: Answer | Sequence[Optimum]) -> An
 
 
 def study() -> pd.DataFrame:
-    """One row a claim of every kept result."""
-    rows = []
+    """One row a claim of every kept result; primary claims are corrected for their number over all of them (Holm)."""
+    places, found = [], []
     for path in sorted(RESULTS.glob("*/results.json")):
         told = json.loads(path.read_text())
+        places += [(told["sweep"], told["scale"])] * len(told["verdicts"])
         for v in told["verdicts"]:
-            e = v["estimate"]
-            rows.append({"sweep": told["sweep"], "scale": told["scale"], "claim": v["claim"], "verdict": v["outcome"],
-                         "measured": with_interval(Estimate(e["value"], e["low"], e["high"])), "expected": v["expected"],
-                         "margin": f"{v['margin'][0]:g} to {v['margin'][1]:g}", "needed": v["needed"]})  # fmt: skip
-    return pd.DataFrame(rows)
+            found.append(Verdict(**{**v, "estimate": Estimate(**v["estimate"]), "margin": tuple(v["margin"])}))
+    return pd.DataFrame([
+        {"sweep": sweep, "scale": scale, "claim": v.claim, "primary": v.primary, "verdict": v.outcome,
+         "measured": with_interval(v.estimate), "expected": v.expected, "margin": f"{v.margin[0]:g} to {v.margin[1]:g}",
+         "needed": v.needed} for (sweep, scale), v in zip(places, holm(found))
+    ])  # fmt: skip
 
 
 def page(name: str) -> Any:

@@ -97,7 +97,8 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
                          **_ends(e), "gap": None if g.value is None else g.value * reading.sign,
                          "flags": sorted({*o.flags, *full.flags})})  # fmt: skip
         overall.append(ratio_of(lora, full))
-    pooled = pool_ratios(overall)
+    independent = len({id(full) for _, _, full in _arms(optima)}) == len(overall)  # variants share full fine-tuning's curve
+    pooled = pool_ratios(overall) if independent else None
     told = None if pooled is None else {
         "ratio": math.exp(pooled.mean), "low": math.exp(pooled.low), "high": math.exp(pooled.high), "groups": pooled.k,
         "spread": math.exp(pooled.tau), "i2": pooled.i2, "low_next": math.exp(pooled.low_next),
@@ -116,12 +117,16 @@ def _arms(optima: Sequence[Optimum]) -> list[tuple[str, list[Optimum], Optimum]]
     out = []
     for group, members in groups.items():
         full = [o for o in members if o.curve.key["method"] == "fullft"]
-        lora = [o for o in members if o.curve.key["method"] == "lora"]
+        variants: dict[str, list[Optimum]] = {}
+        for o in members:
+            if o.curve.key["method"] == "lora":
+                variants.setdefault(o.curve.variant, []).append(o)
         if len(full) > 1:
             raise TableError(f"{group}: {len(full)} full fine-tuning curves (they differ in scope, schedule or precision); "
                              "keep one a table.")  # fmt: skip
-        if full and lora:
-            out.append((group, lora, full[0]))
+        for variant, lora in variants.items():
+            if full:
+                out.append((group if len(variants) == 1 else f"{group}; {variant}", lora, full[0]))
     return out
 
 
@@ -143,9 +148,10 @@ def ratio_lines(told: dict[str, Any]) -> list[str]:
 def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
     """Return how the best rate moves with the rank, per group: slope with interval and tests, and the tried rates."""
     groups: dict[str, list[Optimum]] = {}
-    for o in optima_of(reading, share):
-        if o.curve.key["method"] == "lora":
-            groups.setdefault(o.curve.group, []).append(o)
+    lora = [o for o in optima_of(reading, share) if o.curve.key["method"] == "lora"]
+    several = len({o.curve.variant for o in lora}) > 1
+    for o in lora:
+        groups.setdefault(f"{o.curve.group}; {o.curve.variant}" if several else o.curve.group, []).append(o)
     if not groups:
         raise TableError("the table has no lora run (rows with a rank), so there is no drift with the rank.")
     rows = []
@@ -214,12 +220,11 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
             costs.append({"model": c.key["model"], "curve": c.name, "lr": lr, "percent": lr_law.regret(c, lr).percent})
     log_ratios = []
     for _, lora, full in _arms(optima):
-        for o in lora:
-            e = ratio_of([o], full)
-            h, a = hidden.get(o.curve.key["model"]), o.curve.key.get("alpha")
-            if e.draws is not None and h and a is not None and a == a:
-                logs = np.log(e.draws)
-                log_ratios.append((h, float(a), float(logs.mean()), float(logs.std())))
+        known = [o for o in lora if o.best_lr.draws is not None]
+        h, a = hidden.get(full.curve.key["model"]), lora[0].curve.key.get("alpha")
+        if known and full.best_lr.draws is not None and h and a is not None and a == a:
+            logs = np.log(ratio_of(known, full).draws)  # one row a model and alpha: its ranks share full fine-tuning's curve
+            log_ratios.append((h, float(a), float(logs.mean()), float(logs.std())))
     return {
         "by_loss": [_law(v) for v in lr_law.by_loss(parts, hidden)],
         "by_optima": [_law(v) for v in lr_law.by_optima(optima, hidden)], "published_regret": costs,

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.lr_optimum import Optimum
+from analysis.results import rate, with_interval
 from analysis.table import learning_curves
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -54,7 +55,7 @@ def _one_curve(ax: Any, o: Optimum, colour: str, marker: str, top: tuple[float, 
     lr = np.exp(c.x)
     label = c.name
     if e.value is not None:
-        label += f": best {e.value:.2g}" + (f" [{e.low:.2g}, {e.high:.2g}]" if e.has_interval() else "")
+        label += f": best {with_interval(e, rate)}"
     elif o.flags:
         label += f": {o.flags[0].replace('_', ' ')}"
     ax.plot(lr[c.usable], c.y[c.usable], marker, color=colour, ms=5, alpha=0.8, label=label)
@@ -173,7 +174,8 @@ def verdict_shares(rows: Sequence[dict[str, Any]], path: Path) -> None:
         fig, axes = plt.subplots(1, len(noises), figsize=(4.6 * len(noises), 3.6), squeeze=False, sharey=True)
         for ax, noise in zip(axes[0], noises):
             base = np.zeros(len(ratios))
-            for kind, colour, hatch in (("supported", COLOURS[3], ""), ("undecided", "#c8ced4", ""), ("refuted", COLOURS[2], "//")):
+            for kind, colour, hatch in (("supported", COLOURS[3], ""), ("undecided", "#c8ced4", ""),
+                                        ("refuted", COLOURS[2], "//")):  # fmt: skip
                 y = np.array([_mean_of([r[kind] for r in rows if r["ratio"] == v and r["noise"] == noise]) for v in ratios])
                 ax.bar(np.arange(len(ratios)), y, bottom=base, color=colour, hatch=hatch, edgecolor="white", width=0.8,
                        label=kind.upper())  # fmt: skip

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis import valley
+from analysis.evidence import Evidence
 from analysis.valley import Kin
 
 N_DRAWS = 4000
@@ -17,28 +18,6 @@ _STEPS, _PAD = 57, 0.7
 _END = 3e-3
 """More mass than this in an end's cell: the minimum is looked for over the whole range."""
 _CHUNK = 48
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What one curve's usable runs say of the loss at its rates, each block's common shift taken out."""
-
-    x: np.ndarray
-    """Distinct ln(lr), [P], rising."""
-    loss: np.ndarray
-    """Best estimate of the loss at each, [P]; known up to a constant."""
-    root: np.ndarray
-    """Root of its precision for unit noise, [D, P], D < P: root' root = precision."""
-    squares: float
-    """Sum of squares of repeats about it: sigma^2 times a chi^2 of `df`."""
-    df: int
-    wall: float = math.inf
-    """ln of the lowest rate above that broke down: the minimum is not beyond."""
-
-    @property
-    def best(self) -> int:
-        """Index of the best rate."""
-        return int(np.argmin(self.loss))
 
 
 @dataclass(frozen=True)
@@ -74,33 +53,6 @@ class Pooled:
     noise: float
     misfit: float
     df: int
-
-
-def gather(x: np.ndarray, y: np.ndarray, block: np.ndarray, wall: float = math.inf, growth: float = 0.0) -> Evidence:
-    """Sum up runs: ln(lr) x, losses y, and the block (runs that share a shift, such as a seed's batches), all [n].
-
-    growth: noise's standard deviation rises as lr^growth about the best rate.
-    """
-    rates, at = np.unique(x, return_inverse=True)
-    means = np.bincount(at, y) / np.bincount(at)
-    weight = np.exp(-2 * growth * (rates - rates[int(np.argmin(means))]))[at]
-    precision, right = np.zeros((len(rates), len(rates))), np.zeros(len(rates))
-    blocks = [np.flatnonzero(block == b) for b in np.unique(block)]
-    for rows in blocks:
-        w, k, v = weight[rows], at[rows], y[rows]
-        total = np.bincount(k, w, len(rates))
-        precision += np.diag(total) - np.outer(total, total) / w.sum()
-        right += np.bincount(k, w * (v - (w @ v) / w.sum()), len(rates))
-    size, axes = np.linalg.eigh(precision)
-    known = size > 1e-9 * size[-1]
-    loss = axes[:, known] @ ((axes[:, known].T @ right) / size[known])
-    squares = sum(_about(weight[r], y[r] - loss[at[r]]) for r in blocks)
-    df = len(y) - len(blocks) - int(known.sum())
-    return Evidence(rates, loss, (axes[:, known] * np.sqrt(size[known])).T, float(squares), df, wall)
-
-
-def _about(w: np.ndarray, rest: np.ndarray) -> float:
-    return float(w @ (rest - (w @ rest) / w.sum()) ** 2)
 
 
 def weigh(

@@ -62,7 +62,8 @@ def _bounds(sweep: reading.Reading) -> list[str]:
     return [
         "## How many published best rates are only bounds", "",
         f"{n} curves (a model at a rank) of {sweep.table['model'].nunique()} models; {len(sweep.table)} runs, of which "
-        f"{len(diverged)} diverged, {int((diverged['lr'] == top).sum())} of them at {top:g}. In {largest} of {n} curves the best "
+        f"{len(diverged)} diverged, {int((diverged['lr'] == top).sum())} of them at {top:g}. In {largest} of {n} curves the "
+        "best "
         f"surviving rate is the largest that survived, so what is called the best rate is a lower bound; "
         f"{count(alone, 'bounded_by_divergence')} curves are bounded above only by a rate that broke down.", "",
         *_table([["fit", "best LR with an interval", "median high / low", "a bound only", "nothing"],
@@ -93,7 +94,9 @@ def _drift(sweep: reading.Reading) -> list[str]:
     lines = [["model", "slope of ln LR a doubling [95%]", "p (no slope)", "p (ranks equal)"]]
     lines += [[r["group"].split(" on ")[0], with_interval(Estimate(r["slope"], r["low"], r["high"])), number(r["p_slope"], 2),
                number(r["p_equal"], 2)] for r in known]  # fmt: skip
-    pooled = _pooled_slope(known)
+    upper = dataclasses.replace(sweep, table=sweep.table[sweep.table["rank"] >= MIN_RANK])
+    pooled = [*_pooled_slope(known, "all ranks"), *_pooled_slope([r for r in outside.drifts(upper, share=True)
+              if r["slope"] is not None], f"ranks of {MIN_RANK} and more")]  # fmt: skip
     return [
         "## Does the best rate move with the rank?", "",
         f"From the lowest to the highest rank of a model the best rate tried {every}. With ranks of {MIN_RANK} and more only, "
@@ -112,17 +115,17 @@ def _moves(rows: Sequence[dict[str, Any]], least: int) -> str:
     return f"rises in {up} models, falls in {down} and stays in {same} (sign test: p {p:.2g})"
 
 
-def _pooled_slope(known: Sequence[dict[str, Any]]) -> list[str]:
+def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> list[str]:
     from analysis.pooling import random_effects
 
     if len(known) < 2:
         return []
     e = random_effects([r["slope"] for r in known], [(r["high"] - r["low"]) / 3.92 for r in known])
-    inside = -0.099 <= e.low and e.high <= 0.099
+    inside = e.low >= -0.099 and e.high <= 0.099
     verdict = "inside" if inside else "outside" if e.low > 0.099 or e.high < -0.099 else "across the edge of"
-    return [f"Pooled over {e.k} models with two or more known optima (random effects): {e.mean:.3f} [{e.low:.3f}, {e.high:.3f}] "
-            f"a doubling, spread between models {e.tau:.3f}. That is {verdict} the margin of 0.099 (a factor 2 over 7 "
-            "doublings). Ranks of 1 and 2 are among them, which the study sets apart. These models are those whose optimum lies low enough to be bracketed: a selection.", ""]  # fmt: skip
+    return [f"Pooled over {e.k} models with two or more known optima, {which} (random effects): {e.mean:.3f} "
+            f"[{e.low:.3f}, {e.high:.3f}] a doubling, spread between models {e.tau:.3f}. That is {verdict} the margin of 0.099 (a factor 2 over "
+            "7 doublings). Models whose optimum lies too high to be bracketed are missing: a selection.", ""]  # fmt: skip
 
 
 def _law(sweep: reading.Reading) -> list[str]:
@@ -140,7 +143,8 @@ def _law(sweep: reading.Reading) -> list[str]:
         "## The published formula of the rate", "",
         f"LR = 5e-5 x 10 x (2000/hidden)^p with p 0.781 (Llama) and 0.0775 (Qwen). Over {len(costs)} curves of models whose "
         f"hidden size is known, its regret against the best rate tried is {number(float(np.mean(values)))}% on average, "
-        f"{number(float(np.median(values)))}% in the median and {number(max(values))}% at most; {above} curves lie above the 0.5% "
+        f"{number(float(np.median(values)))}% in the median and {number(max(values))}% at most; {above} curves lie above "
+        "the 0.5% "
         "that its authors claim. Largest: "
         + "; ".join(f"{c['model']} {c['curve']} {number(c['percent'])}% at {rate(c['lr'])}" for c in worst) + ".", "",
         "The same law fitted to this table as the study did, by the least summed interpolated loss:", "", *_table(lines),
@@ -161,7 +165,8 @@ def _rl(path: Path) -> list[str]:
             curve = "full fine-tuning" if r["rank"] is None else f"LoRA r{r['rank']}"
             rows.append([name, curve, with_interval(Estimate(r["best_lr"], r["low"], r["high"]), rate), number(r["best_nll"]),
                          shown, ", ".join(r["flags"]) or "-"])  # fmt: skip
-    out += [f"{RL_MODEL}, GRPO, 50 steps, one seed; accuracy of {RL_BROKEN:g} and less counts as broken down.", "", *_table(rows)]
+    out += [f"{RL_MODEL}, GRPO, 50 steps, one seed; accuracy of {RL_BROKEN:g} and less counts as broken down.", "",
+            *_table(rows)]  # fmt: skip
     high = [float(r[4].split("[")[1].split(",")[1].rstrip("]")) for r in rows[1:] if "[" in r[4]]
     if high:
         out += [f"Highest upper end of the ratios: {number(max(high))}. " + ("10 lies outside all of them."
@@ -186,7 +191,8 @@ def _made(sweep: reading.Reading, tulu: Path, rl: Path) -> list[str]:
         f"- The ratio in supervised fine-tuning: the first table has the arm{'s' * (sweep.table['method'].nunique() > 1)} "
         f"{', '.join(sorted(sweep.table['method'].unique()))} only.",
         f"- The best rate of most curves. Without a known optimum, by rank: {unknown}.",
-        f"- Anything that needs the noise at the optimum: of {len(repeats)} repeated runs {100 * lowest:.0f}% are at the lowest "
+        f"- Anything that needs the noise at the optimum: of {len(repeats)} repeated runs {100 * lowest:.0f}% are at the "
+        "lowest "
         "rate.", "",
         f"Command: `python -m analysis.public_evidence {tulu.name} {rl.name}`",
     ]  # fmt: skip

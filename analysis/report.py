@@ -19,11 +19,11 @@ from analysis.lr_optimum import Optimum
 from analysis.lr_ratio import Answer, Ratio, answer
 from analysis.outside import WITHIN, aligned
 from analysis.results import LEVEL, Estimate, Verdict, number, rate, with_interval
-from analysis.step_efficiency import by_rank
+from analysis.step_efficiency import of_curves
 from analysis.table import Curve, curves
 from analysis.verdicts import look_level
 
-Rhos = dict[tuple[str, str], Estimate]
+Rhos = list[Estimate | None]
 
 
 def judge_and_report(
@@ -42,7 +42,7 @@ def judge_and_report(
                       found.optima, [(r.group, "ranks 4 and more" if r.rank is None else f"rank {r.rank}", r.ratio)
                                      for r in found.ratios], found.verdicts, WITHIN)  # fmt: skip
     has_curves = plots.learning(table, found.optima, folder / "learning.png")
-    rhos = by_rank(table, found.optima)
+    rhos = of_curves(table, found.optima)
     told = to_plain(found, question, rhos)
     (folder / "results.json").write_text(json.dumps(told, indent=1) + "\n")
     (folder / "report.md").write_text(markdown(found, question, parts, table, has_curves, rhos))
@@ -55,9 +55,14 @@ def answer_of(table: pd.DataFrame, question: dict[str, Any]) -> Answer:
     return answer(curves(table), question["claims"], widths, look_level(int(question.get("rounds", 1))))
 
 
+def _asked(question: dict[str, Any]) -> Any:
+    rounds = int(question.get("rounds", 1))
+    return question["claims"] if rounds == 1 else {"claims": question["claims"], "rounds": rounds}
+
+
 def question_hash(question: dict[str, Any]) -> str:
     """Hash what was asked and with which margins: a report shows that they were not changed after the runs."""
-    return hashlib.sha256(json.dumps(question["claims"], sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(_asked(question), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _flags(flags: Sequence[str]) -> str:
@@ -91,7 +96,7 @@ def _ratio_rows(found: Answer, rhos: Rhos) -> list[list[str]]:
 
 
 def _rho(rhos: Rhos, r: Ratio) -> Estimate:
-    return rhos.get((r.group.split(";")[0], f"lora r{r.rank}"), Estimate(None))
+    return (None if r.at is None else rhos[r.at]) or Estimate(None)
 
 
 def _gap(e: Estimate) -> str:

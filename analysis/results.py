@@ -54,6 +54,8 @@ class Verdict:
     why: str
     needed: str = ""
     rivals: dict[str, float] = field(default_factory=dict)
+    log: bool = True
+    """The margin is one of ratios."""
     p: float | None = None
     """The least level at which it would be decided; None without draws."""
 

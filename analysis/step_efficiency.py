@@ -36,18 +36,24 @@ def rho(lora: dict[int, Points], full: dict[int, Points]) -> Estimate:
     """Return rho from held-out curves by seed (step 0 and the last evaluation left out), paired by seed.
 
     Interval: Student's, over ln rho of the seeds; needs two or more. Where full fine-tuning ends above LoRA's loss in any
-    seed, rho is beyond the ratio of steps seen, and only that bound is given.
+    seed, rho is beyond the ratio of steps seen, and where it is below that at its first evaluation, rho is short of it: only
+    that bound is given.
     """
-    logs, censored = [], []
+    logs, censored, early = [], [], []
     for seed in sorted(lora.keys() & full.keys()):
         if not lora[seed] or not full[seed]:
             continue
         steps, loss = lora[seed][-1]
         reached = steps_to_reach(full[seed], loss)
-        if reached is None:
+        if full[seed][0][1] <= loss:
+            early.append(full[seed][0][0] / steps)
+        elif reached is None:
             censored.append(full[seed][-1][0] / steps)
         else:
             logs.append(math.log(reached / steps))
+    if early:
+        high = None if censored else max([*early, *(math.exp(v) for v in logs)])
+        return Estimate(None, None, high, len(logs) + len(early), ("FullFT is there at its first evaluation",))
     if censored:
         return Estimate(None, min([*censored, *(math.exp(v) for v in logs)]), None, len(logs) + len(censored),
                         ("FullFT does not reach LoRA's loss",))  # fmt: skip
@@ -60,8 +66,8 @@ def rho(lora: dict[int, Points], full: dict[int, Points]) -> Estimate:
     return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs))
 
 
-def by_rank(table: pd.DataFrame, optima: Sequence[Optimum]) -> dict[tuple[str, str], Estimate]:
-    """Return rho of every LoRA curve against the full fine-tuning one of its group: (group, name) -> rho.
+def of_curves(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Estimate | None]:
+    """Return rho of every curve against the full fine-tuning one of its group, in order; None for that one itself.
 
     Each arm's runs are those at the tried rate nearest its optimum. Evaluations before the last one use the same held-out
     rows in all runs, the last one uses more: it is left out.
@@ -74,13 +80,11 @@ def by_rank(table: pd.DataFrame, optima: Sequence[Optimum]) -> dict[tuple[str, s
             if at is not None and abs(math.log(row["lr"]) - at) < 1e-6 and _same(row, o):
                 kept = points[(points["step"] >= 1) & points["test_nll"].notna()].iloc[:-1]
                 curves[id(o)][int(row["seed"])] = list(zip(kept["step"].astype(float), kept["test_nll"].astype(float)))
-    out = {}
+    out: list[Estimate | None] = []
     for o in optima:
-        if o.curve.key["method"] != "lora":
-            continue
         full = [f for f in optima if f.curve.group == o.curve.group and f.curve.key["method"] == "fullft"]
-        if len(full) == 1:
-            out[o.curve.group, o.curve.name] = rho(curves[id(o)], curves[id(full[0])])
+        compared = o.curve.key["method"] != "fullft" and len(full) == 1
+        out.append(rho(curves[id(o)], curves[id(full[0])]) if compared else None)
     return out
 
 

@@ -45,6 +45,12 @@ class Curve:
         return self.key["method"] + (f" r{int(rank)}" if _there(rank) else "")
 
     @property
+    def variant(self) -> str:
+        """Name what tells curves of one group, method and rank apart: alpha, layers, schedule, precision, optimizer."""
+        rest = {k: v for k, v in self.key.items() if k not in (*GROUP_KEYS, "method", "rank", "scope")}
+        return ", ".join(f"{k} {v}" for k, v in rest.items() if _there(v))
+
+    @property
     def group(self) -> str:
         """Name what arms are compared under: model, data set, batch size and steps."""
         shown = [f"{self.key['model']} on {self.key['dataset']}"]
@@ -85,14 +91,10 @@ def check(table: pd.DataFrame) -> None:
                 )
 
 
-def alike(table: pd.DataFrame, group: str, method: str, rank: int | None) -> str:
-    """Return the id of a run of a curve, named by its group, method and rank: a pattern for more runs of it."""
-    for c in curves(table):
-        r = c.key.get("rank")
-        if c.group == group and c.key["method"] == method and (int(r) if _there(r) else None) == rank:
-            rows = table[np.logical_and.reduce([_equal(table[k], v) for k, v in c.key.items()])]
-            return str(rows.iloc[0]["run_id"])
-    raise TableError(f"no run of {method} rank {rank} in {group}")
+def alike(table: pd.DataFrame, curve: Curve) -> str:
+    """Return the id of a run of a curve: a pattern for more runs of it."""
+    rows = table[np.logical_and.reduce([_equal(table[k], v) for k, v in curve.key.items()])]
+    return str(rows.iloc[0]["run_id"])
 
 
 def _equal(column: pd.Series, value: Any) -> pd.Series:

@@ -7,7 +7,7 @@ sweep may be extended in rounds: looking more than once must not make a false cl
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def judge(
     return Verdict(
         claim=name, group=group, outcome=outcome, estimate=estimate, expected=float(claim["expected"]),
         margin=(low, high), primary=bool(claim.get("primary")), why=why, needed=needed,
-        rivals=dict(claim.get("rivals") or {}), p=p,
+        rivals=dict(claim.get("rivals") or {}), log=log, p=p,
     )  # fmt: skip
 
 
@@ -110,15 +110,20 @@ def _remedy(gates: list[str]) -> str:
     return next((remedy for gate, remedy in REMEDIES.items() if gate in text), "")
 
 
+def scale_of(log: bool) -> Callable[[float], float]:
+    """Return what brings a ratio (log) or a slope to the scale on which errors are even; a ratio of 0 is -infinity."""
+    return (lambda v: math.log(v) if v > 0 else -math.inf) if log else float
+
+
 def _needed(estimate: Estimate, low: float, high: float, seeds: int, log: bool) -> str:
     """Say how many seeds an optimum would need, its interval shrinking with their square root."""
     if estimate.value is None:
         return "optima with intervals in every curve"
     if not estimate.has_interval():
         return f"fresh seeds around the optimum (at least {MIN_SEEDS})"
-    to = math.log if log else float
+    to = scale_of(log)
     value, edges = to(estimate.value), (to(low), to(high))
-    half = max(value - to(estimate.low), to(estimate.high) - value) if not log or estimate.low > 0 else math.inf
+    half = max(value - to(estimate.low), to(estimate.high) - value)
     room = min(abs(value - e) for e in edges)
     if room == 0 or not math.isfinite(half):
         return f"more than {MAX_NEEDED} seeds at each optimum"

@@ -92,12 +92,15 @@ def check_claims(request: Request) -> None:
     if request.sweep is None:
         return
     try:
-        known = importlib.import_module(f"analysis.{request.sweep.analysis or '?'}").ESTIMANDS
+        judged = importlib.import_module(f"analysis.{request.sweep.analysis or '?'}")
+        known = judged.ESTIMANDS
     except (ImportError, AttributeError):
         raise SpecError(f"analysis={request.sweep.analysis!r} is no analysis. Available: lr_ratio.") from None
     for name, claim in request.sweep.claims.items():
         if claim.estimand not in known:
             raise SpecError(f"claim {name!r}: " + unknown("estimand", claim.estimand, known))
+        if claim.estimand in judged.LOG_ESTIMANDS and not claim.margin[0] > 0:
+            raise SpecError(f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. Start it above 0.")
 
 
 # ---------------------------------------------------------------- run
@@ -184,7 +187,7 @@ def _calibrate(request: Request, store: RunStore, points: list[Point]) -> None:
 
 def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
     """Judge the finished runs, print the answer and write the report."""
-    from analysis.report import judge_and_report
+    from analysis.report import judge_and_report, question_hash
     from analysis.table import TableError
     from lorasweep.store import load_runs
 
@@ -196,6 +199,7 @@ def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
     table = load_runs(store.root, finished)
     try:
         print(judge_and_report(table, question(request), folder, as_json=request.format == "json"))
+        rounds.note_look(rounds.file_of(request), question_hash(question(request)), request.sweep.rounds)
     except TableError as error:
         raise StoreError(f"the runs are finished and kept, but cannot be judged together: {error}") from None
 

@@ -48,22 +48,41 @@ def points(rounds: Sequence[dict[str, Any]], known: Sequence[Point]) -> list[Poi
     return [p for p in extra.values() if p.id not in by_id]
 
 
-def append(path: Path, runs: Sequence[dict[str, Any]], claims_hash: str, allowed: int) -> int:
+def note_look(path: Path, claims_hash: str, planned: int) -> None:
+    """Record, once, under which claims and for how many rounds a sweep was first answered."""
+    if not path.is_file():
+        _write(path, {"claims_hash": claims_hash, "planned": planned, "rounds": []})
+
+
+def append(path: Path, runs: Sequence[dict[str, Any]], claims_hash: str, known: Sequence[Point]) -> int:
     """Record one more round and return its number.
 
     Raises:
-        SpecError: the sweep's planned number of rounds is used up, or its claims were changed since the first look.
+        SpecError: the sweep was never answered, its planned rounds are used up, its claims were changed since the first
+            look, or the round holds no run that the sweep has not.
     """
-    before = read(path)
-    if len(before) + 1 >= allowed:
+    if not path.is_file():
+        raise SpecError("the sweep has no answer yet, so there is no round to follow. Ask without action=extend first.")
+    read(path)  # says so if the file is damaged
+    told = json.loads(path.read_text())
+    if told["claims_hash"] != claims_hash:
         raise SpecError(
-            f"the sweep plans {allowed} round(s) and has had {len(before) + 1}: looking on until it decides is optional "
-            "stopping. Plan more before a new sweep's first run (sweep.rounds, at most 3)."
+            "the sweep's claims, margins or rounds were changed since its first answer: a question is not changed after a "
+            "look at the runs. Restore them, or ask it as a sweep of another name."
         )
-    if before and before[-1]["claims_hash"] != claims_hash:
-        raise SpecError(f"the sweep's claims or margins were changed since round {before[-1]['round']}. Restore them.")
-    number = len(before) + 2
-    told = {"rounds": [*before, {"round": number, "claims_hash": claims_hash, "runs": list(runs)}]}
+    if len(told["rounds"]) + 1 >= told["planned"]:
+        raise SpecError(
+            f"the sweep plans {told['planned']} round(s) and has had {len(told['rounds']) + 1}: looking on until it decides is "
+            "optional stopping. Plan more before a new sweep's first run (sweep.rounds, at most 3)."
+        )
+    number = len(told["rounds"]) + 2
+    told["rounds"].append({"round": number, "runs": list(runs)})
+    if not points(told["rounds"][-1:], known):
+        raise SpecError("every run of that round is already part of the sweep.")
+    _write(path, told)
+    return number
+
+
+def _write(path: Path, told: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(told, indent=1) + "\n").encode())
-    return number

@@ -98,13 +98,13 @@ def extend(request: Request, store: RunStore, points: list[Point], asked: dict[s
     table = load_runs(store.root, [p.id for p in points])
     try:
         wanted = suggest(answer_of(table, asked))
-        runs = [{"like": alike(table, s.group, s.method, s.rank), "lr": s.lr, "seed": seed}
+        runs = [{"like": alike(table, s.curve), "lr": s.lr, "seed": seed}
                 for s in wanted for seed in s.seeds]  # fmt: skip
     except TableError as error:
         raise StoreError(f"the runs are finished and kept, but cannot be judged together: {error}") from None
     if not runs:
         print("nothing to add: every claim is decided, or more runs cannot help")
         return 0
-    number = rounds.append(rounds.file_of(request), runs, question_hash(asked), request.sweep.rounds)
+    number = rounds.append(rounds.file_of(request), runs, question_hash(asked), points)
     print("\n".join([*lines(wanted), f"round {number}: {len(runs)} runs added; ask without action=extend to train them"]))
     return 0

@@ -192,7 +192,7 @@ def test_rounds_are_not_extended_under_other_margins(compose, capsys, fake_train
     trainer = fake_trainer(planted.nll)
     for extra in ([], ["action=extend"], []):
         assert act(compose(*base, *extra), trainer) == 0
-    with pytest.raises(Exception, match="margins were changed"):
+    with pytest.raises(Exception, match="claims, margins or rounds were changed"):
         act(compose(*base, "sweep.claims.ratio.margin=[5,30]", "action=extend"), trainer)
 
 

@@ -1,0 +1,164 @@
+"""From a curve's runs to what they say of the loss at its rates: a likelihood's raw material. Fits nothing.
+
+Decides which rates belong to a valley at all, which curves share one noise, and whether the noise grows with the rate.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.table import Curve
+
+MIN_RATES = 4
+"""Distinct usable learning rates below which a curve has no fit of its own."""
+MIN_DF = 10
+"""Degrees of freedom of the pooled variance below which there is no interval."""
+OUTSIZED = 20.0
+"""A rate this many times as high above the best one as a typical neighbour is no part of the valley, nor is any beyond it:
+it collapsed without being called diverged. LINEX itself gets there 2 factors of 2 from the optimum at a = 1.5. In
+simulation 40 lets a rise of 1 nat through that spoils the fit, and 12 costs width everywhere."""
+GROWTH = (0.0, 0.35, 0.7, 1.05)
+"""Growth of the noise's standard deviation tried: as lr to this power."""
+MIN_DF_GROWTH = 20
+"""Degrees of freedom of repeats below which the noise is taken to be even."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one curve's usable runs say of the loss at its rates, each block's common shift taken out."""
+
+    x: np.ndarray
+    """Distinct ln(lr), [P], rising."""
+    loss: np.ndarray
+    """Best estimate of the loss at each, [P]; known up to a constant."""
+    root: np.ndarray
+    """Root of its precision for unit noise, [D, P], D < P: root' root = precision."""
+    squares: float
+    """Sum of squares of repeats about it: sigma^2 times a chi^2 of `df`."""
+    df: int
+    wall: float = math.inf
+    """ln of the lowest rate above that broke down: the minimum is not beyond."""
+
+    @property
+    def best(self) -> int:
+        """Index of the best rate."""
+        return int(np.argmin(self.loss))
+
+
+def gather(x: np.ndarray, y: np.ndarray, block: np.ndarray, wall: float = math.inf, growth: float = 0.0) -> Evidence:
+    """Sum up runs: ln(lr) x, losses y, and the block (runs that share a shift, such as a seed's batches), all [n].
+
+    growth: noise's standard deviation rises as lr^growth about the best rate. Where blocks do not hang together (every
+    run has a seed of its own), shifts cannot be told from the curve: they then count as noise.
+    """
+    rates, at = np.unique(x, return_inverse=True)
+    means = np.bincount(at, y) / np.bincount(at)
+    weight = np.exp(-2 * growth * (rates - rates[int(np.argmin(means))]))[at]
+    precision, right = np.zeros((len(rates), len(rates))), np.zeros(len(rates))
+    blocks = [np.flatnonzero(block == b) for b in np.unique(block)]
+    for rows in blocks:
+        w, k, v = weight[rows], at[rows], y[rows]
+        total = np.bincount(k, w, len(rates))
+        precision += np.diag(total) - np.outer(total, total) / w.sum()
+        right += np.bincount(k, w * (v - (w @ v) / w.sum()), len(rates))
+    size, axes = np.linalg.eigh(precision)
+    known = size > 1e-9 * weight.sum()
+    if known.sum() < len(rates) - 1 and len(blocks) > 1:  # blocks that share no rate say nothing of each other
+        return gather(x, y, np.zeros(len(x), int), wall, growth)
+    loss = axes[:, known] @ ((axes[:, known].T @ right) / size[known])
+    squares = sum(_about(weight[r], y[r] - loss[at[r]]) for r in blocks)
+    df = len(y) - len(blocks) - int(known.sum())
+    return Evidence(rates, loss, (axes[:, known] * np.sqrt(size[known])).T, float(squares), df, wall)
+
+
+def _about(w: np.ndarray, rest: np.ndarray) -> float:
+    return float(w @ (rest - (w @ rest) / w.sum()) ** 2)
+
+
+def of_curve(curve: Curve, growth: float) -> Evidence:
+    """Sum up a curve's usable runs."""
+    use = curve.usable
+    return gather(curve.x[use], curve.y[use], curve.block[use], wall(curve), growth)
+
+
+def wall(curve: Curve) -> float:
+    """ln of the lowest rate above all usable ones that broke down; infinite without one."""
+    top = curve.x[curve.usable].max()
+    return float(min(curve.x[~curve.usable & (curve.x > top)], default=math.inf))
+
+
+def growth_of(curves: Sequence[Curve]) -> float:
+    """Return how the noise grows with the rate, by the likelihood of repeats near the bottoms of a sweep's valleys."""
+    far, rest, df = [], [], 0
+    for c in curves:
+        x, y, block = c.x[c.usable], c.y[c.usable], c.block[c.usable]
+        e = gather(x, y, block)
+        if not e.df:
+            continue
+        at = np.searchsorted(e.x, x)
+        left = y - e.loss[at]
+        for b in np.unique(block):
+            left[block == b] -= left[block == b].mean()
+        near = (np.bincount(at)[at] >= 2) & (np.abs(at - e.best) <= 2)
+        far += list(x[near] - e.x[e.best])
+        rest += list(left[near])
+        df += e.df
+    if df < MIN_DF_GROWTH or len(far) < MIN_DF_GROWTH:
+        return 0.0
+    u, r = np.array(far), np.array(rest)
+
+    def log(g: float) -> float:
+        return -0.5 * len(u) * math.log((r**2 * np.exp(-2 * g * u)).mean() + 1e-30) - g * u.sum()
+
+    return max(GROWTH, key=lambda g: log(g) - g)  # a light prior for even noise
+
+
+def n_rates(curve: Curve) -> int:
+    """Count a curve's usable rates."""
+    return len(set(curve.x[curve.usable]))
+
+
+def pools(curves: Sequence[Curve]) -> list[list[int]]:
+    """Group curves that share one noise: those of a model and data set; those that cannot vouch for a noise of their own
+    (fewer than MIN_DF degrees of freedom) share one."""
+    groups: dict[tuple, list[int]] = {}
+    for k, c in enumerate(curves):
+        groups.setdefault((c.key.get("model"), c.key.get("dataset")), []).append(k)
+    rich, poor = [], []
+    for members in groups.values():
+        df = sum(_df(curves[k]) for k in members)
+        rich.append(members) if df >= MIN_DF else poor.extend(members)
+    return [*rich, *([poor] if poor else [])] or [[]]
+
+
+def _df(curve: Curve) -> int:
+    if n_rates(curve) < MIN_RATES:
+        return 0
+    e = of_curve(curve, 0.0)
+    return e.df + len(e.x) - MIN_RATES
+
+
+def without_collapse(curve: Curve) -> Curve:
+    """Leave out rates at which the runs collapsed without being called diverged, and all beyond them.
+
+    What is typical of the valley's height: the lower of the best rate's two neighbours, or a quarter of the lower of the
+    next two.
+    """
+    x, y = curve.x[curve.usable], curve.y[curve.usable]
+    rates = np.unique(x)
+    if len(rates) < MIN_RATES:
+        return curve
+    means = np.array([y[x == v].mean() for v in rates])
+    best = int(np.argmin(means))
+    height = means - means[best]
+    beside = [height[k] for k in (best - 1, best + 1) if 0 <= k < len(rates)]
+    further = [height[k] / 4 for k in (best - 2, best + 2) if 0 <= k < len(rates)]
+    limit = OUTSIZED * max(min(beside), min(further, default=0.0))
+    high = [k for k in range(len(rates)) if height[k] > limit > 0]
+    top = min((k for k in high if k > best), default=len(rates))
+    low = max((k for k in high if k < best), default=-1)
+    kept = np.isin(curve.x, rates[low + 1 : top]) & curve.usable
+    return curve if kept.sum() == curve.usable.sum() else dataclasses.replace(curve, usable=kept)
