@@ -16,6 +16,10 @@ MIN_RATES = 4
 """Distinct usable learning rates below which a curve has no fit of its own."""
 MIN_DF = 10
 """Degrees of freedom of the pooled variance below which there is no interval."""
+RIVAL = 3.5
+"""Standard errors within which a rate may still be the lowest."""
+KEPT = 0.2
+"""A rate above the best one that keeps less than this share of its gain over the untrained model has collapsed."""
 OUTSIZED = 20.0
 """A rate this many times as high above the best one as a typical neighbour is no part of the valley, nor is any beyond it:
 it collapsed without being called diverged. LINEX itself gets there 2 factors of 2 from the optimum at a = 1.5. In
@@ -46,6 +50,17 @@ class Evidence:
     def best(self) -> int:
         """Index of the best rate."""
         return int(np.argmin(self.loss))
+
+    def bracket(self, sigma: float) -> tuple[float, float]:
+        """Return where the minimum of any valley with one bottom lies if a run's noise is sigma: between the neighbours of
+        the rates whose loss is within RIVAL standard errors of the lowest. Beyond an end rate there is no neighbour."""
+        inverse = np.linalg.pinv(self.root.T @ self.root)
+        b = self.best
+        error = sigma * np.sqrt(np.maximum(np.diag(inverse) + inverse[b, b] - 2 * inverse[:, b], 0.0))
+        rivals = np.flatnonzero(self.loss - self.loss[b] <= RIVAL * error + 1e-12)
+        first, last = int(rivals[0]), int(rivals[-1])
+        low = self.x[first - 1] if first else -math.inf
+        return float(low), float(self.x[last + 1]) if last + 1 < len(self.x) else math.inf
 
 
 def gather(x: np.ndarray, y: np.ndarray, block: np.ndarray, wall: float = math.inf, growth: float = 0.0) -> Evidence:
@@ -144,8 +159,8 @@ def _df(curve: Curve) -> int:
 def without_collapse(curve: Curve) -> Curve:
     """Leave out rates at which the runs collapsed without being called diverged, and all beyond them.
 
-    What is typical of the valley's height: the lower of the best rate's two neighbours, or a quarter of the lower of the
-    next two.
+    They stand out by their height (what is typical of it: the lower of the best rate's two neighbours, or a quarter of the
+    lower of the next two), or by having lost most of what the best rate gained.
     """
     x, y = curve.x[curve.usable], curve.y[curve.usable]
     rates = np.unique(x)
@@ -157,7 +172,8 @@ def without_collapse(curve: Curve) -> Curve:
     beside = [height[k] for k in (best - 1, best + 1) if 0 <= k < len(rates)]
     further = [height[k] / 4 for k in (best - 2, best + 2) if 0 <= k < len(rates)]
     limit = OUTSIZED * max(min(beside), min(further, default=0.0))
-    high = [k for k in range(len(rates)) if height[k] > limit > 0]
+    lost = (1 - KEPT) * (curve.nll_start - means[best])  # NaN, where the start is not known, loses no rate
+    high = [k for k in range(len(rates)) if height[k] > limit > 0 or (k > best and height[k] > lost > 0)]
     top = min((k for k in high if k > best), default=len(rates))
     low = max((k for k in high if k < best), default=-1)
     kept = np.isin(curve.x, rates[low + 1 : top]) & curve.usable

@@ -71,7 +71,7 @@ FAMILIES: dict[str, Callable[[np.random.Generator], Shape]] = {
     "cliff": _linex, "unequal": _linex, "collapse": _linex,
 }  # fmt: skip
 """Inside the family: linex, parabola. `cliff`: every run above a rate 1.2 to 3 times the optimum diverges. `unequal`:
-the noise grows as lr^0.7. `collapse`: from 3 to 12 times the optimum on, the loss is 4 to 10 nats up, without being called
+the noise grows as lr^0.7. `collapse`: from 3 to 12 times the optimum on, the loss is 0.8 to 10 nats up, without being called
 diverged."""
 INSIDE = ("linex", "parabola")
 HELD_OUT = ("morse", "well", "cliff", "unequal", "collapse")
@@ -113,7 +113,8 @@ def plant(
         last = m + rng.uniform(math.log(1.2), math.log(3)) if family == "cliff" else math.inf
         loss = c * shape(x - m + own)
         if family == "collapse":
-            loss = np.where(x > m + rng.uniform(math.log(3), math.log(12)), loss + rng.uniform(4, 10), loss)
+            from_here, rise = m + rng.uniform(math.log(3), math.log(12)), math.exp(rng.uniform(math.log(0.8), math.log(10)))
+            loss = np.where(x > from_here, loss + rise, loss)
         curves.append(_measure(k, x, loss, m, last, design, family == "unequal", rng))
         truths[k] = m
     return curves, truths

@@ -18,6 +18,7 @@ _STEPS, _PAD = 57, 0.7
 _END = 3e-3
 """More mass than this in an end's cell: the minimum is looked for over the whole range."""
 _CHUNK = 48
+_NEVER = -1e4
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,15 @@ def _all_logs(
             z = np.array([evidence[k].root @ evidence[k].loss for k in part])
             noise = np.array([sigmas[k] for k in part])
             for k, log in zip(part, valley.log_likelihood(t, z, noise, kin[members[0]])):
-                out[k] = log
+                out[k] = log + _inside(evidence[k], grids[k], sigmas[k])[:, None, :]
     return out
+
+
+def _inside(e: Evidence, m: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+    """0 where a minimum is possible at all for a noise, [S, M], and next to nothing elsewhere: the wandering curvature would
+    else allow a second, lower bottom at a rate that was tried."""
+    ends = [e.bracket(float(s)) for s in sigmas]
+    return np.array([np.where((m >= low) & (m <= high), 0.0, _NEVER) for low, high in ends])
 
 
 def _pool(

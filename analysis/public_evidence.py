@@ -124,8 +124,9 @@ def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> list[str]:
     inside = e.low >= -0.099 and e.high <= 0.099
     verdict = "inside" if inside else "outside" if e.low > 0.099 or e.high < -0.099 else "across the edge of"
     return [f"Pooled over {e.k} models with two or more known optima, {which} (random effects): {e.mean:.3f} "
-            f"[{e.low:.3f}, {e.high:.3f}] a doubling, spread between models {e.tau:.3f}. That is {verdict} the margin of 0.099 (a factor 2 over "
-            "7 doublings). Models whose optimum lies too high to be bracketed are missing: a selection.", ""]  # fmt: skip
+            f"[{e.low:.3f}, {e.high:.3f}] a doubling, spread between models {e.tau:.3f}. That is {verdict} the margin of "
+            "0.099 (a factor 2 over 7 doublings). Models whose optimum lies too high to be bracketed are missing: a "
+            "selection.", ""]  # fmt: skip
 
 
 def _law(sweep: reading.Reading) -> list[str]:

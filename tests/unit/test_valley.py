@@ -1,17 +1,22 @@
 """The model of a valley against what is known of it: the family's limits, a covariance by quadrature, planted optima."""
 
+import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import integrate
 
 from analysis import valley
 from analysis.design import needed_seeds
+from analysis.evidence import gather
 from analysis.generators import FAMILIES, Design, plant
 from analysis.lr_optimum import fit_all, fit_sweeps
 from analysis.lr_ratio import ratio_of
-from analysis.posterior import gather, weigh
+from analysis.posterior import weigh
+from analysis.table import Curve, curves
 
 
 def test_linex_is_smooth_through_zero():
@@ -117,3 +122,50 @@ def test_more_noise_needs_more_seeds_and_a_wider_margin_fewer():
     wide, _ = needed_seeds((5, 20), 3, noise=3e-2)
     assert quiet < (loud or 17) and (wide or 17) < (loud or 18) and error > 0
     assert needed_seeds((9.9, 10.1), 3)[0] is None
+
+
+KEPT = sorted((Path(__file__).resolve().parents[2] / "analysis" / "results").glob("*/table.parquet"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda p: p.parent.name)
+def test_on_kept_runs_the_optimum_lies_beside_the_best_rate_tried(path):
+    """A LoRA curve at batch 4 that collapses to the untrained loss at a high rate once had its optimum where the loss was
+    0.2 nats above the best one."""
+    optima = fit_all(curves(pd.read_parquet(path)))
+    assert optima
+    for o in optima:
+        x, y = o.curve.x[o.curve.usable], o.curve.y[o.curve.usable]
+        rates = np.unique(x)
+        best = int(np.argmin([y[x == v].mean() for v in rates]))
+        assert o.best_lr.value is not None, o.curve.name
+        assert rates[max(best - 1, 0)] <= math.log(o.best_lr.value) <= rates[min(best + 1, len(rates) - 1)], o.curve.name
+        low, high = o.band(0.01)
+        assert low < o.best_lr.value < high and math.log(high / low) < 2
+
+
+def test_a_collapse_that_nobody_flagged_leaves_the_optimum_alone():
+    rng = np.random.default_rng(2)
+    for rise in (1.0, 3.0, 30.0):
+        x = np.tile(np.arange(7) * math.log(2), 3)
+        y = 1 + 0.1 * valley.linex(x - 1.7, 0.5) + 1e-3 * rng.standard_normal(21)
+        y[x > 5.9 * math.log(2)] += rise
+        seed = np.repeat(np.arange(3), 7)
+        (o,) = fit_all([Curve({"model": "m", "dataset": "d", "method": "lora", "rank": 4.0}, x, y, seed, seed,
+                              np.ones(21, bool), math.nan, math.nan)])
+        assert o.best_lr.low < math.exp(1.7) < o.best_lr.high and o.best_lr.high / o.best_lr.low < 1.8
+
+
+def test_seeds_that_share_no_rate_count_as_noise():
+    """Random search: every run has a seed of its own."""
+    x = np.linspace(0, 4, 16)
+    e = gather(x, 0.1 * (x - 2.2) ** 2, np.arange(16))
+    assert e.best == 8 and len(e.root) == 15 and e.df >= 0
+
+
+def test_a_loud_data_set_does_not_spoil_a_quiet_one():
+    rng = np.random.default_rng(5)
+    quiet, _ = plant("linex", Design(7, 2.0, 3, noise=3e-4), rng)
+    loud, _ = plant("linex", Design(7, 2.0, 3, noise=1e-2), rng)
+    loud = [dataclasses.replace(c, key={**c.key, "dataset": "loud"}) for c in loud]
+    both = fit_all([*quiet, *loud])
+    assert both[0].pooled.noise == pytest.approx(3e-4, rel=0.3) and both[-1].pooled.noise == pytest.approx(1e-2, rel=0.3)
