@@ -49,8 +49,8 @@ bench: weights data/gsm8k/train.jsonl ## measure on an idle machine, and write a
 	$(BIN)/python -m lorasweep.bench analysis/results/bench/bench.json
 	$(BIN)/python -m analysis.bench
 
-calibrate: $(VENV)/.installed ## fit and judge planted sweeps (about 40 minutes on two cores), and write their page
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.calibration --cases $(or $(CASES),700)
+calibrate: $(VENV)/.installed ## fit and judge planted sweeps (about half an hour on two cores), and write their page
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.calibration --cases $(or $(CASES),500)
 	$(BIN)/python -m analysis.calibration_page
 
 bases: $(VENV)/.installed ## remake the shipped base models from their recipes (half an hour)

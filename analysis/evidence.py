@@ -20,9 +20,10 @@ RIVAL = 3.5
 """Standard errors within which a rate may still be the lowest."""
 KEPT = 0.2
 """A rate above the best one that keeps less than this share of its gain over the untrained model has collapsed."""
+APART = math.log(1.6)
 OUTSIZED = 20.0
-"""A rate this many times as high above the best one as a typical neighbour is no part of the valley, nor is any beyond it:
-it collapsed without being called diverged. LINEX itself gets there 2 factors of 2 from the optimum at a = 1.5. In
+"""A rate this many times as high above the best one as rates a factor 1.6 (APART) from it is no part of the valley, nor is any
+beyond it: it collapsed without being called diverged. LINEX gets there 2 factors of 2 from the optimum at a = 1.5. In
 simulation 40 lets a rise of 1 nat through that spoils the fit, and 12 costs width everywhere."""
 GROWTH = (0.0, 0.35, 0.7, 1.05)
 """Growth of the noise's standard deviation tried: as lr to this power."""
@@ -157,10 +158,10 @@ def _df(curve: Curve) -> int:
 
 
 def without_collapse(curve: Curve) -> Curve:
-    """Leave out rates at which the runs collapsed without being called diverged, and all beyond them.
+    """Leave out rates above the best one at which the runs collapsed without being called diverged, and all beyond them.
 
-    They stand out by their height (what is typical of it: the lower of the best rate's two neighbours, or a quarter of the
-    lower of the next two), or by having lost most of what the best rate gained.
+    They stand out by their height, or by having lost most of what the best rate gained. What is typical of the height: that
+    of rates a factor 1.6 from the best one, or a quarter of that of rates twice as far; the lower of both sides.
     """
     x, y = curve.x[curve.usable], curve.y[curve.usable]
     rates = np.unique(x)
@@ -169,12 +170,16 @@ def without_collapse(curve: Curve) -> Curve:
     means = np.array([y[x == v].mean() for v in rates])
     best = int(np.argmin(means))
     height = means - means[best]
-    beside = [height[k] for k in (best - 1, best + 1) if 0 <= k < len(rates)]
-    further = [height[k] / 4 for k in (best - 2, best + 2) if 0 <= k < len(rates)]
-    limit = OUTSIZED * max(min(beside), min(further, default=0.0))
+
+    def nearest(distance: float) -> float:
+        """The lower of the heights at the nearest rates so far from the best one, on either side."""
+        down = [height[k] for k in range(best - 1, -1, -1) if rates[best] - rates[k] >= distance][:1]
+        up = [height[k] for k in range(best + 1, len(rates)) if rates[k] - rates[best] >= distance][:1]
+        return float(min([*down, *up], default=0.0))
+
+    limit = OUTSIZED * max(nearest(APART), nearest(2 * APART) / 4)
     lost = (1 - KEPT) * (curve.nll_start - means[best])  # NaN, where the start is not known, loses no rate
-    high = [k for k in range(len(rates)) if height[k] > limit > 0 or (k > best and height[k] > lost > 0)]
-    top = min((k for k in high if k > best), default=len(rates))
-    low = max((k for k in high if k < best), default=-1)
-    kept = np.isin(curve.x, rates[low + 1 : top]) & curve.usable
-    return curve if kept.sum() == curve.usable.sum() else dataclasses.replace(curve, usable=kept)
+    top = next((k for k in range(best + 1, len(rates)) if height[k] > limit > 0 or height[k] > lost > 0), len(rates))
+    if top == len(rates):
+        return curve
+    return dataclasses.replace(curve, usable=curve.usable & (curve.x < rates[top] - 1e-9))
