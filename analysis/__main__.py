@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _sweep(argv[1:], suggest=True) if argv[:1] == ["suggest"] else _sweep(argv)
     except TableError as error:
         print(f"analysis: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        print(f"analysis: {error.filename} cannot be written or read: {error.strerror}", file=sys.stderr)
+    return 2
 
 
 # ---------------------------------------------------------------- anyone's runs

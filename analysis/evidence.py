@@ -102,7 +102,7 @@ def of_curve(curve: Curve, growth: float) -> Evidence:
 
 def wall(curve: Curve) -> float:
     """ln of the lowest rate above all usable ones that broke down; infinite without one."""
-    top = curve.x[curve.usable].max()
+    top = max(curve.x[curve.usable], default=-math.inf)
     return float(min(curve.x[~curve.usable & (curve.x > top)], default=math.inf))
 
 
@@ -111,6 +111,8 @@ def growth_of(curves: Sequence[Curve]) -> float:
     far, rest, df = [], [], 0
     for c in curves:
         x, y, block = c.x[c.usable], c.y[c.usable], c.block[c.usable]
+        if not len(x):
+            continue
         e = gather(x, y, block)
         if not e.df:
             continue

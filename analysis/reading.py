@@ -64,12 +64,17 @@ def load(path: Path) -> pd.DataFrame:
             rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(v) for v in text.splitlines() if v]
             table = pd.json_normalize(rows)
         else:
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            head = path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0]
+            mark = max(",;\t", key=head.count)  # the header's names hold the separator more often than any other of these
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, sep=mark, encoding="utf-8-sig")
     except (ValueError, OSError) as error:
         raise TableError(f"{path} cannot be read as a table: {str(error).splitlines()[0]}") from None
     plain = {c: str(c).removeprefix("config.").removeprefix("summary.").removeprefix("config/").strip()
              for c in table.columns}  # fmt: skip
-    return table.rename(columns=plain)
+    table = table.rename(columns=plain)
+    for column in table.columns[[isinstance(t, pd.CategoricalDtype) for t in table.dtypes]]:
+        table[column] = table[column].astype(object)
+    return table
 
 
 def read(
@@ -174,12 +179,11 @@ def _numbers(table: pd.DataFrame, column: str) -> pd.Series:
 
 
 def _with_methods(table: pd.DataFrame) -> pd.DataFrame:
-    """Fill in method and rank: no method means lora, an empty rank full fine-tuning."""
+    """Fill in method and rank: no method means lora, an empty rank full fine-tuning, which has no rank, alpha or layers."""
     if "rank" not in table.columns:
         table["rank"] = np.nan
     if "method" not in table.columns:
-        table["method"] = np.where(table["rank"].isna(), "fullft", "lora")
-        return table
+        table["method"] = ""
     name = table["method"].map(lambda v: "" if v is None or v != v else str(v).strip().lower())
     name = name.map(lambda v: METHODS.get(v, v))
     table["method"] = name.where(name != "", np.where(table["rank"].isna(), "fullft", "lora"))
@@ -188,6 +192,9 @@ def _with_methods(table: pd.DataFrame) -> pd.DataFrame:
         rows = ", ".join(map(str, table.loc[bare, "_row"].head(3)))
         raise TableError(f"row {rows}, column rank: a lora run without a rank. Fill it in, or leave method empty if it "
                          "is full fine-tuning.")  # fmt: skip
+    full = table["method"] == "fullft"
+    for column in [c for c in ("rank", "alpha", "layers") if c in table.columns]:
+        table[column] = table[column].where(~full)
     return table
 
 

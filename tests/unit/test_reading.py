@@ -213,6 +213,57 @@ def test_runs_without_value_and_status_are_left_out_aloud(tmp_path, capsys):
     assert code == 0 and "row 3" in err and "column test_nll" in err
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_other_separators_marks_and_line_ends(tmp_path, capsys, separator):
+    path = tmp_path / "runs.csv"
+    planted().to_csv(path, sep=separator, index=False, encoding="utf-8-sig", lineterminator="\r\n", quoting=1)
+    code, text, _ = run(capsys, "fit", path, "--json")
+    assert code == 0 and [r["rank"] for r in json.loads(text)] == [None, 4, 16]
+
+
+def test_categories_and_nullable_numbers(tmp_path, capsys):
+    table = planted().astype({"rank": "Int64", "model": "category"}).assign(seed=lambda t: t["seed"].astype(str))
+    code, text, _ = run(capsys, "fit", write(tmp_path, table, "runs.parquet"), "--json")
+    assert code == 0 and len(json.loads(text)) == 3
+
+
+def test_a_method_column_in_other_words(tmp_path, capsys):
+    table = planted()
+    table["method"] = np.where(table["rank"].isna(), "Full", "LoRA")
+    code, text, _ = run(capsys, "ratio", write(tmp_path, table.fillna({"rank": 0})), "--json")
+    assert code == 0 and len(json.loads(text)["ratios"]) == 2
+
+
+def test_layer_sets_share_one_full_fine_tuning_curve(tmp_path, capsys):
+    both = pd.concat([planted().assign(layers="attention"), planted().assign(layers="mlp")])
+    code, text, err = run(capsys, "ratio", write(tmp_path, both), "--json")
+    told = json.loads(text)
+    assert code == 0 and len(told["ratios"]) == 4 and {r["group"].split("; ")[1] for r in told["ratios"]} == {
+        "layers attention", "layers mlp"}
+    assert told["pooled"] is None and "say again" in err  # one full fine-tuning curve: not two witnesses
+
+
+@pytest.mark.parametrize("command", ["fit", "ratio", "drift", "html"])
+def test_tables_without_a_surviving_run_have_no_numbers(tmp_path, capsys, command):
+    path = write(tmp_path, planted().assign(status="diverged", test_nll=""))
+    assert run(capsys, command, path)[0] == 0
+    code, text, _ = run(capsys, "fit", path, "--json")
+    assert code == 0 and all(r["best_lr"] is None and "no_usable_points" in r["flags"] for r in json.loads(text))
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    code, _, err = run(capsys, "fit", write(tmp_path, planted()), "--out", tmp_path / "file" / "fits.json")
+    assert code == 2 and str(tmp_path / "file") in err
+
+
+def test_a_law_of_a_metric_that_is_better_when_higher(tmp_path, capsys):
+    table = pd.concat([planted(ranks=(4,), higher=True).assign(model=f"org/Llama-{h}", hidden_size=h) for h in (1024, 2048, 4096, 8192)])
+    code, text, _ = run(capsys, "law", write(tmp_path, table), "--higher", "test_nll", "--json")
+    (law,) = json.loads(text)["by_loss"]
+    assert code == 0 and law["lr_at_2000"]["value"] == pytest.approx(1.3e-3, rel=0.2) and law["regret_percent"] >= 0
+
+
 def test_no_file_and_no_table(tmp_path, capsys):
     code, _, err = run(capsys, "fit", tmp_path / "none.csv")
     assert code == 2 and "no file" in err
