@@ -20,6 +20,10 @@ from lorasweep.progress import Display, duration, run_name
 from lorasweep.store import RunStore
 
 
+POWER_RUNS = 2000
+"""Runs above which action=plan leaves out the seeds needed: loading the analysis takes a second, planning less."""
+
+
 def act(request: Request, trainer: Trainer | None = None) -> int:
     """Do what was asked; return the exit status. `trainer` replaces the real one in tests."""
     store = RunStore(request.exec.runs_dir)
@@ -233,6 +237,9 @@ def _plan(request: Request, store: RunStore) -> int:
         print(json.dumps({"sweep": request.sweep_name, "scale": request.scale, **plan.summary(now)}))
     else:
         print(_plan_text(request, now))
+        if len(now.points) <= POWER_RUNS:
+            for line in _power(request):
+                print(line)
     return 0
 
 
