@@ -19,7 +19,6 @@ from lorasweep.grid import Point, curve_key, second_stage
 from lorasweep.progress import Display, duration, run_name
 from lorasweep.store import RunStore
 
-
 POWER_RUNS = 2000
 """Runs above which action=plan leaves out the seeds needed: loading the analysis takes a second, planning less."""
 
@@ -127,7 +126,7 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
             if not quiet:
                 print(_plan_text(request, now), file=sys.stderr)
                 if not started:
-                    for line in _power(request):
+                    for line in plan.power(request.points, request.sweep):
                         print(line, file=sys.stderr)
             started = True
             with Display(now.todo, quiet) as display:
@@ -156,24 +155,6 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
     else:
         _answer(request, store, points)
     return 1 if failed or killed else 0
-
-
-def _power(request: Request) -> list[str]:
-    """Say, before anything is trained, how many fresh seeds the claims about a ratio need."""
-    from analysis.design import NOISE, needed_seeds
-
-    if request.sweep is None:
-        return []
-    lines = []
-    n_lora = len({curve_key(p) for p in request.points if p.spec.method.name == "lora"})
-    for name, claim in request.sweep.claims.items():
-        if claim.estimand != "lr_ratio":
-            continue
-        n, error = needed_seeds((claim.margin[0], claim.margin[1]), n_lora)
-        shown = "more than 16" if n is None else f"about {n}"
-        lines.append(f"  claim {name}: needs {shown} fresh seeds a curve, planned {len(request.sweep.second.seeds)} "
-                     f"(expected error {error:.2f} of ln ratio at a noise of {NOISE:g} nats)")  # fmt: skip
-    return lines
 
 
 def _calibrate(request: Request, store: RunStore, points: list[Point]) -> None:
@@ -238,7 +219,7 @@ def _plan(request: Request, store: RunStore) -> int:
     else:
         print(_plan_text(request, now))
         if len(now.points) <= POWER_RUNS:
-            for line in _power(request):
+            for line in plan.power(request.points, request.sweep):
                 print(line)
     return 0
 

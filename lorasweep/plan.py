@@ -7,7 +7,7 @@ from typing import Any
 
 from lorasweep import calibrate, checkpoint, cost, machine
 from lorasweep.cost import run_flops
-from lorasweep.grid import Point
+from lorasweep.grid import Point, Sweep, curve_key
 from lorasweep.spec import Exec, RunSpec, part_json
 from lorasweep.store import FINAL, STATES, RunStore
 
@@ -229,3 +229,21 @@ def summary(plan: Plan) -> dict[str, Any]:
             "memory_gib": plan.memory_gib,
         },
     }  # fmt: skip
+
+
+def power(points: Sequence[Point], sweep: Sweep | None) -> list[str]:
+    """Say, before anything is trained, how many fresh seeds a curve the claims about a ratio need."""
+    from analysis.design import NOISE, needed_seeds
+
+    if sweep is None:
+        return []
+    lines = []
+    n_lora = len({curve_key(p) for p in points if p.spec.method.name == "lora"})
+    for name, claim in sweep.claims.items():
+        if claim.estimand != "lr_ratio":
+            continue
+        n, error = needed_seeds((claim.margin[0], claim.margin[1]), n_lora)
+        shown = "more than 16" if n is None else f"about {n}"
+        lines.append(f"  claim {name}: needs {shown} fresh seeds a curve, planned {len(sweep.second.seeds)} (expected error "
+                     f"{error:.2f} of ln ratio at a noise of {NOISE:g} nats)")  # fmt: skip
+    return lines
