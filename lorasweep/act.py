@@ -4,27 +4,29 @@ Ties plan, local execution and analysis together; knows no torch (the workers do
 """
 
 import dataclasses
-import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorasweep import calibrate, local, plan, rounds, upkeep
-from lorasweep.compose import Request
-from lorasweep.cost import run_flops
-from lorasweep.errors import SpecError, StoreError, unknown
+from lorasweep import batch, calibrate, cancel, checks, local, plan, rounds, status, upkeep
+from lorasweep.errors import ClusterError, StoreError
 from lorasweep.execute import Stopped, Trainer
 from lorasweep.grid import Point, curve_key, second_stage
-from lorasweep.progress import Display, duration, run_name
-from lorasweep.store import RunStore
+from lorasweep.progress import Display, duration, run_names
+from lorasweep.request import Request
+from lorasweep.store import FINAL, RunStore
 
 POWER_RUNS = 2000
 """Runs above which action=plan leaves out the seeds needed: loading the analysis takes a second, planning less."""
 
 
-def act(request: Request, trainer: Trainer | None = None) -> int:
-    """Do what was asked; return the exit status. `trainer` replaces the real one in tests."""
+def act(request: Request, trainer: Trainer | str | None = None, follow: dict[str, Any] | None = None) -> int:
+    """Do what was asked; return the exit status. `trainer` replaces the real one in tests and benchmarks.
+
+    `follow`: what the job that follows others knows of the round before (a cluster's jobs only).
+    """
     store = RunStore(request.exec.runs_dir)
     if request.action == "export":
         return upkeep.export(request, store, all_points(request, store) if request.sweep else [])
@@ -40,6 +42,13 @@ def act(request: Request, trainer: Trainer | None = None) -> int:
         return upkeep.extend(request, store, all_points(request, store), question(request))
     if request.action == "status":
         return _status(request, store)
+    if request.action == "cancel":
+        return _cancel(request, store)
+    store.prepare()
+    checks.check_available(request)
+    checks.check_claims(request)
+    if request.cluster.kind == "slurm":
+        return _run_on_cluster(request, store, trainer, follow)
     return _run(request, store, trainer)
 
 
@@ -69,57 +78,17 @@ def _two_stages(request: Request, store: RunStore) -> list[Point]:
     return points + second_stage(over, second, nll)
 
 
-def check_available(request: Request) -> None:
-    """Raise an error that says how to get them if weights or data of any point are not on this machine."""
-    from lorasweep import data, models
-
-    seen: set[str] = set()
-    for p in request.points:
-        for spec, check, dirs in (
-            (p.spec.model, models.check_available, request.exec.models_dir),
-            (p.spec.dataset, data.check_available, request.exec.data_dir),
-        ):
-            if spec.name not in seen:
-                seen.add(spec.name)
-                check(spec, dirs)
-        vocab = data.generator_vocab(p.spec.dataset)
-        if vocab is not None and vocab > p.spec.model.vocab_size:
-            raise SpecError(
-                f"dataset {p.spec.dataset.name!r} has {vocab} symbols, model {p.spec.model.name!r} only "
-                f"{p.spec.model.vocab_size}. Choose a model made for it (conf/model)."
-            )
-
-
-def check_claims(request: Request) -> None:
-    """Raise SpecError if the sweep claims what its analysis does not measure: before runs, not after them."""
-    if request.sweep is None:
-        return
-    try:
-        judged = importlib.import_module(f"analysis.{request.sweep.analysis or '?'}")
-        known = judged.ESTIMANDS
-    except (ImportError, AttributeError):
-        raise SpecError(f"analysis={request.sweep.analysis!r} is no analysis. Available: lr_ratio.") from None
-    for name, claim in request.sweep.claims.items():
-        if claim.estimand not in known:
-            raise SpecError(f"claim {name!r}: " + unknown("estimand", claim.estimand, known))
-        if claim.estimand in judged.LOG_ESTIMANDS and not claim.margin[0] > 0:
-            raise SpecError(f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. Start it above 0.")
-
-
 # ---------------------------------------------------------------- run
 
 
-def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
-    store.prepare()
-    check_available(request)
-    check_claims(request)
+def _run(request: Request, store: RunStore, trainer: Trainer | str | None) -> int:
     quiet = request.format == "json"
     started = False
     try:
         while True:
             points = all_points(request, store)
             if trainer is None:
-                _calibrate(request, store, points)
+                local.measure_shapes(points, store, request.exec, _say(request))
             now = plan.make_plan(points, store, request.exec)
             if not now.todo:
                 break
@@ -137,14 +106,25 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
         print("stopped; finished runs are kept, the others continue from their checkpoints when you ask again",
               file=sys.stderr)  # fmt: skip
         return 130
-    failed = [p for p in points if store.state(p.id) == "failed"]
-    for p in failed:
-        print(f"run {p.id} ({run_name(p)}) failed: {store.failure(p.id)}. Log: {store.folder(p.id)}/attempts/"
-              f"{store.last_attempt(p.id)}/log.txt. Try again: exec.retry=true", file=sys.stderr)  # fmt: skip
-    killed = [p for p in points if store.state(p.id) == "stale"]
-    for p in killed:
-        print(f"run {p.id} ({run_name(p)}) did not end: its process was killed {store.failures(p.id)} times (out of "
-              "memory?). Try fewer workers or a smaller exec.micro_batch_size, then ask again.",
+    return _end(request, store, points)
+
+
+def _say(request: Request) -> Callable[[str], None]:
+    """Return what tells the user how things go: on stderr, and not to programs."""
+    return lambda text: None if request.format == "json" else print(text, file=sys.stderr, flush=True)
+
+
+def _end(request: Request, store: RunStore, points: list[Point]) -> int:
+    """Say what went wrong, mirror, and answer: when nothing is left to do."""
+    names, states = run_names(points), store.states(p.id for p in points)
+    failed = [p.id for p in points if states[p.id] == "failed"]
+    for i in failed:
+        print(f"run {i} ({names[i]}) failed: {store.failure(i)}. Log: {store.folder(i)}/attempts/{store.last_attempt(i)}"
+              "/log.txt. Try again: exec.retry=true", file=sys.stderr)  # fmt: skip
+    killed = [p.id for p in points if states[p.id] == "stale"]
+    for i in killed:
+        print(f"run {i} ({names[i]}) did not end: its process was killed {store.failures(i)} times (out of memory?). Try "
+              "fewer workers or a smaller exec.micro_batch_size, and a larger exec.max_attempts.",
               file=sys.stderr)  # fmt: skip
     if request.mirror == "wandb":
         from lorasweep.mirror import mirror
@@ -157,17 +137,53 @@ def _run(request: Request, store: RunStore, trainer: Trainer | None) -> int:
     return 1 if failed or killed else 0
 
 
-def _calibrate(request: Request, store: RunStore, points: list[Point]) -> None:
-    shapes = plan.to_calibrate(points, store.states(p.id for p in points), request.exec)
-    shapes = [s for s in shapes if calibrate.known(s, request.exec) is None]
-    if not shapes:
-        return
-    if request.format != "json":
-        print(f"measuring {len(shapes)} shape(s) of run on this machine, once: at most about "
-              f"{duration(len(shapes) * calibrate.BUDGET_S)}", file=sys.stderr)  # fmt: skip
-    trouble = calibrate.ensure(shapes, request.exec)
-    if trouble:
-        print(f"the measurement failed ({trouble}); packs are planned by default sizes", file=sys.stderr)
+# ---------------------------------------------------------------- a cluster
+
+
+def _run_on_cluster(
+    request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
+) -> int:
+    """Submit what is missing and return; with nothing left to do, answer."""
+    idle, points = 0, all_points(request, store)
+    if follow is not None:
+        over = sum(s in FINAL for s in store.states(p.id for p in points).values())
+        idle = follow["idle"] + 1 if over <= follow["finished"] else 0
+        if idle >= batch.IDLE:
+            raise ClusterError(f"no run finished in {idle} rounds of jobs, so no more are submitted. See action=status.")
+    name = trainer if isinstance(trainer, str) else None
+    done = batch.submit(request, store, lambda: all_points(request, store), _say(request), idle, name)
+    gone = sum(map(len, done.removed.values()))
+    if request.format == "json" and (done.waiting or done.n_submitted):
+        told = {"submitted": done.n_submitted, "queued": done.queued, "running": done.running, "removed": gone,
+                "pruned": done.pruned, "scripts": [str(p) for p in done.scripts],
+                "jobs": [a.job for s in done.submitted for a in s.arrays if a.job]}  # fmt: skip
+        print(json.dumps(told))
+        return 0
+    for s in done.submitted:
+        at = ", ".join(f"{a.n} job(s) as {a.job}" for a in s.arrays if a.part != "follow")
+        print(f"submitted {sum(map(len, s.tasks))} runs: {at}; records and logs in {s.folder}")
+    for script in done.scripts:
+        print(f"submit it yourself: sbatch {script}")
+    if done.pruned:
+        print(f"cancelled {done.pruned} queued run(s) that are no longer part of the sweep")
+    elif gone:
+        print(f"{gone} queued run(s) are no longer part of the sweep; cancel them with prune=true")
+    if done.waiting:
+        print(f"{done.queued} runs queued, {done.running} running. See action=status; the same command answers when they "
+              "are over.")  # fmt: skip
+        return 0
+    return _end(request, store, all_points(request, store))
+
+
+def _cancel(request: Request, store: RunStore) -> int:
+    """Cancel the sweep's jobs on the cluster; local runs are stopped where they run, by Ctrl-C."""
+    n_jobs, n_runs = cancel.cancel(request, store, _say(request))
+    if request.format == "json":
+        print(json.dumps({"jobs": n_jobs, "runs": n_runs}))
+    else:
+        print(f"cancelled {n_jobs} job(s) with {n_runs} unfinished run(s); finished runs are kept, the others go on from their "
+              "checkpoints when you ask for the sweep again" if n_jobs else "nothing to cancel")  # fmt: skip
+    return 0
 
 
 def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
@@ -206,7 +222,8 @@ def _show_single(request: Request, store: RunStore, point: Point) -> None:
         return
     nll = result.get("test_nll")
     shown = "" if nll is None else f", test NLL {nll:.4f} (from {result['nll_start']:.4f})"
-    print(f"run {point.id} ({run_name(point)}): {result['state']}{shown}. Folder: {store.folder(point.id)}")
+    name = run_names([point])[point.id]
+    print(f"run {point.id} ({name}): {result['state']}{shown}. Folder: {store.folder(point.id)}")
 
 
 # ---------------------------------------------------------------- plan and status
@@ -214,10 +231,13 @@ def _show_single(request: Request, store: RunStore, point: Point) -> None:
 
 def _plan(request: Request, store: RunStore) -> int:
     now = plan.make_plan(all_points(request, store), store, request.exec)
+    difference = batch.difference(request, store, now)
     if request.format == "json":
-        print(json.dumps({"sweep": request.sweep_name, "scale": request.scale, **plan.summary(now)}))
+        print(json.dumps({"sweep": request.sweep_name, "scale": request.scale, **plan.summary(now), **difference}))
     else:
         print(_plan_text(request, now))
+        for line in batch.difference_lines(difference):
+            print(line)
         if len(now.points) <= POWER_RUNS:
             for line in plan.power(request.points, request.sweep):
                 print(line)
@@ -270,25 +290,11 @@ def _pack_lines(request: Request, now: plan.Plan) -> list[str]:
 
 
 def _status(request: Request, store: RunStore) -> int:
-    now = plan.make_plan(all_points(request, store), store, request.exec)
-    running = [p for p in now.points if now.states[p.id] in ("running", "stale")]
-    steps = {p.id: (store.records(p.id) or [{"step": 0}])[-1]["step"] for p in running}
-    left = now.hours * 3600
-    if now.flops:
-        begun = sum(run_flops(p.spec) * steps[p.id] / p.spec.steps for p in running)
-        left *= max(0.0, 1 - begun / now.flops)
-    problems = [{"run": p.id, "name": run_name(p), "state": now.states[p.id], "cause": store.failure(p.id)}
-                for p in now.points if now.states[p.id] in ("failed", "diverged")]  # fmt: skip
-    if request.format == "json":
-        told = plan.summary(now)
-        at = [{"run": i, "step": s} for i, s in steps.items()]
-        print(json.dumps({"sweep": request.sweep_name, "scale": request.scale, "runs": told["runs"], "left_s": left,
-                          "running": at, "problems": problems}))  # fmt: skip
-        return 0
-    counts = ", ".join(f"{n} {s}" for s, n in now.counts().items())
-    print(f"{request.sweep_name or 'single run'} at scale {request.scale}: {counts}; about {duration(left)} left")
-    for p in running:
-        print(f"  {now.states[p.id]:8} {run_name(p):32} {p.id}  step {steps[p.id]}/{p.spec.steps}")
-    for x in problems:
-        print(f"  {x['state']:8} {x['name']:32} {x['run']}  {x['cause']}")
+    def look() -> dict[str, Any]:
+        return status.status(request, store, all_points(request, store))
+
+    if request.watch:
+        status.watch(request, look)
+    else:
+        status.show(request, look())
     return 0

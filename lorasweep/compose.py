@@ -18,12 +18,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
+from lorasweep import jobs
 from lorasweep.errors import SpecError, unknown
 from lorasweep.grid import Point, Sweep, around, check_sweep, expand, geom
+from lorasweep.jobs import Cluster
 from lorasweep.methods import Method, method_classes
+from lorasweep.request import Request
 from lorasweep.spec import DatasetSpec, Exec, ModelSpec, RunSpec, run_id, snap_lr, validate
 
-ACTIONS = ("run", "plan", "status", "export", "import", "adapter", "verify", "extend")
+ACTIONS = ("run", "plan", "status", "cancel", "export", "import", "adapter", "verify", "extend")
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
 
@@ -44,13 +47,6 @@ class Scale:
 
 
 @dataclass
-class Cluster:
-    """A place to run; never part of a run's identity."""
-
-    name: str = "local"
-
-
-@dataclass
 class Config:
     """The whole configuration: a base run (as in RunSpec), the scale, and what to do."""
 
@@ -61,6 +57,8 @@ class Config:
     run: str = ""
     out: str = ""
     sample: int = 3
+    watch: bool = False
+    prune: bool = False
     scale: Scale = field(default_factory=Scale)
     cluster: Cluster = field(default_factory=Cluster)
     exec: Exec = field(default_factory=Exec)
@@ -80,25 +78,6 @@ class Config:
     clip_norm: float | None = None
     precision: str = "fp32"
     seed: int = 0
-
-
-@dataclass
-class Request:
-    """What the user asked for, complete and checked."""
-
-    action: str
-    format: str
-    mirror: str
-    table: str
-    run: str
-    out: str
-    sample: int
-    """Runs that action=verify trains again."""
-    scale: str
-    exec: Exec
-    sweep_name: str | None
-    sweep: Sweep | None
-    points: list[Point]
 
 
 def conf_dir() -> Path:
@@ -163,14 +142,17 @@ def request(cfg: DictConfig) -> Request:
     _one_of("format", config.format, FORMATS)
     _one_of("mirror", config.mirror, MIRRORS)
     _places(config.exec)
+    jobs.check(config.cluster)
+    jobs.check_pack_size(config.exec, config.cluster)
     sweep_name = choices.get("sweep")
     common = {"action": config.action, "format": config.format, "mirror": config.mirror, "table": config.table,
               "run": config.run, "out": config.out, "sample": config.sample,
-              "scale": config.scale.name, "exec": config.exec}  # fmt: skip
+              "watch": config.watch, "prune": config.prune, "scale": config.scale.name, "exec": config.exec,
+              "cluster": config.cluster}  # fmt: skip
     base = _run_spec(config)
     if sweep_name is None:
         points = []
-        if config.action in ("run", "plan", "status", "verify"):
+        if config.action in ("run", "plan", "status", "cancel", "verify"):
             validate(base)
             points = [Point(base.method.name, base, run_id(base))]
         return Request(**common, sweep_name=None, sweep=None, points=points)

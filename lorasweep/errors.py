@@ -32,6 +32,10 @@ class TrainingError(LorasweepError):
     """A run that failed by accident (out of memory, killed): an attempt may be made again."""
 
 
+class ClusterError(LorasweepError):
+    """A cluster that is not there, cannot do what was asked, or refused a job."""
+
+
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> str:
     """Say that `given` is no known `kind`, with the nearest name and the whole list."""
     names = sorted(allowed)

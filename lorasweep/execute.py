@@ -1,12 +1,14 @@
 """One pack, start to finish, on this machine: claim, train, record. What a worker or a cluster job calls.
 
     python -m lorasweep.execute JOB.json
-    {"packs": [{"runs": [spec, ...], "micro_batch_size": n}, ...], "exec": {...}, "dead": {run id: attempt}}
+    {"packs": [{"runs": [spec, ...], "micro_batch_size": n}, ...], "exec": {...}, "dead": {run id: attempt},
+     "trainer": null or "package.module:object", "skip": null or a file of run ids not to start}
 
 Knows the store and asks a trainer for events; torch is loaded by the trainer alone, inside functions.
 """
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -17,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lorasweep import checkpoint, ownership, provenance
+from lorasweep import checkpoint, files, ownership, provenance
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError, StoreError
 from lorasweep.event import Event, State
 from lorasweep.process import die_with_parent, keep_freed_memory
@@ -36,7 +38,7 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Set by SIGINT and SIGTERM: finish the update, write a checkpoint, leave."""
+    """Set by SIGINT, SIGTERM and Slurm's warning SIGUSR2: finish the update, write a checkpoint, leave."""
 
     SAME_S = 2.0
     """Signals this close together are one wish: a terminal's Ctrl-C reaches a worker directly and by its parent."""
@@ -46,7 +48,7 @@ class StopFlag:
         self._since = 0.0
 
     def install(self) -> None:
-        """Take over both signals; one that comes later than SAME_S after the first ends the process at once."""
+        """Take over these signals; one that comes later than SAME_S after the first ends the process at once."""
 
         def handler(number: int, frame: Any) -> None:
             if self.set and time.monotonic() - self._since > self.SAME_S:
@@ -56,6 +58,7 @@ class StopFlag:
 
         signal.signal(signal.SIGINT, handler)
         signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGUSR2, handler)
 
 
 def execute(
@@ -241,6 +244,23 @@ class TorchTrainer:
         yield from train(pack, base, self._data[data_key], exec_.micro_batch_size, resume)
 
 
+def _trainer(name: str | None) -> Trainer:
+    """Return the trainer of that name (package.module:object), or the real one."""
+    if name is None:
+        return TorchTrainer()
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def skipped(path: str | None) -> set[str]:
+    """Read a file of run ids that are not to be started; none if it is not there."""
+    try:
+        with open(path or "", "rb") as file:
+            return set(json.load(file))
+    except (OSError, ValueError):
+        return set()
+
+
 def main(job_path: str, first: int = 0) -> int:
     """Run the packs of a job file that are free, in order from number `first`; events go to stdout as JSON lines."""
     die_with_parent()
@@ -251,7 +271,8 @@ def main(job_path: str, first: int = 0) -> int:
         job = json.load(file)
     exec_ = Exec(**job["exec"])
     store = RunStore(exec_.runs_dir, dead=job.get("dead"))
-    trainer = TorchTrainer()
+    files.share_as(store.root)
+    trainer = _trainer(job.get("trainer"))
     last = 0.0
 
     def report(event: dict[str, Any]) -> None:
@@ -267,8 +288,10 @@ def main(job_path: str, first: int = 0) -> int:
     packs = job["packs"]
     try:
         for pack in packs[first:] + packs[:first]:
-            specs = [from_plain(p) for p in pack["runs"]]
-            execute(specs, exec_, store, trainer, report, stop, pack["micro_batch_size"])
+            unwanted = skipped(job.get("skip"))
+            specs = [s for s in map(from_plain, pack["runs"]) if run_id(s) not in unwanted]
+            if specs:
+                execute(specs, exec_, store, trainer, report, stop, pack["micro_batch_size"])
             if stop.set:
                 return 3
     except Stopped:

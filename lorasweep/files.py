@@ -5,6 +5,7 @@ each operation in turn.
 """
 
 import os
+import stat
 from pathlib import Path
 
 
@@ -50,6 +51,13 @@ def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
         return False
     sync_folder(path.parent)
     return True
+
+
+def share_as(folder: Path) -> None:
+    """Let what this process writes be changed by the group, if `folder` can be: a run folder made with chmod g+ws is
+    the group's."""
+    if folder.stat().st_mode & stat.S_IWGRP:
+        os.umask(os.umask(0o077) & ~0o070)
 
 
 def append(path: Path, content: bytes) -> None:

@@ -5,6 +5,7 @@ that ask the same sweep at once share its runs, each waiting for what the other 
 """
 
 import json
+import math
 import os
 import queue
 import subprocess
@@ -16,11 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorasweep import files, machine
+from lorasweep import calibrate, files, machine
 from lorasweep.errors import StoreError, TrainingError
-from lorasweep.execute import StopFlag, Stopped, Trainer, execute
+from lorasweep.execute import StopFlag, Stopped, Trainer, execute, skipped
 from lorasweep.grid import Point
-from lorasweep.plan import Plan, make_plan
+from lorasweep.ownership import Lock
+from lorasweep.plan import Plan, make_plan, to_calibrate
+from lorasweep.progress import duration
 from lorasweep.spec import Exec, canonical
 from lorasweep.store import RunStore
 
@@ -31,20 +34,24 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 def run_points(
     points: Sequence[Point], store: RunStore, exec_: Exec, report: Callable[[dict[str, Any]], None],
-    trainer: Trainer | None = None,
+    trainer: Trainer | str | None = None, patience_s: float = math.inf, skip: str | None = None,
 ) -> None:  # fmt: skip
     """Bring every run of `points` to an end, or to a recorded failure. Raises Stopped on Ctrl-C.
 
-    With `trainer` the packs run in this process (tests); without, in worker processes.
+    With a `trainer` that is callable the packs run in this process (tests); else in worker processes, which take the
+    trainer of that name (package.module:object) or the real one. `patience_s` bounds the time without any progress
+    while only runs of other processes are left. `skip`: a file of run ids that are not to be started.
     """
     tried: set[str] = set()
+    quiet_since, held = time.monotonic(), None
     while True:
-        plan = make_plan(points, store, exec_)
+        unwanted = skipped(skip)
+        plan = make_plan([p for p in points if p.id not in unwanted], store, exec_)
         mine = [p for p in plan.todo if plan.states[p.id] != "running" and p.id not in tried]
         elsewhere = [p for p in plan.todo if plan.states[p.id] == "running"]
         if mine:
-            if trainer is None:
-                _run_workers(plan, store, exec_, report)
+            if trainer is None or isinstance(trainer, str):
+                _run_workers(plan, store, exec_, report, {"trainer": trainer, "skip": skip})
             else:
                 for pack in plan.packs:
                     specs = [p.spec for p in pack.points]
@@ -54,13 +61,41 @@ def run_points(
             # killed from outside) is, as long as attempts are left.
             tried |= {i for i, s in states.items() if s == "failed"}
             tried |= {i for i, s in states.items() if s == "stale" and store.failures(i) >= exec_.max_attempts}
+            quiet_since = time.monotonic()
         elif elsewhere:
+            now_held = {p.id for p in elsewhere}
+            if now_held != held:
+                quiet_since, held = time.monotonic(), now_held
+            elif time.monotonic() - quiet_since > patience_s:
+                return
             time.sleep(POLL_S)
         else:
             return
 
 
-def _run_workers(plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dict[str, Any]], None]) -> None:
+def measure_shapes(points: Sequence[Point], store: RunStore, exec_: Exec, say: Callable[[str], None]) -> None:
+    """Measure the shapes of run that are worth it and not known on this machine; one process at a time does so."""
+    shapes = to_calibrate(points, store.states(p.id for p in points), exec_)
+    if all(calibrate.known(s, exec_) is not None for s in shapes):
+        return
+    lock = Lock(store.root / ".calibration" / "lock")
+    lock.acquire(math.inf, lambda who: say(f"waiting for the measurement by {who}"))
+    try:
+        shapes = [s for s in shapes if calibrate.known(s, exec_) is None]
+        if not shapes:
+            return
+        bound = duration(len(shapes) * calibrate.BUDGET_S)
+        say(f"measuring {len(shapes)} shape(s) of run on this machine, once: at most about {bound}")
+        trouble = calibrate.ensure(shapes, exec_)
+        if trouble:
+            say(f"the measurement failed ({trouble}); packs are planned by default sizes")
+    finally:
+        lock.release()
+
+
+def _run_workers(
+    plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dict[str, Any]], None], more: dict[str, Any]
+) -> None:
     """Start the workers on one job file, pass their events on, and wait for all of them."""
     jobs = store.root / ".jobs"
     job = {
@@ -71,6 +106,7 @@ def _run_workers(plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dic
         "exec": {**asdict(exec_), "threads": plan.threads, "workers": plan.workers},
         # A worker has not watched other machines' heartbeats, so it is told which owners were found dead.
         "dead": {p.id: store.last_attempt(p.id) for p in plan.todo if plan.states[p.id] == "stale"},
+        **more,
     }
     path = jobs / f"{os.getpid()}-{os.urandom(3).hex()}.json"
     try:
@@ -78,21 +114,17 @@ def _run_workers(plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dic
         files.write_atomic(path, json.dumps(job).encode())
     except OSError as error:
         raise StoreError(f"{path} cannot be written ({error.strerror}). Free some space, then ask again.") from None
-    env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(plan.threads)), "TOKENIZERS_PARALLELISM": "false"}
-    root = str(Path(__file__).resolve().parent.parent)
-    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    env = _environment(plan.threads)
     events: queue.Queue[dict[str, Any] | None] = queue.Queue()
-    with open(path.with_suffix(".log"), "ab") as log:
-        workers = [
-            subprocess.Popen([sys.executable, "-m", "lorasweep.execute", str(path), str(k)], stdout=subprocess.PIPE,
-                             stderr=log, env={**env, **_gpu_of(k)}, text=True)
-            for k in range(plan.workers)
-        ]  # fmt: skip
-    readers = [threading.Thread(target=_read, args=(w, events), daemon=True) for w in workers]
-    for reader in readers:
-        reader.start()
+    workers: list[subprocess.Popen] = []
     error = None
     try:
+        with open(path.with_suffix(".log"), "ab") as log:
+            for k in range(min(plan.workers, len(plan.packs))):
+                command = [sys.executable, "-m", "lorasweep.execute", str(path), str(k)]
+                workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True,
+                                                env={**env, **_devices_of(k, plan.workers)}))  # fmt: skip
+                threading.Thread(target=_read, args=(workers[-1], events), daemon=True).start()
         open_ends = len(workers)
         while open_ends:
             event = events.get()
@@ -122,10 +154,22 @@ def _run_workers(plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dic
     path.with_suffix(".log").unlink(missing_ok=True)
 
 
-def _gpu_of(worker: int) -> dict[str, str]:
-    """Give each worker one GPU, in turn; nothing where there is none."""
-    gpus = machine.gpus()
-    return {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)].uuid} if gpus else {}
+def _environment(threads: int) -> dict[str, str]:
+    """Return a worker's environment: it runs this very code, whatever lies in the current folder, on so many threads."""
+    env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "TOKENIZERS_PARALLELISM": "false"}
+    root = str(Path(__file__).resolve().parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    return {**env, "PYTHONSAFEPATH": "1"}
+
+
+def _devices_of(worker: int, workers: int) -> dict[str, str]:
+    """Deal the GPUs to the workers, each a share of its own; nothing where there are none. More workers than GPUs share."""
+    devices = machine.devices()
+    if not devices:
+        return {}
+    share = max(1, len(devices) // workers)
+    mine = [devices[(worker * share + i) % len(devices)] for i in range(share)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
 
 
 def _read(worker: subprocess.Popen, events: "queue.Queue[dict[str, Any] | None]") -> None:

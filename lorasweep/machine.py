@@ -1,4 +1,7 @@
-"""What this machine has: processors, memory, GPUs. Asks the system, never torch, so that planning needs none."""
+"""What this machine has: processors, memory, GPUs. Asks the system, never torch, so that planning needs none.
+
+Inside a Slurm job that is what the job was given.
+"""
 
 import csv
 import os
@@ -20,18 +23,31 @@ class Gpu(NamedTuple):
 
 def cores() -> int:
     """Return the processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(here, int(os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or here)))
 
 
 def memory_bytes() -> int:
-    """Return this machine's memory, or what a control group allows of it."""
+    """Return this machine's memory, or what a Slurm job or a control group allows of it."""
     total = 8 * 2**30
+    given = int(os.environ.get("SLURM_MEM_PER_NODE") or 0) * 2**20
+    given = given or int(os.environ.get("SLURM_MEM_PER_CPU") or 0) * 2**20 * cores()
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        total = min(total, given or total)
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
             return min(total, int(file.read()))
     except (ValueError, OSError):
         return total
+
+
+def devices() -> tuple[str, ...]:
+    """List what CUDA_VISIBLE_DEVICES may name, one a GPU: those of this machine, or those that a Slurm job was given
+    (also where nothing here can look at them)."""
+    found = tuple(gpu.uuid for gpu in gpus())
+    if found or "SLURM_JOB_ID" not in os.environ:
+        return found
+    return tuple(n.strip() for n in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if n.strip())
 
 
 @cache

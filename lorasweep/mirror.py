@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from lorasweep.errors import StoreError
 from lorasweep.grid import Point
-from lorasweep.progress import run_name
+from lorasweep.progress import run_names
 from lorasweep.spec import canonical
 from lorasweep.store import RunStore
 
@@ -22,14 +22,14 @@ def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
     except ImportError as error:
         raise StoreError("mirror=wandb needs the package wandb: pip install wandb") from error
     mode = os.environ.get("WANDB_MODE", "offline")
-    count = 0
+    count, names = 0, run_names(points)
     for point in points:
         result = store.result(point.id)
         mark = store.folder(point.id) / f"mirrored-{mode}.json"
         if result is None or mark.exists():
             continue
         run = wandb.init(
-            id=point.id, name=run_name(point), group=group, mode=mode, resume="allow",
+            id=point.id, name=names[point.id], group=group, mode=mode, resume="allow",
             project=os.environ.get("WANDB_PROJECT", "lorasweep"), config=json.loads(canonical(point.spec)),
             settings=wandb.Settings(x_disable_stats=True, x_disable_meta=True, console="off", silent=True,
                                     disable_git=True, disable_code=True),

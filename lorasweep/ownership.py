@@ -1,16 +1,23 @@
 """Who works on a run: attempts, and whether the process that made one still lives.
 
 Clocks of two machines are never compared. On one machine the boot id, the process id and the process's start
-time decide; for another machine, whether its heartbeat's content changes while this one watches.
+time decide; for another machine Slurm, if the owner is a job of it that can be asked about; else whether the owner's
+heartbeat's content changes while this one watches.
 """
 
 import json
 import os
+import shutil
 import socket
+import threading
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from lorasweep import files, slurm
+from lorasweep.errors import StoreError
 
 HEARTBEAT_S = 15.0
 """Seconds between heartbeats of a working process."""
@@ -50,7 +57,20 @@ def _exists(pid: int) -> bool:
 def me() -> dict[str, Any]:
     """Describe this process as an owner."""
     pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": boot_id(), "pid": pid, "started": start_time(pid)}
+    owner = {"host": socket.gethostname(), "boot": boot_id(), "pid": pid, "started": start_time(pid)}
+    job = os.environ.get("SLURM_JOB_ID")
+    if job:
+        owner["slurm"] = {"cluster": os.environ.get("SLURM_CLUSTER_NAME", ""), "job": job,
+                          "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}  # fmt: skip
+    return owner
+
+
+def restarted(owner: dict[str, Any]) -> bool:
+    """Say whether this process is the Slurm job that `owner` was, started again by Slurm."""
+    mine, its = me().get("slurm"), owner.get("slurm")
+    if not mine or not its:
+        return False
+    return (mine["cluster"], mine["job"]) == (its["cluster"], its["job"]) and mine["restart"] > its["restart"]
 
 
 class Liveness:
@@ -58,6 +78,7 @@ class Liveness:
 
     def __init__(self) -> None:
         self._seen: dict[Path, tuple[bytes, float]] = {}
+        self._executions = slurm.Executions()
 
     def alive(self, attempt: Path) -> bool:
         """Say whether the owner of an attempt folder lives. Unknown, on another machine, counts as alive."""
@@ -67,6 +88,12 @@ class Liveness:
             return False  # an attempt is created with its owner in one step, so this one is damaged
         if owner.get("boot") == boot_id() and owner.get("host") == socket.gethostname():
             return start_time(owner["pid"]) == owner["started"] != ""
+        if restarted(owner):
+            return False
+        if its := owner.get("slurm"):
+            running = self._executions(its["cluster"], its["job"], its["restart"])
+            if running is not None:
+                return running
         try:
             beat = (attempt / "heartbeat").read_bytes()
         except OSError:
@@ -77,3 +104,53 @@ class Liveness:
             since = now
         self._seen[attempt] = (beat, since)
         return now - since < SILENCE_S
+
+
+class Lock:
+    """One holder at a time among all processes that see a folder; a dead holder's is taken over."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._liveness = Liveness()
+        self._mine: Path | None = None
+        self._done = threading.Event()
+
+    def acquire(self, wait_s: float, waiting: Callable[[str], None]) -> None:
+        """Take it, waiting for its holder; `waiting` is told once who that is. StoreError after `wait_s`."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        end, told = time.monotonic() + wait_s, False
+        while True:
+            last = max((int(e.name) for e in os.scandir(self._folder) if e.name.isdigit()), default=0)
+            held = self._folder / str(last)
+            if last == 0 or (held / "released").exists() or not self._liveness.alive(held):
+                mine = self._folder / str(last + 1)
+                if files.create_folder_once(mine, {"owner.json": json.dumps(me()).encode()}):
+                    self._mine = mine
+                    threading.Thread(target=self._beat, daemon=True).start()
+                    return
+                continue
+            who = json.loads((held / "owner.json").read_bytes())
+            if not told:
+                waiting(f"{who['host']}, process {who['pid']}")
+                told = True
+            if time.monotonic() > end:
+                raise StoreError(f"{held} is held by process {who['pid']} on {who['host']}, which still lives. "
+                                 "Ask again later.")  # fmt: skip
+            time.sleep(0.2)
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._done.wait(HEARTBEAT_S if beat else 0):
+            beat += 1
+            try:
+                (self._mine / "heartbeat").write_text(str(beat))
+            except OSError:
+                continue
+
+    def release(self) -> None:
+        """Give it back, and clear away what earlier holders left."""
+        self._done.set()
+        files.write_atomic(self._mine / "released", b"")
+        for entry in os.scandir(self._folder):
+            if entry.name.isdigit() and int(entry.name) < int(self._mine.name):
+                shutil.rmtree(entry.path, ignore_errors=True)

@@ -89,17 +89,23 @@ def to_calibrate(points: Sequence[Point], states: dict[str, str], exec_: Exec) -
     return [specs[0] for specs in groups.values() if len(specs) > 1 and total > worth]
 
 
-def _seconds(
-    points: list[Point], states: dict[str, str], store: RunStore, packs: list[Pack], flops: float, workers: int
-) -> tuple[float, str]:
-    """Return the expected time of what is left, and what the expectation rests on."""
+def measured_flops(points: Sequence[Point], states: dict[str, str], store: RunStore) -> float | None:
+    """Return the operations a second of one worker, by this store's finished runs; None if none was trained here."""
     rates = []
     for p in [p for p in points if states[p.id] == "done"][:16]:
         result = store.result(p.id) or {}
         if result.get("wall_s") and not result.get("imported"):
             rates.append(run_flops(p.spec) / result["wall_s"])
-    if rates:
-        return flops / (statistics.median(rates) * workers), "measured"
+    return statistics.median(rates) if rates else None
+
+
+def _seconds(
+    points: list[Point], states: dict[str, str], store: RunStore, packs: list[Pack], flops: float, workers: int
+) -> tuple[float, str]:
+    """Return the expected time of what is left, and what the expectation rests on."""
+    rate = measured_flops(points, states, store)
+    if rate:
+        return flops / (rate * workers), "measured"
     if packs and all(pack.seconds is not None for pack in packs):
         times = [pack.seconds or 0.0 for pack in packs]
         return max(sum(times) / workers, max(times)), "calibrated"

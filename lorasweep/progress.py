@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -17,11 +19,29 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def run_name(point: Point) -> str:
-    """Name a run by what people look for; the store knows it by its id."""
-    method, spec = point.spec.method, point.spec
-    rank = getattr(method, "rank", None)
-    return f"{point.arm}{f' r{rank}' if rank else ''} lr={spec.lr:g} seed={spec.seed}"
+_NAMED = ("model", "dataset", "method")
+
+
+def run_names(points: Sequence[Point]) -> dict[str, str]:
+    """Name the runs of a sweep by what differs among them, and no more; the store knows them by their ids.
+
+    Arm and learning rate are always said. What follows from the arm (its method) is not said again.
+    """
+    fields = [_fields(p) for p in points]
+    varied = [k for k in dict.fromkeys(k for f in fields for k in f) if len({str(f.get(k)) for f in fields if k in f}) > 1]
+    named = {}
+    for p, f in zip(points, fields):
+        said = [f"r{f[k]}" if k == "rank" else f"{k}={f[k]}" for k in varied if k in f and k != "seed"]
+        seed = [f"seed={p.spec.seed}"] if "seed" in varied or len(points) == 1 else []
+        named[p.id] = " ".join([p.arm, *said, f"lr={p.spec.lr:g}", *seed])
+    return named
+
+
+def _fields(point: Point) -> dict[str, Any]:
+    spec = point.spec
+    flat = {k: v for k, v in vars(spec.method).items() if k != "name"}
+    return {**flat, "model": spec.model.name, "dataset": spec.dataset.name,
+            **{k: v for k, v in vars(spec).items() if k not in (*_NAMED, "lr")}}  # fmt: skip
 
 
 class Display:
@@ -29,6 +49,7 @@ class Display:
 
     def __init__(self, todo: list[Point], quiet: bool = False) -> None:
         self._points = {p.id: p for p in todo}
+        self._names = run_names(todo)
         self._work = {p.id: run_flops(p.spec) for p in todo}
         self._total = sum(self._work.values()) or 1.0
         self._share = dict.fromkeys(self._work, 0.0)
@@ -71,7 +92,7 @@ class Display:
                          description=f"{self._ended}/{len(self._points)} runs")  # fmt: skip
 
     def _outcome(self, event: dict) -> str:
-        head = f"[{self._ended:>3}/{len(self._points)}] {run_name(self._points[event['run']]):32} {event['run']}"
+        head = f"[{self._ended:>3}/{len(self._points)}] {self._names[event['run']]:32} {event['run']}"
         if event["ended"] == "failed":
             return f"{head}  FAILED: {event['cause']}"
         nll = event.get("test_nll")

@@ -1,5 +1,7 @@
 """Where and with what a run was made: a whitelist, never the whole environment, so no key leaks."""
 
+import json
+import os
 import platform
 import socket
 import subprocess
@@ -11,6 +13,9 @@ from typing import Any
 import lorasweep
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "hydra-core", "omegaconf")
+SLURM = {"job": "SLURM_JOB_ID", "array": "SLURM_ARRAY_JOB_ID", "task": "SLURM_ARRAY_TASK_ID", "node": "SLURMD_NODENAME",
+         "partition": "SLURM_JOB_PARTITION", "restart": "SLURM_RESTART_COUNT", "gpus": "CUDA_VISIBLE_DEVICES"}  # fmt: skip
+"""What is recorded of a Slurm job, and the variable that says it."""
 
 
 @cache
@@ -24,14 +29,35 @@ def environment() -> dict[str, Any]:
             versions[name] = None
     return {
         "lorasweep": lorasweep.__version__,
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        **code(),
         "python": platform.python_version(),
         "packages": versions,
         "host": socket.gethostname(),
         "system": platform.platform(),
         "processor": _processor(),
+        "slurm": slurm_job(),
     }
+
+
+def slurm_job() -> dict[str, str] | None:
+    """Describe the Slurm job that this process is part of; None outside one."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    return {name: os.environ[variable] for name, variable in SLURM.items() if variable in os.environ}
+
+
+def code() -> dict[str, Any]:
+    """Say which code this is: commit, whether it was edited since, and the snapshot that it was copied to."""
+    told = Path(__file__).resolve().parent.parent / "snapshot.json"
+    if told.is_file():
+        return json.loads(told.read_bytes())
+    edited = _git("status", "--porcelain")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if edited is None else bool(edited), "snapshot": None}
+
+
+def edited() -> list[str]:
+    """List the files of the checkout that differ from its commit; empty for an installed package."""
+    return [line.split(maxsplit=1)[1] for line in (_git("status", "--porcelain") or "").splitlines()]
 
 
 def _processor() -> str:

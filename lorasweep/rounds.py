@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasweep.compose import Request
 from lorasweep.errors import SpecError, StoreError
 from lorasweep.files import write_atomic
 from lorasweep.grid import Point
+from lorasweep.request import Request
 from lorasweep.spec import checked_id
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep import files, ownership
+from lorasweep import files, index, ownership
 from lorasweep.errors import StoreError
 from lorasweep.spec import TRAIN_VERSION, RunSpec, canonical, run_id
 
@@ -43,6 +43,7 @@ class RunStore:
         """Make the folder and try a write; StoreError with the reason if it cannot be used."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            files.share_as(self.root)
             probe = self.root / f".probe.{os.getpid()}"
             files.write_atomic(probe, b"")
             probe.unlink()
@@ -102,9 +103,15 @@ class RunStore:
         return "running" if self._alive(rid, last) else "stale"
 
     def states(self, ids: Iterable[str]) -> dict[str, str]:
-        """Return the state of each id; ids without a folder cost nothing."""
+        """Return the state of each id; ids without a folder cost nothing, finished ones little."""
+        ids = list(ids)
         there = self.existing()
-        return {rid: self.state(rid) if rid in there else "missing" for rid in ids}
+        over = self.finished(i for i in ids if i in there)
+        return {i: over[i].state if i in over else self.state(i) if i in there else "missing" for i in ids}
+
+    def finished(self, ids: Iterable[str]) -> dict[str, index.Entry]:
+        """Return what is kept of the results of those that are finished, by way of an index."""
+        return index.read(self.root, ids, self.result)
 
     def last_attempt(self, rid: str) -> int | None:
         """Return the highest attempt number: its owner owns the run."""
@@ -134,6 +141,13 @@ class RunStore:
             return json.loads((self._attempt(rid, attempt) / "end.json").read_bytes())
         except (OSError, ValueError):
             return None
+
+    def owner(self, rid: str, attempt: int) -> dict[str, Any]:
+        """Return who made an attempt; empty if that cannot be read."""
+        try:
+            return json.loads((self._attempt(rid, attempt) / "owner.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
 
     def records(self, rid: str) -> list[dict[str, Any]]:
         """Return the records of a run; a torn last line is passed over."""
@@ -169,8 +183,11 @@ class RunStore:
         if not spec_path.exists() or spec_path.read_bytes() != canonical(spec).encode():
             files.write_atomic(spec_path, canonical(spec).encode())
         last = self.last_attempt(rid)
-        if last is not None and self.end(rid, last) is None and self._alive(rid, last):
-            return None
+        if last is not None and self.end(rid, last) is None:
+            if self._alive(rid, last):
+                return None
+            if ownership.restarted(self.owner(rid, last)):  # preempted, or its node failed: no fault of the run
+                self.write_end(rid, last, "stopped", "started again by Slurm")
         mine = 1 if last is None else last + 1
         owner = json.dumps(ownership.me()).encode()
         if not files.create_folder_once(self._attempt(rid, mine), {"owner.json": owner}):

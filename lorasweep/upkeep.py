@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep import rounds
-from lorasweep.compose import Request
 from lorasweep.errors import SpecError, StoreError
 from lorasweep.grid import Point
-from lorasweep.progress import run_name
+from lorasweep.progress import run_names
+from lorasweep.request import Request
 from lorasweep.store import FINAL, RunStore
 
 
@@ -60,7 +60,7 @@ def verify(request: Request, store: RunStore, points: list[Point]) -> int:
     if request.sample < 1:
         raise SpecError(f"sample={request.sample}: at least 1 run.")
     quiet = request.format == "json"
-    names = {p.id: run_name(p) for p in points}
+    names = run_names(points)
 
     def told(c: verifying.Comparison) -> None:
         if quiet:

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from lorasweep import plan
-from lorasweep.act import check_available
+from lorasweep.checks import check_available
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
 from lorasweep.grid import Claim, Sweep, check_sweep, expand, geom
 from lorasweep.spec import run_id

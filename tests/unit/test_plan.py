@@ -121,10 +121,10 @@ def test_gpus_are_those_that_the_environment_leaves(wanted, indices):
 
 
 def test_one_worker_a_gpu(asked, tmp_path, monkeypatch):
-    from lorasweep.local import _gpu_of
+    from lorasweep.local import _devices_of
 
     monkeypatch.setattr(machine, "gpus", lambda: machine.visible(SMI, None))
     monkeypatch.setattr(machine, "cores", lambda: 16)
     now, sizes = packs(asked, tmp_path)
     assert (now.workers, now.threads) == (2, 8) and max(sizes) == 16
-    assert [_gpu_of(k)["CUDA_VISIBLE_DEVICES"] for k in range(3)] == ["GPU-aaa", "GPU-bbb", "GPU-aaa"]
+    assert [_devices_of(k, 3)["CUDA_VISIBLE_DEVICES"] for k in range(3)] == ["GPU-aaa", "GPU-bbb", "GPU-aaa"]

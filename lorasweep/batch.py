@@ -1,0 +1,230 @@
+"""A sweep on a cluster: submit what is missing. Trains nothing.
+
+Asking twice submits nothing twice: a run is submitted only if no live job has it before it. All that decides this
+happens under one lock for the run folder, whoever asks; the rest is the store's: a run that two jobs have is trained by
+the first that claims it.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorasweep import checks, files, jobs, launch, plan, slurm, snapshot, submissions
+from lorasweep.cancel import prune, removed
+from lorasweep.errors import ClusterError
+from lorasweep.grid import Point
+from lorasweep.jobs import Ask
+from lorasweep.mend import mend
+from lorasweep.request import Request
+from lorasweep.spec import Exec, canonical
+from lorasweep.store import FINAL, RunStore
+from lorasweep.submissions import FOLLOW, Array, Queue, Submission
+
+FOLLOW_GIB = 2.0
+"""Memory of the job that follows: it plans, and fits and draws the answer. Measured: 0.5 GiB for 80 runs."""
+IDLE = 3
+"""Rounds without a finished run after which the following job gives up: nodes that break every job would go on for ever."""
+
+
+@dataclass
+class Outcome:
+    """What a command did, and what is on its way."""
+
+    submitted: list[Submission] = field(default_factory=list)
+    n_submitted: int = 0
+    queued: int = 0
+    """Runs that live jobs have before them, those just submitted included."""
+    running: int = 0
+    exhausted: list[Point] = field(default_factory=list)
+    """Runs that were killed exec.max_attempts times: not submitted again."""
+    removed: dict[str, list[str]] = field(default_factory=dict)
+    """Submission -> queued runs that are no longer part of the sweep."""
+    pruned: int = 0
+    scripts: list[Path] = field(default_factory=list)
+
+    @property
+    def waiting(self) -> bool:
+        """Say whether there is something to wait for."""
+        return bool(self.queued or self.running or self.scripts)
+
+
+def submit(
+    request: Request, store: RunStore, points: Callable[[], list[Point]], say: Callable[[str], None], idle: int = 0,
+    trainer: str | None = None,
+) -> Outcome:  # fmt: skip
+    """Submit the sweep's runs that are missing and that no live job has. `idle`: rounds without a finished run so far.
+
+    Raises:
+        ClusterError: no Slurm here, a partition that is not there, a job that no node can hold, a run folder that nodes
+            cannot see, a disk that is too small, or Slurm's own refusal.
+    """
+    cluster = request.cluster
+    slurm.require()
+    partition = jobs.partition_of(cluster, slurm.partitions())
+    if not cluster.shared:
+        checks.check_visible(store.root, partition.hosts, checks.disks())
+    home = submissions.home(store.root)
+    (home / "code").mkdir(parents=True, exist_ok=True)
+    code = snapshot.take(home / "code")
+    with submissions.locked(store.root, say):
+        queue = mend(store.root, say)
+        if queue.unknown:
+            raise ClusterError(queue.unknown)
+        todo, outcome, now = _missing(request, store, points(), queue)
+        if request.prune:
+            outcome.pruned = prune(queue, outcome.removed)
+        if todo:
+            packs = plan.make_packs(todo, store, _exec_of(request), now.states)
+            flops_s = plan.measured_flops(now.points, now.states, store)
+            flops_s = flops_s or jobs.flops_per_s(cluster, plan.ASSUMED_FLOPS_PER_CORE[todo[0].spec.precision])
+            tasks = jobs.group(packs, cluster, flops_s)
+            ask = jobs.ask_for(tasks, cluster, flops_s, partition)
+            jobs.check_fits(ask, cluster, partition)
+            checks.check_disk(store.root, packs, ask.workers * cluster.parallel)
+            say(f"jobs run {snapshot.say(code)}")
+            given = [[p for pack in t for p in pack.points] for t in tasks]
+            _submit(request, given, ask, code, queue, outcome, {"idle": idle, "trainer": trainer, "finished": _finished(now)})
+        elif cluster.follow and cluster.submit and outcome.queued and not _followed(queue, request.title):
+            ask = Ask(1, 0, 1.0, cluster.follow_min, 1)
+            _submit(request, [], ask, code, queue, outcome, {"idle": idle, "trainer": trainer, "finished": _finished(now)})
+        return outcome
+
+
+def _finished(now: plan.Plan) -> int:
+    return sum(s in FINAL for s in now.states.values())
+
+
+def _exec_of(request: Request) -> Exec:
+    return dataclasses.replace(request.exec, workers=jobs.workers(request.cluster))
+
+
+def _missing(request: Request, store: RunStore, points: list[Point], queue: Queue) -> tuple[list[Point], Outcome, plan.Plan]:
+    """Say which runs are to be submitted, and what is on its way already."""
+    now = plan.make_plan(points, store, request.exec)
+    covered = queue.covered()
+    outcome = Outcome(removed=removed(queue, request, now.points, store))
+    outcome.running = sum(s == "running" for s in now.states.values())
+    outcome.queued = sum(p.id in covered and now.states[p.id] != "running" for p in now.todo)
+    todo = [p for p in now.todo if now.states[p.id] != "running" and p.id not in covered]
+    outcome.exhausted = [p for p in todo if now.states[p.id] == "stale" and store.failures(p.id) >= request.exec.max_attempts]
+    worn = {p.id for p in outcome.exhausted}
+    return [p for p in todo if p.id not in worn], outcome, now
+
+
+# ---------------------------------------------------------------- submitting
+
+
+def _submit(
+    request: Request, tasks: list[list[Point]], ask: Ask, code: Path, queue: Queue, outcome: Outcome, told: dict[str, Any]
+) -> None:
+    """Record the intent, then submit: arrays no longer than the cluster allows, and the job that follows them."""
+    cluster = request.cluster
+    folder = submissions.home(Path(request.exec.runs_dir)) / submissions.new_name(request.title)
+    (folder / "tasks").mkdir(parents=True)
+    (folder / "jobs").mkdir()
+    longest = slurm.max_tasks()
+    shares = range(0, len(tasks), longest)
+    arrays = [Array(str(c), f"{folder.name}-{c}", k, min(longest, len(tasks) - k)) for c, k in enumerate(shares)]
+    follow = Array(FOLLOW, f"{folder.name}-{FOLLOW}", len(tasks), 1) if cluster.follow and cluster.submit else None
+    exec_ = dataclasses.asdict(_exec_of(request))
+    for k, runs in enumerate(tasks):
+        task = {"runs": [json.loads(canonical(p.spec)) for p in runs], "exec": exec_, "requeues": cluster.requeues,
+                "skip": str(folder / "withdrawn.json"), "trainer": told["trainer"]}  # fmt: skip
+        _write(folder / "tasks" / f"{k}.json", task)
+    if follow:
+        asked = {**request.plain(), "action": "run", "format": "text", "watch": False, "prune": False}
+        _write(folder / "request.json", asked)
+        follow_task = {"follow": str(folder / "request.json"), **told}
+        _write(folder / "tasks" / f"{len(tasks)}.json", follow_task)
+    files.sync_folder(folder / "tasks")
+    ids = [[p.id for p in runs] for runs in tasks]
+    recorded = [*arrays, follow] if follow else arrays
+    submissions.record(folder, request.title, ids, recorded, code=code.name, script=not cluster.submit,
+                       host=socket.gethostname(), gpus=ask.gpus, cpus=ask.cpus, workers=ask.workers)  # fmt: skip
+    numbers = []
+    for array in arrays:
+        if cluster.submit:
+            numbers.append(launch.submit(folder, array, ask, cluster, code))
+            submissions.note_array(folder, array.part, numbers[-1])
+        else:
+            outcome.scripts.append(launch.write_script(folder, array, ask, cluster, code))
+    if follow:
+        others = {a.label(k) for s, k, _ in queue.live() if s.told["sweep"] == request.title for a in s.arrays
+                  if a.job and a.first <= k < a.first + a.n and a.part != FOLLOW}  # fmt: skip
+        small = Ask(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
+        place = dataclasses.replace(cluster, gpus=0, partition=cluster.follow_partition or cluster.partition)
+        number = launch.submit(folder, follow, small, place, code, sorted({*numbers, *others}))
+        submissions.note_array(folder, FOLLOW, number)
+        _cancel_followers(queue, request.title)
+    if arrays and cluster.submit:
+        outcome.n_submitted += sum(map(len, tasks))
+        outcome.queued += sum(map(len, tasks))
+        outcome.submitted.append(submissions.read(folder))
+
+
+def _write(path: Path, plain: Any) -> None:
+    path.write_text(json.dumps(plain))  # not synced one by one: the folder's record comes after, and a torn one fails loudly
+
+
+def _cancel_followers(queue: Queue, title: str) -> None:
+    """A new following job waits for all live jobs of the sweep, so the older ones are not needed; never this one itself."""
+    mine = os.environ.get("SLURM_JOB_ID")
+    names = {s.name for s in queue.submissions if s.told["sweep"] == title}
+    old = [j.id for n, j in queue.follows.items() if n in names and j.live and j.id != mine]
+    if old:
+        slurm.cancel(old)
+
+
+def _followed(queue: Queue, title: str) -> bool:
+    mine = os.environ.get("SLURM_JOB_ID")
+    names = {s.name for s in queue.submissions if s.told["sweep"] == title}
+    return any(j.live and j.id != mine for n, j in queue.follows.items() if n in names)
+
+
+# ---------------------------------------------------------------- what would happen
+
+
+def difference(request: Request, store: RunStore, now: plan.Plan) -> dict[str, Any]:
+    """Say what a submission would change in the queue: plain values; empty where nothing was ever submitted from here."""
+    cluster = request.cluster
+    if cluster.kind != "slurm" and not submissions.home(store.root).is_dir():
+        return {}
+    queue = submissions.look(store.root)
+    todo, outcome, _ = _missing(request, store, now.points, queue)
+    gone = sum(map(len, outcome.removed.values()))
+    told: dict[str, Any] = {"queue": {"queued": outcome.queued, "to_submit": len(todo), "removed": gone}}
+    if queue.unknown:
+        told["queue"]["unknown"] = queue.unknown
+    if cluster.kind == "slurm" and todo:
+        flops_s = plan.measured_flops(now.points, now.states, store)
+        flops_s = flops_s or jobs.flops_per_s(cluster, plan.ASSUMED_FLOPS_PER_CORE[todo[0].spec.precision])
+        packs = plan.make_packs(todo, store, _exec_of(request), now.states)
+        tasks = jobs.group(packs, cluster, flops_s)
+        anywhere = slurm.Partition("", True, 0, 0, 0, float("inf"), frozenset())
+        told["queue"] |= {"jobs": len(tasks), "job": dataclasses.asdict(jobs.ask_for(tasks, cluster, flops_s, anywhere))}
+    return told
+
+
+def difference_lines(told: dict[str, Any]) -> list[str]:
+    """Write it for people."""
+    if not told:
+        return []
+    queue = told["queue"]
+    lines = []
+    if "jobs" in queue:
+        job = queue["job"]
+        gpus = f", {job['gpus']} GPU(s)" if job["gpus"] else ""
+        lines.append(f"  a submission would send {queue['to_submit']} runs in {queue['jobs']} job(s), each {job['cpus']} "
+                     f"processor(s){gpus}, {job['mem_gib']:g} GiB, {job['time_min']} min at most")  # fmt: skip
+    if queue["queued"]:
+        lines.append(f"  {queue['queued']} runs are queued already")
+    if queue["removed"]:
+        lines.append(f"  {queue['removed']} queued run(s) are no longer part of the sweep: prune=true cancels them")
+    if "unknown" in queue:
+        lines.append(f"  what is queued is not known: {queue['unknown']}")
+    return lines

@@ -1,0 +1,117 @@
+"""What runs inside a Slurm job: the runs of one task, side by side on what the job was given.
+
+    python -m lorasweep.job TASK.json
+    {"runs": [spec, ...], "exec": {...}, "requeues": n, "skip": FILE}      train these
+    {"follow": REQUEST.json, "idle": n, "finished": n}                     ask the sweep again
+
+A job is safe to run twice, to kill at any time, and to start again elsewhere: it trains what is free and unfinished, each
+run from its checkpoint. Warned of its time limit or of preemption it writes checkpoints; whether it comes back is Slurm's
+business, except at a time limit, where it queues itself again.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lorasweep import files, local
+from lorasweep.errors import LorasweepError
+from lorasweep.execute import Stopped, skipped
+from lorasweep.grid import Point
+from lorasweep.spec import Exec, from_plain, run_id
+from lorasweep.store import FINAL, RunStore
+
+PATIENCE_S = 45.0
+"""How long a job waits for runs that another execution still holds, such as its own before it was started again."""
+LISTEN_S = 1.0
+"""Signals of one cause come within this time: USR2 alone is a time limit, with TERM it is preemption or a cancellation."""
+
+
+class Signals:
+    """Turns the first of Slurm's signals into a KeyboardInterrupt and remembers all of them."""
+
+    def __init__(self) -> None:
+        self.got: set[int] = set()
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._take)
+        signal.signal(signal.SIGCONT, lambda number, frame: None)
+
+    def _take(self, number: int, frame: Any) -> None:
+        first = not self.got
+        self.got.add(number)
+        if first:
+            raise KeyboardInterrupt
+
+
+def run(path: str) -> None:
+    """Do what the task file at `path` says. Raises what shall make the job FAILED."""
+    signals = Signals()
+    try:
+        task = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise LorasweepError(
+            f"{path} is not visible on node {os.environ.get('SLURMD_NODENAME', '?')}: the run folder must lie on a file system "
+            "that all nodes share (exec.runs_dir=FOLDER)."
+        ) from None
+    if "follow" in task:
+        return _follow(task)
+    try:
+        _train(task)
+    except (Stopped, KeyboardInterrupt):
+        time.sleep(LISTEN_S)
+        said = ", ".join(signal.Signals(n).name for n in sorted(signals.got)) or "a signal to its workers"
+        print(f"stopped by {said}; finished runs are kept, the others go on from their checkpoints", flush=True)
+        if signals.got == {signal.SIGUSR2}:
+            _requeue(task)
+
+
+def _train(task: dict[str, Any]) -> None:
+    exec_ = Exec(**task["exec"])
+    store = RunStore(exec_.runs_dir)
+    files.share_as(store.root)
+    specs = [from_plain(plain) for plain in task["runs"]]
+    points = [Point(s.method.name, s, run_id(s)) for s in specs]
+    left = [p for p in points if p.id not in skipped(task["skip"]) and store.state(p.id) not in FINAL]
+    print(f"{len(points)} runs, {len(left)} to do, {exec_.workers} worker(s)", flush=True)
+    if not left:
+        return  # Slurm ran this job twice, or others were faster
+
+    def report(event: dict[str, Any]) -> None:
+        if "ended" in event:
+            print(json.dumps(event), flush=True)
+
+    local.measure_shapes(left, store, exec_, lambda text: print(text, flush=True))
+    local.run_points(left, store, exec_, report, task.get("trainer"), PATIENCE_S, task["skip"])
+    states = store.states(p.id for p in left)
+    print("over: " + ", ".join(f"{list(states.values()).count(s)} {s}" for s in sorted(set(states.values()))), flush=True)
+
+
+def _requeue(task: dict[str, Any]) -> None:
+    """Put this job back into the queue, as far as it is allowed to; a failure is said and no more: the job that follows
+    the sweep's jobs, or the same command, submits what is left."""
+    job, before = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    if before >= task["requeues"]:
+        print(f"not queued again: {before} times are enough (cluster.requeues)", flush=True)
+        return
+    done = subprocess.run(["scontrol", "requeue", str(job)], capture_output=True, text=True, check=False)
+    print(f"queued again: {done.stderr.strip() or 'yes'}", flush=True)
+    time.sleep(30)  # Slurm ends this execution
+
+
+def _follow(task: dict[str, Any]) -> None:
+    from lorasweep.act import act
+    from lorasweep.request import from_file
+
+    request = from_file(json.loads(Path(task["follow"]).read_bytes()))
+    act(request, task.get("trainer"), follow=task)
+
+
+if __name__ == "__main__":
+    try:
+        run(sys.argv[1])
+    except LorasweepError as error:
+        sys.exit(f"lorasweep: {error}")

@@ -1,0 +1,43 @@
+"""Bring in order what a command left that died while it submitted."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lorasweep import launch, slurm, submissions
+from lorasweep.submissions import Array, Queue
+
+
+def mend(runs_dir: Path, say: Callable[[str], None]) -> Queue:
+    """Adopt or cancel the jobs that are not recorded, and return the queue. The lock must be held.
+
+    An array that reached Slurm whole is adopted; one that did not is cancelled and given up, so that its runs are
+    submitted anew.
+    """
+    queue = submissions.look(runs_dir)
+    if queue.unknown:
+        return queue
+    known = {j.name: j for j in queue.strays}
+    changed = False
+    for s in queue.submissions:
+        for array in s.arrays:
+            if array.job is not None or (array.abandoned and array.name not in known):
+                continue
+            changed = True
+            number = known[array.name].array if array.name in known else _lately(array)
+            whole = number is not None and not array.abandoned
+            if whole and (s.told["script"] or launch.complete(s.folder, array, number)):
+                say(f"job {number} of {s.name}, submitted by a command that died, is adopted")
+            elif number is not None:
+                say(f"job {number} of {s.name}, submitted in part by a command that died, is cancelled")
+                slurm.cancel([number])
+                number = None
+            for script in s.folder.glob("array-*.sh") if number is None else []:
+                script.unlink()  # never submitted: what it would run is planned anew
+            submissions.note_array(s.folder, array.part, number)
+    return submissions.look(runs_dir) if changed else queue
+
+
+def _lately(array: Array) -> str | None:
+    """Return the number of a job of this name that squeue has forgotten already, if accounting knows it."""
+    found = slurm.named(array.name)
+    return found[0].partition("_")[0] if found else None
