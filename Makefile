@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SCALE ?= tiny
 
-.PHONY: help run small weights test test-fast lint bench calibrate bases clean
+.PHONY: help run small weights test test-fast lint bench calibrate bases slurm-up slurm-down storm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -55,6 +55,15 @@ calibrate: $(VENV)/.installed ## fit and judge planted sweeps (about half an hou
 
 bases: $(VENV)/.installed ## remake the shipped base models from their recipes (half an hour)
 	$(BIN)/python -m lorasweep.recipe tiny64 tiny128
+
+slurm-up: ## start a real Slurm on this machine (as root): eval "$$(make -s slurm-up)"
+	@slurm/one_machine/start.sh
+
+slurm-down: ## stop it, and remove what it wrote
+	@slurm/one_machine/stop.sh --wipe
+
+storm: $(VENV)/.installed ## twenty minutes of preemptions, node failures and kills over a sweep of 200 runs
+	$(BIN)/python -m tests.storm --minutes $(or $(MINUTES),20)
 
 clean: ## remove the environment and build leftovers; runs, reports and models stay
 	rm -rf $(VENV) build dist *.egg-info

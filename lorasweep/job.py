@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lorasweep import files, local
-from lorasweep.errors import LorasweepError
+from lorasweep import files, local, slurm, submissions
+from lorasweep.errors import ClusterError, LorasweepError
 from lorasweep.execute import Stopped, skipped
 from lorasweep.grid import Point
 from lorasweep.spec import Exec, from_plain, run_id
@@ -61,6 +61,7 @@ def run(path: str) -> None:
         return _follow(task)
     try:
         _train(task)
+        _release_stuck(Path(path).parent.parent)
     except (Stopped, KeyboardInterrupt):
         time.sleep(LISTEN_S)
         said = ", ".join(signal.Signals(n).name for n in sorted(signals.got)) or "a signal to its workers"
@@ -88,6 +89,18 @@ def _train(task: dict[str, Any]) -> None:
     local.run_points(left, store, exec_, report, task.get("trainer"), PATIENCE_S, task["skip"])
     states = store.states(p.id for p in left)
     print("over: " + ", ".join(f"{list(states.values()).count(s)} {s}" for s in sorted(set(states.values()))), flush=True)
+
+
+def _release_stuck(folder: Path) -> None:
+    """Let siblings start that Slurm holds after a failed start: otherwise they wait until somebody asks for the sweep."""
+    submission = submissions.read(folder)
+    try:
+        held = [j.label for j in slurm.queue([a.name for a in submission.arrays]) if j.stuck] if submission else []
+    except ClusterError:
+        return
+    if held:
+        print(f"released, as their nodes failed at the start: {', '.join(held)}", flush=True)
+        slurm.release(held)
 
 
 def _requeue(task: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Bring in order what a command left that died while it submitted."""
+"""Bring in order what a command left that died while it submitted, and what Slurm holds back after a failure."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +34,10 @@ def mend(runs_dir: Path, say: Callable[[str], None]) -> Queue:
             for script in s.folder.glob("array-*.sh") if number is None else []:
                 script.unlink()  # never submitted: what it would run is planned anew
             submissions.note_array(s.folder, array.part, number)
+    stuck = [j.label for _, _, j in queue.live() if j.stuck] + [j.label for j in queue.follows.values() if j.stuck]
+    if stuck:
+        say(f"{len(stuck)} job(s) that Slurm holds since their node failed at the start are released")
+        slurm.release(stuck)
     return submissions.look(runs_dir) if changed else queue
 
 

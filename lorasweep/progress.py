@@ -19,7 +19,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-_NAMED = ("model", "dataset", "method")
+_FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "steps")
+"""What people look for first, in this order."""
 
 
 def run_names(points: Sequence[Point]) -> dict[str, str]:
@@ -28,7 +29,8 @@ def run_names(points: Sequence[Point]) -> dict[str, str]:
     Arm and learning rate are always said. What follows from the arm (its method) is not said again.
     """
     fields = [_fields(p) for p in points]
-    varied = [k for k in dict.fromkeys(k for f in fields for k in f) if len({str(f.get(k)) for f in fields if k in f}) > 1]
+    known = dict.fromkeys((*_FIRST, *(k for f in fields for k in f)))
+    varied = [k for k in known if len({str(f[k]) for f in fields if k in f}) > 1]
     named = {}
     for p, f in zip(points, fields):
         said = [f"r{f[k]}" if k == "rank" else f"{k}={f[k]}" for k in varied if k in f and k != "seed"]
@@ -41,7 +43,7 @@ def _fields(point: Point) -> dict[str, Any]:
     spec = point.spec
     flat = {k: v for k, v in vars(spec.method).items() if k != "name"}
     return {**flat, "model": spec.model.name, "dataset": spec.dataset.name,
-            **{k: v for k, v in vars(spec).items() if k not in (*_NAMED, "lr")}}  # fmt: skip
+            **{k: v for k, v in vars(spec).items() if k not in ("model", "dataset", "method", "lr")}}  # fmt: skip
 
 
 class Display:

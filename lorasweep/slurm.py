@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,8 @@ from lorasweep.errors import ClusterError
 ENDED = frozenset(("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
                    "REVOKED", "TIMEOUT"))  # fmt: skip
 """States of a job that will not run again; everything else may. A requeued job is PENDING."""
+STUCK = ("launch failed requeued held", "JobHoldMaxRequeue")
+"""Reasons for which Slurm holds a job after a failed start. A job held by its user or an administrator is left alone."""
 AT_ONCE = 200
 """Names or ids in one question: command lines are finite."""
 ASK_S = 60
@@ -53,6 +56,11 @@ class Job:
     def label(self) -> str:
         """Return the id that people and scancel use: 12, or 12_3."""
         return self.array if self.task is None else f"{self.array}_{self.task}"
+
+    @property
+    def stuck(self) -> bool:
+        """Say whether Slurm holds it back because its node failed at the start: nobody's wish, and for ever."""
+        return self.state == "PENDING" and self.reason.replace("_", " ") in STUCK
 
     @property
     def live(self) -> bool:
@@ -221,6 +229,13 @@ def cancel(jobs: Sequence[str]) -> None:
         except ClusterError as error:
             if "Invalid job id" not in str(error) and "already complet" not in str(error):
                 raise
+
+
+def release(jobs: Sequence[str]) -> None:
+    """Let held jobs start; one that is no longer held is no error."""
+    for job in jobs:
+        with suppress(ClusterError):
+            ask("scontrol", "release", job)
 
 
 class Executions:

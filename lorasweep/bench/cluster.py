@@ -1,0 +1,83 @@
+"""What a cluster adds: time to the first step, jobs and runs an hour by runs a job, and a sweep against the local one.
+
+    python -m lorasweep.bench.cluster OUT.json      on a login node, or with `eval "$(make -s slurm-up)"`
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from lorasweep import files, slurm
+
+NOTHING = (
+    "import sys; from lorasweep.act import act; from lorasweep.compose import compose_request as compose\n"
+    "sys.exit(act(compose(sys.argv[1:]), 'lorasweep.bench.overhead:nothing'))"
+)
+CLUSTER = ("cluster=slurm", "cluster.cpus=1", "cluster.mem_gib=1", "cluster.follow=false", "exec.threads=1")
+RUNS_PER_JOB = {1: 60, 10: 600, 100: 2000}
+"""Runs a job -> runs in all: enough jobs for a rate."""
+REAL = ("+sweep=lr_ratio", "scale=smoke", "steps=200", "sweep.axes.seed=[0,1,2,3]", "exec.threads=1", "exec.pack_size=4")
+
+
+def grid(runs: int) -> list[str]:
+    """Return the command line of a LoRA sweep of so many runs."""
+    return ["+sweep=lr_ratio", "scale=smoke", "~sweep.arms.fullft", "sweep.arms.lora.lr=${around:3e-3,10,1.5}",
+            f"sweep.axes.seed={list(range(runs // 10))}".replace(" ", "")]  # fmt: skip
+
+
+def ask(folder: Path, *arguments: str, nothing: bool = False) -> float:
+    """Give a command; return its seconds."""
+    start = ["-c", NOTHING] if nothing else ["-m", "lorasweep"]
+    env = {**os.environ, "LORASWEEP_RUNS": str(folder / "runs"), "LORASWEEP_REPORTS": str(folder / "reports")}
+    started = time.monotonic()
+    subprocess.run([sys.executable, *start, *arguments], check=True, capture_output=True, env=env)
+    return time.monotonic() - started
+
+
+def wait(folder: Path, runs: int) -> float:
+    """Wait until so many runs are finished; return the seconds."""
+    started = time.monotonic()
+    while len(list((folder / "runs").glob("*/result.json"))) < runs:
+        time.sleep(0.1)
+    return time.monotonic() - started
+
+
+def measure(log: Any) -> dict[str, Any]:
+    """Return first_step_s, command_s, jobs_per_h and runs_per_h by runs a job, and sweep_vs_local."""
+    slurm.require()
+    told: dict[str, Any] = {"jobs_per_h": {}, "runs_per_h": {}}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("LORASWEEP_BENCH_DIR")) as name:
+        folder = Path(name)
+        first = folder / "first"
+        started = time.monotonic()
+        told["command_s"] = ask(first, *REAL, *CLUSTER)
+        while not list((first / "runs").glob("*/metrics.jsonl")):
+            time.sleep(0.05)
+        told["first_step_s"] = time.monotonic() - started
+        log(f"from command to first step: {told['first_step_s']:.1f} s, of which the command {told['command_s']:.1f} s")
+        wait(first, 24)
+        for per_job, runs in RUNS_PER_JOB.items():
+            place = folder / str(per_job)
+            more = (f"cluster.runs_per_job={per_job}", f"exec.pack_size={min(per_job, 10)}")
+            ask(place, *grid(runs), *CLUSTER, *more, nothing=True)
+            seconds = wait(place, runs)
+            told["jobs_per_h"][per_job] = 3600 * runs / per_job / seconds
+            told["runs_per_h"][per_job] = 3600 * runs / seconds
+            log(f"{per_job} runs a job: {told['jobs_per_h'][per_job]:.0f} jobs/h, {told['runs_per_h'][per_job]:.0f} runs/h")
+        local = ask(folder / "local", *REAL, "exec.workers=2")
+        started = time.monotonic()
+        ask(folder / "slurm", *REAL, *CLUSTER, "cluster.workers=2", "cluster.runs_per_job=24")
+        wait(folder / "slurm", 24)
+        told["local_s"], told["slurm_s"] = local, time.monotonic() - started
+        log(f"24 runs: {local:.1f} s here, {told['slurm_s']:.1f} s as one job of two workers")
+    return told
+
+
+if __name__ == "__main__":
+    found = measure(lambda text: print(text, flush=True))
+    files.write_atomic(Path(sys.argv[1]), (json.dumps(found, indent=1) + "\n").encode())
