@@ -32,6 +32,9 @@ def main() -> None:
             code = act(compose.request(cfg))
         except LorasweepError as error:
             fail(str(error))
+        except BrokenPipeError:  # the reader (head, less) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         if code:
             sys.exit(code)
 

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lorasweep import checkpoint, files, ownership, provenance
+from lorasweep import checkpoint, cost, files, ownership, provenance
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError, StoreError
 from lorasweep.event import Event, State
 from lorasweep.process import die_with_parent, keep_freed_memory
@@ -95,9 +95,11 @@ def execute(
         _end_all(store, claims, "stopped" if full else "failed", cause, text)
         if full:
             free = checkpoint.free_bytes(store.root) / 2**20
+            need = 2 * cost.CHECKPOINT_BYTES * sum(s.method.n_trainable(s.model) for s in pack) / 2**20
             raise StoreError(
-                f"the disk of {store.root} is full ({free:.0f} MiB free). Finished runs are safe. Free some space "
-                "and give the same command again: it goes on from the last checkpoints."
+                f"the disk of {store.root} is full ({free:.0f} MiB free); the checkpoints of the {len(pack)} run(s) that were "
+                f"training take up to {need:.1f} MiB, and action=plan says what the whole sweep needs. Finished runs are safe. "
+                "Free some space and give the same command again: it goes on from the last checkpoints."
             ) from None
         for rid in claims:
             if store.result(rid) is None:

@@ -27,10 +27,16 @@ class Entry(NamedTuple):
     threads: int | None
 
 
-def read(root: Path, ids: Iterable[str], result: Callable[[str], dict[str, Any] | None]) -> dict[str, Entry]:
-    """Return the entries of those of `ids` that are finished; `result` reads and checks the ones not indexed yet."""
+def read(
+    root: Path, ids: Iterable[str], result: Callable[[str], dict[str, Any] | None], known: dict[str, list[Any]]
+) -> dict[str, Entry]:
+    """Return the entries of those of `ids` that are finished; `result` reads and checks the ones not indexed yet.
+
+    `known` is the caller's memory between calls, filled from the index when it is empty.
+    """
     path = root / ".index.json"
-    known = _load(path)
+    if not known:
+        known |= _load(path)
     found: dict[str, Entry] = {}
     behind = 0
     prefix = f"{root}{os.sep}"

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -23,27 +23,43 @@ _FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", 
 """What people look for first, in this order."""
 
 
-def run_names(points: Sequence[Point]) -> dict[str, str]:
+def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> dict[str, str]:
     """Name the runs of a sweep by what differs among them, and no more; the store knows them by their ids.
 
-    Arm and learning rate are always said. What follows from the arm (its method) is not said again.
+    Arm and learning rate are always said; a field of a method is compared among the arms that have it. `only`: the ids to
+    name, if not all.
     """
-    fields = [_fields(p) for p in points]
-    known = dict.fromkeys((*_FIRST, *(k for f in fields for k in f)))
-    varied = [k for k in known if len({str(f[k]) for f in fields if k in f}) > 1]
+    varied = _varied(points)
     named = {}
-    for p, f in zip(points, fields):
-        said = [f"r{f[k]}" if k == "rank" else f"{k}={f[k]}" for k in varied if k in f and k != "seed"]
-        seed = [f"seed={p.spec.seed}"] if "seed" in varied or len(points) == 1 else []
-        named[p.id] = " ".join([p.arm, *said, f"lr={p.spec.lr:g}", *seed])
+    for p in points:
+        if only is None or p.id in only:
+            f = _fields(p)
+            said = [f"r{f[k]}" if k == "rank" else f"{k}={f[k]}" for k in varied if k in f and k != "seed"]
+            seed = [f"seed={p.spec.seed}"] if "seed" in varied or len(points) == 1 else []
+            named[p.id] = " ".join([p.arm, *said, f"lr={p.spec.lr:g}", *seed])
     return named
+
+
+def _varied(points: Sequence[Point]) -> list[str]:
+    """List the fields that differ, column by column: a sweep may have ten thousand runs."""
+    found: dict[str, set[Any]] = {}
+    specs = [p.spec for p in points]
+    for key in vars(specs[0]) if specs else ():
+        if key in ("model", "dataset"):
+            found[key] = {getattr(s, key).name for s in {id(getattr(s, key)): s for s in specs}.values()}
+        elif key not in ("lr", "method"):
+            found[key] = {getattr(s, key) for s in specs}
+    for method in {id(s.method): s.method for s in specs}.values():
+        for key, value in vars(method).items():
+            if key != "name":
+                found.setdefault(key, set()).add(str(value))
+    return [k for k in dict.fromkeys((*_FIRST, *found)) if len(found.get(k, ())) > 1]
 
 
 def _fields(point: Point) -> dict[str, Any]:
     spec = point.spec
     flat = {k: v for k, v in vars(spec.method).items() if k != "name"}
-    return {**flat, "model": spec.model.name, "dataset": spec.dataset.name,
-            **{k: v for k, v in vars(spec).items() if k not in ("model", "dataset", "method", "lr")}}  # fmt: skip
+    return {**vars(spec), **flat, "model": spec.model.name, "dataset": spec.dataset.name}
 
 
 class Display:

@@ -4,6 +4,7 @@ Works wherever the run folder can be seen; what Slurm says is added where it can
 """
 
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -34,7 +35,9 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     covered = queue.covered()
     states = {i: "queued" if s in ("missing", "stale") and i in covered else s for i, s in now.states.items()}
     entries = store.finished(states)
-    names = run_names(now.points)
+    top = {a: _best(now.points, entries, a) for a in dict.fromkeys(p.arm for p in now.points)}
+    at_hand = {i for i, s in states.items() if s in ("running", "failed", "diverged", "stale")}
+    names = run_names(now.points, at_hand | {i for _, i in top.values()})
     running = {p.id: p for p in now.points if states[p.id] == "running"}
     steps = {i: (store.records(i) or [{"step": 0}])[-1]["step"] for i in running}
     flops_left = now.flops - sum(run_flops(p.spec) * steps[i] / p.spec.steps for i, p in running.items())
@@ -42,8 +45,8 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     return {
         "sweep": request.sweep_name, "scale": request.scale,
         "runs": {"total": len(now.points), "todo": len(now.todo), **Counter(states.values())},
-        "arms": _arms(now.points, states, entries, names),
-        "best": _best(entries, names),
+        "arms": _arms(now.points, states, top, names),
+        "best": _told_best(min(top.values(), default=(math.inf, "")), names),
         "left_s": _left_s(now, flops_left, entries, queue),
         "rate_per_h": _rate_per_h(entries),
         "hours": _hours(request, now, entries, flops_left),
@@ -64,25 +67,23 @@ def _is_of(queue: Queue, name: str, title: str) -> bool:
 
 
 def _arms(
-    points: list[Point], states: dict[str, str], entries: dict[str, Entry], names: dict[str, str]
+    points: list[Point], states: dict[str, str], top: dict[str, tuple[float, str]], names: dict[str, str]
 ) -> list[dict[str, Any]]:
-    by_arm: dict[str, list[Point]] = {}
+    counts: dict[str, Counter[str]] = {arm: Counter() for arm in top}
     for p in points:
-        by_arm.setdefault(p.arm, []).append(p)
-    told = []
-    for arm, mine in by_arm.items():
-        ids = {p.id for p in mine}
-        best = _best({i: e for i, e in entries.items() if i in ids}, names)
-        told.append({"arm": arm, "runs": len(mine), **Counter(states[i] for i in ids), "best": best})
-    return told
+        counts[p.arm][states[p.id]] += 1
+    return [{"arm": a, "runs": c.total(), **c, "best": _told_best(top[a], names)} for a, c in counts.items()]
 
 
-def _best(entries: dict[str, Entry], names: dict[str, str]) -> dict[str, Any] | None:
-    usable = [(e.test_nll, i) for i, e in entries.items() if e.state == "done" and e.test_nll is not None and i in names]
-    if not usable:
-        return None
-    nll, rid = min(usable)
-    return {"run": rid, "name": names[rid], "test_nll": nll}
+def _best(points: list[Point], entries: dict[str, Entry], arm: str) -> tuple[float, str]:
+    """Return the lowest test NLL of an arm and its run; (inf, "") if none is done."""
+    usable = ((entries[p.id].test_nll, p.id) for p in points if p.arm == arm and p.id in entries)
+    return min(((nll, i) for nll, i in usable if nll is not None and entries[i].state == "done"), default=(math.inf, ""))
+
+
+def _told_best(best: tuple[float, str], names: dict[str, str]) -> dict[str, Any] | None:
+    nll, rid = best
+    return {"run": rid, "name": names[rid], "test_nll": nll} if rid else None
 
 
 def _rate_per_h(entries: dict[str, Entry]) -> float | None:
@@ -109,8 +110,11 @@ def _hours(request: Request, now: plan.Plan, entries: dict[str, Entry], flops_le
     """Hours of GPUs (of processors where the cluster has none) that the finished runs took, and that are left."""
     share = 1.0 if request.cluster.gpus else None
     used = sum((e.wall_s or 0.0) * (share or e.threads or 1) for e in entries.values()) / 3600
-    done = sum(run_flops(p.spec) for p in now.points if p.id in entries)
-    return {"of": "GPU" if share else "core", "used": used, "left": used * flops_left / done if done else None}
+    left: float | None = 0.0
+    if flops_left:
+        done = sum(run_flops(p.spec) for p in now.points if p.id in entries)
+        left = used * flops_left / done if done else None
+    return {"of": "GPU" if share else "core", "used": used, "left": left}
 
 
 def _problems(store: RunStore, points: list[Point], states: dict[str, str], names: dict[str, str]) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ class RunStore:
         self.root = Path(root).expanduser().absolute()
         self._liveness = ownership.Liveness()
         self._dead = dead or {}
+        self._known: dict[str, list[Any]] = {}
 
     def prepare(self) -> None:
         """Make the folder and try a write; StoreError with the reason if it cannot be used."""
@@ -111,7 +112,7 @@ class RunStore:
 
     def finished(self, ids: Iterable[str]) -> dict[str, index.Entry]:
         """Return what is kept of the results of those that are finished, by way of an index."""
-        return index.read(self.root, ids, self.result)
+        return index.read(self.root, ids, self.result, self._known)
 
     def last_attempt(self, rid: str) -> int | None:
         """Return the highest attempt number: its owner owns the run."""

@@ -19,7 +19,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,7 +214,8 @@ def _note_end(submission: Submission) -> bool:
     if young and (len(ends) < len(labels) or any(a.abandoned for a in submission.arrays)):
         return False
     told = {label: asdict(end) for label, end in ends.items()}
-    files.create_once(submission.folder / "ended.json", json.dumps(told).encode())
+    with suppress(OSError):  # a full disk, or a folder of another's: then it is asked again
+        files.create_once(submission.folder / "ended.json", json.dumps(told).encode())
     return True
 
 

@@ -18,7 +18,7 @@ from tests.world import ROOT, cli
 
 pytestmark = pytest.mark.slow
 SMOKE = ("+sweep=lr_ratio", "scale=smoke")
-LONG = (*SMOKE, "steps=500", "batch_size=8", "exec.checkpoint_s=0.3", "exec.threads=1")
+LONG = (*SMOKE, "steps=300", "batch_size=8", "exec.checkpoint_s=0.3", "exec.threads=1")
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +62,8 @@ def finished(cwd):
 
 
 def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(slurm, tmp_path):
-    """scale=tiny with few steps: the second stage is submitted, and the answer written, by the job that follows."""
-    sweep = ("+sweep=lr_ratio", "scale=tiny", "steps=6", "exec.threads=1", "exec.pack_size=4")
+    """scale=tiny with few steps and held-out rows: the second stage is submitted, and the answer written, by the job that follows."""
+    sweep = ("+sweep=lr_ratio", "scale=tiny", "steps=6", "dataset.n_test=32", "dataset.n_test_curve=8", "exec.threads=1", "exec.pack_size=4")
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
@@ -75,6 +75,7 @@ def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(slurm, tmp_p
     assert curves(there / "runs") == curves(here / "runs")
     report = (there / "reports/lr_ratio-tiny/report.md").read_text()
     assert report == (here / "reports/lr_ratio-tiny/report.md").read_text()
+    assert "39 done" in cli(*sweep, "action=status", "watch=true", cwd=there).stdout  # ends, as nothing is left
     answer = submit(there, *sweep, *FAST)  # the same command, when all is over, answers
     assert answer.stdout.splitlines()[0] == local.stdout.splitlines()[0] and "submitted" not in answer.stdout
     one = next(iter((there / "runs").glob("*/attempts/1/env.json")))
@@ -135,16 +136,21 @@ def test_scripts_for_places_without_submitit(slurm, tmp_path):
 # ---------------------------------------------------------------- what a cluster does to jobs
 
 
-@pytest.mark.parametrize("blow", ["grace", "no grace", "requeue", "time limit", "node", "cancel"])
-def test_an_interrupted_job_goes_on_with_the_same_curves(slurm, tmp_path, blow):
-    here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir()
-    there.mkdir()
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """The curves of LONG, trained on this machine."""
+    here = tmp_path_factory.mktemp("undisturbed")
     cli(*LONG, cwd=here, timeout=500)
-    place = {"grace": ("cluster.partition=scavenge",), "time limit": ("cluster.time_min=1", "cluster.warn_s=30")}.get(blow, ())
+    return curves(here / "runs")
+
+
+@pytest.mark.parametrize("blow", ["grace", "no grace", "requeue", "time limit", "node", "cancel"])
+def test_an_interrupted_job_goes_on_with_the_same_curves(slurm, tmp_path, blow, undisturbed):
+    there = tmp_path
+    place = {"grace": ("cluster.partition=scavenge",), "time limit": ("cluster.time_min=2", "cluster.warn_s=40")}.get(blow, ())
     submit(there, *LONG, *FAST, *place)
     wait_for(lambda: any(max((r["step"] for r in c), default=0) > 50 for c in curves(there / "runs").values()), 120)
-    job, state = next((j, s) for j, s in slurm.queue().items() if s == "RUNNING")
+    job = next(j for j, s in slurm.queue().items() if s == "RUNNING")
     if blow in ("grace", "no grace"):
         slurm.ask("sbatch", "-p", "urgent", "-N4", "-c2", "-o", "/dev/null", "--wrap", "sleep 1")
     elif blow == "requeue":
@@ -152,13 +158,13 @@ def test_an_interrupted_job_goes_on_with_the_same_curves(slurm, tmp_path, blow):
     elif blow == "node":
         slurm.ask("scontrol", "update", "nodename=n1", "state=down", "reason=test")
     elif blow == "cancel":
-        submit(there, *SMOKE[:2], *LONG[2:], "action=cancel")
+        submit(there, *LONG, "action=cancel")
     if blow == "cancel":
         slurm.drain(60)
         assert len(finished(there)) < 6
         submit(there, *LONG, *FAST)
     slurm.drain(400)
-    assert len(finished(there)) == 6 and curves(there / "runs") == curves(here / "runs")
+    assert len(finished(there)) == 6 and curves(there / "runs") == undisturbed
     ends = [json.loads(p.read_text())["state"] for p in (there / "runs").glob("*/attempts/*/end.json")]
     assert ends and set(ends) == {"stopped"}  # interrupted, and no fault of the runs
     if blow == "time limit":
