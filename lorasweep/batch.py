@@ -146,10 +146,15 @@ def _submit(
     recorded = [*arrays, follow] if follow else arrays
     submissions.record(folder, request.title, ids, recorded, code=code.name, script=not cluster.submit,
                        host=socket.gethostname(), gpus=ask.gpus, cpus=ask.cpus, workers=ask.workers)  # fmt: skip
-    numbers = []
+    numbers: list[str] = []
     for array in arrays:
         if cluster.submit:
-            numbers.append(launch.submit(folder, array, ask, cluster, code))
+            try:
+                numbers.append(launch.submit(folder, array, ask, cluster, code))
+            except ClusterError:
+                for refused in recorded[len(numbers) :]:  # the arrays before it are on their way
+                    submissions.note_array(folder, refused.part, None)
+                raise
             submissions.note_array(folder, array.part, numbers[-1])
         else:
             outcome.scripts.append(launch.write_script(folder, array, ask, cluster, code))

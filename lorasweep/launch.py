@@ -23,7 +23,7 @@ def submit(folder: Path, array: Array, ask: Ask, cluster: Cluster, code: Path, a
     Raises ClusterError with Slurm's complaint.
     """
     import submitit
-    from submitit.core.utils import FailedSubmissionError
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     tasks = [str(folder / "tasks" / f"{k}.json") for k in range(array.first, array.first + array.n)]
     with _outside_jobs():
@@ -40,7 +40,7 @@ def submit(folder: Path, array: Array, ask: Ask, cluster: Cluster, code: Path, a
         )  # fmt: skip
         try:
             jobs = executor.map_array(job.run, tasks)
-        except FailedSubmissionError as error:
+        except (FailedJobError, FailedSubmissionError) as error:  # what sbatch says comes as the first
             raise ClusterError(f"Slurm refused the jobs: {_complaint(str(error))}") from None
     return jobs[0].job_id.partition("_")[0]
 

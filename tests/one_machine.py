@@ -34,7 +34,7 @@ class Slurm:
 
     def __init__(self, **settings):
         self.folder = Path(tempfile.mkdtemp(prefix="ls-", dir="/tmp"))  # munge's socket path must be short
-        self.env = {"SLURM_TEST_DIR": str(self.folder), "SLURM_TEST_PORT": str(27000 + os.getpid() % 20000),
+        self.env = {"SLURM_TEST_DIR": str(self.folder), "SLURM_TEST_PORT": str(20000 + os.getpid() % 10000),
                     "SLURM_TEST_CPUS": "2", **settings}
         self.start()
 

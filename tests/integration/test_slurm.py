@@ -300,8 +300,8 @@ def test_queued_jobs_run_the_code_as_it_was(slurm, tmp_path):
     (("cluster.gpus=3",), "cluster.gpus=3, but a node of partition 'main' has at most 2"),
     (("cluster.cpus=64",), "asks for 64 processors, but a node of partition 'main' has at most 2"),
     (("cluster.mem_gib=900",), "a job asks for 900 GiB, but a node of partition 'main' has at most 7.8"),
-    (("cluster.qos=gold",), "Slurm refused the jobs"),
-    (("cluster.time_min=1",), "would be warned at once"),
+    (("cluster.constraint=gold",), "Slurm refused the jobs: "),
+    (("cluster.time_min=1", "cluster.warn_s=90"), "would be warned at once"),
     (("cluster.work_min=0",), "cluster.work_min=0.0: more than 0"),
 ], ids=lambda v: v[0] if isinstance(v, tuple) else "")  # fmt: skip
 def test_what_the_cluster_cannot_do_is_said_before_anything_is_submitted(slurm, tmp_path, given, said):
