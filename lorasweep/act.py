@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep import batch, calibrate, cancel, checks, local, plan, rounds, status, upkeep
-from lorasweep.errors import ClusterError, StoreError
+from lorasweep.errors import GaveUp, StoreError
 from lorasweep.execute import Stopped, Trainer
 from lorasweep.grid import Point, curve_key, second_stage
 from lorasweep.progress import Display, duration, run_names
@@ -149,13 +149,14 @@ def _run_on_cluster(
         over = sum(s in FINAL for s in store.states(p.id for p in points).values())
         idle = follow["idle"] + 1 if over <= follow["finished"] else 0
         if idle >= batch.IDLE:
-            raise ClusterError(f"no run finished in {idle} rounds of jobs, so no more are submitted. See action=status.")
+            raise GaveUp(f"no run finished in {idle} rounds of jobs, so no more are submitted. See action=status.")
     name = trainer if isinstance(trainer, str) else None
     done = batch.submit(request, store, lambda: all_points(request, store), _say(request), idle, name)
     gone = sum(map(len, done.removed.values()))
     if request.format == "json" and (done.waiting or done.n_submitted):
         told = {"submitted": done.n_submitted, "queued": done.queued, "running": done.running, "removed": gone,
-                "pruned": done.pruned, "scripts": [str(p) for p in done.scripts],
+                "pruned": done.pruned, "refused": done.refused, "untold": done.untold,
+                "exhausted": len(done.exhausted), "scripts": [str(p) for p in done.scripts],
                 "jobs": [a.job for s in done.submitted for a in s.arrays if a.job]}  # fmt: skip
         print(json.dumps(told))
         return 0
@@ -164,6 +165,15 @@ def _run_on_cluster(
         print(f"submitted {sum(map(len, s.tasks))} runs: {at}; records and logs in {s.folder}")
     for script in done.scripts:
         print(f"submit it yourself: sbatch {script}")
+    if done.refused:
+        print(f"Slurm did not take all: {done.refused}", file=sys.stderr)
+        print("The rest follows when jobs are over, or when you ask again", file=sys.stderr)
+    if done.untold:
+        print(f"{done.untold} runs may be with jobs of another cluster, or of another user whose jobs Slurm hides from you: "
+              f"ask there. If those jobs are gone, remove their folders in {store.root}/.slurm", file=sys.stderr)  # fmt: skip
+    if done.exhausted:
+        print(f"{len(done.exhausted)} runs were killed {request.exec.max_attempts} times and are not submitted again: see "
+              "their causes by action=status, then raise exec.max_attempts", file=sys.stderr)  # fmt: skip
     if done.pruned:
         print(f"cancelled {done.pruned} queued run(s) that are no longer part of the sweep")
     elif gone:

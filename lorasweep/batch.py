@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from lorasweep.errors import ClusterError
 from lorasweep.grid import Point
 from lorasweep.jobs import Ask
 from lorasweep.mend import mend
+from lorasweep.ownership import SILENCE_S
 from lorasweep.request import Request
 from lorasweep.spec import Exec, canonical
 from lorasweep.store import FINAL, RunStore
@@ -37,6 +39,8 @@ class Outcome:
 
     submitted: list[Submission] = field(default_factory=list)
     n_submitted: int = 0
+    covered: bool = False
+    """Some run that is not over is a live job's, queued or running."""
     queued: int = 0
     """Runs that live jobs have before them, those just submitted included."""
     running: int = 0
@@ -44,13 +48,17 @@ class Outcome:
     """Runs that were killed exec.max_attempts times: not submitted again."""
     removed: dict[str, list[str]] = field(default_factory=dict)
     """Submission -> queued runs that are no longer part of the sweep."""
+    untold: int = 0
+    """Runs that jobs may have which this Slurm cannot tell about."""
+    refused: str | None = None
+    """Why Slurm took only a part."""
     pruned: int = 0
     scripts: list[Path] = field(default_factory=list)
 
     @property
     def waiting(self) -> bool:
         """Say whether there is something to wait for."""
-        return bool(self.queued or self.running or self.scripts)
+        return bool(self.queued or self.running or self.scripts or self.untold)
 
 
 def submit(
@@ -68,6 +76,7 @@ def submit(
     partition = jobs.partition_of(cluster, slurm.partitions())
     if not cluster.shared:
         checks.check_visible(store.root, partition.hosts, checks.disks())
+    _watch_others(store, points(), say)
     home = submissions.home(store.root)
     (home / "code").mkdir(parents=True, exist_ok=True)
     code = snapshot.take(home / "code")
@@ -77,7 +86,7 @@ def submit(
             raise ClusterError(queue.unknown)
         todo, outcome, now = _missing(request, store, points(), queue)
         if request.prune:
-            outcome.pruned = prune(queue, outcome.removed)
+            outcome.pruned = prune(queue, outcome.removed, say)
         if todo:
             packs = plan.make_packs(todo, store, _exec_of(request), now.states)
             flops_s = plan.measured_flops(now.points, now.states, store)
@@ -89,7 +98,7 @@ def submit(
             say(f"jobs run {snapshot.say(code)}")
             given = [[p for pack in t for p in pack.points] for t in tasks]
             _submit(request, given, ask, code, queue, outcome, {"idle": idle, "trainer": trainer, "finished": _finished(now)})
-        elif cluster.follow and cluster.submit and outcome.queued and not _followed(queue, request.title):
+        elif cluster.follow and cluster.submit and outcome.covered and not _followed(queue, request):
             ask = Ask(1, 0, 1.0, cluster.follow_min, 1)
             _submit(request, [], ask, code, queue, outcome, {"idle": idle, "trainer": trainer, "finished": _finished(now)})
         return outcome
@@ -110,10 +119,26 @@ def _missing(request: Request, store: RunStore, points: list[Point], queue: Queu
     outcome = Outcome(removed=removed(queue, request, now.points, store))
     outcome.running = sum(s == "running" for s in now.states.values())
     outcome.queued = sum(p.id in covered and now.states[p.id] != "running" for p in now.todo)
-    todo = [p for p in now.todo if now.states[p.id] != "running" and p.id not in covered]
+    outcome.covered = any(p.id in covered for p in now.todo)
+    untold = queue.untold()
+    outcome.untold = sum(p.id in untold for p in now.todo)
+    todo = [p for p in now.todo if now.states[p.id] != "running" and p.id not in covered and p.id not in untold]
     outcome.exhausted = [p for p in todo if now.states[p.id] == "stale" and store.failures(p.id) >= request.exec.max_attempts]
     worn = {p.id for p in outcome.exhausted}
     return [p for p in todo if p.id not in worn], outcome, now
+
+
+def _watch_others(store: RunStore, points: list[Point], say: Callable[[str], None]) -> None:
+    """Watch the runs that other machines are said to work on, where only a heartbeat can tell, until it has told: an owner
+    that died without a word would keep its runs for ever."""
+    running = [i for i, s in store.states(p.id for p in points).items() if s == "running"]
+    unsure = store.unsure(running)
+    if unsure:
+        say(f"watching {len(unsure)} run(s) that another machine is said to train, for at most {SILENCE_S + 1:.0f} s")
+    end = time.monotonic() + SILENCE_S + 1
+    while unsure and time.monotonic() < end:
+        time.sleep(2.0)
+        unsure = store.unsure(i for i in unsure if store.state(i) == "running")
 
 
 # ---------------------------------------------------------------- submitting
@@ -131,30 +156,25 @@ def _submit(
     shares = range(0, len(tasks), longest)
     arrays = [Array(str(c), f"{folder.name}-{c}", k, min(longest, len(tasks) - k)) for c, k in enumerate(shares)]
     follow = Array(FOLLOW, f"{folder.name}-{FOLLOW}", len(tasks), 1) if cluster.follow and cluster.submit else None
-    exec_ = dataclasses.asdict(_exec_of(request))
-    for k, runs in enumerate(tasks):
-        task = {"runs": [json.loads(canonical(p.spec)) for p in runs], "exec": exec_, "requeues": cluster.requeues,
-                "skip": str(folder / "withdrawn.json"), "trainer": told["trainer"]}  # fmt: skip
-        _write(folder / "tasks" / f"{k}.json", task)
-    if follow:
-        asked = {**request.plain(), "action": "run", "format": "text", "watch": False, "prune": False}
-        _write(folder / "request.json", asked)
-        follow_task = {"follow": str(folder / "request.json"), **told}
-        _write(folder / "tasks" / f"{len(tasks)}.json", follow_task)
-    files.sync_folder(folder / "tasks")
+    _write_tasks(folder, request, tasks, told, follow is not None)
     ids = [[p.id for p in runs] for runs in tasks]
     recorded = [*arrays, follow] if follow else arrays
-    submissions.record(folder, request.title, ids, recorded, code=code.name, script=not cluster.submit,
+    asked = [p.id for p in request.points]
+    submissions.record(folder, request.title, asked, ids, recorded, code=code.name,
+                       script=not cluster.submit, cluster=slurm.setting("ClusterName"),
                        host=socket.gethostname(), gpus=ask.gpus, cpus=ask.cpus, workers=ask.workers)  # fmt: skip
     numbers: list[str] = []
     for array in arrays:
         if cluster.submit:
             try:
                 numbers.append(launch.submit(folder, array, ask, cluster, code))
-            except ClusterError:
-                for refused in recorded[len(numbers) :]:  # the arrays before it are on their way
+            except ClusterError as error:
+                for refused in recorded[len(numbers) : None if not numbers else len(arrays)]:
                     submissions.note_array(folder, refused.part, None)
-                raise
+                if not numbers:
+                    raise
+                outcome.refused = str(error)  # the arrays before it are on their way; the job that follows submits the rest
+                break
             submissions.note_array(folder, array.part, numbers[-1])
         else:
             outcome.scripts.append(launch.write_script(folder, array, ask, cluster, code))
@@ -163,32 +183,59 @@ def _submit(
                   if a.job and a.first <= k < a.first + a.n and a.part != FOLLOW}  # fmt: skip
         small = Ask(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
         place = dataclasses.replace(cluster, gpus=0, partition=cluster.follow_partition or cluster.partition)
-        number = launch.submit(folder, follow, small, place, code, sorted({*numbers, *others}))
-        submissions.note_array(folder, FOLLOW, number)
-        _cancel_followers(queue, request.title)
-    if arrays and cluster.submit:
-        outcome.n_submitted += sum(map(len, tasks))
-        outcome.queued += sum(map(len, tasks))
+        try:
+            number = launch.submit(folder, follow, small, place, code, sorted({*numbers, *others}))
+        except ClusterError as error:
+            submissions.note_array(folder, FOLLOW, None)
+            outcome.refused = f"no job follows: {error}"
+        else:
+            submissions.note_array(folder, FOLLOW, number)
+            _cancel_followers(queue, request)
+    if numbers:
+        taken = sum(len(t) for a in arrays[: len(numbers)] for t in tasks[a.first : a.first + a.n])
+        outcome.n_submitted += taken
+        outcome.queued += taken
         outcome.submitted.append(submissions.read(folder))
+
+
+def _write_tasks(folder: Path, request: Request, tasks: list[list[Point]], told: dict[str, Any], follow: bool) -> None:
+    """Write what each task is told, and at the end what the job that follows is told."""
+    exec_ = dataclasses.asdict(_exec_of(request))
+    for k, runs in enumerate(tasks):
+        task = {"runs": [json.loads(canonical(p.spec)) for p in runs], "exec": exec_, "requeues": request.cluster.requeues,
+                "skip": str(folder / "withdrawn.json"), "trainer": told["trainer"]}  # fmt: skip
+        _write(folder / "tasks" / f"{k}.json", task)
+    if follow:
+        asked = {**request.plain(), "action": "run", "format": "text", "watch": False, "prune": False}
+        _write(folder / "request.json", asked)
+        follow_task = {"follow": str(folder / "request.json"), "requeues": request.cluster.requeues, **told}
+        _write(folder / "tasks" / f"{len(tasks)}.json", follow_task)
+    files.sync_folder(folder / "tasks")
 
 
 def _write(path: Path, plain: Any) -> None:
     path.write_text(json.dumps(plain))  # not synced one by one: the folder's record comes after, and a torn one fails loudly
 
 
-def _cancel_followers(queue: Queue, title: str) -> None:
-    """A new following job waits for all live jobs of the sweep, so the older ones are not needed; never this one itself."""
+def _followers(queue: Queue, request: Request) -> list[tuple[set[str], slurm.Job]]:
+    """List the live following jobs of this sweep but this very one, each with the runs that it asks for."""
     mine = os.environ.get("SLURM_JOB_ID")
-    names = {s.name for s in queue.submissions if s.told["sweep"] == title}
-    old = [j.id for n, j in queue.follows.items() if n in names and j.live and j.id != mine]
+    asked = {s.name: set(s.told["asked"]) for s in queue.submissions if s.told["sweep"] == request.title}
+    return [(asked[n], j) for n, j in queue.follows.items() if n in asked and j.live and j.id != mine]
+
+
+def _cancel_followers(queue: Queue, request: Request) -> None:
+    """A new following job asks for all that older ones of the same runs ask for, so those are not needed. One that cannot
+    be cancelled (another user's) does no harm."""
+    ids = {p.id for p in request.points}
+    old = [j.id for asked, j in _followers(queue, request) if asked <= ids]
     if old:
         slurm.cancel(old)
 
 
-def _followed(queue: Queue, title: str) -> bool:
-    mine = os.environ.get("SLURM_JOB_ID")
-    names = {s.name for s in queue.submissions if s.told["sweep"] == title}
-    return any(j.live and j.id != mine for n, j in queue.follows.items() if n in names)
+def _followed(queue: Queue, request: Request) -> bool:
+    ids = {p.id for p in request.points}
+    return any(asked >= ids for asked, _ in _followers(queue, request))
 
 
 # ---------------------------------------------------------------- what would happen

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from lorasweep import slurm, submissions
+from lorasweep.errors import ClusterError
 from lorasweep.grid import Point
 from lorasweep.mend import mend
 from lorasweep.request import Request
@@ -24,15 +25,15 @@ def removed(queue: Queue, request: Request, points: Sequence[Point], store: RunS
     return found
 
 
-def prune(queue: Queue, gone: dict[str, list[str]]) -> int:
+def prune(queue: Queue, gone: dict[str, list[str]], say: Callable[[str], None]) -> int:
     """Withdraw queued runs, and cancel the waiting tasks that have no others."""
     empty = []
     for s in [s for s in queue.submissions if s.name in gone]:
         submissions.withdraw(s, gone[s.name])
         waiting = [(k, j) for owner, k, j in queue.live() if owner is s and j.state == "PENDING"]
         empty += [j.label for k, j in waiting if s.withdrawn >= set(s.tasks[k])]
-    if empty:
-        slurm.cancel(empty)
+    if empty and (denied := slurm.cancel(empty)):
+        say(f"not all of the jobs could be cancelled; they will find nothing to do ({denied})")
     return sum(map(len, gone.values()))
 
 
@@ -49,13 +50,15 @@ def cancel(request: Request, store: RunStore, say: Callable[[str], None]) -> tup
         follows = [j.label for n, j in queue.follows.items() if n in mine and j.live]
         runs = {r for s, k, _ in live for r in s.tasks[k]} - {r for s, _, _ in live for r in s.withdrawn}
         ending = [r for r in runs if store.state(r) not in FINAL]
-        if follows or live:
-            slurm.cancel([*follows, *(j.label for _, _, j in live)])
+        denied = slurm.cancel([*follows, *(j.label for _, _, j in live)]) if follows or live else None
+        if denied:
+            users = sorted({s.told["user"] for s in queue.submissions if s.name in mine})
+            raise ClusterError("not all jobs could be cancelled (they are of "
+                               f"{', '.join(users)}, each cancels their own): {denied}")  # fmt: skip
         return len(live), len(ending)
 
 
 def _concerns(submission: Submission, request: Request) -> bool:
-    if submission.told["sweep"] != request.title:
-        return False
-    ids = {p.id for p in request.points}
-    return request.sweep is not None or any(ids & set(task) for task in submission.tasks)
+    """Say whether a submission is of this question: of the same name, with runs in common. The same sweep with another
+    number of steps, say, is another question."""
+    return submission.told["sweep"] == request.title and not {p.id for p in request.points}.isdisjoint(submission.told["asked"])

@@ -69,6 +69,7 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
     """Raise ClusterError if the run folder is plainly this machine's own while the nodes are other machines."""
     if hosts <= {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}:
         return
+    folder = folder.resolve()
     holding = max((m for m in mounted if folder.is_relative_to(m[0])), key=lambda m: len(m[0]), default=("/", ""))
     own = next((o for o in OWN_FOLDERS if folder.is_relative_to(o)), None)
     if holding[1] in LOCAL_DISKS or own:

@@ -36,6 +36,10 @@ class ClusterError(LorasweepError):
     """A cluster that is not there, cannot do what was asked, or refused a job."""
 
 
+class GaveUp(ClusterError):
+    """A sweep whose jobs end without any run finished, round after round."""
+
+
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> str:
     """Say that `given` is no known `kind`, with the nearest name and the whole list."""
     names = sorted(allowed)

@@ -51,7 +51,8 @@ class StopFlag:
         """Take over these signals; one that comes later than SAME_S after the first ends the process at once."""
 
         def handler(number: int, frame: Any) -> None:
-            if self.set and time.monotonic() - self._since > self.SAME_S:
+            impatient = number == signal.SIGINT or ownership.OUR_JOB not in os.environ  # Slurm has its own way to end us
+            if self.set and impatient and time.monotonic() - self._since > self.SAME_S:
                 os._exit(128 + number)
             if not self.set:
                 self.set, self._since = True, time.monotonic()

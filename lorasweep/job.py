@@ -18,15 +18,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lorasweep import files, local, slurm, submissions
-from lorasweep.errors import ClusterError, LorasweepError
+from lorasweep import files, local, ownership, slurm, submissions
+from lorasweep.errors import ClusterError, GaveUp, LorasweepError, StoreError
 from lorasweep.execute import Stopped, skipped
 from lorasweep.grid import Point
 from lorasweep.spec import Exec, from_plain, run_id
 from lorasweep.store import FINAL, RunStore
 
-PATIENCE_S = 45.0
-"""How long a job waits for runs that another execution still holds, such as its own before it was started again."""
+PATIENCE_S = ownership.SILENCE_S + 2 * ownership.HEARTBEAT_S
+"""How long a job waits for runs that another execution still holds: long enough to see that one died without a word."""
+FOLLOW_PAUSES_S = (30.0, 60.0, 120.0, 240.0)
+"""Pauses of the following job between its tries when Slurm does not answer, or refuses, or the lock is held."""
 LISTEN_S = 1.0
 """Signals of one cause come within this time: USR2 alone is a time limit, with TERM it is preemption or a cancellation."""
 
@@ -57,9 +59,9 @@ def run(path: str) -> None:
             f"{path} is not visible on node {os.environ.get('SLURMD_NODENAME', '?')}: the run folder must lie on a file system "
             "that all nodes share (exec.runs_dir=FOLDER)."
         ) from None
-    if "follow" in task:
-        return _follow(task)
     try:
+        if "follow" in task:
+            return _follow(task)
         _train(task)
         _release_stuck(Path(path).parent.parent)
     except (Stopped, KeyboardInterrupt):
@@ -120,7 +122,15 @@ def _follow(task: dict[str, Any]) -> None:
     from lorasweep.request import from_file
 
     request = from_file(json.loads(Path(task["follow"]).read_bytes()))
-    act(request, task.get("trainer"), follow=task)
+    for pause in (*FOLLOW_PAUSES_S, None):
+        try:
+            act(request, task.get("trainer"), follow=task)
+            return
+        except (ClusterError, StoreError) as error:
+            if pause is None or isinstance(error, GaveUp):
+                raise
+            print(f"{error}\nonce more in {pause:.0f} s", flush=True)
+            time.sleep(pause)
 
 
 if __name__ == "__main__":

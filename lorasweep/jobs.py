@@ -12,6 +12,8 @@ from lorasweep.slurm import Partition
 from lorasweep.spec import Exec
 
 KINDS = ("local", "slurm")
+OURS = frozenset(("job-name", "array", "output", "error", "signal", "dependency", "nodes", "ntasks-per-node", "requeue"))
+"""Options of sbatch on which the records or the jobs rely."""
 MARGIN_TIME, MARGIN_MIN = 3.0, 15.0
 """A job asks for this many times its expected time, and these minutes for its start: estimates are rough, and a job that
 reaches its limit goes on by being queued again."""
@@ -67,7 +69,7 @@ class Cluster:
     setup: list[str] = field(default_factory=list)
     """Shell lines at the start of a job, such as module load ...; what it needs of the environment."""
     options: dict[str, str] = field(default_factory=dict)
-    """Further options of sbatch, by name without dashes."""
+    """Further options of sbatch, by name without dashes; "true" for one that takes no value."""
     submit: bool = True
     """False: write sbatch scripts for the user to submit, for places where submitit cannot run."""
     shared: bool = False
@@ -153,6 +155,8 @@ def check(cluster: Cluster) -> None:
         value = getattr(cluster, name)
         if value is not None and not value > 0:
             raise ClusterError(f"cluster.{name}={value}: more than 0, or null to go by the plan.")
+    for name in sorted(set(cluster.options) & OURS):
+        raise ClusterError(f"cluster.options.{name} is set by lorasweep itself. Use the settings of cluster, or leave it out.")
     if cluster.gpus < 0 or cluster.requeues < 0:
         raise ClusterError(f"cluster.gpus={cluster.gpus}, cluster.requeues={cluster.requeues}: at least 0.")
     if cluster.work_max < cluster.work_min:

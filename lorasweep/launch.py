@@ -14,6 +14,7 @@ from pathlib import Path
 from lorasweep import files, job
 from lorasweep.errors import ClusterError
 from lorasweep.jobs import Ask, Cluster
+from lorasweep.ownership import OUR_JOB
 from lorasweep.submissions import Array
 
 
@@ -28,7 +29,7 @@ def submit(folder: Path, array: Array, ask: Ask, cluster: Cluster, code: Path, a
     tasks = [str(folder / "tasks" / f"{k}.json") for k in range(array.first, array.first + array.n)]
     with _outside_jobs():
         executor = submitit.AutoExecutor(folder=folder / "jobs", cluster="slurm")
-        options = {"requeue": True, **cluster.options}
+        options = {"requeue": True, **_flags(cluster)}
         if after:
             options |= {"dependency": "afterany:" + ":".join(after), "kill-on-invalid-dep": "no"}
         executor.update_parameters(
@@ -59,9 +60,9 @@ def write_script(folder: Path, array: Array, ask: Ask, cluster: Cluster, code: P
         "constraint": cluster.constraint, "nodes": 1, "ntasks-per-node": 1, "cpus-per-task": ask.cpus,
         "gpus-per-node": ask.gpus or None, "mem": f"{round(ask.mem_gib * 1024)}M", "time": ask.time_min,
         "signal": f"USR2@{cluster.warn_s}", "open-mode": "append", "output": folder / "jobs" / f"{log}_0_log.out",
-        "array": f"0-{array.n - 1}%{cluster.parallel}" if array.n > 1 else None, **cluster.options,
+        "array": f"0-{array.n - 1}%{cluster.parallel}" if array.n > 1 else None, **_flags(cluster),
     }  # fmt: skip
-    lines = [f"#SBATCH --{k}={shlex.quote(str(v))}" for k, v in options.items() if v is not None]
+    lines = [f"#SBATCH --{k}" + ("" if v is True else f"={shlex.quote(str(v))}") for k, v in options.items() if v is not None]
     task = f'"$(({array.first} + ${{SLURM_ARRAY_TASK_ID:-0}}))"'
     place = f"{shlex.quote(str(folder / 'tasks'))}/{task}.json"
     command = f"srun --unbuffered {shlex.quote(sys.executable)} -u -m lorasweep.job {place}"
@@ -71,10 +72,16 @@ def write_script(folder: Path, array: Array, ask: Ask, cluster: Cluster, code: P
     return path
 
 
+def _flags(cluster: Cluster) -> dict[str, str | bool]:
+    return {k: True if v.lower() == "true" else v for k, v in cluster.options.items()}
+
+
 def _setup(cluster: Cluster, code: Path) -> list[str]:
     """Return the shell lines before the job's command: it runs the snapshot, whatever lies in its current folder."""
     path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    return [*cluster.setup, "export PYTHONSAFEPATH=1", path]
+    # Some releases of Slurm do not hand the job's processors on to its steps unless they are told.
+    srun = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
+    return [*cluster.setup, f"export PYTHONSAFEPATH=1 {OUR_JOB}=1", srun, path]
 
 
 def _complaint(text: str) -> str:

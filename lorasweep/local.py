@@ -78,8 +78,11 @@ def measure_shapes(points: Sequence[Point], store: RunStore, exec_: Exec, say: C
     shapes = to_calibrate(points, store.states(p.id for p in points), exec_)
     if all(calibrate.known(s, exec_) is not None for s in shapes):
         return
-    lock = Lock(store.root / ".calibration" / "lock")
-    lock.acquire(math.inf, lambda who: say(f"waiting for the measurement by {who}"))
+    lock = Lock(store.root / ".calibration" / f"lock-{calibrate.kind(shapes[0], exec_)}")  # one a kind of machine
+    try:
+        lock.acquire(60 + calibrate.BUDGET_S * len(shapes), lambda who: say(f"waiting for the measurement by {who}"))
+    except StoreError:
+        return say("the measurement by another takes too long; packs are planned by default sizes")
     try:
         shapes = [s for s in shapes if calibrate.known(s, exec_) is None]
         if not shapes:

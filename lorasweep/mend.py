@@ -1,5 +1,6 @@
 """Bring in order what a command left that died while it submitted, and what Slurm holds back after a failure."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,21 +20,27 @@ def mend(runs_dir: Path, say: Callable[[str], None]) -> Queue:
     known = {j.name: j for j in queue.strays}
     changed = False
     for s in queue.submissions:
+        young = time.time() - s.told["created_s"] < submissions.GIVE_UP_S
         for array in s.arrays:
             if array.job is not None or (array.abandoned and array.name not in known):
                 continue
-            changed = True
             number = known[array.name].array if array.name in known else _lately(array)
             whole = number is not None and not array.abandoned
             if whole and (s.told["script"] or launch.complete(s.folder, array, number)):
                 say(f"job {number} of {s.name}, submitted by a command that died, is adopted")
             elif number is not None:
                 say(f"job {number} of {s.name}, submitted in part by a command that died, is cancelled")
-                slurm.cancel([number])
+                denied = slurm.cancel([number])
+                if denied:
+                    say(f"  it is {s.told['user']}'s, who must cancel it; it will fail by itself ({denied})")
                 number = None
-            for script in s.folder.glob("array-*.sh") if number is None else []:
-                script.unlink()  # never submitted: what it would run is planned anew
+            elif s.told["script"] and young:
+                continue  # its user may be about to submit it
+            else:
+                (s.folder / f"array-{array.part}.sh").unlink(missing_ok=True)  # what it would run is planned anew
             submissions.note_array(s.folder, array.part, number)
+            changed = True
+    submissions.note_ends(queue)
     stuck = [j.label for _, _, j in queue.live() if j.stuck] + [j.label for j in queue.follows.values() if j.stuck]
     if stuck:
         say(f"{len(stuck)} job(s) that Slurm holds since their node failed at the start are released")

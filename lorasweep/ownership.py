@@ -11,7 +11,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,26 @@ SILENCE_S = 90.0
 Over 60 s, the longest that NFS clients usually keep attributes."""
 
 
+UNKNOWN = "unknown"
+OUR_JOB = "LORASWEEP_JOB"
+"""Set inside the jobs that we submit: such a job ends with its process. An interactive job, in which somebody runs a
+command, outlives it, so its life says nothing of the process."""
+
+
+def host() -> str:
+    """Name this machine; LORASWEEP_HOST replaces its own name, where several machines or containers have one name."""
+    return os.environ.get("LORASWEEP_HOST") or socket.gethostname()
+
+
+@cache
+def processes() -> str:
+    """Identify the space of process ids: containers of one machine have several."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 @cache
 def boot_id() -> str:
     """Identify this boot of this machine (empty where the system does not say)."""
@@ -36,11 +56,12 @@ def boot_id() -> str:
 
 
 def start_time(pid: int) -> str:
-    """Return the start time of a process in clock ticks since boot; empty if it is gone or a zombie."""
+    """Return the start time of a process in clock ticks since boot; empty if it is gone or a zombie, UNKNOWN if the
+    system hides it (another user's, on many login nodes)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return "" if Path("/proc/self").exists() or not _exists(pid) else "unknown"
+        return UNKNOWN if _exists(pid) else ""
     return "" if fields[0] in ("Z", "X") else fields[19]
 
 
@@ -57,9 +78,9 @@ def _exists(pid: int) -> bool:
 def me() -> dict[str, Any]:
     """Describe this process as an owner."""
     pid = os.getpid()
-    owner = {"host": socket.gethostname(), "boot": boot_id(), "pid": pid, "started": start_time(pid)}
+    owner = {"host": host(), "boot": boot_id(), "space": processes(), "pid": pid, "started": start_time(pid)}
     job = os.environ.get("SLURM_JOB_ID")
-    if job:
+    if job and os.environ.get(OUR_JOB):
         owner["slurm"] = {"cluster": os.environ.get("SLURM_CLUSTER_NAME", ""), "job": job,
                           "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}  # fmt: skip
     return owner
@@ -77,33 +98,61 @@ class Liveness:
     """Judge owners; remembers other machines' heartbeats between calls."""
 
     def __init__(self) -> None:
-        self._seen: dict[Path, tuple[bytes, float]] = {}
+        self._seen: dict[Path, tuple[bytes, float, bool]] = {}
+        self._read: set[Path] = set()
         self._executions = slurm.Executions()
 
-    def alive(self, attempt: Path) -> bool:
-        """Say whether the owner of an attempt folder lives. Unknown, on another machine, counts as alive."""
-        try:
-            owner = json.loads((attempt / "owner.json").read_bytes())
-        except (OSError, ValueError):
+    def prepare(self, attempts: Iterable[Path]) -> None:
+        """Look at many owners first, so that one question to Slurm is about all of them. An attempt's owner never changes."""
+        owners = {a: _read(a) for a in attempts if a not in self._read}
+        new = {a for a, o in owners.items() if o.get("slurm") and o.get("host") != host()}
+        self._read |= new
+        if new:
+            self._executions.refresh()
+
+    def verdict(self, attempt: Path) -> bool | None:
+        """Say whether the owner lives, by this machine's processes or by Slurm; None if neither can tell."""
+        owner = _read(attempt)
+        if not owner:
             return False  # an attempt is created with its owner in one step, so this one is damaged
-        if owner.get("boot") == boot_id() and owner.get("host") == socket.gethostname():
-            return start_time(owner["pid"]) == owner["started"] != ""
+        mine = {"host": host(), "boot": boot_id(), "space": processes()}
+        if all(owner.get(k, v) == v for k, v in mine.items()):
+            started = start_time(owner["pid"])
+            if started != UNKNOWN:
+                return started == owner["started"] != ""
         if restarted(owner):
             return False
         if its := owner.get("slurm"):
-            running = self._executions(its["cluster"], its["job"], its["restart"])
-            if running is not None:
-                return running
+            return self._executions(its["cluster"], its["job"], its["restart"], asked_before=attempt in self._read)
+        return None
+
+    def alive(self, attempt: Path) -> bool:
+        """Say whether the owner of an attempt folder lives. Where nobody can tell, one whose heartbeat has not stood still
+        for SILENCE_S while this one watched counts as alive."""
+        told = self.verdict(attempt)
+        if told is not None:
+            return told
         try:
             beat = (attempt / "heartbeat").read_bytes()
         except OSError:
             beat = b""
         now = time.monotonic()
-        before, since = self._seen.get(attempt, (None, now))
+        before, since, moved = self._seen.get(attempt, (beat, now, False))
         if beat != before:
-            since = now
-        self._seen[attempt] = (beat, since)
+            since, moved = now, True
+        self._seen[attempt] = (beat, since, moved)
         return now - since < SILENCE_S
+
+    def sure(self, attempt: Path) -> bool:
+        """Say whether `alive` is more than a first guess: somebody could tell, or the heartbeat was seen to move."""
+        return self.verdict(attempt) is not None or self._seen.get(attempt, (b"", 0.0, False))[2]
+
+
+def _read(attempt: Path) -> dict[str, Any]:
+    try:
+        return json.loads((attempt / "owner.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
 
 
 class Lock:
@@ -120,16 +169,20 @@ class Lock:
         self._folder.mkdir(parents=True, exist_ok=True)
         end, told = time.monotonic() + wait_s, False
         while True:
-            last = max((int(e.name) for e in os.scandir(self._folder) if e.name.isdigit()), default=0)
+            last = self._last()
             held = self._folder / str(last)
             if last == 0 or (held / "released").exists() or not self._liveness.alive(held):
                 mine = self._folder / str(last + 1)
                 if files.create_folder_once(mine, {"owner.json": json.dumps(me()).encode()}):
-                    self._mine = mine
-                    threading.Thread(target=self._beat, daemon=True).start()
-                    return
+                    if self._last() == last + 1:
+                        self._mine = mine
+                        threading.Thread(target=self._beat, daemon=True).start()
+                        return
+                    shutil.rmtree(mine)  # others came and went since the look, and a later one holds it
                 continue
-            who = json.loads((held / "owner.json").read_bytes())
+            who = _read(held)
+            if not who:
+                continue  # given back since the look
             if not told:
                 waiting(f"{who['host']}, process {who['pid']}")
                 told = True
@@ -137,6 +190,9 @@ class Lock:
                 raise StoreError(f"{held} is held by process {who['pid']} on {who['host']}, which still lives. "
                                  "Ask again later.")  # fmt: skip
             time.sleep(0.2)
+
+    def _last(self) -> int:
+        return max((int(e.name) for e in os.scandir(self._folder) if e.name.isdigit()), default=0)
 
     def _beat(self) -> None:
         beat = 0

@@ -36,7 +36,7 @@ class Request:
     @property
     def title(self) -> str:
         """Return the name that its reports and jobs carry."""
-        return f"{self.sweep_name}-{self.scale}" if self.sweep_name else "single"
+        return f"{self.sweep_name}-{self.scale}" if self.sweep_name else f"single-{self.points[0].id}"
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON values."""

@@ -17,8 +17,13 @@ ENDED = frozenset(("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", 
 """States of a job that will not run again; everything else may. A requeued job is PENDING."""
 STUCK = ("launch failed requeued held", "JobHoldMaxRequeue")
 """Reasons for which Slurm holds a job after a failed start. A job held by its user or an administrator is left alone."""
+GONE = ("Invalid job id", "already complet")
 AT_ONCE = 200
 """Names or ids in one question: command lines are finite."""
+FILTERS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_")
+PASSING = ("Unable to contact", "timed out", "Connection refused")
+"""Complaints that are worth another try, after these pauses."""
+PAUSES_S = (1.0, 5.0)
 ASK_S = 60
 """A controller that does not answer for this long is down (its own clients give up later)."""
 
@@ -88,16 +93,23 @@ class Ended:
 
 
 def ask(*command: str) -> str:
-    """Return what one of Slurm's commands prints; ClusterError with its complaint if it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, stdin=subprocess.DEVNULL)
-    except FileNotFoundError:
-        raise ClusterError(f"no Slurm here: {command[0]} is not on the PATH.") from None
-    except subprocess.TimeoutExpired:
-        raise ClusterError(f"Slurm does not answer: {command[0]} said nothing for {ASK_S} s.") from None
-    if done.returncode:
-        raise ClusterError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()}")
-    return done.stdout
+    """Return what one of Slurm's commands prints; ClusterError with its complaint if it fails, or does not answer in a
+    few tries. The user's own filters (SQUEUE_USERS ...) are left out: jobs that they hide would seem to be gone."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(FILTERS) and k != "SLURM_CLUSTERS"}
+    for wait in (*PAUSES_S, None):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, stdin=subprocess.DEVNULL, env=env)
+        except FileNotFoundError:
+            raise ClusterError(f"no Slurm here: {command[0]} is not on the PATH.") from None
+        except subprocess.TimeoutExpired:
+            raise ClusterError(f"Slurm does not answer: {command[0]} said nothing for {ASK_S} s.") from None
+        if not done.returncode:
+            return done.stdout
+        complaint = (done.stderr or done.stdout).strip()
+        if wait is None or not any(words in complaint for words in PASSING):
+            break
+        time.sleep(wait)
+    raise ClusterError(f"{command[0]} failed: {complaint}")
 
 
 def require() -> None:
@@ -118,7 +130,7 @@ def partitions() -> dict[str, Partition]:
     """Return the partitions that are up, by name."""
     fields = "Partition:|,CPUs:|,Memory:|,Gres:|,Time:|,NodeHost:|"
     found: dict[str, Partition] = {}
-    for line in ask("sinfo", "-h", "-N", "-O", fields).splitlines():
+    for line in ask("sinfo", "-a", "-h", "-N", "-O", fields).splitlines():
         name, cpus, memory, gres, limit, host = (cell.strip() for cell in line.split("|")[:6])
         before = found.get(name.rstrip("*"))
         hosts = before.hosts if before else frozenset()
@@ -174,7 +186,7 @@ def queue(names: Sequence[str]) -> list[Job]:
     found = []
     for k in range(0, len(names), AT_ONCE):
         some = ",".join(names[k : k + AT_ONCE])
-        for line in ask("squeue", "-h", "-r", "-t", "all", "--name", some, "-O", fields).splitlines():
+        for line in ask("squeue", "-a", "-h", "-r", "-t", "all", "--name", some, "-O", fields).splitlines():
             jid, array, task, state, reason, restarts, node, name = (cell.strip() for cell in line.split("|")[:8])
             found.append(Job(jid, array if array.isdigit() else jid, int(task) if task.isdigit() else None, state, reason,
                              int(restarts or 0), node, name))  # fmt: skip
@@ -221,14 +233,16 @@ def named(name: str) -> list[str]:
         return []
 
 
-def cancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs or array tasks (12, 12_3); one that has ended is no error."""
+def cancel(jobs: Sequence[str]) -> str | None:
+    """Cancel jobs or array tasks (12, 12_3); return Slurm's complaints, None if there are none. One that has ended is none."""
+    complaints = []
     for k in range(0, len(jobs), AT_ONCE):
         try:
             ask("scancel", *jobs[k : k + AT_ONCE])
         except ClusterError as error:
-            if "Invalid job id" not in str(error) and "already complet" not in str(error):
-                raise
+            lines = [line for line in str(error).splitlines() if not any(words in line for words in GONE)]
+            complaints += lines
+    return "; ".join(dict.fromkeys(complaints)) or None
 
 
 def release(jobs: Sequence[str]) -> None:
@@ -238,30 +252,51 @@ def release(jobs: Sequence[str]) -> None:
             ask("scontrol", "release", job)
 
 
+def hides_jobs() -> bool:
+    """Say whether this Slurm shows users their own jobs only: then its silence says nothing about those of others."""
+    return "jobs" in setting("PrivateData").replace(" ", "").split(",") and os.geteuid() != 0
+
+
 class Executions:
     """Says whether an execution of a job, which began as its n-th restart, still runs. One question serves many."""
 
     def __init__(self) -> None:
-        self._running: dict[str, int] = {}
-        self._asked = -1.0
+        self._running: dict[str, int] | None = None
+        self._asked = 0.0
         self._dead: set[tuple[str, int]] = set()
 
-    def __call__(self, cluster: str, job: str, restart: int) -> bool | None:
-        """Return whether it runs; None if Slurm cannot be asked or it is another cluster's."""
+    def refresh(self) -> None:
+        """Ask Slurm which jobs run."""
+        try:
+            told = ask("squeue", "-a", "-h", "-r", "-t", "RUNNING,COMPLETING,STOPPED,SUSPENDED", "-O", "JobID:|,RestartCnt:|")
+        except ClusterError:
+            self._running = None
+            return
+        cells = (line.split("|") for line in told.splitlines())
+        self._running = {c[0].strip(): int(c[1].strip() or 0) for c in cells}
+        self._asked = time.monotonic()
+
+    def __call__(self, cluster: str, job: str, restart: int, asked_before: bool = False) -> bool | None:
+        """Return whether it runs; None if Slurm cannot tell, or it is another cluster's.
+
+        `asked_before`: its owner was known before the last `refresh`, so that its absence there counts. Otherwise it may
+        have begun since, and Slurm is asked again.
+        """
         if (job, restart) in self._dead:
             return False
-        now = time.monotonic()  # the owner was read before now, so an answer after now is about it
-        if self._running.get(job) != restart or now - self._asked > 10:
-            try:
-                if cluster != setting("ClusterName"):
-                    return None
-                told = ask("squeue", "-h", "-r", "-t", "RUNNING,COMPLETING,STOPPED,SUSPENDED", "-O", "JobID:|,RestartCnt:|")
-            except ClusterError:
+        try:
+            if cluster != setting("ClusterName"):
                 return None
-            self._asked = now
-            cells = (line.split("|") for line in told.splitlines())
-            self._running = {c[0].strip(): int(c[1].strip() or 0) for c in cells}
+        except ClusterError:
+            return None
+        fresh = self._running is not None and time.monotonic() - self._asked < 10
+        if not (fresh and (self._running.get(job) == restart or asked_before)):
+            self.refresh()
+        if self._running is None:
+            return None
         if self._running.get(job) == restart:
             return True
+        if hides_jobs():
+            return None
         self._dead.add((job, restart))
         return False

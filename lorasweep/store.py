@@ -108,11 +108,18 @@ class RunStore:
         ids = list(ids)
         there = self.existing()
         over = self.finished(i for i in ids if i in there)
+        begun = [(i, self.last_attempt(i)) for i in ids if i in there and i not in over]
+        self._liveness.prepare(self._attempt(i, n) for i, n in begun if n is not None)
         return {i: over[i].state if i in over else self.state(i) if i in there else "missing" for i in ids}
 
     def finished(self, ids: Iterable[str]) -> dict[str, index.Entry]:
         """Return what is kept of the results of those that are finished, by way of an index."""
         return index.read(self.root, ids, self.result, self._known)
+
+    def unsure(self, ids: Iterable[str]) -> list[str]:
+        """List those of `ids` that count as running although nobody here can tell: their owners are on other machines."""
+        last = {i: self.last_attempt(i) for i in ids}
+        return [i for i, n in last.items() if n is not None and not self._liveness.sure(self._attempt(i, n))]
 
     def last_attempt(self, rid: str) -> int | None:
         """Return the highest attempt number: its owner owns the run."""

@@ -94,10 +94,16 @@ class Queue:
     """Live jobs whose submission is not recorded in full, or was given up."""
     unknown: str | None = None
     """Why Slurm could not be asked; then nothing counts as queued."""
+    elsewhere: list[Submission] = field(default_factory=list)
+    """Submissions that this Slurm cannot tell about: another cluster's, or another user's where users see their own only."""
 
     def live(self) -> list[tuple[Submission, int, slurm.Job]]:
         """List the tasks that run or may still run."""
         return [(s, k, j) for s in self.submissions for k, j in sorted(self.jobs.get(s.name, {}).items()) if j.live]
+
+    def untold(self) -> set[str]:
+        """Return the runs that jobs may have which this Slurm cannot tell about."""
+        return {rid for s in self.elsewhere for task in s.tasks for rid in task}
 
     def covered(self) -> dict[str, slurm.Job]:
         """Return the runs that a live task has before it, and its job."""
@@ -114,10 +120,14 @@ def new_name(title: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', title)}-{os.urandom(4).hex()}"
 
 
-def record(folder: Path, sweep: str, tasks: Sequence[Sequence[str]], arrays: Iterable[Array], **more: Any) -> None:
-    """Write submission.json: from now on its jobs can be found, whatever happens to this command."""
+def record(
+    folder: Path, sweep: str, asked: Iterable[str], tasks: Sequence[Sequence[str]], arrays: Iterable[Array], **more: Any
+) -> None:
+    """Write submission.json: from now on its jobs can be found, whatever happens to this command. `asked`: all runs of
+    the question's first stage, submitted now or not."""
     told = {
-        "sweep": sweep, "user": getpass.getuser(), "created_s": time.time(), "tasks": [list(t) for t in tasks],
+        "sweep": sweep, "asked": sorted(asked), "user": getpass.getuser(), "created_s": time.time(),
+        "tasks": [list(t) for t in tasks],
         "arrays": [{k: v for k, v in asdict(a).items() if k not in ("job", "abandoned")} for a in arrays], **more,
     }  # fmt: skip
     files.write_atomic(folder / "submission.json", json.dumps(told).encode())
@@ -167,9 +177,17 @@ def submissions(runs_dir: Path, over: bool = False) -> list[Submission]:
 
 
 def look(runs_dir: Path) -> Queue:
-    """Ask Slurm about all submissions that are not over, with one question; note those that are over by now."""
+    """Ask Slurm about all submissions that are not over, with one question. Writes nothing."""
     open_ = submissions(runs_dir)
     queue = Queue(open_, {}, {}, [])
+    try:
+        here, private = slurm.setting("ClusterName") if open_ else "", open_ and slurm.hides_jobs()
+    except ClusterError as error:
+        queue.unknown = str(error)
+        return queue
+    me = getpass.getuser()
+    queue.elsewhere = [s for s in open_ if s.told["cluster"] != here or (private and s.told["user"] != me)]
+    open_ = queue.submissions = [s for s in open_ if s not in queue.elsewhere]
     names = {a.name: (s, a) for s in open_ for a in s.arrays}
     if not names:
         return queue
@@ -187,12 +205,17 @@ def look(runs_dir: Path) -> Queue:
             queue.follows[submission.name] = job
         else:
             queue.jobs.setdefault(submission.name, {})[array.first + (job.task or 0)] = job
+    return queue
+
+
+def note_ends(queue: Queue) -> None:
+    """Keep how the jobs of submissions ended of which none is left. The lock must be held."""
     live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
-    stray = {names[j.name][0].name for j in queue.strays}
-    for s in [s for s in open_ if s.name not in live | stray and all(a.job or a.abandoned for a in s.arrays)]:
+    names = {a.name: s.name for s in queue.submissions for a in s.arrays}
+    stray = {names[j.name] for j in queue.strays}
+    for s in [s for s in queue.submissions if s.name not in live | stray and all(a.job or a.abandoned for a in s.arrays)]:
         if _note_end(s):
             queue.submissions.remove(s)
-    return queue
 
 
 @contextmanager
@@ -209,7 +232,7 @@ def locked(runs_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
 def _note_end(submission: Submission) -> bool:
     """Keep how the jobs of a submission ended, if accounting knows it by now."""
     labels = [a.label(k) for a in submission.arrays if a.job for k in range(a.first, a.first + a.n)]
-    ends = slurm.ended(labels)
+    ends = slurm.ended(str(a.job) for a in submission.arrays if a.job)
     young = time.time() - submission.told["created_s"] < GIVE_UP_S
     if young and (len(ends) < len(labels) or any(a.abandoned for a in submission.arrays)):
         return False

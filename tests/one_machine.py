@@ -17,7 +17,9 @@ from tests.world import ROOT
 
 SCRIPTS = ROOT / "slurm" / "one_machine"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd")
-FAST = ("cluster=slurm", "cluster.cpus=2", "cluster.mem_gib=1.5", "cluster.time_min=60", "exec.threads=1")
+FAST = ("cluster=slurm", "cluster.cpus=2", "cluster.mem_gib=1.5", "cluster.time_min=60", "exec.threads=1",
+        "cluster.setup=['export LORASWEEP_HOST=$SLURMD_NODENAME']")  # fmt: skip
+"""Each simulated node is a machine of its own to the others: who lives there is Slurm's word, as on a real cluster."""
 
 
 def lacking():

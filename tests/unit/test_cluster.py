@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep import checks, files, index, jobs, ownership, plan, request, slurm, snapshot, submissions
+from lorasweep import batch, checks, files, index, jobs, ownership, plan, request, slurm, snapshot, submissions
 from lorasweep.errors import ClusterError, StoreError
 from lorasweep.jobs import Cluster
 from lorasweep.ownership import Lock
@@ -123,6 +123,14 @@ def test_an_owner_that_is_a_job_lives_as_long_as_slurm_says(monkeypatch, tmp_pat
     running.clear()
     liveness._executions._asked = -100  # ten seconds later
     assert not liveness.alive(attempt)
+    many = []  # one question is enough for any number of dead jobs
+    for k in range(50):
+        many.append(tmp_path / f"a{k}")
+        many[-1].mkdir()
+        (many[-1] / "owner.json").write_text(json.dumps({**owner, "slurm": {"cluster": "here", "job": str(100 + k), "restart": 0}}))
+    asked.clear()
+    liveness.prepare(many)
+    assert not any(map(liveness.alive, many)) and sum(c[0] == "squeue" for c in asked) == 1
     slurm.setting.cache_clear()
 
 
@@ -130,6 +138,8 @@ def test_a_job_that_slurm_started_again_knows_its_earlier_self(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "slurm" not in ownership.me()  # an interactive job, in which somebody runs a command
+    monkeypatch.setenv(ownership.OUR_JOB, "1")
     assert ownership.restarted({"slurm": {"cluster": "here", "job": "12", "restart": 0}})
     assert not ownership.restarted({"slurm": {"cluster": "here", "job": "12", "restart": 1}})
     assert not ownership.restarted({"slurm": {"cluster": "here", "job": "13", "restart": 0}}) and not ownership.restarted({})
@@ -162,6 +172,34 @@ def test_a_lock_has_one_holder_and_outlives_a_dead_one(tmp_path):
     Lock(tmp_path / "lock").acquire(5, waited.append)
 
 
+def test_an_owner_whose_process_the_system_hides_is_not_called_dead(tmp_path, monkeypatch):
+    """Login nodes hide other users' processes (hidepid=2): they exist, and their start time cannot be read."""
+    attempt = tmp_path / "1"
+    attempt.mkdir()
+    (attempt / "owner.json").write_text(json.dumps(ownership.me()))
+    liveness = ownership.Liveness()
+    assert liveness.verdict(attempt) is True
+    monkeypatch.setattr(Path, "read_text", lambda self, *a: (_ for _ in ()).throw(FileNotFoundError(self)))
+    assert ownership.start_time(os.getpid()) == ownership.UNKNOWN and ownership.start_time(2**22 - 1) == ""
+    assert liveness.verdict(attempt) is None and liveness.alive(attempt)
+
+
+def test_a_run_of_a_machine_that_died_is_found_out_by_watching(tmp_path, compose, monkeypatch):
+    """Its heartbeat stands still: nobody else can tell."""
+    monkeypatch.setattr(ownership, "SILENCE_S", 0.5)
+    monkeypatch.setattr(batch, "SILENCE_S", 0.5)
+    store = RunStore(tmp_path / "runs")
+    store.prepare()
+    point = compose("scale=smoke").points[0]
+    monkeypatch.setenv("LORASWEEP_HOST", "elsewhere")
+    store.claim(point.spec)
+    monkeypatch.delenv("LORASWEEP_HOST")
+    said = []
+    assert store.state(point.id) == "running" and store.unsure([point.id]) == [point.id]
+    batch._watch_others(store, [point], said.append)
+    assert "watching 1 run" in said[0] and store.state(point.id) == "stale"
+
+
 # ---------------------------------------------------------------- records
 
 
@@ -177,7 +215,7 @@ def test_submissions_are_read_back_and_torn_ones_are_not(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     assert "/" not in folder.name and submissions.submissions(tmp_path) == []
     arrays = [submissions.Array("0", "a-0", 0, 2), submissions.Array("follow", "a-f", 2, 1)]
-    submissions.record(folder, "x", [["r1"], ["r2"]], arrays, script=False)
+    submissions.record(folder, "x", ["r1", "r2"], [["r1"], ["r2"]], arrays, script=False, cluster="here")
     submissions.note_array(folder, "0", "12")
     (found,) = submissions.submissions(tmp_path)
     assert found.arrays[0].label(1) == "12_1" and found.arrays[1].job is None and found.tasks == [["r1"], ["r2"]]
@@ -185,9 +223,16 @@ def test_submissions_are_read_back_and_torn_ones_are_not(tmp_path, monkeypatch):
     live = slurm.Job("13", "12", 1, "PENDING", "", 0, "", "a-0")
     queue = submissions.Queue(submissions.submissions(tmp_path), {found.name: {1: live, 0: live}}, {}, [])
     assert set(queue.covered()) == {"r1"}
+    monkeypatch.setattr(slurm, "ask", lambda *command: "ClusterName = there\n" if command[0] == "scontrol" else "")
+    slurm.setting.cache_clear()
+    other = submissions.look(tmp_path)  # another cluster's Slurm cannot tell: its silence means nothing
+    assert other.untold() == {"r1", "r2"} and other.submissions == [] and not (folder / "ended.json").exists()
+    monkeypatch.setattr(slurm, "ask", lambda *command: "ClusterName = here\n" if command[0] == "scontrol" else "")
+    slurm.setting.cache_clear()
     monkeypatch.setattr(slurm, "queue", lambda names: (_ for _ in ()).throw(ClusterError("no Slurm here")))
     blind = submissions.look(tmp_path)  # on a machine without Slurm the folder still tells what it can
     assert blind.unknown == "no Slurm here" and blind.covered() == {} and len(blind.submissions) == 1
+    slurm.setting.cache_clear()
     (folder / "submission.json").write_text("{")
     with pytest.raises(ClusterError, match="damaged"):
         submissions.submissions(tmp_path)
@@ -226,7 +271,7 @@ def test_a_disk_that_is_too_small_is_refused_with_what_is_needed(compose, tmp_pa
 
 @pytest.mark.parametrize("given, said", [
     ("cluster.kind=pbs", "cluster.kind 'pbs' not found"), ("cluster.cpus=0", "cluster.cpus=0: more than 0"),
-    ("cluster.gpus=-1", "cluster.gpus=-1"), ("cluster.runs_per_job=0", "or null to go by the plan"),
+    ("cluster.gpus=-1", "cluster.gpus=-1"), ("+cluster.options.array=3", "is set by lorasweep itself"), ("cluster.runs_per_job=0", "or null to go by the plan"),
 ])  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(compose, given, said):
     with pytest.raises(ClusterError, match=said):
