@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SCALE ?= tiny
 
-.PHONY: help run small weights test test-fast lint bench calibrate bases slurm-up slurm-down storm clean
+.PHONY: help run small weights test test-fast lint bench calibrate bases slurm-up slurm-down bench-slurm storm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -61,6 +61,9 @@ slurm-up: ## start a real Slurm on this machine (as root): eval "$$(make -s slur
 
 slurm-down: ## stop it, and remove what it wrote
 	@slurm/one_machine/stop.sh --wipe
+
+bench-slurm: $(VENV)/.installed ## what a cluster adds: on a login node, or after make slurm-up
+	$(BIN)/python -m lorasweep.bench.cluster analysis/results/bench/slurm.json
 
 storm: $(VENV)/.installed ## twenty minutes of preemptions, node failures and kills over a sweep of 200 runs
 	$(BIN)/python -m tests.storm --minutes $(or $(MINUTES),20)

@@ -105,7 +105,7 @@ def test_in_a_storm_nothing_is_lost_doubled_or_different(slurm, tmp_path):
     calm.mkdir()
     wild.mkdir()
     wanted = storm.reference(calm)
-    told = storm.blow(slurm, wild, 200, seed=int(os.environ.get("LORASWEEP_STORM_SEED", 1)))
+    told = storm.blow(slurm, wild, 180, seed=int(os.environ.get("LORASWEEP_STORM_SEED", 1)))
     assert all(told["harm"].get(h.__name__, 0) > 0 for h in storm.Storm(slurm, wild, 0).harms) and sum(told["harm"].values()) > 20
     assert max(told["attempts"]) >= 2  # it did harm
     assert len(finished(wild)) == len(wanted) == 200
@@ -148,7 +148,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("blow", ["grace", "no grace", "requeue", "time limit", "node", "cancel"])
 def test_an_interrupted_job_goes_on_with_the_same_curves(slurm, tmp_path, blow, undisturbed):
     there = tmp_path
-    place = {"grace": ("cluster.partition=scavenge",), "time limit": ("cluster.time_min=2", "cluster.warn_s=40")}.get(blow, ())
+    place = {"grace": ("cluster.partition=scavenge",), "time limit": ("cluster.time_min=1", "cluster.warn_s=25")}.get(blow, ())
     submit(there, *LONG, *FAST, *place)
     wait_for(lambda: any(max((r["step"] for r in c), default=0) > 50 for c in curves(there / "runs").values()), 120)
     job = next(j for j, s in slurm.queue().items() if s == "RUNNING")

@@ -119,18 +119,33 @@ def test_in_float32_packing_is_far_within_the_noise_between_seeds():
 @pytest.mark.parametrize("count", [2, 7, 16])
 @pytest.mark.parametrize("text", [False, True], ids=["equal rows", "ragged rows"])
 def test_equal_ranks_are_bit_for_bit(count, precision, text):
-    """(c) Weights, moments and losses after every step; rows of different lengths and seeds too."""
+    """(c) Weights, moments and losses after every step; rows of different lengths too, as long as members lay out as many
+    tokens: sums over a longer, padded row may be taken in another order (seen on processors without AVX-512)."""
     spec = tiny_spec(method=LoRA(rank=4), steps=12, precision=precision)
     base = models.load(spec.model, ["/nonexistent"], precision)
     rows = ragged() if text else data.load(spec.dataset, [])
-    pack = [dataclasses.replace(spec, lr=1e-3 * (1 + k), seed=k % 2) for k in range(count)]
+    pack = [dataclasses.replace(spec, lr=1e-3 * (1 + k), seed=0 if text else k % 2) for k in range(count)]
     together, told = run(pack, base, rows)
     for member in (pack[0], pack[-1]):
         alone, own = run([member], base, rows)
         i = run_id(member)
+        if text and precision == "fp64" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+            assert worst(alone[i], together[i]) < 1e-9  # there not even rows of one width are the same bits (LOG.md)
+            continue
         assert own[i]["train_nll"] == told[i]["train_nll"] and own[i]["test_nll"] == told[i]["test_nll"]
         for name, tensor in alone[i]["tensors"].items():
             assert torch.equal(tensor, together[i]["tensors"][name]), name
+
+
+def test_ragged_rows_of_different_seeds_agree_in_float64():
+    """Members of two data orders lay out different numbers of tokens, so their widths in the pack are not their own."""
+    spec = tiny_spec(method=LoRA(rank=4), steps=12, precision="fp64")
+    base, rows = models.load(spec.model, ["/nonexistent"], "fp64"), ragged()
+    pack = [dataclasses.replace(spec, lr=1e-3 * (1 + k), seed=k % 2) for k in range(4)]
+    together, _ = run(pack, base, rows)
+    for member in pack[:2]:
+        alone, _ = run([member], base, rows)
+        assert worst(alone[run_id(member)], together[run_id(member)]) < 1e-9
 
 
 def test_a_resumed_pack_in_other_company_agrees_within_tolerance(world):
