@@ -151,6 +151,8 @@ def request(cfg: DictConfig) -> Request:
               "cluster": config.cluster}  # fmt: skip
     base = _run_spec(config)
     if sweep_name is None:
+        if config.prune:
+            raise SpecError("prune=true needs a sweep (+sweep=NAME): it cancels queued runs that are no longer part of one.")
         points = []
         if config.action in ("run", "plan", "status", "cancel", "verify"):
             validate(base)

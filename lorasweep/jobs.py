@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from lorasweep import cost
 from lorasweep.errors import ClusterError, unknown
-from lorasweep.grid import Point
 from lorasweep.plan import Pack
 from lorasweep.slurm import Partition
 from lorasweep.spec import Exec
@@ -197,11 +196,6 @@ def check_fits(ask: Ask, cluster: Cluster, partition: Partition) -> None:
     if ask.time_min * 60 <= cluster.warn_s:
         raise ClusterError(f"a job of {ask.time_min} min would be warned at once (cluster.warn_s={cluster.warn_s}). "
                            "Raise cluster.time_min or lower cluster.warn_s.")  # fmt: skip
-
-
-def expected_s(points: Sequence[Point], flops_s: float) -> float:
-    """Return the seconds that one worker is expected to take for these runs."""
-    return sum(cost.run_flops(p.spec) for p in points) / flops_s
 
 
 def check_pack_size(exec_: Exec, cluster: Cluster) -> None:
