@@ -81,7 +81,9 @@ print(json.dumps([cost.pack_bytes(count, spec, micro_batch(spec, count)), peak])
 
 def real(*case):
     there = WEIGHTS.is_file() and Path(DATA, "gsm8k", "train.jsonl").is_file()
+    fast = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("amx_bf16", "avx512_bf16"))
     return pytest.param(*case, marks=[
+        pytest.mark.skipif(not fast, reason="this processor has no bf16 products: a step takes minutes"),
         pytest.mark.real, pytest.mark.skipif(not there, reason="no weights (make weights), or no gsm8k in data/ or LORASWEEP_TEST_DATA")])  # fmt: skip
 
 
