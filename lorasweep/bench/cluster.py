@@ -19,7 +19,7 @@ NOTHING = (
     "sys.exit(act(compose(sys.argv[1:]), 'lorasweep.bench.overhead:nothing'))"
 )
 CLUSTER = ("cluster=slurm", "cluster.cpus=1", "cluster.mem_gib=1", "cluster.follow=false", "exec.threads=1")
-RUNS_PER_JOB = {1: 60, 10: 600, 100: 2000}
+RUNS_PER_JOB = {1: 40, 10: 400, 100: 2000}
 """Runs a job -> runs in all: enough jobs for a rate."""
 REAL = ("+sweep=lr_ratio", "scale=smoke", "steps=200", "sweep.axes.seed=[0,1,2,3]", "exec.threads=1", "exec.pack_size=4")
 
