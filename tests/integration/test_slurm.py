@@ -16,7 +16,7 @@ from tests import one_machine, storm
 from tests.one_machine import FAST, command, curves, environment, results, wait_for
 from tests.world import ROOT, cli
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 SMOKE = ("+sweep=lr_ratio", "scale=smoke")
 LONG = (*SMOKE, "steps=300", "batch_size=8", "exec.checkpoint_s=0.3", "exec.threads=1")
 
