@@ -161,8 +161,8 @@ def _run_on_cluster(
         print(json.dumps(told))
         return 0
     for s in done.submitted:
-        at = ", ".join(f"{a.n} job(s) as {a.job}" for a in s.arrays if a.part != "follow")
-        print(f"submitted {sum(map(len, s.tasks))} runs: {at}; records and logs in {s.folder}")
+        at = ", ".join(f"{a.n} job(s) as {a.job}" for a in s.arrays if a.job and a.part != "follow")
+        print(f"submitted {done.n_submitted} runs: {at}; records and logs in {s.folder}")
     for script in done.scripts:
         print(f"submit it yourself: sbatch {script}")
     if done.refused:

@@ -28,7 +28,7 @@ from lorasweep.store import FINAL, RunStore
 from lorasweep.submissions import FOLLOW, Array, Queue, Submission
 
 FOLLOW_GIB = 2.0
-"""Memory of the job that follows: it plans, and fits and draws the answer. Measured: 0.5 GiB for 80 runs."""
+"""Memory of the job that follows: it plans, and fits and draws the answer. Assumption: several times what imports take."""
 IDLE = 3
 """Rounds without a finished run after which the following job gives up: nodes that break every job would go on for ever."""
 
