@@ -25,10 +25,17 @@ OUTSIZED = 20.0
 """A rate this many times as high above the best one as rates a factor 1.6 (APART) from it is no part of the valley, nor is any
 beyond it: it collapsed without being called diverged. LINEX gets there 2 factors of 2 from the optimum at a = 1.5. In
 simulation 40 lets a rise of 1 nat through that spoils the fit, and 12 costs width everywhere."""
+TIE = 1e-9
+"""Losses (nats) closer than this are one: tables print few digits, and rounding in a sum must not choose the best rate."""
 GROWTH = (0.0, 0.35, 0.7, 1.05)
 """Growth of the noise's standard deviation tried: as lr to this power."""
 MIN_DF_GROWTH = 20
 """Degrees of freedom of repeats below which the noise is taken to be even."""
+
+
+def bottom(loss: np.ndarray) -> int:
+    """Return the index of the lowest loss; of equal ones the first, which is the lowest rate."""
+    return int(np.argmax(loss <= np.min(loss) + TIE))
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Evidence:
     @property
     def best(self) -> int:
         """Index of the best rate."""
-        return int(np.argmin(self.loss))
+        return bottom(self.loss)
 
     def bracket(self, sigma: float) -> tuple[float, float]:
         """Return where the minimum of any valley with one bottom lies if a run's noise is sigma: between the neighbours of
@@ -72,7 +79,7 @@ def gather(x: np.ndarray, y: np.ndarray, block: np.ndarray, wall: float = math.i
     """
     rates, at = np.unique(x, return_inverse=True)
     means = np.bincount(at, y) / np.bincount(at)
-    weight = np.exp(-2 * growth * (rates - rates[int(np.argmin(means))]))[at]
+    weight = np.exp(-2 * growth * (rates - rates[bottom(means)]))[at]
     precision, right = np.zeros((len(rates), len(rates))), np.zeros(len(rates))
     blocks = [np.flatnonzero(block == b) for b in np.unique(block)]
     for rows in blocks:
@@ -170,7 +177,7 @@ def without_collapse(curve: Curve) -> Curve:
     if len(rates) < MIN_RATES:
         return curve
     means = np.array([y[x == v].mean() for v in rates])
-    best = int(np.argmin(means))
+    best = bottom(means)
     height = means - means[best]
 
     def nearest(distance: float) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis import valley
-from analysis.evidence import MIN_DF, MIN_RATES, Evidence, growth_of, n_rates, of_curve, pools, wall, without_collapse
+from analysis.evidence import MIN_DF, MIN_RATES, Evidence, bottom, growth_of, n_rates, of_curve, pools, wall, without_collapse
 from analysis.posterior import Pooled, Posterior, weigh
 from analysis.results import LEVEL, Estimate
 from analysis.table import Curve
@@ -158,7 +158,7 @@ def _optimum(
         return Optimum(curve, Estimate(None, flags=("no_usable_points",)), None, ("no_usable_points",))
     rates = np.array(sorted(set(x)))
     means = np.array([y[x == v].mean() for v in rates]) if evidence is None else evidence.loss
-    best = int(np.argmin(means))
+    best = bottom(means)
     lowest = float(np.mean(y[x == rates[best]]))
     flags = [] if len(rates) >= FEW_RATES else ["few_points"]
     if best in (0, len(rates) - 1):

@@ -11,6 +11,9 @@ CHECKPOINT_BYTES = 12
 """Bytes a trained parameter of one checkpoint slot: fp32 weight and two moments; there are two slots."""
 PROCESS_BYTES = 450 * 2**20
 """A worker before any weights: the interpreter, torch, transformers. Measured (LOG.md)."""
+HOLES = 1.4
+"""Memory that adapters' activations take on a CPU over what is alive at once: freed blocks are kept (process.py), and the
+next one does not fit every hole. Measured on two processors: 1.2 to 1.8, and not the same twice (LOG.md)."""
 CHUNK_BYTES = 320 * 2**20
 """The chunks of the unembedding at a large vocabulary: logits, their logarithms, temporaries. See loss.LOGITS."""
 
@@ -52,6 +55,7 @@ def pack_bytes(members: int, spec: RunSpec, micro_batch_size: int | None = None)
     logits = 5 * master * tokens * model.vocab_size  # fp32 values: logits, their logarithms, gradients, temporaries
     if not machine.gpus():
         logits = min(CHUNK_BYTES, logits)
+        layer *= 1 if whole else HOLES
     if whole:
         logits += tokens * model.vocab_size * word / 2  # half of the places bear loss
     return PROCESS_BYTES + weights + trained + model.n_layers * layer + logits
