@@ -9,12 +9,15 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lorasweep.data import stream
+
+if TYPE_CHECKING:
+    from lorasweep.methods.lora import LoRA
 
 
 class StackedLinear(nn.Module):
@@ -48,22 +51,23 @@ class StackedAdapters:
     stacked = True
 
     def __init__(
-        self, base: Any, modules: dict[str, nn.Linear], ranks: Sequence[int], scalings: Sequence[float],
-        seeds: Sequence[int],
+        self, base: Any, modules: dict[str, nn.Linear], methods: Sequence["LoRA"], seeds: Sequence[int]
     ) -> None:  # fmt: skip
         """Wrap `modules` (name -> module of `base`). A is uniform in +-1/sqrt(I) from the stream named 'init'
         (PEFT's kaiming_uniform with a = sqrt(5) has that range), B is zero. Members of one rank stand together."""
         self._base, self._originals, self._wrapped = base, modules, {}
-        spans = _runs_of_equals(ranks)
+        spans = _runs_of_equals([m.rank for m in methods])
+        scaling_N = torch.tensor([m.scaling for m in methods], dtype=torch.float64)
+        self._lr_b = [m.lr_b_ratio for m in methods]
         for p in base.parameters():
             p.requires_grad_(False)
         for name, linear in modules.items():
-            weight, a, b = linear.weight, [], []
+            a, b = [], []
             for s in spans:
-                drawn = [_uniform_a(seed, name, ranks[s.start], linear.in_features) for seed in seeds[s]]
-                a.append(nn.Parameter(torch.stack(drawn).to(weight)))
-                b.append(nn.Parameter(torch.zeros(len(drawn), linear.out_features, ranks[s.start]).to(weight)))
-            wrapped = StackedLinear(linear, spans, a, b, torch.tensor(list(scalings), dtype=torch.float64).to(weight))
+                drawn = [_start(m, seed, name, linear) for m, seed in zip(methods[s], seeds[s])]
+                a.append(nn.Parameter(torch.stack([x for x, _ in drawn]).to(linear.weight)))
+                b.append(nn.Parameter(torch.stack([x for _, x in drawn]).to(linear.weight)))
+            wrapped = StackedLinear(linear, spans, a, b, scaling_N.to(linear.weight))
             _replace(base, name, wrapped)
             self._wrapped[name] = wrapped
         self._named = self._names()
@@ -74,6 +78,10 @@ class StackedAdapters:
     def part_of(self, name: str) -> tuple[str, slice]:
         _, of_member, members = self._named[name]
         return of_member, members
+
+    def lr_ratios(self, name: str) -> list[float]:
+        _, of_member, members = self._named[name]
+        return self._lr_b[members] if of_member.endswith(".B") else [1.0] * (members.stop - members.start)
 
     def _names(self) -> dict[str, tuple[nn.Parameter, str, slice]]:
         """Name -> (tensor, its name in the state of one member, the members that it holds)."""
@@ -100,6 +108,7 @@ class StackedAdapters:
                 start += len(rows)
             module.ranks, module.A, module.B = ranks, nn.ParameterList(a), nn.ParameterList(b)
             module.scaling_N = module.scaling_N[members].clone()
+        self._lr_b = [self._lr_b[m] for m in members]
         self._named = self._names()
         return renamed
 
@@ -132,10 +141,17 @@ def _runs_of_equals(values: Sequence[int]) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(values)])]
 
 
-def _uniform_a(seed: int, name: str, rank: int, d_in: int) -> torch.Tensor:
-    """Draw A [r, I]. Rows come in order, so a smaller rank's A is the beginning of a larger one's."""
-    bound = 1 / math.sqrt(d_in)
-    return torch.from_numpy(stream("init", seed, name).uniform(-bound, bound, size=(rank, d_in)))
+def _start(method: "LoRA", seed: int, name: str, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw A [r, I] and B [O, r] of one member in float64: one of them uniform in +-1/sqrt(inputs), the other zero.
+
+    Rows of A come in order, so a smaller rank's A is the beginning of a larger one's.
+    """
+    a, b = torch.zeros(method.rank, linear.in_features).double(), torch.zeros(linear.out_features, method.rank).double()
+    random = a if method.start == "a" else b
+    names = ("init", seed, name, method.init_seed) if method.init_seed else ("init", seed, name)
+    bound = 1 / math.sqrt(random.shape[1])
+    random.copy_(torch.from_numpy(stream(*names).uniform(-bound, bound, size=tuple(random.shape)))).mul_(method.init_scale)
+    return a, b
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -94,7 +94,9 @@ class AdamW:
         some = next(iter(self.params.values()))
         rate_N, clip_N = (torch.tensor(x, dtype=torch.float64).to(some) for x in (lr, clip))
         members = [self.trainables.part_of(name)[1] for name in self.params]
-        params, rates = list(self.params.values()), [rate_N[at].view(-1, 1, 1) for at in members]
+        own = [torch.tensor(self.trainables.lr_ratios(name), dtype=torch.float64).to(some) for name in self.params]
+        params = list(self.params.values())
+        rates = [(rate_N[at] * ratio).view(-1, 1, 1) for at, ratio in zip(members, own)]
         grads, m, v = [p.grad for p in params], self._moments(self.exp_avg), self._moments(self.exp_avg_sq)
         if any(c != 1.0 for c in clip):
             torch._foreach_mul_(grads, [clip_N[at].view(-1, 1, 1) for at in members])

@@ -58,6 +58,9 @@ class Trainables(Protocol):
     def part_of(self, name: str) -> tuple[str, slice]:
         """Return the name that this tensor's part has in one member's state, and the members that it holds."""
 
+    def lr_ratios(self, name: str) -> list[float]:
+        """Return, for each member that this tensor holds, the factor on its learning rate (stacked ones only)."""
+
     def keep(self, members: list[int]) -> "dict[str, tuple[str, list[int]]]":
         """Compact the pack to `members` (rising indices into the present order).
 

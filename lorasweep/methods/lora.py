@@ -1,11 +1,14 @@
 """LoRA: W' = W + (alpha/rank) B A on the chosen layer sets (Hu et al., arXiv 2106.09685).
 
 Defaults are the study's: alpha 32 whatever the rank, A uniform in +-1/sqrt(d_in), B zero, one learning
-rate for both. The stacked module that a pack trains lives in `lorasweep.adapters`.
+rate for both. The other fields are what its parametrisation claims are tested with: a factor on A's start, another rate
+for B, another power of the rank in the scaling, B random instead of A. The stacked module that a pack trains lives in
+`lorasweep.adapters`.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
@@ -13,6 +16,15 @@ from lorasweep.methods import Method, parse_layers
 
 if TYPE_CHECKING:
     from lorasweep.spec import ModelSpec
+
+
+SCALINGS = ("rank", "sqrt_rank", "none")
+STARTS = ("a", "b")
+
+
+def _later(value: Any) -> Any:
+    """A field that came after the first release, at the value that reproduces what was done before."""
+    return field(default=value, metadata={"added": value})
 
 
 @dataclass
@@ -26,12 +38,23 @@ class LoRA(Method):
     """Numerator of scaling = alpha/rank. 32 in every experiment of the study."""
     layers: str = "all"
     """Layer sets joined by '+': attention, mlp, unembedding; 'all' is all three, as in the study's table."""
-    PACKED_FIELDS: ClassVar[tuple[str, ...]] = ("alpha", "rank")
+    scaling_by: str = _later("rank")
+    """alpha is divided by the rank (the study), by sqrt_rank (rsLoRA, arXiv 2312.03732), or by nothing (none)."""
+    init_scale: float = _later(1.0)
+    """Factor on the random start of A (of B under start=b)."""
+    lr_b_ratio: float = _later(1.0)
+    """Learning rate of B over that of A, which is `lr` (LoRA+, arXiv 2402.12354, takes about 16)."""
+    start: str = _later("a")
+    """Which factor starts random, uniform in +-1/sqrt(its inputs); the other starts at zero."""
+    init_seed: int = _later(0)
+    """Another draw of the random start on the same batches: the null for differences between adapters."""
+    PACKED_FIELDS: ClassVar[tuple[str, ...]] = ("alpha", "rank", "scaling_by", "init_scale", "lr_b_ratio", "start",
+                                                "init_seed")  # fmt: skip
 
     @property
     def scaling(self) -> float:
         """Factor on B A x."""
-        return self.alpha / self.rank
+        return self.alpha / {"rank": self.rank, "sqrt_rank": math.sqrt(self.rank), "none": 1.0}[self.scaling_by]
 
     def check(self, model: "ModelSpec") -> None:
         matrices = model.matrices(parse_layers(self.layers))
@@ -43,6 +66,14 @@ class LoRA(Method):
             )
         if not 0 < self.alpha < 1e6:
             raise SpecError(f"method.alpha={self.alpha}: a number above 0 and below 1e6. The study uses 32.")
+        for name, allowed in (("scaling_by", SCALINGS), ("start", STARTS)):
+            if getattr(self, name) not in allowed:
+                raise SpecError(f"method.{name}={getattr(self, name)!r}. Allowed: {', '.join(allowed)}.")
+        for name in ("init_scale", "lr_b_ratio"):
+            if not 0 < getattr(self, name) < 1e6:
+                raise SpecError(f"method.{name}={getattr(self, name)}: a number above 0 and below 1e6. The study has 1.")
+        if not 0 <= self.init_seed < 2**31:
+            raise SpecError(f"method.init_seed={self.init_seed}: a whole number from 0 to 2^31 - 1.")
 
     def n_trainable(self, model: "ModelSpec") -> int:
         return sum(
@@ -59,7 +90,7 @@ class LoRA(Method):
         from lorasweep.models import layer_modules
 
         modules = layer_modules(base, model, parse_layers(self.layers))
-        return StackedAdapters(base, modules, [m.rank for m in methods], [m.scaling for m in methods], seeds)
+        return StackedAdapters(base, modules, methods, seeds)
 
 
 METHOD = LoRA
