@@ -130,6 +130,18 @@ class StackedAdapters:
             for i in range(n)
         ]
 
+    @torch.no_grad()
+    def spectra(self) -> list[dict[str, dict[str, float]]]:
+        found: list[dict[str, dict[str, float]]] = [{} for _ in self._lr_b]
+        for name, module in self._wrapped.items():
+            for members, p, q in zip(module.ranks, module.A, module.B):
+                for k, a, b in zip(range(members.start, members.stop), p.double().cpu(), q.double().cpu()):
+                    # |BA| = |R_b R_a'| with B = Q_b R_b and A' = Q_a R_a: r x r products instead of an O x I matrix
+                    small = torch.linalg.qr(b).R @ torch.linalg.qr(a.mT).R.mT
+                    found[k][name] = {"a": float(torch.linalg.matrix_norm(a, 2)), "b": float(torch.linalg.matrix_norm(b, 2)),
+                                      "delta": float(torch.linalg.matrix_norm(small, 2) * module.scaling_N[k])}  # fmt: skip
+        return found
+
     def detach(self) -> None:
         for name, linear in self._originals.items():
             _replace(self._base, name, linear)
@@ -152,6 +164,21 @@ def _start(method: "LoRA", seed: int, name: str, linear: nn.Linear) -> tuple[tor
     bound = 1 / math.sqrt(random.shape[1])
     random.copy_(torch.from_numpy(stream(*names).uniform(-bound, bound, size=tuple(random.shape)))).mul_(method.init_scale)
     return a, b
+
+
+ITERATIONS = 60
+"""Of the power method: within 1% of the largest singular value unless the second is closer than that."""
+
+
+@torch.no_grad()
+def spectral_norm(matrix: torch.Tensor) -> float:
+    """Return the largest singular value, by the power method from a fixed start: a whole decomposition of a large
+    model's matrices would take longer than the run."""
+    matrix = matrix.double()
+    v = torch.linspace(1.0, 2.0, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    for _ in range(ITERATIONS):
+        v = matrix.mT @ (matrix @ (v / torch.linalg.vector_norm(v).clamp_min(1e-300)))
+    return float(torch.linalg.vector_norm(matrix @ (v / torch.linalg.vector_norm(v).clamp_min(1e-300))))
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep import jobs
 from lorasweep.errors import SpecError, unknown
-from lorasweep.grid import Point, Sweep, around, check_sweep, expand, geom
+from lorasweep.grid import Point, Sweep, around, check_sweep, expand, fields_of, geom
 from lorasweep.jobs import Cluster
 from lorasweep.methods import Method, method_classes
 from lorasweep.request import Request
@@ -237,8 +237,8 @@ def _refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
     for text in overrides:
         key = text.lstrip("+~").partition("=")[0]
         axis = key.removeprefix("method.")
-        arms = [arm for arm, axes in sweep.arms.items() if axis in axes]
-        if key == "method" or (axis in sweep.axes) or (arms and not key.startswith(("sweep.", "scale."))):
+        arms = [arm for arm, axes in sweep.arms.items() if axis in fields_of(axes)]
+        if key == "method" or (axis in fields_of(sweep.axes)) or (arms and not key.startswith(("sweep.", "scale."))):
             place = f"sweep.axes.{axis}" if axis in sweep.axes else f"sweep.arms.{arms[0]}.{axis}" if arms else "arms"
             hint = f"Write {place}=[...] instead." if place != "arms" else "Drop an arm with ~sweep.arms.NAME instead."
             raise SpecError(f"{text!r} has no effect on sweep {name!r}, whose grid sets {axis!r}. {hint}")

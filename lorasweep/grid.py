@@ -53,6 +53,10 @@ class Sweep:
     rounds: int = 1
     """Looks at the answer that are planned, 1 to 3: each is judged at a stricter level, so that all together err in 5%."""
     analysis: str = ""
+    at: dict[str, Any] = field(default_factory=dict)
+    """Scale name -> what the arms and axes take from it: ${sweep.at.${scale.name}.ranks}. Not part of the question."""
+    parts: list[str] = field(default_factory=list)
+    """Names of sweeps that are asked one after another instead of arms of its own: +sweep=study."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ def check_sweep(name: str, sweep: Sweep) -> None:
     where = f"sweep {name!r}"
     if not sweep.question:
         raise SpecError(f"{where} asks no question. Write `question: ...` at its top.")
+    if sweep.parts:
+        if sweep.arms or sweep.axes or sweep.claims:
+            raise SpecError(f"{where} has parts, so it has no arms, axes and claims of its own: they are those of its parts.")
+        return
     if not sweep.claims:
         raise SpecError(f"{where} has no claims. State at least one, with estimand and margin, before any run.")
     for key, claim in sweep.claims.items():
@@ -118,22 +126,21 @@ def expand(
     points: dict[str, Point] = {}
     problems: list[str] = []
     seen_arms: dict[str, str] = {}
+    look: dict[str, Callable[[str], Any]] = {"model": model, "dataset": dataset}
+    known: dict[str, Any] = {}
     for arm, axes in sweep.arms.items():
         fields = {k: v for k, v in {**sweep.axes, **axes}.items() if k != "method"}
         cls = method_class(axes["method"])
         method = base.method if type(base.method) is cls else cls()
         start = dataclasses.replace(base, method=method)
-        lists = {k: v if isinstance(v, list) else [v] for k, v in fields.items()}
-        size = math.prod(len(v) for v in lists.values())
-        if size > MAX_RUNS:
-            raise SpecError(f"arm {arm!r} has {size} runs; the limit is {MAX_RUNS}. Shorten an axis.")
-        for k, lookup in (("model", model), ("dataset", dataset)):
-            if k in lists:
-                lists[k] = [lookup(name) for name in lists[k]]
-        for values in itertools.product(*lists.values()):
-            where = f"arm {arm!r}, point {_say(dict(zip(lists, values)))}"
+        found = assignments(fields)
+        if len(found) > MAX_RUNS:
+            raise SpecError(f"arm {arm!r} has {len(found)} runs; the limit is {MAX_RUNS}. Shorten an axis.")
+        for values in found:
+            where = f"arm {arm!r}, point {_say(values)}"
             try:
-                spec = with_axes(start, dict(zip(lists, values)))
+                values = {k: look[k](v) if k in look else v for k, v in values.items()}
+                spec = with_axes(start, values if "knobs" not in values else _with_knobs(start, values, known))
                 rid = checked_id(spec)
             except SpecError as error:
                 problems.append(f"{where}: {error}")
@@ -147,6 +154,44 @@ def expand(
     if not points:
         raise SpecError("the grid is empty: no arm has a point.")
     return list(points.values())
+
+
+def assignments(axes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the product of axes as dicts from field to value.
+
+    An axis is a list of values, or one value. A value that is a mapping sets several fields at once, and is a product of its
+    own: `cell: [{batch_size: 4, steps: 800, lr: [1e-3, 2e-3]}, {batch_size: 16, steps: 200, lr: [2e-3]}]` has three. The
+    field `knobs` is a mapping itself: settings of a synthetic data set.
+    """
+    size = math.prod(len(v) if isinstance(v, list) else 1 for v in axes.values())
+    if size > MAX_RUNS:
+        raise SpecError(f"an arm has {size} runs or more; the limit is {MAX_RUNS}. Shorten an axis.")
+    parts = []
+    for name, values in axes.items():
+        part: list[dict[str, Any]] = []
+        for value in values if isinstance(values, list) else [values]:
+            part += assignments(value) if isinstance(value, dict) and name != "knobs" else [{name: value}]
+        parts.append(part)
+    return [{k: v for part in chosen for k, v in part.items()} for chosen in itertools.product(*parts)]
+
+
+def fields_of(axes: dict[str, Any]) -> set[str]:
+    """Return the fields that axes set, those inside mappings included."""
+    found = set()
+    for name, values in axes.items():
+        inner = [v for v in (values if isinstance(values, list) else [values]) if isinstance(v, dict) and name != "knobs"]
+        found |= set().union(*(fields_of(v) for v in inner)) if inner else {name}
+    return found
+
+
+def _with_knobs(start: RunSpec, values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """Put knobs into the data set, whose name then tells them; runs of the same knobs share one object."""
+    values = dict(values)
+    knobs, data = values.pop("knobs"), values.get("dataset", start.dataset)
+    name = f"{data.name}({', '.join(f'{k}={v:g}' for k, v in sorted(knobs.items()))})"
+    if name not in known:
+        known[name] = dataclasses.replace(data, name=name, knobs={**data.knobs, **knobs})
+    return {**values, "dataset": known[name]}
 
 
 def _say(values: dict[str, Any]) -> str:

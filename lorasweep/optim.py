@@ -80,6 +80,18 @@ class AdamW:
         return squares.sqrt().tolist()
 
     @torch.no_grad()
+    def grad_squares(self) -> list[dict[str, float]]:
+        """Return each member's squared gradient norms by the names that tensors have in one member's state."""
+        found: list[dict[str, float]] = [{} for _ in self.specs]
+        for name, p in self.params.items():
+            of_member, members = self.trainables.part_of(name)
+            squares = p.grad.double().square()
+            for k, value in zip(range(members.start, members.stop), squares.flatten(1).sum(1) if self.trainables.stacked
+                                else [squares.sum()]):  # fmt: skip
+                found[k][of_member] = float(value)
+        return found
+
+    @torch.no_grad()
     def step(self, step: int, norms: Sequence[float]) -> None:
         """Make update `step` (0-based) of every member. `norms` are grad_norms(), used where a member clips."""
         specs = self.specs

@@ -109,6 +109,11 @@ class ModelSpec:
             found += [Matrix(*shape[name], count) for name in names]
         return found
 
+    def set_of(self, name: str) -> str:
+        """Return the layer set that a parameter's or module's name belongs to, or 'rest' (embedding, norms)."""
+        parts = name.split(".")
+        return next((s for s in ("attention", "mlp", "unembedding") if not set(getattr(self, s)).isdisjoint(parts)), "rest")
+
     def n_matmul_params(self) -> int:
         """Count the weights that take part in matrix products, the unembedding included."""
         return sum(m.d_in * m.d_out * m.count for m in self.matrices(("attention", "mlp", "unembedding")))
@@ -152,6 +157,8 @@ class DatasetSpec:
     """Of these, the first rows: evaluated at the log-spaced steps before the end."""
     knobs: dict[str, float] = field(default_factory=dict)
     """Settings of a synthetic generator."""
+    n_retain: int = field(default=0, metadata={"added": 0})
+    """Rows of what the base was pretrained on (facts: of facts never trained), evaluated once at the end."""
 
 
 @dataclass
@@ -435,4 +442,7 @@ def _validate_dataset(data: DatasetSpec) -> None:
     _check(data.n_test >= 1, f"{where}n_test={data.n_test}: at least 1 row.")
     _check(1 <= data.n_test_curve <= data.n_test,
            f"{where}n_test_curve={data.n_test_curve}: from 1 to n_test={data.n_test}.")  # fmt: skip
+    _check(data.n_retain >= 0, f"{where}n_retain={data.n_retain}: 0 or more rows.")
+    _check(data.n_retain == 0 or data.source == "synthetic",
+           f"{where}n_retain={data.n_retain}: only synthetic data sets know what the base was pretrained on. Leave it at 0.")
     _check(data.n_train is None or data.n_train >= 1, f"{where}n_train={data.n_train}: at least 1, or null.")

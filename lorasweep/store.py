@@ -301,8 +301,11 @@ def checksum(body: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- the table
 
 _METHOD_COLUMNS = ("rank", "alpha", "layers", "scope")
+_LATER = {"scaling_by": "rank", "init_scale": 1.0, "lr_b_ratio": 1.0, "start": "a", "init_seed": 0}
+"""LoRA's fields that came later, and what they were before: absent from old specs."""
 _RESULT_COLUMNS = ("test_nll", "test_bpb", "nll_start", "floor_nats", "train_nll", "steps_done", "tokens",
-                   "n_trainable", "norm_a", "norm_b", "norm_delta", "base_sha256", "wall_s", "imported")  # fmt: skip
+                   "n_trainable", "norm_a", "norm_b", "norm_delta", "retain_nll", "retain_start", "step_s", "base_sha256",
+                   "wall_s", "imported")  # fmt: skip
 
 
 def load_runs(runs_dir: str | Path, ids: Sequence[str] | None = None) -> "pd.DataFrame":
@@ -334,6 +337,7 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"run_id": result["run_id"], "status": result["state"]}
     row |= {"model": spec["model"]["name"], "dataset": spec["dataset"]["name"], "method": method["name"]}
     row |= {k: method.get(k) for k in _METHOD_COLUMNS}
+    row |= {k: method.get(k, past if method["name"] == "lora" else None) for k, past in _LATER.items()}
     row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method")}
     row |= {"hidden_size": spec["model"]["hidden_size"]}
     row |= {k: result.get(k) for k in _RESULT_COLUMNS}

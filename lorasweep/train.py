@@ -18,7 +18,7 @@ from lorasweep.event import Event, Record, State
 from lorasweep.loss import evaluate, nll_sums
 from lorasweep.models import Base
 from lorasweep.optim import AdamW
-from lorasweep.spec import RunSpec, run_id
+from lorasweep.spec import RunSpec, part_json, run_id
 
 DIVERGED_NLL_FACTOR = 1.5
 """A member diverges when its train NLL stays above this multiple of its held-out NLL at step 0 ...
@@ -63,15 +63,19 @@ def train(
     bytes_per_token = _bytes_per_token(data)
 
     # Before the first update every method is the base model itself, so this is measured once a base.
-    key = f"{first.dataset.name}/{first.dataset.n_test}/{first.precision}"
+    key = f"{part_json(first.dataset)}/{first.precision}"
     if key not in base.start_nll:
         base.start_nll[key] = evaluate(model, test, 1, first.precision)[0]
     nll_start = base.start_nll[key]
+    retain = eval_batches(data.retain, share) if data.retain else []
+    if retain and f"{key}/retain" not in base.start_nll:
+        base.start_nll[f"{key}/retain"] = evaluate(model, retain, 1, first.precision)[0]
 
     trainables = first.method.attach(model, first.model, [s.method for s in specs], [s.seed for s in specs])
     try:
         optimizer = AdamW.start(trainables, specs)
         step, curves, above, tokens_seen = 0, {i: [] for i in ids}, dict.fromkeys(ids, 0), dict.fromkeys(ids, 0)
+        times: dict[str, list[float]] = {i: [] for i in ids}
         if resume is None:
             for i in ids:
                 curves[i].append({"step": 0, "examples": 0, "tokens": 0, "test_nll": nll_start})
@@ -95,6 +99,9 @@ def train(
                 sums = nll_sums(model, merged, first.precision)
                 (sums / per_member).sum().backward()
                 total += sums.detach().double().cpu()
+            if step == 0:  # kept beside the loss at the start: where the first gradient lies
+                for i, squares in zip(ids, optimizer.grad_squares()):
+                    curves[i][0]["grad_share"] = _by_layer_set(squares, first)
             norms = optimizer.grad_norms()
             optimizer.step(step, norms)
             optimizer.zero_grad()
@@ -114,6 +121,7 @@ def train(
                     "train_nll": nll, "grad_norm": norm, "step_s": seconds / len(specs),
                     "tokens_per_s": n_tokens * len(specs) / seconds, "padding": 1 - n_tokens / laid_out,
                 }  # fmt: skip
+                times[i].append(seconds / len(specs))
                 bad = not math.isfinite(nll) or not math.isfinite(norm)
                 above[i] = above[i] + 1 if nll > DIVERGED_NLL_FACTOR * nll_start else 0
                 if bad or above[i] >= DIVERGED_PATIENCE:
@@ -136,14 +144,21 @@ def train(
                     curves[i].append({k: records[i][k] for k in keep})
                     if not math.isfinite(nll):
                         diverged.add(i)
+            forgotten = evaluate(model, retain, len(specs), first.precision) if retain and last - diverged else []
+            spectra = trainables.spectra() if last - diverged else []
             ended: dict[str, tuple[str, Record]] = {}
-            for i in ids:
+            for k, i in enumerate(ids):
                 if i in diverged or i in last:
                     final = {
                         "nll_start": nll_start, "floor_nats": data.floor_nats, "steps_done": step,
                         "tokens": tokens_seen[i], "train_nll": records[i]["train_nll"], "curve": curves[i],
                         "base_sha256": base.sha256, "n_test": len(data.test), "n_train": data.n_train,
                     }  # fmt: skip
+                    if i in last - diverged:
+                        times[i].sort()
+                        final |= {"spectra": spectra[k], "step_s": times[i][len(times[i]) // 2]}
+                        if retain:
+                            final |= {"retain_nll": forgotten[k], "retain_start": base.start_nll[f"{key}/retain"]}
                     if i not in diverged:
                         names = ("test_nll", "test_bpb", "norm_a", "norm_b", "norm_delta")
                         final |= {k: records[i][k] for k in names if k in records[i]}
@@ -169,6 +184,15 @@ def _batch(data: Data, seed: int, step: int, batch_size: int, rows: int) -> list
     """Return update `step`'s batch of one member, in micro-batches of `rows` sequences of like length."""
     examples = sorted(data.train(seed, step * batch_size, batch_size), key=lambda e: len(e.tokens))
     return [collate(examples[k : k + rows]) for k in range(0, batch_size, rows)]
+
+
+def _by_layer_set(squares: dict[str, float], spec: RunSpec) -> dict[str, float]:
+    """Share of the squared gradient by layer set; embedding and norms are 'rest'."""
+    total, found = sum(squares.values()), {}
+    for name, value in squares.items():
+        where = spec.model.set_of(name)
+        found[where] = found.get(where, 0.0) + value / total if total > 0 else math.nan
+    return found
 
 
 def _bytes_per_token(data: Data) -> float | None:

@@ -34,6 +34,8 @@ class Data:
     test: Sequence[Example]
     n_train: int | None
     """Rows in the training split; None: unlimited (generated)."""
+    retain: Sequence[Example] = ()
+    """Held-out examples of what the base was pretrained on: what fine-tuning may make it forget."""
     floor_nats: float | None = None
     """Mean -log p of the test tokens under the generator itself: the lowest NLL there is, in nats."""
 
@@ -80,9 +82,9 @@ def generator_vocab(spec: DatasetSpec) -> int | None:
 
 
 def _generator(name: str) -> Any:
-    from lorasweep.data import dialect, skills
+    from lorasweep.data import dialect, facts, skills
 
-    known = {"dialect": dialect, "skills": skills}
+    known = {"dialect": dialect, "facts": facts, "skills": skills}
     if name not in known:
         raise DataError(unknown("synthetic data set", name, known))
     return known[name]

@@ -29,11 +29,16 @@ def load(spec: DatasetSpec) -> Data:
     table = transition(spec.knobs, where=f"dataset {spec.name!r}")
     length = spec.max_length
 
-    def draw(rng: np.random.Generator, count: int) -> list[Example]:
+    def draw(rng: np.random.Generator, count: int, table: np.ndarray = table) -> list[Example]:
         tokens = sample(table, rng, count, length)
         loss = np.ones(length, dtype=bool)
         loss[:3] = False  # the first symbols have no full context
         return [Example(tokens=row, loss=loss) for row in tokens]
+
+    retain: list[Example] = []
+    if spec.n_retain:
+        language = transition({**spec.knobs, "rule_shift": 0.0, "new_exceptions": 0.0})
+        retain = draw(stream("data", spec.name, "retain"), spec.n_retain, language)
 
     test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
     rows = np.stack([e.tokens for e in test])
@@ -42,6 +47,7 @@ def load(spec: DatasetSpec) -> Data:
         train=generated(spec, spec.train_split, draw),
         test=test,
         n_train=None,
+        retain=retain,
         floor_nats=float(-np.log(p).mean()),
     )
 

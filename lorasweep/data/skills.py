@@ -40,11 +40,12 @@ def load(spec: DatasetSpec) -> Data:
     check(spec)
     difficulty = int({**KNOBS, **spec.knobs}["difficulty"])
 
-    def draw(rng: np.random.Generator, count: int) -> list[Example]:
+    def draw(rng: np.random.Generator, count: int, difficulty: int = difficulty) -> list[Example]:
         return [_example(*instance(rng, difficulty), spec) for _ in range(count)]
 
     test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
-    return Data(train=generated(spec, spec.train_split, draw), test=test, n_train=None)
+    retain = draw(stream("data", spec.name, "retain"), spec.n_retain, DIFFICULTIES[0]) if spec.n_retain else ()
+    return Data(train=generated(spec, spec.train_split, draw), test=test, n_train=None, retain=retain)
 
 
 def instance(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:

@@ -69,6 +69,9 @@ class Trainables(Protocol):
     def norms(self) -> list[dict[str, float]]:
         """Norms worth recording, one dict a member."""
 
+    def spectra(self) -> list[dict[str, dict[str, float]]]:
+        """Spectral norms at the end, by matrix: {name: {delta, ...}}, one dict a member."""
+
     def detach(self) -> None:
         """Give the base model back as it was."""
 

@@ -98,6 +98,12 @@ class _WholeModel:
         )
         return [{"norm_delta": total**0.5}]
 
+    def spectra(self) -> list[dict[str, dict[str, float]]]:
+        from lorasweep.adapters import spectral_norm
+
+        matrices = {n: p.detach() - self._start[n] for n, p in self.parameters().items() if p.dim() == 2}
+        return [{n.removesuffix(".weight"): {"delta": spectral_norm(d)} for n, d in matrices.items()}]
+
     def detach(self) -> None:
         import torch
 
