@@ -117,7 +117,7 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
         parser.error("--table needs --out FOLDER, so that no other report is overwritten")
 
     from analysis import design
-    from analysis.report import answer_of, judge_and_report
+    from analysis.report import findings_of, judge_and_report
     from analysis.table import read
 
     folder = find_report(args.reports_dir, args.sweep, args.scale)
@@ -126,7 +126,7 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
     if not suggest:
         print(judge_and_report(table, question, args.out or folder, args.json))
         return 0
-    wanted = design.suggest(answer_of(table, question))
+    wanted = design.suggest(findings_of(table, question))
     if args.json:
         print(json.dumps([s.plain() for s in wanted], indent=1))
     else:

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 from analysis.evidence import Evidence, gather
+from analysis.findings import Findings
 from analysis.lr_optimum import Optimum
 from analysis.lr_ratio import Answer, seeds_at_best
 from analysis.posterior import weigh
@@ -98,7 +99,7 @@ def _spread(e: Evidence, noise: float, misfit: float) -> float:
 # ---------------------------------------------------------------- after some runs
 
 
-def suggest(found: Answer) -> list[Suggestion]:
+def suggest(found: "Answer | Findings") -> list[Suggestion]:
     """Name the runs that would decide most for claims that are open: first what opens a gate, then what narrows most.
 
     Runs that exist are never named. Nothing is returned where every claim is decided or no run of the grid can help
@@ -108,9 +109,11 @@ def suggest(found: Answer) -> list[Suggestion]:
     for verdict in found.verdicts:
         if verdict.outcome != "UNDECIDED" or "task:" in verdict.why or "no curve of" in verdict.why:
             continue
-        curves = [o for o in found.members.get(verdict.group, []) if verdict.log or o.curve.key["method"] == "lora"]
+        lora_only = found.of_rates and not verdict.log
+        curves = [o for o in found.members.get(verdict.group, []) if not lora_only or o.curve.key["method"] == "lora"]
         gated = [s for o in curves for s in _open_gates(o)]
-        wanted += gated or _narrow(verdict, curves)
+        more = _narrow(verdict, curves) if found.of_rates else [s for o in curves for s in _more_seeds(o, 2, "narrows it")]
+        wanted += gated or more
     merged: dict[tuple[int, float], Suggestion] = {}
     for s in wanted:
         known = merged.get((id(s.curve), s.lr))

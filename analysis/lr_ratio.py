@@ -10,16 +10,20 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.pooling import Drift, RandomEffects, drift, random_effects
 from analysis.results import LEVEL, Estimate, Verdict, from_draws
-from analysis.table import Curve, TableError
-from analysis.verdicts import MIN_SEEDS, holm, judge
+from analysis.table import Curve, TableError, curves
+from analysis.verdicts import MIN_SEEDS, holm, judge, look_level
+
+if TYPE_CHECKING:
+    from analysis.findings import Findings
 
 ESTIMANDS = ("lr_ratio", "lr_drift_per_doubling")
 LOG_ESTIMANDS = ("lr_ratio",)
@@ -63,6 +67,7 @@ class Answer:
     """ln ratio over the groups (models, data sets), where two or more have one."""
     members: dict[str, list[Optimum]] = field(default_factory=dict)
     """The curves that a verdict's group rests on: full fine-tuning and the ranks of MIN_RANK and more."""
+    of_rates: ClassVar[bool] = True
 
 
 def answer(
@@ -116,6 +121,19 @@ def answer(
     overall_ratios = [r.ratio for r in ratios if r.rank is None]
     pooled = None if any(";" in r.group for r in ratios) else pool_ratios(overall_ratios)  # variants share one FullFT curve
     return Answer(optima, ratios, drifts, verdicts, pooled, groups_judged)
+
+
+def answer_of(table: pd.DataFrame, question: dict[str, Any]) -> Answer:
+    """Fit and judge a sweep's runs under its claims, margins and planned rounds."""
+    widths = {} if "hidden_size" not in table else dict(zip(table["model"], table["hidden_size"].fillna(0).astype(int)))
+    return answer(curves(table), question["claims"], widths, look_level(int(question.get("rounds", 1))))
+
+
+def find(table: pd.DataFrame, question: dict[str, Any]) -> "Findings":
+    """Return what the report shows."""
+    from analysis.ratio_report import findings
+
+    return findings(table, question)
 
 
 def pool_ratios(ratios: Sequence[Estimate]) -> RandomEffects | None:
@@ -213,9 +231,9 @@ def _judge_group(
     laws: dict[str, float], level: float,
 ) -> list[Verdict]:  # fmt: skip
     every = [full, *lora]
-    gates = _gates(every)
+    gates = gates_of(every)
     seeds = min(seeds_at_best(o) for o in every)
-    known = {"lr_ratio": (overall, gates), "lr_drift_per_doubling": (drift, _drift_gates(_gates(lora), lora))}
+    known = {"lr_ratio": (overall, gates), "lr_drift_per_doubling": (drift, _drift_gates(gates_of(lora), lora))}
     verdicts = []
     for name, claim in claims.items():
         if claim["estimand"] not in known:
@@ -233,7 +251,7 @@ def _drift_gates(gates: list[str], lora: list[Optimum]) -> list[str]:
     return gates if len(lora) >= 2 else [*gates, "one rank only"]
 
 
-def _gates(optima: list[Optimum]) -> list[str]:
+def gates_of(optima: list[Optimum]) -> list[str]:
     """List what forbids a verdict."""
     found = []
     for o in optima:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import design, plots, report
+from analysis import design, plots
 from analysis.lr_optimum import Optimum, fit_all
-from analysis.lr_ratio import Answer
+from analysis.lr_ratio import Answer, answer_of
 from analysis.outside import WITHIN
 from analysis.results import Estimate, Verdict, number, rate, with_interval
 from analysis.step_efficiency import of_curves
@@ -39,7 +39,7 @@ def table(folder: Path) -> pd.DataFrame:
 
 def answer(folder: Path) -> Answer:
     """Fit and judge a result's runs under the question they were trained for."""
-    return report.answer_of(table(folder), json.loads((folder / "question.json").read_text()))
+    return answer_of(table(folder), json.loads((folder / "question.json").read_text()))
 
 
 def fits(runs: pd.DataFrame) -> list[Optimum]:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pandas as pd
 
 from analysis.lr_optimum import Optimum
 from analysis.results import rate, with_interval
+from analysis.step_efficiency import same
 from analysis.table import learning_curves
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -83,7 +85,7 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path) -> bool
     with plt.rc_context(_STYLE):
         fig, ax = plt.subplots(figsize=(7.2, 4.6))
         for o, colour in zip(optima, itertools.cycle(COLOURS)):
-            mine = [(row, points) for row, points in runs if _same(row, o)]
+            mine = [(row, points) for row, points in runs if same(row, o)]
             x, y = o.curve.x[o.curve.usable], o.curve.y[o.curve.usable]
             best = np.exp(x[np.argmin(y)]) if len(y) else None
             labelled = False
@@ -108,10 +110,81 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path) -> bool
     return True
 
 
-def _same(row: pd.Series, o: Optimum) -> bool:
-    return all(
-        row.get(k) == v or (pd.isna(v) and pd.isna(row.get(k))) for k, v in o.curve.key.items() if k in row.index
-    )
+@dataclass(frozen=True)
+class Series:
+    """One line or set of points of a panel. `low`, `high`: a band or error bars, as long as x."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    low: Sequence[float | None] = ()
+    high: Sequence[float | None] = ()
+    style: str = "o-"
+    colour: int | str | None = None
+    """Place in COLOURS, or a colour; None: the next one."""
+    width: float = 1.6
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes."""
+
+    title: str
+    x: str
+    y: str
+    series: list[Series]
+    log_x: bool = False
+    log_y: bool = False
+    band: tuple[float, float] | None = None
+    """A claim's margin, shaded."""
+    lines: dict[str, float] = field(default_factory=dict)
+    """Label -> height of a dashed line."""
+    ticks: list[tuple[float, str]] | None = None
+    """Places on the x axis and what stands there."""
+    y_range: tuple[float | None, float | None] = (None, None)
+
+
+def panels(parts: Sequence[Panel], path: Path, columns: int = 2) -> None:
+    """Draw panels side by side; values that are None or not finite are left out."""
+    columns = min(columns, len(parts))
+    rows = -(-len(parts) // columns)
+    with plt.rc_context(_STYLE):
+        fig, axes = plt.subplots(rows, columns, figsize=(5.4 * columns if columns > 1 else 7.2, 4.2 * rows), squeeze=False)
+        for ax in axes.flat[len(parts):]:
+            ax.axis("off")
+        for ax, panel in zip(axes.flat, parts):
+            _panel(ax, panel)
+        fig.tight_layout()
+        fig.savefig(path, dpi=130)
+        plt.close(fig)
+
+
+def _panel(ax: Any, panel: Panel) -> None:
+    if panel.band is not None:
+        ax.axhspan(*panel.band, color=COLOURS[3], alpha=0.13, lw=0, label=f"margin {panel.band[0]:g} to {panel.band[1]:g}")
+    for (label, height), dash in zip(panel.lines.items(), itertools.cycle(("--", ":", "-."))):
+        ax.axhline(height, color="grey", lw=1.2, ls=dash, label=label)
+    for k, s in enumerate(panel.series):
+        colour = COLOURS[(k if s.colour is None else s.colour) % len(COLOURS)] if not isinstance(s.colour, str) else s.colour
+        x, y = np.asarray(s.x, float), np.array([np.nan if v is None else v for v in s.y], float)
+        style = s.style.replace("o", MARKERS[k % len(MARKERS)])
+        ax.plot(x, y, style, color=colour, lw=s.width, ms=5.5, alpha=s.alpha, label=s.label or None)
+        if len(s.low):
+            low, high = (np.array([np.nan if v is None else v for v in e], float) for e in (s.low, s.high))
+            reach = np.clip(np.stack([y - low, high - y]), 0, None)
+            ax.errorbar(x, y, yerr=np.where(np.isfinite(reach), reach, 0), fmt="none", ecolor=colour, capsize=3, lw=1.2)
+    ax.set(xlabel=panel.x, ylabel=panel.y, ylim=panel.y_range)
+    ax.set_title(panel.title, fontsize=10)
+    if panel.log_x:
+        ax.set_xscale("log")
+    if panel.log_y:
+        ax.set_yscale("log")
+    if panel.ticks is not None:
+        ax.set_xticks([v for v, _ in panel.ticks], [t for _, t in panel.ticks])
+        ax.minorticks_off()
+    if any(s.label for s in panel.series) or panel.lines or panel.band:
+        ax.legend(frameon=False, fontsize=8)
 
 
 def packing(rows: Sequence[dict[str, Any]], path: Path) -> None:

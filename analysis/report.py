@@ -1,12 +1,12 @@
 """From a table and a question to the answer, the report (Markdown with figures) and the machine-readable results.
 
-One call writes all of it from the same result objects; there is no sentence in it that does not come from them.
+One call writes all of it from the same findings; there is no sentence in it that does not come from them. What a question's
+own analysis adds comes as sections; this module knows no claim.
 """
 
-import dataclasses
 import hashlib
+import importlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,16 @@ from typing import Any
 import pandas as pd
 
 from analysis import interactive, plots
-from analysis.design import lines, suggest
+from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum
-from analysis.lr_ratio import Answer, Ratio, answer
 from analysis.outside import WITHIN, aligned
-from analysis.results import LEVEL, Estimate, Verdict, number, rate, with_interval
-from analysis.step_efficiency import of_curves
-from analysis.table import Curve, curves
-from analysis.verdicts import look_level
+from analysis.results import LEVEL, Verdict, number, rate, with_interval
+from analysis.table import GROUP_KEYS, Curve
 
-Rhos = list[Estimate | None]
+
+def findings_of(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+    """Fit and judge a sweep's runs by the analysis that its question names."""
+    return importlib.import_module(f"analysis.{question['analysis']}").find(table, question)
 
 
 def judge_and_report(
@@ -31,28 +31,23 @@ def judge_and_report(
 ) -> str:
     """Judge the runs, write report.md, report.html, figures, results.json, table.parquet and table.csv into `folder`, and
     return the answer for the terminal (or as one JSON object)."""
-    found = answer_of(table, question)
-    parts = [o.curve for o in found.optima]
+    found = findings_of(table, question)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "question.json").write_text(json.dumps(question, indent=1) + "\n")
     table.to_parquet(folder / "table.parquet", index=False)
-    table.to_csv(folder / "table.csv", index=False)
-    plots.lr_against_nll(found.optima, folder / "lr_nll.png")
+    table.drop(columns=["spec", "result"], errors="ignore").to_csv(folder / "table.csv", index=False)
+    for section in found.sections:
+        if section.draw is not None:
+            section.draw(folder / section.figure)
+    if found.optima:
+        plots.lr_against_nll(found.optima, folder / "lr_nll.png")
     interactive.write(folder / "report.html", f"{question['name']} at scale {question['scale']}: {question['question']}", table,
-                      found.optima, [(r.group, "ranks 4 and more" if r.rank is None else f"rank {r.rank}", r.ratio)
-                                     for r in found.ratios], found.verdicts, WITHIN)  # fmt: skip
-    has_curves = plots.learning(table, found.optima, folder / "learning.png")
-    rhos = of_curves(table, found.optima)
-    told = to_plain(found, question, rhos)
+                      found.optima, found.ratios, found.verdicts, WITHIN)  # fmt: skip
+    has_curves = bool(found.optima) and plots.learning(table, found.optima, folder / "learning.png")
+    told = to_plain(found, question, len(table))
     (folder / "results.json").write_text(json.dumps(told, indent=1) + "\n")
-    (folder / "report.md").write_text(markdown(found, question, parts, table, has_curves, rhos))
-    return json.dumps({**told, "report": str(folder / "report.md")}) if as_json else terminal(found, question, folder, rhos)
-
-
-def answer_of(table: pd.DataFrame, question: dict[str, Any]) -> Answer:
-    """Fit and judge a sweep's runs under its claims, margins and planned rounds."""
-    widths = {} if "hidden_size" not in table else dict(zip(table["model"], table["hidden_size"].fillna(0).astype(int)))
-    return answer(curves(table), question["claims"], widths, look_level(int(question.get("rounds", 1))))
+    (folder / "report.md").write_text(markdown(found, question, table, has_curves))
+    return json.dumps({**told, "report": str(folder / "report.md")}) if as_json else terminal(found, question, folder)
 
 
 def _asked(question: dict[str, Any]) -> Any:
@@ -65,46 +60,34 @@ def question_hash(question: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(_asked(question), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _flags(flags: Sequence[str]) -> str:
-    return ", ".join(flags) or "-"
-
-
 def _band(o: Optimum) -> str:
     band = o.band(WITHIN)
     return "-" if band is None else f"{rate(band[0])} to {rate(band[1])}"
 
 
-def _curve_rows(found: Answer) -> list[list[str]]:
+def _curve_rows(optima: Sequence[Optimum]) -> list[list[str]]:
     rows = [["curve", "model and data", "best LR [95%]", f"within {WITHIN:g} nats", "best NLL", "runs", "not fitted",
              "flags"]]  # fmt: skip
-    for o in found.optima:
+    names = full_names([o.curve for o in optima])
+    for o, name in zip(optima, names):
         c = o.curve
-        rows.append([c.name, c.group, with_interval(o.best_lr, rate), _band(o), number(o.best_nll, 5),
-                     str(len(c.x)), str(int((~c.usable).sum())), _flags(o.flags)])  # fmt: skip
+        rows.append([name, c.group, with_interval(o.best_lr, rate), _band(o), number(o.best_nll, 5),
+                     str(len(c.x)), str(int((~c.usable).sum())), ", ".join(o.flags) or "-"])  # fmt: skip
     return rows
 
 
-def _ratio_rows(found: Answer, rhos: Rhos) -> list[list[str]]:
-    rows = [["LoRA / FullFT", "model and data", "alpha", "ratio [95%]", "NLL gap", "rho [95%]",
-             "regret of FullFT's LR", "regret of 10x FullFT's LR"]]  # fmt: skip
-    for r in found.ratios:
-        name = "ranks 4 and more" if r.rank is None else f"rank {r.rank}"
-        one, ten = (r.regrets.get(k) for k in ("FullFT's best LR", "10 x FullFT's best LR"))
-        rows.append([name, r.group, f"{r.alpha:g}", with_interval(r.ratio), _gap(r.gap), with_interval(_rho(rhos, r)),
-                     _signed(one), _signed(ten)])
-    return rows
-
-
-def _rho(rhos: Rhos, r: Ratio) -> Estimate:
-    return (None if r.at is None else rhos[r.at]) or Estimate(None)
-
-
-def _gap(e: Estimate) -> str:
-    return _signed(e.value) + (f" [{_signed(e.low)}, {_signed(e.high)}]" if e.has_interval() else "")
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.4f}"
+def full_names(curves: Sequence[Curve]) -> list[str]:
+    """Name curves by method, rank, and whatever else tells them apart from the others."""
+    keys = [k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, "method", "rank")]
+    lora = [c for c in curves if c.key["method"] == "lora"]
+    differ = [k for k in keys if len({str(c.key[k]) for c in lora}) > 1]
+    scopes = len({(c.key.get("scope"), c.key.get("layers")) for c in curves if c.key["method"] == "fullft"}) > 1
+    names = []
+    for c in curves:
+        told = differ if c.key["method"] == "lora" else ["scope", "layers"] if scopes else []
+        names.append(", ".join([c.name, *(f"{k} {v:g}" if isinstance(v, float) else f"{v}" if k == "layers" else f"{k} {v}"
+                                          for k, v in ((k, c.key[k]) for k in told))]))  # fmt: skip
+    return names
 
 
 def _verdict_line(v: Verdict) -> str:
@@ -113,74 +96,62 @@ def _verdict_line(v: Verdict) -> str:
     return line + (f". Needed: {v.needed}" if v.needed else "")
 
 
-def terminal(found: Answer, question: dict[str, Any], folder: Path, rhos: Rhos) -> str:
+def terminal(found: Findings, question: dict[str, Any], folder: Path) -> str:
     """Write the answer for the terminal."""
-    out = [question["question"], "", *aligned(_curve_rows(found)), "", *aligned(_ratio_rows(found, rhos)), ""]
+    out = [question["question"], ""]
+    if found.optima:
+        out += [*aligned(_curve_rows(found.optima)), ""]
+    for section in found.sections:
+        if section.rows:
+            out += [section.title, *aligned(section.rows), ""]
     out += [_verdict_line(v) for v in found.verdicts]
     return "\n".join([*out, "", f"report: {folder / 'report.html'} (interactive), {folder / 'report.md'}"])
 
 
-def _table(rows: list[list[str]]) -> list[str]:
+def as_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Write rows, the head first, as a Markdown table."""
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
     return [line(rows[0]), "|" + "---|" * len(rows[0]), *(line(r) for r in rows[1:])]
 
 
-def markdown(
-    found: Answer, question: dict[str, Any], parts: Sequence[Curve], table: pd.DataFrame, has_curves: bool, rhos: Rhos
-) -> str:
+def markdown(found: Findings, question: dict[str, Any], table: pd.DataFrame, has_curves: bool) -> str:
     """Write the report."""
     out = [f"# {question['name']} at scale {question['scale']}", "", f"**{question['question']}**", ""]
     out += [f"Source of the claim: {question['source']}.", ""] if question["source"] else []
     head = ["claim", "model and data", "verdict", f"measured [{_percent(found)}]", "expected", "margin", "why", "needed"]
-    out += ["## Verdicts", "", *_table([head, *(_verdict_cells(v) for v in found.verdicts)]), ""]
-    for r in found.ratios:
-        if r.rank is None and r.rivals:
-            out += [f"Laws of the ratio in print, at the width and alpha {r.alpha:g} of {r.group}:", "",
-                    *_table([["law", "predicts", "inside the interval"],
-                             *([k, number(v), _inside(v, r.ratio)] for k, v in r.rivals.items())]), ""]  # fmt: skip
-    out += ["## Optima", "", *_table(_curve_rows(found)), "", "![LR against NLL](lr_nll.png)", ""]
+    out += ["## Verdicts", "", *as_table([head, *(_verdict_cells(v) for v in found.verdicts)]), ""]
+    for section in found.sections:
+        out += _section(section)
+    if found.optima:
+        out += ["## Optima", "", *as_table(_curve_rows(found.optima)), "", "![LR against NLL](lr_nll.png)", ""]
     pooled = next((o.pooled for o in found.optima if o.pooled is not None), None)
     if pooled is not None:
         out += [f"Noise of one run, pooled over the sweep: {pooled.noise:.2g} nats at the bottom of a valley, {pooled.df} "
                 f"degrees of freedom; misfit of the family's curvature {100 * pooled.misfit:.0f}%. Crosses on the top line: "
                 "runs that diverged, ended no better than the untrained model, or lie beyond such a rate: no part of the "
                 "fit.", ""]  # fmt: skip
-    out += ["## LoRA against full fine-tuning", "", *_table(_ratio_rows(found, rhos)), ""]
-    for g, d in found.drifts.items():
-        tests = "" if d.p_slope is None else f" (no slope: p {d.p_slope:.2g}; all ranks equal: p {d.p_equal:.2g})"
-        out.append(f"Drift of ln(best LR) per doubling of the rank, {g}: {with_interval(d.slope)}{tests}.")
-    if found.pooled is not None:
-        p = found.pooled
-        out += ["", f"Ratio pooled over {p.k} groups (random effects): {number(math.exp(p.mean))} [{number(math.exp(p.low))}, "
-                f"{number(math.exp(p.high))}]; between groups a factor {number(math.exp(p.tau))}; the next group would lie in "
-                f"[{number(math.exp(p.low_next))}, {number(math.exp(p.high_next))}]."]  # fmt: skip
-    out += ["", "Gap: best LoRA NLL minus best full fine-tuning NLL, nats per token; with an interval where fresh seeds are "
-            "paired, each arm at its best tried rate. Regret: NLL lost by a rule of thumb against the tuned LoRA rate. rho: "
-            "full fine-tuning's steps to LoRA's loss over LoRA's steps.", ""]  # fmt: skip
-    wanted = suggest(found)
-    if wanted:
-        out += ["## Next runs", "", "What would decide most (`action=extend` adds them as the sweep's next round):", "",
-                *(f"- {line}" for line in lines(wanted)), ""]  # fmt: skip
     if has_curves:
         out += ["## Learning curves", "", "![learning curves](learning.png)", ""]
-    return "\n".join([*out, *_conditions(question, parts, table)]) + "\n"
+    return "\n".join([*out, *_conditions(question, [o.curve for o in found.optima], table)]) + "\n"
 
 
-def _percent(found: Answer) -> str:
+def _section(section: Section) -> list[str]:
+    out = [f"## {section.title}", ""]
+    out += [*as_table(section.rows), ""] if section.rows else []
+    out += [*section.text, ""] if section.text else []
+    out += [f"![{section.caption or section.title}]({section.figure})", ""] if section.figure else []
+    return out
+
+
+def _percent(found: Findings) -> str:
     return f"{100 * next((v.estimate.level for v in found.verdicts), LEVEL):.3g}%"
 
 
 def _verdict_cells(v: Verdict) -> list[str]:
     return [v.claim + (" (primary)" if v.primary else ""), v.group, f"**{v.outcome}**", with_interval(v.estimate),
             f"{v.expected:g}", f"[{v.margin[0]:g}, {v.margin[1]:g}]", v.why, v.needed or "-"]  # fmt: skip
-
-
-def _inside(value: float, e: Estimate) -> str:
-    if e.value is None or not e.has_interval():
-        return "-"
-    return "yes" if e.low <= value <= e.high else "no"
 
 
 def _conditions(question: dict[str, Any], parts: Sequence[Curve], table: pd.DataFrame) -> list[str]:
@@ -192,7 +163,7 @@ def _conditions(question: dict[str, Any], parts: Sequence[Curve], table: pd.Data
         if column in table:
             values = sorted(str(v) for v in table[column].dropna().unique())
             out.append(f"- {label}: {', '.join(values)}")
-    out.append("- LoRA start: A uniform in +-1/sqrt(d_in), B zero; one learning rate for both; AdamW")
+    out.append("- LoRA start, unless said otherwise: A uniform in +-1/sqrt(d_in), B zero; one learning rate for both; AdamW")
     for where, c in {f"{c.key['model']} on {c.key['dataset']}": c for c in parts}.items():
         out.append(f"- {where}: NLL before training {number(c.nll_start, 5)}, floor of the task {number(c.floor, 5)}")
     if "base_sha256" in table:
@@ -204,20 +175,18 @@ def _conditions(question: dict[str, Any], parts: Sequence[Curve], table: pd.Data
     return out
 
 
-def to_plain(found: Answer, question: dict[str, Any], rhos: Rhos) -> dict[str, Any]:
-    """Return the answer as plain values (no path, so that a kept one is the same on every machine)."""
+def to_plain(found: Findings, question: dict[str, Any], n_runs: int) -> dict[str, Any]:
+    """Return the findings as plain values (no path, so that kept ones are the same on every machine)."""
     def curve(o: Any) -> dict[str, Any]:
         e = o.best_lr
         return {**{k: _plain(v) for k, v in o.curve.key.items()}, "n": e.n, "best_lr": e.value, "low": e.low,
                 "high": e.high, "best_nll": o.best_nll, "flags": list(o.flags), "band": o.band(WITHIN)}  # fmt: skip
 
+    figures = [[s.figure, s.caption or s.title] for s in found.sections if s.figure]
     return {
-        "sweep": question["name"], "scale": question["scale"], "claims_hash": question_hash(question),
-        "curves": [curve(o) for o in found.optima],
-        "ratios": [{**{f.name: getattr(r, f.name) for f in dataclasses.fields(r)}, "ratio": r.ratio.plain(),
-                    "gap": r.gap.plain(), "rho": _rho(rhos, r).plain()} for r in found.ratios],
-        "drift": {g: {"slope": d.slope.plain(), "p_slope": d.p_slope, "p_equal": d.p_equal} for g, d in found.drifts.items()},
-        "pooled": None if found.pooled is None else dataclasses.asdict(found.pooled),
+        "sweep": question["name"], "scale": question["scale"], "claims_hash": question_hash(question), "runs": n_runs,
+        "figures": figures or ([["lr_nll.png", "LR against NLL"]] if found.optima else []),
+        "curves": [curve(o) for o in found.optima], **found.measures,
         "verdicts": [v.plain() for v in found.verdicts],
     }  # fmt: skip
 

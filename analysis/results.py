@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
+N_DRAWS = 4000
 LEVEL = 0.95
 """Level of an interval unless a sweep's rounds ask for another."""
 
@@ -40,6 +43,32 @@ def from_draws(draws: np.ndarray, n: int, level: float = LEVEL, flags: tuple[str
     return Estimate(value, low, high, n, flags, draws, level)
 
 
+def from_sample(values: Sequence[float], log: bool = False, level: float = LEVEL, flags: tuple[str, ...] = ()) -> Estimate:
+    """Return the mean of independent values (seeds), or their geometric mean, with Student's interval; no interval for one."""
+    x = np.log(values) if log else np.asarray(values, float)
+    back = np.exp if log else np.asarray
+    if not len(x):
+        return Estimate(None, flags=flags)
+    if len(x) < 2:
+        return Estimate(float(back(x.mean())), n=len(x), flags=flags)
+    even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
+    error = max(float(np.std(x, ddof=1)) / math.sqrt(len(x)), 1e-12)
+    return from_draws(back(x.mean() + error * stats.t.ppf(even, len(x) - 1)), len(x), level, flags)
+
+
+def exp_of(e: Estimate) -> Estimate:
+    """Bring an estimate of a logarithm to its own scale."""
+    if e.value is None:
+        return e
+    ends = [None if v is None else math.exp(v) for v in (e.value, e.low, e.high)]
+    return Estimate(*ends, e.n, e.flags, None if e.draws is None else np.exp(e.draws), e.level)
+
+
+def exactly(value: float, n: int = 1) -> Estimate:
+    """Return a number without error, such as a difference of two deterministic runs."""
+    return Estimate(value, value, value, n, draws=np.full(2, value))
+
+
 @dataclass(frozen=True)
 class Verdict:
     """SUPPORTED, REFUTED or UNDECIDED, with the reason and what would decide it."""
@@ -70,6 +99,11 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.{digits}g}"
+
+
+def signed(value: float | None) -> str:
+    """Write a difference in nats; a missing one as a dash."""
+    return "-" if value is None else f"{value:+.4f}"
 
 
 def rate(value: float | None) -> str:

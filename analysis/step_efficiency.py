@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.lr_optimum import Optimum
-from analysis.results import LEVEL, Estimate
+from analysis.results import LEVEL, Estimate, exp_of, from_sample
 from analysis.table import learning_curves
 
 Points = list[tuple[float, float]]
@@ -72,20 +72,53 @@ def of_curves(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Estimate |
     Each arm's runs are those at the tried rate nearest its optimum. Evaluations before the last one use the same held-out
     rows in all runs, the last one uses more: it is left out.
     """
-    best = {id(o): _near(o) for o in optima}
-    curves: dict[int, dict[int, Points]] = {id(o): {} for o in optima}
-    for row, points in learning_curves(table):
-        for o in optima:
-            at = best[id(o)]
-            if at is not None and abs(math.log(row["lr"]) - at) < 1e-6 and _same(row, o):
-                kept = points[(points["step"] >= 1) & points["test_nll"].notna()].iloc[:-1]
-                curves[id(o)][int(row["seed"])] = list(zip(kept["step"].astype(float), kept["test_nll"].astype(float)))
+    curves = at_best(table, optima)
     out: list[Estimate | None] = []
-    for o in optima:
-        full = [f for f in optima if f.curve.group == o.curve.group and f.curve.key["method"] == "fullft"]
+    for o, mine in zip(optima, curves):
+        full = [k for k, f in enumerate(optima) if f.curve.group == o.curve.group and f.curve.key["method"] == "fullft"]
         compared = o.curve.key["method"] != "fullft" and len(full) == 1
-        out.append(rho(curves[id(o)], curves[id(full[0])]) if compared else None)
+        out.append(rho(mine, curves[full[0]]) if compared else None)
     return out
+
+
+def at_best(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[dict[int, Points]]:
+    """Return, for every curve, the held-out curves by seed of its runs at the tried rate nearest its optimum; step 0 and the
+    last evaluation, which uses more rows, left out."""
+    best = [_near(o) for o in optima]
+    found: list[dict[int, Points]] = [{} for _ in optima]
+    for row, points in learning_curves(table):
+        for o, at, mine in zip(optima, best, found):
+            if at is not None and abs(math.log(row["lr"]) - at) < 1e-6 and same(row, o):
+                mine[int(row["seed"])] = before_last(points)
+    return found
+
+
+def before_last(points: pd.DataFrame) -> Points:
+    """Return the evaluations on the same held-out rows: from step 1 to the last but one."""
+    kept = points[(points["step"] >= 1) & points["test_nll"].notna()].iloc[:-1]
+    return list(zip(kept["step"].astype(float), kept["test_nll"].astype(float)))
+
+
+def per_seed(one: dict[int, Points], other: dict[int, Points]) -> dict[int, float]:
+    """Return ln(rho) of one curve against another by seed: the other's steps to the one's loss over its steps. +-infinity
+    where the other never gets there, or is there at its first evaluation."""
+    out = {}
+    for seed in sorted(one.keys() & other.keys()):
+        if one[seed] and other[seed]:
+            steps, loss = one[seed][-1]
+            reached = steps_to_reach(other[seed], loss)
+            early = other[seed][0][1] <= loss
+            out[seed] = -math.inf if early else math.inf if reached is None else math.log(reached / steps)
+    return out
+
+
+def rho_by_seed(one: dict[int, Points], other: dict[int, Points]) -> Estimate:
+    """Return rho with Student's interval and draws over seeds; only a bound where the other curve never gets there."""
+    logs = per_seed(one, other)
+    known = [v for v in logs.values() if math.isfinite(v)]
+    if len(known) < len(logs):
+        return rho(one, other)
+    return exp_of(from_sample(known))
 
 
 def _near(o: Optimum) -> float | None:
@@ -95,5 +128,6 @@ def _near(o: Optimum) -> float | None:
     return float(x[np.argmin(np.abs(x - math.log(o.best_lr.value)))])
 
 
-def _same(row: pd.Series, o: Optimum) -> bool:
+def same(row: pd.Series, o: Optimum) -> bool:
+    """Say whether a run belongs to a curve."""
     return all(row.get(k) == v or (pd.isna(v) and pd.isna(row.get(k))) for k, v in o.curve.key.items() if k in row.index)

@@ -12,7 +12,8 @@ import pandas as pd
 REQUIRED = ("status", "model", "dataset", "method", "rank", "lr", "seed", "test_nll")
 GROUP_KEYS = ("model", "dataset", "batch_size", "steps")
 """What arms are compared under."""
-CURVE_KEYS = (*GROUP_KEYS, "method", "rank", "alpha", "layers", "scope", "schedule", "warmup_steps", "precision",
+CURVE_KEYS = (*GROUP_KEYS, "method", "rank", "alpha", "layers", "scope", "scaling_by", "init_scale", "lr_b_ratio", "start",
+              "init_seed", "schedule", "warmup_steps", "precision",
               "beta1", "beta2", "eps", "weight_decay", "clip_norm")  # fmt: skip
 """Runs equal in these are one curve: they differ in lr and seed only."""
 

@@ -157,6 +157,8 @@ class DatasetSpec:
     """Of these, the first rows: evaluated at the log-spaced steps before the end."""
     knobs: dict[str, float] = field(default_factory=dict)
     """Settings of a synthetic generator."""
+    holdout: int = field(default=0, metadata={"added": 0})
+    """Rows held out from the training split of a hub data set that has no other: the first after a shuffle; 0: test_split."""
     n_retain: int = field(default=0, metadata={"added": 0})
     """Rows of what the base was pretrained on (facts: of facts never trained), evaluated once at the end."""
 
@@ -442,6 +444,8 @@ def _validate_dataset(data: DatasetSpec) -> None:
     _check(data.n_test >= 1, f"{where}n_test={data.n_test}: at least 1 row.")
     _check(1 <= data.n_test_curve <= data.n_test,
            f"{where}n_test_curve={data.n_test_curve}: from 1 to n_test={data.n_test}.")  # fmt: skip
+    _check(data.holdout == 0 or (data.source == "hub" and data.holdout >= data.n_test),
+           f"{where}holdout={data.holdout}: 0, or for source=hub at least n_test={data.n_test} rows.")  # fmt: skip
     _check(data.n_retain >= 0, f"{where}n_retain={data.n_retain}: 0 or more rows.")
     _check(data.n_retain == 0 or data.source == "synthetic",
            f"{where}n_retain={data.n_retain}: only synthetic data sets know what the base was pretrained on. Leave it at 0.")

@@ -85,7 +85,7 @@ def verify(request: Request, store: RunStore, points: list[Point]) -> int:
 def extend(request: Request, store: RunStore, points: list[Point], asked: dict[str, Any]) -> int:
     """Add the runs that would decide most to the sweep, as its next round; starts nothing."""
     from analysis.design import lines, suggest
-    from analysis.report import answer_of, question_hash
+    from analysis.report import findings_of, question_hash
     from analysis.table import TableError, alike
     from lorasweep.store import load_runs
 
@@ -97,7 +97,7 @@ def extend(request: Request, store: RunStore, points: list[Point], asked: dict[s
                         "Ask without action=extend first.")  # fmt: skip
     table = load_runs(store.root, [p.id for p in points])
     try:
-        wanted = suggest(answer_of(table, asked))
+        wanted = suggest(findings_of(table, asked))
         runs = [{"like": alike(table, s.curve), "lr": s.lr, "seed": seed}
                 for s in wanted for seed in s.seeds]  # fmt: skip
     except TableError as error:

@@ -77,8 +77,13 @@ def _rows(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Iterator[t
 
     try:
         rows = datasets.load_dataset(
-            spec.location, spec.config or None, split=split, revision=spec.revision or None
-        )
+            spec.location, spec.config or None, split=spec.train_split if spec.holdout else split,
+            revision=spec.revision or None,
+        )  # fmt: skip
+        if spec.holdout:  # mixtures lie source by source: shuffled first, or the held-out rows are of one
+            rows = rows.shuffle(seed=0)
+            test = range(min(spec.holdout, len(rows)))
+            rows = rows.select(test if split == spec.test_split else range(len(test), len(rows)))
     except Exception as error:
         raise DataError(
             f"dataset {spec.name!r}: cannot load {spec.location!r} from the hub ({type(error).__name__}: {error}). "

@@ -1,0 +1,183 @@
+"""When does each rank leave full fine-tuning's learning curve, and do all ranks start alike?
+
+A rank departs at the step from which it stays more than DEPARTED short of the progress that full fine-tuning has made. Two
+readings stand side by side: runs at each rank's best rate, paired by seed, which carry the verdict; and the study's
+envelope, the lowest loss over all rates at every step, which no single run follows.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import judging, plots
+from analysis.findings import Findings, Section
+from analysis.lr_optimum import Optimum, fit_all
+from analysis.plots import Panel, Series
+from analysis.results import Estimate, from_sample, number, with_interval
+from analysis.step_efficiency import Points, at_best, before_last, rho_by_seed
+from analysis.table import curves, learning_curves
+
+ESTIMANDS = ("departure_slope", "rho_top_rank", "identical_steps")
+LOG_ESTIMANDS = ("rho_top_rank", "identical_steps")
+DEPARTED = 0.05
+"""Share of full fine-tuning's progress (loss at the start less its loss now) that a rank must lack to have departed."""
+
+
+def departure(lora: Points, full: Points, start: float) -> float:
+    """Return the step from which LoRA stays more than DEPARTED short of full fine-tuning's progress, interpolated in ln(step);
+    infinite if it is not short at the end, the first step seen if it always is."""
+    other = dict(full)
+    steps = [s for s, _ in lora if s in other]
+    lack = [(nll - other[s]) / max(start - other[s], 1e-12) for s, nll in lora if s in other]
+    if not steps or lack[-1] <= DEPARTED:
+        return math.inf
+    inside = [k for k, v in enumerate(lack) if v <= DEPARTED]
+    if not inside:
+        return steps[0]
+    k = inside[-1]
+    share = (DEPARTED - lack[k]) / (lack[k + 1] - lack[k])
+    return math.exp(math.log(steps[k]) + share * (math.log(steps[k + 1]) - math.log(steps[k])))
+
+
+def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+    """Judge departures, parity at the highest rank, and the common start."""
+    plain = table[(table["method"] == "fullft") | (table["init_seed"].fillna(0) == 0)]
+    optima = fit_all(curves(plain))
+    full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
+    lora = [o for o in optima if o.curve.key["method"] == "lora"]
+    group = optima[0].curve.group
+    if full is None or not lora:
+        gate = [f"no curve of {'fullft' if full is None else 'lora'}"]
+        none = dict.fromkeys(ESTIMANDS, (Estimate(None), gate))
+        return Findings(optima, judging.verdicts(question, none, LOG_ESTIMANDS, group))
+    runs = at_best(plain, optima)
+    mine = {id(o): r for o, r in zip(optima, runs)}
+    top = lora[-1]
+    left = {int(o.curve.key["rank"]): _departures(mine[id(o)], mine[id(full)], full.curve.nll_start) for o in lora}
+    slope, note = _slope(left)
+    alike, band_rows, band_panel = _start(table, lora)
+    rho = rho_by_seed(mine[id(top)], mine[id(full)])
+    measured = {
+        "departure_slope": (slope, judging.gates([full, *lora])),
+        "rho_top_rank": (rho, judging.gates([full, top])),
+        "identical_steps": (alike, [] if alike.value is not None else ["no curve of redraws of A"]),
+    }
+    found = judging.corrected(
+        judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, *lora])), question
+    )
+    envelopes = {o.curve.name: _envelope(plain, o) for o in optima}
+    rows = [["rank", "departs at step, by seed", "of the envelopes", "rho [95%]"]]
+    for o in lora:
+        r = int(o.curve.key["rank"])
+        each = rho_by_seed(mine[id(o)], mine[id(full)])
+        rows.append([str(r), ", ".join(_step(v) for v in left[r].values()),
+                     _step(departure(envelopes[o.curve.name], envelopes[full.curve.name], full.curve.nll_start)),
+                     with_interval(each)])  # fmt: skip
+    text = [note, f"A rank departs when it lacks more than {DEPARTED:.0%} of full fine-tuning's progress from the start, for "
+            "good. rho: full fine-tuning's steps to the rank's last loss over the rank's own."]  # fmt: skip
+    sections = [
+        Section("Departures", rows, text, "departures.png", lambda p: plots.panels(_panels(optima, runs, envelopes), p),
+                "learning curves by rank, single runs and envelopes"),
+        Section("The start", band_rows, figure="start.png" if band_panel else "",
+                draw=(lambda p: plots.panels([band_panel], p)) if band_panel else None,
+                caption="ranks against redraws of A, at one rate"),
+    ]  # fmt: skip
+    return Findings(optima, found, sections, {"departures": {str(k): _plain(v) for k, v in left.items()}},
+                    {group: [full, *lora]})  # fmt: skip
+
+
+def _plain(values: dict[int, float]) -> list[float | None]:
+    return [v if math.isfinite(v) else None for v in values.values()]
+
+
+def _step(value: float) -> str:
+    return "never" if math.isinf(value) else number(value)
+
+
+def _departures(lora: dict[int, Points], full: dict[int, Points], start: float) -> dict[int, float]:
+    return {s: departure(lora[s], full[s], start) for s in sorted(lora.keys() & full.keys())}
+
+
+def _slope(left: dict[int, dict[int, float]]) -> tuple[Estimate, str]:
+    """Fit ln(departure) over log2(rank) for each seed, ranks that never depart left out; Student's interval over seeds."""
+    slopes, gone = [], 0
+    for seed in sorted(set.intersection(*(set(v) for v in left.values()))):
+        there = [(math.log2(r), math.log(v[seed])) for r, v in left.items() if math.isfinite(v[seed])]
+        gone += len(left) - len(there)
+        if len(there) >= 2:
+            slopes.append(float(np.polyfit(*zip(*there), 1)[0]))
+    note = f"{gone} of {sum(map(len, left.values()))} curves never depart and are left out of the slope." if gone else \
+        "Every rank departs within the run."  # fmt: skip
+    flags = ("censored",) if gone else ()
+    return from_sample(slopes, flags=flags), note
+
+
+def _envelope(table: pd.DataFrame, o: Optimum) -> Points:
+    """The lowest loss over the rates at every step, of the seed that was tried at most rates."""
+    seeds, counts = np.unique(o.curve.seed, return_counts=True)
+    seed = seeds[np.argmax(counts)]
+    keys = {k: v for k, v in o.curve.key.items() if k in table}
+    rows = table[np.logical_and.reduce([(table[k] == v) | (table[k].isna() & pd.isna(v)) for k, v in keys.items()])]
+    lowest: dict[float, float] = {}
+    for _, points in learning_curves(rows[rows["seed"] == seed]):
+        for step, nll in before_last(points):
+            lowest[step] = min(nll, lowest.get(step, math.inf))
+    return sorted(lowest.items())
+
+
+def _panels(optima: Sequence[Optimum], runs: Sequence[dict[int, Points]], envelopes: dict[str, Points]) -> list[Panel]:
+    single, envelope = [], []
+    for o, mine in zip(optima, runs):
+        steps = sorted({s for p in mine.values() for s, _ in p})
+        mean = [float(np.mean([dict(p)[s] for p in mine.values() if s in dict(p)])) for s in steps]
+        single.append(Series(o.curve.name, steps, mean))
+        env = envelopes[o.curve.name]
+        envelope.append(Series(o.curve.name, [s for s, _ in env], [v for _, v in env]))
+    y = "held-out NLL (nats per token)"
+    return [Panel("runs at each curve's best rate, mean over seeds", "step", y, single, log_x=True),
+            Panel("envelopes: lowest over all rates, one seed", "step", y, envelope, log_x=True)]  # fmt: skip
+
+
+def _start(table: pd.DataFrame, lora: Sequence[Optimum]) -> tuple[Estimate, list[list[str]], Panel | None]:
+    """Compare ranks with the highest one, at the rate that all have with redraws of A: until which step do they agree?"""
+    top = int(lora[-1].curve.key["rank"])
+    part = table[(table["method"] == "lora")]
+    rates = part.loc[part["init_seed"].fillna(0) > 0, "lr"].unique()
+    part = part[part["lr"].isin(rates)]
+    found: dict[tuple[int, int], dict[int, dict[float, float]]] = {}
+    for row, points in learning_curves(part):
+        key = (int(row["rank"]), int(row["init_seed"] or 0))
+        found.setdefault(key, {})[int(row["seed"])] = dict(before_last(points))
+    draws = [v for (r, _), v in found.items() if r == top]
+    if len(draws) < 2:
+        return Estimate(None), [], None
+    steps = sorted(set.intersection(*(set(c) for d in draws for c in d.values())))
+    pairs = [(a[s], b[s]) for a, b in itertools.combinations(draws, 2) for s in a.keys() & b.keys()]
+    spread = np.array([np.std([sign * (x[t] - y[t]) for x, y in pairs for sign in (1, -1)]) for t in steps])
+    series, rows, until = [], [["rank", "leaves the band at step"]], []
+    for (rank, redraw), mine in sorted(found.items()):
+        if redraw or rank == top:
+            continue
+        reference = found[top, 0]
+        seeds = sorted(mine.keys() & reference.keys())
+        mean = np.array([np.mean([mine[s][t] - reference[s][t] for s in seeds]) for t in steps])
+        out = np.abs(mean) > 1.96 * spread / math.sqrt(len(seeds))
+        twice = [k for k in range(len(steps)) if out[k] and (k + 1 == len(steps) or out[k + 1])]
+        at = twice[0] if twice else None
+        until.append((steps[at - 1] if at else steps[0] / 2, steps[at]) if at is not None else (steps[-1], math.inf))
+        rows.append([str(rank), "never" if at is None else number(steps[at])])
+        series.append(Series(f"rank {rank}", steps, list(mean)))
+    if not until:
+        return Estimate(None), rows, None
+    half = 1.96 * spread / math.sqrt(max(len(found[top, 0]), 1))
+    series.append(Series("95% of redraws of A", [*steps, math.nan, *steps], [*half, math.nan, *(-half)], style="-",
+                         colour="grey"))  # fmt: skip
+    low, high = min(until)
+    ends = (math.sqrt(low * high), low, high) if math.isfinite(high) else (None, low, None)
+    value = Estimate(*ends, len(pairs))
+    panel = Panel(f"one rate for all ranks ({rates[0]:g})", "step", f"NLL - NLL of rank {top} (nats)", series, log_x=True)
+    return value, rows, panel
