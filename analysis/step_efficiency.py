@@ -93,6 +93,17 @@ def at_best(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[dict[int, Po
     return found
 
 
+def runs_at_best(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[list[pd.Series]]:
+    """Return, for every curve, its finished runs at the tried rate nearest its optimum."""
+    best = [_near(o) for o in optima]
+    found: list[list[pd.Series]] = [[] for _ in optima]
+    for _, row in table[table["status"] == "done"].iterrows():
+        for o, at, mine in zip(optima, best, found):
+            if at is not None and abs(math.log(row["lr"]) - at) < 1e-6 and same(row, o):
+                mine.append(row)
+    return found
+
+
 def before_last(points: pd.DataFrame) -> Points:
     """Return the evaluations on the same held-out rows: from step 1 to the last but one."""
     kept = points[(points["step"] >= 1) & points["test_nll"].notna()].iloc[:-1]

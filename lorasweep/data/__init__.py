@@ -114,7 +114,12 @@ CHUNK = 256
 def generated(
     spec: DatasetSpec, split: str, draw: Callable[[np.random.Generator, int], list[Example]]
 ) -> Callable[[int, int, int], list[Example]]:
-    """Give generated examples by index: chunk k of a seed is drawn from its own named stream."""
+    """Give generated examples by index: chunk k of a seed is drawn from its own named stream.
+
+    With `n_train` there are that many rows, the same for every seed, in a new order each epoch.
+    """
+    if spec.n_train is not None:
+        return _shuffled(spec, draw(stream("data", spec.name, split, "rows"), spec.n_train))
     kept: dict[tuple[int, int], list[Example]] = {}
 
     def train(seed: int, start: int, count: int) -> list[Example]:

@@ -46,7 +46,7 @@ def load(spec: DatasetSpec) -> Data:
     return Data(
         train=generated(spec, spec.train_split, draw),
         test=test,
-        n_train=None,
+        n_train=spec.n_train,
         retain=retain,
         floor_nats=float(-np.log(p).mean()),
     )

@@ -45,7 +45,7 @@ def load(spec: DatasetSpec) -> Data:
 
     test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
     retain = draw(stream("data", spec.name, "retain"), spec.n_retain, DIFFICULTIES[0]) if spec.n_retain else ()
-    return Data(train=generated(spec, spec.train_split, draw), test=test, n_train=None, retain=retain)
+    return Data(train=generated(spec, spec.train_split, draw), test=test, n_train=spec.n_train, retain=retain)
 
 
 def instance(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:

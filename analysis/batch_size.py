@@ -1,0 +1,2 @@
+"""Stub while runs are made."""
+ESTIMANDS = LOG_ESTIMANDS = ()

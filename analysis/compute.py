@@ -1,0 +1,102 @@
+"""Does LoRA need two thirds of full fine-tuning's compute, per update and to the same loss?
+
+Operations are counted by the study's formula (2/3 + 2R/N, at the model's real shapes; attention scores left out); seconds
+are the median update of each run, alone on its threads, evaluation left out.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import judging, plots
+from analysis.findings import Findings, Section
+from analysis.lr_optimum import fit_all
+from analysis.plots import Panel, Series
+from analysis.results import Estimate, exactly, exp_of, from_draws, from_sample, number, with_interval
+from analysis.step_efficiency import at_best, rho_by_seed, runs_at_best
+from analysis.table import curves
+
+ESTIMANDS = ("flops_per_step", "seconds_per_step", "flops_to_loss", "seconds_to_loss")
+LOG_ESTIMANDS = ESTIMANDS
+
+
+def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
+    """Return the operations of a LoRA update over a full fine-tuning one of the same tokens: (4 P + 6 T) / 6 P, with P the
+    weights in matrix products and T the adapter's (study, section on compute; P from the model's shape)."""
+    m = spec["model"]
+    h, q, kv = m["hidden_size"], m["n_heads"] * m["head_size"], m["n_kv_heads"] * m["head_size"]
+    p = m["n_layers"] * (2 * h * q + 2 * h * kv + 3 * h * m["mlp_size"]) + h * m["vocab_size"]
+    return (4 * p + 6 * n_trainable) / (6 * p)
+
+
+def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+    """Judge operations and seconds, per update and to full fine-tuning's last loss, at the highest rank."""
+    optima = fit_all(curves(table))
+    group = optima[0].curve.group
+    full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
+    lora = [o for o in optima if o.curve.key["method"] == "lora"]
+    missing = "fullft" if full is None else "lora" if not lora else ""
+    if missing:
+        none = dict.fromkeys(ESTIMANDS, (Estimate(None), judging.gates([], missing)))
+        return Findings(optima, judging.verdicts(question, none, LOG_ESTIMANDS, group))
+    points = {id(o): p for o, p in zip(optima, at_best(table, optima))}
+    runs = {id(o): r for o, r in zip(optima, runs_at_best(table, optima))}
+    base = [r["step_s"] for r in _timed(table, "fullft", None)]
+    rows = [["rank", "operations an update", "seconds an update [95%]", "updates to FullFT's loss [95%]",
+             "operations to it [95%]", "seconds to it [95%]"]]  # fmt: skip
+    told: dict[int, dict[str, Estimate]] = {}
+    for o in lora:
+        rank = int(o.curve.key["rank"])
+        row = runs[id(o)][0]
+        a_step = flops_ratio(json.loads(row["spec"]), int(row["n_trainable"]))
+        seconds = _ratio_of_times([r["step_s"] for r in _timed(table, "lora", rank)], base)
+        steps = rho_by_seed(points[id(full)], points[id(o)])  # LoRA's updates to full fine-tuning's loss over the latter's
+        told[rank] = {"flops_per_step": exactly(a_step), "seconds_per_step": seconds, "steps": steps,
+                      "flops_to_loss": _times(steps, exactly(a_step)), "seconds_to_loss": _times(steps, seconds)}  # fmt: skip
+        rows.append([str(rank), number(a_step), *(with_interval(told[rank][k]) for k in
+                     ("seconds_per_step", "steps", "flops_to_loss", "seconds_to_loss"))])  # fmt: skip
+    top = max(told)
+    gates = judging.gates([full, next(o for o in lora if o.curve.key["rank"] == top)])
+    measured = {k: (told[top][k], gates if k.endswith("to_loss") else []) for k in ESTIMANDS}
+    verdicts = judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, *lora]))
+    verdicts = judging.corrected(verdicts, question)
+    ranks = sorted(told)
+    text = [f"The claims are judged at rank {top}. A rank that does not reach full fine-tuning's loss within its run has a "
+            "bound only. Peak memory is not measured here; the memory model and its check are in the benchmark."]  # fmt: skip
+    panel = Panel(group, "rank", "LoRA / FullFT", [
+        Series(name, ranks, *([getattr(told[r][k], part) for r in ranks] for part in ("value", "low", "high")))
+        for name, k in (("operations an update", "flops_per_step"), ("seconds an update", "seconds_per_step"),
+                        ("operations to FullFT's loss", "flops_to_loss"), ("seconds to FullFT's loss", "seconds_to_loss"))
+    ], log_x=True, log_y=True, band=(0.6, 0.75), ticks=[(r, str(r)) for r in ranks], lines={"equal": 1.0})  # fmt: skip
+    sections = [Section("Compute", rows, text, "compute.png", lambda p: plots.panels([panel], p),
+                        "operations and seconds, LoRA over full fine-tuning")]  # fmt: skip
+    measures = {"compute": {str(r): {k: e.plain() for k, e in v.items()} for r, v in told.items()}}
+    return Findings(optima, verdicts, sections, measures, {group: [full, *lora]})
+
+
+def _timed(table: pd.DataFrame, method: str, rank: int | None) -> list[pd.Series]:
+    """Runs whose median update was recorded."""
+    part = table[(table["method"] == method) & table["step_s"].notna()] if "step_s" in table else table.iloc[:0]
+    return [row for _, row in (part if rank is None else part[part["rank"] == rank]).iterrows()]
+
+
+def _ratio_of_times(a: list[float], b: list[float]) -> Estimate:
+    """Ratio of geometric means of times, as if every run were an independent measurement."""
+    if len(a) < 2 or len(b) < 2:
+        return Estimate(None)
+    x, y = from_sample(np.log(a)), from_sample(np.log(b))
+    mixed = np.random.default_rng(20251125).permutation(y.draws)
+    return exp_of(from_draws(x.draws - mixed, len(a) + len(b)))
+
+
+def _times(a: Estimate, b: Estimate) -> Estimate:
+    """Product of independent estimates; a bound stays one."""
+    if a.value is None or b.value is None:
+        ends = [None if v is None or b.value is None else v * b.value for v in (a.low, a.high)]
+        return Estimate(None, *ends, n=a.n, flags=a.flags)
+    if a.draws is None or b.draws is None:
+        return Estimate(a.value * b.value, n=a.n)
+    few = b.draws if len(b.draws) == len(a.draws) else np.full(len(a.draws), b.value)
+    return exp_of(from_draws(np.log(a.draws) + np.log(np.random.default_rng(7).permutation(few)), a.n))

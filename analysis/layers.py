@@ -1,0 +1,216 @@
+"""Is LoRA on attention alone worse than on the MLP alone, at equal parameters, and does attention add anything?
+
+Step efficiency rho of each layer set against full fine-tuning of everything, each at its own best rate, on every task; a
+verdict over tasks takes the one that is hardest on the claim. Full fine-tuning of the same matrices stands beside it: where
+that shows the same order, the location and not the parametrisation makes it.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from analysis import judging, plots
+from analysis.findings import Findings, Section
+from analysis.lr_optimum import Optimum, fit_all
+from analysis.plots import Panel, Series
+from analysis.results import Estimate, exp_of, from_sample, number, signed, with_interval
+from analysis.step_efficiency import Points, at_best, per_seed, rho_by_seed, runs_at_best
+from analysis.table import curves
+
+ESTIMANDS = ("attention_over_mlp", "mlp_over_both", "trace_correlation")
+LOG_ESTIMANDS = ()
+"""The ratios' margins may start at 0, so none is judged as a logarithm."""
+SETS = ("attention", "mlp", "attention+mlp", "attention+unembedding", "mlp+unembedding", "attention+mlp+unembedding")
+PARAMETERS_AGREE = 0.1
+"""Largest difference in trained parameters, as a share, at which two curves count as equal in size."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One layer set of one task, as LoRA or as full fine-tuning of its matrices."""
+
+    optimum: Optimum
+    layers: str
+    rank: int | None
+    n_trainable: int
+    points: dict[int, Points]
+    nll: float | None
+    share: float | None
+    """Share of the squared gradient at the start that lies in the layer set, of full fine-tuning."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """All arms on one model and data set."""
+
+    name: str
+    full: Arm | None
+    lora: list[Arm]
+    restricted: list[Arm]
+
+    def get(self, layers: str, rank: int | None = None) -> Arm | None:
+        """Return LoRA's arm of a layer set, of a rank if one is given, else of the highest."""
+        found = [a for a in self.lora if a.layers == layers and rank in (None, a.rank)]
+        return max(found, key=lambda a: a.rank or 0, default=None)
+
+
+def tasks_of(table: pd.DataFrame) -> list[Task]:
+    """Split a table into tasks and arms."""
+    optima = fit_all(curves(table))
+    points, runs = at_best(table, optima), runs_at_best(table, optima)
+    shares = _shares(table)
+    found: dict[str, Task] = {}
+    for o, p, r in zip(optima, points, runs):
+        key, full = o.curve.key, o.curve.key["method"] == "fullft"
+        layers = str(key["layers"])
+        layers = "attention+mlp+unembedding" if layers == "all" else layers
+        share = shares.get(o.curve.group, {})
+        total = sum(share.get(s, math.nan) for s in layers.split("+")) if share else None
+        n = int(r[0]["n_trainable"]) if r else 0
+        arm = Arm(o, layers, None if full else int(key["rank"]), n, p, o.best_nll, total)
+        task = found.setdefault(o.curve.group, Task(o.curve.group, None, [], []))
+        if full and key.get("scope") == "all":
+            found[o.curve.group] = Task(task.name, arm, task.lora, task.restricted)
+        else:
+            (task.restricted if full else task.lora).append(arm)
+    return list(found.values())
+
+
+def _shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Share of the squared gradient at step 0 by layer set, mean over full fine-tuning's runs, by group."""
+    full = table[(table["method"] == "fullft") & (table["scope"] == "all")]
+    out: dict[str, list[dict[str, float]]] = {}
+    for curve in curves(full) if len(full) else []:
+        rows = full[(full["model"] == curve.key["model"]) & (full["dataset"] == curve.key["dataset"])]
+        found = [json.loads(t)["curve"][0].get("grad_share") for t in rows["result"]]
+        out[curve.group] = [f for f in found if f]
+    return {g: {k: float(np.mean([f[k] for f in fs])) for k in fs[0]} for g, fs in out.items() if fs}
+
+
+def equal_pair(task: Task) -> tuple[Arm, Arm] | None:
+    """Return attention and MLP arms without the unembedding whose parameters agree best; None if none agree well enough."""
+    known = [a for a in task.lora if a.n_trainable]
+    both = [(a, m) for a in known if a.layers == "attention" for m in known if m.layers == "mlp"]
+    pairs = [(abs(math.log(a.n_trainable / m.n_trainable)), k, a, m) for k, (a, m) in enumerate(both)]
+    if not pairs or min(pairs)[0] > math.log(1 + PARAMETERS_AGREE):
+        return None
+    return min(pairs)[2:]
+
+
+def rho_ratio(a: Arm, b: Arm, full: Arm) -> Estimate:
+    """Return rho of a over rho of b, paired by seed, with Student's interval; a bound where full fine-tuning does not get
+    to one of them."""
+    x, y = per_seed(a.points, full.points), per_seed(b.points, full.points)
+    both = sorted(x.keys() & y.keys())
+    logs = [x[s] - y[s] for s in both if math.isfinite(x[s]) and math.isfinite(y[s])]
+    return exp_of(from_sample(logs)) if logs and len(logs) == len(both) else Estimate(None, n=len(both))
+
+
+def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+    """Judge attention against MLP, MLP against both, and whether the gradient's shares tell."""
+    tasks = tasks_of(table)
+    group = " and ".join(t.name for t in tasks) if len(tasks) < 3 else f"{len(tasks)} tasks"
+    worse, both, gates, used = [], [], [], []
+    for task in tasks:
+        pair, joint = equal_pair(task), task.get("attention+mlp")
+        mlp = task.get("mlp", joint.rank if joint else None)
+        if task.full is None or pair is None or joint is None or mlp is None:
+            gates.append("no curve of attention and mlp at equal parameters, or of attention+mlp at mlp's rank")
+            continue
+        worse.append((task, rho_ratio(*pair, task.full)))
+        both.append((task, rho_ratio(mlp, joint, task.full)))
+        used += [task.full, *pair, joint, mlp]
+    optima = [o for t in tasks for o in ([t.full.optimum] if t.full else []) + [a.optimum for a in (*t.restricted, *t.lora)]]
+    rests = list({id(a.optimum): a.optimum for a in used}.values())
+    for task in tasks:
+        mine = [o for o in rests if o.curve.group == task.name]
+        gates += [f"{task.name}: {g}" for g in (judging.gates(mine) if mine else [])]
+    hardest = max((e for _, e in worse if e.value is not None), key=lambda e: e.value, default=Estimate(None))
+    lowest = min((e for _, e in both if e.value is not None), key=lambda e: e.value, default=Estimate(None))
+    open_ = any(e.value is None for _, e in (*worse, *both))
+    gates += ["full fine-tuning does not reach a layer set's loss: only bounds"] if open_ else []
+    trace = _trace(tasks)
+    measured = {"attention_over_mlp": (hardest, gates), "mlp_over_both": (lowest, gates), "trace_correlation": (trace, gates)}
+    verdicts = judging.corrected(judging.verdicts(question, measured, (), group, judging.seeds(rests)), question)
+    sections = [_over_tasks(worse, both), *(_arms(t) for t in tasks),
+                Section("Layer sets", figure="layers.png", draw=lambda p: plots.panels([_panel(t) for t in tasks], p, 3),
+                        caption="step efficiency by layer set and task")]  # fmt: skip
+    measures = {"attention_over_mlp": {t.name: e.plain() for t, e in worse},
+                "mlp_over_both": {t.name: e.plain() for t, e in both},
+                "gradient_share": {t.name: {a.layers: a.share for a in t.lora} for t in tasks}}  # fmt: skip
+    return Findings(optima, verdicts, sections, measures, {group: rests})
+
+
+def _trace(tasks: Sequence[Task]) -> Estimate:
+    """Spearman's correlation between ln of rho and ln of the gradient's share over layer sets and tasks, each task's own mean
+    taken out; bootstrap over tasks is pointless at three, so the interval is Fisher's."""
+    x, y = [], []
+    for t in tasks:
+        arms = [a for a in t.lora if a.layers in ("attention", "mlp", "attention+mlp") and a.share and t.full]
+        logs = [(math.log(a.share), v) for a in arms if (v := _mean_log(per_seed(a.points, t.full.points))) is not None]
+        if len(logs) > 1:
+            centre = np.mean(logs, axis=0)
+            x += [v - centre[0] for v, _ in logs]
+            y += [v - centre[1] for _, v in logs]
+    if len(x) < 5:
+        return Estimate(None, n=len(x))
+    r = float(stats.spearmanr(x, y).statistic)
+    z = math.atanh(min(max(r, -0.999), 0.999)) + stats.norm.ppf((np.arange(4000) + 0.5) / 4000) * 1.06 / math.sqrt(len(x) - 3)
+    draws = np.tanh(z)
+    return Estimate(r, float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975)), len(x), draws=draws)
+
+
+def _mean_log(logs: dict[int, float]) -> float | None:
+    known = [v for v in logs.values() if math.isfinite(v)]
+    return float(np.mean(known)) if known and len(known) == len(logs) else None
+
+
+def _over_tasks(worse: Sequence[tuple[Task, Estimate]], both: Sequence[tuple[Task, Estimate]]) -> Section:
+    rows = [["task", "rho attention / rho mlp, equal parameters [95%]", "rho mlp / rho attention+mlp, equal rank [95%]",
+             "the same order under full fine-tuning of the matrices"]]  # fmt: skip
+    for (t, a), (_, b) in zip(worse, both):
+        location = {r.layers: r.nll for r in t.restricted}
+        same = "-"
+        if None not in (location.get("attention"), location.get("mlp")):
+            gap = location["attention"] - location["mlp"]
+            same = f"{'yes' if (gap > 0) == ((a.value or 1.0) < 1) else 'no'}: attention {signed(gap)} nats against mlp"
+        rows.append([t.name, with_interval(a), with_interval(b), same])
+    return Section("Over the tasks", rows, ["A verdict over tasks rests on the task that is hardest on the claim."])
+
+
+def _arms(t: Task) -> Section:
+    rows = [["arm", "trained parameters", "rho [95%]", "best NLL", "gap to FullFT (nats)", "share of the squared gradient"]]
+    for a in [*([t.full] if t.full else []), *t.restricted, *t.lora]:
+        full = a is t.full
+        name = "full fine-tuning" if full else f"FullFT of {a.layers}" if a.rank is None else f"LoRA r{a.rank} on {a.layers}"
+        alone = full or t.full is None
+        rho = "-" if alone else with_interval(rho_by_seed(a.points, t.full.points))
+        gap = None if alone or a.nll is None or t.full.nll is None else a.nll - t.full.nll
+        rows.append([name, f"{a.n_trainable:,}", rho, number(a.nll, 5), signed(gap), number(a.share)])
+    return Section(t.name, rows)
+
+
+def _panel(t: Task) -> Panel:
+    order = {s: k for k, s in enumerate(SETS)}
+    series = []
+    for label, arms in (("LoRA, higher rank", _by_rank(t, True)), ("LoRA, equal rank", _by_rank(t, False)),
+                        ("FullFT of the same matrices", t.restricted)):  # fmt: skip
+        told = [(order[a.layers], rho_by_seed(a.points, t.full.points)) for a in arms if a.layers in order and t.full]
+        told = sorted((k, e) for k, e in told if e.value is not None) if told else []
+        series.append(Series(label, [k for k, _ in told], [e.value for _, e in told], [e.low for _, e in told],
+                             [e.high for _, e in told], style="o"))  # fmt: skip
+    short = [s.replace("attention", "attn").replace("unembedding", "head").replace("+", "\n+") for s in SETS]
+    return Panel(t.name, "layer set", "rho: FullFT's updates / the arm's", series, log_y=True,
+                 ticks=[(float(k), s) for k, s in enumerate(short)], lines={"full fine-tuning": 1.0})  # fmt: skip
+
+
+def _by_rank(t: Task, high: bool) -> list[Arm]:
+    top = {s: max(a.rank for a in t.lora if a.layers == s) for s in {a.layers for a in t.lora}}
+    low = min((a.rank for a in t.lora), default=0)
+    return [a for a in t.lora if (a.rank == top[a.layers] and a.rank > low) == high]

@@ -1,0 +1,132 @@
+"""Is LoRA's best rate a larger multiple of full fine-tuning's in short runs, and does B outgrow A?
+
+Horizons come from the prefixes of the same runs. Spectral norms are those at the end of runs at each curve's best rate.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import judging, plots
+from analysis.findings import Findings, Section
+from analysis.lr_optimum import Optimum, fit_all
+from analysis.lr_ratio import MIN_RANK, ratio_of
+from analysis.plots import Panel, Series
+from analysis.prefixes import at_step, steps_seen
+from analysis.results import Estimate, exp_of, from_draws, from_sample, number, rate, with_interval
+from analysis.step_efficiency import runs_at_best
+from analysis.table import curves
+
+ESTIMANDS = ("short_over_long", "sigma_b_over_a", "movement_ratio")
+LOG_ESTIMANDS = ESTIMANDS
+SHORT = 24
+"""The short horizon is the longest one divided by this, or the next longer one that was evaluated."""
+SHORTEST = 4
+"""Updates below which no horizon is looked at."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Horizon:
+    """The optima of runs cut at one step. `lora` are the ranks that the claim is about."""
+
+    step: int
+    optima: list[Optimum]
+    full: Optimum | None
+    lora: list[Optimum]
+    ratio: Estimate
+
+
+def horizons(table: pd.DataFrame) -> list[Horizon]:
+    """Fit the optima at every step seen, and at the end."""
+    last = int(table["steps"].max())
+    out = []
+    for step in [s for s in steps_seen(table) if s >= SHORTEST] + [last]:
+        optima = fit_all(curves(at_step(table, step)))
+        full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
+        lora = [o for o in optima if o.curve.key["method"] == "lora" and o.curve.key["rank"] >= MIN_RANK]
+        out.append(Horizon(step, optima, full, lora, ratio_of(lora, full) if full and lora else Estimate(None)))
+    return out
+
+
+def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+    """Judge the ratio of ratios, and the norms."""
+    found = horizons(table)
+    long = found[-1]
+    short = next(h for h in found if h.step >= long.step / SHORT)
+    group = long.optima[0].curve.group
+    missing = "fullft" if long.full is None else "lora" if not long.lora else ""
+    ratio = _over(short.ratio, long.ratio)
+    rests = [] if missing else [o for h in (short, long) for o in (h.full, *h.lora)]
+    growth, movement, rows, panel = norms(table, long.optima)
+    measured = {
+        "short_over_long": (ratio, judging.gates(rests, missing)),
+        "sigma_b_over_a": (growth, judging.gates(long.lora, missing)),
+        "movement_ratio": (movement, judging.gates([] if missing else [long.full, *long.lora], missing)),
+    }
+    verdicts = judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds(rests))
+    horizon_rows = [["updates", "best FullFT LR", *(f"best LR, {o.curve.name}" for o in long.lora), "ratio [95%]"]]
+    for h in found:
+        horizon_rows.append([str(h.step), with_interval(h.full.best_lr, rate) if h.full else "-",
+                             *(with_interval(o.best_lr, rate) for o in h.lora), with_interval(h.ratio)])  # fmt: skip
+    text = [f"Short: {short.step} updates; long: {long.step}. Ratio over the ranks of {MIN_RANK} and more. Every shorter run "
+            "is the beginning of the same longer one."]  # fmt: skip
+    known = [h for h in found if h.ratio.value is not None]
+    line = Series("ratio", [h.step for h in known], [h.ratio.value for h in known], [h.ratio.low for h in known],
+                  [h.ratio.high for h in known], colour=1)  # fmt: skip
+    ratios = Panel(group, "updates", "best LoRA LR / best FullFT LR", [line], log_x=True, log_y=True,
+                   lines={"the study, long runs: 10": 10, "the study, short runs: 15": 15})  # fmt: skip
+    sections = [
+        Section("The ratio by horizon", horizon_rows, text, "horizons.png", lambda p: plots.panels([ratios], p),
+                "ratio of the best rates over the length of the run"),
+        Section("Spectral norms at the best rates", rows, figure="norms.png" if panel else "",
+                draw=(lambda p: plots.panels(panel, p)) if panel else None, caption="spectral norms of the change, by matrix"),
+    ]  # fmt: skip
+    measures = {"horizons": [{"step": h.step, **h.ratio.plain()} for h in found]}
+    return Findings(long.optima, judging.corrected(verdicts, question), sections, measures, {group: rests})
+
+
+def _over(a: Estimate, b: Estimate) -> Estimate:
+    if a.draws is None or b.draws is None:
+        return Estimate(None)
+    return from_draws(a.draws / b.draws, a.n + b.n)
+
+
+def norms(
+    table: pd.DataFrame, optima: Sequence[Optimum]
+) -> tuple[Estimate, Estimate, list[list[str]], list[Panel]]:
+    """Return B over A at the highest rank, LoRA's movement over full fine-tuning's there, a table, and panels by matrix."""
+    by_curve: list[tuple[Optimum, dict[int, dict[str, dict[str, float]]]]] = []
+    for o, runs in zip(optima, runs_at_best(table, optima)):
+        spectra = {int(r["seed"]): json.loads(r["result"]).get("spectra") for r in runs}
+        by_curve.append((o, {s: v for s, v in spectra.items() if v}))
+    full = next((v for o, v in by_curve if o.curve.key["method"] == "fullft"), {})
+    rows = [["curve", "spectral norm of A", "of B", "of the change", "B / A [95%]", "change / FullFT's [95%]"]]
+    growth = movement = Estimate(None)
+    series: list[Series] = []
+    for o, mine in by_curve:
+        if not mine:
+            continue
+        middle = {k: float(np.median([v.get(k, math.nan) for m in mine.values() for v in m.values()]))
+                  for k in ("a", "b", "delta")}  # fmt: skip
+        if o.curve.key["method"] == "lora":
+            growth = exp_of(from_sample([_median_log(m, "b", m, "a") for m in mine.values()]))
+            both = sorted(mine.keys() & full.keys())
+            movement = exp_of(from_sample([_median_log(mine[s], "delta", full[s], "delta") for s in both]))
+        rows.append([o.curve.name, number(middle["a"]), number(middle["b"]), number(middle["delta"]),
+                     with_interval(growth) if "a" in next(iter(next(iter(mine.values())).values())) else "-",
+                     with_interval(movement) if o.curve.key["method"] == "lora" else "-"])  # fmt: skip
+        first = next(iter(mine.values()))
+        series.append(Series(o.curve.name, range(len(first)), [v["delta"] for v in first.values()], style="o"))
+    panel = [Panel("one seed, at each curve's best rate", "matrix, from the first layer to the unembedding",
+                   "spectral norm of the change", series, log_y=True)] if series else []  # fmt: skip
+    return growth, movement, rows, panel
+
+
+def _median_log(a: dict[str, dict[str, float]], of: str, b: dict[str, dict[str, float]], over: str) -> float:
+    """Median over the matrices that both have of ln(a / b)."""
+    return float(np.median([math.log(a[n][of] / b[n][over]) for n in a.keys() & b.keys() if b[n][over] > 0 and a[n][of] > 0]))
