@@ -1,2 +1,158 @@
-"""Stub while runs are made."""
-ESTIMANDS = LOG_ESTIMANDS = ()
+"""How does the ratio of the best rates depend on the hidden size and on alpha?
+
+ln ratio = a + p ln(hidden) + q ln(alpha), by meta-regression over measured ratios (analysis.lr_law), twice: over bases of equal
+pretraining tokens, and over bases of equal loss. Which base belongs to which set is read from the table: bases of one number
+of pretraining tokens, and bases whose loss before fine-tuning agrees.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import judging, plots
+from analysis.findings import Findings, Section
+from analysis.lr_law import RatioLaw, ratio_law
+from analysis.lr_optimum import Optimum, fit_all
+from analysis.lr_ratio import ratio_of, rivals
+from analysis.plots import Panel, Series
+from analysis.results import Estimate, number, rate, with_interval
+from analysis.table import curves
+
+ESTIMANDS = ("hidden_exponent", "hidden_exponent_equal_loss", "alpha_exponent")
+LOG_ESTIMANDS = ()
+AGREE = 0.03
+"""Bases count as of equal loss if their losses on what they were pretrained on differ by at most this many nats."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One base and alpha."""
+
+    model: str
+    hidden: int
+    alpha: float
+    tokens: float | None
+    """Pretraining tokens; None where no recipe tells."""
+    base_nll: float
+    """Loss of the base on what it was pretrained on; NaN if it was not measured."""
+    lora: Optimum
+    full: Optimum
+
+    @property
+    def ratio(self) -> Estimate:
+        """Best LoRA rate over best full fine-tuning rate."""
+        return ratio_of([self.lora], self.full)
+
+
+def cells_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Cell]:
+    """Pair every LoRA curve with the full fine-tuning curve of its base."""
+    models = table.drop_duplicates("model").set_index("model")
+    found = []
+    for o in (o for o in optima if o.curve.key["method"] == "lora"):
+        full = [f for f in optima if f.curve.group == o.curve.group and f.curve.key["method"] == "fullft"]
+        if not full:
+            continue
+        row = models.loc[o.curve.key["model"]]
+        recipe = json.loads(row["spec"])["model"].get("recipe")
+        tokens = float(recipe["steps"] * recipe["batch_size"] * recipe["length"]) if recipe else None
+        nll = float(row["retain_start"]) if "retain_start" in row and pd.notna(row["retain_start"]) else math.nan
+        found.append(Cell(o.curve.key["model"], int(row["hidden_size"]), float(o.curve.key["alpha"]), tokens, nll, o, full[0]))
+    return found
+
+
+def equal_tokens(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells of the number of pretraining tokens that covers most hidden sizes."""
+    groups = {t: [c for c in cells if c.tokens == t] for t in {c.tokens for c in cells if c.tokens}}
+    return max(groups.values(), key=lambda g: len({c.hidden for c in g}), default=[])
+
+
+def equal_loss(cells: Sequence[Cell]) -> list[Cell]:
+    """Return, around each base in turn, the cells of the bases that agree with it in loss, one a hidden size; the set that
+    covers most sizes."""
+    best: list[Cell] = []
+    for centre in {c.base_nll for c in cells if math.isfinite(c.base_nll)}:
+        near = [c for c in cells if abs(c.base_nll - centre) <= AGREE]
+        sizes = {c.hidden for c in near}
+        chosen = {h: min((abs(c.base_nll - centre), c.model) for c in near if c.hidden == h)[1] for h in sizes}
+        part = [c for c in near if c.model in chosen.values()]
+        best = max(best, part, key=lambda g: len({c.hidden for c in g}))
+    return best
+
+
+def law_of(cells: Sequence[Cell]) -> RatioLaw:
+    """Fit the law to the cells whose ratio has an interval."""
+    known = [c for c in cells if c.ratio.draws is not None]
+    logs = [np.log(c.ratio.draws) for c in known]
+    return ratio_law([c.hidden for c in known], [c.alpha for c in known], [d.mean() for d in logs], [d.std() for d in logs])
+
+
+def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+    """Judge the exponents."""
+    optima = fit_all(curves(table))
+    cells = cells_of(table, optima)
+    by_tokens, by_loss = equal_tokens(cells), equal_loss(cells)
+    laws = {"equal pretraining tokens": law_of(by_tokens), "equal base loss": law_of(by_loss), "all bases": law_of(cells)}
+    group = str(table["dataset"].iloc[0])
+    gates = {name: _gates(part) for name, part in (("tokens", by_tokens), ("loss", by_loss), ("all", cells))}
+    measured = {
+        "hidden_exponent": (laws["equal pretraining tokens"].p, gates["tokens"] + _one_size(by_tokens)),
+        "hidden_exponent_equal_loss": (laws["equal base loss"].p, gates["loss"] + _one_size(by_loss)),
+        "alpha_exponent": (laws["all bases"].q, gates["all"]),
+    }
+    verdicts = judging.corrected(judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds(optima)), question)
+    rows = [["base", "hidden", "alpha", "base NLL", "pretraining tokens", "best FullFT LR", "best LoRA LR", "ratio [95%]",
+             *(n.partition(" (")[0] for n in rivals(64, 32.0))]]  # fmt: skip
+    for c in cells:
+        rows.append([c.model, str(c.hidden), f"{c.alpha:g}", number(c.base_nll, 4), "-" if not c.tokens else f"{c.tokens:.2g}",
+                     with_interval(c.full.best_lr, rate), with_interval(c.lora.best_lr, rate), with_interval(c.ratio),
+                     *(number(v) for v in rivals(c.hidden, c.alpha).values())])  # fmt: skip
+    law_rows = [["bases", "exponent of the hidden size [95%]", "of alpha [95%]", "laws in print, p-value"]]
+    for name, law in laws.items():
+        told = "; ".join(f"{r}: {number(p, 2)}" for r, p in law.rivals.items())
+        law_rows.append([name, with_interval(law.p), with_interval(law.q), told or "-"])
+    said = "ln ratio = a + p ln(hidden) + q ln(alpha); a law with a p-value below 0.05 is out."
+    sections = [Section("The law of the ratio", law_rows, [said]),
+                Section("Ratios", rows, figure="law.png", draw=lambda p: plots.panels(_panels(cells), p),
+                        caption="the ratio over alpha and hidden size, with laws in print")]  # fmt: skip
+    measures = {"laws": {n: {"p": w.p.plain(), "q": w.q.plain(), "rivals": w.rivals} for n, w in laws.items()}}
+    return Findings(optima, verdicts, sections, measures, {group: optima})
+
+
+def _gates(cells: Sequence[Cell]) -> list[str]:
+    if not cells:
+        return ["no curve of a base with known tokens or loss"]
+    rests = list({id(o): o for c in cells for o in (c.full, c.lora)}.values())
+    return [f"{o.curve.key['model']}, alpha {o.curve.key.get('alpha')}: {g}" for o in rests for g in judging.gates([o])]
+
+
+def _one_size(cells: Sequence[Cell]) -> list[str]:
+    return [] if len({c.hidden for c in cells}) > 1 else ["no curve of another hidden size"]
+
+
+def _panels(cells: Sequence[Cell]) -> list[Panel]:
+    over_alpha, over_hidden = [], []
+    for k, model in enumerate(dict.fromkeys(c.model for c in cells)):
+        over_alpha.append(_series(model, [c for c in cells if c.model == model], "alpha", k))
+    alphas = sorted({c.alpha for c in cells})
+    for k, alpha in enumerate(alphas):
+        over_hidden.append(_series(f"alpha {alpha:g}", [c for c in cells if c.alpha == alpha], "hidden", k, "o"))
+    for s, name in enumerate(rivals(64, 32.0)):
+        sizes = np.geomspace(min(c.hidden for c in cells) / 1.2, max(c.hidden for c in cells) * 1.2, 20)
+        mid = 32.0 if 32.0 in alphas else alphas[len(alphas) // 2]
+        label, heights = f"{name.partition(' (')[0]}, alpha {mid:g}", [rivals(h, mid)[name] for h in sizes]
+        over_hidden.append(Series(label, list(sizes), heights, style=("--", ":", "-.", "-")[s % 4], colour="grey", width=1.1))
+    return [Panel("by alpha", "alpha", "best LoRA LR / best FullFT LR", over_alpha, log_x=True, log_y=True,
+                  ticks=[(a, f"{a:g}") for a in alphas]),
+            Panel("by hidden size, with laws in print", "hidden size", "best LoRA LR / best FullFT LR", over_hidden, log_x=True,
+                  log_y=True, ticks=[(float(h), str(h)) for h in sorted({c.hidden for c in cells})])]  # fmt: skip
+
+
+def _series(label: str, cells: Sequence[Cell], x: str, colour: int, style: str = "o-") -> Series:
+    known = sorted((c for c in cells if c.ratio.value is not None), key=lambda c: getattr(c, x))
+    ends = ([getattr(c.ratio, k) for c in known] for k in ("value", "low", "high"))
+    return Series(label, [getattr(c, x) for c in known], *ends, style=style, colour=colour)
