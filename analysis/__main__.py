@@ -15,6 +15,7 @@ EPILOG = """commands
   law FILE      the rate as a law of the hidden size, by family; the ratio as a law of hidden size and alpha
   html FILE     an interactive page of curves, fits and runs: one file, opened from disk (--out page.html)
   SWEEP         the report of a sweep, from its kept table or from --table
+  study         one table of all claims, from kept results and your own reports (--write: remake the kept pages)
   suggest SWEEP the runs that would decide most of what is still open (action=extend adds them to the sweep)
 
 examples
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv and argv[0] in ("fit", "ratio", "drift", "law", "html"):
             return _outside(argv)
+        if argv[:1] == ["study"]:
+            return _study(argv[1:])
         return _sweep(argv[1:], suggest=True) if argv[:1] == ["suggest"] else _sweep(argv)
     except TableError as error:
         print(f"analysis: {error}", file=sys.stderr)
@@ -98,6 +101,32 @@ def _told(command: str, table: Any, args: argparse.Namespace, outside: Any) -> t
         return told, outside.drift_lines(told)
     told = outside.law(table, args.share)
     return told, outside.law_lines(told)
+
+
+# ---------------------------------------------------------------- the study's table
+
+
+def _study(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="lorasweep-analysis study", description="One table of all claims.")
+    parser.add_argument("--reports-dir", default=os.environ.get("LORASWEEP_REPORTS", "reports"), type=Path)
+    parser.add_argument("--out", type=Path, help="write the page (Markdown, figures linked) into this folder of reports")
+    parser.add_argument("--write", action="store_true", help="remake analysis/results/README.md and the README's block")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    args = parser.parse_args(argv)
+
+    from analysis import study
+    from analysis.outside import aligned
+
+    if args.write:
+        study.main()
+        return 0
+    parts = study.parts_of([args.reports_dir, study.RESULTS])
+    rows = study.rows_of(parts)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "study.md").write_text(study.page(parts, f"{os.path.relpath(args.reports_dir, args.out)}/"))
+    print(json.dumps([dict(zip(rows[0], r)) for r in rows[1:]], indent=1) if args.json else "\n".join(aligned(rows)))
+    return 0
 
 
 # ---------------------------------------------------------------- a sweep's report

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from analysis import page, plots
+from analysis import plots, study
 
-FOLDER = page.RESULTS / "bench"
+FOLDER = study.RESULTS / "bench"
 BEGIN, END = "<!-- bench: made by `python -m analysis.bench` -->", "<!-- end of bench -->"
 
 

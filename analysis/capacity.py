@@ -110,17 +110,17 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "unseen_bits": (leak, [] if unseen else ["no curve of unseen facts"]),
     }
     verdicts = judging.corrected(judging.verdicts(question, measured, LOG_ESTIMANDS, group), question)
-    rows = [["arm", "facts", "load at 2 bits", "exposures", "best LR tried", "bits stored [95%]", "of all", "bits / parameter",
-             "bits known of unseen facts"]]  # fmt: skip
+    rows = [["arm", "facts", "load at 2 bits", "exposures", "best LR tried", "bits stored [95%]",
+             "of all", "bits / parameter", "bits known of unseen facts"]]  # fmt: skip
     for c in cells:
         stored = from_sample(c.bits)
         at = rate(c.lr) + (" (edge)" if c.at_edge else "")
         rows.append([c.method, str(c.facts), number(_load(c)), number(c.exposures), at, with_interval(stored),
                      f"{np.mean(c.bits) / (16 * c.facts):.0%}", number(np.mean(c.bits) / c.parameters),
                      number(max(c.unseen)) if c.unseen else "-"])  # fmt: skip
-    text = [f"Effective parameters of the adapter: {lora[0].parameters:,}. " if lora else "",
-            "A model that is sure of a wrong value has a high NLL: bits of facts never trained fall below 0, never above."]  # fmt: skip
-    sections = [Section("Cells", rows, ["".join(text)], "capacity.png", lambda p: plots.panels(_panels(lora), p),
+    text = [f"Effective parameters of the adapter: {lora[0].parameters:,}."] if lora else []
+    text.append("A model that is sure of a wrong value has a high NLL: bits of facts never trained fall below 0, never above.")
+    sections = [Section("Cells", rows, text, "capacity.png", lambda p: plots.panels(_panels(lora), p),
                         "bits stored a parameter, over load and exposures")]  # fmt: skip
     measures = {"cells": [{"method": c.method, "facts": c.facts, "exposures": c.exposures, "lr": c.lr, "bits": c.bits,
                            "parameters": c.parameters} for c in cells]}  # fmt: skip

@@ -15,7 +15,7 @@ from analysis.findings import Findings, Section
 from analysis.lr_optimum import fit_all
 from analysis.plots import Panel, Series
 from analysis.results import Estimate, exactly, exp_of, from_draws, from_sample, number, with_interval
-from analysis.step_efficiency import at_best, rho_by_seed, runs_at_best
+from analysis.step_efficiency import at_best, rho_by_seed, same
 from analysis.table import curves
 
 ESTIMANDS = ("flops_per_step", "seconds_per_step", "flops_to_loss", "seconds_to_loss")
@@ -42,14 +42,13 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         none = dict.fromkeys(ESTIMANDS, (Estimate(None), judging.gates([], missing)))
         return Findings(optima, judging.verdicts(question, none, LOG_ESTIMANDS, group))
     points = {id(o): p for o, p in zip(optima, at_best(table, optima))}
-    runs = {id(o): r for o, r in zip(optima, runs_at_best(table, optima))}
     base = [r["step_s"] for r in _timed(table, "fullft", None)]
     rows = [["rank", "operations an update", "seconds an update [95%]", "updates to FullFT's loss [95%]",
              "operations to it [95%]", "seconds to it [95%]"]]  # fmt: skip
     told: dict[int, dict[str, Estimate]] = {}
     for o in lora:
         rank = int(o.curve.key["rank"])
-        row = runs[id(o)][0]
+        row = next(r for _, r in table.iterrows() if same(r, o))
         a_step = flops_ratio(json.loads(row["spec"]), int(row["n_trainable"]))
         seconds = _ratio_of_times([r["step_s"] for r in _timed(table, "lora", rank)], base)
         steps = rho_by_seed(points[id(full)], points[id(o)])  # LoRA's updates to full fine-tuning's loss over the latter's

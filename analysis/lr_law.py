@@ -255,10 +255,10 @@ def ratio_law(
     h, a = np.log(np.asarray(hidden, float) / 1000), np.log(np.asarray(alpha, float) / 32)
     y, v = np.asarray(log_ratios, float), np.asarray(errors, float) ** 2
     terms = [np.ones(len(y))]
-    varies = [bool(np.ptp(h) > 1e-9), bool(np.ptp(a) > 1e-9)]
+    varies = [len(x) > 0 and bool(np.ptp(x) > 1e-9) for x in (h, a)]
     terms += [x for x, moves in zip((h, a), varies) if moves]
     design = np.stack(terms, 1)
-    if len(y) < design.shape[1] or np.linalg.matrix_rank(design) < design.shape[1]:
+    if not len(y) or len(y) < design.shape[1] or np.linalg.matrix_rank(design) < design.shape[1]:
         return RatioLaw(Estimate(None), Estimate(None), Estimate(None), 0.0, dict.fromkeys(RIVALS),
                         ("too few ratios, or hidden size and alpha move together",))  # fmt: skip
     fit = meta_regression(y, v, design)

@@ -15,10 +15,10 @@ from analysis import design, plots
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.lr_ratio import Answer, answer_of
 from analysis.outside import WITHIN
-from analysis.results import Estimate, Verdict, number, rate, with_interval
+from analysis.results import number, rate, with_interval
 from analysis.step_efficiency import of_curves
+from analysis.study import parts_of, rows_of
 from analysis.table import curves, read
-from analysis.verdicts import holm
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -117,17 +117,8 @@ def learning_curves(runs: pd.DataFrame, found: Answer | Sequence[Optimum]) -> An
 
 def study() -> pd.DataFrame:
     """One row a claim of every kept result; primary claims are corrected for their number over all of them (Holm)."""
-    places, found = [], []
-    for path in sorted(RESULTS.glob("*/results.json")):
-        told = json.loads(path.read_text())
-        places += [(told["sweep"], told["scale"])] * len(told["verdicts"])
-        for v in told["verdicts"]:
-            found.append(Verdict(**{**v, "estimate": Estimate(**v["estimate"]), "margin": tuple(v["margin"])}))
-    return pd.DataFrame([
-        {"sweep": sweep, "scale": scale, "claim": v.claim, "primary": v.primary, "verdict": v.outcome,
-         "measured": with_interval(v.estimate), "expected": v.expected, "margin": f"{v.margin[0]:g} to {v.margin[1]:g}",
-         "needed": v.needed} for (sweep, scale), v in zip(places, holm(found))
-    ])  # fmt: skip
+    head, *rows = rows_of(parts_of([RESULTS]))
+    return pd.DataFrame(rows, columns=head)
 
 
 def page(name: str) -> Any:

@@ -176,9 +176,10 @@ def _panel(ax: Any, panel: Panel) -> None:
             ax.errorbar(x, y, yerr=np.where(np.isfinite(reach), reach, 0), fmt="none", ecolor=colour, capsize=3, lw=1.2)
     ax.set(xlabel=panel.x, ylabel=panel.y, ylim=panel.y_range)
     ax.set_title(panel.title, fontsize=10)
-    if panel.log_x:
+    there = any(v is not None and v > 0 for s in panel.series for v in s.y)  # nothing to draw has no logarithm
+    if panel.log_x and there:
         ax.set_xscale("log")
-    if panel.log_y:
+    if panel.log_y and there:
         ax.set_yscale("log")
     if panel.ticks is not None:
         ax.set_xticks([v for v, _ in panel.ticks], [t for _, t in panel.ticks])

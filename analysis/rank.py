@@ -1,8 +1,9 @@
 """When does each rank leave full fine-tuning's learning curve, and do all ranks start alike?
 
-A rank departs at the step from which it stays more than DEPARTED short of the progress that full fine-tuning has made. Two
-readings stand side by side: runs at each rank's best rate, paired by seed, which carry the verdict; and the study's
-envelope, the lowest loss over all rates at every step, which no single run follows.
+A rank departs at the step from which its loss stays above full fine-tuning's by more than DEPARTED of what full fine-tuning
+gains in the whole run: one height in nats for all steps, as an eye on the plot would have it. Two readings stand side by side:
+runs at each rank's best rate, paired by seed, which carry the verdict; and the study's envelope, the lowest loss over all
+rates at every step, which no single run follows.
 """
 
 import itertools
@@ -24,15 +25,16 @@ from analysis.table import curves, learning_curves
 ESTIMANDS = ("departure_slope", "rho_top_rank", "identical_steps")
 LOG_ESTIMANDS = ("rho_top_rank", "identical_steps")
 DEPARTED = 0.05
-"""Share of full fine-tuning's progress (loss at the start less its loss now) that a rank must lack to have departed."""
+"""Share of full fine-tuning's gain over the run (loss at the start less its last) that a rank must lack to have departed."""
 
 
 def departure(lora: Points, full: Points, start: float) -> float:
-    """Return the step from which LoRA stays more than DEPARTED short of full fine-tuning's progress, interpolated in ln(step);
-    infinite if it is not short at the end, the first step seen if it always is."""
+    """Return the step from which LoRA's loss stays above full fine-tuning's by DEPARTED of the latter's whole gain,
+    interpolated in ln(step); infinite if it is not above at the end, the first step seen if it always is."""
     other = dict(full)
     steps = [s for s, _ in lora if s in other]
-    lack = [(nll - other[s]) / max(start - other[s], 1e-12) for s, nll in lora if s in other]
+    gain = max(start - full[-1][1], 1e-12)
+    lack = [(nll - other[s]) / gain for s, nll in lora if s in other]
     if not steps or lack[-1] <= DEPARTED:
         return math.inf
     inside = [k for k, v in enumerate(lack) if v <= DEPARTED]
@@ -77,8 +79,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         rows.append([str(r), ", ".join(_step(v) for v in left[r].values()),
                      _step(departure(envelopes[o.curve.name], envelopes[full.curve.name], full.curve.nll_start)),
                      with_interval(each)])  # fmt: skip
-    text = [note, f"A rank departs when it lacks more than {DEPARTED:.0%} of full fine-tuning's progress from the start, for "
-            "good. rho: full fine-tuning's steps to the rank's last loss over the rank's own."]  # fmt: skip
+    text = [note, f"A rank departs when its loss is above full fine-tuning's, for good, by {DEPARTED:.0%} of the latter's gain "
+            "in the whole run. rho: full fine-tuning's steps to the rank's last loss over the rank's own."]  # fmt: skip
     sections = [
         Section("Departures", rows, text, "departures.png", lambda p: plots.panels(_panels(optima, runs, envelopes), p),
                 "learning curves by rank, single runs and envelopes"),

@@ -19,7 +19,8 @@ from analysis.results import Estimate, from_sample, number, rate, signed, with_i
 from analysis.step_efficiency import at_best, rho_by_seed, runs_at_best
 from analysis.table import curves
 
-ESTIMANDS = ("attention_at_full_lr", "alpha_twice_rank", "default_rate", "original", "ten_times", "small_data_rank", "retention")
+ESTIMANDS = ("attention_at_full_lr", "alpha_twice_rank", "default_rate", "original", "ten_times", "small_data_rank",
+             "retention")  # fmt: skip
 LOG_ESTIMANDS = ("small_data_rank",)
 NEAR = math.log(1.5)
 """A recipe's rate is read from runs within this of it."""
@@ -48,7 +49,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     gain = tuned.curve.nll_start - (tuned.best_nll or math.nan)
     reference = {int(r["seed"]): float(r["test_nll"]) for r in runs_at_best(table, [tuned])[0]}
     measured: dict[str, tuple[Estimate, list[str]]] = {}
-    rows = [["recipe", "rate", "loss given up (nats)", "share of tuned LoRA's gain [95%]", "seeds", "at its own best rate (nats)"]]
+    rows = [["recipe", "rate", "loss given up (nats)", "share of tuned LoRA's gain [95%]", "seeds",
+             "at its own best rate (nats)"]]  # fmt: skip
     for name, (o, at) in wanted.items():
         share, stops = _share(table, o, at, reference, gain)
         measured[name] = (share, [*gates, *stops])
@@ -60,8 +62,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     verdicts = judging.corrected(
         judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, tuned])), question
     )
-    text = [f"Tuned LoRA (rank {rank:g}) gains {number(gain)} nats over the base. A recipe whose rate was not tried is read from the "
-            "fit of its own valley, and has no interval then."]  # fmt: skip
+    text = [f"Tuned LoRA (rank {rank:g}) gains {number(gain)} nats over the base. A recipe whose rate was not tried is read "
+            "from the fit of its own valley, and has no interval then."]  # fmt: skip
     sections = [
         Section("Recipes", rows, text, "recipes.png", lambda p: plots.panels([_bars(measured)], p), "what recipes give up"),
         Section("Few rows, many epochs", few_rows),
@@ -134,15 +136,16 @@ def _retention(
         if not known:
             continue
         lost[id(o)] = {int(r["seed"]): float(r["retain_nll"] - r["retain_start"]) for r in known}
-        rows.append([f"{o.curve.name} {o.curve.key['layers'] if o.curve.key['method'] == 'lora' else ''}".strip(),
-                     rate(known[0]["lr"]), number(np.mean([r["retain_nll"] for r in known]), 4), number(known[0]["retain_start"], 4),
+        name = f"{o.curve.name} {o.curve.key['layers'] if o.curve.key['method'] == 'lora' else ''}".strip()
+        after = number(np.mean([r["retain_nll"] for r in known]), 4)
+        rows.append([name, rate(known[0]["lr"]), after, number(known[0]["retain_start"], 4),
                      with_interval(from_sample(list(lost[id(o)].values())))])  # fmt: skip
         mine = table[(table["method"] == o.curve.key["method"]) & (table["dataset"] == o.curve.key["dataset"])
                      & (table["alpha"].isna() | (table["alpha"] == o.curve.key["alpha"])) & (table["status"] == "done")
                      & (table["layers"] == o.curve.key["layers"])].sort_values("lr")  # fmt: skip
         if o in (full, tuned):
             mean = mine.groupby("lr")[["test_nll", "retain_nll"]].mean()
-            series.append(Series(f"{o.curve.name}, from low to high rate", list(mean["test_nll"]), list(mean["retain_nll"])))
+            series.append(Series(f"{o.curve.name}, low to high rate", list(mean["test_nll"]), list(mean["retain_nll"])))
     a, b = lost.get(id(tuned), {}), lost.get(id(full), {})
     share = from_sample([a[s] / b[s] for s in sorted(a.keys() & b.keys()) if b[s] > 0])
     panel = Panel("one point a rate", "test NLL on the new task (nats)", "NLL on the pretraining task (nats)", series)
@@ -151,6 +154,7 @@ def _retention(
 
 def _bars(measured: dict[str, tuple[Estimate, list[str]]]) -> Panel:
     told = [(k, e) for k, (e, _) in measured.items() if k not in ("small_data_rank", "retention") and e.value is not None]
-    return Panel("share of tuned LoRA's gain that is given up", "", "share", [Series(
-        "", range(len(told)), [e.value for _, e in told], [e.low for _, e in told], [e.high for _, e in told], style="o", colour=1
-    )], band=(-0.05, 0.05), ticks=[(float(i), k.replace("_", "\n")) for i, (k, _) in enumerate(told)])  # fmt: skip
+    ends = ([getattr(e, k) for _, e in told] for k in ("value", "low", "high"))
+    return Panel("share of tuned LoRA's gain that is given up", "", "share", [
+        Series("", range(len(told)), *ends, style="o", colour=1)
+    ], band=(-0.05, 0.05), ticks=[(float(i), k.replace("_", "\n")) for i, (k, _) in enumerate(told)])  # fmt: skip

@@ -3,19 +3,18 @@
 Ties plan, local execution and analysis together; knows no torch (the workers do).
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorasweep import batch, calibrate, cancel, checks, local, plan, rounds, status, upkeep
-from lorasweep.errors import GaveUp, StoreError
+from lorasweep import batch, calibrate, cancel, checks, local, plan, rounds, several, status, upkeep
+from lorasweep.errors import GaveUp, SpecError, StoreError
 from lorasweep.execute import Stopped, Trainer
 from lorasweep.grid import Point, curve_key, second_stage
 from lorasweep.progress import Display, duration, run_names
-from lorasweep.request import Request
+from lorasweep.request import Request, question
 from lorasweep.store import FINAL, RunStore
 
 POWER_RUNS = 2000
@@ -30,6 +29,8 @@ def act(request: Request, trainer: Trainer | str | None = None, follow: dict[str
     store = RunStore(request.exec.runs_dir)
     if request.action == "export":
         return upkeep.export(request, store, all_points(request, store) if request.sweep else [])
+    if request.parts:
+        return several.each(request, lambda part: act(part, trainer))
     if request.action == "import":
         return upkeep.import_(request)
     if request.action == "adapter":
@@ -47,13 +48,23 @@ def act(request: Request, trainer: Trainer | str | None = None, follow: dict[str
     store.prepare()
     checks.check_available(request)
     checks.check_claims(request)
+    if request.action == "qualify" and (request.sweep is None or request.cluster.kind == "slurm"):
+        raise SpecError("action=qualify judges the tasks of a sweep (+sweep=NAME), on this machine (cluster=local).")
     if request.cluster.kind == "slurm":
         return _run_on_cluster(request, store, trainer, follow)
     return _run(request, store, trainer)
 
 
+def _chosen(request: Request, store: RunStore) -> list[Point]:
+    """Return the runs that are wanted now: all of the sweep's, or those that tell whether its tasks are fit."""
+    points = all_points(request, store)
+    return several.qualifying(points) if request.action == "qualify" else points
+
+
 def all_points(request: Request, store: RunStore) -> list[Point]:
     """Return the sweep's runs: the first stage, for curves whose first is over the second, and further rounds."""
+    if request.parts:
+        return list({p.id: p for part in request.parts for p in all_points(part, store)}.values())
     points = _two_stages(request, store)
     if request.sweep is None:
         return points
@@ -86,7 +97,7 @@ def _run(request: Request, store: RunStore, trainer: Trainer | str | None) -> in
     started = False
     try:
         while True:
-            points = all_points(request, store)
+            points = _chosen(request, store)
             if trainer is None:
                 local.measure_shapes(points, store, request.exec, _say(request))
             now = plan.make_plan(points, store, request.exec)
@@ -100,12 +111,14 @@ def _run(request: Request, store: RunStore, trainer: Trainer | str | None) -> in
             started = True
             with Display(now.todo, quiet) as display:
                 local.run_points(points, store, request.exec, display.event, trainer)
-            if len(all_points(request, store)) == len(points):
+            if len(_chosen(request, store)) == len(points):
                 break
     except (Stopped, KeyboardInterrupt):
         print("stopped; finished runs are kept, the others continue from their checkpoints when you ask again",
               file=sys.stderr)  # fmt: skip
         return 130
+    if request.action == "qualify":
+        return several.tell(request, store, points)
     return _end(request, store, points)
 
 
@@ -213,14 +226,6 @@ def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
         rounds.note_look(rounds.file_of(request), question_hash(question(request)), request.sweep.rounds)
     except TableError as error:
         raise StoreError(f"the runs are finished and kept, but cannot be judged together: {error}") from None
-
-
-def question(request: Request) -> dict[str, Any]:
-    """Return what the analysis must know of the sweep: plain values, kept beside the report."""
-    sweep = dataclasses.asdict(request.sweep)
-    return {"name": request.sweep_name, "scale": request.scale, "question": sweep["question"],
-            "source": sweep["source"], "claims": sweep["claims"], "rounds": sweep["rounds"],
-            "analysis": sweep["analysis"]}  # fmt: skip
 
 
 def _show_single(request: Request, store: RunStore, point: Point) -> None:

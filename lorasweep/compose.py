@@ -26,7 +26,7 @@ from lorasweep.methods import Method, method_classes
 from lorasweep.request import Request
 from lorasweep.spec import DatasetSpec, Exec, ModelSpec, RunSpec, run_id, snap_lr, validate
 
-ACTIONS = ("run", "plan", "status", "cancel", "export", "import", "adapter", "verify", "extend")
+ACTIONS = ("run", "plan", "status", "cancel", "export", "import", "adapter", "verify", "extend", "qualify")
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
 
@@ -131,9 +131,12 @@ _ENV = {"runs_dir": "LORASWEEP_RUNS", "reports_dir": "LORASWEEP_REPORTS", "model
         "data_dir": "LORASWEEP_DATA"}  # fmt: skip
 
 
-def request(cfg: DictConfig) -> Request:
-    """Turn the composed configuration into a checked Request; SpecError lists what is wrong with any point."""
-    settings = HydraConfig.get()
+def request(cfg: DictConfig, settings: Any = None) -> Request:
+    """Turn the composed configuration into a checked Request; SpecError lists what is wrong with any point.
+
+    settings: Hydra's own part of the configuration, if it is not the running command's.
+    """
+    settings = settings or HydraConfig.get()
     overrides = list(settings.overrides.task)
     _refuse_shadows([Path(s.path) for s in settings.runtime.config_sources if s.provider == "command-line"])
     choices = settings.runtime.choices
@@ -160,9 +163,25 @@ def request(cfg: DictConfig) -> Request:
         return Request(**common, sweep_name=None, sweep=None, points=points)
     sweep = config.sweep
     check_sweep(sweep_name, sweep)
+    if sweep.parts:
+        rest = [o for o in overrides if o != f"+sweep={sweep_name}"]
+        parts = [_part(rest, name) for name in sweep.parts]
+        return Request(**common, sweep_name=sweep_name, sweep=sweep, points=[], parts=parts)
     _refuse_overwritten(overrides, sweep_name, sweep)
     points = expand(base, sweep, _lookup("model", overrides), _lookup("dataset", overrides))
     return Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
+
+
+def _part(overrides: list[str], name: str) -> Request:
+    """Compose one sweep of a sweep that is made of sweeps, with the same command line otherwise."""
+    names = option_names("sweep")
+    if name not in names:
+        raise SpecError(unknown("sweep", name, names))
+    cfg = hydra_compose("config", overrides=[*overrides, f"+sweep={name}"], return_hydra_config=True)
+    settings = cfg.hydra
+    with flag_override(cfg, ["struct", "readonly"], False):
+        del cfg["hydra"]
+        return request(cfg, settings)
 
 
 def _object(cfg: DictConfig) -> Config:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorasweep.grid import Claim, Point, Second, Sweep
@@ -32,6 +32,8 @@ class Request:
     sweep_name: str | None
     sweep: Sweep | None
     points: list[Point]
+    parts: list["Request"] = field(default_factory=list)
+    """Of a sweep that is made of sweeps: they are asked one after another."""
 
     @property
     def title(self) -> str:
@@ -44,6 +46,7 @@ class Request:
         parts = {name: dataclasses.asdict(told[name]) for name in ("exec", "cluster")}
         sweep = dataclasses.asdict(self.sweep) if self.sweep else None
         points = [{"arm": p.arm, "spec": json.loads(canonical(p.spec))} for p in self.points]
+        del told["parts"]  # a job is given one sweep
         return {**told, **parts, "sweep": sweep, "points": points}
 
 
@@ -59,3 +62,11 @@ def from_file(told: dict[str, Any]) -> Request:
         points.append(Point(p["arm"], spec, run_id(spec)))
     parts = {"exec": Exec(**told["exec"]), "cluster": Cluster(**told["cluster"])}
     return Request(**{**told, **parts, "sweep": sweep, "points": points})
+
+
+def question(request: Request) -> dict[str, Any]:
+    """Return what the analysis must know of the sweep: plain values, kept beside the report."""
+    sweep = dataclasses.asdict(request.sweep)
+    return {"name": request.sweep_name, "scale": request.scale, "question": sweep["question"],
+            "source": sweep["source"], "claims": sweep["claims"], "rounds": sweep["rounds"],
+            "analysis": sweep["analysis"]}  # fmt: skip

@@ -142,11 +142,11 @@ def test_links_in_documents_lead_somewhere(document):
 
 
 def test_the_pages_of_answers_are_made_from_the_kept_results():
-    from analysis import page
+    from analysis import study
 
     text = (ROOT / "README.md").read_text()
-    assert page.readme(text) == text
-    assert (page.RESULTS / "README.md").read_text().endswith(page.block("") + "\n")
+    assert study.readme(text) == text
+    assert (study.RESULTS / "README.md").read_text() == study.page(study.parts_of([study.RESULTS]))
 
 
 def test_the_calibrations_pages_are_made_from_its_figures():

@@ -1,0 +1,155 @@
+"""The study's table: every claim of every sweep that has an answer, and the pages that are made of it.
+
+    python -m analysis study [--out PAGE.md] [--json]
+
+Read from results.json of kept results (analysis/results) and of reports of one's own; primary claims are corrected for their
+number over the whole table (Holm). No number in a page is typed by hand.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.results import Estimate, Verdict, with_interval
+from analysis.verdicts import holm
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- answers: made by `python -m analysis study` -->", "<!-- end of answers -->"
+ORDER = ("lr_ratio", "lr_scale", "short_runs", "rank", "layers", "batch_size", "capacity", "invariance", "compute", "recipes")
+"""The order of the study's questions; others follow by name."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One sweep's answer at one scale."""
+
+    folder: Path
+    told: dict[str, Any]
+    question: dict[str, Any]
+    verdicts: list[Verdict]
+
+    @property
+    def name(self) -> str:
+        """Sweep and scale."""
+        return f"{self.told['sweep']}-{self.told['scale']}"
+
+    @property
+    def command(self) -> str:
+        """What makes it again."""
+        return f"python -m lorasweep +sweep={self.told['sweep']} scale={self.told['scale']}"
+
+
+def parts_of(folders: Sequence[Path]) -> list[Part]:
+    """Read all answers below folders; of one sweep and scale the first folder's counts. Primary claims are corrected
+    together."""
+    found: dict[str, Part] = {}
+    for root in folders:
+        for path in sorted(root.glob("*/results.json")):
+            told = json.loads(path.read_text())
+            question = json.loads((path.parent / "question.json").read_text())
+            verdicts = [_verdict(v) for v in told["verdicts"]]
+            found.setdefault(path.parent.name, Part(path.parent, told, question, verdicts))
+
+    def place(part: Part) -> tuple[int, str, str]:
+        sweep = part.told["sweep"]
+        return (ORDER.index(sweep) if sweep in ORDER else len(ORDER), sweep, part.told["scale"])
+
+    parts = sorted(found.values(), key=place)
+    corrected = iter(holm([v for p in parts for v in p.verdicts]))
+    return [Part(p.folder, p.told, p.question, [next(corrected) for _ in p.verdicts]) for p in parts]
+
+
+def _verdict(plain: dict[str, Any]) -> Verdict:
+    estimate = Estimate(**{**plain["estimate"], "flags": tuple(plain["estimate"]["flags"])})
+    return Verdict(**{**plain, "estimate": estimate, "margin": tuple(plain["margin"])})
+
+
+FAR = 100.0
+"""An end of a margin this far out stands for none."""
+HEAD = ("claim", "scale", "expected", "measured [95%]", "verdict", "runs", "still needed")
+
+
+def rows_of(parts: Sequence[Part]) -> list[list[str]]:
+    """Return the table, its head first: one row a claim."""
+    rows = [list(HEAD)]
+    for part in parts:
+        several = len({v.group for v in part.verdicts}) > 1
+        for v in part.verdicts:
+            where = f" ({v.group})" if several else ""
+            rows.append([f"{part.told['sweep']}: {v.claim}{' (primary)' if v.primary else ''}{where}", part.told["scale"],
+                         f"{v.expected:g}, within {_margin(v)}", with_interval(v.estimate), v.outcome,
+                         str(part.told.get("runs", "-")), v.needed or "-"])  # fmt: skip
+    return rows
+
+
+def _margin(v: Verdict) -> str:
+    low, high = v.margin
+    return f"{low:g} and more" if high >= FAR else f"up to {high:g}" if low <= -FAR else f"{low:g} to {high:g}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(c.replace("|", "\\|") for c in r) + " |" for r in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def table(parts: Sequence[Part]) -> list[str]:
+    """Write the table as Markdown, verdicts in bold."""
+    rows = rows_of(parts)
+    return _markdown([rows[0], *([*r[:4], f"**{r[4]}**", *r[5:]] for r in rows[1:])])
+
+
+def block(parts: Sequence[Part], root: str, figures: Sequence[str] = ()) -> str:
+    """Write what the project's README shows: the table, and the figures of the parts named."""
+    out = [*table(parts), ""]
+    for part in (p for p in parts if p.name in figures):
+        out += _figures(part, root)[:2]
+    return "\n".join(out).rstrip()
+
+
+def _figures(part: Part, root: str) -> list[str]:
+    out = []
+    for name, caption in part.told.get("figures") or []:
+        if (part.folder / name).is_file():
+            out += [f"![{caption}]({root}{part.folder.name}/{name})", ""]
+    return out
+
+
+def page(parts: Sequence[Part], root: str = "") -> str:
+    """Write the study's page: the table, then each question with its verdicts, its figures and its command."""
+    counts = {o: sum(v.outcome == o for p in parts for v in p.verdicts) for o in ("SUPPORTED", "REFUTED", "UNDECIDED")}
+    out = ["# The study", "",
+           f"{sum(counts.values())} claims, {len(parts)} sweeps, {sum(p.told.get('runs', 0) for p in parts):,} runs: "
+           + ", ".join(f"{n} {o}" for o, n in counts.items()) + ". A verdict holds at its scale; primary claims are corrected "
+           "for their number over the whole table (Holm). Margins were stated before the runs; "
+           "each report prints their hash.", "",
+           *table(parts), ""]  # fmt: skip
+    for part in parts:
+        out += [f"## {part.question['question']}", "", f"`{part.told['sweep']}` at scale `{part.told['scale']}`: "
+                + "; ".join(_said(v) for v in part.verdicts) + ".", "", *_figures(part, root),
+                f"[Report]({root}{part.folder.name}/report.md), [runs]({root}{part.folder.name}/table.csv); `{part.command}`. "
+                f"Source of the claim: {part.question['source']}.", ""]  # fmt: skip
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _said(v: Verdict) -> str:
+    return f"{v.claim.replace('_', ' ')} {with_interval(v.estimate)}, **{v.outcome}**"
+
+
+SHOWN = ("rank-tiny", "layers-tiny", "lr_ratio-small")
+"""Parts whose first figure the project's README shows."""
+
+
+def readme(text: str) -> str:
+    """Return the project's README with its block of answers made anew."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{block(parts_of([RESULTS]), 'analysis/results/', SHOWN)}\n{END}{tail}"
+
+
+def main() -> None:
+    """Write the kept results' page and the block of the project's README."""
+    (RESULTS / "README.md").write_text(page(parts_of([RESULTS])))
+    path = Path(__file__).parent.parent / "README.md"
+    path.write_text(readme(path.read_text()))
