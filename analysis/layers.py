@@ -20,7 +20,7 @@ from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.results import Estimate, exp_of, from_sample, number, signed, with_interval
-from analysis.step_efficiency import Points, at_best, per_seed, rho_by_seed, runs_at_best
+from analysis.step_efficiency import Points, at_best, per_seed, rho, runs_at_best
 from analysis.table import curves
 
 ESTIMANDS = ("attention_over_mlp", "mlp_over_both", "trace_correlation")
@@ -190,9 +190,9 @@ def _arms(t: Task) -> Section:
         full = a is t.full
         name = "full fine-tuning" if full else f"FullFT of {a.layers}" if a.rank is None else f"LoRA r{a.rank} on {a.layers}"
         alone = full or t.full is None
-        rho = "-" if alone else with_interval(rho_by_seed(a.points, t.full.points))
+        speed = "-" if alone else with_interval(rho(a.points, t.full.points))
         gap = None if alone or a.nll is None or t.full.nll is None else a.nll - t.full.nll
-        rows.append([name, f"{a.n_trainable:,}", rho, number(a.nll, 5), signed(gap), number(a.share)])
+        rows.append([name, f"{a.n_trainable:,}", speed, number(a.nll, 5), signed(gap), number(a.share)])
     return Section(t.name, rows)
 
 
@@ -201,7 +201,7 @@ def _panel(t: Task) -> Panel:
     series = []
     for label, arms in (("LoRA, higher rank", _by_rank(t, True)), ("LoRA, equal rank", _by_rank(t, False)),
                         ("FullFT of the same matrices", t.restricted)):  # fmt: skip
-        told = [(order[a.layers], rho_by_seed(a.points, t.full.points)) for a in arms if a.layers in order and t.full]
+        told = [(order[a.layers], rho(a.points, t.full.points)) for a in arms if a.layers in order and t.full]
         told = sorted((k, e) for k, e in told if e.value is not None) if told else []
         series.append(Series(label, [k for k, _ in told], [e.value for _, e in told], [e.low for _, e in told],
                              [e.high for _, e in told], style="o"))  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from analysis.lr_optimum import Optimum
-from analysis.results import LEVEL, Estimate, from_draws
+from analysis.results import N_DRAWS, Estimate, from_draws
 from analysis.table import Curve
 
 PUBLISHED = {"base": 5e-5, "M": 10.0, "llama": 0.781, "qwen": 0.0775}
@@ -199,8 +199,8 @@ class MetaRegression:
         """Return a coefficient with its 95% interval; none without degrees of freedom."""
         if self.df < 1:
             return Estimate(float(self.beta[k]), n=self.n)
-        half = stats.t.ppf(0.5 + LEVEL / 2, self.df) * math.sqrt(self.cov[k, k])
-        return Estimate(float(self.beta[k]), float(self.beta[k] - half), float(self.beta[k] + half), self.n)
+        even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
+        return from_draws(self.beta[k] + math.sqrt(self.cov[k, k]) * stats.t.ppf(even, self.df), self.n)
 
     def p_of(self, terms: Sequence[int], values: Sequence[float]) -> float | None:
         """Return the p-value of 'these coefficients have these values' (F test)."""

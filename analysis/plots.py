@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import NullFormatter, NullLocator
 
 from analysis.lr_optimum import Optimum
 from analysis.results import rate, with_interval
@@ -174,18 +175,28 @@ def _panel(ax: Any, panel: Panel) -> None:
             low, high = (np.array([np.nan if v is None else v for v in e], float) for e in (s.low, s.high))
             reach = np.clip(np.stack([y - low, high - y]), 0, None)
             ax.errorbar(x, y, yerr=np.where(np.isfinite(reach), reach, 0), fmt="none", ecolor=colour, capsize=3, lw=1.2)
-    ax.set(xlabel=panel.x, ylabel=panel.y, ylim=panel.y_range)
+    ax.set(xlabel=panel.x, ylabel=panel.y)
     ax.set_title(panel.title, fontsize=10)
     there = any(v is not None and v > 0 for s in panel.series for v in s.y)  # nothing to draw has no logarithm
     if panel.log_x and there:
         ax.set_xscale("log")
     if panel.log_y and there:
         ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        if high < 60 * low:  # less than two decades: say plain numbers at the lesser ticks too
+            ax.yaxis.set_major_formatter(_plain_number)
+            ax.yaxis.set_minor_formatter(_plain_number if high < 12 * low else NullFormatter())
+    if panel.y_range != (None, None):
+        ax.set_ylim(*panel.y_range)
     if panel.ticks is not None:
         ax.set_xticks([v for v, _ in panel.ticks], [t for _, t in panel.ticks])
-        ax.minorticks_off()
+        ax.xaxis.set_minor_locator(NullLocator())
     if any(s.label for s in panel.series) or panel.lines or panel.band:
         ax.legend(frameon=False, fontsize=8)
+
+
+def _plain_number(value: float, _: int) -> str:
+    return f"{value:g}"
 
 
 def packing(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -19,7 +19,7 @@ from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.results import Estimate, from_sample, number, with_interval
-from analysis.step_efficiency import Points, at_best, before_last, rho_by_seed
+from analysis.step_efficiency import Points, at_best, before_last, rho
 from analysis.table import curves, learning_curves
 
 ESTIMANDS = ("departure_slope", "rho_top_rank", "identical_steps")
@@ -62,10 +62,10 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     left = {int(o.curve.key["rank"]): _departures(mine[id(o)], mine[id(full)], full.curve.nll_start) for o in lora}
     slope, note = _slope(left)
     alike, band_rows, band_panel = _start(table, lora)
-    rho = rho_by_seed(mine[id(top)], mine[id(full)])
+    speed = rho(mine[id(top)], mine[id(full)])
     measured = {
         "departure_slope": (slope, judging.gates([full, *lora])),
-        "rho_top_rank": (rho, judging.gates([full, top])),
+        "rho_top_rank": (speed, judging.gates([full, top])),
         "identical_steps": (alike, [] if alike.value is not None else ["no curve of redraws of A"]),
     }
     found = judging.corrected(
@@ -75,7 +75,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     rows = [["rank", "departs at step, by seed", "of the envelopes", "rho [95%]"]]
     for o in lora:
         r = int(o.curve.key["rank"])
-        each = rho_by_seed(mine[id(o)], mine[id(full)])
+        each = rho(mine[id(o)], mine[id(full)])
         rows.append([str(r), ", ".join(_step(v) for v in left[r].values()),
                      _step(departure(envelopes[o.curve.name], envelopes[full.curve.name], full.curve.nll_start)),
                      with_interval(each)])  # fmt: skip

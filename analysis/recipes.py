@@ -16,7 +16,7 @@ from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.results import Estimate, from_sample, number, rate, signed, with_interval
-from analysis.step_efficiency import at_best, rho_by_seed, runs_at_best
+from analysis.step_efficiency import at_best, rho, runs_at_best
 from analysis.table import curves
 
 ESTIMANDS = ("attention_at_full_lr", "alpha_twice_rank", "default_rate", "original", "ten_times", "small_data_rank",
@@ -110,16 +110,15 @@ def _share(
 
 
 def _few(table: pd.DataFrame, few: Sequence[Optimum]) -> tuple[tuple[Estimate, list[str]], list[list[str]]]:
-    """rho of the highest rank over the lowest one's on few rows: the other's steps to its best loss. Losses rise again when
-    rows are seen too often, so the lowest held-out loss of each run counts, not the last."""
+    """How fast the lowest rank learns few rows against the highest: rho of the one against the other."""
     lora = [o for o in few if o.curve.key["method"] == "lora"]
     if len(lora) < 2:
         return (Estimate(None), ["no curve of two ranks on few rows"]), []
-    points = at_best(table, [lora[-1], lora[0]])
-    rho = rho_by_seed(*points)
+    low, high = at_best(table, [lora[0], lora[-1]])
+    speed = rho(low, high)
     rows = [["curve", "best LR [95%]", "best NLL", "flags"]]
     rows += [[o.curve.name, with_interval(o.best_lr, rate), number(o.best_nll, 5), ", ".join(o.flags) or "-"] for o in few]
-    return (rho, judging.gates([lora[0], lora[-1]])), rows
+    return (speed, judging.gates([lora[0], lora[-1]])), rows
 
 
 def _retention(

@@ -107,7 +107,8 @@ def norms(
     full = next((v for o, v in by_curve if o.curve.key["method"] == "fullft"), {})
     rows = [["curve", "spectral norm of A", "of B", "of the change", "B / A [95%]", "change / FullFT's [95%]"]]
     growth = movement = Estimate(None)
-    series: list[Series] = []
+    names: list[str] = []
+    shown: list[tuple[str, dict[str, dict[str, float]]]] = []
     for o, mine in by_curve:
         if not mine:
             continue
@@ -121,7 +122,9 @@ def norms(
                      with_interval(growth) if "a" in next(iter(next(iter(mine.values())).values())) else "-",
                      with_interval(movement) if o.curve.key["method"] == "lora" else "-"])  # fmt: skip
         first = next(iter(mine.values()))
-        series.append(Series(o.curve.name, range(len(first)), [v["delta"] for v in first.values()], style="o"))
+        names = names or list(first) if o.curve.key["method"] == "lora" else names  # the embedding is full fine-tuning's only
+        shown.append((o.curve.name, first))
+    series = [Series(n, range(len(names)), [v.get(m, {}).get("delta") for m in names], style="o") for n, v in shown]
     panel = [Panel("one seed, at each curve's best rate", "matrix, from the first layer to the unembedding",
                    "spectral norm of the change", series, log_y=True)] if series else []  # fmt: skip
     return growth, movement, rows, panel

@@ -1,4 +1,4 @@
-"""rho, step efficiency: full fine-tuning's steps to reach LoRA's loss, over LoRA's steps; each at its own best rate.
+"""rho, step efficiency: full fine-tuning's steps to a loss that both reach, over LoRA's; each at its own best rate.
 
 A gap in nats grows and shrinks with the place on the learning curve, rho does not: 0.9 means that LoRA needs 11% more
 steps. Reads learning curves from a table of runs; fits no rate.
@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from analysis.lr_optimum import Optimum
-from analysis.results import LEVEL, Estimate, exp_of, from_sample
+from analysis.results import Estimate, exp_of, from_sample
 from analysis.table import learning_curves
 
 Points = list[tuple[float, float]]
@@ -32,38 +31,39 @@ def steps_to_reach(points: Points, loss: float) -> float | None:
     return None
 
 
+def _reach(one: Points, other: Points) -> tuple[float, int]:
+    """Return ln of the other's steps over the one's to the lowest loss that both reach, and what that is: 0 a value, -1 an
+    upper bound (the other is there at its first evaluation), 1 a lower bound (the one is)."""
+    loss = max(one[-1][1], other[-1][1])
+    mine, theirs = steps_to_reach(one, loss), steps_to_reach(other, loss)
+    assert mine is not None and theirs is not None  # both end at or below it
+    bound = -1 if other[0][1] <= loss else 1 if one[0][1] <= loss else 0
+    return math.log(theirs / mine), bound
+
+
+def _reached(one: dict[int, Points], other: dict[int, Points]) -> dict[int, tuple[float, int]]:
+    return {s: _reach(one[s], other[s]) for s in sorted(one.keys() & other.keys()) if one[s] and other[s]}
+
+
+def per_seed(one: dict[int, Points], other: dict[int, Points]) -> dict[int, float]:
+    """Return ln(rho) of one curve against another by seed; +-infinity where only a bound is known."""
+    return {s: v if not bound else bound * math.inf for s, (v, bound) in _reached(one, other).items()}
+
+
 def rho(lora: dict[int, Points], full: dict[int, Points]) -> Estimate:
     """Return rho from held-out curves by seed (step 0 and the last evaluation left out), paired by seed.
 
-    Interval: Student's, over ln rho of the seeds; needs two or more. Where full fine-tuning ends above LoRA's loss in any
-    seed, rho is beyond the ratio of steps seen, and where it is below that at its first evaluation, rho is short of it: only
-    that bound is given.
+    Steps are counted to the lowest loss that both reach: LoRA's last one, or full fine-tuning's where that ends higher.
+    Interval: Student's, over ln rho of the seeds; needs two or more. Where either is there at its first evaluation in any
+    seed, only a bound is given.
     """
-    logs, censored, early = [], [], []
-    for seed in sorted(lora.keys() & full.keys()):
-        if not lora[seed] or not full[seed]:
-            continue
-        steps, loss = lora[seed][-1]
-        reached = steps_to_reach(full[seed], loss)
-        if full[seed][0][1] <= loss:
-            early.append(full[seed][0][0] / steps)
-        elif reached is None:
-            censored.append(full[seed][-1][0] / steps)
-        else:
-            logs.append(math.log(reached / steps))
-    if early:
-        high = None if censored else max([*early, *(math.exp(v) for v in logs)])
-        return Estimate(None, None, high, len(logs) + len(early), ("FullFT is there at its first evaluation",))
-    if censored:
-        return Estimate(None, min([*censored, *(math.exp(v) for v in logs)]), None, len(logs) + len(censored),
-                        ("FullFT does not reach LoRA's loss",))  # fmt: skip
-    if not logs:
-        return Estimate(None)
-    mean = float(np.mean(logs))
-    if len(logs) < 2:
-        return Estimate(math.exp(mean), n=len(logs))
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, len(logs) - 1) * np.std(logs, ddof=1) / math.sqrt(len(logs)))
-    return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs))
+    found = _reached(lora, full)
+    values = [math.exp(v) for v, _ in found.values()]
+    bounds = {bound for _, bound in found.values()} - {0}
+    if bounds:
+        low, high = (min(values) if bounds == {1} else None), (max(values) if bounds == {-1} else None)
+        return Estimate(None, low, high, len(found), ("one is there at its first evaluation",))
+    return exp_of(from_sample([math.log(v) for v in values])) if values else Estimate(None)
 
 
 def of_curves(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Estimate | None]:
@@ -108,28 +108,6 @@ def before_last(points: pd.DataFrame) -> Points:
     """Return the evaluations on the same held-out rows: from step 1 to the last but one."""
     kept = points[(points["step"] >= 1) & points["test_nll"].notna()].iloc[:-1]
     return list(zip(kept["step"].astype(float), kept["test_nll"].astype(float)))
-
-
-def per_seed(one: dict[int, Points], other: dict[int, Points]) -> dict[int, float]:
-    """Return ln(rho) of one curve against another by seed: the other's steps to the one's loss over its steps. +-infinity
-    where the other never gets there, or is there at its first evaluation."""
-    out = {}
-    for seed in sorted(one.keys() & other.keys()):
-        if one[seed] and other[seed]:
-            steps, loss = one[seed][-1]
-            reached = steps_to_reach(other[seed], loss)
-            early = other[seed][0][1] <= loss
-            out[seed] = -math.inf if early else math.inf if reached is None else math.log(reached / steps)
-    return out
-
-
-def rho_by_seed(one: dict[int, Points], other: dict[int, Points]) -> Estimate:
-    """Return rho with Student's interval and draws over seeds; only a bound where the other curve never gets there."""
-    logs = per_seed(one, other)
-    known = [v for v in logs.values() if math.isfinite(v)]
-    if len(known) < len(logs):
-        return rho(one, other)
-    return exp_of(from_sample(known))
 
 
 def _near(o: Optimum) -> float | None:

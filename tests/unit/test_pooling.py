@@ -120,14 +120,16 @@ def test_steps_to_reach_interpolates_in_ln_steps():
     assert steps_to_reach(points, 0.1) is None and steps_to_reach(points, 5.0) == 1
 
 
-def test_rho_comes_back_as_planted_and_is_a_bound_where_lora_wins():
+def test_rho_comes_back_as_planted_and_is_a_bound_where_a_curve_begins_below():
     def curve(slow, shift=0.0):
         return [(s, 3.0 - 0.5 * math.log(s * slow) + shift) for s in (1, 2, 4, 8, 16, 32, 64)]
 
     e = rho({s: curve(0.8, 0.01 * s) for s in range(4)}, {s: curve(1.0, 0.01 * s) for s in range(4)})
     assert e.value == pytest.approx(0.8) and e.low == pytest.approx(0.8) and e.n == 4
-    ahead = rho({0: curve(1.5), 1: curve(1.2)}, {0: curve(1.0), 1: curve(1.0)})
-    assert ahead.value is None and ahead.low == pytest.approx(1.0) and ahead.flags
+    ahead = rho({0: curve(1.5), 1: curve(1.5)}, {0: curve(1.0), 1: curve(1.0, 1e-9)})  # steps to the loss that both reach
+    assert ahead.value == pytest.approx(1.5)
+    far = rho({0: curve(100.0), 1: curve(100.0)}, {0: curve(1.0), 1: curve(1.0)})
+    assert far.value is None and far.low == pytest.approx(64) and far.flags
     assert rho({0: curve(0.8)}, {1: curve(1.0)}).value is None  # no seed in common
 
 
