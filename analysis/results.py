@@ -66,7 +66,7 @@ def exp_of(e: Estimate) -> Estimate:
 
 def exactly(value: float, n: int = 1) -> Estimate:
     """Return a number without error, such as a difference of two deterministic runs."""
-    return Estimate(value, value, value, n, draws=np.full(2, value))
+    return Estimate(value, value, value, n, draws=np.full(N_DRAWS, value))
 
 
 @dataclass(frozen=True)
