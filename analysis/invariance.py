@@ -105,9 +105,9 @@ def _twins(proofs: pd.DataFrame) -> tuple[Estimate, Estimate, list[list[str]], P
             if a["seed"] == proofs["seed"].min():
                 rows.append([_settings(a), _settings(b), acts, "equal" if one else "different", f"{off.max():.2g}"])
                 series.append(Series("" if one else acts, steps[1:], np.maximum(off[1:], 1e-17), style="o-",
-                                     colour="#0072B2" if one else None))  # fmt: skip
+                                     colour="grey" if one else None))  # fmt: skip
     panel = Panel("twins in float64", "update", "|difference of held-out NLL| (nats)",
-                  [Series("equal by the claim", [], [], colour="#0072B2"), *series], log_x=True, log_y=True)  # fmt: skip
+                  [Series("equal by the claim (0 is drawn at 1e-17)", [], [], colour="grey"), *series], log_x=True, log_y=True)  # fmt: skip
     twin = exactly(max(held), len(held)) if held else Estimate(None)
     least = exactly(min(broken.values()), len(broken)) if broken else Estimate(None)
     return twin, least, rows, panel

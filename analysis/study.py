@@ -68,7 +68,7 @@ def _verdict(plain: dict[str, Any]) -> Verdict:
 
 FAR = 100.0
 """An end of a margin this far out stands for none."""
-HEAD = ("claim", "scale", "expected", "measured [95%]", "verdict", "runs", "still needed")
+HEAD = ("claim", "scale", "expected", "measured [interval]", "verdict", "runs", "still needed")
 
 
 def rows_of(parts: Sequence[Part]) -> list[list[str]]:

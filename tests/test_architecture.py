@@ -106,7 +106,7 @@ def test_no_circles():
 def test_files_are_of_one_noun_and_of_readable_size(path):
     assert path.stem not in {"utils", "util", "helpers", "common", "misc", "manager"}
     lines = len(path.read_text().splitlines())
-    allowed = {"spec.py": 470, "store.py": 400}.get(path.name, 320)  # why: DECISIONS.md
+    allowed = {"spec.py": 460, "store.py": 400}.get(path.name, 320)  # why: DECISIONS.md
     assert lines <= allowed, f"{lines} lines"
     assert ast.get_docstring(ast.parse(path.read_text())), "no module docstring"
 
