@@ -107,7 +107,8 @@ def _twins(proofs: pd.DataFrame) -> tuple[Estimate, Estimate, list[list[str]], P
                 series.append(Series("" if one else acts, steps[1:], np.maximum(off[1:], 1e-17), style="o-",
                                      colour="grey" if one else None))  # fmt: skip
     panel = Panel("twins in float64", "update", "|difference of held-out NLL| (nats)",
-                  [Series("equal by the claim (0 is drawn at 1e-17)", [], [], colour="grey"), *series], log_x=True, log_y=True)  # fmt: skip
+                  [Series("equal by the claim (0 is drawn at 1e-17)", [], [], colour="grey"), *series],
+                  log_x=True, log_y=True)  # fmt: skip
     twin = exactly(max(held), len(held)) if held else Estimate(None)
     least = exactly(min(broken.values()), len(broken)) if broken else Estimate(None)
     return twin, least, rows, panel

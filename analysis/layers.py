@@ -19,6 +19,7 @@ from analysis import judging, plots
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
+from analysis.qualify import stalled
 from analysis.results import Estimate, exp_of, from_sample, number, signed, with_interval
 from analysis.step_efficiency import Points, at_best, per_seed, rho, runs_at_best
 from analysis.table import curves
@@ -129,6 +130,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     optima = [o for t in tasks for o in ([t.full.optimum] if t.full else []) + [a.optimum for a in (*t.restricted, *t.lora)]]
     rests = list({id(a.optimum): a.optimum for a in used}.values())
     for task in tasks:
+        if task.full is not None:
+            gates += [f"{task.name}: {g}" for g in stalled([task.full.optimum], [task.full.points])]
         mine = [o for o in rests if o.curve.group == task.name]
         gates += [f"{task.name}: {g}" for g in (judging.gates(mine) if mine else [])]
     hardest = max((e for _, e in worse if e.value is not None), key=lambda e: e.value, default=Estimate(None))

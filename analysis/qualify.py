@@ -1,7 +1,7 @@
 """Is a task fit for questions about learning rates, for a model? Five checks, from runs of full fine-tuning and of LoRA.
 
-On a task that fails, a difference between methods says little: there is nothing left to learn, or nothing to see for noise.
-The limits are stated once, here; a sweep's verdicts on such a task are UNDECIDED (task).
+On a task that fails, a difference between methods says little: there is nothing left to learn. A sweep's verdicts on such a
+task are UNDECIDED (task). Noise only warns: what it does to an answer is the interval's width, which the verdict knows.
 """
 
 import math
@@ -26,13 +26,14 @@ MAX_NOISE = 0.1
 
 @dataclass(frozen=True)
 class Check:
-    """One requirement. `ok` is None where the runs cannot tell."""
+    """One requirement. `ok` is None where the runs cannot tell; one that only `warns` disqualifies no task."""
 
     group: str
     name: str
     measured: str
     needed: str
     ok: bool | None
+    warns: bool = False
 
 
 def qualify(table: pd.DataFrame) -> list[Check]:
@@ -66,7 +67,7 @@ def _group(group: str, optima: Sequence[Optimum], points: Sequence[Any]) -> list
         rise, noise = _rise(o), None if o.pooled is None or o.evidence is None or not o.pooled.df else o.pooled.noise
         share = math.nan if rise is None or noise is None else noise / rise
         checks.append(Check(group, f"noise is small, {o.curve.name}", f"{number(share)} of the rise a factor 2 off",
-                            f"{MAX_NOISE} or less", None if math.isnan(share) else share <= MAX_NOISE))  # fmt: skip
+                            f"{MAX_NOISE} or less", None if math.isnan(share) else share <= MAX_NOISE, True))  # fmt: skip
     return checks
 
 
@@ -83,13 +84,26 @@ def _rise(o: Optimum) -> float | None:
     return float(np.mean(o.shape.height(np.array([o.shape.m - math.log(2), o.shape.m + math.log(2)]))))
 
 
+def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Any]]) -> list[str]:
+    """Say which curves have stopped learning by the end of their runs, as gates: a task that is over says nothing."""
+    found = []
+    for o, mine in zip(optima, points):
+        gains = [g for p in mine.values() if (g := _last_doubling(p)) is not None]
+        if gains and np.mean(gains) < MIN_SLOPE:
+            last = number(float(np.mean(gains)))
+            found.append(f"task: {o.curve.name} gains {last} nats in the last doubling, {MIN_SLOPE} needed")
+    return found
+
+
 def verdict(checks: Sequence[Check]) -> dict[str, bool]:
-    """Say of each group whether it qualifies: no check fails. What cannot be told does not fail."""
-    return {g: all(c.ok is not False for c in checks if c.group == g) for g in dict.fromkeys(c.group for c in checks)}
+    """Say of each group whether it qualifies: no check fails but those that warn. What cannot be told does not fail."""
+    groups = dict.fromkeys(c.group for c in checks)
+    return {g: all(c.ok is not False or c.warns for c in checks if c.group == g) for g in groups}
 
 
 def rows(checks: Sequence[Check]) -> list[list[str]]:
     """Return a table, its head first."""
     said = {True: "yes", False: "NO", None: "cannot be told"}
     head = ["task", "check", "measured", "needed", "met"]
-    return [head, *([c.group, c.name, c.measured, c.needed, said[c.ok]] for c in checks)]
+    return [head, *([c.group, c.name, c.measured, c.needed, "no: a warning" if c.warns and c.ok is False else said[c.ok]]
+                    for c in checks)]  # fmt: skip

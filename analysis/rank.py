@@ -18,6 +18,7 @@ from analysis import judging, plots
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
+from analysis.qualify import stalled
 from analysis.results import Estimate, from_sample, number, with_interval
 from analysis.step_efficiency import Points, at_best, before_last, rho
 from analysis.table import curves, learning_curves
@@ -63,9 +64,10 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     slope, note = _slope(left)
     alike, band_rows, band_panel = _start(table, lora)
     speed = rho(mine[id(top)], mine[id(full)])
+    over = stalled([full, top], [mine[id(full)], mine[id(top)]])
     measured = {
-        "departure_slope": (slope, judging.gates([full, *lora])),
-        "rho_top_rank": (speed, judging.gates([full, top])),
+        "departure_slope": (slope, judging.gates([full, *lora]) + over),
+        "rho_top_rank": (speed, judging.gates([full, top]) + over),
         "identical_steps": (alike, [] if alike.value is not None else ["no curve of redraws of A"]),
     }
     found = judging.corrected(

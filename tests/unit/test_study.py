@@ -82,7 +82,7 @@ def test_departure_of_a_known_curve():
 def test_batch_penalty(ask, power, outcome):
     cells = ",".join(f"{{batch_size:{b},steps:{1536 // b},lr:[4e-4,8e-4,1.6e-3,3.2e-3,6.4e-3]}}" for b in (4, 16, 64))
     lora = cells.replace("4e-4,8e-4,1.6e-3,3.2e-3,6.4e-3", "8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2")
-    out, found = ask("batch_size", World(lambda s: 0.9 * (s.batch_size / 4) ** power), f"sweep.at.smoke.fullft=[{cells}]",
+    _out, found = ask("batch_size", World(lambda s: 0.9 * (s.batch_size / 4) ** power), f"sweep.at.smoke.fullft=[{cells}]",
                      f"sweep.at.smoke.lora=[{lora}]", "sweep.at.smoke.ranks=[1,4]")  # fmt: skip
     assert found["penalty"]["outcome"] == outcome
     assert found["penalty"]["estimate"]["value"] == pytest.approx(power * math.log(2), abs=0.02)
@@ -96,7 +96,7 @@ def test_layer_sets(ask, attention, outcome):
     lr = {"fullft": "[4e-4,8e-4,1.6e-3,3.2e-3,6.4e-3]", "lora": "[8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2]"}
     task = {k: f"sweep.at.smoke.{k}=[{{model:tiny64,dataset:dialect,lr:{v}}}]" for k, v in lr.items()}
     world = World(lambda s: rho.get(s.method.layers, 0.9))
-    out, found = ask("layers", world, *task.values(), "sweep.at.smoke.steps=96")
+    _out, found = ask("layers", world, *task.values(), "sweep.at.smoke.steps=96")
     assert found["attention_worse"]["outcome"] == outcome
     assert found["attention_worse"]["estimate"]["value"] == pytest.approx(attention / 0.8, rel=0.05)
     assert found["mlp_is_enough"]["outcome"] == "SUPPORTED"
@@ -111,7 +111,7 @@ def test_short_runs_and_norms(ask, factor, outcome):
         norms = {"delta": 2.0} if spec.method.name == "fullft" else {"a": 0.5, "b": 1.0, "delta": 3.0}
         return {"spectra": {"model.layers.0.q_proj": norms, "lm_head": norms}}
 
-    out, found = ask("short_runs", World(best=best, more=more), *GRIDS, "sweep.at.smoke.ranks=[4,8]",
+    _out, found = ask("short_runs", World(best=best, more=more), *GRIDS, "sweep.at.smoke.ranks=[4,8]",
                      "sweep.at.smoke.steps=384", "sweep.second.n_lrs=5")  # fmt: skip
     assert found["short_over_long"]["outcome"] == outcome
     assert found["short_over_long"]["estimate"]["value"] == pytest.approx(factor, rel=0.15)
@@ -129,7 +129,7 @@ def test_the_law_of_the_ratio(ask, power, outcome):
     lora = ",".join(f"{{model:[tiny64,tiny64-s1,tiny128,tiny128-11m],alpha:{a},lr:[{','.join(f'{6.4e-3 * 32 / a * 2.0**k:.3g}' for k in range(-3, 4))}]}}"
                     for a in (8, 32, 128))  # fmt: skip
     more = {"retain_start": 2.0, "retain_nll": 2.1}
-    out, found = ask("lr_scale", World(best=best, more=lambda s: more), f"sweep.at.smoke.lora=[{lora}]",
+    _out, found = ask("lr_scale", World(best=best, more=lambda s: more), f"sweep.at.smoke.lora=[{lora}]",
                      "sweep.at.smoke.fullft=[{model:[tiny64,tiny64-s1,tiny128,tiny128-11m],lr:[2e-4,4e-4,8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2]}]")  # fmt: skip
     assert found["hidden"]["outcome"] == outcome
     assert found["hidden"]["estimate"]["value"] == pytest.approx(power, abs=0.15)
@@ -146,7 +146,7 @@ def test_capacity(ask, bits, outcome):
             off = 0.05 * math.log(spec.lr / (3e-3 if spec.method.name == "fullft" else 1e-2)) ** 2
             return math.log(16) - stored / facts / 4 * math.log(2) + off + noise
 
-    out, found = ask("capacity", Facts(more=lambda s: {"retain_nll": 3.0, "retain_start": math.log(16)}),
+    _out, found = ask("capacity", Facts(more=lambda s: {"retain_nll": 3.0, "retain_start": math.log(16)}),
                      "sweep.at.smoke.loads=[{knobs:{facts:512},steps:[200,400],lr:[5e-3,1e-2,2e-2]}]")  # fmt: skip
     assert found["two_bits"]["outcome"] == outcome
     assert found["two_bits"]["estimate"]["value"] == pytest.approx(bits, rel=0.05)
@@ -167,7 +167,7 @@ def test_recipes(ask):
 
     world = World(lambda s: 1.0 if s.method.rank == 8 else 0.6, best,
                   more=lambda s: {"retain_nll": 2.5 if s.method.name == "fullft" else 2.2, "retain_start": 2.0})  # fmt: skip
-    out, found = ask("recipes", world, *GRIDS, "sweep.at.smoke.rank=8", "sweep.at.smoke.few_ranks=[1,8]",
+    _out, found = ask("recipes", world, *GRIDS, "sweep.at.smoke.rank=8", "sweep.at.smoke.few_ranks=[1,8]",
                      "sweep.at.smoke.alpha_2r=16", "sweep.at.smoke.steps=96")  # fmt: skip
     gain = GAIN * math.log2(97)
     assert found["alpha_twice_rank"]["outcome"] == "SUPPORTED"  # the same loss
@@ -186,7 +186,7 @@ def test_compute(ask, rho, outcome):
         noise = np.random.default_rng(int(run_id(spec), 16)).uniform(1.0, 1.02)
         return {"step_s": seconds[spec.method.name] * noise}
 
-    out, found = ask("compute", World(lambda s: rho, more=more), *GRIDS, "sweep.at.smoke.ranks=[1]",
+    _out, found = ask("compute", World(lambda s: rho, more=more), *GRIDS, "sweep.at.smoke.ranks=[1]",
                      "sweep.at.smoke.steps=384")  # fmt: skip
     assert found["seconds_a_step"]["outcome"] == "SUPPORTED"
     assert found["seconds_to_loss"]["estimate"]["value"] == pytest.approx(0.7 / rho, rel=0.1)
@@ -205,7 +205,7 @@ def test_operations_are_those_of_the_methods():
 
 
 def test_prefixes_and_qualification(ask, tmp_path):
-    out, _ = ask("rank", World(lambda s: 0.7), *GRIDS, "sweep.at.smoke.steps=96")
+    _out, _ = ask("rank", World(lambda s: 0.7), *GRIDS, "sweep.at.smoke.steps=96")
     table = load_runs(tmp_path / "runs")
     short = at_step(table, 32)
     assert (short["steps"] == 32).all() and len(short) == len(table)
