@@ -36,6 +36,8 @@ class Scale:
     """How large a question is asked."""
 
     name: str = "???"
+    at: str = "${scale.name}"
+    """Which entry of a sweep's own `at` this scale takes."""
     models: list[str] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)

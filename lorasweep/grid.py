@@ -54,7 +54,7 @@ class Sweep:
     """Looks at the answer that are planned, 1 to 3: each is judged at a stricter level, so that all together err in 5%."""
     analysis: str = ""
     at: dict[str, Any] = field(default_factory=dict)
-    """Scale name -> what the arms and axes take from it: ${sweep.at.${scale.name}.ranks}. Not part of the question."""
+    """Scale name -> what the arms and axes take from it: ${sweep.at.${scale.at}.ranks}. Not part of the question."""
     parts: list[str] = field(default_factory=list)
     """Names of sweeps that are asked one after another instead of arms of its own: +sweep=study."""
 
