@@ -1,0 +1,51 @@
+"""The study for real at scale smoke: sweeps that share runs, the table of all claims, tasks judged first, twins in float64."""
+
+import json
+
+import pytest
+
+from lorasweep.store import RunStore
+from tests.world import cli
+
+pytestmark = pytest.mark.slow
+ALONE = ("scale=smoke", "exec.pack_size=1")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("study")
+
+
+def test_sweeps_of_a_sweep_share_their_runs_and_end_in_one_table(place):
+    parts = "sweep.parts=[rank,short_runs,compute,invariance,capacity]"
+    done = cli("+sweep=study", parts, *ALONE, cwd=place, timeout=500)
+    assert done.stdout.count("== ") == 5
+    counts = {n: json.loads((place / f"reports/{n}-smoke/results.json").read_text())["runs"]
+              for n in ("rank", "short_runs", "compute", "invariance", "capacity")}  # fmt: skip
+    trained = RunStore(place / "runs").existing()
+    assert counts["short_runs"] >= 6 and len(trained) < sum(counts.values())  # what sweeps share was trained once
+    twins = json.loads((place / "reports/invariance-smoke/results.json").read_text())
+    twin = next(v for v in twins["verdicts"] if v["claim"] == "twins")
+    assert twin["outcome"] == "SUPPORTED" and twin["estimate"]["value"] <= 1e-9
+    page = (place / "reports/study-smoke/study.md").read_text()
+    assert page.startswith("# The study") and "rank: order (primary)" in page
+    for name in ("rank", "short_runs", "compute", "invariance", "capacity"):
+        folder = place / f"reports/{name}-smoke"
+        assert (folder / "report.md").is_file() and (folder / "report.html").is_file()
+        for figure, _ in json.loads((folder / "results.json").read_text())["figures"]:
+            assert (folder / figure).stat().st_size > 5000
+
+
+def test_asked_again_the_study_trains_nothing(place):
+    before = {p: p.stat().st_mtime_ns for p in (place / "runs").glob("*/result.json")}
+    cli("+sweep=study", "sweep.parts=[rank,short_runs,compute]", *ALONE, cwd=place)
+    assert {p: p.stat().st_mtime_ns for p in (place / "runs").glob("*/result.json")} == before
+
+
+def test_tasks_are_judged_first_from_a_few_runs(place):
+    told = json.loads(cli("+sweep=rank", "action=qualify", "format=json", *ALONE, cwd=place, check=False).stdout)
+    assert told["qualified"].keys() == {"tiny64 on dialect, batch 4, steps 12"}
+    assert {c["name"] for c in told["checks"]} >= {"to be learned", "not solved", "still learning, fullft"}
+    assert json.loads((place / "reports/qualify-rank-smoke.json").read_text()) == told
+    refused = cli("action=qualify", cwd=place, check=False)
+    assert refused.returncode == 2 and "+sweep=NAME" in refused.stderr
