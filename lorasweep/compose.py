@@ -166,7 +166,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     sweep = config.sweep
     check_sweep(sweep_name, sweep)
     if sweep.parts:
-        rest = [o for o in overrides if o != f"+sweep={sweep_name}"]
+        rest = [o for o in overrides if o != f"+sweep={sweep_name}" and not o.startswith("sweep.parts=")]
         parts = [_part(rest, name) for name in sweep.parts]
         return Request(**common, sweep_name=sweep_name, sweep=sweep, points=[], parts=parts)
     _refuse_overwritten(overrides, sweep_name, sweep)
