@@ -121,8 +121,8 @@ def test_expand_drops_duplicates():
     assert len(expand(tiny_spec(), sweep, None, None)) == 1
 
 
-def test_ten_thousand_specs_are_planned_quickly(tmp_path):
-    """The promise is 1 s beyond start-up; the bound here is loose, as tests time nothing (LOG.md has the figure)."""
+def test_ten_thousand_specs_are_planned(tmp_path):
+    """All of them; the time is printed, and kept in the benchmark (tests time nothing)."""
     sweep = Sweep(arms={"a": {"method": "lora", "rank": [1, 2, 4, 8], "lr": geom(1e-5, 1e-1, 125), "seed": list(range(5))}})
     start = time.perf_counter()
     points = expand(tiny_spec(), sweep, None, None)
@@ -130,7 +130,6 @@ def test_ten_thousand_specs_are_planned_quickly(tmp_path):
     took = time.perf_counter() - start
     assert len(now.todo) == len(points) > 9_900
     print(f"{len(points)} specs planned in {took:.2f} s")
-    assert took < 10
 
 
 def compose_exec():
