@@ -21,7 +21,7 @@ from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.qualify import stalled
 from analysis.results import Estimate, exp_of, from_sample, number, signed, with_interval
-from analysis.step_efficiency import Points, at_best, per_seed, rho, runs_at_best
+from analysis.step_efficiency import Points, at_best, per_seed, rho, same
 from analysis.table import curves
 
 ESTIMANDS = ("attention_over_mlp", "mlp_over_both", "trace_correlation")
@@ -64,16 +64,16 @@ class Task:
 def tasks_of(table: pd.DataFrame) -> list[Task]:
     """Split a table into tasks and arms."""
     optima = fit_all(curves(table))
-    points, runs = at_best(table, optima), runs_at_best(table, optima)
+    points = at_best(table, optima)
     shares = _shares(table)
     found: dict[str, Task] = {}
-    for o, p, r in zip(optima, points, runs):
+    for o, p in zip(optima, points):
         key, full = o.curve.key, o.curve.key["method"] == "fullft"
         layers = str(key["layers"])
         layers = "attention+mlp+unembedding" if layers == "all" else layers
         share = shares.get(o.curve.group, {})
         total = sum(share.get(s, math.nan) for s in layers.split("+")) if share else None
-        n = int(r[0]["n_trainable"]) if r else 0
+        n = next(int(row["n_trainable"]) for _, row in table.iterrows() if same(row, o))
         arm = Arm(o, layers, None if full else int(key["rank"]), n, p, o.best_nll, total)
         task = found.setdefault(o.curve.group, Task(o.curve.group, None, [], []))
         if full and key.get("scope") == "all":
@@ -142,7 +142,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     measured = {"attention_over_mlp": (hardest, gates), "mlp_over_both": (lowest, gates), "trace_correlation": (trace, gates)}
     verdicts = judging.corrected(judging.verdicts(question, measured, (), group, judging.seeds(rests)), question)
     sections = [_over_tasks(worse, both), *(_arms(t) for t in tasks),
-                Section("Layer sets", figure="layers.png", draw=lambda p: plots.panels([_panel(t) for t in tasks], p, 3),
+                Section("Layer sets", figure="layers.png", draw=lambda p: plots.panels([_panel(t) for t in tasks], p),
                         caption="step efficiency by layer set and task")]  # fmt: skip
     measures = {"attention_over_mlp": {t.name: e.plain() for t, e in worse},
                 "mlp_over_both": {t.name: e.plain() for t, e in both},
@@ -202,7 +202,7 @@ def _arms(t: Task) -> Section:
 def _panel(t: Task) -> Panel:
     order = {s: k for k, s in enumerate(SETS)}
     series = []
-    for label, arms in (("LoRA, higher rank", _by_rank(t, True)), ("LoRA, equal rank", _by_rank(t, False)),
+    for label, arms in (("LoRA at equal parameters", _by_rank(t, True)), ("LoRA at equal rank", _by_rank(t, False)),
                         ("FullFT of the same matrices", t.restricted)):  # fmt: skip
         told = [(order[a.layers], rho(a.points, t.full.points)) for a in arms if a.layers in order and t.full]
         told = sorted((k, e) for k, e in told if e.value is not None) if told else []
