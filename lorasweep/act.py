@@ -29,12 +29,12 @@ def act(request: Request, trainer: Trainer | str | None = None, follow: dict[str
     store = RunStore(request.exec.runs_dir)
     if request.action == "export":
         return upkeep.export(request, store, all_points(request, store) if request.sweep else [])
-    if request.parts:
-        return several.each(request, lambda part: act(part, trainer))
     if request.action == "import":
         return upkeep.import_(request)
     if request.action == "adapter":
         return upkeep.adapter(request, store)
+    if request.parts:
+        return several.each(request, lambda part: act(part, trainer))
     if request.action == "verify":
         return upkeep.verify(request, store, all_points(request, store))
     if request.action == "plan":

@@ -45,12 +45,18 @@ def check_claims(request: Request) -> None:
         judged = importlib.import_module(f"analysis.{request.sweep.analysis or '?'}")
         known = judged.ESTIMANDS
     except (ImportError, AttributeError):
-        raise SpecError(f"analysis={request.sweep.analysis!r} is no analysis. Available: lr_ratio.") from None
+        raise SpecError(unknown("analysis", request.sweep.analysis, _analyses())) from None
     for name, claim in request.sweep.claims.items():
         if claim.estimand not in known:
             raise SpecError(f"claim {name!r}: " + unknown("estimand", claim.estimand, known))
         if claim.estimand in judged.LOG_ESTIMANDS and not claim.margin[0] > 0:
             raise SpecError(f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. Start it above 0.")
+
+
+def _analyses() -> list[str]:
+    """List the modules that judge: those that say what they measure."""
+    folder = Path(importlib.import_module("analysis").__file__).parent
+    return sorted(p.stem for p in folder.glob("*.py") if "\nESTIMANDS = " in p.read_text())
 
 
 # ---------------------------------------------------------------- the place
