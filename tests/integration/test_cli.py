@@ -198,7 +198,7 @@ def test_wrong_requests_end_with_status_2_and_no_traceback(tmp_path, arguments, 
 
 def test_help_shows_groups_and_how_to_change_a_grid(tmp_path):
     text = cli("--help", cwd=tmp_path).stdout
-    for words in ("sweep: lr_ratio", "scale: small", "method: fullft, lora", "${geom:1e-4,1e-2,4}", "exec.runs_dir"):
+    for words in ("sweep: batch_size, capacity", "lr_ratio", "scale: paper, small", "method: fullft, lora", "${geom:1e-4,1e-2,4}", "exec.runs_dir"):
         assert words in text
     assert list(tmp_path.iterdir()) == []  # nothing is dropped into the current folder
 
