@@ -132,8 +132,10 @@ def test_on_kept_runs_the_optimum_lies_beside_the_best_rate_tried(path):
     """A LoRA curve at batch 4 that collapses to the untrained loss at a high rate once had its optimum where the loss was
     0.2 nats above the best one."""
     optima = fit_all(curves(pd.read_parquet(path)))
-    assert optima
-    for o in optima:
+    swept = [o for o in optima if len(np.unique(o.curve.x)) >= 5]  # nulls and controls are at one rate
+    known = [o for o in swept if o.best_lr.value is not None or ("few_points" not in o.flags and "at_edge" not in o.flags)]
+    assert len(known) >= 0.6 * len(swept) > 0
+    for o in known:
         x, y = o.curve.x[o.curve.usable], o.curve.y[o.curve.usable]
         rates = np.unique(x)
         best = int(np.argmin([y[x == v].mean() for v in rates]))
