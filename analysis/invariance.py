@@ -47,7 +47,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     drifts = {rule: _drift(found) for rule, found in rules.items()}
     gap, start_row = _start_b(swept, optima)
     group = str(table["model"].iloc[0]) + " on " + str(table["dataset"].iloc[0])
-    gates = {rule: judging.gates([o for o in found if o.curve.key["rank"] >= 1], "" if found else f"scaling {rule}")
+    gates = {rule: judging.gates(found, "" if found else f"scaling {rule}")
              for rule, found in rules.items()}  # fmt: skip
     measured = {
         "twin_difference": (held, [] if held.value is not None else ["no curve of twins"]),

@@ -135,6 +135,8 @@ def test_on_kept_runs_the_optimum_lies_beside_the_best_rate_tried(path):
     swept = [o for o in optima if len(np.unique(o.curve.x)) >= 5]  # nulls and controls are at one rate
     known = [o for o in swept if o.best_lr.value is not None]
     assert all(o.flags for o in swept if o not in known)  # the others say why
+    if path.parent.name.startswith(("lr_ratio", "batch_size")):
+        assert len(known) == len(optima)  # every curve of these is swept about its optimum
     assert len(known) >= 0.6 * len(swept) > 0
     for o in known:
         x, y = o.curve.x[o.curve.usable], o.curve.y[o.curve.usable]
