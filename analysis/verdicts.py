@@ -94,6 +94,7 @@ def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]
 
 
 REMEDIES = {
+    "the machine did other work": "the same runs on a quiet machine",
     "task:": "another task or model: more runs cannot help",
     "no curve of": "the missing arm",
     "one rank only": "another rank",

@@ -193,6 +193,15 @@ def test_compute(ask, rho, outcome):
     assert found["flops_to_loss"]["outcome"] == outcome
 
 
+def test_times_of_a_busy_machine_decide_nothing(ask):
+    def more(spec):
+        return {"step_s": 0.1 * np.random.default_rng(int(run_id(spec), 16)).uniform(1.0, 4.0)}
+
+    _, found = ask("compute", World(lambda s: 1.0, more=more), *GRIDS, "sweep.at.smoke.ranks=[1]", "sweep.at.smoke.steps=384")
+    assert found["seconds_a_step"]["outcome"] == "UNDECIDED" and "quiet machine" in found["seconds_a_step"]["needed"]
+    assert found["flops_to_loss"]["outcome"] == "SUPPORTED"  # operations do not hang on the machine
+
+
 def test_operations_are_those_of_the_methods():
     model = compose_request(["model=smollm2-135m-instruct", "method=lora"]).points[0].spec
     from lorasweep.spec import canonical
