@@ -275,6 +275,9 @@ def _plan_text(request: Request, now: plan.Plan) -> str:
         rank = f" rank {a['rank']}" if a["rank"] else ""
         lines.append(f"  {a['arm']}{rank} on {a['model']}: {a['runs']} runs, {a['n_trainable']:,} trained parameters")
     lines += _pack_lines(request, now)
+    if now.todo and request.cluster.name == "local" and plan.bf16_is_slow(request.points):
+        lines.append("  this processor has no bf16 instructions: an update takes some 50 times as long as in fp32; add "
+                     "precision=fp32 (another run id), or use a processor or a GPU that has them")  # fmt: skip
     if request.sweep and request.sweep.second.seeds:
         s = request.sweep.second
         lines.append(f"  second stage, when a curve's first is over: seeds {s.seeds} at its {s.n_lrs} best rates")

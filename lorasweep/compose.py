@@ -38,6 +38,8 @@ class Scale:
     name: str = "???"
     at: str = "${scale.name}"
     """Which entry of a sweep's own `at` this scale takes."""
+    base: str = ""
+    """The base that a sweep's entry `tiny` asks about: the same questions, of another size or another base seed."""
     models: list[str] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)

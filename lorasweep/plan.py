@@ -14,6 +14,8 @@ from lorasweep.store import FINAL, STATES, RunStore
 ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2.5e11, "fp64": 2e10}
 """Floating-point operations a second and core by precision, used until something was measured here.
 Assumption: what tiny128 (fp32) and SmolLM2-135M (bf16) reached on one core with matrix units (LOG.md)."""
+SLOW_BF16_FLOPS_PER_CORE = 7e8
+"""The same for bf16 on a processor without instructions for it. Measured on AVX2 (LOG.md)."""
 MEMORY_SHARE = 0.8
 """Share of the machine's memory that the workers may take together."""
 
@@ -86,6 +88,8 @@ def to_calibrate(points: Sequence[Point], states: dict[str, str], exec_: Exec) -
             groups.setdefault(calibrate.kind(p.spec, exec_), []).append(p.spec)
     worth = 8 * calibrate.BUDGET_S * ASSUMED_FLOPS_PER_CORE[points[0].spec.precision]
     total = sum(run_flops(s) for specs in groups.values() for s in specs)
+    if bf16_is_slow(points):  # a measurement alone would take many minutes
+        return []
     return [specs[0] for specs in groups.values() if len(specs) > 1 and total > worth]
 
 
@@ -110,7 +114,13 @@ def _seconds(
         times = [pack.seconds or 0.0 for pack in packs]
         return max(sum(times) / workers, max(times)), "calibrated"
     precision = points[0].spec.precision if points else "fp32"
-    return flops / (ASSUMED_FLOPS_PER_CORE[precision] * machine.cores()), "assumed"
+    rate = SLOW_BF16_FLOPS_PER_CORE if bf16_is_slow(points) else ASSUMED_FLOPS_PER_CORE[precision]
+    return flops / (rate * machine.cores()), "assumed"
+
+
+def bf16_is_slow(points: Sequence[Point]) -> bool:
+    """Say whether these runs ask for bf16 of a processor that has none, with no GPU to do it."""
+    return bool(points) and points[0].spec.precision == "bf16" and not machine.gpus() and machine.slow_bf16()
 
 
 # ---------------------------------------------------------------- packs

@@ -62,6 +62,18 @@ def test_a_plan_says_what_it_expects_and_why(asked, tmp_path):
     assert now.basis == "calibrated" and "packing does not pay" in text and "GiB" in text
 
 
+@pytest.mark.parametrize("precision, slow, said", [("bf16", True, True), ("bf16", False, False), ("fp32", True, False)])
+def test_bf16_on_a_processor_without_it_is_said_and_counted(compose, tmp_path, monkeypatch, precision, slow, said):
+    from lorasweep.act import _plan_text
+
+    monkeypatch.setattr(machine, "slow_bf16", lambda: slow)
+    found = compose("+sweep=lr_ratio", "scale=smoke", f"precision={precision}")
+    now = plan.make_plan(found.points, RunStore(tmp_path), found.exec)
+    assert ("no bf16 instructions" in _plan_text(found, now)) == said
+    rate = {(True, "bf16"): 7e8, (False, "bf16"): 2.5e11, (True, "fp32"): 6e10}[slow, precision]
+    assert now.hours * 3600 * machine.cores() * rate == pytest.approx(now.flops)
+
+
 def test_no_worker_is_left_without_a_pack(compose, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "cores", lambda: 4)
     alone = compose("+sweep=lr_ratio", "scale=smoke", "sweep.arms.lora.lr=${around:1e-3,16,1.3}", "~sweep.arms.fullft")
