@@ -20,7 +20,7 @@ from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.qualify import stalled
-from analysis.results import Estimate, exp_of, from_sample, number, signed, with_interval
+from analysis.results import Estimate, Verdict, exp_of, from_sample, number, signed, with_interval
 from analysis.step_efficiency import Points, at_best, per_seed, rho, same
 from analysis.table import curves
 
@@ -114,40 +114,61 @@ def rho_ratio(a: Arm, b: Arm, full: Arm) -> Estimate:
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
-    """Judge attention against MLP, MLP against both, and whether the gradient's shares tell."""
+    """Judge attention against MLP, MLP against both, and whether the gradient's shares tell: over all tasks, by the one that
+    is hardest on the claim, and the first two for each task as well."""
     tasks = tasks_of(table)
-    group = " and ".join(t.name for t in tasks) if len(tasks) < 3 else f"{len(tasks)} tasks"
-    worse, both, gates, used = [], [], [], []
-    for task in tasks:
-        pair, joint = equal_pair(task), task.get("attention+mlp")
-        mlp = task.get("mlp", joint.rank if joint else None)
-        if task.full is None or pair is None or joint is None or mlp is None:
-            gates.append("no curve of attention and mlp at equal parameters, or of attention+mlp at mlp's rank")
-            continue
-        worse.append((task, rho_ratio(*pair, task.full)))
-        both.append((task, rho_ratio(mlp, joint, task.full)))
-        used += [task.full, *pair, joint, mlp]
+    group = " and ".join(t.name for t in tasks) if len(tasks) < 3 else f"all {len(tasks)} tasks"
+    told = [_compared(t) for t in tasks]
+    worse, both = [(c.task, c.worse) for c in told if c.used], [(c.task, c.both) for c in told if c.used]
+    gates = [f"{c.task.name}: {g}" for c in told for g in c.gates]
     optima = [o for t in tasks for o in ([t.full.optimum] if t.full else []) + [a.optimum for a in (*t.restricted, *t.lora)]]
-    rests = list({id(a.optimum): a.optimum for a in used}.values())
-    for task in tasks:
-        if task.full is not None:
-            gates += [f"{task.name}: {g}" for g in stalled([task.full.optimum], [task.full.points])]
-        mine = [o for o in rests if o.curve.group == task.name]
-        gates += [f"{task.name}: {g}" for g in (judging.gates(mine) if mine else [])]
+    rests = [o for c in told for o in c.used]
     hardest = max((e for _, e in worse if e.value is not None), key=lambda e: e.value, default=Estimate(None))
     lowest = min((e for _, e in both if e.value is not None), key=lambda e: e.value, default=Estimate(None))
-    open_ = any(e.value is None for _, e in (*worse, *both))
-    gates += ["full fine-tuning does not reach a layer set's loss: only bounds"] if open_ else []
-    trace = _trace(tasks)
-    measured = {"attention_over_mlp": (hardest, gates), "mlp_over_both": (lowest, gates), "trace_correlation": (trace, gates)}
-    verdicts = judging.corrected(judging.verdicts(question, measured, (), group, judging.seeds(rests)), question)
+    measured = {"attention_over_mlp": (hardest, gates), "mlp_over_both": (lowest, gates),
+                "trace_correlation": (_trace(tasks), gates)}  # fmt: skip
+    found = judging.verdicts(question, measured, (), group, judging.seeds(rests))
+    for c in told if len(tasks) > 1 else ():
+        found += _of_task(c, question)
     sections = [_over_tasks(worse, both), *(_arms(t) for t in tasks),
                 Section("Layer sets", figure="layers.png", draw=lambda p: plots.panels([_panel(t) for t in tasks], p),
                         caption="step efficiency by layer set and task")]  # fmt: skip
     measures = {"attention_over_mlp": {t.name: e.plain() for t, e in worse},
                 "mlp_over_both": {t.name: e.plain() for t, e in both},
                 "gradient_share": {t.name: {a.layers: a.share for a in t.lora} for t in tasks}}  # fmt: skip
-    return Findings(optima, verdicts, sections, measures, {group: rests})
+    return Findings(optima, judging.corrected(found, question), sections, measures, {group: rests})
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What one task says, and what forbids a verdict on it."""
+
+    task: Task
+    worse: Estimate
+    both: Estimate
+    gates: list[str]
+    used: list[Optimum]
+
+
+def _compared(task: Task) -> _Compared:
+    pair, joint = equal_pair(task), task.get("attention+mlp")
+    mlp = task.get("mlp", joint.rank if joint else None)
+    if task.full is None or pair is None or joint is None or mlp is None:
+        why = "no curve of attention and mlp at equal parameters, or of attention+mlp at mlp's rank"
+        return _Compared(task, Estimate(None), Estimate(None), [why], [])
+    worse, both = rho_ratio(*pair, task.full), rho_ratio(mlp, joint, task.full)
+    used = list({id(a.optimum): a.optimum for a in (task.full, *pair, joint, mlp)}.values())
+    gates = [*stalled([task.full.optimum], [task.full.points]), *judging.gates(used)]
+    if worse.value is None or both.value is None:
+        gates.append("full fine-tuning does not reach a layer set's loss: only bounds")
+    return _Compared(task, worse, both, gates, used)
+
+
+def _of_task(c: _Compared, question: dict[str, Any]) -> list[Verdict]:
+    """Judge one task alone. Secondary: the claim is about all of them."""
+    measured = {"attention_over_mlp": (c.worse, c.gates), "mlp_over_both": (c.both, c.gates)}
+    claims = {k: {**v, "primary": False} for k, v in question["claims"].items() if v["estimand"] in measured}
+    return judging.verdicts({**question, "claims": claims}, measured, (), c.task.name, judging.seeds(c.used))
 
 
 def _trace(tasks: Sequence[Task]) -> Estimate:
@@ -180,9 +201,9 @@ def _over_tasks(worse: Sequence[tuple[Task, Estimate]], both: Sequence[tuple[Tas
     for (t, a), (_, b) in zip(worse, both):
         location = {r.layers: r.nll for r in t.restricted}
         same = "-"
-        if None not in (location.get("attention"), location.get("mlp")):
+        if None not in (location.get("attention"), location.get("mlp")) and a.value is not None:
             gap = location["attention"] - location["mlp"]
-            same = f"{'yes' if (gap > 0) == ((a.value or 1.0) < 1) else 'no'}: attention {signed(gap)} nats against mlp"
+            same = f"{'yes' if (gap > 0) == (a.value < 1) else 'no'}: attention {signed(gap)} nats against mlp"
         rows.append([t.name, with_interval(a), with_interval(b), same])
     return Section("Over the tasks", rows, ["A verdict over tasks rests on the task that is hardest on the claim."])
 

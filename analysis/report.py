@@ -52,7 +52,8 @@ def judge_and_report(
 
 def _asked(question: dict[str, Any]) -> Any:
     rounds = int(question.get("rounds", 1))
-    return question["claims"] if rounds == 1 else {"claims": question["claims"], "rounds": rounds}
+    claims = {name: {k: v for k, v in claim.items() if k != "says"} for name, claim in question["claims"].items()}
+    return claims if rounds == 1 else {"claims": claims, "rounds": rounds}
 
 
 def question_hash(question: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ number over the whole table (Holm). No number in a page is typed by hand.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,24 @@ FAR = 100.0
 HEAD = ("claim", "scale", "expected", "measured [interval]", "verdict", "runs", "still needed")
 
 
-def rows_of(parts: Sequence[Part]) -> list[list[str]]:
-    """Return the table, its head first: one row a claim."""
+def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
+    """Return the table, its head first: one row a claim, by its name or in words."""
     rows = [list(HEAD)]
     for part in parts:
         several = len({v.group for v in part.verdicts}) > 1
         for v in part.verdicts:
-            where = f" ({v.group})" if several else ""
-            rows.append([f"{part.told['sweep']}: {v.claim}{' (primary)' if v.primary else ''}{where}", part.told["scale"],
+            where = f", {v.group}" if several else ""
+            name = f"{part.told['sweep']}: {v.claim}"
+            text = f"{_says(part, v)}{where} (`{name}`)" if words else f"{name}{where}"
+            rows.append([f"{text}{' (primary)' if v.primary and not words else ''}", part.told["scale"],
                          f"{v.expected:g}, within {_margin(v)}", with_interval(v.estimate), v.outcome,
                          str(part.told.get("runs", "-")), v.needed or "-"])  # fmt: skip
     return rows
+
+
+def _says(part: Part, v: Verdict) -> str:
+    """Return the claim in words."""
+    return part.question["claims"].get(v.claim, {}).get("says") or v.claim.replace("_", " ")
 
 
 def _margin(v: Verdict) -> str:
@@ -95,14 +102,15 @@ def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def table(parts: Sequence[Part]) -> list[str]:
-    """Write the table as Markdown, verdicts in bold."""
-    rows = rows_of(parts)
+    """Write the table as Markdown, claims in words, verdicts in bold."""
+    rows = rows_of(parts, words=True)
     return _markdown([rows[0], *([*r[:4], f"**{r[4]}**", *r[5:]] for r in rows[1:])])
 
 
 def block(parts: Sequence[Part], root: str, figures: Sequence[str] = ()) -> str:
-    """Write what the project's README shows: the table, and the figures of the parts named."""
-    out = [*table(parts), ""]
+    """Write what the project's README shows: the primary claims, and the figures of the parts named."""
+    primary = [replace(p, verdicts=[v for v in p.verdicts if v.primary]) for p in parts]
+    out = [*table(primary), ""]
     for part in (p for p in parts if p.name in figures):
         out += _figures(part, root)[:2]
     return "\n".join(out).rstrip()
@@ -125,16 +133,25 @@ def page(parts: Sequence[Part], root: str = "") -> str:
            "for their number over the whole table (Holm). Margins were stated before the runs; "
            "each report prints their hash.", "",
            *table(parts), ""]  # fmt: skip
+    by_question: dict[str, list[Part]] = {}
     for part in parts:
-        out += [f"## {part.question['question']}", "", f"`{part.told['sweep']}` at scale `{part.told['scale']}`: "
-                + "; ".join(_said(v) for v in part.verdicts) + ".", "", *_figures(part, root),
-                f"[Report]({root}{part.folder.name}/report.md), [runs]({root}{part.folder.name}/table.csv); `{part.command}`. "
-                f"Source of the claim: {part.question['source']}.", ""]  # fmt: skip
+        by_question.setdefault(part.question["question"], []).append(part)
+    for text, mine in by_question.items():
+        asked = mine[0].question
+        out += [f"## {text}", "", f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(), ""]
+        for part in mine:
+            here = f"{root}{part.folder.name}"
+            out += [f"At scale `{part.told['scale']}`, {part.told.get('runs', 0):,} runs ([report]({here}/report.md), "
+                    f"[table]({here}/table.csv), `{part.command}`):", "",
+                    *(_said(part, v) for v in part.verdicts), "", *_figures(part, root)]  # fmt: skip
     return "\n".join(out).rstrip() + "\n"
 
 
-def _said(v: Verdict) -> str:
-    return f"{v.claim.replace('_', ' ')} {with_interval(v.estimate)}, **{v.outcome}**"
+def _said(part: Part, v: Verdict) -> str:
+    where = f" ({v.group})" if len({w.group for w in part.verdicts}) > 1 else ""
+    rest = f"; {v.why}" if v.outcome == "UNDECIDED" else ""
+    told = f"measured {with_interval(v.estimate)}, to lie within {_margin(v)}"
+    return f"- **{v.outcome}**: {_says(part, v)}{where}; {told}{rest}."
 
 
 SHOWN = ("rank-tiny", "layers-tiny", "lr_ratio-small")

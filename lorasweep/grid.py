@@ -21,6 +21,8 @@ MAX_RUNS = 100_000
 class Claim:
     """What is measured, what is expected, and how far off still counts: stated before any run."""
 
+    says: str = ""
+    """The claim in words, as a table shows it. Not judged, so not part of the hash."""
     estimand: str = ""
     expected: float = math.nan
     margin: list[float] = field(default_factory=list)
@@ -44,6 +46,8 @@ class Sweep:
 
     question: str = ""
     source: str = ""
+    how: str = ""
+    """How it is measured, and what that leaves open: what a reader must know beside the answer."""
     claims: dict[str, Claim] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
     """Shared axes: name -> list of values."""

@@ -68,5 +68,5 @@ def question(request: Request) -> dict[str, Any]:
     """Return what the analysis must know of the sweep: plain values, kept beside the report."""
     sweep = dataclasses.asdict(request.sweep)
     return {"name": request.sweep_name, "scale": request.scale, "question": sweep["question"],
-            "source": sweep["source"], "claims": sweep["claims"], "rounds": sweep["rounds"],
+            "source": sweep["source"], "how": sweep["how"], "claims": sweep["claims"], "rounds": sweep["rounds"],
             "analysis": sweep["analysis"]}  # fmt: skip

@@ -60,7 +60,7 @@ def main(out: str, wanted: list[str]) -> None:
         elif part == "steps":
             parts[part] = steps.measure(where["models_dir"], where["data_dir"], log)
         else:
-            spec = compose_request([f"scale={part}"]).points[0].spec
+            spec = compose_request(steps.at(part)).points[0].spec
             peak, start_s = steps.gemm_peak(spec.precision, cores), overhead.start_s()
             told: dict[str, Any] = {"gemm_peak": peak, "precision": spec.precision}
             if part == "tiny":

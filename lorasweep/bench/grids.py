@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from lorasweep import calibrate, cost, machine, plan
 from lorasweep.act import all_points
 from lorasweep.bench.overhead import command
+from lorasweep.bench.steps import at
 from lorasweep.compose import compose_request
 from lorasweep.grid import Point
 from lorasweep.local import run_points
@@ -114,7 +115,7 @@ def lora_grid(grid: Grid, places: dict[str, Any], start_s: float, peak: float, l
     """Plan, calibrate and train a grid from an empty store. `start_s` is the command's own start, which is added, as
     this calls its inside."""
     scale, batch_size, steps = grid
-    overrides = [*LORA_GRID, f"scale={scale}", f"batch_size={batch_size}", f"steps={steps}"]
+    overrides = [*LORA_GRID, *at(scale), f"batch_size={batch_size}", f"steps={steps}"]
     with tempfile.TemporaryDirectory() as folder:
         exec_ = Exec(**{**places, "runs_dir": f"{folder}/runs"})
         few = {} if scale == "tiny" else {"n_test": 32, "n_test_curve": 4}

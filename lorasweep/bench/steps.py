@@ -4,12 +4,12 @@ import dataclasses
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from lorasweep import cost, data, models
+from lorasweep import cost, data, machine, models
 from lorasweep.calibrate import micro_batch
 from lorasweep.compose import compose_request
 from lorasweep.methods.fullft import FullFT
@@ -22,9 +22,16 @@ GRIDS = {"tiny": ((1, 4, 16), (1, 2, 4, 8, 16)), "small": ((1, 4, 8), (1, 2))}
 """Scale -> batch sizes and pack sizes."""
 UPDATES = {"tiny": 10, "small": 5}
 RANK = 16
+TURNS = 3
+"""How often full fine-tuning and LoRA take turns for their ratio: a machine's speed drifts by 8% within minutes (LOG.md)."""
 KINDS = (("bmm", "products of adapters and attention"), ("mm", "products with the base's weights"),
          ("softmax", "softmax"), ("adamw", "optimizer"), ("copy", "copies and casts"))  # fmt: skip
 """Part of an operation's name -> what it is counted as; the rest are passes over activations, and Python."""
+
+
+def at(scale: str) -> list[str]:
+    """Return the overrides that ask for a scale: in fp32 where the processor has no bf16, as a user would there."""
+    return [f"scale={scale}", *(["precision=fp32"] if machine.slow_bf16() and not machine.gpus() else [])]
 
 
 def gemm_peak(precision: str, threads: int) -> float:
@@ -44,7 +51,7 @@ class Bench:
     """One base model and its data, loaded once."""
 
     def __init__(self, scale: str, models_dirs: list[str], data_dirs: list[str]) -> None:
-        spec = compose_request([f"scale={scale}"]).points[0].spec
+        spec = compose_request(at(scale)).points[0].spec
         few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1)
         self.scale, self.spec = scale, dataclasses.replace(spec, dataset=few, steps=UPDATES[scale])
         self.base = models.load(spec.model, models_dirs, spec.precision)
@@ -59,10 +66,19 @@ class Bench:
         """Return the median seconds a step and member, of a second training on the same rows: the first one takes the
         memory that the largest batch needs, at a cost that would fall on whichever method comes first."""
         pack = self.pack(method, batch_size, count)
-        for _ in range(2):
-            events = train(pack, self.base, self.rows, micro_batch(pack[0], count))
-            times = [next(iter(e.records.values()))["step_s"] for e in events]
-        return statistics.median(times)
+        self._times(pack)
+        return statistics.median(self._times(pack))
+
+    def _times(self, pack: list[RunSpec]) -> list[float]:
+        events = train(pack, self.base, self.rows, micro_batch(pack[0], len(pack)))
+        return [next(iter(e.records.values()))["step_s"] for e in events]
+
+    def in_turns(self, methods: Sequence[Any], batch_size: int) -> list[list[float]]:
+        """Return each method's median seconds a step by turn; the methods train one after the other in every turn, on
+        the same rows, after a turn that does not count."""
+        packs = [self.pack(method, batch_size, 1) for method in methods]
+        turns = [[statistics.median(self._times(pack)) for pack in packs] for _ in range(TURNS + 1)][1:]
+        return [list(times) for times in zip(*turns)]
 
     def profile(self, method: Any, batch_size: int) -> dict[str, float]:
         """Return the share of one step's time by kind of operation."""
@@ -93,14 +109,16 @@ def measure(models_dirs: list[str], data_dirs: list[str], log: Callable[[str], N
         bench = Bench(scale, models_dirs, data_dirs)
         name, ratios = bench.spec.model.name, {}
         for batch in batches:
-            whole = bench.step_s(FullFT(), batch, 1)
+            full, alone = bench.in_turns((FullFT(), LoRA(rank=RANK)), batch)
+            whole = statistics.median(full)
             rows.append({"model": name, "method": "fullft", "batch_size": batch, "pack": 1, "step_s": whole})
             for n in sizes:
-                step = bench.step_s(LoRA(rank=RANK), batch, n)
+                step = statistics.median(alone) if n == 1 else bench.step_s(LoRA(rank=RANK), batch, n)
                 rows.append({"model": name, "method": "lora", "batch_size": batch, "pack": n, "step_s": step})
                 log(f"{name}, batch {batch}: a LoRA step in a pack of {n} {step * 1e3:.1f} ms a run, full fine-tuning "
                     f"{whole * 1e3:.1f} ms")  # fmt: skip
             mine = {r["pack"]: r["step_s"] / whole for r in rows[-len(sizes) :]}
+            mine[1] = statistics.median(a / b for a, b in zip(alone, full))
             ratios[str(batch)] = {"n1": mine[1], "best": min(mine.values())}
         one = dataclasses.replace(bench.spec, steps=1)
         formula = cost.train_flops(dataclasses.replace(one, method=LoRA(rank=RANK))) / cost.train_flops(

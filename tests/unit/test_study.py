@@ -245,3 +245,17 @@ def test_the_studys_table_corrects_primary_claims_and_names_what_is_needed(ask, 
     assert n == 2 and "after Holm" not in flipped.split("|")[0]
     outcomes = [v.outcome for p in study.parts_of([tmp_path / "reports"]) for v in p.verdicts if v.primary]
     assert outcomes == ["UNDECIDED", "UNDECIDED"]  # p 0.04 twice does not survive 0.05 / 2
+
+
+def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose, tmp_path):
+    from analysis.report import question_hash
+    from lorasweep.request import question
+
+    for name in study.ORDER:
+        asked = question(compose(f"+sweep={name}", "scale=smoke"))
+        assert asked["how"] and all(c["says"] for c in asked["claims"].values()), name
+        first = next(iter(asked["claims"]))
+        other = {**asked, "claims": {**asked["claims"], first: {**asked["claims"][first], "says": "other words"}}}
+        assert question_hash(other) == question_hash(asked)
+        other["claims"][first]["margin"] = [0.0, 1e9]
+        assert question_hash(other) != question_hash(asked)
