@@ -21,6 +21,7 @@ from analysis.lr_optimum import Optimum, fit_all
 from analysis.lr_ratio import ratio_of, rivals
 from analysis.plots import Panel, Series
 from analysis.results import Estimate, number, rate, with_interval
+from analysis.study import RESULTS
 from analysis.table import curves
 
 ESTIMANDS = ("hidden_exponent", "hidden_exponent_equal_loss", "alpha_exponent")
@@ -62,6 +63,32 @@ def cells_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Cell]:
         tokens = float(recipe["steps"] * recipe["batch_size"] * recipe["length"]) if recipe else None
         nll = float(row["retain_start"]) if "retain_start" in row and pd.notna(row["retain_start"]) else math.nan
         found.append(Cell(o.curve.key["model"], int(row["hidden_size"]), float(o.curve.key["alpha"]), tokens, nll, o, full[0]))
+    return found
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A ratio measured by another sweep: shown beside the law, not fitted."""
+
+    where: str
+    hidden: int
+    alpha: float
+    ratio: Estimate
+
+
+def outside(models: Sequence[str]) -> list[Outside]:
+    """Return the kept answers of `lr_ratio` about models that are not among `models`."""
+    found = []
+    for path in sorted(RESULTS.glob("lr_ratio-*/results.json")):
+        told = json.loads(path.read_text())
+        table = pd.read_csv(path.parent / "table.csv", usecols=["model", "hidden_size"]).drop_duplicates()
+        for model, hidden in table.itertuples(index=False):
+            for r in told["ratios"]:
+                mine = model not in models and r["group"].startswith(f"{model} on ")
+                if mine and r["rank"] is not None and r["ratio"]["value"] is not None:
+                    ratio = Estimate(**{**r["ratio"], "flags": tuple(r["ratio"]["flags"])})
+                    where = f"{r['group'].partition(',')[0]}, rank {r['rank']} ({told['scale']})"
+                    found.append(Outside(where, int(hidden), float(r["alpha"]), ratio))
     return found
 
 
@@ -111,15 +138,20 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         rows.append([c.model, str(c.hidden), f"{c.alpha:g}", number(c.base_nll, 4), "-" if not c.tokens else f"{c.tokens:.2g}",
                      with_interval(c.full.best_lr, rate), with_interval(c.lora.best_lr, rate), with_interval(c.ratio),
                      *(number(v) for v in rivals(c.hidden, c.alpha).values())])  # fmt: skip
+    beyond = outside([c.model for c in cells])
+    beyond_rows = [["not fitted", "hidden", "alpha", "ratio [95%]"],
+                   *([o.where, str(o.hidden), f"{o.alpha:g}", with_interval(o.ratio)] for o in beyond)]  # fmt: skip
     law_rows = [["bases", "exponent of the hidden size [95%]", "of alpha [95%]", "laws in print, p-value"]]
     for name, law in laws.items():
         told = "; ".join(f"{r}: {number(p, 2)}" for r, p in law.rivals.items())
         law_rows.append([name, with_interval(law.p), with_interval(law.q), told or "-"])
     said = "ln ratio = a + p ln(hidden) + q ln(alpha); a law with a p-value below 0.05 is out."
     sections = [Section("The law of the ratio", law_rows, [said]),
-                Section("Ratios", rows, figure="law.png", draw=lambda p: plots.panels(_panels(cells), p),
-                        caption="the ratio over alpha and hidden size, with laws in print")]  # fmt: skip
-    measures = {"laws": {n: {"p": w.p.plain(), "q": w.q.plain(), "rivals": w.rivals} for n, w in laws.items()}}
+                Section("Ratios", rows, figure="law.png", draw=lambda p: plots.panels(_panels(cells, beyond), p),
+                        caption="the ratio over alpha and hidden size, with laws in print"),
+                *([Section("Other sweeps' ratios, beside the law", beyond_rows)] if beyond else [])]  # fmt: skip
+    measures = {"outside": {o.where: o.ratio.plain() for o in beyond},
+                "laws": {n: {"p": w.p.plain(), "q": w.q.plain(), "rivals": w.rivals} for n, w in laws.items()}}
     return Findings(optima, verdicts, sections, measures, {group: optima})
 
 
@@ -134,22 +166,26 @@ def _one_size(cells: Sequence[Cell]) -> list[str]:
     return [] if len({c.hidden for c in cells}) > 1 else ["no curve of another hidden size"]
 
 
-def _panels(cells: Sequence[Cell]) -> list[Panel]:
+def _panels(cells: Sequence[Cell], beyond: Sequence[Outside]) -> list[Panel]:
     over_alpha, over_hidden = [], []
     for k, model in enumerate(dict.fromkeys(c.model for c in cells)):
         over_alpha.append(_series(model, [c for c in cells if c.model == model], "alpha", k))
     alphas = sorted({c.alpha for c in cells})
     for k, alpha in enumerate(alphas):
         over_hidden.append(_series(f"alpha {alpha:g}", [c for c in cells if c.alpha == alpha], "hidden", k, "o"))
+    for o in [o for o in beyond if o.alpha == 32.0]:
+        ends = ([getattr(o.ratio, k)] for k in ("value", "low", "high"))
+        over_hidden.append(Series(f"{o.where}, not fitted", [float(o.hidden)], *ends, style="*", colour="black"))
+    hiddens = [float(x.hidden) for x in (*cells, *beyond)]
     for s, name in enumerate(rivals(64, 32.0)):
-        sizes = np.geomspace(min(c.hidden for c in cells) / 1.2, max(c.hidden for c in cells) * 1.2, 20)
+        sizes = np.geomspace(min(hiddens) / 1.2, max(hiddens) * 1.2, 20)
         mid = 32.0 if 32.0 in alphas else alphas[len(alphas) // 2]
         label, heights = f"{name.partition(' (')[0]}, alpha {mid:g}", [rivals(h, mid)[name] for h in sizes]
         over_hidden.append(Series(label, list(sizes), heights, style=("--", ":", "-.", "-")[s % 4], colour="grey", width=1.1))
     return [Panel("by alpha", "alpha", "best LoRA LR / best FullFT LR", over_alpha, log_x=True, log_y=True,
                   ticks=[(a, f"{a:g}") for a in alphas]),
             Panel("by hidden size, with laws in print", "hidden size", "best LoRA LR / best FullFT LR", over_hidden, log_x=True,
-                  log_y=True, ticks=[(float(h), str(h)) for h in sorted({c.hidden for c in cells})])]  # fmt: skip
+                  log_y=True, ticks=[(h, f"{h:g}") for h in sorted(set(hiddens))])]  # fmt: skip
 
 
 def _series(label: str, cells: Sequence[Cell], x: str, colour: int, style: str = "o-") -> Series:

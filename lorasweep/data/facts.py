@@ -1,8 +1,9 @@
 """`facts`: keys of three symbols, values of four symbols out of 16, drawn evenly: 16 bits a fact, exactly.
 
-The base model is pretrained on the same format with facts that never come again (knob facts 0), so its NLL on values is
-their entropy, ln 16 a symbol, and every bit below it was stored by fine-tuning. Held-out rows are the trained facts
-themselves: what is measured is storage. Rows of `n_retain` hold facts that are never trained.
+A base model is pretrained on the same format, with facts that never come again (knob facts 0) or with a set of its own among
+such (facts, set, fresh); its NLL on the values of other facts is their entropy, ln 16 a symbol, and every bit below that was
+stored by fine-tuning. Held-out rows are the trained facts themselves: what is measured is storage. Rows of `n_retain` hold
+facts that are never trained.
 """
 
 import math
@@ -22,6 +23,7 @@ BITS = VALUE * math.log2(VALUES)
 KNOBS = {
     "facts": 512.0,  # facts to be stored; 0: new ones in every row
     "set": 0.0,  # number of the set of facts
+    "fresh": 0.0,  # share of training rows that hold facts never shown again: for pretraining a base that knows some facts
 }
 
 
@@ -35,6 +37,9 @@ def check(spec: DatasetSpec) -> None:
     row = spec.max_length // FACT
     if spec.max_length % FACT:
         raise DataError(f"{where}: max_length={spec.max_length} is no multiple of the {FACT} symbols of a fact.")
+    fresh = {**KNOBS, **spec.knobs}["fresh"]
+    if not 0 <= fresh <= 1:
+        raise DataError(f"{where}: knob fresh={fresh:g} is a share, 0 to 1.")
     if count < 0 or count % row or count > KEYS**KEY // 2:
         raise DataError(f"{where}: knob facts={count:g} is 0 or a multiple of the {row} facts a row, up to {KEYS**KEY // 2}.")
 
@@ -65,7 +70,14 @@ def load(spec: DatasetSpec) -> Data:
         epochs = {int(e): stream("data", spec.name, spec.train_split, seed, int(e)).permutation(count)
                   for e in np.unique(places // count)}  # fmt: skip
         picked = np.array([epochs[p // count][p % count] for p in places.tolist()])
-        return _rows(keys[picked], values[picked], spec)
+        shown, told = keys[picked], values[picked]
+        for k in range(rows if knobs["fresh"] else 0):  # a stream a row: the same row in every batch that holds it
+            rng = stream("data", spec.name, spec.train_split, "fresh", seed, start + k)
+            if rng.random() < knobs["fresh"]:
+                here = slice(k * row, (k + 1) * row)
+                shown[here] = rng.integers(VALUES, VALUES + KEYS, size=(row, KEY))
+                told[here] = rng.integers(VALUES, size=(row, VALUE))
+        return _rows(shown, told, spec)
 
     shown = stream("data", spec.name, spec.test_split).permutation(count)[: spec.n_test * row]
     return Data(train, _rows(keys[shown], values[shown], spec), n_train=count // row,

@@ -132,6 +132,17 @@ def test_facts_are_shown_equally_often_and_hold_16_bits():
     assert values.max() < 16
 
 
+def test_fresh_rows_never_come_again_and_the_others_are_as_without_them():
+    known = data.load(facts(knobs={"facts": 24}), []).train(0, 0, 200)
+    mixed = data.load(facts(knobs={"facts": 24, "fresh": 0.25}), [])
+    rows = mixed.train(0, 0, 200)
+    same = [(a.tokens == b.tokens).all() for a, b in zip(known, rows)]
+    assert 0.15 < 1 - np.mean(same) < 0.35
+    fresh = [tuple(r.tokens[k + 1 : k + 8]) for r, s in zip(rows, same) if not s for k in range(0, 64, 8)]
+    assert len(set(fresh)) == len(fresh)
+    assert all((a.tokens == b.tokens).all() for a, b in zip(rows[70:90], mixed.train(0, 70, 20)))
+
+
 def test_an_untrained_values_entropy_is_16_bits():
     spec = facts(knobs={"facts": 8192}, n_test=1024)
     values = np.concatenate([e.tokens[e.loss] for e in data.load(spec, []).test])
@@ -139,7 +150,7 @@ def test_an_untrained_values_entropy_is_16_bits():
     assert -(share * np.log(share)).sum() == pytest.approx(math.log(16), abs=2e-3)
 
 
-@pytest.mark.parametrize("bad", [{"knobs": {"facts": 12}}, {"knobs": {"fact": 8}}, {"knobs": {"facts": 30000}}, {"max_length": 60}])
+@pytest.mark.parametrize("bad", [{"knobs": {"facts": 12}}, {"knobs": {"fact": 8}}, {"knobs": {"facts": 30000}}, {"knobs": {"fresh": 2}}, {"max_length": 60}])
 def test_bad_facts_are_refused(bad):
     with pytest.raises(DataError, match="dataset 'facts'"):
         data.check_available(facts(**bad), [])
