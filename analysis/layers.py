@@ -221,7 +221,8 @@ def _arms(t: Task) -> Section:
 
 
 def _panel(t: Task) -> Panel:
-    order = {s: k for k, s in enumerate(SETS)}
+    here = [s for s in SETS if any(a.layers == s for a in (*t.lora, *t.restricted))]
+    order = {s: k for k, s in enumerate(here)}
     series = []
     for label, arms in (("LoRA at equal parameters", _by_rank(t, True)), ("LoRA at equal rank", _by_rank(t, False)),
                         ("FullFT of the same matrices", t.restricted)):  # fmt: skip
@@ -229,8 +230,8 @@ def _panel(t: Task) -> Panel:
         told = sorted((k, e) for k, e in told if e.value is not None) if told else []
         series.append(Series(label, [k for k, _ in told], [e.value for _, e in told], [e.low for _, e in told],
                              [e.high for _, e in told], style="o"))  # fmt: skip
-    short = [s.replace("attention", "attn").replace("unembedding", "head").replace("+", "\n+") for s in SETS]
-    return Panel(t.name, "layer set", "rho: FullFT's updates / the arm's", series, log_y=True,
+    short = [s.replace("attention", "attn").replace("unembedding", "head").replace("+", "\n+") for s in here]
+    return Panel(t.name.partition(", batch")[0], "layer set", "rho: FullFT's updates / the arm's", series, log_y=True,
                  ticks=[(float(k), s) for k, s in enumerate(short)], lines={"full fine-tuning": 1.0})  # fmt: skip
 
 
