@@ -53,8 +53,8 @@ calibrate: $(VENV)/.installed ## fit and judge planted sweeps (about half an hou
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.calibration --cases $(or $(CASES),500)
 	$(BIN)/python -m analysis.calibration_page
 
-bases: $(VENV)/.installed ## remake the shipped base models from their recipes (about an hour)
-	$(BIN)/python -m lorasweep.recipe tiny64 tiny64-facts tiny64-knows tiny64-skills tiny128
+bases: $(VENV)/.installed ## remake the shipped base models from their recipes (about two hours)
+	$(BIN)/python -m lorasweep.recipe tiny64 tiny64-3m tiny64-s1 tiny64-facts tiny64-knows tiny64-skills tiny128 tiny128-3m tiny128-4m
 
 slurm-up: ## start a real Slurm on this machine (as root): eval "$$(make -s slurm-up)"
 	@slurm/one_machine/start.sh

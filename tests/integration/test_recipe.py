@@ -22,7 +22,7 @@ def test_a_recipe_is_trained_once_and_cached_by_content(tmp_path, capsys):
     assert models.load(other, [str(tmp_path)]).sha256 != first.sha256
 
 
-@pytest.mark.parametrize("name", ["tiny64", "tiny64-facts", "tiny64-knows", "tiny64-skills", "tiny128"])
+@pytest.mark.parametrize("name", ["tiny64", "tiny64-3m", "tiny64-s1", "tiny64-facts", "tiny64-knows", "tiny64-skills", "tiny128", "tiny128-3m", "tiny128-4m"])
 def test_shipped_bases_belong_to_the_recipe_in_conf(name):
     assert (models.SHIPPED / recipe.file_name(shipped_model(name))).is_file()
 
