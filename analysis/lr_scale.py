@@ -99,16 +99,10 @@ def equal_tokens(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def equal_loss(cells: Sequence[Cell]) -> list[Cell]:
-    """Return, around each base in turn, the cells of the bases that agree with it in loss, one a hidden size; the set that
-    covers most sizes."""
-    best: list[Cell] = []
-    for centre in {c.base_nll for c in cells if math.isfinite(c.base_nll)}:
-        near = [c for c in cells if abs(c.base_nll - centre) <= AGREE]
-        sizes = {c.hidden for c in near}
-        chosen = {h: min((abs(c.base_nll - centre), c.model) for c in near if c.hidden == h)[1] for h in sizes}
-        part = [c for c in near if c.model in chosen.values()]
-        best = max(best, part, key=lambda g: len({c.hidden for c in g}))
-    return best
+    """Return, around each base in turn, the cells of the bases that agree with it in loss; the set that covers most hidden
+    sizes, and of those the largest."""
+    near = [[c for c in cells if abs(c.base_nll - centre) <= AGREE] for centre in {c.base_nll for c in cells}]
+    return max(near, key=lambda g: (len({c.hidden for c in g}), len(g)), default=[])
 
 
 def law_of(cells: Sequence[Cell]) -> RatioLaw:
