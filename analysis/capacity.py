@@ -109,7 +109,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "bits_at_100": (hundred, gates if hundred.value is not None else [*gates, "no curve of about 100 exposures"]),
         "unseen_bits": (leak, [] if unseen else ["no curve of unseen facts"]),
     }
-    verdicts = judging.corrected(judging.verdicts(question, measured, LOG_ESTIMANDS, group), question)
+    seeds = min((len(c.bits) for c in lora), default=0)
+    verdicts = judging.corrected(judging.verdicts(question, measured, LOG_ESTIMANDS, group, seeds), question)
     rows = [["arm", "facts", "load at 2 bits", "exposures", "best LR tried", "bits stored [95%]",
              "of all", "bits / parameter", "bits known of unseen facts"]]  # fmt: skip
     for c in cells:

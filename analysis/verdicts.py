@@ -94,6 +94,7 @@ def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]
 
 
 REMEDIES = {
+    "not converged": "more exposures of each fact",
     "the machine did other work": "the same runs on a quiet machine",
     "task:": "another task or model: more runs cannot help",
     "no curve of": "the missing arm",

@@ -304,7 +304,7 @@ def _pack_lines(request: Request, now: plan.Plan) -> list[str]:
             pays = "" if speed.best_size() > 1 else ": packing does not pay"
             why = f"measured a step and run: {times}{pays}"
         lines.append(f"{head}, {pack.micro_batch_size} rows of each a forward ({why})")
-    return lines
+    return list(dict.fromkeys(lines))  # shapes that differ in their data only say the same
 
 
 def _status(request: Request, store: RunStore) -> int:
