@@ -85,9 +85,9 @@ def outside(models: Sequence[str]) -> list[Outside]:
         for model, hidden in table.itertuples(index=False):
             for r in told["ratios"]:
                 mine = model not in models and r["group"].startswith(f"{model} on ")
-                if mine and r["rank"] is not None and r["ratio"]["value"] is not None:
+                if mine and r["rank"] is None and r["ratio"]["value"] is not None:  # over ranks
                     ratio = Estimate(**{**r["ratio"], "flags": tuple(r["ratio"]["flags"])})
-                    where = f"{r['group'].partition(',')[0]}, rank {r['rank']} ({told['scale']})"
+                    where = f"{r['group'].partition(',')[0]} ({told['scale']})"
                     found.append(Outside(where, int(hidden), float(r["alpha"]), ratio))
     return found
 
@@ -167,9 +167,10 @@ def _panels(cells: Sequence[Cell], beyond: Sequence[Outside]) -> list[Panel]:
     alphas = sorted({c.alpha for c in cells})
     for k, alpha in enumerate(alphas):
         over_hidden.append(_series(f"alpha {alpha:g}", [c for c in cells if c.alpha == alpha], "hidden", k, "o"))
-    for o in [o for o in beyond if o.alpha == 32.0]:
-        ends = ([getattr(o.ratio, k)] for k in ("value", "low", "high"))
-        over_hidden.append(Series(f"{o.where}, not fitted", [float(o.hidden)], *ends, style="*", colour="black"))
+    others = [o for o in beyond if o.alpha == 32.0]
+    ends = ([getattr(o.ratio, k) for o in others] for k in ("value", "low", "high"))
+    sizes = [o.hidden for o in others]
+    over_hidden.append(Series("other sweeps, alpha 32, not fitted", sizes, *ends, style="*", colour="black"))
     hiddens = [float(x.hidden) for x in (*cells, *beyond)]
     for s, name in enumerate(rivals(64, 32.0)):
         sizes = np.geomspace(min(hiddens) / 1.2, max(hiddens) * 1.2, 20)

@@ -161,6 +161,10 @@ def panels(parts: Sequence[Panel], path: Path, columns: int = 2) -> None:
         plt.close(fig)
 
 
+MANY = 6
+"""A legend of more entries finds no room among the points, so it stands below them."""
+
+
 def _panel(ax: Any, panel: Panel) -> None:
     if panel.band is not None:
         ax.axhspan(*panel.band, color=COLOURS[3], alpha=0.13, lw=0, label=f"margin {panel.band[0]:g} to {panel.band[1]:g}")
@@ -191,7 +195,10 @@ def _panel(ax: Any, panel: Panel) -> None:
     if panel.ticks is not None:
         ax.set_xticks([v for v, _ in panel.ticks], [t for _, t in panel.ticks])
         ax.xaxis.set_minor_locator(NullLocator())
-    if any(s.label for s in panel.series) or panel.lines or panel.band:
+    told = ax.get_legend_handles_labels()[1]
+    if len(told) > MANY:
+        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
+    elif told:
         ax.legend(frameon=False, fontsize=8)
 
 

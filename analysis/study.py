@@ -154,7 +154,7 @@ def _said(part: Part, v: Verdict) -> str:
     return f"- **{v.outcome}**: {_says(part, v)}{where}; {told}{rest}."
 
 
-SHOWN = ("rank-tiny", "layers-tiny", "lr_ratio-small")
+SHOWN = ("lr_scale-tiny", "rank-tiny", "layers-tiny", "capacity-tiny")
 """Parts whose first figure the project's README shows."""
 
 

@@ -134,7 +134,7 @@ def test_the_law_of_the_ratio(ask, power, outcome):
     assert found["hidden"]["outcome"] == outcome
     assert found["hidden"]["estimate"]["value"] == pytest.approx(power, abs=0.15)
     assert found["alpha"]["outcome"] == "SUPPORTED"
-    assert "smollm2-135m-instruct on gsm8k, rank 16 (small)" in out["outside"]  # a marker, from what is kept
+    assert "smollm2-135m-instruct on gsm8k (small)" in out["outside"]  # a marker, from what is kept
 
 
 @pytest.mark.parametrize(("bits", "outcome"), [(2.0, "SUPPORTED"), (0.5, "REFUTED")])
