@@ -169,7 +169,8 @@ def test_recipes(ask):
     world = World(lambda s: 1.0 if s.method.rank == 8 else 0.6, best,
                   more=lambda s: {"retain_nll": 2.5 if s.method.name == "fullft" else 2.2, "retain_start": 2.0})  # fmt: skip
     _out, found = ask("recipes", world, *GRIDS, "sweep.at.smoke.rank=8", "sweep.at.smoke.few_ranks=[1,8]",
-                     "sweep.at.smoke.alpha_2r=16", "sweep.at.smoke.steps=96")  # fmt: skip
+                     "sweep.at.smoke.alpha_2r=16", "sweep.at.smoke.steps=96", f"sweep.at.smoke.lr_few={LORA_LR}",
+                     f"sweep.at.smoke.lr_few_fullft={FULL_LR}")  # fmt: skip
     gain = GAIN * math.log2(97)
     assert found["alpha_twice_rank"]["outcome"] == "SUPPORTED"  # the same loss
     lost = CURVATURE * math.log(2e-4 / LORA) ** 2 / gain
