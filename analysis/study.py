@@ -79,8 +79,11 @@ def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
         for v in part.verdicts:
             where = f", {v.group}" if several else ""
             name = f"{part.told['sweep']}: {v.claim}"
-            text = f"{_says(part, v)}{where} (`{name}`)" if words else f"{name}{where}"
-            rows.append([f"{text}{' (primary)' if v.primary and not words else ''}", part.told["scale"],
+            if words:
+                text = f"{_says(part, v)}{where} (`{name}`{', primary' if v.primary else ''})"
+            else:
+                text = f"{name}{' (primary)' if v.primary else ''}{where}"
+            rows.append([text, part.told["scale"],
                          f"{v.expected:g}, within {_margin(v)}", with_interval(v.estimate), v.outcome,
                          str(part.told.get("runs", "-")), v.needed or "-"])  # fmt: skip
     return rows
