@@ -43,7 +43,7 @@ def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
-    """Judge operations and seconds, per update and to full fine-tuning's last loss, at the highest rank."""
+    """Judge operations and seconds, per update and to one loss of full fine-tuning, at the highest rank."""
     optima = fit_all(curves(table))
     group = optima[0].curve.group
     full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
