@@ -110,6 +110,30 @@ def table(parts: Sequence[Part]) -> list[str]:
     return _markdown([rows[0], *([*r[:4], f"**{r[4]}**", *r[5:]] for r in rows[1:])])
 
 
+def contradicted(parts: Sequence[Part]) -> list[str]:
+    """Write what became, at every scale that it was asked at, of the claims that are refuted at one of them: a claim that
+    falls on one base may stand on another. A sweep's verdict on all its tasks counts, with the bases that it rests on."""
+    scales = sorted({p.told["scale"] for p in parts}, key=lambda s: (not s.startswith("tiny"), len(s), s))
+    found: dict[tuple[str, str], dict[str, tuple[Part, Verdict]]] = {}
+    for part in parts:
+        for v in part.verdicts:  # the first one of a claim is that over all tasks
+            found.setdefault((part.told["sweep"], v.claim), {}).setdefault(part.told["scale"], (part, v))
+    refuted = [at for at in found.values() if any(v.outcome == "REFUTED" for _, v in at.values())]
+    shown = [s for s in scales if any(s in at for at in refuted)]
+    rows = [["claim", "expected", *shown]]
+    for at in refuted:
+        part, first = next(iter(at.values()))
+        cells = [_cell(*at[s]) if s in at else "not asked" for s in shown]
+        rows.append([_says(part, first), _margin(first), *cells])
+    return _markdown(rows) if refuted else []
+
+
+def _cell(part: Part, v: Verdict) -> str:
+    bases = sorted({c["model"] for c in part.told["curves"]})
+    where = bases[0] if len(bases) == 1 else f"{len(bases)} bases"
+    return f"**{v.outcome}** {with_interval(v.estimate)} ({where})"
+
+
 def block(parts: Sequence[Part], root: str, figures: Sequence[str] = ()) -> str:
     """Write what the project's README shows: the primary claims, and the figures of the parts named."""
     primary = [replace(p, verdicts=[v for v in p.verdicts if v.primary]) for p in parts]
@@ -136,6 +160,10 @@ def page(parts: Sequence[Part], root: str = "") -> str:
            "for their number over the whole table (Holm). Margins were stated before the runs; "
            "each report prints their hash.", "",
            *table(parts), ""]  # fmt: skip
+    if (refuted := contradicted(parts)):
+        out += ["## Claims that were refuted, by scale", "",
+                "Does a refutation hang on one base? `tiny_s1` has a base of another pretraining seed, `tiny_128` one of "
+                "twice the width, `small` a real pretrained model; the base stands in brackets.", "", *refuted, ""]  # fmt: skip
     by_question: dict[str, list[Part]] = {}
     for part in parts:
         by_question.setdefault(part.question["question"], []).append(part)

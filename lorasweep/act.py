@@ -280,7 +280,8 @@ def _plan_text(request: Request, now: plan.Plan) -> str:
                      "precision=fp32 (another run id), or use a processor or a GPU that has them")  # fmt: skip
     if request.sweep and request.sweep.second.seeds:
         s = request.sweep.second
-        lines.append(f"  second stage, when a curve's first is over: seeds {s.seeds} at its {s.n_lrs} best rates")
+        of = f" of {', '.join(s.arms)}" if s.arms else ""
+        lines.append(f"  second stage{of}, when a curve's first is over: seeds {s.seeds} at its {s.n_lrs} best rates")
     return "\n".join(lines)
 
 

@@ -38,6 +38,8 @@ class Second:
 
     seeds: list[int] = field(default_factory=list)
     n_lrs: int = 3
+    arms: list[str] = field(default_factory=list)
+    """Arms that get fresh seeds; empty: all. For a control that no verdict rests on, where a run is dear."""
 
 
 @dataclass
@@ -109,6 +111,10 @@ def check_sweep(name: str, sweep: Sweep) -> None:
     for arm, axes in sweep.arms.items():
         if not isinstance(axes, dict) or "method" not in axes:
             raise SpecError(f"{where}, arm {arm!r}: needs a method. Write `method: lora` below it.")
+    for arm in sweep.second.arms:
+        if arm not in sweep.arms:
+            raise SpecError(f"{where}: second.arms names {arm!r}, which is not an arm. Its arms: {', '.join(sweep.arms)}; "
+                            "sweep.second.arms=[] means all of them.")  # fmt: skip
     for axis, values in _all_axes(sweep):
         if isinstance(values, list) and not values:
             raise SpecError(f"{where}: axis {axis!r} is an empty list, so the grid is empty. Give at least one value.")
@@ -218,6 +224,8 @@ def second_stage(points: Sequence[Point], second: Second, nll: Callable[[str], f
         curves.setdefault(curve_key(p), {}).setdefault(p.spec.lr, []).append(p)
     extra: dict[str, Point] = {}
     for (arm, _), by_lr in curves.items():
+        if second.arms and arm not in second.arms:
+            continue
         lrs = sorted(by_lr)
         scores = []
         for lr in lrs:

@@ -9,6 +9,7 @@ import pytest
 
 from analysis.valley import linex
 from lorasweep.act import act
+from lorasweep.errors import SpecError
 from lorasweep.spec import run_id
 
 FULL = 1.3e-3  # planted best full fine-tuning rate, off the grid
@@ -120,6 +121,16 @@ def test_the_second_stage_brings_fresh_seeds_at_the_three_best_rates(compose, ca
                       "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]")  # fmt: skip
     act(request, trainer)
     assert len(trainer.trained) == 5 + 3 + 2 * 3 * 2
+
+
+def test_fresh_seeds_go_only_to_the_arms_that_are_named(compose, fake_trainer):
+    planted = Planted(3)
+    trainer = fake_trainer(planted.nll)
+    arguments = ("+sweep=lr_ratio", "scale=smoke", "scale.fresh_seeds=[5,6]", "format=json")
+    act(compose(*arguments, "sweep.second.arms=[lora]"), trainer)
+    assert len(trainer.trained) == 3 + 3 + 3 * 2  # two curves, then two seeds at LoRA's three rates
+    with pytest.raises(SpecError, match=r"second\.arms names 'lorra'.*fullft"):
+        compose(*arguments, "sweep.second.arms=[lorra]")
 
 
 def test_a_failed_run_is_told_kept_apart_and_tried_again_only_on_request(compose, capsys, fake_trainer):

@@ -249,6 +249,25 @@ def test_the_studys_table_corrects_primary_claims_and_names_what_is_needed(ask, 
     assert outcomes == ["UNDECIDED", "UNDECIDED"]  # p 0.04 twice does not survive 0.05 / 2
 
 
+def test_a_refuted_claim_is_shown_with_what_became_of_it_at_other_scales(ask, tmp_path):
+    ask("rank", World(lambda s: 0.7), *GRIDS, "sweep.at.smoke.steps=96")
+    folder = tmp_path / "reports/rank-smoke"
+    told, question = (json.loads((folder / name).read_text()) for name in ("results.json", "question.json"))
+    other = tmp_path / "reports/rank-tiny_s1"
+    other.mkdir()
+    (other / "question.json").write_text(json.dumps(question))
+    assert told["verdicts"][1]["claim"] == "parity"
+    for scale, outcome in (("smoke", "REFUTED"), ("tiny_s1", "UNDECIDED")):
+        told["scale"] = scale
+        for v in told["verdicts"]:
+            v["outcome"], v["p"] = (outcome if v["claim"] == "parity" else "SUPPORTED"), 1e-9
+        (tmp_path / f"reports/rank-{scale}/results.json").write_text(json.dumps(told))
+    head, _, *rows = study.contradicted(study.parts_of([tmp_path / "reports"]))
+    assert head == "| claim | expected | tiny_s1 | smoke |" and len(rows) == 1
+    assert "as fast as full fine-tuning" in rows[0] and "**UNDECIDED**" in rows[0].split("|")[3] and "REFUTED" in rows[0].split("|")[4]
+    assert "(tiny64)" in rows[0]
+
+
 def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose, tmp_path):
     from analysis.report import question_hash
     from lorasweep.request import question
