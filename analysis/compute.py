@@ -20,7 +20,7 @@ from analysis.lr_optimum import fit_all
 from analysis.plots import Panel, Series
 from analysis.prefixes import at_step, steps_seen
 from analysis.results import Estimate, exactly, exp_of, from_draws, number, with_interval
-from analysis.step_efficiency import Points, at_best, rho, runs_at_best, same
+from analysis.step_efficiency import Points, at_best, rho, same, values_at_best
 from analysis.table import curves
 
 ESTIMANDS = ("flops_per_step", "seconds_per_step", "flops_to_loss", "seconds_to_loss")
@@ -104,8 +104,12 @@ def _goal(table: pd.DataFrame) -> tuple[int, dict[int, Points]]:
         return 0, {}
     part = at_step(table[table["method"] == "fullft"], seen[-1])
     (best,) = fit_all(curves(part))[:1]
-    runs = {int(r["seed"]): json.loads(r["result"])["curve"] for r in runs_at_best(part, [best])[0]}
-    return seen[-1], {s: [(p["step"], p["test_nll"]) for p in c if p["step"] >= 1] for s, c in runs.items()}
+    (runs,) = values_at_best(part, [best], _all_evaluations)
+    return seen[-1], {seed: sorted(points.items()) for seed, points in runs.items()}
+
+
+def _all_evaluations(row: pd.Series) -> dict[int, float]:
+    return {p["step"]: p["test_nll"] for p in json.loads(row["result"])["curve"] if p["step"] >= 1}
 
 
 def _busy(arms: list[list[float]]) -> list[str]:

@@ -20,7 +20,7 @@ from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.pooling import drift
 from analysis.results import Estimate, exactly, from_sample, number, rate, signed, with_interval
-from analysis.step_efficiency import runs_at_best
+from analysis.step_efficiency import values_at_best
 from analysis.table import curves
 
 ESTIMANDS = ("twin_difference", "broken_difference", "drift_alpha_over_rank", "drift_alpha_over_root", "drift_alpha",
@@ -152,8 +152,8 @@ def _start_b(table: pd.DataFrame, optima: list[Optimum]) -> tuple[Estimate, list
               and o.curve.key["rank"] == b.curve.key["rank"]), None)  # fmt: skip
     if a is None or b is None:
         return Estimate(None), []
-    runs = [{int(r["seed"]): float(r["test_nll"]) for r in part} for part in runs_at_best(table, [a, b])]
-    gap = from_sample([runs[1][s] - runs[0][s] for s in sorted(runs[0].keys() & runs[1].keys())])
+    with_a, with_b = values_at_best(table, [a, b], lambda row: {"nll": float(row["test_nll"])})
+    gap = from_sample([with_b[s]["nll"] - with_a[s]["nll"] for s in sorted(with_a.keys() & with_b.keys())])
     rows = [["random", "best LR [95%]", "best NLL", "gap [95%]"],
             ["A", with_interval(a.best_lr, rate), number(a.best_nll, 5), "-"],
             ["B", with_interval(b.best_lr, rate), number(b.best_nll, 5), with_interval(gap, signed)]]  # fmt: skip

@@ -5,6 +5,7 @@ verdict over tasks takes the one that is hardest on the claim. Full fine-tuning 
 that shows the same order, the location and not the parametrisation makes it.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -128,8 +129,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     measured = {"attention_over_mlp": (hardest, gates), "mlp_over_both": (lowest, gates),
                 "trace_correlation": (_trace(tasks), gates)}  # fmt: skip
     found = judging.verdicts(question, measured, (), group, judging.seeds(rests))
-    for c in told if len(tasks) > 1 else ():
-        found += _of_task(c, question)
+    each = [v for c in told if len(tasks) > 1 for v in _of_task(c, question)]
+    found = [_by_task(v, [w for w in each if w.claim == v.claim]) for v in found] + each
     sections = [_over_tasks(worse, both), *(_arms(t) for t in tasks),
                 Section("Layer sets", figure="layers.png", draw=lambda p: plots.panels([_panel(t) for t in tasks], p),
                         caption="step efficiency by layer set and task")]  # fmt: skip
@@ -159,8 +160,8 @@ def _compared(task: Task) -> _Compared:
     worse, both = rho_ratio(*pair, task.full), rho_ratio(mlp, joint, task.full)
     used = list({id(a.optimum): a.optimum for a in (task.full, *pair, joint, mlp)}.values())
     gates = [*stalled([task.full.optimum], [task.full.points]), *judging.gates(used)]
-    if worse.value is None or both.value is None:
-        gates.append("full fine-tuning does not reach a layer set's loss: only bounds")
+    if all(o.best_lr.value is not None for o in used) and (worse.value is None or both.value is None):
+        gates.append("full fine-tuning or a layer set is there at its first evaluation: only bounds")
     return _Compared(task, worse, both, gates, used)
 
 
@@ -169,6 +170,15 @@ def _of_task(c: _Compared, question: dict[str, Any]) -> list[Verdict]:
     measured = {"attention_over_mlp": (c.worse, c.gates), "mlp_over_both": (c.both, c.gates)}
     claims = {k: {**v, "primary": False} for k, v in question["claims"].items() if v["estimand"] in measured}
     return judging.verdicts({**question, "claims": claims}, measured, (), c.task.name, judging.seeds(c.used))
+
+
+def _by_task(v: Verdict, each: Sequence[Verdict]) -> Verdict:
+    """Say of a verdict over all tasks that it depends on the task, where it does."""
+    outcomes = {w.outcome for w in each}
+    if not {"SUPPORTED", "REFUTED"} <= outcomes:
+        return v
+    counts = ", ".join(f"{o} on {sum(w.outcome == o for w in each)}" for o in sorted(outcomes))
+    return dataclasses.replace(v, why=f"depends on the task ({counts}); {v.why}")
 
 
 def _trace(tasks: Sequence[Task]) -> Estimate:
@@ -224,11 +234,13 @@ def _panel(t: Task) -> Panel:
     here = [s for s in SETS if any(a.layers == s for a in (*t.lora, *t.restricted))]
     order = {s: k for k, s in enumerate(here)}
     series = []
-    for label, arms in (("LoRA at equal parameters", _by_rank(t, True)), ("LoRA at equal rank", _by_rank(t, False)),
-                        ("FullFT of the same matrices", t.restricted)):  # fmt: skip
+    kinds = {"LoRA, rank raised to the MLP's parameters": _by_rank(t, True), "LoRA, one rank": _by_rank(t, False),
+             "FullFT of the same matrices": t.restricted}  # fmt: skip
+    for side, (label, arms) in enumerate(kinds.items()):
         told = [(order[a.layers], rho(a.points, t.full.points)) for a in arms if a.layers in order and t.full]
-        told = sorted((k, e) for k, e in told if e.value is not None) if told else []
-        series.append(Series(label, [k for k, _ in told], [e.value for _, e in told], [e.low for _, e in told],
+        told = sorted((k, e) for k, e in told if e.value is not None)
+        beside = 0.16 * (side - 1)  # so that intervals do not cover each other
+        series.append(Series(label, [k + beside for k, _ in told], [e.value for _, e in told], [e.low for _, e in told],
                              [e.high for _, e in told], style="o"))  # fmt: skip
     short = [s.replace("attention", "attn").replace("unembedding", "head").replace("+", "\n+") for s in here]
     return Panel(t.name.partition(", batch")[0], "layer set", "rho: FullFT's updates / the arm's", series, log_y=True,

@@ -17,7 +17,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from analysis.lr_optimum import Optimum
 from analysis.results import rate, with_interval
 from analysis.step_efficiency import same
-from analysis.table import learning_curves
+from analysis.table import full_names, learning_curves
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe & Ito: told apart by colour-blind eyes. Black is full fine-tuning."""
@@ -27,18 +27,28 @@ _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10,
 
 
 def lr_against_nll(optima: Sequence[Optimum], path: Path) -> None:
-    """Draw NLL over learning rate with fits, optima and intervals; runs that diverged stand on the top line."""
+    """Draw NLL over learning rate with fits, optima and intervals, a panel a group, two side by side; runs that diverged stand
+    on the top line. Curves are named by what tells them apart; the legend stands below."""
     groups = list(dict.fromkeys(o.curve.group for o in optima))
+    names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
+    columns = min(2, len(groups))
+    most = max(sum(o.curve.group == g for o in optima) for g in groups)
+    height = 4.2 + 0.19 * most  # of the axes, and of the legend below
+    rows = -(-len(groups) // columns)
     with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(1, len(groups), figsize=(7.2 * len(groups), 4.8), squeeze=False)
-        for ax, group in zip(axes[0], groups):
+        fig, axes = plt.subplots(rows, columns, figsize=(7.4 * columns, height * rows), squeeze=False)
+        for ax in axes.flat[len(groups):]:
+            ax.axis("off")
+        for ax, group in zip(axes.flat, groups):
             members = [o for o in optima if o.curve.group == group]
             top = _top(members)
-            for o, colour, marker in zip(members, itertools.cycle(COLOURS), itertools.cycle(MARKERS)):
-                _one_curve(ax, o, colour, marker, top)
-            ax.set(xscale="log", xlabel="learning rate", ylabel="test NLL (nats per token)", title=group)
+            for k, o in enumerate(members):
+                _one_curve(ax, o, names[id(o)], COLOURS[k % len(COLOURS)], MARKERS[(k + k // len(COLOURS)) % len(MARKERS)], top)
+            ax.set(xscale="log", xlabel="learning rate", ylabel="test NLL (nats per token)")
+            ax.set_title(group, fontsize=10)
             ax.set_ylim(top=top[1])
-            ax.legend(frameon=False, fontsize=9)
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
         fig.tight_layout()
         fig.savefig(path, dpi=150)
         plt.close(fig)
@@ -53,10 +63,9 @@ def _top(members: Sequence[Optimum]) -> tuple[float, float]:
     return float(y.max()) + 0.08 * span, float(y.max()) + 0.14 * span
 
 
-def _one_curve(ax: Any, o: Optimum, colour: str, marker: str, top: tuple[float, float]) -> None:
+def _one_curve(ax: Any, o: Optimum, label: str, colour: str, marker: str, top: tuple[float, float]) -> None:
     c, e = o.curve, o.best_lr
     lr = np.exp(c.x)
-    label = c.name
     if e.value is not None:
         label += f": best {with_interval(e, rate)}"
     elif o.flags:
@@ -76,39 +85,52 @@ def _one_curve(ax: Any, o: Optimum, colour: str, marker: str, top: tuple[float, 
 
 
 def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path) -> bool:
-    """Draw held-out NLL over steps: every run thin, the run at each curve's best tried rate thick.
+    """Draw held-out NLL over updates, a panel a group: every run thin, the run at each curve's best tried rate thick.
 
     Returns False, drawing nothing, if the table carries no learning curves.
     """
     runs = list(learning_curves(table))
-    if not runs:
+    if not runs or not optima:
         return False
+    groups = list(dict.fromkeys(o.curve.group for o in optima))
+    names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
+    columns, most = min(2, len(groups)), max(sum(o.curve.group == g for o in optima) for g in groups)
+    rows = -(-len(groups) // columns)
     with plt.rc_context(_STYLE):
-        fig, ax = plt.subplots(figsize=(7.2, 4.6))
-        for o, colour in zip(optima, itertools.cycle(COLOURS)):
-            mine = [(row, points) for row, points in runs if same(row, o)]
-            x, y = o.curve.x[o.curve.usable], o.curve.y[o.curve.usable]
-            best = np.exp(x[np.argmin(y)]) if len(y) else None
-            labelled = False
-            for row, points in mine:
-                points = points[points["step"] >= 1]
-                is_best = best is not None and np.isclose(row["lr"], best, rtol=1e-6)
-                label = f"{o.curve.name}, lr {row['lr']:.2g}" if is_best and not labelled else None
-                labelled |= is_best
-                ax.plot(points["step"], points["test_nll"], color=colour, lw=2 if is_best else 0.7,
-                        alpha=1.0 if is_best else 0.25, label=label)  # fmt: skip
-        limit = np.nanmax([o.curve.nll_start for o in optima])
-        if np.isfinite(limit):
-            ax.axhline(limit, color="grey", lw=0.8, ls=":", label="before training")
-            ax.set_ylim(top=limit * 1.05)
-        ax.set(xscale="log", xlabel="step", ylabel="held-out NLL (nats per token)",
-               title="thin: every run; thick: best tried rate (the last step uses more held-out rows)")
-        ax.title.set_fontsize(9)
-        ax.legend(frameon=False, fontsize=9)
+        fig, axes = plt.subplots(rows, columns, figsize=(7.4 * columns, (4.2 + 0.19 * most) * rows), squeeze=False)
+        for ax in axes.flat[len(groups):]:
+            ax.axis("off")
+        for ax, group in zip(axes.flat, groups):
+            members = [o for o in optima if o.curve.group == group]
+            for k, o in enumerate(members):
+                _learned(ax, o, names[id(o)], runs, COLOURS[k % len(COLOURS)], ("-", "--", ":")[k // len(COLOURS) % 3])
+            limit = np.nanmax([o.curve.nll_start for o in members])
+            if np.isfinite(limit):
+                ax.axhline(limit, color="grey", lw=0.8, ls=":", label="before training")
+                ax.set_ylim(top=limit * 1.05)
+            ax.set(xscale="log", xlabel="updates", ylabel="held-out NLL (nats per token)")
+            ax.set_title(group, fontsize=10)
+            ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+        fig.suptitle("thin: every run; thick: best tried rate (the last evaluation uses more held-out rows)", fontsize=9)
         fig.tight_layout()
-        fig.savefig(path, dpi=150)
+        fig.savefig(path, dpi=110)
         plt.close(fig)
     return True
+
+
+def _learned(ax: Any, o: Optimum, name: str, runs: Sequence[tuple[pd.Series, pd.DataFrame]], colour: str, dash: str) -> None:
+    x, y = o.curve.x[o.curve.usable], o.curve.y[o.curve.usable]
+    best = np.exp(x[np.argmin(y)]) if len(y) else None
+    labelled = False
+    for row, points in runs:
+        if not same(row, o):
+            continue
+        points = points[points["step"] >= 1]
+        is_best = best is not None and np.isclose(row["lr"], best, rtol=1e-6)
+        label = f"{name}, lr {rate(row['lr'])}" if is_best and not labelled else None
+        labelled |= is_best
+        ax.plot(points["step"], points["test_nll"], color=colour, lw=2 if is_best else 0.5, ls=dash,
+                alpha=1.0 if is_best else 0.2, label=label)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,8 @@ class Series:
     colour: int | str | None = None
     """Place in COLOURS, or a colour; None: the next one."""
     width: float = 1.6
+    size: float = 5.5
+    """Of its markers, in points."""
     alpha: float = 1.0
 
 
@@ -174,7 +198,7 @@ def _panel(ax: Any, panel: Panel) -> None:
         colour = COLOURS[(k if s.colour is None else s.colour) % len(COLOURS)] if not isinstance(s.colour, str) else s.colour
         x, y = np.asarray(s.x, float), np.array([np.nan if v is None else v for v in s.y], float)
         style = s.style.replace("o", MARKERS[k % len(MARKERS)])
-        ax.plot(x, y, style, color=colour, lw=s.width, ms=5.5, alpha=s.alpha, label=s.label or None)
+        ax.plot(x, y, style, color=colour, lw=s.width, ms=s.size, alpha=s.alpha, label=s.label or None)
         if len(s.low):
             low, high = (np.array([np.nan if v is None else v for v in e], float) for e in (s.low, s.high))
             reach = np.clip(np.stack([y - low, high - y]), 0, None)

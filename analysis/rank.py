@@ -6,7 +6,6 @@ runs at each rank's best rate, paired by seed, which carry the verdict; and the 
 rates at every step, which no single run follows.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +18,13 @@ from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.qualify import stalled
-from analysis.results import Estimate, from_sample, number, with_interval
+from analysis.results import Estimate, from_sample, number, rate, signed, with_interval
 from analysis.step_efficiency import Points, at_best, before_last, rho
 from analysis.table import curves, learning_curves
 
 ESTIMANDS = ("departure_slope", "rho_top_rank", "identical_steps")
-LOG_ESTIMANDS = ("rho_top_rank", "identical_steps")
+LOG_ESTIMANDS = ("rho_top_rank",)
+"""identical_steps may start at 0: a rank that has left at the first evaluation."""
 DEPARTED = 0.05
 """Share of full fine-tuning's gain over the run (loss at the start less its last) that a rank must lack to have departed."""
 
@@ -62,13 +62,14 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     top = lora[-1]
     left = {int(o.curve.key["rank"]): _departures(mine[id(o)], mine[id(full)], full.curve.nll_start) for o in lora}
     slope, note = _slope(left)
+    unresolved = _at_once(left) + _by_rate(plain, full, lora, mine, question)
     alike, band_rows, band_panel = _start(table, lora)
     speed = rho(mine[id(top)], mine[id(full)])
     over = stalled([full, top], [mine[id(full)], mine[id(top)]])
     measured = {
-        "departure_slope": (slope, judging.gates([full, *lora]) + over),
+        "departure_slope": (slope, judging.gates([full, *lora]) + over + unresolved),
         "rho_top_rank": (speed, judging.gates([full, top]) + over),
-        "identical_steps": (alike, [] if alike.value is not None else ["no curve of redraws of A"]),
+        "identical_steps": (alike, [] if alike.value is not None else ["no curve of redraws of A at two ranks"]),
     }
     found = judging.corrected(
         judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, *lora])), question
@@ -120,6 +121,33 @@ def _slope(left: dict[int, dict[int, float]]) -> tuple[Estimate, str]:
     return from_sample(slopes, flags=flags), note
 
 
+def _at_once(left: dict[int, dict[int, float]]) -> list[str]:
+    """Say, as a gate, that the ranks' order cannot be told: fewer than two of them are with full fine-tuning at the first
+    evaluation."""
+    first = min((v for mine in left.values() for v in mine.values()), default=1.0)
+    later = [r for r, mine in left.items() if mine and np.median(list(mine.values())) > max(first, 1.0)]
+    gone = ", ".join(str(r) for r in left if r not in later)
+    return [] if len(later) > 1 else [f"rank(s) {gone} have left at the first evaluation: their order is not resolved"]
+
+
+def _by_rate(
+    table: pd.DataFrame, full: Optimum, lora: Sequence[Optimum], mine: dict[int, dict[int, Points]], question: dict[str, Any]
+) -> list[str]:  # fmt: skip
+    """Say, as a gate, that the slope's place in the margin hangs on which rate within the optimum's interval stands for full
+    fine-tuning: a higher one is ahead at first."""
+    margins = [c["margin"] for c in question["claims"].values() if c["estimand"] == "departure_slope"]
+    if not margins or not full.best_lr.has_interval():
+        return []
+    slopes = {}
+    for at in (full.best_lr.low, full.best_lr.high):
+        (other,) = at_best(table, [full], [at])
+        left = {int(o.curve.key["rank"]): _departures(mine[id(o)], other, full.curve.nll_start) for o in lora}
+        slopes[at] = _slope(left)[0]
+    inside = {e.value is not None and margins[0][0] < e.value <= margins[0][1] for e in slopes.values()}
+    told = ", ".join(f"{with_interval(e)} at {rate(at)}" for at, e in slopes.items())
+    return [] if inside == {True} else [f"with full fine-tuning at the ends of its optimum's interval the slope is {told}"]
+
+
 def _envelope(table: pd.DataFrame, o: Optimum) -> Points:
     """The lowest loss over the rates at every step, of the seed that was tried at most rates."""
     seeds, counts = np.unique(o.curve.seed, return_counts=True)
@@ -147,41 +175,37 @@ def _panels(optima: Sequence[Optimum], runs: Sequence[dict[int, Points]], envelo
 
 
 def _start(table: pd.DataFrame, lora: Sequence[Optimum]) -> tuple[Estimate, list[list[str]], Panel | None]:
-    """Compare ranks with the highest one, at the rate that all have with redraws of A: until which step do they agree?"""
+    """Compare ranks with the highest one, at the rate at which A was drawn again: until which step does a rank's mean curve
+    lie within what another draw of A makes of one and the same rank?"""
     top = int(lora[-1].curve.key["rank"])
-    part = table[(table["method"] == "lora")]
+    part = table[table["method"] == "lora"]
     rates = part.loc[part["init_seed"].fillna(0) > 0, "lr"].unique()
-    part = part[part["lr"].isin(rates)]
-    found: dict[tuple[int, int], dict[int, dict[float, float]]] = {}
-    for row, points in learning_curves(part):
-        key = (int(row["rank"]), int(row["init_seed"] or 0))
-        found.setdefault(key, {})[int(row["seed"])] = dict(before_last(points))
-    draws = [v for (r, _), v in found.items() if r == top]
-    if len(draws) < 2:
+    found: dict[int, dict[int, list[dict[float, float]]]] = {}
+    for row, points in learning_curves(part[part["lr"].isin(rates)]):
+        found.setdefault(int(row["rank"]), {}).setdefault(int(row["seed"]), []).append(dict(before_last(points)))
+    drawn = {r: seeds for r, seeds in found.items() if all(len(draws) > 1 for draws in seeds.values())}
+    if top not in drawn or len(drawn) < 2:
         return Estimate(None), [], None
-    steps = sorted(set.intersection(*(set(c) for d in draws for c in d.values())))
-    pairs = [(a[s], b[s]) for a, b in itertools.combinations(draws, 2) for s in a.keys() & b.keys()]
-    spread = np.array([np.std([sign * (x[t] - y[t]) for x, y in pairs for sign in (1, -1)]) for t in steps])
-    series, rows, until = [], [["rank", "leaves the band at step"]], []
-    for (rank, redraw), mine in sorted(found.items()):
-        if redraw or rank == top:
-            continue
-        reference = found[top, 0]
-        seeds = sorted(mine.keys() & reference.keys())
-        mean = np.array([np.mean([mine[s][t] - reference[s][t] for s in seeds]) for t in steps])
-        out = np.abs(mean) > 1.96 * spread / math.sqrt(len(seeds))
-        twice = [k for k in range(len(steps)) if out[k] and (k + 1 == len(steps) or out[k + 1])]
+    steps = sorted(set.intersection(*(set(c) for seeds in drawn.values() for draws in seeds.values() for c in draws)))
+    mean = {r: {s: np.mean([[c[t] for t in steps] for c in draws], 0) for s, draws in seeds.items()}
+            for r, seeds in drawn.items()}  # fmt: skip
+    spread = {r: np.mean([np.var([[c[t] for t in steps] for c in draws], 0, ddof=1) for draws in seeds.values()], 0)
+              for r, seeds in drawn.items()}  # fmt: skip
+    series, rows, until = [], [["rank", "leaves the band at step", "difference at the first step (nats)", "band there"]], []
+    for k, rank in enumerate(sorted(drawn.keys() - {top}), 1):
+        seeds = sorted(drawn[rank].keys() & drawn[top].keys())
+        apart = np.mean([mean[rank][s] - mean[top][s] for s in seeds], 0)
+        band = 1.96 * np.sqrt(spread[rank] + spread[top])  # of the difference of two single runs
+        out = np.abs(apart) > band
+        twice = [i for i in range(len(steps)) if out[i] and (i + 1 == len(steps) or out[i + 1])]
         at = twice[0] if twice else None
-        until.append((steps[at - 1] if at else steps[0] / 2, steps[at]) if at is not None else (steps[-1], math.inf))
-        rows.append([str(rank), "never" if at is None else number(steps[at])])
-        series.append(Series(f"rank {rank}", steps, list(mean)))
-    if not until:
-        return Estimate(None), rows, None
-    half = 1.96 * spread / math.sqrt(max(len(found[top, 0]), 1))
-    series.append(Series("95% of redraws of A", [*steps, math.nan, *steps], [*half, math.nan, *(-half)], style="-",
-                         colour="grey"))  # fmt: skip
+        until.append((steps[at - 1] if at else 0.0, steps[at]) if at is not None else (steps[-1], math.inf))
+        rows.append([str(rank), "never" if at is None else number(steps[at]), signed(float(apart[0])), signed(float(band[0]))])
+        series += [Series(f"rank {rank}", steps, list(apart), colour=k),
+                   Series(f"95% of redraws, rank {rank}", [*steps, math.nan, *steps], [*band, math.nan, *(-band)], style=":",
+                          colour=k, alpha=0.7)]  # fmt: skip
     low, high = min(until)
-    ends = (math.sqrt(low * high), low, high) if math.isfinite(high) else (None, low, None)
-    value = Estimate(*ends, len(pairs))
-    panel = Panel(f"one rate for all ranks ({rates[0]:g})", "step", f"NLL - NLL of rank {top} (nats)", series, log_x=True)
+    value = Estimate(high, low, high, len(until)) if math.isfinite(high) else Estimate(None, low, None, len(until))
+    panel = Panel(f"one rate for all ranks ({rates[0]:g}), mean over seeds and draws", "updates",
+                  f"NLL - NLL of rank {top} (nats)", series, log_x=True)  # fmt: skip
     return value, rows, panel

@@ -1,9 +1,10 @@
 """What do popular recipes lose against tuned LoRA, and what does fine-tuning make the model forget?
 
-A recipe's loss is that of its own runs at the rate it prescribes (the tried rate nearest to it, or the fit between the tried
-ones), less tuned LoRA's, as a share of what tuned LoRA gains over the base. Paired by seed where both have runs there.
+A recipe's loss is that of its own runs at the rate it prescribes (interpolated in ln(rate) between the tried ones around it),
+less tuned LoRA's at its best, as a share of what tuned LoRA gains over the base. Paired by seed.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,14 +17,14 @@ from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.results import Estimate, from_sample, number, rate, signed, with_interval
-from analysis.step_efficiency import at_best, rho, runs_at_best
-from analysis.table import curves
+from analysis.step_efficiency import at_best, rho, same, values_at_best, weights
+from analysis.table import curves, full_names
 
 ESTIMANDS = ("attention_at_full_lr", "alpha_twice_rank", "default_rate", "original", "ten_times", "small_data_rank",
              "retention")  # fmt: skip
 LOG_ESTIMANDS = ("small_data_rank",)
 NEAR = math.log(1.5)
-"""A recipe's rate is read from runs within this of it."""
+"""Where the rates around a recipe's one are not all sound, it is read from the one within this of it."""
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -47,29 +48,31 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "ten_times": (tuned, 10 * full.best_lr.value if full.best_lr.value else None),
     }
     gain = tuned.curve.nll_start - (tuned.best_nll or math.nan)
-    reference = {int(r["seed"]): float(r["test_nll"]) for r in runs_at_best(table, [tuned])[0]}
+    (at_tuned,) = values_at_best(table, [tuned], lambda row: {"nll": float(row["test_nll"])})
+    reference = {seed: v["nll"] for seed, v in at_tuned.items()}
     measured: dict[str, tuple[Estimate, list[str]]] = {}
-    rows = [["recipe", "rate", "loss given up (nats)", "share of tuned LoRA's gain [95%]", "seeds",
+    rows = [["recipe", "rate", "read at", "loss given up (nats)", "share of tuned LoRA's gain [95%]", "seeds",
              "at its own best rate (nats)"]]  # fmt: skip
     for name, (o, at) in wanted.items():
-        share, stops = _share(table, o, at, reference, gain)
+        share, stops, read_at = _share(o, at, reference, gain)
         measured[name] = (share, [*gates, *stops])
         own = None if o is None or o.best_nll is None or o is tuned else o.best_nll - tuned.best_nll
-        rows.append([name.replace("_", " "), rate(at), signed(None if share.value is None else share.value * gain),
+        given_up = None if share.value is None else share.value * gain
+        rows.append([name.replace("_", " "), rate(at), ", ".join(map(rate, read_at)) or "-", signed(given_up),
                      with_interval(share), str(share.n), signed(own)])  # fmt: skip
     measured["small_data_rank"], few_rows = _few(table, few)
     measured["retention"], kept_rows, panel = _retention(table, optima, full, tuned)
     verdicts = judging.corrected(
         judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, tuned])), question
     )
-    text = [f"Tuned LoRA (rank {rank:g}) gains {number(gain)} nats over the base. A recipe whose rate was not tried is read "
-            "from the fit of its own valley, and has no interval then."]  # fmt: skip
+    text = [f"Tuned LoRA (rank {rank:g}) gains {number(gain)} nats over the base. A recipe whose rate was not tried "
+            "is interpolated in ln(rate) between those around it; next to a rate that broke down, the nearest counts."]
     sections = [
         Section("Recipes", rows, text, "recipes.png", lambda p: plots.panels([_bars(measured)], p), "what recipes give up"),
         Section("Few rows, many epochs", few_rows),
         Section("What is forgotten", kept_rows, figure="retention.png" if panel else "",
                 draw=(lambda p: plots.panels([panel], p)) if panel else None,
-                caption="loss on the pretraining task over the loss on the new one"),
+                caption="what is left of the pretraining task, against what is learned of the new one"),
     ]  # fmt: skip
     measures = {"shares": {k: e.plain() for k, (e, _) in measured.items()}}
     return Findings(optima + few, verdicts, sections, measures, {group: [full, tuned]})
@@ -91,22 +94,29 @@ def _one(optima: Sequence[Optimum], **wanted: Any) -> Optimum | None:
 
 
 def _share(
-    table: pd.DataFrame, o: Optimum | None, at: float | None, reference: dict[int, float], gain: float
-) -> tuple[Estimate, list[str]]:
+    o: Optimum | None, at: float | None, reference: dict[int, float], gain: float
+) -> tuple[Estimate, list[str], list[float]]:
+    """Return the share given up, gates, and the tried rates that it was read from."""
     if o is None or at is None:
-        return Estimate(None), ["no curve of the recipe"] if o is None else []
-    c = o.curve
-    there = np.abs(c.x - math.log(at)) < NEAR
-    if there.any():
-        x = c.x[there][np.argmin(np.abs(c.x[there] - math.log(at)))]
-        mine = {int(s): min(float(y), c.nll_start) if np.isfinite(y) else c.nll_start  # broken down: the base would do
-                for s, y, v in zip(c.seed, c.y, c.x) if abs(v - x) < 1e-9}  # fmt: skip
-        both = sorted(mine.keys() & reference.keys())
-        return from_sample([(mine[s] - reference[s]) / gain for s in both]), []
-    fitted = o.predict(np.array([at]))
-    if fitted is None or not min(c.x) <= math.log(at) <= max(c.x):
-        return Estimate(None), ["the recipe's rate lies outside the rates tried"]
-    return Estimate(float(fitted[0] - np.mean(list(reference.values()))) / gain, n=1), []
+        return Estimate(None), ["no curve of the recipe"] if o is None else [], []
+    c, shares, used = o.curve, {}, set()
+    heights = {x: float(np.mean(c.y[c.usable & (c.x == x)])) for x in c.x[c.usable]}
+    for seed in sorted(set(c.seed) & reference.keys()):
+        of_seed = c.seed == seed
+        mine = dict(zip(c.x[of_seed], zip(c.y[of_seed], c.usable[of_seed])))
+        found = weights(list(mine), math.log(at), {x: heights.get(x, math.inf) for x in mine})
+        if len(found) == 1 or not all(mine[x][1] for x in found):  # at a tried rate, outside of them, or beside a broken one
+            nearest = min(mine, key=lambda x: abs(x - math.log(at)))
+            if abs(nearest - math.log(at)) > NEAR:
+                continue
+            found = {nearest: 1.0}
+        # one that broke down: the base would do, so it gives up the whole gain
+        loss = sum(w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start) for x, w in found.items())
+        shares[seed] = (loss - reference[int(seed)]) / gain
+        used |= {math.exp(x) for x in found}
+    if not shares:
+        return Estimate(None), ["the recipe's rate lies outside the rates tried"], []
+    return from_sample(list(shares.values())), [], sorted(used)
 
 
 def _few(table: pd.DataFrame, few: Sequence[Optimum]) -> tuple[tuple[Estimate, list[str]], list[list[str]]]:
@@ -127,28 +137,64 @@ def _retention(
     """What tuned LoRA forgets of the pretraining task, as a share of what full fine-tuning forgets."""
     if "retain_nll" not in table or table["retain_nll"].isna().all():
         return (Estimate(None), ["no curve of the pretraining task"]), [], None
-    rows = [["curve", "at LR", "NLL on the pretraining task", "before", "forgotten (nats) [95%]"]]
+    rows = [["curve", "at LR", "test NLL on the new task", "NLL on the pretraining task", "before", "forgotten (nats) [95%]"]]
     lost: dict[int, dict[int, float]] = {}
     series = []
-    for o, runs in zip(optima, runs_at_best(table, optima)):
-        known = [r for r in runs if pd.notna(r["retain_nll"])]
-        if not known:
+    names = full_names([o.curve for o in optima])
+    for o, name, runs in zip(optima, names, values_at_best(table, optima, _retained)):
+        if not runs:
             continue
-        lost[id(o)] = {int(r["seed"]): float(r["retain_nll"] - r["retain_start"]) for r in known}
-        name = f"{o.curve.name} {o.curve.key['layers'] if o.curve.key['method'] == 'lora' else ''}".strip()
-        after = number(np.mean([r["retain_nll"] for r in known]), 4)
-        rows.append([name, rate(known[0]["lr"]), after, number(known[0]["retain_start"], 4),
+        lost[id(o)] = {seed: v["lost"] for seed, v in runs.items()}
+        mean = {k: float(np.mean([v[k] for v in runs.values()])) for k in ("test", "after", "before")}
+        rows.append([name, rate(o.best_lr.value), *(number(mean[k], 4) for k in ("test", "after", "before")),
                      with_interval(from_sample(list(lost[id(o)].values())))])  # fmt: skip
-        mine = table[(table["method"] == o.curve.key["method"]) & (table["dataset"] == o.curve.key["dataset"])
-                     & (table["alpha"].isna() | (table["alpha"] == o.curve.key["alpha"])) & (table["status"] == "done")
-                     & (table["layers"] == o.curve.key["layers"])].sort_values("lr")  # fmt: skip
         if o in (full, tuned):
-            mean = mine.groupby("lr")[["test_nll", "retain_nll"]].mean()
-            series.append(Series(f"{o.curve.name}, low to high rate", list(mean["test_nll"]), list(mean["retain_nll"])))
+            path = _frontier(table, o)
+            series += [Series(f"{o.curve.name}, low to high rate", [v["test"] for v in path], [v["after"] for v in path],
+                              colour=len(series)),
+                       Series(f"{o.curve.name} at its best rate", [mean["test"]], [mean["after"]], style="*",
+                              colour=len(series), size=15)]  # fmt: skip
     a, b = lost.get(id(tuned), {}), lost.get(id(full), {})
     share = from_sample([a[s] / b[s] for s in sorted(a.keys() & b.keys()) if b[s] > 0])
-    panel = Panel("one point a rate", "test NLL on the new task (nats)", "NLL on the pretraining task (nats)", series)
+    equal = _at_equal_learning(table, full, tuned)
+    if equal is not None:
+        rows.append(["full fine-tuning at a lower rate, where it has learned what tuned LoRA learns", rate(equal["lr"]),
+                     *(number(equal[k], 4) for k in ("test", "after", "before")), number(equal["lost"], 4)])  # fmt: skip
+    panel = Panel("one point a rate, mean over seeds", "test NLL on the new task (nats)", "NLL on the pretraining task (nats)",
+                  series)  # fmt: skip
     return (share, judging.gates([full, tuned])), rows, panel if series else None
+
+
+def _retained(row: pd.Series) -> dict[str, float]:
+    if pd.isna(row["retain_nll"]):
+        return {}
+    return {"test": float(row["test_nll"]), "after": float(row["retain_nll"]), "before": float(row["retain_start"]),
+            "lost": float(row["retain_nll"] - row["retain_start"])}  # fmt: skip
+
+
+def _frontier(table: pd.DataFrame, o: Optimum) -> list[dict[str, float]]:
+    """What a curve's finished runs learn and forget, mean over the seeds of a rate, by rising rate."""
+    found: dict[float, list[dict[str, float]]] = {}
+    for _, row in table[table["status"] == "done"].iterrows():
+        if same(row, o) and (told := _retained(row)):
+            found.setdefault(float(row["lr"]), []).append(told)
+    return [{"lr": lr, **{k: float(np.mean([v[k] for v in found[lr]])) for k in found[lr][0]}} for lr in sorted(found)]
+
+
+def _at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> dict[str, float] | None:
+    """What full fine-tuning forgets at the rate below its best at which its loss on the new task is tuned LoRA's,
+    interpolated between rates; None if there is no such rate."""
+    (runs,) = values_at_best(table, [tuned], _retained)
+    if not runs or full.best_lr.value is None:
+        return None
+    goal = float(np.mean([v["test"] for v in runs.values()]))
+    path = [v for v in _frontier(table, full) if v["lr"] <= 1.01 * full.best_lr.value]
+    for before, after in itertools.pairwise(path):
+        if before["test"] >= goal >= after["test"]:
+            w = (before["test"] - goal) / max(before["test"] - after["test"], 1e-12)
+            lr = math.exp((1 - w) * math.log(before["lr"]) + w * math.log(after["lr"]))
+            return {**{k: (1 - w) * before[k] + w * after[k] for k in before}, "lr": lr}
+    return None
 
 
 def _bars(measured: dict[str, tuple[Estimate, list[str]]]) -> Panel:

@@ -18,7 +18,7 @@ from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum
 from analysis.outside import WITHIN, aligned
 from analysis.results import LEVEL, Verdict, number, rate, with_interval
-from analysis.table import GROUP_KEYS, Curve
+from analysis.table import Curve, full_names
 
 
 def findings_of(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -52,7 +52,8 @@ def judge_and_report(
 
 def _asked(question: dict[str, Any]) -> Any:
     rounds = int(question.get("rounds", 1))
-    claims = {name: {k: v for k, v in claim.items() if k != "says"} for name, claim in question["claims"].items()}
+    words = ("says", "whose")
+    claims = {name: {k: v for k, v in claim.items() if k not in words} for name, claim in question["claims"].items()}
     return claims if rounds == 1 else {"claims": claims, "rounds": rounds}
 
 
@@ -75,20 +76,6 @@ def _curve_rows(optima: Sequence[Optimum]) -> list[list[str]]:
         rows.append([name, c.group, with_interval(o.best_lr, rate), _band(o), number(o.best_nll, 5),
                      str(len(c.x)), str(int((~c.usable).sum())), ", ".join(o.flags) or "-"])  # fmt: skip
     return rows
-
-
-def full_names(curves: Sequence[Curve]) -> list[str]:
-    """Name curves by method, rank, and whatever else tells them apart from the others."""
-    keys = [k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, "method", "rank")]
-    lora = [c for c in curves if c.key["method"] == "lora"]
-    differ = [k for k in keys if len({str(c.key[k]) for c in lora}) > 1]
-    scopes = len({(c.key.get("scope"), c.key.get("layers")) for c in curves if c.key["method"] == "fullft"}) > 1
-    names = []
-    for c in curves:
-        told = differ if c.key["method"] == "lora" else ["scope", "layers"] if scopes else []
-        names.append(", ".join([c.name, *(f"{k} {v:g}" if isinstance(v, float) else f"{v}" if k == "layers" else f"{k} {v}"
-                                          for k, v in ((k, c.key[k]) for k in told))]))  # fmt: skip
-    return names
 
 
 def _verdict_line(v: Verdict) -> str:

@@ -19,7 +19,7 @@ from analysis.lr_ratio import MIN_RANK, ratio_of
 from analysis.plots import Panel, Series
 from analysis.prefixes import at_step, steps_seen
 from analysis.results import Estimate, exp_of, from_draws, from_sample, number, rate, with_interval
-from analysis.step_efficiency import runs_at_best
+from analysis.step_efficiency import values_at_best
 from analysis.table import curves
 
 ESTIMANDS = ("short_over_long", "sigma_b_over_a", "movement_ratio")
@@ -101,9 +101,12 @@ def norms(
 ) -> tuple[Estimate, Estimate, list[list[str]], list[Panel]]:
     """Return B over A at the highest rank, LoRA's movement over full fine-tuning's there, a table, and panels by matrix."""
     by_curve: list[tuple[Optimum, dict[int, dict[str, dict[str, float]]]]] = []
-    for o, runs in zip(optima, runs_at_best(table, optima)):
-        spectra = {int(r["seed"]): json.loads(r["result"]).get("spectra") for r in runs}
-        by_curve.append((o, {s: v for s, v in spectra.items() if v}))
+    for o, by_seed in zip(optima, values_at_best(table, optima, _log_spectra)):
+        spectra: dict[int, dict[str, dict[str, float]]] = {}
+        for seed, logs in by_seed.items():
+            for (matrix, what), v in logs.items():
+                spectra.setdefault(seed, {}).setdefault(matrix, {})[what] = math.exp(v)
+        by_curve.append((o, spectra))
     full = next((v for o, v in by_curve if o.curve.key["method"] == "fullft"), {})
     rows = [["curve", "spectral norm of A", "of B", "of the change", "B / A [95%]", "change / FullFT's [95%]"]]
     growth = movement = Estimate(None)
@@ -125,9 +128,15 @@ def norms(
         names = names or list(first) if o.curve.key["method"] == "lora" else names  # the embedding is full fine-tuning's only
         shown.append((o.curve.name, first))
     series = [Series(n, range(len(names)), [v.get(m, {}).get("delta") for m in names], style="o") for n, v in shown]
-    panel = [Panel("one seed, at each curve's best rate", "matrix, from the first layer to the unembedding",
+    panel = [Panel("one seed, interpolated to each curve's best rate", "matrix, from the first layer to the unembedding",
                    "spectral norm of the change", series, log_y=True)] if series else []  # fmt: skip
     return growth, movement, rows, panel
+
+
+def _log_spectra(row: pd.Series) -> dict[tuple[str, str], float]:
+    """Logarithms of a run's spectral norms by (matrix, which): those are what interpolates well between rates."""
+    told = json.loads(row["result"]).get("spectra") or {}
+    return {(matrix, what): math.log(v) for matrix, norms_ in told.items() for what, v in norms_.items() if v > 0}
 
 
 def _median_log(a: dict[str, dict[str, float]], of: str, b: dict[str, dict[str, float]], over: str) -> float:

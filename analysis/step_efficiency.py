@@ -1,18 +1,20 @@
-"""rho, step efficiency: full fine-tuning's steps to a loss that both reach, over LoRA's; each at its own best rate.
+"""rho, step efficiency: full fine-tuning's steps to a loss that both reach, over LoRA's; each at its own best rate, which
+lies between tried ones: what runs say is interpolated to it.
 
 A gap in nats grows and shrinks with the place on the learning curve, rho does not: 0.9 means that LoRA needs 11% more
 steps. Reads learning curves from a table of runs; fits no rate.
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.lr_optimum import Optimum
 from analysis.results import Estimate, exp_of, from_sample
-from analysis.table import learning_curves
 
 Points = list[tuple[float, float]]
 
@@ -67,11 +69,7 @@ def rho(lora: dict[int, Points], full: dict[int, Points]) -> Estimate:
 
 
 def of_curves(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Estimate | None]:
-    """Return rho of every curve against the full fine-tuning one of its group, in order; None for that one itself.
-
-    Each arm's runs are those at the tried rate nearest its optimum. Evaluations before the last one use the same held-out
-    rows in all runs, the last one uses more: it is left out.
-    """
+    """Return rho of every curve against the full fine-tuning one of its group, in order; None for that one itself."""
     curves = at_best(table, optima)
     out: list[Estimate | None] = []
     for o, mine in zip(optima, curves):
@@ -81,40 +79,76 @@ def of_curves(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Estimate |
     return out
 
 
-def at_best(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[dict[int, Points]]:
-    """Return, for every curve, the held-out curves by seed of its runs at the tried rate nearest its optimum; step 0 and the
-    last evaluation, which uses more rows, left out."""
-    best = [_near(o) for o in optima]
-    found: list[dict[int, Points]] = [{} for _ in optima]
-    for row, points in learning_curves(table):
-        for o, at, mine in zip(optima, best, found):
-            if at is not None and abs(math.log(row["lr"]) - at) < 1e-6 and same(row, o):
-                mine[int(row["seed"])] = before_last(points)
-    return found
+def at_best(
+    table: pd.DataFrame, optima: Sequence[Optimum], rates: Sequence[float | None] | None = None
+) -> list[dict[int, Points]]:
+    """Return, for every curve, its held-out learning curves by seed at its best rate (or at `rates`); step 0 and the last
+    evaluation, which uses more rows, left out."""
+    found = values_at_best(table, optima, lambda row: dict(before_last(_curve_of(row))), rates)
+    return [{seed: sorted(v.items()) for seed, v in mine.items()} for mine in found]
 
 
-def runs_at_best(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[list[pd.Series]]:
-    """Return, for every curve, its finished runs at the tried rate nearest its optimum."""
-    best = [_near(o) for o in optima]
-    found: list[list[pd.Series]] = [[] for _ in optima]
-    for _, row in table[table["status"] == "done"].iterrows():
-        for o, at, mine in zip(optima, best, found):
-            if at is not None and abs(math.log(row["lr"]) - at) < 1e-6 and same(row, o):
-                mine.append(row)
-    return found
+REACH = math.log(4.1)
+"""A tried rate further than a factor 4 from the best one says nothing about it."""
+
+
+def values_at_best(
+    table: pd.DataFrame, optima: Sequence[Optimum], read: Callable[[pd.Series], dict[Any, float]],
+    rates: Sequence[float | None] | None = None,
+) -> list[dict[int, dict[Any, float]]]:  # fmt: skip
+    """Return, for every curve and seed, what `read` finds in its runs, at the curve's fitted best rate.
+
+    The best rate lies between tried ones, and what a run is after few updates, or how far it moved, differs much between
+    them: taking the nearest one would let the grid decide. So values are interpolated in ln(rate), by `weights`. `read`
+    gives values by name, which interpolate well as they are (losses, logarithms of norms). `rates`: where to read instead,
+    one a curve; None: at its best.
+    """
+    out = []
+    finished = table[table["status"] == "done"]
+    for k, o in enumerate(optima):
+        at = o.best_lr.value if rates is None or rates[k] is None else rates[k]
+        usable = {(int(s), round(float(x), 6)): float(y)
+                  for s, x, y, u in zip(o.curve.seed, o.curve.x, o.curve.y, o.curve.usable) if u}  # fmt: skip
+        runs: dict[int, dict[float, dict[Any, float]]] = {}
+        for _, row in finished[finished["lr"] > 0].iterrows() if at is not None else ():
+            where = (int(row["seed"]), round(math.log(row["lr"]), 6))
+            if where in usable and same(row, o) and (values := read(row)):
+                runs.setdefault(where[0], {})[where[1]] = values
+        heights = {x: float(np.mean([y for (_, v), y in usable.items() if v == x])) for _, x in usable}
+        out.append({seed: _mixed(by_rate, weights(list(by_rate), math.log(at), heights)) for seed, by_rate in runs.items()})
+    return out
+
+
+def _mixed(by_rate: dict[float, dict[Any, float]], share: dict[float, float]) -> dict[Any, float]:
+    names = set.intersection(*(set(by_rate[x]) for x in share))
+    return {n: sum(w * by_rate[x][n] for x, w in share.items()) for n in by_rate[next(iter(share))] if n in names}
+
+
+def weights(tried: Sequence[float], at: float, heights: Mapping[float, float]) -> dict[float, float]:
+    """Return how much each tried ln(rate) counts for a value at ln(rate) `at`: Lagrange's weights.
+
+    Of the two rates around it and of the next one, on the side where the loss (`heights`) is lower, away from a cliff; of the
+    two alone where there is no third within REACH; the nearest alone where `at` is one, or lies outside of those tried.
+    """
+    below, above = sorted((x for x in tried if x <= at), reverse=True), sorted(x for x in tried if x > at)
+    nearest = min(tried, key=lambda x: abs(x - at))
+    if not below or not above or abs(nearest - at) < 1e-6:
+        return {nearest: 1.0}
+    third = [x for x in (*below[1:2], *above[1:2]) if abs(x - at) < REACH]
+    nodes = [below[0], above[0], *([min(third, key=lambda x: heights[x])] if third else [])]
+    return {x: math.prod((at - y) / (x - y) for y in nodes if y != x) for x in nodes}
+
+
+def _curve_of(row: pd.Series) -> pd.DataFrame:
+    """Return a run's held-out curve with columns step and test_nll; empty if the run carries none."""
+    curve = json.loads(row["result"]).get("curve") if isinstance(row.get("result"), str) else None
+    return pd.DataFrame(curve or [], columns=None if curve else ["step", "test_nll"])
 
 
 def before_last(points: pd.DataFrame) -> Points:
     """Return the evaluations on the same held-out rows: from step 1 to the last but one."""
     kept = points[(points["step"] >= 1) & points["test_nll"].notna()].iloc[:-1]
     return list(zip(kept["step"].astype(float), kept["test_nll"].astype(float)))
-
-
-def _near(o: Optimum) -> float | None:
-    x = o.curve.x[o.curve.usable]
-    if o.best_lr.value is None or not len(x):
-        return None
-    return float(x[np.argmin(np.abs(x - math.log(o.best_lr.value)))])
 
 
 def same(row: pd.Series, o: Optimum) -> bool:

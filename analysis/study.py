@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from analysis.results import Estimate, Verdict, with_interval
 from analysis.verdicts import holm
 
@@ -39,6 +41,44 @@ class Part:
     def command(self) -> str:
         """What makes it again."""
         return f"python -m lorasweep +sweep={self.told['sweep']} scale={self.told['scale']}"
+
+
+    @property
+    def runs(self) -> pd.DataFrame:
+        """The runs, as in its table.csv; no rows if it has none."""
+        path = self.folder / "table.csv"
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+
+    @property
+    def run_ids(self) -> set[str]:
+        """Names of its runs."""
+        return set(self.runs.get("run_id", ()))
+
+    @property
+    def trained(self) -> str:
+        """What was trained: models with their size, data, ranks, batch, updates."""
+        table = self.runs
+        if not len(table):
+            return "-"
+        full = table[table["method"] == "fullft"]
+        sizes = full.groupby("model")["n_trainable"].max() if "n_trainable" in full else {}
+        models = [f"{m} ({_millions(sizes[m])} parameters)" if m in sizes else m for m in sorted(table["model"].unique())]
+        names = "several bases" if len(models) > 3 else " and ".join(models)
+        said = [f"{names} on {' and '.join(sorted(table['dataset'].unique()))}"]
+        said += [f"{what} {_span(table[column])}" for column, what in SPANS.items() if table[column].notna().any()]
+        return ", ".join(said)
+
+
+SPANS = {"rank": "LoRA rank", "batch_size": "batch", "steps": "updates"}
+
+
+def _millions(n: float) -> str:
+    return f"{n / 1e6:.2g}M" if n < 1e8 else f"{n / 1e6:.0f}M"
+
+
+def _span(values: pd.Series) -> str:
+    low, high = values.min(), values.max()
+    return f"{low:,g}" if low == high else f"{low:,g} to {high:,g}"
 
 
 def parts_of(folders: Sequence[Path]) -> list[Part]:
@@ -80,7 +120,8 @@ def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
             where = f", {v.group}" if several else ""
             name = f"{part.told['sweep']}: {v.claim}"
             if words:
-                text = f"{_says(part, v)}{where} (`{name}`{', primary' if v.primary else ''})"
+                whose = part.question["claims"].get(v.claim, {}).get("whose", "ours")
+                text = f"{_says(part, v)}{where} (`{name}`, {whose}{', primary' if v.primary else ''})"
             else:
                 text = f"{name}{' (primary)' if v.primary else ''}{where}"
             rows.append([text, part.told["scale"],
@@ -128,6 +169,22 @@ def contradicted(parts: Sequence[Part]) -> list[str]:
     return _markdown(rows) if refuted else []
 
 
+def tally(parts: Sequence[Part]) -> list[list[str]]:
+    """Count verdicts by whose claim it is; a claim counts once for each scale, and not again for each task."""
+    first: dict[tuple[str, str], tuple[str, str]] = {}
+    for part in parts:
+        for v in part.verdicts:
+            whose = part.question["claims"].get(v.claim, {}).get("whose", "ours")
+            first.setdefault((part.name, v.claim), (whose, v.outcome))
+    outcomes = ("SUPPORTED", "REFUTED", "UNDECIDED")
+    said = {"study": "the study's own", "popular": "popular: summaries, defaults, other papers",
+            "ours": "ours: certificates, controls"}  # fmt: skip
+    rows = [["claims", *outcomes]]
+    for whose in (w for w in said if any(a == w for a, _ in first.values())):
+        rows.append([said[whose], *(str(sum(f == (whose, o) for f in first.values())) for o in outcomes)])
+    return rows
+
+
 def _cell(part: Part, v: Verdict) -> str:
     bases = sorted({c["model"] for c in part.told["curves"]})
     where = bases[0] if len(bases) == 1 else f"{len(bases)} bases"
@@ -153,12 +210,19 @@ def _figures(part: Part, root: str) -> list[str]:
 
 def page(parts: Sequence[Part], root: str = "") -> str:
     """Write the study's page: the table, then each question with its verdicts, its figures and its command."""
-    counts = {o: sum(v.outcome == o for p in parts for v in p.verdicts) for o in ("SUPPORTED", "REFUTED", "UNDECIDED")}
+    claims = {(p.told["sweep"], v.claim) for p in parts for v in p.verdicts}
+    runs = len(set().union(*(p.run_ids for p in parts))) if parts else 0
     out = ["# The study", "",
-           f"{sum(counts.values())} claims, {len(parts)} sweeps, {sum(p.told.get('runs', 0) for p in parts):,} runs: "
-           + ", ".join(f"{n} {o}" for o, n in counts.items()) + ". A verdict holds at its scale; primary claims are corrected "
-           "for their number over the whole table (Holm). Margins were stated before the runs; "
-           "each report prints their hash.", "",
+           f"{len(claims)} claims of {len({p.told['sweep'] for p in parts})} sweeps, some asked at several scales and on "
+           f"several tasks, {runs:,} distinct runs. A verdict holds for the models, tasks and lengths of its runs, which stand "
+           "at each question below. At tiny these are models of 0.2 to 3 million parameters on a synthetic language, some "
+           "hundred updates, where LoRA mostly learns more slowly than full fine-tuning: outside of the regime in which the "
+           "study finds them equal. Nothing there says what a model of billions would do.", "",
+           "Primary claims are corrected for their number over the whole table (Holm), so that one may be open here that its "
+           "own report decides. Margins were stated before the runs, and each report prints their hash; what else of a question "
+           "changed after a look is in DECISIONS (D34, D36, D41), and each look is paid for in the interval's level. rho is full "
+           "fine-tuning's updates to a loss that both reach over LoRA's: 0.5 means that LoRA needs twice as many.", "",
+           *_markdown(tally(parts)), "",
            *table(parts), ""]  # fmt: skip
     if (refuted := contradicted(parts)):
         out += ["## Claims that were refuted, by scale", "",
@@ -172,7 +236,8 @@ def page(parts: Sequence[Part], root: str = "") -> str:
         out += [f"## {text}", "", f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(), ""]
         for part in mine:
             here = f"{root}{part.folder.name}"
-            out += [f"At scale `{part.told['scale']}`, {part.told.get('runs', 0):,} runs ([report]({here}/report.md), "
+            out += [f"At scale `{part.told['scale']}`, {part.told.get('runs', 0):,} runs, {part.trained} "
+                    f"([report]({here}/report.md), "
                     f"[table]({here}/table.csv), `{part.command}`):", "",
                     *(_said(part, v) for v in part.verdicts), "", *_figures(part, root)]  # fmt: skip
     return "\n".join(out).rstrip() + "\n"

@@ -1,7 +1,7 @@
 """Tables of runs: read them, check their columns, and split them into curves (cells equal but for lr)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,3 +153,17 @@ def learning_curves(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.DataFra
         points = pd.DataFrame(json.loads(row["result"]).get("curve") or [])
         if len(points):
             yield row, points
+
+
+def full_names(curves: Sequence[Curve]) -> list[str]:
+    """Name curves by method, rank, and whatever else tells them apart from the others."""
+    keys = [k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, "method", "rank")]
+    lora = [c for c in curves if c.key["method"] == "lora"]
+    differ = [k for k in keys if len({str(c.key[k]) for c in lora}) > 1]
+    scopes = len({(c.key.get("scope"), c.key.get("layers")) for c in curves if c.key["method"] == "fullft"}) > 1
+    names = []
+    for c in curves:
+        told = differ if c.key["method"] == "lora" else ["scope", "layers"] if scopes else []
+        names.append(", ".join([c.name, *(f"{k} {v:g}" if isinstance(v, float) else f"{v}" if k == "layers" else f"{k} {v}"
+                                          for k, v in ((k, c.key[k]) for k in told))]))  # fmt: skip
+    return names

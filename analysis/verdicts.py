@@ -100,6 +100,8 @@ REMEDIES = {
     "no curve of": "the missing arm",
     "one rank only": "another rank",
     "bounded_by_divergence": "learning rates between the best one and the first that breaks down",
+    "their order is not resolved": "an evaluation of every update, or slower learning",
+    "ends of its optimum's interval": "a narrower optimum of full fine-tuning: more seeds and rates there",
     "at_edge": "learning rates beyond the edge",
     "few_points": "more learning rates",
     "no_usable_points": "lower learning rates",

@@ -15,6 +15,7 @@ from lorasweep.methods import method_class
 from lorasweep.spec import ModelSpec, RunSpec, canonical, checked_id, run_id, with_axes
 
 MAX_RUNS = 100_000
+WHOSE = ("study", "popular", "ours")
 
 
 @dataclass
@@ -23,6 +24,8 @@ class Claim:
 
     says: str = ""
     """The claim in words, as a table shows it. Not judged, so not part of the hash."""
+    whose: str = "ours"
+    """Who claims it: `study`, `popular` (summaries of it, libraries' defaults, other papers) or `ours`. Not hashed."""
     estimand: str = ""
     expected: float = math.nan
     margin: list[float] = field(default_factory=list)
@@ -101,6 +104,8 @@ def check_sweep(name: str, sweep: Sweep) -> None:
     if not sweep.claims:
         raise SpecError(f"{where} has no claims. State at least one, with estimand and margin, before any run.")
     for key, claim in sweep.claims.items():
+        if claim.whose not in WHOSE:
+            raise SpecError(f"{where}, claim {key!r}: whose={claim.whose!r}. Write one of {', '.join(WHOSE)}.")
         low, high = (claim.margin + [math.nan, math.nan])[:2]
         if len(claim.margin) != 2 or not low < high:
             raise SpecError(f"{where}, claim {key!r}: margin={claim.margin}. Give [low, high] with low < high.")
