@@ -219,9 +219,10 @@ def page(parts: Sequence[Part], root: str = "") -> str:
            "hundred updates, where LoRA mostly learns more slowly than full fine-tuning: outside of the regime in which the "
            "study finds them equal. Nothing there says what a model of billions would do.", "",
            "Primary claims are corrected for their number over the whole table (Holm), so that one may be open here that its "
-           "own report decides. Margins were stated before the runs, and each report prints their hash; what else of a question "
-           "changed after a look is in DECISIONS (D34, D36, D41), and each look is paid for in the interval's level. rho is full "
-           "fine-tuning's updates to a loss that both reach over LoRA's: 0.5 means that LoRA needs twice as many.", "",
+           "own report decides. Margins were stated before the runs, and each report prints their hash; what else of a "
+           "question changed after a look is in DECISIONS (D34, D36, D41), and each look is paid for in the interval's "
+           "level. rho is full fine-tuning's updates to a loss that both reach over LoRA's: 0.5 means that LoRA needs twice "
+           "as many.", "",
            *_markdown(tally(parts)), "",
            *table(parts), ""]  # fmt: skip
     if (refuted := contradicted(parts)):

@@ -10,6 +10,7 @@ import pytest
 from analysis import capacity, compute, rank, study
 from analysis.prefixes import at_step
 from analysis.qualify import qualify, verdict
+from analysis.step_efficiency import weights
 from lorasweep.act import act
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -61,13 +62,39 @@ GRIDS = (f"sweep.at.smoke.lr_fullft={FULL_LR}", f"sweep.at.smoke.lr_lora={LORA_L
 def test_rank_departures_and_parity(ask, top, outcome):
     rho = {1: 0.1, 4: 0.3, 8: top}
     out, found = ask("rank", World(lambda s: rho[s.method.rank]), *GRIDS, "sweep.at.smoke.ranks=[1,4,8]",
-                     "sweep.at.smoke.top=8", "sweep.at.smoke.steps=384", "sweep.at.smoke.lr_common=3.2e-3")  # fmt: skip
+                     "sweep.at.smoke.steps=384", "sweep.at.smoke.lr_common=3.2e-3")  # fmt: skip
     assert found["parity"]["outcome"] == outcome, found["parity"]["why"]
     assert found["parity"]["estimate"]["value"] == pytest.approx(top, rel=0.05)
     assert found["start_popular"]["outcome"] == "REFUTED"  # rank 1 is apart from the first update on
     left = out["departures"]
     assert max(left["1"]) <= min(left["4"])
     assert all(v is None for v in left["8"]) == (top == 1.0)
+
+
+def test_what_a_run_is_at_a_best_rate_that_was_not_tried_is_interpolated(ask):
+    between = {"fullft": 2.1e-3, "lora": 4.4e-3}  # the tried rates are a factor 2 apart: 1.6e-3, 3.2e-3, 6.4e-3
+    world = World(lambda s: {1: 0.2, 4: 0.8}[s.method.rank], best=lambda spec, step: between[spec.method.name])
+    _, found = ask("rank", world, *GRIDS, "sweep.at.smoke.steps=384", "sweep.at.smoke.lr_common=3.2e-3")
+    assert found["parity"]["estimate"]["value"] == pytest.approx(0.8, rel=0.03)
+
+
+def test_ranks_that_all_leave_at_once_have_no_order(ask):
+    _, found = ask("rank", World(lambda s: 0.05 * s.method.rank), *GRIDS, "sweep.at.smoke.steps=384",
+                   "sweep.at.smoke.lr_common=3.2e-3")  # fmt: skip
+    assert found["order"]["outcome"] == "UNDECIDED" and "order is not resolved" in found["order"]["why"]
+
+
+def test_weights_are_lagranges_and_keep_away_from_a_cliff():
+    tried = [math.log(r) for r in (1e-3, 2e-3, 4e-3, 8e-3)]
+    at = math.log(2.8e-3)
+    for heights in ({x: -x for x in tried}, {x: x for x in tried}):
+        found = weights(tried, at, heights)
+        assert len(found) == 3 and sum(found.values()) == pytest.approx(1)
+        assert sum(w * (x - 1) ** 2 for x, w in found.items()) == pytest.approx((at - 1) ** 2)  # exact for parabolas
+    assert min(found) == tried[0]  # the loss falls towards lower rates, so the third one lies there
+    assert weights(tried, math.log(0.5e-3), heights) == {tried[0]: 1.0}
+    assert weights(tried, tried[1], heights) == {tried[1]: 1.0}
+    assert set(weights([tried[0], tried[1]], math.log(1.5e-3), heights)) == {tried[0], tried[1]}
 
 
 def test_departure_of_a_known_curve():
