@@ -162,11 +162,13 @@ def _one_size(cells: Sequence[Cell]) -> list[str]:
 
 def _panels(cells: Sequence[Cell], beyond: Sequence[Outside]) -> list[Panel]:
     over_alpha, over_hidden = [], []
-    for k, model in enumerate(dict.fromkeys(c.model for c in cells)):
-        over_alpha.append(_series(model, [c for c in cells if c.model == model], "alpha", k))
+    models = list(dict.fromkeys(c.model for c in cells))
+    beside = {m: 1.05 ** (k - (len(models) - 1) / 2) for k, m in enumerate(models)}  # so that bases do not cover each other
+    for k, model in enumerate(models):
+        over_alpha.append(_series(model, [c for c in cells if c.model == model], "alpha", k, beside))
     alphas = sorted({c.alpha for c in cells})
     for k, alpha in enumerate(alphas):
-        over_hidden.append(_series(f"alpha {alpha:g}", [c for c in cells if c.alpha == alpha], "hidden", k, "o"))
+        over_hidden.append(_series(f"alpha {alpha:g}", [c for c in cells if c.alpha == alpha], "hidden", k, beside, "o"))
     others = [o for o in beyond if o.alpha == 32.0]
     ends = ([getattr(o.ratio, k) for o in others] for k in ("value", "low", "high"))
     sizes = [o.hidden for o in others]
@@ -183,7 +185,9 @@ def _panels(cells: Sequence[Cell], beyond: Sequence[Outside]) -> list[Panel]:
                   log_y=True, ticks=[(h, f"{h:g}") for h in sorted(set(hiddens))])]  # fmt: skip
 
 
-def _series(label: str, cells: Sequence[Cell], x: str, colour: int, style: str = "o-") -> Series:
+def _series(
+    label: str, cells: Sequence[Cell], x: str, colour: int, beside: dict[str, float], style: str = "o-"
+) -> Series:  # fmt: skip
     known = sorted((c for c in cells if c.ratio.value is not None), key=lambda c: getattr(c, x))
     ends = ([getattr(c.ratio, k) for c in known] for k in ("value", "low", "high"))
-    return Series(label, [getattr(c, x) for c in known], *ends, style=style, colour=colour)
+    return Series(label, [getattr(c, x) * beside[c.model] for c in known], *ends, style=style, colour=colour)

@@ -185,7 +185,7 @@ def panels(parts: Sequence[Panel], path: Path, columns: int = 2) -> None:
         plt.close(fig)
 
 
-MANY = 6
+MANY = 3
 """A legend of more entries finds no room among the points, so it stands below them."""
 
 
@@ -221,7 +221,8 @@ def _panel(ax: Any, panel: Panel) -> None:
         ax.xaxis.set_minor_locator(NullLocator())
     told = ax.get_legend_handles_labels()[1]
     if len(told) > MANY:
-        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
+        lines = max((t.count("\n") for _, t in panel.ticks or ()), default=0)
+        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15 - 0.04 * lines), ncol=2)
     elif told:
         ax.legend(frameon=False, fontsize=8)
 

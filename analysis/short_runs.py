@@ -128,8 +128,12 @@ def norms(
         names = names or list(first) if o.curve.key["method"] == "lora" else names  # the embedding is full fine-tuning's only
         shown.append((o.curve.name, first))
     series = [Series(n, range(len(names)), [v.get(m, {}).get("delta") for m in names], style="o") for n, v in shown]
-    panel = [Panel("one seed, interpolated to each curve's best rate", "matrix, from the first layer to the unembedding",
-                   "spectral norm of the change", series, log_y=True)] if series else []  # fmt: skip
+    layers = [n.split(".layers.")[1].split(".")[0] if ".layers." in n else "head" for n in names]
+    of_one = ", ".join(n.rsplit(".", 1)[-1].removesuffix("_proj") for n, layer in zip(names, layers) if layer == layers[0])
+    ticks = [(float(k), layer if layer == "head" else f"layer {layer}") for k, layer in enumerate(layers)
+             if k == 0 or layer != layers[k - 1]]  # fmt: skip
+    panel = [Panel("one seed, interpolated to each curve's best rate", f"matrices of a layer from left to right: {of_one}",
+                   "spectral norm of the change", series, log_y=True, ticks=ticks)] if series else []  # fmt: skip
     return growth, movement, rows, panel
 
 
