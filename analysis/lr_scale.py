@@ -163,7 +163,7 @@ def _one_size(cells: Sequence[Cell]) -> list[str]:
 def _panels(cells: Sequence[Cell], beyond: Sequence[Outside]) -> list[Panel]:
     over_alpha, over_hidden = [], []
     models = list(dict.fromkeys(c.model for c in cells))
-    beside = {m: 1.05 ** (k - (len(models) - 1) / 2) for k, m in enumerate(models)}  # so that bases do not cover each other
+    beside = {m: 1.035 ** (k - (len(models) - 1) / 2) for k, m in enumerate(models)}  # so that bases do not cover each other
     for k, model in enumerate(models):
         over_alpha.append(_series(model, [c for c in cells if c.model == model], "alpha", k, beside))
     alphas = sorted({c.alpha for c in cells})

@@ -127,6 +127,7 @@ def norms(
         first = next(iter(mine.values()))
         names = names or list(first) if o.curve.key["method"] == "lora" else names  # the embedding is full fine-tuning's only
         shown.append((o.curve.name, first))
+    names.sort(key=lambda n: ".layers." not in n)  # the unembedding last; the sort keeps the layers' order
     series = [Series(n, range(len(names)), [v.get(m, {}).get("delta") for m in names], style="o") for n, v in shown]
     layers = [n.split(".layers.")[1].split(".")[0] if ".layers." in n else "head" for n in names]
     of_one = ", ".join(n.rsplit(".", 1)[-1].removesuffix("_proj") for n, layer in zip(names, layers) if layer == layers[0])
