@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis import capacity, compute, rank, study
+from analysis import capacity, compute, layers, rank, study
 from analysis.prefixes import at_step
 from analysis.qualify import qualify, verdict
 from analysis.step_efficiency import weights
@@ -82,6 +82,13 @@ def test_ranks_that_all_leave_at_once_have_no_order(ask):
     _, found = ask("rank", World(lambda s: 0.05 * s.method.rank), *GRIDS, "sweep.at.smoke.steps=384",
                    "sweep.at.smoke.lr_common=3.2e-3")  # fmt: skip
     assert found["order"]["outcome"] == "UNDECIDED" and "order is not resolved" in found["order"]["why"]
+
+
+@pytest.mark.parametrize("scale", ["smoke", "tiny", "tiny_128", "small", "paper"])
+def test_attention_and_mlp_have_equal_parameters_at_every_scale(compose, scale):
+    points = [p for p in compose("+sweep=layers", f"scale={scale}").points if p.arm == "lora"]
+    size = {p.spec.method.layers: p.spec.method.n_trainable(p.spec.model) for p in points}
+    assert abs(math.log(size["attention"] / size["mlp"])) < math.log(1 + layers.PARAMETERS_AGREE)
 
 
 def test_weights_are_lagranges_and_keep_away_from_a_cliff():
