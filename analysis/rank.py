@@ -183,7 +183,8 @@ def _start(table: pd.DataFrame, lora: Sequence[Optimum]) -> tuple[Estimate, list
     found: dict[int, dict[int, list[dict[float, float]]]] = {}
     for row, points in learning_curves(part[part["lr"].isin(rates)]):
         found.setdefault(int(row["rank"]), {}).setdefault(int(row["seed"]), []).append(dict(before_last(points)))
-    drawn = {r: seeds for r, seeds in found.items() if all(len(draws) > 1 for draws in seeds.values())}
+    again = {r: {s: draws for s, draws in seeds.items() if len(draws) > 1} for r, seeds in found.items()}
+    drawn = {r: seeds for r, seeds in again.items() if seeds}
     if top not in drawn or len(drawn) < 2:
         return Estimate(None), [], None
     steps = sorted(set.intersection(*(set(c) for seeds in drawn.values() for draws in seeds.values() for c in draws)))
