@@ -222,7 +222,7 @@ def _panel(ax: Any, panel: Panel) -> None:
     told = ax.get_legend_handles_labels()[1]
     if len(told) > MANY:
         lines = max((t.count("\n") for _, t in panel.ticks or ()), default=0)
-        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16 - 0.055 * lines), ncol=2)
+        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17 - 0.07 * lines), ncol=2)
     elif told:
         ax.legend(frameon=False, fontsize=8)
 
