@@ -120,17 +120,25 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     tasks = tasks_of(table)
     group = " and ".join(t.name for t in tasks) if len(tasks) < 3 else f"all {len(tasks)} tasks"
     told = [_compared(t) for t in tasks]
-    worse, both = [(c.task, c.worse) for c in told if c.used], [(c.task, c.both) for c in told if c.used]
-    gates = [f"{c.task.name}: {g}" for c in told for g in c.gates]
-    optima = [o for t in tasks for o in ([t.full.optimum] if t.full else []) + [a.optimum for a in (*t.restricted, *t.lora)]]
-    rests = [o for c in told for o in c.used]
+    each = [v for c in told if len(tasks) > 1 for v in _of_task(c, question)]
+    used = [c for c in told if c.pair and c.joint]
+    worse, both = [(c.task, c.worse) for c in used], [(c.task, c.both) for c in used]
+    optima = [a.optimum for t in tasks for a in (*([t.full] if t.full else []), *t.restricted, *t.lora)]
     hardest = max((e for _, e in worse if e.value is not None), key=lambda e: e.value, default=Estimate(None))
     lowest = min((e for _, e in both if e.value is not None), key=lambda e: e.value, default=Estimate(None))
-    measured = {"attention_over_mlp": (hardest, gates), "mlp_over_both": (lowest, gates),
-                "trace_correlation": (_trace(tasks), gates)}  # fmt: skip
-    found = judging.verdicts(question, measured, (), group, judging.seeds(rests))
-    each = [v for c in told if len(tasks) > 1 for v in _of_task(c, question)]
-    found = [_by_task(v, [w for w in each if w.claim == v.claim]) for v in found] + each
+    found: list[Verdict] = []
+    for estimand, e, pick in (("attention_over_mlp", hardest, _Compared.of_pair),
+                              ("mlp_over_both", lowest, _Compared.of_joint)):  # fmt: skip
+        gates = [f"{c.task.name}: {g}" for c in told for g in _gates(c, pick(c))]
+        found += [_by_task(v, [w for w in each if w.claim == v.claim])
+                  for v in _judged(question, estimand, e, gates, group, [o for c in used for o in pick(c)])]  # fmt: skip
+    trace = _trace(used)
+    few = [] if trace.n >= FEWEST else [f"task: {trace.n} layer sets over all tasks, a correlation needs {FEWEST}"]
+    rests = list({id(o): o for c in used for o in (*c.of_pair(), *c.of_joint())}.values())
+    found += _judged(question, "trace_correlation", trace, few + [f"{c.task.name}: {g}" for c in told for g in
+                     _gates(c, [*c.of_pair(), *c.of_joint()])], group, rests)  # fmt: skip
+    order = list(question["claims"])
+    found = sorted(found, key=lambda v: order.index(v.claim)) + each
     sections = [_over_tasks(worse, both), *(_arms(t) for t in tasks),
                 Section("Layer sets", figure="layers.png", draw=lambda p: plots.panels([_panel(t) for t in tasks], p),
                         caption="step efficiency by layer set and task")]  # fmt: skip
@@ -140,59 +148,92 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     return Findings(optima, judging.corrected(found, question), sections, measures, {group: rests})
 
 
+FEWEST = 5
+"""Layer sets over all tasks below which no correlation is told."""
+
+
 @dataclass(frozen=True)
 class _Compared:
-    """What one task says, and what forbids a verdict on it."""
+    """What one task says: attention and MLP at equal parameters, MLP and both at equal rank."""
 
     task: Task
-    worse: Estimate
-    both: Estimate
-    gates: list[str]
-    used: list[Optimum]
+    pair: tuple[Arm, Arm] | None
+    joint: tuple[Arm, Arm] | None
+    """MLP, and attention+MLP of its rank."""
+
+    @property
+    def worse(self) -> Estimate:
+        """rho of attention over rho of the MLP."""
+        return rho_ratio(*self.pair, self.task.full) if self.pair else Estimate(None)
+
+    @property
+    def both(self) -> Estimate:
+        """rho of the MLP over rho of attention+MLP."""
+        return rho_ratio(*self.joint, self.task.full) if self.joint else Estimate(None)
+
+    def of_pair(self) -> list[Optimum]:
+        """The optima that `worse` rests on."""
+        return [a.optimum for a in (self.task.full, *self.pair)] if self.pair else []
+
+    def of_joint(self) -> list[Optimum]:
+        """The optima that `both` rests on."""
+        return [a.optimum for a in (self.task.full, *self.joint)] if self.joint else []
 
 
 def _compared(task: Task) -> _Compared:
-    pair, joint = equal_pair(task), task.get("attention+mlp")
-    mlp = task.get("mlp", joint.rank if joint else None)
-    if task.full is None or pair is None or joint is None or mlp is None:
-        why = "no curve of attention and mlp at equal parameters, or of attention+mlp at mlp's rank"
-        return _Compared(task, Estimate(None), Estimate(None), [why], [])
-    worse, both = rho_ratio(*pair, task.full), rho_ratio(mlp, joint, task.full)
-    used = list({id(a.optimum): a.optimum for a in (task.full, *pair, joint, mlp)}.values())
-    gates = [*stalled([task.full.optimum], [task.full.points]), *judging.gates(used)]
-    if all(o.best_lr.value is not None for o in used) and (worse.value is None or both.value is None):
+    pair, both = equal_pair(task), task.get("attention+mlp")
+    mlp = task.get("mlp", both.rank) if both else None
+    if task.full is None or pair is None or both is None or mlp is None:
+        return _Compared(task, None, None)
+    return _Compared(task, pair, (mlp, both))
+
+
+def _gates(c: _Compared, used: Sequence[Optimum]) -> list[str]:
+    if not used:
+        return ["no curve of attention and mlp at equal parameters, or of attention+mlp at mlp's rank"]
+    gates = [*stalled([c.task.full.optimum], [c.task.full.points]), *judging.gates(used)]
+    if not gates and any(e.value is None for e in (c.worse, c.both)):
         gates.append("full fine-tuning or a layer set is there at its first evaluation: only bounds")
-    return _Compared(task, worse, both, gates, used)
+    return gates
+
+
+def _judged(
+    question: dict[str, Any], estimand: str, e: Estimate, gates: list[str], group: str, rests: Sequence[Optimum]
+) -> list[Verdict]:  # fmt: skip
+    """Judge the claims about one estimand, by the seeds at the optima that it rests on."""
+    claims = {k: v for k, v in question["claims"].items() if v["estimand"] == estimand}
+    return judging.verdicts({**question, "claims": claims}, {estimand: (e, gates)}, (), group, judging.seeds(rests))
 
 
 def _of_task(c: _Compared, question: dict[str, Any]) -> list[Verdict]:
     """Judge one task alone. Secondary: the claim is about all of them."""
-    measured = {"attention_over_mlp": (c.worse, c.gates), "mlp_over_both": (c.both, c.gates)}
-    claims = {k: {**v, "primary": False} for k, v in question["claims"].items() if v["estimand"] in measured}
-    return judging.verdicts({**question, "claims": claims}, measured, (), c.task.name, judging.seeds(c.used))
+    told = {"attention_over_mlp": (c.worse, c.of_pair()), "mlp_over_both": (c.both, c.of_joint())}
+    secondary = {**question, "claims": {k: {**v, "primary": False} for k, v in question["claims"].items()}}
+    return [v for estimand, (e, used) in told.items()
+            for v in _judged(secondary, estimand, e, _gates(c, used), c.task.name, used)]  # fmt: skip
 
 
 def _by_task(v: Verdict, each: Sequence[Verdict]) -> Verdict:
-    """Say of a verdict over all tasks that it depends on the task, where it does."""
-    outcomes = {w.outcome for w in each}
-    if not {"SUPPORTED", "REFUTED"} <= outcomes:
+    """Let a verdict over all tasks be SUPPORTED only where each task's is, and say where it depends on the task."""
+    outcomes = sorted(w.outcome for w in each)
+    if not each or len(set(outcomes)) == 1 or (v.outcome == "UNDECIDED" and not {"SUPPORTED", "REFUTED"} <= set(outcomes)):
         return v
-    counts = ", ".join(f"{o} on {sum(w.outcome == o for w in each)}" for o in sorted(outcomes))
-    return dataclasses.replace(v, why=f"depends on the task ({counts}); {v.why}")
+    why = f"by task: {', '.join(f'{o} on {outcomes.count(o)}' for o in sorted(set(outcomes)))}; {v.why}"
+    return dataclasses.replace(v, why=why, outcome="UNDECIDED" if v.outcome == "SUPPORTED" else v.outcome)
 
 
-def _trace(tasks: Sequence[Task]) -> Estimate:
-    """Spearman's correlation between ln of rho and ln of the gradient's share over layer sets and tasks, each task's own mean
-    taken out; bootstrap over tasks is pointless at three, so the interval is Fisher's."""
+def _trace(told: Sequence[_Compared]) -> Estimate:
+    """Spearman's correlation between ln of rho and ln of the gradient's share over the layer sets that are compared, each
+    task's own mean taken out; bootstrap over tasks is pointless at three, so the interval is Fisher's."""
     x, y = [], []
-    for t in tasks:
-        arms = [a for a in t.lora if a.layers in ("attention", "mlp", "attention+mlp") and a.share and t.full]
-        logs = [(math.log(a.share), v) for a in arms if (v := _mean_log(per_seed(a.points, t.full.points))) is not None]
+    for c in told:
+        arms = [a for a in (*c.pair, c.joint[1]) if a.share]
+        logs = [(math.log(a.share), v) for a in arms if (v := _mean_log(per_seed(a.points, c.task.full.points))) is not None]
         if len(logs) > 1:
             centre = np.mean(logs, axis=0)
             x += [v - centre[0] for v, _ in logs]
             y += [v - centre[1] for _, v in logs]
-    if len(x) < 5:
+    if len(x) < FEWEST:
         return Estimate(None, n=len(x))
     r = float(stats.spearmanr(x, y).statistic)
     z = math.atanh(min(max(r, -0.999), 0.999)) + stats.norm.ppf((np.arange(4000) + 0.5) / 4000) * 1.06 / math.sqrt(len(x) - 3)

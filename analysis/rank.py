@@ -18,7 +18,7 @@ from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.qualify import stalled
-from analysis.results import Estimate, from_sample, number, rate, signed, with_interval
+from analysis.results import Estimate, from_draws, from_sample, number, rate, signed, with_interval
 from analysis.step_efficiency import Points, at_best, before_last, rho
 from analysis.table import curves, learning_curves
 
@@ -62,14 +62,15 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     top = lora[-1]
     left = {int(o.curve.key["rank"]): _departures(mine[id(o)], mine[id(full)], full.curve.nll_start) for o in lora}
     slope, note = _slope(left)
-    unresolved = _at_once(left) + _by_rate(plain, full, lora, mine, question)
+    first = min((p[0][0] for p in mine[id(full)].values() if p), default=1.0)
+    unresolved = _at_once(left, first) + _by_rate(plain, full, lora, mine, question)
     alike, band_rows, band_panel = _start(table, lora)
     speed = rho(mine[id(top)], mine[id(full)])
     over = stalled([full, top], [mine[id(full)], mine[id(top)]])
     measured = {
         "departure_slope": (slope, judging.gates([full, *lora]) + over + unresolved),
         "rho_top_rank": (speed, judging.gates([full, top]) + over),
-        "identical_steps": (alike, [] if alike.value is not None else ["no curve of redraws of A at two ranks"]),
+        "identical_steps": (alike, [] if alike.n else ["no curve of redraws of A at two ranks"]),
     }
     found = judging.corrected(
         judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, *lora])), question
@@ -121,13 +122,12 @@ def _slope(left: dict[int, dict[int, float]]) -> tuple[Estimate, str]:
     return from_sample(slopes, flags=flags), note
 
 
-def _at_once(left: dict[int, dict[int, float]]) -> list[str]:
+def _at_once(left: dict[int, dict[int, float]], first: float) -> list[str]:
     """Say, as a gate, that the ranks' order cannot be told: fewer than two of them are with full fine-tuning at the first
     evaluation."""
-    first = min((v for mine in left.values() for v in mine.values()), default=1.0)
-    later = [r for r, mine in left.items() if mine and np.median(list(mine.values())) > max(first, 1.0)]
-    gone = ", ".join(str(r) for r in left if r not in later)
-    return [] if len(later) > 1 else [f"rank(s) {gone} have left at the first evaluation: their order is not resolved"]
+    gone = [str(r) for r, mine in left.items() if mine and np.median(list(mine.values())) <= first]
+    return [] if len(left) - len(gone) > 1 else [f"rank(s) {', '.join(gone)} have left at the first evaluation: their order is "
+                                                 "not resolved"]  # fmt: skip
 
 
 def _by_rate(
@@ -192,21 +192,44 @@ def _start(table: pd.DataFrame, lora: Sequence[Optimum]) -> tuple[Estimate, list
             for r, seeds in drawn.items()}  # fmt: skip
     spread = {r: np.mean([np.var([[c[t] for t in steps] for c in draws], 0, ddof=1) for draws in seeds.values()], 0)
               for r, seeds in drawn.items()}  # fmt: skip
-    series, rows, until = [], [["rank", "leaves the band at step", "difference at the first step (nats)", "band there"]], []
+    band = {r: 1.96 * np.sqrt(spread[r] + spread[top]) for r in drawn}  # of the difference of two single runs
+    series, rows = [], [["rank", "leaves the band at step", "difference at the first step (nats)", "band there"]]
     for k, rank in enumerate(sorted(drawn.keys() - {top}), 1):
-        seeds = sorted(drawn[rank].keys() & drawn[top].keys())
-        apart = np.mean([mean[rank][s] - mean[top][s] for s in seeds], 0)
-        band = 1.96 * np.sqrt(spread[rank] + spread[top])  # of the difference of two single runs
-        out = np.abs(apart) > band
-        twice = [i for i in range(len(steps)) if out[i] and (i + 1 == len(steps) or out[i + 1])]
-        at = twice[0] if twice else None
-        until.append((steps[at - 1] if at else 0.0, steps[at]) if at is not None else (steps[-1], math.inf))
-        rows.append([str(rank), "never" if at is None else number(steps[at]), signed(float(apart[0])), signed(float(band[0]))])
+        apart = np.mean([mean[rank][s] - mean[top][s] for s in sorted(drawn[rank].keys() & drawn[top].keys())], 0)
+        at = _leaves(apart, band[rank], steps)
+        rows.append([str(rank), _step(at), signed(float(apart[0])), signed(float(band[rank][0]))])
+        half = list(band[rank])
         series += [Series(f"rank {rank}", steps, list(apart), colour=k),
-                   Series(f"95% of redraws, rank {rank}", [*steps, math.nan, *steps], [*band, math.nan, *(-band)], style=":",
-                          colour=k, alpha=0.7)]  # fmt: skip
-    low, high = min(until)
-    value = Estimate(high, low, high, len(until)) if math.isfinite(high) else Estimate(None, low, None, len(until))
+                   Series(f"95% of redraws, rank {rank}", [*steps, math.nan, *steps], [*half, math.nan, *(-v for v in half)],
+                          style=":", colour=k, alpha=0.7)]  # fmt: skip
     panel = Panel(f"one rate for all ranks ({rates[0]:g}), mean over seeds and draws", "updates",
                   f"NLL - NLL of rank {top} (nats)", series, log_x=True)  # fmt: skip
-    return value, rows, panel
+    return _first_to_leave(drawn, band, steps), rows, panel
+
+
+def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> float:
+    """Return the first step from which two evaluations in turn (or the last one) lie outside of the band; infinite if none."""
+    out = np.abs(apart) > band
+    twice = [i for i in range(len(steps)) if out[i] and (i + 1 == len(steps) or out[i + 1])]
+    return steps[twice[0]] if twice else math.inf
+
+
+RESAMPLES = 2000
+
+
+def _first_to_leave(
+    drawn: dict[int, dict[int, list[dict[float, float]]]], band: dict[int, np.ndarray], steps: Sequence[float]
+) -> Estimate:
+    """Return the step at which the first rank leaves, its interval by a bootstrap over seeds and, within them, draws of A. A
+    rank that never leaves counts as twice the last step."""
+    top, rng = max(drawn), np.random.default_rng(20251126)
+    seeds = sorted(set.intersection(*(set(v) for v in drawn.values())))
+    curves_of = {r: {s: np.array([[c[t] for t in steps] for c in drawn[r][s]]) for s in seeds} for r in drawn}
+    found = []
+    for _ in range(RESAMPLES):
+        mine = rng.choice(seeds, len(seeds))
+        mean = {r: np.mean([c[s][rng.integers(0, len(c[s]), len(c[s]))].mean(0) for s in mine], 0)
+                for r, c in curves_of.items()}  # fmt: skip
+        found.append(min(_leaves(mean[r] - mean[top], band[r], steps) for r in drawn if r != top))
+    n = sum(len(draws) for by_seed in drawn.values() for draws in by_seed.values())
+    return from_draws(np.minimum(np.array(found), 2.0 * steps[-1]), n)

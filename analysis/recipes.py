@@ -17,14 +17,12 @@ from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.results import Estimate, from_sample, number, rate, signed, with_interval
-from analysis.step_efficiency import at_best, rho, same, values_at_best, weights
+from analysis.step_efficiency import NEAR, at_best, rho, same, values_at_best, weights
 from analysis.table import curves, full_names
 
 ESTIMANDS = ("attention_at_full_lr", "alpha_twice_rank", "default_rate", "original", "ten_times", "small_data_rank",
              "retention")  # fmt: skip
 LOG_ESTIMANDS = ("small_data_rank",)
-NEAR = math.log(1.5)
-"""Where the rates around a recipe's one are not all sound, it is read from the one within this of it."""
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -157,9 +155,10 @@ def _retention(
     a, b = lost.get(id(tuned), {}), lost.get(id(full), {})
     share = from_sample([a[s] / b[s] for s in sorted(a.keys() & b.keys()) if b[s] > 0])
     equal = _at_equal_learning(table, full, tuned)
-    if equal is not None:
-        rows.append(["full fine-tuning at a lower rate, where it has learned what tuned LoRA learns", rate(equal["lr"]),
-                     *(number(equal[k], 4) for k in ("test", "after", "before")), number(equal["lost"], 4)])  # fmt: skip
+    for seed, v in equal.items():
+        rows.append([f"full fine-tuning at a lower rate, where it has learned what tuned LoRA learns: seed {seed}, LoRA's own "
+                     f"there {number(v['lora'])} forgotten", rate(v["lr"]),
+                     *(number(v[k], 4) for k in ("test", "after", "before")), number(v["lost"])])  # fmt: skip
     panel = Panel("one point a rate, mean over seeds", "test NLL on the new task (nats)", "NLL on the pretraining task (nats)",
                   series)  # fmt: skip
     return (share, judging.gates([full, tuned])), rows, panel if series else None
@@ -172,29 +171,28 @@ def _retained(row: pd.Series) -> dict[str, float]:
             "lost": float(row["retain_nll"] - row["retain_start"])}  # fmt: skip
 
 
-def _frontier(table: pd.DataFrame, o: Optimum) -> list[dict[str, float]]:
-    """What a curve's finished runs learn and forget, mean over the seeds of a rate, by rising rate."""
+def _frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> list[dict[str, float]]:
+    """What a curve's finished runs learn and forget, mean over the seeds of a rate (or of one seed), by rising rate."""
     found: dict[float, list[dict[str, float]]] = {}
     for _, row in table[table["status"] == "done"].iterrows():
-        if same(row, o) and (told := _retained(row)):
+        if same(row, o) and seed in (None, row["seed"]) and (told := _retained(row)):
             found.setdefault(float(row["lr"]), []).append(told)
     return [{"lr": lr, **{k: float(np.mean([v[k] for v in found[lr]])) for k in found[lr][0]}} for lr in sorted(found)]
 
 
-def _at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> dict[str, float] | None:
-    """What full fine-tuning forgets at the rate below its best at which its loss on the new task is tuned LoRA's,
-    interpolated between rates; None if there is no such rate."""
+def _at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> dict[int, dict[str, float]]:
+    """What full fine-tuning forgets, by seed, at the rate below its best at which its loss on the new task is tuned LoRA's of
+    that seed, interpolated between rates; seeds without such a rate are left out."""
     (runs,) = values_at_best(table, [tuned], _retained)
-    if not runs or full.best_lr.value is None:
-        return None
-    goal = float(np.mean([v["test"] for v in runs.values()]))
-    path = [v for v in _frontier(table, full) if v["lr"] <= 1.01 * full.best_lr.value]
-    for before, after in itertools.pairwise(path):
-        if before["test"] >= goal >= after["test"]:
-            w = (before["test"] - goal) / max(before["test"] - after["test"], 1e-12)
-            lr = math.exp((1 - w) * math.log(before["lr"]) + w * math.log(after["lr"]))
-            return {**{k: (1 - w) * before[k] + w * after[k] for k in before}, "lr": lr}
-    return None
+    out: dict[int, dict[str, float]] = {}
+    for seed, mine in runs.items() if full.best_lr.value is not None else ():
+        path = [v for v in _frontier(table, full, seed) if v["lr"] <= 1.01 * full.best_lr.value]
+        for before, after in itertools.pairwise(path):
+            if before["test"] >= mine["test"] >= after["test"]:
+                w = (before["test"] - mine["test"]) / max(before["test"] - after["test"], 1e-12)
+                lr = math.exp((1 - w) * math.log(before["lr"]) + w * math.log(after["lr"]))
+                out[seed] = {**{k: (1 - w) * before[k] + w * after[k] for k in before}, "lr": lr, "lora": mine["lost"]}
+    return out
 
 
 def _bars(measured: dict[str, tuple[Estimate, list[str]]]) -> Panel:

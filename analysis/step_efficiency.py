@@ -88,6 +88,8 @@ def at_best(
     return [{seed: sorted(v.items()) for seed, v in mine.items()} for mine in found]
 
 
+NEAR = math.log(1.5)
+"""A run within this of the best rate may stand for it where no other lies on its other side."""
 REACH = math.log(4.1)
 """A tried rate further than a factor 4 from the best one says nothing about it."""
 
@@ -115,8 +117,21 @@ def values_at_best(
             if where in usable and same(row, o) and (values := read(row)):
                 runs.setdefault(where[0], {})[where[1]] = values
         heights = {x: float(np.mean([y for (_, v), y in usable.items() if v == x])) for _, x in usable}
-        out.append({seed: _mixed(by_rate, weights(list(by_rate), math.log(at), heights)) for seed, by_rate in runs.items()})
+        shares = _shares_by_seed(runs, math.log(at), heights) if runs else {}
+        out.append({seed: _mixed(runs[seed], share) for seed, share in shares.items()})
     return out
+
+
+def _shares_by_seed(
+    runs: dict[int, dict[float, Any]], at: float, heights: Mapping[float, float]
+) -> dict[int, dict[float, float]]:  # fmt: skip
+    """Return the weights by seed: of the rates that all seeds have, if those lie on both sides of the best one, so that seeds
+    are alike; else of each seed's own. A seed without a rate on both sides, or NEAR, is left out."""
+    common = set.intersection(*(set(by_rate) for by_rate in runs.values()))
+    if common and min(common) <= at <= max(common):
+        return dict.fromkeys(runs, weights(list(common), at, heights))
+    own = {seed: weights(list(by_rate), at, heights) for seed, by_rate in runs.items()}
+    return {seed: w for seed, w in own.items() if len(w) > 1 or abs(next(iter(w)) - at) <= NEAR}
 
 
 def _mixed(by_rate: dict[float, dict[Any, float]], share: dict[float, float]) -> dict[Any, float]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.results import Estimate, Verdict, with_interval
-from analysis.verdicts import holm
+from analysis.results import LEVEL, Estimate, Verdict, with_interval
+from analysis.verdicts import holm, look_level
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- answers: made by `python -m analysis study` -->", "<!-- end of answers -->"
@@ -97,8 +97,14 @@ def parts_of(folders: Sequence[Path]) -> list[Part]:
         return (ORDER.index(sweep) if sweep in ORDER else len(ORDER), sweep, part.told["scale"])
 
     parts = sorted(found.values(), key=place)
-    corrected = iter(holm([v for p in parts for v in p.verdicts]))
+    corrected = iter(holm([_paid(v, p.question) for p in parts for v in p.verdicts]))
     return [Part(p.folder, p.told, p.question, [next(corrected) for _ in p.verdicts]) for p in parts]
+
+
+def _paid(v: Verdict, question: dict[str, Any]) -> Verdict:
+    """Raise a verdict's p by what its sweep's looks cost: the level of one look stands for the level of all of them."""
+    share = (1 - LEVEL) / (1 - look_level(int(question.get("rounds", 1))))
+    return v if v.p is None else replace(v, p=min(1.0, v.p * share))
 
 
 def _verdict(plain: dict[str, Any]) -> Verdict:
@@ -227,8 +233,9 @@ def page(parts: Sequence[Part], root: str = "") -> str:
            *table(parts), ""]  # fmt: skip
     if (refuted := contradicted(parts)):
         out += ["## Claims that were refuted, by scale", "",
-                "Does a refutation hang on one base? `tiny_s1` has a base of another pretraining seed, `tiny_128` one of "
-                "twice the width, `small` a real pretrained model; the base stands in brackets.", "", *refuted, ""]  # fmt: skip
+                "Does a refutation hang on one base? The base stands in brackets: tiny64 and tiny128 differ in width, "
+                "tiny64-s1 is tiny64 of another pretraining seed, smollm2 a real pretrained model.", "",
+                *refuted, ""]  # fmt: skip
     by_question: dict[str, list[Part]] = {}
     for part in parts:
         by_question.setdefault(part.question["question"], []).append(part)
@@ -246,7 +253,7 @@ def page(parts: Sequence[Part], root: str = "") -> str:
 
 def _said(part: Part, v: Verdict) -> str:
     where = f" ({v.group})" if len({w.group for w in part.verdicts}) > 1 else ""
-    rest = f"; {v.why}" if v.outcome == "UNDECIDED" else ""
+    rest = f"; {v.why}" if v.outcome == "UNDECIDED" or v.why.startswith("by task") else ""
     told = f"measured {with_interval(v.estimate)}, to lie within {_margin(v)}"
     return f"- **{v.outcome}**: {_says(part, v)}{where}; {told}{rest}."
 

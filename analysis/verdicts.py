@@ -18,7 +18,7 @@ MIN_SEEDS = 3
 """Seeds at the rates around the optimum below which no verdict is given: fewer say nothing of the noise there."""
 MAX_NEEDED = 64
 """More seeds than this are reported as 'more than'."""
-POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221}
+POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221, 4: 0.0182}
 """Level of each look by the number of looks planned, so that all together err in 5% (Pocock, Biometrika 64, 1977)."""
 
 
@@ -100,7 +100,7 @@ REMEDIES = {
     "no curve of": "the missing arm",
     "one rank only": "another rank",
     "bounded_by_divergence": "learning rates between the best one and the first that breaks down",
-    "their order is not resolved": "an evaluation of every update, or slower learning",
+    "their order is not resolved": "a base that learns more slowly, or ranks nearer to full fine-tuning",
     "ends of its optimum's interval": "a narrower optimum of full fine-tuning: more seeds and rates there",
     "at_edge": "learning rates beyond the edge",
     "few_points": "more learning rates",
