@@ -127,16 +127,16 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     hardest = max((e for _, e in worse if e.value is not None), key=lambda e: e.value, default=Estimate(None))
     lowest = min((e for _, e in both if e.value is not None), key=lambda e: e.value, default=Estimate(None))
     found: list[Verdict] = []
-    for estimand, e, pick in (("attention_over_mlp", hardest, _Compared.of_pair),
-                              ("mlp_over_both", lowest, _Compared.of_joint)):  # fmt: skip
-        gates = [f"{c.task.name}: {g}" for c in told for g in _gates(c, pick(c))]
+    for estimand, e, pick, of in (("attention_over_mlp", hardest, _Compared.of_pair, lambda c: c.worse),
+                                  ("mlp_over_both", lowest, _Compared.of_joint, lambda c: c.both)):  # fmt: skip
+        gates = [f"{c.task.name}: {g}" for c in told for g in _gates(c, pick(c), of(c))]
         found += [_by_task(v, [w for w in each if w.claim == v.claim])
                   for v in _judged(question, estimand, e, gates, group, [o for c in used for o in pick(c)])]  # fmt: skip
     trace = _trace(used)
     few = [] if trace.n >= FEWEST else [f"task: {trace.n} layer sets over all tasks, a correlation needs {FEWEST}"]
     rests = list({id(o): o for c in used for o in (*c.of_pair(), *c.of_joint())}.values())
     found += _judged(question, "trace_correlation", trace, few + [f"{c.task.name}: {g}" for c in told for g in
-                     _gates(c, [*c.of_pair(), *c.of_joint()])], group, rests)  # fmt: skip
+                     _gates(c, [*c.of_pair(), *c.of_joint()], c.worse, c.both)], group, rests)  # fmt: skip
     order = list(question["claims"])
     found = sorted(found, key=lambda v: order.index(v.claim)) + each
     sections = [_over_tasks(worse, both), *(_arms(t) for t in tasks),
@@ -188,11 +188,12 @@ def _compared(task: Task) -> _Compared:
     return _Compared(task, pair, (mlp, both))
 
 
-def _gates(c: _Compared, used: Sequence[Optimum]) -> list[str]:
+def _gates(c: _Compared, used: Sequence[Optimum], *measured: Estimate) -> list[str]:
+    """List what forbids a verdict on what was measured from these optima, and on nothing else."""
     if not used:
         return ["no curve of attention and mlp at equal parameters, or of attention+mlp at mlp's rank"]
     gates = [*stalled([c.task.full.optimum], [c.task.full.points]), *judging.gates(used)]
-    if not gates and any(e.value is None for e in (c.worse, c.both)):
+    if not gates and any(e.value is None for e in measured):
         gates.append("full fine-tuning or a layer set is there at its first evaluation: only bounds")
     return gates
 
@@ -210,7 +211,7 @@ def _of_task(c: _Compared, question: dict[str, Any]) -> list[Verdict]:
     told = {"attention_over_mlp": (c.worse, c.of_pair()), "mlp_over_both": (c.both, c.of_joint())}
     secondary = {**question, "claims": {k: {**v, "primary": False} for k, v in question["claims"].items()}}
     return [v for estimand, (e, used) in told.items()
-            for v in _judged(secondary, estimand, e, _gates(c, used), c.task.name, used)]  # fmt: skip
+            for v in _judged(secondary, estimand, e, _gates(c, used, e), c.task.name, used)]  # fmt: skip
 
 
 def _by_task(v: Verdict, each: Sequence[Verdict]) -> Verdict:
