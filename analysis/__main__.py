@@ -114,17 +114,17 @@ def _study(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
 
-    from analysis import study
+    from analysis import study, study_page
     from analysis.outside import aligned
 
     if args.write:
-        study.main()
+        study_page.write()
         return 0
     parts = study.parts_of([args.reports_dir, study.RESULTS])
     rows = study.rows_of(parts)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "study.md").write_text(study.page(parts, f"{os.path.relpath(args.reports_dir, args.out)}/"))
+        (args.out / "study.md").write_text(study_page.page(parts, f"{os.path.relpath(args.reports_dir, args.out)}/"))
     print(json.dumps([dict(zip(rows[0], r)) for r in rows[1:]], indent=1) if args.json else "\n".join(aligned(rows)))
     return 0
 

@@ -36,14 +36,14 @@ def each(request: Request, act: Callable[[Request], int]) -> int:
 
 
 def _table(request: Request) -> None:
-    from analysis import study
+    from analysis import study, study_page
     from analysis.outside import aligned
 
     reports = Path(request.exec.reports_dir)
     parts = [p for p in study.parts_of([reports]) if p.told["scale"] == request.scale]
     folder = reports / request.title
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.md").write_text(study.page(parts, "../"))
+    (folder / "study.md").write_text(study_page.page(parts, "../"))
     print("\n".join(["", *aligned(study.rows_of(parts)), "", f"page: {folder / 'study.md'}"]))
 
 

@@ -142,7 +142,7 @@ def test_links_in_documents_lead_somewhere(document):
 
 
 def test_the_pages_of_answers_are_made_from_the_kept_results():
-    from analysis import study
+    from analysis import study_page as study
 
     text = (ROOT / "README.md").read_text()
     assert study.readme(text) == text

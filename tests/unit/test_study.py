@@ -1,13 +1,14 @@
 """Every question of the study on planted runs, through sweep file, grid, store, second stage, table, analysis and report:
 planted truths come back, and a flipped truth flips the verdict."""
 
+import itertools
 import json
 import math
 
 import numpy as np
 import pytest
 
-from analysis import capacity, compute, layers, rank, study
+from analysis import capacity, compute, layers, rank, study, study_page
 from analysis.prefixes import at_step
 from analysis.qualify import qualify, verdict
 from analysis.step_efficiency import weights
@@ -275,7 +276,7 @@ def test_the_studys_table_corrects_primary_claims_and_names_what_is_needed(ask, 
     for v in told["verdicts"]:  # a flipped result flips the page
         v["outcome"], v["p"] = "SUPPORTED", 0.04
     (tmp_path / "reports/rank-smoke/results.json").write_text(json.dumps(told))
-    flipped = study.page(study.parts_of([tmp_path / "reports"]))
+    flipped = study_page.page(study.parts_of([tmp_path / "reports"]))
     assert "**SUPPORTED**" in flipped
     n = sum(v["primary"] for v in told["verdicts"])
     assert n == 2 and "after Holm" not in flipped.split("|")[0]
@@ -283,7 +284,7 @@ def test_the_studys_table_corrects_primary_claims_and_names_what_is_needed(ask, 
     assert outcomes == ["UNDECIDED", "UNDECIDED"]  # p 0.04 twice does not survive 0.05 / 2
 
 
-def test_a_refuted_claim_is_shown_with_what_became_of_it_at_other_scales(ask, tmp_path):
+def test_claims_are_sorted_by_what_became_of_them_over_their_scales(ask, tmp_path):
     ask("rank", World(lambda s: 0.7), *GRIDS, "sweep.at.smoke.steps=96")
     folder = tmp_path / "reports/rank-smoke"
     told, question = (json.loads((folder / name).read_text()) for name in ("results.json", "question.json"))
@@ -296,10 +297,19 @@ def test_a_refuted_claim_is_shown_with_what_became_of_it_at_other_scales(ask, tm
         for v in told["verdicts"]:
             v["outcome"], v["p"] = (outcome if v["claim"] == "parity" else "SUPPORTED"), 1e-9
         (tmp_path / f"reports/rank-{scale}/results.json").write_text(json.dumps(told))
-    head, _, *rows = study.contradicted(study.parts_of([tmp_path / "reports"]))
-    assert head == "| claim | expected | tiny_s1 | smoke |" and len(rows) == 1
-    assert "as fast as full fine-tuning" in rows[0] and "**UNDECIDED**" in rows[0].split("|")[3] and "REFUTED" in rows[0].split("|")[4]
-    assert "(tiny64)" in rows[0]
+    (other / "table.csv").write_bytes((folder / "table.csv").read_bytes())
+    asked = study_page.claims(study.parts_of([tmp_path / "reports"]))
+    fates = study_page.by_fate(asked)
+    assert {name: len(mine) for name, mine in fates.items()} == {
+        "Supported wherever they were asked": 3, "Refuted on one base, open on another": 1}  # fmt: skip
+    head, _, row = study_page.glance(fates["Refuted on one base, open on another"], study_page.scales(asked))
+    assert head == "| claim | lies within | tiny_s1 | smoke |" and "as fast as full fine-tuning" in row
+    assert "**UNDECIDED**" in row.split("|")[3] and "REFUTED" in row.split("|")[4] and "<br>tiny64" in row
+
+
+@pytest.mark.parametrize("outcomes", [c for n in (1, 2, 3) for c in itertools.combinations(study_page.OUTCOMES, n)])
+def test_every_claim_has_exactly_one_fate(outcomes):
+    assert [is_so(set(outcomes)) for _, is_so in study_page.FATES].count(True) == 1
 
 
 def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose, tmp_path):
