@@ -5,6 +5,7 @@ step that all were evaluated at. Each cell is at its own best rate. rho is the m
 curve, rho does not.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import numpy as np
 import pandas as pd
 
 from analysis import judging, plots
+from analysis.at_best import AtBest, over_seeds
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.prefixes import at_step, steps_seen
-from analysis.results import Estimate, exp_of, from_sample, number, rate, signed, with_interval
-from analysis.step_efficiency import at_best, per_seed
+from analysis.results import Estimate, exp_of, number, rate, signed, with_interval
+from analysis.seeds import Prior, kindred
+from analysis.step_efficiency import at_best, log_rho
 from analysis.table import curves
 
 ESTIMANDS = ("slope_fixed_examples", "slope_fixed_steps", "slope_difference", "rho_at_32", "rho_at_256", "rho_at_512",
@@ -36,17 +39,25 @@ class Cell:
     rank: int
     lora: Optimum
     full: Optimum
-    logs: dict[int, float]
+    logs: AtBest[float]
+    kin: Prior | None = None
+    """What the spread over seeds is in all cells together."""
+
+    @property
+    def bound(self) -> bool:
+        """Say whether a seed has only a bound: full fine-tuning never gets there, or is there at once."""
+        return not all(map(math.isfinite, self.logs.best.values()))
 
     @property
     def rho(self) -> Estimate:
         """rho over the seeds; a bound where full fine-tuning never gets there."""
-        known = [v for v in self.logs.values() if math.isfinite(v)]
-        if len(known) == len(self.logs) and known:
-            return exp_of(from_sample(known))
-        below = any(v == -math.inf for v in self.logs.values())
+        logs = self.logs.best
+        if logs and not self.bound:
+            return exp_of(over_seeds(self.logs, self.kin))
+        known = [v for v in logs.values() if math.isfinite(v)]
+        below = any(v == -math.inf for v in logs.values())
         ends = (None, math.exp(max(known)) if known else None) if below else (math.exp(min(known)) if known else None, None)
-        return Estimate(None, *ends, n=len(self.logs))
+        return Estimate(None, *ends, n=len(logs))
 
 
 def cells_of(table: pd.DataFrame) -> list[Cell]:
@@ -57,22 +68,31 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
     for o in (o for o in optima if o.curve.key["method"] == "lora"):
         full = [f for f in optima if f.curve.group == o.curve.group and f.curve.key["method"] == "fullft"]
         if full:
-            logs = per_seed(points[id(o)], points[id(full[0])])
+            logs = log_rho(points[id(o)], points[id(full[0])])
             found.append(Cell(int(o.curve.key["batch_size"]), int(o.curve.key["rank"]), o, full[0], logs))
-    return sorted(found, key=lambda c: (c.rank, c.batch))
+    kin = kindred([list(c.logs.best.values()) for c in found])
+    return sorted((dataclasses.replace(c, kin=kin) for c in found), key=lambda c: (c.rank, c.batch))
 
 
-def slope(cells: Sequence[Cell]) -> Estimate:
-    """Return the slope of ln(rho) per doubling of the batch: least squares for each seed, Student's interval over seeds.
+def slopes_of(cells: Sequence[Cell]) -> AtBest[float]:
+    """Return the slope of ln(rho) per doubling of the batch, least squares for each seed; none for a seed in which a cell has
+    only a bound."""
+    if len(cells) < 2:
+        return AtBest({})
+    batches = [math.log2(c.batch) for c in cells]
 
-    A seed in which a cell has only a bound is left out; with fewer than two left there is no interval.
-    """
-    seeds = set.intersection(*(set(c.logs) for c in cells)) if len(cells) > 1 else set()
-    slopes = [
-        float(np.polyfit([math.log2(c.batch) for c in cells], [c.logs[s] for c in cells], 1)[0])
-        for s in sorted(seeds) if all(math.isfinite(c.logs[s]) for c in cells)
-    ]  # fmt: skip
-    return from_sample(slopes) if slopes else Estimate(None)
+    def known(by_seed: dict[int, list[float]]) -> dict[int, float]:
+        return {s: float(np.polyfit(batches, v, 1)[0]) for s, v in by_seed.items() if np.isfinite(v).all()}
+
+    together = cells[0].logs.map(lambda v: [v])
+    for c in cells[1:]:
+        together = together.paired(c.logs, lambda a, v: [*a, v])
+    return AtBest(known(together.best), tuple(map(known, together.likely)))
+
+
+def slope(cells: Sequence[Cell], kin: Prior | None = None) -> Estimate:
+    """Return the slope's mean over seeds with its interval; none with fewer than two seeds."""
+    return over_seeds(slopes_of(cells), kin)
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -85,7 +105,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     optima = list({id(o): o for c in whole for o in (c.full, c.lora)}.values()) or fit_all(curves(table))
     group = f"{optima[0].curve.key['model']} on {optima[0].curve.key['dataset']}"
     ranks = sorted({c.rank for c in whole})
-    slopes = {way: {r: slope([c for c in cells if c.rank == r]) for r in ranks} for way, cells in ways.items()}
+    slopes = {way: _by_rank(cells, ranks) for way, cells in ways.items()}
     gates = {way: _gates(cells) for way, cells in ways.items()}
     top = ranks[-1] if ranks else 0
     measured = {
@@ -110,7 +130,14 @@ def _gates(cells: Sequence[Cell]) -> list[str]:
     rests = list({id(o): o for c in cells for o in (c.full, c.lora)}.values())
     gates = [f"batch {o.curve.key['batch_size']}, {g}" for o in rests for g in judging.gates([o])]
     return gates + [f"batch {c.batch}, rank {c.rank}: full fine-tuning does not reach LoRA's loss, only a bound"
-                    for c in cells if not all(map(math.isfinite, c.logs.values()))]  # fmt: skip
+                    for c in cells if c.bound]  # fmt: skip
+
+
+def _by_rank(cells: Sequence[Cell], ranks: Sequence[int]) -> dict[int, Estimate]:
+    """Slopes by rank; the ranks steady each other's spread over seeds."""
+    mine = {r: [c for c in cells if c.rank == r] for r in ranks}
+    kin = kindred([list(slopes_of(part).best.values()) for part in mine.values()])
+    return {r: slope(part, kin) for r, part in mine.items()}
 
 
 def _difference(cells: Sequence[Cell], ranks: Sequence[int]) -> Estimate:
@@ -118,15 +145,9 @@ def _difference(cells: Sequence[Cell], ranks: Sequence[int]) -> Estimate:
     if len(ranks) < 2:
         return Estimate(None)
     by_rank = [[c for c in cells if c.rank == r] for r in (ranks[-1], ranks[0])]
-    batches = sorted({c.batch for c in by_rank[0]} & {c.batch for c in by_rank[1]})
-    seeds = set.intersection(*(set(c.logs) for part in by_rank for c in part))
-    values = []
-    for s in sorted(seeds):
-        logs = [[next(c.logs[s] for c in part if c.batch == b) for b in batches] for part in by_rank]
-        if np.isfinite(logs).all():
-            high, low = (float(np.polyfit(np.log2(batches), v, 1)[0]) for v in logs)
-            values.append(high - low)
-    return from_sample(values) if values else Estimate(None)
+    batches = {c.batch for c in by_rank[0]} & {c.batch for c in by_rank[1]}
+    high, low = (slopes_of([c for c in part if c.batch in batches]) for part in by_rank)
+    return over_seeds(high.paired(low, lambda a, b: a - b))
 
 
 def _at(cells: Sequence[Cell], rank: int, batch: int) -> tuple[Estimate, list[str]]:

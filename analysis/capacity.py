@@ -16,7 +16,8 @@ import pandas as pd
 from analysis import judging, plots
 from analysis.findings import Findings, Section
 from analysis.plots import Panel, Series
-from analysis.results import Estimate, exactly, from_sample, number, rate, with_interval
+from analysis.results import Estimate, exactly, number, rate, with_interval
+from analysis.seeds import from_sample
 from analysis.verdicts import MIN_SEEDS
 
 ESTIMANDS = ("bits_per_parameter", "bits_at_100", "unseen_bits")

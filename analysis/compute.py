@@ -15,12 +15,14 @@ import numpy as np
 import pandas as pd
 
 from analysis import judging, plots
+from analysis.at_best import AtBest, same, values_at_best
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import fit_all
 from analysis.plots import Panel, Series
 from analysis.prefixes import at_step, steps_seen
 from analysis.results import Estimate, exactly, exp_of, from_draws, number, with_interval
-from analysis.step_efficiency import Points, at_best, rho, same, values_at_best
+from analysis.seeds import kindred
+from analysis.step_efficiency import Points, at_best, log_rho, rho
 from analysis.table import curves
 
 ESTIMANDS = ("flops_per_step", "seconds_per_step", "flops_to_loss", "seconds_to_loss")
@@ -54,6 +56,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         return Findings(optima, judging.verdicts(question, none, LOG_ESTIMANDS, group))
     points = {id(o): p for o, p in zip(optima, at_best(table, optima))}
     short, goal = _goal(table)
+    kin = kindred([list(log_rho(goal, points[id(o)]).best.values()) for o in lora])
     base = [r["step_s"] for r in _timed(table, "fullft", None)]
     rows = [["rank", "operations an update", "seconds an update [95%]", "updates to FullFT's loss [95%]",
              "operations to it [95%]", "seconds to it [95%]"]]  # fmt: skip
@@ -63,7 +66,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         row = next(r for _, r in table.iterrows() if same(r, o))
         a_step = flops_ratio(json.loads(row["spec"]), int(row["n_trainable"]))
         seconds = _ratio_of_times([r["step_s"] for r in _timed(table, "lora", rank)], base)
-        steps = rho(goal, points[id(o)])  # LoRA's updates to full fine-tuning's loss over the latter's
+        steps = rho(goal, points[id(o)], kin)  # LoRA's updates to full fine-tuning's loss over the latter's
         told[rank] = {"flops_per_step": exactly(a_step), "seconds_per_step": seconds, "steps": steps,
                       "flops_to_loss": _times(steps, exactly(a_step)), "seconds_to_loss": _times(steps, seconds)}  # fmt: skip
         rows.append([str(rank), number(a_step), *(with_interval(told[rank][k]) for k in
@@ -96,16 +99,16 @@ def _timed(table: pd.DataFrame, method: str, rank: int | None) -> list[pd.Series
     return [row for _, row in (part if rank is None else part[part["rank"] == rank]).iterrows()]
 
 
-def _goal(table: pd.DataFrame) -> tuple[int, dict[int, Points]]:
+def _goal(table: pd.DataFrame) -> tuple[int, AtBest[Points]]:
     """Return the length of the short full fine-tuning runs, and their held-out curves by seed at the best rate for it, the
     last evaluation included: all evaluations of a prefix use the same rows."""
     seen = [s for s in steps_seen(table) if s <= table["steps"].max() * SHARE]
     if not seen:
-        return 0, {}
+        return 0, AtBest({})
     part = at_step(table[table["method"] == "fullft"], seen[-1])
     (best,) = fit_all(curves(part))[:1]
     (runs,) = values_at_best(part, [best], _all_evaluations)
-    return seen[-1], {seed: sorted(points.items()) for seed, points in runs.items()}
+    return seen[-1], runs.map(lambda points: sorted(points.items()))
 
 
 def _all_evaluations(row: pd.Series) -> dict[int, float]:

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 
 from analysis import judging, plots
+from analysis.at_best import over_seeds, values_at_best
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.pooling import drift
-from analysis.results import Estimate, exactly, from_sample, number, rate, signed, with_interval
-from analysis.step_efficiency import values_at_best
+from analysis.results import Estimate, exactly, number, rate, signed, with_interval
 from analysis.table import curves
 
 ESTIMANDS = ("twin_difference", "broken_difference", "drift_alpha_over_rank", "drift_alpha_over_root", "drift_alpha",
@@ -153,7 +153,7 @@ def _start_b(table: pd.DataFrame, optima: list[Optimum]) -> tuple[Estimate, list
     if a is None or b is None:
         return Estimate(None), []
     with_a, with_b = values_at_best(table, [a, b], lambda row: {"nll": float(row["test_nll"])})
-    gap = from_sample([with_b[s]["nll"] - with_a[s]["nll"] for s in sorted(with_a.keys() & with_b.keys())])
+    gap = over_seeds(with_b.paired(with_a, lambda b, a: b["nll"] - a["nll"]))
     rows = [["random", "best LR [95%]", "best NLL", "gap [95%]"],
             ["A", with_interval(a.best_lr, rate), number(a.best_nll, 5), "-"],
             ["B", with_interval(b.best_lr, rate), number(b.best_nll, 5), with_interval(gap, signed)]]  # fmt: skip

@@ -17,12 +17,14 @@ import pandas as pd
 from scipy import stats
 
 from analysis import judging, plots
+from analysis.at_best import AtBest, over_seeds, same
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.qualify import stalled
-from analysis.results import Estimate, Verdict, exp_of, from_sample, number, signed, with_interval
-from analysis.step_efficiency import Points, at_best, per_seed, rho, same
+from analysis.results import Estimate, Verdict, exp_of, number, signed, with_interval
+from analysis.seeds import Prior, kindred
+from analysis.step_efficiency import Points, at_best, log_rho, rho
 from analysis.table import curves
 
 ESTIMANDS = ("attention_over_mlp", "mlp_over_both", "trace_correlation")
@@ -41,7 +43,7 @@ class Arm:
     layers: str
     rank: int | None
     n_trainable: int
-    points: dict[int, Points]
+    points: AtBest[Points]
     nll: float | None
     share: float | None
     """Share of the squared gradient at the start that lies in the layer set, of full fine-tuning."""
@@ -105,13 +107,15 @@ def equal_pair(task: Task) -> tuple[Arm, Arm] | None:
     return min(pairs)[2:]
 
 
-def rho_ratio(a: Arm, b: Arm, full: Arm) -> Estimate:
-    """Return rho of a over rho of b, paired by seed, with Student's interval; a bound where full fine-tuning does not get
-    to one of them."""
-    x, y = per_seed(a.points, full.points), per_seed(b.points, full.points)
-    both = sorted(x.keys() & y.keys())
-    logs = [x[s] - y[s] for s in both if math.isfinite(x[s]) and math.isfinite(y[s])]
-    return exp_of(from_sample(logs)) if logs and len(logs) == len(both) else Estimate(None, n=len(both))
+def log_ratio(a: Arm, b: Arm, full: Arm) -> AtBest[float]:
+    """Return ln of rho of a over rho of b, by seed; infinite or NaN where full fine-tuning does not get to one of them."""
+    return log_rho(a.points, full.points).paired(log_rho(b.points, full.points), lambda x, y: x - y)
+
+
+def ratio_of(logs: AtBest[float], prior: Prior | None = None) -> Estimate:
+    """Return the ratio, with its interval over seeds and likely best rates; none where a seed has only a bound."""
+    known = bool(logs.best) and all(map(math.isfinite, logs.best.values()))
+    return exp_of(over_seeds(logs, prior)) if known else Estimate(None, n=len(logs.best))
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -152,6 +156,9 @@ FEWEST = 5
 """Layer sets over all tasks below which no correlation is told."""
 
 
+UNKNOWN = Estimate(None)
+
+
 @dataclass(frozen=True)
 class _Compared:
     """What one task says: attention and MLP at equal parameters, MLP and both at equal rank."""
@@ -160,16 +167,10 @@ class _Compared:
     pair: tuple[Arm, Arm] | None
     joint: tuple[Arm, Arm] | None
     """MLP, and attention+MLP of its rank."""
-
-    @property
-    def worse(self) -> Estimate:
-        """rho of attention over rho of the MLP."""
-        return rho_ratio(*self.pair, self.task.full) if self.pair else Estimate(None)
-
-    @property
-    def both(self) -> Estimate:
-        """rho of the MLP over rho of attention+MLP."""
-        return rho_ratio(*self.joint, self.task.full) if self.joint else Estimate(None)
+    worse: Estimate = UNKNOWN
+    """rho of attention over rho of the MLP."""
+    both: Estimate = UNKNOWN
+    """rho of the MLP over rho of attention+MLP."""
 
     def of_pair(self) -> list[Optimum]:
         """The optima that `worse` rests on."""
@@ -181,18 +182,27 @@ class _Compared:
 
 
 def _compared(task: Task) -> _Compared:
+    """Compare a task's layer sets. Its own ratios steady each other's spread over seeds; another task's noise is another."""
     pair, both = equal_pair(task), task.get("attention+mlp")
     mlp = task.get("mlp", both.rank) if both else None
-    if task.full is None or pair is None or both is None or mlp is None:
+    if task.full is None or pair is None or mlp is None:
         return _Compared(task, None, None)
-    return _Compared(task, pair, (mlp, both))
+    logs = [log_ratio(*arms, task.full) for arms in (pair, (mlp, both))]
+    kin = kindred([list(v.best.values()) for v in logs])
+    return _Compared(task, pair, (mlp, both), *(ratio_of(v, kin) for v in logs))
+
+
+def _speed(a: Arm, t: Task) -> Estimate:
+    """rho of an arm, its spread over seeds steadied by that of the task's other arms."""
+    kin = kindred([list(log_rho(b.points, t.full.points).best.values()) for b in (*t.lora, *t.restricted)])
+    return rho(a.points, t.full.points, kin)
 
 
 def _gates(c: _Compared, used: Sequence[Optimum], *measured: Estimate) -> list[str]:
     """List what forbids a verdict on what was measured from these optima, and on nothing else."""
     if not used:
         return ["no curve of attention and mlp at equal parameters, or of attention+mlp at mlp's rank"]
-    gates = [*stalled([c.task.full.optimum], [c.task.full.points]), *judging.gates(used)]
+    gates = [*stalled([c.task.full.optimum], [c.task.full.points.best]), *judging.gates(used)]
     if not gates and any(e.value is None for e in measured):
         gates.append("full fine-tuning or a layer set is there at its first evaluation: only bounds")
     return gates
@@ -229,7 +239,8 @@ def _trace(told: Sequence[_Compared]) -> Estimate:
     x, y = [], []
     for c in told:
         arms = [a for a in (*c.pair, c.joint[1]) if a.share]
-        logs = [(math.log(a.share), v) for a in arms if (v := _mean_log(per_seed(a.points, c.task.full.points))) is not None]
+        speeds = [_mean_log(log_rho(a.points, c.task.full.points).best) for a in arms]
+        logs = [(math.log(a.share), v) for a, v in zip(arms, speeds) if v is not None]
         if len(logs) > 1:
             centre = np.mean(logs, axis=0)
             x += [v - centre[0] for v, _ in logs]
@@ -266,7 +277,7 @@ def _arms(t: Task) -> Section:
         full = a is t.full
         name = "full fine-tuning" if full else f"FullFT of {a.layers}" if a.rank is None else f"LoRA r{a.rank} on {a.layers}"
         alone = full or t.full is None
-        speed = "-" if alone else with_interval(rho(a.points, t.full.points))
+        speed = "-" if alone else with_interval(_speed(a, t))
         gap = None if alone or a.nll is None or t.full.nll is None else a.nll - t.full.nll
         rows.append([name, f"{a.n_trainable:,}", speed, number(a.nll, 5), signed(gap), number(a.share)])
     return Section(t.name, rows)
@@ -279,7 +290,7 @@ def _panel(t: Task) -> Panel:
     kinds = {"LoRA, rank raised to the MLP's parameters": _by_rank(t, True), "LoRA, one rank": _by_rank(t, False),
              "FullFT of the same matrices": t.restricted}  # fmt: skip
     for side, (label, arms) in enumerate(kinds.items()):
-        told = [(order[a.layers], rho(a.points, t.full.points)) for a in arms if a.layers in order and t.full]
+        told = [(order[a.layers], _speed(a, t)) for a in arms if a.layers in order and t.full]
         told = sorted((k, e) for k, e in told if e.value is not None)
         beside = 0.16 * (side - 1)  # so that intervals do not cover each other
         series.append(Series(label, [k + beside for k, _ in told], [e.value for _, e in told], [e.low for _, e in told],

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import NullFormatter, NullLocator
 
+from analysis.at_best import same
 from analysis.lr_optimum import Optimum
 from analysis.results import rate, with_interval
-from analysis.step_efficiency import same
 from analysis.table import full_names, learning_curves
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

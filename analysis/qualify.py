@@ -39,7 +39,7 @@ class Check:
 def qualify(table: pd.DataFrame) -> list[Check]:
     """Check every model and data set (batch and updates) of a table."""
     optima = fit_all(curves(table))
-    points = at_best(table, optima)
+    points = [found.best for found in at_best(table, optima)]
     found: list[Check] = []
     for group in dict.fromkeys(o.curve.group for o in optima):
         mine = [(o, p) for o, p in zip(optima, points) if o.curve.group == group]

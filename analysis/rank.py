@@ -14,12 +14,14 @@ import numpy as np
 import pandas as pd
 
 from analysis import judging, plots
+from analysis.at_best import AtBest, over_seeds
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.qualify import stalled
-from analysis.results import Estimate, from_draws, from_sample, number, rate, signed, with_interval
-from analysis.step_efficiency import Points, at_best, before_last, rho
+from analysis.results import Estimate, from_draws, number, signed, with_interval
+from analysis.seeds import kindred
+from analysis.step_efficiency import Points, at_best, before_last, log_rho, rho
 from analysis.table import curves, learning_curves
 
 ESTIMANDS = ("departure_slope", "rho_top_rank", "identical_steps")
@@ -60,15 +62,17 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     runs = at_best(plain, optima)
     mine = {id(o): r for o, r in zip(optima, runs)}
     top = lora[-1]
-    left = {int(o.curve.key["rank"]): _departures(mine[id(o)], mine[id(full)], full.curve.nll_start) for o in lora}
-    slope, note = _slope(left)
-    first = min((p[0][0] for p in mine[id(full)].values() if p), default=1.0)
-    unresolved = _at_once(left, first) + _by_rate(plain, full, lora, mine, question)
+    departures = {int(o.curve.key["rank"]): _departures(mine[id(o)], mine[id(full)], full.curve.nll_start) for o in lora}
+    slope, note = _slope(departures)
+    left = {r: d.best for r, d in departures.items()}
+    first = min((p[0][0] for p in mine[id(full)].best.values() if p), default=1.0)
     alike, band_rows, band_panel = _start(table, lora)
-    speed = rho(mine[id(top)], mine[id(full)])
-    over = stalled([full, top], [mine[id(full)], mine[id(top)]])
+    logs = {id(o): log_rho(mine[id(o)], mine[id(full)]) for o in lora}
+    kin = kindred([list(v.best.values()) for v in logs.values()])
+    speed = rho(mine[id(top)], mine[id(full)], kin)
+    over = stalled([full, top], [mine[id(full)].best, mine[id(top)].best])
     measured = {
-        "departure_slope": (slope, judging.gates([full, *lora]) + over + unresolved),
+        "departure_slope": (slope, judging.gates([full, *lora]) + over + _at_once(left, first)),
         "rho_top_rank": (speed, judging.gates([full, top]) + over),
         "identical_steps": (alike, [] if alike.n else ["no curve of redraws of A at two ranks"]),
     }
@@ -79,14 +83,15 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     rows = [["rank", "departs at step, by seed", "of the envelopes", "rho [95%]"]]
     for o in lora:
         r = int(o.curve.key["rank"])
-        each = rho(mine[id(o)], mine[id(full)])
+        each = rho(mine[id(o)], mine[id(full)], kin)
         rows.append([str(r), ", ".join(_step(v) for v in left[r].values()),
                      _step(departure(envelopes[o.curve.name], envelopes[full.curve.name], full.curve.nll_start)),
                      with_interval(each)])  # fmt: skip
     text = [note, f"A rank departs when its loss is above full fine-tuning's, for good, by {DEPARTED:.0%} of the latter's gain "
             "in the whole run. rho: full fine-tuning's steps to the rank's last loss over the rank's own."]  # fmt: skip
+    singles = [r.best for r in runs]
     sections = [
-        Section("Departures", rows, text, "departures.png", lambda p: plots.panels(_panels(optima, runs, envelopes), p),
+        Section("Departures", rows, text, "departures.png", lambda p: plots.panels(_panels(optima, singles, envelopes), p),
                 "learning curves by rank, single runs and envelopes"),
         Section("The start", band_rows, figure="start.png" if band_panel else "",
                 draw=(lambda p: plots.panels([band_panel], p)) if band_panel else None,
@@ -104,22 +109,35 @@ def _step(value: float) -> str:
     return "never" if math.isinf(value) else number(value)
 
 
-def _departures(lora: dict[int, Points], full: dict[int, Points], start: float) -> dict[int, float]:
-    return {s: departure(lora[s], full[s], start) for s in sorted(lora.keys() & full.keys())}
+def _departures(lora: AtBest[Points], full: AtBest[Points], start: float) -> AtBest[float]:
+    return lora.paired(full, lambda a, b: departure(a, b, start))
 
 
-def _slope(left: dict[int, dict[int, float]]) -> tuple[Estimate, str]:
-    """Fit ln(departure) over log2(rank) for each seed, ranks that never depart left out; Student's interval over seeds."""
-    slopes, gone = [], 0
-    for seed in sorted(set.intersection(*(set(v) for v in left.values()))):
-        there = [(math.log2(r), math.log(v[seed])) for r, v in left.items() if math.isfinite(v[seed])]
-        gone += len(left) - len(there)
-        if len(there) >= 2:
-            slopes.append(float(np.polyfit(*zip(*there), 1)[0]))
-    note = f"{gone} of {sum(map(len, left.values()))} curves never depart and are left out of the slope." if gone else \
-        "Every rank departs within the run."  # fmt: skip
-    flags = ("censored",) if gone else ()
-    return from_sample(slopes, flags=flags), note
+def _slope(left: dict[int, AtBest[float]]) -> tuple[Estimate, str]:
+    """Fit ln(departure) over log2(rank) for each seed, ranks that never depart left out; full fine-tuning's rate, which is
+    common to all ranks, counts: a higher one is ahead at first."""
+    ranks = sorted(left)
+    gone = sum(math.isinf(v) for d in left.values() for v in d.best.values())
+    note = f"{gone} of {sum(len(d.best) for d in left.values())} curves never depart and are left out of the slope." if gone \
+        else "Every rank departs within the run."  # fmt: skip
+    together = left[ranks[0]].map(lambda v: {ranks[0]: v})
+    for r in ranks[1:]:
+        together = together.paired(left[r], lambda a, v, r=r: {**a, r: v})
+    return over_seeds(_known(together.map(_slope_of)), flags=("censored",) if gone else ()), note
+
+
+def _slope_of(left: dict[int, float]) -> float:
+    there = [(math.log2(r), math.log(v)) for r, v in left.items() if math.isfinite(v)]
+    return float(np.polyfit(*zip(*there), 1)[0]) if len(there) >= 2 else math.nan
+
+
+def _known(values: AtBest[float]) -> AtBest[float]:
+    """Leave out the seeds that have no value."""
+
+    def known(by_seed: dict[int, float]) -> dict[int, float]:
+        return {s: v for s, v in by_seed.items() if math.isfinite(v)}
+
+    return AtBest(known(values.best), tuple(map(known, values.likely)))
 
 
 def _at_once(left: dict[int, dict[int, float]], first: float) -> list[str]:
@@ -128,24 +146,6 @@ def _at_once(left: dict[int, dict[int, float]], first: float) -> list[str]:
     gone = [str(r) for r, mine in left.items() if mine and np.median(list(mine.values())) <= first]
     return [] if len(left) - len(gone) > 1 else [f"rank(s) {', '.join(gone)} have left at the first evaluation: their order is "
                                                  "not resolved"]  # fmt: skip
-
-
-def _by_rate(
-    table: pd.DataFrame, full: Optimum, lora: Sequence[Optimum], mine: dict[int, dict[int, Points]], question: dict[str, Any]
-) -> list[str]:  # fmt: skip
-    """Say, as a gate, that the slope's place in the margin hangs on which rate within the optimum's interval stands for full
-    fine-tuning: a higher one is ahead at first."""
-    margins = [c["margin"] for c in question["claims"].values() if c["estimand"] == "departure_slope"]
-    if not margins or not full.best_lr.has_interval():
-        return []
-    slopes = {}
-    for at in (full.best_lr.low, full.best_lr.high):
-        (other,) = at_best(table, [full], [at])
-        left = {int(o.curve.key["rank"]): _departures(mine[id(o)], other, full.curve.nll_start) for o in lora}
-        slopes[at] = _slope(left)[0]
-    inside = {e.value is not None and margins[0][0] < e.value <= margins[0][1] for e in slopes.values()}
-    told = ", ".join(f"{with_interval(e)} at {rate(at)}" for at, e in slopes.items())
-    return [] if inside == {True} else [f"with full fine-tuning at the ends of its optimum's interval the slope is {told}"]
 
 
 def _envelope(table: pd.DataFrame, o: Optimum) -> Points:

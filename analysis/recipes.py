@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 
 from analysis import judging, plots
+from analysis.at_best import NEAR, AtBest, likely_rates, over_seeds, same, values_at_best, weights
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
-from analysis.results import Estimate, from_sample, number, rate, signed, with_interval
-from analysis.step_efficiency import NEAR, at_best, rho, same, values_at_best, weights
+from analysis.results import Estimate, number, rate, signed, with_interval
+from analysis.seeds import kindred
+from analysis.step_efficiency import at_best, rho
 from analysis.table import curves, full_names
 
 ESTIMANDS = ("attention_at_full_lr", "alpha_twice_rank", "default_rate", "original", "ten_times", "small_data_rank",
@@ -38,25 +40,31 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         none = dict.fromkeys(ESTIMANDS, (Estimate(None), judging.gates([], missing)))
         return Findings(optima, judging.verdicts(question, none, LOG_ESTIMANDS, group))
     rank, gates = float(tuned.curve.key["rank"]), judging.gates([full, tuned])
-    wanted: dict[str, tuple[Optimum | None, float | None]] = {
-        "attention_at_full_lr": (_one(optima, method="lora", layers="attention", schedule="constant"), full.best_lr.value),
-        "alpha_twice_rank": (_one(optima, method="lora", alpha=2 * rank), tuned.best_lr.value),
-        "default_rate": (_one(optima, method="lora", layers="attention+mlp"), 2e-4),
-        "original": (_one(optima, method="lora", schedule="linear"), 2e-4),
-        "ten_times": (tuned, 10 * full.best_lr.value if full.best_lr.value else None),
+    of_full, of_tuned = _rates(full, 1), _rates(tuned, 0)
+    wanted: dict[str, tuple[Optimum | None, list[float]]] = {
+        "attention_at_full_lr": (_one(optima, method="lora", layers="attention", schedule="constant"), of_full),
+        "alpha_twice_rank": (_one(optima, method="lora", alpha=2 * rank), of_tuned),
+        "default_rate": (_one(optima, method="lora", layers="attention+mlp"), [2e-4]),
+        "original": (_one(optima, method="lora", schedule="linear"), [2e-4]),
+        "ten_times": (tuned, [10 * lr for lr in of_full]),
     }
     gain = tuned.curve.nll_start - (tuned.best_nll or math.nan)
     (at_tuned,) = values_at_best(table, [tuned], lambda row: {"nll": float(row["test_nll"])})
-    reference = {seed: v["nll"] for seed, v in at_tuned.items()}
+    reference = at_tuned.map(lambda v: v["nll"])
+    losses = {name: _losses(o, at) for name, (o, at) in wanted.items()}
+    shares = {name: loss.paired(reference, lambda a, b: (a - b) / gain) for name, (loss, _) in losses.items()}
+    kin = kindred([list(s.best.values()) for s in shares.values()])
     measured: dict[str, tuple[Estimate, list[str]]] = {}
     rows = [["recipe", "rate", "read at", "loss given up (nats)", "share of tuned LoRA's gain [95%]", "seeds",
              "at its own best rate (nats)"]]  # fmt: skip
     for name, (o, at) in wanted.items():
-        share, stops, read_at = _share(o, at, reference, gain)
+        share, read_at = over_seeds(shares[name], kin), losses[name][1]
+        outside = [] if share.n else ["the recipe's rate lies outside the rates tried"]
+        stops = ["no curve of the recipe"] if o is None else outside
         measured[name] = (share, [*gates, *stops])
         own = None if o is None or o.best_nll is None or o is tuned else o.best_nll - tuned.best_nll
         given_up = None if share.value is None else share.value * gain
-        rows.append([name.replace("_", " "), rate(at), ", ".join(map(rate, read_at)) or "-", signed(given_up),
+        rows.append([name.replace("_", " "), rate(at[0]) if at else "-", ", ".join(map(rate, read_at)) or "-", signed(given_up),
                      with_interval(share), str(share.n), signed(own)])  # fmt: skip
     measured["small_data_rank"], few_rows = _few(table, few)
     measured["retention"], kept_rows, panel = _retention(table, optima, full, tuned)
@@ -91,15 +99,24 @@ def _one(optima: Sequence[Optimum], **wanted: Any) -> Optimum | None:
     return max(found, key=lambda o: len(o.curve.x), default=None)
 
 
-def _share(
-    o: Optimum | None, at: float | None, reference: dict[int, float], gain: float
-) -> tuple[Estimate, list[str], list[float]]:
-    """Return the share given up, gates, and the tried rates that it was read from."""
-    if o is None or at is None:
-        return Estimate(None), ["no curve of the recipe"] if o is None else [], []
-    c, shares, used = o.curve, {}, set()
+def _rates(o: Optimum, which: int) -> list[float]:
+    """Return a curve's best rate, and rates that are as likely to be it; nothing where it is not known."""
+    return [] if o.best_lr.value is None else [o.best_lr.value, *likely_rates(o, which)]
+
+
+def _losses(o: Optimum | None, rates: Sequence[float]) -> tuple[AtBest[float], list[float]]:
+    """Return a recipe's loss by seed at the first of the rates and at the others, which are as likely; and the tried rates that
+    the first was read from."""
+    found = [_losses_at(o, at) for at in rates] if o is not None else []
+    if not found:
+        return AtBest({}), []
+    return AtBest(found[0][0], tuple(by_seed for by_seed, _ in found[1:])), sorted(found[0][1])
+
+
+def _losses_at(o: Optimum, at: float) -> tuple[dict[int, float], set[float]]:
+    c, losses, used = o.curve, {}, set()
     heights = {x: float(np.mean(c.y[c.usable & (c.x == x)])) for x in c.x[c.usable]}
-    for seed in sorted(set(c.seed) & reference.keys()):
+    for seed in sorted(set(c.seed)):
         of_seed = c.seed == seed
         mine = dict(zip(c.x[of_seed], zip(c.y[of_seed], c.usable[of_seed])))
         found = weights(list(mine), math.log(at), {x: heights.get(x, math.inf) for x in mine})
@@ -109,12 +126,10 @@ def _share(
                 continue
             found = {nearest: 1.0}
         # one that broke down: the base would do, so it gives up the whole gain
-        loss = sum(w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start) for x, w in found.items())
-        shares[seed] = (loss - reference[int(seed)]) / gain
+        losses[int(seed)] = sum(w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start)
+                                for x, w in found.items())  # fmt: skip
         used |= {math.exp(x) for x in found}
-    if not shares:
-        return Estimate(None), ["the recipe's rate lies outside the rates tried"], []
-    return from_sample(list(shares.values())), [], sorted(used)
+    return losses, used
 
 
 def _few(table: pd.DataFrame, few: Sequence[Optimum]) -> tuple[tuple[Estimate, list[str]], list[list[str]]]:
@@ -136,24 +151,25 @@ def _retention(
     if "retain_nll" not in table or table["retain_nll"].isna().all():
         return (Estimate(None), ["no curve of the pretraining task"]), [], None
     rows = [["curve", "at LR", "test NLL on the new task", "NLL on the pretraining task", "before", "forgotten (nats) [95%]"]]
-    lost: dict[int, dict[int, float]] = {}
+    lost: dict[int, AtBest[float]] = {}
+    found = values_at_best(table, optima, _retained)
+    kin = kindred([[v["lost"] for v in runs.best.values()] for runs in found])
     series = []
-    names = full_names([o.curve for o in optima])
-    for o, name, runs in zip(optima, names, values_at_best(table, optima, _retained)):
-        if not runs:
+    for o, name, runs in zip(optima, full_names([o.curve for o in optima]), found):
+        if not runs.best:
             continue
-        lost[id(o)] = {seed: v["lost"] for seed, v in runs.items()}
-        mean = {k: float(np.mean([v[k] for v in runs.values()])) for k in ("test", "after", "before")}
+        lost[id(o)] = runs.map(lambda v: v["lost"])
+        mean = {k: float(np.mean([v[k] for v in runs.best.values()])) for k in ("test", "after", "before")}
         rows.append([name, rate(o.best_lr.value), *(number(mean[k], 4) for k in ("test", "after", "before")),
-                     with_interval(from_sample(list(lost[id(o)].values())))])  # fmt: skip
+                     with_interval(over_seeds(lost[id(o)], kin))])  # fmt: skip
         if o in (full, tuned):
             path = _frontier(table, o)
             series += [Series(f"{o.curve.name}, low to high rate", [v["test"] for v in path], [v["after"] for v in path],
                               colour=len(series)),
                        Series(f"{o.curve.name} at its best rate", [mean["test"]], [mean["after"]], style="*",
                               colour=len(series), size=15)]  # fmt: skip
-    a, b = lost.get(id(tuned), {}), lost.get(id(full), {})
-    share = from_sample([a[s] / b[s] for s in sorted(a.keys() & b.keys()) if b[s] > 0])
+    a, b = lost.get(id(tuned), AtBest({})), lost.get(id(full), AtBest({}))
+    share = over_seeds(a.paired(b, lambda x, y: x / y))
     equal = _at_equal_learning(table, full, tuned)
     for seed, v in equal.items():
         rows.append([f"full fine-tuning at a lower rate, where it has learned what tuned LoRA learns: seed {seed}, LoRA's own "
@@ -185,7 +201,7 @@ def _at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> di
     that seed, interpolated between rates; seeds without such a rate are left out."""
     (runs,) = values_at_best(table, [tuned], _retained)
     out: dict[int, dict[str, float]] = {}
-    for seed, mine in runs.items() if full.best_lr.value is not None else ():
+    for seed, mine in runs.best.items() if full.best_lr.value is not None else ():
         path = [v for v in _frontier(table, full, seed) if v["lr"] <= 1.01 * full.best_lr.value]
         for before, after in itertools.pairwise(path):
             if before["test"] >= mine["test"] >= after["test"]:

@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 N_DRAWS = 4000
 LEVEL = 0.95
@@ -41,19 +39,6 @@ def from_draws(draws: np.ndarray, n: int, level: float = LEVEL, flags: tuple[str
     """Return the median of equally likely values and their interval, tails even."""
     low, value, high = (float(v) for v in np.quantile(draws, [0.5 - level / 2, 0.5, 0.5 + level / 2]))
     return Estimate(value, low, high, n, flags, draws, level)
-
-
-def from_sample(values: Sequence[float], log: bool = False, level: float = LEVEL, flags: tuple[str, ...] = ()) -> Estimate:
-    """Return the mean of independent values (seeds), or their geometric mean, with Student's interval; no interval for one."""
-    x = np.log(values) if log else np.asarray(values, float)
-    back = np.exp if log else np.asarray
-    if not len(x):
-        return Estimate(None, flags=flags)
-    if len(x) < 2:
-        return Estimate(float(back(x.mean())), n=len(x), flags=flags)
-    even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
-    error = max(float(np.std(x, ddof=1)) / math.sqrt(len(x)), 1e-12)
-    return from_draws(back(x.mean() + error * stats.t.ppf(even, len(x) - 1)), len(x), level, flags)
 
 
 def exp_of(e: Estimate) -> Estimate:

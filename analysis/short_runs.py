@@ -13,13 +13,14 @@ import numpy as np
 import pandas as pd
 
 from analysis import judging, plots
+from analysis.at_best import AtBest, over_seeds, values_at_best
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.lr_ratio import MIN_RANK, ratio_of
 from analysis.plots import Panel, Series
 from analysis.prefixes import at_step, steps_seen
-from analysis.results import Estimate, exp_of, from_draws, from_sample, number, rate, with_interval
-from analysis.step_efficiency import values_at_best
+from analysis.results import Estimate, exp_of, from_draws, number, rate, with_interval
+from analysis.seeds import kindred
 from analysis.table import curves
 
 ESTIMANDS = ("short_over_long", "sigma_b_over_a", "movement_ratio")
@@ -100,27 +101,25 @@ def norms(
     table: pd.DataFrame, optima: Sequence[Optimum]
 ) -> tuple[Estimate, Estimate, list[list[str]], list[Panel]]:
     """Return B over A at the highest rank, LoRA's movement over full fine-tuning's there, a table, and panels by matrix."""
-    by_curve: list[tuple[Optimum, dict[int, dict[str, dict[str, float]]]]] = []
-    for o, by_seed in zip(optima, values_at_best(table, optima, _log_spectra)):
-        spectra: dict[int, dict[str, dict[str, float]]] = {}
-        for seed, logs in by_seed.items():
-            for (matrix, what), v in logs.items():
-                spectra.setdefault(seed, {}).setdefault(matrix, {})[what] = math.exp(v)
-        by_curve.append((o, spectra))
-    full = next((v for o, v in by_curve if o.curve.key["method"] == "fullft"), {})
+    spectra = [found.map(_by_matrix) for found in values_at_best(table, optima, _log_spectra)]
+    none = AtBest({})
+    full = next((v for o, v in zip(optima, spectra) if o.curve.key["method"] == "fullft"), none)
+    lora = [v if o.curve.key["method"] == "lora" else none for o, v in zip(optima, spectra)]
+    grown = [v.map(lambda m: _median_log(m, "b", m, "a")) for v in lora]
+    moved = [v.paired(full, lambda m, f: _median_log(m, "delta", f, "delta")) for v in lora]
+    of_growth, of_movement = (kindred([list(v.best.values()) for v in mine]) for mine in (grown, moved))
     rows = [["curve", "spectral norm of A", "of B", "of the change", "B / A [95%]", "change / FullFT's [95%]"]]
     growth = movement = Estimate(None)
     names: list[str] = []
     shown: list[tuple[str, dict[str, dict[str, float]]]] = []
-    for o, mine in by_curve:
+    for k, o in enumerate(optima):
+        mine = spectra[k].best
         if not mine:
             continue
-        middle = {k: float(np.median([v.get(k, math.nan) for m in mine.values() for v in m.values()]))
-                  for k in ("a", "b", "delta")}  # fmt: skip
+        middle = {n: float(np.median([v.get(n, math.nan) for m in mine.values() for v in m.values()]))
+                  for n in ("a", "b", "delta")}  # fmt: skip
         if o.curve.key["method"] == "lora":
-            growth = exp_of(from_sample([_median_log(m, "b", m, "a") for m in mine.values()]))
-            both = sorted(mine.keys() & full.keys())
-            movement = exp_of(from_sample([_median_log(mine[s], "delta", full[s], "delta") for s in both]))
+            growth, movement = exp_of(over_seeds(grown[k], of_growth)), exp_of(over_seeds(moved[k], of_movement))
         rows.append([o.curve.name, number(middle["a"]), number(middle["b"]), number(middle["delta"]),
                      with_interval(growth) if "a" in next(iter(next(iter(mine.values())).values())) else "-",
                      with_interval(movement) if o.curve.key["method"] == "lora" else "-"])  # fmt: skip
@@ -142,6 +141,14 @@ def _log_spectra(row: pd.Series) -> dict[tuple[str, str], float]:
     """Logarithms of a run's spectral norms by (matrix, which): those are what interpolates well between rates."""
     told = json.loads(row["result"]).get("spectra") or {}
     return {(matrix, what): math.log(v) for matrix, norms_ in told.items() for what, v in norms_.items() if v > 0}
+
+
+def _by_matrix(logs: dict[tuple[str, str], float]) -> dict[str, dict[str, float]]:
+    """Spectral norms by matrix and by which of the three."""
+    out: dict[str, dict[str, float]] = {}
+    for (matrix, what), v in logs.items():
+        out.setdefault(matrix, {})[what] = math.exp(v)
+    return out
 
 
 def _median_log(a: dict[str, dict[str, float]], of: str, b: dict[str, dict[str, float]], over: str) -> float:

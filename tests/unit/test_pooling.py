@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from analysis.at_best import AtBest
 from analysis.lr_law import by_loss, by_optima, meta_regression, published, ratio_law, regret
 from analysis.lr_optimum import fit_all
 from analysis.pooling import drift, random_effects
 from analysis.results import Estimate, from_draws
+from analysis.seeds import from_sample, kindred
 from analysis.step_efficiency import rho, steps_to_reach
 from analysis.table import Curve
 from analysis.valley import linex
@@ -124,13 +126,53 @@ def test_rho_comes_back_as_planted_and_is_a_bound_where_a_curve_begins_below():
     def curve(slow, shift=0.0):
         return [(s, 3.0 - 0.5 * math.log(s * slow) + shift) for s in (1, 2, 4, 8, 16, 32, 64)]
 
-    e = rho({s: curve(0.8, 0.01 * s) for s in range(4)}, {s: curve(1.0, 0.01 * s) for s in range(4)})
+    e = rho(AtBest({s: curve(0.8, 0.01 * s) for s in range(4)}), AtBest({s: curve(1.0, 0.01 * s) for s in range(4)}))
     assert e.value == pytest.approx(0.8) and e.low == pytest.approx(0.8) and e.n == 4
-    ahead = rho({0: curve(1.5), 1: curve(1.5)}, {0: curve(1.0), 1: curve(1.0, 1e-9)})  # steps to the loss that both reach
+    ahead = rho(AtBest({0: curve(1.5), 1: curve(1.5)}), AtBest({0: curve(1.0), 1: curve(1.0, 1e-9)}))  # to what both reach
     assert ahead.value == pytest.approx(1.5)
-    far = rho({0: curve(100.0), 1: curve(100.0)}, {0: curve(1.0), 1: curve(1.0)})
+    far = rho(AtBest({0: curve(100.0), 1: curve(100.0)}), AtBest({0: curve(1.0), 1: curve(1.0)}))
     assert far.value is None and far.low == pytest.approx(64) and far.flags
-    assert rho({0: curve(0.8)}, {1: curve(1.0)}).value is None  # no seed in common
+    assert rho(AtBest({0: curve(0.8)}), AtBest({1: curve(1.0)})).value is None  # no seed in common
+
+
+def test_doubt_about_the_best_rate_widens_an_interval_over_seeds():
+    def curve(slow):
+        return [(s, 3.0 - 0.5 * math.log(s * slow)) for s in (1, 2, 4, 8, 16, 32, 64)]
+
+    full = AtBest({s: curve(1.0) for s in range(3)})
+    sure = rho(AtBest({s: curve(0.5 * 1.01**s) for s in range(3)}), full)
+    rates = [0.5 * 1.2**z for z in np.linspace(-2, 2, 40)]  # what rho would be at other rates that are as likely the best
+    likely = tuple({s: curve(r * 1.01**s) for s in range(3)} for r in rates)
+    doubtful = rho(AtBest({s: curve(0.5 * 1.01**s) for s in range(3)}, likely), full)
+    assert doubtful.value == pytest.approx(sure.value, rel=0.02)
+    assert sure.high / sure.low < 1.06 and 1.9 < doubtful.high / doubtful.low < 2.3
+
+
+# ---------------------------------------------------------------- seeds
+
+
+def test_samples_of_one_variance_pool_it_and_samples_of_many_keep_their_own():
+    rng = np.random.default_rng(5)
+    alike = kindred([rng.normal(0, 0.1, 3) for _ in range(2000)])
+    assert alike.df > 40 and math.sqrt(alike.var) == pytest.approx(0.1, rel=0.05) and alike.cap == 4000
+    apart = kindred([rng.normal(0, 10.0 ** rng.uniform(-3, 0), 3) for _ in range(2000)])
+    assert apart.df < 1
+    assert kindred([[1.0, 2.0]]) is None and kindred([[1.0, 1.0], [2.0, 2.0]]) is None
+
+
+def test_moderated_intervals_cover_and_are_narrower_than_students():
+    """Three seeds a sample, eight samples a sweep: 95% intervals hold the mean in about 95% and are much narrower."""
+    rng, inside, wide, n = np.random.default_rng(7), np.zeros(2), np.zeros(2), 0
+    for _ in range(400):
+        samples = rng.normal(0, 0.05, (8, 3))
+        prior = kindred(samples)
+        for s in samples:
+            for k, e in enumerate((from_sample(s), from_sample(s, prior=prior))):
+                inside[k] += e.low <= 0 <= e.high
+                wide[k] += e.high - e.low
+            n += 1
+    assert (inside / n > 0.93).all() and (inside / n < 0.97).all()
+    assert wide[1] < 0.7 * wide[0]
 
 
 # ---------------------------------------------------------------- laws

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from analysis import capacity, compute, layers, rank, study, study_page
+from analysis.at_best import weights
 from analysis.prefixes import at_step
 from analysis.qualify import qualify, verdict
-from analysis.step_efficiency import weights
 from lorasweep.act import act
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
