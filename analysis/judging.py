@@ -11,14 +11,16 @@ from analysis.verdicts import holm, judge, look_level
 
 
 def verdicts(
-    question: dict[str, Any], measured: dict[str, tuple[Estimate, list[str]]], logs: Sequence[str], group: str, seeds: int = 0
-) -> list[Verdict]:
+    question: dict[str, Any], measured: dict[str, tuple[Estimate, list[str]]], logs: Sequence[str], group: str, seeds: int = 0,
+    of: str = "seeds at each optimum",
+) -> list[Verdict]:  # fmt: skip
     """Judge every claim of a question for one group of runs.
 
     Args:
         measured: estimand -> (estimate, gates: reasons that forbid a verdict).
         logs: estimands whose margin is one of ratios.
         seeds: at each optimum now, for what is said to be needed.
+        of: what they are where the interval is one over something else.
     """
     level = look_level(int(question.get("rounds", 1)))
     out = []
@@ -27,8 +29,13 @@ def verdicts(
             known = ", ".join(measured)
             raise TableError(f"claim {name!r}: {question['analysis']} measures {known}, not {claim['estimand']!r}.")
         estimate, gates = measured[claim["estimand"]]
-        out.append(judge(name, claim, group, estimate, gates, seeds, claim["estimand"] in logs, level))
+        out.append(judge(name, claim, group, estimate, gates, seeds, claim["estimand"] in logs, level, of))
     return out
+
+
+def about(question: dict[str, Any], estimand: str) -> dict[str, Any]:
+    """Return the question with the claims about one estimand only."""
+    return {**question, "claims": {k: v for k, v in question["claims"].items() if v["estimand"] == estimand}}
 
 
 def corrected(found: Sequence[Verdict], question: dict[str, Any]) -> list[Verdict]:

@@ -212,8 +212,7 @@ def _judged(
     question: dict[str, Any], estimand: str, e: Estimate, gates: list[str], group: str, rests: Sequence[Optimum]
 ) -> list[Verdict]:  # fmt: skip
     """Judge the claims about one estimand, by the seeds at the optima that it rests on."""
-    claims = {k: v for k, v in question["claims"].items() if v["estimand"] == estimand}
-    return judging.verdicts({**question, "claims": claims}, {estimand: (e, gates)}, (), group, judging.seeds(rests))
+    return judging.verdicts(judging.about(question, estimand), {estimand: (e, gates)}, (), group, judging.seeds(rests))
 
 
 def _of_task(c: _Compared, question: dict[str, Any]) -> list[Verdict]:

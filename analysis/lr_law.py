@@ -1,15 +1,13 @@
-"""Laws of the learning rate: LR = base x M x (2000 / hidden)^p per model family, and the law of the ratio.
+"""The study's law of the learning rate: LR = base x M x (2000 / hidden)^p, M for LoRA (1 for full fine-tuning), p by family.
 
-The first is the study's: one base, M for LoRA (1 for full fine-tuning), p by family. Its constants are fitted twice:
-as the study did, by the least summed loss that linear interpolation between the tried rates predicts; and by a
-regression on fitted optima. The second is ln ratio = a + p ln(hidden) + q ln(alpha), with the laws in print as rivals.
-Knows curves and optima, reads no file.
+Its constants are fitted twice: as the study did, by the least summed loss that linear interpolation between the tried rates
+predicts; and by a regression on fitted optima. Knows curves and optima, reads no file.
 """
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, stats
@@ -21,13 +19,6 @@ from analysis.table import Curve
 PUBLISHED = {"base": 5e-5, "M": 10.0, "llama": 0.781, "qwen": 0.0775}
 """Constants in print: tinker-cookbook, docs/sl-hyperparams (2025). No other family has one."""
 REFERENCE = 2000.0
-RIVALS = {
-    "constant 10 (the study)": (0.0, 0.0),
-    "sqrt(hidden) (muA, arXiv 2602.06204)": (0.5, 0.0),
-    "hidden/(2 alpha) (withdrawn by the study's authors)": (1.0, -1.0),
-    "sqrt(3) hidden/alpha (equal first step under Adam)": (1.0, -1.0),
-}
-"""Exponents (p, q) of the ratio in hidden size and alpha that laws in print claim."""
 _P = np.linspace(-1.5, 2.0, 141)
 _N_K, _BOOT = 161, 400
 
@@ -212,9 +203,12 @@ class MetaRegression:
         return float(stats.f.sf(f, len(at), self.df))
 
 
-def meta_regression(y: np.ndarray, v: np.ndarray, design: np.ndarray) -> MetaRegression:
+def meta_regression(
+    y: np.ndarray, v: np.ndarray, design: np.ndarray, wider: MetaRegression | None = None
+) -> MetaRegression:  # fmt: skip
     """Regress y [n] with known variances v on design [n, k]; the variance between rows by Paule & Mandel, the
-    coefficients' by Knapp & Hartung (2003), never below what v alone gives."""
+    coefficients' by Knapp & Hartung (2003), never below what v alone gives. `wider`: take the variance between rows, and its
+    degrees of freedom, from a regression over more rows."""
     n, k = design.shape
     df = n - k
 
@@ -224,50 +218,10 @@ def meta_regression(y: np.ndarray, v: np.ndarray, design: np.ndarray) -> MetaReg
         beta = inverse @ design.T @ (w * y)
         return beta, inverse, float((w * (y - design @ beta) ** 2).sum())
 
+    if wider is not None:
+        return MetaRegression(*solve(wider.tau**2)[:2], wider.tau, wider.df, n)
     tau2 = 0.0
     if df > 0 and solve(0.0)[2] > df:
         tau2 = float(optimize.brentq(lambda t: solve(t)[2] - df, 0.0, 10 * float(np.var(y) + v.max()) + 1e-9))
     beta, inverse, q = solve(tau2)
     return MetaRegression(beta, inverse * max(q / df, 1.0) if df > 0 else inverse, math.sqrt(tau2), df, n)
-
-
-# ---------------------------------------------------------------- the law of the ratio
-
-
-@dataclass(frozen=True)
-class RatioLaw:
-    """ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32), and which laws in print it leaves standing."""
-
-    at_reference: Estimate
-    """The ratio at hidden size 1000 and alpha 32."""
-    p: Estimate
-    q: Estimate
-    tau: float
-    rivals: dict[str, float | None] = field(default_factory=dict)
-    """p-value of each rival's exponents; below 0.05 it is out. None: too few ratios to tell."""
-    flags: tuple[str, ...] = ()
-
-
-def ratio_law(
-    hidden: Sequence[float], alpha: Sequence[float], log_ratios: Sequence[float], errors: Sequence[float]
-) -> RatioLaw:
-    """Fit the two-factor law to measured ln ratios with standard errors; a factor that does not vary has no exponent."""
-    h, a = np.log(np.asarray(hidden, float) / 1000), np.log(np.asarray(alpha, float) / 32)
-    y, v = np.asarray(log_ratios, float), np.asarray(errors, float) ** 2
-    terms = [np.ones(len(y))]
-    varies = [len(x) > 0 and bool(np.ptp(x) > 1e-9) for x in (h, a)]
-    terms += [x for x, moves in zip((h, a), varies) if moves]
-    design = np.stack(terms, 1)
-    if not len(y) or len(y) < design.shape[1] or np.linalg.matrix_rank(design) < design.shape[1]:
-        return RatioLaw(Estimate(None), Estimate(None), Estimate(None), 0.0, dict.fromkeys(RIVALS),
-                        ("too few ratios, or hidden size and alpha move together",))  # fmt: skip
-    fit = meta_regression(y, v, design)
-    at = {0: 1, 1: 1 + varies[0]}
-    p, q = (fit.term(at[k]) if moves else Estimate(None, n=len(y)) for k, moves in enumerate(varies))
-    which = [k for k, moves in enumerate(varies) if moves]
-    rivals = {name: fit.p_of([at[k] for k in which], [claim[k] for k in which]) if which else None
-              for name, claim in RIVALS.items()}  # fmt: skip
-    flags = tuple(f"{name} does not vary" for name, moves in zip(("hidden size", "alpha"), varies) if not moves)
-    start = fit.term(0)
-    level = Estimate(*(None if x is None else math.exp(x) for x in (start.value, start.low, start.high)), n=len(y))
-    return RatioLaw(level, p, q, fit.tau, rivals, flags)

@@ -1,8 +1,8 @@
 """How does the ratio of the best rates depend on the hidden size and on alpha?
 
-ln ratio = a + p ln(hidden) + q ln(alpha), by meta-regression over measured ratios (analysis.lr_law), twice: over bases of equal
-pretraining tokens, and over bases of equal loss. Which base belongs to which set is read from the table: bases of one number
-of pretraining tokens, and bases whose loss before fine-tuning agrees.
+ln ratio = a + p ln(hidden) + q ln(alpha), by regression over measured ratios (analysis.ratio_law), twice: over bases of
+equal pretraining tokens, and over bases of equal loss. Which base belongs to which set is read from the table: bases of one
+number of pretraining tokens, and bases whose loss before fine-tuning agrees.
 """
 
 import json
@@ -16,10 +16,10 @@ import pandas as pd
 
 from analysis import judging, plots
 from analysis.findings import Findings, Section
-from analysis.lr_law import RatioLaw, ratio_law
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.lr_ratio import ratio_of, rivals
 from analysis.plots import Panel, Series
+from analysis.ratio_law import Ratio, RatioLaw, ratio_law
 from analysis.results import Estimate, number, rate, with_interval
 from analysis.study import RESULTS
 from analysis.table import curves
@@ -105,11 +105,14 @@ def equal_loss(cells: Sequence[Cell]) -> list[Cell]:
     return max(near, key=lambda g: (len({c.hidden for c in g}), len(g)), default=[])
 
 
-def law_of(cells: Sequence[Cell]) -> RatioLaw:
-    """Fit the law to the cells whose ratio has an interval."""
-    known = [c for c in cells if c.ratio.draws is not None]
-    logs = [np.log(c.ratio.draws) for c in known]
-    return ratio_law([c.hidden for c in known], [c.alpha for c in known], [d.mean() for d in logs], [d.std() for d in logs])
+def law_of(cells: Sequence[Cell], wider: Sequence[Cell] = ()) -> RatioLaw:
+    """Fit the law to the cells whose ratio has an interval; the variance between bases from `wider` as well."""
+    return ratio_law(_ratios(cells), _ratios(wider))
+
+
+def _ratios(cells: Sequence[Cell]) -> list[Ratio]:
+    known = [(c, np.log(c.ratio.draws)) for c in cells if c.ratio.draws is not None]
+    return [Ratio(c.model, c.hidden, c.alpha, float(d.mean()), float(d.std())) for c, d in known]
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -117,7 +120,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     optima = fit_all(curves(table))
     cells = cells_of(table, optima)
     by_tokens, by_loss = equal_tokens(cells), equal_loss(cells)
-    laws = {"equal pretraining tokens": law_of(by_tokens), "equal base loss": law_of(by_loss), "all bases": law_of(cells)}
+    laws = {"equal pretraining tokens": law_of(by_tokens, cells), "equal base loss": law_of(by_loss, cells),
+            "all bases": law_of(cells)}  # fmt: skip
     group = str(table["dataset"].iloc[0])
     gates = {name: _gates(part) for name, part in (("tokens", by_tokens), ("loss", by_loss), ("all", cells))}
     measured = {
@@ -125,7 +129,10 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "hidden_exponent_equal_loss": (laws["equal base loss"].p, gates["loss"] + _one_size(by_loss)),
         "alpha_exponent": (laws["all bases"].q, gates["all"]),
     }
-    verdicts = judging.corrected(judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds(optima)), question)
+    rests = {"hidden_exponent": laws["equal pretraining tokens"].bases,
+             "hidden_exponent_equal_loss": laws["equal base loss"].bases, "alpha_exponent": laws["all bases"].bases_q}
+    found = [judging.verdicts(judging.about(question, e), measured, LOG_ESTIMANDS, group, n, "bases") for e, n in rests.items()]
+    verdicts = judging.corrected([v for part in found for v in part], question)
     rows = [["base", "hidden", "alpha", "base NLL", "pretraining tokens", "best FullFT LR", "best LoRA LR", "ratio [95%]",
              *(n.partition(" (")[0] for n in rivals(64, 32.0))]]  # fmt: skip
     for c in cells:
@@ -135,11 +142,14 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     beyond = outside([c.model for c in cells])
     beyond_rows = [["not fitted", "hidden", "alpha", "ratio [95%]"],
                    *([o.where, str(o.hidden), f"{o.alpha:g}", with_interval(o.ratio)] for o in beyond)]  # fmt: skip
-    law_rows = [["bases", "exponent of the hidden size [95%]", "of alpha [95%]", "laws in print, p-value"]]
+    law_rows = [["bases", "how many", "exponent of the hidden size [95%]", "of alpha [95%]", "bases with several alphas",
+                 "laws in print, p-value"]]  # fmt: skip
     for name, law in laws.items():
         told = "; ".join(f"{r}: {number(p, 2)}" for r, p in law.rivals.items())
-        law_rows.append([name, with_interval(law.p), with_interval(law.q), told or "-"])
-    said = "ln ratio = a + p ln(hidden) + q ln(alpha); a law with a p-value below 0.05 is out."
+        law_rows.append([name, str(law.bases), with_interval(law.p), with_interval(law.q), str(law.bases_q), told or "-"])
+    said = ("ln ratio = a + p ln(hidden) + q ln(alpha); p at alpha 32, one row a base, q within bases. Student's intervals "
+            "over bases, whose variance is that of all bases together. A law with a p-value below 0.05 is out; one that says "
+            "nothing of alpha is judged by its p alone, and none by its level.")
     sections = [Section("The law of the ratio", law_rows, [said]),
                 Section("Ratios", rows, figure="law.png", draw=lambda p: plots.panels(_panels(cells, beyond), p),
                         caption="the ratio over alpha and hidden size, with laws in print"),

@@ -14,6 +14,7 @@ from analysis import interactive, lr_law
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.lr_ratio import gap, pool_ratios, ratio_of
 from analysis.pooling import Drift, drift
+from analysis.ratio_law import Ratio, ratio_law
 from analysis.reading import Reading
 from analysis.results import Estimate, number, rate, with_interval
 from analysis.table import Curve, TableError, curves
@@ -224,7 +225,7 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
         h, a = hidden.get(full.curve.key["model"]), lora[0].curve.key.get("alpha")
         if known and full.best_lr.draws is not None and h and a is not None and a == a:
             logs = np.log(ratio_of(known, full).draws)  # one row a model and alpha: its ranks share full fine-tuning's curve
-            log_ratios.append((h, float(a), float(logs.mean()), float(logs.std())))
+            log_ratios.append(Ratio(full.curve.key["model"], h, float(a), float(logs.mean()), float(logs.std())))
     return {
         "by_loss": [_law(v) for v in lr_law.by_loss(parts, hidden)],
         "by_optima": [_law(v) for v in lr_law.by_optima(optima, hidden)], "published_regret": costs,
@@ -237,10 +238,10 @@ def _law(v: lr_law.Law) -> dict[str, Any]:
             "models": v.n_models, "regret_percent": v.regret, "flags": list(v.flags)}  # fmt: skip
 
 
-def _ratio_law(rows: Sequence[tuple[float, float, float, float]]) -> dict[str, Any] | None:
+def _ratio_law(rows: Sequence[Ratio]) -> dict[str, Any] | None:
     if len(rows) < 2:
         return None
-    fitted = lr_law.ratio_law(*(list(v) for v in zip(*rows)))
+    fitted = ratio_law(rows)
     return {"ratio_at_1000_32": fitted.at_reference.plain(), "p": fitted.p.plain(), "q": fitted.q.plain(),
             "spread": math.exp(fitted.tau), "rivals": fitted.rivals, "flags": list(fitted.flags), "n": len(rows)}  # fmt: skip
 

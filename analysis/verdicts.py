@@ -31,7 +31,7 @@ def look_level(rounds: int) -> float:
 
 def judge(
     name: str, claim: dict[str, Any], group: str, estimate: Estimate, gates: list[str], seeds: int, log: bool,
-    level: float = LEVEL,
+    level: float = LEVEL, of: str = "seeds at each optimum",
 ) -> Verdict:  # fmt: skip
     """Judge one claim.
 
@@ -39,6 +39,7 @@ def judge(
         gates: reasons that forbid a verdict.
         log: the margin is one of ratios.
         level: of the interval that is held against the margin.
+        seeds: how many there are of what the interval is over, `of`.
     """
     low, high = (float(v) for v in claim["margin"])
     outcome, why, needed, p = "UNDECIDED", "", "", None
@@ -58,7 +59,7 @@ def judge(
     else:
         why = f"{shown} crosses the margin's edge"
     if outcome == "UNDECIDED":
-        needed = _remedy(gates) or _needed(estimate, low, high, seeds, log)
+        needed = _remedy(gates) or _needed(estimate, low, high, seeds, log, of)
     return Verdict(
         claim=name, group=group, outcome=outcome, estimate=estimate, expected=float(claim["expected"]),
         margin=(low, high), primary=bool(claim.get("primary")), why=why, needed=needed,
@@ -119,17 +120,17 @@ def scale_of(log: bool) -> Callable[[float], float]:
     return (lambda v: math.log(v) if v > 0 else -math.inf) if log else float
 
 
-def _needed(estimate: Estimate, low: float, high: float, seeds: int, log: bool) -> str:
-    """Say how many seeds an optimum would need, its interval shrinking with their square root."""
+def _needed(estimate: Estimate, low: float, high: float, seeds: int, log: bool, of: str) -> str:
+    """Say how many seeds (or bases) it would take, the interval shrinking with their square root."""
     if estimate.value is None:
         return "optima with intervals in every curve"
     if not estimate.has_interval():
-        return f"fresh seeds around the optimum (at least {MIN_SEEDS})"
+        return f"at least {MIN_SEEDS} {of}"
     to = scale_of(log)
     value, edges = to(estimate.value), (to(low), to(high))
     half = max(value - to(estimate.low), to(estimate.high) - value)
     room = min(abs(value - e) for e in edges)
     if room == 0 or not math.isfinite(half):
-        return f"more than {MAX_NEEDED} seeds at each optimum"
+        return f"more than {MAX_NEEDED} {of}"
     n = max(MIN_SEEDS, seeds + 1, math.ceil(max(seeds, 1) * (half / room) ** 2))
-    return f"about {n} seeds at each optimum (now {seeds})" if n <= MAX_NEEDED else f"more than {MAX_NEEDED} seeds"
+    return f"about {n} {of} (now {seeds})" if n <= MAX_NEEDED else f"more than {MAX_NEEDED} {of}"

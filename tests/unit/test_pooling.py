@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from analysis.at_best import AtBest
-from analysis.lr_law import by_loss, by_optima, meta_regression, published, ratio_law, regret
+from analysis.lr_law import by_loss, by_optima, meta_regression, published, regret
 from analysis.lr_optimum import fit_all
 from analysis.pooling import drift, random_effects
+from analysis.ratio_law import Ratio, ratio_law
 from analysis.results import Estimate, from_draws
 from analysis.seeds import from_sample, kindred
 from analysis.step_efficiency import rho, steps_to_reach
@@ -231,26 +232,37 @@ def test_a_law_over_one_hidden_size_has_no_exponent():
 
 
 @pytest.mark.parametrize(("p", "q", "name"), [
-    (0.0, 0.0, "constant 10 (the study)"), (0.5, 0.0, "sqrt(hidden) (muA, arXiv 2602.06204)"),
-    (1.0, -1.0, "sqrt(3) hidden/alpha (equal first step under Adam)"),
+    (0.0, 0.0, "constant 10 (the study)"), (0.0, -0.7, "constant 10 (the study)"),
+    (0.5, 0.0, "sqrt(hidden) (muA, arXiv 2602.06204)"), (1.0, -1.0, "sqrt(3) hidden/alpha (equal first step under Adam)"),
 ])  # fmt: skip
 def test_the_ratios_law_tells_rivals_apart(p, q, name):
     rng = np.random.default_rng(4)
-    grid = [(h, a) for h in (64, 128, 256) for a in (8, 32, 128)]
-    h, a = zip(*grid)
-    y = 1.0 + p * np.log(np.array(h) / 1000) + q * np.log(np.array(a) / 32) + rng.normal(0, 0.05, 9)
-    law = ratio_law(h, a, y, [0.05] * 9)
+    bases = [(f"{h}-{s}", h, rng.normal(0, 0.03)) for h in (64, 128, 256) for s in range(3)]
+    ratios = [Ratio(b, h, a, 1.0 + p * math.log(h / 1000) + q * math.log(a / 32) + u + rng.normal(0, 0.05), 0.05)
+              for b, h, u in bases for a in (8, 32, 128)]  # fmt: skip
+    law = ratio_law(ratios)
+    assert law.bases == law.bases_q == 9
     assert law.p.low < p < law.p.high and law.q.low < q < law.q.high
     assert law.rivals[name] > 0.05
     others = {k: v for k, v in law.rivals.items() if k != name and not (p == 1.0 and "2 alpha" in k)}
     assert all(v < 0.05 for v in others.values())
 
 
+def test_several_alphas_of_one_base_are_no_several_witnesses_of_its_width():
+    """Bases that differ by 0.3 beyond their width: 95% intervals of p hold the truth, however many alphas each has."""
+    rng, held = np.random.default_rng(9), 0
+    for _ in range(300):
+        bases = [(f"{h}-{s}", h, rng.normal(0, 0.3)) for h in (64, 128, 256) for s in range(2)]
+        p = ratio_law([Ratio(b, h, a, u - math.log(a) + rng.normal(0, 0.02), 0.02) for b, h, u in bases for a in (8, 32, 128)]).p
+        held += p.low <= 0 <= p.high
+    assert 0.92 < held / 300 < 0.98
+
+
 def test_a_factor_that_does_not_vary_has_no_exponent():
-    law = ratio_law([64, 128, 256], [32, 32, 32], [1.0, 1.1, 1.2], [0.05] * 3)
+    law = ratio_law([Ratio(str(h), h, 32, y, 0.05) for h, y in ((64, 1.0), (128, 1.1), (256, 1.2))])
     assert law.q.value is None and "alpha does not vary" in law.flags and law.p.value is not None
-    stuck = ratio_law([64, 128], [8, 16], [1.0, 1.1], [0.05] * 2)
-    assert stuck.p.value is None and all(v is None for v in stuck.rivals.values())
+    one = ratio_law([Ratio("a", 64, 32, 1.0, 0.05), Ratio("b", 64, 32, 1.1, 0.05)])
+    assert one.p.value is None and one.flags[0] == "hidden size does not vary" and all(v is None for v in one.rivals.values())
 
 
 def test_meta_regression_without_spread_is_weighted_least_squares():

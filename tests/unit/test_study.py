@@ -161,11 +161,11 @@ def test_the_law_of_the_ratio(ask, power, outcome):
             return 1.6e-3
         return 1.6e-3 * 4 * (32 / spec.method.alpha) * (spec.model.hidden_size / 64) ** power
 
-    lora = ",".join(f"{{model:[tiny64-3m,tiny64-s1,tiny128-3m,tiny128],alpha:{a},lr:[{','.join(f'{6.4e-3 * 32 / a * 2.0**k:.3g}' for k in range(-3, 4))}]}}"
+    lora = ",".join(f"{{model:[tiny64-3m,tiny64,tiny64-s1,tiny128-3m,tiny128-4m,tiny256-3m],alpha:{a},lr:[{','.join(f'{6.4e-3 * 32 / a * 2.0**k:.3g}' for k in range(-3, 4))}]}}"
                     for a in (8, 32, 128))  # fmt: skip
     more = {"retain_start": 2.0, "retain_nll": 2.1}
     out, found = ask("lr_scale", World(best=best, more=lambda s: more), f"sweep.at.smoke.lora=[{lora}]",
-                     "sweep.at.smoke.fullft=[{model:[tiny64-3m,tiny64-s1,tiny128-3m,tiny128],lr:[2e-4,4e-4,8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2]}]")  # fmt: skip
+                     "sweep.at.smoke.fullft=[{model:[tiny64-3m,tiny64,tiny64-s1,tiny128-3m,tiny128-4m,tiny256-3m],lr:[2e-4,4e-4,8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2]}]")  # fmt: skip
     assert found["hidden"]["outcome"] == outcome
     assert found["hidden"]["estimate"]["value"] == pytest.approx(power, abs=0.15)
     assert found["alpha"]["outcome"] == "SUPPORTED"
