@@ -124,7 +124,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     text.append("A model that is sure of a wrong value has a high NLL: bits of facts never trained fall below 0, never above. "
                 "Verdicts take the geometric mean over seeds. An update shows 128 facts, so that few facts come several times "
                 "in one update: few facts at many exposures are also few updates.")
-    sections = [Section("Cells", rows, text, "capacity.png", lambda p: plots.panels(_panels(lora), p),
+    margin = next((tuple(c["margin"]) for c in question["claims"].values() if c["estimand"] == "bits_per_parameter"), None)
+    sections = [Section("Cells", rows, text, "capacity.png", lambda p: plots.panels(_panels(lora, margin), p),
                         "bits stored a parameter, over load and exposures")]  # fmt: skip
     measures = {"cells": [{"method": c.method, "facts": c.facts, "exposures": c.exposures, "lr": c.lr, "bits": c.bits,
                            "parameters": c.parameters} for c in cells]}  # fmt: skip
@@ -156,7 +157,7 @@ def _most(cells: list[Cell]) -> tuple[Estimate, list[str]]:
     return value, gates
 
 
-def _panels(cells: list[Cell]) -> list[Panel]:
+def _panels(cells: list[Cell], margin: tuple[float, float] | None) -> list[Panel]:
     def line(label: str, mine: list[Cell], x: list[float]) -> Series:
         told = [from_sample([b / c.parameters for b in c.bits]) for c in mine]
         return Series(label, x, [e.value for e in told], [e.low for e in told], [e.high for e in told])
@@ -170,6 +171,6 @@ def _panels(cells: list[Cell]) -> list[Panel]:
         if len(mine) > 1:
             by_load.append(line(f"{e:g} exposures", mine, [_load(c) for c in mine]))
     return [Panel("by exposures", "exposures of each fact", "bits stored / effective parameter", by_exposure, log_x=True,
-                  lines={"2 bits": 2.0}, y_range=(-0.3, 2.4)),
+                  lines={"2 bits": 2.0}, band=margin, y_range=(-0.3, 2.9)),
             Panel("by load", "bits to store / (2 bits x parameters)", "bits stored / effective parameter", by_load, log_x=True,
-                  lines={"2 bits": 2.0}, y_range=(-0.3, 2.4))]  # fmt: skip
+                  lines={"2 bits": 2.0}, band=margin, y_range=(-0.3, 2.9))]  # fmt: skip

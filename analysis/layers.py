@@ -144,7 +144,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     order = list(question["claims"])
     found = sorted(found, key=lambda v: order.index(v.claim)) + each
     sections = [_over_tasks(worse, both), *(_arms(t) for t in tasks),
-                Section("Layer sets", figure="layers.png", draw=lambda p: plots.panels([_panel(t) for t in tasks], p),
+                Section("Layer sets", figure="layers.png",
+                        draw=lambda p: plots.panels([_panel(t, t is tasks[-1]) for t in tasks], p),
                         caption="step efficiency by layer set and task")]  # fmt: skip
     measures = {"attention_over_mlp": {t.name: e.plain() for t, e in worse},
                 "mlp_over_both": {t.name: e.plain() for t, e in both},
@@ -282,7 +283,7 @@ def _arms(t: Task) -> Section:
     return Section(t.name, rows)
 
 
-def _panel(t: Task) -> Panel:
+def _panel(t: Task, legend: bool) -> Panel:
     here = [s for s in SETS if any(a.layers == s for a in (*t.lora, *t.restricted))]
     order = {s: k for k, s in enumerate(here)}
     series = []
@@ -296,7 +297,8 @@ def _panel(t: Task) -> Panel:
                              [e.high for _, e in told], style="o"))  # fmt: skip
     short = [s.replace("attention", "attn").replace("unembedding", "head").replace("+", "\n+") for s in here]
     return Panel(t.name.partition(", batch")[0], "layer set", "rho: FullFT's updates / the arm's", series, log_y=True,
-                 ticks=[(float(k), s) for k, s in enumerate(short)], lines={"full fine-tuning": 1.0})  # fmt: skip
+                 ticks=[(float(k), s) for k, s in enumerate(short)], lines={"full fine-tuning": 1.0},
+                 legend=legend)  # fmt: skip
 
 
 def _by_rank(t: Task, high: bool) -> list[Arm]:

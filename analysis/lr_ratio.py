@@ -25,8 +25,8 @@ from analysis.verdicts import MIN_SEEDS, holm, judge, look_level
 if TYPE_CHECKING:
     from analysis.findings import Findings
 
-ESTIMANDS = ("lr_ratio", "lr_drift_per_doubling")
-LOG_ESTIMANDS = ("lr_ratio",)
+ESTIMANDS = ("lr_ratio", "lr_drift_per_doubling", "rho_top_rank")
+LOG_ESTIMANDS = ("lr_ratio", "rho_top_rank")
 """Estimands whose margin is one of ratios, above 0."""
 MIN_RANK = 4
 """The claims on ratio and drift are about ranks of 4 and more: the study itself sets rank 1 apart."""
@@ -234,6 +234,7 @@ def _judge_group(
     gates = gates_of(every)
     seeds = min(seeds_at_best(o) for o in every)
     known = {"lr_ratio": (overall, gates), "lr_drift_per_doubling": (drift, _drift_gates(gates_of(lora), lora))}
+    # rho needs learning curves, and is judged where those are read (ratio_report)
     verdicts = []
     for name, claim in claims.items():
         if claim["estimand"] not in known:

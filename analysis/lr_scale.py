@@ -177,22 +177,22 @@ def _panels(cells: Sequence[Cell], beyond: Sequence[Outside]) -> list[Panel]:
     for k, model in enumerate(models):
         over_alpha.append(_series(model, [c for c in cells if c.model == model], "alpha", k, beside))
     alphas = sorted({c.alpha for c in cells})
-    for k, alpha in enumerate(alphas):
-        over_hidden.append(_series(f"alpha {alpha:g}", [c for c in cells if c.alpha == alpha], "hidden", k, beside, "o"))
+    mid = 32.0 if 32.0 in alphas else alphas[len(alphas) // 2]  # the alpha of the laws' lines, and of what they are held to
+    over_hidden.append(_series("a base", [c for c in cells if c.alpha == mid], "hidden", 0, beside, "o"))
     others = [o for o in beyond if o.alpha == 32.0]
     ends = ([getattr(o.ratio, k) for o in others] for k in ("value", "low", "high"))
     sizes = [o.hidden for o in others]
-    over_hidden.append(Series("other sweeps, alpha 32, not fitted", sizes, *ends, style="*", colour="black"))
+    names = ", ".join(dict.fromkeys(o.where.partition(" on ")[0] for o in others))
+    over_hidden.append(Series(f"not fitted: {names}", sizes, *ends, style="*", colour=3, size=9))
     hiddens = [float(x.hidden) for x in (*cells, *beyond)]
     for s, name in enumerate(rivals(64, 32.0)):
         sizes = np.geomspace(min(hiddens) / 1.2, max(hiddens) * 1.2, 20)
-        mid = 32.0 if 32.0 in alphas else alphas[len(alphas) // 2]
         label, heights = f"{name.partition(' (')[0]}, alpha {mid:g}", [rivals(h, mid)[name] for h in sizes]
         over_hidden.append(Series(label, list(sizes), heights, style=("--", ":", "-.", "-")[s % 4], colour="grey", width=1.1))
-    return [Panel("by alpha", "alpha", "best LoRA LR / best FullFT LR", over_alpha, log_x=True, log_y=True,
+    return [Panel("by alpha, bases side by side", "alpha", "best LoRA LR / best FullFT LR", over_alpha, log_x=True, log_y=True,
                   ticks=[(a, f"{a:g}") for a in alphas]),
-            Panel("by hidden size, with laws in print", "hidden size", "best LoRA LR / best FullFT LR", over_hidden, log_x=True,
-                  log_y=True, ticks=[(h, f"{h:g}") for h in sorted(set(hiddens))])]  # fmt: skip
+            Panel(f"by hidden size at alpha {mid:g}, with laws", "hidden size", "best LoRA LR / best FullFT LR", over_hidden,
+                  log_x=True, log_y=True, ticks=[(h, f"{h:g}") for h in sorted(set(hiddens))])]  # fmt: skip
 
 
 def _series(

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from analysis.at_best import same
 from analysis.lr_optimum import Optimum
@@ -168,6 +168,7 @@ class Panel:
     ticks: list[tuple[float, str]] | None = None
     """Places on the x axis and what stands there."""
     y_range: tuple[float | None, float | None] = (None, None)
+    legend: bool = True
 
 
 def panels(parts: Sequence[Panel], path: Path, columns: int = 2) -> None:
@@ -175,13 +176,13 @@ def panels(parts: Sequence[Panel], path: Path, columns: int = 2) -> None:
     columns = min(columns, len(parts))
     rows = -(-len(parts) // columns)
     with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(rows, columns, figsize=(5.4 * columns if columns > 1 else 7.2, 4.2 * rows), squeeze=False)
+        fig, axes = plt.subplots(rows, columns, figsize=(4.8 * columns if columns > 1 else 7.2, 4.1 * rows), squeeze=False)
         for ax in axes.flat[len(parts):]:
             ax.axis("off")
         for ax, panel in zip(axes.flat, parts):
             _panel(ax, panel)
         fig.tight_layout()
-        fig.savefig(path, dpi=130)
+        fig.savefig(path, dpi=130, bbox_inches="tight")
         plt.close(fig)
 
 
@@ -213,16 +214,18 @@ def _panel(ax: Any, panel: Panel) -> None:
         low, high = ax.get_ylim()
         if high < 60 * low:  # less than two decades: say plain numbers at the lesser ticks too
             ax.yaxis.set_major_formatter(_plain_number)
-            ax.yaxis.set_minor_formatter(_plain_number if high < 12 * low else NullFormatter())
+            if high >= 6 * low:
+                ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            ax.yaxis.set_minor_formatter(_plain_number)
     if panel.y_range != (None, None):
         ax.set_ylim(*panel.y_range)
     if panel.ticks is not None:
         ax.set_xticks([v for v, _ in panel.ticks], [t for _, t in panel.ticks])
         ax.xaxis.set_minor_locator(NullLocator())
-    told = ax.get_legend_handles_labels()[1]
+    told = ax.get_legend_handles_labels()[1] if panel.legend else []
     if len(told) > MANY:
         lines = max((t.count("\n") for _, t in panel.ticks or ()), default=0)
-        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17 - 0.07 * lines), ncol=2)
+        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.19 - 0.07 * lines), ncol=2)
     elif told:
         ax.legend(frameon=False, fontsize=8)
 

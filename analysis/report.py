@@ -52,7 +52,7 @@ def judge_and_report(
 
 def _asked(question: dict[str, Any]) -> Any:
     rounds = int(question.get("rounds", 1))
-    words = ("says", "whose")
+    words = ("says", "whose", "measure", "beside")
     claims = {name: {k: v for k, v in claim.items() if k not in words} for name, claim in question["claims"].items()}
     return claims if rounds == 1 else {"claims": claims, "rounds": rounds}
 

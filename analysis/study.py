@@ -46,9 +46,14 @@ class Part:
         """A claim in words."""
         return self.question["claims"].get(claim, {}).get("says") or claim.replace("_", " ")
 
-    def whose(self, claim: str) -> str:
-        """Whose claim it is: study, popular or ours."""
-        return self.question["claims"].get(claim, {}).get("whose", "ours")
+    def word(self, claim: str, kind: str) -> str:
+        """What the question says of a claim in words: `whose`, `measure`, `beside`; empty if nothing."""
+        return self.question["claims"].get(claim, {}).get(kind) or ""
+
+    def measured(self, v: Verdict) -> str:
+        """What was measured; over several tasks, on the one that is hardest on the claim."""
+        each = [w for w in self.verdicts if w.claim == v.claim]
+        return f"{'on the hardest task ' if len(each) > 1 and v is each[0] else ''}{with_interval(v.estimate)}"
 
     @cached_property
     def runs(self) -> pd.DataFrame:
@@ -65,6 +70,11 @@ class Part:
     def bases(self) -> list[str]:
         """Names of the models that its runs began from."""
         return sorted(self.runs["model"].unique()) if len(self.runs) else []
+
+    @property
+    def size(self) -> int:
+        """Parameters of the largest of them."""
+        return int(self.runs["n_trainable"].max()) if "n_trainable" in self.runs else 0
 
     @property
     def trained(self) -> str:
@@ -138,11 +148,12 @@ def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
             where = f", {v.group}" if several else ""
             name = f"{part.told['sweep']}: {v.claim}"
             if words:
-                text = f"{part.says(v.claim)}{where} (`{name}`, {part.whose(v.claim)}{', primary' if v.primary else ''})"
+                marks = f"{part.word(v.claim, 'whose') or 'ours'}{', primary' if v.primary else ''}"
+                text = f"{part.says(v.claim)}{where} (`{name}`, {marks})"
             else:
                 text = f"{name}{' (primary)' if v.primary else ''}{where}"
             rows.append([text, part.told["scale"],
-                         f"{v.expected:g}, within {within(v)}", with_interval(v.estimate), v.outcome,
+                         f"{v.expected:g}, within {within(v)}", part.measured(v), v.outcome,
                          str(part.told.get("runs", "-")), v.needed or "-"])  # fmt: skip
     return rows
 

@@ -5,90 +5,113 @@ questions follow with their verdicts and figures, the whole table is the end. No
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from analysis.results import Verdict, with_interval
+from analysis.results import Verdict, number, with_interval
 from analysis.study import RESULTS, Part, parts_of, rows_of, within
 
 BEGIN, END = "<!-- answers: made by `python -m analysis study` -->", "<!-- end of answers -->"
 OUTCOMES = ("SUPPORTED", "REFUTED", "UNDECIDED")
-WHOSE = {
-    "study": "the study's own",
-    "popular": "popular: summaries, defaults, other papers",
-    "ours": "ours: certificates, controls",
-}
+WHOSE = {"study": "the study's own", "popular": "popular: summaries, defaults, other papers"}
 SHOWN = ("lr_scale-tiny", "rank-tiny", "layers-tiny", "capacity-tiny")
 """Parts whose first figure the project's README shows."""
+VARIANTS = ("-skills", "-knows", "-facts")
+"""Bases of one shape and seed that were pretrained on another task stand in one column."""
+SEVERAL = "several bases"
 
-Asked = dict[str, tuple[Part, list[Verdict]]]
-"""One claim: by scale, its answer and its verdicts, that over all tasks first."""
+Asked = list[tuple[Part, list[Verdict]]]
+"""One claim: the answers that judge it, each with its verdicts, that over all tasks first."""
 
 
 # ---------------------------------------------------------------- the claims at a glance
 
 
 def claims(parts: Sequence[Part]) -> list[Asked]:
-    """Put together what became of each claim at every scale that it was asked at."""
+    """Put together what became of each claim everywhere that it was asked."""
     found: dict[tuple[str, str], Asked] = {}
     for part in parts:
-        for v in part.verdicts:
-            at = found.setdefault((part.told["sweep"], v.claim), {})
-            at.setdefault(part.told["scale"], (part, []))[1].append(v)
+        for name in dict.fromkeys(v.claim for v in part.verdicts):
+            mine = [v for v in part.verdicts if v.claim == name]
+            found.setdefault((part.told["sweep"], name), []).append((part, mine))
     return list(found.values())
 
 
-def scales(asked: Sequence[Asked]) -> list[str]:
-    """Return the scales that were asked at: the tiny ones first."""
-    return sorted({s for at in asked for s in at}, key=lambda s: (not s.startswith("tiny"), len(s), s))
+def base_of(part: Part) -> str:
+    """Return the base that an answer rests on, as a column's head."""
+    stems = {next((b.removesuffix(v) for v in VARIANTS if b.endswith(v)), b) for b in part.bases}
+    return stems.pop() if len(stems) == 1 else SEVERAL
 
 
-def glance(asked: Sequence[Asked], shown: Sequence[str]) -> list[str]:
-    """Write claims as Markdown, one row each, a column a scale."""
-    rows = [["claim", "lies within", *shown]]
+def bases(asked: Sequence[Asked]) -> list[str]:
+    """Return the bases that were asked about: the largest first, answers about several of them last."""
+    size = {base_of(part): part.size for at in asked for part, _ in at}
+    return sorted(size, key=lambda b: (b == SEVERAL, -size[b], b))
+
+
+def glance(asked: Sequence[Asked], shown: Sequence[str], needs: bool = True) -> list[str]:
+    """Write claims as Markdown, one row each, a column a base.
+
+    needs: say as well what is measured, what has to be said beside it, and what would decide.
+    """
+    rows = [["claim", "counts as yes", *shown]]
     for at in asked:
-        part, (v, *_) = next(iter(at.values()))
-        name = f"`{part.told['sweep']}: {v.claim}`, {part.whose(v.claim)}{', primary' if v.primary else ''}"
-        rows.append([f"{part.says(v.claim)} ({name})", within(v), *(_cell(*at[s]) if s in at else "" for s in shown)])
+        part, (v, *_) = at[0]
+        said = f"{part.says(v.claim)} (`{part.told['sweep']}: {v.claim}`)"
+        if needs:
+            beside = [part.word(v.claim, k) for k in ("measure", "beside")]
+            said = "<br>".join([said, *(f"*{b}*" for b in beside if b)])
+        rows.append([said, within(v), *("<br>".join(_cells(at, base, needs)) for base in shown)])
     return markdown(rows)
 
 
-def _cell(part: Part, verdicts: Sequence[Verdict]) -> str:
-    v, *by_task = verdicts
-    bases = part.bases
-    said = [f"**{v.outcome}**", with_interval(v.estimate), bases[0] if len(bases) == 1 else f"{len(bases)} bases"]
-    if by_task:
-        counts = {o: sum(w.outcome == o for w in by_task) for o in OUTCOMES}
-        said.append("by task: " + ", ".join(f"{n} {o}" for o, n in counts.items() if n))
-    if v.outcome == "UNDECIDED" and v.needed:
-        said.append(f"needs {v.needed}")
-    return "<br>".join(said)
+def _cells(at: Asked, base: str, needs: bool) -> list[str]:
+    here = [(part, verdicts) for part, verdicts in at if base_of(part) == base]
+    out = []
+    for part, (v, *by_task) in here:
+        where = f" (`{part.told['scale']}`)" if len(here) > 1 else ""
+        alone = next((f", {o} before Holm's correction" for o in OUTCOMES if v.why.startswith(f"{o} alone")), "")
+        out.append(f"**{v.outcome}**{alone}{where}")
+        if by_task:
+            told = {o: [number(w.estimate.value) for w in by_task if w.outcome == o] for o in OUTCOMES}
+            out.append("by task: " + "; ".join(f"{o} at {', '.join(sorted(n))}" for o, n in told.items() if n))
+        else:
+            out.append(with_interval(v.estimate))
+        if needs and v.outcome == "UNDECIDED" and v.needed:
+            out.append(f"needs {v.needed}")
+    return out
 
 
 FATES = (
-    ("Refuted wherever they were asked", lambda o: o == {"REFUTED"}),
-    ("Supported wherever they were asked", lambda o: o == {"SUPPORTED"}),
-    ("Supported on one base, refuted on another", lambda o: {"SUPPORTED", "REFUTED"} <= o),
-    ("Refuted on one base, open on another", lambda o: o == {"REFUTED", "UNDECIDED"}),
-    ("Supported on one base, open on another", lambda o: o == {"SUPPORTED", "UNDECIDED"}),
-    ("Open", lambda o: o == {"UNDECIDED"}),
+    ("Refuted on every base that was asked", lambda o: o == {"REFUTED"}),
+    ("Supported on every base that was asked", lambda o: o == {"SUPPORTED"}),
+    ("Supported in one answer, refuted in another", lambda o: {"SUPPORTED", "REFUTED"} <= o),
+    ("Refuted in one answer, undecided in another", lambda o: o == {"REFUTED", "UNDECIDED"}),
+    ("Supported in one answer, undecided in another", lambda o: o == {"SUPPORTED", "UNDECIDED"}),
+    ("Undecided", lambda o: o == {"UNDECIDED"}),
 )
-"""What may become of a claim over all its scales; each claim has one fate."""
+"""What may become of a claim in all its answers; each claim has one fate."""
+OURS = "Checks of the instrument, and controls of our own"
 
 
 def by_fate(asked: Sequence[Asked]) -> dict[str, list[Asked]]:
-    """Sort claims by what became of them over all their scales; a fate that none has is left out."""
-    fates = {name: [at for at in asked if is_so({v.outcome for _, (v, *_) in at.values()})] for name, is_so in FATES}
-    return {name: mine for name, mine in fates.items() if mine}
+    """Sort claims by what became of them in all their answers, our own apart; a fate that none has is left out."""
+    ours = [at for at in asked if _whose(at) not in WHOSE]
+    others = [at for at in asked if _whose(at) in WHOSE]
+    fates = {name: [at for at in others if is_so({v.outcome for _, (v, *_) in at})] for name, is_so in FATES}
+    return {name: mine for name, mine in {**fates, OURS: ours}.items() if mine}
+
+
+def _whose(at: Asked) -> str:
+    part, (v, *_) = at[0]
+    return part.word(v.claim, "whose") or "ours"
 
 
 def tally(asked: Sequence[Asked]) -> list[str]:
-    """Count verdicts by whose claim it is; a claim counts once for each scale, and not again for each task."""
-    rows = [["claims", *OUTCOMES]]
+    """Count claims, each once, by whose they are and by what became of them."""
+    fates = {name: mine for name, mine in by_fate(asked).items() if name != OURS}
+    rows = [["claims", *(name.lower() for name in fates)]]
     for whose, said in WHOSE.items():
-        mine = [v.outcome for at in asked for part, (v, *_) in at.values() if part.whose(v.claim) == whose]
-        if mine:
-            rows.append([said, *(str(mine.count(o)) for o in OUTCOMES)])
+        rows.append([said, *(str(sum(_whose(at) == whose for at in mine)) for mine in fates.values())])
     return markdown(rows)
 
 
@@ -100,32 +123,51 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 # ---------------------------------------------------------------- pages
 
+HOW_TO_READ = """\
+- **A claim** is a sentence with a number, and a margin that was stated before the runs: SUPPORTED if the measured interval
+  lies inside, REFUTED if the two do not meet, else UNDECIDED; also where an optimum lies at an edge of the rates tried, seeds
+  are too few, or the task is unfit. A verdict holds for the models, tasks and lengths of its runs, and for no others.
+- **Intervals** count the spread over seeds and the doubt about each method's best learning rate. They are of 95%, or wider by
+  what further looks at a sweep cost. Two deterministic numbers have an interval of no width.
+- **rho** is full fine-tuning's updates to a loss that both methods reach, over LoRA's, each at its own best rate: 0.5 means
+  that LoRA needs twice as many.
+- **A base** is the model before fine-tuning. tiny64 and tiny128 are small Llamas of these widths, pretrained on a synthetic
+  language, tiny64-s1 is tiny64 from another seed, smollm2-135m-instruct is a real model (from 4-bit weights). *dialect* is that
+  language changed in part, *skills* are strings to sort, reverse and add, *facts* are random bits to remember.
+- **Needs**: how many seeds (or bases) would decide if they alone made the interval's width; where the shape of the valleys
+  does, it takes more learning rates as well.
+- **Sweeps share runs** (`rank`, `short_runs` and `compute` are the same ones), and several claims are readings of one number,
+  so that verdicts are no independent witnesses."""
+"""Said before the tables."""
+NOT_TESTED = """\
+Reinforcement learning, mixtures of experts, models beyond 135M parameters, high ranks, data sets of a real size, and GPUs. At
+tiny, a few hundred updates from a small base, LoRA mostly learns more slowly than full fine-tuning, which is outside of the
+regime in which the study finds the two equal: nothing here says what a model of billions would do. What runs that others
+published say of the learning rates is in {evidence}."""
+
 
 def page(parts: Sequence[Part], root: str = "") -> str:
     """Write the study's page; links to answers' folders begin with root."""
     asked = claims(parts)
-    shown = scales(asked)
+    shown = bases(asked)
     runs = len(set().union(*(p.run_ids for p in parts))) if parts else 0
-    out = ["# The study", "",
-           f"{len(asked)} claims of {len({p.told['sweep'] for p in parts})} sweeps, some asked at several scales and on "
-           f"several tasks, {runs:,} distinct runs. A verdict holds for the models, tasks and lengths of its runs, which stand "
-           "at each question below. At tiny these are models of 0.2 to 3 million parameters on a synthetic language, some "
-           "hundred updates, where LoRA mostly learns more slowly than full fine-tuning: outside of the regime in which the "
-           "study finds them equal. Nothing there says what a model of billions would do.", "",
+    evidence = "`analysis/results/public_evidence.md`" if root else "[public_evidence.md](public_evidence.md)"
+    out = ["# When does LoRA match full fine-tuning?", "",
+           "The claims of [LoRA Without Regret](https://thinkingmachines.ai/blog/lora) (\"the study\") and of what was made of "
+           f"it, each judged from runs of its own: {len(asked)} claims in {len({p.told['sweep'] for p in parts})} sweeps, "
+           f"{runs:,} distinct runs, all of them in the tables beside this page.", "",
            *tally(asked), "",
-           "## At a glance", "",
-           "Does an answer hang on one base? tiny64 and tiny128 differ in width, tiny64-s1 is tiny64 of another pretraining "
-           "seed, smollm2 a real pretrained model. rho is full fine-tuning's updates to a loss that both reach over LoRA's: "
-           "0.5 means that LoRA needs twice as many. Intervals are of 95%, or wider by what further looks at a sweep cost.",
-           ""]  # fmt: skip
+           "## How to read it", "", HOW_TO_READ, "",
+           "## What was not tested", "", NOT_TESTED.format(evidence=evidence), "",
+           "## At a glance", ""]  # fmt: skip
     for name, mine in by_fate(asked).items():
-        out += [f"### {name}", "", *glance(mine, [s for s in shown if any(s in at for at in mine)]), ""]
+        out += [f"### {name}", "", *glance(mine, [b for b in shown if any(base_of(p) == b for at in mine for p, _ in at)]), ""]
     out += [*_questions(parts, root),
             "## Every verdict", "",
             "Primary claims are corrected for their number over the whole table (Holm), so that one may be open here that its "
-            "own report decides. Margins were stated before the runs, and each report prints their hash; what else of a "
-            "question changed after a look is in DECISIONS (D34, D36, D41), and each look is paid for in the interval's level.",
-            "", *table(parts)]  # fmt: skip
+            "own report decides; the others are not. Each report prints its margins' hash; what else of a question changed "
+            "after a look is in DECISIONS (D34, D36, D41, D43).", "",
+            "<details><summary>The whole table</summary>", "", *table(parts), "", "</details>"]  # fmt: skip
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -137,19 +179,30 @@ def _questions(parts: Sequence[Part], root: str) -> list[str]:
     for text, mine in by_question.items():
         asked = mine[0].question
         out += [f"## {text}", "", f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(), ""]
-        for part in mine:
-            here = f"{root}{part.folder.name}"
-            out += [f"At scale `{part.told['scale']}`, {part.told.get('runs', 0):,} runs, {part.trained} "
-                    f"([report]({here}/report.md), "
-                    f"[table]({here}/table.csv), `{part.command}`):", "",
-                    *(_said(part, v) for v in part.verdicts), "", *_figures(part, root)]  # fmt: skip
+        open_, folded = [p for p in mine if "_" not in p.told["scale"]], [p for p in mine if "_" in p.told["scale"]]
+        for part in open_:
+            out += [f"At scale `{part.told['scale']}`, {_trained(part, root)}:", "", *_answer(part, root)]
+        for part in folded:
+            told = f"{part.told['scale']}: {', '.join(part.bases)}"
+            out += [f"<details><summary>The same at scale {told}</summary>", "", f"{_trained(part, root)}:".capitalize(), "",
+                    *_answer(part, root), "</details>", ""]  # fmt: skip
     return out
+
+
+def _trained(part: Part, root: str) -> str:
+    here = f"{root}{part.folder.name}"
+    return (f"{part.told.get('runs', 0):,} runs, {part.trained} ([report]({here}/report.md), [table]({here}/table.csv), "
+            f"`{part.command}`)")  # fmt: skip
+
+
+def _answer(part: Part, root: str) -> list[str]:
+    return [*(_said(part, v) for v in part.verdicts), "", *_figures(part, root)]
 
 
 def _said(part: Part, v: Verdict) -> str:
     where = f" ({v.group})" if len({w.group for w in part.verdicts}) > 1 else ""
     rest = f"; {v.why}" if v.outcome == "UNDECIDED" or v.why.startswith("by task") else ""
-    told = f"measured {with_interval(v.estimate)}, to lie within {within(v)}"
+    told = f"measured {part.measured(v)}, to lie within {within(v)}"
     return f"- **{v.outcome}**: {part.says(v.claim)}{where}; {told}{rest}."
 
 
@@ -157,7 +210,7 @@ def _figures(part: Part, root: str) -> list[str]:
     out = []
     for name, caption in part.told.get("figures") or []:
         if (part.folder / name).is_file():
-            out += [f"![{caption}]({root}{part.folder.name}/{name})", ""]
+            out += [f"![{caption}]({root}{part.folder.name}/{name})", "", f"*{caption[0].upper()}{caption[1:]}.*", ""]
     return out
 
 
@@ -169,10 +222,10 @@ def table(parts: Sequence[Part]) -> list[str]:
 
 def block(parts: Sequence[Part], root: str, figures: Sequence[str] = ()) -> str:
     """Write what the project's README shows: the primary claims, and the first figure of the parts named."""
-    asked = claims([replace(p, verdicts=[v for v in p.verdicts if v.primary]) for p in parts])
-    out = [*glance(asked, scales(asked)), ""]
+    primary = [at for at in claims(parts) if any(v.primary for _, verdicts in at for v in verdicts)]
+    out = [*glance(primary, bases(primary), needs=False), ""]
     for part in (p for p in parts if p.name in figures):
-        out += _figures(part, root)[:2]
+        out += _figures(part, root)[:4]
     return "\n".join(out).rstrip()
 
 

@@ -26,6 +26,10 @@ class Claim:
     """The claim in words, as a table shows it. Not judged, so not part of the hash."""
     whose: str = "ours"
     """Who claims it: `study`, `popular` (summaries of it, libraries' defaults, other papers) or `ours`. Not hashed."""
+    measure: str = ""
+    """What is measured, with its unit, as a table shows it. Not hashed."""
+    beside: str = ""
+    """What has to be said beside the verdict: where it is claimed, what else is known of it. Not hashed."""
     estimand: str = ""
     expected: float = math.nan
     margin: list[float] = field(default_factory=list)
