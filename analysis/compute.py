@@ -19,7 +19,7 @@ from analysis.at_best import AtBest, same, values_at_best
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import fit_all
 from analysis.plots import Panel, Series
-from analysis.prefixes import at_step, steps_seen
+from analysis.prefixes import at_step, steps_seen, while_unsolved
 from analysis.results import Estimate, exactly, exp_of, from_draws, number, with_interval
 from analysis.seeds import kindred
 from analysis.step_efficiency import Points, at_best, log_rho, rho
@@ -46,6 +46,7 @@ def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     """Judge operations and seconds, per update and to one loss of full fine-tuning, at the highest rank."""
+    table, cut = while_unsolved(table)
     optima = fit_all(curves(table))
     group = optima[0].curve.group
     full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
@@ -81,7 +82,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     ranks = sorted(told)
     text = [f"The claims are judged at rank {top}. The loss to be reached is full fine-tuning's after {short} updates. A rank "
             "that does not reach it within its run has a bound only. Peak memory is not measured here; the memory model "
-            "and its check are in the benchmark."]  # fmt: skip
+            "and its check are in the benchmark.", *([cut] if cut else [])]  # fmt: skip
     panel = Panel(group, "rank", "LoRA / FullFT", [
         Series(name, ranks, *([getattr(told[r][k], part) for r in ranks] for part in ("value", "low", "high")))
         for name, k in (("operations an update", "flops_per_step"), ("seconds an update", "seconds_per_step"),

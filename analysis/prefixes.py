@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 
+from analysis.lr_ratio import MIN_REST
 from analysis.table import TableError
 
 
@@ -40,3 +42,24 @@ def steps_seen(table: pd.DataFrame) -> list[int]:
         mine = {int(p["step"]) for p in json.loads(text)["curve"][1:-1]}
         seen = mine if seen is None else seen & mine
     return sorted(seen or ())
+
+
+def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Cut runs of one length where the task is over: at the longest step at which a fifth (MIN_REST) of what there was to learn
+    is still left at the best rate. A solved task tells nothing of two methods, the runs' beginnings still do.
+
+    Returns the table, and a sentence that says so; as it is, and nothing, where the task's floor is unknown, the end is not
+    solved, or no evaluated step is early enough.
+    """
+    floor, start = (float(np.nanmean(table[c])) if c in table and table[c].notna().any() else np.nan
+                    for c in ("floor_nats", "nll_start"))  # fmt: skip
+    if not np.isfinite(start - floor) or table["steps"].nunique() > 1 or (table["schedule"] != "constant").any():
+        return table, ""
+    for step in (last := int(table["steps"].max()), *reversed(steps_seen(table))):
+        part = table if step == last else at_step(table, step)
+        done = part[part["status"] == "done"]
+        lowest = done.groupby(["method", "rank", "lr"], dropna=False)["test_nll"].mean().min()
+        if lowest - floor >= MIN_REST * (start - floor):
+            return part, "" if step == last else (f"Cut at {step} of {last} updates: later less than {MIN_REST:.0%} of the "
+                                                  "excess over the floor is left, and the task is nearly solved.")  # fmt: skip
+    return table, ""

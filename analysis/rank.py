@@ -18,6 +18,7 @@ from analysis.at_best import AtBest, over_seeds
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
+from analysis.prefixes import while_unsolved
 from analysis.qualify import stalled
 from analysis.results import Estimate, from_draws, number, signed, with_interval
 from analysis.seeds import kindred
@@ -50,7 +51,7 @@ def departure(lora: Points, full: Points, start: float) -> float:
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     """Judge departures, parity at the highest rank, and the common start."""
-    plain = table[(table["method"] == "fullft") | (table["init_seed"].fillna(0) == 0)]
+    plain, cut = while_unsolved(table[(table["method"] == "fullft") | (table["init_seed"].fillna(0) == 0)])
     optima = fit_all(curves(plain))
     full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
     lora = [o for o in optima if o.curve.key["method"] == "lora"]
@@ -87,8 +88,9 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         rows.append([str(r), ", ".join(_step(v) for v in left[r].values()),
                      _step(departure(envelopes[o.curve.name], envelopes[full.curve.name], full.curve.nll_start)),
                      with_interval(each)])  # fmt: skip
-    text = [note, f"A rank departs when its loss is above full fine-tuning's, for good, by {DEPARTED:.0%} of the latter's gain "
-            "in the whole run. rho: full fine-tuning's steps to the rank's last loss over the rank's own."]  # fmt: skip
+    text = [note, *([cut] if cut else []),
+            f"A rank departs when its loss is above full fine-tuning's, for good, by {DEPARTED:.0%} of the latter's gain in "
+            "the whole run. rho: full fine-tuning's steps to the rank's last loss over the rank's own."]  # fmt: skip
     singles = [r.best for r in runs]
     sections = [
         Section("Departures", rows, text, "departures.png", lambda p: plots.panels(_panels(optima, singles, envelopes), p),

@@ -18,7 +18,7 @@ from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.lr_ratio import MIN_RANK, ratio_of
 from analysis.plots import Panel, Series
-from analysis.prefixes import at_step, steps_seen
+from analysis.prefixes import at_step, steps_seen, while_unsolved
 from analysis.results import Estimate, exp_of, from_draws, number, rate, with_interval
 from analysis.seeds import kindred
 from analysis.table import curves
@@ -56,18 +56,22 @@ def horizons(table: pd.DataFrame) -> list[Horizon]:
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     """Judge the ratio of ratios, and the norms."""
-    found = horizons(table)
+    part, cut = while_unsolved(table)
+    found = horizons(part)
     long = found[-1]
     short = next(h for h in found if h.step >= long.step / SHORT)
     group = long.optima[0].curve.group
     missing = "fullft" if long.full is None else "lora" if not long.lora else ""
     ratio = _over(short.ratio, long.ratio)
     rests = [] if missing else [o for h in (short, long) for o in (h.full, *h.lora)]
-    growth, movement, rows, panel = norms(table, long.optima)
+    whole = fit_all(curves(table)) if cut else long.optima  # norms are those at the runs' ends
+    lora = [o for o in whole if o.curve.key["method"] == "lora" and o.curve.key["rank"] >= MIN_RANK]
+    full = [o for o in whole if o.curve.key["method"] == "fullft"]
+    growth, movement, rows, panel = norms(table, whole)
     measured = {
         "short_over_long": (ratio, judging.gates(rests, missing)),
-        "sigma_b_over_a": (growth, judging.gates(long.lora, missing)),
-        "movement_ratio": (movement, judging.gates([] if missing else [long.full, *long.lora], missing)),
+        "sigma_b_over_a": (growth, judging.gates(lora, missing)),
+        "movement_ratio": (movement, judging.gates([*full, *lora], missing)),
     }
     verdicts = judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds(rests))
     horizon_rows = [["updates", "best FullFT LR", *(f"best LR, {o.curve.name}" for o in long.lora), "ratio [95%]"]]
@@ -75,7 +79,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         horizon_rows.append([str(h.step), with_interval(h.full.best_lr, rate) if h.full else "-",
                              *(with_interval(o.best_lr, rate) for o in h.lora), with_interval(h.ratio)])  # fmt: skip
     text = [f"Short: {short.step} updates; long: {long.step}. Ratio over the ranks of {MIN_RANK} and more. Every shorter run "
-            "is the beginning of the same longer one."]  # fmt: skip
+            "is the beginning of the same longer one.", *([cut] if cut else [])]  # fmt: skip
     known = [h for h in found if h.ratio.value is not None]
     line = Series("ratio", [h.step for h in known], [h.ratio.value for h in known], [h.ratio.low for h in known],
                   [h.ratio.high for h in known], colour=1)  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis import capacity, compute, layers, rank, study, study_page
@@ -265,6 +266,20 @@ def test_prefixes_and_qualification(ask, tmp_path):
     solved = table.assign(result=[json.dumps({**json.loads(t), "curve": flat.curve(compose_request(["steps=96"]).points[0].spec)})
                                   for t in table["result"]])  # fmt: skip
     assert not any(verdict(qualify(solved[solved["init_seed"].fillna(0) == 0])).values())
+
+
+def test_runs_are_cut_where_their_task_is_over(ask, tmp_path):
+    """The planted loss falls by GAIN a doubling: at step s the best run has lost GAIN log2(1 + s) of what there was."""
+    from analysis.prefixes import while_unsolved
+
+    ask("rank", World(lambda s: 0.7), *GRIDS, "sweep.at.smoke.steps=96")
+    whole = pd.read_parquet(tmp_path / "reports/rank-smoke/table.parquet")
+    plain = whole[(whole["method"] == "fullft") | (whole["init_seed"].fillna(0) == 0)]
+    assert while_unsolved(plain)[1] == ""  # the fake tells no floor
+    learned = GAIN * math.log2(1 + 40)  # so that a fifth is left near step 40
+    part, said = while_unsolved(plain.assign(floor_nats=START - learned / 0.8))
+    assert set(part["steps"]) == {32} and said.startswith("Cut at 32 of 96 updates")
+    assert while_unsolved(plain.assign(floor_nats=0.0))[1] == "" and while_unsolved(plain.assign(floor_nats=3.39))[1] == ""
 
 
 def test_the_studys_table_corrects_primary_claims_and_names_what_is_needed(ask, tmp_path):
