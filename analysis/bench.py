@@ -65,6 +65,21 @@ def _parts(told: dict[str, Any]) -> list[str]:
     return out
 
 
+def _memory(told: dict[str, Any]) -> list[str]:
+    """LoRA's peak memory beside full fine-tuning's."""
+    out = ["| model, batch | FullFT | LoRA r16 | idle | LoRA / FullFT, without idle | planned FullFT, LoRA |", "|---" * 6 + "|"]
+    cases = told["parts"]["memory"]["cases"]
+    for model, batch in dict.fromkeys((c["model"], c["batch_size"]) for c in cases):
+        full, lora = (next(c for c in cases if (c["model"], c["batch_size"], c["method"]) == (model, batch, m))
+                      for m in ("fullft", "lora"))  # fmt: skip
+        share = (lora["peak_bytes"] - lora["idle_bytes"]) / (full["peak_bytes"] - full["idle_bytes"])
+        mib = [f"{v / 2**20:,.0f} MiB" for v in (full["peak_bytes"], lora["peak_bytes"], full["idle_bytes"],
+                                                full["planned_bytes"], lora["planned_bytes"])]  # fmt: skip
+        name = f"{model}, {batch} ({full['precision']})"
+        out.append(f"| {name} | {mib[0]} | {mib[1]} | {mib[2]} | {share:.2f} | {mib[3]}, {mib[4]} |")
+    return out
+
+
 def render(told: dict[str, Any]) -> str:
     """Return the whole page."""
     here = told["machine"]
@@ -76,7 +91,9 @@ def render(told: dict[str, Any]) -> str:
         "its start, calibration and loading count.", "", "## Whole grids", "", summary(told), "",
         "Where the baselines' time goes, a run (start once a process):", "", *_parts(told), "",
         "## Milliseconds a step and run", "", "One thread, as a worker has.", "", steps_table(told), "",
-        "![packing](packing.png)", "", "## What a step's time goes into", "",
+        "![packing](packing.png)", "", "## Peak memory", "",
+        "Resident, of a process of its own on one thread; idle: Python and its libraries alone. Planned is what `action=plan` "
+        "reckons with.", "", *_memory(told), "", "## What a step's time goes into", "",
         "By the profiler, batch as in the last row of each model above.", "",
     ]  # fmt: skip
     for model, methods in told["parts"]["steps"]["profile"].items():

@@ -81,8 +81,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     verdicts = judging.corrected(verdicts, question)
     ranks = sorted(told)
     text = [f"The claims are judged at rank {top}. The loss to be reached is full fine-tuning's after {short} updates. A rank "
-            "that does not reach it within its run has a bound only. Peak memory is not measured here; the memory model "
-            "and its check are in the benchmark.", *([cut] if cut else [])]  # fmt: skip
+            "that does not reach it within its run has a bound only. Peak memory is measured in the "
+            "benchmark, beside what the plan reckons with.", *([cut] if cut else [])]  # fmt: skip
     panel = Panel(group, "rank", "LoRA / FullFT", [
         Series(name, ranks, *([getattr(told[r][k], part) for r in ranks] for part in ("value", "low", "high")))
         for name, k in (("operations an update", "flops_per_step"), ("seconds an update", "seconds_per_step"),

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep import files, machine, provenance
-from lorasweep.bench import grids, overhead, steps
+from lorasweep.bench import grids, memory, overhead, steps
 from lorasweep.compose import compose_request
 from lorasweep.spec import Exec
 
-PARTS = ("overhead", "steps", "tiny", "small")
+PARTS = ("overhead", "steps", "memory", "tiny", "small")
 GRIDS = {"tiny": ((1, 200), (4, 100), (16, 50)), "small": ((4, 8),)}
 """Scale -> (per-run batch, updates) of the grids of 16 LoRA runs."""
 
@@ -59,6 +59,8 @@ def main(out: str, wanted: list[str]) -> None:
             parts[part] = overhead.measure(log)
         elif part == "steps":
             parts[part] = steps.measure(where["models_dir"], where["data_dir"], log)
+        elif part == "memory":
+            parts[part] = memory.measure(where["models_dir"], where["data_dir"], log)
         else:
             spec = compose_request(steps.at(part)).points[0].spec
             peak, start_s = steps.gemm_peak(spec.precision, cores), overhead.start_s()

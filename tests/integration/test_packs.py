@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from lorasweep.bench import memory
 from lorasweep.store import RunStore, checksum
 from tests.integration.test_cli import SWEEP, kept, start, wait_for
 from tests.integration.test_smollm2 import WEIGHTS
@@ -55,31 +54,6 @@ def test_verify_finds_runs_equal_and_a_falsified_one(tmp_path):
     assert done.returncode == 1 and json.loads(done.stdout)["differing"] == [told["runs"][0]["run"]]
 
 
-PEAK = """
-import dataclasses, json, sys
-from lorasweep.process import keep_freed_memory
-keep_freed_memory()
-from lorasweep import cost, data, models
-from lorasweep.calibrate import micro_batch
-from lorasweep.compose import compose_request
-from lorasweep.methods.fullft import FullFT
-from lorasweep.methods.lora import LoRA
-from lorasweep.train import train
-scale, method, batch, count, root, rows = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:]
-spec = compose_request([f"scale={scale}"]).points[0].spec
-few = dataclasses.replace(spec.dataset, n_test=16, n_test_curve=4)
-method = FullFT() if method == "fullft" else LoRA(rank=16)
-spec = dataclasses.replace(spec, dataset=few, method=method, batch_size=batch, steps=3)
-base = models.load(spec.model, [f"{root}/models"], spec.precision)
-rows = data.load(few, [rows], base.tokenizer)
-for _ in train([dataclasses.replace(spec, lr=1e-5 * (1 + k)) for k in range(count)], base, rows, micro_batch(spec, count)):
-    pass
-# Of this program alone: ru_maxrss begins with what the parent had when it forked.
-peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-print(json.dumps([cost.pack_bytes(count, spec, micro_batch(spec, count)), peak]))
-"""
-
-
 def real(*case):
     there = WEIGHTS.is_file() and Path(DATA, "gsm8k", "train.jsonl").is_file()
     fast = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("amx_bf16", "avx512_bf16"))
@@ -93,7 +67,5 @@ def real(*case):
     real("small", "lora", 8, 1), real("small", "lora", 2, 4), real("small", "fullft", 4, 1),
 ])  # fmt: skip
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, batch, count):
-    done = subprocess.run([sys.executable, "-c", PEAK, scale, method, str(batch), str(count), str(ROOT), DATA], check=True,
-                          text=True, capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    planned, peak = json.loads(done.stdout.splitlines()[-1])
-    assert planned == pytest.approx(peak, rel=0.2)
+    told = json.loads(memory.in_process(scale, method, batch, count, [f"{ROOT}/models"], [DATA]))
+    assert told["planned_bytes"] == pytest.approx(told["peak_bytes"], rel=0.2)

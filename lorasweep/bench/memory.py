@@ -1,0 +1,70 @@
+"""Peak memory of training, full fine-tuning and LoRA, each in a process of its own, against what the plan says."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lorasweep import cost, data, models
+from lorasweep.bench.steps import RANK, at
+from lorasweep.calibrate import micro_batch
+from lorasweep.compose import compose_request
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.process import keep_freed_memory
+from lorasweep.train import train
+
+CASES = (("tiny", 16), ("small", 8))
+"""Scale and batch."""
+STEPS = 3
+
+
+def measure(models_dirs: list[str], data_dirs: list[str], log: Callable[[str], None]) -> dict[str, Any]:
+    """Return peak resident memory in bytes by case, `idle_bytes` of it before anything was loaded."""
+    cases = []
+    for scale, batch in CASES:
+        for method in ("fullft", "lora"):
+            told = json.loads(in_process(scale, method, batch, 1, models_dirs, data_dirs))
+            cases.append(told)
+            log(f"{told['model']}, {method}, batch {batch}: peak {told['peak_bytes'] / 2**20:,.0f} MiB, planned "
+                f"{told['planned_bytes'] / 2**20:,.0f}")  # fmt: skip
+    return {"cases": cases}
+
+
+def in_process(scale: str, method: str, batch: int, count: int, models_dirs: list[str], data_dirs: list[str]) -> str:
+    """Train a pack in a fresh process on one thread, and return what it tells, as JSON."""
+    asked = json.dumps([scale, method, batch, count, models_dirs, data_dirs])
+    command, one = [sys.executable, "-m", "lorasweep.bench.memory", asked], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=one)
+    return done.stdout.splitlines()[-1]
+
+
+def _resident_peak() -> int:
+    """This program's own: ru_maxrss begins with what the parent had when it forked."""
+    with open("/proc/self/status") as f:
+        return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def main(scale: str, method: str, batch: int, count: int, models_dirs: list[str], data_dirs: list[str]) -> dict[str, Any]:
+    """Train `count` runs for STEPS updates in one pack."""
+    keep_freed_memory()  # as workers do
+    idle = _resident_peak()
+    spec = compose_request(at(scale)).points[0].spec
+    few = dataclasses.replace(spec.dataset, n_test=16, n_test_curve=4)
+    arm = FullFT() if method == "fullft" else LoRA(rank=RANK)
+    spec = dataclasses.replace(spec, dataset=few, method=arm, batch_size=batch, steps=STEPS)
+    base = models.load(spec.model, models_dirs, spec.precision)
+    rows = data.load(few, data_dirs, base.tokenizer)
+    pack = [dataclasses.replace(spec, lr=1e-5 * (1 + k)) for k in range(count)]
+    for _ in train(pack, base, rows, micro_batch(spec, count)):
+        pass
+    planned = cost.pack_bytes(count, spec, micro_batch(spec, count))
+    return {"model": spec.model.name, "method": method, "precision": spec.precision, "batch_size": batch, "pack": count,
+            "planned_bytes": planned, "peak_bytes": _resident_peak(), "idle_bytes": idle}  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*json.loads(sys.argv[1]))))
