@@ -106,16 +106,22 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     group = f"{optima[0].curve.key['model']} on {optima[0].curve.key['dataset']}"
     ranks = sorted({c.rank for c in whole})
     slopes = {way: _by_rank(cells, ranks) for way, cells in ways.items()}
-    gates = {way: _gates(cells) for way, cells in ways.items()}
     top = ranks[-1] if ranks else 0
-    measured = {
-        "slope_fixed_examples": (slopes[WAYS[0]].get(top, Estimate(None)), gates[WAYS[0]]),
-        "slope_fixed_steps": (slopes[WAYS[1]].get(top, Estimate(None)), gates[WAYS[1]]),
-        "slope_difference": (_difference(whole, ranks), gates[WAYS[0]] if len(ranks) > 1 else ["one rank only"]),
-        **{f"rho_at_{n}": _at(whole, top, n) for n in (32, 256, 512, 1024)},
+    by_top = {way: [c for c in cells if c.rank == top] for way, cells in ways.items()}
+    ends = [c for c in whole if c.rank in (top, ranks[0])] if len(ranks) > 1 else []
+    measured = {  # estimand -> what was measured, and the cells that it rests on
+        "slope_fixed_examples": (slopes[WAYS[0]].get(top, Estimate(None)), by_top[WAYS[0]]),
+        "slope_fixed_steps": (slopes[WAYS[1]].get(top, Estimate(None)), by_top[WAYS[1]]),
+        "slope_difference": (_difference(whole, ranks), ends),
+        **{f"rho_at_{n}": _at(by_top[WAYS[0]], n) for n in (32, 256, 512, 1024)},
     }
-    seeds = judging.seeds(optima)
-    verdicts = judging.corrected(judging.verdicts(question, measured, LOG_ESTIMANDS, group, seeds), question)
+    verdicts = []
+    for claim, asked in question["claims"].items():
+        told = {e: (value, _gates(cells, _absent(e, ranks))) for e, (value, cells) in measured.items()}
+        rests = [o for c in measured[asked["estimand"]][1] for o in (c.full, c.lora)]
+        one = {**question, "claims": {claim: asked}}
+        verdicts += judging.verdicts(one, told, LOG_ESTIMANDS, group, judging.seeds(rests))
+    verdicts = judging.corrected(verdicts, question)
     sections = [_section(way, cells, slopes[way], common[-1] if common else 0, examples) for way, cells in ways.items()]
     panels = [_panel(way, cells) for way, cells in ways.items() if cells]
     sections.append(Section("Batch size", figure="batch.png", draw=lambda p: plots.panels(panels, p),
@@ -124,9 +130,18 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     return Findings(optima, verdicts, sections, measures, {group: optima})
 
 
-def _gates(cells: Sequence[Cell]) -> list[str]:
+def _absent(estimand: str, ranks: Sequence[int]) -> str:
+    """Say what is missing where an estimand rests on no cell."""
+    if estimand == "slope_difference" and len(ranks) == 1:
+        return "one rank only"
+    batch = estimand.removeprefix("rho_at_")
+    return f"no curve of batch {batch}" if batch != estimand else "no curve of lora beside fullft at a common step"
+
+
+def _gates(cells: Sequence[Cell], absent: str) -> list[str]:
+    """List what forbids a verdict on what was measured from these cells."""
     if not cells:
-        return ["no curve of lora beside fullft at a common step"]
+        return [absent]
     rests = list({id(o): o for c in cells for o in (c.full, c.lora)}.values())
     gates = [f"batch {o.curve.key['batch_size']}, {g}" for o in rests for g in judging.gates([o])]
     return gates + [f"batch {c.batch}, rank {c.rank}: full fine-tuning does not reach LoRA's loss, only a bound"
@@ -150,14 +165,13 @@ def _difference(cells: Sequence[Cell], ranks: Sequence[int]) -> Estimate:
     return over_seeds(high.paired(low, lambda a, b: a - b))
 
 
-def _at(cells: Sequence[Cell], rank: int, batch: int) -> tuple[Estimate, list[str]]:
-    """rho at the largest batch tried up to `batch` and above half of it."""
-    near = [c for c in cells if c.rank == rank and batch / 2 < c.batch <= batch] or \
-           [c for c in cells if c.rank == rank and batch / 2 <= c.batch <= batch]  # fmt: skip
+def _at(cells: Sequence[Cell], batch: int) -> tuple[Estimate, list[Cell]]:
+    """rho at the largest batch tried up to `batch` and above half of it, and its cell."""
+    near = [c for c in cells if batch / 2 < c.batch <= batch] or [c for c in cells if batch / 2 <= c.batch <= batch]
     if not near:
-        return Estimate(None), [f"no curve of batch {batch}"]
+        return Estimate(None), []
     cell = max(near, key=lambda c: c.batch)
-    return cell.rho, _gates([cell])
+    return cell.rho, [cell]
 
 
 def _section(way: str, cells: Sequence[Cell], slopes: dict[int, Estimate], step: int, examples: Sequence[int]) -> Section:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from analysis.table import Curve
 
@@ -29,6 +30,8 @@ TIE = 1e-9
 """Losses (nats) closer than this are one: tables print few digits, and rounding in a sum must not choose the best rate."""
 GROWTH = (0.0, 0.35, 0.7, 1.05)
 """Growth of the noise's standard deviation tried: as lr to this power."""
+UNSTEADY = 1e-6
+"""Chance over a whole sweep of taking repeats that are as noisy as all others for unsteady ones."""
 MIN_DF_GROWTH = 20
 """Degrees of freedom of repeats below which the noise is taken to be even."""
 
@@ -71,15 +74,19 @@ class Evidence:
         return float(low), float(self.x[last + 1]) if last + 1 < len(self.x) else math.inf
 
 
-def gather(x: np.ndarray, y: np.ndarray, block: np.ndarray, wall: float = math.inf, growth: float = 0.0) -> Evidence:
+def gather(
+    x: np.ndarray, y: np.ndarray, block: np.ndarray, wall: float = math.inf, growth: float = 0.0,
+    trust: np.ndarray | None = None,
+) -> Evidence:  # fmt: skip
     """Sum up runs: ln(lr) x, losses y, and the block (runs that share a shift, such as a seed's batches), all [n].
 
-    growth: noise's standard deviation rises as lr^growth about the best rate. Where blocks do not hang together (every
-    run has a seed of its own), shifts cannot be told from the curve: they then count as noise.
+    growth: noise's standard deviation rises as lr^growth about the best rate. trust: each run's precision beside others. Where
+    blocks do not hang together (every run has a seed of its own), shifts cannot be told from the curve: they then count as
+    noise.
     """
     rates, at = np.unique(x, return_inverse=True)
     means = np.bincount(at, y) / np.bincount(at)
-    weight = np.exp(-2 * growth * (rates - rates[bottom(means)]))[at]
+    weight = np.exp(-2 * growth * (rates - rates[bottom(means)]))[at] * (1.0 if trust is None else trust)
     precision, right = np.zeros((len(rates), len(rates))), np.zeros(len(rates))
     blocks = [np.flatnonzero(block == b) for b in np.unique(block)]
     for rows in blocks:
@@ -90,7 +97,7 @@ def gather(x: np.ndarray, y: np.ndarray, block: np.ndarray, wall: float = math.i
     size, axes = np.linalg.eigh(precision)
     known = size > 1e-9 * weight.sum()
     if known.sum() < len(rates) - 1 and len(blocks) > 1:  # blocks that share no rate say nothing of each other
-        return gather(x, y, np.zeros(len(x), int), wall, growth)
+        return gather(x, y, np.zeros(len(x), int), wall, growth, trust)
     loss = axes[:, known] @ ((axes[:, known].T @ right) / size[known])
     squares = sum(_about(weight[r], y[r] - loss[at[r]]) for r in blocks)
     df = len(y) - len(blocks) - int(known.sum())
@@ -101,10 +108,38 @@ def _about(w: np.ndarray, rest: np.ndarray) -> float:
     return float(w @ (rest - (w @ rest) / w.sum()) ** 2)
 
 
-def of_curve(curve: Curve, growth: float) -> Evidence:
-    """Sum up a curve's usable runs."""
+def of_curve(curve: Curve, growth: float, trust: np.ndarray | None = None) -> Evidence:
+    """Sum up a curve's usable runs; `trust` is theirs."""
     use = curve.usable
-    return gather(curve.x[use], curve.y[use], curve.block[use], wall(curve), growth)
+    return gather(curve.x[use], curve.y[use], curve.block[use], wall(curve), growth, trust)
+
+
+def trust_of(curves: Sequence[Curve]) -> list[np.ndarray]:
+    """Return the precision of every curve's usable runs beside that of the sweep's others: below 1 at a rate above the best
+    one whose repeats lie so far apart that some of them had begun to break down.
+
+    Such a rate still says that the loss is higher there. Taken as precise as the others, a single one makes their pooled noise
+    that of a broken run, and no curve of the sweep has an optimum left. An F test against the median of all repeats' variances,
+    each allowed the strongest GROWTH, at UNSTEADY over all rates; needs MIN_DF rates with repeats.
+    """
+    out = [np.ones(int(c.usable.sum())) for c in curves]
+    cells = []  # curve, its runs at a rate, their degrees of freedom, their variance beside what growth would explain
+    for k, c in enumerate(curves):
+        x, y = c.x[c.usable], c.y[c.usable]
+        rates = np.unique(x)
+        means = np.array([y[x == v].mean() for v in rates])
+        for v in (v for v in rates if (x == v).sum() > 1):
+            above = v - rates[bottom(means)]
+            allowed = math.exp(2 * GROWTH[-1] * max(above, 0.0))
+            cells.append((k, x == v, int((x == v).sum()) - 1, float(np.var(y[x == v], ddof=1)) / allowed, above > 0))
+    if len(cells) < MIN_DF:
+        return out
+    usual = float(np.median([var * df / stats.chi2.median(df) for _, _, df, var, _ in cells]))
+    total = sum(df for _, _, df, _, _ in cells)
+    for k, runs, df, var, above in cells:
+        if above and usual > 0 and stats.f.sf(var / usual, df, total) < UNSTEADY / len(cells):
+            out[k][runs] = usual / var
+    return out
 
 
 def wall(curve: Curve) -> float:
@@ -113,21 +148,22 @@ def wall(curve: Curve) -> float:
     return float(min(curve.x[~curve.usable & (curve.x > top)], default=math.inf))
 
 
-def growth_of(curves: Sequence[Curve]) -> float:
-    """Return how the noise grows with the rate, by the likelihood of repeats near the bottoms of a sweep's valleys."""
+def growth_of(curves: Sequence[Curve], trusts: Sequence[np.ndarray]) -> float:
+    """Return how the noise grows with the rate, by the likelihood of repeats near the bottoms of a sweep's valleys; unsteady
+    ones left out."""
     far, rest, df = [], [], 0
-    for c in curves:
+    for c, trust in zip(curves, trusts):
         x, y, block = c.x[c.usable], c.y[c.usable], c.block[c.usable]
         if not len(x):
             continue
-        e = gather(x, y, block)
+        e = gather(x, y, block, trust=trust)
         if not e.df:
             continue
         at = np.searchsorted(e.x, x)
         left = y - e.loss[at]
         for b in np.unique(block):
             left[block == b] -= left[block == b].mean()
-        near = (np.bincount(at)[at] >= 2) & (np.abs(at - e.best) <= 2)
+        near = (np.bincount(at)[at] >= 2) & (np.abs(at - e.best) <= 2) & (trust == 1)
         far += list(x[near] - e.x[e.best])
         rest += list(left[near])
         df += e.df

@@ -14,7 +14,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis import valley
-from analysis.evidence import MIN_DF, MIN_RATES, Evidence, bottom, growth_of, n_rates, of_curve, pools, wall, without_collapse
+from analysis.evidence import (
+    MIN_DF,
+    MIN_RATES,
+    Evidence,
+    bottom,
+    growth_of,
+    n_rates,
+    of_curve,
+    pools,
+    trust_of,
+    wall,
+    without_collapse,
+)
 from analysis.posterior import Pooled, Posterior, weigh
 from analysis.results import LEVEL, Estimate
 from analysis.table import Curve
@@ -94,17 +106,21 @@ def fit_sweeps(sweeps: Sequence[Sequence[Curve]], level: float = LEVEL, share: b
     trimmed = [[without_collapse(c) for c in curves] for curves in sweeps]
     parts = [(i, part) for i, curves in enumerate(trimmed) for part in pools(curves)]
     gathered: list[dict[int, Evidence]] = []
+    trusts: list[dict[int, np.ndarray]] = []
     for i, part in parts:
-        growth = growth_of([trimmed[i][k] for k in part])
-        gathered.append({k: of_curve(trimmed[i][k], growth) for k in part if n_rates(trimmed[i][k]) >= MIN_RATES})
+        mine = [trimmed[i][k] for k in part]
+        trusts.append(dict(zip(part, trust_of(mine))))
+        growth = growth_of(mine, list(trusts[-1].values()))
+        gathered.append({k: of_curve(trimmed[i][k], growth, trusts[-1][k]) for k in part
+                         if n_rates(trimmed[i][k]) >= MIN_RATES})  # fmt: skip
     kin: list[list[valley.Kin | None]] | None = None
     if share:
         kin = []
         for n, ((i, part), (posteriors, pooled)) in enumerate(zip(parts, weigh([list(g.values()) for g in gathered]))):
             shapes = _shapes(trimmed[i], gathered[n], posteriors, pooled)
             friends = {k: _kin(k, trimmed[i], shapes) for k in part if n_rates(trimmed[i][k]) >= MIN_RATES_KIN}
-            growth = growth_of([trimmed[i][k] for k in part])
-            gathered[n] = {k: of_curve(trimmed[i][k], growth) for k, friend in friends.items()
+            growth = growth_of([trimmed[i][k] for k in part], list(trusts[n].values()))
+            gathered[n] = {k: of_curve(trimmed[i][k], growth, trusts[n][k]) for k, friend in friends.items()
                            if friend is not None or n_rates(trimmed[i][k]) >= MIN_RATES}  # fmt: skip
             kin.append([friends[k] for k in gathered[n]])
     out: list[list[Optimum | None]] = [[None] * len(curves) for curves in trimmed]

@@ -48,6 +48,8 @@ class Scale:
     """Seeds of the second stage; empty: no second stage."""
     lr_fullft: list[float] = field(default_factory=list)
     lr_lora: list[float] = field(default_factory=list)
+    batch_steps: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    """Updates of each of `batch_size`'s four batches in its entry `tiny`, the smallest batch first."""
 
 
 @dataclass
