@@ -184,7 +184,7 @@ def _questions(parts: Sequence[Part], root: str) -> list[str]:
             out += [f"At scale `{part.told['scale']}`, {_trained(part, root)}:", "", *_answer(part, root)]
         for part in folded:
             told = f"{part.told['scale']}: {', '.join(part.bases)}"
-            out += [f"<details><summary>The same at scale {told}</summary>", "", f"{_trained(part, root)}:".capitalize(), "",
+            out += [f"<details><summary>The same at scale {told}</summary>", "", f"Of {_trained(part, root)}:", "",
                     *_answer(part, root), "</details>", ""]  # fmt: skip
     return out
 
