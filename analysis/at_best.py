@@ -14,12 +14,14 @@ import pandas as pd
 
 from analysis.lr_optimum import Optimum
 from analysis.results import Estimate
-from analysis.seeds import Prior, from_sample
+from analysis.seeds import Usual, from_sample
 
 T, U, V = TypeVar("T"), TypeVar("U"), TypeVar("V")
 
-LIKELY = 40
-"""Equally likely best rates that values are read at."""
+LIKELY = 120
+"""Equally likely best rates that values are read at; with fewer, the draws of two curves are correlated by chance."""
+UNREAD = 0.05
+"""Share of them that may say nothing (only a bound, or no run near): beyond it there is no interval."""
 NEAR = math.log(1.5)
 """A run within this of the best rate may stand for it where no other lies on its other side."""
 REACH = math.log(4.1)
@@ -48,12 +50,16 @@ class AtBest(Generic[T]):
         return AtBest(pair(self.best, other.best), tuple(pair(a, b) for a, b in likely))
 
 
-def over_seeds(values: AtBest[float], prior: Prior | None = None, flags: tuple[str, ...] = ()) -> Estimate:
-    """Return the mean over seeds, its interval for the spread of the seeds and the doubt about the best rates together."""
+def over_seeds(values: AtBest[float], kind: Usual | None = None, flags: tuple[str, ...] = ()) -> Estimate:
+    """Return the mean over seeds, its interval for the spread of the seeds and the doubt about the best rates together; no
+    interval where more than UNREAD of the likely rates say nothing."""
     mine = values.best
     moved = [[v[s] - mine[s] for s in v.keys() & mine.keys()] for v in values.likely]
     shifts = [float(np.mean(m)) for m in moved if m and np.isfinite(m).all()]
-    return from_sample([mine[s] for s in sorted(mine)], prior=prior, shifts=shifts, flags=flags)
+    sample = [mine[s] for s in sorted(mine)]
+    if sample and len(shifts) < (1 - UNREAD) * len(values.likely):
+        return Estimate(float(np.mean(sample)), n=len(sample), flags=(*flags, "unread_at_likely_rates"))
+    return from_sample(sample, kind=kind, shifts=shifts, flags=flags)
 
 
 def likely_rates(o: Optimum, which: int) -> list[float]:

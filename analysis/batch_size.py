@@ -21,7 +21,7 @@ from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.prefixes import at_step, steps_seen
 from analysis.results import Estimate, exp_of, number, rate, signed, with_interval
-from analysis.seeds import Prior, kindred
+from analysis.seeds import Usual, usual
 from analysis.step_efficiency import at_best, log_rho
 from analysis.table import curves
 
@@ -40,7 +40,7 @@ class Cell:
     lora: Optimum
     full: Optimum
     logs: AtBest[float]
-    kin: Prior | None = None
+    kin: Usual | None = None
     """What the spread over seeds is in all cells together."""
 
     @property
@@ -70,7 +70,7 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
         if full:
             logs = log_rho(points[id(o)], points[id(full[0])])
             found.append(Cell(int(o.curve.key["batch_size"]), int(o.curve.key["rank"]), o, full[0], logs))
-    kin = kindred([list(c.logs.best.values()) for c in found])
+    kin = usual([list(c.logs.best.values()) for c in found])
     return sorted((dataclasses.replace(c, kin=kin) for c in found), key=lambda c: (c.rank, c.batch))
 
 
@@ -90,7 +90,7 @@ def slopes_of(cells: Sequence[Cell]) -> AtBest[float]:
     return AtBest(known(together.best), tuple(map(known, together.likely)))
 
 
-def slope(cells: Sequence[Cell], kin: Prior | None = None) -> Estimate:
+def slope(cells: Sequence[Cell], kin: Usual | None = None) -> Estimate:
     """Return the slope's mean over seeds with its interval; none with fewer than two seeds."""
     return over_seeds(slopes_of(cells), kin)
 
@@ -118,7 +118,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     verdicts = []
     for claim, asked in question["claims"].items():
         told = {e: (value, _gates(cells, _absent(e, ranks))) for e, (value, cells) in measured.items()}
-        rests = [o for c in measured[asked["estimand"]][1] for o in (c.full, c.lora)]
+        rests = [o for c in measured.get(asked["estimand"], (None, []))[1] for o in (c.full, c.lora)]
         one = {**question, "claims": {claim: asked}}
         verdicts += judging.verdicts(one, told, LOG_ESTIMANDS, group, judging.seeds(rests))
     verdicts = judging.corrected(verdicts, question)
@@ -149,10 +149,16 @@ def _gates(cells: Sequence[Cell], absent: str) -> list[str]:
 
 
 def _by_rank(cells: Sequence[Cell], ranks: Sequence[int]) -> dict[int, Estimate]:
-    """Slopes by rank; the ranks steady each other's spread over seeds."""
+    """Slopes by rank."""
     mine = {r: [c for c in cells if c.rank == r] for r in ranks}
-    kin = kindred([list(slopes_of(part).best.values()) for part in mine.values()])
-    return {r: slope(part, kin) for r, part in mine.items()}
+    return {r: slope(part, _usual_slope(part)) for r, part in mine.items()}
+
+
+def _usual_slope(cells: Sequence[Cell], times: int = 1) -> Usual | None:
+    """What the cells' own spread over seeds makes of a slope's; `times`: of a sum of so many."""
+    kin = cells[0].kin if cells else None
+    far = float(np.var(np.log2([c.batch for c in cells])) * len(cells)) if cells else 0.0
+    return None if kin is None or far == 0 else Usual(times * kin.var / far, kin.df)
 
 
 def _difference(cells: Sequence[Cell], ranks: Sequence[int]) -> Estimate:
@@ -162,7 +168,8 @@ def _difference(cells: Sequence[Cell], ranks: Sequence[int]) -> Estimate:
     by_rank = [[c for c in cells if c.rank == r] for r in (ranks[-1], ranks[0])]
     batches = {c.batch for c in by_rank[0]} & {c.batch for c in by_rank[1]}
     high, low = (slopes_of([c for c in part if c.batch in batches]) for part in by_rank)
-    return over_seeds(high.paired(low, lambda a, b: a - b))
+    kin = _usual_slope([c for c in by_rank[0] if c.batch in batches], 2)
+    return over_seeds(high.paired(low, lambda a, b: a - b), kin)
 
 
 def _at(cells: Sequence[Cell], batch: int) -> tuple[Estimate, list[Cell]]:

@@ -123,7 +123,7 @@ def trust_of(curves: Sequence[Curve]) -> list[np.ndarray]:
     each allowed the strongest GROWTH, at UNSTEADY over all rates; needs MIN_DF rates with repeats.
     """
     out = [np.ones(int(c.usable.sum())) for c in curves]
-    cells = []  # curve, its runs at a rate, their degrees of freedom, their variance beside what growth would explain
+    cells = []  # curve, its runs at a rate, degrees of freedom, variance, what growth would explain of it, above the best?
     for k, c in enumerate(curves):
         x, y = c.x[c.usable], c.y[c.usable]
         rates = np.unique(x)
@@ -131,13 +131,13 @@ def trust_of(curves: Sequence[Curve]) -> list[np.ndarray]:
         for v in (v for v in rates if (x == v).sum() > 1):
             above = v - rates[bottom(means)]
             allowed = math.exp(2 * GROWTH[-1] * max(above, 0.0))
-            cells.append((k, x == v, int((x == v).sum()) - 1, float(np.var(y[x == v], ddof=1)) / allowed, above > 0))
+            cells.append((k, x == v, int((x == v).sum()) - 1, float(np.var(y[x == v], ddof=1)), allowed, above > 0))
     if len(cells) < MIN_DF:
         return out
-    usual = float(np.median([var * df / stats.chi2.median(df) for _, _, df, var, _ in cells]))
-    total = sum(df for _, _, df, _, _ in cells)
-    for k, runs, df, var, above in cells:
-        if above and usual > 0 and stats.f.sf(var / usual, df, total) < UNSTEADY / len(cells):
+    usual = float(np.median([var / allowed * df / stats.chi2.median(df) for _, _, df, var, allowed, _ in cells]))
+    total = sum(df for _, _, df, _, _, _ in cells)
+    for k, runs, df, var, allowed, above in cells:
+        if above and usual > 0 and stats.f.sf(var / allowed / usual, df, total) < UNSTEADY / len(cells):
             out[k][runs] = usual / var
     return out
 

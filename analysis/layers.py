@@ -23,7 +23,7 @@ from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.qualify import stalled
 from analysis.results import Estimate, Verdict, exp_of, number, signed, with_interval
-from analysis.seeds import Prior, kindred
+from analysis.seeds import Usual, usual
 from analysis.step_efficiency import Points, at_best, log_rho, rho
 from analysis.table import curves
 
@@ -112,10 +112,10 @@ def log_ratio(a: Arm, b: Arm, full: Arm) -> AtBest[float]:
     return log_rho(a.points, full.points).paired(log_rho(b.points, full.points), lambda x, y: x - y)
 
 
-def ratio_of(logs: AtBest[float], prior: Prior | None = None) -> Estimate:
+def ratio_of(logs: AtBest[float], kind: Usual | None = None) -> Estimate:
     """Return the ratio, with its interval over seeds and likely best rates; none where a seed has only a bound."""
     known = bool(logs.best) and all(map(math.isfinite, logs.best.values()))
-    return exp_of(over_seeds(logs, prior)) if known else Estimate(None, n=len(logs.best))
+    return exp_of(over_seeds(logs, kind)) if known else Estimate(None, n=len(logs.best))
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -183,19 +183,19 @@ class _Compared:
 
 
 def _compared(task: Task) -> _Compared:
-    """Compare a task's layer sets. Its own ratios steady each other's spread over seeds; another task's noise is another."""
+    """Compare a task's layer sets. Its own ratios say what spread over seeds is usual; another task's noise is another."""
     pair, both = equal_pair(task), task.get("attention+mlp")
     mlp = task.get("mlp", both.rank) if both else None
     if task.full is None or pair is None or mlp is None:
         return _Compared(task, None, None)
     logs = [log_ratio(*arms, task.full) for arms in (pair, (mlp, both))]
-    kin = kindred([list(v.best.values()) for v in logs])
+    kin = usual([list(v.best.values()) for v in logs])
     return _Compared(task, pair, (mlp, both), *(ratio_of(v, kin) for v in logs))
 
 
 def _speed(a: Arm, t: Task) -> Estimate:
-    """rho of an arm, its spread over seeds steadied by that of the task's other arms."""
-    kin = kindred([list(log_rho(b.points, t.full.points).best.values()) for b in (*t.lora, *t.restricted)])
+    """rho of an arm, its spread over seeds no less than is usual among the task's arms."""
+    kin = usual([list(log_rho(b.points, t.full.points).best.values()) for b in (*t.lora, *t.restricted)])
     return rho(a.points, t.full.points, kin)
 
 

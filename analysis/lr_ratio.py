@@ -25,8 +25,9 @@ from analysis.verdicts import MIN_SEEDS, holm, judge, look_level
 if TYPE_CHECKING:
     from analysis.findings import Findings
 
-ESTIMANDS = ("lr_ratio", "lr_drift_per_doubling", "rho_top_rank")
-LOG_ESTIMANDS = ("lr_ratio", "rho_top_rank")
+PARITY = "rho_top_rank"
+ESTIMANDS = ("lr_ratio", "lr_drift_per_doubling", PARITY)
+LOG_ESTIMANDS = ("lr_ratio", PARITY)
 """Estimands whose margin is one of ratios, above 0."""
 MIN_RANK = 4
 """The claims on ratio and drift are about ranks of 4 and more: the study itself sets rank 1 apart."""
@@ -124,9 +125,11 @@ def answer(
 
 
 def answer_of(table: pd.DataFrame, question: dict[str, Any]) -> Answer:
-    """Fit and judge a sweep's runs under its claims, margins and planned rounds."""
+    """Fit and judge a sweep's runs under its claims, margins and planned rounds; parity, which needs learning curves, is judged
+    where those are read (ratio_report)."""
+    claims = {k: v for k, v in question["claims"].items() if v["estimand"] != PARITY}
     widths = {} if "hidden_size" not in table else dict(zip(table["model"], table["hidden_size"].fillna(0).astype(int)))
-    return answer(curves(table), question["claims"], widths, look_level(int(question.get("rounds", 1))))
+    return answer(curves(table), claims, widths, look_level(int(question.get("rounds", 1))))
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> "Findings":
@@ -234,7 +237,6 @@ def _judge_group(
     gates = gates_of(every)
     seeds = min(seeds_at_best(o) for o in every)
     known = {"lr_ratio": (overall, gates), "lr_drift_per_doubling": (drift, _drift_gates(gates_of(lora), lora))}
-    # rho needs learning curves, and is judged where those are read (ratio_report)
     verdicts = []
     for name, claim in claims.items():
         if claim["estimand"] not in known:

@@ -21,7 +21,7 @@ from analysis.plots import Panel, Series
 from analysis.prefixes import while_unsolved
 from analysis.qualify import stalled
 from analysis.results import Estimate, from_draws, number, signed, with_interval
-from analysis.seeds import kindred
+from analysis.seeds import usual
 from analysis.step_efficiency import Points, at_best, before_last, log_rho, rho
 from analysis.table import curves, learning_curves
 
@@ -69,7 +69,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     first = min((p[0][0] for p in mine[id(full)].best.values() if p), default=1.0)
     alike, band_rows, band_panel = _start(table, lora)
     logs = {id(o): log_rho(mine[id(o)], mine[id(full)]) for o in lora}
-    kin = kindred([list(v.best.values()) for v in logs.values()])
+    kin = usual([list(v.best.values()) for v in logs.values()])
     speed = rho(mine[id(top)], mine[id(full)], kin)
     over = stalled([full, top], [mine[id(full)].best, mine[id(top)].best])
     measured = {

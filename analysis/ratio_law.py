@@ -58,8 +58,9 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     slope over alpha within each base, averaged over bases. A factor that does not vary has no exponent. `wider`: further
     bases, which count for the variance between bases only.
     """
-    many = _at_one_alpha([*ratios, *(r for r in wider if r not in ratios)])
-    rows = _at_one_alpha(ratios)
+    alpha = _one_alpha(ratios)
+    many = _at(alpha, [*ratios, *(r for r in wider if r not in ratios)])
+    rows = _at(alpha, ratios)
     width, found_q = _regress(rows, _regress(many)), _alphas(ratios)
     flags = []
     if width is None:
@@ -74,11 +75,21 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     return RatioLaw(level, p, q, width.tau if width else 0.0, len(rows), found_q.n if found_q else 0, rivals, tuple(flags))
 
 
-def _at_one_alpha(ratios: Sequence[Ratio]) -> list[Ratio]:
-    """Return one ratio a base: those at ALPHA, or at the alpha that most bases have."""
+def _one_alpha(ratios: Sequence[Ratio]) -> float:
+    """Return ALPHA, or where it was not tried the alpha that most bases have."""
     count = {a: len({r.base for r in ratios if r.alpha == a}) for a in sorted({r.alpha for r in ratios})}
-    alpha = ALPHA if ALPHA in count else max(count, key=lambda a: count[a], default=ALPHA)
-    return [r for r in ratios if r.alpha == alpha]
+    return ALPHA if ALPHA in count else max(count, key=lambda a: count[a], default=ALPHA)
+
+
+def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
+    """Return one ratio a base at this alpha: the mean of its several (data sets, ranks), which share its width; their mean
+    error, since they share its runs as well."""
+    out = []
+    for base in dict.fromkeys(r.base for r in ratios if r.alpha == alpha):
+        mine = [r for r in ratios if (r.base, r.alpha) == (base, alpha)]
+        log, error = (float(np.mean(v)) for v in zip(*((r.log, r.error) for r in mine)))
+        out.append(Ratio(base, mine[0].hidden, alpha, log, error))
+    return out
 
 
 def _regress(rows: Sequence[Ratio], wider: MetaRegression | None = None) -> MetaRegression | None:

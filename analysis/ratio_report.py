@@ -9,21 +9,18 @@ import pandas as pd
 from analysis import judging
 from analysis.design import lines, suggest
 from analysis.findings import Findings, Rows, Section
-from analysis.lr_ratio import Answer, Ratio, answer_of
+from analysis.lr_ratio import PARITY, Answer, Ratio, answer_of
 from analysis.qualify import stalled
 from analysis.results import Estimate, Verdict, number, signed, with_interval
-from analysis.seeds import kindred
+from analysis.seeds import usual
 from analysis.step_efficiency import at_best, log_rho, of_curves, rho
 
 Rhos = list[Estimate | None]
-PARITY = "rho_top_rank"
 
 
 def findings(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     """Fit and judge, and put together what the report shows."""
-    parity = judging.about(question, PARITY)
-    rest = {k: v for k, v in question["claims"].items() if k not in parity["claims"]}
-    found = answer_of(table, {**question, "claims": rest})
+    found = answer_of(table, question)
     rhos = of_curves(table, found.optima)
     sections = [*_laws(found), Section("LoRA against full fine-tuning", _ratio_rows(found, rhos), _notes(found))]
     wanted = suggest(found)
@@ -32,7 +29,7 @@ def findings(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             "What would decide most (`action=extend` adds them as the sweep's next round):", "",
             *(f"- {line}" for line in lines(wanted))]))  # fmt: skip
     ratios = [(r.group, "ranks 4 and more" if r.rank is None else f"rank {r.rank}", r.ratio) for r in found.ratios]
-    verdicts = [*found.verdicts, *_parity(table, found, parity)]
+    verdicts = [*found.verdicts, *_parity(table, found, judging.about(question, PARITY))]
     return Findings(found.optima, verdicts, sections, _plain(found, rhos), found.members, True, ratios)
 
 
@@ -45,10 +42,14 @@ def _parity(table: pd.DataFrame, found: Answer, question: dict[str, Any]) -> lis
     for group, (full, *lora) in found.members.items():
         top = max(lora, key=lambda o: o.curve.key["rank"])
         mine, its = runs[id(top)], runs[id(full)]
-        kin = kindred([list(log_rho(runs[id(o)], its).best.values()) for o in lora])
+        kin = usual([list(log_rho(runs[id(o)], its).best.values()) for o in lora])
         gates = judging.gates([full, top]) + stalled([full, top], [its.best, mine.best])
         seeds = judging.seeds([full, top])
         verdicts += judging.verdicts(question, {PARITY: (rho(mine, its, kin), gates)}, [PARITY], group, seeds)
+    for group in dict.fromkeys(o.curve.group for o in found.optima):
+        if not any(g == group or g.startswith(f"{group};") for g in found.members):
+            gate = judging.gates([], "fullft and lora together")
+            verdicts += judging.verdicts(question, {PARITY: (Estimate(None), gate)}, [PARITY], group)
     return verdicts
 
 

@@ -18,7 +18,7 @@ from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.results import Estimate, number, rate, signed, with_interval
-from analysis.seeds import kindred
+from analysis.seeds import usual
 from analysis.step_efficiency import at_best, rho
 from analysis.table import curves, full_names
 
@@ -52,15 +52,18 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     (at_tuned,) = values_at_best(table, [tuned], lambda row: {"nll": float(row["test_nll"])})
     reference = at_tuned.map(lambda v: v["nll"])
     losses = {name: _losses(o, at) for name, (o, at) in wanted.items()}
-    shares = {name: loss.paired(reference, lambda a, b: (a - b) / gain) for name, (loss, _) in losses.items()}
-    kin = kindred([list(s.best.values()) for s in shares.values()])
+    shares = {name: loss.paired(reference, lambda a, b: (a - b) / gain) for name, (loss, *_) in losses.items()}
+    highest = {c["estimand"]: float(c["margin"][1]) for c in question["claims"].values()}
+    kin = usual([list(s.best.values()) for s in shares.values()])
     measured: dict[str, tuple[Estimate, list[str]]] = {}
     rows = [["recipe", "rate", "read at", "loss given up (nats)", "share of tuned LoRA's gain [95%]", "seeds",
              "at its own best rate (nats)"]]  # fmt: skip
     for name, (o, at) in wanted.items():
-        share, read_at = over_seeds(shares[name], kin), losses[name][1]
+        share, (_, read_at, beside) = over_seeds(shares[name], kin), losses[name]
         outside = [] if share.n else ["the recipe's rate lies outside the rates tried"]
         stops = ["no curve of the recipe"] if o is None else outside
+        if beside and share.has_interval() and share.low <= highest.get(name, math.inf):  # what is read is a lower bound
+            stops = [*stops, "bounded_by_divergence: the recipe's rate lies beside one that broke down"]
         measured[name] = (share, [*gates, *stops])
         own = None if o is None or o.best_nll is None or o is tuned else o.best_nll - tuned.best_nll
         given_up = None if share.value is None else share.value * gain
@@ -104,32 +107,34 @@ def _rates(o: Optimum, which: int) -> list[float]:
     return [] if o.best_lr.value is None else [o.best_lr.value, *likely_rates(o, which)]
 
 
-def _losses(o: Optimum | None, rates: Sequence[float]) -> tuple[AtBest[float], list[float]]:
-    """Return a recipe's loss by seed at the first of the rates and at the others, which are as likely; and the tried rates that
-    the first was read from."""
+def _losses(o: Optimum | None, rates: Sequence[float]) -> tuple[AtBest[float], list[float], bool]:
+    """Return a recipe's loss by seed at the first of the rates and at the others, which are as likely; the tried rates that
+    the first was read from; and whether one lies next to a rate that broke down, so that the loss there may be higher."""
     found = [_losses_at(o, at) for at in rates] if o is not None else []
     if not found:
-        return AtBest({}), []
-    return AtBest(found[0][0], tuple(by_seed for by_seed, _ in found[1:])), sorted(found[0][1])
+        return AtBest({}), [], False
+    losses = AtBest(found[0][0], tuple(by_seed for by_seed, *_ in found[1:]))
+    return losses, sorted(found[0][1]), any(beside for *_, beside in found)
 
 
-def _losses_at(o: Optimum, at: float) -> tuple[dict[int, float], set[float]]:
-    c, losses, used = o.curve, {}, set()
+def _losses_at(o: Optimum, at: float) -> tuple[dict[int, float], set[float], bool]:
+    c, losses, used, beside = o.curve, {}, set(), False
     heights = {x: float(np.mean(c.y[c.usable & (c.x == x)])) for x in c.x[c.usable]}
     for seed in sorted(set(c.seed)):
         of_seed = c.seed == seed
         mine = dict(zip(c.x[of_seed], zip(c.y[of_seed], c.usable[of_seed])))
         found = weights(list(mine), math.log(at), {x: heights.get(x, math.inf) for x in mine})
-        if len(found) == 1 or not all(mine[x][1] for x in found):  # at a tried rate, outside of them, or beside a broken one
+        broken = not all(mine[x][1] for x in found)
+        if len(found) == 1 or broken:  # at a tried rate, outside of them, or beside a broken one
             nearest = min(mine, key=lambda x: abs(x - math.log(at)))
             if abs(nearest - math.log(at)) > NEAR:
                 continue
-            found = {nearest: 1.0}
+            found, beside = {nearest: 1.0}, beside or (broken and mine[nearest][1])
         # one that broke down: the base would do, so it gives up the whole gain
         losses[int(seed)] = sum(w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start)
                                 for x, w in found.items())  # fmt: skip
         used |= {math.exp(x) for x in found}
-    return losses, used
+    return losses, used, beside
 
 
 def _few(table: pd.DataFrame, few: Sequence[Optimum]) -> tuple[tuple[Estimate, list[str]], list[list[str]]]:
@@ -153,7 +158,7 @@ def _retention(
     rows = [["curve", "at LR", "test NLL on the new task", "NLL on the pretraining task", "before", "forgotten (nats) [95%]"]]
     lost: dict[int, AtBest[float]] = {}
     found = values_at_best(table, optima, _retained)
-    kin = kindred([[v["lost"] for v in runs.best.values()] for runs in found])
+    kin = usual([[v["lost"] for v in runs.best.values()] for runs in found])
     series = []
     for o, name, runs in zip(optima, full_names([o.curve for o in optima]), found):
         if not runs.best:

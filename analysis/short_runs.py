@@ -20,7 +20,7 @@ from analysis.lr_ratio import MIN_RANK, ratio_of
 from analysis.plots import Panel, Series
 from analysis.prefixes import at_step, steps_seen, while_unsolved
 from analysis.results import Estimate, exp_of, from_draws, number, rate, with_interval
-from analysis.seeds import kindred
+from analysis.seeds import usual
 from analysis.table import curves
 
 ESTIMANDS = ("short_over_long", "sigma_b_over_a", "movement_ratio")
@@ -111,7 +111,7 @@ def norms(
     lora = [v if o.curve.key["method"] == "lora" else none for o, v in zip(optima, spectra)]
     grown = [v.map(lambda m: _median_log(m, "b", m, "a")) for v in lora]
     moved = [v.paired(full, lambda m, f: _median_log(m, "delta", f, "delta")) for v in lora]
-    of_growth, of_movement = (kindred([list(v.best.values()) for v in mine]) for mine in (grown, moved))
+    of_growth, of_movement = (usual([list(v.best.values()) for v in mine]) for mine in (grown, moved))
     rows = [["curve", "spectral norm of A", "of B", "of the change", "B / A [95%]", "change / FullFT's [95%]"]]
     growth = movement = Estimate(None)
     names: list[str] = []

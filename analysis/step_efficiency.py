@@ -13,7 +13,7 @@ import pandas as pd
 from analysis.at_best import AtBest, over_seeds, values_at_best
 from analysis.lr_optimum import Optimum
 from analysis.results import Estimate, exp_of
-from analysis.seeds import Prior
+from analysis.seeds import Usual
 
 Points = list[tuple[float, float]]
 
@@ -52,12 +52,12 @@ def log_rho(one: AtBest[Points], other: AtBest[Points]) -> AtBest[float]:
     return one.paired(other, of)
 
 
-def rho(lora: AtBest[Points], full: AtBest[Points], prior: Prior | None = None) -> Estimate:
+def rho(lora: AtBest[Points], full: AtBest[Points], kind: Usual | None = None) -> Estimate:
     """Return rho from held-out curves (step 0 and the last evaluation left out), paired by seed.
 
     Steps are counted to the lowest loss that both reach: LoRA's last one, or full fine-tuning's where that ends higher.
     Interval: over ln rho of the seeds and of the likely best rates; needs two seeds or more. Where either is there at its first
-    evaluation in any seed, only a bound is given. `prior`: of the variance of ln rho, from kindred curves.
+    evaluation in any seed, only a bound is given. `kind`: the usual spread of ln rho over seeds.
     """
     pairs = {s: (lora.best[s], full.best[s]) for s in sorted(lora.best.keys() & full.best.keys())}
     found = [_reach(a, b) for a, b in pairs.values() if a and b]
@@ -67,7 +67,7 @@ def rho(lora: AtBest[Points], full: AtBest[Points], prior: Prior | None = None) 
     if bounds:
         low, high = (min(values) if bounds == {1} else None), (max(values) if bounds == {-1} else None)
         return Estimate(None, low, high, len(found), ("one is there at its first evaluation",))
-    return exp_of(over_seeds(log_rho(lora, full), prior))
+    return exp_of(over_seeds(log_rho(lora, full), kind))
 
 
 def of_curves(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Estimate | None]:

@@ -50,10 +50,14 @@ class Part:
         """What the question says of a claim in words: `whose`, `measure`, `beside`; empty if nothing."""
         return self.question["claims"].get(claim, {}).get(kind) or ""
 
+    def overall(self, claim: str) -> Verdict | None:
+        """A claim's verdict over all tasks, where each of them has one of its own as well."""
+        first, *by_task = (v for v in self.verdicts if v.claim == claim)
+        return first if by_task and (first.group.startswith("all ") or " and " in first.group) else None
+
     def measured(self, v: Verdict) -> str:
         """What was measured; over several tasks, on the one that is hardest on the claim."""
-        each = [w for w in self.verdicts if w.claim == v.claim]
-        return f"{'on the hardest task ' if len(each) > 1 and v is each[0] else ''}{with_interval(v.estimate)}"
+        return f"{'on the hardest task ' if v is self.overall(v.claim) else ''}{with_interval(v.estimate)}"
 
     @cached_property
     def runs(self) -> pd.DataFrame:

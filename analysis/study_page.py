@@ -67,8 +67,9 @@ def glance(asked: Sequence[Asked], shown: Sequence[str], needs: bool = True) -> 
 def _cells(at: Asked, base: str, needs: bool) -> list[str]:
     here = [(part, verdicts) for part, verdicts in at if base_of(part) == base]
     out = []
-    for part, (v, *by_task) in here:
-        where = f" (`{part.told['scale']}`)" if len(here) > 1 else ""
+    told_of = [(part, v, by_task) for part, verdicts in here for v, by_task in _heads(part, verdicts)]
+    for part, v, by_task in told_of:
+        where = f" (`{part.told['scale']}`)" if len(told_of) > 1 else ""
         alone = next((f", {o} before Holm's correction" for o in OUTCOMES if v.why.startswith(f"{o} alone")), "")
         out.append(f"**{v.outcome}**{alone}{where}")
         if by_task:
@@ -94,11 +95,22 @@ OURS = "Checks of the instrument, and controls of our own"
 
 
 def by_fate(asked: Sequence[Asked]) -> dict[str, list[Asked]]:
-    """Sort claims by what became of them in all their answers, our own apart; a fate that none has is left out."""
+    """Sort claims by what became of them in all their answers, our own apart; a fate that none has is left out. A verdict over
+    several tasks stands for those on each of them."""
     ours = [at for at in asked if _whose(at) not in WHOSE]
     others = [at for at in asked if _whose(at) in WHOSE]
-    fates = {name: [at for at in others if is_so({v.outcome for _, (v, *_) in at})] for name, is_so in FATES}
+    fates = {name: [at for at in others if is_so(_outcomes(at))] for name, is_so in FATES}
     return {name: mine for name, mine in {**fates, OURS: ours}.items() if mine}
+
+
+def _outcomes(at: Asked) -> set[str]:
+    return {v.outcome for part, verdicts in at for v, _ in _heads(part, verdicts)}
+
+
+def _heads(part: Part, verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Sequence[Verdict]]]:
+    """Return the verdict over all tasks with those by task; or each verdict alone, where there is none over all."""
+    overall = part.overall(verdicts[0].claim)
+    return [(overall, verdicts[1:])] if overall else [(v, ()) for v in verdicts]
 
 
 def _whose(at: Asked) -> str:

@@ -102,7 +102,6 @@ REMEDIES = {
     "one rank only": "another rank",
     "bounded_by_divergence": "learning rates between the best one and the first that breaks down",
     "their order is not resolved": "a base that learns more slowly, or ranks nearer to full fine-tuning",
-    "ends of its optimum's interval": "a narrower optimum of full fine-tuning: more seeds and rates there",
     "at_edge": "learning rates beyond the edge",
     "few_points": "more learning rates",
     "no_usable_points": "lower learning rates",

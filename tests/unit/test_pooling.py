@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from analysis.at_best import AtBest
+from analysis.at_best import AtBest, over_seeds
 from analysis.lr_law import by_loss, by_optima, meta_regression, published, regret
 from analysis.lr_optimum import fit_all
 from analysis.pooling import drift, random_effects
 from analysis.ratio_law import Ratio, ratio_law
 from analysis.results import Estimate, from_draws
-from analysis.seeds import from_sample, kindred
+from analysis.seeds import from_sample, usual
 from analysis.step_efficiency import rho, steps_to_reach
 from analysis.table import Curve
 from analysis.valley import linex
@@ -152,28 +152,44 @@ def test_doubt_about_the_best_rate_widens_an_interval_over_seeds():
 # ---------------------------------------------------------------- seeds
 
 
-def test_samples_of_one_variance_pool_it_and_samples_of_many_keep_their_own():
+def test_the_usual_variance_is_that_of_most_samples():
     rng = np.random.default_rng(5)
-    alike = kindred([rng.normal(0, 0.1, 3) for _ in range(2000)])
-    assert alike.df > 40 and math.sqrt(alike.var) == pytest.approx(0.1, rel=0.05) and alike.cap == 4000
-    apart = kindred([rng.normal(0, 10.0 ** rng.uniform(-3, 0), 3) for _ in range(2000)])
-    assert apart.df < 1
-    assert kindred([[1.0, 2.0]]) is None and kindred([[1.0, 1.0], [2.0, 2.0]]) is None
+    samples = [rng.normal(0, 0.1, n) for n in (2, 3, 6) for _ in range(700)]
+    assert usual(samples).var == pytest.approx(0.01, rel=0.05) and usual(samples).df == 700 * (1 + 2 + 5)
+    assert usual([*samples, *(rng.normal(0, 10, 3) for _ in range(100))]).var < 0.012
+    assert usual([[1.0, 2.0]]) is None
 
 
-def test_moderated_intervals_cover_and_are_narrower_than_students():
-    """Three seeds a sample, eight samples a sweep: 95% intervals hold the mean in about 95% and are much narrower."""
-    rng, inside, wide, n = np.random.default_rng(7), np.zeros(2), np.zeros(2), 0
-    for _ in range(400):
-        samples = rng.normal(0, 0.05, (8, 3))
-        prior = kindred(samples)
-        for s in samples:
-            for k, e in enumerate((from_sample(s), from_sample(s, prior=prior))):
-                inside[k] += e.low <= 0 <= e.high
-                wide[k] += e.high - e.low
-            n += 1
-    assert (inside / n > 0.93).all() and (inside / n < 0.97).all()
-    assert wide[1] < 0.7 * wide[0]
+@pytest.mark.parametrize(("spreads", "shared"), [
+    ((1,) * 8, 0.0), ((1, 3), 0.0), ((1, 5), 0.0), ((1, 1, 4), 0.0), ((1, 1, 1, 1, 4), 0.0), ((1,) * 5, 0.8), ((1,) * 5, 0.95),
+    ((1, 2, 2, 3, 4), 0.8),
+])  # fmt: skip
+def test_intervals_over_three_seeds_cover_alike_or_not_and_are_never_narrower_than_students(spreads, shared):
+    """Samples of unlike spread, and correlated by seed: the noisiest one's 95% interval holds its mean in 95% as well."""
+    rng, inside, n = np.random.default_rng(7), np.zeros(len(spreads)), 1500
+    for _ in range(n):
+        common = rng.standard_normal(3)
+        samples = [s * (math.sqrt(shared) * common + math.sqrt(1 - shared) * rng.standard_normal(3)) for s in spreads]
+        kind = usual(samples)
+        for k, s in enumerate(samples):
+            e, alone = from_sample(s, kind=kind), from_sample(s)
+            assert e.high - e.low >= (alone.high - alone.low) * (1 - 1e-9)
+            inside[k] += e.low <= 0 <= e.high
+    assert (inside / n > 0.935).all()
+
+
+def test_seeds_that_agree_by_chance_do_not_make_an_interval_narrow():
+    others = [[0.00, 0.03, 0.05], [0.10, 0.06, 0.08], [0.20, 0.24, 0.21], [0.30, 0.28, 0.33]]
+    lucky = [0.4150, 0.4151, 0.4149]
+    e, alone = from_sample(lucky, kind=usual([lucky, *others])), from_sample(lucky)
+    assert alone.high - alone.low < 6e-4 and e.high - e.low > 0.01
+
+
+def test_where_likely_rates_say_nothing_there_is_no_interval():
+    best, far = {s: 0.1 * s for s in range(3)}, dict.fromkeys(range(3), -math.inf)
+    assert over_seeds(AtBest(best, (best,) * 40)).has_interval()
+    one_in_four = over_seeds(AtBest(best, (best,) * 30 + (far,) * 10))
+    assert not one_in_four.has_interval() and "unread_at_likely_rates" in one_in_four.flags
 
 
 # ---------------------------------------------------------------- laws
@@ -256,6 +272,15 @@ def test_several_alphas_of_one_base_are_no_several_witnesses_of_its_width():
         p = ratio_law([Ratio(b, h, a, u - math.log(a) + rng.normal(0, 0.02), 0.02) for b, h, u in bases for a in (8, 32, 128)]).p
         held += p.low <= 0 <= p.high
     assert 0.92 < held / 300 < 0.98
+
+
+def test_several_data_sets_of_one_base_are_one_row():
+    rng, held = np.random.default_rng(9), 0
+    for _ in range(300):
+        bases = [(f"{h}-{s}", h, rng.normal(0, 0.3)) for h in (64, 128, 256) for s in range(2)]
+        law = ratio_law([Ratio(b, h, 32, u + rng.normal(0, 0.02), 0.02) for b, h, u in bases for _ in range(5)])
+        held += law.p.low <= 0 <= law.p.high
+    assert law.bases == 6 and held / 300 > 0.9
 
 
 def test_a_factor_that_does_not_vary_has_no_exponent():
