@@ -166,7 +166,7 @@ def test_the_usual_variance_is_that_of_most_samples():
 ])  # fmt: skip
 def test_intervals_over_three_seeds_cover_alike_or_not_and_are_never_narrower_than_students(spreads, shared):
     """Samples of unlike spread, and correlated by seed: the noisiest one's 95% interval holds its mean in 95% as well."""
-    rng, inside, n = np.random.default_rng(7), np.zeros(len(spreads)), 1500
+    rng, inside, n = np.random.default_rng(7), np.zeros(len(spreads)), 500
     for _ in range(n):
         common = rng.standard_normal(3)
         samples = [s * (math.sqrt(shared) * common + math.sqrt(1 - shared) * rng.standard_normal(3)) for s in spreads]
@@ -175,7 +175,7 @@ def test_intervals_over_three_seeds_cover_alike_or_not_and_are_never_narrower_th
             e, alone = from_sample(s, kind=kind), from_sample(s)
             assert e.high - e.low >= (alone.high - alone.low) * (1 - 1e-9)
             inside[k] += e.low <= 0 <= e.high
-    assert (inside / n > 0.935).all()
+    assert (inside / n > 0.925).all()
 
 
 def test_seeds_that_agree_by_chance_do_not_make_an_interval_narrow():
