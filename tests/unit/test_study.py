@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import capacity, compute, layers, rank, study, study_page
+from analysis import capacity, compute, layer_sets, rank, study, study_page
 from analysis.at_best import weights
 from analysis.prefixes import at_step
 from analysis.qualify import qualify, verdict
@@ -90,7 +90,7 @@ def test_ranks_that_all_leave_at_once_have_no_order(ask):
 def test_attention_and_mlp_have_equal_parameters_at_every_scale(compose, scale):
     points = [p for p in compose("+sweep=layers", f"scale={scale}").points if p.arm == "lora"]
     size = {p.spec.method.layers: p.spec.method.n_trainable(p.spec.model) for p in points}
-    assert abs(math.log(size["attention"] / size["mlp"])) < math.log(1 + layers.PARAMETERS_AGREE)
+    assert abs(math.log(size["attention"] / size["mlp"])) < math.log(1 + layer_sets.PARAMETERS_AGREE)
 
 
 def test_weights_are_lagranges_and_keep_away_from_a_cliff():
