@@ -215,7 +215,7 @@ def _panel(ax: Any, panel: Panel) -> None:
         if high < 60 * low:  # less than two decades: say plain numbers at the lesser ticks too
             ax.yaxis.set_major_formatter(_plain_number)
             if high >= 6 * low:
-                ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+                ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7) if high < 20 * low else (2, 5)))
             ax.yaxis.set_minor_formatter(_plain_number)
     if panel.y_range != (None, None):
         ax.set_ylim(*panel.y_range)
