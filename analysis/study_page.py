@@ -1,7 +1,7 @@
 """The pages that are made of the study's table: analysis/results/README.md, a study's own page, the block in the README.
 
 A page leads with the claims at a glance: what became of each one, base by base, those together that came out alike. The
-questions follow with their verdicts and figures, the whole table is the end. No number in a page is typed by hand.
+questions follow with their verdicts and figures, the whole table is the end. No measured number is typed by hand.
 """
 
 from collections.abc import Sequence
@@ -155,22 +155,22 @@ NOT_TESTED = """\
 Reinforcement learning, mixtures of experts, models beyond 135M parameters, high ranks, data sets of a real size, and GPUs. At
 tiny, a few hundred updates from a small base, LoRA mostly learns more slowly than full fine-tuning, which is outside of the
 regime in which the study finds the two equal: nothing here says what a model of billions would do. What runs that others
-published say of the learning rates is in {evidence}."""
+published say of the learning rates is in [public_evidence.md](public_evidence.md)."""
+"""Said of the kept answers, and of no others."""
 
 
 def page(parts: Sequence[Part], root: str = "") -> str:
-    """Write the study's page; links to answers' folders begin with root."""
+    """Write the study's page; links to answers' folders begin with root, which is empty for the kept answers' own page."""
     asked = claims(parts)
     shown = bases(asked)
     runs = len(set().union(*(p.run_ids for p in parts))) if parts else 0
-    evidence = "`analysis/results/public_evidence.md`" if root else "[public_evidence.md](public_evidence.md)"
     out = ["# When does LoRA match full fine-tuning?", "",
            "The claims of [LoRA Without Regret](https://thinkingmachines.ai/blog/lora) (\"the study\") and of what was made of "
            f"it, each judged from runs of its own: {len(asked)} claims in {len({p.told['sweep'] for p in parts})} sweeps, "
            f"{runs:,} distinct runs, all of them in the tables beside this page.", "",
            *tally(asked), "",
            "## How to read it", "", HOW_TO_READ, "",
-           "## What was not tested", "", NOT_TESTED.format(evidence=evidence), "",
+           *([] if root else ["## What was not tested", "", NOT_TESTED, ""]),
            "## At a glance", ""]  # fmt: skip
     for name, mine in by_fate(asked).items():
         out += [f"### {name}", "", *glance(mine, [b for b in shown if any(base_of(p) == b for at in mine for p, _ in at)]), ""]

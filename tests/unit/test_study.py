@@ -292,7 +292,8 @@ def test_the_studys_table_corrects_primary_claims_and_names_what_is_needed(ask, 
         v["outcome"], v["p"] = "SUPPORTED", 0.04
     (tmp_path / "reports/rank-smoke/results.json").write_text(json.dumps(told))
     flipped = study_page.page(study.parts_of([tmp_path / "reports"]))
-    assert "**SUPPORTED**" in flipped
+    assert "**SUPPORTED**" in flipped and "What was not tested" in flipped  # of the kept answers
+    assert "What was not tested" not in study_page.page(study.parts_of([tmp_path / "reports"]), "../")
     n = sum(v["primary"] for v in told["verdicts"])
     assert n == 2 and "after Holm" not in flipped.split("|")[0]
     outcomes = [v.outcome for p in study.parts_of([tmp_path / "reports"]) for v in p.verdicts if v.primary]
