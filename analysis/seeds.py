@@ -35,7 +35,7 @@ def usual(samples: Sequence[Sequence[float]]) -> Usual | None:
 
 
 def from_sample(
-    values: Sequence[float], log: bool = False, level: float = LEVEL, flags: tuple[str, ...] = (), kind: Usual | None = None,
+    values: Sequence[float], log: bool = False, flags: tuple[str, ...] = (), kind: Usual | None = None,
     shifts: Sequence[float] = (),
 ) -> Estimate:  # fmt: skip
     """Return the mean of independent values (seeds), or their geometric mean, with its interval; no interval for one value.
@@ -58,4 +58,4 @@ def from_sample(
     draws = x.mean() + max(math.sqrt(var / len(x)), 1e-12) * stats.t.ppf(even, df)
     if len(shifts):
         draws = draws + np.random.default_rng(20251126).permutation(np.resize(np.asarray(shifts, float), N_DRAWS))
-    return from_draws(back(draws), len(x), level, flags)
+    return from_draws(back(draws), len(x), flags=flags)

@@ -51,7 +51,8 @@ def judge(
     if gates:
         why = "; ".join(gates)
     elif estimate.value is None or not estimate.has_interval():
-        why = "no interval"
+        unread = [f for f in estimate.flags if f == "unread_at_likely_rates"]
+        why = ": ".join(["no interval", *unread])
     elif low <= estimate.low and estimate.high <= high:
         outcome, why = "SUPPORTED", f"{shown} lies inside the margin"
     elif estimate.high < low or estimate.low > high:
@@ -59,7 +60,7 @@ def judge(
     else:
         why = f"{shown} crosses the margin's edge"
     if outcome == "UNDECIDED":
-        needed = _remedy(gates) or _needed(estimate, low, high, seeds, log, of)
+        needed = _remedy([*gates, why]) or _needed(estimate, low, high, seeds, log, of)
     return Verdict(
         claim=name, group=group, outcome=outcome, estimate=estimate, expected=float(claim["expected"]),
         margin=(low, high), primary=bool(claim.get("primary")), why=why, needed=needed,
@@ -95,6 +96,8 @@ def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]
 
 
 REMEDIES = {
+    "unread_at_likely_rates": "more learning rates around the best one",
+    "LoRA does not reach the loss": "longer runs, or higher ranks",
     "not converged": "more exposures of each fact",
     "the machine did other work": "the same runs on a quiet machine",
     "task:": "another task or model: more runs cannot help",

@@ -190,6 +190,8 @@ def test_where_likely_rates_say_nothing_there_is_no_interval():
     assert over_seeds(AtBest(best, (best,) * 40)).has_interval()
     one_in_four = over_seeds(AtBest(best, (best,) * 30 + (far,) * 10))
     assert not one_in_four.has_interval() and "unread_at_likely_rates" in one_in_four.flags
+    told = judge("c", {"margin": [-1, 1], "expected": 0}, "g", one_in_four, [], 3, False)
+    assert told.outcome == "UNDECIDED" and told.needed == "more learning rates around the best one"
 
 
 # ---------------------------------------------------------------- laws
