@@ -115,9 +115,9 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "slope_difference": (_difference(whole, ranks), ends),
         **{f"rho_at_{n}": _at(by_top[WAYS[0]], n) for n in (32, 256, 512, 1024)},
     }
+    told = {e: (value, _gates(cells, _absent(e, ranks))) for e, (value, cells) in measured.items()}
     verdicts = []
     for claim, asked in question["claims"].items():
-        told = {e: (value, _gates(cells, _absent(e, ranks))) for e, (value, cells) in measured.items()}
         rests = [o for c in measured.get(asked["estimand"], (None, []))[1] for o in (c.full, c.lora)]
         one = {**question, "claims": {claim: asked}}
         verdicts += judging.verdicts(one, told, LOG_ESTIMANDS, group, judging.seeds(rests))
