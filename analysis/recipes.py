@@ -21,6 +21,7 @@ from analysis.results import Estimate, number, rate, signed, with_interval
 from analysis.seeds import usual
 from analysis.step_efficiency import at_best, rho
 from analysis.table import curves, full_names
+from analysis.verdicts import MIN_SEEDS
 
 ESTIMANDS = ("attention_at_full_lr", "alpha_twice_rank", "default_rate", "original", "ten_times", "small_data_rank",
              "retention")  # fmt: skip
@@ -62,6 +63,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         share, (_, read_at, beside) = over_seeds(shares[name], kin), losses[name]
         outside = [] if share.n else ["the recipe's rate lies outside the rates tried"]
         stops = ["no curve of the recipe"] if o is None else outside
+        if 0 < share.n < MIN_SEEDS:
+            stops = [*stops, f"{share.n} seed(s) at the recipe's rate, {MIN_SEEDS} needed"]
         if beside and share.has_interval() and share.low <= highest.get(name, math.inf):  # what is read is a lower bound
             stops = [*stops, "bounded_by_divergence: the recipe's rate lies beside one that broke down"]
         measured[name] = (share, [*gates, *stops])
