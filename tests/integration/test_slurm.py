@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorasweep import submissions
+from lorasweep.execute import TorchTrainer
 from tests import one_machine, storm
 from tests.one_machine import FAST, command, curves, environment, results, wait_for
 from tests.world import ROOT, cli
@@ -44,6 +45,20 @@ def empty_queue(slurm):
 
 def submit(cwd, *args, check=True):
     return cli(*args, cwd=cwd, check=check)
+
+
+def submit_with(trainer, cwd, *args):
+    """The same with another trainer (package.module:object, or one of this file), which jobs find in the working copy."""
+    name = trainer if ":" in trainer else f"{__name__}:{trainer}"
+    code = (
+        "import sys; from lorasweep.act import act; from lorasweep.compose import compose_request as compose\n"
+        f"sys.exit(act(compose(sys.argv[1:]), '{name}'))"
+    )
+    setup = f"cluster.setup=['export LORASWEEP_HOST=$SLURMD_NODENAME','export PYTHONPATH={ROOT}']"
+    done = subprocess.run([sys.executable, "-c", code, *args, setup], cwd=cwd, env=environment(cwd), text=True,
+                          capture_output=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def status(cwd, *args):
@@ -85,15 +100,9 @@ def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(slurm, tmp_p
 
 def test_a_thousand_runs_in_more_jobs_than_an_array_may_have(slurm, tmp_path):
     """A trainer that does nothing; MaxArraySize is 41, so 100 jobs need three arrays."""
-    code = (
-        "import sys; from lorasweep.act import act; from lorasweep.compose import compose_request as compose\n"
-        "sys.exit(act(compose(sys.argv[1:]), 'lorasweep.bench.overhead:nothing'))"
-    )
     sweep = ["+sweep=lr_ratio", "scale=smoke", "~sweep.arms.fullft", "sweep.arms.lora.lr=${around:3e-3,10,1.5}",
              f"sweep.axes.seed={list(range(100))}", *FAST, "cluster.runs_per_job=10", "exec.pack_size=10"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, *sweep], cwd=tmp_path, env=environment(tmp_path), text=True,
-                          capture_output=True, check=False)  # fmt: skip
-    assert "submitted 1000 runs" in done.stdout, done.stderr
+    assert "submitted 1000 runs" in submit_with("lorasweep.bench.overhead:nothing", tmp_path, *sweep)
     assert [a.n for a in records(tmp_path)[0].arrays] == [40, 40, 20, 1]
     slurm.drain(500)
     assert len(finished(tmp_path)) == 1000
@@ -149,7 +158,7 @@ def undisturbed(tmp_path_factory):
 def test_an_interrupted_job_goes_on_with_the_same_curves(slurm, tmp_path, blow, undisturbed):
     there = tmp_path
     place = {"grace": ("cluster.partition=scavenge",), "time limit": ("cluster.time_min=1", "cluster.warn_s=25")}.get(blow, ())
-    submit(there, *LONG, *FAST, *place)
+    submit_with("until_blown", there, *LONG, *FAST, *place)
     wait_for(lambda: any(max((r["step"] for r in c), default=0) > 50 for c in curves(there / "runs").values()), 120)
     job = next(j for j, s in slurm.queue().items() if s == "RUNNING")
     if blow in ("grace", "no grace"):
@@ -160,6 +169,8 @@ def test_an_interrupted_job_goes_on_with_the_same_curves(slurm, tmp_path, blow, 
         slurm.ask("scontrol", "update", "nodename=n1", "state=down", "reason=test")
     elif blow == "cancel":
         submit(there, *LONG, "action=cancel")
+    wait_for(lambda: list((there / "runs").glob("*/attempts/*/end.json")), 120)
+    (there / "runs/blown").touch()
     if blow == "cancel":
         slurm.drain(60)
         assert len(finished(there)) < 6
@@ -170,6 +181,14 @@ def test_an_interrupted_job_goes_on_with_the_same_curves(slurm, tmp_path, blow, 
     assert ends and set(ends) == {"stopped"}  # interrupted, and no fault of the runs
     if blow == "time limit":
         assert "queued again" in "".join(p.read_text() for p in (there / "runs/.slurm").glob("*/jobs/*.out"))
+
+
+def until_blown(pack, exec_, resume):
+    """Train, but after 60 updates so slowly that no machine ends before the blow."""
+    for event in TorchTrainer()(pack, exec_, resume):
+        yield event
+        if event.step > 60 and not Path(exec_.runs_dir, "blown").exists():
+            time.sleep(0.5)
 
 
 def test_a_job_that_slurm_runs_twice_does_nothing_the_second_time(slurm, tmp_path):
@@ -197,12 +216,7 @@ def test_a_job_killed_for_its_memory_says_so_and_more_memory_helps(slurm, tmp_pa
 
 def test_failed_runs_keep_their_cause_and_are_tried_again_up_to_a_bound(slurm, tmp_path):
     """A trainer that fails every time: three attempts, then no more."""
-    code = (
-        "import sys; from lorasweep.act import act; from lorasweep.compose import compose_request as compose\n"
-        "sys.exit(act(compose(sys.argv[1:]), 'tests.integration.test_slurm:broken'))"
-    )
-    ask = [sys.executable, "-c", code, *SMOKE, *FAST, "exec.retry=true", "exec.max_attempts=3", f"cluster.setup=['export PYTHONPATH={ROOT}']"]
-    subprocess.run(ask, cwd=tmp_path, env=environment(tmp_path), check=True, capture_output=True)
+    submit_with("broken", tmp_path, *SMOKE, *FAST, "exec.retry=true", "exec.max_attempts=3")
     slurm.drain()
     assert [len(list(p.glob("*"))) for p in (tmp_path / "runs").glob("*/attempts")] == [3] * 6
     told = status(tmp_path, *SMOKE)
