@@ -46,6 +46,8 @@ class Scale:
     seeds: list[int] = field(default_factory=list)
     fresh_seeds: list[int] = field(default_factory=list)
     """Seeds of the second stage; empty: no second stage."""
+    fresh_lrs: int = 3
+    """At how many of a curve's best rates `lr_ratio` has them."""
     lr_fullft: list[float] = field(default_factory=list)
     lr_lora: list[float] = field(default_factory=list)
     batch_steps: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
