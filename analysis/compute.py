@@ -5,9 +5,11 @@ are the median update of each run, alone on its threads, evaluation left out, an
 other load on the machine only slows.
 
 The loss to be reached is that of full fine-tuning after SHARE of the updates, at its best rate for that length (a prefix of
-the same runs), so that LoRA, which learns more slowly, gets there within its own.
+the same runs), so that LoRA, which learns more slowly, gets there within its own. LoRA as well has the rate that is best for
+the length at which it gets there: the best rate of a short run is higher, and one arm alone may not have it.
 """
 
+import itertools
 import json
 from typing import Any
 
@@ -17,10 +19,10 @@ import pandas as pd
 from analysis import judging, plots
 from analysis.at_best import AtBest, same, values_at_best
 from analysis.findings import Findings, Section
-from analysis.lr_optimum import fit_all
+from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.prefixes import at_step, steps_seen, while_unsolved
-from analysis.results import Estimate, exactly, exp_of, from_draws, number, with_interval
+from analysis.results import Estimate, exactly, exp_of, from_draws, number, rate, with_interval
 from analysis.seeds import usual
 from analysis.step_efficiency import Points, at_best, log_rho, rho
 from analysis.table import curves
@@ -55,36 +57,40 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     if missing:
         none = dict.fromkeys(ESTIMANDS, (Estimate(None), judging.gates([], missing)))
         return Findings(optima, judging.verdicts(question, none, LOG_ESTIMANDS, group))
-    points = {id(o): p for o, p in zip(optima, at_best(table, optima))}
-    short, goal = _goal(table)
-    kin = usual([list(log_rho(goal, points[id(o)]).best.values()) for o in lora])
+    short = max((s for s in steps_seen(table) if s <= table["steps"].max() * SHARE), default=0)
+    aim, goal = _curves(table[table["method"] == "fullft"], short, short)
+    tuned = {int(o.curve.key["rank"]): _to_loss(table[table["rank"] == o.curve.key["rank"]], o, goal) for o in lora}
+    kin = usual([list(log_rho(goal, points).best.values()) for _, _, points in tuned.values()])
     base = [r["step_s"] for r in _timed(table, "fullft", None)]
-    rows = [["rank", "operations an update", "seconds an update [95%]", "updates to FullFT's loss [95%]",
-             "operations to it [95%]", "seconds to it [95%]"]]  # fmt: skip
+    rows = [["rank", "operations an update", "seconds an update [95%]", "best rate to FullFT's loss [95%]", "of runs of",
+             "updates to it [95%]", "operations to it [95%]", "seconds to it [95%]"]]  # fmt: skip
     told: dict[int, dict[str, Estimate]] = {}
     for o in lora:
         rank = int(o.curve.key["rank"])
         row = next(r for _, r in table.iterrows() if same(r, o))
         a_step = flops_ratio(json.loads(row["spec"]), int(row["n_trainable"]))
         seconds = _ratio_of_times([r["step_s"] for r in _timed(table, "lora", rank)], base)
-        steps = rho(goal, points[id(o)], kin)  # LoRA's updates to full fine-tuning's loss over the latter's
+        at, length, points = tuned[rank]
+        steps = rho(goal, points, kin)  # LoRA's updates to full fine-tuning's loss over the latter's
         told[rank] = {"flops_per_step": exactly(a_step), "seconds_per_step": seconds, "steps": steps,
                       "flops_to_loss": _times(steps, exactly(a_step)), "seconds_to_loss": _times(steps, seconds)}  # fmt: skip
-        rows.append([str(rank), number(a_step), *(with_interval(told[rank][k]) for k in
-                     ("seconds_per_step", "steps", "flops_to_loss", "seconds_to_loss"))])  # fmt: skip
+        rows.append([str(rank), number(a_step), with_interval(seconds), with_interval(at.best_lr, rate), str(length),
+                     *(with_interval(told[rank][k]) for k in ("steps", "flops_to_loss", "seconds_to_loss"))])  # fmt: skip
     top = max(told)
-    highest = points[id(next(o for o in lora if o.curve.key["rank"] == top))]
-    gates = judging.gates([full, next(o for o in lora if o.curve.key["rank"] == top)])
+    best, _, highest = tuned[top]
+    rests = [*([aim] if aim else []), best]
+    gates = judging.gates(rests, "" if aim else "full fine-tuning's shorter runs")
     if any(highest.best[s][-1][1] > goal.best[s][-1][1] for s in highest.best.keys() & goal.best.keys()):
         gates = [*gates, "LoRA does not reach the loss within its run"]
     busy = _busy([base, [r["step_s"] for r in _timed(table, "lora", top)]])
     stops = {"flops_per_step": [], "seconds_per_step": busy, "flops_to_loss": gates, "seconds_to_loss": gates + busy}
     measured = {k: (told[top][k], stops[k]) for k in ESTIMANDS}
-    verdicts = judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, *lora]))
+    verdicts = judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds(rests))
     verdicts = judging.corrected(verdicts, question)
     ranks = sorted(told)
     text = [f"The claims are judged at rank {top}. The loss to be reached is full fine-tuning's after {short} updates; "
-            "with a rank that does not reach it, what both reach. Peak memory is measured in the "
+            "with a rank that does not reach it, what both reach. Each method has the rate that is best for runs of the length "
+            "at which it gets there. Peak memory is measured in the "
             "benchmark, beside what the plan reckons with.", *([cut] if cut else [])]  # fmt: skip
     panel = Panel(group, "rank", "LoRA / FullFT", [
         Series(name, ranks, *([getattr(told[r][k], part) for r in ranks] for part in ("value", "low", "high")))
@@ -103,16 +109,32 @@ def _timed(table: pd.DataFrame, method: str, rank: int | None) -> list[pd.Series
     return [row for _, row in (part if rank is None else part[part["rank"] == rank]).iterrows()]
 
 
-def _goal(table: pd.DataFrame) -> tuple[int, AtBest[Points]]:
-    """Return the length of the short full fine-tuning runs, and their held-out curves by seed at the best rate for it, the
-    last evaluation included: all evaluations of a prefix use the same rows."""
-    seen = [s for s in steps_seen(table) if s <= table["steps"].max() * SHARE]
-    if not seen:
-        return 0, AtBest({})
-    part = at_step(table[table["method"] == "fullft"], seen[-1])
-    (best,) = fit_all(curves(part))[:1]
-    (runs,) = values_at_best(part, [best], _all_evaluations)
-    return seen[-1], runs.map(lambda points: sorted(points.items()))
+def _curves(table: pd.DataFrame, length: int, until: int) -> tuple[Optimum | None, AtBest[Points]]:
+    """Return the optimum of one curve's runs cut after `length` updates, and at its best rates their held-out curves up to
+    update `until`, by seed: all evaluations of a run that is cut use the same rows."""
+    if not length:
+        return None, AtBest({})
+    best = fit_all(curves(at_step(table, length)))[0]
+    longer = at_step(table, until).assign(steps=length)  # of the same curve, though read further
+    (runs,) = values_at_best(longer, [best], _all_evaluations)
+    return best, runs.map(lambda points: sorted(points.items()))
+
+
+def _to_loss(table: pd.DataFrame, whole: Optimum, goal: AtBest[Points]) -> tuple[Optimum, int, AtBest[Points]]:
+    """Return the optimum for the least updates to a loss, the length of runs that it is of, and the curves there.
+
+    The length is the first evaluated one after which some rate's mean over its seeds is at the loss; the curves go on to the
+    next, as single seeds get there later. Where no rate gets there before the last evaluation, whole runs and their optimum.
+    """
+    (last,) = at_best(table, [whole])
+    level = float(np.mean([points[-1][1] for points in goal.best.values()])) if goal.best else -np.inf
+    seen = steps_seen(table)
+    for length, following in itertools.pairwise(seen):
+        part = at_step(table, length)
+        if part[part["status"] == "done"].groupby("lr")["test_nll"].mean().min() <= level:
+            best, points = _curves(table, length, following)
+            return (best, length, points) if best is not None else (whole, int(table["steps"].max()), last)
+    return whole, int(table["steps"].max()), last
 
 
 def _all_evaluations(row: pd.Series) -> dict[int, float]:
