@@ -126,8 +126,19 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     panels = [_panel(way, cells) for way, cells in ways.items() if cells]
     sections.append(Section("Batch size", figure="batch.png", draw=lambda p: plots.panels(panels, p),
                             caption="step efficiency over the batch size"))  # fmt: skip
-    measures = {"slopes": {way: {str(r): e.plain() for r, e in s.items()} for way, s in slopes.items()}}
+    measures = {"slopes": {way: {str(r): e.plain() for r, e in s.items()} for way, s in slopes.items()},
+                "read": _read(top, slopes, common[-1] if common else 0)}
     return Findings(optima, verdicts, sections, measures, {group: optima})
+
+
+def _read(top: int, slopes: dict[str, dict[int, Estimate]], step: int) -> dict[str, str]:
+    """Say of which rank the slopes are, and beside them what the other ranks' are."""
+    out = {}
+    for way, estimand in zip(WAYS, ("slope_fixed_examples", "slope_fixed_steps")):
+        others = [f"rank {r}: {with_interval(e)}" for r, e in slopes[way].items() if r != top and e.value is not None]
+        at = [f"at {step} updates"] if way == WAYS[1] else []
+        out[estimand] = "; ".join([", ".join([f"rank {top}", *at]), *others])
+    return out
 
 
 def _absent(estimand: str, ranks: Sequence[int]) -> str:

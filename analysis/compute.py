@@ -99,7 +99,9 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     ], log_x=True, log_y=True, band=(0.6, 0.75), ticks=[(r, str(r)) for r in ranks], lines={"equal": 1.0})  # fmt: skip
     sections = [Section("Compute", rows, text, "compute.png", lambda p: plots.panels([panel], p),
                         "operations and seconds, LoRA over full fine-tuning")]  # fmt: skip
-    measures = {"compute": {str(r): {k: e.plain() for k, e in v.items()} for r, v in told.items()}}
+    to = f"rank {top}, the loss of full fine-tuning after {short} of {table['steps'].max():g} updates"
+    measures = {"compute": {str(r): {k: e.plain() for k, e in v.items()} for r, v in told.items()},
+                "read": {**dict.fromkeys(ESTIMANDS, f"rank {top}"), "flops_to_loss": to, "seconds_to_loss": to}}
     return Findings(optima, verdicts, sections, measures, {group: [full, *lora]})
 
 

@@ -36,7 +36,7 @@ class Findings:
     verdicts: list[Verdict]
     sections: list[Section] = field(default_factory=list)
     measures: dict[str, Any] = field(default_factory=dict)
-    """Plain values for results.json."""
+    """Plain values for results.json. `read`: estimand -> of which rank and after how many updates it was read, in words."""
     members: dict[str, list[Optimum]] = field(default_factory=dict)
     """The curves that a verdict's group rests on."""
     of_rates: bool = False

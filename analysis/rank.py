@@ -20,9 +20,9 @@ from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
 from analysis.prefixes import while_unsolved
 from analysis.qualify import stalled
-from analysis.results import Estimate, from_draws, number, signed, with_interval
+from analysis.results import Estimate, from_draws, number, rate, signed, with_interval
 from analysis.seeds import usual
-from analysis.step_efficiency import Points, at_best, before_last, log_rho, rho
+from analysis.step_efficiency import Points, at_best, before_last, log_rho, read_to, rho
 from analysis.table import curves, learning_curves
 
 ESTIMANDS = ("departure_slope", "rho_top_rank", "identical_steps")
@@ -80,6 +80,9 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     found = judging.corrected(
         judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, *lora])), question
     )
+    last = read_to([mine[id(full)], mine[id(top)]])
+    read = {"rho_top_rank": f"rank {top.curve.key['rank']:g}, to update {last}", "departure_slope": f"to update {last}",
+            "identical_steps": _common_rate(table)}
     envelopes = {o.curve.name: _envelope(plain, o) for o in optima}
     rows = [["rank", "departs at step, by seed", "of the envelopes", "rho [95%]"]]
     for o in lora:
@@ -90,17 +93,24 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
                      with_interval(each)])  # fmt: skip
     text = [note, *([cut] if cut else []),
             f"A rank departs when its loss is above full fine-tuning's, for good, by {DEPARTED:.0%} of the latter's gain in "
-            "the whole run. rho: full fine-tuning's steps to the rank's last loss over the rank's own."]  # fmt: skip
+            "the whole run. rho: full fine-tuning's steps to the rank's last loss over the rank's own; curves are read to "
+            f"update {last}."]  # fmt: skip
     singles = [r.best for r in runs]
     sections = [
         Section("Departures", rows, text, "departures.png", lambda p: plots.panels(_panels(optima, singles, envelopes), p),
-                "learning curves by rank, single runs and envelopes"),
+                "learning curves by rank: at each one's best rate, mean over seeds; and the lowest loss over rates"),
         Section("The start", band_rows, figure="start.png" if band_panel else "",
                 draw=(lambda p: plots.panels([band_panel], p)) if band_panel else None,
                 caption="ranks against redraws of A, at one rate"),
     ]  # fmt: skip
-    return Findings(optima, found, sections, {"departures": {str(k): _plain(v) for k, v in left.items()}},
+    return Findings(optima, found, sections, {"departures": {str(k): _plain(v) for k, v in left.items()}, "read": read},
                     {group: [full, *lora]})  # fmt: skip
+
+
+def _common_rate(table: pd.DataFrame) -> str:
+    """Say at which rate A was drawn again."""
+    again = table.loc[(table["method"] == "lora") & (table["init_seed"].fillna(0) > 0), "lr"].unique()
+    return f"all ranks at {' and '.join(map(rate, sorted(again)))}" if len(again) else ""
 
 
 def _plain(values: dict[int, float]) -> list[float | None]:

@@ -13,7 +13,7 @@ from analysis.lr_ratio import PARITY, Answer, Ratio, answer_of
 from analysis.qualify import stalled
 from analysis.results import Estimate, Verdict, number, signed, with_interval
 from analysis.seeds import usual
-from analysis.step_efficiency import at_best, log_rho, of_curves, rho
+from analysis.step_efficiency import at_best, log_rho, of_curves, read_to, rho
 
 Rhos = list[Estimate | None]
 
@@ -30,7 +30,17 @@ def findings(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             *(f"- {line}" for line in lines(wanted))]))  # fmt: skip
     ratios = [(r.group, "ranks 4 and more" if r.rank is None else f"rank {r.rank}", r.ratio) for r in found.ratios]
     verdicts = [*found.verdicts, *_parity(table, found, judging.about(question, PARITY))]
-    return Findings(found.optima, verdicts, sections, _plain(found, rhos), found.members, True, ratios)
+    measures = {**_plain(found, rhos), "read": _read(table, found)}
+    return Findings(found.optima, verdicts, sections, measures, found.members, True, ratios)
+
+
+def _read(table: pd.DataFrame, found: Answer) -> dict[str, str]:
+    """Say of which rank parity is, and up to which update the curves were read; of one group."""
+    if len(found.members) != 1:
+        return {}
+    ((full, *lora),) = found.members.values()
+    top = max(lora, key=lambda o: o.curve.key["rank"])
+    return {PARITY: f"rank {top.curve.key['rank']:g}, to update {read_to(at_best(table, [full, top]))}"}
 
 
 def _parity(table: pd.DataFrame, found: Answer, question: dict[str, Any]) -> list[Verdict]:

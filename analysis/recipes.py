@@ -17,15 +17,21 @@ from analysis.at_best import NEAR, AtBest, likely_rates, over_seeds, same, value
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
-from analysis.results import Estimate, number, rate, signed, with_interval
+from analysis.results import AT_LEAST, Estimate, number, rate, signed, with_interval
 from analysis.seeds import usual
 from analysis.step_efficiency import at_best, rho
 from analysis.table import curves, full_names
 from analysis.verdicts import MIN_SEEDS
 
 ESTIMANDS = ("attention_at_full_lr", "alpha_twice_rank", "default_rate", "original", "ten_times", "small_data_rank",
-             "retention")  # fmt: skip
+             "retention", "retention_equal")  # fmt: skip
 LOG_ESTIMANDS = ("small_data_rank",)
+RECIPES = {
+    "attention_at_full_lr": "attention only,\nFullFT's rate", "alpha_twice_rank": "alpha = 2r",
+    "default_rate": "attention and\nMLP at 2e-4", "original": "attention,\nalpha = r,\n2e-4, decayed",
+    "ten_times": "10x FullFT's\nrate",
+}  # fmt: skip
+"""Names in the figure."""
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -60,12 +66,13 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     rows = [["recipe", "rate", "read at", "loss given up (nats)", "share of tuned LoRA's gain [95%]", "seeds",
              "at its own best rate (nats)"]]  # fmt: skip
     for name, (o, at) in wanted.items():
-        share, (_, read_at, beside) = over_seeds(shares[name], kin), losses[name]
+        _, read_at, beside = losses[name]
+        share = over_seeds(shares[name], kin, (AT_LEAST,) if beside else ())
         outside = [] if share.n else ["the recipe's rate lies outside the rates tried"]
         stops = ["no curve of the recipe"] if o is None else outside
         if 0 < share.n < MIN_SEEDS:
             stops = [*stops, f"{share.n} seed(s) at the recipe's rate, {MIN_SEEDS} needed"]
-        if beside and share.has_interval() and share.low <= highest.get(name, math.inf):  # what is read is a lower bound
+        if beside and share.has_interval() and share.low <= highest.get(name, math.inf):
             stops = [*stops, "bounded_by_divergence: the recipe's rate lies beside one that broke down"]
         measured[name] = (share, [*gates, *stops])
         own = None if o is None or o.best_nll is None or o is tuned else o.best_nll - tuned.best_nll
@@ -73,7 +80,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         rows.append([name.replace("_", " "), rate(at[0]) if at else "-", ", ".join(map(rate, read_at)) or "-", signed(given_up),
                      with_interval(share), str(share.n), signed(own)])  # fmt: skip
     measured["small_data_rank"], few_rows = _few(table, few)
-    measured["retention"], kept_rows, panel = _retention(table, optima, full, tuned)
+    kept, kept_rows, panel = _retention(table, optima, full, tuned)
+    measured |= kept
     verdicts = judging.corrected(
         judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, tuned])), question
     )
@@ -86,7 +94,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
                 draw=(lambda p: plots.panels([panel], p)) if panel else None,
                 caption="what is left of the pretraining task, against what is learned of the new one"),
     ]  # fmt: skip
-    measures = {"shares": {k: e.plain() for k, (e, _) in measured.items()}}
+    measures = {"shares": {k: e.plain() for k, (e, _) in measured.items()},
+                "read": {"retention_equal": f"{measured['retention_equal'][0].n} seed(s)"}}
     return Findings(optima + few, verdicts, sections, measures, {group: [full, tuned]})
 
 
@@ -154,10 +163,12 @@ def _few(table: pd.DataFrame, few: Sequence[Optimum]) -> tuple[tuple[Estimate, l
 
 def _retention(
     table: pd.DataFrame, optima: Sequence[Optimum], full: Optimum, tuned: Optimum
-) -> tuple[tuple[Estimate, list[str]], list[list[str]], Panel | None]:
-    """What tuned LoRA forgets of the pretraining task, as a share of what full fine-tuning forgets."""
+) -> tuple[dict[str, tuple[Estimate, list[str]]], list[list[str]], Panel | None]:
+    """What tuned LoRA forgets of the pretraining task, as a share of what full fine-tuning forgets: at its best rate, and at
+    the lower rate at which it has learned as much."""
     if "retain_nll" not in table or table["retain_nll"].isna().all():
-        return (Estimate(None), ["no curve of the pretraining task"]), [], None
+        nothing = (Estimate(None), ["no curve of the pretraining task"])
+        return {"retention": nothing, "retention_equal": nothing}, [], None
     rows = [["curve", "at LR", "test NLL on the new task", "NLL on the pretraining task", "before", "forgotten (nats) [95%]"]]
     lost: dict[int, AtBest[float]] = {}
     found = values_at_best(table, optima, _retained)
@@ -179,13 +190,16 @@ def _retention(
     a, b = lost.get(id(tuned), AtBest({})), lost.get(id(full), AtBest({}))
     share = over_seeds(a.paired(b, lambda x, y: x / y))
     equal = _at_equal_learning(table, full, tuned)
-    for seed, v in equal.items():
+    alike = over_seeds(equal.map(lambda v: v["lora"] / v["lost"]))
+    for seed, v in equal.best.items():
         rows.append([f"full fine-tuning at a lower rate, where it has learned what tuned LoRA learns: seed {seed}, LoRA's own "
                      f"there {number(v['lora'])} forgotten", rate(v["lr"]),
                      *(number(v[k], 4) for k in ("test", "after", "before")), number(v["lost"])])  # fmt: skip
     panel = Panel("one point a rate, mean over seeds", "test NLL on the new task (nats)", "NLL on the pretraining task (nats)",
                   series)  # fmt: skip
-    return (share, judging.gates([full, tuned])), rows, panel if series else None
+    gates = judging.gates([full, tuned])
+    few = [] if alike.n >= MIN_SEEDS else [f"{alike.n} seed(s) with such a rate, {MIN_SEEDS} needed"]
+    return {"retention": (share, gates), "retention_equal": (alike, gates + few)}, rows, panel if series else None
 
 
 def _retained(row: pd.Series) -> dict[str, float]:
@@ -204,24 +218,33 @@ def _frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> list[
     return [{"lr": lr, **{k: float(np.mean([v[k] for v in found[lr]])) for k in found[lr][0]}} for lr in sorted(found)]
 
 
-def _at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> dict[int, dict[str, float]]:
+def _at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> AtBest[dict[str, float]]:
     """What full fine-tuning forgets, by seed, at the rate below its best at which its loss on the new task is tuned LoRA's of
     that seed, interpolated between rates; seeds without such a rate are left out."""
     (runs,) = values_at_best(table, [tuned], _retained)
-    out: dict[int, dict[str, float]] = {}
-    for seed, mine in runs.best.items() if full.best_lr.value is not None else ():
-        path = [v for v in _frontier(table, full, seed) if v["lr"] <= 1.01 * full.best_lr.value]
-        for before, after in itertools.pairwise(path):
-            if before["test"] >= mine["test"] >= after["test"]:
-                w = (before["test"] - mine["test"]) / max(before["test"] - after["test"], 1e-12)
-                lr = math.exp((1 - w) * math.log(before["lr"]) + w * math.log(after["lr"]))
-                out[seed] = {**{k: (1 - w) * before[k] + w * after[k] for k in before}, "lr": lr, "lora": mine["lost"]}
-    return out
+    if full.best_lr.value is None:
+        return AtBest({})
+    paths = {s: [v for v in _frontier(table, full, s) if v["lr"] <= 1.01 * full.best_lr.value] for s in runs.best}
+
+    def equal(by_seed: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+        found = {s: _where_equal(paths[s], mine) for s, mine in by_seed.items() if s in paths}
+        return {s: v for s, v in found.items() if v}
+
+    return AtBest(equal(runs.best), tuple(map(equal, runs.likely)))
+
+
+def _where_equal(path: Sequence[dict[str, float]], mine: dict[str, float]) -> dict[str, float]:
+    for before, after in itertools.pairwise(path):
+        if before["test"] >= mine["test"] >= after["test"]:
+            w = (before["test"] - mine["test"]) / max(before["test"] - after["test"], 1e-12)
+            lr = math.exp((1 - w) * math.log(before["lr"]) + w * math.log(after["lr"]))
+            return {**{k: (1 - w) * before[k] + w * after[k] for k in before}, "lr": lr, "lora": mine["lost"]}
+    return {}
 
 
 def _bars(measured: dict[str, tuple[Estimate, list[str]]]) -> Panel:
-    told = [(k, e) for k, (e, _) in measured.items() if k not in ("small_data_rank", "retention") and e.value is not None]
+    told = [(k, e) for k, (e, _) in measured.items() if k in RECIPES and e.value is not None]
     ends = ([getattr(e, k) for _, e in told] for k in ("value", "low", "high"))
     return Panel("share of tuned LoRA's gain that is given up", "", "share", [
         Series("", range(len(told)), *ends, style="o", colour=1)
-    ], band=(-0.05, 0.05), ticks=[(float(i), k.replace("_", "\n")) for i, (k, _) in enumerate(told)])  # fmt: skip
+    ], band=(-0.05, 0.05), ticks=[(float(i), RECIPES[k]) for i, (k, _) in enumerate(told)])  # fmt: skip

@@ -17,8 +17,9 @@ from analysis import interactive, plots
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum
 from analysis.outside import WITHIN, aligned
-from analysis.results import LEVEL, Verdict, number, rate, with_interval
+from analysis.results import Verdict, number, rate, with_interval
 from analysis.table import Curve, full_names
+from analysis.verdicts import look_level
 
 
 def findings_of(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -44,7 +45,7 @@ def judge_and_report(
     interactive.write(folder / "report.html", f"{question['name']} at scale {question['scale']}: {question['question']}", table,
                       found.optima, found.ratios, found.verdicts, WITHIN)  # fmt: skip
     has_curves = bool(found.optima) and plots.learning(table, found.optima, folder / "learning.png")
-    told = to_plain(found, question, len(table))
+    told = to_plain(found, question, table)
     (folder / "results.json").write_text(json.dumps(told, indent=1) + "\n")
     (folder / "report.md").write_text(markdown(found, question, table, has_curves))
     return json.dumps({**told, "report": str(folder / "report.md")}) if as_json else terminal(found, question, folder)
@@ -108,8 +109,11 @@ def markdown(found: Findings, question: dict[str, Any], table: pd.DataFrame, has
     """Write the report."""
     out = [f"# {question['name']} at scale {question['scale']}", "", f"**{question['question']}**", ""]
     out += [f"Source of the claim: {question['source']}.", ""] if question["source"] else []
-    head = ["claim", "model and data", "verdict", f"measured [{_percent(found)}]", "expected", "margin", "why", "needed"]
+    head = ["claim", "model and data", "verdict", f"measured [{_percent(question)}]", "expected", "margin", "why", "needed"]
     out += ["## Verdicts", "", *as_table([head, *(_verdict_cells(v) for v in found.verdicts)]), ""]
+    if any(v.primary for v in found.verdicts):
+        out += ["Primary claims are corrected for their number in this report. The study's table corrects them for their number over "
+                "all sweeps, so that one which is decided here may be open there.", ""]
     for section in found.sections:
         out += _section(section)
     if found.optima:
@@ -133,8 +137,8 @@ def _section(section: Section) -> list[str]:
     return out
 
 
-def _percent(found: Findings) -> str:
-    return f"{100 * next((v.estimate.level for v in found.verdicts), LEVEL):.3g}%"
+def _percent(question: dict[str, Any]) -> str:
+    return f"{100 * look_level(int(question.get('rounds', 1))):.3g}%"
 
 
 def _verdict_cells(v: Verdict) -> list[str]:
@@ -154,6 +158,9 @@ def _conditions(question: dict[str, Any], parts: Sequence[Curve], table: pd.Data
     out.append("- LoRA start, unless said otherwise: A uniform in +-1/sqrt(d_in), B zero; one learning rate for both; AdamW")
     for where, c in {f"{c.key['model']} on {c.key['dataset']}": c for c in parts}.items():
         out.append(f"- {where}: NLL before training {number(c.nll_start, 5)}, floor of the task {number(c.floor, 5)}")
+    rows = held_out(table)
+    if rows:
+        out.append(f"- held-out rows: {rows}; rho is read from the curves, without the last evaluation")
     if "base_sha256" in table:
         shas = ", ".join(f"{m} {s[:12]}" for m, s in table[["model", "base_sha256"]].dropna().drop_duplicates().values)
         out.append(f"- base weights, sha256: {shas}")
@@ -163,7 +170,17 @@ def _conditions(question: dict[str, Any], parts: Sequence[Curve], table: pd.Data
     return out
 
 
-def to_plain(found: Findings, question: dict[str, Any], n_runs: int) -> dict[str, Any]:
+def held_out(table: pd.DataFrame) -> str:
+    """Say how many held-out rows the last evaluation and those before it use, the same ones in all runs; empty if unknown."""
+    if "spec" not in table:
+        return ""
+    sets = {json.dumps(json.loads(s)["dataset"], sort_keys=True) for s in table["spec"]}
+    last, before = (sorted({json.loads(s)[k] for s in sets}) for k in ("n_test", "n_test_curve"))
+    told = [" or ".join(f"{n:,}" for n in found) for found in (last, before)]
+    return f"{told[0]} at the end, {told[1]} for learning curves"
+
+
+def to_plain(found: Findings, question: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
     """Return the findings as plain values (no path, so that kept ones are the same on every machine)."""
     def curve(o: Any) -> dict[str, Any]:
         e = o.best_lr
@@ -172,7 +189,8 @@ def to_plain(found: Findings, question: dict[str, Any], n_runs: int) -> dict[str
 
     figures = [[s.figure, s.caption or s.title] for s in found.sections if s.figure]
     return {
-        "sweep": question["name"], "scale": question["scale"], "claims_hash": question_hash(question), "runs": n_runs,
+        "sweep": question["name"], "scale": question["scale"], "claims_hash": question_hash(question), "runs": len(table),
+        "held_out": held_out(table),
         "figures": figures or ([["lr_nll.png", "LR against NLL"]] if found.optima else []),
         "curves": [curve(o) for o in found.optima], **found.measures,
         "verdicts": [v.plain() for v in found.verdicts],

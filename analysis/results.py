@@ -12,6 +12,10 @@ LEVEL = 0.95
 """Level of an interval unless a sweep's rounds ask for another."""
 
 
+AT_LEAST = "at_least"
+"""Flag of an estimate of a lower bound: what was measured lies above it."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number with its interval. `value` is None where only a bound is known (`low` or `high`)."""
@@ -101,6 +105,8 @@ def rate(value: float | None) -> str:
 
 def with_interval(e: Estimate, write=number) -> str:
     """Write an estimate as value [low, high], or as a bound."""
+    if AT_LEAST in e.flags:
+        return f"at least {with_interval(dataclasses.replace(e, flags=()), write)}"
     if e.value is None:
         if e.low is not None and e.high is not None:
             return f"between {write(e.low)} and {write(e.high)}"

@@ -91,7 +91,10 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         Section("Spectral norms at the best rates", rows, figure="norms.png" if panel else "",
                 draw=(lambda p: plots.panels(panel, p)) if panel else None, caption="spectral norms of the change, by matrix"),
     ]  # fmt: skip
-    measures = {"horizons": [{"step": h.step, **h.ratio.plain()} for h in found]}
+    ends = f"highest rank, after {table['steps'].max():g} updates"
+    measures = {"horizons": [{"step": h.step, **h.ratio.plain()} for h in found],
+                "read": {"short_over_long": f"{short.step} updates against {long.step}", "sigma_b_over_a": ends,
+                         "movement_ratio": ends}}  # fmt: skip
     return Findings(long.optima, judging.corrected(verdicts, question), sections, measures, {group: rests})
 
 

@@ -88,6 +88,11 @@ def at_best(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[AtBest[Point
     return [mine.map(lambda points: sorted(points.items())) for mine in found]
 
 
+def read_to(curves: Sequence[AtBest[Points]]) -> int:
+    """Return the update up to which curves are read: the last evaluation but one of the shortest."""
+    return min((int(points[-1][0]) for c in curves for points in c.best.values() if points), default=0)
+
+
 def _curve_of(row: pd.Series) -> pd.DataFrame:
     """Return a run's held-out curve with columns step and test_nll; empty if the run carries none."""
     curve = json.loads(row["result"]).get("curve") if isinstance(row.get("result"), str) else None
