@@ -46,6 +46,33 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     if missing:
         none = dict.fromkeys(ESTIMANDS, (Estimate(None), judging.gates([], missing)))
         return Findings(optima, judging.verdicts(question, none, LOG_ESTIMANDS, group))
+    gain = tuned.curve.nll_start - (tuned.best_nll or math.nan)
+    measured, rows = _given_up(table, question, optima, full, tuned, gain)
+    measured["small_data_rank"], few_rows = _few(table, few)
+    kept, kept_rows, panel = _retention(table, optima, full, tuned)
+    measured |= kept
+    verdicts = judging.corrected(
+        judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, tuned])), question
+    )
+    text = [f"Tuned LoRA (rank {tuned.curve.key['rank']:g}) gains {number(gain)} nats over the base. A recipe whose rate was "
+            "not tried is interpolated in ln(rate) between those around it; next to one that broke down, the nearest "
+            "counts, and what is given up is at least that."]
+    sections = [
+        Section("Recipes", rows, text, "recipes.png", lambda p: plots.panels([_bars(measured)], p), "what recipes give up"),
+        Section("Few rows, many epochs", few_rows),
+        Section("What is forgotten", kept_rows, figure="retention.png" if panel else "",
+                draw=(lambda p: plots.panels([panel], p)) if panel else None,
+                caption="what is left of the pretraining task, against what is learned of the new one"),
+    ]  # fmt: skip
+    measures = {"shares": {k: e.plain() for k, (e, _) in measured.items()},
+                "read": {"retention_equal": f"{measured['retention_equal'][0].n} seed(s)"}}
+    return Findings(optima + few, verdicts, sections, measures, {group: [full, tuned]})
+
+
+def _given_up(
+    table: pd.DataFrame, question: dict[str, Any], optima: Sequence[Optimum], full: Optimum, tuned: Optimum, gain: float
+) -> tuple[dict[str, tuple[Estimate, list[str]]], list[list[str]]]:
+    """What each recipe gives up, as a share of what tuned LoRA gains, with its gates; and a table."""
     rank, gates = float(tuned.curve.key["rank"]), judging.gates([full, tuned])
     of_full, of_tuned = _rates(full, 1), _rates(tuned, 0)
     wanted: dict[str, tuple[Optimum | None, list[float]]] = {
@@ -55,7 +82,6 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "original": (_one(optima, method="lora", schedule="linear"), [2e-4]),
         "ten_times": (tuned, [10 * lr for lr in of_full]),
     }
-    gain = tuned.curve.nll_start - (tuned.best_nll or math.nan)
     (at_tuned,) = values_at_best(table, [tuned], lambda row: {"nll": float(row["test_nll"])})
     reference = at_tuned.map(lambda v: v["nll"])
     losses = {name: _losses(o, at) for name, (o, at) in wanted.items()}
@@ -79,24 +105,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         given_up = None if share.value is None else share.value * gain
         rows.append([name.replace("_", " "), rate(at[0]) if at else "-", ", ".join(map(rate, read_at)) or "-", signed(given_up),
                      with_interval(share), str(share.n), signed(own)])  # fmt: skip
-    measured["small_data_rank"], few_rows = _few(table, few)
-    kept, kept_rows, panel = _retention(table, optima, full, tuned)
-    measured |= kept
-    verdicts = judging.corrected(
-        judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, tuned])), question
-    )
-    text = [f"Tuned LoRA (rank {rank:g}) gains {number(gain)} nats over the base. A recipe whose rate was not tried "
-            "is interpolated in ln(rate) between those around it; next to a rate that broke down, the nearest counts."]
-    sections = [
-        Section("Recipes", rows, text, "recipes.png", lambda p: plots.panels([_bars(measured)], p), "what recipes give up"),
-        Section("Few rows, many epochs", few_rows),
-        Section("What is forgotten", kept_rows, figure="retention.png" if panel else "",
-                draw=(lambda p: plots.panels([panel], p)) if panel else None,
-                caption="what is left of the pretraining task, against what is learned of the new one"),
-    ]  # fmt: skip
-    measures = {"shares": {k: e.plain() for k, (e, _) in measured.items()},
-                "read": {"retention_equal": f"{measured['retention_equal'][0].n} seed(s)"}}
-    return Findings(optima + few, verdicts, sections, measures, {group: [full, tuned]})
+    return measured, rows
 
 
 def _main_dataset(table: pd.DataFrame) -> str:

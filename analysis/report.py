@@ -112,8 +112,8 @@ def markdown(found: Findings, question: dict[str, Any], table: pd.DataFrame, has
     head = ["claim", "model and data", "verdict", f"measured [{_percent(question)}]", "expected", "margin", "why", "needed"]
     out += ["## Verdicts", "", *as_table([head, *(_verdict_cells(v) for v in found.verdicts)]), ""]
     if any(v.primary for v in found.verdicts):
-        out += ["Primary claims are corrected for their number in this report. The study's table corrects them for their number over "
-                "all sweeps, so that one which is decided here may be open there.", ""]
+        out += ["Primary claims are corrected for their number in this report. The study's table corrects them over all its "
+                "sweeps: one that is decided here may be open there.", ""]
     for section in found.sections:
         out += _section(section)
     if found.optima:

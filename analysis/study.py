@@ -50,6 +50,10 @@ class Part:
         """What the question says of a claim in words: `whose`, `measure`, `beside`; empty if nothing."""
         return self.question["claims"].get(claim, {}).get(kind) or ""
 
+    def read(self, v: Verdict) -> str:
+        """Of which rank and after how many updates a claim was read, in words; empty if there is no more to say."""
+        return (self.told.get("read") or {}).get(self.question["claims"].get(v.claim, {}).get("estimand"), "")
+
     def overall(self, claim: str) -> Verdict | None:
         """A claim's verdict over all tasks, where each of them has one of its own as well."""
         first, *by_task = (v for v in self.verdicts if v.claim == claim)
@@ -92,7 +96,11 @@ class Part:
         names = "several bases" if len(models) > 3 else " and ".join(models)
         said = [f"{names} on {' and '.join(sorted(table['dataset'].unique()))}"]
         said += [f"{what} {_span(table[column])}" for column, what in SPANS.items() if table[column].notna().any()]
-        return ", ".join(said)
+        ends = {int(c["steps"]) for c in self.told.get("curves") or [] if c.get("steps")}
+        if table["steps"].nunique() == 1 and ends and max(ends) < table["steps"].max():
+            said[-1] += f" (judged after {max(ends)}, when the task was not over yet)"
+        rows = self.told.get("held_out")
+        return ", ".join([*said, *([f"held-out rows {rows}"] if rows else [])])
 
 
 SPANS = {"rank": "LoRA rank", "batch_size": "batch", "steps": "updates"}
@@ -133,9 +141,13 @@ def _paid(v: Verdict, question: dict[str, Any]) -> Verdict:
     return v if v.p is None else replace(v, p=min(1.0, v.p * share))
 
 
+def estimate_of(plain: dict[str, Any]) -> Estimate:
+    """Read an estimate from results.json."""
+    return Estimate(**{**plain, "flags": tuple(plain["flags"])})
+
+
 def _verdict(plain: dict[str, Any]) -> Verdict:
-    estimate = Estimate(**{**plain["estimate"], "flags": tuple(plain["estimate"]["flags"])})
-    return Verdict(**{**plain, "estimate": estimate, "margin": tuple(plain["margin"])})
+    return Verdict(**{**plain, "estimate": estimate_of(plain["estimate"]), "margin": tuple(plain["margin"])})
 
 
 FAR = 100.0

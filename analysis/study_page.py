@@ -7,8 +7,8 @@ questions follow with their verdicts and figures, the whole table is the end. No
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.results import Verdict, number, with_interval
-from analysis.study import RESULTS, Part, parts_of, rows_of, within
+from analysis.results import Estimate, Verdict, number, rate, signed, with_interval
+from analysis.study import RESULTS, Part, estimate_of, parts_of, rows_of, within
 
 BEGIN, END = "<!-- answers: made by `python -m analysis study` -->", "<!-- end of answers -->"
 OUTCOMES = ("SUPPORTED", "REFUTED", "UNDECIDED")
@@ -77,6 +77,8 @@ def _cells(at: Asked, base: str, needs: bool) -> list[str]:
             out.append("by task: " + "; ".join(f"{o} at {', '.join(sorted(n))}" for o, n in told.items() if n))
         else:
             out.append(with_interval(v.estimate))
+        if part.read(v):
+            out.append(f"*{part.read(v)}*")
         if needs and v.outcome == "UNDECIDED" and v.needed:
             out.append(f"needs {v.needed}")
     return out
@@ -136,21 +138,32 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 # ---------------------------------------------------------------- pages
 
 HOW_TO_READ = """\
-- **A claim** is a sentence with a number, and a margin that was stated before the runs: SUPPORTED if the measured interval
-  lies inside, REFUTED if the two do not meet, else UNDECIDED; also where an optimum lies at an edge of the rates tried, seeds
-  are too few, or the task is unfit. A verdict holds for the models, tasks and lengths of its runs, and for no others.
+- **A claim** is a sentence with a number, and a margin (stated before the runs; what changed later is told below): SUPPORTED
+  if the measured interval lies inside, REFUTED if the two do not meet, else UNDECIDED; also where an optimum lies at an edge of
+  the rates tried, seeds are too few, or the task is unfit. A verdict holds for the models, tasks and lengths of its runs, and
+  for no others.
 - **Intervals** count the spread over seeds and the doubt about each method's best learning rate. They are of 95%, or wider by
-  what further looks at a sweep cost. Two deterministic numbers have an interval of no width.
+  what further looks at a sweep cost. One of no width is no estimate: a count of operations, or the most of several runs.
 - **rho** is full fine-tuning's updates to a loss that both methods reach, over LoRA's, each at its own best rate: 0.5 means
-  that LoRA needs twice as many.
+  that LoRA needs twice as many. It falls along a run, so that numbers compare at equal lengths only; it is read from learning
+  curves up to the last evaluation but one (*to update 256* of 384), on fewer held-out rows than the losses at the end, the
+  same for all runs. Which rows they are is in no interval.
 - **A base** is the model before fine-tuning. tiny64 and tiny128 are small Llamas of these widths, pretrained on a synthetic
   language, tiny64-s1 is tiny64 from another seed, smollm2-135m-instruct is a real model (from 4-bit weights). *dialect* is that
   language changed in part, *skills* are strings to sort, reverse and add, *facts* are random bits to remember.
 - **Needs**: how many seeds (or bases) would decide if they alone made the interval's width; where the shape of the valleys
   does, it takes more learning rates as well.
-- **Sweeps share runs** (`rank`, `short_runs` and `compute` are the same ones), and several claims are readings of one number,
-  so that verdicts are no independent witnesses."""
+- **Sweeps share runs** (`rank`, `short_runs` and `compute` most of theirs), and several claims are readings of one number, so
+  that verdicts are no independent witnesses."""
 """Said before the tables."""
+CHANGED = """\
+Margins are as they were before the runs. What is held against them is not always. After answers had been seen, and for
+reasons other than a verdict, these changed (DECISIONS, by number): the loss that `compute` counts to, what a departure is
+(D34); that runs are read at interpolated best rates, and the null of `rank: start` (D41); intervals over seeds (D43); that
+runs are cut where their task is over (D46); LoRA's own rate for `compute`'s loss, and the common rate of `rank` on tiny128
+(D50). `lr_ratio: parity` (D45) and `recipes: retention_equal` (D50) were added when their runs were there. Seeds and rates
+were added after looks, which the intervals pay for. Best rates and their ratios hang on none of these."""
+"""Said of the kept answers, and of no others."""
 NOT_TESTED = """\
 Reinforcement learning, mixtures of experts, models beyond 135M parameters, high ranks, data sets of a real size, and GPUs. At
 tiny, a few hundred updates from a small base, LoRA mostly learns more slowly than full fine-tuning, which is outside of the
@@ -170,7 +183,8 @@ def page(parts: Sequence[Part], root: str = "") -> str:
            f"{runs:,} distinct runs, all of them in the tables beside this page.", "",
            *tally(asked), "",
            "## How to read it", "", HOW_TO_READ, "",
-           *([] if root else ["## What was not tested", "", NOT_TESTED, ""]),
+           *([] if root else ["## What changed after a look", "", CHANGED, "", "## What was not tested", "", NOT_TESTED, ""]),
+           *_best_rates(parts),
            "## At a glance", ""]  # fmt: skip
     for name, mine in by_fate(asked).items():
         out += [f"### {name}", "", *glance(mine, [b for b in shown if any(base_of(p) == b for at in mine for p, _ in at)]), ""]
@@ -181,6 +195,31 @@ def page(parts: Sequence[Part], root: str = "") -> str:
             "after a look is in DECISIONS (D34, D36, D41, D43).", "",
             "<details><summary>The whole table</summary>", "", *table(parts), "", "</details>"]  # fmt: skip
     return "\n".join(out).rstrip() + "\n"
+
+
+RATES = ("base, data, batch, updates", "method", "best rate", "costs under 0.01 nats", "best NLL", "over full fine-tuning's",
+         "10 times full fine-tuning's rate costs (nats)", "full fine-tuning's rate costs (nats)")  # fmt: skip
+RULES = ("10 x FullFT's best LR", "FullFT's best LR")
+"""Rules of thumb, as an answer's ratios name them."""
+
+
+def _best_rates(parts: Sequence[Part]) -> list[str]:
+    """Write the best rates of answers about their ratio, the largest model first: what somebody who sets one looks for."""
+    rows = [list(RATES)]
+    for part in sorted((p for p in parts if p.told.get("ratios")), key=lambda p: -p.size):
+        ratios = {(r["group"], r["rank"]): r for r in part.told["ratios"]}
+        for c in part.told["curves"]:
+            group = f"{c['model']} on {c['dataset']}, batch {c['batch_size']}, steps {c['steps']}"
+            r = ratios.get((group, c["rank"])) if c["method"] == "lora" else None
+            rows.append([f"{c['model']}, {c['dataset']}, {c['batch_size']}, {c['steps']} (`{part.told['scale']}`)",
+                         f"LoRA r{c['rank']:g}" if c["method"] == "lora" else "full fine-tuning",
+                         with_interval(Estimate(c["best_lr"], c["low"], c["high"]), rate),
+                         " to ".join(map(rate, c["band"])) if c["band"] else "-", number(c["best_nll"], 4),
+                         *([with_interval(estimate_of(r["ratio"])), *(signed(r["regrets"].get(k)) for k in RULES)] if r
+                           else [""] * 3)])  # fmt: skip
+    return [] if len(rows) == 1 else [
+        "## Best rates", "", "Alpha 32, scaled as alpha / rank; intervals of 95%. A dash: beyond the rates tried, or among "
+        "those that break down.", "", *markdown(rows), ""]  # fmt: skip
 
 
 def _questions(parts: Sequence[Part], root: str) -> list[str]:

@@ -148,7 +148,7 @@ def test_short_runs_and_norms(ask, factor, outcome):
         return {"spectra": {"model.layers.0.q_proj": norms, "lm_head": norms}}
 
     _out, found = ask("short_runs", World(best=best, more=more), *GRIDS, "sweep.at.smoke.ranks=[4,8]",
-                     "sweep.at.smoke.steps=384", "sweep.second.n_lrs=5")  # fmt: skip
+                     "sweep.at.smoke.steps=384", "sweep.second.n_lrs=5", "sweep.at.smoke.all_seeds=[0,1,2,3]")  # fmt: skip
     assert found["short_over_long"]["outcome"] == outcome
     assert found["short_over_long"]["estimate"]["value"] == pytest.approx(factor, rel=0.15)
     assert found["b_grows"]["estimate"]["value"] == pytest.approx(2.0)
@@ -229,6 +229,32 @@ def test_compute(ask, rho, outcome):
     assert found["seconds_a_step"]["outcome"] == "SUPPORTED"
     assert found["seconds_to_loss"]["estimate"]["value"] == pytest.approx(0.7 / rho, rel=0.1)
     assert found["flops_to_loss"]["outcome"] == outcome
+
+
+def test_lora_has_the_best_rate_of_short_runs_as_well_where_both_count_to_one_loss(ask):
+    """At a rate that is best for whole runs, LoRA would need half as many updates again."""
+    def best(spec, step):
+        whole = FULL if spec.method.name == "fullft" else LORA
+        return whole * (4.0 if spec.method.name == "lora" and step <= 96 else 1.0)
+
+    _out, found = ask("compute", World(lambda s: 1.0, best), *GRIDS, "sweep.at.smoke.ranks=[1]", "sweep.at.smoke.steps=384",
+                     "sweep.second.n_lrs=7")  # fmt: skip
+    steps = found["flops_to_loss"]["estimate"]["value"] / found["flops_a_step"]["estimate"]["value"]
+    assert steps == pytest.approx(1.0, rel=0.08)
+
+
+def test_forgetting_is_compared_where_both_have_learned_as_much(ask):
+    """Full fine-tuning forgets with its rate; where it has learned what LoRA learns, it has forgotten half of what LoRA has."""
+    def more(spec):
+        lost = 0.2 if spec.method.name == "lora" else 0.2 * math.sqrt(spec.lr / FULL)
+        return {"retain_nll": 2.0 + lost, "retain_start": 2.0}
+
+    rho = 2.0 ** -(CURVATURE * math.log(4) ** 2 / GAIN)  # a loss that full fine-tuning has at a quarter of its best rate
+    _out, found = ask("recipes", World(lambda s: rho, more=more), *GRIDS, "sweep.at.smoke.rank=8", "sweep.at.smoke.few_ranks=[1,8]",
+                     "sweep.at.smoke.alpha_2r=16", "sweep.at.smoke.steps=96", "sweep.at.smoke.all_seeds=[0,1,2,3]")  # fmt: skip
+    assert found["retention"]["estimate"]["value"] == pytest.approx(1.0, rel=0.1)
+    assert found["retention_equal"]["estimate"]["value"] == pytest.approx(2.0, rel=0.1)
+    assert found["retention_equal"]["outcome"] == "REFUTED"
 
 
 def test_times_of_a_busy_machine_decide_nothing(ask):
