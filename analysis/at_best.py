@@ -99,7 +99,7 @@ def _at(
     runs: dict[int, dict[float, dict[Any, float]]], at: float, heights: Mapping[float, float]
 ) -> dict[int, dict[Any, float]]:  # fmt: skip
     """Interpolate to ln(rate) `at`, by seed."""
-    return {seed: _mixed(runs[seed], share) for seed, share in _shares_by_seed(runs, at, heights).items()}
+    return {seed: mixed(runs[seed], share) for seed, share in _shares_by_seed(runs, at, heights).items()}
 
 
 def _shares_by_seed(
@@ -114,7 +114,8 @@ def _shares_by_seed(
     return {seed: w for seed, w in own.items() if len(w) > 1 or abs(next(iter(w)) - at) <= NEAR}
 
 
-def _mixed(by_rate: dict[float, dict[Any, float]], share: dict[float, float]) -> dict[Any, float]:
+def mixed(by_rate: dict[float, dict[Any, float]], share: dict[float, float]) -> dict[Any, float]:
+    """Return values by name at the rate that these weights are of, from values by ln(rate)."""
     names = set.intersection(*(set(by_rate[x]) for x in share))
     return {n: sum(w * by_rate[x][n] for x, w in share.items()) for n in by_rate[next(iter(share))] if n in names}
 

@@ -9,8 +9,8 @@ the same runs), so that LoRA, which learns more slowly, gets there within its ow
 the length at which it gets there: the best rate of a short run is higher, and one arm alone may not have it.
 """
 
-import itertools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,8 +58,9 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         none = dict.fromkeys(ESTIMANDS, (Estimate(None), judging.gates([], missing)))
         return Findings(optima, judging.verdicts(question, none, LOG_ESTIMANDS, group))
     short = max((s for s in steps_seen(table) if s <= table["steps"].max() * SHARE), default=0)
-    aim, goal = _curves(table[table["method"] == "fullft"], short, short)
-    tuned = {int(o.curve.key["rank"]): _to_loss(table[table["rank"] == o.curve.key["rank"]], o, goal) for o in lora}
+    aim, goal = _goal(table, short)
+    level = float(np.mean([points[-1][1] for points in goal.best.values()])) if goal.best else -np.inf
+    tuned = _to_loss(table, optima, level)
     kin = usual([list(log_rho(goal, points).best.values()) for _, _, points in tuned.values()])
     base = [r["step_s"] for r in _timed(table, "fullft", None)]
     rows = [["rank", "operations an update", "seconds an update [95%]", "best rate to FullFT's loss [95%]", "of runs of",
@@ -101,6 +102,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
                         "operations and seconds, LoRA over full fine-tuning")]  # fmt: skip
     to = f"rank {top}, the loss of full fine-tuning after {short} of {table['steps'].max():g} updates"
     measures = {"compute": {str(r): {k: e.plain() for k, e in v.items()} for r, v in told.items()},
+                "lengths": {str(r): length for r, (_, length, _) in tuned.items()},
                 "read": {**dict.fromkeys(ESTIMANDS, f"rank {top}"), "flops_to_loss": to, "seconds_to_loss": to}}
     return Findings(optima, verdicts, sections, measures, {group: [full, *lora]})
 
@@ -111,32 +113,51 @@ def _timed(table: pd.DataFrame, method: str, rank: int | None) -> list[pd.Series
     return [row for _, row in (part if rank is None else part[part["rank"] == rank]).iterrows()]
 
 
-def _curves(table: pd.DataFrame, length: int, until: int) -> tuple[Optimum | None, AtBest[Points]]:
-    """Return the optimum of one curve's runs cut after `length` updates, and at its best rates their held-out curves up to
-    update `until`, by seed: all evaluations of a run that is cut use the same rows."""
+def _goal(table: pd.DataFrame, length: int) -> tuple[Optimum | None, AtBest[Points]]:
+    """Return the optimum of full fine-tuning's runs cut after `length` updates, and their held-out curves there, by seed."""
     if not length:
         return None, AtBest({})
-    best = fit_all(curves(at_step(table, length)))[0]
-    longer = at_step(table, until).assign(steps=length)  # of the same curve, though read further
-    (runs,) = values_at_best(longer, [best], _all_evaluations)
-    return best, runs.map(lambda points: sorted(points.items()))
+    optima = fit_all(curves(at_step(table, length)))
+    (k,) = (k for k, o in enumerate(optima) if o.curve.key["method"] == "fullft")
+    return optima[k], _read(table, optima, length, length)[k]
 
 
-def _to_loss(table: pd.DataFrame, whole: Optimum, goal: AtBest[Points]) -> tuple[Optimum, int, AtBest[Points]]:
-    """Return the optimum for the least updates to a loss, the length of runs that it is of, and the curves there.
+def _to_loss(table: pd.DataFrame, whole: Sequence[Optimum], level: float) -> dict[int, tuple[Optimum, int, AtBest[Points]]]:
+    """Return, for every rank, the optimum for the least updates to a loss, the length of runs that it is of, and the curves
+    there.
 
-    The length is the first evaluated one after which some rate's mean over its seeds is at the loss; the curves go on to the
-    next, as single seeds get there later. Where no rate gets there before the last evaluation, whole runs and their optimum.
+    The length is the first evaluated one after which runs at the best rate for it are at the loss; curves go on to twice that,
+    as single seeds get there later. A rank that does not get there has the optimum of whole runs. Optima of one length are
+    fitted together, with full fine-tuning's, so that they share what the noise is.
     """
-    (last,) = at_best(table, [whole])
-    level = float(np.mean([points[-1][1] for points in goal.best.values()])) if goal.best else -np.inf
+    found: dict[int, tuple[Optimum, int, AtBest[Points]]] = {}
     seen = steps_seen(table)
-    for length, following in itertools.pairwise(seen):
-        part = at_step(table, length)
-        if part[part["status"] == "done"].groupby("lr")["test_nll"].mean().min() <= level:
-            best, points = _curves(table, length, following)
-            return (best, length, points) if best is not None else (whole, int(table["steps"].max()), last)
-    return whole, int(table["steps"].max()), last
+    for length in seen:
+        optima = fit_all(curves(at_step(table, length)))
+        there = {int(o.curve.key["rank"]): k for k, o in enumerate(optima)
+                 if o.curve.key["method"] == "lora" and _lowest(o) <= level}  # fmt: skip
+        if there.keys() - found.keys():
+            runs = _read(table, optima, length, next((s for s in seen if s >= 2 * length), seen[-1]))
+            found = {r: (optima[k], length, runs[k]) for r, k in there.items()} | found
+    for o, runs in zip(whole, at_best(table, whole)):
+        if o.curve.key["method"] == "lora":
+            found.setdefault(int(o.curve.key["rank"]), (o, int(table["steps"].max()), runs))
+    return found
+
+
+def _lowest(o: Optimum) -> float:
+    """The loss at a curve's optimum; where that is none but a bound, the lowest at a rate that is part of the valley."""
+    if o.best_nll is not None:
+        return o.best_nll
+    c = o.curve
+    return min((float(np.mean(c.y[c.usable & (c.x == x)])) for x in set(c.x[c.usable])), default=np.inf)
+
+
+def _read(table: pd.DataFrame, optima: Sequence[Optimum], length: int, until: int) -> list[AtBest[Points]]:
+    """Return held-out curves up to update `until` at the best rates of runs of `length`, by seed: all evaluations of a run that
+    is cut use the same rows."""
+    longer = at_step(table, until).assign(steps=length)  # of the same curves, though read further
+    return [runs.map(lambda points: sorted(points.items())) for runs in values_at_best(longer, optima, _all_evaluations)]
 
 
 def _all_evaluations(row: pd.Series) -> dict[int, float]:

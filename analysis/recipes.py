@@ -4,7 +4,6 @@ A recipe's loss is that of its own runs at the rate it prescribes (interpolated 
 less tuned LoRA's at its best, as a share of what tuned LoRA gains over the base. Paired by seed.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import judging, plots
-from analysis.at_best import NEAR, AtBest, likely_rates, over_seeds, same, values_at_best, weights
+from analysis.at_best import NEAR, AtBest, likely_rates, mixed, over_seeds, same, values_at_best, weights
 from analysis.findings import Findings, Section
 from analysis.lr_optimum import Optimum, fit_all
 from analysis.plots import Panel, Series
@@ -26,6 +25,8 @@ from analysis.verdicts import MIN_SEEDS
 ESTIMANDS = ("attention_at_full_lr", "alpha_twice_rank", "default_rate", "original", "ten_times", "small_data_rank",
              "retention", "retention_equal")  # fmt: skip
 LOG_ESTIMANDS = ("small_data_rank",)
+STEPS = 200
+"""Rates at which equal learning is looked for."""
 RECIPES = {
     "attention_at_full_lr": "attention only,\nFullFT's rate", "alpha_twice_rank": "alpha = 2r",
     "default_rate": "attention and\nMLP at 2e-4", "original": "attention,\nalpha = r,\n2e-4, decayed",
@@ -93,17 +94,19 @@ def _given_up(
              "at its own best rate (nats)"]]  # fmt: skip
     for name, (o, at) in wanted.items():
         _, read_at, beside = losses[name]
-        share = over_seeds(shares[name], kin, (AT_LEAST,) if beside else ())
+        share = over_seeds(shares[name], kin, (AT_LEAST,) if beside[:1] == [True] else ())
         outside = [] if share.n else ["the recipe's rate lies outside the rates tried"]
         stops = ["no curve of the recipe"] if o is None else outside
         if 0 < share.n < MIN_SEEDS:
             stops = [*stops, f"{share.n} seed(s) at the recipe's rate, {MIN_SEEDS} needed"]
-        if beside and share.has_interval() and share.low <= highest.get(name, math.inf):
+        if any(beside) and share.has_interval() and share.low <= highest.get(name, math.inf):
             stops = [*stops, "bounded_by_divergence: the recipe's rate lies beside one that broke down"]
         measured[name] = (share, [*gates, *stops])
         own = None if o is None or o.best_nll is None or o is tuned else o.best_nll - tuned.best_nll
         given_up = None if share.value is None else share.value * gain
-        rows.append([name.replace("_", " "), rate(at[0]) if at else "-", ", ".join(map(rate, read_at)) or "-", signed(given_up),
+        near = [f"beside a breakdown at {np.mean(beside):.0%} of the likely rates"] if any(beside) else []
+        rows.append([name.replace("_", " "), rate(at[0]) if at else "-", ", ".join([*map(rate, read_at), *near]) or "-",
+                     signed(given_up),
                      with_interval(share), str(share.n), signed(own)])  # fmt: skip
     return measured, rows
 
@@ -128,14 +131,14 @@ def _rates(o: Optimum, which: int) -> list[float]:
     return [] if o.best_lr.value is None else [o.best_lr.value, *likely_rates(o, which)]
 
 
-def _losses(o: Optimum | None, rates: Sequence[float]) -> tuple[AtBest[float], list[float], bool]:
+def _losses(o: Optimum | None, rates: Sequence[float]) -> tuple[AtBest[float], list[float], list[bool]]:
     """Return a recipe's loss by seed at the first of the rates and at the others, which are as likely; the tried rates that
-    the first was read from; and whether one lies next to a rate that broke down, so that the loss there may be higher."""
+    the first was read from; and of each whether it lies next to one that broke down, so that the loss there may be higher."""
     found = [_losses_at(o, at) for at in rates] if o is not None else []
     if not found:
-        return AtBest({}), [], False
+        return AtBest({}), [], []
     losses = AtBest(found[0][0], tuple(by_seed for by_seed, *_ in found[1:]))
-    return losses, sorted(found[0][1]), any(beside for *_, beside in found)
+    return losses, sorted(found[0][1]), [beside for *_, beside in found]
 
 
 def _losses_at(o: Optimum, at: float) -> tuple[dict[int, float], set[float], bool]:
@@ -207,7 +210,8 @@ def _retention(
     panel = Panel("one point a rate, mean over seeds", "test NLL on the new task (nats)", "NLL on the pretraining task (nats)",
                   series)  # fmt: skip
     gates = judging.gates([full, tuned])
-    few = [] if alike.n >= MIN_SEEDS else [f"{alike.n} seed(s) with such a rate, {MIN_SEEDS} needed"]
+    asked = len(a.best.keys() & b.best.keys())
+    few = [f"{alike.n} of {max(asked, MIN_SEEDS)} seed(s) with such a rate"] if alike.n < max(asked, MIN_SEEDS) else []
     return {"retention": (share, gates), "retention_equal": (alike, gates + few)}, rows, panel if series else None
 
 
@@ -228,26 +232,34 @@ def _frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> list[
 
 
 def _at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> AtBest[dict[str, float]]:
-    """What full fine-tuning forgets, by seed, at the rate below its best at which its loss on the new task is tuned LoRA's of
-    that seed, interpolated between rates; seeds without such a rate are left out."""
+    """What full fine-tuning forgets, by seed, at the rate up to its best at which its loss on the new task is tuned LoRA's of
+    that seed. Seeds without such a rate are left out, and so are likely rates at which other seeds have one: which seeds have
+    depends on what they learned."""
     (runs,) = values_at_best(table, [tuned], _retained)
+    paths = {s: {v["lr"]: v for v in _frontier(table, full, s)} for s in runs.best}
     if full.best_lr.value is None:
         return AtBest({})
-    paths = {s: [v for v in _frontier(table, full, s) if v["lr"] <= 1.01 * full.best_lr.value] for s in runs.best}
 
     def equal(by_seed: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-        found = {s: _where_equal(paths[s], mine) for s, mine in by_seed.items() if s in paths}
+        found = {s: _where_equal(paths[s], full.best_lr.value, mine) for s, mine in by_seed.items() if paths.get(s)}
         return {s: v for s, v in found.items() if v}
 
-    return AtBest(equal(runs.best), tuple(map(equal, runs.likely)))
+    best = equal(runs.best)
+    return AtBest(best, tuple(w if w.keys() == best.keys() else {} for w in map(equal, runs.likely)))
 
 
-def _where_equal(path: Sequence[dict[str, float]], mine: dict[str, float]) -> dict[str, float]:
-    for before, after in itertools.pairwise(path):
-        if before["test"] >= mine["test"] >= after["test"]:
-            w = (before["test"] - mine["test"]) / max(before["test"] - after["test"], 1e-12)
-            lr = math.exp((1 - w) * math.log(before["lr"]) + w * math.log(after["lr"]))
-            return {**{k: (1 - w) * before[k] + w * after[k] for k in before}, "lr": lr, "lora": mine["lost"]}
+def _where_equal(path: dict[float, dict[str, float]], best: float, mine: dict[str, float]) -> dict[str, float]:
+    """Return what full fine-tuning has learned and forgotten at the lowest rate up to its best at which its loss is that of
+    `mine`, interpolated in ln(rate); empty if there is none."""
+    tried = [math.log(lr) for lr in path]
+    heights = {math.log(lr): v["test"] for lr, v in path.items()}
+    before: dict[str, float] = {}
+    for x in np.linspace(min(tried), math.log(best), STEPS):
+        share = weights(tried, float(x), heights)
+        here = {k: v for k, v in mixed({math.log(lr): v for lr, v in path.items()}, share).items() if k != "lr"}
+        if here["test"] <= mine["test"]:
+            return {**here, "lr": math.exp(x), "lora": mine["lost"]} if before else {}
+        before = here
     return {}
 
 

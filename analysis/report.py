@@ -160,7 +160,7 @@ def _conditions(question: dict[str, Any], parts: Sequence[Curve], table: pd.Data
         out.append(f"- {where}: NLL before training {number(c.nll_start, 5)}, floor of the task {number(c.floor, 5)}")
     rows = held_out(table)
     if rows:
-        out.append(f"- held-out rows: {rows}; rho is read from the curves, without the last evaluation")
+        out.append(f"- held-out rows: {rows}")
     if "base_sha256" in table:
         shas = ", ".join(f"{m} {s[:12]}" for m, s in table[["model", "base_sha256"]].dropna().drop_duplicates().values)
         out.append(f"- base weights, sha256: {shas}")
@@ -172,12 +172,15 @@ def _conditions(question: dict[str, Any], parts: Sequence[Curve], table: pd.Data
 
 def held_out(table: pd.DataFrame) -> str:
     """Say how many held-out rows the last evaluation and those before it use, the same ones in all runs; empty if unknown."""
-    if "spec" not in table:
+    if not {"spec", "result"} <= set(table.columns):
         return ""
-    sets = {json.dumps(json.loads(s)["dataset"], sort_keys=True) for s in table["spec"]}
-    last, before = (sorted({json.loads(s)[k] for s in sets}) for k in ("n_test", "n_test_curve"))
-    told = [" or ".join(f"{n:,}" for n in found) for found in (last, before)]
-    return f"{told[0]} at the end, {told[1]} for learning curves"
+    pairs = set()
+    for spec, result in zip(table["spec"], table["result"]):
+        asked, there = json.loads(spec)["dataset"], json.loads(result).get("n_test")
+        if asked["location"] != "facts" and there:  # what is read of facts are trained ones
+            pairs.add((there, min(asked["n_test_curve"], there)))
+    last, before = (" or ".join(f"{n:,}" for n in sorted(set(found))) for found in zip(*pairs)) if pairs else ("", "")
+    return f"{last} at the end, {before} for learning curves" if pairs else ""
 
 
 def to_plain(found: Findings, question: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:

@@ -159,10 +159,12 @@ HOW_TO_READ = """\
 CHANGED = """\
 Margins are as they were before the runs. What is held against them is not always. After answers had been seen, and for
 reasons other than a verdict, these changed (DECISIONS, by number): the loss that `compute` counts to, what a departure is
-(D34); that runs are read at interpolated best rates, and the null of `rank: start` (D41); intervals over seeds (D43); that
-runs are cut where their task is over (D46); LoRA's own rate for `compute`'s loss, and the common rate of `rank` on tiny128
-(D50). `lr_ratio: parity` (D45) and `recipes: retention_equal` (D50) were added when their runs were there. Seeds and rates
-were added after looks, which the intervals pay for. Best rates and their ratios hang on none of these."""
+(D34); that runs are read at interpolated best rates, and the null of `rank: start` (D41); intervals over seeds (D43); the
+test of the ratio's law (D44); that runs are cut where their task is over (D46); how precise a rate is whose repeats break
+down (D47); the gates and the number of examples of `batch_size` (D48); LoRA's own rate for `compute`'s loss, and the common
+rate of `rank` on tiny128 (D50). `lr_ratio: parity` (D45) and `recipes: retention_equal` (D50) were added when their runs
+were there. Seeds and rates were added after looks, which the intervals pay for (up to five looks). Margins, runs and code
+of every stage are in the repository's history."""
 """Said of the kept answers, and of no others."""
 NOT_TESTED = """\
 Reinforcement learning, mixtures of experts, models beyond 135M parameters, high ranks, data sets of a real size, and GPUs. At

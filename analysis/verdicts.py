@@ -18,7 +18,7 @@ MIN_SEEDS = 3
 """Seeds at the rates around the optimum below which no verdict is given: fewer say nothing of the noise there."""
 MAX_NEEDED = 64
 """More seeds than this are reported as 'more than'."""
-POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221, 4: 0.0182}
+POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221, 4: 0.0182, 5: 0.0158}
 """Level of each look by the number of looks planned, so that all together err in 5% (Pocock, Biometrika 64, 1977)."""
 
 
@@ -107,6 +107,7 @@ REMEDIES = {
     "their order is not resolved": "a base that learns more slowly, or ranks nearer to full fine-tuning",
     "at_edge": "learning rates beyond the edge",
     "few_points": "more learning rates",
+    "no_variance": "more seeds or learning rates, to know the noise",
     "no_usable_points": "lower learning rates",
 }
 """What opens each gate, the first that applies; the gates not named here are about seeds."""

@@ -64,7 +64,7 @@ class Sweep:
     """Arm name -> {method: name, axis: list or value, ...}."""
     second: Second = field(default_factory=Second)
     rounds: int = 1
-    """Looks at the answer that are planned, 1 to 4: each is judged at a stricter level, so that all together err in 5%."""
+    """Looks at the answer that are planned, 1 to 5: each is judged at a stricter level, so that all together err in 5%."""
     analysis: str = ""
     at: dict[str, Any] = field(default_factory=dict)
     """Scale name -> what the arms and axes take from it: ${sweep.at.${scale.at}.ranks}. Not part of the question."""
@@ -113,8 +113,8 @@ def check_sweep(name: str, sweep: Sweep) -> None:
         low, high = (claim.margin + [math.nan, math.nan])[:2]
         if len(claim.margin) != 2 or not low < high:
             raise SpecError(f"{where}, claim {key!r}: margin={claim.margin}. Give [low, high] with low < high.")
-    if not 1 <= sweep.rounds <= 4:
-        raise SpecError(f"{where}: rounds={sweep.rounds}. Plan 1 to 4 looks at the answer.")
+    if not 1 <= sweep.rounds <= 5:
+        raise SpecError(f"{where}: rounds={sweep.rounds}. Plan 1 to 5 looks at the answer.")
     if not sweep.arms:
         raise SpecError(f"{where} has no arms, so there is nothing to run.")
     for arm, axes in sweep.arms.items():

@@ -73,7 +73,7 @@ def append(path: Path, runs: Sequence[dict[str, Any]], claims_hash: str, known: 
     if len(told["rounds"]) + 1 >= told["planned"]:
         raise SpecError(
             f"the sweep plans {told['planned']} round(s) and has had {len(told['rounds']) + 1}: looking on until it decides is "
-            "optional stopping. Plan more before a new sweep's first run (sweep.rounds, at most 4)."
+            "optional stopping. Plan more before a new sweep's first run (sweep.rounds, at most 5)."
         )
     number = len(told["rounds"]) + 2
     told["rounds"].append({"round": number, "runs": list(runs)})

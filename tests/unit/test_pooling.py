@@ -71,8 +71,8 @@ def test_looks_are_judged_at_pococks_levels():
     once = judge("r", CLAIM, "g", from_draws(np.exp(ln), 9), [], 5, True, look_level(1))
     thrice = judge("r", CLAIM, "g", from_draws(np.exp(ln), 9), [], 5, True, look_level(3))
     assert once.outcome == "SUPPORTED" and thrice.outcome == "UNDECIDED" and "97.8%" in thrice.why
-    with pytest.raises(ValueError, match="at most 4"):
-        look_level(5)
+    with pytest.raises(ValueError, match="at most 5"):
+        look_level(6)
 
 
 def test_three_looks_at_the_margins_edge_err_in_five_percent():

@@ -243,6 +243,15 @@ def test_lora_has_the_best_rate_of_short_runs_as_well_where_both_count_to_one_lo
     assert steps == pytest.approx(1.0, rel=0.08)
 
 
+@pytest.mark.parametrize(("rho", "length"), [(0.5, 128), (0.28, 256), (0.2, 384)])
+def test_the_length_at_which_lora_gets_to_the_loss(ask, rho, length):
+    """Full fine-tuning's loss after 64 of 384 updates; the last evaluation before the end is at 256."""
+    out, found = ask("compute", World(lambda s: rho), *GRIDS, "sweep.at.smoke.ranks=[1]", "sweep.at.smoke.steps=384")
+    assert out["lengths"] == {"1": length}
+    steps = found["flops_to_loss"]["estimate"]["value"] / found["flops_a_step"]["estimate"]["value"]
+    assert steps == pytest.approx(1 / rho if length < 384 else 256 / 51, rel=0.08)
+
+
 def test_forgetting_is_compared_where_both_have_learned_as_much(ask):
     """Full fine-tuning forgets with its rate; where it has learned what LoRA learns, it has forgotten half of what LoRA has."""
     def more(spec):
