@@ -187,7 +187,7 @@ def panels(parts: Sequence[Panel], path: Path, columns: int = 2) -> None:
 
 
 MANY = 3
-"""A legend of more entries finds no room among the points, so it stands below them."""
+"""A legend of more entries finds no room among the points, so it stands below them; so does one that a line would cross."""
 
 
 def _panel(ax: Any, panel: Panel) -> None:
@@ -223,7 +223,7 @@ def _panel(ax: Any, panel: Panel) -> None:
         ax.set_xticks([v for v, _ in panel.ticks], [t for _, t in panel.ticks])
         ax.xaxis.set_minor_locator(NullLocator())
     told = ax.get_legend_handles_labels()[1] if panel.legend else []
-    if len(told) > MANY:
+    if len(told) > MANY or panel.lines:
         lines = max((t.count("\n") for _, t in panel.ticks or ()), default=0)
         ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.19 - 0.07 * lines), ncol=2)
     elif told:
