@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.lr_optimum import MIN_DF, fit_all
-from analysis.results import Estimate, with_interval
+from analysis.results import AT_LEAST, Estimate, with_interval
 from analysis.table import TableError, curves
 from analysis.valley import linex
 from analysis.verdicts import judge
@@ -114,4 +114,5 @@ def test_bounds_are_written_as_bounds():
     assert with_interval(Estimate(None, 2.0, None)) == "> 2"
     assert with_interval(Estimate(None, None, 2.0)) == "< 2"
     assert with_interval(Estimate(3.0, 2.0, 4.0)) == "3 [2, 4]"
+    assert with_interval(Estimate(3.0, 2.0, 4.0, flags=(AT_LEAST,))) == "at least 3 [2, 4]"
     assert with_interval(Estimate(None)) == "-"
