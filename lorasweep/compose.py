@@ -52,8 +52,6 @@ class Scale:
     lr_lora: list[float] = field(default_factory=list)
     batch_steps: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
     """Updates of each of `batch_size`'s four batches in its entry `tiny`, the smallest batch first."""
-    lr_common: float = 0.0
-    """The one rate of all ranks in `rank`'s entry `tiny`: near LoRA's best on the base, as low rates hide the rank."""
 
 
 @dataclass

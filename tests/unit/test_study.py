@@ -64,7 +64,7 @@ GRIDS = (f"sweep.at.smoke.lr_fullft={FULL_LR}", f"sweep.at.smoke.lr_lora={LORA_L
 def test_rank_departures_and_parity(ask, top, outcome):
     rho = {1: 0.1, 4: 0.3, 8: top}
     out, found = ask("rank", World(lambda s: rho[s.method.rank]), *GRIDS, "sweep.at.smoke.ranks=[1,4,8]",
-                     "sweep.at.smoke.steps=384", "sweep.at.smoke.lr_common=3.2e-3")  # fmt: skip
+                     "sweep.at.smoke.steps=384", "sweep.at.smoke.lr_common.any=3.2e-3")  # fmt: skip
     assert found["parity"]["outcome"] == outcome, found["parity"]["why"]
     assert found["parity"]["estimate"]["value"] == pytest.approx(top, rel=0.05)
     assert found["start_popular"]["outcome"] == "REFUTED"  # rank 1 is apart from the first update on
@@ -76,13 +76,13 @@ def test_rank_departures_and_parity(ask, top, outcome):
 def test_what_a_run_is_at_a_best_rate_that_was_not_tried_is_interpolated(ask):
     between = {"fullft": 2.1e-3, "lora": 4.4e-3}  # the tried rates are a factor 2 apart: 1.6e-3, 3.2e-3, 6.4e-3
     world = World(lambda s: {1: 0.2, 4: 0.8}[s.method.rank], best=lambda spec, step: between[spec.method.name])
-    _, found = ask("rank", world, *GRIDS, "sweep.at.smoke.steps=384", "sweep.at.smoke.lr_common=3.2e-3")
+    _, found = ask("rank", world, *GRIDS, "sweep.at.smoke.steps=384", "sweep.at.smoke.lr_common.any=3.2e-3")
     assert found["parity"]["estimate"]["value"] == pytest.approx(0.8, rel=0.03)
 
 
 def test_ranks_that_all_leave_at_once_have_no_order(ask):
     _, found = ask("rank", World(lambda s: 0.05 * s.method.rank), *GRIDS, "sweep.at.smoke.steps=384",
-                   "sweep.at.smoke.lr_common=3.2e-3")  # fmt: skip
+                   "sweep.at.smoke.lr_common.any=3.2e-3")  # fmt: skip
     assert found["order"]["outcome"] == "UNDECIDED" and "order is not resolved" in found["order"]["why"]
 
 
