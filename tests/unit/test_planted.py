@@ -168,7 +168,7 @@ def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, ca
     """An open claim, its suggested runs as round 2, and no fourth look."""
     planted = Planted(10, noise=0.02)
     lora = f"sweep.arms.lora.lr=[{','.join(f'{FULL * 10 * 2.0**k:.3g}' for k in range(-3, 4))}]"
-    base = ["+sweep=lr_ratio", "scale=smoke", "scale.ranks=[4,8]", "format=json", "scale.fresh_seeds=[1,2,3]",
+    base = ["+sweep=lr_ratio", "scale=smoke", "scale.ranks=[4,8]", "format=json", "scale.fresh_seeds=[1,2,3]", "sweep.rounds=3",
             "sweep.arms.fullft.lr=[1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3,9.6e-3]", lora]  # fmt: skip
     trainer = fake_trainer(planted.nll)
     with pytest.raises(Exception, match="have not finished"):
