@@ -232,7 +232,7 @@ def test_compute(ask, rho, outcome):
 
 
 def test_lora_has_the_best_rate_of_short_runs_as_well_where_both_count_to_one_loss(ask):
-    """At a rate that is best for whole runs, LoRA would need half as many updates again."""
+    """At a rate that is best for whole runs, LoRA would need three quarters as many updates again."""
     def best(spec, step):
         whole = FULL if spec.method.name == "fullft" else LORA
         return whole * (4.0 if spec.method.name == "lora" and step <= 96 else 1.0)
