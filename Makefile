@@ -47,14 +47,14 @@ lint: $(VENV)/.installed ## style
 bench: weights data/gsm8k/train.jsonl ## measure on an idle machine, and write analysis/results/bench and the README's table
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python -m lorasweep.bench analysis/results/bench/bench.json
-	$(BIN)/python -m analysis.bench
+	$(BIN)/python -m analysis.validation.bench
 
 calibrate: $(VENV)/.installed ## fit and judge planted sweeps (about half an hour on two cores), and write their page
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.calibration --cases $(or $(CASES),500)
-	$(BIN)/python -m analysis.calibration_page
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.validation.calibration --cases $(or $(CASES),500)
+	$(BIN)/python -m analysis.validation.calibration_page
 
 bases: $(VENV)/.installed ## remake the shipped base models from their recipes (about two hours)
-	$(BIN)/python -m lorasweep.recipe tiny64 tiny64-3m tiny64-s1 tiny64-facts tiny64-knows tiny64-skills tiny128 tiny128-3m tiny128-4m
+	$(BIN)/python -m lorasweep.train.pretrain tiny64 tiny64-3m tiny64-s1 tiny64-facts tiny64-knows tiny64-skills tiny128 tiny128-3m tiny128-4m
 
 slurm-up: ## start a real Slurm on this machine (as root): eval "$$(make -s slurm-up)"
 	@slurm/one_machine/start.sh

@@ -28,7 +28,7 @@ examples
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 done, 2 the request was wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    from analysis.table import TableError
+    from analysis.runs.table import TableError
 
     try:
         if argv and argv[0] in ("fit", "ratio", "drift", "law", "html"):
@@ -62,8 +62,9 @@ def _outside(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
 
-    from analysis import outside, reading
-    from analysis.table import TableError
+    from analysis.report import outside
+    from analysis.runs import reading
+    from analysis.runs.table import TableError
 
     mapping = {}
     for pair in args.map:
@@ -114,8 +115,8 @@ def _study(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
 
-    from analysis import study, study_page
-    from analysis.outside import aligned
+    from analysis.report import study, study_page
+    from analysis.report.outside import aligned
 
     if args.write:
         study_page.write()
@@ -145,9 +146,9 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
     if args.table and not args.out and not suggest:
         parser.error("--table needs --out FOLDER, so that no other report is overwritten")
 
-    from analysis import design
-    from analysis.report import findings_of, judge_and_report
-    from analysis.table import read
+    from analysis.questions import design
+    from analysis.report.report import findings_of, judge_and_report
+    from analysis.runs.table import read
 
     folder = find_report(args.reports_dir, args.sweep, args.scale)
     question: dict[str, Any] = json.loads((folder / "question.json").read_text())
@@ -165,7 +166,7 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
 
 def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
     """Find the folder of a sweep's report: of the scale, or the one written last. Kept results count too."""
-    from analysis.table import TableError
+    from analysis.runs.table import TableError
 
     kept = Path(__file__).parent / "results"
     found = [p.parent for root in (reports, kept) for p in root.glob("*/question.json")]

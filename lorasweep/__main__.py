@@ -13,7 +13,7 @@ def main() -> None:
     from omegaconf import DictConfig
     from yaml import YAMLError
 
-    from lorasweep import compose
+    from lorasweep.config import compose
     from lorasweep.errors import LorasweepError
 
     def fail(message: str) -> None:
@@ -26,7 +26,7 @@ def main() -> None:
 
     @hydra.main(config_path=str(compose.conf_dir()), config_name="config", version_base="1.3")
     def run(cfg: DictConfig) -> None:
-        from lorasweep.act import act
+        from lorasweep.cli.actions import act
 
         try:
             code = act(compose.request(cfg))

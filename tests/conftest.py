@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from lorasweep.event import Event  # noqa: E402
-from lorasweep.spec import run_id  # noqa: E402
+from lorasweep.spec.run import run_id  # noqa: E402
+from lorasweep.train.events import Event  # noqa: E402
 from tests.world import compose_request  # noqa: E402
 
 

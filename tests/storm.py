@@ -65,7 +65,7 @@ class Storm:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 line = path.read_bytes()
-                if (b"submitit.core._submit" in line or b"lorasweep.execute" in line) and str(self.cwd).encode() in line:
+                if (b"submitit.core._submit" in line or b"lorasweep.launch.worker" in line) and str(self.cwd).encode() in line:
                     pids.append(int(path.parent.name))
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.random.choice(pids), signal.SIGKILL)

@@ -7,7 +7,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from lorasweep.compose import compose_request
+from lorasweep.config.compose import compose_request
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lorasweep import files, machine, provenance
 from lorasweep.bench import grids, memory, overhead, steps
-from lorasweep.compose import compose_request
-from lorasweep.spec import Exec
+from lorasweep.config.compose import compose_request
+from lorasweep.plan import hardware as machine
+from lorasweep.spec.run import Exec
+from lorasweep.store import files
+from lorasweep.tracking import provenance
 
 PARTS = ("overhead", "steps", "memory", "tiny", "small")
 GRIDS = {"tiny": ((1, 200), (4, 100), (16, 50)), "small": ((4, 8),)}

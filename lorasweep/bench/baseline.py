@@ -19,11 +19,11 @@ from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 
-from lorasweep.data import Data, Example  # noqa: E402
-from lorasweep.data import load as load_data  # noqa: E402
-from lorasweep.models import layer_modules  # noqa: E402
+from lorasweep.data.load import Data, Example  # noqa: E402
+from lorasweep.data.load import load as load_data  # noqa: E402
 from lorasweep.models import load as load_model  # noqa: E402
-from lorasweep.spec import Exec, RunSpec, from_plain  # noqa: E402
+from lorasweep.models.load import layer_modules  # noqa: E402
+from lorasweep.spec.run import Exec, RunSpec, from_plain  # noqa: E402
 
 
 def adapted(model: Any, spec: RunSpec, kind: str) -> Any:
@@ -31,7 +31,7 @@ def adapted(model: Any, spec: RunSpec, kind: str) -> Any:
     runs go without one: a little less work than ours."""
     from peft import LoraConfig, get_peft_model
 
-    from lorasweep.methods import parse_layers
+    from lorasweep.methods.base import parse_layers
 
     if spec.method.name == "fullft":
         return model

@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lorasweep import files, slurm
+from lorasweep.launch.slurm import client as slurm
+from lorasweep.store import files
 
 NOTHING = (
-    "import sys; from lorasweep.act import act; from lorasweep.compose import compose_request as compose\n"
+    "import sys; from lorasweep.cli.actions import act; from lorasweep.config.compose import compose_request as compose\n"
     "sys.exit(act(compose(sys.argv[1:]), 'lorasweep.bench.overhead:nothing'))"
 )
 CLUSTER = ("cluster=slurm", "cluster.cpus=1", "cluster.mem_gib=1", "cluster.follow=false", "exec.threads=1")

@@ -15,15 +15,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorasweep import calibrate, cost, machine, plan
-from lorasweep.act import all_points
 from lorasweep.bench.overhead import command
 from lorasweep.bench.steps import at
-from lorasweep.compose import compose_request
-from lorasweep.grid import Point
-from lorasweep.local import run_points
-from lorasweep.spec import Exec, canonical, run_id
-from lorasweep.store import RunStore
+from lorasweep.cli.actions import all_points
+from lorasweep.config.compose import compose_request
+from lorasweep.launch.local import run_points
+from lorasweep.plan import flops as cost
+from lorasweep.plan import hardware as machine
+from lorasweep.plan import packing as plan
+from lorasweep.plan import throughput as calibrate
+from lorasweep.spec.run import Exec, canonical, run_id
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.grid import Point
 
 LORA_GRID = ("+sweep=lr_ratio", "~sweep.arms.fullft", "scale.ranks=[16]", "sweep.second.seeds=[]",
              "sweep.arms.lora.lr=${around:3e-4,16,1.3}")  # fmt: skip

@@ -8,14 +8,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lorasweep import cost, data, models
 from lorasweep.bench.steps import RANK, at
-from lorasweep.calibrate import micro_batch
-from lorasweep.compose import compose_request
+from lorasweep.config.compose import compose_request
+from lorasweep.data import load as data
+from lorasweep.launch.process import keep_freed_memory
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.process import keep_freed_memory
-from lorasweep.train import train
+from lorasweep.models import load as models
+from lorasweep.plan import flops as cost
+from lorasweep.plan.throughput import micro_batch
+from lorasweep.train.loop import train
 
 CASES = (("tiny", 16), ("small", 8))
 """Scale and batch."""

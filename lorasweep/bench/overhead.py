@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lorasweep.compose import compose_request
-from lorasweep.event import Event
-from lorasweep.execute import StopFlag, execute
-from lorasweep.spec import Exec, RunSpec, canonical, run_id
-from lorasweep.store import RunStore, checksum
+from lorasweep.config.compose import compose_request
+from lorasweep.launch.worker import StopFlag, execute
+from lorasweep.spec.run import Exec, RunSpec, canonical, run_id
+from lorasweep.store.run_store import RunStore, checksum
+from lorasweep.train.events import Event
 
 GRID = ("+sweep=lr_ratio", "~sweep.arms.fullft", "sweep.arms.lora.lr=${around:3e-3,25,1.3}",
         "sweep.arms.lora.rank=[1,2,4,8,16]", f"sweep.axes.seed={list(range(80))}".replace(" ", ""),

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
-from lorasweep import cost, data, machine, models
-from lorasweep.calibrate import micro_batch
-from lorasweep.compose import compose_request
+from lorasweep.config.compose import compose_request
+from lorasweep.data import load as data
+from lorasweep.launch.process import keep_freed_memory
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.process import keep_freed_memory
-from lorasweep.spec import RunSpec
-from lorasweep.train import train
+from lorasweep.models import load as models
+from lorasweep.plan import flops as cost
+from lorasweep.plan import hardware as machine
+from lorasweep.plan.throughput import micro_batch
+from lorasweep.spec.run import RunSpec
+from lorasweep.train.loop import train
 
 GRIDS = {"tiny": ((1, 4, 16), (1, 2, 4, 8, 16)), "small": ((1, 4, 8), (1, 2))}
 """Scale -> batch sizes and pack sizes."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lorasweep.data import Example
+from lorasweep.data.load import Example
 from lorasweep.errors import DataError
-from lorasweep.spec import DatasetSpec
+from lorasweep.spec.run import DatasetSpec
 
 
 def examples(

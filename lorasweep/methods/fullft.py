@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.methods import Method, parse_layers
+from lorasweep.methods.base import Method, parse_layers
 
 if TYPE_CHECKING:
     import torch
 
-    from lorasweep.spec import ModelSpec
+    from lorasweep.spec.run import ModelSpec
 
 SCOPES = ("all", "matrices")
 
@@ -68,7 +68,7 @@ class _WholeModel:
     stacked = False
 
     def __init__(self, base, model: "ModelSpec", method: FullFT) -> None:
-        from lorasweep.models import layer_modules
+        from lorasweep.models.load import layer_modules
 
         if method.scope == "all":
             chosen = {id(p) for p in base.parameters()}
@@ -99,7 +99,7 @@ class _WholeModel:
         return [{"norm_delta": total**0.5}]
 
     def spectra(self) -> list[dict[str, dict[str, float]]]:
-        from lorasweep.adapters import spectral_norm
+        from lorasweep.methods.stacked.linear import spectral_norm
 
         matrices = {n: p.detach() - self._start[n] for n, p in self.parameters().items() if p.dim() == 2}
         return [{n.removesuffix(".weight"): {"delta": spectral_norm(d)} for n, d in matrices.items()}]

@@ -3,7 +3,7 @@
 Defaults are the study's: alpha 32 whatever the rank, A uniform in +-1/sqrt(d_in), B zero, one learning
 rate for both. The other fields are what its parametrisation claims are tested with: a factor on A's start, another rate
 for B, another power of the rank in the scaling, B random instead of A. The stacked module that a pack trains lives in
-`lorasweep.adapters`.
+`lorasweep.methods.stacked.linear`.
 """
 
 import math
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.methods import Method, parse_layers
+from lorasweep.methods.base import Method, parse_layers
 
 if TYPE_CHECKING:
-    from lorasweep.spec import ModelSpec
+    from lorasweep.spec.run import ModelSpec
 
 
 SCALINGS = ("rank", "sqrt_rank", "none")
@@ -86,8 +86,8 @@ class LoRA(Method):
         return n_tokens * (4.0 * model.n_matmul_params() + 6.0 * self.n_trainable(model))
 
     def attach(self, base: Any, model: "ModelSpec", methods: Sequence[Method], seeds: Sequence[int]):
-        from lorasweep.adapters import StackedAdapters
-        from lorasweep.models import layer_modules
+        from lorasweep.methods.stacked.linear import StackedAdapters
+        from lorasweep.models.load import layer_modules
 
         modules = layer_modules(base, model, parse_layers(self.layers))
         return StackedAdapters(base, modules, methods, seeds)

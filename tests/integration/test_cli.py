@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.store import RunStore
+from lorasweep.store.run_store import RunStore
 from tests.world import ROOT, cli
 
 pytestmark = pytest.mark.slow
@@ -135,7 +135,8 @@ def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
 
 def test_an_owner_found_dead_on_another_machine_is_replaced(tmp_path, monkeypatch):
     """Workers have watched nobody: the command that did tells them."""
-    from lorasweep import local, ownership
+    from lorasweep.launch import local
+    from lorasweep.store import claims as ownership
     from tests.world import compose_request
 
     request = compose_request(["scale=smoke", "method=lora", "method.rank=4", "lr=3e-3", f"exec.runs_dir={tmp_path}/runs"])

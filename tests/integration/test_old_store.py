@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.report import findings_of
-from lorasweep.spec import from_plain, run_id
-from lorasweep.store import RunStore, load_runs
+from analysis.report.report import findings_of
+from lorasweep.spec.run import from_plain, run_id
+from lorasweep.store.run_store import RunStore, load_runs
 from tests.world import cli
 
 OLD = Path(__file__).resolve().parent.parent / "fixtures" / "store_2026_11"

@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from lorasweep import data, models, recipe
-from lorasweep.compose import shipped_model
+from lorasweep.config.compose import shipped_model
+from lorasweep.data import load as data
 from lorasweep.data.batches import eval_batches
-from lorasweep.loss import evaluate
-from lorasweep.spec import DatasetSpec
+from lorasweep.models import load as models
+from lorasweep.spec.run import DatasetSpec
+from lorasweep.train import pretrain as recipe
+from lorasweep.train.objectives.sft import evaluate
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep import submissions
-from lorasweep.execute import TorchTrainer
+from lorasweep.launch.slurm import submissions
+from lorasweep.launch.worker import TorchTrainer
 from tests import one_machine, storm
 from tests.one_machine import FAST, command, curves, environment, results, wait_for
 from tests.world import ROOT, cli
@@ -51,7 +51,7 @@ def submit_with(trainer, cwd, *args):
     """The same with another trainer (package.module:object, or one of this file), which jobs find in the working copy."""
     name = trainer if ":" in trainer else f"{__name__}:{trainer}"
     code = (
-        "import sys; from lorasweep.act import act; from lorasweep.compose import compose_request as compose\n"
+        "import sys; from lorasweep.cli.actions import act; from lorasweep.config.compose import compose_request as compose\n"
         f"sys.exit(act(compose(sys.argv[1:]), '{name}'))"
     )
     setup = f"cluster.setup=['export LORASWEEP_HOST=$SLURMD_NODENAME','export PYTHONPATH={ROOT}']"
@@ -197,7 +197,7 @@ def test_a_job_that_slurm_runs_twice_does_nothing_the_second_time(slurm, tmp_pat
     before = curves(tmp_path / "runs")
     task = next((tmp_path / "runs/.slurm").glob("*/tasks/0.json"))
     started = time.monotonic()
-    again = subprocess.run([sys.executable, "-X", "importtime", "-m", "lorasweep.job", task], cwd=ROOT, capture_output=True, text=True)
+    again = subprocess.run([sys.executable, "-X", "importtime", "-m", "lorasweep.launch.slurm.job", task], cwd=ROOT, capture_output=True, text=True)
     assert "6 runs, 0 to do" in again.stdout and " torch" not in again.stderr and time.monotonic() - started < 20
     assert curves(tmp_path / "runs") == before
 
@@ -246,7 +246,7 @@ def test_a_command_killed_while_it_submits_is_mended_by_the_next(slurm, tmp_path
         "import os, sys, signal, submitit; from lorasweep import launch, submissions\n"
         "def die(): os.kill(os.getpid(), signal.SIGKILL)\n"
         f"{DIE[when]}\n"
-        "from lorasweep.act import act; from lorasweep.compose import compose_request as compose; act(compose(sys.argv[1:]))"
+        "from lorasweep.cli.actions import act; from lorasweep.config.compose import compose_request as compose; act(compose(sys.argv[1:]))"
     )
     ask = [sys.executable, "-c", code, *SMOKE, *FAST, "cluster.runs_per_job=3"]
     died = subprocess.run(ask, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
@@ -300,7 +300,7 @@ def test_queued_jobs_run_the_code_as_it_was(slurm, tmp_path):
     try:
         done = subprocess.run(command(*SMOKE, *FAST), cwd=clone, env=env, capture_output=True, text=True, check=True)
         assert re.search(r"code snapshot \w+ of commit \w+", done.stderr)
-        (clone / "lorasweep/train.py").write_text("a syntax error")
+        (clone / "lorasweep/train/loop.py").write_text("a syntax error")
     finally:
         slurm.ask("scontrol", "update", "partitionname=main", "state=up")
     slurm.drain()

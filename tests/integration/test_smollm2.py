@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasweep import data, models
+from lorasweep.data import load as data
 from lorasweep.data.batches import collate
-from lorasweep.loss import nll_sums
 from lorasweep.methods.lora import LoRA
+from lorasweep.models import load as models
+from lorasweep.train.objectives.sft import nll_sums
 from tests.world import ROOT, compose_request
 
 WEIGHTS = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

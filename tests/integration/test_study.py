@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lorasweep.store import RunStore
+from lorasweep.store.run_store import RunStore
 from tests.world import cli
 
 pytestmark = pytest.mark.slow

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.lr_optimum import MIN_DF, fit_all
-from analysis.results import AT_LEAST, Estimate, with_interval
-from analysis.table import TableError, curves
-from analysis.valley import linex
-from analysis.verdicts import judge
+from analysis.inference.decide import judge
+from analysis.inference.estimate import AT_LEAST, Estimate, with_interval
+from analysis.optimum.fit import MIN_DF, fit_all
+from analysis.optimum.valley import linex
+from analysis.runs.table import TableError, curves
 
 GRID = np.array([1e-4 * 2**k for k in range(7)])
 

@@ -10,13 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep import batch, checks, files, index, jobs, ownership, plan, request, slurm, snapshot, submissions
+from lorasweep.cli.progress import run_names
+from lorasweep.config import preflight as checks
 from lorasweep.errors import ClusterError, StoreError
-from lorasweep.jobs import Cluster
-from lorasweep.ownership import Lock
-from lorasweep.progress import run_names
-from lorasweep.slurm import Partition
-from lorasweep.store import RunStore
+from lorasweep.launch.slurm import client as slurm
+from lorasweep.launch.slurm import resources as jobs
+from lorasweep.launch.slurm import snapshot, submissions
+from lorasweep.launch.slurm import submit as batch
+from lorasweep.launch.slurm.client import Partition
+from lorasweep.launch.slurm.resources import Cluster
+from lorasweep.plan import packing as plan
+from lorasweep.store import claims as ownership
+from lorasweep.store import files, index
+from lorasweep.store.claims import Lock
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep import request
 from tests.world import ROOT
 
 GPUS = Partition("gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1"}))
@@ -150,7 +158,7 @@ def test_a_job_that_slurm_started_again_knows_its_earlier_self(monkeypatch):
 
 def test_a_lock_has_one_holder_and_outlives_a_dead_one(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from lorasweep.ownership import Lock\n"
+        "import sys, time; from pathlib import Path; from lorasweep.store.claims import Lock\n"
         "lock = Lock(Path(sys.argv[1]) / 'lock'); total = Path(sys.argv[1]) / 'n'\n"
         "for _ in range(20):\n"
         "    lock = Lock(Path(sys.argv[1]) / 'lock'); lock.acquire(60, lambda who: None)\n"

@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from lorasweep import plan
-from lorasweep.checks import check_available
+from lorasweep.config.preflight import check_available
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
-from lorasweep.grid import Claim, Sweep, check_sweep, expand, geom
-from lorasweep.spec import run_id
-from lorasweep.store import RunStore
+from lorasweep.plan import packing as plan
+from lorasweep.spec.run import run_id
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.grid import Claim, Sweep, check_sweep, expand, geom
 from tests.world import ROOT, tiny_spec
 
 SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "study")  # made of the others: test_parametrisation
@@ -133,7 +133,7 @@ def test_ten_thousand_specs_are_planned(tmp_path):
 
 
 def compose_exec():
-    from lorasweep.spec import Exec
+    from lorasweep.spec.run import Exec
 
     return Exec()
 
@@ -148,7 +148,7 @@ def test_packs_hold_what_may_share_a_base_and_split_evenly(compose, tmp_path):
 
 
 def test_the_plan_is_json(compose, capsys):
-    from lorasweep.act import act
+    from lorasweep.cli.actions import act
 
     act(compose("+sweep=lr_ratio", "scale=smoke", "action=plan", "format=json"))
     told = json.loads(capsys.readouterr().out)

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from lorasweep import data
-from lorasweep.data import dialect, skills
+from lorasweep.data import load as data
 from lorasweep.data.batches import collate, merge, padded
+from lorasweep.data.synthetic import dialect, skills
 from lorasweep.errors import DataError
 from tests.world import compose_request, tiny_spec
 

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep import data, models
+from lorasweep.data import load as data
 from lorasweep.data.batches import collate, eval_batches
-from lorasweep.loss import evaluate, nll_sums
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.optim import AdamW, OneRun
-from lorasweep.spec import run_id
-from lorasweep.train import eval_steps, train
+from lorasweep.models import load as models
+from lorasweep.spec.run import run_id
+from lorasweep.train.loop import eval_steps, train
+from lorasweep.train.objectives.sft import evaluate, nll_sums
+from lorasweep.train.optim import AdamW, OneRun
 from tests.world import tiny_spec
 
 
@@ -102,7 +103,7 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world):
 def test_adapter_in_peft_format_is_loaded_by_peft(world, tmp_path):
     from peft import PeftModel
 
-    from lorasweep.adapters import save_peft
+    from lorasweep.methods.stacked.linear import save_peft
 
     spec, base, dataset = world
     states, records = run_all([spec], base, dataset)

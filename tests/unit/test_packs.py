@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep import data, loss, models
+from lorasweep.data import load as data
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.spec import run_id
-from lorasweep.train import train
+from lorasweep.models import load as models
+from lorasweep.spec.run import run_id
+from lorasweep.train.loop import train
+from lorasweep.train.objectives import sft as loss
 from tests.world import tiny_spec
 
 POINTS = 100

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep import data, models
-from lorasweep.adapters import spectral_norm
+from lorasweep.data import load as data
 from lorasweep.errors import DataError, SpecError
-from lorasweep.grid import assignments, fields_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.spec import canonical, run_id, validate
-from lorasweep.train import train
+from lorasweep.methods.stacked.linear import spectral_norm
+from lorasweep.models import load as models
+from lorasweep.spec.run import canonical, run_id, validate
+from lorasweep.sweep.grid import assignments, fields_of
+from lorasweep.train.loop import train
 from tests.world import compose_request, tiny_spec
 
 

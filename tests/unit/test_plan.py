@@ -5,10 +5,13 @@ import json
 
 import pytest
 
-from lorasweep import calibrate, cost, machine, plan
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.store import RunStore
+from lorasweep.plan import flops as cost
+from lorasweep.plan import hardware as machine
+from lorasweep.plan import packing as plan
+from lorasweep.plan import throughput as calibrate
+from lorasweep.store.run_store import RunStore
 from tests.world import tiny_spec
 
 
@@ -53,7 +56,7 @@ def test_a_calibration_of_another_machine_or_model_is_not_used(asked, tmp_path, 
 
 
 def test_a_plan_says_what_it_expects_and_why(asked, tmp_path):
-    from lorasweep.act import _plan_text
+    from lorasweep.cli.actions import _plan_text
 
     for spec in {p.arm: p.spec for p in asked.points}.values():
         measured(asked.exec, spec, {1: 0.010, 2: 0.012} if spec.method.name == "lora" else {1: 0.02})
@@ -64,7 +67,7 @@ def test_a_plan_says_what_it_expects_and_why(asked, tmp_path):
 
 @pytest.mark.parametrize("precision, slow, said", [("bf16", True, True), ("bf16", False, False), ("fp32", True, False)])
 def test_bf16_on_a_processor_without_it_is_said_and_counted(compose, tmp_path, monkeypatch, precision, slow, said):
-    from lorasweep.act import _plan_text
+    from lorasweep.cli.actions import _plan_text
 
     monkeypatch.setattr(machine, "slow_bf16", lambda: slow)
     found = compose("+sweep=lr_ratio", "scale=smoke", f"precision={precision}")
@@ -133,7 +136,7 @@ def test_gpus_are_those_that_the_environment_leaves(wanted, indices):
 
 
 def test_one_worker_a_gpu(asked, tmp_path, monkeypatch):
-    from lorasweep.local import _devices_of
+    from lorasweep.launch.local import _devices_of
 
     monkeypatch.setattr(machine, "gpus", lambda: machine.visible(SMI, None))
     monkeypatch.setattr(machine, "cores", lambda: 16)

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from analysis.valley import linex
-from lorasweep.act import act
+from analysis.optimum.valley import linex
+from lorasweep.cli.actions import act
 from lorasweep.errors import SpecError
-from lorasweep.spec import run_id
+from lorasweep.spec.run import run_id
 
 FULL = 1.3e-3  # planted best full fine-tuning rate, off the grid
 

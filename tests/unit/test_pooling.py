@@ -5,17 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from analysis.at_best import AtBest, over_seeds
-from analysis.lr_law import by_loss, by_optima, meta_regression, published, regret
-from analysis.lr_optimum import fit_all
-from analysis.pooling import drift, random_effects
-from analysis.ratio_law import Ratio, ratio_law
-from analysis.results import Estimate, from_draws
-from analysis.seeds import from_sample, usual
-from analysis.step_efficiency import rho, steps_to_reach
-from analysis.table import Curve
-from analysis.valley import linex
-from analysis.verdicts import holm, judge, look_level, p_value
+from analysis.inference.decide import holm, judge, look_level, p_value
+from analysis.inference.estimate import Estimate, from_draws
+from analysis.inference.meta import drift, random_effects
+from analysis.inference.seeds import from_sample, usual
+from analysis.measures.at_best import AtBest, over_seeds
+from analysis.measures.efficiency import rho, steps_to_reach
+from analysis.measures.lr_law import by_loss, by_optima, meta_regression, published, regret
+from analysis.measures.ratio_law import Ratio, ratio_law
+from analysis.optimum.fit import fit_all
+from analysis.optimum.valley import linex
+from analysis.runs.table import Curve
 
 # BCG vaccine against tuberculosis, 13 trials (Colditz et al. 1994): cases and non-cases, vaccinated and not
 BCG = np.array([(4, 119, 11, 128), (6, 300, 29, 274), (3, 228, 11, 209), (62, 13536, 248, 12619), (33, 5036, 47, 5761),

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import outside
 from analysis.__main__ import main
-from analysis.reading import read
-from analysis.table import TableError, curves
-from analysis.valley import linex
+from analysis.optimum.valley import linex
+from analysis.report import outside
+from analysis.runs.reading import read
+from analysis.runs.table import TableError, curves
 
 EVIDENCE = Path(os.environ.get("LORASWEEP_TEST_EVIDENCE", "/nonexistent"))
 needs_evidence = pytest.mark.skipif(not (EVIDENCE / "tulu3_lora_sweep.csv").is_file(),
@@ -278,7 +278,7 @@ def test_no_file_and_no_table(tmp_path, capsys):
 
 @needs_evidence
 def test_public_tables_give_what_the_kept_page_says():
-    from analysis.public_evidence import OUT, render
+    from analysis.validation.public_evidence import OUT, render
 
     page, kept = render(EVIDENCE / "tulu3_lora_sweep.csv", EVIDENCE / "rl_grpo_runs.csv"), OUT.read_text()
     number = r"(?<![\w.-])-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"

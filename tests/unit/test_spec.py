@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasweep import spec as spec_module
 from lorasweep.errors import SpecError
-from lorasweep.grid import geom
-from lorasweep.methods import canonical_layers
+from lorasweep.methods.base import canonical_layers
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.spec import RunSpec, canonical, from_plain, run_id, snap_lr, validate, with_axes
+from lorasweep.spec import run as spec_module
+from lorasweep.spec.run import RunSpec, canonical, from_plain, run_id, snap_lr, validate, with_axes
+from lorasweep.sweep.grid import geom
 from tests.world import compose_request, tiny_spec
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "run_ids.json"
@@ -134,7 +134,7 @@ def test_axes_are_looked_up_in_method_then_spec():
 
 
 def test_no_method_field_has_the_name_of_a_spec_field():
-    from lorasweep.methods import method_classes
+    from lorasweep.methods.base import method_classes
 
     spec_fields = {f.name for f in dataclasses.fields(RunSpec)}
     for cls in method_classes().values():

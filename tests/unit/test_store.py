@@ -12,10 +12,11 @@ import time
 
 import pytest
 
-from lorasweep import checkpoint, files, ownership
 from lorasweep.errors import StoreError
-from lorasweep.spec import run_id
-from lorasweep.store import RunStore, import_table, load_runs
+from lorasweep.spec.run import run_id
+from lorasweep.store import checkpoint, files
+from lorasweep.store import claims as ownership
+from lorasweep.store.run_store import RunStore, import_table, load_runs
 from tests.world import ROOT, tiny_spec
 
 RESULT = {"nll_start": 3.0, "test_nll": 2.5, "curve": [{"step": 1, "test_nll": 2.5}], "base_sha256": "x"}
@@ -35,7 +36,7 @@ def work(store, spec):
 
 
 class FaultyOS:
-    """Stands in for `os` inside lorasweep.files; its operation number `at` errs, writes short, or kills."""
+    """Stands in for `os` inside lorasweep.store.files; its operation number `at` errs, writes short, or kills."""
 
     OPERATIONS = ("open", "write", "fsync", "replace", "link", "unlink", "mkdir", "rename", "rmdir", "ftruncate")
 
@@ -174,7 +175,7 @@ def test_many_processes_claim_each_run_once(tmp_path):
 def test_a_killed_owner_is_seen_and_an_owner_elsewhere_is_watched(tmp_path, monkeypatch):
     store, spec = RunStore(tmp_path), tiny_spec()
     rid = run_id(spec)
-    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom lorasweep.store import RunStore\n"
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom lorasweep.store.run_store import RunStore\n"
             f"from tests.world import tiny_spec\nRunStore({str(tmp_path)!r}).claim(tiny_spec())\nprint('ok', flush=True)\n"
             "time.sleep(60)")  # fmt: skip
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

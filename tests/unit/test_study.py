@@ -9,16 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import capacity, compute, layer_sets, rank, study, study_page
-from analysis.at_best import weights
-from analysis.prefixes import at_step
-from analysis.qualify import qualify, verdict
-from lorasweep.act import act
+from analysis.measures.at_best import weights
+from analysis.questions import capacity, compute, layer_sets, rank
+from analysis.questions.qualify import qualify, verdict
+from analysis.report import study, study_page
+from analysis.runs.prefixes import at_step
+from lorasweep.cli.actions import act
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.spec import run_id
-from lorasweep.store import load_runs
-from lorasweep.train import eval_steps
+from lorasweep.spec.run import run_id
+from lorasweep.store.run_store import load_runs
+from lorasweep.train.loop import eval_steps
 from tests.world import compose_request
 
 START, GAIN, CURVATURE, NOISE = 3.4, 0.14, 0.06, 4e-4
@@ -192,7 +193,7 @@ def test_capacity(ask, bits, outcome):
 
 def test_effective_parameters_count_each_matrix_once():
     spec = compose_request(["model=tiny64", "method=lora", "method.rank=1", "method.layers=attention"]).points[0].spec
-    from lorasweep.spec import canonical
+    from lorasweep.spec.run import canonical
 
     assert capacity.effective(json.loads(canonical(spec))) == 4 * (127 + 79 + 79 + 127) == 1648
     assert capacity.bits(0.0, 10) == pytest.approx(160) and capacity.bits(math.log(16), 10) == 0
@@ -277,7 +278,7 @@ def test_times_of_a_busy_machine_decide_nothing(ask):
 
 def test_operations_are_those_of_the_methods():
     model = compose_request(["model=smollm2-135m-instruct", "method=lora"]).points[0].spec
-    from lorasweep.spec import canonical
+    from lorasweep.spec.run import canonical
 
     for r in (1, 16):
         method = LoRA(rank=r)
@@ -305,7 +306,7 @@ def test_prefixes_and_qualification(ask, tmp_path):
 
 def test_runs_are_cut_where_their_task_is_over(ask, tmp_path):
     """The planted loss falls by GAIN a doubling: at step s the best run has lost GAIN log2(1 + s) of what there was."""
-    from analysis.prefixes import while_unsolved
+    from analysis.runs.prefixes import while_unsolved
 
     ask("rank", World(lambda s: 0.7), *GRIDS, "sweep.at.smoke.steps=96")
     whole = pd.read_parquet(tmp_path / "reports/rank-smoke/table.parquet")
@@ -364,8 +365,8 @@ def test_every_claim_has_exactly_one_fate(outcomes):
 
 
 def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose, tmp_path):
-    from analysis.report import question_hash
-    from lorasweep.request import question
+    from analysis.report.report import question_hash
+    from lorasweep.sweep.request import question
 
     for name in study.ORDER:
         asked = question(compose(f"+sweep={name}", "scale=smoke"))

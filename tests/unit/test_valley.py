@@ -10,14 +10,14 @@ import pandas as pd
 import pytest
 from scipy import integrate
 
-from analysis import valley
-from analysis.design import needed_seeds
-from analysis.evidence import gather, trust_of
-from analysis.generators import FAMILIES, Design, plant
-from analysis.lr_optimum import fit_all, fit_sweeps
-from analysis.lr_ratio import ratio_of
-from analysis.posterior import weigh
-from analysis.table import Curve, curves
+from analysis.measures.ratio import ratio_of
+from analysis.optimum import valley
+from analysis.optimum.fit import fit_all, fit_sweeps
+from analysis.optimum.likelihood import gather, trust_of
+from analysis.optimum.posterior import weigh
+from analysis.questions.design import needed_seeds
+from analysis.runs.table import Curve, curves
+from analysis.validation.generators import FAMILIES, Design, plant
 
 
 def test_linex_is_smooth_through_zero():
@@ -140,7 +140,7 @@ def test_intervals_hold_planted_truths(family):
 
 
 def test_sharing_curvature_narrows_curves_of_few_rates():
-    from analysis.calibration import sharing
+    from analysis.validation.calibration import sharing
 
     told = sharing("linex", 4, 2.0, 1e-3, 12)
     assert told["shared"]["width"] < told["alone"]["width"]

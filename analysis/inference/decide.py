@@ -1,0 +1,139 @@
+"""The decision rule: an interval against a margin that was stated before any run.
+
+SUPPORTED: the interval lies inside the margin. REFUTED: the two do not meet. Else UNDECIDED, with the runs that would
+decide. A failing gate forces UNDECIDED, whatever the numbers say. The interval is the 95% one, or a wider one where the
+sweep may be extended in rounds: looking more than once must not make a false claim easier to support.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis.inference.estimate import LEVEL, Estimate, Verdict, from_draws
+
+MIN_SEEDS = 3
+"""Seeds at the rates around the optimum below which no verdict is given: fewer say nothing of the noise there."""
+MAX_NEEDED = 64
+"""More seeds than this are reported as 'more than'."""
+POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221, 4: 0.0182, 5: 0.0158}
+"""Level of each look by the number of looks planned, so that all together err in 5% (Pocock, Biometrika 64, 1977)."""
+
+
+def look_level(rounds: int) -> float:
+    """Return the interval's level at each of the rounds that a sweep plans: 0.95 for one, 0.978 for three."""
+    if rounds not in POCOCK:
+        raise ValueError(f"a sweep has at most {max(POCOCK)} rounds, not {rounds}")
+    return 1 - POCOCK[rounds]
+
+
+def judge(
+    name: str, claim: dict[str, Any], group: str, estimate: Estimate, gates: list[str], seeds: int, log: bool,
+    level: float = LEVEL, of: str = "seeds at each optimum",
+) -> Verdict:  # fmt: skip
+    """Judge one claim.
+
+    Args:
+        gates: reasons that forbid a verdict.
+        log: the margin is one of ratios.
+        level: of the interval that is held against the margin.
+        seeds: how many there are of what the interval is over, `of`.
+    """
+    low, high = (float(v) for v in claim["margin"])
+    outcome, why, needed, p = "UNDECIDED", "", "", None
+    if estimate.draws is not None:
+        if level != estimate.level:
+            estimate = from_draws(estimate.draws, estimate.n, level, estimate.flags)
+        p = p_value(estimate.draws, low, high)
+    shown = f"the {100 * level:.3g}% interval"
+    if gates:
+        why = "; ".join(gates)
+    elif estimate.value is None or not estimate.has_interval():
+        unread = [f for f in estimate.flags if f == "unread_at_likely_rates"]
+        why = ": ".join(["no interval", *unread])
+    elif low <= estimate.low and estimate.high <= high:
+        outcome, why = "SUPPORTED", f"{shown} lies inside the margin"
+    elif estimate.high < low or estimate.low > high:
+        outcome, why = "REFUTED", f"{shown} and the margin do not meet"
+    else:
+        why = f"{shown} crosses the margin's edge"
+    if outcome == "UNDECIDED":
+        needed = _remedy([*gates, why]) or _needed(estimate, low, high, seeds, log, of)
+    return Verdict(
+        claim=name, group=group, outcome=outcome, estimate=estimate, expected=float(claim["expected"]),
+        margin=(low, high), primary=bool(claim.get("primary")), why=why, needed=needed,
+        rivals=dict(claim.get("rivals") or {}), log=log, p=p,
+    )  # fmt: skip
+
+
+def p_value(draws: np.ndarray, low: float, high: float) -> float:
+    """Return the least level at which the draws decide: their interval of level 1 - p lies inside [low, high], or
+    apart from it. Never below what their number can tell."""
+    below, above = float((draws < low).mean()), float((draws > high).mean())
+    inside, apart = 2 * max(below, above), 2 * min(1 - below, 1 - above)
+    return min(1.0, max(min(inside, apart), 2 / len(draws)))
+
+
+def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]:
+    """Correct the primary claims for their number (Holm 1979): the k-th smallest p must be at most alpha / (n - k + 1).
+
+    A verdict that does not survive becomes UNDECIDED and says so; the others are returned as they are.
+    """
+    primary = [v for v in verdicts if v.primary]
+    out = {id(v): v for v in verdicts}
+    failed = False
+    for k, v in enumerate(sorted(primary, key=lambda v: 1.0 if v.p is None else v.p)):
+        share = alpha / (len(primary) - k)
+        failed = failed or v.p is None or v.p > share
+        if failed and v.outcome != "UNDECIDED":
+            out[id(v)] = dataclasses.replace(
+                v, outcome="UNDECIDED", needed="more seeds at each optimum",
+                why=f"{v.outcome} alone (p {v.p:.2g}), but not after Holm's correction over {len(primary)} primary claims"
+            )  # fmt: skip
+    return [out[id(v)] for v in verdicts]
+
+
+REMEDIES = {
+    "unread_at_likely_rates": "more learning rates around the best one",
+    "LoRA does not reach the loss": "longer runs, or higher ranks",
+    "not converged": "more exposures of each fact",
+    "the machine did other work": "the same runs on a quiet machine",
+    "task:": "another task or model: more runs cannot help",
+    "no curve of": "the missing arm",
+    "one rank only": "another rank",
+    "bounded_by_divergence": "learning rates between the best one and the first that breaks down",
+    "their order is not resolved": "a base that learns more slowly, or ranks nearer to full fine-tuning",
+    "at_edge": "learning rates beyond the edge",
+    "few_points": "more learning rates",
+    "no_variance": "more seeds or learning rates, to know the noise",
+    "no_usable_points": "lower learning rates",
+}
+"""What opens each gate, the first that applies; the gates not named here are about seeds."""
+
+
+def _remedy(gates: list[str]) -> str:
+    text = "; ".join(gates)
+    return next((remedy for gate, remedy in REMEDIES.items() if gate in text), "")
+
+
+def scale_of(log: bool) -> Callable[[float], float]:
+    """Return what brings a ratio (log) or a slope to the scale on which errors are even; a ratio of 0 is -infinity."""
+    return (lambda v: math.log(v) if v > 0 else -math.inf) if log else float
+
+
+def _needed(estimate: Estimate, low: float, high: float, seeds: int, log: bool, of: str) -> str:
+    """Say how many seeds (or bases) it would take, the interval shrinking with their square root."""
+    if estimate.value is None:
+        return "optima with intervals in every curve"
+    if not estimate.has_interval():
+        return f"at least {MIN_SEEDS} {of}"
+    to = scale_of(log)
+    value, edges = to(estimate.value), (to(low), to(high))
+    half = max(value - to(estimate.low), to(estimate.high) - value)
+    room = min(abs(value - e) for e in edges)
+    if room == 0 or not math.isfinite(half):
+        return f"more than {MAX_NEEDED} {of}"
+    n = max(MIN_SEEDS, seeds + 1, math.ceil(max(seeds, 1) * (half / room) ** 2))
+    return f"about {n} {of} (now {seeds})" if n <= MAX_NEEDED else f"more than {MAX_NEEDED} {of}"

@@ -1,0 +1,104 @@
+"""Several optima together: drift with the rank, homogeneity, and ratios pooled over models with their spread.
+
+Works on equally likely values (draws) of each quantity, so that asymmetric intervals stay asymmetric.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+
+from analysis.inference.estimate import LEVEL, Estimate, from_draws
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How ln(best LR) moves per doubling of the rank."""
+
+    slope: Estimate
+    p_slope: float | None = None
+    """Two-sided p-value of 'no slope'."""
+    p_equal: float | None = None
+    """p-value of 'all ranks have one best LR' (chi^2 with k - 1 degrees of freedom, Cochran's Q)."""
+
+
+def drift(ranks: Sequence[float], draws: Sequence[np.ndarray], n: int, level: float = LEVEL) -> Drift:
+    """Fit the slope of ln(best LR) over log2(rank): least squares weighted by the optima's variances.
+
+    With three ranks and more the slope's spread is widened where the optima scatter about the line by more than their
+    own spread says: by sqrt(chi^2 / df), the Particle Data Group's scale factor.
+
+    Args:
+        ranks: one a curve.
+        draws: equally likely values of ln(best LR), one array a curve.
+    """
+    if len(draws) < 2:
+        return Drift(Estimate(None, n=n, flags=("needs two or more optima with intervals, and none at an edge",)))
+    x, y = np.log2(np.asarray(ranks, float)), np.array([np.median(d) for d in draws])
+    w = 1 / np.array([np.var(d) for d in draws])
+    centre = (w * x).sum() / w.sum()
+    spread = float((w * (x - centre) ** 2).sum())
+    if spread <= 1e-12:
+        return Drift(Estimate(None, n=n, flags=("one rank only",)))
+    k = w * (x - centre) / spread
+    slope = float(k @ y)
+    off = sum(ki * (d - yi) for ki, d, yi in zip(k, draws, y))
+    left = len(draws) - 2
+    if left > 0:
+        rest = y - np.average(y, weights=w) - slope * (x - centre)
+        birge = float((w * rest**2).sum()) / left
+        if birge > 1:
+            off = off * math.sqrt(birge)
+    sloped = slope + off
+    p = 2 * min(float((sloped <= 0).mean()), float((sloped >= 0).mean()))
+    q = float((w * (y - np.average(y, weights=w)) ** 2).sum())
+    return Drift(from_draws(sloped, n, level), max(p, 2 / len(sloped)), float(stats.chi2.sf(q, len(draws) - 1)))
+
+
+@dataclass(frozen=True)
+class RandomEffects:
+    """A mean over groups that differ by more than their errors, e.g. ln ratios of several models."""
+
+    mean: float
+    low: float
+    high: float
+    tau: float
+    """Standard deviation between groups."""
+    i2: float
+    """Share of the variance that is between groups."""
+    p_equal: float
+    """p-value of 'all groups are equal' (Cochran's Q)."""
+    low_next: float
+    high_next: float
+    """Prediction interval: where another group's value would lie."""
+    k: int
+
+
+def random_effects(values: Sequence[float], errors: Sequence[float], level: float = LEVEL) -> RandomEffects:
+    """Pool values with known standard errors; needs two or more.
+
+    Between-group variance by Paule & Mandel (1982), interval by Hartung & Knapp (2001) with k - 1 degrees of freedom,
+    never narrower than the common-effect one; prediction interval by Higgins et al. (2009), k - 2 degrees of freedom
+    (k - 1 at k = 2).
+    """
+    y, v = np.asarray(values, float), np.asarray(errors, float) ** 2
+    k = len(y)
+    if k < 2:
+        raise ValueError("random_effects needs two or more values")
+
+    def q(tau2: float) -> float:
+        w = 1 / (v + tau2)
+        return float((w * (y - (w @ y) / w.sum()) ** 2).sum())
+
+    top = float(np.var(y, ddof=1) + v.max()) * 10 + 1e-12
+    tau2 = 0.0 if q(0.0) <= k - 1 else float(optimize.brentq(lambda t: q(t) - (k - 1), 0.0, top))
+    w = 1 / (v + tau2)
+    mean = float(w @ y / w.sum())
+    error = math.sqrt(max(q(tau2) / (k - 1), 1.0) / w.sum())
+    half = stats.t.ppf(0.5 + level / 2, k - 1) * error
+    ahead = stats.t.ppf(0.5 + level / 2, max(k - 2, 1)) * math.sqrt(tau2 + error**2)
+    typical = (k - 1) / ((1 / v).sum() - (1 / v**2).sum() / (1 / v).sum())
+    return RandomEffects(mean, mean - half, mean + half, math.sqrt(tau2), tau2 / (tau2 + typical),
+                         float(stats.chi2.sf(q(0.0), k - 1)), mean - ahead, mean + ahead, k)  # fmt: skip

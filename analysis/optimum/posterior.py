@@ -1,0 +1,168 @@
+"""What many curves together say of each one's minimum: noise and misfit pooled over a sweep, a posterior a curve.
+
+Knows numbers only: no table, no flags, no verdict.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.optimum import valley
+from analysis.optimum.likelihood import Evidence
+from analysis.optimum.valley import Kin
+
+N_DRAWS = 4000
+_STEPS, _PAD = 57, 0.7
+_END = 3e-3
+"""More mass than this in an end's cell: the minimum is looked for over the whole range."""
+_CHUNK = 48
+_NEVER = -1e4
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Of the place of one minimum, in ln(lr): mass on an even grid."""
+
+    m: np.ndarray
+    mass: np.ndarray
+
+    def quantile(self, p: float | np.ndarray) -> np.ndarray:
+        """Return quantiles; the mass of a grid point is spread evenly over its cell."""
+        step = self.m[1] - self.m[0]
+        edges = np.append(self.m - step / 2, self.m[-1] + step / 2)
+        return np.interp(p, np.append(0.0, np.cumsum(self.mass)), edges)
+
+    def within(self, low: float, high: float) -> float:
+        """Return the probability of an interval."""
+        step = self.m[1] - self.m[0]
+        edges = np.append(self.m - step / 2, self.m[-1] + step / 2)
+        below = np.interp([low, high], edges, np.append(0.0, np.cumsum(self.mass)))
+        return float(below[1] - below[0])
+
+    def draws(self, stream: int, n: int = N_DRAWS) -> np.ndarray:
+        """Return n values, evenly spaced in probability, in the stream's random order: sums of such are smooth."""
+        order = np.random.default_rng([20251125, stream]).permutation(n)
+        return self.quantile((np.arange(n) + 0.5) / n)[order]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A sweep's noise (nats, of one run at the bottom) and misfit, averaged over their posterior."""
+
+    noise: float
+    misfit: float
+    df: int
+
+
+def weigh(
+    sweeps: Sequence[Sequence[Evidence]], kin: Sequence[Sequence[Kin | None]] | None = None, misfit: float | None = None
+) -> list[tuple[list[Posterior], Pooled]]:
+    """Return each sweep's posteriors, one a curve, and its pooled noise. Curves of one design are done together.
+
+    misfit: take this level (the nearest of valley.TAUS) for granted.
+    """
+    sigmas = [_sigmas(s) for s in sweeps]
+    flat = [e for sweep in sweeps for e in sweep]
+    own = [levels for sweep, levels in zip(sweeps, sigmas) for _ in sweep]
+    friends = [k for row in kin for k in row] if kin else [None] * len(flat)
+    grids = [_near(e) for e in flat]
+    logs = _all_logs(flat, grids, own, friends)
+    for wide in (False, True):
+        found, start = [], 0
+        for sweep, levels in zip(sweeps, sigmas):
+            mine = slice(start, start + len(sweep))
+            found.append(_pool(sweep, levels, logs[mine], grids[mine], misfit))
+            start += len(sweep)
+        flatly = [p for posteriors, _ in found for p in posteriors]
+        again = [k for k, p in enumerate(flatly) if max(p.mass[0], p.mass[-1]) > _END]
+        if wide or not again:
+            break
+        for k in again:
+            grids[k] = _everywhere(flat[k])
+        for k, log in zip(again, _all_logs(*([seq[k] for k in again] for seq in (flat, grids, own, friends)))):
+            logs[k] = log
+    return found
+
+
+def _sigmas(sweep: Sequence[Evidence]) -> np.ndarray:
+    """Levels of noise to average over: about what repeats say, or wide where there are few."""
+    if not sweep:
+        return np.ones(1)
+    df = sum(e.df for e in sweep)
+    if df >= 10:
+        noise = math.sqrt(max(sum(e.squares for e in sweep) / df, 1e-18))
+        return noise * np.exp(np.linspace(-2.5, 2.5, 5) / math.sqrt(2 * df))
+    scale = float(np.median([np.ptp(e.loss) for e in sweep])) or 1e-6
+    return scale * np.geomspace(1e-4, 0.5, 12)
+
+
+def _everywhere(e: Evidence) -> np.ndarray:
+    return np.linspace(e.x[0] - _PAD, min(e.x[-1] + _PAD, e.wall), 2 * _STEPS)
+
+
+def _near(e: Evidence) -> np.ndarray:
+    """Minima to try: from two rates below the best one to two above."""
+    low = e.x[e.best - 2] if e.best >= 2 else e.x[0] - _PAD
+    high = e.x[e.best + 2] if e.best + 2 < len(e.x) else e.x[-1] + _PAD
+    return np.linspace(low, min(high, e.wall), _STEPS)
+
+
+def _all_logs(
+    evidence: list[Evidence], grids: list[np.ndarray], sigmas: list[np.ndarray], kin: list[Kin | None]
+) -> list[np.ndarray]:
+    """Log likelihoods [S, T, M] of many curves; those of one design share their tables and are done in one go."""
+    groups: dict[tuple, list[int]] = {}
+    for k, (e, m) in enumerate(zip(evidence, grids)):
+        design = tuple(np.round(v, 9).tobytes() for v in (e.x - e.x[0], e.root, m - e.x[0]))
+        groups.setdefault((*design, len(sigmas[k]), kin[k]), []).append(k)
+    out: list[np.ndarray] = [np.empty(0)] * len(evidence)
+    for members in groups.values():
+        first = evidence[members[0]]
+        t = valley.tables(first.x, first.root, grids[members[0]])
+        for at in range(0, len(members), _CHUNK):
+            part = members[at : at + _CHUNK]
+            z = np.array([evidence[k].root @ evidence[k].loss for k in part])
+            noise = np.array([sigmas[k] for k in part])
+            for k, log in zip(part, valley.log_likelihood(t, z, noise, kin[members[0]])):
+                out[k] = log + _inside(evidence[k], grids[k], sigmas[k])[:, None, :]
+    return out
+
+
+def _inside(e: Evidence, m: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+    """0 where a minimum is possible at all for a noise, [S, M], and next to nothing elsewhere: the wandering curvature would
+    else allow a second, lower bottom at a rate that was tried."""
+    ends = [e.bracket(float(s)) for s in sigmas]
+    return np.array([np.where((m >= low) & (m <= high), 0.0, _NEVER) for low, high in ends])
+
+
+def _pool(
+    sweep: Sequence[Evidence], sigmas: np.ndarray, logs: Sequence[np.ndarray], grids: Sequence[np.ndarray],
+    misfit: float | None,
+) -> tuple[list[Posterior], Pooled]:  # fmt: skip
+    """Weigh noise and misfit by all curves, then average each curve's posterior over them."""
+    if not sweep:
+        return [], Pooled(math.nan, math.nan, 0)
+    prior = np.array(valley.TAU_PRIOR)
+    if np.median([np.median(np.diff(e.x)) for e in sweep]) > valley.COARSE:
+        prior = np.where(np.array(valley.TAUS) < valley.COARSE_TAU, 0.0, prior)
+    if misfit is not None:
+        prior = (np.arange(len(prior)) == np.argmin(np.abs(np.array(valley.TAUS) - misfit))).astype(float)
+    with np.errstate(divide="ignore"):
+        total = np.log(prior)[None] + np.zeros((len(sigmas), 1))
+    df = sum(e.df for e in sweep)
+    total = total - (df * np.log(sigmas) + sum(e.squares for e in sweep) / (2 * sigmas**2))[:, None]
+    for log in logs:
+        top = log.max(-1)
+        total = total + top + np.log(np.exp(log - top[..., None]).mean(-1))  # the prior of m is even over its grid
+    share = np.exp(total - total.max())
+    share /= share.sum()
+    posteriors = []
+    for log, m in zip(logs, grids):
+        density = np.exp(log - log.max(-1, keepdims=True))
+        density /= density.sum(-1, keepdims=True)
+        posteriors.append(Posterior(m, np.einsum("st,stm->m", share, density)))
+    free = sum(max(len(e.x) - 4, 0) for e in sweep)
+    noise = math.exp(float(share.sum(1) @ np.log(sigmas)))
+    return posteriors, Pooled(noise, float(share.sum(0) @ np.array(valley.TAUS)), df + free)

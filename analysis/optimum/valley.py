@@ -1,0 +1,177 @@
+"""The likelihood of a valley: what a curve's points say of the place of its minimum. Knows no table and no verdict.
+
+Model, in x = ln(lr), u = x - m:
+
+    loss(x) = level + integral over t from m to x of (x - t) k(t) dt,     k(t) = c exp(a (t - m)) (1 + w(t))
+
+With w = 0 this is LINEX, c (exp(a u) - a u - 1) / a^2 (Varian 1975): convex, its minimum at m, steeper on the right for
+a > 0. No real valley is exactly of any family, so the curvature k carries a random process w of mean zero, with
+covariance tau^2 (matern(s - t) + STEP^2 sign(s - m) sign(t - m)): wiggles of the scale ELL, and a jump between the two
+sides. The loss then is Gaussian, with a covariance that vanishes at m and grows with the distance, in proportion to the
+valley's own height: the bottom of the valley counts, its walls only steer, and an interval does not shrink below what
+the shape leaves open, however small the noise. m stays the minimum, since w adds neither height nor slope there.
+
+tau (misfit) and sigma (noise of one run, in nats) are shared by the curves of a sweep and averaged over their posterior.
+Constants were set on generators of analysis/validation/calibration.py drawn with other seeds; the kept study tests them.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+ELL = 0.7
+"""Correlation length of the curvature's wiggles, in units of ln(lr): a factor 2."""
+STEP = 1.75
+"""Size of the curvature's jump at the minimum against its wiggles."""
+TAUS = (0.15, 0.22, 0.35, 0.6, 1.0)
+"""Levels of misfit tried: relative error of the curvature."""
+TAU_PRIOR = (0.001, 0.003, 0.2, 0.5, 0.296)
+"""Prior of the levels: half is taken for granted until a sweep's own points say otherwise."""
+COARSE, COARSE_TAU = math.log(2.2), 0.6
+"""Where rates lie farther apart than this (ln), points see too little of the shape to vouch for less misfit than that."""
+A_MEAN, A_SD = 0.5, 1.0
+"""Prior of the asymmetry a, per unit of ln(lr): real valleys rise faster on the right."""
+_A = np.linspace(-1.0, 2.0, 11)
+_N_T = 100
+_C_MIN = 1e-9
+
+
+def linex(u: np.ndarray, a: float | np.ndarray) -> np.ndarray:
+    """Return (exp(a u) - a u - 1) / a^2, and its limit u^2/2 at a = 0."""
+    t = a * u
+    small = np.abs(t) < 1e-3
+    series = u * u * (0.5 + t / 6 + t * t / 24)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        full = (np.expm1(t) - t) / np.where(np.asarray(a) == 0, 1.0, a) ** 2
+    return np.where(small, series, full)
+
+
+@dataclass(frozen=True)
+class Kin:
+    """What related curves say of a curve's shape: asymmetry a with its spread, curvature c with its relative one."""
+
+    a: float
+    a_sd: float
+    c: float
+    c_spread: float
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All that depends on the design alone, at every (m, a) of a grid: one set serves every curve of that design.
+
+    The P losses at the tried rates are known up to a constant, with precision root' root / sigma^2 (root: D x P), so
+    z = root loss has unit noise. At each (m, a) z is turned to the axes of the misfit's covariance, which makes the
+    likelihood a sum over D terms whatever sigma, tau and c are.
+    """
+
+    m: np.ndarray
+    """Places of the minimum tried, [M], even spacing."""
+    turn: np.ndarray
+    """Rotation, [M, A, D, D]."""
+    spread: np.ndarray
+    """Variance of the misfit along each axis at c = tau = 1, [M, A, D]."""
+    shape: np.ndarray
+    """The family's shape along each axis at c = 1, [M, A, D]."""
+
+
+def misfit(x: np.ndarray, m: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """Covariance of the misfit between the points x [P] at c = tau = 1, for every m [M] and a [A]: [M, A, P, P]."""
+    t = np.linspace(min(x.min(), m.min()), max(x.max(), m.max()), _N_T)
+    below, above = t[None, None] <= m[:, None, None], t[None, None] >= m[:, None, None]
+    reach = x[None, :, None] - t[None, None]
+    lever = np.where(above & (reach >= 0), reach, 0.0) + np.where(below & (reach <= 0), -reach, 0.0)
+    # A plateau on the flat side bends by as much as the bottom does: the scale there is c, not c exp(a (t - m)).
+    scale = np.maximum(np.exp(a[None, :, None] * (t[None, None] - m[:, None, None])), 1.0)
+    lever = lever[:, None] * scale[:, :, None, :] * (t[1] - t[0])
+    far = np.sqrt(3) * np.abs(t[:, None] - t[None]) / ELL
+    matern = (1 + far) * np.exp(-far)
+    jump = (lever * np.sign(t[None, None, None] - m[:, None, None, None])).sum(-1) * STEP
+    return (lever @ matern) @ lever.swapaxes(-1, -2) + jump[..., :, None] * jump[..., None, :]
+
+
+def tables(x: np.ndarray, root: np.ndarray, m: np.ndarray) -> Tables:
+    """Build the tables of a design: rates x [P] in ln(lr), root of their precision [D, P], minima m [M] to try."""
+    key = (x - x[0], root, m - x[0])
+    made = _tables(*(np.round(np.ascontiguousarray(v), 9).tobytes() for v in key), len(root))
+    return replace(made, m=made.m + x[0])
+
+
+@functools.lru_cache(maxsize=256)
+def _tables(x_key: bytes, root_key: bytes, m_key: bytes, d: int) -> Tables:
+    x, m = np.frombuffer(x_key), np.frombuffer(m_key)
+    root = np.frombuffer(root_key).reshape(d, len(x))
+    spread, axes = np.linalg.eigh(root @ misfit(x, m, _A) @ root.T)
+    shape = linex(x - m[:, None, None], _A[:, None]) @ root.T
+    return Tables(m, axes.swapaxes(-1, -2), np.maximum(spread, 0.0), np.einsum("maij,mai->maj", axes, shape))
+
+
+def log_likelihood(t: Tables, z: np.ndarray, sigmas: np.ndarray, kin: "Kin | None" = None) -> np.ndarray:
+    """Return the log likelihood of curves z [C, D] over (sigma, tau, m): [C, S, T, M]; sigmas is [C, S].
+
+    The curvature c is the best one for each (sigma, tau, m, a); a is averaged over its prior. `kin`: curves thought
+    to share both, instead of priors that fit any valley.
+    """
+    turned = np.einsum("madj,cj->cmad", t.turn, z)
+    weight = -0.5 * ((_A - (kin.a if kin else A_MEAN)) / (kin.a_sd if kin else A_SD)) ** 2
+    pin = 1 / (kin.c * kin.c_spread) ** 2 if kin else 0.0
+    aim = kin.c * pin if kin else 0.0
+    plain = np.maximum((turned * t.shape).sum(-1) / (t.shape**2).sum(-1), _C_MIN)
+    out = np.empty((*sigmas.shape, len(TAUS), len(t.m)))
+    for i in range(sigmas.shape[1]):
+        noise = sigmas[:, i, None, None, None] ** 2
+        for j, tau in enumerate(TAUS):
+            c = plain
+            for _ in range(2):
+                pull = t.shape / ((tau * c)[..., None] ** 2 * t.spread + noise)
+                c = np.maximum((np.einsum("cmad,cmad->cma", turned, pull) + aim)
+                               / (np.einsum("mad,cmad->cma", t.shape, pull) + pin), _C_MIN)  # fmt: skip
+            variance = (tau * c)[..., None] ** 2 * t.spread + noise
+            rest = turned - c[..., None] * t.shape
+            log = -0.5 * (rest * rest / variance + np.log(variance)).sum(-1) + weight
+            if kin:
+                log = log - 0.5 * pin * (c - kin.c) ** 2
+            top = log.max(-1)
+            out[:, i, j] = top + np.log(np.exp(log - top[..., None]).sum(-1))
+    return out
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The likeliest valley of one curve: constants of the family, and the misfit that its points call for."""
+
+    x: np.ndarray
+    m: float
+    a: float
+    c: float
+    tau: float
+    pull: np.ndarray
+    """Weights [P] of the misfit's covariance, so that the curve passes near the points that are known well."""
+
+    def height(self, x: np.ndarray) -> np.ndarray:
+        """Return the loss over the minimum's at ln(lr) = x, in nats."""
+        x = np.asarray(x, float)
+        both = np.concatenate([self.x, x])
+        cross = misfit(both, np.array([self.m]), np.array([self.a]))[0, 0][len(self.x):, : len(self.x)]
+        return self.c * linex(x - self.m, self.a) + (self.tau * self.c) ** 2 * cross @ self.pull
+
+
+def likeliest(x: np.ndarray, root: np.ndarray, z: np.ndarray, m: float, sigma: float, tau: float) -> Shape:
+    """Return the likeliest shape whose minimum is at m, given noise and misfit."""
+    best, found = -np.inf, None
+    cov = misfit(x, np.array([m]), _A)[0]
+    for a, k in zip(_A, cov):
+        shape = root @ linex(x - m, a)
+        c = max(float(z @ shape / (shape @ shape)), _C_MIN)
+        for _ in range(3):
+            total = (tau * c) ** 2 * root @ k @ root.T + sigma**2 * np.eye(len(z))
+            solved = np.linalg.solve(total, np.stack([shape, z], 1))
+            c = max(float(shape @ solved[:, 1] / (shape @ solved[:, 0])), _C_MIN)
+        total = (tau * c) ** 2 * root @ k @ root.T + sigma**2 * np.eye(len(z))
+        pull = np.linalg.solve(total, z - c * shape)
+        log = -0.5 * float((z - c * shape) @ pull + np.linalg.slogdet(total)[1]) - 0.5 * ((a - A_MEAN) / A_SD) ** 2
+        if log > best:
+            best, found = log, Shape(x, m, float(a), c, tau, root.T @ pull)
+    return found

@@ -1,0 +1,4 @@
+"""One file a question, and the scaffold that they share.
+
+Refuses to know how an answer is shown.
+"""

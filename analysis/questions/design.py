@@ -1,0 +1,265 @@
+"""Designing the next runs: how many seeds a claim needs before any run, and which runs would decide most after some.
+
+Everything is worked out by fitting the runs that one plans as if they came out at the fitted curve: the posterior's
+spread is then the one to expect.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from analysis.inference.decide import MIN_SEEDS, scale_of
+from analysis.inference.estimate import Verdict
+from analysis.measures.ratio import Answer, seeds_at_best
+from analysis.optimum.fit import Optimum
+from analysis.optimum.likelihood import Evidence, gather
+from analysis.optimum.posterior import weigh
+from analysis.optimum.valley import linex
+from analysis.questions.base import Findings
+from analysis.runs.table import Curve
+
+NOISE, CURVATURE, SKEW, MISFIT = 4e-3, 0.15, 0.5, 0.35
+"""Assumed before a sweep has measured its own: noise of one run (nats), curvature at the optimum (nats per unit of ln(lr)
+squared), asymmetry, misfit of the curvature. Measured on the kept sweeps (analysis/results): 4e-3 to 5e-3, 0.08 to 0.30,
+-0.1 to 1.4, 0.24 to 0.47."""
+MAX_SEEDS = 16
+N_AROUND = 3
+MAX_NEW_SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Runs to add to one curve."""
+
+    curve: Curve
+    lr: float
+    seeds: tuple[int, ...]
+    why: str
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        rank = self.curve.key.get("rank")
+        return {"curve": self.curve.name, "group": self.curve.group, "variant": self.curve.variant,
+                "method": self.curve.key["method"], "rank": None if rank is None or rank != rank else int(rank),
+                "lr": self.lr, "seeds": list(self.seeds), "why": self.why}  # fmt: skip
+
+
+# ---------------------------------------------------------------- before any run
+
+
+def needed_seeds(
+    margin: tuple[float, float], n_lora: int, noise: float = NOISE, curvature: float = CURVATURE, rates: int = 7,
+    factor: float = 2.0,
+) -> tuple[int | None, float]:  # fmt: skip
+    """Return the fresh seeds a curve at its three best rates after which a ratio's standard error is a quarter of the
+    margin's width (in ln), and that error; None if MAX_SEEDS are not enough.
+
+    Args:
+        margin: of the ratio.
+        n_lora: LoRA curves that are averaged against one full fine-tuning curve.
+        noise: nats, of one run. curvature: nats per unit of ln(lr) squared, at the optimum.
+    """
+    if not 0 < margin[0] < margin[1]:
+        return None, math.inf  # no lower edge to stay off: a ratio's margin starts above 0
+    target = (math.log(margin[1]) - math.log(margin[0])) / 4
+    error = math.inf
+    for n in range(MIN_SEEDS - 1, MAX_SEEDS + 1):
+        error = _planned_error(rates, factor, n, noise, curvature) * math.sqrt(1 + 1 / max(n_lora, 1))
+        if error <= target:
+            return n, error
+    return None, error
+
+
+def _planned_error(rates: int, factor: float, fresh: int, noise: float, curvature: float) -> float:
+    """Standard deviation of ln(best LR) to expect of one curve: one seed over the grid, `fresh` at the three best."""
+    step = math.log(factor)
+    grid = (np.arange(rates) - (rates - 1) / 2) * step
+    errors = []
+    for m in (0.0, 0.25 * step, 0.5 * step):
+        loss = curvature * linex(grid - m, SKEW)
+        first = min(max(int(np.argmin(loss)) - 1, 0), rates - N_AROUND)
+        x = np.concatenate([grid, np.tile(grid[first : first + N_AROUND], fresh)])
+        block = np.concatenate([np.zeros(rates), np.repeat(np.arange(fresh) + 1, N_AROUND)]).astype(int)
+        errors.append(_spread(gather(x, curvature * linex(x - m, SKEW), block), noise, MISFIT))
+    return float(np.mean(errors))
+
+
+def _spread(e: Evidence, noise: float, misfit: float) -> float:
+    """Standard deviation of the minimum's posterior when noise and misfit are known."""
+    ((posterior,), _) = weigh([[dataclasses.replace(e, squares=100 * noise**2, df=100)]], misfit=misfit)[0]
+    mean = float(posterior.m @ posterior.mass)
+    return math.sqrt(max(float((posterior.m - mean) ** 2 @ posterior.mass), 0.0))
+
+
+# ---------------------------------------------------------------- after some runs
+
+
+def suggest(found: "Answer | Findings") -> list[Suggestion]:
+    """Name the runs that would decide most for claims that are open: first what opens a gate, then what narrows most.
+
+    Runs that exist are never named. Nothing is returned where every claim is decided or no run of the grid can help
+    (another task, another arm, another rank).
+    """
+    wanted: list[Suggestion] = []
+    for verdict in found.verdicts:
+        if verdict.outcome != "UNDECIDED" or "task:" in verdict.why or "no curve of" in verdict.why:
+            continue
+        lora_only = found.of_rates and not verdict.log
+        curves = [o for o in found.members.get(verdict.group, []) if not lora_only or o.curve.key["method"] == "lora"]
+        gated = [s for o in curves for s in _open_gates(o)]
+        more = _narrow(verdict, curves) if found.of_rates else [s for o in curves for s in _more_seeds(o, 2, "narrows it")]
+        wanted += gated or more
+    merged: dict[tuple[int, float], Suggestion] = {}
+    for s in wanted:
+        known = merged.get((id(s.curve), s.lr))
+        seeds = {*(known.seeds if known else ()), *s.seeds} - _tried(s.curve, s.lr)
+        if seeds:
+            merged[id(s.curve), s.lr] = dataclasses.replace(known or s, seeds=tuple(sorted(seeds)))
+    return list(merged.values())
+
+
+def _tried(curve: Curve, lr: float) -> set[int]:
+    return {int(s) for s in curve.seed[np.abs(curve.x - math.log(lr)) < 2e-3]}
+
+
+def _make(o: Optimum, lr: float, seeds: Sequence[int], why: str) -> Suggestion:
+    return Suggestion(o.curve, float(f"{lr:.2e}"), tuple(int(s) for s in seeds), why)
+
+
+def _open_gates(o: Optimum) -> list[Suggestion]:
+    """Runs without which no verdict is given: rates beyond an edge or before a cliff, more rates, seeds at the optimum."""
+    x, every = np.unique(o.curve.x[o.curve.usable]), np.unique(o.curve.x)
+    seed = [_grid_seed(o)]
+    if not len(x):
+        return [_make(o, math.exp(every[0] - k * math.log(2)), seed, "every rate broke down") for k in (1, 2, 3)]
+    step = float(np.median(np.diff(x))) if len(x) > 1 else math.log(2)
+    wall = min(every[every > x[-1]], default=math.inf)
+    side = o.open_side
+    if side > 0 and math.isfinite(wall):
+        why = "between the best rate and the first that breaks down"
+        return [_make(o, math.exp(x[-1] + (wall - x[-1]) * k / 3), seed, why) for k in (1, 2)]
+    if side:
+        end = x[-1] if side > 0 else every[0]
+        return [_make(o, math.exp(end + side * k * step), seed, "beyond the edge of the rates tried") for k in (1, 2)]
+    if "few_points" in o.flags or "no_variance" in o.flags:
+        best = float(x[int(np.argmin([o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x]))])
+        return [_make(o, math.exp(best + k * step / 2), seed, "more rates about the best one") for k in (-1, 1)]
+    have = seeds_at_best(o)
+    if have < MIN_SEEDS:
+        return _more_seeds(o, MIN_SEEDS - have, f"{MIN_SEEDS} seeds at the optimum")
+    if "flat" in o.flags:
+        return _more_seeds(o, MIN_SEEDS, "the valley is flat for its noise")
+    return []
+
+
+def _grid_seed(o: Optimum) -> int:
+    seeds, counts = np.unique(o.curve.seed, return_counts=True)
+    return int(seeds[int(np.argmax(counts))])
+
+
+def _more_seeds(o: Optimum, n: int, why: str) -> list[Suggestion]:
+    fresh = int(o.curve.seed.max()) + 1 + np.arange(n)
+    return [_make(o, math.exp(v), fresh, why) for v in _around(o)]
+
+
+def _around(o: Optimum) -> np.ndarray:
+    """The tried rates around the optimum, N_AROUND of them."""
+    x = np.unique(o.curve.x[o.curve.usable])
+    means = [o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x]
+    at = math.log(o.best_lr.value) if o.best_lr.value else x[int(np.argmin(means))]
+    first = int(np.argmin(np.abs(x - at))) - N_AROUND // 2
+    first = min(max(first, 0), max(len(x) - N_AROUND, 0))
+    return x[first : first + N_AROUND]
+
+
+def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
+    """Give runs to the curve whose share of the variance falls most for each run, until the claim would be decided if its
+    value stayed: two rates halfway between those around the optimum (at MIN_SEEDS seeds, so that no gate closes), or one
+    more seed at the three around it. An open claim gets at least one such step."""
+    known = [o for o in curves if o.best_lr.draws is not None]
+    if not known or len(known) < len(curves) or verdict.estimate.value is None:
+        return []
+    weight = _weights(verdict, known)
+    plan = {id(o): (0, False) for o in known}
+    cache: dict[tuple[int, int, bool], float] = {}
+
+    def variance(o: Optimum, n: int, rates: bool) -> float:
+        key = (id(o), n, rates)
+        if key not in cache:  # what is planned, in proportion to the spread that the curve's optimum has now
+            now = float(np.std(np.log(o.best_lr.draws)))
+            cache[key] = (weight[id(o)] * now * _expected(o, n, rates) / _expected(o, 0, False)) ** 2
+        return cache[key]
+
+    target = _target(verdict)
+    first = True
+    while first or math.sqrt(sum(variance(o, *plan[id(o)]) for o in known)) > target:
+        steps = []
+        for o in known:
+            n, rates = plan[id(o)]
+            now = variance(o, n, rates)
+            if n < MAX_NEW_SEEDS:
+                steps.append(((now - variance(o, n + 1, rates)) / N_AROUND, id(o), (n + 1, rates)))
+            if not rates:
+                steps.append(((now - variance(o, n, True)) / (2 * MIN_SEEDS), id(o), (n, True)))
+        if not steps or (max(steps)[0] <= 0 and not first):
+            break
+        _, which, then = max(steps)
+        plan[which], first = then, False
+    return [s for o in known for s in _planned(o, *plan[id(o)])]
+
+
+def _planned(o: Optimum, n: int, rates: bool) -> list[Suggestion]:
+    out = []
+    if rates:
+        seeds = sorted(set(o.curve.seed), key=lambda s: -(o.curve.seed == s).sum())[:MIN_SEEDS]
+        out += [_make(o, math.exp(v), seeds, "halfway between the rates around the optimum") for v in _halfway(o)]
+    return out + (_more_seeds(o, n, "narrows the optimum") if n else [])
+
+
+def _weights(verdict: Verdict, known: Sequence[Optimum]) -> dict[int, float]:
+    """Weight of each curve's ln(best LR) in the estimand: a mean against full fine-tuning, or a slope over log2(rank)."""
+    if verdict.log:
+        n = sum(o.curve.key["method"] == "lora" for o in known)
+        return {id(o): 1.0 if o.curve.key["method"] == "fullft" else 1.0 / n for o in known}
+    x = np.log2([float(o.curve.key["rank"]) for o in known])
+    spread = float(((x - x.mean()) ** 2).sum()) or 1.0
+    return {id(o): float(v - x.mean()) / spread for o, v in zip(known, x)}
+
+
+def _halfway(o: Optimum) -> np.ndarray:
+    x = _around(o)
+    return (x[1:] + x[:-1]) / 2
+
+
+def _target(verdict: Verdict) -> float:
+    """Standard error of the estimand, in ln for ratios, at which its interval would clear the nearest edge."""
+    e, to = verdict.estimate, scale_of(verdict.log)
+    room = min(abs(to(e.value) - to(edge)) for edge in verdict.margin)
+    return max(room / float(stats.norm.ppf(0.5 + e.level / 2)), 1e-4)
+
+
+def _expected(o: Optimum, n: int, rates: bool) -> float:
+    """Standard deviation of ln(best LR) to expect with n more seeds at the rates around the optimum, and with two rates
+    halfway between them."""
+    use = o.curve.usable
+    x, block = o.curve.x[use], o.curve.block[use]
+    extra = np.tile(_around(o), n)
+    fresh = np.repeat(int(block.max()) + 1 + np.arange(n), N_AROUND)[: len(extra)]
+    if rates:
+        seeds, counts = np.unique(block, return_counts=True)
+        usual = seeds[np.argsort(-counts, kind="stable")][:MIN_SEEDS]
+        extra = np.concatenate([extra, np.repeat(_halfway(o), len(usual))])
+        fresh = np.concatenate([fresh, np.tile(usual, len(_halfway(o)))])
+    planned, blocks = np.concatenate([x, extra]), np.concatenate([block, fresh]).astype(int)
+    return _spread(gather(planned, o.shape.height(planned), blocks), o.pooled.noise, o.pooled.misfit)
+
+
+def lines(suggestions: Sequence[Suggestion]) -> list[str]:
+    """Write suggestions for the terminal."""
+    return [f"{s.curve.name} ({s.curve.group}): lr {s.lr:g}, seeds {', '.join(map(str, s.seeds))}: {s.why}"
+            for s in suggestions]  # fmt: skip

@@ -1,0 +1,89 @@
+"""The arms of a `layers` sweep: which matrices each trains, how many parameters, what its runs say at its best rate."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.measures.at_best import AtBest, same
+from analysis.measures.efficiency import Points, at_best
+from analysis.optimum.fit import Optimum, fit_all
+from analysis.runs.table import curves
+
+SETS = ("attention", "mlp", "attention+mlp", "attention+unembedding", "mlp+unembedding", "attention+mlp+unembedding")
+PARAMETERS_AGREE = 0.1
+"""Largest difference in trained parameters, as a share, at which two curves count as equal in size."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One layer set of one task, as LoRA or as full fine-tuning of its matrices."""
+
+    optimum: Optimum
+    layers: str
+    rank: int | None
+    n_trainable: int
+    points: AtBest[Points]
+    nll: float | None
+    share: float | None
+    """Share of the squared gradient at the start that lies in the layer set, of full fine-tuning."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """All arms on one model and data set."""
+
+    name: str
+    full: Arm | None
+    lora: list[Arm]
+    restricted: list[Arm]
+
+    def get(self, layers: str, rank: int | None = None) -> Arm | None:
+        """Return LoRA's arm of a layer set, of a rank if one is given, else of the highest."""
+        found = [a for a in self.lora if a.layers == layers and rank in (None, a.rank)]
+        return max(found, key=lambda a: a.rank or 0, default=None)
+
+
+def tasks_of(table: pd.DataFrame) -> list[Task]:
+    """Split a table into tasks and arms."""
+    optima = fit_all(curves(table))
+    points = at_best(table, optima)
+    shares = _shares(table)
+    found: dict[str, Task] = {}
+    for o, p in zip(optima, points):
+        key, full = o.curve.key, o.curve.key["method"] == "fullft"
+        layers = str(key["layers"])
+        layers = "attention+mlp+unembedding" if layers == "all" else layers
+        share = shares.get(o.curve.group, {})
+        total = sum(share.get(s, math.nan) for s in layers.split("+")) if share else None
+        n = next(int(row["n_trainable"]) for _, row in table.iterrows() if same(row, o))
+        arm = Arm(o, layers, None if full else int(key["rank"]), n, p, o.best_nll, total)
+        task = found.setdefault(o.curve.group, Task(o.curve.group, None, [], []))
+        if full and key.get("scope") == "all":
+            found[o.curve.group] = Task(task.name, arm, task.lora, task.restricted)
+        else:
+            (task.restricted if full else task.lora).append(arm)
+    return list(found.values())
+
+
+def _shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Share of the squared gradient at step 0 by layer set, mean over full fine-tuning's runs, by group."""
+    full = table[(table["method"] == "fullft") & (table["scope"] == "all")]
+    out: dict[str, list[dict[str, float]]] = {}
+    for curve in curves(full) if len(full) else []:
+        rows = full[(full["model"] == curve.key["model"]) & (full["dataset"] == curve.key["dataset"])]
+        found = [json.loads(t)["curve"][0].get("grad_share") for t in rows["result"]]
+        out[curve.group] = [f for f in found if f]
+    return {g: {k: float(np.mean([f[k] for f in fs])) for k in fs[0]} for g, fs in out.items() if fs}
+
+
+def equal_pair(task: Task) -> tuple[Arm, Arm] | None:
+    """Return attention and MLP arms without the unembedding whose parameters agree best; None if none agree well enough."""
+    known = [a for a in task.lora if a.n_trainable]
+    both = [(a, m) for a in known if a.layers == "attention" for m in known if m.layers == "mlp"]
+    pairs = [(abs(math.log(a.n_trainable / m.n_trainable)), k, a, m) for k, (a, m) in enumerate(both)]
+    if not pairs or min(pairs)[0] > math.log(1 + PARAMETERS_AGREE):
+        return None
+    return min(pairs)[2:]

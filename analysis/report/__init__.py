@@ -1,0 +1,4 @@
+"""What people read: reports, pages, figures.
+
+Computes nothing.
+"""

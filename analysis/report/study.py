@@ -1,0 +1,180 @@
+"""The study's table: every claim of every sweep that has an answer.
+
+    python -m analysis study [--out PAGE.md] [--json]
+
+Read from results.json of kept results (analysis/results) and of reports of one's own; primary claims are corrected for their
+number over the whole table (Holm). study_page makes pages of it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.inference.decide import holm, look_level
+from analysis.inference.estimate import LEVEL, Estimate, Verdict, with_interval
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+ORDER = ("lr_ratio", "lr_scale", "short_runs", "rank", "layers", "batch_size", "capacity", "invariance", "compute", "recipes")
+"""The order of the study's questions; others follow by name."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One sweep's answer at one scale."""
+
+    folder: Path
+    told: dict[str, Any]
+    question: dict[str, Any]
+    verdicts: list[Verdict]
+
+    @property
+    def name(self) -> str:
+        """Sweep and scale."""
+        return f"{self.told['sweep']}-{self.told['scale']}"
+
+    @property
+    def command(self) -> str:
+        """What makes it again."""
+        return f"python -m lorasweep +sweep={self.told['sweep']} scale={self.told['scale']}"
+
+    def says(self, claim: str) -> str:
+        """A claim in words."""
+        return self.question["claims"].get(claim, {}).get("says") or claim.replace("_", " ")
+
+    def word(self, claim: str, kind: str) -> str:
+        """What the question says of a claim in words: `whose`, `measure`, `beside`; empty if nothing."""
+        return self.question["claims"].get(claim, {}).get(kind) or ""
+
+    def read(self, v: Verdict) -> str:
+        """Of which rank and after how many updates a claim was read, in words; empty if there is no more to say."""
+        return (self.told.get("read") or {}).get(self.question["claims"].get(v.claim, {}).get("estimand"), "")
+
+    def overall(self, claim: str) -> Verdict | None:
+        """A claim's verdict over all tasks, where each of them has one of its own as well."""
+        first, *by_task = (v for v in self.verdicts if v.claim == claim)
+        return first if by_task and (first.group.startswith("all ") or " and " in first.group) else None
+
+    def measured(self, v: Verdict) -> str:
+        """What was measured; over several tasks, on the one that is hardest on the claim."""
+        return f"{'on the hardest task ' if v is self.overall(v.claim) else ''}{with_interval(v.estimate)}"
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """The runs, as in its table.csv; no rows if it has none."""
+        path = self.folder / "table.csv"
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+
+    @property
+    def run_ids(self) -> set[str]:
+        """Names of its runs."""
+        return set(self.runs.get("run_id", ()))
+
+    @property
+    def bases(self) -> list[str]:
+        """Names of the models that its runs began from."""
+        return sorted(self.runs["model"].unique()) if len(self.runs) else []
+
+    @property
+    def size(self) -> int:
+        """Parameters of the largest of them."""
+        return int(self.runs["n_trainable"].max()) if "n_trainable" in self.runs else 0
+
+    @property
+    def trained(self) -> str:
+        """What was trained: models with their size, data, ranks, batch, updates."""
+        table = self.runs
+        if not len(table):
+            return "-"
+        full = table[table["method"] == "fullft"]
+        sizes = full.groupby("model")["n_trainable"].max() if "n_trainable" in full else {}
+        models = [f"{m} ({_millions(sizes[m])} parameters)" if m in sizes else m for m in sorted(table["model"].unique())]
+        names = "several bases" if len(models) > 3 else " and ".join(models)
+        said = [f"{names} on {' and '.join(sorted(table['dataset'].unique()))}"]
+        said += [f"{what} {_span(table[column])}" for column, what in SPANS.items() if table[column].notna().any()]
+        ends = {int(c["steps"]) for c in self.told.get("curves") or [] if c.get("steps")}
+        if table["steps"].nunique() == 1 and ends and max(ends) < table["steps"].max():
+            said[-1] += f" (judged after {max(ends)}, when the task was not over yet)"
+        rows = self.told.get("held_out")
+        return ", ".join([*said, *([f"held-out rows {rows}"] if rows else [])])
+
+
+SPANS = {"rank": "LoRA rank", "batch_size": "batch", "steps": "updates"}
+
+
+def _millions(n: float) -> str:
+    return f"{n / 1e6:.2g}M" if n < 1e8 else f"{n / 1e6:.0f}M"
+
+
+def _span(values: pd.Series) -> str:
+    low, high = values.min(), values.max()
+    return f"{low:,g}" if low == high else f"{low:,g} to {high:,g}"
+
+
+def parts_of(folders: Sequence[Path]) -> list[Part]:
+    """Read all answers below folders; of one sweep and scale the first folder's counts. Primary claims are corrected
+    together."""
+    found: dict[str, Part] = {}
+    for root in folders:
+        for path in sorted(root.glob("*/results.json")):
+            told = json.loads(path.read_text())
+            question = json.loads((path.parent / "question.json").read_text())
+            verdicts = [_verdict(v) for v in told["verdicts"]]
+            found.setdefault(path.parent.name, Part(path.parent, told, question, verdicts))
+
+    def place(part: Part) -> tuple[int, str, str]:
+        sweep = part.told["sweep"]
+        return (ORDER.index(sweep) if sweep in ORDER else len(ORDER), sweep, part.told["scale"])
+
+    parts = sorted(found.values(), key=place)
+    corrected = iter(holm([_paid(v, p.question) for p in parts for v in p.verdicts]))
+    return [Part(p.folder, p.told, p.question, [next(corrected) for _ in p.verdicts]) for p in parts]
+
+
+def _paid(v: Verdict, question: dict[str, Any]) -> Verdict:
+    """Raise a verdict's p by what its sweep's looks cost: the level of one look stands for the level of all of them."""
+    share = (1 - LEVEL) / (1 - look_level(int(question.get("rounds", 1))))
+    return v if v.p is None else replace(v, p=min(1.0, v.p * share))
+
+
+def estimate_of(plain: dict[str, Any]) -> Estimate:
+    """Read an estimate from results.json."""
+    return Estimate(**{**plain, "flags": tuple(plain["flags"])})
+
+
+def _verdict(plain: dict[str, Any]) -> Verdict:
+    return Verdict(**{**plain, "estimate": estimate_of(plain["estimate"]), "margin": tuple(plain["margin"])})
+
+
+FAR = 100.0
+"""An end of a margin this far out stands for none."""
+HEAD = ("claim", "scale", "expected", "measured [interval]", "verdict", "runs", "still needed")
+
+
+def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
+    """Return the table, its head first: one row a claim, by its name or in words."""
+    rows = [list(HEAD)]
+    for part in parts:
+        several = len({v.group for v in part.verdicts}) > 1
+        for v in part.verdicts:
+            where = f", {v.group}" if several else ""
+            name = f"{part.told['sweep']}: {v.claim}"
+            if words:
+                marks = f"{part.word(v.claim, 'whose') or 'ours'}{', primary' if v.primary else ''}"
+                text = f"{part.says(v.claim)}{where} (`{name}`, {marks})"
+            else:
+                text = f"{name}{' (primary)' if v.primary else ''}{where}"
+            rows.append([text, part.told["scale"],
+                         f"{v.expected:g}, within {within(v)}", part.measured(v), v.outcome,
+                         str(part.told.get("runs", "-")), v.needed or "-"])  # fmt: skip
+    return rows
+
+
+def within(v: Verdict) -> str:
+    """Return a claim's margin in words."""
+    low, high = v.margin
+    return f"{low:g} and more" if high >= FAR else f"up to {high:g}" if low <= -FAR else f"{low:g} to {high:g}"

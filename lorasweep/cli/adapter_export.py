@@ -1,0 +1,24 @@
+"""Save a finished LoRA run as a PEFT adapter. The weights of a run are not kept (a sweep has thousands), so the
+run is trained again, alone, with the threads and micro-batch that made it: a run made alone comes out bit for bit on
+the same processor, a pack's member of equal rank too (tests)."""
+
+from pathlib import Path
+from typing import Any
+
+from lorasweep.errors import SpecError
+from lorasweep.spec.run import Exec, from_plain, run_id
+
+
+def export_adapter(plain_spec: dict[str, Any], layout: dict[str, Any], exec_: Exec, out: Path) -> None:
+    """Train the run again under `layout` (threads, micro_batch_size) and write its adapter to the folder `out`."""
+    from lorasweep.launch.worker import TorchTrainer
+    from lorasweep.methods.stacked.linear import save_peft
+
+    spec = from_plain(plain_spec)
+    if spec.method.name != "lora":
+        raise SpecError(f"a {spec.method.name} run has no adapter. Choose a lora run.")
+    rid, state = run_id(spec), None
+    for event in TorchTrainer()([spec], Exec(**{**vars(exec_), **layout}), None):
+        state = event.snapshot()[rid]
+    params = {k.removeprefix("param/"): v for k, v in state["tensors"].items() if k.startswith("param/")}
+    save_peft(out, params, spec.method.rank, spec.method.alpha, spec.model.location or spec.model.name)

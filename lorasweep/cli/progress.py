@@ -1,0 +1,128 @@
+"""What the terminal shows while runs work. A courtesy: nothing reads it back."""
+
+import sys
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from lorasweep.plan.flops import run_flops
+from lorasweep.sweep.grid import Point
+
+
+def duration(seconds: float) -> str:
+    """Write a time span for people: 40 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+_FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "steps")
+"""What people look for first, in this order."""
+
+
+def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> dict[str, str]:
+    """Name the runs of a sweep by what differs among them, and no more; the store knows them by their ids.
+
+    Arm and learning rate are always said; a field of a method is compared among the arms that have it. `only`: the ids to
+    name, if not all.
+    """
+    varied = _varied(points)
+    named = {}
+    for p in points:
+        if only is None or p.id in only:
+            f = _fields(p)
+            said = [f"r{f[k]}" if k == "rank" else f"{k}={f[k]}" for k in varied if k in f and k != "seed"]
+            seed = [f"seed={p.spec.seed}"] if "seed" in varied or len(points) == 1 else []
+            named[p.id] = " ".join([p.arm, *said, f"lr={p.spec.lr:g}", *seed])
+    return named
+
+
+def _varied(points: Sequence[Point]) -> list[str]:
+    """List the fields that differ, column by column: a sweep may have ten thousand runs."""
+    found: dict[str, set[Any]] = {}
+    specs = [p.spec for p in points]
+    for key in vars(specs[0]) if specs else ():
+        if key in ("model", "dataset"):
+            found[key] = {getattr(s, key).name for s in {id(getattr(s, key)): s for s in specs}.values()}
+        elif key not in ("lr", "method"):
+            found[key] = {getattr(s, key) for s in specs}
+    for method in {id(s.method): s.method for s in specs}.values():
+        for key, value in vars(method).items():
+            if key != "name":
+                found.setdefault(key, set()).add(str(value))
+    return [k for k in dict.fromkeys((*_FIRST, *found)) if len(found.get(k, ())) > 1]
+
+
+def _fields(point: Point) -> dict[str, Any]:
+    spec = point.spec
+    flat = {k: v for k, v in vars(spec.method).items() if k != "name"}
+    return {**vars(spec), **flat, "model": spec.model.name, "dataset": spec.dataset.name}
+
+
+class Display:
+    """Progress by the work (floating-point operations) that runs stand for, with the time left."""
+
+    def __init__(self, todo: list[Point], quiet: bool = False) -> None:
+        self._points = {p.id: p for p in todo}
+        self._names = run_names(todo)
+        self._work = {p.id: run_flops(p.spec) for p in todo}
+        self._total = sum(self._work.values()) or 1.0
+        self._share = dict.fromkeys(self._work, 0.0)
+        self._first: dict[str, float] = {}
+        self._ended = 0
+        self._started = time.monotonic()
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[left]}"), console=self._console, transient=True,
+            disable=quiet or not sys.stderr.isatty(),
+        )  # fmt: skip
+        self._task = self._bar.add_task(f"0/{len(todo)} runs", total=1.0, left="")
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, markup=False)
+
+    def event(self, event: dict) -> None:
+        """Take in an event of a worker."""
+        for rid in event.get("runs", []):
+            if rid in self._points:
+                done = event["step"] / self._points[rid].spec.steps
+                self._first.setdefault(rid, done)  # a resumed run's earlier part is no work of this session
+                self._share[rid] = done
+        if "ended" in event and event["run"] in self._points:
+            rid = event["run"]
+            self._first.setdefault(rid, 0.0)
+            self._share[rid] = 1.0
+            self._ended += 1
+            self.line(self._outcome(event))
+        self._bar.update(self._task, completed=self._done(), left=self._left(),
+                         description=f"{self._ended}/{len(self._points)} runs")  # fmt: skip
+
+    def _outcome(self, event: dict) -> str:
+        head = f"[{self._ended:>3}/{len(self._points)}] {self._names[event['run']]:32} {event['run']}"
+        if event["ended"] == "failed":
+            return f"{head}  FAILED: {event['cause']}"
+        nll = event.get("test_nll")
+        measure = "" if nll is None else f"  test NLL {nll:.4f}"
+        return f"{head}  {event['ended']:8}{measure}  {duration(event['wall_s'])}  ({self._left()})"
+
+    def _done(self) -> float:
+        return sum(self._work[i] * s for i, s in self._share.items()) / self._total
+
+    def _left(self) -> str:
+        here = sum(self._work[i] * (self._share[i] - self._first.get(i, 0.0)) for i in self._work) / self._total
+        if here <= 0:
+            return "time left: ?"
+        seconds = (time.monotonic() - self._started) * (1 - self._done()) / here
+        return f"{duration(seconds)} left"

@@ -1,0 +1,106 @@
+"""Train a sample of a sweep's finished runs again, alone, and compare: packing must not change a result.
+
+Refuses to judge what the differences mean for a claim: it sets them beside the noise between seeds.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorasweep.data.load import stream
+from lorasweep.errors import SpecError
+from lorasweep.spec.run import Exec
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.grid import Point, curve_key
+
+NO_FLOOR_NATS = 0.01
+"""Difference of the final NLL that counts as different where no cell has two seeds. Assumption: seeds of the tiny
+sweep differ by about this (LOG.md)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run, as it was recorded and as it came out alone."""
+
+    run: str
+    pack_size: int | None
+    recorded: float | None
+    alone: float | None
+    same_state: bool
+    curve_difference: float | None
+    """Largest difference of the held-out NLL over the steps where it was taken, in nats; None if it diverged."""
+
+    @property
+    def difference(self) -> float | None:
+        """Final held-out NLL alone minus recorded, in nats; None for a diverged run."""
+        return None if self.recorded is None or self.alone is None else self.alone - self.recorded
+
+
+@dataclass(frozen=True)
+class Report:
+    """All comparisons, and the noise they are set beside."""
+
+    comparisons: list[Comparison]
+    noise_floor: float | None
+    """Standard deviation of the final NLL between the seeds of a cell, pooled over the sweep's cells, in nats."""
+
+    def differing(self) -> list[Comparison]:
+        """Return the runs that came out otherwise by more than the noise between seeds, or ended otherwise."""
+        bound = NO_FLOOR_NATS if self.noise_floor is None else self.noise_floor
+        return [c for c in self.comparisons if not c.same_state or (c.difference and abs(c.difference) > bound)]
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        rows = [{**asdict(c), "difference": c.difference} for c in self.comparisons]
+        return {"runs": rows, "noise_floor": self.noise_floor, "differing": [c.run for c in self.differing()]}
+
+
+def choose(points: Sequence[Point], store: RunStore, count: int) -> list[Point]:
+    """Draw `count` finished runs that were trained here, those that shared a pack first; the same ones each time."""
+    finished = []
+    for p in points:
+        result = store.result(p.id)
+        if result is not None and not result.get("imported"):
+            finished.append((result.get("pack_size", 1) == 1, stream("verify", p.id).random(), p))
+    if not finished:
+        raise SpecError(f"no run of this sweep was finished in {store.root}. Run the sweep first.")
+    return [p for _, _, p in sorted(finished, key=lambda row: row[:2])[:count]]
+
+
+def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
+    """Pool the variance of the final NLL between seeds over the cells that have several; None if none has."""
+    cells: dict[tuple[Any, ...], list[float]] = {}
+    for p in points:
+        result = store.result(p.id) or {}
+        if result.get("state") == "done":
+            cells.setdefault((*curve_key(p), p.spec.lr), []).append(result["test_nll"])
+    several = [values for values in cells.values() if len(values) > 1]
+    degrees = sum(len(values) - 1 for values in several)
+    return math.sqrt(sum(statistics.variance(v) * (len(v) - 1) for v in several) / degrees) if degrees else None
+
+
+def verify(
+    points: Sequence[Point], store: RunStore, exec_: Exec, count: int, told: Callable[[Comparison], None]
+) -> Report:
+    """Retrain `count` runs alone, with the threads and micro-batch that made them, and compare."""
+    from lorasweep.launch.worker import TorchTrainer
+
+    trainer, comparisons = TorchTrainer(), []
+    for p in choose(points, store, count):
+        before = store.result(p.id) or {}
+        layout = store.layout(p.id)
+        state, final = "", {}
+        for event in trainer([p.spec], Exec(**{**vars(exec_), **layout}), None):
+            if p.id in event.ended:
+                state, final = event.ended[p.id]
+        pairs = [(a["test_nll"], b["test_nll"]) for a, b in zip(before["curve"], final["curve"])]
+        gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
+        done = state == before["state"] == "done"
+        recorded, alone = (before["test_nll"], final["test_nll"]) if done else (None, None)
+        worst = max(gaps, default=None) if done else None
+        comparison = Comparison(p.id, before.get("pack_size"), recorded, alone, state == before["state"], worst)
+        told(comparison)
+        comparisons.append(comparison)
+    return Report(comparisons, noise_floor(points, store))

@@ -1,0 +1,110 @@
+"""`dialect`: a language of 32 symbols whose entropy is known, and a dialect of it to be learned.
+
+P(next | a, b, c) comes from low-rank features of the two last symbols and a Zipf prior; 30% of the 32^3
+contexts carry a memorised next symbol with mass 0.8. The base model is pretrained on the language
+(both knobs 0). The dialect draws new feature rows for a part of the symbols (a shared shift of the rules)
+and replaces a part of the exceptions (a tail of facts). Recipe: science.md section 2 of the design notes.
+"""
+
+import numpy as np
+
+from lorasweep.data.load import Data, Example, generated, stream
+from lorasweep.errors import DataError
+from lorasweep.spec.run import DatasetSpec
+
+VOCAB = 32
+KNOBS = {
+    "rule_shift": 0.5,  # fraction of symbols with new feature rows
+    "new_exceptions": 0.3,  # fraction of the exceptions that are replaced
+    "exceptions": 0.3,  # fraction of contexts with a memorised next symbol
+    "mass": 0.8,  # probability of a memorised symbol
+    "sharpness": 2.0,  # standard deviation of the rule's logits
+    "features": 8.0,  # rank of the rule
+    "language": 0.0,  # number of the language: another base language, another dialect of it
+}
+
+
+def load(spec: DatasetSpec) -> Data:
+    """Make the language of `spec.knobs` and its held-out sequences with their exact floor."""
+    table = transition(spec.knobs, where=f"dataset {spec.name!r}")
+    length = spec.max_length
+
+    def draw(rng: np.random.Generator, count: int, table: np.ndarray = table) -> list[Example]:
+        tokens = sample(table, rng, count, length)
+        loss = np.ones(length, dtype=bool)
+        loss[:3] = False  # the first symbols have no full context
+        return [Example(tokens=row, loss=loss) for row in tokens]
+
+    retain: list[Example] = []
+    if spec.n_retain:
+        language = transition({**spec.knobs, "rule_shift": 0.0, "new_exceptions": 0.0})
+        retain = draw(stream("data", spec.name, "retain"), spec.n_retain, language)
+
+    test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
+    rows = np.stack([e.tokens for e in test])
+    p = table[rows[:, :-3], rows[:, 1:-2], rows[:, 2:-1], rows[:, 3:]]
+    return Data(
+        train=generated(spec, spec.train_split, draw),
+        test=test,
+        n_train=spec.n_train,
+        retain=retain,
+        floor_nats=float(-np.log(p).mean()),
+    )
+
+
+def check(spec: DatasetSpec) -> None:
+    """Raise DataError for knobs that make no language."""
+    _checked(spec.knobs, f"dataset {spec.name!r}")
+
+
+def transition(knobs: dict[str, float], where: str = "dialect") -> np.ndarray:
+    """Return P(next | a, b, c) as float64 [32, 32, 32, 32], rows summing to 1."""
+    k = _checked(knobs, where)
+    rank, v, number = int(k["features"]), VOCAB, int(k["language"])
+    old, new = stream("dialect", number, "language"), stream("dialect", number, "dialect")
+
+    feats = [old.normal(size=(v, rank)), old.normal(size=(v, rank))]  # of b and of c
+    out = old.normal(size=(rank, v))
+    shifted = new.permutation(v)[: round(k["rule_shift"] * v)]
+    for table in feats:
+        table[shifted] = new.normal(size=(len(shifted), rank))
+    logits = np.einsum("bk,ck,kv->bcv", feats[0], feats[1], out) / np.sqrt(rank)
+    zipf = -np.log(np.arange(1, v + 1))[old.permutation(v)]
+    logits = k["sharpness"] * logits + zipf
+    rule = np.exp(logits - logits.max(-1, keepdims=True))
+    rule /= rule.sum(-1, keepdims=True)
+
+    is_exception = old.random((v, v, v)) < k["exceptions"]
+    memorised = old.integers(v, size=(v, v, v))
+    replaced = new.random((v, v, v)) < k["new_exceptions"]
+    memorised = np.where(replaced, new.integers(v, size=(v, v, v)), memorised)
+    p = np.broadcast_to(rule, (v, v, v, v)).copy()
+    p[is_exception] *= 1 - k["mass"]
+    a, b, c = np.nonzero(is_exception)
+    p[a, b, c, memorised[a, b, c]] += k["mass"]
+    return p
+
+
+def _checked(knobs: dict[str, float], where: str) -> dict[str, float]:
+    for key in knobs:
+        if key not in KNOBS:
+            raise DataError(f"{where}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}.")
+    k = {**KNOBS, **knobs}
+    for key in ("rule_shift", "new_exceptions", "exceptions", "mass"):
+        if not 0 <= k[key] <= 1:
+            raise DataError(f"{where}: knob {key}={k[key]} lies between 0 and 1.")
+    if k["features"] < 1:
+        raise DataError(f"{where}: knob features={k['features']} is 1 or more.")
+    return k
+
+
+def sample(table: np.ndarray, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
+    """Draw sequences, int32 [count, length]; the first three symbols are uniform."""
+    cumulative = np.cumsum(table, axis=-1)
+    cumulative[..., -1] = 1.0
+    tokens = np.empty((count, length), dtype=np.int32)
+    tokens[:, :3] = rng.integers(VOCAB, size=(count, 3))
+    for t in range(3, length):
+        rows = cumulative[tokens[:, t - 3], tokens[:, t - 2], tokens[:, t - 1]]
+        tokens[:, t] = (rng.random(count)[:, None] > rows).sum(-1)
+    return tokens

@@ -1,0 +1,78 @@
+"""`skills`: short symbolic tasks in one answer format: copy, reverse, sort, addition, word problems.
+
+Characters are the tokens. The base model is pretrained on easier instances in the same format
+(knob difficulty 1), so that fine-tuning (difficulty 2) teaches the skill and not the format.
+"""
+
+import numpy as np
+
+from lorasweep.data.load import Data, Example, generated, stream
+from lorasweep.errors import DataError
+from lorasweep.spec.run import DatasetSpec
+
+ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789+-*=:>.?"
+VOCAB = 48  # the alphabet, rounded up; spare symbols are never used
+KNOBS = {"difficulty": 2.0}
+_INDEX = {char: i for i, char in enumerate(ALPHABET)}
+_NAMES = ("ann", "bob", "eve", "tom", "sue", "max")
+_THINGS = ("nuts", "pens", "cups", "hats")
+
+
+LONGEST = 48
+"""Symbols of the longest instance (46 seen): a shorter max_length would cut answers off."""
+DIFFICULTIES = (1, 2, 3)
+
+
+def check(spec: DatasetSpec) -> None:
+    """Raise DataError for knobs or lengths that make no task."""
+    for key in spec.knobs:
+        if key not in KNOBS:
+            raise DataError(f"dataset {spec.name!r}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}.")
+    difficulty = {**KNOBS, **spec.knobs}["difficulty"]
+    if difficulty not in DIFFICULTIES:
+        raise DataError(f"dataset {spec.name!r}: knob difficulty={difficulty:g} is 1, 2 or 3.")
+    if spec.max_length < LONGEST:
+        raise DataError(f"dataset {spec.name!r}: max_length={spec.max_length} would cut answers off. Give {LONGEST}.")
+
+
+def load(spec: DatasetSpec) -> Data:
+    """Make the task at `knobs.difficulty`. The loss looks at the answer and its line end, or under mask=all at all."""
+    check(spec)
+    difficulty = int({**KNOBS, **spec.knobs}["difficulty"])
+
+    def draw(rng: np.random.Generator, count: int, difficulty: int = difficulty) -> list[Example]:
+        return [_example(*instance(rng, difficulty), spec) for _ in range(count)]
+
+    test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
+    retain = draw(stream("data", spec.name, "retain"), spec.n_retain, DIFFICULTIES[0]) if spec.n_retain else ()
+    return Data(train=generated(spec, spec.train_split, draw), test=test, n_train=spec.n_train, retain=retain)
+
+
+def instance(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
+    """Draw one (prompt, answer). Each of the five skills comes up equally often."""
+    kind = int(rng.integers(5))
+    if kind < 3:
+        n = int(rng.integers(2 * difficulty, 2 + 4 * difficulty))
+        letters = [chr(97 + int(i)) for i in rng.integers(26, size=n)]
+        name, answer = (
+            ("copy", letters),
+            ("reverse", letters[::-1]),
+            ("sort", sorted(letters)),
+        )[kind]
+        return f"{name} {''.join(letters)}>", "".join(answer)
+    top = 10**difficulty
+    a, b = (int(x) for x in rng.integers(1, top, size=2))
+    if kind == 3:
+        return f"{a}+{b}>", str(a + b)
+    who, thing = _NAMES[int(rng.integers(len(_NAMES)))], _THINGS[int(rng.integers(len(_THINGS)))]
+    if rng.integers(2):
+        return f"{who} has {a} {thing} and buys {b}. how many?>", str(a + b)
+    a, b = max(a, b), min(a, b)
+    return f"{who} has {a} {thing} and sells {b}. how many?>", str(a - b)
+
+
+def _example(prompt: str, answer: str, spec: DatasetSpec) -> Example:
+    text = prompt + answer + "\n"
+    tokens = np.array([_INDEX[c] for c in text[: spec.max_length]], dtype=np.int32)
+    loss = np.arange(len(tokens)) >= (1 if spec.mask == "all" else len(prompt))
+    return Example(tokens=tokens, loss=loss, n_bytes=int(loss.sum()))

@@ -1,0 +1,4 @@
+"""Runs as jobs of a Slurm cluster.
+
+Refuses to know what a run trains.
+"""

@@ -1,0 +1,262 @@
+"""What was submitted to a cluster: records beside the runs, and what Slurm says of them. No submitit, no planning.
+
+    <runs_dir>/.slurm/lock/                     one submitter at a time, among all users
+                      code/<snapshot>/          the code that the jobs run
+                      <name>/submission.json    written before the first sbatch: sweep, and the runs of each task
+                             tasks/<k>.json     what task k is told
+                             request.json       what was asked, for the job that follows
+                             array-<c>.json     written after an sbatch: Slurm's id; or that it was given up
+                             withdrawn.json     runs that no task shall start any more
+                             ended.json         how its jobs ended, once all have
+                             jobs/              submitit's files, and the jobs' logs
+
+A submission whose command died between submission.json and array-<c>.json is found by the names of its jobs.
+"""
+
+import getpass
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorasweep.errors import ClusterError
+from lorasweep.launch.slurm import client as slurm
+from lorasweep.store import files
+from lorasweep.store.claims import Lock
+
+GIVE_UP_S = 600.0
+"""An end that accounting does not tell within this time after the submission is not told any more; and a job that was
+given up is looked for this long."""
+LOCK_S = 600.0
+"""How long a command waits for another that is submitting."""
+FOLLOW = "follow"
+"""The array's name-part of the job that follows the others."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """Tasks `first` to `first + n - 1` of a submission, submitted by one sbatch; the following job is one of its own."""
+
+    part: str
+    """Number of the array, or FOLLOW."""
+    name: str
+    """Job name, unique to it."""
+    first: int
+    n: int
+    job: str | None = None
+    """Slurm's id; None: not recorded (yet)."""
+    abandoned: bool = False
+    """It never reached Slurm, or was taken back."""
+
+    def label(self, task: int) -> str:
+        """Return the id that Slurm has for a task of the submission: 12_3, or 12 where there is no array."""
+        return f"{self.job}_{task - self.first}" if self.n > 1 else str(self.job)
+
+
+@dataclass
+class Submission:
+    """One submission as its folder tells it."""
+
+    folder: Path
+    told: dict[str, Any]
+    arrays: list[Array]
+    withdrawn: set[str] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """Return its name: sweep, scale and a random part."""
+        return self.folder.name
+
+    @property
+    def tasks(self) -> list[list[str]]:
+        """Return the run ids of each task."""
+        return self.told["tasks"]
+
+    def log(self, label: str) -> Path:
+        """Return where the output of a job (12, 12_3) is."""
+        return self.folder / "jobs" / f"{label}_0_log.out"
+
+
+@dataclass
+class Queue:
+    """What Slurm says of the submissions that are not known to be over."""
+
+    submissions: list[Submission]
+    jobs: dict[str, dict[int, slurm.Job]]
+    """Submission name -> task -> its job, live or lately ended."""
+    follows: dict[str, slurm.Job]
+    """Submission name -> the job that follows it."""
+    strays: list[slurm.Job]
+    """Live jobs whose submission is not recorded in full, or was given up."""
+    unknown: str | None = None
+    """Why Slurm could not be asked; then nothing counts as queued."""
+    elsewhere: list[Submission] = field(default_factory=list)
+    """Submissions that this Slurm cannot tell about: another cluster's, or another user's where users see their own only."""
+
+    def live(self) -> list[tuple[Submission, int, slurm.Job]]:
+        """List the tasks that run or may still run."""
+        return [(s, k, j) for s in self.submissions for k, j in sorted(self.jobs.get(s.name, {}).items()) if j.live]
+
+    def untold(self) -> set[str]:
+        """Return the runs that jobs may have which this Slurm cannot tell about."""
+        return {rid for s in self.elsewhere for task in s.tasks for rid in task}
+
+    def covered(self) -> dict[str, slurm.Job]:
+        """Return the runs that a live task has before it, and its job."""
+        return {rid: job for s, k, job in self.live() for rid in s.tasks[k] if rid not in s.withdrawn}
+
+
+def home(runs_dir: Path) -> Path:
+    """Return the folder of all submissions."""
+    return runs_dir / ".slurm"
+
+
+def new_name(title: str) -> str:
+    """Return a name for a submission of a sweep: unique, and usable as a job's and a folder's."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', title)}-{os.urandom(4).hex()}"
+
+
+def record(
+    folder: Path, sweep: str, asked: Iterable[str], tasks: Sequence[Sequence[str]], arrays: Iterable[Array], **more: Any
+) -> None:
+    """Write submission.json: from now on its jobs can be found, whatever happens to this command. `asked`: all runs of
+    the question's first stage, submitted now or not."""
+    told = {
+        "sweep": sweep, "asked": sorted(asked), "user": getpass.getuser(), "created_s": time.time(),
+        "tasks": [list(t) for t in tasks],
+        "arrays": [{k: v for k, v in asdict(a).items() if k not in ("job", "abandoned")} for a in arrays], **more,
+    }  # fmt: skip
+    files.write_atomic(folder / "submission.json", json.dumps(told).encode())
+
+
+def note_array(folder: Path, part: str, job: str | None) -> None:
+    """Record what became of an array: Slurm's id, or None: it was given up."""
+    files.write_atomic(folder / f"array-{part}.json", json.dumps({"job": job, "abandoned": job is None}).encode())
+
+
+def withdraw(submission: Submission, ids: Iterable[str]) -> None:
+    """Record that no task of a submission shall start these runs any more."""
+    submission.withdrawn |= set(ids)
+    files.write_atomic(submission.folder / "withdrawn.json", json.dumps(sorted(submission.withdrawn)).encode())
+
+
+def read(folder: Path) -> Submission | None:
+    """Read a submission; None if its command died before it was recorded."""
+    try:
+        told = json.loads((folder / "submission.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise ClusterError(f"{folder}/submission.json is damaged. Cancel its jobs by hand, then remove the folder.") from None
+    arrays = []
+    for plain in told["arrays"]:
+        seen = _json(folder / f"array-{plain['part']}.json") or {}
+        arrays.append(Array(**plain, job=seen.get("job"), abandoned=seen.get("abandoned", False)))
+    return Submission(folder, told, arrays, set(_json(folder / "withdrawn.json") or []))
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def submissions(runs_dir: Path, over: bool = False) -> list[Submission]:
+    """List the submissions, oldest first; those that are over only if asked for."""
+    try:
+        folders = [Path(e.path) for e in os.scandir(home(runs_dir)) if e.is_dir() and e.name not in ("lock", "code")]
+    except FileNotFoundError:
+        return []
+    found = [read(f) for f in folders if over or not (f / "ended.json").exists()]
+    return sorted((s for s in found if s), key=lambda s: s.told["created_s"])
+
+
+def look(runs_dir: Path) -> Queue:
+    """Ask Slurm about all submissions that are not over, with one question. Writes nothing."""
+    open_ = submissions(runs_dir)
+    queue = Queue(open_, {}, {}, [])
+    try:
+        here, private = slurm.setting("ClusterName") if open_ else "", open_ and slurm.hides_jobs()
+    except ClusterError as error:
+        queue.unknown = str(error)
+        return queue
+    me = getpass.getuser()
+    queue.elsewhere = [s for s in open_ if s.told["cluster"] != here or (private and s.told["user"] != me)]
+    open_ = queue.submissions = [s for s in open_ if s not in queue.elsewhere]
+    names = {a.name: (s, a) for s in open_ for a in s.arrays}
+    if not names:
+        return queue
+    try:
+        jobs = slurm.queue(list(names))
+    except ClusterError as error:
+        queue.unknown = str(error)
+        return queue
+    for job in jobs:
+        submission, array = names[job.name]
+        if array.job != job.array:
+            if job.live:
+                queue.strays.append(job)
+        elif array.part == FOLLOW:
+            queue.follows[submission.name] = job
+        else:
+            queue.jobs.setdefault(submission.name, {})[array.first + (job.task or 0)] = job
+    return queue
+
+
+def note_ends(queue: Queue) -> None:
+    """Keep how the jobs of submissions ended of which none is left. The lock must be held."""
+    live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
+    names = {a.name: s.name for s in queue.submissions for a in s.arrays}
+    stray = {names[j.name] for j in queue.strays}
+    for s in [s for s in queue.submissions if s.name not in live | stray and all(a.job or a.abandoned for a in s.arrays)]:
+        if _note_end(s):
+            queue.submissions.remove(s)
+
+
+@contextmanager
+def locked(runs_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of all submissions of a run folder."""
+    lock = Lock(home(runs_dir) / "lock")
+    lock.acquire(LOCK_S, lambda who: say(f"waiting for the command that is submitting now ({who})"))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _note_end(submission: Submission) -> bool:
+    """Keep how the jobs of a submission ended, if accounting knows it by now."""
+    labels = [a.label(k) for a in submission.arrays if a.job for k in range(a.first, a.first + a.n)]
+    ends = slurm.ended(str(a.job) for a in submission.arrays if a.job)
+    young = time.time() - submission.told["created_s"] < GIVE_UP_S
+    if young and (len(ends) < len(labels) or any(a.abandoned for a in submission.arrays)):
+        return False
+    told = {label: asdict(end) for label, end in ends.items()}
+    with suppress(OSError):  # a full disk, or a folder of another's: then it is asked again
+        files.create_once(submission.folder / "ended.json", json.dumps(told).encode())
+    return True
+
+
+def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Say how the Slurm jobs that own attempts (run id -> owner.json) ended: run id -> state, reason and log."""
+    jobs = {rid: o["slurm"]["job"] for rid, o in owners.items() if o.get("slurm")}
+    if not jobs:
+        return {}
+    try:
+        ends = slurm.by_number(jobs.values())
+    except ClusterError:
+        return {}
+    logs = {a.job: s for s in submissions(runs_dir, over=True) for a in s.arrays if a.job}
+    found = {}
+    for rid, job in jobs.items():
+        if job in ends:
+            label, end = ends[job]
+            owner = logs.get(label.partition("_")[0])
+            found[rid] = end.cause() + (f"; log {owner.log(label)}" if owner else "")
+    return found

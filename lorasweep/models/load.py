@@ -1,0 +1,177 @@
+"""Base models: find and load the weights, check them against their described shape, name their layer sets.
+
+Knows four sources: hub, folder, GGUF file, and recipe (`lorasweep.train.pretrain` trains it once).
+Refuses to know methods and data.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorasweep.errors import ModelError
+from lorasweep.spec.run import ModelSpec
+
+SHIPPED = Path(__file__).parent / "bases"
+
+
+@dataclass
+class Base:
+    """A loaded base model. `sha256` is over its weights: two bases are never mixed in one curve."""
+
+    model: Any
+    tokenizer: Any
+    sha256: str
+    start_nll: dict[str, float] = field(default_factory=dict)
+    """Held-out NLL before training, by data set and precision: the same for every run, measured once."""
+
+
+def check_available(spec: ModelSpec, models_dirs: Sequence[str]) -> None:
+    """Raise ModelError, saying how to get them, if local weights are not there. Loads nothing."""
+    if spec.source in ("folder", "gguf"):
+        find(spec, models_dirs)
+
+
+def find(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
+    """Find the folder or file of a local model."""
+    tried = [Path(folder).expanduser() / spec.location for folder in models_dirs]
+    for path in tried:
+        if path.is_file() if spec.source == "gguf" else (path / "config.json").is_file():
+            return path
+    get = "run `make weights`" if "SmolLM2" in spec.location else "put the weights there"
+    raise ModelError(
+        f"model {spec.name!r}: no {spec.source} at {' or '.join(map(str, tried))}. To get it, {get}, "
+        "or say where it is: exec.models_dir=[FOLDER]."
+    )
+
+
+def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -> Base:
+    """Load a base in the master-weight type of `precision`, in eval mode, its shape checked."""
+    import torch
+    import transformers
+
+    from lorasweep.train.objectives.sft import DTYPES
+
+    dtype = DTYPES[precision]
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = None
+    if spec.source == "recipe":
+        from lorasweep.train.pretrain import recipe_model
+
+        model = recipe_model(spec, models_dirs)
+    elif spec.source == "gguf":
+        folder = _converted(spec, models_dirs)
+        model, tokenizer = _from_transformers(str(folder), None)
+    elif spec.source == "folder":
+        model, tokenizer = _from_transformers(str(find(spec, models_dirs)), None)
+    else:
+        try:
+            model, tokenizer = _from_transformers(spec.location, spec.revision or None)
+        except OSError as error:
+            raise ModelError(
+                f"model {spec.name!r}: cannot load {spec.location!r} from the hub ({error}). Check the network and "
+                "access rights, or use local weights: a model file with source=folder."
+            ) from error
+    model = model.to(dtype).eval()
+    if torch.cuda.is_available():
+        model = model.cuda()
+    for p in model.parameters():
+        if p.dtype != dtype:
+            raise ModelError(f"model {spec.name!r}: a weight is {p.dtype}, not {dtype}.")
+    check_shape(model, spec)
+    return Base(model, tokenizer, weights_sha256(model))
+
+
+def _from_transformers(name: str, revision: str | None) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
+    """Convert a GGUF file once: a loaded one counts as quantised and cannot be saved, so the same class is
+    built from its config without the quantisation entry. Cached as safetensors beside the recipes."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = find(spec, models_dirs)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if spec.revision not in ("", f"sha256:{digest}"):
+        raise ModelError(
+            f"model {spec.name!r}: {path} is sha256:{digest}, but conf/model pins {spec.revision}. "
+            "Get the pinned file, or write a model file of your own with another name and revision."
+        )
+    cache = Path(models_dirs[0]).expanduser() / f"{path.stem}-{digest[:12]}"
+    if (cache / "config.json").is_file():
+        return cache
+    kwargs = {"gguf_file": path.name}
+    quantised = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **kwargs)
+    config = quantised.config.to_dict()
+    config.pop("quantization_config", None)
+    model = type(quantised)(type(quantised.config)(**config))
+    model.load_state_dict(quantised.state_dict())
+    partial = cache.with_name(f".{cache.name}.{os.getpid()}")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        os.rename(partial, cache)
+    except OSError:  # another process was first
+        shutil.rmtree(partial, ignore_errors=True)
+        if not (cache / "config.json").is_file():
+            raise
+    return cache
+
+
+def check_shape(model: Any, spec: ModelSpec) -> None:
+    """Raise ModelError if the loaded model is not what conf/model describes."""
+    config = model.config
+    got = {
+        "hidden_size": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "tied": bool(config.tie_word_embeddings),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    want = {k: getattr(spec, k) for k in list(got)[:4]} | {"parameters": spec.n_params()}
+    wrong = [f"{k} is {got[k]}, described as {want[k]}" for k in got if got[k] != want[k]]
+    if wrong:
+        raise ModelError(f"model {spec.name!r} differs from its file in conf/model: {'; '.join(wrong)}.")
+
+
+def layer_modules(model: Any, spec: ModelSpec, layers: tuple[str, ...]) -> dict[str, Any]:
+    """Name -> nn.Linear module of each matrix in the layer sets; ModelError if one is missing or of another kind."""
+    from torch import nn
+
+    found: dict[str, Any] = {}
+    for layer_set in layers:
+        names = set(getattr(spec, layer_set))
+        matching = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in names}
+        wrong = [n for n, m in matching.items() if not isinstance(m, nn.Linear)]
+        count = sum(m.count for m in spec.matrices((layer_set,)))
+        if wrong or len(matching) != count:
+            raise ModelError(
+                f"model {spec.name!r}: layer set {layer_set!r} should be {count} nn.Linear modules named "
+                f"{sorted(names)}; found {len(matching)}, of which not nn.Linear: {wrong[:3] or 'none'}. Fused "
+                "experts are not supported: leave that layer set out of method.layers, or use a dense model."
+            )
+        found |= matching
+    return found
+
+
+def weights_sha256(model: Any) -> str:
+    """Hash names, shapes and values of all parameters, in float32, so that two loads can be compared."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        digest.update(json.dumps([name, list(p.shape)]).encode())
+        digest.update(p.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()

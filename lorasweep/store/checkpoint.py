@@ -1,0 +1,108 @@
+"""Checkpoints of one run: two slots, each a safetensors file and its description, checked before use.
+
+A kill during a write leaves the other slot. The members of a pack write the same steps, so that a pack killed
+between two members' writes still finds a common step. Nothing here is ever unpickled.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from lorasweep.store import files
+from lorasweep.train.events import State
+
+SLOTS = ("a", "b")
+
+
+def save(folder: Path, state: State) -> None:
+    """Write a state into the slot that does not hold the latest good one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    described = {slot: _describe(folder, slot) for slot in SLOTS}
+    steps = {slot: d["step"] if d else -1 for slot, d in described.items()}
+    slot = min(SLOTS, key=lambda s: steps[s])
+    (folder / f"{slot}.json").unlink(missing_ok=True)  # the slot is void until its new description stands
+    path = folder / f"{slot}.safetensors"
+    try:
+        save_file({k: v.contiguous() for k, v in state["tensors"].items()}, path)
+    except SafetensorError as error:  # it hides the number of the system's error in its text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+    files.sync(path)
+    meta = {**state["meta"], "sha256": _sha256(path)}
+    files.write_atomic(folder / f"{slot}.json", json.dumps(meta).encode())
+
+
+def keep_only(folder: Path, step: int | None) -> None:
+    """Void every slot but that of `step`: what lies beyond a resumed step belongs to records that are cut away."""
+    for slot in SLOTS:
+        d = _describe(folder, slot)
+        if d is None or d["step"] != step:
+            (folder / f"{slot}.json").unlink(missing_ok=True)
+
+
+def described(folder: Path) -> dict[int, str]:
+    """Step -> slot of the checkpoints whose description stands. Reads no tensors."""
+    found = {slot: _describe(folder, slot) for slot in SLOTS}
+    return {d["step"]: slot for slot, d in found.items() if d}
+
+
+def layout(folder: Path) -> tuple[str, ...]:
+    """Return the run ids that shared the pack at the latest checkpoint; empty if there is none."""
+    slots = described(folder)
+    d = _describe(folder, slots[max(slots)]) if slots else None
+    return tuple(d["layout"]) if d else ()
+
+
+def load(folder: Path, step: int) -> State | None:
+    """Load the checkpoint of `step`; None if its content does not match its checksum."""
+    from safetensors.torch import load_file
+
+    slot = described(folder).get(step)
+    meta = _describe(folder, slot) if slot else None
+    if meta is None:
+        return None
+    path = folder / f"{slot}.safetensors"
+    try:
+        if _sha256(path) != meta["sha256"]:
+            return None
+        return {"tensors": load_file(path), "meta": meta}
+    except OSError:
+        return None
+
+
+def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:
+    """Load the latest step that every member has in good order; None if there is none."""
+    common = set.intersection(*(set(described(f)) for f in folders.values()))
+    for step in sorted(common, reverse=True):
+        states = {rid: load(f, step) for rid, f in folders.items()}
+        if all(s is not None for s in states.values()):
+            return states
+    return None
+
+
+def _describe(folder: Path, slot: str) -> dict[str, Any] | None:
+    try:
+        meta = json.loads((folder / f"{slot}.json").read_bytes())
+        return meta if isinstance(meta.get("step"), int) else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes free on the disk that holds `path` (or its nearest existing parent)."""
+    while not path.exists():
+        path = path.parent
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize

@@ -1,0 +1,44 @@
+"""Replay finished runs into Weights & Biases. The only importer of wandb; a mirror, never the truth.
+
+One W&B run a lorasweep run, with the run's id, grouped by sweep. WANDB_MODE=offline needs neither network nor
+account; W&B's own variables (WANDB_PROJECT, WANDB_DIR, WANDB_ENTITY) say where the copies go.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+
+from lorasweep.cli.progress import run_names
+from lorasweep.errors import StoreError
+from lorasweep.spec.run import canonical
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.grid import Point
+
+
+def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
+    """Replay the records of finished runs that were not replayed yet; return how many were."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise StoreError("mirror=wandb needs the package wandb: pip install wandb") from error
+    mode = os.environ.get("WANDB_MODE", "offline")
+    count, names = 0, run_names(points)
+    for point in points:
+        result = store.result(point.id)
+        mark = store.folder(point.id) / f"mirrored-{mode}.json"
+        if result is None or mark.exists():
+            continue
+        run = wandb.init(
+            id=point.id, name=names[point.id], group=group, mode=mode, resume="allow",
+            project=os.environ.get("WANDB_PROJECT", "lorasweep"), config=json.loads(canonical(point.spec)),
+            settings=wandb.Settings(x_disable_stats=True, x_disable_meta=True, console="off", silent=True,
+                                    disable_git=True, disable_code=True),
+        )  # fmt: skip
+        for record in store.records(point.id):
+            values = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
+            run.log(values, step=record["step"])
+        run.summary.update({k: v for k, v in result.items() if isinstance(v, int | float | str)})
+        run.finish()
+        mark.write_text(json.dumps({"group": group}) + "\n")
+        count += 1
+    return count

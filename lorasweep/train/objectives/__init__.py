@@ -1,0 +1,4 @@
+"""What is optimised, one file an objective.
+
+Refuses to know the loop.
+"""

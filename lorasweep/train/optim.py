@@ -1,0 +1,148 @@
+"""AdamW with a vector of learning rates, one a member, and learning-rate schedules.
+
+The formula is torch.optim.AdamW's (Loshchilov & Hutter, arXiv 1711.05101); torch's own takes one rate a
+parameter group, while a pack holds N members in one tensor. Tests compare the two in float64.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorasweep.spec.run import RunSpec
+
+
+def lr_factor(spec: RunSpec, step: int) -> float:
+    """Return the factor on the peak rate for update `step` (0-based)."""
+    if step < spec.warmup_steps:
+        return (step + 1) / (spec.warmup_steps + 1)
+    if spec.schedule == "constant":
+        return 1.0
+    done = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
+    return 1.0 - done if spec.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass
+class OneRun:
+    """Trainables that are plain named tensors of one run: a base in pretraining."""
+
+    tensors: dict[str, torch.Tensor]
+    stacked = False
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor."""
+        return self.tensors
+
+    def part_of(self, name: str) -> tuple[str, slice]:
+        """All of it belongs to the one run."""
+        return name, slice(0, 1)
+
+
+@dataclass
+class AdamW:
+    """State for the tensors of a pack's Trainables."""
+
+    trainables: Any
+    specs: list[RunSpec]
+    params: dict[str, torch.Tensor]
+    exp_avg: dict[str, torch.Tensor]
+    exp_avg_sq: dict[str, torch.Tensor]
+
+    @classmethod
+    def start(cls, trainables: Any, specs: Sequence[RunSpec]) -> "AdamW":
+        """Begin with empty moments. `trainables` is a methods.Trainables."""
+        params = trainables.parameters()
+        zeros = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
+        return cls(trainables, list(specs), params, *zeros)
+
+    def keep(self, members: list[int]) -> None:
+        """Compact the pack to `members` (rising indices), parameters and moments."""
+        came_from = self.trainables.keep(members)
+        self.specs = [self.specs[i] for i in members]
+        self.params = self.trainables.parameters()
+        self.exp_avg, self.exp_avg_sq = (
+            {new: moment[old][rows].clone() for new, (old, rows) in came_from.items()}
+            for moment in (self.exp_avg, self.exp_avg_sq)
+        )
+
+    @torch.no_grad()
+    def grad_norms(self) -> list[float]:
+        """Return each member's global gradient norm."""
+        if not self.trainables.stacked:
+            norms = [torch.linalg.vector_norm(p.grad) for p in self.params.values()]
+            return [float(torch.stack(norms).double().square().sum().sqrt())]
+        squares = torch.zeros(len(self.specs), dtype=torch.float64, device=next(iter(self.params.values())).device)
+        for name, p in self.params.items():
+            members = self.trainables.part_of(name)[1]
+            squares[members] += torch.linalg.vector_norm(p.grad.flatten(1), dim=1).double().square()
+        return squares.sqrt().tolist()
+
+    @torch.no_grad()
+    def grad_squares(self) -> list[dict[str, float]]:
+        """Return each member's squared gradient norms by the names that tensors have in one member's state."""
+        found: list[dict[str, float]] = [{} for _ in self.specs]
+        for name, p in self.params.items():
+            of_member, members = self.trainables.part_of(name)
+            squares = p.grad.double().square()
+            for k, value in zip(range(members.start, members.stop), squares.flatten(1).sum(1) if self.trainables.stacked
+                                else [squares.sum()]):  # fmt: skip
+                found[k][of_member] = float(value)
+        return found
+
+    @torch.no_grad()
+    def step(self, step: int, norms: Sequence[float]) -> None:
+        """Make update `step` (0-based) of every member. `norms` are grad_norms(), used where a member clips."""
+        specs = self.specs
+        first = specs[0]  # betas, eps and decay are shared by a pack (plan.pack_key)
+        lr = [s.lr * lr_factor(s, step) for s in specs]
+        clip = [min(1.0, s.clip_norm / (n + 1e-6)) if s.clip_norm else 1.0 for s, n in zip(specs, norms)]
+        if not self.trainables.stacked:
+            self._fused(step, lr[0], clip[0])
+            return
+        t = step + 1
+        fix1, fix2 = 1 - first.beta1**t, math.sqrt(1 - first.beta2**t)
+        some = next(iter(self.params.values()))
+        rate_N, clip_N = (torch.tensor(x, dtype=torch.float64).to(some) for x in (lr, clip))
+        members = [self.trainables.part_of(name)[1] for name in self.params]
+        own = [torch.tensor(self.trainables.lr_ratios(name), dtype=torch.float64).to(some) for name in self.params]
+        params = list(self.params.values())
+        rates = [(rate_N[at] * ratio).view(-1, 1, 1) for at, ratio in zip(members, own)]
+        grads, m, v = [p.grad for p in params], self._moments(self.exp_avg), self._moments(self.exp_avg_sq)
+        if any(c != 1.0 for c in clip):
+            torch._foreach_mul_(grads, [clip_N[at].view(-1, 1, 1) for at in members])
+        if first.weight_decay:
+            torch._foreach_mul_(params, [1 - rate * first.weight_decay for rate in rates])
+        torch._foreach_lerp_(m, grads, 1 - first.beta1)
+        torch._foreach_mul_(v, first.beta2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - first.beta2)
+        change = torch._foreach_sqrt(v)
+        torch._foreach_div_(change, fix2)
+        torch._foreach_add_(change, first.eps)
+        change = torch._foreach_div(m, change)
+        torch._foreach_mul_(change, [rate / fix1 for rate in rates])
+        torch._foreach_sub_(params, change)
+
+    def _fused(self, step: int, lr: float, clip: float) -> None:
+        """Update one run's whole weights by torch's fused kernel, which reads and writes each number once."""
+        spec, params = self.specs[0], list(self.params.values())
+        grads = [p.grad for p in params]
+        if clip != 1.0:
+            torch._foreach_mul_(grads, clip)
+        steps = [torch.tensor(float(step + 1), device=p.device) for p in params]
+        torch._fused_adamw_(
+            params, grads, self._moments(self.exp_avg), self._moments(self.exp_avg_sq), [], steps, lr=lr,
+            beta1=spec.beta1, beta2=spec.beta2, weight_decay=spec.weight_decay, eps=spec.eps, amsgrad=False,
+            maximize=False,
+        )  # fmt: skip
+        # The kernel changes the weights without saying so, and decoder.Lean would go on with the old ones' copies.
+        torch.autograd.graph.increment_version(params)
+
+    def _moments(self, moments: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [moments[name] for name in self.params]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for p in self.params.values():
+            p.grad = None
