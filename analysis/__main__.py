@@ -1,4 +1,5 @@
-"""`python -m analysis`: judge a sweep again, or fit anyone's runs. Trains nothing and needs no torch."""
+"""`python -m analysis`: judge a sweep again, or fit anyone's runs. Trains nothing and needs no
+torch."""
 
 import argparse
 import json
@@ -39,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TableError as error:
         print(f"analysis: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"analysis: {error.filename} cannot be written or read: {error.strerror}", file=sys.stderr)
+        print(
+            f"analysis: {error.filename} cannot be written or read: {error.strerror}",
+            file=sys.stderr,
+        )
     return 2
 
 
@@ -47,17 +51,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _outside(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"lorasweep-analysis {argv[0]}", epilog=EPILOG,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog=f"lorasweep-analysis {argv[0]}",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("command", help=argparse.SUPPRESS)
-    parser.add_argument("file", type=Path, help="one run a row: .csv, .parquet, .json or .jsonl (a W&B export will do). "
-                        "Columns model, lr, test_nll, and method or rank; optional status, dataset, batch_size, seed, "
-                        "hidden_size, layers, alpha, steps. No method means lora, an empty rank full fine-tuning")  # fmt: skip
-    parser.add_argument("--map", action="append", default=[], metavar="THEIRS=OURS", help="a column's name here; repeatable")
-    parser.add_argument("--higher", metavar="COLUMN", help="use this column as the metric: better when higher")
-    parser.add_argument("--broken", type=float, help="a metric at least as bad as this counts as diverged")
-    parser.add_argument("--within", type=float, default=0.01, help="loss that the low-regret band allows")
-    parser.add_argument("--share", action="store_true", help="ranks of one model lend each other their curvature")
+    parser.add_argument(
+        "file",
+        type=Path,
+        help="one run a row: .csv, .parquet, .json or .jsonl (a W&B export will do). "
+        "Columns model, lr, test_nll, and method or rank; optional status, dataset, batch_size, seed, "
+        "hidden_size, layers, alpha, steps. No method means lora, an empty rank full fine-tuning",
+    )
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="THEIRS=OURS",
+        help="a column's name here; repeatable",
+    )
+    parser.add_argument(
+        "--higher", metavar="COLUMN", help="use this column as the metric: better when higher"
+    )
+    parser.add_argument(
+        "--broken", type=float, help="a metric at least as bad as this counts as diverged"
+    )
+    parser.add_argument(
+        "--within", type=float, default=0.01, help="loss that the low-regret band allows"
+    )
+    parser.add_argument(
+        "--share", action="store_true", help="ranks of one model lend each other their curvature"
+    )
     parser.add_argument("--out", type=Path, help="write the JSON (or the page) here")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
@@ -73,7 +98,9 @@ def _outside(argv: Sequence[str]) -> int:
             raise TableError(f"--map {pair}: write THEIR_COLUMN=OURS, e.g. --map learning_rate=lr")
         mapping[theirs] = ours
     if not args.within > 0:
-        raise TableError(f"--within {args.within:g}: give a loss above 0, in the metric's units, e.g. --within 0.01")
+        raise TableError(
+            f"--within {args.within:g}: give a loss above 0, in the metric's units, e.g. --within 0.01"
+        )
     table = reading.read(args.file, mapping, args.higher, args.broken)
     for note in table.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -90,7 +117,9 @@ def _outside(argv: Sequence[str]) -> int:
     return 0
 
 
-def _told(command: str, table: Any, args: argparse.Namespace, outside: Any) -> tuple[Any, list[str]]:
+def _told(
+    command: str, table: Any, args: argparse.Namespace, outside: Any
+) -> tuple[Any, list[str]]:
     if command == "fit":
         told = outside.fit(table, args.within, args.share)
         return told, outside.fit_lines(told, args.within)
@@ -108,10 +137,22 @@ def _told(command: str, table: Any, args: argparse.Namespace, outside: Any) -> t
 
 
 def _study(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="lorasweep-analysis study", description="One table of all claims.")
-    parser.add_argument("--reports-dir", default=os.environ.get("LORASWEEP_REPORTS", "reports"), type=Path)
-    parser.add_argument("--out", type=Path, help="write the page (Markdown, figures linked) into this folder of reports")
-    parser.add_argument("--write", action="store_true", help="remake analysis/results/README.md and the README's block")
+    parser = argparse.ArgumentParser(
+        prog="lorasweep-analysis study", description="One table of all claims."
+    )
+    parser.add_argument(
+        "--reports-dir", default=os.environ.get("LORASWEEP_REPORTS", "reports"), type=Path
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="write the page (Markdown, figures linked) into this folder of reports",
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="remake analysis/results/README.md and the README's block",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
 
@@ -125,8 +166,14 @@ def _study(argv: Sequence[str]) -> int:
     rows = study.rows_of(parts)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "study.md").write_text(study_page.page(parts, f"{os.path.relpath(args.reports_dir, args.out)}/"))
-    print(json.dumps([dict(zip(rows[0], r)) for r in rows[1:]], indent=1) if args.json else "\n".join(aligned(rows)))
+        (args.out / "study.md").write_text(
+            study_page.page(parts, f"{os.path.relpath(args.reports_dir, args.out)}/")
+        )
+    print(
+        json.dumps([dict(zip(rows[0], r)) for r in rows[1:]], indent=1)
+        if args.json
+        else "\n".join(aligned(rows))
+    )
     return 0
 
 
@@ -134,12 +181,20 @@ def _study(argv: Sequence[str]) -> int:
 
 
 def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
-    parser = argparse.ArgumentParser(prog="lorasweep-analysis", description=__doc__, epilog=EPILOG,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="lorasweep-analysis",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("sweep", help="name of the sweep, e.g. lr_ratio; or a command, see below")
     parser.add_argument("--scale", help="scale of the sweep; default: the report written last")
-    parser.add_argument("--reports-dir", default=os.environ.get("LORASWEEP_REPORTS", "reports"), type=Path)
-    parser.add_argument("--table", type=Path, help=".parquet or .csv with one run a row; default: the report's own")
+    parser.add_argument(
+        "--reports-dir", default=os.environ.get("LORASWEEP_REPORTS", "reports"), type=Path
+    )
+    parser.add_argument(
+        "--table", type=Path, help=".parquet or .csv with one run a row; default: the report's own"
+    )
     parser.add_argument("--out", type=Path, help="folder to write to; default: the report's folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
@@ -160,18 +215,26 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
     if args.json:
         print(json.dumps([s.plain() for s in wanted], indent=1))
     else:
-        print("\n".join(design.lines(wanted)) or "nothing to add: every claim is decided, or more runs cannot help")
+        print(
+            "\n".join(design.lines(wanted))
+            or "nothing to add: every claim is decided, or more runs cannot help"
+        )
     return 0
 
 
 def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
-    """Find the folder of a sweep's report: of the scale, or the one written last. Kept results count too."""
+    """Find the folder of a sweep's report: of the scale, or the one written last. Kept results
+    count too."""
     from analysis.runs.table import TableError
 
     kept = Path(__file__).parent / "results"
     found = [p.parent for root in (reports, kept) for p in root.glob("*/question.json")]
     names = {p.name for p in found}
-    wanted = [p for p in found if (p.name == f"{sweep}-{scale}" if scale else p.name.rpartition("-")[0] == sweep)]
+    wanted = [
+        p
+        for p in found
+        if (p.name == f"{sweep}-{scale}" if scale else p.name.rpartition("-")[0] == sweep)
+    ]
     if not wanted:
         raise TableError(
             f"no report of sweep {sweep!r}{f' at scale {scale!r}' if scale else ''} in {reports.absolute()}. "

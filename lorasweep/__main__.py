@@ -1,4 +1,5 @@
-"""`python -m lorasweep +sweep=lr_ratio`: compose, then act. The Hydra entry, and user errors without traceback."""
+"""`python -m lorasweep +sweep=lr_ratio`: compose, then act. The Hydra entry, and user errors
+without traceback."""
 
 import os
 import signal
@@ -7,7 +8,8 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 some runs failed, 2 the request was wrong, 130 stopped."""
+    """Run the command line. Exit status: 0 done, 1 some runs failed, 2 the request was wrong, 130
+    stopped."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf import DictConfig
@@ -21,7 +23,9 @@ def main() -> None:
         sys.exit(2)
 
     if any(a in ("-m", "--multirun") for a in sys.argv[1:]):
-        fail("-m (Hydra multirun) is not used here: a sweep's axes are lists. See `python -m lorasweep --help`.")
+        fail(
+            "-m (Hydra multirun) is not used here: a sweep's axes are lists. See `python -m lorasweep --help`."
+        )
     compose.register()
 
     @hydra.main(config_path=str(compose.conf_dir()), config_name="config", version_base="1.3")
@@ -38,8 +42,12 @@ def main() -> None:
         if code:
             sys.exit(code)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: workers checkpoint, then leave
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handlers below instead of Hydra's printer
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # as Ctrl-C: workers checkpoint, then leave
+    os.environ.setdefault(
+        "HYDRA_FULL_ERROR", "1"
+    )  # errors reach the handlers below instead of Hydra's printer
     if Path(sys.argv[0]).name == "__main__.py":
         sys.argv[0] = "lorasweep"
     try:

@@ -1,4 +1,5 @@
-"""Fixtures: the shipped configuration composed as the command line does, small models and data, a fake trainer."""
+"""Fixtures: the shipped configuration composed as the command line does, small models and data, a
+fake trainer."""
 
 import math
 import os
@@ -28,12 +29,15 @@ def compose(tmp_path):
 
 
 class FakeTrainer:
-    """Trains nothing: the final NLL is a planted function of the spec, and so are a learning curve and other measures if asked
-    for. Counts what it was asked to train."""
+    """Trains nothing: the final NLL is a planted function of the spec, and so are a learning curve
+    and other measures if asked for. Counts what it was asked to train."""
 
     def __init__(self, nll, start=3.0, fail=None, curve=None, more=None):
         self.nll, self.start, self.fail, self.trained = nll, start, fail or (lambda spec: False), []
-        self.curve, self.more = curve or (lambda spec: [{"step": 1, "test_nll": nll(spec)}]), more or (lambda spec: {})
+        self.curve, self.more = (
+            curve or (lambda spec: [{"step": 1, "test_nll": nll(spec)}]),
+            more or (lambda spec: {}),
+        )
 
     def __call__(self, pack, exec_, resume):
         ids = [run_id(s) for s in pack]
@@ -45,10 +49,19 @@ class FakeTrainer:
         records = {i: {"step": 1, "train_nll": f, "test_nll": f} for i, f in zip(ids, finals)}
         ended = {}
         for i, f, spec in zip(ids, finals, pack):
-            final = {"nll_start": self.start, "test_nll": f, "curve": self.curve(spec), "steps_done": 1,
-                     "base_sha256": "fake", "floor_nats": None,
-                     "n_trainable": spec.method.n_trainable(spec.model), **self.more(spec)}
-            ended[i] = ("done", final) if math.isfinite(f) else ("diverged", {**final, "test_nll": None})
+            final = {
+                "nll_start": self.start,
+                "test_nll": f,
+                "curve": self.curve(spec),
+                "steps_done": 1,
+                "base_sha256": "fake",
+                "floor_nats": None,
+                "n_trainable": spec.method.n_trainable(spec.model),
+                **self.more(spec),
+            }
+            ended[i] = (
+                ("done", final) if math.isfinite(f) else ("diverged", {**final, "test_nll": None})
+            )
         yield Event(1, records, ended, dict)
 
 

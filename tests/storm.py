@@ -1,8 +1,10 @@
-"""A storm over a sweep on a real Slurm: preemptions, requeues, node failures, kills of jobs and of the submitting command.
+"""A storm over a sweep on a real Slurm: preemptions, requeues, node failures, kills of jobs and of
+the submitting command.
 
     python -m tests.storm --minutes 20      (make storm)
 
-Afterwards nothing is lost, doubled or different: every run's curve is compared with the one of an undisturbed local run.
+Afterwards nothing is lost, doubled or different: every run's curve is compared with the one of an
+undisturbed local run.
 """
 
 import argparse
@@ -18,9 +20,19 @@ from pathlib import Path
 
 from tests.one_machine import FAST, Slurm, command, curves, environment, results
 
-SWEEP = ("+sweep=lr_ratio", "scale=smoke", "steps=40", "batch_size=4", "sweep.arms.lora.rank=[2,8]",
-         "sweep.arms.fullft.lr=${around:1e-3,4,2}", "sweep.arms.lora.lr=${around:3e-3,8,1.7}",
-         "sweep.axes.seed=[0,1,2,3,4,5,6,7,8,9]", "exec.threads=1", "exec.pack_size=4", "exec.checkpoint_s=0.5")  # fmt: skip
+SWEEP = (
+    "+sweep=lr_ratio",
+    "scale=smoke",
+    "steps=40",
+    "batch_size=4",
+    "sweep.arms.lora.rank=[2,8]",
+    "sweep.arms.fullft.lr=${around:1e-3,4,2}",
+    "sweep.arms.lora.lr=${around:3e-3,8,1.7}",
+    "sweep.axes.seed=[0,1,2,3,4,5,6,7,8,9]",
+    "exec.threads=1",
+    "exec.pack_size=4",
+    "exec.checkpoint_s=0.5",
+)
 """200 runs: 40 of full fine-tuning, 160 of LoRA."""
 CLUSTER = (*FAST, "cluster.runs_per_job=8", "exec.max_attempts=50")
 
@@ -29,8 +41,20 @@ class Storm:
     """Does harm to one sweep's jobs, by a seeded choice."""
 
     def __init__(self, slurm, cwd, seed):
-        self.slurm, self.cwd, self.random, self.done = slurm, Path(cwd), random.Random(seed), Counter()
-        self.harms = (self.preempt, self.requeue, self.node_down, self.cancel, self.kill_job, self.kill_submitter)
+        self.slurm, self.cwd, self.random, self.done = (
+            slurm,
+            Path(cwd),
+            random.Random(seed),
+            Counter(),
+        )
+        self.harms = (
+            self.preempt,
+            self.requeue,
+            self.node_down,
+            self.cancel,
+            self.kill_job,
+            self.kill_submitter,
+        )
 
     def running(self):
         return [j for j, s in self.slurm.queue().items() if s == "RUNNING"]
@@ -43,7 +67,20 @@ class Storm:
 
     def preempt(self):
         """An urgent job takes a node; its victims get a grace time, or none, by their partition."""
-        self.slurm.ask("sbatch", "-p", "urgent", "-J", "urgent", "-c", "2", "-o", "/dev/null", "--wrap", "sleep 2", check=False)
+        self.slurm.ask(
+            "sbatch",
+            "-p",
+            "urgent",
+            "-J",
+            "urgent",
+            "-c",
+            "2",
+            "-o",
+            "/dev/null",
+            "--wrap",
+            "sleep 2",
+            check=False,
+        )
 
     def requeue(self):
         job = self.random.choice(self.running())
@@ -51,7 +88,9 @@ class Storm:
 
     def node_down(self):
         node = self.random.choice(["n1", "n2", "n3", "n4"])
-        self.slurm.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=storm", check=False)
+        self.slurm.ask(
+            "scontrol", "update", f"nodename={node}", "state=down", "reason=storm", check=False
+        )
         time.sleep(1)
         self.slurm.ask("scontrol", "update", f"nodename={node}", "state=resume", check=False)
         self.slurm.start()  # what died is started again
@@ -65,7 +104,9 @@ class Storm:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 line = path.read_bytes()
-                if (b"submitit.core._submit" in line or b"lorasweep.launch.worker" in line) and str(self.cwd).encode() in line:
+                if (b"submitit.core._submit" in line or b"lorasweep.launch.worker" in line) and str(
+                    self.cwd
+                ).encode() in line:
                     pids.append(int(path.parent.name))
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.random.choice(pids), signal.SIGKILL)
@@ -79,13 +120,22 @@ class Storm:
 
     def ask(self):
         part = self.random.choice(["cluster.partition=scavenge", "cluster.partition=main"])
-        return subprocess.Popen(command(*SWEEP, *CLUSTER, part), cwd=self.cwd, env=environment(self.cwd), stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        return subprocess.Popen(
+            command(*SWEEP, *CLUSTER, part),
+            cwd=self.cwd,
+            env=environment(self.cwd),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
 
 def reference(cwd):
     """Train the sweep undisturbed, on this machine; return its curves."""
-    subprocess.run(command(*SWEEP), cwd=cwd, env=environment(cwd), check=True, capture_output=True, text=True)
+    subprocess.run(
+        command(*SWEEP), cwd=cwd, env=environment(cwd), check=True, capture_output=True, text=True
+    )
     return curves(Path(cwd) / "runs")
 
 
@@ -99,7 +149,9 @@ def blow(slurm, cwd, seconds, seed=1):
         storm.step()
         time.sleep(storm.random.uniform(0.5, 4.0))
     at_end = len(results(runs))
-    say(f"storm over after {time.monotonic() - started:.0f} s: {at_end} of 200 runs finished; {dict(storm.done)}")
+    say(
+        f"storm over after {time.monotonic() - started:.0f} s: {at_end} of 200 runs finished; {dict(storm.done)}"
+    )
     calm = time.monotonic()
     asks = 0
     while len(results(runs)) < 200:  # asked once more; the rest is the cluster's own doing
@@ -108,9 +160,17 @@ def blow(slurm, cwd, seconds, seed=1):
         while slurm.queue() and len(results(runs)) < 200 and time.monotonic() - asked < 400:
             time.sleep(1)
     slurm.drain()
-    attempts = [len(list(p.glob("attempts/*"))) for p in runs.glob("*/result.json") for p in [p.parent]]
-    say(f"all finished {time.monotonic() - calm:.0f} s later, asked {asks} time(s); attempts a run: {dict(sorted(Counter(attempts).items()))}")
-    return {"harm": dict(storm.done), "finished_in_storm": at_end, "attempts": dict(Counter(attempts))}
+    attempts = [
+        len(list(p.glob("attempts/*"))) for p in runs.glob("*/result.json") for p in [p.parent]
+    ]
+    say(
+        f"all finished {time.monotonic() - calm:.0f} s later, asked {asks} time(s); attempts a run: {dict(sorted(Counter(attempts).items()))}"
+    )
+    return {
+        "harm": dict(storm.done),
+        "finished_in_storm": at_end,
+        "attempts": dict(Counter(attempts)),
+    }
 
 
 def compare(found, wanted):
@@ -138,7 +198,9 @@ def main():
             differing = compare(curves(wild / "runs"), wanted)
         finally:
             slurm.stop()
-    print(f"{len(wanted)} runs, {len(differing)} of them different from the undisturbed ones {differing}")
+    print(
+        f"{len(wanted)} runs, {len(differing)} of them different from the undisturbed ones {differing}"
+    )
     return 1 if differing or len(wanted) != 200 else 0
 
 

@@ -11,12 +11,30 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("lorasweep/**/*.py"), *ROOT.glob("analysis/**/*.py")])
 HEAVY = {"torch", "transformers", "peft", "datasets", "safetensors"}
-MAY_USE_TORCH = {"calibrate", "decoder", "linears", "attention", "train", "execute", "models", "recipe", "loss", "optim", "adapters", "adapter_export", "checkpoint"}
+MAY_USE_TORCH = {
+    "calibrate",
+    "decoder",
+    "linears",
+    "attention",
+    "train",
+    "execute",
+    "models",
+    "recipe",
+    "loss",
+    "optim",
+    "adapters",
+    "adapter_export",
+    "checkpoint",
+}
 ONLY_IN = {
-    "hydra": {"lorasweep/config/compose.py", "lorasweep/__main__.py"}, "omegaconf": {"lorasweep/config/compose.py", "lorasweep/__main__.py"},
-    "wandb": {"lorasweep/tracking/wandb.py"}, "submitit": {"lorasweep/launch/slurm/sbatch.py"}, "matplotlib": {"analysis/report/plots.py"}, "plotly": {"analysis/interactive/__init__.py"},
+    "hydra": {"lorasweep/config/compose.py", "lorasweep/__main__.py"},
+    "omegaconf": {"lorasweep/config/compose.py", "lorasweep/__main__.py"},
+    "wandb": {"lorasweep/tracking/wandb.py"},
+    "submitit": {"lorasweep/launch/slurm/sbatch.py"},
+    "matplotlib": {"analysis/report/plots.py"},
+    "plotly": {"analysis/interactive/__init__.py"},
     "IPython": {"analysis/report/notebook.py"},
-}  # fmt: skip
+}
 
 
 def imports(path, top_only=False):
@@ -70,13 +88,27 @@ def test_methods_import_only_the_standard_library_at_the_top(path):
 
 def test_the_loop_knows_no_store_and_no_method():
     found = imports(ROOT / "lorasweep" / "train.py")
-    assert not {m for m in found if re.match(r"lorasweep\.(store|local|compose|mirror|methods|files|act|plan)", m)}
+    assert not {
+        m
+        for m in found
+        if re.match(r"lorasweep\.(store|local|compose|mirror|methods|files|act|plan)", m)
+    }
     text = (ROOT / "lorasweep" / "train.py").read_text()
     assert not re.search(r"['\"](lora|fullft)['\"]", text)
 
 
-@pytest.mark.parametrize("module", ["lorasweep.config.compose", "lorasweep.plan.packing", "lorasweep.store.run_store", "lorasweep.cli.actions",
-                                    "lorasweep.launch.local", "lorasweep.launch.worker", "analysis.report.report"])  # fmt: skip
+@pytest.mark.parametrize(
+    "module",
+    [
+        "lorasweep.config.compose",
+        "lorasweep.plan.packing",
+        "lorasweep.store.run_store",
+        "lorasweep.cli.actions",
+        "lorasweep.launch.local",
+        "lorasweep.launch.worker",
+        "analysis.report.report",
+    ],
+)
 def test_importing_does_not_import_torch(module):
     code = f"import sys, {module}; bad = {{'torch', 'transformers', 'wandb'}} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
@@ -127,13 +159,19 @@ def test_readme_tree_is_true():
     """Every path that the README's tree names exists, and every top-level package file is named."""
     text = (ROOT / "README.md").read_text()
     tree = re.search(r"```text\n(.*?)```", text, re.DOTALL).group(1)
-    for path in re.findall(r"^ *([\w./-]+\.(?:py|yaml|toml|md)|[\w./-]+/)(?= |$)", tree, re.MULTILINE):
-        assert list(ROOT.glob(path)) or list(ROOT.glob(f"*/{path}")) or list(ROOT.glob(f"*/*/{path}")), path
+    for path in re.findall(
+        r"^ *([\w./-]+\.(?:py|yaml|toml|md)|[\w./-]+/)(?= |$)", tree, re.MULTILINE
+    ):
+        assert (
+            list(ROOT.glob(path)) or list(ROOT.glob(f"*/{path}")) or list(ROOT.glob(f"*/*/{path}"))
+        ), path
     for path in ROOT.glob("lorasweep/*.py"):
         assert path.name in tree, path.name
 
 
-@pytest.mark.parametrize("document", ["README.md", "DECISIONS.md", "LOG.md", "analysis/results/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "DECISIONS.md", "LOG.md", "analysis/results/README.md"]
+)
 def test_links_in_documents_lead_somewhere(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -167,8 +205,16 @@ def test_the_benchmarks_pages_are_made_from_its_figures():
     from analysis.validation import bench
 
     told = json.loads((bench.FOLDER / "bench.json").read_text())
-    wanted = {"sweep_vs_process_per_run", "pack_vs_warm_peft", "lora_step_over_fullft_step", "flops_over_gemm_peak",
-              "plan_10k_s", "status_10k_s", "noop_run_s", "machine"}  # fmt: skip
+    wanted = {
+        "sweep_vs_process_per_run",
+        "pack_vs_warm_peft",
+        "lora_step_over_fullft_step",
+        "flops_over_gemm_peak",
+        "plan_10k_s",
+        "status_10k_s",
+        "noop_run_s",
+        "machine",
+    }
     assert wanted <= told.keys() and all(told[k] for k in wanted)
     text = (ROOT / "README.md").read_text()
     assert bench.with_block(text, told) == text

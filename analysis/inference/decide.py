@@ -1,8 +1,9 @@
 """The decision rule: an interval against a margin that was stated before any run.
 
-SUPPORTED: the interval lies inside the margin. REFUTED: the two do not meet. Else UNDECIDED, with the runs that would
-decide. A failing gate forces UNDECIDED, whatever the numbers say. The interval is the 95% one, or a wider one where the
-sweep may be extended in rounds: looking more than once must not make a false claim easier to support.
+SUPPORTED: the interval lies inside the margin. REFUTED: the two do not meet. Else UNDECIDED, with
+the runs that would decide. A failing gate forces UNDECIDED, whatever the numbers say. The interval
+is the 95% one, or a wider one where the sweep may be extended in rounds: looking more than once
+must not make a false claim easier to support.
 """
 
 import dataclasses
@@ -15,24 +16,34 @@ import numpy as np
 from analysis.inference.estimate import LEVEL, Estimate, Verdict, from_draws
 
 MIN_SEEDS = 3
-"""Seeds at the rates around the optimum below which no verdict is given: fewer say nothing of the noise there."""
+"""Seeds at the rates around the optimum below which no verdict is given: fewer say nothing of the
+noise there."""
 MAX_NEEDED = 64
 """More seeds than this are reported as 'more than'."""
 POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221, 4: 0.0182, 5: 0.0158}
-"""Level of each look by the number of looks planned, so that all together err in 5% (Pocock, Biometrika 64, 1977)."""
+"""Level of each look by the number of looks planned, so that all together err in 5% (Pocock,
+Biometrika 64, 1977)."""
 
 
 def look_level(rounds: int) -> float:
-    """Return the interval's level at each of the rounds that a sweep plans: 0.95 for one, 0.978 for three."""
+    """Return the interval's level at each of the rounds that a sweep plans: 0.95 for one, 0.978 for
+    three."""
     if rounds not in POCOCK:
         raise ValueError(f"a sweep has at most {max(POCOCK)} rounds, not {rounds}")
     return 1 - POCOCK[rounds]
 
 
 def judge(
-    name: str, claim: dict[str, Any], group: str, estimate: Estimate, gates: list[str], seeds: int, log: bool,
-    level: float = LEVEL, of: str = "seeds at each optimum",
-) -> Verdict:  # fmt: skip
+    name: str,
+    claim: dict[str, Any],
+    group: str,
+    estimate: Estimate,
+    gates: list[str],
+    seeds: int,
+    log: bool,
+    level: float = LEVEL,
+    of: str = "seeds at each optimum",
+) -> Verdict:
     """Judge one claim.
 
     Args:
@@ -62,24 +73,35 @@ def judge(
     if outcome == "UNDECIDED":
         needed = _remedy([*gates, why]) or _needed(estimate, low, high, seeds, log, of)
     return Verdict(
-        claim=name, group=group, outcome=outcome, estimate=estimate, expected=float(claim["expected"]),
-        margin=(low, high), primary=bool(claim.get("primary")), why=why, needed=needed,
-        rivals=dict(claim.get("rivals") or {}), log=log, p=p,
-    )  # fmt: skip
+        claim=name,
+        group=group,
+        outcome=outcome,
+        estimate=estimate,
+        expected=float(claim["expected"]),
+        margin=(low, high),
+        primary=bool(claim.get("primary")),
+        why=why,
+        needed=needed,
+        rivals=dict(claim.get("rivals") or {}),
+        log=log,
+        p=p,
+    )
 
 
 def p_value(draws: np.ndarray, low: float, high: float) -> float:
-    """Return the least level at which the draws decide: their interval of level 1 - p lies inside [low, high], or
-    apart from it. Never below what their number can tell."""
+    """Return the least level at which the draws decide: their interval of level 1 - p lies inside
+    [low, high], or apart from it. Never below what their number can tell."""
     below, above = float((draws < low).mean()), float((draws > high).mean())
     inside, apart = 2 * max(below, above), 2 * min(1 - below, 1 - above)
     return min(1.0, max(min(inside, apart), 2 / len(draws)))
 
 
 def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]:
-    """Correct the primary claims for their number (Holm 1979): the k-th smallest p must be at most alpha / (n - k + 1).
+    """Correct the primary claims for their number (Holm 1979): the k-th smallest p must be at most
+    alpha / (n - k + 1).
 
-    A verdict that does not survive becomes UNDECIDED and says so; the others are returned as they are.
+    A verdict that does not survive becomes UNDECIDED and says so; the others are returned as they
+    are.
     """
     primary = [v for v in verdicts if v.primary]
     out = {id(v): v for v in verdicts}
@@ -89,9 +111,11 @@ def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]
         failed = failed or v.p is None or v.p > share
         if failed and v.outcome != "UNDECIDED":
             out[id(v)] = dataclasses.replace(
-                v, outcome="UNDECIDED", needed="more seeds at each optimum",
-                why=f"{v.outcome} alone (p {v.p:.2g}), but not after Holm's correction over {len(primary)} primary claims"
-            )  # fmt: skip
+                v,
+                outcome="UNDECIDED",
+                needed="more seeds at each optimum",
+                why=f"{v.outcome} alone (p {v.p:.2g}), but not after Holm's correction over {len(primary)} primary claims",
+            )
     return [out[id(v)] for v in verdicts]
 
 
@@ -119,7 +143,8 @@ def _remedy(gates: list[str]) -> str:
 
 
 def scale_of(log: bool) -> Callable[[float], float]:
-    """Return what brings a ratio (log) or a slope to the scale on which errors are even; a ratio of 0 is -infinity."""
+    """Return what brings a ratio (log) or a slope to the scale on which errors are even; a ratio of
+    0 is -infinity."""
     return (lambda v: math.log(v) if v > 0 else -math.inf) if log else float
 
 

@@ -1,4 +1,5 @@
-"""What an analysis returns: values with interval, n and flags, and the one place that writes them for people."""
+"""What an analysis returns: values with interval, n and flags, and the one place that writes them
+for people."""
 
 import dataclasses
 import math
@@ -31,7 +32,9 @@ class Estimate:
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain values, without the draws."""
-        told = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "draws"}
+        told = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "draws"
+        }
         return {**told, "flags": list(self.flags)}
 
     def has_interval(self) -> bool:
@@ -39,9 +42,13 @@ class Estimate:
         return self.low is not None and self.high is not None
 
 
-def from_draws(draws: np.ndarray, n: int, level: float = LEVEL, flags: tuple[str, ...] = ()) -> Estimate:
+def from_draws(
+    draws: np.ndarray, n: int, level: float = LEVEL, flags: tuple[str, ...] = ()
+) -> Estimate:
     """Return the median of equally likely values and their interval, tails even."""
-    low, value, high = (float(v) for v in np.quantile(draws, [0.5 - level / 2, 0.5, 0.5 + level / 2]))
+    low, value, high = (
+        float(v) for v in np.quantile(draws, [0.5 - level / 2, 0.5, 0.5 + level / 2])
+    )
     return Estimate(value, low, high, n, flags, draws, level)
 
 

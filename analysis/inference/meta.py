@@ -1,6 +1,8 @@
-"""Several optima together: drift with the rank, homogeneity, and ratios pooled over models with their spread.
+"""Several optima together: drift with the rank, homogeneity, and ratios pooled over models with
+their spread.
 
-Works on equally likely values (draws) of each quantity, so that asymmetric intervals stay asymmetric.
+Works on equally likely values (draws) of each quantity, so that asymmetric intervals stay
+asymmetric.
 """
 
 import math
@@ -21,21 +23,29 @@ class Drift:
     p_slope: float | None = None
     """Two-sided p-value of 'no slope'."""
     p_equal: float | None = None
-    """p-value of 'all ranks have one best LR' (chi^2 with k - 1 degrees of freedom, Cochran's Q)."""
+    """p-value of 'all ranks have one best LR' (chi^2 with k - 1 degrees of freedom, Cochran's Q).
+    """
 
 
-def drift(ranks: Sequence[float], draws: Sequence[np.ndarray], n: int, level: float = LEVEL) -> Drift:
-    """Fit the slope of ln(best LR) over log2(rank): least squares weighted by the optima's variances.
+def drift(
+    ranks: Sequence[float], draws: Sequence[np.ndarray], n: int, level: float = LEVEL
+) -> Drift:
+    """Fit the slope of ln(best LR) over log2(rank): least squares weighted by the optima's
+    variances.
 
-    With three ranks and more the slope's spread is widened where the optima scatter about the line by more than their
-    own spread says: by sqrt(chi^2 / df), the Particle Data Group's scale factor.
+    With three ranks and more the slope's spread is widened where the optima scatter about the line
+    by more than their own spread says: by sqrt(chi^2 / df), the Particle Data Group's scale factor.
 
     Args:
         ranks: one a curve.
         draws: equally likely values of ln(best LR), one array a curve.
     """
     if len(draws) < 2:
-        return Drift(Estimate(None, n=n, flags=("needs two or more optima with intervals, and none at an edge",)))
+        return Drift(
+            Estimate(
+                None, n=n, flags=("needs two or more optima with intervals, and none at an edge",)
+            )
+        )
     x, y = np.log2(np.asarray(ranks, float)), np.array([np.median(d) for d in draws])
     w = 1 / np.array([np.var(d) for d in draws])
     centre = (w * x).sum() / w.sum()
@@ -54,7 +64,11 @@ def drift(ranks: Sequence[float], draws: Sequence[np.ndarray], n: int, level: fl
     sloped = slope + off
     p = 2 * min(float((sloped <= 0).mean()), float((sloped >= 0).mean()))
     q = float((w * (y - np.average(y, weights=w)) ** 2).sum())
-    return Drift(from_draws(sloped, n, level), max(p, 2 / len(sloped)), float(stats.chi2.sf(q, len(draws) - 1)))
+    return Drift(
+        from_draws(sloped, n, level),
+        max(p, 2 / len(sloped)),
+        float(stats.chi2.sf(q, len(draws) - 1)),
+    )
 
 
 @dataclass(frozen=True)
@@ -76,12 +90,14 @@ class RandomEffects:
     k: int
 
 
-def random_effects(values: Sequence[float], errors: Sequence[float], level: float = LEVEL) -> RandomEffects:
+def random_effects(
+    values: Sequence[float], errors: Sequence[float], level: float = LEVEL
+) -> RandomEffects:
     """Pool values with known standard errors; needs two or more.
 
-    Between-group variance by Paule & Mandel (1982), interval by Hartung & Knapp (2001) with k - 1 degrees of freedom,
-    never narrower than the common-effect one; prediction interval by Higgins et al. (2009), k - 2 degrees of freedom
-    (k - 1 at k = 2).
+    Between-group variance by Paule & Mandel (1982), interval by Hartung & Knapp (2001) with k - 1
+    degrees of freedom, never narrower than the common-effect one; prediction interval by Higgins et
+    al. (2009), k - 2 degrees of freedom (k - 1 at k = 2).
     """
     y, v = np.asarray(values, float), np.asarray(errors, float) ** 2
     k = len(y)
@@ -100,5 +116,14 @@ def random_effects(values: Sequence[float], errors: Sequence[float], level: floa
     half = stats.t.ppf(0.5 + level / 2, k - 1) * error
     ahead = stats.t.ppf(0.5 + level / 2, max(k - 2, 1)) * math.sqrt(tau2 + error**2)
     typical = (k - 1) / ((1 / v).sum() - (1 / v**2).sum() / (1 / v).sum())
-    return RandomEffects(mean, mean - half, mean + half, math.sqrt(tau2), tau2 / (tau2 + typical),
-                         float(stats.chi2.sf(q(0.0), k - 1)), mean - ahead, mean + ahead, k)  # fmt: skip
+    return RandomEffects(
+        mean,
+        mean - half,
+        mean + half,
+        math.sqrt(tau2),
+        tau2 / (tau2 + typical),
+        float(stats.chi2.sf(q(0.0), k - 1)),
+        mean - ahead,
+        mean + ahead,
+        k,
+    )

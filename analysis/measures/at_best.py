@@ -1,7 +1,9 @@
-"""What runs say at each curve's best rate, which lies between tried ones and is known with an interval only.
+"""What runs say at each curve's best rate, which lies between tried ones and is known with an
+interval only.
 
-Values are interpolated to the best rate, and to others that are as likely to be it: what a run is after few updates, or how far
-it moved, differs much between rates, so that an interval over seeds at one rate alone would be too narrow.
+Values are interpolated to the best rate, and to others that are as likely to be it: what a run is
+after few updates, or how far it moved, differs much between rates, so that an interval over seeds
+at one rate alone would be too narrow.
 """
 
 import math
@@ -19,9 +21,11 @@ from analysis.optimum.fit import Optimum
 T, U, V = TypeVar("T"), TypeVar("U"), TypeVar("V")
 
 LIKELY = 120
-"""Equally likely best rates that values are read at; with fewer, the draws of two curves are correlated by chance."""
+"""Equally likely best rates that values are read at; with fewer, the draws of two curves are
+correlated by chance."""
 UNREAD = 0.05
-"""Share of them that may say nothing (only a bound, or no run near): beyond it there is no interval."""
+"""Share of them that may say nothing (only a bound, or no run near): beyond it there is no
+interval."""
 NEAR = math.log(1.5)
 """A run within this of the best rate may stand for it where no other lies on its other side."""
 REACH = math.log(4.1)
@@ -30,14 +34,18 @@ REACH = math.log(4.1)
 
 @dataclass(frozen=True)
 class AtBest(Generic[T]):
-    """What a curve's runs say by seed: at its best rate, and at LIKELY rates that are as likely to be the best."""
+    """What a curve's runs say by seed: at its best rate, and at LIKELY rates that are as likely to
+    be the best."""
 
     best: dict[int, T]
     likely: tuple[dict[int, T], ...] = ()
 
     def map(self, f: Callable[[T], U]) -> "AtBest[U]":
         """Apply f to every seed's value."""
-        return AtBest({s: f(v) for s, v in self.best.items()}, tuple({s: f(v) for s, v in w.items()} for w in self.likely))
+        return AtBest(
+            {s: f(v) for s, v in self.best.items()},
+            tuple({s: f(v) for s, v in w.items()} for w in self.likely),
+        )
 
     def paired(self, other: "AtBest[U]", f: Callable[[T, U], V]) -> "AtBest[V]":
         """Apply f to the values of the seeds that both have. Rates of two curves are drawn apart."""
@@ -45,25 +53,33 @@ class AtBest(Generic[T]):
         def pair(a: dict[int, T], b: dict[int, U]) -> dict[int, V]:
             return {s: f(a[s], b[s]) for s in sorted(a.keys() & b.keys())}
 
-        likely = [*zip(self.likely, other.likely)] if self.likely and other.likely else \
-            [(a, other.best) for a in self.likely] or [(self.best, b) for b in other.likely]  # fmt: skip
+        likely = (
+            [*zip(self.likely, other.likely)]
+            if self.likely and other.likely
+            else [(a, other.best) for a in self.likely] or [(self.best, b) for b in other.likely]
+        )
         return AtBest(pair(self.best, other.best), tuple(pair(a, b) for a, b in likely))
 
 
-def over_seeds(values: AtBest[float], kind: Usual | None = None, flags: tuple[str, ...] = ()) -> Estimate:
-    """Return the mean over seeds, its interval for the spread of the seeds and the doubt about the best rates together; no
-    interval where more than UNREAD of the likely rates say nothing."""
+def over_seeds(
+    values: AtBest[float], kind: Usual | None = None, flags: tuple[str, ...] = ()
+) -> Estimate:
+    """Return the mean over seeds, its interval for the spread of the seeds and the doubt about the
+    best rates together; no interval where more than UNREAD of the likely rates say nothing."""
     mine = values.best
     moved = [[v[s] - mine[s] for s in v.keys() & mine.keys()] for v in values.likely]
     shifts = [float(np.mean(m)) for m in moved if m and np.isfinite(m).all()]
     sample = [mine[s] for s in sorted(mine)]
     if sample and len(shifts) < (1 - UNREAD) * len(values.likely):
-        return Estimate(float(np.mean(sample)), n=len(sample), flags=(*flags, "unread_at_likely_rates"))
+        return Estimate(
+            float(np.mean(sample)), n=len(sample), flags=(*flags, "unread_at_likely_rates")
+        )
     return from_sample(sample, kind=kind, shifts=shifts, flags=flags)
 
 
 def likely_rates(o: Optimum, which: int) -> list[float]:
-    """Return LIKELY equally likely best rates of a curve, in an order of its own; none where there is no interval."""
+    """Return LIKELY equally likely best rates of a curve, in an order of its own; none where there
+    is no interval."""
     if o.best_lr.value is None or o.best_lr.draws is None:
         return []
     rates = np.quantile(o.best_lr.draws, (np.arange(LIKELY) + 0.5) / LIKELY)
@@ -72,41 +88,53 @@ def likely_rates(o: Optimum, which: int) -> list[float]:
 
 def values_at_best(
     table: pd.DataFrame, optima: Sequence[Optimum], read: Callable[[pd.Series], dict[Any, float]]
-) -> list[AtBest[dict[Any, float]]]:  # fmt: skip
+) -> list[AtBest[dict[Any, float]]]:
     """Return, for every curve, what `read` finds in its runs, at the curve's best rates.
 
-    Taking the nearest tried rate would let the grid decide, so values are interpolated in ln(rate), by `weights`. `read` gives
-    values by name, which interpolate well as they are (losses, logarithms of norms).
+    Taking the nearest tried rate would let the grid decide, so values are interpolated in ln(rate),
+    by `weights`. `read` gives values by name, which interpolate well as they are (losses,
+    logarithms of norms).
     """
     out = []
     finished = table[(table["status"] == "done") & (table["lr"] > 0)]
     for k, o in enumerate(optima):
         best = o.best_lr.value
-        usable = {(int(s), round(float(x), 6)): float(y)
-                  for s, x, y, u in zip(o.curve.seed, o.curve.x, o.curve.y, o.curve.usable) if u}  # fmt: skip
+        usable = {
+            (int(s), round(float(x), 6)): float(y)
+            for s, x, y, u in zip(o.curve.seed, o.curve.x, o.curve.y, o.curve.usable)
+            if u
+        }
         runs: dict[int, dict[float, dict[Any, float]]] = {}
         for _, row in finished.iterrows() if best is not None else ():
             where = (int(row["seed"]), round(math.log(row["lr"]), 6))
             if where in usable and same(row, o) and (values := read(row)):
                 runs.setdefault(where[0], {})[where[1]] = values
-        heights = {x: float(np.mean([y for (_, v), y in usable.items() if v == x])) for _, x in usable}
-        at = [_at(runs, math.log(lr), heights) if runs else {} for lr in ([best, *likely_rates(o, k)] if best else [])]
+        heights = {
+            x: float(np.mean([y for (_, v), y in usable.items() if v == x])) for _, x in usable
+        }
+        at = [
+            _at(runs, math.log(lr), heights) if runs else {}
+            for lr in ([best, *likely_rates(o, k)] if best else [])
+        ]
         out.append(AtBest(at[0] if at else {}, tuple(at[1:])))
     return out
 
 
 def _at(
     runs: dict[int, dict[float, dict[Any, float]]], at: float, heights: Mapping[float, float]
-) -> dict[int, dict[Any, float]]:  # fmt: skip
+) -> dict[int, dict[Any, float]]:
     """Interpolate to ln(rate) `at`, by seed."""
-    return {seed: mixed(runs[seed], share) for seed, share in _shares_by_seed(runs, at, heights).items()}
+    return {
+        seed: mixed(runs[seed], share) for seed, share in _shares_by_seed(runs, at, heights).items()
+    }
 
 
 def _shares_by_seed(
     runs: dict[int, dict[float, Any]], at: float, heights: Mapping[float, float]
-) -> dict[int, dict[float, float]]:  # fmt: skip
-    """Return the weights by seed: of the rates that all seeds have, if those lie on both sides of the best one, so that seeds
-    are alike; else of each seed's own. A seed without a rate on both sides, or NEAR, is left out."""
+) -> dict[int, dict[float, float]]:
+    """Return the weights by seed: of the rates that all seeds have, if those lie on both sides of
+    the best one, so that seeds are alike; else of each seed's own. A seed without a rate on both
+    sides, or NEAR, is left out."""
     common = set.intersection(*(set(by_rate) for by_rate in runs.values()))
     if common and min(common) <= at <= max(common):
         return dict.fromkeys(runs, weights(list(common), at, heights))
@@ -117,16 +145,26 @@ def _shares_by_seed(
 def mixed(by_rate: dict[float, dict[Any, float]], share: dict[float, float]) -> dict[Any, float]:
     """Return values by name at the rate that these weights are of, from values by ln(rate)."""
     names = set.intersection(*(set(by_rate[x]) for x in share))
-    return {n: sum(w * by_rate[x][n] for x, w in share.items()) for n in by_rate[next(iter(share))] if n in names}
+    return {
+        n: sum(w * by_rate[x][n] for x, w in share.items())
+        for n in by_rate[next(iter(share))]
+        if n in names
+    }
 
 
-def weights(tried: Sequence[float], at: float, heights: Mapping[float, float]) -> dict[float, float]:
+def weights(
+    tried: Sequence[float], at: float, heights: Mapping[float, float]
+) -> dict[float, float]:
     """Return how much each tried ln(rate) counts for a value at ln(rate) `at`: Lagrange's weights.
 
-    Of the two rates around it and of the next one, on the side where the loss (`heights`) is lower, away from a cliff; of the
-    two alone where there is no third within REACH; the nearest alone where `at` is one, or lies outside of those tried.
+    Of the two rates around it and of the next one, on the side where the loss (`heights`) is lower,
+    away from a cliff; of the two alone where there is no third within REACH; the nearest alone
+    where `at` is one, or lies outside of those tried.
     """
-    below, above = sorted((x for x in tried if x <= at), reverse=True), sorted(x for x in tried if x > at)
+    below, above = (
+        sorted((x for x in tried if x <= at), reverse=True),
+        sorted(x for x in tried if x > at),
+    )
     nearest = min(tried, key=lambda x: abs(x - at))
     if not below or not above or abs(nearest - at) < 1e-6:
         return {nearest: 1.0}
@@ -137,4 +175,8 @@ def weights(tried: Sequence[float], at: float, heights: Mapping[float, float]) -
 
 def same(row: pd.Series, o: Optimum) -> bool:
     """Say whether a run belongs to a curve."""
-    return all(row.get(k) == v or (pd.isna(v) and pd.isna(row.get(k))) for k, v in o.curve.key.items() if k in row.index)
+    return all(
+        row.get(k) == v or (pd.isna(v) and pd.isna(row.get(k)))
+        for k, v in o.curve.key.items()
+        if k in row.index
+    )

@@ -1,7 +1,8 @@
-"""rho, step efficiency: full fine-tuning's steps to a loss that both reach, over LoRA's; each at its own best rate.
+"""rho, step efficiency: full fine-tuning's steps to a loss that both reach, over LoRA's; each at
+its own best rate.
 
-A gap in nats grows and shrinks with the place on the learning curve, rho does not: 0.9 means that LoRA needs 11% more
-steps. Reads learning curves from a table of runs; fits no rate.
+A gap in nats grows and shrinks with the place on the learning curve, rho does not: 0.9 means that
+LoRA needs 11% more steps. Reads learning curves from a table of runs; fits no rate.
 """
 
 import json
@@ -19,8 +20,8 @@ Points = list[tuple[float, float]]
 
 
 def steps_to_reach(points: Points, loss: float) -> float | None:
-    """Return the step at which a held-out curve [(step, loss), ...] first reaches a loss, interpolated in ln(step);
-    None if it never does."""
+    """Return the step at which a held-out curve [(step, loss), ...] first reaches a loss,
+    interpolated in ln(step); None if it never does."""
     before: tuple[float, float] | None = None
     for step, value in points:
         if value <= loss:
@@ -33,8 +34,9 @@ def steps_to_reach(points: Points, loss: float) -> float | None:
 
 
 def _reach(one: Points, other: Points) -> tuple[float, int]:
-    """Return ln of the other's steps over the one's to the lowest loss that both reach, and what that is: 0 a value, -1 an
-    upper bound (the other is there at its first evaluation), 1 a lower bound (the one is)."""
+    """Return ln of the other's steps over the one's to the lowest loss that both reach, and what
+    that is: 0 a value, -1 an upper bound (the other is there at its first evaluation), 1 a lower
+    bound (the one is)."""
     loss = max(one[-1][1], other[-1][1])
     mine, theirs = steps_to_reach(one, loss), steps_to_reach(other, loss)
     assert mine is not None and theirs is not None  # both end at or below it
@@ -55,9 +57,11 @@ def log_rho(one: AtBest[Points], other: AtBest[Points]) -> AtBest[float]:
 def rho(lora: AtBest[Points], full: AtBest[Points], kind: Usual | None = None) -> Estimate:
     """Return rho from held-out curves (step 0 and the last evaluation left out), paired by seed.
 
-    Steps are counted to the lowest loss that both reach: LoRA's last one, or full fine-tuning's where that ends higher.
-    Interval: over ln rho of the seeds and of the likely best rates; needs two seeds or more. Where either is there at its first
-    evaluation in any seed, only a bound is given. `kind`: the usual spread of ln rho over seeds.
+    Steps are counted to the lowest loss that both reach: LoRA's last one, or full fine-tuning's
+    where that ends higher.
+    Interval: over ln rho of the seeds and of the likely best rates; needs two seeds or more. Where
+    either is there at its first evaluation in any seed, only a bound is given. `kind`: the usual
+    spread of ln rho over seeds.
     """
     pairs = {s: (lora.best[s], full.best[s]) for s in sorted(lora.best.keys() & full.best.keys())}
     found = [_reach(a, b) for a, b in pairs.values() if a and b]
@@ -65,32 +69,42 @@ def rho(lora: AtBest[Points], full: AtBest[Points], kind: Usual | None = None) -
         return Estimate(None)
     values, bounds = [math.exp(v) for v, _ in found], {bound for _, bound in found} - {0}
     if bounds:
-        low, high = (min(values) if bounds == {1} else None), (max(values) if bounds == {-1} else None)
+        low, high = (
+            (min(values) if bounds == {1} else None),
+            (max(values) if bounds == {-1} else None),
+        )
         return Estimate(None, low, high, len(found), ("one is there at its first evaluation",))
     return exp_of(over_seeds(log_rho(lora, full), kind))
 
 
 def of_curves(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Estimate | None]:
-    """Return rho of every curve against the full fine-tuning one of its group, in order; None for that one itself."""
+    """Return rho of every curve against the full fine-tuning one of its group, in order; None for
+    that one itself."""
     curves = at_best(table, optima)
     out: list[Estimate | None] = []
     for o, mine in zip(optima, curves):
-        full = [k for k, f in enumerate(optima) if f.curve.group == o.curve.group and f.curve.key["method"] == "fullft"]
+        full = [
+            k
+            for k, f in enumerate(optima)
+            if f.curve.group == o.curve.group and f.curve.key["method"] == "fullft"
+        ]
         compared = o.curve.key["method"] != "fullft" and len(full) == 1
         out.append(rho(mine, curves[full[0]]) if compared else None)
     return out
 
 
 def at_best(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[AtBest[Points]]:
-    """Return, for every curve, its held-out learning curves by seed at its best rates; step 0 and the last evaluation, which
-    uses more rows, left out."""
+    """Return, for every curve, its held-out learning curves by seed at its best rates; step 0 and
+    the last evaluation, which uses more rows, left out."""
     found = values_at_best(table, optima, lambda row: dict(before_last(_curve_of(row))))
     return [mine.map(lambda points: sorted(points.items())) for mine in found]
 
 
 def read_to(curves: Sequence[AtBest[Points]]) -> int:
     """Return the update up to which curves are read: the last evaluation but one of the shortest."""
-    return min((int(points[-1][0]) for c in curves for points in c.best.values() if points), default=0)
+    return min(
+        (int(points[-1][0]) for c in curves for points in c.best.values() if points), default=0
+    )
 
 
 def _curve_of(row: pd.Series) -> pd.DataFrame:

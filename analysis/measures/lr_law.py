@@ -1,7 +1,9 @@
-"""The study's law of the learning rate: LR = base x M x (2000 / hidden)^p, M for LoRA (1 for full fine-tuning), p by family.
+"""The study's law of the learning rate: LR = base x M x (2000 / hidden)^p, M for LoRA (1 for full
+fine-tuning), p by family.
 
-Its constants are fitted twice: as the study did, by the least summed loss that linear interpolation between the tried rates
-predicts; and by a regression on fitted optima. Knows curves and optima, reads no file.
+Its constants are fitted twice: as the study did, by the least summed loss that linear interpolation
+between the tried rates predicts; and by a regression on fitted optima. Knows curves and optima,
+reads no file.
 """
 
 import math
@@ -33,13 +35,15 @@ class Law:
     p: Estimate
     n_models: int
     regret: float | None
-    """Mean loss in percent of the best one, (loss at the law's rate - best tried) / best tried, over all curves."""
+    """Mean loss in percent of the best one, (loss at the law's rate - best tried) / best tried,
+    over all curves."""
     flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Regret:
-    """What a law's rate costs one curve. None: the rate lies outside what was tried, or beside a rate that diverged."""
+    """What a law's rate costs one curve. None: the rate lies outside what was tried, or beside a
+    rate that diverged."""
 
     curve: Curve
     lr: float
@@ -47,7 +51,8 @@ class Regret:
 
 
 def family(model: str) -> str:
-    """Return the family of a model by the letters its name begins with, owner left out: Qwen/Qwen3-8B -> qwen."""
+    """Return the family of a model by the letters its name begins with, owner left out:
+    Qwen/Qwen3-8B -> qwen."""
     found = re.match(r"[A-Za-z]+", str(model).rsplit("/", 1)[-1])
     return found.group(0).lower() if found else str(model).lower()
 
@@ -62,7 +67,8 @@ def published(curve: Curve, hidden: float) -> float | None:
 
 
 def interpolated(curve: Curve, ln_lr: np.ndarray) -> np.ndarray:
-    """Return the loss at ln(lr), linear between tried rates; NaN outside them and beyond the last one that held."""
+    """Return the loss at ln(lr), linear between tried rates; NaN outside them and beyond the last
+    one that held."""
     x, y = curve.x[curve.usable], curve.y[curve.usable]
     rates = np.unique(x)
     if len(rates) < 2:
@@ -86,10 +92,12 @@ def regret(curve: Curve, lr: float) -> Regret:
 
 
 def by_loss(curves: Sequence[Curve], hidden: dict[str, float]) -> list[Law]:
-    """Fit each family and method by the least summed interpolated loss; intervals by resampling models.
+    """Fit each family and method by the least summed interpolated loss; intervals by resampling
+    models.
 
-    Where a law's rate leaves what a curve tried, the loss goes on along the last segment, never downward: without that
-    a law could win by leaving the data. A family of one hidden size has no exponent.
+    Where a law's rate leaves what a curve tried, the loss goes on along the last segment, never
+    downward: without that a law could win by leaving the data. A family of one hidden size has no
+    exponent.
     """
     laws = []
     for name, method, members in _families(curves, hidden):
@@ -99,24 +107,51 @@ def by_loss(curves: Sequence[Curve], hidden: dict[str, float]) -> list[Law]:
         ps = np.array([0.0]) if one_size else _P
         rates = np.concatenate([c.x[c.usable] for c in members])
         ks = np.linspace(rates.min() - 1, rates.max() + 1, _N_K)
-        loss = np.array([_beyond(c, ks[None, :] + ps[:, None] * math.log(REFERENCE / h)).ravel()
-                         for c, h in zip(members, sizes)])  # fmt: skip
+        loss = np.array(
+            [
+                _beyond(c, ks[None, :] + ps[:, None] * math.log(REFERENCE / h)).ravel()
+                for c, h in zip(members, sizes)
+            ]
+        )
         owner = np.array([models.index(c.key["model"]) for c in members])
         best = int(np.argmin(loss.sum(0)))
         k, p = ks[best % _N_K], ps[best // _N_K]
-        count = np.random.default_rng(7).multinomial(len(models), np.ones(len(models)) / len(models), _BOOT)
+        count = np.random.default_rng(7).multinomial(
+            len(models), np.ones(len(models)) / len(models), _BOOT
+        )
         drawn = np.argmin(count[:, owner] @ loss, axis=1)
         enough = len(models) >= 4
         at = _around(math.exp(k), np.exp(ks[drawn % _N_K]), len(members), enough)
-        power = Estimate(None, n=len(members)) if one_size else _around(p, ps[drawn // _N_K], len(members), enough)
-        costs = [regret(c, math.exp(k + p * math.log(REFERENCE / h))).percent for c, h in zip(members, sizes)]
+        power = (
+            Estimate(None, n=len(members))
+            if one_size
+            else _around(p, ps[drawn // _N_K], len(members), enough)
+        )
+        costs = [
+            regret(c, math.exp(k + p * math.log(REFERENCE / h))).percent
+            for c, h in zip(members, sizes)
+        ]
         known = [v for v in costs if v is not None]
-        flags = (("one hidden size",) if one_size else ()) + (() if enough else (f"{len(models)} model(s): no interval",))
-        laws.append(Law(name, method, at, power, len(models), float(np.mean(known)) if known else None, flags))
+        flags = (("one hidden size",) if one_size else ()) + (
+            () if enough else (f"{len(models)} model(s): no interval",)
+        )
+        laws.append(
+            Law(
+                name,
+                method,
+                at,
+                power,
+                len(models),
+                float(np.mean(known)) if known else None,
+                flags,
+            )
+        )
     return laws
 
 
-def _families(curves: Sequence[Curve], hidden: dict[str, float]) -> list[tuple[str, str, list[Curve]]]:
+def _families(
+    curves: Sequence[Curve], hidden: dict[str, float]
+) -> list[tuple[str, str, list[Curve]]]:
     groups: dict[tuple[str, str], list[Curve]] = {}
     for c in curves:
         if hidden.get(c.key["model"], math.nan) > 0 and len(np.unique(c.x[c.usable])) >= 2:
@@ -130,7 +165,9 @@ def _beyond(curve: Curve, ln_lr: np.ndarray) -> np.ndarray:
     means = np.array([y[x == v].mean() for v in rates])
     inside = np.interp(ln_lr, rates, means)
     left = max((means[0] - means[1]) / (rates[1] - rates[0]), 0.0) * np.maximum(rates[0] - ln_lr, 0)
-    right = max((means[-1] - means[-2]) / (rates[-1] - rates[-2]), 0.0) * np.maximum(ln_lr - rates[-1], 0)
+    right = max((means[-1] - means[-2]) / (rates[-1] - rates[-2]), 0.0) * np.maximum(
+        ln_lr - rates[-1], 0
+    )
     return (inside + left + right - means.min()) / (abs(means.min()) or 1.0)
 
 
@@ -145,11 +182,12 @@ def _around(value: float, draws: np.ndarray, n: int, enough: bool) -> Estimate:
 
 
 def by_optima(optima: Sequence[Optimum], hidden: dict[str, float]) -> list[Law]:
-    """Fit ln(best LR) = ln(LR at 2000) + p ln(2000 / hidden) by family and method, over optima that are known.
+    """Fit ln(best LR) = ln(LR at 2000) + p ln(2000 / hidden) by family and method, over optima that
+    are known.
 
-    One row a model (the mean over its ranks, which are no independent witnesses of its width), and a variance between
-    models beside each row's own. At an edge there is no optimum, so
-    curves whose best rate is the largest tried are missing here, which biases the law downward: flagged.
+    One row a model (the mean over its ranks, which are no independent witnesses of its width), and
+    a variance between models beside each row's own. At an edge there is no optimum, so curves whose
+    best rate is the largest tried are missing here, which biases the law downward: flagged.
     """
     laws = []
     groups: dict[tuple[str, str], list[Optimum]] = {}
@@ -163,16 +201,40 @@ def by_optima(optima: Sequence[Optimum], hidden: dict[str, float]) -> list[Law]:
         models = sorted({o.curve.key["model"] for o in known})
         sizes = np.array([hidden[m] for m in models])
         if len(models) < 3 or len(set(sizes)) < 2:
-            laws.append(Law(name, method, Estimate(None, n=len(known)), Estimate(None, n=len(known)), len(models), None,
-                            (*flags, "too few optima or one hidden size")))  # fmt: skip
+            laws.append(
+                Law(
+                    name,
+                    method,
+                    Estimate(None, n=len(known)),
+                    Estimate(None, n=len(known)),
+                    len(models),
+                    None,
+                    (*flags, "too few optima or one hidden size"),
+                )
+            )
             continue
-        logs = [np.mean([np.log(o.best_lr.draws) for o in known if o.curve.key["model"] == m], axis=0) for m in models]
+        logs = [
+            np.mean([np.log(o.best_lr.draws) for o in known if o.curve.key["model"] == m], axis=0)
+            for m in models
+        ]
         y, v = np.array([d.mean() for d in logs]), np.array([d.var() for d in logs])
         design = np.stack([np.ones(len(y)), np.log(REFERENCE / sizes)], 1)
         fit = meta_regression(y, v, design)
         at, p = fit.term(0), fit.term(1)
-        laws.append(Law(name, method, Estimate(*(None if x is None else math.exp(x) for x in (at.value, at.low, at.high)),
-                                               n=at.n), p, len(models), None, flags))  # fmt: skip
+        laws.append(
+            Law(
+                name,
+                method,
+                Estimate(
+                    *(None if x is None else math.exp(x) for x in (at.value, at.low, at.high)),
+                    n=at.n,
+                ),
+                p,
+                len(models),
+                None,
+                flags,
+            )
+        )
     return laws
 
 
@@ -191,7 +253,9 @@ class MetaRegression:
         if self.df < 1:
             return Estimate(float(self.beta[k]), n=self.n)
         even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
-        return from_draws(self.beta[k] + math.sqrt(self.cov[k, k]) * stats.t.ppf(even, self.df), self.n)
+        return from_draws(
+            self.beta[k] + math.sqrt(self.cov[k, k]) * stats.t.ppf(even, self.df), self.n
+        )
 
     def p_of(self, terms: Sequence[int], values: Sequence[float]) -> float | None:
         """Return the p-value of 'these coefficients have these values' (F test)."""
@@ -205,10 +269,10 @@ class MetaRegression:
 
 def meta_regression(
     y: np.ndarray, v: np.ndarray, design: np.ndarray, wider: MetaRegression | None = None
-) -> MetaRegression:  # fmt: skip
-    """Regress y [n] with known variances v on design [n, k]; the variance between rows by Paule & Mandel, the
-    coefficients' by Knapp & Hartung (2003), never below what v alone gives. `wider`: take the variance between rows, and its
-    degrees of freedom, from a regression over more rows."""
+) -> MetaRegression:
+    """Regress y [n] with known variances v on design [n, k]; the variance between rows by Paule &
+    Mandel, the coefficients' by Knapp & Hartung (2003), never below what v alone gives. `wider`:
+    take the variance between rows, and its degrees of freedom, from a regression over more rows."""
     n, k = design.shape
     df = n - k
 
@@ -222,6 +286,10 @@ def meta_regression(
         return MetaRegression(*solve(wider.tau**2)[:2], wider.tau, wider.df, n)
     tau2 = 0.0
     if df > 0 and solve(0.0)[2] > df:
-        tau2 = float(optimize.brentq(lambda t: solve(t)[2] - df, 0.0, 10 * float(np.var(y) + v.max()) + 1e-9))
+        tau2 = float(
+            optimize.brentq(lambda t: solve(t)[2] - df, 0.0, 10 * float(np.var(y) + v.max()) + 1e-9)
+        )
     beta, inverse, q = solve(tau2)
-    return MetaRegression(beta, inverse * max(q / df, 1.0) if df > 0 else inverse, math.sqrt(tau2), df, n)
+    return MetaRegression(
+        beta, inverse * max(q / df, 1.0) if df > 0 else inverse, math.sqrt(tau2), df, n
+    )

@@ -1,4 +1,5 @@
-"""The law of the ratio of best rates, ln ratio = a + p ln(hidden) + q ln(alpha), with the laws in print as rivals."""
+"""The law of the ratio of best rates, ln ratio = a + p ln(hidden) + q ln(alpha), with the laws in
+print as rivals."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ RIVALS: dict[str, tuple[float, float | None]] = {
     "hidden/(2 alpha) (withdrawn by the study's authors)": (1.0, -1.0),
     "sqrt(3) hidden/alpha (equal first step under Adam)": (1.0, -1.0),
 }
-"""Exponents (p, q) of the ratio in hidden size and alpha that laws in print claim; None: nothing is said of alpha."""
+"""Exponents (p, q) of the ratio in hidden size and alpha that laws in print claim; None: nothing is
+said of alpha."""
 ALPHA = 32.0
 """The study's alpha, at which laws that say nothing of alpha are judged, where it was tried."""
 
@@ -33,7 +35,8 @@ class Ratio:
 
 @dataclass(frozen=True)
 class RatioLaw:
-    """ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32), and which laws in print it leaves standing."""
+    """ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32), and which laws in print it leaves
+    standing."""
 
     at_reference: Estimate
     """The ratio at hidden size 1000, at the alpha that p was found at."""
@@ -51,12 +54,13 @@ class RatioLaw:
 
 
 def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
-    """Fit the law to measured ratios. The base is what was drawn: several alphas of one base share its full fine-tuning curve
-    and are no several witnesses of its width.
+    """Fit the law to measured ratios. The base is what was drawn: several alphas of one base share
+    its full fine-tuning curve and are no several witnesses of its width.
 
-    p: a regression of one row a base, at one alpha (ALPHA, or the one of most bases), with a variance between bases. q: the
-    slope over alpha within each base, averaged over bases. A factor that does not vary has no exponent. `wider`: further
-    bases, which count for the variance between bases only.
+    p: a regression of one row a base, at one alpha (ALPHA, or the one of most bases), with a
+    variance between bases. q: the slope over alpha within each base, averaged over bases. A factor
+    that does not vary has no exponent. `wider`: further bases, which count for the variance between
+    bases only.
     """
     alpha = _one_alpha(ratios)
     many = _at(alpha, [*ratios, *(r for r in wider if r not in ratios)])
@@ -64,26 +68,42 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     width, found_q = _regress(rows, _regress(many)), _alphas(ratios)
     flags = []
     if width is None:
-        flags.append("hidden size does not vary" if len({r.hidden for r in rows}) < 2 else "too few ratios")
+        flags.append(
+            "hidden size does not vary" if len({r.hidden for r in rows}) < 2 else "too few ratios"
+        )
     if found_q is None:
         flags.append("alpha does not vary")
     p = width.term(1) if width else Estimate(None, n=len(rows))
     q = found_q.term(0) if found_q else Estimate(None, n=len(rows))
     start = width.term(0) if width else Estimate(None)
-    level = Estimate(*(None if x is None else math.exp(x) for x in (start.value, start.low, start.high)), n=len(rows))
+    level = Estimate(
+        *(None if x is None else math.exp(x) for x in (start.value, start.low, start.high)),
+        n=len(rows),
+    )
     rivals = {name: _p_of(width, found_q, *claim) for name, claim in RIVALS.items()}
-    return RatioLaw(level, p, q, width.tau if width else 0.0, len(rows), found_q.n if found_q else 0, rivals, tuple(flags))
+    return RatioLaw(
+        level,
+        p,
+        q,
+        width.tau if width else 0.0,
+        len(rows),
+        found_q.n if found_q else 0,
+        rivals,
+        tuple(flags),
+    )
 
 
 def _one_alpha(ratios: Sequence[Ratio]) -> float:
     """Return ALPHA, or where it was not tried the alpha that most bases have."""
-    count = {a: len({r.base for r in ratios if r.alpha == a}) for a in sorted({r.alpha for r in ratios})}
+    count = {
+        a: len({r.base for r in ratios if r.alpha == a}) for a in sorted({r.alpha for r in ratios})
+    }
     return ALPHA if ALPHA in count else max(count, key=lambda a: count[a], default=ALPHA)
 
 
 def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
-    """Return one ratio a base at this alpha: the mean of its several (data sets, ranks), which share its width; their mean
-    error, since they share its runs as well."""
+    """Return one ratio a base at this alpha: the mean of its several (data sets, ranks), which
+    share its width; their mean error, since they share its runs as well."""
     out = []
     for base in dict.fromkeys(r.base for r in ratios if r.alpha == alpha):
         mine = [r for r in ratios if (r.base, r.alpha) == (base, alpha)]
@@ -96,11 +116,14 @@ def _regress(rows: Sequence[Ratio], wider: MetaRegression | None = None) -> Meta
     if len({r.hidden for r in rows}) < 2:
         return None
     design = np.stack([np.ones(len(rows)), np.log([r.hidden / 1000 for r in rows])], 1)
-    return meta_regression(np.array([r.log for r in rows]), np.array([r.error**2 for r in rows]), design, wider)
+    return meta_regression(
+        np.array([r.log for r in rows]), np.array([r.error**2 for r in rows]), design, wider
+    )
 
 
 def _alphas(ratios: Sequence[Ratio]) -> MetaRegression | None:
-    """Average the slopes of ln ratio over ln(alpha) within bases; None where no base has two alphas."""
+    """Average the slopes of ln ratio over ln(alpha) within bases; None where no base has two
+    alphas."""
     slopes, variances = [], []
     for base in sorted({r.base for r in ratios}):
         mine = [r for r in ratios if r.base == base]
@@ -109,11 +132,21 @@ def _alphas(ratios: Sequence[Ratio]) -> MetaRegression | None:
         if (spread := float((w * off**2).sum())) > 1e-12:
             slopes.append(float((w * off * [r.log for r in mine]).sum()) / spread)
             variances.append(1 / spread)
-    return meta_regression(np.array(slopes), np.array(variances), np.ones((len(slopes), 1))) if slopes else None
+    return (
+        meta_regression(np.array(slopes), np.array(variances), np.ones((len(slopes), 1)))
+        if slopes
+        else None
+    )
 
 
-def _p_of(width: MetaRegression | None, alpha: MetaRegression | None, p: float, q: float | None) -> float | None:
-    """Return the p-value of a law's exponents, the smaller of the two that can be told, times their number (Bonferroni)."""
-    told = [None if width is None else width.p_of([1], [p]), None if alpha is None or q is None else alpha.p_of([0], [q])]
+def _p_of(
+    width: MetaRegression | None, alpha: MetaRegression | None, p: float, q: float | None
+) -> float | None:
+    """Return the p-value of a law's exponents, the smaller of the two that can be told, times their
+    number (Bonferroni)."""
+    told = [
+        None if width is None else width.p_of([1], [p]),
+        None if alpha is None or q is None else alpha.p_of([0], [q]),
+    ]
     known = [v for v in told if v is not None]
     return min(1.0, len(known) * min(known)) if known else None

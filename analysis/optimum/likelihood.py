@@ -1,6 +1,8 @@
-"""From a curve's runs to what they say of the loss at its rates: a likelihood's raw material. Fits nothing.
+"""From a curve's runs to what they say of the loss at its rates: a likelihood's raw material. Fits
+nothing.
 
-Decides which rates belong to a valley at all, which curves share one noise, and whether the noise grows with the rate.
+Decides which rates belong to a valley at all, which curves share one noise, and whether the noise
+grows with the rate.
 """
 
 import dataclasses
@@ -20,14 +22,17 @@ MIN_DF = 10
 RIVAL = 3.5
 """Standard errors within which a rate may still be the lowest."""
 KEPT = 0.2
-"""A rate above the best one that keeps less than this share of its gain over the untrained model has collapsed."""
+"""A rate above the best one that keeps less than this share of its gain over the untrained model
+has collapsed."""
 APART = math.log(1.6)
 OUTSIZED = 20.0
-"""A rate this many times as high above the best one as rates a factor 1.6 (APART) from it is no part of the valley, nor is any
-beyond it: it collapsed without being called diverged. LINEX gets there 2 factors of 2 from the optimum at a = 1.5. In
-simulation 40 lets a rise of 1 nat through that spoils the fit, and 12 costs width everywhere."""
+"""A rate this many times as high above the best one as rates a factor 1.6 (APART) from it is no
+part of the valley, nor is any beyond it: it collapsed without being called diverged. LINEX gets
+there 2 factors of 2 from the optimum at a = 1.5. In simulation 40 lets a rise of 1 nat through that
+spoils the fit, and 12 costs width everywhere."""
 TIE = 1e-9
-"""Losses (nats) closer than this are one: tables print few digits, and rounding in a sum must not choose the best rate."""
+"""Losses (nats) closer than this are one: tables print few digits, and rounding in a sum must not
+choose the best rate."""
 GROWTH = (0.0, 0.35, 0.7, 1.05)
 """Growth of the noise's standard deviation tried: as lr to this power."""
 UNSTEADY = 1e-6
@@ -43,7 +48,8 @@ def bottom(loss: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one curve's usable runs say of the loss at its rates, each block's common shift taken out."""
+    """What one curve's usable runs say of the loss at its rates, each block's common shift taken
+    out."""
 
     x: np.ndarray
     """Distinct ln(lr), [P], rising."""
@@ -63,11 +69,14 @@ class Evidence:
         return bottom(self.loss)
 
     def bracket(self, sigma: float) -> tuple[float, float]:
-        """Return where the minimum of any valley with one bottom lies if a run's noise is sigma: between the neighbours of
-        the rates whose loss is within RIVAL standard errors of the lowest. Beyond an end rate there is no neighbour."""
+        """Return where the minimum of any valley with one bottom lies if a run's noise is sigma:
+        between the neighbours of the rates whose loss is within RIVAL standard errors of the
+        lowest. Beyond an end rate there is no neighbour."""
         inverse = np.linalg.pinv(self.root.T @ self.root)
         b = self.best
-        error = sigma * np.sqrt(np.maximum(np.diag(inverse) + inverse[b, b] - 2 * inverse[:, b], 0.0))
+        error = sigma * np.sqrt(
+            np.maximum(np.diag(inverse) + inverse[b, b] - 2 * inverse[:, b], 0.0)
+        )
         rivals = np.flatnonzero(self.loss - self.loss[b] <= RIVAL * error + 1e-12)
         first, last = int(rivals[0]), int(rivals[-1])
         low = self.x[first - 1] if first else -math.inf
@@ -75,18 +84,25 @@ class Evidence:
 
 
 def gather(
-    x: np.ndarray, y: np.ndarray, block: np.ndarray, wall: float = math.inf, growth: float = 0.0,
+    x: np.ndarray,
+    y: np.ndarray,
+    block: np.ndarray,
+    wall: float = math.inf,
+    growth: float = 0.0,
     trust: np.ndarray | None = None,
-) -> Evidence:  # fmt: skip
-    """Sum up runs: ln(lr) x, losses y, and the block (runs that share a shift, such as a seed's batches), all [n].
+) -> Evidence:
+    """Sum up runs: ln(lr) x, losses y, and the block (runs that share a shift, such as a seed's
+    batches), all [n].
 
-    growth: noise's standard deviation rises as lr^growth about the best rate. trust: each run's precision beside others. Where
-    blocks do not hang together (every run has a seed of its own), shifts cannot be told from the curve: they then count as
-    noise.
+    growth: noise's standard deviation rises as lr^growth about the best rate. trust: each run's
+    precision beside others. Where blocks do not hang together (every run has a seed of its own),
+    shifts cannot be told from the curve: they then count as noise.
     """
     rates, at = np.unique(x, return_inverse=True)
     means = np.bincount(at, y) / np.bincount(at)
-    weight = np.exp(-2 * growth * (rates - rates[bottom(means)]))[at] * (1.0 if trust is None else trust)
+    weight = np.exp(-2 * growth * (rates - rates[bottom(means)]))[at] * (
+        1.0 if trust is None else trust
+    )
     precision, right = np.zeros((len(rates), len(rates))), np.zeros(len(rates))
     blocks = [np.flatnonzero(block == b) for b in np.unique(block)]
     for rows in blocks:
@@ -96,12 +112,16 @@ def gather(
         right += np.bincount(k, w * (v - (w @ v) / w.sum()), len(rates))
     size, axes = np.linalg.eigh(precision)
     known = size > 1e-9 * weight.sum()
-    if known.sum() < len(rates) - 1 and len(blocks) > 1:  # blocks that share no rate say nothing of each other
+    if (
+        known.sum() < len(rates) - 1 and len(blocks) > 1
+    ):  # blocks that share no rate say nothing of each other
         return gather(x, y, np.zeros(len(x), int), wall, growth, trust)
     loss = axes[:, known] @ ((axes[:, known].T @ right) / size[known])
     squares = sum(_about(weight[r], y[r] - loss[at[r]]) for r in blocks)
     df = len(y) - len(blocks) - int(known.sum())
-    return Evidence(rates, loss, (axes[:, known] * np.sqrt(size[known])).T, float(squares), df, wall)
+    return Evidence(
+        rates, loss, (axes[:, known] * np.sqrt(size[known])).T, float(squares), df, wall
+    )
 
 
 def _about(w: np.ndarray, rest: np.ndarray) -> float:
@@ -115,15 +135,19 @@ def of_curve(curve: Curve, growth: float, trust: np.ndarray | None = None) -> Ev
 
 
 def trust_of(curves: Sequence[Curve]) -> list[np.ndarray]:
-    """Return the precision of every curve's usable runs beside that of the sweep's others: below 1 at a rate above the best
-    one whose repeats lie so far apart that some of them had begun to break down.
+    """Return the precision of every curve's usable runs beside that of the sweep's others: below 1
+    at a rate above the best one whose repeats lie so far apart that some of them had begun to break
+    down.
 
-    Such a rate still says that the loss is higher there. Taken as precise as the others, a single one makes their pooled noise
-    that of a broken run, and no curve of the sweep has an optimum left. An F test against the median of all repeats' variances,
-    each allowed the strongest GROWTH, at UNSTEADY over all rates; needs MIN_DF rates with repeats.
+    Such a rate still says that the loss is higher there. Taken as precise as the others, a single
+    one makes their pooled noise that of a broken run, and no curve of the sweep has an optimum
+    left. An F test against the median of all repeats' variances, each allowed the strongest GROWTH,
+    at UNSTEADY over all rates; needs MIN_DF rates with repeats.
     """
     out = [np.ones(int(c.usable.sum())) for c in curves]
-    cells = []  # curve, its runs at a rate, degrees of freedom, variance, what growth would explain of it, above the best?
+    # curve, its runs at a rate, degrees of freedom, variance, what growth would explain of it,
+    # above the best?
+    cells = []
     for k, c in enumerate(curves):
         x, y = c.x[c.usable], c.y[c.usable]
         rates = np.unique(x)
@@ -131,13 +155,30 @@ def trust_of(curves: Sequence[Curve]) -> list[np.ndarray]:
         for v in (v for v in rates if (x == v).sum() > 1):
             above = v - rates[bottom(means)]
             allowed = math.exp(2 * GROWTH[-1] * max(above, 0.0))
-            cells.append((k, x == v, int((x == v).sum()) - 1, float(np.var(y[x == v], ddof=1)), allowed, above > 0))
+            cells.append(
+                (
+                    k,
+                    x == v,
+                    int((x == v).sum()) - 1,
+                    float(np.var(y[x == v], ddof=1)),
+                    allowed,
+                    above > 0,
+                )
+            )
     if len(cells) < MIN_DF:
         return out
-    usual = float(np.median([var / allowed * df / stats.chi2.median(df) for _, _, df, var, allowed, _ in cells]))
+    usual = float(
+        np.median(
+            [var / allowed * df / stats.chi2.median(df) for _, _, df, var, allowed, _ in cells]
+        )
+    )
     total = sum(df for _, _, df, _, _, _ in cells)
     for k, runs, df, var, allowed, above in cells:
-        if above and usual > 0 and stats.f.sf(var / allowed / usual, df, total) < UNSTEADY / len(cells):
+        if (
+            above
+            and usual > 0
+            and stats.f.sf(var / allowed / usual, df, total) < UNSTEADY / len(cells)
+        ):
             out[k][runs] = usual / var
     return out
 
@@ -149,8 +190,8 @@ def wall(curve: Curve) -> float:
 
 
 def growth_of(curves: Sequence[Curve], trusts: Sequence[np.ndarray]) -> float:
-    """Return how the noise grows with the rate, by the likelihood of repeats near the bottoms of a sweep's valleys; unsteady
-    ones left out."""
+    """Return how the noise grows with the rate, by the likelihood of repeats near the bottoms of a
+    sweep's valleys; unsteady ones left out."""
     far, rest, df = [], [], 0
     for c, trust in zip(curves, trusts):
         x, y, block = c.x[c.usable], c.y[c.usable], c.block[c.usable]
@@ -183,8 +224,8 @@ def n_rates(curve: Curve) -> int:
 
 
 def pools(curves: Sequence[Curve]) -> list[list[int]]:
-    """Group curves that share one noise: those of a model and data set; those that cannot vouch for a noise of their own
-    (fewer than MIN_DF degrees of freedom) share one."""
+    """Group curves that share one noise: those of a model and data set; those that cannot vouch for
+    a noise of their own (fewer than MIN_DF degrees of freedom) share one."""
     groups: dict[tuple, list[int]] = {}
     for k, c in enumerate(curves):
         groups.setdefault((c.key.get("model"), c.key.get("dataset")), []).append(k)
@@ -203,10 +244,12 @@ def _df(curve: Curve) -> int:
 
 
 def without_collapse(curve: Curve) -> Curve:
-    """Leave out rates above the best one at which the runs collapsed without being called diverged, and all beyond them.
+    """Leave out rates above the best one at which the runs collapsed without being called diverged,
+    and all beyond them.
 
-    They stand out by their height, or by having lost most of what the best rate gained. What is typical of the height: that
-    of rates a factor 1.6 from the best one, or a quarter of that of rates twice as far; the lower of both sides.
+    They stand out by their height, or by having lost most of what the best rate gained. What is
+    typical of the height: that of rates a factor 1.6 from the best one, or a quarter of that of
+    rates twice as far; the lower of both sides.
     """
     x, y = curve.x[curve.usable], curve.y[curve.usable]
     rates = np.unique(x)
@@ -218,13 +261,22 @@ def without_collapse(curve: Curve) -> Curve:
 
     def nearest(distance: float) -> float:
         """The lower of the heights at the nearest rates so far from the best one, on either side."""
-        down = [height[k] for k in range(best - 1, -1, -1) if rates[best] - rates[k] >= distance][:1]
-        up = [height[k] for k in range(best + 1, len(rates)) if rates[k] - rates[best] >= distance][:1]
+        down = [height[k] for k in range(best - 1, -1, -1) if rates[best] - rates[k] >= distance][
+            :1
+        ]
+        up = [height[k] for k in range(best + 1, len(rates)) if rates[k] - rates[best] >= distance][
+            :1
+        ]
         return float(min([*down, *up], default=0.0))
 
     limit = OUTSIZED * max(nearest(APART), nearest(2 * APART) / 4)
-    lost = (1 - KEPT) * (curve.nll_start - means[best])  # NaN, where the start is not known, loses no rate
-    top = next((k for k in range(best + 1, len(rates)) if height[k] > limit > 0 or height[k] > lost > 0), len(rates))
+    lost = (1 - KEPT) * (
+        curve.nll_start - means[best]
+    )  # NaN, where the start is not known, loses no rate
+    top = next(
+        (k for k in range(best + 1, len(rates)) if height[k] > limit > 0 or height[k] > lost > 0),
+        len(rates),
+    )
     if top == len(rates):
         return curve
     return dataclasses.replace(curve, usable=curve.usable & (curve.x < rates[top] - 1e-9))

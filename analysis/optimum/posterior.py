@@ -1,4 +1,5 @@
-"""What many curves together say of each one's minimum: noise and misfit pooled over a sweep, a posterior a curve.
+"""What many curves together say of each one's minimum: noise and misfit pooled over a sweep, a
+posterior a curve.
 
 Knows numbers only: no table, no flags, no verdict.
 """
@@ -42,7 +43,8 @@ class Posterior:
         return float(below[1] - below[0])
 
     def draws(self, stream: int, n: int = N_DRAWS) -> np.ndarray:
-        """Return n values, evenly spaced in probability, in the stream's random order: sums of such are smooth."""
+        """Return n values, evenly spaced in probability, in the stream's random order: sums of such
+        are smooth."""
         order = np.random.default_rng([20251125, stream]).permutation(n)
         return self.quantile((np.arange(n) + 0.5) / n)[order]
 
@@ -57,9 +59,12 @@ class Pooled:
 
 
 def weigh(
-    sweeps: Sequence[Sequence[Evidence]], kin: Sequence[Sequence[Kin | None]] | None = None, misfit: float | None = None
+    sweeps: Sequence[Sequence[Evidence]],
+    kin: Sequence[Sequence[Kin | None]] | None = None,
+    misfit: float | None = None,
 ) -> list[tuple[list[Posterior], Pooled]]:
-    """Return each sweep's posteriors, one a curve, and its pooled noise. Curves of one design are done together.
+    """Return each sweep's posteriors, one a curve, and its pooled noise. Curves of one design are
+    done together.
 
     misfit: take this level (the nearest of valley.TAUS) for granted.
     """
@@ -81,7 +86,9 @@ def weigh(
             break
         for k in again:
             grids[k] = _everywhere(flat[k])
-        for k, log in zip(again, _all_logs(*([seq[k] for k in again] for seq in (flat, grids, own, friends)))):
+        for k, log in zip(
+            again, _all_logs(*([seq[k] for k in again] for seq in (flat, grids, own, friends)))
+        ):
             logs[k] = log
     return found
 
@@ -110,9 +117,13 @@ def _near(e: Evidence) -> np.ndarray:
 
 
 def _all_logs(
-    evidence: list[Evidence], grids: list[np.ndarray], sigmas: list[np.ndarray], kin: list[Kin | None]
+    evidence: list[Evidence],
+    grids: list[np.ndarray],
+    sigmas: list[np.ndarray],
+    kin: list[Kin | None],
 ) -> list[np.ndarray]:
-    """Log likelihoods [S, T, M] of many curves; those of one design share their tables and are done in one go."""
+    """Log likelihoods [S, T, M] of many curves; those of one design share their tables and are done
+    in one go."""
     groups: dict[tuple, list[int]] = {}
     for k, (e, m) in enumerate(zip(evidence, grids)):
         design = tuple(np.round(v, 9).tobytes() for v in (e.x - e.x[0], e.root, m - e.x[0]))
@@ -131,16 +142,19 @@ def _all_logs(
 
 
 def _inside(e: Evidence, m: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """0 where a minimum is possible at all for a noise, [S, M], and next to nothing elsewhere: the wandering curvature would
-    else allow a second, lower bottom at a rate that was tried."""
+    """0 where a minimum is possible at all for a noise, [S, M], and next to nothing elsewhere: the
+    wandering curvature would else allow a second, lower bottom at a rate that was tried."""
     ends = [e.bracket(float(s)) for s in sigmas]
     return np.array([np.where((m >= low) & (m <= high), 0.0, _NEVER) for low, high in ends])
 
 
 def _pool(
-    sweep: Sequence[Evidence], sigmas: np.ndarray, logs: Sequence[np.ndarray], grids: Sequence[np.ndarray],
+    sweep: Sequence[Evidence],
+    sigmas: np.ndarray,
+    logs: Sequence[np.ndarray],
+    grids: Sequence[np.ndarray],
     misfit: float | None,
-) -> tuple[list[Posterior], Pooled]:  # fmt: skip
+) -> tuple[list[Posterior], Pooled]:
     """Weigh noise and misfit by all curves, then average each curve's posterior over them."""
     if not sweep:
         return [], Pooled(math.nan, math.nan, 0)
@@ -148,14 +162,18 @@ def _pool(
     if np.median([np.median(np.diff(e.x)) for e in sweep]) > valley.COARSE:
         prior = np.where(np.array(valley.TAUS) < valley.COARSE_TAU, 0.0, prior)
     if misfit is not None:
-        prior = (np.arange(len(prior)) == np.argmin(np.abs(np.array(valley.TAUS) - misfit))).astype(float)
+        prior = (np.arange(len(prior)) == np.argmin(np.abs(np.array(valley.TAUS) - misfit))).astype(
+            float
+        )
     with np.errstate(divide="ignore"):
         total = np.log(prior)[None] + np.zeros((len(sigmas), 1))
     df = sum(e.df for e in sweep)
     total = total - (df * np.log(sigmas) + sum(e.squares for e in sweep) / (2 * sigmas**2))[:, None]
     for log in logs:
         top = log.max(-1)
-        total = total + top + np.log(np.exp(log - top[..., None]).mean(-1))  # the prior of m is even over its grid
+        total = (
+            total + top + np.log(np.exp(log - top[..., None]).mean(-1))
+        )  # the prior of m is even over its grid
     share = np.exp(total - total.max())
     share /= share.sum()
     posteriors = []

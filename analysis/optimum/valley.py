@@ -1,18 +1,22 @@
-"""The likelihood of a valley: what a curve's points say of the place of its minimum. Knows no table and no verdict.
+"""The likelihood of a valley: what a curve's points say of the place of its minimum. Knows no table
+and no verdict.
 
 Model, in x = ln(lr), u = x - m:
 
     loss(x) = level + integral over t from m to x of (x - t) k(t) dt,     k(t) = c exp(a (t - m)) (1 + w(t))
 
-With w = 0 this is LINEX, c (exp(a u) - a u - 1) / a^2 (Varian 1975): convex, its minimum at m, steeper on the right for
-a > 0. No real valley is exactly of any family, so the curvature k carries a random process w of mean zero, with
-covariance tau^2 (matern(s - t) + STEP^2 sign(s - m) sign(t - m)): wiggles of the scale ELL, and a jump between the two
-sides. The loss then is Gaussian, with a covariance that vanishes at m and grows with the distance, in proportion to the
-valley's own height: the bottom of the valley counts, its walls only steer, and an interval does not shrink below what
-the shape leaves open, however small the noise. m stays the minimum, since w adds neither height nor slope there.
+With w = 0 this is LINEX, c (exp(a u) - a u - 1) / a^2 (Varian 1975): convex, its minimum at m,
+steeper on the right for a > 0. No real valley is exactly of any family, so the curvature k carries
+a random process w of mean zero, with covariance tau^2 (matern(s - t) + STEP^2 sign(s - m) sign(t -
+m)): wiggles of the scale ELL, and a jump between the two sides. The loss then is Gaussian, with a
+covariance that vanishes at m and grows with the distance, in proportion to the valley's own height:
+the bottom of the valley counts, its walls only steer, and an interval does not shrink below what
+the shape leaves open, however small the noise. m stays the minimum, since w adds neither height nor
+slope there.
 
-tau (misfit) and sigma (noise of one run, in nats) are shared by the curves of a sweep and averaged over their posterior.
-Constants were set on generators of analysis/validation/calibration.py drawn with other seeds; the kept study tests them.
+tau (misfit) and sigma (noise of one run, in nats) are shared by the curves of a sweep and averaged
+over their posterior. Constants were set on generators of analysis/validation/calibration.py drawn
+with other seeds; the kept study tests them.
 """
 
 import functools
@@ -30,7 +34,8 @@ TAUS = (0.15, 0.22, 0.35, 0.6, 1.0)
 TAU_PRIOR = (0.001, 0.003, 0.2, 0.5, 0.296)
 """Prior of the levels: half is taken for granted until a sweep's own points say otherwise."""
 COARSE, COARSE_TAU = math.log(2.2), 0.6
-"""Where rates lie farther apart than this (ln), points see too little of the shape to vouch for less misfit than that."""
+"""Where rates lie farther apart than this (ln), points see too little of the shape to vouch for
+less misfit than that."""
 A_MEAN, A_SD = 0.5, 1.0
 """Prior of the asymmetry a, per unit of ln(lr): real valleys rise faster on the right."""
 _A = np.linspace(-1.0, 2.0, 11)
@@ -50,7 +55,8 @@ def linex(u: np.ndarray, a: float | np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Kin:
-    """What related curves say of a curve's shape: asymmetry a with its spread, curvature c with its relative one."""
+    """What related curves say of a curve's shape: asymmetry a with its spread, curvature c with its
+    relative one."""
 
     a: float
     a_sd: float
@@ -60,11 +66,13 @@ class Kin:
 
 @dataclass(frozen=True)
 class Tables:
-    """All that depends on the design alone, at every (m, a) of a grid: one set serves every curve of that design.
+    """All that depends on the design alone, at every (m, a) of a grid: one set serves every curve
+    of that design.
 
-    The P losses at the tried rates are known up to a constant, with precision root' root / sigma^2 (root: D x P), so
-    z = root loss has unit noise. At each (m, a) z is turned to the axes of the misfit's covariance, which makes the
-    likelihood a sum over D terms whatever sigma, tau and c are.
+    The P losses at the tried rates are known up to a constant, with precision root' root / sigma^2
+    (root: D x P), so z = root loss has unit noise. At each (m, a) z is turned to the axes of the
+    misfit's covariance, which makes the likelihood a sum over D terms whatever sigma, tau and c
+    are.
     """
 
     m: np.ndarray
@@ -78,12 +86,14 @@ class Tables:
 
 
 def misfit(x: np.ndarray, m: np.ndarray, a: np.ndarray) -> np.ndarray:
-    """Covariance of the misfit between the points x [P] at c = tau = 1, for every m [M] and a [A]: [M, A, P, P]."""
+    """Covariance of the misfit between the points x [P] at c = tau = 1, for every m [M] and a [A]:
+    [M, A, P, P]."""
     t = np.linspace(min(x.min(), m.min()), max(x.max(), m.max()), _N_T)
     below, above = t[None, None] <= m[:, None, None], t[None, None] >= m[:, None, None]
     reach = x[None, :, None] - t[None, None]
     lever = np.where(above & (reach >= 0), reach, 0.0) + np.where(below & (reach <= 0), -reach, 0.0)
-    # A plateau on the flat side bends by as much as the bottom does: the scale there is c, not c exp(a (t - m)).
+    # A plateau on the flat side bends by as much as the bottom does: the scale there is c, not c
+    # exp(a (t - m)).
     scale = np.maximum(np.exp(a[None, :, None] * (t[None, None] - m[:, None, None])), 1.0)
     lever = lever[:, None] * scale[:, :, None, :] * (t[1] - t[0])
     far = np.sqrt(3) * np.abs(t[:, None] - t[None]) / ELL
@@ -93,7 +103,8 @@ def misfit(x: np.ndarray, m: np.ndarray, a: np.ndarray) -> np.ndarray:
 
 
 def tables(x: np.ndarray, root: np.ndarray, m: np.ndarray) -> Tables:
-    """Build the tables of a design: rates x [P] in ln(lr), root of their precision [D, P], minima m [M] to try."""
+    """Build the tables of a design: rates x [P] in ln(lr), root of their precision [D, P], minima m
+    [M] to try."""
     key = (x - x[0], root, m - x[0])
     made = _tables(*(np.round(np.ascontiguousarray(v), 9).tobytes() for v in key), len(root))
     return replace(made, m=made.m + x[0])
@@ -105,14 +116,19 @@ def _tables(x_key: bytes, root_key: bytes, m_key: bytes, d: int) -> Tables:
     root = np.frombuffer(root_key).reshape(d, len(x))
     spread, axes = np.linalg.eigh(root @ misfit(x, m, _A) @ root.T)
     shape = linex(x - m[:, None, None], _A[:, None]) @ root.T
-    return Tables(m, axes.swapaxes(-1, -2), np.maximum(spread, 0.0), np.einsum("maij,mai->maj", axes, shape))
+    return Tables(
+        m, axes.swapaxes(-1, -2), np.maximum(spread, 0.0), np.einsum("maij,mai->maj", axes, shape)
+    )
 
 
-def log_likelihood(t: Tables, z: np.ndarray, sigmas: np.ndarray, kin: "Kin | None" = None) -> np.ndarray:
-    """Return the log likelihood of curves z [C, D] over (sigma, tau, m): [C, S, T, M]; sigmas is [C, S].
+def log_likelihood(
+    t: Tables, z: np.ndarray, sigmas: np.ndarray, kin: "Kin | None" = None
+) -> np.ndarray:
+    """Return the log likelihood of curves z [C, D] over (sigma, tau, m): [C, S, T, M]; sigmas is
+    [C, S].
 
-    The curvature c is the best one for each (sigma, tau, m, a); a is averaged over its prior. `kin`: curves thought
-    to share both, instead of priors that fit any valley.
+    The curvature c is the best one for each (sigma, tau, m, a); a is averaged over its prior.
+    `kin`: curves thought to share both, instead of priors that fit any valley.
     """
     turned = np.einsum("madj,cj->cmad", t.turn, z)
     weight = -0.5 * ((_A - (kin.a if kin else A_MEAN)) / (kin.a_sd if kin else A_SD)) ** 2
@@ -126,8 +142,11 @@ def log_likelihood(t: Tables, z: np.ndarray, sigmas: np.ndarray, kin: "Kin | Non
             c = plain
             for _ in range(2):
                 pull = t.shape / ((tau * c)[..., None] ** 2 * t.spread + noise)
-                c = np.maximum((np.einsum("cmad,cmad->cma", turned, pull) + aim)
-                               / (np.einsum("mad,cmad->cma", t.shape, pull) + pin), _C_MIN)  # fmt: skip
+                c = np.maximum(
+                    (np.einsum("cmad,cmad->cma", turned, pull) + aim)
+                    / (np.einsum("mad,cmad->cma", t.shape, pull) + pin),
+                    _C_MIN,
+                )
             variance = (tau * c)[..., None] ** 2 * t.spread + noise
             rest = turned - c[..., None] * t.shape
             log = -0.5 * (rest * rest / variance + np.log(variance)).sum(-1) + weight
@@ -140,7 +159,8 @@ def log_likelihood(t: Tables, z: np.ndarray, sigmas: np.ndarray, kin: "Kin | Non
 
 @dataclass(frozen=True)
 class Shape:
-    """The likeliest valley of one curve: constants of the family, and the misfit that its points call for."""
+    """The likeliest valley of one curve: constants of the family, and the misfit that its points
+    call for."""
 
     x: np.ndarray
     m: float
@@ -148,17 +168,22 @@ class Shape:
     c: float
     tau: float
     pull: np.ndarray
-    """Weights [P] of the misfit's covariance, so that the curve passes near the points that are known well."""
+    """Weights [P] of the misfit's covariance, so that the curve passes near the points that are
+    known well."""
 
     def height(self, x: np.ndarray) -> np.ndarray:
         """Return the loss over the minimum's at ln(lr) = x, in nats."""
         x = np.asarray(x, float)
         both = np.concatenate([self.x, x])
-        cross = misfit(both, np.array([self.m]), np.array([self.a]))[0, 0][len(self.x):, : len(self.x)]
+        cross = misfit(both, np.array([self.m]), np.array([self.a]))[0, 0][
+            len(self.x) :, : len(self.x)
+        ]
         return self.c * linex(x - self.m, self.a) + (self.tau * self.c) ** 2 * cross @ self.pull
 
 
-def likeliest(x: np.ndarray, root: np.ndarray, z: np.ndarray, m: float, sigma: float, tau: float) -> Shape:
+def likeliest(
+    x: np.ndarray, root: np.ndarray, z: np.ndarray, m: float, sigma: float, tau: float
+) -> Shape:
     """Return the likeliest shape whose minimum is at m, given noise and misfit."""
     best, found = -np.inf, None
     cov = misfit(x, np.array([m]), _A)[0]
@@ -171,7 +196,10 @@ def likeliest(x: np.ndarray, root: np.ndarray, z: np.ndarray, m: float, sigma: f
             c = max(float(shape @ solved[:, 1] / (shape @ solved[:, 0])), _C_MIN)
         total = (tau * c) ** 2 * root @ k @ root.T + sigma**2 * np.eye(len(z))
         pull = np.linalg.solve(total, z - c * shape)
-        log = -0.5 * float((z - c * shape) @ pull + np.linalg.slogdet(total)[1]) - 0.5 * ((a - A_MEAN) / A_SD) ** 2
+        log = (
+            -0.5 * float((z - c * shape) @ pull + np.linalg.slogdet(total)[1])
+            - 0.5 * ((a - A_MEAN) / A_SD) ** 2
+        )
         if log > best:
             best, found = log, Shape(x, m, float(a), c, tau, root.T @ pull)
     return found

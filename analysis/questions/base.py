@@ -1,6 +1,8 @@
-"""What a sweep's analysis hands to its report: fitted optima, verdicts, and sections of tables and figures.
+"""What a sweep's analysis hands to its report: fitted optima, verdicts, and sections of tables and
+figures.
 
-Every `analysis/<name>.py` that a sweep names has ESTIMANDS, LOG_ESTIMANDS and `find(table, question) -> Findings`.
+Every `analysis/<name>.py` that a sweep names has ESTIMANDS, LOG_ESTIMANDS and `find(table,
+question) -> Findings`.
 """
 
 from collections.abc import Callable
@@ -36,10 +38,12 @@ class Findings:
     verdicts: list[Verdict]
     sections: list[Section] = field(default_factory=list)
     measures: dict[str, Any] = field(default_factory=dict)
-    """Plain values for results.json. `read`: estimand -> of which rank and after how many updates it was read, in words."""
+    """Plain values for results.json. `read`: estimand -> of which rank and after how many updates
+    it was read, in words."""
     members: dict[str, list[Optimum]] = field(default_factory=dict)
     """The curves that a verdict's group rests on."""
     of_rates: bool = False
-    """The claims are about best rates themselves, so that their errors say which runs would decide most."""
+    """The claims are about best rates themselves, so that their errors say which runs would decide
+    most."""
     ratios: list[tuple[str, str, Any]] = field(default_factory=list)
     """(group, name, LoRA / FullFT) for the interactive page."""

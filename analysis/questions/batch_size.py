@@ -1,8 +1,8 @@
 """Does LoRA fall behind full fine-tuning as the batch grows, whatever the rank?
 
-At a fixed number of examples every batch size has runs of its own; at a fixed number of updates all are cut at the longest
-step that all were evaluated at. Each cell is at its own best rate. rho is the measure: a gap in nats grows along any learning
-curve, rho does not.
+At a fixed number of examples every batch size has runs of its own; at a fixed number of updates all
+are cut at the longest step that all were evaluated at. Each cell is at its own best rate. rho is
+the measure: a gap in nats grows along any learning curve, rho does not.
 """
 
 import dataclasses
@@ -26,8 +26,15 @@ from analysis.report.plots import Panel, Series
 from analysis.runs.prefixes import at_step, steps_seen
 from analysis.runs.table import curves
 
-ESTIMANDS = ("slope_fixed_examples", "slope_fixed_steps", "slope_difference", "rho_at_32", "rho_at_256", "rho_at_512",
-             "rho_at_1024")  # fmt: skip
+ESTIMANDS = (
+    "slope_fixed_examples",
+    "slope_fixed_steps",
+    "slope_difference",
+    "rho_at_32",
+    "rho_at_256",
+    "rho_at_512",
+    "rho_at_1024",
+)
 LOG_ESTIMANDS = ("rho_at_32", "rho_at_256", "rho_at_512", "rho_at_1024")
 WAYS = ("fixed examples", "fixed updates")
 
@@ -46,7 +53,8 @@ class Cell:
 
     @property
     def bound(self) -> bool:
-        """Say whether a seed has only a bound: full fine-tuning never gets there, or is there at once."""
+        """Say whether a seed has only a bound: full fine-tuning never gets there, or is there at
+        once."""
         return not all(map(math.isfinite, self.logs.best.values()))
 
     @property
@@ -57,7 +65,11 @@ class Cell:
             return exp_of(over_seeds(self.logs, self.kin))
         known = [v for v in logs.values() if math.isfinite(v)]
         below = any(v == -math.inf for v in logs.values())
-        ends = (None, math.exp(max(known)) if known else None) if below else (math.exp(min(known)) if known else None, None)
+        ends = (
+            (None, math.exp(max(known)) if known else None)
+            if below
+            else (math.exp(min(known)) if known else None, None)
+        )
         return Estimate(None, *ends, n=len(logs))
 
 
@@ -67,23 +79,33 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
     points = dict(zip(map(id, optima), at_best(table, optima)))
     found = []
     for o in (o for o in optima if o.curve.key["method"] == "lora"):
-        full = [f for f in optima if f.curve.group == o.curve.group and f.curve.key["method"] == "fullft"]
+        full = [
+            f
+            for f in optima
+            if f.curve.group == o.curve.group and f.curve.key["method"] == "fullft"
+        ]
         if full:
             logs = log_rho(points[id(o)], points[id(full[0])])
-            found.append(Cell(int(o.curve.key["batch_size"]), int(o.curve.key["rank"]), o, full[0], logs))
+            found.append(
+                Cell(int(o.curve.key["batch_size"]), int(o.curve.key["rank"]), o, full[0], logs)
+            )
     kin = usual([list(c.logs.best.values()) for c in found])
     return sorted((dataclasses.replace(c, kin=kin) for c in found), key=lambda c: (c.rank, c.batch))
 
 
 def slopes_of(cells: Sequence[Cell]) -> AtBest[float]:
-    """Return the slope of ln(rho) per doubling of the batch, least squares for each seed; none for a seed in which a cell has
-    only a bound."""
+    """Return the slope of ln(rho) per doubling of the batch, least squares for each seed; none for
+    a seed in which a cell has only a bound."""
     if len(cells) < 2:
         return AtBest({})
     batches = [math.log2(c.batch) for c in cells]
 
     def known(by_seed: dict[int, list[float]]) -> dict[int, float]:
-        return {s: float(np.polyfit(batches, v, 1)[0]) for s, v in by_seed.items() if np.isfinite(v).all()}
+        return {
+            s: float(np.polyfit(batches, v, 1)[0])
+            for s, v in by_seed.items()
+            if np.isfinite(v).all()
+        }
 
     together = cells[0].logs.map(lambda v: [v])
     for c in cells[1:]:
@@ -103,7 +125,9 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     cut = cells_of(at_step(table, common[-1])) if common else []
     ways = dict(zip(WAYS, (whole, cut)))
     examples = sorted(set((table["batch_size"] * table["steps"]).astype(int)))
-    optima = list({id(o): o for c in whole for o in (c.full, c.lora)}.values()) or fit_all(curves(table))
+    optima = list({id(o): o for c in whole for o in (c.full, c.lora)}.values()) or fit_all(
+        curves(table)
+    )
     group = f"{optima[0].curve.key['model']} on {optima[0].curve.key['dataset']}"
     ranks = sorted({c.rank for c in whole})
     slopes = {way: _by_rank(cells, ranks) for way, cells in ways.items()}
@@ -119,16 +143,29 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     told = {e: (value, _gates(cells, _absent(e, ranks))) for e, (value, cells) in measured.items()}
     verdicts = []
     for claim, asked in question["claims"].items():
-        rests = [o for c in measured.get(asked["estimand"], (None, []))[1] for o in (c.full, c.lora)]
+        rests = [
+            o for c in measured.get(asked["estimand"], (None, []))[1] for o in (c.full, c.lora)
+        ]
         one = {**question, "claims": {claim: asked}}
         verdicts += judging.verdicts(one, told, LOG_ESTIMANDS, group, judging.seeds(rests))
     verdicts = judging.corrected(verdicts, question)
-    sections = [_section(way, cells, slopes[way], common[-1] if common else 0, examples) for way, cells in ways.items()]
+    sections = [
+        _section(way, cells, slopes[way], common[-1] if common else 0, examples)
+        for way, cells in ways.items()
+    ]
     panels = [_panel(way, cells) for way, cells in ways.items() if cells]
-    sections.append(Section("Batch size", figure="batch.png", draw=lambda p: plots.panels(panels, p),
-                            caption="step efficiency over the batch size"))  # fmt: skip
-    measures = {"slopes": {way: {str(r): e.plain() for r, e in s.items()} for way, s in slopes.items()},
-                "read": _read(top, slopes, common[-1] if common else 0)}
+    sections.append(
+        Section(
+            "Batch size",
+            figure="batch.png",
+            draw=lambda p: plots.panels(panels, p),
+            caption="step efficiency over the batch size",
+        )
+    )
+    measures = {
+        "slopes": {way: {str(r): e.plain() for r, e in s.items()} for way, s in slopes.items()},
+        "read": _read(top, slopes, common[-1] if common else 0),
+    }
     return Findings(optima, verdicts, sections, measures, {group: optima})
 
 
@@ -136,7 +173,11 @@ def _read(top: int, slopes: dict[str, dict[int, Estimate]], step: int) -> dict[s
     """Say of which rank the slopes are, and beside them what the other ranks' are."""
     out = {}
     for way, estimand in zip(WAYS, ("slope_fixed_examples", "slope_fixed_steps")):
-        others = [f"rank {r}: {with_interval(e)}" for r, e in slopes[way].items() if r != top and e.value is not None]
+        others = [
+            f"rank {r}: {with_interval(e)}"
+            for r, e in slopes[way].items()
+            if r != top and e.value is not None
+        ]
         at = [f"at {step} updates"] if way == WAYS[1] else []
         out[estimand] = "; ".join([", ".join([f"rank {top}", *at]), *others])
     return out
@@ -147,7 +188,11 @@ def _absent(estimand: str, ranks: Sequence[int]) -> str:
     if estimand == "slope_difference" and len(ranks) == 1:
         return "one rank only"
     batch = estimand.removeprefix("rho_at_")
-    return f"no curve of batch {batch}" if batch != estimand else "no curve of lora beside fullft at a common step"
+    return (
+        f"no curve of batch {batch}"
+        if batch != estimand
+        else "no curve of lora beside fullft at a common step"
+    )
 
 
 def _gates(cells: Sequence[Cell], absent: str) -> list[str]:
@@ -156,8 +201,11 @@ def _gates(cells: Sequence[Cell], absent: str) -> list[str]:
         return [absent]
     rests = list({id(o): o for c in cells for o in (c.full, c.lora)}.values())
     gates = [f"batch {o.curve.key['batch_size']}, {g}" for o in rests for g in judging.gates([o])]
-    return gates + [f"batch {c.batch}, rank {c.rank}: full fine-tuning does not reach LoRA's loss, only a bound"
-                    for c in cells if c.bound]  # fmt: skip
+    return gates + [
+        f"batch {c.batch}, rank {c.rank}: full fine-tuning does not reach LoRA's loss, only a bound"
+        for c in cells
+        if c.bound
+    ]
 
 
 def _by_rank(cells: Sequence[Cell], ranks: Sequence[int]) -> dict[int, Estimate]:
@@ -186,23 +234,44 @@ def _difference(cells: Sequence[Cell], ranks: Sequence[int]) -> Estimate:
 
 def _at(cells: Sequence[Cell], batch: int) -> tuple[Estimate, list[Cell]]:
     """rho at the largest batch tried up to `batch` and above half of it, and its cell."""
-    near = [c for c in cells if batch / 2 < c.batch <= batch] or [c for c in cells if batch / 2 <= c.batch <= batch]
+    near = [c for c in cells if batch / 2 < c.batch <= batch] or [
+        c for c in cells if batch / 2 <= c.batch <= batch
+    ]
     if not near:
         return Estimate(None), []
     cell = max(near, key=lambda c: c.batch)
     return cell.rho, [cell]
 
 
-def _section(way: str, cells: Sequence[Cell], slopes: dict[int, Estimate], step: int, examples: Sequence[int]) -> Section:
-    rows = [["batch", "updates", "rank", "best FullFT LR", "best LoRA LR", "gap (nats)", "rho [95%]"]]
+def _section(
+    way: str, cells: Sequence[Cell], slopes: dict[int, Estimate], step: int, examples: Sequence[int]
+) -> Section:
+    rows = [
+        ["batch", "updates", "rank", "best FullFT LR", "best LoRA LR", "gap (nats)", "rho [95%]"]
+    ]
     for c in cells:
         known = c.lora.best_nll is not None and c.full.best_nll is not None
-        rows.append([str(c.batch), str(int(c.lora.curve.key["steps"])), str(c.rank), with_interval(c.full.best_lr, rate),
-                     with_interval(c.lora.best_lr, rate), signed(c.lora.best_nll - c.full.best_nll) if known else "-",
-                     with_interval(c.rho)])  # fmt: skip
-    told = f"{', '.join(map(str, examples))} examples" if way == WAYS[0] else f"{step} updates, the beginnings of the same runs"
-    text = [f"At {told}. Slope of ln(rho) per doubling of the batch: "
-            + "; ".join(f"rank {r} {with_interval(e)}" for r, e in slopes.items()) + "."]  # fmt: skip
+        rows.append(
+            [
+                str(c.batch),
+                str(int(c.lora.curve.key["steps"])),
+                str(c.rank),
+                with_interval(c.full.best_lr, rate),
+                with_interval(c.lora.best_lr, rate),
+                signed(c.lora.best_nll - c.full.best_nll) if known else "-",
+                with_interval(c.rho),
+            ]
+        )
+    told = (
+        f"{', '.join(map(str, examples))} examples"
+        if way == WAYS[0]
+        else f"{step} updates, the beginnings of the same runs"
+    )
+    text = [
+        f"At {told}. Slope of ln(rho) per doubling of the batch: "
+        + "; ".join(f"rank {r} {with_interval(e)}" for r, e in slopes.items())
+        + "."
+    ]
     return Section(f"At {way}", rows, text)
 
 
@@ -211,8 +280,23 @@ def _panel(way: str, cells: Sequence[Cell]) -> Panel:
     for r in sorted({c.rank for c in cells}):
         mine = [c for c in cells if c.rank == r]
         rhos = [c.rho for c in mine]
-        series.append(Series(f"rank {r}", [c.batch for c in mine], [e.value for e in rhos], [e.low for e in rhos],
-                             [e.high for e in rhos]))  # fmt: skip
+        series.append(
+            Series(
+                f"rank {r}",
+                [c.batch for c in mine],
+                [e.value for e in rhos],
+                [e.low for e in rhos],
+                [e.high for e in rhos],
+            )
+        )
     batches = sorted({c.batch for c in cells})
-    return Panel(f"at {way}", "batch size (sequences)", "rho: FullFT's updates / LoRA's", series, log_x=True, log_y=True,
-                 ticks=[(b, number(b)) for b in batches], lines={"full fine-tuning": 1.0})  # fmt: skip
+    return Panel(
+        f"at {way}",
+        "batch size (sequences)",
+        "rho: FullFT's updates / LoRA's",
+        series,
+        log_x=True,
+        log_y=True,
+        ticks=[(b, number(b)) for b in batches],
+        lines={"full fine-tuning": 1.0},
+    )

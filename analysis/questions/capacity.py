@@ -1,8 +1,9 @@
 """How many bits does a LoRA parameter store?
 
-Facts of exactly 16 bits each; bits stored = facts x symbols x (ln 16 - NLL on the trained facts) / ln 2, over the effective
-parameters of the adapter, r (m + n) - r^2 a matrix (the dimension of the matrices of rank r: A and B share r^2 that change
-nothing). Each cell (facts, exposures) is at its best rate tried.
+Facts of exactly 16 bits each; bits stored = facts x symbols x (ln 16 - NLL on the trained facts) /
+ln 2, over the effective parameters of the adapter, r (m + n) - r^2 a matrix (the dimension of the
+matrices of rank r: A and B share r^2 that change nothing). Each cell (facts, exposures) is at its
+best rate tried.
 """
 
 import json
@@ -26,7 +27,8 @@ LOG_ESTIMANDS = ("bits_per_parameter", "bits_at_100")
 SYMBOLS, VALUES, ROW = 4, 16, 8
 """Symbols a value, values a symbol, facts a row (lorasweep/data/synthetic/facts.py)."""
 CONVERGED = 0.1
-"""The most bits count as converged in exposures if the step to the most exposures adds at most this share."""
+"""The most bits count as converged in exposures if the step to the most exposures adds at most this
+share."""
 PLAUSIBLE = 0.9
 """Share of the facts' bits that full fine-tuning must store for the task to be storable at all."""
 
@@ -48,11 +50,16 @@ class Cell:
 
 
 def effective(spec: dict[str, Any]) -> int:
-    """Return the effective parameters of a run: r (m + n) - r^2 a matrix, or all weights under full fine-tuning."""
+    """Return the effective parameters of a run: r (m + n) - r^2 a matrix, or all weights under full
+    fine-tuning."""
     m, method = spec["model"], spec["method"]
     h, f, v = m["hidden_size"], m["mlp_size"], m["vocab_size"]
     q, kv = m["n_heads"] * m["head_size"], m["n_kv_heads"] * m["head_size"]
-    shapes = {"attention": [(h, q), (h, kv), (h, kv), (q, h)], "mlp": [(h, f), (h, f), (f, h)], "unembedding": [(h, v)]}
+    shapes = {
+        "attention": [(h, q), (h, kv), (h, kv), (q, h)],
+        "mlp": [(h, f), (h, f), (f, h)],
+        "unembedding": [(h, v)],
+    }
     total = 0
     for layer_set in method["layers"].split("+") if method["layers"] != "all" else shapes:
         count = 1 if layer_set == "unembedding" else m["n_layers"]
@@ -68,11 +75,15 @@ def bits(nll: float, facts: float = 1.0) -> float:
 
 
 def cells_of(table: pd.DataFrame) -> list[Cell]:
-    """Split a table into cells and take each one's best rate: by the seed that was tried at most rates."""
+    """Split a table into cells and take each one's best rate: by the seed that was tried at most
+    rates."""
     specs = [json.loads(t) for t in table["spec"]]
     facts = [int(s["dataset"]["knobs"]["facts"]) for s in specs]
-    told = table.assign(facts=facts, effective=[effective(s) for s in specs],
-                        exposures=table["steps"] * table["batch_size"] * ROW / facts)  # fmt: skip
+    told = table.assign(
+        facts=facts,
+        effective=[effective(s) for s in specs],
+        exposures=table["steps"] * table["batch_size"] * ROW / facts,
+    )
     found = []
     for (method, n, exposures), part in told.groupby(["method", "facts", "exposures"]):
         done = part[part["status"] == "done"]
@@ -82,14 +93,24 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
         best = first.loc[first["test_nll"].idxmin()]
         at = done[done["lr"] == best["lr"]]
         rates = sorted(part["lr"].unique())
-        found.append(Cell(int(n), float(exposures), method, float(best["lr"]), [bits(v, n) for v in at["test_nll"]],
-                          [bits(v) for v in at["retain_nll"].dropna()], int(best["effective"]),
-                          best["lr"] in (rates[0], rates[-1])))  # fmt: skip
+        found.append(
+            Cell(
+                int(n),
+                float(exposures),
+                method,
+                float(best["lr"]),
+                [bits(v, n) for v in at["test_nll"]],
+                [bits(v) for v in at["retain_nll"].dropna()],
+                int(best["effective"]),
+                best["lr"] in (rates[0], rates[-1]),
+            )
+        )
     return found
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
-    """Judge the most bits a parameter, at the most exposures and at about 100, and the certificates."""
+    """Judge the most bits a parameter, at the most exposures and at about 100, and the
+    certificates."""
     cells = cells_of(table)
     lora = [c for c in cells if c.method == "lora"]
     group = f"{table['model'].iloc[0]}, facts of 16 bits"
@@ -101,35 +122,91 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     if not plausible:
         gates.append("no curve of fullft to certify the task")
     elif max(plausible) < PLAUSIBLE:
-        gates.append(f"task: full fine-tuning stores {max(plausible):.0%} of the bits, {PLAUSIBLE:.0%} needed")
+        gates.append(
+            f"task: full fine-tuning stores {max(plausible):.0%} of the bits, {PLAUSIBLE:.0%} needed"
+        )
     most, open_ = _most(lora)
     hundred, _ = _most([c for c in lora if 70 <= c.exposures <= 140])
     unseen = [b for c in cells for b in c.unseen]
     leak = exactly(max(unseen), len(unseen)) if unseen else Estimate(None)
     measured = {
         "bits_per_parameter": (most, [*gates, *open_]),
-        "bits_at_100": (hundred, gates if hundred.value is not None else [*gates, "no curve of about 100 exposures"]),
+        "bits_at_100": (
+            hundred,
+            gates if hundred.value is not None else [*gates, "no curve of about 100 exposures"],
+        ),
         "unseen_bits": (leak, [] if unseen else ["no curve of unseen facts"]),
     }
     seeds = min((len(c.bits) for c in lora), default=0)
-    verdicts = judging.corrected(judging.verdicts(question, measured, LOG_ESTIMANDS, group, seeds), question)
-    rows = [["arm", "facts", "load at 2 bits", "exposures", "best LR tried", "bits stored [95%]",
-             "of all", "bits / parameter", "bits known of unseen facts"]]  # fmt: skip
+    verdicts = judging.corrected(
+        judging.verdicts(question, measured, LOG_ESTIMANDS, group, seeds), question
+    )
+    rows = [
+        [
+            "arm",
+            "facts",
+            "load at 2 bits",
+            "exposures",
+            "best LR tried",
+            "bits stored [95%]",
+            "of all",
+            "bits / parameter",
+            "bits known of unseen facts",
+        ]
+    ]
     for c in cells:
         stored = from_sample(c.bits)
         at = rate(c.lr) + (" (edge)" if c.at_edge else "")
-        rows.append([c.method, str(c.facts), number(_load(c)), number(c.exposures), at, with_interval(stored),
-                     f"{np.mean(c.bits) / (16 * c.facts):.0%}", number(np.mean(c.bits) / c.parameters),
-                     number(max(c.unseen)) if c.unseen else "-"])  # fmt: skip
+        rows.append(
+            [
+                c.method,
+                str(c.facts),
+                number(_load(c)),
+                number(c.exposures),
+                at,
+                with_interval(stored),
+                f"{np.mean(c.bits) / (16 * c.facts):.0%}",
+                number(np.mean(c.bits) / c.parameters),
+                number(max(c.unseen)) if c.unseen else "-",
+            ]
+        )
     text = [f"Effective parameters of the adapter: {lora[0].parameters:,}."] if lora else []
-    text.append("A model that is sure of a wrong value has a high NLL: bits of facts never trained fall below 0, never above. "
-                "Verdicts take the geometric mean over seeds. An update shows 128 facts, so that few facts come several times "
-                "in one update: few facts at many exposures are also few updates.")
-    margin = next((tuple(c["margin"]) for c in question["claims"].values() if c["estimand"] == "bits_per_parameter"), None)
-    sections = [Section("Cells", rows, text, "capacity.png", lambda p: plots.panels(_panels(lora, margin), p),
-                        "bits stored a parameter, over load and exposures")]  # fmt: skip
-    measures = {"cells": [{"method": c.method, "facts": c.facts, "exposures": c.exposures, "lr": c.lr, "bits": c.bits,
-                           "parameters": c.parameters} for c in cells]}  # fmt: skip
+    text.append(
+        "A model that is sure of a wrong value has a high NLL: bits of facts never trained fall below 0, never above. "
+        "Verdicts take the geometric mean over seeds. An update shows 128 facts, so that few facts come several times "
+        "in one update: few facts at many exposures are also few updates."
+    )
+    margin = next(
+        (
+            tuple(c["margin"])
+            for c in question["claims"].values()
+            if c["estimand"] == "bits_per_parameter"
+        ),
+        None,
+    )
+    sections = [
+        Section(
+            "Cells",
+            rows,
+            text,
+            "capacity.png",
+            lambda p: plots.panels(_panels(lora, margin), p),
+            "bits stored a parameter, over load and exposures",
+        )
+    ]
+    measures = {
+        "cells": [
+            {
+                "method": c.method,
+                "facts": c.facts,
+                "exposures": c.exposures,
+                "lr": c.lr,
+                "bits": c.bits,
+                "parameters": c.parameters,
+            }
+            for c in cells
+        ]
+    }
     return Findings([], verdicts, sections, measures)
 
 
@@ -139,13 +216,16 @@ def _load(c: Cell) -> float:
 
 
 def _most(cells: list[Cell]) -> tuple[Estimate, list[str]]:
-    """Return the most bits a parameter over loads, and what keeps it from counting: too few seeds, an edge, no convergence."""
+    """Return the most bits a parameter over loads, and what keeps it from counting: too few seeds,
+    an edge, no convergence."""
     if not cells:
         return Estimate(None), ["no curve of lora"]
     best = max(cells, key=lambda c: np.mean(c.bits) / c.parameters)
     gates = []
     if len(best.bits) < MIN_SEEDS:
-        gates.append(f"{best.facts} facts x {best.exposures:.0f}: {len(best.bits)} seed(s), {MIN_SEEDS} needed")
+        gates.append(
+            f"{best.facts} facts x {best.exposures:.0f}: {len(best.bits)} seed(s), {MIN_SEEDS} needed"
+        )
     if best.at_edge:
         gates.append(f"{best.facts} facts x {best.exposures:.0f}: at_edge")
     fewer = [c for c in cells if c.facts == best.facts and c.exposures < best.exposures]
@@ -153,7 +233,9 @@ def _most(cells: list[Cell]) -> tuple[Estimate, list[str]]:
         before = max(fewer, key=lambda c: c.exposures)
         gain = 1 - np.mean(before.bits) / np.mean(best.bits)
         if gain > CONVERGED:
-            gates.append(f"not converged: {best.exposures:.0f} exposures still add {gain:.0%} to {before.exposures:.0f}")
+            gates.append(
+                f"not converged: {best.exposures:.0f} exposures still add {gain:.0%} to {before.exposures:.0f}"
+            )
     value = from_sample([max(b, 1e-9) / best.parameters for b in best.bits], log=True)
     return value, gates
 
@@ -161,17 +243,39 @@ def _most(cells: list[Cell]) -> tuple[Estimate, list[str]]:
 def _panels(cells: list[Cell], margin: tuple[float, float] | None) -> list[Panel]:
     def line(label: str, mine: list[Cell], x: list[float]) -> Series:
         told = [from_sample([b / c.parameters for b in c.bits]) for c in mine]
-        return Series(label, x, [e.value for e in told], [e.low for e in told], [e.high for e in told])
+        return Series(
+            label, x, [e.value for e in told], [e.low for e in told], [e.high for e in told]
+        )
 
     by_exposure, by_load = [], []
     for n in sorted({c.facts for c in cells}):
         mine = sorted((c for c in cells if c.facts == n), key=lambda c: c.exposures)
-        by_exposure.append(line(f"{n} facts, load {_load(mine[0]):.2g}", mine, [c.exposures for c in mine]))
+        by_exposure.append(
+            line(f"{n} facts, load {_load(mine[0]):.2g}", mine, [c.exposures for c in mine])
+        )
     for e in sorted({round(c.exposures, -1) for c in cells}):
         mine = sorted((c for c in cells if round(c.exposures, -1) == e), key=lambda c: c.facts)
         if len(mine) > 1:
             by_load.append(line(f"{e:g} exposures", mine, [_load(c) for c in mine]))
-    return [Panel("by exposures", "exposures of each fact", "bits stored / effective parameter", by_exposure, log_x=True,
-                  lines={"2 bits": 2.0}, band=margin, y_range=(-0.3, 2.9)),
-            Panel("by load", "bits to store / (2 bits x parameters)", "bits stored / effective parameter", by_load, log_x=True,
-                  lines={"2 bits": 2.0}, band=margin, y_range=(-0.3, 2.9))]  # fmt: skip
+    return [
+        Panel(
+            "by exposures",
+            "exposures of each fact",
+            "bits stored / effective parameter",
+            by_exposure,
+            log_x=True,
+            lines={"2 bits": 2.0},
+            band=margin,
+            y_range=(-0.3, 2.9),
+        ),
+        Panel(
+            "by load",
+            "bits to store / (2 bits x parameters)",
+            "bits stored / effective parameter",
+            by_load,
+            log_x=True,
+            lines={"2 bits": 2.0},
+            band=margin,
+            y_range=(-0.3, 2.9),
+        ),
+    ]

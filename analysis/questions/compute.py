@@ -1,12 +1,13 @@
 """Does LoRA need two thirds of full fine-tuning's compute, per update and to the same loss?
 
-Operations are counted by the study's formula (2/3 + 2R/N, at the model's real shapes; attention scores left out); seconds
-are the median update of each run, alone on its threads, evaluation left out, and of these the fastest tenth of an arm's runs:
-other load on the machine only slows.
+Operations are counted by the study's formula (2/3 + 2R/N, at the model's real shapes; attention
+scores left out); seconds are the median update of each run, alone on its threads, evaluation left
+out, and of these the fastest tenth of an arm's runs: other load on the machine only slows.
 
-The loss to be reached is that of full fine-tuning after SHARE of the updates, at its best rate for that length (a prefix of
-the same runs), so that LoRA, which learns more slowly, gets there within its own. LoRA as well has the rate that is best for
-the length at which it gets there: the best rate of a short run is higher, and one arm alone may not have it.
+The loss to be reached is that of full fine-tuning after SHARE of the updates, at its best rate for
+that length (a prefix of the same runs), so that LoRA, which learns more slowly, gets there within
+its own. LoRA as well has the rate that is best for the length at which it gets there: the best rate
+of a short run is higher, and one arm alone may not have it.
 """
 
 import json
@@ -16,7 +17,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, exactly, exp_of, from_draws, number, rate, with_interval
+from analysis.inference.estimate import (
+    Estimate,
+    exactly,
+    exp_of,
+    from_draws,
+    number,
+    rate,
+    with_interval,
+)
 from analysis.inference.seeds import usual
 from analysis.measures.at_best import AtBest, same, values_at_best
 from analysis.measures.efficiency import Points, at_best, log_rho, rho
@@ -33,14 +42,16 @@ LOG_ESTIMANDS = ESTIMANDS
 SHARE = 1 / 6
 FASTEST = 0.1
 QUIET = 1.5
-"""Ratio of an arm's slow to its fast updates (90% and 10% of its runs) beyond which the machine did other work."""
+"""Ratio of an arm's slow to its fast updates (90% and 10% of its runs) beyond which the machine did
+other work."""
 MIN_RUNS = 5
 """Runs of an arm below which its time is not known."""
 
 
 def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
-    """Return the operations of a LoRA update over a full fine-tuning one of the same tokens: (4 P + 6 T) / 6 P, with P the
-    weights in matrix products and T the adapter's (study, section on compute; P from the model's shape)."""
+    """Return the operations of a LoRA update over a full fine-tuning one of the same tokens: (4 P +
+    6 T) / 6 P, with P the weights in matrix products and T the adapter's (study, section on
+    compute; P from the model's shape)."""
     m = spec["model"]
     h, q, kv = m["hidden_size"], m["n_heads"] * m["head_size"], m["n_kv_heads"] * m["head_size"]
     p = m["n_layers"] * (2 * h * q + 2 * h * kv + 3 * h * m["mlp_size"]) + h * m["vocab_size"]
@@ -48,7 +59,8 @@ def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
-    """Judge operations and seconds, per update and to one loss of full fine-tuning, at the highest rank."""
+    """Judge operations and seconds, per update and to one loss of full fine-tuning, at the highest
+    rank."""
     table, cut = while_unsolved(table)
     optima = fit_all(curves(table))
     group = optima[0].curve.group
@@ -60,12 +72,24 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         return Findings(optima, judging.verdicts(question, none, LOG_ESTIMANDS, group))
     short = max((s for s in steps_seen(table) if s <= table["steps"].max() * SHARE), default=0)
     aim, goal = _goal(table, short)
-    level = float(np.mean([points[-1][1] for points in goal.best.values()])) if goal.best else -np.inf
+    level = (
+        float(np.mean([points[-1][1] for points in goal.best.values()])) if goal.best else -np.inf
+    )
     tuned = _to_loss(table, optima, level)
     kin = usual([list(log_rho(goal, points).best.values()) for _, _, points in tuned.values()])
     base = [r["step_s"] for r in _timed(table, "fullft", None)]
-    rows = [["rank", "operations an update", "seconds an update [95%]", "best rate to FullFT's loss [95%]", "of runs of",
-             "updates to it [95%]", "operations to it [95%]", "seconds to it [95%]"]]  # fmt: skip
+    rows = [
+        [
+            "rank",
+            "operations an update",
+            "seconds an update [95%]",
+            "best rate to FullFT's loss [95%]",
+            "of runs of",
+            "updates to it [95%]",
+            "operations to it [95%]",
+            "seconds to it [95%]",
+        ]
+    ]
     told: dict[int, dict[str, Estimate]] = {}
     for o in lora:
         rank = int(o.curve.key["rank"])
@@ -73,49 +97,114 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         a_step = flops_ratio(json.loads(row["spec"]), int(row["n_trainable"]))
         seconds = _ratio_of_times([r["step_s"] for r in _timed(table, "lora", rank)], base)
         at, length, points = tuned[rank]
-        steps = rho(goal, points, kin)  # LoRA's updates to full fine-tuning's loss over the latter's
-        told[rank] = {"flops_per_step": exactly(a_step), "seconds_per_step": seconds, "steps": steps,
-                      "flops_to_loss": _times(steps, exactly(a_step)), "seconds_to_loss": _times(steps, seconds)}  # fmt: skip
-        rows.append([str(rank), number(a_step), with_interval(seconds), with_interval(at.best_lr, rate), str(length),
-                     *(with_interval(told[rank][k]) for k in ("steps", "flops_to_loss", "seconds_to_loss"))])  # fmt: skip
+        steps = rho(
+            goal, points, kin
+        )  # LoRA's updates to full fine-tuning's loss over the latter's
+        told[rank] = {
+            "flops_per_step": exactly(a_step),
+            "seconds_per_step": seconds,
+            "steps": steps,
+            "flops_to_loss": _times(steps, exactly(a_step)),
+            "seconds_to_loss": _times(steps, seconds),
+        }
+        rows.append(
+            [
+                str(rank),
+                number(a_step),
+                with_interval(seconds),
+                with_interval(at.best_lr, rate),
+                str(length),
+                *(
+                    with_interval(told[rank][k])
+                    for k in ("steps", "flops_to_loss", "seconds_to_loss")
+                ),
+            ]
+        )
     top = max(told)
     best, _, highest = tuned[top]
     rests = [*([aim] if aim else []), best]
     gates = judging.gates(rests, "" if aim else "full fine-tuning's shorter runs")
-    if any(highest.best[s][-1][1] > goal.best[s][-1][1] for s in highest.best.keys() & goal.best.keys()):
+    if any(
+        highest.best[s][-1][1] > goal.best[s][-1][1] for s in highest.best.keys() & goal.best.keys()
+    ):
         gates = [*gates, "LoRA does not reach the loss within its run"]
     busy = _busy([base, [r["step_s"] for r in _timed(table, "lora", top)]])
-    stops = {"flops_per_step": [], "seconds_per_step": busy, "flops_to_loss": gates, "seconds_to_loss": gates + busy}
+    stops = {
+        "flops_per_step": [],
+        "seconds_per_step": busy,
+        "flops_to_loss": gates,
+        "seconds_to_loss": gates + busy,
+    }
     measured = {k: (told[top][k], stops[k]) for k in ESTIMANDS}
     verdicts = judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds(rests))
     verdicts = judging.corrected(verdicts, question)
     ranks = sorted(told)
-    text = [f"The claims are judged at rank {top}. The loss to be reached is full fine-tuning's after {short} updates; "
-            "with a rank that does not reach it, what both reach. Each method has the rate that is best for runs of the length "
-            "at which it gets there. Peak memory is measured in the "
-            "benchmark, beside what the plan reckons with.", *([cut] if cut else [])]  # fmt: skip
-    panel = Panel(group, "rank", "LoRA / FullFT", [
-        Series(name, ranks, *([getattr(told[r][k], part) for r in ranks] for part in ("value", "low", "high")))
-        for name, k in (("operations an update", "flops_per_step"), ("seconds an update", "seconds_per_step"),
-                        ("operations to FullFT's loss", "flops_to_loss"), ("seconds to FullFT's loss", "seconds_to_loss"))
-    ], log_x=True, log_y=True, band=(0.6, 0.75), ticks=[(r, str(r)) for r in ranks], lines={"equal": 1.0})  # fmt: skip
-    sections = [Section("Compute", rows, text, "compute.png", lambda p: plots.panels([panel], p),
-                        "operations and seconds, LoRA over full fine-tuning")]  # fmt: skip
+    text = [
+        f"The claims are judged at rank {top}. The loss to be reached is full fine-tuning's after {short} updates; "
+        "with a rank that does not reach it, what both reach. Each method has the rate that is best for runs of the length "
+        "at which it gets there. Peak memory is measured in the "
+        "benchmark, beside what the plan reckons with.",
+        *([cut] if cut else []),
+    ]
+    panel = Panel(
+        group,
+        "rank",
+        "LoRA / FullFT",
+        [
+            Series(
+                name,
+                ranks,
+                *([getattr(told[r][k], part) for r in ranks] for part in ("value", "low", "high")),
+            )
+            for name, k in (
+                ("operations an update", "flops_per_step"),
+                ("seconds an update", "seconds_per_step"),
+                ("operations to FullFT's loss", "flops_to_loss"),
+                ("seconds to FullFT's loss", "seconds_to_loss"),
+            )
+        ],
+        log_x=True,
+        log_y=True,
+        band=(0.6, 0.75),
+        ticks=[(r, str(r)) for r in ranks],
+        lines={"equal": 1.0},
+    )
+    sections = [
+        Section(
+            "Compute",
+            rows,
+            text,
+            "compute.png",
+            lambda p: plots.panels([panel], p),
+            "operations and seconds, LoRA over full fine-tuning",
+        )
+    ]
     to = f"rank {top}, the loss of full fine-tuning after {short} of {table['steps'].max():g} updates"
-    measures = {"compute": {str(r): {k: e.plain() for k, e in v.items()} for r, v in told.items()},
-                "lengths": {str(r): length for r, (_, length, _) in tuned.items()},
-                "read": {**dict.fromkeys(ESTIMANDS, f"rank {top}"), "flops_to_loss": to, "seconds_to_loss": to}}
+    measures = {
+        "compute": {str(r): {k: e.plain() for k, e in v.items()} for r, v in told.items()},
+        "lengths": {str(r): length for r, (_, length, _) in tuned.items()},
+        "read": {
+            **dict.fromkeys(ESTIMANDS, f"rank {top}"),
+            "flops_to_loss": to,
+            "seconds_to_loss": to,
+        },
+    }
     return Findings(optima, verdicts, sections, measures, {group: [full, *lora]})
 
 
 def _timed(table: pd.DataFrame, method: str, rank: int | None) -> list[pd.Series]:
     """Runs whose median update was recorded."""
-    part = table[(table["method"] == method) & table["step_s"].notna()] if "step_s" in table else table.iloc[:0]
+    part = (
+        table[(table["method"] == method) & table["step_s"].notna()]
+        if "step_s" in table
+        else table.iloc[:0]
+    )
     return [row for _, row in (part if rank is None else part[part["rank"] == rank]).iterrows()]
 
 
 def _goal(table: pd.DataFrame, length: int) -> tuple[Optimum | None, AtBest[Points]]:
-    """Return the optimum of full fine-tuning's runs cut after `length` updates, and their held-out curves there, by seed."""
+    """Return the optimum of full fine-tuning's runs cut after `length` updates, and their held-out
+    curves there, by seed."""
     if not length:
         return None, AtBest({})
     optima = fit_all(curves(at_step(table, length)))
@@ -123,22 +212,30 @@ def _goal(table: pd.DataFrame, length: int) -> tuple[Optimum | None, AtBest[Poin
     return optima[k], _read(table, optima, length, length)[k]
 
 
-def _to_loss(table: pd.DataFrame, whole: Sequence[Optimum], level: float) -> dict[int, tuple[Optimum, int, AtBest[Points]]]:
-    """Return, for every rank, the optimum for the least updates to a loss, the length of runs that it is of, and the curves
-    there.
+def _to_loss(
+    table: pd.DataFrame, whole: Sequence[Optimum], level: float
+) -> dict[int, tuple[Optimum, int, AtBest[Points]]]:
+    """Return, for every rank, the optimum for the least updates to a loss, the length of runs that
+    it is of, and the curves there.
 
-    The length is the first evaluated one after which runs at the best rate for it are at the loss; curves go on to twice that,
-    as single seeds get there later. A rank that does not get there has the optimum of whole runs. Optima of one length are
-    fitted together, with full fine-tuning's, so that they share what the noise is.
+    The length is the first evaluated one after which runs at the best rate for it are at the loss;
+    curves go on to twice that, as single seeds get there later. A rank that does not get there has
+    the optimum of whole runs. Optima of one length are fitted together, with full fine-tuning's, so
+    that they share what the noise is.
     """
     found: dict[int, tuple[Optimum, int, AtBest[Points]]] = {}
     seen = steps_seen(table)
     for length in seen:
         optima = fit_all(curves(at_step(table, length)))
-        there = {int(o.curve.key["rank"]): k for k, o in enumerate(optima)
-                 if o.curve.key["method"] == "lora" and _lowest(o) <= level}  # fmt: skip
+        there = {
+            int(o.curve.key["rank"]): k
+            for k, o in enumerate(optima)
+            if o.curve.key["method"] == "lora" and _lowest(o) <= level
+        }
         if there.keys() - found.keys():
-            runs = _read(table, optima, length, next((s for s in seen if s >= 2 * length), seen[-1]))
+            runs = _read(
+                table, optima, length, next((s for s in seen if s >= 2 * length), seen[-1])
+            )
             found = {r: (optima[k], length, runs[k]) for r, k in there.items()} | found
     for o, runs in zip(whole, at_best(table, whole)):
         if o.curve.key["method"] == "lora":
@@ -147,18 +244,26 @@ def _to_loss(table: pd.DataFrame, whole: Sequence[Optimum], level: float) -> dic
 
 
 def _lowest(o: Optimum) -> float:
-    """The loss at a curve's optimum; where that is none but a bound, the lowest at a rate that is part of the valley."""
+    """The loss at a curve's optimum; where that is none but a bound, the lowest at a rate that is
+    part of the valley."""
     if o.best_nll is not None:
         return o.best_nll
     c = o.curve
-    return min((float(np.mean(c.y[c.usable & (c.x == x)])) for x in set(c.x[c.usable])), default=np.inf)
+    return min(
+        (float(np.mean(c.y[c.usable & (c.x == x)])) for x in set(c.x[c.usable])), default=np.inf
+    )
 
 
-def _read(table: pd.DataFrame, optima: Sequence[Optimum], length: int, until: int) -> list[AtBest[Points]]:
-    """Return held-out curves up to update `until` at the best rates of runs of `length`, by seed: all evaluations of a run that
-    is cut use the same rows."""
+def _read(
+    table: pd.DataFrame, optima: Sequence[Optimum], length: int, until: int
+) -> list[AtBest[Points]]:
+    """Return held-out curves up to update `until` at the best rates of runs of `length`, by seed:
+    all evaluations of a run that is cut use the same rows."""
     longer = at_step(table, until).assign(steps=length)  # of the same curves, though read further
-    return [runs.map(lambda points: sorted(points.items())) for runs in values_at_best(longer, optima, _all_evaluations)]
+    return [
+        runs.map(lambda points: sorted(points.items()))
+        for runs in values_at_best(longer, optima, _all_evaluations)
+    ]
 
 
 def _all_evaluations(row: pd.Series) -> dict[int, float]:
@@ -168,7 +273,11 @@ def _all_evaluations(row: pd.Series) -> dict[int, float]:
 def _busy(arms: list[list[float]]) -> list[str]:
     """Say, as a gate, where an arm's own times lie too far apart to be those of the method."""
     apart = max((float(np.quantile(v, 0.9) / np.quantile(v, 0.1)) for v in arms if v), default=1.0)
-    return [f"seconds of one arm differ by a factor {apart:.2g}: the machine did other work"] if apart > QUIET else []
+    return (
+        [f"seconds of one arm differ by a factor {apart:.2g}: the machine did other work"]
+        if apart > QUIET
+        else []
+    )
 
 
 def _ratio_of_times(a: list[float], b: list[float]) -> Estimate:
@@ -188,4 +297,6 @@ def _times(a: Estimate, b: Estimate) -> Estimate:
     if a.draws is None or b.draws is None:
         return Estimate(a.value * b.value, n=a.n)
     few = b.draws if len(b.draws) == len(a.draws) else np.full(len(a.draws), b.value)
-    return exp_of(from_draws(np.log(a.draws) + np.log(np.random.default_rng(7).permutation(few)), a.n))
+    return exp_of(
+        from_draws(np.log(a.draws) + np.log(np.random.default_rng(7).permutation(few)), a.n)
+    )

@@ -1,7 +1,8 @@
-"""Designing the next runs: how many seeds a claim needs before any run, and which runs would decide most after some.
+"""Designing the next runs: how many seeds a claim needs before any run, and which runs would decide
+most after some.
 
-Everything is worked out by fitting the runs that one plans as if they came out at the fitted curve: the posterior's
-spread is then the one to expect.
+Everything is worked out by fitting the runs that one plans as if they came out at the fitted curve:
+the posterior's spread is then the one to expect.
 """
 
 import dataclasses
@@ -24,9 +25,9 @@ from analysis.questions.base import Findings
 from analysis.runs.table import Curve
 
 NOISE, CURVATURE, SKEW, MISFIT = 4e-3, 0.15, 0.5, 0.35
-"""Assumed before a sweep has measured its own: noise of one run (nats), curvature at the optimum (nats per unit of ln(lr)
-squared), asymmetry, misfit of the curvature. Measured on the kept sweeps (analysis/results): 4e-3 to 5e-3, 0.08 to 0.30,
--0.1 to 1.4, 0.24 to 0.47."""
+"""Assumed before a sweep has measured its own: noise of one run (nats), curvature at the optimum
+(nats per unit of ln(lr) squared), asymmetry, misfit of the curvature. Measured on the kept sweeps
+(analysis/results): 4e-3 to 5e-3, 0.08 to 0.30, -0.1 to 1.4, 0.24 to 0.47."""
 MAX_SEEDS = 16
 N_AROUND = 3
 MAX_NEW_SEEDS = 5
@@ -44,20 +45,31 @@ class Suggestion:
     def plain(self) -> dict[str, Any]:
         """Return it as plain values."""
         rank = self.curve.key.get("rank")
-        return {"curve": self.curve.name, "group": self.curve.group, "variant": self.curve.variant,
-                "method": self.curve.key["method"], "rank": None if rank is None or rank != rank else int(rank),
-                "lr": self.lr, "seeds": list(self.seeds), "why": self.why}  # fmt: skip
+        return {
+            "curve": self.curve.name,
+            "group": self.curve.group,
+            "variant": self.curve.variant,
+            "method": self.curve.key["method"],
+            "rank": None if rank is None or rank != rank else int(rank),
+            "lr": self.lr,
+            "seeds": list(self.seeds),
+            "why": self.why,
+        }
 
 
 # ---------------------------------------------------------------- before any run
 
 
 def needed_seeds(
-    margin: tuple[float, float], n_lora: int, noise: float = NOISE, curvature: float = CURVATURE, rates: int = 7,
+    margin: tuple[float, float],
+    n_lora: int,
+    noise: float = NOISE,
+    curvature: float = CURVATURE,
+    rates: int = 7,
     factor: float = 2.0,
-) -> tuple[int | None, float]:  # fmt: skip
-    """Return the fresh seeds a curve at its three best rates after which a ratio's standard error is a quarter of the
-    margin's width (in ln), and that error; None if MAX_SEEDS are not enough.
+) -> tuple[int | None, float]:
+    """Return the fresh seeds a curve at its three best rates after which a ratio's standard error
+    is a quarter of the margin's width (in ln), and that error; None if MAX_SEEDS are not enough.
 
     Args:
         margin: of the ratio.
@@ -69,14 +81,17 @@ def needed_seeds(
     target = (math.log(margin[1]) - math.log(margin[0])) / 4
     error = math.inf
     for n in range(MIN_SEEDS - 1, MAX_SEEDS + 1):
-        error = _planned_error(rates, factor, n, noise, curvature) * math.sqrt(1 + 1 / max(n_lora, 1))
+        error = _planned_error(rates, factor, n, noise, curvature) * math.sqrt(
+            1 + 1 / max(n_lora, 1)
+        )
         if error <= target:
             return n, error
     return None, error
 
 
 def _planned_error(rates: int, factor: float, fresh: int, noise: float, curvature: float) -> float:
-    """Standard deviation of ln(best LR) to expect of one curve: one seed over the grid, `fresh` at the three best."""
+    """Standard deviation of ln(best LR) to expect of one curve: one seed over the grid, `fresh` at
+    the three best."""
     step = math.log(factor)
     grid = (np.arange(rates) - (rates - 1) / 2) * step
     errors = []
@@ -84,14 +99,18 @@ def _planned_error(rates: int, factor: float, fresh: int, noise: float, curvatur
         loss = curvature * linex(grid - m, SKEW)
         first = min(max(int(np.argmin(loss)) - 1, 0), rates - N_AROUND)
         x = np.concatenate([grid, np.tile(grid[first : first + N_AROUND], fresh)])
-        block = np.concatenate([np.zeros(rates), np.repeat(np.arange(fresh) + 1, N_AROUND)]).astype(int)
+        block = np.concatenate([np.zeros(rates), np.repeat(np.arange(fresh) + 1, N_AROUND)]).astype(
+            int
+        )
         errors.append(_spread(gather(x, curvature * linex(x - m, SKEW), block), noise, MISFIT))
     return float(np.mean(errors))
 
 
 def _spread(e: Evidence, noise: float, misfit: float) -> float:
     """Standard deviation of the minimum's posterior when noise and misfit are known."""
-    ((posterior,), _) = weigh([[dataclasses.replace(e, squares=100 * noise**2, df=100)]], misfit=misfit)[0]
+    ((posterior,), _) = weigh(
+        [[dataclasses.replace(e, squares=100 * noise**2, df=100)]], misfit=misfit
+    )[0]
     mean = float(posterior.m @ posterior.mass)
     return math.sqrt(max(float((posterior.m - mean) ** 2 @ posterior.mass), 0.0))
 
@@ -100,19 +119,28 @@ def _spread(e: Evidence, noise: float, misfit: float) -> float:
 
 
 def suggest(found: "Answer | Findings") -> list[Suggestion]:
-    """Name the runs that would decide most for claims that are open: first what opens a gate, then what narrows most.
+    """Name the runs that would decide most for claims that are open: first what opens a gate, then
+    what narrows most.
 
-    Runs that exist are never named. Nothing is returned where every claim is decided or no run of the grid can help
-    (another task, another arm, another rank).
+    Runs that exist are never named. Nothing is returned where every claim is decided or no run of
+    the grid can help (another task, another arm, another rank).
     """
     wanted: list[Suggestion] = []
     for verdict in found.verdicts:
         if verdict.outcome != "UNDECIDED" or "task:" in verdict.why or "no curve of" in verdict.why:
             continue
         lora_only = found.of_rates and not verdict.log
-        curves = [o for o in found.members.get(verdict.group, []) if not lora_only or o.curve.key["method"] == "lora"]
+        curves = [
+            o
+            for o in found.members.get(verdict.group, [])
+            if not lora_only or o.curve.key["method"] == "lora"
+        ]
         gated = [s for o in curves for s in _open_gates(o)]
-        more = _narrow(verdict, curves) if found.of_rates else [s for o in curves for s in _more_seeds(o, 2, "narrows it")]
+        more = (
+            _narrow(verdict, curves)
+            if found.of_rates
+            else [s for o in curves for s in _more_seeds(o, 2, "narrows it")]
+        )
         wanted += gated or more
     merged: dict[tuple[int, float], Suggestion] = {}
     for s in wanted:
@@ -132,11 +160,15 @@ def _make(o: Optimum, lr: float, seeds: Sequence[int], why: str) -> Suggestion:
 
 
 def _open_gates(o: Optimum) -> list[Suggestion]:
-    """Runs without which no verdict is given: rates beyond an edge or before a cliff, more rates, seeds at the optimum."""
+    """Runs without which no verdict is given: rates beyond an edge or before a cliff, more rates,
+    seeds at the optimum."""
     x, every = np.unique(o.curve.x[o.curve.usable]), np.unique(o.curve.x)
     seed = [_grid_seed(o)]
     if not len(x):
-        return [_make(o, math.exp(every[0] - k * math.log(2)), seed, "every rate broke down") for k in (1, 2, 3)]
+        return [
+            _make(o, math.exp(every[0] - k * math.log(2)), seed, "every rate broke down")
+            for k in (1, 2, 3)
+        ]
     step = float(np.median(np.diff(x))) if len(x) > 1 else math.log(2)
     wall = min(every[every > x[-1]], default=math.inf)
     side = o.open_side
@@ -145,10 +177,18 @@ def _open_gates(o: Optimum) -> list[Suggestion]:
         return [_make(o, math.exp(x[-1] + (wall - x[-1]) * k / 3), seed, why) for k in (1, 2)]
     if side:
         end = x[-1] if side > 0 else every[0]
-        return [_make(o, math.exp(end + side * k * step), seed, "beyond the edge of the rates tried") for k in (1, 2)]
+        return [
+            _make(o, math.exp(end + side * k * step), seed, "beyond the edge of the rates tried")
+            for k in (1, 2)
+        ]
     if "few_points" in o.flags or "no_variance" in o.flags:
-        best = float(x[int(np.argmin([o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x]))])
-        return [_make(o, math.exp(best + k * step / 2), seed, "more rates about the best one") for k in (-1, 1)]
+        best = float(
+            x[int(np.argmin([o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x]))]
+        )
+        return [
+            _make(o, math.exp(best + k * step / 2), seed, "more rates about the best one")
+            for k in (-1, 1)
+        ]
     have = seeds_at_best(o)
     if have < MIN_SEEDS:
         return _more_seeds(o, MIN_SEEDS - have, f"{MIN_SEEDS} seeds at the optimum")
@@ -178,9 +218,10 @@ def _around(o: Optimum) -> np.ndarray:
 
 
 def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
-    """Give runs to the curve whose share of the variance falls most for each run, until the claim would be decided if its
-    value stayed: two rates halfway between those around the optimum (at MIN_SEEDS seeds, so that no gate closes), or one
-    more seed at the three around it. An open claim gets at least one such step."""
+    """Give runs to the curve whose share of the variance falls most for each run, until the claim
+    would be decided if its value stayed: two rates halfway between those around the optimum (at
+    MIN_SEEDS seeds, so that no gate closes), or one more seed at the three around it. An open claim
+    gets at least one such step."""
     known = [o for o in curves if o.best_lr.draws is not None]
     if not known or len(known) < len(curves) or verdict.estimate.value is None:
         return []
@@ -190,9 +231,13 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
 
     def variance(o: Optimum, n: int, rates: bool) -> float:
         key = (id(o), n, rates)
-        if key not in cache:  # what is planned, in proportion to the spread that the curve's optimum has now
+        if (
+            key not in cache
+        ):  # what is planned, in proportion to the spread that the curve's optimum has now
             now = float(np.std(np.log(o.best_lr.draws)))
-            cache[key] = (weight[id(o)] * now * _expected(o, n, rates) / _expected(o, 0, False)) ** 2
+            cache[key] = (
+                weight[id(o)] * now * _expected(o, n, rates) / _expected(o, 0, False)
+            ) ** 2
         return cache[key]
 
     target = _target(verdict)
@@ -217,12 +262,16 @@ def _planned(o: Optimum, n: int, rates: bool) -> list[Suggestion]:
     out = []
     if rates:
         seeds = sorted(set(o.curve.seed), key=lambda s: -(o.curve.seed == s).sum())[:MIN_SEEDS]
-        out += [_make(o, math.exp(v), seeds, "halfway between the rates around the optimum") for v in _halfway(o)]
+        out += [
+            _make(o, math.exp(v), seeds, "halfway between the rates around the optimum")
+            for v in _halfway(o)
+        ]
     return out + (_more_seeds(o, n, "narrows the optimum") if n else [])
 
 
 def _weights(verdict: Verdict, known: Sequence[Optimum]) -> dict[int, float]:
-    """Weight of each curve's ln(best LR) in the estimand: a mean against full fine-tuning, or a slope over log2(rank)."""
+    """Weight of each curve's ln(best LR) in the estimand: a mean against full fine-tuning, or a
+    slope over log2(rank)."""
     if verdict.log:
         n = sum(o.curve.key["method"] == "lora" for o in known)
         return {id(o): 1.0 if o.curve.key["method"] == "fullft" else 1.0 / n for o in known}
@@ -237,15 +286,16 @@ def _halfway(o: Optimum) -> np.ndarray:
 
 
 def _target(verdict: Verdict) -> float:
-    """Standard error of the estimand, in ln for ratios, at which its interval would clear the nearest edge."""
+    """Standard error of the estimand, in ln for ratios, at which its interval would clear the
+    nearest edge."""
     e, to = verdict.estimate, scale_of(verdict.log)
     room = min(abs(to(e.value) - to(edge)) for edge in verdict.margin)
     return max(room / float(stats.norm.ppf(0.5 + e.level / 2)), 1e-4)
 
 
 def _expected(o: Optimum, n: int, rates: bool) -> float:
-    """Standard deviation of ln(best LR) to expect with n more seeds at the rates around the optimum, and with two rates
-    halfway between them."""
+    """Standard deviation of ln(best LR) to expect with n more seeds at the rates around the
+    optimum, and with two rates halfway between them."""
     use = o.curve.usable
     x, block = o.curve.x[use], o.curve.block[use]
     extra = np.tile(_around(o), n)
@@ -256,10 +306,14 @@ def _expected(o: Optimum, n: int, rates: bool) -> float:
         extra = np.concatenate([extra, np.repeat(_halfway(o), len(usual))])
         fresh = np.concatenate([fresh, np.tile(usual, len(_halfway(o)))])
     planned, blocks = np.concatenate([x, extra]), np.concatenate([block, fresh]).astype(int)
-    return _spread(gather(planned, o.shape.height(planned), blocks), o.pooled.noise, o.pooled.misfit)
+    return _spread(
+        gather(planned, o.shape.height(planned), blocks), o.pooled.noise, o.pooled.misfit
+    )
 
 
 def lines(suggestions: Sequence[Suggestion]) -> list[str]:
     """Write suggestions for the terminal."""
-    return [f"{s.curve.name} ({s.curve.group}): lr {s.lr:g}, seeds {', '.join(map(str, s.seeds))}: {s.why}"
-            for s in suggestions]  # fmt: skip
+    return [
+        f"{s.curve.name} ({s.curve.group}): lr {s.lr:g}, seeds {', '.join(map(str, s.seeds))}: {s.why}"
+        for s in suggestions
+    ]

@@ -1,4 +1,5 @@
-"""From estimates to verdicts, the same way for every question: the sweep file's claims, the gates, the look's level."""
+"""From estimates to verdicts, the same way for every question: the sweep file's claims, the gates,
+the look's level."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +12,13 @@ from analysis.runs.table import TableError
 
 
 def verdicts(
-    question: dict[str, Any], measured: dict[str, tuple[Estimate, list[str]]], logs: Sequence[str], group: str, seeds: int = 0,
+    question: dict[str, Any],
+    measured: dict[str, tuple[Estimate, list[str]]],
+    logs: Sequence[str],
+    group: str,
+    seeds: int = 0,
     of: str = "seeds at each optimum",
-) -> list[Verdict]:  # fmt: skip
+) -> list[Verdict]:
     """Judge every claim of a question for one group of runs.
 
     Args:
@@ -27,15 +32,22 @@ def verdicts(
     for name, claim in question["claims"].items():
         if claim["estimand"] not in measured:
             known = ", ".join(measured)
-            raise TableError(f"claim {name!r}: {question['analysis']} measures {known}, not {claim['estimand']!r}.")
+            raise TableError(
+                f"claim {name!r}: {question['analysis']} measures {known}, not {claim['estimand']!r}."
+            )
         estimate, gates = measured[claim["estimand"]]
-        out.append(judge(name, claim, group, estimate, gates, seeds, claim["estimand"] in logs, level, of))
+        out.append(
+            judge(name, claim, group, estimate, gates, seeds, claim["estimand"] in logs, level, of)
+        )
     return out
 
 
 def about(question: dict[str, Any], estimand: str) -> dict[str, Any]:
     """Return the question with the claims about one estimand only."""
-    return {**question, "claims": {k: v for k, v in question["claims"].items() if v["estimand"] == estimand}}
+    return {
+        **question,
+        "claims": {k: v for k, v in question["claims"].items() if v["estimand"] == estimand},
+    }
 
 
 def corrected(found: Sequence[Verdict], question: dict[str, Any]) -> list[Verdict]:
@@ -44,12 +56,11 @@ def corrected(found: Sequence[Verdict], question: dict[str, Any]) -> list[Verdic
 
 
 def gates(optima: Sequence[Optimum], missing: str = "") -> list[str]:
-    """List what forbids a verdict that rests on these optima; `missing` names an arm that is not there."""
+    """List what forbids a verdict that rests on these optima; `missing` names an arm that is not
+    there."""
     return [f"no curve of {missing}"] if missing else gates_of(list(optima))
 
 
 def seeds(optima: Sequence[Optimum]) -> int:
     """Return the fewest seeds at any of the optima."""
     return min((seeds_at_best(o) for o in optima), default=0)
-
-

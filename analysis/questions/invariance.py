@@ -1,9 +1,11 @@
-"""Do alpha, the start of A and the two rates act through two numbers only, and what frees the best rate of the rank?
+"""Do alpha, the start of A and the two rates act through two numbers only, and what frees the best
+rate of the rank?
 
-Twins: (alpha, init_A, LR_A, LR_B) and (alpha / pq, p init_A, p LR_A, q LR_B) train to one and the same function under Adam
-without eps, decay and clipping. With p and q powers of two every number of the twin is that of the other times a power of
-two, so the losses agree to the last bit or nearly so. With eps > 0 the gradients scale by 1/p for A and 1/q for B, and eps
-must follow: one eps can do so only where p = q.
+Twins: (alpha, init_A, LR_A, LR_B) and (alpha / pq, p init_A, p LR_A, q LR_B) train to one and the
+same function under Adam without eps, decay and clipping. With p and q powers of two every number of
+the twin is that of the other times a power of two, so the losses agree to the last bit or nearly
+so. With eps > 0 the gradients scale by 1/p for A and 1/q for B, and eps must follow: one eps can do
+so only where p = q.
 """
 
 import itertools
@@ -24,18 +26,32 @@ from analysis.report import plots
 from analysis.report.plots import Panel, Series
 from analysis.runs.table import curves
 
-ESTIMANDS = ("twin_difference", "broken_difference", "drift_alpha_over_rank", "drift_alpha_over_root", "drift_alpha",
-             "start_b_gap")  # fmt: skip
+ESTIMANDS = (
+    "twin_difference",
+    "broken_difference",
+    "drift_alpha_over_rank",
+    "drift_alpha_over_root",
+    "drift_alpha",
+    "start_b_gap",
+)
 LOG_ESTIMANDS = ()
 RULES = {"rank": "alpha / rank", "sqrt_rank": "alpha / sqrt(rank)", "none": "alpha"}
 
 
 def twin_key(row: pd.Series) -> tuple[float, ...]:
-    """Return what stays the same between twins: alpha init_A LR_B and init_A / LR_A, to rounding of the inputs; and the seed
-    and what is not transformed."""
+    """Return what stays the same between twins: alpha init_A LR_B and init_A / LR_A, to rounding of
+    the inputs; and the seed and what is not transformed."""
     lr_b = row["lr"] * row["lr_b_ratio"]
-    return tuple(float(f"{v:.9g}") for v in (row["alpha"] * row["init_scale"] * lr_b, row["init_scale"] / row["lr"],
-                                             row["rank"], row["seed"], row["steps"]))  # fmt: skip
+    return tuple(
+        float(f"{v:.9g}")
+        for v in (
+            row["alpha"] * row["init_scale"] * lr_b,
+            row["init_scale"] / row["lr"],
+            row["rank"],
+            row["seed"],
+            row["steps"],
+        )
+    )
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -44,58 +60,111 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     swept = table[table["precision"] != "fp64"]
     held, broken, pair_rows, panel = _twins(proofs)
     optima = fit_all(curves(swept)) if len(swept) else []
-    rules = {rule: [o for o in optima if o.curve.key["scaling_by"] == rule and o.curve.key["start"] == "a"] for rule in RULES}
+    rules = {
+        rule: [
+            o for o in optima if o.curve.key["scaling_by"] == rule and o.curve.key["start"] == "a"
+        ]
+        for rule in RULES
+    }
     drifts = {rule: _drift(found) for rule, found in rules.items()}
     gap, start_row = _start_b(swept, optima)
     group = str(table["model"].iloc[0]) + " on " + str(table["dataset"].iloc[0])
-    gates = {rule: judging.gates(found, "" if found else f"scaling {rule}")
-             for rule, found in rules.items()}  # fmt: skip
+    gates = {
+        rule: judging.gates(found, "" if found else f"scaling {rule}")
+        for rule, found in rules.items()
+    }
     measured = {
         "twin_difference": (held, [] if held.value is not None else ["no curve of twins"]),
-        "broken_difference": (broken, [] if broken.value is not None else ["no curve of broken twins"]),
+        "broken_difference": (
+            broken,
+            [] if broken.value is not None else ["no curve of broken twins"],
+        ),
         "drift_alpha_over_rank": (drifts["rank"], gates["rank"]),
         "drift_alpha_over_root": (drifts["sqrt_rank"], gates["sqrt_rank"]),
         "drift_alpha": (drifts["none"], gates["none"]),
         "start_b_gap": (gap, [] if gap.value is not None else ["no curve of start=b"]),
     }
-    verdicts = judging.corrected(judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds(optima)), question)
+    verdicts = judging.corrected(
+        judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds(optima)), question
+    )
     rows = [["scaling", "rank", "best LR [95%]", "best NLL"]]
     for rule, o in ((rule, o) for rule, found in rules.items() for o in found):
-        rows.append([RULES[rule], str(int(o.curve.key["rank"])), with_interval(o.best_lr, rate), number(o.best_nll, 5)])
-    text = [f"Slope of ln(best LR) per doubling of the rank under {RULES[r]}: {with_interval(e)}." for r, e in drifts.items()]
+        rows.append(
+            [
+                RULES[rule],
+                str(int(o.curve.key["rank"])),
+                with_interval(o.best_lr, rate),
+                number(o.best_nll, 5),
+            ]
+        )
+    text = [
+        f"Slope of ln(best LR) per doubling of the rank under {RULES[r]}: {with_interval(e)}."
+        for r, e in drifts.items()
+    ]
     ranks = sorted({int(o.curve.key["rank"]) for o in optima})
     lines = [_line(RULES[r], found) for r, found in rules.items()]
-    rule_panel = Panel("best rate by rank", "rank", "best LoRA LR", lines, log_x=True, log_y=True,
-                       ticks=[(float(k), str(k)) for k in ranks])  # fmt: skip
+    rule_panel = Panel(
+        "best rate by rank",
+        "rank",
+        "best LoRA LR",
+        lines,
+        log_x=True,
+        log_y=True,
+        ticks=[(float(k), str(k)) for k in ranks],
+    )
     said = "Largest difference of the held-out NLL at any step. Under p = q one eps can follow (times 1/p)."
     sections = [
-        Section("Twins", pair_rows, [said], "twins.png", lambda p: plots.panels([panel], p),
-                "difference of twins' held-out loss over the run"),
-        Section("Scaling rules", rows, text, "rules.png", lambda p: plots.panels([rule_panel], p),
-                "best rate by rank and scaling rule"),
+        Section(
+            "Twins",
+            pair_rows,
+            [said],
+            "twins.png",
+            lambda p: plots.panels([panel], p),
+            "difference of twins' held-out loss over the run",
+        ),
+        Section(
+            "Scaling rules",
+            rows,
+            text,
+            "rules.png",
+            lambda p: plots.panels([rule_panel], p),
+            "best rate by rank and scaling rule",
+        ),
         Section("B random instead of A", start_row),
-    ]  # fmt: skip
-    return Findings(optima, verdicts, sections, {"drifts": {r: e.plain() for r, e in drifts.items()}}, {group: optima})
+    ]
+    return Findings(
+        optima,
+        verdicts,
+        sections,
+        {"drifts": {r: e.plain() for r, e in drifts.items()}},
+        {group: optima},
+    )
 
 
 def _settings(row: pd.Series) -> str:
-    return (f"alpha {row['alpha']:g}, init {row['init_scale']:g}, LR_A {row['lr']:g}, LR_B {row['lr'] * row['lr_b_ratio']:g}, "
-            f"eps {row['eps']:g}")  # fmt: skip
+    return (
+        f"alpha {row['alpha']:g}, init {row['init_scale']:g}, LR_A {row['lr']:g}, LR_B {row['lr'] * row['lr_b_ratio']:g}, "
+        f"eps {row['eps']:g}"
+    )
 
 
 def _twins(proofs: pd.DataFrame) -> tuple[Estimate, Estimate, list[list[str]], Panel]:
-    """Compare all pairs of runs that the claim calls one; where eps does not follow, or decay or clipping act, they are
-    broken."""
+    """Compare all pairs of runs that the claim calls one; where eps does not follow, or decay or
+    clipping act, they are broken."""
     rows = [["one", "other", "what acts", "should be", "largest difference (nats)"]]
     held: list[float] = []
     broken: dict[str, float] = {}
     series = []
-    for _, part in proofs.groupby([str(twin_key(r)) for _, r in proofs.iterrows()]) if len(proofs) else ():
+    for _, part in (
+        proofs.groupby([str(twin_key(r)) for _, r in proofs.iterrows()]) if len(proofs) else ()
+    ):
         for (_, a), (_, b) in itertools.combinations(part.iterrows(), 2):
             acts = _acting(a, b)
             if acts is None:
                 continue
-            x, y = (np.array([p["test_nll"] for p in json.loads(r["result"])["curve"]]) for r in (a, b))
+            x, y = (
+                np.array([p["test_nll"] for p in json.loads(r["result"])["curve"]]) for r in (a, b)
+            )
             off = np.abs(x - y)
             one = acts == "nothing"
             if one:
@@ -104,19 +173,40 @@ def _twins(proofs: pd.DataFrame) -> tuple[Estimate, Estimate, list[list[str]], P
                 broken[acts] = max(broken.get(acts, 0.0), float(off.max()))
             steps = [p["step"] for p in json.loads(a["result"])["curve"]]
             if a["seed"] == proofs["seed"].min():
-                rows.append([_settings(a), _settings(b), acts, "equal" if one else "different", f"{off.max():.2g}"])
-                series.append(Series("" if one else acts, steps[1:], np.maximum(off[1:], 1e-17), style="o-",
-                                     colour="grey" if one else None))  # fmt: skip
-    panel = Panel("twins in float64", "update", "|difference of held-out NLL| (nats)",
-                  [Series("equal by the claim (0 is drawn at 1e-17)", [], [], colour="grey"), *series],
-                  log_x=True, log_y=True)  # fmt: skip
+                rows.append(
+                    [
+                        _settings(a),
+                        _settings(b),
+                        acts,
+                        "equal" if one else "different",
+                        f"{off.max():.2g}",
+                    ]
+                )
+                series.append(
+                    Series(
+                        "" if one else acts,
+                        steps[1:],
+                        np.maximum(off[1:], 1e-17),
+                        style="o-",
+                        colour="grey" if one else None,
+                    )
+                )
+    panel = Panel(
+        "twins in float64",
+        "update",
+        "|difference of held-out NLL| (nats)",
+        [Series("equal by the claim (0 is drawn at 1e-17)", [], [], colour="grey"), *series],
+        log_x=True,
+        log_y=True,
+    )
     twin = exactly(max(held), len(held)) if held else Estimate(None)
     least = exactly(min(broken.values()), len(broken)) if broken else Estimate(None)
     return twin, least, rows, panel
 
 
 def _acting(a: pd.Series, b: pd.Series) -> str | None:
-    """Say what breaks the symmetry between two runs: 'nothing', 'eps', 'decay', 'clipping'; None if they are no pair."""
+    """Say what breaks the symmetry between two runs: 'nothing', 'eps', 'decay', 'clipping'; None if
+    they are no pair."""
     clip = [None if pd.isna(r["clip_norm"]) else r["clip_norm"] for r in (a, b)]
     if a["weight_decay"] != b["weight_decay"] or clip[0] != clip[1]:
         return None
@@ -137,7 +227,9 @@ def _drift(found: list[Optimum]) -> Estimate:
     if len(known) < len(found) or len(known) < 2:
         return Estimate(None)
     n = sum(o.best_lr.n for o in known)
-    return drift([o.curve.key["rank"] for o in known], [np.log(o.best_lr.draws) for o in known], n).slope
+    return drift(
+        [o.curve.key["rank"] for o in known], [np.log(o.best_lr.draws) for o in known], n
+    ).slope
 
 
 def _line(name: str, found: list[Optimum]) -> Series:
@@ -149,13 +241,24 @@ def _line(name: str, found: list[Optimum]) -> Series:
 def _start_b(table: pd.DataFrame, optima: list[Optimum]) -> tuple[Estimate, list[list[str]]]:
     """Loss with B random less that with A random, each at its best rate, paired by seed."""
     b = next((o for o in optima if o.curve.key["start"] == "b"), None)
-    a = next((o for o in optima if b is not None and o.curve.key["start"] == "a" and o.curve.key["scaling_by"] == "rank"
-              and o.curve.key["rank"] == b.curve.key["rank"]), None)  # fmt: skip
+    a = next(
+        (
+            o
+            for o in optima
+            if b is not None
+            and o.curve.key["start"] == "a"
+            and o.curve.key["scaling_by"] == "rank"
+            and o.curve.key["rank"] == b.curve.key["rank"]
+        ),
+        None,
+    )
     if a is None or b is None:
         return Estimate(None), []
     with_a, with_b = values_at_best(table, [a, b], lambda row: {"nll": float(row["test_nll"])})
     gap = over_seeds(with_b.paired(with_a, lambda b, a: b["nll"] - a["nll"]))
-    rows = [["random", "best LR [95%]", "best NLL", "gap [95%]"],
-            ["A", with_interval(a.best_lr, rate), number(a.best_nll, 5), "-"],
-            ["B", with_interval(b.best_lr, rate), number(b.best_nll, 5), with_interval(gap, signed)]]  # fmt: skip
+    rows = [
+        ["random", "best LR [95%]", "best NLL", "gap [95%]"],
+        ["A", with_interval(a.best_lr, rate), number(a.best_nll, 5), "-"],
+        ["B", with_interval(b.best_lr, rate), number(b.best_nll, 5), with_interval(gap, signed)],
+    ]
     return gap, rows

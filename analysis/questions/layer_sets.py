@@ -1,4 +1,5 @@
-"""The arms of a `layers` sweep: which matrices each trains, how many parameters, what its runs say at its best rate."""
+"""The arms of a `layers` sweep: which matrices each trains, how many parameters, what its runs say
+at its best rate."""
 
 import json
 import math
@@ -12,9 +13,17 @@ from analysis.measures.efficiency import Points, at_best
 from analysis.optimum.fit import Optimum, fit_all
 from analysis.runs.table import curves
 
-SETS = ("attention", "mlp", "attention+mlp", "attention+unembedding", "mlp+unembedding", "attention+mlp+unembedding")
+SETS = (
+    "attention",
+    "mlp",
+    "attention+mlp",
+    "attention+unembedding",
+    "mlp+unembedding",
+    "attention+mlp+unembedding",
+)
 PARAMETERS_AGREE = 0.1
-"""Largest difference in trained parameters, as a share, at which two curves count as equal in size."""
+"""Largest difference in trained parameters, as a share, at which two curves count as equal in size.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,8 @@ class Arm:
     points: AtBest[Points]
     nll: float | None
     share: float | None
-    """Share of the squared gradient at the start that lies in the layer set, of full fine-tuning."""
+    """Share of the squared gradient at the start that lies in the layer set, of full fine-tuning.
+    """
 
 
 @dataclass(frozen=True)
@@ -69,21 +79,29 @@ def tasks_of(table: pd.DataFrame) -> list[Task]:
 
 
 def _shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Share of the squared gradient at step 0 by layer set, mean over full fine-tuning's runs, by group."""
+    """Share of the squared gradient at step 0 by layer set, mean over full fine-tuning's runs, by
+    group."""
     full = table[(table["method"] == "fullft") & (table["scope"] == "all")]
     out: dict[str, list[dict[str, float]]] = {}
     for curve in curves(full) if len(full) else []:
-        rows = full[(full["model"] == curve.key["model"]) & (full["dataset"] == curve.key["dataset"])]
+        rows = full[
+            (full["model"] == curve.key["model"]) & (full["dataset"] == curve.key["dataset"])
+        ]
         found = [json.loads(t)["curve"][0].get("grad_share") for t in rows["result"]]
         out[curve.group] = [f for f in found if f]
-    return {g: {k: float(np.mean([f[k] for f in fs])) for k in fs[0]} for g, fs in out.items() if fs}
+    return {
+        g: {k: float(np.mean([f[k] for f in fs])) for k in fs[0]} for g, fs in out.items() if fs
+    }
 
 
 def equal_pair(task: Task) -> tuple[Arm, Arm] | None:
-    """Return attention and MLP arms without the unembedding whose parameters agree best; None if none agree well enough."""
+    """Return attention and MLP arms without the unembedding whose parameters agree best; None if
+    none agree well enough."""
     known = [a for a in task.lora if a.n_trainable]
     both = [(a, m) for a in known if a.layers == "attention" for m in known if m.layers == "mlp"]
-    pairs = [(abs(math.log(a.n_trainable / m.n_trainable)), k, a, m) for k, (a, m) in enumerate(both)]
+    pairs = [
+        (abs(math.log(a.n_trainable / m.n_trainable)), k, a, m) for k, (a, m) in enumerate(both)
+    ]
     if not pairs or min(pairs)[0] > math.log(1 + PARAMETERS_AGREE):
         return None
     return min(pairs)[2:]

@@ -1,4 +1,5 @@
-"""What the report of `lr_ratio` shows beside the optima: ratios against laws in print, gaps, rho, drift, the next runs."""
+"""What the report of `lr_ratio` shows beside the optima: ratios against laws in print, gaps, rho,
+drift, the next runs."""
 
 import dataclasses
 import math
@@ -24,13 +25,26 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     """Fit and judge, and put together what the report shows."""
     found = answer_of(table, question)
     rhos = of_curves(table, found.optima)
-    sections = [*_laws(found), Section("LoRA against full fine-tuning", _ratio_rows(found, rhos), _notes(found))]
+    sections = [
+        *_laws(found),
+        Section("LoRA against full fine-tuning", _ratio_rows(found, rhos), _notes(found)),
+    ]
     wanted = suggest(found)
     if wanted:
-        sections.append(Section("Next runs", text=[
-            "What would decide most (`action=extend` adds them as the sweep's next round):", "",
-            *(f"- {line}" for line in lines(wanted))]))  # fmt: skip
-    ratios = [(r.group, "ranks 4 and more" if r.rank is None else f"rank {r.rank}", r.ratio) for r in found.ratios]
+        sections.append(
+            Section(
+                "Next runs",
+                text=[
+                    "What would decide most (`action=extend` adds them as the sweep's next round):",
+                    "",
+                    *(f"- {line}" for line in lines(wanted)),
+                ],
+            )
+        )
+    ratios = [
+        (r.group, "ranks 4 and more" if r.rank is None else f"rank {r.rank}", r.ratio)
+        for r in found.ratios
+    ]
     verdicts = [*found.verdicts, *_parity(table, found, judging.about(question, PARITY))]
     measures = {**_plain(found, rhos), "read": _read(table, found)}
     return Findings(found.optima, verdicts, sections, measures, found.members, True, ratios)
@@ -42,7 +56,9 @@ def _read(table: pd.DataFrame, found: Answer) -> dict[str, str]:
         return {}
     ((full, *lora),) = found.members.values()
     top = max(lora, key=lambda o: o.curve.key["rank"])
-    return {PARITY: f"rank {top.curve.key['rank']:g}, to update {read_to(at_best(table, [full, top]))}"}
+    return {
+        PARITY: f"rank {top.curve.key['rank']:g}, to update {read_to(at_best(table, [full, top]))}"
+    }
 
 
 def _parity(table: pd.DataFrame, found: Answer, question: dict[str, Any]) -> list[Verdict]:
@@ -57,21 +73,28 @@ def _parity(table: pd.DataFrame, found: Answer, question: dict[str, Any]) -> lis
         kin = usual([list(log_rho(runs[id(o)], its).best.values()) for o in lora])
         gates = judging.gates([full, top]) + stalled([full, top], [its.best, mine.best])
         seeds = judging.seeds([full, top])
-        verdicts += judging.verdicts(question, {PARITY: (rho(mine, its, kin), gates)}, [PARITY], group, seeds)
+        verdicts += judging.verdicts(
+            question, {PARITY: (rho(mine, its, kin), gates)}, [PARITY], group, seeds
+        )
     for group in dict.fromkeys(o.curve.group for o in found.optima):
         if not any(g == group or g.startswith(f"{group};") for g in found.members):
             gate = judging.gates([], "fullft and lora together")
-            verdicts += judging.verdicts(question, {PARITY: (Estimate(None), gate)}, [PARITY], group)
+            verdicts += judging.verdicts(
+                question, {PARITY: (Estimate(None), gate)}, [PARITY], group
+            )
     return verdicts
 
 
 def _laws(found: Answer) -> list[Section]:
     head = ["law", "predicts", "inside the interval"]
     return [
-        Section(f"Laws of the ratio in print, {r.group}, alpha {r.alpha:g}",
-                [head, *([k, number(v), _inside(v, r.ratio)] for k, v in r.rivals.items())])
-        for r in found.ratios if r.rank is None and r.rivals
-    ]  # fmt: skip
+        Section(
+            f"Laws of the ratio in print, {r.group}, alpha {r.alpha:g}",
+            [head, *([k, number(v), _inside(v, r.ratio)] for k, v in r.rivals.items())],
+        )
+        for r in found.ratios
+        if r.rank is None and r.rivals
+    ]
 
 
 def _inside(value: float, e: Estimate) -> str:
@@ -81,13 +104,33 @@ def _inside(value: float, e: Estimate) -> str:
 
 
 def _ratio_rows(found: Answer, rhos: Rhos) -> Rows:
-    rows = [["LoRA / FullFT", "model and data", "alpha", "ratio [95%]", "NLL gap", "rho [95%]",
-             "regret of FullFT's LR", "regret of 10x FullFT's LR"]]  # fmt: skip
+    rows = [
+        [
+            "LoRA / FullFT",
+            "model and data",
+            "alpha",
+            "ratio [95%]",
+            "NLL gap",
+            "rho [95%]",
+            "regret of FullFT's LR",
+            "regret of 10x FullFT's LR",
+        ]
+    ]
     for r in found.ratios:
         name = "ranks 4 and more" if r.rank is None else f"rank {r.rank}"
         one, ten = (r.regrets.get(k) for k in ("FullFT's best LR", "10 x FullFT's best LR"))
-        rows.append([name, r.group, f"{r.alpha:g}", with_interval(r.ratio), _gap(r.gap), with_interval(_rho(rhos, r)),
-                     signed(one), signed(ten)])
+        rows.append(
+            [
+                name,
+                r.group,
+                f"{r.alpha:g}",
+                with_interval(r.ratio),
+                _gap(r.gap),
+                with_interval(_rho(rhos, r)),
+                signed(one),
+                signed(ten),
+            ]
+        )
     return rows
 
 
@@ -102,22 +145,45 @@ def _gap(e: Estimate) -> str:
 def _notes(found: Answer) -> list[str]:
     out = []
     for g, d in found.drifts.items():
-        tests = "" if d.p_slope is None else f" (no slope: p {d.p_slope:.2g}; all ranks equal: p {d.p_equal:.2g})"
-        out.append(f"Drift of ln(best LR) per doubling of the rank, {g}: {with_interval(d.slope)}{tests}.")
+        tests = (
+            ""
+            if d.p_slope is None
+            else f" (no slope: p {d.p_slope:.2g}; all ranks equal: p {d.p_equal:.2g})"
+        )
+        out.append(
+            f"Drift of ln(best LR) per doubling of the rank, {g}: {with_interval(d.slope)}{tests}."
+        )
     if found.pooled is not None:
         p = found.pooled
-        out += ["", f"Ratio pooled over {p.k} groups (random effects): {number(math.exp(p.mean))} [{number(math.exp(p.low))}, "
-                f"{number(math.exp(p.high))}]; between groups a factor {number(math.exp(p.tau))}; the next group would lie in "
-                f"[{number(math.exp(p.low_next))}, {number(math.exp(p.high_next))}]."]  # fmt: skip
-    return [*out, "", "Gap: best LoRA NLL minus best full fine-tuning NLL, nats per token; with an interval where fresh seeds "
-            "are paired, each arm at its best tried rate. Regret: NLL lost by a rule of thumb against the tuned LoRA rate. "
-            "rho: full fine-tuning's steps to LoRA's loss over LoRA's steps."]  # fmt: skip
+        out += [
+            "",
+            f"Ratio pooled over {p.k} groups (random effects): {number(math.exp(p.mean))} [{number(math.exp(p.low))}, "
+            f"{number(math.exp(p.high))}]; between groups a factor {number(math.exp(p.tau))}; the next group would lie in "
+            f"[{number(math.exp(p.low_next))}, {number(math.exp(p.high_next))}].",
+        ]
+    return [
+        *out,
+        "",
+        "Gap: best LoRA NLL minus best full fine-tuning NLL, nats per token; with an interval where fresh seeds "
+        "are paired, each arm at its best tried rate. Regret: NLL lost by a rule of thumb against the tuned LoRA rate. "
+        "rho: full fine-tuning's steps to LoRA's loss over LoRA's steps.",
+    ]
 
 
 def _plain(found: Answer, rhos: Rhos) -> dict[str, Any]:
     return {
-        "ratios": [{**{f.name: getattr(r, f.name) for f in dataclasses.fields(r)}, "ratio": r.ratio.plain(),
-                    "gap": r.gap.plain(), "rho": _rho(rhos, r).plain()} for r in found.ratios],
-        "drift": {g: {"slope": d.slope.plain(), "p_slope": d.p_slope, "p_equal": d.p_equal} for g, d in found.drifts.items()},
+        "ratios": [
+            {
+                **{f.name: getattr(r, f.name) for f in dataclasses.fields(r)},
+                "ratio": r.ratio.plain(),
+                "gap": r.gap.plain(),
+                "rho": _rho(rhos, r).plain(),
+            }
+            for r in found.ratios
+        ],
+        "drift": {
+            g: {"slope": d.slope.plain(), "p_slope": d.p_slope, "p_equal": d.p_equal}
+            for g, d in found.drifts.items()
+        },
         "pooled": None if found.pooled is None else dataclasses.asdict(found.pooled),
-    }  # fmt: skip
+    }

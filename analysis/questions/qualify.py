@@ -1,7 +1,9 @@
-"""Is a task fit for questions about learning rates, for a model? Five checks, from runs of full fine-tuning and of LoRA.
+"""Is a task fit for questions about learning rates, for a model? Five checks, from runs of full
+fine-tuning and of LoRA.
 
-On a task that fails, a difference between methods says little: there is nothing left to learn. A sweep's verdicts on such a
-task are UNDECIDED (task). Noise only warns: what it does to an answer is the interval's width, which the verdict knows.
+On a task that fails, a difference between methods says little: there is nothing left to learn. A
+sweep's verdicts on such a task are UNDECIDED (task). Noise only warns: what it does to an answer is
+the interval's width, which the verdict knows.
 """
 
 import math
@@ -26,7 +28,8 @@ MAX_NOISE = 0.1
 
 @dataclass(frozen=True)
 class Check:
-    """One requirement. `ok` is None where the runs cannot tell; one that only `warns` disqualifies no task."""
+    """One requirement. `ok` is None where the runs cannot tell; one that only `warns` disqualifies
+    no task."""
 
     group: str
     name: str
@@ -52,22 +55,62 @@ def _group(group: str, optima: Sequence[Optimum], points: Sequence[Any]) -> list
     lowest = min((o.best_nll for o in optima if o.best_nll is not None), default=math.nan)
     excess = start - floor
     checks = [
-        Check(group, "to be learned", f"{number(excess)} nats above the floor at the start", f"{MIN_GAIN} or more",
-              None if math.isnan(excess) else excess >= MIN_GAIN),
-        Check(group, "not solved", f"{number((lowest - floor) / excess)} of that is left at the best", f"{MIN_REST} or more",
-              None if math.isnan(excess + lowest) else (lowest - floor) / excess >= MIN_REST),
-    ]  # fmt: skip
+        Check(
+            group,
+            "to be learned",
+            f"{number(excess)} nats above the floor at the start",
+            f"{MIN_GAIN} or more",
+            None if math.isnan(excess) else excess >= MIN_GAIN,
+        ),
+        Check(
+            group,
+            "not solved",
+            f"{number((lowest - floor) / excess)} of that is left at the best",
+            f"{MIN_REST} or more",
+            None if math.isnan(excess + lowest) else (lowest - floor) / excess >= MIN_REST,
+        ),
+    ]
     for o, mine in zip(optima, points):
         gains = [g for p in mine.values() if (g := _last_doubling(p)) is not None]
         slope = float(np.mean(gains)) if gains else math.nan
-        checks.append(Check(group, f"still learning, {o.curve.name}", f"{number(slope)} nats in the last doubling",
-                            f"{MIN_SLOPE} or more", None if math.isnan(slope) else slope >= MIN_SLOPE))  # fmt: skip
-        edge = [f for f in o.flags if f in ("at_edge", "bounded_by_divergence", "flat", "no_usable_points")]
-        checks.append(Check(group, f"one minimum inside, {o.curve.name}", ", ".join(edge) or "inside", "inside", not edge))
-        rise, noise = _rise(o), None if o.pooled is None or o.evidence is None or not o.pooled.df else o.pooled.noise
+        checks.append(
+            Check(
+                group,
+                f"still learning, {o.curve.name}",
+                f"{number(slope)} nats in the last doubling",
+                f"{MIN_SLOPE} or more",
+                None if math.isnan(slope) else slope >= MIN_SLOPE,
+            )
+        )
+        edge = [
+            f
+            for f in o.flags
+            if f in ("at_edge", "bounded_by_divergence", "flat", "no_usable_points")
+        ]
+        checks.append(
+            Check(
+                group,
+                f"one minimum inside, {o.curve.name}",
+                ", ".join(edge) or "inside",
+                "inside",
+                not edge,
+            )
+        )
+        rise, noise = (
+            _rise(o),
+            None if o.pooled is None or o.evidence is None or not o.pooled.df else o.pooled.noise,
+        )
         share = math.nan if rise is None or noise is None else noise / rise
-        checks.append(Check(group, f"noise is small, {o.curve.name}", f"{number(share)} of the rise a factor 2 off",
-                            f"{MAX_NOISE} or less", None if math.isnan(share) else share <= MAX_NOISE, True))  # fmt: skip
+        checks.append(
+            Check(
+                group,
+                f"noise is small, {o.curve.name}",
+                f"{number(share)} of the rise a factor 2 off",
+                f"{MAX_NOISE} or less",
+                None if math.isnan(share) else share <= MAX_NOISE,
+                True,
+            )
+        )
     return checks
 
 
@@ -81,22 +124,28 @@ def _last_doubling(points: Sequence[tuple[float, float]]) -> float | None:
 def _rise(o: Optimum) -> float | None:
     if o.shape is None or o.best_lr.value is None:
         return None
-    return float(np.mean(o.shape.height(np.array([o.shape.m - math.log(2), o.shape.m + math.log(2)]))))
+    return float(
+        np.mean(o.shape.height(np.array([o.shape.m - math.log(2), o.shape.m + math.log(2)])))
+    )
 
 
 def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Any]]) -> list[str]:
-    """Say which curves have stopped learning by the end of their runs, as gates: a task that is over says nothing."""
+    """Say which curves have stopped learning by the end of their runs, as gates: a task that is
+    over says nothing."""
     found = []
     for o, mine in zip(optima, points):
         gains = [g for p in mine.values() if (g := _last_doubling(p)) is not None]
         if gains and np.mean(gains) < MIN_SLOPE:
             last = number(float(np.mean(gains)))
-            found.append(f"task: {o.curve.name} gains {last} nats in the last doubling, {MIN_SLOPE} needed")
+            found.append(
+                f"task: {o.curve.name} gains {last} nats in the last doubling, {MIN_SLOPE} needed"
+            )
     return found
 
 
 def verdict(checks: Sequence[Check]) -> dict[str, bool]:
-    """Say of each group whether it qualifies: no check fails but those that warn. What cannot be told does not fail."""
+    """Say of each group whether it qualifies: no check fails but those that warn. What cannot be
+    told does not fail."""
     groups = dict.fromkeys(c.group for c in checks)
     return {g: all(c.ok is not False or c.warns for c in checks if c.group == g) for g in groups}
 
@@ -105,5 +154,16 @@ def rows(checks: Sequence[Check]) -> list[list[str]]:
     """Return a table, its head first."""
     said = {True: "yes", False: "NO", None: "cannot be told"}
     head = ["task", "check", "measured", "needed", "met"]
-    return [head, *([c.group, c.name, c.measured, c.needed, "no: a warning" if c.warns and c.ok is False else said[c.ok]]
-                    for c in checks)]  # fmt: skip
+    return [
+        head,
+        *(
+            [
+                c.group,
+                c.name,
+                c.measured,
+                c.needed,
+                "no: a warning" if c.warns and c.ok is False else said[c.ok],
+            ]
+            for c in checks
+        ),
+    ]

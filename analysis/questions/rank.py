@@ -1,9 +1,10 @@
 """When does each rank leave full fine-tuning's learning curve, and do all ranks start alike?
 
-A rank departs at the step from which its loss stays above full fine-tuning's by more than DEPARTED of what full fine-tuning
-gains in the whole run: one height in nats for all steps, as an eye on the plot would have it. Two readings stand side by side:
-runs at each rank's best rate, paired by seed, which carry the verdict; and the study's envelope, the lowest loss over all
-rates at every step, which no single run follows.
+A rank departs at the step from which its loss stays above full fine-tuning's by more than DEPARTED
+of what full fine-tuning gains in the whole run: one height in nats for all steps, as an eye on the
+plot would have it. Two readings stand side by side: runs at each rank's best rate, paired by seed,
+which carry the verdict; and the study's envelope, the lowest loss over all rates at every step,
+which no single run follows.
 """
 
 import math
@@ -30,12 +31,14 @@ ESTIMANDS = ("departure_slope", "rho_top_rank", "identical_steps")
 LOG_ESTIMANDS = ("rho_top_rank",)
 """identical_steps may start at 0: a rank that has left at the first evaluation."""
 DEPARTED = 0.05
-"""Share of full fine-tuning's gain over the run (loss at the start less its last) that a rank must lack to have departed."""
+"""Share of full fine-tuning's gain over the run (loss at the start less its last) that a rank must
+lack to have departed."""
 
 
 def departure(lora: Points, full: Points, start: float) -> float:
-    """Return the step from which LoRA's loss stays above full fine-tuning's by DEPARTED of the latter's whole gain,
-    interpolated in ln(step); infinite if it is not above at the end, the first step seen if it always is."""
+    """Return the step from which LoRA's loss stays above full fine-tuning's by DEPARTED of the
+    latter's whole gain, interpolated in ln(step); infinite if it is not above at the end, the first
+    step seen if it always is."""
     other = dict(full)
     steps = [s for s, _ in lora if s in other]
     gain = max(start - full[-1][1], 1e-12)
@@ -52,7 +55,9 @@ def departure(lora: Points, full: Points, start: float) -> float:
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     """Judge departures, parity at the highest rank, and the common start."""
-    plain, cut = while_unsolved(table[(table["method"] == "fullft") | (table["init_seed"].fillna(0) == 0)])
+    plain, cut = while_unsolved(
+        table[(table["method"] == "fullft") | (table["init_seed"].fillna(0) == 0)]
+    )
     optima = fit_all(curves(plain))
     full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
     lora = [o for o in optima if o.curve.key["method"] == "lora"]
@@ -64,7 +69,10 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     runs = at_best(plain, optima)
     mine = {id(o): r for o, r in zip(optima, runs)}
     top = lora[-1]
-    departures = {int(o.curve.key["rank"]): _departures(mine[id(o)], mine[id(full)], full.curve.nll_start) for o in lora}
+    departures = {
+        int(o.curve.key["rank"]): _departures(mine[id(o)], mine[id(full)], full.curve.nll_start)
+        for o in lora
+    }
     slope, note = _slope(departures)
     left = {r: d.best for r, d in departures.items()}
     first = min((p[0][0] for p in mine[id(full)].best.values() if p), default=1.0)
@@ -79,38 +87,71 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "identical_steps": (alike, [] if alike.n else ["no curve of redraws of A at two ranks"]),
     }
     found = judging.corrected(
-        judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, *lora])), question
+        judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, *lora])),
+        question,
     )
     last = read_to([mine[id(full)], mine[id(top)]])
-    read = {"rho_top_rank": f"rank {top.curve.key['rank']:g}, to update {last}", "departure_slope": f"to update {last}",
-            "identical_steps": _common_rate(table)}
+    read = {
+        "rho_top_rank": f"rank {top.curve.key['rank']:g}, to update {last}",
+        "departure_slope": f"to update {last}",
+        "identical_steps": _common_rate(table),
+    }
     envelopes = {o.curve.name: _envelope(plain, o) for o in optima}
     rows = [["rank", "departs at step, by seed", "of the envelopes", "rho [95%]"]]
     for o in lora:
         r = int(o.curve.key["rank"])
         each = rho(mine[id(o)], mine[id(full)], kin)
-        rows.append([str(r), ", ".join(_step(v) for v in left[r].values()),
-                     _step(departure(envelopes[o.curve.name], envelopes[full.curve.name], full.curve.nll_start)),
-                     with_interval(each)])  # fmt: skip
-    text = [note, *([cut] if cut else []),
-            f"A rank departs when its loss is above full fine-tuning's, for good, by {DEPARTED:.0%} of the latter's gain in "
-            "the whole run. rho: full fine-tuning's steps to the rank's last loss over the rank's own; curves are read to "
-            f"update {last}."]  # fmt: skip
+        rows.append(
+            [
+                str(r),
+                ", ".join(_step(v) for v in left[r].values()),
+                _step(
+                    departure(
+                        envelopes[o.curve.name], envelopes[full.curve.name], full.curve.nll_start
+                    )
+                ),
+                with_interval(each),
+            ]
+        )
+    text = [
+        note,
+        *([cut] if cut else []),
+        f"A rank departs when its loss is above full fine-tuning's, for good, by {DEPARTED:.0%} of the latter's gain in "
+        "the whole run. rho: full fine-tuning's steps to the rank's last loss over the rank's own; curves are read to "
+        f"update {last}.",
+    ]
     singles = [r.best for r in runs]
     sections = [
-        Section("Departures", rows, text, "departures.png", lambda p: plots.panels(_panels(optima, singles, envelopes), p),
-                "learning curves by rank: at each one's best rate, mean over seeds; and the lowest loss over rates"),
-        Section("The start", band_rows, figure="start.png" if band_panel else "",
-                draw=(lambda p: plots.panels([band_panel], p)) if band_panel else None,
-                caption="ranks against redraws of A, at one rate"),
-    ]  # fmt: skip
-    return Findings(optima, found, sections, {"departures": {str(k): _plain(v) for k, v in left.items()}, "read": read},
-                    {group: [full, *lora]})  # fmt: skip
+        Section(
+            "Departures",
+            rows,
+            text,
+            "departures.png",
+            lambda p: plots.panels(_panels(optima, singles, envelopes), p),
+            "learning curves by rank: at each one's best rate, mean over seeds; and the lowest loss over rates",
+        ),
+        Section(
+            "The start",
+            band_rows,
+            figure="start.png" if band_panel else "",
+            draw=(lambda p: plots.panels([band_panel], p)) if band_panel else None,
+            caption="ranks against redraws of A, at one rate",
+        ),
+    ]
+    return Findings(
+        optima,
+        found,
+        sections,
+        {"departures": {str(k): _plain(v) for k, v in left.items()}, "read": read},
+        {group: [full, *lora]},
+    )
 
 
 def _common_rate(table: pd.DataFrame) -> str:
     """Say at which rate A was drawn again."""
-    again = table.loc[(table["method"] == "lora") & (table["init_seed"].fillna(0) > 0), "lr"].unique()
+    again = table.loc[
+        (table["method"] == "lora") & (table["init_seed"].fillna(0) > 0), "lr"
+    ].unique()
     return f"all ranks at {' and '.join(map(rate, sorted(again)))}" if len(again) else ""
 
 
@@ -127,12 +168,15 @@ def _departures(lora: AtBest[Points], full: AtBest[Points], start: float) -> AtB
 
 
 def _slope(left: dict[int, AtBest[float]]) -> tuple[Estimate, str]:
-    """Fit ln(departure) over log2(rank) for each seed, ranks that never depart left out; full fine-tuning's rate, which is
-    common to all ranks, counts: a higher one is ahead at first."""
+    """Fit ln(departure) over log2(rank) for each seed, ranks that never depart left out; full
+    fine-tuning's rate, which is common to all ranks, counts: a higher one is ahead at first."""
     ranks = sorted(left)
     gone = sum(math.isinf(v) for d in left.values() for v in d.best.values())
-    note = f"{gone} of {sum(len(d.best) for d in left.values())} curves never depart and are left out of the slope." if gone \
-        else "Every rank departs within the run."  # fmt: skip
+    note = (
+        f"{gone} of {sum(len(d.best) for d in left.values())} curves never depart and are left out of the slope."
+        if gone
+        else "Every rank departs within the run."
+    )
     together = left[ranks[0]].map(lambda v: {ranks[0]: v})
     for r in ranks[1:]:
         together = together.paired(left[r], lambda a, v, r=r: {**a, r: v})
@@ -154,11 +198,17 @@ def _known(values: AtBest[float]) -> AtBest[float]:
 
 
 def _at_once(left: dict[int, dict[int, float]], first: float) -> list[str]:
-    """Say, as a gate, that the ranks' order cannot be told: fewer than two of them are with full fine-tuning at the first
-    evaluation."""
+    """Say, as a gate, that the ranks' order cannot be told: fewer than two of them are with full
+    fine-tuning at the first evaluation."""
     gone = [str(r) for r, mine in left.items() if mine and np.median(list(mine.values())) <= first]
-    return [] if len(left) - len(gone) > 1 else [f"rank(s) {', '.join(gone)} have left at the first evaluation: their order is "
-                                                 "not resolved"]  # fmt: skip
+    return (
+        []
+        if len(left) - len(gone) > 1
+        else [
+            f"rank(s) {', '.join(gone)} have left at the first evaluation: their order is "
+            "not resolved"
+        ]
+    )
 
 
 def _envelope(table: pd.DataFrame, o: Optimum) -> Points:
@@ -166,7 +216,11 @@ def _envelope(table: pd.DataFrame, o: Optimum) -> Points:
     seeds, counts = np.unique(o.curve.seed, return_counts=True)
     seed = seeds[np.argmax(counts)]
     keys = {k: v for k, v in o.curve.key.items() if k in table}
-    rows = table[np.logical_and.reduce([(table[k] == v) | (table[k].isna() & pd.isna(v)) for k, v in keys.items()])]
+    rows = table[
+        np.logical_and.reduce(
+            [(table[k] == v) | (table[k].isna() & pd.isna(v)) for k, v in keys.items()]
+        )
+    ]
     lowest: dict[float, float] = {}
     for _, points in learning_curves(rows[rows["seed"] == seed]):
         for step, nll in before_last(points):
@@ -174,7 +228,9 @@ def _envelope(table: pd.DataFrame, o: Optimum) -> Points:
     return sorted(lowest.items())
 
 
-def _panels(optima: Sequence[Optimum], runs: Sequence[dict[int, Points]], envelopes: dict[str, Points]) -> list[Panel]:
+def _panels(
+    optima: Sequence[Optimum], runs: Sequence[dict[int, Points]], envelopes: dict[str, Points]
+) -> list[Panel]:
     single, envelope = [], []
     for o, mine in zip(optima, runs):
         steps = sorted({s for p in mine.values() for s, _ in p})
@@ -183,45 +239,86 @@ def _panels(optima: Sequence[Optimum], runs: Sequence[dict[int, Points]], envelo
         env = envelopes[o.curve.name]
         envelope.append(Series(o.curve.name, [s for s, _ in env], [v for _, v in env]))
     y = "held-out NLL (nats per token)"
-    return [Panel("runs at each curve's best rate, mean over seeds", "step", y, single, log_x=True),
-            Panel("envelopes: lowest over all rates, one seed", "step", y, envelope, log_x=True)]  # fmt: skip
+    return [
+        Panel("runs at each curve's best rate, mean over seeds", "step", y, single, log_x=True),
+        Panel("envelopes: lowest over all rates, one seed", "step", y, envelope, log_x=True),
+    ]
 
 
-def _start(table: pd.DataFrame, lora: Sequence[Optimum]) -> tuple[Estimate, list[list[str]], Panel | None]:
-    """Compare ranks with the highest one, at the rate at which A was drawn again: until which step does a rank's mean curve
-    lie within what another draw of A makes of one and the same rank?"""
+def _start(
+    table: pd.DataFrame, lora: Sequence[Optimum]
+) -> tuple[Estimate, list[list[str]], Panel | None]:
+    """Compare ranks with the highest one, at the rate at which A was drawn again: until which step
+    does a rank's mean curve lie within what another draw of A makes of one and the same rank?"""
     top = int(lora[-1].curve.key["rank"])
     part = table[table["method"] == "lora"]
     rates = part.loc[part["init_seed"].fillna(0) > 0, "lr"].unique()
     found: dict[int, dict[int, list[dict[float, float]]]] = {}
     for row, points in learning_curves(part[part["lr"].isin(rates)]):
-        found.setdefault(int(row["rank"]), {}).setdefault(int(row["seed"]), []).append(dict(before_last(points)))
-    again = {r: {s: draws for s, draws in seeds.items() if len(draws) > 1} for r, seeds in found.items()}
+        found.setdefault(int(row["rank"]), {}).setdefault(int(row["seed"]), []).append(
+            dict(before_last(points))
+        )
+    again = {
+        r: {s: draws for s, draws in seeds.items() if len(draws) > 1} for r, seeds in found.items()
+    }
     drawn = {r: seeds for r, seeds in again.items() if seeds}
     if top not in drawn or len(drawn) < 2:
         return Estimate(None), [], None
-    steps = sorted(set.intersection(*(set(c) for seeds in drawn.values() for draws in seeds.values() for c in draws)))
-    mean = {r: {s: np.mean([[c[t] for t in steps] for c in draws], 0) for s, draws in seeds.items()}
-            for r, seeds in drawn.items()}  # fmt: skip
-    spread = {r: np.mean([np.var([[c[t] for t in steps] for c in draws], 0, ddof=1) for draws in seeds.values()], 0)
-              for r, seeds in drawn.items()}  # fmt: skip
-    band = {r: 1.96 * np.sqrt(spread[r] + spread[top]) for r in drawn}  # of the difference of two single runs
-    series, rows = [], [["rank", "leaves the band at step", "difference at the first step (nats)", "band there"]]
+    steps = sorted(
+        set.intersection(
+            *(set(c) for seeds in drawn.values() for draws in seeds.values() for c in draws)
+        )
+    )
+    mean = {
+        r: {s: np.mean([[c[t] for t in steps] for c in draws], 0) for s, draws in seeds.items()}
+        for r, seeds in drawn.items()
+    }
+    spread = {
+        r: np.mean(
+            [np.var([[c[t] for t in steps] for c in draws], 0, ddof=1) for draws in seeds.values()],
+            0,
+        )
+        for r, seeds in drawn.items()
+    }
+    band = {
+        r: 1.96 * np.sqrt(spread[r] + spread[top]) for r in drawn
+    }  # of the difference of two single runs
+    series, rows = (
+        [],
+        [["rank", "leaves the band at step", "difference at the first step (nats)", "band there"]],
+    )
     for k, rank in enumerate(sorted(drawn.keys() - {top}), 1):
-        apart = np.mean([mean[rank][s] - mean[top][s] for s in sorted(drawn[rank].keys() & drawn[top].keys())], 0)
+        apart = np.mean(
+            [mean[rank][s] - mean[top][s] for s in sorted(drawn[rank].keys() & drawn[top].keys())],
+            0,
+        )
         at = _leaves(apart, band[rank], steps)
         rows.append([str(rank), _step(at), signed(float(apart[0])), signed(float(band[rank][0]))])
         half = list(band[rank])
-        series += [Series(f"rank {rank}", steps, list(apart), colour=k),
-                   Series(f"95% of redraws, rank {rank}", [*steps, math.nan, *steps], [*half, math.nan, *(-v for v in half)],
-                          style=":", colour=k, alpha=0.7)]  # fmt: skip
-    panel = Panel(f"one rate for all ranks ({rates[0]:g}), mean over seeds and draws", "updates",
-                  f"NLL - NLL of rank {top} (nats)", series, log_x=True)  # fmt: skip
+        series += [
+            Series(f"rank {rank}", steps, list(apart), colour=k),
+            Series(
+                f"95% of redraws, rank {rank}",
+                [*steps, math.nan, *steps],
+                [*half, math.nan, *(-v for v in half)],
+                style=":",
+                colour=k,
+                alpha=0.7,
+            ),
+        ]
+    panel = Panel(
+        f"one rate for all ranks ({rates[0]:g}), mean over seeds and draws",
+        "updates",
+        f"NLL - NLL of rank {top} (nats)",
+        series,
+        log_x=True,
+    )
     return _first_to_leave(drawn, band, steps), rows, panel
 
 
 def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> float:
-    """Return the first step from which two evaluations in turn (or the last one) lie outside of the band; infinite if none."""
+    """Return the first step from which two evaluations in turn (or the last one) lie outside of the
+    band; infinite if none."""
     out = np.abs(apart) > band
     twice = [i for i in range(len(steps)) if out[i] and (i + 1 == len(steps) or out[i + 1])]
     return steps[twice[0]] if twice else math.inf
@@ -231,18 +328,24 @@ RESAMPLES = 2000
 
 
 def _first_to_leave(
-    drawn: dict[int, dict[int, list[dict[float, float]]]], band: dict[int, np.ndarray], steps: Sequence[float]
+    drawn: dict[int, dict[int, list[dict[float, float]]]],
+    band: dict[int, np.ndarray],
+    steps: Sequence[float],
 ) -> Estimate:
-    """Return the step at which the first rank leaves, its interval by a bootstrap over seeds and, within them, draws of A. A
-    rank that never leaves counts as twice the last step."""
+    """Return the step at which the first rank leaves, its interval by a bootstrap over seeds and,
+    within them, draws of A. A rank that never leaves counts as twice the last step."""
     top, rng = max(drawn), np.random.default_rng(20251126)
     seeds = sorted(set.intersection(*(set(v) for v in drawn.values())))
-    curves_of = {r: {s: np.array([[c[t] for t in steps] for c in drawn[r][s]]) for s in seeds} for r in drawn}
+    curves_of = {
+        r: {s: np.array([[c[t] for t in steps] for c in drawn[r][s]]) for s in seeds} for r in drawn
+    }
     found = []
     for _ in range(RESAMPLES):
         mine = rng.choice(seeds, len(seeds))
-        mean = {r: np.mean([c[s][rng.integers(0, len(c[s]), len(c[s]))].mean(0) for s in mine], 0)
-                for r, c in curves_of.items()}  # fmt: skip
+        mean = {
+            r: np.mean([c[s][rng.integers(0, len(c[s]), len(c[s]))].mean(0) for s in mine], 0)
+            for r, c in curves_of.items()
+        }
         found.append(min(_leaves(mean[r] - mean[top], band[r], steps) for r in drawn if r != top))
     n = sum(len(draws) for by_seed in drawn.values() for draws in by_seed.values())
     return from_draws(np.minimum(np.array(found), 2.0 * steps[-1]), n)

@@ -1,7 +1,8 @@
 """What do popular recipes lose against tuned LoRA, and what does fine-tuning make the model forget?
 
-A recipe's loss is that of its own runs at the rate it prescribes (interpolated in ln(rate) between the tried ones around it),
-less tuned LoRA's at its best, as a share of what tuned LoRA gains over the base. Paired by seed.
+A recipe's loss is that of its own runs at the rate it prescribes (interpolated in ln(rate) between
+the tried ones around it), less tuned LoRA's at its best, as a share of what tuned LoRA gains over
+the base. Paired by seed.
 """
 
 import math
@@ -14,7 +15,16 @@ import pandas as pd
 from analysis.inference.decide import MIN_SEEDS
 from analysis.inference.estimate import AT_LEAST, Estimate, number, rate, signed, with_interval
 from analysis.inference.seeds import usual
-from analysis.measures.at_best import NEAR, AtBest, likely_rates, mixed, over_seeds, same, values_at_best, weights
+from analysis.measures.at_best import (
+    NEAR,
+    AtBest,
+    likely_rates,
+    mixed,
+    over_seeds,
+    same,
+    values_at_best,
+    weights,
+)
 from analysis.measures.efficiency import at_best, rho
 from analysis.optimum.fit import Optimum, fit_all
 from analysis.questions import gates as judging
@@ -23,16 +33,26 @@ from analysis.report import plots
 from analysis.report.plots import Panel, Series
 from analysis.runs.table import curves, full_names
 
-ESTIMANDS = ("attention_at_full_lr", "alpha_twice_rank", "default_rate", "original", "ten_times", "small_data_rank",
-             "retention", "retention_equal")  # fmt: skip
+ESTIMANDS = (
+    "attention_at_full_lr",
+    "alpha_twice_rank",
+    "default_rate",
+    "original",
+    "ten_times",
+    "small_data_rank",
+    "retention",
+    "retention_equal",
+)
 LOG_ESTIMANDS = ("small_data_rank",)
 STEPS = 200
 """Rates at which equal learning is looked for."""
 RECIPES = {
-    "attention_at_full_lr": "attention only,\nFullFT's rate", "alpha_twice_rank": "alpha = 2r",
-    "default_rate": "attention and\nMLP at 2e-4", "original": "attention,\nalpha = r,\n2e-4, decayed",
+    "attention_at_full_lr": "attention only,\nFullFT's rate",
+    "alpha_twice_rank": "alpha = 2r",
+    "default_rate": "attention and\nMLP at 2e-4",
+    "original": "attention,\nalpha = r,\n2e-4, decayed",
     "ten_times": "10x FullFT's\nrate",
-}  # fmt: skip
+}
 """Names in the figure."""
 
 
@@ -40,10 +60,14 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     """Judge every recipe against tuned LoRA, rank on small data, and retention."""
     main = _main_dataset(table)
     optima = fit_all(curves(table[table["dataset"] == main]))
-    few = fit_all(curves(table[table["dataset"] != main])) if (table["dataset"] != main).any() else []
+    few = (
+        fit_all(curves(table[table["dataset"] != main])) if (table["dataset"] != main).any() else []
+    )
     group = f"{table['model'].iloc[0]} on {main}"
     full = _one(optima, method="fullft")
-    tuned = _one(optima, method="lora", layers="attention+mlp+unembedding", alpha=32.0, schedule="constant")
+    tuned = _one(
+        optima, method="lora", layers="attention+mlp+unembedding", alpha=32.0, schedule="constant"
+    )
     missing = "fullft" if full is None else "lora, tuned" if tuned is None else ""
     if missing:
         none = dict.fromkeys(ESTIMANDS, (Estimate(None), judging.gates([], missing)))
@@ -54,31 +78,55 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     kept, kept_rows, panel = _retention(table, optima, full, tuned)
     measured |= kept
     verdicts = judging.corrected(
-        judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, tuned])), question
+        judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, tuned])),
+        question,
     )
-    text = [f"Tuned LoRA (rank {tuned.curve.key['rank']:g}) gains {number(gain)} nats over the base. A recipe whose rate was "
-            "not tried is interpolated in ln(rate) between those around it; next to one that broke down, the nearest "
-            "counts, and what is given up is at least that."]
+    text = [
+        f"Tuned LoRA (rank {tuned.curve.key['rank']:g}) gains {number(gain)} nats over the base. A recipe whose rate was "
+        "not tried is interpolated in ln(rate) between those around it; next to one that broke down, the nearest "
+        "counts, and what is given up is at least that."
+    ]
     sections = [
-        Section("Recipes", rows, text, "recipes.png", lambda p: plots.panels([_bars(measured)], p), "what recipes give up"),
+        Section(
+            "Recipes",
+            rows,
+            text,
+            "recipes.png",
+            lambda p: plots.panels([_bars(measured)], p),
+            "what recipes give up",
+        ),
         Section("Few rows, many epochs", few_rows),
-        Section("What is forgotten", kept_rows, figure="retention.png" if panel else "",
-                draw=(lambda p: plots.panels([panel], p)) if panel else None,
-                caption="what is left of the pretraining task, against what is learned of the new one"),
-    ]  # fmt: skip
-    measures = {"shares": {k: e.plain() for k, (e, _) in measured.items()},
-                "read": {"retention_equal": f"{measured['retention_equal'][0].n} seed(s)"}}
+        Section(
+            "What is forgotten",
+            kept_rows,
+            figure="retention.png" if panel else "",
+            draw=(lambda p: plots.panels([panel], p)) if panel else None,
+            caption="what is left of the pretraining task, against what is learned of the new one",
+        ),
+    ]
+    measures = {
+        "shares": {k: e.plain() for k, (e, _) in measured.items()},
+        "read": {"retention_equal": f"{measured['retention_equal'][0].n} seed(s)"},
+    }
     return Findings(optima + few, verdicts, sections, measures, {group: [full, tuned]})
 
 
 def _given_up(
-    table: pd.DataFrame, question: dict[str, Any], optima: Sequence[Optimum], full: Optimum, tuned: Optimum, gain: float
+    table: pd.DataFrame,
+    question: dict[str, Any],
+    optima: Sequence[Optimum],
+    full: Optimum,
+    tuned: Optimum,
+    gain: float,
 ) -> tuple[dict[str, tuple[Estimate, list[str]]], list[list[str]]]:
     """What each recipe gives up, as a share of what tuned LoRA gains, with its gates; and a table."""
     rank, gates = float(tuned.curve.key["rank"]), judging.gates([full, tuned])
     of_full, of_tuned = _rates(full, 1), _rates(tuned, 0)
     wanted: dict[str, tuple[Optimum | None, list[float]]] = {
-        "attention_at_full_lr": (_one(optima, method="lora", layers="attention", schedule="constant"), of_full),
+        "attention_at_full_lr": (
+            _one(optima, method="lora", layers="attention", schedule="constant"),
+            of_full,
+        ),
         "alpha_twice_rank": (_one(optima, method="lora", alpha=2 * rank), of_tuned),
         "default_rate": (_one(optima, method="lora", layers="attention+mlp"), [2e-4]),
         "original": (_one(optima, method="lora", schedule="linear"), [2e-4]),
@@ -87,12 +135,24 @@ def _given_up(
     (at_tuned,) = values_at_best(table, [tuned], lambda row: {"nll": float(row["test_nll"])})
     reference = at_tuned.map(lambda v: v["nll"])
     losses = {name: _losses(o, at) for name, (o, at) in wanted.items()}
-    shares = {name: loss.paired(reference, lambda a, b: (a - b) / gain) for name, (loss, *_) in losses.items()}
+    shares = {
+        name: loss.paired(reference, lambda a, b: (a - b) / gain)
+        for name, (loss, *_) in losses.items()
+    }
     highest = {c["estimand"]: float(c["margin"][1]) for c in question["claims"].values()}
     kin = usual([list(s.best.values()) for s in shares.values()])
     measured: dict[str, tuple[Estimate, list[str]]] = {}
-    rows = [["recipe", "rate", "read at", "loss given up (nats)", "share of tuned LoRA's gain [95%]", "seeds",
-             "at its own best rate (nats)"]]  # fmt: skip
+    rows = [
+        [
+            "recipe",
+            "rate",
+            "read at",
+            "loss given up (nats)",
+            "share of tuned LoRA's gain [95%]",
+            "seeds",
+            "at its own best rate (nats)",
+        ]
+    ]
     for name, (o, at) in wanted.items():
         _, read_at, beside = losses[name]
         share = over_seeds(shares[name], kin, (AT_LEAST,) if beside[:1] == [True] else ())
@@ -101,20 +161,37 @@ def _given_up(
         if 0 < share.n < MIN_SEEDS:
             stops = [*stops, f"{share.n} seed(s) at the recipe's rate, {MIN_SEEDS} needed"]
         if any(beside) and share.has_interval() and share.low <= highest.get(name, math.inf):
-            stops = [*stops, "bounded_by_divergence: the recipe's rate lies beside one that broke down"]
+            stops = [
+                *stops,
+                "bounded_by_divergence: the recipe's rate lies beside one that broke down",
+            ]
         measured[name] = (share, [*gates, *stops])
         own = None if o is None or o.best_nll is None or o is tuned else o.best_nll - tuned.best_nll
         given_up = None if share.value is None else share.value * gain
-        near = [f"beside a breakdown at {np.mean(beside):.0%} of the likely rates"] if any(beside) else []
-        rows.append([name.replace("_", " "), rate(at[0]) if at else "-", ", ".join([*map(rate, read_at), *near]) or "-",
-                     signed(given_up),
-                     with_interval(share), str(share.n), signed(own)])  # fmt: skip
+        near = (
+            [f"beside a breakdown at {np.mean(beside):.0%} of the likely rates"]
+            if any(beside)
+            else []
+        )
+        rows.append(
+            [
+                name.replace("_", " "),
+                rate(at[0]) if at else "-",
+                ", ".join([*map(rate, read_at), *near]) or "-",
+                signed(given_up),
+                with_interval(share),
+                str(share.n),
+                signed(own),
+            ]
+        )
     return measured, rows
 
 
 def _main_dataset(table: pd.DataFrame) -> str:
     """The data set that tuned LoRA, the recipes and full fine-tuning share: that of most arms."""
-    arms = table.groupby("dataset").apply(lambda p: p[["method", "layers", "alpha", "schedule"]].drop_duplicates().shape[0])
+    arms = table.groupby("dataset").apply(
+        lambda p: p[["method", "layers", "alpha", "schedule"]].drop_duplicates().shape[0]
+    )
     return str(arms.idxmax())
 
 
@@ -128,13 +205,17 @@ def _one(optima: Sequence[Optimum], **wanted: Any) -> Optimum | None:
 
 
 def _rates(o: Optimum, which: int) -> list[float]:
-    """Return a curve's best rate, and rates that are as likely to be it; nothing where it is not known."""
+    """Return a curve's best rate, and rates that are as likely to be it; nothing where it is not
+    known."""
     return [] if o.best_lr.value is None else [o.best_lr.value, *likely_rates(o, which)]
 
 
-def _losses(o: Optimum | None, rates: Sequence[float]) -> tuple[AtBest[float], list[float], list[bool]]:
-    """Return a recipe's loss by seed at the first of the rates and at the others, which are as likely; the tried rates that
-    the first was read from; and of each whether it lies next to one that broke down, so that the loss there may be higher."""
+def _losses(
+    o: Optimum | None, rates: Sequence[float]
+) -> tuple[AtBest[float], list[float], list[bool]]:
+    """Return a recipe's loss by seed at the first of the rates and at the others, which are as
+    likely; the tried rates that the first was read from; and of each whether it lies next to one
+    that broke down, so that the loss there may be higher."""
     found = [_losses_at(o, at) for at in rates] if o is not None else []
     if not found:
         return AtBest({}), [], []
@@ -156,33 +237,55 @@ def _losses_at(o: Optimum, at: float) -> tuple[dict[int, float], set[float], boo
                 continue
             found, beside = {nearest: 1.0}, beside or (broken and mine[nearest][1])
         # one that broke down: the base would do, so it gives up the whole gain
-        losses[int(seed)] = sum(w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start)
-                                for x, w in found.items())  # fmt: skip
+        losses[int(seed)] = sum(
+            w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start)
+            for x, w in found.items()
+        )
         used |= {math.exp(x) for x in found}
     return losses, used, beside
 
 
-def _few(table: pd.DataFrame, few: Sequence[Optimum]) -> tuple[tuple[Estimate, list[str]], list[list[str]]]:
-    """How fast the lowest rank learns few rows against the highest: rho of the one against the other."""
+def _few(
+    table: pd.DataFrame, few: Sequence[Optimum]
+) -> tuple[tuple[Estimate, list[str]], list[list[str]]]:
+    """How fast the lowest rank learns few rows against the highest: rho of the one against the
+    other."""
     lora = [o for o in few if o.curve.key["method"] == "lora"]
     if len(lora) < 2:
         return (Estimate(None), ["no curve of two ranks on few rows"]), []
     low, high = at_best(table, [lora[0], lora[-1]])
     speed = rho(low, high)
     rows = [["curve", "best LR [95%]", "best NLL", "flags"]]
-    rows += [[o.curve.name, with_interval(o.best_lr, rate), number(o.best_nll, 5), ", ".join(o.flags) or "-"] for o in few]
+    rows += [
+        [
+            o.curve.name,
+            with_interval(o.best_lr, rate),
+            number(o.best_nll, 5),
+            ", ".join(o.flags) or "-",
+        ]
+        for o in few
+    ]
     return (speed, judging.gates([lora[0], lora[-1]])), rows
 
 
 def _retention(
     table: pd.DataFrame, optima: Sequence[Optimum], full: Optimum, tuned: Optimum
 ) -> tuple[dict[str, tuple[Estimate, list[str]]], list[list[str]], Panel | None]:
-    """What tuned LoRA forgets of the pretraining task, as a share of what full fine-tuning forgets: at its best rate, and at
-    the lower rate at which it has learned as much."""
+    """What tuned LoRA forgets of the pretraining task, as a share of what full fine-tuning forgets:
+    at its best rate, and at the lower rate at which it has learned as much."""
     if "retain_nll" not in table or table["retain_nll"].isna().all():
         nothing = (Estimate(None), ["no curve of the pretraining task"])
         return {"retention": nothing, "retention_equal": nothing}, [], None
-    rows = [["curve", "at LR", "test NLL on the new task", "NLL on the pretraining task", "before", "forgotten (nats) [95%]"]]
+    rows = [
+        [
+            "curve",
+            "at LR",
+            "test NLL on the new task",
+            "NLL on the pretraining task",
+            "before",
+            "forgotten (nats) [95%]",
+        ]
+    ]
     lost: dict[int, AtBest[float]] = {}
     found = values_at_best(table, optima, _retained)
     kin = usual([[v["lost"] for v in runs.best.values()] for runs in found])
@@ -191,73 +294,134 @@ def _retention(
         if not runs.best:
             continue
         lost[id(o)] = runs.map(lambda v: v["lost"])
-        mean = {k: float(np.mean([v[k] for v in runs.best.values()])) for k in ("test", "after", "before")}
-        rows.append([name, rate(o.best_lr.value), *(number(mean[k], 4) for k in ("test", "after", "before")),
-                     with_interval(over_seeds(lost[id(o)], kin))])  # fmt: skip
+        mean = {
+            k: float(np.mean([v[k] for v in runs.best.values()]))
+            for k in ("test", "after", "before")
+        }
+        rows.append(
+            [
+                name,
+                rate(o.best_lr.value),
+                *(number(mean[k], 4) for k in ("test", "after", "before")),
+                with_interval(over_seeds(lost[id(o)], kin)),
+            ]
+        )
         if o in (full, tuned):
             path = _frontier(table, o)
-            series += [Series(f"{o.curve.name}, low to high rate", [v["test"] for v in path], [v["after"] for v in path],
-                              colour=len(series)),
-                       Series(f"{o.curve.name} at its best rate", [mean["test"]], [mean["after"]], style="*",
-                              colour=len(series), size=15)]  # fmt: skip
+            series += [
+                Series(
+                    f"{o.curve.name}, low to high rate",
+                    [v["test"] for v in path],
+                    [v["after"] for v in path],
+                    colour=len(series),
+                ),
+                Series(
+                    f"{o.curve.name} at its best rate",
+                    [mean["test"]],
+                    [mean["after"]],
+                    style="*",
+                    colour=len(series),
+                    size=15,
+                ),
+            ]
     a, b = lost.get(id(tuned), AtBest({})), lost.get(id(full), AtBest({}))
     share = over_seeds(a.paired(b, lambda x, y: x / y))
     equal = _at_equal_learning(table, full, tuned)
     alike = over_seeds(equal.map(lambda v: v["lora"] / v["lost"]))
     for seed, v in equal.best.items():
-        rows.append([f"full fine-tuning at a lower rate, where it has learned what tuned LoRA learns: seed {seed}, LoRA's own "
-                     f"there {number(v['lora'])} forgotten", rate(v["lr"]),
-                     *(number(v[k], 4) for k in ("test", "after", "before")), number(v["lost"])])  # fmt: skip
-    panel = Panel("one point a rate, mean over seeds", "test NLL on the new task (nats)", "NLL on the pretraining task (nats)",
-                  series)  # fmt: skip
+        rows.append(
+            [
+                f"full fine-tuning at a lower rate, where it has learned what tuned LoRA learns: seed {seed}, LoRA's own "
+                f"there {number(v['lora'])} forgotten",
+                rate(v["lr"]),
+                *(number(v[k], 4) for k in ("test", "after", "before")),
+                number(v["lost"]),
+            ]
+        )
+    panel = Panel(
+        "one point a rate, mean over seeds",
+        "test NLL on the new task (nats)",
+        "NLL on the pretraining task (nats)",
+        series,
+    )
     gates = judging.gates([full, tuned])
     asked = len(a.best.keys() & b.best.keys())
-    few = [f"{alike.n} of {max(asked, MIN_SEEDS)} seed(s) with such a rate"] if alike.n < max(asked, MIN_SEEDS) else []
-    return {"retention": (share, gates), "retention_equal": (alike, gates + few)}, rows, panel if series else None
+    few = (
+        [f"{alike.n} of {max(asked, MIN_SEEDS)} seed(s) with such a rate"]
+        if alike.n < max(asked, MIN_SEEDS)
+        else []
+    )
+    return (
+        {"retention": (share, gates), "retention_equal": (alike, gates + few)},
+        rows,
+        panel if series else None,
+    )
 
 
 def _retained(row: pd.Series) -> dict[str, float]:
     if pd.isna(row["retain_nll"]):
         return {}
-    return {"test": float(row["test_nll"]), "after": float(row["retain_nll"]), "before": float(row["retain_start"]),
-            "lost": float(row["retain_nll"] - row["retain_start"])}  # fmt: skip
+    return {
+        "test": float(row["test_nll"]),
+        "after": float(row["retain_nll"]),
+        "before": float(row["retain_start"]),
+        "lost": float(row["retain_nll"] - row["retain_start"]),
+    }
 
 
 def _frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> list[dict[str, float]]:
-    """What a curve's finished runs learn and forget, mean over the seeds of a rate (or of one seed), by rising rate."""
+    """What a curve's finished runs learn and forget, mean over the seeds of a rate (or of one
+    seed), by rising rate."""
     found: dict[float, list[dict[str, float]]] = {}
     for _, row in table[table["status"] == "done"].iterrows():
         if same(row, o) and seed in (None, row["seed"]) and (told := _retained(row)):
             found.setdefault(float(row["lr"]), []).append(told)
-    return [{"lr": lr, **{k: float(np.mean([v[k] for v in found[lr]])) for k in found[lr][0]}} for lr in sorted(found)]
+    return [
+        {"lr": lr, **{k: float(np.mean([v[k] for v in found[lr]])) for k in found[lr][0]}}
+        for lr in sorted(found)
+    ]
 
 
-def _at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> AtBest[dict[str, float]]:
-    """What full fine-tuning forgets, by seed, at the rate up to its best at which its loss on the new task is tuned LoRA's of
-    that seed. Seeds without such a rate are left out, and so are likely rates at which other seeds have one: which seeds have
-    depends on what they learned."""
+def _at_equal_learning(
+    table: pd.DataFrame, full: Optimum, tuned: Optimum
+) -> AtBest[dict[str, float]]:
+    """What full fine-tuning forgets, by seed, at the rate up to its best at which its loss on the
+    new task is tuned LoRA's of that seed. Seeds without such a rate are left out, and so are likely
+    rates at which other seeds have one: which seeds have depends on what they learned."""
     (runs,) = values_at_best(table, [tuned], _retained)
     paths = {s: {v["lr"]: v for v in _frontier(table, full, s)} for s in runs.best}
     if full.best_lr.value is None:
         return AtBest({})
 
     def equal(by_seed: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-        found = {s: _where_equal(paths[s], full.best_lr.value, mine) for s, mine in by_seed.items() if paths.get(s)}
+        found = {
+            s: _where_equal(paths[s], full.best_lr.value, mine)
+            for s, mine in by_seed.items()
+            if paths.get(s)
+        }
         return {s: v for s, v in found.items() if v}
 
     best = equal(runs.best)
-    return AtBest(best, tuple(w if w.keys() == best.keys() else {} for w in map(equal, runs.likely)))
+    return AtBest(
+        best, tuple(w if w.keys() == best.keys() else {} for w in map(equal, runs.likely))
+    )
 
 
-def _where_equal(path: dict[float, dict[str, float]], best: float, mine: dict[str, float]) -> dict[str, float]:
-    """Return what full fine-tuning has learned and forgotten at the lowest rate up to its best at which its loss is that of
-    `mine`, interpolated in ln(rate); empty if there is none."""
+def _where_equal(
+    path: dict[float, dict[str, float]], best: float, mine: dict[str, float]
+) -> dict[str, float]:
+    """Return what full fine-tuning has learned and forgotten at the lowest rate up to its best at
+    which its loss is that of `mine`, interpolated in ln(rate); empty if there is none."""
     tried = [math.log(lr) for lr in path]
     heights = {math.log(lr): v["test"] for lr, v in path.items()}
     before: dict[str, float] = {}
     for x in np.linspace(min(tried), math.log(best), STEPS):
         share = weights(tried, float(x), heights)
-        here = {k: v for k, v in mixed({math.log(lr): v for lr, v in path.items()}, share).items() if k != "lr"}
+        here = {
+            k: v
+            for k, v in mixed({math.log(lr): v for lr, v in path.items()}, share).items()
+            if k != "lr"
+        }
         if here["test"] <= mine["test"]:
             return {**here, "lr": math.exp(x), "lora": mine["lost"]} if before else {}
         before = here
@@ -267,6 +431,11 @@ def _where_equal(path: dict[float, dict[str, float]], best: float, mine: dict[st
 def _bars(measured: dict[str, tuple[Estimate, list[str]]]) -> Panel:
     told = [(k, e) for k, (e, _) in measured.items() if k in RECIPES and e.value is not None]
     ends = ([getattr(e, k) for _, e in told] for k in ("value", "low", "high"))
-    return Panel("share of tuned LoRA's gain that is given up", "", "share", [
-        Series("", range(len(told)), *ends, style="o", colour=1)
-    ], band=(-0.05, 0.05), ticks=[(float(i), RECIPES[k]) for i, (k, _) in enumerate(told)])  # fmt: skip
+    return Panel(
+        "share of tuned LoRA's gain that is given up",
+        "",
+        "share",
+        [Series("", range(len(told)), *ends, style="o", colour=1)],
+        band=(-0.05, 0.05),
+        ticks=[(float(i), RECIPES[k]) for i, (k, _) in enumerate(told)],
+    )

@@ -1,6 +1,7 @@
 """Is LoRA's best rate a larger multiple of full fine-tuning's in short runs, and does B outgrow A?
 
-Horizons come from the prefixes of the same runs. Spectral norms are those at the end of runs at each curve's best rate.
+Horizons come from the prefixes of the same runs. Spectral norms are those at the end of runs at
+each curve's best rate.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ from analysis.runs.table import curves
 ESTIMANDS = ("short_over_long", "sigma_b_over_a", "movement_ratio")
 LOG_ESTIMANDS = ESTIMANDS
 SHORT = 24
-"""The short horizon is the longest one divided by this, or the next longer one that was evaluated."""
+"""The short horizon is the longest one divided by this, or the next longer one that was evaluated.
+"""
 SHORTEST = 4
 """Updates below which no horizon is looked at."""
 
@@ -50,8 +52,14 @@ def horizons(table: pd.DataFrame) -> list[Horizon]:
     for step in [s for s in steps_seen(table) if s >= SHORTEST] + [last]:
         optima = fit_all(curves(at_step(table, step)))
         full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
-        lora = [o for o in optima if o.curve.key["method"] == "lora" and o.curve.key["rank"] >= MIN_RANK]
-        out.append(Horizon(step, optima, full, lora, ratio_of(lora, full) if full and lora else Estimate(None)))
+        lora = [
+            o for o in optima if o.curve.key["method"] == "lora" and o.curve.key["rank"] >= MIN_RANK
+        ]
+        out.append(
+            Horizon(
+                step, optima, full, lora, ratio_of(lora, full) if full and lora else Estimate(None)
+            )
+        )
     return out
 
 
@@ -75,28 +83,75 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "movement_ratio": (movement, judging.gates([*full, *lora], missing)),
     }
     verdicts = judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds(rests))
-    horizon_rows = [["updates", "best FullFT LR", *(f"best LR, {o.curve.name}" for o in long.lora), "ratio [95%]"]]
+    horizon_rows = [
+        [
+            "updates",
+            "best FullFT LR",
+            *(f"best LR, {o.curve.name}" for o in long.lora),
+            "ratio [95%]",
+        ]
+    ]
     for h in found:
-        horizon_rows.append([str(h.step), with_interval(h.full.best_lr, rate) if h.full else "-",
-                             *(with_interval(o.best_lr, rate) for o in h.lora), with_interval(h.ratio)])  # fmt: skip
-    text = [f"Short: {short.step} updates; long: {long.step}. Ratio over the ranks of {MIN_RANK} and more. Every shorter run "
-            "is the beginning of the same longer one.", *([cut] if cut else [])]  # fmt: skip
+        horizon_rows.append(
+            [
+                str(h.step),
+                with_interval(h.full.best_lr, rate) if h.full else "-",
+                *(with_interval(o.best_lr, rate) for o in h.lora),
+                with_interval(h.ratio),
+            ]
+        )
+    text = [
+        f"Short: {short.step} updates; long: {long.step}. Ratio over the ranks of {MIN_RANK} and more. Every shorter run "
+        "is the beginning of the same longer one.",
+        *([cut] if cut else []),
+    ]
     known = [h for h in found if h.ratio.value is not None]
-    line = Series("ratio", [h.step for h in known], [h.ratio.value for h in known], [h.ratio.low for h in known],
-                  [h.ratio.high for h in known], colour=1)  # fmt: skip
-    ratios = Panel(group, "updates", "best LoRA LR / best FullFT LR", [line], log_x=True, log_y=True,
-                   lines={"the study, long runs: 10": 10, "the study, short runs: 15": 15})  # fmt: skip
+    line = Series(
+        "ratio",
+        [h.step for h in known],
+        [h.ratio.value for h in known],
+        [h.ratio.low for h in known],
+        [h.ratio.high for h in known],
+        colour=1,
+    )
+    ratios = Panel(
+        group,
+        "updates",
+        "best LoRA LR / best FullFT LR",
+        [line],
+        log_x=True,
+        log_y=True,
+        lines={"the study, long runs: 10": 10, "the study, short runs: 15": 15},
+    )
     sections = [
-        Section("The ratio by horizon", horizon_rows, text, "horizons.png", lambda p: plots.panels([ratios], p),
-                "ratio of the best rates over the length of the run"),
-        Section("Spectral norms at the best rates", rows, figure="norms.png" if panel else "",
-                draw=(lambda p: plots.panels(panel, p)) if panel else None, caption="spectral norms of the change, by matrix"),
-    ]  # fmt: skip
+        Section(
+            "The ratio by horizon",
+            horizon_rows,
+            text,
+            "horizons.png",
+            lambda p: plots.panels([ratios], p),
+            "ratio of the best rates over the length of the run",
+        ),
+        Section(
+            "Spectral norms at the best rates",
+            rows,
+            figure="norms.png" if panel else "",
+            draw=(lambda p: plots.panels(panel, p)) if panel else None,
+            caption="spectral norms of the change, by matrix",
+        ),
+    ]
     ends = f"highest rank, after {table['steps'].max():g} updates"
-    measures = {"horizons": [{"step": h.step, **h.ratio.plain()} for h in found],
-                "read": {"short_over_long": f"{short.step} updates against {long.step}", "sigma_b_over_a": ends,
-                         "movement_ratio": ends}}  # fmt: skip
-    return Findings(long.optima, judging.corrected(verdicts, question), sections, measures, {group: rests})
+    measures = {
+        "horizons": [{"step": h.step, **h.ratio.plain()} for h in found],
+        "read": {
+            "short_over_long": f"{short.step} updates against {long.step}",
+            "sigma_b_over_a": ends,
+            "movement_ratio": ends,
+        },
+    }
+    return Findings(
+        long.optima, judging.corrected(verdicts, question), sections, measures, {group: rests}
+    )
 
 
 def _over(a: Estimate, b: Estimate) -> Estimate:
@@ -108,15 +163,27 @@ def _over(a: Estimate, b: Estimate) -> Estimate:
 def norms(
     table: pd.DataFrame, optima: Sequence[Optimum]
 ) -> tuple[Estimate, Estimate, list[list[str]], list[Panel]]:
-    """Return B over A at the highest rank, LoRA's movement over full fine-tuning's there, a table, and panels by matrix."""
+    """Return B over A at the highest rank, LoRA's movement over full fine-tuning's there, a table,
+    and panels by matrix."""
     spectra = [found.map(_by_matrix) for found in values_at_best(table, optima, _log_spectra)]
     none = AtBest({})
     full = next((v for o, v in zip(optima, spectra) if o.curve.key["method"] == "fullft"), none)
     lora = [v if o.curve.key["method"] == "lora" else none for o, v in zip(optima, spectra)]
     grown = [v.map(lambda m: _median_log(m, "b", m, "a")) for v in lora]
     moved = [v.paired(full, lambda m, f: _median_log(m, "delta", f, "delta")) for v in lora]
-    of_growth, of_movement = (usual([list(v.best.values()) for v in mine]) for mine in (grown, moved))
-    rows = [["curve", "spectral norm of A", "of B", "of the change", "B / A [95%]", "change / FullFT's [95%]"]]
+    of_growth, of_movement = (
+        usual([list(v.best.values()) for v in mine]) for mine in (grown, moved)
+    )
+    rows = [
+        [
+            "curve",
+            "spectral norm of A",
+            "of B",
+            "of the change",
+            "B / A [95%]",
+            "change / FullFT's [95%]",
+        ]
+    ]
     growth = movement = Estimate(None)
     names: list[str] = []
     shown: list[tuple[str, dict[str, dict[str, float]]]] = []
@@ -124,31 +191,77 @@ def norms(
         mine = spectra[k].best
         if not mine:
             continue
-        middle = {n: float(np.median([v.get(n, math.nan) for m in mine.values() for v in m.values()]))
-                  for n in ("a", "b", "delta")}  # fmt: skip
+        middle = {
+            n: float(np.median([v.get(n, math.nan) for m in mine.values() for v in m.values()]))
+            for n in ("a", "b", "delta")
+        }
         if o.curve.key["method"] == "lora":
-            growth, movement = exp_of(over_seeds(grown[k], of_growth)), exp_of(over_seeds(moved[k], of_movement))
-        rows.append([o.curve.name, number(middle["a"]), number(middle["b"]), number(middle["delta"]),
-                     with_interval(growth) if "a" in next(iter(next(iter(mine.values())).values())) else "-",
-                     with_interval(movement) if o.curve.key["method"] == "lora" else "-"])  # fmt: skip
+            growth, movement = (
+                exp_of(over_seeds(grown[k], of_growth)),
+                exp_of(over_seeds(moved[k], of_movement)),
+            )
+        rows.append(
+            [
+                o.curve.name,
+                number(middle["a"]),
+                number(middle["b"]),
+                number(middle["delta"]),
+                with_interval(growth)
+                if "a" in next(iter(next(iter(mine.values())).values()))
+                else "-",
+                with_interval(movement) if o.curve.key["method"] == "lora" else "-",
+            ]
+        )
         first = next(iter(mine.values()))
-        names = names or list(first) if o.curve.key["method"] == "lora" else names  # the embedding is full fine-tuning's only
+        names = (
+            names or list(first) if o.curve.key["method"] == "lora" else names
+        )  # the embedding is full fine-tuning's only
         shown.append((o.curve.name, first))
-    names.sort(key=lambda n: ".layers." not in n)  # the unembedding last; the sort keeps the layers' order
-    series = [Series(n, range(len(names)), [v.get(m, {}).get("delta") for m in names], style="o") for n, v in shown]
+    names.sort(
+        key=lambda n: ".layers." not in n
+    )  # the unembedding last; the sort keeps the layers' order
+    series = [
+        Series(n, range(len(names)), [v.get(m, {}).get("delta") for m in names], style="o")
+        for n, v in shown
+    ]
     layers = [n.split(".layers.")[1].split(".")[0] if ".layers." in n else "head" for n in names]
-    of_one = ", ".join(n.rsplit(".", 1)[-1].removesuffix("_proj") for n, layer in zip(names, layers) if layer == layers[0])
-    ticks = [(float(k), layer if layer == "head" else f"layer {layer}") for k, layer in enumerate(layers)
-             if k == 0 or layer != layers[k - 1]]  # fmt: skip
-    panel = [Panel("one seed, interpolated to each curve's best rate", f"matrices of a layer from left to right: {of_one}",
-                   "spectral norm of the change", series, log_y=True, ticks=ticks)] if series else []  # fmt: skip
+    of_one = ", ".join(
+        n.rsplit(".", 1)[-1].removesuffix("_proj")
+        for n, layer in zip(names, layers)
+        if layer == layers[0]
+    )
+    ticks = [
+        (float(k), layer if layer == "head" else f"layer {layer}")
+        for k, layer in enumerate(layers)
+        if k == 0 or layer != layers[k - 1]
+    ]
+    panel = (
+        [
+            Panel(
+                "one seed, interpolated to each curve's best rate",
+                f"matrices of a layer from left to right: {of_one}",
+                "spectral norm of the change",
+                series,
+                log_y=True,
+                ticks=ticks,
+            )
+        ]
+        if series
+        else []
+    )
     return growth, movement, rows, panel
 
 
 def _log_spectra(row: pd.Series) -> dict[tuple[str, str], float]:
-    """Logarithms of a run's spectral norms by (matrix, which): those are what interpolates well between rates."""
+    """Logarithms of a run's spectral norms by (matrix, which): those are what interpolates well
+    between rates."""
     told = json.loads(row["result"]).get("spectra") or {}
-    return {(matrix, what): math.log(v) for matrix, norms_ in told.items() for what, v in norms_.items() if v > 0}
+    return {
+        (matrix, what): math.log(v)
+        for matrix, norms_ in told.items()
+        for what, v in norms_.items()
+        if v > 0
+    }
 
 
 def _by_matrix(logs: dict[tuple[str, str], float]) -> dict[str, dict[str, float]]:
@@ -159,6 +272,16 @@ def _by_matrix(logs: dict[tuple[str, str], float]) -> dict[str, dict[str, float]
     return out
 
 
-def _median_log(a: dict[str, dict[str, float]], of: str, b: dict[str, dict[str, float]], over: str) -> float:
+def _median_log(
+    a: dict[str, dict[str, float]], of: str, b: dict[str, dict[str, float]], over: str
+) -> float:
     """Median over the matrices that both have of ln(a / b)."""
-    return float(np.median([math.log(a[n][of] / b[n][over]) for n in a.keys() & b.keys() if b[n][over] > 0 and a[n][of] > 0]))
+    return float(
+        np.median(
+            [
+                math.log(a[n][of] / b[n][over])
+                for n in a.keys() & b.keys()
+                if b[n][over] > 0 and a[n][of] > 0
+            ]
+        )
+    )

@@ -1,4 +1,5 @@
-"""What the notebooks show: tables as data frames and figures, so that no cell holds any mathematics.
+"""What the notebooks show: tables as data frames and figures, so that no cell holds any
+mathematics.
 
 Reads kept results; trains nothing and fits by the same calls as the reports.
 """
@@ -57,53 +58,104 @@ def optima(found: Answer | Sequence[Optimum]) -> pd.DataFrame:
     rows = []
     for o in _of(found):
         band = o.band(WITHIN)
-        rows.append({"model and data": o.curve.group, "curve": o.curve.name, "best LR [95%]": with_interval(o.best_lr, rate),
-                     f"within {WITHIN:g} nats": "-" if band is None else f"{rate(band[0])} to {rate(band[1])}",
-                     "best NLL": number(o.best_nll, 5), "runs": len(o.curve.x), "flags": ", ".join(o.flags)})  # fmt: skip
+        rows.append(
+            {
+                "model and data": o.curve.group,
+                "curve": o.curve.name,
+                "best LR [95%]": with_interval(o.best_lr, rate),
+                f"within {WITHIN:g} nats": "-"
+                if band is None
+                else f"{rate(band[0])} to {rate(band[1])}",
+                "best NLL": number(o.best_nll, 5),
+                "runs": len(o.curve.x),
+                "flags": ", ".join(o.flags),
+            }
+        )
     return pd.DataFrame(rows)
 
 
 def ratios(found: Answer) -> pd.DataFrame:
     """One row a ratio of LoRA's best rate over full fine-tuning's."""
-    return pd.DataFrame([
-        {"model and data": r.group, "ranks": "4 and more" if r.rank is None else str(r.rank), "alpha": r.alpha,
-         "ratio [95%]": with_interval(r.ratio), "NLL gap": with_interval(r.gap)} for r in found.ratios
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "model and data": r.group,
+                "ranks": "4 and more" if r.rank is None else str(r.rank),
+                "alpha": r.alpha,
+                "ratio [95%]": with_interval(r.ratio),
+                "NLL gap": with_interval(r.gap),
+            }
+            for r in found.ratios
+        ]
+    )
 
 
 def verdicts(found: Answer) -> pd.DataFrame:
     """One row a claim."""
-    return pd.DataFrame([
-        {"claim": v.claim, "model and data": v.group, "verdict": v.outcome, "measured": with_interval(v.estimate),
-         "expected": v.expected, "margin": f"{v.margin[0]:g} to {v.margin[1]:g}", "why": v.why, "needed": v.needed}
-        for v in found.verdicts
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "claim": v.claim,
+                "model and data": v.group,
+                "verdict": v.outcome,
+                "measured": with_interval(v.estimate),
+                "expected": v.expected,
+                "margin": f"{v.margin[0]:g} to {v.margin[1]:g}",
+                "why": v.why,
+                "needed": v.needed,
+            }
+            for v in found.verdicts
+        ]
+    )
 
 
 def drifts(found: Answer) -> pd.DataFrame:
     """One row a group: the slope of ln(best LR) per doubling of the rank, with its tests."""
-    return pd.DataFrame([
-        {"model and data": g, "slope [95%]": with_interval(d.slope), "p (no slope)": number(d.p_slope, 2),
-         "p (ranks equal)": number(d.p_equal, 2)} for g, d in found.drifts.items()
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "model and data": g,
+                "slope [95%]": with_interval(d.slope),
+                "p (no slope)": number(d.p_slope, 2),
+                "p (ranks equal)": number(d.p_equal, 2),
+            }
+            for g, d in found.drifts.items()
+        ]
+    )
 
 
 def suggestions(found: Answer) -> pd.DataFrame:
     """One row a suggestion: the rates and seeds that would decide most."""
-    return pd.DataFrame([
-        {"model and data": s.curve.group, "curve": s.curve.name, "lr": rate(s.lr), "seeds": ", ".join(map(str, s.seeds)),
-         "why": s.why}
-        for s in design.suggest(found)
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "model and data": s.curve.group,
+                "curve": s.curve.name,
+                "lr": rate(s.lr),
+                "seeds": ", ".join(map(str, s.seeds)),
+                "why": s.why,
+            }
+            for s in design.suggest(found)
+        ]
+    )
 
 
 def efficiency(runs: pd.DataFrame, found: Answer | Sequence[Optimum]) -> pd.DataFrame:
     """One row a LoRA curve: rho, full fine-tuning's steps to its loss over its own steps."""
     told = zip(_of(found), of_curves(runs, _of(found)))
-    return pd.DataFrame([
-        {"model and data": o.curve.group, "curve": o.curve.name, "rho [95%]": with_interval(e), "seeds": e.n,
-         "flags": ", ".join(e.flags)} for o, e in told if e is not None
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "model and data": o.curve.group,
+                "curve": o.curve.name,
+                "rho [95%]": with_interval(e),
+                "seeds": e.n,
+                "flags": ", ".join(e.flags),
+            }
+            for o, e in told
+            if e is not None
+        ]
+    )
 
 
 def lr_against_nll(found: Answer | Sequence[Optimum]) -> Any:
@@ -117,7 +169,8 @@ def learning_curves(runs: pd.DataFrame, found: Answer | Sequence[Optimum]) -> An
 
 
 def study() -> pd.DataFrame:
-    """One row a claim of every kept result; primary claims are corrected for their number over all of them (Holm)."""
+    """One row a claim of every kept result; primary claims are corrected for their number over all
+    of them (Holm)."""
     head, *rows = rows_of(parts_of([RESULTS]))
     return pd.DataFrame(rows, columns=head)
 

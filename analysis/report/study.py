@@ -2,8 +2,8 @@
 
     python -m analysis study [--out PAGE.md] [--json]
 
-Read from results.json of kept results (analysis/results) and of reports of one's own; primary claims are corrected for their
-number over the whole table (Holm). study_page makes pages of it.
+Read from results.json of kept results (analysis/results) and of reports of one's own; primary
+claims are corrected for their number over the whole table (Holm). study_page makes pages of it.
 """
 
 import json
@@ -19,7 +19,18 @@ from analysis.inference.decide import holm, look_level
 from analysis.inference.estimate import LEVEL, Estimate, Verdict, with_interval
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-ORDER = ("lr_ratio", "lr_scale", "short_runs", "rank", "layers", "batch_size", "capacity", "invariance", "compute", "recipes")
+ORDER = (
+    "lr_ratio",
+    "lr_scale",
+    "short_runs",
+    "rank",
+    "layers",
+    "batch_size",
+    "capacity",
+    "invariance",
+    "compute",
+    "recipes",
+)
 """The order of the study's questions; others follow by name."""
 
 
@@ -47,17 +58,25 @@ class Part:
         return self.question["claims"].get(claim, {}).get("says") or claim.replace("_", " ")
 
     def word(self, claim: str, kind: str) -> str:
-        """What the question says of a claim in words: `whose`, `measure`, `beside`; empty if nothing."""
+        """What the question says of a claim in words: `whose`, `measure`, `beside`; empty if
+        nothing."""
         return self.question["claims"].get(claim, {}).get(kind) or ""
 
     def read(self, v: Verdict) -> str:
-        """Of which rank and after how many updates a claim was read, in words; empty if there is no more to say."""
-        return (self.told.get("read") or {}).get(self.question["claims"].get(v.claim, {}).get("estimand"), "")
+        """Of which rank and after how many updates a claim was read, in words; empty if there is no
+        more to say."""
+        return (self.told.get("read") or {}).get(
+            self.question["claims"].get(v.claim, {}).get("estimand"), ""
+        )
 
     def overall(self, claim: str) -> Verdict | None:
         """A claim's verdict over all tasks, where each of them has one of its own as well."""
         first, *by_task = (v for v in self.verdicts if v.claim == claim)
-        return first if by_task and (first.group.startswith("all ") or " and " in first.group) else None
+        return (
+            first
+            if by_task and (first.group.startswith("all ") or " and " in first.group)
+            else None
+        )
 
     def measured(self, v: Verdict) -> str:
         """What was measured; over several tasks, on the one that is hardest on the claim."""
@@ -92,10 +111,17 @@ class Part:
             return "-"
         full = table[table["method"] == "fullft"]
         sizes = full.groupby("model")["n_trainable"].max() if "n_trainable" in full else {}
-        models = [f"{m} ({_millions(sizes[m])} parameters)" if m in sizes else m for m in sorted(table["model"].unique())]
+        models = [
+            f"{m} ({_millions(sizes[m])} parameters)" if m in sizes else m
+            for m in sorted(table["model"].unique())
+        ]
         names = "several bases" if len(models) > 3 else " and ".join(models)
         said = [f"{names} on {' and '.join(sorted(table['dataset'].unique()))}"]
-        said += [f"{what} {_span(table[column])}" for column, what in SPANS.items() if table[column].notna().any()]
+        said += [
+            f"{what} {_span(table[column])}"
+            for column, what in SPANS.items()
+            if table[column].notna().any()
+        ]
         ends = {int(c["steps"]) for c in self.told.get("curves") or [] if c.get("steps")}
         if table["steps"].nunique() == 1 and ends and max(ends) < table["steps"].max():
             said[-1] += f" (judged after {max(ends)}, when the task was not over yet)"
@@ -116,8 +142,8 @@ def _span(values: pd.Series) -> str:
 
 
 def parts_of(folders: Sequence[Path]) -> list[Part]:
-    """Read all answers below folders; of one sweep and scale the first folder's counts. Primary claims are corrected
-    together."""
+    """Read all answers below folders; of one sweep and scale the first folder's counts. Primary
+    claims are corrected together."""
     found: dict[str, Part] = {}
     for root in folders:
         for path in sorted(root.glob("*/results.json")):
@@ -132,11 +158,14 @@ def parts_of(folders: Sequence[Path]) -> list[Part]:
 
     parts = sorted(found.values(), key=place)
     corrected = iter(holm([_paid(v, p.question) for p in parts for v in p.verdicts]))
-    return [Part(p.folder, p.told, p.question, [next(corrected) for _ in p.verdicts]) for p in parts]
+    return [
+        Part(p.folder, p.told, p.question, [next(corrected) for _ in p.verdicts]) for p in parts
+    ]
 
 
 def _paid(v: Verdict, question: dict[str, Any]) -> Verdict:
-    """Raise a verdict's p by what its sweep's looks cost: the level of one look stands for the level of all of them."""
+    """Raise a verdict's p by what its sweep's looks cost: the level of one look stands for the
+    level of all of them."""
     share = (1 - LEVEL) / (1 - look_level(int(question.get("rounds", 1))))
     return v if v.p is None else replace(v, p=min(1.0, v.p * share))
 
@@ -147,7 +176,9 @@ def estimate_of(plain: dict[str, Any]) -> Estimate:
 
 
 def _verdict(plain: dict[str, Any]) -> Verdict:
-    return Verdict(**{**plain, "estimate": estimate_of(plain["estimate"]), "margin": tuple(plain["margin"])})
+    return Verdict(
+        **{**plain, "estimate": estimate_of(plain["estimate"]), "margin": tuple(plain["margin"])}
+    )
 
 
 FAR = 100.0
@@ -168,13 +199,27 @@ def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
                 text = f"{part.says(v.claim)}{where} (`{name}`, {marks})"
             else:
                 text = f"{name}{' (primary)' if v.primary else ''}{where}"
-            rows.append([text, part.told["scale"],
-                         f"{v.expected:g}, within {within(v)}", part.measured(v), v.outcome,
-                         str(part.told.get("runs", "-")), v.needed or "-"])  # fmt: skip
+            rows.append(
+                [
+                    text,
+                    part.told["scale"],
+                    f"{v.expected:g}, within {within(v)}",
+                    part.measured(v),
+                    v.outcome,
+                    str(part.told.get("runs", "-")),
+                    v.needed or "-",
+                ]
+            )
     return rows
 
 
 def within(v: Verdict) -> str:
     """Return a claim's margin in words."""
     low, high = v.margin
-    return f"{low:g} and more" if high >= FAR else f"up to {high:g}" if low <= -FAR else f"{low:g} to {high:g}"
+    return (
+        f"{low:g} and more"
+        if high >= FAR
+        else f"up to {high:g}"
+        if low <= -FAR
+        else f"{low:g} to {high:g}"
+    )

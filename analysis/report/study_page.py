@@ -1,7 +1,9 @@
-"""The pages that are made of the study's table: analysis/results/README.md, a study's own page, the block in the README.
+"""The pages that are made of the study's table: analysis/results/README.md, a study's own page, the
+block in the README.
 
-A page leads with the claims at a glance: what became of each one, base by base, those together that came out alike. The
-questions follow with their verdicts and figures, the whole table is the end. No measured number is typed by hand.
+A page leads with the claims at a glance: what became of each one, base by base, those together that
+came out alike. The questions follow with their verdicts and figures, the whole table is the end. No
+measured number is typed by hand.
 """
 
 from collections.abc import Sequence
@@ -43,7 +45,8 @@ def base_of(part: Part) -> str:
 
 
 def bases(asked: Sequence[Asked]) -> list[str]:
-    """Return the bases that were asked about: the largest first, answers about several of them last."""
+    """Return the bases that were asked about: the largest first, answers about several of them
+    last."""
     size = {base_of(part): part.size for at in asked for part, _ in at}
     return sorted(size, key=lambda b: (b == SEVERAL, -size[b], b))
 
@@ -67,14 +70,24 @@ def glance(asked: Sequence[Asked], shown: Sequence[str], needs: bool = True) -> 
 def _cells(at: Asked, base: str, needs: bool) -> list[str]:
     here = [(part, verdicts) for part, verdicts in at if base_of(part) == base]
     out = []
-    told_of = [(part, v, by_task) for part, verdicts in here for v, by_task in _heads(part, verdicts)]
+    told_of = [
+        (part, v, by_task) for part, verdicts in here for v, by_task in _heads(part, verdicts)
+    ]
     for part, v, by_task in told_of:
         where = f" (`{part.told['scale']}`)" if len(told_of) > 1 else ""
-        alone = next((f", {o} before Holm's correction" for o in OUTCOMES if v.why.startswith(f"{o} alone")), "")
+        alone = next(
+            (f", {o} before Holm's correction" for o in OUTCOMES if v.why.startswith(f"{o} alone")),
+            "",
+        )
         out.append(f"**{v.outcome}**{alone}{where}")
         if by_task:
-            told = {o: [number(w.estimate.value) for w in by_task if w.outcome == o] for o in OUTCOMES}
-            out.append("by task: " + "; ".join(f"{o} at {', '.join(sorted(n))}" for o, n in told.items() if n))
+            told = {
+                o: [number(w.estimate.value) for w in by_task if w.outcome == o] for o in OUTCOMES
+            }
+            out.append(
+                "by task: "
+                + "; ".join(f"{o} at {', '.join(sorted(n))}" for o, n in told.items() if n)
+            )
         else:
             out.append(with_interval(v.estimate))
         if part.read(v):
@@ -97,8 +110,8 @@ OURS = "Checks of the instrument, and controls of our own"
 
 
 def by_fate(asked: Sequence[Asked]) -> dict[str, list[Asked]]:
-    """Sort claims by what became of them in all their answers, our own apart; a fate that none has is left out. A verdict over
-    several tasks stands for those on each of them."""
+    """Sort claims by what became of them in all their answers, our own apart; a fate that none has
+    is left out. A verdict over several tasks stands for those on each of them."""
     ours = [at for at in asked if _whose(at) not in WHOSE]
     others = [at for at in asked if _whose(at) in WHOSE]
     fates = {name: [at for at in others if is_so(_outcomes(at))] for name, is_so in FATES}
@@ -110,7 +123,8 @@ def _outcomes(at: Asked) -> set[str]:
 
 
 def _heads(part: Part, verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Sequence[Verdict]]]:
-    """Return the verdict over all tasks with those by task; or each verdict alone, where there is none over all."""
+    """Return the verdict over all tasks with those by task; or each verdict alone, where there is
+    none over all."""
     overall = part.overall(verdicts[0].claim)
     return [(overall, verdicts[1:])] if overall else [(v, ()) for v in verdicts]
 
@@ -125,7 +139,9 @@ def tally(asked: Sequence[Asked]) -> list[str]:
     fates = {name: mine for name, mine in by_fate(asked).items() if name != OURS}
     rows = [["claims", *(name.lower() for name in fates)]]
     for whose, said in WHOSE.items():
-        rows.append([said, *(str(sum(_whose(at) == whose for at in mine)) for mine in fates.values())])
+        rows.append(
+            [said, *(str(sum(_whose(at) == whose for at in mine)) for mine in fates.values())]
+        )
     return markdown(rows)
 
 
@@ -175,53 +191,119 @@ published say of the learning rates is in [public_evidence.md](public_evidence.m
 
 
 def page(parts: Sequence[Part], root: str = "") -> str:
-    """Write the study's page; links to answers' folders begin with root, which is empty for the kept answers' own page."""
+    """Write the study's page; links to answers' folders begin with root, which is empty for the
+    kept answers' own page."""
     asked = claims(parts)
     shown = bases(asked)
     runs = len(set().union(*(p.run_ids for p in parts))) if parts else 0
-    out = ["# When does LoRA match full fine-tuning?", "",
-           "The claims of [LoRA Without Regret](https://thinkingmachines.ai/blog/lora) (\"the study\") and of what was made of "
-           f"it, each judged from runs of its own: {len(asked)} claims in {len({p.told['sweep'] for p in parts})} sweeps, "
-           f"{runs:,} distinct runs, all of them in the tables beside this page.", "",
-           *tally(asked), "",
-           "## How to read it", "", HOW_TO_READ, "",
-           *([] if root else ["## What changed after a look", "", CHANGED, "", "## What was not tested", "", NOT_TESTED, ""]),
-           *_best_rates(parts),
-           "## At a glance", ""]  # fmt: skip
+    out = [
+        "# When does LoRA match full fine-tuning?",
+        "",
+        'The claims of [LoRA Without Regret](https://thinkingmachines.ai/blog/lora) ("the study") and of what was made of '
+        f"it, each judged from runs of its own: {len(asked)} claims in {len({p.told['sweep'] for p in parts})} sweeps, "
+        f"{runs:,} distinct runs, all of them in the tables beside this page.",
+        "",
+        *tally(asked),
+        "",
+        "## How to read it",
+        "",
+        HOW_TO_READ,
+        "",
+        *(
+            []
+            if root
+            else [
+                "## What changed after a look",
+                "",
+                CHANGED,
+                "",
+                "## What was not tested",
+                "",
+                NOT_TESTED,
+                "",
+            ]
+        ),
+        *_best_rates(parts),
+        "## At a glance",
+        "",
+    ]
     for name, mine in by_fate(asked).items():
-        out += [f"### {name}", "", *glance(mine, [b for b in shown if any(base_of(p) == b for at in mine for p, _ in at)]), ""]
-    out += [*_questions(parts, root),
-            "## Every verdict", "",
-            "Primary claims are corrected for their number over the whole table (Holm), so that one may be open here that its "
-            "own report decides; the others are not. Each report prints its margins' hash; what else of a question changed "
-            "after a look is in DECISIONS (D34, D36, D41, D43).", "",
-            "<details><summary>The whole table</summary>", "", *table(parts), "", "</details>"]  # fmt: skip
+        out += [
+            f"### {name}",
+            "",
+            *glance(mine, [b for b in shown if any(base_of(p) == b for at in mine for p, _ in at)]),
+            "",
+        ]
+    out += [
+        *_questions(parts, root),
+        "## Every verdict",
+        "",
+        "Primary claims are corrected for their number over the whole table (Holm), so that one may be open here that its "
+        "own report decides; the others are not. Each report prints its margins' hash; what else of a question changed "
+        "after a look is in DECISIONS (D34, D36, D41, D43).",
+        "",
+        "<details><summary>The whole table</summary>",
+        "",
+        *table(parts),
+        "",
+        "</details>",
+    ]
     return "\n".join(out).rstrip() + "\n"
 
 
-RATES = ("base, data, batch, updates", "method", "best rate", "costs under 0.01 nats", "best NLL", "over full fine-tuning's",
-         "10 times full fine-tuning's rate costs (nats)", "full fine-tuning's rate costs (nats)")  # fmt: skip
+RATES = (
+    "base, data, batch, updates",
+    "method",
+    "best rate",
+    "costs under 0.01 nats",
+    "best NLL",
+    "over full fine-tuning's",
+    "10 times full fine-tuning's rate costs (nats)",
+    "full fine-tuning's rate costs (nats)",
+)
 RULES = ("10 x FullFT's best LR", "FullFT's best LR")
 """Rules of thumb, as an answer's ratios name them."""
 
 
 def _best_rates(parts: Sequence[Part]) -> list[str]:
-    """Write the best rates of answers about their ratio, the largest model first: what somebody who sets one looks for."""
+    """Write the best rates of answers about their ratio, the largest model first: what somebody who
+    sets one looks for."""
     rows = [list(RATES)]
     for part in sorted((p for p in parts if p.told.get("ratios")), key=lambda p: -p.size):
         ratios = {(r["group"], r["rank"]): r for r in part.told["ratios"]}
         for c in part.told["curves"]:
             group = f"{c['model']} on {c['dataset']}, batch {c['batch_size']}, steps {c['steps']}"
             r = ratios.get((group, c["rank"])) if c["method"] == "lora" else None
-            rows.append([f"{c['model']}, {c['dataset']}, {c['batch_size']}, {c['steps']} (`{part.told['scale']}`)",
-                         f"LoRA r{c['rank']:g}" if c["method"] == "lora" else "full fine-tuning",
-                         with_interval(Estimate(c["best_lr"], c["low"], c["high"]), rate),
-                         " to ".join(map(rate, c["band"])) if c["band"] else "-", number(c["best_nll"], 4),
-                         *([with_interval(estimate_of(r["ratio"])), *(signed(r["regrets"].get(k)) for k in RULES)] if r
-                           else [""] * 3)])  # fmt: skip
-    return [] if len(rows) == 1 else [
-        "## Best rates", "", "Alpha 32, scaled as alpha / rank; intervals of 95%. A dash: beyond the rates tried, or among "
-        "those that break down.", "", *markdown(rows), ""]  # fmt: skip
+            rows.append(
+                [
+                    f"{c['model']}, {c['dataset']}, {c['batch_size']}, {c['steps']} (`{part.told['scale']}`)",
+                    f"LoRA r{c['rank']:g}" if c["method"] == "lora" else "full fine-tuning",
+                    with_interval(Estimate(c["best_lr"], c["low"], c["high"]), rate),
+                    " to ".join(map(rate, c["band"])) if c["band"] else "-",
+                    number(c["best_nll"], 4),
+                    *(
+                        [
+                            with_interval(estimate_of(r["ratio"])),
+                            *(signed(r["regrets"].get(k)) for k in RULES),
+                        ]
+                        if r
+                        else [""] * 3
+                    ),
+                ]
+            )
+    return (
+        []
+        if len(rows) == 1
+        else [
+            "## Best rates",
+            "",
+            "Alpha 32, scaled as alpha / rank; intervals of 95%. A dash: beyond the rates tried, or among "
+            "those that break down.",
+            "",
+            *markdown(rows),
+            "",
+        ]
+    )
 
 
 def _questions(parts: Sequence[Part], root: str) -> list[str]:
@@ -231,21 +313,42 @@ def _questions(parts: Sequence[Part], root: str) -> list[str]:
     out = []
     for text, mine in by_question.items():
         asked = mine[0].question
-        out += [f"## {text}", "", f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(), ""]
-        open_, folded = [p for p in mine if "_" not in p.told["scale"]], [p for p in mine if "_" in p.told["scale"]]
+        out += [
+            f"## {text}",
+            "",
+            f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(),
+            "",
+        ]
+        open_, folded = (
+            [p for p in mine if "_" not in p.told["scale"]],
+            [p for p in mine if "_" in p.told["scale"]],
+        )
         for part in open_:
-            out += [f"At scale `{part.told['scale']}`, {_trained(part, root)}:", "", *_answer(part, root)]
+            out += [
+                f"At scale `{part.told['scale']}`, {_trained(part, root)}:",
+                "",
+                *_answer(part, root),
+            ]
         for part in folded:
             told = f"{part.told['scale']}: {', '.join(part.bases)}"
-            out += [f"<details><summary>The same at scale {told}</summary>", "", f"Of {_trained(part, root)}:", "",
-                    *_answer(part, root), "</details>", ""]  # fmt: skip
+            out += [
+                f"<details><summary>The same at scale {told}</summary>",
+                "",
+                f"Of {_trained(part, root)}:",
+                "",
+                *_answer(part, root),
+                "</details>",
+                "",
+            ]
     return out
 
 
 def _trained(part: Part, root: str) -> str:
     here = f"{root}{part.folder.name}"
-    return (f"{part.told.get('runs', 0):,} runs, {part.trained} ([report]({here}/report.md), [table]({here}/table.csv), "
-            f"`{part.command}`)")  # fmt: skip
+    return (
+        f"{part.told.get('runs', 0):,} runs, {part.trained} ([report]({here}/report.md), [table]({here}/table.csv), "
+        f"`{part.command}`)"
+    )
 
 
 def _answer(part: Part, root: str) -> list[str]:
@@ -263,7 +366,12 @@ def _figures(part: Part, root: str) -> list[str]:
     out = []
     for name, caption in part.told.get("figures") or []:
         if (part.folder / name).is_file():
-            out += [f"![{caption}]({root}{part.folder.name}/{name})", "", f"*{caption[0].upper()}{caption[1:]}.*", ""]
+            out += [
+                f"![{caption}]({root}{part.folder.name}/{name})",
+                "",
+                f"*{caption[0].upper()}{caption[1:]}.*",
+                "",
+            ]
     return out
 
 
@@ -274,7 +382,8 @@ def table(parts: Sequence[Part]) -> list[str]:
 
 
 def block(parts: Sequence[Part], root: str, figures: Sequence[str] = ()) -> str:
-    """Write what the project's README shows: the primary claims, and the first figure of the parts named."""
+    """Write what the project's README shows: the primary claims, and the first figure of the parts
+    named."""
     primary = [at for at in claims(parts) if any(v.primary for _, verdicts in at for v in verdicts)]
     out = [*glance(primary, bases(primary), needs=False), ""]
     for part in (p for p in parts if p.name in figures):

@@ -1,4 +1,5 @@
-"""Shorter runs out of longer ones: a run of S updates at a constant rate is the beginning of every longer one."""
+"""Shorter runs out of longer ones: a run of S updates at a constant rate is the beginning of every
+longer one."""
 
 import json
 
@@ -12,8 +13,9 @@ from analysis.runs.table import TableError
 def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
     """Return the table that the runs would have made had they ended after `step` updates.
 
-    Losses are those of the learning curves, which use fewer held-out rows than the last evaluation, the same in all runs. A
-    run that broke down by then is diverged; runs without an evaluation at that step are left out.
+    Losses are those of the learning curves, which use fewer held-out rows than the last evaluation,
+    the same in all runs. A run that broke down by then is diverged; runs without an evaluation at
+    that step are left out.
 
     Raises:
         TableError: runs with another schedule than a constant one are no prefixes of each other.
@@ -27,16 +29,27 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
         if row["steps"] == step:
             rows.append(row)
         elif found:
-            whole = result["curve"][: next(k for k, p in enumerate(result["curve"]) if p["step"] == step) + 1]
+            whole = result["curve"][
+                : next(k for k, p in enumerate(result["curve"]) if p["step"] == step) + 1
+            ]
             short = json.dumps({**result, "curve": whole})
-            rows.append({**row, "status": "done", "steps": step, "test_nll": found[0]["test_nll"], "result": short})
+            rows.append(
+                {
+                    **row,
+                    "status": "done",
+                    "steps": step,
+                    "test_nll": found[0]["test_nll"],
+                    "result": short,
+                }
+            )
         elif row["status"] == "diverged" and result.get("steps_done", 0) <= step < row["steps"]:
             rows.append({**row, "steps": step})
     return pd.DataFrame(list(rows)).reset_index(drop=True)
 
 
 def steps_seen(table: pd.DataFrame) -> list[int]:
-    """List the steps at which every finished run was evaluated on the same held-out rows, rising; the last one left out."""
+    """List the steps at which every finished run was evaluated on the same held-out rows, rising;
+    the last one left out."""
     seen: set[int] | None = None
     for text in table.loc[table["status"] == "done", "result"]:
         mine = {int(p["step"]) for p in json.loads(text)["curve"][1:-1]}
@@ -45,21 +58,30 @@ def steps_seen(table: pd.DataFrame) -> list[int]:
 
 
 def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Cut runs of one length where the task is over: at the longest step at which a fifth (MIN_REST) of what there was to learn
-    is still left at the best rate. A solved task tells nothing of two methods, the runs' beginnings still do.
+    """Cut runs of one length where the task is over: at the longest step at which a fifth
+    (MIN_REST) of what there was to learn is still left at the best rate. A solved task tells
+    nothing of two methods, the runs' beginnings still do.
 
-    Returns the table, and a sentence that says so; as it is, and nothing, where the task's floor is unknown, the end is not
-    solved, or no evaluated step is early enough.
+    Returns the table, and a sentence that says so; as it is, and nothing, where the task's floor is
+    unknown, the end is not solved, or no evaluated step is early enough.
     """
-    floor, start = (float(np.nanmean(table[c])) if c in table and table[c].notna().any() else np.nan
-                    for c in ("floor_nats", "nll_start"))  # fmt: skip
-    if not np.isfinite(start - floor) or table["steps"].nunique() > 1 or (table["schedule"] != "constant").any():
+    floor, start = (
+        float(np.nanmean(table[c])) if c in table and table[c].notna().any() else np.nan
+        for c in ("floor_nats", "nll_start")
+    )
+    if (
+        not np.isfinite(start - floor)
+        or table["steps"].nunique() > 1
+        or (table["schedule"] != "constant").any()
+    ):
         return table, ""
     for step in (last := int(table["steps"].max()), *reversed(steps_seen(table))):
         part = table if step == last else at_step(table, step)
         done = part[part["status"] == "done"]
         lowest = done.groupby(["method", "rank", "lr"], dropna=False)["test_nll"].mean().min()
         if lowest - floor >= MIN_REST * (start - floor):
-            return part, "" if step == last else (f"Cut at {step} of {last} updates: later less than {MIN_REST:.0%} of the "
-                                                  "excess over the floor is left, and the task is nearly solved.")  # fmt: skip
+            return part, "" if step == last else (
+                f"Cut at {step} of {last} updates: later less than {MIN_REST:.0%} of the "
+                "excess over the floor is left, and the task is nearly solved."
+            )
     return table, ""

@@ -1,4 +1,5 @@
-"""Tables of runs: read them, check their columns, and split them into curves (cells equal but for lr)."""
+"""Tables of runs: read them, check their columns, and split them into curves (cells equal but for
+lr)."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,27 @@ import pandas as pd
 REQUIRED = ("status", "model", "dataset", "method", "rank", "lr", "seed", "test_nll")
 GROUP_KEYS = ("model", "dataset", "batch_size", "steps")
 """What arms are compared under."""
-CURVE_KEYS = (*GROUP_KEYS, "method", "rank", "alpha", "layers", "scope", "scaling_by", "init_scale", "lr_b_ratio", "start",
-              "init_seed", "schedule", "warmup_steps", "precision",
-              "beta1", "beta2", "eps", "weight_decay", "clip_norm")  # fmt: skip
+CURVE_KEYS = (
+    *GROUP_KEYS,
+    "method",
+    "rank",
+    "alpha",
+    "layers",
+    "scope",
+    "scaling_by",
+    "init_scale",
+    "lr_b_ratio",
+    "start",
+    "init_seed",
+    "schedule",
+    "warmup_steps",
+    "precision",
+    "beta1",
+    "beta2",
+    "eps",
+    "weight_decay",
+    "clip_norm",
+)
 """Runs equal in these are one curve: they differ in lr and seed only."""
 
 
@@ -24,16 +43,19 @@ class TableError(ValueError):
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of one curve. x = ln(lr), y = test NLL in nats (NaN where censored), seed; all of length n."""
+    """Points of one curve. x = ln(lr), y = test NLL in nats (NaN where censored), seed; all of
+    length n."""
 
     key: dict[str, Any]
     x: np.ndarray
     y: np.ndarray
     seed: np.ndarray
     block: np.ndarray
-    """Runs of one block share a shift of the loss: those of one seed, which see the same batches at every rate."""
+    """Runs of one block share a shift of the loss: those of one seed, which see the same batches at
+    every rate."""
     usable: np.ndarray
-    """False: diverged, or no better than the untrained model: constrains the fit, never enters least squares."""
+    """False: diverged, or no better than the untrained model: constrains the fit, never enters
+    least squares."""
     nll_start: float
     """Held-out NLL before training; NaN if unknown."""
     floor: float
@@ -47,34 +69,48 @@ class Curve:
 
     @property
     def variant(self) -> str:
-        """Name what tells curves of one group, method and rank apart: alpha, layers, schedule, precision, optimizer."""
-        rest = {k: v for k, v in self.key.items() if k not in (*GROUP_KEYS, "method", "rank", "scope")}
+        """Name what tells curves of one group, method and rank apart: alpha, layers, schedule,
+        precision, optimizer."""
+        rest = {
+            k: v for k, v in self.key.items() if k not in (*GROUP_KEYS, "method", "rank", "scope")
+        }
         return ", ".join(f"{k} {v}" for k, v in rest.items() if _there(v))
 
     @property
     def group(self) -> str:
         """Name what arms are compared under: model, data set, batch size and steps."""
         shown = [f"{self.key['model']} on {self.key['dataset']}"]
-        shown += [f"{text} {int(self.key[k])}" for k, text in (("batch_size", "batch"), ("steps", "steps"))
-                  if _there(self.key.get(k))]  # fmt: skip
+        shown += [
+            f"{text} {int(self.key[k])}"
+            for k, text in (("batch_size", "batch"), ("steps", "steps"))
+            if _there(self.key.get(k))
+        ]
         return ", ".join(shown)
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Read a sweep's own table, as `action=export` or a report wrote it. Anyone else's: `analysis.runs.reading`."""
+    """Read a sweep's own table, as `action=export` or a report wrote it. Anyone else's:
+    `analysis.runs.reading`."""
     if not path.is_file():
-        raise TableError(f"no table {path}. Give a .parquet or .csv file with columns {', '.join(REQUIRED)}.")
+        raise TableError(
+            f"no table {path}. Give a .parquet or .csv file with columns {', '.join(REQUIRED)}."
+        )
     return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
 
 
 def check(table: pd.DataFrame) -> None:
-    """Raise TableError if columns are missing or two different bases are mixed under one model name."""
+    """Raise TableError if columns are missing or two different bases are mixed under one model
+    name."""
     missing = [c for c in REQUIRED if c not in table.columns]
     if missing:
-        raise TableError(f"the table has no column {', '.join(missing)}. It has: {', '.join(table.columns)}.")
+        raise TableError(
+            f"the table has no column {', '.join(missing)}. It has: {', '.join(table.columns)}."
+        )
     lora = table[table["method"] == "lora"]
     if lora["rank"].isna().any():
-        raise TableError(f"{int(lora['rank'].isna().sum())} lora run(s) have no rank. Fill the column, or drop them.")
+        raise TableError(
+            f"{int(lora['rank'].isna().sum())} lora run(s) have no rank. Fill the column, or drop them."
+        )
     keys = [k for k in (*CURVE_KEYS, "lr", "seed") if k in table.columns]
     twice = table[table.duplicated(keys, keep=False)]
     if len(twice):
@@ -107,7 +143,9 @@ def curves(table: pd.DataFrame) -> list[Curve]:
     check(table)
     keys = [k for k in CURVE_KEYS if k in table.columns]
     found = [_curve(dict(zip(keys, key)), part) for key, part in table.groupby(keys, dropna=False)]
-    return sorted(found, key=lambda c: (c.group, c.key["method"] != "fullft", c.key["method"], _rank(c)))
+    return sorted(
+        found, key=lambda c: (c.group, c.key["method"] != "fullft", c.key["method"], _rank(c))
+    )
 
 
 def _rank(curve: Curve) -> float:
@@ -123,21 +161,33 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> Curve:
     part = part.sort_values(["lr", "seed"])
     block = "block" if "block" in part else "seed"
     y = part["test_nll"].astype(float).to_numpy()
-    start = part["nll_start"].astype(float).to_numpy() if "nll_start" in part else np.full(len(part), np.nan)
+    start = (
+        part["nll_start"].astype(float).to_numpy()
+        if "nll_start" in part
+        else np.full(len(part), np.nan)
+    )
     done = (part["status"] == "done").to_numpy() & np.isfinite(y)
     usable = done & ~(y >= start)  # a NaN start compares False: the point stays usable
     lr = part["lr"].astype(float).to_numpy()
     whole = [v for v in np.unique(lr) if usable[lr == v].all()]
-    if whole:  # from the first rate at which a run broke down, a lucky survivor is no part of the valley
+    if (
+        whole
+    ):  # from the first rate at which a run broke down, a lucky survivor is no part of the valley
         best = min(whole, key=lambda v: y[lr == v].mean())
         broken = lr[~usable & (lr > best)]
         usable &= lr < (broken.min() if len(broken) else np.inf)
     return Curve(
-        key=key, x=np.log(part["lr"].astype(float).to_numpy()), y=np.where(done, y, np.nan),
-        seed=part["seed"].astype(int).to_numpy(), block=part[block].astype(int).to_numpy(), usable=usable,
+        key=key,
+        x=np.log(part["lr"].astype(float).to_numpy()),
+        y=np.where(done, y, np.nan),
+        seed=part["seed"].astype(int).to_numpy(),
+        block=part[block].astype(int).to_numpy(),
+        usable=usable,
         nll_start=_mean(start),
-        floor=_mean(part["floor_nats"].astype(float).to_numpy()) if "floor_nats" in part else np.nan,
-    )  # fmt: skip
+        floor=_mean(part["floor_nats"].astype(float).to_numpy())
+        if "floor_nats" in part
+        else np.nan,
+    )
 
 
 def _mean(values: np.ndarray) -> float:
@@ -157,13 +207,37 @@ def learning_curves(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.DataFra
 
 def full_names(curves: Sequence[Curve]) -> list[str]:
     """Name curves by method, rank, and whatever else tells them apart from the others."""
-    keys = [k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, "method", "rank")]
+    keys = [
+        k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, "method", "rank")
+    ]
     lora = [c for c in curves if c.key["method"] == "lora"]
     differ = [k for k in keys if len({str(c.key[k]) for c in lora}) > 1]
-    scopes = len({(c.key.get("scope"), c.key.get("layers")) for c in curves if c.key["method"] == "fullft"}) > 1
+    scopes = (
+        len(
+            {
+                (c.key.get("scope"), c.key.get("layers"))
+                for c in curves
+                if c.key["method"] == "fullft"
+            }
+        )
+        > 1
+    )
     names = []
     for c in curves:
         told = differ if c.key["method"] == "lora" else ["scope", "layers"] if scopes else []
-        names.append(", ".join([c.name, *(f"{k} {v:g}" if isinstance(v, float) else f"{v}" if k == "layers" else f"{k} {v}"
-                                          for k, v in ((k, c.key[k]) for k in told))]))  # fmt: skip
+        names.append(
+            ", ".join(
+                [
+                    c.name,
+                    *(
+                        f"{k} {v:g}"
+                        if isinstance(v, float)
+                        else f"{v}"
+                        if k == "layers"
+                        else f"{k} {v}"
+                        for k, v in ((k, c.key[k]) for k in told)
+                    ),
+                ]
+            )
+        )
     return names

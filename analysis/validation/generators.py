@@ -1,6 +1,8 @@
-"""Planted valleys: sweeps whose optima are known, inside and outside the fitted family. For calibration and tests.
+"""Planted valleys: sweeps whose optima are known, inside and outside the fitted family. For
+calibration and tests.
 
-A family draws a shape h(u), the expected loss over u = ln(lr / reference) at unit curvature; the truth is its minimum.
+A family draws a shape h(u), the expected loss over u = ln(lr / reference) at unit curvature; the
+truth is its minimum.
 """
 
 import math
@@ -32,7 +34,9 @@ def _kink(rng: np.random.Generator) -> Shape:
 
 def _plateau(rng: np.random.Generator) -> Shape:
     top, a = rng.uniform(0.4, 1.5), rng.uniform(0, 1.2)
-    return lambda u: np.where(u < 0, top * -np.expm1(-(np.minimum(u, 0) ** 2) / 2 / top), linex(u, a))
+    return lambda u: np.where(
+        u < 0, top * -np.expm1(-(np.minimum(u, 0) ** 2) / 2 / top), linex(u, a)
+    )
 
 
 def _linex(rng: np.random.Generator) -> Shape:
@@ -66,13 +70,23 @@ def _well(rng: np.random.Generator) -> Shape:
 
 
 FAMILIES: dict[str, Callable[[np.random.Generator], Shape]] = {
-    "linex": _linex, "parabola": lambda rng: lambda u: u * u / 2, "cosh": _cosh, "plateau": _plateau,
-    "double_slope": _double, "kink": _kink, "power": _power, "turning": _turning, "morse": _morse, "well": _well,
-    "cliff": _linex, "unequal": _linex, "collapse": _linex,
-}  # fmt: skip
-"""Inside the family: linex, parabola. `cliff`: every run above a rate 1.2 to 3 times the optimum diverges. `unequal`:
-the noise grows as lr^0.7. `collapse`: from 3 to 12 times the optimum on, the loss is 0.8 to 10 nats up, without being called
-diverged."""
+    "linex": _linex,
+    "parabola": lambda rng: lambda u: u * u / 2,
+    "cosh": _cosh,
+    "plateau": _plateau,
+    "double_slope": _double,
+    "kink": _kink,
+    "power": _power,
+    "turning": _turning,
+    "morse": _morse,
+    "well": _well,
+    "cliff": _linex,
+    "unequal": _linex,
+    "collapse": _linex,
+}
+"""Inside the family: linex, parabola. `cliff`: every run above a rate 1.2 to 3 times the optimum
+diverges. `unequal`: the noise grows as lr^0.7. `collapse`: from 3 to 12 times the optimum on, the
+loss is 0.8 to 10 nats up, without being called diverged."""
 INSIDE = ("linex", "parabola")
 HELD_OUT = ("morse", "well", "cliff", "unequal", "collapse")
 """Families that were not looked at when the model's constants were chosen."""
@@ -80,7 +94,8 @@ HELD_OUT = ("morse", "well", "cliff", "unequal", "collapse")
 
 @dataclass(frozen=True)
 class Design:
-    """How a sweep is planted: rates at a factor, seeds over the whole grid, fresh seeds at the three best rates."""
+    """How a sweep is planted: rates at a factor, seeds over the whole grid, fresh seeds at the
+    three best rates."""
 
     rates: int
     factor: float
@@ -92,14 +107,19 @@ class Design:
 
 
 def plant(
-    family: str, design: Design, rng: np.random.Generator, place: tuple[float, float] = (1.0, 1.0),
+    family: str,
+    design: Design,
+    rng: np.random.Generator,
+    place: tuple[float, float] = (1.0, 1.0),
     steep: tuple[float, float] = (0.02, 0.3),
-) -> tuple[list[Curve], np.ndarray]:  # fmt: skip
+) -> tuple[list[Curve], np.ndarray]:
     """Draw a sweep of one shape; return its curves and their true optima, ln(lr).
 
     Args:
-        place: spacings from the grid's lower and upper end within which optima lie (negative: beyond it).
-        steep: curvature at the optimum, nats per unit of ln(lr) squared, drawn evenly in its logarithm.
+        place: spacings from the grid's lower and upper end within which optima lie (negative:
+            beyond it).
+        steep: curvature at the optimum, nats per unit of ln(lr) squared, drawn evenly in its
+            logarithm.
     """
     x = np.arange(design.rates) * math.log(design.factor) - 8.0
     step = math.log(design.factor)
@@ -113,7 +133,10 @@ def plant(
         last = m + rng.uniform(math.log(1.2), math.log(3)) if family == "cliff" else math.inf
         loss = c * shape(x - m + own)
         if family == "collapse":
-            from_here, rise = m + rng.uniform(math.log(3), math.log(12)), math.exp(rng.uniform(math.log(0.8), math.log(10)))
+            from_here, rise = (
+                m + rng.uniform(math.log(3), math.log(12)),
+                math.exp(rng.uniform(math.log(0.8), math.log(10))),
+            )
             loss = np.where(x > from_here, loss + rise, loss)
         curves.append(_measure(k, x, loss, m, last, design, family == "unequal", rng))
         truths[k] = m
@@ -121,14 +144,24 @@ def plant(
 
 
 def _measure(
-    k: int, x: np.ndarray, loss: np.ndarray, m: float, last: float, design: Design, grows: bool,
+    k: int,
+    x: np.ndarray,
+    loss: np.ndarray,
+    m: float,
+    last: float,
+    design: Design,
+    grows: bool,
     rng: np.random.Generator,
-) -> Curve:  # fmt: skip
+) -> Curve:
     """Run one curve's seeds: a seed shifts all its rates alike, by three times the noise of a run."""
     spread = design.noise * (np.exp(0.7 * (x - m)) if grows else np.ones(len(x)))
 
     def run(n: int) -> np.ndarray:
-        return loss + spread * rng.standard_normal((n, len(x))) + 3 * design.noise * rng.standard_normal((n, 1))
+        return (
+            loss
+            + spread * rng.standard_normal((n, len(x)))
+            + 3 * design.noise * rng.standard_normal((n, 1))
+        )
 
     alive = x <= last
     y, at = [run(design.seeds)], [np.ones((design.seeds, len(x)), bool)]
@@ -136,12 +169,25 @@ def _measure(
         ranked = np.where(alive, y[0].mean(0), np.inf)
         first = min(max(int(np.argmin(ranked)) - 1, 0), max(int(alive.sum()) - 3, 0))
         y.append(run(design.fresh))
-        at.append(np.tile((np.arange(len(x)) >= first) & (np.arange(len(x)) < first + 3), (design.fresh, 1)))
+        at.append(
+            np.tile(
+                (np.arange(len(x)) >= first) & (np.arange(len(x)) < first + 3), (design.fresh, 1)
+            )
+        )
     values, there = np.concatenate(y), np.concatenate(at)
     seeds = np.repeat(np.arange(len(values)), len(x)).reshape(values.shape)
     order = np.argsort(np.tile(x, len(values)).reshape(values.shape)[there], kind="stable")
-    rates, losses, seed = (v[there][order] for v in (np.broadcast_to(x, values.shape), values, seeds))
+    rates, losses, seed = (
+        v[there][order] for v in (np.broadcast_to(x, values.shape), values, seeds)
+    )
     usable = rates <= last
-    key = {"model": "planted", "dataset": "planted", "method": "lora" if k else "fullft", "rank": 4.0 * 2**k if k else None,
-           "alpha": 32.0}  # fmt: skip
-    return Curve(key, rates, np.where(usable, losses, np.nan), seed, seed, usable, math.nan, math.nan)
+    key = {
+        "model": "planted",
+        "dataset": "planted",
+        "method": "lora" if k else "fullft",
+        "rank": 4.0 * 2**k if k else None,
+        "alpha": 32.0,
+    }
+    return Curve(
+        key, rates, np.where(usable, losses, np.nan), seed, seed, usable, math.nan, math.nan
+    )

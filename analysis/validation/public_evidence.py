@@ -2,8 +2,9 @@
 
     python -m analysis.validation.public_evidence TULU3_SWEEP.csv RL_RUNS.csv
 
-The first table: LoRA-only learning rate x rank sweeps of many models on Tulu3 (tinker-cookbook, Apache-2.0). The second:
-GRPO runs of LoRA and full fine-tuning (kenkuuu/lora-without-regret). Every number on the page comes from these tables.
+The first table: LoRA-only learning rate x rank sweeps of many models on Tulu3 (tinker-cookbook,
+Apache-2.0). The second: GRPO runs of LoRA and full fine-tuning (kenkuuu/lora-without-regret). Every
+number on the page comes from these tables.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from analysis.runs import reading
 OUT = Path(__file__).resolve().parents[1] / "results" / "public_evidence.md"
 RL_NAMES = {"model_id": "model", "lora_rank": "rank", "n_grpo_steps": "steps"}
 RL_BROKEN = 0.2
-"""Accuracy at which an RL run counts as broken down: full fine-tuning at its lowest rate, which learned nothing, has 0.21."""
+"""Accuracy at which an RL run counts as broken down: full fine-tuning at its lowest rate, which
+learned nothing, has 0.21."""
 RL_MODEL = "Qwen/Qwen3-1.7B"
 """The only model of the RL table with both arms."""
 
@@ -32,9 +34,13 @@ RL_MODEL = "Qwen/Qwen3-1.7B"
 def render(tulu: Path, rl: Path) -> str:
     """Write the page."""
     sweep = reading.read(tulu)
-    out = ["# What runs published by others decide", "",
-           "Two tables that nobody here made, put through `python -m analysis`. One seed each, so no verdict is given; what is",
-           "shown are optima, bounds and tests.", ""]  # fmt: skip
+    out = [
+        "# What runs published by others decide",
+        "",
+        "Two tables that nobody here made, put through `python -m analysis`. One seed each, so no verdict is given; what is",
+        "shown are optima, bounds and tests.",
+        "",
+    ]
     out += [*_bounds(sweep), *_drift(sweep), *_law(sweep), *_rl(rl), *_made(sweep, tulu, rl)]
     return "\n".join(out) + "\n"
 
@@ -54,25 +60,39 @@ def _bounds(sweep: reading.Reading) -> list[str]:
     def told(rows: list[dict[str, Any]]) -> list[str]:
         known = [r for r in rows if r["low"] is not None and r["best_lr"] is not None]
         width = float(np.median([r["high"] / r["low"] for r in known])) if known else math.nan
-        bound = sum(r["best_lr"] is None and (r["low"] is not None or r["high"] is not None) for r in rows)
-        return [str(len(known)), number(width), str(bound), str(sum(r["best_lr"] is None for r in rows) - bound)]
+        bound = sum(
+            r["best_lr"] is None and (r["low"] is not None or r["high"] is not None) for r in rows
+        )
+        return [
+            str(len(known)),
+            number(width),
+            str(bound),
+            str(sum(r["best_lr"] is None for r in rows) - bound),
+        ]
 
     largest = _largest_survivor_best(sweep)
     diverged = sweep.table[sweep.table["status"] == "diverged"]
     top = float(sweep.table["lr"].max())
     return [
-        "## How many published best rates are only bounds", "",
+        "## How many published best rates are only bounds",
+        "",
         f"{n} curves (a model at a rank) of {sweep.table['model'].nunique()} models; {len(sweep.table)} runs, of which "
         f"{len(diverged)} diverged, {int((diverged['lr'] == top).sum())} of them at {top:g}. In {largest} of {n} curves the "
         "best "
         f"surviving rate is the largest that survived, so what is called the best rate is a lower bound; "
-        f"{count(alone, 'bounded_by_divergence')} curves are bounded above only by a rate that broke down.", "",
-        *_table([["fit", "best LR with an interval", "median high / low", "a bound only", "nothing"],
-                 ["each curve alone", *told(alone)],
-                 ["ranks of a model share their curvature (`--share`)", *told(shared)]]),
+        f"{count(alone, 'bounded_by_divergence')} curves are bounded above only by a rate that broke down.",
+        "",
+        *_table(
+            [
+                ["fit", "best LR with an interval", "median high / low", "a bound only", "nothing"],
+                ["each curve alone", *told(alone)],
+                ["ranks of a model share their curvature (`--share`)", *told(shared)],
+            ]
+        ),
         "Rates stand a factor 2.5 to 3.3 apart and four to five survive: the intervals are wide because the shape between "
-        "such points is open, not because of noise.", "",
-    ]  # fmt: skip
+        "such points is open, not because of noise.",
+        "",
+    ]
 
 
 def _largest_survivor_best(sweep: reading.Reading) -> int:
@@ -93,25 +113,46 @@ def _drift(sweep: reading.Reading) -> list[str]:
     every, high = _moves(rows, 1), _moves(rows, MIN_RANK)
     known = [r for r in rows if r["slope"] is not None]
     lines = [["model", "slope of ln LR a doubling [95%]", "p (no slope)", "p (ranks equal)"]]
-    lines += [[r["group"].split(" on ")[0], with_interval(Estimate(r["slope"], r["low"], r["high"])), number(r["p_slope"], 2),
-               number(r["p_equal"], 2)] for r in known]  # fmt: skip
+    lines += [
+        [
+            r["group"].split(" on ")[0],
+            with_interval(Estimate(r["slope"], r["low"], r["high"])),
+            number(r["p_slope"], 2),
+            number(r["p_equal"], 2),
+        ]
+        for r in known
+    ]
     upper = dataclasses.replace(sweep, table=sweep.table[sweep.table["rank"] >= MIN_RANK])
-    pooled = [*_pooled_slope(known, "all ranks"), *_pooled_slope([r for r in outside.drifts(upper, share=True)
-              if r["slope"] is not None], f"ranks of {MIN_RANK} and more")]  # fmt: skip
+    pooled = [
+        *_pooled_slope(known, "all ranks"),
+        *_pooled_slope(
+            [r for r in outside.drifts(upper, share=True) if r["slope"] is not None],
+            f"ranks of {MIN_RANK} and more",
+        ),
+    ]
     return [
-        "## Does the best rate move with the rank?", "",
+        "## Does the best rate move with the rank?",
+        "",
         f"From the lowest to the highest rank of a model the best rate tried {every}. With ranks of {MIN_RANK} and more only, "
-        f"as the study's claim has it, it {high}. This rests on no fit.", "", *(_table(lines) if known else []), *pooled,
-    ]  # fmt: skip
+        f"as the study's claim has it, it {high}. This rests on no fit.",
+        "",
+        *(_table(lines) if known else []),
+        *pooled,
+    ]
 
 
 def _moves(rows: Sequence[dict[str, Any]], least: int) -> str:
-    """Count in how many models the best rate tried rises, falls or stays from the lowest to the highest rank."""
+    """Count in how many models the best rate tried rises, falls or stays from the lowest to the
+    highest rank."""
     up = down = same = 0
     for r in rows:
         tried = [v for rank, v in zip(r["ranks"], r["best_tried"]) if v and rank >= least]
         if len(tried) > 1:
-            up, down, same = up + (tried[-1] > tried[0]), down + (tried[-1] < tried[0]), same + (tried[-1] == tried[0])
+            up, down, same = (
+                up + (tried[-1] > tried[0]),
+                down + (tried[-1] < tried[0]),
+                same + (tried[-1] == tried[0]),
+            )
     p = float(stats.binomtest(up, up + down).pvalue) if up + down else 1.0
     return f"rises in {up} models, falls in {down} and stays in {same} (sign test: p {p:.2g})"
 
@@ -123,41 +164,78 @@ def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> list[str]:
         return []
     e = random_effects([r["slope"] for r in known], [(r["high"] - r["low"]) / 3.92 for r in known])
     inside = e.low >= -0.099 and e.high <= 0.099
-    verdict = "inside" if inside else "outside" if e.low > 0.099 or e.high < -0.099 else "across the edge of"
-    return [f"Pooled over {e.k} models with two or more known optima, {which} (random effects): {e.mean:.3f} "
-            f"[{e.low:.3f}, {e.high:.3f}] a doubling, spread between models {e.tau:.3f}. That is {verdict} the margin of "
-            "0.099 (a factor 2 over 7 doublings). Models whose optimum lies too high to be bracketed are missing: a "
-            "selection.", ""]  # fmt: skip
+    verdict = (
+        "inside"
+        if inside
+        else "outside"
+        if e.low > 0.099 or e.high < -0.099
+        else "across the edge of"
+    )
+    return [
+        f"Pooled over {e.k} models with two or more known optima, {which} (random effects): {e.mean:.3f} "
+        f"[{e.low:.3f}, {e.high:.3f}] a doubling, spread between models {e.tau:.3f}. That is {verdict} the margin of "
+        "0.099 (a factor 2 over 7 doublings). Models whose optimum lies too high to be bracketed are missing: a "
+        "selection.",
+        "",
+    ]
 
 
 def _law(sweep: reading.Reading) -> list[str]:
     told = outside.law(sweep)
     costs = [c for c in told["published_regret"] if c["percent"] is not None]
     worst = sorted(costs, key=lambda c: -c["percent"])[:3]
-    lines = [["family", "LR at hidden 2000 [95%]", "exponent [95%]", "models", "regret of this law, %", "flags"]]
+    lines = [
+        [
+            "family",
+            "LR at hidden 2000 [95%]",
+            "exponent [95%]",
+            "models",
+            "regret of this law, %",
+            "flags",
+        ]
+    ]
     for v in told["by_loss"]:
         at, p = (Estimate(v[k]["value"], v[k]["low"], v[k]["high"]) for k in ("lr_at_2000", "p"))
-        lines.append([v["family"], with_interval(at, rate), with_interval(p), str(v["models"]), number(v["regret_percent"]),
-                      ", ".join(v["flags"]) or "-"])  # fmt: skip
+        lines.append(
+            [
+                v["family"],
+                with_interval(at, rate),
+                with_interval(p),
+                str(v["models"]),
+                number(v["regret_percent"]),
+                ", ".join(v["flags"]) or "-",
+            ]
+        )
     values = [c["percent"] for c in costs]
     above = sum(v > 0.5 for v in values)
     return [
-        "## The published formula of the rate", "",
+        "## The published formula of the rate",
+        "",
         f"LR = 5e-5 x 10 x (2000/hidden)^p with p 0.781 (Llama) and 0.0775 (Qwen). Over {len(costs)} curves of models whose "
         f"hidden size is known, its regret against the best rate tried is {number(float(np.mean(values)))}% on average, "
         f"{number(float(np.median(values)))}% in the median and {number(max(values))}% at most; {above} curves lie above "
         "the 0.5% "
         "that its authors claim. Largest: "
-        + "; ".join(f"{c['model']} {c['curve']} {number(c['percent'])}% at {rate(c['lr'])}" for c in worst) + ".", "",
-        "The same law fitted to this table as the study did, by the least summed interpolated loss:", "", *_table(lines),
-        f"{len(told['models_without_hidden_size'])} models without a published hidden size are left out.", "",
-    ]  # fmt: skip
+        + "; ".join(
+            f"{c['model']} {c['curve']} {number(c['percent'])}% at {rate(c['lr'])}" for c in worst
+        )
+        + ".",
+        "",
+        "The same law fitted to this table as the study did, by the least summed interpolated loss:",
+        "",
+        *_table(lines),
+        f"{len(told['models_without_hidden_size'])} models without a published hidden size are left out.",
+        "",
+    ]
 
 
 def _rl(path: Path) -> list[str]:
     out = ["## Reinforcement learning: LoRA's rate over full fine-tuning's", ""]
     rows = [["metric", "curve", "best LR [95%]", "accuracy there", "ratio [95%]", "flags"]]
-    for name, column in (("best accuracy during the run", "best_eval_accuracy"), ("final accuracy", "final_eval_accuracy")):
+    for name, column in (
+        ("best accuracy during the run", "best_eval_accuracy"),
+        ("final accuracy", "final_eval_accuracy"),
+    ):
         read = reading.read(path, RL_NAMES, column, RL_BROKEN)
         read = dataclasses.replace(read, table=read.table[read.table["model"] == RL_MODEL])
         ratios = {r["rank"]: r for r in outside.ratio(read)["ratios"]}
@@ -165,44 +243,75 @@ def _rl(path: Path) -> list[str]:
             e = ratios.get(r["rank"])
             shown = "-" if e is None else with_interval(Estimate(e["ratio"], e["low"], e["high"]))
             curve = "full fine-tuning" if r["rank"] is None else f"LoRA r{r['rank']}"
-            rows.append([name, curve, with_interval(Estimate(r["best_lr"], r["low"], r["high"]), rate), number(r["best_nll"]),
-                         shown, ", ".join(r["flags"]) or "-"])  # fmt: skip
-    out += [f"{RL_MODEL}, GRPO, 50 steps, one seed; accuracy of {RL_BROKEN:g} and less counts as broken down.", "",
-            *_table(rows)]  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    curve,
+                    with_interval(Estimate(r["best_lr"], r["low"], r["high"]), rate),
+                    number(r["best_nll"]),
+                    shown,
+                    ", ".join(r["flags"]) or "-",
+                ]
+            )
+    out += [
+        f"{RL_MODEL}, GRPO, 50 steps, one seed; accuracy of {RL_BROKEN:g} and less counts as broken down.",
+        "",
+        *_table(rows),
+    ]
     high = [float(r[4].split("[")[1].split(",")[1].rstrip("]")) for r in rows[1:] if "[" in r[4]]
     if high:
-        out += [f"Highest upper end of the ratios: {number(max(high))}. " + ("10 lies outside all of them."
-                if max(high) < 10 else "10 is not excluded by all of them."), ""]  # fmt: skip
+        out += [
+            f"Highest upper end of the ratios: {number(max(high))}. "
+            + (
+                "10 lies outside all of them."
+                if max(high) < 10
+                else "10 is not excluded by all of them."
+            ),
+            "",
+        ]
     runs = reading.load(path)
-    best, final = (runs[c].replace("", "nan").astype(float) for c in ("best_eval_accuracy", "final_eval_accuracy"))
+    best, final = (
+        runs[c].replace("", "nan").astype(float)
+        for c in ("best_eval_accuracy", "final_eval_accuracy")
+    )
     late = int(((best >= 0.8 * best.max()) & (final < 0.1)).sum())
-    out += [f"{late} of {len(runs)} runs of the table reached four fifths of the highest accuracy and ended below 0.1 (late "
-            "collapse): best and final accuracy rank rates differently, which is why both are shown.", ""]  # fmt: skip
+    out += [
+        f"{late} of {len(runs)} runs of the table reached four fifths of the highest accuracy and ended below 0.1 (late "
+        "collapse): best and final accuracy rank rates differently, which is why both are shown.",
+        "",
+    ]
     return out
 
 
 def _made(sweep: reading.Reading, tulu: Path, rl: Path) -> list[str]:
     rows = outside.fit(sweep)
     ranks = sorted({r["rank"] for r in rows})
-    unknown = "; ".join(f"r{k} {sum(r['best_lr'] is None for r in rows if r['rank'] == k)} of "
-                        f"{sum(r['rank'] == k for r in rows)}" for k in ranks)  # fmt: skip
+    unknown = "; ".join(
+        f"r{k} {sum(r['best_lr'] is None for r in rows if r['rank'] == k)} of "
+        f"{sum(r['rank'] == k for r in rows)}"
+        for k in ranks
+    )
     repeats = sweep.table[sweep.table.duplicated(["model", "rank", "lr"], keep=False)]
     lowest = float((repeats["lr"] == sweep.table["lr"].min()).mean())
     return [
-        "## What these tables cannot decide", "",
+        "## What these tables cannot decide",
+        "",
         f"- The ratio in supervised fine-tuning: the first table has the arm{'s' * (sweep.table['method'].nunique() > 1)} "
         f"{', '.join(sorted(sweep.table['method'].unique()))} only.",
         f"- The best rate of most curves. Without a known optimum, by rank: {unknown}.",
         f"- Anything that needs the noise at the optimum: of {len(repeats)} repeated runs {100 * lowest:.0f}% are at the "
         "lowest "
-        "rate.", "",
+        "rate.",
+        "",
         f"Command: `python -m analysis.validation.public_evidence {tulu.name} {rl.name}`",
-    ]  # fmt: skip
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page from the two tables."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.validation.public_evidence", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.validation.public_evidence", description=__doc__
+    )
     parser.add_argument("tulu3", type=Path)
     parser.add_argument("rl", type=Path)
     parser.add_argument("--out", type=Path, default=OUT)

@@ -1,4 +1,5 @@
-"""`python -m lorasweep.bench OUT.json [part ...]`: measure all parts, or some, one after another on an idle machine."""
+"""`python -m lorasweep.bench OUT.json [part ...]`: measure all parts, or some, one after another on
+an idle machine."""
 
 import dataclasses
 import json
@@ -22,14 +23,21 @@ GRIDS = {"tiny": ((1, 200), (4, 100), (16, 50)), "small": ((4, 8),)}
 def places() -> dict[str, Any]:
     """Return where weights and data are, absolutely: the baselines run in a folder of their own."""
     exec_ = compose_request(["scale=tiny"]).exec
-    absolute = {k: [str(Path(d).resolve()) for d in getattr(exec_, k)] for k in ("models_dir", "data_dir")}
+    absolute = {
+        k: [str(Path(d).resolve()) for d in getattr(exec_, k)] for k in ("models_dir", "data_dir")
+    }
     return {**dataclasses.asdict(Exec()), **absolute}
 
 
 def headline(parts: dict[str, Any]) -> dict[str, Any]:
     """Pick the figures that the README quotes."""
-    out: dict[str, Any] = {"sweep_vs_process_per_run": None, "pack_vs_warm_peft": {}, "grid_vs_process_per_run": {},
-                           "lora_step_over_fullft_step": {}, "flops_over_gemm_peak": {}}  # fmt: skip
+    out: dict[str, Any] = {
+        "sweep_vs_process_per_run": None,
+        "pack_vs_warm_peft": {},
+        "grid_vs_process_per_run": {},
+        "lora_step_over_fullft_step": {},
+        "flops_over_gemm_peak": {},
+    }
     if "sweep" in parts.get("tiny", {}):
         out["sweep_vs_process_per_run"] = parts["tiny"]["sweep"]["vs_process_per_run"]
         out["flops_over_gemm_peak"]["tiny128"] = parts["tiny"]["sweep"]["flops_over_gemm_peak"]
@@ -73,9 +81,17 @@ def main(out: str, wanted: list[str]) -> None:
             told["grids"] = [grids.lora_grid(grid, where, start_s, peak, log) for grid in asked]
             parts[part] = told
         env = provenance.environment()
-        here = {"processor": env["processor"], "cores": cores, "gpus": [gpu.name for gpu in machine.gpus()],
-                "packages": env["packages"], "python": env["python"]}  # fmt: skip
-        files.write_atomic(path, json.dumps({**headline(parts), "machine": here, "parts": parts}, indent=1).encode())
+        here = {
+            "processor": env["processor"],
+            "cores": cores,
+            "gpus": [gpu.name for gpu in machine.gpus()],
+            "packages": env["packages"],
+            "python": env["python"],
+        }
+        files.write_atomic(
+            path,
+            json.dumps({**headline(parts), "machine": here, "parts": parts}, indent=1).encode(),
+        )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python -m lorasweep.bench.baseline trl|loop JOB.json    {"runs": [spec, ...], "exec": {...}}
 
-One process trains the runs of the job one after another and prints one JSON line a run, with the seconds that went
-into imports, loading, training and the final evaluation. Same weights, rows in the same order, batch, steps,
-optimizer, precision and loss as ours; the held-out loss is taken once, at the end, over the same rows.
+One process trains the runs of the job one after another and prints one JSON line a run, with the
+seconds that went into imports, loading, training and the final evaluation. Same weights, rows in
+the same order, batch, steps, optimizer, precision and loss as ours; the held-out loss is taken
+once, at the end, over the same rows.
 """
 
 import json
@@ -27,8 +28,8 @@ from lorasweep.spec.run import Exec, RunSpec, from_plain  # noqa: E402
 
 
 def adapted(model: Any, spec: RunSpec, kind: str) -> Any:
-    """Wrap the model by PEFT; full fine-tuning trains it as it is. TRL refuses an adapter on the unembedding, so its
-    runs go without one: a little less work than ours."""
+    """Wrap the model by PEFT; full fine-tuning trains it as it is. TRL refuses an adapter on the
+    unembedding, so its runs go without one: a little less work than ours."""
     from peft import LoraConfig, get_peft_model
 
     from lorasweep.methods.base import parse_layers
@@ -37,26 +38,39 @@ def adapted(model: Any, spec: RunSpec, kind: str) -> Any:
         return model
     layers = [x for x in parse_layers(spec.method.layers) if kind != "trl" or x != "unembedding"]
     names = list(layer_modules(model, spec.model, tuple(layers)))
-    return get_peft_model(model, LoraConfig(r=spec.method.rank, lora_alpha=spec.method.alpha, target_modules=names,
-                                            lora_dropout=0.0, bias="none"))  # fmt: skip
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=spec.method.rank,
+            lora_alpha=spec.method.alpha,
+            target_modules=names,
+            lora_dropout=0.0,
+            bias="none",
+        ),
+    )
 
 
 def padded_batch(rows: list[Example]) -> dict[str, torch.Tensor]:
     """Pad to the longest row, with an attention mask and labels, as a collator does."""
     longest = max(len(e.tokens) for e in rows)
-    batch = {k: torch.full((len(rows), longest), v) for k, v in
-             (("input_ids", 0), ("attention_mask", 0), ("labels", -100))}  # fmt: skip
+    batch = {
+        k: torch.full((len(rows), longest), v)
+        for k, v in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
+    }
     for i, e in enumerate(rows):
         tokens = torch.from_numpy(e.tokens.astype("int64"))
         batch["input_ids"][i, : len(tokens)] = tokens
         batch["attention_mask"][i, : len(tokens)] = 1
-        batch["labels"][i, : len(tokens)][torch.from_numpy(e.loss)] = tokens[torch.from_numpy(e.loss)]
+        batch["labels"][i, : len(tokens)][torch.from_numpy(e.loss)] = tokens[
+            torch.from_numpy(e.loss)
+        ]
     return batch
 
 
 @torch.no_grad()
 def held_out(model: Any, data: Data, spec: RunSpec) -> float:
-    """Return the held-out NLL in nats a token, batches of 8 rows at a large vocabulary, 64 at a small one."""
+    """Return the held-out NLL in nats a token, batches of 8 rows at a large vocabulary, 64 at a
+    small one."""
     total, count, size = 0.0, 0, 64 if spec.model.vocab_size < 1000 else 8
     for k in range(0, len(data.test), size):
         batch = padded_batch(list(data.test[k : k + size]))
@@ -70,7 +84,9 @@ def held_out(model: Any, data: Data, spec: RunSpec) -> float:
 def loop(model: Any, data: Data, spec: RunSpec) -> None:
     """Train by a plain loop over a PEFT model."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps, weight_decay=0)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps, weight_decay=0
+    )
     model.train()
     for step in range(spec.steps):
         batch = padded_batch(data.train(spec.seed, step * spec.batch_size, spec.batch_size))
@@ -83,22 +99,44 @@ def loop(model: Any, data: Data, spec: RunSpec) -> None:
 
 
 def sft(model: Any, data: Data, spec: RunSpec, tokenizer: Any) -> None:
-    """Train by TRL's SFTTrainer on tokenized rows, its own extras (logging, saving, decay, clipping) off."""
+    """Train by TRL's SFTTrainer on tokenized rows, its own extras (logging, saving, decay,
+    clipping) off."""
     import datasets
     from trl import SFTConfig, SFTTrainer
 
     rows = data.train(spec.seed, 0, spec.steps * spec.batch_size)
-    table = datasets.Dataset.from_dict({
-        "input_ids": [e.tokens.tolist() for e in rows], "completion_mask": [e.loss.astype(int).tolist() for e in rows],
-    })  # fmt: skip
+    table = datasets.Dataset.from_dict(
+        {
+            "input_ids": [e.tokens.tolist() for e in rows],
+            "completion_mask": [e.loss.astype(int).tolist() for e in rows],
+        }
+    )
     config = SFTConfig(
-        output_dir="trl-out", per_device_train_batch_size=spec.batch_size, max_steps=spec.steps, learning_rate=spec.lr,
-        lr_scheduler_type="constant", adam_beta1=spec.beta1, adam_beta2=spec.beta2, adam_epsilon=spec.eps,
-        weight_decay=0.0, max_grad_norm=0.0, use_cpu=True, bf16=spec.precision == "bf16", gradient_checkpointing=False,
-        completion_only_loss=True, packing=False, report_to="none", save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, train_sampling_strategy="sequential", max_length=None, eos_token=None, pad_token=None,
+        output_dir="trl-out",
+        per_device_train_batch_size=spec.batch_size,
+        max_steps=spec.steps,
+        learning_rate=spec.lr,
+        lr_scheduler_type="constant",
+        adam_beta1=spec.beta1,
+        adam_beta2=spec.beta2,
+        adam_epsilon=spec.eps,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        use_cpu=True,
+        bf16=spec.precision == "bf16",
+        gradient_checkpointing=False,
+        completion_only_loss=True,
+        packing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        max_length=None,
+        eos_token=None,
+        pad_token=None,
         dataloader_num_workers=0,
-    )  # fmt: skip
+    )
     SFTTrainer(model=model, args=config, train_dataset=table, processing_class=tokenizer).train()
     model.eval()
 
@@ -147,8 +185,18 @@ def main(kind: str, job_path: str) -> None:
             model.unload()
         else:
             base.model.load_state_dict(weights)
-        print(json.dumps({"imports_s": imports_s, "load_s": at[1] - at[0], "train_s": at[2] - at[1],
-                          "eval_s": at[3] - at[2], "test_nll": nll}), flush=True)  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "imports_s": imports_s,
+                    "load_s": at[1] - at[0],
+                    "train_s": at[2] - at[1],
+                    "eval_s": at[3] - at[2],
+                    "test_nll": nll,
+                }
+            ),
+            flush=True,
+        )
         imports_s = 0.0
 
 

@@ -1,6 +1,8 @@
-"""What a cluster adds: time to the first step, jobs and runs an hour by runs a job, and a sweep against the local one.
+"""What a cluster adds: time to the first step, jobs and runs an hour by runs a job, and a sweep
+against the local one.
 
-    python -m lorasweep.bench.cluster OUT.json      on a login node, or with `eval "$(make -s slurm-up)"`
+python -m lorasweep.bench.cluster OUT.json      on a login node, or with `eval "$(make -s
+slurm-up)"`
 """
 
 import json
@@ -19,22 +21,44 @@ NOTHING = (
     "import sys; from lorasweep.cli.actions import act; from lorasweep.config.compose import compose_request as compose\n"
     "sys.exit(act(compose(sys.argv[1:]), 'lorasweep.bench.overhead:nothing'))"
 )
-CLUSTER = ("cluster=slurm", "cluster.cpus=1", "cluster.mem_gib=1", "cluster.follow=false", "exec.threads=1")
+CLUSTER = (
+    "cluster=slurm",
+    "cluster.cpus=1",
+    "cluster.mem_gib=1",
+    "cluster.follow=false",
+    "exec.threads=1",
+)
 RUNS_PER_JOB = {1: 40, 10: 400, 100: 2000}
 """Runs a job -> runs in all: enough jobs for a rate."""
-REAL = ("+sweep=lr_ratio", "scale=smoke", "steps=200", "sweep.axes.seed=[0,1,2,3]", "exec.threads=1", "exec.pack_size=4")
+REAL = (
+    "+sweep=lr_ratio",
+    "scale=smoke",
+    "steps=200",
+    "sweep.axes.seed=[0,1,2,3]",
+    "exec.threads=1",
+    "exec.pack_size=4",
+)
 
 
 def grid(runs: int) -> list[str]:
     """Return the command line of a LoRA sweep of so many runs."""
-    return ["+sweep=lr_ratio", "scale=smoke", "~sweep.arms.fullft", "sweep.arms.lora.lr=${around:3e-3,10,1.5}",
-            f"sweep.axes.seed={list(range(runs // 10))}".replace(" ", "")]  # fmt: skip
+    return [
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        "~sweep.arms.fullft",
+        "sweep.arms.lora.lr=${around:3e-3,10,1.5}",
+        f"sweep.axes.seed={list(range(runs // 10))}".replace(" ", ""),
+    ]
 
 
 def ask(folder: Path, *arguments: str, nothing: bool = False) -> float:
     """Give a command; return its seconds."""
     start = ["-c", NOTHING] if nothing else ["-m", "lorasweep"]
-    env = {**os.environ, "LORASWEEP_RUNS": str(folder / "runs"), "LORASWEEP_REPORTS": str(folder / "reports")}
+    env = {
+        **os.environ,
+        "LORASWEEP_RUNS": str(folder / "runs"),
+        "LORASWEEP_REPORTS": str(folder / "reports"),
+    }
     started = time.monotonic()
     subprocess.run([sys.executable, *start, *arguments], check=True, capture_output=True, env=env)
     return time.monotonic() - started
@@ -60,7 +84,9 @@ def measure(log: Any) -> dict[str, Any]:
         while not list((first / "runs").glob("*/metrics.jsonl")):
             time.sleep(0.05)
         told["first_step_s"] = time.monotonic() - started
-        log(f"from command to first step: {told['first_step_s']:.1f} s, of which the command {told['command_s']:.1f} s")
+        log(
+            f"from command to first step: {told['first_step_s']:.1f} s, of which the command {told['command_s']:.1f} s"
+        )
         wait(first, 24)
         for per_job, runs in RUNS_PER_JOB.items():
             place = folder / str(per_job)
@@ -69,7 +95,9 @@ def measure(log: Any) -> dict[str, Any]:
             seconds = wait(place, runs)
             told["jobs_per_h"][per_job] = 3600 * runs / per_job / seconds
             told["runs_per_h"][per_job] = 3600 * runs / seconds
-            log(f"{per_job} runs a job: {told['jobs_per_h'][per_job]:.0f} jobs/h, {told['runs_per_h'][per_job]:.0f} runs/h")
+            log(
+                f"{per_job} runs a job: {told['jobs_per_h'][per_job]:.0f} jobs/h, {told['runs_per_h'][per_job]:.0f} runs/h"
+            )
         local = ask(folder / "local", *REAL, "exec.workers=2")
         started = time.monotonic()
         ask(folder / "slurm", *REAL, *CLUSTER, "cluster.workers=2", "cluster.runs_per_job=24")

@@ -1,7 +1,9 @@
-"""Whole grids of runs: lorasweep against one process a run (TRL with PEFT), and against a plain PEFT loop kept warm.
+"""Whole grids of runs: lorasweep against one process a run (TRL with PEFT), and against a plain
+PEFT loop kept warm.
 
-The baselines get all cores (two threads here), one run after another, as a user's script would. They train a sample of
-the grid's runs, and the rest is reckoned from it: the runs of an arm differ in their learning rate only.
+The baselines get all cores (two threads here), one run after another, as a user's script would.
+They train a sample of the grid's runs, and the rest is reckoned from it: the runs of an arm differ
+in their learning rate only.
 """
 
 import dataclasses
@@ -28,8 +30,13 @@ from lorasweep.spec.run import Exec, canonical, run_id
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
-LORA_GRID = ("+sweep=lr_ratio", "~sweep.arms.fullft", "scale.ranks=[16]", "sweep.second.seeds=[]",
-             "sweep.arms.lora.lr=${around:3e-4,16,1.3}")  # fmt: skip
+LORA_GRID = (
+    "+sweep=lr_ratio",
+    "~sweep.arms.fullft",
+    "scale.ranks=[16]",
+    "sweep.second.seeds=[]",
+    "sweep.arms.lora.lr=${around:3e-4,16,1.3}",
+)
 Log = Callable[[str], None]
 
 
@@ -44,19 +51,29 @@ class Grid(NamedTuple):
 def baseline(
     kind: str, points: Sequence[Point], places: dict[str, Any], runs: int, folder: str
 ) -> dict[str, float]:
-    """Train `runs` of `points` by a baseline in one process; return its seconds a run and their parts. Of several runs
-    the first warms the process and is left out; loading is done once and counts as start."""
+    """Train `runs` of `points` by a baseline in one process; return its seconds a run and their
+    parts. Of several runs the first warms the process and is left out; loading is done once and
+    counts as start."""
     job = {"runs": [json.loads(canonical(p.spec)) for p in points[:runs]], "exec": places}
     path = Path(folder) / "baseline.json"
     path.write_text(json.dumps(job))
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "lorasweep.bench.baseline", kind, str(path)], text=True, check=True,
-                          capture_output=True, cwd=folder,
-                          env={**os.environ, "OMP_NUM_THREADS": str(machine.cores())})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "lorasweep.bench.baseline", kind, str(path)],
+        text=True,
+        check=True,
+        capture_output=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": str(machine.cores())},
+    )
     wall = time.perf_counter() - started
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"imports_s"')]
+    rows = [
+        json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"imports_s"')
+    ]
     if len(rows) != runs:
-        raise RuntimeError(f"the baseline trained {len(rows)} of {runs} runs:\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"the baseline trained {len(rows)} of {runs} runs:\n{done.stderr[-2000:]}"
+        )
     kept = rows[1:] or rows
     parts = {k: sum(r[k] for r in kept) / len(kept) for k in ("train_s", "eval_s")}
     start_s = wall - sum(r["train_s"] + r["eval_s"] for r in rows)
@@ -75,27 +92,44 @@ def compare(
 ) -> dict[str, Any]:
     """Set `ours_s`, the wall seconds of all `points`, beside both baselines."""
     process_s = warm_s = 0.0
-    told: dict[str, Any] = {"runs": len(points), "lorasweep_s": ours_s, "process_per_run": [], "warm_peft": []}
+    told: dict[str, Any] = {
+        "runs": len(points),
+        "lorasweep_s": ours_s,
+        "process_per_run": [],
+        "warm_peft": [],
+    }
     for arm in _by_arm(points):
-        alone, warm = baseline("trl", arm, places, 1, folder), baseline("loop", arm, places, samples, folder)
+        alone, warm = (
+            baseline("trl", arm, places, 1, folder),
+            baseline("loop", arm, places, samples, folder),
+        )
         process_s += len(arm) * (alone["start_s"] + alone["run_s"])
         warm_s += len(arm) * warm["run_s"] + (warm["start_s"] if not told["warm_peft"] else 0.0)
         told["process_per_run"].append({"arm": arm[0].arm, "runs": len(arm), **alone})
         told["warm_peft"].append({"arm": arm[0].arm, "runs": len(arm), **warm})
-    return {**told, "process_per_run_s": process_s, "warm_peft_s": warm_s, "vs_process_per_run": process_s / ours_s,
-            "vs_warm_peft": warm_s / ours_s}  # fmt: skip
+    return {
+        **told,
+        "process_per_run_s": process_s,
+        "warm_peft_s": warm_s,
+        "vs_process_per_run": process_s / ours_s,
+        "vs_warm_peft": warm_s / ours_s,
+    }
 
 
 def _check_done(points: Sequence[Point], store: RunStore) -> None:
-    """Raise if a run failed, or diverged: it would have ended early, and the baselines are reckoned at full length."""
+    """Raise if a run failed, or diverged: it would have ended early, and the baselines are reckoned
+    at full length."""
     states = {p.id: store.state(p.id) for p in points}
     if set(states.values()) != {"done"}:
-        raise RuntimeError(f"runs that are not done: {({i: s for i, s in states.items() if s != 'done'})}")
+        raise RuntimeError(
+            f"runs that are not done: { ({i: s for i, s in states.items() if s != 'done'}) }"
+        )
 
 
 def flops_over_peak(points: Sequence[Point], wall_s: float, peak: float) -> float:
-    """Return the arithmetic of the runs (updates and evaluations, by the study's formula: the unembedding at every
-    token, though only loss-bearing places need it) over wall time and the measured peak."""
+    """Return the arithmetic of the runs (updates and evaluations, by the study's formula: the
+    unembedding at every token, though only loss-bearing places need it) over wall time and the
+    measured peak."""
     return sum(cost.run_flops(p.spec) for p in points) / wall_s / peak
 
 
@@ -103,20 +137,26 @@ def whole_sweep(places: dict[str, Any], peak: float, log: Log) -> dict[str, Any]
     """Run the whole tiny lr_ratio sweep by its command, process start and calibration included."""
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "runs"
-        ours_s, _ = command("+sweep=lr_ratio", "scale=tiny", f"exec.reports_dir={folder}/reports", runs_dir=runs)
+        ours_s, _ = command(
+            "+sweep=lr_ratio", "scale=tiny", f"exec.reports_dir={folder}/reports", runs_dir=runs
+        )
         request = compose_request(["+sweep=lr_ratio", "scale=tiny", f"exec.runs_dir={runs}"])
         points = all_points(request, RunStore(runs))
         _check_done(points, RunStore(runs))
         told = compare(points, ours_s, places, folder, 2)
     told["flops_over_gemm_peak"] = flops_over_peak(points, ours_s, peak)
-    log(f"tiny sweep, {len(points)} runs: {ours_s:.0f} s; one process a run {told['process_per_run_s']:.0f} s, warm "
-        f"PEFT loop {told['warm_peft_s']:.0f} s; {told['flops_over_gemm_peak']:.2f} of the matrix-multiply peak")
+    log(
+        f"tiny sweep, {len(points)} runs: {ours_s:.0f} s; one process a run {told['process_per_run_s']:.0f} s, warm "
+        f"PEFT loop {told['warm_peft_s']:.0f} s; {told['flops_over_gemm_peak']:.2f} of the matrix-multiply peak"
+    )
     return told
 
 
-def lora_grid(grid: Grid, places: dict[str, Any], start_s: float, peak: float, log: Log) -> dict[str, Any]:
-    """Plan, calibrate and train a grid from an empty store. `start_s` is the command's own start, which is added, as
-    this calls its inside."""
+def lora_grid(
+    grid: Grid, places: dict[str, Any], start_s: float, peak: float, log: Log
+) -> dict[str, Any]:
+    """Plan, calibrate and train a grid from an empty store. `start_s` is the command's own start,
+    which is added, as this calls its inside."""
     scale, batch_size, steps = grid
     overrides = [*LORA_GRID, *at(scale), f"batch_size={batch_size}", f"steps={steps}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +169,9 @@ def lora_grid(grid: Grid, places: dict[str, Any], start_s: float, peak: float, l
         store = RunStore(exec_.runs_dir)
         store.prepare()
         started = time.perf_counter()
-        trouble = calibrate.ensure(plan.to_calibrate(points, store.states(p.id for p in points), exec_), exec_)
+        trouble = calibrate.ensure(
+            plan.to_calibrate(points, store.states(p.id for p in points), exec_), exec_
+        )
         if trouble:
             raise RuntimeError(trouble)
         packs = plan.make_plan(points, store, exec_).packs
@@ -137,10 +179,17 @@ def lora_grid(grid: Grid, places: dict[str, Any], start_s: float, peak: float, l
         ours_s = time.perf_counter() - started + start_s
         _check_done(points, store)
         told = compare(points, ours_s, places, folder, 2)
-    told |= {"scale": scale, "model": points[0].spec.model.name, "batch_size": batch_size, "steps": steps,
-             "pack": max(len(p.points) for p in packs),
-             "flops_over_gemm_peak": flops_over_peak(points, ours_s, peak)}  # fmt: skip
-    log(f"16 LoRA runs at {scale}, batch {batch_size}: {ours_s:.0f} s in packs of {told['pack']}; "
+    told |= {
+        "scale": scale,
+        "model": points[0].spec.model.name,
+        "batch_size": batch_size,
+        "steps": steps,
+        "pack": max(len(p.points) for p in packs),
+        "flops_over_gemm_peak": flops_over_peak(points, ours_s, peak),
+    }
+    log(
+        f"16 LoRA runs at {scale}, batch {batch_size}: {ours_s:.0f} s in packs of {told['pack']}; "
         f"{told['vs_process_per_run']:.1f} times faster than one process a run, {told['vs_warm_peft']:.2f} times "
-        f"faster than a warm PEFT loop; {told['flops_over_gemm_peak']:.2f} of the matrix-multiply peak")  # fmt: skip
+        f"faster than a warm PEFT loop; {told['flops_over_gemm_peak']:.2f} of the matrix-multiply peak"
+    )
     return told

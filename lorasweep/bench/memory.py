@@ -1,4 +1,5 @@
-"""Peak memory of training, full fine-tuning and LoRA, each in a process of its own, against what the plan says."""
+"""Peak memory of training, full fine-tuning and LoRA, each in a process of its own, against what
+the plan says."""
 
 import dataclasses
 import json
@@ -24,22 +25,31 @@ CASES = (("tiny", 16), ("small", 8))
 STEPS = 3
 
 
-def measure(models_dirs: list[str], data_dirs: list[str], log: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    models_dirs: list[str], data_dirs: list[str], log: Callable[[str], None]
+) -> dict[str, Any]:
     """Return peak resident memory in bytes by case, `idle_bytes` of it before anything was loaded."""
     cases = []
     for scale, batch in CASES:
         for method in ("fullft", "lora"):
             told = json.loads(in_process(scale, method, batch, 1, models_dirs, data_dirs))
             cases.append(told)
-            log(f"{told['model']}, {method}, batch {batch}: peak {told['peak_bytes'] / 2**20:,.0f} MiB, planned "
-                f"{told['planned_bytes'] / 2**20:,.0f}")  # fmt: skip
+            log(
+                f"{told['model']}, {method}, batch {batch}: peak {told['peak_bytes'] / 2**20:,.0f} MiB, planned "
+                f"{told['planned_bytes'] / 2**20:,.0f}"
+            )
     return {"cases": cases}
 
 
-def in_process(scale: str, method: str, batch: int, count: int, models_dirs: list[str], data_dirs: list[str]) -> str:
+def in_process(
+    scale: str, method: str, batch: int, count: int, models_dirs: list[str], data_dirs: list[str]
+) -> str:
     """Train a pack in a fresh process on one thread, and return what it tells, as JSON."""
     asked = json.dumps([scale, method, batch, count, models_dirs, data_dirs])
-    command, one = [sys.executable, "-m", "lorasweep.bench.memory", asked], {**os.environ, "OMP_NUM_THREADS": "1"}
+    command, one = (
+        [sys.executable, "-m", "lorasweep.bench.memory", asked],
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=one)
     return done.stdout.splitlines()[-1]
 
@@ -50,7 +60,9 @@ def _resident_peak() -> int:
         return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) * 1024
 
 
-def main(scale: str, method: str, batch: int, count: int, models_dirs: list[str], data_dirs: list[str]) -> dict[str, Any]:
+def main(
+    scale: str, method: str, batch: int, count: int, models_dirs: list[str], data_dirs: list[str]
+) -> dict[str, Any]:
     """Train `count` runs for STEPS updates in one pack."""
     keep_freed_memory()  # as workers do
     idle = _resident_peak()
@@ -64,8 +76,16 @@ def main(scale: str, method: str, batch: int, count: int, models_dirs: list[str]
     for _ in train(pack, base, rows, micro_batch(spec, count)):
         pass
     planned = cost.pack_bytes(count, spec, micro_batch(spec, count))
-    return {"model": spec.model.name, "method": method, "precision": spec.precision, "batch_size": batch, "pack": count,
-            "planned_bytes": planned, "peak_bytes": _resident_peak(), "idle_bytes": idle}  # fmt: skip
+    return {
+        "model": spec.model.name,
+        "method": method,
+        "precision": spec.precision,
+        "batch_size": batch,
+        "pack": count,
+        "planned_bytes": planned,
+        "peak_bytes": _resident_peak(),
+        "idle_bytes": idle,
+    }
 
 
 if __name__ == "__main__":

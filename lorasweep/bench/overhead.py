@@ -1,4 +1,5 @@
-"""What the harness itself costs: planning and status of 10,000 runs, and 1,000 runs of a trainer that does nothing."""
+"""What the harness itself costs: planning and status of 10,000 runs, and 1,000 runs of a trainer
+that does nothing."""
 
 import json
 import os
@@ -15,28 +16,51 @@ from lorasweep.spec.run import Exec, RunSpec, canonical, run_id
 from lorasweep.store.run_store import RunStore, checksum
 from lorasweep.train.events import Event
 
-GRID = ("+sweep=lr_ratio", "~sweep.arms.fullft", "sweep.arms.lora.lr=${around:3e-3,25,1.3}",
-        "sweep.arms.lora.rank=[1,2,4,8,16]", f"sweep.axes.seed={list(range(80))}".replace(" ", ""),
-        "sweep.second.seeds=[]")  # fmt: skip
+GRID = (
+    "+sweep=lr_ratio",
+    "~sweep.arms.fullft",
+    "sweep.arms.lora.lr=${around:3e-3,25,1.3}",
+    "sweep.arms.lora.rank=[1,2,4,8,16]",
+    f"sweep.axes.seed={list(range(80))}".replace(" ", ""),
+    "sweep.second.seeds=[]",
+)
 """10,000 runs: 25 learning rates, 5 ranks, 80 seeds."""
 
 
-FINAL = {"nll_start": 3.0, "test_nll": 2.0, "steps_done": 1, "curve": [{"step": 1, "test_nll": 2.0}],
-         "base_sha256": "none", "tokens": 1, "train_nll": 2.0, "wall_s": 1.0}  # fmt: skip
+FINAL = {
+    "nll_start": 3.0,
+    "test_nll": 2.0,
+    "steps_done": 1,
+    "curve": [{"step": 1, "test_nll": 2.0}],
+    "base_sha256": "none",
+    "tokens": 1,
+    "train_nll": 2.0,
+    "wall_s": 1.0,
+}
 
 
 def command(*arguments: str, runs_dir: Path) -> tuple[float, dict[str, Any]]:
     """Run the command line; return its wall seconds, process start included, and its JSON answer."""
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "lorasweep", *arguments, "format=json"], check=True, text=True,
-                          capture_output=True, env={**os.environ, "LORASWEEP_RUNS": str(runs_dir)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "lorasweep", *arguments, "format=json"],
+        check=True,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "LORASWEEP_RUNS": str(runs_dir)},
+    )
     return time.perf_counter() - started, json.loads(done.stdout)
 
 
 def nothing(pack: list[RunSpec], exec_: Exec, resume: Any) -> Any:
     """Train nothing: one record, one result a run."""
     ids = [run_id(s) for s in pack]
-    yield Event(1, {i: {"step": 1, "train_nll": 2.0} for i in ids}, {i: ("done", dict(FINAL)) for i in ids}, dict)
+    yield Event(
+        1,
+        {i: {"step": 1, "train_nll": 2.0} for i in ids},
+        {i: ("done", dict(FINAL)) for i in ids},
+        dict,
+    )
 
 
 def start_s() -> float:
@@ -67,7 +91,12 @@ def measure(log: Any) -> dict[str, float]:
         assert timed[0][1]["runs"]["done"] == 10_000, timed[0][1]["runs"]
         status_s = min(t for t, _ in timed) - begin_s
         log(f"status of 10,000 finished runs: {status_s:.2f} s beyond start-up ({begin_s:.2f} s)")
-    return {"plan_10k_s": plan_s, "status_10k_s": status_s, "start_s": begin_s, "noop_run_s": noop_s}
+    return {
+        "plan_10k_s": plan_s,
+        "status_10k_s": status_s,
+        "start_s": begin_s,
+        "noop_run_s": noop_s,
+    }
 
 
 def _finished(store: RunStore, spec: RunSpec) -> None:

@@ -1,4 +1,5 @@
-"""Seconds a step by pack size and batch, the machine's matrix-multiply peak, and what a step's time goes into."""
+"""Seconds a step by pack size and batch, the machine's matrix-multiply peak, and what a step's time
+goes into."""
 
 import dataclasses
 import statistics
@@ -26,19 +27,31 @@ GRIDS = {"tiny": ((1, 4, 16), (1, 2, 4, 8, 16)), "small": ((1, 4, 8), (1, 2))}
 UPDATES = {"tiny": 10, "small": 5}
 RANK = 16
 TURNS = 3
-"""How often full fine-tuning and LoRA take turns for their ratio: a machine's speed drifts by 8% within minutes (LOG.md)."""
-KINDS = (("bmm", "products of adapters and attention"), ("mm", "products with the base's weights"),
-         ("softmax", "softmax"), ("adamw", "optimizer"), ("copy", "copies and casts"))  # fmt: skip
-"""Part of an operation's name -> what it is counted as; the rest are passes over activations, and Python."""
+"""How often full fine-tuning and LoRA take turns for their ratio: a machine's speed drifts by 8%
+within minutes (LOG.md)."""
+KINDS = (
+    ("bmm", "products of adapters and attention"),
+    ("mm", "products with the base's weights"),
+    ("softmax", "softmax"),
+    ("adamw", "optimizer"),
+    ("copy", "copies and casts"),
+)
+"""Part of an operation's name -> what it is counted as; the rest are passes over activations, and
+Python."""
 
 
 def at(scale: str) -> list[str]:
-    """Return the overrides that ask for a scale: in fp32 where the processor has no bf16, as a user would there."""
-    return [f"scale={scale}", *(["precision=fp32"] if machine.slow_bf16() and not machine.gpus() else [])]
+    """Return the overrides that ask for a scale: in fp32 where the processor has no bf16, as a user
+    would there."""
+    return [
+        f"scale={scale}",
+        *(["precision=fp32"] if machine.slow_bf16() and not machine.gpus() else []),
+    ]
 
 
 def gemm_peak(precision: str, threads: int) -> float:
-    """Return the best measured rate of large matrix products, in floating-point operations a second."""
+    """Return the best measured rate of large matrix products, in floating-point operations a
+    second."""
     torch.set_num_threads(threads)
     dtype, best = torch.bfloat16 if precision == "bf16" else torch.float32, 0.0
     for m, k, n in ((2048, 2048, 2048), (1600, 576, 1536), (4096, 1024, 1024)):
@@ -66,8 +79,9 @@ class Bench:
         return [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(count)]
 
     def step_s(self, method: Any, batch_size: int, count: int) -> float:
-        """Return the median seconds a step and member, of a second training on the same rows: the first one takes the
-        memory that the largest batch needs, at a cost that would fall on whichever method comes first."""
+        """Return the median seconds a step and member, of a second training on the same rows: the
+        first one takes the memory that the largest batch needs, at a cost that would fall on
+        whichever method comes first."""
         pack = self.pack(method, batch_size, count)
         self._times(pack)
         return statistics.median(self._times(pack))
@@ -77,10 +91,12 @@ class Bench:
         return [next(iter(e.records.values()))["step_s"] for e in events]
 
     def in_turns(self, methods: Sequence[Any], batch_size: int) -> list[list[float]]:
-        """Return each method's median seconds a step by turn; the methods train one after the other in every turn, on
-        the same rows, after a turn that does not count."""
+        """Return each method's median seconds a step by turn; the methods train one after the other
+        in every turn, on the same rows, after a turn that does not count."""
         packs = [self.pack(method, batch_size, 1) for method in methods]
-        turns = [[statistics.median(self._times(pack)) for pack in packs] for _ in range(TURNS + 1)][1:]
+        turns = [
+            [statistics.median(self._times(pack)) for pack in packs] for _ in range(TURNS + 1)
+        ][1:]
         return [list(times) for times in zip(*turns)]
 
     def profile(self, method: Any, batch_size: int) -> dict[str, float]:
@@ -89,21 +105,29 @@ class Bench:
 
         pack = self.pack(method, batch_size, 1)
         events = train(pack, self.base, self.rows, micro_batch(pack[0], 1))
-        for _ in range(4):  # the fifth update is followed by no evaluation but the last one's single row
+        for _ in range(
+            4
+        ):  # the fifth update is followed by no evaluation but the last one's single row
             next(events)
         with profile(activities=[ProfilerActivity.CPU]) as told:
             next(events)
         shares: Counter[str] = Counter()
         for row in told.key_averages():
             name = row.key.lower()
-            kind = next((what for part, what in KINDS if part in name), "passes over activations, and Python")
+            kind = next(
+                (what for part, what in KINDS if part in name),
+                "passes over activations, and Python",
+            )
             shares[kind] += row.self_cpu_time_total
         total = sum(shares.values())
         return {kind: round(us / total, 3) for kind, us in shares.most_common()}
 
 
-def measure(models_dirs: list[str], data_dirs: list[str], log: Callable[[str], None]) -> dict[str, Any]:
-    """Time steps on one thread, as one worker of a sweep does; full fine-tuning and LoRA of rank 16."""
+def measure(
+    models_dirs: list[str], data_dirs: list[str], log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Time steps on one thread, as one worker of a sweep does; full fine-tuning and LoRA of rank
+    16."""
     keep_freed_memory()  # as workers do
     rows: list[dict[str, Any]] = []
     out: dict[str, Any] = {"steps": rows, "lora_over_fullft": {}, "profile": {}}
@@ -114,19 +138,35 @@ def measure(models_dirs: list[str], data_dirs: list[str], log: Callable[[str], N
         for batch in batches:
             full, alone = bench.in_turns((FullFT(), LoRA(rank=RANK)), batch)
             whole = statistics.median(full)
-            rows.append({"model": name, "method": "fullft", "batch_size": batch, "pack": 1, "step_s": whole})
+            rows.append(
+                {"model": name, "method": "fullft", "batch_size": batch, "pack": 1, "step_s": whole}
+            )
             for n in sizes:
-                step = statistics.median(alone) if n == 1 else bench.step_s(LoRA(rank=RANK), batch, n)
-                rows.append({"model": name, "method": "lora", "batch_size": batch, "pack": n, "step_s": step})
-                log(f"{name}, batch {batch}: a LoRA step in a pack of {n} {step * 1e3:.1f} ms a run, full fine-tuning "
-                    f"{whole * 1e3:.1f} ms")  # fmt: skip
+                step = (
+                    statistics.median(alone) if n == 1 else bench.step_s(LoRA(rank=RANK), batch, n)
+                )
+                rows.append(
+                    {
+                        "model": name,
+                        "method": "lora",
+                        "batch_size": batch,
+                        "pack": n,
+                        "step_s": step,
+                    }
+                )
+                log(
+                    f"{name}, batch {batch}: a LoRA step in a pack of {n} {step * 1e3:.1f} ms a run, full fine-tuning "
+                    f"{whole * 1e3:.1f} ms"
+                )
             mine = {r["pack"]: r["step_s"] / whole for r in rows[-len(sizes) :]}
             mine[1] = statistics.median(a / b for a, b in zip(alone, full))
             ratios[str(batch)] = {"n1": mine[1], "best": min(mine.values())}
         one = dataclasses.replace(bench.spec, steps=1)
-        formula = cost.train_flops(dataclasses.replace(one, method=LoRA(rank=RANK))) / cost.train_flops(
-            dataclasses.replace(one, method=FullFT())
-        )
+        formula = cost.train_flops(
+            dataclasses.replace(one, method=LoRA(rank=RANK))
+        ) / cost.train_flops(dataclasses.replace(one, method=FullFT()))
         out["lora_over_fullft"][name] = {"formula": formula, "by_batch": ratios}
-        out["profile"][name] = {m.name: bench.profile(m, batches[-1]) for m in (LoRA(rank=RANK), FullFT())}
+        out["profile"][name] = {
+            m.name: bench.profile(m, batches[-1]) for m in (LoRA(rank=RANK), FullFT())
+        }
     return out

@@ -1,4 +1,5 @@
-"""The actions of the command line that run and watch sweeps; those on finished runs are in `upkeep`.
+"""The actions of the command line that run and watch sweeps; those on finished runs are in
+`upkeep`.
 
 Ties plan, local execution and analysis together; knows no torch (the workers do).
 """
@@ -27,11 +28,15 @@ from lorasweep.sweep.grid import Point, curve_key, second_stage
 from lorasweep.sweep.request import Request, question
 
 POWER_RUNS = 2000
-"""Runs above which action=plan leaves out the seeds needed: loading the analysis takes a second, planning less."""
+"""Runs above which action=plan leaves out the seeds needed: loading the analysis takes a second,
+planning less."""
 
 
-def act(request: Request, trainer: Trainer | str | None = None, follow: dict[str, Any] | None = None) -> int:
-    """Do what was asked; return the exit status. `trainer` replaces the real one in tests and benchmarks.
+def act(
+    request: Request, trainer: Trainer | str | None = None, follow: dict[str, Any] | None = None
+) -> int:
+    """Do what was asked; return the exit status. `trainer` replaces the real one in tests and
+    benchmarks.
 
     `follow`: what the job that follows others knows of the round before (a cluster's jobs only).
     """
@@ -58,20 +63,24 @@ def act(request: Request, trainer: Trainer | str | None = None, follow: dict[str
     checks.check_available(request)
     checks.check_claims(request)
     if request.action == "qualify" and (request.sweep is None or request.cluster.kind == "slurm"):
-        raise SpecError("action=qualify judges the tasks of a sweep (+sweep=NAME), on this machine (cluster=local).")
+        raise SpecError(
+            "action=qualify judges the tasks of a sweep (+sweep=NAME), on this machine (cluster=local)."
+        )
     if request.cluster.kind == "slurm":
         return _run_on_cluster(request, store, trainer, follow)
     return _run(request, store, trainer)
 
 
 def _chosen(request: Request, store: RunStore) -> list[Point]:
-    """Return the runs that are wanted now: all of the sweep's, or those that tell whether its tasks are fit."""
+    """Return the runs that are wanted now: all of the sweep's, or those that tell whether its tasks
+    are fit."""
     points = all_points(request, store)
     return several.qualifying(points) if request.action == "qualify" else points
 
 
 def all_points(request: Request, store: RunStore) -> list[Point]:
-    """Return the sweep's runs: the first stage, for curves whose first is over the second, and further rounds."""
+    """Return the sweep's runs: the first stage, for curves whose first is over the second, and
+    further rounds."""
     if request.parts:
         return list({p.id: p for part in request.parts for p in all_points(part, store)}.values())
     points = _two_stages(request, store)
@@ -123,8 +132,10 @@ def _run(request: Request, store: RunStore, trainer: Trainer | str | None) -> in
             if len(_chosen(request, store)) == len(points):
                 break
     except (Stopped, KeyboardInterrupt):
-        print("stopped; finished runs are kept, the others continue from their checkpoints when you ask again",
-              file=sys.stderr)  # fmt: skip
+        print(
+            "stopped; finished runs are kept, the others continue from their checkpoints when you ask again",
+            file=sys.stderr,
+        )
         return 130
     if request.action == "qualify":
         return several.tell(request, store, points)
@@ -133,7 +144,9 @@ def _run(request: Request, store: RunStore, trainer: Trainer | str | None) -> in
 
 def _say(request: Request) -> Callable[[str], None]:
     """Return what tells the user how things go: on stderr, and not to programs."""
-    return lambda text: None if request.format == "json" else print(text, file=sys.stderr, flush=True)
+    return lambda text: (
+        None if request.format == "json" else print(text, file=sys.stderr, flush=True)
+    )
 
 
 def _end(request: Request, store: RunStore, points: list[Point]) -> int:
@@ -141,13 +154,18 @@ def _end(request: Request, store: RunStore, points: list[Point]) -> int:
     names, states = run_names(points), store.states(p.id for p in points)
     failed = [p.id for p in points if states[p.id] == "failed"]
     for i in failed:
-        print(f"run {i} ({names[i]}) failed: {store.failure(i)}. Log: {store.folder(i)}/attempts/{store.last_attempt(i)}"
-              "/log.txt. Try again: exec.retry=true", file=sys.stderr)  # fmt: skip
+        print(
+            f"run {i} ({names[i]}) failed: {store.failure(i)}. Log: {store.folder(i)}/attempts/{store.last_attempt(i)}"
+            "/log.txt. Try again: exec.retry=true",
+            file=sys.stderr,
+        )
     killed = [p.id for p in points if states[p.id] == "stale"]
     for i in killed:
-        print(f"run {i} ({names[i]}) did not end: its process was killed {store.failures(i)} times (out of memory?). Try "
-              "fewer workers or a smaller exec.micro_batch_size, and a larger exec.max_attempts.",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"run {i} ({names[i]}) did not end: its process was killed {store.failures(i)} times (out of memory?). Try "
+            "fewer workers or a smaller exec.micro_batch_size, and a larger exec.max_attempts.",
+            file=sys.stderr,
+        )
     if request.mirror == "wandb":
         from lorasweep.tracking.wandb import mirror
 
@@ -171,15 +189,27 @@ def _run_on_cluster(
         over = sum(s in FINAL for s in store.states(p.id for p in points).values())
         idle = follow["idle"] + 1 if over <= follow["finished"] else 0
         if idle >= batch.IDLE:
-            raise GaveUp(f"no run finished in {idle} rounds of jobs, so no more are submitted. See action=status.")
+            raise GaveUp(
+                f"no run finished in {idle} rounds of jobs, so no more are submitted. See action=status."
+            )
     name = trainer if isinstance(trainer, str) else None
-    done = batch.submit(request, store, lambda: all_points(request, store), _say(request), idle, name)
+    done = batch.submit(
+        request, store, lambda: all_points(request, store), _say(request), idle, name
+    )
     gone = sum(map(len, done.removed.values()))
     if request.format == "json" and (done.waiting or done.n_submitted):
-        told = {"submitted": done.n_submitted, "queued": done.queued, "running": done.running, "removed": gone,
-                "pruned": done.pruned, "refused": done.refused, "untold": done.untold,
-                "exhausted": len(done.exhausted), "scripts": [str(p) for p in done.scripts],
-                "jobs": [a.job for s in done.submitted for a in s.arrays if a.job]}  # fmt: skip
+        told = {
+            "submitted": done.n_submitted,
+            "queued": done.queued,
+            "running": done.running,
+            "removed": gone,
+            "pruned": done.pruned,
+            "refused": done.refused,
+            "untold": done.untold,
+            "exhausted": len(done.exhausted),
+            "scripts": [str(p) for p in done.scripts],
+            "jobs": [a.job for s in done.submitted for a in s.arrays if a.job],
+        }
         print(json.dumps(told))
         return 0
     for s in done.submitted:
@@ -191,18 +221,26 @@ def _run_on_cluster(
         print(f"Slurm did not take all: {done.refused}", file=sys.stderr)
         print("The rest follows when jobs are over, or when you ask again", file=sys.stderr)
     if done.untold:
-        print(f"{done.untold} runs may be with jobs of another cluster, or of another user whose jobs Slurm hides from you: "
-              f"ask there. If those jobs are gone, remove their folders in {store.root}/.slurm", file=sys.stderr)  # fmt: skip
+        print(
+            f"{done.untold} runs may be with jobs of another cluster, or of another user whose jobs Slurm hides from you: "
+            f"ask there. If those jobs are gone, remove their folders in {store.root}/.slurm",
+            file=sys.stderr,
+        )
     if done.exhausted:
-        print(f"{len(done.exhausted)} runs were killed {request.exec.max_attempts} times and are not submitted again: see "
-              "their causes by action=status, then raise exec.max_attempts", file=sys.stderr)  # fmt: skip
+        print(
+            f"{len(done.exhausted)} runs were killed {request.exec.max_attempts} times and are not submitted again: see "
+            "their causes by action=status, then raise exec.max_attempts",
+            file=sys.stderr,
+        )
     if done.pruned:
         print(f"cancelled {done.pruned} queued run(s) that are no longer part of the sweep")
     elif gone:
         print(f"{gone} queued run(s) are no longer part of the sweep; cancel them with prune=true")
     if done.waiting:
-        print(f"{done.queued} runs queued, {done.running} running. See action=status; the same command answers when they "
-              "are over.")  # fmt: skip
+        print(
+            f"{done.queued} runs queued, {done.running} running. See action=status; the same command answers when they "
+            "are over."
+        )
         return 0
     return _end(request, store, all_points(request, store))
 
@@ -213,8 +251,12 @@ def _cancel(request: Request, store: RunStore) -> int:
     if request.format == "json":
         print(json.dumps({"jobs": n_jobs, "runs": n_runs}))
     else:
-        print(f"cancelled {n_jobs} job(s) with {n_runs} unfinished run(s); finished runs are kept, the others go on from their "
-              "checkpoints when you ask for the sweep again" if n_jobs else "nothing to cancel")  # fmt: skip
+        print(
+            f"cancelled {n_jobs} job(s) with {n_runs} unfinished run(s); finished runs are kept, the others go on from their "
+            "checkpoints when you ask for the sweep again"
+            if n_jobs
+            else "nothing to cancel"
+        )
     return 0
 
 
@@ -232,9 +274,13 @@ def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
     table = load_runs(store.root, finished)
     try:
         print(judge_and_report(table, question(request), folder, as_json=request.format == "json"))
-        rounds.note_look(rounds.file_of(request), question_hash(question(request)), request.sweep.rounds)
+        rounds.note_look(
+            rounds.file_of(request), question_hash(question(request)), request.sweep.rounds
+        )
     except TableError as error:
-        raise StoreError(f"the runs are finished and kept, but cannot be judged together: {error}") from None
+        raise StoreError(
+            f"the runs are finished and kept, but cannot be judged together: {error}"
+        ) from None
 
 
 def _show_single(request: Request, store: RunStore, point: Point) -> None:
@@ -257,7 +303,16 @@ def _plan(request: Request, store: RunStore) -> int:
     now = plan.make_plan(all_points(request, store), store, request.exec)
     difference = batch.difference(request, store, now)
     if request.format == "json":
-        print(json.dumps({"sweep": request.sweep_name, "scale": request.scale, **plan.summary(now), **difference}))
+        print(
+            json.dumps(
+                {
+                    "sweep": request.sweep_name,
+                    "scale": request.scale,
+                    **plan.summary(now),
+                    **difference,
+                }
+            )
+        )
     else:
         print(_plan_text(request, now))
         for line in batch.difference_lines(difference):
@@ -271,9 +326,15 @@ def _plan(request: Request, store: RunStore) -> int:
 def _plan_text(request: Request, now: plan.Plan) -> str:
     told = plan.summary(now)
     runs, cost = told["runs"], told["cost"]
-    head = f"sweep {request.sweep_name}, scale {request.scale}" if request.sweep_name else "single run"
+    head = (
+        f"sweep {request.sweep_name}, scale {request.scale}" if request.sweep_name else "single run"
+    )
     states = ", ".join(f"{n} {s}" for s, n in now.counts().items())
-    how = {"measured": "by the runs that are done", "calibrated": "by a calibration", "assumed": "by an assumed speed"}
+    how = {
+        "measured": "by the runs that are done",
+        "calibrated": "by a calibration",
+        "assumed": "by an assumed speed",
+    }
     lines = [
         f"{head}: {runs['total']} runs ({states}); {runs['todo']} to do in {cost['packs']} packs on "
         f"{cost['workers']} worker(s) x {cost['threads']} thread(s), about {duration(cost['hours'] * 3600)} "
@@ -282,15 +343,21 @@ def _plan_text(request: Request, now: plan.Plan) -> str:
     ]
     for a in told["arms"]:
         rank = f" rank {a['rank']}" if a["rank"] else ""
-        lines.append(f"  {a['arm']}{rank} on {a['model']}: {a['runs']} runs, {a['n_trainable']:,} trained parameters")
+        lines.append(
+            f"  {a['arm']}{rank} on {a['model']}: {a['runs']} runs, {a['n_trainable']:,} trained parameters"
+        )
     lines += _pack_lines(request, now)
     if now.todo and request.cluster.name == "local" and plan.bf16_is_slow(request.points):
-        lines.append("  this processor has no bf16 instructions: an update takes some 50 times as long as in fp32; add "
-                     "precision=fp32 (another run id), or use a processor or a GPU that has them")  # fmt: skip
+        lines.append(
+            "  this processor has no bf16 instructions: an update takes some 50 times as long as in fp32; add "
+            "precision=fp32 (another run id), or use a processor or a GPU that has them"
+        )
     if request.sweep and request.sweep.second.seeds:
         s = request.sweep.second
         of = f" of {', '.join(s.arms)}" if s.arms else ""
-        lines.append(f"  second stage{of}, when a curve's first is over: seeds {s.seeds} at its {s.n_lrs} best rates")
+        lines.append(
+            f"  second stage{of}, when a curve's first is over: seeds {s.seeds} at its {s.n_lrs} best rates"
+        )
     return "\n".join(lines)
 
 
@@ -310,7 +377,9 @@ def _pack_lines(request: Request, now: plan.Plan) -> list[str]:
         elif speed is None:
             why = f"as many as {calibrate.FORWARD_TOKENS} tokens a forward allow; not measured here"
         else:
-            times = ", ".join(f"{s * 1e3:.3g} ms in {size}" for size, s in sorted(speed.step_s.items()))
+            times = ", ".join(
+                f"{s * 1e3:.3g} ms in {size}" for size, s in sorted(speed.step_s.items())
+            )
             pays = "" if speed.best_size() > 1 else ": packing does not pay"
             why = f"measured a step and run: {times}{pays}"
         lines.append(f"{head}, {pack.micro_batch_size} rows of each a forward ({why})")

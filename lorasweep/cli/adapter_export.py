@@ -1,6 +1,7 @@
-"""Save a finished LoRA run as a PEFT adapter. The weights of a run are not kept (a sweep has thousands), so the
-run is trained again, alone, with the threads and micro-batch that made it: a run made alone comes out bit for bit on
-the same processor, a pack's member of equal rank too (tests)."""
+"""Save a finished LoRA run as a PEFT adapter. The weights of a run are not kept (a sweep has
+thousands), so the run is trained again, alone, with the threads and micro-batch that made it: a run
+made alone comes out bit for bit on the same processor, a pack's member of equal rank too (tests).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from lorasweep.errors import SpecError
 from lorasweep.spec.run import Exec, from_plain, run_id
 
 
-def export_adapter(plain_spec: dict[str, Any], layout: dict[str, Any], exec_: Exec, out: Path) -> None:
-    """Train the run again under `layout` (threads, micro_batch_size) and write its adapter to the folder `out`."""
+def export_adapter(
+    plain_spec: dict[str, Any], layout: dict[str, Any], exec_: Exec, out: Path
+) -> None:
+    """Train the run again under `layout` (threads, micro_batch_size) and write its adapter to the
+    folder `out`."""
     from lorasweep.launch.worker import TorchTrainer
     from lorasweep.methods.stacked.linear import save_peft
 
@@ -20,5 +24,9 @@ def export_adapter(plain_spec: dict[str, Any], layout: dict[str, Any], exec_: Ex
     rid, state = run_id(spec), None
     for event in TorchTrainer()([spec], Exec(**{**vars(exec_), **layout}), None):
         state = event.snapshot()[rid]
-    params = {k.removeprefix("param/"): v for k, v in state["tensors"].items() if k.startswith("param/")}
-    save_peft(out, params, spec.method.rank, spec.method.alpha, spec.model.location or spec.model.name)
+    params = {
+        k.removeprefix("param/"): v for k, v in state["tensors"].items() if k.startswith("param/")
+    }
+    save_peft(
+        out, params, spec.method.rank, spec.method.alpha, spec.model.location or spec.model.name
+    )

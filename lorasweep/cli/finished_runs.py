@@ -13,7 +13,8 @@ from lorasweep.sweep.request import Request
 
 
 def export(request: Request, store: RunStore, points: list[Point]) -> int:
-    """Write the finished runs as a table: those of the sweep, or without one all that the store holds."""
+    """Write the finished runs as a table: those of the sweep, or without one all that the store
+    holds."""
     from lorasweep.store.run_store import load_runs
 
     path = Path(request.table)
@@ -22,7 +23,9 @@ def export(request: Request, store: RunStore, points: list[Point]) -> int:
     ids = [p.id for p in points] if request.sweep else None
     table = load_runs(store.root, ids)
     if table.empty:
-        raise SpecError(f"no finished runs in {store.root}. Run the sweep first, or set exec.runs_dir.")
+        raise SpecError(
+            f"no finished runs in {store.root}. Run the sweep first, or set exec.runs_dir."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         table.to_parquet(path, index=False)
@@ -36,7 +39,9 @@ def import_(request: Request) -> int:
     """Put an exported table's runs into the store."""
     from lorasweep.store.run_store import import_table
 
-    print(f"{import_table(request.exec.runs_dir, request.table)} runs imported into {request.exec.runs_dir}")
+    print(
+        f"{import_table(request.exec.runs_dir, request.table)} runs imported into {request.exec.runs_dir}"
+    )
     return 0
 
 
@@ -47,9 +52,15 @@ def adapter(request: Request, store: RunStore) -> int:
     if not request.run or not request.out:
         raise SpecError("action=adapter needs run=RUN_ID and out=FOLDER.")
     if (store.result(request.run) or {}).get("state") not in FINAL[:1]:
-        raise SpecError(f"run {request.run!r} is not a finished run in {store.root}. See action=status for ids.")
-    export_adapter(store.spec(request.run), store.layout(request.run), request.exec, Path(request.out))
-    print(f"adapter of run {request.run} saved to {request.out}: load it with peft.PeftModel.from_pretrained")
+        raise SpecError(
+            f"run {request.run!r} is not a finished run in {store.root}. See action=status for ids."
+        )
+    export_adapter(
+        store.spec(request.run), store.layout(request.run), request.exec, Path(request.out)
+    )
+    print(
+        f"adapter of run {request.run} saved to {request.out}: load it with peft.PeftModel.from_pretrained"
+    )
     return 0
 
 
@@ -76,8 +87,14 @@ def verify(request: Request, store: RunStore, points: list[Point]) -> int:
         print(json.dumps(report.plain()))
     else:
         floor = report.noise_floor
-        noise = "no cell has two seeds" if floor is None else f"standard deviation between seeds {floor:.1e} nats"
-        largest = max((abs(c.difference) for c in report.comparisons if c.difference is not None), default=0.0)
+        noise = (
+            "no cell has two seeds"
+            if floor is None
+            else f"standard deviation between seeds {floor:.1e} nats"
+        )
+        largest = max(
+            (abs(c.difference) for c in report.comparisons if c.difference is not None), default=0.0
+        )
         print(f"largest difference {largest:.1e} nats; {noise}")
     return 1 if report.differing() else 0
 
@@ -93,18 +110,32 @@ def extend(request: Request, store: RunStore, points: list[Point], asked: dict[s
         raise SpecError("action=extend needs a sweep: +sweep=NAME.")
     missing = [p for p in points if not store.result(p.id)]
     if missing:
-        raise SpecError(f"{len(missing)} of {len(points)} runs have not finished: a round is extended when it is over. "
-                        "Ask without action=extend first.")  # fmt: skip
+        raise SpecError(
+            f"{len(missing)} of {len(points)} runs have not finished: a round is extended when it is over. "
+            "Ask without action=extend first."
+        )
     table = load_runs(store.root, [p.id for p in points])
     try:
         wanted = suggest(findings_of(table, asked))
-        runs = [{"like": alike(table, s.curve), "lr": s.lr, "seed": seed}
-                for s in wanted for seed in s.seeds]  # fmt: skip
+        runs = [
+            {"like": alike(table, s.curve), "lr": s.lr, "seed": seed}
+            for s in wanted
+            for seed in s.seeds
+        ]
     except TableError as error:
-        raise StoreError(f"the runs are finished and kept, but cannot be judged together: {error}") from None
+        raise StoreError(
+            f"the runs are finished and kept, but cannot be judged together: {error}"
+        ) from None
     if not runs:
         print("nothing to add: every claim is decided, or more runs cannot help")
         return 0
     number = rounds.append(rounds.file_of(request), runs, question_hash(asked), points)
-    print("\n".join([*lines(wanted), f"round {number}: {len(runs)} runs added; ask without action=extend to train them"]))
+    print(
+        "\n".join(
+            [
+                *lines(wanted),
+                f"round {number}: {len(runs)} runs added; ask without action=extend to train them",
+            ]
+        )
+    )
     return 0

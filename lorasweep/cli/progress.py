@@ -24,17 +24,22 @@ _FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", 
 
 
 def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> dict[str, str]:
-    """Name the runs of a sweep by what differs among them, and no more; the store knows them by their ids.
+    """Name the runs of a sweep by what differs among them, and no more; the store knows them by
+    their ids.
 
-    Arm and learning rate are always said; a field of a method is compared among the arms that have it. `only`: the ids to
-    name, if not all.
+    Arm and learning rate are always said; a field of a method is compared among the arms that have
+    it. `only`: the ids to name, if not all.
     """
     varied = _varied(points)
     named = {}
     for p in points:
         if only is None or p.id in only:
             f = _fields(p)
-            said = [f"r{f[k]}" if k == "rank" else f"{k}={f[k]}" for k in varied if k in f and k != "seed"]
+            said = [
+                f"r{f[k]}" if k == "rank" else f"{k}={f[k]}"
+                for k in varied
+                if k in f and k != "seed"
+            ]
             seed = [f"seed={p.spec.seed}"] if "seed" in varied or len(points) == 1 else []
             named[p.id] = " ".join([p.arm, *said, f"lr={p.spec.lr:g}", *seed])
     return named
@@ -46,7 +51,9 @@ def _varied(points: Sequence[Point]) -> list[str]:
     specs = [p.spec for p in points]
     for key in vars(specs[0]) if specs else ():
         if key in ("model", "dataset"):
-            found[key] = {getattr(s, key).name for s in {id(getattr(s, key)): s for s in specs}.values()}
+            found[key] = {
+                getattr(s, key).name for s in {id(getattr(s, key)): s for s in specs}.values()
+            }
         elif key not in ("lr", "method"):
             found[key] = {getattr(s, key) for s in specs}
     for method in {id(s.method): s.method for s in specs}.values():
@@ -76,10 +83,14 @@ class Display:
         self._started = time.monotonic()
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[left]}"), console=self._console, transient=True,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[left]}"),
+            console=self._console,
+            transient=True,
             disable=quiet or not sys.stderr.isatty(),
-        )  # fmt: skip
+        )
         self._task = self._bar.add_task(f"0/{len(todo)} runs", total=1.0, left="")
 
     def __enter__(self) -> "Display":
@@ -98,7 +109,9 @@ class Display:
         for rid in event.get("runs", []):
             if rid in self._points:
                 done = event["step"] / self._points[rid].spec.steps
-                self._first.setdefault(rid, done)  # a resumed run's earlier part is no work of this session
+                self._first.setdefault(
+                    rid, done
+                )  # a resumed run's earlier part is no work of this session
                 self._share[rid] = done
         if "ended" in event and event["run"] in self._points:
             rid = event["run"]
@@ -106,11 +119,17 @@ class Display:
             self._share[rid] = 1.0
             self._ended += 1
             self.line(self._outcome(event))
-        self._bar.update(self._task, completed=self._done(), left=self._left(),
-                         description=f"{self._ended}/{len(self._points)} runs")  # fmt: skip
+        self._bar.update(
+            self._task,
+            completed=self._done(),
+            left=self._left(),
+            description=f"{self._ended}/{len(self._points)} runs",
+        )
 
     def _outcome(self, event: dict) -> str:
-        head = f"[{self._ended:>3}/{len(self._points)}] {self._names[event['run']]:32} {event['run']}"
+        head = (
+            f"[{self._ended:>3}/{len(self._points)}] {self._names[event['run']]:32} {event['run']}"
+        )
         if event["ended"] == "failed":
             return f"{head}  FAILED: {event['cause']}"
         nll = event.get("test_nll")
@@ -121,7 +140,10 @@ class Display:
         return sum(self._work[i] * s for i, s in self._share.items()) / self._total
 
     def _left(self) -> str:
-        here = sum(self._work[i] * (self._share[i] - self._first.get(i, 0.0)) for i in self._work) / self._total
+        here = (
+            sum(self._work[i] * (self._share[i] - self._first.get(i, 0.0)) for i in self._work)
+            / self._total
+        )
         if here <= 0:
             return "time left: ?"
         seconds = (time.monotonic() - self._started) * (1 - self._done()) / here

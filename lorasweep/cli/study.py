@@ -1,4 +1,5 @@
-"""A sweep of sweeps: its parts asked in turn, runs that several share trained once; and whether a sweep's tasks are fit.
+"""A sweep of sweeps: its parts asked in turn, runs that several share trained once; and whether a
+sweep's tasks are fit.
 
 Knows requests and the analysis; refuses to know how runs are trained.
 """
@@ -18,7 +19,8 @@ STOPPED = 130
 
 
 def each(request: Request, act: Callable[[Request], int]) -> int:
-    """Do what was asked for every part. All is checked before the first one starts. format=json prints one object a part."""
+    """Do what was asked for every part. All is checked before the first one starts. format=json
+    prints one object a part."""
     if request.action == "run":
         for part in request.parts:
             checks.check_available(part)
@@ -51,12 +53,16 @@ def _table(request: Request) -> None:
 
 
 def qualifying(points: list[Point]) -> list[Point]:
-    """Choose the runs that tell whether a task is fit: of each model, data set, batch and length, full fine-tuning of
-    everything and LoRA with most parameters."""
+    """Choose the runs that tell whether a task is fit: of each model, data set, batch and length,
+    full fine-tuning of everything and LoRA with most parameters."""
     groups: dict[tuple[str, str, int, int], dict[str, list[Point]]] = {}
     for p in points:
         s = p.spec
-        if s.schedule != "constant" or s.precision == "fp64" or getattr(s.method, "scope", "all") != "all":
+        if (
+            s.schedule != "constant"
+            or s.precision == "fp64"
+            or getattr(s.method, "scope", "all") != "all"
+        ):
             continue
         arms = groups.setdefault((s.model.name, s.dataset.name, s.batch_size, s.steps), {})
         arms.setdefault(s.method.name, []).append(p)
@@ -65,21 +71,28 @@ def qualifying(points: list[Point]) -> list[Point]:
         chosen += arms.get("fullft", [])
         lora = arms.get("lora", [])
         most = max((p.spec.method.n_trainable(p.spec.model) for p in lora), default=0)
-        best = next((p.spec.method for p in lora if p.spec.method.n_trainable(p.spec.model) == most), None)
+        best = next(
+            (p.spec.method for p in lora if p.spec.method.n_trainable(p.spec.model) == most), None
+        )
         chosen += [p for p in lora if p.spec.method == best]
     return chosen
 
 
 def tell(request: Request, store: RunStore, points: list[Point]) -> int:
-    """Print whether the tasks of finished runs qualify, and keep it beside the reports. 0: all do; 1: some do not."""
+    """Print whether the tasks of finished runs qualify, and keep it beside the reports. 0: all do;
+    1: some do not."""
     from analysis.questions import qualify
     from analysis.report.outside import aligned
     from lorasweep.store.run_store import load_runs
 
     found = qualify.qualify(load_runs(store.root, [p.id for p in points if store.result(p.id)]))
     verdict = qualify.verdict(found)
-    told = {"sweep": request.sweep_name, "scale": request.scale, "qualified": verdict,
-            "checks": [dataclasses.asdict(c) for c in found]}  # fmt: skip
+    told = {
+        "sweep": request.sweep_name,
+        "scale": request.scale,
+        "qualified": verdict,
+        "checks": [dataclasses.asdict(c) for c in found],
+    }
     path = Path(request.exec.reports_dir) / f"qualify-{request.title}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(told, indent=1) + "\n").encode())

@@ -1,4 +1,5 @@
-"""Train a sample of a sweep's finished runs again, alone, and compare: packing must not change a result.
+"""Train a sample of a sweep's finished runs again, alone, and compare: packing must not change a
+result.
 
 Refuses to judge what the differences mean for a claim: it sets them beside the noise between seeds.
 """
@@ -16,8 +17,8 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, curve_key
 
 NO_FLOOR_NATS = 0.01
-"""Difference of the final NLL that counts as different where no cell has two seeds. Assumption: seeds of the tiny
-sweep differ by about this (LOG.md)."""
+"""Difference of the final NLL that counts as different where no cell has two seeds. Assumption:
+seeds of the tiny sweep differ by about this (LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Comparison:
     alone: float | None
     same_state: bool
     curve_difference: float | None
-    """Largest difference of the held-out NLL over the steps where it was taken, in nats; None if it diverged."""
+    """Largest difference of the held-out NLL over the steps where it was taken, in nats; None if it
+    diverged."""
 
     @property
     def difference(self) -> float | None:
@@ -44,21 +46,32 @@ class Report:
 
     comparisons: list[Comparison]
     noise_floor: float | None
-    """Standard deviation of the final NLL between the seeds of a cell, pooled over the sweep's cells, in nats."""
+    """Standard deviation of the final NLL between the seeds of a cell, pooled over the sweep's
+    cells, in nats."""
 
     def differing(self) -> list[Comparison]:
-        """Return the runs that came out otherwise by more than the noise between seeds, or ended otherwise."""
+        """Return the runs that came out otherwise by more than the noise between seeds, or ended
+        otherwise."""
         bound = NO_FLOOR_NATS if self.noise_floor is None else self.noise_floor
-        return [c for c in self.comparisons if not c.same_state or (c.difference and abs(c.difference) > bound)]
+        return [
+            c
+            for c in self.comparisons
+            if not c.same_state or (c.difference and abs(c.difference) > bound)
+        ]
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         rows = [{**asdict(c), "difference": c.difference} for c in self.comparisons]
-        return {"runs": rows, "noise_floor": self.noise_floor, "differing": [c.run for c in self.differing()]}
+        return {
+            "runs": rows,
+            "noise_floor": self.noise_floor,
+            "differing": [c.run for c in self.differing()],
+        }
 
 
 def choose(points: Sequence[Point], store: RunStore, count: int) -> list[Point]:
-    """Draw `count` finished runs that were trained here, those that shared a pack first; the same ones each time."""
+    """Draw `count` finished runs that were trained here, those that shared a pack first; the same
+    ones each time."""
     finished = []
     for p in points:
         result = store.result(p.id)
@@ -70,7 +83,8 @@ def choose(points: Sequence[Point], store: RunStore, count: int) -> list[Point]:
 
 
 def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
-    """Pool the variance of the final NLL between seeds over the cells that have several; None if none has."""
+    """Pool the variance of the final NLL between seeds over the cells that have several; None if
+    none has."""
     cells: dict[tuple[Any, ...], list[float]] = {}
     for p in points:
         result = store.result(p.id) or {}
@@ -78,11 +92,19 @@ def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
             cells.setdefault((*curve_key(p), p.spec.lr), []).append(result["test_nll"])
     several = [values for values in cells.values() if len(values) > 1]
     degrees = sum(len(values) - 1 for values in several)
-    return math.sqrt(sum(statistics.variance(v) * (len(v) - 1) for v in several) / degrees) if degrees else None
+    return (
+        math.sqrt(sum(statistics.variance(v) * (len(v) - 1) for v in several) / degrees)
+        if degrees
+        else None
+    )
 
 
 def verify(
-    points: Sequence[Point], store: RunStore, exec_: Exec, count: int, told: Callable[[Comparison], None]
+    points: Sequence[Point],
+    store: RunStore,
+    exec_: Exec,
+    count: int,
+    told: Callable[[Comparison], None],
 ) -> Report:
     """Retrain `count` runs alone, with the threads and micro-batch that made them, and compare."""
     from lorasweep.launch.worker import TorchTrainer
@@ -100,7 +122,9 @@ def verify(
         done = state == before["state"] == "done"
         recorded, alone = (before["test_nll"], final["test_nll"]) if done else (None, None)
         worst = max(gaps, default=None) if done else None
-        comparison = Comparison(p.id, before.get("pack_size"), recorded, alone, state == before["state"], worst)
+        comparison = Comparison(
+            p.id, before.get("pack_size"), recorded, alone, state == before["state"], worst
+        )
         told(comparison)
         comparisons.append(comparison)
     return Report(comparisons, noise_floor(points, store))

@@ -1,4 +1,5 @@
-"""Configuration files and the command line -> a checked request. The only importer of hydra and omegaconf.
+"""Configuration files and the command line -> a checked request. The only importer of hydra and
+omegaconf.
 
 Knows the schema and the groups. Refuses to know torch: composing works on a login node.
 """
@@ -26,7 +27,18 @@ from lorasweep.spec.run import DatasetSpec, Exec, ModelSpec, RunSpec, run_id, sn
 from lorasweep.sweep.grid import Point, Sweep, around, check_sweep, expand, fields_of, geom
 from lorasweep.sweep.request import Request
 
-ACTIONS = ("run", "plan", "status", "cancel", "export", "import", "adapter", "verify", "extend", "qualify")
+ACTIONS = (
+    "run",
+    "plan",
+    "status",
+    "cancel",
+    "export",
+    "import",
+    "adapter",
+    "verify",
+    "extend",
+    "qualify",
+)
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
 
@@ -39,7 +51,8 @@ class Scale:
     at: str = "${scale.name}"
     """Which entry of a sweep's own `at` this scale takes."""
     base: str = ""
-    """The base that a sweep's entry `tiny` asks about: the same questions, of another size or another base seed."""
+    """The base that a sweep's entry `tiny` asks about: the same questions, of another size or
+    another base seed."""
     models: list[str] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
@@ -51,7 +64,8 @@ class Scale:
     lr_fullft: list[float] = field(default_factory=list)
     lr_lora: list[float] = field(default_factory=list)
     batch_steps: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
-    """Updates of each of `batch_size`'s four batches in its entry `tiny`, the smallest batch first."""
+    """Updates of each of `batch_size`'s four batches in its entry `tiny`, the smallest batch first.
+    """
 
 
 @dataclass
@@ -118,7 +132,8 @@ def shipped_model(name: str) -> ModelSpec:
 
 
 def compose_request(overrides: Sequence[str]) -> Request:
-    """Return the request that the command line `python -m lorasweep OVERRIDES` makes, for other programs."""
+    """Return the request that the command line `python -m lorasweep OVERRIDES` makes, for other
+    programs."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
@@ -135,18 +150,25 @@ def compose_request(overrides: Sequence[str]) -> Request:
         return request(cfg)
 
 
-_ENV = {"runs_dir": "LORASWEEP_RUNS", "reports_dir": "LORASWEEP_REPORTS", "models_dir": "LORASWEEP_MODELS",
-        "data_dir": "LORASWEEP_DATA"}  # fmt: skip
+_ENV = {
+    "runs_dir": "LORASWEEP_RUNS",
+    "reports_dir": "LORASWEEP_REPORTS",
+    "models_dir": "LORASWEEP_MODELS",
+    "data_dir": "LORASWEEP_DATA",
+}
 
 
 def request(cfg: DictConfig, settings: Any = None) -> Request:
-    """Turn the composed configuration into a checked Request; SpecError lists what is wrong with any point.
+    """Turn the composed configuration into a checked Request; SpecError lists what is wrong with
+    any point.
 
     settings: Hydra's own part of the configuration, if it is not the running command's.
     """
     settings = settings or HydraConfig.get()
     overrides = list(settings.overrides.task)
-    _refuse_shadows([Path(s.path) for s in settings.runtime.config_sources if s.provider == "command-line"])
+    _refuse_shadows(
+        [Path(s.path) for s in settings.runtime.config_sources if s.provider == "command-line"]
+    )
     choices = settings.runtime.choices
     config = _object(cfg)
     _one_of("action", config.action, ACTIONS)
@@ -156,14 +178,26 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     jobs.check(config.cluster)
     jobs.check_pack_size(config.exec, config.cluster)
     sweep_name = choices.get("sweep")
-    common = {"action": config.action, "format": config.format, "mirror": config.mirror, "table": config.table,
-              "run": config.run, "out": config.out, "sample": config.sample,
-              "watch": config.watch, "prune": config.prune, "scale": config.scale.name, "exec": config.exec,
-              "cluster": config.cluster}  # fmt: skip
+    common = {
+        "action": config.action,
+        "format": config.format,
+        "mirror": config.mirror,
+        "table": config.table,
+        "run": config.run,
+        "out": config.out,
+        "sample": config.sample,
+        "watch": config.watch,
+        "prune": config.prune,
+        "scale": config.scale.name,
+        "exec": config.exec,
+        "cluster": config.cluster,
+    }
     base = _run_spec(config)
     if sweep_name is None:
         if config.prune:
-            raise SpecError("prune=true needs a sweep (+sweep=NAME): it cancels queued runs that are no longer part of one.")
+            raise SpecError(
+                "prune=true needs a sweep (+sweep=NAME): it cancels queued runs that are no longer part of one."
+            )
         points = []
         if config.action in ("run", "plan", "status", "cancel", "verify"):
             validate(base)
@@ -172,7 +206,9 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     sweep = config.sweep
     check_sweep(sweep_name, sweep)
     if sweep.parts:
-        rest = [o for o in overrides if o != f"+sweep={sweep_name}" and not o.startswith("sweep.parts=")]
+        rest = [
+            o for o in overrides if o != f"+sweep={sweep_name}" and not o.startswith("sweep.parts=")
+        ]
         parts = [_part(rest, name) for name in sweep.parts]
         return Request(**common, sweep_name=sweep_name, sweep=sweep, points=[], parts=parts)
     _refuse_overwritten(overrides, sweep_name, sweep)
@@ -185,7 +221,9 @@ def _part(overrides: list[str], name: str) -> Request:
     names = option_names("sweep")
     if name not in names:
         raise SpecError(unknown("sweep", name, names))
-    cfg = hydra_compose("config", overrides=[*overrides, f"+sweep={name}"], return_hydra_config=True)
+    cfg = hydra_compose(
+        "config", overrides=[*overrides, f"+sweep={name}"], return_hydra_config=True
+    )
     settings = cfg.hydra
     with flag_override(cfg, ["struct", "readonly"], False):
         del cfg["hydra"]
@@ -197,15 +235,21 @@ def _object(cfg: DictConfig) -> Config:
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
-            raise SpecError(f"not set: {', '.join(missing)}. Choose model=..., dataset=..., method=... or set the key.")
+            raise SpecError(
+                f"not set: {', '.join(missing)}. Choose model=..., dataset=..., method=... or set the key."
+            )
         OmegaConf.resolve(cfg)
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise SpecError(f"configuration: {str(error).splitlines()[0]} (key {error.full_key or '?'})") from None
+        raise SpecError(
+            f"configuration: {str(error).splitlines()[0]} (key {error.full_key or '?'})"
+        ) from None
 
 
 def _run_spec(config: Config) -> RunSpec:
-    names = {f.name for f in dataclasses.fields(RunSpec)} & {f.name for f in dataclasses.fields(Config)}
+    names = {f.name for f in dataclasses.fields(RunSpec)} & {
+        f.name for f in dataclasses.fields(Config)
+    }
     spec = RunSpec(**{name: getattr(config, name) for name in names})
     spec.lr = snap_lr(spec.lr)
     return spec
@@ -217,12 +261,17 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _places(exec_: Exec) -> None:
-    """Fill places from the environment where the command line left the default, and make them absolute."""
+    """Fill places from the environment where the command line left the default, and make them
+    absolute."""
     for name, variable in _ENV.items():
         value = getattr(exec_, name)
         default = getattr(Exec(), name)
         if value == default and os.environ.get(variable):
-            value = os.environ[variable].split(os.pathsep) if isinstance(default, list) else os.environ[variable]
+            value = (
+                os.environ[variable].split(os.pathsep)
+                if isinstance(default, list)
+                else os.environ[variable]
+            )
         one = not isinstance(value, list)
         paths = [str(Path(p).expanduser().absolute()) for p in ([value] if one else value)]
         setattr(exec_, name, paths[0] if one else paths)
@@ -260,19 +309,37 @@ def option_names(group: str) -> list[str]:
 
 
 def _refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
-    """A value given on the command line that every arm's axis replaces would be lost in silence: refuse it."""
+    """A value given on the command line that every arm's axis replaces would be lost in silence:
+    refuse it."""
     for text in overrides:
         key = text.lstrip("+~").partition("=")[0]
         axis = key.removeprefix("method.")
         arms = [arm for arm, axes in sweep.arms.items() if axis in fields_of(axes)]
-        if key == "method" or (axis in fields_of(sweep.axes)) or (arms and not key.startswith(("sweep.", "scale."))):
-            place = f"sweep.axes.{axis}" if axis in sweep.axes else f"sweep.arms.{arms[0]}.{axis}" if arms else "arms"
-            hint = f"Write {place}=[...] instead." if place != "arms" else "Drop an arm with ~sweep.arms.NAME instead."
-            raise SpecError(f"{text!r} has no effect on sweep {name!r}, whose grid sets {axis!r}. {hint}")
+        if (
+            key == "method"
+            or (axis in fields_of(sweep.axes))
+            or (arms and not key.startswith(("sweep.", "scale.")))
+        ):
+            place = (
+                f"sweep.axes.{axis}"
+                if axis in sweep.axes
+                else f"sweep.arms.{arms[0]}.{axis}"
+                if arms
+                else "arms"
+            )
+            hint = (
+                f"Write {place}=[...] instead."
+                if place != "arms"
+                else "Drop an arm with ~sweep.arms.NAME instead."
+            )
+            raise SpecError(
+                f"{text!r} has no effect on sweep {name!r}, whose grid sets {axis!r}. {hint}"
+            )
 
 
 def _refuse_shadows(user_dirs: list[Path]) -> None:
-    """Hydra takes our file, silently, where a user's --config-dir holds one of the same name: refuse that."""
+    """Hydra takes our file, silently, where a user's --config-dir holds one of the same name:
+    refuse that."""
     ours = conf_dir()
     for folder in user_dirs:
         for path in sorted(folder.rglob("*.yaml")) if folder.is_dir() else []:

@@ -1,4 +1,5 @@
-"""What must hold before anything starts: weights and data, claims that can be judged, room, a folder that nodes see."""
+"""What must hold before anything starts: weights and data, claims that can be judged, room, a
+folder that nodes see."""
 
 import importlib
 import socket
@@ -12,13 +13,15 @@ from lorasweep.store import checkpoint
 from lorasweep.sweep.request import Request
 
 RUN_BYTES, STEP_BYTES = 40_000, 250
-"""Disk that a run takes when it is over, and an update's record. Measured: 12 files, of which 9.3 kB are 40 records."""
+"""Disk that a run takes when it is over, and an update's record. Measured: 12 files, of which 9.3
+kB are 40 records."""
 LOCAL_DISKS = ("tmpfs", "ramfs", "overlay", "squashfs")
 OWN_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 
 
 def check_available(request: Request) -> None:
-    """Raise an error that says how to get them if weights or data of any point are not on this machine."""
+    """Raise an error that says how to get them if weights or data of any point are not on this
+    machine."""
     from lorasweep.data import load as data
     from lorasweep.models import load as models
 
@@ -40,7 +43,8 @@ def check_available(request: Request) -> None:
 
 
 def check_claims(request: Request) -> None:
-    """Raise SpecError if the sweep claims what its analysis does not measure: before runs, not after them."""
+    """Raise SpecError if the sweep claims what its analysis does not measure: before runs, not
+    after them."""
     if request.sweep is None:
         return
     try:
@@ -52,7 +56,9 @@ def check_claims(request: Request) -> None:
         if claim.estimand not in known:
             raise SpecError(f"claim {name!r}: " + unknown("estimand", claim.estimand, known))
         if claim.estimand in judged.LOG_ESTIMANDS and not claim.margin[0] > 0:
-            raise SpecError(f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. Start it above 0.")
+            raise SpecError(
+                f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. Start it above 0."
+            )
 
 
 def _analyses() -> list[str]:
@@ -65,7 +71,8 @@ def _analyses() -> list[str]:
 
 
 def disks() -> list[tuple[str, str]]:
-    """List this machine's (mount point, type of file system), as the kernel tells; nothing where it does not."""
+    """List this machine's (mount point, type of file system), as the kernel tells; nothing where it
+    does not."""
     try:
         lines = Path("/proc/mounts").read_text().splitlines()
     except OSError:
@@ -74,14 +81,23 @@ def disks() -> list[tuple[str, str]]:
 
 
 def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[str, str]]) -> None:
-    """Raise ClusterError if the run folder is plainly this machine's own while the nodes are other machines."""
+    """Raise ClusterError if the run folder is plainly this machine's own while the nodes are other
+    machines."""
     if hosts <= {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}:
         return
     folder = folder.resolve()
-    holding = max((m for m in mounted if folder.is_relative_to(m[0])), key=lambda m: len(m[0]), default=("/", ""))
+    holding = max(
+        (m for m in mounted if folder.is_relative_to(m[0])),
+        key=lambda m: len(m[0]),
+        default=("/", ""),
+    )
     own = next((o for o in OWN_FOLDERS if folder.is_relative_to(o)), None)
     if holding[1] in LOCAL_DISKS or own:
-        why = f"it is a {holding[1]} of this machine" if holding[1] in LOCAL_DISKS else f"{own} is this machine's own"
+        why = (
+            f"it is a {holding[1]} of this machine"
+            if holding[1] in LOCAL_DISKS
+            else f"{own} is this machine's own"
+        )
         raise ClusterError(
             f"run folder {folder}: {why}, so the nodes ({', '.join(sorted(hosts)[:3])}, ...) cannot see it. "
             "Set exec.runs_dir=FOLDER (or LORASWEEP_RUNS) to a shared file system, or say cluster.shared=true if it is one."
@@ -89,9 +105,12 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
 
 
 def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
-    """Raise StoreError, with what is needed, if the disk cannot hold the packs' results and the checkpoints of the
-    largest `at_once` of them."""
-    largest = sorted((sum(p.spec.method.n_trainable(p.spec.model) for p in pack.points) for pack in packs), reverse=True)
+    """Raise StoreError, with what is needed, if the disk cannot hold the packs' results and the
+    checkpoints of the largest `at_once` of them."""
+    largest = sorted(
+        (sum(p.spec.method.n_trainable(p.spec.model) for p in pack.points) for pack in packs),
+        reverse=True,
+    )
     results = sum(RUN_BYTES + STEP_BYTES * p.spec.steps for pack in packs for p in pack.points)
     need = 2 * cost.CHECKPOINT_BYTES * sum(largest[:at_once]) + results
     free = checkpoint.free_bytes(root)

@@ -1,8 +1,8 @@
 """Examples -> arrays. Rows lie one after another, each padded on its own, so little is padded.
 
-Shapes: N members, X tokens a member (its rows laid end to end), M places a member where a loss-bearing token is
-predicted. Attention is causal and looks at its own row only, so no real token sees a pad or another row: results do
-not depend on the padding, nor on what else is in the batch.
+Shapes: N members, X tokens a member (its rows laid end to end), M places a member where a
+loss-bearing token is predicted. Attention is causal and looks at its own row only, so no real token
+sees a pad or another row: results do not depend on the padding, nor on what else is in the batch.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ import numpy as np
 from lorasweep.data.load import Example
 
 PAD_TO = 16
-"""Row lengths, X and M are multiples of this: with equal ranks a pack is then bit for bit the run alone (measured;
-the matrix products of narrower shapes are rounded otherwise)."""
+"""Row lengths, X and M are multiples of this: with equal ranks a pack is then bit for bit the run
+alone (measured; the matrix products of narrower shapes are rounded otherwise)."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Batch:
 
     tokens_NX: np.ndarray
     lengths: tuple[tuple[int, ...], ...]
-    """Padded length of each row of each member, in order; they sum to X. A last row may be filler."""
+    """Padded length of each row of each member, in order; they sum to X. A last row may be filler.
+    """
     places_NM: np.ndarray
     """Places in X whose next token is predicted."""
     targets_NM: np.ndarray
@@ -51,9 +52,20 @@ def collate(examples: Sequence[Example]) -> Batch:
         targets.append(example.tokens[at])
     count = sum(map(len, places))
     arrays = []
-    for values in (np.concatenate(places), np.concatenate(targets), np.ones(count, dtype=np.float32)):
-        arrays.append(_widen(values.astype(np.float32 if values.dtype == np.float32 else np.int64)[None], _up(count)))
-    return Batch(tokens[None], (tuple(lengths),), *arrays, n_tokens=sum(len(e.tokens) for e in examples))
+    for values in (
+        np.concatenate(places),
+        np.concatenate(targets),
+        np.ones(count, dtype=np.float32),
+    ):
+        arrays.append(
+            _widen(
+                values.astype(np.float32 if values.dtype == np.float32 else np.int64)[None],
+                _up(count),
+            )
+        )
+    return Batch(
+        tokens[None], (tuple(lengths),), *arrays, n_tokens=sum(len(e.tokens) for e in examples)
+    )
 
 
 def merge(parts: Sequence[Batch]) -> Batch:
@@ -67,13 +79,17 @@ def merge(parts: Sequence[Batch]) -> Batch:
     return Batch(
         np.concatenate([_widen(p.tokens_NX, x) for p in parts]),
         lengths,
-        *(np.concatenate([_widen(getattr(p, k), m) for p in parts]) for k in ("places_NM", "targets_NM", "weight_NM")),
+        *(
+            np.concatenate([_widen(getattr(p, k), m) for p in parts])
+            for k in ("places_NM", "targets_NM", "weight_NM")
+        ),
         n_tokens=sum(p.n_tokens for p in parts),
     )
 
 
 def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the batch as models of any class take it: tokens [N*B, T], and places, targets, weight [N*B, P] by row.
+    """Return the batch as models of any class take it: tokens [N*B, T], and places, targets, weight
+    [N*B, P] by row.
 
     Member by member, B rows each: filler rows are left out.
     """
@@ -93,13 +109,20 @@ def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     shape = (len(lengths), max(1, counts.max()))
     places, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     weight = np.zeros(shape, dtype=np.float32)
-    column = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)  # places are in the order of the rows
-    places[row_of, column], targets[row_of, column], weight[row_of, column] = at - starts[row_of], wanted, 1.0
+    column = np.arange(len(at)) - np.repeat(
+        np.cumsum(counts) - counts, counts
+    )  # places are in the order of the rows
+    places[row_of, column], targets[row_of, column], weight[row_of, column] = (
+        at - starts[row_of],
+        wanted,
+        1.0,
+    )
     return tokens, places, targets, weight
 
 
 def eval_batches(examples: Sequence[Example], n_tokens: int) -> list[Batch]:
-    """Group examples of like length into batches of at most about `n_tokens` padded tokens; the order is fixed."""
+    """Group examples of like length into batches of at most about `n_tokens` padded tokens; the
+    order is fixed."""
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
     batches, group, total = [], [], 0
     for i in order:

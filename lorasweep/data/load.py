@@ -1,4 +1,5 @@
-"""Data sets as token sequences with a loss mask: loading a split, and the order in which it is seen.
+"""Data sets as token sequences with a loss mask: loading a split, and the order in which it is
+seen.
 
 Knows sources and order. Refuses to know methods and learning rates: every arm asks for example i of
 (data set, split, seed) and gets the same one. Needs numpy, and a tokenizer for text; no torch.
@@ -17,7 +18,8 @@ from lorasweep.spec.run import DatasetSpec
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence. tokens: int32 [T]. loss: bool [T]; loss[t] says that predicting tokens[t] counts."""
+    """One sequence. tokens: int32 [T]. loss: bool [T]; loss[t] says that predicting tokens[t]
+    counts."""
 
     tokens: np.ndarray
     loss: np.ndarray
@@ -37,7 +39,8 @@ class Data:
     retain: Sequence[Example] = ()
     """Held-out examples of what the base was pretrained on: what fine-tuning may make it forget."""
     floor_nats: float | None = None
-    """Mean -log p of the test tokens under the generator itself: the lowest NLL there is, in nats."""
+    """Mean -log p of the test tokens under the generator itself: the lowest NLL there is, in nats.
+    """
 
 
 def stream(*names: object) -> np.random.Generator:
@@ -63,7 +66,8 @@ def load(spec: DatasetSpec, data_dirs: Sequence[str], tokenizer: Any = None) -> 
 
 
 def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
-    """Raise DataError if a data set of local files is not there (saying how to get it) or a row is unreadable.
+    """Raise DataError if a data set of local files is not there (saying how to get it) or a row is
+    unreadable.
 
     Needs no tokenizer: whether a row has a token that bears loss is seen when the split is loaded.
     """
@@ -90,7 +94,9 @@ def _generator(name: str) -> Any:
     return known[name]
 
 
-def _shuffled(spec: DatasetSpec, rows: Sequence[Example]) -> Callable[[int, int, int], list[Example]]:
+def _shuffled(
+    spec: DatasetSpec, rows: Sequence[Example]
+) -> Callable[[int, int, int], list[Example]]:
     """Give rows in a new order each epoch; the order depends on (data set, split, seed) alone."""
     orders: dict[tuple[int, int], np.ndarray] = {}
 
@@ -108,7 +114,8 @@ def _shuffled(spec: DatasetSpec, rows: Sequence[Example]) -> Callable[[int, int,
 
 
 CHUNK = 256
-"""Generated sequences are drawn in chunks of this many, so that example i needs no earlier example."""
+"""Generated sequences are drawn in chunks of this many, so that example i needs no earlier example.
+"""
 
 
 def generated(

@@ -1,7 +1,7 @@
 """Rows of text -> token ids and loss mask: JSON Lines files and hub data sets, prompts or messages.
 
-Every row is read and checked when the split is loaded, before a run starts: an unreadable row, or one
-on which no token would bear loss, is an error that names file and line.
+Every row is read and checked when the split is loaded, before a run starts: an unreadable row, or
+one on which no token would bear loss, is an error that names file and line.
 """
 
 import hashlib
@@ -61,7 +61,9 @@ def check_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> None
             _field(row, spec.completion_field, where)
 
 
-def _rows(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(
+    spec: DatasetSpec, split: str, data_dirs: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     if spec.source == "jsonl":
         path = find_jsonl(spec, split, data_dirs)
         with path.open(encoding="utf-8", errors="strict") as lines:
@@ -71,16 +73,22 @@ def _rows(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Iterator[t
                     if line.strip():
                         yield f"{path}:{number}", json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}:{number}: not a JSON row ({error}). Mend or remove the line.") from None
+                raise DataError(
+                    f"{path}:{number}: not a JSON row ({error}). Mend or remove the line."
+                ) from None
         return
     import datasets
 
     try:
         rows = datasets.load_dataset(
-            spec.location, spec.config or None, split=spec.train_split if spec.holdout else split,
+            spec.location,
+            spec.config or None,
+            split=spec.train_split if spec.holdout else split,
             revision=spec.revision or None,
-        )  # fmt: skip
-        if spec.holdout:  # mixtures lie source by source: shuffled first, or the held-out rows are of one
+        )
+        if (
+            spec.holdout
+        ):  # mixtures lie source by source: shuffled first, or the held-out rows are of one
             rows = rows.shuffle(seed=0)
             test = range(min(spec.holdout, len(rows)))
             rows = rows.select(test if split == spec.test_split else range(len(test), len(rows)))
@@ -96,7 +104,9 @@ def _rows(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Iterator[t
 def _field(row: Any, name: str, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(name), str):
         keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"{where}: no text field {name!r}. The row has: {keys}. Set the field in conf/dataset.")
+        raise DataError(
+            f"{where}: no text field {name!r}. The row has: {keys}. Set the field in conf/dataset."
+        )
     return row[name]
 
 
@@ -119,7 +129,10 @@ def _example(spec: DatasetSpec, row: dict[str, Any], tokenizer: Any, where: str)
         loss += [counts] * len(piece)
         n_bytes += len(text.encode()) if counts else 0
     cut = len(ids) > spec.max_length
-    tokens, mask = np.array(ids[: spec.max_length], dtype=np.int32), np.array(loss[: spec.max_length], dtype=bool)
+    tokens, mask = (
+        np.array(ids[: spec.max_length], dtype=np.int32),
+        np.array(loss[: spec.max_length], dtype=bool),
+    )
     if len(mask):
         mask[0] = False  # nothing stands before the first token
     if not mask.any():
@@ -133,8 +146,11 @@ def _example(spec: DatasetSpec, row: dict[str, Any], tokenizer: Any, where: str)
     return Example(tokens=tokens, loss=mask, n_bytes=n_bytes)
 
 
-def _message_parts(spec: DatasetSpec, row: dict[str, Any], where: str) -> list[tuple[str, bool, bool]]:
-    """Render messages as 'Role: text', the plain form that the study's authors used for base models."""
+def _message_parts(
+    spec: DatasetSpec, row: dict[str, Any], where: str
+) -> list[tuple[str, bool, bool]]:
+    """Render messages as 'Role: text', the plain form that the study's authors used for base
+    models."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise DataError(f"{where}: format=messages needs a list 'messages' of {{role, content}}.")

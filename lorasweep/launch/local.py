@@ -1,7 +1,8 @@
 """Run packs on this machine: worker processes that claim what is free, until nothing is left to do.
 
-Knows processes and signals. Workers are told what to do by a JSON file and run `lorasweep.launch.worker`; two commands
-that ask the same sweep at once share its runs, each waiting for what the other has claimed.
+Knows processes and signals. Workers are told what to do by a JSON file and run
+`lorasweep.launch.worker`; two commands that ask the same sweep at once share its runs, each waiting
+for what the other has claimed.
 """
 
 import json
@@ -35,14 +36,20 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 def run_points(
-    points: Sequence[Point], store: RunStore, exec_: Exec, report: Callable[[dict[str, Any]], None],
-    trainer: Trainer | str | None = None, patience_s: float = math.inf, skip: str | None = None,
-) -> None:  # fmt: skip
+    points: Sequence[Point],
+    store: RunStore,
+    exec_: Exec,
+    report: Callable[[dict[str, Any]], None],
+    trainer: Trainer | str | None = None,
+    patience_s: float = math.inf,
+    skip: str | None = None,
+) -> None:
     """Bring every run of `points` to an end, or to a recorded failure. Raises Stopped on Ctrl-C.
 
-    With a `trainer` that is callable the packs run in this process (tests); else in worker processes, which take the
-    trainer of that name (package.module:object) or the real one. `patience_s` bounds the time without any progress
-    while only runs of other processes are left. `skip`: a file of run ids that are not to be started.
+    With a `trainer` that is callable the packs run in this process (tests); else in worker
+    processes, which take the trainer of that name (package.module:object) or the real one.
+    `patience_s` bounds the time without any progress while only runs of other processes are left.
+    `skip`: a file of run ids that are not to be started.
     """
     tried: set[str] = set()
     quiet_since, held = time.monotonic(), None
@@ -59,10 +66,14 @@ def run_points(
                     specs = [p.spec for p in pack.points]
                     execute(specs, exec_, store, trainer, report, StopFlag(), pack.micro_batch_size)
             states = store.states(p.id for p in mine)
-            # A run that failed here is not tried again by this command; one that went stale (its worker was
-            # killed from outside) is, as long as attempts are left.
+            # A run that failed here is not tried again by this command; one that went stale (its
+            # worker was killed from outside) is, as long as attempts are left.
             tried |= {i for i, s in states.items() if s == "failed"}
-            tried |= {i for i, s in states.items() if s == "stale" and store.failures(i) >= exec_.max_attempts}
+            tried |= {
+                i
+                for i, s in states.items()
+                if s == "stale" and store.failures(i) >= exec_.max_attempts
+            }
             quiet_since = time.monotonic()
         elif elsewhere:
             now_held = {p.id for p in elsewhere}
@@ -75,14 +86,22 @@ def run_points(
             return
 
 
-def measure_shapes(points: Sequence[Point], store: RunStore, exec_: Exec, say: Callable[[str], None]) -> None:
-    """Measure the shapes of run that are worth it and not known on this machine; one process at a time does so."""
+def measure_shapes(
+    points: Sequence[Point], store: RunStore, exec_: Exec, say: Callable[[str], None]
+) -> None:
+    """Measure the shapes of run that are worth it and not known on this machine; one process at a
+    time does so."""
     shapes = to_calibrate(points, store.states(p.id for p in points), exec_)
     if all(calibrate.known(s, exec_) is not None for s in shapes):
         return
-    lock = Lock(store.root / ".calibration" / f"lock-{calibrate.kind(shapes[0], exec_)}")  # one a kind of machine
+    lock = Lock(
+        store.root / ".calibration" / f"lock-{calibrate.kind(shapes[0], exec_)}"
+    )  # one a kind of machine
     try:
-        lock.acquire(60 + calibrate.BUDGET_S * len(shapes), lambda who: say(f"waiting for the measurement by {who}"))
+        lock.acquire(
+            60 + calibrate.BUDGET_S * len(shapes),
+            lambda who: say(f"waiting for the measurement by {who}"),
+        )
     except StoreError:
         return say("the measurement by another takes too long; packs are planned by default sizes")
     try:
@@ -99,17 +118,25 @@ def measure_shapes(points: Sequence[Point], store: RunStore, exec_: Exec, say: C
 
 
 def _run_workers(
-    plan: Plan, store: RunStore, exec_: Exec, report: Callable[[dict[str, Any]], None], more: dict[str, Any]
+    plan: Plan,
+    store: RunStore,
+    exec_: Exec,
+    report: Callable[[dict[str, Any]], None],
+    more: dict[str, Any],
 ) -> None:
     """Start the workers on one job file, pass their events on, and wait for all of them."""
     jobs = store.root / ".jobs"
     job = {
         "packs": [
-            {"runs": [json.loads(canonical(p.spec)) for p in pack.points], "micro_batch_size": pack.micro_batch_size}
+            {
+                "runs": [json.loads(canonical(p.spec)) for p in pack.points],
+                "micro_batch_size": pack.micro_batch_size,
+            }
             for pack in plan.packs
         ],
         "exec": {**asdict(exec_), "threads": plan.threads, "workers": plan.workers},
-        # A worker has not watched other machines' heartbeats, so it is told which owners were found dead.
+        # A worker has not watched other machines' heartbeats, so it is told which owners were found
+        # dead.
         "dead": {p.id: store.last_attempt(p.id) for p in plan.todo if plan.states[p.id] == "stale"},
         **more,
     }
@@ -118,7 +145,9 @@ def _run_workers(
         jobs.mkdir(exist_ok=True)
         files.write_atomic(path, json.dumps(job).encode())
     except OSError as error:
-        raise StoreError(f"{path} cannot be written ({error.strerror}). Free some space, then ask again.") from None
+        raise StoreError(
+            f"{path} cannot be written ({error.strerror}). Free some space, then ask again."
+        ) from None
     env = _environment(plan.threads)
     events: queue.Queue[dict[str, Any] | None] = queue.Queue()
     workers: list[subprocess.Popen] = []
@@ -127,8 +156,15 @@ def _run_workers(
         with open(path.with_suffix(".log"), "ab") as log:
             for k in range(min(plan.workers, len(plan.packs))):
                 command = [sys.executable, "-m", "lorasweep.launch.worker", str(path), str(k)]
-                workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True,
-                                                env={**env, **_devices_of(k, plan.workers)}))  # fmt: skip
+                workers.append(
+                    subprocess.Popen(
+                        command,
+                        stdout=subprocess.PIPE,
+                        stderr=log,
+                        text=True,
+                        env={**env, **_devices_of(k, plan.workers)},
+                    )
+                )
                 threading.Thread(target=_read, args=(workers[-1], events), daemon=True).start()
         open_ends = len(workers)
         while open_ends:
@@ -152,7 +188,9 @@ def _run_workers(
     if 3 in codes:
         raise Stopped
     crashed = [c for c in codes if c not in (0, 3)]
-    if crashed and all(c > 0 for c in crashed):  # a signal (c < 0) leaves stale runs, which are taken up again
+    if crashed and all(
+        c > 0 for c in crashed
+    ):  # a signal (c < 0) leaves stale runs, which are taken up again
         tail = path.with_suffix(".log").read_text(errors="replace").splitlines()[-8:]
         raise TrainingError("a worker ended with an error of its own:\n" + "\n".join(tail))
     path.unlink(missing_ok=True)
@@ -160,15 +198,21 @@ def _run_workers(
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Return a worker's environment: it runs this very code, whatever lies in the current folder, on so many threads."""
-    env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "TOKENIZERS_PARALLELISM": "false"}
+    """Return a worker's environment: it runs this very code, whatever lies in the current folder,
+    on so many threads."""
+    env = {
+        **os.environ,
+        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     return {**env, "PYTHONSAFEPATH": "1"}
 
 
 def _devices_of(worker: int, workers: int) -> dict[str, str]:
-    """Deal the GPUs to the workers, each a share of its own; nothing where there are none. More workers than GPUs share."""
+    """Deal the GPUs to the workers, each a share of its own; nothing where there are none. More
+    workers than GPUs share."""
     devices = machine.devices()
     if not devices:
         return {}

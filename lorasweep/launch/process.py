@@ -1,4 +1,5 @@
-"""What a worker process asks of the system it runs on. Every request may be refused; nothing depends on it."""
+"""What a worker process asks of the system it runs on. Every request may be refused; nothing
+depends on it."""
 
 import ctypes
 import signal
@@ -6,14 +7,16 @@ import sys
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to stop this process when its parent dies, so that no orphan holds claims (Linux)."""
+    """Ask the kernel to stop this process when its parent dies, so that no orphan holds claims
+    (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep what is freed: a step frees and takes the same gigabytes again, and each page that is given
-    back and taken anew costs a fault (LOG.md: the elementwise passes of a step take half the time with this)."""
+    """Ask glibc to keep what is freed: a step frees and takes the same gigabytes again, and each
+    page that is given back and taken anew costs a fault (LOG.md: the elementwise passes of a step
+    take half the time with this)."""
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,10 +1,12 @@
-"""One pack, start to finish, on this machine: claim, train, record. What a worker or a cluster job calls.
+"""One pack, start to finish, on this machine: claim, train, record. What a worker or a cluster job
+calls.
 
-    python -m lorasweep.launch.worker JOB.json
-    {"packs": [{"runs": [spec, ...], "micro_batch_size": n}, ...], "exec": {...}, "dead": {run id: attempt},
+    python -m lorasweep.launch.worker JOB.json {"packs": [{"runs": [spec, ...], "micro_batch_size":
+    n}, ...], "exec": {...}, "dead": {run id: attempt},
      "trainer": null or "package.module:object", "skip": null or a file of run ids not to start}
 
-Knows the store and asks a trainer for events; torch is loaded by the trainer alone, inside functions.
+Knows the store and asks a trainer for events; torch is loaded by the trainer alone, inside
+functions.
 """
 
 import errno
@@ -41,20 +43,25 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Set by SIGINT, SIGTERM and Slurm's warning SIGUSR2: finish the update, write a checkpoint, leave."""
+    """Set by SIGINT, SIGTERM and Slurm's warning SIGUSR2: finish the update, write a checkpoint,
+    leave."""
 
     SAME_S = 2.0
-    """Signals this close together are one wish: a terminal's Ctrl-C reaches a worker directly and by its parent."""
+    """Signals this close together are one wish: a terminal's Ctrl-C reaches a worker directly and
+    by its parent."""
 
     def __init__(self) -> None:
         self.set = False
         self._since = 0.0
 
     def install(self) -> None:
-        """Take over these signals; one that comes later than SAME_S after the first ends the process at once."""
+        """Take over these signals; one that comes later than SAME_S after the first ends the
+        process at once."""
 
         def handler(number: int, frame: Any) -> None:
-            impatient = number == signal.SIGINT or ownership.OUR_JOB not in os.environ  # Slurm has its own way to end us
+            impatient = (
+                number == signal.SIGINT or ownership.OUR_JOB not in os.environ
+            )  # Slurm has its own way to end us
             if self.set and impatient and time.monotonic() - self._since > self.SAME_S:
                 os._exit(128 + number)
             if not self.set:
@@ -66,13 +73,19 @@ class StopFlag:
 
 
 def execute(
-    pack: Sequence[RunSpec], exec_: Exec, store: RunStore, trainer: Trainer, report: Report, stop: StopFlag,
+    pack: Sequence[RunSpec],
+    exec_: Exec,
+    store: RunStore,
+    trainer: Trainer,
+    report: Report,
+    stop: StopFlag,
     micro_batch_size: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Claim what is free of the pack and bring it to an end. Failures are recorded, not raised;
     Stopped, a full disk, and data or models that the user must mend are raised.
 
-    `micro_batch_size` is the plan's; the user's (exec.micro_batch_size) and a checkpoint's come before it.
+    `micro_batch_size` is the plan's; the user's (exec.micro_batch_size) and a checkpoint's come
+    before it.
     """
     claims: dict[str, int] = {}
     beats = None
@@ -82,14 +95,19 @@ def execute(
             if n is not None:
                 claims[run_id(spec)] = n
             elif not claims:
-                return  # another worker has the first member, so this pack is its: never torn between two
+                # another worker has the first member, so this pack is its: never torn between two
+                return
         beats = _Heartbeats(store, claims)
         members = [s for s in pack if run_id(s) in claims]
         _run(members, claims, exec_, store, trainer, report, stop, micro_batch_size)
     except Stopped:
         _end_all(store, claims, "stopped", "asked to stop")
         raise
-    except (SpecError, DataError, ModelError) as error:  # the user's to mend: said once, not recorded run by run
+    except (
+        SpecError,
+        DataError,
+        ModelError,
+    ) as error:  # the user's to mend: said once, not recorded run by run
         _end_all(store, claims, "stopped", str(error))
         raise
     except Exception as error:
@@ -99,7 +117,9 @@ def execute(
         _end_all(store, claims, "stopped" if full else "failed", cause, text)
         if full:
             free = checkpoint.free_bytes(store.root) / 2**20
-            need = 2 * cost.CHECKPOINT_BYTES * sum(s.method.n_trainable(s.model) for s in pack) / 2**20
+            need = (
+                2 * cost.CHECKPOINT_BYTES * sum(s.method.n_trainable(s.model) for s in pack) / 2**20
+            )
             raise StoreError(
                 f"the disk of {store.root} is full ({free:.0f} MiB free); the checkpoints of the {len(pack)} run(s) that were "
                 f"training take up to {need:.1f} MiB, and action=plan says what the whole sweep needs. Finished runs are safe. "
@@ -114,9 +134,15 @@ def execute(
 
 
 def _run(
-    members: list[RunSpec], claims: dict[str, int], exec_: Exec, store: RunStore, trainer: Trainer, report: Report,
-    stop: StopFlag, planned_rows: int | None,
-) -> None:  # fmt: skip
+    members: list[RunSpec],
+    claims: dict[str, int],
+    exec_: Exec,
+    store: RunStore,
+    trainer: Trainer,
+    report: Report,
+    stop: StopFlag,
+    planned_rows: int | None,
+) -> None:
     ids = [run_id(s) for s in members]
     specs = dict(zip(ids, members))
     resume = checkpoint.load_pack({i: store.folder(i) / "checkpoint" for i in ids})
@@ -125,24 +151,35 @@ def _run(
     layout_changed = False
     for i in ids:
         store.cut_records(i, resume[i]["meta"]["records_size"] if resume else 0)
-        checkpoint.keep_only(store.folder(i) / "checkpoint", resume[i]["meta"]["step"] if resume else None)
+        checkpoint.keep_only(
+            store.folder(i) / "checkpoint", resume[i]["meta"]["step"] if resume else None
+        )
         layout_changed |= bool(resume) and resume[i]["meta"]["layout"] != ids
     if resume:  # the same layout goes on bit for bit, so its threads and micro-batch go with it ...
         meta = resume[ids[0]]["meta"]
-        rows = exec_.micro_batch_size or meta["micro_batch_size"]  # ... unless the user asks for another
+        rows = (
+            exec_.micro_batch_size or meta["micro_batch_size"]
+        )  # ... unless the user asks for another
         layout_changed |= rows != meta["micro_batch_size"]
         exec_ = Exec(**{**vars(exec_), "threads": meta["threads"], "micro_batch_size": rows})
     elif exec_.micro_batch_size is None:
         exec_ = Exec(**{**vars(exec_), "micro_batch_size": planned_rows})
     env = {
-        **provenance.environment(), "pack": ids, "threads": exec_.threads, "micro_batch_size": exec_.micro_batch_size,
+        **provenance.environment(),
+        "pack": ids,
+        "threads": exec_.threads,
+        "micro_batch_size": exec_.micro_batch_size,
         "resumed_from_step": resume[ids[0]]["meta"]["step"] if resume else None,
         "resumed_in_other_company": layout_changed,
-    }  # fmt: skip
+    }
     for i in ids:
         store.write_env(i, claims[i], env)
-        store.log(i, claims[i], f"training {len(ids)} run(s) together; this one: {specs[i].method.name} "
-                                f"lr={specs[i].lr:g} seed={specs[i].seed}")  # fmt: skip
+        store.log(
+            i,
+            claims[i],
+            f"training {len(ids)} run(s) together; this one: {specs[i].method.name} "
+            f"lr={specs[i].lr:g} seed={specs[i].seed}",
+        )
     started, saved_at, cost, wall = time.monotonic(), time.monotonic(), 0.0, dict.fromkeys(ids, 0.0)
     if resume:
         wall = {i: resume[i]["meta"]["wall_s"] for i in ids}
@@ -159,12 +196,17 @@ def _run(
         for i, (state, final) in event.ended.items():
             if i in mine:
                 extra = {
-                    "wall_s": wall[i], "n_trainable": specs[i].method.n_trainable(specs[i].model),
-                    "attempt": claims[i], "pack_size": len(ids), "threads": exec_.threads,
+                    "wall_s": wall[i],
+                    "n_trainable": specs[i].method.n_trainable(specs[i].model),
+                    "attempt": claims[i],
+                    "pack_size": len(ids),
+                    "threads": exec_.threads,
                     "resumed_in_other_company": layout_changed,
-                }  # fmt: skip
+                }
                 store.finish(i, state, {**final, **extra})
-                report({"run": i, "ended": state, "test_nll": final.get("test_nll"), "wall_s": wall[i]})
+                report(
+                    {"run": i, "ended": state, "test_nll": final.get("test_nll"), "wall_s": wall[i]}
+                )
         live = [i for i in live if i not in event.ended]
         report({"runs": live, "step": event.step})
         due = now - saved_at > max(exec_.checkpoint_s, CHECKPOINT_SHARE * cost)
@@ -173,9 +215,12 @@ def _run(
                 if i in live and store.owns(i, claims[i]):
                     store.sync_records(i)
                     where = {
-                        "layout": live, "records_size": store.records_size(i), "threads": exec_.threads,
-                        "micro_batch_size": exec_.micro_batch_size, "wall_s": wall[i],
-                    }  # fmt: skip
+                        "layout": live,
+                        "records_size": store.records_size(i),
+                        "threads": exec_.threads,
+                        "micro_batch_size": exec_.micro_batch_size,
+                        "wall_s": wall[i],
+                    }
                     state = {"tensors": state["tensors"], "meta": {**state["meta"], **where}}
                     checkpoint.save(store.folder(i) / "checkpoint", state)
             saved_at = time.monotonic()
@@ -184,14 +229,18 @@ def _run(
             raise Stopped
 
 
-def _end_all(store: RunStore, claims: dict[str, int], state: str, cause: str, text: str = "") -> None:
+def _end_all(
+    store: RunStore, claims: dict[str, int], state: str, cause: str, text: str = ""
+) -> None:
     for rid, n in claims.items():
         if store.result(rid) is None:
             try:
                 if text:
                     store.log(rid, n, text)
                 store.write_end(rid, n, state, cause)
-            except OSError:  # a full disk: without end.json the run counts as stale, which is also right
+            except (
+                OSError
+            ):  # a full disk: without end.json the run counts as stale, which is also right
                 continue
 
 
@@ -228,7 +277,9 @@ class TorchTrainer:
         self._base: tuple[Any, Any] | None = None
         self._data: dict[Any, Any] = {}
 
-    def __call__(self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None) -> Iterator[Event]:
+    def __call__(
+        self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None
+    ) -> Iterator[Event]:
         import torch
 
         from lorasweep.data import load as data
@@ -238,7 +289,11 @@ class TorchTrainer:
         if exec_.threads:
             torch.set_num_threads(exec_.threads)
         first = pack[0]
-        key = (json.dumps(first.model, default=vars, sort_keys=True), first.precision, exec_.compile)
+        key = (
+            json.dumps(first.model, default=vars, sort_keys=True),
+            first.precision,
+            exec_.compile,
+        )
         if self._base is None or self._base[0] != key:
             self._base, self._data = None, {}  # one base in memory at a time
             self._base = (key, models.load(first.model, exec_.models_dir, first.precision))
@@ -269,7 +324,8 @@ def skipped(path: str | None) -> set[str]:
 
 
 def main(job_path: str, first: int = 0) -> int:
-    """Run the packs of a job file that are free, in order from number `first`; events go to stdout as JSON lines."""
+    """Run the packs of a job file that are free, in order from number `first`; events go to stdout
+    as JSON lines."""
     die_with_parent()
     keep_freed_memory()
     stop = StopFlag()

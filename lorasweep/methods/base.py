@@ -43,7 +43,9 @@ class Method:
         """Estimate the floating-point operations of forward and backward over `n_tokens` tokens."""
         raise NotImplementedError
 
-    def attach(self, base: Any, model: "ModelSpec", methods: "Sequence[Method]", seeds: "Sequence[int]"):
+    def attach(
+        self, base: Any, model: "ModelSpec", methods: "Sequence[Method]", seeds: "Sequence[int]"
+    ):
         """Attach N = len(methods) members to the loaded `base`; return their Trainables."""
         raise NotImplementedError
 
@@ -57,15 +59,18 @@ class Trainables(Protocol):
         """Name -> tensor, in a fixed order."""
 
     def part_of(self, name: str) -> tuple[str, slice]:
-        """Return the name that this tensor's part has in one member's state, and the members that it holds."""
+        """Return the name that this tensor's part has in one member's state, and the members that
+        it holds."""
 
     def lr_ratios(self, name: str) -> list[float]:
-        """Return, for each member that this tensor holds, the factor on its learning rate (stacked ones only)."""
+        """Return, for each member that this tensor holds, the factor on its learning rate (stacked
+        ones only)."""
 
     def keep(self, members: list[int]) -> "dict[str, tuple[str, list[int]]]":
         """Compact the pack to `members` (rising indices into the present order).
 
-        Returns for each new tensor the one that it came from, and the rows of that which it kept."""
+        Returns for each new tensor the one that it came from, and the rows of that which it kept.
+        """
 
     def norms(self) -> list[dict[str, float]]:
         """Norms worth recording, one dict a member."""

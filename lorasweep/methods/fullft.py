@@ -27,7 +27,8 @@ class FullFT(Method):
     scope: str = "all"
     """'all' parameters, or only the 'matrices' that `layers` names."""
     layers: str = "all"
-    """Layer sets trained under scope=matrices; without effect, and kept at 'all', under scope=all."""
+    """Layer sets trained under scope=matrices; without effect, and kept at 'all', under scope=all.
+    """
     MAX_PACK: ClassVar[int | None] = 1  # members' weights differ, so nothing is shared
 
     def check(self, model: "ModelSpec") -> None:
@@ -53,10 +54,13 @@ class FullFT(Method):
         return sum(m.d_in * m.d_out * m.count for m in model.matrices(parse_layers(self.layers)))
 
     def step_flops(self, model: "ModelSpec", n_tokens: int) -> float:
-        # 6 per weight and token: 2 forward, 4 backward (study.md section 4; attention scores left out).
+        # 6 per weight and token: 2 forward, 4 backward (study.md section 4; attention scores left
+        # out).
         return 6.0 * n_tokens * model.n_matmul_params()
 
-    def attach(self, base: Any, model: "ModelSpec", methods: Sequence[Method], seeds: Sequence[int]):
+    def attach(
+        self, base: Any, model: "ModelSpec", methods: Sequence[Method], seeds: Sequence[int]
+    ):
         if len(methods) != 1:
             raise SpecError(f"fullft trains one run at a time, not {len(methods)}.")
         return _WholeModel(base, model, self)
@@ -101,8 +105,12 @@ class _WholeModel:
     def spectra(self) -> list[dict[str, dict[str, float]]]:
         from lorasweep.methods.stacked.linear import spectral_norm
 
-        matrices = {n: p.detach() - self._start[n] for n, p in self.parameters().items() if p.dim() == 2}
-        return [{n.removesuffix(".weight"): {"delta": spectral_norm(d)} for n, d in matrices.items()}]
+        matrices = {
+            n: p.detach() - self._start[n] for n, p in self.parameters().items() if p.dim() == 2
+        }
+        return [
+            {n.removesuffix(".weight"): {"delta": spectral_norm(d)} for n, d in matrices.items()}
+        ]
 
     def detach(self) -> None:
         import torch

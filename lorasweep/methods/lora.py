@@ -1,9 +1,9 @@
 """LoRA: W' = W + (alpha/rank) B A on the chosen layer sets (Hu et al., arXiv 2106.09685).
 
-Defaults are the study's: alpha 32 whatever the rank, A uniform in +-1/sqrt(d_in), B zero, one learning
-rate for both. The other fields are what its parametrisation claims are tested with: a factor on A's start, another rate
-for B, another power of the rank in the scaling, B random instead of A. The stacked module that a pack trains lives in
-`lorasweep.methods.stacked.linear`.
+Defaults are the study's: alpha 32 whatever the rank, A uniform in +-1/sqrt(d_in), B zero, one
+learning rate for both. The other fields are what its parametrisation claims are tested with: a
+factor on A's start, another rate for B, another power of the rank in the scaling, B random instead
+of A. The stacked module that a pack trains lives in `lorasweep.methods.stacked.linear`.
 """
 
 import math
@@ -33,59 +33,90 @@ class LoRA(Method):
 
     name: str = "lora"
     rank: int = 16
-    """Columns of A and rows of B; 1 to half the smaller side of every adapted matrix (science: rank/width)."""
+    """Columns of A and rows of B; 1 to half the smaller side of every adapted matrix (science:
+    rank/width)."""
     alpha: float = 32.0
     """Numerator of scaling = alpha/rank. 32 in every experiment of the study."""
     layers: str = "all"
-    """Layer sets joined by '+': attention, mlp, unembedding; 'all' is all three, as in the study's table."""
+    """Layer sets joined by '+': attention, mlp, unembedding; 'all' is all three, as in the study's
+    table."""
     scaling_by: str = _later("rank")
-    """alpha is divided by the rank (the study), by sqrt_rank (rsLoRA, arXiv 2312.03732), or by nothing (none)."""
+    """alpha is divided by the rank (the study), by sqrt_rank (rsLoRA, arXiv 2312.03732), or by
+    nothing (none)."""
     init_scale: float = _later(1.0)
     """Factor on the random start of A (of B under start=b)."""
     lr_b_ratio: float = _later(1.0)
-    """Learning rate of B over that of A, which is `lr` (LoRA+, arXiv 2402.12354, takes about 16)."""
+    """Learning rate of B over that of A, which is `lr` (LoRA+, arXiv 2402.12354, takes about 16).
+    """
     start: str = _later("a")
     """Which factor starts random, uniform in +-1/sqrt(its inputs); the other starts at zero."""
     init_seed: int = _later(0)
-    """Another draw of the random start on the same batches: the null for differences between adapters."""
-    PACKED_FIELDS: ClassVar[tuple[str, ...]] = ("alpha", "rank", "scaling_by", "init_scale", "lr_b_ratio", "start",
-                                                "init_seed")  # fmt: skip
+    """Another draw of the random start on the same batches: the null for differences between
+    adapters."""
+    PACKED_FIELDS: ClassVar[tuple[str, ...]] = (
+        "alpha",
+        "rank",
+        "scaling_by",
+        "init_scale",
+        "lr_b_ratio",
+        "start",
+        "init_seed",
+    )
 
     @property
     def scaling(self) -> float:
         """Factor on B A x."""
-        return self.alpha / {"rank": self.rank, "sqrt_rank": math.sqrt(self.rank), "none": 1.0}[self.scaling_by]
+        return (
+            self.alpha
+            / {"rank": self.rank, "sqrt_rank": math.sqrt(self.rank), "none": 1.0}[self.scaling_by]
+        )
 
     def check(self, model: "ModelSpec") -> None:
         matrices = model.matrices(parse_layers(self.layers))
         smallest = min(min(m.d_in, m.d_out) for m in matrices)
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 1 <= self.rank <= smallest:
+        if (
+            isinstance(self.rank, bool)
+            or not isinstance(self.rank, int)
+            or not 1 <= self.rank <= smallest
+        ):
             raise SpecError(
                 f"method.rank={self.rank}: on model {model.name!r} with layers {self.layers} the rank is a whole "
                 f"number from 1 to {smallest} (the smallest adapted matrix has a side of {smallest})."
             )
         if not 0 < self.alpha < 1e6:
-            raise SpecError(f"method.alpha={self.alpha}: a number above 0 and below 1e6. The study uses 32.")
+            raise SpecError(
+                f"method.alpha={self.alpha}: a number above 0 and below 1e6. The study uses 32."
+            )
         for name, allowed in (("scaling_by", SCALINGS), ("start", STARTS)):
             if getattr(self, name) not in allowed:
-                raise SpecError(f"method.{name}={getattr(self, name)!r}. Allowed: {', '.join(allowed)}.")
+                raise SpecError(
+                    f"method.{name}={getattr(self, name)!r}. Allowed: {', '.join(allowed)}."
+                )
         for name in ("init_scale", "lr_b_ratio"):
             if not 0 < getattr(self, name) < 1e6:
-                raise SpecError(f"method.{name}={getattr(self, name)}: a number above 0 and below 1e6. The study has 1.")
+                raise SpecError(
+                    f"method.{name}={getattr(self, name)}: a number above 0 and below 1e6. The study has 1."
+                )
         if not 0 <= self.init_seed < 2**31:
-            raise SpecError(f"method.init_seed={self.init_seed}: a whole number from 0 to 2^31 - 1.")
+            raise SpecError(
+                f"method.init_seed={self.init_seed}: a whole number from 0 to 2^31 - 1."
+            )
 
     def n_trainable(self, model: "ModelSpec") -> int:
         return sum(
-            self.rank * (m.d_in + m.d_out) * m.count for m in model.matrices(parse_layers(self.layers))
+            self.rank * (m.d_in + m.d_out) * m.count
+            for m in model.matrices(parse_layers(self.layers))
         )
 
     def step_flops(self, model: "ModelSpec", n_tokens: int) -> float:
-        # 4 per frozen weight and token (forward, gradient of the input), 6 per adapter weight: the study's
-        # 2N^2 + 6NR against 3N^2 multiply-adds (study.md section 4; attention scores left out).
+        # 4 per frozen weight and token (forward, gradient of the input), 6 per adapter weight: the
+        # study's 2N^2 + 6NR against 3N^2 multiply-adds (study.md section 4; attention scores left
+        # out).
         return n_tokens * (4.0 * model.n_matmul_params() + 6.0 * self.n_trainable(model))
 
-    def attach(self, base: Any, model: "ModelSpec", methods: Sequence[Method], seeds: Sequence[int]):
+    def attach(
+        self, base: Any, model: "ModelSpec", methods: Sequence[Method], seeds: Sequence[int]
+    ):
         from lorasweep.methods.stacked.linear import StackedAdapters
         from lorasweep.models.load import layer_modules
 

@@ -1,4 +1,5 @@
-"""Base models: find and load the weights, check them against their described shape, name their layer sets.
+"""Base models: find and load the weights, check them against their described shape, name their
+layer sets.
 
 Knows four sources: hub, folder, GGUF file, and recipe (`lorasweep.train.pretrain` trains it once).
 Refuses to know methods and data.
@@ -27,7 +28,8 @@ class Base:
     tokenizer: Any
     sha256: str
     start_nll: dict[str, float] = field(default_factory=dict)
-    """Held-out NLL before training, by data set and precision: the same for every run, measured once."""
+    """Held-out NLL before training, by data set and precision: the same for every run, measured
+    once."""
 
 
 def check_available(spec: ModelSpec, models_dirs: Sequence[str]) -> None:
@@ -96,8 +98,9 @@ def _from_transformers(name: str, revision: str | None) -> tuple[Any, Any]:
 
 
 def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
-    """Convert a GGUF file once: a loaded one counts as quantised and cannot be saved, so the same class is
-    built from its config without the quantisation entry. Cached as safetensors beside the recipes."""
+    """Convert a GGUF file once: a loaded one counts as quantised and cannot be saved, so the same
+    class is built from its config without the quantisation entry. Cached as safetensors beside the
+    recipes."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -143,11 +146,14 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
     want = {k: getattr(spec, k) for k in list(got)[:4]} | {"parameters": spec.n_params()}
     wrong = [f"{k} is {got[k]}, described as {want[k]}" for k in got if got[k] != want[k]]
     if wrong:
-        raise ModelError(f"model {spec.name!r} differs from its file in conf/model: {'; '.join(wrong)}.")
+        raise ModelError(
+            f"model {spec.name!r} differs from its file in conf/model: {'; '.join(wrong)}."
+        )
 
 
 def layer_modules(model: Any, spec: ModelSpec, layers: tuple[str, ...]) -> dict[str, Any]:
-    """Name -> nn.Linear module of each matrix in the layer sets; ModelError if one is missing or of another kind."""
+    """Name -> nn.Linear module of each matrix in the layer sets; ModelError if one is missing or of
+    another kind."""
     from torch import nn
 
     found: dict[str, Any] = {}
@@ -167,7 +173,8 @@ def layer_modules(model: Any, spec: ModelSpec, layers: tuple[str, ...]) -> dict[
 
 
 def weights_sha256(model: Any) -> str:
-    """Hash names, shapes and values of all parameters, in float32, so that two loads can be compared."""
+    """Hash names, shapes and values of all parameters, in float32, so that two loads can be
+    compared."""
     import torch
 
     digest = hashlib.sha256()

@@ -1,8 +1,10 @@
-"""How fast this machine trains: seconds a step and member, alone and in packs. Measured once a machine and shape.
+"""How fast this machine trains: seconds a step and member, alone and in packs. Measured once a
+machine and shape.
 
     python -m lorasweep.plan.throughput JOB.json     measures; called by the command line before a sweep starts
 
-The planner reads what is kept (no torch); only measuring trains. A measurement takes at most about BUDGET_S.
+The planner reads what is kept (no torch); only measuring trains. A measurement takes at most about
+BUDGET_S.
 """
 
 import dataclasses
@@ -24,15 +26,19 @@ from lorasweep.store import files
 from lorasweep.tracking import provenance
 
 SIZES = (1, 2, 4, 8, 16)
-"""Pack sizes that are tried, smallest first, while the budget lasts and each is faster than the last."""
+"""Pack sizes that are tried, smallest first, while the budget lasts and each is faster than the
+last."""
 GPU_SIZES = (*SIZES, 32, 64, 128)
 BUDGET_S = 25.0
 STEPS, WARM = 4, 1
-"""Updates a measurement, and how many of them at the start do not count; the median of the others is kept."""
+"""Updates a measurement, and how many of them at the start do not count; the median of the others
+is kept."""
 GAIN = 0.96
-"""A larger pack must take less than this share of the time of a smaller one, a member: else it is noise (LOG.md)."""
+"""A larger pack must take less than this share of the time of a smaller one, a member: else it is
+noise (LOG.md)."""
 FORWARD_TOKENS = 4096
-"""Tokens of one forward over all members: beyond it nothing is gained, and activations leave the cache (LOG.md)."""
+"""Tokens of one forward over all members: beyond it nothing is gained, and activations leave the
+cache (LOG.md)."""
 GPU_FORWARD_TOKENS = 65536
 """The same on a GPU. Assumption: not measured yet."""
 
@@ -44,7 +50,8 @@ class Speed:
     step_s: dict[int, float]
 
     def best_size(self) -> int:
-        """Return the smallest pack size that no larger one beats by more than noise; 1: packing does not pay."""
+        """Return the smallest pack size that no larger one beats by more than noise; 1: packing
+        does not pay."""
         best = 1
         for size in sorted(self.step_s):
             if self.step_s[size] < GAIN * self.step_s[best]:
@@ -56,12 +63,25 @@ def kind(spec: RunSpec, exec_: Exec) -> str:
     """Name what decides a step's time: shapes and the machine, not rates or seeds."""
     rank = getattr(spec.method, "rank", None)
     layers = canonical_layers(getattr(spec.method, "layers", "all"))
-    rest = [spec.method.name, layers, vars(spec.method).get("scope"), rank, spec.batch_size,
-            spec.precision]  # fmt: skip
+    rest = [
+        spec.method.name,
+        layers,
+        vars(spec.method).get("scope"),
+        rank,
+        spec.batch_size,
+        spec.precision,
+    ]
     env = provenance.environment()
     gpus = [gpu.name for gpu in machine.gpus()]
-    here = [env["processor"], machine.cores(), gpus, env["packages"]["torch"], env["lorasweep"],
-            exec_.micro_batch_size, exec_.compile]  # fmt: skip
+    here = [
+        env["processor"],
+        machine.cores(),
+        gpus,
+        env["packages"]["torch"],
+        env["lorasweep"],
+        exec_.micro_batch_size,
+        exec_.compile,
+    ]
     text = json.dumps([part_json(spec.model), part_json(spec.dataset), rest, here])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -90,13 +110,18 @@ def known(spec: RunSpec, exec_: Exec) -> Speed | None:
     """Return the kept measurement for runs like `spec` on this machine; None if there is none."""
     try:
         plain = json.loads(_path(spec, exec_).read_bytes())
-        return Speed({int(n): float(s) for n, s in plain["step_s"].items()}) if plain["step_s"] else None
+        return (
+            Speed({int(n): float(s) for n, s in plain["step_s"].items()})
+            if plain["step_s"]
+            else None
+        )
     except (OSError, ValueError, KeyError, AttributeError):
         return None
 
 
 def ensure(specs: Sequence[RunSpec], exec_: Exec) -> str | None:
-    """Measure the shapes among `specs` that are not known, in a process of its own, and keep the results.
+    """Measure the shapes among `specs` that are not known, in a process of its own, and keep the
+    results.
 
     Returns None, or why nothing was measured: the plan then goes by its defaults, and says so.
     """
@@ -105,14 +130,25 @@ def ensure(specs: Sequence[RunSpec], exec_: Exec) -> str | None:
         return None
     folder = Path(exec_.runs_dir) / ".calibration"
     folder.mkdir(exist_ok=True)
-    job = {"specs": [json.loads(canonical(s)) for s in missing.values()], "exec": dataclasses.asdict(exec_)}
+    job = {
+        "specs": [json.loads(canonical(s)) for s in missing.values()],
+        "exec": dataclasses.asdict(exec_),
+    }
     path = folder / f"job-{os.getpid()}-{os.urandom(3).hex()}.json"
     files.write_atomic(path, json.dumps(job).encode())
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[2]), env.get("PYTHONPATH", "")])
+    env["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).resolve().parents[2]), env.get("PYTHONPATH", "")]
+    )
     try:
-        done = subprocess.run([sys.executable, "-m", "lorasweep.plan.throughput", str(path)], env=env, check=False, text=True,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "lorasweep.plan.throughput", str(path)],
+            env=env,
+            check=False,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
     finally:
         path.unlink(missing_ok=True)
     if done.returncode:
@@ -128,7 +164,9 @@ def measure(spec: RunSpec, exec_: Exec, budget_s: float = BUDGET_S) -> Speed:
     from lorasweep.models import load as models
     from lorasweep.train.loop import train
 
-    few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1, n_train=min(64, spec.dataset.n_train or 64))
+    few = dataclasses.replace(
+        spec.dataset, n_test=1, n_test_curve=1, n_train=min(64, spec.dataset.n_train or 64)
+    )
     spec = dataclasses.replace(spec, dataset=few, steps=STEPS, schedule="constant", warmup_steps=0)
     base = models.load(spec.model, exec_.models_dir, spec.precision)
     if exec_.compile:
@@ -141,9 +179,14 @@ def measure(spec: RunSpec, exec_: Exec, budget_s: float = BUDGET_S) -> Speed:
         if size > 1 and cost.pack_bytes(size, spec, micro) > 0.7 * worker_bytes():
             break
         started = time.monotonic()
-        pack = [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(size)]  # too small to move anything
+        pack = [
+            dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(size)
+        ]  # too small to move anything
         try:
-            times = [next(iter(event.records.values()))["step_s"] for event in train(pack, base, rows, micro)]
+            times = [
+                next(iter(event.records.values()))["step_s"]
+                for event in train(pack, base, rows, micro)
+            ]
         except torch.OutOfMemoryError:  # of a GPU: the sizes below it stand
             if size == 1:
                 raise
@@ -175,8 +218,13 @@ def main(job_path: str) -> None:
     for plain in job["specs"]:
         spec = from_plain(plain)
         speed = measure(spec, exec_)
-        content = {"step_s": speed.step_s, "model": spec.model.name, "method": spec.method.name,
-                   "batch_size": spec.batch_size, "precision": spec.precision}  # fmt: skip
+        content = {
+            "step_s": speed.step_s,
+            "model": spec.model.name,
+            "method": spec.method.name,
+            "batch_size": spec.batch_size,
+            "precision": spec.precision,
+        }
         files.write_atomic(_path(spec, exec_), json.dumps(content).encode())
 
 

@@ -1,7 +1,7 @@
 """What a run is: RunSpec, its checks, its canonical form and its name (the hash).
 
-Knows every field that changes a run's numbers. Refuses to know where or how it runs: that is `Exec`,
-another type, which is never hashed. Standard library only.
+Knows every field that changes a run's numbers. Refuses to know where or how it runs: that is
+`Exec`, another type, which is never hashed. Standard library only.
 """
 
 import dataclasses
@@ -40,7 +40,8 @@ class Matrix(NamedTuple):
 
 @dataclass
 class Recipe:
-    """How a small base model is pretrained. Its weights are cached by the hash of these fields and the shape."""
+    """How a small base model is pretrained. Its weights are cached by the hash of these fields and
+    the shape."""
 
     dataset: str = "dialect"
     """Synthetic generator that the base is pretrained on."""
@@ -62,11 +63,13 @@ class ModelSpec:
 
     name: str = "???"
     source: str = "???"
-    """hub (transformers name), folder (a local folder), gguf (one file), recipe (trained here once)."""
+    """hub (transformers name), folder (a local folder), gguf (one file), recipe (trained here
+    once)."""
     location: str = ""
     """Hub name, or file or folder name looked up under exec.models_dir; empty for recipe."""
     revision: str = ""
-    """Hub commit or tag, or 'sha256:...' of the GGUF file: what makes two loads the same weights."""
+    """Hub commit or tag, or 'sha256:...' of the GGUF file: what makes two loads the same weights.
+    """
     hidden_size: int = 0
     n_layers: int = 0
     n_heads: int = 0
@@ -91,10 +94,15 @@ class ModelSpec:
     def _matrices(self, layers: tuple[str, ...]) -> list[Matrix]:
         h, q, kv = self.hidden_size, self.n_heads * self.head_size, self.n_kv_heads * self.head_size
         shape = {
-            "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
-            "gate_proj": (h, self.mlp_size), "up_proj": (h, self.mlp_size), "down_proj": (self.mlp_size, h),
+            "q_proj": (h, q),
+            "k_proj": (h, kv),
+            "v_proj": (h, kv),
+            "o_proj": (q, h),
+            "gate_proj": (h, self.mlp_size),
+            "up_proj": (h, self.mlp_size),
+            "down_proj": (self.mlp_size, h),
             "lm_head": (h, self.vocab_size),
-        }  # fmt: skip
+        }
         found = []
         for layer_set in layers:
             names = getattr(self, layer_set)
@@ -110,18 +118,31 @@ class ModelSpec:
         return found
 
     def set_of(self, name: str) -> str:
-        """Return the layer set that a parameter's or module's name belongs to, or 'rest' (embedding, norms)."""
+        """Return the layer set that a parameter's or module's name belongs to, or 'rest'
+        (embedding, norms)."""
         parts = name.split(".")
-        return next((s for s in ("attention", "mlp", "unembedding") if not set(getattr(self, s)).isdisjoint(parts)), "rest")
+        return next(
+            (
+                s
+                for s in ("attention", "mlp", "unembedding")
+                if not set(getattr(self, s)).isdisjoint(parts)
+            ),
+            "rest",
+        )
 
     def n_matmul_params(self) -> int:
         """Count the weights that take part in matrix products, the unembedding included."""
-        return sum(m.d_in * m.d_out * m.count for m in self.matrices(("attention", "mlp", "unembedding")))
+        return sum(
+            m.d_in * m.d_out * m.count for m in self.matrices(("attention", "mlp", "unembedding"))
+        )
 
     def n_params(self) -> int:
-        """Count all parameters: matrices, embedding and norms (no biases: Llama and Qwen3 have none)."""
+        """Count all parameters: matrices, embedding and norms (no biases: Llama and Qwen3 have
+        none)."""
         embedding = 0 if self.tied else self.vocab_size * self.hidden_size
-        norms = (2 * self.n_layers + 1) * self.hidden_size + self.qk_norm * 2 * self.head_size * self.n_layers
+        norms = (
+            2 * self.n_layers + 1
+        ) * self.hidden_size + self.qk_norm * 2 * self.head_size * self.n_layers
         return self.n_matmul_params() + embedding + norms
 
 
@@ -158,9 +179,11 @@ class DatasetSpec:
     knobs: dict[str, float] = field(default_factory=dict)
     """Settings of a synthetic generator."""
     holdout: int = field(default=0, metadata={"added": 0})
-    """Rows held out from the training split of a hub data set that has no other: the first after a shuffle; 0: test_split."""
+    """Rows held out from the training split of a hub data set that has no other: the first after a
+    shuffle; 0: test_split."""
     n_retain: int = field(default=0, metadata={"added": 0})
-    """Rows of what the base was pretrained on (facts: of facts never trained), evaluated once at the end."""
+    """Rows of what the base was pretrained on (facts: of facts never trained), evaluated once at
+    the end."""
 
 
 @dataclass
@@ -198,19 +221,21 @@ class Exec:
     runs_dir: str = "runs"
     reports_dir: str = "reports"
     models_dir: list[str] = field(default_factory=lambda: ["models"])
-    """Folders searched for weights; the first is where trained recipes and conversions are cached."""
+    """Folders searched for weights; the first is where trained recipes and conversions are cached.
+    """
     data_dir: list[str] = field(default_factory=lambda: ["data"])
     workers: int | None = None
     """Processes; None: chosen for the machine."""
     threads: int | None = None
     """Threads a worker; None: the cores divided by the workers."""
     pack_size: int | None = None
-    """Runs trained together over one base, at most; 1 turns packing off; None: measured on this machine."""
+    """Runs trained together over one base, at most; 1 turns packing off; None: measured on this
+    machine."""
     micro_batch_size: int | None = None
     """Sequences a forward, for each member; None: chosen by the plan."""
     compile: bool = False
-    """torch.compile the forward of models that have no passes of our own (on a GPU: all). Not verified on a GPU yet; on
-    a CPU compiling takes minutes."""
+    """torch.compile the forward of models that have no passes of our own (on a GPU: all). Not
+    verified on a GPU yet; on a CPU compiling takes minutes."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints."""
     retry: bool = False
@@ -230,7 +255,8 @@ _SCALARS = frozenset((str, int, bool, float))
 
 
 def _coerce(value: Any, kind: Any, where: str) -> Any:
-    """Bring `value` to the field's type, so that 32 and 32.0 have one hash; SpecError if it cannot be."""
+    """Bring `value` to the field's type, so that 32 and 32.0 have one hash; SpecError if it cannot
+    be."""
     if type(value) is kind and kind in _SCALARS and (kind is not float or math.isfinite(value)):
         return value  # the common case, first: planning coerces half a million values
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -248,7 +274,9 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
         if isinstance(value, bool):
             return value
     elif kind is int:
-        if isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0:  # False for inf, NaN
+        if (
+            isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
+        ):  # False for inf, NaN
             return int(value)
     elif kind is float:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
@@ -259,19 +287,23 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
     elif dataclasses.is_dataclass(kind):
         return _plain(value, where)
     name = getattr(kind, "__name__", str(kind))
-    raise SpecError(f"{where}={value!r} is no {name}. Give a {'finite number' if kind is float else name}.")
+    raise SpecError(
+        f"{where}={value!r} is no {name}. Give a {'finite number' if kind is float else name}."
+    )
 
 
 @cache
 def _fields(cls: type) -> tuple[tuple[str, Any, Any], ...]:
     hints = typing.get_type_hints(cls)
     return tuple(
-        (f.name, hints[f.name], f.metadata.get("added", dataclasses.MISSING)) for f in dataclasses.fields(cls)
+        (f.name, hints[f.name], f.metadata.get("added", dataclasses.MISSING))
+        for f in dataclasses.fields(cls)
     )
 
 
 def _plain(obj: Any, where: str = "") -> dict[str, Any]:
-    """Turn a part of a spec into plain values of the declared types, added fields at their past value left out."""
+    """Turn a part of a spec into plain values of the declared types, added fields at their past
+    value left out."""
     out = {}
     for name, kind, added in _fields(type(obj)):
         at = f"{where}.{name}" if where else name
@@ -289,25 +321,33 @@ _memo: dict[tuple[int, str], tuple[Any, Any]] = {}
 
 
 def _once(obj: Any, what: str, compute: Callable[[], Any]) -> Any:
-    """Compute something of a model or data set once an object: thousands of specs of a grid share one."""
+    """Compute something of a model or data set once an object: thousands of specs of a grid share
+    one."""
     kept = _memo.get((id(obj), what))
     if kept is None or kept[0] is not obj:
         if len(_memo) > 4096:
             _memo.clear()
-        kept = _memo[id(obj), what] = (obj, compute())  # holding the object keeps its id from being reused
+        kept = _memo[id(obj), what] = (
+            obj,
+            compute(),
+        )  # holding the object keeps its id from being reused
     return kept[1]
 
 
 def part_json(obj: ModelSpec | DatasetSpec) -> str:
     """Return the canonical JSON of a model or data set."""
-    return _once(obj, "json", lambda: _encode(_plain(obj, type(obj).__name__.removesuffix("Spec").lower())))
+    return _once(
+        obj, "json", lambda: _encode(_plain(obj, type(obj).__name__.removesuffix("Spec").lower()))
+    )
 
 
 def canonical(spec: RunSpec) -> str:
-    """Write the spec as the one JSON text that is hashed: sorted keys, declared types, resolved values.
+    """Write the spec as the one JSON text that is hashed: sorted keys, declared types, resolved
+    values.
 
-    A field added after the first release carries `metadata={"added": past}`, where `past` is the value that
-    reproduces what was done before it existed; at that value it is left out, so old names stay.
+    A field added after the first release carries `metadata={"added": past}`, where `past` is the
+    value that reproduces what was done before it existed; at that value it is left out, so old
+    names stay.
     """
     values: dict[str, Any] = {}
     for name, kind, added in _fields(RunSpec):
@@ -323,9 +363,12 @@ def canonical(spec: RunSpec) -> str:
     middle = {k: v for k, v in values.items() if "dataset" < k < "model"}
     high = {k: v for k, v in values.items() if k > "model"}
     pieces = [
-        _encode(low)[1:-1], f'"dataset":{part_json(spec.dataset)}', _encode(middle)[1:-1],
-        f'"model":{part_json(spec.model)}', _encode(high)[1:-1],
-    ]  # fmt: skip
+        _encode(low)[1:-1],
+        f'"dataset":{part_json(spec.dataset)}',
+        _encode(middle)[1:-1],
+        f'"model":{part_json(spec.model)}',
+        _encode(high)[1:-1],
+    ]
     return "{" + ",".join(p for p in pieces if p) + "}"
 
 
@@ -358,15 +401,19 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
 
 # ---------------------------------------------------------------- axes
 
+
 def with_axes(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
-    """Return a copy with flat axes set: each name is looked up in the method's fields, then the spec's."""
+    """Return a copy with flat axes set: each name is looked up in the method's fields, then the
+    spec's."""
     method_fields = {n for n, _, _ in _fields(type(spec.method))} - {"name"}
     spec_fields = {n for n, _, _ in _fields(RunSpec)} - {"method", "train_version"}
     in_method = {k: v for k, v in values.items() if k in method_fields}
     in_spec = {k: v for k, v in values.items() if k not in method_fields}
     for name in in_spec:
         if name not in spec_fields:
-            raise SpecError(unknown(f"axis of method {spec.method.name!r}", name, method_fields | spec_fields))
+            raise SpecError(
+                unknown(f"axis of method {spec.method.name!r}", name, method_fields | spec_fields)
+            )
     method = dataclasses.replace(spec.method, **in_method) if in_method else spec.method
     return dataclasses.replace(spec, method=method, **in_spec)
 
@@ -403,12 +450,20 @@ def _validate_values(spec: RunSpec) -> None:
     )
     for name in ("batch_size", "steps"):
         _check(getattr(spec, name) >= 1, f"{name}={getattr(spec, name)}: at least 1.")
-    _check(0 <= spec.warmup_steps < spec.steps or spec.warmup_steps == 0,
-           f"warmup_steps={spec.warmup_steps}: from 0 to below steps={spec.steps}.")  # fmt: skip
-    _check(0 <= spec.beta1 < 1 and 0 <= spec.beta2 < 1, f"betas {spec.beta1}, {spec.beta2}: from 0 to below 1.")
+    _check(
+        0 <= spec.warmup_steps < spec.steps or spec.warmup_steps == 0,
+        f"warmup_steps={spec.warmup_steps}: from 0 to below steps={spec.steps}.",
+    )
+    _check(
+        0 <= spec.beta1 < 1 and 0 <= spec.beta2 < 1,
+        f"betas {spec.beta1}, {spec.beta2}: from 0 to below 1.",
+    )
     _check(0 < spec.eps < 1, f"eps={spec.eps}: above 0 and below 1.")
     _check(spec.weight_decay >= 0, f"weight_decay={spec.weight_decay}: 0 or more.")
-    _check(spec.clip_norm is None or spec.clip_norm > 0, f"clip_norm={spec.clip_norm}: above 0, or null for off.")
+    _check(
+        spec.clip_norm is None or spec.clip_norm > 0,
+        f"clip_norm={spec.clip_norm}: above 0, or null for off.",
+    )
     _check(0 <= spec.seed < 2**31, f"seed={spec.seed}: a whole number from 0 to 2^31 - 1.")
     _one_of("precision", spec.precision, PRECISIONS)
     _one_of("schedule", spec.schedule, SCHEDULES)
@@ -425,12 +480,24 @@ def _validate_values(spec: RunSpec) -> None:
 def _validate_model(model: ModelSpec) -> None:
     where = f"model {model.name!r}: "
     _one_of(where + "source", model.source, MODEL_SOURCES)
-    shape = ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "head_size", "mlp_size", "vocab_size")
+    shape = (
+        "hidden_size",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "head_size",
+        "mlp_size",
+        "vocab_size",
+    )
     for name in shape:
         _check(getattr(model, name) >= 1, f"{where}{name}={getattr(model, name)}: at least 1.")
-    _check(model.n_heads % model.n_kv_heads == 0, f"{where}n_heads must be a multiple of n_kv_heads.")
-    _check((model.source == "recipe") == (model.recipe is not None),
-           f"{where}source=recipe and a recipe block go together.")  # fmt: skip
+    _check(
+        model.n_heads % model.n_kv_heads == 0, f"{where}n_heads must be a multiple of n_kv_heads."
+    )
+    _check(
+        (model.source == "recipe") == (model.recipe is not None),
+        f"{where}source=recipe and a recipe block go together.",
+    )
     _check(model.source == "recipe" or bool(model.location), f"{where}location is missing.")
 
 
@@ -442,11 +509,20 @@ def _validate_dataset(data: DatasetSpec) -> None:
     _check(bool(data.location), f"{where}location is missing.")
     _check(data.max_length >= 4, f"{where}max_length={data.max_length}: at least 4 tokens.")
     _check(data.n_test >= 1, f"{where}n_test={data.n_test}: at least 1 row.")
-    _check(1 <= data.n_test_curve <= data.n_test,
-           f"{where}n_test_curve={data.n_test_curve}: from 1 to n_test={data.n_test}.")  # fmt: skip
-    _check(data.holdout == 0 or (data.source == "hub" and data.holdout >= data.n_test),
-           f"{where}holdout={data.holdout}: 0, or for source=hub at least n_test={data.n_test} rows.")  # fmt: skip
+    _check(
+        1 <= data.n_test_curve <= data.n_test,
+        f"{where}n_test_curve={data.n_test_curve}: from 1 to n_test={data.n_test}.",
+    )
+    _check(
+        data.holdout == 0 or (data.source == "hub" and data.holdout >= data.n_test),
+        f"{where}holdout={data.holdout}: 0, or for source=hub at least n_test={data.n_test} rows.",
+    )
     _check(data.n_retain >= 0, f"{where}n_retain={data.n_retain}: 0 or more rows.")
-    _check(data.n_retain == 0 or data.source == "synthetic",
-           f"{where}n_retain={data.n_retain}: only synthetic data sets know what the base was pretrained on. Leave it at 0.")
-    _check(data.n_train is None or data.n_train >= 1, f"{where}n_train={data.n_train}: at least 1, or null.")
+    _check(
+        data.n_retain == 0 or data.source == "synthetic",
+        f"{where}n_retain={data.n_retain}: only synthetic data sets know what the base was pretrained on. Leave it at 0.",
+    )
+    _check(
+        data.n_train is None or data.n_train >= 1,
+        f"{where}n_train={data.n_train}: at least 1, or null.",
+    )

@@ -1,7 +1,8 @@
-"""Checkpoints of one run: two slots, each a safetensors file and its description, checked before use.
+"""Checkpoints of one run: two slots, each a safetensors file and its description, checked before
+use.
 
-A kill during a write leaves the other slot. The members of a pack write the same steps, so that a pack killed
-between two members' writes still finds a common step. Nothing here is ever unpickled.
+A kill during a write leaves the other slot. The members of a pack write the same steps, so that a
+pack killed between two members' writes still finds a common step. Nothing here is ever unpickled.
 """
 
 import errno
@@ -27,7 +28,9 @@ def save(folder: Path, state: State) -> None:
     described = {slot: _describe(folder, slot) for slot in SLOTS}
     steps = {slot: d["step"] if d else -1 for slot, d in described.items()}
     slot = min(SLOTS, key=lambda s: steps[s])
-    (folder / f"{slot}.json").unlink(missing_ok=True)  # the slot is void until its new description stands
+    (folder / f"{slot}.json").unlink(
+        missing_ok=True
+    )  # the slot is void until its new description stands
     path = folder / f"{slot}.safetensors"
     try:
         save_file({k: v.contiguous() for k, v in state["tensors"].items()}, path)
@@ -40,7 +43,8 @@ def save(folder: Path, state: State) -> None:
 
 
 def keep_only(folder: Path, step: int | None) -> None:
-    """Void every slot but that of `step`: what lies beyond a resumed step belongs to records that are cut away."""
+    """Void every slot but that of `step`: what lies beyond a resumed step belongs to records that
+    are cut away."""
     for slot in SLOTS:
         d = _describe(folder, slot)
         if d is None or d["step"] != step:

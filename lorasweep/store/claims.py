@@ -1,8 +1,8 @@
 """Who works on a run: attempts, and whether the process that made one still lives.
 
-Clocks of two machines are never compared. On one machine the boot id, the process id and the process's start
-time decide; for another machine Slurm, if the owner is a job of it that can be asked about; else whether the owner's
-heartbeat's content changes while this one watches.
+Clocks of two machines are never compared. On one machine the boot id, the process id and the
+process's start time decide; for another machine Slurm, if the owner is a job of it that can be
+asked about; else whether the owner's heartbeat's content changes while this one watches.
 """
 
 import json
@@ -29,12 +29,13 @@ Over 60 s, the longest that NFS clients usually keep attributes."""
 
 UNKNOWN = "unknown"
 OUR_JOB = "LORASWEEP_JOB"
-"""Set inside the jobs that we submit: such a job ends with its process. An interactive job, in which somebody runs a
-command, outlives it, so its life says nothing of the process."""
+"""Set inside the jobs that we submit: such a job ends with its process. An interactive job, in
+which somebody runs a command, outlives it, so its life says nothing of the process."""
 
 
 def host() -> str:
-    """Name this machine; LORASWEEP_HOST replaces its own name, where several machines or containers have one name."""
+    """Name this machine; LORASWEEP_HOST replaces its own name, where several machines or containers
+    have one name."""
     return os.environ.get("LORASWEEP_HOST") or socket.gethostname()
 
 
@@ -57,8 +58,8 @@ def boot_id() -> str:
 
 
 def start_time(pid: int) -> str:
-    """Return the start time of a process in clock ticks since boot; empty if it is gone or a zombie, UNKNOWN if the
-    system hides it (another user's, on many login nodes)."""
+    """Return the start time of a process in clock ticks since boot; empty if it is gone or a
+    zombie, UNKNOWN if the system hides it (another user's, on many login nodes)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -79,11 +80,20 @@ def _exists(pid: int) -> bool:
 def me() -> dict[str, Any]:
     """Describe this process as an owner."""
     pid = os.getpid()
-    owner = {"host": host(), "boot": boot_id(), "space": processes(), "pid": pid, "started": start_time(pid)}
+    owner = {
+        "host": host(),
+        "boot": boot_id(),
+        "space": processes(),
+        "pid": pid,
+        "started": start_time(pid),
+    }
     job = os.environ.get("SLURM_JOB_ID")
     if job and os.environ.get(OUR_JOB):
-        owner["slurm"] = {"cluster": os.environ.get("SLURM_CLUSTER_NAME", ""), "job": job,
-                          "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}  # fmt: skip
+        owner["slurm"] = {
+            "cluster": os.environ.get("SLURM_CLUSTER_NAME", ""),
+            "job": job,
+            "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        }
     return owner
 
 
@@ -92,7 +102,9 @@ def restarted(owner: dict[str, Any]) -> bool:
     mine, its = me().get("slurm"), owner.get("slurm")
     if not mine or not its:
         return False
-    return (mine["cluster"], mine["job"]) == (its["cluster"], its["job"]) and mine["restart"] > its["restart"]
+    return (mine["cluster"], mine["job"]) == (its["cluster"], its["job"]) and mine["restart"] > its[
+        "restart"
+    ]
 
 
 class Liveness:
@@ -104,7 +116,8 @@ class Liveness:
         self._executions = slurm.Executions()
 
     def prepare(self, attempts: Iterable[Path]) -> None:
-        """Look at many owners first, so that one question to Slurm is about all of them. An attempt's owner never changes."""
+        """Look at many owners first, so that one question to Slurm is about all of them. An
+        attempt's owner never changes."""
         owners = {a: _read(a) for a in attempts if a not in self._read}
         new = {a for a, o in owners.items() if o.get("slurm") and o.get("host") != host()}
         self._read |= new
@@ -112,7 +125,8 @@ class Liveness:
             self._executions.refresh()
 
     def verdict(self, attempt: Path) -> bool | None:
-        """Say whether the owner lives, by this machine's processes or by Slurm; None if neither can tell."""
+        """Say whether the owner lives, by this machine's processes or by Slurm; None if neither can
+        tell."""
         owner = _read(attempt)
         if not owner:
             return False  # an attempt is created with its owner in one step, so this one is damaged
@@ -124,12 +138,14 @@ class Liveness:
         if restarted(owner):
             return False
         if its := owner.get("slurm"):
-            return self._executions(its["cluster"], its["job"], its["restart"], asked_before=attempt in self._read)
+            return self._executions(
+                its["cluster"], its["job"], its["restart"], asked_before=attempt in self._read
+            )
         return None
 
     def alive(self, attempt: Path) -> bool:
-        """Say whether the owner of an attempt folder lives. Where nobody can tell, one whose heartbeat has not stood still
-        for SILENCE_S while this one watched counts as alive."""
+        """Say whether the owner of an attempt folder lives. Where nobody can tell, one whose
+        heartbeat has not stood still for SILENCE_S while this one watched counts as alive."""
         told = self.verdict(attempt)
         if told is not None:
             return told
@@ -145,7 +161,8 @@ class Liveness:
         return now - since < SILENCE_S
 
     def sure(self, attempt: Path) -> bool:
-        """Say whether `alive` is more than a first guess: somebody could tell, or the heartbeat was seen to move."""
+        """Say whether `alive` is more than a first guess: somebody could tell, or the heartbeat was
+        seen to move."""
         return self.verdict(attempt) is not None or self._seen.get(attempt, (b"", 0.0, False))[2]
 
 
@@ -166,7 +183,8 @@ class Lock:
         self._done = threading.Event()
 
     def acquire(self, wait_s: float, waiting: Callable[[str], None]) -> None:
-        """Take it, waiting for its holder; `waiting` is told once who that is. StoreError after `wait_s`."""
+        """Take it, waiting for its holder; `waiting` is told once who that is. StoreError after
+        `wait_s`."""
         self._folder.mkdir(parents=True, exist_ok=True)
         end, told = time.monotonic() + wait_s, False
         while True:
@@ -179,7 +197,9 @@ class Lock:
                         self._mine = mine
                         threading.Thread(target=self._beat, daemon=True).start()
                         return
-                    shutil.rmtree(mine)  # others came and went since the look, and a later one holds it
+                    shutil.rmtree(
+                        mine
+                    )  # others came and went since the look, and a later one holds it
                 continue
             who = _read(held)
             if not who:
@@ -188,8 +208,10 @@ class Lock:
                 waiting(f"{who['host']}, process {who['pid']}")
                 told = True
             if time.monotonic() > end:
-                raise StoreError(f"{held} is held by process {who['pid']} on {who['host']}, which still lives. "
-                                 "Ask again later.")  # fmt: skip
+                raise StoreError(
+                    f"{held} is held by process {who['pid']} on {who['host']}, which still lives. "
+                    "Ask again later."
+                )
             time.sleep(0.2)
 
     def _last(self) -> int:

@@ -1,7 +1,7 @@
 """Durable file operations: everything the store writes goes through these few functions.
 
-A reader sees a file as it was or as it is, never half of it. Tests replace this module's `os` to fail
-each operation in turn.
+A reader sees a file as it was or as it is, never half of it. Tests replace this module's `os` to
+fail each operation in turn.
 """
 
 import os
@@ -54,8 +54,8 @@ def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
 
 
 def share_as(folder: Path) -> None:
-    """Let what this process writes be changed by the group, if `folder` can be: a run folder made with chmod g+ws is
-    the group's."""
+    """Let what this process writes be changed by the group, if `folder` can be: a run folder made
+    with chmod g+ws is the group's."""
     if folder.stat().st_mode & stat.S_IWGRP:
         os.umask(os.umask(0o077) & ~0o070)
 

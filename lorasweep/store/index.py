@@ -1,7 +1,8 @@
 """An index over finished runs, so that ten thousand of them are counted in a fraction of a second.
 
-A cache: `.index.json` beside the runs, made again from the results whenever it is missing, damaged or behind. An entry
-counts only while size and time of change of its result.json are the same; results are written once.
+A cache: `.index.json` beside the runs, made again from the results whenever it is missing, damaged
+or behind. An entry counts only while size and time of change of its result.json are the same;
+results are written once.
 """
 
 import json
@@ -28,9 +29,13 @@ class Entry(NamedTuple):
 
 
 def read(
-    root: Path, ids: Iterable[str], result: Callable[[str], dict[str, Any] | None], known: dict[str, list[Any]]
+    root: Path,
+    ids: Iterable[str],
+    result: Callable[[str], dict[str, Any] | None],
+    known: dict[str, list[Any]],
 ) -> dict[str, Entry]:
-    """Return the entries of those of `ids` that are finished; `result` reads and checks the ones not indexed yet.
+    """Return the entries of those of `ids` that are finished; `result` reads and checks the ones
+    not indexed yet.
 
     `known` is the caller's memory between calls, filled from the index when it is empty.
     """
@@ -50,7 +55,12 @@ def read(
             body = result(rid)
             if body is None:
                 continue  # damaged: not finished
-            entry = [stat.st_size, stat.st_mtime_ns, body["state"], *map(body.get, ("test_nll", "wall_s", "threads"))]
+            entry = [
+                stat.st_size,
+                stat.st_mtime_ns,
+                body["state"],
+                *map(body.get, ("test_nll", "wall_s", "threads")),
+            ]
             known[rid] = entry
             behind += 1
         found[rid] = Entry(*entry)
@@ -63,6 +73,10 @@ def read(
 def _load(path: Path) -> dict[str, list[Any]]:
     try:
         told = json.loads(path.read_bytes())
-        return told["runs"] if told["version"] == VERSION and all(len(e) == 6 for e in told["runs"].values()) else {}
+        return (
+            told["runs"]
+            if told["version"] == VERSION and all(len(e) == 6 for e in told["runs"].values())
+            else {}
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

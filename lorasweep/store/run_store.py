@@ -1,10 +1,10 @@
 """RunStore: the folder that is the truth. One folder a run, readable and judgeable alone.
 
     <runs_dir>/<run_id>/spec.json      canonical spec
-                        metrics.jsonl  one record a line
-                        attempts/<n>/  owner.json (made with it), env.json, log.txt, heartbeat, end.json
-                        checkpoint/    two slots, deleted when the run is over
-                        result.json    written last, once, with a checksum: the run is over
+                        metrics.jsonl  one record a line attempts/<n>/  owner.json (made with it),
+                        env.json, log.txt, heartbeat, end.json checkpoint/    two slots, deleted
+                        when the run is over result.json    written last, once, with a checksum: the
+                        run is over
 
 Knows files, claims and states. Refuses to know torch, and how anything is trained.
 """
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STATES = ("missing", "running", "stale", "failed", "diverged", "done")
-"""missing: never begun. stale: begun, and its process is gone. diverged is a result; failed is an accident."""
+"""missing: never begun. stale: begun, and its process is gone. diverged is a result; failed is an
+accident."""
 FINAL = ("done", "diverged")
 
 
@@ -58,7 +59,9 @@ class RunStore:
                 "Choose another: exec.runs_dir=FOLDER, or set LORASWEEP_RUNS."
             ) from None
         except (ValueError, KeyError, TypeError):
-            raise StoreError(f"{mark} is damaged. It should read {{\"train_version\": {TRAIN_VERSION}}}.") from None
+            raise StoreError(
+                f'{mark} is damaged. It should read {{"train_version": {TRAIN_VERSION}}}.'
+            ) from None
         if version != TRAIN_VERSION:
             raise StoreError(
                 f"run folder {self.root} was written by train_version {version}; this lorasweep trains by version "
@@ -72,11 +75,15 @@ class RunStore:
     def existing(self) -> set[str]:
         """Return the ids that have a folder: one directory scan."""
         try:
-            return {e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith(".")}
+            return {
+                e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith(".")
+            }
         except FileNotFoundError:
             return set()
         except OSError as error:
-            raise StoreError(f"run folder {self.root} cannot be read ({error.strerror}). Set exec.runs_dir.") from None
+            raise StoreError(
+                f"run folder {self.root} cannot be read ({error.strerror}). Set exec.runs_dir."
+            ) from None
 
     # ------------------------------------------------------------ reading
 
@@ -111,27 +118,38 @@ class RunStore:
         over = self.finished(i for i in ids if i in there)
         begun = [(i, self.last_attempt(i)) for i in ids if i in there and i not in over]
         self._liveness.prepare(self._attempt(i, n) for i, n in begun if n is not None)
-        return {i: over[i].state if i in over else self.state(i) if i in there else "missing" for i in ids}
+        return {
+            i: over[i].state if i in over else self.state(i) if i in there else "missing"
+            for i in ids
+        }
 
     def finished(self, ids: Iterable[str]) -> dict[str, index.Entry]:
         """Return what is kept of the results of those that are finished, by way of an index."""
         return index.read(self.root, ids, self.result, self._known)
 
     def unsure(self, ids: Iterable[str]) -> list[str]:
-        """List those of `ids` that count as running although nobody here can tell: their owners are on other machines."""
+        """List those of `ids` that count as running although nobody here can tell: their owners are
+        on other machines."""
         last = {i: self.last_attempt(i) for i in ids}
-        return [i for i, n in last.items() if n is not None and not self._liveness.sure(self._attempt(i, n))]
+        return [
+            i
+            for i, n in last.items()
+            if n is not None and not self._liveness.sure(self._attempt(i, n))
+        ]
 
     def last_attempt(self, rid: str) -> int | None:
         """Return the highest attempt number: its owner owns the run."""
         try:
-            numbers = [int(e.name) for e in os.scandir(self.folder(rid) / "attempts") if e.name.isdigit()]
+            numbers = [
+                int(e.name) for e in os.scandir(self.folder(rid) / "attempts") if e.name.isdigit()
+            ]
         except FileNotFoundError:
             return None
         return max(numbers, default=None)
 
     def layout(self, rid: str) -> dict[str, Any]:
-        """Return {threads, micro_batch_size} under which a run ended; empty if it is not recorded (imported)."""
+        """Return {threads, micro_batch_size} under which a run ended; empty if it is not recorded
+        (imported)."""
         path = self._attempt(rid, self.last_attempt(rid) or 0) / "env.json"
         try:
             env = json.loads(path.read_bytes())
@@ -145,7 +163,8 @@ class RunStore:
         return sum(e is None or e["state"] == "failed" for e in ends)
 
     def end(self, rid: str, attempt: int) -> dict[str, Any] | None:
-        """Return how an attempt ended ({state: stopped | failed, cause}); None while open or killed."""
+        """Return how an attempt ended ({state: stopped | failed, cause}); None while open or
+        killed."""
         try:
             return json.loads((self._attempt(rid, attempt) / "end.json").read_bytes())
         except (OSError, ValueError):
@@ -182,7 +201,8 @@ class RunStore:
     # ------------------------------------------------------------ claiming and writing
 
     def claim(self, spec: RunSpec) -> int | None:
-        """Claim a run; return the attempt's number, or None if it is finished or another process has it."""
+        """Claim a run; return the attempt's number, or None if it is finished or another process
+        has it."""
         rid = run_id(spec)
         folder = self.folder(rid)
         (folder / "attempts").mkdir(parents=True, exist_ok=True)
@@ -195,7 +215,9 @@ class RunStore:
         if last is not None and self.end(rid, last) is None:
             if self._alive(rid, last):
                 return None
-            if ownership.restarted(self.owner(rid, last)):  # preempted, or its node failed: no fault of the run
+            if ownership.restarted(
+                self.owner(rid, last)
+            ):  # preempted, or its node failed: no fault of the run
                 self.write_end(rid, last, "stopped", "started again by Slurm")
         mine = 1 if last is None else last + 1
         owner = json.dumps(ownership.me()).encode()
@@ -208,7 +230,8 @@ class RunStore:
         return mine
 
     def _set_aside_damage(self, rid: str) -> None:
-        """Move a result whose checksum fails out of the way of the next finish; it is kept for inspection."""
+        """Move a result whose checksum fails out of the way of the next finish; it is kept for
+        inspection."""
         path = self.folder(rid) / "result.json"
         if path.exists() and self.result(rid) is None:
             os.replace(path, path.with_name(f"result.damaged-{os.urandom(3).hex()}.json"))
@@ -217,12 +240,15 @@ class RunStore:
         return self._dead.get(rid) != attempt and self._liveness.alive(self._attempt(rid, attempt))
 
     def owns(self, rid: str, attempt: int) -> bool:
-        """Say whether `attempt` is still the highest: if not, another process took over and this one must stop."""
+        """Say whether `attempt` is still the highest: if not, another process took over and this
+        one must stop."""
         return self.last_attempt(rid) == attempt
 
     def write_env(self, rid: str, attempt: int, env: dict[str, Any]) -> None:
         """Record where an attempt runs."""
-        files.write_atomic(self._attempt(rid, attempt) / "env.json", json.dumps(env, indent=1).encode())
+        files.write_atomic(
+            self._attempt(rid, attempt) / "env.json", json.dumps(env, indent=1).encode()
+        )
 
     def heartbeat(self, rid: str, attempt: int, beat: int) -> None:
         """Show that an attempt lives: the content changes."""
@@ -266,7 +292,8 @@ class RunStore:
         return first
 
     def write_end(self, rid: str, attempt: int, state: str, cause: str) -> None:
-        """Record how an attempt ended without a result: 'stopped' (go on at will) or 'failed' (an accident)."""
+        """Record how an attempt ended without a result: 'stopped' (go on at will) or 'failed' (an
+        accident)."""
         content = json.dumps({"state": state, "cause": cause}).encode()
         files.write_atomic(self._attempt(rid, attempt) / "end.json", content)
 
@@ -304,17 +331,34 @@ def checksum(body: dict[str, Any]) -> str:
 _METHOD_COLUMNS = ("rank", "alpha", "layers", "scope")
 _LATER = {"scaling_by": "rank", "init_scale": 1.0, "lr_b_ratio": 1.0, "start": "a", "init_seed": 0}
 """LoRA's fields that came later, and what they were before: absent from old specs."""
-_RESULT_COLUMNS = ("test_nll", "test_bpb", "nll_start", "floor_nats", "train_nll", "steps_done", "tokens",
-                   "n_trainable", "norm_a", "norm_b", "norm_delta", "retain_nll", "retain_start", "step_s", "base_sha256",
-                   "wall_s", "imported")  # fmt: skip
+_RESULT_COLUMNS = (
+    "test_nll",
+    "test_bpb",
+    "nll_start",
+    "floor_nats",
+    "train_nll",
+    "steps_done",
+    "tokens",
+    "n_trainable",
+    "norm_a",
+    "norm_b",
+    "norm_delta",
+    "retain_nll",
+    "retain_start",
+    "step_s",
+    "base_sha256",
+    "wall_s",
+    "imported",
+)
 
 
 def load_runs(runs_dir: str | Path, ids: Sequence[str] | None = None) -> "pd.DataFrame":
-    """Return the table: one row a finished run (done or diverged), made from spec.json and result.json only.
+    """Return the table: one row a finished run (done or diverged), made from spec.json and
+    result.json only.
 
     Columns: run_id, status, model, dataset, method and its fields, the spec's scalars, the measures
-    (NLL in nats per loss-bearing token), and `spec`, `result` as JSON text, from which a store can be rebuilt.
-    Missing values are NaN or None. Runs of another train_version are an error.
+    (NLL in nats per loss-bearing token), and `spec`, `result` as JSON text, from which a store can
+    be rebuilt. Missing values are NaN or None. Runs of another train_version are an error.
     """
     import pandas as pd
 
@@ -336,9 +380,15 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         )
     method = spec["method"]
     row: dict[str, Any] = {"run_id": result["run_id"], "status": result["state"]}
-    row |= {"model": spec["model"]["name"], "dataset": spec["dataset"]["name"], "method": method["name"]}
+    row |= {
+        "model": spec["model"]["name"],
+        "dataset": spec["dataset"]["name"],
+        "method": method["name"],
+    }
     row |= {k: method.get(k) for k in _METHOD_COLUMNS}
-    row |= {k: method.get(k, past if method["name"] == "lora" else None) for k, past in _LATER.items()}
+    row |= {
+        k: method.get(k, past if method["name"] == "lora" else None) for k, past in _LATER.items()
+    }
     row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method")}
     row |= {"hidden_size": spec["model"]["hidden_size"]}
     row |= {k: result.get(k) for k in _RESULT_COLUMNS}
@@ -360,7 +410,9 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
     except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are ValueErrors
         raise StoreError(f"{path} cannot be read as a table ({error}).") from None
     if not {"spec", "result"} <= set(table.columns):
-        raise StoreError(f"{path} has no columns 'spec' and 'result': only tables made by `action=export` carry runs.")
+        raise StoreError(
+            f"{path} has no columns 'spec' and 'result': only tables made by `action=export` carry runs."
+        )
     rows = []
     for number, (spec_text, result_text) in enumerate(zip(table["spec"], table["result"]), start=1):
         try:
@@ -369,7 +421,9 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
         except (ValueError, TypeError, KeyError) as error:
             raise StoreError(f"{path}, row {number}: not a run ({error}).") from None
         if rid != named:
-            raise StoreError(f"{path}, row {number}: the spec's name is {rid}, the result's {named}.")
+            raise StoreError(
+                f"{path}, row {number}: the spec's name is {rid}, the result's {named}."
+            )
         rows.append((rid, spec, result))
     store = RunStore(runs_dir)
     store.prepare()

@@ -1,4 +1,5 @@
-"""A sweep is a question: its claims with margins, its arms and axes, and the runs that they expand to.
+"""A sweep is a question: its claims with margins, its arms and axes, and the runs that they expand
+to.
 
 Pure: standard library only, no files, no torch.
 """
@@ -25,15 +26,18 @@ class Claim:
     says: str = ""
     """The claim in words, as a table shows it. Not judged, so not part of the hash."""
     whose: str = "ours"
-    """Who claims it: `study`, `popular` (summaries of it, libraries' defaults, other papers) or `ours`. Not hashed."""
+    """Who claims it: `study`, `popular` (summaries of it, libraries' defaults, other papers) or
+    `ours`. Not hashed."""
     measure: str = ""
     """What is measured, with its unit, as a table shows it. Not hashed."""
     beside: str = ""
-    """What has to be said beside the verdict: where it is claimed, what else is known of it. Not hashed."""
+    """What has to be said beside the verdict: where it is claimed, what else is known of it. Not
+    hashed."""
     estimand: str = ""
     expected: float = math.nan
     margin: list[float] = field(default_factory=list)
-    """[low, high]: the claim is SUPPORTED if the 95% interval lies inside, REFUTED if it lies outside."""
+    """[low, high]: the claim is SUPPORTED if the 95% interval lies inside, REFUTED if it lies
+    outside."""
     primary: bool = False
     rivals: dict[str, float] = field(default_factory=dict)
     """Other values in print, by name."""
@@ -46,7 +50,8 @@ class Second:
     seeds: list[int] = field(default_factory=list)
     n_lrs: int = 3
     arms: list[str] = field(default_factory=list)
-    """Arms that get fresh seeds; empty: all. For a control that no verdict rests on, where a run is dear."""
+    """Arms that get fresh seeds; empty: all. For a control that no verdict rests on, where a run is
+    dear."""
 
 
 @dataclass
@@ -64,10 +69,12 @@ class Sweep:
     """Arm name -> {method: name, axis: list or value, ...}."""
     second: Second = field(default_factory=Second)
     rounds: int = 1
-    """Looks at the answer that are planned, 1 to 5: each is judged at a stricter level, so that all together err in 5%."""
+    """Looks at the answer that are planned, 1 to 5: each is judged at a stricter level, so that all
+    together err in 5%."""
     analysis: str = ""
     at: dict[str, Any] = field(default_factory=dict)
-    """Scale name -> what the arms and axes take from it: ${sweep.at.${scale.at}.ranks}. Not part of the question."""
+    """Scale name -> what the arms and axes take from it: ${sweep.at.${scale.at}.ranks}. Not part of
+    the question."""
     parts: list[str] = field(default_factory=list)
     """Names of sweeps that are asked one after another instead of arms of its own: +sweep=study."""
 
@@ -82,9 +89,12 @@ class Point:
 
 
 def geom(low: float, high: float, per_decade: float) -> list[float]:
-    """List learning rates from `low` to `high`, `per_decade` a factor 10, snapped to 3 significant digits."""
+    """List learning rates from `low` to `high`, `per_decade` a factor 10, snapped to 3 significant
+    digits."""
     if not (0 < low <= high and per_decade > 0 and math.isfinite(high / low)):
-        raise SpecError(f"geom:{low},{high},{per_decade}: needs 0 < low <= high and a positive count per decade.")
+        raise SpecError(
+            f"geom:{low},{high},{per_decade}: needs 0 < low <= high and a positive count per decade."
+        )
     n = math.floor(math.log10(high / low) * per_decade + 1e-6)
     return [float(f"{low * 10 ** (i / per_decade):.2e}") for i in range(n + 1)]
 
@@ -97,22 +107,31 @@ def around(centre: float, n: int, factor: float) -> list[float]:
 
 
 def check_sweep(name: str, sweep: Sweep) -> None:
-    """Raise SpecError if the question is not stated in full: claims with margins, arms, no empty axis."""
+    """Raise SpecError if the question is not stated in full: claims with margins, arms, no empty
+    axis."""
     where = f"sweep {name!r}"
     if not sweep.question:
         raise SpecError(f"{where} asks no question. Write `question: ...` at its top.")
     if sweep.parts:
         if sweep.arms or sweep.axes or sweep.claims:
-            raise SpecError(f"{where} has parts, so it has no arms, axes and claims of its own: they are those of its parts.")
+            raise SpecError(
+                f"{where} has parts, so it has no arms, axes and claims of its own: they are those of its parts."
+            )
         return
     if not sweep.claims:
-        raise SpecError(f"{where} has no claims. State at least one, with estimand and margin, before any run.")
+        raise SpecError(
+            f"{where} has no claims. State at least one, with estimand and margin, before any run."
+        )
     for key, claim in sweep.claims.items():
         if claim.whose not in WHOSE:
-            raise SpecError(f"{where}, claim {key!r}: whose={claim.whose!r}. Write one of {', '.join(WHOSE)}.")
+            raise SpecError(
+                f"{where}, claim {key!r}: whose={claim.whose!r}. Write one of {', '.join(WHOSE)}."
+            )
         low, high = (claim.margin + [math.nan, math.nan])[:2]
         if len(claim.margin) != 2 or not low < high:
-            raise SpecError(f"{where}, claim {key!r}: margin={claim.margin}. Give [low, high] with low < high.")
+            raise SpecError(
+                f"{where}, claim {key!r}: margin={claim.margin}. Give [low, high] with low < high."
+            )
     if not 1 <= sweep.rounds <= 5:
         raise SpecError(f"{where}: rounds={sweep.rounds}. Plan 1 to 5 looks at the answer.")
     if not sweep.arms:
@@ -122,16 +141,22 @@ def check_sweep(name: str, sweep: Sweep) -> None:
             raise SpecError(f"{where}, arm {arm!r}: needs a method. Write `method: lora` below it.")
     for arm in sweep.second.arms:
         if arm not in sweep.arms:
-            raise SpecError(f"{where}: second.arms names {arm!r}, which is not an arm. Its arms: {', '.join(sweep.arms)}; "
-                            "sweep.second.arms=[] means all of them.")  # fmt: skip
+            raise SpecError(
+                f"{where}: second.arms names {arm!r}, which is not an arm. Its arms: {', '.join(sweep.arms)}; "
+                "sweep.second.arms=[] means all of them."
+            )
     for axis, values in _all_axes(sweep):
         if isinstance(values, list) and not values:
-            raise SpecError(f"{where}: axis {axis!r} is an empty list, so the grid is empty. Give at least one value.")
+            raise SpecError(
+                f"{where}: axis {axis!r} is an empty list, so the grid is empty. Give at least one value."
+            )
 
 
 def _all_axes(sweep: Sweep) -> list[tuple[str, Any]]:
     shared = list(sweep.axes.items())
-    return shared + [(f"arms.{a}.{k}", v) for a, axes in sweep.arms.items() for k, v in axes.items()]
+    return shared + [
+        (f"arms.{a}.{k}", v) for a, axes in sweep.arms.items() for k, v in axes.items()
+    ]
 
 
 def expand(
@@ -139,8 +164,8 @@ def expand(
 ) -> list[Point]:
     """Expand a sweep over `base` into its checked, distinct runs, in the order of arms and axes.
 
-    `model` and `dataset` turn the names on those axes into specs. Every point is checked; all that is wrong is
-    raised in one SpecError.
+    `model` and `dataset` turn the names on those axes into specs. Every point is checked; all that
+    is wrong is raised in one SpecError.
     """
     points: dict[str, Point] = {}
     problems: list[str] = []
@@ -154,12 +179,16 @@ def expand(
         start = dataclasses.replace(base, method=method)
         found = assignments(fields)
         if len(found) > MAX_RUNS:
-            raise SpecError(f"arm {arm!r} has {len(found)} runs; the limit is {MAX_RUNS}. Shorten an axis.")
+            raise SpecError(
+                f"arm {arm!r} has {len(found)} runs; the limit is {MAX_RUNS}. Shorten an axis."
+            )
         for values in found:
             where = f"arm {arm!r}, point {_say(values)}"
             try:
                 values = {k: look[k](v) if k in look else v for k, v in values.items()}
-                spec = with_axes(start, values if "knobs" not in values else _with_knobs(start, values, known))
+                spec = with_axes(
+                    start, values if "knobs" not in values else _with_knobs(start, values, known)
+                )
                 rid = checked_id(spec)
             except SpecError as error:
                 problems.append(f"{where}: {error}")
@@ -178,33 +207,47 @@ def expand(
 def assignments(axes: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the product of axes as dicts from field to value.
 
-    An axis is a list of values, or one value. A value that is a mapping sets several fields at once, and is a product of its
-    own: `cell: [{batch_size: 4, steps: 800, lr: [1e-3, 2e-3]}, {batch_size: 16, steps: 200, lr: [2e-3]}]` has three. The
-    field `knobs` is a mapping itself: settings of a synthetic data set.
+    An axis is a list of values, or one value. A value that is a mapping sets several fields at
+    once, and is a product of its
+    own: `cell: [{batch_size: 4, steps: 800, lr: [1e-3, 2e-3]}, {batch_size: 16, steps: 200, lr:
+    [2e-3]}]` has three. The field `knobs` is a mapping itself: settings of a synthetic data set.
     """
     size = math.prod(len(v) if isinstance(v, list) else 1 for v in axes.values())
     if size > MAX_RUNS:
-        raise SpecError(f"an arm has {size} runs or more; the limit is {MAX_RUNS}. Shorten an axis.")
+        raise SpecError(
+            f"an arm has {size} runs or more; the limit is {MAX_RUNS}. Shorten an axis."
+        )
     parts = []
     for name, values in axes.items():
         part: list[dict[str, Any]] = []
         for value in values if isinstance(values, list) else [values]:
-            part += assignments(value) if isinstance(value, dict) and name != "knobs" else [{name: value}]
+            part += (
+                assignments(value)
+                if isinstance(value, dict) and name != "knobs"
+                else [{name: value}]
+            )
         parts.append(part)
-    return [{k: v for part in chosen for k, v in part.items()} for chosen in itertools.product(*parts)]
+    return [
+        {k: v for part in chosen for k, v in part.items()} for chosen in itertools.product(*parts)
+    ]
 
 
 def fields_of(axes: dict[str, Any]) -> set[str]:
     """Return the fields that axes set, those inside mappings included."""
     found = set()
     for name, values in axes.items():
-        inner = [v for v in (values if isinstance(values, list) else [values]) if isinstance(v, dict) and name != "knobs"]
+        inner = [
+            v
+            for v in (values if isinstance(values, list) else [values])
+            if isinstance(v, dict) and name != "knobs"
+        ]
         found |= set().union(*(fields_of(v) for v in inner)) if inner else {name}
     return found
 
 
 def _with_knobs(start: RunSpec, values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """Put knobs into the data set, whose name then tells them; runs of the same knobs share one object."""
+    """Put knobs into the data set, whose name then tells them; runs of the same knobs share one
+    object."""
     values = dict(values)
     knobs, data = values.pop("knobs"), values.get("dataset", start.dataset)
     name = f"{data.name}({', '.join(f'{k}={v:g}' for k, v in sorted(knobs.items()))})"
@@ -222,11 +265,14 @@ def curve_key(point: Point) -> tuple[str, str]:
     return point.arm, canonical(dataclasses.replace(point.spec, lr=1.0, seed=0))
 
 
-def second_stage(points: Sequence[Point], second: Second, nll: Callable[[str], float | None]) -> list[Point]:
-    """Return the runs of the second stage: fresh seeds at the `n_lrs` learning rates around each curve's best.
+def second_stage(
+    points: Sequence[Point], second: Second, nll: Callable[[str], float | None]
+) -> list[Point]:
+    """Return the runs of the second stage: fresh seeds at the `n_lrs` learning rates around each
+    curve's best.
 
-    `nll` gives a run's final held-out NLL; None for one that diverged. It is asked about the first stage's
-    runs only, so that the answer does not change as the second stage fills.
+    `nll` gives a run's final held-out NLL; None for one that diverged. It is asked about the first
+    stage's runs only, so that the answer does not change as the second stage fills.
     """
     curves: dict[tuple[str, str], dict[float, list[Point]]] = {}
     for p in points:
@@ -240,7 +286,9 @@ def second_stage(points: Sequence[Point], second: Second, nll: Callable[[str], f
         for lr in lrs:
             values = [nll(p.id) for p in by_lr[lr]]
             usable = [v for v in values if v is not None and math.isfinite(v)]
-            scores.append(sum(usable) / len(usable) if usable and len(usable) == len(values) else math.inf)
+            scores.append(
+                sum(usable) / len(usable) if usable and len(usable) == len(values) else math.inf
+            )
         if not any(math.isfinite(s) for s in scores):
             continue
         best = min(range(len(lrs)), key=scores.__getitem__)

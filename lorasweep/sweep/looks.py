@@ -1,4 +1,5 @@
-"""Further rounds of a sweep: the runs that were added after a look at the answer, recorded so that looks are counted.
+"""Further rounds of a sweep: the runs that were added after a look at the answer, recorded so that
+looks are counted.
 
 Knows files and points; what to add is the analysis' business.
 """
@@ -28,14 +29,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     try:
         return json.loads(path.read_text())["rounds"]
     except (ValueError, KeyError, TypeError):
-        raise StoreError(f"{path} is damaged: restore it, or remove it to forget the sweep's further rounds "
-                         "(their runs are kept).") from None  # fmt: skip
+        raise StoreError(
+            f"{path} is damaged: restore it, or remove it to forget the sweep's further rounds "
+            "(their runs are kept)."
+        ) from None
 
 
 def points(rounds: Sequence[dict[str, Any]], known: Sequence[Point]) -> list[Point]:
     """Return the runs of recorded rounds: each is like a known run but for learning rate and seed.
 
-    Runs whose pattern is no longer part of the sweep (it was edited, or another part of it is asked for) are left out.
+    Runs whose pattern is no longer part of the sweep (it was edited, or another part of it is asked
+    for) are left out.
     """
     by_id = {p.id: p for p in known}
     extra: dict[str, Point] = {}
@@ -54,15 +58,20 @@ def note_look(path: Path, claims_hash: str, planned: int) -> None:
         _write(path, {"claims_hash": claims_hash, "planned": planned, "rounds": []})
 
 
-def append(path: Path, runs: Sequence[dict[str, Any]], claims_hash: str, known: Sequence[Point]) -> int:
+def append(
+    path: Path, runs: Sequence[dict[str, Any]], claims_hash: str, known: Sequence[Point]
+) -> int:
     """Record one more round and return its number.
 
     Raises:
-        SpecError: the sweep was never answered, its planned rounds are used up, its claims were changed since the first
+        SpecError: the sweep was never answered, its planned rounds are used up, its claims were
+            changed since the first
             look, or the round holds no run that the sweep has not.
     """
     if not path.is_file():
-        raise SpecError("the sweep has no answer yet, so there is no round to follow. Ask without action=extend first.")
+        raise SpecError(
+            "the sweep has no answer yet, so there is no round to follow. Ask without action=extend first."
+        )
     read(path)  # says so if the file is damaged
     told = json.loads(path.read_text())
     if told["claims_hash"] != claims_hash:

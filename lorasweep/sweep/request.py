@@ -1,4 +1,5 @@
-"""What the user asked for, complete and checked; as plain values it waits in a file until a cluster job takes it up."""
+"""What the user asked for, complete and checked; as plain values it waits in a file until a cluster
+job takes it up."""
 
 import dataclasses
 import json
@@ -38,7 +39,9 @@ class Request:
     @property
     def title(self) -> str:
         """Return the name that its reports and jobs carry."""
-        return f"{self.sweep_name}-{self.scale}" if self.sweep_name else f"single-{self.points[0].id}"
+        return (
+            f"{self.sweep_name}-{self.scale}" if self.sweep_name else f"single-{self.points[0].id}"
+        )
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -67,6 +70,13 @@ def from_file(told: dict[str, Any]) -> Request:
 def question(request: Request) -> dict[str, Any]:
     """Return what the analysis must know of the sweep: plain values, kept beside the report."""
     sweep = dataclasses.asdict(request.sweep)
-    return {"name": request.sweep_name, "scale": request.scale, "question": sweep["question"],
-            "source": sweep["source"], "how": sweep["how"], "claims": sweep["claims"], "rounds": sweep["rounds"],
-            "analysis": sweep["analysis"]}  # fmt: skip
+    return {
+        "name": request.sweep_name,
+        "scale": request.scale,
+        "question": sweep["question"],
+        "source": sweep["source"],
+        "how": sweep["how"],
+        "claims": sweep["claims"],
+        "rounds": sweep["rounds"],
+        "analysis": sweep["analysis"],
+    }

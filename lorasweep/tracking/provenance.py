@@ -12,9 +12,25 @@ from typing import Any
 
 import lorasweep
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "hydra-core", "omegaconf")
-SLURM = {"job": "SLURM_JOB_ID", "array": "SLURM_ARRAY_JOB_ID", "task": "SLURM_ARRAY_TASK_ID", "node": "SLURMD_NODENAME",
-         "partition": "SLURM_JOB_PARTITION", "restart": "SLURM_RESTART_COUNT", "gpus": "CUDA_VISIBLE_DEVICES"}  # fmt: skip
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "numpy",
+    "safetensors",
+    "hydra-core",
+    "omegaconf",
+)
+SLURM = {
+    "job": "SLURM_JOB_ID",
+    "array": "SLURM_ARRAY_JOB_ID",
+    "task": "SLURM_ARRAY_TASK_ID",
+    "node": "SLURMD_NODENAME",
+    "partition": "SLURM_JOB_PARTITION",
+    "restart": "SLURM_RESTART_COUNT",
+    "gpus": "CUDA_VISIBLE_DEVICES",
+}
 """What is recorded of a Slurm job, and the variable that says it."""
 
 
@@ -43,21 +59,30 @@ def slurm_job() -> dict[str, str] | None:
     """Describe the Slurm job that this process is part of; None outside one."""
     if "SLURM_JOB_ID" not in os.environ:
         return None
-    return {name: os.environ[variable] for name, variable in SLURM.items() if variable in os.environ}
+    return {
+        name: os.environ[variable] for name, variable in SLURM.items() if variable in os.environ
+    }
 
 
 def code() -> dict[str, Any]:
-    """Say which code this is: commit, whether it was edited since, and the snapshot that it was copied to."""
+    """Say which code this is: commit, whether it was edited since, and the snapshot that it was
+    copied to."""
     told = Path(__file__).resolve().parents[2] / "snapshot.json"
     if told.is_file():
         return json.loads(told.read_bytes())
     edited = _git("status", "--porcelain")
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if edited is None else bool(edited), "snapshot": None}
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if edited is None else bool(edited),
+        "snapshot": None,
+    }
 
 
 def edited() -> list[str]:
     """List the files of the checkout that differ from its commit; empty for an installed package."""
-    return [line.split(maxsplit=1)[1] for line in (_git("status", "--porcelain") or "").splitlines()]
+    return [
+        line.split(maxsplit=1)[1] for line in (_git("status", "--porcelain") or "").splitlines()
+    ]
 
 
 def _processor() -> str:
@@ -65,7 +90,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
+    )
 
 
 def _git(*args: str) -> str | None:
@@ -74,7 +101,9 @@ def _git(*args: str) -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

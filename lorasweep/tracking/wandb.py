@@ -1,7 +1,9 @@
-"""Replay finished runs into Weights & Biases. The only importer of wandb; a mirror, never the truth.
+"""Replay finished runs into Weights & Biases. The only importer of wandb; a mirror, never the
+truth.
 
-One W&B run a lorasweep run, with the run's id, grouped by sweep. WANDB_MODE=offline needs neither network nor
-account; W&B's own variables (WANDB_PROJECT, WANDB_DIR, WANDB_ENTITY) say where the copies go.
+One W&B run a lorasweep run, with the run's id, grouped by sweep. WANDB_MODE=offline needs neither
+network nor account; W&B's own variables (WANDB_PROJECT, WANDB_DIR, WANDB_ENTITY) say where the
+copies go.
 """
 
 import json
@@ -29,11 +31,22 @@ def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
         if result is None or mark.exists():
             continue
         run = wandb.init(
-            id=point.id, name=names[point.id], group=group, mode=mode, resume="allow",
-            project=os.environ.get("WANDB_PROJECT", "lorasweep"), config=json.loads(canonical(point.spec)),
-            settings=wandb.Settings(x_disable_stats=True, x_disable_meta=True, console="off", silent=True,
-                                    disable_git=True, disable_code=True),
-        )  # fmt: skip
+            id=point.id,
+            name=names[point.id],
+            group=group,
+            mode=mode,
+            resume="allow",
+            project=os.environ.get("WANDB_PROJECT", "lorasweep"),
+            config=json.loads(canonical(point.spec)),
+            settings=wandb.Settings(
+                x_disable_stats=True,
+                x_disable_meta=True,
+                console="off",
+                silent=True,
+                disable_git=True,
+                disable_code=True,
+            ),
+        )
         for record in store.records(point.id):
             values = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
             run.log(values, step=record["step"])

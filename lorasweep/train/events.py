@@ -11,7 +11,8 @@ State = dict[str, Any]
 
 @dataclass
 class Event:
-    """What one update brought. Keys are run ids; `ended` gives 'done' or 'diverged' and the final measures."""
+    """What one update brought. Keys are run ids; `ended` gives 'done' or 'diverged' and the final
+    measures."""
 
     step: int
     records: dict[str, Record]

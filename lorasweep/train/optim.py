@@ -1,7 +1,8 @@
 """AdamW with a vector of learning rates, one a member, and learning-rate schedules.
 
-The formula is torch.optim.AdamW's (Loshchilov & Hutter, arXiv 1711.05101); torch's own takes one rate a
-parameter group, while a pack holds N members in one tensor. Tests compare the two in float64.
+The formula is torch.optim.AdamW's (Loshchilov & Hutter, arXiv 1711.05101); torch's own takes one
+rate a parameter group, while a pack holds N members in one tensor. Tests compare the two in
+float64.
 """
 
 import math
@@ -73,7 +74,9 @@ class AdamW:
         if not self.trainables.stacked:
             norms = [torch.linalg.vector_norm(p.grad) for p in self.params.values()]
             return [float(torch.stack(norms).double().square().sum().sqrt())]
-        squares = torch.zeros(len(self.specs), dtype=torch.float64, device=next(iter(self.params.values())).device)
+        squares = torch.zeros(
+            len(self.specs), dtype=torch.float64, device=next(iter(self.params.values())).device
+        )
         for name, p in self.params.items():
             members = self.trainables.part_of(name)[1]
             squares[members] += torch.linalg.vector_norm(p.grad.flatten(1), dim=1).double().square()
@@ -81,23 +84,29 @@ class AdamW:
 
     @torch.no_grad()
     def grad_squares(self) -> list[dict[str, float]]:
-        """Return each member's squared gradient norms by the names that tensors have in one member's state."""
+        """Return each member's squared gradient norms by the names that tensors have in one
+        member's state."""
         found: list[dict[str, float]] = [{} for _ in self.specs]
         for name, p in self.params.items():
             of_member, members = self.trainables.part_of(name)
             squares = p.grad.double().square()
-            for k, value in zip(range(members.start, members.stop), squares.flatten(1).sum(1) if self.trainables.stacked
-                                else [squares.sum()]):  # fmt: skip
+            for k, value in zip(
+                range(members.start, members.stop),
+                squares.flatten(1).sum(1) if self.trainables.stacked else [squares.sum()],
+            ):
                 found[k][of_member] = float(value)
         return found
 
     @torch.no_grad()
     def step(self, step: int, norms: Sequence[float]) -> None:
-        """Make update `step` (0-based) of every member. `norms` are grad_norms(), used where a member clips."""
+        """Make update `step` (0-based) of every member. `norms` are grad_norms(), used where a
+        member clips."""
         specs = self.specs
         first = specs[0]  # betas, eps and decay are shared by a pack (plan.pack_key)
         lr = [s.lr * lr_factor(s, step) for s in specs]
-        clip = [min(1.0, s.clip_norm / (n + 1e-6)) if s.clip_norm else 1.0 for s, n in zip(specs, norms)]
+        clip = [
+            min(1.0, s.clip_norm / (n + 1e-6)) if s.clip_norm else 1.0 for s, n in zip(specs, norms)
+        ]
         if not self.trainables.stacked:
             self._fused(step, lr[0], clip[0])
             return
@@ -106,10 +115,17 @@ class AdamW:
         some = next(iter(self.params.values()))
         rate_N, clip_N = (torch.tensor(x, dtype=torch.float64).to(some) for x in (lr, clip))
         members = [self.trainables.part_of(name)[1] for name in self.params]
-        own = [torch.tensor(self.trainables.lr_ratios(name), dtype=torch.float64).to(some) for name in self.params]
+        own = [
+            torch.tensor(self.trainables.lr_ratios(name), dtype=torch.float64).to(some)
+            for name in self.params
+        ]
         params = list(self.params.values())
         rates = [(rate_N[at] * ratio).view(-1, 1, 1) for at, ratio in zip(members, own)]
-        grads, m, v = [p.grad for p in params], self._moments(self.exp_avg), self._moments(self.exp_avg_sq)
+        grads, m, v = (
+            [p.grad for p in params],
+            self._moments(self.exp_avg),
+            self._moments(self.exp_avg_sq),
+        )
         if any(c != 1.0 for c in clip):
             torch._foreach_mul_(grads, [clip_N[at].view(-1, 1, 1) for at in members])
         if first.weight_decay:
@@ -125,18 +141,30 @@ class AdamW:
         torch._foreach_sub_(params, change)
 
     def _fused(self, step: int, lr: float, clip: float) -> None:
-        """Update one run's whole weights by torch's fused kernel, which reads and writes each number once."""
+        """Update one run's whole weights by torch's fused kernel, which reads and writes each
+        number once."""
         spec, params = self.specs[0], list(self.params.values())
         grads = [p.grad for p in params]
         if clip != 1.0:
             torch._foreach_mul_(grads, clip)
         steps = [torch.tensor(float(step + 1), device=p.device) for p in params]
         torch._fused_adamw_(
-            params, grads, self._moments(self.exp_avg), self._moments(self.exp_avg_sq), [], steps, lr=lr,
-            beta1=spec.beta1, beta2=spec.beta2, weight_decay=spec.weight_decay, eps=spec.eps, amsgrad=False,
+            params,
+            grads,
+            self._moments(self.exp_avg),
+            self._moments(self.exp_avg_sq),
+            [],
+            steps,
+            lr=lr,
+            beta1=spec.beta1,
+            beta2=spec.beta2,
+            weight_decay=spec.weight_decay,
+            eps=spec.eps,
+            amsgrad=False,
             maximize=False,
-        )  # fmt: skip
-        # The kernel changes the weights without saying so, and decoder.Lean would go on with the old ones' copies.
+        )
+        # The kernel changes the weights without saying so, and decoder.Lean would go on with the
+        # old ones' copies.
         torch.autograd.graph.increment_version(params)
 
     def _moments(self, moments: dict[str, torch.Tensor]) -> list[torch.Tensor]:

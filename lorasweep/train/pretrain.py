@@ -1,7 +1,9 @@
-"""Recipe models: small Llama-shaped base models, pretrained once from a recipe and cached by content.
+"""Recipe models: small Llama-shaped base models, pretrained once from a recipe and cached by
+content.
 
-The cache key is the hash of the recipe and the shape. A shipped base is looked up first. Weights are kept
-rounded to bf16 (half the size), and the rounded weights *are* the base, wherever they come from.
+The cache key is the hash of the recipe and the shape. A shipped base is looked up first. Weights
+are kept rounded to bf16 (half the size), and the rounded weights *are* the base, wherever they come
+from.
 """
 
 import hashlib
@@ -71,26 +73,46 @@ def empty_model(spec: ModelSpec) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=spec.hidden_size, intermediate_size=spec.mlp_size, num_hidden_layers=spec.n_layers,
-        num_attention_heads=spec.n_heads, num_key_value_heads=spec.n_kv_heads, head_dim=spec.head_size,
-        vocab_size=spec.vocab_size, tie_word_embeddings=spec.tied, max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, rms_norm_eps=1e-5,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.mlp_size,
+        num_hidden_layers=spec.n_layers,
+        num_attention_heads=spec.n_heads,
+        num_key_value_heads=spec.n_kv_heads,
+        head_dim=spec.head_size,
+        vocab_size=spec.vocab_size,
+        tie_word_embeddings=spec.tied,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-5,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
     return LlamaForCausalLM(config)
 
 
-def pretrain(spec: ModelSpec, progress: Callable[[int, float], None] | None = None) -> tuple[Any, dict[str, float]]:
-    """Train the base by its recipe. Returns the model and {nll, floor}, in nats a token, on held-out text."""
+def pretrain(
+    spec: ModelSpec, progress: Callable[[int, float], None] | None = None
+) -> tuple[Any, dict[str, float]]:
+    """Train the base by its recipe. Returns the model and {nll, floor}, in nats a token, on
+    held-out text."""
     recipe = spec.recipe
     assert recipe is not None
     torch.manual_seed(recipe.seed)
     model = empty_model(spec).train()
     data = load_data(
-        DatasetSpec(name=f"pretrain-{recipe.dataset}", source="synthetic", location=recipe.dataset, format="tokens",
-                    mask="all", max_length=recipe.length, n_test=512, knobs=recipe.knobs),
+        DatasetSpec(
+            name=f"pretrain-{recipe.dataset}",
+            source="synthetic",
+            location=recipe.dataset,
+            format="tokens",
+            mask="all",
+            max_length=recipe.length,
+            n_test=512,
+            knobs=recipe.knobs,
+        ),
         data_dirs=(),
-    )  # fmt: skip
+    )
     rate = RunSpec(lr=recipe.lr, steps=recipe.steps, warmup_steps=recipe.steps // 20)
     optimizer = AdamW.start(OneRun(dict(model.named_parameters())), [rate])
     for step in range(recipe.steps):
@@ -106,7 +128,10 @@ def pretrain(spec: ModelSpec, progress: Callable[[int, float], None] | None = No
             progress(step, float(nll.detach()))
     model.eval()
     nll = evaluate(model, eval_batches(data.test, 8192), 1, "fp32")[0]
-    return model, {"nll": nll, "floor": data.floor_nats if data.floor_nats is not None else math.nan}
+    return model, {
+        "nll": nll,
+        "floor": data.floor_nats if data.floor_nats is not None else math.nan,
+    }
 
 
 def main(names: Sequence[str]) -> None:
@@ -115,7 +140,9 @@ def main(names: Sequence[str]) -> None:
 
     for name in names:
         spec = shipped_model(name)
-        model, reached = pretrain(spec, lambda step, nll: print(f"{step} {nll:.4f}") if step % 100 == 0 else None)
+        model, reached = pretrain(
+            spec, lambda step, nll: print(f"{step} {nll:.4f}") if step % 100 == 0 else None
+        )
         save(model, SHIPPED / file_name(spec))
         print(f"{name}: NLL {reached['nll']:.4f}, floor {reached['floor']:.4f}")
 

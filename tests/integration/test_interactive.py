@@ -1,4 +1,5 @@
-"""The interactive report in a real browser: from disk, without network, with thousands of runs and hostile names."""
+"""The interactive report in a real browser: from disk, without network, with thousands of runs and
+hostile names."""
 
 import json
 import math
@@ -34,9 +35,19 @@ def runs(models, ranks, n_lrs=7, seeds=1, batches=(8,)):
                     for seed in range(seeds):
                         nll = 2 + 0.1 * math.log(lr / best) ** 2 + rng.normal(0, 1e-3)
                         curve = [{"step": s, "test_nll": nll + 1 / s} for s in (1, 2, 4, 8, 16)]
-                        rows.append({"run_id": f"r{len(rows):05d}", "model": model, "rank": rank, "lr": lr, "seed": seed,
-                                     "batch_size": batch, "status": "diverged" if k == n_lrs - 1 else "done",
-                                     "test_nll": nll, "result": json.dumps({"curve": curve})})
+                        rows.append(
+                            {
+                                "run_id": f"r{len(rows):05d}",
+                                "model": model,
+                                "rank": rank,
+                                "lr": lr,
+                                "seed": seed,
+                                "batch_size": batch,
+                                "status": "diverged" if k == n_lrs - 1 else "done",
+                                "test_nll": nll,
+                                "result": json.dumps({"curve": curve}),
+                            }
+                        )
     return pd.DataFrame(rows)
 
 
@@ -47,8 +58,17 @@ def browser():
 
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-                 "--disable-background-networking", "--disable-component-update", "--window-size=1280,1600"):
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--window-size=1280,1600",
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
@@ -80,7 +100,9 @@ def quiet(browser):
     for entry in browser.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
-            assert message["params"]["request"]["url"].split(":")[0] in ("file", "data", "blob"), message
+            assert message["params"]["request"]["url"].split(":")[0] in ("file", "data", "blob"), (
+                message
+            )
 
 
 def count(browser):
@@ -90,23 +112,37 @@ def count(browser):
 def choose(browser, key, value, times):
     browser.execute_script(
         "const s = document.getElementById(arguments[0]); s.value = arguments[1]; s.dispatchEvent(new Event('change'))",
-        f"filter-{key}", value)  # fmt: skip
+        f"filter-{key}",
+        value,
+    )
     drawn(browser, times)
 
 
 def test_it_opens_from_disk_and_filters(browser, tmp_path):
     opened(browser, tmp_path, runs(["a/one", "b/two"], [None, 4, 16], batches=(8, 32)))
     assert count(browser) == "12 curves, 84 runs"
-    assert browser.execute_script("return document.querySelectorAll('#lr-plot .points path').length") >= 84
-    assert browser.execute_script("return document.querySelectorAll('#forest-plot .points path').length") == 8
+    assert (
+        browser.execute_script("return document.querySelectorAll('#lr-plot .points path').length")
+        >= 84
+    )
+    assert (
+        browser.execute_script(
+            "return document.querySelectorAll('#forest-plot .points path').length"
+        )
+        == 8
+    )
     choose(browser, "rank", "4", 2)
     assert count(browser) == "4 curves, 28 runs"
     choose(browser, "model", "b/two", 3)
     choose(browser, "batch_size", "32", 4)
     assert count(browser) == "1 curves, 7 runs"
-    assert "lora r4" in browser.execute_script("return document.getElementById('curve-table').textContent")
+    assert "lora r4" in browser.execute_script(
+        "return document.getElementById('curve-table').textContent"
+    )
     choose(browser, "rank", "null", 5)
-    assert "fullft" in browser.execute_script("return document.getElementById('curve-table').textContent")
+    assert "fullft" in browser.execute_script(
+        "return document.getElementById('curve-table').textContent"
+    )
     quiet(browser)
 
 
@@ -139,7 +175,10 @@ def test_it_is_usable_with_5000_runs(browser, tmp_path):
     assert len(table) >= 5000
     opened(browser, tmp_path, table)
     assert count(browser) == f"80 curves, {len(table)} runs"
-    assert browser.execute_script("return document.querySelectorAll('#run-table tbody tr').length") == 100
+    assert (
+        browser.execute_script("return document.querySelectorAll('#run-table tbody tr').length")
+        == 100
+    )
     choose(browser, "model", "m3", 2)
     assert count(browser) == "8 curves, 504 runs"
     quiet(browser)
@@ -151,8 +190,12 @@ def test_names_are_text_and_nothing_else(browser, tmp_path):
     opened(browser, tmp_path, table)
     assert browser.execute_script("return window.hacked") is None
     assert browser.execute_script("return document.querySelectorAll('img').length") == 0
-    assert HOSTILE in browser.execute_script("return document.getElementById('curve-table').textContent")
+    assert HOSTILE in browser.execute_script(
+        "return document.getElementById('curve-table').textContent"
+    )
     browser.execute_script("document.querySelector('#run-table tbody tr').click()")
-    assert HOSTILE in browser.execute_script("return document.getElementById('details').textContent")
+    assert HOSTILE in browser.execute_script(
+        "return document.getElementById('details').textContent"
+    )
     assert browser.execute_script("return window.hacked") is None
     quiet(browser)

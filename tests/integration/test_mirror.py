@@ -33,22 +33,39 @@ def wandb_records(path):
 
 def test_finished_runs_are_mirrored_once_and_read_back(tmp_path):
     env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
-    arguments = ("+sweep=lr_ratio", "scale=smoke", "~sweep.arms.fullft", "sweep.arms.lora.lr=[5e-3]", "mirror=wandb",
-                 "+sweep.arms.fullft.method=fullft", "+sweep.arms.fullft.lr=[2e-3]")
+    arguments = (
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        "~sweep.arms.fullft",
+        "sweep.arms.lora.lr=[5e-3]",
+        "mirror=wandb",
+        "+sweep.arms.fullft.method=fullft",
+        "+sweep.arms.fullft.lr=[2e-3]",
+    )
     done = cli(*arguments, cwd=tmp_path, env=env)
     assert "UNDECIDED" in done.stdout
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    runs = {p.name for p in (tmp_path / "runs").iterdir() if p.is_dir() and not p.name.startswith(".")}
+    runs = {
+        p.name for p in (tmp_path / "runs").iterdir() if p.is_dir() and not p.name.startswith(".")
+    }
     assert len(files) == 2 and {f.stem.removeprefix("run-") for f in files} == runs
     for path in files:
         records = list(wandb_records(path))
         (run,) = [r.run for r in records if r.HasField("run")][:1]
         assert run.run_group == "lr_ratio"
-        own = [json.loads(line) for line in (tmp_path / "runs" / run.run_id / "metrics.jsonl").read_text().splitlines()]
+        own = [
+            json.loads(line)
+            for line in (tmp_path / "runs" / run.run_id / "metrics.jsonl").read_text().splitlines()
+        ]
         rows = []
         for r in records:
             if r.HasField("history"):
-                rows.append({(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in r.history.item})
+                rows.append(
+                    {
+                        (i.key or ".".join(i.nested_key)): json.loads(i.value_json)
+                        for i in r.history.item
+                    }
+                )
         assert [row["train_nll"] for row in rows] == [r["train_nll"] for r in own]
         assert [row["_step"] for row in rows] == [r["step"] for r in own]
     cli(*arguments, cwd=tmp_path, env=env)

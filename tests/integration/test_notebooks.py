@@ -1,4 +1,5 @@
-"""Each notebook runs from kept results, trains nothing, holds no mathematics, and is kept without outputs."""
+"""Each notebook runs from kept results, trains nothing, holds no mathematics, and is kept without
+outputs."""
 
 import ast
 from pathlib import Path
@@ -22,15 +23,33 @@ def test_it_is_thin_and_kept_without_outputs(path):
             continue
         assert cell.outputs == [] and cell.execution_count is None
         nodes = list(ast.walk(ast.parse(cell.source)))
-        assert not any(isinstance(n, ast.BinOp | ast.For | ast.While | ast.FunctionDef | ast.comprehension) for n in nodes)
-        imported = [a.name for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names]
+        assert not any(
+            isinstance(n, ast.BinOp | ast.For | ast.While | ast.FunctionDef | ast.comprehension)
+            for n in nodes
+        )
+        imported = [
+            a.name for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names
+        ]
         assert set(imported) <= {"notebook"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_it_runs_and_shows_something_in_every_cell_that_should(path, tmp_path):
     notebook = nbformat.read(path, 4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
-    shown = [c for c in notebook.cells if c.cell_type == "code" and "= " not in c.source.splitlines()[-1]]
+    NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
+    shown = [
+        c for c in notebook.cells if c.cell_type == "code" and "= " not in c.source.splitlines()[-1]
+    ]
     assert shown and all(c.outputs for c in shown)
-    assert not [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream"]
+    assert not [
+        o
+        for c in notebook.cells
+        if c.cell_type == "code"
+        for o in c.outputs
+        if o.output_type == "stream"
+    ]

@@ -1,4 +1,5 @@
-"""A store, a table and answers written in November 2026, before the packages had sub-packages: today's code reads them alike."""
+"""A store, a table and answers written in November 2026, before the packages had sub-packages:
+today's code reads them alike."""
 
 import json
 import shutil
@@ -36,7 +37,9 @@ def test_the_table_of_an_old_store_is_the_one_that_was_written_then(old):
     now = load_runs(old.root, list(then["run_id"]))
     assert set(then.columns) <= set(now.columns)
     for column in then.columns.drop(["spec", "result"]):
-        assert [str(v) for v in now[column].fillna("-")] == [str(v) for v in then[column].fillna("-")], column
+        assert [str(v) for v in now[column].fillna("-")] == [
+            str(v) for v in then[column].fillna("-")
+        ], column
     for column in ("spec", "result"):
         for a, b in zip(now[column], then[column]):
             assert json.loads(b).items() <= json.loads(a).items()
@@ -52,10 +55,16 @@ def test_old_answers_are_given_again():
 
 
 def test_asking_again_trains_nothing_and_an_interrupted_run_goes_on(old, tmp_path):
-    before = {rid: (old.folder(rid) / "result.json").read_bytes() for rid in old.existing() if old.result(rid)}
+    before = {
+        rid: (old.folder(rid) / "result.json").read_bytes()
+        for rid in old.existing()
+        if old.result(rid)
+    }
     answer = json.loads(cli(*SWEEP, "format=json", cwd=tmp_path).stdout)
     assert {v["outcome"] for v in answer["verdicts"]} == {"UNDECIDED"}
-    assert all((old.folder(rid) / "result.json").read_bytes() == text for rid, text in before.items())
+    assert all(
+        (old.folder(rid) / "result.json").read_bytes() == text for rid, text in before.items()
+    )
 
     cli("scale=smoke", "method=lora", "method.rank=1", "steps=600", "lr=3e-3", cwd=tmp_path)
     result = RunStore(old.root).result(INTERRUPTED)
@@ -63,5 +72,6 @@ def test_asking_again_trains_nothing_and_an_interrupted_run_goes_on(old, tmp_pat
     resumed = json.loads((old.folder(INTERRUPTED) / "attempts" / "2" / "env.json").read_text())
     assert resumed["resumed_from_step"] > 0
     assert result["state"] == "done" and result["steps_done"] == 600
-    # another processor rounds otherwise; a run from scratch or a lost optimizer state would differ by far more
+    # another processor rounds otherwise; a run from scratch or a lost optimizer state would differ
+    # by far more
     assert result["test_nll"] == pytest.approx(alone["test_nll"], abs=1e-3)

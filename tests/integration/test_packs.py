@@ -1,4 +1,5 @@
-"""Packs by the command line: resumed in other company, verified against runs alone, memory as planned, compiled."""
+"""Packs by the command line: resumed in other company, verified against runs alone, memory as
+planned, compiled."""
 
 import json
 import os
@@ -15,8 +16,16 @@ from tests.world import ROOT, cli
 
 pytestmark = pytest.mark.slow
 DATA = os.environ.get("LORASWEEP_TEST_DATA", str(ROOT / "data"))
-MIXED = ("+sweep=lr_ratio", "scale=smoke", "~sweep.arms.fullft", "scale.ranks=[1,4]", "sweep.arms.lora.lr=[1e-3,3e-3]",
-         "exec.pack_size=8", "exec.workers=1", "exec.threads=1")  # fmt: skip
+MIXED = (
+    "+sweep=lr_ratio",
+    "scale=smoke",
+    "~sweep.arms.fullft",
+    "scale.ranks=[1,4]",
+    "sweep.arms.lora.lr=[1e-3,3e-3]",
+    "exec.pack_size=8",
+    "exec.workers=1",
+    "exec.threads=1",
+)
 
 
 def test_a_pack_of_mixed_ranks_goes_on_in_other_company_and_says_so(tmp_path):
@@ -57,15 +66,33 @@ def test_verify_finds_runs_equal_and_a_falsified_one(tmp_path):
 def real(*case):
     there = WEIGHTS.is_file() and Path(DATA, "gsm8k", "train.jsonl").is_file()
     fast = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("amx_bf16", "avx512_bf16"))
-    return pytest.param(*case, marks=[
-        pytest.mark.skipif(not fast, reason="this processor has no bf16 products: a step takes minutes"),
-        pytest.mark.real, pytest.mark.skipif(not there, reason="no weights (make weights), or no gsm8k in data/ or LORASWEEP_TEST_DATA")])  # fmt: skip
+    return pytest.param(
+        *case,
+        marks=[
+            pytest.mark.skipif(
+                not fast, reason="this processor has no bf16 products: a step takes minutes"
+            ),
+            pytest.mark.real,
+            pytest.mark.skipif(
+                not there,
+                reason="no weights (make weights), or no gsm8k in data/ or LORASWEEP_TEST_DATA",
+            ),
+        ],
+    )
 
 
-@pytest.mark.parametrize("scale, method, batch, count", [
-    ("tiny", "lora", 16, 1), ("tiny", "lora", 16, 8), ("tiny", "lora", 4, 16), ("tiny", "fullft", 16, 1),
-    real("small", "lora", 8, 1), real("small", "lora", 2, 4), real("small", "fullft", 4, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scale, method, batch, count",
+    [
+        ("tiny", "lora", 16, 1),
+        ("tiny", "lora", 16, 8),
+        ("tiny", "lora", 4, 16),
+        ("tiny", "fullft", 16, 1),
+        real("small", "lora", 8, 1),
+        real("small", "lora", 2, 4),
+        real("small", "fullft", 4, 1),
+    ],
+)
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, batch, count):
     told = json.loads(memory.in_process(scale, method, batch, count, [f"{ROOT}/models"], [DATA]))
     assert told["planned_bytes"] == pytest.approx(told["peak_bytes"], rel=0.2)

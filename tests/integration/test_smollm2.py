@@ -1,4 +1,5 @@
-"""The real pretrained model: loads from GGUF, speaks, is adapted as PEFT adapts it (also its tied head)."""
+"""The real pretrained model: loads from GGUF, speaks, is adapted as PEFT adapts it (also its tied
+head)."""
 
 import copy
 import dataclasses
@@ -17,9 +18,12 @@ from tests.world import ROOT, compose_request
 
 WEIGHTS = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = [
-    pytest.mark.slow, pytest.mark.real,
-    pytest.mark.skipif(not WEIGHTS.is_file() and not os.environ.get("CI"), reason="no weights: run `make weights`"),
-]  # fmt: skip
+    pytest.mark.slow,
+    pytest.mark.real,
+    pytest.mark.skipif(
+        not WEIGHTS.is_file() and not os.environ.get("CI"), reason="no weights: run `make weights`"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,11 @@ def test_text_is_masked_to_the_answer(world, tmp_path):
     folder.mkdir()
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text("\n".join(map(__import__("json").dumps, rows)))
-    loaded = data.load(dataclasses.replace(spec.dataset, revision="", n_test_curve=1), [str(tmp_path)], base.tokenizer)
+    loaded = data.load(
+        dataclasses.replace(spec.dataset, revision="", n_test_curve=1),
+        [str(tmp_path)],
+        base.tokenizer,
+    )
     e = loaded.test[0]
     assert base.tokenizer.decode(e.tokens[e.loss], skip_special_tokens=True) == "It is 7."
     assert e.tokens[-1] == base.tokenizer.eos_token_id
@@ -55,18 +63,23 @@ def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, monke
     spec = dataclasses.replace(spec, method=LoRA(rank=4))
     model = copy.deepcopy(base.model).double()
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    # PEFT would tie an adapter on a tied head to the embedding; the reference adapts a head of its own
+    # PEFT would tie an adapter on a tied head to the embedding; the reference adapts a head of its
+    # own
     reference = copy.deepcopy(model)
     reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.detach().clone())
     reference.config.tie_word_embeddings = False
-    reference = get_peft_model(reference, LoraConfig(r=4, lora_alpha=32, target_modules=names, bias="none"))
+    reference = get_peft_model(
+        reference, LoraConfig(r=4, lora_alpha=32, target_modules=names, bias="none")
+    )
     reference = reference.double()
     theirs = {n: p for n, p in reference.named_parameters() if p.requires_grad}
     trainables = spec.method.attach(model, spec.model, [spec.method], [0])
     ours = trainables.parameters()
     assert sum(p.numel() for p in ours.values()) == spec.method.n_trainable(spec.model)
-    pair = {n: f"base_model.model.{p[:-2]}.lora_{p[-1]}.default.weight" for n, p in
-            ((n, trainables.part_of(n)[0]) for n in ours)}  # fmt: skip
+    pair = {
+        n: f"base_model.model.{p[:-2]}.lora_{p[-1]}.default.weight"
+        for n, p in ((n, trainables.part_of(n)[0]) for n in ours)
+    }
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for n, p in ours.items():
@@ -80,7 +93,9 @@ def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, monke
     batch = collate([example])
     monkeypatch.setattr(  # transformers' norm goes through float32 even in a float64 model
         "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward",
-        lambda norm, x: norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)),
+        lambda norm, x: (
+            norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon))
+        ),
     )
     for m in (model, reference):
         nll_sums(m, batch, "fp64").sum().backward()

@@ -1,4 +1,5 @@
-"""The study for real at scale smoke: sweeps that share runs, the table of all claims, tasks judged first, twins in float64."""
+"""The study for real at scale smoke: sweeps that share runs, the table of all claims, tasks judged
+first, twins in float64."""
 
 import json
 
@@ -20,10 +21,14 @@ def test_sweeps_of_a_sweep_share_their_runs_and_end_in_one_table(place):
     parts = "sweep.parts=[rank,short_runs,compute,invariance,capacity]"
     done = cli("+sweep=study", parts, *ALONE, cwd=place, timeout=500)
     assert done.stdout.count("== ") == 5
-    counts = {n: json.loads((place / f"reports/{n}-smoke/results.json").read_text())["runs"]
-              for n in ("rank", "short_runs", "compute", "invariance", "capacity")}  # fmt: skip
+    counts = {
+        n: json.loads((place / f"reports/{n}-smoke/results.json").read_text())["runs"]
+        for n in ("rank", "short_runs", "compute", "invariance", "capacity")
+    }
     trained = RunStore(place / "runs").existing()
-    assert counts["short_runs"] >= 6 and len(trained) < sum(counts.values())  # what sweeps share was trained once
+    assert counts["short_runs"] >= 6 and len(trained) < sum(
+        counts.values()
+    )  # what sweeps share was trained once
     twins = json.loads((place / "reports/invariance-smoke/results.json").read_text())
     twin = next(v for v in twins["verdicts"] if v["claim"] == "twins")
     assert twin["outcome"] == "SUPPORTED" and twin["estimate"]["value"] <= 1e-9
@@ -43,9 +48,15 @@ def test_asked_again_the_study_trains_nothing(place):
 
 
 def test_tasks_are_judged_first_from_a_few_runs(place):
-    told = json.loads(cli("+sweep=rank", "action=qualify", "format=json", *ALONE, cwd=place, check=False).stdout)
+    told = json.loads(
+        cli("+sweep=rank", "action=qualify", "format=json", *ALONE, cwd=place, check=False).stdout
+    )
     assert told["qualified"].keys() == {"tiny64 on dialect_smoke, batch 4, steps 12"}
-    assert {c["name"] for c in told["checks"]} >= {"to be learned", "not solved", "still learning, fullft"}
+    assert {c["name"] for c in told["checks"]} >= {
+        "to be learned",
+        "not solved",
+        "still learning, fullft",
+    }
     assert json.loads((place / "reports/qualify-rank-smoke.json").read_text()) == told
     refused = cli("action=qualify", cwd=place, check=False)
     assert refused.returncode == 2 and "+sweep=NAME" in refused.stderr

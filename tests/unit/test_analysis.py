@@ -21,18 +21,32 @@ def table(loss, seeds=(0,), lrs=GRID, rank=4, start=5.0, status=None):
         for seed in seeds:
             y = loss(lr, seed)
             state = "done" if math.isfinite(y) else "diverged"
-            rows.append({"model": "m", "dataset": "d", "method": "lora", "rank": rank, "lr": lr, "seed": seed,
-                         "status": state, "test_nll": y, "nll_start": start})  # fmt: skip
+            rows.append(
+                {
+                    "model": "m",
+                    "dataset": "d",
+                    "method": "lora",
+                    "rank": rank,
+                    "lr": lr,
+                    "seed": seed,
+                    "status": state,
+                    "test_nll": y,
+                    "nll_start": start,
+                }
+            )
     return pd.DataFrame(rows)
 
 
 @pytest.mark.parametrize("steepness", [-0.8, 0.0, 0.5, 1.2])
 def test_a_noise_free_member_of_the_family_is_found(steepness):
     best = 1.37e-3
-    (o,) = fit_all(curves(table(lambda lr, s: 2 + 0.1 * float(linex(np.array(math.log(lr / best)), steepness)))))
+    (o,) = fit_all(
+        curves(
+            table(lambda lr, s: 2 + 0.1 * float(linex(np.array(math.log(lr / best)), steepness)))
+        )
+    )
     assert o.best_lr.value == pytest.approx(best, rel=0.02)
     assert o.best_nll == pytest.approx(2.0, abs=2e-3)
-
 
 
 def test_without_degrees_of_freedom_there_is_no_interval():
@@ -42,7 +56,9 @@ def test_without_degrees_of_freedom_there_is_no_interval():
 
 def test_a_flat_valley_is_called_flat():
     rng = np.random.default_rng(0)
-    frames = [table(lambda lr, s: 2 + rng.normal(0, 1e-3), seeds=(0, 1, 2), rank=r) for r in (4, 8, 16)]
+    frames = [
+        table(lambda lr, s: 2 + rng.normal(0, 1e-3), seeds=(0, 1, 2), rank=r) for r in (4, 8, 16)
+    ]
     for o in fit_all(curves(pd.concat(frames))):
         assert o.best_lr.value is None or "flat" in o.flags or (o.best_lr.high / o.best_lr.low > 8)
 
@@ -57,16 +73,23 @@ def test_points_beyond_a_broken_rate_are_no_part_of_the_valley():
 
 def test_few_points_give_a_bracket():
     (o,) = fit_all(curves(table(lambda lr, s: math.log(lr / 2e-4) ** 2, lrs=GRID[:3])))
-    assert o.best_lr.value is None and o.best_lr.low == pytest.approx(GRID[0]) and o.best_lr.high == pytest.approx(GRID[2])
+    assert (
+        o.best_lr.value is None
+        and o.best_lr.low == pytest.approx(GRID[0])
+        and o.best_lr.high == pytest.approx(GRID[2])
+    )
     assert "few_points" in o.flags
 
 
 def test_coverage_on_valleys_inside_and_outside_the_family():
-    """A small calibration: 60 sweeps of three curves with two fresh seeds; the interval must hold the truth."""
+    """A small calibration: 60 sweeps of three curves with two fresh seeds; the interval must hold
+    the truth."""
     shapes = {
         "inside": lambda u: 0.12 * linex(u, 0.6),
         "kink": lambda u: np.where(u < 0, 0.25, 0.5) * (np.sqrt(1 + u * u) - 1),
-        "plateau": lambda u: np.where(u < 0, 0.3 * (1 - np.exp(-u * u / 2)), 0.12 * u * u + 0.05 * u**3),
+        "plateau": lambda u: np.where(
+            u < 0, 0.3 * (1 - np.exp(-u * u / 2)), 0.12 * u * u + 0.05 * u**3
+        ),
     }
     rng = np.random.default_rng(1)
     for name, shape in shapes.items():
@@ -75,13 +98,25 @@ def test_coverage_on_valleys_inside_and_outside_the_family():
             truth = {rank: 8e-4 * math.exp(rng.uniform(-0.35, 0.35)) for rank in (4, 8, 16)}
             frames = []
             for rank, best in truth.items():
-                def loss(lr, seed, best=best):
-                    return 2 + float(shape(np.array(math.log(lr / best)))) + 0.004 * seed + rng.normal(0, 2e-3)
 
-                frames += [table(loss, rank=rank), table(loss, seeds=(1, 2), lrs=GRID[2:5], rank=rank)]
+                def loss(lr, seed, best=best):
+                    return (
+                        2
+                        + float(shape(np.array(math.log(lr / best))))
+                        + 0.004 * seed
+                        + rng.normal(0, 2e-3)
+                    )
+
+                frames += [
+                    table(loss, rank=rank),
+                    table(loss, seeds=(1, 2), lrs=GRID[2:5], rank=rank),
+                ]
             for o in fit_all(curves(pd.concat(frames))):
                 total += 1
-                held += o.best_lr.has_interval() and o.best_lr.low <= truth[o.curve.key["rank"]] <= o.best_lr.high
+                held += (
+                    o.best_lr.has_interval()
+                    and o.best_lr.low <= truth[o.curve.key["rank"]] <= o.best_lr.high
+                )
         assert held / total >= 0.9, name
 
 
@@ -97,10 +132,16 @@ def test_a_missing_column_is_named():
         curves(pd.DataFrame({"model": ["m"]}))
 
 
-@pytest.mark.parametrize(("low", "value", "high", "outcome"), [
-    (8, 10, 12, "SUPPORTED"), (2, 3, 4, "REFUTED"), (15, 20, 25, "REFUTED"), (6, 10, 15, "UNDECIDED"),
-    (None, 10, None, "UNDECIDED"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("low", "value", "high", "outcome"),
+    [
+        (8, 10, 12, "SUPPORTED"),
+        (2, 3, 4, "REFUTED"),
+        (15, 20, 25, "REFUTED"),
+        (6, 10, 15, "UNDECIDED"),
+        (None, 10, None, "UNDECIDED"),
+    ],
+)
 def test_the_decision_rule(low, value, high, outcome):
     claim = {"estimand": "lr_ratio", "expected": 10, "margin": [7.1, 14.1]}
     verdict = judge("ratio", claim, "g", Estimate(value, low, high), [], 3, True)

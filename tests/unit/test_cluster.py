@@ -1,4 +1,5 @@
-"""A cluster's pieces without a cluster: grouping, what jobs ask for, locks, owners, snapshots, names, permissions, the index."""
+"""A cluster's pieces without a cluster: grouping, what jobs ask for, locks, owners, snapshots,
+names, permissions, the index."""
 
 import json
 import os
@@ -31,7 +32,13 @@ GPUS = Partition("gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1"}))
 
 
 def packs(compose, tmp_path, *more, seeds=4):
-    asked = compose("+sweep=lr_ratio", "scale=smoke", f"sweep.axes.seed={list(range(seeds))}", "exec.pack_size=4", *more)
+    asked = compose(
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        f"sweep.axes.seed={list(range(seeds))}",
+        "exec.pack_size=4",
+        *more,
+    )
     return plan.make_plan(asked.points, RunStore(tmp_path / "runs"), asked.exec).packs
 
 
@@ -41,7 +48,10 @@ def packs(compose, tmp_path, *more, seeds=4):
 def test_jobs_hold_every_pack_once_and_as_much_work_as_asked(compose, tmp_path):
     some = packs(compose, tmp_path)
     flops_s = sum(p.flops for p in some) / 3600  # an hour of work in all
-    for cluster, least, most in ((Cluster(kind="slurm", work_min=5), 10, 16), (Cluster(kind="slurm", work_min=60, work_max=60), 1, 2)):
+    for cluster, least, most in (
+        (Cluster(kind="slurm", work_min=5), 10, 16),
+        (Cluster(kind="slurm", work_min=60, work_max=60), 1, 2),
+    ):
         tasks = jobs.group(some, cluster, flops_s)
         assert sorted(id(p) for t in tasks for p in t) == sorted(map(id, some))
         assert least <= len(tasks) <= most
@@ -56,7 +66,9 @@ def test_runs_per_job_is_kept(compose, tmp_path):
 
 
 def test_a_job_with_several_workers_gets_a_pack_for_each(compose, tmp_path):
-    tasks = jobs.group(packs(compose, tmp_path), Cluster(kind="slurm", gpus=4, work_min=0.01, work_max=0.01), 1e6)
+    tasks = jobs.group(
+        packs(compose, tmp_path), Cluster(kind="slurm", gpus=4, work_min=0.01, work_max=0.01), 1e6
+    )
     assert all(len(t) >= 4 for t in tasks[:-1]) and sum(map(len, tasks)) > 4
 
 
@@ -67,13 +79,20 @@ def test_a_job_asks_for_what_its_packs_need(compose, tmp_path):
     assert ask.cpus == 6 and ask.workers == 2 and 1 < ask.mem_gib < 4 and 15 < ask.time_min <= 2880
     set_ = jobs.ask_for(tasks, Cluster(kind="slurm", mem_gib=7, time_min=33), 1e7, GPUS)
     assert (set_.mem_gib, set_.time_min) == (7, 33)
-    assert jobs.ask_for(tasks, Cluster(kind="slurm"), 1.0, GPUS).time_min == 2880  # the partition's limit; it goes on by itself
+    assert (
+        jobs.ask_for(tasks, Cluster(kind="slurm"), 1.0, GPUS).time_min == 2880
+    )  # the partition's limit; it goes on by itself
 
 
-@pytest.mark.parametrize("given, said", [
-    ({"gpus": 9}, "cluster.gpus=9"), ({"cpus": 65}, "asks for 65 processors"), ({"mem_gib": 600}, "asks for 600 GiB"),
-    ({"time_min": 9999}, "allows 2880"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"gpus": 9}, "cluster.gpus=9"),
+        ({"cpus": 65}, "asks for 65 processors"),
+        ({"mem_gib": 600}, "asks for 600 GiB"),
+        ({"time_min": 9999}, "allows 2880"),
+    ],
+)
 def test_what_no_node_can_hold_is_refused(given, said):
     cluster = Cluster(kind="slurm", **given)
     with pytest.raises(ClusterError, match=said):
@@ -95,15 +114,35 @@ def test_what_sinfo_says_is_read(monkeypatch):
     found = slurm.partitions()
     assert found["gpu"] == Partition("gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1", "n2"}))
     assert found["long"].gpus == 0 and found["long"].time_min == float("inf")
-    assert [slurm._minutes(t) for t in ("30", "30:00", "1:30:00", "1-12", "1-00:30:00")] == [30, 30, 90, 2160, 1470]
+    assert [slurm._minutes(t) for t in ("30", "30:00", "1:30:00", "1-12", "1-00:30:00")] == [
+        30,
+        30,
+        90,
+        2160,
+        1470,
+    ]
 
 
 def test_an_end_is_told_by_its_worst_step(monkeypatch):
-    monkeypatch.setattr(slurm, "ask", lambda *command: "7_1|FAILED|1:0|n1|20\n7_1.batch|FAILED|1:0|n1|20\n7_1.0|OUT_OF_MEMORY|0:125|n1|19\n"
-                        "7_2|CANCELLED by 5|0:0|n2|3\n7_3|RUNNING|0:0|n2|3\n7_4|FAILED|9:0|n2|3\n")  # fmt: skip
+    monkeypatch.setattr(
+        slurm,
+        "ask",
+        lambda *command: (
+            "7_1|FAILED|1:0|n1|20\n7_1.batch|FAILED|1:0|n1|20\n7_1.0|OUT_OF_MEMORY|0:125|n1|19\n"
+            "7_2|CANCELLED by 5|0:0|n2|3\n7_3|RUNNING|0:0|n2|3\n7_4|FAILED|9:0|n2|3\n"
+        ),
+    )
     ends = slurm.ended(["7"])
-    assert set(ends) == {"7_1", "7_2", "7_4"} and ends["7_1"].state == "OUT_OF_MEMORY" and ends["7_2"].state == "CANCELLED"
-    assert "cluster.mem_gib" in ends["7_1"].cause() and "memory" in ends["7_4"].cause() and "memory" not in ends["7_2"].cause()
+    assert (
+        set(ends) == {"7_1", "7_2", "7_4"}
+        and ends["7_1"].state == "OUT_OF_MEMORY"
+        and ends["7_2"].state == "CANCELLED"
+    )
+    assert (
+        "cluster.mem_gib" in ends["7_1"].cause()
+        and "memory" in ends["7_4"].cause()
+        and "memory" not in ends["7_2"].cause()
+    )
 
 
 def test_an_owner_that_is_a_job_lives_as_long_as_slurm_says(monkeypatch, tmp_path):
@@ -112,7 +151,11 @@ def test_an_owner_that_is_a_job_lives_as_long_as_slurm_says(monkeypatch, tmp_pat
 
     def ask(*command):
         asked.append(command)
-        return "ClusterName = here\n" if command[0] == "scontrol" else "".join(f"{j}|{n}|\n" for j, n in running.items())
+        return (
+            "ClusterName = here\n"
+            if command[0] == "scontrol"
+            else "".join(f"{j}|{n}|\n" for j, n in running.items())
+        )
 
     monkeypatch.setattr(slurm, "ask", ask)
     slurm.setting.cache_clear()
@@ -124,7 +167,13 @@ def test_an_owner_that_is_a_job_lives_as_long_as_slurm_says(monkeypatch, tmp_pat
     assert lives("here", "13", 0) is False and len(asked) == n  # the dead stay dead, unasked
     attempt = tmp_path / "1"
     attempt.mkdir()
-    owner = {"host": "elsewhere", "boot": "x", "pid": 1, "started": "1", "slurm": {"cluster": "here", "job": "12", "restart": 0}}
+    owner = {
+        "host": "elsewhere",
+        "boot": "x",
+        "pid": 1,
+        "started": "1",
+        "slurm": {"cluster": "here", "job": "12", "restart": 0},
+    }
     (attempt / "owner.json").write_text(json.dumps(owner))
     liveness = ownership.Liveness()
     assert liveness.alive(attempt)
@@ -135,7 +184,9 @@ def test_an_owner_that_is_a_job_lives_as_long_as_slurm_says(monkeypatch, tmp_pat
     for k in range(50):
         many.append(tmp_path / f"a{k}")
         many[-1].mkdir()
-        (many[-1] / "owner.json").write_text(json.dumps({**owner, "slurm": {"cluster": "here", "job": str(100 + k), "restart": 0}}))
+        (many[-1] / "owner.json").write_text(
+            json.dumps({**owner, "slurm": {"cluster": "here", "job": str(100 + k), "restart": 0}})
+        )
     asked.clear()
     liveness.prepare(many)
     assert not any(map(liveness.alive, many)) and sum(c[0] == "squeue" for c in asked) == 1
@@ -150,7 +201,9 @@ def test_a_job_that_slurm_started_again_knows_its_earlier_self(monkeypatch):
     monkeypatch.setenv(ownership.OUR_JOB, "1")
     assert ownership.restarted({"slurm": {"cluster": "here", "job": "12", "restart": 0}})
     assert not ownership.restarted({"slurm": {"cluster": "here", "job": "12", "restart": 1}})
-    assert not ownership.restarted({"slurm": {"cluster": "here", "job": "13", "restart": 0}}) and not ownership.restarted({})
+    assert not ownership.restarted(
+        {"slurm": {"cluster": "here", "job": "13", "restart": 0}}
+    ) and not ownership.restarted({})
 
 
 # ---------------------------------------------------------------- one at a time
@@ -166,9 +219,14 @@ def test_a_lock_has_one_holder_and_outlives_a_dead_one(tmp_path):
     )
     (tmp_path / "n").write_text("0")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    workers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env) for _ in range(4)]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env) for _ in range(4)
+    ]
     assert [w.wait() for w in workers] == [0] * 4 and (tmp_path / "n").read_text() == "80"
-    dead = subprocess.run([sys.executable, "-c", code.partition("for")[0] + "lock.acquire(9, print)", str(tmp_path)], env=env)
+    dead = subprocess.run(
+        [sys.executable, "-c", code.partition("for")[0] + "lock.acquire(9, print)", str(tmp_path)],
+        env=env,
+    )
     assert dead.returncode == 0
     mine = Lock(tmp_path / "lock")
     mine.acquire(5, lambda who: pytest.fail("waited for the dead"))
@@ -181,14 +239,20 @@ def test_a_lock_has_one_holder_and_outlives_a_dead_one(tmp_path):
 
 
 def test_an_owner_whose_process_the_system_hides_is_not_called_dead(tmp_path, monkeypatch):
-    """Login nodes hide other users' processes (hidepid=2): they exist, and their start time cannot be read."""
+    """Login nodes hide other users' processes (hidepid=2): they exist, and their start time cannot
+    be read."""
     attempt = tmp_path / "1"
     attempt.mkdir()
     (attempt / "owner.json").write_text(json.dumps(ownership.me()))
     liveness = ownership.Liveness()
     assert liveness.verdict(attempt) is True
-    monkeypatch.setattr(Path, "read_text", lambda self, *a: (_ for _ in ()).throw(FileNotFoundError(self)))
-    assert ownership.start_time(os.getpid()) == ownership.UNKNOWN and ownership.start_time(2**22 - 1) == ""
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, *a: (_ for _ in ()).throw(FileNotFoundError(self))
+    )
+    assert (
+        ownership.start_time(os.getpid()) == ownership.UNKNOWN
+        and ownership.start_time(2**22 - 1) == ""
+    )
     assert liveness.verdict(attempt) is None and liveness.alive(attempt)
 
 
@@ -214,7 +278,9 @@ def test_a_run_of_a_machine_that_died_is_found_out_by_watching(tmp_path, compose
 def test_a_request_comes_back_from_its_file(compose):
     asked = compose("+sweep=lr_ratio", "scale=tiny", "cluster=slurm", "cluster.gpus=2")
     again = request.from_file(json.loads(json.dumps(asked.plain())))
-    assert [(p.arm, p.id) for p in again.points] == [(p.arm, p.id) for p in asked.points] and again.title == "lr_ratio-tiny"
+    assert [(p.arm, p.id) for p in again.points] == [
+        (p.arm, p.id) for p in asked.points
+    ] and again.title == "lr_ratio-tiny"
     assert (again.exec, again.cluster, again.sweep) == (asked.exec, asked.cluster, asked.sweep)
 
 
@@ -223,23 +289,47 @@ def test_submissions_are_read_back_and_torn_ones_are_not(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     assert "/" not in folder.name and submissions.submissions(tmp_path) == []
     arrays = [submissions.Array("0", "a-0", 0, 2), submissions.Array("follow", "a-f", 2, 1)]
-    submissions.record(folder, "x", ["r1", "r2"], [["r1"], ["r2"]], arrays, script=False, cluster="here")
+    submissions.record(
+        folder, "x", ["r1", "r2"], [["r1"], ["r2"]], arrays, script=False, cluster="here"
+    )
     submissions.note_array(folder, "0", "12")
     (found,) = submissions.submissions(tmp_path)
-    assert found.arrays[0].label(1) == "12_1" and found.arrays[1].job is None and found.tasks == [["r1"], ["r2"]]
+    assert (
+        found.arrays[0].label(1) == "12_1"
+        and found.arrays[1].job is None
+        and found.tasks == [["r1"], ["r2"]]
+    )
     submissions.withdraw(found, ["r2"])
     live = slurm.Job("13", "12", 1, "PENDING", "", 0, "", "a-0")
-    queue = submissions.Queue(submissions.submissions(tmp_path), {found.name: {1: live, 0: live}}, {}, [])
+    queue = submissions.Queue(
+        submissions.submissions(tmp_path), {found.name: {1: live, 0: live}}, {}, []
+    )
     assert set(queue.covered()) == {"r1"}
-    monkeypatch.setattr(slurm, "ask", lambda *command: "ClusterName = there\n" if command[0] == "scontrol" else "")
+    monkeypatch.setattr(
+        slurm, "ask", lambda *command: "ClusterName = there\n" if command[0] == "scontrol" else ""
+    )
     slurm.setting.cache_clear()
-    other = submissions.look(tmp_path)  # another cluster's Slurm cannot tell: its silence means nothing
-    assert other.untold() == {"r1", "r2"} and other.submissions == [] and not (folder / "ended.json").exists()
-    monkeypatch.setattr(slurm, "ask", lambda *command: "ClusterName = here\n" if command[0] == "scontrol" else "")
+    other = submissions.look(
+        tmp_path
+    )  # another cluster's Slurm cannot tell: its silence means nothing
+    assert (
+        other.untold() == {"r1", "r2"}
+        and other.submissions == []
+        and not (folder / "ended.json").exists()
+    )
+    monkeypatch.setattr(
+        slurm, "ask", lambda *command: "ClusterName = here\n" if command[0] == "scontrol" else ""
+    )
     slurm.setting.cache_clear()
-    monkeypatch.setattr(slurm, "queue", lambda names: (_ for _ in ()).throw(ClusterError("no Slurm here")))
-    blind = submissions.look(tmp_path)  # on a machine without Slurm the folder still tells what it can
-    assert blind.unknown == "no Slurm here" and blind.covered() == {} and len(blind.submissions) == 1
+    monkeypatch.setattr(
+        slurm, "queue", lambda names: (_ for _ in ()).throw(ClusterError("no Slurm here"))
+    )
+    blind = submissions.look(
+        tmp_path
+    )  # on a machine without Slurm the folder still tells what it can
+    assert (
+        blind.unknown == "no Slurm here" and blind.covered() == {} and len(blind.submissions) == 1
+    )
     slurm.setting.cache_clear()
     (folder / "submission.json").write_text("{")
     with pytest.raises(ClusterError, match="damaged"):
@@ -252,7 +342,9 @@ def test_a_snapshot_is_named_by_its_content_and_runs(tmp_path):
     assert (folder / "conf/sweep/lr_ratio.yaml").is_file() and not list(folder.rglob("__pycache__"))
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
     code = "import lorasweep, json; from lorasweep import provenance, snapshot; print(lorasweep.__file__, provenance.code()['snapshot'])"
-    said = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     assert said[0].startswith(str(folder)) and said[1] == folder.name
     assert folder.name in snapshot.say(folder)
 
@@ -268,7 +360,9 @@ def test_a_run_folder_that_nodes_cannot_see_is_refused(tmp_path):
     with pytest.raises(ClusterError, match=r"cluster\.shared=true"):
         checks.check_visible(Path("/tmp/runs"), nodes, mounts)
     checks.check_visible(Path("/home/me/runs"), nodes, mounts)
-    checks.check_visible(Path("/tmp/runs"), frozenset({os.uname().nodename}), mounts)  # the node is this machine
+    checks.check_visible(
+        Path("/tmp/runs"), frozenset({os.uname().nodename}), mounts
+    )  # the node is this machine
 
 
 def test_a_disk_that_is_too_small_is_refused_with_what_is_needed(compose, tmp_path, monkeypatch):
@@ -277,10 +371,16 @@ def test_a_disk_that_is_too_small_is_refused_with_what_is_needed(compose, tmp_pa
         checks.check_disk(tmp_path, packs(compose, tmp_path), 4)
 
 
-@pytest.mark.parametrize("given, said", [
-    ("cluster.kind=pbs", "cluster.kind 'pbs' not found"), ("cluster.cpus=0", "cluster.cpus=0: more than 0"),
-    ("cluster.gpus=-1", "cluster.gpus=-1"), ("+cluster.options.array=3", "is set by lorasweep itself"), ("cluster.runs_per_job=0", "or null to go by the plan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("cluster.kind=pbs", "cluster.kind 'pbs' not found"),
+        ("cluster.cpus=0", "cluster.cpus=0: more than 0"),
+        ("cluster.gpus=-1", "cluster.gpus=-1"),
+        ("+cluster.options.array=3", "is set by lorasweep itself"),
+        ("cluster.runs_per_job=0", "or null to go by the plan"),
+    ],
+)
 def test_settings_that_mean_nothing_are_refused(compose, given, said):
     with pytest.raises(ClusterError, match=said):
         compose("+sweep=lr_ratio", "cluster=slurm", given)
@@ -288,8 +388,22 @@ def test_settings_that_mean_nothing_are_refused(compose, given, said):
 
 def test_the_profiles_compose(compose):
     for path in sorted((ROOT / "slurm/cluster").glob("*.yaml")):
-        done = subprocess.run([sys.executable, "-m", "lorasweep", "--config-dir", str(ROOT / "slurm"), "+sweep=lr_ratio",
-                               f"cluster={path.stem}", "--cfg", "job"], capture_output=True, text=True, cwd=ROOT)  # fmt: skip
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "lorasweep",
+                "--config-dir",
+                str(ROOT / "slurm"),
+                "+sweep=lr_ratio",
+                f"cluster={path.stem}",
+                "--cfg",
+                "job",
+            ],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
         assert done.returncode == 0 and f"name: {path.stem}" in done.stdout, done.stderr
 
 
@@ -354,7 +468,10 @@ def test_another_user_of_the_group_goes_on_with_a_sweep(tmp_path, compose):
                 os.write(2, repr(error).encode())
                 os._exit(1)
         assert os.waitpid(child, 0)[1] == 0
-        assert store.state(point.id) == "done" and [r["step"] for r in store.records(point.id)] == [1, 2]
+        assert store.state(point.id) == "done" and [r["step"] for r in store.records(point.id)] == [
+            1,
+            2,
+        ]
     finally:
         os.umask(old)
 
@@ -362,8 +479,15 @@ def test_another_user_of_the_group_goes_on_with_a_sweep(tmp_path, compose):
 def test_names_say_what_differs_and_no_more(compose):
     points = compose("+sweep=lr_ratio", "scale=smoke").points
     assert set(run_names(points).values()) >= {"fullft lr=0.002", "lora lr=0.005"}
-    more = compose("+sweep=lr_ratio", "scale=smoke", "sweep.arms.lora.rank=[2,4]", "+sweep.axes.batch_size=[4,8]").points
-    assert "lora r2 batch_size=4 lr=0.005" in run_names(more).values() and len(set(run_names(more).values())) == len(more)
+    more = compose(
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        "sweep.arms.lora.rank=[2,4]",
+        "+sweep.axes.batch_size=[4,8]",
+    ).points
+    assert "lora r2 batch_size=4 lr=0.005" in run_names(more).values() and len(
+        set(run_names(more).values())
+    ) == len(more)
 
 
 def test_the_index_is_a_cache_and_no_more(tmp_path, compose):
@@ -376,9 +500,14 @@ def test_the_index_is_a_cache_and_no_more(tmp_path, compose):
     ids = [p.id for p in points]
     assert set(store.states(ids).values()) == {"done"} and (tmp_path / "runs/.index.json").is_file()
     read = []
-    assert index.read(store.root, ids, lambda rid: read.append(rid), {}).keys() == set(ids) and not read
+    assert (
+        index.read(store.root, ids, lambda rid: read.append(rid), {}).keys() == set(ids)
+        and not read
+    )
     result = store.folder(ids[0]) / "result.json"
-    result.write_text(result.read_text().replace('"test_nll": 2.0', '"test_nll": 3.25'))  # damaged: its checksum fails
+    result.write_text(
+        result.read_text().replace('"test_nll": 2.0', '"test_nll": 3.25')
+    )  # damaged: its checksum fails
     assert store.states(ids)[ids[0]] != "done" and store.states(ids)[ids[1]] == "done"
     (tmp_path / "runs/.index.json").write_text('{"version": 1, "runs": {"x": 3}}')
     assert RunStore(tmp_path / "runs").states(ids)[ids[1]] == "done"

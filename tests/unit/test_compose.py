@@ -1,4 +1,5 @@
-"""The command line's meaning: grids, axes, and bad input refused before anything starts, with what to type next."""
+"""The command line's meaning: grids, axes, and bad input refused before anything starts, with what
+to type next."""
 
 import json
 import time
@@ -13,7 +14,9 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Claim, Sweep, check_sweep, expand, geom
 from tests.world import ROOT, tiny_spec
 
-SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "study")  # made of the others: test_parametrisation
+SWEEPS = sorted(
+    p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "study"
+)  # made of the others: test_parametrisation
 SCALES = sorted(p.stem for p in (ROOT / "conf" / "scale").glob("*.yaml"))
 MODELS = sorted(p.stem for p in (ROOT / "conf" / "model").glob("*.yaml"))
 DATASETS = sorted(p.stem for p in (ROOT / "conf" / "dataset").glob("*.yaml"))
@@ -40,8 +43,14 @@ def test_every_data_set_composes(compose, dataset):
 
 
 def test_a_grid_may_be_changed_from_the_command_line(compose):
-    request = compose("+sweep=lr_ratio", "scale=smoke", "sweep.arms.lora.rank=[1,2]", "sweep.arms.lora.lr=[1e-3,2e-3]",
-                      "+sweep.axes.batch_size=[2,4]", "~sweep.arms.fullft")  # fmt: skip
+    request = compose(
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        "sweep.arms.lora.rank=[1,2]",
+        "sweep.arms.lora.lr=[1e-3,2e-3]",
+        "+sweep.axes.batch_size=[2,4]",
+        "~sweep.arms.fullft",
+    )
     assert len(request.points) == 8
     assert {p.spec.method.rank for p in request.points} == {1, 2}
     request = compose("+sweep=lr_ratio", "scale=smoke", "sweep.arms.lora.lr=${geom:1e-4,1e-3,2}")
@@ -53,35 +62,56 @@ def test_models_on_an_axis_are_composed_by_name(compose):
     assert {p.spec.model.name for p in request.points} == {"tiny64", "tiny128"}
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    (["+sweep=lr_ratio", "lr=3e-3"], r"sweep\.arms\.fullft\.lr"),
-    (["+sweep=lr_ratio", "model=tiny64"], r"sweep\.axes\.model"),
-    (["+sweep=lr_ratio", "method.rank=4"], r"sweep\.arms\.lora\.rank"),
-    (["+sweep=lr_ratio", "sweep.axes.model=[tinny64]"], "Did you mean 'tiny64'"),
-    (["+sweep=lr_ratio", "sweep.axes.dataset=[dialekt]"], "Did you mean 'dialect'"),
-    (["+sweep=lr_ratio", "sweep.arms.lora.method=loro"], "Did you mean 'lora'"),
-    (["+sweep=lr_ratio", "+sweep.arms.lora.rnak=[1]"], "Did you mean 'rank'"),
-    (["+sweep=lr_ratio", "sweep.arms.lora.lr=[]"], "empty"),
-    (["+sweep=lr_ratio", "scale.seeds=[]"], "empty"),
-    (["+sweep=lr_ratio", "sweep.arms.lora.lr=[0.0]"], "lr=0.0"),
-    (["+sweep=lr_ratio", "sweep.arms.lora.lr=[-1e-3]"], "lr=-0.001"),
-    (["+sweep=lr_ratio", "sweep.arms.lora.lr=[nan]"], "lr=nan"),
-    (["+sweep=lr_ratio", "sweep.arms.lora.lr=[fast]"], "lr='fast'"),
-    (["+sweep=lr_ratio", "sweep.arms.lora.rank=[0,4]"], "rank=0"),
-    (["+sweep=lr_ratio", "sweep.arms.lora.rank=[64]"], "from 1 to 32"),
-    (["+sweep=lr_ratio", "+sweep.arms.lora.layers=[heads]"], "attention, mlp, unembedding"),
-    (["+sweep=lr_ratio", "sweep.claims.ratio.margin=[3]"], "margin"),
-    (["lr=0"], "lr=0"), (["lr=1e9"], "between"), (["steps=0"], "steps"), (["action=go"], "Available: adapter"),
-    (["format=xml"], "json"), (["mirror=tensorboard"], "wandb"), (["exec.pack_size=0"], "pack_size"),
-    (["exec.workers=0"], "workers"), (["method.rank=999"], "rank=999"), (["dataset.n_test_curve=9999"], "n_test"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["+sweep=lr_ratio", "lr=3e-3"], r"sweep\.arms\.fullft\.lr"),
+        (["+sweep=lr_ratio", "model=tiny64"], r"sweep\.axes\.model"),
+        (["+sweep=lr_ratio", "method.rank=4"], r"sweep\.arms\.lora\.rank"),
+        (["+sweep=lr_ratio", "sweep.axes.model=[tinny64]"], "Did you mean 'tiny64'"),
+        (["+sweep=lr_ratio", "sweep.axes.dataset=[dialekt]"], "Did you mean 'dialect'"),
+        (["+sweep=lr_ratio", "sweep.arms.lora.method=loro"], "Did you mean 'lora'"),
+        (["+sweep=lr_ratio", "+sweep.arms.lora.rnak=[1]"], "Did you mean 'rank'"),
+        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[]"], "empty"),
+        (["+sweep=lr_ratio", "scale.seeds=[]"], "empty"),
+        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[0.0]"], "lr=0.0"),
+        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[-1e-3]"], "lr=-0.001"),
+        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[nan]"], "lr=nan"),
+        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[fast]"], "lr='fast'"),
+        (["+sweep=lr_ratio", "sweep.arms.lora.rank=[0,4]"], "rank=0"),
+        (["+sweep=lr_ratio", "sweep.arms.lora.rank=[64]"], "from 1 to 32"),
+        (["+sweep=lr_ratio", "+sweep.arms.lora.layers=[heads]"], "attention, mlp, unembedding"),
+        (["+sweep=lr_ratio", "sweep.claims.ratio.margin=[3]"], "margin"),
+        (["lr=0"], "lr=0"),
+        (["lr=1e9"], "between"),
+        (["steps=0"], "steps"),
+        (["action=go"], "Available: adapter"),
+        (["format=xml"], "json"),
+        (["mirror=tensorboard"], "wandb"),
+        (["exec.pack_size=0"], "pack_size"),
+        (["exec.workers=0"], "workers"),
+        (["method.rank=999"], "rank=999"),
+        (["dataset.n_test_curve=9999"], "n_test"),
+    ],
+)
 def test_bad_input_is_refused_with_what_to_type_next(compose, overrides, words):
     with pytest.raises(LorasweepError, match=words):
         compose(*overrides)
 
 
-@pytest.mark.parametrize("overrides", [["rank=4"], ["lr=abc"], ["steps=1.5"], ["model=none"], ["scale=huge"],
-                                       ["method=fullft", "method.rank=3"], ["+sweep=nothing"], ["exec.threads=two"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rank=4"],
+        ["lr=abc"],
+        ["steps=1.5"],
+        ["model=none"],
+        ["scale=huge"],
+        ["method=fullft", "method.rank=3"],
+        ["+sweep=nothing"],
+        ["exec.threads=two"],
+    ],
+)
 def test_unknown_keys_groups_and_types_are_hydras_errors(compose, overrides):
     with pytest.raises(Exception, match=r"(?i)could not|not in|error merging"):
         compose(*overrides)
@@ -113,7 +143,10 @@ def test_a_sweep_must_ask_and_state_its_margin():
     with pytest.raises(SpecError, match="no claims"):
         check_sweep("x", Sweep(question="?", arms={"a": {"method": "lora"}}))
     with pytest.raises(SpecError, match="low < high"):
-        check_sweep("x", Sweep(question="?", claims={"c": Claim(margin=[2, 1])}, arms={"a": {"method": "lora"}}))
+        check_sweep(
+            "x",
+            Sweep(question="?", claims={"c": Claim(margin=[2, 1])}, arms={"a": {"method": "lora"}}),
+        )
 
 
 def test_expand_drops_duplicates():
@@ -123,7 +156,16 @@ def test_expand_drops_duplicates():
 
 def test_ten_thousand_specs_are_planned(tmp_path):
     """All of them; the time is printed, and kept in the benchmark (tests time nothing)."""
-    sweep = Sweep(arms={"a": {"method": "lora", "rank": [1, 2, 4, 8], "lr": geom(1e-5, 1e-1, 125), "seed": list(range(5))}})
+    sweep = Sweep(
+        arms={
+            "a": {
+                "method": "lora",
+                "rank": [1, 2, 4, 8],
+                "lr": geom(1e-5, 1e-1, 125),
+                "seed": list(range(5)),
+            }
+        }
+    )
     start = time.perf_counter()
     points = expand(tiny_spec(), sweep, None, None)
     now = plan.make_plan(points, RunStore(tmp_path), compose_exec())
@@ -154,10 +196,15 @@ def test_the_plan_is_json(compose, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["sweep"] == "lr_ratio" and told["scale"] == "smoke"
     assert told["runs"] == {"total": 6, "todo": 6, "missing": 6}
-    assert {a["method"]: a["n_trainable"] for a in told["arms"]} == {"fullft": 217664, "lora": 20864}
+    assert {a["method"]: a["n_trainable"] for a in told["arms"]} == {
+        "fullft": 217664,
+        "lora": 20864,
+    }
     assert told["cost"]["flops"] > 0 and told["cost"]["hours"] > 0
 
 
 def test_two_requests_give_the_same_ids(compose):
     ids = [[p.id for p in compose("+sweep=lr_ratio", "scale=tiny").points] for _ in range(2)]
-    assert ids[0] == ids[1] and all(p.id == run_id(p.spec) for p in compose("+sweep=lr_ratio").points)
+    assert ids[0] == ids[1] and all(
+        p.id == run_id(p.spec) for p in compose("+sweep=lr_ratio").points
+    )

@@ -32,8 +32,16 @@ def jsonl(tmp_path, rows, **changes):
         text = "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows)
         (folder / f"{split}.jsonl").write_text(text + "\n")
     spec = compose_request(["dataset=gsm8k"]).points[0].spec.dataset
-    spec = dataclasses.replace(spec, name="mine", location="mine", revision="", prompt_field="prompt",
-                               completion_field="completion", template="{prompt}|", **changes)  # fmt: skip
+    spec = dataclasses.replace(
+        spec,
+        name="mine",
+        location="mine",
+        revision="",
+        prompt_field="prompt",
+        completion_field="completion",
+        template="{prompt}|",
+        **changes,
+    )
     return data.load(spec, [str(tmp_path)], Letters())
 
 
@@ -48,8 +56,14 @@ def test_the_loss_looks_at_the_completion_and_its_end(tmp_path):
 
 
 def test_messages_train_the_assistant_only(tmp_path):
-    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"},
-                        {"role": "user", "content": "so"}, {"role": "assistant", "content": "no"}]}  # fmt: skip
+    row = {
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": "so"},
+            {"role": "assistant", "content": "no"},
+        ]
+    }
     last = jsonl(tmp_path, [row], format="messages", mask="last_assistant").test[0]
     every = jsonl(tmp_path, [row], format="messages").test[0]
     assert bytes(last.tokens[last.loss].tolist()) == b"no\0"
@@ -67,14 +81,17 @@ def test_order_depends_on_data_set_split_and_seed_only(tmp_path):
     assert seen(a, 0, 0, 10) != seen(a, 0, 10, 10) and seen(a, 0, 0, 10) != seen(a, 1, 0, 10)
 
 
-@pytest.mark.parametrize(("rows", "words"), [
-    (['{"prompt": "a", "completion": "b"}', '{"prompt": '], r"train\.jsonl:2: not a JSON row"),
-    ([{"prompt": "a"}], r"train\.jsonl:1: no text field 'completion'"),
-    ([{"prompt": "a", "completion": 3}], r":1: no text field"),
-    ([{"prompt": "p" * 600, "completion": "b"}], r":1: no token bears loss"),
-    (["[]"], r":1: no text field"),
-    ([], "no rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (['{"prompt": "a", "completion": "b"}', '{"prompt": '], r"train\.jsonl:2: not a JSON row"),
+        ([{"prompt": "a"}], r"train\.jsonl:1: no text field 'completion'"),
+        ([{"prompt": "a", "completion": 3}], r":1: no text field"),
+        ([{"prompt": "p" * 600, "completion": "b"}], r":1: no token bears loss"),
+        (["[]"], r":1: no text field"),
+        ([], "no rows"),
+    ],
+)
 def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, words):
     with pytest.raises(DataError, match=words):
         jsonl(tmp_path, rows)
@@ -93,12 +110,18 @@ def test_text_without_a_tokenizer_is_refused():
 
 
 def test_padding_never_bears_loss_and_places_predict_the_next_token():
-    examples = [data.Example(np.arange(1, 6, dtype=np.int32), np.array([0, 1, 1, 0, 1], bool)),
-                data.Example(np.arange(1, 21, dtype=np.int32), np.arange(20) == 19)]  # fmt: skip
+    examples = [
+        data.Example(np.arange(1, 6, dtype=np.int32), np.array([0, 1, 1, 0, 1], bool)),
+        data.Example(np.arange(1, 21, dtype=np.int32), np.arange(20) == 19),
+    ]
     b = collate(examples)
-    assert b.tokens_NX.shape == (1, 48) and b.lengths == ((16, 32),) and b.places_NM.shape == (1, 16)
+    assert (
+        b.tokens_NX.shape == (1, 48) and b.lengths == ((16, 32),) and b.places_NM.shape == (1, 16)
+    )
     assert b.n_loss == 4 and b.n_tokens == 25
-    assert list(b.tokens_NX[0, b.places_NM[0, :4] + 1]) == list(b.targets_NM[0, :4]) == [2, 3, 5, 20]
+    assert (
+        list(b.tokens_NX[0, b.places_NM[0, :4] + 1]) == list(b.targets_NM[0, :4]) == [2, 3, 5, 20]
+    )
     assert not b.weight_NM[0, 4:].any()
 
 
@@ -106,14 +129,19 @@ def test_members_are_filled_up_and_the_padded_form_says_the_same():
     rng = np.random.default_rng(0)
 
     def rows(*lengths):
-        return [data.Example(rng.integers(1, 9, size=n).astype(np.int32), np.arange(n) > 1) for n in lengths]
+        return [
+            data.Example(rng.integers(1, 9, size=n).astype(np.int32), np.arange(n) > 1)
+            for n in lengths
+        ]
 
     parts = [collate(rows(5, 20)), collate(rows(40, 3))]
     b = merge(parts)
     assert b.lengths == ((16, 32, 16), (48, 16)) and b.tokens_NX.shape == (2, 64)
     assert b.n_loss == sum(p.n_loss for p in parts) and b.n_tokens == 68
     tokens, places, targets, weight = padded(b)
-    assert tokens.shape == (4, 48) and weight.sum() == b.n_loss  # two rows a member: filler is left out
+    assert (
+        tokens.shape == (4, 48) and weight.sum() == b.n_loss
+    )  # two rows a member: filler is left out
     assert [int((row > 0).sum()) for row in tokens] == [5, 20, 40, 3]
     real = weight > 0
     rows_, _ = np.nonzero(real)
@@ -127,14 +155,20 @@ def test_dialect_is_a_distribution_and_its_floor_is_its_entropy():
     rows = np.stack([e.tokens for e in loaded.test])
     p = table[rows[:, :-3], rows[:, 1:-2], rows[:, 2:-1]]
     entropy = float(-(p * np.log(np.maximum(p, 1e-300))).sum(-1).mean())
-    assert loaded.floor_nats == pytest.approx(entropy, abs=0.01)  # sampled against exact, over the same contexts
+    assert loaded.floor_nats == pytest.approx(
+        entropy, abs=0.01
+    )  # sampled against exact, over the same contexts
 
 
 def test_the_dialect_differs_from_its_language_by_its_knobs():
     language = dialect.transition({"rule_shift": 0.0, "new_exceptions": 0.0})
     assert np.array_equal(language, dialect.transition({"rule_shift": 0.0, "new_exceptions": 0.0}))
-    changed = [np.mean(np.abs(dialect.transition({"rule_shift": s, "new_exceptions": 0.3}) - language).sum(-1))
-               for s in (0.0, 0.25, 0.5)]  # fmt: skip
+    changed = [
+        np.mean(
+            np.abs(dialect.transition({"rule_shift": s, "new_exceptions": 0.3}) - language).sum(-1)
+        )
+        for s in (0.0, 0.25, 0.5)
+    ]
     assert 0 < changed[0] < changed[1] < changed[2]
     with pytest.raises(DataError, match="knob"):
         dialect.transition({"shift": 0.5})

@@ -31,13 +31,16 @@ def norms_in_float64(monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        return self.weight * (
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 
 
 def run_all(pack, base, dataset, **kwargs):
-    """Train to the end; return the final state tensors of each member as of its last event, and all records."""
+    """Train to the end; return the final state tensors of each member as of its last event, and all
+    records."""
     states, records = {}, {}
     for event in train(pack, base, dataset, **kwargs):
         for rid, state in event.snapshot().items():
@@ -55,13 +58,20 @@ def peft_model(base, spec):
 
     model = copy.deepcopy(base.model)
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    config = LoraConfig(r=spec.method.rank, lora_alpha=spec.method.alpha, lora_dropout=0.0, target_modules=names,
-                        bias="none", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=spec.method.rank,
+        lora_alpha=spec.method.alpha,
+        lora_dropout=0.0,
+        target_modules=names,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(model, config).double()
 
 
 def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world):
-    """Same start, same logits, same gradients; one update from the same state, at each step, within 1e-9."""
+    """Same start, same logits, same gradients; one update from the same state, at each step, within
+    1e-9."""
     spec, base, dataset = world
     spec = dataclasses.replace(spec, steps=12, lr=8e-3)
     reference = peft_model(base, spec)
@@ -70,10 +80,14 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world):
     try:
         ours = trainables.parameters()
         parts = {n: trainables.part_of(n)[0] for n in ours}
-        pair = {n: f"base_model.model.{p[:-2]}.lora_{p[-1]}.default.weight" for n, p in parts.items()}
+        pair = {
+            n: f"base_model.model.{p[:-2]}.lora_{p[-1]}.default.weight" for n, p in parts.items()
+        }
         assert set(pair.values()) == set(theirs)
         optimizer = AdamW.start(trainables, [spec])
-        torch_optimizer = torch.optim.AdamW(theirs.values(), lr=spec.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
+        torch_optimizer = torch.optim.AdamW(
+            theirs.values(), lr=spec.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0
+        )
         for step in range(spec.steps):
             with torch.no_grad():  # the same state on both sides
                 for n, p in ours.items():
@@ -89,7 +103,8 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world):
                 assert torch.allclose(p.grad[0], theirs[pair[n]].grad, rtol=0, atol=1e-9), (step, n)
             optimizer.step(step, optimizer.grad_norms())
             torch_optimizer.step()
-            # Adam divides by sqrt(v): a gradient of rounding size may flip an update, so compare where v is above it
+            # Adam divides by sqrt(v): a gradient of rounding size may flip an update, so compare
+            # where v is above it
             for n, p in ours.items():
                 solid = optimizer.exp_avg_sq[n][0].sqrt() > 1e-10
                 difference = (p[0] - theirs[pair[n]]).detach().abs()[solid]
@@ -107,7 +122,11 @@ def test_adapter_in_peft_format_is_loaded_by_peft(world, tmp_path):
 
     spec, base, dataset = world
     states, records = run_all([spec], base, dataset)
-    state = {k.removeprefix("param/"): v for k, v in states[run_id(spec)].items() if k.startswith("param/")}
+    state = {
+        k.removeprefix("param/"): v
+        for k, v in states[run_id(spec)].items()
+        if k.startswith("param/")
+    }
     save_peft(tmp_path / "adapter", state, spec.method.rank, spec.method.alpha, "tiny64")
     loaded = PeftModel.from_pretrained(base.model, tmp_path / "adapter").double()
     try:
@@ -130,10 +149,18 @@ def test_step_zero_changes_nothing(world, method):
     assert evaluate(base.model, batches, 1, "fp64") == before
 
 
-@pytest.mark.parametrize("method", [
-    LoRA(rank=2), LoRA(rank=2, layers="attention"), LoRA(rank=2, layers="mlp"), LoRA(rank=2, layers="unembedding"),
-    LoRA(rank=2, layers="mlp+unembedding"), FullFT(), FullFT(scope="matrices", layers="mlp"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(rank=2),
+        LoRA(rank=2, layers="attention"),
+        LoRA(rank=2, layers="mlp"),
+        LoRA(rank=2, layers="unembedding"),
+        LoRA(rank=2, layers="mlp+unembedding"),
+        FullFT(),
+        FullFT(scope="matrices", layers="mlp"),
+    ],
+)
 def test_every_intended_tensor_gets_a_gradient_and_the_count_is_right(world, method):
     """After two updates (B is zero before the first, so A's first gradient is too)."""
     spec, base, dataset = world
@@ -165,16 +192,21 @@ def test_micro_batches_change_nothing(world, method):
     for rows in (1, 3):
         parts, _ = run_all([spec], base, dataset, micro_batch_size=rows)
         for name, tensor in whole[run_id(spec)].items():
-            assert torch.allclose(tensor, parts[run_id(spec)][name], rtol=0, atol=1e-9), (rows, name)
+            assert torch.allclose(tensor, parts[run_id(spec)][name], rtol=0, atol=1e-9), (
+                rows,
+                name,
+            )
 
 
 def test_pack_equals_runs_alone(world):
     """Members with other rates, alphas and seeds, in float64, below the edge of stability."""
     spec, base, dataset = world
     pack = [
-        dataclasses.replace(spec, lr=1e-3), dataclasses.replace(spec, lr=4e-3, seed=1),
-        dataclasses.replace(spec, method=LoRA(rank=4, alpha=8.0)), dataclasses.replace(spec, lr=2e-3, steps=4),
-    ]  # fmt: skip
+        dataclasses.replace(spec, lr=1e-3),
+        dataclasses.replace(spec, lr=4e-3, seed=1),
+        dataclasses.replace(spec, method=LoRA(rank=4, alpha=8.0)),
+        dataclasses.replace(spec, lr=2e-3, steps=4),
+    ]
     together, _ = run_all(pack, base, dataset)
     for member in pack:
         alone, _ = run_all([member], base, dataset)
@@ -194,7 +226,10 @@ def test_equal_ranks_in_a_pack_are_bit_for_bit_in_fp32():
 
 def test_a_diverging_member_leaves_and_disturbs_nobody(world):
     spec, base, dataset = world
-    calm, wild = dataclasses.replace(spec, lr=1e-3, steps=14), dataclasses.replace(spec, lr=3.0, steps=14)
+    calm, wild = (
+        dataclasses.replace(spec, lr=1e-3, steps=14),
+        dataclasses.replace(spec, lr=3.0, steps=14),
+    )
     ended = {}
     for event in train([wild, calm], base, dataset):
         ended |= {rid: (state, event.step) for rid, (state, _) in event.ended.items()}
@@ -212,8 +247,10 @@ def test_resumed_run_is_bit_identical(world):
     for event in train([spec], base, dataset):
         if event.step == 3:
             middle = event.snapshot()
-            middle = {i: {"tensors": {k: v.clone() for k, v in s["tensors"].items()}, "meta": s["meta"]}
-                      for i, s in middle.items()}
+            middle = {
+                i: {"tensors": {k: v.clone() for k, v in s["tensors"].items()}, "meta": s["meta"]}
+                for i, s in middle.items()
+            }
             break
     rest, _ = run_all([spec], base, dataset, resume=middle)
     for name, tensor in whole[run_id(spec)].items():
@@ -237,13 +274,16 @@ def test_adamw_equals_torch_with_decay_and_clipping():
 
 
 def test_full_fine_tuning_equals_torch_over_a_whole_run(world):
-    """Against a plain loop of transformers' forward and torch.optim.AdamW: stale copies of weights would show."""
+    """Against a plain loop of transformers' forward and torch.optim.AdamW: stale copies of weights
+    would show."""
     import copy
 
     spec, base, dataset = world
     spec = dataclasses.replace(spec, method=FullFT(), lr=2e-3)
     reference = copy.deepcopy(base.model).requires_grad_(True)
-    optimizer = torch.optim.AdamW(reference.parameters(), lr=spec.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
+    optimizer = torch.optim.AdamW(
+        reference.parameters(), lr=spec.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0
+    )
     states, records = run_all([spec], base, dataset)
     for step in range(spec.steps):
         rows = dataset.train(spec.seed, step * spec.batch_size, spec.batch_size)
@@ -254,7 +294,9 @@ def test_full_fine_tuning_equals_torch_over_a_whole_run(world):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        assert float(loss.detach()) == pytest.approx(records[run_id(spec)][step]["train_nll"], abs=1e-9)
+        assert float(loss.detach()) == pytest.approx(
+            records[run_id(spec)][step]["train_nll"], abs=1e-9
+        )
     for name, p in reference.named_parameters():
         assert torch.allclose(p, states[run_id(spec)][f"param/{name}"], rtol=0, atol=1e-9), name
 
@@ -262,13 +304,19 @@ def test_full_fine_tuning_equals_torch_over_a_whole_run(world):
 def test_loss_is_torch_cross_entropy_over_loss_bearing_tokens(world):
     _spec, base, _dataset = world
     examples = [
-        data.Example(np.array([1, 2, 3, 4, 5], dtype=np.int32), np.array([0, 0, 1, 1, 0], dtype=bool)),
+        data.Example(
+            np.array([1, 2, 3, 4, 5], dtype=np.int32), np.array([0, 0, 1, 1, 0], dtype=bool)
+        ),
         data.Example(np.array([7, 8, 9], dtype=np.int32), np.array([0, 1, 0], dtype=bool)),
     ]
     got = nll_sums(base.model, collate(examples), "fp64")[0]
     want = 0.0
     for e in examples:
-        logits = base.model(input_ids=torch.tensor(e.tokens[None].astype(np.int64))).logits[0].log_softmax(-1)
+        logits = (
+            base.model(input_ids=torch.tensor(e.tokens[None].astype(np.int64)))
+            .logits[0]
+            .log_softmax(-1)
+        )
         want -= sum(float(logits[t - 1, e.tokens[t]]) for t in np.flatnonzero(e.loss))
     assert float(got) == pytest.approx(want, abs=1e-9)
 
@@ -280,10 +328,13 @@ def test_eval_steps_of_a_short_run_begin_those_of_a_long_one():
 
 
 def test_shipped_base_is_near_its_floor_and_far_from_the_dialects(world):
-    """The base knows its language; the dialect is a task: its NLL starts at least 0.3 above the floor."""
+    """The base knows its language; the dialect is a task: its NLL starts at least 0.3 above the
+    floor."""
     spec, base, dataset = world
     start = evaluate(base.model, eval_batches(dataset.test, 4096), 1, "fp64")[0]
-    language = data.load(dataclasses.replace(spec.dataset, knobs={"rule_shift": 0.0, "new_exceptions": 0.0}), [])
+    language = data.load(
+        dataclasses.replace(spec.dataset, knobs={"rule_shift": 0.0, "new_exceptions": 0.0}), []
+    )
     known = evaluate(base.model, eval_batches(language.test, 4096), 1, "fp64")[0]
     assert known - language.floor_nats < 0.25
     assert start - dataset.floor_nats > 0.3

@@ -1,4 +1,5 @@
-"""Packs are the runs alone: step by step, over whole trajectories, bit for bit, and on models of other families."""
+"""Packs are the runs alone: step by step, over whole trajectories, bit for bit, and on models of
+other families."""
 
 import dataclasses
 import statistics
@@ -21,6 +22,7 @@ POINTS = 100
 
 def ragged(vocab=32, longest=60):
     """Rows of 5 to `longest` tokens, the second half of each bearing loss."""
+
     def row(*names):
         rng = data.stream(*names)
         tokens = rng.integers(0, vocab, size=rng.integers(5, longest + 1)).astype(np.int32)
@@ -39,18 +41,25 @@ def world():
 
 
 def mixed(spec, count, wild=()):
-    """`count` members that mix rates, ranks (equal ones together, as the planner lays them), alphas and seeds."""
+    """`count` members that mix rates, ranks (equal ones together, as the planner lays them), alphas
+    and seeds."""
     ranks = sorted((1, 4, 8, 16)[k % 4] for k in range(count))
     return [
-        dataclasses.replace(spec, lr=wild[k] if k < len(wild) else 5e-4 * (1 + k), seed=k % 3,
-                            method=LoRA(rank=rank, alpha=(8.0, 32.0)[k % 2]))
+        dataclasses.replace(
+            spec,
+            lr=wild[k] if k < len(wild) else 5e-4 * (1 + k),
+            seed=k % 3,
+            method=LoRA(rank=rank, alpha=(8.0, 32.0)[k % 2]),
+        )
         for k, rank in enumerate(ranks)
-    ]  # fmt: skip
+    ]
 
 
 def copied(snapshot):
-    return {i: {"tensors": {n: t.clone() for n, t in s["tensors"].items()}, "meta": dict(s["meta"])}
-            for i, s in snapshot.items()}  # fmt: skip
+    return {
+        i: {"tensors": {n: t.clone() for n, t in s["tensors"].items()}, "meta": dict(s["meta"])}
+        for i, s in snapshot.items()
+    }
 
 
 def run(pack, base, rows, **kwargs):
@@ -64,14 +73,19 @@ def run(pack, base, rows, **kwargs):
 
 def worst(a, b):
     """The largest difference between two members' tensors (weights and moments)."""
-    return max(float((a["tensors"][n].cpu() - t.cpu()).abs().max()) for n, t in b["tensors"].items())
+    return max(
+        float((a["tensors"][n].cpu() - t.cpu()).abs().max()) for n, t in b["tensors"].items()
+    )
 
 
 @pytest.mark.parametrize("count", [2, 5, 16])
 def test_one_step_in_a_pack_is_one_step_alone_at_100_points_of_its_run(world, count):
-    """(a) From the same state, a member beyond the edge of stability included: gradient, moments and update."""
+    """(a) From the same state, a member beyond the edge of stability included: gradient, moments
+    and update."""
     spec, base, rows = world
-    other = models.load(spec.model, ["/nonexistent"], "fp64")  # the pack is attached to `base` meanwhile
+    other = models.load(
+        spec.model, ["/nonexistent"], "fp64"
+    )  # the pack is attached to `base` meanwhile
     pack = mixed(dataclasses.replace(spec, batch_size=2), count, wild=(0.12,))
     members = {run_id(s): s for s in pack}
     assert len(members) == count
@@ -83,10 +97,17 @@ def test_one_step_in_a_pack_is_one_step_alone_at_100_points_of_its_run(world, co
         if before is not None:
             alive = [i for i in members if i in before]
             for i in {alive[0], alive[point % len(alive)]}:  # the wild one, and each in turn
-                alone = next(iter(train([members[i]], other, rows, resume={i: before[i]}))).snapshot()[i]
+                alone = next(
+                    iter(train([members[i]], other, rows, resume={i: before[i]}))
+                ).snapshot()[i]
                 for name, tensor in after[i]["tensors"].items():
-                    scale = max(1.0, float(tensor.abs().max()))  # gradients of a wild member may be of order 1000
-                    assert float((alone["tensors"][name] - tensor).abs().max()) <= 1e-9 * scale, (point, name)
+                    scale = max(
+                        1.0, float(tensor.abs().max())
+                    )  # gradients of a wild member may be of order 1000
+                    assert float((alone["tensors"][name] - tensor).abs().max()) <= 1e-9 * scale, (
+                        point,
+                        name,
+                    )
         before = {i: s for i, s in after.items() if i not in event.ended}
     wild = losses[run_id(pack[0])]
     rise = max(later - min(wild[: k + 1]) for k, later in enumerate(wild))
@@ -104,12 +125,18 @@ def test_whole_trajectories_agree_in_float64_below_the_edge(world):
 
 
 def test_in_float32_packing_is_far_within_the_noise_between_seeds():
-    """(b) Mixed ranks are not the same bits; the final held-out loss differs by less than a twentieth of a seed."""
+    """(b) Mixed ranks are not the same bits; the final held-out loss differs by less than a
+    twentieth of a seed."""
     spec = tiny_spec(lr=3e-3, steps=40)
     base, rows = models.load(spec.model, ["/nonexistent"]), data.load(spec.dataset, [])
-    seeds = [run([dataclasses.replace(spec, method=LoRA(rank=4), seed=s)], base, rows)[1] for s in range(4)]
+    seeds = [
+        run([dataclasses.replace(spec, method=LoRA(rank=4), seed=s)], base, rows)[1]
+        for s in range(4)
+    ]
     noise = statistics.stdev(next(iter(r.values()))["test_nll"] for r in seeds)
-    pack = [dataclasses.replace(spec, method=LoRA(rank=r), seed=s) for r in (1, 4, 8) for s in (0, 1)]
+    pack = [
+        dataclasses.replace(spec, method=LoRA(rank=r), seed=s) for r in (1, 4, 8) for s in (0, 1)
+    ]
     _, together = run(pack, base, rows)
     for member in pack:
         _, alone = run([member], base, rows)
@@ -121,26 +148,37 @@ def test_in_float32_packing_is_far_within_the_noise_between_seeds():
 @pytest.mark.parametrize("count", [2, 7, 16])
 @pytest.mark.parametrize("text", [False, True], ids=["equal rows", "ragged rows"])
 def test_equal_ranks_are_bit_for_bit(count, precision, text):
-    """(c) Weights, moments and losses after every step; rows of different lengths too, as long as members lay out as many
-    tokens: sums over a longer, padded row may be taken in another order (seen on processors without AVX-512)."""
+    """(c) Weights, moments and losses after every step; rows of different lengths too, as long as
+    members lay out as many
+    tokens: sums over a longer, padded row may be taken in another order (seen on processors without
+    AVX-512)."""
     spec = tiny_spec(method=LoRA(rank=4), steps=12, precision=precision)
     base = models.load(spec.model, ["/nonexistent"], precision)
     rows = ragged() if text else data.load(spec.dataset, [])
-    pack = [dataclasses.replace(spec, lr=1e-3 * (1 + k), seed=0 if text else k % 2) for k in range(count)]
+    pack = [
+        dataclasses.replace(spec, lr=1e-3 * (1 + k), seed=0 if text else k % 2)
+        for k in range(count)
+    ]
     together, told = run(pack, base, rows)
     for member in (pack[0], pack[-1]):
         alone, own = run([member], base, rows)
         i = run_id(member)
         if text and precision == "fp64" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-            assert worst(alone[i], together[i]) < 1e-9  # there not even rows of one width are the same bits (LOG.md)
+            assert (
+                worst(alone[i], together[i]) < 1e-9
+            )  # there not even rows of one width are the same bits (LOG.md)
             continue
-        assert own[i]["train_nll"] == told[i]["train_nll"] and own[i]["test_nll"] == told[i]["test_nll"]
+        assert (
+            own[i]["train_nll"] == told[i]["train_nll"]
+            and own[i]["test_nll"] == told[i]["test_nll"]
+        )
         for name, tensor in alone[i]["tensors"].items():
             assert torch.equal(tensor, together[i]["tensors"][name]), name
 
 
 def test_ragged_rows_of_different_seeds_agree_in_float64():
-    """Members of two data orders lay out different numbers of tokens, so their widths in the pack are not their own."""
+    """Members of two data orders lay out different numbers of tokens, so their widths in the pack
+    are not their own."""
     spec = tiny_spec(method=LoRA(rank=4), steps=12, precision="fp64")
     base, rows = models.load(spec.model, ["/nonexistent"], "fp64"), ragged()
     pack = [dataclasses.replace(spec, lr=1e-3 * (1 + k), seed=k % 2) for k in range(4)]
@@ -170,18 +208,28 @@ def test_a_resumed_pack_in_other_company_agrees_within_tolerance(world):
 @pytest.fixture
 def norms_in_float64(monkeypatch):
     """transformers' norms go through float32 even in a float64 model."""
+
     def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        return self.weight * (
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
     for family in ("llama.modeling_llama.LlamaRMSNorm", "qwen3.modeling_qwen3.Qwen3RMSNorm"):
         monkeypatch.setattr(f"transformers.models.{family}.forward", forward)
 
 
-@pytest.mark.parametrize("methods", [[LoRA(rank=2), LoRA(rank=2, alpha=8.0), LoRA(rank=8)], [FullFT()]],
-                         ids=["lora", "fullft"])  # fmt: skip
-def test_our_passes_are_transformers_own_on_ragged_rows(world, norms_in_float64, monkeypatch, methods):
+@pytest.mark.parametrize(
+    "methods",
+    [[LoRA(rank=2), LoRA(rank=2, alpha=8.0), LoRA(rank=8)], [FullFT()]],
+    ids=["lora", "fullft"],
+)
+def test_our_passes_are_transformers_own_on_ragged_rows(
+    world, norms_in_float64, monkeypatch, methods
+):
     spec, base, _ = world
-    pack = [dataclasses.replace(spec, method=m, steps=5, lr=1e-3, seed=k) for k, m in enumerate(methods)]
+    pack = [
+        dataclasses.replace(spec, method=m, steps=5, lr=1e-3, seed=k) for k, m in enumerate(methods)
+    ]
     ours, _ = run(pack, base, ragged())
     monkeypatch.setattr(loss, "lean_for", lambda model: None)
     theirs, _ = run(pack, base, ragged())
@@ -195,13 +243,25 @@ def qwen3(spec):
 
     m = spec.model
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        hidden_size=m.hidden_size, intermediate_size=m.mlp_size, num_hidden_layers=2, num_attention_heads=m.n_heads,
-        num_key_value_heads=m.n_kv_heads, head_dim=m.head_size, vocab_size=m.vocab_size, tie_word_embeddings=False,
-        pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    ))  # fmt: skip
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=m.hidden_size,
+            intermediate_size=m.mlp_size,
+            num_hidden_layers=2,
+            num_attention_heads=m.n_heads,
+            num_key_value_heads=m.n_kv_heads,
+            head_dim=m.head_size,
+            vocab_size=m.vocab_size,
+            tie_word_embeddings=False,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
     shape = dataclasses.replace(m, name="qwen3-tiny", n_layers=2, qk_norm=True)
-    return dataclasses.replace(spec, model=shape), models.Base(model.double().eval(), None, "random")
+    return dataclasses.replace(spec, model=shape), models.Base(
+        model.double().eval(), None, "random"
+    )
 
 
 def test_a_pack_on_another_family_is_its_runs_alone(world, norms_in_float64):
@@ -225,7 +285,9 @@ def test_on_a_gpu_it_is_the_cpus_run(method):
         base = models.load(spec.model, ["/nonexistent"], "fp64")
         base.model.to(device)
         curves[device] = run([spec], base, rows)[1][run_id(spec)]
-    assert curves["cuda"]["test_nll"] == pytest.approx(curves["cpu"]["test_nll"], abs=1e-6)  # norms in float32
+    assert curves["cuda"]["test_nll"] == pytest.approx(
+        curves["cpu"]["test_nll"], abs=1e-6
+    )  # norms in float32
     low = dataclasses.replace(spec, precision="bf16")
     got = run([low], models.load(low.model, ["/nonexistent"], "bf16"), rows)[1][run_id(low)]
     assert got["test_nll"] == pytest.approx(curves["cpu"]["test_nll"], abs=0.02)

@@ -1,5 +1,5 @@
-"""Planted truths through the whole pipeline (sweep file, grid, store, second stage, table, fit, verdict, report):
-they must come back as what they are, and each verdict must be reachable."""
+"""Planted truths through the whole pipeline (sweep file, grid, store, second stage, table, fit,
+verdict, report): they must come back as what they are, and each verdict must be reachable."""
 
 import json
 import math
@@ -26,7 +26,9 @@ def valley(ratio, noise=5e-4, steep=0.7, cliff=None, depth=0.08, drift=0.0):
         if cliff is not None and spec.lr > cliff * best:
             return math.nan
         rng = np.random.default_rng(int(run_id(spec), 16))
-        shared = np.random.default_rng(spec.seed).normal(0, 3 * noise)  # one seed sees the same batches at every rate
+        shared = np.random.default_rng(spec.seed).normal(
+            0, 3 * noise
+        )  # one seed sees the same batches at every rate
         return 2.0 + depth * float(linex(np.array(u), steep)) * 2 + shared + rng.normal(0, noise)
 
     return nll
@@ -35,10 +37,15 @@ def valley(ratio, noise=5e-4, steep=0.7, cliff=None, depth=0.08, drift=0.0):
 def ask(compose, capsys, fake_trainer, planted, seeds=(1, 2, 3, 4), extra=()):
     lora = f"sweep.arms.lora.lr=[{','.join(f'{FULL * planted.ratio * 2.0**k:.3g}' for k in range(-3, 4))}]"
     request = compose(
-        "+sweep=lr_ratio", "scale=smoke", "scale.ranks=[4,8,16]", "format=json",
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        "scale.ranks=[4,8,16]",
+        "format=json",
         f"scale.fresh_seeds=[{','.join(map(str, seeds))}]",
-        "sweep.arms.fullft.lr=[1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3,9.6e-3]", lora, *extra,
-    )  # fmt: skip
+        "sweep.arms.fullft.lr=[1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3,9.6e-3]",
+        lora,
+        *extra,
+    )
     trainer = fake_trainer(planted.nll)
     assert act(request, trainer) == 0
     out = json.loads(capsys.readouterr().out)
@@ -53,10 +60,16 @@ class Planted:
         self.ratio, self.nll = ratio, valley(ratio, **kwargs)
 
 
-@pytest.mark.parametrize(("ratio", "primary", "order"), [
-    (1, "REFUTED", "REFUTED"), (3, "REFUTED", "REFUTED"), (6, None, None), (10, "SUPPORTED", "SUPPORTED"),
-    (20, "REFUTED", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ratio", "primary", "order"),
+    [
+        (1, "REFUTED", "REFUTED"),
+        (3, "REFUTED", "REFUTED"),
+        (6, None, None),
+        (10, "SUPPORTED", "SUPPORTED"),
+        (20, "REFUTED", None),
+    ],
+)
 def test_planted_ratio_comes_back(compose, capsys, fake_trainer, ratio, primary, order):
     out, verdicts = ask(compose, capsys, fake_trainer, Planted(ratio))
     estimate = verdicts["ratio"]["estimate"]
@@ -79,7 +92,9 @@ def test_a_planted_drift_is_refuted(compose, capsys, fake_trainer):
     assert steep["drift"]["estimate"]["value"] == pytest.approx(0.5 * math.log(2), abs=0.1)
 
 
-def test_a_cliff_just_right_of_the_best_rate_gives_a_bound_and_no_verdict(compose, capsys, fake_trainer):
+def test_a_cliff_just_right_of_the_best_rate_gives_a_bound_and_no_verdict(
+    compose, capsys, fake_trainer
+):
     """The loss falls until the run breaks down: where the optimum would lie is not known."""
     planted = Planted(3, cliff=0.9)
     out, verdicts = ask(compose, capsys, fake_trainer, planted)
@@ -96,14 +111,22 @@ def test_a_cliff_beyond_the_valley_leaves_the_optimum(compose, capsys, fake_trai
 
 def test_an_optimum_off_the_grid_is_a_bound(compose, capsys, fake_trainer):
     planted = Planted(3)
-    out, verdicts = ask(compose, capsys, fake_trainer, planted, extra=["sweep.arms.fullft.lr=[1e-5,2e-5,4e-5,8e-5,1.6e-4]"])
+    out, verdicts = ask(
+        compose,
+        capsys,
+        fake_trainer,
+        planted,
+        extra=["sweep.arms.fullft.lr=[1e-5,2e-5,4e-5,8e-5,1.6e-4]"],
+    )
     full = next(c for c in out["curves"] if c["method"] == "fullft")
     assert full["best_lr"] is None and "at_edge" in full["flags"] and full["low"] is not None
     assert verdicts["ratio"]["outcome"] == "UNDECIDED"
     assert verdicts["ratio"]["needed"]
 
 
-def test_one_seed_and_noise_leave_it_undecided_with_the_seeds_still_needed(compose, capsys, fake_trainer):
+def test_one_seed_and_noise_leave_it_undecided_with_the_seeds_still_needed(
+    compose, capsys, fake_trainer
+):
     _, few = ask(compose, capsys, fake_trainer, Planted(10), seeds=())
     assert few["ratio"]["outcome"] == "UNDECIDED" and "seed" in few["ratio"]["why"]
     assert "seeds" in few["ratio"]["needed"]
@@ -117,8 +140,13 @@ def test_noise_leaves_it_undecided(compose, capsys, fake_trainer):
 def test_the_second_stage_brings_fresh_seeds_at_the_three_best_rates(compose, capsys, fake_trainer):
     planted = Planted(3)
     trainer = fake_trainer(planted.nll)
-    request = compose("+sweep=lr_ratio", "scale=smoke", "scale.fresh_seeds=[5,6]", "format=json",
-                      "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]")  # fmt: skip
+    request = compose(
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        "scale.fresh_seeds=[5,6]",
+        "format=json",
+        "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]",
+    )
     act(request, trainer)
     assert len(trainer.trained) == 5 + 3 + 2 * 3 * 2
 
@@ -133,7 +161,9 @@ def test_fresh_seeds_go_only_to_the_arms_that_are_named(compose, fake_trainer):
         compose(*arguments, "sweep.second.arms=[lorra]")
 
 
-def test_a_failed_run_is_told_kept_apart_and_tried_again_only_on_request(compose, capsys, fake_trainer):
+def test_a_failed_run_is_told_kept_apart_and_tried_again_only_on_request(
+    compose, capsys, fake_trainer
+):
     planted = Planted(3)
     trainer = fake_trainer(planted.nll, fail=lambda s: s.method.name == "lora" and s.lr == 5e-3)
     arguments = ("+sweep=lr_ratio", "scale=smoke", "exec.pack_size=1")
@@ -143,7 +173,10 @@ def test_a_failed_run_is_told_kept_apart_and_tried_again_only_on_request(compose
     count = len(trainer.trained)
     assert act(compose(*arguments), trainer) == 1 and len(trainer.trained) == count
     trainer.fail = lambda s: False
-    assert act(compose(*arguments, "exec.retry=true"), trainer) == 0 and len(trainer.trained) == count + 1
+    assert (
+        act(compose(*arguments, "exec.retry=true"), trainer) == 0
+        and len(trainer.trained) == count + 1
+    )
 
 
 def test_a_flipped_table_flips_the_verdict_and_the_report(compose, capsys, fake_trainer, tmp_path):
@@ -157,19 +190,41 @@ def test_a_flipped_table_flips_the_verdict_and_the_report(compose, capsys, fake_
     table = pd.read_parquet(report / "table.parquet")
     table.loc[table["method"] == "lora", "lr"] /= 5
     table.to_csv(tmp_path / "flipped.csv", index=False)
-    assert main(["lr_ratio", "--reports-dir", str(tmp_path / "reports"), "--table", str(tmp_path / "flipped.csv"),
-                 "--out", str(tmp_path / "again")]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "lr_ratio",
+                "--reports-dir",
+                str(tmp_path / "reports"),
+                "--table",
+                str(tmp_path / "flipped.csv"),
+                "--out",
+                str(tmp_path / "again"),
+            ]
+        )
+        == 0
+    )
     text = (tmp_path / "again" / "report.md").read_text()
     primary = next(line for line in text.splitlines() if line.startswith("| ratio (primary)"))
     assert "**REFUTED**" in primary
 
 
-def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, capsys, fake_trainer, tmp_path):
+def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(
+    compose, capsys, fake_trainer, tmp_path
+):
     """An open claim, its suggested runs as round 2, and no fourth look."""
     planted = Planted(10, noise=0.02)
     lora = f"sweep.arms.lora.lr=[{','.join(f'{FULL * 10 * 2.0**k:.3g}' for k in range(-3, 4))}]"
-    base = ["+sweep=lr_ratio", "scale=smoke", "scale.ranks=[4,8]", "format=json", "scale.fresh_seeds=[1,2,3]", "sweep.rounds=3",
-            "sweep.arms.fullft.lr=[1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3,9.6e-3]", lora]  # fmt: skip
+    base = [
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        "scale.ranks=[4,8]",
+        "format=json",
+        "scale.fresh_seeds=[1,2,3]",
+        "sweep.rounds=3",
+        "sweep.arms.fullft.lr=[1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3,9.6e-3]",
+        lora,
+    ]
     trainer = fake_trainer(planted.nll)
     with pytest.raises(Exception, match="have not finished"):
         act(compose(*base, "action=extend"), trainer)
@@ -189,7 +244,9 @@ def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, ca
     added = len(trainer.trained) - before
     assert added == int(told.rsplit("round 2: ", 1)[1].split()[0]) > 0
     n = {v["claim"]: v["estimate"]["n"] for v in first["verdicts"]}
-    assert all(v["estimate"]["n"] > n[v["claim"]] for v in second["verdicts"] if v["claim"] == "ratio")
+    assert all(
+        v["estimate"]["n"] > n[v["claim"]] for v in second["verdicts"] if v["claim"] == "ratio"
+    )
     assert act(compose(*base, "action=extend"), trainer) == 0 and act(compose(*base), trainer) == 0
     capsys.readouterr()
     with pytest.raises(Exception, match="optional stopping"):
@@ -198,8 +255,14 @@ def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, ca
 
 def test_rounds_are_not_extended_under_other_margins(compose, capsys, fake_trainer):
     planted = Planted(10, noise=0.02)
-    base = ["+sweep=lr_ratio", "scale=smoke", "scale.ranks=[4]", "scale.fresh_seeds=[1,2]",
-            "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]", "sweep.arms.lora.lr=[3e-3,6e-3,1.2e-2,2.4e-2,4.8e-2]"]
+    base = [
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        "scale.ranks=[4]",
+        "scale.fresh_seeds=[1,2]",
+        "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]",
+        "sweep.arms.lora.lr=[3e-3,6e-3,1.2e-2,2.4e-2,4.8e-2]",
+    ]
     trainer = fake_trainer(planted.nll)
     for extra in ([], ["action=extend"], []):
         assert act(compose(*base, *extra), trainer) == 0
@@ -207,11 +270,21 @@ def test_rounds_are_not_extended_under_other_margins(compose, capsys, fake_train
         act(compose(*base, "sweep.claims.ratio.margin=[5,30]", "action=extend"), trainer)
 
 
-def test_an_optimum_beyond_the_edge_is_answered_by_rates_beyond_it(compose, capsys, fake_trainer, tmp_path):
+def test_an_optimum_beyond_the_edge_is_answered_by_rates_beyond_it(
+    compose, capsys, fake_trainer, tmp_path
+):
     from analysis.__main__ import main
 
     planted = Planted(3)
-    ask(compose, capsys, fake_trainer, planted, extra=["sweep.arms.fullft.lr=[1e-5,2e-5,4e-5,8e-5,1.6e-4]"])
+    ask(
+        compose,
+        capsys,
+        fake_trainer,
+        planted,
+        extra=["sweep.arms.fullft.lr=[1e-5,2e-5,4e-5,8e-5,1.6e-4]"],
+    )
     assert main(["suggest", "lr_ratio", "--reports-dir", str(tmp_path / "reports"), "--json"]) == 0
     wanted = [s for s in json.loads(capsys.readouterr().out) if s["method"] == "fullft"]
-    assert [s["lr"] for s in wanted] == pytest.approx([3.2e-4, 6.4e-4]) and "beyond the edge" in wanted[0]["why"]
+    assert [s["lr"] for s in wanted] == pytest.approx(
+        [3.2e-4, 6.4e-4]
+    ) and "beyond the edge" in wanted[0]["why"]

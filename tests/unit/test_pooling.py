@@ -1,4 +1,5 @@
-"""Several optima together, against published numbers and planted ones; the decision rule over rounds and claims."""
+"""Several optima together, against published numbers and planted ones; the decision rule over
+rounds and claims."""
 
 import math
 
@@ -17,10 +18,26 @@ from analysis.optimum.fit import fit_all
 from analysis.optimum.valley import linex
 from analysis.runs.table import Curve
 
-# BCG vaccine against tuberculosis, 13 trials (Colditz et al. 1994): cases and non-cases, vaccinated and not
-BCG = np.array([(4, 119, 11, 128), (6, 300, 29, 274), (3, 228, 11, 209), (62, 13536, 248, 12619), (33, 5036, 47, 5761),
-                (180, 1361, 372, 1079), (8, 2537, 10, 619), (505, 87886, 499, 87892), (29, 7470, 45, 7232),
-                (17, 1699, 65, 1600), (186, 50448, 141, 27197), (5, 2493, 3, 2338), (27, 16886, 29, 17825)], float)
+# BCG vaccine against tuberculosis, 13 trials (Colditz et al. 1994): cases and non-cases, vaccinated
+# and not
+BCG = np.array(
+    [
+        (4, 119, 11, 128),
+        (6, 300, 29, 274),
+        (3, 228, 11, 209),
+        (62, 13536, 248, 12619),
+        (33, 5036, 47, 5761),
+        (180, 1361, 372, 1079),
+        (8, 2537, 10, 619),
+        (505, 87886, 499, 87892),
+        (29, 7470, 45, 7232),
+        (17, 1699, 65, 1600),
+        (186, 50448, 141, 27197),
+        (5, 2493, 3, 2338),
+        (27, 16886, 29, 17825),
+    ],
+    float,
+)
 
 
 def test_random_effects_are_those_published_for_the_bcg_trials():
@@ -28,7 +45,9 @@ def test_random_effects_are_those_published_for_the_bcg_trials():
     y = np.log(a / (a + b)) - np.log(c / (c + d))
     v = 1 / a - 1 / (a + b) + 1 / c - 1 / (c + d)
     e = random_effects(y, np.sqrt(v))
-    assert e.tau**2 == pytest.approx(0.318, abs=1e-3)  # Paule-Mandel, as metafor's vignette gives it
+    assert e.tau**2 == pytest.approx(
+        0.318, abs=1e-3
+    )  # Paule-Mandel, as metafor's vignette gives it
     assert e.mean == pytest.approx(-0.715, abs=1e-3)
     assert e.p_equal < 1e-20 and e.low_next < e.low < e.high < e.high_next and e.i2 > 0.9
 
@@ -45,7 +64,9 @@ def draws(centre, sd, stream, n=4000):
 def test_a_planted_drift_is_found_and_a_flat_one_is_not():
     ranks = [4, 8, 16, 32]
     steep = drift(ranks, [draws(0.3 * k, 0.05, k) for k in range(4)], 40)
-    assert steep.slope.low < 0.3 < steep.slope.high and steep.p_slope < 0.01 and steep.p_equal < 0.01
+    assert (
+        steep.slope.low < 0.3 < steep.slope.high and steep.p_slope < 0.01 and steep.p_equal < 0.01
+    )
     flat = drift(ranks, [draws(0.0, 0.05, k) for k in range(4)], 40)
     assert flat.slope.low < 0 < flat.slope.high and flat.p_slope > 0.05 and flat.p_equal > 0.05
     assert drift([4], [draws(0, 1, 0)], 1).slope.value is None
@@ -54,7 +75,12 @@ def test_a_planted_drift_is_found_and_a_flat_one_is_not():
 
 def test_false_positives_of_the_drift_test_are_as_many_as_promised():
     rng = np.random.default_rng(3)
-    p = [drift([4, 8, 16], [rng.normal(0, 0.1) + 0.1 * rng.standard_normal(1000) for _ in range(3)], 3) for _ in range(300)]
+    p = [
+        drift(
+            [4, 8, 16], [rng.normal(0, 0.1) + 0.1 * rng.standard_normal(1000) for _ in range(3)], 3
+        )
+        for _ in range(300)
+    ]
     assert np.mean([d.p_equal < 0.05 for d in p]) <= 0.09
     assert np.mean([not d.slope.low <= 0 <= d.slope.high for d in p]) <= 0.09
 
@@ -76,7 +102,8 @@ def test_looks_are_judged_at_pococks_levels():
 
 
 def test_three_looks_at_the_margins_edge_err_in_five_percent():
-    """Truth outside the margin at its edge, error shrinking from look to look: support in any of them stays rare."""
+    """Truth outside the margin at its edge, error shrinking from look to look: support in any of
+    them stays rare."""
     rng = np.random.default_rng(0)
     wrong = 0
     for _ in range(2000):
@@ -103,9 +130,15 @@ def test_the_p_value_is_the_level_at_which_it_is_decided():
 def test_holm_corrects_primary_claims_only():
     def verdict(name, sd, primary=True):
         claim = {**CLAIM, "primary": primary}
-        return judge(name, claim, "g", from_draws(np.exp(draws(math.log(10), sd, 5)), 9), [], 5, True)
+        return judge(
+            name, claim, "g", from_draws(np.exp(draws(math.log(10), sd, 5)), 9), [], 5, True
+        )
 
-    sure, close, aside = verdict("sure", 0.05), verdict("close", 0.16), verdict("aside", 0.16, primary=False)
+    sure, close, aside = (
+        verdict("sure", 0.05),
+        verdict("close", 0.16),
+        verdict("aside", 0.16, primary=False),
+    )
     assert {v.outcome for v in (sure, close, aside)} == {"SUPPORTED"}
     # 0.05 / 3 is too strict for the two weak ones once three are judged together
     out = holm([close, sure, verdict("third", 0.165), aside])
@@ -127,9 +160,14 @@ def test_rho_comes_back_as_planted_and_is_a_bound_where_a_curve_begins_below():
     def curve(slow, shift=0.0):
         return [(s, 3.0 - 0.5 * math.log(s * slow) + shift) for s in (1, 2, 4, 8, 16, 32, 64)]
 
-    e = rho(AtBest({s: curve(0.8, 0.01 * s) for s in range(4)}), AtBest({s: curve(1.0, 0.01 * s) for s in range(4)}))
+    e = rho(
+        AtBest({s: curve(0.8, 0.01 * s) for s in range(4)}),
+        AtBest({s: curve(1.0, 0.01 * s) for s in range(4)}),
+    )
     assert e.value == pytest.approx(0.8) and e.low == pytest.approx(0.8) and e.n == 4
-    ahead = rho(AtBest({0: curve(1.5), 1: curve(1.5)}), AtBest({0: curve(1.0), 1: curve(1.0, 1e-9)}))  # to what both reach
+    ahead = rho(
+        AtBest({0: curve(1.5), 1: curve(1.5)}), AtBest({0: curve(1.0), 1: curve(1.0, 1e-9)})
+    )  # to what both reach
     assert ahead.value == pytest.approx(1.5)
     far = rho(AtBest({0: curve(100.0), 1: curve(100.0)}), AtBest({0: curve(1.0), 1: curve(1.0)}))
     assert far.value is None and far.low == pytest.approx(64) and far.flags
@@ -142,7 +180,9 @@ def test_doubt_about_the_best_rate_widens_an_interval_over_seeds():
 
     full = AtBest({s: curve(1.0) for s in range(3)})
     sure = rho(AtBest({s: curve(0.5 * 1.01**s) for s in range(3)}), full)
-    rates = [0.5 * 1.2**z for z in np.linspace(-2, 2, 40)]  # what rho would be at other rates that are as likely the best
+    rates = [
+        0.5 * 1.2**z for z in np.linspace(-2, 2, 40)
+    ]  # what rho would be at other rates that are as likely the best
     likely = tuple({s: curve(r * 1.01**s) for s in range(3)} for r in rates)
     doubtful = rho(AtBest({s: curve(0.5 * 1.01**s) for s in range(3)}, likely), full)
     assert doubtful.value == pytest.approx(sure.value, rel=0.02)
@@ -155,21 +195,38 @@ def test_doubt_about_the_best_rate_widens_an_interval_over_seeds():
 def test_the_usual_variance_is_that_of_most_samples():
     rng = np.random.default_rng(5)
     samples = [rng.normal(0, 0.1, n) for n in (2, 3, 6) for _ in range(700)]
-    assert usual(samples).var == pytest.approx(0.01, rel=0.05) and usual(samples).df == 700 * (1 + 2 + 5)
+    assert usual(samples).var == pytest.approx(0.01, rel=0.05) and usual(samples).df == 700 * (
+        1 + 2 + 5
+    )
     assert usual([*samples, *(rng.normal(0, 10, 3) for _ in range(100))]).var < 0.012
     assert usual([[1.0, 2.0]]) is None
 
 
-@pytest.mark.parametrize(("spreads", "shared"), [
-    ((1,) * 8, 0.0), ((1, 3), 0.0), ((1, 5), 0.0), ((1, 1, 4), 0.0), ((1, 1, 1, 1, 4), 0.0), ((1,) * 5, 0.8), ((1,) * 5, 0.95),
-    ((1, 2, 2, 3, 4), 0.8),
-])  # fmt: skip
-def test_intervals_over_three_seeds_cover_alike_or_not_and_are_never_narrower_than_students(spreads, shared):
-    """Samples of unlike spread, and correlated by seed: the noisiest one's 95% interval holds its mean in 95% as well."""
+@pytest.mark.parametrize(
+    ("spreads", "shared"),
+    [
+        ((1,) * 8, 0.0),
+        ((1, 3), 0.0),
+        ((1, 5), 0.0),
+        ((1, 1, 4), 0.0),
+        ((1, 1, 1, 1, 4), 0.0),
+        ((1,) * 5, 0.8),
+        ((1,) * 5, 0.95),
+        ((1, 2, 2, 3, 4), 0.8),
+    ],
+)
+def test_intervals_over_three_seeds_cover_alike_or_not_and_are_never_narrower_than_students(
+    spreads, shared
+):
+    """Samples of unlike spread, and correlated by seed: the noisiest one's 95% interval holds its
+    mean in 95% as well."""
     rng, inside, n = np.random.default_rng(7), np.zeros(len(spreads)), 500
     for _ in range(n):
         common = rng.standard_normal(3)
-        samples = [s * (math.sqrt(shared) * common + math.sqrt(1 - shared) * rng.standard_normal(3)) for s in spreads]
+        samples = [
+            s * (math.sqrt(shared) * common + math.sqrt(1 - shared) * rng.standard_normal(3))
+            for s in spreads
+        ]
         kind = usual(samples)
         for k, s in enumerate(samples):
             e, alone = from_sample(s, kind=kind), from_sample(s)
@@ -207,7 +264,13 @@ def planted_curves(p, at=5e-4, widths=(512, 1024, 2048, 4096, 8192), noise=1e-4)
         for rank in (8, 16):
             x = best + rng.uniform(-0.3, 0.3) + (np.arange(7) - 3) * math.log(2)
             y = 2 + 0.1 * linex(x - best, 0.5) + noise * rng.standard_normal(7)
-            key = {"model": model, "dataset": "d", "method": "lora", "rank": float(rank), "alpha": 32.0}
+            key = {
+                "model": model,
+                "dataset": "d",
+                "method": "lora",
+                "rank": float(rank),
+                "alpha": 32.0,
+            }
             zero = np.zeros(7, int)
             curves.append(Curve(key, x, y, zero, zero, np.ones(7, bool), math.nan, math.nan))
     return curves, hidden
@@ -230,9 +293,18 @@ def test_the_published_formula_gives_its_published_rates():
     none = np.zeros(0)
     c = Curve(key, none, none, none, none, none.astype(bool), math.nan, math.nan)
     assert published(c, 4096) == pytest.approx(2.86e-4, rel=2e-3)
-    assert published(Curve({**key, "method": "fullft"}, *[none] * 4, none.astype(bool), 0, 0), 2048) == pytest.approx(4.91e-5, rel=2e-3)
-    assert published(Curve({**key, "model": "Qwen/Qwen3-8B"}, *[none] * 4, none.astype(bool), 0, 0), 4096) == pytest.approx(4.73e-4, rel=2e-3)
-    assert published(Curve({**key, "model": "google/gemma"}, *[none] * 4, none.astype(bool), 0, 0), 4096) is None
+    assert published(
+        Curve({**key, "method": "fullft"}, *[none] * 4, none.astype(bool), 0, 0), 2048
+    ) == pytest.approx(4.91e-5, rel=2e-3)
+    assert published(
+        Curve({**key, "model": "Qwen/Qwen3-8B"}, *[none] * 4, none.astype(bool), 0, 0), 4096
+    ) == pytest.approx(4.73e-4, rel=2e-3)
+    assert (
+        published(
+            Curve({**key, "model": "google/gemma"}, *[none] * 4, none.astype(bool), 0, 0), 4096
+        )
+        is None
+    )
 
 
 def test_regret_outside_the_rates_tried_is_no_number():
@@ -249,29 +321,52 @@ def test_a_law_over_one_hidden_size_has_no_exponent():
     assert fit.p.value is None
 
 
-@pytest.mark.parametrize(("p", "q", "name"), [
-    (0.0, 0.0, "constant 10 (the study)"), (0.0, -0.7, "constant 10 (the study)"),
-    (0.5, 0.0, "sqrt(hidden) (muA, arXiv 2602.06204)"), (1.0, -1.0, "sqrt(3) hidden/alpha (equal first step under Adam)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("p", "q", "name"),
+    [
+        (0.0, 0.0, "constant 10 (the study)"),
+        (0.0, -0.7, "constant 10 (the study)"),
+        (0.5, 0.0, "sqrt(hidden) (muA, arXiv 2602.06204)"),
+        (1.0, -1.0, "sqrt(3) hidden/alpha (equal first step under Adam)"),
+    ],
+)
 def test_the_ratios_law_tells_rivals_apart(p, q, name):
     rng = np.random.default_rng(4)
     bases = [(f"{h}-{s}", h, rng.normal(0, 0.03)) for h in (64, 128, 256) for s in range(3)]
-    ratios = [Ratio(b, h, a, 1.0 + p * math.log(h / 1000) + q * math.log(a / 32) + u + rng.normal(0, 0.05), 0.05)
-              for b, h, u in bases for a in (8, 32, 128)]  # fmt: skip
+    ratios = [
+        Ratio(
+            b,
+            h,
+            a,
+            1.0 + p * math.log(h / 1000) + q * math.log(a / 32) + u + rng.normal(0, 0.05),
+            0.05,
+        )
+        for b, h, u in bases
+        for a in (8, 32, 128)
+    ]
     law = ratio_law(ratios)
     assert law.bases == law.bases_q == 9
     assert law.p.low < p < law.p.high and law.q.low < q < law.q.high
     assert law.rivals[name] > 0.05
-    others = {k: v for k, v in law.rivals.items() if k != name and not (p == 1.0 and "2 alpha" in k)}
+    others = {
+        k: v for k, v in law.rivals.items() if k != name and not (p == 1.0 and "2 alpha" in k)
+    }
     assert all(v < 0.05 for v in others.values())
 
 
 def test_several_alphas_of_one_base_are_no_several_witnesses_of_its_width():
-    """Bases that differ by 0.3 beyond their width: 95% intervals of p hold the truth, however many alphas each has."""
+    """Bases that differ by 0.3 beyond their width: 95% intervals of p hold the truth, however many
+    alphas each has."""
     rng, held = np.random.default_rng(9), 0
     for _ in range(300):
         bases = [(f"{h}-{s}", h, rng.normal(0, 0.3)) for h in (64, 128, 256) for s in range(2)]
-        p = ratio_law([Ratio(b, h, a, u - math.log(a) + rng.normal(0, 0.02), 0.02) for b, h, u in bases for a in (8, 32, 128)]).p
+        p = ratio_law(
+            [
+                Ratio(b, h, a, u - math.log(a) + rng.normal(0, 0.02), 0.02)
+                for b, h, u in bases
+                for a in (8, 32, 128)
+            ]
+        ).p
         held += p.low <= 0 <= p.high
     assert 0.92 < held / 300 < 0.98
 
@@ -280,7 +375,9 @@ def test_several_data_sets_of_one_base_are_one_row():
     rng, held = np.random.default_rng(9), 0
     for _ in range(300):
         bases = [(f"{h}-{s}", h, rng.normal(0, 0.3)) for h in (64, 128, 256) for s in range(2)]
-        law = ratio_law([Ratio(b, h, 32, u + rng.normal(0, 0.02), 0.02) for b, h, u in bases for _ in range(5)])
+        law = ratio_law(
+            [Ratio(b, h, 32, u + rng.normal(0, 0.02), 0.02) for b, h, u in bases for _ in range(5)]
+        )
         held += law.p.low <= 0 <= law.p.high
     assert law.bases == 6 and held / 300 > 0.9
 
@@ -289,7 +386,11 @@ def test_a_factor_that_does_not_vary_has_no_exponent():
     law = ratio_law([Ratio(str(h), h, 32, y, 0.05) for h, y in ((64, 1.0), (128, 1.1), (256, 1.2))])
     assert law.q.value is None and "alpha does not vary" in law.flags and law.p.value is not None
     one = ratio_law([Ratio("a", 64, 32, 1.0, 0.05), Ratio("b", 64, 32, 1.1, 0.05)])
-    assert one.p.value is None and one.flags[0] == "hidden size does not vary" and all(v is None for v in one.rivals.values())
+    assert (
+        one.p.value is None
+        and one.flags[0] == "hidden size does not vary"
+        and all(v is None for v in one.rivals.values())
+    )
 
 
 def test_meta_regression_without_spread_is_weighted_least_squares():

@@ -17,8 +17,10 @@ from analysis.runs.reading import read
 from analysis.runs.table import TableError, curves
 
 EVIDENCE = Path(os.environ.get("LORASWEEP_TEST_EVIDENCE", "/nonexistent"))
-needs_evidence = pytest.mark.skipif(not (EVIDENCE / "tulu3_lora_sweep.csv").is_file(),
-                                    reason="LORASWEEP_TEST_EVIDENCE names no folder with the public tables")
+needs_evidence = pytest.mark.skipif(
+    not (EVIDENCE / "tulu3_lora_sweep.csv").is_file(),
+    reason="LORASWEEP_TEST_EVIDENCE names no folder with the public tables",
+)
 
 
 def planted(ranks=(None, 4, 16), seeds=(0, 1, 2), ratio=10.0, noise=1e-3, higher=False):
@@ -29,9 +31,22 @@ def planted(ranks=(None, 4, 16), seeds=(0, 1, 2), ratio=10.0, noise=1e-3, higher
         for k in range(7):
             lr = float(f"{best * 1.15 * 2.0 ** (k - 3):.3g}")
             for seed in seeds:
-                y = 2 + 0.1 * float(linex(np.array(math.log(lr / best)), 0.5)) + 0.004 * seed + noise * rng.standard_normal()
-                rows.append({"model": "m", "rank": rank, "lr": lr, "seed": seed, "status": "done",
-                             "test_nll": 1 - y / 10 if higher else y})
+                y = (
+                    2
+                    + 0.1 * float(linex(np.array(math.log(lr / best)), 0.5))
+                    + 0.004 * seed
+                    + noise * rng.standard_normal()
+                )
+                rows.append(
+                    {
+                        "model": "m",
+                        "rank": rank,
+                        "lr": lr,
+                        "seed": seed,
+                        "status": "done",
+                        "test_nll": 1 - y / 10 if higher else y,
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -51,13 +66,32 @@ def test_fit_prints_a_line_a_curve_and_writes_the_objects(tmp_path, capsys):
     code, text, _ = run(capsys, "fit", write(tmp_path, planted()), "--out", tmp_path / "fits.json")
     rows = json.loads((tmp_path / "fits.json").read_text())
     assert code == 0 and len(text.splitlines()) == 1 + 3 == 1 + len(rows)
-    assert {"model", "dataset", "method", "rank", "layers", "batch_size", "n", "best_lr", "low", "high", "best_nll", "flags",
-            "band"} <= rows[0].keys()
+    assert {
+        "model",
+        "dataset",
+        "method",
+        "rank",
+        "layers",
+        "batch_size",
+        "n",
+        "best_lr",
+        "low",
+        "high",
+        "best_nll",
+        "flags",
+        "band",
+    } <= rows[0].keys()
     full = next(r for r in rows if r["rank"] is None)
-    assert full["method"] == "fullft" and full["low"] < 1.3e-4 < full["high"] and full["best_lr"] == pytest.approx(1.3e-4, rel=0.1)
+    assert (
+        full["method"] == "fullft"
+        and full["low"] < 1.3e-4 < full["high"]
+        and full["best_lr"] == pytest.approx(1.3e-4, rel=0.1)
+    )
     assert full["band"][0] < full["best_lr"] < full["band"][1]
     # a loss of 0.01 under a valley of curvature 0.1 is about sqrt(0.2) wide on each side
-    assert math.log(full["band"][1] / full["band"][0]) == pytest.approx(2 * math.sqrt(0.2), rel=0.15)
+    assert math.log(full["band"][1] / full["band"][0]) == pytest.approx(
+        2 * math.sqrt(0.2), rel=0.15
+    )
 
 
 @pytest.mark.parametrize("name", ["runs.parquet", "runs.csv"])
@@ -82,7 +116,12 @@ def test_two_models_are_pooled(tmp_path, capsys):
 
 
 def test_law_needs_a_width_and_then_speaks(tmp_path, capsys):
-    table = pd.concat([planted(ratio=10).assign(model=f"org/Llama-{h}", hidden_size=h, alpha=32) for h in (1024, 2048, 4096)])
+    table = pd.concat(
+        [
+            planted(ratio=10).assign(model=f"org/Llama-{h}", hidden_size=h, alpha=32)
+            for h in (1024, 2048, 4096)
+        ]
+    )
     code, text, _ = run(capsys, "law", write(tmp_path, table), "--json")
     told = json.loads(text)
     assert code == 0 and {v["method"] for v in told["by_optima"]} == {"lora", "fullft"}
@@ -93,12 +132,16 @@ def test_law_needs_a_width_and_then_speaks(tmp_path, capsys):
 
 
 def test_other_peoples_names_are_mapped_and_suggested(tmp_path, capsys):
-    path = write(tmp_path, planted().rename(columns={"lr": "learning_rate", "test_nll": "eval_loss"}))
+    path = write(
+        tmp_path, planted().rename(columns={"lr": "learning_rate", "test_nll": "eval_loss"})
+    )
     code, _, err = run(capsys, "fit", path)
     assert code == 2 and "--map learning_rate=lr" in err
     code, _, err = run(capsys, "fit", path, "--map", "learning_rate=lr")
     assert code == 2 and "--map eval_loss=test_nll" in err
-    assert run(capsys, "fit", path, "--map", "learning_rate=lr", "--map", "eval_loss=test_nll")[0] == 0
+    assert (
+        run(capsys, "fit", path, "--map", "learning_rate=lr", "--map", "eval_loss=test_nll")[0] == 0
+    )
     code, _, err = run(capsys, "fit", path, "--map", "learning_rat=lr")
     assert code == 2 and "Did you mean 'learning_rate'?" in err
     code, _, err = run(capsys, "fit", path, "--map", "learning_rate=lrr")
@@ -111,7 +154,9 @@ def test_a_metric_that_is_better_when_higher(tmp_path, capsys):
     path = write(tmp_path, planted(higher=True).rename(columns={"test_nll": "accuracy"}))
     code, text, _ = run(capsys, "fit", path, "--higher", "accuracy", "--json")
     rows = json.loads(text)
-    assert code == 0 and all(0.78 < r["best_nll"] < 0.81 and r["metric"] == "accuracy" for r in rows)
+    assert code == 0 and all(
+        0.78 < r["best_nll"] < 0.81 and r["metric"] == "accuracy" for r in rows
+    )
     assert rows[0]["low"] < 1.3e-4 < rows[0]["high"]
     code, _, err = run(capsys, "fit", path, "--higher", "acuracy")
     assert code == 2 and "Did you mean 'accuracy'?" in err
@@ -119,12 +164,25 @@ def test_a_metric_that_is_better_when_higher(tmp_path, capsys):
 
 def test_wandb_exports(tmp_path, capsys):
     table = planted()
-    csv = table.rename(columns={"status": "State"}).assign(Name=[f"run{k}" for k in range(len(table))])
+    csv = table.rename(columns={"status": "State"}).assign(
+        Name=[f"run{k}" for k in range(len(table))]
+    )
     csv["State"] = ["crashed" if k == 5 else "finished" for k in range(len(csv))]
     code, _, err = run(capsys, "fit", write(tmp_path, csv))
     assert code == 0 and "1 run(s) that failed or did not end are left out (row 6)" in err
-    objects = [{"state": "finished", "config": {"lr": r.lr, "rank": r["rank"] if r["rank"] == r["rank"] else None, "model": "m",
-                                                "seed": r.seed}, "summary": {"test_nll": r.test_nll}} for _, r in table.iterrows()]
+    objects = [
+        {
+            "state": "finished",
+            "config": {
+                "lr": r.lr,
+                "rank": r["rank"] if r["rank"] == r["rank"] else None,
+                "model": "m",
+                "seed": r.seed,
+            },
+            "summary": {"test_nll": r.test_nll},
+        }
+        for _, r in table.iterrows()
+    ]
     (tmp_path / "export.json").write_text(json.dumps(objects))
     code, text, _ = run(capsys, "fit", tmp_path / "export.json", "--map", "state=status", "--json")
     assert code == 0 and len(json.loads(text)) == 3
@@ -142,7 +200,13 @@ def test_an_optimum_that_is_not_bracketed_is_null_with_a_bound(tmp_path, capsys)
     table = table[table["lr"] < 1e-3]  # the optimum is at 1.3e-3
     code, text, _ = run(capsys, "fit", write(tmp_path, table), "--json")
     (row,) = json.loads(text)
-    assert code == 0 and row["best_lr"] is None and row["low"] is not None and row["high"] is None and "at_edge" in row["flags"]
+    assert (
+        code == 0
+        and row["best_lr"] is None
+        and row["low"] is not None
+        and row["high"] is None
+        and "at_edge" in row["flags"]
+    )
 
 
 def broken(row=3, **values):
@@ -155,26 +219,29 @@ def broken(row=3, **values):
     return change
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda t: t.drop(columns="model"), ["no column 'model'", "--map"]),
-    (lambda t: t.drop(columns="rank"), ["no column 'rank'"]),
-    (lambda t: t.iloc[:0], ["no rows"]),
-    (broken(lr="fast"), ["row 4", "column lr", "'fast' is not a number"]),
-    (broken(lr=""), ["row 4", "column lr", "empty"]),
-    (broken(lr=-1e-4), ["row 4", "column lr", "not above 0"]),
-    (broken(lr=30), ["row 4", "column lr", "mixed units"]),
-    (broken(test_nll="2.1 nats"), ["row 4", "column test_nll", "not a number"]),
-    (broken(test_nll=""), ["row 4", "column test_nll", "empty", "done"]),
-    (broken(test_nll="nan"), ["row 4", "column test_nll"]),
-    (broken(test_nll="inf"), ["row 4", "column test_nll", "infinite"]),
-    (broken(test_nll=-0.5), ["row 4", "column test_nll", "--higher"]),
-    (broken(status="perhaps"), ["row 4", "column status", "'perhaps'"]),
-    (broken(rank="4.5"), ["row 4", "column rank", "whole number"]),
-    (broken(rank=0), ["row 4", "column rank", "below 1"]),
-    (broken(seed=""), ["row 4", "column seed", "empty"]),
-    (broken(model=""), ["row 4", "column model", "empty"]),
-    (lambda t: t.assign(method="lora"), ["row 1", "column rank", "without a rank"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.drop(columns="model"), ["no column 'model'", "--map"]),
+        (lambda t: t.drop(columns="rank"), ["no column 'rank'"]),
+        (lambda t: t.iloc[:0], ["no rows"]),
+        (broken(lr="fast"), ["row 4", "column lr", "'fast' is not a number"]),
+        (broken(lr=""), ["row 4", "column lr", "empty"]),
+        (broken(lr=-1e-4), ["row 4", "column lr", "not above 0"]),
+        (broken(lr=30), ["row 4", "column lr", "mixed units"]),
+        (broken(test_nll="2.1 nats"), ["row 4", "column test_nll", "not a number"]),
+        (broken(test_nll=""), ["row 4", "column test_nll", "empty", "done"]),
+        (broken(test_nll="nan"), ["row 4", "column test_nll"]),
+        (broken(test_nll="inf"), ["row 4", "column test_nll", "infinite"]),
+        (broken(test_nll=-0.5), ["row 4", "column test_nll", "--higher"]),
+        (broken(status="perhaps"), ["row 4", "column status", "'perhaps'"]),
+        (broken(rank="4.5"), ["row 4", "column rank", "whole number"]),
+        (broken(rank=0), ["row 4", "column rank", "below 1"]),
+        (broken(seed=""), ["row 4", "column seed", "empty"]),
+        (broken(model=""), ["row 4", "column model", "empty"]),
+        (lambda t: t.assign(method="lora"), ["row 1", "column rank", "without a rank"]),
+    ],
+)
 def test_bad_tables_are_refused_with_row_and_column(tmp_path, capsys, change, words):
     code, out, err = run(capsys, "fit", write(tmp_path, change(planted())))
     assert code == 2 and not out
@@ -194,9 +261,17 @@ def test_one_arm_has_no_ratio_and_one_point_no_optimum(tmp_path, capsys):
     assert code == 2 and "no fullft run" in err
     code, _, err = run(capsys, "drift", write(tmp_path, planted(ranks=(None,))))
     assert code == 2 and "no lora run" in err
-    code, text, _ = run(capsys, "fit", write(tmp_path, planted(ranks=(4,), seeds=(0,)).iloc[:1]), "--json")
+    code, text, _ = run(
+        capsys, "fit", write(tmp_path, planted(ranks=(4,), seeds=(0,)).iloc[:1]), "--json"
+    )
     (row,) = json.loads(text)
-    assert code == 0 and row["best_lr"] is None and row["low"] is None and row["band"] is None and "few_points" in row["flags"]
+    assert (
+        code == 0
+        and row["best_lr"] is None
+        and row["low"] is None
+        and row["band"] is None
+        and "few_points" in row["flags"]
+    )
 
 
 def test_a_seed_twice_with_different_results_is_told(tmp_path, capsys):
@@ -217,13 +292,19 @@ def test_runs_without_value_and_status_are_left_out_aloud(tmp_path, capsys):
 @pytest.mark.parametrize("separator", [";", "\t"])
 def test_other_separators_marks_and_line_ends(tmp_path, capsys, separator):
     path = tmp_path / "runs.csv"
-    planted().to_csv(path, sep=separator, index=False, encoding="utf-8-sig", lineterminator="\r\n", quoting=1)
+    planted().to_csv(
+        path, sep=separator, index=False, encoding="utf-8-sig", lineterminator="\r\n", quoting=1
+    )
     code, text, _ = run(capsys, "fit", path, "--json")
     assert code == 0 and [r["rank"] for r in json.loads(text)] == [None, 4, 16]
 
 
 def test_categories_and_nullable_numbers(tmp_path, capsys):
-    table = planted().astype({"rank": "Int64", "model": "category"}).assign(seed=lambda t: t["seed"].astype(str))
+    table = (
+        planted()
+        .astype({"rank": "Int64", "model": "category"})
+        .assign(seed=lambda t: t["seed"].astype(str))
+    )
     code, text, _ = run(capsys, "fit", write(tmp_path, table, "runs.parquet"), "--json")
     assert code == 0 and len(json.loads(text)) == 3
 
@@ -239,9 +320,15 @@ def test_layer_sets_share_one_full_fine_tuning_curve(tmp_path, capsys):
     both = pd.concat([planted().assign(layers="attention"), planted().assign(layers="mlp")])
     code, text, err = run(capsys, "ratio", write(tmp_path, both), "--json")
     told = json.loads(text)
-    assert code == 0 and len(told["ratios"]) == 4 and {r["group"].split("; ")[1] for r in told["ratios"]} == {
-        "layers attention", "layers mlp"}
-    assert told["pooled"] is None and "say again" in err  # one full fine-tuning curve: not two witnesses
+    assert (
+        code == 0
+        and len(told["ratios"]) == 4
+        and {r["group"].split("; ")[1] for r in told["ratios"]}
+        == {"layers attention", "layers mlp"}
+    )
+    assert (
+        told["pooled"] is None and "say again" in err
+    )  # one full fine-tuning curve: not two witnesses
 
 
 @pytest.mark.parametrize("command", ["fit", "ratio", "drift", "html"])
@@ -249,20 +336,33 @@ def test_tables_without_a_surviving_run_have_no_numbers(tmp_path, capsys, comman
     path = write(tmp_path, planted().assign(status="diverged", test_nll=""))
     assert run(capsys, command, path)[0] == 0
     code, text, _ = run(capsys, "fit", path, "--json")
-    assert code == 0 and all(r["best_lr"] is None and "no_usable_points" in r["flags"] for r in json.loads(text))
+    assert code == 0 and all(
+        r["best_lr"] is None and "no_usable_points" in r["flags"] for r in json.loads(text)
+    )
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    code, _, err = run(capsys, "fit", write(tmp_path, planted()), "--out", tmp_path / "file" / "fits.json")
+    code, _, err = run(
+        capsys, "fit", write(tmp_path, planted()), "--out", tmp_path / "file" / "fits.json"
+    )
     assert code == 2 and str(tmp_path / "file") in err
 
 
 def test_a_law_of_a_metric_that_is_better_when_higher(tmp_path, capsys):
-    table = pd.concat([planted(ranks=(4,), higher=True).assign(model=f"org/Llama-{h}", hidden_size=h) for h in (1024, 2048, 4096, 8192)])
+    table = pd.concat(
+        [
+            planted(ranks=(4,), higher=True).assign(model=f"org/Llama-{h}", hidden_size=h)
+            for h in (1024, 2048, 4096, 8192)
+        ]
+    )
     code, text, _ = run(capsys, "law", write(tmp_path, table), "--higher", "test_nll", "--json")
     (law,) = json.loads(text)["by_loss"]
-    assert code == 0 and law["lr_at_2000"]["value"] == pytest.approx(1.3e-3, rel=0.2) and law["regret_percent"] >= 0
+    assert (
+        code == 0
+        and law["lr_at_2000"]["value"] == pytest.approx(1.3e-3, rel=0.2)
+        and law["regret_percent"] >= 0
+    )
 
 
 def test_no_file_and_no_table(tmp_path, capsys):
@@ -280,17 +380,27 @@ def test_no_file_and_no_table(tmp_path, capsys):
 def test_public_tables_give_what_the_kept_page_says():
     from analysis.validation.public_evidence import OUT, render
 
-    page, kept = render(EVIDENCE / "tulu3_lora_sweep.csv", EVIDENCE / "rl_grpo_runs.csv"), OUT.read_text()
+    page, kept = (
+        render(EVIDENCE / "tulu3_lora_sweep.csv", EVIDENCE / "rl_grpo_runs.csv"),
+        OUT.read_text(),
+    )
     number = r"(?<![\w.-])-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
     assert re.sub(number, "#", page) == re.sub(number, "#", kept)
-    for new, old in zip(re.findall(number, page), re.findall(number, kept)):  # printed digits may turn with the processor
-        assert new == old or ("." in old and float(new) == pytest.approx(float(old), rel=0.02, abs=2e-4)), (new, old)
+    for new, old in zip(
+        re.findall(number, page), re.findall(number, kept)
+    ):  # printed digits may turn with the processor
+        assert new == old or (
+            "." in old and float(new) == pytest.approx(float(old), rel=0.02, abs=2e-4)
+        ), (new, old)
 
 
 @needs_evidence
 def test_best_rates_at_an_edge_are_bounds_in_the_public_sweep():
     rows = outside.fit(read(EVIDENCE / "tulu3_lora_sweep.csv"))
     one_b = [r for r in rows if r["model"] == "meta-llama/Llama-3.2-1B"]
-    assert len(one_b) == 4 and all(r["best_lr"] is None and r["low"] >= 2.9e-4 and r["high"] == pytest.approx(3e-3) for r in one_b)
+    assert len(one_b) == 4 and all(
+        r["best_lr"] is None and r["low"] >= 2.9e-4 and r["high"] == pytest.approx(3e-3)
+        for r in one_b
+    )
     with pytest.raises(TableError, match="no fullft"):
         outside.ratio(read(EVIDENCE / "tulu3_lora_sweep.csv"))

@@ -26,8 +26,12 @@ def golden_specs():
     return {
         "fullft": dataclasses.replace(base, method=FullFT(), lr=2e-3),
         "lora": dataclasses.replace(base, method=LoRA(rank=4), lr=5e-3),
-        "lora_attention": dataclasses.replace(base, method=LoRA(rank=1, alpha=8, layers="attention"), seed=3),
-        "bf16_clip": dataclasses.replace(base, method=LoRA(), precision="bf16", clip_norm=1.0, warmup_steps=2),
+        "lora_attention": dataclasses.replace(
+            base, method=LoRA(rank=1, alpha=8, layers="attention"), seed=3
+        ),
+        "bf16_clip": dataclasses.replace(
+            base, method=LoRA(), precision="bf16", clip_norm=1.0, warmup_steps=2
+        ),
         "small": compose_request(["scale=small", "+sweep=lr_ratio"]).points[0].spec,
     }
 
@@ -88,11 +92,19 @@ def test_grid_and_its_refinement_meet():
     assert set(geom(1e-4, 1e-2, 4)) <= set(geom(1e-4, 1e-2, 8))
 
 
-@pytest.mark.parametrize(("layers", "rank", "billions"), [
-    ("mlp+unembedding", 256, 0.487), ("attention+unembedding", 256, 0.252), ("all", 256, 0.705),
-    ("mlp+unembedding", 128, 0.243), ("mlp", 256, 0.453), ("attention", 256, 0.218), ("attention+mlp", 256, 0.671),
-    ("mlp", 128, 0.226),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layers", "rank", "billions"),
+    [
+        ("mlp+unembedding", 256, 0.487),
+        ("attention+unembedding", 256, 0.252),
+        ("all", 256, 0.705),
+        ("mlp+unembedding", 128, 0.243),
+        ("mlp", 256, 0.453),
+        ("attention", 256, 0.218),
+        ("attention+mlp", 256, 0.671),
+        ("mlp", 128, 0.226),
+    ],
+)
 def test_published_parameter_counts_of_llama_8b(layers, rank, billions):
     model = compose_request(["model=llama-3.1-8b", "dataset=gsm8k_hub"]).points[0].spec.model
     assert round(LoRA(rank=rank, layers=layers).n_trainable(model) / 1e9, 3) == billions
@@ -106,14 +118,30 @@ def test_validation_changes_nothing():
     assert canonical(spec) == before
 
 
-@pytest.mark.parametrize(("change", "word"), [
-    ({"lr": 0.0}, "lr"), ({"lr": -1e-3}, "lr"), ({"lr": float("nan")}, "lr"), ({"lr": 1e6}, "lr"),
-    ({"lr": float("inf")}, "lr"), ({"steps": 0}, "steps"), ({"batch_size": 0}, "batch_size"), ({"seed": -1}, "seed"),
-    ({"precision": "fp8"}, "fp32"), ({"schedule": "wsd"}, "constant"), ({"clip_norm": -1.0}, "clip_norm"),
-    ({"method": LoRA(rank=0)}, "rank"), ({"method": LoRA(rank=65)}, "rank"), ({"method": LoRA(layers="head")}, "mlp"),
-    ({"method": LoRA(alpha=0)}, "alpha"), ({"method": FullFT(scope="some")}, "matrices"), ({"steps": 1.5}, "int"),
-    ({"method": FullFT(layers="mlp")}, "scope"), ({"train_version": 99}, "train_version"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"lr": 0.0}, "lr"),
+        ({"lr": -1e-3}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"lr": 1e6}, "lr"),
+        ({"lr": float("inf")}, "lr"),
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"seed": -1}, "seed"),
+        ({"precision": "fp8"}, "fp32"),
+        ({"schedule": "wsd"}, "constant"),
+        ({"clip_norm": -1.0}, "clip_norm"),
+        ({"method": LoRA(rank=0)}, "rank"),
+        ({"method": LoRA(rank=65)}, "rank"),
+        ({"method": LoRA(layers="head")}, "mlp"),
+        ({"method": LoRA(alpha=0)}, "alpha"),
+        ({"method": FullFT(scope="some")}, "matrices"),
+        ({"steps": 1.5}, "int"),
+        ({"method": FullFT(layers="mlp")}, "scope"),
+        ({"train_version": 99}, "train_version"),
+    ],
+)
 def test_bad_values_are_refused_with_what_is_allowed(change, word):
     with pytest.raises(SpecError, match=word):
         validate(tiny_spec(**change))

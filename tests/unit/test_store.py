@@ -1,4 +1,5 @@
-"""The store under fire: every file operation fails in turn, and the store is opened again (SQLite's manner)."""
+"""The store under fire: every file operation fails in turn, and the store is opened again (SQLite's
+manner)."""
 
 import contextlib
 import errno
@@ -19,7 +20,12 @@ from lorasweep.store import claims as ownership
 from lorasweep.store.run_store import RunStore, import_table, load_runs
 from tests.world import ROOT, tiny_spec
 
-RESULT = {"nll_start": 3.0, "test_nll": 2.5, "curve": [{"step": 1, "test_nll": 2.5}], "base_sha256": "x"}
+RESULT = {
+    "nll_start": 3.0,
+    "test_nll": 2.5,
+    "curve": [{"step": 1, "test_nll": 2.5}],
+    "base_sha256": "x",
+}
 
 
 def work(store, spec):
@@ -36,9 +42,21 @@ def work(store, spec):
 
 
 class FaultyOS:
-    """Stands in for `os` inside lorasweep.store.files; its operation number `at` errs, writes short, or kills."""
+    """Stands in for `os` inside lorasweep.store.files; its operation number `at` errs, writes
+    short, or kills."""
 
-    OPERATIONS = ("open", "write", "fsync", "replace", "link", "unlink", "mkdir", "rename", "rmdir", "ftruncate")
+    OPERATIONS = (
+        "open",
+        "write",
+        "fsync",
+        "replace",
+        "link",
+        "unlink",
+        "mkdir",
+        "rename",
+        "rmdir",
+        "ftruncate",
+    )
 
     def __init__(self, at, how):
         self.at, self.how, self.count, self.hit = at, how, 0, False
@@ -107,7 +125,9 @@ def test_a_result_is_written_once(tmp_path):
     assert store.result(run_id(spec))["test_nll"] == 2.5
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"null", b'{"sha256": "0", "result": {"state": "done"}}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"null", b'{"sha256": "0", "result": {"state": "done"}}', b"\xff\xfe"]
+)
 def test_a_damaged_result_is_not_done_and_is_kept_aside(tmp_path, damage):
     store, spec = RunStore(tmp_path), tiny_spec()
     work(store, spec)
@@ -175,9 +195,11 @@ def test_many_processes_claim_each_run_once(tmp_path):
 def test_a_killed_owner_is_seen_and_an_owner_elsewhere_is_watched(tmp_path, monkeypatch):
     store, spec = RunStore(tmp_path), tiny_spec()
     rid = run_id(spec)
-    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom lorasweep.store.run_store import RunStore\n"
-            f"from tests.world import tiny_spec\nRunStore({str(tmp_path)!r}).claim(tiny_spec())\nprint('ok', flush=True)\n"
-            "time.sleep(60)")  # fmt: skip
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom lorasweep.store.run_store import RunStore\n"
+        f"from tests.world import tiny_spec\nRunStore({str(tmp_path)!r}).claim(tiny_spec())\nprint('ok', flush=True)\n"
+        "time.sleep(60)"
+    )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "ok\n"
     assert store.state(rid) == "running" and store.claim(spec) is None
@@ -221,7 +243,9 @@ def test_a_table_goes_out_and_into_another_store(tmp_path, ending):
     assert import_table(tmp_path / "b", path) == 3
     assert import_table(tmp_path / "b", path) == 0
     again = load_runs(tmp_path / "b")
-    assert list(again["run_id"]) == list(table["run_id"]) and list(again["test_nll"]) == list(table["test_nll"])
+    assert list(again["run_id"]) == list(table["run_id"]) and list(again["test_nll"]) == list(
+        table["test_nll"]
+    )
     assert again["imported"].all()
     other = RunStore(tmp_path / "b")
     assert all(other.claim(s) is None for s in specs)
@@ -230,8 +254,10 @@ def test_a_table_goes_out_and_into_another_store(tmp_path, ending):
 def state_of(step, value):
     import torch
 
-    return {"tensors": {"param/w": torch.full((3,), float(value))},
-            "meta": {"step": step, "layout": ["x"], "curve": [], "above": 0, "tokens": 0}}
+    return {
+        "tensors": {"param/w": torch.full((3,), float(value))},
+        "meta": {"step": step, "layout": ["x"], "curve": [], "above": 0, "tokens": 0},
+    }
 
 
 def test_checkpoints_alternate_and_a_damaged_one_is_passed_over(tmp_path):
@@ -248,7 +274,10 @@ def test_checkpoints_alternate_and_a_damaged_one_is_passed_over(tmp_path):
 
 
 def test_members_resume_from_their_latest_common_step(tmp_path):
-    for name, steps in (("x", (1, 2, 3)), ("y", (1, 2))):  # killed between the two members' third writes
+    for name, steps in (
+        ("x", (1, 2, 3)),
+        ("y", (1, 2)),
+    ):  # killed between the two members' third writes
         for step in steps:
             checkpoint.save(tmp_path / name, state_of(step, step))
     loaded = checkpoint.load_pack({"x": tmp_path / "x", "y": tmp_path / "y"})

@@ -1,4 +1,5 @@
-"""The model of a valley against what is known of it: the family's limits, a covariance by quadrature, planted optima."""
+"""The model of a valley against what is known of it: the family's limits, a covariance by
+quadrature, planted optima."""
 
 import dataclasses
 import json
@@ -23,7 +24,9 @@ from analysis.validation.generators import FAMILIES, Design, plant
 def test_linex_is_smooth_through_zero():
     u = np.linspace(-3, 3, 13)
     assert np.allclose(valley.linex(u, 1e-9), u * u / 2)
-    assert np.allclose(valley.linex(u, 1e-3 * 1.0001), valley.linex(u, 1e-3 * 0.9999), rtol=1e-3, atol=1e-6)
+    assert np.allclose(
+        valley.linex(u, 1e-3 * 1.0001), valley.linex(u, 1e-3 * 0.9999), rtol=1e-3, atol=1e-6
+    )
 
 
 def test_linex_is_the_double_integral_of_its_curvature():
@@ -57,7 +60,8 @@ def test_the_misfit_neither_lifts_nor_tilts_the_minimum():
 
 
 def unsteady_sweep(broken):
-    """Four curves of six rates and three seeds; at the first one's second rate above its best, one seed has begun to break."""
+    """Four curves of six rates and three seeds; at the first one's second rate above its best, one
+    seed has begun to break."""
     rng, out = np.random.default_rng(11), []
     x = np.repeat(math.log(1e-3) + math.log(2) * np.arange(-3, 3), 3)
     for k in range(4):
@@ -73,7 +77,11 @@ def unsteady_sweep(broken):
 def test_one_rate_that_begins_to_break_down_spoils_no_other_curve():
     steady, broken = (trust_of(unsteady_sweep(b)) for b in (False, True))
     assert all((t == 1).all() for t in steady)
-    assert (broken[0][15:] < 0.01).all() and (broken[0][:15] == 1).all() and all((t == 1).all() for t in broken[1:])
+    assert (
+        (broken[0][15:] < 0.01).all()
+        and (broken[0][:15] == 1).all()
+        and all((t == 1).all() for t in broken[1:])
+    )
     before, after = (fit_all(unsteady_sweep(b)) for b in (False, True))
     for k, (o, p) in enumerate(zip(before, after)):
         assert p.flags == o.flags and p.best_lr.low < 1e-3 < p.best_lr.high
@@ -93,7 +101,9 @@ def test_blocks_take_out_what_a_seed_shifts():
     x = np.array([0.0, 1, 2, 3, 1, 2, 3])
     y, block = np.array([3.0, 2, 1.5, 2.5, 2.1, 1.4, 2.6]), np.array([0, 0, 0, 0, 1, 1, 1])
     one, other = gather(x, y, block), gather(x, y + 7.0 * block, block)
-    assert np.allclose(np.diff(one.loss), np.diff(other.loss)) and one.squares == pytest.approx(other.squares)
+    assert np.allclose(np.diff(one.loss), np.diff(other.loss)) and one.squares == pytest.approx(
+        other.squares
+    )
     assert one.df == 7 - 2 - 3
     assert np.allclose(one.root @ np.ones(4), 0, atol=1e-9)
 
@@ -102,7 +112,13 @@ def test_repeats_measure_the_noise():
     rng = np.random.default_rng(0)
     x = np.tile(np.arange(6.0), 200)
     block = np.repeat(np.arange(200), 6)
-    e = gather(x, 0.1 * (x - 2.6) ** 2 + 0.05 * rng.standard_normal(200)[block] + 3e-3 * rng.standard_normal(1200), block)
+    e = gather(
+        x,
+        0.1 * (x - 2.6) ** 2
+        + 0.05 * rng.standard_normal(200)[block]
+        + 3e-3 * rng.standard_normal(1200),
+        block,
+    )
     assert math.sqrt(e.squares / e.df) == pytest.approx(3e-3, rel=0.05)
     ((posterior,), pooled) = weigh([[e]])[0]
     assert pooled.noise == pytest.approx(3e-3, rel=0.05)
@@ -129,7 +145,9 @@ def test_intervals_hold_planted_truths(family):
         for (_, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
             for o, truth in zip(optima, truths):
                 e, n = o.best_lr, n + 1
-                held += (e.low is None or math.log(e.low) <= truth) and (e.high is None or truth <= math.log(e.high))
+                held += (e.low is None or math.log(e.low) <= truth) and (
+                    e.high is None or truth <= math.log(e.high)
+                )
                 assert e.value is not None or o.flags
             r = ratio_of(optima[1:], optima[0])
             if r.has_interval():
@@ -158,16 +176,22 @@ def test_more_noise_needs_more_seeds_and_a_wider_margin_fewer():
 
 
 RESULTS = Path(__file__).resolve().parents[2] / "analysis" / "results"
-KEPT = [p for p in sorted(RESULTS.glob("*/table.parquet")) if json.loads((p.parent / "results.json").read_text())["curves"]]
+KEPT = [
+    p
+    for p in sorted(RESULTS.glob("*/table.parquet"))
+    if json.loads((p.parent / "results.json").read_text())["curves"]
+]
 """Kept tables whose answer rests on fitted optima."""
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda p: p.parent.name)
 def test_on_kept_runs_the_optimum_lies_beside_the_best_rate_tried(path):
-    """A LoRA curve at batch 4 that collapses to the untrained loss at a high rate once had its optimum where the loss was
-    0.2 nats above the best one."""
+    """A LoRA curve at batch 4 that collapses to the untrained loss at a high rate once had its
+    optimum where the loss was 0.2 nats above the best one."""
     optima = fit_all(curves(pd.read_parquet(path)))
-    swept = [o for o in optima if len(np.unique(o.curve.x)) >= 5]  # nulls and controls are at one rate
+    swept = [
+        o for o in optima if len(np.unique(o.curve.x)) >= 5
+    ]  # nulls and controls are at one rate
     known = [o for o in swept if o.best_lr.value is not None]
     assert all(o.flags for o in swept if o not in known)  # the others say why
     if path.parent.name.startswith("lr_ratio") or path.parent.name == "batch_size-tiny":
@@ -178,7 +202,11 @@ def test_on_kept_runs_the_optimum_lies_beside_the_best_rate_tried(path):
         rates = np.unique(x)
         best = int(np.argmin([y[x == v].mean() for v in rates]))
         assert o.best_lr.value is not None, o.curve.name
-        assert rates[max(best - 1, 0)] <= math.log(o.best_lr.value) <= rates[min(best + 1, len(rates) - 1)], o.curve.name
+        assert (
+            rates[max(best - 1, 0)]
+            <= math.log(o.best_lr.value)
+            <= rates[min(best + 1, len(rates) - 1)]
+        ), o.curve.name
         low, high = o.band(0.01)
         assert low < o.best_lr.value < high and math.log(high / low) < 2
 
@@ -190,9 +218,23 @@ def test_a_collapse_that_nobody_flagged_leaves_the_optimum_alone():
         y = 1 + 0.1 * valley.linex(x - 1.7, 0.5) + 1e-3 * rng.standard_normal(21)
         y[x > 5.9 * math.log(2)] += rise
         seed = np.repeat(np.arange(3), 7)
-        (o,) = fit_all([Curve({"model": "m", "dataset": "d", "method": "lora", "rank": 4.0}, x, y, seed, seed,
-                              np.ones(21, bool), math.nan, math.nan)])
-        assert o.best_lr.low < math.exp(1.7) < o.best_lr.high and o.best_lr.high / o.best_lr.low < 1.8
+        (o,) = fit_all(
+            [
+                Curve(
+                    {"model": "m", "dataset": "d", "method": "lora", "rank": 4.0},
+                    x,
+                    y,
+                    seed,
+                    seed,
+                    np.ones(21, bool),
+                    math.nan,
+                    math.nan,
+                )
+            ]
+        )
+        assert (
+            o.best_lr.low < math.exp(1.7) < o.best_lr.high and o.best_lr.high / o.best_lr.low < 1.8
+        )
 
 
 def test_seeds_that_share_no_rate_count_as_noise():
@@ -208,4 +250,6 @@ def test_a_loud_data_set_does_not_spoil_a_quiet_one():
     loud, _ = plant("linex", Design(7, 2.0, 3, noise=1e-2), rng)
     loud = [dataclasses.replace(c, key={**c.key, "dataset": "loud"}) for c in loud]
     both = fit_all([*quiet, *loud])
-    assert both[0].pooled.noise == pytest.approx(3e-4, rel=0.3) and both[-1].pooled.noise == pytest.approx(1e-2, rel=0.3)
+    assert both[0].pooled.noise == pytest.approx(3e-4, rel=0.3) and both[
+        -1
+    ].pooled.noise == pytest.approx(1e-2, rel=0.3)

@@ -1,9 +1,10 @@
 """`dialect`: a language of 32 symbols whose entropy is known, and a dialect of it to be learned.
 
-P(next | a, b, c) comes from low-rank features of the two last symbols and a Zipf prior; 30% of the 32^3
-contexts carry a memorised next symbol with mass 0.8. The base model is pretrained on the language
-(both knobs 0). The dialect draws new feature rows for a part of the symbols (a shared shift of the rules)
-and replaces a part of the exceptions (a tail of facts). Recipe: science.md section 2 of the design notes.
+P(next | a, b, c) comes from low-rank features of the two last symbols and a Zipf prior; 30% of the
+32^3 contexts carry a memorised next symbol with mass 0.8. The base model is pretrained on the
+language (both knobs 0). The dialect draws new feature rows for a part of the symbols (a shared
+shift of the rules) and replaces a part of the exceptions (a tail of facts). Recipe: science.md
+section 2 of the design notes.
 """
 
 import numpy as np

@@ -1,9 +1,11 @@
-"""`facts`: keys of three symbols, values of four symbols out of 16, drawn evenly: 16 bits a fact, exactly.
+"""`facts`: keys of three symbols, values of four symbols out of 16, drawn evenly: 16 bits a fact,
+exactly.
 
-A base model is pretrained on the same format, with facts that never come again (knob facts 0) or with a set of its own among
-such (facts, set, fresh); its NLL on the values of other facts is their entropy, ln 16 a symbol, and every bit below that was
-stored by fine-tuning. Held-out rows are the trained facts themselves: what is measured is storage. Rows of `n_retain` hold
-facts that are never trained.
+A base model is pretrained on the same format, with facts that never come again (knob facts 0) or
+with a set of its own among such (facts, set, fresh); its NLL on the values of other facts is their
+entropy, ln 16 a symbol, and every bit below that was stored by fine-tuning. Held-out rows are the
+trained facts themselves: what is measured is storage. Rows of `n_retain` hold facts that are never
+trained.
 """
 
 import math
@@ -23,7 +25,9 @@ BITS = VALUE * math.log2(VALUES)
 KNOBS = {
     "facts": 512.0,  # facts to be stored; 0: new ones in every row
     "set": 0.0,  # number of the set of facts
-    "fresh": 0.0,  # share of training rows that hold facts never shown again: for pretraining a base that knows some facts
+    # share of training rows that hold facts never shown again: for pretraining a base that knows
+    # some facts
+    "fresh": 0.0,
 }
 
 
@@ -36,20 +40,26 @@ def check(spec: DatasetSpec) -> None:
     count = {**KNOBS, **spec.knobs}["facts"]
     row = spec.max_length // FACT
     if spec.max_length % FACT:
-        raise DataError(f"{where}: max_length={spec.max_length} is no multiple of the {FACT} symbols of a fact.")
+        raise DataError(
+            f"{where}: max_length={spec.max_length} is no multiple of the {FACT} symbols of a fact."
+        )
     fresh = {**KNOBS, **spec.knobs}["fresh"]
     if not 0 <= fresh <= 1:
         raise DataError(f"{where}: knob fresh={fresh:g} is a share, 0 to 1.")
     if count < 0 or count % row or count > KEYS**KEY // 2:
-        raise DataError(f"{where}: knob facts={count:g} is 0 or a multiple of the {row} facts a row, up to {KEYS**KEY // 2}.")
+        raise DataError(
+            f"{where}: knob facts={count:g} is 0 or a multiple of the {row} facts a row, up to {KEYS**KEY // 2}."
+        )
 
 
 def load(spec: DatasetSpec) -> Data:
-    """Make the facts and their rows. The loss looks at values, or under mask=all at every symbol but the first."""
+    """Make the facts and their rows. The loss looks at values, or under mask=all at every symbol
+    but the first."""
     check(spec)
     knobs = {**KNOBS, **spec.knobs}
     count, row = int(knobs["facts"]), spec.max_length // FACT
     if not count:
+
         def draw(rng: np.random.Generator, rows: int) -> list[Example]:
             keys = rng.integers(VALUES, VALUES + KEYS, size=(rows * row, KEY))
             return _rows(keys, rng.integers(VALUES, size=(rows * row, VALUE)), spec)
@@ -59,7 +69,9 @@ def load(spec: DatasetSpec) -> Data:
     rng = stream("facts", int(knobs["set"]))
     unseen = spec.n_retain * row
     if count + unseen > KEYS**KEY:
-        raise DataError(f"dataset {spec.name!r}: n_retain={spec.n_retain} leaves too few keys for {count} facts.")
+        raise DataError(
+            f"dataset {spec.name!r}: n_retain={spec.n_retain} leaves too few keys for {count} facts."
+        )
     number = rng.permutation(KEYS**KEY)[: count + unseen]
     keys = VALUES + np.stack([number // KEYS**k % KEYS for k in range(KEY)], 1)
     values = rng.integers(VALUES, size=(count + unseen, VALUE))
@@ -67,11 +79,15 @@ def load(spec: DatasetSpec) -> Data:
     def train(seed: int, start: int, rows: int) -> list[Example]:
         """Every epoch shows each fact once, in a new order, whatever row an epoch ends in."""
         places = np.arange(start * row, (start + rows) * row)
-        epochs = {int(e): stream("data", spec.name, spec.train_split, seed, int(e)).permutation(count)
-                  for e in np.unique(places // count)}  # fmt: skip
+        epochs = {
+            int(e): stream("data", spec.name, spec.train_split, seed, int(e)).permutation(count)
+            for e in np.unique(places // count)
+        }
         picked = np.array([epochs[p // count][p % count] for p in places.tolist()])
         shown, told = keys[picked], values[picked]
-        for k in range(rows if knobs["fresh"] else 0):  # a stream a row: the same row in every batch that holds it
+        for k in range(
+            rows if knobs["fresh"] else 0
+        ):  # a stream a row: the same row in every batch that holds it
             rng = stream("data", spec.name, spec.train_split, "fresh", seed, start + k)
             if rng.random() < knobs["fresh"]:
                 here = slice(k * row, (k + 1) * row)
@@ -80,12 +96,21 @@ def load(spec: DatasetSpec) -> Data:
         return _rows(shown, told, spec)
 
     shown = stream("data", spec.name, spec.test_split).permutation(count)[: spec.n_test * row]
-    return Data(train, _rows(keys[shown], values[shown], spec), n_train=count // row,
-                retain=_rows(keys[count:], values[count:], spec), floor_nats=0.0)  # fmt: skip
+    return Data(
+        train,
+        _rows(keys[shown], values[shown], spec),
+        n_train=count // row,
+        retain=_rows(keys[count:], values[count:], spec),
+        floor_nats=0.0,
+    )
 
 
 def _rows(keys: np.ndarray, values: np.ndarray, spec: DatasetSpec) -> list[Example]:
     facts = np.concatenate([np.full((len(keys), 1), SEPARATOR), keys, values], 1).astype(np.int32)
     row = spec.max_length // FACT
-    loss = np.tile(np.arange(FACT) > KEY, row) if spec.mask != "all" else np.arange(spec.max_length) > 0
+    loss = (
+        np.tile(np.arange(FACT) > KEY, row)
+        if spec.mask != "all"
+        else np.arange(spec.max_length) > 0
+    )
     return [Example(tokens=tokens, loss=loss) for tokens in facts.reshape(-1, spec.max_length)]

@@ -1,4 +1,5 @@
-"""`skills`: short symbolic tasks in one answer format: copy, reverse, sort, addition, word problems.
+"""`skills`: short symbolic tasks in one answer format: copy, reverse, sort, addition, word
+problems.
 
 Characters are the tokens. The base model is pretrained on easier instances in the same format
 (knob difficulty 1), so that fine-tuning (difficulty 2) teaches the skill and not the format.
@@ -27,16 +28,21 @@ def check(spec: DatasetSpec) -> None:
     """Raise DataError for knobs or lengths that make no task."""
     for key in spec.knobs:
         if key not in KNOBS:
-            raise DataError(f"dataset {spec.name!r}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}.")
+            raise DataError(
+                f"dataset {spec.name!r}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}."
+            )
     difficulty = {**KNOBS, **spec.knobs}["difficulty"]
     if difficulty not in DIFFICULTIES:
         raise DataError(f"dataset {spec.name!r}: knob difficulty={difficulty:g} is 1, 2 or 3.")
     if spec.max_length < LONGEST:
-        raise DataError(f"dataset {spec.name!r}: max_length={spec.max_length} would cut answers off. Give {LONGEST}.")
+        raise DataError(
+            f"dataset {spec.name!r}: max_length={spec.max_length} would cut answers off. Give {LONGEST}."
+        )
 
 
 def load(spec: DatasetSpec) -> Data:
-    """Make the task at `knobs.difficulty`. The loss looks at the answer and its line end, or under mask=all at all."""
+    """Make the task at `knobs.difficulty`. The loss looks at the answer and its line end, or under
+    mask=all at all."""
     check(spec)
     difficulty = int({**KNOBS, **spec.knobs}["difficulty"])
 
@@ -44,8 +50,17 @@ def load(spec: DatasetSpec) -> Data:
         return [_example(*instance(rng, difficulty), spec) for _ in range(count)]
 
     test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
-    retain = draw(stream("data", spec.name, "retain"), spec.n_retain, DIFFICULTIES[0]) if spec.n_retain else ()
-    return Data(train=generated(spec, spec.train_split, draw), test=test, n_train=spec.n_train, retain=retain)
+    retain = (
+        draw(stream("data", spec.name, "retain"), spec.n_retain, DIFFICULTIES[0])
+        if spec.n_retain
+        else ()
+    )
+    return Data(
+        train=generated(spec, spec.train_split, draw),
+        test=test,
+        n_train=spec.n_train,
+        retain=retain,
+    )
 
 
 def instance(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:

@@ -12,15 +12,22 @@ from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 
 
-def removed(queue: Queue, request: Request, points: Sequence[Point], store: RunStore) -> dict[str, list[str]]:
-    """List, by submission, the queued runs of this sweep that are no longer part of it and have not begun."""
+def removed(
+    queue: Queue, request: Request, points: Sequence[Point], store: RunStore
+) -> dict[str, list[str]]:
+    """List, by submission, the queued runs of this sweep that are no longer part of it and have not
+    begun."""
     if request.sweep is None:
         return {}
     wanted = {p.id for p in points}
     found: dict[str, list[str]] = {}
     for s, k, _ in queue.live():
         if s.told["sweep"] == request.title:
-            gone = [r for r in s.tasks[k] if r not in wanted and r not in s.withdrawn and store.state(r) == "missing"]
+            gone = [
+                r
+                for r in s.tasks[k]
+                if r not in wanted and r not in s.withdrawn and store.state(r) == "missing"
+            ]
             if gone:
                 found.setdefault(s.name, []).extend(gone)
     return found
@@ -39,8 +46,8 @@ def prune(queue: Queue, gone: dict[str, list[str]], say: Callable[[str], None]) 
 
 
 def cancel(request: Request, store: RunStore, say: Callable[[str], None]) -> tuple[int, int]:
-    """Cancel the sweep's jobs; return how many jobs, and how many runs they had before them. Finished runs are kept, and
-    those in the middle write a checkpoint first."""
+    """Cancel the sweep's jobs; return how many jobs, and how many runs they had before them.
+    Finished runs are kept, and those in the middle write a checkpoint first."""
     slurm.require()
     if not submissions.home(store.root).is_dir():
         return 0, 0
@@ -49,17 +56,25 @@ def cancel(request: Request, store: RunStore, say: Callable[[str], None]) -> tup
         mine = {s.name for s in queue.submissions if _concerns(s, request)}
         live = [(s, k, j) for s, k, j in queue.live() if s.name in mine]
         follows = [j.label for n, j in queue.follows.items() if n in mine and j.live]
-        runs = {r for s, k, _ in live for r in s.tasks[k]} - {r for s, _, _ in live for r in s.withdrawn}
+        runs = {r for s, k, _ in live for r in s.tasks[k]} - {
+            r for s, _, _ in live for r in s.withdrawn
+        }
         ending = [r for r in runs if store.state(r) not in FINAL]
-        denied = slurm.cancel([*follows, *(j.label for _, _, j in live)]) if follows or live else None
+        denied = (
+            slurm.cancel([*follows, *(j.label for _, _, j in live)]) if follows or live else None
+        )
         if denied:
             users = sorted({s.told["user"] for s in queue.submissions if s.name in mine})
-            raise ClusterError("not all jobs could be cancelled (they are of "
-                               f"{', '.join(users)}, each cancels their own): {denied}")  # fmt: skip
+            raise ClusterError(
+                "not all jobs could be cancelled (they are of "
+                f"{', '.join(users)}, each cancels their own): {denied}"
+            )
         return len(live), len(ending)
 
 
 def _concerns(submission: Submission, request: Request) -> bool:
-    """Say whether a submission is of this question: of the same name, with runs in common. The same sweep with another
-    number of steps, say, is another question."""
-    return submission.told["sweep"] == request.title and not {p.id for p in request.points}.isdisjoint(submission.told["asked"])
+    """Say whether a submission is of this question: of the same name, with runs in common. The same
+    sweep with another number of steps, say, is another question."""
+    return submission.told["sweep"] == request.title and not {
+        p.id for p in request.points
+    }.isdisjoint(submission.told["asked"])

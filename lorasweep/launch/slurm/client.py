@@ -1,4 +1,5 @@
-"""Slurm's own commands: what a cluster has, which jobs live, how the others ended. Knows no run and no submitit."""
+"""Slurm's own commands: what a cluster has, which jobs live, how the others ended. Knows no run and
+no submitit."""
 
 import os
 import shutil
@@ -12,11 +13,24 @@ from pathlib import Path
 
 from lorasweep.errors import ClusterError
 
-ENDED = frozenset(("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
-                   "REVOKED", "TIMEOUT"))  # fmt: skip
+ENDED = frozenset(
+    (
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "TIMEOUT",
+    )
+)
 """States of a job that will not run again; everything else may. A requeued job is PENDING."""
 STUCK = ("launch failed requeued held", "JobHoldMaxRequeue")
-"""Reasons for which Slurm holds a job after a failed start. A job held by its user or an administrator is left alone."""
+"""Reasons for which Slurm holds a job after a failed start. A job held by its user or an
+administrator is left alone."""
 GONE = ("Invalid job id", "already complet")
 AT_ONCE = 200
 """Names or ids in one question: command lines are finite."""
@@ -64,7 +78,8 @@ class Job:
 
     @property
     def stuck(self) -> bool:
-        """Say whether Slurm holds it back because its node failed at the start: nobody's wish, and for ever."""
+        """Say whether Slurm holds it back because its node failed at the start: nobody's wish, and
+        for ever."""
         return self.state == "PENDING" and self.reason.replace("_", " ") in STUCK
 
     @property
@@ -89,20 +104,34 @@ class Ended:
             hint = ": killed, as by a limit of memory"
         if self.state == "OUT_OF_MEMORY":
             hint = ": ask for more memory (cluster.mem_gib) or smaller packs (exec.pack_size)"
-        return f"Slurm: {self.state} (exit {self.exit}{f' on {self.node}' if self.node else ''}){hint}"
+        return (
+            f"Slurm: {self.state} (exit {self.exit}{f' on {self.node}' if self.node else ''}){hint}"
+        )
 
 
 def ask(*command: str) -> str:
-    """Return what one of Slurm's commands prints; ClusterError with its complaint if it fails, or does not answer in a
-    few tries. The user's own filters (SQUEUE_USERS ...) are left out: jobs that they hide would seem to be gone."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(FILTERS) and k != "SLURM_CLUSTERS"}
+    """Return what one of Slurm's commands prints; ClusterError with its complaint if it fails, or
+    does not answer in a few tries. The user's own filters (SQUEUE_USERS ...) are left out: jobs
+    that they hide would seem to be gone."""
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(FILTERS) and k != "SLURM_CLUSTERS"
+    }
     for wait in (*PAUSES_S, None):
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, stdin=subprocess.DEVNULL, env=env)
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=ASK_S,
+                stdin=subprocess.DEVNULL,
+                env=env,
+            )
         except FileNotFoundError:
             raise ClusterError(f"no Slurm here: {command[0]} is not on the PATH.") from None
         except subprocess.TimeoutExpired:
-            raise ClusterError(f"Slurm does not answer: {command[0]} said nothing for {ASK_S} s.") from None
+            raise ClusterError(
+                f"Slurm does not answer: {command[0]} said nothing for {ASK_S} s."
+            ) from None
         if not done.returncode:
             return done.stdout
         complaint = (done.stderr or done.stdout).strip()
@@ -117,7 +146,11 @@ def require() -> None:
     conf = os.environ.get("SLURM_CONF")
     if conf and not Path(conf).is_file():  # every client would wait a minute first
         raise ClusterError(f"SLURM_CONF={conf} is no file: start that Slurm, or unset SLURM_CONF.")
-    lacking = [c for c in ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo") if shutil.which(c) is None]
+    lacking = [
+        c
+        for c in ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
+        if shutil.which(c) is None
+    ]
     if lacking:
         raise ClusterError(
             f"no Slurm here ({', '.join(lacking)} not on the PATH). Give this command on the cluster's login node, "
@@ -135,10 +168,14 @@ def partitions() -> dict[str, Partition]:
         before = found.get(name.rstrip("*"))
         hosts = before.hosts if before else frozenset()
         found[name.rstrip("*")] = Partition(
-            name.rstrip("*"), name.endswith("*"), max(int(cpus), before.cpus if before else 0),
-            max(int(memory), before.memory_mib if before else 0), max(_gpus(gres), before.gpus if before else 0),
-            _minutes(limit), hosts | {host},
-        )  # fmt: skip
+            name.rstrip("*"),
+            name.endswith("*"),
+            max(int(cpus), before.cpus if before else 0),
+            max(int(memory), before.memory_mib if before else 0),
+            max(_gpus(gres), before.gpus if before else 0),
+            _minutes(limit),
+            hosts | {host},
+        )
     return found
 
 
@@ -186,21 +223,38 @@ def queue(names: Sequence[str]) -> list[Job]:
     found = []
     for k in range(0, len(names), AT_ONCE):
         some = ",".join(names[k : k + AT_ONCE])
-        for line in ask("squeue", "-a", "-h", "-r", "-t", "all", "--name", some, "-O", fields).splitlines():
-            jid, array, task, state, reason, restarts, node, name = (cell.strip() for cell in line.split("|")[:8])
-            found.append(Job(jid, array if array.isdigit() else jid, int(task) if task.isdigit() else None, state, reason,
-                             int(restarts or 0), node, name))  # fmt: skip
+        for line in ask(
+            "squeue", "-a", "-h", "-r", "-t", "all", "--name", some, "-O", fields
+        ).splitlines():
+            jid, array, task, state, reason, restarts, node, name = (
+                cell.strip() for cell in line.split("|")[:8]
+            )
+            found.append(
+                Job(
+                    jid,
+                    array if array.isdigit() else jid,
+                    int(task) if task.isdigit() else None,
+                    state,
+                    reason,
+                    int(restarts or 0),
+                    node,
+                    name,
+                )
+            )
     return found
 
 
 def ended(jobs: Iterable[str]) -> dict[str, Ended]:
-    """Return how jobs and array tasks (12, 12_3) ended, by accounting; nothing where there is no accounting, or not yet."""
+    """Return how jobs and array tasks (12, 12_3) ended, by accounting; nothing where there is no
+    accounting, or not yet."""
     jobs = sorted(set(jobs))
     found: dict[str, Ended] = {}
     for k in range(0, len(jobs), AT_ONCE):
         try:
             some = ",".join(jobs[k : k + AT_ONCE])
-            told = ask("sacct", "-n", "-P", "-j", some, "-o", "JobID,State,ExitCode,NodeList,ElapsedRaw")
+            told = ask(
+                "sacct", "-n", "-P", "-j", some, "-o", "JobID,State,ExitCode,NodeList,ElapsedRaw"
+            )
         except ClusterError:
             return found
         for line in told.splitlines():
@@ -215,18 +269,24 @@ def ended(jobs: Iterable[str]) -> dict[str, Ended]:
 
 
 def by_number(jobs: Iterable[str]) -> dict[str, tuple[str, Ended]]:
-    """Return, by the numbers that jobs have for themselves (SLURM_JOB_ID), their ids (12, 12_3) and how they ended."""
+    """Return, by the numbers that jobs have for themselves (SLURM_JOB_ID), their ids (12, 12_3) and
+    how they ended."""
     jobs = sorted(set(jobs))
     labels: dict[str, str] = {}
     for k in range(0, len(jobs), AT_ONCE):
-        told = ask("sacct", "-n", "-X", "-P", "-j", ",".join(jobs[k : k + AT_ONCE]), "-o", "JobIDRaw,JobID")
+        told = ask(
+            "sacct", "-n", "-X", "-P", "-j", ",".join(jobs[k : k + AT_ONCE]), "-o", "JobIDRaw,JobID"
+        )
         labels |= dict(line.split("|")[:2] for line in told.splitlines())
     ends = ended(labels.values())
-    return {raw: (label, ends[label]) for raw, label in labels.items() if label in ends and raw in jobs}
+    return {
+        raw: (label, ends[label]) for raw, label in labels.items() if label in ends and raw in jobs
+    }
 
 
 def named(name: str) -> list[str]:
-    """Return the ids (12, 12_3) of the jobs that accounting knows by this name; nothing where there is no accounting."""
+    """Return the ids (12, 12_3) of the jobs that accounting knows by this name; nothing where there
+    is no accounting."""
     try:
         return ask("sacct", "-n", "-X", "-P", "--name", name, "-o", "JobID").split()
     except ClusterError:
@@ -234,13 +294,16 @@ def named(name: str) -> list[str]:
 
 
 def cancel(jobs: Sequence[str]) -> str | None:
-    """Cancel jobs or array tasks (12, 12_3); return Slurm's complaints, None if there are none. One that has ended is none."""
+    """Cancel jobs or array tasks (12, 12_3); return Slurm's complaints, None if there are none. One
+    that has ended is none."""
     complaints = []
     for k in range(0, len(jobs), AT_ONCE):
         try:
             ask("scancel", *jobs[k : k + AT_ONCE])
         except ClusterError as error:
-            lines = [line for line in str(error).splitlines() if not any(words in line for words in GONE)]
+            lines = [
+                line for line in str(error).splitlines() if not any(words in line for words in GONE)
+            ]
             complaints += lines
     return "; ".join(dict.fromkeys(complaints)) or None
 
@@ -253,12 +316,14 @@ def release(jobs: Sequence[str]) -> None:
 
 
 def hides_jobs() -> bool:
-    """Say whether this Slurm shows users their own jobs only: then its silence says nothing about those of others."""
+    """Say whether this Slurm shows users their own jobs only: then its silence says nothing about
+    those of others."""
     return "jobs" in setting("PrivateData").replace(" ", "").split(",") and os.geteuid() != 0
 
 
 class Executions:
-    """Says whether an execution of a job, which began as its n-th restart, still runs. One question serves many."""
+    """Says whether an execution of a job, which began as its n-th restart, still runs. One question
+    serves many."""
 
     def __init__(self) -> None:
         self._running: dict[str, int] | None = None
@@ -268,7 +333,16 @@ class Executions:
     def refresh(self) -> None:
         """Ask Slurm which jobs run."""
         try:
-            told = ask("squeue", "-a", "-h", "-r", "-t", "RUNNING,COMPLETING,STOPPED,SUSPENDED", "-O", "JobID:|,RestartCnt:|")
+            told = ask(
+                "squeue",
+                "-a",
+                "-h",
+                "-r",
+                "-t",
+                "RUNNING,COMPLETING,STOPPED,SUSPENDED",
+                "-O",
+                "JobID:|,RestartCnt:|",
+            )
         except ClusterError:
             self._running = None
             return
@@ -276,11 +350,13 @@ class Executions:
         self._running = {c[0].strip(): int(c[1].strip() or 0) for c in cells}
         self._asked = time.monotonic()
 
-    def __call__(self, cluster: str, job: str, restart: int, asked_before: bool = False) -> bool | None:
+    def __call__(
+        self, cluster: str, job: str, restart: int, asked_before: bool = False
+    ) -> bool | None:
         """Return whether it runs; None if Slurm cannot tell, or it is another cluster's.
 
-        `asked_before`: its owner was known before the last `refresh`, so that its absence there counts. Otherwise it may
-        have begun since, and Slurm is asked again.
+        `asked_before`: its owner was known before the last `refresh`, so that its absence there
+        counts. Otherwise it may have begun since, and Slurm is asked again.
         """
         if (job, restart) in self._dead:
             return False

@@ -4,9 +4,10 @@
     {"runs": [spec, ...], "exec": {...}, "requeues": n, "skip": FILE}      train these
     {"follow": REQUEST.json, "idle": n, "finished": n}                     ask the sweep again
 
-A job is safe to run twice, to kill at any time, and to start again elsewhere: it trains what is free and unfinished, each
-run from its checkpoint. Warned of its time limit or of preemption it writes checkpoints; whether it comes back is Slurm's
-business, except at a time limit, where it queues itself again.
+A job is safe to run twice, to kill at any time, and to start again elsewhere: it trains what is
+free and unfinished, each run from its checkpoint. Warned of its time limit or of preemption it
+writes checkpoints; whether it comes back is Slurm's business, except at a time limit, where it
+queues itself again.
 """
 
 import json
@@ -30,11 +31,14 @@ from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 
 PATIENCE_S = ownership.SILENCE_S + 2 * ownership.HEARTBEAT_S
-"""How long a job waits for runs that another execution still holds: long enough to see that one died without a word."""
+"""How long a job waits for runs that another execution still holds: long enough to see that one
+died without a word."""
 FOLLOW_PAUSES_S = (30.0, 60.0, 120.0, 240.0)
-"""Pauses of the following job between its tries when Slurm does not answer, or refuses, or the lock is held."""
+"""Pauses of the following job between its tries when Slurm does not answer, or refuses, or the lock
+is held."""
 LISTEN_S = 1.0
-"""Signals of one cause come within this time: USR2 alone is a time limit, with TERM it is preemption or a cancellation."""
+"""Signals of one cause come within this time: USR2 alone is a time limit, with TERM it is
+preemption or a cancellation."""
 
 
 class Signals:
@@ -70,8 +74,14 @@ def run(path: str) -> None:
         _release_stuck(Path(path).parent.parent)
     except (Stopped, KeyboardInterrupt):
         time.sleep(LISTEN_S)
-        said = ", ".join(signal.Signals(n).name for n in sorted(signals.got)) or "a signal to its workers"
-        print(f"stopped by {said}; finished runs are kept, the others go on from their checkpoints", flush=True)
+        said = (
+            ", ".join(signal.Signals(n).name for n in sorted(signals.got))
+            or "a signal to its workers"
+        )
+        print(
+            f"stopped by {said}; finished runs are kept, the others go on from their checkpoints",
+            flush=True,
+        )
         if signals.got == {signal.SIGUSR2}:
             _requeue(task)
 
@@ -82,7 +92,9 @@ def _train(task: dict[str, Any]) -> None:
     files.share_as(store.root)
     specs = [from_plain(plain) for plain in task["runs"]]
     points = [Point(s.method.name, s, run_id(s)) for s in specs]
-    left = [p for p in points if p.id not in skipped(task["skip"]) and store.state(p.id) not in FINAL]
+    left = [
+        p for p in points if p.id not in skipped(task["skip"]) and store.state(p.id) not in FINAL
+    ]
     print(f"{len(points)} runs, {len(left)} to do, {exec_.workers} worker(s)", flush=True)
     if not left:
         return  # Slurm ran this job twice, or others were faster
@@ -94,14 +106,23 @@ def _train(task: dict[str, Any]) -> None:
     local.measure_shapes(left, store, exec_, lambda text: print(text, flush=True))
     local.run_points(left, store, exec_, report, task.get("trainer"), PATIENCE_S, task["skip"])
     states = store.states(p.id for p in left)
-    print("over: " + ", ".join(f"{list(states.values()).count(s)} {s}" for s in sorted(set(states.values()))), flush=True)
+    print(
+        "over: "
+        + ", ".join(f"{list(states.values()).count(s)} {s}" for s in sorted(set(states.values()))),
+        flush=True,
+    )
 
 
 def _release_stuck(folder: Path) -> None:
-    """Let siblings start that Slurm holds after a failed start: otherwise they wait until somebody asks for the sweep."""
+    """Let siblings start that Slurm holds after a failed start: otherwise they wait until somebody
+    asks for the sweep."""
     submission = submissions.read(folder)
     try:
-        held = [j.label for j in slurm.queue([a.name for a in submission.arrays]) if j.stuck] if submission else []
+        held = (
+            [j.label for j in slurm.queue([a.name for a in submission.arrays]) if j.stuck]
+            if submission
+            else []
+        )
     except ClusterError:
         return
     if held:
@@ -110,13 +131,15 @@ def _release_stuck(folder: Path) -> None:
 
 
 def _requeue(task: dict[str, Any]) -> None:
-    """Put this job back into the queue, as far as it is allowed to; a failure is said and no more: the job that follows
-    the sweep's jobs, or the same command, submits what is left."""
+    """Put this job back into the queue, as far as it is allowed to; a failure is said and no more:
+    the job that follows the sweep's jobs, or the same command, submits what is left."""
     job, before = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     if before >= task["requeues"]:
         print(f"not queued again: {before} times are enough (cluster.requeues)", flush=True)
         return
-    done = subprocess.run(["scontrol", "requeue", str(job)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["scontrol", "requeue", str(job)], capture_output=True, text=True, check=False
+    )
     print(f"queued again: {done.stderr.strip() or 'yes'}", flush=True)
     time.sleep(30)  # Slurm ends this execution
 

@@ -1,4 +1,5 @@
-"""What a cluster's jobs ask for, and which runs go into which job. Pure but for what it is told of the cluster."""
+"""What a cluster's jobs ask for, and which runs go into which job. Pure but for what it is told of
+the cluster."""
 
 import math
 from collections.abc import Sequence
@@ -11,18 +12,32 @@ from lorasweep.plan.packing import Pack
 from lorasweep.spec.run import Exec
 
 KINDS = ("local", "slurm")
-OURS = frozenset(("job-name", "array", "output", "error", "signal", "dependency", "nodes", "ntasks-per-node", "requeue"))
+OURS = frozenset(
+    (
+        "job-name",
+        "array",
+        "output",
+        "error",
+        "signal",
+        "dependency",
+        "nodes",
+        "ntasks-per-node",
+        "requeue",
+    )
+)
 """Options of sbatch on which the records or the jobs rely."""
 MARGIN_TIME, MARGIN_MIN = 3.0, 15.0
-"""A job asks for this many times its expected time, and these minutes for its start: estimates are rough, and a job that
-reaches its limit goes on by being queued again."""
+"""A job asks for this many times its expected time, and these minutes for its start: estimates are
+rough, and a job that reaches its limit goes on by being queued again."""
 MARGIN_MEMORY = 1.3
-"""A job asks for this many times the expected memory. The memory model holds within 20% (LOG.md)."""
+"""A job asks for this many times the expected memory. The memory model holds within 20% (LOG.md).
+"""
 HOST_BYTES = 3 * 2**30
-"""Host memory of a worker on a GPU beside a copy of the weights: libraries, data, pinned buffers. Assumption."""
+"""Host memory of a worker on a GPU beside a copy of the weights: libraries, data, pinned buffers.
+Assumption."""
 GPU_FLOPS = 1e14
-"""Floating-point operations a second of a GPU worker, until something was measured. Assumption: a quarter of an A100's
-or an eighth of an H100's dense bf16 peak, rounded down."""
+"""Floating-point operations a second of a GPU worker, until something was measured. Assumption: a
+quarter of an A100's or an eighth of an H100's dense bf16 peak, rounded down."""
 
 
 @dataclass
@@ -46,7 +61,8 @@ class Cluster:
     mem_gib: float | None = None
     """Memory a job; None: by the plan's estimate."""
     time_min: int | None = None
-    """Time limit of a job; None: by the plan's estimate, or the partition's limit where that is shorter."""
+    """Time limit of a job; None: by the plan's estimate, or the partition's limit where that is
+    shorter."""
     warn_s: int = 120
     """Seconds before the limit at which a job writes its checkpoints and queues itself again."""
     work_min: float = 10.0
@@ -60,13 +76,15 @@ class Cluster:
     requeues: int = 50
     """Times a job may queue itself again at its time limit."""
     follow: bool = True
-    """When the jobs are over, a small job submits what was lost and the next stage, and at the end writes the answer."""
+    """When the jobs are over, a small job submits what was lost and the next stage, and at the end
+    writes the answer."""
     follow_min: int = 30
     """Time limit of that job."""
     follow_partition: str | None = None
     """Partition of that job, where the others' takes no job without GPUs; None: the same."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines at the start of a job, such as module load ...; what it needs of the environment."""
+    """Shell lines at the start of a job, such as module load ...; what it needs of the environment.
+    """
     options: dict[str, str] = field(default_factory=dict)
     """Further options of sbatch, by name without dashes; "true" for one that takes no value."""
     submit: bool = True
@@ -98,15 +116,21 @@ def flops_per_s(cluster: Cluster, per_core: float) -> float:
 
 
 def group(packs: Sequence[Pack], cluster: Cluster, flops_s: float) -> list[list[Pack]]:
-    """Put packs into jobs of `work_min` to `work_max` minutes on all their workers; longest jobs first.
+    """Put packs into jobs of `work_min` to `work_max` minutes on all their workers; longest jobs
+    first.
 
-    Jobs are as short as that allows while fewer of them than `parallel` are needed: the sweep ends sooner. Packs of one
-    model stand together, so that a worker loads it once. A job has a pack for each of its workers.
+    Jobs are as short as that allows while fewer of them than `parallel` are needed: the sweep ends
+    sooner. Packs of one model stand together, so that a worker loads it once. A job has a pack for
+    each of its workers.
     """
     side = workers(cluster)
     seconds = {id(p): p.flops / flops_s for p in packs}
     total = sum(seconds.values())
-    capacity = side * 60 * min(max(cluster.work_min, total / 60 / side / cluster.parallel), cluster.work_max)
+    capacity = (
+        side
+        * 60
+        * min(max(cluster.work_min, total / 60 / side / cluster.parallel), cluster.work_max)
+    )
     tasks: list[list[Pack]] = []
     left, room = 0.0, 0
     for pack in sorted(packs, key=lambda p: (p.points[0].spec.model.name, -p.flops)):
@@ -120,10 +144,18 @@ def group(packs: Sequence[Pack], cluster: Cluster, flops_s: float) -> list[list[
     return sorted(tasks, key=lambda task: -sum(seconds[id(p)] for p in task))
 
 
-def ask_for(tasks: Sequence[Sequence[Pack]], cluster: Cluster, flops_s: float, partition: Partition) -> Ask:
+def ask_for(
+    tasks: Sequence[Sequence[Pack]], cluster: Cluster, flops_s: float, partition: Partition
+) -> Ask:
     """Return what a job of these tasks needs; settings of the cluster come before estimates."""
     side = workers(cluster)
-    longest = max((max(sum(p.flops for p in t) / side, max(p.flops for p in t)) for t in tasks), default=0.0) / flops_s
+    longest = (
+        max(
+            (max(sum(p.flops for p in t) / side, max(p.flops for p in t)) for t in tasks),
+            default=0.0,
+        )
+        / flops_s
+    )
     minutes = cluster.time_min or math.ceil(MARGIN_TIME * longest / 60 + MARGIN_MIN)
     if cluster.time_min is None:
         minutes = int(min(minutes, partition.time_min))
@@ -155,25 +187,37 @@ def check(cluster: Cluster) -> None:
         if value is not None and not value > 0:
             raise ClusterError(f"cluster.{name}={value}: more than 0, or null to go by the plan.")
     for name in sorted(set(cluster.options) & OURS):
-        raise ClusterError(f"cluster.options.{name} is set by lorasweep itself. Use the settings of cluster, or leave it out.")
+        raise ClusterError(
+            f"cluster.options.{name} is set by lorasweep itself. Use the settings of cluster, or leave it out."
+        )
     if cluster.gpus < 0 or cluster.requeues < 0:
-        raise ClusterError(f"cluster.gpus={cluster.gpus}, cluster.requeues={cluster.requeues}: at least 0.")
+        raise ClusterError(
+            f"cluster.gpus={cluster.gpus}, cluster.requeues={cluster.requeues}: at least 0."
+        )
     if cluster.work_max < cluster.work_min:
-        raise ClusterError(f"cluster.work_max={cluster.work_max:g} is less than cluster.work_min={cluster.work_min:g} minutes.")
+        raise ClusterError(
+            f"cluster.work_max={cluster.work_max:g} is less than cluster.work_min={cluster.work_min:g} minutes."
+        )
     if cluster.gpus and cluster.workers and cluster.gpus % cluster.workers:
-        raise ClusterError(f"cluster.gpus={cluster.gpus} cannot be dealt to cluster.workers={cluster.workers} evenly.")
+        raise ClusterError(
+            f"cluster.gpus={cluster.gpus} cannot be dealt to cluster.workers={cluster.workers} evenly."
+        )
 
 
 def partition_of(cluster: Cluster, known: dict[str, Partition]) -> Partition:
     """Return the partition that jobs go to; ClusterError names those that there are."""
     if cluster.partition is not None:
         if cluster.partition not in known:
-            raise ClusterError(unknown("partition", cluster.partition, known) + " Set cluster.partition.")
+            raise ClusterError(
+                unknown("partition", cluster.partition, known) + " Set cluster.partition."
+            )
         return known[cluster.partition]
     default = next((p for p in known.values() if p.default), None)
     if default is None:
-        raise ClusterError("the cluster has no default partition. Set cluster.partition to one of: "
-                           f"{', '.join(sorted(known))}.")  # fmt: skip
+        raise ClusterError(
+            "the cluster has no default partition. Set cluster.partition to one of: "
+            f"{', '.join(sorted(known))}."
+        )
     return default
 
 
@@ -181,25 +225,37 @@ def check_fits(ask: Ask, cluster: Cluster, partition: Partition) -> None:
     """Raise ClusterError if no node of the partition can hold such a job."""
     where = f"a node of partition {partition.name!r} has at most"
     if ask.gpus > partition.gpus:
-        raise ClusterError(f"cluster.gpus={ask.gpus}, but {where} {partition.gpus}. Ask for {partition.gpus} or fewer a job: "
-                           "runs spread over more jobs by themselves.")  # fmt: skip
+        raise ClusterError(
+            f"cluster.gpus={ask.gpus}, but {where} {partition.gpus}. Ask for {partition.gpus} or fewer a job: "
+            "runs spread over more jobs by themselves."
+        )
     if ask.cpus > partition.cpus:
-        raise ClusterError(f"a job of {ask.workers} worker(s) x cluster.cpus={cluster.cpus} asks for {ask.cpus} processors, "
-                           f"but {where} {partition.cpus}. Lower cluster.cpus or cluster.workers.")  # fmt: skip
+        raise ClusterError(
+            f"a job of {ask.workers} worker(s) x cluster.cpus={cluster.cpus} asks for {ask.cpus} processors, "
+            f"but {where} {partition.cpus}. Lower cluster.cpus or cluster.workers."
+        )
     if ask.mem_gib * 1024 > partition.memory_mib:
-        raise ClusterError(f"a job asks for {ask.mem_gib:g} GiB, but {where} {partition.memory_mib / 1024:.1f}. "
-                           "Set cluster.mem_gib, lower exec.pack_size or exec.micro_batch_size, or take another "
-                           "partition.")  # fmt: skip
+        raise ClusterError(
+            f"a job asks for {ask.mem_gib:g} GiB, but {where} {partition.memory_mib / 1024:.1f}. "
+            "Set cluster.mem_gib, lower exec.pack_size or exec.micro_batch_size, or take another "
+            "partition."
+        )
     if ask.time_min > partition.time_min:
-        raise ClusterError(f"cluster.time_min={ask.time_min}, but partition {partition.name!r} allows {partition.time_min:g}. "
-                           "A job that reaches its limit goes on by itself, so a shorter one loses nothing.")  # fmt: skip
+        raise ClusterError(
+            f"cluster.time_min={ask.time_min}, but partition {partition.name!r} allows {partition.time_min:g}. "
+            "A job that reaches its limit goes on by itself, so a shorter one loses nothing."
+        )
     if ask.time_min * 60 <= cluster.warn_s:
-        raise ClusterError(f"a job of {ask.time_min} min would be warned at once (cluster.warn_s={cluster.warn_s}). "
-                           "Raise cluster.time_min or lower cluster.warn_s.")  # fmt: skip
+        raise ClusterError(
+            f"a job of {ask.time_min} min would be warned at once (cluster.warn_s={cluster.warn_s}). "
+            "Raise cluster.time_min or lower cluster.warn_s."
+        )
 
 
 def check_pack_size(exec_: Exec, cluster: Cluster) -> None:
     """Raise ClusterError if a pack the user asked for cannot fit the job the user asked for."""
     if exec_.pack_size and cluster.runs_per_job and exec_.pack_size > cluster.runs_per_job:
-        raise ClusterError(f"exec.pack_size={exec_.pack_size} runs a pack do not fit "
-                           f"cluster.runs_per_job={cluster.runs_per_job}.")  # fmt: skip
+        raise ClusterError(
+            f"exec.pack_size={exec_.pack_size} runs a pack do not fit "
+            f"cluster.runs_per_job={cluster.runs_per_job}."
+        )

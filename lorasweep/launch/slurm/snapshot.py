@@ -1,4 +1,5 @@
-"""The code as it is now, kept where cluster nodes can run it: editing the tree changes nothing that is queued.
+"""The code as it is now, kept where cluster nodes can run it: editing the tree changes nothing that
+is queued.
 
 A snapshot is named by its content, so one that is there already is used again. Knows files only.
 """
@@ -20,10 +21,11 @@ SKIPPED = {"__pycache__", "results", ".ipynb_checkpoints"}
 
 
 def take(root: Path) -> Path:
-    """Copy the running code below `root`, unless it is there or this already is a snapshot; return its folder.
+    """Copy the running code below `root`, unless it is there or this already is a snapshot; return
+    its folder.
 
-    It holds the packages, the configuration, and `snapshot.json`: commit, whether the code differed from it, and in which
-    files. Raises OSError if it cannot be written.
+    It holds the packages, the configuration, and `snapshot.json`: commit, whether the code differed
+    from it, and in which files. Raises OSError if it cannot be written.
     """
     here = Path(__file__).resolve().parents[3]
     if (here / "snapshot.json").is_file():
@@ -64,15 +66,24 @@ def say(folder: Path) -> str:
 
 
 def _edited() -> list[str]:
-    return [f for f in provenance.edited() if f.startswith((*(f"{p}/" for p in PACKAGES), "conf/", "sweeps/"))]
+    return [
+        f
+        for f in provenance.edited()
+        if f.startswith((*(f"{p}/" for p in PACKAGES), "conf/", "sweeps/"))
+    ]
 
 
 def _files(here: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield (file, its place in the snapshot); the configuration goes one level up, as in a checkout."""
-    conf = next(c for c in (here / "conf", here / "lorasweep" / "conf") if (c / "config.yaml").is_file())
+    """Yield (file, its place in the snapshot); the configuration goes one level up, as in a
+    checkout."""
+    conf = next(
+        c for c in (here / "conf", here / "lorasweep" / "conf") if (c / "config.yaml").is_file()
+    )
     for top, place in (*((here / p, Path(p)) for p in PACKAGES), (conf, Path("conf"))):
         for folder, inner, names in os.walk(top, followlinks=True):
-            inner[:] = sorted(set(inner) - SKIPPED - ({"conf"} if Path(folder) == here / "lorasweep" else set()))
+            inner[:] = sorted(
+                set(inner) - SKIPPED - ({"conf"} if Path(folder) == here / "lorasweep" else set())
+            )
             for name in sorted(names):
                 path = Path(folder) / name
                 yield path, place / path.relative_to(top)

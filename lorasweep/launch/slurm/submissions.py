@@ -1,16 +1,18 @@
-"""What was submitted to a cluster: records beside the runs, and what Slurm says of them. No submitit, no planning.
+"""What was submitted to a cluster: records beside the runs, and what Slurm says of them. No
+submitit, no planning.
 
     <runs_dir>/.slurm/lock/                     one submitter at a time, among all users
-                      code/<snapshot>/          the code that the jobs run
-                      <name>/submission.json    written before the first sbatch: sweep, and the runs of each task
-                             tasks/<k>.json     what task k is told
-                             request.json       what was asked, for the job that follows
-                             array-<c>.json     written after an sbatch: Slurm's id; or that it was given up
-                             withdrawn.json     runs that no task shall start any more
-                             ended.json         how its jobs ended, once all have
-                             jobs/              submitit's files, and the jobs' logs
+                      code/<snapshot>/          the code that the jobs run <name>/submission.json
+                      written before the first sbatch: sweep, and the runs of each task
+                             tasks/<k>.json     what task k is told request.json       what was
+                             asked, for the job that follows array-<c>.json     written after an
+                             sbatch: Slurm's id; or that it was given up withdrawn.json     runs
+                             that no task shall start any more ended.json         how its jobs
+                             ended, once all have jobs/              submitit's files, and the jobs'
+                             logs
 
-A submission whose command died between submission.json and array-<c>.json is found by the names of its jobs.
+A submission whose command died between submission.json and array-<c>.json is found by the names of
+its jobs.
 """
 
 import getpass
@@ -30,8 +32,8 @@ from lorasweep.store import files
 from lorasweep.store.claims import Lock
 
 GIVE_UP_S = 600.0
-"""An end that accounting does not tell within this time after the submission is not told any more; and a job that was
-given up is looked for this long."""
+"""An end that accounting does not tell within this time after the submission is not told any more;
+and a job that was given up is looked for this long."""
 LOCK_S = 600.0
 """How long a command waits for another that is submitting."""
 FOLLOW = "follow"
@@ -40,7 +42,8 @@ FOLLOW = "follow"
 
 @dataclass(frozen=True)
 class Array:
-    """Tasks `first` to `first + n - 1` of a submission, submitted by one sbatch; the following job is one of its own."""
+    """Tasks `first` to `first + n - 1` of a submission, submitted by one sbatch; the following job
+    is one of its own."""
 
     part: str
     """Number of the array, or FOLLOW."""
@@ -54,7 +57,8 @@ class Array:
     """It never reached Slurm, or was taken back."""
 
     def label(self, task: int) -> str:
-        """Return the id that Slurm has for a task of the submission: 12_3, or 12 where there is no array."""
+        """Return the id that Slurm has for a task of the submission: 12_3, or 12 where there is no
+        array."""
         return f"{self.job}_{task - self.first}" if self.n > 1 else str(self.job)
 
 
@@ -96,11 +100,17 @@ class Queue:
     unknown: str | None = None
     """Why Slurm could not be asked; then nothing counts as queued."""
     elsewhere: list[Submission] = field(default_factory=list)
-    """Submissions that this Slurm cannot tell about: another cluster's, or another user's where users see their own only."""
+    """Submissions that this Slurm cannot tell about: another cluster's, or another user's where
+    users see their own only."""
 
     def live(self) -> list[tuple[Submission, int, slurm.Job]]:
         """List the tasks that run or may still run."""
-        return [(s, k, j) for s in self.submissions for k, j in sorted(self.jobs.get(s.name, {}).items()) if j.live]
+        return [
+            (s, k, j)
+            for s in self.submissions
+            for k, j in sorted(self.jobs.get(s.name, {}).items())
+            if j.live
+        ]
 
     def untold(self) -> set[str]:
         """Return the runs that jobs may have which this Slurm cannot tell about."""
@@ -108,7 +118,9 @@ class Queue:
 
     def covered(self) -> dict[str, slurm.Job]:
         """Return the runs that a live task has before it, and its job."""
-        return {rid: job for s, k, job in self.live() for rid in s.tasks[k] if rid not in s.withdrawn}
+        return {
+            rid: job for s, k, job in self.live() for rid in s.tasks[k] if rid not in s.withdrawn
+        }
 
 
 def home(runs_dir: Path) -> Path:
@@ -122,27 +134,42 @@ def new_name(title: str) -> str:
 
 
 def record(
-    folder: Path, sweep: str, asked: Iterable[str], tasks: Sequence[Sequence[str]], arrays: Iterable[Array], **more: Any
+    folder: Path,
+    sweep: str,
+    asked: Iterable[str],
+    tasks: Sequence[Sequence[str]],
+    arrays: Iterable[Array],
+    **more: Any,
 ) -> None:
-    """Write submission.json: from now on its jobs can be found, whatever happens to this command. `asked`: all runs of
-    the question's first stage, submitted now or not."""
+    """Write submission.json: from now on its jobs can be found, whatever happens to this command.
+    `asked`: all runs of the question's first stage, submitted now or not."""
     told = {
-        "sweep": sweep, "asked": sorted(asked), "user": getpass.getuser(), "created_s": time.time(),
+        "sweep": sweep,
+        "asked": sorted(asked),
+        "user": getpass.getuser(),
+        "created_s": time.time(),
         "tasks": [list(t) for t in tasks],
-        "arrays": [{k: v for k, v in asdict(a).items() if k not in ("job", "abandoned")} for a in arrays], **more,
-    }  # fmt: skip
+        "arrays": [
+            {k: v for k, v in asdict(a).items() if k not in ("job", "abandoned")} for a in arrays
+        ],
+        **more,
+    }
     files.write_atomic(folder / "submission.json", json.dumps(told).encode())
 
 
 def note_array(folder: Path, part: str, job: str | None) -> None:
     """Record what became of an array: Slurm's id, or None: it was given up."""
-    files.write_atomic(folder / f"array-{part}.json", json.dumps({"job": job, "abandoned": job is None}).encode())
+    files.write_atomic(
+        folder / f"array-{part}.json", json.dumps({"job": job, "abandoned": job is None}).encode()
+    )
 
 
 def withdraw(submission: Submission, ids: Iterable[str]) -> None:
     """Record that no task of a submission shall start these runs any more."""
     submission.withdrawn |= set(ids)
-    files.write_atomic(submission.folder / "withdrawn.json", json.dumps(sorted(submission.withdrawn)).encode())
+    files.write_atomic(
+        submission.folder / "withdrawn.json", json.dumps(sorted(submission.withdrawn)).encode()
+    )
 
 
 def read(folder: Path) -> Submission | None:
@@ -152,7 +179,9 @@ def read(folder: Path) -> Submission | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
-        raise ClusterError(f"{folder}/submission.json is damaged. Cancel its jobs by hand, then remove the folder.") from None
+        raise ClusterError(
+            f"{folder}/submission.json is damaged. Cancel its jobs by hand, then remove the folder."
+        ) from None
     arrays = []
     for plain in told["arrays"]:
         seen = _json(folder / f"array-{plain['part']}.json") or {}
@@ -170,7 +199,11 @@ def _json(path: Path) -> Any:
 def submissions(runs_dir: Path, over: bool = False) -> list[Submission]:
     """List the submissions, oldest first; those that are over only if asked for."""
     try:
-        folders = [Path(e.path) for e in os.scandir(home(runs_dir)) if e.is_dir() and e.name not in ("lock", "code")]
+        folders = [
+            Path(e.path)
+            for e in os.scandir(home(runs_dir))
+            if e.is_dir() and e.name not in ("lock", "code")
+        ]
     except FileNotFoundError:
         return []
     found = [read(f) for f in folders if over or not (f / "ended.json").exists()]
@@ -187,7 +220,9 @@ def look(runs_dir: Path) -> Queue:
         queue.unknown = str(error)
         return queue
     me = getpass.getuser()
-    queue.elsewhere = [s for s in open_ if s.told["cluster"] != here or (private and s.told["user"] != me)]
+    queue.elsewhere = [
+        s for s in open_ if s.told["cluster"] != here or (private and s.told["user"] != me)
+    ]
     open_ = queue.submissions = [s for s in open_ if s not in queue.elsewhere]
     names = {a.name: (s, a) for s in open_ for a in s.arrays}
     if not names:
@@ -214,7 +249,11 @@ def note_ends(queue: Queue) -> None:
     live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
     names = {a.name: s.name for s in queue.submissions for a in s.arrays}
     stray = {names[j.name] for j in queue.strays}
-    for s in [s for s in queue.submissions if s.name not in live | stray and all(a.job or a.abandoned for a in s.arrays)]:
+    for s in [
+        s
+        for s in queue.submissions
+        if s.name not in live | stray and all(a.job or a.abandoned for a in s.arrays)
+    ]:
         if _note_end(s):
             queue.submissions.remove(s)
 
@@ -244,7 +283,8 @@ def _note_end(submission: Submission) -> bool:
 
 
 def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Say how the Slurm jobs that own attempts (run id -> owner.json) ended: run id -> state, reason and log."""
+    """Say how the Slurm jobs that own attempts (run id -> owner.json) ended: run id -> state,
+    reason and log."""
     jobs = {rid: o["slurm"]["job"] for rid, o in owners.items() if o.get("slurm")}
     if not jobs:
         return {}

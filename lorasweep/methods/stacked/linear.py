@@ -1,8 +1,10 @@
-"""The stacked LoRA module: N members' adapters around one frozen nn.Linear, one base product for all.
+"""The stacked LoRA module: N members' adapters around one frozen nn.Linear, one base product for
+all.
 
 Knows tensors. Refuses to know the loop, and configuration beyond rank, scaling and seed.
-Shapes: N members, B sequences a member, T tokens, r rank, I inputs, O outputs. Hidden states carry the members
-in the batch dimension, [N*B, T, I], member by member, so the model around needs no change.
+Shapes: N members, B sequences a member, T tokens, r rank, I inputs, O outputs. Hidden states carry
+the members in the batch dimension, [N*B, T, I], member by member, so the model around needs no
+change.
 """
 
 import json
@@ -21,15 +23,21 @@ if TYPE_CHECKING:
 
 
 class StackedLinear(nn.Module):
-    """y = W x + scaling_n B_n A_n x for member n. Members of one rank are stacked, never padded to another's.
+    """y = W x + scaling_n B_n A_n x for member n. Members of one rank are stacked, never padded to
+    another's.
 
-    A: one [n, r, I] a rank, B: one [n, O, r]; `ranks` says which members each holds. W (and bias) stay frozen.
+    A: one [n, r, I] a rank, B: one [n, O, r]; `ranks` says which members each holds. W (and bias)
+    stay frozen.
     """
 
     def __init__(
-        self, base: nn.Linear, ranks: list[slice], a_nrI: list[torch.Tensor], b_nOr: list[torch.Tensor],
+        self,
+        base: nn.Linear,
+        ranks: list[slice],
+        a_nrI: list[torch.Tensor],
+        b_nOr: list[torch.Tensor],
         scaling_N: torch.Tensor,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.base, self.ranks, self.scaling_N = base, ranks, scaling_N
         self.A, self.B = nn.ParameterList(a_nrI), nn.ParameterList(b_nOr)
@@ -51,10 +59,15 @@ class StackedAdapters:
     stacked = True
 
     def __init__(
-        self, base: Any, modules: dict[str, nn.Linear], methods: Sequence["LoRA"], seeds: Sequence[int]
-    ) -> None:  # fmt: skip
-        """Wrap `modules` (name -> module of `base`). A is uniform in +-1/sqrt(I) from the stream named 'init'
-        (PEFT's kaiming_uniform with a = sqrt(5) has that range), B is zero. Members of one rank stand together."""
+        self,
+        base: Any,
+        modules: dict[str, nn.Linear],
+        methods: Sequence["LoRA"],
+        seeds: Sequence[int],
+    ) -> None:
+        """Wrap `modules` (name -> module of `base`). A is uniform in +-1/sqrt(I) from the stream
+        named 'init' (PEFT's kaiming_uniform with a = sqrt(5) has that range), B is zero. Members of
+        one rank stand together."""
         self._base, self._originals, self._wrapped = base, modules, {}
         spans = _runs_of_equals([m.rank for m in methods])
         scaling_N = torch.tensor([m.scaling for m in methods], dtype=torch.float64)
@@ -81,7 +94,11 @@ class StackedAdapters:
 
     def lr_ratios(self, name: str) -> list[float]:
         _, of_member, members = self._named[name]
-        return self._lr_b[members] if of_member.endswith(".B") else [1.0] * (members.stop - members.start)
+        return (
+            self._lr_b[members]
+            if of_member.endswith(".B")
+            else [1.0] * (members.stop - members.start)
+        )
 
     def _names(self) -> dict[str, tuple[nn.Parameter, str, slice]]:
         """Name -> (tensor, its name in the state of one member, the members that it holds)."""
@@ -119,14 +136,24 @@ class StackedAdapters:
         sums = torch.zeros(3, n, dtype=torch.float64)
         for module in self._wrapped.values():
             for members, p, q in zip(module.ranks, module.A, module.B):
-                a, b, s = p.double().cpu(), q.double().cpu(), module.scaling_N[members].double().cpu()
+                a, b, s = (
+                    p.double().cpu(),
+                    q.double().cpu(),
+                    module.scaling_N[members].double().cpu(),
+                )
                 sums[0, members] += a.square().sum((1, 2))
                 sums[1, members] += b.square().sum((1, 2))
                 # |BA|_F^2 = tr(B'B AA'): r x r products instead of an O x I matrix
-                sums[2, members] += s.square() * (torch.bmm(b.mT, b) * torch.bmm(a, a.mT)).sum((1, 2))
+                sums[2, members] += s.square() * (torch.bmm(b.mT, b) * torch.bmm(a, a.mT)).sum(
+                    (1, 2)
+                )
         root = sums.clamp_min(0).sqrt()
         return [
-            {"norm_a": float(root[0, i]), "norm_b": float(root[1, i]), "norm_delta": float(root[2, i])}
+            {
+                "norm_a": float(root[0, i]),
+                "norm_b": float(root[1, i]),
+                "norm_delta": float(root[2, i]),
+            }
             for i in range(n)
         ]
 
@@ -135,11 +162,17 @@ class StackedAdapters:
         found: list[dict[str, dict[str, float]]] = [{} for _ in self._lr_b]
         for name, module in self._wrapped.items():
             for members, p, q in zip(module.ranks, module.A, module.B):
-                for k, a, b in zip(range(members.start, members.stop), p.double().cpu(), q.double().cpu()):
-                    # |BA| = |R_b R_a'| with B = Q_b R_b and A' = Q_a R_a: r x r products instead of an O x I matrix
+                for k, a, b in zip(
+                    range(members.start, members.stop), p.double().cpu(), q.double().cpu()
+                ):
+                    # |BA| = |R_b R_a'| with B = Q_b R_b and A' = Q_a R_a: r x r products instead of
+                    # an O x I matrix
                     small = torch.linalg.qr(b).R @ torch.linalg.qr(a.mT).R.mT
-                    found[k][name] = {"a": float(torch.linalg.matrix_norm(a, 2)), "b": float(torch.linalg.matrix_norm(b, 2)),
-                                      "delta": float(torch.linalg.matrix_norm(small, 2) * module.scaling_N[k])}  # fmt: skip
+                    found[k][name] = {
+                        "a": float(torch.linalg.matrix_norm(a, 2)),
+                        "b": float(torch.linalg.matrix_norm(b, 2)),
+                        "delta": float(torch.linalg.matrix_norm(small, 2) * module.scaling_N[k]),
+                    }
         return found
 
     def detach(self) -> None:
@@ -153,32 +186,43 @@ def _runs_of_equals(values: Sequence[int]) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(values)])]
 
 
-def _start(method: "LoRA", seed: int, name: str, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw A [r, I] and B [O, r] of one member in float64: one of them uniform in +-1/sqrt(inputs), the other zero.
+def _start(
+    method: "LoRA", seed: int, name: str, linear: nn.Linear
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw A [r, I] and B [O, r] of one member in float64: one of them uniform in +-1/sqrt(inputs),
+    the other zero.
 
     Rows of A come in order, so a smaller rank's A is the beginning of a larger one's.
     """
-    a, b = torch.zeros(method.rank, linear.in_features).double(), torch.zeros(linear.out_features, method.rank).double()
+    a, b = (
+        torch.zeros(method.rank, linear.in_features).double(),
+        torch.zeros(linear.out_features, method.rank).double(),
+    )
     random = a if method.start == "a" else b
     names = ("init", seed, name, method.init_seed) if method.init_seed else ("init", seed, name)
     bound = 1 / math.sqrt(random.shape[1])
-    random.copy_(torch.from_numpy(stream(*names).uniform(-bound, bound, size=tuple(random.shape)))).mul_(method.init_scale)
+    random.copy_(
+        torch.from_numpy(stream(*names).uniform(-bound, bound, size=tuple(random.shape)))
+    ).mul_(method.init_scale)
     return a, b
 
 
 ITERATIONS = 60
-"""Of the power method: within 1% of the largest singular value unless the second is closer than that."""
+"""Of the power method: within 1% of the largest singular value unless the second is closer than
+that."""
 
 
 @torch.no_grad()
 def spectral_norm(matrix: torch.Tensor) -> float:
-    """Return the largest singular value, by the power method from a fixed start: a whole decomposition of a large
-    model's matrices would take longer than the run."""
+    """Return the largest singular value, by the power method from a fixed start: a whole
+    decomposition of a large model's matrices would take longer than the run."""
     matrix = matrix.double()
     v = torch.linspace(1.0, 2.0, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     for _ in range(ITERATIONS):
         v = matrix.mT @ (matrix @ (v / torch.linalg.vector_norm(v).clamp_min(1e-300)))
-    return float(torch.linalg.vector_norm(matrix @ (v / torch.linalg.vector_norm(v).clamp_min(1e-300))))
+    return float(
+        torch.linalg.vector_norm(matrix @ (v / torch.linalg.vector_norm(v).clamp_min(1e-300)))
+    )
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -186,10 +230,14 @@ def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent) if parent else root, last, module)
 
 
-def save_peft(folder: Path, state: dict[str, torch.Tensor], rank: int, alpha: float, base_name: str) -> None:
-    """Write one member (names '<module>.A' [r, I] and '<module>.B' [O, r]) as a folder that PeftModel loads.
+def save_peft(
+    folder: Path, state: dict[str, torch.Tensor], rank: int, alpha: float, base_name: str
+) -> None:
+    """Write one member (names '<module>.A' [r, I] and '<module>.B' [O, r]) as a folder that
+    PeftModel loads.
 
-    An adapted unembedding is written too; where it is tied to the embedding the adapter must never be merged.
+    An adapted unembedding is written too; where it is tied to the embedding the adapter must never
+    be merged.
     """
     from safetensors.torch import save_file
 
@@ -198,11 +246,20 @@ def save_peft(folder: Path, state: dict[str, torch.Tensor], rank: int, alpha: fl
     for name, tensor in state.items():
         module, _, which = name.rpartition(".")
         modules.add(module.rpartition(".")[2])
-        tensors[f"base_model.model.{module}.lora_{which}.weight"] = tensor.detach().cpu().contiguous()
+        tensors[f"base_model.model.{module}.lora_{which}.weight"] = (
+            tensor.detach().cpu().contiguous()
+        )
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
-        "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(modules),
-        "inference_mode": True, "use_rslora": False,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(modules),
+        "inference_mode": True,
+        "use_rslora": False,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))

@@ -1,9 +1,9 @@
 """Causal attention with rotary positions over rows of several lengths, and its way back by hand.
 
-Rows of like length are one batch of products; most of the scores that causality forbids are never computed. Where no
-gradient is wanted, torch's scaled_dot_product_attention is faster and used.
-Shapes: N members, X tokens a member, R rows of a class of length T, P places of all classes, S = R x kv heads,
-G query heads a kv head, d head size, C = (heads + 2 kv heads) x d.
+Rows of like length are one batch of products; most of the scores that causality forbids are never
+computed. Where no gradient is wanted, torch's scaled_dot_product_attention is faster and used.
+Shapes: N members, X tokens a member, R rows of a class of length T, P places of all classes, S = R
+x kv heads, G query heads a kv head, d head size, C = (heads + 2 kv heads) x d.
 """
 
 from typing import Any, NamedTuple
@@ -29,8 +29,8 @@ class Heads(NamedTuple):
 
 
 def row_class(length: int) -> int:
-    """Return the length to which a row is filled up for attention: few classes, at most a third of filler. It depends
-    on the row alone, so that a row is computed alike in whatever company."""
+    """Return the length to which a row is filled up for attention: few classes, at most a third of
+    filler. It depends on the row alone, so that a row is computed alike in whatever company."""
     step = 16
     while length > 4 * step:
         step *= 2
@@ -38,7 +38,8 @@ def row_class(length: int) -> int:
 
 
 class Rows:
-    """Where a batch's rows lie when those of a class are laid under one another, and the rotations of positions."""
+    """Where a batch's rows lie when those of a class are laid under one another, and the rotations
+    of positions."""
 
     def __init__(self, batch: Batch, rotations: torch.Tensor) -> None:
         """rotations: [at least the longest class, d, d]."""
@@ -53,10 +54,13 @@ class Rows:
             here = np.flatnonzero(classes == length)
             self.spans.append((at, len(here), int(length)))
             offset = np.arange(length)
-            # Filler repeats the row's last token: no token of the row looks that far, and its own output is dropped.
+            # Filler repeats the row's last token: no token of the row looks that far, and its own
+            # output is dropped.
             take.append((starts[here, None] + np.minimum(offset, lengths[here, None] - 1)).ravel())
             for k, row in enumerate(here):
-                put[starts[row] : starts[row] + lengths[row]] = at + k * length + offset[: lengths[row]]
+                put[starts[row] : starts[row] + lengths[row]] = (
+                    at + k * length + offset[: lengths[row]]
+                )
             at += len(here) * int(length)
         same = at == size and len(self.spans) == 1
         self.take = None if same else torch.from_numpy(np.concatenate(take))
@@ -66,9 +70,11 @@ class Rows:
         self.places = at
 
 
-def attention(y_NXC: torch.Tensor, heads: Heads, rows: Rows, keep: bool) -> tuple[torch.Tensor, list[Any]]:
-    """Return the heads' output [N, X, heads * d] from the q/k/v products [N, X, C], and, with `keep`, what the way
-    back needs."""
+def attention(
+    y_NXC: torch.Tensor, heads: Heads, rows: Rows, keep: bool
+) -> tuple[torch.Tensor, list[Any]]:
+    """Return the heads' output [N, X, heads * d] from the q/k/v products [N, X, C], and, with
+    `keep`, what the way back needs."""
     n, kv, d = heads
     flat = y_NXC.view(-1, (n + 2 * kv) * d)
     y_PC = flat if rows.take is None else flat.index_select(0, rows.take)
@@ -81,13 +87,17 @@ def attention(y_NXC: torch.Tensor, heads: Heads, rows: Rows, keep: bool) -> tupl
             out, blocks = attend(q, k, v)
             kept.append((k, v, blocks))
         else:
-            out = F.scaled_dot_product_attention(q, k[:, None], v[:, None], is_causal=True, scale=1.0, enable_gqa=True)
+            out = F.scaled_dot_product_attention(
+                q, k[:, None], v[:, None], is_causal=True, scale=1.0, enable_gqa=True
+            )
         out_PO[at : at + r * t].view(r, t, n, d).copy_(out.view(r, n, t, d).transpose(1, 2))
     out_XO = out_PO if rows.put is None else out_PO.index_select(0, rows.put)
     return out_XO.view(*y_NXC.shape[:2], -1), kept
 
 
-def attention_backward(dout: torch.Tensor, kept: list[Any], heads: Heads, rows: Rows) -> torch.Tensor:
+def attention_backward(
+    dout: torch.Tensor, kept: list[Any], heads: Heads, rows: Rows
+) -> torch.Tensor:
     """Gradient of the q/k/v products, [N, X, C]."""
     n, kv, d = heads
     flat = dout.view(-1, n * d)
@@ -105,11 +115,12 @@ def attention_backward(dout: torch.Tensor, kept: list[Any], heads: Heads, rows: 
 
 
 def rotations(cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the rotary positions (Su et al., arXiv 2104.09864) as matrices [T, d, d] in the compute type, from cos and
-    sin [T, d]: x R_t = x cos + rotate_half(x) sin, times d^(-1/4).
+    """Return the rotary positions (Su et al., arXiv 2104.09864) as matrices [T, d, d] in the
+    compute type, from cos and sin [T, d]: x R_t = x cos + rotate_half(x) sin, times d^(-1/4).
 
-    One product a position replaces five passes over memory; a product adds up in fp32 and is rounded once. The factor,
-    on q and on k, is the scores' 1/sqrt(d), and their gradients' too, for nothing.
+    One product a position replaces five passes over memory; a product adds up in fp32 and is
+    rounded once. The factor, on q and on k, is the scores' 1/sqrt(d), and their gradients' too, for
+    nothing.
     """
     d = cos.shape[-1]
     half, eye = d // 2, torch.eye(d // 2, dtype=cos.dtype)
@@ -139,7 +150,8 @@ def _turned_back(dq: torch.Tensor, dk: torch.Tensor, heads: Heads, rows: Rows) -
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
     """Causal attention of q [S, G, T, d] to k and v [S, T, d].
 
-    Returns the output [S, G, T, d] and each block's (range, queries, probabilities) for the way back.
+    Returns the output [S, G, T, d] and each block's (range, queries, probabilities) for the way
+    back.
     """
     s_, g, t, d = q.shape
     parts, kept = [], []

@@ -1,9 +1,11 @@
-"""Forward and backward of Llama-shaped decoders on a CPU, written out by hand: the same numbers in half the time.
+"""Forward and backward of Llama-shaped decoders on a CPU, written out by hand: the same numbers in
+half the time.
 
-transformers' forward is a chain of small operations whose passes over memory, not the matrix products, take most of a
-step on a CPU. Here a layer is one autograd function: q/k/v are one product, activations are cast once, frozen
-weights get no gradient, and their bf16 copies are made once. Tests hold it to transformers' forward in float64.
-Refuses other families: `lean_for` gives None, and transformers' forward is used.
+transformers' forward is a chain of small operations whose passes over memory, not the matrix
+products, take most of a step on a CPU. Here a layer is one autograd function: q/k/v are one
+product, activations are cast once, frozen weights get no gradient, and their bf16 copies are made
+once. Tests hold it to transformers' forward in float64. Refuses other families: `lean_for` gives
+None, and transformers' forward is used.
 Shapes: N members, X tokens a member, H hidden.
 """
 
@@ -15,17 +17,34 @@ import torch.nn.functional as F
 
 from lorasweep.data.batches import Batch
 from lorasweep.methods.stacked.linear import StackedLinear
-from lorasweep.models.cpu_llama.attention import Heads, Rows, attention, attention_backward, rotations, row_class
+from lorasweep.models.cpu_llama.attention import (
+    Heads,
+    Rows,
+    attention,
+    attention_backward,
+    rotations,
+    row_class,
+)
 from lorasweep.models.cpu_llama.linears import Group
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / sqrt(mean(x^2) + eps), [..., 1] (Zhang & Sennrich, arXiv 1910.07467)."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        .square_()
+        .div_(x.shape[-1])
+        .add_(eps)
+        .rsqrt_()
+    )
 
 
 def _norm_backward(
-    dh: torch.Tensor, x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None
+    dh: torch.Tensor,
+    x: torch.Tensor,
+    r: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients of x (that of the residual stream added) and of the norm's weight (None if frozen)."""
     dh = dh.to(x.dtype)
@@ -43,7 +62,9 @@ def _norm_backward(
 class _Work:
     """What a layer's two passes share: shapes, positions, the linears."""
 
-    def __init__(self, lean: "Lean", layer: Any, dtype: torch.dtype, rows: Rows, keep: bool) -> None:
+    def __init__(
+        self, lean: "Lean", layer: Any, dtype: torch.dtype, rows: Rows, keep: bool
+    ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         make = lambda modules: Group(modules, lambda w: lean.cast(w, dtype), dtype)  # noqa: E731
         self.qkv = make([attention.q_proj, attention.k_proj, attention.v_proj])
@@ -80,15 +101,53 @@ class _Layer(torch.autograd.Function):
         down, low_d = w.down.forward(act)
         if w.keep:
             ctx.w = w
-            ctx.kept = (x, r1, h1, low_qkv, kept, out, low_o, x1, r2, h2, low_g, gate, low_u, up, swish, act, low_d)
-            ctx.save_for_backward(*params)  # autograd then notices if one is changed before the way back
+            ctx.kept = (
+                x,
+                r1,
+                h1,
+                low_qkv,
+                kept,
+                out,
+                low_o,
+                x1,
+                r2,
+                h2,
+                low_g,
+                gate,
+                low_u,
+                up,
+                swish,
+                act,
+                low_d,
+            )
+            ctx.save_for_backward(
+                *params
+            )  # autograd then notices if one is changed before the way back
         return x1 + down
 
     @staticmethod
     def backward(ctx: Any, dx2: torch.Tensor) -> tuple[Any, ...]:
         w: _Work = ctx.w
         _ = ctx.saved_tensors
-        x, r1, h1, low_qkv, kept, out, low_o, x1, r2, h2, low_g, gate, low_u, up, swish, act, low_d = ctx.kept
+        (
+            x,
+            r1,
+            h1,
+            low_qkv,
+            kept,
+            out,
+            low_o,
+            x1,
+            r2,
+            h2,
+            low_g,
+            gate,
+            low_u,
+            up,
+            swish,
+            act,
+            low_d,
+        ) = ctx.kept
         ctx.kept = None
         dact, g_down = w.down.backward(dx2.to(w.dtype), act, low_d)
         dh2, g_up = w.up.backward(dact * swish, h2, low_u)
@@ -119,11 +178,14 @@ class _Cast(NamedTuple):
 
 
 class Lean:
-    """The lean passes of one loaded model. Reads its modules at each call, so adapters come and go at will."""
+    """The lean passes of one loaded model. Reads its modules at each call, so adapters come and go
+    at will."""
 
     def __init__(self, model: Any) -> None:
         config = model.config
-        self._model = ref(model)  # not the model itself: the registry of these is keyed by it, weakly
+        self._model = ref(
+            model
+        )  # not the model itself: the registry of these is keyed by it, weakly
         self.eps, d = config.rms_norm_eps, model.model.layers[0].self_attn.head_dim
         self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, d)
         self._casts: dict[tuple[int, ...], _Cast] = {}
@@ -139,10 +201,12 @@ class Lean:
         """The unembedding's module."""
         return self._model().lm_head
 
-    def cast(self, weights: list[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weights under one another in the compute type, [O, H], and turned round, [H, O]; made again only
-        when one has changed. Frozen ones in bf16 are turned round in memory, once: the forward product then takes two
-        thirds of the time (LOG.md)."""
+    def cast(
+        self, weights: list[torch.Tensor], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights under one another in the compute type, [O, H], and turned round, [H,
+        O]; made again only when one has changed. Frozen ones in bf16 are turned round in memory,
+        once: the forward product then takes two thirds of the time (LOG.md)."""
         if len(weights) == 1 and weights[0].dtype == dtype:
             return weights[0].detach(), weights[0].detach().T
         key, versions = (*map(id, weights), hash(dtype)), [w._version for w in weights]
@@ -167,9 +231,12 @@ class Lean:
         return x
 
     def _rotations(self, length: int, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the rotary positions up to `length` as matrices in the compute type; made once a length."""
+        """Return the rotary positions up to `length` as matrices in the compute type; made once a
+        length."""
         if len(self._turns.get(dtype, ())) < length:
-            cos, sin = (c[0].to(x.dtype) for c in self.body.rotary_emb(x, torch.arange(length)[None]))
+            cos, sin = (
+                c[0].to(x.dtype) for c in self.body.rotary_emb(x, torch.arange(length)[None])
+            )
             self._turns[dtype] = rotations(cos, sin, dtype)
         return self._turns[dtype]
 
@@ -199,8 +266,8 @@ _known: "WeakKeyDictionary[Any, Lean | None]" = WeakKeyDictionary()
 
 
 def lean_for(model: Any) -> Lean | None:
-    """Return the lean passes of `model`, or None where transformers' own forward must be used: another family,
-    another device, or modules that are neither nn.Linear nor ours."""
+    """Return the lean passes of `model`, or None where transformers' own forward must be used:
+    another family, another device, or modules that are neither nn.Linear nor ours."""
     if model not in _known:
         _known[model] = Lean(model) if _is_plain_llama(model) else None
     lean = _known[model]
@@ -215,7 +282,12 @@ def _is_plain_llama(model: Any) -> bool:
     c = model.config
     if (c.rope_parameters or {}).get("rope_type", "default") in ("dynamic", "longrope"):
         return False  # their rotations depend on the longest row
-    return c.hidden_act == "silu" and not c.attention_bias and not c.mlp_bias and not c.attention_dropout
+    return (
+        c.hidden_act == "silu"
+        and not c.attention_bias
+        and not c.mlp_bias
+        and not c.attention_dropout
+    )
 
 
 def _modules_are_known(lean: Lean) -> bool:

@@ -1,7 +1,9 @@
-"""The linears of a layer that share an input, frozen, trained or adapted, as one product with its way back by hand.
+"""The linears of a layer that share an input, frozen, trained or adapted, as one product with its
+way back by hand.
 
 Knows nn.Linear and StackedLinear modules. Refuses to know what a layer does with them.
-Shapes: N members (n of one rank), X tokens a member, H inputs, O outputs of all linears of the group, r rank.
+Shapes: N members (n of one rank), X tokens a member, H inputs, O outputs of all linears of the
+group, r rank.
 """
 
 from collections.abc import Callable
@@ -15,8 +17,12 @@ from lorasweep.methods.stacked.linear import StackedLinear
 class Group:
     """The linears of one layer that share an input, as one product: y_i = W_i h + s B_i A_i h."""
 
-    def __init__(self, modules: list[Any], cast: Callable[[list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]],
-                 dtype: torch.dtype) -> None:  # fmt: skip
+    def __init__(
+        self,
+        modules: list[Any],
+        cast: Callable[[list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]],
+        dtype: torch.dtype,
+    ) -> None:
         self.weights: list[torch.Tensor] = []
         adapted: list[tuple[slice, StackedLinear]] = []
         start = 0
@@ -29,12 +35,16 @@ class Group:
         (self.w_OH, self.w_HO), self.dtype = cast(self.weights), dtype
         self.trained = [w for w in self.weights if w.requires_grad]
         self.outputs = [where for where, _ in adapted]
-        self.ranks = [_Rank(adapted, k, dtype) for k in range(len(adapted[0][1].ranks))] if adapted else []
+        self.ranks = (
+            [_Rank(adapted, k, dtype) for k in range(len(adapted[0][1].ranks))] if adapted else []
+        )
         self.params = [*self.trained, *(p for rank in self.ranks for p in rank.params)]
-        """What autograd must know of this group, in the order of the gradients that `backward` returns."""
+        """What autograd must know of this group, in the order of the gradients that `backward`
+        returns."""
 
     def forward(self, h_NXH: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return y [N, X, O], and for each rank the scaled A h [n, X, r of all modules] that backward needs."""
+        """Return y [N, X, O], and for each rank the scaled A h [n, X, r of all modules] that
+        backward needs."""
         n, x, _ = h_NXH.shape
         y = torch.mm(h_NXH.view(n * x, -1), self.w_HO).view(n, x, -1)
         lows = []
@@ -46,11 +56,16 @@ class Group:
         return y, lows
 
     def backward(
-        self, dy_NXO: torch.Tensor, h_NXH: torch.Tensor, lows: list[torch.Tensor], need_input: bool = True,
-        into: torch.Tensor | None = None, weights: bool = True,
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:  # fmt: skip
-        """Return the gradient of h (None if not needed; added to `into` if given) and of `params`, trained
-        weights left out without `weights`."""
+        self,
+        dy_NXO: torch.Tensor,
+        h_NXH: torch.Tensor,
+        lows: list[torch.Tensor],
+        need_input: bool = True,
+        into: torch.Tensor | None = None,
+        weights: bool = True,
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Return the gradient of h (None if not needed; added to `into` if given) and of `params`,
+        trained weights left out without `weights`."""
         n, x, _ = dy_NXO.shape
         dy_2d, dh = dy_NXO.view(n * x, -1), into
         if into is not None:
@@ -78,13 +93,18 @@ class Group:
 
 
 class _Rank:
-    """The adapters of a group that have one rank: those of `members`, for each of the group's modules."""
+    """The adapters of a group that have one rank: those of `members`, for each of the group's
+    modules."""
 
-    def __init__(self, adapted: list[tuple[slice, StackedLinear]], k: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, adapted: list[tuple[slice, StackedLinear]], k: int, dtype: torch.dtype
+    ) -> None:
         a, b = [m.A[k] for _, m in adapted], [m.B[k] for _, m in adapted]
         self.params = [*a, *b]
         self.members, self.r, self.master = adapted[0][1].ranks[k], a[0].shape[1], a[0].dtype
-        self.scaling = adapted[0][1].scaling_N[self.members].view(-1, 1, 1)  # in the master type: exact
+        self.scaling = (
+            adapted[0][1].scaling_N[self.members].view(-1, 1, 1)
+        )  # in the master type: exact
         self.a_nrH = torch.cat([p.detach() for p in a], 1).to(dtype)
         self.b = [p.detach().to(dtype) for p in b]
 

@@ -1,7 +1,9 @@
-"""The one loss of every arm: nats per loss-bearing token, a token-weighted mean over a member's whole batch.
+"""The one loss of every arm: nats per loss-bearing token, a token-weighted mean over a member's
+whole batch.
 
 Sums are kept apart from counts and divided once, so micro-batches change nothing but rounding.
-Shapes: N members, X tokens a member, M places a member where the loss looks, H hidden, V vocabulary.
+Shapes: N members, X tokens a member, M places a member where the loss looks, H hidden, V
+vocabulary.
 """
 
 from contextlib import nullcontext
@@ -17,7 +19,8 @@ from lorasweep.models.cpu_llama.linears import Group
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Type of the master weights by precision: bf16 is autocast over fp32 weights, in every arm."""
 LOGITS = 1 << 24
-"""Logits in one chunk of the unembedding: 64 MB, large enough for the products, small enough for the cache."""
+"""Logits in one chunk of the unembedding: 64 MB, large enough for the products, small enough for
+the cache."""
 
 
 def autocast(precision: str, device: torch.device) -> Any:
@@ -39,11 +42,18 @@ def nll_sums(model: Any, batch: Batch, precision: str) -> torch.Tensor:
     n, x = batch.tokens_NX.shape
     hidden_NXH = lean.hidden(batch, dtype)
     at = torch.from_numpy(batch.places_NM) + torch.arange(n)[:, None] * x
-    h_NMH = lean.normed(hidden_NXH.flatten(0, 1).index_select(0, at.flatten())).view(n, at.shape[1], -1)
+    h_NMH = lean.normed(hidden_NXH.flatten(0, 1).index_select(0, at.flatten())).view(
+        n, at.shape[1], -1
+    )
     group = lean.head_group(dtype)
     weight = torch.from_numpy(batch.weight_NM).to(h_NMH.dtype)
     return _HeadNll.apply(
-        h_NMH, group, torch.from_numpy(batch.targets_NM), weight, torch.is_grad_enabled(), *group.params
+        h_NMH,
+        group,
+        torch.from_numpy(batch.targets_NM),
+        weight,
+        torch.is_grad_enabled(),
+        *group.params,
     )
 
 
@@ -59,23 +69,37 @@ def _nll_sums_of_any_model(model: Any, batch: Batch, precision: str) -> torch.Te
 
 
 class _HeadNll(torch.autograd.Function):
-    """Unembedding and cross-entropy in chunks: h [N, M, H] -> summed NLL [N], and its gradient in the same pass.
+    """Unembedding and cross-entropy in chunks: h [N, M, H] -> summed NLL [N], and its gradient in
+    the same pass.
 
-    The whole of the logits never exists: at a vocabulary of 49,152 they are what a small batch spends its time on.
+    The whole of the logits never exists: at a vocabulary of 49,152 they are what a small batch
+    spends its time on.
     """
 
     @staticmethod
-    def forward(ctx: Any, h_NMH: torch.Tensor, group: Group, targets_NM: torch.Tensor, weight_NM: torch.Tensor,
-                grad: bool, *params: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        h_NMH: torch.Tensor,
+        group: Group,
+        targets_NM: torch.Tensor,
+        weight_NM: torch.Tensor,
+        grad: bool,
+        *params: torch.Tensor,
+    ) -> torch.Tensor:
         n, m, _ = h_NMH.shape
         vocab = group.w_OH.shape[0]
         need = grad and any(ctx.needs_input_grad)  # the latter is so under no_grad too
         h = h_NMH.to(group.dtype)
         sums = torch.zeros(n, dtype=h_NMH.dtype, device=h.device)
         dh = torch.empty_like(h_NMH) if need else None
-        kept = torch.empty(n, m, vocab, dtype=h.dtype, device=h.device) if need and group.trained else None
+        kept = (
+            torch.empty(n, m, vocab, dtype=h.dtype, device=h.device)
+            if need and group.trained
+            else None
+        )
         grads: list[torch.Tensor] = []
-        # In fp32 a chunk has the same rows of a member whatever the company, for equality bit for bit; bf16 has none.
+        # In fp32 a chunk has the same rows of a member whatever the company, for equality bit for
+        # bit; bf16 has none.
         share = LOGITS // n if h.dtype == torch.bfloat16 else LOGITS
         rows = max(PAD_TO, share // vocab // PAD_TO * PAD_TO)
         for c in range(0, m, rows):
@@ -96,9 +120,18 @@ class _HeadNll(torch.autograd.Function):
             dpart, more = group.backward(dlogits, part, low, weights=False)
             dh[:, c : c + rows] = dpart
             grads = more if not grads else [a.add_(b) for a, b in zip(grads, more)]
-        if kept is not None:  # one product over all places: sums of rounded chunks would lose digits
-            grads = [torch.mm(kept.view(n * m, -1).T, h.view(n * m, -1)).to(group.trained[0].dtype), *grads]
-        ctx.kept = (dh, grads, [slice(None)] * len(group.trained) + [r.members for r in group.ranks for _ in r.params])
+        if (
+            kept is not None
+        ):  # one product over all places: sums of rounded chunks would lose digits
+            grads = [
+                torch.mm(kept.view(n * m, -1).T, h.view(n * m, -1)).to(group.trained[0].dtype),
+                *grads,
+            ]
+        ctx.kept = (
+            dh,
+            grads,
+            [slice(None)] * len(group.trained) + [r.members for r in group.ranks for _ in r.params],
+        )
         return sums
 
     @staticmethod
@@ -113,7 +146,8 @@ class _HeadNll(torch.autograd.Function):
 
 @torch.no_grad()
 def evaluate(model: Any, batches: list[Batch], n_members: int, precision: str) -> list[float]:
-    """Return the NLL in nats per loss-bearing token of each member over held-out batches (sum over sum)."""
+    """Return the NLL in nats per loss-bearing token of each member over held-out batches (sum over
+    sum)."""
     total = torch.zeros(n_members, dtype=torch.float64)
     for batch in batches:
         total += nll_sums(model, merge([batch] * n_members), precision).double().cpu()
