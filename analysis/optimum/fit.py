@@ -108,6 +108,23 @@ class Optimum:
         return float(np.exp(grid[low])), float(np.exp(grid[high]))
 
 
+def seeds_at_best(o: Optimum) -> int:
+    """Count the seeds at the two rates on both sides of the fitted optimum (without one: about the
+    best rate)."""
+    x = o.curve.x[o.curve.usable]
+    if not len(x):
+        return 0
+    rates = sorted(set(x))
+    y = o.curve.y[o.curve.usable]
+    if o.best_lr.value is not None and rates[0] <= math.log(o.best_lr.value) <= rates[-1]:
+        m = math.log(o.best_lr.value)
+        sides = (max(r for r in rates if r <= m), min(r for r in rates if r >= m))
+        return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in sides)
+    best = min(range(len(rates)), key=lambda k: y[x == rates[k]].mean())
+    around = rates[max(0, best - 1) : best + 2]
+    return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in around)
+
+
 def fit_all(curves: Sequence[Curve], level: float = LEVEL, share: bool = False) -> list[Optimum]:
     """Find the optimum of every curve of a sweep, with noise and misfit pooled over all of them.
 

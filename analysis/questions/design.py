@@ -16,12 +16,12 @@ from scipy import stats
 
 from analysis.inference.decide import MIN_SEEDS, scale_of
 from analysis.inference.estimate import Verdict
-from analysis.measures.ratio import Answer, seeds_at_best
-from analysis.optimum.fit import Optimum
+from analysis.optimum.fit import Optimum, seeds_at_best
 from analysis.optimum.likelihood import Evidence, gather
 from analysis.optimum.posterior import weigh
 from analysis.optimum.valley import linex
 from analysis.questions.base import Findings
+from analysis.questions.ratio_answer import Answer
 from analysis.runs.table import Curve
 
 NOISE, CURVATURE, SKEW, MISFIT = 4e-3, 0.15, 0.5, 0.35

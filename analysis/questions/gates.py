@@ -4,11 +4,11 @@ the look's level."""
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.inference.decide import holm, judge, look_level
+from analysis.inference.decide import MIN_SEEDS, holm, judge, look_level
 from analysis.inference.estimate import Estimate, Verdict
-from analysis.measures.ratio import gates_of, seeds_at_best
-from analysis.optimum.fit import Optimum
+from analysis.optimum.fit import Optimum, seeds_at_best
 from analysis.runs.table import TableError
+from analysis.runs.task import task_problems
 
 
 def verdicts(
@@ -64,3 +64,29 @@ def gates(optima: Sequence[Optimum], missing: str = "") -> list[str]:
 def seeds(optima: Sequence[Optimum]) -> int:
     """Return the fewest seeds at any of the optima."""
     return min((seeds_at_best(o) for o in optima), default=0)
+
+
+def gates_of(optima: list[Optimum]) -> list[str]:
+    """List what forbids a verdict."""
+    found = []
+    for o in optima:
+        stops = [
+            f
+            for f in o.flags
+            if f
+            in (
+                "at_edge",
+                "bounded_by_divergence",
+                "flat",
+                "few_points",
+                "no_usable_points",
+                "no_variance",
+            )
+        ]
+        if stops:
+            found.append(f"{o.curve.name}: {', '.join(stops)}")
+        seeds = seeds_at_best(o)
+        if seeds < MIN_SEEDS:
+            found.append(f"{o.curve.name}: {seeds} seed(s) at the optimum, {MIN_SEEDS} needed")
+    found += task_problems([o.curve for o in optima], [o.best_nll for o in optima])
+    return found

@@ -10,11 +10,11 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, Verdict, number, signed, with_interval
 from analysis.inference.seeds import usual
 from analysis.measures.efficiency import at_best, log_rho, of_curves, read_to, rho
-from analysis.measures.ratio import PARITY, Answer, Ratio, answer_of
 from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Rows, Section
 from analysis.questions.design import lines, suggest
 from analysis.questions.qualify import stalled
+from analysis.questions.ratio_answer import PARITY, Answer, Ratio, answer_of
 
 ESTIMANDS = ("lr_ratio", "lr_drift_per_doubling", PARITY)
 LOG_ESTIMANDS = ("lr_ratio", PARITY)

@@ -16,9 +16,9 @@ import pandas as pd
 
 from analysis.inference.estimate import number
 from analysis.measures.efficiency import at_best
-from analysis.measures.ratio import MIN_GAIN, MIN_REST
 from analysis.optimum.fit import Optimum, fit_all
 from analysis.runs.table import curves
+from analysis.runs.task import MIN_GAIN, MIN_REST
 
 MIN_SLOPE = 0.05
 """Nats that both arms still gain from the last doubling of the updates."""

@@ -14,9 +14,9 @@ import pandas as pd
 
 from analysis.inference.estimate import number, rate, with_interval
 from analysis.measures.efficiency import of_curves
-from analysis.measures.ratio import Answer, answer_of
 from analysis.optimum.fit import Optimum, fit_all
 from analysis.questions import design
+from analysis.questions.ratio_answer import Answer, answer_of
 from analysis.report import plots
 from analysis.report.outside import WITHIN
 from analysis.report.study import parts_of, rows_of

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pandas as pd
 
-from analysis.measures.ratio import MIN_REST
 from analysis.runs.table import TableError
+from analysis.runs.task import MIN_REST
 
 
 def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:

@@ -22,8 +22,8 @@ import numpy as np
 
 from analysis.inference.decide import MIN_SEEDS, judge
 from analysis.inference.estimate import Estimate
-from analysis.measures.ratio import ratio_of, seeds_at_best
-from analysis.optimum.fit import Optimum, fit_sweeps
+from analysis.measures.ratio import ratio_of
+from analysis.optimum.fit import Optimum, fit_sweeps, seeds_at_best
 from analysis.runs.table import Curve
 from analysis.validation.generators import FAMILIES, Design, plant
 

@@ -1,0 +1,206 @@
+"""Is the best LoRA learning rate about 10 times the best full fine-tuning one? The answer in numbers.
+
+Estimands, per model and data set: the ratio of the best rates for each rank and over the ranks of 4
+and more; the drift, the slope of ln(best LoRA rate) per doubling of the rank. With them come the
+NLL gap, and the regret of rules of thumb. `lr_ratio` writes the answer for people.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.decide import holm, judge, look_level
+from analysis.inference.estimate import LEVEL, Estimate, Verdict
+from analysis.inference.meta import Drift, RandomEffects, drift
+from analysis.measures.ratio import MIN_RANK, gap, pool_ratios, ratio_of, rivals
+from analysis.optimum.fit import Optimum, fit_all, seeds_at_best
+from analysis.questions.gates import gates_of
+from analysis.runs.table import Curve, TableError, curves
+
+PARITY = "rho_top_rank"
+"""Estimand that needs learning curves; `lr_ratio` judges it."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """LoRA against full fine-tuning at one rank of one model and data set."""
+
+    group: str
+    rank: int | None
+    """None: over the ranks of MIN_RANK and more."""
+    alpha: float
+    ratio: Estimate
+    gap: Estimate
+    """Best LoRA NLL - best full fine-tuning NLL, nats; from fresh seeds only, paired by seed, where
+    there are."""
+    regrets: dict[str, float | None] = field(default_factory=dict)
+    """NLL lost by a rule of thumb against the tuned rate, nats; None where the rule leaves the
+    tried rates."""
+    at: int | None = None
+    """Place of the LoRA curve among the answer's optima; None over several."""
+    rivals: dict[str, float] = field(default_factory=dict)
+    """The ratio that each rival law in print gives at this width and alpha."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that the question's runs say."""
+
+    optima: list[Optimum]
+    ratios: list[Ratio]
+    drifts: dict[str, Drift]
+    verdicts: list[Verdict]
+    pooled: RandomEffects | None = None
+    """ln ratio over the groups (models, data sets), where two or more have one."""
+    members: dict[str, list[Optimum]] = field(default_factory=dict)
+    """The curves that a verdict's group rests on: full fine-tuning and the ranks of MIN_RANK and
+    more."""
+    of_rates: ClassVar[bool] = True
+
+
+def answer(
+    curves: Sequence[Curve],
+    claims: dict[str, Any],
+    widths: dict[str, int] | None = None,
+    level: float = LEVEL,
+) -> Answer:
+    """Fit all curves of a sweep, form the ratios and judge the claims.
+
+    Args:
+        widths: hidden size by model.
+        level: of the intervals that are held against the margins (see verdicts.look_level).
+    """
+    optima = fit_all(curves)
+    groups: dict[str, list[Optimum]] = {}
+    for o in optima:
+        groups.setdefault(o.curve.group, []).append(o)
+    ratios: list[Ratio] = []
+    drifts: dict[str, Drift] = {}
+    groups_judged: dict[str, list[Optimum]] = {}
+    verdicts: list[Verdict] = []
+    for group, members in groups.items():
+        full = [o for o in members if o.curve.key["method"] == "fullft"]
+        if len(full) > 1:
+            raise TableError(
+                f"{group}: {len(full)} fullft curves, lr_ratio compares with one. Keep one scope, schedule and "
+                "precision a table."
+            )
+        variants: dict[str, list[Optimum]] = {}
+        for o in members:
+            if o.curve.key["method"] == "lora":
+                variants.setdefault(o.curve.variant, []).append(o)
+        if not full or not variants:
+            verdicts += _without_an_arm(group, claims, "fullft" if not full else "lora")
+            continue
+        for variant, lora in variants.items():
+            name = group if len(variants) == 1 else f"{group}; {variant}"
+            alpha = float(lora[0].curve.key.get("alpha", math.nan))
+            width = (widths or {}).get(str(lora[0].curve.key["model"]), 0)
+            place = {id(o): k for k, o in enumerate(optima)}
+            ratios += [
+                dataclasses.replace(_one(name, o, full[0], width), at=place[id(o)]) for o in lora
+            ]
+            high = [o for o in lora if o.curve.key["rank"] >= MIN_RANK]
+            if not high:
+                verdicts += _without_an_arm(name, claims, f"lora at a rank of {MIN_RANK} or more")
+                continue
+            overall = ratio_of(high, full[0])
+            laws = rivals(width, alpha)
+            ratios.append(Ratio(name, None, alpha, overall, Estimate(None), rivals=laws))
+            drifts[name] = _drift(high)
+            groups_judged[name] = [full[0], *high]
+            verdicts += _judge_group(
+                name, claims, high, full[0], overall, drifts[name].slope, laws, level
+            )
+    verdicts = holm(verdicts, 1 - level)  # over the primary claims of all models and data sets
+    overall_ratios = [r.ratio for r in ratios if r.rank is None]
+    pooled = (
+        None if any(";" in r.group for r in ratios) else pool_ratios(overall_ratios)
+    )  # variants share one FullFT curve
+    return Answer(optima, ratios, drifts, verdicts, pooled, groups_judged)
+
+
+def answer_of(table: pd.DataFrame, question: dict[str, Any]) -> Answer:
+    """Fit and judge a sweep's runs under its claims, margins and planned rounds; parity, which
+    needs learning curves, is judged where those are read (questions.lr_ratio)."""
+    claims = {k: v for k, v in question["claims"].items() if v["estimand"] != PARITY}
+    widths = (
+        {}
+        if "hidden_size" not in table
+        else dict(zip(table["model"], table["hidden_size"].fillna(0).astype(int)))
+    )
+    return answer(curves(table), claims, widths, look_level(int(question.get("rounds", 1))))
+
+
+def _without_an_arm(group: str, claims: dict[str, Any], arm: str) -> list[Verdict]:
+    gate = [f"no curve of {arm}"]
+    return [
+        judge(name, claim, group, Estimate(None), gate, 0, True) for name, claim in claims.items()
+    ]
+
+
+def _one(group: str, lora: Optimum, full: Optimum, width: int) -> Ratio:
+    alpha = float(lora.curve.key.get("alpha", math.nan))
+    base = full.best_lr.value
+    rules = {"FullFT's best LR": 1.0, "10 x FullFT's best LR": 10.0}
+    regrets = {name: lora.regret(k * base) if base else None for name, k in rules.items()}
+    estimate = ratio_of([lora], full)
+    estimate = dataclasses.replace(estimate, flags=(*lora.flags, *full.flags))
+    return Ratio(
+        group,
+        int(lora.curve.key["rank"]),
+        alpha,
+        estimate,
+        gap(lora, full),
+        regrets,
+        rivals(width, alpha),
+    )
+
+
+def _drift(lora: Sequence[Optimum]) -> Drift:
+    """Drift over ranks whose optimum has an interval; none if any is missing, since those at an
+    edge are no accident."""
+    n = sum(o.best_lr.n for o in lora)
+    known = [o for o in lora if o.best_lr.draws is not None]
+    if len(known) < len(lora):
+        known = []
+    return drift([o.curve.key["rank"] for o in known], [np.log(o.best_lr.draws) for o in known], n)
+
+
+def _judge_group(
+    group: str,
+    claims: dict[str, Any],
+    lora: list[Optimum],
+    full: Optimum,
+    overall: Estimate,
+    drift: Estimate,
+    laws: dict[str, float],
+    level: float,
+) -> list[Verdict]:
+    every = [full, *lora]
+    gates = gates_of(every)
+    seeds = min(seeds_at_best(o) for o in every)
+    known = {
+        "lr_ratio": (overall, gates),
+        "lr_drift_per_doubling": (drift, _drift_gates(gates_of(lora), lora)),
+    }
+    verdicts = []
+    for name, claim in claims.items():
+        if claim["estimand"] not in known:
+            raise TableError(
+                f"claim {name!r}: lr_ratio measures {', '.join(known)}, not {claim['estimand']!r}."
+            )
+        estimate, stops = known[claim["estimand"]]
+        log = claim["estimand"] == "lr_ratio"
+        claim = {**claim, "rivals": {**(claim.get("rivals") or {}), **laws}} if log else claim
+        verdicts.append(judge(name, claim, group, estimate, stops, seeds, log, level))
+    return verdicts
+
+
+def _drift_gates(gates: list[str], lora: list[Optimum]) -> list[str]:
+    return gates if len(lora) >= 2 else [*gates, "one rank only"]

@@ -1,0 +1,33 @@
+"""Does a task leave room to tell two methods apart? Known where its floor is known.
+
+A floor is the NLL of the generator that wrote the data: no model gets below it.
+"""
+
+import math
+from collections.abc import Sequence
+
+from analysis.runs.table import Curve
+
+MIN_GAIN = 0.3
+"""A task qualifies only if the untrained model's NLL is at least this far above its floor, in nats
+..."""
+MIN_REST = 0.2
+"""... and the best run keeps at least this share of that excess: a solved task says nothing of
+learning rates."""
+
+
+def task_problems(curves: Sequence[Curve], best: Sequence[float | None]) -> list[str]:
+    """Say why the task is unfit for the question, where its floor is known (science:
+    qualification)."""
+    start, floor = curves[0].nll_start, curves[0].floor
+    lowest = min((b for b in best if b is not None), default=math.nan)
+    if not (math.isfinite(start) and math.isfinite(floor) and math.isfinite(lowest)):
+        return []
+    found = []
+    if start - floor < MIN_GAIN:
+        found.append(
+            f"task: the base starts {start - floor:.2f} nats above the floor, {MIN_GAIN} needed"
+        )
+    elif (lowest - floor) / (start - floor) < MIN_REST:
+        found.append("task: nearly solved, less than a fifth of the starting excess is left")
+    return found
