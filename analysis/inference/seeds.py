@@ -19,14 +19,14 @@ from analysis.inference.estimate import LEVEL, N_DRAWS, Estimate, from_draws
 
 
 @dataclass(frozen=True)
-class Usual:
+class PooledVariance:
     """The variance over seeds that is usual among samples of one kind, and its degrees of freedom."""
 
     var: float
     df: float
 
 
-def usual(samples: Sequence[Sequence[float]]) -> Usual | None:
+def pooled_variance(samples: Sequence[Sequence[float]]) -> PooledVariance | None:
     """Return what samples of one kind say of each one's variance: the median of theirs, each over
     the median of chi^2 / df; None for fewer than two with two values."""
     known = [np.asarray(s, float) for s in samples if len(s) > 1 and np.isfinite(s).all()]
@@ -35,14 +35,14 @@ def usual(samples: Sequence[Sequence[float]]) -> Usual | None:
     var = float(
         np.median([np.var(s, ddof=1) * (len(s) - 1) / stats.chi2.median(len(s) - 1) for s in known])
     )
-    return Usual(var, float(sum(len(s) - 1 for s in known)))
+    return PooledVariance(var, float(sum(len(s) - 1 for s in known)))
 
 
 def from_sample(
     values: Sequence[float],
     log: bool = False,
     flags: tuple[str, ...] = (),
-    kind: Usual | None = None,
+    pooled: PooledVariance | None = None,
     shifts: Sequence[float] = (),
 ) -> Estimate:
     """Return the mean of independent values (seeds), or their geometric mean, with its interval; no
@@ -61,7 +61,10 @@ def from_sample(
         return Estimate(None, flags=flags)
     if len(x) < 2:
         return Estimate(float(back(x.mean())), n=len(x), flags=flags)
-    spreads = [(float(np.var(x, ddof=1)), len(x) - 1.0), *([(kind.var, kind.df)] if kind else [])]
+    spreads = [
+        (float(np.var(x, ddof=1)), len(x) - 1.0),
+        *([(pooled.var, pooled.df)] if pooled else []),
+    ]
     var, df = max(
         spreads, key=lambda told: math.sqrt(told[0]) * stats.t.ppf(0.5 + LEVEL / 2, told[1])
     )

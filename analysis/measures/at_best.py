@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate
-from analysis.inference.seeds import Usual, from_sample
+from analysis.inference.seeds import PooledVariance, from_sample
 from analysis.optimum.fit import Optimum
 
 T, U, V = TypeVar("T"), TypeVar("U"), TypeVar("V")
@@ -62,7 +62,7 @@ class AtBest(Generic[T]):
 
 
 def over_seeds(
-    values: AtBest[float], kind: Usual | None = None, flags: tuple[str, ...] = ()
+    values: AtBest[float], pooled: PooledVariance | None = None, flags: tuple[str, ...] = ()
 ) -> Estimate:
     """Return the mean over seeds, its interval for the spread of the seeds and the doubt about the
     best rates together; no interval where more than UNREAD of the likely rates say nothing."""
@@ -74,7 +74,7 @@ def over_seeds(
         return Estimate(
             float(np.mean(sample)), n=len(sample), flags=(*flags, "unread_at_likely_rates")
         )
-    return from_sample(sample, kind=kind, shifts=shifts, flags=flags)
+    return from_sample(sample, pooled=pooled, shifts=shifts, flags=flags)
 
 
 def likely_rates(o: Optimum, which: int) -> list[float]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, exp_of
-from analysis.inference.seeds import Usual
+from analysis.inference.seeds import PooledVariance
 from analysis.measures.at_best import AtBest, over_seeds, values_at_best
 from analysis.optimum.fit import Optimum
 
@@ -54,7 +54,9 @@ def log_rho(one: AtBest[Points], other: AtBest[Points]) -> AtBest[float]:
     return one.paired(other, of)
 
 
-def rho(lora: AtBest[Points], full: AtBest[Points], kind: Usual | None = None) -> Estimate:
+def rho(
+    lora: AtBest[Points], full: AtBest[Points], pooled: PooledVariance | None = None
+) -> Estimate:
     """Return rho from held-out curves (step 0 and the last evaluation left out), paired by seed.
 
     Steps are counted to the lowest loss that both reach: LoRA's last one, or full fine-tuning's
@@ -74,7 +76,7 @@ def rho(lora: AtBest[Points], full: AtBest[Points], kind: Usual | None = None) -
             (max(values) if bounds == {-1} else None),
         )
         return Estimate(None, low, high, len(found), ("one is there at its first evaluation",))
-    return exp_of(over_seeds(log_rho(lora, full), kind))
+    return exp_of(over_seeds(log_rho(lora, full), pooled))
 
 
 def of_curves(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Estimate | None]:

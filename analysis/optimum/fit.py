@@ -20,14 +20,14 @@ from analysis.optimum import valley
 from analysis.optimum.likelihood import (
     MIN_DF,
     MIN_RATES,
-    Evidence,
+    Likelihood,
     bottom,
     growth_of,
     n_rates,
     of_curve,
     pools,
-    trust_of,
-    wall,
+    weights_of,
+    first_diverged,
     without_collapse,
 )
 from analysis.optimum.posterior import Pooled, Posterior, weigh
@@ -35,7 +35,7 @@ from analysis.runs.table import Curve
 
 FEW_RATES = 5
 """Below this many a curve is flagged 'few_points', and no verdict rests on it."""
-MIN_RATES_KIN = 3
+MIN_RATES_WITH_PRIOR = 3
 """The same where two or more related curves lend it their shape."""
 CHECK_RATIO = 1.3
 """A narrow cubic whose minimum lies outside the interval and differs by more raises the flag
@@ -58,14 +58,14 @@ class Optimum:
     """1: the optimum may lie above the rates tried, -1: below; 0: between them, or on either side
     (flat)."""
     posterior: Posterior | None = field(default=None, repr=False)
-    evidence: Evidence | None = field(default=None, repr=False)
+    likelihood: Likelihood | None = field(default=None, repr=False)
 
     @functools.cached_property
     def shape(self) -> valley.Shape | None:
         """The likeliest valley with its minimum at the posterior's median; None without a fit."""
         if self.posterior is None:
             return None
-        e, m = self.evidence, float(self.posterior.quantile(0.5))
+        e, m = self.likelihood, float(self.posterior.quantile(0.5))
         return valley.likeliest(
             e.x, e.root, e.root @ e.loss, m, self.pooled.noise, self.pooled.misfit
         )
@@ -139,41 +139,41 @@ def fit_sweeps(
     """The same for many sweeps, none of which knows of the others."""
     trimmed = [[without_collapse(c) for c in curves] for curves in sweeps]
     parts = [(i, part) for i, curves in enumerate(trimmed) for part in pools(curves)]
-    gathered: list[dict[int, Evidence]] = []
-    trusts: list[dict[int, np.ndarray]] = []
+    gathered: list[dict[int, Likelihood]] = []
+    all_weights: list[dict[int, np.ndarray]] = []
     for i, part in parts:
         mine = [trimmed[i][k] for k in part]
-        trusts.append(dict(zip(part, trust_of(mine))))
-        growth = growth_of(mine, list(trusts[-1].values()))
+        all_weights.append(dict(zip(part, weights_of(mine))))
+        growth = growth_of(mine, list(all_weights[-1].values()))
         gathered.append(
             {
-                k: of_curve(trimmed[i][k], growth, trusts[-1][k])
+                k: of_curve(trimmed[i][k], growth, all_weights[-1][k])
                 for k in part
                 if n_rates(trimmed[i][k]) >= MIN_RATES
             }
         )
-    kin: list[list[valley.Kin | None]] | None = None
+    shape_priors: list[list[valley.ShapePrior | None]] | None = None
     if share:
-        kin = []
+        shape_priors = []
         for n, ((i, part), (posteriors, pooled)) in enumerate(
             zip(parts, weigh([list(g.values()) for g in gathered]))
         ):
             shapes = _shapes(trimmed[i], gathered[n], posteriors, pooled)
-            friends = {
-                k: _kin(k, trimmed[i], shapes)
+            priors = {
+                k: _shape_prior(k, trimmed[i], shapes)
                 for k in part
-                if n_rates(trimmed[i][k]) >= MIN_RATES_KIN
+                if n_rates(trimmed[i][k]) >= MIN_RATES_WITH_PRIOR
             }
-            growth = growth_of([trimmed[i][k] for k in part], list(trusts[n].values()))
+            growth = growth_of([trimmed[i][k] for k in part], list(all_weights[n].values()))
             gathered[n] = {
-                k: of_curve(trimmed[i][k], growth, trusts[n][k])
-                for k, friend in friends.items()
-                if friend is not None or n_rates(trimmed[i][k]) >= MIN_RATES
+                k: of_curve(trimmed[i][k], growth, all_weights[n][k])
+                for k, prior in priors.items()
+                if prior is not None or n_rates(trimmed[i][k]) >= MIN_RATES
             }
-            kin.append([friends[k] for k in gathered[n]])
+            shape_priors.append([priors[k] for k in gathered[n]])
     out: list[list[Optimum | None]] = [[None] * len(curves) for curves in trimmed]
     for (i, part), told, (posteriors, pooled) in zip(
-        parts, gathered, weigh([list(g.values()) for g in gathered], kin)
+        parts, gathered, weigh([list(g.values()) for g in gathered], shape_priors)
     ):
         found = dict(zip(told, posteriors))
         for k in part:
@@ -186,7 +186,7 @@ def fit_sweeps(
 
 def _shapes(
     curves: Sequence[Curve],
-    told: dict[int, Evidence],
+    told: dict[int, Likelihood],
     posteriors: Sequence[Posterior],
     pooled: Pooled,
 ) -> dict[int, valley.Shape]:
@@ -199,18 +199,24 @@ def _shapes(
     return out
 
 
-def _kin(k: int, curves: Sequence[Curve], shapes: dict[int, valley.Shape]) -> valley.Kin | None:
+def _shape_prior(
+    k: int, curves: Sequence[Curve], shapes: dict[int, valley.Shape]
+) -> valley.ShapePrior | None:
     """Say what the others that differ from a curve in their rank only say of its shape: empirical
     Bayes.
 
     Their asymmetry and curvature give mean and spread (at least 0.2 and 15%); fewer than two others
     say nothing.
     """
-    found = [s for j, s in shapes.items() if j != k and _kind(curves[j]) == _kind(curves[k])]
+    found = [
+        s
+        for j, s in shapes.items()
+        if j != k and _key_but_rank(curves[j]) == _key_but_rank(curves[k])
+    ]
     if len(found) < 2:
         return None
     a, c = np.array([s.a for s in found]), np.log([s.c for s in found])
-    return valley.Kin(
+    return valley.ShapePrior(
         float(a.mean()),
         max(float(a.std(ddof=1)), 0.2),
         float(np.exp(c.mean())),
@@ -218,7 +224,7 @@ def _kin(k: int, curves: Sequence[Curve], shapes: dict[int, valley.Shape]) -> va
     )
 
 
-def _kind(curve: Curve) -> tuple:
+def _key_but_rank(curve: Curve) -> tuple:
     return tuple(sorted((k, str(v)) for k, v in curve.key.items() if k != "rank"))
 
 
@@ -227,7 +233,7 @@ def _kind(curve: Curve) -> tuple:
 
 def _optimum(
     curve: Curve,
-    evidence: Evidence | None,
+    likelihood: Likelihood | None,
     posterior: Posterior | None,
     pooled: Pooled,
     level: float,
@@ -238,7 +244,7 @@ def _optimum(
             curve, Estimate(None, flags=("no_usable_points",)), None, ("no_usable_points",)
         )
     rates = np.array(sorted(set(x)))
-    means = np.array([y[x == v].mean() for v in rates]) if evidence is None else evidence.loss
+    means = np.array([y[x == v].mean() for v in rates]) if likelihood is None else likelihood.loss
     best = bottom(means)
     lowest = float(np.mean(y[x == rates[best]]))
     flags = [] if len(rates) >= FEW_RATES else ["few_points"]
@@ -258,7 +264,7 @@ def _optimum(
             pooled=pooled,
             open_side=1 if best and len(rates) > 1 else -1,
         )
-    if evidence is None:
+    if likelihood is None:
         around = Estimate(
             None, math.exp(rates[best - 1]), math.exp(rates[best + 1]), len(x), tuple(flags)
         )
@@ -285,7 +291,7 @@ def _optimum(
         pooled,
         side,
         posterior,
-        evidence,
+        likelihood,
     )
 
 
@@ -302,7 +308,7 @@ def _answer(
     rates tried."""
     low, high = ends
     open_low, open_high = low < rates[0], high > rates[-1]
-    end = wall(curve)
+    end = first_diverged(curve)
     if not (open_low or open_high):
         if not known:
             return Estimate(math.exp(m)), []
@@ -330,7 +336,7 @@ def _edge(curve: Curve, rates: np.ndarray, best: int, low: float, high: float) -
     It reaches to the neighbour inside, or further where the noise leaves that open (low, high: ends
     of the posterior, ln(lr)), and outside to a rate that broke down, if one is known.
     """
-    end = wall(curve)
+    end = first_diverged(curve)
     if best == 0 and len(rates) > 1:
         inner = max(rates[1], high) if math.isfinite(high) else rates[1]
         if inner >= rates[-1] and len(rates) > 2:

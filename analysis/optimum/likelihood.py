@@ -47,7 +47,7 @@ def bottom(loss: np.ndarray) -> int:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Likelihood:
     """What one curve's usable runs say of the loss at its rates, each block's common shift taken
     out."""
 
@@ -60,7 +60,7 @@ class Evidence:
     squares: float
     """Sum of squares of repeats about it: sigma^2 times a chi^2 of `df`."""
     df: int
-    wall: float = math.inf
+    first_diverged: float = math.inf
     """ln of the lowest rate above that broke down: the minimum is not beyond."""
 
     @property
@@ -87,21 +87,21 @@ def gather(
     x: np.ndarray,
     y: np.ndarray,
     block: np.ndarray,
-    wall: float = math.inf,
+    first_diverged: float = math.inf,
     growth: float = 0.0,
-    trust: np.ndarray | None = None,
-) -> Evidence:
+    weights: np.ndarray | None = None,
+) -> Likelihood:
     """Sum up runs: ln(lr) x, losses y, and the block (runs that share a shift, such as a seed's
     batches), all [n].
 
-    growth: noise's standard deviation rises as lr^growth about the best rate. trust: each run's
-    precision beside others. Where blocks do not hang together (every run has a seed of its own),
+    growth: noise's standard deviation rises as lr^growth about the best rate. weights: each run's
+    precision, 1 for a steady one. Where blocks do not hang together (every run has a seed of its own),
     shifts cannot be told from the curve: they then count as noise.
     """
     rates, at = np.unique(x, return_inverse=True)
     means = np.bincount(at, y) / np.bincount(at)
     weight = np.exp(-2 * growth * (rates - rates[bottom(means)]))[at] * (
-        1.0 if trust is None else trust
+        1.0 if weights is None else weights
     )
     precision, right = np.zeros((len(rates), len(rates))), np.zeros(len(rates))
     blocks = [np.flatnonzero(block == b) for b in np.unique(block)]
@@ -115,12 +115,12 @@ def gather(
     if (
         known.sum() < len(rates) - 1 and len(blocks) > 1
     ):  # blocks that share no rate say nothing of each other
-        return gather(x, y, np.zeros(len(x), int), wall, growth, trust)
+        return gather(x, y, np.zeros(len(x), int), first_diverged, growth, weights)
     loss = axes[:, known] @ ((axes[:, known].T @ right) / size[known])
     squares = sum(_about(weight[r], y[r] - loss[at[r]]) for r in blocks)
     df = len(y) - len(blocks) - int(known.sum())
-    return Evidence(
-        rates, loss, (axes[:, known] * np.sqrt(size[known])).T, float(squares), df, wall
+    return Likelihood(
+        rates, loss, (axes[:, known] * np.sqrt(size[known])).T, float(squares), df, first_diverged
     )
 
 
@@ -128,13 +128,15 @@ def _about(w: np.ndarray, rest: np.ndarray) -> float:
     return float(w @ (rest - (w @ rest) / w.sum()) ** 2)
 
 
-def of_curve(curve: Curve, growth: float, trust: np.ndarray | None = None) -> Evidence:
-    """Sum up a curve's usable runs; `trust` is theirs."""
+def of_curve(curve: Curve, growth: float, weights: np.ndarray | None = None) -> Likelihood:
+    """Sum up a curve's usable runs; `weights` are theirs."""
     use = curve.usable
-    return gather(curve.x[use], curve.y[use], curve.block[use], wall(curve), growth, trust)
+    return gather(
+        curve.x[use], curve.y[use], curve.block[use], first_diverged(curve), growth, weights
+    )
 
 
-def trust_of(curves: Sequence[Curve]) -> list[np.ndarray]:
+def weights_of(curves: Sequence[Curve]) -> list[np.ndarray]:
     """Return the precision of every curve's usable runs beside that of the sweep's others: below 1
     at a rate above the best one whose repeats lie so far apart that some of them had begun to break
     down.
@@ -167,7 +169,7 @@ def trust_of(curves: Sequence[Curve]) -> list[np.ndarray]:
             )
     if len(cells) < MIN_DF:
         return out
-    usual = float(
+    typical = float(
         np.median(
             [var / allowed * df / stats.chi2.median(df) for _, _, df, var, allowed, _ in cells]
         )
@@ -176,35 +178,35 @@ def trust_of(curves: Sequence[Curve]) -> list[np.ndarray]:
     for k, runs, df, var, allowed, above in cells:
         if (
             above
-            and usual > 0
-            and stats.f.sf(var / allowed / usual, df, total) < UNSTEADY / len(cells)
+            and typical > 0
+            and stats.f.sf(var / allowed / typical, df, total) < UNSTEADY / len(cells)
         ):
-            out[k][runs] = usual / var
+            out[k][runs] = typical / var
     return out
 
 
-def wall(curve: Curve) -> float:
+def first_diverged(curve: Curve) -> float:
     """ln of the lowest rate above all usable ones that broke down; infinite without one."""
     top = max(curve.x[curve.usable], default=-math.inf)
     return float(min(curve.x[~curve.usable & (curve.x > top)], default=math.inf))
 
 
-def growth_of(curves: Sequence[Curve], trusts: Sequence[np.ndarray]) -> float:
+def growth_of(curves: Sequence[Curve], all_weights: Sequence[np.ndarray]) -> float:
     """Return how the noise grows with the rate, by the likelihood of repeats near the bottoms of a
     sweep's valleys; unsteady ones left out."""
     far, rest, df = [], [], 0
-    for c, trust in zip(curves, trusts):
+    for c, weights in zip(curves, all_weights):
         x, y, block = c.x[c.usable], c.y[c.usable], c.block[c.usable]
         if not len(x):
             continue
-        e = gather(x, y, block, trust=trust)
+        e = gather(x, y, block, weights=weights)
         if not e.df:
             continue
         at = np.searchsorted(e.x, x)
         left = y - e.loss[at]
         for b in np.unique(block):
             left[block == b] -= left[block == b].mean()
-        near = (np.bincount(at)[at] >= 2) & (np.abs(at - e.best) <= 2) & (trust == 1)
+        near = (np.bincount(at)[at] >= 2) & (np.abs(at - e.best) <= 2) & (weights == 1)
         far += list(x[near] - e.x[e.best])
         rest += list(left[near])
         df += e.df

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.optimum import valley
-from analysis.optimum.likelihood import Evidence
-from analysis.optimum.valley import Kin
+from analysis.optimum.likelihood import Likelihood
+from analysis.optimum.valley import ShapePrior
 
 N_DRAWS = 4000
 _STEPS, _PAD = 57, 0.7
@@ -59,8 +59,8 @@ class Pooled:
 
 
 def weigh(
-    sweeps: Sequence[Sequence[Evidence]],
-    kin: Sequence[Sequence[Kin | None]] | None = None,
+    sweeps: Sequence[Sequence[Likelihood]],
+    shape_priors: Sequence[Sequence[ShapePrior | None]] | None = None,
     misfit: float | None = None,
 ) -> list[tuple[list[Posterior], Pooled]]:
     """Return each sweep's posteriors, one a curve, and its pooled noise. Curves of one design are
@@ -71,9 +71,9 @@ def weigh(
     sigmas = [_sigmas(s) for s in sweeps]
     flat = [e for sweep in sweeps for e in sweep]
     own = [levels for sweep, levels in zip(sweeps, sigmas) for _ in sweep]
-    friends = [k for row in kin for k in row] if kin else [None] * len(flat)
+    priors = [k for row in shape_priors for k in row] if shape_priors else [None] * len(flat)
     grids = [_near(e) for e in flat]
-    logs = _all_logs(flat, grids, own, friends)
+    logs = _all_logs(flat, grids, own, priors)
     for wide in (False, True):
         found, start = [], 0
         for sweep, levels in zip(sweeps, sigmas):
@@ -87,13 +87,13 @@ def weigh(
         for k in again:
             grids[k] = _everywhere(flat[k])
         for k, log in zip(
-            again, _all_logs(*([seq[k] for k in again] for seq in (flat, grids, own, friends)))
+            again, _all_logs(*([seq[k] for k in again] for seq in (flat, grids, own, priors)))
         ):
             logs[k] = log
     return found
 
 
-def _sigmas(sweep: Sequence[Evidence]) -> np.ndarray:
+def _sigmas(sweep: Sequence[Likelihood]) -> np.ndarray:
     """Levels of noise to average over: about what repeats say, or wide where there are few."""
     if not sweep:
         return np.ones(1)
@@ -105,43 +105,43 @@ def _sigmas(sweep: Sequence[Evidence]) -> np.ndarray:
     return scale * np.geomspace(1e-4, 0.5, 12)
 
 
-def _everywhere(e: Evidence) -> np.ndarray:
-    return np.linspace(e.x[0] - _PAD, min(e.x[-1] + _PAD, e.wall), 2 * _STEPS)
+def _everywhere(e: Likelihood) -> np.ndarray:
+    return np.linspace(e.x[0] - _PAD, min(e.x[-1] + _PAD, e.first_diverged), 2 * _STEPS)
 
 
-def _near(e: Evidence) -> np.ndarray:
+def _near(e: Likelihood) -> np.ndarray:
     """Minima to try: from two rates below the best one to two above."""
     low = e.x[e.best - 2] if e.best >= 2 else e.x[0] - _PAD
     high = e.x[e.best + 2] if e.best + 2 < len(e.x) else e.x[-1] + _PAD
-    return np.linspace(low, min(high, e.wall), _STEPS)
+    return np.linspace(low, min(high, e.first_diverged), _STEPS)
 
 
 def _all_logs(
-    evidence: list[Evidence],
+    likelihoods: list[Likelihood],
     grids: list[np.ndarray],
     sigmas: list[np.ndarray],
-    kin: list[Kin | None],
+    shape_priors: list[ShapePrior | None],
 ) -> list[np.ndarray]:
     """Log likelihoods [S, T, M] of many curves; those of one design share their tables and are done
     in one go."""
     groups: dict[tuple, list[int]] = {}
-    for k, (e, m) in enumerate(zip(evidence, grids)):
+    for k, (e, m) in enumerate(zip(likelihoods, grids)):
         design = tuple(np.round(v, 9).tobytes() for v in (e.x - e.x[0], e.root, m - e.x[0]))
-        groups.setdefault((*design, len(sigmas[k]), kin[k]), []).append(k)
-    out: list[np.ndarray] = [np.empty(0)] * len(evidence)
+        groups.setdefault((*design, len(sigmas[k]), shape_priors[k]), []).append(k)
+    out: list[np.ndarray] = [np.empty(0)] * len(likelihoods)
     for members in groups.values():
-        first = evidence[members[0]]
+        first = likelihoods[members[0]]
         t = valley.tables(first.x, first.root, grids[members[0]])
         for at in range(0, len(members), _CHUNK):
             part = members[at : at + _CHUNK]
-            z = np.array([evidence[k].root @ evidence[k].loss for k in part])
+            z = np.array([likelihoods[k].root @ likelihoods[k].loss for k in part])
             noise = np.array([sigmas[k] for k in part])
-            for k, log in zip(part, valley.log_likelihood(t, z, noise, kin[members[0]])):
-                out[k] = log + _inside(evidence[k], grids[k], sigmas[k])[:, None, :]
+            for k, log in zip(part, valley.log_likelihood(t, z, noise, shape_priors[members[0]])):
+                out[k] = log + _inside(likelihoods[k], grids[k], sigmas[k])[:, None, :]
     return out
 
 
-def _inside(e: Evidence, m: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+def _inside(e: Likelihood, m: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
     """0 where a minimum is possible at all for a noise, [S, M], and next to nothing elsewhere: the
     wandering curvature would else allow a second, lower bottom at a rate that was tried."""
     ends = [e.bracket(float(s)) for s in sigmas]
@@ -149,7 +149,7 @@ def _inside(e: Evidence, m: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
 
 
 def _pool(
-    sweep: Sequence[Evidence],
+    sweep: Sequence[Likelihood],
     sigmas: np.ndarray,
     logs: Sequence[np.ndarray],
     grids: Sequence[np.ndarray],

@@ -54,7 +54,7 @@ def linex(u: np.ndarray, a: float | np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Kin:
+class ShapePrior:
     """What related curves say of a curve's shape: asymmetry a with its spread, curvature c with its
     relative one."""
 
@@ -122,18 +122,18 @@ def _tables(x_key: bytes, root_key: bytes, m_key: bytes, d: int) -> Tables:
 
 
 def log_likelihood(
-    t: Tables, z: np.ndarray, sigmas: np.ndarray, kin: "Kin | None" = None
+    t: Tables, z: np.ndarray, sigmas: np.ndarray, prior: ShapePrior | None = None
 ) -> np.ndarray:
     """Return the log likelihood of curves z [C, D] over (sigma, tau, m): [C, S, T, M]; sigmas is
     [C, S].
 
     The curvature c is the best one for each (sigma, tau, m, a); a is averaged over its prior.
-    `kin`: curves thought to share both, instead of priors that fit any valley.
+    `prior`: what related curves have shown; without it, priors that fit any valley.
     """
     turned = np.einsum("madj,cj->cmad", t.turn, z)
-    weight = -0.5 * ((_A - (kin.a if kin else A_MEAN)) / (kin.a_sd if kin else A_SD)) ** 2
-    pin = 1 / (kin.c * kin.c_spread) ** 2 if kin else 0.0
-    aim = kin.c * pin if kin else 0.0
+    weight = -0.5 * ((_A - (prior.a if prior else A_MEAN)) / (prior.a_sd if prior else A_SD)) ** 2
+    pin = 1 / (prior.c * prior.c_spread) ** 2 if prior else 0.0
+    aim = prior.c * pin if prior else 0.0
     plain = np.maximum((turned * t.shape).sum(-1) / (t.shape**2).sum(-1), _C_MIN)
     out = np.empty((*sigmas.shape, len(TAUS), len(t.m)))
     for i in range(sigmas.shape[1]):
@@ -150,8 +150,8 @@ def log_likelihood(
             variance = (tau * c)[..., None] ** 2 * t.spread + noise
             rest = turned - c[..., None] * t.shape
             log = -0.5 * (rest * rest / variance + np.log(variance)).sum(-1) + weight
-            if kin:
-                log = log - 0.5 * pin * (c - kin.c) ** 2
+            if prior:
+                log = log - 0.5 * pin * (c - prior.c) ** 2
             top = log.max(-1)
             out[:, i, j] = top + np.log(np.exp(log - top[..., None]).sum(-1))
     return out

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, exp_of, number, rate, signed, with_interval
-from analysis.inference.seeds import Usual, usual
+from analysis.inference.seeds import PooledVariance, pooled_variance
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import at_best, log_rho
 from analysis.optimum.fit import Optimum, fit_all
@@ -48,7 +48,7 @@ class Cell:
     lora: Optimum
     full: Optimum
     logs: AtBest[float]
-    kin: Usual | None = None
+    pooled: PooledVariance | None = None
     """What the spread over seeds is in all cells together."""
 
     @property
@@ -62,7 +62,7 @@ class Cell:
         """rho over the seeds; a bound where full fine-tuning never gets there."""
         logs = self.logs.best
         if logs and not self.bound:
-            return exp_of(over_seeds(self.logs, self.kin))
+            return exp_of(over_seeds(self.logs, self.pooled))
         known = [v for v in logs.values() if math.isfinite(v)]
         below = any(v == -math.inf for v in logs.values())
         ends = (
@@ -89,8 +89,10 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
             found.append(
                 Cell(int(o.curve.key["batch_size"]), int(o.curve.key["rank"]), o, full[0], logs)
             )
-    kin = usual([list(c.logs.best.values()) for c in found])
-    return sorted((dataclasses.replace(c, kin=kin) for c in found), key=lambda c: (c.rank, c.batch))
+    pooled = pooled_variance([list(c.logs.best.values()) for c in found])
+    return sorted(
+        (dataclasses.replace(c, pooled=pooled) for c in found), key=lambda c: (c.rank, c.batch)
+    )
 
 
 def slopes_of(cells: Sequence[Cell]) -> AtBest[float]:
@@ -113,9 +115,9 @@ def slopes_of(cells: Sequence[Cell]) -> AtBest[float]:
     return AtBest(known(together.best), tuple(map(known, together.likely)))
 
 
-def slope(cells: Sequence[Cell], kin: Usual | None = None) -> Estimate:
+def slope(cells: Sequence[Cell], pooled: PooledVariance | None = None) -> Estimate:
     """Return the slope's mean over seeds with its interval; none with fewer than two seeds."""
-    return over_seeds(slopes_of(cells), kin)
+    return over_seeds(slopes_of(cells), pooled)
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -211,14 +213,16 @@ def _gates(cells: Sequence[Cell], absent: str) -> list[str]:
 def _by_rank(cells: Sequence[Cell], ranks: Sequence[int]) -> dict[int, Estimate]:
     """Slopes by rank."""
     mine = {r: [c for c in cells if c.rank == r] for r in ranks}
-    return {r: slope(part, _usual_slope(part)) for r, part in mine.items()}
+    return {r: slope(part, _pooled_slope(part)) for r, part in mine.items()}
 
 
-def _usual_slope(cells: Sequence[Cell], times: int = 1) -> Usual | None:
+def _pooled_slope(cells: Sequence[Cell], times: int = 1) -> PooledVariance | None:
     """What the cells' own spread over seeds makes of a slope's; `times`: of a sum of so many."""
-    kin = cells[0].kin if cells else None
+    pooled = cells[0].pooled if cells else None
     far = float(np.var(np.log2([c.batch for c in cells])) * len(cells)) if cells else 0.0
-    return None if kin is None or far == 0 else Usual(times * kin.var / far, kin.df)
+    return (
+        None if pooled is None or far == 0 else PooledVariance(times * pooled.var / far, pooled.df)
+    )
 
 
 def _difference(cells: Sequence[Cell], ranks: Sequence[int]) -> Estimate:
@@ -228,8 +232,8 @@ def _difference(cells: Sequence[Cell], ranks: Sequence[int]) -> Estimate:
     by_rank = [[c for c in cells if c.rank == r] for r in (ranks[-1], ranks[0])]
     batches = {c.batch for c in by_rank[0]} & {c.batch for c in by_rank[1]}
     high, low = (slopes_of([c for c in part if c.batch in batches]) for part in by_rank)
-    kin = _usual_slope([c for c in by_rank[0] if c.batch in batches], 2)
-    return over_seeds(high.paired(low, lambda a, b: a - b), kin)
+    pooled = _pooled_slope([c for c in by_rank[0] if c.batch in batches], 2)
+    return over_seeds(high.paired(low, lambda a, b: a - b), pooled)
 
 
 def _at(cells: Sequence[Cell], batch: int) -> tuple[Estimate, list[Cell]]:

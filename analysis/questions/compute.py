@@ -26,7 +26,7 @@ from analysis.inference.estimate import (
     rate,
     with_interval,
 )
-from analysis.inference.seeds import usual
+from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import AtBest, same, values_at_best
 from analysis.measures.efficiency import Points, at_best, log_rho, rho
 from analysis.optimum.fit import Optimum, fit_all
@@ -76,7 +76,9 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         float(np.mean([points[-1][1] for points in goal.best.values()])) if goal.best else -np.inf
     )
     tuned = _to_loss(table, optima, level)
-    kin = usual([list(log_rho(goal, points).best.values()) for _, _, points in tuned.values()])
+    pooled = pooled_variance(
+        [list(log_rho(goal, points).best.values()) for _, _, points in tuned.values()]
+    )
     base = [r["step_s"] for r in _timed(table, "fullft", None)]
     rows = [
         [
@@ -98,7 +100,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         seconds = _ratio_of_times([r["step_s"] for r in _timed(table, "lora", rank)], base)
         at, length, points = tuned[rank]
         steps = rho(
-            goal, points, kin
+            goal, points, pooled
         )  # LoRA's updates to full fine-tuning's loss over the latter's
         told[rank] = {
             "flops_per_step": exactly(a_step),

@@ -17,7 +17,7 @@ from scipy import stats
 from analysis.inference.decide import MIN_SEEDS, scale_of
 from analysis.inference.estimate import Verdict
 from analysis.optimum.fit import Optimum, seeds_at_best
-from analysis.optimum.likelihood import Evidence, gather
+from analysis.optimum.likelihood import Likelihood, gather
 from analysis.optimum.posterior import weigh
 from analysis.optimum.valley import linex
 from analysis.questions.base import Findings
@@ -106,7 +106,7 @@ def _planned_error(rates: int, factor: float, fresh: int, noise: float, curvatur
     return float(np.mean(errors))
 
 
-def _spread(e: Evidence, noise: float, misfit: float) -> float:
+def _spread(e: Likelihood, noise: float, misfit: float) -> float:
     """Standard deviation of the minimum's posterior when noise and misfit are known."""
     ((posterior,), _) = weigh(
         [[dataclasses.replace(e, squares=100 * noise**2, df=100)]], misfit=misfit
@@ -170,11 +170,13 @@ def _open_gates(o: Optimum) -> list[Suggestion]:
             for k in (1, 2, 3)
         ]
     step = float(np.median(np.diff(x))) if len(x) > 1 else math.log(2)
-    wall = min(every[every > x[-1]], default=math.inf)
+    first_diverged = min(every[every > x[-1]], default=math.inf)
     side = o.open_side
-    if side > 0 and math.isfinite(wall):
+    if side > 0 and math.isfinite(first_diverged):
         why = "between the best rate and the first that breaks down"
-        return [_make(o, math.exp(x[-1] + (wall - x[-1]) * k / 3), seed, why) for k in (1, 2)]
+        return [
+            _make(o, math.exp(x[-1] + (first_diverged - x[-1]) * k / 3), seed, why) for k in (1, 2)
+        ]
     if side:
         end = x[-1] if side > 0 else every[0]
         return [
@@ -302,9 +304,9 @@ def _expected(o: Optimum, n: int, rates: bool) -> float:
     fresh = np.repeat(int(block.max()) + 1 + np.arange(n), N_AROUND)[: len(extra)]
     if rates:
         seeds, counts = np.unique(block, return_counts=True)
-        usual = seeds[np.argsort(-counts, kind="stable")][:MIN_SEEDS]
-        extra = np.concatenate([extra, np.repeat(_halfway(o), len(usual))])
-        fresh = np.concatenate([fresh, np.tile(usual, len(_halfway(o)))])
+        most_used = seeds[np.argsort(-counts, kind="stable")][:MIN_SEEDS]
+        extra = np.concatenate([extra, np.repeat(_halfway(o), len(most_used))])
+        fresh = np.concatenate([fresh, np.tile(most_used, len(_halfway(o)))])
     planned, blocks = np.concatenate([x, extra]), np.concatenate([block, fresh]).astype(int)
     return _spread(
         gather(planned, o.shape.height(planned), blocks), o.pooled.noise, o.pooled.misfit

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.inference.estimate import Estimate, Verdict, exp_of, number, signed, with_interval
-from analysis.inference.seeds import Usual, usual
+from analysis.inference.seeds import PooledVariance, pooled_variance
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import log_rho, rho
 from analysis.optimum.fit import Optimum
@@ -40,11 +40,11 @@ def log_ratio(a: Arm, b: Arm, full: Arm) -> AtBest[float]:
     return log_rho(a.points, full.points).paired(log_rho(b.points, full.points), lambda x, y: x - y)
 
 
-def ratio_of(logs: AtBest[float], kind: Usual | None = None) -> Estimate:
+def ratio_of(logs: AtBest[float], pooled: PooledVariance | None = None) -> Estimate:
     """Return the ratio, with its interval over seeds and likely best rates; none where a seed has
     only a bound."""
     known = bool(logs.best) and all(map(math.isfinite, logs.best.values()))
-    return exp_of(over_seeds(logs, kind)) if known else Estimate(None, n=len(logs.best))
+    return exp_of(over_seeds(logs, pooled)) if known else Estimate(None, n=len(logs.best))
 
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -154,16 +154,16 @@ def _compared(task: Task) -> _Compared:
     if task.full is None or pair is None or mlp is None:
         return _Compared(task, None, None)
     logs = [log_ratio(*arms, task.full) for arms in (pair, (mlp, both))]
-    kin = usual([list(v.best.values()) for v in logs])
-    return _Compared(task, pair, (mlp, both), *(ratio_of(v, kin) for v in logs))
+    pooled = pooled_variance([list(v.best.values()) for v in logs])
+    return _Compared(task, pair, (mlp, both), *(ratio_of(v, pooled) for v in logs))
 
 
 def _speed(a: Arm, t: Task) -> Estimate:
     """rho of an arm, its spread over seeds no less than is usual among the task's arms."""
-    kin = usual(
+    pooled = pooled_variance(
         [list(log_rho(b.points, t.full.points).best.values()) for b in (*t.lora, *t.restricted)]
     )
-    return rho(a.points, t.full.points, kin)
+    return rho(a.points, t.full.points, pooled)
 
 
 def _gates(c: _Compared, used: Sequence[Optimum], *measured: Estimate) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict, number, signed, with_interval
-from analysis.inference.seeds import usual
+from analysis.inference.seeds import pooled_variance
 from analysis.measures.efficiency import at_best, log_rho, of_curves, read_to, rho
 from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Rows, Section
@@ -70,11 +70,11 @@ def _parity(table: pd.DataFrame, found: Answer, question: dict[str, Any]) -> lis
     for group, (full, *lora) in found.members.items():
         top = max(lora, key=lambda o: o.curve.key["rank"])
         mine, its = runs[id(top)], runs[id(full)]
-        kin = usual([list(log_rho(runs[id(o)], its).best.values()) for o in lora])
+        pooled = pooled_variance([list(log_rho(runs[id(o)], its).best.values()) for o in lora])
         gates = judging.gates([full, top]) + stalled([full, top], [its.best, mine.best])
         seeds = judging.seeds([full, top])
         verdicts += judging.verdicts(
-            question, {PARITY: (rho(mine, its, kin), gates)}, [PARITY], group, seeds
+            question, {PARITY: (rho(mine, its, pooled), gates)}, [PARITY], group, seeds
         )
     for group in dict.fromkeys(o.curve.group for o in found.optima):
         if not any(g == group or g.startswith(f"{group};") for g in found.members):

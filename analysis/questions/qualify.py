@@ -98,7 +98,7 @@ def _group(group: str, optima: Sequence[Optimum], points: Sequence[Any]) -> list
         )
         rise, noise = (
             _rise(o),
-            None if o.pooled is None or o.evidence is None or not o.pooled.df else o.pooled.noise,
+            None if o.pooled is None or o.likelihood is None or not o.pooled.df else o.pooled.noise,
         )
         share = math.nan if rise is None or noise is None else noise / rise
         checks.append(

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, from_draws, number, rate, signed, with_interval
-from analysis.inference.seeds import usual
+from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import Points, at_best, before_last, log_rho, read_to, rho
 from analysis.optimum.fit import Optimum, fit_all
@@ -78,8 +78,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     first = min((p[0][0] for p in mine[id(full)].best.values() if p), default=1.0)
     alike, band_rows, band_panel = _start(table, lora)
     logs = {id(o): log_rho(mine[id(o)], mine[id(full)]) for o in lora}
-    kin = usual([list(v.best.values()) for v in logs.values()])
-    speed = rho(mine[id(top)], mine[id(full)], kin)
+    pooled = pooled_variance([list(v.best.values()) for v in logs.values()])
+    speed = rho(mine[id(top)], mine[id(full)], pooled)
     over = stalled([full, top], [mine[id(full)].best, mine[id(top)].best])
     measured = {
         "departure_slope": (slope, judging.gates([full, *lora]) + over + _at_once(left, first)),
@@ -100,7 +100,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     rows = [["rank", "departs at step, by seed", "of the envelopes", "rho [95%]"]]
     for o in lora:
         r = int(o.curve.key["rank"])
-        each = rho(mine[id(o)], mine[id(full)], kin)
+        each = rho(mine[id(o)], mine[id(full)], pooled)
         rows.append(
             [
                 str(r),

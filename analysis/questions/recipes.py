@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.inference.decide import MIN_SEEDS
 from analysis.inference.estimate import AT_LEAST, Estimate, number, rate, signed, with_interval
-from analysis.inference.seeds import usual
+from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import (
     NEAR,
     AtBest,
@@ -140,7 +140,7 @@ def _given_up(
         for name, (loss, *_) in losses.items()
     }
     highest = {c["estimand"]: float(c["margin"][1]) for c in question["claims"].values()}
-    kin = usual([list(s.best.values()) for s in shares.values()])
+    pooled = pooled_variance([list(s.best.values()) for s in shares.values()])
     measured: dict[str, tuple[Estimate, list[str]]] = {}
     rows = [
         [
@@ -155,7 +155,7 @@ def _given_up(
     ]
     for name, (o, at) in wanted.items():
         _, read_at, beside = losses[name]
-        share = over_seeds(shares[name], kin, (AT_LEAST,) if beside[:1] == [True] else ())
+        share = over_seeds(shares[name], pooled, (AT_LEAST,) if beside[:1] == [True] else ())
         outside = [] if share.n else ["the recipe's rate lies outside the rates tried"]
         stops = ["no curve of the recipe"] if o is None else outside
         if 0 < share.n < MIN_SEEDS:
@@ -288,7 +288,7 @@ def _retention(
     ]
     lost: dict[int, AtBest[float]] = {}
     found = values_at_best(table, optima, _retained)
-    kin = usual([[v["lost"] for v in runs.best.values()] for runs in found])
+    pooled = pooled_variance([[v["lost"] for v in runs.best.values()] for runs in found])
     series = []
     for o, name, runs in zip(optima, full_names([o.curve for o in optima]), found):
         if not runs.best:
@@ -303,7 +303,7 @@ def _retention(
                 name,
                 rate(o.best_lr.value),
                 *(number(mean[k], 4) for k in ("test", "after", "before")),
-                with_interval(over_seeds(lost[id(o)], kin)),
+                with_interval(over_seeds(lost[id(o)], pooled)),
             ]
         )
         if o in (full, tuned):

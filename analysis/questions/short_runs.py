@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, exp_of, from_draws, number, rate, with_interval
-from analysis.inference.seeds import usual
+from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import AtBest, over_seeds, values_at_best
 from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.optimum.fit import Optimum, fit_all
@@ -172,7 +172,7 @@ def norms(
     grown = [v.map(lambda m: _median_log(m, "b", m, "a")) for v in lora]
     moved = [v.paired(full, lambda m, f: _median_log(m, "delta", f, "delta")) for v in lora]
     of_growth, of_movement = (
-        usual([list(v.best.values()) for v in mine]) for mine in (grown, moved)
+        pooled_variance([list(v.best.values()) for v in mine]) for mine in (grown, moved)
     )
     rows = [
         [

@@ -251,8 +251,8 @@ def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -
 
 
 def _missing(column: str, there: list[str]) -> str:
-    usual = [t for t in there if USUAL.get(t.lower().replace(" ", "_")) == column]
-    likely = usual or difflib.get_close_matches(column, there, 1, 0.5)
+    usual_names = [t for t in there if USUAL.get(t.lower().replace(" ", "_")) == column]
+    likely = usual_names or difflib.get_close_matches(column, there, 1, 0.5)
     hint = (
         f" The likely one is {likely[0]!r}: add --map {likely[0]}={column}."
         if likely

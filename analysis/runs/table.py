@@ -128,7 +128,7 @@ def check(table: pd.DataFrame) -> None:
                 )
 
 
-def alike(table: pd.DataFrame, curve: Curve) -> str:
+def example_run_id(table: pd.DataFrame, curve: Curve) -> str:
     """Return the id of a run of a curve: a pattern for more runs of it."""
     rows = table[np.logical_and.reduce([_equal(table[k], v) for k, v in curve.key.items()])]
     return str(rows.iloc[0]["run_id"])

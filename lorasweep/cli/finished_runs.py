@@ -103,7 +103,7 @@ def extend(request: Request, store: RunStore, points: list[Point], asked: dict[s
     """Add the runs that would decide most to the sweep, as its next round; starts nothing."""
     from analysis.questions.design import lines, suggest
     from analysis.report.report import findings_of, question_hash
-    from analysis.runs.table import TableError, alike
+    from analysis.runs.table import TableError, example_run_id
     from lorasweep.store.run_store import load_runs
 
     if request.sweep is None:
@@ -118,7 +118,7 @@ def extend(request: Request, store: RunStore, points: list[Point], asked: dict[s
     try:
         wanted = suggest(findings_of(table, asked))
         runs = [
-            {"like": alike(table, s.curve), "lr": s.lr, "seed": seed}
+            {"like": example_run_id(table, s.curve), "lr": s.lr, "seed": seed}
             for s in wanted
             for seed in s.seeds
         ]

@@ -9,7 +9,7 @@ import pytest
 from analysis.inference.decide import holm, judge, look_level, p_value
 from analysis.inference.estimate import Estimate, from_draws
 from analysis.inference.meta import drift, random_effects
-from analysis.inference.seeds import from_sample, usual
+from analysis.inference.seeds import from_sample, pooled_variance
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import rho, steps_to_reach
 from analysis.measures.lr_law import by_loss, by_optima, meta_regression, published, regret
@@ -195,11 +195,11 @@ def test_doubt_about_the_best_rate_widens_an_interval_over_seeds():
 def test_the_usual_variance_is_that_of_most_samples():
     rng = np.random.default_rng(5)
     samples = [rng.normal(0, 0.1, n) for n in (2, 3, 6) for _ in range(700)]
-    assert usual(samples).var == pytest.approx(0.01, rel=0.05) and usual(samples).df == 700 * (
-        1 + 2 + 5
-    )
-    assert usual([*samples, *(rng.normal(0, 10, 3) for _ in range(100))]).var < 0.012
-    assert usual([[1.0, 2.0]]) is None
+    assert pooled_variance(samples).var == pytest.approx(0.01, rel=0.05) and pooled_variance(
+        samples
+    ).df == 700 * (1 + 2 + 5)
+    assert pooled_variance([*samples, *(rng.normal(0, 10, 3) for _ in range(100))]).var < 0.012
+    assert pooled_variance([[1.0, 2.0]]) is None
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,9 @@ def test_intervals_over_three_seeds_cover_alike_or_not_and_are_never_narrower_th
             s * (math.sqrt(shared) * common + math.sqrt(1 - shared) * rng.standard_normal(3))
             for s in spreads
         ]
-        kind = usual(samples)
+        pooled = pooled_variance(samples)
         for k, s in enumerate(samples):
-            e, alone = from_sample(s, kind=kind), from_sample(s)
+            e, alone = from_sample(s, pooled=pooled), from_sample(s)
             assert e.high - e.low >= (alone.high - alone.low) * (1 - 1e-9)
             inside[k] += e.low <= 0 <= e.high
     assert (inside / n > 0.925).all()
@@ -238,7 +238,7 @@ def test_intervals_over_three_seeds_cover_alike_or_not_and_are_never_narrower_th
 def test_seeds_that_agree_by_chance_do_not_make_an_interval_narrow():
     others = [[0.00, 0.03, 0.05], [0.10, 0.06, 0.08], [0.20, 0.24, 0.21], [0.30, 0.28, 0.33]]
     lucky = [0.4150, 0.4151, 0.4149]
-    e, alone = from_sample(lucky, kind=usual([lucky, *others])), from_sample(lucky)
+    e, alone = from_sample(lucky, pooled=pooled_variance([lucky, *others])), from_sample(lucky)
     assert alone.high - alone.low < 6e-4 and e.high - e.low > 0.01
 
 

@@ -14,7 +14,7 @@ from scipy import integrate
 from analysis.measures.ratio import ratio_of
 from analysis.optimum import valley
 from analysis.optimum.fit import fit_all, fit_sweeps
-from analysis.optimum.likelihood import gather, trust_of
+from analysis.optimum.likelihood import gather, weights_of
 from analysis.optimum.posterior import weigh
 from analysis.questions.design import needed_seeds
 from analysis.runs.table import Curve, curves
@@ -75,7 +75,7 @@ def unsteady_sweep(broken):
 
 
 def test_one_rate_that_begins_to_break_down_spoils_no_other_curve():
-    steady, broken = (trust_of(unsteady_sweep(b)) for b in (False, True))
+    steady, broken = (weights_of(unsteady_sweep(b)) for b in (False, True))
     assert all((t == 1).all() for t in steady)
     assert (
         (broken[0][15:] < 0.01).all()
@@ -92,7 +92,7 @@ def test_one_rate_that_begins_to_break_down_spoils_no_other_curve():
 def test_repeats_that_differ_no_more_than_others_are_trusted():
     rng = np.random.default_rng(12)
     sweeps = [plant(family, Design(7, 2.0, 2, 3), rng)[0] for family in FAMILIES for _ in range(20)]
-    flagged = [any((t < 1).any() for t in trust_of(curves)) for curves in sweeps]
+    flagged = [any((t < 1).any() for t in weights_of(curves)) for curves in sweeps]
     assert np.mean(flagged) < 0.02
 
 
