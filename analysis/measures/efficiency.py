@@ -5,7 +5,6 @@ A gap in nats grows and shrinks with the place on the learning curve, rho does n
 LoRA needs 11% more steps. Reads learning curves from a table of runs; fits no rate.
 """
 
-import json
 import math
 from collections.abc import Sequence
 
@@ -15,8 +14,7 @@ from analysis.inference.estimate import Estimate, exp_of
 from analysis.inference.seeds import PooledVariance
 from analysis.measures.at_best import AtBest, over_seeds, values_at_best
 from analysis.optimum.fit import Optimum
-
-Points = list[tuple[float, float]]
+from analysis.runs.curves import Points, by_run, same_rows
 
 
 def steps_to_reach(points: Points, loss: float) -> float | None:
@@ -98,7 +96,8 @@ def of_curves(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Estimate |
 def at_best(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[AtBest[Points]]:
     """Return, for every curve, its held-out learning curves by seed at its best rates; step 0 and
     the last evaluation, which uses more rows, left out."""
-    found = values_at_best(table, optima, lambda row: dict(before_last(_curve_of(row))))
+    learned = by_run(table)
+    found = values_at_best(table, optima, lambda run: dict(same_rows(learned.get(run.name))))
     return [mine.map(lambda points: sorted(points.items())) for mine in found]
 
 
@@ -107,15 +106,3 @@ def read_to(curves: Sequence[AtBest[Points]]) -> int:
     return min(
         (int(points[-1][0]) for c in curves for points in c.best.values() if points), default=0
     )
-
-
-def _curve_of(row: pd.Series) -> pd.DataFrame:
-    """Return a run's held-out curve with columns step and test_nll; empty if the run carries none."""
-    curve = json.loads(row["result"]).get("curve") if isinstance(row.get("result"), str) else None
-    return pd.DataFrame(curve or [], columns=None if curve else ["step", "test_nll"])
-
-
-def before_last(points: pd.DataFrame) -> Points:
-    """Return the evaluations on the same held-out rows: from step 1 to the last but one."""
-    kept = points[(points["step"] >= 1) & points["test_nll"].notna()].iloc[:-1]
-    return list(zip(kept["step"].astype(float), kept["test_nll"].astype(float)))

@@ -22,12 +22,12 @@ from analysis.optimum.likelihood import (
     MIN_RATES,
     Likelihood,
     bottom,
+    first_diverged,
     growth_of,
     n_rates,
     of_curve,
     pools,
     weights_of,
-    first_diverged,
     without_collapse,
 )
 from analysis.optimum.posterior import Pooled, Posterior, weigh

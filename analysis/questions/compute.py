@@ -28,12 +28,13 @@ from analysis.inference.estimate import (
 )
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import AtBest, same, values_at_best
-from analysis.measures.efficiency import Points, at_best, log_rho, rho
+from analysis.measures.efficiency import at_best, log_rho, rho
 from analysis.optimum.fit import Optimum, fit_all
 from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots
 from analysis.report.plots import Panel, Series
+from analysis.runs.curves import Points, learning_curves
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 from analysis.runs.table import curves
 
@@ -262,14 +263,15 @@ def _read(
     """Return held-out curves up to update `until` at the best rates of runs of `length`, by seed:
     all evaluations of a run that is cut use the same rows."""
     longer = at_step(table, until).assign(steps=length)  # of the same curves, though read further
+    learned = learning_curves(longer).query("step >= 1")
+    read = {
+        run: dict(zip(c["step"].tolist(), c["test_nll"].tolist()))
+        for run, c in learned.groupby("run")
+    }
     return [
         runs.map(lambda points: sorted(points.items()))
-        for runs in values_at_best(longer, optima, _all_evaluations)
+        for runs in values_at_best(longer, optima, lambda run: read.get(run.name, {}))
     ]
-
-
-def _all_evaluations(row: pd.Series) -> dict[int, float]:
-    return {p["step"]: p["test_nll"] for p in json.loads(row["result"])["curve"] if p["step"] >= 1}
 
 
 def _busy(arms: list[list[float]]) -> list[str]:

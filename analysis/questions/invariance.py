@@ -9,7 +9,6 @@ so only where p = q.
 """
 
 import itertools
-import json
 import math
 from typing import Any
 
@@ -24,6 +23,7 @@ from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots
 from analysis.report.plots import Panel, Series
+from analysis.runs.curves import by_run
 from analysis.runs.table import curves
 
 ESTIMANDS = (
@@ -155,6 +155,7 @@ def _twins(proofs: pd.DataFrame) -> tuple[Estimate, Estimate, list[list[str]], P
     held: list[float] = []
     broken: dict[str, float] = {}
     series = []
+    learned = by_run(proofs)
     for _, part in (
         proofs.groupby([str(twin_key(r)) for _, r in proofs.iterrows()]) if len(proofs) else ()
     ):
@@ -162,16 +163,14 @@ def _twins(proofs: pd.DataFrame) -> tuple[Estimate, Estimate, list[list[str]], P
             acts = _acting(a, b)
             if acts is None:
                 continue
-            x, y = (
-                np.array([p["test_nll"] for p in json.loads(r["result"])["curve"]]) for r in (a, b)
-            )
+            x, y = (learned[r.name]["test_nll"].to_numpy() for r in (a, b))
             off = np.abs(x - y)
             one = acts == "nothing"
             if one:
                 held.append(float(off.max()))
             else:
                 broken[acts] = max(broken.get(acts, 0.0), float(off.max()))
-            steps = [p["step"] for p in json.loads(a["result"])["curve"]]
+            steps = learned[a.name]["step"].tolist()
             if a["seed"] == proofs["seed"].min():
                 rows.append(
                     [

@@ -1,7 +1,6 @@
 """The arms of a `layers` sweep: which matrices each trains, how many parameters, what its runs say
 at its best rate."""
 
-import json
 import math
 from dataclasses import dataclass
 
@@ -9,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.measures.at_best import AtBest, same
-from analysis.measures.efficiency import Points, at_best
+from analysis.measures.efficiency import at_best
 from analysis.optimum.fit import Optimum, fit_all
+from analysis.runs.curves import Points, learning_curves
 from analysis.runs.table import curves
 
 SETS = (
@@ -87,8 +87,8 @@ def _shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
         rows = full[
             (full["model"] == curve.key["model"]) & (full["dataset"] == curve.key["dataset"])
         ]
-        found = [json.loads(t)["curve"][0].get("grad_share") for t in rows["result"]]
-        out[curve.group] = [f for f in found if f]
+        first = learning_curves(rows).drop_duplicates("run")
+        out[curve.group] = list(first["grad_share"].dropna())
     return {
         g: {k: float(np.mean([f[k] for f in fs])) for k in fs[0]} for g, fs in out.items() if fs
     }

@@ -17,15 +17,16 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, from_draws, number, rate, signed, with_interval
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import AtBest, over_seeds
-from analysis.measures.efficiency import Points, at_best, before_last, log_rho, read_to, rho
+from analysis.measures.efficiency import at_best, log_rho, read_to, rho
 from analysis.optimum.fit import Optimum, fit_all
 from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.questions.qualify import stalled
 from analysis.report import plots
 from analysis.report.plots import Panel, Series
+from analysis.runs.curves import Points, by_run, same_rows
 from analysis.runs.prefixes import while_unsolved
-from analysis.runs.table import curves, learning_curves
+from analysis.runs.table import curves
 
 ESTIMANDS = ("departure_slope", "rho_top_rank", "identical_steps")
 LOG_ESTIMANDS = ("rho_top_rank",)
@@ -222,8 +223,8 @@ def _envelope(table: pd.DataFrame, o: Optimum) -> Points:
         )
     ]
     lowest: dict[float, float] = {}
-    for _, points in learning_curves(rows[rows["seed"] == seed]):
-        for step, nll in before_last(points):
+    for points in by_run(rows[rows["seed"] == seed]).values():
+        for step, nll in same_rows(points):
             lowest[step] = min(nll, lowest.get(step, math.inf))
     return sorted(lowest.items())
 
@@ -254,10 +255,9 @@ def _start(
     part = table[table["method"] == "lora"]
     rates = part.loc[part["init_seed"].fillna(0) > 0, "lr"].unique()
     found: dict[int, dict[int, list[dict[float, float]]]] = {}
-    for row, points in learning_curves(part[part["lr"].isin(rates)]):
-        found.setdefault(int(row["rank"]), {}).setdefault(int(row["seed"]), []).append(
-            dict(before_last(points))
-        )
+    for run, points in by_run(part[part["lr"].isin(rates)]).items():
+        rank, seed = int(part.at[run, "rank"]), int(part.at[run, "seed"])
+        found.setdefault(rank, {}).setdefault(seed, []).append(dict(same_rows(points)))
     again = {
         r: {s: draws for s, draws in seeds.items() if len(draws) > 1} for r, seeds in found.items()
     }

@@ -17,7 +17,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from analysis.inference.estimate import rate, with_interval
 from analysis.measures.at_best import same
 from analysis.optimum.fit import Optimum
-from analysis.runs.table import full_names, learning_curves
+from analysis.runs.curves import by_run
+from analysis.runs.table import full_names
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe & Ito: told apart by colour-blind eyes. Black is full fine-tuning."""
@@ -118,7 +119,7 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path) -> bool
 
     Returns False, drawing nothing, if the table carries no learning curves.
     """
-    runs = list(learning_curves(table))
+    runs = [(table.loc[run], points) for run, points in by_run(table).items()]
     if not runs or not optima:
         return False
     groups = list(dict.fromkeys(o.curve.group for o in optima))

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 
+from analysis.runs.curves import by_run, cut, learning_curves
 from analysis.runs.table import TableError
 from analysis.runs.task import MIN_REST
 
@@ -22,39 +23,31 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
     """
     if (table["schedule"] != "constant").any():
         raise TableError("only runs at a constant rate hold shorter ones.")
+    learned = learning_curves(table)
+    nll = learned[learned["step"] == step].set_index("run")["test_nll"]
     rows = []
-    for _, row in table.iterrows():
-        result = json.loads(row["result"])
-        found = [p for p in result.get("curve") or [] if p["step"] == step]
+    for run, row in table.iterrows():
         if row["steps"] == step:
             rows.append(row)
-        elif found:
-            whole = result["curve"][
-                : next(k for k, p in enumerate(result["curve"]) if p["step"] == step) + 1
-            ]
-            short = json.dumps({**result, "curve": whole})
-            rows.append(
-                {
-                    **row,
-                    "status": "done",
-                    "steps": step,
-                    "test_nll": found[0]["test_nll"],
-                    "result": short,
-                }
-            )
-        elif row["status"] == "diverged" and result.get("steps_done", 0) <= step < row["steps"]:
+        elif run in nll.index:
+            ended = {"status": "done", "steps": step, "test_nll": nll[run]}
+            rows.append({**row, **ended, "result": cut(row["result"], step)})
+        elif row["status"] == "diverged" and _steps_done(row) <= step < row["steps"]:
             rows.append({**row, "steps": step})
     return pd.DataFrame(list(rows)).reset_index(drop=True)
+
+
+def _steps_done(row: pd.Series) -> int:
+    return json.loads(row["result"]).get("steps_done", 0)
 
 
 def steps_seen(table: pd.DataFrame) -> list[int]:
     """List the steps at which every finished run was evaluated on the same held-out rows, rising;
     the last one left out."""
-    seen: set[int] | None = None
-    for text in table.loc[table["status"] == "done", "result"]:
-        mine = {int(p["step"]) for p in json.loads(text)["curve"][1:-1]}
-        seen = mine if seen is None else seen & mine
-    return sorted(seen or ())
+    learned = by_run(table)
+    done = table.index[table["status"] == "done"]
+    seen = [set(learned[run]["step"].iloc[1:-1]) if run in learned else set() for run in done]
+    return sorted(map(int, set.intersection(*seen))) if seen else []
 
 
 def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:

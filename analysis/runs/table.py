@@ -1,8 +1,7 @@
 """Tables of runs: read them, check their columns, and split them into curves (cells equal but for
 lr)."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,16 +192,6 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> Curve:
 def _mean(values: np.ndarray) -> float:
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else float("nan")
-
-
-def learning_curves(table: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.DataFrame]]:
-    """Yield (run, its held-out curve with columns step and test_nll) for runs that carry one."""
-    if "result" not in table.columns:
-        return
-    for _, row in table.iterrows():
-        points = pd.DataFrame(json.loads(row["result"]).get("curve") or [])
-        if len(points):
-            yield row, points
 
 
 def full_names(curves: Sequence[Curve]) -> list[str]:

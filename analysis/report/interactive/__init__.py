@@ -18,6 +18,7 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict
 from analysis.optimum.fit import Optimum
+from analysis.runs.curves import learning_curves
 from analysis.runs.table import CURVE_KEYS
 
 _FIT_POINTS = 80
@@ -73,12 +74,20 @@ def write(
     """
     where = {_key(o.curve.key): k for k, o in enumerate(optima)}
     used = {k: _used(o) for k, o in enumerate(optima)}
+    learned = learning_curves(table).query("step >= 1").dropna(subset="test_nll")
+    points = {
+        run: [list(p) for p in zip(c["step"].tolist(), c["test_nll"].tolist())]
+        for run, c in learned.groupby("run")
+    }
     told = {
         "title": title,
         "metric": metric,
         "within": within,
         "curves": [_curve(o, within, sign) for o in optima],
-        "runs": [_run(row, where, used, sign) for row in table.to_dict("records")],
+        "runs": [
+            _run(row, points.get(run, []), where, used, sign)
+            for run, row in zip(table.index, table.to_dict("records"))
+        ],
         "ratios": [
             {"group": g, "name": n, "value": e.value, "low": e.low, "high": e.high}
             for g, n, e in ratios
@@ -163,7 +172,11 @@ def _used(o: Optimum) -> set[float]:
 
 
 def _run(
-    row: dict[str, Any], where: dict[tuple, int], used: dict[int, set[float]], sign: int
+    row: dict[str, Any],
+    points: list[list[float]],
+    where: dict[tuple, int],
+    used: dict[int, set[float]],
+    sign: int,
 ) -> dict[str, Any]:
     curve = where.get(_key({k: row[k] for k in CURVE_KEYS if k in row}))
     nll = _plain(row.get("test_nll"))
@@ -172,14 +185,6 @@ def _run(
         and row["status"] == "done"
         and round(math.log(row["lr"]), 9) in used[curve]
     )
-    points = (
-        json.loads(row["result"]).get("curve") or [] if isinstance(row.get("result"), str) else []
-    )
-    learned = [
-        [p["step"], p["test_nll"]]
-        for p in points
-        if p.get("step", 0) >= 1 and p.get("test_nll") is not None
-    ]
     shown = [
         *(k for k in _DETAILS if k in row),
         *(k for k in row if k not in _DETAILS and k not in _LONG),
@@ -191,7 +196,7 @@ def _run(
         "status": str(row["status"]),
         "nll": None if nll is None else sign * nll,
         "fitted": fitted,
-        "learned": learned,
+        "learned": points,
         "details": {k: _plain(row[k]) for k in shown if _plain(row[k]) is not None},
     }
 
