@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two workers of pytest share the cores
 
 from lorasweep.spec.run import run_id  # noqa: E402
 from lorasweep.train.events import Event  # noqa: E402

@@ -33,6 +33,9 @@ from lorasweep.sweep.grid import Point
 POLL_S = 0.5
 """Seconds between looks at runs that another process works on."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""OpenMP threads wait asleep. By default they spin, and hold the core that the thread they wait for
+needs: two training processes on two busy cores then run a hundred times slower (LOG.md)."""
 
 
 def run_points(
@@ -201,6 +204,7 @@ def _environment(threads: int) -> dict[str, str]:
     """Return a worker's environment: it runs this very code, whatever lies in the current folder,
     on so many threads."""
     env = {
+        **WAIT_POLICY,
         **os.environ,
         **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         "TOKENIZERS_PARALLELISM": "false",
