@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorasweep.cli import answer, status
 from lorasweep.cli import finished_runs as upkeep
-from lorasweep.cli import status
 from lorasweep.cli import study as several
 from lorasweep.cli.progress import Display, duration, run_names
 from lorasweep.config import preflight as checks
-from lorasweep.errors import GaveUp, SpecError, StoreError
+from lorasweep.errors import GaveUp, SpecError
 from lorasweep.launch import local
 from lorasweep.launch.slurm import cancel
 from lorasweep.launch.slurm import submit as batch
@@ -61,7 +61,7 @@ def act(
         return _cancel(request, store)
     store.prepare()
     checks.check_available(request)
-    checks.check_claims(request)
+    answer.check_claims(request.sweep)
     if request.action == "qualify" and (request.sweep is None or request.cluster.kind == "slurm"):
         raise SpecError(
             "action=qualify judges the tasks of a sweep (+sweep=NAME), on this machine (cluster=local)."
@@ -124,7 +124,7 @@ def _run(request: Request, store: RunStore, trainer: Trainer | str | None) -> in
             if not quiet:
                 print(_plan_text(request, now), file=sys.stderr)
                 if not started:
-                    for line in plan.power(request.points, request.sweep):
+                    for line in answer.seeds_needed(request.points, request.sweep):
                         print(line, file=sys.stderr)
             started = True
             with Display(now.todo, quiet) as display:
@@ -262,8 +262,6 @@ def _cancel(request: Request, store: RunStore) -> int:
 
 def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
     """Judge the finished runs, print the answer and write the report."""
-    from analysis.report.report import judge_and_report, question_hash
-    from analysis.runs.table import TableError
     from lorasweep.store.run_store import load_runs
 
     finished = [p.id for p in points if store.result(p.id)]
@@ -272,15 +270,9 @@ def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
         return
     folder = Path(request.exec.reports_dir) / f"{request.sweep_name}-{request.scale}"
     table = load_runs(store.root, finished)
-    try:
-        print(judge_and_report(table, question(request), folder, as_json=request.format == "json"))
-        rounds.note_look(
-            rounds.file_of(request), question_hash(question(request)), request.sweep.rounds
-        )
-    except TableError as error:
-        raise StoreError(
-            f"the runs are finished and kept, but cannot be judged together: {error}"
-        ) from None
+    asked = question(request)
+    print(answer.judge(table, asked, folder, as_json=request.format == "json"))
+    rounds.note_look(rounds.file_of(request), answer.claims_hash(asked), request.sweep.rounds)
 
 
 def _show_single(request: Request, store: RunStore, point: Point) -> None:
@@ -318,7 +310,7 @@ def _plan(request: Request, store: RunStore) -> int:
         for line in batch.difference_lines(difference):
             print(line)
         if len(now.points) <= POWER_RUNS:
-            for line in plan.power(request.points, request.sweep):
+            for line in answer.seeds_needed(request.points, request.sweep):
                 print(line)
     return 0
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorasweep.cli import answer
 from lorasweep.cli.progress import run_names
-from lorasweep.errors import SpecError, StoreError
+from lorasweep.errors import SpecError
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep import looks as rounds
 from lorasweep.sweep.grid import Point
@@ -101,9 +102,6 @@ def verify(request: Request, store: RunStore, points: list[Point]) -> int:
 
 def extend(request: Request, store: RunStore, points: list[Point], asked: dict[str, Any]) -> int:
     """Add the runs that would decide most to the sweep, as its next round; starts nothing."""
-    from analysis.questions.design import lines, suggest
-    from analysis.report.report import findings_of, question_hash
-    from analysis.runs.table import TableError, example_run_id
     from lorasweep.store.run_store import load_runs
 
     if request.sweep is None:
@@ -115,26 +113,16 @@ def extend(request: Request, store: RunStore, points: list[Point], asked: dict[s
             "Ask without action=extend first."
         )
     table = load_runs(store.root, [p.id for p in points])
-    try:
-        wanted = suggest(findings_of(table, asked))
-        runs = [
-            {"like": example_run_id(table, s.curve), "lr": s.lr, "seed": seed}
-            for s in wanted
-            for seed in s.seeds
-        ]
-    except TableError as error:
-        raise StoreError(
-            f"the runs are finished and kept, but cannot be judged together: {error}"
-        ) from None
-    if not runs:
+    wanted = answer.next_round(table, asked)
+    if not wanted.runs:
         print("nothing to add: every claim is decided, or more runs cannot help")
         return 0
-    number = rounds.append(rounds.file_of(request), runs, question_hash(asked), points)
+    number = rounds.append(rounds.file_of(request), wanted.runs, answer.claims_hash(asked), points)
     print(
         "\n".join(
             [
-                *lines(wanted),
-                f"round {number}: {len(runs)} runs added; ask without action=extend to train them",
+                *wanted.lines,
+                f"round {number}: {len(wanted.runs)} runs added; ask without action=extend to train them",
             ]
         )
     )

@@ -4,11 +4,11 @@ sweep's tasks are fit.
 Knows requests and the analysis; refuses to know how runs are trained.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+from lorasweep.cli import answer
 from lorasweep.config import preflight as checks
 from lorasweep.store.files import write_atomic
 from lorasweep.store.run_store import RunStore
@@ -24,7 +24,7 @@ def each(request: Request, act: Callable[[Request], int]) -> int:
     if request.action == "run":
         for part in request.parts:
             checks.check_available(part)
-            checks.check_claims(part)
+            answer.check_claims(part.sweep)
     code = 0
     for part in request.parts:
         if request.format != "json":
@@ -33,20 +33,9 @@ def each(request: Request, act: Callable[[Request], int]) -> int:
         if code >= STOPPED:
             return code
     if request.action == "run" and request.cluster.kind == "local" and request.format != "json":
-        _table(request)
+        reports = Path(request.exec.reports_dir)
+        print("\n".join(answer.study(reports, request.scale, request.title)))
     return code
-
-
-def _table(request: Request) -> None:
-    from analysis.report import study, study_page
-    from analysis.report.outside import aligned
-
-    reports = Path(request.exec.reports_dir)
-    parts = [p for p in study.parts_of([reports]) if p.told["scale"] == request.scale]
-    folder = reports / request.title
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.md").write_text(study_page.page(parts, "../"))
-    print("\n".join(["", *aligned(study.rows_of(parts)), "", f"page: {folder / 'study.md'}"]))
 
 
 # ---------------------------------------------------------------- are the tasks fit?
@@ -81,17 +70,14 @@ def qualifying(points: list[Point]) -> list[Point]:
 def tell(request: Request, store: RunStore, points: list[Point]) -> int:
     """Print whether the tasks of finished runs qualify, and keep it beside the reports. 0: all do;
     1: some do not."""
-    from analysis.questions import qualify
-    from analysis.report.outside import aligned
     from lorasweep.store.run_store import load_runs
 
-    found = qualify.qualify(load_runs(store.root, [p.id for p in points if store.result(p.id)]))
-    verdict = qualify.verdict(found)
+    found = answer.qualify(load_runs(store.root, [p.id for p in points if store.result(p.id)]))
     told = {
         "sweep": request.sweep_name,
         "scale": request.scale,
-        "qualified": verdict,
-        "checks": [dataclasses.asdict(c) for c in found],
+        "qualified": found.verdict,
+        "checks": found.checks,
     }
     path = Path(request.exec.reports_dir) / f"qualify-{request.title}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +85,8 @@ def tell(request: Request, store: RunStore, points: list[Point]) -> int:
     if request.format == "json":
         print(json.dumps(told))
     else:
-        print("\n".join(aligned(qualify.rows(found))))
-        for group, ok in verdict.items():
+        print("\n".join(found.lines))
+        for group, ok in found.verdict.items():
             print(f"{group}: {'qualifies' if ok else 'DOES NOT QUALIFY'}")
         print(f"kept: {path}")
-    return 0 if all(verdict.values()) else 1
+    return 0 if all(found.verdict.values()) else 1

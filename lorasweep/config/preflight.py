@@ -1,12 +1,10 @@
-"""What must hold before anything starts: weights and data, claims that can be judged, room, a
-folder that nodes see."""
+"""What must hold before anything starts: weights and data, room, a folder that nodes see."""
 
-import importlib
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorasweep.errors import ClusterError, SpecError, StoreError, unknown
+from lorasweep.errors import ClusterError, SpecError, StoreError
 from lorasweep.plan import flops as cost
 from lorasweep.plan.packing import Pack
 from lorasweep.store import checkpoint
@@ -40,31 +38,6 @@ def check_available(request: Request) -> None:
                 f"dataset {p.spec.dataset.name!r} has {vocab} symbols, model {p.spec.model.name!r} only "
                 f"{p.spec.model.vocab_size}. Choose a model made for it (conf/model)."
             )
-
-
-def check_claims(request: Request) -> None:
-    """Raise SpecError if the sweep claims what its analysis does not measure: before runs, not
-    after them."""
-    if request.sweep is None:
-        return
-    try:
-        judged = importlib.import_module(f"analysis.questions.{request.sweep.analysis or '?'}")
-        known = judged.ESTIMANDS
-    except (ImportError, AttributeError):
-        raise SpecError(unknown("analysis", request.sweep.analysis, _analyses())) from None
-    for name, claim in request.sweep.claims.items():
-        if claim.estimand not in known:
-            raise SpecError(f"claim {name!r}: " + unknown("estimand", claim.estimand, known))
-        if claim.estimand in judged.LOG_ESTIMANDS and not claim.margin[0] > 0:
-            raise SpecError(
-                f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. Start it above 0."
-            )
-
-
-def _analyses() -> list[str]:
-    """List the modules that judge: those that say what they measure."""
-    folder = Path(importlib.import_module("analysis.questions").__file__).parent
-    return sorted(p.stem for p in folder.glob("*.py") if "\nESTIMANDS = " in p.read_text())
 
 
 # ---------------------------------------------------------------- the place

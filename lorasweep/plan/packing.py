@@ -13,7 +13,7 @@ from lorasweep.plan.flops import run_flops
 from lorasweep.spec.run import Exec, RunSpec, part_json
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import FINAL, STATES, RunStore
-from lorasweep.sweep.grid import Point, Sweep, curve_key
+from lorasweep.sweep.grid import Point
 
 ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2.5e11, "fp64": 2e10}
 """Floating-point operations a second and core by precision, used until something was measured here.
@@ -317,23 +317,3 @@ def summary(plan: Plan) -> dict[str, Any]:
             "memory_gib": plan.memory_gib,
         },
     }
-
-
-def power(points: Sequence[Point], sweep: Sweep | None) -> list[str]:
-    """Say, before anything is trained, how many fresh seeds a curve the claims about a ratio need."""
-    from analysis.questions.design import NOISE, needed_seeds
-
-    if sweep is None:
-        return []
-    lines = []
-    n_lora = len({curve_key(p) for p in points if p.spec.method.name == "lora"})
-    for name, claim in sweep.claims.items():
-        if claim.estimand != "lr_ratio":
-            continue
-        n, error = needed_seeds((claim.margin[0], claim.margin[1]), n_lora)
-        shown = "more than 16" if n is None else f"about {n}"
-        lines.append(
-            f"  claim {name}: needs {shown} fresh seeds a curve, planned {len(sweep.second.seeds)} (expected error "
-            f"{error:.2f} of ln ratio at a noise of {NOISE:g} nats)"
-        )
-    return lines

@@ -1,0 +1,173 @@
+"""The one door to `analysis`: everything that lorasweep asks of it, in lorasweep's terms.
+
+`analysis` is imported inside functions only, because pandas and scipy take a second to load. It is
+handed tables, plain values and paths; where results lie is for the caller to say.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasweep.errors import SpecError, StoreError, unknown
+from lorasweep.sweep.grid import Point, Sweep, curve_key
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def check_claims(sweep: Sweep | None) -> None:
+    """Raise SpecError if the sweep claims something that its analysis does not measure."""
+    if sweep is None:
+        return
+    try:
+        module = importlib.import_module(f"analysis.questions.{sweep.analysis or '?'}")
+        estimands, logarithmic = module.ESTIMANDS, module.LOG_ESTIMANDS
+    except (ImportError, AttributeError):
+        raise SpecError(unknown("analysis", sweep.analysis, _analyses())) from None
+    for name, claim in sweep.claims.items():
+        if claim.estimand not in estimands:
+            raise SpecError(f"claim {name!r}: {unknown('estimand', claim.estimand, estimands)}")
+        if claim.estimand in logarithmic and not claim.margin[0] > 0:
+            raise SpecError(
+                f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. "
+                "Give a margin that starts above 0."
+            )
+
+
+def _analyses() -> list[str]:
+    """List the modules of `analysis.questions` that measure something."""
+    import analysis.questions as questions
+
+    names = [info.name for info in pkgutil.iter_modules(questions.__path__)]
+    return [
+        n for n in names if hasattr(importlib.import_module(f"analysis.questions.{n}"), "ESTIMANDS")
+    ]
+
+
+def seeds_needed(points: Sequence[Point], sweep: Sweep | None) -> list[str]:
+    """Return a line for each claim about a ratio: how many fresh seeds a curve it needs.
+
+    Known before anything is trained, from the margin and an assumed noise.
+    """
+    from analysis.questions.design import NOISE, needed_seeds
+
+    if sweep is None:
+        return []
+    lines = []
+    n_lora = len({curve_key(p) for p in points if p.spec.method.name == "lora"})
+    for name, claim in sweep.claims.items():
+        if claim.estimand != "lr_ratio":
+            continue
+        n, error = needed_seeds((claim.margin[0], claim.margin[1]), n_lora)
+        shown = "more than 16" if n is None else f"about {n}"
+        lines.append(
+            f"  claim {name}: needs {shown} fresh seeds a curve, planned {len(sweep.second.seeds)} "
+            f"(expected error {error:.2f} of ln ratio at a noise of {NOISE:g} nats)"
+        )
+    return lines
+
+
+def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json: bool) -> str:
+    """Judge a sweep's finished runs, write the report into `folder`, and return the answer.
+
+    The answer is text for the terminal, or one JSON object with `as_json`.
+
+    Raises:
+        StoreError: the runs cannot be judged together.
+    """
+    from analysis.report.report import judge_and_report
+
+    with _table_errors():
+        return judge_and_report(table, question, folder, as_json=as_json)
+
+
+def claims_hash(question: dict[str, Any]) -> str:
+    """Hash the claims and their margins, to show that they were not changed after the runs."""
+    from analysis.report.report import question_hash
+
+    return question_hash(question)
+
+
+@dataclass(frozen=True)
+class NextRound:
+    """The runs that would decide most, and why."""
+
+    runs: list[dict[str, Any]]
+    """Each {like: id of a finished run, lr, seed}: that run at another rate and seed."""
+    lines: list[str]
+
+
+def next_round(table: "pd.DataFrame", question: dict[str, Any]) -> NextRound:
+    """Say which runs to add to a finished sweep; none if every claim is decided.
+
+    Raises:
+        StoreError: the runs cannot be judged together.
+    """
+    from analysis.questions.design import lines, suggest
+    from analysis.report.report import findings_of
+    from analysis.runs.table import example_run_id
+
+    with _table_errors():
+        wanted = suggest(findings_of(table, question))
+        runs = [
+            {"like": example_run_id(table, s.curve), "lr": s.lr, "seed": seed}
+            for s in wanted
+            for seed in s.seeds
+        ]
+    return NextRound(runs, lines(wanted))
+
+
+@contextmanager
+def _table_errors() -> Iterator[None]:
+    from analysis.runs.table import TableError
+
+    try:
+        yield
+    except TableError as error:
+        raise StoreError(
+            f"the runs are finished and kept, but cannot be judged together: {error}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Qualification:
+    """Whether tasks are fit to answer a question about learning rates."""
+
+    verdict: dict[str, bool]
+    """Model and data set -> whether it qualifies."""
+    checks: list[dict[str, Any]]
+    lines: list[str]
+
+
+def qualify(table: "pd.DataFrame") -> Qualification:
+    """Judge the tasks of finished runs of full fine-tuning and of LoRA's highest rank."""
+    from analysis.questions import qualify as questions
+    from analysis.report.outside import aligned
+
+    checks = questions.qualify(table)
+    return Qualification(
+        questions.verdict(checks),
+        [dataclasses.asdict(c) for c in checks],
+        aligned(questions.rows(checks)),
+    )
+
+
+def study(reports: Path, scale: str, title: str) -> list[str]:
+    """Write the page of all answers below `reports` at a scale, and return its table as lines.
+
+    The page is `reports/title/study.md`.
+    """
+    from analysis.report import study as answers
+    from analysis.report import study_page
+    from analysis.report.outside import aligned
+
+    parts = [p for p in answers.parts_of([reports]) if p.told["scale"] == scale]
+    path = reports / title / "study.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(study_page.page(parts, "../"))
+    return ["", *aligned(answers.rows_of(parts)), "", f"page: {path}"]
