@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SCALE ?= tiny
+# Tests that share one thing (a Slurm, a browser) are a group and stay in one process.
+PARALLEL := -n $(or $(JOBS),2) --dist loadgroup
 
-.PHONY: help run small weights test test-fast lint bench calibrate bases slurm-up slurm-down bench-slurm storm clean
+.PHONY: help run small weights test test-fast lint nightly bench calibrate bases slurm-up slurm-down bench-slurm storm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,15 +36,22 @@ data/gsm8k/train.jsonl: | $(VENV)/.installed ## GSM8K as JSON Lines, from the hu
 	mkdir -p data/gsm8k
 	$(BIN)/python -c "import datasets; [datasets.load_dataset('openai/gsm8k', 'main', split=s).to_json(f'data/gsm8k/{s}.jsonl') for s in ('test', 'train')]"
 
-test: $(VENV)/.installed ## all tests
-	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+test: lint ## lint and all tests, in two processes
+	$(BIN)/python -m pytest $(PARALLEL)
 
-test-fast: $(VENV)/.installed ## unit tests only
-	$(BIN)/python -m pytest tests/unit tests/test_architecture.py
+test-fast: $(VENV)/.installed ## the tests that train nothing or a few steps (about a minute)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not real and not gpu" tests/unit tests/test_architecture.py
 
-lint: $(VENV)/.installed ## style
+lint: $(VENV)/.installed ## style, format and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+nightly: weights storm ## the long versions (about seven hours): storm, bases made anew bit for bit, a calibration
+	$(MAKE) bases
+	git diff --stat --exit-code lorasweep/models/bases
+	$(BIN)/python -m pytest $(PARALLEL)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.validation.calibration --cases $(or $(CASES),500) --out build/calibration
 
 bench: weights data/gsm8k/train.jsonl ## measure on an idle machine, and write analysis/results/bench and the README's table
 	$(BIN)/pip install --quiet -e '.[bench]'

@@ -4,18 +4,32 @@ fake trainer."""
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two workers of pytest share the cores
+# Before anything imports torch or numpy: one thread a process, and one that waits lets others work.
+# Test processes run beside each other, and processes that they start choose more threads themselves.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+SUITE_MINUTES = 20
+_STARTED = time.monotonic()
 
 from lorasweep.spec.run import run_id  # noqa: E402
 from lorasweep.train.events import Event  # noqa: E402
 from tests.world import compose_request  # noqa: E402
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say so, above the closing line, when the suite has become too slow to be run often."""
+    minutes = (time.monotonic() - _STARTED) / 60
+    if minutes > SUITE_MINUTES:
+        terminalreporter.section("slow suite", yellow=True)
+        terminalreporter.line(f"{minutes:.0f} minutes; the suite is meant to take {SUITE_MINUTES}.")
 
 
 @pytest.fixture
