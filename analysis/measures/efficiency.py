@@ -14,7 +14,7 @@ from analysis.inference.estimate import Estimate, exp_of
 from analysis.inference.seeds import PooledVariance
 from analysis.measures.at_best import AtBest, over_seeds, values_at_best
 from analysis.optimum.fit import Optimum
-from analysis.runs.curves import Points, by_run, same_rows
+from analysis.runs.learning_curves import Points, by_run, same_rows
 
 
 def steps_to_reach(points: Points, loss: float) -> float | None:

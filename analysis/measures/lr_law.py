@@ -16,7 +16,7 @@ from scipy import optimize, stats
 
 from analysis.inference.estimate import N_DRAWS, Estimate, from_draws
 from analysis.optimum.fit import Optimum
-from analysis.runs.table import Curve
+from analysis.runs.lr_curves import LrCurve
 
 PUBLISHED = {"base": 5e-5, "M": 10.0, "llama": 0.781, "qwen": 0.0775}
 """Constants in print: tinker-cookbook, docs/sl-hyperparams (2025). No other family has one."""
@@ -45,7 +45,7 @@ class Regret:
     """What a law's rate costs one curve. None: the rate lies outside what was tried, or beside a
     rate that diverged."""
 
-    curve: Curve
+    curve: LrCurve
     lr: float
     percent: float | None
 
@@ -57,7 +57,7 @@ def family(model: str) -> str:
     return found.group(0).lower() if found else str(model).lower()
 
 
-def published(curve: Curve, hidden: float) -> float | None:
+def published(curve: LrCurve, hidden: float) -> float | None:
     """Return the published formula's rate; None for a family that it has no exponent for."""
     p = PUBLISHED.get(family(curve.key["model"]))
     if p is None or not hidden > 0:
@@ -66,7 +66,7 @@ def published(curve: Curve, hidden: float) -> float | None:
     return PUBLISHED["base"] * m * (REFERENCE / hidden) ** p
 
 
-def interpolated(curve: Curve, ln_lr: np.ndarray) -> np.ndarray:
+def interpolated(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
     """Return the loss at ln(lr), linear between tried rates; NaN outside them and beyond the last
     one that held."""
     x, y = curve.x[curve.usable], curve.y[curve.usable]
@@ -77,7 +77,7 @@ def interpolated(curve: Curve, ln_lr: np.ndarray) -> np.ndarray:
     return np.interp(ln_lr, rates, means, left=np.nan, right=np.nan)
 
 
-def regret(curve: Curve, lr: float) -> Regret:
+def regret(curve: LrCurve, lr: float) -> Regret:
     """Say what a rate costs against the best one tried, in percent of its loss."""
     y = curve.y[curve.usable]
     loss = float(interpolated(curve, np.array([math.log(lr)]))[0])
@@ -91,7 +91,7 @@ def regret(curve: Curve, lr: float) -> Regret:
 # ---------------------------------------------------------------- the study's way
 
 
-def by_loss(curves: Sequence[Curve], hidden: dict[str, float]) -> list[Law]:
+def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
     """Fit each family and method by the least summed interpolated loss; intervals by resampling
     models.
 
@@ -150,16 +150,16 @@ def by_loss(curves: Sequence[Curve], hidden: dict[str, float]) -> list[Law]:
 
 
 def _families(
-    curves: Sequence[Curve], hidden: dict[str, float]
-) -> list[tuple[str, str, list[Curve]]]:
-    groups: dict[tuple[str, str], list[Curve]] = {}
+    curves: Sequence[LrCurve], hidden: dict[str, float]
+) -> list[tuple[str, str, list[LrCurve]]]:
+    groups: dict[tuple[str, str], list[LrCurve]] = {}
     for c in curves:
         if hidden.get(c.key["model"], math.nan) > 0 and len(np.unique(c.x[c.usable])) >= 2:
             groups.setdefault((family(c.key["model"]), c.key["method"]), []).append(c)
     return [(*key, members) for key, members in sorted(groups.items())]
 
 
-def _beyond(curve: Curve, ln_lr: np.ndarray) -> np.ndarray:
+def _beyond(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
     x, y = curve.x[curve.usable], curve.y[curve.usable]
     rates = np.unique(x)
     means = np.array([y[x == v].mean() for v in rates])

@@ -31,7 +31,7 @@ from analysis.optimum.likelihood import (
     without_collapse,
 )
 from analysis.optimum.posterior import Pooled, Posterior, weigh
-from analysis.runs.table import Curve
+from analysis.runs.lr_curves import LrCurve
 
 FEW_RATES = 5
 """Below this many a curve is flagged 'few_points', and no verdict rests on it."""
@@ -46,7 +46,7 @@ CHECK_RATIO = 1.3
 class Optimum:
     """The optimum of one curve. `best_lr` has value None where only a bound is known."""
 
-    curve: Curve
+    curve: LrCurve
     best_lr: Estimate
     lowest: float | None
     """Mean NLL at the best rate tried."""
@@ -125,7 +125,7 @@ def seeds_at_best(o: Optimum) -> int:
     return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in around)
 
 
-def fit_all(curves: Sequence[Curve], level: float = LEVEL, share: bool = False) -> list[Optimum]:
+def fit_all(curves: Sequence[LrCurve], level: float = LEVEL, share: bool = False) -> list[Optimum]:
     """Find the optimum of every curve of a sweep, with noise and misfit pooled over all of them.
 
     share: curves that differ in their rank only lend each other their curvature (see `_kin`).
@@ -134,7 +134,7 @@ def fit_all(curves: Sequence[Curve], level: float = LEVEL, share: bool = False) 
 
 
 def fit_sweeps(
-    sweeps: Sequence[Sequence[Curve]], level: float = LEVEL, share: bool = False
+    sweeps: Sequence[Sequence[LrCurve]], level: float = LEVEL, share: bool = False
 ) -> list[list[Optimum]]:
     """The same for many sweeps, none of which knows of the others."""
     trimmed = [[without_collapse(c) for c in curves] for curves in sweeps]
@@ -185,7 +185,7 @@ def fit_sweeps(
 
 
 def _shapes(
-    curves: Sequence[Curve],
+    curves: Sequence[LrCurve],
     told: dict[int, Likelihood],
     posteriors: Sequence[Posterior],
     pooled: Pooled,
@@ -200,7 +200,7 @@ def _shapes(
 
 
 def _shape_prior(
-    k: int, curves: Sequence[Curve], shapes: dict[int, valley.Shape]
+    k: int, curves: Sequence[LrCurve], shapes: dict[int, valley.Shape]
 ) -> valley.ShapePrior | None:
     """Say what the others that differ from a curve in their rank only say of its shape: empirical
     Bayes.
@@ -224,7 +224,7 @@ def _shape_prior(
     )
 
 
-def _key_but_rank(curve: Curve) -> tuple:
+def _key_but_rank(curve: LrCurve) -> tuple:
     return tuple(sorted((k, str(v)) for k, v in curve.key.items() if k != "rank"))
 
 
@@ -232,7 +232,7 @@ def _key_but_rank(curve: Curve) -> tuple:
 
 
 def _optimum(
-    curve: Curve,
+    curve: LrCurve,
     likelihood: Likelihood | None,
     posterior: Posterior | None,
     pooled: Pooled,
@@ -300,7 +300,7 @@ def _answer(
     m: float,
     ends: tuple[float, float],
     rates: np.ndarray,
-    curve: Curve,
+    curve: LrCurve,
     known: bool,
     level: float,
 ) -> tuple[Estimate, list[str]]:
@@ -324,13 +324,13 @@ def _answer(
     return Estimate(None, None, math.exp(high) if known else None), ["at_edge"]
 
 
-def _stream(curve: Curve) -> int:
+def _stream(curve: LrCurve) -> int:
     """A random stream of the curve's own, the same on every machine."""
     name = repr(sorted((k, str(v)) for k, v in curve.key.items()))
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
-def _edge(curve: Curve, rates: np.ndarray, best: int, low: float, high: float) -> Estimate:
+def _edge(curve: LrCurve, rates: np.ndarray, best: int, low: float, high: float) -> Estimate:
     """The best rate is the first or the last one tried: a bound, no number.
 
     It reaches to the neighbour inside, or further where the noise leaves that open (low, high: ends
@@ -356,7 +356,7 @@ def _edge(curve: Curve, rates: np.ndarray, best: int, low: float, high: float) -
     return Estimate(None, math.exp(inner), None, flags=("at_edge",))
 
 
-def _level(curve: Curve, shape: valley.Shape, pooled: Pooled) -> float:
+def _level(curve: LrCurve, shape: valley.Shape, pooled: Pooled) -> float:
     """Return the fitted loss at the optimum: what each block's (seed's) runs say of it, those near
     the bottom most."""
     x, y, block = curve.x[curve.usable], curve.y[curve.usable], curve.block[curve.usable]

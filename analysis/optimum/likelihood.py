@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from analysis.runs.table import Curve
+from analysis.runs.lr_curves import LrCurve
 
 MIN_RATES = 4
 """Distinct usable learning rates below which a curve has no fit of its own."""
@@ -128,7 +128,7 @@ def _about(w: np.ndarray, rest: np.ndarray) -> float:
     return float(w @ (rest - (w @ rest) / w.sum()) ** 2)
 
 
-def of_curve(curve: Curve, growth: float, weights: np.ndarray | None = None) -> Likelihood:
+def of_curve(curve: LrCurve, growth: float, weights: np.ndarray | None = None) -> Likelihood:
     """Sum up a curve's usable runs; `weights` are theirs."""
     use = curve.usable
     return gather(
@@ -136,7 +136,7 @@ def of_curve(curve: Curve, growth: float, weights: np.ndarray | None = None) -> 
     )
 
 
-def weights_of(curves: Sequence[Curve]) -> list[np.ndarray]:
+def weights_of(curves: Sequence[LrCurve]) -> list[np.ndarray]:
     """Return the precision of every curve's usable runs beside that of the sweep's others: below 1
     at a rate above the best one whose repeats lie so far apart that some of them had begun to break
     down.
@@ -185,13 +185,13 @@ def weights_of(curves: Sequence[Curve]) -> list[np.ndarray]:
     return out
 
 
-def first_diverged(curve: Curve) -> float:
+def first_diverged(curve: LrCurve) -> float:
     """ln of the lowest rate above all usable ones that broke down; infinite without one."""
     top = max(curve.x[curve.usable], default=-math.inf)
     return float(min(curve.x[~curve.usable & (curve.x > top)], default=math.inf))
 
 
-def growth_of(curves: Sequence[Curve], all_weights: Sequence[np.ndarray]) -> float:
+def growth_of(curves: Sequence[LrCurve], all_weights: Sequence[np.ndarray]) -> float:
     """Return how the noise grows with the rate, by the likelihood of repeats near the bottoms of a
     sweep's valleys; unsteady ones left out."""
     far, rest, df = [], [], 0
@@ -220,12 +220,12 @@ def growth_of(curves: Sequence[Curve], all_weights: Sequence[np.ndarray]) -> flo
     return max(GROWTH, key=lambda g: log(g) - g)  # a light prior for even noise
 
 
-def n_rates(curve: Curve) -> int:
+def n_rates(curve: LrCurve) -> int:
     """Count a curve's usable rates."""
     return len(set(curve.x[curve.usable]))
 
 
-def pools(curves: Sequence[Curve]) -> list[list[int]]:
+def pools(curves: Sequence[LrCurve]) -> list[list[int]]:
     """Group curves that share one noise: those of a model and data set; those that cannot vouch for
     a noise of their own (fewer than MIN_DF degrees of freedom) share one."""
     groups: dict[tuple, list[int]] = {}
@@ -238,14 +238,14 @@ def pools(curves: Sequence[Curve]) -> list[list[int]]:
     return [*rich, *([poor] if poor else [])] or [[]]
 
 
-def _df(curve: Curve) -> int:
+def _df(curve: LrCurve) -> int:
     if n_rates(curve) < MIN_RATES:
         return 0
     e = of_curve(curve, 0.0)
     return e.df + len(e.x) - MIN_RATES
 
 
-def without_collapse(curve: Curve) -> Curve:
+def without_collapse(curve: LrCurve) -> LrCurve:
     """Leave out rates above the best one at which the runs collapsed without being called diverged,
     and all beyond them.
 

@@ -23,8 +23,8 @@ from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots
 from analysis.report.plots import Panel, Series
+from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import at_step, steps_seen
-from analysis.runs.table import curves
 
 ESTIMANDS = (
     "slope_fixed_examples",
@@ -75,7 +75,7 @@ class Cell:
 
 def cells_of(table: pd.DataFrame) -> list[Cell]:
     """Fit every cell of a table in which each batch size has one number of updates."""
-    optima = fit_all(curves(table))
+    optima = fit_all(lr_curves(table))
     points = dict(zip(map(id, optima), at_best(table, optima)))
     found = []
     for o in (o for o in optima if o.curve.key["method"] == "lora"):
@@ -128,7 +128,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     ways = dict(zip(WAYS, (whole, cut)))
     examples = sorted(set((table["batch_size"] * table["steps"]).astype(int)))
     optima = list({id(o): o for c in whole for o in (c.full, c.lora)}.values()) or fit_all(
-        curves(table)
+        lr_curves(table)
     )
     group = f"{optima[0].curve.key['model']} on {optima[0].curve.key['dataset']}"
     ranks = sorted({c.rank for c in whole})

@@ -34,9 +34,9 @@ from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots
 from analysis.report.plots import Panel, Series
-from analysis.runs.curves import Points, learning_curves
+from analysis.runs.learning_curves import Points, learning_curves
+from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
-from analysis.runs.table import curves
 
 ESTIMANDS = ("flops_per_step", "seconds_per_step", "flops_to_loss", "seconds_to_loss")
 LOG_ESTIMANDS = ESTIMANDS
@@ -63,7 +63,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     """Judge operations and seconds, per update and to one loss of full fine-tuning, at the highest
     rank."""
     table, cut = while_unsolved(table)
-    optima = fit_all(curves(table))
+    optima = fit_all(lr_curves(table))
     group = optima[0].curve.group
     full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
     lora = [o for o in optima if o.curve.key["method"] == "lora"]
@@ -210,7 +210,7 @@ def _goal(table: pd.DataFrame, length: int) -> tuple[Optimum | None, AtBest[Poin
     curves there, by seed."""
     if not length:
         return None, AtBest({})
-    optima = fit_all(curves(at_step(table, length)))
+    optima = fit_all(lr_curves(at_step(table, length)))
     (k,) = (k for k, o in enumerate(optima) if o.curve.key["method"] == "fullft")
     return optima[k], _read(table, optima, length, length)[k]
 
@@ -229,7 +229,7 @@ def _to_loss(
     found: dict[int, tuple[Optimum, int, AtBest[Points]]] = {}
     seen = steps_seen(table)
     for length in seen:
-        optima = fit_all(curves(at_step(table, length)))
+        optima = fit_all(lr_curves(at_step(table, length)))
         there = {
             int(o.curve.key["rank"]): k
             for k, o in enumerate(optima)

@@ -22,7 +22,7 @@ from analysis.optimum.posterior import weigh
 from analysis.optimum.valley import linex
 from analysis.questions.base import Findings
 from analysis.questions.ratio_answer import Answer
-from analysis.runs.table import Curve
+from analysis.runs.lr_curves import LrCurve
 
 NOISE, CURVATURE, SKEW, MISFIT = 4e-3, 0.15, 0.5, 0.35
 """Assumed before a sweep has measured its own: noise of one run (nats), curvature at the optimum
@@ -37,7 +37,7 @@ MAX_NEW_SEEDS = 5
 class Suggestion:
     """Runs to add to one curve."""
 
-    curve: Curve
+    curve: LrCurve
     lr: float
     seeds: tuple[int, ...]
     why: str
@@ -151,7 +151,7 @@ def suggest(found: "Answer | Findings") -> list[Suggestion]:
     return list(merged.values())
 
 
-def _tried(curve: Curve, lr: float) -> set[int]:
+def _tried(curve: LrCurve, lr: float) -> set[int]:
     return {int(s) for s in curve.seed[np.abs(curve.x - math.log(lr)) < 2e-3]}
 
 

@@ -23,8 +23,8 @@ from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots
 from analysis.report.plots import Panel, Series
-from analysis.runs.curves import by_run
-from analysis.runs.table import curves
+from analysis.runs.learning_curves import by_run
+from analysis.runs.lr_curves import lr_curves
 
 ESTIMANDS = (
     "twin_difference",
@@ -59,7 +59,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     proofs = table[table["precision"] == "fp64"]
     swept = table[table["precision"] != "fp64"]
     held, broken, pair_rows, panel = _twins(proofs)
-    optima = fit_all(curves(swept)) if len(swept) else []
+    optima = fit_all(lr_curves(swept)) if len(swept) else []
     rules = {
         rule: [
             o for o in optima if o.curve.key["scaling_by"] == rule and o.curve.key["start"] == "a"

@@ -10,8 +10,8 @@ import pandas as pd
 from analysis.measures.at_best import AtBest, same
 from analysis.measures.efficiency import at_best
 from analysis.optimum.fit import Optimum, fit_all
-from analysis.runs.curves import Points, learning_curves
-from analysis.runs.table import curves
+from analysis.runs.learning_curves import Points, learning_curves
+from analysis.runs.lr_curves import lr_curves
 
 SETS = (
     "attention",
@@ -58,7 +58,7 @@ class Task:
 
 def tasks_of(table: pd.DataFrame) -> list[Task]:
     """Split a table into tasks and arms."""
-    optima = fit_all(curves(table))
+    optima = fit_all(lr_curves(table))
     points = at_best(table, optima)
     shares = _shares(table)
     found: dict[str, Task] = {}
@@ -83,7 +83,7 @@ def _shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
     group."""
     full = table[(table["method"] == "fullft") & (table["scope"] == "all")]
     out: dict[str, list[dict[str, float]]] = {}
-    for curve in curves(full) if len(full) else []:
+    for curve in lr_curves(full) if len(full) else []:
         rows = full[
             (full["model"] == curve.key["model"]) & (full["dataset"] == curve.key["dataset"])
         ]

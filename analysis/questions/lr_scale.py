@@ -24,7 +24,7 @@ from analysis.questions.base import Findings, Section
 from analysis.report import plots
 from analysis.report.plots import Panel, Series
 from analysis.report.study import RESULTS
-from analysis.runs.table import curves
+from analysis.runs.lr_curves import lr_curves
 
 ESTIMANDS = ("hidden_exponent", "hidden_exponent_equal_loss", "alpha_exponent")
 LOG_ESTIMANDS = ()
@@ -146,7 +146,7 @@ def _ratios(cells: Sequence[Cell]) -> list[Ratio]:
 
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     """Judge the exponents."""
-    optima = fit_all(curves(table))
+    optima = fit_all(lr_curves(table))
     cells = cells_of(table, optima)
     by_tokens, by_loss = equal_tokens(cells), equal_loss(cells)
     laws = {

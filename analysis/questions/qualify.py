@@ -17,7 +17,7 @@ import pandas as pd
 from analysis.inference.estimate import number
 from analysis.measures.efficiency import at_best
 from analysis.optimum.fit import Optimum, fit_all
-from analysis.runs.table import curves
+from analysis.runs.lr_curves import lr_curves
 from analysis.runs.task import MIN_GAIN, MIN_REST
 
 MIN_SLOPE = 0.05
@@ -41,7 +41,7 @@ class Check:
 
 def qualify(table: pd.DataFrame) -> list[Check]:
     """Check every model and data set (batch and updates) of a table."""
-    optima = fit_all(curves(table))
+    optima = fit_all(lr_curves(table))
     points = [found.best for found in at_best(table, optima)]
     found: list[Check] = []
     for group in dict.fromkeys(o.curve.group for o in optima):

@@ -24,9 +24,9 @@ from analysis.questions.base import Findings, Section
 from analysis.questions.qualify import stalled
 from analysis.report import plots
 from analysis.report.plots import Panel, Series
-from analysis.runs.curves import Points, by_run, same_rows
+from analysis.runs.learning_curves import Points, by_run, same_rows
+from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import while_unsolved
-from analysis.runs.table import curves
 
 ESTIMANDS = ("departure_slope", "rho_top_rank", "identical_steps")
 LOG_ESTIMANDS = ("rho_top_rank",)
@@ -59,7 +59,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     plain, cut = while_unsolved(
         table[(table["method"] == "fullft") | (table["init_seed"].fillna(0) == 0)]
     )
-    optima = fit_all(curves(plain))
+    optima = fit_all(lr_curves(plain))
     full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
     lora = [o for o in optima if o.curve.key["method"] == "lora"]
     group = optima[0].curve.group

@@ -20,7 +20,8 @@ from analysis.inference.meta import Drift, RandomEffects, drift
 from analysis.measures.ratio import MIN_RANK, gap, pool_ratios, ratio_of, rivals
 from analysis.optimum.fit import Optimum, fit_all, seeds_at_best
 from analysis.questions.gates import gates_of
-from analysis.runs.table import Curve, TableError, curves
+from analysis.runs.lr_curves import LrCurve, lr_curves
+from analysis.runs.table import TableError
 
 PARITY = "rho_top_rank"
 """Estimand that needs learning curves; `lr_ratio` judges it."""
@@ -64,7 +65,7 @@ class Answer:
 
 
 def answer(
-    curves: Sequence[Curve],
+    curves: Sequence[LrCurve],
     claims: dict[str, Any],
     widths: dict[str, int] | None = None,
     level: float = LEVEL,
@@ -134,7 +135,7 @@ def answer_of(table: pd.DataFrame, question: dict[str, Any]) -> Answer:
         if "hidden_size" not in table
         else dict(zip(table["model"], table["hidden_size"].fillna(0).astype(int)))
     )
-    return answer(curves(table), claims, widths, look_level(int(question.get("rounds", 1))))
+    return answer(lr_curves(table), claims, widths, look_level(int(question.get("rounds", 1))))
 
 
 def _without_an_arm(group: str, claims: dict[str, Any], arm: str) -> list[Verdict]:

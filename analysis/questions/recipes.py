@@ -31,7 +31,7 @@ from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots
 from analysis.report.plots import Panel, Series
-from analysis.runs.table import curves, full_names
+from analysis.runs.lr_curves import full_names, lr_curves
 
 ESTIMANDS = (
     "attention_at_full_lr",
@@ -59,9 +59,11 @@ RECIPES = {
 def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     """Judge every recipe against tuned LoRA, rank on small data, and retention."""
     main = _main_dataset(table)
-    optima = fit_all(curves(table[table["dataset"] == main]))
+    optima = fit_all(lr_curves(table[table["dataset"] == main]))
     few = (
-        fit_all(curves(table[table["dataset"] != main])) if (table["dataset"] != main).any() else []
+        fit_all(lr_curves(table[table["dataset"] != main]))
+        if (table["dataset"] != main).any()
+        else []
     )
     group = f"{table['model'].iloc[0]} on {main}"
     full = _one(optima, method="fullft")

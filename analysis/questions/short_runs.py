@@ -22,8 +22,8 @@ from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots
 from analysis.report.plots import Panel, Series
+from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
-from analysis.runs.table import curves
 
 ESTIMANDS = ("short_over_long", "sigma_b_over_a", "movement_ratio")
 LOG_ESTIMANDS = ESTIMANDS
@@ -50,7 +50,7 @@ def horizons(table: pd.DataFrame) -> list[Horizon]:
     last = int(table["steps"].max())
     out = []
     for step in [s for s in steps_seen(table) if s >= SHORTEST] + [last]:
-        optima = fit_all(curves(at_step(table, step)))
+        optima = fit_all(lr_curves(at_step(table, step)))
         full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
         lora = [
             o for o in optima if o.curve.key["method"] == "lora" and o.curve.key["rank"] >= MIN_RANK
@@ -73,7 +73,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     missing = "fullft" if long.full is None else "lora" if not long.lora else ""
     ratio = _over(short.ratio, long.ratio)
     rests = [] if missing else [o for h in (short, long) for o in (h.full, *h.lora)]
-    whole = fit_all(curves(table)) if cut else long.optima  # norms are those at the runs' ends
+    whole = fit_all(lr_curves(table)) if cut else long.optima  # norms are those at the runs' ends
     lora = [o for o in whole if o.curve.key["method"] == "lora" and o.curve.key["rank"] >= MIN_RANK]
     full = [o for o in whole if o.curve.key["method"] == "fullft"]
     growth, movement, rows, panel = norms(table, whole)

@@ -20,7 +20,8 @@ from analysis.questions.ratio_answer import Answer, answer_of
 from analysis.report import plots
 from analysis.report.outside import WITHIN
 from analysis.report.study import parts_of, rows_of
-from analysis.runs.table import curves, read
+from analysis.runs.lr_curves import lr_curves
+from analysis.runs.table import read
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -46,7 +47,7 @@ def answer(folder: Path) -> Answer:
 
 def fits(runs: pd.DataFrame) -> list[Optimum]:
     """Fit every curve of a table."""
-    return fit_all(curves(runs))
+    return fit_all(lr_curves(runs))
 
 
 def _of(found: Answer | Sequence[Optimum]) -> Sequence[Optimum]:

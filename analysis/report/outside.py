@@ -18,8 +18,9 @@ from analysis.measures.ratio import gap, pool_ratios, ratio_of
 from analysis.measures.ratio_law import Ratio, ratio_law
 from analysis.optimum.fit import Optimum, fit_all
 from analysis.report import interactive
+from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.runs.reading import Reading
-from analysis.runs.table import Curve, TableError, curves
+from analysis.runs.table import TableError
 
 WITHIN = 0.01
 """Loss, in units of the metric, within which a rate belongs to the low-regret band."""
@@ -27,7 +28,7 @@ WITHIN = 0.01
 
 def optima_of(reading: Reading, share: bool = False) -> list[Optimum]:
     """Fit every curve of a table; noise and misfit are pooled over it."""
-    return fit_all(curves(reading.table), share=share)
+    return fit_all(lr_curves(reading.table), share=share)
 
 
 def fit(reading: Reading, within: float = WITHIN, share: bool = False) -> list[dict[str, Any]]:
@@ -265,7 +266,7 @@ def _drift_flags(d: Drift, members: Sequence[Optimum], known: Sequence[Optimum])
     ]
 
 
-def _best_tried(curve: Curve) -> float | None:
+def _best_tried(curve: LrCurve) -> float | None:
     x, y = curve.x[curve.usable], curve.y[curve.usable]
     if not len(x):
         return None
@@ -346,7 +347,7 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
         .astype(float)
         .to_dict()
     )
-    parts = curves(table)
+    parts = lr_curves(table)
     optima = fit_all(parts, share=share)
     costs = []
     for c in parts:

@@ -17,8 +17,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from analysis.inference.estimate import rate, with_interval
 from analysis.measures.at_best import same
 from analysis.optimum.fit import Optimum
-from analysis.runs.curves import by_run
-from analysis.runs.table import full_names
+from analysis.runs.learning_curves import by_run
+from analysis.runs.lr_curves import full_names
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe & Ito: told apart by colour-blind eyes. Black is full fine-tuning."""

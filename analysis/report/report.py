@@ -20,7 +20,7 @@ from analysis.optimum.fit import Optimum
 from analysis.questions.base import Findings, Section
 from analysis.report import interactive, plots
 from analysis.report.outside import WITHIN, aligned
-from analysis.runs.table import Curve, full_names
+from analysis.runs.lr_curves import LrCurve, full_names
 
 
 def findings_of(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
@@ -228,7 +228,9 @@ def _verdict_cells(v: Verdict) -> list[str]:
     ]
 
 
-def _conditions(question: dict[str, Any], parts: Sequence[Curve], table: pd.DataFrame) -> list[str]:
+def _conditions(
+    question: dict[str, Any], parts: Sequence[LrCurve], table: pd.DataFrame
+) -> list[str]:
     """State under which conditions the numbers hold."""
     out = ["## Conditions", ""]
     for column, label in (

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 
-from analysis.runs.curves import by_run, cut, learning_curves
+from analysis.runs.learning_curves import by_run, cut, learning_curves
 from analysis.runs.table import TableError
 from analysis.runs.task import MIN_REST
 

@@ -6,7 +6,7 @@ A floor is the NLL of the generator that wrote the data: no model gets below it.
 import math
 from collections.abc import Sequence
 
-from analysis.runs.table import Curve
+from analysis.runs.lr_curves import LrCurve
 
 MIN_GAIN = 0.3
 """A task qualifies only if the untrained model's NLL is at least this far above its floor, in nats
@@ -16,7 +16,7 @@ MIN_REST = 0.2
 learning rates."""
 
 
-def task_problems(curves: Sequence[Curve], best: Sequence[float | None]) -> list[str]:
+def task_problems(curves: Sequence[LrCurve], best: Sequence[float | None]) -> list[str]:
     """Say why the task is unfit for the question, where its floor is known (science:
     qualification)."""
     start, floor = curves[0].nll_start, curves[0].floor

@@ -24,7 +24,7 @@ from analysis.inference.decide import MIN_SEEDS, judge
 from analysis.inference.estimate import Estimate
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.fit import Optimum, fit_sweeps, seeds_at_best
-from analysis.runs.table import Curve
+from analysis.runs.lr_curves import LrCurve
 from analysis.validation.generators import FAMILIES, Design, plant
 
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "calibration"
@@ -142,7 +142,7 @@ def _middle(values: Sequence[float]) -> float | None:
 
 
 def _rivals(
-    rows: dict[str, list[float]], curve: Curve, truth: float, rng: np.random.Generator
+    rows: dict[str, list[float]], curve: LrCurve, truth: float, rng: np.random.Generator
 ) -> None:
     """Grid argmin; the 5-point parabola with a bootstrap over seeds; one parabola through all
     points, least squares."""
@@ -274,7 +274,7 @@ def sharing(family: str, rates: int, factor: float, noise: float, cases: int) ->
 
 def _kindred(
     family: str, rates: int, factor: float, noise: float, rng: np.random.Generator
-) -> tuple[list[Curve], np.ndarray]:
+) -> tuple[list[LrCurve], np.ndarray]:
     """Plant six ranks of one shape, curvatures within 20%: the first two at seven rates, the others
     at fewer."""
     steep = math.exp(rng.uniform(math.log(0.05), math.log(0.2)))
@@ -293,7 +293,7 @@ def _kindred(
         keep = np.isin(c.x, x[first : first + rates]) if k > 1 else np.ones(len(c.x), bool)
         key = {**c.key, "method": "lora", "rank": 2.0**k}
         out.append(
-            Curve(
+            LrCurve(
                 key,
                 c.x[keep],
                 c.y[keep],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.optimum.valley import linex
-from analysis.runs.table import Curve
+from analysis.runs.lr_curves import LrCurve
 
 Shape = Callable[[np.ndarray], np.ndarray]
 
@@ -112,7 +112,7 @@ def plant(
     rng: np.random.Generator,
     place: tuple[float, float] = (1.0, 1.0),
     steep: tuple[float, float] = (0.02, 0.3),
-) -> tuple[list[Curve], np.ndarray]:
+) -> tuple[list[LrCurve], np.ndarray]:
     """Draw a sweep of one shape; return its curves and their true optima, ln(lr).
 
     Args:
@@ -152,7 +152,7 @@ def _measure(
     design: Design,
     grows: bool,
     rng: np.random.Generator,
-) -> Curve:
+) -> LrCurve:
     """Run one curve's seeds: a seed shifts all its rates alike, by three times the noise of a run."""
     spread = design.noise * (np.exp(0.7 * (x - m)) if grows else np.ones(len(x)))
 
@@ -188,6 +188,6 @@ def _measure(
         "rank": 4.0 * 2**k if k else None,
         "alpha": 32.0,
     }
-    return Curve(
+    return LrCurve(
         key, rates, np.where(usable, losses, np.nan), seed, seed, usable, math.nan, math.nan
     )

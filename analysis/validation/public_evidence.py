@@ -96,10 +96,10 @@ def _bounds(sweep: reading.Reading) -> list[str]:
 
 
 def _largest_survivor_best(sweep: reading.Reading) -> int:
-    from analysis.runs.table import curves
+    from analysis.runs.lr_curves import lr_curves
 
     found = 0
-    for c in curves(sweep.table):
+    for c in lr_curves(sweep.table):
         x, y = c.x[c.usable], c.y[c.usable]
         rates = np.unique(x)
         if len(rates):

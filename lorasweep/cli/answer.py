@@ -110,7 +110,7 @@ def next_round(table: "pd.DataFrame", question: dict[str, Any]) -> NextRound:
     """
     from analysis.questions.design import lines, suggest
     from analysis.report.report import findings_of
-    from analysis.runs.table import example_run_id
+    from analysis.runs.lr_curves import example_run_id
 
     with _table_errors():
         wanted = suggest(findings_of(table, question))

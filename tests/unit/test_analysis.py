@@ -10,7 +10,8 @@ from analysis.inference.decide import judge
 from analysis.inference.estimate import AT_LEAST, Estimate, with_interval
 from analysis.optimum.fit import MIN_DF, fit_all
 from analysis.optimum.valley import linex
-from analysis.runs.table import TableError, curves
+from analysis.runs.lr_curves import lr_curves
+from analysis.runs.table import TableError
 
 GRID = np.array([1e-4 * 2**k for k in range(7)])
 
@@ -41,7 +42,7 @@ def table(loss, seeds=(0,), lrs=GRID, rank=4, start=5.0, status=None):
 def test_a_noise_free_member_of_the_family_is_found(steepness):
     best = 1.37e-3
     (o,) = fit_all(
-        curves(
+        lr_curves(
             table(lambda lr, s: 2 + 0.1 * float(linex(np.array(math.log(lr / best)), steepness)))
         )
     )
@@ -50,7 +51,7 @@ def test_a_noise_free_member_of_the_family_is_found(steepness):
 
 
 def test_without_degrees_of_freedom_there_is_no_interval():
-    (o,) = fit_all(curves(table(lambda lr, s: 2 + 0.1 * math.log(lr / 8e-4) ** 2)))
+    (o,) = fit_all(lr_curves(table(lambda lr, s: 2 + 0.1 * math.log(lr / 8e-4) ** 2)))
     assert o.pooled.df < MIN_DF and not o.best_lr.has_interval() and "no_variance" in o.flags
 
 
@@ -59,7 +60,7 @@ def test_a_flat_valley_is_called_flat():
     frames = [
         table(lambda lr, s: 2 + rng.normal(0, 1e-3), seeds=(0, 1, 2), rank=r) for r in (4, 8, 16)
     ]
-    for o in fit_all(curves(pd.concat(frames))):
+    for o in fit_all(lr_curves(pd.concat(frames))):
         assert o.best_lr.value is None or "flat" in o.flags or (o.best_lr.high / o.best_lr.low > 8)
 
 
@@ -67,12 +68,12 @@ def test_points_beyond_a_broken_rate_are_no_part_of_the_valley():
     def loss(lr, seed):
         return 9.0 if lr == GRID[5] else 2 + 0.1 * math.log(lr / 4e-4) ** 2
 
-    (c,) = curves(table(loss))
+    (c,) = lr_curves(table(loss))
     assert list(c.usable) == [True] * 5 + [False] * 2
 
 
 def test_few_points_give_a_bracket():
-    (o,) = fit_all(curves(table(lambda lr, s: math.log(lr / 2e-4) ** 2, lrs=GRID[:3])))
+    (o,) = fit_all(lr_curves(table(lambda lr, s: math.log(lr / 2e-4) ** 2, lrs=GRID[:3])))
     assert (
         o.best_lr.value is None
         and o.best_lr.low == pytest.approx(GRID[0])
@@ -111,7 +112,7 @@ def test_coverage_on_valleys_inside_and_outside_the_family():
                     table(loss, rank=rank),
                     table(loss, seeds=(1, 2), lrs=GRID[2:5], rank=rank),
                 ]
-            for o in fit_all(curves(pd.concat(frames))):
+            for o in fit_all(lr_curves(pd.concat(frames))):
                 total += 1
                 held += (
                     o.best_lr.has_interval()
@@ -124,12 +125,12 @@ def test_two_bases_are_never_mixed():
     frame = table(lambda lr, s: 2.0, seeds=(0, 1))
     frame["base_sha256"] = np.where(frame["seed"] == 0, "a" * 64, "b" * 64)
     with pytest.raises(TableError, match="never mixed"):
-        curves(frame)
+        lr_curves(frame)
 
 
 def test_a_missing_column_is_named():
     with pytest.raises(TableError, match="test_nll"):
-        curves(pd.DataFrame({"model": ["m"]}))
+        lr_curves(pd.DataFrame({"model": ["m"]}))
 
 
 @pytest.mark.parametrize(

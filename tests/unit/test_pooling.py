@@ -16,7 +16,7 @@ from analysis.measures.lr_law import by_loss, by_optima, meta_regression, publis
 from analysis.measures.ratio_law import Ratio, ratio_law
 from analysis.optimum.fit import fit_all
 from analysis.optimum.valley import linex
-from analysis.runs.table import Curve
+from analysis.runs.lr_curves import LrCurve
 
 # BCG vaccine against tuberculosis, 13 trials (Colditz et al. 1994): cases and non-cases, vaccinated
 # and not
@@ -272,7 +272,7 @@ def planted_curves(p, at=5e-4, widths=(512, 1024, 2048, 4096, 8192), noise=1e-4)
                 "alpha": 32.0,
             }
             zero = np.zeros(7, int)
-            curves.append(Curve(key, x, y, zero, zero, np.ones(7, bool), math.nan, math.nan))
+            curves.append(LrCurve(key, x, y, zero, zero, np.ones(7, bool), math.nan, math.nan))
     return curves, hidden
 
 
@@ -291,17 +291,17 @@ def test_both_ways_find_a_planted_law(p):
 def test_the_published_formula_gives_its_published_rates():
     key = {"model": "meta-llama/Llama-3.1-8B", "dataset": "d", "method": "lora", "rank": 16.0}
     none = np.zeros(0)
-    c = Curve(key, none, none, none, none, none.astype(bool), math.nan, math.nan)
+    c = LrCurve(key, none, none, none, none, none.astype(bool), math.nan, math.nan)
     assert published(c, 4096) == pytest.approx(2.86e-4, rel=2e-3)
     assert published(
-        Curve({**key, "method": "fullft"}, *[none] * 4, none.astype(bool), 0, 0), 2048
+        LrCurve({**key, "method": "fullft"}, *[none] * 4, none.astype(bool), 0, 0), 2048
     ) == pytest.approx(4.91e-5, rel=2e-3)
     assert published(
-        Curve({**key, "model": "Qwen/Qwen3-8B"}, *[none] * 4, none.astype(bool), 0, 0), 4096
+        LrCurve({**key, "model": "Qwen/Qwen3-8B"}, *[none] * 4, none.astype(bool), 0, 0), 4096
     ) == pytest.approx(4.73e-4, rel=2e-3)
     assert (
         published(
-            Curve({**key, "model": "google/gemma"}, *[none] * 4, none.astype(bool), 0, 0), 4096
+            LrCurve({**key, "model": "google/gemma"}, *[none] * 4, none.astype(bool), 0, 0), 4096
         )
         is None
     )

@@ -13,8 +13,9 @@ import pytest
 from analysis.__main__ import main
 from analysis.optimum.valley import linex
 from analysis.report import outside
+from analysis.runs.lr_curves import lr_curves
 from analysis.runs.reading import read
-from analysis.runs.table import TableError, curves
+from analysis.runs.table import TableError
 
 EVIDENCE = Path(os.environ.get("LORASWEEP_TEST_EVIDENCE", "/nonexistent"))
 needs_evidence = pytest.mark.skipif(
@@ -191,7 +192,7 @@ def test_wandb_exports(tmp_path, capsys):
 def test_repeats_without_a_seed_are_seeds_that_share_nothing(tmp_path):
     reading = read(write(tmp_path, planted(seeds=(0, 1)).drop(columns="seed")))
     assert set(reading.table["seed"]) == {0, 1} and set(reading.table["block"]) == {0}
-    (full, *_) = curves(reading.table)
+    (full, *_) = lr_curves(reading.table)
     assert len(set(full.block)) == 1 and len(full.x) == 14
 
 

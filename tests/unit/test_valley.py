@@ -17,7 +17,7 @@ from analysis.optimum.fit import fit_all, fit_sweeps
 from analysis.optimum.likelihood import gather, weights_of
 from analysis.optimum.posterior import weigh
 from analysis.questions.design import needed_seeds
-from analysis.runs.table import Curve, curves
+from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.validation.generators import FAMILIES, Design, plant
 
 
@@ -70,7 +70,7 @@ def unsteady_sweep(broken):
             y[15] += 0.4
         seed = np.tile(np.arange(3), 6)
         key = {"model": "m", "dataset": "d", "method": "lora", "rank": float(2**k)}
-        out.append(Curve(key, x, y, seed, seed, np.ones(18, bool), 3.5, math.nan))
+        out.append(LrCurve(key, x, y, seed, seed, np.ones(18, bool), 3.5, math.nan))
     return out
 
 
@@ -188,7 +188,7 @@ KEPT = [
 def test_on_kept_runs_the_optimum_lies_beside_the_best_rate_tried(path):
     """A LoRA curve at batch 4 that collapses to the untrained loss at a high rate once had its
     optimum where the loss was 0.2 nats above the best one."""
-    optima = fit_all(curves(pd.read_parquet(path)))
+    optima = fit_all(lr_curves(pd.read_parquet(path)))
     swept = [
         o for o in optima if len(np.unique(o.curve.x)) >= 5
     ]  # nulls and controls are at one rate
@@ -220,7 +220,7 @@ def test_a_collapse_that_nobody_flagged_leaves_the_optimum_alone():
         seed = np.repeat(np.arange(3), 7)
         (o,) = fit_all(
             [
-                Curve(
+                LrCurve(
                     {"model": "m", "dataset": "d", "method": "lora", "rank": 4.0},
                     x,
                     y,

@@ -18,7 +18,7 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict
 from analysis.optimum.fit import Optimum
-from analysis.runs.curves import learning_curves
+from analysis.runs.learning_curves import learning_curves
 from analysis.runs.table import CURVE_KEYS
 
 _FIT_POINTS = 80

@@ -1,0 +1,165 @@
+"""Lr curves: loss over learning rates, of runs that are equal but for rate and seed.
+
+Curves of loss over updates are in `learning_curves`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.runs.table import CURVE_KEYS, GROUP_KEYS, check
+
+
+@dataclass(frozen=True)
+class LrCurve:
+    """Points of one curve. x = ln(lr), y = test NLL in nats (NaN where censored), seed; all of
+    length n."""
+
+    key: dict[str, Any]
+    x: np.ndarray
+    y: np.ndarray
+    seed: np.ndarray
+    block: np.ndarray
+    """Runs of one block share a shift of the loss: those of one seed, which see the same batches at
+    every rate."""
+    usable: np.ndarray
+    """False: diverged, or no better than the untrained model: constrains the fit, never enters
+    least squares."""
+    nll_start: float
+    """Held-out NLL before training; NaN if unknown."""
+    floor: float
+    """The generator's own NLL; NaN if unknown."""
+
+    @property
+    def name(self) -> str:
+        """Name the curve for people: method and rank."""
+        rank = self.key.get("rank")
+        return self.key["method"] + (f" r{int(rank)}" if _there(rank) else "")
+
+    @property
+    def variant(self) -> str:
+        """Name what tells curves of one group, method and rank apart: alpha, layers, schedule,
+        precision, optimizer."""
+        rest = {
+            k: v for k, v in self.key.items() if k not in (*GROUP_KEYS, "method", "rank", "scope")
+        }
+        return ", ".join(f"{k} {v}" for k, v in rest.items() if _there(v))
+
+    @property
+    def group(self) -> str:
+        """Name what arms are compared under: model, data set, batch size and steps."""
+        shown = [f"{self.key['model']} on {self.key['dataset']}"]
+        shown += [
+            f"{text} {int(self.key[k])}"
+            for k, text in (("batch_size", "batch"), ("steps", "steps"))
+            if _there(self.key.get(k))
+        ]
+        return ", ".join(shown)
+
+
+def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
+    """Split a table into curves, full fine-tuning first, then by rank."""
+    check(table)
+    keys = [k for k in CURVE_KEYS if k in table.columns]
+    found = [_curve(dict(zip(keys, key)), part) for key, part in table.groupby(keys, dropna=False)]
+    return sorted(
+        found, key=lambda c: (c.group, c.key["method"] != "fullft", c.key["method"], _rank(c))
+    )
+
+
+def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
+    part = part.sort_values(["lr", "seed"])
+    block = "block" if "block" in part else "seed"
+    y = part["test_nll"].astype(float).to_numpy()
+    start = (
+        part["nll_start"].astype(float).to_numpy()
+        if "nll_start" in part
+        else np.full(len(part), np.nan)
+    )
+    done = (part["status"] == "done").to_numpy() & np.isfinite(y)
+    usable = done & ~(y >= start)  # a NaN start compares False: the point stays usable
+    lr = part["lr"].astype(float).to_numpy()
+    whole = [v for v in np.unique(lr) if usable[lr == v].all()]
+    if (
+        whole
+    ):  # from the first rate at which a run broke down, a lucky survivor is no part of the valley
+        best = min(whole, key=lambda v: y[lr == v].mean())
+        broken = lr[~usable & (lr > best)]
+        usable &= lr < (broken.min() if len(broken) else np.inf)
+    return LrCurve(
+        key=key,
+        x=np.log(part["lr"].astype(float).to_numpy()),
+        y=np.where(done, y, np.nan),
+        seed=part["seed"].astype(int).to_numpy(),
+        block=part[block].astype(int).to_numpy(),
+        usable=usable,
+        nll_start=_mean(start),
+        floor=_mean(part["floor_nats"].astype(float).to_numpy())
+        if "floor_nats" in part
+        else np.nan,
+    )
+
+
+def _rank(curve: LrCurve) -> float:
+    rank = curve.key.get("rank")
+    return float(rank) if _there(rank) else 0.0
+
+
+def _there(value: Any) -> bool:
+    return value is not None and value == value
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def full_names(curves: Sequence[LrCurve]) -> list[str]:
+    """Name curves by method, rank, and whatever else tells them apart from the others."""
+    keys = [
+        k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, "method", "rank")
+    ]
+    lora = [c for c in curves if c.key["method"] == "lora"]
+    differ = [k for k in keys if len({str(c.key[k]) for c in lora}) > 1]
+    scopes = (
+        len(
+            {
+                (c.key.get("scope"), c.key.get("layers"))
+                for c in curves
+                if c.key["method"] == "fullft"
+            }
+        )
+        > 1
+    )
+    names = []
+    for c in curves:
+        told = differ if c.key["method"] == "lora" else ["scope", "layers"] if scopes else []
+        names.append(
+            ", ".join(
+                [
+                    c.name,
+                    *(
+                        f"{k} {v:g}"
+                        if isinstance(v, float)
+                        else f"{v}"
+                        if k == "layers"
+                        else f"{k} {v}"
+                        for k, v in ((k, c.key[k]) for k in told)
+                    ),
+                ]
+            )
+        )
+    return names
+
+
+def example_run_id(table: pd.DataFrame, curve: LrCurve) -> str:
+    """Return the id of a run of a curve: a pattern for more runs of it."""
+    rows = table[np.logical_and.reduce([_equal(table[k], v) for k, v in curve.key.items()])]
+    return str(rows.iloc[0]["run_id"])
+
+
+def _equal(column: pd.Series, value: Any) -> pd.Series:
+    return (column == value) | (column.isna() & (not _there(value)))
