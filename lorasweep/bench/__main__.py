@@ -11,7 +11,7 @@ from typing import Any
 from lorasweep.bench import grids, memory, overhead, steps
 from lorasweep.config.compose import compose_request
 from lorasweep.plan import hardware as machine
-from lorasweep.spec.run import Exec
+from lorasweep.spec.execution import Exec
 from lorasweep.store import files
 from lorasweep.tracking import provenance
 

@@ -20,11 +20,13 @@ from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 
-from lorasweep.data.load import Data, Example  # noqa: E402
+from lorasweep.data.examples import Data, Example  # noqa: E402
 from lorasweep.data.load import load as load_data  # noqa: E402
+from lorasweep.methods.registry import spec_from  # noqa: E402
 from lorasweep.models import load as load_model  # noqa: E402
 from lorasweep.models.load import layer_modules  # noqa: E402
-from lorasweep.spec.run import Exec, RunSpec, from_plain  # noqa: E402
+from lorasweep.spec.execution import Exec  # noqa: E402
+from lorasweep.spec.run import RunSpec  # noqa: E402
 
 
 def adapted(model: Any, spec: RunSpec, kind: str) -> Any:
@@ -32,7 +34,7 @@ def adapted(model: Any, spec: RunSpec, kind: str) -> Any:
     unembedding, so its runs go without one: a little less work than ours."""
     from peft import LoraConfig, get_peft_model
 
-    from lorasweep.methods.base import parse_layers
+    from lorasweep.spec.method import parse_layers
 
     if spec.method.name == "fullft":
         return model
@@ -166,7 +168,7 @@ def main(kind: str, job_path: str) -> None:
     exec_ = Exec(**job["exec"])
     imports_s, base, data = time.perf_counter() - START, None, None
     for plain in job["runs"]:
-        spec = from_plain(plain)
+        spec = spec_from(plain)
         at = [time.perf_counter()]
         if base is None:  # all runs of a job are on one base and data set
             base = load_model(spec.model, exec_.models_dir, spec.precision)

@@ -26,7 +26,8 @@ from lorasweep.plan import flops as cost
 from lorasweep.plan import hardware as machine
 from lorasweep.plan import packing as plan
 from lorasweep.plan import throughput as calibrate
-from lorasweep.spec.run import Exec, canonical, run_id
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import canonical, run_id
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 

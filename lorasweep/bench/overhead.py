@@ -12,7 +12,8 @@ from typing import Any
 
 from lorasweep.config.compose import compose_request
 from lorasweep.launch.worker import StopFlag, execute
-from lorasweep.spec.run import Exec, RunSpec, canonical, run_id
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import RunSpec, canonical, run_id
 from lorasweep.store.run_store import RunStore, checksum
 from lorasweep.train.events import Event
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.run import Exec, from_plain, run_id
+from lorasweep.methods.registry import spec_from
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import run_id
 
 
 def export_adapter(
@@ -18,7 +20,7 @@ def export_adapter(
     from lorasweep.launch.worker import TorchTrainer
     from lorasweep.methods.stacked.linear import save_peft
 
-    spec = from_plain(plain_spec)
+    spec = spec_from(plain_spec)
     if spec.method.name != "lora":
         raise SpecError(f"a {spec.method.name} run has no adapter. Choose a lora run.")
     rid, state = run_id(spec), None

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorasweep.data.load import stream
 from lorasweep.errors import SpecError
-from lorasweep.spec.run import Exec
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.streams import stream
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, curve_key
 

@@ -21,9 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch.slurm import resources as jobs
-from lorasweep.launch.slurm.resources import Cluster
-from lorasweep.methods.base import Method, method_classes
-from lorasweep.spec.run import DatasetSpec, Exec, ModelSpec, RunSpec, run_id, snap_lr, validate
+from lorasweep.methods.registry import method_classes
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.execution import Cluster, Exec
+from lorasweep.spec.method import Method
+from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.run import RunSpec, run_id, snap_lr, validate
 from lorasweep.sweep.grid import Point, Sweep, around, check_sweep, expand, fields_of, geom
 from lorasweep.sweep.request import Request
 

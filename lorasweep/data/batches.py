@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorasweep.data.load import Example
+from lorasweep.data.examples import Example
 
 PAD_TO = 16
 """Row lengths, X and M are multiples of this: with equal ranks a pack is then bit for bit the run

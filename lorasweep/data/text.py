@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lorasweep.data.load import Example
+from lorasweep.data.examples import Example
 from lorasweep.errors import DataError
-from lorasweep.spec.run import DatasetSpec
+from lorasweep.spec.dataset import DatasetSpec
 
 
 def examples(

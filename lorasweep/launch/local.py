@@ -24,7 +24,8 @@ from lorasweep.launch.worker import StopFlag, Stopped, Trainer, execute, skipped
 from lorasweep.plan import hardware as machine
 from lorasweep.plan import throughput as calibrate
 from lorasweep.plan.packing import Plan, make_plan, to_calibrate
-from lorasweep.spec.run import Exec, canonical
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import canonical
 from lorasweep.store import files
 from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore

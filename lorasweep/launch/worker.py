@@ -23,8 +23,10 @@ from typing import Any
 
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError, StoreError
 from lorasweep.launch.process import die_with_parent, keep_freed_memory
+from lorasweep.methods.registry import spec_from
 from lorasweep.plan import flops as cost
-from lorasweep.spec.run import Exec, RunSpec, from_plain, run_id
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import RunSpec, run_id
 from lorasweep.store import checkpoint, files
 from lorasweep.store import claims as ownership
 from lorasweep.store.run_store import RunStore
@@ -352,7 +354,7 @@ def main(job_path: str, first: int = 0) -> int:
     try:
         for pack in packs[first:] + packs[:first]:
             unwanted = skipped(job.get("skip"))
-            specs = [s for s in map(from_plain, pack["runs"]) if run_id(s) not in unwanted]
+            specs = [s for s in map(spec_from, pack["runs"]) if run_id(s) not in unwanted]
             if specs:
                 execute(specs, exec_, store, trainer, report, stop, pack["micro_batch_size"])
             if stop.set:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.methods.base import Method, parse_layers
+from lorasweep.spec.method import Method, parse_layers
+from lorasweep.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     import torch
-
-    from lorasweep.spec.run import ModelSpec
 
 SCOPES = ("all", "matrices")
 
@@ -31,7 +30,7 @@ class FullFT(Method):
     """
     MAX_PACK: ClassVar[int | None] = 1  # members' weights differ, so nothing is shared
 
-    def check(self, model: "ModelSpec") -> None:
+    def check(self, model: ModelSpec) -> None:
         if self.scope not in SCOPES:
             raise SpecError(f"method.scope={self.scope!r}. Allowed: {', '.join(SCOPES)}.")
         layers = parse_layers(self.layers)
@@ -48,19 +47,17 @@ class FullFT(Method):
                     "embedding (tied): it cannot be trained alone. Use method.layers=attention+mlp."
                 )
 
-    def n_trainable(self, model: "ModelSpec") -> int:
+    def n_trainable(self, model: ModelSpec) -> int:
         if self.scope == "all":
             return model.n_params()
         return sum(m.d_in * m.d_out * m.count for m in model.matrices(parse_layers(self.layers)))
 
-    def step_flops(self, model: "ModelSpec", n_tokens: int) -> float:
+    def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
         # 6 per weight and token: 2 forward, 4 backward (study.md section 4; attention scores left
         # out).
         return 6.0 * n_tokens * model.n_matmul_params()
 
-    def attach(
-        self, base: Any, model: "ModelSpec", methods: Sequence[Method], seeds: Sequence[int]
-    ):
+    def attach(self, base: Any, model: ModelSpec, methods: Sequence[Method], seeds: Sequence[int]):
         if len(methods) != 1:
             raise SpecError(f"fullft trains one run at a time, not {len(methods)}.")
         return _WholeModel(base, model, self)
@@ -71,7 +68,7 @@ class _WholeModel:
 
     stacked = False
 
-    def __init__(self, base, model: "ModelSpec", method: FullFT) -> None:
+    def __init__(self, base, model: ModelSpec, method: FullFT) -> None:
         from lorasweep.models.load import layer_modules
 
         if method.scope == "all":

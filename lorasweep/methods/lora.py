@@ -9,14 +9,11 @@ of A. The stacked module that a pack trains lives in `lorasweep.methods.stacked.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.methods.base import Method, parse_layers
-
-if TYPE_CHECKING:
-    from lorasweep.spec.run import ModelSpec
-
+from lorasweep.spec.method import Method, parse_layers
+from lorasweep.spec.model import ModelSpec
 
 SCALINGS = ("rank", "sqrt_rank", "none")
 STARTS = ("a", "b")
@@ -71,7 +68,7 @@ class LoRA(Method):
             / {"rank": self.rank, "sqrt_rank": math.sqrt(self.rank), "none": 1.0}[self.scaling_by]
         )
 
-    def check(self, model: "ModelSpec") -> None:
+    def check(self, model: ModelSpec) -> None:
         matrices = model.matrices(parse_layers(self.layers))
         smallest = min(min(m.d_in, m.d_out) for m in matrices)
         if (
@@ -102,21 +99,19 @@ class LoRA(Method):
                 f"method.init_seed={self.init_seed}: a whole number from 0 to 2^31 - 1."
             )
 
-    def n_trainable(self, model: "ModelSpec") -> int:
+    def n_trainable(self, model: ModelSpec) -> int:
         return sum(
             self.rank * (m.d_in + m.d_out) * m.count
             for m in model.matrices(parse_layers(self.layers))
         )
 
-    def step_flops(self, model: "ModelSpec", n_tokens: int) -> float:
+    def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
         # 4 per frozen weight and token (forward, gradient of the input), 6 per adapter weight: the
         # study's 2N^2 + 6NR against 3N^2 multiply-adds (study.md section 4; attention scores left
         # out).
         return n_tokens * (4.0 * model.n_matmul_params() + 6.0 * self.n_trainable(model))
 
-    def attach(
-        self, base: Any, model: "ModelSpec", methods: Sequence[Method], seeds: Sequence[int]
-    ):
+    def attach(self, base: Any, model: ModelSpec, methods: Sequence[Method], seeds: Sequence[int]):
         from lorasweep.methods.stacked.linear import StackedAdapters
         from lorasweep.models.load import layer_modules
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import ModelError
-from lorasweep.spec.run import ModelSpec
+from lorasweep.spec.model import ModelSpec
 
 SHIPPED = Path(__file__).parent / "bases"
 

@@ -10,7 +10,8 @@ from lorasweep.plan import flops as cost
 from lorasweep.plan import hardware as machine
 from lorasweep.plan import throughput as calibrate
 from lorasweep.plan.flops import run_flops
-from lorasweep.spec.run import Exec, RunSpec, part_json
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import RunSpec, part_json
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import FINAL, STATES, RunStore
 from lorasweep.sweep.grid import Point

@@ -18,10 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasweep.methods.base import canonical_layers
+from lorasweep.methods.registry import spec_from
 from lorasweep.plan import flops as cost
 from lorasweep.plan import hardware as machine
-from lorasweep.spec.run import Exec, RunSpec, canonical, from_plain, part_json
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.method import canonical_layers
+from lorasweep.spec.run import RunSpec, canonical, part_json
 from lorasweep.store import files
 from lorasweep.tracking import provenance
 
@@ -216,7 +218,7 @@ def main(job_path: str) -> None:
     job = json.loads(Path(job_path).read_bytes())
     exec_ = Exec(**job["exec"])
     for plain in job["specs"]:
-        spec = from_plain(plain)
+        spec = spec_from(plain)
         speed = measure(spec, exec_)
         content = {
             "step_s": speed.step_s,

@@ -400,7 +400,8 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
     """Put the runs of an exported table into a store, marked as imported; return how many were new."""
     import pandas as pd
 
-    from lorasweep.spec.run import checked_id, from_plain
+    from lorasweep.methods.registry import spec_from
+    from lorasweep.spec.run import checked_id
 
     path = Path(path)
     if not path.is_file():
@@ -416,7 +417,7 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
     rows = []
     for number, (spec_text, result_text) in enumerate(zip(table["spec"], table["result"]), start=1):
         try:
-            spec, result = from_plain(json.loads(spec_text)), json.loads(result_text)
+            spec, result = spec_from(json.loads(spec_text)), json.loads(result_text)
             rid, named = checked_id(spec), result["run_id"]
         except (ValueError, TypeError, KeyError) as error:
             raise StoreError(f"{path}, row {number}: not a run ({error}).") from None

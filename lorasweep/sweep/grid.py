@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorasweep.errors import SpecError
-from lorasweep.methods.base import method_class
-from lorasweep.spec.run import ModelSpec, RunSpec, canonical, checked_id, run_id, with_axes
+from lorasweep.methods.registry import method_class
+from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.run import RunSpec, canonical, checked_id, run_id, with_axes
 
 MAX_RUNS = 100_000
 WHOSE = ("study", "popular", "ours")

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorasweep.launch.slurm.resources import Cluster
-from lorasweep.spec.run import Exec, canonical, from_plain, run_id
+from lorasweep.methods.registry import spec_from
+from lorasweep.spec.execution import Cluster, Exec
+from lorasweep.spec.run import canonical, run_id
 from lorasweep.sweep.grid import Claim, Point, Second, Sweep
 
 
@@ -61,7 +62,7 @@ def from_file(told: dict[str, Any]) -> Request:
         sweep = Sweep(**{**sweep, "claims": claims, "second": Second(**sweep["second"])})
     points = []
     for p in told["points"]:
-        spec = from_plain(p["spec"])
+        spec = spec_from(p["spec"])
         points.append(Point(p["arm"], spec, run_id(spec)))
     parts = {"exec": Exec(**told["exec"]), "cluster": Cluster(**told["cluster"])}
     return Request(**{**told, **parts, "sweep": sweep, "points": points})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lorasweep.data.batches import Batch, collate, eval_batches, merge
-from lorasweep.data.load import Data
+from lorasweep.data.examples import Data
 from lorasweep.models.load import Base
 from lorasweep.spec.run import RunSpec, part_json, run_id
 from lorasweep.train.events import Event, Record, State

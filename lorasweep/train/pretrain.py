@@ -20,17 +20,20 @@ import torch
 from lorasweep.data.batches import collate, eval_batches
 from lorasweep.data.load import load as load_data
 from lorasweep.models.load import SHIPPED
-from lorasweep.spec.run import DatasetSpec, ModelSpec, RunSpec, _plain
+from lorasweep.spec.canonical import plain
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.run import RunSpec
 from lorasweep.train.objectives.sft import evaluate, nll_sums
 from lorasweep.train.optim import AdamW, OneRun
 
 
 def file_name(spec: ModelSpec) -> str:
     """Name the weights file of a recipe: readable, and changed by any change of recipe or shape."""
-    plain = _plain(spec)
+    values = plain(spec)
     for name in ("location", "revision", "attention", "mlp", "unembedding"):
-        plain.pop(name)
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        values.pop(name)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return f"{spec.name}-{digest[:10]}.safetensors"
 
 

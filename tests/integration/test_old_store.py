@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from analysis.report.report import findings_of
-from lorasweep.spec.run import from_plain, run_id
+from lorasweep.methods.registry import spec_from
+from lorasweep.spec.run import run_id
 from lorasweep.store.run_store import RunStore, load_runs
 from tests.world import cli
 
@@ -29,7 +30,7 @@ def test_states_and_specs_of_an_old_store_are_read(old):
     assert sorted(states.values()) == ["diverged", *["done"] * 6, "stale"]
     assert states[INTERRUPTED] == "stale"
     for rid in states:
-        assert run_id(from_plain(old.spec(rid))) == rid
+        assert run_id(spec_from(old.spec(rid))) == rid
 
 
 def test_the_table_of_an_old_store_is_the_one_that_was_written_then(old):

@@ -10,7 +10,7 @@ from lorasweep.config.compose import shipped_model
 from lorasweep.data import load as data
 from lorasweep.data.batches import eval_batches
 from lorasweep.models import load as models
-from lorasweep.spec.run import DatasetSpec
+from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.train import pretrain as recipe
 from lorasweep.train.objectives.sft import evaluate
 

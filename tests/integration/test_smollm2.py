@@ -11,6 +11,7 @@ import torch
 
 from lorasweep.data import load as data
 from lorasweep.data.batches import collate
+from lorasweep.data.examples import Example
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.train.objectives.sft import nll_sums
@@ -89,7 +90,7 @@ def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, monke
     ids = base.tokenizer("Question: What is 3 + 4?\nAnswer: It is 7.").input_ids
     import numpy as np
 
-    example = data.Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) > 8)
+    example = Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) > 8)
     batch = collate([example])
     monkeypatch.setattr(  # transformers' norm goes through float32 even in a float64 model
         "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward",

@@ -19,8 +19,8 @@ from lorasweep.launch.slurm import resources as jobs
 from lorasweep.launch.slurm import snapshot, submissions
 from lorasweep.launch.slurm import submit as batch
 from lorasweep.launch.slurm.client import Partition
-from lorasweep.launch.slurm.resources import Cluster
 from lorasweep.plan import packing as plan
+from lorasweep.spec.execution import Cluster
 from lorasweep.store import claims as ownership
 from lorasweep.store import files, index
 from lorasweep.store.claims import Lock

@@ -175,7 +175,7 @@ def test_ten_thousand_specs_are_planned(tmp_path):
 
 
 def compose_exec():
-    from lorasweep.spec.run import Exec
+    from lorasweep.spec.execution import Exec
 
     return Exec()
 

@@ -8,8 +8,10 @@ import pytest
 
 from lorasweep.data import load as data
 from lorasweep.data.batches import collate, merge, padded
+from lorasweep.data.examples import Example
 from lorasweep.data.synthetic import dialect, skills
 from lorasweep.errors import DataError
+from lorasweep.spec.streams import stream
 from tests.world import compose_request, tiny_spec
 
 
@@ -111,8 +113,8 @@ def test_text_without_a_tokenizer_is_refused():
 
 def test_padding_never_bears_loss_and_places_predict_the_next_token():
     examples = [
-        data.Example(np.arange(1, 6, dtype=np.int32), np.array([0, 1, 1, 0, 1], bool)),
-        data.Example(np.arange(1, 21, dtype=np.int32), np.arange(20) == 19),
+        Example(np.arange(1, 6, dtype=np.int32), np.array([0, 1, 1, 0, 1], bool)),
+        Example(np.arange(1, 21, dtype=np.int32), np.arange(20) == 19),
     ]
     b = collate(examples)
     assert (
@@ -130,8 +132,7 @@ def test_members_are_filled_up_and_the_padded_form_says_the_same():
 
     def rows(*lengths):
         return [
-            data.Example(rng.integers(1, 9, size=n).astype(np.int32), np.arange(n) > 1)
-            for n in lengths
+            Example(rng.integers(1, 9, size=n).astype(np.int32), np.arange(n) > 1) for n in lengths
         ]
 
     parts = [collate(rows(5, 20)), collate(rows(40, 3))]
@@ -175,7 +176,7 @@ def test_the_dialect_differs_from_its_language_by_its_knobs():
 
 
 def test_skills_have_right_answers():
-    rng = data.stream("test")
+    rng = stream("test")
     for _ in range(300):
         prompt, answer = skills.instance(rng, 2)
         name, _, rest = prompt.partition(" ")
@@ -190,5 +191,5 @@ def test_skills_have_right_answers():
 
 
 def test_streams_are_named():
-    assert data.stream("a", 1).integers(1 << 30) == data.stream("a", 1).integers(1 << 30)
-    assert data.stream("a", 1).integers(1 << 30) != data.stream("a", 2).integers(1 << 30)
+    assert stream("a", 1).integers(1 << 30) == stream("a", 1).integers(1 << 30)
+    assert stream("a", 1).integers(1 << 30) != stream("a", 2).integers(1 << 30)

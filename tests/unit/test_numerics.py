@@ -9,6 +9,7 @@ import torch
 
 from lorasweep.data import load as data
 from lorasweep.data.batches import collate, eval_batches
+from lorasweep.data.examples import Example
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
@@ -304,10 +305,8 @@ def test_full_fine_tuning_equals_torch_over_a_whole_run(world):
 def test_loss_is_torch_cross_entropy_over_loss_bearing_tokens(world):
     _spec, base, _dataset = world
     examples = [
-        data.Example(
-            np.array([1, 2, 3, 4, 5], dtype=np.int32), np.array([0, 0, 1, 1, 0], dtype=bool)
-        ),
-        data.Example(np.array([7, 8, 9], dtype=np.int32), np.array([0, 1, 0], dtype=bool)),
+        Example(np.array([1, 2, 3, 4, 5], dtype=np.int32), np.array([0, 0, 1, 1, 0], dtype=bool)),
+        Example(np.array([7, 8, 9], dtype=np.int32), np.array([0, 1, 0], dtype=bool)),
     ]
     got = nll_sums(base.model, collate(examples), "fp64")[0]
     want = 0.0

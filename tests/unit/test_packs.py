@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from lorasweep.data import load as data
+from lorasweep.data.examples import Data, Example
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.run import run_id
+from lorasweep.spec.streams import stream
 from lorasweep.train.loop import train
 from lorasweep.train.objectives import sft as loss
 from tests.world import tiny_spec
@@ -24,14 +26,14 @@ def ragged(vocab=32, longest=60):
     """Rows of 5 to `longest` tokens, the second half of each bearing loss."""
 
     def row(*names):
-        rng = data.stream(*names)
+        rng = stream(*names)
         tokens = rng.integers(0, vocab, size=rng.integers(5, longest + 1)).astype(np.int32)
-        return data.Example(tokens, np.arange(len(tokens)) > len(tokens) // 2)
+        return Example(tokens, np.arange(len(tokens)) > len(tokens) // 2)
 
     def rows(seed, start, count):
         return [row("ragged", seed, start + k) for k in range(count)]
 
-    return data.Data(rows, rows(-1, 0, 12), None)
+    return Data(rows, rows(-1, 0, 12), None)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasweep.errors import SpecError
-from lorasweep.methods.base import canonical_layers
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
+from lorasweep.methods.registry import spec_from
 from lorasweep.spec import run as spec_module
-from lorasweep.spec.run import RunSpec, canonical, from_plain, run_id, snap_lr, validate, with_axes
+from lorasweep.spec.method import canonical_layers
+from lorasweep.spec.run import RunSpec, canonical, run_id, snap_lr, validate, with_axes
 from lorasweep.sweep.grid import geom
 from tests.world import compose_request, tiny_spec
 
@@ -49,14 +50,14 @@ def test_kept_results_have_the_ids_of_their_specs():
     for path in tables:
         table = pd.read_parquet(path)
         for rid, text in zip(table["run_id"], table["spec"]):
-            assert run_id(from_plain(json.loads(text))) == rid, path
+            assert run_id(spec_from(json.loads(text))) == rid, path
 
 
 def test_key_order_and_round_trip_keep_the_id():
     spec = golden_specs()["lora"]
     plain = json.loads(canonical(spec))
     turned = dict(reversed(plain.items()))
-    assert run_id(from_plain(turned)) == run_id(from_plain(plain)) == run_id(spec)
+    assert run_id(spec_from(turned)) == run_id(spec_from(plain)) == run_id(spec)
 
 
 def test_number_types_do_not_matter_but_values_do():
@@ -162,7 +163,7 @@ def test_axes_are_looked_up_in_method_then_spec():
 
 
 def test_no_method_field_has_the_name_of_a_spec_field():
-    from lorasweep.methods.base import method_classes
+    from lorasweep.methods.registry import method_classes
 
     spec_fields = {f.name for f in dataclasses.fields(RunSpec)}
     for cls in method_classes().values():

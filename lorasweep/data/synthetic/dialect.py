@@ -9,9 +9,10 @@ section 2 of the design notes.
 
 import numpy as np
 
-from lorasweep.data.load import Data, Example, generated, stream
+from lorasweep.data.examples import Data, Example, generated
 from lorasweep.errors import DataError
-from lorasweep.spec.run import DatasetSpec
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.streams import stream
 
 VOCAB = 32
 KNOBS = {

@@ -12,9 +12,10 @@ import math
 
 import numpy as np
 
-from lorasweep.data.load import Data, Example, generated, stream
+from lorasweep.data.examples import Data, Example, generated
 from lorasweep.errors import DataError
-from lorasweep.spec.run import DatasetSpec
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.streams import stream
 
 VALUES, KEYS, SEPARATOR = 16, 31, 47
 VOCAB = 48

@@ -7,9 +7,10 @@ Characters are the tokens. The base model is pretrained on easier instances in t
 
 import numpy as np
 
-from lorasweep.data.load import Data, Example, generated, stream
+from lorasweep.data.examples import Data, Example, generated
 from lorasweep.errors import DataError
-from lorasweep.spec.run import DatasetSpec
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.streams import stream
 
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789+-*=:>.?"
 VOCAB = 48  # the alphabet, rounded up; spare symbols are never used

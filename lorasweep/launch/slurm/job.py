@@ -24,7 +24,9 @@ from lorasweep.launch import local
 from lorasweep.launch.slurm import client as slurm
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.worker import Stopped, skipped
-from lorasweep.spec.run import Exec, from_plain, run_id
+from lorasweep.methods.registry import spec_from
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import run_id
 from lorasweep.store import claims as ownership
 from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, RunStore
@@ -90,7 +92,7 @@ def _train(task: dict[str, Any]) -> None:
     exec_ = Exec(**task["exec"])
     store = RunStore(exec_.runs_dir)
     files.share_as(store.root)
-    specs = [from_plain(plain) for plain in task["runs"]]
+    specs = [spec_from(plain) for plain in task["runs"]]
     points = [Point(s.method.name, s, run_id(s)) for s in specs]
     left = [
         p for p in points if p.id not in skipped(task["skip"]) and store.state(p.id) not in FINAL

@@ -3,13 +3,13 @@ the cluster."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lorasweep.errors import ClusterError, unknown
 from lorasweep.launch.slurm.client import Partition
 from lorasweep.plan import flops as cost
 from lorasweep.plan.packing import Pack
-from lorasweep.spec.run import Exec
+from lorasweep.spec.execution import Cluster, Exec
 
 KINDS = ("local", "slurm")
 OURS = frozenset(
@@ -38,59 +38,6 @@ Assumption."""
 GPU_FLOPS = 1e14
 """Floating-point operations a second of a GPU worker, until something was measured. Assumption: a
 quarter of an A100's or an eighth of an H100's dense bf16 peak, rounded down."""
-
-
-@dataclass
-class Cluster:
-    """A place to run; never part of a run's identity. One file of conf/cluster/."""
-
-    name: str = "local"
-    kind: str = "local"
-    """local: worker processes on this machine. slurm: jobs of a Slurm cluster."""
-    partition: str | None = None
-    """None: the cluster's default."""
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    gpus: int = 0
-    """GPUs a job; each trains packs of its own, side by side."""
-    workers: int | None = None
-    """Packs that a job trains side by side; None: one a GPU, without GPUs one."""
-    cpus: int = 2
-    """Processors a worker."""
-    mem_gib: float | None = None
-    """Memory a job; None: by the plan's estimate."""
-    time_min: int | None = None
-    """Time limit of a job; None: by the plan's estimate, or the partition's limit where that is
-    shorter."""
-    warn_s: int = 120
-    """Seconds before the limit at which a job writes its checkpoints and queues itself again."""
-    work_min: float = 10.0
-    """A job holds at least this much expected work, if there is as much ..."""
-    work_max: float = 120.0
-    """... and at most this much, if a pack is not longer by itself."""
-    runs_per_job: int | None = None
-    """Runs a job, instead of the two above."""
-    parallel: int = 64
-    """Tasks of an array that run at once."""
-    requeues: int = 50
-    """Times a job may queue itself again at its time limit."""
-    follow: bool = True
-    """When the jobs are over, a small job submits what was lost and the next stage, and at the end
-    writes the answer."""
-    follow_min: int = 30
-    """Time limit of that job."""
-    follow_partition: str | None = None
-    """Partition of that job, where the others' takes no job without GPUs; None: the same."""
-    setup: list[str] = field(default_factory=list)
-    """Shell lines at the start of a job, such as module load ...; what it needs of the environment.
-    """
-    options: dict[str, str] = field(default_factory=dict)
-    """Further options of sbatch, by name without dashes; "true" for one that takes no value."""
-    submit: bool = True
-    """False: write sbatch scripts for the user to submit, for places where submitit cannot run."""
-    shared: bool = False
-    """The user says that nodes see the run folder, although it looks like this machine's own."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm import job
-from lorasweep.launch.slurm.resources import Ask, Cluster
+from lorasweep.launch.slurm.resources import Ask
 from lorasweep.launch.slurm.submissions import Array
+from lorasweep.spec.execution import Cluster
 from lorasweep.store import files
 from lorasweep.store.claims import OUR_JOB
 

@@ -26,7 +26,8 @@ from lorasweep.launch.slurm.reconcile import mend
 from lorasweep.launch.slurm.resources import Ask
 from lorasweep.launch.slurm.submissions import FOLLOW, Array, Queue, Submission
 from lorasweep.plan import packing as plan
-from lorasweep.spec.run import Exec, canonical
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import canonical
 from lorasweep.store import files
 from lorasweep.store.claims import SILENCE_S
 from lorasweep.store.run_store import FINAL, RunStore

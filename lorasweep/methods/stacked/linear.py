@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorasweep.data.load import stream
+from lorasweep.spec.streams import stream
 
 if TYPE_CHECKING:
     from lorasweep.methods.lora import LoRA

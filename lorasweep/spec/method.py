@@ -1,0 +1,62 @@
+"""What a fine-tuning method is to a spec: its fields, and what planning must know of it.
+
+The methods themselves are files of `lorasweep/methods`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lorasweep.errors import SpecError
+from lorasweep.spec.model import ModelSpec
+
+if TYPE_CHECKING:
+    from lorasweep.methods.trainables import Trainables
+
+LAYER_SETS = ("attention", "mlp", "unembedding")
+
+
+@dataclass
+class Method:
+    """Fields of a method; a subclass lives in a file of its own, named as `name`."""
+
+    name: str = "???"
+    MAX_PACK: ClassVar[int | None] = None  # how many runs may share a pack; None: no limit
+    PACKED_FIELDS: ClassVar[tuple[str, ...]] = ()  # fields that may differ inside a pack
+
+    def check(self, model: ModelSpec) -> None:
+        """Raise SpecError if this method cannot be applied to `model`. Changes nothing."""
+        raise NotImplementedError
+
+    def n_trainable(self, model: ModelSpec) -> int:
+        """Count the trained parameters of one run, from the model's shape alone."""
+        raise NotImplementedError
+
+    def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
+        """Estimate the floating-point operations of forward and backward over `n_tokens` tokens."""
+        raise NotImplementedError
+
+    def attach(
+        self, base: Any, model: ModelSpec, methods: "Sequence[Method]", seeds: Sequence[int]
+    ) -> "Trainables":
+        """Attach N = len(methods) members to the loaded `base`; return their Trainables."""
+        raise NotImplementedError
+
+
+def parse_layers(layers: str) -> tuple[str, ...]:
+    """Split 'attention+mlp' into its switches, in canonical order; 'all' means all three."""
+    if not isinstance(layers, str):
+        raise SpecError(f"layers={layers!r} is not text. Write e.g. layers=attention+mlp.")
+    parts = LAYER_SETS if layers == "all" else tuple(p.strip() for p in layers.split("+"))
+    bad = [p for p in parts if p not in LAYER_SETS]
+    if bad or not parts:
+        raise SpecError(
+            f"layers={layers!r}: {bad or 'nothing'} is no layer set. Allowed: {', '.join(LAYER_SETS)}, "
+            "joined by '+', or 'all'. Example: method.layers=attention+mlp"
+        )
+    return tuple(p for p in LAYER_SETS if p in parts)
+
+
+def canonical_layers(layers: str) -> str:
+    """Spell a layer set in the one way that is hashed."""
+    return "+".join(parse_layers(layers))
