@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate
 from analysis.inference.seeds import PooledVariance, from_sample
-from analysis.optimum.fit import Optimum
+from analysis.optimum.optimum import Optimum
 
 T, U, V = TypeVar("T"), TypeVar("U"), TypeVar("V")
 

@@ -13,7 +13,7 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, exp_of
 from analysis.inference.seeds import PooledVariance
 from analysis.measures.at_best import AtBest, over_seeds, values_at_best
-from analysis.optimum.fit import Optimum
+from analysis.optimum.optimum import Optimum
 from analysis.runs.learning_curves import Points, by_run, same_rows
 
 

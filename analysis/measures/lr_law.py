@@ -15,7 +15,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from analysis.inference.estimate import N_DRAWS, Estimate, from_draws
-from analysis.optimum.fit import Optimum
+from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import LrCurve
 
 PUBLISHED = {"base": 5e-5, "M": 10.0, "llama": 0.781, "qwen": 0.0775}

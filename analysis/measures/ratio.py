@@ -12,7 +12,7 @@ from scipy import stats
 
 from analysis.inference.estimate import LEVEL, Estimate, from_draws
 from analysis.inference.meta import RandomEffects, random_effects
-from analysis.optimum.fit import Optimum
+from analysis.optimum.optimum import Optimum
 
 MIN_RANK = 4
 """The claims on ratio and drift are about ranks of 4 and more: the study itself sets rank 1 apart.

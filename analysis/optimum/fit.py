@@ -1,134 +1,49 @@
-"""The best learning rate of a curve, with an honest interval: from runs to evidence, from a
-posterior to an answer.
+"""Find the best learning rate of lr curves, with an interval, a bound, or nothing.
 
-The model of a valley and its constants are in `valley`, the pooling of noise and misfit over a
-sweep in `posterior`. Here a curve's runs become numbers for them, and a posterior becomes an
-optimum, a bound, or nothing: an optimum at the edge of what was tried, or beside a rate that breaks
-down, is a bound, and a valley too flat for its noise has none.
+`likelihood` turns a curve's runs into numbers, `valley` models its shape, `posterior` pools noise
+and misfit over a sweep, and `answer` turns a posterior into a value or a bound.
 """
 
-import functools
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from analysis.inference.estimate import LEVEL, Estimate
 from analysis.optimum import valley
+from analysis.optimum.answer import bound_at_end, cubic_vertex, value_or_bound
 from analysis.optimum.likelihood import (
     MIN_DF,
     MIN_RATES,
     Likelihood,
-    bottom,
-    first_diverged,
     growth_of,
+    lowest_loss,
     n_rates,
     of_curve,
     pools,
     weights_of,
     without_collapse,
 )
+from analysis.optimum.optimum import Optimum
 from analysis.optimum.posterior import Pooled, Posterior, weigh
 from analysis.runs.lr_curves import LrCurve
 
 FEW_RATES = 5
 """Below this many a curve is flagged 'few_points', and no verdict rests on it."""
 MIN_RATES_WITH_PRIOR = 3
-"""The same where two or more related curves lend it their shape."""
+"""Rates that a fit needs where two or more related curves give a prior of its shape."""
 CHECK_RATIO = 1.3
-"""A narrow cubic whose minimum lies outside the interval and differs by more raises the flag
+"""A cubic whose minimum lies outside the interval and differs by more raises the flag
 'checks_disagree'."""
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """The optimum of one curve. `best_lr` has value None where only a bound is known."""
-
-    curve: LrCurve
-    best_lr: Estimate
-    lowest: float | None
-    """Mean NLL at the best rate tried."""
-    flags: tuple[str, ...]
-    check_lr: float | None = None
-    """Minimum of a cubic through the five rates around the best: a check, not the answer."""
-    pooled: Pooled | None = None
-    open_side: int = 0
-    """1: the optimum may lie above the rates tried, -1: below; 0: between them, or on either side
-    (flat)."""
-    posterior: Posterior | None = field(default=None, repr=False)
-    likelihood: Likelihood | None = field(default=None, repr=False)
-
-    @functools.cached_property
-    def shape(self) -> valley.Shape | None:
-        """The likeliest valley with its minimum at the posterior's median; None without a fit."""
-        if self.posterior is None:
-            return None
-        e, m = self.likelihood, float(self.posterior.quantile(0.5))
-        return valley.likeliest(
-            e.x, e.root, e.root @ e.loss, m, self.pooled.noise, self.pooled.misfit
-        )
-
-    @functools.cached_property
-    def best_nll(self) -> float | None:
-        """The fitted NLL at the optimum; where that is not known, the mean at the best rate tried."""
-        if self.shape is None or self.best_lr.value is None:
-            return self.lowest
-        return _level(self.curve, self.shape, self.pooled)
-
-    def predict(self, lr: np.ndarray) -> np.ndarray | None:
-        """Return the fitted NLL at learning rates; None without a fit."""
-        return (
-            None
-            if self.shape is None
-            else _level(self.curve, self.shape, self.pooled) + self.shape.height(np.log(lr))
-        )
-
-    def regret(self, lr: float) -> float | None:
-        """Return NLL(lr) - best NLL in nats under the fit; None outside the rates that were tried."""
-        x = self.curve.x[self.curve.usable]
-        if self.shape is None or not x.min() - 1e-9 <= math.log(lr) <= x.max() + 1e-9:
-            return None
-        return float(max(self.shape.height(np.array([math.log(lr)]))[0], 0.0))
-
-    def band(self, loss: float) -> tuple[float, float] | None:
-        """Return the rates around the best one that lose at most `loss` nats under the fit, within
-        those tried."""
-        if self.shape is None:
-            return None
-        x = self.curve.x[self.curve.usable]
-        grid = np.union1d(
-            np.linspace(x.min(), x.max(), 400), [np.clip(self.shape.m, x.min(), x.max())]
-        )
-        over = np.flatnonzero(self.shape.height(grid) > loss)
-        at = int(np.argmin(np.abs(grid - self.shape.m)))
-        low = max((int(k) for k in over if k < at), default=-1) + 1
-        high = min((int(k) for k in over if k > at), default=len(grid)) - 1
-        return float(np.exp(grid[low])), float(np.exp(grid[high]))
-
-
-def seeds_at_best(o: Optimum) -> int:
-    """Count the seeds at the two rates on both sides of the fitted optimum (without one: about the
-    best rate)."""
-    x = o.curve.x[o.curve.usable]
-    if not len(x):
-        return 0
-    rates = sorted(set(x))
-    y = o.curve.y[o.curve.usable]
-    if o.best_lr.value is not None and rates[0] <= math.log(o.best_lr.value) <= rates[-1]:
-        m = math.log(o.best_lr.value)
-        sides = (max(r for r in rates if r <= m), min(r for r in rates if r >= m))
-        return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in sides)
-    best = min(range(len(rates)), key=lambda k: y[x == rates[k]].mean())
-    around = rates[max(0, best - 1) : best + 2]
-    return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in around)
 
 
 def fit_all(curves: Sequence[LrCurve], level: float = LEVEL, share: bool = False) -> list[Optimum]:
     """Find the optimum of every curve of a sweep, with noise and misfit pooled over all of them.
 
-    share: curves that differ in their rank only lend each other their curvature (see `_kin`).
+    Args:
+        level: of the intervals.
+        share: curves that differ only in their rank give each other a prior of their shape.
     """
     return fit_sweeps([curves], level, share)[0]
 
@@ -136,63 +51,79 @@ def fit_all(curves: Sequence[LrCurve], level: float = LEVEL, share: bool = False
 def fit_sweeps(
     sweeps: Sequence[Sequence[LrCurve]], level: float = LEVEL, share: bool = False
 ) -> list[list[Optimum]]:
-    """The same for many sweeps, none of which knows of the others."""
+    """Find the optima of many sweeps, each on its own; curves of one design are fitted together."""
     trimmed = [[without_collapse(c) for c in curves] for curves in sweeps]
-    parts = [(i, part) for i, curves in enumerate(trimmed) for part in pools(curves)]
-    gathered: list[dict[int, Likelihood]] = []
-    all_weights: list[dict[int, np.ndarray]] = []
-    for i, part in parts:
-        mine = [trimmed[i][k] for k in part]
-        all_weights.append(dict(zip(part, weights_of(mine))))
-        growth = growth_of(mine, list(all_weights[-1].values()))
-        gathered.append(
-            {
-                k: of_curve(trimmed[i][k], growth, all_weights[-1][k])
-                for k in part
-                if n_rates(trimmed[i][k]) >= MIN_RATES
-            }
-        )
-    shape_priors: list[list[valley.ShapePrior | None]] | None = None
+    groups = [
+        _group(i, {k: curves[k] for k in part})
+        for i, curves in enumerate(trimmed)
+        for part in pools(curves)
+    ]
+    shape_priors = None
     if share:
-        shape_priors = []
-        for n, ((i, part), (posteriors, pooled)) in enumerate(
-            zip(parts, weigh([list(g.values()) for g in gathered]))
-        ):
-            shapes = _shapes(trimmed[i], gathered[n], posteriors, pooled)
-            priors = {
-                k: _shape_prior(k, trimmed[i], shapes)
-                for k in part
-                if n_rates(trimmed[i][k]) >= MIN_RATES_WITH_PRIOR
-            }
-            growth = growth_of([trimmed[i][k] for k in part], list(all_weights[n].values()))
-            gathered[n] = {
-                k: of_curve(trimmed[i][k], growth, all_weights[n][k])
-                for k, prior in priors.items()
-                if prior is not None or n_rates(trimmed[i][k]) >= MIN_RATES
-            }
-            shape_priors.append([priors[k] for k in gathered[n]])
-    out: list[list[Optimum | None]] = [[None] * len(curves) for curves in trimmed]
-    for (i, part), told, (posteriors, pooled) in zip(
-        parts, gathered, weigh([list(g.values()) for g in gathered], shape_priors)
-    ):
-        found = dict(zip(told, posteriors))
-        for k in part:
-            out[i][k] = _optimum(trimmed[i][k], told.get(k), found.get(k), pooled, level)
-    return out
+        alone = weigh([list(g.likelihoods.values()) for g in groups])
+        shape_priors = [_shape_priors(g, *fitted) for g, fitted in zip(groups, alone)]
+    fits = weigh([list(g.likelihoods.values()) for g in groups], shape_priors)
+    found: list[dict[int, Optimum]] = [{} for _ in sweeps]
+    for g, (posteriors, pooled) in zip(groups, fits):
+        by_curve = dict(zip(g.likelihoods, posteriors))
+        for k, curve in g.curves.items():
+            found[g.sweep][k] = _optimum(
+                curve, g.likelihoods.get(k), by_curve.get(k), pooled, level
+            )
+    return [[optima[k] for k in range(len(optima))] for optima in found]
+
+
+@dataclass
+class _Group:
+    """Curves of one sweep that share one noise, by their place in the sweep."""
+
+    sweep: int
+    curves: dict[int, LrCurve]
+    weights: dict[int, np.ndarray]
+    growth: float
+    likelihoods: dict[int, Likelihood]
+    """Of the curves with enough rates for a fit."""
+
+
+def _group(sweep: int, curves: dict[int, LrCurve]) -> _Group:
+    weights = weights_of(list(curves.values()))
+    growth = growth_of(list(curves.values()), weights)
+    group = _Group(sweep, curves, dict(zip(curves, weights)), growth, {})
+    group.likelihoods = _likelihoods(
+        group, [k for k, c in curves.items() if n_rates(c) >= MIN_RATES]
+    )
+    return group
+
+
+def _likelihoods(group: _Group, members: Sequence[int]) -> dict[int, Likelihood]:
+    return {k: of_curve(group.curves[k], group.growth, group.weights[k]) for k in members}
 
 
 # ---------------------------------------------------------------- related curves
 
 
+def _shape_priors(
+    group: _Group, posteriors: Sequence[Posterior], pooled: Pooled
+) -> list[valley.ShapePrior | None]:
+    """Return a prior of every fitted curve's shape; curves that only it makes fit are added to the
+    group."""
+    shapes = _shapes(group, posteriors, pooled)
+    priors = {
+        k: _shape_prior(k, group.curves, shapes)
+        for k, c in group.curves.items()
+        if n_rates(c) >= MIN_RATES_WITH_PRIOR
+    }
+    fitted = [k for k in priors if priors[k] or n_rates(group.curves[k]) >= MIN_RATES]
+    group.likelihoods = _likelihoods(group, fitted)
+    return [priors[k] for k in fitted]
+
+
 def _shapes(
-    curves: Sequence[LrCurve],
-    told: dict[int, Likelihood],
-    posteriors: Sequence[Posterior],
-    pooled: Pooled,
+    group: _Group, posteriors: Sequence[Posterior], pooled: Pooled
 ) -> dict[int, valley.Shape]:
-    """The shapes of curves that have a fit of their own and their best rate inside."""
+    """Return the shapes of curves that have a fit of their own and their best rate inside."""
     out = {}
-    for (k, e), posterior in zip(told.items(), posteriors):
+    for (k, e), posterior in zip(group.likelihoods.items(), posteriors):
         if 0 < e.best < len(e.x) - 1:
             m = float(posterior.quantile(0.5))
             out[k] = valley.likeliest(e.x, e.root, e.root @ e.loss, m, pooled.noise, pooled.misfit)
@@ -200,14 +131,11 @@ def _shapes(
 
 
 def _shape_prior(
-    k: int, curves: Sequence[LrCurve], shapes: dict[int, valley.Shape]
+    k: int, curves: dict[int, LrCurve], shapes: dict[int, valley.Shape]
 ) -> valley.ShapePrior | None:
-    """Say what the others that differ from a curve in their rank only say of its shape: empirical
-    Bayes.
-
-    Their asymmetry and curvature give mean and spread (at least 0.2 and 15%); fewer than two others
-    say nothing.
-    """
+    """Return what the curves that differ from one only in their rank show of its shape (empirical
+    Bayes): mean and spread of their asymmetry and curvature, at least 0.2 and 15%. None with fewer
+    than two of them."""
     found = [
         s
         for j, s in shapes.items()
@@ -228,7 +156,7 @@ def _key_but_rank(curve: LrCurve) -> tuple:
     return tuple(sorted((k, str(v)) for k, v in curve.key.items() if k != "rank"))
 
 
-# ---------------------------------------------------------------- from a posterior to an answer
+# ---------------------------------------------------------------- from a posterior to an optimum
 
 
 def _optimum(
@@ -240,151 +168,51 @@ def _optimum(
 ) -> Optimum:
     x, y = curve.x[curve.usable], curve.y[curve.usable]
     if not len(x):
-        return Optimum(
-            curve, Estimate(None, flags=("no_usable_points",)), None, ("no_usable_points",)
-        )
+        flags = ("no_usable_points",)
+        return Optimum(curve, Estimate(None, flags=flags), None, flags)
     rates = np.array(sorted(set(x)))
     means = np.array([y[x == v].mean() for v in rates]) if likelihood is None else likelihood.loss
-    best = bottom(means)
+    best = lowest_loss(means)
     lowest = float(np.mean(y[x == rates[best]]))
-    flags = [] if len(rates) >= FEW_RATES else ["few_points"]
+    few = () if len(rates) >= FEW_RATES else ("few_points",)
+
+    def estimate(e: Estimate, flags: tuple[str, ...]) -> Estimate:
+        return Estimate(e.value, e.low, e.high, len(x), flags, e.draws, e.level)
+
     if best in (0, len(rates) - 1):
-        ends = (
-            (-math.inf, math.inf)
-            if posterior is None
-            else tuple(posterior.quantile(np.array([0.025, 0.975])))
-        )
-        bound = _edge(curve, rates, best, *ends)
-        flags += bound.flags
-        return Optimum(
-            curve,
-            Estimate(None, bound.low, bound.high, len(x), tuple(flags)),
-            lowest,
-            tuple(flags),
-            pooled=pooled,
-            open_side=1 if best and len(rates) > 1 else -1,
-        )
-    if likelihood is None:
-        around = Estimate(
-            None, math.exp(rates[best - 1]), math.exp(rates[best + 1]), len(x), tuple(flags)
-        )
-        return Optimum(curve, around, lowest, tuple(flags))
-    if pooled.df < MIN_DF:
-        flags.append("no_variance")
-    m = float(posterior.quantile(0.5))
-    vertex = _cubic(rates, means, best)
+        bound = bound_at_end(curve, rates, best, posterior)
+        flags = (*few, *bound.flags)
+        side = 1 if best and len(rates) > 1 else -1
+        return Optimum(curve, estimate(bound, flags), lowest, flags, pooled=pooled, open_side=side)
+    if likelihood is None or posterior is None:
+        around = Estimate(None, math.exp(rates[best - 1]), math.exp(rates[best + 1]))
+        return Optimum(curve, estimate(around, few), lowest, few)
+    known = pooled.df >= MIN_DF
     low, high = (float(v) for v in posterior.quantile(np.array([0.5 - level / 2, 0.5 + level / 2])))
-    if vertex is None or (not low <= vertex <= high and abs(vertex - m) > math.log(CHECK_RATIO)):
-        flags.append("checks_disagree")
-    side = 0 if (low < rates[0]) == (high > rates[-1]) else -1 if low < rates[0] else 1
-    estimate, shown = _answer(posterior, m, (low, high), rates, curve, pooled.df >= MIN_DF, level)
-    flags += shown
-    estimate = Estimate(
-        estimate.value, estimate.low, estimate.high, len(x), tuple(flags), estimate.draws, level
+    vertex = cubic_vertex(rates, means, best)
+    answer = value_or_bound(posterior, (low, high), rates, curve, known, level)
+    flags = (
+        *few,
+        *(() if known else ("no_variance",)),
+        *(() if _agree(vertex, low, high, posterior) else ("checks_disagree",)),
+        *answer.flags,
     )
     return Optimum(
         curve,
-        estimate,
+        estimate(answer, flags),
         lowest,
-        tuple(flags),
+        flags,
         None if vertex is None else math.exp(vertex),
         pooled,
-        side,
+        0 if (low < rates[0]) == (high > rates[-1]) else -1 if low < rates[0] else 1,
         posterior,
         likelihood,
     )
 
 
-def _answer(
-    posterior: Posterior,
-    m: float,
-    ends: tuple[float, float],
-    rates: np.ndarray,
-    curve: LrCurve,
-    known: bool,
-    level: float,
-) -> tuple[Estimate, list[str]]:
-    """Turn a posterior into a value with an interval, or a bound where the interval leaves the
-    rates tried."""
-    low, high = ends
-    open_low, open_high = low < rates[0], high > rates[-1]
-    end = first_diverged(curve)
-    if not (open_low or open_high):
-        if not known:
-            return Estimate(math.exp(m)), []
-        draws = np.exp(posterior.draws(_stream(curve)))
-        return Estimate(math.exp(m), math.exp(low), math.exp(high), draws=draws, level=level), []
-    if open_low and open_high:
-        return Estimate(None), ["flat"]
-    if open_high:
-        end, flag = (
-            (math.exp(end), "bounded_by_divergence") if math.isfinite(end) else (None, "at_edge")
-        )
-        return Estimate(None, math.exp(low) if known else None, end), [flag]
-    return Estimate(None, None, math.exp(high) if known else None), ["at_edge"]
-
-
-def _stream(curve: LrCurve) -> int:
-    """A random stream of the curve's own, the same on every machine."""
-    name = repr(sorted((k, str(v)) for k, v in curve.key.items()))
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-
-
-def _edge(curve: LrCurve, rates: np.ndarray, best: int, low: float, high: float) -> Estimate:
-    """The best rate is the first or the last one tried: a bound, no number.
-
-    It reaches to the neighbour inside, or further where the noise leaves that open (low, high: ends
-    of the posterior, ln(lr)), and outside to a rate that broke down, if one is known.
-    """
-    end = first_diverged(curve)
-    if best == 0 and len(rates) > 1:
-        inner = max(rates[1], high) if math.isfinite(high) else rates[1]
-        if inner >= rates[-1] and len(rates) > 2:
-            return Estimate(None, flags=("at_edge", "flat"))
-        return Estimate(None, None, math.exp(inner), flags=("at_edge",))
-    if best == 0:
-        return Estimate(
-            None, None, math.exp(end) if math.isfinite(end) else None, flags=("at_edge",)
-        )
-    inner = min(rates[best - 1], low) if math.isfinite(low) else rates[best - 1]
-    if inner <= rates[0] and len(rates) > 2:
-        return Estimate(
-            None, None, math.exp(end) if math.isfinite(end) else None, flags=("at_edge", "flat")
-        )
-    if math.isfinite(end):
-        return Estimate(None, math.exp(inner), math.exp(end), flags=("bounded_by_divergence",))
-    return Estimate(None, math.exp(inner), None, flags=("at_edge",))
-
-
-def _level(curve: LrCurve, shape: valley.Shape, pooled: Pooled) -> float:
-    """Return the fitted loss at the optimum: what each block's (seed's) runs say of it, those near
-    the bottom most."""
-    x, y, block = curve.x[curve.usable], curve.y[curve.usable], curve.block[curve.usable]
-    height = shape.height(x)
-    weight = 1 / (pooled.noise**2 + (pooled.misfit * height) ** 2 + 1e-18)
-    blocks = np.unique(block)
-    share = [
-        min(float(weight[block == b].sum()), 1 / pooled.noise**2) for b in blocks
-    ]  # no seed counts more than one
-    return float(
-        np.average(
-            [np.average((y - height)[block == b], weights=weight[block == b]) for b in blocks],
-            weights=share,
-        )
-    )
-
-
-def _cubic(rates: np.ndarray, means: np.ndarray, best: int) -> float | None:
-    """Minimum of the least-squares cubic through the five rates around the best; None if it has
-    none between them."""
-    at = slice(min(max(0, best - 2), max(0, len(rates) - 5)), max(best + 3, 5))
-    x, y = rates[at] - rates[best], means[at]
-    if len(x) < 4:
-        return None
-    slope = np.polyder(np.polyfit(x, y, 3))
-    flat = [
-        r.real
-        for r in np.roots(slope)
-        if abs(r.imag) < 1e-12 and np.polyval(np.polyder(slope), r.real) > 0
-    ]
-    return float(rates[best] + flat[0]) if flat and x[0] <= flat[0] <= x[-1] else None
+def _agree(vertex: float | None, low: float, high: float, posterior: Posterior) -> bool:
+    """Say whether the cubic's minimum lies in the interval, or near the posterior's median."""
+    if vertex is None:
+        return False
+    off = abs(vertex - float(posterior.quantile(0.5)))
+    return low <= vertex <= high or off <= math.log(CHECK_RATIO)

@@ -1,5 +1,4 @@
-"""From a curve's runs to what they say of the loss at its rates: a likelihood's raw material. Fits
-nothing.
+"""The likelihood of the losses at a curve's rates, from its runs. Fits nothing.
 
 Decides which rates belong to a valley at all, which curves share one noise, and whether the noise
 grows with the rate.
@@ -36,20 +35,20 @@ choose the best rate."""
 GROWTH = (0.0, 0.35, 0.7, 1.05)
 """Growth of the noise's standard deviation tried: as lr to this power."""
 UNSTEADY = 1e-6
-"""Chance over a whole sweep of taking repeats that are as noisy as all others for unsteady ones."""
+"""Level of the test for unsteady rates, over a whole sweep."""
 MIN_DF_GROWTH = 20
 """Degrees of freedom of repeats below which the noise is taken to be even."""
 
 
-def bottom(loss: np.ndarray) -> int:
-    """Return the index of the lowest loss; of equal ones the first, which is the lowest rate."""
+def lowest_loss(loss: np.ndarray) -> int:
+    """Return the index of the lowest loss; of equal ones that of the lowest rate."""
     return int(np.argmax(loss <= np.min(loss) + TIE))
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What one curve's usable runs say of the loss at its rates, each block's common shift taken
-    out."""
+    """The Gaussian likelihood of the losses at one curve's rates; each block's common shift is
+    taken out."""
 
     x: np.ndarray
     """Distinct ln(lr), [P], rising."""
@@ -61,12 +60,12 @@ class Likelihood:
     """Sum of squares of repeats about it: sigma^2 times a chi^2 of `df`."""
     df: int
     first_diverged: float = math.inf
-    """ln of the lowest rate above that broke down: the minimum is not beyond."""
+    """ln of the lowest rate above all usable ones that diverged: the minimum lies below."""
 
     @property
     def best(self) -> int:
         """Index of the best rate."""
-        return bottom(self.loss)
+        return lowest_loss(self.loss)
 
     def bracket(self, sigma: float) -> tuple[float, float]:
         """Return where the minimum of any valley with one bottom lies if a run's noise is sigma:
@@ -91,16 +90,20 @@ def gather(
     growth: float = 0.0,
     weights: np.ndarray | None = None,
 ) -> Likelihood:
-    """Sum up runs: ln(lr) x, losses y, and the block (runs that share a shift, such as a seed's
-    batches), all [n].
+    """Sum up runs. Where blocks share no rates (every run has a seed of its own), shifts cannot be
+    separated from the curve: they then count as noise.
 
-    growth: noise's standard deviation rises as lr^growth about the best rate. weights: each run's
-    precision, 1 for a steady one. Where blocks do not hang together (every run has a seed of its own),
-    shifts cannot be told from the curve: they then count as noise.
+    Args:
+        x: ln(lr), [n].
+        y: losses in nats, [n].
+        block: of each run, [n]; runs of one block share a shift, such as that of a seed's batches.
+        first_diverged: ln of the lowest rate above that diverged.
+        growth: the noise's standard deviation rises as lr^growth about the best rate.
+        weights: each run's precision, 1 for a steady one, [n].
     """
     rates, at = np.unique(x, return_inverse=True)
     means = np.bincount(at, y) / np.bincount(at)
-    weight = np.exp(-2 * growth * (rates - rates[bottom(means)]))[at] * (
+    weight = np.exp(-2 * growth * (rates - rates[lowest_loss(means)]))[at] * (
         1.0 if weights is None else weights
     )
     precision, right = np.zeros((len(rates), len(rates))), np.zeros(len(rates))
@@ -129,7 +132,7 @@ def _about(w: np.ndarray, rest: np.ndarray) -> float:
 
 
 def of_curve(curve: LrCurve, growth: float, weights: np.ndarray | None = None) -> Likelihood:
-    """Sum up a curve's usable runs; `weights` are theirs."""
+    """Sum up a curve's usable runs; weights: of these runs, [n]."""
     use = curve.usable
     return gather(
         curve.x[use], curve.y[use], curve.block[use], first_diverged(curve), growth, weights
@@ -137,14 +140,14 @@ def of_curve(curve: LrCurve, growth: float, weights: np.ndarray | None = None) -
 
 
 def weights_of(curves: Sequence[LrCurve]) -> list[np.ndarray]:
-    """Return the precision of every curve's usable runs beside that of the sweep's others: below 1
-    at a rate above the best one whose repeats lie so far apart that some of them had begun to break
-    down.
+    """Return the weights of every curve's usable runs: 1, or below 1 at unsteady rates.
 
-    Such a rate still says that the loss is higher there. Taken as precise as the others, a single
-    one makes their pooled noise that of a broken run, and no curve of the sweep has an optimum
-    left. An F test against the median of all repeats' variances, each allowed the strongest GROWTH,
-    at UNSTEADY over all rates; needs MIN_DF rates with repeats.
+    A rate above the best one is unsteady where its repeats lie so far apart that some of them had
+    begun to diverge. It still says that the loss is higher there. At full weight a single one would
+    make the pooled noise that of a diverging run, and no curve of the sweep would have an optimum.
+
+    An F test against the median of all repeats' variances, each allowed the strongest GROWTH, at
+    level UNSTEADY over all rates; needs MIN_DF rates with repeats.
     """
     out = [np.ones(int(c.usable.sum())) for c in curves]
     # curve, its runs at a rate, degrees of freedom, variance, what growth would explain of it,
@@ -155,7 +158,7 @@ def weights_of(curves: Sequence[LrCurve]) -> list[np.ndarray]:
         rates = np.unique(x)
         means = np.array([y[x == v].mean() for v in rates])
         for v in (v for v in rates if (x == v).sum() > 1):
-            above = v - rates[bottom(means)]
+            above = v - rates[lowest_loss(means)]
             allowed = math.exp(2 * GROWTH[-1] * max(above, 0.0))
             cells.append(
                 (
@@ -258,17 +261,13 @@ def without_collapse(curve: LrCurve) -> LrCurve:
     if len(rates) < MIN_RATES:
         return curve
     means = np.array([y[x == v].mean() for v in rates])
-    best = bottom(means)
+    best = lowest_loss(means)
     height = means - means[best]
 
     def nearest(distance: float) -> float:
-        """The lower of the heights at the nearest rates so far from the best one, on either side."""
-        down = [height[k] for k in range(best - 1, -1, -1) if rates[best] - rates[k] >= distance][
-            :1
-        ]
-        up = [height[k] for k in range(best + 1, len(rates)) if rates[k] - rates[best] >= distance][
-            :1
-        ]
+        """Return the lower of the heights at the nearest rates this far away, on either side."""
+        down = height[:best][rates[best] - rates[:best] >= distance][-1:]
+        up = height[best + 1 :][rates[best + 1 :] - rates[best] >= distance][:1]
         return float(min([*down, *up], default=0.0))
 
     limit = OUTSIZED * max(nearest(APART), nearest(2 * APART) / 4)

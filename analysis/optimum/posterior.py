@@ -1,5 +1,4 @@
-"""What many curves together say of each one's minimum: noise and misfit pooled over a sweep, a
-posterior a curve.
+"""The posterior of each curve's minimum, with noise and misfit pooled over a sweep.
 
 Knows numbers only: no table, no flags, no verdict.
 """
@@ -17,7 +16,7 @@ from analysis.optimum.valley import ShapePrior
 N_DRAWS = 4000
 _STEPS, _PAD = 57, 0.7
 _END = 3e-3
-"""More mass than this in an end's cell: the minimum is looked for over the whole range."""
+"""Mass in an end's cell above which the minimum is looked for over the whole range."""
 _CHUNK = 48
 _NEVER = -1e4
 
@@ -51,7 +50,7 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Pooled:
-    """A sweep's noise (nats, of one run at the bottom) and misfit, averaged over their posterior."""
+    """A sweep's noise (nats, of one run at the bottom) and misfit, posterior means."""
 
     noise: float
     misfit: float
@@ -66,7 +65,7 @@ def weigh(
     """Return each sweep's posteriors, one a curve, and its pooled noise. Curves of one design are
     done together.
 
-    misfit: take this level (the nearest of valley.TAUS) for granted.
+    misfit: take this level (the nearest of valley.TAUS) as known.
     """
     sigmas = [_sigmas(s) for s in sweeps]
     flat = [e for sweep in sweeps for e in sweep]

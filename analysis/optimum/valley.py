@@ -1,9 +1,9 @@
-"""The likelihood of a valley: what a curve's points say of the place of its minimum. Knows no table
-and no verdict.
+"""The likelihood of a valley's minimum, given a curve's losses. Knows no table and no verdict.
 
 Model, in x = ln(lr), u = x - m:
 
-    loss(x) = level + integral over t from m to x of (x - t) k(t) dt,     k(t) = c exp(a (t - m)) (1 + w(t))
+    loss(x) = level + integral over t from m to x of (x - t) k(t) dt
+    k(t) = c exp(a (t - m)) (1 + w(t))
 
 With w = 0 this is LINEX, c (exp(a u) - a u - 1) / a^2 (Varian 1975): convex, its minimum at m,
 steeper on the right for a > 0. No real valley is exactly of any family, so the curvature k carries
@@ -32,7 +32,7 @@ STEP = 1.75
 TAUS = (0.15, 0.22, 0.35, 0.6, 1.0)
 """Levels of misfit tried: relative error of the curvature."""
 TAU_PRIOR = (0.001, 0.003, 0.2, 0.5, 0.296)
-"""Prior of the levels: half is taken for granted until a sweep's own points say otherwise."""
+"""Prior of the levels: half is assumed until a sweep's own points say otherwise."""
 COARSE, COARSE_TAU = math.log(2.2), 0.6
 """Where rates lie farther apart than this (ln), points see too little of the shape to vouch for
 less misfit than that."""
@@ -55,8 +55,8 @@ def linex(u: np.ndarray, a: float | np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ShapePrior:
-    """What related curves say of a curve's shape: asymmetry a with its spread, curvature c with its
-    relative one."""
+    """A prior of a curve's shape from related curves: asymmetry a with its standard deviation,
+    curvature c (nats per unit of ln(lr) squared) with its relative one."""
 
     a: float
     a_sd: float

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.inference.estimate import Verdict
-from analysis.optimum.fit import Optimum
+from analysis.optimum.optimum import Optimum
 
 Rows = list[list[str]]
 

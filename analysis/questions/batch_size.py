@@ -18,7 +18,8 @@ from analysis.inference.estimate import Estimate, exp_of, number, rate, signed, 
 from analysis.inference.seeds import PooledVariance, pooled_variance
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import at_best, log_rho
-from analysis.optimum.fit import Optimum, fit_all
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
 from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots

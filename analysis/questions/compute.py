@@ -29,7 +29,8 @@ from analysis.inference.estimate import (
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import AtBest, same, values_at_best
 from analysis.measures.efficiency import at_best, log_rho, rho
-from analysis.optimum.fit import Optimum, fit_all
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
 from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots

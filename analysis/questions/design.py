@@ -16,8 +16,8 @@ from scipy import stats
 
 from analysis.inference.decide import MIN_SEEDS, scale_of
 from analysis.inference.estimate import Verdict
-from analysis.optimum.fit import Optimum, seeds_at_best
 from analysis.optimum.likelihood import Likelihood, gather
+from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.optimum.posterior import weigh
 from analysis.optimum.valley import linex
 from analysis.questions.base import Findings

@@ -6,7 +6,7 @@ from typing import Any
 
 from analysis.inference.decide import MIN_SEEDS, holm, judge, look_level
 from analysis.inference.estimate import Estimate, Verdict
-from analysis.optimum.fit import Optimum, seeds_at_best
+from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.runs.table import TableError
 from analysis.runs.task import task_problems
 

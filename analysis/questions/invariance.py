@@ -18,7 +18,8 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, exactly, number, rate, signed, with_interval
 from analysis.inference.meta import drift
 from analysis.measures.at_best import over_seeds, values_at_best
-from analysis.optimum.fit import Optimum, fit_all
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
 from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots

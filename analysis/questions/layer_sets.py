@@ -9,7 +9,8 @@ import pandas as pd
 
 from analysis.measures.at_best import AtBest, same
 from analysis.measures.efficiency import at_best
-from analysis.optimum.fit import Optimum, fit_all
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
 from analysis.runs.learning_curves import Points, learning_curves
 from analysis.runs.lr_curves import lr_curves
 

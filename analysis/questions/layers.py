@@ -21,7 +21,7 @@ from analysis.inference.estimate import Estimate, Verdict, exp_of, number, signe
 from analysis.inference.seeds import PooledVariance, pooled_variance
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import log_rho, rho
-from analysis.optimum.fit import Optimum
+from analysis.optimum.optimum import Optimum
 from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.questions.layer_sets import SETS, Arm, Task, equal_pair, tasks_of

@@ -18,7 +18,8 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.measures.ratio import ratio_of, rivals
 from analysis.measures.ratio_law import Ratio, RatioLaw, ratio_law
-from analysis.optimum.fit import Optimum, fit_all
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
 from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots

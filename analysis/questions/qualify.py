@@ -16,7 +16,8 @@ import pandas as pd
 
 from analysis.inference.estimate import number
 from analysis.measures.efficiency import at_best
-from analysis.optimum.fit import Optimum, fit_all
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.task import MIN_GAIN, MIN_REST
 

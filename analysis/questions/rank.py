@@ -18,7 +18,8 @@ from analysis.inference.estimate import Estimate, from_draws, number, rate, sign
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import at_best, log_rho, read_to, rho
-from analysis.optimum.fit import Optimum, fit_all
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
 from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.questions.qualify import stalled

@@ -18,7 +18,8 @@ from analysis.inference.decide import holm, judge, look_level
 from analysis.inference.estimate import LEVEL, Estimate, Verdict
 from analysis.inference.meta import Drift, RandomEffects, drift
 from analysis.measures.ratio import MIN_RANK, gap, pool_ratios, ratio_of, rivals
-from analysis.optimum.fit import Optimum, fit_all, seeds_at_best
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.questions.gates import gates_of
 from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.runs.table import TableError

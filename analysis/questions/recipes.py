@@ -26,7 +26,8 @@ from analysis.measures.at_best import (
     weights,
 )
 from analysis.measures.efficiency import at_best, rho
-from analysis.optimum.fit import Optimum, fit_all
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
 from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots

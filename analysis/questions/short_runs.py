@@ -17,7 +17,8 @@ from analysis.inference.estimate import Estimate, exp_of, from_draws, number, ra
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import AtBest, over_seeds, values_at_best
 from analysis.measures.ratio import MIN_RANK, ratio_of
-from analysis.optimum.fit import Optimum, fit_all
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
 from analysis.questions import gates as judging
 from analysis.questions.base import Findings, Section
 from analysis.report import plots

@@ -14,7 +14,8 @@ import pandas as pd
 
 from analysis.inference.estimate import number, rate, with_interval
 from analysis.measures.efficiency import of_curves
-from analysis.optimum.fit import Optimum, fit_all
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
 from analysis.questions import design
 from analysis.questions.ratio_answer import Answer, answer_of
 from analysis.report import plots

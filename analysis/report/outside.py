@@ -16,7 +16,8 @@ from analysis.inference.meta import Drift, drift
 from analysis.measures import lr_law
 from analysis.measures.ratio import gap, pool_ratios, ratio_of
 from analysis.measures.ratio_law import Ratio, ratio_law
-from analysis.optimum.fit import Optimum, fit_all
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
 from analysis.report import interactive
 from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.runs.reading import Reading

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from analysis.inference.estimate import rate, with_interval
 from analysis.measures.at_best import same
-from analysis.optimum.fit import Optimum
+from analysis.optimum.optimum import Optimum
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import full_names
 

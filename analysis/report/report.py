@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis.inference.decide import look_level
 from analysis.inference.estimate import Verdict, number, rate, with_interval
-from analysis.optimum.fit import Optimum
+from analysis.optimum.optimum import Optimum
 from analysis.questions.base import Findings, Section
 from analysis.report import interactive, plots
 from analysis.report.outside import WITHIN, aligned

@@ -23,7 +23,8 @@ import numpy as np
 from analysis.inference.decide import MIN_SEEDS, judge
 from analysis.inference.estimate import Estimate
 from analysis.measures.ratio import ratio_of
-from analysis.optimum.fit import Optimum, fit_sweeps, seeds_at_best
+from analysis.optimum.fit import fit_sweeps
+from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.runs.lr_curves import LrCurve
 from analysis.validation.generators import FAMILIES, Design, plant
 

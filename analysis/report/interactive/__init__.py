@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict
-from analysis.optimum.fit import Optimum
+from analysis.optimum.optimum import Optimum
 from analysis.runs.learning_curves import learning_curves
 from analysis.runs.table import CURVE_KEYS
 

@@ -1,0 +1,113 @@
+"""The optimum of one lr curve, and what its fit says of other rates."""
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from analysis.inference.estimate import Estimate
+from analysis.optimum import valley
+from analysis.optimum.likelihood import Likelihood
+from analysis.optimum.posterior import Pooled, Posterior
+from analysis.runs.lr_curves import LrCurve
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The optimum of one curve. `best_lr` has value None where only a bound is known."""
+
+    curve: LrCurve
+    best_lr: Estimate
+    lowest: float | None
+    """Mean NLL at the best rate tried."""
+    flags: tuple[str, ...]
+    check_lr: float | None = None
+    """Minimum of a cubic through the five rates around the best: a check, not the answer."""
+    pooled: Pooled | None = None
+    open_side: int = 0
+    """1: the optimum may lie above the rates tried, -1: below; 0: between them, or on either side
+    (flat)."""
+    posterior: Posterior | None = field(default=None, repr=False)
+    likelihood: Likelihood | None = field(default=None, repr=False)
+
+    @functools.cached_property
+    def shape(self) -> valley.Shape | None:
+        """The likeliest valley with its minimum at the posterior's median; None without a fit."""
+        if self.posterior is None:
+            return None
+        e, m = self.likelihood, float(self.posterior.quantile(0.5))
+        return valley.likeliest(
+            e.x, e.root, e.root @ e.loss, m, self.pooled.noise, self.pooled.misfit
+        )
+
+    @functools.cached_property
+    def best_nll(self) -> float | None:
+        """The fitted NLL at the optimum; where that is unknown, the mean at the best rate tried."""
+        if self.shape is None or self.best_lr.value is None:
+            return self.lowest
+        return _level(self.curve, self.shape, self.pooled)
+
+    def predict(self, lr: np.ndarray) -> np.ndarray | None:
+        """Return the fitted NLL at learning rates; None without a fit."""
+        return (
+            None
+            if self.shape is None
+            else _level(self.curve, self.shape, self.pooled) + self.shape.height(np.log(lr))
+        )
+
+    def regret(self, lr: float) -> float | None:
+        """Return NLL(lr) - best NLL in nats under the fit; None outside the rates tried."""
+        x = self.curve.x[self.curve.usable]
+        if self.shape is None or not x.min() - 1e-9 <= math.log(lr) <= x.max() + 1e-9:
+            return None
+        return float(max(self.shape.height(np.array([math.log(lr)]))[0], 0.0))
+
+    def band(self, loss: float) -> tuple[float, float] | None:
+        """Return the rates around the best one that lose at most `loss` nats under the fit, within
+        those tried."""
+        if self.shape is None:
+            return None
+        x = self.curve.x[self.curve.usable]
+        grid = np.union1d(
+            np.linspace(x.min(), x.max(), 400), [np.clip(self.shape.m, x.min(), x.max())]
+        )
+        over = np.flatnonzero(self.shape.height(grid) > loss)
+        at = int(np.argmin(np.abs(grid - self.shape.m)))
+        low = max((int(k) for k in over if k < at), default=-1) + 1
+        high = min((int(k) for k in over if k > at), default=len(grid)) - 1
+        return float(np.exp(grid[low])), float(np.exp(grid[high]))
+
+
+def seeds_at_best(o: Optimum) -> int:
+    """Count the seeds at the two rates on both sides of the fitted optimum (without one: about the
+    best rate)."""
+    x = o.curve.x[o.curve.usable]
+    if not len(x):
+        return 0
+    rates = sorted(set(x))
+    y = o.curve.y[o.curve.usable]
+    if o.best_lr.value is not None and rates[0] <= math.log(o.best_lr.value) <= rates[-1]:
+        m = math.log(o.best_lr.value)
+        sides = (max(r for r in rates if r <= m), min(r for r in rates if r >= m))
+        return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in sides)
+    best = min(range(len(rates)), key=lambda k: y[x == rates[k]].mean())
+    around = rates[max(0, best - 1) : best + 2]
+    return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in around)
+
+
+def _level(curve: LrCurve, shape: valley.Shape, pooled: Pooled) -> float:
+    """Return the fitted loss at the optimum in nats: the mean over blocks (seeds) of their runs'
+    losses less the fitted height, runs near the bottom weighing most."""
+    x, y, block = curve.x[curve.usable], curve.y[curve.usable], curve.block[curve.usable]
+    height = shape.height(x)
+    weight = 1 / (pooled.noise**2 + (pooled.misfit * height) ** 2 + 1e-18)
+    blocks = np.unique(block)
+    # No block counts more than one run at the bottom.
+    share = [min(float(weight[block == b].sum()), 1 / pooled.noise**2) for b in blocks]
+    return float(
+        np.average(
+            [np.average((y - height)[block == b], weights=weight[block == b]) for b in blocks],
+            weights=share,
+        )
+    )
