@@ -10,7 +10,7 @@ from typing import Any
 
 from lorasweep.bench import grids, memory, overhead, steps
 from lorasweep.config.compose import compose_request
-from lorasweep.plan import hardware as machine
+from lorasweep.plan import detect
 from lorasweep.spec.execution import Exec
 from lorasweep.store import files
 from lorasweep.tracking import provenance
@@ -63,7 +63,7 @@ def main(out: str, wanted: list[str]) -> None:
     def log(text: str) -> None:
         print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)
 
-    where, cores = places(), machine.cores()
+    where, cores = places(), detect.cores()
     for part in wanted or PARTS:
         if part == "overhead":
             parts[part] = overhead.measure(log)
@@ -84,7 +84,7 @@ def main(out: str, wanted: list[str]) -> None:
         here = {
             "processor": env["processor"],
             "cores": cores,
-            "gpus": [gpu.name for gpu in machine.gpus()],
+            "gpus": [gpu.name for gpu in detect.gpus()],
             "packages": env["packages"],
             "python": env["python"],
         }

@@ -22,10 +22,9 @@ from lorasweep.bench.steps import at
 from lorasweep.cli.actions import all_points
 from lorasweep.config.compose import compose_request
 from lorasweep.launch.local import run_points
-from lorasweep.plan import flops as cost
-from lorasweep.plan import hardware as machine
-from lorasweep.plan import packing as plan
-from lorasweep.plan import throughput as calibrate
+from lorasweep.plan import detect
+from lorasweep.plan.estimate import make_plan
+from lorasweep.plan.flops import run_flops
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import canonical, run_id
 from lorasweep.store.run_store import RunStore
@@ -65,7 +64,7 @@ def baseline(
         check=True,
         capture_output=True,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": str(machine.cores())},
+        env={**os.environ, "OMP_NUM_THREADS": str(detect.cores())},
     )
     wall = time.perf_counter() - started
     rows = [
@@ -131,11 +130,11 @@ def flops_over_peak(points: Sequence[Point], wall_s: float, peak: float) -> floa
     """Return the arithmetic of the runs (updates and evaluations, by the study's formula: the
     unembedding at every token, though only loss-bearing places need it) over wall time and the
     measured peak."""
-    return sum(cost.run_flops(p.spec) for p in points) / wall_s / peak
+    return sum(run_flops(p.spec) for p in points) / wall_s / peak
 
 
 def whole_sweep(places: dict[str, Any], peak: float, log: Log) -> dict[str, Any]:
-    """Run the whole tiny lr_ratio sweep by its command, process start and calibration included."""
+    """Run the whole tiny lr_ratio sweep by its command, process start included."""
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "runs"
         ours_s, _ = command(
@@ -156,7 +155,7 @@ def whole_sweep(places: dict[str, Any], peak: float, log: Log) -> dict[str, Any]
 def lora_grid(
     grid: Grid, places: dict[str, Any], start_s: float, peak: float, log: Log
 ) -> dict[str, Any]:
-    """Plan, calibrate and train a grid from an empty store. `start_s` is the command's own start,
+    """Plan and train a grid from an empty store. `start_s` is the command's own start,
     which is added, as this calls its inside."""
     scale, batch_size, steps = grid
     overrides = [*LORA_GRID, *at(scale), f"batch_size={batch_size}", f"steps={steps}"]
@@ -170,12 +169,7 @@ def lora_grid(
         store = RunStore(exec_.runs_dir)
         store.prepare()
         started = time.perf_counter()
-        trouble = calibrate.ensure(
-            plan.to_calibrate(points, store.states(p.id for p in points), exec_), exec_
-        )
-        if trouble:
-            raise RuntimeError(trouble)
-        packs = plan.make_plan(points, store, exec_).packs
+        packs = make_plan(points, store, exec_, detect.this_machine()).packs
         run_points(points, store, exec_, lambda event: None)
         ours_s = time.perf_counter() - started + start_s
         _check_done(points, store)

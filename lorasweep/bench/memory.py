@@ -16,8 +16,9 @@ from lorasweep.launch.process import keep_freed_memory
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.plan import flops as cost
-from lorasweep.plan.throughput import micro_batch
+from lorasweep.plan import detect
+from lorasweep.plan.memory import pack_bytes
+from lorasweep.plan.packing import micro_batch
 from lorasweep.train.loop import train
 
 CASES = (("tiny", 16), ("small", 8))
@@ -73,9 +74,11 @@ def main(
     base = models.load(spec.model, models_dirs, spec.precision)
     rows = data.load(few, data_dirs, base.tokenizer)
     pack = [dataclasses.replace(spec, lr=1e-5 * (1 + k)) for k in range(count)]
-    for _ in train(pack, base, rows, micro_batch(spec, count)):
+    hardware = detect.this_machine()
+    micro = micro_batch(spec, count, hardware)
+    for _ in train(pack, base, rows, micro):
         pass
-    planned = cost.pack_bytes(count, spec, micro_batch(spec, count))
+    planned = pack_bytes(count, spec, hardware, micro)
     return {
         "model": spec.model.name,
         "method": method,

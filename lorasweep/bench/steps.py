@@ -16,9 +16,9 @@ from lorasweep.launch.process import keep_freed_memory
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.plan import flops as cost
-from lorasweep.plan import hardware as machine
-from lorasweep.plan.throughput import micro_batch
+from lorasweep.plan import detect
+from lorasweep.plan.flops import train_flops
+from lorasweep.plan.packing import micro_batch
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.loop import train
 
@@ -26,6 +26,7 @@ GRIDS = {"tiny": ((1, 4, 16), (1, 2, 4, 8, 16)), "small": ((1, 4, 8), (1, 2))}
 """Scale -> batch sizes and pack sizes."""
 UPDATES = {"tiny": 10, "small": 5}
 RANK = 16
+METHODS = (LoRA(rank=RANK), FullFT())
 TURNS = 3
 """How often full fine-tuning and LoRA take turns for their ratio: a machine's speed drifts by 8%
 within minutes (LOG.md)."""
@@ -43,10 +44,8 @@ Python."""
 def at(scale: str) -> list[str]:
     """Return the overrides that ask for a scale: in fp32 where the processor has no bf16, as a user
     would there."""
-    return [
-        f"scale={scale}",
-        *(["precision=fp32"] if machine.slow_bf16() and not machine.gpus() else []),
-    ]
+    slow = detect.this_machine().fast_bf16 is False
+    return [f"scale={scale}", *(["precision=fp32"] if slow else [])]
 
 
 def gemm_peak(precision: str, threads: int) -> float:
@@ -87,7 +86,8 @@ class Bench:
         return statistics.median(self._times(pack))
 
     def _times(self, pack: list[RunSpec]) -> list[float]:
-        events = train(pack, self.base, self.rows, micro_batch(pack[0], len(pack)))
+        micro = micro_batch(pack[0], len(pack), detect.this_machine())
+        events = train(pack, self.base, self.rows, micro)
         return [next(iter(e.records.values()))["step_s"] for e in events]
 
     def in_turns(self, methods: Sequence[Any], batch_size: int) -> list[list[float]]:
@@ -104,7 +104,8 @@ class Bench:
         from torch.profiler import ProfilerActivity, profile
 
         pack = self.pack(method, batch_size, 1)
-        events = train(pack, self.base, self.rows, micro_batch(pack[0], 1))
+        micro = micro_batch(pack[0], 1, detect.this_machine())
+        events = train(pack, self.base, self.rows, micro)
         for _ in range(
             4
         ):  # the fifth update is followed by no evaluation but the last one's single row
@@ -162,11 +163,7 @@ def measure(
             mine[1] = statistics.median(a / b for a, b in zip(alone, full))
             ratios[str(batch)] = {"n1": mine[1], "best": min(mine.values())}
         one = dataclasses.replace(bench.spec, steps=1)
-        formula = cost.train_flops(
-            dataclasses.replace(one, method=LoRA(rank=RANK))
-        ) / cost.train_flops(dataclasses.replace(one, method=FullFT()))
-        out["lora_over_fullft"][name] = {"formula": formula, "by_batch": ratios}
-        out["profile"][name] = {
-            m.name: bench.profile(m, batches[-1]) for m in (LoRA(rank=RANK), FullFT())
-        }
+        lora, full = (train_flops(dataclasses.replace(one, method=m)) for m in METHODS)
+        out["lora_over_fullft"][name] = {"formula": lora / full, "by_batch": ratios}
+        out["profile"][name] = {m.name: bench.profile(m, batches[-1]) for m in METHODS}
     return out

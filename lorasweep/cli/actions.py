@@ -17,11 +17,15 @@ from lorasweep.cli.progress import Display, duration, run_names
 from lorasweep.config import preflight as checks
 from lorasweep.errors import GaveUp, SpecError
 from lorasweep.launch import local
+from lorasweep.launch.measure_packs import measure_packs
 from lorasweep.launch.slurm import cancel
 from lorasweep.launch.slurm import submit as batch
 from lorasweep.launch.worker import Stopped, Trainer
-from lorasweep.plan import packing as plan
-from lorasweep.plan import throughput as calibrate
+from lorasweep.plan import detect
+from lorasweep.plan.estimate import Plan, make_plan, summary
+from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.packing import forward_tokens
+from lorasweep.plan.throughput import shape_of
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep import looks as rounds
 from lorasweep.sweep.grid import Point, curve_key, second_stage
@@ -57,6 +61,8 @@ def act(
         return upkeep.extend(request, store, all_points(request, store), question(request))
     if request.action == "status":
         return _status(request, store)
+    if request.action == "measure_packs":
+        return _measure_packs(request, store)
     if request.action == "cancel":
         return _cancel(request, store)
     store.prepare()
@@ -112,13 +118,11 @@ def _two_stages(request: Request, store: RunStore) -> list[Point]:
 
 def _run(request: Request, store: RunStore, trainer: Trainer | str | None) -> int:
     quiet = request.format == "json"
-    started = False
+    hardware, started = detect.this_machine(), False
     try:
         while True:
             points = _chosen(request, store)
-            if trainer is None:
-                local.measure_shapes(points, store, request.exec, _say(request))
-            now = plan.make_plan(points, store, request.exec)
+            now = make_plan(points, store, request.exec, hardware)
             if not now.todo:
                 break
             if not quiet:
@@ -291,8 +295,30 @@ def _show_single(request: Request, store: RunStore, point: Point) -> None:
 # ---------------------------------------------------------------- plan and status
 
 
+def hardware_of(request: Request) -> Hardware:
+    """Return the hardware that is planned for: what was chosen, else this machine."""
+    return from_plain(request.hardware) if request.hardware else detect.this_machine()
+
+
+def _measure_packs(request: Request, store: RunStore) -> int:
+    """Measure the shapes of runs that are missing, on this machine, and show the plan."""
+    if request.cluster.kind == "slurm":
+        raise SpecError(
+            "action=measure_packs measures the machine it runs on. On a cluster, give the command "
+            "with cluster=local inside a job: srun python -m lorasweep ... action=measure_packs"
+        )
+    store.prepare()
+    checks.check_available(request)
+    points = all_points(request, store)
+    states = store.states(p.id for p in points)
+    missing = [p.spec for p in points if states[p.id] == "missing"]
+    if missing:
+        measure_packs(missing, store, request.exec, detect.this_machine(), _say(request))
+    return _plan(request, store)
+
+
 def _plan(request: Request, store: RunStore) -> int:
-    now = plan.make_plan(all_points(request, store), store, request.exec)
+    now = make_plan(all_points(request, store), store, request.exec, hardware_of(request))
     difference = batch.difference(request, store, now)
     if request.format == "json":
         print(
@@ -300,7 +326,7 @@ def _plan(request: Request, store: RunStore) -> int:
                 {
                     "sweep": request.sweep_name,
                     "scale": request.scale,
-                    **plan.summary(now),
+                    **summary(now),
                     **difference,
                 }
             )
@@ -315,16 +341,18 @@ def _plan(request: Request, store: RunStore) -> int:
     return 0
 
 
-def _plan_text(request: Request, now: plan.Plan) -> str:
-    told = plan.summary(now)
+def _plan_text(request: Request, now: Plan) -> str:
+    told = summary(now)
     runs, cost = told["runs"], told["cost"]
     head = (
         f"sweep {request.sweep_name}, scale {request.scale}" if request.sweep_name else "single run"
     )
+    if now.hardware.name != detect.NAME:
+        head += f", on {now.hardware.name}"
     states = ", ".join(f"{n} {s}" for s, n in now.counts().items())
     how = {
         "measured": "by the runs that are done",
-        "calibrated": "by a calibration",
+        "calibrated": "by the times of steps",
         "assumed": "by an assumed speed",
     }
     lines = [
@@ -339,7 +367,7 @@ def _plan_text(request: Request, now: plan.Plan) -> str:
             f"  {a['arm']}{rank} on {a['model']}: {a['runs']} runs, {a['n_trainable']:,} trained parameters"
         )
     lines += _pack_lines(request, now)
-    if now.todo and request.cluster.name == "local" and plan.bf16_is_slow(request.points):
+    if now.todo and request.cluster.name == "local" and _bf16_is_slow(now):
         lines.append(
             "  this processor has no bf16 instructions: an update takes some 50 times as long as in fp32; add "
             "precision=fp32 (another run id), or use a processor or a GPU that has them"
@@ -353,27 +381,35 @@ def _plan_text(request: Request, now: plan.Plan) -> str:
     return "\n".join(lines)
 
 
-def _pack_lines(request: Request, now: plan.Plan) -> list[str]:
+def _bf16_is_slow(now: Plan) -> bool:
+    """Return whether these runs ask for bf16 of hardware that is known to have none."""
+    precision = now.points[0].spec.precision if now.points else None
+    return precision == "bf16" and now.hardware.fast_bf16 is False
+
+
+def _pack_lines(request: Request, now: Plan) -> list[str]:
     """Say how runs are packed, and why: what was measured for each shape."""
     lines = []
-    shapes = {calibrate.kind(pack.points[-1].spec, request.exec): pack for pack in now.packs}
+    shapes = {shape_of(pack.points[-1].spec): pack for pack in now.packs}
     for pack in shapes.values():
         spec, n = pack.points[-1].spec, len(pack.points)
         if spec.method.MAX_PACK is not None:
             continue
         rank = f" rank {spec.method.rank}" if hasattr(spec.method, "rank") else ""
         head = f"  packs of {spec.method.name}{rank} on {spec.model.name}: {n} run(s)"
-        speed = calibrate.known(spec, request.exec)
+        speed = now.throughputs.of(spec)
         if request.exec.pack_size is not None:
             why = "exec.pack_size"
         elif speed is None:
-            why = f"as many as {calibrate.FORWARD_TOKENS} tokens a forward allow; not measured here"
+            tokens = forward_tokens(now.hardware)
+            why = f"as many as {tokens} tokens a forward allow; not measured here"
         else:
             times = ", ".join(
                 f"{s * 1e3:.3g} ms in {size}" for size, s in sorted(speed.step_s.items())
             )
-            pays = "" if speed.best_size() > 1 else ": packing does not pay"
-            why = f"measured a step and run: {times}{pays}"
+            pays = ": packing does not pay" if speed.measured and speed.best_size() == 1 else ""
+            how = "measured" if speed.measured else "recorded"
+            why = f"{how} a step and run: {times}{pays}"
         lines.append(f"{head}, {pack.micro_batch_size} rows of each a forward ({why})")
     return list(dict.fromkeys(lines))  # shapes that differ in their data only say the same
 

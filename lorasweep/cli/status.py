@@ -15,7 +15,8 @@ from typing import Any
 from lorasweep.cli.progress import duration, run_names
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.slurm.submissions import Queue
-from lorasweep.plan import packing as plan
+from lorasweep.plan import detect
+from lorasweep.plan.estimate import Plan, make_plan
 from lorasweep.plan.flops import run_flops
 from lorasweep.store.index import Entry
 from lorasweep.store.run_store import RunStore
@@ -37,7 +38,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
         if submissions.home(store.root).is_dir()
         else Queue([], {}, {}, [])
     )
-    now = plan.make_plan(points, store, request.exec)
+    now = make_plan(points, store, request.exec, detect.this_machine())
     covered = queue.covered()
     states = {
         i: "queued" if s in ("missing", "stale") and i in covered else s
@@ -130,7 +131,7 @@ def _rate_per_h(entries: dict[str, Entry]) -> float | None:
     return 3600 * (len(recent) - 1) / (recent[0] - recent[-1])
 
 
-def _left_s(now: plan.Plan, flops_left: float, entries: dict[str, Entry], queue: Queue) -> float:
+def _left_s(now: Plan, flops_left: float, entries: dict[str, Entry], queue: Queue) -> float:
     """By the rate of late where jobs are at work; else by the plan for this machine."""
     if not now.todo:
         return 0.0
@@ -143,7 +144,7 @@ def _left_s(now: plan.Plan, flops_left: float, entries: dict[str, Entry], queue:
 
 
 def _hours(
-    request: Request, now: plan.Plan, entries: dict[str, Entry], flops_left: float
+    request: Request, now: Plan, entries: dict[str, Entry], flops_left: float
 ) -> dict[str, Any]:
     """Hours of GPUs (of processors where the cluster has none) that the finished runs took, and
     that are left."""

@@ -22,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch.slurm import resources as jobs
 from lorasweep.methods.registry import method_classes
+from lorasweep.plan import detect
+from lorasweep.plan.hardware import from_plain
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.method import Method
@@ -41,6 +43,7 @@ ACTIONS = (
     "verify",
     "extend",
     "qualify",
+    "measure_packs",
 )
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
@@ -87,6 +90,7 @@ class Config:
     scale: Scale = field(default_factory=Scale)
     cluster: Cluster = field(default_factory=Cluster)
     exec: Exec = field(default_factory=Exec)
+    hardware: dict[str, Any] = field(default_factory=dict)
     sweep: Sweep = field(default_factory=Sweep)
     model: ModelSpec = field(default_factory=ModelSpec)
     dataset: DatasetSpec = field(default_factory=DatasetSpec)
@@ -194,6 +198,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
         "scale": config.scale.name,
         "exec": config.exec,
         "cluster": config.cluster,
+        "hardware": _hardware(config),
     }
     base = _run_spec(config)
     if sweep_name is None:
@@ -285,6 +290,19 @@ def _places(exec_: Exec) -> None:
         value = getattr(exec_, name)
         if value is not None and value < 1:
             raise SpecError(f"exec.{name}={value}: at least 1, or null to choose by the machine.")
+
+
+def _hardware(config: Config) -> dict[str, Any]:
+    """Check the hardware that was chosen; empty: this machine."""
+    if config.hardware == {"name": detect.NAME}:
+        return {}
+    name = from_plain(config.hardware).name
+    if config.action != "plan":
+        raise SpecError(
+            f"hardware={name} with action={config.action}: only action=plan plans for other "
+            "hardware. Add action=plan, or leave hardware out."
+        )
+    return config.hardware
 
 
 def _lookup(group: str, overrides: list[str]) -> Callable[[str], Any]:

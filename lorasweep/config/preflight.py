@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorasweep.errors import ClusterError, SpecError, StoreError
-from lorasweep.plan import flops as cost
+from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.plan.packing import Pack
 from lorasweep.store import checkpoint
 from lorasweep.sweep.request import Request
@@ -80,12 +80,9 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
 def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
     """Raise StoreError, with what is needed, if the disk cannot hold the packs' results and the
     checkpoints of the largest `at_once` of them."""
-    largest = sorted(
-        (sum(p.spec.method.n_trainable(p.spec.model) for p in pack.points) for pack in packs),
-        reverse=True,
-    )
+    largest = sorted((checkpoint_bytes(p.spec for p in k.points) for k in packs), reverse=True)
     results = sum(RUN_BYTES + STEP_BYTES * p.spec.steps for pack in packs for p in pack.points)
-    need = 2 * cost.CHECKPOINT_BYTES * sum(largest[:at_once]) + results
+    need = sum(largest[:at_once]) + results
     free = checkpoint.free_bytes(root)
     if free < need:
         raise StoreError(

@@ -24,7 +24,7 @@ from typing import Any
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError, StoreError
 from lorasweep.launch.process import die_with_parent, keep_freed_memory
 from lorasweep.methods.registry import spec_from
-from lorasweep.plan import flops as cost
+from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec, run_id
 from lorasweep.store import checkpoint, files
@@ -119,9 +119,7 @@ def execute(
         _end_all(store, claims, "stopped" if full else "failed", cause, text)
         if full:
             free = checkpoint.free_bytes(store.root) / 2**20
-            need = (
-                2 * cost.CHECKPOINT_BYTES * sum(s.method.n_trainable(s.model) for s in pack) / 2**20
-            )
+            need = checkpoint_bytes(pack) / 2**20
             raise StoreError(
                 f"the disk of {store.root} is full ({free:.0f} MiB free); the checkpoints of the {len(pack)} run(s) that were "
                 f"training take up to {need:.1f} MiB, and action=plan says what the whole sweep needs. Finished runs are safe. "

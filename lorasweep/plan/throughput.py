@@ -1,234 +1,158 @@
-"""How fast this machine trains: seconds a step and member, alone and in packs. Measured once a
-machine and shape.
+"""Seconds a step and run by pack size, as recorded for runs of one shape on hardware like this.
 
-    python -m lorasweep.plan.throughput JOB.json     measures; called by the command line before a sweep starts
+Two sources, the first before the second:
 
-The planner reads what is kept (no torch); only measuring trains. A measurement takes at most about
-BUDGET_S.
+1. what `action=measure_packs` measured and kept in RUNS/.calibration;
+2. the step times that finished and running runs of this store recorded. They show only the pack
+   sizes that occurred: no size is tried for the sake of a measurement.
+
+Reads files; trains nothing.
 """
 
-import dataclasses
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from lorasweep.methods.registry import spec_from
-from lorasweep.plan import flops as cost
-from lorasweep.plan import hardware as machine
+import lorasweep
+from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.method import canonical_layers
-from lorasweep.spec.run import RunSpec, canonical, part_json
-from lorasweep.store import files
-from lorasweep.tracking import provenance
+from lorasweep.spec.run import RunSpec, part_json
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.grid import Point
 
-SIZES = (1, 2, 4, 8, 16)
-"""Pack sizes that are tried, smallest first, while the budget lasts and each is faster than the
-last."""
-GPU_SIZES = (*SIZES, 32, 64, 128)
-BUDGET_S = 25.0
-STEPS, WARM = 4, 1
-"""Updates a measurement, and how many of them at the start do not count; the median of the others
-is kept."""
 GAIN = 0.96
-"""A larger pack must take less than this share of the time of a smaller one, a member: else it is
-noise (LOG.md)."""
-FORWARD_TOKENS = 4096
-"""Tokens of one forward over all members: beyond it nothing is gained, and activations leave the
-cache (LOG.md)."""
-GPU_FORWARD_TOKENS = 65536
-"""The same on a GPU. Assumption: not measured yet."""
+"""A larger pack must take less than this share of a smaller one's time a run; the rest is noise
+(LOG.md)."""
+SAMPLE = 8
+"""Runs of a shape whose records are read."""
+FEWEST_STEPS = 5
+"""Updates that a running run must have recorded; the first one is slow and does not count."""
+
+Shape = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What was measured for runs of one shape: pack size -> seconds a step and member, one thread."""
+class Throughput:
+    """What was recorded for one shape."""
 
     step_s: dict[int, float]
+    """Pack size -> seconds a step and run."""
+    measured: bool
+    """True: by action=measure_packs, over all sizes worth trying. False: from runs' records."""
 
     def best_size(self) -> int:
-        """Return the smallest pack size that no larger one beats by more than noise; 1: packing
-        does not pay."""
-        best = 1
+        """Return the smallest pack size that no larger one beats by more than noise."""
+        best = min(self.step_s)
         for size in sorted(self.step_s):
             if self.step_s[size] < GAIN * self.step_s[best]:
                 best = size
         return best
 
-
-def kind(spec: RunSpec, exec_: Exec) -> str:
-    """Name what decides a step's time: shapes and the machine, not rates or seeds."""
-    rank = getattr(spec.method, "rank", None)
-    layers = canonical_layers(getattr(spec.method, "layers", "all"))
-    rest = [
-        spec.method.name,
-        layers,
-        vars(spec.method).get("scope"),
-        rank,
-        spec.batch_size,
-        spec.precision,
-    ]
-    env = provenance.environment()
-    gpus = [gpu.name for gpu in machine.gpus()]
-    here = [
-        env["processor"],
-        machine.cores(),
-        gpus,
-        env["packages"]["torch"],
-        env["lorasweep"],
-        exec_.micro_batch_size,
-        exec_.compile,
-    ]
-    text = json.dumps([part_json(spec.model), part_json(spec.dataset), rest, here])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def at(self, size: int) -> float:
+        """Return the seconds a step and run in a pack of `size`: of the next smaller size known."""
+        return self.step_s[max((n for n in self.step_s if n <= size), default=min(self.step_s))]
 
 
-def sizes() -> tuple[int, ...]:
-    """Return the pack sizes worth trying on this machine."""
-    return GPU_SIZES if machine.gpus() else SIZES
+def shape_of(spec: RunSpec) -> Shape:
+    """Return what decides a step's time: everything but rates, seeds and the number of steps."""
+    method = spec.method
+    layers = canonical_layers(getattr(method, "layers", "all"))
+    scope, rank = getattr(method, "scope", None), getattr(method, "rank", None)
+    fields = (method.name, layers, scope, rank, spec.batch_size, spec.precision)
+    return (part_json(spec.model), part_json(spec.dataset), *fields)
 
 
-def forward_tokens() -> int:
-    """Return how many tokens one forward should hold on this machine."""
-    return GPU_FORWARD_TOKENS if machine.gpus() else FORWARD_TOKENS
+def measured_path(root: Path, spec: RunSpec, hardware: Hardware, exec_: Exec) -> Path:
+    """Return where the measurement of this shape on this hardware and software is kept."""
+    model, dataset, *fields = shape_of(spec)
+    machine = [hardware.processor, hardware.cores, [hardware.gpu_name] * hardware.gpus]
+    where = [*machine, *_software(), exec_.micro_batch_size, exec_.compile]
+    text = json.dumps([model, dataset, fields, where])
+    return root / ".calibration" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def worker_bytes() -> int:
-    """Return the memory that bounds one worker: a GPU's, or this machine's."""
-    return min((gpu.memory_bytes for gpu in machine.gpus()), default=machine.memory_bytes())
+@cache
+def _software() -> tuple[str, str]:
+    return metadata.version("torch"), lorasweep.__version__
 
 
-def micro_batch(spec: RunSpec, members: int) -> int:
-    """Return the rows a member and forward: as many as forward_tokens() hold, at least one."""
-    return max(1, min(spec.batch_size, forward_tokens() // (members * cost.mean_length(spec))))
+class Throughputs:
+    """A table shape -> Throughput, filled when it is asked."""
 
+    def __init__(
+        self, store: RunStore, hardware: Hardware, exec_: Exec, begun: Iterable[Point] = ()
+    ) -> None:
+        """`begun`: the runs whose records may be read."""
+        self._store, self._hardware, self._exec = store, hardware, exec_
+        self._begun = list(begun)
+        self._by_shape: dict[Shape, list[str]] | None = None
+        self._known: dict[Shape, Throughput | None] = {}
 
-def known(spec: RunSpec, exec_: Exec) -> Speed | None:
-    """Return the kept measurement for runs like `spec` on this machine; None if there is none."""
-    try:
-        plain = json.loads(_path(spec, exec_).read_bytes())
-        return (
-            Speed({int(n): float(s) for n, s in plain["step_s"].items()})
-            if plain["step_s"]
-            else None
-        )
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
+    def of(self, spec: RunSpec) -> Throughput | None:
+        """Return what is known of runs like `spec`; None if nothing is."""
+        shape = shape_of(spec)
+        if shape not in self._known:
+            self._known[shape] = self._measured(spec) or self._recorded(shape)
+        return self._known[shape]
 
-
-def ensure(specs: Sequence[RunSpec], exec_: Exec) -> str | None:
-    """Measure the shapes among `specs` that are not known, in a process of its own, and keep the
-    results.
-
-    Returns None, or why nothing was measured: the plan then goes by its defaults, and says so.
-    """
-    missing = {kind(s, exec_): s for s in specs if known(s, exec_) is None}
-    if not missing:
-        return None
-    folder = Path(exec_.runs_dir) / ".calibration"
-    folder.mkdir(exist_ok=True)
-    job = {
-        "specs": [json.loads(canonical(s)) for s in missing.values()],
-        "exec": dataclasses.asdict(exec_),
-    }
-    path = folder / f"job-{os.getpid()}-{os.urandom(3).hex()}.json"
-    files.write_atomic(path, json.dumps(job).encode())
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).resolve().parents[2]), env.get("PYTHONPATH", "")]
-    )
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "lorasweep.plan.throughput", str(path)],
-            env=env,
-            check=False,
-            text=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-    finally:
-        path.unlink(missing_ok=True)
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-    return None
-
-
-def measure(spec: RunSpec, exec_: Exec, budget_s: float = BUDGET_S) -> Speed:
-    """Train a few updates of runs like `spec`, alone and in packs, and return their times."""
-    import torch
-
-    from lorasweep.data import load as data
-    from lorasweep.models import load as models
-    from lorasweep.train.loop import train
-
-    few = dataclasses.replace(
-        spec.dataset, n_test=1, n_test_curve=1, n_train=min(64, spec.dataset.n_train or 64)
-    )
-    spec = dataclasses.replace(spec, dataset=few, steps=STEPS, schedule="constant", warmup_steps=0)
-    base = models.load(spec.model, exec_.models_dir, spec.precision)
-    if exec_.compile:
-        base.model.compile(dynamic=True)
-    rows = data.load(few, exec_.data_dir, base.tokenizer)
-    found: dict[int, float] = {}
-    left = budget_s
-    for size in sizes()[: 1 if spec.method.MAX_PACK == 1 else None]:
-        micro = exec_.micro_batch_size or micro_batch(spec, size)
-        if size > 1 and cost.pack_bytes(size, spec, micro) > 0.7 * worker_bytes():
-            break
-        started = time.monotonic()
-        pack = [
-            dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(size)
-        ]  # too small to move anything
+    def _measured(self, spec: RunSpec) -> Throughput | None:
+        path = measured_path(self._store.root, spec, self._hardware, self._exec)
         try:
-            times = [
-                next(iter(event.records.values()))["step_s"]
-                for event in train(pack, base, rows, micro)
-            ]
-        except torch.OutOfMemoryError:  # of a GPU: the sizes below it stand
-            if size == 1:
-                raise
-            break
-        kept = sorted(times[WARM:])
-        found[size] = kept[len(kept) // 2]
-        took = time.monotonic() - started
-        left -= took
-        if left < 2 * took or found[size] > 1.05 * min(found.values()):
-            break
-    return Speed(found)
+            step_s = {int(n): float(s) for n, s in json.loads(path.read_bytes())["step_s"].items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return None
+        return Throughput(step_s, True) if step_s else None
+
+    def _recorded(self, shape: Shape) -> Throughput | None:
+        if self._by_shape is None:
+            self._by_shape = {}
+            for p in self._begun:
+                self._by_shape.setdefault(shape_of(p.spec), []).append(p.id)
+        ids = self._by_shape.get(shape, [])
+        times: dict[int, list[float]] = {}
+        for rid in ids[:: -(-len(ids) // SAMPLE) or 1]:  # spread over the grid
+            found = _step_time(self._store, rid, self._hardware, self._exec)
+            if found:
+                times.setdefault(found[0], []).append(found[1])
+        if not times:
+            return None
+        return Throughput({n: statistics.median(s) for n, s in times.items()}, False)
 
 
-def _path(spec: RunSpec, exec_: Exec) -> Path:
-    return Path(exec_.runs_dir) / ".calibration" / f"{kind(spec, exec_)}.json"
+def _step_time(
+    store: RunStore, rid: str, hardware: Hardware, exec_: Exec
+) -> tuple[int, float] | None:
+    """Return (pack size, seconds a step) that a run recorded; None if it cannot be compared.
+
+    Comparable means: the same processor, the threads that a worker of this plan gets, the
+    micro-batch that the user asked for, if any, and one pack from start to end.
+    """
+    env = store.env(rid)
+    if not env or env.get("processor") != hardware.processor:
+        return None
+    if env.get("resumed_in_other_company") or env.get("threads") != _threads(hardware, exec_):
+        return None
+    if exec_.micro_batch_size not in (None, env.get("micro_batch_size")):
+        return None
+    result = store.result(rid)
+    if result is not None:
+        step_s = result.get("step_s")  # absent where the run diverged or was imported
+        return (result["pack_size"], step_s) if step_s and "pack_size" in result else None
+    since = env.get("resumed_from_step") or 0
+    steps = [r["step_s"] for r in store.records(rid) if r["step"] > since and "step_s" in r]
+    if len(steps) < FEWEST_STEPS:
+        return None
+    return len(env["pack"]), statistics.median(steps[1:])
 
 
-def main(job_path: str) -> None:
-    """Measure the shapes of a job file and keep each result as soon as it is there."""
-    import torch
-
-    from lorasweep.launch.process import die_with_parent, keep_freed_memory
-
-    die_with_parent()
-    keep_freed_memory()
-    torch.set_num_threads(1)
-    job = json.loads(Path(job_path).read_bytes())
-    exec_ = Exec(**job["exec"])
-    for plain in job["specs"]:
-        spec = spec_from(plain)
-        speed = measure(spec, exec_)
-        content = {
-            "step_s": speed.step_s,
-            "model": spec.model.name,
-            "method": spec.method.name,
-            "batch_size": spec.batch_size,
-            "precision": spec.precision,
-        }
-        files.write_atomic(_path(spec, exec_), json.dumps(content).encode())
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+def _threads(hardware: Hardware, exec_: Exec) -> int:
+    """Return the threads of a worker where there is a pack for each of them."""
+    share = (hardware.cores or 1) // hardware.gpus if hardware.gpus else 1
+    return exec_.threads or max(1, share)

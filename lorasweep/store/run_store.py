@@ -147,15 +147,19 @@ class RunStore:
             return None
         return max(numbers, default=None)
 
+    def env(self, rid: str) -> dict[str, Any]:
+        """Return where the last attempt ran; empty if it is not recorded (imported)."""
+        path = self._attempt(rid, self.last_attempt(rid) or 0) / "env.json"
+        try:
+            return json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+
     def layout(self, rid: str) -> dict[str, Any]:
         """Return {threads, micro_batch_size} under which a run ended; empty if it is not recorded
         (imported)."""
-        path = self._attempt(rid, self.last_attempt(rid) or 0) / "env.json"
-        try:
-            env = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return {k: env[k] for k in ("threads", "micro_batch_size")}
+        env = self.env(rid)
+        return {k: env[k] for k in ("threads", "micro_batch_size")} if env else {}
 
     def failures(self, rid: str) -> int:
         """Count the attempts that failed or were killed; clean stops do not count."""

@@ -34,6 +34,8 @@ class Request:
     sweep_name: str | None
     sweep: Sweep | None
     points: list[Point]
+    hardware: dict[str, Any] = field(default_factory=dict)
+    """What action=plan plans for, as in conf/hardware; empty: the machine that plans."""
     parts: list["Request"] = field(default_factory=list)
     """Of a sweep that is made of sweeps: they are asked one after another."""
 

@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
         "packages": versions,
         "host": socket.gethostname(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "slurm": slurm_job(),
     }
 
@@ -85,7 +85,8 @@ def edited() -> list[str]:
     ]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the model of this machine's processor; empty where the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -96,3 +96,14 @@ def real(*case):
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, batch, count):
     told = json.loads(memory.in_process(scale, method, batch, count, [f"{ROOT}/models"], [DATA]))
     assert told["planned_bytes"] == pytest.approx(told["peak_bytes"], rel=0.2)
+
+
+def test_packs_are_measured_when_asked_and_kept(tmp_path):
+    """In a process of its own; asked again, nothing is measured; a plan then says what was."""
+    one = ("model=tiny64", "dataset=dialect_smoke", "method=lora", "batch_size=4")
+    first = cli(*one, "action=measure_packs", cwd=tmp_path)
+    again = cli(*one, "action=measure_packs", cwd=tmp_path)
+    assert "measuring 1 shape(s)" in first.stderr and "are measured" in again.stderr
+    (kept_file,) = (tmp_path / "runs" / ".calibration").glob("*.json")
+    assert {"1", "2"} <= set(json.loads(kept_file.read_text())["step_s"])
+    assert "measured a step and run: " in cli(*one, "action=plan", cwd=tmp_path).stdout

@@ -1,18 +1,28 @@
-"""The planner: packs by what was measured, no packing where it does not pay, memory, GPUs."""
+"""The planner: packs by what was recorded, no packing where it does not pay, memory, hardware."""
 
 import dataclasses
 import json
 
 import pytest
 
+from lorasweep.cli.actions import _plan_text, hardware_of
+from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan import flops as cost
-from lorasweep.plan import hardware as machine
-from lorasweep.plan import packing as plan
-from lorasweep.plan import throughput as calibrate
+from lorasweep.plan import detect
+from lorasweep.plan.estimate import make_plan
+from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.memory import pack_bytes
+from lorasweep.plan.packing import MEMORY_SHARE, default_size
+from lorasweep.plan.throughput import Throughputs, measured_path
 from lorasweep.store.run_store import RunStore
 from tests.world import tiny_spec
+
+CPU = Hardware("cpu", processor="a processor", cores=2, memory_gib=16.0, fast_bf16=True)
+GPUS = Hardware("gpus", processor="p", cores=16, gpus=2, gpu_name="H100", gpu_memory_gib=80.0)
+SOON = {1: 0.010, 2: 0.008, 4: 0.007, 8: 0.0069}
+NEVER = {1: 0.010, 2: 0.011}
+ALWAYS = {1: 0.010, 2: 0.009, 4: 0.008, 8: 0.006, 16: 0.005}
 
 
 @pytest.fixture
@@ -20,147 +30,239 @@ def asked(compose):
     return compose("+sweep=lr_ratio", "scale=smoke", "sweep.arms.lora.lr=${around:1e-3,16,1.3}")
 
 
-def measured(exec_, spec, step_s):
-    """Keep a calibration as if this machine had made it."""
-    path = calibrate._path(spec, exec_)
+def store_of(asked):
+    return RunStore(asked.exec.runs_dir)
+
+
+def lora_of(asked):
+    return next(p.spec for p in asked.points if p.arm == "lora")
+
+
+def measured(asked, spec, step_s, hardware=CPU):
+    """Keep a measurement as if it had been made on `hardware`."""
+    path = measured_path(store_of(asked).root, spec, hardware, asked.exec)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"step_s": step_s}))
 
 
-def packs(asked, tmp_path):
-    now = plan.make_plan(asked.points, RunStore(tmp_path), asked.exec)
+def planned(asked, hardware=CPU):
+    now = make_plan(asked.points, store_of(asked), asked.exec, hardware)
     return now, [len(p.points) for p in now.packs if p.points[0].arm == "lora"]
+
+
+def known(asked, spec, hardware=CPU):
+    return Throughputs(store_of(asked), hardware, asked.exec).of(spec)
 
 
 @pytest.mark.parametrize(
     "step_s, sizes",
     [
-        ({1: 0.010, 2: 0.008, 4: 0.007, 8: 0.0069}, [4] * 4),  # 8 gains less than noise
-        ({1: 0.010, 2: 0.011}, [1] * 16),  # packing does not pay: refused
-        (
-            {1: 0.010, 2: 0.009, 4: 0.008, 8: 0.006, 16: 0.005},
-            [16],
-        ),  # full fine-tuning keeps the other worker busy
+        (SOON, [4] * 4),  # 8 gains less than noise
+        (NEVER, [1] * 16),  # packing does not pay: refused
+        (ALWAYS, [16]),  # full fine-tuning keeps the other worker busy
     ],
 )
-def test_pack_sizes_are_what_was_measured_to_pay(asked, tmp_path, monkeypatch, step_s, sizes):
-    monkeypatch.setattr(machine, "cores", lambda: 2)
-    lora = next(p.spec for p in asked.points if p.arm == "lora")
-    measured(asked.exec, lora, step_s)
-    assert packs(asked, tmp_path)[1] == sizes
+def test_pack_sizes_are_what_was_measured_to_pay(asked, step_s, sizes):
+    measured(asked, lora_of(asked), step_s)
+    assert planned(asked)[1] == sizes
 
 
-def test_a_calibration_of_another_machine_or_model_is_not_used(asked, tmp_path, monkeypatch):
-    lora = next(p.spec for p in asked.points if p.arm == "lora")
-    measured(asked.exec, lora, {1: 0.010, 2: 0.011})
-    assert calibrate.known(lora, asked.exec) is not None
-    assert calibrate.known(dataclasses.replace(lora, batch_size=5), asked.exec) is None
-    assert calibrate.known(dataclasses.replace(lora, method=LoRA(rank=2)), asked.exec) is None
-    assert calibrate.known(dataclasses.replace(lora, lr=0.5, seed=3), asked.exec) is not None
-    monkeypatch.setattr(machine, "cores", lambda: 64)
-    assert calibrate.known(lora, asked.exec) is None
+def test_a_measurement_of_another_machine_or_shape_is_not_used(asked):
+    lora = lora_of(asked)
+    measured(asked, lora, NEVER)
+    assert known(asked, lora).measured
+    assert known(asked, dataclasses.replace(lora, lr=0.5, seed=3)) is not None
+    assert known(asked, dataclasses.replace(lora, batch_size=5)) is None
+    assert known(asked, dataclasses.replace(lora, method=LoRA(rank=2))) is None
+    assert known(asked, lora, dataclasses.replace(CPU, cores=64)) is None
+    assert known(asked, lora, dataclasses.replace(CPU, processor="another")) is None
 
 
-def test_a_plan_says_what_it_expects_and_why(asked, tmp_path):
-    from lorasweep.cli.actions import _plan_text
-
+def test_a_plan_says_what_it_expects_and_why(asked):
     for spec in {p.arm: p.spec for p in asked.points}.values():
-        measured(
-            asked.exec, spec, {1: 0.010, 2: 0.012} if spec.method.name == "lora" else {1: 0.02}
-        )
-    now, _ = packs(asked, tmp_path)
+        measured(asked, spec, NEVER if spec.method.name == "lora" else {1: 0.02})
+    now, _ = planned(asked)
     text = _plan_text(asked, now)
     assert now.basis == "calibrated" and "packing does not pay" in text and "GiB" in text
 
 
+def test_an_empty_measurement_is_none(asked):
+    measured(asked, lora_of(asked), {})
+    assert known(asked, lora_of(asked)) is None and planned(asked)[0].basis == "assumed"
+
+
+# ---------------------------------------------------------------- records of runs
+
+
+def record(asked, points, step_s, state="done", threads=1, processor="a processor"):
+    """Write what a pack of these points leaves behind."""
+    store = store_of(asked)
+    store.prepare()
+    for p in points:
+        n = store.claim(p.spec)
+        env = {"pack": [q.id for q in points], "threads": threads, "micro_batch_size": 4}
+        store.write_env(p.id, n, {**env, "processor": processor, "resumed_from_step": None})
+        for step in range(1, 8):
+            # The first update is slow, and is not to count.
+            store.record(p.id, {"step": step, "step_s": step_s if step > 1 else 100.0})
+        if state == "done":
+            layout = {"pack_size": len(points), "threads": threads}
+            store.finish(p.id, "done", {"step_s": step_s, "test_nll": 2.0, **layout})
+
+
+@pytest.mark.parametrize("state", ["done", "running"])
+def test_packs_become_smaller_once_records_show_that_smaller_ones_are_as_fast(asked, state):
+    lora = [p for p in asked.points if p.arm == "lora"]
+    record(asked, lora[:4], 0.005, state)
+    assert known(asked, lora[0].spec) is None  # no runs to read: the table is empty
+    one_size, _ = planned(asked)
+    assert one_size.throughputs.of(lora[4].spec).step_s == {4: 0.005}
+    assert planned(asked)[1] == [12]  # one size alone does not show that a larger one is no better
+    record(asked, lora[4:10], 0.006, state)
+    now, sizes = planned(asked)
+    assert now.throughputs.of(lora[0].spec).step_s == {4: 0.005, 6: 0.006}
+    assert sizes == [3, 3]
+    assert "recorded a step and run" in _plan_text(asked, now)
+
+
+@pytest.mark.parametrize("how", [{"threads": 2}, {"processor": "another"}])
+def test_records_made_otherwise_are_not_compared(asked, how):
+    lora = [p for p in asked.points if p.arm == "lora"]
+    record(asked, lora[:4], 0.005, **how)
+    assert planned(asked)[0].throughputs.of(lora[0].spec) is None
+
+
+def test_a_pack_with_checkpoints_stays_as_it_was(asked):
+    lora = [p for p in asked.points if p.arm == "lora"]
+    measured(asked, lora[0].spec, NEVER)
+    store = store_of(asked)
+    for p in lora[:3]:
+        n = store.claim(p.spec)
+        store.write_end(p.id, n, "stopped", "planted")
+        (store.folder(p.id) / "checkpoint").mkdir()
+        layout = [q.id for q in (lora[2], lora[0], lora[1])]
+        meta = {"step": 5, "layout": layout, "sha256": ""}
+        (store.folder(p.id) / "checkpoint" / "a.json").write_text(json.dumps(meta))
+    packs = [[p.id for p in k.points] for k in planned(asked)[0].packs]
+    assert [lora[2].id, lora[0].id, lora[1].id] in packs
+    assert max(len(k) for k in packs if lora[0].id not in k) == 1
+
+
+# ---------------------------------------------------------------- hardware
+
+
 @pytest.mark.parametrize(
-    "precision, slow, said", [("bf16", True, True), ("bf16", False, False), ("fp32", True, False)]
+    "precision, fast, said, rate",
+    [("bf16", False, True, 7e8), ("bf16", True, False, 2.5e11), ("fp32", False, False, 6e10)],
 )
-def test_bf16_on_a_processor_without_it_is_said_and_counted(
-    compose, tmp_path, monkeypatch, precision, slow, said
-):
-    from lorasweep.cli.actions import _plan_text
-
-    monkeypatch.setattr(machine, "slow_bf16", lambda: slow)
-    found = compose("+sweep=lr_ratio", "scale=smoke", f"precision={precision}")
-    now = plan.make_plan(found.points, RunStore(tmp_path), found.exec)
-    assert ("no bf16 instructions" in _plan_text(found, now)) == said
-    rate = {(True, "bf16"): 7e8, (False, "bf16"): 2.5e11, (True, "fp32"): 6e10}[slow, precision]
-    assert now.hours * 3600 * machine.cores() * rate == pytest.approx(now.flops)
+def test_bf16_on_a_processor_without_it_is_said_and_counted(compose, precision, fast, said, rate):
+    asked = compose("+sweep=lr_ratio", "scale=smoke", f"precision={precision}")
+    now, _ = planned(asked, dataclasses.replace(CPU, fast_bf16=fast))
+    assert ("no bf16 instructions" in _plan_text(asked, now)) == said
+    assert now.hours * 3600 * CPU.cores * rate == pytest.approx(now.flops)
 
 
-def test_no_worker_is_left_without_a_pack(compose, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "cores", lambda: 4)
-    alone = compose(
-        "+sweep=lr_ratio",
-        "scale=smoke",
-        "sweep.arms.lora.lr=${around:1e-3,16,1.3}",
-        "~sweep.arms.fullft",
-    )
-    measured(alone.exec, alone.points[0].spec, {1: 0.010, 2: 0.009, 4: 0.008, 8: 0.006, 16: 0.005})
-    assert packs(alone, tmp_path)[1] == [4] * 4
+def test_the_same_runs_are_planned_differently_for_two_machines_of_the_catalogue(compose):
+    base = ("+sweep=lr_ratio", "scale=small", "sweep.arms.lora.lr=${around:1e-3,32,1.05}")
+    large = (*base, "scale.models=[llama-3.1-8b]", "precision=bf16", "batch_size=1")
+    plans = {}
+    for name in ("h200", "a100"):
+        request = compose(*large, "action=plan", f"hardware={name}")
+        plans[name], _ = planned(request, hardware_of(request))
+    largest = {name: max(len(p.points) for p in now.packs) for name, now in plans.items()}
+    assert largest["h200"] > largest["a100"]
+    assert plans["h200"].hours < plans["a100"].hours
+    assert "on h200" in _plan_text(request, plans["h200"])
+    eight = dataclasses.replace(plans["a100"].hardware, gpus=8)
+    assert plans["a100"].workers == 1 and planned(request, eight)[0].workers == 8
+
+
+@pytest.mark.parametrize("name", ["a100", "h100", "h200"])
+def test_the_catalogue_can_be_planned_for_and_only_that(compose, name):
+    found = hardware_of(compose(f"hardware={name}", "action=plan"))
+    assert found.name == name and found.gpus == 1 and found.worker_gib >= 79
+    assert found.matmul_flops_s["bf16"] > found.matmul_flops_s["fp32"] > 1e13
+    with pytest.raises(SpecError, match="only action=plan"):
+        compose(f"hardware={name}", "action=run")
+
+
+def test_without_a_choice_the_machine_that_plans_is_planned_for(compose):
+    assert hardware_of(compose("action=plan")).name == detect.NAME
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"core": 2}, "Did you mean 'cores'"),
+        ({"cores": 2}, "needs memory_gib"),
+        ({"gpus": 1}, "needs gpu_memory_gib"),
+        ({"cores": 0, "memory_gib": 1.0}, "above 0"),
+    ],
+)
+def test_hardware_that_cannot_be_planned_for_is_refused(values, message):
+    with pytest.raises(SpecError, match=message):
+        from_plain({"name": "mine", **values})
+
+
+def test_no_worker_is_left_without_a_pack(compose):
+    lr = "sweep.arms.lora.lr=${around:1e-3,16,1.3}"
+    alone = compose("+sweep=lr_ratio", "scale=smoke", lr, "~sweep.arms.fullft")
+    four = dataclasses.replace(CPU, cores=4)
+    measured(alone, alone.points[0].spec, ALWAYS, four)
+    assert planned(alone, four)[1] == [4] * 4
     alone.exec.workers = 1
-    assert packs(alone, tmp_path)[1] == [16]
+    assert planned(alone, four)[1] == [16]
 
 
-def test_an_empty_calibration_is_none(asked, tmp_path):
-    lora = next(p.spec for p in asked.points if p.arm == "lora")
-    measured(asked.exec, lora, {})
-    assert (
-        calibrate.known(lora, asked.exec) is None and packs(asked, tmp_path)[0].basis == "assumed"
-    )
-
-
-def test_ranks_are_mixed_only_where_one_alone_fills_little_and_stand_together(compose, tmp_path):
-    few = compose(
-        "+sweep=lr_ratio",
-        "scale=smoke",
-        "scale.ranks=[1,2,4,8]",
-        "exec.pack_size=16",
-        "sweep.arms.lora.lr=[1e-3,2e-3]",
-        "~sweep.arms.fullft",
-    )
-    (pack,) = plan.make_plan(few.points, RunStore(tmp_path), few.exec).packs
+def test_ranks_are_mixed_only_where_one_alone_fills_little_and_stand_together(compose):
+    small = ("+sweep=lr_ratio", "scale=smoke", "~sweep.arms.fullft")
+    lrs = "sweep.arms.lora.lr=[1e-3,2e-3]"
+    few = compose(*small, "scale.ranks=[1,2,4,8]", "exec.pack_size=16", lrs)
+    (pack,) = planned(few)[0].packs
     assert [p.spec.method.rank for p in pack.points] == [1, 1, 2, 2, 4, 4, 8, 8]
-    many = compose(
-        "+sweep=lr_ratio",
-        "scale=smoke",
-        "scale.ranks=[1,8]",
-        "exec.pack_size=4",
-        "~sweep.arms.fullft",
-        "sweep.arms.lora.lr=[1e-3,2e-3,3e-3]",
-    )
-    found = plan.make_plan(many.points, RunStore(tmp_path), many.exec).packs
-    assert all(len({p.spec.method.rank for p in pack.points}) == 1 for pack in found)
+    lrs = "sweep.arms.lora.lr=[1e-3,2e-3,3e-3]"
+    many = compose(*small, "scale.ranks=[1,8]", "exec.pack_size=4", lrs)
+    packs = planned(many)[0].packs
+    assert all(len({p.spec.method.rank for p in pack.points}) == 1 for pack in packs)
 
 
-def test_full_fine_tuning_is_spread_over_workers(compose, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "cores", lambda: 3)
+def test_full_fine_tuning_is_spread_over_workers(compose):
     full = compose("+sweep=lr_ratio", "scale=smoke", "~sweep.arms.lora")
-    now = plan.make_plan(full.points, RunStore(tmp_path), full.exec)
+    now, _ = planned(full, dataclasses.replace(CPU, cores=3))
     assert [len(p.points) for p in now.packs] == [1, 1, 1] and (now.workers, now.threads) == (3, 1)
 
 
-def test_workers_are_as_many_as_memory_holds(compose, tmp_path, monkeypatch):
+def test_workers_are_as_many_as_memory_holds(compose):
     full = compose("+sweep=lr_ratio", "scale=smoke", "~sweep.arms.lora")
-    one = cost.pack_bytes(1, full.points[0].spec, 4)
-    monkeypatch.setattr(machine, "cores", lambda: 4)
-    monkeypatch.setattr(machine, "memory_bytes", lambda: int(2.1 * one / plan.MEMORY_SHARE))
-    assert plan.make_plan(full.points, RunStore(tmp_path), full.exec).workers == 2
+    one = pack_bytes(1, full.points[0].spec, CPU, 4)
+    memory = 2.1 * one / MEMORY_SHARE / 2**30
+    assert planned(full, dataclasses.replace(CPU, cores=4, memory_gib=memory))[0].workers == 2
+
+
+def test_packs_are_as_large_as_memory_holds(asked):
+    spec = lora_of(asked)
+    exec_ = dataclasses.replace(asked.exec, micro_batch_size=4)
+    memory = 1.01 * pack_bytes(4, spec, CPU, 4) / MEMORY_SHARE / 2**30
+    assert default_size(spec, exec_, CPU) == 16
+    assert default_size(spec, exec_, dataclasses.replace(CPU, memory_gib=memory)) == 4
 
 
 def test_memory_grows_with_members_and_full_fine_tuning_costs_most():
     spec = tiny_spec(method=LoRA(rank=4))
-    assert cost.pack_bytes(1, spec) < cost.pack_bytes(4, spec) < 4 * cost.pack_bytes(1, spec)
-    big = dataclasses.replace(
-        spec, model=dataclasses.replace(spec.model, hidden_size=1024, mlp_size=4096)
-    )
-    assert cost.pack_bytes(1, dataclasses.replace(big, method=FullFT())) > 1.5 * cost.pack_bytes(
-        1, big
-    )
+    one, four = pack_bytes(1, spec, CPU), pack_bytes(4, spec, CPU)
+    assert one < four < 4 * one
+    wide = dataclasses.replace(spec.model, hidden_size=1024, mlp_size=4096)
+    big = dataclasses.replace(spec, model=wide)
+    full = dataclasses.replace(big, method=FullFT())
+    assert pack_bytes(1, full, CPU) > 1.5 * pack_bytes(1, big, CPU)
 
 
-SMI = "0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559\n1, GPU-bbb, NVIDIA H100 80GB HBM3, 81559\n2, GPU-ccc, GB10, [N/A]\n"
+# ---------------------------------------------------------------- this machine
+
+SMI = """0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559
+1, GPU-bbb, NVIDIA H100 80GB HBM3, 81559
+2, GPU-ccc, GB10, [N/A]
+"""
 
 
 @pytest.mark.parametrize(
@@ -175,20 +277,17 @@ SMI = "0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559\n1, GPU-bbb, NVIDIA H100 80GB HB
     ],
 )
 def test_gpus_are_those_that_the_environment_leaves(wanted, indices):
-    found = machine.visible(SMI, wanted)
+    found = detect.visible(SMI, wanted)
     assert [gpu.uuid for gpu in found] == [{"0": "GPU-aaa", "1": "GPU-bbb"}[i] for i in indices]
     assert all(gpu.memory_bytes == 81559 * 2**20 for gpu in found)
 
 
-def test_one_worker_a_gpu(asked, tmp_path, monkeypatch):
+def test_one_worker_a_gpu(asked, monkeypatch):
     from lorasweep.launch.local import _devices_of
 
-    monkeypatch.setattr(machine, "gpus", lambda: machine.visible(SMI, None))
-    monkeypatch.setattr(machine, "cores", lambda: 16)
-    now, sizes = packs(asked, tmp_path)
+    monkeypatch.setattr(detect, "gpus", lambda: detect.visible(SMI, None))
+    monkeypatch.setattr(detect, "cores", lambda: 16)
+    now, sizes = planned(asked, detect.this_machine())
     assert (now.workers, now.threads) == (2, 8) and max(sizes) == 16
-    assert [_devices_of(k, 3)["CUDA_VISIBLE_DEVICES"] for k in range(3)] == [
-        "GPU-aaa",
-        "GPU-bbb",
-        "GPU-aaa",
-    ]
+    found = [_devices_of(k, 3)["CUDA_VISIBLE_DEVICES"] for k in range(3)]
+    assert found == ["GPU-aaa", "GPU-bbb", "GPU-aaa"]

@@ -105,7 +105,6 @@ def _train(task: dict[str, Any]) -> None:
         if "ended" in event:
             print(json.dumps(event), flush=True)
 
-    local.measure_shapes(left, store, exec_, lambda text: print(text, flush=True))
     local.run_points(left, store, exec_, report, task.get("trainer"), PATIENCE_S, task["skip"])
     states = store.states(p.id for p in left)
     print(

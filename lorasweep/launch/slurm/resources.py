@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from lorasweep.errors import ClusterError, unknown
 from lorasweep.launch.slurm.client import Partition
-from lorasweep.plan import flops as cost
 from lorasweep.plan.packing import Pack
 from lorasweep.spec.execution import Cluster, Exec
 
@@ -117,7 +116,7 @@ def _bytes(pack: Pack, cluster: Cluster) -> float:
     spec = pack.points[-1].spec
     if cluster.gpus:
         return HOST_BYTES + 4 * spec.model.n_params() * (3 if spec.method.MAX_PACK == 1 else 1)
-    return cost.pack_bytes(len(pack.points), spec, pack.micro_batch_size)
+    return pack.memory_bytes
 
 
 def check(cluster: Cluster) -> None:

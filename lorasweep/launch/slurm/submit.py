@@ -25,7 +25,9 @@ from lorasweep.launch.slurm.cancel import prune, removed
 from lorasweep.launch.slurm.reconcile import mend
 from lorasweep.launch.slurm.resources import Ask
 from lorasweep.launch.slurm.submissions import FOLLOW, Array, Queue, Submission
-from lorasweep.plan import packing as plan
+from lorasweep.plan import detect
+from lorasweep.plan.estimate import ASSUMED_FLOPS_PER_CORE, Plan, make_plan, measured_flops
+from lorasweep.plan.packing import Pack, make_packs
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import canonical
 from lorasweep.store import files
@@ -103,10 +105,10 @@ def submit(
         if request.prune:
             outcome.pruned = prune(queue, outcome.removed, say)
         if todo:
-            packs = plan.make_packs(todo, store, _exec_of(request), now.states)
-            flops_s = plan.measured_flops(now.points, now.states, store)
+            packs = _packs(request, store, todo, now)
+            flops_s = measured_flops(now.points, now.states, store)
             flops_s = flops_s or jobs.flops_per_s(
-                cluster, plan.ASSUMED_FLOPS_PER_CORE[todo[0].spec.precision]
+                cluster, ASSUMED_FLOPS_PER_CORE[todo[0].spec.precision]
             )
             tasks = jobs.group(packs, cluster, flops_s)
             ask = jobs.ask_for(tasks, cluster, flops_s, partition)
@@ -139,7 +141,7 @@ def submit(
         return outcome
 
 
-def _finished(now: plan.Plan) -> int:
+def _finished(now: Plan) -> int:
     return sum(s in FINAL for s in now.states.values())
 
 
@@ -147,11 +149,16 @@ def _exec_of(request: Request) -> Exec:
     return dataclasses.replace(request.exec, workers=jobs.workers(request.cluster))
 
 
+def _packs(request: Request, store: RunStore, todo: list[Point], now: Plan) -> list[Pack]:
+    exec_ = _exec_of(request)
+    return make_packs(todo, now.states, store, exec_, now.hardware, now.throughputs)
+
+
 def _missing(
     request: Request, store: RunStore, points: list[Point], queue: Queue
-) -> tuple[list[Point], Outcome, plan.Plan]:
+) -> tuple[list[Point], Outcome, Plan]:
     """Say which runs are to be submitted, and what is on its way already."""
-    now = plan.make_plan(points, store, request.exec)
+    now = make_plan(points, store, request.exec, detect.this_machine())
     covered = queue.covered()
     outcome = Outcome(removed=removed(queue, request, now.points, store))
     outcome.running = sum(s == "running" for s in now.states.values())
@@ -346,7 +353,7 @@ def _followed(queue: Queue, request: Request) -> bool:
 # ---------------------------------------------------------------- what would happen
 
 
-def difference(request: Request, store: RunStore, now: plan.Plan) -> dict[str, Any]:
+def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
     """Say what a submission would change in the queue: plain values; empty where nothing was ever
     submitted from here."""
     cluster = request.cluster
@@ -361,11 +368,11 @@ def difference(request: Request, store: RunStore, now: plan.Plan) -> dict[str, A
     if queue.unknown:
         told["queue"]["unknown"] = queue.unknown
     if cluster.kind == "slurm" and todo:
-        flops_s = plan.measured_flops(now.points, now.states, store)
+        flops_s = measured_flops(now.points, now.states, store)
         flops_s = flops_s or jobs.flops_per_s(
-            cluster, plan.ASSUMED_FLOPS_PER_CORE[todo[0].spec.precision]
+            cluster, ASSUMED_FLOPS_PER_CORE[todo[0].spec.precision]
         )
-        packs = plan.make_packs(todo, store, _exec_of(request), now.states)
+        packs = _packs(request, store, todo, now)
         tasks = jobs.group(packs, cluster, flops_s)
         anywhere = slurm.Partition("", True, 0, 0, 0, float("inf"), frozenset())
         told["queue"] |= {

@@ -1,0 +1,171 @@
+"""action=measure_packs: train a few updates of each shape of run, alone and in packs, and keep the
+times.
+
+    python -m lorasweep.launch.measure_packs JOB.json    {"exec": {...}, "shapes": [{"spec": {...},
+                                                          "path": FILE}, ...]}
+
+A measurement takes about BUDGET_S seconds a shape, more than it saves in a short sweep, so it runs
+only when it is asked for. The planner reads what is kept (plan/throughput.py).
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lorasweep.errors import TrainingError
+from lorasweep.methods.registry import spec_from
+from lorasweep.plan import detect
+from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.memory import pack_bytes
+from lorasweep.plan.packing import micro_batch, pack_sizes
+from lorasweep.plan.throughput import Throughputs, measured_path, shape_of
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import RunSpec, canonical
+from lorasweep.store import files
+from lorasweep.store.claims import Lock
+from lorasweep.store.run_store import RunStore
+
+BUDGET_S = 25.0
+"""Seconds a shape: larger packs are tried while they last, and while each is faster than the last.
+"""
+STEPS, WARM = 4, 1
+"""Updates a measurement, and how many of them at the start do not count; the median of the others
+is kept."""
+MEMORY_SHARE = 0.7
+"""Share of a worker's memory that a measured pack may be expected to take."""
+NO_LR = 1e-6
+"""A learning rate too small to move anything."""
+
+
+def measure_packs(
+    specs: Sequence[RunSpec],
+    store: RunStore,
+    exec_: Exec,
+    hardware: Hardware,
+    report: Callable[[str], None],
+) -> None:
+    """Measure the shapes among `specs` that are not known on this machine, in a process of its own.
+
+    One process at a time measures in a run folder.
+
+    Raises:
+        TrainingError: the measurement failed; shapes before it are kept.
+        StoreError: another process measures here, and does not end.
+    """
+    shapes = list({shape_of(s): s for s in specs}.values())
+    lock = Lock(store.root / ".calibration" / "lock")
+    lock.acquire(
+        60 + BUDGET_S * len(shapes),
+        lambda holder: report(f"waiting for the measurement by {holder}"),
+    )
+    try:
+        known = Throughputs(store, hardware, exec_)
+        unknown = [s for s in shapes if known.of(s) is None]
+        missing = {measured_path(store.root, s, hardware, exec_): s for s in unknown}
+        if not missing:
+            return report("all shapes are measured on this machine")
+        bound = f"at most about {BUDGET_S * len(missing):.0f} s"
+        report(f"measuring {len(missing)} shape(s) of run on this machine, once: {bound}")
+        _measure_in_process(missing, store, exec_)
+    finally:
+        lock.release()
+
+
+def _measure_in_process(shapes: dict[Path, RunSpec], store: RunStore, exec_: Exec) -> None:
+    job = {
+        "exec": dataclasses.asdict(exec_),
+        "shapes": [{"spec": json.loads(canonical(s)), "path": str(p)} for p, s in shapes.items()],
+    }
+    path = store.root / ".calibration" / f"job-{os.getpid()}-{os.urandom(3).hex()}.json"
+    files.write_atomic(path, json.dumps(job).encode())
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    root = str(Path(__file__).resolve().parents[2])
+    env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "lorasweep.launch.measure_packs", str(path)]
+    try:
+        done = subprocess.run(
+            command, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+    finally:
+        path.unlink(missing_ok=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        raise TrainingError(f"the measurement failed: {last}")
+
+
+def measure(
+    spec: RunSpec, exec_: Exec, hardware: Hardware, budget_s: float = BUDGET_S
+) -> dict[int, float]:
+    """Train a few updates of runs like `spec` on one thread; return pack size -> seconds a step and
+    run."""
+    import torch
+
+    from lorasweep.data import load as data
+    from lorasweep.models import load as models
+    from lorasweep.train.loop import train
+
+    n_train = min(64, spec.dataset.n_train or 64)
+    few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1, n_train=n_train)
+    spec = dataclasses.replace(spec, dataset=few, steps=STEPS, schedule="constant", warmup_steps=0)
+    base = models.load(spec.model, exec_.models_dir, spec.precision)
+    if exec_.compile:
+        base.model.compile(dynamic=True)
+    rows = data.load(few, exec_.data_dir, base.tokenizer)
+    found: dict[int, float] = {}
+    left = budget_s
+    for size in pack_sizes(hardware)[: 1 if spec.method.MAX_PACK == 1 else None]:
+        micro = exec_.micro_batch_size or micro_batch(spec, size, hardware)
+        if size > 1 and _too_large(pack_bytes(size, spec, hardware, micro), hardware):
+            break
+        started = time.monotonic()
+        pack = [dataclasses.replace(spec, lr=NO_LR * (1 + k)) for k in range(size)]
+        try:
+            events = train(pack, base, rows, micro)
+            times = [next(iter(event.records.values()))["step_s"] for event in events]
+        except torch.OutOfMemoryError:  # of a GPU: the smaller sizes stand
+            if size == 1:
+                raise
+            break
+        kept = sorted(times[WARM:])
+        found[size] = kept[len(kept) // 2]
+        took = time.monotonic() - started
+        left -= took
+        if left < 2 * took or found[size] > 1.05 * min(found.values()):
+            break
+    return found
+
+
+def _too_large(pack: float, hardware: Hardware) -> bool:
+    return hardware.worker_gib is not None and pack > MEMORY_SHARE * hardware.worker_gib * 2**30
+
+
+def main(job_path: str) -> None:
+    """Measure the shapes of a job file and keep each result as soon as it is there."""
+    import torch
+
+    from lorasweep.launch.process import die_with_parent, keep_freed_memory
+
+    die_with_parent()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    job = json.loads(Path(job_path).read_bytes())
+    exec_, hardware = Exec(**job["exec"]), detect.this_machine()
+    for shape in job["shapes"]:
+        spec = spec_from(shape["spec"])
+        content = {
+            "step_s": measure(spec, exec_, hardware),
+            "model": spec.model.name,
+            "method": spec.method.name,
+            "batch_size": spec.batch_size,
+            "precision": spec.precision,
+        }
+        files.write_atomic(Path(shape["path"]), json.dumps(content).encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

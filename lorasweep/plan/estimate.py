@@ -1,0 +1,178 @@
+"""What is done, what is missing, and what it will cost. Starts nothing."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorasweep.plan.flops import run_flops
+from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.memory import checkpoint_bytes
+from lorasweep.plan.packing import Pack, make_packs, workers_and_threads
+from lorasweep.plan.throughput import Throughputs
+from lorasweep.spec.execution import Exec
+from lorasweep.store.run_store import FINAL, STATES, RunStore
+from lorasweep.sweep.grid import Point
+
+ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2.5e11, "fp64": 2e10}
+"""Floating-point operations a second and core by precision, until something was measured.
+Assumption: what tiny128 (fp32) and SmolLM2-135M (bf16) reached on one core with matrix units
+(LOG.md)."""
+SLOW_BF16_FLOPS_PER_CORE = 7e8
+"""The same for bf16 on a processor without instructions for it. Measured on AVX2 (LOG.md)."""
+SHARE_OF_PEAK = 0.25
+"""What training reaches of a GPU's peak in the catalogue. Assumption: not measured yet."""
+RATED_RUNS = 16
+"""Finished runs that the measured speed is taken from."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep's runs by state, and what is left to do."""
+
+    points: list[Point]
+    states: dict[str, str]
+    todo: list[Point]
+    packs: list[Pack]
+    workers: int
+    threads: int
+    flops: float
+    hours: float
+    basis: str
+    """Where `hours` comes from: 'measured' (this store's finished runs), 'calibrated' (step times
+    of these shapes), or 'assumed'."""
+    checkpoint_gib: float
+    """Disk that the checkpoints of the running packs may take."""
+    memory_gib: float
+    """Memory that the workers are expected to take together at their peak."""
+    hardware: Hardware
+    throughputs: Throughputs
+
+    def counts(self) -> dict[str, int]:
+        """Count the runs by state."""
+        values = list(self.states.values())
+        return {s: values.count(s) for s in STATES if s in values}
+
+
+def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: Hardware) -> Plan:
+    """Look at the store and plan what is missing, for `hardware`.
+
+    Failed runs are left alone unless exec.retry is set.
+    """
+    points = list(points)
+    states = store.states(p.id for p in points)
+    todo = _todo(points, states, store, exec_)
+    known = Throughputs(store, hardware, exec_, [p for p in points if states[p.id] != "missing"])
+    free = [p for p in todo if states[p.id] != "running"]
+    packs = make_packs(free, states, store, exec_, hardware, known)
+    workers, threads = workers_and_threads(packs, exec_, hardware)
+    flops = sum(run_flops(p.spec) for p in todo)
+    seconds, basis = _seconds(points, states, store, packs, flops, workers, hardware)
+    busiest = sorted(packs, key=lambda pack: -pack.memory_bytes)[:workers]
+    return Plan(
+        points=points,
+        states=states,
+        todo=todo,
+        packs=packs,
+        workers=workers,
+        threads=threads,
+        flops=flops,
+        hours=seconds / 3600,
+        basis=basis,
+        checkpoint_gib=checkpoint_bytes(p.spec for k in busiest for p in k.points) / 2**30,
+        memory_gib=sum(pack.memory_bytes for pack in busiest) / 2**30,
+        hardware=hardware,
+        throughputs=known,
+    )
+
+
+def _todo(points: list[Point], states: dict[str, str], store: RunStore, exec_: Exec) -> list[Point]:
+    if not exec_.retry:
+        return [p for p in points if states[p.id] not in (*FINAL, "failed")]
+
+    def again(rid: str) -> bool:
+        return states[rid] != "failed" or store.failures(rid) < exec_.max_attempts
+
+    return [p for p in points if states[p.id] not in FINAL and again(p.id)]
+
+
+def measured_flops(
+    points: Sequence[Point], states: dict[str, str], store: RunStore
+) -> float | None:
+    """Return the operations a second of one worker, by this store's finished runs; None if none was
+    trained here."""
+    rates = []
+    for p in [p for p in points if states[p.id] == "done"][:RATED_RUNS]:
+        result = store.result(p.id) or {}
+        if result.get("wall_s") and not result.get("imported"):
+            rates.append(run_flops(p.spec) / result["wall_s"])
+    return statistics.median(rates) if rates else None
+
+
+def assumed_flops(precision: str, hardware: Hardware) -> float:
+    """Return the operations a second of the whole machine, by assumption."""
+    if hardware.gpus and precision in hardware.matmul_flops_s:
+        return SHARE_OF_PEAK * hardware.matmul_flops_s[precision] * hardware.gpus
+    slow = precision == "bf16" and hardware.fast_bf16 is False
+    rate = SLOW_BF16_FLOPS_PER_CORE if slow else ASSUMED_FLOPS_PER_CORE[precision]
+    return rate * (hardware.cores or 1)
+
+
+def _seconds(
+    points: list[Point],
+    states: dict[str, str],
+    store: RunStore,
+    packs: list[Pack],
+    flops: float,
+    workers: int,
+    hardware: Hardware,
+) -> tuple[float, str]:
+    """Return the expected time of what is left, and what the expectation rests on."""
+    here = hardware.processor is not None  # the store's runs say nothing of another machine
+    rate = measured_flops(points, states, store) if here else None
+    if rate:
+        return flops / (rate * workers), "measured"
+    times = [pack.seconds for pack in packs if pack.seconds is not None]
+    if packs and len(times) == len(packs):
+        return max(sum(times) / workers, max(times)), "calibrated"
+    return flops / assumed_flops(
+        points[0].spec.precision if points else "fp32", hardware
+    ), "assumed"
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """Return the plan as plain values: counts by state, arms, packs, and the cost."""
+    arms: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for p in plan.points:
+        method, model = p.spec.method, p.spec.model
+        rank = getattr(method, "rank", None)
+        arm = {
+            "arm": p.arm,
+            "model": model.name,
+            "method": method.name,
+            "rank": rank,
+            "n_trainable": method.n_trainable(model),
+            "runs": 0,
+        }
+        arms.setdefault((p.arm, str(rank), model.name), arm)["runs"] += 1
+    packs = [
+        {
+            "runs": len(p.points),
+            "method": p.points[0].spec.method.name,
+            "micro_batch_size": p.micro_batch_size,
+            "expected_s": p.seconds,
+        }
+        for p in plan.packs
+    ]
+    cost = {
+        "flops": plan.flops,
+        "hours": plan.hours,
+        "basis": plan.basis,
+        "packs": len(plan.packs),
+        "workers": plan.workers,
+        "threads": plan.threads,
+        "checkpoint_gib": plan.checkpoint_gib,
+        "memory_gib": plan.memory_gib,
+    }
+    runs = {"total": len(plan.points), "todo": len(plan.todo), **plan.counts()}
+    return {"runs": runs, "arms": list(arms.values()), "packs": packs, "cost": cost}

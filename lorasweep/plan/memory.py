@@ -1,0 +1,62 @@
+"""Memory and disk that runs take, from shapes and hardware alone."""
+
+from collections.abc import Iterable
+
+from lorasweep.plan.flops import mean_length
+from lorasweep.plan.hardware import Hardware
+from lorasweep.spec.run import RunSpec
+
+TEXT_PEAK = 1.2
+"""Tokens of the longest batch of text rows over the mean one's. Measured on GSM8K, batches of 8
+(LOG.md)."""
+SLOT_BYTES = 12
+"""Bytes a trained parameter takes in a checkpoint: fp32 weight and two moments."""
+SLOTS = 2
+"""Checkpoints that are kept of a run (store/checkpoint.py)."""
+PROCESS_BYTES = 450 * 2**20
+"""A worker before any weights: the interpreter, torch, transformers. Measured (LOG.md)."""
+FRAGMENTATION = 1.4
+"""Memory that adapters' activations take on a CPU over what is alive at once: freed blocks are kept
+(launch/process.py), and the next tensor does not fit every hole. Measured on two processors: 1.2 to
+1.8, and not the same twice (LOG.md)."""
+CHUNK_BYTES = 320 * 2**20
+"""The chunks of the unembedding at a large vocabulary: logits, their logarithms, temporaries
+(loss.LOGITS)."""
+WORD_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+
+
+def pack_bytes(
+    members: int, spec: RunSpec, hardware: Hardware, micro_batch_size: int | None = None
+) -> float:
+    """Estimate the peak memory, in bytes, of a process that trains `members` runs like `spec`.
+
+    Base: fp32 weights, and their bf16 copies under bf16. A member: parameter, gradient and two
+    moments of 4 bytes each; full fine-tuning also keeps a copy of the start. Activations: what the
+    hand-written decoder keeps for the backward pass. `micro_batch_size`: rows a member and forward;
+    None: the whole batch.
+    """
+    model, word = spec.model, WORD_BYTES[spec.precision]
+    master = 8 if spec.precision == "fp64" else 4
+    whole = spec.method.MAX_PACK == 1
+    copies = (2 if whole else 4) if word == 2 else 0  # frozen weights are kept transposed as well
+    weights = model.n_params() * master + model.n_matmul_params() * copies
+    trained = members * spec.method.n_trainable(model) * (5 if whole else 4) * master
+    rows = min(micro_batch_size or spec.batch_size, spec.batch_size)
+    length = mean_length(spec)
+    tokens = members * rows * length * (1.0 if spec.dataset.source == "synthetic" else TEXT_PEAK)
+    h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
+    scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)
+    layer = tokens * (2 * h * master + word * (4 * h + 2 * kv + 4 * f + scores))
+    # logits, their logarithms, gradients and temporaries
+    logits = 5 * master * tokens * model.vocab_size
+    if not hardware.gpus:
+        logits = min(CHUNK_BYTES, logits)
+        layer *= 1 if whole else FRAGMENTATION
+    if whole:
+        logits += tokens * model.vocab_size * word / 2  # half of the positions bear loss
+    return PROCESS_BYTES + weights + trained + model.n_layers * layer + logits
+
+
+def checkpoint_bytes(specs: Iterable[RunSpec]) -> float:
+    """Return the disk that the checkpoints of these runs take while they train."""
+    return SLOTS * SLOT_BYTES * sum(s.method.n_trainable(s.model) for s in specs)
