@@ -207,7 +207,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
                 "prune=true needs a sweep (+sweep=NAME): it cancels queued runs that are no longer part of one."
             )
         points = []
-        if config.action in ("run", "plan", "status", "cancel", "verify"):
+        if config.action in ("run", "plan", "status", "cancel", "verify", "measure_packs"):
             validate(base)
             points = [Point(base.method.name, base, run_id(base))]
         return Request(**common, sweep_name=None, sweep=None, points=points)

@@ -19,7 +19,8 @@ from lorasweep.launch.slurm import resources as jobs
 from lorasweep.launch.slurm import snapshot, submissions
 from lorasweep.launch.slurm import submit as batch
 from lorasweep.launch.slurm.client import Partition
-from lorasweep.plan import packing as plan
+from lorasweep.plan import detect
+from lorasweep.plan.estimate import make_plan
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import claims as ownership
 from lorasweep.store import files, index
@@ -39,7 +40,8 @@ def packs(compose, tmp_path, *more, seeds=4):
         "exec.pack_size=4",
         *more,
     )
-    return plan.make_plan(asked.points, RunStore(tmp_path / "runs"), asked.exec).packs
+    store = RunStore(tmp_path / "runs")
+    return make_plan(asked.points, store, asked.exec, detect.this_machine()).packs
 
 
 # ---------------------------------------------------------------- which runs go where

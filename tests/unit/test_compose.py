@@ -8,7 +8,8 @@ import pytest
 
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
-from lorasweep.plan import packing as plan
+from lorasweep.plan import detect
+from lorasweep.plan.estimate import make_plan
 from lorasweep.spec.run import run_id
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Claim, Sweep, check_sweep, expand, geom
@@ -168,7 +169,7 @@ def test_ten_thousand_specs_are_planned(tmp_path):
     )
     start = time.perf_counter()
     points = expand(tiny_spec(), sweep, None, None)
-    now = plan.make_plan(points, RunStore(tmp_path), compose_exec())
+    now = make_plan(points, RunStore(tmp_path), compose_exec(), detect.this_machine())
     took = time.perf_counter() - start
     assert len(now.todo) == len(points) > 9_900
     print(f"{len(points)} specs planned in {took:.2f} s")
@@ -182,7 +183,7 @@ def compose_exec():
 
 def test_packs_hold_what_may_share_a_base_and_split_evenly(compose, tmp_path):
     request = compose("+sweep=lr_ratio", "scale=smoke", "scale.ranks=[1,4]", "exec.pack_size=2")
-    now = plan.make_plan(request.points, RunStore(tmp_path), request.exec)
+    now = make_plan(request.points, RunStore(tmp_path), request.exec, detect.this_machine())
     assert sorted(len(p.points) for p in now.packs) == [1, 1, 1, 1, 1, 2, 2]
     for pack in now.packs:
         assert len({p.spec.method.name for p in pack.points}) == 1
