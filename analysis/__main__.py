@@ -7,8 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from analysis.runs.reading import Reading
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "analysis" / "results"
+"""Kept results of the repository."""
 EPILOG = """commands
   fit FILE      the best learning rate of every curve, with interval or bound and the low-regret band
   ratio FILE    LoRA's best rate over full fine-tuning's
@@ -33,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if argv and argv[0] in ("fit", "ratio", "drift", "law", "html"):
-            return _outside(argv)
+            return _runs(argv)
         if argv[:1] == ["study"]:
             return _study(argv[1:])
         return _sweep(argv[1:], suggest=True) if argv[:1] == ["suggest"] else _sweep(argv)
@@ -50,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------- anyone's runs
 
 
-def _outside(argv: Sequence[str]) -> int:
+def _runs(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"lorasweep-analysis {argv[0]}",
         epilog=EPILOG,
@@ -87,7 +93,7 @@ def _outside(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
 
-    from analysis.report import outside
+    from analysis.report import commands
     from analysis.runs import reading
     from analysis.runs.table import TableError
 
@@ -106,31 +112,31 @@ def _outside(argv: Sequence[str]) -> int:
         print(f"note: {note}", file=sys.stderr)
     if args.command == "html":
         out = args.out or args.file.with_suffix(".html")
-        outside.html(table, out, args.within, args.share)
+        commands.html(table, out, args.within, args.share)
         print(f"page: {out}")
         return 0
-    told, lines = _told(args.command, table, args, outside)
+    result, lines = _of_runs(args.command, table, args)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told, indent=1) if args.json else "\n".join(lines))
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1) if args.json else "\n".join(lines))
     return 0
 
 
-def _told(
-    command: str, table: Any, args: argparse.Namespace, outside: Any
-) -> tuple[Any, list[str]]:
+def _of_runs(command: str, reading: "Reading", args: argparse.Namespace) -> tuple[Any, list[str]]:
+    """Return what a command finds in a table of runs: as plain values, and as lines of text."""
+    from analysis.report import commands
+
     if command == "fit":
-        told = outside.fit(table, args.within, args.share)
-        return told, outside.fit_lines(told, args.within)
-    if command == "ratio":
-        told = outside.ratio(table, args.share)
-        return told, outside.ratio_lines(told)
-    if command == "drift":
-        told = outside.drifts(table, args.share)
-        return told, outside.drift_lines(told)
-    told = outside.law(table, args.share)
-    return told, outside.law_lines(told)
+        fits = commands.fit(reading, args.within, args.share)
+        return fits, commands.fit_lines(fits, args.within)
+    of, lines_of = {
+        "ratio": (commands.ratio, commands.ratio_lines),
+        "drift": (commands.drifts, commands.drift_lines),
+        "law": (commands.law, commands.law_lines),
+    }[command]
+    result = of(reading, args.share)
+    return result, lines_of(result)
 
 
 # ---------------------------------------------------------------- the study's table
@@ -157,12 +163,12 @@ def _study(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
 
     from analysis.report import study, study_page
-    from analysis.report.outside import aligned
+    from analysis.report.text import aligned
 
     if args.write:
-        study_page.write()
+        study_page.write(KEPT, ROOT / "README.md")
         return 0
-    parts = study.parts_of([args.reports_dir, study.RESULTS])
+    parts = study.parts_of([args.reports_dir, KEPT])
     rows = study.rows_of(parts)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -201,17 +207,18 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
     if args.table and not args.out and not suggest:
         parser.error("--table needs --out FOLDER, so that no other report is overwritten")
 
-    from analysis.questions import design
-    from analysis.report.report import findings_of, judge_and_report
+    from analysis.measures import design
+    from analysis.questions.registry import analyse
+    from analysis.report.report import judge_and_report
     from analysis.runs.table import read
 
     folder = find_report(args.reports_dir, args.sweep, args.scale)
     question: dict[str, Any] = json.loads((folder / "question.json").read_text())
     table = read(args.table or folder / "table.parquet")
     if not suggest:
-        print(judge_and_report(table, question, args.out or folder, args.json))
+        print(judge_and_report(table, question, args.out or folder, args.json, KEPT))
         return 0
-    wanted = design.suggest(findings_of(table, question))
+    wanted = design.suggest(analyse(table, question, KEPT))
     if args.json:
         print(json.dumps([s.plain() for s in wanted], indent=1))
     else:
@@ -227,8 +234,7 @@ def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
     count too."""
     from analysis.runs.table import TableError
 
-    kept = Path(__file__).parent / "results"
-    found = [p.parent for root in (reports, kept) for p in root.glob("*/question.json")]
+    found = [p.parent for root in (reports, KEPT) for p in root.glob("*/question.json")]
     names = {p.name for p in found}
     wanted = [
         p
@@ -241,7 +247,7 @@ def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
             f"There are: {', '.join(sorted(names)) or '(none)'}. Run it first: python -m lorasweep +sweep={sweep}. "
             "For a table of runs: python -m analysis fit FILE"
         )
-    own = [p for p in wanted if p.parent != kept] or wanted
+    own = [p for p in wanted if p.parent != KEPT] or wanted
     return max(own, key=lambda p: (p / "question.json").stat().st_mtime)
 
 

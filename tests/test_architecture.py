@@ -84,8 +84,6 @@ FUNCTION_LINES = {"lorasweep.train.loop.train": 150}
 
 # What the move into rooms has left to do. Each list only shrinks, and it ends empty.
 LEFT_ARROWS: set[tuple[str, str]] = {
-    ("analysis.questions", "analysis.report"),
-    ("analysis.runs", "analysis.measures"),
     ("lorasweep.launch", "lorasweep.cli"),
     ("lorasweep.launch", "lorasweep.config"),
     ("lorasweep.methods", "lorasweep.data"),

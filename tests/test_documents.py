@@ -36,8 +36,9 @@ def test_the_pages_of_answers_are_made_from_the_kept_results():
     from analysis.report import study_page as study
 
     text = (ROOT / "README.md").read_text()
-    assert study.readme(text) == text
-    assert (study.RESULTS / "README.md").read_text() == study.page(study.parts_of([study.RESULTS]))
+    kept = ROOT / "analysis" / "results"
+    assert study.readme(text, kept) == text
+    assert (kept / "README.md").read_text() == study.page(study.parts_of([kept]))
 
 
 def test_the_calibrations_pages_are_made_from_its_figures():

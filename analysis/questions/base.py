@@ -1,49 +1,231 @@
-"""What a sweep's analysis hands to its report: fitted optima, verdicts, and sections of tables and
-figures.
+"""What every question shares: the arms of a sweep, its verdicts, and what it hands to the report.
 
-Every `analysis/<name>.py` that a sweep names has ESTIMANDS, LOG_ESTIMANDS and `find(table,
-question) -> Findings`.
+Each question's module has ESTIMANDS, LOG_ESTIMANDS (those whose margin is one of ratios) and
+`analyse(table, question, kept) -> Analysis`. `analysis.questions.registry` finds it by name.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from analysis.inference.estimate import Verdict
-from analysis.optimum.optimum import Optimum
+from analysis.inference.decide import MIN_SEEDS, holm, judge, look_level
+from analysis.inference.estimate import Estimate, Verdict
+from analysis.inference.seeds import PooledVariance, pooled_variance
+from analysis.measures.at_best import AtBest
+from analysis.optimum.optimum import Optimum, seeds_at_best
+from analysis.runs.table import TableError
+from analysis.runs.task import task_problems
 
 Rows = list[list[str]]
+Measured = dict[str, tuple[Estimate, list[str]]]
+"""Estimand -> (estimate, gates: reasons that forbid a verdict)."""
+
+
+# ---------------------------------------------------------------- what the report draws
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line or set of points of a panel. `low`, `high`: error bars, as long as x, or empty."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    low: Sequence[float | None] = ()
+    high: Sequence[float | None] = ()
+    style: str = "o-"
+    colour: int | str | None = None
+    """Index into the palette, or a colour; None: the next one."""
+    width: float = 1.6
+    size: float = 5.5
+    """Of its markers, in points."""
+    alpha: float = 1.0
+
+    @classmethod
+    def of(
+        cls, label: str, x: Iterable[float], estimates: Sequence[Estimate], **style: Any
+    ) -> "Series":
+        """Return estimates with their intervals over x."""
+        y, low, high = ([getattr(e, k) for e in estimates] for k in ("value", "low", "high"))
+        return cls(label, list(x), y, low, high, **style)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes."""
+
+    title: str
+    x: str
+    y: str
+    series: list[Series]
+    log_x: bool = False
+    log_y: bool = False
+    band: tuple[float, float] | None = None
+    """A claim's margin, shaded."""
+    lines: dict[str, float] = field(default_factory=dict)
+    """Label -> height of a dashed line."""
+    ticks: list[tuple[float, str]] | None = None
+    """(x, label)."""
+    y_range: tuple[float | None, float | None] = (None, None)
+    legend: bool = True
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report: lines of text, a table (its first row is the head), and a figure."""
+    """A part of a report: a table (its first row is the head), lines of text, and a figure."""
 
     title: str
     rows: Rows = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     figure: str = ""
-    """File name, in the report's folder."""
-    draw: Callable[[Path], None] | None = None
-    """Draws the figure to a path."""
+    """File name of the panels, in the report's folder."""
+    panels: list[Panel] = field(default_factory=list)
+    """Empty: the section has no figure."""
     caption: str = ""
 
 
 @dataclass(frozen=True)
-class Findings:
-    """All that a question's runs say."""
+class Analysis:
+    """The optima, verdicts and sections that one question's runs give."""
 
     optima: list[Optimum]
     verdicts: list[Verdict]
     sections: list[Section] = field(default_factory=list)
     measures: dict[str, Any] = field(default_factory=dict)
-    """Plain values for results.json. `read`: estimand -> of which rank and after how many updates
+    """Plain values for results.json. `read`: estimand -> at which rank and after how many updates
     it was read, in words."""
     members: dict[str, list[Optimum]] = field(default_factory=dict)
     """The curves that a verdict's group rests on."""
     of_rates: bool = False
     """The claims are about best rates themselves, so that their errors say which runs would decide
     most."""
-    ratios: list[tuple[str, str, Any]] = field(default_factory=list)
+    ratios: list[tuple[str, str, Estimate]] = field(default_factory=list)
     """(group, name, LoRA / FullFT) for the interactive page."""
+
+
+# ---------------------------------------------------------------- arms
+
+
+def full_of(optima: Sequence[Optimum]) -> Optimum | None:
+    """Return the first curve of full fine-tuning, or None."""
+    return next((o for o in optima if o.curve.key["method"] == "fullft"), None)
+
+
+def lora_of(optima: Sequence[Optimum], min_rank: int = 0) -> list[Optimum]:
+    """Return LoRA's curves, in the table's order (by rank)."""
+    lora = [o for o in optima if o.curve.key["method"] == "lora"]
+    return [o for o in lora if not min_rank or o.curve.key["rank"] >= min_rank]
+
+
+def pairs_of(optima: Sequence[Optimum]) -> list[tuple[Optimum, Optimum]]:
+    """Pair every LoRA curve with its group's full fine-tuning curve; those without one are left
+    out."""
+    full = {o.curve.group: o for o in reversed(optima) if o.curve.key["method"] == "fullft"}
+    return [(o, full[o.curve.group]) for o in lora_of(optima) if o.curve.group in full]
+
+
+def distinct(optima: Iterable[Optimum]) -> list[Optimum]:
+    """Return the optima, each one once, in order."""
+    return list({id(o): o for o in optima}.values())
+
+
+def missing_arm(full: Optimum | None, lora: Sequence[Optimum]) -> str:
+    """Name the arm without which nothing can be compared; empty if both are there."""
+    return "fullft" if full is None else "" if lora else "lora"
+
+
+def pooled_over(values: Iterable[AtBest[float]]) -> PooledVariance | None:
+    """Pool the variance over seeds of one measure on many curves."""
+    return pooled_variance([list(v.best.values()) for v in values])
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+STOPS = (
+    "at_edge",
+    "bounded_by_divergence",
+    "flat",
+    "few_points",
+    "no_usable_points",
+    "no_variance",
+)
+"""Flags of an optimum that forbid a verdict."""
+
+
+def gates_on(optima: Sequence[Optimum], missing: str = "") -> list[str]:
+    """List what forbids a verdict that rests on these optima; `missing` names an arm that is not
+    there."""
+    if missing:
+        return [f"no curve of {missing}"]
+    found = []
+    for o in optima:
+        stops = [f for f in o.flags if f in STOPS]
+        if stops:
+            found.append(f"{o.curve.name}: {', '.join(stops)}")
+        seeds = seeds_at_best(o)
+        if seeds < MIN_SEEDS:
+            found.append(f"{o.curve.name}: {seeds} seed(s) at the optimum, {MIN_SEEDS} needed")
+    if optima:
+        found += task_problems([o.curve for o in optima], [o.best_nll for o in optima])
+    return found
+
+
+def fewest_seeds(optima: Sequence[Optimum]) -> int:
+    """Return the fewest seeds at any of the optima."""
+    return min((seeds_at_best(o) for o in optima), default=0)
+
+
+def claims_about(question: dict[str, Any], estimand: str) -> dict[str, Any]:
+    """Return the question with the claims about one estimand only."""
+    claims = {k: v for k, v in question["claims"].items() if v["estimand"] == estimand}
+    return {**question, "claims": claims}
+
+
+def judge_claims(
+    question: dict[str, Any],
+    measured: Measured,
+    logs: Sequence[str],
+    group: str,
+    seeds: int = 0,
+    of: str = "seeds at each optimum",
+) -> list[Verdict]:
+    """Judge every claim of a question for one group of runs, at the level of the planned looks.
+
+    Args:
+        logs: estimands whose margin is one of ratios.
+        seeds: how many there are now of what the interval is over, `of`.
+
+    Raises:
+        TableError: a claim is about an estimand that was not measured.
+    """
+    level = look_level(int(question.get("rounds", 1)))
+    out = []
+    for name, claim in question["claims"].items():
+        estimand = claim["estimand"]
+        if estimand not in measured:
+            known = ", ".join(measured)
+            raise TableError(
+                f"claim {name!r}: {question['analysis']} measures {known}, not {estimand!r}."
+            )
+        estimate, gates = measured[estimand]
+        out.append(judge(name, claim, group, estimate, gates, seeds, estimand in logs, level, of))
+    return out
+
+
+def correct(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[Verdict]:
+    """Correct the primary claims of all groups for their number (Holm)."""
+    return holm(verdicts, 1 - look_level(int(question.get("rounds", 1))))
+
+
+def without_an_arm(
+    question: dict[str, Any],
+    optima: list[Optimum],
+    missing: str,
+    estimands: Sequence[str],
+    logs: Sequence[str],
+    group: str,
+) -> Analysis:
+    """Return the analysis of a table in which an arm is missing: every claim is open."""
+    nothing = dict.fromkeys(estimands, (Estimate(None), gates_on([], missing)))
+    return Analysis(optima, judge_claims(question, nothing, logs, group))

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,16 @@ from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import at_best, log_rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions import gates as judging
-from analysis.questions.base import Findings, Section
-from analysis.report import plots
-from analysis.report.plots import Panel, Series
+from analysis.questions.base import (
+    Analysis,
+    Panel,
+    Section,
+    Series,
+    correct,
+    fewest_seeds,
+    gates_on,
+    judge_claims,
+)
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import at_step, steps_seen
 
@@ -121,7 +128,7 @@ def slope(cells: Sequence[Cell], pooled: PooledVariance | None = None) -> Estima
     return over_seeds(slopes_of(cells), pooled)
 
 
-def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge the slopes, their difference between ranks, and popular thresholds."""
     common = [s for s in steps_seen(table) if s <= int(table["steps"].min())]
     whole = cells_of(table)
@@ -150,8 +157,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             o for c in measured.get(asked["estimand"], (None, []))[1] for o in (c.full, c.lora)
         ]
         one = {**question, "claims": {claim: asked}}
-        verdicts += judging.verdicts(one, told, LOG_ESTIMANDS, group, judging.seeds(rests))
-    verdicts = judging.corrected(verdicts, question)
+        verdicts += judge_claims(one, told, LOG_ESTIMANDS, group, fewest_seeds(rests))
+    verdicts = correct(verdicts, question)
     sections = [
         _section(way, cells, slopes[way], common[-1] if common else 0, examples)
         for way, cells in ways.items()
@@ -161,7 +168,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         Section(
             "Batch size",
             figure="batch.png",
-            draw=lambda p: plots.panels(panels, p),
+            panels=panels,
             caption="step efficiency over the batch size",
         )
     )
@@ -169,7 +176,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "slopes": {way: {str(r): e.plain() for r, e in s.items()} for way, s in slopes.items()},
         "read": _read(top, slopes, common[-1] if common else 0),
     }
-    return Findings(optima, verdicts, sections, measures, {group: optima})
+    return Analysis(optima, verdicts, sections, measures, {group: optima})
 
 
 def _read(top: int, slopes: dict[str, dict[int, Estimate]], step: int) -> dict[str, str]:
@@ -203,7 +210,7 @@ def _gates(cells: Sequence[Cell], absent: str) -> list[str]:
     if not cells:
         return [absent]
     rests = list({id(o): o for c in cells for o in (c.full, c.lora)}.values())
-    gates = [f"batch {o.curve.key['batch_size']}, {g}" for o in rests for g in judging.gates([o])]
+    gates = [f"batch {o.curve.key['batch_size']}, {g}" for o in rests for g in gates_on([o])]
     return gates + [
         f"batch {c.batch}, rank {c.rank}: full fine-tuning does not reach LoRA's loss, only a bound"
         for c in cells

@@ -9,6 +9,7 @@ best rate tried.
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,7 @@ import pandas as pd
 from analysis.inference.decide import MIN_SEEDS
 from analysis.inference.estimate import Estimate, exactly, number, rate, with_interval
 from analysis.inference.seeds import from_sample
-from analysis.questions import gates as judging
-from analysis.questions.base import Findings, Section
-from analysis.report import plots
-from analysis.report.plots import Panel, Series
+from analysis.questions.base import Analysis, Panel, Section, Series, correct, judge_claims
 
 ESTIMANDS = ("bits_per_parameter", "bits_at_100", "unseen_bits")
 LOG_ESTIMANDS = ("bits_per_parameter", "bits_at_100")
@@ -108,7 +106,7 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
     return found
 
 
-def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge the most bits a parameter, at the most exposures and at about 100, and the
     certificates."""
     cells = cells_of(table)
@@ -138,9 +136,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "unseen_bits": (leak, [] if unseen else ["no curve of unseen facts"]),
     }
     seeds = min((len(c.bits) for c in lora), default=0)
-    verdicts = judging.corrected(
-        judging.verdicts(question, measured, LOG_ESTIMANDS, group, seeds), question
-    )
+    verdicts = correct(judge_claims(question, measured, LOG_ESTIMANDS, group, seeds), question)
     rows = [
         [
             "arm",
@@ -190,7 +186,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             rows,
             text,
             "capacity.png",
-            lambda p: plots.panels(_panels(lora, margin), p),
+            _panels(lora, margin),
             "bits stored a parameter, over load and exposures",
         )
     ]
@@ -207,7 +203,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             for c in cells
         ]
     }
-    return Findings([], verdicts, sections, measures)
+    return Analysis([], verdicts, sections, measures)
 
 
 def _load(c: Cell) -> float:

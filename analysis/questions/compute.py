@@ -12,6 +12,7 @@ of a short run is higher, and one arm alone may not have it.
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,16 @@ from analysis.measures.at_best import AtBest, same, values_at_best
 from analysis.measures.efficiency import at_best, log_rho, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions import gates as judging
-from analysis.questions.base import Findings, Section
-from analysis.report import plots
-from analysis.report.plots import Panel, Series
+from analysis.questions.base import (
+    Analysis,
+    Panel,
+    Section,
+    Series,
+    correct,
+    fewest_seeds,
+    gates_on,
+    judge_claims,
+)
 from analysis.runs.learning_curves import Points, learning_curves
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
@@ -60,7 +67,7 @@ def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
     return (4 * p + 6 * n_trainable) / (6 * p)
 
 
-def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge operations and seconds, per update and to one loss of full fine-tuning, at the highest
     rank."""
     table, cut = while_unsolved(table)
@@ -70,8 +77,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     lora = [o for o in optima if o.curve.key["method"] == "lora"]
     missing = "fullft" if full is None else "lora" if not lora else ""
     if missing:
-        none = dict.fromkeys(ESTIMANDS, (Estimate(None), judging.gates([], missing)))
-        return Findings(optima, judging.verdicts(question, none, LOG_ESTIMANDS, group))
+        none = dict.fromkeys(ESTIMANDS, (Estimate(None), gates_on([], missing)))
+        return Analysis(optima, judge_claims(question, none, LOG_ESTIMANDS, group))
     short = max((s for s in steps_seen(table) if s <= table["steps"].max() * SHARE), default=0)
     aim, goal = _goal(table, short)
     level = (
@@ -127,7 +134,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     top = max(told)
     best, _, highest = tuned[top]
     rests = [*([aim] if aim else []), best]
-    gates = judging.gates(rests, "" if aim else "full fine-tuning's shorter runs")
+    gates = gates_on(rests, "" if aim else "full fine-tuning's shorter runs")
     if any(
         highest.best[s][-1][1] > goal.best[s][-1][1] for s in highest.best.keys() & goal.best.keys()
     ):
@@ -140,8 +147,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "seconds_to_loss": gates + busy,
     }
     measured = {k: (told[top][k], stops[k]) for k in ESTIMANDS}
-    verdicts = judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds(rests))
-    verdicts = judging.corrected(verdicts, question)
+    verdicts = judge_claims(question, measured, LOG_ESTIMANDS, group, fewest_seeds(rests))
+    verdicts = correct(verdicts, question)
     ranks = sorted(told)
     text = [
         f"The claims are judged at rank {top}. The loss to be reached is full fine-tuning's after {short} updates; "
@@ -179,7 +186,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             rows,
             text,
             "compute.png",
-            lambda p: plots.panels([panel], p),
+            [panel],
             "operations and seconds, LoRA over full fine-tuning",
         )
     ]
@@ -193,7 +200,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             "seconds_to_loss": to,
         },
     }
-    return Findings(optima, verdicts, sections, measures, {group: [full, *lora]})
+    return Analysis(optima, verdicts, sections, measures, {group: [full, *lora]})
 
 
 def _timed(table: pd.DataFrame, method: str, rank: int | None) -> list[pd.Series]:

@@ -10,6 +10,7 @@ so only where p = q.
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,16 @@ from analysis.inference.meta import drift
 from analysis.measures.at_best import over_seeds, values_at_best
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions import gates as judging
-from analysis.questions.base import Findings, Section
-from analysis.report import plots
-from analysis.report.plots import Panel, Series
+from analysis.questions.base import (
+    Analysis,
+    Panel,
+    Section,
+    Series,
+    correct,
+    fewest_seeds,
+    gates_on,
+    judge_claims,
+)
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import lr_curves
 
@@ -55,7 +62,7 @@ def twin_key(row: pd.Series) -> tuple[float, ...]:
     )
 
 
-def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge twins, what breaks them, drift by scaling rule, and the other start."""
     proofs = table[table["precision"] == "fp64"]
     swept = table[table["precision"] != "fp64"]
@@ -71,8 +78,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     gap, start_row = _start_b(swept, optima)
     group = str(table["model"].iloc[0]) + " on " + str(table["dataset"].iloc[0])
     gates = {
-        rule: judging.gates(found, "" if found else f"scaling {rule}")
-        for rule, found in rules.items()
+        rule: gates_on(found, "" if found else f"scaling {rule}") for rule, found in rules.items()
     }
     measured = {
         "twin_difference": (held, [] if held.value is not None else ["no curve of twins"]),
@@ -85,8 +91,8 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "drift_alpha": (drifts["none"], gates["none"]),
         "start_b_gap": (gap, [] if gap.value is not None else ["no curve of start=b"]),
     }
-    verdicts = judging.corrected(
-        judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds(optima)), question
+    verdicts = correct(
+        judge_claims(question, measured, LOG_ESTIMANDS, group, fewest_seeds(optima)), question
     )
     rows = [["scaling", "rank", "best LR [95%]", "best NLL"]]
     for rule, o in ((rule, o) for rule, found in rules.items() for o in found):
@@ -120,7 +126,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             pair_rows,
             [said],
             "twins.png",
-            lambda p: plots.panels([panel], p),
+            [panel],
             "difference of twins' held-out loss over the run",
         ),
         Section(
@@ -128,12 +134,12 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             rows,
             text,
             "rules.png",
-            lambda p: plots.panels([rule_panel], p),
+            [rule_panel],
             "best rate by rank and scaling rule",
         ),
         Section("B random instead of A", start_row),
     ]
-    return Findings(
+    return Analysis(
         optima,
         verdicts,
         sections,

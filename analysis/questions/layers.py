@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,20 @@ from analysis.inference.estimate import Estimate, Verdict, exp_of, number, signe
 from analysis.inference.seeds import PooledVariance, pooled_variance
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import log_rho, rho
+from analysis.measures.layer_sets import SETS, Arm, Task, equal_pair, tasks_of
 from analysis.optimum.optimum import Optimum
-from analysis.questions import gates as judging
-from analysis.questions.base import Findings, Section
-from analysis.questions.layer_sets import SETS, Arm, Task, equal_pair, tasks_of
+from analysis.questions.base import (
+    Analysis,
+    Panel,
+    Section,
+    Series,
+    claims_about,
+    correct,
+    fewest_seeds,
+    gates_on,
+    judge_claims,
+)
 from analysis.questions.qualify import stalled
-from analysis.report import plots
-from analysis.report.plots import Panel, Series
 
 ESTIMANDS = ("attention_over_mlp", "mlp_over_both", "trace_correlation")
 LOG_ESTIMANDS = ()
@@ -47,7 +55,7 @@ def ratio_of(logs: AtBest[float], pooled: PooledVariance | None = None) -> Estim
     return exp_of(over_seeds(logs, pooled)) if known else Estimate(None, n=len(logs.best))
 
 
-def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge attention against MLP, MLP against both, and whether the gradient's shares tell: over
     all tasks, by the one that is hardest on the claim, and the first two for each task as well."""
     tasks = tasks_of(table)
@@ -105,7 +113,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         Section(
             "Layer sets",
             figure="layers.png",
-            draw=lambda p: plots.panels([_panel(t, t is tasks[-1]) for t in tasks], p),
+            panels=[_panel(t, t is tasks[-1]) for t in tasks],
             caption="step efficiency by layer set and task",
         ),
     ]
@@ -114,7 +122,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "mlp_over_both": {t.name: e.plain() for t, e in both},
         "gradient_share": {t.name: {a.layers: a.share for a in t.lora} for t in tasks},
     }
-    return Findings(optima, judging.corrected(found, question), sections, measures, {group: rests})
+    return Analysis(optima, correct(found, question), sections, measures, {group: rests})
 
 
 FEWEST = 5
@@ -172,7 +180,7 @@ def _gates(c: _Compared, used: Sequence[Optimum], *measured: Estimate) -> list[s
         return [
             "no curve of attention and mlp at equal parameters, or of attention+mlp at mlp's rank"
         ]
-    gates = [*stalled([c.task.full.optimum], [c.task.full.points.best]), *judging.gates(used)]
+    gates = [*stalled([c.task.full.optimum], [c.task.full.points.best]), *gates_on(used)]
     if not gates and any(e.value is None for e in measured):
         gates.append(
             "full fine-tuning or a layer set is there at its first evaluation: only bounds"
@@ -189,8 +197,8 @@ def _judged(
     rests: Sequence[Optimum],
 ) -> list[Verdict]:
     """Judge the claims about one estimand, by the seeds at the optima that it rests on."""
-    return judging.verdicts(
-        judging.about(question, estimand), {estimand: (e, gates)}, (), group, judging.seeds(rests)
+    return judge_claims(
+        claims_about(question, estimand), {estimand: (e, gates)}, (), group, fewest_seeds(rests)
     )
 
 

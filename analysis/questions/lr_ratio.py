@@ -3,16 +3,24 @@ drift, the next runs."""
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict, number, signed, with_interval
 from analysis.inference.seeds import pooled_variance
+from analysis.measures.design import lines, suggest
 from analysis.measures.efficiency import at_best, log_rho, of_curves, read_to, rho
-from analysis.questions import gates as judging
-from analysis.questions.base import Findings, Rows, Section
-from analysis.questions.design import lines, suggest
+from analysis.questions.base import (
+    Analysis,
+    Rows,
+    Section,
+    claims_about,
+    fewest_seeds,
+    gates_on,
+    judge_claims,
+)
 from analysis.questions.qualify import stalled
 from analysis.questions.ratio_answer import PARITY, Answer, Ratio, answer_of
 
@@ -21,7 +29,7 @@ LOG_ESTIMANDS = ("lr_ratio", PARITY)
 Rhos = list[Estimate | None]
 
 
-def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Fit and judge, and put together what the report shows."""
     found = answer_of(table, question)
     rhos = of_curves(table, found.optima)
@@ -45,9 +53,9 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         (r.group, "ranks 4 and more" if r.rank is None else f"rank {r.rank}", r.ratio)
         for r in found.ratios
     ]
-    verdicts = [*found.verdicts, *_parity(table, found, judging.about(question, PARITY))]
+    verdicts = [*found.verdicts, *_parity(table, found, claims_about(question, PARITY))]
     measures = {**_plain(found, rhos), "read": _read(table, found)}
-    return Findings(found.optima, verdicts, sections, measures, found.members, True, ratios)
+    return Analysis(found.optima, verdicts, sections, measures, found.members, True, ratios)
 
 
 def _read(table: pd.DataFrame, found: Answer) -> dict[str, str]:
@@ -71,17 +79,15 @@ def _parity(table: pd.DataFrame, found: Answer, question: dict[str, Any]) -> lis
         top = max(lora, key=lambda o: o.curve.key["rank"])
         mine, its = runs[id(top)], runs[id(full)]
         pooled = pooled_variance([list(log_rho(runs[id(o)], its).best.values()) for o in lora])
-        gates = judging.gates([full, top]) + stalled([full, top], [its.best, mine.best])
-        seeds = judging.seeds([full, top])
-        verdicts += judging.verdicts(
+        gates = gates_on([full, top]) + stalled([full, top], [its.best, mine.best])
+        seeds = fewest_seeds([full, top])
+        verdicts += judge_claims(
             question, {PARITY: (rho(mine, its, pooled), gates)}, [PARITY], group, seeds
         )
     for group in dict.fromkeys(o.curve.group for o in found.optima):
         if not any(g == group or g.startswith(f"{group};") for g in found.members):
-            gate = judging.gates([], "fullft and lora together")
-            verdicts += judging.verdicts(
-                question, {PARITY: (Estimate(None), gate)}, [PARITY], group
-            )
+            gate = gates_on([], "fullft and lora together")
+            verdicts += judge_claims(question, {PARITY: (Estimate(None), gate)}, [PARITY], group)
     return verdicts
 
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,16 @@ from analysis.measures.ratio import ratio_of, rivals
 from analysis.measures.ratio_law import Ratio, RatioLaw, ratio_law
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions import gates as judging
-from analysis.questions.base import Findings, Section
-from analysis.report import plots
-from analysis.report.plots import Panel, Series
-from analysis.report.study import RESULTS
+from analysis.questions.base import (
+    Analysis,
+    Panel,
+    Section,
+    Series,
+    claims_about,
+    correct,
+    gates_on,
+    judge_claims,
+)
 from analysis.runs.lr_curves import lr_curves
 
 ESTIMANDS = ("hidden_exponent", "hidden_exponent_equal_loss", "alpha_exponent")
@@ -100,10 +106,10 @@ class Outside:
     ratio: Estimate
 
 
-def outside(models: Sequence[str]) -> list[Outside]:
+def outside(models: Sequence[str], kept: Path | None) -> list[Outside]:
     """Return the kept answers of `lr_ratio` about models that are not among `models`."""
     found = []
-    for path in sorted(RESULTS.glob("lr_ratio-*/results.json")):
+    for path in sorted(kept.glob("lr_ratio-*/results.json")) if kept else ():
         told = json.loads(path.read_text())
         table = pd.read_csv(
             path.parent / "table.csv", usecols=["model", "hidden_size"]
@@ -145,7 +151,7 @@ def _ratios(cells: Sequence[Cell]) -> list[Ratio]:
     return [Ratio(c.model, c.hidden, c.alpha, float(d.mean()), float(d.std())) for c, d in known]
 
 
-def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge the exponents."""
     optima = fit_all(lr_curves(table))
     cells = cells_of(table, optima)
@@ -177,10 +183,10 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "alpha_exponent": laws["all bases"].bases_q,
     }
     found = [
-        judging.verdicts(judging.about(question, e), measured, LOG_ESTIMANDS, group, n, "bases")
+        judge_claims(claims_about(question, e), measured, LOG_ESTIMANDS, group, n, "bases")
         for e, n in rests.items()
     ]
-    verdicts = judging.corrected([v for part in found for v in part], question)
+    verdicts = correct([v for part in found for v in part], question)
     rows = [
         [
             "base",
@@ -208,7 +214,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
                 *(number(v) for v in rivals(c.hidden, c.alpha).values()),
             ]
         )
-    beyond = outside([c.model for c in cells])
+    beyond = outside([c.model for c in cells], kept)
     beyond_rows = [
         ["not fitted", "hidden", "alpha", "ratio [95%]"],
         *([o.where, str(o.hidden), f"{o.alpha:g}", with_interval(o.ratio)] for o in beyond),
@@ -246,7 +252,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             "Ratios",
             rows,
             figure="law.png",
-            draw=lambda p: plots.panels(_panels(cells, beyond), p),
+            panels=_panels(cells, beyond),
             caption="the ratio over alpha and hidden size, with laws in print",
         ),
         *([Section("Other sweeps' ratios, beside the law", beyond_rows)] if beyond else []),
@@ -257,7 +263,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             n: {"p": w.p.plain(), "q": w.q.plain(), "rivals": w.rivals} for n, w in laws.items()
         },
     }
-    return Findings(optima, verdicts, sections, measures, {group: optima})
+    return Analysis(optima, verdicts, sections, measures, {group: optima})
 
 
 def _gates(cells: Sequence[Cell]) -> list[str]:
@@ -267,7 +273,7 @@ def _gates(cells: Sequence[Cell]) -> list[str]:
     return [
         f"{o.curve.key['model']}, alpha {o.curve.key.get('alpha')}: {g}"
         for o in rests
-        for g in judging.gates([o])
+        for g in gates_on([o])
     ]
 
 

@@ -9,6 +9,7 @@ which no single run follows.
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,17 @@ from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import at_best, log_rho, read_to, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions import gates as judging
-from analysis.questions.base import Findings, Section
+from analysis.questions.base import (
+    Analysis,
+    Panel,
+    Section,
+    Series,
+    correct,
+    fewest_seeds,
+    gates_on,
+    judge_claims,
+)
 from analysis.questions.qualify import stalled
-from analysis.report import plots
-from analysis.report.plots import Panel, Series
 from analysis.runs.learning_curves import Points, by_run, same_rows
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import while_unsolved
@@ -55,7 +62,7 @@ def departure(lora: Points, full: Points, start: float) -> float:
     return math.exp(math.log(steps[k]) + share * (math.log(steps[k + 1]) - math.log(steps[k])))
 
 
-def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge departures, parity at the highest rank, and the common start."""
     plain, cut = while_unsolved(
         table[(table["method"] == "fullft") | (table["init_seed"].fillna(0) == 0)]
@@ -67,7 +74,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     if full is None or not lora:
         gate = [f"no curve of {'fullft' if full is None else 'lora'}"]
         none = dict.fromkeys(ESTIMANDS, (Estimate(None), gate))
-        return Findings(optima, judging.verdicts(question, none, LOG_ESTIMANDS, group))
+        return Analysis(optima, judge_claims(question, none, LOG_ESTIMANDS, group))
     runs = at_best(plain, optima)
     mine = {id(o): r for o, r in zip(optima, runs)}
     top = lora[-1]
@@ -84,12 +91,12 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     speed = rho(mine[id(top)], mine[id(full)], pooled)
     over = stalled([full, top], [mine[id(full)].best, mine[id(top)].best])
     measured = {
-        "departure_slope": (slope, judging.gates([full, *lora]) + over + _at_once(left, first)),
-        "rho_top_rank": (speed, judging.gates([full, top]) + over),
+        "departure_slope": (slope, gates_on([full, *lora]) + over + _at_once(left, first)),
+        "rho_top_rank": (speed, gates_on([full, top]) + over),
         "identical_steps": (alike, [] if alike.n else ["no curve of redraws of A at two ranks"]),
     }
-    found = judging.corrected(
-        judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, *lora])),
+    found = correct(
+        judge_claims(question, measured, LOG_ESTIMANDS, group, fewest_seeds([full, *lora])),
         question,
     )
     last = read_to([mine[id(full)], mine[id(top)]])
@@ -129,18 +136,18 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             rows,
             text,
             "departures.png",
-            lambda p: plots.panels(_panels(optima, singles, envelopes), p),
+            _panels(optima, singles, envelopes),
             "learning curves by rank: at each one's best rate, mean over seeds; and the lowest loss over rates",
         ),
         Section(
             "The start",
             band_rows,
-            figure="start.png" if band_panel else "",
-            draw=(lambda p: plots.panels([band_panel], p)) if band_panel else None,
+            figure="start.png",
+            panels=[band_panel] if band_panel else [],
             caption="ranks against redraws of A, at one rate",
         ),
     ]
-    return Findings(
+    return Analysis(
         optima,
         found,
         sections,

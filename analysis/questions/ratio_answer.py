@@ -20,7 +20,7 @@ from analysis.inference.meta import Drift, RandomEffects, drift
 from analysis.measures.ratio import MIN_RANK, gap, pool_ratios, ratio_of, rivals
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum, seeds_at_best
-from analysis.questions.gates import gates_of
+from analysis.questions.base import gates_on
 from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.runs.table import TableError
 
@@ -185,11 +185,11 @@ def _judge_group(
     level: float,
 ) -> list[Verdict]:
     every = [full, *lora]
-    gates = gates_of(every)
+    gates = gates_on(every)
     seeds = min(seeds_at_best(o) for o in every)
     known = {
         "lr_ratio": (overall, gates),
-        "lr_drift_per_doubling": (drift, _drift_gates(gates_of(lora), lora)),
+        "lr_drift_per_doubling": (drift, _drift_gates(gates_on(lora), lora)),
     }
     verdicts = []
     for name, claim in claims.items():

@@ -7,6 +7,7 @@ the base. Paired by seed.
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,16 @@ from analysis.measures.at_best import (
 from analysis.measures.efficiency import at_best, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions import gates as judging
-from analysis.questions.base import Findings, Section
-from analysis.report import plots
-from analysis.report.plots import Panel, Series
+from analysis.questions.base import (
+    Analysis,
+    Panel,
+    Section,
+    Series,
+    correct,
+    fewest_seeds,
+    gates_on,
+    judge_claims,
+)
 from analysis.runs.lr_curves import full_names, lr_curves
 
 ESTIMANDS = (
@@ -57,7 +64,7 @@ RECIPES = {
 """Names in the figure."""
 
 
-def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge every recipe against tuned LoRA, rank on small data, and retention."""
     main = _main_dataset(table)
     optima = fit_all(lr_curves(table[table["dataset"] == main]))
@@ -73,15 +80,15 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     )
     missing = "fullft" if full is None else "lora, tuned" if tuned is None else ""
     if missing:
-        none = dict.fromkeys(ESTIMANDS, (Estimate(None), judging.gates([], missing)))
-        return Findings(optima, judging.verdicts(question, none, LOG_ESTIMANDS, group))
+        none = dict.fromkeys(ESTIMANDS, (Estimate(None), gates_on([], missing)))
+        return Analysis(optima, judge_claims(question, none, LOG_ESTIMANDS, group))
     gain = tuned.curve.nll_start - (tuned.best_nll or math.nan)
     measured, rows = _given_up(table, question, optima, full, tuned, gain)
     measured["small_data_rank"], few_rows = _few(table, few)
     kept, kept_rows, panel = _retention(table, optima, full, tuned)
     measured |= kept
-    verdicts = judging.corrected(
-        judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds([full, tuned])),
+    verdicts = correct(
+        judge_claims(question, measured, LOG_ESTIMANDS, group, fewest_seeds([full, tuned])),
         question,
     )
     text = [
@@ -95,15 +102,15 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             rows,
             text,
             "recipes.png",
-            lambda p: plots.panels([_bars(measured)], p),
+            [_bars(measured)],
             "what recipes give up",
         ),
         Section("Few rows, many epochs", few_rows),
         Section(
             "What is forgotten",
             kept_rows,
-            figure="retention.png" if panel else "",
-            draw=(lambda p: plots.panels([panel], p)) if panel else None,
+            figure="retention.png",
+            panels=[panel] if panel else [],
             caption="what is left of the pretraining task, against what is learned of the new one",
         ),
     ]
@@ -111,7 +118,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
         "shares": {k: e.plain() for k, (e, _) in measured.items()},
         "read": {"retention_equal": f"{measured['retention_equal'][0].n} seed(s)"},
     }
-    return Findings(optima + few, verdicts, sections, measures, {group: [full, tuned]})
+    return Analysis(optima + few, verdicts, sections, measures, {group: [full, tuned]})
 
 
 def _given_up(
@@ -123,7 +130,7 @@ def _given_up(
     gain: float,
 ) -> tuple[dict[str, tuple[Estimate, list[str]]], list[list[str]]]:
     """What each recipe gives up, as a share of what tuned LoRA gains, with its gates; and a table."""
-    rank, gates = float(tuned.curve.key["rank"]), judging.gates([full, tuned])
+    rank, gates = float(tuned.curve.key["rank"]), gates_on([full, tuned])
     of_full, of_tuned = _rates(full, 1), _rates(tuned, 0)
     wanted: dict[str, tuple[Optimum | None, list[float]]] = {
         "attention_at_full_lr": (
@@ -268,7 +275,7 @@ def _few(
         ]
         for o in few
     ]
-    return (speed, judging.gates([lora[0], lora[-1]])), rows
+    return (speed, gates_on([lora[0], lora[-1]])), rows
 
 
 def _retention(
@@ -347,7 +354,7 @@ def _retention(
         "NLL on the pretraining task (nats)",
         series,
     )
-    gates = judging.gates([full, tuned])
+    gates = gates_on([full, tuned])
     asked = len(a.best.keys() & b.best.keys())
     few = (
         [f"{alike.n} of {max(asked, MIN_SEEDS)} seed(s) with such a rate"]

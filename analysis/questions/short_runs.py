@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,16 @@ from analysis.measures.at_best import AtBest, over_seeds, values_at_best
 from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions import gates as judging
-from analysis.questions.base import Findings, Section
-from analysis.report import plots
-from analysis.report.plots import Panel, Series
+from analysis.questions.base import (
+    Analysis,
+    Panel,
+    Section,
+    Series,
+    correct,
+    fewest_seeds,
+    gates_on,
+    judge_claims,
+)
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 
@@ -64,7 +71,7 @@ def horizons(table: pd.DataFrame) -> list[Horizon]:
     return out
 
 
-def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge the ratio of ratios, and the norms."""
     part, cut = while_unsolved(table)
     found = horizons(part)
@@ -79,11 +86,11 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
     full = [o for o in whole if o.curve.key["method"] == "fullft"]
     growth, movement, rows, panel = norms(table, whole)
     measured = {
-        "short_over_long": (ratio, judging.gates(rests, missing)),
-        "sigma_b_over_a": (growth, judging.gates(lora, missing)),
-        "movement_ratio": (movement, judging.gates([*full, *lora], missing)),
+        "short_over_long": (ratio, gates_on(rests, missing)),
+        "sigma_b_over_a": (growth, gates_on(lora, missing)),
+        "movement_ratio": (movement, gates_on([*full, *lora], missing)),
     }
-    verdicts = judging.verdicts(question, measured, LOG_ESTIMANDS, group, judging.seeds(rests))
+    verdicts = judge_claims(question, measured, LOG_ESTIMANDS, group, fewest_seeds(rests))
     horizon_rows = [
         [
             "updates",
@@ -130,14 +137,14 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             horizon_rows,
             text,
             "horizons.png",
-            lambda p: plots.panels([ratios], p),
+            [ratios],
             "ratio of the best rates over the length of the run",
         ),
         Section(
             "Spectral norms at the best rates",
             rows,
-            figure="norms.png" if panel else "",
-            draw=(lambda p: plots.panels(panel, p)) if panel else None,
+            figure="norms.png",
+            panels=panel,
             caption="spectral norms of the change, by matrix",
         ),
     ]
@@ -150,9 +157,7 @@ def find(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
             "movement_ratio": ends,
         },
     }
-    return Findings(
-        long.optima, judging.corrected(verdicts, question), sections, measures, {group: rests}
-    )
+    return Analysis(long.optima, correct(verdicts, question), sections, measures, {group: rests})
 
 
 def _over(a: Estimate, b: Estimate) -> Estimate:

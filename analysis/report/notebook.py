@@ -13,13 +13,13 @@ from typing import Any
 import pandas as pd
 
 from analysis.inference.estimate import number, rate, with_interval
+from analysis.measures import design
 from analysis.measures.efficiency import of_curves
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions import design
 from analysis.questions.ratio_answer import Answer, answer_of
 from analysis.report import plots
-from analysis.report.outside import WITHIN
+from analysis.report.commands import WITHIN
 from analysis.report.study import parts_of, rows_of
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.table import read

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from analysis.inference.estimate import rate, with_interval
 from analysis.measures.at_best import same
 from analysis.optimum.optimum import Optimum
+from analysis.questions.base import Panel
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import full_names
 
@@ -190,44 +190,6 @@ def _learned(
             alpha=1.0 if is_best else 0.2,
             label=label,
         )
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line or set of points of a panel. `low`, `high`: a band or error bars, as long as x."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float | None]
-    low: Sequence[float | None] = ()
-    high: Sequence[float | None] = ()
-    style: str = "o-"
-    colour: int | str | None = None
-    """Place in COLOURS, or a colour; None: the next one."""
-    width: float = 1.6
-    size: float = 5.5
-    """Of its markers, in points."""
-    alpha: float = 1.0
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes."""
-
-    title: str
-    x: str
-    y: str
-    series: list[Series]
-    log_x: bool = False
-    log_y: bool = False
-    band: tuple[float, float] | None = None
-    """A claim's margin, shaded."""
-    lines: dict[str, float] = field(default_factory=dict)
-    """Label -> height of a dashed line."""
-    ticks: list[tuple[float, str]] | None = None
-    """Places on the x axis and what stands there."""
-    y_range: tuple[float | None, float | None] = (None, None)
-    legend: bool = True
 
 
 def panels(parts: Sequence[Panel], path: Path, columns: int = 2) -> None:

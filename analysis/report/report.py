@@ -6,7 +6,6 @@ them. What a question's own analysis adds comes as sections; this module knows n
 """
 
 import hashlib
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,25 +16,26 @@ import pandas as pd
 from analysis.inference.decide import look_level
 from analysis.inference.estimate import Verdict, number, rate, with_interval
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import Findings, Section
-from analysis.report import interactive, plots
-from analysis.report.outside import WITHIN, aligned
+from analysis.questions.base import Analysis, Section
+from analysis.questions.registry import analyse
+from analysis.report import plots
+from analysis.report.commands import WITHIN
+from analysis.report.interactive import page
+from analysis.report.text import aligned, plain
+from analysis.report.text import markdown as table_of
 from analysis.runs.lr_curves import LrCurve, full_names
 
 
-def findings_of(table: pd.DataFrame, question: dict[str, Any]) -> Findings:
-    """Fit and judge a sweep's runs by the analysis that its question names."""
-    return importlib.import_module(f"analysis.questions.{question['analysis']}").find(
-        table, question
-    )
-
-
 def judge_and_report(
-    table: pd.DataFrame, question: dict[str, Any], folder: Path, as_json: bool = False
+    table: pd.DataFrame,
+    question: dict[str, Any],
+    folder: Path,
+    as_json: bool = False,
+    kept: Path | None = None,
 ) -> str:
     """Judge the runs, write report.md, report.html, figures, results.json, table.parquet and
     table.csv into `folder`, and return the answer for the terminal (or as one JSON object)."""
-    found = findings_of(table, question)
+    found = analyse(table, question, kept)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "question.json").write_text(json.dumps(question, indent=1) + "\n")
     table.to_parquet(folder / "table.parquet", index=False)
@@ -43,11 +43,11 @@ def judge_and_report(
         folder / "table.csv", index=False
     )
     for section in found.sections:
-        if section.draw is not None:
-            section.draw(folder / section.figure)
+        if section.panels:
+            plots.panels(section.panels, folder / section.figure)
     if found.optima:
         plots.lr_against_nll(found.optima, folder / "lr_nll.png")
-    interactive.write(
+    page.write(
         folder / "report.html",
         f"{question['name']} at scale {question['scale']}: {question['question']}",
         table,
@@ -57,7 +57,7 @@ def judge_and_report(
         WITHIN,
     )
     has_curves = bool(found.optima) and plots.learning(table, found.optima, folder / "learning.png")
-    told = to_plain(found, question, table)
+    told = results_of(found, question, table)
     (folder / "results.json").write_text(json.dumps(told, indent=1) + "\n")
     (folder / "report.md").write_text(markdown(found, question, table, has_curves))
     return (
@@ -125,7 +125,7 @@ def _verdict_line(v: Verdict) -> str:
     return line + (f". Needed: {v.needed}" if v.needed else "")
 
 
-def terminal(found: Findings, question: dict[str, Any], folder: Path) -> str:
+def terminal(found: Analysis, question: dict[str, Any], folder: Path) -> str:
     """Write the answer for the terminal."""
     out = [question["question"], ""]
     if found.optima:
@@ -139,17 +139,8 @@ def terminal(found: Findings, question: dict[str, Any], folder: Path) -> str:
     )
 
 
-def as_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Write rows, the head first, as a Markdown table."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
-
-    return [line(rows[0]), "|" + "---|" * len(rows[0]), *(line(r) for r in rows[1:])]
-
-
 def markdown(
-    found: Findings, question: dict[str, Any], table: pd.DataFrame, has_curves: bool
+    found: Analysis, question: dict[str, Any], table: pd.DataFrame, has_curves: bool
 ) -> str:
     """Write the report."""
     out = [
@@ -169,7 +160,7 @@ def markdown(
         "why",
         "needed",
     ]
-    out += ["## Verdicts", "", *as_table([head, *(_verdict_cells(v) for v in found.verdicts)]), ""]
+    out += ["## Verdicts", "", *table_of([head, *(_verdict_cells(v) for v in found.verdicts)]), ""]
     if any(v.primary for v in found.verdicts):
         out += [
             "Primary claims are corrected for their number in this report. The study's table corrects them over all its "
@@ -182,7 +173,7 @@ def markdown(
         out += [
             "## Optima",
             "",
-            *as_table(_curve_rows(found.optima)),
+            *table_of(_curve_rows(found.optima)),
             "",
             "![LR against NLL](lr_nll.png)",
             "",
@@ -203,10 +194,10 @@ def markdown(
 
 def _section(section: Section) -> list[str]:
     out = [f"## {section.title}", ""]
-    out += [*as_table(section.rows), ""] if section.rows else []
+    out += [*table_of(section.rows), ""] if section.rows else []
     out += [*section.text, ""] if section.text else []
     out += (
-        [f"![{section.caption or section.title}]({section.figure})", ""] if section.figure else []
+        [f"![{section.caption or section.title}]({section.figure})", ""] if section.panels else []
     )
     return out
 
@@ -289,14 +280,14 @@ def held_out(table: pd.DataFrame) -> str:
     return f"{last} at the end, {before} for learning curves" if pairs else ""
 
 
-def to_plain(found: Findings, question: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
+def results_of(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
     """Return the findings as plain values (no path, so that kept ones are the same on every
     machine)."""
 
     def curve(o: Any) -> dict[str, Any]:
         e = o.best_lr
         return {
-            **{k: _plain(v) for k, v in o.curve.key.items()},
+            **{k: plain(v) for k, v in o.curve.key.items()},
             "n": e.n,
             "best_lr": e.value,
             "low": e.low,
@@ -306,7 +297,7 @@ def to_plain(found: Findings, question: dict[str, Any], table: pd.DataFrame) -> 
             "band": o.band(WITHIN),
         }
 
-    figures = [[s.figure, s.caption or s.title] for s in found.sections if s.figure]
+    figures = [[s.figure, s.caption or s.title] for s in found.sections if s.panels]
     return {
         "sweep": question["name"],
         "scale": question["scale"],
@@ -318,9 +309,3 @@ def to_plain(found: Findings, question: dict[str, Any], table: pd.DataFrame) -> 
         **found.measures,
         "verdicts": [v.plain() for v in found.verdicts],
     }
-
-
-def _plain(value: Any) -> Any:
-    if value is None or value != value:
-        return None
-    return value.item() if hasattr(value, "item") else value

@@ -18,7 +18,6 @@ import pandas as pd
 from analysis.inference.decide import holm, look_level
 from analysis.inference.estimate import LEVEL, Estimate, Verdict, with_interval
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 ORDER = (
     "lr_ratio",
     "lr_scale",

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.inference.estimate import Estimate, Verdict, number, rate, signed, with_interval
-from analysis.report.study import RESULTS, Part, estimate_of, parts_of, rows_of, within
+from analysis.report.study import Part, estimate_of, parts_of, rows_of, within
+from analysis.report.text import markdown
 
 BEGIN, END = "<!-- answers: made by `python -m analysis study` -->", "<!-- end of answers -->"
 OUTCOMES = ("SUPPORTED", "REFUTED", "UNDECIDED")
@@ -143,12 +144,6 @@ def tally(asked: Sequence[Asked]) -> list[str]:
             [said, *(str(sum(_whose(at) == whose for at in mine)) for mine in fates.values())]
         )
     return markdown(rows)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Write rows, their head first, as a table."""
-    lines = ["| " + " | ".join(c.replace("|", "\\|") for c in r) + " |" for r in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
 # ---------------------------------------------------------------- pages
@@ -391,15 +386,14 @@ def block(parts: Sequence[Part], root: str, figures: Sequence[str] = ()) -> str:
     return "\n".join(out).rstrip()
 
 
-def readme(text: str) -> str:
-    """Return the project's README with its block of answers made anew."""
+def readme(text: str, kept: Path) -> str:
+    """Return the project's README with its block of answers made anew from the kept results."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{block(parts_of([RESULTS]), 'analysis/results/', SHOWN)}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{block(parts_of([kept]), 'analysis/results/', SHOWN)}\n{END}{tail}"
 
 
-def write() -> None:
-    """Write the kept results' page and the block of the project's README."""
-    (RESULTS / "README.md").write_text(page(parts_of([RESULTS])))
-    path = Path(__file__).resolve().parents[2] / "README.md"
-    path.write_text(readme(path.read_text()))
+def write(kept: Path, front: Path) -> None:
+    """Write the kept results' page and the block of the project's README (`front`)."""
+    (kept / "README.md").write_text(page(parts_of([kept])))
+    front.write_text(readme(front.read_text(), kept))

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from analysis.report import plots, study
+from analysis.report import plots
 
-FOLDER = study.RESULTS / "bench"
+FOLDER = Path(__file__).resolve().parents[1] / "results" / "bench"
 BEGIN, END = (
     "<!-- bench: made by `python -m analysis.validation.bench` -->",
     "<!-- end of bench -->",

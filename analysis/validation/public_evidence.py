@@ -19,7 +19,7 @@ from scipy import stats
 
 from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.measures.ratio import MIN_RANK
-from analysis.report import outside
+from analysis.report import commands
 from analysis.runs import reading
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "public_evidence.md"
@@ -51,7 +51,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _bounds(sweep: reading.Reading) -> list[str]:
-    alone, shared = outside.fit(sweep), outside.fit(sweep, share=True)
+    alone, shared = commands.fit(sweep), commands.fit(sweep, share=True)
     n = len(alone)
 
     def count(rows: list[dict[str, Any]], *flags: str) -> int:
@@ -109,7 +109,7 @@ def _largest_survivor_best(sweep: reading.Reading) -> int:
 
 
 def _drift(sweep: reading.Reading) -> list[str]:
-    rows = outside.drifts(sweep, share=True)
+    rows = commands.drifts(sweep, share=True)
     every, high = _moves(rows, 1), _moves(rows, MIN_RANK)
     known = [r for r in rows if r["slope"] is not None]
     lines = [["model", "slope of ln LR a doubling [95%]", "p (no slope)", "p (ranks equal)"]]
@@ -126,7 +126,7 @@ def _drift(sweep: reading.Reading) -> list[str]:
     pooled = [
         *_pooled_slope(known, "all ranks"),
         *_pooled_slope(
-            [r for r in outside.drifts(upper, share=True) if r["slope"] is not None],
+            [r for r in commands.drifts(upper, share=True) if r["slope"] is not None],
             f"ranks of {MIN_RANK} and more",
         ),
     ]
@@ -181,7 +181,7 @@ def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> list[str]:
 
 
 def _law(sweep: reading.Reading) -> list[str]:
-    told = outside.law(sweep)
+    told = commands.law(sweep)
     costs = [c for c in told["published_regret"] if c["percent"] is not None]
     worst = sorted(costs, key=lambda c: -c["percent"])[:3]
     lines = [
@@ -238,8 +238,8 @@ def _rl(path: Path) -> list[str]:
     ):
         read = reading.read(path, RL_NAMES, column, RL_BROKEN)
         read = dataclasses.replace(read, table=read.table[read.table["model"] == RL_MODEL])
-        ratios = {r["rank"]: r for r in outside.ratio(read)["ratios"]}
-        for r in outside.fit(read):
+        ratios = {r["rank"]: r for r in commands.ratio(read)["ratios"]}
+        for r in commands.fit(read):
             e = ratios.get(r["rank"])
             shown = "-" if e is None else with_interval(Estimate(e["ratio"], e["low"], e["high"]))
             curve = "full fine-tuning" if r["rank"] is None else f"LoRA r{r['rank']}"
@@ -284,7 +284,7 @@ def _rl(path: Path) -> list[str]:
 
 
 def _made(sweep: reading.Reading, tulu: Path, rl: Path) -> list[str]:
-    rows = outside.fit(sweep)
+    rows = commands.fit(sweep)
     ranks = sorted({r["rank"] for r in rows})
     unknown = "; ".join(
         f"r{k} {sum(r['best_lr'] is None for r in rows if r['rank'] == k)} of "

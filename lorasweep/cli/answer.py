@@ -5,8 +5,6 @@ handed tables, plain values and paths; where results lie is for the caller to sa
 """
 
 import dataclasses
-import importlib
-import pkgutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,34 +17,29 @@ from lorasweep.sweep.grid import Point, Sweep, curve_key
 if TYPE_CHECKING:
     import pandas as pd
 
+KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
+"""The repository's kept results, which a report may show beside its own."""
+
 
 def check_claims(sweep: Sweep | None) -> None:
     """Raise SpecError if the sweep claims something that its analysis does not measure."""
+    from analysis.questions.registry import UnknownQuestion, question_named
+
     if sweep is None:
         return
     try:
-        module = importlib.import_module(f"analysis.questions.{sweep.analysis or '?'}")
-        estimands, logarithmic = module.ESTIMANDS, module.LOG_ESTIMANDS
-    except (ImportError, AttributeError):
-        raise SpecError(unknown("analysis", sweep.analysis, _analyses())) from None
+        module = question_named(sweep.analysis or "")
+    except UnknownQuestion as error:
+        raise SpecError(unknown("analysis", sweep.analysis, error.known)) from None
+    estimands = module.ESTIMANDS
     for name, claim in sweep.claims.items():
         if claim.estimand not in estimands:
             raise SpecError(f"claim {name!r}: {unknown('estimand', claim.estimand, estimands)}")
-        if claim.estimand in logarithmic and not claim.margin[0] > 0:
+        if claim.estimand in module.LOG_ESTIMANDS and not claim.margin[0] > 0:
             raise SpecError(
                 f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. "
                 "Give a margin that starts above 0."
             )
-
-
-def _analyses() -> list[str]:
-    """List the modules of `analysis.questions` that measure something."""
-    import analysis.questions as questions
-
-    names = [info.name for info in pkgutil.iter_modules(questions.__path__)]
-    return [
-        n for n in names if hasattr(importlib.import_module(f"analysis.questions.{n}"), "ESTIMANDS")
-    ]
 
 
 def seeds_needed(points: Sequence[Point], sweep: Sweep | None) -> list[str]:
@@ -54,7 +47,7 @@ def seeds_needed(points: Sequence[Point], sweep: Sweep | None) -> list[str]:
 
     Known before anything is trained, from the margin and an assumed noise.
     """
-    from analysis.questions.design import NOISE, needed_seeds
+    from analysis.measures.design import NOISE, needed_seeds
 
     if sweep is None:
         return []
@@ -83,7 +76,7 @@ def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json
     from analysis.report.report import judge_and_report
 
     with _table_errors():
-        return judge_and_report(table, question, folder, as_json=as_json)
+        return judge_and_report(table, question, folder, as_json, KEPT)
 
 
 def claims_hash(question: dict[str, Any]) -> str:
@@ -108,12 +101,12 @@ def next_round(table: "pd.DataFrame", question: dict[str, Any]) -> NextRound:
     Raises:
         StoreError: the runs cannot be judged together.
     """
-    from analysis.questions.design import lines, suggest
-    from analysis.report.report import findings_of
+    from analysis.measures.design import lines, suggest
+    from analysis.questions.registry import analyse
     from analysis.runs.lr_curves import example_run_id
 
     with _table_errors():
-        wanted = suggest(findings_of(table, question))
+        wanted = suggest(analyse(table, question))
         runs = [
             {"like": example_run_id(table, s.curve), "lr": s.lr, "seed": seed}
             for s in wanted
@@ -147,7 +140,7 @@ class Qualification:
 def qualify(table: "pd.DataFrame") -> Qualification:
     """Judge the tasks of finished runs of full fine-tuning and of LoRA's highest rank."""
     from analysis.questions import qualify as questions
-    from analysis.report.outside import aligned
+    from analysis.report.text import aligned
 
     checks = questions.qualify(table)
     return Qualification(
@@ -164,7 +157,7 @@ def study(reports: Path, scale: str, title: str) -> list[str]:
     """
     from analysis.report import study as answers
     from analysis.report import study_page
-    from analysis.report.outside import aligned
+    from analysis.report.text import aligned
 
     parts = [p for p in answers.parts_of([reports]) if p.told["scale"] == scale]
     path = reports / title / "study.md"

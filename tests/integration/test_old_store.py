@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.report.report import findings_of
+from analysis.questions.registry import analyse
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.run import run_id
 from lorasweep.store.run_store import RunStore, load_runs
@@ -49,7 +49,7 @@ def test_the_table_of_an_old_store_is_the_one_that_was_written_then(old):
 def test_old_answers_are_given_again():
     question = json.loads((OLD / "question.json").read_text())
     then = json.loads((OLD / "results.json").read_text())["verdicts"]
-    now = findings_of(pd.read_parquet(OLD / "table.parquet"), question).verdicts
+    now = analyse(pd.read_parquet(OLD / "table.parquet"), question).verdicts
     assert [(v.claim, v.outcome) for v in now] == [(v["claim"], v["outcome"]) for v in then]
     for a, b in zip(now, then):
         assert a.estimate.value == pytest.approx(b["estimate"]["value"])

@@ -12,7 +12,7 @@ import pytest
 
 from analysis.__main__ import main
 from analysis.optimum.valley import linex
-from analysis.report import outside
+from analysis.report import commands
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.reading import read
 from analysis.runs.table import TableError
@@ -397,11 +397,11 @@ def test_public_tables_give_what_the_kept_page_says():
 
 @needs_evidence
 def test_best_rates_at_an_edge_are_bounds_in_the_public_sweep():
-    rows = outside.fit(read(EVIDENCE / "tulu3_lora_sweep.csv"))
+    rows = commands.fit(read(EVIDENCE / "tulu3_lora_sweep.csv"))
     one_b = [r for r in rows if r["model"] == "meta-llama/Llama-3.2-1B"]
     assert len(one_b) == 4 and all(
         r["best_lr"] is None and r["low"] >= 2.9e-4 and r["high"] == pytest.approx(3e-3)
         for r in one_b
     )
     with pytest.raises(TableError, match="no fullft"):
-        outside.ratio(read(EVIDENCE / "tulu3_lora_sweep.csv"))
+        commands.ratio(read(EVIDENCE / "tulu3_lora_sweep.csv"))

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.measures import layer_sets
 from analysis.measures.at_best import weights
-from analysis.questions import capacity, compute, layer_sets, rank
+from analysis.questions import capacity, compute, rank
 from analysis.questions.qualify import qualify, verdict
 from analysis.report import study, study_page
 from analysis.runs.prefixes import at_step

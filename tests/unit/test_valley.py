@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 from scipy import integrate
 
+from analysis.measures.design import needed_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.optimum import valley
 from analysis.optimum.fit import fit_all, fit_sweeps
 from analysis.optimum.likelihood import gather, weights_of
 from analysis.optimum.posterior import weigh
-from analysis.questions.design import needed_seeds
 from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.validation.generators import FAMILIES, Design, plant
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from scipy import stats
@@ -20,8 +20,6 @@ from analysis.optimum.likelihood import Likelihood, gather
 from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.optimum.posterior import weigh
 from analysis.optimum.valley import linex
-from analysis.questions.base import Findings
-from analysis.questions.ratio_answer import Answer
 from analysis.runs.lr_curves import LrCurve
 
 NOISE, CURVATURE, SKEW, MISFIT = 4e-3, 0.15, 0.5, 0.35
@@ -118,7 +116,17 @@ def _spread(e: Likelihood, noise: float, misfit: float) -> float:
 # ---------------------------------------------------------------- after some runs
 
 
-def suggest(found: "Answer | Findings") -> list[Suggestion]:
+class Judged(Protocol):
+    """What an analysis has of its claims."""
+
+    verdicts: list[Verdict]
+    members: dict[str, list[Optimum]]
+    """The curves that a verdict's group rests on."""
+    of_rates: bool
+    """The claims are about best rates themselves."""
+
+
+def suggest(found: Judged) -> list[Suggestion]:
     """Name the runs that would decide most for claims that are open: first what opens a gate, then
     what narrows most.
 

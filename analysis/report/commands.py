@@ -18,7 +18,8 @@ from analysis.measures.ratio import gap, pool_ratios, ratio_of
 from analysis.measures.ratio_law import Ratio, ratio_law
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.report import interactive
+from analysis.report.interactive import page
+from analysis.report.text import aligned, plain
 from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.runs.reading import Reading
 from analysis.runs.table import TableError
@@ -46,9 +47,9 @@ def _fitted(o: Optimum, within: float, reading: Reading) -> dict[str, Any]:
         "dataset": key.get("dataset"),
         "method": key["method"],
         "rank": _int(key.get("rank")),
-        "layers": _plain(key.get("layers")),
+        "layers": plain(key.get("layers")),
         "batch_size": _int(key.get("batch_size")),
-        "alpha": _plain(key.get("alpha")),
+        "alpha": plain(key.get("alpha")),
         "n": len(o.curve.x),
         "n_usable": int(o.curve.usable.sum()),
         "best_lr": e.value,
@@ -63,12 +64,6 @@ def _fitted(o: Optimum, within: float, reading: Reading) -> dict[str, Any]:
 
 def _int(value: Any) -> int | None:
     return None if value is None or value != value else int(value)
-
-
-def _plain(value: Any) -> Any:
-    if value is None or value != value:
-        return None
-    return value.item() if hasattr(value, "item") else value
 
 
 def fit_lines(rows: Sequence[dict[str, Any]], within: float = WITHIN) -> list[str]:
@@ -108,12 +103,6 @@ def fit_lines(rows: Sequence[dict[str, Any]], within: float = WITHIN) -> list[st
     return aligned(out)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Write rows of cells in columns."""
-    widths = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows]
-
-
 # ---------------------------------------------------------------- ratio and drift
 
 
@@ -140,7 +129,7 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
                 {
                     "group": group,
                     "rank": _int(o.curve.key.get("rank")),
-                    "alpha": _plain(o.curve.key.get("alpha")),
+                    "alpha": plain(o.curve.key.get("alpha")),
                     **_ends(e),
                     "gap": None if g.value is None else g.value * reading.sign,
                     "flags": sorted({*o.flags, *full.flags}),
@@ -312,7 +301,7 @@ def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = Fal
         for o in lora
     ]
     metric = "test NLL (nats per token)" if reading.metric == "test_nll" else reading.metric
-    interactive.write(
+    page.write(
         path,
         f"{path.stem}: {len(reading.table)} runs",
         reading.table,

@@ -1,0 +1,56 @@
+"""Find a question's module by the name that its sweep gives: the only dynamic import of
+`analysis`."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import pandas as pd
+
+from analysis.questions.base import Analysis
+
+SHARED = ("__init__", "base", "qualify", "ratio_answer", "registry")
+"""Modules of this room that are no question."""
+
+
+class UnknownQuestion(ValueError):
+    """No question has this name; `known` lists those there are."""
+
+    def __init__(self, name: str, known: Sequence[str]):
+        super().__init__(f"unknown analysis {name!r}; there are: {', '.join(known)}")
+        self.known = known
+
+
+class Question(Protocol):
+    """What a question's module has."""
+
+    ESTIMANDS: Sequence[str]
+    LOG_ESTIMANDS: Sequence[str]
+
+    def analyse(self, table: pd.DataFrame, question: dict[str, Any], kept: Path | None) -> Analysis:
+        """Fit and judge a sweep's runs."""
+
+
+def names() -> list[str]:
+    """Return the names of all questions."""
+    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in SHARED)
+
+
+def question_named(name: str) -> Question:
+    """Return a question's module.
+
+    Raises:
+        UnknownQuestion: there is no such question.
+    """
+    if name not in names():
+        raise UnknownQuestion(name, names())
+    return cast(Question, importlib.import_module(f"analysis.questions.{name}"))
+
+
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
+    """Fit and judge a sweep's runs by the analysis that its question names.
+
+    kept: folder of kept results, for questions that show other sweeps' answers beside their own.
+    """
+    return question_named(question["analysis"]).analyse(table, question, kept)

@@ -1,0 +1,25 @@
+"""Rows of cells as text: in columns for a terminal, or as a Markdown table."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Rows = Sequence[Sequence[str]]
+
+
+def aligned(rows: Rows) -> list[str]:
+    """Write rows in columns."""
+    widths = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows]
+
+
+def markdown(rows: Rows) -> list[str]:
+    """Write rows, the first one as the head, as a Markdown table."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in r) + " |" for r in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def plain(value: Any) -> Any:
+    """Return a table's value as JSON knows it; missing is None."""
+    if value is None or value != value:
+        return None
+    return value.item() if hasattr(value, "item") else value
