@@ -17,6 +17,7 @@ import pandas as pd
 from analysis.inference.estimate import Estimate
 from analysis.inference.seeds import PooledVariance, from_sample
 from analysis.optimum.optimum import Optimum
+from analysis.runs.lr_curves import runs_of
 
 T, U, V = TypeVar("T"), TypeVar("U"), TypeVar("V")
 
@@ -105,9 +106,9 @@ def values_at_best(
             if u
         }
         runs: dict[int, dict[float, dict[Any, float]]] = {}
-        for _, row in finished.iterrows() if best is not None else ():
+        for _, row in runs_of(finished, o.curve).iterrows() if best is not None else ():
             where = (int(row["seed"]), round(math.log(row["lr"]), 6))
-            if where in usable and same(row, o) and (values := read(row)):
+            if where in usable and (values := read(row)):
                 runs.setdefault(where[0], {})[where[1]] = values
         heights = {
             x: float(np.mean([y for (_, v), y in usable.items() if v == x])) for _, x in usable
@@ -171,12 +172,3 @@ def weights(
     third = [x for x in (*below[1:2], *above[1:2]) if abs(x - at) < REACH]
     nodes = [below[0], above[0], *([min(third, key=lambda x: heights[x])] if third else [])]
     return {x: math.prod((at - y) / (x - y) for y in nodes if y != x) for x in nodes}
-
-
-def same(row: pd.Series, o: Optimum) -> bool:
-    """Say whether a run belongs to a curve."""
-    return all(
-        row.get(k) == v or (pd.isna(v) and pd.isna(row.get(k)))
-        for k, v in o.curve.key.items()
-        if k in row.index
-    )

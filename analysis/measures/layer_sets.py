@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.measures.at_best import AtBest, same
+from analysis.measures.at_best import AtBest
 from analysis.measures.efficiency import at_best
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.runs.learning_curves import Points, learning_curves
-from analysis.runs.lr_curves import lr_curves
+from analysis.runs.lr_curves import lr_curves, runs_of
 
 SETS = (
     "attention",
@@ -69,7 +69,7 @@ def tasks_of(table: pd.DataFrame) -> list[Task]:
         layers = "attention+mlp+unembedding" if layers == "all" else layers
         share = shares.get(o.curve.group, {})
         total = sum(share.get(s, math.nan) for s in layers.split("+")) if share else None
-        n = next(int(row["n_trainable"]) for _, row in table.iterrows() if same(row, o))
+        n = int(runs_of(table, o.curve)["n_trainable"].iloc[0])
         arm = Arm(o, layers, None if full else int(key["rank"]), n, p, o.best_nll, total)
         task = found.setdefault(o.curve.group, Task(o.curve.group, None, [], []))
         if full and key.get("scope") == "all":

@@ -28,7 +28,7 @@ from analysis.inference.estimate import (
     with_interval,
 )
 from analysis.inference.seeds import pooled_variance
-from analysis.measures.at_best import AtBest, same, values_at_best
+from analysis.measures.at_best import AtBest, values_at_best
 from analysis.measures.efficiency import at_best, log_rho, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
@@ -43,7 +43,7 @@ from analysis.questions.base import (
     judge_claims,
 )
 from analysis.runs.learning_curves import Points, learning_curves
-from analysis.runs.lr_curves import lr_curves
+from analysis.runs.lr_curves import lr_curves, runs_of
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 
 ESTIMANDS = ("flops_per_step", "seconds_per_step", "flops_to_loss", "seconds_to_loss")
@@ -104,7 +104,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     told: dict[int, dict[str, Estimate]] = {}
     for o in lora:
         rank = int(o.curve.key["rank"])
-        row = next(r for _, r in table.iterrows() if same(r, o))
+        row = runs_of(table, o.curve).iloc[0]
         a_step = flops_ratio(json.loads(row["spec"]), int(row["n_trainable"]))
         seconds = _ratio_of_times([r["step_s"] for r in _timed(table, "lora", rank)], base)
         at, length, points = tuned[rank]

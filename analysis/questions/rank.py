@@ -33,7 +33,7 @@ from analysis.questions.base import (
 )
 from analysis.questions.qualify import stalled
 from analysis.runs.learning_curves import Points, by_run, same_rows
-from analysis.runs.lr_curves import lr_curves
+from analysis.runs.lr_curves import lr_curves, runs_of
 from analysis.runs.prefixes import while_unsolved
 
 ESTIMANDS = ("departure_slope", "rho_top_rank", "identical_steps")
@@ -224,12 +224,7 @@ def _envelope(table: pd.DataFrame, o: Optimum) -> Points:
     """The lowest loss over the rates at every step, of the seed that was tried at most rates."""
     seeds, counts = np.unique(o.curve.seed, return_counts=True)
     seed = seeds[np.argmax(counts)]
-    keys = {k: v for k, v in o.curve.key.items() if k in table}
-    rows = table[
-        np.logical_and.reduce(
-            [(table[k] == v) | (table[k].isna() & pd.isna(v)) for k, v in keys.items()]
-        )
-    ]
+    rows = runs_of(table, o.curve)
     lowest: dict[float, float] = {}
     for points in by_run(rows[rows["seed"] == seed]).values():
         for step, nll in same_rows(points):

@@ -22,7 +22,6 @@ from analysis.measures.at_best import (
     likely_rates,
     mixed,
     over_seeds,
-    same,
     values_at_best,
     weights,
 )
@@ -39,7 +38,7 @@ from analysis.questions.base import (
     gates_on,
     judge_claims,
 )
-from analysis.runs.lr_curves import full_names, lr_curves
+from analysis.runs.lr_curves import full_names, lr_curves, runs_of
 
 ESTIMANDS = (
     "attention_at_full_lr",
@@ -383,9 +382,9 @@ def _frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> list[
     """What a curve's finished runs learn and forget, mean over the seeds of a rate (or of one
     seed), by rising rate."""
     found: dict[float, list[dict[str, float]]] = {}
-    for _, row in table[table["status"] == "done"].iterrows():
-        if same(row, o) and seed in (None, row["seed"]) and (told := _retained(row)):
-            found.setdefault(float(row["lr"]), []).append(told)
+    for _, row in runs_of(table[table["status"] == "done"], o.curve).iterrows():
+        if seed in (None, row["seed"]) and (retained := _retained(row)):
+            found.setdefault(float(row["lr"]), []).append(retained)
     return [
         {"lr": lr, **{k: float(np.mean([v[k] for v in found[lr]])) for k in found[lr][0]}}
         for lr in sorted(found)

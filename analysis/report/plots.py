@@ -14,11 +14,10 @@ import pandas as pd
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from analysis.inference.estimate import rate, with_interval
-from analysis.measures.at_best import same
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import Panel
 from analysis.runs.learning_curves import by_run
-from analysis.runs.lr_curves import full_names
+from analysis.runs.lr_curves import full_names, runs_of
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe & Ito: told apart by colour-blind eyes. Black is full fine-tuning."""
@@ -119,8 +118,8 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path) -> bool
 
     Returns False, drawing nothing, if the table carries no learning curves.
     """
-    runs = [(table.loc[run], points) for run, points in by_run(table).items()]
-    if not runs or not optima:
+    learned = by_run(table)
+    if not learned or not optima:
         return False
     groups = list(dict.fromkeys(o.curve.group for o in optima))
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
@@ -142,7 +141,8 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path) -> bool
                     ax,
                     o,
                     names[id(o)],
-                    runs,
+                    runs_of(table, o.curve),
+                    learned,
                     COLOURS[k % len(COLOURS)],
                     ("-", "--", ":")[k // len(COLOURS) % 3],
                 )
@@ -167,19 +167,18 @@ def _learned(
     ax: Any,
     o: Optimum,
     name: str,
-    runs: Sequence[tuple[pd.Series, pd.DataFrame]],
+    runs: pd.DataFrame,
+    learned: dict[object, pd.DataFrame],
     colour: str,
     dash: str,
 ) -> None:
     x, y = o.curve.x[o.curve.usable], o.curve.y[o.curve.usable]
     best = np.exp(x[np.argmin(y)]) if len(y) else None
     labelled = False
-    for row, points in runs:
-        if not same(row, o):
-            continue
-        points = points[points["step"] >= 1]
-        is_best = best is not None and np.isclose(row["lr"], best, rtol=1e-6)
-        label = f"{name}, lr {rate(row['lr'])}" if is_best and not labelled else None
+    for run, lr in runs.loc[runs.index.isin(list(learned)), "lr"].items():
+        points = learned[run][learned[run]["step"] >= 1]
+        is_best = best is not None and np.isclose(lr, best, rtol=1e-6)
+        label = f"{name}, lr {rate(lr)}" if is_best and not labelled else None
         labelled |= is_best
         ax.plot(
             points["step"],

@@ -15,19 +15,21 @@ from analysis.runs.table import CURVE_KEYS, GROUP_KEYS, check
 
 @dataclass(frozen=True)
 class LrCurve:
-    """Points of one curve. x = ln(lr), y = test NLL in nats (NaN where censored), seed; all of
-    length n."""
+    """Loss over learning rates of runs that are equal but for rate and seed; arrays are [n]."""
 
     key: dict[str, Any]
+    """What the runs have in common: columns of CURVE_KEYS and their values."""
     x: np.ndarray
+    """ln(lr)."""
     y: np.ndarray
+    """Held-out NLL in nats; NaN where the run did not finish."""
     seed: np.ndarray
     block: np.ndarray
     """Runs of one block share a shift of the loss: those of one seed, which see the same batches at
     every rate."""
     usable: np.ndarray
-    """False: diverged, or no better than the untrained model: constrains the fit, never enters
-    least squares."""
+    """False where the run diverged or ended no better than the untrained model: it bounds the
+    optimum and never enters least squares."""
     nll_start: float
     """Held-out NLL before training; NaN if unknown."""
     floor: float
@@ -74,33 +76,30 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
     part = part.sort_values(["lr", "seed"])
     block = "block" if "block" in part else "seed"
     y = part["test_nll"].astype(float).to_numpy()
-    start = (
-        part["nll_start"].astype(float).to_numpy()
-        if "nll_start" in part
-        else np.full(len(part), np.nan)
-    )
+    start = _floats(part, "nll_start")
     done = (part["status"] == "done").to_numpy() & np.isfinite(y)
     usable = done & ~(y >= start)  # a NaN start compares False: the point stays usable
     lr = part["lr"].astype(float).to_numpy()
     whole = [v for v in np.unique(lr) if usable[lr == v].all()]
-    if (
-        whole
-    ):  # from the first rate at which a run broke down, a lucky survivor is no part of the valley
+    if whole:
+        # Above the first rate at which a run diverged, survivors are no part of the valley.
         best = min(whole, key=lambda v: y[lr == v].mean())
         broken = lr[~usable & (lr > best)]
         usable &= lr < (broken.min() if len(broken) else np.inf)
     return LrCurve(
         key=key,
-        x=np.log(part["lr"].astype(float).to_numpy()),
+        x=np.log(lr),
         y=np.where(done, y, np.nan),
         seed=part["seed"].astype(int).to_numpy(),
         block=part[block].astype(int).to_numpy(),
         usable=usable,
         nll_start=_mean(start),
-        floor=_mean(part["floor_nats"].astype(float).to_numpy())
-        if "floor_nats" in part
-        else np.nan,
+        floor=_mean(_floats(part, "floor_nats")),
     )
+
+
+def _floats(part: pd.DataFrame, column: str) -> np.ndarray:
+    return part[column].astype(float).to_numpy() if column in part else np.full(len(part), np.nan)
 
 
 def _rank(curve: LrCurve) -> float:
@@ -117,49 +116,40 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
+def runs_of(table: pd.DataFrame, curve: LrCurve) -> pd.DataFrame:
+    """Return the rows of a table whose runs belong to a curve."""
+    belongs = pd.Series(True, table.index)
+    for column in curve.key.keys() & set(table.columns):
+        value = curve.key[column]
+        belongs &= table[column] == value if _there(value) else table[column].isna()
+    return table[belongs]
+
+
 def full_names(curves: Sequence[LrCurve]) -> list[str]:
     """Name curves by method, rank, and whatever else tells them apart from the others."""
     keys = [
         k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, "method", "rank")
     ]
     lora = [c for c in curves if c.key["method"] == "lora"]
-    differ = [k for k in keys if len({str(c.key[k]) for c in lora}) > 1]
-    scopes = (
-        len(
-            {
-                (c.key.get("scope"), c.key.get("layers"))
-                for c in curves
-                if c.key["method"] == "fullft"
-            }
+    full = [c for c in curves if c.key["method"] == "fullft"]
+    of_lora = [k for k in keys if len({str(c.key[k]) for c in lora}) > 1]
+    scopes = {(c.key.get("scope"), c.key.get("layers")) for c in full}
+    of_full = ["scope", "layers"] if len(scopes) > 1 else []
+    return [
+        ", ".join(
+            [
+                c.name,
+                *(
+                    _setting(k, c.key[k])
+                    for k in (of_lora if c.key["method"] == "lora" else of_full)
+                ),
+            ]
         )
-        > 1
-    )
-    names = []
-    for c in curves:
-        told = differ if c.key["method"] == "lora" else ["scope", "layers"] if scopes else []
-        names.append(
-            ", ".join(
-                [
-                    c.name,
-                    *(
-                        f"{k} {v:g}"
-                        if isinstance(v, float)
-                        else f"{v}"
-                        if k == "layers"
-                        else f"{k} {v}"
-                        for k, v in ((k, c.key[k]) for k in told)
-                    ),
-                ]
-            )
-        )
-    return names
+        for c in curves
+    ]
 
 
-def example_run_id(table: pd.DataFrame, curve: LrCurve) -> str:
-    """Return the id of a run of a curve: a pattern for more runs of it."""
-    rows = table[np.logical_and.reduce([_equal(table[k], v) for k, v in curve.key.items()])]
-    return str(rows.iloc[0]["run_id"])
-
-
-def _equal(column: pd.Series, value: Any) -> pd.Series:
-    return (column == value) | (column.isna() & (not _there(value)))
+def _setting(key: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{key} {value:g}"
+    return str(value) if key == "layers" else f"{key} {value}"

@@ -1,4 +1,4 @@
-"""Tables of runs: read one, check its columns. `lr_curves` and `learning_curves` split it into curves."""
+"""Tables of runs: read one and check its columns."""
 
 from pathlib import Path
 
@@ -56,20 +56,23 @@ def check(table: pd.DataFrame) -> None:
     lora = table[table["method"] == "lora"]
     if lora["rank"].isna().any():
         raise TableError(
-            f"{int(lora['rank'].isna().sum())} lora run(s) have no rank. Fill the column, or drop them."
+            f"{int(lora['rank'].isna().sum())} lora run(s) have no rank. Fill the column, or drop "
+            "the runs."
         )
     keys = [k for k in (*CURVE_KEYS, "lr", "seed") if k in table.columns]
     twice = table[table.duplicated(keys, keep=False)]
     if len(twice):
         raise TableError(
             f"{len(twice)} rows repeat one run (same model, method, ..., lr and seed), first: lr "
-            f"{twice.iloc[0]['lr']:g}, seed {twice.iloc[0]['seed']}. Drop them, or give repeats seeds of their own."
+            f"{twice.iloc[0]['lr']:g}, seed {twice.iloc[0]['seed']}. Drop them, or give repeats "
+            "seeds of their own."
         )
     if "base_sha256" in table.columns:
         for model, shas in table.dropna(subset=["base_sha256"]).groupby("model")["base_sha256"]:
             if shas.nunique() > 1:
+                shown = ", ".join(sorted(s[:8] for s in shas.unique()))
                 raise TableError(
-                    f"the runs of model {model!r} start from {shas.nunique()} different bases (sha256 "
-                    f"{', '.join(sorted(s[:8] for s in shas.unique()))}): two bases are never mixed in one curve. "
-                    "Retrain the smaller part, or give the bases names of their own."
+                    f"the runs of model {model!r} start from {shas.nunique()} different bases "
+                    f"(sha256 {shown}): two bases are never mixed in one curve. Retrain the "
+                    "smaller part, or give the bases names of their own."
                 )

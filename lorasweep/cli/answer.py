@@ -103,12 +103,12 @@ def next_round(table: "pd.DataFrame", question: dict[str, Any]) -> NextRound:
     """
     from analysis.measures.design import lines, suggest
     from analysis.questions.registry import analyse
-    from analysis.runs.lr_curves import example_run_id
+    from analysis.runs.lr_curves import runs_of
 
     with _table_errors():
         wanted = suggest(analyse(table, question))
         runs = [
-            {"like": example_run_id(table, s.curve), "lr": s.lr, "seed": seed}
+            {"like": str(runs_of(table, s.curve)["run_id"].iloc[0]), "lr": s.lr, "seed": seed}
             for s in wanted
             for seed in s.seeds
         ]

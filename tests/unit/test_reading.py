@@ -280,7 +280,7 @@ def test_a_seed_twice_with_different_results_is_told(tmp_path, capsys):
     again = table.iloc[[8]].assign(test_nll=2.5)
     code, _, err = run(capsys, "fit", write(tmp_path, pd.concat([table, again, table.iloc[[0]]])))
     assert code == 0 and "rows 9 and 64" in err and "taken as repeats" in err
-    assert "say again what another says" in err and "row 65" in err
+    assert "repeat another row" in err and "row 65" in err
 
 
 def test_runs_without_value_and_status_are_left_out_aloud(tmp_path, capsys):
@@ -328,7 +328,7 @@ def test_layer_sets_share_one_full_fine_tuning_curve(tmp_path, capsys):
         == {"layers attention", "layers mlp"}
     )
     assert (
-        told["pooled"] is None and "say again" in err
+        told["pooled"] is None and "repeat another row" in err
     )  # one full fine-tuning curve: not two witnesses
 
 

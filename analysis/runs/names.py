@@ -1,0 +1,107 @@
+"""Column names and words that other people's tables use, and what to suggest for an unknown one."""
+
+import difflib
+from collections.abc import Iterable
+
+NEEDED = ("model", "lr", "test_nll")
+OPTIONAL = (
+    "method",
+    "rank",
+    "status",
+    "dataset",
+    "batch_size",
+    "seed",
+    "hidden_size",
+    "layers",
+    "alpha",
+    "steps",
+    "nll_start",
+    "scope",
+    "schedule",
+    "precision",
+)
+ALIASES = {
+    "learning_rate": "lr",
+    "learningrate": "lr",
+    "peak_lr": "lr",
+    "max_lr": "lr",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "r": "rank",
+    "eval_loss": "test_nll",
+    "test_loss": "test_nll",
+    "val_loss": "test_nll",
+    "valid_loss": "test_nll",
+    "validation_loss": "test_nll",
+    "loss": "test_nll",
+    "nll": "test_nll",
+    "eval_nll": "test_nll",
+    "model_id": "model",
+    "model_name": "model",
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "state": "status",
+    "tuning": "method",
+    "peft_type": "method",
+    "lora_alpha": "alpha",
+    "bs": "batch_size",
+    "global_batch_size": "batch_size",
+    "max_steps": "steps",
+    "n_steps": "steps",
+    "random_seed": "seed",
+    "hidden": "hidden_size",
+    "width": "hidden_size",
+    "d_model": "hidden_size",
+    "target_modules": "layers",
+    "dataset_name": "dataset",
+    "task": "dataset",
+}
+"""Column names in use elsewhere: suggested, never taken silently."""
+STATUS = {
+    "done": "done",
+    "finished": "done",
+    "completed": "done",
+    "complete": "done",
+    "success": "done",
+    "ok": "done",
+    "diverged": "diverged",
+    "nan": "diverged",
+    "inf": "diverged",
+    "failed": "failed",
+    "crashed": "failed",
+    "killed": "failed",
+    "preempted": "failed",
+    "running": "failed",
+    "stopped": "failed",
+    "cancelled": "failed",
+}
+"""Words for how a run ended, W&B's among them. Runs that failed are left out: that says nothing of
+their learning rate."""
+METHODS = {
+    "full": "fullft",
+    "fft": "fullft",
+    "full_ft": "fullft",
+    "full-ft": "fullft",
+    "full_finetuning": "fullft",
+    "full-finetuning": "fullft",
+    "full fine-tuning": "fullft",
+    "sft_full": "fullft",
+}
+
+
+def missing(column: str, names: list[str]) -> str:
+    """Return the message for a missing column, with the likely one among the names there are."""
+    aliases = [n for n in names if ALIASES.get(n.lower().replace(" ", "_")) == column]
+    likely = aliases or difflib.get_close_matches(column, names, 1, 0.5)
+    hint = (
+        f" The likely one is {likely[0]!r}: add --map {likely[0]}={column}."
+        if likely
+        else f" Name it: --map THEIR_COLUMN={column}."
+    )
+    return f"there is no column {column!r}.{hint} The file has: {', '.join(names)}."
+
+
+def did_you_mean(name: str, names: Iterable[object]) -> str:
+    """Return a sentence that suggests the name most like this one; empty if none is like it."""
+    close = difflib.get_close_matches(name, list(map(str, names)), 1, 0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
