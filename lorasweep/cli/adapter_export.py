@@ -1,6 +1,6 @@
 """Save a finished LoRA run as a PEFT adapter. The weights of a run are not kept (a sweep has
-thousands), so the run is trained again, alone, with the threads and micro-batch that made it: a run
-made alone comes out bit for bit on the same processor, a pack's member of equal rank too (tests).
+thousands), so the run is trained again, alone, with the threads and micro-batch that made it: the
+same training to rounding, and on the same processor the same bits if it was made alone (tests).
 """
 
 from pathlib import Path

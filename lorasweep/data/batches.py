@@ -13,8 +13,8 @@ import numpy as np
 from lorasweep.data.examples import Example
 
 PAD_TO = 16
-"""Row lengths, X and M are multiples of this: with equal ranks a pack is then bit for bit the run
-alone (measured; the matrix products of narrower shapes are rounded otherwise)."""
+"""Row lengths, X and M are multiples of this. Matrix products of few widths then round alike in a
+pack and alone on many processors, but not on all: no equality of bits is promised (LOG.md)."""
 
 
 @dataclass(frozen=True)

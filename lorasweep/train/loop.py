@@ -29,8 +29,8 @@ DIVERGED_PATIENCE = 8
 tuned."""
 EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
 """Padded tokens of one member in an evaluation forward on a CPU, of all members on a GPU (where
-whole logits exist). On a CPU not divided by the pack's size: the held-out loss would then be
-rounded otherwise in other company."""
+whole logits exist). On a CPU it is not divided by the pack's size, so that held-out losses are
+summed over the same rows whatever the pack."""
 
 
 def eval_steps(steps: int) -> list[int]:

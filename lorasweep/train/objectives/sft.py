@@ -98,8 +98,8 @@ class _HeadNll(torch.autograd.Function):
             else None
         )
         grads: list[torch.Tensor] = []
-        # In fp32 a chunk has the same rows of a member whatever the company, for equality bit for
-        # bit; bf16 has none.
+        # In fp32 a member's sums are cut at the same rows in every pack; in bf16 rounding is
+        # coarser than that, and a chunk that fits the cache is faster.
         share = LOGITS // n if h.dtype == torch.bfloat16 else LOGITS
         rows = max(PAD_TO, share // vocab // PAD_TO * PAD_TO)
         for c in range(0, m, rows):
