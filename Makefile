@@ -47,9 +47,8 @@ lint: $(VENV)/.installed ## style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-nightly: weights storm ## the long versions (about seven hours): storm, bases made anew bit for bit, a calibration
-	$(MAKE) bases
-	git diff --stat --exit-code lorasweep/models/bases
+nightly: weights storm ## the long versions (about seven hours): storm, bases made anew, a calibration
+	$(BIN)/python -m lorasweep.cli.bases --check
 	$(BIN)/python -m pytest $(PARALLEL)
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.validation.calibration --cases $(or $(CASES),500) --out build/calibration
 
@@ -63,7 +62,7 @@ calibrate: $(VENV)/.installed ## fit and judge planted sweeps (about half an hou
 	$(BIN)/python -m analysis.validation.calibration_page
 
 bases: $(VENV)/.installed ## remake the shipped base models from their recipes (about two hours)
-	$(BIN)/python -m lorasweep.train.pretrain tiny64 tiny64-3m tiny64-s1 tiny64-facts tiny64-knows tiny64-skills tiny128 tiny128-3m tiny128-4m
+	$(BIN)/python -m lorasweep.cli.bases
 
 slurm-up: ## start a real Slurm on this machine (as root): eval "$$(make -s slurm-up)"
 	@slurm/one_machine/start.sh

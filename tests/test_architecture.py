@@ -98,7 +98,6 @@ LEFT_ARROWS: set[tuple[str, str]] = {
     ("lorasweep.sweep", "lorasweep.launch"),
     ("lorasweep.sweep", "lorasweep.store"),
     ("lorasweep.tracking", "lorasweep.cli"),
-    ("lorasweep.train", "lorasweep.config"),
 }
 LEFT: dict[str, int] = {
     "files in circles": 36,

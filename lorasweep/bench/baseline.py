@@ -27,6 +27,7 @@ from lorasweep.models import load as load_model  # noqa: E402
 from lorasweep.models.load import layer_modules  # noqa: E402
 from lorasweep.spec.execution import Exec  # noqa: E402
 from lorasweep.spec.run import RunSpec  # noqa: E402
+from lorasweep.train import pretrain  # noqa: E402
 
 
 def adapted(model: Any, spec: RunSpec, kind: str) -> Any:
@@ -171,6 +172,7 @@ def main(kind: str, job_path: str) -> None:
         spec = spec_from(plain)
         at = [time.perf_counter()]
         if base is None:  # all runs of a job are on one base and data set
+            pretrain.ensure(spec.model, exec_.models_dir)
             base = load_model(spec.model, exec_.models_dir, spec.precision)
             data = load_data(spec.dataset, exec_.data_dir, base.tokenizer)
             weights = {k: v.clone() for k, v in base.model.state_dict().items()}

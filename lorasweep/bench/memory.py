@@ -19,6 +19,7 @@ from lorasweep.models import load as models
 from lorasweep.plan import detect
 from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.packing import micro_batch
+from lorasweep.train import pretrain
 from lorasweep.train.loop import train
 
 CASES = (("tiny", 16), ("small", 8))
@@ -71,6 +72,7 @@ def main(
     few = dataclasses.replace(spec.dataset, n_test=16, n_test_curve=4)
     arm = FullFT() if method == "fullft" else LoRA(rank=RANK)
     spec = dataclasses.replace(spec, dataset=few, method=arm, batch_size=batch, steps=STEPS)
+    pretrain.ensure(spec.model, models_dirs)
     base = models.load(spec.model, models_dirs, spec.precision)
     rows = data.load(few, data_dirs, base.tokenizer)
     pack = [dataclasses.replace(spec, lr=1e-5 * (1 + k)) for k in range(count)]

@@ -20,6 +20,7 @@ from lorasweep.plan import detect
 from lorasweep.plan.flops import train_flops
 from lorasweep.plan.packing import micro_batch
 from lorasweep.spec.run import RunSpec
+from lorasweep.train import pretrain
 from lorasweep.train.loop import train
 
 GRIDS = {"tiny": ((1, 4, 16), (1, 2, 4, 8, 16)), "small": ((1, 4, 8), (1, 2))}
@@ -69,6 +70,7 @@ class Bench:
         spec = compose_request(at(scale)).points[0].spec
         few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1)
         self.scale, self.spec = scale, dataclasses.replace(spec, dataset=few, steps=UPDATES[scale])
+        pretrain.ensure(spec.model, models_dirs)
         self.base = models.load(spec.model, models_dirs, spec.precision)
         self.rows = data.load(few, data_dirs, self.base.tokenizer)
 

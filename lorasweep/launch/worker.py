@@ -284,6 +284,7 @@ class TorchTrainer:
 
         from lorasweep.data import load as data
         from lorasweep.models import load as models
+        from lorasweep.train import pretrain
         from lorasweep.train.loop import train
 
         if exec_.threads:
@@ -296,6 +297,7 @@ class TorchTrainer:
         )
         if self._base is None or self._base[0] != key:
             self._base, self._data = None, {}  # one base in memory at a time
+            pretrain.ensure(first.model, exec_.models_dir)
             self._base = (key, models.load(first.model, exec_.models_dir, first.precision))
             if exec_.compile:
                 self._base[1].model.compile(dynamic=True)

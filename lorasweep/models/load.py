@@ -1,8 +1,8 @@
 """Base models: find and load the weights, check them against their described shape, name their
 layer sets.
 
-Knows four sources: hub, folder, GGUF file, and recipe (`lorasweep.train.pretrain` trains it once).
-Refuses to know methods and data.
+Knows four sources: hub, folder, GGUF file, and recipe (`lorasweep.train.pretrain` must have trained
+it before). Refuses to know methods and data.
 """
 
 import hashlib
@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import ModelError
+from lorasweep.models.recipe import empty_model, file_name, find_weights
 from lorasweep.spec.model import ModelSpec
-
-SHIPPED = Path(__file__).parent / "bases"
 
 
 @dataclass
@@ -63,9 +62,7 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
     transformers.utils.logging.disable_progress_bar()
     tokenizer = None
     if spec.source == "recipe":
-        from lorasweep.train.pretrain import recipe_model
-
-        model = recipe_model(spec, models_dirs)
+        model = _from_recipe(spec, models_dirs)
     elif spec.source == "gguf":
         folder = _converted(spec, models_dirs)
         model, tokenizer = _from_transformers(str(folder), None)
@@ -87,6 +84,21 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
             raise ModelError(f"model {spec.name!r}: a weight is {p.dtype}, not {dtype}.")
     check_shape(model, spec)
     return Base(model, tokenizer, weights_sha256(model))
+
+
+def _from_recipe(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
+    from safetensors.torch import load_file
+
+    path = find_weights(spec, models_dirs)
+    if path is None:
+        raise ModelError(
+            f"model {spec.name!r}: no weights {file_name(spec)} in {', '.join(models_dirs) or 'any folder'}. "
+            "Pretrain it first: lorasweep.train.pretrain.ensure(spec, models_dirs)."
+        )
+    model = empty_model(spec)
+    state = {k: v.float() for k, v in load_file(path).items()}
+    model.load_state_dict(state, strict=not spec.tied)
+    return model
 
 
 def _from_transformers(name: str, revision: str | None) -> tuple[Any, Any]:

@@ -98,12 +98,15 @@ class AdamW:
         return found
 
     @torch.no_grad()
-    def step(self, step: int, norms: Sequence[float]) -> None:
-        """Make update `step` (0-based) of every member. `norms` are grad_norms(), used where a
-        member clips."""
+    def step(self, step: int, norms: Sequence[float], rates: Sequence[float] | None = None) -> None:
+        """Make update `step` (0-based) of every member.
+
+        `norms` are grad_norms(), used where a member clips. `rates` are the members' learning rates
+        at this update; None: those of their schedules.
+        """
         specs = self.specs
         first = specs[0]  # betas, eps and decay are shared by a pack (plan.pack_key)
-        lr = [s.lr * lr_factor(s, step) for s in specs]
+        lr = list(rates or (s.lr * lr_factor(s, step) for s in specs))
         clip = [
             min(1.0, s.clip_norm / (n + 1e-6)) if s.clip_norm else 1.0 for s, n in zip(specs, norms)
         ]

@@ -1,0 +1,67 @@
+"""Remake the shipped base models from their recipes, or check that they can be remade (`make bases`).
+
+    python -m lorasweep.cli.bases [--check] [NAME ...]
+
+Refuses to know how a base is trained.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from lorasweep.config.compose import shipped_model
+
+NAMES = (
+    "tiny64",
+    "tiny64-3m",
+    "tiny64-s1",
+    "tiny64-facts",
+    "tiny64-knows",
+    "tiny64-skills",
+    "tiny128",
+    "tiny128-3m",
+    "tiny128-4m",
+)
+TOLERANCE_NATS = 0.02
+"""Between the held-out losses of two trainings of one recipe on two processors."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Remake each base; exit status 1 if --check finds one that its recipe does not make."""
+    parser = argparse.ArgumentParser(prog="python -m lorasweep.cli.bases", description=__doc__)
+    parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; compare with the shipped weights"
+    )
+    given = parser.parse_args(arguments)
+    wrong = [name for name in given.names if not _remake(name, given.check)]
+    if wrong:
+        print(f"not what their recipes make: {', '.join(wrong)}")
+    return int(bool(wrong))
+
+
+def _remake(name: str, check: bool) -> bool:
+    """Train one base anew; save it, or compare its loss with the shipped weights' loss."""
+    from lorasweep.models.load import load
+    from lorasweep.models.recipe import SHIPPED, file_name
+    from lorasweep.train import pretrain
+
+    spec = shipped_model(name)
+    assert spec.recipe is not None
+    model, nll = pretrain.pretrain(spec, _print_progress)
+    print(f"{name}: NLL {nll:.4f}")
+    if not check:
+        pretrain.save(model, SHIPPED / file_name(spec))
+        return True
+    shipped = load(spec, []).model.cpu()
+    shipped_nll = pretrain.held_out_nll(shipped, pretrain.pretraining_data(spec.recipe))
+    print(f"{name}: NLL of the shipped weights {shipped_nll:.4f}")
+    return abs(nll - shipped_nll) <= TOLERANCE_NATS
+
+
+def _print_progress(step: int, nll: float) -> None:
+    if step % 100 == 0:
+        print(f"  update {step}: {nll:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

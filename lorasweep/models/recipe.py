@@ -1,0 +1,57 @@
+"""A recipe's base: the name of its weights file, where it lies, and its untrained model.
+
+Refuses to know how it is trained (`lorasweep.train.pretrain` does that, before loading).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasweep.spec.canonical import plain
+from lorasweep.spec.model import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+SHIPPED = Path(__file__).parent / "bases"
+"""Weights that come with the package."""
+
+
+def file_name(spec: ModelSpec) -> str:
+    """Name the weights file of a recipe: readable, and changed by any change of recipe or shape."""
+    fields = plain(spec)
+    for name in ("location", "revision", "attention", "mlp", "unembedding"):
+        fields.pop(name)
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return f"{spec.name}-{digest[:10]}.safetensors"
+
+
+def find_weights(spec: ModelSpec, models_dirs: Sequence[str]) -> Path | None:
+    """Find a recipe's weights in the package or a models folder; None if they are in neither."""
+    folders = [SHIPPED, *(Path(d).expanduser() for d in models_dirs)]
+    return next((f / file_name(spec) for f in folders if (f / file_name(spec)).is_file()), None)
+
+
+def empty_model(spec: ModelSpec) -> "LlamaForCausalLM":
+    """Build the Llama model of the described shape; its weights are transformers' random start."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.mlp_size,
+        num_hidden_layers=spec.n_layers,
+        num_attention_heads=spec.n_heads,
+        num_key_value_heads=spec.n_kv_heads,
+        head_dim=spec.head_size,
+        vocab_size=spec.vocab_size,
+        tie_word_embeddings=spec.tied,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-5,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
