@@ -107,11 +107,13 @@ def measure(
 
     from lorasweep.data import load as data
     from lorasweep.models import load as models
+    from lorasweep.train import pretrain
     from lorasweep.train.loop import train
 
     n_train = min(64, spec.dataset.n_train or 64)
     few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1, n_train=n_train)
     spec = dataclasses.replace(spec, dataset=few, steps=STEPS, schedule="constant", warmup_steps=0)
+    pretrain.ensure(spec.model, exec_.models_dir)
     base = models.load(spec.model, exec_.models_dir, spec.precision)
     if exec_.compile:
         base.model.compile(dynamic=True)
