@@ -1,5 +1,7 @@
-"""`python -m lorasweep.bench OUT.json [part ...]`: measure all parts, or some, one after another on
-an idle machine."""
+"""Measure all parts of the benchmark, or some, one after another on an idle machine.
+
+python -m lorasweep.bench OUT.json [part ...]
+"""
 
 import dataclasses
 import json
@@ -11,6 +13,7 @@ from typing import Any
 from lorasweep.bench import grids, memory, overhead, steps
 from lorasweep.config.compose import compose_request
 from lorasweep.plan import detect
+from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.execution import Exec
 from lorasweep.store import files
 from lorasweep.tracking import provenance
@@ -20,8 +23,9 @@ GRIDS = {"tiny": ((1, 200), (4, 100), (16, 50)), "small": ((4, 8),)}
 """Scale -> (per-run batch, updates) of the grids of 16 LoRA runs."""
 
 
-def places() -> dict[str, Any]:
-    """Return where weights and data are, absolutely: the baselines run in a folder of their own."""
+def exec_values() -> dict[str, Any]:
+    """Return the fields of an Exec, with absolute paths: the baselines run in a folder of their
+    own."""
     exec_ = compose_request(["scale=tiny"]).exec
     absolute = {
         k: [str(Path(d).resolve()) for d in getattr(exec_, k)] for k in ("models_dir", "data_dir")
@@ -48,8 +52,8 @@ def headline(parts: dict[str, Any]) -> dict[str, Any]:
             out["grid_vs_process_per_run"].setdefault(model, {})[batch] = grid["vs_process_per_run"]
             if scale != "tiny":
                 out["flops_over_gemm_peak"][grid["model"]] = grid["flops_over_gemm_peak"]
-    for model, told in parts.get("steps", {}).get("lora_over_fullft", {}).items():
-        out["lora_step_over_fullft_step"][model] = list(told["by_batch"].values())[-1]["n1"]
+    for model, ratio in parts.get("steps", {}).get("lora_over_fullft", {}).items():
+        out["lora_step_over_fullft_step"][model] = list(ratio["by_batch"].values())[-1]["n1"]
     keys = ("plan_10k_s", "status_10k_s", "noop_run_s")
     return out | {k: parts.get("overhead", {}).get(k) for k in keys}
 
@@ -63,35 +67,40 @@ def main(out: str, wanted: list[str]) -> None:
     def log(text: str) -> None:
         print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)
 
-    where, cores = places(), detect.cores()
+    values, here = exec_values(), detect.this_machine()
     for part in wanted or PARTS:
         if part == "overhead":
             parts[part] = overhead.measure(log)
         elif part == "steps":
-            parts[part] = steps.measure(where["models_dir"], where["data_dir"], log)
+            parts[part] = steps.measure(values["models_dir"], values["data_dir"], log)
         elif part == "memory":
-            parts[part] = memory.measure(where["models_dir"], where["data_dir"], log)
+            parts[part] = memory.measure(values["models_dir"], values["data_dir"], log)
         else:
-            spec = compose_request(steps.at(part)).points[0].spec
-            peak, start_s = steps.gemm_peak(spec.precision, cores), overhead.start_s()
-            told: dict[str, Any] = {"gemm_peak": peak, "precision": spec.precision}
-            if part == "tiny":
-                told["sweep"] = grids.whole_sweep(where, peak, log)
-            asked = [grids.Grid(part, batch, updates) for batch, updates in GRIDS[part]]
-            told["grids"] = [grids.lora_grid(grid, where, start_s, peak, log) for grid in asked]
-            parts[part] = told
+            parts[part] = whole_grids(part, values, here, log)
         env = provenance.environment()
-        here = {
-            "processor": env["processor"],
-            "cores": cores,
-            "gpus": [gpu.name for gpu in detect.gpus()],
+        machine = {
+            "processor": here.processor,
+            "cores": here.cores,
+            "gpus": [here.gpu_name] * here.gpus,
             "packages": env["packages"],
             "python": env["python"],
         }
-        files.write_atomic(
-            path,
-            json.dumps({**headline(parts), "machine": here, "parts": parts}, indent=1).encode(),
-        )
+        content = {**headline(parts), "machine": machine, "parts": parts}
+        files.write_atomic(path, json.dumps(content, indent=1).encode())
+
+
+def whole_grids(
+    scale: str, values: dict[str, Any], here: Hardware, log: grids.Log
+) -> dict[str, Any]:
+    """Time whole grids at a scale against the baselines; at `tiny` the whole sweep too."""
+    spec = compose_request(steps.at(scale)).points[0].spec
+    peak, start_s = steps.gemm_peak(spec.precision, here.cores or 1), overhead.start_s()
+    part: dict[str, Any] = {"gemm_peak": peak, "precision": spec.precision}
+    if scale == "tiny":
+        part["sweep"] = grids.whole_sweep(values, peak, log)
+    wanted = [grids.Grid(scale, batch, updates) for batch, updates in GRIDS[scale]]
+    part["grids"] = [grids.lora_grid(grid, values, start_s, peak, log) for grid in wanted]
+    return part
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What a cluster adds: time to the first step, jobs and runs an hour by runs a job, and a sweep
+"""The time that a cluster adds: to the first step, jobs and runs an hour by runs a job, and a sweep
 against the local one.
 
-python -m lorasweep.bench.cluster OUT.json      on a login node, or with `eval "$(make -s
-slurm-up)"`
+    python -m lorasweep.bench.cluster OUT.json
+
+Run it on a login node, or after `eval "$(make -s slurm-up)"`.
 """
 
 import json
@@ -18,7 +19,9 @@ from lorasweep.launch.slurm import client as slurm
 from lorasweep.store import files
 
 NOTHING = (
-    "import sys; from lorasweep.cli.actions import act; from lorasweep.config.compose import compose_request as compose\n"
+    "import sys\n"
+    "from lorasweep.cli.actions import act\n"
+    "from lorasweep.config.compose import compose_request as compose\n"
     "sys.exit(act(compose(sys.argv[1:]), 'lorasweep.bench.overhead:nothing'))"
 )
 CLUSTER = (
@@ -51,8 +54,8 @@ def grid(runs: int) -> list[str]:
     ]
 
 
-def ask(folder: Path, *arguments: str, nothing: bool = False) -> float:
-    """Give a command; return its seconds."""
+def command_s(folder: Path, *arguments: str, nothing: bool = False) -> float:
+    """Run a command; return its seconds."""
     start = ["-c", NOTHING] if nothing else ["-m", "lorasweep"]
     env = {
         **os.environ,
@@ -73,38 +76,39 @@ def wait(folder: Path, runs: int) -> float:
 
 
 def measure(log: Any) -> dict[str, Any]:
-    """Return first_step_s, command_s, jobs_per_h and runs_per_h by runs a job, and sweep_vs_local."""
+    """Return first_step_s, command_s, local_s, slurm_s, and jobs_per_h and runs_per_h by runs a
+    job."""
     slurm.require()
-    told: dict[str, Any] = {"jobs_per_h": {}, "runs_per_h": {}}
+    found: dict[str, Any] = {"jobs_per_h": {}, "runs_per_h": {}}
     with tempfile.TemporaryDirectory(dir=os.environ.get("LORASWEEP_BENCH_DIR")) as name:
         folder = Path(name)
         first = folder / "first"
         started = time.monotonic()
-        told["command_s"] = ask(first, *REAL, *CLUSTER)
+        found["command_s"] = command_s(first, *REAL, *CLUSTER)
         while not list((first / "runs").glob("*/metrics.jsonl")):
             time.sleep(0.05)
-        told["first_step_s"] = time.monotonic() - started
+        found["first_step_s"] = time.monotonic() - started
         log(
-            f"from command to first step: {told['first_step_s']:.1f} s, of which the command {told['command_s']:.1f} s"
+            f"from command to first step: {found['first_step_s']:.1f} s, of which the command "
+            f"{found['command_s']:.1f} s"
         )
         wait(first, 24)
         for per_job, runs in RUNS_PER_JOB.items():
-            place = folder / str(per_job)
+            home = folder / str(per_job)
             more = (f"cluster.runs_per_job={per_job}", f"exec.pack_size={min(per_job, 10)}")
-            ask(place, *grid(runs), *CLUSTER, *more, nothing=True)
-            seconds = wait(place, runs)
-            told["jobs_per_h"][per_job] = 3600 * runs / per_job / seconds
-            told["runs_per_h"][per_job] = 3600 * runs / seconds
-            log(
-                f"{per_job} runs a job: {told['jobs_per_h'][per_job]:.0f} jobs/h, {told['runs_per_h'][per_job]:.0f} runs/h"
-            )
-        local = ask(folder / "local", *REAL, "exec.workers=2")
+            command_s(home, *grid(runs), *CLUSTER, *more, nothing=True)
+            seconds = wait(home, runs)
+            runs_per_h = 3600 * runs / seconds
+            jobs_per_h = runs_per_h / per_job
+            found["jobs_per_h"][per_job], found["runs_per_h"][per_job] = jobs_per_h, runs_per_h
+            log(f"{per_job} runs a job: {jobs_per_h:.0f} jobs/h, {runs_per_h:.0f} runs/h")
+        local = command_s(folder / "local", *REAL, "exec.workers=2")
         started = time.monotonic()
-        ask(folder / "slurm", *REAL, *CLUSTER, "cluster.workers=2", "cluster.runs_per_job=24")
+        command_s(folder / "slurm", *REAL, *CLUSTER, "cluster.workers=2", "cluster.runs_per_job=24")
         wait(folder / "slurm", 24)
-        told["local_s"], told["slurm_s"] = local, time.monotonic() - started
-        log(f"24 runs: {local:.1f} s here, {told['slurm_s']:.1f} s as one job of two workers")
-    return told
+        found["local_s"], found["slurm_s"] = local, time.monotonic() - started
+        log(f"24 runs: {local:.1f} s here, {found['slurm_s']:.1f} s as one job of two workers")
+    return found
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Whole grids of runs: lorasweep against one process a run (TRL with PEFT), and against a plain
 PEFT loop kept warm.
 
-The baselines get all cores (two threads here), one run after another, as a user's script would.
-They train a sample of the grid's runs, and the rest is reckoned from it: the runs of an arm differ
-in their learning rate only.
+The baselines get all cores, one run after another, as a user's script would. They train a sample of
+the grid's runs, and the time of the rest is computed from it: the runs of an arm differ in their
+learning rate only.
 """
 
 import dataclasses
@@ -49,12 +49,12 @@ class Grid(NamedTuple):
 
 
 def baseline(
-    kind: str, points: Sequence[Point], places: dict[str, Any], runs: int, folder: str
+    kind: str, points: Sequence[Point], values: dict[str, Any], runs: int, folder: str
 ) -> dict[str, float]:
     """Train `runs` of `points` by a baseline in one process; return its seconds a run and their
     parts. Of several runs the first warms the process and is left out; loading is done once and
     counts as start."""
-    job = {"runs": [json.loads(canonical(p.spec)) for p in points[:runs]], "exec": places}
+    job = {"runs": [json.loads(canonical(p.spec)) for p in points[:runs]], "exec": values}
     path = Path(folder) / "baseline.json"
     path.write_text(json.dumps(job))
     started = time.perf_counter()
@@ -88,27 +88,24 @@ def _by_arm(points: Sequence[Point]) -> list[list[Point]]:
 
 
 def compare(
-    points: Sequence[Point], ours_s: float, places: dict[str, Any], folder: str, samples: int
+    points: Sequence[Point], ours_s: float, values: dict[str, Any], folder: str, samples: int
 ) -> dict[str, Any]:
-    """Set `ours_s`, the wall seconds of all `points`, beside both baselines."""
+    """Compare `ours_s`, the wall seconds of all `points`, with both baselines."""
     process_s = warm_s = 0.0
-    told: dict[str, Any] = {
+    alone_by_arm: list[dict[str, Any]] = []
+    warm_by_arm: list[dict[str, Any]] = []
+    for arm in _by_arm(points):
+        alone = baseline("trl", arm, values, 1, folder)
+        warm = baseline("loop", arm, values, samples, folder)
+        process_s += len(arm) * (alone["start_s"] + alone["run_s"])
+        warm_s += len(arm) * warm["run_s"] + (0.0 if warm_by_arm else warm["start_s"])
+        alone_by_arm.append({"arm": arm[0].arm, "runs": len(arm), **alone})
+        warm_by_arm.append({"arm": arm[0].arm, "runs": len(arm), **warm})
+    return {
         "runs": len(points),
         "lorasweep_s": ours_s,
-        "process_per_run": [],
-        "warm_peft": [],
-    }
-    for arm in _by_arm(points):
-        alone, warm = (
-            baseline("trl", arm, places, 1, folder),
-            baseline("loop", arm, places, samples, folder),
-        )
-        process_s += len(arm) * (alone["start_s"] + alone["run_s"])
-        warm_s += len(arm) * warm["run_s"] + (warm["start_s"] if not told["warm_peft"] else 0.0)
-        told["process_per_run"].append({"arm": arm[0].arm, "runs": len(arm), **alone})
-        told["warm_peft"].append({"arm": arm[0].arm, "runs": len(arm), **warm})
-    return {
-        **told,
+        "process_per_run": alone_by_arm,
+        "warm_peft": warm_by_arm,
         "process_per_run_s": process_s,
         "warm_peft_s": warm_s,
         "vs_process_per_run": process_s / ours_s,
@@ -117,23 +114,22 @@ def compare(
 
 
 def _check_done(points: Sequence[Point], store: RunStore) -> None:
-    """Raise if a run failed, or diverged: it would have ended early, and the baselines are reckoned
+    """Raise if a run failed, or diverged: it would have ended early, and the baselines are computed
     at full length."""
     states = {p.id: store.state(p.id) for p in points}
-    if set(states.values()) != {"done"}:
-        raise RuntimeError(
-            f"runs that are not done: { ({i: s for i, s in states.items() if s != 'done'}) }"
-        )
+    rest = {i: s for i, s in states.items() if s != "done"}
+    if rest:
+        raise RuntimeError(f"runs that are not done: {rest}")
 
 
 def flops_over_peak(points: Sequence[Point], wall_s: float, peak: float) -> float:
     """Return the arithmetic of the runs (updates and evaluations, by the study's formula: the
-    unembedding at every token, though only loss-bearing places need it) over wall time and the
+    unembedding at every token, though only loss-bearing positions need it) over wall time and the
     measured peak."""
     return sum(run_flops(p.spec) for p in points) / wall_s / peak
 
 
-def whole_sweep(places: dict[str, Any], peak: float, log: Log) -> dict[str, Any]:
+def whole_sweep(values: dict[str, Any], peak: float, log: Log) -> dict[str, Any]:
     """Run the whole tiny lr_ratio sweep by its command, process start included."""
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "runs"
@@ -143,29 +139,34 @@ def whole_sweep(places: dict[str, Any], peak: float, log: Log) -> dict[str, Any]
         request = compose_request(["+sweep=lr_ratio", "scale=tiny", f"exec.runs_dir={runs}"])
         points = all_points(request, RunStore(runs))
         _check_done(points, RunStore(runs))
-        told = compare(points, ours_s, places, folder, 2)
-    told["flops_over_gemm_peak"] = flops_over_peak(points, ours_s, peak)
+        found = compare(points, ours_s, values, folder, 2)
+    found["flops_over_gemm_peak"] = flops_over_peak(points, ours_s, peak)
     log(
-        f"tiny sweep, {len(points)} runs: {ours_s:.0f} s; one process a run {told['process_per_run_s']:.0f} s, warm "
-        f"PEFT loop {told['warm_peft_s']:.0f} s; {told['flops_over_gemm_peak']:.2f} of the matrix-multiply peak"
+        f"tiny sweep, {len(points)} runs: {ours_s:.0f} s; one process a run "
+        f"{found['process_per_run_s']:.0f} s, warm PEFT loop {found['warm_peft_s']:.0f} s; "
+        f"{found['flops_over_gemm_peak']:.2f} of the matrix-multiply peak"
     )
-    return told
+    return found
+
+
+def _with_few_test_rows(point: Point) -> Point:
+    few = dataclasses.replace(point.spec.dataset, n_test=32, n_test_curve=4)
+    spec = dataclasses.replace(point.spec, dataset=few)
+    return Point(point.arm, spec, run_id(spec))
 
 
 def lora_grid(
-    grid: Grid, places: dict[str, Any], start_s: float, peak: float, log: Log
+    grid: Grid, values: dict[str, Any], start_s: float, peak: float, log: Log
 ) -> dict[str, Any]:
     """Plan and train a grid from an empty store. `start_s` is the command's own start,
     which is added, as this calls its inside."""
     scale, batch_size, steps = grid
     overrides = [*LORA_GRID, *at(scale), f"batch_size={batch_size}", f"steps={steps}"]
     with tempfile.TemporaryDirectory() as folder:
-        exec_ = Exec(**{**places, "runs_dir": f"{folder}/runs"})
-        few = {} if scale == "tiny" else {"n_test": 32, "n_test_curve": 4}
-        points = []
-        for p in compose_request(overrides).points:
-            spec = dataclasses.replace(p.spec, dataset=dataclasses.replace(p.spec.dataset, **few))
-            points.append(Point(p.arm, spec, run_id(spec)))
+        exec_ = Exec(**{**values, "runs_dir": f"{folder}/runs"})
+        points = compose_request(overrides).points
+        if scale != "tiny":
+            points = [_with_few_test_rows(p) for p in points]
         store = RunStore(exec_.runs_dir)
         store.prepare()
         started = time.perf_counter()
@@ -173,8 +174,8 @@ def lora_grid(
         run_points(points, store, exec_, lambda event: None)
         ours_s = time.perf_counter() - started + start_s
         _check_done(points, store)
-        told = compare(points, ours_s, places, folder, 2)
-    told |= {
+        found = compare(points, ours_s, values, folder, 2)
+    found |= {
         "scale": scale,
         "model": points[0].spec.model.name,
         "batch_size": batch_size,
@@ -183,8 +184,9 @@ def lora_grid(
         "flops_over_gemm_peak": flops_over_peak(points, ours_s, peak),
     }
     log(
-        f"16 LoRA runs at {scale}, batch {batch_size}: {ours_s:.0f} s in packs of {told['pack']}; "
-        f"{told['vs_process_per_run']:.1f} times faster than one process a run, {told['vs_warm_peft']:.2f} times "
-        f"faster than a warm PEFT loop; {told['flops_over_gemm_peak']:.2f} of the matrix-multiply peak"
+        f"16 LoRA runs at {scale}, batch {batch_size}: {ours_s:.0f} s in packs of {found['pack']}; "
+        f"{found['vs_process_per_run']:.1f} times faster than one process a run, "
+        f"{found['vs_warm_peft']:.2f} times faster than a warm PEFT loop; "
+        f"{found['flops_over_gemm_peak']:.2f} of the matrix-multiply peak"
     )
-    return told
+    return found

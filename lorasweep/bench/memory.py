@@ -30,29 +30,28 @@ STEPS = 3
 def measure(
     models_dirs: list[str], data_dirs: list[str], log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Return peak resident memory in bytes by case, `idle_bytes` of it before anything was loaded."""
+    """Return peak resident memory by case, in bytes.
+
+    `idle_bytes` is what the process took before anything was loaded.
+    """
     cases = []
     for scale, batch in CASES:
         for method in ("fullft", "lora"):
-            told = json.loads(in_process(scale, method, batch, 1, models_dirs, data_dirs))
-            cases.append(told)
-            log(
-                f"{told['model']}, {method}, batch {batch}: peak {told['peak_bytes'] / 2**20:,.0f} MiB, planned "
-                f"{told['planned_bytes'] / 2**20:,.0f}"
-            )
+            case = json.loads(in_process(scale, method, batch, 1, models_dirs, data_dirs))
+            cases.append(case)
+            peak, planned = (f"{case[k] / 2**20:,.0f}" for k in ("peak_bytes", "planned_bytes"))
+            log(f"{case['model']}, {method}, batch {batch}: peak {peak} MiB, planned {planned}")
     return {"cases": cases}
 
 
 def in_process(
     scale: str, method: str, batch: int, count: int, models_dirs: list[str], data_dirs: list[str]
 ) -> str:
-    """Train a pack in a fresh process on one thread, and return what it tells, as JSON."""
-    asked = json.dumps([scale, method, batch, count, models_dirs, data_dirs])
-    command, one = (
-        [sys.executable, "-m", "lorasweep.bench.memory", asked],
-        {**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=one)
+    """Train a pack in a fresh process on one thread, and return what it prints: JSON."""
+    arguments = json.dumps([scale, method, batch, count, models_dirs, data_dirs])
+    command = [sys.executable, "-m", "lorasweep.bench.memory", arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=env)
     return done.stdout.splitlines()[-1]
 
 

@@ -1,4 +1,4 @@
-"""What the harness itself costs: planning and status of 10,000 runs, and 1,000 runs of a trainer
+"""The time of the harness itself: planning and status of 10,000 runs, and 1,000 runs of a trainer
 that does nothing."""
 
 import json
@@ -41,7 +41,7 @@ FINAL = {
 
 
 def command(*arguments: str, runs_dir: Path) -> tuple[float, dict[str, Any]]:
-    """Run the command line; return its wall seconds, process start included, and its JSON answer."""
+    """Run the command line; return its seconds, process start included, and its JSON answer."""
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "lorasweep", *arguments, "format=json"],
@@ -71,7 +71,7 @@ def start_s() -> float:
 
 
 def measure(log: Any) -> dict[str, float]:
-    """Return plan_10k_s, status_10k_s (beyond the same command on a single run) and noop_run_s."""
+    """Return plan_10k_s, noop_run_s, and status_10k_s beyond the same command on one run."""
     with tempfile.TemporaryDirectory() as folder:
         empty, full = Path(folder) / "empty", Path(folder) / "full"
         plan_s = min(command(*GRID, "action=plan", runs_dir=empty)[0] for _ in range(3))
@@ -101,7 +101,7 @@ def measure(log: Any) -> dict[str, float]:
 
 
 def _finished(store: RunStore, spec: RunSpec) -> None:
-    """Put a finished run into the store as it is after training, without its 9 ms of durability."""
+    """Put a finished run into the store as it is after training, without the syncs to disk."""
     folder = store.folder(run_id(spec))
     (folder / "attempts" / "1").mkdir(parents=True)
     (folder / "spec.json").write_text(canonical(spec))

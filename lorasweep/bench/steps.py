@@ -1,5 +1,5 @@
-"""Seconds a step by pack size and batch, the machine's matrix-multiply peak, and what a step's time
-goes into."""
+"""Seconds a step by pack size and batch, the machine's peak of matrix products, and the shares of a
+step's time."""
 
 import dataclasses
 import statistics
@@ -19,6 +19,7 @@ from lorasweep.models import load as models
 from lorasweep.plan import detect
 from lorasweep.plan.flops import train_flops
 from lorasweep.plan.packing import micro_batch
+from lorasweep.spec.method import Method
 from lorasweep.spec.run import RunSpec
 from lorasweep.train import pretrain
 from lorasweep.train.loop import train
@@ -74,15 +75,17 @@ class Bench:
         self.base = models.load(spec.model, models_dirs, spec.precision)
         self.rows = data.load(few, data_dirs, self.base.tokenizer)
 
-    def pack(self, method: Any, batch_size: int, count: int) -> list[RunSpec]:
+    def pack(self, method: Method, batch_size: int, count: int) -> list[RunSpec]:
         """Make `count` runs at rates too small to move anything."""
         spec = dataclasses.replace(self.spec, method=method, batch_size=batch_size)
         return [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(count)]
 
-    def step_s(self, method: Any, batch_size: int, count: int) -> float:
-        """Return the median seconds a step and member, of a second training on the same rows: the
-        first one takes the memory that the largest batch needs, at a cost that would fall on
-        whichever method comes first."""
+    def step_s(self, method: Method, batch_size: int, count: int) -> float:
+        """Return the median seconds a step and member.
+
+        They are those of a second training on the same rows: the first one also takes memory from
+        the system, and that time would be added to the method that comes first.
+        """
         pack = self.pack(method, batch_size, count)
         self._times(pack)
         return statistics.median(self._times(pack))
@@ -92,30 +95,31 @@ class Bench:
         events = train(pack, self.base, self.rows, micro)
         return [next(iter(e.records.values()))["step_s"] for e in events]
 
-    def in_turns(self, methods: Sequence[Any], batch_size: int) -> list[list[float]]:
-        """Return each method's median seconds a step by turn; the methods train one after the other
-        in every turn, on the same rows, after a turn that does not count."""
+    def in_turns(self, methods: Sequence[Method], batch_size: int) -> list[list[float]]:
+        """Return each method's median seconds a step by turn.
+
+        In every turn the methods train one after the other on the same rows; a first turn does not
+        count.
+        """
         packs = [self.pack(method, batch_size, 1) for method in methods]
         turns = [
             [statistics.median(self._times(pack)) for pack in packs] for _ in range(TURNS + 1)
         ][1:]
         return [list(times) for times in zip(*turns)]
 
-    def profile(self, method: Any, batch_size: int) -> dict[str, float]:
+    def profile(self, method: Method, batch_size: int) -> dict[str, float]:
         """Return the share of one step's time by kind of operation."""
         from torch.profiler import ProfilerActivity, profile
 
         pack = self.pack(method, batch_size, 1)
         micro = micro_batch(pack[0], 1, detect.this_machine())
         events = train(pack, self.base, self.rows, micro)
-        for _ in range(
-            4
-        ):  # the fifth update is followed by no evaluation but the last one's single row
+        for _ in range(4):  # the only evaluation after the fifth update is the last, of one row
             next(events)
-        with profile(activities=[ProfilerActivity.CPU]) as told:
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
             next(events)
         shares: Counter[str] = Counter()
-        for row in told.key_averages():
+        for row in profiled.key_averages():
             name = row.key.lower()
             kind = next(
                 (what for part, what in KINDS if part in name),
@@ -139,33 +143,36 @@ def measure(
         bench = Bench(scale, models_dirs, data_dirs)
         name, ratios = bench.spec.model.name, {}
         for batch in batches:
-            full, alone = bench.in_turns((FullFT(), LoRA(rank=RANK)), batch)
-            whole = statistics.median(full)
-            rows.append(
-                {"model": name, "method": "fullft", "batch_size": batch, "pack": 1, "step_s": whole}
-            )
-            for n in sizes:
-                step = (
-                    statistics.median(alone) if n == 1 else bench.step_s(LoRA(rank=RANK), batch, n)
-                )
-                rows.append(
-                    {
-                        "model": name,
-                        "method": "lora",
-                        "batch_size": batch,
-                        "pack": n,
-                        "step_s": step,
-                    }
-                )
+            timed, ratios[str(batch)] = _at_batch(bench, batch, sizes)
+            rows += timed
+            full = timed[0]["step_s"] * 1e3
+            for row in timed[1:]:
                 log(
-                    f"{name}, batch {batch}: a LoRA step in a pack of {n} {step * 1e3:.1f} ms a run, full fine-tuning "
-                    f"{whole * 1e3:.1f} ms"
+                    f"{name}, batch {batch}: a LoRA step in a pack of {row['pack']} "
+                    f"{row['step_s'] * 1e3:.1f} ms a run, full fine-tuning {full:.1f} ms"
                 )
-            mine = {r["pack"]: r["step_s"] / whole for r in rows[-len(sizes) :]}
-            mine[1] = statistics.median(a / b for a, b in zip(alone, full))
-            ratios[str(batch)] = {"n1": mine[1], "best": min(mine.values())}
         one = dataclasses.replace(bench.spec, steps=1)
         lora, full = (train_flops(dataclasses.replace(one, method=m)) for m in METHODS)
         out["lora_over_fullft"][name] = {"formula": lora / full, "by_batch": ratios}
         out["profile"][name] = {m.name: bench.profile(m, batches[-1]) for m in METHODS}
     return out
+
+
+def _at_batch(
+    bench: Bench, batch: int, sizes: Sequence[int]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Return the rows of one batch size, full fine-tuning's first, and LoRA's time over it: of one
+    run alone (n1), and of the best pack size."""
+    lora, fullft = METHODS
+    full, alone = bench.in_turns((fullft, lora), batch)
+    step_s = {("fullft", 1): statistics.median(full)}
+    for n in sizes:
+        step_s["lora", n] = statistics.median(alone) if n == 1 else bench.step_s(lora, batch, n)
+    model = bench.spec.model.name
+    rows = [
+        {"model": model, "method": method, "batch_size": batch, "pack": n, "step_s": seconds}
+        for (method, n), seconds in step_s.items()
+    ]
+    ratio = {n: step_s["lora", n] / step_s["fullft", 1] for n in sizes}
+    ratio[1] = statistics.median(a / b for a, b in zip(alone, full))
+    return rows, {"n1": ratio[1], "best": min(ratio.values())}
