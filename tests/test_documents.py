@@ -46,10 +46,11 @@ def test_the_calibrations_pages_are_made_from_its_figures():
 
     from analysis.validation import calibration_page as page
 
-    told = json.loads((page.FOLDER / "calibration.json").read_text())
+    folder = ROOT / "analysis/results/calibration"
+    told = json.loads((folder / "calibration.json").read_text())
     text = (ROOT / "README.md").read_text()
-    assert page.with_block(text, told) == text
-    assert (page.FOLDER / "README.md").read_text() == page.render(told)
+    assert page.readme(text, told) == text
+    assert (folder / "README.md").read_text() == page.render(told)
     assert min(r["cases"] for r in told["coverage"]) >= 2000
 
 
@@ -58,7 +59,8 @@ def test_the_benchmarks_pages_are_made_from_its_figures():
 
     from analysis.validation import bench
 
-    told = json.loads((bench.FOLDER / "bench.json").read_text())
+    folder = ROOT / "analysis/results/bench"
+    told = json.loads((folder / "bench.json").read_text())
     wanted = {
         "sweep_vs_process_per_run",
         "pack_vs_warm_peft",
@@ -71,5 +73,5 @@ def test_the_benchmarks_pages_are_made_from_its_figures():
     }
     assert wanted <= told.keys() and all(told[k] for k in wanted)
     text = (ROOT / "README.md").read_text()
-    assert bench.with_block(text, told) == text
-    assert (bench.FOLDER / "README.md").read_text() == bench.render(told)
+    assert bench.readme(text, told) == text
+    assert (folder / "README.md").read_text() == bench.render(told)

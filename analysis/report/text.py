@@ -18,6 +18,16 @@ def markdown(rows: Rows) -> list[str]:
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
+def with_block(text: str, begin: str, end: str, lines: Sequence[str]) -> str:
+    """Return a page with the lines between two marks made anew.
+
+    Raises:
+        ValueError: the page lacks a mark.
+    """
+    head, tail = text[: text.index(begin)], text[text.index(end) :]
+    return "\n".join([head + begin, *lines, tail])
+
+
 def plain(value: Any) -> Any:
     """Return a table's value as JSON knows it; missing is None."""
     if value is None or value != value:

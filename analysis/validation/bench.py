@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from analysis.report import plots
+from analysis.report.text import markdown, with_block
 
-FOLDER = Path(__file__).resolve().parents[1] / "results" / "bench"
+Bench = dict[str, Any]
+"""bench.json: what was measured, by part."""
 BEGIN, END = (
     "<!-- bench: made by `python -m analysis.validation.bench` -->",
     "<!-- end of bench -->",
 )
 
 
-def _grids(told: dict[str, Any]) -> list[dict[str, Any]]:
-    tiny = told["parts"]["tiny"]
+def _grids(bench: Bench) -> list[dict[str, Any]]:
+    tiny = bench["parts"]["tiny"]
     whole = {
         "what": "the whole tiny sweep, FullFT and LoRA r4, r16",
         "precision": tiny["precision"],
@@ -27,136 +29,122 @@ def _grids(told: dict[str, Any]) -> list[dict[str, Any]]:
     grids = [
         {
             "what": f"16 LoRA r16 on {g['model']}, batch {g['batch_size']}, {g['steps']} steps",
-            "precision": told["parts"][g["scale"]]["precision"],
+            "precision": bench["parts"][g["scale"]]["precision"],
             **g,
         }
         for scale in ("tiny", "small")
-        for g in told["parts"][scale]["grids"]
+        for g in bench["parts"][scale]["grids"]
     ]
     return [whole, *grids]
 
 
-def summary(told: dict[str, Any]) -> str:
+def summary(bench: Bench) -> list[str]:
     """Return the table of whole grids as Markdown: wall time against both baselines."""
+    head = "grid|lorasweep|one process a run (TRL + PEFT)|warm PEFT loop|pack|of the GEMM peak"
     rows = [
-        "| grid | lorasweep | one process a run (TRL + PEFT) | warm PEFT loop | pack | of the GEMM peak |",
-        "|---|---|---|---|---|---|",
+        [
+            g["what"],
+            f"{g['lorasweep_s']:.0f} s",
+            f"{g['process_per_run_s']:.0f} s: **{g['vs_process_per_run']:.1f}x**",
+            f"{g['warm_peft_s']:.0f} s: **{g['vs_warm_peft']:.1f}x**",
+            str(g.get("pack", "-")),
+            f"{g['flops_over_gemm_peak']:.2f} ({g['precision']})",
+        ]
+        for g in _grids(bench)
     ]
-    for g in _grids(told):
-        rows.append(
-            f"| {g['what']} | {g['lorasweep_s']:.0f} s "
-            f"| {g['process_per_run_s']:.0f} s: **{g['vs_process_per_run']:.1f}x** "
-            f"| {g['warm_peft_s']:.0f} s: **{g['vs_warm_peft']:.1f}x** | {g.get('pack', '-')} "
-            f"| {g['flops_over_gemm_peak']:.2f} ({g['precision']}) |"
-        )
-    return "\n".join(rows)
+    return markdown([head.split("|"), *rows])
 
 
-def steps_table(told: dict[str, Any]) -> str:
-    """Return seconds a step and run by batch and pack size, and LoRA's share of full fine-tuning's."""
-    rows = told["parts"]["steps"]["steps"]
+def steps_table(bench: Bench) -> list[str]:
+    """Return milliseconds a step and run by batch and pack size, and LoRA's share of full
+    fine-tuning's, as a Markdown table."""
+    rows = bench["parts"]["steps"]["steps"]
     sizes = sorted({r["pack"] for r in rows})
-    head = "".join(f" LoRA r16, {n} in a pack |" for n in sizes)
-    out = [f"| model, batch | FullFT |{head} alone / FullFT | best / FullFT | formula |"]
-    out.append("|---" * (len(sizes) + 5) + "|")
-    ratios = told["parts"]["steps"]["lora_over_fullft"]
+    packs = [f"LoRA r16, {n} in a pack" for n in sizes]
+    out = [["model, batch", "FullFT", *packs, "alone / FullFT", "best / FullFT", "formula"]]
+    ratios = bench["parts"]["steps"]["lora_over_fullft"]
     for model, batch in dict.fromkeys((r["model"], r["batch_size"]) for r in rows):
         here = [r for r in rows if (r["model"], r["batch_size"]) == (model, batch)]
-        mine = {(r["method"], r["pack"]): r["step_s"] for r in here}
-        cells = "".join(
-            f" {mine['lora', n] * 1e3:.1f} |" if ("lora", n) in mine else " - |" for n in sizes
-        )
+        ms = {(r["method"], r["pack"]): f"{r['step_s'] * 1e3:.1f}" for r in here}
         share = ratios[model]["by_batch"][str(batch)]
-        shares = f"{share['n1']:.2f} | {share['best']:.2f} | {ratios[model]['formula']:.2f}"
-        out.append(f"| {model}, {batch} | {mine['fullft', 1] * 1e3:.1f} |{cells} {shares} |")
-    return "\n".join(out)
+        shares = (share["n1"], share["best"], ratios[model]["formula"])
+        cells = [ms.get(("lora", n), "-") for n in sizes]
+        out.append([f"{model}, {batch}", ms["fullft", 1], *cells, *(f"{v:.2f}" for v in shares)])
+    return markdown(out)
 
 
-def _parts(told: dict[str, Any]) -> list[str]:
-    """Where a baseline's seconds go, start-up and steps apart."""
-    out = ["| grid, arm | start and load | updates | held-out loss |", "|---|---|---|---|"]
-    for g in _grids(told):
+def _parts(bench: Bench) -> list[str]:
+    """Return where a baseline's seconds go, start-up and steps apart."""
+    out = [["grid, arm", "start and load", "updates", "held-out loss"]]
+    for g in _grids(bench):
         for kind, name in (("process_per_run", "TRL, a process"), ("warm_peft", "PEFT loop, warm")):
             for a in g[kind]:
-                seconds = " | ".join(f"{a[k]:.1f} s" for k in ("start_s", "train_s", "eval_s"))
-                out.append(f"| {g['what']}: {a['arm']}, {name} | {seconds} |")
-    return out
+                seconds = [f"{a[k]:.1f} s" for k in ("start_s", "train_s", "eval_s")]
+                out.append([f"{g['what']}: {a['arm']}, {name}", *seconds])
+    return markdown(out)
 
 
-def _memory(told: dict[str, Any]) -> list[str]:
-    """LoRA's peak memory beside full fine-tuning's."""
-    out = [
-        "| model, batch | FullFT | LoRA r16 | idle | LoRA / FullFT, without idle | planned FullFT, LoRA |",
-        "|---" * 6 + "|",
-    ]
-    cases = told["parts"]["memory"]["cases"]
-    for model, batch in dict.fromkeys((c["model"], c["batch_size"]) for c in cases):
-        full, lora = (
-            next(
-                c for c in cases if (c["model"], c["batch_size"], c["method"]) == (model, batch, m)
-            )
-            for m in ("fullft", "lora")
-        )
-        share = (lora["peak_bytes"] - lora["idle_bytes"]) / (
-            full["peak_bytes"] - full["idle_bytes"]
-        )
-        mib = [
-            f"{v / 2**20:,.0f} MiB"
-            for v in (
-                full["peak_bytes"],
-                lora["peak_bytes"],
-                full["idle_bytes"],
-                full["planned_bytes"],
-                lora["planned_bytes"],
-            )
-        ]
-        name = f"{model}, {batch} ({full['precision']})"
-        out.append(
-            f"| {name} | {mib[0]} | {mib[1]} | {mib[2]} | {share:.2f} | {mib[3]}, {mib[4]} |"
-        )
-    return out
+def _memory(bench: Bench) -> list[str]:
+    """Return peak memory of LoRA and full fine-tuning."""
+    head = "model, batch|FullFT|LoRA r16|idle|LoRA / FullFT, without idle|planned FullFT, LoRA"
+    out = [head.split("|")]
+    cases = {
+        (c["model"], c["batch_size"], c["method"]): c for c in bench["parts"]["memory"]["cases"]
+    }
+    for model, batch in dict.fromkeys(key[:2] for key in cases):
+        full, lora = cases[model, batch, "fullft"], cases[model, batch, "lora"]
+        above_idle = [c["peak_bytes"] - c["idle_bytes"] for c in (lora, full)]
+        planned = ", ".join(_mib(c["planned_bytes"]) for c in (full, lora))
+        peaks = [_mib(v) for v in (full["peak_bytes"], lora["peak_bytes"], full["idle_bytes"])]
+        share = f"{above_idle[0] / above_idle[1]:.2f}"
+        out.append([f"{model}, {batch} ({full['precision']})", *peaks, share, planned])
+    return markdown(out)
 
 
-def render(told: dict[str, Any]) -> str:
+def _mib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:,.0f} MiB"
+
+
+def render(bench: Bench) -> str:
     """Return the whole page."""
-    here = told["machine"]
+    here = bench["machine"]
     lines = [
         "# Benchmark",
         "",
-        f"{here['cores']} cores, {here['processor']}, GPUs: {', '.join(here['gpus']) or 'none'}; torch "
-        f"{here['packages'].get('torch')}, Python {here['python']}. Made by `make bench`, all on one machine. "
-        "The baselines train a sample of the runs of each arm and are reckoned up; lorasweep trains all of them, and "
-        "its start, calibration and loading count.",
+        f"{here['cores']} cores, {here['processor']}, GPUs: {', '.join(here['gpus']) or 'none'}; "
+        f"torch {here['packages'].get('torch')}, Python {here['python']}. Made by `make bench`, "
+        "all on one machine. The baselines train a sample of the runs of each arm, scaled up to "
+        "all; lorasweep trains all of them, and its start, calibration and loading count.",
         "",
         "## Whole grids",
         "",
-        summary(told),
+        *summary(bench),
         "",
         "Where the baselines' time goes, a run (start once a process):",
         "",
-        *_parts(told),
+        *_parts(bench),
         "",
         "## Milliseconds a step and run",
         "",
         "One thread, as a worker has.",
         "",
-        steps_table(told),
+        *steps_table(bench),
         "",
         "![packing](packing.png)",
         "",
         "## Peak memory",
         "",
-        "Resident, of a process of its own on one thread; idle: Python and its libraries alone. Planned is what `action=plan` "
-        "reckons with.",
+        "Resident, of a process of its own on one thread; idle: Python and its libraries alone. "
+        "Planned is the estimate of `action=plan`.",
         "",
-        *_memory(told),
+        *_memory(bench),
         "",
         "## What a step's time goes into",
         "",
         "By the profiler, batch as in the last row of each model above.",
         "",
     ]
-    for model, methods in told["parts"]["steps"]["profile"].items():
+    for model, methods in bench["parts"]["steps"]["profile"].items():
         for method, shares in methods.items():
             lines.append(
                 f"- {model}, {method}: "
@@ -166,27 +154,28 @@ def render(told: dict[str, Any]) -> str:
         "",
         "## The harness itself",
         "",
-        f"- planning 10,000 runs: {told['plan_10k_s']:.2f} s, process start included",
-        f"- status of 10,000 finished runs: {told['status_10k_s']:.2f} s beyond start-up",
-        f"- a run of a trainer that does nothing: {told['noop_run_s'] * 1e3:.1f} ms",
+        f"- planning 10,000 runs: {bench['plan_10k_s']:.2f} s, process start included",
+        f"- status of 10,000 finished runs: {bench['status_10k_s']:.2f} s beyond start-up",
+        f"- a run of a trainer that does nothing: {bench['noop_run_s'] * 1e3:.1f} ms",
         "",
     ]
     return "\n".join(lines)
 
 
+def readme(text: str, bench: Bench) -> str:
+    """Return the project's README with its block made anew."""
+    return with_block(text, BEGIN, END, summary(bench))
+
+
 def main() -> None:
-    """Write README.md and packing.png beside bench.json, and the block in the project's README."""
-    told = json.loads((FOLDER / "bench.json").read_text())
-    (FOLDER / "README.md").write_text(render(told))
-    plots.packing(told["parts"]["steps"]["steps"], FOLDER / "packing.png")
-    readme = Path(__file__).resolve().parents[2] / "README.md"
-    readme.write_text(with_block(readme.read_text(), told))
-
-
-def with_block(text: str, told: dict[str, Any]) -> str:
-    """Return the README's text with its benchmark block made anew."""
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return f"{text[:start]}\n{summary(told)}\n{text[end:]}"
+    """Write README.md and packing.png next to bench.json, and the block in the project's README."""
+    project = Path(__file__).resolve().parents[2]
+    folder = project / "analysis" / "results" / "bench"
+    bench = json.loads((folder / "bench.json").read_text())
+    (folder / "README.md").write_text(render(bench))
+    plots.packing(bench["parts"]["steps"]["steps"], folder / "packing.png")
+    front = project / "README.md"
+    front.write_text(readme(front.read_text(), bench))
 
 
 if __name__ == "__main__":

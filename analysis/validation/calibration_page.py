@@ -15,7 +15,8 @@ import numpy as np
 
 from analysis.inference.estimate import number
 from analysis.report import plots
-from analysis.validation.calibration import FOLDER, MARGIN
+from analysis.report.text import markdown, with_block
+from analysis.validation.calibration import MARGIN
 from analysis.validation.generators import HELD_OUT, INSIDE
 
 BEGIN, END = (
@@ -25,6 +26,10 @@ BEGIN, END = (
 FINE = 2.0
 """Spacing, as a factor, up to which the study's targets for coverage hold."""
 Row = dict[str, Any]
+"""One cell of the study."""
+Study = dict[str, Any]
+"""calibration.json: lists of cells by what was planted, and how long it took."""
+HEAD = ["asked", "target", "measured", "met"]
 
 
 def _mean(rows: Sequence[Row], key: str, weight: str | None = None) -> float:
@@ -39,8 +44,8 @@ def _percent(value: float, digits: int = 1) -> str:
     return "-" if value != value else f"{100 * value:.{digits}f}%"
 
 
-def _fine(told: dict[str, Any]) -> list[Row]:
-    return [r for r in told["coverage"] if r["factor"] <= FINE]
+def _fine(study: Study) -> list[Row]:
+    return [r for r in study["coverage"] if r["factor"] <= FINE]
 
 
 def _by(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -50,226 +55,189 @@ def _by(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
     return out
 
 
-def targets(told: dict[str, Any]) -> list[list[str]]:
-    """Compare what was asked of the analysis with what the study measured: rows of name, target,
-    measured, met."""
-    fine, families = _fine(told), _by(_fine(told), lambda r: r["family"])
-    rate, ratio = _mean(fine, "coverage"), _mean(fine, "ratio_coverage")
-    worst = min((_mean(rows, "coverage"), f) for f, rows in families.items())
-    worst_ratio = min((_mean(rows, "ratio_coverage"), f) for f, rows in families.items())
-    errors = [
-        r["error"]
-        for r in fine
-        if (r["rates"], r["factor"], r["seeds"], r["fresh"]) == (7, 2.0, 2, 0) and r["error"]
-    ]
-    right = min(
-        (_mean(rows, "right"), where)
-        for where, rows in _by(told["flags"], lambda r: r["where"]).items()
-    )
-    edge = [r for r in told["verdicts"] if r["ratio"] in MARGIN]
-    true = [r for r in told["verdicts"] if r["ratio"] == 10.0]
-    rows = [
-        (
-            "intervals of best_lr hold the truth, on average",
-            "94 to 97%",
-            _percent(rate),
-            0.94 <= rate <= 0.97,
-        ),
-        (
-            "... in the worst family",
-            "at least 93%",
-            f"{_percent(worst[0])} ({worst[1]})",
-            worst[0] >= 0.93,
-        ),
-        (
-            "intervals of the ratio hold the truth, on average",
-            "94 to 97%",
-            _percent(ratio),
-            0.94 <= ratio <= 0.97,
-        ),
-        (
-            "... in the worst family",
-            "at least 93%",
-            f"{_percent(worst_ratio[0])} ({worst_ratio[1]})",
-            worst_ratio[0] >= 0.93,
-        ),
-        (
-            "median error of best_lr, 7 rates a factor 2 apart, 2 seeds",
-            "below 1.1x",
-            f"{number(float(np.median(errors)))}x, at most {number(max(errors))}x in a cell",
-            float(np.median(errors)) < 1.1,
-        ),
-        (
+def targets(study: Study) -> list[list[str]]:
+    """Compare what was asked of the analysis with what the study measured.
+
+    Returns rows of name, target, measured, met; the head first.
+    """
+    rows = [HEAD, *_coverage_targets(study, "best_lr", "coverage")]
+    rows += [*_coverage_targets(study, "the ratio", "ratio_coverage"), _error_target(study)]
+    places = _by(study["flags"], lambda r: r["where"]).items()
+    right = min((_mean(cells, "right"), where) for where, cells in places)
+    edge = [r for r in study["verdicts"] if r["ratio"] in MARGIN]
+    most = max(r["supported"] for r in edge)
+    open_ = _mean([r for r in study["verdicts"] if r["ratio"] == 10.0], "undecided")
+    rows += [
+        [
             "flags of edge and divergence right, worst place",
             "at least 99%",
             f"{_percent(right[0])} ({right[1]})",
-            right[0] >= 0.99,
-        ),
-        (
+            _met(right[0] >= 0.99),
+        ],
+        [
             "a false claim, at the margin's edge, called SUPPORTED",
             "at most 2.5%",
-            f"{_percent(_mean(edge, 'supported'))}, at most {_percent(max(r['supported'] for r in edge))} in a cell",
-            _mean(edge, "supported") <= 0.025,
-        ),
-        (
+            f"{_percent(_mean(edge, 'supported'))}, at most {_percent(most)} in a cell",
+            _met(_mean(edge, "supported") <= 0.025),
+        ],
+        [
             "a true, well measured claim left UNDECIDED",
             "at most 20%",
-            _percent(_mean(true, "undecided")),
-            _mean(true, "undecided") <= 0.2,
-        ),
+            _percent(open_),
+            _met(open_ <= 0.2),
+        ],
     ]
+    return rows
+
+
+def _coverage_targets(study: Study, of: str, key: str) -> list[list[str]]:
+    mean = _mean(_fine(study), key)
+    families = _by(_fine(study), lambda r: r["family"]).items()
+    worst = min((_mean(cells, key), family) for family, cells in families)
+    met = "no: cautious" if mean > 0.97 else _met(mean >= 0.94)
     return [
-        [name, target, measured, _met(name, met, rate, ratio)]
-        for name, target, measured, met in rows
+        [f"intervals of {of} hold the truth, on average", "94 to 97%", _percent(mean), met],
+        [
+            "... in the worst family",
+            "at least 93%",
+            f"{_percent(worst[0])} ({worst[1]})",
+            _met(worst[0] >= 0.93),
+        ],
     ]
 
 
-def _met(name: str, met: bool, rate: float, ratio: float) -> str:
-    if met:
-        return "yes"
-    value = ratio if "ratio" in name else rate
-    return "no: cautious" if "average" in name and value > 0.97 else "**no**"
+def _error_target(study: Study) -> list[str]:
+    design = (7, 2.0, 2, 0)
+    cells = [r for r in _fine(study) if (r["rates"], r["factor"], r["seeds"], r["fresh"]) == design]
+    errors = [r["error"] for r in cells if r["error"]]
+    middle = float(np.median(errors))
+    return [
+        "median error of best_lr, 7 rates a factor 2 apart, 2 seeds",
+        "below 1.1x",
+        f"{number(middle)}x, at most {number(max(errors))}x in a cell",
+        _met(middle < 1.1),
+    ]
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Write rows as a Markdown table, the first one its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""]
+def _met(met: bool) -> str:
+    return "yes" if met else "**no**"
 
 
-HEAD = ["asked", "target", "measured", "met"]
-
-
-def render(told: dict[str, Any]) -> str:
+def render(study: Study) -> str:
     """Write the page."""
-    n_coverage = sum(r["cases"] for r in told["coverage"])
-    least = min(r["cases"] for r in told["coverage"])
+    n_coverage = sum(r["cases"] for r in study["coverage"])
+    least = min(r["cases"] for r in study["coverage"])
+    judged = sum(r["cases"] for r in study["verdicts"])
     out = [
         "# How far the analysis can be trusted",
         "",
-        f"{n_coverage:,} planted curves in {len(told['coverage'])} cells (family x design x noise), at least {least:,} a cell, "
-        f"fitted as real ones are, in sweeps of four curves; {sum(r['cases'] for r in told['verdicts']):,} planted sweeps "
-        "judged. "
-        f"{told['minutes']:.0f} minutes. Families inside the fitted one: {', '.join(INSIDE)}; never looked at when the model's "
-        f"constants were chosen: {', '.join(HELD_OUT)}. Noise of a run 1e-4 to 1e-2 nats, curvature 0.02 to 0.3 nats per unit "
-        "of ln(lr) squared. The truth is the minimum of the generator's expected loss.",
+        f"{n_coverage:,} planted curves in {len(study['coverage'])} cells (family x design x "
+        f"noise), at least {least:,} a cell, fitted as real ones are, in sweeps of four curves; "
+        f"{judged:,} planted sweeps judged. {study['minutes']:.0f} minutes. Families inside the "
+        f"fitted one: {', '.join(INSIDE)}; never looked at when the model's constants were chosen: "
+        f"{', '.join(HELD_OUT)}. Noise of a run 1e-4 to 1e-2 nats, curvature 0.02 to 0.3 nats per "
+        "unit of ln(lr) squared. The truth is the minimum of the generator's expected loss.",
         "",
-        *table([HEAD, *targets(told)]),
+        *markdown(targets(study)),
+        "",
         "![coverage](coverage.png)",
         "",
         "## By family",
         "",
-        f"Spacing of at most {FINE:g}. Coverage: intervals and bounds. Errors are median factors. Beside it, "
-        "on "
-        "the same cases: the best rate of the grid, a parabola through the five rates around it with a bootstrap over seeds, "
-        "and one parabola through all points.",
+        f"Spacing of at most {FINE:g}. Coverage: intervals and bounds. Errors are median factors. "
+        "For comparison, on the same cases: the best rate of the grid (argmin), a parabola through "
+        "the five rates around it with a bootstrap over seeds, and one parabola through all points "
+        "(global).",
         "",
-        *table(_family_rows(told)),
+        *markdown(_family_rows(study)),
+        "",
         "## By design",
         "",
-        *table(_design_rows(told)),
+        *markdown(_design_rows(study)),
+        "",
         "## Verdicts",
         "",
-        f"'The ratio lies in {MARGIN[0]:g} to {MARGIN[1]:g}', one full fine-tuning curve against three ranks, "
-        "one "
-        "seed over the grid and five fresh ones at the three best rates.",
+        f"The claim is 'the ratio lies in {MARGIN[0]:g} to {MARGIN[1]:g}': one full fine-tuning "
+        "curve against three ranks, one seed over the grid and five fresh ones at the three best "
+        "rates.",
         "",
-        *table(_verdict_rows(told)),
+        *markdown(_verdict_rows(study)),
+        "",
         "![verdicts](verdicts.png)",
         "",
         "## Flags",
         "",
-        "Optima 1.5 spacings inside the rates tried must get a value (or end at a rate that breaks down), those "
-        "half a spacing or more outside must be called bounds.",
+        "Optima 1.5 spacings inside the rates tried must get a value (or end at a rate that "
+        "diverged), those half a spacing or more outside must be called bounds.",
         "",
-        *table(_flag_rows(told)),
+        *markdown(_flag_rows(study)),
+        "",
         "## Curvature shared between ranks",
         "",
-        "Four ranks with fewer rates beside two with seven, curvatures within 20%.",
+        "Four ranks with fewer rates and two with seven, curvatures within 20%.",
         "",
-        *table(_sharing_rows(told)),
+        *markdown(_sharing_rows(study)),
+        "",
         "Command: `make calibrate`",
     ]
     return "\n".join(out) + "\n"
 
 
-def _family_rows(told: dict[str, Any]) -> list[list[str]]:
-    rows = [
-        [
-            "family",
-            "coverage",
-            "of values",
-            "of bounds",
-            "with a value",
-            "error",
-            "ratio",
-            "argmin error",
-            "parabola coverage",
-            "parabola error",
-            "global coverage",
-            "global error",
-        ]
-    ]
-    for f, cells in _by(_fine(told), lambda r: r["family"]).items():
+_COVERAGE = ("coverage", "coverage_value", "coverage_bound", "ratio_coverage")
+
+
+def _cell(cells: Sequence[Row], key: str) -> str:
+    """Write the mean of one number over cells."""
+    value = _mean(cells, key)
+    if key == "valued":
+        return _percent(value, 0)
+    return _percent(value) if key.endswith("coverage") or key in _COVERAGE else number(value)
+
+
+def _family_rows(study: Study) -> list[list[str]]:
+    columns = {
+        "coverage": "coverage",
+        "of values": "coverage_value",
+        "of bounds": "coverage_bound",
+        "with a value": "valued",
+        "error": "error",
+        "ratio": "ratio_coverage",
+        "argmin error": "argmin_error",
+        "parabola coverage": "parabola_coverage",
+        "parabola error": "parabola_error",
+        "global coverage": "global_coverage",
+        "global error": "global_error",
+    }
+    rows = [["family", *columns]]
+    for f, cells in _by(_fine(study), lambda r: r["family"]).items():
         mark = " (inside)" if f in INSIDE else " (held out)" if f in HELD_OUT else ""
-        rows.append(
-            [
-                f + mark,
-                _percent(_mean(cells, "coverage")),
-                _percent(_mean(cells, "coverage_value")),
-                _percent(_mean(cells, "coverage_bound")),
-                _percent(_mean(cells, "valued"), 0),
-                number(_mean(cells, "error")),
-                _percent(_mean(cells, "ratio_coverage")),
-                number(_mean(cells, "argmin_error")),
-                _percent(_mean(cells, "parabola_coverage")),
-                number(_mean(cells, "parabola_error")),
-                _percent(_mean(cells, "global_coverage")),
-                number(_mean(cells, "global_error")),
-            ]
-        )
+        rows.append([f + mark, *(_cell(cells, key) for key in columns.values())])
     return rows
 
 
-def _design_rows(told: dict[str, Any]) -> list[list[str]]:
-    rows = [
-        [
-            "rates",
-            "factor",
-            "seeds",
-            "fresh seeds",
-            "noise",
-            "coverage",
-            "worst family",
-            "with a value",
-            "width (high / low)",
-            "error",
-            "ratio",
-        ]
-    ]
-    for key, cells in _by(
-        told["coverage"], lambda r: (r["rates"], r["factor"], r["seeds"], r["fresh"], r["noise"])
-    ).items():
+def _design_rows(study: Study) -> list[list[str]]:
+    design = ("rates", "factor", "seeds", "fresh", "noise")
+    head = "rates|factor|seeds|fresh seeds|noise|coverage|worst family|with a value"
+    rows = [[*head.split("|"), "width (high / low)", "error", "ratio"]]
+    for key, cells in _by(study["coverage"], lambda r: tuple(r[k] for k in design)).items():
         worst = min((r["coverage"], r["family"]) for r in cells if r["coverage"] is not None)
-        width = _mean(cells, "width")
         rows.append(
             [
                 *(f"{v:g}" for v in key),
-                _percent(_mean(cells, "coverage")),
+                _cell(cells, "coverage"),
                 f"{_percent(worst[0])} ({worst[1]})",
-                _percent(_mean(cells, "valued"), 0),
-                number(float(np.exp(width))),
-                number(_mean(cells, "error")),
-                _percent(_mean(cells, "ratio_coverage")),
+                _cell(cells, "valued"),
+                number(float(np.exp(_mean(cells, "width")))),
+                *(_cell(cells, k) for k in ("error", "ratio_coverage")),
             ]
         )
     return rows
 
 
-def _verdict_rows(told: dict[str, Any]) -> list[list[str]]:
+def _verdict_rows(study: Study) -> list[list[str]]:
     rows = [["true ratio", "noise", "SUPPORTED", "REFUTED", "UNDECIDED", "most SUPPORTED (family)"]]
     for (ratio, noise), cells in sorted(
-        _by(told["verdicts"], lambda r: (r["ratio"], r["noise"])).items()
+        _by(study["verdicts"], lambda r: (r["ratio"], r["noise"])).items()
     ):
         most = max((r["supported"], r["family"]) for r in cells)
         rows.append(
@@ -283,57 +251,42 @@ def _verdict_rows(told: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _flag_rows(told: dict[str, Any]) -> list[list[str]]:
-    rows = [["family", "optimum", "said right", "value or bound holds"]]
+def _flag_rows(study: Study) -> list[list[str]]:
+    rows = [["family", "optimum", "flag right", "value or bound holds"]]
     return rows + [
-        [r["family"], r["where"], _percent(r["right"]), _percent(r["holds"])] for r in told["flags"]
+        [r["family"], r["where"], _percent(r["right"]), _percent(r["holds"])]
+        for r in study["flags"]
     ]
 
 
-def _sharing_rows(told: dict[str, Any]) -> list[list[str]]:
-    rows = [
-        [
-            "family",
-            "rates",
-            "factor",
-            "noise",
-            "alone: answers",
-            "coverage",
-            "high / low",
-            "shared: answers",
-            "coverage",
-            "high / low",
-        ]
-    ]
-    for r in told["sharing"]:
+def _sharing_rows(study: Study) -> list[list[str]]:
+    head = "family|rates|factor|noise|alone: answers|coverage|high / low|shared: answers"
+    rows = [[*head.split("|"), "coverage", "high / low"]]
+    for r in study["sharing"]:
         cells = [r["family"], str(r["rates"]), f"{r['factor']:g}", f"{r['noise']:g}"]
-        for kind in ("alone", "shared"):
-            a = r[kind]
-            width = "-" if a["width"] is None else number(float(np.exp(a["width"])))
-            cells += [
-                str(a["answers"]),
-                "-" if a["coverage"] is None else _percent(a["coverage"]),
-                width,
-            ]
+        for fit in (r["alone"], r["shared"]):
+            width = "-" if fit["width"] is None else number(float(np.exp(fit["width"])))
+            coverage = "-" if fit["coverage"] is None else _percent(fit["coverage"])
+            cells += [str(fit["answers"]), coverage, width]
         rows.append(cells)
     return rows
 
 
-def with_block(text: str, told: dict[str, Any]) -> str:
+def readme(text: str, study: Study) -> str:
     """Return the project's README with its block made anew."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n" + "\n".join(table([HEAD, *targets(told)])).rstrip() + f"\n{END}{tail}"
+    return with_block(text, BEGIN, END, markdown(targets(study)))
 
 
 def main() -> None:
     """Write page, figures and the README's block."""
-    told = json.loads((FOLDER / "calibration.json").read_text())
-    (FOLDER / "README.md").write_text(render(told))
-    plots.coverage(_fine(told), FOLDER / "coverage.png")
-    plots.verdict_shares(told["verdicts"], FOLDER / "verdicts.png")
-    path = Path(__file__).resolve().parents[2] / "README.md"
-    path.write_text(with_block(path.read_text(), told))
+    project = Path(__file__).resolve().parents[2]
+    folder = project / "analysis" / "results" / "calibration"
+    study = json.loads((folder / "calibration.json").read_text())
+    (folder / "README.md").write_text(render(study))
+    plots.coverage(_fine(study), folder / "coverage.png")
+    plots.verdict_shares(study["verdicts"], folder / "verdicts.png")
+    front = project / "README.md"
+    front.write_text(readme(front.read_text(), study))
 
 
 if __name__ == "__main__":

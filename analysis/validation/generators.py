@@ -153,7 +153,7 @@ def _measure(
     grows: bool,
     rng: np.random.Generator,
 ) -> LrCurve:
-    """Run one curve's seeds: a seed shifts all its rates alike, by three times the noise of a run."""
+    """Return one curve's runs. A seed shifts all its rates by one amount, three times the noise."""
     spread = design.noise * (np.exp(0.7 * (x - m)) if grows else np.ones(len(x)))
 
     def run(n: int) -> np.ndarray:

@@ -18,11 +18,15 @@ import numpy as np
 from scipy import stats
 
 from analysis.inference.estimate import Estimate, number, rate, with_interval
+from analysis.inference.meta import random_effects
 from analysis.measures.ratio import MIN_RANK
 from analysis.report import commands
+from analysis.report.text import markdown
 from analysis.runs import reading
+from analysis.runs.lr_curves import lr_curves
 
-OUT = Path(__file__).resolve().parents[1] / "results" / "public_evidence.md"
+DRIFT_MARGIN = 0.099
+"""Largest slope of ln(best LR) a doubling of the rank that the claim allows: a factor 2 in 7."""
 RL_NAMES = {"model_id": "model", "lora_rank": "rank", "n_grpo_steps": "steps"}
 RL_BROKEN = 0.2
 """Accuracy at which an RL run counts as broken down: full fine-tuning at its lowest rate, which
@@ -37,17 +41,12 @@ def render(tulu: Path, rl: Path) -> str:
     out = [
         "# What runs published by others decide",
         "",
-        "Two tables that nobody here made, put through `python -m analysis`. One seed each, so no verdict is given; what is",
-        "shown are optima, bounds and tests.",
+        "Two tables made by others, put through `python -m analysis`. They have one seed each, so "
+        "no verdict is given: what is shown are optima, bounds and tests.",
         "",
     ]
     out += [*_bounds(sweep), *_drift(sweep), *_law(sweep), *_rl(rl), *_made(sweep, tulu, rl)]
     return "\n".join(out) + "\n"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""]
 
 
 def _bounds(sweep: reading.Reading) -> list[str]:
@@ -57,7 +56,7 @@ def _bounds(sweep: reading.Reading) -> list[str]:
     def count(rows: list[dict[str, Any]], *flags: str) -> int:
         return sum(bool(set(flags) & set(r["flags"])) for r in rows)
 
-    def told(rows: list[dict[str, Any]]) -> list[str]:
+    def counts(rows: list[dict[str, Any]]) -> list[str]:
         known = [r for r in rows if r["low"] is not None and r["best_lr"] is not None]
         width = float(np.median([r["high"] / r["low"] for r in known])) if known else math.nan
         bound = sum(
@@ -76,28 +75,28 @@ def _bounds(sweep: reading.Reading) -> list[str]:
     return [
         "## How many published best rates are only bounds",
         "",
-        f"{n} curves (a model at a rank) of {sweep.table['model'].nunique()} models; {len(sweep.table)} runs, of which "
-        f"{len(diverged)} diverged, {int((diverged['lr'] == top).sum())} of them at {top:g}. In {largest} of {n} curves the "
-        "best "
-        f"surviving rate is the largest that survived, so what is called the best rate is a lower bound; "
-        f"{count(alone, 'bounded_by_divergence')} curves are bounded above only by a rate that broke down.",
+        f"{n} curves (a model at a rank) of {sweep.table['model'].nunique()} models; "
+        f"{len(sweep.table)} runs, of which {len(diverged)} diverged, "
+        f"{int((diverged['lr'] == top).sum())} of them at {top:g}. In {largest} of {n} curves the "
+        "best surviving rate is the largest that survived, so what is called the best rate is a "
+        f"lower bound; {count(alone, 'bounded_by_divergence')} curves are bounded above only by a "
+        "rate that diverged.",
         "",
-        *_table(
+        *markdown(
             [
                 ["fit", "best LR with an interval", "median high / low", "a bound only", "nothing"],
-                ["each curve alone", *told(alone)],
-                ["ranks of a model share their curvature (`--share`)", *told(shared)],
+                ["each curve alone", *counts(alone)],
+                ["ranks of a model share their curvature (`--share`)", *counts(shared)],
             ]
         ),
-        "Rates stand a factor 2.5 to 3.3 apart and four to five survive: the intervals are wide because the shape between "
-        "such points is open, not because of noise.",
+        "",
+        "Rates are a factor 2.5 to 3.3 apart and four to five survive: the intervals are wide "
+        "because the shape between such points is open, not because of noise.",
         "",
     ]
 
 
 def _largest_survivor_best(sweep: reading.Reading) -> int:
-    from analysis.runs.lr_curves import lr_curves
-
     found = 0
     for c in lr_curves(sweep.table):
         x, y = c.x[c.usable], c.y[c.usable]
@@ -133,10 +132,11 @@ def _drift(sweep: reading.Reading) -> list[str]:
     return [
         "## Does the best rate move with the rank?",
         "",
-        f"From the lowest to the highest rank of a model the best rate tried {every}. With ranks of {MIN_RANK} and more only, "
-        f"as the study's claim has it, it {high}. This rests on no fit.",
+        f"From the lowest to the highest rank of a model the best rate tried {every}. With ranks "
+        f"of {MIN_RANK} and more only, as the study's claim has it, it {high}. This rests on no "
+        "fit.",
         "",
-        *(_table(lines) if known else []),
+        *([*markdown(lines), ""] if known else []),
         *pooled,
     ]
 
@@ -158,43 +158,31 @@ def _moves(rows: Sequence[dict[str, Any]], least: int) -> str:
 
 
 def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> list[str]:
-    from analysis.inference.meta import random_effects
-
     if len(known) < 2:
         return []
     e = random_effects([r["slope"] for r in known], [(r["high"] - r["low"]) / 3.92 for r in known])
-    inside = e.low >= -0.099 and e.high <= 0.099
-    verdict = (
-        "inside"
-        if inside
-        else "outside"
-        if e.low > 0.099 or e.high < -0.099
-        else "across the edge of"
-    )
+    if max(-e.low, e.high) <= DRIFT_MARGIN:
+        verdict = "inside"
+    elif e.low > DRIFT_MARGIN or e.high < -DRIFT_MARGIN:
+        verdict = "outside"
+    else:
+        verdict = "across the edge of"
     return [
-        f"Pooled over {e.k} models with two or more known optima, {which} (random effects): {e.mean:.3f} "
-        f"[{e.low:.3f}, {e.high:.3f}] a doubling, spread between models {e.tau:.3f}. That is {verdict} the margin of "
-        "0.099 (a factor 2 over 7 doublings). Models whose optimum lies too high to be bracketed are missing: a "
-        "selection.",
+        f"Pooled over {e.k} models with two or more known optima, {which} (random effects): "
+        f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}] a doubling, spread between models {e.tau:.3f}. "
+        f"That is {verdict} the margin of {DRIFT_MARGIN} (a factor 2 over 7 doublings). Models "
+        "whose optimum lies too high to be bracketed are missing: a selection.",
         "",
     ]
 
 
 def _law(sweep: reading.Reading) -> list[str]:
-    told = commands.law(sweep)
-    costs = [c for c in told["published_regret"] if c["percent"] is not None]
+    law = commands.law(sweep)
+    costs = [c for c in law["published_regret"] if c["percent"] is not None]
     worst = sorted(costs, key=lambda c: -c["percent"])[:3]
-    lines = [
-        [
-            "family",
-            "LR at hidden 2000 [95%]",
-            "exponent [95%]",
-            "models",
-            "regret of this law, %",
-            "flags",
-        ]
-    ]
-    for v in told["by_loss"]:
+    head = "family|LR at hidden 2000 [95%]|exponent [95%]|models|regret of this law, %|flags"
+    lines = [head.split("|")]
+    for v in law["by_loss"]:
         at, p = (Estimate(v[k]["value"], v[k]["low"], v[k]["high"]) for k in ("lr_at_2000", "p"))
         lines.append(
             [
@@ -208,23 +196,25 @@ def _law(sweep: reading.Reading) -> list[str]:
         )
     values = [c["percent"] for c in costs]
     above = sum(v > 0.5 for v in values)
+    largest = "; ".join(
+        f"{c['model']} {c['curve']} {number(c['percent'])}% at {rate(c['lr'])}" for c in worst
+    )
     return [
         "## The published formula of the rate",
         "",
-        f"LR = 5e-5 x 10 x (2000/hidden)^p with p 0.781 (Llama) and 0.0775 (Qwen). Over {len(costs)} curves of models whose "
-        f"hidden size is known, its regret against the best rate tried is {number(float(np.mean(values)))}% on average, "
-        f"{number(float(np.median(values)))}% in the median and {number(max(values))}% at most; {above} curves lie above "
-        "the 0.5% "
-        "that its authors claim. Largest: "
-        + "; ".join(
-            f"{c['model']} {c['curve']} {number(c['percent'])}% at {rate(c['lr'])}" for c in worst
-        )
-        + ".",
+        "LR = 5e-5 x 10 x (2000/hidden)^p with p 0.781 (Llama) and 0.0775 (Qwen). Over "
+        f"{len(costs)} curves of models whose hidden size is known, its regret against the best "
+        f"rate tried is {number(float(np.mean(values)))}% on average, "
+        f"{number(float(np.median(values)))}% in the median and {number(max(values))}% at most; "
+        f"{above} curves lie above the 0.5% that its authors claim. Largest: {largest}.",
         "",
-        "The same law fitted to this table as the study did, by the least summed interpolated loss:",
+        "The same law fitted to this table as the study fitted its own, by the least summed "
+        "interpolated loss:",
         "",
-        *_table(lines),
-        f"{len(told['models_without_hidden_size'])} models without a published hidden size are left out.",
+        *markdown(lines),
+        "",
+        f"{len(law['models_without_hidden_size'])} models without a published hidden size are left "
+        "out.",
         "",
     ]
 
@@ -254,9 +244,11 @@ def _rl(path: Path) -> list[str]:
                 ]
             )
     out += [
-        f"{RL_MODEL}, GRPO, 50 steps, one seed; accuracy of {RL_BROKEN:g} and less counts as broken down.",
+        f"{RL_MODEL}, GRPO, 50 steps, one seed; accuracy of {RL_BROKEN:g} and less counts as "
+        "diverged.",
         "",
-        *_table(rows),
+        *markdown(rows),
+        "",
     ]
     high = [float(r[4].split("[")[1].split(",")[1].rstrip("]")) for r in rows[1:] if "[" in r[4]]
     if high:
@@ -276,8 +268,9 @@ def _rl(path: Path) -> list[str]:
     )
     late = int(((best >= 0.8 * best.max()) & (final < 0.1)).sum())
     out += [
-        f"{late} of {len(runs)} runs of the table reached four fifths of the highest accuracy and ended below 0.1 (late "
-        "collapse): best and final accuracy rank rates differently, which is why both are shown.",
+        f"{late} of {len(runs)} runs of the table reached four fifths of the highest accuracy and "
+        "ended below 0.1 (late collapse): best and final accuracy rank rates differently, which is "
+        "why both are shown.",
         "",
     ]
     return out
@@ -292,16 +285,16 @@ def _made(sweep: reading.Reading, tulu: Path, rl: Path) -> list[str]:
         for k in ranks
     )
     repeats = sweep.table[sweep.table.duplicated(["model", "rank", "lr"], keep=False)]
+    arms = sorted(sweep.table["method"].unique())
     lowest = float((repeats["lr"] == sweep.table["lr"].min()).mean())
     return [
         "## What these tables cannot decide",
         "",
-        f"- The ratio in supervised fine-tuning: the first table has the arm{'s' * (sweep.table['method'].nunique() > 1)} "
-        f"{', '.join(sorted(sweep.table['method'].unique()))} only.",
+        "- The ratio in supervised fine-tuning: the first table has the "
+        f"arm{'s' * (len(arms) > 1)} {', '.join(arms)} only.",
         f"- The best rate of most curves. Without a known optimum, by rank: {unknown}.",
-        f"- Anything that needs the noise at the optimum: of {len(repeats)} repeated runs {100 * lowest:.0f}% are at the "
-        "lowest "
-        "rate.",
+        f"- Anything that needs the noise at the optimum: of {len(repeats)} repeated runs "
+        f"{100 * lowest:.0f}% are at the lowest rate.",
         "",
         f"Command: `python -m analysis.validation.public_evidence {tulu.name} {rl.name}`",
     ]
@@ -314,7 +307,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("tulu3", type=Path)
     parser.add_argument("rl", type=Path)
-    parser.add_argument("--out", type=Path, default=OUT)
+    page = Path(__file__).resolve().parents[1] / "results" / "public_evidence.md"
+    parser.add_argument("--out", type=Path, default=page)
     args = parser.parse_args(argv)
     args.out.write_text(render(args.tulu3, args.rl))
 
