@@ -74,7 +74,7 @@ bench-slurm: $(VENV)/.installed ## what a cluster adds: on a login node, or afte
 	$(BIN)/python -m lorasweep.bench.cluster analysis/results/bench/slurm.json
 
 storm: $(VENV)/.installed ## twenty minutes of preemptions, node failures and kills over a sweep of 200 runs
-	$(BIN)/python -m tests.storm --minutes $(or $(MINUTES),20)
+	$(BIN)/python -m tests.slurm.storm --minutes $(or $(MINUTES),20)
 
 clean: ## remove the environment and build leftovers; runs, reports and models stay
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,252 @@
+"""A real Slurm on this machine for tests, and what tests ask of it and of a run folder."""
+
+import contextlib
+import io
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lorasweep.cli.actions import act
+from lorasweep.config.compose import compose_request
+from lorasweep.launch import local
+from lorasweep.launch.slurm import submissions
+from lorasweep.store.run_store import RunStore
+from tests.slurm import trainers
+from tests.world import ROOT
+
+SCRIPTS = ROOT / "slurm" / "one_machine"
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd")
+SMOKE = ("+sweep=lr_ratio", "scale=smoke", "exec.pack_size=3")
+"""Six runs in two packs, of full fine-tuning and of LoRA."""
+FAST = (
+    "cluster=slurm",
+    "cluster.cpus=2",
+    "cluster.mem_gib=1.5",
+    "cluster.time_min=60",
+    "exec.threads=1",
+    f"cluster.setup=['export LORASWEEP_HOST=$SLURMD_NODENAME PYTHONPATH={ROOT}']",
+)
+"""One job a node. Each simulated node is a machine of its own to the others: only Slurm can tell
+who lives there, as on a real cluster. Jobs find the trainers of `tests.slurm.trainers`."""
+ALONE = (*FAST, "cluster.follow=false")
+"""Without the job that follows: for tests that are not about it."""
+STEPS = "tests.slurm.trainers:steps"
+HELD = "tests.slurm.trainers:held"
+PATIENCE_S = 400
+"""How long a condition is waited for: it comes at once on an idle machine, and late on a busy one."""
+
+
+def missing_commands():
+    """Say why no Slurm can be started here; None if it can."""
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    missing = [c for c in NEEDED if shutil.which(c, path=path) is None]
+    if missing:
+        return (
+            f"no {', '.join(missing)} here: apt-get install slurmctld slurmd slurm-client munge "
+            "slurmdbd mariadb-server-core mariadb-client-core"
+        )
+    return None if os.geteuid() == 0 else "a Slurm for tests needs root"
+
+
+class Slurm:
+    """One running cluster; its commands work in this process and in those that it starts.
+
+    Eight nodes of two processors each. Jobs of tests wait more than they compute, so eight of them
+    run on the two cores that there may be.
+    """
+
+    def __init__(self, **settings):
+        # munge's socket path must be short
+        self.folder = Path(tempfile.mkdtemp(prefix="ls-", dir="/tmp"))
+        self.env = {
+            "SLURM_TEST_DIR": str(self.folder),
+            "SLURM_TEST_PORT": str(20000 + os.getpid() % 10000),
+            "SLURM_TEST_NODES": "8",
+            "SLURM_TEST_CPUS": "2",
+            **settings,
+        }
+        self.start()
+
+    def start(self):
+        """Start what does not run: also after a daemon died."""
+        done = subprocess.run(
+            [SCRIPTS / "start.sh"],
+            env={**os.environ, **self.env},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        os.environ["SLURM_CONF"] = shlex.split(done.stdout)[1].partition("=")[2]
+
+    def stop(self):
+        """Stop all daemons and remove what they wrote."""
+        subprocess.run(
+            [SCRIPTS / "stop.sh", "--wipe"],
+            env={**os.environ, **self.env},
+            capture_output=True,
+            check=False,
+        )
+        os.environ.pop("SLURM_CONF", None)
+
+    @staticmethod
+    def command(*words, check=True):
+        """Run one of Slurm's commands; return what it prints."""
+        done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False)
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout
+
+    def update(self, *words, check=True):
+        """Change a job, a node or a partition."""
+        self.command("scontrol", "update", *words, check=check)
+
+    def jobs(self):
+        """Job (12, 12_3) -> (state, node) of everything that is not over."""
+        fields = "JobID:|,ArrayJobID:|,ArrayTaskID:|,State:|,NodeList:|"
+        lines = self.command("squeue", "-h", "-r", "-O", fields).splitlines()
+        rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+        return {f"{r[1]}_{r[2]}" if r[2].isdigit() else r[0]: (r[3], r[4]) for r in rows}
+
+    def running(self):
+        """List the jobs that run."""
+        return [job for job, (state, _) in self.jobs().items() if state == "RUNNING"]
+
+    def drain(self, timeout=PATIENCE_S):
+        """Wait until the queue is empty."""
+        wait_for(lambda: not self.jobs(), timeout)
+
+    @contextlib.contextmanager
+    def closed(self, partition="main"):
+        """Let nothing start in a partition for a while."""
+        self.update(f"partitionname={partition}", "state=down")
+        try:
+            yield
+        finally:
+            self.update(f"partitionname={partition}", "state=up")
+
+
+def wait_for(condition, timeout=PATIENCE_S, every=0.2):
+    """Wait until a condition holds; return its value."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(every)
+    raise AssertionError(f"nothing after {timeout} s")
+
+
+# ---------------------------------------------------------------- giving commands
+
+
+def command(*args, trainer=None):
+    """Return the command line, or the same with another trainer."""
+    if trainer is None:
+        return [sys.executable, "-m", "lorasweep", *map(str, args)]
+    code = (
+        "import sys; from lorasweep.cli.actions import act\n"
+        "from lorasweep.config.compose import compose_request\n"
+        "sys.exit(act(compose_request(sys.argv[2:]), sys.argv[1]))"
+    )
+    return [sys.executable, "-c", code, trainer, *map(str, args)]
+
+
+def environment(cwd):
+    """Return the variables of a command whose outputs lie below `cwd`."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "LORASWEEP_RUNS": f"{cwd}/runs",
+        "LORASWEEP_REPORTS": f"{cwd}/reports",
+    }
+
+
+def start(cwd, *args, trainer=None, **more):
+    """Start a command as a process of its own, with its output in one pipe."""
+    return subprocess.Popen(
+        command(*args, trainer=trainer),
+        cwd=cwd,
+        env={**environment(cwd), **more},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def request(cwd, *args):
+    """Compose a request whose outputs lie below `cwd`."""
+    places = (f"exec.runs_dir={cwd}/runs", f"exec.reports_dir={cwd}/reports")
+    return compose_request([*places, *args])
+
+
+def ask(cwd, *args, trainer=STEPS):
+    """Do in this process what a command does, with jobs that take `trainer`; return its output."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        act(request(cwd, *args), trainer)
+    return output.getvalue()
+
+
+def train_here(cwd, *args):
+    """Train a sweep's runs in this process by `steps`, in the packs that jobs get too."""
+    wanted = request(cwd, *args)
+    store = RunStore(wanted.exec.runs_dir)
+    store.prepare()
+    local.run_points(wanted.points, store, wanted.exec, lambda event: None, trainers.steps)
+
+
+def status(cwd, *args):
+    """Return what action=status shows."""
+    return json.loads(ask(cwd, *args, "action=status", "format=json"))
+
+
+# ---------------------------------------------------------------- reading a run folder
+
+
+def results(cwd):
+    """Run id -> (state, test_nll) of what is finished."""
+    found = {}
+    for path in Path(cwd).glob("runs/*/result.json"):
+        body = json.loads(path.read_text())["result"]
+        found[body["run_id"]] = (body["state"], body["test_nll"])
+    return found
+
+
+def curves(cwd):
+    """Run id -> its records without times; a step that comes twice is an error."""
+    found = {}
+    for path in Path(cwd).glob("runs/*/metrics.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        steps = [r["step"] for r in lines]
+        assert steps == sorted(set(steps)), f"{path}: steps {steps}"
+        found[path.parent.name] = [
+            {k: v for k, v in r.items() if not k.endswith("_s")} for r in lines
+        ]
+    return found
+
+
+def attempts(cwd):
+    """Run id -> {number: how it ended}: 'stopped', 'failed', or None (open, killed, or finished)."""
+    found = {}
+    for path in Path(cwd).glob("runs/*/attempts/*"):
+        if path.name.isdigit():
+            end = read_json(path / "end.json")
+            found.setdefault(path.parents[1].name, {})[int(path.name)] = end and end["state"]
+    return found
+
+
+def read_json(path):
+    """Return what a JSON file holds; None if it is not there."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def submitted(cwd):
+    """List what was submitted from a run folder, oldest first."""
+    return submissions.submissions(Path(cwd) / "runs", over=True)

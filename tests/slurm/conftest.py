@@ -1,0 +1,45 @@
+"""The Slurm that these tests share: started once, kept by one process of pytest-xdist."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lorasweep.launch.slurm import client
+from tests.slurm.cluster import Slurm, missing_commands
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keep these tests together, beside the others: they wait more than they compute."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+            item.add_marker(pytest.mark.timeout(1500))
+
+
+@pytest.fixture(scope="session")
+def slurm():
+    """Give the cluster; MaxArraySize is 6, so that more than five jobs need more than one array."""
+    reason = missing_commands()
+    if reason and os.environ.get("LORASWEEP_NO_SKIP"):
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+    client.setting.cache_clear()  # of another cluster, or of a test that invented one
+    cluster = Slurm(SLURM_TEST_MAX_ARRAY="6")
+    yield cluster
+    cluster.stop()
+    client.setting.cache_clear()
+
+
+@pytest.fixture
+def queue(slurm):
+    """Give the cluster with an empty queue, and leave one, whatever becomes of the test."""
+    yield slurm
+    slurm.command("scancel", "--user=root", check=False)
+    slurm.start()  # a daemon that died, so that the tests after this one can be trusted
+    slurm.drain(60)

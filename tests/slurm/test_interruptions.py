@@ -1,0 +1,155 @@
+"""What a cluster does to jobs: whatever it is, every run ends, once, with the curve of a calm run."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from tests.slurm import storm
+from tests.slurm.cluster import (
+    ALONE,
+    FAST,
+    HELD,
+    SMOKE,
+    ask,
+    attempts,
+    curves,
+    read_json,
+    results,
+    status,
+    submitted,
+    train_here,
+    wait_for,
+)
+from tests.slurm.trainers import FREE_STEPS, GO
+
+EIGHT_JOBS = (
+    "+sweep=lr_ratio",
+    "scale=smoke",
+    "~sweep.arms.fullft",
+    "sweep.arms.lora.lr=${around:3e-3,8,1.5}",
+    "sweep.axes.seed=[0,1]",
+    "steps=1000",
+    "exec.pack_size=2",
+    "exec.checkpoint_s=0.1",
+)
+BLOWS = (
+    "time limit",
+    "preempted with grace",
+    "preempted at once",
+    "requeued",
+    "node failed",
+    "cancelled",
+    "worker killed",
+    "job killed",
+)
+
+
+def test_eight_interrupted_jobs_go_on_with_the_same_curves(queue, tmp_path):
+    """One submission, one job a node, one kind of blow a job."""
+    calm, there = tmp_path / "calm", tmp_path / "there"
+    train_here(calm, *EIGHT_JOBS)
+    with queue.closed():
+        ask(there, *EIGHT_JOBS, *FAST, "cluster.runs_per_job=2", "cluster.warn_s=50", trainer=HELD)
+        jobs = _jobs_by_blow(there)
+        queue.update(f"jobid={jobs['preempted with grace']}", "partition=scavenge")
+    runs = {blow: _runs_of(there, job) for blow, job in jobs.items()}
+    everything = [rid for pair in runs.values() for rid in pair]
+    assert len(everything) == 16
+    wait_for(lambda: all(_held_with_a_checkpoint(there, rid) for rid in everything))
+    where = {job: node for job, (_, node) in queue.jobs().items()}
+    assert len({where[job] for job in jobs.values()}) == 8
+
+    queue.update(f"jobid={jobs['time limit']}", "timelimit=1")
+    queue.update(f"nodename={where[jobs['node failed']]}", "state=down", "reason=test")
+    for blow in ("preempted with grace", "preempted at once"):
+        node = where[jobs[blow]]
+        queue.command("sbatch", "-purgent", f"-w{node}", "-c2", "-o/dev/null", "--wrap", "true")
+    queue.command("scontrol", "requeue", jobs["requeued"])
+    queue.command("scancel", jobs["cancelled"])
+    worker = _worker(there, runs["worker killed"][0])
+    os.kill(worker, signal.SIGKILL)
+    os.kill(_parent(_worker(there, runs["job killed"][0])), signal.SIGKILL)
+    wait_for(lambda: all(_interrupted(there, rid) for rid in everything))
+    # Slurm may have taken the node back by itself, and then refuses this.
+    queue.update(f"nodename={where[jobs['node failed']]}", "state=resume", check=False)
+    queue.update(f"jobid={jobs['time limit']}", "timelimit=60")
+    (there / "runs" / GO).touch()
+    queue.drain()
+
+    assert len(results(there)) == 16 and curves(there) == curves(calm)
+    for blow, pair in runs.items():
+        for rid in pair:
+            ends = attempts(there)[rid]
+            assert len(ends) >= 2 and "failed" not in ends.values(), (blow, ends)
+            last = read_json(there / f"runs/{rid}/attempts/{max(ends)}/env.json")
+            assert last["resumed_from_step"] >= FREE_STEPS, (blow, last["resumed_from_step"])
+            assert not (there / f"runs/{rid}/checkpoint").exists()
+    log = submitted(there)[0].log(jobs["time limit"]).read_text()
+    assert "stopped by SIGUSR2;" in log and "queued again" in log
+    lost = {rid for blow in ("cancelled", "job killed") for rid in runs[blow]}
+    again = [rid for s in submitted(there)[1:] for task in s.tasks for rid in task]
+    assert sorted(again) == sorted(lost)  # the job that followed sent what was lost, and no more
+
+
+def _jobs_by_blow(cwd):
+    arrays = [a for a in submitted(cwd)[0].arrays if a.part != "follow"]
+    labels = [a.label(k) for a in arrays for k in range(a.first, a.first + a.n)]
+    assert len(arrays) == 2 and len(labels) == 8
+    return dict(zip(BLOWS, labels))
+
+
+def _runs_of(cwd, label):
+    (submission,) = submitted(cwd)
+    array = next(a for a in submission.arrays if a.job == label.partition("_")[0])
+    return submission.tasks[array.first + int(label.partition("_")[2])]
+
+
+def _held_with_a_checkpoint(cwd, rid):
+    saved = [read_json(p) for p in (cwd / f"runs/{rid}/checkpoint").glob("*.json")]
+    return any(d and d["step"] >= FREE_STEPS for d in saved)
+
+
+def _interrupted(cwd, rid):
+    ends = attempts(cwd)[rid]
+    return ends[1] is not None or len(ends) > 1
+
+
+def _worker(cwd, rid):
+    return read_json(cwd / f"runs/{rid}/attempts/1/owner.json")["pid"]
+
+
+def _parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_in_a_storm_nothing_is_lost_doubled_or_different(queue, tmp_path):
+    seed = int(os.environ.get("LORASWEEP_STORM_SEED", 1))
+    seen = storm.compare(queue, tmp_path, storm.QUICK, seconds=45, seed=seed)
+    assert min(seen.harm.values()) >= 2 and len(seen.harm) == 6  # of each kind at least two
+    assert max(seen.attempts) >= 2  # it did harm
+    assert seen.finished == seen.wanted == 60 and seen.different == []
+
+
+def test_a_job_killed_for_its_memory_says_so_and_more_memory_helps(queue, tmp_path):
+    hungry = "tests.slurm.trainers:hungry"
+    ask(tmp_path, *SMOKE, *ALONE, "cluster.mem_gib=0.25", trainer=hungry)
+    queue.drain()
+    assert results(tmp_path) == {}
+    lost = [p for p in status(tmp_path, *SMOKE)["problems"] if p["state"] == "stale"]
+    assert lost and all("Slurm: " in p["cause"] and "memory" in p["cause"] for p in lost), lost
+    ask(tmp_path, *SMOKE, *ALONE, trainer=hungry)
+    queue.drain()
+    assert len(results(tmp_path)) == 6
+
+
+def test_failed_runs_keep_their_cause_and_are_tried_again_up_to_a_bound(queue, tmp_path):
+    """A trainer that fails every time: two attempts, the second by the job that follows."""
+    bound = ("exec.retry=true", "exec.max_attempts=2")
+    ask(tmp_path, *SMOKE, *FAST, *bound, trainer="tests.slurm.trainers:broken")
+    queue.drain()
+    assert list(attempts(tmp_path).values()) == [{1: "failed", 2: "failed"}] * 6
+    shown = status(tmp_path, *SMOKE)
+    assert shown["runs"]["failed"] == 6
+    assert {p["cause"] for p in shown["problems"]} == {"RuntimeError: broken on purpose"}
+    assert all("broken on purpose" in json.dumps(p["tail"]) for p in shown["problems"])

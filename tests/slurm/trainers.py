@@ -1,0 +1,114 @@
+"""Trainers that tests put in place of the real one, by name. They learn nothing and load no model.
+
+`steps` moves a small state by a map that forgets nothing: a step that is lost, doubled or resumed
+from another state shows in every later record. The state goes through the real checkpoints.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from lorasweep.spec.run import run_id
+from lorasweep.train.events import Event
+
+GO = "go"
+"""File in the run folder that `held` waits for."""
+FREE_STEPS = 60
+PAUSE_S = 0.4
+
+
+def steps(pack, exec_, resume):
+    """Train at once."""
+    yield from _train(pack, resume, lambda step: None)
+
+
+def held(pack, exec_, resume):
+    """Train, but beyond FREE_STEPS slowly until the run folder holds GO: no machine ends earlier."""
+
+    def pause(step):
+        if step > FREE_STEPS and not Path(exec_.runs_dir, GO).exists():
+            time.sleep(PAUSE_S)
+
+    yield from _train(pack, resume, pause)
+
+
+def slow(pack, exec_, resume):
+    """Train slowly, each pack at another pace, until the run folder holds GO."""
+    pace = 0.02 * (1 + int(run_id(pack[0]), 16) % 10)
+
+    def pause(step):
+        if not Path(exec_.runs_dir, GO).exists():
+            time.sleep(pace)
+
+    yield from _train(pack, resume, pause)
+
+
+def broken(pack, exec_, resume):
+    """Fail at the first step."""
+    raise RuntimeError("broken on purpose")
+
+
+def hungry(pack, exec_, resume):
+    """Take 600 MiB; in a job of less, wait there to be killed for it."""
+    taken = bytearray(b"x" * (600 << 20))
+    while int(os.environ["SLURM_MEM_PER_NODE"]) << 20 < len(taken):
+        time.sleep(0.5)
+    yield from steps(pack, exec_, resume)
+
+
+def _train(pack, resume, pause):
+    ids = [run_id(spec) for spec in pack]
+    last = {i: spec.steps for i, spec in zip(ids, pack)}
+    states = {i: _load(resume[i]) if resume else _first(i) for i in ids}
+    step = resume[ids[0]]["meta"]["step"] if resume else 0
+    while ids:
+        step += 1
+        pause(step)
+        for i in ids:
+            _move(states[i], step)
+        records = {i: {"step": step, "train_nll": float(states[i]["x"].mean())} for i in ids}
+        ended = {i: ("done", _final(states[i], step, records[i])) for i in ids if step == last[i]}
+        yield Event(step, records, ended, lambda: {i: _save(states[i], step) for i in ids})
+        ids = [i for i in ids if i not in ended]
+
+
+def _first(rid):
+    return {"x": np.random.default_rng(int(rid, 16)).random(8), "m": np.zeros(8), "total": 0.0}
+
+
+def _move(state, step):
+    """Make one step of eight logistic maps in chaos, pushed by a momentum, the step and a total."""
+    state["m"] = 0.9 * state["m"] + 0.1 * state["x"]
+    push = 0.01 * state["m"] + 0.001 * (step % 7) + 0.001 * (state["total"] % 1)
+    state["x"] = 3.7 * state["x"] * (1 - state["x"]) * (1 - push)
+    state["total"] += float(state["x"].sum())
+
+
+def _save(state, step):
+    import torch  # not before a checkpoint is due: most jobs of tests start without it
+
+    tensors = {k: torch.from_numpy(state[k].copy()) for k in ("x", "m")}
+    return {"tensors": tensors, "meta": {"step": step, "total": state["total"]}}
+
+
+def _load(saved):
+    return {
+        **{k: v.numpy().copy() for k, v in saved["tensors"].items()},
+        "total": saved["meta"]["total"],
+    }
+
+
+def _final(state, step, record):
+    nll = record["train_nll"]
+    return {
+        "nll_start": 3.0,
+        "test_nll": nll,
+        "train_nll": nll,
+        "curve": [{"step": step, "examples": step, "tokens": step, "test_nll": nll}],
+        "steps_done": step,
+        "tokens": step,
+        "base_sha256": "none",
+        "floor_nats": None,
+    }
