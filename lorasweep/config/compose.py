@@ -238,8 +238,8 @@ def _part(overrides: list[str], name: str) -> Request:
         return request(cfg, settings)
 
 
-def _object(cfg: DictConfig) -> Config:
-    """Resolve everything, check types, and build real objects."""
+def _object(cfg: DictConfig) -> Any:
+    """Resolve everything, check types, and build real objects: a Config, or that of one group."""
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
@@ -306,18 +306,22 @@ def _hardware(config: Config) -> dict[str, Any]:
 
 
 def _lookup(group: str, overrides: list[str]) -> Callable[[str], Any]:
-    """Return a function name -> spec for the names on an axis: one more composition a name, kept."""
+    """Return a function name -> spec for the names on an axis: one more composition a name, kept.
+
+    The sweep is left out of it: models and data sets do not depend on it, and it is most of the work.
+    """
+    kept = [o for o in overrides if not o.lstrip("+~").startswith(("sweep=", "sweep."))]
 
     @cache
     def look(name: str) -> Any:
         try:
-            cfg = hydra_compose("config", overrides=[*overrides, f"{group}={name}"])
+            cfg = hydra_compose("config", overrides=[*kept, f"{group}={name}"])
         except Exception as error:
             names = option_names(group)
             if name not in names:
                 raise SpecError(unknown(group, str(name), names)) from None
             raise SpecError(f"{group} {name!r}: {error}") from None
-        return getattr(_object(cfg), group)
+        return _object(cfg[group])
 
     return look
 

@@ -1,0 +1,100 @@
+"""What a command adds to a sweep and when: fresh seeds, rounds that are counted, failed runs."""
+
+import json
+
+import pytest
+
+from lorasweep.cli import answer
+from lorasweep.cli.actions import act
+from lorasweep.errors import SpecError
+from tests.planted import Valley, analysed
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    monkeypatch.setattr(answer, "judge", analysed)
+
+
+def test_the_second_stage_brings_fresh_seeds_at_the_three_best_rates(compose, fake_trainer):
+    trainer = fake_trainer(Valley(3).nll)
+    rates = "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]"
+    act(compose("+sweep=lr_ratio", "scale=smoke", "scale.fresh_seeds=[5,6]", rates), trainer)
+    assert len(trainer.trained) == 5 + 3 + 2 * 3 * 2
+
+
+def test_fresh_seeds_go_only_to_the_arms_that_are_named(compose, fake_trainer):
+    trainer = fake_trainer(Valley(3).nll)
+    arguments = ("+sweep=lr_ratio", "scale=smoke", "scale.fresh_seeds=[5,6]", "format=json")
+    act(compose(*arguments, "sweep.second.arms=[lora]"), trainer)
+    assert len(trainer.trained) == 3 + 3 + 3 * 2  # two curves, then two seeds at LoRA's three rates
+    with pytest.raises(SpecError, match=r"second\.arms names 'lorra'.*fullft"):
+        compose(*arguments, "sweep.second.arms=[lorra]")
+
+
+def test_a_failed_run_is_named_kept_apart_and_tried_again_only_on_request(
+    compose, capsys, fake_trainer
+):
+    trainer = fake_trainer(Valley(3).nll, fail=lambda s: s.method.name == "lora" and s.lr == 5e-3)
+    arguments = ("+sweep=lr_ratio", "scale=smoke", "exec.pack_size=1")
+    assert act(compose(*arguments), trainer) == 1
+    errors = capsys.readouterr().err
+    assert "planted failure" in errors and "exec.retry=true" in errors
+    count = len(trainer.trained)
+    assert act(compose(*arguments), trainer) == 1 and len(trainer.trained) == count
+    trainer.fail = lambda s: False
+    assert act(compose(*arguments, "exec.retry=true"), trainer) == 0
+    assert len(trainer.trained) == count + 1
+
+
+def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, capsys, fake_trainer):
+    """An open claim, its suggested runs as round 2, and no fourth look."""
+    valley = Valley(10, noise=0.02)
+    base = [
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        "scale.ranks=[4,8]",
+        "format=json",
+        "scale.fresh_seeds=[1,2,3]",
+        "sweep.rounds=3",
+        *valley.rates(),
+    ]
+    trainer = fake_trainer(valley.nll)
+    run, extend = compose(*base), compose(*base, "action=extend")
+    with pytest.raises(Exception, match="have not finished"):
+        act(extend, trainer)
+    assert act(run, trainer) == 0
+    first = json.loads(capsys.readouterr().out)
+    ratio = next(v for v in first["verdicts"] if v["claim"] == "ratio")
+    assert ratio["outcome"] == "UNDECIDED" and "97.8%" in ratio["why"]
+    before = len(trainer.trained)
+    assert act(extend, trainer) == 0
+    text = capsys.readouterr().out
+    assert "round 2:" in text and "lr " in text
+    assert len(trainer.trained) == before  # adding starts nothing
+    with pytest.raises(Exception, match="have not finished"):
+        act(extend, trainer)
+    assert act(run, trainer) == 0
+    second = json.loads(capsys.readouterr().out)
+    added = len(trainer.trained) - before
+    assert added == int(text.rsplit("round 2: ", 1)[1].split()[0]) > 0
+    again = next(v for v in second["verdicts"] if v["claim"] == "ratio")
+    assert again["estimate"]["n"] > ratio["estimate"]["n"]
+    assert act(extend, trainer) == 0 and act(run, trainer) == 0
+    with pytest.raises(Exception, match="optional stopping"):
+        act(extend, trainer)
+
+
+def test_rounds_are_not_extended_under_other_margins(compose, fake_trainer):
+    base = [
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        "scale.ranks=[4]",
+        "scale.fresh_seeds=[1,2]",
+        "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]",
+        "sweep.arms.lora.lr=[3e-3,6e-3,1.2e-2,2.4e-2,4.8e-2]",
+    ]
+    trainer = fake_trainer(Valley(10, noise=0.02).nll)
+    for extra in ([], ["action=extend"], []):
+        assert act(compose(*base, *extra), trainer) == 0
+    with pytest.raises(Exception, match="claims, margins or rounds were changed"):
+        act(compose(*base, "sweep.claims.ratio.margin=[5,30]", "action=extend"), trainer)

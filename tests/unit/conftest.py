@@ -1,0 +1,40 @@
+"""One planted sweep with its whole report, made once: what study pages and qualification read."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lorasweep.cli.actions import act
+from tests.conftest import FakeTrainer
+from tests.planted import GRIDS, START, World
+from tests.world import compose_request
+
+RHO = 0.7
+
+
+@pytest.fixture(scope="session")
+def rank_answer(tmp_path_factory):
+    """A folder with `runs` and `reports` of the sweep `rank` at scale smoke, 96 updates."""
+    folder, world = tmp_path_factory.mktemp("rank"), World(lambda spec: RHO)
+    request = compose_request(
+        [
+            "+sweep=rank",
+            "scale=smoke",
+            "format=json",
+            "sweep.at.smoke.fresh_seeds=[1,2,3]",
+            "sweep.at.smoke.steps=96",
+            f"exec.runs_dir={folder}/runs",
+            f"exec.reports_dir={folder}/reports",
+            *GRIDS,
+        ]
+    )
+    trainer = FakeTrainer(world.nll, start=START, curve=world.curve, more=world.more)
+    assert act(request, trainer) == 0
+    return folder
+
+
+@pytest.fixture
+def reports(rank_answer, tmp_path) -> Path:
+    """A copy of its reports, to be changed."""
+    return shutil.copytree(rank_answer / "reports", tmp_path / "reports")

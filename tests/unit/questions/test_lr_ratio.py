@@ -1,0 +1,102 @@
+"""Planted ratios through sweep file, grid, store, second stage, table, fit and verdict: they come
+back as what they are, and each verdict can be reached."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from analysis.__main__ import main
+from tests.planted import FULL_BEST, Valley
+
+
+@pytest.mark.parametrize(
+    ("ratio", "primary", "order"),
+    [
+        (1, "REFUTED", "REFUTED"),
+        (3, "REFUTED", "REFUTED"),
+        (6, None, None),
+        (20, "REFUTED", None),
+    ],
+)
+def test_planted_ratio_comes_back(ask_ratio, ratio, primary, order):
+    out, verdicts = ask_ratio(Valley(ratio))
+    check_ratio(out, verdicts, ratio, primary, order)
+
+
+def check_ratio(out, verdicts, ratio, primary, order):
+    estimate = verdicts["ratio"]["estimate"]
+    assert estimate["low"] <= ratio <= estimate["high"]
+    assert abs(math.log(estimate["value"] / ratio)) < math.log(1.15)
+    assert primary is None or verdicts["ratio"]["outcome"] == primary
+    assert verdicts["ratio"]["outcome"] != "SUPPORTED" or 7.1 <= ratio <= 14.1
+    assert order is None or verdicts["order"]["outcome"] == order
+    assert all(c["low"] < c["best_lr"] < c["high"] for c in out["curves"])
+
+
+def test_a_ratio_of_ten_is_supported_up_to_the_report_and_a_flipped_table_flips_it(
+    ask_ratio, tmp_path
+):
+    out, verdicts = ask_ratio(Valley(10), report=True)
+    check_ratio(out, verdicts, 10, "SUPPORTED", "SUPPORTED")
+    report = tmp_path / "reports" / "lr_ratio-smoke"
+    assert "**SUPPORTED**" in (report / "report.md").read_text()
+    table = pd.read_parquet(report / "table.parquet")
+    table.loc[table["method"] == "lora", "lr"] /= 5
+    table.to_csv(tmp_path / "flipped.csv", index=False)
+    places = ("--reports-dir", tmp_path / "reports", "--out", tmp_path / "again")
+    assert main(["lr_ratio", *map(str, places), "--table", f"{tmp_path}/flipped.csv"]) == 0
+    text = (tmp_path / "again" / "report.md").read_text()
+    primary = next(line for line in text.splitlines() if line.startswith("| ratio (primary)"))
+    assert "**REFUTED**" in primary
+
+
+def test_no_drift_is_supported(ask_ratio):
+    _, flat = ask_ratio(Valley(3, noise=2e-4, steep=0.3))
+    assert flat["drift"]["outcome"] == "SUPPORTED"
+
+
+def test_a_planted_drift_is_refuted(ask_ratio):
+    _, steep = ask_ratio(Valley(3, noise=2e-4, steep=0.3, drift=0.5))
+    assert steep["drift"]["outcome"] == "REFUTED"
+    assert steep["drift"]["estimate"]["value"] == pytest.approx(0.5 * math.log(2), abs=0.1)
+
+
+def test_a_cliff_just_right_of_the_best_rate_gives_a_bound_and_no_verdict(ask_ratio):
+    """The loss falls until the run breaks down: where the optimum would lie is not known."""
+    out, verdicts = ask_ratio(Valley(3, cliff=0.9))
+    lora = [c for c in out["curves"] if c["method"] == "lora"]
+    assert all(c["best_lr"] is None and "bounded_by_divergence" in c["flags"] for c in lora)
+    assert all(c["low"] < FULL_BEST * 3 < c["high"] * 1.5 for c in lora)
+    assert verdicts["ratio"]["outcome"] == "UNDECIDED" and verdicts["ratio"]["needed"]
+
+
+def test_a_cliff_beyond_the_valley_leaves_the_optimum(ask_ratio):
+    _, verdicts = ask_ratio(Valley(10, cliff=3.0))
+    assert verdicts["ratio"]["estimate"]["low"] <= 10 <= verdicts["ratio"]["estimate"]["high"]
+
+
+def test_an_optimum_off_the_grid_is_a_bound_answered_by_rates_beyond_it(
+    ask_ratio, tmp_path, capsys
+):
+    grid = "sweep.arms.fullft.lr=[1e-5,2e-5,4e-5,8e-5,1.6e-4]"
+    out, verdicts = ask_ratio(Valley(3), grid, report=True)
+    full = next(c for c in out["curves"] if c["method"] == "fullft")
+    assert full["best_lr"] is None and "at_edge" in full["flags"] and full["low"] is not None
+    assert verdicts["ratio"]["outcome"] == "UNDECIDED" and verdicts["ratio"]["needed"]
+    assert main(["suggest", "lr_ratio", "--reports-dir", str(tmp_path / "reports"), "--json"]) == 0
+    wanted = [s for s in json.loads(capsys.readouterr().out) if s["method"] == "fullft"]
+    assert [s["lr"] for s in wanted] == pytest.approx([3.2e-4, 6.4e-4])
+    assert "beyond the edge" in wanted[0]["why"]
+
+
+def test_one_seed_leaves_it_undecided_with_the_seeds_still_needed(ask_ratio):
+    _, few = ask_ratio(Valley(10), seeds=())
+    assert few["ratio"]["outcome"] == "UNDECIDED" and "seed" in few["ratio"]["why"]
+    assert "seeds" in few["ratio"]["needed"]
+
+
+def test_noise_leaves_it_undecided(ask_ratio):
+    _, noisy = ask_ratio(Valley(10, noise=0.02))
+    assert noisy["ratio"]["outcome"] == "UNDECIDED"

@@ -1,0 +1,70 @@
+"""`rank` on planted runs: which ranks keep up, from where on they do not, and at which cost."""
+
+import math
+
+import pytest
+
+from analysis.questions import rank
+from tests.planted import GRIDS, World
+
+
+@pytest.mark.parametrize(("top", "outcome"), [(1.0, "SUPPORTED"), (0.5, "REFUTED")])
+def test_rank_departures_and_parity(ask, top, outcome):
+    rho = {1: 0.1, 4: 0.3, 8: top}
+    out, found = ask(
+        "rank",
+        World(lambda s: rho[s.method.rank]),
+        *GRIDS,
+        "sweep.at.smoke.ranks=[1,4,8]",
+        "sweep.at.smoke.steps=384",
+        "sweep.at.smoke.lr_common.any=3.2e-3",
+        report=outcome == "SUPPORTED",
+    )
+    assert found["parity"]["outcome"] == outcome, found["parity"]["why"]
+    assert found["parity"]["estimate"]["value"] == pytest.approx(top, rel=0.05)
+    assert (
+        found["start_popular"]["outcome"] == "REFUTED"
+    )  # rank 1 is apart from the first update on
+    left = out["departures"]
+    assert max(left["1"]) <= min(left["4"])
+    assert all(v is None for v in left["8"]) == (top == 1.0)
+
+
+def test_what_a_run_is_at_a_best_rate_that_was_not_tried_is_interpolated(ask):
+    between = {
+        "fullft": 2.1e-3,
+        "lora": 4.4e-3,
+    }  # the tried rates are a factor 2 apart: 1.6e-3, 3.2e-3, 6.4e-3
+    world = World(
+        lambda s: {1: 0.2, 4: 0.8}[s.method.rank], best=lambda spec, step: between[spec.method.name]
+    )
+    _, found = ask(
+        "rank", world, *GRIDS, "sweep.at.smoke.steps=384", "sweep.at.smoke.lr_common.any=3.2e-3"
+    )
+    assert found["parity"]["estimate"]["value"] == pytest.approx(0.8, rel=0.03)
+
+
+def test_ranks_that_all_leave_at_once_have_no_order(ask):
+    _, found = ask(
+        "rank",
+        World(lambda s: 0.05 * s.method.rank),
+        *GRIDS,
+        "sweep.at.smoke.steps=384",
+        "sweep.at.smoke.lr_common.any=3.2e-3",
+    )
+    assert (
+        found["order"]["outcome"] == "UNDECIDED"
+        and "order is not resolved" in found["order"]["why"]
+    )
+
+
+def test_departure_of_a_known_curve():
+    full = [
+        (2.0**k, 3.0 - 0.2 * k) for k in range(9)
+    ]  # gains 1.6 nats in all: a lack of 0.08 counts
+    lora = [(s, v + (0.16 if s >= 64 else 0.0)) for s, v in full]
+    assert rank.departure(lora, full, 3.0) == pytest.approx(
+        math.exp(math.log(32) + 0.5 * math.log(2))
+    )
+    assert rank.departure(full, full, 3.0) == math.inf
+    assert rank.departure([(s, v + 0.2) for s, v in full], full, 3.0) == 1.0
