@@ -7,7 +7,9 @@ import math
 import numpy as np
 
 from analysis.optimum.valley import linex
-from analysis.report.report import findings_of, to_plain
+from analysis.questions.registry import analyse
+from analysis.report.report import results_of
+from lorasweep.cli import answer
 from lorasweep.cli.actions import act
 from lorasweep.spec.run import run_id
 from lorasweep.train.loop import eval_steps
@@ -86,7 +88,7 @@ class World:
 
 def analysed(table, question, folder, as_json):
     """What `lorasweep.cli.answer.judge` returns as JSON, without a report's files and figures."""
-    return json.dumps(to_plain(findings_of(table, question), question, table))
+    return json.dumps(results_of(analyse(table, question, answer.KEPT), question, table))
 
 
 def answer_to(request, trainer, capsys):
