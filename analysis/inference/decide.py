@@ -16,7 +16,7 @@ import numpy as np
 from analysis.inference.estimate import LEVEL, Estimate, Verdict, from_draws
 
 MIN_SEEDS = 3
-"""Seeds at the rates around the optimum below which no verdict is given: fewer say nothing of the
+"""Seeds at the rates around the optimum below which no verdict is given: fewer do not show the
 noise there."""
 MAX_NEEDED = 64
 """More seeds than this are reported as 'more than'."""
@@ -49,7 +49,7 @@ def judge(
     Args:
         gates: reasons that forbid a verdict.
         log: the margin is one of ratios.
-        level: of the interval that is held against the margin.
+        level: of the interval that is compared with the margin.
         seeds: how many there are of what the interval is over, `of`.
     """
     low, high = (float(v) for v in claim["margin"])
@@ -89,8 +89,8 @@ def judge(
 
 
 def p_value(draws: np.ndarray, low: float, high: float) -> float:
-    """Return the least level at which the draws decide: their interval of level 1 - p lies inside
-    [low, high], or apart from it. Never below what their number can tell."""
+    """Return the smallest level at which the draws decide: their interval of level 1 - p lies
+    inside [low, high], or apart from it. At least 2 / the number of draws."""
     below, above = float((draws < low).mean()), float((draws > high).mean())
     inside, apart = 2 * max(below, above), 2 * min(1 - below, 1 - above)
     return min(1.0, max(min(inside, apart), 2 / len(draws)))
@@ -114,7 +114,8 @@ def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]
                 v,
                 outcome="UNDECIDED",
                 needed="more seeds at each optimum",
-                why=f"{v.outcome} alone (p {v.p:.2g}), but not after Holm's correction over {len(primary)} primary claims",
+                why=f"{v.outcome} alone (p {v.p:.2g}), but not after Holm's correction over "
+                f"{len(primary)} primary claims",
             )
     return [out[id(v)] for v in verdicts]
 
@@ -128,7 +129,8 @@ REMEDIES = {
     "no curve of": "the missing arm",
     "one rank only": "another rank",
     "bounded_by_divergence": "learning rates between the best one and the first that breaks down",
-    "their order is not resolved": "a base that learns more slowly, or ranks nearer to full fine-tuning",
+    "their order is not resolved": "a base that learns more slowly, or ranks nearer to full "
+    "fine-tuning",
     "at_edge": "learning rates beyond the edge",
     "few_points": "more learning rates",
     "no_variance": "more seeds or learning rates, to know the noise",
@@ -149,7 +151,7 @@ def scale_of(log: bool) -> Callable[[float], float]:
 
 
 def _needed(estimate: Estimate, low: float, high: float, seeds: int, log: bool, of: str) -> str:
-    """Say how many seeds (or bases) it would take, the interval shrinking with their square root."""
+    """Say how many seeds (or bases) it would take: an interval shrinks with their square root."""
     if estimate.value is None:
         return "optima with intervals in every curve"
     if not estimate.has_interval():

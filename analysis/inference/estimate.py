@@ -1,8 +1,8 @@
-"""What an analysis returns: values with interval, n and flags, and the one place that writes them
-for people."""
+"""What an analysis returns: values with interval, n and flags; and how they are written as text."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 N_DRAWS = 4000
 LEVEL = 0.95
-"""Level of an interval unless a sweep's rounds ask for another."""
+"""Level of an interval, unless a sweep with rounds needs another."""
 
 
 AT_LEAST = "at_least"
@@ -32,10 +32,8 @@ class Estimate:
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain values, without the draws."""
-        told = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "draws"
-        }
-        return {**told, "flags": list(self.flags)}
+        names = [f.name for f in dataclasses.fields(self) if f.name != "draws"]
+        return {**{n: getattr(self, n) for n in names}, "flags": list(self.flags)}
 
     def has_interval(self) -> bool:
         """Say whether both ends are known."""
@@ -45,7 +43,7 @@ class Estimate:
 def from_draws(
     draws: np.ndarray, n: int, level: float = LEVEL, flags: tuple[str, ...] = ()
 ) -> Estimate:
-    """Return the median of equally likely values and their interval, tails even."""
+    """Return the median of equally likely values, and their interval with equal tails."""
     low, value, high = (
         float(v) for v in np.quantile(draws, [0.5 - level / 2, 0.5, 0.5 + level / 2])
     )
@@ -82,12 +80,12 @@ class Verdict:
     log: bool = True
     """The margin is one of ratios."""
     p: float | None = None
-    """The least level at which it would be decided; None without draws."""
+    """The smallest level at which it would be decided; None without draws."""
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain values."""
-        told = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**told, "estimate": self.estimate.plain(), "margin": list(self.margin)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "estimate": self.estimate.plain(), "margin": list(self.margin)}
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -110,7 +108,7 @@ def rate(value: float | None) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def with_interval(e: Estimate, write=number) -> str:
+def with_interval(e: Estimate, write: Callable[[float | None], str] = number) -> str:
     """Write an estimate as value [low, high], or as a bound."""
     if AT_LEAST in e.flags:
         return f"at least {with_interval(dataclasses.replace(e, flags=()), write)}"

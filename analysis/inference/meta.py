@@ -1,5 +1,4 @@
-"""Several optima together: drift with the rank, homogeneity, and ratios pooled over models with
-their spread.
+"""Meta-analysis of optima: drift with the rank, homogeneity, and ratios pooled over models.
 
 Works on equally likely values (draws) of each quantity, so that asymmetric intervals stay
 asymmetric.
@@ -73,7 +72,7 @@ def drift(
 
 @dataclass(frozen=True)
 class RandomEffects:
-    """A mean over groups that differ by more than their errors, e.g. ln ratios of several models."""
+    """A mean over groups that differ by more than their errors, such as ln ratios of models."""
 
     mean: float
     low: float

@@ -1,11 +1,9 @@
-"""Intervals over seeds: Student's, not narrower than the usual spread of their kind, and the doubt
-about the best rate.
+"""Intervals over seeds: Student's, at least as wide as the variance pooled over like samples says.
 
-Three seeds alone say little about their own spread: three which happen to agree have far too narrow
-an interval. So samples of one kind in one sweep (the ranks' rho, the recipes' shares) tell each
-other what is usual. A handful of samples that share seeds cannot tell whether one of them is
-noisier, so that this only widens: of Student's interval and the one by the usual spread the wider
-counts.
+Three seeds say little about their own spread: three that happen to agree have far too narrow an
+interval. So samples of one quantity in one sweep (the ranks' rho, the recipes' shares) pool their
+variances. A handful of samples that share seeds cannot show that one of them is noisier, so
+pooling only widens: of Student's interval and the one by the pooled variance the wider counts.
 """
 
 import math
@@ -20,15 +18,16 @@ from analysis.inference.estimate import LEVEL, N_DRAWS, Estimate, from_draws
 
 @dataclass(frozen=True)
 class PooledVariance:
-    """The variance over seeds that is usual among samples of one kind, and its degrees of freedom."""
+    """The variance over seeds, pooled over samples of one quantity, and its degrees of freedom."""
 
     var: float
     df: float
 
 
 def pooled_variance(samples: Sequence[Sequence[float]]) -> PooledVariance | None:
-    """Return what samples of one kind say of each one's variance: the median of theirs, each over
-    the median of chi^2 / df; None for fewer than two with two values."""
+    """Pool the variances of samples of one quantity: the median of theirs, each divided by the
+    median of chi^2 / df, so that an outlying sample counts little. None for fewer than two samples
+    with two values."""
     known = [np.asarray(s, float) for s in samples if len(s) > 1 and np.isfinite(s).all()]
     if len(known) < 2:
         return None
@@ -45,15 +44,15 @@ def from_sample(
     pooled: PooledVariance | None = None,
     shifts: Sequence[float] = (),
 ) -> Estimate:
-    """Return the mean of independent values (seeds), or their geometric mean, with its interval; no
-    interval for one value. With shifts, the value is the median of what the mean may be.
+    """Return the mean of independent values (seeds), or their geometric mean, with Student's
+    interval; no interval for one value. With shifts, the value is the median over them.
 
     Args:
         log: values are positive, and averaged as logarithms.
         kind: the usual variance (of the logarithms, if log) of such samples; it widens, or says
             nothing.
-        shifts: what the mean would move by, for equally likely best rates: an error of its own,
-            common to all seeds.
+        shifts: by how much the mean would move at other, equally likely best rates: an error that
+            all seeds share.
     """
     x = np.log(values) if log else np.asarray(values, float)
     back = np.exp if log else np.asarray
@@ -65,9 +64,7 @@ def from_sample(
         (float(np.var(x, ddof=1)), len(x) - 1.0),
         *([(pooled.var, pooled.df)] if pooled else []),
     ]
-    var, df = max(
-        spreads, key=lambda told: math.sqrt(told[0]) * stats.t.ppf(0.5 + LEVEL / 2, told[1])
-    )
+    var, df = max(spreads, key=lambda s: math.sqrt(s[0]) * stats.t.ppf(0.5 + LEVEL / 2, s[1]))
     even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
     draws = x.mean() + max(math.sqrt(var / len(x)), 1e-12) * stats.t.ppf(even, df)
     if len(shifts):

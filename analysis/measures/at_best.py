@@ -1,9 +1,8 @@
-"""What runs say at each curve's best rate, which lies between tried ones and is known with an
-interval only.
+"""Values of runs at each curve's best rate, which lies between tried ones and has an interval.
 
-Values are interpolated to the best rate, and to others that are as likely to be it: what a run is
-after few updates, or how far it moved, differs much between rates, so that an interval over seeds
-at one rate alone would be too narrow.
+Values are interpolated to the best rate, and to others that are as likely to be the best. A loss
+after few updates, or how far weights moved, differs much between rates: an interval over seeds at
+one rate alone would be too narrow.
 """
 
 import math
@@ -25,18 +24,17 @@ LIKELY = 120
 """Equally likely best rates that values are read at; with fewer, the draws of two curves are
 correlated by chance."""
 UNREAD = 0.05
-"""Share of them that may say nothing (only a bound, or no run near): beyond it there is no
+"""Share of them that may have no value (only a bound, or no run near); with more there is no
 interval."""
 NEAR = math.log(1.5)
 """A run within this of the best rate may stand for it where no other lies on its other side."""
 REACH = math.log(4.1)
-"""A tried rate further than a factor 4 from the best one says nothing about it."""
+"""A tried rate further than a factor 4 from the best one does not count."""
 
 
 @dataclass(frozen=True)
 class AtBest(Generic[T]):
-    """What a curve's runs say by seed: at its best rate, and at LIKELY rates that are as likely to
-    be the best."""
+    """A value by seed at a curve's best rate, and at LIKELY rates that are as likely to be best."""
 
     best: dict[int, T]
     likely: tuple[dict[int, T], ...] = ()
@@ -49,7 +47,7 @@ class AtBest(Generic[T]):
         )
 
     def paired(self, other: "AtBest[U]", f: Callable[[T, U], V]) -> "AtBest[V]":
-        """Apply f to the values of the seeds that both have. Rates of two curves are drawn apart."""
+        """Apply f to the values of seeds that both have; rates of two curves are independent."""
 
         def pair(a: dict[int, T], b: dict[int, U]) -> dict[int, V]:
             return {s: f(a[s], b[s]) for s in sorted(a.keys() & b.keys())}
@@ -65,12 +63,12 @@ class AtBest(Generic[T]):
 def over_seeds(
     values: AtBest[float], pooled: PooledVariance | None = None, flags: tuple[str, ...] = ()
 ) -> Estimate:
-    """Return the mean over seeds, its interval for the spread of the seeds and the doubt about the
-    best rates together; no interval where more than UNREAD of the likely rates say nothing."""
-    mine = values.best
-    moved = [[v[s] - mine[s] for s in v.keys() & mine.keys()] for v in values.likely]
+    """Return the mean over seeds, with an interval for the spread of the seeds and the error of the
+    best rates together; no interval where more than UNREAD of the likely rates have no value."""
+    best = values.best
+    moved = [[v[s] - best[s] for s in v.keys() & best.keys()] for v in values.likely]
     shifts = [float(np.mean(m)) for m in moved if m and np.isfinite(m).all()]
-    sample = [mine[s] for s in sorted(mine)]
+    sample = [best[s] for s in sorted(best)]
     if sample and len(shifts) < (1 - UNREAD) * len(values.likely):
         return Estimate(
             float(np.mean(sample)), n=len(sample), flags=(*flags, "unread_at_likely_rates")
@@ -79,8 +77,8 @@ def over_seeds(
 
 
 def likely_rates(o: Optimum, which: int) -> list[float]:
-    """Return LIKELY equally likely best rates of a curve, in an order of its own; none where there
-    is no interval."""
+    """Return LIKELY equally likely best rates of a curve, in the random order of its place `which`;
+    none where there is no interval."""
     if o.best_lr.value is None or o.best_lr.draws is None:
         return []
     rates = np.quantile(o.best_lr.draws, (np.arange(LIKELY) + 0.5) / LIKELY)
@@ -134,8 +132,8 @@ def _shares_by_seed(
     runs: dict[int, dict[float, Any]], at: float, heights: Mapping[float, float]
 ) -> dict[int, dict[float, float]]:
     """Return the weights by seed: of the rates that all seeds have, if those lie on both sides of
-    the best one, so that seeds are alike; else of each seed's own. A seed without a rate on both
-    sides, or NEAR, is left out."""
+    the best one, so that seeds are treated equally; else of each seed's own. A seed without a rate
+    on both sides, or NEAR, is left out."""
     common = set.intersection(*(set(by_rate) for by_rate in runs.values()))
     if common and min(common) <= at <= max(common):
         return dict.fromkeys(runs, weights(list(common), at, heights))
@@ -156,7 +154,7 @@ def mixed(by_rate: dict[float, dict[Any, float]], share: dict[float, float]) -> 
 def weights(
     tried: Sequence[float], at: float, heights: Mapping[float, float]
 ) -> dict[float, float]:
-    """Return how much each tried ln(rate) counts for a value at ln(rate) `at`: Lagrange's weights.
+    """Return the weight of each tried ln(rate) for a value at ln(rate) `at`, by Lagrange's formula.
 
     Of the two rates around it and of the next one, on the side where the loss (`heights`) is lower,
     away from a cliff; of the two alone where there is no third within REACH; the nearest alone

@@ -36,14 +36,14 @@ def _reach(one: Points, other: Points) -> tuple[float, int]:
     that is: 0 a value, -1 an upper bound (the other is there at its first evaluation), 1 a lower
     bound (the one is)."""
     loss = max(one[-1][1], other[-1][1])
-    mine, theirs = steps_to_reach(one, loss), steps_to_reach(other, loss)
-    assert mine is not None and theirs is not None  # both end at or below it
+    steps, others = steps_to_reach(one, loss), steps_to_reach(other, loss)
+    assert steps is not None and others is not None  # both end at or below it
     bound = -1 if other[0][1] <= loss else 1 if one[0][1] <= loss else 0
-    return math.log(theirs / mine), bound
+    return math.log(others / steps), bound
 
 
 def log_rho(one: AtBest[Points], other: AtBest[Points]) -> AtBest[float]:
-    """Return ln(rho) of one curve against another by seed; +-infinity where only a bound is known."""
+    """Return ln(rho) of one curve against another by seed; +-inf where only a bound is known."""
 
     def of(a: Points, b: Points) -> float:
         value, bound = _reach(a, b) if a and b else (math.nan, 0)
@@ -58,10 +58,11 @@ def rho(
     """Return rho from held-out curves (step 0 and the last evaluation left out), paired by seed.
 
     Steps are counted to the lowest loss that both reach: LoRA's last one, or full fine-tuning's
-    where that ends higher.
-    Interval: over ln rho of the seeds and of the likely best rates; needs two seeds or more. Where
-    either is there at its first evaluation in any seed, only a bound is given. `kind`: the usual
-    spread of ln rho over seeds.
+    where that ends higher. The interval covers seeds and the error of the best rates; it needs two
+    seeds or more. Where either is there at its first evaluation in any seed, only a bound is given.
+
+    Args:
+        pooled: variance over seeds of ln rho, pooled over curves like these.
     """
     pairs = {s: (lora.best[s], full.best[s]) for s in sorted(lora.best.keys() & full.best.keys())}
     found = [_reach(a, b) for a, b in pairs.values() if a and b]
@@ -102,7 +103,7 @@ def at_best(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[AtBest[Point
 
 
 def read_to(curves: Sequence[AtBest[Points]]) -> int:
-    """Return the update up to which curves are read: the last evaluation but one of the shortest."""
+    """Return the update up to which curves are read: that of the shortest's last but one point."""
     return min(
         (int(points[-1][0]) for c in curves for points in c.best.values() if points), default=0
     )

@@ -19,7 +19,7 @@ from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import LrCurve
 
 PUBLISHED = {"base": 5e-5, "M": 10.0, "llama": 0.781, "qwen": 0.0775}
-"""Constants in print: tinker-cookbook, docs/sl-hyperparams (2025). No other family has one."""
+"""Published constants: tinker-cookbook, docs/sl-hyperparams (2025). No other family has one."""
 REFERENCE = 2000.0
 _P = np.linspace(-1.5, 2.0, 141)
 _N_K, _BOOT = 161, 400
@@ -42,7 +42,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Regret:
-    """What a law's rate costs one curve. None: the rate lies outside what was tried, or beside a
+    """What a law's rate costs one curve. None: the rate lies outside what was tried, or next to a
     rate that diverged."""
 
     curve: LrCurve
@@ -78,7 +78,7 @@ def interpolated(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
 
 
 def regret(curve: LrCurve, lr: float) -> Regret:
-    """Say what a rate costs against the best one tried, in percent of its loss."""
+    """Return what a rate costs against the best one tried, in percent of the best one's loss."""
     y = curve.y[curve.usable]
     loss = float(interpolated(curve, np.array([math.log(lr)]))[0])
     rates = np.unique(curve.x[curve.usable])
@@ -185,8 +185,8 @@ def by_optima(optima: Sequence[Optimum], hidden: dict[str, float]) -> list[Law]:
     """Fit ln(best LR) = ln(LR at 2000) + p ln(2000 / hidden) by family and method, over optima that
     are known.
 
-    One row a model (the mean over its ranks, which are no independent witnesses of its width), and
-    a variance between models beside each row's own. At an edge there is no optimum, so curves whose
+    One row a model (the mean over its ranks, which share its width), and a variance between models
+    besides each row's own. At an edge there is no optimum, so curves whose
     best rate is the largest tried are missing here, which biases the law downward: flagged.
     """
     laws = []

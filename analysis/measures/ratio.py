@@ -50,7 +50,7 @@ def pool_ratios(ratios: Sequence[Estimate]) -> RandomEffects | None:
 
 
 def rivals(width: int, alpha: float) -> dict[str, float]:
-    """Return the ratios that laws in print predict at this hidden size and alpha."""
+    """Return the ratios that published laws predict at this hidden size and alpha."""
     if not width:
         return {}
     return {

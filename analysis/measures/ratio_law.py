@@ -1,5 +1,5 @@
-"""The law of the ratio of best rates, ln ratio = a + p ln(hidden) + q ln(alpha), with the laws in
-print as rivals."""
+"""The law of the ratio of best rates, ln ratio = a + p ln(hidden) + q ln(alpha), with
+published laws as rivals."""
 
 import math
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ RIVALS: dict[str, tuple[float, float | None]] = {
     "hidden/(2 alpha) (withdrawn by the study's authors)": (1.0, -1.0),
     "sqrt(3) hidden/alpha (equal first step under Adam)": (1.0, -1.0),
 }
-"""Exponents (p, q) of the ratio in hidden size and alpha that laws in print claim; None: nothing is
-said of alpha."""
+"""Exponents (p, q) of the ratio in hidden size and alpha that published laws claim; None: no claim
+about alpha."""
 ALPHA = 32.0
-"""The study's alpha, at which laws that say nothing of alpha are judged, where it was tried."""
+"""The study's alpha, at which laws without a claim about alpha are judged, where it was tried."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Ratio:
 
 @dataclass(frozen=True)
 class RatioLaw:
-    """ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32), and which laws in print it leaves
-    standing."""
+    """ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32), and which published laws agree
+    with it."""
 
     at_reference: Estimate
     """The ratio at hidden size 1000, at the alpha that p was found at."""
@@ -54,8 +54,8 @@ class RatioLaw:
 
 
 def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
-    """Fit the law to measured ratios. The base is what was drawn: several alphas of one base share
-    its full fine-tuning curve and are no several witnesses of its width.
+    """Fit the law to measured ratios. Bases are the sample: alphas of one base share its full
+    fine-tuning curve, so they count once for its width.
 
     p: a regression of one row a base, at one alpha (ALPHA, or the one of most bases), with a
     variance between bases. q: the slope over alpha within each base, averaged over bases. A factor
@@ -102,7 +102,7 @@ def _one_alpha(ratios: Sequence[Ratio]) -> float:
 
 
 def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
-    """Return one ratio a base at this alpha: the mean of its several (data sets, ranks), which
+    """Return one ratio a base at this alpha: the mean over data sets and ranks, which
     share its width; their mean error, since they share its runs as well."""
     out = []
     for base in dict.fromkeys(r.base for r in ratios if r.alpha == alpha):
@@ -142,11 +142,11 @@ def _alphas(ratios: Sequence[Ratio]) -> MetaRegression | None:
 def _p_of(
     width: MetaRegression | None, alpha: MetaRegression | None, p: float, q: float | None
 ) -> float | None:
-    """Return the p-value of a law's exponents, the smaller of the two that can be told, times their
+    """Return the p-value of a law's exponents: the smaller of those that are known, times their
     number (Bonferroni)."""
-    told = [
+    of_each = [
         None if width is None else width.p_of([1], [p]),
         None if alpha is None or q is None else alpha.p_of([0], [q]),
     ]
-    known = [v for v in told if v is not None]
+    known = [v for v in of_each if v is not None]
     return min(1.0, len(known) * min(known)) if known else None
