@@ -207,7 +207,7 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
     if args.table and not args.out and not suggest:
         parser.error("--table needs --out FOLDER, so that no other report is overwritten")
 
-    from analysis.measures import design
+    from analysis.measures import next_runs
     from analysis.questions.registry import analyse
     from analysis.report.report import judge_and_report
     from analysis.runs.table import read
@@ -218,12 +218,12 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
     if not suggest:
         print(judge_and_report(table, question, args.out or folder, args.json, KEPT))
         return 0
-    wanted = design.suggest(analyse(table, question, KEPT))
+    wanted = next_runs.suggest(analyse(table, question, KEPT))
     if args.json:
         print(json.dumps([s.plain() for s in wanted], indent=1))
     else:
         print(
-            "\n".join(design.lines(wanted))
+            "\n".join(next_runs.lines(wanted))
             or "nothing to add: every claim is decided, or more runs cannot help"
         )
     return 0

@@ -10,8 +10,8 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict, number, signed, with_interval
 from analysis.inference.seeds import pooled_variance
-from analysis.measures.design import lines, suggest
 from analysis.measures.efficiency import at_best, log_rho, of_curves, read_to, rho
+from analysis.measures.next_runs import lines, suggest
 from analysis.questions.base import (
     Analysis,
     Rows,

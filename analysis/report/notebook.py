@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.inference.estimate import number, rate, with_interval
-from analysis.measures import design
+from analysis.measures import next_runs
 from analysis.measures.efficiency import of_curves
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
@@ -137,7 +137,7 @@ def suggestions(found: Answer) -> pd.DataFrame:
                 "seeds": ", ".join(map(str, s.seeds)),
                 "why": s.why,
             }
-            for s in design.suggest(found)
+            for s in next_runs.suggest(found)
         ]
     )
 

@@ -47,7 +47,7 @@ def seeds_needed(points: Sequence[Point], sweep: Sweep | None) -> list[str]:
 
     Known before anything is trained, from the margin and an assumed noise.
     """
-    from analysis.measures.design import NOISE, needed_seeds
+    from analysis.measures.power import NOISE, needed_seeds
 
     if sweep is None:
         return []
@@ -101,7 +101,7 @@ def next_round(table: "pd.DataFrame", question: dict[str, Any]) -> NextRound:
     Raises:
         StoreError: the runs cannot be judged together.
     """
-    from analysis.measures.design import lines, suggest
+    from analysis.measures.next_runs import lines, suggest
     from analysis.questions.registry import analyse
     from analysis.runs.lr_curves import runs_of
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import integrate
 
-from analysis.measures.design import needed_seeds
+from analysis.measures.power import needed_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.optimum import valley
 from analysis.optimum.fit import fit_all, fit_sweeps

@@ -1,8 +1,7 @@
-"""Designing the next runs: how many seeds a claim needs before any run, and which runs would decide
-most after some.
+"""The next runs: which of them would decide most of the claims that are open.
 
-Everything is worked out by fitting the runs that one plans as if they came out at the fitted curve:
-the posterior's spread is then the one to expect.
+Planned runs are fitted as if they came out at the fitted curve: the posterior's spread is then the
+one to expect.
 """
 
 import dataclasses
@@ -16,19 +15,13 @@ from scipy import stats
 
 from analysis.inference.decide import MIN_SEEDS, scale_of
 from analysis.inference.estimate import Verdict
-from analysis.optimum.likelihood import Likelihood, gather
+from analysis.measures.power import N_AROUND, expected_spread
+from analysis.optimum.likelihood import gather
 from analysis.optimum.optimum import Optimum, seeds_at_best
-from analysis.optimum.posterior import weigh
-from analysis.optimum.valley import linex
 from analysis.runs.lr_curves import LrCurve
 
-NOISE, CURVATURE, SKEW, MISFIT = 4e-3, 0.15, 0.5, 0.35
-"""Assumed before a sweep has measured its own: noise of one run (nats), curvature at the optimum
-(nats per unit of ln(lr) squared), asymmetry, misfit of the curvature. Measured on the kept sweeps
-(analysis/results): 4e-3 to 5e-3, 0.08 to 0.30, -0.1 to 1.4, 0.24 to 0.47."""
-MAX_SEEDS = 16
-N_AROUND = 3
 MAX_NEW_SEEDS = 5
+"""Fresh seeds that are suggested for one curve at once."""
 
 
 @dataclass(frozen=True)
@@ -53,67 +46,6 @@ class Suggestion:
             "seeds": list(self.seeds),
             "why": self.why,
         }
-
-
-# ---------------------------------------------------------------- before any run
-
-
-def needed_seeds(
-    margin: tuple[float, float],
-    n_lora: int,
-    noise: float = NOISE,
-    curvature: float = CURVATURE,
-    rates: int = 7,
-    factor: float = 2.0,
-) -> tuple[int | None, float]:
-    """Return the fresh seeds a curve at its three best rates after which a ratio's standard error
-    is a quarter of the margin's width (in ln), and that error; None if MAX_SEEDS are not enough.
-
-    Args:
-        margin: of the ratio.
-        n_lora: LoRA curves that are averaged against one full fine-tuning curve.
-        noise: nats, of one run. curvature: nats per unit of ln(lr) squared, at the optimum.
-    """
-    if not 0 < margin[0] < margin[1]:
-        return None, math.inf  # no lower edge to stay off: a ratio's margin starts above 0
-    target = (math.log(margin[1]) - math.log(margin[0])) / 4
-    error = math.inf
-    for n in range(MIN_SEEDS - 1, MAX_SEEDS + 1):
-        error = _planned_error(rates, factor, n, noise, curvature) * math.sqrt(
-            1 + 1 / max(n_lora, 1)
-        )
-        if error <= target:
-            return n, error
-    return None, error
-
-
-def _planned_error(rates: int, factor: float, fresh: int, noise: float, curvature: float) -> float:
-    """Standard deviation of ln(best LR) to expect of one curve: one seed over the grid, `fresh` at
-    the three best."""
-    step = math.log(factor)
-    grid = (np.arange(rates) - (rates - 1) / 2) * step
-    errors = []
-    for m in (0.0, 0.25 * step, 0.5 * step):
-        loss = curvature * linex(grid - m, SKEW)
-        first = min(max(int(np.argmin(loss)) - 1, 0), rates - N_AROUND)
-        x = np.concatenate([grid, np.tile(grid[first : first + N_AROUND], fresh)])
-        block = np.concatenate([np.zeros(rates), np.repeat(np.arange(fresh) + 1, N_AROUND)]).astype(
-            int
-        )
-        errors.append(_spread(gather(x, curvature * linex(x - m, SKEW), block), noise, MISFIT))
-    return float(np.mean(errors))
-
-
-def _spread(e: Likelihood, noise: float, misfit: float) -> float:
-    """Standard deviation of the minimum's posterior when noise and misfit are known."""
-    ((posterior,), _) = weigh(
-        [[dataclasses.replace(e, squares=100 * noise**2, df=100)]], misfit=misfit
-    )[0]
-    mean = float(posterior.m @ posterior.mass)
-    return math.sqrt(max(float((posterior.m - mean) ** 2 @ posterior.mass), 0.0))
-
-
-# ---------------------------------------------------------------- after some runs
 
 
 class Judged(Protocol):
@@ -316,14 +248,15 @@ def _expected(o: Optimum, n: int, rates: bool) -> float:
         extra = np.concatenate([extra, np.repeat(_halfway(o), len(most_used))])
         fresh = np.concatenate([fresh, np.tile(most_used, len(_halfway(o)))])
     planned, blocks = np.concatenate([x, extra]), np.concatenate([block, fresh]).astype(int)
-    return _spread(
+    return expected_spread(
         gather(planned, o.shape.height(planned), blocks), o.pooled.noise, o.pooled.misfit
     )
 
 
 def lines(suggestions: Sequence[Suggestion]) -> list[str]:
     """Write suggestions for the terminal."""
-    return [
-        f"{s.curve.name} ({s.curve.group}): lr {s.lr:g}, seeds {', '.join(map(str, s.seeds))}: {s.why}"
-        for s in suggestions
-    ]
+    out = []
+    for s in suggestions:
+        seeds = ", ".join(map(str, s.seeds))
+        out.append(f"{s.curve.name} ({s.curve.group}): lr {s.lr:g}, seeds {seeds}: {s.why}")
+    return out
