@@ -19,7 +19,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 SUITE_MINUTES = 20
 _STARTED = time.monotonic()
 
-from lorasweep.spec.run import run_id  # noqa: E402
 from lorasweep.train.events import Event  # noqa: E402
 from tests.world import compose_request  # noqa: E402
 
@@ -55,7 +54,7 @@ class FakeTrainer:
         )
 
     def __call__(self, pack, exec_, resume):
-        ids = [run_id(s) for s in pack]
+        ids = [s.id for s in pack]
         self.trained += ids
         for spec in pack:
             if self.fail(spec):

@@ -11,7 +11,6 @@ from analysis.questions.registry import analyse
 from analysis.report.report import results_of
 from lorasweep.cli import answer
 from lorasweep.cli.actions import act
-from lorasweep.spec.run import run_id
 from lorasweep.train.loop import eval_steps
 
 FULL_BEST = 1.3e-3
@@ -40,7 +39,7 @@ class Valley:
             best *= self.ratio * 2 ** (self.drift * math.log2(spec.method.rank / 4))
         if self.cliff is not None and spec.lr > self.cliff * best:
             return math.nan
-        rng = np.random.default_rng(int(run_id(spec), 16))
+        rng = np.random.default_rng(int(spec.id, 16))
         shared = np.random.default_rng(spec.seed)  # one seed sees the same batches at every rate
         valley = 0.16 * float(linex(np.array(math.log(spec.lr / best)), self.steep))
         return 2.0 + valley + shared.normal(0, 3 * self.noise) + rng.normal(0, self.noise)
@@ -68,7 +67,7 @@ class World:
     def loss(self, spec, step):
         whole = spec.method.name == "fullft" and spec.method.scope == "all"
         off = math.log(spec.lr / self.best(spec, step))
-        rng = np.random.default_rng([int(run_id(spec), 16), step])
+        rng = np.random.default_rng([int(spec.id, 16), step])
         shared = np.random.default_rng([spec.seed, step])  # the same batches in every arm
         return (
             START

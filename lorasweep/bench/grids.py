@@ -26,7 +26,6 @@ from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan
 from lorasweep.plan.flops import run_flops
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.run import canonical, run_id
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
@@ -54,7 +53,7 @@ def baseline(
     """Train `runs` of `points` by a baseline in one process; return its seconds a run and their
     parts. Of several runs the first warms the process and is left out; loading is done once and
     counts as start."""
-    job = {"runs": [json.loads(canonical(p.spec)) for p in points[:runs]], "exec": values}
+    job = {"runs": [p.spec.plain() for p in points[:runs]], "exec": values}
     path = Path(folder) / "baseline.json"
     path.write_text(json.dumps(job))
     started = time.perf_counter()
@@ -152,7 +151,7 @@ def whole_sweep(values: dict[str, Any], peak: float, log: Log) -> dict[str, Any]
 def _with_few_test_rows(point: Point) -> Point:
     few = dataclasses.replace(point.spec.dataset, n_test=32, n_test_curve=4)
     spec = dataclasses.replace(point.spec, dataset=few)
-    return Point(point.arm, spec, run_id(spec))
+    return Point(point.arm, spec, spec.id)
 
 
 def lora_grid(

@@ -13,7 +13,7 @@ from typing import Any
 from lorasweep.config.compose import compose_request
 from lorasweep.launch.worker import StopFlag, execute
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.run import RunSpec, canonical, run_id
+from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import RunStore, checksum
 from lorasweep.train.events import Event
 
@@ -55,7 +55,7 @@ def command(*arguments: str, runs_dir: Path) -> tuple[float, dict[str, Any]]:
 
 def nothing(pack: list[RunSpec], exec_: Exec, resume: Any) -> Any:
     """Train nothing: one record, one result a run."""
-    ids = [run_id(s) for s in pack]
+    ids = [s.id for s in pack]
     yield Event(
         1,
         {i: {"step": 1, "train_nll": 2.0} for i in ids},
@@ -102,9 +102,9 @@ def measure(log: Any) -> dict[str, float]:
 
 def _finished(store: RunStore, spec: RunSpec) -> None:
     """Put a finished run into the store as it is after training, without the syncs to disk."""
-    folder = store.folder(run_id(spec))
+    folder = store.folder(spec.id)
     (folder / "attempts" / "1").mkdir(parents=True)
-    (folder / "spec.json").write_text(canonical(spec))
+    (folder / "spec.json").write_text(spec.canonical)
     (folder / "metrics.jsonl").write_text('{"step": 1, "train_nll": 2.0}\n')
-    body = {"run_id": run_id(spec), "state": "done", **FINAL}
+    body = {"run_id": spec.id, "state": "done", **FINAL}
     (folder / "result.json").write_text(json.dumps({"sha256": checksum(body), "result": body}))

@@ -13,7 +13,7 @@ from typing import Any
 from lorasweep.cli import answer, status
 from lorasweep.cli import finished_runs as upkeep
 from lorasweep.cli import study as several
-from lorasweep.cli.progress import Display, duration, run_names
+from lorasweep.cli.progress import Display, duration
 from lorasweep.config import preflight as checks
 from lorasweep.errors import GaveUp, SpecError
 from lorasweep.launch import local
@@ -29,6 +29,7 @@ from lorasweep.plan.throughput import shape_of
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep import looks as rounds
 from lorasweep.sweep.grid import Point, curve_key, second_stage
+from lorasweep.sweep.names import run_names
 from lorasweep.sweep.request import Request, question
 
 POWER_RUNS = 2000

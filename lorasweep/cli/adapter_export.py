@@ -9,7 +9,6 @@ from typing import Any
 from lorasweep.errors import SpecError
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.run import run_id
 
 
 def export_adapter(
@@ -23,7 +22,7 @@ def export_adapter(
     spec = spec_from(plain_spec)
     if spec.method.name != "lora":
         raise SpecError(f"a {spec.method.name} run has no adapter. Choose a lora run.")
-    rid, state = run_id(spec), None
+    rid, state = spec.id, None
     for event in TorchTrainer()([spec], Exec(**{**vars(exec_), **layout}), None):
         state = event.snapshot()[rid]
     params = {

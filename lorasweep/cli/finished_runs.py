@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.cli import answer
-from lorasweep.cli.progress import run_names
 from lorasweep.errors import SpecError
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep import looks as rounds
 from lorasweep.sweep.grid import Point
+from lorasweep.sweep.names import run_names
 from lorasweep.sweep.request import Request
 
 

@@ -2,14 +2,13 @@
 
 import sys
 import time
-from collections.abc import Collection, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lorasweep.plan.flops import run_flops
 from lorasweep.sweep.grid import Point
+from lorasweep.sweep.names import run_names
 
 
 def duration(seconds: float) -> str:
@@ -17,56 +16,6 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-_FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "steps")
-"""What people look for first, in this order."""
-
-
-def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> dict[str, str]:
-    """Name the runs of a sweep by what differs among them, and no more; the store knows them by
-    their ids.
-
-    Arm and learning rate are always said; a field of a method is compared among the arms that have
-    it. `only`: the ids to name, if not all.
-    """
-    varied = _varied(points)
-    named = {}
-    for p in points:
-        if only is None or p.id in only:
-            f = _fields(p)
-            said = [
-                f"r{f[k]}" if k == "rank" else f"{k}={f[k]}"
-                for k in varied
-                if k in f and k != "seed"
-            ]
-            seed = [f"seed={p.spec.seed}"] if "seed" in varied or len(points) == 1 else []
-            named[p.id] = " ".join([p.arm, *said, f"lr={p.spec.lr:g}", *seed])
-    return named
-
-
-def _varied(points: Sequence[Point]) -> list[str]:
-    """List the fields that differ, column by column: a sweep may have ten thousand runs."""
-    found: dict[str, set[Any]] = {}
-    specs = [p.spec for p in points]
-    for key in vars(specs[0]) if specs else ():
-        if key in ("model", "dataset"):
-            found[key] = {
-                getattr(s, key).name for s in {id(getattr(s, key)): s for s in specs}.values()
-            }
-        elif key not in ("lr", "method"):
-            found[key] = {getattr(s, key) for s in specs}
-    for method in {id(s.method): s.method for s in specs}.values():
-        for key, value in vars(method).items():
-            if key != "name":
-                found.setdefault(key, set()).add(str(value))
-    return [k for k in dict.fromkeys((*_FIRST, *found)) if len(found.get(k, ())) > 1]
-
-
-def _fields(point: Point) -> dict[str, Any]:
-    spec = point.spec
-    flat = {k: v for k, v in vars(spec.method).items() if k != "name"}
-    return {**vars(spec), **flat, "model": spec.model.name, "dataset": spec.dataset.name}
 
 
 class Display:

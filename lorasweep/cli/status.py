@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli.progress import duration, run_names
+from lorasweep.cli.progress import duration
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan import detect
@@ -21,6 +21,7 @@ from lorasweep.plan.flops import run_flops
 from lorasweep.store.index import Entry
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
+from lorasweep.sweep.names import run_names
 from lorasweep.sweep.request import Request
 
 COLUMNS = ("done", "diverged", "running", "queued", "stale", "failed", "missing")

@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,94 +18,19 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
+from lorasweep.config.schema import ACTIONS, FORMATS, MIRRORS, Config, writable
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch.slurm import resources as jobs
-from lorasweep.methods.registry import method_classes
+from lorasweep.methods.registry import method_classes, spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import from_plain
+from lorasweep.spec.canonical import build
 from lorasweep.spec.dataset import DatasetSpec
-from lorasweep.spec.execution import Cluster, Exec
-from lorasweep.spec.method import Method
+from lorasweep.spec.execution import Exec
 from lorasweep.spec.model import ModelSpec
-from lorasweep.spec.run import RunSpec, run_id, snap_lr, validate
+from lorasweep.spec.run import RunSpec, validate
 from lorasweep.sweep.grid import Point, Sweep, around, check_sweep, expand, fields_of, geom
 from lorasweep.sweep.request import Request
-
-ACTIONS = (
-    "run",
-    "plan",
-    "status",
-    "cancel",
-    "export",
-    "import",
-    "adapter",
-    "verify",
-    "extend",
-    "qualify",
-    "measure_packs",
-)
-FORMATS = ("text", "json")
-MIRRORS = ("none", "wandb")
-
-
-@dataclass
-class Scale:
-    """How large a question is asked."""
-
-    name: str = "???"
-    at: str = "${scale.name}"
-    """Which entry of a sweep's own `at` this scale takes."""
-    base: str = ""
-    """The base that a sweep's entry `tiny` asks about: the same questions, of another size or
-    another base seed."""
-    models: list[str] = field(default_factory=list)
-    datasets: list[str] = field(default_factory=list)
-    ranks: list[int] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
-    fresh_seeds: list[int] = field(default_factory=list)
-    """Seeds of the second stage; empty: no second stage."""
-    fresh_lrs: int = 3
-    """At how many of a curve's best rates `lr_ratio` has them."""
-    lr_fullft: list[float] = field(default_factory=list)
-    lr_lora: list[float] = field(default_factory=list)
-    batch_steps: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
-    """Updates of each of `batch_size`'s four batches in its entry `tiny`, the smallest batch first.
-    """
-
-
-@dataclass
-class Config:
-    """The whole configuration: a base run (as in RunSpec), the scale, and what to do."""
-
-    action: str = "run"
-    format: str = "text"
-    mirror: str = "none"
-    table: str = ""
-    run: str = ""
-    out: str = ""
-    sample: int = 3
-    watch: bool = False
-    prune: bool = False
-    scale: Scale = field(default_factory=Scale)
-    cluster: Cluster = field(default_factory=Cluster)
-    exec: Exec = field(default_factory=Exec)
-    hardware: dict[str, Any] = field(default_factory=dict)
-    sweep: Sweep = field(default_factory=Sweep)
-    model: ModelSpec = field(default_factory=ModelSpec)
-    dataset: DatasetSpec = field(default_factory=DatasetSpec)
-    method: Method = field(default_factory=Method)
-    lr: float = 1e-3
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    batch_size: int = 16
-    steps: int = 100
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
-    precision: str = "fp32"
-    seed: int = 0
 
 
 def conf_dir() -> Path:
@@ -126,7 +50,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for name, cls in method_classes().items():
-        store.store(group="method", name=name, node=cls)
+        store.store(group="method", name=name, node=writable(cls))
     for name, function in (("geom", geom), ("around", around)):
         OmegaConf.register_new_resolver(
             name, lambda *args, f=function: OmegaConf.create(f(*map(float, args))), replace=True
@@ -209,7 +133,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
         points = []
         if config.action in ("run", "plan", "status", "cancel", "verify", "measure_packs"):
             validate(base)
-            points = [Point(base.method.name, base, run_id(base))]
+            points = [Point(base.method.name, base, base.id)]
         return Request(**common, sweep_name=None, sweep=None, points=points)
     sweep = config.sweep
     check_sweep(sweep_name, sweep)
@@ -255,12 +179,9 @@ def _object(cfg: DictConfig) -> Any:
 
 
 def _run_spec(config: Config) -> RunSpec:
-    names = {f.name for f in dataclasses.fields(RunSpec)} & {
-        f.name for f in dataclasses.fields(Config)
-    }
-    spec = RunSpec(**{name: getattr(config, name) for name in names})
-    spec.lr = snap_lr(spec.lr)
-    return spec
+    keys = {f.name for f in dataclasses.fields(RunSpec)} & vars(config).keys()
+    values = dataclasses.asdict(config)
+    return spec_from({key: values[key] for key in keys})
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -310,6 +231,7 @@ def _lookup(group: str, overrides: list[str]) -> Callable[[str], Any]:
 
     The sweep is left out of it: models and data sets do not depend on it, and it is most of the work.
     """
+    cls = {"model": ModelSpec, "dataset": DatasetSpec}[group]
     kept = [o for o in overrides if not o.lstrip("+~").startswith(("sweep=", "sweep."))]
 
     @cache
@@ -321,7 +243,7 @@ def _lookup(group: str, overrides: list[str]) -> Callable[[str], Any]:
             if name not in names:
                 raise SpecError(unknown(group, str(name), names)) from None
             raise SpecError(f"{group} {name!r}: {error}") from None
-        return _object(cfg[group])
+        return build(cls, dataclasses.asdict(_object(cfg[group])))
 
     return look
 

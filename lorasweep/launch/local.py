@@ -23,7 +23,6 @@ from lorasweep.launch.worker import StopFlag, Stopped, Trainer, execute, skipped
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import Plan, make_plan
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.run import canonical
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
@@ -135,7 +134,7 @@ def _write_job(plan: Plan, store: RunStore, exec_: Exec, settings: dict[str, Any
     """Write what the workers have to do; return the file."""
     packs = [
         {
-            "runs": [json.loads(canonical(p.spec)) for p in pack.points],
+            "runs": [p.spec.plain() for p in pack.points],
             "micro_batch_size": pack.micro_batch_size,
         }
         for pack in plan.packs

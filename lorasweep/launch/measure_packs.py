@@ -25,7 +25,7 @@ from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.packing import micro_batch, pack_sizes
 from lorasweep.plan.throughput import Throughputs, measured_path, shape_of
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.run import RunSpec, canonical
+from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
 from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore
@@ -79,7 +79,7 @@ def measure_packs(
 def _measure_in_process(shapes: dict[Path, RunSpec], store: RunStore, exec_: Exec) -> None:
     job = {
         "exec": dataclasses.asdict(exec_),
-        "shapes": [{"spec": json.loads(canonical(s)), "path": str(p)} for p, s in shapes.items()],
+        "shapes": [{"spec": s.plain(), "path": str(p)} for p, s in shapes.items()],
     }
     path = store.root / ".calibration" / f"job-{os.getpid()}-{os.urandom(3).hex()}.json"
     files.write_atomic(path, json.dumps(job).encode())

@@ -26,7 +26,7 @@ from lorasweep.launch.process import die_with_parent, keep_freed_memory
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.run import RunSpec, run_id
+from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint, files
 from lorasweep.store import claims as ownership
 from lorasweep.store.run_store import RunStore
@@ -95,12 +95,12 @@ def execute(
         for spec in pack:
             n = store.claim(spec)
             if n is not None:
-                claims[run_id(spec)] = n
+                claims[spec.id] = n
             elif not claims:
                 # another worker has the first member, so this pack is its: never torn between two
                 return
         beats = _Heartbeats(store, claims)
-        members = [s for s in pack if run_id(s) in claims]
+        members = [s for s in pack if s.id in claims]
         _run(members, claims, exec_, store, trainer, report, stop, micro_batch_size)
     except Stopped:
         _end_all(store, claims, "stopped", "asked to stop")
@@ -143,7 +143,7 @@ def _run(
     stop: StopFlag,
     planned_rows: int | None,
 ) -> None:
-    ids = [run_id(s) for s in members]
+    ids = [s.id for s in members]
     specs = dict(zip(ids, members))
     resume = checkpoint.load_pack({i: store.folder(i) / "checkpoint" for i in ids})
     if resume and any(resume[i]["meta"]["records_size"] > store.records_size(i) for i in ids):
@@ -354,7 +354,7 @@ def main(job_path: str, first: int = 0) -> int:
     try:
         for pack in packs[first:] + packs[:first]:
             unwanted = skipped(job.get("skip"))
-            specs = [s for s in map(spec_from, pack["runs"]) if run_id(s) not in unwanted]
+            specs = [s for s in map(spec_from, pack["runs"]) if s.id not in unwanted]
             if specs:
                 execute(specs, exec_, store, trainer, report, stop, pack["micro_batch_size"])
             if stop.set:

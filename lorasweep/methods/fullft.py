@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SCOPES = ("all", "matrices")
 
 
-@dataclass
+@dataclass(frozen=True)
 class FullFT(Method):
     """Fields of full fine-tuning."""
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lorasweep.errors import SpecError
+from lorasweep.spec.canonical import not_allowed
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import ModelSpec
 
 SCALINGS = ("rank", "sqrt_rank", "none")
-STARTS = ("a", "b")
+RANDOM_FACTORS = ("a", "b")
 
 
 def _later(value: Any) -> Any:
@@ -24,7 +25,7 @@ def _later(value: Any) -> Any:
     return field(default=value, metadata={"added": value})
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoRA(Method):
     """Fields of LoRA."""
 
@@ -45,7 +46,7 @@ class LoRA(Method):
     lr_b_ratio: float = _later(1.0)
     """Learning rate of B over that of A, which is `lr` (LoRA+, arXiv 2402.12354, takes about 16).
     """
-    start: str = _later("a")
+    random_factor: str = field(default="a", metadata={"added": "a", "key": "start"})
     """Which factor starts random, uniform in +-1/sqrt(its inputs); the other starts at zero."""
     init_seed: int = _later(0)
     """Another draw of the random start on the same batches: the null for differences between
@@ -56,7 +57,7 @@ class LoRA(Method):
         "scaling_by",
         "init_scale",
         "lr_b_ratio",
-        "start",
+        "random_factor",
         "init_seed",
     )
 
@@ -71,11 +72,7 @@ class LoRA(Method):
     def check(self, model: ModelSpec) -> None:
         matrices = model.matrices(parse_layers(self.layers))
         smallest = min(min(m.d_in, m.d_out) for m in matrices)
-        if (
-            isinstance(self.rank, bool)
-            or not isinstance(self.rank, int)
-            or not 1 <= self.rank <= smallest
-        ):
+        if not 1 <= self.rank <= smallest:
             raise SpecError(
                 f"method.rank={self.rank}: on model {model.name!r} with layers {self.layers} the rank is a whole "
                 f"number from 1 to {smallest} (the smallest adapted matrix has a side of {smallest})."
@@ -84,11 +81,10 @@ class LoRA(Method):
             raise SpecError(
                 f"method.alpha={self.alpha}: a number above 0 and below 1e6. The study uses 32."
             )
-        for name, allowed in (("scaling_by", SCALINGS), ("start", STARTS)):
-            if getattr(self, name) not in allowed:
-                raise SpecError(
-                    f"method.{name}={getattr(self, name)!r}. Allowed: {', '.join(allowed)}."
-                )
+        if self.scaling_by not in SCALINGS:
+            raise SpecError(not_allowed("method.scaling_by", self.scaling_by, SCALINGS))
+        if self.random_factor not in RANDOM_FACTORS:
+            raise SpecError(not_allowed("method.start", self.random_factor, RANDOM_FACTORS))
         for name in ("init_scale", "lr_b_ratio"):
             if not 0 < getattr(self, name) < 1e6:
                 raise SpecError(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep.spec.canonical import plain
 from lorasweep.spec.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ SHIPPED = Path(__file__).parent / "bases"
 
 def file_name(spec: ModelSpec) -> str:
     """Name the weights file of a recipe: readable, and changed by any change of recipe or shape."""
-    fields = plain(spec)
+    fields = spec.plain()
     for name in ("location", "revision", "attention", "mlp", "unembedding"):
         fields.pop(name)
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.throughput import Throughputs
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.run import RunSpec, part_json
+from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
@@ -63,10 +63,10 @@ def pack_key(spec: RunSpec) -> tuple[Any, ...]:
 
     They differ in lr, seed, steps and the method's packed fields only.
     """
-    method = tuple(v for k, v in vars(spec.method).items() if k not in spec.method.PACKED_FIELDS)
-    apart = ("model", "dataset", "method", "lr", "seed", "steps")
-    rest = tuple(v for k, v in vars(spec).items() if k not in apart)
-    return (part_json(spec.model), part_json(spec.dataset), method, rest)
+    apart = (*spec.method.PACKED_FIELDS, "model", "dataset", "method", "lr", "seed", "steps")
+    method = tuple(v for k, v in spec.method.values() if k not in apart)
+    rest = tuple(v for k, v in spec.values() if k not in apart)
+    return (spec.model.canonical, spec.dataset.canonical, method, rest)
 
 
 def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: Throughputs) -> int:

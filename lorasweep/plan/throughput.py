@@ -22,8 +22,7 @@ from typing import Any
 import lorasweep
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.method import canonical_layers
-from lorasweep.spec.run import RunSpec, part_json
+from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
@@ -63,10 +62,9 @@ class Throughput:
 def shape_of(spec: RunSpec) -> Shape:
     """Return what decides a step's time: everything but rates, seeds and the number of steps."""
     method = spec.method
-    layers = canonical_layers(getattr(method, "layers", "all"))
-    scope, rank = getattr(method, "scope", None), getattr(method, "rank", None)
+    layers, scope, rank = (getattr(method, name, None) for name in ("layers", "scope", "rank"))
     fields = (method.name, layers, scope, rank, spec.batch_size, spec.precision)
-    return (part_json(spec.model), part_json(spec.dataset), *fields)
+    return (spec.model.canonical, spec.dataset.canonical, *fields)
 
 
 def measured_path(root: Path, spec: RunSpec, hardware: Hardware, exec_: Exec) -> Path:

@@ -1,5 +1,4 @@
-"""The canonical form of a spec's parts: values of the declared types, as the one JSON text that is
-hashed.
+"""Frozen values of declared types, and the one JSON text of each that is hashed.
 
 Knows dataclasses and their type hints. Refuses to know what the fields mean.
 """
@@ -9,109 +8,176 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+from collections.abc import Iterator
+from functools import cache, cached_property
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from lorasweep.errors import SpecError, unknown
 
-_SCALARS = frozenset((str, int, bool, float))
+SCALARS = frozenset((str, int, bool, float))
+encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 
-def coerce(value: Any, kind: Any, where: str) -> Any:
-    """Bring `value` to the field's type, so that 32 and 32.0 have one hash; SpecError if it cannot
-    be."""
-    if type(value) is kind and kind in _SCALARS and (kind is not float or math.isfinite(value)):
-        return value  # the common case, first: planning coerces half a million values
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return coerce(value, next(a for a in args if a is not type(None)), where)
-    if origin is list:
-        if isinstance(value, list | tuple):
-            return [coerce(v, args[0], where) for v in value]
-    elif origin is dict:
-        if isinstance(value, dict):
-            return {str(k): coerce(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    elif kind is bool:
-        if isinstance(value, bool):
-            return value
-    elif kind is int:
-        if (
-            isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
-        ):  # False for inf, NaN
-            return int(value)
-    elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif kind is str:
-        if isinstance(value, str):
-            return value
-    elif dataclasses.is_dataclass(kind):
-        return plain(value, where)
-    name = getattr(kind, "__name__", str(kind))
-    raise SpecError(
-        f"{where}={value!r} is no {name}. Give a {'finite number' if kind is float else name}."
-    )
+class FrozenDict(dict[str, float]):
+    """A dict that refuses changes."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a spec cannot be changed: make another with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    update = setdefault = pop = popitem = clear = _refuse
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, float]]]:
+        return FrozenDict, (dict(self),)
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+class Field(NamedTuple):
+    """One field of a value."""
+
+    name: str
+    key: str
+    """Its name in YAML and JSON."""
+    kind: Any
+    past: Any
+    """For a field added after the first release: the value that reproduces what was done before it
+    existed, at which it is left out of the canonical form, so that old ids stay. Else MISSING."""
 
 
 @cache
-def fields(cls: type) -> tuple[tuple[str, Any, Any], ...]:
-    """Return (name, type, past value) of each field; a past value belongs to a field added later."""
+def fields(cls: type) -> tuple[Field, ...]:
+    """List the fields of a dataclass, in order.
+
+    Field metadata: `key` is the stored name where it is not the Python name, `added` the past value.
+    """
     hints = typing.get_type_hints(cls)
     return tuple(
-        (f.name, hints[f.name], f.metadata.get("added", dataclasses.MISSING))
+        Field(
+            f.name,
+            f.metadata.get("key", f.name),
+            hints[f.name],
+            f.metadata.get("added", dataclasses.MISSING),
+        )
         for f in dataclasses.fields(cls)
     )
 
 
-def plain(obj: Any, where: str = "") -> dict[str, Any]:
-    """Turn a part of a spec into plain values of the declared types, added fields at their past
-    value left out."""
-    out = {}
-    for name, kind, added in fields(type(obj)):
-        at = f"{where}.{name}" if where else name
-        value = getattr(obj, name)
-        value = coerce(value, kind, at)
-        if added is dataclasses.MISSING or value != added:
-            out[name] = value
-    return out
+@cache
+def _by_key(cls: type) -> tuple[Field, ...]:
+    return tuple(sorted(fields(cls), key=lambda f: f.key))
 
 
-encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
-_memo: dict[tuple[int, str], tuple[Any, Any]] = {}
+class Value:
+    """Base of the frozen dataclasses that a run is made of.
+
+    At construction every value is brought to the declared type of its field, so that 32 and 32.0
+    are one value with one hash, and what is shown is what is trained.
+    """
+
+    WHERE: ClassVar[str] = ""
+    """Put before the names of fields in messages, such as 'method.'."""
+
+    def __post_init__(self) -> None:
+        values = vars(self)  # a frozen dataclass has no other way to set them
+        for f in fields(type(self)):
+            values[f.name] = coerce(values[f.name], f.kind, self.WHERE, f.key)
+
+    def values(self) -> Iterator[tuple[str, Any]]:
+        """Yield (name, value) of all fields, in their order."""
+        return ((f.name, getattr(self, f.name)) for f in fields(type(self)))
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values as JSON has them, added fields at their past value left out."""
+        return json.loads(self.canonical)
+
+    @cached_property
+    def canonical(self) -> str:
+        """The one JSON text that is hashed: sorted keys, declared types, resolved values."""
+        return canonical_text(self)
+
+    @cached_property
+    def problem(self) -> str | None:
+        """What makes this value useless, in words; None if nothing does."""
+        return next(self.problems(), None)
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the values, beyond their types."""
+        yield from ()
 
 
-def once(obj: Any, what: str, compute: Callable[[], Any]) -> Any:
-    """Compute something of a model or data set once an object: thousands of specs of a grid share
-    one."""
-    kept = _memo.get((id(obj), what))
-    if kept is None or kept[0] is not obj:
-        if len(_memo) > 4096:
-            _memo.clear()
-        kept = _memo[id(obj), what] = (
-            obj,
-            compute(),
-        )  # holding the object keeps its id from being reused
-    return kept[1]
+def canonical_text(value: Value) -> str:
+    """Write a value's canonical JSON without keeping it; that of its parts is kept with them, since
+    thousands of specs of a grid share them."""
+    pieces: list[str] = []
+    group: dict[str, Any] = {}
+    for f in _by_key(type(value)):
+        one = getattr(value, f.name)
+        if isinstance(one, Value):
+            if group:
+                pieces.append(encode(group)[1:-1])
+            pieces.append(f'"{f.key}":{one.canonical}')
+            group = {}
+        elif f.past is dataclasses.MISSING or one != f.past:
+            group[f.key] = one
+    if group:
+        pieces.append(encode(group)[1:-1])
+    return "{" + ",".join(pieces) + "}"
 
 
-def build(cls: type, values: dict[str, Any], where: str) -> Any:
-    """Make a part of a spec from plain values; unknown keys are an error."""
-    names = [name for name, _, _ in fields(cls)]
-    for key in values:
-        if key not in names:
-            raise SpecError(unknown(f"{where + ' ' if where else ''}field", key, names))
-    return cls(**values)
+def coerce(value: Any, kind: Any, where: str, name: str) -> Any:
+    """Bring `value` to the field's type; SpecError if it cannot be."""
+    if type(value) is kind and kind in SCALARS and (kind is not float or math.isfinite(value)):
+        return value  # the common case, first: planning coerces half a million values
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return coerce(value, next(a for a in args if a is not type(None)), where, name)
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(coerce(v, args[0], where, name) for v in value)
+    elif origin is dict:
+        if isinstance(value, FrozenDict):
+            return value
+        if isinstance(value, dict):
+            return FrozenDict(
+                {str(k): coerce(v, args[1], where, f"{name}.{k}") for k, v in value.items()}
+            )
+    elif kind is int:
+        if number and value % 1 == 0:  # False for inf and NaN
+            return int(value)
+    elif kind is float:
+        if number and math.isfinite(value):
+            return float(value)
+    elif isinstance(value, kind):
+        return value
+    expected = {int: "an int", float: "a finite number", str: "text", bool: "true or false"}
+    what = expected.get(kind, getattr(kind, "__name__", kind))
+    raise SpecError(f"{where}{name}: expected {what}, got {value!r}.")
 
 
-def check(ok: bool, message: str) -> None:
-    """Raise SpecError with `message` unless `ok`."""
-    if not ok:
-        raise SpecError(message)
+def not_allowed(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """Say that a setting has none of the values that it may have."""
+    return f"{name}={value!r}. Allowed: {', '.join(allowed)}."
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise SpecError unless `value` is allowed."""
-    check(value in allowed, f"{name}={value!r}. Allowed: {', '.join(allowed)}.")
+def build(cls: type, values: dict[str, Any]) -> Any:
+    """Make a value from plain ones, by their keys in JSON; SpecError for a key that is unknown."""
+    known = {f.key: f for f in fields(cls)}
+    given = {}
+    for key, value in values.items():
+        if key not in known:
+            raise SpecError(unknown(f"{cls.WHERE.rstrip('.')} field".lstrip(), key, known))
+        part = part_class(known[key].kind)
+        nested = part is not None and isinstance(value, dict)
+        given[known[key].name] = build(part, value) if nested else value
+    return cls(**given)
+
+
+def part_class(kind: Any) -> type | None:
+    """Return the Value class of a field of type X or X | None; None for other types."""
+    options = typing.get_args(kind) or (kind,)
+    return next((k for k in options if isinstance(k, type) and issubclass(k, Value)), None)

@@ -1,17 +1,21 @@
 """Which examples a run is trained and tested on, and which of their tokens bear loss."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from lorasweep.spec.canonical import check, one_of
+from lorasweep.spec.canonical import Value, not_allowed
 
 DATASET_SOURCES = ("hub", "jsonl", "synthetic")
 FORMATS = ("prompt_completion", "messages", "tokens")
 MASKS = ("completion", "last_assistant", "all")
 
 
-@dataclass
-class DatasetSpec:
-    """Which examples, in which split and form, and where the loss looks."""
+@dataclass(frozen=True)
+class DatasetSpec(Value):
+    """Which examples, in which split and form, and which tokens bear loss."""
+
+    WHERE: ClassVar[str] = "dataset."
 
     name: str = "???"
     source: str = "???"
@@ -39,7 +43,7 @@ class DatasetSpec:
     """Held-out rows evaluated at the end."""
     n_test_curve: int = 256
     """Of these, the first rows: evaluated at the log-spaced steps before the end."""
-    knobs: dict[str, float] = field(default_factory=dict)
+    generator_params: dict[str, float] = field(default_factory=dict, metadata={"key": "knobs"})
     """Settings of a synthetic generator."""
     holdout: int = field(default=0, metadata={"added": 0})
     """Rows held out from the training split of a hub data set that has no other: the first after a
@@ -48,30 +52,30 @@ class DatasetSpec:
     """Rows of what the base was pretrained on (facts: of facts never trained), evaluated once at
     the end."""
 
-
-def validate_dataset(data: DatasetSpec) -> None:
-    """Raise SpecError for a data set whose settings contradict each other."""
-    where = f"dataset {data.name!r}: "
-    one_of(where + "source", data.source, DATASET_SOURCES)
-    one_of(where + "format", data.format, FORMATS)
-    one_of(where + "mask", data.mask, MASKS)
-    check(bool(data.location), f"{where}location is missing.")
-    check(data.max_length >= 4, f"{where}max_length={data.max_length}: at least 4 tokens.")
-    check(data.n_test >= 1, f"{where}n_test={data.n_test}: at least 1 row.")
-    check(
-        1 <= data.n_test_curve <= data.n_test,
-        f"{where}n_test_curve={data.n_test_curve}: from 1 to n_test={data.n_test}.",
-    )
-    check(
-        data.holdout == 0 or (data.source == "hub" and data.holdout >= data.n_test),
-        f"{where}holdout={data.holdout}: 0, or for source=hub at least n_test={data.n_test} rows.",
-    )
-    check(data.n_retain >= 0, f"{where}n_retain={data.n_retain}: 0 or more rows.")
-    check(
-        data.n_retain == 0 or data.source == "synthetic",
-        f"{where}n_retain={data.n_retain}: only synthetic data sets know what the base was pretrained on. Leave it at 0.",
-    )
-    check(
-        data.n_train is None or data.n_train >= 1,
-        f"{where}n_train={data.n_train}: at least 1, or null.",
-    )
+    def problems(self) -> Iterator[str]:
+        where = f"dataset {self.name!r}: "
+        for name, allowed in (("source", DATASET_SOURCES), ("format", FORMATS), ("mask", MASKS)):
+            if getattr(self, name) not in allowed:
+                yield not_allowed(where + name, getattr(self, name), allowed)
+        if not self.location:
+            yield f"{where}location is missing."
+        if self.max_length < 4:
+            yield f"{where}max_length={self.max_length}: at least 4 tokens."
+        if self.n_test < 1:
+            yield f"{where}n_test={self.n_test}: at least 1 row."
+        if not 1 <= self.n_test_curve <= self.n_test:
+            yield f"{where}n_test_curve={self.n_test_curve}: from 1 to n_test={self.n_test}."
+        if self.holdout != 0 and (self.source != "hub" or self.holdout < self.n_test):
+            yield (
+                f"{where}holdout={self.holdout}: 0, or for source=hub at least n_test={self.n_test} "
+                "rows."
+            )
+        if self.n_retain < 0:
+            yield f"{where}n_retain={self.n_retain}: 0 or more rows."
+        if self.n_retain and self.source != "synthetic":
+            yield (
+                f"{where}n_retain={self.n_retain}: only synthetic data sets know what the base was "
+                "pretrained on. Leave it at 0."
+            )
+        if self.n_train is not None and self.n_train < 1:
+            yield f"{where}n_train={self.n_train}: at least 1, or null."

@@ -8,21 +8,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.canonical import Value
+from lorasweep.spec.model import LAYER_SETS, ModelSpec
 
 if TYPE_CHECKING:
     from lorasweep.methods.trainables import Trainables
 
-LAYER_SETS = ("attention", "mlp", "unembedding")
 
-
-@dataclass
-class Method:
+@dataclass(frozen=True)
+class Method(Value):
     """Fields of a method; a subclass lives in a file of its own, named as `name`."""
 
+    WHERE: ClassVar[str] = "method."
     name: str = "???"
     MAX_PACK: ClassVar[int | None] = None  # how many runs may share a pack; None: no limit
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = ()  # fields that may differ inside a pack
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "layers" in vars(self):
+            vars(self)["layers"] = canonical_layers(vars(self)["layers"])
 
     def check(self, model: ModelSpec) -> None:
         """Raise SpecError if this method cannot be applied to `model`. Changes nothing."""
@@ -45,14 +50,12 @@ class Method:
 
 def parse_layers(layers: str) -> tuple[str, ...]:
     """Split 'attention+mlp' into its switches, in canonical order; 'all' means all three."""
-    if not isinstance(layers, str):
-        raise SpecError(f"layers={layers!r} is not text. Write e.g. layers=attention+mlp.")
     parts = LAYER_SETS if layers == "all" else tuple(p.strip() for p in layers.split("+"))
     bad = [p for p in parts if p not in LAYER_SETS]
-    if bad or not parts:
+    if bad:
         raise SpecError(
-            f"layers={layers!r}: {bad or 'nothing'} is no layer set. Allowed: {', '.join(LAYER_SETS)}, "
-            "joined by '+', or 'all'. Example: method.layers=attention+mlp"
+            f"layers={layers!r}: unknown layer set {', '.join(map(repr, bad))}. Allowed: "
+            f"{', '.join(LAYER_SETS)}, joined by '+', or 'all'. Example: method.layers=attention+mlp"
         )
     return tuple(p for p in LAYER_SETS if p in parts)
 

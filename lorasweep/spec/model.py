@@ -3,12 +3,15 @@
 Knows the shape of a decoder's matrices, so that costs are known without loading anything.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cached_property
+from typing import ClassVar, NamedTuple
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.canonical import check, once, one_of
+from lorasweep.spec.canonical import Value, not_allowed
 
+LAYER_SETS = ("attention", "mlp", "unembedding")
 MODEL_SOURCES = ("hub", "folder", "gguf", "recipe")
 
 
@@ -20,14 +23,16 @@ class Matrix(NamedTuple):
     count: int
 
 
-@dataclass
-class Recipe:
+@dataclass(frozen=True)
+class Recipe(Value):
     """How a small base model is pretrained. Its weights are cached by the hash of these fields and
     the shape."""
 
+    WHERE: ClassVar[str] = "model.recipe."
+
     dataset: str = "dialect"
     """Synthetic generator that the base is pretrained on."""
-    knobs: dict[str, float] = field(default_factory=dict)
+    generator_params: dict[str, float] = field(default_factory=dict, metadata={"key": "knobs"})
     """Settings of that generator (the pretraining language)."""
     length: int = 64
     """Tokens a sequence."""
@@ -39,9 +44,11 @@ class Recipe:
     seed: int = 0
 
 
-@dataclass
-class ModelSpec:
+@dataclass(frozen=True)
+class ModelSpec(Value):
     """Which weights, and their shape (so that costs are known without loading anything)."""
+
+    WHERE: ClassVar[str] = "model."
 
     name: str = "???"
     source: str = "???"
@@ -63,17 +70,19 @@ class ModelSpec:
     """True: the unembedding is the embedding's own matrix."""
     qk_norm: bool = False
     """True: a norm over each head's query and key (Qwen3)."""
-    attention: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Last name parts of the nn.Linear modules that 'attention' means."""
-    mlp: list[str] = field(default_factory=lambda: ["gate_proj", "up_proj", "down_proj"])
-    unembedding: list[str] = field(default_factory=lambda: ["lm_head"])
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    unembedding: tuple[str, ...] = ("lm_head",)
     recipe: Recipe | None = None
 
     def matrices(self, layers: tuple[str, ...]) -> list[Matrix]:
         """List the matrices of the layer sets; raise SpecError if a set matches nothing."""
-        return once(self, f"matrices {layers}", lambda: self._matrices(layers))
+        return [m for layer_set in layers for m in self._matrices_of(layer_set)]
 
-    def _matrices(self, layers: tuple[str, ...]) -> list[Matrix]:
+    def _matrices_of(self, layer_set: str) -> list[Matrix]:
+        if layer_set in self._known_matrices:
+            return self._known_matrices[layer_set]
         h, q, kv = self.hidden_size, self.n_heads * self.head_size, self.n_kv_heads * self.head_size
         shape = {
             "q_proj": (h, q),
@@ -85,69 +94,59 @@ class ModelSpec:
             "down_proj": (self.mlp_size, h),
             "lm_head": (h, self.vocab_size),
         }
-        found = []
-        for layer_set in layers:
-            names = getattr(self, layer_set)
-            strangers = [n for n in names if n not in shape]
-            if strangers or not names:
-                raise SpecError(
-                    f"model {self.name!r}: layer set {layer_set!r} is {names}, which matches no known nn.Linear. "
-                    f"Known: {', '.join(shape)}. Mixture-of-experts weights are not nn.Linear modules and are "
-                    "refused: choose another layer set or a dense model."
-                )
-            count = 1 if layer_set == "unembedding" else self.n_layers
-            found += [Matrix(*shape[name], count) for name in names]
+        names = getattr(self, layer_set)
+        if not names or not set(names) <= shape.keys():
+            raise SpecError(
+                f"model {self.name!r}: layer set {layer_set!r} is {list(names)}, which matches no known "
+                f"nn.Linear. Known: {', '.join(shape)}. Mixture-of-experts weights are not nn.Linear "
+                "modules and are refused: choose another layer set or a dense model."
+            )
+        count = 1 if layer_set == "unembedding" else self.n_layers
+        found = self._known_matrices[layer_set] = [Matrix(*shape[name], count) for name in names]
         return found
+
+    @cached_property
+    def _known_matrices(self) -> dict[str, list[Matrix]]:
+        return {}  # filled by _matrices_of: thousands of specs of a grid share one model
 
     def set_of(self, name: str) -> str:
         """Return the layer set that a parameter's or module's name belongs to, or 'rest'
         (embedding, norms)."""
         parts = name.split(".")
-        return next(
-            (
-                s
-                for s in ("attention", "mlp", "unembedding")
-                if not set(getattr(self, s)).isdisjoint(parts)
-            ),
-            "rest",
-        )
+        found = (s for s in LAYER_SETS if not set(getattr(self, s)).isdisjoint(parts))
+        return next(found, "rest")
 
     def n_matmul_params(self) -> int:
         """Count the weights that take part in matrix products, the unembedding included."""
-        return sum(
-            m.d_in * m.d_out * m.count for m in self.matrices(("attention", "mlp", "unembedding"))
-        )
+        return sum(m.d_in * m.d_out * m.count for m in self.matrices(LAYER_SETS))
 
     def n_params(self) -> int:
         """Count all parameters: matrices, embedding and norms (no biases: Llama and Qwen3 have
         none)."""
         embedding = 0 if self.tied else self.vocab_size * self.hidden_size
-        norms = (
-            2 * self.n_layers + 1
-        ) * self.hidden_size + self.qk_norm * 2 * self.head_size * self.n_layers
-        return self.n_matmul_params() + embedding + norms
+        norms = (2 * self.n_layers + 1) * self.hidden_size
+        head_norms = 2 * self.head_size * self.n_layers if self.qk_norm else 0
+        return self.n_matmul_params() + embedding + norms + head_norms
 
-
-def validate_model(model: ModelSpec) -> None:
-    """Raise SpecError for a model that cannot be loaded and trained."""
-    where = f"model {model.name!r}: "
-    one_of(where + "source", model.source, MODEL_SOURCES)
-    shape = (
-        "hidden_size",
-        "n_layers",
-        "n_heads",
-        "n_kv_heads",
-        "head_size",
-        "mlp_size",
-        "vocab_size",
-    )
-    for name in shape:
-        check(getattr(model, name) >= 1, f"{where}{name}={getattr(model, name)}: at least 1.")
-    check(
-        model.n_heads % model.n_kv_heads == 0, f"{where}n_heads must be a multiple of n_kv_heads."
-    )
-    check(
-        (model.source == "recipe") == (model.recipe is not None),
-        f"{where}source=recipe and a recipe block go together.",
-    )
-    check(model.source == "recipe" or bool(model.location), f"{where}location is missing.")
+    def problems(self) -> Iterator[str]:
+        where = f"model {self.name!r}: "
+        if self.source not in MODEL_SOURCES:
+            yield not_allowed(where + "source", self.source, MODEL_SOURCES)
+        shape = (
+            "hidden_size",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_size",
+            "mlp_size",
+            "vocab_size",
+        )
+        for name in shape:
+            if getattr(self, name) < 1:
+                yield f"{where}{name}={getattr(self, name)}: at least 1."
+        if self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads:
+            yield f"{where}n_heads must be a multiple of n_kv_heads."
+        if (self.source == "recipe") != (self.recipe is not None):
+            yield f"{where}source=recipe and a recipe block go together."
+        if self.source != "recipe" and not self.location:
+            yield f"{where}location is missing."

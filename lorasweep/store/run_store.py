@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import StoreError
-from lorasweep.spec.run import TRAIN_VERSION, RunSpec, canonical, run_id
+from lorasweep.spec.run import TRAIN_VERSION, RunSpec
 from lorasweep.store import claims as ownership
 from lorasweep.store import files, index
 
@@ -207,14 +207,14 @@ class RunStore:
     def claim(self, spec: RunSpec) -> int | None:
         """Claim a run; return the attempt's number, or None if it is finished or another process
         has it."""
-        rid = run_id(spec)
+        rid = spec.id
         folder = self.folder(rid)
         (folder / "attempts").mkdir(parents=True, exist_ok=True)
         if self.result(rid) is not None:
             return None
         spec_path = folder / "spec.json"
-        if not spec_path.exists() or spec_path.read_bytes() != canonical(spec).encode():
-            files.write_atomic(spec_path, canonical(spec).encode())
+        if not spec_path.exists() or spec_path.read_bytes() != spec.canonical.encode():
+            files.write_atomic(spec_path, spec.canonical.encode())
         last = self.last_attempt(rid)
         if last is not None and self.end(rid, last) is None:
             if self._alive(rid, last):
@@ -405,7 +405,7 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
     import pandas as pd
 
     from lorasweep.methods.registry import spec_from
-    from lorasweep.spec.run import checked_id
+    from lorasweep.spec.run import validate
 
     path = Path(path)
     if not path.is_file():
@@ -422,7 +422,8 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
     for number, (spec_text, result_text) in enumerate(zip(table["spec"], table["result"]), start=1):
         try:
             spec, result = spec_from(json.loads(spec_text)), json.loads(result_text)
-            rid, named = checked_id(spec), result["run_id"]
+            validate(spec)
+            rid, named = spec.id, result["run_id"]
         except (ValueError, TypeError, KeyError) as error:
             raise StoreError(f"{path}, row {number}: not a run ({error}).") from None
         if rid != named:
@@ -437,6 +438,6 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
         if store.result(rid) is None:
             store.folder(rid).mkdir(parents=True, exist_ok=True)
             store._set_aside_damage(rid)
-            files.write_atomic(store.folder(rid) / "spec.json", canonical(spec).encode())
+            files.write_atomic(store.folder(rid) / "spec.json", spec.canonical.encode())
             new += store.finish(rid, result["state"], {**result, "imported": True})
     return new

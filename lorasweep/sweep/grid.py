@@ -14,7 +14,7 @@ from typing import Any
 from lorasweep.errors import SpecError
 from lorasweep.methods.registry import method_class
 from lorasweep.spec.model import ModelSpec
-from lorasweep.spec.run import RunSpec, canonical, checked_id, run_id, with_axes
+from lorasweep.spec.run import RunSpec, validate, with_axes
 
 MAX_RUNS = 100_000
 WHOSE = ("study", "popular", "ours")
@@ -190,14 +190,14 @@ def expand(
                 spec = with_axes(
                     start, values if "knobs" not in values else _with_knobs(start, values, known)
                 )
-                rid = checked_id(spec)
+                validate(spec)
             except SpecError as error:
                 problems.append(f"{where}: {error}")
                 if len(problems) >= 5:
                     break
                 continue
-            if seen_arms.setdefault(rid, arm) == arm:
-                points.setdefault(rid, Point(arm, spec, rid))
+            if seen_arms.setdefault(spec.id, arm) == arm:
+                points.setdefault(spec.id, Point(arm, spec, spec.id))
     if problems:
         raise SpecError("\n".join(problems) + ("\n..." if len(problems) >= 5 else ""))
     if not points:
@@ -253,7 +253,8 @@ def _with_knobs(start: RunSpec, values: dict[str, Any], known: dict[str, Any]) -
     knobs, data = values.pop("knobs"), values.get("dataset", start.dataset)
     name = f"{data.name}({', '.join(f'{k}={v:g}' for k, v in sorted(knobs.items()))})"
     if name not in known:
-        known[name] = dataclasses.replace(data, name=name, knobs={**data.knobs, **knobs})
+        params = {**data.generator_params, **knobs}
+        known[name] = dataclasses.replace(data, name=name, generator_params=params)
     return {**values, "dataset": known[name]}
 
 
@@ -263,7 +264,7 @@ def _say(values: dict[str, Any]) -> str:
 
 def curve_key(point: Point) -> tuple[str, str]:
     """Runs with the same key are one curve: equal but for lr and seed, in one arm."""
-    return point.arm, canonical(dataclasses.replace(point.spec, lr=1.0, seed=0))
+    return point.arm, dataclasses.replace(point.spec, lr=1.0, seed=0).canonical
 
 
 def second_stage(
@@ -297,6 +298,6 @@ def second_stage(
         for lr in lrs[first : first + second.n_lrs]:
             for seed in second.seeds:
                 spec = dataclasses.replace(by_lr[lr][0].spec, seed=seed)
-                extra.setdefault(run_id(spec), Point(arm, spec, run_id(spec)))
+                extra.setdefault(spec.id, Point(arm, spec, spec.id))
     known = {p.id for p in points}
     return [p for p in extra.values() if p.id not in known]

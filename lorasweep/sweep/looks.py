@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import SpecError, StoreError
-from lorasweep.spec.run import checked_id
+from lorasweep.spec.run import validate
 from lorasweep.store.files import write_atomic
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
@@ -47,8 +47,8 @@ def points(rounds: Sequence[dict[str, Any]], known: Sequence[Point]) -> list[Poi
         like = by_id.get(entry["like"])
         if like is not None:
             spec = dataclasses.replace(like.spec, lr=entry["lr"], seed=entry["seed"])
-            rid = checked_id(spec)
-            extra.setdefault(rid, Point(like.arm, spec, rid))
+            validate(spec)
+            extra.setdefault(spec.id, Point(like.arm, spec, spec.id))
     return [p for p in extra.values() if p.id not in by_id]
 
 

@@ -2,13 +2,11 @@
 job takes it up."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Cluster, Exec
-from lorasweep.spec.run import canonical, run_id
 from lorasweep.sweep.grid import Claim, Point, Second, Sweep
 
 
@@ -51,7 +49,7 @@ class Request:
         told = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = {name: dataclasses.asdict(told[name]) for name in ("exec", "cluster")}
         sweep = dataclasses.asdict(self.sweep) if self.sweep else None
-        points = [{"arm": p.arm, "spec": json.loads(canonical(p.spec))} for p in self.points]
+        points = [{"arm": p.arm, "spec": p.spec.plain()} for p in self.points]
         del told["parts"]  # a job is given one sweep
         return {**told, **parts, "sweep": sweep, "points": points}
 
@@ -65,7 +63,7 @@ def from_file(told: dict[str, Any]) -> Request:
     points = []
     for p in told["points"]:
         spec = spec_from(p["spec"])
-        points.append(Point(p["arm"], spec, run_id(spec)))
+        points.append(Point(p["arm"], spec, spec.id))
     parts = {"exec": Exec(**told["exec"]), "cluster": Cluster(**told["cluster"])}
     return Request(**{**told, **parts, "sweep": sweep, "points": points})
 

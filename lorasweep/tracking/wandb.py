@@ -10,11 +10,10 @@ import json
 import os
 from collections.abc import Sequence
 
-from lorasweep.cli.progress import run_names
 from lorasweep.errors import StoreError
-from lorasweep.spec.run import canonical
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
+from lorasweep.sweep.names import run_names
 
 
 def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
@@ -37,7 +36,7 @@ def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
             mode=mode,
             resume="allow",
             project=os.environ.get("WANDB_PROJECT", "lorasweep"),
-            config=json.loads(canonical(point.spec)),
+            config=point.spec.plain(),
             settings=wandb.Settings(
                 x_disable_stats=True,
                 x_disable_meta=True,

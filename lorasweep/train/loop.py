@@ -16,7 +16,7 @@ import torch
 from lorasweep.data.batches import Batch, collate, eval_batches, merge
 from lorasweep.data.examples import Data
 from lorasweep.models.load import Base
-from lorasweep.spec.run import RunSpec, part_json, run_id
+from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Event, Record, State
 from lorasweep.train.objectives.sft import evaluate, nll_sums
 from lorasweep.train.optim import AdamW
@@ -58,7 +58,7 @@ def train(
     # ---------------------------------------------------------------- setup
     model = base.model
     device = next(model.parameters()).device
-    specs, ids = list(pack), [run_id(s) for s in pack]
+    specs, ids = list(pack), [s.id for s in pack]
     first = specs[0]
     batch_size = first.batch_size
     rows = min(micro_batch_size or batch_size, batch_size)
@@ -69,7 +69,7 @@ def train(
 
     # Before the first update every method is the base model itself, so this is measured once a
     # base.
-    key = f"{part_json(first.dataset)}/{first.precision}"
+    key = f"{first.dataset.canonical}/{first.precision}"
     if key not in base.start_nll:
         base.start_nll[key] = evaluate(model, test, 1, first.precision)[0]
     nll_start = base.start_nll[key]

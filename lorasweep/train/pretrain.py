@@ -101,7 +101,7 @@ def pretraining_data(recipe: Recipe) -> Data:
         mask="all",
         max_length=recipe.length,
         n_test=512,
-        knobs=recipe.knobs,
+        generator_params=recipe.generator_params,
     )
     return load_data(spec, data_dirs=())
 

@@ -10,7 +10,6 @@ import pytest
 
 from analysis.questions.registry import analyse
 from lorasweep.methods.registry import spec_from
-from lorasweep.spec.run import run_id
 from lorasweep.store.run_store import RunStore, load_runs
 from tests.world import cli
 
@@ -30,7 +29,7 @@ def test_states_and_specs_of_an_old_store_are_read(old):
     assert sorted(states.values()) == ["diverged", *["done"] * 6, "stale"]
     assert states[INTERRUPTED] == "stale"
     for rid in states:
-        assert run_id(spec_from(old.spec(rid))) == rid
+        assert spec_from(old.spec(rid)).id == rid
 
 
 def test_the_table_of_an_old_store_is_the_one_that_was_written_then(old):

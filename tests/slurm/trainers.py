@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lorasweep.spec.run import run_id
 from lorasweep.train.events import Event
 
 GO = "go"
@@ -36,7 +35,7 @@ def held(pack, exec_, resume):
 
 def slow(pack, exec_, resume):
     """Train slowly, each pack at another pace, until the run folder holds GO."""
-    pace = 0.02 * (1 + int(run_id(pack[0]), 16) % 10)
+    pace = 0.02 * (1 + int(pack[0].id, 16) % 10)
 
     def pause(step):
         if not Path(exec_.runs_dir, GO).exists():
@@ -59,7 +58,7 @@ def hungry(pack, exec_, resume):
 
 
 def _train(pack, resume, pause):
-    ids = [run_id(spec) for spec in pack]
+    ids = [spec.id for spec in pack]
     last = {i: spec.steps for i, spec in zip(ids, pack)}
     states = {i: _load(resume[i]) if resume else _first(i) for i in ids}
     step = resume[ids[0]]["meta"]["step"] if resume else 0

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.cli.progress import run_names
 from lorasweep.config import preflight as checks
 from lorasweep.errors import ClusterError, StoreError
 from lorasweep.launch.slurm import client as slurm
@@ -27,6 +26,7 @@ from lorasweep.store import files, index
 from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep import request
+from lorasweep.sweep.names import run_names
 from tests.world import ROOT
 
 GPUS = Partition("gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1"}))

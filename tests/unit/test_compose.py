@@ -10,7 +10,6 @@ from lorasweep.config.preflight import check_available
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan
-from lorasweep.spec.run import run_id
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Claim, Sweep, check_sweep, expand, geom
 from tests.world import ROOT, tiny_spec
@@ -77,8 +76,8 @@ def test_models_on_an_axis_are_composed_by_name(compose):
         (["+sweep=lr_ratio", "scale.seeds=[]"], "empty"),
         (["+sweep=lr_ratio", "sweep.arms.lora.lr=[0.0]"], "lr=0.0"),
         (["+sweep=lr_ratio", "sweep.arms.lora.lr=[-1e-3]"], "lr=-0.001"),
-        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[nan]"], "lr=nan"),
-        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[fast]"], "lr='fast'"),
+        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[nan]"], "lr: expected a finite number, got nan"),
+        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[fast]"], "lr: expected a finite number, got 'fast'"),
         (["+sweep=lr_ratio", "sweep.arms.lora.rank=[0,4]"], "rank=0"),
         (["+sweep=lr_ratio", "sweep.arms.lora.rank=[64]"], "from 1 to 32"),
         (["+sweep=lr_ratio", "+sweep.arms.lora.layers=[heads]"], "attention, mlp, unembedding"),
@@ -207,5 +206,5 @@ def test_the_plan_is_json(compose, capsys):
 def test_two_requests_give_the_same_ids(compose):
     ids = [[p.id for p in compose("+sweep=lr_ratio", "scale=tiny").points] for _ in range(2)]
     assert ids[0] == ids[1] and all(
-        p.id == run_id(p.spec) for p in compose("+sweep=lr_ratio").points
+        p.id == p.spec.id for p in compose("+sweep=lr_ratio").points
     )

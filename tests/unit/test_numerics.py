@@ -13,7 +13,6 @@ from lorasweep.data.examples import Example
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.spec.run import run_id
 from lorasweep.train.loop import eval_steps, train
 from lorasweep.train.objectives.sft import evaluate, nll_sums
 from lorasweep.train.optim import AdamW, OneRun
@@ -125,7 +124,7 @@ def test_adapter_in_peft_format_is_loaded_by_peft(world, tmp_path):
     states, records = run_all([spec], base, dataset)
     state = {
         k.removeprefix("param/"): v
-        for k, v in states[run_id(spec)].items()
+        for k, v in states[spec.id].items()
         if k.startswith("param/")
     }
     save_peft(tmp_path / "adapter", state, spec.method.rank, spec.method.alpha, "tiny64")
@@ -134,7 +133,7 @@ def test_adapter_in_peft_format_is_loaded_by_peft(world, tmp_path):
         nll = evaluate(loaded, eval_batches(dataset.test, 4096), 1, "fp64")[0]
     finally:
         loaded.unload()
-    assert nll == pytest.approx(records[run_id(spec)][-1]["test_nll"], abs=1e-9)
+    assert nll == pytest.approx(records[spec.id][-1]["test_nll"], abs=1e-9)
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=4), LoRA(rank=1, layers="attention"), FullFT()])
@@ -192,8 +191,8 @@ def test_micro_batches_change_nothing(world, method):
     whole, _ = run_all([spec], base, dataset)
     for rows in (1, 3):
         parts, _ = run_all([spec], base, dataset, micro_batch_size=rows)
-        for name, tensor in whole[run_id(spec)].items():
-            assert torch.allclose(tensor, parts[run_id(spec)][name], rtol=0, atol=1e-9), (
+        for name, tensor in whole[spec.id].items():
+            assert torch.allclose(tensor, parts[spec.id][name], rtol=0, atol=1e-9), (
                 rows,
                 name,
             )
@@ -211,8 +210,8 @@ def test_pack_equals_runs_alone(world):
     together, _ = run_all(pack, base, dataset)
     for member in pack:
         alone, _ = run_all([member], base, dataset)
-        for name, tensor in alone[run_id(member)].items():
-            assert torch.allclose(tensor, together[run_id(member)][name], rtol=0, atol=1e-9), name
+        for name, tensor in alone[member.id].items():
+            assert torch.allclose(tensor, together[member.id][name], rtol=0, atol=1e-9), name
 
 
 def test_a_diverging_member_leaves_and_disturbs_nobody(world):
@@ -224,12 +223,12 @@ def test_a_diverging_member_leaves_and_disturbs_nobody(world):
     ended = {}
     for event in train([wild, calm], base, dataset):
         ended |= {rid: (state, event.step) for rid, (state, _) in event.ended.items()}
-    assert ended[run_id(wild)][0] == "diverged" and ended[run_id(wild)][1] < 14
-    assert ended[run_id(calm)] == ("done", 14)
+    assert ended[wild.id][0] == "diverged" and ended[wild.id][1] < 14
+    assert ended[calm.id] == ("done", 14)
     alone, _ = run_all([calm], base, dataset)
     together, _ = run_all([wild, calm], base, dataset)
-    for name, tensor in alone[run_id(calm)].items():
-        assert torch.allclose(tensor, together[run_id(calm)][name], rtol=0, atol=1e-9)
+    for name, tensor in alone[calm.id].items():
+        assert torch.allclose(tensor, together[calm.id][name], rtol=0, atol=1e-9)
 
 
 def test_resumed_run_is_bit_identical(world):
@@ -244,8 +243,8 @@ def test_resumed_run_is_bit_identical(world):
             }
             break
     rest, _ = run_all([spec], base, dataset, resume=middle)
-    for name, tensor in whole[run_id(spec)].items():
-        assert torch.equal(tensor, rest[run_id(spec)][name])
+    for name, tensor in whole[spec.id].items():
+        assert torch.equal(tensor, rest[spec.id][name])
 
 
 def test_adamw_equals_torch_with_decay_and_clipping():
@@ -286,10 +285,10 @@ def test_full_fine_tuning_equals_torch_over_a_whole_run(world):
         loss.backward()
         optimizer.step()
         assert float(loss.detach()) == pytest.approx(
-            records[run_id(spec)][step]["train_nll"], abs=1e-9
+            records[spec.id][step]["train_nll"], abs=1e-9
         )
     for name, p in reference.named_parameters():
-        assert torch.allclose(p, states[run_id(spec)][f"param/{name}"], rtol=0, atol=1e-9), name
+        assert torch.allclose(p, states[spec.id][f"param/{name}"], rtol=0, atol=1e-9), name
 
 
 def test_loss_is_torch_cross_entropy_over_loss_bearing_tokens(world):
@@ -322,7 +321,7 @@ def test_shipped_base_is_near_its_floor_and_far_from_the_dialects(world):
     spec, base, dataset = world
     start = evaluate(base.model, eval_batches(dataset.test, 4096), 1, "fp64")[0]
     language = data.load(
-        dataclasses.replace(spec.dataset, knobs={"rule_shift": 0.0, "new_exceptions": 0.0}), []
+        dataclasses.replace(spec.dataset, generator_params={"rule_shift": 0.0, "new_exceptions": 0.0}), []
     )
     known = evaluate(base.model, eval_batches(language.test, 4096), 1, "fp64")[0]
     assert known - language.floor_nats < 0.25

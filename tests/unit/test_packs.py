@@ -13,7 +13,6 @@ from lorasweep.data.examples import Data, Example
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.spec.run import run_id
 from lorasweep.spec.streams import stream
 from lorasweep.train.loop import train
 from lorasweep.train.objectives import sft as loss
@@ -93,12 +92,12 @@ def test_one_step_in_a_pack_is_one_step_alone_at_100_points_of_its_run(world):
     # the pack is attached to `base` meanwhile
     other = models.load(spec.model, ["/nonexistent"], "fp64")
     pack = mixed(dataclasses.replace(spec, batch_size=2), 16, wild=(0.12,))
-    members = {run_id(s): s for s in pack}
+    members = {s.id: s for s in pack}
     assert len(members) == 16
     before, wild = None, []
     for point, event in enumerate(train(pack, base, rows)):
         after = copied(event.snapshot())
-        wild.append(event.records[run_id(pack[0])]["train_nll"])
+        wild.append(event.records[pack[0].id]["train_nll"])
         if before is not None:
             alive = [i for i in members if i in before]
             for i in {alive[0], alive[point % len(alive)]}:  # the wild one, and each in turn
@@ -131,11 +130,11 @@ def test_whole_trajectories_agree_in_float64_below_the_edge(world, text):
             together |= copied(event.snapshot())
     for member in pack[::5]:
         alone, _ = run([member], base, rows)
-        assert worst(alone[run_id(member)], together[run_id(member)]) < 1e-9
+        assert worst(alone[member.id], together[member.id]) < 1e-9
     some = pack[6:10:3]
-    rest, _ = run(some, base, rows, resume={run_id(s): middle[run_id(s)] for s in some})
+    rest, _ = run(some, base, rows, resume={s.id: middle[s.id] for s in some})
     for member in some:
-        assert worst(rest[run_id(member)], together[run_id(member)]) < 1e-9
+        assert worst(rest[member.id], together[member.id]) < 1e-9
 
 
 def test_in_float32_packing_is_far_within_the_noise_between_seeds():
@@ -153,7 +152,7 @@ def test_in_float32_packing_is_far_within_the_noise_between_seeds():
     alone = {}
     for member in (*pack[4:8], pack[0], pack[-1]):
         alone |= run([member], base, rows)[1]
-    seeds = [losses(alone[run_id(m)], "test_nll")[-1] for m in pack[4:8]]
+    seeds = [losses(alone[m.id], "test_nll")[-1] for m in pack[4:8]]
     noise = statistics.stdev(seeds)
     for i, own in alone.items():
         ours, theirs = losses(together[i]), losses(own)
@@ -231,7 +230,7 @@ def test_a_pack_on_another_family_is_its_runs_alone(world, norms_in_float64):
     together, _ = run(pack, base, ragged(longest=40), micro_batch_size=2)
     for member in pack:
         alone, _ = run([member], base, ragged(longest=40))
-        assert worst(alone[run_id(member)], together[run_id(member)]) < 1e-9
+        assert worst(alone[member.id], together[member.id]) < 1e-9
 
 
 @pytest.mark.gpu
@@ -244,12 +243,12 @@ def test_on_a_gpu_it_is_the_cpus_run(method):
     for device in ("cpu", "cuda"):
         base = models.load(spec.model, ["/nonexistent"], "fp64")
         base.model.to(device)
-        curves[device] = run([spec], base, rows)[1][run_id(spec)][-1]
+        curves[device] = run([spec], base, rows)[1][spec.id][-1]
     assert curves["cuda"]["test_nll"] == pytest.approx(
         curves["cpu"]["test_nll"], abs=1e-6
     )  # norms in float32
     low = dataclasses.replace(spec, precision="bf16")
-    got = run([low], models.load(low.model, ["/nonexistent"], "bf16"), rows)[1][run_id(low)][-1]
+    got = run([low], models.load(low.model, ["/nonexistent"], "bf16"), rows)[1][low.id][-1]
     assert got["test_nll"] == pytest.approx(curves["cpu"]["test_nll"], abs=0.02)
 
 
@@ -262,4 +261,4 @@ def test_a_pack_on_a_gpu_is_its_runs_alone():
     together, _ = run(pack, base, rows)
     for member in pack[::3]:
         alone, _ = run([member], base, rows)
-        assert worst(alone[run_id(member)], together[run_id(member)]) < 1e-6
+        assert worst(alone[member.id], together[member.id]) < 1e-6

@@ -14,7 +14,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.stacked.linear import spectral_norm
 from lorasweep.models import load as models
-from lorasweep.spec.run import canonical, run_id, validate
+from lorasweep.spec.run import validate
 from lorasweep.sweep.grid import assignments, fields_of
 from lorasweep.train.loop import train
 from tests.world import compose_request, tiny_spec
@@ -32,7 +32,7 @@ def run(pack, base):
     found = {}
     for event in train(pack, base, rows):
         found |= {i: final for i, (_, final) in event.ended.items()}
-    return [found[run_id(s)] for s in pack]
+    return [found[s.id] for s in pack]
 
 
 def nlls(final):
@@ -76,7 +76,7 @@ def test_rules_of_scaling_and_the_other_start(world):
     assert [
         LoRA(rank=4, alpha=32, scaling_by=s).scaling for s in ("rank", "sqrt_rank", "none")
     ] == [8, 16, 32]
-    b = dataclasses.replace(spec, method=LoRA(rank=4, start="b"))
+    b = dataclasses.replace(spec, method=LoRA(rank=4, random_factor="b"))
     told = run([b], base)[0]
     assert told["norm_a"] > 0 and told["norm_b"] > 0 and nlls(told)[-1] < told["nll_start"]
     drawn = [
@@ -84,21 +84,21 @@ def test_rules_of_scaling_and_the_other_start(world):
         for k in (0, 1)
     ]
     assert drawn[0] != drawn[1]
-    for bad in (
-        {"scaling_by": "root"},
-        {"start": "c"},
-        {"init_scale": 0},
-        {"lr_b_ratio": -1},
-        {"init_seed": -1},
+    for key, bad in (
+        ("scaling_by", {"scaling_by": "root"}),
+        ("start", {"random_factor": "c"}),
+        ("init_scale", {"init_scale": 0}),
+        ("lr_b_ratio", {"lr_b_ratio": -1}),
+        ("init_seed", {"init_seed": -1}),
     ):
-        with pytest.raises(SpecError, match=next(iter(bad))):
+        with pytest.raises(SpecError, match=rf"method\.{key}"):
             validate(dataclasses.replace(spec, method=LoRA(rank=4, **bad)))
 
 
 def test_further_fields_leave_old_names_alone():
     spec = tiny_spec(method=LoRA(rank=4))
-    assert "init_scale" not in canonical(spec) and "n_retain" not in canonical(tiny_spec())
-    assert run_id(spec) != run_id(tiny_spec(method=LoRA(rank=4, init_scale=2.0)))
+    assert "init_scale" not in spec.canonical and "n_retain" not in tiny_spec().canonical
+    assert spec.id != tiny_spec(method=LoRA(rank=4, init_scale=2.0)).id
 
 
 def test_norms_and_shares_of_the_gradient(world):
@@ -140,7 +140,7 @@ def facts(**changes):
 
 
 def test_facts_are_shown_equally_often_and_hold_16_bits():
-    spec = facts(knobs={"facts": 24}, n_retain=2)
+    spec = facts(generator_params={"facts": 24}, n_retain=2)
     loaded = data.load(spec, [])
     rows = loaded.train(0, 0, 12)  # 96 facts: four epochs of 24
     seen = [tuple(row.tokens[k : k + 8]) for row in rows for k in range(0, 64, 8)]
@@ -156,7 +156,7 @@ def test_facts_are_shown_equally_often_and_hold_16_bits():
     values = np.array(
         [
             f[4:]
-            for f in data.load(facts(knobs={"facts": 8000}), [])
+            for f in data.load(facts(generator_params={"facts": 8000}), [])
             .train(0, 0, 1000)[0]
             .tokens.reshape(8, 8)
         ]
@@ -165,8 +165,8 @@ def test_facts_are_shown_equally_often_and_hold_16_bits():
 
 
 def test_fresh_rows_never_come_again_and_the_others_are_as_without_them():
-    known = data.load(facts(knobs={"facts": 24}), []).train(0, 0, 200)
-    mixed = data.load(facts(knobs={"facts": 24, "fresh": 0.25}), [])
+    known = data.load(facts(generator_params={"facts": 24}), []).train(0, 0, 200)
+    mixed = data.load(facts(generator_params={"facts": 24, "fresh": 0.25}), [])
     rows = mixed.train(0, 0, 200)
     same = [(a.tokens == b.tokens).all() for a, b in zip(known, rows)]
     assert 0.15 < 1 - np.mean(same) < 0.35
@@ -178,7 +178,7 @@ def test_fresh_rows_never_come_again_and_the_others_are_as_without_them():
 
 
 def test_an_untrained_values_entropy_is_16_bits():
-    spec = facts(knobs={"facts": 8192}, n_test=1024)
+    spec = facts(generator_params={"facts": 8192}, n_test=1024)
     values = np.concatenate([e.tokens[e.loss] for e in data.load(spec, []).test])
     share = np.bincount(values, minlength=16) / len(values)
     assert -(share * np.log(share)).sum() == pytest.approx(math.log(16), abs=2e-3)
@@ -187,10 +187,10 @@ def test_an_untrained_values_entropy_is_16_bits():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"knobs": {"facts": 12}},
-        {"knobs": {"fact": 8}},
-        {"knobs": {"facts": 30000}},
-        {"knobs": {"fresh": 2}},
+        {"generator_params": {"facts": 12}},
+        {"generator_params": {"fact": 8}},
+        {"generator_params": {"facts": 30000}},
+        {"generator_params": {"fresh": 2}},
         {"max_length": 60},
     ],
 )
@@ -232,7 +232,7 @@ def test_axes_of_mappings_set_several_fields_and_are_products_themselves():
 def test_knobs_on_an_axis_name_the_data_set():
     points = compose_request(["+sweep=capacity", "scale=smoke"]).points
     assert {p.spec.dataset.name for p in points} == {"facts(facts=64)"}
-    assert {p.spec.dataset.knobs["facts"] for p in points} == {64}
+    assert {p.spec.dataset.generator_params["facts"] for p in points} == {64}
 
 
 def test_a_field_inside_a_mapping_is_not_overwritten_in_silence():

@@ -1,7 +1,9 @@
 """Identity: golden ids, canonical form, snapping, published parameter counts, checks."""
 
+import copy
 import dataclasses
 import json
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec import run as spec_module
 from lorasweep.spec.method import canonical_layers
-from lorasweep.spec.run import RunSpec, canonical, run_id, snap_lr, validate, with_axes
+from lorasweep.spec.run import RunSpec, snap_lr, validate, with_axes
 from lorasweep.sweep.grid import geom
+from lorasweep.sweep.names import run_names
 from tests.world import compose_request, tiny_spec
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "run_ids.json"
@@ -39,7 +42,7 @@ def golden_specs():
 
 def test_golden_ids():
     """A changed id means that old results stop counting as done: never change this file in passing."""
-    assert {k: run_id(s) for k, s in golden_specs().items()} == json.loads(GOLDEN.read_text())
+    assert {k: s.id for k, s in golden_specs().items()} == json.loads(GOLDEN.read_text())
 
 
 def test_kept_results_have_the_ids_of_their_specs():
@@ -50,43 +53,92 @@ def test_kept_results_have_the_ids_of_their_specs():
     for path in tables:
         table = pd.read_parquet(path)
         for rid, text in zip(table["run_id"], table["spec"]):
-            assert run_id(spec_from(json.loads(text))) == rid, path
+            assert spec_from(json.loads(text)).id == rid, path
 
 
 def test_key_order_and_round_trip_keep_the_id():
     spec = golden_specs()["lora"]
-    plain = json.loads(canonical(spec))
+    plain = spec.plain()
     turned = dict(reversed(plain.items()))
-    assert run_id(spec_from(turned)) == run_id(spec_from(plain)) == run_id(spec)
+    assert spec_from(turned).id == spec_from(plain).id == spec.id
 
 
 def test_number_types_do_not_matter_but_values_do():
     a, b = tiny_spec(method=LoRA(alpha=32)), tiny_spec(method=LoRA(alpha=32.0))
-    assert run_id(a) == run_id(b)
-    assert run_id(tiny_spec(method=LoRA(alpha=33))) != run_id(a)
-    assert run_id(tiny_spec(seed=1.0)) == run_id(tiny_spec(seed=1))
+    assert a.id == b.id
+    assert tiny_spec(method=LoRA(alpha=33)).id != a.id
+    assert tiny_spec(seed=1.0).id == tiny_spec(seed=1).id
 
 
 def test_an_added_field_at_its_past_value_leaves_the_id_alone(monkeypatch):
-    @dataclass
+    @dataclass(frozen=True)
     class Later(LoRA):
         init: str = field(default="uniform", metadata={"added": "uniform"})
 
     plain = LoRA(rank=4)
-    assert run_id(tiny_spec(method=Later(rank=4))) == run_id(tiny_spec(method=plain))
-    assert run_id(tiny_spec(method=Later(rank=4, init="normal"))) != run_id(tiny_spec(method=plain))
+    assert tiny_spec(method=Later(rank=4)).id == tiny_spec(method=plain).id
+    assert tiny_spec(method=Later(rank=4, init="normal")).id != tiny_spec(method=plain).id
 
 
 def test_layer_sets_have_one_spelling():
     assert canonical_layers("mlp+attention") == canonical_layers("attention+mlp")
     a = tiny_spec(method=LoRA(layers="unembedding+mlp+attention"))
-    assert run_id(a) == run_id(tiny_spec(method=LoRA(layers="all")))
+    assert a.id == tiny_spec(method=LoRA(layers="all")).id
 
 
 @given(st.floats(1e-8, 10), st.floats(0.999999, 1.000001))
 def test_rates_meet_after_snapping(lr, wobble):
     assert snap_lr(snap_lr(lr)) == snap_lr(lr)
     assert abs(snap_lr(lr) / lr - 1) < 0.0051
+
+
+def test_what_is_shown_is_what_is_trained():
+    """A rate between grid points was shown as typed and trained as snapped."""
+    request = compose_request(["+sweep=lr_ratio", "scale=smoke", "sweep.arms.lora.lr=[1.2345e-3]"])
+    lora = [p for p in request.points if p.arm == "lora"]
+    assert {p.spec.lr for p in lora} == {1.23e-3}
+    assert all("lr=0.00123" in name.split() for name in run_names(lora).values())
+    (single,) = compose_request(["scale=smoke", "lr=1.2345e-3"]).points
+    assert single.spec.lr == tiny_spec(lr=1.2345e-3).lr == single.spec.plain()["lr"] == 1.23e-3
+    assert tiny_spec(method=LoRA(layers="mlp+attention")).method.layers == "attention+mlp"
+
+
+def test_a_spec_cannot_be_changed_and_a_changed_copy_has_another_id():
+    """A revision that was set after hashing left the id as it was."""
+    spec = tiny_spec(method=LoRA(rank=4))
+    before = spec.id
+    for part, name in ((spec, "lr"), (spec.model, "revision"), (spec.method, "rank")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, name, 1)
+    with pytest.raises(TypeError, match=r"dataclasses\.replace"):
+        spec.dataset.generator_params["rule_shift"] = 0.9
+    with pytest.raises(AttributeError):
+        spec.model.attention.append("qkv")
+    assert spec.id == before
+    model = dataclasses.replace(spec.model, revision="other")
+    dataset = dataclasses.replace(spec.dataset, generator_params={"rule_shift": 0.9})
+    others = [dataclasses.replace(spec, model=model), dataclasses.replace(spec, dataset=dataset)]
+    assert len({before, *(s.id for s in others)}) == 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_are_equal_and_as_frozen(copied):
+    spec = tiny_spec()
+    again = copied(spec)
+    assert again == spec and again.id == spec.id
+    with pytest.raises(TypeError):
+        again.dataset.generator_params.clear()
+
+
+def test_stored_keys_are_those_of_the_configuration():
+    spec = tiny_spec(method=LoRA(random_factor="b"))
+    plain = spec.plain()
+    assert "knobs" in plain["dataset"] and "knobs" in plain["model"]["recipe"]
+    assert plain["method"]["start"] == "b" and spec_from(plain) == spec
+    overrides = ["scale=smoke", "method=lora", "method.rank=1", "method.start=b"]
+    (point,) = compose_request([*overrides, "dataset.knobs.rule_shift=0.25"]).points
+    assert point.spec.method.random_factor == "b"
+    assert point.spec.dataset.generator_params["rule_shift"] == 0.25
 
 
 def test_grid_and_its_refinement_meet():
@@ -114,9 +166,9 @@ def test_published_parameter_counts_of_llama_8b(layers, rank, billions):
 
 def test_validation_changes_nothing():
     spec = golden_specs()["lora"]
-    before = canonical(spec)
+    before = spec.canonical
     validate(spec)
-    assert canonical(spec) == before
+    assert spec.canonical == before
 
 
 @pytest.mark.parametrize(
@@ -135,10 +187,9 @@ def test_validation_changes_nothing():
         ({"clip_norm": -1.0}, "clip_norm"),
         ({"method": LoRA(rank=0)}, "rank"),
         ({"method": LoRA(rank=65)}, "rank"),
-        ({"method": LoRA(layers="head")}, "mlp"),
         ({"method": LoRA(alpha=0)}, "alpha"),
         ({"method": FullFT(scope="some")}, "matrices"),
-        ({"steps": 1.5}, "int"),
+        ({"steps": 1.5}, r"steps: expected an int, got 1\.5"),
         ({"method": FullFT(layers="mlp")}, "scope"),
         ({"train_version": 99}, "train_version"),
     ],
@@ -146,6 +197,21 @@ def test_validation_changes_nothing():
 def test_bad_values_are_refused_with_what_is_allowed(change, word):
     with pytest.raises(SpecError, match=word):
         validate(tiny_spec(**change))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: LoRA(layers="head"), "unknown layer set 'head'. Allowed: attention, mlp"),
+        (lambda: LoRA(layers=3), "method.layers: expected text, got 3"),
+        (lambda: LoRA(rank="x"), "method.rank: expected an int, got 'x'"),
+        (lambda: LoRA(rank=True), "method.rank: expected an int, got True"),
+        (lambda: tiny_spec(model="tiny64"), "model: expected ModelSpec, got 'tiny64'"),
+    ],
+)
+def test_values_of_another_type_are_refused_at_construction(make, words):
+    with pytest.raises(SpecError, match=words):
+        make()
 
 
 def test_experts_are_refused():

@@ -14,7 +14,6 @@ import time
 import pytest
 
 from lorasweep.errors import StoreError
-from lorasweep.spec.run import run_id
 from lorasweep.store import checkpoint, files
 from lorasweep.store import claims as ownership
 from lorasweep.store.run_store import RunStore, import_table, load_runs
@@ -30,7 +29,7 @@ RESULT = {
 
 def work(store, spec):
     """What execute does to the store for one run, in its order."""
-    rid = run_id(spec)
+    rid = spec.id
     n = store.claim(spec)
     if n is None:
         return False
@@ -96,7 +95,7 @@ def work_in_child(root, spec, at, how):
 @pytest.mark.parametrize("how", ["error", "short", "kill"])
 def test_any_file_operation_may_fail_and_the_run_still_ends_exactly_once(tmp_path, how):
     spec = tiny_spec()
-    rid = run_id(spec)
+    rid = spec.id
     for at in range(1, 200):
         root = tmp_path / f"{how}-{at}"
         store = RunStore(root)
@@ -121,8 +120,8 @@ def test_any_file_operation_may_fail_and_the_run_still_ends_exactly_once(tmp_pat
 def test_a_result_is_written_once(tmp_path):
     store, spec = RunStore(tmp_path), tiny_spec()
     assert work(store, spec)
-    assert not store.finish(run_id(spec), "done", {**RESULT, "test_nll": 9.9})
-    assert store.result(run_id(spec))["test_nll"] == 2.5
+    assert not store.finish(spec.id, "done", {**RESULT, "test_nll": 9.9})
+    assert store.result(spec.id)["test_nll"] == 2.5
 
 
 @pytest.mark.parametrize(
@@ -131,12 +130,12 @@ def test_a_result_is_written_once(tmp_path):
 def test_a_damaged_result_is_not_done_and_is_kept_aside(tmp_path, damage):
     store, spec = RunStore(tmp_path), tiny_spec()
     work(store, spec)
-    path = store.folder(run_id(spec)) / "result.json"
+    path = store.folder(spec.id) / "result.json"
     path.write_bytes(damage)
-    dead_owner(store, run_id(spec))
-    assert store.state(run_id(spec)) == "stale"
+    dead_owner(store, spec.id)
+    assert store.state(spec.id) == "stale"
     assert work(store, spec)
-    assert store.state(run_id(spec)) == "done"
+    assert store.state(spec.id) == "done"
     assert list(path.parent.glob("result.damaged-*.json"))
 
 
@@ -149,14 +148,14 @@ def dead_owner(store, rid):
 def test_a_torn_last_line_is_passed_over(tmp_path):
     store, spec = RunStore(tmp_path), tiny_spec()
     work(store, spec)
-    path = store.folder(run_id(spec)) / "metrics.jsonl"
+    path = store.folder(spec.id) / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
-    assert [r["step"] for r in store.records(run_id(spec))] == [1, 2]
+    assert [r["step"] for r in store.records(spec.id)] == [1, 2]
 
 
 def test_states_are_told_apart(tmp_path):
     store, spec = RunStore(tmp_path), tiny_spec()
-    rid = run_id(spec)
+    rid = spec.id
     assert store.state(rid) == "missing"
     n = store.claim(spec)
     assert store.state(rid) == "running" and store.claim(spec) is None
@@ -175,7 +174,7 @@ def test_states_are_told_apart(tmp_path):
 
 def claim_all(root, specs, out):
     store = RunStore(root)
-    out.put([run_id(s) for s in specs if store.claim(s) is not None])
+    out.put([s.id for s in specs if store.claim(s) is not None])
     time.sleep(1)  # stay alive until all have tried
 
 
@@ -189,12 +188,12 @@ def test_many_processes_claim_each_run_once(tmp_path):
     won = [rid for _ in processes for rid in out.get(timeout=60)]
     for p in processes:
         p.join()
-    assert sorted(won) == sorted(run_id(s) for s in specs)
+    assert sorted(won) == sorted(s.id for s in specs)
 
 
 def test_a_killed_owner_is_seen_and_an_owner_elsewhere_is_watched(tmp_path, monkeypatch):
     store, spec = RunStore(tmp_path), tiny_spec()
-    rid = run_id(spec)
+    rid = spec.id
     code = (
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom lorasweep.store.run_store import RunStore\n"
         f"from tests.world import tiny_spec\nRunStore({str(tmp_path)!r}).claim(tiny_spec())\nprint('ok', flush=True)\n"

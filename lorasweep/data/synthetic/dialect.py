@@ -27,8 +27,8 @@ KNOBS = {
 
 
 def load(spec: DatasetSpec) -> Data:
-    """Make the language of `spec.knobs` and its held-out sequences with their exact floor."""
-    table = transition(spec.knobs, where=f"dataset {spec.name!r}")
+    """Make the language of `spec.generator_params` and its held-out sequences with their exact floor."""
+    table = transition(spec.generator_params, where=f"dataset {spec.name!r}")
     length = spec.max_length
 
     def draw(rng: np.random.Generator, count: int, table: np.ndarray = table) -> list[Example]:
@@ -39,7 +39,7 @@ def load(spec: DatasetSpec) -> Data:
 
     retain: list[Example] = []
     if spec.n_retain:
-        language = transition({**spec.knobs, "rule_shift": 0.0, "new_exceptions": 0.0})
+        language = transition({**spec.generator_params, "rule_shift": 0.0, "new_exceptions": 0.0})
         retain = draw(stream("data", spec.name, "retain"), spec.n_retain, language)
 
     test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
@@ -56,7 +56,7 @@ def load(spec: DatasetSpec) -> Data:
 
 def check(spec: DatasetSpec) -> None:
     """Raise DataError for knobs that make no language."""
-    _checked(spec.knobs, f"dataset {spec.name!r}")
+    _checked(spec.generator_params, f"dataset {spec.name!r}")
 
 
 def transition(knobs: dict[str, float], where: str = "dialect") -> np.ndarray:

@@ -35,16 +35,16 @@ KNOBS = {
 def check(spec: DatasetSpec) -> None:
     """Raise DataError for knobs or lengths that make no task."""
     where = f"dataset {spec.name!r}"
-    for key in spec.knobs:
+    for key in spec.generator_params:
         if key not in KNOBS:
             raise DataError(f"{where}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}.")
-    count = {**KNOBS, **spec.knobs}["facts"]
+    count = {**KNOBS, **spec.generator_params}["facts"]
     row = spec.max_length // FACT
     if spec.max_length % FACT:
         raise DataError(
             f"{where}: max_length={spec.max_length} is no multiple of the {FACT} symbols of a fact."
         )
-    fresh = {**KNOBS, **spec.knobs}["fresh"]
+    fresh = {**KNOBS, **spec.generator_params}["fresh"]
     if not 0 <= fresh <= 1:
         raise DataError(f"{where}: knob fresh={fresh:g} is a share, 0 to 1.")
     if count < 0 or count % row or count > KEYS**KEY // 2:
@@ -57,7 +57,7 @@ def load(spec: DatasetSpec) -> Data:
     """Make the facts and their rows. The loss looks at values, or under mask=all at every symbol
     but the first."""
     check(spec)
-    knobs = {**KNOBS, **spec.knobs}
+    knobs = {**KNOBS, **spec.generator_params}
     count, row = int(knobs["facts"]), spec.max_length // FACT
     if not count:
 

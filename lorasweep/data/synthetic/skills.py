@@ -27,12 +27,12 @@ DIFFICULTIES = (1, 2, 3)
 
 def check(spec: DatasetSpec) -> None:
     """Raise DataError for knobs or lengths that make no task."""
-    for key in spec.knobs:
+    for key in spec.generator_params:
         if key not in KNOBS:
             raise DataError(
                 f"dataset {spec.name!r}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}."
             )
-    difficulty = {**KNOBS, **spec.knobs}["difficulty"]
+    difficulty = {**KNOBS, **spec.generator_params}["difficulty"]
     if difficulty not in DIFFICULTIES:
         raise DataError(f"dataset {spec.name!r}: knob difficulty={difficulty:g} is 1, 2 or 3.")
     if spec.max_length < LONGEST:
@@ -45,7 +45,7 @@ def load(spec: DatasetSpec) -> Data:
     """Make the task at `knobs.difficulty`. The loss looks at the answer and its line end, or under
     mask=all at all."""
     check(spec)
-    difficulty = int({**KNOBS, **spec.knobs}["difficulty"])
+    difficulty = int({**KNOBS, **spec.generator_params}["difficulty"])
 
     def draw(rng: np.random.Generator, count: int, difficulty: int = difficulty) -> list[Example]:
         return [_example(*instance(rng, difficulty), spec) for _ in range(count)]

@@ -26,7 +26,6 @@ from lorasweep.launch.slurm import submissions
 from lorasweep.launch.worker import Stopped, skipped
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.run import run_id
 from lorasweep.store import claims as ownership
 from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, RunStore
@@ -93,7 +92,7 @@ def _train(task: dict[str, Any]) -> None:
     store = RunStore(exec_.runs_dir)
     files.share_as(store.root)
     specs = [spec_from(plain) for plain in task["runs"]]
-    points = [Point(s.method.name, s, run_id(s)) for s in specs]
+    points = [Point(s.method.name, s, s.id) for s in specs]
     left = [
         p for p in points if p.id not in skipped(task["skip"]) and store.state(p.id) not in FINAL
     ]

@@ -29,7 +29,6 @@ from lorasweep.plan import detect
 from lorasweep.plan.estimate import ASSUMED_FLOPS_PER_CORE, Plan, make_plan, measured_flops
 from lorasweep.plan.packing import Pack, make_packs
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.run import canonical
 from lorasweep.store import files
 from lorasweep.store.claims import SILENCE_S
 from lorasweep.store.run_store import FINAL, RunStore
@@ -293,7 +292,7 @@ def _write_tasks(
     exec_ = dataclasses.asdict(_exec_of(request))
     for k, runs in enumerate(tasks):
         task = {
-            "runs": [json.loads(canonical(p.spec)) for p in runs],
+            "runs": [p.spec.plain() for p in runs],
             "exec": exec_,
             "requeues": request.cluster.requeues,
             "skip": str(folder / "withdrawn.json"),

@@ -198,7 +198,7 @@ def _start(
         torch.zeros(method.rank, linear.in_features).double(),
         torch.zeros(linear.out_features, method.rank).double(),
     )
-    random = a if method.start == "a" else b
+    random = a if method.random_factor == "a" else b
     names = ("init", seed, name, method.init_seed) if method.init_seed else ("init", seed, name)
     bound = 1 / math.sqrt(random.shape[1])
     random.copy_(

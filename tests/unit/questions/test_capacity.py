@@ -1,13 +1,11 @@
 """`capacity` on planted runs: bits stored a parameter."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 
 from analysis.questions import capacity
-from lorasweep.spec.run import canonical, run_id
 from tests.planted import World
 from tests.world import compose_request
 
@@ -16,9 +14,9 @@ from tests.world import compose_request
 def test_capacity(ask, bits, outcome):
     class Facts(World):
         def loss(self, spec, step):
-            facts = spec.dataset.knobs["facts"]
+            facts = spec.dataset.generator_params["facts"]
             stored = 16 * facts if spec.method.name == "fullft" else min(16 * facts, bits * 1648)
-            noise = np.random.default_rng(int(run_id(spec), 16)).normal(0, 1e-3)
+            noise = np.random.default_rng(int(spec.id, 16)).normal(0, 1e-3)
             off = 0.05 * math.log(spec.lr / (3e-3 if spec.method.name == "fullft" else 1e-2)) ** 2
             return math.log(16) - stored / facts / 4 * math.log(2) + off + noise
 
@@ -39,5 +37,5 @@ def test_effective_parameters_count_each_matrix_once():
         .points[0]
         .spec
     )
-    assert capacity.effective(json.loads(canonical(spec))) == 4 * (127 + 79 + 79 + 127) == 1648
+    assert capacity.effective(spec.plain()) == 4 * (127 + 79 + 79 + 127) == 1648
     assert capacity.bits(0.0, 10) == pytest.approx(160) and capacity.bits(math.log(16), 10) == 0

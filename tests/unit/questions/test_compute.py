@@ -1,6 +1,5 @@
 """`compute` on planted runs: operations and seconds to one loss."""
 
-import json
 
 import numpy as np
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from analysis.questions import compute
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.spec.run import canonical, run_id
 from tests.planted import FULL, GRIDS, LORA, World
 from tests.world import compose_request
 
@@ -18,7 +16,7 @@ def test_compute(ask, rho, outcome):
     seconds = {"fullft": 0.10, "lora": 0.07}
 
     def more(spec):
-        noise = np.random.default_rng(int(run_id(spec), 16)).uniform(1.0, 1.02)
+        noise = np.random.default_rng(int(spec.id, 16)).uniform(1.0, 1.02)
         return {"step_s": seconds[spec.method.name] * noise}
 
     _out, found = ask(
@@ -71,7 +69,7 @@ def test_the_length_at_which_lora_gets_to_the_loss(ask, rho, length):
 
 def test_times_of_a_busy_machine_decide_nothing(ask):
     def more(spec):
-        return {"step_s": 0.1 * np.random.default_rng(int(run_id(spec), 16)).uniform(1.0, 4.0)}
+        return {"step_s": 0.1 * np.random.default_rng(int(spec.id, 16)).uniform(1.0, 4.0)}
 
     _, found = ask(
         "compute",
@@ -91,7 +89,7 @@ def test_operations_are_those_of_the_methods():
     model = compose_request(["model=smollm2-135m-instruct", "method=lora"]).points[0].spec
     for r in (1, 16):
         method = LoRA(rank=r)
-        plain = json.loads(canonical(model))
+        plain = model.plain()
         told = compute.flops_ratio(plain, method.n_trainable(model.model))
         assert told == pytest.approx(
             method.step_flops(model.model, 100) / FullFT().step_flops(model.model, 100)

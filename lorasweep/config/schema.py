@@ -1,0 +1,120 @@
+"""The schema of the configuration: which keys there are, with their types and defaults.
+
+The parts of a run come from `lorasweep.spec`, so a new field there is a new key here.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.execution import Cluster, Exec
+from lorasweep.spec.method import Method
+from lorasweep.spec.model import ModelSpec
+from lorasweep.sweep.grid import Sweep
+
+ACTIONS = (
+    "run",
+    "plan",
+    "status",
+    "cancel",
+    "export",
+    "import",
+    "adapter",
+    "verify",
+    "extend",
+    "qualify",
+    "measure_packs",
+)
+FORMATS = ("text", "json")
+MIRRORS = ("none", "wandb")
+
+
+@cache
+def writable(value: type) -> Any:
+    """Return a twin of a frozen dataclass with keys as in YAML: OmegaConf composes no frozen one."""
+    hints = typing.get_type_hints(value)
+    members = []
+    for f in dataclasses.fields(value):
+        default = f.default_factory
+        if isinstance(default, type) and dataclasses.is_dataclass(default):
+            default = writable(default)
+        given = (
+            {"default": f.default}
+            if default is dataclasses.MISSING
+            else {"default_factory": default}
+        )
+        members.append(
+            (f.metadata.get("key", f.name), _writable_type(hints[f.name]), field(**given))
+        )
+    bases = tuple(writable(b) for b in value.__bases__ if dataclasses.is_dataclass(b))
+    return dataclasses.make_dataclass(value.__name__, members, bases=bases)
+
+
+def _writable_type(kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):
+        return typing.Union[tuple(map(_writable_type, kind.__args__))]
+    return writable(kind) if dataclasses.is_dataclass(kind) else kind
+
+
+@dataclass
+class Scale:
+    """How large a question is asked."""
+
+    name: str = "???"
+    at: str = "${scale.name}"
+    """Which entry of a sweep's own `at` this scale takes."""
+    base: str = ""
+    """The base that a sweep's entry `tiny` asks about: the same questions, of another size or
+    another base seed."""
+    models: list[str] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    fresh_seeds: list[int] = field(default_factory=list)
+    """Seeds of the second stage; empty: no second stage."""
+    fresh_lrs: int = 3
+    """At how many of a curve's best rates `lr_ratio` has them."""
+    lr_fullft: list[float] = field(default_factory=list)
+    lr_lora: list[float] = field(default_factory=list)
+    batch_steps: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    """Updates of each of `batch_size`'s four batches in its entry `tiny`, the smallest batch first.
+    """
+
+
+@dataclass
+class Config:
+    """The whole configuration: a base run (as in RunSpec), the scale, and what to do."""
+
+    action: str = "run"
+    format: str = "text"
+    mirror: str = "none"
+    table: str = ""
+    run: str = ""
+    out: str = ""
+    sample: int = 3
+    watch: bool = False
+    prune: bool = False
+    scale: Scale = field(default_factory=Scale)
+    cluster: Cluster = field(default_factory=Cluster)
+    exec: Exec = field(default_factory=Exec)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    sweep: Sweep = field(default_factory=Sweep)
+    model: writable(ModelSpec) = field(default_factory=writable(ModelSpec))
+    dataset: writable(DatasetSpec) = field(default_factory=writable(DatasetSpec))
+    method: writable(Method) = field(default_factory=writable(Method))
+    lr: float = 1e-3
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    batch_size: int = 16
+    steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    precision: str = "fp32"
+    seed: int = 0

@@ -1,0 +1,63 @@
+"""Names of runs for people: what differs among the runs of a sweep, and no more.
+
+The store knows runs by their ids; nothing reads these names back.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from lorasweep.spec.canonical import fields
+from lorasweep.spec.method import Method
+from lorasweep.sweep.grid import Point
+
+FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "steps")
+"""What people look for first, in this order."""
+
+
+def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> dict[str, str]:
+    """Name the runs of a sweep by what differs among them, and no more; the store knows them by
+    their ids.
+
+    Arm and learning rate are always part of a name; a field of a method is compared among the arms
+    that have it. `only`: the ids to name, if not all.
+    """
+    varied = _varied(points)
+    named = {}
+    for p in points:
+        if only is None or p.id in only:
+            f = _fields(p)
+            shown = [
+                f"r{f[k]}" if k == "rank" else f"{k}={f[k]}"
+                for k in varied
+                if k in f and k != "seed"
+            ]
+            seed = [f"seed={p.spec.seed}"] if "seed" in varied or len(points) == 1 else []
+            named[p.id] = " ".join([p.arm, *shown, f"lr={p.spec.lr:g}", *seed])
+    return named
+
+
+def _varied(points: Sequence[Point]) -> list[str]:
+    """List the fields that differ, column by column: a sweep may have ten thousand runs."""
+    found: dict[str, set[Any]] = {}
+    specs = [p.spec for p in points]
+    for name, _ in specs[0].values() if specs else ():
+        if name in ("model", "dataset"):
+            distinct = {id(part): part for part in (getattr(s, name) for s in specs)}
+            found[name] = {part.name for part in distinct.values()}
+        elif name not in ("lr", "method"):
+            found[name] = {getattr(s, name) for s in specs}
+    for method in {id(s.method): s.method for s in specs}.values():
+        for key, value in _of_method(method).items():
+            found.setdefault(key, set()).add(str(value))
+    return [k for k in dict.fromkeys((*FIRST, *found)) if len(found.get(k, ())) > 1]
+
+
+def _fields(point: Point) -> dict[str, Any]:
+    spec = point.spec
+    names = {"model": spec.model.name, "dataset": spec.dataset.name}
+    return {**dict(spec.values()), **_of_method(spec.method), **names}
+
+
+def _of_method(method: Method) -> dict[str, Any]:
+    """Return its fields by the keys that a user types."""
+    return {f.key: getattr(method, f.name) for f in fields(type(method)) if f.name != "name"}
