@@ -10,12 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorasweep.cli.actions import act
 from lorasweep.config.compose import compose_request
 from lorasweep.launch import local
-from lorasweep.launch.slurm import submissions
 from lorasweep.store.run_store import RunStore
 from tests.slurm import trainers
 from tests.world import ROOT
@@ -247,6 +247,35 @@ def read_json(path):
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+@dataclass(frozen=True)
+class Submission:
+    """What one submission recorded in its folder."""
+
+    folder: Path
+    tasks: list[list[str]]
+    """Run ids of each task."""
+    jobs: list[str]
+    """The job (12, or 12_3) of each task."""
+    arrays: list[int]
+    """How many tasks each array has."""
+    created_s: float
+
+    def log(self, task):
+        """Return what the job of a task wrote."""
+        return (self.folder / f"jobs/{self.jobs[task]}_0_log.out").read_text()
+
+
 def submitted(cwd):
     """List what was submitted from a run folder, oldest first."""
-    return submissions.submissions(Path(cwd) / "runs", over=True)
+    found = []
+    for path in Path(cwd).glob("runs/.slurm/*/submission.json"):
+        record = read_json(path)
+        arrays = [a for a in record["arrays"] if a["part"] != "follow"]
+        jobs = []
+        for array in arrays:
+            number = read_json(path.parent / f"array-{array['part']}.json")["job"]
+            one = array["n"] == 1
+            jobs += [number if one else f"{number}_{k}" for k in range(array["n"])]
+        sizes = [a["n"] for a in arrays]
+        found.append(Submission(path.parent, record["tasks"], jobs, sizes, record["created_s"]))
+    return sorted(found, key=lambda s: s.created_s)

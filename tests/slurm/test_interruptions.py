@@ -51,9 +51,11 @@ def test_eight_interrupted_jobs_go_on_with_the_same_curves(queue, tmp_path):
     train_here(calm, *EIGHT_JOBS)
     with queue.closed():
         ask(there, *EIGHT_JOBS, *FAST, "cluster.runs_per_job=2", "cluster.warn_s=50", trainer=HELD)
-        jobs = _jobs_by_blow(there)
+        (sent,) = submitted(there)
+        assert sent.arrays == [5, 3]
+        jobs = dict(zip(BLOWS, sent.jobs, strict=True))
         queue.update(f"jobid={jobs['preempted with grace']}", "partition=scavenge")
-    runs = {blow: _runs_of(there, job) for blow, job in jobs.items()}
+    runs = dict(zip(BLOWS, sent.tasks, strict=True))
     everything = [rid for pair in runs.values() for rid in pair]
     assert len(everything) == 16
     wait_for(lambda: all(_held_with_a_checkpoint(there, rid) for rid in everything))
@@ -85,24 +87,11 @@ def test_eight_interrupted_jobs_go_on_with_the_same_curves(queue, tmp_path):
             last = read_json(there / f"runs/{rid}/attempts/{max(ends)}/env.json")
             assert last["resumed_from_step"] >= FREE_STEPS, (blow, last["resumed_from_step"])
             assert not (there / f"runs/{rid}/checkpoint").exists()
-    log = submitted(there)[0].log(jobs["time limit"]).read_text()
+    log = sent.log(BLOWS.index("time limit"))
     assert "stopped by SIGUSR2;" in log and "queued again" in log
     lost = {rid for blow in ("cancelled", "job killed") for rid in runs[blow]}
     again = [rid for s in submitted(there)[1:] for task in s.tasks for rid in task]
     assert sorted(again) == sorted(lost)  # the job that followed sent what was lost, and no more
-
-
-def _jobs_by_blow(cwd):
-    arrays = [a for a in submitted(cwd)[0].arrays if a.part != "follow"]
-    labels = [a.label(k) for a in arrays for k in range(a.first, a.first + a.n)]
-    assert len(arrays) == 2 and len(labels) == 8
-    return dict(zip(BLOWS, labels))
-
-
-def _runs_of(cwd, label):
-    (submission,) = submitted(cwd)
-    array = next(a for a in submission.arrays if a.job == label.partition("_")[0])
-    return submission.tasks[array.first + int(label.partition("_")[2])]
 
 
 def _held_with_a_checkpoint(cwd, rid):

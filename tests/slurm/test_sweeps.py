@@ -87,7 +87,7 @@ def test_more_jobs_than_an_array_may_have_are_several_arrays(queue, tmp_path):
     nothing = "lorasweep.bench.overhead:nothing"
     output = ask(tmp_path, *sweep, *ALONE, "cluster.runs_per_job=20", trainer=nothing)
     assert "submitted 240 runs" in output
-    assert [a.n for a in submitted(tmp_path)[0].arrays] == [5, 5, 2]
+    assert submitted(tmp_path)[0].arrays == [5, 5, 2]
     queue.drain()
     assert len(results(tmp_path)) == 240
     assert all(ends == {1: None} for ends in attempts(tmp_path).values())
