@@ -3,6 +3,8 @@ fake trainer."""
 
 import math
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 SUITE_MINUTES = 20
 _STARTED = time.monotonic()
 
+from lorasweep.__main__ import main  # noqa: E402
 from lorasweep.train.events import Event  # noqa: E402
 from tests.world import compose_request  # noqa: E402
 
@@ -82,3 +85,29 @@ class FakeTrainer:
 @pytest.fixture
 def fake_trainer():
     return FakeTrainer
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run `python -m lorasweep ...` in this process, in tmp_path; returns the finished command."""
+
+    def run(*arguments):
+        from hydra.core.global_hydra import GlobalHydra
+
+        monkeypatch.setattr(sys, "argv", ["lorasweep", *map(str, arguments)])
+        monkeypatch.setenv("LORASWEEP_RUNS", f"{tmp_path}/runs")
+        monkeypatch.setenv("LORASWEEP_REPORTS", f"{tmp_path}/reports")
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        GlobalHydra.instance().clear()
+        handler, code = signal.getsignal(signal.SIGTERM), 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            GlobalHydra.instance().clear()
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run

@@ -1,0 +1,202 @@
+"""Commands and workers that are killed, stopped, or run into a full disk: nothing is lost and
+nothing is done twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lorasweep.launch import local
+from lorasweep.store import claims
+from lorasweep.store.run_store import RunStore
+from tests.world import ROOT, cli, compose_request
+
+pytestmark = pytest.mark.slow
+
+SWEEP = ("+sweep=lr_ratio", "scale=smoke")
+
+LONG = (
+    "scale=smoke",
+    "steps=120",
+    "batch_size=8",
+    "exec.checkpoint_s=0.3",
+    "exec.workers=1",
+    "exec.threads=1",
+)
+
+
+def start(*args, cwd):
+    """Start the command in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lorasweep", *args],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "LORASWEEP_RUNS": f"{cwd}/runs",
+            "LORASWEEP_REPORTS": f"{cwd}/reports",
+        },
+    )
+
+
+def wait_for(condition, timeout=90):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.02)
+    pytest.fail("waited in vain")
+
+
+def kept(cwd):
+    """Run id -> {step: (train_nll, test_nll)} of a store."""
+    store = RunStore(Path(cwd) / "runs")
+    return {
+        i: {r["step"]: (r["train_nll"], r.get("test_nll")) for r in store.records(i)}
+        for i in store.existing()
+    }
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        ("method=fullft", "lr=1e-3"),
+        ("+sweep=lr_ratio", "~sweep.arms.fullft", "exec.pack_size=3"),
+    ],
+    ids=["fullft", "pack of lora"],
+)
+def test_killed_with_kill_9_it_goes_on_with_the_same_bits(tmp_path, arm):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    cli(*LONG, *arm, cwd=whole)
+    for at in (15, 60):  # twice, at different steps
+        process = start(*LONG, *arm, cwd=killed)
+        wait_for(lambda at=at: any(max(steps, default=0) >= at for steps in kept(killed).values()))
+        assert list((killed / "runs").glob("*/checkpoint/*.json"))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not list((killed / "runs").glob("*/result.json"))
+    cli(*LONG, *arm, cwd=killed)
+    a, b = kept(whole), kept(killed)
+    assert a.keys() == b.keys() and len(a) == (1 if "fullft" in arm[0] else 3)
+    for rid in a:
+        assert a[rid] == b[rid]  # bit for bit, every step once
+        results = [RunStore(w / "runs").result(rid) for w in (whole, killed)]
+        assert (
+            results[0]["test_nll"] == results[1]["test_nll"]
+            and results[0]["curve"] == results[1]["curve"]
+        )
+        attempts = sorted((killed / "runs" / rid / "attempts").iterdir())
+        assert len(attempts) == 3
+        assert json.loads((attempts[-1] / "env.json").read_text())["resumed_from_step"] > 0
+
+
+def test_ctrl_c_stops_cleanly_and_the_next_command_goes_on(tmp_path):
+    arguments = (*LONG, "method=lora", "method.rank=4", "lr=3e-3", "exec.checkpoint_s=60")
+    process = start(*arguments, cwd=tmp_path)
+    wait_for(lambda: any(max(steps, default=0) >= 10 for steps in kept(tmp_path).values()))
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped" in told and "Traceback" not in told
+    (rid,) = kept(tmp_path)
+    store = RunStore(tmp_path / "runs")
+    assert store.state(rid) == "stale" and store.end(rid, 1)["state"] == "stopped"
+    cli(*arguments, cwd=tmp_path)
+    env = json.loads((tmp_path / "runs" / rid / "attempts/2/env.json").read_text())
+    assert store.state(rid) == "done" and env["resumed_from_step"] >= 10
+
+
+def test_a_killed_worker_is_replaced(tmp_path):
+    process = start(*LONG, "method=lora", "method.rank=4", "lr=3e-3", cwd=tmp_path)
+    wait_for(lambda: any(max(steps, default=0) >= 10 for steps in kept(tmp_path).values()))
+    (rid,) = kept(tmp_path)
+    owner = json.loads((tmp_path / "runs" / rid / "attempts/1/owner.json").read_text())
+    assert owner["pid"] != process.pid
+    os.kill(owner["pid"], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode == 0 and RunStore(tmp_path / "runs").state(rid) == "done"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
+    """Also where nobody reads their events any more: the runs are stale, not failed, and their
+    checkpoint is kept."""
+    arguments = (
+        *LONG,
+        "method=lora",
+        "method.rank=4",
+        "lr=3e-3",
+        "exec.checkpoint_s=60",
+        "steps=400",
+    )
+    process = start(*arguments, cwd=tmp_path)
+    wait_for(lambda: any(max(steps, default=0) >= 10 for steps in kept(tmp_path).values()))
+    (rid,) = kept(tmp_path)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    store = RunStore(tmp_path / "runs")
+    wait_for(lambda: store.state(rid) != "running")
+    assert store.state(rid) == "stale" and store.end(rid, 1)["state"] == "stopped"
+    assert list((tmp_path / "runs" / rid / "checkpoint").glob("*.json"))
+
+
+def test_an_owner_found_dead_on_another_machine_is_replaced(tmp_path, monkeypatch):
+    """Workers have watched nobody: the command that did tells them."""
+    request = compose_request(
+        ["scale=smoke", "method=lora", "method.rank=4", "lr=3e-3", f"exec.runs_dir={tmp_path}/runs"]
+    )
+    store, (point,) = RunStore(tmp_path / "runs"), request.points
+    store.prepare()
+    store.claim(point.spec)
+    path = store.folder(point.id) / "attempts/1/owner.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "boot": "other", "host": "elsewhere"})
+    )
+    monkeypatch.setattr(claims, "SILENCE_S", 1.0)
+    local.run_points(request.points, store, request.exec, lambda event: None)
+    assert store.state(point.id) == "done" and store.last_attempt(point.id) == 2
+
+
+def test_two_commands_at_once_share_the_runs(tmp_path):
+    two = [start(*SWEEP, "exec.pack_size=1", "steps=40", cwd=tmp_path) for _ in range(2)]
+    answers = [p.communicate(timeout=300) for p in two]
+    assert [p.returncode for p in two] == [0, 0], answers
+    assert answers[0][0] == answers[1][0]
+    runs = list((tmp_path / "runs").glob("*/attempts"))
+    assert len(runs) == 6 and all(len(list(r.iterdir())) == 1 for r in runs)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_stops_cleanly_and_loses_nothing(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        arguments = (*LONG, "method=fullft", "lr=1e-3", f"exec.runs_dir={disk}/runs")
+        first = cli(*arguments, cwd=tmp_path, check=False)  # a checkpoint of 2.6 MB does not fit
+        assert (
+            first.returncode == 2 and "is full" in first.stderr and "Traceback" not in first.stderr
+        )
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        cli(*arguments, cwd=tmp_path)
+        (result,) = disk.glob("runs/*/result.json")
+        assert json.loads(result.read_text())["result"]["state"] == "done"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

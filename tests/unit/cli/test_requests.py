@@ -1,0 +1,114 @@
+"""Requests that are refused before anything starts, with what to type next; help; own files.
+
+The command line runs in this process: `main` with the arguments of a shell.
+"""
+
+import json
+
+import pytest
+
+from tests.world import ROOT
+
+SWEEP = ("+sweep=lr_ratio", "scale=smoke")
+
+
+def test_an_unwritable_run_folder_is_refused_before_anything_starts(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = command(*SWEEP, f"exec.runs_dir={tmp_path}/file/runs")
+    assert (
+        done.returncode == 2
+        and "cannot be written" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["+sweep=lr_ration"], "lr_ratio"),
+        (["scale=huge"], "tiny"),
+        (["model=lama"], "tiny64"),
+        (["lrr=1"], "lrr"),
+        (["lr=abc"], "abc"),
+        (["+sweep=lr_ratio", "lr=1"], "sweep.arms.fullft.lr"),
+        (["-m", "lr=1"], "multirun"),
+        (["+sweep=lr_ratio", "scale=small", "exec.models_dir=[/nowhere]"], "make weights"),
+        (["method=fullft", "method.rank=3"], "rank"),
+        (["steps"], "steps"),
+    ],
+)
+def test_wrong_requests_end_with_status_2_and_no_traceback(command, tmp_path, arguments, words):
+    done = command(*arguments)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/spec.json"))
+
+
+def test_help_shows_groups_and_how_to_change_a_grid(command, tmp_path):
+    text = command("--help").stdout
+    for words in (
+        "sweep: batch_size, capacity",
+        "lr_ratio",
+        "scale: paper, small",
+        "method: fullft, lora",
+        "${geom:1e-4,1e-2,4}",
+        "exec.runs_dir",
+    ):
+        assert words in text
+    assert list(tmp_path.iterdir()) == []  # nothing is dropped into the current folder
+
+
+def test_a_users_sweep_and_model_come_in_by_config_dir(command, tmp_path):
+    for folder in ("sweep", "model"):
+        (tmp_path / "mine" / folder).mkdir(parents=True)
+    text = (ROOT / "sweeps/lr_ratio.yaml").read_text().replace("${scale.models}", "[narrow]")
+    (tmp_path / "mine/sweep/my_ratio.yaml").write_text(text)
+    model = (
+        (ROOT / "conf/model/tiny64.yaml")
+        .read_text()
+        .replace("tiny64", "narrow")
+        .replace("steps: 670", "steps: 3")
+    )
+    (tmp_path / "mine/model/narrow.yaml").write_text(model)
+    plan = command(
+        "--config-dir",
+        tmp_path / "mine",
+        "+sweep=my_ratio",
+        "scale=smoke",
+        "action=plan",
+        "format=json",
+    )
+    assert json.loads(plan.stdout)["arms"][0]["model"] == "narrow"
+    (tmp_path / "mine/sweep/lr_ratio.yaml").write_text(text)
+    done = command("--config-dir", tmp_path / "mine", "+sweep=lr_ratio", "action=plan")
+    assert done.returncode == 2 and "would be ignored: rename it" in done.stderr
+    (tmp_path / "mine/sweep/lr_ratio.yaml").rename(tmp_path / "mine/sweep/broken.yaml")
+    (tmp_path / "mine/sweep/broken.yaml").write_text("question: [")
+    done = command("--config-dir", tmp_path / "mine", "+sweep=broken", "action=plan")
+    assert done.returncode == 2 and "YAML" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unreadable_row_is_named_before_anything_starts(command, tmp_path):
+    (tmp_path / "mine/dataset").mkdir(parents=True)
+    text = (ROOT / "conf/dataset/gsm8k.yaml").read_text().replace("name: gsm8k", "name: mine")
+    lines = [line for line in text.splitlines() if not line.startswith("revision")]
+    (tmp_path / "mine/dataset/mine.yaml").write_text("\n".join(lines))
+    (tmp_path / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / f"gsm8k/{split}.jsonl").write_text(
+            '{"question": "a", "answer": "b"}\n{"question": \n'
+        )
+    done = command(
+        "--config-dir",
+        tmp_path / "mine",
+        "dataset=mine",
+        "model=smollm2-135m",
+        "method.rank=4",
+        f"exec.data_dir=[{tmp_path}]",
+    )
+    assert (
+        done.returncode == 2
+        and "train.jsonl:2: not a JSON row" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+    assert not list((tmp_path / "runs").glob("*/spec.json"))
