@@ -34,7 +34,7 @@ from lorasweep.train import pretrain  # noqa: E402
 
 def adapted(model: Any, spec: RunSpec, kind: str) -> Any:
     """Wrap the model by PEFT; full fine-tuning trains it as it is. TRL refuses an adapter on the
-    unembedding, so its runs go without one: a little less work than ours."""
+    unembedding, so its runs go without one: a little less work than in lorasweep."""
     from peft import LoraConfig, get_peft_model
 
     if not isinstance(spec.method, LoRA):

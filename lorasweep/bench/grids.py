@@ -51,8 +51,11 @@ def baseline(
     kind: str, points: Sequence[Point], values: dict[str, Any], runs: int, folder: str
 ) -> dict[str, float]:
     """Train `runs` of `points` by a baseline in one process; return its seconds a run and their
-    parts. Of several runs the first warms the process and is left out; loading is done once and
-    counts as start."""
+    parts.
+
+    The first run warms the process up and is left out, unless it is the only one. Loading is done
+    once and counts as start.
+    """
     job = {"runs": [p.spec.plain() for p in points[:runs]], "exec": values}
     path = Path(folder) / "baseline.json"
     path.write_text(json.dumps(job))

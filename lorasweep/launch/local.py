@@ -1,8 +1,7 @@
 """Run packs on this machine: worker processes that claim what is free, until nothing is left to do.
 
 Knows processes and signals. A worker reads a JSON job file and runs `lorasweep.launch.worker`. Two
-commands that ask the same sweep at once share its runs, each waiting for what the other has
-claimed.
+commands for the same sweep share its runs: each waits for those that the other has claimed.
 """
 
 import json
@@ -149,7 +148,8 @@ def _write_job(plan: Plan, store: RunStore, exec_: Exec, settings: dict[str, Any
         files.write_atomic(path, json.dumps(job).encode())
     except OSError as error:
         raise StoreError(
-            f"{path} cannot be written ({error.strerror}). Free some space, then ask again."
+            f"{path} cannot be written ({error.strerror}). Free some space, then give the command "
+            "again."
         ) from None
     return path
 

@@ -23,7 +23,7 @@ from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.packing import micro_batch, pack_sizes
-from lorasweep.plan.throughput import Throughputs, measured_path, shape_of
+from lorasweep.plan.throughput import ThroughputTable, measured_path, shape_of
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
@@ -64,7 +64,7 @@ def measure_packs(
         lambda holder: report(f"waiting for the measurement by {holder}"),
     )
     try:
-        known = Throughputs(store, hardware, exec_)
+        known = ThroughputTable(store, hardware, exec_)
         unknown = [s for s in shapes if known.of(s) is None]
         missing = {measured_path(store.root, s, hardware, exec_): s for s in unknown}
         if not missing:

@@ -9,7 +9,7 @@ from lorasweep.plan.flops import run_flops
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.plan.packing import Pack, make_packs, workers_and_threads
-from lorasweep.plan.throughput import Throughputs
+from lorasweep.plan.throughput import ThroughputTable
 from lorasweep.spec.execution import Exec
 from lorasweep.store.run_store import FINAL, STATES, RunStore
 from lorasweep.sweep.grid import Point
@@ -46,7 +46,7 @@ class Plan:
     memory_gib: float
     """Memory that the workers are expected to take together at their peak."""
     hardware: Hardware
-    throughputs: Throughputs
+    throughputs: ThroughputTable
 
     def counts(self) -> dict[str, int]:
         """Count the runs by state."""
@@ -62,7 +62,9 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
     points = list(points)
     states = store.states(p.id for p in points)
     todo = _todo(points, states, store, exec_)
-    known = Throughputs(store, hardware, exec_, [p for p in points if states[p.id] != "missing"])
+    known = ThroughputTable(
+        store, hardware, exec_, [p for p in points if states[p.id] != "missing"]
+    )
     free = [p for p in todo if states[p.id] != "running"]
     packs = make_packs(free, states, store, exec_, hardware, known)
     workers, threads = workers_and_threads(packs, exec_, hardware)

@@ -7,7 +7,7 @@ from typing import Any
 from lorasweep.plan.flops import mean_length, run_flops, train_flops
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.memory import pack_bytes
-from lorasweep.plan.throughput import Throughputs
+from lorasweep.plan.throughput import ThroughputTable
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint
@@ -69,7 +69,7 @@ def pack_key(spec: RunSpec) -> tuple[Any, ...]:
     return (spec.model.canonical, spec.dataset.canonical, method, rest)
 
 
-def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: Throughputs) -> int:
+def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: ThroughputTable) -> int:
     """Return how many runs like `spec` share a pack at most.
 
     In this order: the method's own limit; the user's choice; the best size that was measured; the
@@ -109,7 +109,7 @@ def make_packs(
     store: RunStore,
     exec_: Exec,
     hardware: Hardware,
-    known: Throughputs,
+    known: ThroughputTable,
 ) -> list[Pack]:
     """Group runs that may share a pack; longest first.
 
@@ -167,7 +167,7 @@ def _equal_parts(runs: list[Point], size: int) -> list[list[Point]]:
     return [runs[k : k + share] for k in range(0, len(runs), share)]
 
 
-def _pack(points: list[Point], exec_: Exec, hardware: Hardware, known: Throughputs) -> Pack:
+def _pack(points: list[Point], exec_: Exec, hardware: Hardware, known: ThroughputTable) -> Pack:
     spec, n = points[-1].spec, len(points)  # of the largest rank
     found, seconds = known.of(spec), None
     if found is not None:

@@ -81,8 +81,8 @@ def _software() -> tuple[str, str]:
     return metadata.version("torch"), lorasweep.__version__
 
 
-class Throughputs:
-    """A table shape -> Throughput, filled when it is asked."""
+class ThroughputTable:
+    """Shape -> Throughput. Files are read when a shape is looked up first."""
 
     def __init__(
         self, store: RunStore, hardware: Hardware, exec_: Exec, begun: Iterable[Point] = ()

@@ -14,7 +14,7 @@ from lorasweep.plan.estimate import make_plan
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.packing import MEMORY_SHARE, default_size
-from lorasweep.plan.throughput import Throughputs, measured_path
+from lorasweep.plan.throughput import ThroughputTable, measured_path
 from lorasweep.store.run_store import RunStore
 from tests.world import tiny_spec
 
@@ -51,7 +51,7 @@ def planned(asked, hardware=CPU):
 
 
 def known(asked, spec, hardware=CPU):
-    return Throughputs(store_of(asked), hardware, asked.exec).of(spec)
+    return ThroughputTable(store_of(asked), hardware, asked.exec).of(spec)
 
 
 @pytest.mark.parametrize(
