@@ -54,14 +54,14 @@ def judge(
     """
     low, high = (float(v) for v in claim["margin"])
     outcome, why, needed, p = "UNDECIDED", "", "", None
-    if estimate.draws is not None:
+    if (draws := estimate.draws) is not None:
         if level != estimate.level:
-            estimate = from_draws(estimate.draws, estimate.n, level, estimate.flags)
-        p = p_value(estimate.draws, low, high)
+            estimate = from_draws(draws, estimate.n, level, estimate.flags)
+        p = p_value(draws, low, high)
     shown = f"the {100 * level:.3g}% interval"
     if gates:
         why = "; ".join(gates)
-    elif estimate.value is None or not estimate.has_interval():
+    elif estimate.value is None or estimate.low is None or estimate.high is None:
         unread = [f for f in estimate.flags if f == "unread_at_likely_rates"]
         why = ": ".join(["no interval", *unread])
     elif low <= estimate.low and estimate.high <= high:
@@ -158,7 +158,8 @@ def _needed(estimate: Estimate, low: float, high: float, seeds: int, log: bool, 
         return f"at least {MIN_SEEDS} {of}"
     to = scale_of(log)
     value, edges = to(estimate.value), (to(low), to(high))
-    half = max(value - to(estimate.low), to(estimate.high) - value)
+    below, above = map(to, estimate.interval)
+    half = max(value - below, above - value)
     room = min(abs(value - e) for e in edges)
     if room == 0 or not math.isfinite(half):
         return f"more than {MAX_NEEDED} {of}"

@@ -39,6 +39,20 @@ class Estimate:
         """Say whether both ends are known."""
         return self.low is not None and self.high is not None
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Both ends; ValueError where one is unknown."""
+        if self.low is None or self.high is None:
+            raise ValueError("this estimate has no interval")
+        return self.low, self.high
+
+    @property
+    def log_draws(self) -> np.ndarray:
+        """ln of the equally likely values; ValueError where there are none."""
+        if self.draws is None:
+            raise ValueError("this estimate has no draws")
+        return np.log(self.draws)
+
 
 def from_draws(
     draws: np.ndarray, n: int, level: float = LEVEL, flags: tuple[str, ...] = ()
@@ -54,8 +68,14 @@ def exp_of(e: Estimate) -> Estimate:
     """Bring an estimate of a logarithm to its own scale."""
     if e.value is None:
         return e
-    ends = [None if v is None else math.exp(v) for v in (e.value, e.low, e.high)]
-    return Estimate(*ends, e.n, e.flags, None if e.draws is None else np.exp(e.draws), e.level)
+    draws = None if e.draws is None else np.exp(e.draws)
+    low, high = exp_or_none(e.low), exp_or_none(e.high)
+    return Estimate(math.exp(e.value), low, high, e.n, e.flags, draws, e.level)
+
+
+def exp_or_none(value: float | None) -> float | None:
+    """Return exp of a number; None of None, NaN or an infinity."""
+    return None if value is None or not math.isfinite(value) else math.exp(value)
 
 
 def exactly(value: float, n: int = 1) -> Estimate:

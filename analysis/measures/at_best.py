@@ -18,7 +18,9 @@ from analysis.inference.seeds import PooledVariance, from_sample
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import runs_of
 
-T, U, V = TypeVar("T"), TypeVar("U"), TypeVar("V")
+T = TypeVar("T")
+U = TypeVar("U")
+V = TypeVar("V")
 
 LIKELY = 120
 """Equally likely best rates that values are read at; with fewer, the draws of two curves are

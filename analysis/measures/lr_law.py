@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
-from analysis.inference.estimate import N_DRAWS, Estimate, from_draws
+from analysis.inference.estimate import N_DRAWS, Estimate, exp_of, from_draws
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import LrCurve
 
@@ -174,8 +174,8 @@ def _beyond(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
 def _around(value: float, draws: np.ndarray, n: int, enough: bool) -> Estimate:
     if not enough:
         return Estimate(float(value), n=n)
-    drawn = from_draws(draws, n)
-    return Estimate(float(value), min(drawn.low, float(value)), max(drawn.high, float(value)), n)
+    low, high = from_draws(draws, n).interval
+    return Estimate(float(value), min(low, float(value)), max(high, float(value)), n)
 
 
 # ---------------------------------------------------------------- regression on optima
@@ -201,40 +201,19 @@ def by_optima(optima: Sequence[Optimum], hidden: dict[str, float]) -> list[Law]:
         models = sorted({o.curve.key["model"] for o in known})
         sizes = np.array([hidden[m] for m in models])
         if len(models) < 3 or len(set(sizes)) < 2:
-            laws.append(
-                Law(
-                    name,
-                    method,
-                    Estimate(None, n=len(known)),
-                    Estimate(None, n=len(known)),
-                    len(models),
-                    None,
-                    (*flags, "too few optima or one hidden size"),
-                )
-            )
+            unknown = Estimate(None, n=len(known))
+            flags = (*flags, "too few optima or one hidden size")
+            laws.append(Law(name, method, unknown, unknown, len(models), None, flags))
             continue
         logs = [
-            np.mean([np.log(o.best_lr.draws) for o in known if o.curve.key["model"] == m], axis=0)
+            np.mean([o.best_lr.log_draws for o in known if o.curve.key["model"] == m], axis=0)
             for m in models
         ]
         y, v = np.array([d.mean() for d in logs]), np.array([d.var() for d in logs])
         design = np.stack([np.ones(len(y)), np.log(REFERENCE / sizes)], 1)
         fit = meta_regression(y, v, design)
-        at, p = fit.term(0), fit.term(1)
-        laws.append(
-            Law(
-                name,
-                method,
-                Estimate(
-                    *(None if x is None else math.exp(x) for x in (at.value, at.low, at.high)),
-                    n=at.n,
-                ),
-                p,
-                len(models),
-                None,
-                flags,
-            )
-        )
+        at, p = exp_of(fit.term(0)), fit.term(1)
+        laws.append(Law(name, method, at, p, len(models), None, flags))
     return laws
 
 

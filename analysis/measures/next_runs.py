@@ -6,7 +6,7 @@ one to expect.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,7 +95,7 @@ def _tried(curve: LrCurve, lr: float) -> set[int]:
     return {int(s) for s in curve.seed[np.abs(curve.x - math.log(lr)) < 2e-3]}
 
 
-def _make(o: Optimum, lr: float, seeds: Sequence[int], why: str) -> Suggestion:
+def _make(o: Optimum, lr: float, seeds: Iterable[int], why: str) -> Suggestion:
     return Suggestion(o.curve, float(f"{lr:.2e}"), tuple(int(s) for s in seeds), why)
 
 
@@ -173,10 +173,8 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
 
     def variance(o: Optimum, n: int, rates: bool) -> float:
         key = (id(o), n, rates)
-        if (
-            key not in cache
-        ):  # what is planned, in proportion to the spread that the curve's optimum has now
-            now = float(np.std(np.log(o.best_lr.draws)))
+        if key not in cache:  # in proportion to the spread that the curve's optimum has now
+            now = float(np.std(o.best_lr.log_draws))
             cache[key] = (
                 weight[id(o)] * now * _expected(o, n, rates) / _expected(o, 0, False)
             ) ** 2
@@ -231,7 +229,9 @@ def _target(verdict: Verdict) -> float:
     """Standard error of the estimand, in ln for ratios, at which its interval would clear the
     nearest edge."""
     e, to = verdict.estimate, scale_of(verdict.log)
-    room = min(abs(to(e.value) - to(edge)) for edge in verdict.margin)
+    assert e.value is not None
+    value = to(e.value)
+    room = min(abs(value - to(edge)) for edge in verdict.margin)
     return max(room / float(stats.norm.ppf(0.5 + e.level / 2)), 1e-4)
 
 
@@ -248,9 +248,9 @@ def _expected(o: Optimum, n: int, rates: bool) -> float:
         extra = np.concatenate([extra, np.repeat(_halfway(o), len(most_used))])
         fresh = np.concatenate([fresh, np.tile(most_used, len(_halfway(o)))])
     planned, blocks = np.concatenate([x, extra]), np.concatenate([block, fresh]).astype(int)
-    return expected_spread(
-        gather(planned, o.shape.height(planned), blocks), o.pooled.noise, o.pooled.misfit
-    )
+    assert o.shape is not None and o.pooled is not None
+    runs = gather(planned, o.shape.height(planned), blocks)
+    return expected_spread(runs, o.pooled.noise, o.pooled.misfit)
 
 
 def lines(suggestions: Sequence[Suggestion]) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from analysis.inference.estimate import LEVEL, Estimate, from_draws
+from analysis.inference.estimate import LEVEL, Estimate, exp_or_none, from_draws
 from analysis.inference.meta import RandomEffects, random_effects
 from analysis.optimum.optimum import Optimum
 
@@ -28,17 +28,14 @@ def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
     def ln(v: float | None) -> float:
         return math.nan if v is None else math.log(v)
 
-    if (
-        any(e.value is None for e in a) or f.value is None
-    ):  # from the ends of both sides that are known
+    if any(e.value is None for e in a) or f.value is None:
+        # From the ends of both sides that are known; an unknown one makes the bound NaN.
         low = float(np.mean([ln(e.low) for e in a])) - ln(f.high)
         high = float(np.mean([ln(e.high) for e in a])) - ln(f.low)
-        return Estimate(
-            None, *(math.exp(v) if math.isfinite(v) else None for v in (low, high)), n=n
-        )
+        return Estimate(None, exp_or_none(low), exp_or_none(high), n=n)
     if any(e.draws is None for e in [*a, f]):
         return Estimate(math.exp(float(np.mean([ln(e.value) for e in a])) - ln(f.value)), n=n)
-    return from_draws(np.exp(np.mean([np.log(e.draws) for e in a], axis=0) - np.log(f.draws)), n)
+    return from_draws(np.exp(np.mean([e.log_draws for e in a], axis=0) - f.log_draws), n)
 
 
 def pool_ratios(ratios: Sequence[Estimate]) -> RandomEffects | None:

@@ -1,13 +1,13 @@
 """The law of the ratio of best rates, ln ratio = a + p ln(hidden) + q ln(alpha), with
 published laws as rivals."""
 
-import math
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from analysis.inference.estimate import Estimate
+from analysis.inference.estimate import Estimate, exp_of
 from analysis.measures.lr_law import MetaRegression, meta_regression
 
 RIVALS: dict[str, tuple[float, float | None]] = {
@@ -76,10 +76,7 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     p = width.term(1) if width else Estimate(None, n=len(rows))
     q = found_q.term(0) if found_q else Estimate(None, n=len(rows))
     start = width.term(0) if width else Estimate(None)
-    level = Estimate(
-        *(None if x is None else math.exp(x) for x in (start.value, start.low, start.high)),
-        n=len(rows),
-    )
+    level = dataclasses.replace(exp_of(start), n=len(rows))
     rivals = {name: _p_of(width, found_q, *claim) for name, claim in RIVALS.items()}
     return RatioLaw(
         level,

@@ -34,9 +34,10 @@ class Optimum:
     @functools.cached_property
     def shape(self) -> valley.Shape | None:
         """The likeliest valley with its minimum at the posterior's median; None without a fit."""
-        if self.posterior is None:
+        e = self.likelihood
+        if self.posterior is None or e is None or self.pooled is None:
             return None
-        e, m = self.likelihood, float(self.posterior.quantile(0.5))
+        m = float(self.posterior.quantile(0.5))
         return valley.likeliest(
             e.x, e.root, e.root @ e.loss, m, self.pooled.noise, self.pooled.misfit
         )
@@ -44,17 +45,15 @@ class Optimum:
     @functools.cached_property
     def best_nll(self) -> float | None:
         """The fitted NLL at the optimum; where that is unknown, the mean at the best rate tried."""
-        if self.shape is None or self.best_lr.value is None:
+        if self.shape is None or self.pooled is None or self.best_lr.value is None:
             return self.lowest
         return _level(self.curve, self.shape, self.pooled)
 
     def predict(self, lr: np.ndarray) -> np.ndarray | None:
         """Return the fitted NLL at learning rates; None without a fit."""
-        return (
-            None
-            if self.shape is None
-            else _level(self.curve, self.shape, self.pooled) + self.shape.height(np.log(lr))
-        )
+        if self.shape is None or self.pooled is None:
+            return None
+        return _level(self.curve, self.shape, self.pooled) + self.shape.height(np.log(lr))
 
     def regret(self, lr: float) -> float | None:
         """Return NLL(lr) - best NLL in nats under the fit; None outside the rates tried."""

@@ -70,7 +70,9 @@ def weigh(
     sigmas = [_sigmas(s) for s in sweeps]
     flat = [e for sweep in sweeps for e in sweep]
     own = [levels for sweep, levels in zip(sweeps, sigmas) for _ in sweep]
-    priors = [k for row in shape_priors for k in row] if shape_priors else [None] * len(flat)
+    priors: list[ShapePrior | None] = [None] * len(flat)
+    if shape_priors is not None:
+        priors = [prior for row in shape_priors for prior in row]
     grids = [_near(e) for e in flat]
     logs = _all_logs(flat, grids, own, priors)
     for wide in (False, True):
@@ -85,9 +87,13 @@ def weigh(
             break
         for k in again:
             grids[k] = _everywhere(flat[k])
-        for k, log in zip(
-            again, _all_logs(*([seq[k] for k in again] for seq in (flat, grids, own, priors)))
-        ):
+        wider = _all_logs(
+            [flat[k] for k in again],
+            [grids[k] for k in again],
+            [own[k] for k in again],
+            [priors[k] for k in again],
+        )
+        for k, log in zip(again, wider):
             logs[k] = log
     return found
 

@@ -202,4 +202,5 @@ def likeliest(
         )
         if log > best:
             best, found = log, Shape(x, m, float(a), c, tau, root.T @ pull)
+    assert found is not None
     return found

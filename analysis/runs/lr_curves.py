@@ -39,16 +39,16 @@ class LrCurve:
     def name(self) -> str:
         """Name the curve for people: method and rank."""
         rank = self.key.get("rank")
-        return self.key["method"] + (f" r{int(rank)}" if _there(rank) else "")
+        return self.key["method"] + (f" r{rank:.0f}" if _known(rank) else "")
 
     @property
     def variant(self) -> str:
-        """Name what tells curves of one group, method and rank apart: alpha, layers, schedule,
+        """Name what distinguishes curves of one group, method and rank: alpha, layers, schedule,
         precision, optimizer."""
         rest = {
             k: v for k, v in self.key.items() if k not in (*GROUP_KEYS, "method", "rank", "scope")
         }
-        return ", ".join(f"{k} {v}" for k, v in rest.items() if _there(v))
+        return ", ".join(f"{k} {v}" for k, v in rest.items() if _known(v))
 
     @property
     def group(self) -> str:
@@ -57,7 +57,7 @@ class LrCurve:
         shown += [
             f"{text} {int(self.key[k])}"
             for k, text in (("batch_size", "batch"), ("steps", "steps"))
-            if _there(self.key.get(k))
+            if _known(self.key.get(k))
         ]
         return ", ".join(shown)
 
@@ -103,11 +103,10 @@ def _floats(part: pd.DataFrame, column: str) -> np.ndarray:
 
 
 def _rank(curve: LrCurve) -> float:
-    rank = curve.key.get("rank")
-    return float(rank) if _there(rank) else 0.0
+    return float(curve.key["rank"]) if _known(curve.key.get("rank")) else 0.0
 
 
-def _there(value: Any) -> bool:
+def _known(value: Any) -> bool:
     return value is not None and value == value
 
 
@@ -121,12 +120,12 @@ def runs_of(table: pd.DataFrame, curve: LrCurve) -> pd.DataFrame:
     belongs = pd.Series(True, table.index)
     for column in curve.key.keys() & set(table.columns):
         value = curve.key[column]
-        belongs &= table[column] == value if _there(value) else table[column].isna()
+        belongs &= table[column] == value if _known(value) else table[column].isna()
     return table[belongs]
 
 
 def full_names(curves: Sequence[LrCurve]) -> list[str]:
-    """Name curves by method, rank, and whatever else tells them apart from the others."""
+    """Name curves by method, rank, and whatever else distinguishes them from the others."""
     keys = [
         k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, "method", "rank")
     ]

@@ -52,8 +52,8 @@ def steps_seen(table: pd.DataFrame) -> list[int]:
 
 def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Cut runs of one length where the task is over: at the longest step at which a fifth
-    (MIN_REST) of what there was to learn is still left at the best rate. A solved task tells
-    nothing of two methods, the runs' beginnings still do.
+    (MIN_REST) of what there was to learn is still left at the best rate. A solved task
+    does not separate two methods, the runs' beginnings still do.
 
     Returns the table, and a sentence that says so; as it is, and nothing, where the task's floor is
     unknown, the end is not solved, or no evaluated step is early enough.

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from analysis.inference.decide import MIN_SEEDS, judge
-from analysis.inference.estimate import Estimate
+from analysis.inference.estimate import from_draws
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.fit import fit_sweeps
 from analysis.optimum.optimum import seeds_at_best
@@ -60,12 +60,7 @@ def verdicts(family: str, ratio: float, design: Design, cases: int) -> dict[str,
             # The arms' grids lie this far apart.
             offset = ratio / math.exp(float(np.mean(truths[1:])) - truths[0])
             if measured.draws is not None:
-                measured = Estimate(
-                    measured.value * offset,
-                    measured.low * offset,
-                    measured.high * offset,
-                    draws=measured.draws * offset,
-                )
+                measured = from_draws(measured.draws * offset, measured.n)
             seeds = min(seeds_at_best(o) for o in optima)
             gates = [] if seeds >= MIN_SEEDS and measured.has_interval() else ["seeds or edge"]
             count[judge("ratio", CLAIM, "planted", measured, gates, seeds, True).outcome] += 1
@@ -122,7 +117,8 @@ def sharing(family: str, rates: int, factor: float, noise: float, cases: int) ->
             for o, truth in list(zip(optima, truths))[2:]:
                 if o.best_lr.has_interval() and o.best_lr.value is not None:
                     hits.append(covers(o.best_lr, math.exp(float(truth))))
-                    widths.append(math.log(o.best_lr.high / o.best_lr.low))
+                    low, high = o.best_lr.interval
+                    widths.append(math.log(high / low))
         row[name] = {"answers": len(hits), "coverage": share(hits), "width": middle(widths)}
     return row
 

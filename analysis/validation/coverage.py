@@ -107,7 +107,8 @@ def _tally(rows: dict[str, list[float]], o: Optimum, truth: float) -> None:
         rows["bound"].append(covers(e, math.exp(truth)))
     elif e.has_interval():
         rows["value"].append(covers(e, math.exp(truth)))
-        rows["width"].append(math.log(e.high / e.low))
+        low, high = e.interval
+        rows["width"].append(math.log(high / low))
         rows["error"].append(abs(math.log(e.value) - truth))
     else:
         rows["error"].append(abs(math.log(e.value) - truth))
