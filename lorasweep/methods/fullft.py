@@ -49,13 +49,13 @@ class FullFT(Method):
 
     def n_trainable(self, model: ModelSpec) -> int:
         if self.scope == "all":
-            return model.n_params()
+            return model.n_params
         return sum(m.d_in * m.d_out * m.count for m in model.matrices(parse_layers(self.layers)))
 
     def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
         # 6 per weight and token: 2 forward, 4 backward (study.md section 4; attention scores left
         # out).
-        return 6.0 * n_tokens * model.n_matmul_params()
+        return 6.0 * n_tokens * model.n_matmul_params
 
     def attach(self, base: Any, model: ModelSpec, methods: Sequence[Method], seeds: Sequence[int]):
         if len(methods) != 1:

@@ -105,7 +105,7 @@ class LoRA(Method):
         # 4 per frozen weight and token (forward, gradient of the input), 6 per adapter weight: the
         # study's 2N^2 + 6NR against 3N^2 multiply-adds (study.md section 4; attention scores left
         # out).
-        return n_tokens * (4.0 * model.n_matmul_params() + 6.0 * self.n_trainable(model))
+        return n_tokens * (4.0 * model.n_matmul_params + 6.0 * self.n_trainable(model))
 
     def attach(self, base: Any, model: ModelSpec, methods: Sequence[Method], seeds: Sequence[int]):
         from lorasweep.methods.stacked.linear import StackedAdapters

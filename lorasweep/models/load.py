@@ -155,7 +155,7 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
         "tied": bool(config.tie_word_embeddings),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    want = {k: getattr(spec, k) for k in list(got)[:4]} | {"parameters": spec.n_params()}
+    want = {k: getattr(spec, k) for k in list(got)[:4]} | {"parameters": spec.n_params}
     wrong = [f"{k} is {got[k]}, described as {want[k]}" for k in got if got[k] != want[k]]
     if wrong:
         raise ModelError(

@@ -39,7 +39,7 @@ def pack_bytes(
     master = 8 if spec.precision == "fp64" else 4
     whole = spec.method.MAX_PACK == 1
     copies = (2 if whole else 4) if word == 2 else 0  # frozen weights are kept transposed as well
-    weights = model.n_params() * master + model.n_matmul_params() * copies
+    weights = model.n_params * master + model.n_matmul_params * copies
     trained = members * spec.method.n_trainable(model) * (5 if whole else 4) * master
     rows = min(micro_batch_size or spec.batch_size, spec.batch_size)
     length = mean_length(spec)

@@ -5,6 +5,7 @@ The methods themselves are files of `lorasweep/methods`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
@@ -48,6 +49,7 @@ class Method(Value):
         raise NotImplementedError
 
 
+@cache
 def parse_layers(layers: str) -> tuple[str, ...]:
     """Split 'attention+mlp' into its switches, in canonical order; 'all' means all three."""
     parts = LAYER_SETS if layers == "all" else tuple(p.strip() for p in layers.split("+"))
@@ -60,6 +62,7 @@ def parse_layers(layers: str) -> tuple[str, ...]:
     return tuple(p for p in LAYER_SETS if p in parts)
 
 
+@cache
 def canonical_layers(layers: str) -> str:
     """Spell a layer set in the one way that is hashed."""
     return "+".join(parse_layers(layers))

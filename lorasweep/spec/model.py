@@ -78,11 +78,15 @@ class ModelSpec(Value):
 
     def matrices(self, layers: tuple[str, ...]) -> list[Matrix]:
         """List the matrices of the layer sets; raise SpecError if a set matches nothing."""
-        return [m for layer_set in layers for m in self._matrices_of(layer_set)]
+        if layers not in self._matrices:
+            self._matrices[layers] = [m for s in layers for m in self._matrices_of(s)]
+        return self._matrices[layers]
+
+    @cached_property
+    def _matrices(self) -> dict[tuple[str, ...], list[Matrix]]:
+        return {}  # filled by `matrices`: thousands of specs of a grid share one model
 
     def _matrices_of(self, layer_set: str) -> list[Matrix]:
-        if layer_set in self._known_matrices:
-            return self._known_matrices[layer_set]
         h, q, kv = self.hidden_size, self.n_heads * self.head_size, self.n_kv_heads * self.head_size
         shape = {
             "q_proj": (h, q),
@@ -102,12 +106,7 @@ class ModelSpec(Value):
                 "modules and are refused: choose another layer set or a dense model."
             )
         count = 1 if layer_set == "unembedding" else self.n_layers
-        found = self._known_matrices[layer_set] = [Matrix(*shape[name], count) for name in names]
-        return found
-
-    @cached_property
-    def _known_matrices(self) -> dict[str, list[Matrix]]:
-        return {}  # filled by _matrices_of: thousands of specs of a grid share one model
+        return [Matrix(*shape[name], count) for name in names]
 
     def set_of(self, name: str) -> str:
         """Return the layer set that a parameter's or module's name belongs to, or 'rest'
@@ -116,17 +115,19 @@ class ModelSpec(Value):
         found = (s for s in LAYER_SETS if not set(getattr(self, s)).isdisjoint(parts))
         return next(found, "rest")
 
+    @cached_property
     def n_matmul_params(self) -> int:
-        """Count the weights that take part in matrix products, the unembedding included."""
+        """Number of weights that take part in matrix products, the unembedding included."""
         return sum(m.d_in * m.d_out * m.count for m in self.matrices(LAYER_SETS))
 
+    @cached_property
     def n_params(self) -> int:
-        """Count all parameters: matrices, embedding and norms (no biases: Llama and Qwen3 have
+        """Number of all parameters: matrices, embedding and norms (no biases: Llama and Qwen3 have
         none)."""
         embedding = 0 if self.tied else self.vocab_size * self.hidden_size
         norms = (2 * self.n_layers + 1) * self.hidden_size
         head_norms = 2 * self.head_size * self.n_layers if self.qk_norm else 0
-        return self.n_matmul_params() + embedding + norms + head_norms
+        return self.n_matmul_params + embedding + norms + head_norms
 
     def problems(self) -> Iterator[str]:
         where = f"model {self.name!r}: "

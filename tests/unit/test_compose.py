@@ -33,7 +33,7 @@ def test_every_sweep_composes_at_every_scale(compose, sweep, scale):
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_is_described_in_full(compose, model):
     (point,) = compose(f"model={model}", "dataset=dialect", "method=lora", "method.rank=1").points
-    assert point.spec.model.n_params() > 0
+    assert point.spec.model.n_params > 0
 
 
 @pytest.mark.parametrize("dataset", DATASETS)

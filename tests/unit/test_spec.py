@@ -161,7 +161,7 @@ def test_grid_and_its_refinement_meet():
 def test_published_parameter_counts_of_llama_8b(layers, rank, billions):
     model = compose_request(["model=llama-3.1-8b", "dataset=gsm8k_hub"]).points[0].spec.model
     assert round(LoRA(rank=rank, layers=layers).n_trainable(model) / 1e9, 3) == billions
-    assert model.n_params() == 8_030_261_248
+    assert model.n_params == 8_030_261_248
 
 
 def test_validation_changes_nothing():

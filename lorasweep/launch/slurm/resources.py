@@ -115,7 +115,7 @@ def ask_for(
 def _bytes(pack: Pack, cluster: Cluster) -> float:
     spec = pack.points[-1].spec
     if cluster.gpus:
-        return HOST_BYTES + 4 * spec.model.n_params() * (3 if spec.method.MAX_PACK == 1 else 1)
+        return HOST_BYTES + 4 * spec.model.n_params * (3 if spec.method.MAX_PACK == 1 else 1)
     return pack.memory_bytes
 
 
