@@ -20,6 +20,7 @@ if not (BROWSER and DRIVER):
         pytest.fail(why, pytrace=False)
     pytest.skip(why, allow_module_level=True)
 
+pytestmark = pytest.mark.xdist_group("browser")  # one session for all
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>/*REPORT*/ & \u2028"
 
 

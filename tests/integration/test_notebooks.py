@@ -33,23 +33,36 @@ def test_it_is_thin_and_kept_without_outputs(path):
         assert set(imported) <= {"notebook"}
 
 
+@pytest.fixture(scope="module")
+def shell():
+    """IPython in this process: it shows values as a notebook does, and starts no kernel."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    yield shell
+    InteractiveShell.clear_instance()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_it_runs_and_shows_something_in_every_cell_that_should(path, tmp_path):
-    notebook = nbformat.read(path, 4)
-    NotebookClient(
-        notebook,
-        timeout=300,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
-    ).execute()
-    shown = [
-        c for c in notebook.cells if c.cell_type == "code" and "= " not in c.source.splitlines()[-1]
-    ]
-    assert shown and all(c.outputs for c in shown)
-    assert not [
-        o
-        for c in notebook.cells
-        if c.cell_type == "code"
-        for o in c.outputs
-        if o.output_type == "stream"
-    ]
+def test_it_runs_and_shows_something_in_every_cell_that_should(path, shell, tmp_path, monkeypatch):
+    from IPython.utils.capture import capture_output
+
+    monkeypatch.chdir(tmp_path)
+    shell.reset()
+    codes = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    for source in codes:
+        with capture_output() as out:
+            done = shell.run_cell(source)
+        done.raise_error()
+        is_shown = done.result is not None or bool(out.outputs)
+        assert is_shown == ("= " not in source.splitlines()[-1])
+        assert out.stderr == ""
+
+
+def test_one_runs_in_a_kernel_of_its_own(tmp_path):
+    notebook = nbformat.read(ROOT / "analysis/notebooks/batch_size.ipynb", 4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    codes = [c for c in notebook.cells if c.cell_type == "code"]
+    assert any(c.outputs for c in codes)
+    assert not [o for c in codes for o in c.outputs if o.output_type == "stream"]

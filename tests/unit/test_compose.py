@@ -77,7 +77,10 @@ def test_models_on_an_axis_are_composed_by_name(compose):
         (["+sweep=lr_ratio", "sweep.arms.lora.lr=[0.0]"], "lr=0.0"),
         (["+sweep=lr_ratio", "sweep.arms.lora.lr=[-1e-3]"], "lr=-0.001"),
         (["+sweep=lr_ratio", "sweep.arms.lora.lr=[nan]"], "lr: expected a finite number, got nan"),
-        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[fast]"], "lr: expected a finite number, got 'fast'"),
+        (
+            ["+sweep=lr_ratio", "sweep.arms.lora.lr=[fast]"],
+            "lr: expected a finite number, got 'fast'",
+        ),
         (["+sweep=lr_ratio", "sweep.arms.lora.rank=[0,4]"], "rank=0"),
         (["+sweep=lr_ratio", "sweep.arms.lora.rank=[64]"], "from 1 to 32"),
         (["+sweep=lr_ratio", "+sweep.arms.lora.layers=[heads]"], "attention, mlp, unembedding"),
@@ -205,6 +208,4 @@ def test_the_plan_is_json(compose, capsys):
 
 def test_two_requests_give_the_same_ids(compose):
     ids = [[p.id for p in compose("+sweep=lr_ratio", "scale=tiny").points] for _ in range(2)]
-    assert ids[0] == ids[1] and all(
-        p.id == p.spec.id for p in compose("+sweep=lr_ratio").points
-    )
+    assert ids[0] == ids[1] and all(p.id == p.spec.id for p in compose("+sweep=lr_ratio").points)

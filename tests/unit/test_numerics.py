@@ -123,9 +123,7 @@ def test_adapter_in_peft_format_is_loaded_by_peft(world, tmp_path):
     spec, base, dataset = world
     states, records = run_all([spec], base, dataset)
     state = {
-        k.removeprefix("param/"): v
-        for k, v in states[spec.id].items()
-        if k.startswith("param/")
+        k.removeprefix("param/"): v for k, v in states[spec.id].items() if k.startswith("param/")
     }
     save_peft(tmp_path / "adapter", state, spec.method.rank, spec.method.alpha, "tiny64")
     loaded = PeftModel.from_pretrained(base.model, tmp_path / "adapter").double()
@@ -284,9 +282,7 @@ def test_full_fine_tuning_equals_torch_over_a_whole_run(world):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        assert float(loss.detach()) == pytest.approx(
-            records[spec.id][step]["train_nll"], abs=1e-9
-        )
+        assert float(loss.detach()) == pytest.approx(records[spec.id][step]["train_nll"], abs=1e-9)
     for name, p in reference.named_parameters():
         assert torch.allclose(p, states[spec.id][f"param/{name}"], rtol=0, atol=1e-9), name
 
@@ -321,7 +317,10 @@ def test_shipped_base_is_near_its_floor_and_far_from_the_dialects(world):
     spec, base, dataset = world
     start = evaluate(base.model, eval_batches(dataset.test, 4096), 1, "fp64")[0]
     language = data.load(
-        dataclasses.replace(spec.dataset, generator_params={"rule_shift": 0.0, "new_exceptions": 0.0}), []
+        dataclasses.replace(
+            spec.dataset, generator_params={"rule_shift": 0.0, "new_exceptions": 0.0}
+        ),
+        [],
     )
     known = evaluate(base.model, eval_batches(language.test, 4096), 1, "fp64")[0]
     assert known - language.floor_nats < 0.25

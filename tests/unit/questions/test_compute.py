@@ -1,6 +1,5 @@
 """`compute` on planted runs: operations and seconds to one loss."""
 
-
 import numpy as np
 import pytest
 
