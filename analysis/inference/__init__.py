@@ -1,4 +1,4 @@
 """Estimates with intervals, seeds, meta-analysis, and the decision rule.
 
-Refuses to know learning rates and claims.
+Refuses to know tables, curves and fits.
 """

@@ -1,4 +1,4 @@
-"""What is measured of fitted curves: rho, ratios, laws.
+"""What is measured on fitted curves: rho, ratios, laws; the power of a sweep and its next runs.
 
 Refuses to know which question asks for it.
 """

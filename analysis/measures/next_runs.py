@@ -51,11 +51,17 @@ class Suggestion:
 class Judged(Protocol):
     """What an analysis has of its claims."""
 
-    verdicts: list[Verdict]
-    members: dict[str, list[Optimum]]
-    """The curves that a verdict's group rests on."""
-    of_rates: bool
-    """The claims are about best rates themselves."""
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """The verdicts on all claims."""
+
+    @property
+    def members(self) -> dict[str, list[Optimum]]:
+        """The curves that a verdict's group rests on."""
+
+    @property
+    def of_rates(self) -> bool:
+        """Whether the claims are about best rates themselves."""
 
 
 def suggest(found: Judged) -> list[Suggestion]:

@@ -1,7 +1,5 @@
-"""Shorter runs out of longer ones: a run of S updates at a constant rate is the beginning of every
+"""Shorter runs out of longer ones: at a constant rate, a run of S updates is the start of every
 longer one."""
-
-import json
 
 import numpy as np
 import pandas as pd
@@ -15,7 +13,7 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
     """Return the table that the runs would have made had they ended after `step` updates.
 
     Losses are those of the learning curves, which use fewer held-out rows than the last evaluation,
-    the same in all runs. A run that broke down by then is diverged; runs without an evaluation at
+    the same in all runs. A run that had diverged by then is diverged; runs without an evaluation at
     that step are left out.
 
     Raises:
@@ -32,13 +30,9 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
         elif run in nll.index:
             ended = {"status": "done", "steps": step, "test_nll": nll[run]}
             rows.append({**row, **ended, "result": cut(row["result"], step)})
-        elif row["status"] == "diverged" and _steps_done(row) <= step < row["steps"]:
+        elif row["status"] == "diverged" and row["steps_done"] <= step < row["steps"]:
             rows.append({**row, "steps": step})
     return pd.DataFrame(list(rows)).reset_index(drop=True)
-
-
-def _steps_done(row: pd.Series) -> int:
-    return json.loads(row["result"]).get("steps_done", 0)
 
 
 def steps_seen(table: pd.DataFrame) -> list[int]:
@@ -52,11 +46,11 @@ def steps_seen(table: pd.DataFrame) -> list[int]:
 
 def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Cut runs of one length where the task is over: at the longest step at which a fifth
-    (MIN_REST) of what there was to learn is still left at the best rate. A solved task
-    does not separate two methods, the runs' beginnings still do.
+    (MIN_REST) of what there was to learn is still left at the best rate. A solved task does not
+    separate two methods, the runs' beginnings still do.
 
-    Returns the table, and a sentence that says so; as it is, and nothing, where the task's floor is
-    unknown, the end is not solved, or no evaluated step is early enough.
+    Returns the table, and a sentence on the cut. Without a cut the sentence is empty: the task's
+    floor is unknown, the end is not solved, or no evaluated step is early enough.
     """
     floor, start = (
         float(np.nanmean(table[c])) if c in table and table[c].notna().any() else np.nan

@@ -1,4 +1,4 @@
-"""Does a task leave room to tell two methods apart? Known where its floor is known.
+"""Whether a task leaves room for two methods to differ, where its floor is known.
 
 A floor is the NLL of the generator that wrote the data: no model gets below it.
 """
@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from analysis.runs.lr_curves import LrCurve
 
 MIN_GAIN = 0.3
-"""A task qualifies only if the untrained model's NLL is at least this far above its floor, in nats
-..."""
+"""Least distance in nats of the untrained model's NLL above the floor."""
 MIN_REST = 0.2
-"""... and the best run keeps at least this share of that excess: a solved task says nothing of
+"""Least share of that distance that the best run must leave: a solved task does not separate
 learning rates."""
 
 
 def task_problems(curves: Sequence[LrCurve], best: Sequence[float | None]) -> list[str]:
-    """Say why the task is unfit for the question, where its floor is known (science:
-    qualification)."""
+    """List why the task is unfit for a comparison; empty where its floor is unknown.
+
+    Args:
+        best: each curve's lowest NLL in nats.
+    """
     start, floor = curves[0].nll_start, curves[0].floor
     lowest = min((b for b in best if b is not None), default=math.nan)
     if not (math.isfinite(start) and math.isfinite(floor) and math.isfinite(lowest)):

@@ -1,5 +1,5 @@
-"""Planted valleys: sweeps whose optima are known, inside and outside the fitted family. For
-calibration and tests.
+"""Planted valleys, for calibration and tests: sweeps whose optima are known, inside and outside the
+fitted family.
 
 A family draws a shape h(u), the expected loss over u = ln(lr / reference) at unit curvature; the
 truth is its minimum.
@@ -133,11 +133,9 @@ def plant(
         last = m + rng.uniform(math.log(1.2), math.log(3)) if family == "cliff" else math.inf
         loss = c * shape(x - m + own)
         if family == "collapse":
-            from_here, rise = (
-                m + rng.uniform(math.log(3), math.log(12)),
-                math.exp(rng.uniform(math.log(0.8), math.log(10))),
-            )
-            loss = np.where(x > from_here, loss + rise, loss)
+            beyond = m + rng.uniform(math.log(3), math.log(12))
+            rise = math.exp(rng.uniform(math.log(0.8), math.log(10)))
+            loss = np.where(x > beyond, loss + rise, loss)
         curves.append(_measure(k, x, loss, m, last, design, family == "unequal", rng))
         truths[k] = m
     return curves, truths
@@ -169,11 +167,8 @@ def _measure(
         ranked = np.where(alive, y[0].mean(0), np.inf)
         first = min(max(int(np.argmin(ranked)) - 1, 0), max(int(alive.sum()) - 3, 0))
         y.append(run(design.fresh))
-        at.append(
-            np.tile(
-                (np.arange(len(x)) >= first) & (np.arange(len(x)) < first + 3), (design.fresh, 1)
-            )
-        )
+        around = np.isin(np.arange(len(x)), first + np.arange(3))
+        at.append(np.tile(around, (design.fresh, 1)))
     values, there = np.concatenate(y), np.concatenate(at)
     seeds = np.repeat(np.arange(len(values)), len(x)).reshape(values.shape)
     order = np.argsort(np.tile(x, len(values)).reshape(values.shape)[there], kind="stable")
