@@ -10,7 +10,7 @@ import pytest
 
 from lorasweep.bench import memory
 from lorasweep.store.run_store import RunStore, checksum
-from tests.integration.test_cli import SWEEP, kept, start, wait_for
+from tests.integration.test_interruptions import SWEEP, kept, start, wait_for
 from tests.integration.test_smollm2 import WEIGHTS
 from tests.world import ROOT, cli
 
