@@ -1,64 +1,89 @@
-"""`python -m lorasweep +sweep=lr_ratio`: compose, then act. The Hydra entry, and user errors
-without traceback."""
+"""`python -m lorasweep +sweep=lr_ratio`: compose the request, then act on it.
+
+The Hydra entry; user errors are printed without a traceback.
+"""
 
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 some runs failed, 2 the request was wrong, 130
-    stopped."""
+    """Run the command line.
+
+    Exit status: 0 done, 1 some runs failed, 2 the request was wrong, 130 stopped.
+    """
+    from lorasweep.config import compose
+
+    if len(sys.argv) == 1:
+        from lorasweep.cli.front_page import front_page
+
+        print(front_page(compose.conf_dir()), end="")
+        return
+    if sys.argv[1] == "--follow":  # inside the job that follows others
+        from lorasweep.cli import follow
+
+        sys.exit(follow.main(sys.argv[2]))
+    if any(a in ("-m", "--multirun") for a in sys.argv[1:]):
+        _fail(
+            "-m (Hydra multirun) is not used here: a sweep's axes are lists. "
+            "See `python -m lorasweep --help`."
+        )
+    _run_hydra()
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"lorasweep: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _run_hydra() -> None:
     import hydra
     from hydra.errors import HydraException
     from omegaconf import DictConfig
     from yaml import YAMLError
 
     from lorasweep.config import compose
-    from lorasweep.errors import LorasweepError
 
-    def fail(message: str) -> None:
-        print(f"lorasweep: {message}", file=sys.stderr)
-        sys.exit(2)
-
-    if any(a in ("-m", "--multirun") for a in sys.argv[1:]):
-        fail(
-            "-m (Hydra multirun) is not used here: a sweep's axes are lists. See `python -m lorasweep --help`."
-        )
     compose.register()
 
     @hydra.main(config_path=str(compose.conf_dir()), config_name="config", version_base="1.3")
     def run(cfg: DictConfig) -> None:
-        from lorasweep.cli.actions import act
+        _act(cfg)
 
-        try:
-            code = act(compose.request(cfg))
-        except LorasweepError as error:
-            fail(str(error))
-        except BrokenPipeError:  # the reader (head, less) has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        if code:
-            sys.exit(code)
-
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # as Ctrl-C: workers checkpoint, then leave
-    os.environ.setdefault(
-        "HYDRA_FULL_ERROR", "1"
-    )  # errors reach the handlers below instead of Hydra's printer
+    # as Ctrl-C: workers write a checkpoint, then leave
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # errors reach the handlers below instead of Hydra's printer
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     if Path(sys.argv[0]).name == "__main__.py":
         sys.argv[0] = "lorasweep"
     try:
         run()
     except HydraException as error:
         cause = error.__cause__
-        fail(str(error) if cause is None or str(cause) in str(error) else f"{error}\n{cause}")
+        _fail(str(error) if cause is None or str(cause) in str(error) else f"{error}\n{cause}")
     except YAMLError as error:
-        fail(f"a configuration file is not valid YAML: {error}")
+        _fail(f"a configuration file is not valid YAML: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _act(cfg: object) -> None:
+    from lorasweep.cli.actions import act
+    from lorasweep.config import compose
+    from lorasweep.errors import LorasweepError
+
+    try:
+        code = act(compose.request(cfg))
+    except LorasweepError as error:
+        _fail(str(error))
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ RANK = {
     for room in rooms
 } | {"lorasweep": -1, "analysis": -1}
 DOOR = "lorasweep.cli.answer"  # the only module of lorasweep that reaches `analysis`
-STRANGERS = {"lorasweep.train": r"lorasweep\.(store|plan|tracking|sweep|methods\.(lora|fullft))\b"}
+STRANGERS = {"lorasweep.train": r"lorasweep\.(store\.(?!checkpoint)|plan|tracking|sweep|methods\.(lora|fullft))\b"}
 
-TORCH = r"lorasweep/(train|models|methods|bench)/|lorasweep/launch/worker\.py"
+TORCH = r"lorasweep/(train|models|methods|bench)/|lorasweep/launch/trainer\.py"
 ONLY_IN = {
     "hydra": r"lorasweep/(config/.*|__main__)\.py",
     "omegaconf": r"lorasweep/(config/.*|__main__)\.py",

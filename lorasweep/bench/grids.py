@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from lorasweep.bench.overhead import command
 from lorasweep.bench.steps import at
-from lorasweep.cli.actions import all_points
+from lorasweep.cli.points import all_points
 from lorasweep.config.compose import compose_request
 from lorasweep.launch.local import run_points
 from lorasweep.plan import detect

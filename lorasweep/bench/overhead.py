@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.compose import compose_request
-from lorasweep.launch.worker import StopFlag, execute
+from lorasweep.launch.pack import execute
+from lorasweep.launch.process import StopFlag
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
-from lorasweep.store.run_store import RunStore, checksum
+from lorasweep.store.results import checksum
+from lorasweep.store.run_store import RunStore
 from lorasweep.train.events import Event
 
 GRID = (

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -53,14 +54,13 @@ class Display:
         """Print a line above the bar."""
         self._console.print(text, markup=False)
 
-    def event(self, event: dict) -> None:
+    def event(self, event: dict[str, Any]) -> None:
         """Take in an event of a worker."""
         for rid in event.get("runs", []):
             if rid in self._points:
                 done = event["step"] / self._points[rid].spec.steps
-                self._first.setdefault(
-                    rid, done
-                )  # a resumed run's earlier part is no work of this session
+                # the part that a resumed run did before is no work of this session
+                self._first.setdefault(rid, done)
                 self._share[rid] = done
         if "ended" in event and event["run"] in self._points:
             rid = event["run"]
@@ -75,10 +75,9 @@ class Display:
             description=f"{self._ended}/{len(self._points)} runs",
         )
 
-    def _outcome(self, event: dict) -> str:
-        head = (
-            f"[{self._ended:>3}/{len(self._points)}] {self._names[event['run']]:32} {event['run']}"
-        )
+    def _outcome(self, event: dict[str, Any]) -> str:
+        name = f"{self._names[event['run']]:32} {event['run']}"
+        head = f"[{self._ended:>3}/{len(self._points)}] {name}"
         if event["ended"] == "failed":
             return f"{head}  FAILED: {event['cause']}"
         nll = event.get("test_nll")
@@ -89,10 +88,8 @@ class Display:
         return sum(self._work[i] * s for i, s in self._share.items()) / self._total
 
     def _left(self) -> str:
-        here = (
-            sum(self._work[i] * (self._share[i] - self._first.get(i, 0.0)) for i in self._work)
-            / self._total
-        )
+        shares = ((i, self._share[i] - self._first.get(i, 0.0)) for i in self._work)
+        here = sum(self._work[i] * share for i, share in shares) / self._total
         if here <= 0:
             return "time left: ?"
         seconds = (time.monotonic() - self._started) * (1 - self._done()) / here

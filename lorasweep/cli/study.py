@@ -1,5 +1,4 @@
-"""A sweep of sweeps: its parts asked in turn, runs that several share trained once; and whether a
-sweep's tasks are fit.
+"""A sweep of sweeps: its parts in turn, shared runs trained once; and whether tasks qualify.
 
 Knows requests and the analysis; refuses to know how runs are trained.
 """
@@ -9,28 +8,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorasweep.cli import answer
-from lorasweep.config import preflight as checks
-from lorasweep.store.files import write_atomic
+from lorasweep.config.preflight import check_available
+from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 
-STOPPED = 130
+FIRST_SIGNAL_STATUS = 130
+"""Exit statuses from here on mean that the user stopped the command."""
 
 
 def each(request: Request, act: Callable[[Request], int]) -> int:
-    """Do what was asked for every part. All is checked before the first one starts. format=json
-    prints one object a part."""
+    """Do what was asked for every part; all is checked before the first one starts.
+
+    format=json prints one object a part.
+    """
     if request.action == "run":
         for part in request.parts:
-            checks.check_available(part)
+            check_available(part)
             answer.check_claims(part.sweep)
     code = 0
     for part in request.parts:
         if request.format != "json":
             print(f"== {part.sweep_name}", flush=True)
         code = max(code, act(part))
-        if code >= STOPPED:
+        if code >= FIRST_SIGNAL_STATUS:
             return code
     if request.action == "run" and request.cluster.kind == "local" and request.format != "json":
         reports = Path(request.exec.reports_dir)
@@ -38,42 +40,15 @@ def each(request: Request, act: Callable[[Request], int]) -> int:
     return code
 
 
-# ---------------------------------------------------------------- are the tasks fit?
+def qualify(request: Request, store: RunStore, points: list[Point]) -> int:
+    """Print whether the tasks of finished runs qualify, and keep it with the reports.
 
-
-def qualifying(points: list[Point]) -> list[Point]:
-    """Choose the runs that tell whether a task is fit: of each model, data set, batch and length,
-    full fine-tuning of everything and LoRA with most parameters."""
-    groups: dict[tuple[str, str, int, int], dict[str, list[Point]]] = {}
-    for p in points:
-        s = p.spec
-        if (
-            s.schedule != "constant"
-            or s.precision == "fp64"
-            or getattr(s.method, "scope", "all") != "all"
-        ):
-            continue
-        arms = groups.setdefault((s.model.name, s.dataset.name, s.batch_size, s.steps), {})
-        arms.setdefault(s.method.name, []).append(p)
-    chosen = []
-    for arms in groups.values():
-        chosen += arms.get("fullft", [])
-        lora = arms.get("lora", [])
-        most = max((p.spec.method.n_trainable(p.spec.model) for p in lora), default=0)
-        best = next(
-            (p.spec.method for p in lora if p.spec.method.n_trainable(p.spec.model) == most), None
-        )
-        chosen += [p for p in lora if p.spec.method == best]
-    return chosen
-
-
-def tell(request: Request, store: RunStore, points: list[Point]) -> int:
-    """Print whether the tasks of finished runs qualify, and keep it beside the reports. 0: all do;
-    1: some do not."""
-    from lorasweep.store.run_store import load_runs
+    Returns 0 if all do, 1 if some do not.
+    """
+    from lorasweep.store.table import load_runs
 
     found = answer.qualify(load_runs(store.root, [p.id for p in points if store.result(p.id)]))
-    told = {
+    content = {
         "sweep": request.sweep_name,
         "scale": request.scale,
         "qualified": found.verdict,
@@ -81,9 +56,9 @@ def tell(request: Request, store: RunStore, points: list[Point]) -> int:
     }
     path = Path(request.exec.reports_dir) / f"qualify-{request.title}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(told, indent=1) + "\n").encode())
+    files.write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     if request.format == "json":
-        print(json.dumps(told))
+        print(json.dumps(content))
     else:
         print("\n".join(found.lines))
         for group, ok in found.verdict.items():

@@ -1,9 +1,10 @@
-"""Train a sample of a sweep's finished runs again, alone, and compare: packing must not change a
-result.
+"""Train a sample of a sweep's finished runs again, alone, and compare: packing changes no result.
 
-Refuses to judge what the differences mean for a claim: it sets them beside the noise between seeds.
+The differences are set against the noise between seeds; what they mean for a claim is not judged
+here.
 """
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -42,16 +43,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons, and the noise they are set beside."""
+    """All comparisons, and the noise they are set against."""
 
     comparisons: list[Comparison]
     noise_floor: float | None
-    """Standard deviation of the final NLL between the seeds of a cell, pooled over the sweep's
-    cells, in nats."""
+    """Standard deviation of the final NLL between the seeds of a cell, in nats, pooled over the
+    sweep's cells."""
 
     def differing(self) -> list[Comparison]:
-        """Return the runs that came out otherwise by more than the noise between seeds, or ended
-        otherwise."""
+        """Return the runs that ended otherwise, or differ by more than the noise between seeds."""
         bound = NO_FLOOR_NATS if self.noise_floor is None else self.noise_floor
         return [
             c
@@ -70,8 +70,10 @@ class Report:
 
 
 def choose(points: Sequence[Point], store: RunStore, count: int) -> list[Point]:
-    """Draw `count` finished runs that were trained here, those that shared a pack first; the same
-    ones each time."""
+    """Draw `count` finished runs that were trained here, those that shared a pack first.
+
+    The same ones are drawn each time.
+    """
     finished = []
     for p in points:
         result = store.result(p.id)
@@ -83,38 +85,39 @@ def choose(points: Sequence[Point], store: RunStore, count: int) -> list[Point]:
 
 
 def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
-    """Pool the variance of the final NLL between seeds over the cells that have several; None if
-    none has."""
+    """Pool the variance of the final NLL between seeds over the cells with two or more seeds.
+
+    None if there is no such cell.
+    """
     cells: dict[tuple[Any, ...], list[float]] = {}
     for p in points:
         result = store.result(p.id) or {}
         if result.get("state") == "done":
             cells.setdefault((*curve_key(p), p.spec.lr), []).append(result["test_nll"])
-    several = [values for values in cells.values() if len(values) > 1]
-    degrees = sum(len(values) - 1 for values in several)
-    return (
-        math.sqrt(sum(statistics.variance(v) * (len(v) - 1) for v in several) / degrees)
-        if degrees
-        else None
-    )
+    repeated = [values for values in cells.values() if len(values) > 1]
+    degrees = sum(len(values) - 1 for values in repeated)
+    if not degrees:
+        return None
+    squares = sum(statistics.variance(v) * (len(v) - 1) for v in repeated)
+    return math.sqrt(squares / degrees)
 
 
-def verify(
+def compare_alone(
     points: Sequence[Point],
     store: RunStore,
     exec_: Exec,
     count: int,
-    told: Callable[[Comparison], None],
+    show: Callable[[Comparison], None],
 ) -> Report:
     """Retrain `count` runs alone, with the threads and micro-batch that made them, and compare."""
-    from lorasweep.launch.worker import TorchTrainer
+    from lorasweep.launch.trainer import TorchTrainer
 
     trainer, comparisons = TorchTrainer(), []
     for p in choose(points, store, count):
         before = store.result(p.id) or {}
         layout = store.layout(p.id)
         state, final = "", {}
-        for event in trainer([p.spec], Exec(**{**vars(exec_), **layout}), None):
+        for event in trainer([p.spec], dataclasses.replace(exec_, **layout), None):
             if p.id in event.ended:
                 state, final = event.ended[p.id]
         pairs = [(a["test_nll"], b["test_nll"]) for a, b in zip(before["curve"], final["curve"])]
@@ -125,6 +128,6 @@ def verify(
         comparison = Comparison(
             p.id, before.get("pack_size"), recorded, alone, state == before["state"], worst
         )
-        told(comparison)
+        show(comparison)
         comparisons.append(comparison)
     return Report(comparisons, noise_floor(points, store))

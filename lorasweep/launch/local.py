@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import StoreError, TrainingError
-from lorasweep.launch.worker import StopFlag, Stopped, Trainer, execute, skipped
+from lorasweep.launch.pack import execute
+from lorasweep.launch.process import StopFlag, Stopped
+from lorasweep.launch.trainer import Trainer
+from lorasweep.launch.worker import STOPPED, skipped
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import Plan, make_plan
 from lorasweep.spec.execution import Exec
@@ -35,8 +38,6 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
 """OpenMP threads wait asleep. By default they spin, and hold the core that the thread they wait for
 needs: two training processes on two busy cores then run a hundred times slower (LOG.md)."""
-STOPPED = 3
-"""Exit status of a worker that was asked to stop."""
 
 
 def run_points(
@@ -93,7 +94,7 @@ def _given_up(ids: list[str], store: RunStore, exec_: Exec) -> set[str]:
     """
     states = store.states(ids)
     failed = {i for i, s in states.items() if s == "failed"}
-    killed = {i for i, s in states.items() if s == "stale"}
+    killed = {i for i, s in states.items() if s == "interrupted"}
     return failed | {i for i in killed if store.failures(i) >= exec_.max_attempts}
 
 
@@ -139,7 +140,7 @@ def _write_job(plan: Plan, store: RunStore, exec_: Exec, settings: dict[str, Any
         for pack in plan.packs
     ]
     # A worker has not watched other machines' heartbeats, so it is given the owners found dead.
-    dead = {p.id: store.last_attempt(p.id) for p in plan.todo if plan.states[p.id] == "stale"}
+    dead = {p.id: store.last_attempt(p.id) for p in plan.todo if plan.states[p.id] == "interrupted"}
     exec_values = {**asdict(exec_), "threads": plan.threads, "workers": plan.workers}
     job = {"packs": packs, "exec": exec_values, "dead": dead, **settings}
     path = store.root / ".jobs" / f"{os.getpid()}-{os.urandom(3).hex()}.json"

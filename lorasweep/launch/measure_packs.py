@@ -27,7 +27,7 @@ from lorasweep.plan.throughput import ThroughputTable, measured_path, shape_of
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
-from lorasweep.store.claims import Lock
+from lorasweep.store.lock import Lock
 from lorasweep.store.run_store import RunStore
 
 BUDGET_S = 25.0

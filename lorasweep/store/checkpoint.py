@@ -11,12 +11,22 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from lorasweep.store import files
-from lorasweep.train.events import State
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SLOTS = ("a", "b")
+
+
+class State(TypedDict):
+    """What one run goes on from."""
+
+    tensors: dict[str, "Tensor"]
+    meta: dict[str, Any]
+    """Plain values, at least `step`."""
 
 
 def save(folder: Path, state: State) -> None:
@@ -28,9 +38,8 @@ def save(folder: Path, state: State) -> None:
     described = {slot: _describe(folder, slot) for slot in SLOTS}
     steps = {slot: d["step"] if d else -1 for slot, d in described.items()}
     slot = min(SLOTS, key=lambda s: steps[s])
-    (folder / f"{slot}.json").unlink(
-        missing_ok=True
-    )  # the slot is void until its new description stands
+    # the slot is void until its new description is there
+    (folder / f"{slot}.json").unlink(missing_ok=True)
     path = folder / f"{slot}.safetensors"
     try:
         save_file({k: v.contiguous() for k, v in state["tensors"].items()}, path)
@@ -43,8 +52,10 @@ def save(folder: Path, state: State) -> None:
 
 
 def keep_only(folder: Path, step: int | None) -> None:
-    """Void every slot but that of `step`: what lies beyond a resumed step belongs to records that
-    are cut away."""
+    """Void every slot but that of `step`.
+
+    What lies beyond a resumed step belongs to records that are cut away.
+    """
     for slot in SLOTS:
         d = _describe(folder, slot)
         if d is None or d["step"] != step:
@@ -52,7 +63,7 @@ def keep_only(folder: Path, step: int | None) -> None:
 
 
 def described(folder: Path) -> dict[int, str]:
-    """Step -> slot of the checkpoints whose description stands. Reads no tensors."""
+    """Return step -> slot of the checkpoints with a description. Reads no tensors."""
     found = {slot: _describe(folder, slot) for slot in SLOTS}
     return {d["step"]: slot for slot, d in found.items() if d}
 

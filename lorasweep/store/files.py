@@ -18,7 +18,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def create_once(path: Path, content: bytes) -> bool:
-    """Create `path` with `content` if it does not exist, in one step; say whether this call did it."""
+    """Create `path` with `content` in one step, if it does not exist; return whether it did."""
     partial = _partial(path)
     _write_new(partial, content)
     try:
@@ -32,9 +32,10 @@ def create_once(path: Path, content: bytes) -> bool:
 
 
 def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
-    """Create the folder `path` holding `files` in one step; say whether this call did it.
+    """Create the folder `path` holding `files` in one step; return whether this call did it.
 
-    A rename onto a folder that holds something fails, and ours always does: that makes it a claim.
+    rename(2) onto a non-empty directory fails; ours is never empty, so the rename is an atomic
+    claim.
     """
     partial = _partial(path)
     os.mkdir(partial)
@@ -54,14 +55,16 @@ def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
 
 
 def share_as(folder: Path) -> None:
-    """Let what this process writes be changed by the group, if `folder` can be: a run folder made
-    with chmod g+ws is the group's."""
+    """Let the group change what this process writes, if it can change `folder`.
+
+    A run folder made with chmod g+ws is the group's.
+    """
     if folder.stat().st_mode & stat.S_IWGRP:
         os.umask(os.umask(0o077) & ~0o070)
 
 
 def append(path: Path, content: bytes) -> None:
-    """Append to a log of lines; a kill may leave a part of the last line, which readers pass over."""
+    """Append to a log of lines; a kill may leave a part of a last line, which readers skip."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         _write_all(fd, content)

@@ -34,10 +34,10 @@ def read(
     result: Callable[[str], dict[str, Any] | None],
     known: dict[str, list[Any]],
 ) -> dict[str, Entry]:
-    """Return the entries of those of `ids` that are finished; `result` reads and checks the ones
-    not indexed yet.
+    """Return the entries of those of `ids` that are finished.
 
-    `known` is the caller's memory between calls, filled from the index when it is empty.
+    `result` reads and checks those that are not indexed yet. `known` is the caller's memory between
+    calls, filled from the index when it is empty.
     """
     path = root / ".index.json"
     if not known:
@@ -72,11 +72,9 @@ def read(
 
 def _load(path: Path) -> dict[str, list[Any]]:
     try:
-        told = json.loads(path.read_bytes())
-        return (
-            told["runs"]
-            if told["version"] == VERSION and all(len(e) == 6 for e in told["runs"].values())
-            else {}
-        )
+        stored = json.loads(path.read_bytes())
+        runs, fields = stored["runs"], len(Entry._fields)
+        valid = stored["version"] == VERSION and all(len(e) == fields for e in runs.values())
+        return runs if valid else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -1,4 +1,4 @@
-"""Where and with what a run was made: a whitelist, never the whole environment, so no key leaks."""
+"""Where and with what a run was made: a fixed list of facts, so that no secret leaks."""
 
 import json
 import os
@@ -31,7 +31,7 @@ SLURM = {
     "restart": "SLURM_RESTART_COUNT",
     "gpus": "CUDA_VISIBLE_DEVICES",
 }
-"""What is recorded of a Slurm job, and the variable that says it."""
+"""What is recorded of a Slurm job, and the environment variable that holds it."""
 
 
 @cache
@@ -65,11 +65,10 @@ def slurm_job() -> dict[str, str] | None:
 
 
 def code() -> dict[str, Any]:
-    """Say which code this is: commit, whether it was edited since, and the snapshot that it was
-    copied to."""
-    told = Path(__file__).resolve().parents[2] / "snapshot.json"
-    if told.is_file():
-        return json.loads(told.read_bytes())
+    """Describe this code: commit, whether it was edited since, and the snapshot it is from."""
+    snapshot = Path(__file__).resolve().parents[2] / "snapshot.json"
+    if snapshot.is_file():
+        return json.loads(snapshot.read_bytes())
     edited = _git("status", "--porcelain")
     return {
         "commit": _git("rev-parse", "HEAD"),
@@ -79,7 +78,7 @@ def code() -> dict[str, Any]:
 
 
 def edited() -> list[str]:
-    """List the files of the checkout that differ from its commit; empty for an installed package."""
+    """List the files that differ from the checkout's commit; empty for an installed package."""
     return [
         line.split(maxsplit=1)[1] for line in (_git("status", "--porcelain") or "").splitlines()
     ]

@@ -1,9 +1,8 @@
-"""Replay finished runs into Weights & Biases. The only importer of wandb; a mirror, never the
-truth.
+"""Replay finished runs into Weights & Biases: a mirror, never the truth.
 
-One W&B run a lorasweep run, with the run's id, grouped by sweep. WANDB_MODE=offline needs neither
-network nor account; W&B's own variables (WANDB_PROJECT, WANDB_DIR, WANDB_ENTITY) say where the
-copies go.
+The only importer of wandb. A W&B run for each lorasweep run, with the run's id, grouped by sweep.
+WANDB_MODE=offline needs neither network nor account. W&B's own variables (WANDB_PROJECT, WANDB_DIR,
+WANDB_ENTITY) decide where the copies go.
 """
 
 import json
@@ -17,7 +16,11 @@ from lorasweep.sweep.names import run_names
 
 
 def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
-    """Replay the records of finished runs that were not replayed yet; return how many were."""
+    """Replay the records of finished runs that were not replayed yet; return how many.
+
+    Raises:
+        StoreError: the package wandb is not installed.
+    """
     try:
         import wandb
     except ImportError as error:

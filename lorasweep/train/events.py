@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lorasweep.store.checkpoint import State
+
 Record = dict[str, Any]
-State = dict[str, Any]
-"""One member's state: {'tensors': name -> array, 'meta': plain values with at least 'step'}."""
 
 
 @dataclass

@@ -111,7 +111,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_command_goes_on(tmp_path):
     assert process.returncode == 130 and "stopped" in told and "Traceback" not in told
     (rid,) = kept(tmp_path)
     store = RunStore(tmp_path / "runs")
-    assert store.state(rid) == "stale" and store.end(rid, 1)["state"] == "stopped"
+    assert store.state(rid) == "interrupted" and store.end(rid, 1)["state"] == "stopped"
     cli(*arguments, cwd=tmp_path)
     env = json.loads((tmp_path / "runs" / rid / "attempts/2/env.json").read_text())
     assert store.state(rid) == "done" and env["resumed_from_step"] >= 10
@@ -130,7 +130,7 @@ def test_a_killed_worker_is_replaced(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
-    """Also where nobody reads their events any more: the runs are stale, not failed, and their
+    """Also where nobody reads their events any more: the runs are interrupted, not failed, and their
     checkpoint is kept."""
     arguments = (
         *LONG,
@@ -147,7 +147,7 @@ def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
     process.communicate(timeout=60)
     store = RunStore(tmp_path / "runs")
     wait_for(lambda: store.state(rid) != "running")
-    assert store.state(rid) == "stale" and store.end(rid, 1)["state"] == "stopped"
+    assert store.state(rid) == "interrupted" and store.end(rid, 1)["state"] == "stopped"
     assert list((tmp_path / "runs" / rid / "checkpoint").glob("*.json"))
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from analysis.questions.registry import analyse
 from lorasweep.methods.registry import spec_from
-from lorasweep.store.run_store import RunStore, load_runs
+from lorasweep.store.run_store import RunStore
+from lorasweep.store.table import load_runs
 from tests.world import cli
 
 OLD = Path(__file__).resolve().parent.parent / "fixtures" / "store_2026_11"
@@ -26,8 +27,8 @@ def old(tmp_path):
 
 def test_states_and_specs_of_an_old_store_are_read(old):
     states = old.states(sorted(old.existing()))
-    assert sorted(states.values()) == ["diverged", *["done"] * 6, "stale"]
-    assert states[INTERRUPTED] == "stale"
+    assert sorted(states.values()) == ["diverged", *["done"] * 6, "interrupted"]
+    assert states[INTERRUPTED] == "interrupted"
     for rid in states:
         assert spec_from(old.spec(rid)).id == rid
 

@@ -125,7 +125,7 @@ def test_a_job_killed_for_its_memory_says_so_and_more_memory_helps(queue, tmp_pa
     ask(tmp_path, *SMOKE, *ALONE, "cluster.mem_gib=0.25", trainer=hungry)
     queue.drain()
     assert results(tmp_path) == {}
-    lost = [p for p in status(tmp_path, *SMOKE)["problems"] if p["state"] == "stale"]
+    lost = [p for p in status(tmp_path, *SMOKE)["problems"] if p["state"] == "interrupted"]
     assert lost and all("Slurm: " in p["cause"] and "memory" in p["cause"] for p in lost), lost
     ask(tmp_path, *SMOKE, *ALONE, trainer=hungry)
     queue.drain()

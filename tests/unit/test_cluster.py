@@ -11,19 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.config import preflight as checks
 from lorasweep.errors import ClusterError, StoreError
-from lorasweep.launch.slurm import client as slurm
-from lorasweep.launch.slurm import resources as jobs
-from lorasweep.launch.slurm import snapshot, submissions
-from lorasweep.launch.slurm import submit as batch
-from lorasweep.launch.slurm.client import Partition
+from lorasweep.launch.slurm import (
+    client,
+    partitions,
+    preflight,
+    resources,
+    snapshot,
+    submissions,
+)
+from lorasweep.launch.slurm.partitions import Partition
+from lorasweep.launch.slurm.running import RunningJobs
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan
 from lorasweep.spec.execution import Cluster
-from lorasweep.store import claims as ownership
-from lorasweep.store import files, index
-from lorasweep.store.claims import Lock
+from lorasweep.store import claims, files, index
+from lorasweep.store.lock import Lock
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep import request
 from lorasweep.sweep.names import run_names
@@ -54,7 +57,7 @@ def test_jobs_hold_every_pack_once_and_as_much_work_as_asked(compose, tmp_path):
         (Cluster(kind="slurm", work_min=5), 10, 16),
         (Cluster(kind="slurm", work_min=60, work_max=60), 1, 2),
     ):
-        tasks = jobs.group(some, cluster, flops_s)
+        tasks = resources.group(some, cluster, flops_s)
         assert sorted(id(p) for t in tasks for p in t) == sorted(map(id, some))
         assert least <= len(tasks) <= most
         work = [sum(p.flops for p in t) / flops_s / 60 for t in tasks]
@@ -62,13 +65,13 @@ def test_jobs_hold_every_pack_once_and_as_much_work_as_asked(compose, tmp_path):
 
 
 def test_runs_per_job_is_kept(compose, tmp_path):
-    tasks = jobs.group(packs(compose, tmp_path), Cluster(kind="slurm", runs_per_job=8), 1e9)
+    tasks = resources.group(packs(compose, tmp_path), Cluster(kind="slurm", runs_per_job=8), 1e9)
     assert max(sum(len(p.points) for p in t) for t in tasks) <= 8
     assert sum(len(p.points) for t in tasks for p in t) == 24
 
 
 def test_a_job_with_several_workers_gets_a_pack_for_each(compose, tmp_path):
-    tasks = jobs.group(
+    tasks = resources.group(
         packs(compose, tmp_path), Cluster(kind="slurm", gpus=4, work_min=0.01, work_max=0.01), 1e6
     )
     assert all(len(t) >= 4 for t in tasks[:-1]) and sum(map(len, tasks)) > 4
@@ -76,13 +79,13 @@ def test_a_job_with_several_workers_gets_a_pack_for_each(compose, tmp_path):
 
 def test_a_job_asks_for_what_its_packs_need(compose, tmp_path):
     some = packs(compose, tmp_path)
-    tasks = jobs.group(some, Cluster(kind="slurm", work_min=10), 1e7)
-    ask = jobs.ask_for(tasks, Cluster(kind="slurm", cpus=3, workers=2), 1e7, GPUS)
+    tasks = resources.group(some, Cluster(kind="slurm", work_min=10), 1e7)
+    ask = resources.resources_for(tasks, Cluster(kind="slurm", cpus=3, workers=2), 1e7, GPUS)
     assert ask.cpus == 6 and ask.workers == 2 and 1 < ask.mem_gib < 4 and 15 < ask.time_min <= 2880
-    set_ = jobs.ask_for(tasks, Cluster(kind="slurm", mem_gib=7, time_min=33), 1e7, GPUS)
+    set_ = resources.resources_for(tasks, Cluster(kind="slurm", mem_gib=7, time_min=33), 1e7, GPUS)
     assert (set_.mem_gib, set_.time_min) == (7, 33)
     assert (
-        jobs.ask_for(tasks, Cluster(kind="slurm"), 1.0, GPUS).time_min == 2880
+        resources.resources_for(tasks, Cluster(kind="slurm"), 1.0, GPUS).time_min == 2880
     )  # the partition's limit; it goes on by itself
 
 
@@ -98,13 +101,13 @@ def test_a_job_asks_for_what_its_packs_need(compose, tmp_path):
 def test_what_no_node_can_hold_is_refused(given, said):
     cluster = Cluster(kind="slurm", **given)
     with pytest.raises(ClusterError, match=said):
-        jobs.check_fits(jobs.ask_for([], cluster, 1.0, GPUS), cluster, GPUS)
+        resources.check_fits(resources.resources_for([], cluster, 1.0, GPUS), cluster, GPUS)
 
 
 def test_partitions_are_known_by_name():
     with pytest.raises(ClusterError, match=r"partition 'gpx' not found\. Did you mean 'gpu'"):
-        jobs.partition_of(Cluster(partition="gpx"), {"gpu": GPUS})
-    assert jobs.partition_of(Cluster(), {"gpu": GPUS}) is GPUS
+        partitions.partition_of(Cluster(partition="gpx"), {"gpu": GPUS})
+    assert partitions.partition_of(Cluster(), {"gpu": GPUS}) is GPUS
 
 
 # ---------------------------------------------------------------- reading Slurm
@@ -112,11 +115,11 @@ def test_partitions_are_known_by_name():
 
 def test_what_sinfo_says_is_read(monkeypatch):
     said = "gpu*|64|512000|gpu:a100:8(S:0-1)|2-00:00:00|n1|\ngpu*|32|256000|gpu:4|2-00:00:00|n2|\nlong|64|9|(null)|infinite|n3|\n"
-    monkeypatch.setattr(slurm, "ask", lambda *command: said)
-    found = slurm.partitions()
+    monkeypatch.setattr(client, "run", lambda *command: said)
+    found = partitions.partitions()
     assert found["gpu"] == Partition("gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1", "n2"}))
     assert found["long"].gpus == 0 and found["long"].time_min == float("inf")
-    assert [slurm._minutes(t) for t in ("30", "30:00", "1:30:00", "1-12", "1-00:30:00")] == [
+    assert [partitions._minutes(t) for t in ("30", "30:00", "1:30:00", "1-12", "1-00:30:00")] == [
         30,
         30,
         90,
@@ -127,14 +130,14 @@ def test_what_sinfo_says_is_read(monkeypatch):
 
 def test_an_end_is_told_by_its_worst_step(monkeypatch):
     monkeypatch.setattr(
-        slurm,
-        "ask",
+        client,
+        "run",
         lambda *command: (
             "7_1|FAILED|1:0|n1|20\n7_1.batch|FAILED|1:0|n1|20\n7_1.0|OUT_OF_MEMORY|0:125|n1|19\n"
             "7_2|CANCELLED by 5|0:0|n2|3\n7_3|RUNNING|0:0|n2|3\n7_4|FAILED|9:0|n2|3\n"
         ),
     )
-    ends = slurm.ended(["7"])
+    ends = client.ended(["7"])
     assert (
         set(ends) == {"7_1", "7_2", "7_4"}
         and ends["7_1"].state == "OUT_OF_MEMORY"
@@ -159,9 +162,9 @@ def test_an_owner_that_is_a_job_lives_as_long_as_slurm_says(monkeypatch, tmp_pat
             else "".join(f"{j}|{n}|\n" for j, n in running.items())
         )
 
-    monkeypatch.setattr(slurm, "ask", ask)
-    slurm.setting.cache_clear()
-    lives = slurm.Executions()
+    monkeypatch.setattr(client, "run", ask)
+    client.setting.cache_clear()
+    lives = RunningJobs()
     assert lives("here", "12", 0) is True and lives("here", "13", 0) is False
     assert lives("here", "12", 1) is False  # its later execution is not its earlier one
     assert lives("there", "12", 7) is None  # another cluster's
@@ -177,10 +180,10 @@ def test_an_owner_that_is_a_job_lives_as_long_as_slurm_says(monkeypatch, tmp_pat
         "slurm": {"cluster": "here", "job": "12", "restart": 0},
     }
     (attempt / "owner.json").write_text(json.dumps(owner))
-    liveness = ownership.Liveness()
+    liveness = claims.Liveness(lives)
     assert liveness.alive(attempt)
     running.clear()
-    liveness._executions._asked = -100  # ten seconds later
+    lives._asked = -100  # ten seconds later
     assert not liveness.alive(attempt)
     many = []  # one question is enough for any number of dead jobs
     for k in range(50):
@@ -192,20 +195,22 @@ def test_an_owner_that_is_a_job_lives_as_long_as_slurm_says(monkeypatch, tmp_pat
     asked.clear()
     liveness.prepare(many)
     assert not any(map(liveness.alive, many)) and sum(c[0] == "squeue" for c in asked) == 1
-    slurm.setting.cache_clear()
+    client.setting.cache_clear()
 
 
 def test_a_job_that_slurm_started_again_knows_its_earlier_self(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert "slurm" not in ownership.me()  # an interactive job, in which somebody runs a command
-    monkeypatch.setenv(ownership.OUR_JOB, "1")
-    assert ownership.restarted({"slurm": {"cluster": "here", "job": "12", "restart": 0}})
-    assert not ownership.restarted({"slurm": {"cluster": "here", "job": "12", "restart": 1}})
-    assert not ownership.restarted(
+    assert (
+        "slurm" not in claims.this_process()
+    )  # an interactive job, in which somebody runs a command
+    monkeypatch.setenv(claims.JOB_VARIABLE, "1")
+    assert claims.restarted({"slurm": {"cluster": "here", "job": "12", "restart": 0}})
+    assert not claims.restarted({"slurm": {"cluster": "here", "job": "12", "restart": 1}})
+    assert not claims.restarted(
         {"slurm": {"cluster": "here", "job": "13", "restart": 0}}
-    ) and not ownership.restarted({})
+    ) and not claims.restarted({})
 
 
 # ---------------------------------------------------------------- one at a time
@@ -213,7 +218,7 @@ def test_a_job_that_slurm_started_again_knows_its_earlier_self(monkeypatch):
 
 def test_a_lock_has_one_holder_and_outlives_a_dead_one(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from lorasweep.store.claims import Lock\n"
+        "import sys, time; from pathlib import Path; from lorasweep.store.lock import Lock\n"
         "lock = Lock(Path(sys.argv[1]) / 'lock'); total = Path(sys.argv[1]) / 'n'\n"
         "for _ in range(20):\n"
         "    lock = Lock(Path(sys.argv[1]) / 'lock'); lock.acquire(60, lambda who: None)\n"
@@ -245,23 +250,20 @@ def test_an_owner_whose_process_the_system_hides_is_not_called_dead(tmp_path, mo
     be read."""
     attempt = tmp_path / "1"
     attempt.mkdir()
-    (attempt / "owner.json").write_text(json.dumps(ownership.me()))
-    liveness = ownership.Liveness()
+    (attempt / "owner.json").write_text(json.dumps(claims.this_process()))
+    liveness = claims.Liveness()
     assert liveness.verdict(attempt) is True
     monkeypatch.setattr(
         Path, "read_text", lambda self, *a: (_ for _ in ()).throw(FileNotFoundError(self))
     )
-    assert (
-        ownership.start_time(os.getpid()) == ownership.UNKNOWN
-        and ownership.start_time(2**22 - 1) == ""
-    )
+    assert claims.start_time(os.getpid()) == claims.UNKNOWN and claims.start_time(2**22 - 1) == ""
     assert liveness.verdict(attempt) is None and liveness.alive(attempt)
 
 
 def test_a_run_of_a_machine_that_died_is_found_out_by_watching(tmp_path, compose, monkeypatch):
     """Its heartbeat stands still: nobody else can tell."""
-    monkeypatch.setattr(ownership, "SILENCE_S", 0.5)
-    monkeypatch.setattr(batch, "SILENCE_S", 0.5)
+    monkeypatch.setattr(claims, "SILENCE_S", 0.5)
+    monkeypatch.setattr(preflight, "SILENCE_S", 0.5)
     store = RunStore(tmp_path / "runs")
     store.prepare()
     point = compose("scale=smoke").points[0]
@@ -270,8 +272,8 @@ def test_a_run_of_a_machine_that_died_is_found_out_by_watching(tmp_path, compose
     monkeypatch.delenv("LORASWEEP_HOST")
     said = []
     assert store.state(point.id) == "running" and store.unsure([point.id]) == [point.id]
-    batch._watch_others(store, [point], said.append)
-    assert "watching 1 run" in said[0] and store.state(point.id) == "stale"
+    preflight.watch_others(store, [point], said.append)
+    assert "watching 1 run" in said[0] and store.state(point.id) == "interrupted"
 
 
 # ---------------------------------------------------------------- records
@@ -289,53 +291,55 @@ def test_a_request_comes_back_from_its_file(compose):
 def test_submissions_are_read_back_and_torn_ones_are_not(tmp_path, monkeypatch):
     folder = submissions.home(tmp_path) / submissions.new_name("lr ratio/x")
     folder.mkdir(parents=True)
-    assert "/" not in folder.name and submissions.submissions(tmp_path) == []
+    assert "/" not in folder.name and submissions.read_all(tmp_path) == []
     arrays = [submissions.Array("0", "a-0", 0, 2), submissions.Array("follow", "a-f", 2, 1)]
-    submissions.record(
+    submissions.write_record(
         folder, "x", ["r1", "r2"], [["r1"], ["r2"]], arrays, script=False, cluster="here"
     )
     submissions.note_array(folder, "0", "12")
-    (found,) = submissions.submissions(tmp_path)
+    (found,) = submissions.read_all(tmp_path)
     assert (
         found.arrays[0].label(1) == "12_1"
         and found.arrays[1].job is None
         and found.tasks == [["r1"], ["r2"]]
     )
     submissions.withdraw(found, ["r2"])
-    live = slurm.Job("13", "12", 1, "PENDING", "", 0, "", "a-0")
+    live = client.Job("13", "12", 1, "PENDING", "", 0, "", "a-0")
     queue = submissions.Queue(
-        submissions.submissions(tmp_path), {found.name: {1: live, 0: live}}, {}, []
+        submissions.read_all(tmp_path), {found.name: {1: live, 0: live}}, {}, []
     )
     assert set(queue.covered()) == {"r1"}
     monkeypatch.setattr(
-        slurm, "ask", lambda *command: "ClusterName = there\n" if command[0] == "scontrol" else ""
+        client, "run", lambda *command: "ClusterName = there\n" if command[0] == "scontrol" else ""
     )
-    slurm.setting.cache_clear()
+    client.setting.cache_clear()
     other = submissions.look(
         tmp_path
     )  # another cluster's Slurm cannot tell: its silence means nothing
     assert (
-        other.untold() == {"r1", "r2"}
+        other.unknown_runs() == {"r1", "r2"}
         and other.submissions == []
         and not (folder / "ended.json").exists()
     )
     monkeypatch.setattr(
-        slurm, "ask", lambda *command: "ClusterName = here\n" if command[0] == "scontrol" else ""
+        client, "run", lambda *command: "ClusterName = here\n" if command[0] == "scontrol" else ""
     )
-    slurm.setting.cache_clear()
+    client.setting.cache_clear()
     monkeypatch.setattr(
-        slurm, "queue", lambda names: (_ for _ in ()).throw(ClusterError("no Slurm here"))
+        client, "queue", lambda names: (_ for _ in ()).throw(ClusterError("no Slurm here"))
     )
     blind = submissions.look(
         tmp_path
     )  # on a machine without Slurm the folder still tells what it can
     assert (
-        blind.unknown == "no Slurm here" and blind.covered() == {} and len(blind.submissions) == 1
+        blind.unavailable == "no Slurm here"
+        and blind.covered() == {}
+        and len(blind.submissions) == 1
     )
-    slurm.setting.cache_clear()
+    client.setting.cache_clear()
     (folder / "submission.json").write_text("{")
     with pytest.raises(ClusterError, match="damaged"):
-        submissions.submissions(tmp_path)
+        submissions.read_all(tmp_path)
 
 
 def test_a_snapshot_is_named_by_its_content_and_runs(tmp_path):
@@ -343,12 +347,12 @@ def test_a_snapshot_is_named_by_its_content_and_runs(tmp_path):
     assert snapshot.take(tmp_path) == folder and len(list(tmp_path.iterdir())) == 1
     assert (folder / "conf/sweep/lr_ratio.yaml").is_file() and not list(folder.rglob("__pycache__"))
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
-    code = "import lorasweep, json; from lorasweep import provenance, snapshot; print(lorasweep.__file__, provenance.code()['snapshot'])"
+    code = "import lorasweep, json; from lorasweep.tracking import provenance; print(lorasweep.__file__, provenance.code()['snapshot'])"
     said = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert said[0].startswith(str(folder)) and said[1] == folder.name
-    assert folder.name in snapshot.say(folder)
+    assert folder.name in snapshot.describe(folder)
 
 
 # ---------------------------------------------------------------- before anything starts
@@ -358,26 +362,26 @@ def test_a_run_folder_that_nodes_cannot_see_is_refused(tmp_path):
     mounts = [("/", "ext4"), ("/scratch", "tmpfs"), ("/home", "nfs4")]
     nodes = frozenset({"n1", "n2"})
     with pytest.raises(ClusterError, match="tmpfs of this machine"):
-        checks.check_visible(Path("/scratch/runs"), nodes, mounts)
+        preflight.check_visible(Path("/scratch/runs"), nodes, mounts)
     with pytest.raises(ClusterError, match=r"cluster\.shared=true"):
-        checks.check_visible(Path("/tmp/runs"), nodes, mounts)
-    checks.check_visible(Path("/home/me/runs"), nodes, mounts)
-    checks.check_visible(
+        preflight.check_visible(Path("/tmp/runs"), nodes, mounts)
+    preflight.check_visible(Path("/home/me/runs"), nodes, mounts)
+    preflight.check_visible(
         Path("/tmp/runs"), frozenset({os.uname().nodename}), mounts
     )  # the node is this machine
 
 
 def test_a_disk_that_is_too_small_is_refused_with_what_is_needed(compose, tmp_path, monkeypatch):
-    monkeypatch.setattr(checks.checkpoint, "free_bytes", lambda path: 2**20)
+    monkeypatch.setattr(preflight.checkpoint, "free_bytes", lambda path: 2**20)
     with pytest.raises(StoreError, match=r"0\.00 GiB free, and this sweep needs up to 0\.\d\d GiB"):
-        checks.check_disk(tmp_path, packs(compose, tmp_path), 4)
+        preflight.check_disk(tmp_path, packs(compose, tmp_path), 4)
 
 
 @pytest.mark.parametrize(
     "given, said",
     [
         ("cluster.kind=pbs", "cluster.kind 'pbs' not found"),
-        ("cluster.cpus=0", "cluster.cpus=0: more than 0"),
+        ("cluster.cpus=0", "cluster.cpus=0: give more than 0"),
         ("cluster.gpus=-1", "cluster.gpus=-1"),
         ("+cluster.options.array=3", "is set by lorasweep itself"),
         ("cluster.runs_per_job=0", "or null to go by the plan"),

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from lorasweep.cli.actions import _plan_text, hardware_of
+from lorasweep.cli.actions import hardware_of
+from lorasweep.cli.plan_text import plan_text
 from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -82,7 +83,7 @@ def test_a_plan_says_what_it_expects_and_why(asked):
     for spec in {p.arm: p.spec for p in asked.points}.values():
         measured(asked, spec, NEVER if spec.method.name == "lora" else {1: 0.02})
     now, _ = planned(asked)
-    text = _plan_text(asked, now)
+    text = plan_text(asked, now)
     assert now.basis == "calibrated" and "packing does not pay" in text and "GiB" in text
 
 
@@ -122,7 +123,7 @@ def test_packs_become_smaller_once_records_show_that_smaller_ones_are_as_fast(as
     now, sizes = planned(asked)
     assert now.throughputs.of(lora[0].spec).step_s == {4: 0.005, 6: 0.006}
     assert sizes == [3, 3]
-    assert "recorded a step and run" in _plan_text(asked, now)
+    assert "recorded a step and run" in plan_text(asked, now)
 
 
 @pytest.mark.parametrize("how", [{"threads": 2}, {"processor": "another"}])
@@ -158,7 +159,7 @@ def test_a_pack_with_checkpoints_stays_as_it_was(asked):
 def test_bf16_on_a_processor_without_it_is_said_and_counted(compose, precision, fast, said, rate):
     asked = compose("+sweep=lr_ratio", "scale=smoke", f"precision={precision}")
     now, _ = planned(asked, dataclasses.replace(CPU, fast_bf16=fast))
-    assert ("no bf16 instructions" in _plan_text(asked, now)) == said
+    assert ("no bf16 instructions" in plan_text(asked, now)) == said
     assert now.hours * 3600 * CPU.cores * rate == pytest.approx(now.flops)
 
 
@@ -172,7 +173,7 @@ def test_the_same_runs_are_planned_differently_for_two_machines_of_the_catalogue
     largest = {name: max(len(p.points) for p in now.packs) for name, now in plans.items()}
     assert largest["h200"] > largest["a100"]
     assert plans["h200"].hours < plans["a100"].hours
-    assert "on h200" in _plan_text(request, plans["h200"])
+    assert "on h200" in plan_text(request, plans["h200"])
     eight = dataclasses.replace(plans["a100"].hardware, gpus=8)
     assert plans["a100"].workers == 1 and planned(request, eight)[0].workers == 8
 

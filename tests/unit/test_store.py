@@ -14,9 +14,9 @@ import time
 import pytest
 
 from lorasweep.errors import StoreError
-from lorasweep.store import checkpoint, files
-from lorasweep.store import claims as ownership
-from lorasweep.store.run_store import RunStore, import_table, load_runs
+from lorasweep.store import checkpoint, claims, files
+from lorasweep.store.run_store import RunStore
+from lorasweep.store.table import import_table, load_runs
 from tests.world import ROOT, tiny_spec
 
 RESULT = {
@@ -103,7 +103,7 @@ def test_any_file_operation_may_fail_and_the_run_still_ends_exactly_once(tmp_pat
         reached = work_in_child(root, spec, at, how)
         store = RunStore(root)
         state = store.state(rid)
-        assert state in ("missing", "stale", "done"), (at, state)
+        assert state in ("missing", "interrupted", "done"), (at, state)
         if state == "done":
             assert store.result(rid)["test_nll"] == 2.5
             assert not work(store, spec)  # never twice
@@ -133,7 +133,7 @@ def test_a_damaged_result_is_not_done_and_is_kept_aside(tmp_path, damage):
     path = store.folder(spec.id) / "result.json"
     path.write_bytes(damage)
     dead_owner(store, spec.id)
-    assert store.state(spec.id) == "stale"
+    assert store.state(spec.id) == "interrupted"
     assert work(store, spec)
     assert store.state(spec.id) == "done"
     assert list(path.parent.glob("result.damaged-*.json"))
@@ -163,7 +163,7 @@ def test_states_are_told_apart(tmp_path):
     assert store.state(rid) == "failed" and store.failure(rid) == "out of memory"
     n = store.claim(spec)
     store.write_end(rid, n, "stopped", "asked")
-    assert store.state(rid) == "stale"
+    assert store.state(rid) == "interrupted"
     n = store.claim(spec)
     store.finish(rid, "diverged", {**RESULT, "test_nll": float("nan")})
     assert store.state(rid) == "diverged" and store.claim(spec) is None
@@ -204,20 +204,20 @@ def test_a_killed_owner_is_seen_and_an_owner_elsewhere_is_watched(tmp_path, monk
     assert store.state(rid) == "running" and store.claim(spec) is None
     child.kill()
     child.wait()
-    assert store.state(rid) == "stale"
+    assert store.state(rid) == "interrupted"
     # another machine: only the heartbeat's content speaks, against our own clock
     path = store.folder(rid) / "attempts" / "1"
     owner = json.loads((path / "owner.json").read_text())
     (path / "owner.json").write_text(json.dumps({**owner, "boot": "other", "host": "elsewhere"}))
     clock = [1000.0]
-    monkeypatch.setattr(ownership.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
     store = RunStore(tmp_path)
     assert store.state(rid) == "running"
-    clock[0] += ownership.SILENCE_S - 1
+    clock[0] += claims.SILENCE_S - 1
     (path / "heartbeat").write_text("5")
     assert store.state(rid) == "running"
-    clock[0] += ownership.SILENCE_S + 1
-    assert store.state(rid) == "stale"
+    clock[0] += claims.SILENCE_S + 1
+    assert store.state(rid) == "interrupted"
 
 
 def test_a_store_of_another_version_or_that_cannot_be_written_is_refused(tmp_path):

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from lorasweep.errors import ClusterError
-from lorasweep.launch.slurm import client as slurm
-from lorasweep.launch.slurm import submissions
-from lorasweep.launch.slurm.reconcile import mend
+from lorasweep.launch.slurm import client, submissions
+from lorasweep.launch.slurm.reconcile import reconcile
 from lorasweep.launch.slurm.submissions import Queue, Submission
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
@@ -15,66 +14,67 @@ from lorasweep.sweep.request import Request
 def removed(
     queue: Queue, request: Request, points: Sequence[Point], store: RunStore
 ) -> dict[str, list[str]]:
-    """List, by submission, the queued runs of this sweep that are no longer part of it and have not
-    begun."""
+    """List, by submission, this sweep's queued runs that left it and have not begun."""
     if request.sweep is None:
         return {}
     wanted = {p.id for p in points}
     found: dict[str, list[str]] = {}
     for s, k, _ in queue.live():
-        if s.told["sweep"] == request.title:
-            gone = [
-                r
-                for r in s.tasks[k]
-                if r not in wanted and r not in s.withdrawn and store.state(r) == "missing"
-            ]
-            if gone:
-                found.setdefault(s.name, []).extend(gone)
+        if s.record["sweep"] == request.title:
+            left = set(s.tasks[k]) - wanted - s.withdrawn
+            begun = {r for r in left if store.state(r) != "missing"}
+            if left - begun:
+                found.setdefault(s.name, []).extend(r for r in s.tasks[k] if r in left - begun)
     return found
 
 
-def prune(queue: Queue, gone: dict[str, list[str]], say: Callable[[str], None]) -> int:
-    """Withdraw queued runs, and cancel the waiting tasks that have no others."""
+def prune(queue: Queue, gone: dict[str, list[str]], notify: Callable[[str], None]) -> int:
+    """Withdraw queued runs and cancel the waiting tasks that have no others; return how many."""
     empty = []
     for s in [s for s in queue.submissions if s.name in gone]:
         submissions.withdraw(s, gone[s.name])
         waiting = [(k, j) for owner, k, j in queue.live() if owner is s and j.state == "PENDING"]
         empty += [j.label for k, j in waiting if s.withdrawn >= set(s.tasks[k])]
-    if empty and (denied := slurm.cancel(empty)):
-        say(f"not all of the jobs could be cancelled; they will find nothing to do ({denied})")
+    if empty and (denied := client.cancel(empty)):
+        notify(f"not all of the jobs could be cancelled; they will find nothing to do ({denied})")
     return sum(map(len, gone.values()))
 
 
-def cancel(request: Request, store: RunStore, say: Callable[[str], None]) -> tuple[int, int]:
-    """Cancel the sweep's jobs; return how many jobs, and how many runs they had before them.
-    Finished runs are kept, and those in the middle write a checkpoint first."""
-    slurm.require()
+def cancel(request: Request, store: RunStore, notify: Callable[[str], None]) -> tuple[int, int]:
+    """Cancel the sweep's jobs; return how many jobs, and how many unfinished runs they had.
+
+    Finished runs are kept, and those that are training write a checkpoint first.
+
+    Raises:
+        ClusterError: no Slurm here, or jobs of other users are among them.
+    """
+    client.require()
     if not submissions.home(store.root).is_dir():
         return 0, 0
-    with submissions.locked(store.root, say):
-        queue = mend(store.root, say)
-        mine = {s.name for s in queue.submissions if _concerns(s, request)}
+    with submissions.locked(store.root, notify):
+        queue = reconcile(store.root, notify)
+        mine = {s.name for s in queue.submissions if _same_question(s, request)}
         live = [(s, k, j) for s, k, j in queue.live() if s.name in mine]
         follows = [j.label for n, j in queue.follows.items() if n in mine and j.live]
-        runs = {r for s, k, _ in live for r in s.tasks[k]} - {
-            r for s, _, _ in live for r in s.withdrawn
-        }
+        withdrawn = {r for s, _, _ in live for r in s.withdrawn}
+        runs = {r for s, k, _ in live for r in s.tasks[k]} - withdrawn
         ending = [r for r in runs if store.state(r) not in FINAL]
-        denied = (
-            slurm.cancel([*follows, *(j.label for _, _, j in live)]) if follows or live else None
-        )
+        labels = [*follows, *(j.label for _, _, j in live)]
+        denied = client.cancel(labels) if labels else None
         if denied:
-            users = sorted({s.told["user"] for s in queue.submissions if s.name in mine})
+            users = sorted({s.record["user"] for s in queue.submissions if s.name in mine})
             raise ClusterError(
-                "not all jobs could be cancelled (they are of "
-                f"{', '.join(users)}, each cancels their own): {denied}"
+                f"not all jobs could be cancelled (they belong to {', '.join(users)}; each user "
+                f"cancels their own): {denied}"
             )
         return len(live), len(ending)
 
 
-def _concerns(submission: Submission, request: Request) -> bool:
-    """Say whether a submission is of this question: of the same name, with runs in common. The same
-    sweep with another number of steps, say, is another question."""
-    return submission.told["sweep"] == request.title and not {
-        p.id for p in request.points
-    }.isdisjoint(submission.told["asked"])
+def _same_question(submission: Submission, request: Request) -> bool:
+    """Return whether a submission is of this question: the same name and runs in common.
+
+    The same sweep with another number of steps is another question.
+    """
+    ids = {p.id for p in request.points}
+    record = submission.record
+    return record["sweep"] == request.title and not ids.isdisjoint(record["asked"])

@@ -1,5 +1,7 @@
-"""Slurm's own commands: what a cluster has, which jobs live, how the others ended. Knows no run and
-no submitit."""
+"""Slurm's own commands: what a cluster has, which jobs live, how the others ended.
+
+Knows no run and no submitit.
+"""
 
 import os
 import shutil
@@ -31,29 +33,18 @@ ENDED = frozenset(
 STUCK = ("launch failed requeued held", "JobHoldMaxRequeue")
 """Reasons for which Slurm holds a job after a failed start. A job held by its user or an
 administrator is left alone."""
-GONE = ("Invalid job id", "already complet")
-AT_ONCE = 200
-"""Names or ids in one question: command lines are finite."""
+ALREADY_ENDED = ("Invalid job id", "already complet")
+"""Complaints of scancel about a job that has ended, which is what was wanted."""
+QUERY_BATCH = 200
+"""Names or ids in one query: the length of a command line is limited."""
 FILTERS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_")
-PASSING = ("Unable to contact", "timed out", "Connection refused")
-"""Complaints that are worth another try, after these pauses."""
+"""Variables by which users filter what Slurm's commands show. They are left out: jobs that they
+hide would seem to be gone."""
+TRANSIENT_ERRORS = ("Unable to contact", "timed out", "Connection refused")
+"""Complaints that are worth another try, after PAUSES_S."""
 PAUSES_S = (1.0, 5.0)
-ASK_S = 60
+TIMEOUT_S = 60
 """A controller that does not answer for this long is down (its own clients give up later)."""
-
-
-@dataclass(frozen=True)
-class Partition:
-    """What a partition's nodes have, each the largest of any node."""
-
-    name: str
-    default: bool
-    cpus: int
-    memory_mib: int
-    gpus: int
-    time_min: float
-    """The longest time a job may ask for; inf: no limit."""
-    hosts: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -78,19 +69,18 @@ class Job:
 
     @property
     def stuck(self) -> bool:
-        """Say whether Slurm holds it back because its node failed at the start: nobody's wish, and
-        for ever."""
+        """Return whether Slurm holds it for ever because its node failed at the start."""
         return self.state == "PENDING" and self.reason.replace("_", " ") in STUCK
 
     @property
     def live(self) -> bool:
-        """Say whether it runs or may still run."""
+        """Return whether it runs or may still run."""
         return self.state not in ENDED
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended, as accounting tells it."""
+    """How a job ended, by Slurm's accounting."""
 
     state: str
     exit: str
@@ -98,7 +88,7 @@ class Ended:
     elapsed_s: int
 
     def cause(self) -> str:
-        """Say it for people."""
+        """Describe it for people."""
         hint = ""
         if self.state == "FAILED" and self.exit in ("0:9", "9:0", "137:0"):
             hint = ": killed, as by a limit of memory"
@@ -109,10 +99,12 @@ class Ended:
         )
 
 
-def ask(*command: str) -> str:
-    """Return what one of Slurm's commands prints; ClusterError with its complaint if it fails, or
-    does not answer in a few tries. The user's own filters (SQUEUE_USERS ...) are left out: jobs
-    that they hide would seem to be gone."""
+def run(*command: str) -> str:
+    """Return what one of Slurm's commands prints.
+
+    Raises:
+        ClusterError: it failed, with its complaint, or gave no answer in a few tries.
+    """
     env = {
         k: v for k, v in os.environ.items() if not k.startswith(FILTERS) and k != "SLURM_CLUSTERS"
     }
@@ -122,7 +114,7 @@ def ask(*command: str) -> str:
                 command,
                 capture_output=True,
                 text=True,
-                timeout=ASK_S,
+                timeout=TIMEOUT_S,
                 stdin=subprocess.DEVNULL,
                 env=env,
             )
@@ -130,12 +122,12 @@ def ask(*command: str) -> str:
             raise ClusterError(f"no Slurm here: {command[0]} is not on the PATH.") from None
         except subprocess.TimeoutExpired:
             raise ClusterError(
-                f"Slurm does not answer: {command[0]} said nothing for {ASK_S} s."
+                f"Slurm does not answer: {command[0]} said nothing for {TIMEOUT_S} s."
             ) from None
         if not done.returncode:
             return done.stdout
         complaint = (done.stderr or done.stdout).strip()
-        if wait is None or not any(words in complaint for words in PASSING):
+        if wait is None or not any(words in complaint for words in TRANSIENT_ERRORS):
             break
         time.sleep(wait)
     raise ClusterError(f"{command[0]} failed: {complaint}")
@@ -145,7 +137,9 @@ def require() -> None:
     """Raise ClusterError unless jobs can be submitted from here."""
     conf = os.environ.get("SLURM_CONF")
     if conf and not Path(conf).is_file():  # every client would wait a minute first
-        raise ClusterError(f"SLURM_CONF={conf} is no file: start that Slurm, or unset SLURM_CONF.")
+        raise ClusterError(
+            f"SLURM_CONF={conf}: there is no such file. Start that Slurm, or unset SLURM_CONF."
+        )
     lacking = [
         c
         for c in ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
@@ -153,59 +147,16 @@ def require() -> None:
     ]
     if lacking:
         raise ClusterError(
-            f"no Slurm here ({', '.join(lacking)} not on the PATH). Give this command on the cluster's login node, "
-            "or run on this machine with cluster=local."
+            f"no Slurm here ({', '.join(lacking)} not on the PATH). Give this command on the "
+            "cluster's login node, or run on this machine with cluster=local."
         )
-    ask("scontrol", "ping")
-
-
-def partitions() -> dict[str, Partition]:
-    """Return the partitions that are up, by name."""
-    fields = "Partition:|,CPUs:|,Memory:|,Gres:|,Time:|,NodeHost:|"
-    found: dict[str, Partition] = {}
-    for line in ask("sinfo", "-a", "-h", "-N", "-O", fields).splitlines():
-        name, cpus, memory, gres, limit, host = (cell.strip() for cell in line.split("|")[:6])
-        before = found.get(name.rstrip("*"))
-        hosts = before.hosts if before else frozenset()
-        found[name.rstrip("*")] = Partition(
-            name.rstrip("*"),
-            name.endswith("*"),
-            max(int(cpus), before.cpus if before else 0),
-            max(int(memory), before.memory_mib if before else 0),
-            max(_gpus(gres), before.gpus if before else 0),
-            _minutes(limit),
-            hosts | {host},
-        )
-    return found
-
-
-def _gpus(gres: str) -> int:
-    """Count the GPUs in a node's generic resources: gpu:2, gpu:a100:4(S:0-1), gpu:a:1,gpu:b:2."""
-    total = 0
-    for item in gres.split(","):
-        kind, *rest = item.partition("(")[0].split(":")
-        if kind == "gpu":
-            total += int(rest[-1]) if rest and rest[-1].isdigit() else 1
-    return total
-
-
-def _minutes(limit: str) -> float:
-    """Read a time limit: minutes, h:m:s, d-h, d-h:m:s, infinite."""
-    if limit.lower() in ("infinite", "unlimited", "n/a"):
-        return float("inf")
-    days, _, rest = limit.rpartition("-")
-    parts = [float(x) for x in rest.split(":")]
-    if days:
-        hours, minutes, seconds = (*parts, 0.0, 0.0)[:3]
-    else:
-        hours, minutes, seconds = (0.0, *parts, 0.0)[:3] if len(parts) < 3 else parts
-    return float(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+    run("scontrol", "ping")
 
 
 @cache
 def setting(name: str) -> str:
     """Return a value of the cluster's configuration, such as MaxArraySize; empty if it has none."""
-    for line in ask("scontrol", "show", "config").splitlines():
+    for line in run("scontrol", "show", "config").splitlines():
         key, _, value = line.partition("=")
         if key.strip() == name:
             return value.strip()
@@ -213,98 +164,87 @@ def setting(name: str) -> str:
 
 
 def max_tasks() -> int:
-    """Return how many tasks one array may have here: the limit is on the index, which starts at 0."""
+    """Return how many tasks one array may have here; the limit is on the index, from 0."""
     return max(1, int(setting("MaxArraySize") or 1001) - 1)
 
 
 def queue(names: Sequence[str]) -> list[Job]:
-    """Return the jobs and array tasks of these names that Slurm still knows, live or lately ended."""
+    """Return the jobs and array tasks of these names that Slurm knows, live or lately ended."""
     fields = "JobID:|,ArrayJobID:|,ArrayTaskID:|,State:|,Reason:|,RestartCnt:|,NodeList:|,Name:|"
     found = []
-    for k in range(0, len(names), AT_ONCE):
-        some = ",".join(names[k : k + AT_ONCE])
-        for line in ask(
-            "squeue", "-a", "-h", "-r", "-t", "all", "--name", some, "-O", fields
-        ).splitlines():
-            jid, array, task, state, reason, restarts, node, name = (
-                cell.strip() for cell in line.split("|")[:8]
-            )
-            found.append(
-                Job(
-                    jid,
-                    array if array.isdigit() else jid,
-                    int(task) if task.isdigit() else None,
-                    state,
-                    reason,
-                    int(restarts or 0),
-                    node,
-                    name,
-                )
-            )
+    for k in range(0, len(names), QUERY_BATCH):
+        batch = ",".join(names[k : k + QUERY_BATCH])
+        listed = run("squeue", "-a", "-h", "-r", "-t", "all", "--name", batch, "-O", fields)
+        for line in listed.splitlines():
+            cells = (cell.strip() for cell in line.split("|")[:8])
+            jid, array, task, state, reason, restarts, node, name = cells
+            array = array if array.isdigit() else jid
+            n = int(task) if task.isdigit() else None
+            found.append(Job(jid, array, n, state, reason, int(restarts or 0), node, name))
     return found
 
 
 def ended(jobs: Iterable[str]) -> dict[str, Ended]:
-    """Return how jobs and array tasks (12, 12_3) ended, by accounting; nothing where there is no
-    accounting, or not yet."""
+    """Return how jobs and array tasks (12, 12_3) ended, by accounting.
+
+    Empty where there is no accounting; incomplete where it is behind.
+    """
     jobs = sorted(set(jobs))
+    columns = "JobID,State,ExitCode,NodeList,ElapsedRaw"
     found: dict[str, Ended] = {}
-    for k in range(0, len(jobs), AT_ONCE):
+    for k in range(0, len(jobs), QUERY_BATCH):
+        batch = ",".join(jobs[k : k + QUERY_BATCH])
         try:
-            some = ",".join(jobs[k : k + AT_ONCE])
-            told = ask(
-                "sacct", "-n", "-P", "-j", some, "-o", "JobID,State,ExitCode,NodeList,ElapsedRaw"
-            )
+            listed = run("sacct", "-n", "-P", "-j", batch, "-o", columns)
         except ClusterError:
             return found
-        for line in told.splitlines():
+        for line in listed.splitlines():
             jid, state, code, node, elapsed = line.split("|")[:5]
             whole, _, step = jid.partition(".")
             state = state.split(" ")[0]  # "CANCELLED by 0"
             if not step and state in ENDED:
                 found[whole] = Ended(state, code, node, int(elapsed or 0))
-            elif whole in found and state == "OUT_OF_MEMORY":  # under srun only the step is told so
+            elif whole in found and state == "OUT_OF_MEMORY":  # under srun only the step says so
                 found[whole] = Ended(state, code, node, found[whole].elapsed_s)
     return found
 
 
 def by_number(jobs: Iterable[str]) -> dict[str, tuple[str, Ended]]:
-    """Return, by the numbers that jobs have for themselves (SLURM_JOB_ID), their ids (12, 12_3) and
-    how they ended."""
+    """Return the ids (12, 12_3) of jobs and how they ended, by their numbers (SLURM_JOB_ID)."""
     jobs = sorted(set(jobs))
     labels: dict[str, str] = {}
-    for k in range(0, len(jobs), AT_ONCE):
-        told = ask(
-            "sacct", "-n", "-X", "-P", "-j", ",".join(jobs[k : k + AT_ONCE]), "-o", "JobIDRaw,JobID"
-        )
-        labels |= dict(line.split("|")[:2] for line in told.splitlines())
+    for k in range(0, len(jobs), QUERY_BATCH):
+        batch = ",".join(jobs[k : k + QUERY_BATCH])
+        listed = run("sacct", "-n", "-X", "-P", "-j", batch, "-o", "JobIDRaw,JobID")
+        labels |= dict(line.split("|")[:2] for line in listed.splitlines())
     ends = ended(labels.values())
-    return {
-        raw: (label, ends[label]) for raw, label in labels.items() if label in ends and raw in jobs
-    }
+    known = {raw: label for raw, label in labels.items() if label in ends and raw in jobs}
+    return {raw: (label, ends[label]) for raw, label in known.items()}
 
 
 def named(name: str) -> list[str]:
-    """Return the ids (12, 12_3) of the jobs that accounting knows by this name; nothing where there
-    is no accounting."""
+    """Return the ids (12, 12_3) of the jobs that accounting knows by this name.
+
+    Empty where there is no accounting.
+    """
     try:
-        return ask("sacct", "-n", "-X", "-P", "--name", name, "-o", "JobID").split()
+        return run("sacct", "-n", "-X", "-P", "--name", name, "-o", "JobID").split()
     except ClusterError:
         return []
 
 
 def cancel(jobs: Sequence[str]) -> str | None:
-    """Cancel jobs or array tasks (12, 12_3); return Slurm's complaints, None if there are none. One
-    that has ended is none."""
+    """Cancel jobs or array tasks (12, 12_3); return Slurm's complaints, None if there are none.
+
+    That a job has ended already is no complaint.
+    """
     complaints = []
-    for k in range(0, len(jobs), AT_ONCE):
+    for k in range(0, len(jobs), QUERY_BATCH):
         try:
-            ask("scancel", *jobs[k : k + AT_ONCE])
+            run("scancel", *jobs[k : k + QUERY_BATCH])
         except ClusterError as error:
-            lines = [
-                line for line in str(error).splitlines() if not any(words in line for words in GONE)
-            ]
-            complaints += lines
+            lines = str(error).splitlines()
+            complaints += [x for x in lines if not any(words in x for words in ALREADY_ENDED)]
     return "; ".join(dict.fromkeys(complaints)) or None
 
 
@@ -312,67 +252,12 @@ def release(jobs: Sequence[str]) -> None:
     """Let held jobs start; one that is no longer held is no error."""
     for job in jobs:
         with suppress(ClusterError):
-            ask("scontrol", "release", job)
+            run("scontrol", "release", job)
 
 
 def hides_jobs() -> bool:
-    """Say whether this Slurm shows users their own jobs only: then its silence says nothing about
-    those of others."""
+    """Return whether this Slurm shows users their own jobs only.
+
+    A job of another user that it does not list may then still run.
+    """
     return "jobs" in setting("PrivateData").replace(" ", "").split(",") and os.geteuid() != 0
-
-
-class Executions:
-    """Says whether an execution of a job, which began as its n-th restart, still runs. One question
-    serves many."""
-
-    def __init__(self) -> None:
-        self._running: dict[str, int] | None = None
-        self._asked = 0.0
-        self._dead: set[tuple[str, int]] = set()
-
-    def refresh(self) -> None:
-        """Ask Slurm which jobs run."""
-        try:
-            told = ask(
-                "squeue",
-                "-a",
-                "-h",
-                "-r",
-                "-t",
-                "RUNNING,COMPLETING,STOPPED,SUSPENDED",
-                "-O",
-                "JobID:|,RestartCnt:|",
-            )
-        except ClusterError:
-            self._running = None
-            return
-        cells = (line.split("|") for line in told.splitlines())
-        self._running = {c[0].strip(): int(c[1].strip() or 0) for c in cells}
-        self._asked = time.monotonic()
-
-    def __call__(
-        self, cluster: str, job: str, restart: int, asked_before: bool = False
-    ) -> bool | None:
-        """Return whether it runs; None if Slurm cannot tell, or it is another cluster's.
-
-        `asked_before`: its owner was known before the last `refresh`, so that its absence there
-        counts. Otherwise it may have begun since, and Slurm is asked again.
-        """
-        if (job, restart) in self._dead:
-            return False
-        try:
-            if cluster != setting("ClusterName"):
-                return None
-        except ClusterError:
-            return None
-        fresh = self._running is not None and time.monotonic() - self._asked < 10
-        if not (fresh and (self._running.get(job) == restart or asked_before)):
-            self.refresh()
-        if self._running is None:
-            return None
-        if self._running.get(job) == restart:
-            return True
-        if hides_jobs():
-            return None
-        self._dead.add((job, restart))
-        return False

@@ -1,68 +1,70 @@
-"""Bring in order what a command left that died while it submitted, and what Slurm holds back after
-a failure."""
+"""Reconcile the records with Slurm's queue, before anything is submitted or cancelled.
+
+A command may have died while it submitted, and Slurm holds back jobs whose node failed.
+"""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lorasweep.launch.slurm import client as slurm
-from lorasweep.launch.slurm import sbatch as launch
-from lorasweep.launch.slurm import submissions
-from lorasweep.launch.slurm.submissions import Array, Queue
+from lorasweep.launch.slurm import client, sbatch, submissions
+from lorasweep.launch.slurm.submissions import Array, Queue, Submission
+
+Notify = Callable[[str], None]
 
 
-def mend(runs_dir: Path, say: Callable[[str], None]) -> Queue:
-    """Adopt or cancel the jobs that are not recorded, and return the queue. The lock must be held.
+def reconcile(runs_dir: Path, notify: Notify) -> Queue:
+    """Adopt or cancel the jobs that are not recorded, and return the queue. Needs the lock.
 
-    An array that reached Slurm whole is adopted; one that did not is cancelled and given up, so
+    An array that reached Slurm whole is adopted. One that did not is cancelled and given up, so
     that its runs are submitted anew.
     """
     queue = submissions.look(runs_dir)
-    if queue.unknown:
+    if queue.unavailable:
         return queue
-    known = {j.name: j for j in queue.strays}
+    strays = {j.name: j.array for j in queue.strays}
     changed = False
-    for s in queue.submissions:
-        young = time.time() - s.told["created_s"] < submissions.GIVE_UP_S
-        for array in s.arrays:
-            if array.job is not None or (array.abandoned and array.name not in known):
-                continue
-            number = known[array.name].array if array.name in known else _lately(array)
-            whole = number is not None and not array.abandoned
-            if whole and (s.told["script"] or launch.complete(s.folder, array, number)):
-                say(f"job {number} of {s.name}, submitted by a command that died, is adopted")
-            elif number is not None:
-                say(
-                    f"job {number} of {s.name}, submitted in part by a command that died, is cancelled"
-                )
-                denied = slurm.cancel([number])
-                if denied:
-                    say(
-                        f"  it is {s.told['user']}'s, who must cancel it; it will fail by itself ({denied})"
-                    )
-                number = None
-            elif s.told["script"] and young:
-                continue  # its user may be about to submit it
-            else:
-                (s.folder / f"array-{array.part}.sh").unlink(
-                    missing_ok=True
-                )  # what it would run is planned anew
-            submissions.note_array(s.folder, array.part, number)
-            changed = True
+    for submission in queue.submissions:
+        for array in submission.arrays:
+            changed |= _settle(submission, array, strays, notify)
     submissions.note_ends(queue)
-    stuck = [j.label for _, _, j in queue.live() if j.stuck] + [
-        j.label for j in queue.follows.values() if j.stuck
-    ]
-    if stuck:
-        say(
-            f"{len(stuck)} job(s) that Slurm holds since their node failed at the start are released"
-        )
-        slurm.release(stuck)
+    _release(queue, notify)
     return submissions.look(runs_dir) if changed else queue
 
 
-def _lately(array: Array) -> str | None:
-    """Return the number of a job of this name that squeue has forgotten already, if accounting
-    knows it."""
-    found = slurm.named(array.name)
+def _settle(s: Submission, array: Array, strays: dict[str, str], notify: Notify) -> bool:
+    """Record what became of an array whose job is not recorded; return whether it was open."""
+    if array.job is not None or (array.abandoned and array.name not in strays):
+        return False
+    number = strays[array.name] if array.name in strays else _accounted(array)
+    is_script = s.record["script"]
+    whole = number is not None and not array.abandoned
+    if whole and (is_script or sbatch.complete(s.folder, array, number)):
+        notify(f"job {number} of {s.name}, submitted by a command that died, is adopted")
+    elif number is not None:
+        notify(f"job {number} of {s.name}, submitted in part by a command that died, is cancelled")
+        denied = client.cancel([number])
+        if denied:
+            user = s.record["user"]
+            notify(f"  it is {user}'s, who must cancel it; it will fail by itself ({denied})")
+        number = None
+    elif is_script and time.time() - s.record["created_s"] < submissions.GIVE_UP_S:
+        return False  # its user may be about to submit it
+    else:
+        (s.folder / f"array-{array.part}.sh").unlink(missing_ok=True)  # its runs are planned anew
+    submissions.note_array(s.folder, array.part, number)
+    return True
+
+
+def _accounted(array: Array) -> str | None:
+    """Return the number of a job of this name that only accounting still knows."""
+    found = client.named(array.name)
     return found[0].partition("_")[0] if found else None
+
+
+def _release(queue: Queue, notify: Notify) -> None:
+    jobs = [*(j for _, _, j in queue.live()), *queue.follows.values()]
+    stuck = [j.label for j in jobs if j.stuck]
+    if stuck:
+        notify(f"{len(stuck)} job(s) that Slurm holds since their node failed are released")
+        client.release(stuck)

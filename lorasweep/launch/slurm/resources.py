@@ -1,17 +1,16 @@
-"""What a cluster's jobs ask for, and which runs go into which job. Pure but for what it is told of
-the cluster."""
+"""Which runs go into which job of a cluster, and what a job needs. Pure."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorasweep.errors import ClusterError, unknown
-from lorasweep.launch.slurm.client import Partition
+from lorasweep.launch.slurm.partitions import Partition
 from lorasweep.plan.packing import Pack
 from lorasweep.spec.execution import Cluster, Exec
 
 KINDS = ("local", "slurm")
-OURS = frozenset(
+RESERVED_OPTIONS = frozenset(
     (
         "job-name",
         "array",
@@ -24,7 +23,7 @@ OURS = frozenset(
         "requeue",
     )
 )
-"""Options of sbatch on which the records or the jobs rely."""
+"""Options of sbatch that lorasweep sets itself: records and jobs rely on them."""
 MARGIN_TIME, MARGIN_MIN = 3.0, 15.0
 """A job asks for this many times its expected time, and these minutes for its start: estimates are
 rough, and a job that reaches its limit goes on by being queued again."""
@@ -40,8 +39,8 @@ quarter of an A100's or an eighth of an H100's dense bf16 peak, rounded down."""
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What every job of a submission asks for."""
+class JobResources:
+    """What every job of a submission needs."""
 
     cpus: int
     """Processors a job."""
@@ -51,7 +50,7 @@ class Ask:
     workers: int
 
 
-def workers(cluster: Cluster) -> int:
+def workers_of(cluster: Cluster) -> int:
     """Return how many packs a job trains side by side."""
     return cluster.workers or max(1, cluster.gpus)
 
@@ -62,21 +61,16 @@ def flops_per_s(cluster: Cluster, per_core: float) -> float:
 
 
 def group(packs: Sequence[Pack], cluster: Cluster, flops_s: float) -> list[list[Pack]]:
-    """Put packs into jobs of `work_min` to `work_max` minutes on all their workers; longest jobs
-    first.
+    """Put packs into jobs of `work_min` to `work_max` minutes on all their workers, longest first.
 
     Jobs are as short as that allows while fewer of them than `parallel` are needed: the sweep ends
     sooner. Packs of one model stand together, so that a worker loads it once. A job has a pack for
     each of its workers.
     """
-    side = workers(cluster)
+    side = workers_of(cluster)
     seconds = {id(p): p.flops / flops_s for p in packs}
-    total = sum(seconds.values())
-    capacity = (
-        side
-        * 60
-        * min(max(cluster.work_min, total / 60 / side / cluster.parallel), cluster.work_max)
-    )
+    share_min = sum(seconds.values()) / 60 / side / cluster.parallel
+    capacity = side * 60 * min(max(cluster.work_min, share_min), cluster.work_max)
     tasks: list[list[Pack]] = []
     left, room = 0.0, 0
     for pack in sorted(packs, key=lambda p: (p.points[0].spec.model.name, -p.flops)):
@@ -90,26 +84,22 @@ def group(packs: Sequence[Pack], cluster: Cluster, flops_s: float) -> list[list[
     return sorted(tasks, key=lambda task: -sum(seconds[id(p)] for p in task))
 
 
-def ask_for(
+def resources_for(
     tasks: Sequence[Sequence[Pack]], cluster: Cluster, flops_s: float, partition: Partition
-) -> Ask:
+) -> JobResources:
     """Return what a job of these tasks needs; settings of the cluster come before estimates."""
-    side = workers(cluster)
-    longest = (
-        max(
-            (max(sum(p.flops for p in t) / side, max(p.flops for p in t)) for t in tasks),
-            default=0.0,
-        )
-        / flops_s
-    )
-    minutes = cluster.time_min or math.ceil(MARGIN_TIME * longest / 60 + MARGIN_MIN)
-    if cluster.time_min is None:
-        minutes = int(min(minutes, partition.time_min))
+    side = workers_of(cluster)
+    work = [[p.flops for p in task] for task in tasks]
+    longest_s = max((max(sum(w) / side, max(w)) for w in work), default=0.0) / flops_s
+    minutes = cluster.time_min
+    if minutes is None:
+        estimate = math.ceil(MARGIN_TIME * longest_s / 60 + MARGIN_MIN)
+        minutes = int(min(estimate, partition.time_min))
     memory = cluster.mem_gib
     if memory is None:
         sizes = sorted((_bytes(p, cluster) for t in tasks for p in t), reverse=True)
         memory = math.ceil(10 * MARGIN_MEMORY * sum(sizes[:side]) / 2**30) / 10
-    return Ask(cluster.cpus * side, cluster.gpus, memory, minutes, side)
+    return JobResources(cluster.cpus * side, cluster.gpus, memory, minutes, side)
 
 
 def _bytes(pack: Pack, cluster: Cluster) -> float:
@@ -120,86 +110,88 @@ def _bytes(pack: Pack, cluster: Cluster) -> float:
 
 
 def check(cluster: Cluster) -> None:
-    """Raise ClusterError for settings that mean nothing anywhere."""
+    """Check a cluster's settings.
+
+    Raises:
+        ClusterError: one of them cannot be right on any cluster.
+    """
     if cluster.kind not in KINDS:
         raise ClusterError(unknown("cluster.kind", cluster.kind, KINDS))
     if cluster.kind == "local":
         return
     for name in ("cpus", "parallel", "warn_s", "work_min", "work_max", "follow_min"):
         if not getattr(cluster, name) > 0:
-            raise ClusterError(f"cluster.{name}={getattr(cluster, name)}: more than 0.")
+            raise ClusterError(f"cluster.{name}={getattr(cluster, name)}: give more than 0.")
     for name in ("workers", "mem_gib", "time_min", "runs_per_job"):
         value = getattr(cluster, name)
         if value is not None and not value > 0:
-            raise ClusterError(f"cluster.{name}={value}: more than 0, or null to go by the plan.")
-    for name in sorted(set(cluster.options) & OURS):
+            raise ClusterError(
+                f"cluster.{name}={value}: give more than 0, or null to go by the plan."
+            )
+    for name in sorted(set(cluster.options) & RESERVED_OPTIONS):
         raise ClusterError(
-            f"cluster.options.{name} is set by lorasweep itself. Use the settings of cluster, or leave it out."
+            f"cluster.options.{name} is set by lorasweep itself. Use the settings of cluster, or "
+            "leave it out."
         )
     if cluster.gpus < 0 or cluster.requeues < 0:
         raise ClusterError(
-            f"cluster.gpus={cluster.gpus}, cluster.requeues={cluster.requeues}: at least 0."
+            f"cluster.gpus={cluster.gpus}, cluster.requeues={cluster.requeues}: give at least 0."
         )
     if cluster.work_max < cluster.work_min:
         raise ClusterError(
-            f"cluster.work_max={cluster.work_max:g} is less than cluster.work_min={cluster.work_min:g} minutes."
+            f"cluster.work_max={cluster.work_max:g} is less than "
+            f"cluster.work_min={cluster.work_min:g} minutes."
         )
     if cluster.gpus and cluster.workers and cluster.gpus % cluster.workers:
         raise ClusterError(
-            f"cluster.gpus={cluster.gpus} cannot be dealt to cluster.workers={cluster.workers} evenly."
+            f"cluster.gpus={cluster.gpus} cannot be dealt to cluster.workers={cluster.workers} "
+            "evenly."
         )
 
 
-def partition_of(cluster: Cluster, known: dict[str, Partition]) -> Partition:
-    """Return the partition that jobs go to; ClusterError names those that there are."""
-    if cluster.partition is not None:
-        if cluster.partition not in known:
-            raise ClusterError(
-                unknown("partition", cluster.partition, known) + " Set cluster.partition."
-            )
-        return known[cluster.partition]
-    default = next((p for p in known.values() if p.default), None)
-    if default is None:
-        raise ClusterError(
-            "the cluster has no default partition. Set cluster.partition to one of: "
-            f"{', '.join(sorted(known))}."
-        )
-    return default
+def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> None:
+    """Check that a node of the partition can hold such a job.
 
-
-def check_fits(ask: Ask, cluster: Cluster, partition: Partition) -> None:
-    """Raise ClusterError if no node of the partition can hold such a job."""
-    where = f"a node of partition {partition.name!r} has at most"
-    if ask.gpus > partition.gpus:
+    Raises:
+        ClusterError: none can; the message names the setting to change.
+    """
+    limit = f"a node of partition {partition.name!r} has at most"
+    if needed.gpus > partition.gpus:
         raise ClusterError(
-            f"cluster.gpus={ask.gpus}, but {where} {partition.gpus}. Ask for {partition.gpus} or fewer a job: "
-            "runs spread over more jobs by themselves."
+            f"cluster.gpus={needed.gpus}, but {limit} {partition.gpus}. Set cluster.gpus to "
+            f"{partition.gpus} or fewer: runs spread over more jobs by themselves."
         )
-    if ask.cpus > partition.cpus:
+    if needed.cpus > partition.cpus:
         raise ClusterError(
-            f"a job of {ask.workers} worker(s) x cluster.cpus={cluster.cpus} asks for {ask.cpus} processors, "
-            f"but {where} {partition.cpus}. Lower cluster.cpus or cluster.workers."
+            f"a job of {needed.workers} worker(s) x cluster.cpus={cluster.cpus} asks for "
+            f"{needed.cpus} processors, but {limit} {partition.cpus}. Lower cluster.cpus or "
+            "cluster.workers."
         )
-    if ask.mem_gib * 1024 > partition.memory_mib:
+    if needed.mem_gib * 1024 > partition.memory_mib:
         raise ClusterError(
-            f"a job asks for {ask.mem_gib:g} GiB, but {where} {partition.memory_mib / 1024:.1f}. "
-            "Set cluster.mem_gib, lower exec.pack_size or exec.micro_batch_size, or take another "
-            "partition."
+            f"a job asks for {needed.mem_gib:g} GiB, but {limit} "
+            f"{partition.memory_mib / 1024:.1f}. Set cluster.mem_gib, lower exec.pack_size or "
+            "exec.micro_batch_size, or take another partition."
         )
-    if ask.time_min > partition.time_min:
+    if needed.time_min > partition.time_min:
         raise ClusterError(
-            f"cluster.time_min={ask.time_min}, but partition {partition.name!r} allows {partition.time_min:g}. "
-            "A job that reaches its limit goes on by itself, so a shorter one loses nothing."
+            f"cluster.time_min={needed.time_min}, but partition {partition.name!r} allows "
+            f"{partition.time_min:g}. A job that reaches its limit goes on by itself, so a shorter "
+            "one loses nothing."
         )
-    if ask.time_min * 60 <= cluster.warn_s:
+    if needed.time_min * 60 <= cluster.warn_s:
         raise ClusterError(
-            f"a job of {ask.time_min} min would be warned at once (cluster.warn_s={cluster.warn_s}). "
-            "Raise cluster.time_min or lower cluster.warn_s."
+            f"a job of {needed.time_min} min would be warned at once "
+            f"(cluster.warn_s={cluster.warn_s}). Raise cluster.time_min or lower cluster.warn_s."
         )
 
 
 def check_pack_size(exec_: Exec, cluster: Cluster) -> None:
-    """Raise ClusterError if a pack the user asked for cannot fit the job the user asked for."""
+    """Check that a pack fits a job where the user set the size of both.
+
+    Raises:
+        ClusterError: it does not.
+    """
     if exec_.pack_size and cluster.runs_per_job and exec_.pack_size > cluster.runs_per_job:
         raise ClusterError(
             f"exec.pack_size={exec_.pack_size} runs a pack do not fit "

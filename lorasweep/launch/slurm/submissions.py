@@ -1,18 +1,18 @@
-"""What was submitted to a cluster: records beside the runs, and what Slurm says of them. No
-submitit, no planning.
+"""What was submitted to a cluster: records beside the runs, and what Slurm tells about them.
 
-    <runs_dir>/.slurm/lock/                     one submitter at a time, among all users
-                      code/<snapshot>/          the code that the jobs run <name>/submission.json
-                      written before the first sbatch: sweep, and the runs of each task
-                             tasks/<k>.json     what task k is told request.json       what was
-                             asked, for the job that follows array-<c>.json     written after an
-                             sbatch: Slurm's id; or that it was given up withdrawn.json     runs
-                             that no task shall start any more ended.json         how its jobs
-                             ended, once all have jobs/              submitit's files, and the jobs'
-                             logs
+    <runs_dir>/.slurm/
+        lock/                     one submitter at a time, among all users
+        code/<snapshot>/          the code that the jobs run
+        <name>/submission.json    written before the first sbatch: sweep, and the runs of each task
+               tasks/<k>.json     what task k trains
+               request.json       what was asked, for the job that follows the others
+               array-<c>.json     written after an sbatch: Slurm's id; or that it was given up
+               withdrawn.json     runs that no task shall start any more
+               ended.json         how its jobs ended, once all have
+               jobs/              submitit's files, and the jobs' logs
 
 A submission whose command died between submission.json and array-<c>.json is found by the names of
-its jobs.
+its jobs. Knows no submitit and no planning.
 """
 
 import getpass
@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import ClusterError
-from lorasweep.launch.slurm import client as slurm
+from lorasweep.launch.slurm import client
+from lorasweep.launch.slurm.running import RunningJobs
 from lorasweep.store import files
-from lorasweep.store.claims import Lock
+from lorasweep.store.lock import Lock
 
 GIVE_UP_S = 600.0
-"""An end that accounting does not tell within this time after the submission is not told any more;
-and a job that was given up is looked for this long."""
+"""An end that accounting does not know this long after the submission it will never know; and a job
+that was given up is looked for this long."""
 LOCK_S = 600.0
 """How long a command waits for another that is submitting."""
 FOLLOW = "follow"
@@ -42,8 +43,10 @@ FOLLOW = "follow"
 
 @dataclass(frozen=True)
 class Array:
-    """Tasks `first` to `first + n - 1` of a submission, submitted by one sbatch; the following job
-    is one of its own."""
+    """Tasks `first` to `first + n - 1` of a submission, submitted by one sbatch.
+
+    The job that follows the others is an array of its own.
+    """
 
     part: str
     """Number of the array, or FOLLOW."""
@@ -64,10 +67,11 @@ class Array:
 
 @dataclass
 class Submission:
-    """One submission as its folder tells it."""
+    """One submission, read from its folder."""
 
     folder: Path
-    told: dict[str, Any]
+    record: dict[str, Any]
+    """submission.json."""
     arrays: list[Array]
     withdrawn: set[str] = field(default_factory=set)
 
@@ -79,7 +83,7 @@ class Submission:
     @property
     def tasks(self) -> list[list[str]]:
         """Return the run ids of each task."""
-        return self.told["tasks"]
+        return self.record["tasks"]
 
     def log(self, label: str) -> Path:
         """Return where the output of a job (12, 12_3) is."""
@@ -88,22 +92,22 @@ class Submission:
 
 @dataclass
 class Queue:
-    """What Slurm says of the submissions that are not known to be over."""
+    """What Slurm tells about the submissions that are not known to be over."""
 
     submissions: list[Submission]
-    jobs: dict[str, dict[int, slurm.Job]]
+    jobs: dict[str, dict[int, client.Job]]
     """Submission name -> task -> its job, live or lately ended."""
-    follows: dict[str, slurm.Job]
+    follows: dict[str, client.Job]
     """Submission name -> the job that follows it."""
-    strays: list[slurm.Job]
+    strays: list[client.Job]
     """Live jobs whose submission is not recorded in full, or was given up."""
-    unknown: str | None = None
+    unavailable: str | None = None
     """Why Slurm could not be asked; then nothing counts as queued."""
-    elsewhere: list[Submission] = field(default_factory=list)
-    """Submissions that this Slurm cannot tell about: another cluster's, or another user's where
-    users see their own only."""
+    unknown_jobs: list[Submission] = field(default_factory=list)
+    """Submissions whose jobs this Slurm cannot tell about: another cluster's, or another user's
+    where users see their own jobs only."""
 
-    def live(self) -> list[tuple[Submission, int, slurm.Job]]:
+    def live(self) -> list[tuple[Submission, int, client.Job]]:
         """List the tasks that run or may still run."""
         return [
             (s, k, j)
@@ -112,11 +116,11 @@ class Queue:
             if j.live
         ]
 
-    def untold(self) -> set[str]:
-        """Return the runs that jobs may have which this Slurm cannot tell about."""
-        return {rid for s in self.elsewhere for task in s.tasks for rid in task}
+    def unknown_runs(self) -> set[str]:
+        """Return the runs that may be in jobs which this Slurm cannot tell about."""
+        return {rid for s in self.unknown_jobs for task in s.tasks for rid in task}
 
-    def covered(self) -> dict[str, slurm.Job]:
+    def covered(self) -> dict[str, client.Job]:
         """Return the runs that a live task has before it, and its job."""
         return {
             rid: job for s, k, job in self.live() for rid in s.tasks[k] if rid not in s.withdrawn
@@ -133,7 +137,7 @@ def new_name(title: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', title)}-{os.urandom(4).hex()}"
 
 
-def record(
+def write_record(
     folder: Path,
     sweep: str,
     asked: Iterable[str],
@@ -142,8 +146,10 @@ def record(
     **more: Any,
 ) -> None:
     """Write submission.json: from now on its jobs can be found, whatever happens to this command.
-    `asked`: all runs of the question's first stage, submitted now or not."""
-    told = {
+
+    `asked`: all runs of the question's first stage, submitted now or not.
+    """
+    content = {
         "sweep": sweep,
         "asked": sorted(asked),
         "user": getpass.getuser(),
@@ -154,7 +160,7 @@ def record(
         ],
         **more,
     }
-    files.write_atomic(folder / "submission.json", json.dumps(told).encode())
+    files.write_atomic(folder / "submission.json", json.dumps(content).encode())
 
 
 def note_array(folder: Path, part: str, job: str | None) -> None:
@@ -173,9 +179,13 @@ def withdraw(submission: Submission, ids: Iterable[str]) -> None:
 
 
 def read(folder: Path) -> Submission | None:
-    """Read a submission; None if its command died before it was recorded."""
+    """Read a submission; None if its command died before it was recorded.
+
+    Raises:
+        ClusterError: the record is damaged.
+    """
     try:
-        told = json.loads((folder / "submission.json").read_bytes())
+        record = json.loads((folder / "submission.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
@@ -183,10 +193,10 @@ def read(folder: Path) -> Submission | None:
             f"{folder}/submission.json is damaged. Cancel its jobs by hand, then remove the folder."
         ) from None
     arrays = []
-    for plain in told["arrays"]:
+    for plain in record["arrays"]:
         seen = _json(folder / f"array-{plain['part']}.json") or {}
         arrays.append(Array(**plain, job=seen.get("job"), abandoned=seen.get("abandoned", False)))
-    return Submission(folder, told, arrays, set(_json(folder / "withdrawn.json") or []))
+    return Submission(folder, record, arrays, set(_json(folder / "withdrawn.json") or []))
 
 
 def _json(path: Path) -> Any:
@@ -196,7 +206,7 @@ def _json(path: Path) -> Any:
         return None
 
 
-def submissions(runs_dir: Path, over: bool = False) -> list[Submission]:
+def read_all(runs_dir: Path, over: bool = False) -> list[Submission]:
     """List the submissions, oldest first; those that are over only if asked for."""
     try:
         folders = [
@@ -207,30 +217,33 @@ def submissions(runs_dir: Path, over: bool = False) -> list[Submission]:
     except FileNotFoundError:
         return []
     found = [read(f) for f in folders if over or not (f / "ended.json").exists()]
-    return sorted((s for s in found if s), key=lambda s: s.told["created_s"])
+    return sorted((s for s in found if s), key=lambda s: s.record["created_s"])
 
 
 def look(runs_dir: Path) -> Queue:
-    """Ask Slurm about all submissions that are not over, with one question. Writes nothing."""
-    open_ = submissions(runs_dir)
+    """Ask Slurm about all submissions that are not over, in one query. Writes nothing."""
+    open_ = read_all(runs_dir)
     queue = Queue(open_, {}, {}, [])
     try:
-        here, private = slurm.setting("ClusterName") if open_ else "", open_ and slurm.hides_jobs()
+        here, private = (
+            client.setting("ClusterName") if open_ else "",
+            open_ and client.hides_jobs(),
+        )
     except ClusterError as error:
-        queue.unknown = str(error)
+        queue.unavailable = str(error)
         return queue
     me = getpass.getuser()
-    queue.elsewhere = [
-        s for s in open_ if s.told["cluster"] != here or (private and s.told["user"] != me)
+    queue.unknown_jobs = [
+        s for s in open_ if s.record["cluster"] != here or (private and s.record["user"] != me)
     ]
-    open_ = queue.submissions = [s for s in open_ if s not in queue.elsewhere]
+    open_ = queue.submissions = [s for s in open_ if s not in queue.unknown_jobs]
     names = {a.name: (s, a) for s in open_ for a in s.arrays}
     if not names:
         return queue
     try:
-        jobs = slurm.queue(list(names))
+        jobs = client.queue(list(names))
     except ClusterError as error:
-        queue.unknown = str(error)
+        queue.unavailable = str(error)
         return queue
     for job in jobs:
         submission, array = names[job.name]
@@ -249,20 +262,17 @@ def note_ends(queue: Queue) -> None:
     live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
     names = {a.name: s.name for s in queue.submissions for a in s.arrays}
     stray = {names[j.name] for j in queue.strays}
-    for s in [
-        s
-        for s in queue.submissions
-        if s.name not in live | stray and all(a.job or a.abandoned for a in s.arrays)
-    ]:
-        if _note_end(s):
+    for s in list(queue.submissions):
+        settled = all(a.job or a.abandoned for a in s.arrays)
+        if settled and s.name not in live | stray and _note_end(s):
             queue.submissions.remove(s)
 
 
 @contextmanager
-def locked(runs_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+def locked(runs_dir: Path, notify: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of all submissions of a run folder."""
-    lock = Lock(home(runs_dir) / "lock")
-    lock.acquire(LOCK_S, lambda who: say(f"waiting for the command that is submitting now ({who})"))
+    lock = Lock(home(runs_dir) / "lock", RunningJobs())
+    lock.acquire(LOCK_S, lambda who: notify(f"waiting for {who}, which is submitting now"))
     try:
         yield
     finally:
@@ -272,27 +282,29 @@ def locked(runs_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
 def _note_end(submission: Submission) -> bool:
     """Keep how the jobs of a submission ended, if accounting knows it by now."""
     labels = [a.label(k) for a in submission.arrays if a.job for k in range(a.first, a.first + a.n)]
-    ends = slurm.ended(str(a.job) for a in submission.arrays if a.job)
-    young = time.time() - submission.told["created_s"] < GIVE_UP_S
+    ends = client.ended(str(a.job) for a in submission.arrays if a.job)
+    young = time.time() - submission.record["created_s"] < GIVE_UP_S
     if young and (len(ends) < len(labels) or any(a.abandoned for a in submission.arrays)):
         return False
-    told = {label: asdict(end) for label, end in ends.items()}
+    content = {label: asdict(end) for label, end in ends.items()}
     with suppress(OSError):  # a full disk, or a folder of another's: then it is asked again
-        files.create_once(submission.folder / "ended.json", json.dumps(told).encode())
+        files.create_once(submission.folder / "ended.json", json.dumps(content).encode())
     return True
 
 
 def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Say how the Slurm jobs that own attempts (run id -> owner.json) ended: run id -> state,
-    reason and log."""
+    """Return, by run id, how the Slurm jobs ended that own attempts, with their logs.
+
+    `owners`: run id -> owner.json.
+    """
     jobs = {rid: o["slurm"]["job"] for rid, o in owners.items() if o.get("slurm")}
     if not jobs:
         return {}
     try:
-        ends = slurm.by_number(jobs.values())
+        ends = client.by_number(jobs.values())
     except ClusterError:
         return {}
-    logs = {a.job: s for s in submissions(runs_dir, over=True) for a in s.arrays if a.job}
+    logs = {a.job: s for s in read_all(runs_dir, over=True) for a in s.arrays if a.job}
     found = {}
     for rid, job in jobs.items():
         if job in ends:

@@ -1,0 +1,125 @@
+"""A sweep on a Slurm cluster, as people see it: submit what is missing, cancel what is queued."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lorasweep.errors import GaveUp
+from lorasweep.launch.slurm import cancel
+from lorasweep.launch.slurm.following_job import MAX_IDLE, Following
+from lorasweep.launch.slurm.submit import Outcome, submit
+from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.sweep.grid import Point
+from lorasweep.sweep.request import Request
+
+FOLLOW_COMMAND = ("-m", "lorasweep", "--follow")
+"""What the job that follows the others gives to Python, before the path of its task file."""
+
+
+def submit_missing(
+    request: Request,
+    store: RunStore,
+    points: Callable[[], list[Point]],
+    notify: Callable[[str], None],
+    trainer: str | None,
+    follow: dict[str, Any] | None,
+) -> bool:
+    """Submit what is missing and print what is on its way; return whether anything is.
+
+    `follow`: the task of the job that follows others, if this is it.
+
+    Raises:
+        GaveUp: no run finished in the last rounds of jobs.
+    """
+    idle = 0
+    if follow is not None:
+        over = sum(s in FINAL for s in store.states(p.id for p in points()).values())
+        idle = follow["idle"] + 1 if over <= follow["finished"] else 0
+        if idle >= MAX_IDLE:
+            raise GaveUp(
+                f"no run finished in {idle} rounds of jobs, so no more are submitted. "
+                "See action=status."
+            )
+    done = submit(request, store, points, notify, Following(FOLLOW_COMMAND, trainer, idle))
+    if request.format == "json" and (done.waiting or done.n_submitted):
+        print(json.dumps(_plain(done)))
+        return True
+    _print_submitted(done)
+    _print_left_out(request, store, done)
+    if done.waiting:
+        print(
+            f"{done.queued} runs queued, {done.work.running} running. See action=status; the same "
+            "command answers when they are over."
+        )
+    return done.waiting
+
+
+def _plain(done: Outcome) -> dict[str, Any]:
+    work = done.work
+    return {
+        "submitted": done.n_submitted,
+        "queued": done.queued,
+        "running": work.running,
+        "removed": work.n_removed,
+        "pruned": done.pruned,
+        "refused": done.refused,
+        "unknown": work.unknown_runs,
+        "exhausted": len(work.exhausted),
+        "scripts": [str(p) for p in done.scripts],
+        "jobs": [a.job for s in done.submitted for a in s.arrays if a.job],
+    }
+
+
+def _print_submitted(done: Outcome) -> None:
+    for s in done.submitted:
+        arrays = [a for a in s.arrays if a.job and a.part != "follow"]
+        jobs = ", ".join(f"{a.n} job(s) as {a.job}" for a in arrays)
+        print(f"submitted {done.n_submitted} runs: {jobs}; records and logs in {s.folder}")
+    for script in done.scripts:
+        print(f"submit it yourself: sbatch {script}")
+    if done.refused:
+        print(f"Slurm did not take all: {done.refused}", file=sys.stderr)
+        print(
+            "The rest follows when jobs are over, or when you give the command again",
+            file=sys.stderr,
+        )
+
+
+def _print_left_out(request: Request, store: RunStore, done: Outcome) -> None:
+    work = done.work
+    if work.unknown_runs:
+        print(
+            f"{work.unknown_runs} runs may be in jobs of another cluster, or of another user whose "
+            "jobs Slurm hides from you: give the command there. If those jobs are gone, remove "
+            f"their folders in {store.root}/.slurm",
+            file=sys.stderr,
+        )
+    if work.exhausted:
+        print(
+            f"{len(work.exhausted)} runs were killed {request.exec.max_attempts} times and are not "
+            "submitted again: see their causes by action=status, then raise exec.max_attempts",
+            file=sys.stderr,
+        )
+    if done.pruned:
+        print(f"cancelled {done.pruned} queued run(s) that are no longer part of the sweep")
+    elif work.n_removed:
+        print(
+            f"{work.n_removed} queued run(s) are no longer part of the sweep; cancel them with "
+            "prune=true"
+        )
+
+
+def cancel_jobs(request: Request, store: RunStore, notify: Callable[[str], None]) -> int:
+    """Cancel the sweep's jobs on the cluster; local runs are stopped where they run, by Ctrl-C."""
+    n_jobs, n_runs = cancel.cancel(request, store, notify)
+    if request.format == "json":
+        print(json.dumps({"jobs": n_jobs, "runs": n_runs}))
+    elif n_jobs:
+        print(
+            f"cancelled {n_jobs} job(s) with {n_runs} unfinished run(s); finished runs are kept, "
+            "the others go on from their checkpoints when you give the sweep's command again"
+        )
+    else:
+        print("nothing to cancel")
+    return 0

@@ -1,0 +1,31 @@
+"""The command of the job that follows a sweep's jobs: the sweep is asked again, from a file.
+
+python -m lorasweep.cli.follow TASK.json
+
+{"follow": REQUEST.json, "trainer": name or null, "idle": n, "finished": n}
+"""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+from lorasweep.cli.actions import act
+from lorasweep.errors import ClusterError, GaveUp, LorasweepError, StoreError
+from lorasweep.launch.slurm.job import TRY_AGAIN
+from lorasweep.sweep.request import from_file
+
+
+def main(path: str) -> int:
+    """Ask the sweep again; return 0, 2 for an error that stays, TRY_AGAIN for one that may pass."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.default_int_handler)
+    task = json.loads(Path(path).read_bytes())
+    request = from_file(json.loads(Path(task["follow"]).read_bytes()))
+    try:
+        act(request, task.get("trainer"), follow=task)
+    except LorasweepError as error:
+        print(f"lorasweep: {error}", file=sys.stderr, flush=True)
+        passing = isinstance(error, ClusterError | StoreError) and not isinstance(error, GaveUp)
+        return TRY_AGAIN if passing else 2
+    return 0

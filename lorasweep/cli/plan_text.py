@@ -1,0 +1,123 @@
+"""A plan for people: what would run, how it is packed, what it costs, and what Slurm has queued."""
+
+from typing import Any
+
+from lorasweep.cli.progress import duration
+from lorasweep.plan import detect
+from lorasweep.plan.estimate import Plan, summary
+from lorasweep.plan.packing import Pack, forward_tokens
+from lorasweep.plan.throughput import shape_of
+from lorasweep.sweep.request import Request
+
+BASIS = {
+    "measured": "by the runs that are done",
+    "calibrated": "by the times of steps",
+    "assumed": "by an assumed speed",
+}
+"""Where the expected time comes from."""
+
+
+def plan_text(request: Request, now: Plan) -> str:
+    """Return the plan as text: a head, arms, packs, and what else one should know."""
+    values = summary(now)
+    lines = [_head(request, now, values)]
+    for a in values["arms"]:
+        rank = f" rank {a['rank']}" if a["rank"] else ""
+        lines.append(
+            f"  {a['arm']}{rank} on {a['model']}: {a['runs']} runs, "
+            f"{a['n_trainable']:,} trained parameters"
+        )
+    lines += _pack_lines(request, now)
+    if now.todo and request.cluster.name == "local" and _bf16_is_slow(now):
+        lines.append(
+            "  this processor has no bf16 instructions: an update takes some 50 times as long as "
+            "in fp32; add precision=fp32 (another run id), or use a processor or a GPU that has "
+            "them"
+        )
+    if request.sweep and request.sweep.second.seeds:
+        second = request.sweep.second
+        arms = f" of {', '.join(second.arms)}" if second.arms else ""
+        lines.append(
+            f"  second stage{arms}, when a curve's first is over: seeds {second.seeds} at its "
+            f"{second.n_lrs} best rates"
+        )
+    return "\n".join(lines)
+
+
+def _head(request: Request, now: Plan, values: dict[str, Any]) -> str:
+    runs, cost = values["runs"], values["cost"]
+    name = "single run"
+    if request.sweep_name:
+        name = f"sweep {request.sweep_name}, scale {request.scale}"
+    if now.hardware.name != detect.NAME:
+        name += f", on {now.hardware.name}"
+    states = ", ".join(f"{n} {s}" for s, n in now.counts().items())
+    return (
+        f"{name}: {runs['total']} runs ({states}); {runs['todo']} to do in {cost['packs']} packs "
+        f"on {cost['workers']} worker(s) x {cost['threads']} thread(s), about "
+        f"{duration(cost['hours'] * 3600)} ({BASIS[cost['basis']]}), {cost['flops']:.2g} FLOPs, "
+        f"memory up to {cost['memory_gib']:.1f} GiB, checkpoints up to "
+        f"{cost['checkpoint_gib']:.1f} GiB"
+    )
+
+
+def _bf16_is_slow(now: Plan) -> bool:
+    """Return whether these runs need bf16 and the hardware is known to have none."""
+    precision = now.points[0].spec.precision if now.points else None
+    return precision == "bf16" and now.hardware.fast_bf16 is False
+
+
+def _pack_lines(request: Request, now: Plan) -> list[str]:
+    """Return how runs are packed, and why: a line for each shape."""
+    shapes = {shape_of(pack.points[-1].spec): pack for pack in now.packs}
+    lines = [
+        _pack_line(request, now, pack)
+        for pack in shapes.values()
+        if pack.points[-1].spec.method.MAX_PACK is None
+    ]
+    return list(dict.fromkeys(lines))  # shapes that differ in their data only have the same line
+
+
+def _pack_line(request: Request, now: Plan, pack: Pack) -> str:
+    spec, n = pack.points[-1].spec, len(pack.points)
+    rank = f" rank {spec.method.rank}" if hasattr(spec.method, "rank") else ""
+    speed = now.throughputs.of(spec)
+    if request.exec.pack_size is not None:
+        why = "exec.pack_size"
+    elif speed is None:
+        why = f"as many as {forward_tokens(now.hardware)} tokens a forward allow; not measured here"
+    else:
+        times = ", ".join(f"{s * 1e3:.3g} ms in {size}" for size, s in sorted(speed.step_s.items()))
+        pays = ": packing does not pay" if speed.measured and speed.best_size() == 1 else ""
+        how = "measured" if speed.measured else "recorded"
+        why = f"{how} a step and run: {times}{pays}"
+    return (
+        f"  packs of {spec.method.name}{rank} on {spec.model.name}: {n} run(s), "
+        f"{pack.micro_batch_size} rows of each a forward ({why})"
+    )
+
+
+def queue_lines(difference: dict[str, Any]) -> list[str]:
+    """Return what a submission would change in the queue, as lines; none without a cluster."""
+    if not difference:
+        return []
+    queue = difference["queue"]
+    lines = []
+    if "jobs" in queue:
+        job = queue["job"]
+        gpus = f", {job['gpus']} GPU(s)" if job["gpus"] else ""
+        lines.append(
+            f"  a submission would send {queue['to_submit']} runs in {queue['jobs']} job(s), each "
+            f"{job['cpus']} processor(s){gpus}, {job['mem_gib']:g} GiB, {job['time_min']} min at "
+            "most"
+        )
+    if queue["queued"]:
+        lines.append(f"  {queue['queued']} runs are queued already")
+    if queue["removed"]:
+        lines.append(
+            f"  {queue['removed']} queued run(s) are no longer part of the sweep: prune=true "
+            "cancels them"
+        )
+    if "unknown" in queue:
+        lines.append(f"  it is not known what is queued: {queue['unknown']}")
+    return lines

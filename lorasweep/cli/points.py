@@ -1,0 +1,63 @@
+"""Which runs a sweep has by now: its grid, its second stage, and the rounds added after looks."""
+
+from lorasweep.store import looks
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.grid import Point, curve_key, second_stage
+from lorasweep.sweep.looks import points as points_of_rounds
+from lorasweep.sweep.request import Request
+
+
+def all_points(request: Request, store: RunStore) -> list[Point]:
+    """Return the sweep's runs.
+
+    These are the first stage, the second stage of the curves whose first is over, and the runs of
+    further rounds.
+    """
+    if request.parts:
+        return list({p.id: p for part in request.parts for p in all_points(part, store)}.values())
+    points = _two_stages(request, store)
+    if request.sweep is None:
+        return points
+    rounds = looks.read(looks.path_of(store.root, request.sweep_name, request.scale))
+    return points + points_of_rounds(rounds, points)
+
+
+def _two_stages(request: Request, store: RunStore) -> list[Point]:
+    points = list(request.points)
+    second = request.sweep.second if request.sweep else None
+    if second is None or not second.seeds:
+        return points
+    results = {p.id: store.result(p.id) for p in points}
+    by_curve: dict[tuple[str, str], list[Point]] = {}
+    for p in points:
+        by_curve.setdefault(curve_key(p), []).append(p)
+    over = [p for curve in by_curve.values() if all(results[q.id] for q in curve) for p in curve]
+
+    def nll(rid: str) -> float | None:
+        result = results[rid] or {}
+        return result.get("test_nll") if result.get("state") == "done" else None
+
+    return points + second_stage(over, second, nll)
+
+
+def qualifying(points: list[Point]) -> list[Point]:
+    """Choose the runs that show whether a task is fit.
+
+    Of each model, data set, batch and length: full fine-tuning of everything, and LoRA with most
+    parameters.
+    """
+    groups: dict[tuple[str, str, int, int], dict[str, list[Point]]] = {}
+    for p in points:
+        s = p.spec
+        whole = getattr(s.method, "scope", "all") == "all"
+        if s.schedule == "constant" and s.precision != "fp64" and whole:
+            arms = groups.setdefault((s.model.name, s.dataset.name, s.batch_size, s.steps), {})
+            arms.setdefault(s.method.name, []).append(p)
+    chosen = []
+    for arms in groups.values():
+        chosen += arms.get("fullft", [])
+        lora = arms.get("lora", [])
+        if lora:
+            best = max(lora, key=lambda p: p.spec.method.n_trainable(p.spec.model)).spec.method
+            chosen += [p for p in lora if p.spec.method == best]
+    return chosen

@@ -1,0 +1,124 @@
+"""What a submission would hold: the runs that no live job has, grouped into jobs."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorasweep.launch.slurm import cancel, resources, submissions
+from lorasweep.launch.slurm.partitions import Partition
+from lorasweep.launch.slurm.resources import JobResources
+from lorasweep.launch.slurm.submissions import Queue
+from lorasweep.plan.estimate import ASSUMED_FLOPS_PER_CORE, Plan, measured_flops
+from lorasweep.plan.packing import Pack, make_packs
+from lorasweep.spec.execution import Exec
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.grid import Point
+from lorasweep.sweep.request import Request
+
+ANY_PARTITION = Partition("", True, 0, 0, 0, float("inf"), frozenset())
+
+
+@dataclass(frozen=True)
+class Work:
+    """The runs of a sweep that are not over, set against what is queued."""
+
+    todo: list[Point]
+    """To be submitted."""
+    queued: int
+    """Runs that live jobs have before them."""
+    running: int
+    covered: bool
+    """Some run that is not over is a live job's, queued or running."""
+    exhausted: list[Point]
+    """Runs that were killed exec.max_attempts times: not submitted again."""
+    removed: dict[str, list[str]]
+    """Submission -> queued runs that are no longer part of the sweep."""
+    unknown_runs: int
+    """Runs that may be in jobs which this Slurm cannot tell about."""
+
+    @property
+    def n_removed(self) -> int:
+        """Return how many queued runs are no longer part of the sweep."""
+        return sum(map(len, self.removed.values()))
+
+
+def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
+    """Return which runs of a plan are to be submitted, and what is on its way already."""
+    states, covered, unknown = now.states, queue.covered(), queue.unknown_runs()
+    waiting = [p for p in now.todo if states[p.id] != "running"]
+    free = [p for p in waiting if p.id not in covered and p.id not in unknown]
+    exhausted = [
+        p
+        for p in free
+        if states[p.id] == "interrupted" and store.failures(p.id) >= request.exec.max_attempts
+    ]
+    worn = {p.id for p in exhausted}
+    return Work(
+        todo=[p for p in free if p.id not in worn],
+        queued=sum(p.id in covered for p in waiting),
+        running=sum(s == "running" for s in states.values()),
+        covered=any(p.id in covered for p in now.todo),
+        exhausted=exhausted,
+        removed=cancel.removed(queue, request, now.points, store),
+        unknown_runs=sum(p.id in unknown for p in now.todo),
+    )
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """The jobs of a submission: which packs each trains, and what each needs."""
+
+    tasks: list[list[Pack]]
+    needed: JobResources
+
+    @property
+    def packs(self) -> list[Pack]:
+        """Return the packs of all jobs."""
+        return [pack for task in self.tasks for pack in task]
+
+    @property
+    def points(self) -> list[list[Point]]:
+        """Return the runs of each job."""
+        return [[p for pack in task for p in pack.points] for task in self.tasks]
+
+
+def exec_of(request: Request) -> Exec:
+    """Return the settings that jobs train with."""
+    return dataclasses.replace(request.exec, workers=resources.workers_of(request.cluster))
+
+
+def jobs_of(
+    request: Request, store: RunStore, todo: Sequence[Point], now: Plan, partition: Partition
+) -> Jobs:
+    """Pack runs and group the packs into jobs."""
+    cluster = request.cluster
+    packs = make_packs(todo, now.states, store, exec_of(request), now.hardware, now.throughputs)
+    flops_s = measured_flops(now.points, now.states, store) or resources.flops_per_s(
+        cluster, ASSUMED_FLOPS_PER_CORE[todo[0].spec.precision]
+    )
+    tasks = resources.group(packs, cluster, flops_s)
+    return Jobs(tasks, resources.resources_for(tasks, cluster, flops_s, partition))
+
+
+def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
+    """Return what a submission would change in the queue, as plain values.
+
+    Empty where nothing was ever submitted from here.
+    """
+    cluster = request.cluster
+    if cluster.kind != "slurm" and not submissions.home(store.root).is_dir():
+        return {}
+    queue = submissions.look(store.root)
+    work = work_of(request, store, now, queue)
+    change: dict[str, Any] = {
+        "queued": work.queued,
+        "to_submit": len(work.todo),
+        "removed": work.n_removed,
+    }
+    if queue.unavailable:
+        change["unknown"] = queue.unavailable
+    if cluster.kind == "slurm" and work.todo:
+        jobs = jobs_of(request, store, work.todo, now, ANY_PARTITION)
+        change |= {"jobs": len(jobs.tasks), "job": dataclasses.asdict(jobs.needed)}
+    return {"queue": change}

@@ -1,0 +1,79 @@
+"""What trains a pack: the interface that launching knows, and the real one.
+
+Torch is imported inside functions, so that launching starts without it.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import RunSpec
+from lorasweep.store.checkpoint import State
+from lorasweep.train.events import Event
+
+if TYPE_CHECKING:
+    from lorasweep.models.load import Base
+
+Report = Callable[[dict[str, Any]], None]
+"""Takes what happened: {run, ended, ...} at a run's end, {runs, step} at an update."""
+
+
+class Trainer(Protocol):
+    """Trains the runs of a pack together and yields an event an update."""
+
+    def __call__(
+        self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
+    ) -> Iterator[Event]:
+        """Train from the start, or from the states of all members."""
+
+
+class TorchTrainer:
+    """Loads base models and data once a process and trains packs with `lorasweep.train.loop`."""
+
+    def __init__(self) -> None:
+        self._base: Base | None = None
+        self._base_key: tuple[str, str, bool] | None = None
+        self._data: dict[str, Any] = {}
+
+    def __call__(
+        self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
+    ) -> Iterator[Event]:
+        """Train a pack; its members share base model, precision and data set."""
+        import torch
+
+        from lorasweep.data import load as data
+        from lorasweep.train.loop import train
+
+        if exec_.threads:
+            torch.set_num_threads(exec_.threads)
+        first = pack[0]
+        base = self._load_base(first, exec_)
+        key = json.dumps(first.dataset, default=vars, sort_keys=True)
+        if key not in self._data:
+            self._data[key] = data.load(first.dataset, exec_.data_dir, base.tokenizer)
+        yield from train(pack, base, self._data[key], exec_.micro_batch_size, resume)
+
+    def _load_base(self, spec: RunSpec, exec_: Exec) -> "Base":
+        from lorasweep.models import load as models
+        from lorasweep.train import pretrain
+
+        model = json.dumps(spec.model, default=vars, sort_keys=True)
+        key = (model, spec.precision, exec_.compile)
+        if self._base is None or self._base_key != key:
+            self._base, self._data = None, {}  # one base in memory at a time
+            pretrain.ensure(spec.model, exec_.models_dir)
+            self._base = models.load(spec.model, exec_.models_dir, spec.precision)
+            self._base_key = key
+            if exec_.compile:
+                self._base.model.compile(dynamic=True)
+        return self._base
+
+
+def trainer_named(name: str | None) -> Trainer:
+    """Return the trainer of that name (package.module:object), or the real one."""
+    if name is None:
+        return TorchTrainer()
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,88 @@
+"""One holder at a time among all processes that see a folder; a dead one's lock is taken over."""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lorasweep.errors import StoreError
+from lorasweep.store import claims, files
+
+POLL_S = 0.2
+
+
+class Lock:
+    """A lock in a folder: numbered claims, the highest holds it."""
+
+    def __init__(self, folder: Path, jobs: claims.RunningJobs | None = None) -> None:
+        """`jobs`: who can tell about holders that are jobs of a cluster."""
+        self._folder = folder
+        self._liveness = claims.Liveness(jobs)
+        self._claim: Path | None = None
+        self._done = threading.Event()
+
+    def acquire(self, wait_s: float, waiting: Callable[[str], None]) -> None:
+        """Take the lock, waiting for its holder.
+
+        `waiting` is called once, with the name of the holder.
+
+        Raises:
+            StoreError: the holder still lives after `wait_s`.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        end, announced = time.monotonic() + wait_s, False
+        while True:
+            last = self._last()
+            held = self._folder / str(last)
+            if last == 0 or (held / "released").exists() or not self._liveness.alive(held):
+                if self._try(last + 1):
+                    return
+                continue
+            owner = claims.read_owner(held)
+            if not owner:
+                continue  # given back since the look
+            if not announced:
+                waiting(f"{owner['host']}, process {owner['pid']}")
+                announced = True
+            if time.monotonic() > end:
+                raise StoreError(
+                    f"{held} is held by process {owner['pid']} on {owner['host']}, which still "
+                    "lives. Give the command again later."
+                )
+            time.sleep(POLL_S)
+
+    def _try(self, number: int) -> bool:
+        claim = self._folder / str(number)
+        owner = json.dumps(claims.this_process()).encode()
+        if not files.create_folder_once(claim, {"owner.json": owner}):
+            return False
+        if self._last() != number:  # others came and went since the look, and a later one holds it
+            shutil.rmtree(claim)
+            return False
+        self._claim = claim
+        threading.Thread(target=self._beat, args=(claim,), daemon=True).start()
+        return True
+
+    def _last(self) -> int:
+        return max((int(e.name) for e in os.scandir(self._folder) if e.name.isdigit()), default=0)
+
+    def _beat(self, claim: Path) -> None:
+        beat = 0
+        while not self._done.wait(claims.HEARTBEAT_S if beat else 0):
+            beat += 1
+            try:
+                (claim / "heartbeat").write_text(str(beat))
+            except OSError:
+                continue
+
+    def release(self) -> None:
+        """Give it back, and clear away what earlier holders left."""
+        assert self._claim is not None, "release without acquire"
+        self._done.set()
+        files.write_atomic(self._claim / "released", b"")
+        for entry in os.scandir(self._folder):
+            if entry.name.isdigit() and int(entry.name) < int(self._claim.name):
+                shutil.rmtree(entry.path, ignore_errors=True)

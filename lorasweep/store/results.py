@@ -1,0 +1,49 @@
+"""result.json: how a run ended and what it measured, with a checksum. Written once, last."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lorasweep.store import files
+
+Result = dict[str, Any]
+"""Plain values; at least `run_id` and `state` (done or diverged)."""
+
+
+def read(folder: Path) -> Result | None:
+    """Return the result in a run's folder; None if there is none or its checksum does not hold."""
+    try:
+        wrapped = json.loads((folder / "result.json").read_bytes())
+        body = wrapped["result"]
+        return body if wrapped["sha256"] == checksum(body) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_once(folder: Path, result: Result) -> bool:
+    """Write the result of a run, if it has none; return whether this call did it."""
+    body = json.loads(finite_json(result))
+    content = json.dumps({"sha256": checksum(body), "result": body}).encode()
+    return files.create_once(folder / "result.json", content)
+
+
+def checksum(body: Result) -> str:
+    """Return the SHA-256 of a result's canonical JSON."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def finite_json(value: dict[str, Any]) -> str:
+    """Write values as JSON; a number that is not finite becomes null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
