@@ -4,11 +4,12 @@ Torch is imported inside functions, so that launching starts without it.
 """
 
 import importlib
-import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
+from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
 from lorasweep.train.events import Event
@@ -34,8 +35,8 @@ class TorchTrainer:
 
     def __init__(self) -> None:
         self._base: Base | None = None
-        self._base_key: tuple[str, str, bool] | None = None
-        self._data: dict[str, Any] = {}
+        self._base_key: tuple[ModelSpec, str, bool] | None = None
+        self._data: dict[DatasetSpec, Any] = {}
 
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
@@ -50,17 +51,15 @@ class TorchTrainer:
             torch.set_num_threads(exec_.threads)
         first = pack[0]
         base = self._load_base(first, exec_)
-        key = json.dumps(first.dataset, default=vars, sort_keys=True)
-        if key not in self._data:
-            self._data[key] = data.load(first.dataset, exec_.data_dir, base.tokenizer)
-        yield from train(pack, base, self._data[key], exec_.micro_batch_size, resume)
+        if first.dataset not in self._data:
+            self._data[first.dataset] = data.load(first.dataset, exec_.data_dir, base.tokenizer)
+        yield from train(pack, base, self._data[first.dataset], exec_.micro_batch_size, resume)
 
     def _load_base(self, spec: RunSpec, exec_: Exec) -> "Base":
         from lorasweep.models import load as models
         from lorasweep.train import pretrain
 
-        model = json.dumps(spec.model, default=vars, sort_keys=True)
-        key = (model, spec.precision, exec_.compile)
+        key = (spec.model, spec.precision, exec_.compile)
         if self._base is None or self._base_key != key:
             self._base, self._data = None, {}  # one base in memory at a time
             pretrain.ensure(spec.model, exec_.models_dir)
