@@ -1,4 +1,4 @@
-"""Meta-analysis of optima: drift with the rank, homogeneity, and ratios pooled over models.
+"""Meta-analysis: drift with the rank, homogeneity, pooling over models, and meta-regression.
 
 Works on equally likely values (draws) of each quantity, so that asymmetric intervals stay
 asymmetric.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
-from analysis.inference.estimate import LEVEL, Estimate, from_draws
+from analysis.inference.estimate import LEVEL, N_DRAWS, Estimate, from_draws
 
 
 @dataclass(frozen=True)
@@ -126,3 +126,70 @@ def random_effects(
         mean + ahead,
         k,
     )
+
+
+@dataclass(frozen=True)
+class MetaRegression:
+    """A weighted regression with a variance between rows; terms with Student's intervals."""
+
+    beta: np.ndarray
+    """Coefficients, [k]."""
+    cov: np.ndarray
+    """Their covariance, [k, k]."""
+    tau: float
+    """Standard deviation between rows."""
+    df: int
+    n: int
+
+    def term(self, k: int) -> Estimate:
+        """Return a coefficient with its 95% interval; none without degrees of freedom."""
+        if self.df < 1:
+            return Estimate(float(self.beta[k]), n=self.n)
+        even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
+        return from_draws(
+            self.beta[k] + math.sqrt(self.cov[k, k]) * stats.t.ppf(even, self.df), self.n
+        )
+
+    def p_of(self, terms: Sequence[int], values: Sequence[float]) -> float | None:
+        """Return the p-value of 'these coefficients have these values' (F test)."""
+        if self.df < 1:
+            return None
+        at = list(terms)
+        off = self.beta[at] - np.asarray(values)
+        f = float(off @ np.linalg.solve(self.cov[np.ix_(at, at)], off)) / len(at)
+        return float(stats.f.sf(f, len(at), self.df))
+
+
+def meta_regression(
+    y: np.ndarray, v: np.ndarray, design: np.ndarray, wider: MetaRegression | None = None
+) -> MetaRegression:
+    """Regress values on a design, with a variance between rows beyond their own.
+
+    Between-row variance by Paule & Mandel (1982), errors of the coefficients by Knapp & Hartung
+    (2003), never below what v alone gives.
+
+    Args:
+        y: values, [n].
+        v: their known variances, [n].
+        design: [n, k].
+        wider: take the variance between rows, and its degrees of freedom, from this regression
+            over more rows.
+    """
+    n, k = design.shape
+    df = n - k
+
+    def solve(tau2: float) -> tuple[np.ndarray, np.ndarray, float]:
+        w = 1 / (v + tau2)
+        inverse = np.linalg.inv(design.T @ (w[:, None] * design))
+        beta = inverse @ design.T @ (w * y)
+        return beta, inverse, float((w * (y - design @ beta) ** 2).sum())
+
+    if wider is not None:
+        return MetaRegression(*solve(wider.tau**2)[:2], wider.tau, wider.df, n)
+    tau2 = 0.0
+    if df > 0 and solve(0.0)[2] > df:
+        top = 10 * float(np.var(y) + v.max()) + 1e-9
+        tau2 = float(optimize.brentq(lambda t: solve(t)[2] - df, 0.0, top))
+    beta, inverse, q = solve(tau2)
+    cov = inverse * max(q / df, 1.0) if df > 0 else inverse
+    return MetaRegression(beta, cov, math.sqrt(tau2), df, n)

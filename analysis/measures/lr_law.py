@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
 
-from analysis.inference.estimate import N_DRAWS, Estimate, exp_of, from_draws
+from analysis.inference.estimate import Estimate, exp_of, from_draws
+from analysis.inference.meta import meta_regression
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import LrCurve
 
@@ -103,7 +103,7 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
     for name, method, members in _families(curves, hidden):
         sizes = np.array([hidden[c.key["model"]] for c in members])
         models = sorted({c.key["model"] for c in members})
-        one_size = len(set(sizes)) < 2
+        n, one_size, enough = len(members), len(set(sizes)) < 2, len(models) >= 4
         ps = np.array([0.0]) if one_size else _P
         rates = np.concatenate([c.x[c.usable] for c in members])
         ks = np.linspace(rates.min() - 1, rates.max() + 1, _N_K)
@@ -116,36 +116,22 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
         owner = np.array([models.index(c.key["model"]) for c in members])
         best = int(np.argmin(loss.sum(0)))
         k, p = ks[best % _N_K], ps[best // _N_K]
-        count = np.random.default_rng(7).multinomial(
-            len(models), np.ones(len(models)) / len(models), _BOOT
-        )
+        even = np.ones(len(models)) / len(models)
+        count = np.random.default_rng(7).multinomial(len(models), even, _BOOT)
         drawn = np.argmin(count[:, owner] @ loss, axis=1)
-        enough = len(models) >= 4
-        at = _around(math.exp(k), np.exp(ks[drawn % _N_K]), len(members), enough)
-        power = (
-            Estimate(None, n=len(members))
-            if one_size
-            else _around(p, ps[drawn // _N_K], len(members), enough)
-        )
+        at = _around(math.exp(k), np.exp(ks[drawn % _N_K]), n, enough)
+        power = Estimate(None, n=n) if one_size else _around(p, ps[drawn // _N_K], n, enough)
         costs = [
             regret(c, math.exp(k + p * math.log(REFERENCE / h))).percent
             for c, h in zip(members, sizes)
         ]
         known = [v for v in costs if v is not None]
-        flags = (("one hidden size",) if one_size else ()) + (
-            () if enough else (f"{len(models)} model(s): no interval",)
-        )
-        laws.append(
-            Law(
-                name,
-                method,
-                at,
-                power,
-                len(models),
-                float(np.mean(known)) if known else None,
-                flags,
-            )
-        )
+        mean = float(np.mean(known)) if known else None
+        flags = [
+            *(["one hidden size"] if one_size else []),
+            *([] if enough else [f"{len(models)} model(s): no interval"]),
+        ]
+        laws.append(Law(name, method, at, power, len(models), mean, tuple(flags)))
     return laws
 
 
@@ -215,60 +201,3 @@ def by_optima(optima: Sequence[Optimum], hidden: dict[str, float]) -> list[Law]:
         at, p = exp_of(fit.term(0)), fit.term(1)
         laws.append(Law(name, method, at, p, len(models), None, flags))
     return laws
-
-
-@dataclass(frozen=True)
-class MetaRegression:
-    """A weighted regression with a variance between rows; terms with Student's intervals."""
-
-    beta: np.ndarray
-    cov: np.ndarray
-    tau: float
-    df: int
-    n: int
-
-    def term(self, k: int) -> Estimate:
-        """Return a coefficient with its 95% interval; none without degrees of freedom."""
-        if self.df < 1:
-            return Estimate(float(self.beta[k]), n=self.n)
-        even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
-        return from_draws(
-            self.beta[k] + math.sqrt(self.cov[k, k]) * stats.t.ppf(even, self.df), self.n
-        )
-
-    def p_of(self, terms: Sequence[int], values: Sequence[float]) -> float | None:
-        """Return the p-value of 'these coefficients have these values' (F test)."""
-        if self.df < 1:
-            return None
-        at = list(terms)
-        off = self.beta[at] - np.asarray(values)
-        f = float(off @ np.linalg.solve(self.cov[np.ix_(at, at)], off)) / len(at)
-        return float(stats.f.sf(f, len(at), self.df))
-
-
-def meta_regression(
-    y: np.ndarray, v: np.ndarray, design: np.ndarray, wider: MetaRegression | None = None
-) -> MetaRegression:
-    """Regress y [n] with known variances v on design [n, k]; the variance between rows by Paule &
-    Mandel, the coefficients' by Knapp & Hartung (2003), never below what v alone gives. `wider`:
-    take the variance between rows, and its degrees of freedom, from a regression over more rows."""
-    n, k = design.shape
-    df = n - k
-
-    def solve(tau2: float) -> tuple[np.ndarray, np.ndarray, float]:
-        w = 1 / (v + tau2)
-        inverse = np.linalg.inv(design.T @ (w[:, None] * design))
-        beta = inverse @ design.T @ (w * y)
-        return beta, inverse, float((w * (y - design @ beta) ** 2).sum())
-
-    if wider is not None:
-        return MetaRegression(*solve(wider.tau**2)[:2], wider.tau, wider.df, n)
-    tau2 = 0.0
-    if df > 0 and solve(0.0)[2] > df:
-        tau2 = float(
-            optimize.brentq(lambda t: solve(t)[2] - df, 0.0, 10 * float(np.var(y) + v.max()) + 1e-9)
-        )
-    beta, inverse, q = solve(tau2)
-    return MetaRegression(
-        beta, inverse * max(q / df, 1.0) if df > 0 else inverse, math.sqrt(tau2), df, n
-    )

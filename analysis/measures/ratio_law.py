@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis.inference.estimate import Estimate, exp_of
-from analysis.measures.lr_law import MetaRegression, meta_regression
+from analysis.inference.meta import MetaRegression, meta_regression
 
 RIVALS: dict[str, tuple[float, float | None]] = {
     "constant 10 (the study)": (0.0, None),

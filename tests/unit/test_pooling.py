@@ -8,11 +8,11 @@ import pytest
 
 from analysis.inference.decide import holm, judge, look_level, p_value
 from analysis.inference.estimate import Estimate, from_draws
-from analysis.inference.meta import drift, random_effects
+from analysis.inference.meta import drift, meta_regression, random_effects
 from analysis.inference.seeds import from_sample, pooled_variance
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import rho, steps_to_reach
-from analysis.measures.lr_law import by_loss, by_optima, meta_regression, published, regret
+from analysis.measures.lr_law import by_loss, by_optima, published, regret
 from analysis.measures.ratio_law import Ratio, ratio_law
 from analysis.optimum.fit import fit_all
 from analysis.optimum.valley import linex
