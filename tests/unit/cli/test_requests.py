@@ -35,6 +35,9 @@ def test_an_unwritable_run_folder_is_refused_before_anything_starts(command, tmp
         (["+sweep=lr_ratio", "scale=small", "exec.models_dir=[/nowhere]"], "make weights"),
         (["method=fullft", "method.rank=3"], "rank"),
         (["steps"], "steps"),
+        (["action=plan", "hardware=h10"], "h100"),
+        (["hardware=h100"], "Add action=plan"),
+        (["action=measure_packs", "cluster=slurm"], "inside a job"),
     ],
 )
 def test_wrong_requests_end_with_status_2_and_no_traceback(command, tmp_path, arguments, words):
