@@ -74,7 +74,7 @@ ONLY_IN = {
     "plotly": r"analysis/report/interactive/",
     "IPython": r"analysis/report/notebook\.py",
 }
-STANDARD_LIBRARY_ONLY = r"lorasweep/(errors\.py|spec/|sweep/)"
+STANDARD_LIBRARY_ONLY = r"lorasweep/(errors\.py|spec/(?!streams\.py)|sweep/)"
 NOUNS_OF_NOTHING = {"utils", "util", "helpers", "common", "misc", "manager"}
 PRIVATE_WORDS = re.compile(
     "told|untold|mend|mended|upkeep|several|company|whose|thereof|knobs|places|kin|lean|ask|"
@@ -89,11 +89,8 @@ LEFT_ARROWS: set[tuple[str, str]] = {
     ("lorasweep.methods", "lorasweep.data"),
     ("lorasweep.methods", "lorasweep.models"),
     ("lorasweep.models", "lorasweep.train"),
-    ("lorasweep.spec", "lorasweep.methods"),
     ("lorasweep.store", "lorasweep.launch"),
     ("lorasweep.store", "lorasweep.train"),
-    ("lorasweep.sweep", "lorasweep.launch"),
-    ("lorasweep.sweep", "lorasweep.store"),
     ("lorasweep.tracking", "lorasweep.cli"),
 }
 LEFT: dict[str, int] = {

@@ -154,7 +154,7 @@ def whole_sweep(values: dict[str, Any], peak: float, log: Log) -> dict[str, Any]
 def _with_few_test_rows(point: Point) -> Point:
     few = dataclasses.replace(point.spec.dataset, n_test=32, n_test_curve=4)
     spec = dataclasses.replace(point.spec, dataset=few)
-    return Point(point.arm, spec, spec.id)
+    return Point(point.arm, spec)
 
 
 def lora_grid(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import SpecError, StoreError, unknown
-from lorasweep.sweep.grid import Point, Sweep, curve_key
+from lorasweep.sweep.grid import Point, curve_key
+from lorasweep.sweep.question import Sweep
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,6 @@ from pathlib import Path
 from lorasweep.cli.actions import act
 from lorasweep.errors import ClusterError, GaveUp, LorasweepError, StoreError
 from lorasweep.launch.slurm.job import TRY_AGAIN
-from lorasweep.sweep.request import from_file
 
 
 def main(path: str) -> int:
@@ -21,7 +20,7 @@ def main(path: str) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.default_int_handler)
     task = json.loads(Path(path).read_bytes())
-    request = from_file(json.loads(Path(task["follow"]).read_bytes()))
+    request = from_plain(json.loads(Path(task["follow"]).read_bytes()))
     try:
         act(request, task.get("trainer"), follow=task)
     except LorasweepError as error:

@@ -2,8 +2,9 @@
 
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
-from lorasweep.sweep.grid import Point, curve_key, second_stage
+from lorasweep.sweep.grid import Point, curve_key
 from lorasweep.sweep.looks import points as points_of_rounds
+from lorasweep.sweep.replicates import second_stage
 from lorasweep.sweep.request import Request
 
 

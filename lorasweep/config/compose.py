@@ -29,7 +29,8 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate
-from lorasweep.sweep.grid import Point, Sweep, around, check_sweep, expand, fields_of, geom
+from lorasweep.sweep.grid import Point, around, expand, fields_of, geom
+from lorasweep.sweep.question import Sweep, check_sweep
 from lorasweep.sweep.request import Request
 
 
@@ -128,12 +129,13 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     if sweep_name is None:
         if config.prune:
             raise SpecError(
-                "prune=true needs a sweep (+sweep=NAME): it cancels queued runs that are no longer part of one."
+                "prune=true needs a sweep (+sweep=NAME): it cancels queued runs that are no longer "
+                "part of one."
             )
         points = []
         if config.action in ("run", "plan", "status", "cancel", "verify", "measure_packs"):
             validate(base)
-            points = [Point(base.method.name, base, base.id)]
+            points = [Point(base.method.name, base)]
         return Request(**common, sweep_name=None, sweep=None, points=points)
     sweep = config.sweep
     check_sweep(sweep_name, sweep)
@@ -168,7 +170,8 @@ def _object(cfg: DictConfig) -> Any:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise SpecError(
-                f"not set: {', '.join(missing)}. Choose model=..., dataset=..., method=... or set the key."
+                f"not set: {', '.join(missing)}. Choose model=..., dataset=..., method=... or set "
+                "the key."
             )
         OmegaConf.resolve(cfg)
         return OmegaConf.to_object(cfg)
@@ -229,7 +232,7 @@ def _hardware(config: Config) -> dict[str, Any]:
 def _lookup(group: str, overrides: list[str]) -> Callable[[str], Any]:
     """Return a function name -> spec for the names on an axis: one more composition a name, kept.
 
-    The sweep is left out of it: models and data sets do not depend on it, and it is most of the work.
+    The sweep is left out of it: models and data sets do not depend on it, and it takes longest.
     """
     cls = {"model": ModelSpec, "dataset": DatasetSpec}[group]
     kept = [o for o in overrides if not o.lstrip("+~").startswith(("sweep=", "sweep."))]

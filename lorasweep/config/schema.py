@@ -4,17 +4,18 @@ The parts of a run come from `lorasweep.spec`, so a new field there is a new key
 """
 
 import dataclasses
+import functools
+import operator
 import types
 import typing
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.method import Method
 from lorasweep.spec.model import ModelSpec
-from lorasweep.sweep.grid import Sweep
+from lorasweep.sweep.question import Sweep
 
 ACTIONS = (
     "run",
@@ -33,9 +34,9 @@ FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
 
 
-@cache
+@functools.cache
 def writable(value: type) -> Any:
-    """Return a twin of a frozen dataclass with keys as in YAML: OmegaConf composes no frozen one."""
+    """Return a writable twin of a frozen dataclass, by its keys in YAML: OmegaConf fills no other."""
     hints = typing.get_type_hints(value)
     members = []
     for f in dataclasses.fields(value):
@@ -56,7 +57,7 @@ def writable(value: type) -> Any:
 
 def _writable_type(kind: Any) -> Any:
     if isinstance(kind, types.UnionType):
-        return typing.Union[tuple(map(_writable_type, kind.__args__))]
+        return functools.reduce(operator.or_, map(_writable_type, kind.__args__))
     return writable(kind) if dataclasses.is_dataclass(kind) else kind
 
 

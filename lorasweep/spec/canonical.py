@@ -50,7 +50,7 @@ class Field(NamedTuple):
 def fields(cls: type) -> tuple[Field, ...]:
     """List the fields of a dataclass, in order.
 
-    Field metadata: `key` is the stored name where it is not the Python name, `added` the past value.
+    Field metadata: `key`: the stored name where it is not the Python name; `added`: the past value.
     """
     hints = typing.get_type_hints(cls)
     return tuple(

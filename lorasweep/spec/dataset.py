@@ -67,8 +67,8 @@ class DatasetSpec(Value):
             yield f"{where}n_test_curve={self.n_test_curve}: from 1 to n_test={self.n_test}."
         if self.holdout != 0 and (self.source != "hub" or self.holdout < self.n_test):
             yield (
-                f"{where}holdout={self.holdout}: 0, or for source=hub at least n_test={self.n_test} "
-                "rows."
+                f"{where}holdout={self.holdout}: 0, or for source=hub at least "
+                f"n_test={self.n_test} rows."
             )
         if self.n_retain < 0:
             yield f"{where}n_retain={self.n_retain}: 0 or more rows."

@@ -56,8 +56,9 @@ def parse_layers(layers: str) -> tuple[str, ...]:
     bad = [p for p in parts if p not in LAYER_SETS]
     if bad:
         raise SpecError(
-            f"layers={layers!r}: unknown layer set {', '.join(map(repr, bad))}. Allowed: "
-            f"{', '.join(LAYER_SETS)}, joined by '+', or 'all'. Example: method.layers=attention+mlp"
+            f"layers={layers!r}: unknown layer set {', '.join(map(repr, bad))}. "
+            f"Allowed: {', '.join(LAYER_SETS)}, joined by '+', or 'all'. "
+            "Example: method.layers=attention+mlp"
         )
     return tuple(p for p in LAYER_SETS if p in parts)
 

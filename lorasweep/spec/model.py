@@ -101,9 +101,9 @@ class ModelSpec(Value):
         names = getattr(self, layer_set)
         if not names or not set(names) <= shape.keys():
             raise SpecError(
-                f"model {self.name!r}: layer set {layer_set!r} is {list(names)}, which matches no known "
-                f"nn.Linear. Known: {', '.join(shape)}. Mixture-of-experts weights are not nn.Linear "
-                "modules and are refused: choose another layer set or a dense model."
+                f"model {self.name!r}: layer set {layer_set!r} is {list(names)}, which matches no "
+                f"known nn.Linear. Known: {', '.join(shape)}. Mixture-of-experts weights are not "
+                "nn.Linear modules and are refused: choose another layer set or a dense model."
             )
         count = 1 if layer_set == "unembedding" else self.n_layers
         return [Matrix(*shape[name], count) for name in names]

@@ -27,7 +27,7 @@ LR_RANGE = (1e-9, 1e2)
 
 @dataclass(frozen=True)
 class RunSpec(Value):
-    """One training, fully specified. Everything in here changes the numbers; nothing outside does."""
+    """One training, fully specified: all that changes its numbers, and nothing else."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
     dataset: DatasetSpec = field(default_factory=DatasetSpec)
@@ -62,11 +62,12 @@ class RunSpec(Value):
         return hashlib.sha256(canonical_text(self).encode()).hexdigest()[:12]
 
     def problems(self) -> Iterator[str]:
-        """Yield what makes this run untrainable; those of model and data set are found once each."""
+        """Yield what makes this run untrainable."""
         low, high = LR_RANGE
         if not low <= self.lr <= high:
             yield (
-                f"lr={self.lr}: a learning rate lies between {low} and {high}. Typical: 1e-5 to 1e-2."
+                f"lr={self.lr}: a learning rate lies between {low} and {high}. "
+                "Typical: 1e-5 to 1e-2."
             )
         for name in ("batch_size", "steps"):
             if getattr(self, name) < 1:

@@ -24,5 +24,5 @@ def points(rounds: Sequence[dict[str, Any]], known: Sequence[Point]) -> list[Poi
         if like is not None:
             spec = dataclasses.replace(like.spec, lr=entry["lr"], seed=entry["seed"])
             validate(spec)
-            extra.setdefault(spec.id, Point(like.arm, spec, spec.id))
+            extra.setdefault(spec.id, Point(like.arm, spec))
     return [p for p in extra.values() if p.id not in by_id]

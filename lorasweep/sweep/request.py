@@ -7,7 +7,8 @@ from typing import Any
 
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Cluster, Exec
-from lorasweep.sweep.grid import Claim, Point, Second, Sweep
+from lorasweep.sweep.grid import Point
+from lorasweep.sweep.question import Claim, Replicates, Sweep
 
 
 @dataclass
@@ -46,30 +47,27 @@ class Request:
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        told = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        parts = {name: dataclasses.asdict(told[name]) for name in ("exec", "cluster")}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        parts = {name: dataclasses.asdict(values[name]) for name in ("exec", "cluster")}
         sweep = dataclasses.asdict(self.sweep) if self.sweep else None
         points = [{"arm": p.arm, "spec": p.spec.plain()} for p in self.points]
-        del told["parts"]  # a job is given one sweep
-        return {**told, **parts, "sweep": sweep, "points": points}
+        del values["parts"]  # a job is given one sweep
+        return {**values, **parts, "sweep": sweep, "points": points}
 
 
-def from_file(told: dict[str, Any]) -> Request:
+def from_plain(values: dict[str, Any]) -> Request:
     """Return the request that `Request.plain` described."""
-    sweep = told["sweep"]
+    sweep = values["sweep"]
     if sweep is not None:
         claims = {name: Claim(**claim) for name, claim in sweep["claims"].items()}
-        sweep = Sweep(**{**sweep, "claims": claims, "second": Second(**sweep["second"])})
-    points = []
-    for p in told["points"]:
-        spec = spec_from(p["spec"])
-        points.append(Point(p["arm"], spec, spec.id))
-    parts = {"exec": Exec(**told["exec"]), "cluster": Cluster(**told["cluster"])}
-    return Request(**{**told, **parts, "sweep": sweep, "points": points})
+        sweep = Sweep(**{**sweep, "claims": claims, "second": Replicates(**sweep["second"])})
+    points = [Point(p["arm"], spec_from(p["spec"])) for p in values["points"]]
+    parts = {"exec": Exec(**values["exec"]), "cluster": Cluster(**values["cluster"])}
+    return Request(**{**values, **parts, "sweep": sweep, "points": points})
 
 
 def question(request: Request) -> dict[str, Any]:
-    """Return what the analysis must know of the sweep: plain values, kept beside the report."""
+    """Return what the analysis must know of the sweep: plain values, kept with the report."""
     sweep = dataclasses.asdict(request.sweep)
     return {
         "name": request.sweep_name,

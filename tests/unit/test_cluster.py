@@ -281,7 +281,7 @@ def test_a_run_of_a_machine_that_died_is_found_out_by_watching(tmp_path, compose
 
 def test_a_request_comes_back_from_its_file(compose):
     asked = compose("+sweep=lr_ratio", "scale=tiny", "cluster=slurm", "cluster.gpus=2")
-    again = request.from_file(json.loads(json.dumps(asked.plain())))
+    again = request.from_plain(json.loads(json.dumps(asked.plain())))
     assert [(p.arm, p.id) for p in again.points] == [
         (p.arm, p.id) for p in asked.points
     ] and again.title == "lr_ratio-tiny"

@@ -11,7 +11,8 @@ from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan
 from lorasweep.store.run_store import RunStore
-from lorasweep.sweep.grid import Claim, Sweep, check_sweep, expand, geom
+from lorasweep.sweep.grid import expand, geom
+from lorasweep.sweep.question import Claim, Sweep, check_sweep
 from tests.world import ROOT, tiny_spec
 
 SWEEPS = sorted(

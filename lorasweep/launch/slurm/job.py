@@ -100,7 +100,7 @@ def _train(task: dict[str, Any]) -> None:
     store = RunStore(exec_.runs_dir, jobs=RunningJobs())
     files.share_as(store.root)
     specs = [spec_from(plain) for plain in task["runs"]]
-    points = [Point(s.method.name, s, s.id) for s in specs]
+    points = [Point(s.method.name, s) for s in specs]
     unwanted = skipped(task["skip"])
     left = [p for p in points if p.id not in unwanted and store.state(p.id) not in FINAL]
     _print(f"{len(points)} runs, {len(left)} to do, {exec_.workers} worker(s)")

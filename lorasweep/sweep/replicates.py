@@ -1,0 +1,50 @@
+"""The second stage of a sweep: fresh seeds at the learning rates around each curve's best."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from lorasweep.sweep.grid import Point, curve_key
+from lorasweep.sweep.question import Replicates
+
+
+def second_stage(
+    points: Sequence[Point], second: Replicates, nll: Callable[[str], float | None]
+) -> list[Point]:
+    """Return fresh seeds at the `n_lrs` learning rates around each curve's best.
+
+    `nll` gives a run's final held-out NLL; None for one that diverged. It is called for the first
+    stage's runs only, so that the answer does not change as the second stage fills.
+    """
+    curves: dict[tuple[str, str], dict[float, list[Point]]] = {}
+    for p in points:
+        curves.setdefault(curve_key(p), {}).setdefault(p.spec.lr, []).append(p)
+    extra: dict[str, Point] = {}
+    for (arm, _), by_lr in curves.items():
+        if second.arms and arm not in second.arms:
+            continue
+        for lr in _around_the_best(by_lr, second.n_lrs, nll):
+            for seed in second.seeds:
+                spec = dataclasses.replace(by_lr[lr][0].spec, seed=seed)
+                extra.setdefault(spec.id, Point(arm, spec))
+    known = {p.id for p in points}
+    return [p for p in extra.values() if p.id not in known]
+
+
+def _around_the_best(
+    by_lr: dict[float, list[Point]], n_lrs: int, nll: Callable[[str], float | None]
+) -> list[float]:
+    """Return `n_lrs` neighbouring rates around the one of lowest mean NLL; none if all diverged."""
+    lrs = sorted(by_lr)
+    scores = [_mean([nll(p.id) for p in by_lr[lr]]) for lr in lrs]
+    if not any(map(math.isfinite, scores)):
+        return []
+    best = min(range(len(lrs)), key=scores.__getitem__)
+    first = min(max(0, best - n_lrs // 2), max(0, len(lrs) - n_lrs))
+    return lrs[first : first + n_lrs]
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """Return the mean; infinity if any run diverged."""
+    usable = [v for v in values if v is not None and math.isfinite(v)]
+    return sum(usable) / len(usable) if usable and len(usable) == len(values) else math.inf
