@@ -49,8 +49,7 @@ def from_sample(
 
     Args:
         log: values are positive, and averaged as logarithms.
-        kind: the usual variance (of the logarithms, if log) of such samples; it widens, or says
-            nothing.
+        pooled: variance (of the logarithms, if log) of samples like this one; it only widens.
         shifts: by how much the mean would move at other, equally likely best rates: an error that
             all seeds share.
     """

@@ -1,5 +1,5 @@
-"""The arms of a `layers` sweep: which matrices each trains, how many parameters, what its runs say
-at its best rate."""
+"""The arms of a `layers` sweep: which matrices each trains, how many parameters, and its runs at
+its best rate."""
 
 import math
 from dataclasses import dataclass

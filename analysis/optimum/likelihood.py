@@ -115,9 +115,8 @@ def gather(
         right += np.bincount(k, w * (v - (w @ v) / w.sum()), len(rates))
     size, axes = np.linalg.eigh(precision)
     known = size > 1e-9 * weight.sum()
-    if (
-        known.sum() < len(rates) - 1 and len(blocks) > 1
-    ):  # blocks that share no rate say nothing of each other
+    if known.sum() < len(rates) - 1 and len(blocks) > 1:
+        # Blocks that share no rate leave their shifts unknown.
         return gather(x, y, np.zeros(len(x), int), first_diverged, growth, weights)
     loss = axes[:, known] @ ((axes[:, known].T @ right) / size[known])
     squares = sum(_about(weight[r], y[r] - loss[at[r]]) for r in blocks)
@@ -150,46 +149,49 @@ def weights_of(curves: Sequence[LrCurve]) -> list[np.ndarray]:
     level UNSTEADY over all rates; needs MIN_DF rates with repeats.
     """
     out = [np.ones(int(c.usable.sum())) for c in curves]
-    # curve, its runs at a rate, degrees of freedom, variance, what growth would explain of it,
-    # above the best?
-    cells = []
-    for k, c in enumerate(curves):
-        x, y = c.x[c.usable], c.y[c.usable]
-        rates = np.unique(x)
-        means = np.array([y[x == v].mean() for v in rates])
-        for v in (v for v in rates if (x == v).sum() > 1):
-            above = v - rates[lowest_loss(means)]
-            allowed = math.exp(2 * GROWTH[-1] * max(above, 0.0))
-            cells.append(
-                (
-                    k,
-                    x == v,
-                    int((x == v).sum()) - 1,
-                    float(np.var(y[x == v], ddof=1)),
-                    allowed,
-                    above > 0,
-                )
-            )
+    cells = [r for k, c in enumerate(curves) for r in _repeats(k, c)]
     if len(cells) < MIN_DF:
         return out
-    typical = float(
-        np.median(
-            [var / allowed * df / stats.chi2.median(df) for _, _, df, var, allowed, _ in cells]
-        )
-    )
-    total = sum(df for _, _, df, _, _, _ in cells)
-    for k, runs, df, var, allowed, above in cells:
-        if (
-            above
-            and typical > 0
-            and stats.f.sf(var / allowed / typical, df, total) < UNSTEADY / len(cells)
-        ):
-            out[k][runs] = typical / var
+    spreads = [r.var / r.allowed * r.df / stats.chi2.median(r.df) for r in cells]
+    typical, total = float(np.median(spreads)), sum(r.df for r in cells)
+    for r in cells:
+        if r.above and typical > 0:
+            p = stats.f.sf(r.var / r.allowed / typical, r.df, total)
+            if p < UNSTEADY / len(cells):
+                out[r.curve][r.runs] = typical / r.var
     return out
 
 
+@dataclass(frozen=True)
+class _Repeats:
+    """A curve's runs at one rate."""
+
+    curve: int
+    runs: np.ndarray
+    """Which of the curve's usable runs they are, [n], boolean."""
+    df: int
+    var: float
+    allowed: float
+    """Factor on the variance that the strongest growth of the noise allows at this rate."""
+    above: bool
+    """The rate is above the best one."""
+
+
+def _repeats(k: int, curve: LrCurve) -> list[_Repeats]:
+    x, y = curve.x[curve.usable], curve.y[curve.usable]
+    rates = np.unique(x)
+    means = np.array([y[x == v].mean() for v in rates])
+    found = []
+    for v in (v for v in rates if (x == v).sum() > 1):
+        runs, above = x == v, v - rates[lowest_loss(means)]
+        allowed = math.exp(2 * GROWTH[-1] * max(above, 0.0))
+        var = float(np.var(y[runs], ddof=1))
+        found.append(_Repeats(k, runs, int(runs.sum()) - 1, var, allowed, above > 0))
+    return found
+
+
 def first_diverged(curve: LrCurve) -> float:
-    """ln of the lowest rate above all usable ones that broke down; infinite without one."""
+    """Return ln of the lowest rate above all usable ones that diverged; infinite without one."""
     top = max(curve.x[curve.usable], default=-math.inf)
     return float(min(curve.x[~curve.usable & (curve.x > top)], default=math.inf))
 

@@ -99,7 +99,7 @@ def weigh(
 
 
 def _sigmas(sweep: Sequence[Likelihood]) -> np.ndarray:
-    """Levels of noise to average over: about what repeats say, or wide where there are few."""
+    """Return noise levels to average over: near the repeats' spread, or wide with few repeats."""
     if not sweep:
         return np.ones(1)
     df = sum(e.df for e in sweep)
