@@ -13,6 +13,7 @@ from pathlib import Path
 from lorasweep.cli.actions import act
 from lorasweep.errors import ClusterError, GaveUp, LorasweepError, StoreError
 from lorasweep.launch.slurm.job import TRY_AGAIN
+from lorasweep.sweep.request import from_plain
 
 
 def main(path: str) -> int:
