@@ -36,7 +36,7 @@ MIRRORS = ("none", "wandb")
 
 @functools.cache
 def writable(value: type) -> Any:
-    """Return a writable twin of a frozen dataclass, by its keys in YAML: OmegaConf fills no other."""
+    """Return a writable twin of a frozen dataclass, by its YAML keys: OmegaConf fills no other."""
     hints = typing.get_type_hints(value)
     members = []
     for f in dataclasses.fields(value):
