@@ -54,7 +54,9 @@ RANK = {
     for room in rooms
 } | {"lorasweep": -1, "analysis": -1}
 DOOR = "lorasweep.cli.answer"  # the only module of lorasweep that reaches `analysis`
-STRANGERS = {"lorasweep.train": r"lorasweep\.(store\.(?!checkpoint)|plan|tracking|sweep|methods\.(lora|fullft))\b"}
+STRANGERS = {
+    "lorasweep.train": r"lorasweep\.(store\.(?!checkpoint)|plan|tracking|sweep|methods\.(lora|fullft))\b"
+}
 
 TORCH = r"lorasweep/(train|models|methods|bench)/|lorasweep/launch/trainer\.py"
 ONLY_IN = {
@@ -86,9 +88,6 @@ FUNCTION_LINES = {"lorasweep.train.loop.train": 150}
 LEFT_ARROWS: set[tuple[str, str]] = {
     ("lorasweep.launch", "lorasweep.cli"),
     ("lorasweep.launch", "lorasweep.config"),
-    ("lorasweep.methods", "lorasweep.data"),
-    ("lorasweep.methods", "lorasweep.models"),
-    ("lorasweep.models", "lorasweep.train"),
     ("lorasweep.store", "lorasweep.launch"),
     ("lorasweep.store", "lorasweep.train"),
     ("lorasweep.tracking", "lorasweep.cli"),

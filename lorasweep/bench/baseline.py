@@ -24,8 +24,8 @@ from lorasweep.data.examples import Data, Example  # noqa: E402
 from lorasweep.data.load import load as load_data  # noqa: E402
 from lorasweep.methods.lora import LoRA  # noqa: E402
 from lorasweep.methods.registry import spec_from  # noqa: E402
-from lorasweep.models.load import layer_modules  # noqa: E402
 from lorasweep.models.load import load as load_model  # noqa: E402
+from lorasweep.models.targets import find_targets  # noqa: E402
 from lorasweep.spec.execution import Exec  # noqa: E402
 from lorasweep.spec.method import parse_layers  # noqa: E402
 from lorasweep.spec.run import RunSpec  # noqa: E402
@@ -40,7 +40,7 @@ def adapted(model: Any, spec: RunSpec, kind: str) -> Any:
     if not isinstance(spec.method, LoRA):
         return model
     layers = [x for x in parse_layers(spec.method.layers) if kind != "trl" or x != "unembedding"]
-    names = list(layer_modules(model, spec.model, tuple(layers)))
+    names = list(find_targets(model, spec.model, tuple(layers)))
     return get_peft_model(
         model,
         LoraConfig(

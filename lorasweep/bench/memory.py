@@ -20,7 +20,7 @@ from lorasweep.plan import detect
 from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.packing import micro_batch
 from lorasweep.train import pretrain
-from lorasweep.train.loop import train
+from lorasweep.train.finetune import finetune
 
 CASES = (("tiny", 16), ("small", 8))
 """Scale and batch."""
@@ -77,7 +77,7 @@ def main(
     pack = [dataclasses.replace(spec, lr=1e-5 * (1 + k)) for k in range(count)]
     hardware = detect.this_machine()
     micro = micro_batch(spec, count, hardware)
-    for _ in train(pack, base, rows, micro):
+    for _ in finetune(pack, base, rows, micro):
         pass
     planned = pack_bytes(count, spec, hardware, micro)
     return {

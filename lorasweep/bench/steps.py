@@ -22,7 +22,7 @@ from lorasweep.plan.packing import micro_batch
 from lorasweep.spec.method import Method
 from lorasweep.spec.run import RunSpec
 from lorasweep.train import pretrain
-from lorasweep.train.loop import train
+from lorasweep.train.finetune import finetune
 
 GRIDS = {"tiny": ((1, 4, 16), (1, 2, 4, 8, 16)), "small": ((1, 4, 8), (1, 2))}
 """Scale -> batch sizes and pack sizes."""
@@ -92,7 +92,7 @@ class Bench:
 
     def _times(self, pack: list[RunSpec]) -> list[float]:
         micro = micro_batch(pack[0], len(pack), detect.this_machine())
-        events = train(pack, self.base, self.rows, micro)
+        events = finetune(pack, self.base, self.rows, micro)
         return [next(iter(e.records.values()))["step_s"] for e in events]
 
     def in_turns(self, methods: Sequence[Method], batch_size: int) -> list[list[float]]:
@@ -113,7 +113,7 @@ class Bench:
 
         pack = self.pack(method, batch_size, 1)
         micro = micro_batch(pack[0], 1, detect.this_machine())
-        events = train(pack, self.base, self.rows, micro)
+        events = finetune(pack, self.base, self.rows, micro)
         for _ in range(4):  # the only evaluation after the fifth update is the last, of one row
             next(events)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:

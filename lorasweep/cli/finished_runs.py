@@ -53,7 +53,7 @@ def adapter(request: Request, store: RunStore) -> int:
     processor the same bits if it was made alone (tests).
     """
     from lorasweep.launch.trainer import TorchTrainer
-    from lorasweep.methods.stacked.linear import save_peft
+    from lorasweep.methods.stacked.peft_export import save_peft
 
     if not request.run or not request.out:
         raise SpecError("action=adapter needs run=RUN_ID and out=FOLDER.")

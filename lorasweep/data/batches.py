@@ -1,7 +1,7 @@
 """Examples -> arrays. Rows lie one after another, each padded on its own, so little is padded.
 
-Shapes: N members, X tokens a member (its rows laid end to end), M places a member where a
-loss-bearing token is predicted. Attention is causal and looks at its own row only, so no real token
+Shapes: N members, X tokens a member (its rows laid end to end), M positions a member where
+a loss-bearing token is predicted. Attention is causal and looks at its own row only, so no real token
 sees a pad or another row: results do not depend on the padding, nor on what else is in the batch.
 """
 
@@ -25,13 +25,18 @@ class Batch:
     lengths: tuple[tuple[int, ...], ...]
     """Padded length of each row of each member, in order; they sum to X. A last row may be filler.
     """
-    places_NM: np.ndarray
-    """Places in X whose next token is predicted."""
+    loss_positions_NM: np.ndarray
+    """Positions in X whose next token is predicted."""
     targets_NM: np.ndarray
     weight_NM: np.ndarray
     """1, or 0 where M is filled up."""
-    n_tokens: int
-    """Real tokens of all members, pads left out."""
+    tokens_N: tuple[int, ...]
+    """Real tokens of each member, pads left out."""
+
+    @property
+    def laid_out(self) -> int:
+        """Tokens of one member, pads included."""
+        return self.tokens_NX.shape[1]
 
     @property
     def n_loss(self) -> int:
@@ -44,16 +49,16 @@ def collate(examples: Sequence[Example]) -> Batch:
     lengths = [_up(len(e.tokens)) for e in examples]
     starts = np.cumsum([0, *lengths])
     tokens = np.zeros(starts[-1], dtype=np.int64)
-    places, targets = [], []
+    positions, targets = [], []
     for start, example in zip(starts, examples):
         tokens[start : start + len(example.tokens)] = example.tokens
         at = np.flatnonzero(example.loss)
-        places.append(start + at - 1)  # the logits at t-1 predict token t
+        positions.append(start + at - 1)  # the logits at t-1 predict token t
         targets.append(example.tokens[at])
-    count = sum(map(len, places))
+    count = sum(map(len, positions))
     arrays = []
     for values in (
-        np.concatenate(places),
+        np.concatenate(positions),
         np.concatenate(targets),
         np.ones(count, dtype=np.float32),
     ):
@@ -64,7 +69,7 @@ def collate(examples: Sequence[Example]) -> Batch:
             )
         )
     return Batch(
-        tokens[None], (tuple(lengths),), *arrays, n_tokens=sum(len(e.tokens) for e in examples)
+        tokens[None], (tuple(lengths),), *arrays, tokens_N=(sum(len(e.tokens) for e in examples),)
     )
 
 
@@ -72,7 +77,10 @@ def merge(parts: Sequence[Batch]) -> Batch:
     """Lay the batches of members under one another, filled up to the longest."""
     if len(parts) == 1:
         return parts[0]
-    x, m = max(p.tokens_NX.shape[1] for p in parts), max(p.places_NM.shape[1] for p in parts)
+    x, m = (
+        max(p.tokens_NX.shape[1] for p in parts),
+        max(p.loss_positions_NM.shape[1] for p in parts),
+    )
     lengths = tuple(
         row if sum(row) == x else (*row, x - sum(row)) for part in parts for row in part.lengths
     )
@@ -81,14 +89,14 @@ def merge(parts: Sequence[Batch]) -> Batch:
         lengths,
         *(
             np.concatenate([_widen(getattr(p, k), m) for p in parts])
-            for k in ("places_NM", "targets_NM", "weight_NM")
+            for k in ("loss_positions_NM", "targets_NM", "weight_NM")
         ),
-        n_tokens=sum(p.n_tokens for p in parts),
+        tokens_N=sum((p.tokens_N for p in parts), ()),
     )
 
 
 def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the batch as models of any class take it: tokens [N*B, T], and places, targets, weight
+    """Return the batch as models of any class take it: tokens [N*B, T], and positions, targets, weight
     [N*B, P] by row.
 
     Member by member, B rows each: filler rows are left out.
@@ -102,22 +110,22 @@ def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     for row, (start, length) in enumerate(zip(starts, lengths)):
         tokens[row, :length] = flat[start : start + length]
     bears = batch.weight_NM.ravel() > 0
-    at = (batch.places_NM + np.arange(n)[:, None] * x).ravel()[bears]
+    at = (batch.loss_positions_NM + np.arange(n)[:, None] * x).ravel()[bears]
     wanted = batch.targets_NM.ravel()[bears]
     row_of = np.searchsorted(starts, at, side="right") - 1
     counts = np.bincount(row_of, minlength=len(lengths))
     shape = (len(lengths), max(1, counts.max()))
-    places, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    positions, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     weight = np.zeros(shape, dtype=np.float32)
     column = np.arange(len(at)) - np.repeat(
         np.cumsum(counts) - counts, counts
-    )  # places are in the order of the rows
-    places[row_of, column], targets[row_of, column], weight[row_of, column] = (
+    )  # positions are in the order of the rows
+    positions[row_of, column], targets[row_of, column], weight[row_of, column] = (
         at - starts[row_of],
         wanted,
         1.0,
     )
-    return tokens, places, targets, weight
+    return tokens, positions, targets, weight
 
 
 def eval_batches(examples: Sequence[Example], n_tokens: int) -> list[Batch]:

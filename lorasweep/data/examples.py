@@ -39,7 +39,7 @@ class Data:
     """Rows in the training split; None: unlimited (generated)."""
     retain: Sequence[Example] = ()
     """Held-out examples of what the base was pretrained on: what fine-tuning may make it forget."""
-    floor_nats: float | None = None
+    entropy_floor_nats: float | None = None
     """Mean -log p of the test tokens under the generator itself: the lowest NLL there is, in nats.
     """
 

@@ -108,7 +108,7 @@ def measure(
     from lorasweep.data import load as data
     from lorasweep.models import load as models
     from lorasweep.train import pretrain
-    from lorasweep.train.loop import train
+    from lorasweep.train.finetune import finetune
 
     n_train = min(64, spec.dataset.n_train or 64)
     few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1, n_train=n_train)
@@ -127,7 +127,7 @@ def measure(
         started = time.monotonic()
         pack = [dataclasses.replace(spec, lr=NO_LR * (1 + k)) for k in range(size)]
         try:
-            events = train(pack, base, rows, micro)
+            events = finetune(pack, base, rows, micro)
             times = [next(iter(event.records.values()))["step_s"] for event in events]
         except torch.OutOfMemoryError:  # of a GPU: the smaller sizes stand
             if size == 1:

@@ -31,7 +31,7 @@ class Trainer(Protocol):
 
 
 class TorchTrainer:
-    """Loads base models and data once a process and trains packs with `lorasweep.train.loop`."""
+    """Loads base models and data once a process and trains packs with `lorasweep.train.finetune`."""
 
     def __init__(self) -> None:
         self._base: Base | None = None
@@ -45,7 +45,7 @@ class TorchTrainer:
         import torch
 
         from lorasweep.data import load as data
-        from lorasweep.train.loop import train
+        from lorasweep.train.finetune import finetune
 
         if exec_.threads:
             torch.set_num_threads(exec_.threads)
@@ -53,7 +53,7 @@ class TorchTrainer:
         base = self._load_base(first, exec_)
         if first.dataset not in self._data:
             self._data[first.dataset] = data.load(first.dataset, exec_.data_dir, base.tokenizer)
-        yield from train(pack, base, self._data[first.dataset], exec_.micro_batch_size, resume)
+        yield from finetune(pack, base, self._data[first.dataset], exec_.micro_batch_size, resume)
 
     def _load_base(self, spec: RunSpec, exec_: Exec) -> "Base":
         from lorasweep.models import load as models

@@ -6,7 +6,7 @@ same `layers` would adapt: the control that separates parametrisation from locat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lorasweep.errors import SpecError
 from lorasweep.spec.method import Method, parse_layers
@@ -14,6 +14,7 @@ from lorasweep.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 SCOPES = ("all", "matrices")
 
@@ -57,10 +58,20 @@ class FullFT(Method):
         # out).
         return 6.0 * n_tokens * model.n_matmul_params
 
-    def attach(self, base: Any, model: ModelSpec, methods: Sequence[Method], seeds: Sequence[int]):
+    def target_layers(self) -> tuple[str, ...]:
+        return () if self.scope == "all" else parse_layers(self.layers)
+
+    def attach(
+        self,
+        base: "nn.Module",
+        targets: "dict[str, nn.Linear]",
+        methods: Sequence[Method],
+        seeds: Sequence[int],
+    ) -> "_WholeModel":
         if len(methods) != 1:
             raise SpecError(f"fullft trains one run at a time, not {len(methods)}.")
-        return _WholeModel(base, model, self)
+        trained = base.parameters() if self.scope == "all" else (m.weight for m in targets.values())
+        return _WholeModel(base, {id(p) for p in trained})
 
 
 class _WholeModel:
@@ -68,14 +79,8 @@ class _WholeModel:
 
     stacked = False
 
-    def __init__(self, base, model: ModelSpec, method: FullFT) -> None:
-        from lorasweep.models.load import layer_modules
-
-        if method.scope == "all":
-            chosen = {id(p) for p in base.parameters()}
-        else:
-            modules = layer_modules(base, model, parse_layers(method.layers))
-            chosen = {id(module.weight) for module in modules.values()}
+    def __init__(self, base: "nn.Module", chosen: set[int]) -> None:
+        """chosen: ids of the parameters of `base` that are trained."""
         self._base = base
         self._flags = {name: p.requires_grad for name, p in base.named_parameters()}
         for p in base.parameters():
@@ -100,7 +105,7 @@ class _WholeModel:
         return [{"norm_delta": total**0.5}]
 
     def spectra(self) -> list[dict[str, dict[str, float]]]:
-        from lorasweep.methods.stacked.linear import spectral_norm
+        from lorasweep.methods.stacked.spectral import spectral_norm
 
         matrices = {
             n: p.detach() - self._start[n] for n, p in self.parameters().items() if p.dim() == 2

@@ -9,12 +9,17 @@ of A. The stacked module that a pack trains lives in `lorasweep.methods.stacked.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
 from lorasweep.spec.canonical import not_allowed
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorasweep.methods.stacked.linear import StackedAdapters
 
 SCALINGS = ("rank", "sqrt_rank", "none")
 RANDOM_FACTORS = ("a", "b")
@@ -107,12 +112,19 @@ class LoRA(Method):
         # out).
         return n_tokens * (4.0 * model.n_matmul_params + 6.0 * self.n_trainable(model))
 
-    def attach(self, base: Any, model: ModelSpec, methods: Sequence[Method], seeds: Sequence[int]):
-        from lorasweep.methods.stacked.linear import StackedAdapters
-        from lorasweep.models.load import layer_modules
+    def target_layers(self) -> tuple[str, ...]:
+        return parse_layers(self.layers)
 
-        modules = layer_modules(base, model, parse_layers(self.layers))
-        return StackedAdapters(base, modules, methods, seeds)
+    def attach(
+        self,
+        base: "nn.Module",
+        targets: "dict[str, nn.Linear]",
+        methods: "Sequence[LoRA]",
+        seeds: Sequence[int],
+    ) -> "StackedAdapters":
+        from lorasweep.methods.stacked.linear import StackedAdapters
+
+        return StackedAdapters(base, targets, methods, seeds)
 
 
 METHOD = LoRA

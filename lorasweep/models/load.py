@@ -1,5 +1,4 @@
-"""Base models: find and load the weights, check them against their described shape, name their
-layer sets.
+"""Base models: find and load the weights, check them against their described shape.
 
 Knows four sources: hub, folder, GGUF file, and recipe (`lorasweep.train.pretrain` must have trained
 it before). Refuses to know methods and data.
@@ -55,9 +54,9 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
     import torch
     import transformers
 
-    from lorasweep.train.objectives.sft import DTYPES
+    from lorasweep.models.precision import MASTER_DTYPES
 
-    dtype = DTYPES[precision]
+    dtype = MASTER_DTYPES[precision]
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = None
@@ -161,27 +160,6 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
         raise ModelError(
             f"model {spec.name!r} differs from its file in conf/model: {'; '.join(wrong)}."
         )
-
-
-def layer_modules(model: Any, spec: ModelSpec, layers: tuple[str, ...]) -> dict[str, Any]:
-    """Name -> nn.Linear module of each matrix in the layer sets; ModelError if one is missing or of
-    another kind."""
-    from torch import nn
-
-    found: dict[str, Any] = {}
-    for layer_set in layers:
-        names = set(getattr(spec, layer_set))
-        matching = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in names}
-        wrong = [n for n, m in matching.items() if not isinstance(m, nn.Linear)]
-        count = sum(m.count for m in spec.matrices((layer_set,)))
-        if wrong or len(matching) != count:
-            raise ModelError(
-                f"model {spec.name!r}: layer set {layer_set!r} should be {count} nn.Linear modules named "
-                f"{sorted(names)}; found {len(matching)}, of which not nn.Linear: {wrong[:3] or 'none'}. Fused "
-                "experts are not supported: leave that layer set out of method.layers, or use a dense model."
-            )
-        found |= matching
-    return found
 
 
 def weights_sha256(model: Any) -> str:

@@ -13,6 +13,8 @@ from lorasweep.spec.canonical import Value
 from lorasweep.spec.model import LAYER_SETS, ModelSpec
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lorasweep.methods.trainables import Trainables
 
 
@@ -42,10 +44,21 @@ class Method(Value):
         """Estimate the floating-point operations of forward and backward over `n_tokens` tokens."""
         raise NotImplementedError
 
+    def target_layers(self) -> tuple[str, ...]:
+        """Return the layer sets whose matrices `attach` is handed."""
+        raise NotImplementedError
+
     def attach(
-        self, base: Any, model: ModelSpec, methods: "Sequence[Method]", seeds: Sequence[int]
+        self,
+        base: "nn.Module",
+        targets: "dict[str, nn.Linear]",
+        methods: "Sequence[Any]",
+        seeds: Sequence[int],
     ) -> "Trainables":
-        """Attach N = len(methods) members to the loaded `base`; return their Trainables."""
+        """Attach N = len(methods) members to the loaded `base`; return their Trainables.
+
+        targets: name -> module of `base`, for each matrix in target_layers().
+        """
         raise NotImplementedError
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lorasweep.spec.run import RunSpec
+from lorasweep.store.checkpoint import State
 
 
 def lr_factor(spec: RunSpec, step: int) -> float:
@@ -166,9 +167,35 @@ class AdamW:
             amsgrad=False,
             maximize=False,
         )
-        # The kernel changes the weights without saying so, and decoder.Lean would go on with the
-        # old ones' copies.
+        # The kernel does not count its change of the weights as one, and CpuLlama would go on with
+        # copies of the old ones.
         torch.autograd.graph.increment_version(params)
+
+    def member_tensors(self, k: int) -> dict[str, torch.Tensor]:
+        """Return views of member k's weights ('param/NAME') and moments ('m/NAME', 'v/NAME')."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, p in self.params.items():
+            of_member, members = self.trainables.part_of(name)
+            if k in range(members.start, members.stop):
+                for kind, whole in self._kinds(name, p):
+                    stacked = self.trainables.stacked
+                    tensors[f"{kind}/{of_member}"] = whole[k - members.start] if stacked else whole
+        return tensors
+
+    @torch.no_grad()
+    def load_members(self, states: Sequence[State]) -> int:
+        """Copy each member's tensors from its state; return the step that all states are at."""
+        steps = {state["meta"]["step"] for state in states}
+        if len(steps) != 1:
+            raise ValueError(f"the members' states are at different steps: {sorted(steps)}")
+        for k, state in enumerate(states):
+            for name, tensor in self.member_tensors(k).items():
+                tensor.copy_(state["tensors"][name])
+        return steps.pop()
+
+    def _kinds(self, name: str, p: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        moments = ("m", self.exp_avg[name]), ("v", self.exp_avg_sq[name])
+        return [("param", p.detach()), *moments]
 
     def _moments(self, moments: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         return [moments[name] for name in self.params]

@@ -108,4 +108,4 @@ def pretraining_data(recipe: Recipe) -> Data:
 
 def held_out_nll(model: "LlamaForCausalLM", data: Data) -> float:
     """Return the mean loss over the held-out rows, in nats a token."""
-    return evaluate(model, eval_batches(data.test, EVAL_TOKENS), 1, "fp32")[0]
+    return evaluate(model, [eval_batches(data.test, EVAL_TOKENS)], "fp32")[0]

@@ -3,9 +3,11 @@ head)."""
 
 import copy
 import dataclasses
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from lorasweep.data.batches import collate
 from lorasweep.data.examples import Example
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
+from lorasweep.models.targets import find_targets
 from lorasweep.train.objectives.sft import nll_sums
 from tests.world import ROOT, compose_request
 
@@ -46,7 +49,7 @@ def test_text_is_masked_to_the_answer(world, tmp_path):
     folder = tmp_path / "gsm8k"
     folder.mkdir()
     for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("\n".join(map(__import__("json").dumps, rows)))
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     loaded = data.load(
         dataclasses.replace(spec.dataset, revision="", n_test_curve=1),
         [str(tmp_path)],
@@ -74,7 +77,8 @@ def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, monke
     )
     reference = reference.double()
     theirs = {n: p for n, p in reference.named_parameters() if p.requires_grad}
-    trainables = spec.method.attach(model, spec.model, [spec.method], [0])
+    targets = find_targets(model, spec.model, spec.method.target_layers())
+    trainables = spec.method.attach(model, targets, [spec.method], [0])
     ours = trainables.parameters()
     assert sum(p.numel() for p in ours.values()) == spec.method.n_trainable(spec.model)
     pair = {
@@ -88,8 +92,6 @@ def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, monke
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.01)
             theirs[pair[n]].copy_(p[0])
     ids = base.tokenizer("Question: What is 3 + 4?\nAnswer: It is 7.").input_ids
-    import numpy as np
-
     example = Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) > 8)
     batch = collate([example])
     monkeypatch.setattr(  # transformers' norm goes through float32 even in a float64 model

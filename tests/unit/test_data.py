@@ -111,18 +111,22 @@ def test_text_without_a_tokenizer_is_refused():
         data.load(compose_request(["dataset=gsm8k"]).points[0].spec.dataset, [])
 
 
-def test_padding_never_bears_loss_and_places_predict_the_next_token():
+def test_padding_never_bears_loss_and_loss_positions_predict_the_next_token():
     examples = [
         Example(np.arange(1, 6, dtype=np.int32), np.array([0, 1, 1, 0, 1], bool)),
         Example(np.arange(1, 21, dtype=np.int32), np.arange(20) == 19),
     ]
     b = collate(examples)
     assert (
-        b.tokens_NX.shape == (1, 48) and b.lengths == ((16, 32),) and b.places_NM.shape == (1, 16)
+        b.tokens_NX.shape == (1, 48)
+        and b.lengths == ((16, 32),)
+        and b.loss_positions_NM.shape == (1, 16)
     )
-    assert b.n_loss == 4 and b.n_tokens == 25
+    assert b.n_loss == 4 and b.tokens_N == (25,)
     assert (
-        list(b.tokens_NX[0, b.places_NM[0, :4] + 1]) == list(b.targets_NM[0, :4]) == [2, 3, 5, 20]
+        list(b.tokens_NX[0, b.loss_positions_NM[0, :4] + 1])
+        == list(b.targets_NM[0, :4])
+        == [2, 3, 5, 20]
     )
     assert not b.weight_NM[0, 4:].any()
 
@@ -138,15 +142,15 @@ def test_members_are_filled_up_and_the_padded_form_says_the_same():
     parts = [collate(rows(5, 20)), collate(rows(40, 3))]
     b = merge(parts)
     assert b.lengths == ((16, 32, 16), (48, 16)) and b.tokens_NX.shape == (2, 64)
-    assert b.n_loss == sum(p.n_loss for p in parts) and b.n_tokens == 68
-    tokens, places, targets, weight = padded(b)
+    assert b.n_loss == sum(p.n_loss for p in parts) and b.tokens_N == (25, 43)
+    tokens, positions, targets, weight = padded(b)
     assert (
         tokens.shape == (4, 48) and weight.sum() == b.n_loss
     )  # two rows a member: filler is left out
     assert [int((row > 0).sum()) for row in tokens] == [5, 20, 40, 3]
     real = weight > 0
     rows_, _ = np.nonzero(real)
-    assert list(tokens[rows_, places[real] + 1]) == list(targets[real])
+    assert list(tokens[rows_, positions[real] + 1]) == list(targets[real])
 
 
 def test_dialect_is_a_distribution_and_its_floor_is_its_entropy():
@@ -156,7 +160,7 @@ def test_dialect_is_a_distribution_and_its_floor_is_its_entropy():
     rows = np.stack([e.tokens for e in loaded.test])
     p = table[rows[:, :-3], rows[:, 1:-2], rows[:, 2:-1]]
     entropy = float(-(p * np.log(np.maximum(p, 1e-300))).sum(-1).mean())
-    assert loaded.floor_nats == pytest.approx(
+    assert loaded.entropy_floor_nats == pytest.approx(
         entropy, abs=0.01
     )  # sampled against exact, over the same contexts
 

@@ -13,9 +13,11 @@ from lorasweep.data.examples import Example
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.train.loop import eval_steps, train
+from lorasweep.models.targets import find_targets
+from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives.sft import evaluate, nll_sums
 from lorasweep.train.optim import AdamW, OneRun
+from lorasweep.train.progress import eval_steps
 from tests.world import tiny_spec
 
 
@@ -42,12 +44,18 @@ def run_all(pack, base, dataset, **kwargs):
     """Train to the end; return the final state tensors of each member as of its last event, and all
     records."""
     states, records = {}, {}
-    for event in train(pack, base, dataset, **kwargs):
+    for event in finetune(pack, base, dataset, **kwargs):
         for rid, state in event.snapshot().items():
             states[rid] = {k: v.clone() for k, v in state["tensors"].items()}
         for rid, record in event.records.items():
             records.setdefault(rid, []).append(record)
     return states, records
+
+
+def attached(method, model, shape, seed=0):
+    """One member of `method` on the model: its Trainables."""
+    targets = find_targets(model, shape, method.target_layers())
+    return method.attach(model, targets, [method], [seed])
 
 
 def peft_model(base, spec):
@@ -76,7 +84,7 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world):
     spec = dataclasses.replace(spec, steps=12, lr=8e-3)
     reference = peft_model(base, spec)
     theirs = {n: p for n, p in reference.named_parameters() if p.requires_grad}
-    trainables = spec.method.attach(base.model, spec.model, [spec.method], [spec.seed])
+    trainables = attached(spec.method, base.model, spec.model, spec.seed)
     try:
         ours = trainables.parameters()
         parts = {n: trainables.part_of(n)[0] for n in ours}
@@ -118,7 +126,7 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world):
 def test_adapter_in_peft_format_is_loaded_by_peft(world, tmp_path):
     from peft import PeftModel
 
-    from lorasweep.methods.stacked.linear import save_peft
+    from lorasweep.methods.stacked.peft_export import save_peft
 
     spec, base, dataset = world
     states, records = run_all([spec], base, dataset)
@@ -128,7 +136,7 @@ def test_adapter_in_peft_format_is_loaded_by_peft(world, tmp_path):
     save_peft(tmp_path / "adapter", state, spec.method.rank, spec.method.alpha, "tiny64")
     loaded = PeftModel.from_pretrained(base.model, tmp_path / "adapter").double()
     try:
-        nll = evaluate(loaded, eval_batches(dataset.test, 4096), 1, "fp64")[0]
+        nll = evaluate(loaded, [eval_batches(dataset.test, 4096)], "fp64")[0]
     finally:
         loaded.unload()
     assert nll == pytest.approx(records[spec.id][-1]["test_nll"], abs=1e-9)
@@ -138,13 +146,13 @@ def test_adapter_in_peft_format_is_loaded_by_peft(world, tmp_path):
 def test_step_zero_changes_nothing(world, method):
     spec, base, dataset = world
     batches = eval_batches(dataset.test, 4096)
-    before = evaluate(base.model, batches, 1, "fp64")
-    trainables = method.attach(base.model, spec.model, [method], [0])
+    before = evaluate(base.model, [batches], "fp64")
+    trainables = attached(method, base.model, spec.model)
     try:
-        assert evaluate(base.model, batches, 1, "fp64") == before
+        assert evaluate(base.model, [batches], "fp64") == before
     finally:
         trainables.detach()
-    assert evaluate(base.model, batches, 1, "fp64") == before
+    assert evaluate(base.model, [batches], "fp64") == before
 
 
 @pytest.mark.parametrize(
@@ -163,7 +171,7 @@ def test_every_intended_tensor_gets_a_gradient_and_the_count_is_right(world, met
     """After two updates (B is zero before the first, so A's first gradient is too)."""
     spec, base, dataset = world
     spec = dataclasses.replace(spec, method=method, steps=2)
-    trainables = method.attach(base.model, spec.model, [method], [0])
+    trainables = attached(method, base.model, spec.model)
     try:
         params = trainables.parameters()
         assert sum(p.numel() for p in params.values()) == method.n_trainable(spec.model)
@@ -219,7 +227,7 @@ def test_a_diverging_member_leaves_and_disturbs_nobody(world):
         dataclasses.replace(spec, lr=3.0, steps=14),
     )
     ended = {}
-    for event in train([wild, calm], base, dataset):
+    for event in finetune([wild, calm], base, dataset):
         ended |= {rid: (state, event.step) for rid, (state, _) in event.ended.items()}
     assert ended[wild.id][0] == "diverged" and ended[wild.id][1] < 14
     assert ended[calm.id] == ("done", 14)
@@ -232,7 +240,7 @@ def test_a_diverging_member_leaves_and_disturbs_nobody(world):
 def test_resumed_run_is_bit_identical(world):
     spec, base, dataset = world
     whole, _ = run_all([spec], base, dataset)
-    for event in train([spec], base, dataset):
+    for event in finetune([spec], base, dataset):
         if event.step == 3:
             middle = event.snapshot()
             middle = {
@@ -315,14 +323,14 @@ def test_shipped_base_is_near_its_floor_and_far_from_the_dialects(world):
     """The base knows its language; the dialect is a task: its NLL starts at least 0.3 above the
     floor."""
     spec, base, dataset = world
-    start = evaluate(base.model, eval_batches(dataset.test, 4096), 1, "fp64")[0]
+    start = evaluate(base.model, [eval_batches(dataset.test, 4096)], "fp64")[0]
     language = data.load(
         dataclasses.replace(
             spec.dataset, generator_params={"rule_shift": 0.0, "new_exceptions": 0.0}
         ),
         [],
     )
-    known = evaluate(base.model, eval_batches(language.test, 4096), 1, "fp64")[0]
-    assert known - language.floor_nats < 0.25
-    assert start - dataset.floor_nats > 0.3
+    known = evaluate(base.model, [eval_batches(language.test, 4096)], "fp64")[0]
+    assert known - language.entropy_floor_nats < 0.25
+    assert start - dataset.entropy_floor_nats > 0.3
     assert math.isfinite(start)

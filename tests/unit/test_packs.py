@@ -14,8 +14,8 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.streams import stream
-from lorasweep.train.loop import train
-from lorasweep.train.objectives import sft as loss
+from lorasweep.train.finetune import finetune
+from lorasweep.train.objectives import sft
 from tests.world import tiny_spec
 
 POINTS = 100
@@ -66,7 +66,7 @@ def copied(snapshot):
 def run(pack, base, rows, **kwargs):
     """Train to the end; the last state of each member, and its records."""
     states, records = {}, {}
-    for event in train(pack, base, rows, **kwargs):
+    for event in finetune(pack, base, rows, **kwargs):
         if event.ended:
             states |= copied(event.snapshot())
         for i, record in event.records.items():
@@ -95,14 +95,14 @@ def test_one_step_in_a_pack_is_one_step_alone_at_100_points_of_its_run(world):
     members = {s.id: s for s in pack}
     assert len(members) == 16
     before, wild = None, []
-    for point, event in enumerate(train(pack, base, rows)):
+    for point, event in enumerate(finetune(pack, base, rows)):
         after = copied(event.snapshot())
         wild.append(event.records[pack[0].id]["train_nll"])
         if before is not None:
             alive = [i for i in members if i in before]
             for i in {alive[0], alive[point % len(alive)]}:  # the wild one, and each in turn
                 alone = next(
-                    iter(train([members[i]], other, rows, resume={i: before[i]}))
+                    iter(finetune([members[i]], other, rows, resume={i: before[i]}))
                 ).snapshot()[i]
                 for name, tensor in after[i]["tensors"].items():
                     # gradients of a wild member may be of order 1000
@@ -123,7 +123,7 @@ def test_whole_trajectories_agree_in_float64_below_the_edge(world, text):
     rows = ragged() if text else rows
     pack = mixed(dataclasses.replace(spec, steps=30, batch_size=2), 16)
     together, middle = {}, {}
-    for event in train(pack, base, rows):
+    for event in finetune(pack, base, rows):
         if event.step == 12:
             middle = copied(event.snapshot())
         if event.ended:
@@ -190,7 +190,7 @@ def test_our_passes_are_transformers_own_on_ragged_rows(
         dataclasses.replace(spec, method=m, steps=5, lr=1e-3, seed=k) for k, m in enumerate(methods)
     ]
     ours, _ = run(pack, base, ragged())
-    monkeypatch.setattr(loss, "lean_for", lambda model: None)
+    monkeypatch.setattr(sft, "cpu_llama_for", lambda model: None)
     theirs, _ = run(pack, base, ragged())
     for i, state in ours.items():
         assert worst(state, theirs[i]) < 1e-9

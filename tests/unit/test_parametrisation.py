@@ -12,11 +12,11 @@ from lorasweep.data import load as data
 from lorasweep.errors import DataError, SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.methods.stacked.linear import spectral_norm
+from lorasweep.methods.stacked.spectral import spectral_norm
 from lorasweep.models import load as models
 from lorasweep.spec.run import validate
 from lorasweep.sweep.grid import assignments, fields_of
-from lorasweep.train.loop import train
+from lorasweep.train.finetune import finetune
 from tests.world import compose_request, tiny_spec
 
 
@@ -30,7 +30,7 @@ def run(pack, base):
     """Train a pack; returns {run id: final measures}."""
     rows = data.load(pack[0].dataset, [], None)
     found = {}
-    for event in train(pack, base, rows):
+    for event in finetune(pack, base, rows):
         found |= {i: final for i, (_, final) in event.ended.items()}
     return [found[s.id] for s in pack]
 

@@ -50,7 +50,7 @@ def load(spec: DatasetSpec) -> Data:
         test=test,
         n_train=spec.n_train,
         retain=retain,
-        floor_nats=float(-np.log(p).mean()),
+        entropy_floor_nats=float(-np.log(p).mean()),
     )
 
 

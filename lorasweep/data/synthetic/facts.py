@@ -66,7 +66,9 @@ def load(spec: DatasetSpec) -> Data:
             return _rows(keys, rng.integers(VALUES, size=(rows * row, VALUE)), spec)
 
         test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
-        return Data(generated(spec, spec.train_split, draw), test, n_train=None, floor_nats=None)
+        return Data(
+            generated(spec, spec.train_split, draw), test, n_train=None, entropy_floor_nats=None
+        )
     rng = stream("facts", int(knobs["set"]))
     unseen = spec.n_retain * row
     if count + unseen > KEYS**KEY:
@@ -102,7 +104,7 @@ def load(spec: DatasetSpec) -> Data:
         _rows(keys[shown], values[shown], spec),
         n_train=count // row,
         retain=_rows(keys[count:], values[count:], spec),
-        floor_nats=0.0,
+        entropy_floor_nats=0.0,
     )
 
 

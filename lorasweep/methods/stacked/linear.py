@@ -7,11 +7,9 @@ the members in the batch dimension, [N*B, T, I], member by member, so the model 
 change.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -60,21 +58,24 @@ class StackedAdapters:
 
     def __init__(
         self,
-        base: Any,
-        modules: dict[str, nn.Linear],
+        base: nn.Module,
+        targets: dict[str, nn.Linear],
         methods: Sequence["LoRA"],
         seeds: Sequence[int],
     ) -> None:
-        """Wrap `modules` (name -> module of `base`). A is uniform in +-1/sqrt(I) from the stream
-        named 'init' (PEFT's kaiming_uniform with a = sqrt(5) has that range), B is zero. Members of
-        one rank stand together."""
-        self._base, self._originals, self._wrapped = base, modules, {}
+        """Wrap `targets` (name -> module of `base`), members of one rank side by side.
+
+        A is uniform in +-1/sqrt(I) from the stream named 'init' (PEFT's kaiming_uniform with
+        a = sqrt(5) has that range), B is zero.
+        """
+        self._base, self._originals = base, targets
+        self._wrapped: dict[str, StackedLinear] = {}
         spans = _runs_of_equals([m.rank for m in methods])
         scaling_N = torch.tensor([m.scaling for m in methods], dtype=torch.float64)
         self._lr_b = [m.lr_b_ratio for m in methods]
         for p in base.parameters():
             p.requires_grad_(False)
-        for name, linear in modules.items():
+        for name, linear in targets.items():
             a, b = [], []
             for s in spans:
                 drawn = [_start(m, seed, name, linear) for m, seed in zip(methods[s], seeds[s])]
@@ -207,59 +208,6 @@ def _start(
     return a, b
 
 
-ITERATIONS = 60
-"""Of the power method: within 1% of the largest singular value unless the second is closer than
-that."""
-
-
-@torch.no_grad()
-def spectral_norm(matrix: torch.Tensor) -> float:
-    """Return the largest singular value, by the power method from a fixed start: a whole
-    decomposition of a large model's matrices would take longer than the run."""
-    matrix = matrix.double()
-    v = torch.linspace(1.0, 2.0, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-    for _ in range(ITERATIONS):
-        v = matrix.mT @ (matrix @ (v / torch.linalg.vector_norm(v).clamp_min(1e-300)))
-    return float(
-        torch.linalg.vector_norm(matrix @ (v / torch.linalg.vector_norm(v).clamp_min(1e-300)))
-    )
-
-
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(root.get_submodule(parent) if parent else root, last, module)
-
-
-def save_peft(
-    folder: Path, state: dict[str, torch.Tensor], rank: int, alpha: float, base_name: str
-) -> None:
-    """Write one member (names '<module>.A' [r, I] and '<module>.B' [O, r]) as a folder that
-    PeftModel loads.
-
-    An adapted unembedding is written too; where it is tied to the embedding the adapter must never
-    be merged.
-    """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, modules = {}, set()
-    for name, tensor in state.items():
-        module, _, which = name.rpartition(".")
-        modules.add(module.rpartition(".")[2])
-        tensors[f"base_model.model.{module}.lora_{which}.weight"] = (
-            tensor.detach().cpu().contiguous()
-        )
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(modules),
-        "inference_mode": True,
-        "use_rslora": False,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))

@@ -7,11 +7,14 @@ group, r rank.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from torch import nn
 
 from lorasweep.methods.stacked.linear import StackedLinear
+
+Cast = Callable[[list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
+"""Weights -> they under one another in the compute type, [O, H] and turned round [H, O]."""
 
 
 class Group:
@@ -19,8 +22,8 @@ class Group:
 
     def __init__(
         self,
-        modules: list[Any],
-        cast: Callable[[list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]],
+        modules: list[nn.Linear | StackedLinear],
+        cast: Cast,
         dtype: torch.dtype,
     ) -> None:
         self.weights: list[torch.Tensor] = []

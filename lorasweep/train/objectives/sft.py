@@ -1,154 +1,196 @@
-"""The one loss of every arm: nats per loss-bearing token, a token-weighted mean over a member's
-whole batch.
+"""Supervised fine-tuning: nats per loss-bearing token, a token-weighted mean over a member's batch.
 
 Sums are kept apart from counts and divided once, so micro-batches change nothing but rounding.
-Shapes: N members, X tokens a member, M places a member where the loss looks, H hidden, V
-vocabulary.
+Shapes: N members.
 """
 
-from contextlib import nullcontext
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from lorasweep.data.batches import PAD_TO, Batch, merge, padded
-from lorasweep.models.cpu_llama.decoder import lean_for
-from lorasweep.models.cpu_llama.linears import Group
+from lorasweep.data.batches import Batch, collate, eval_batches, merge, padded
+from lorasweep.data.examples import Data, Example
+from lorasweep.models.cpu_llama.model import cpu_llama_for
+from lorasweep.models.precision import COMPUTE_DTYPES, autocast
+from lorasweep.spec.metric import Metric
+from lorasweep.spec.run import RunSpec
+from lorasweep.train.events import Record
+from lorasweep.train.objectives.base import Evaluation
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-"""Type of the master weights by precision: bf16 is autocast over fp32 weights, in every arm."""
-LOGITS = 1 << 24
-"""Logits in one chunk of the unembedding: 64 MB, large enough for the products, small enough for
-the cache."""
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorasweep.models.load import Base
+
+DIVERGED_NLL_FACTOR = 1.5
+"""A member diverges when its train NLL stays above this multiple of its held-out NLL at step 0 ...
+(relative, because an absolute bound such as 2.0 nats means something else for every model)."""
+DIVERGED_PATIENCE = 8
+"""... for this many updates in a row. Assumption, not tuned."""
+EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
+"""Padded tokens of one member in an evaluation forward on a CPU, of all members on a GPU (where
+whole logits exist). On a CPU it is not divided by the pack's size, so that held-out losses are
+summed over the same rows whatever the pack."""
 
 
-def autocast(precision: str, device: torch.device) -> Any:
-    """Return the context in which transformers' forward passes run."""
-    if precision != "bf16":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+class SupervisedFineTuning:
+    """The objective of every arm: examples with a loss mask, a data set for each run."""
+
+    metric = Metric()
+
+    def __init__(
+        self, data: Mapping[str, Data], precision: str, micro_batch_size: int | None = None
+    ) -> None:
+        """data: run id -> the run's data set; runs may share one.
+
+        micro_batch_size: sequences of one member in a forward pass; None: all of an update.
+        """
+        self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
+        self._nll_start: dict[str, float] = {}
+        self._retain_start: dict[str, float] = {}
+        self._updates_above = dict.fromkeys(data, 0)
+        self._eval_tokens = EVAL_TOKENS
+        self._held_out: dict[tuple[int, int], list[Batch]] = {}
+
+    def start(self, base: "Base", members: Sequence[RunSpec]) -> list[float]:
+        """Measure the NLL of the base, and that of its pretraining task, once a data set."""
+        if next(base.model.parameters()).device.type != "cpu":
+            self._eval_tokens = max(1, GPU_EVAL_TOKENS // len(members))
+        for member in members:
+            data = self._data[member.id]
+            key = f"{member.dataset.canonical}/{self._precision}"
+            for name, examples in ((key, data.test), (f"{key}/retain", data.retain)):
+                if examples and name not in base.start_nll:
+                    batches = [self._batched(examples)]
+                    base.start_nll[name] = evaluate(base.model, batches, self._precision)[0]
+            self._nll_start[member.id] = base.start_nll[key]
+            if data.retain:
+                self._retain_start[member.id] = base.start_nll[f"{key}/retain"]
+        return [self._nll_start[m.id] for m in members]
+
+    def batches(self, model: "nn.Module", step: int, members: Sequence[RunSpec]) -> list[Batch]:
+        """Return the micro-batches of update `step`: rows of like length together."""
+        return [merge(parts) for parts in zip(*(self._rows(m, step) for m in members))]
+
+    def _rows(self, member: RunSpec, step: int) -> list[Batch]:
+        size = member.batch_size
+        rows = min(self._micro_batch_size or size, size)
+        examples = self._data[member.id].train(member.seed, step * size, size)
+        examples = sorted(examples, key=lambda e: len(e.tokens))
+        return [collate(examples[k : k + rows]) for k in range(0, size, rows)]
+
+    def weights(self, batch: Batch) -> torch.Tensor:
+        """Count each member's loss-bearing tokens, [N]."""
+        return torch.from_numpy(batch.weight_NM.sum(1))
+
+    def loss(self, model: "nn.Module", batch: Batch) -> torch.Tensor:
+        """Return the summed NLL in nats of each member, [N]."""
+        return nll_sums(model, batch, self._precision)
+
+    def metrics(self, losses: Sequence[float]) -> list[Record]:
+        """Record the mean loss in nats a token."""
+        return [{"train_nll": nll} for nll in losses]
+
+    def diverged(self, run: str, loss: float) -> bool:
+        """Count updates in a row whose loss is far above the loss before training."""
+        above = loss > DIVERGED_NLL_FACTOR * self._nll_start[run]
+        self._updates_above[run] = self._updates_above[run] + 1 if above else 0
+        return self._updates_above[run] >= DIVERGED_PATIENCE
+
+    def evaluate(
+        self, model: "nn.Module", members: Sequence[RunSpec], final: bool
+    ) -> list[Evaluation]:
+        """Return each member's held-out NLL, and bits a byte where tokens are text."""
+        rows = []
+        for member in members:
+            test, n_curve = self._data[member.id].test, member.dataset.n_test_curve
+            rows.append(test if final else test[:n_curve])
+        nlls = evaluate(model, [self._batched(r) for r in rows], self._precision)
+        found = []
+        for member, nll, examples in zip(members, nlls, rows):
+            measures = {self.metric.name: nll}
+            bytes_per_token = _bytes_per_token(self._data[member.id].test)
+            if bytes_per_token is not None:
+                measures["test_bpb"] = nll / math.log(2) / bytes_per_token
+            found.append(Evaluation(measures, len(examples)))
+        return found
+
+    def at_end(self, model: "nn.Module", members: Sequence[RunSpec]) -> list[Record]:
+        """Measure what is left of the pretraining task, where the data set has rows of it."""
+        if not all(self._data[m.id].retain for m in members):
+            return [{} for _ in members]
+        batches = [self._batched(self._data[m.id].retain) for m in members]
+        return [
+            {"retain_nll": nll, "retain_start": self._retain_start[m.id]}
+            for m, nll in zip(members, evaluate(model, batches, self._precision))
+        ]
+
+    def facts(self, member: RunSpec) -> Record:
+        """Return the loss before training, the data set's floor and its sizes."""
+        data = self._data[member.id]
+        return {
+            "nll_start": self._nll_start[member.id],
+            "floor_nats": data.entropy_floor_nats,
+            "n_test": len(data.test),
+            "n_train": data.n_train,
+        }
+
+    def state(self, run: str) -> dict[str, Any]:
+        """Return the count of updates in a row above the bound of divergence."""
+        return {"above": self._updates_above[run]}
+
+    def load_state(self, run: str, state: dict[str, Any]) -> None:
+        """Take up that count."""
+        self._updates_above[run] = state["above"]
+
+    def _batched(self, examples: Sequence[Example]) -> list[Batch]:
+        """Lay held-out examples out, once: an update's evaluations share them."""
+        key = (id(examples[0]), len(examples))  # the data set is held, so ids are not reused
+        if key not in self._held_out:
+            self._held_out[key] = eval_batches(examples, self._eval_tokens)
+        return self._held_out[key]
 
 
-def nll_sums(model: Any, batch: Batch, precision: str) -> torch.Tensor:
+def nll_sums(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
     """Return the summed NLL in nats of each member, [N], on the model's device.
 
-    Logits are computed only where the loss looks.
+    Logits are computed at the loss positions only.
     """
-    lean = lean_for(model)
-    if lean is None:
-        return _nll_sums_of_any_model(model, batch, precision)
-    dtype = torch.bfloat16 if precision == "bf16" else DTYPES[precision]
-    n, x = batch.tokens_NX.shape
-    hidden_NXH = lean.hidden(batch, dtype)
-    at = torch.from_numpy(batch.places_NM) + torch.arange(n)[:, None] * x
-    h_NMH = lean.normed(hidden_NXH.flatten(0, 1).index_select(0, at.flatten())).view(
-        n, at.shape[1], -1
-    )
-    group = lean.head_group(dtype)
-    weight = torch.from_numpy(batch.weight_NM).to(h_NMH.dtype)
-    return _HeadNll.apply(
-        h_NMH,
-        group,
-        torch.from_numpy(batch.targets_NM),
-        weight,
-        torch.is_grad_enabled(),
-        *group.params,
-    )
-
-
-def _nll_sums_of_any_model(model: Any, batch: Batch, precision: str) -> torch.Tensor:
+    passes = cpu_llama_for(model)
+    if passes is not None:
+        return passes.nll_sums(batch, COMPUTE_DTYPES[precision])
     device = next(model.parameters()).device
-    tokens, places, targets, weight = (torch.from_numpy(a).to(device) for a in padded(batch))
+    tokens, positions, targets, weight = (torch.from_numpy(a).to(device) for a in padded(batch))
     with autocast(precision, device):
-        logits = model(input_ids=tokens, logits_to_keep=places, use_cache=False).logits
+        logits = model(input_ids=tokens, logits_to_keep=positions, use_cache=False).logits
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return (nll * weight.flatten().to(nll.dtype)).view(len(batch.lengths), -1).sum(1)
 
 
-class _HeadNll(torch.autograd.Function):
-    """Unembedding and cross-entropy in chunks: h [N, M, H] -> summed NLL [N], and its gradient in
-    the same pass.
-
-    The whole of the logits never exists: at a vocabulary of 49,152 they are what a small batch
-    spends its time on.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h_NMH: torch.Tensor,
-        group: Group,
-        targets_NM: torch.Tensor,
-        weight_NM: torch.Tensor,
-        grad: bool,
-        *params: torch.Tensor,
-    ) -> torch.Tensor:
-        n, m, _ = h_NMH.shape
-        vocab = group.w_OH.shape[0]
-        need = grad and any(ctx.needs_input_grad)  # the latter is so under no_grad too
-        h = h_NMH.to(group.dtype)
-        sums = torch.zeros(n, dtype=h_NMH.dtype, device=h.device)
-        dh = torch.empty_like(h_NMH) if need else None
-        kept = (
-            torch.empty(n, m, vocab, dtype=h.dtype, device=h.device)
-            if need and group.trained
-            else None
-        )
-        grads: list[torch.Tensor] = []
-        # In fp32 a member's sums are cut at the same rows in every pack; in bf16 rounding is
-        # coarser than that, and a chunk that fits the cache is faster.
-        share = LOGITS // n if h.dtype == torch.bfloat16 else LOGITS
-        rows = max(PAD_TO, share // vocab // PAD_TO * PAD_TO)
-        for c in range(0, m, rows):
-            part = h[:, c : c + rows].contiguous()
-            logits, low = group.forward(part)
-            log_p = F.log_softmax(logits, -1, dtype=h_NMH.dtype)
-            target, weight = targets_NM[:, c : c + rows, None], weight_NM[:, c : c + rows, None]
-            sums -= (log_p.gather(2, target) * weight).sum((1, 2))
-            if dh is None:
-                continue
-            p = log_p.exp_()
-            p.scatter_add_(2, target, -torch.ones_like(weight))
-            dlogits = p if logits.dtype == p.dtype else logits.copy_(p)
-            if not bool(weight.all()):
-                dlogits.mul_(weight)
-            if kept is not None:
-                kept[:, c : c + rows] = dlogits
-            dpart, more = group.backward(dlogits, part, low, weights=False)
-            dh[:, c : c + rows] = dpart
-            grads = more if not grads else [a.add_(b) for a, b in zip(grads, more)]
-        if (
-            kept is not None
-        ):  # one product over all places: sums of rounded chunks would lose digits
-            grads = [
-                torch.mm(kept.view(n * m, -1).T, h.view(n * m, -1)).to(group.trained[0].dtype),
-                *grads,
-            ]
-        ctx.kept = (
-            dh,
-            grads,
-            [slice(None)] * len(group.trained) + [r.members for r in group.ranks for _ in r.params],
-        )
-        return sums
-
-    @staticmethod
-    def backward(ctx: Any, dsums_N: torch.Tensor) -> tuple[Any, ...]:
-        dh, grads, members = ctx.kept
-        ctx.kept = None
-        factor = dsums_N.view(-1, 1, 1)
-        # a gradient without a member axis is a trained weight's: one member
-        scaled = [g * (factor[at] if g.dim() == 3 else dsums_N[0]) for g, at in zip(grads, members)]
-        return dh * factor, None, None, None, None, *scaled
-
-
 @torch.no_grad()
-def evaluate(model: Any, batches: list[Batch], n_members: int, precision: str) -> list[float]:
-    """Return the NLL in nats per loss-bearing token of each member over held-out batches (sum over
-    sum)."""
-    total = torch.zeros(n_members, dtype=torch.float64)
-    for batch in batches:
-        total += nll_sums(model, merge([batch] * n_members), precision).double().cpu()
-    return (total / sum(b.n_loss for b in batches)).tolist()
+def evaluate(model: "nn.Module", batches: Sequence[list[Batch]], precision: str) -> list[float]:
+    """Return each member's NLL in nats per loss-bearing token, from its list of held-out batches.
+
+    A sum over a sum. A member with fewer batches than another repeats its own, uncounted.
+    """
+    total = torch.zeros(len(batches), dtype=torch.float64)
+    for k in range(max(map(len, batches))):
+        merged = merge([own[k % len(own)] for own in batches])
+        counts = torch.tensor([k < len(own) for own in batches])
+        sums = nll_sums(model, merged, precision).double().cpu()
+        total += torch.where(counts, sums, 0.0)
+    n_loss = [sum(b.n_loss for b in own) for own in batches]
+    return (total / torch.tensor(n_loss, dtype=torch.float64)).tolist()
+
+
+def _bytes_per_token(examples: Sequence[Example]) -> float | None:
+    """Return UTF-8 bytes per loss-bearing token; None where tokens are no text."""
+    n_bytes = [e.n_bytes for e in examples if e.n_bytes is not None]
+    if len(n_bytes) < len(examples):
+        return None
+    return sum(n_bytes) / sum(int(e.loss.sum()) for e in examples)

@@ -6,7 +6,7 @@ import math
 from analysis.questions.qualify import qualify, verdict
 from analysis.runs.prefixes import at_step, while_unsolved
 from lorasweep.store.table import load_runs
-from lorasweep.train.loop import eval_steps
+from lorasweep.train.progress import eval_steps
 from tests.planted import GAIN, START
 
 

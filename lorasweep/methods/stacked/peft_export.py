@@ -1,0 +1,44 @@
+"""Write one member's adapter in PEFT's format.
+
+Only writes: refuses to know how the tensors were trained.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+
+def save_peft(
+    folder: Path, state: dict[str, torch.Tensor], rank: int, alpha: float, base_name: str
+) -> None:
+    """Write one member as a folder that PeftModel loads.
+
+    `state`: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]. `alpha` is the numerator
+    of PEFT's scaling alpha/rank. An adapted unembedding is written too; where it is tied to the
+    embedding the adapter must never be merged.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, modules = {}, set()
+    for name, tensor in state.items():
+        module, _, which = name.rpartition(".")
+        modules.add(module.rpartition(".")[2])
+        tensors[f"base_model.model.{module}.lora_{which}.weight"] = (
+            tensor.detach().cpu().contiguous()
+        )
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(modules),
+        "inference_mode": True,
+        "use_rslora": False,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))

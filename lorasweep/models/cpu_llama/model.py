@@ -1,0 +1,152 @@
+"""The one entry to the hand-written passes: a loaded Llama on a CPU, batch -> summed losses.
+
+Weights are cast to the compute type once, and again only when they have changed. Other families and
+devices are refused: `cpu_llama_for` gives None, and transformers' forward is used.
+Shapes: N members, X tokens a member, M loss positions a member, H hidden, O outputs.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+
+from lorasweep.data.batches import Batch
+from lorasweep.methods.stacked.linear import StackedLinear
+from lorasweep.models.cpu_llama.attention import Heads, Rows, rotations, row_class
+from lorasweep.models.cpu_llama.decoder import Layer, LayerWork, Norm
+from lorasweep.models.cpu_llama.head import HeadNll
+from lorasweep.models.cpu_llama.linears import Group
+
+
+class _CastWeights(NamedTuple):
+    versions: list[int]
+    frozen: bool
+    weights: list[torch.Tensor]
+    """Held, so that their ids are not reused."""
+    w_OH: torch.Tensor
+    w_HO: torch.Tensor
+
+
+class CpuLlama:
+    """The hand-written passes of one loaded model. Reads its modules at each call, so adapters
+    may be attached and detached in between."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        self._model = ref(
+            model
+        )  # not the model itself: the registry of these is keyed by it, weakly
+        self.eps, d = config.rms_norm_eps, model.model.layers[0].self_attn.head_dim
+        self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, d)
+        self._casts: dict[tuple[int, ...], _CastWeights] = {}
+        self._turns: dict[torch.dtype, torch.Tensor] = {}
+
+    @property
+    def body(self) -> Any:
+        """The decoder below the unembedding."""
+        return self._model().model
+
+    @property
+    def head(self) -> Any:
+        """The unembedding's module."""
+        return self._model().lm_head
+
+    def cast(
+        self, weights: list[torch.Tensor], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights under one another in the compute type, [O, H], and turned round, [H,
+        O]; made again only when one has changed. Frozen ones in bf16 are turned round in memory,
+        once: the forward product then takes two thirds of the time (LOG.md)."""
+        if len(weights) == 1 and weights[0].dtype == dtype:
+            return weights[0].detach(), weights[0].detach().T
+        key, versions = (*map(id, weights), hash(dtype)), [w._version for w in weights]
+        frozen = dtype == torch.bfloat16 and not any(w.requires_grad for w in weights)
+        kept = self._casts.get(key)
+        if kept is None or kept.versions != versions or kept.frozen != frozen:
+            made = torch.cat([w.detach().to(dtype) for w in weights])
+            turned = made.T.contiguous() if frozen else made.T
+            kept = self._casts[key] = _CastWeights(versions, frozen, weights, made, turned)
+        return kept.w_OH, kept.w_HO
+
+    def nll_sums(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+        """Return the summed NLL in nats of each member, [N], computed in `dtype`.
+
+        Logits are computed at the loss positions only.
+        """
+        n, x = batch.tokens_NX.shape
+        hidden_NXH = self.hidden(batch, dtype)
+        at = torch.from_numpy(batch.loss_positions_NM) + torch.arange(n)[:, None] * x
+        picked = hidden_NXH.flatten(0, 1).index_select(0, at.flatten())
+        normed = Norm.apply(picked, self.body.norm.weight, self.eps)
+        h_NMH = normed.view(n, at.shape[1], -1)
+        group = Group([self.head], partial(self.cast, dtype=dtype), dtype)
+        return HeadNll.apply(
+            h_NMH,
+            group,
+            torch.from_numpy(batch.targets_NM),
+            torch.from_numpy(batch.weight_NM).to(h_NMH.dtype),
+            torch.is_grad_enabled(),
+            *group.params,
+        )
+
+    def hidden(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+        """Return the residual stream after the last layer, [N, X, H], in the master type."""
+        x = self.body.embed_tokens(torch.from_numpy(batch.tokens_NX))
+        length = row_class(max(max(lengths) for lengths in batch.lengths))
+        rows, grad = Rows(batch, self._rotations(length, x, dtype)), torch.is_grad_enabled()
+        cast = partial(self.cast, dtype=dtype)
+        for layer in self.body.layers:
+            work = LayerWork(layer, self.heads, self.eps, cast, dtype, rows)
+            params = work.params()
+            work.keep = grad and (x.requires_grad or bool(params))
+            x = Layer.apply(x, work, *params)
+        return x
+
+    def _rotations(self, length: int, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the rotary positions up to `length` as matrices in the compute type; made once a
+        length."""
+        if len(self._turns.get(dtype, ())) < length:
+            cos, sin = (
+                c[0].to(x.dtype) for c in self.body.rotary_emb(x, torch.arange(length)[None])
+            )
+            self._turns[dtype] = rotations(cos, sin, dtype)
+        return self._turns[dtype]
+
+
+_known: "WeakKeyDictionary[Any, CpuLlama | None]" = WeakKeyDictionary()
+
+
+def cpu_llama_for(model: Any) -> CpuLlama | None:
+    """Return the hand-written passes of `model`; None where transformers' own forward must be used:
+    another family, another device, or modules that are neither nn.Linear nor StackedLinear."""
+    if model not in _known:
+        _known[model] = CpuLlama(model) if _is_plain_llama(model) else None
+    passes = _known[model]
+    return passes if passes is not None and _modules_are_known(passes) else None
+
+
+def _is_plain_llama(model: Any) -> bool:
+    from transformers import LlamaForCausalLM
+
+    if type(model) is not LlamaForCausalLM or next(model.parameters()).device.type != "cpu":
+        return False
+    c = model.config
+    if (c.rope_parameters or {}).get("rope_type", "default") in ("dynamic", "longrope"):
+        return False  # their rotations depend on the longest row
+    return (
+        c.hidden_act == "silu"
+        and not c.attention_bias
+        and not c.mlp_bias
+        and not c.attention_dropout
+    )
+
+
+def _modules_are_known(passes: CpuLlama) -> bool:
+    kinds = (torch.nn.Linear, StackedLinear)
+    for layer in passes.body.layers:
+        a, m = layer.self_attn, layer.mlp
+        linears = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
+        if any(type(linear) not in kinds for linear in linears):
+            return False
+    return type(passes.head) in kinds

@@ -1,0 +1,28 @@
+"""Train a pack by supervised fine-tuning: the loop with the objective of every arm."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from lorasweep.data.examples import Data
+from lorasweep.models.load import Base
+from lorasweep.spec.run import RunSpec
+from lorasweep.store.checkpoint import State
+from lorasweep.train.events import Event
+from lorasweep.train.loop import train
+from lorasweep.train.objectives.sft import SupervisedFineTuning
+
+
+def finetune(
+    pack: Sequence[RunSpec],
+    base: Base,
+    data: Data | Mapping[str, Data],
+    micro_batch_size: int | None = None,
+    resume: dict[str, State] | None = None,
+) -> Iterator[Event]:
+    """Train the runs of `pack` together and yield an Event an update.
+
+    data: one data set for all, or run id -> data set. micro_batch_size: sequences of one member in
+    a forward pass; None: all of an update. resume: run id -> state, as an event's snapshot() gave.
+    """
+    by_run = {s.id: data for s in pack} if isinstance(data, Data) else data
+    objective = SupervisedFineTuning(by_run, pack[0].precision, micro_batch_size)
+    return train(pack, base, objective, resume)
