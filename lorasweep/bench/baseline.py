@@ -32,7 +32,7 @@ from lorasweep.spec.run import RunSpec  # noqa: E402
 from lorasweep.train import pretrain  # noqa: E402
 
 
-def adapted(model: Any, spec: RunSpec, kind: str) -> Any:
+def adapted(model: torch.nn.Module, spec: RunSpec, kind: str) -> torch.nn.Module:
     """Wrap the model by PEFT; full fine-tuning trains it as it is. TRL refuses an adapter on the
     unembedding, so its runs go without one: a little less work than in lorasweep."""
     from peft import LoraConfig, get_peft_model
@@ -70,7 +70,7 @@ def padded_batch(rows: list[Example]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def held_out(model: Any, data: Data, spec: RunSpec) -> float:
+def held_out(model: torch.nn.Module, data: Data, spec: RunSpec) -> float:
     """Return the held-out NLL in nats a token, batches of 8 rows at a large vocabulary, 64 at a
     small one."""
     total, count, size = 0.0, 0, 64 if spec.model.vocab_size < 1000 else 8
@@ -83,7 +83,7 @@ def held_out(model: Any, data: Data, spec: RunSpec) -> float:
     return total / count
 
 
-def loop(model: Any, data: Data, spec: RunSpec) -> None:
+def loop(model: torch.nn.Module, data: Data, spec: RunSpec) -> None:
     """Train by a plain loop over a PEFT model."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -100,7 +100,7 @@ def loop(model: Any, data: Data, spec: RunSpec) -> None:
     model.eval()
 
 
-def sft(model: Any, data: Data, spec: RunSpec, tokenizer: Any) -> None:
+def sft(model: torch.nn.Module, data: Data, spec: RunSpec, tokenizer: Any) -> None:
     """Train by TRL's SFTTrainer on tokenized rows, its own extras (logging, saving, decay,
     clipping) off."""
     import datasets
@@ -156,7 +156,7 @@ def symbols(vocab: int) -> Any:
 def main(kind: str, job_path: str) -> None:
     """Train the runs of a job; print a JSON line a run."""
     warnings.filterwarnings("ignore")
-    import peft  # noqa: F401  here, so that it counts as import and not as training
+    import peft  # here, so that it counts as import and not as training
 
     if kind == "trl":
         from trl import SFTTrainer  # noqa: F401
@@ -181,7 +181,7 @@ def main(kind: str, job_path: str) -> None:
         at.append(time.perf_counter())
         nll = held_out(model, data, spec)
         at.append(time.perf_counter())
-        if hasattr(model, "unload"):
+        if isinstance(model, peft.PeftModel):
             model.unload()
         else:
             base.model.load_state_dict(weights)

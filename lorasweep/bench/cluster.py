@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def wait(folder: Path, runs: int) -> float:
     return time.monotonic() - started
 
 
-def measure(log: Any) -> dict[str, Any]:
+def measure(log: Callable[[str], None]) -> dict[str, Any]:
     """Return first_step_s, command_s, local_s, slurm_s, and jobs_per_h and runs_per_h by runs a
     job."""
     slurm.require()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
+from lorasweep.store.checkpoint import State
 from lorasweep.store.results import checksum
 from lorasweep.store.run_store import RunStore
 from lorasweep.train.events import Event
@@ -55,7 +57,7 @@ def command(*arguments: str, runs_dir: Path) -> tuple[float, dict[str, Any]]:
     return time.perf_counter() - started, json.loads(done.stdout)
 
 
-def nothing(pack: list[RunSpec], exec_: Exec, resume: Any) -> Any:
+def nothing(pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None) -> Iterator[Event]:
     """Train nothing: one record, one result a run."""
     ids = [s.id for s in pack]
     yield Event(
@@ -72,7 +74,7 @@ def start_s() -> float:
         return min(command("action=status", runs_dir=Path(folder))[0] for _ in range(3))
 
 
-def measure(log: Any) -> dict[str, float]:
+def measure(log: Callable[[str], None]) -> dict[str, float]:
     """Return plan_10k_s, noop_run_s, and status_10k_s beyond the same command on one run."""
     with tempfile.TemporaryDirectory() as folder:
         empty, full = Path(folder) / "empty", Path(folder) / "full"
