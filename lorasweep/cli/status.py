@@ -51,7 +51,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     }
     names = run_names(now.points, at_hand | {i for _, i in top.values()})
     running = {p.id: p for p in now.points if states[p.id] == "running"}
-    steps = {i: (store.records(i) or [{"step": 0}])[-1]["step"] for i in running}
+    steps = {i: (store.recent_records(i) or [{"step": 0}])[-1]["step"] for i in running}
     flops_left = now.flops - sum(
         run_flops(p.spec) * steps[i] / p.spec.steps for i, p in running.items()
     )

@@ -144,7 +144,7 @@ def _step_time(
         step_s = result.get("step_s")  # absent where the run diverged or was imported
         return (result["pack_size"], step_s) if step_s and "pack_size" in result else None
     since = env.get("resumed_from_step") or 0
-    steps = [r["step_s"] for r in store.records(rid) if r["step"] > since and "step_s" in r]
+    steps = [r["step_s"] for r in store.recent_records(rid) if r["step"] > since and "step_s" in r]
     if len(steps) < FEWEST_STEPS:
         return None
     return len(env["pack"]), statistics.median(steps[1:])

@@ -25,6 +25,8 @@ STATES = ("missing", "running", "interrupted", "failed", "diverged", "done")
 """Computed from the folder, never stored. missing: never begun. interrupted: begun, and its process
 is gone. diverged is a result; failed is an accident."""
 FINAL = ("done", "diverged")
+RECENT_BYTES = 2**14
+"""How much of the end of a run's records is read by those that watch it; a record has 250 bytes."""
 
 
 class RunStore:
@@ -157,8 +159,20 @@ class RunStore:
 
     def records(self, rid: str) -> list[dict[str, Any]]:
         """Return the records of a run; a torn last line is passed over."""
+        return self._records(rid, 0)
+
+    def recent_records(self, rid: str) -> list[dict[str, Any]]:
+        """Return the last records of a run, some 60: what watching it needs."""
+        start = self.records_size(rid) - RECENT_BYTES
+        return self._records(rid, start) if start > 0 else self.records(rid)
+
+    def _records(self, rid: str, start: int) -> list[dict[str, Any]]:
         try:
-            lines = (self.folder(rid) / "metrics.jsonl").read_bytes().split(b"\n")
+            with open(self.folder(rid) / "metrics.jsonl", "rb") as file:
+                file.seek(start)
+                if start:
+                    file.readline()  # the rest of a line
+                lines = file.read().split(b"\n")
         except FileNotFoundError:
             return []
         found = []

@@ -153,6 +153,21 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
     assert [r["step"] for r in store.records(spec.id)] == [1, 2]
 
 
+def test_watching_reads_the_end_of_the_records_only(tmp_path):
+    store, spec = RunStore(tmp_path), tiny_spec()
+    store.claim(spec)
+    assert store.recent_records(spec.id) == []
+    for step in range(1, 501):
+        store.record(spec.id, {"step": step, "train_nll": 1 / step})
+        if step == 3:
+            assert store.recent_records(spec.id) == store.records(spec.id)
+    with open(tmp_path / spec.id / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 501, "tra')
+    recent, all_records = store.recent_records(spec.id), store.records(spec.id)
+    assert 20 < len(recent) < len(all_records) == 500
+    assert recent == all_records[-len(recent) :]
+
+
 def test_states_are_told_apart(tmp_path):
     store, spec = RunStore(tmp_path), tiny_spec()
     rid = spec.id
