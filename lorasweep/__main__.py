@@ -15,12 +15,12 @@ def main() -> None:
 
     Exit status: 0 done, 1 some runs failed, 2 the request was wrong, 130 stopped.
     """
-    from lorasweep.config import compose
+    from lorasweep.config.folders import conf_dir
 
     if len(sys.argv) == 1:
         from lorasweep.cli.front_page import front_page
 
-        print(front_page(compose.conf_dir()), end="")
+        print(front_page(conf_dir()), end="")
         return
     if sys.argv[1] == "--follow":  # inside the job that follows others
         from lorasweep.cli import follow
@@ -46,10 +46,11 @@ def _run_hydra() -> None:
     from yaml import YAMLError
 
     from lorasweep.config import compose
+    from lorasweep.config.folders import conf_dir
 
     compose.register()
 
-    @hydra.main(config_path=str(compose.conf_dir()), config_name="config", version_base="1.3")
+    @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
     def run(cfg: DictConfig) -> None:
         _act(cfg)
 

@@ -6,7 +6,6 @@ Knows the schema and the groups. Refuses to know torch: composing works on a log
 
 import copy
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,32 +17,23 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
+from lorasweep.config.folders import conf_dir, exec_of
+from lorasweep.config.ignored import refuse_overwritten, refuse_shadows
 from lorasweep.config.schema import ACTIONS, FORMATS, MIRRORS, Config, writable
 from lorasweep.errors import SpecError, unknown
-from lorasweep.launch.slurm import resources as jobs
+from lorasweep.launch.slurm.resources import check as check_cluster
+from lorasweep.launch.slurm.resources import check_pack_size
 from lorasweep.methods.registry import method_classes, spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import from_plain
 from lorasweep.spec.canonical import build
 from lorasweep.spec.dataset import DatasetSpec
-from lorasweep.spec.execution import Exec
+from lorasweep.spec.execution import Cluster
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate
-from lorasweep.sweep.grid import Point, around, expand, fields_of, geom
-from lorasweep.sweep.question import Sweep, check_sweep
+from lorasweep.sweep.grid import Point, around, expand, geom
+from lorasweep.sweep.question import check_sweep
 from lorasweep.sweep.request import Request
-
-
-def conf_dir() -> Path:
-    """Find the shipped configuration: one level up in a checkout, inside the package in a wheel.
-
-    The checkout is looked at first: an editable install leaves a stale copy in site-packages.
-    """
-    here = Path(__file__).resolve().parents[1]
-    for path in (here.parent / "conf", here / "conf"):
-        if (path / "config.yaml").is_file():
-            return path
-    raise SpecError(f"no configuration beside {here}. Reinstall lorasweep.")
 
 
 def register() -> None:
@@ -82,14 +72,6 @@ def compose_request(overrides: Sequence[str]) -> Request:
         return request(cfg)
 
 
-_ENV = {
-    "runs_dir": "LORASWEEP_RUNS",
-    "reports_dir": "LORASWEEP_REPORTS",
-    "models_dir": "LORASWEEP_MODELS",
-    "data_dir": "LORASWEEP_DATA",
-}
-
-
 def request(cfg: DictConfig, settings: Any = None) -> Request:
     """Turn the composed configuration into a checked Request; SpecError lists what is wrong with
     any point.
@@ -98,31 +80,24 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     """
     settings = settings or HydraConfig.get()
     overrides = list(settings.overrides.task)
-    _refuse_shadows(
-        [Path(s.path) for s in settings.runtime.config_sources if s.provider == "command-line"]
-    )
+    sources = settings.runtime.config_sources
+    refuse_shadows([Path(s.path) for s in sources if s.provider == "command-line"])
     choices = settings.runtime.choices
     config = _object(cfg)
     _one_of("action", config.action, ACTIONS)
     _one_of("format", config.format, FORMATS)
     _one_of("mirror", config.mirror, MIRRORS)
-    _places(config.exec)
-    jobs.check(config.cluster)
-    jobs.check_pack_size(config.exec, config.cluster)
+    exec_ = exec_of(dataclasses.asdict(config.exec))
+    cluster = Cluster(**dataclasses.asdict(config.cluster))
+    check_cluster(cluster)
+    check_pack_size(exec_, cluster)
     sweep_name = choices.get("sweep")
+    same = ("action", "format", "mirror", "table", "run", "out", "sample", "watch", "prune")
     common = {
-        "action": config.action,
-        "format": config.format,
-        "mirror": config.mirror,
-        "table": config.table,
-        "run": config.run,
-        "out": config.out,
-        "sample": config.sample,
-        "watch": config.watch,
-        "prune": config.prune,
+        **{name: getattr(config, name) for name in same},
         "scale": config.scale.name,
-        "exec": config.exec,
-        "cluster": config.cluster,
+        "exec": exec_,
+        "cluster": cluster,
         "hardware": _hardware(config),
     }
     base = _run_spec(config)
@@ -145,7 +120,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
         ]
         parts = [_part(rest, name) for name in sweep.parts]
         return Request(**common, sweep_name=sweep_name, sweep=sweep, points=[], parts=parts)
-    _refuse_overwritten(overrides, sweep_name, sweep)
+    refuse_overwritten(overrides, sweep_name, sweep)
     points = expand(base, sweep, _lookup("model", overrides), _lookup("dataset", overrides))
     return Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
 
@@ -192,30 +167,6 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise SpecError(unknown(name, value, allowed))
 
 
-def _places(exec_: Exec) -> None:
-    """Fill places from the environment where the command line left the default, and make them
-    absolute."""
-    for name, variable in _ENV.items():
-        value = getattr(exec_, name)
-        default = getattr(Exec(), name)
-        if value == default and os.environ.get(variable):
-            value = (
-                os.environ[variable].split(os.pathsep)
-                if isinstance(default, list)
-                else os.environ[variable]
-            )
-        one = not isinstance(value, list)
-        paths = [str(Path(p).expanduser().absolute()) for p in ([value] if one else value)]
-        setattr(exec_, name, paths[0] if one else paths)
-    for name in ("max_attempts",):
-        if getattr(exec_, name) < 1:
-            raise SpecError(f"exec.{name}={getattr(exec_, name)}: at least 1.")
-    for name in ("workers", "threads", "micro_batch_size", "pack_size"):
-        value = getattr(exec_, name)
-        if value is not None and value < 1:
-            raise SpecError(f"exec.{name}={value}: at least 1, or null to choose by the machine.")
-
-
 def _hardware(config: Config) -> dict[str, Any]:
     """Check the hardware that was chosen; empty: this machine."""
     if config.hardware == {"name": detect.NAME}:
@@ -256,46 +207,3 @@ def option_names(group: str) -> list[str]:
     from hydra.core.global_hydra import GlobalHydra
 
     return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
-
-
-def _refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
-    """A value given on the command line that every arm's axis replaces would be lost in silence:
-    refuse it."""
-    for text in overrides:
-        key = text.lstrip("+~").partition("=")[0]
-        axis = key.removeprefix("method.")
-        arms = [arm for arm, axes in sweep.arms.items() if axis in fields_of(axes)]
-        if (
-            key == "method"
-            or (axis in fields_of(sweep.axes))
-            or (arms and not key.startswith(("sweep.", "scale.")))
-        ):
-            place = (
-                f"sweep.axes.{axis}"
-                if axis in sweep.axes
-                else f"sweep.arms.{arms[0]}.{axis}"
-                if arms
-                else "arms"
-            )
-            hint = (
-                f"Write {place}=[...] instead."
-                if place != "arms"
-                else "Drop an arm with ~sweep.arms.NAME instead."
-            )
-            raise SpecError(
-                f"{text!r} has no effect on sweep {name!r}, whose grid sets {axis!r}. {hint}"
-            )
-
-
-def _refuse_shadows(user_dirs: list[Path]) -> None:
-    """Hydra takes our file, silently, where a user's --config-dir holds one of the same name:
-    refuse that."""
-    ours = conf_dir()
-    for folder in user_dirs:
-        for path in sorted(folder.rglob("*.yaml")) if folder.is_dir() else []:
-            relative = path.relative_to(folder)
-            if (ours / relative).exists() and not path.samefile(ours / relative):
-                raise SpecError(
-                    f"{path} has the name of a shipped file and would be ignored: rename it "
-                    f"(for example {relative.with_stem('my_' + relative.stem)})."
-                )

@@ -100,8 +100,8 @@ class Config:
     watch: bool = False
     prune: bool = False
     scale: Scale = field(default_factory=Scale)
-    cluster: Cluster = field(default_factory=Cluster)
-    exec: Exec = field(default_factory=Exec)
+    cluster: writable(Cluster) = field(default_factory=writable(Cluster))
+    exec: writable(Exec) = field(default_factory=writable(Exec))
     hardware: dict[str, Any] = field(default_factory=dict)
     sweep: Sweep = field(default_factory=Sweep)
     model: writable(ModelSpec) = field(default_factory=writable(ModelSpec))

@@ -1,9 +1,10 @@
 """Where and how runs are executed: never hashed, no effect on results but rounding."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
-@dataclass
+@dataclass(frozen=True)
 class Exec:
     """Where and how runs are executed: never hashed, no effect on results but rounding."""
 
@@ -31,8 +32,17 @@ class Exec:
     """Try failed runs again."""
     max_attempts: int = 5
 
+    def problems(self) -> Iterator[str]:
+        """Yield settings that mean nothing anywhere."""
+        if self.max_attempts < 1:
+            yield f"exec.max_attempts={self.max_attempts}: at least 1."
+        for name in ("workers", "threads", "micro_batch_size", "pack_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"exec.{name}={value}: at least 1, or null to leave it to the plan."
 
-@dataclass
+
+@dataclass(frozen=True)
 class Cluster:
     """A place to run; never part of a run's identity. One file of conf/cluster/."""
 

@@ -211,7 +211,7 @@ def test_no_worker_is_left_without_a_pack(compose):
     four = dataclasses.replace(CPU, cores=4)
     measured(alone, alone.points[0].spec, ALWAYS, four)
     assert planned(alone, four)[1] == [4] * 4
-    alone.exec.workers = 1
+    alone = dataclasses.replace(alone, exec=dataclasses.replace(alone.exec, workers=1))
     assert planned(alone, four)[1] == [16]
 
 

@@ -1,0 +1,51 @@
+"""Where configuration, runs, reports, weights and data lie: shipped, chosen, or by environment."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from lorasweep.errors import SpecError
+from lorasweep.spec.execution import Exec
+
+ENVIRONMENT = {
+    "runs_dir": "LORASWEEP_RUNS",
+    "reports_dir": "LORASWEEP_REPORTS",
+    "models_dir": "LORASWEEP_MODELS",
+    "data_dir": "LORASWEEP_DATA",
+}
+"""Variables that set a folder which the command line leaves at its default."""
+
+
+def conf_dir() -> Path:
+    """Find the shipped configuration: one level up in a checkout, inside the package in a wheel.
+
+    The checkout is looked at first: an editable install leaves a stale copy in site-packages.
+    """
+    here = Path(__file__).resolve().parents[1]
+    for path in (here.parent / "conf", here / "conf"):
+        if (path / "config.yaml").is_file():
+            return path
+    raise SpecError(f"no configuration beside {here}. Reinstall lorasweep.")
+
+
+def exec_of(values: dict[str, Any]) -> Exec:
+    """Make the checked Exec of a configuration, with absolute folders."""
+    exec_ = Exec(**values)
+    for problem in exec_.problems():
+        raise SpecError(problem)
+    return dataclasses.replace(exec_, **{name: _folder(exec_, name) for name in ENVIRONMENT})
+
+
+def _folder(exec_: Exec, name: str) -> str | list[str]:
+    value, default = getattr(exec_, name), getattr(Exec(), name)
+    from_environment = os.environ.get(ENVIRONMENT[name])
+    if value == default and from_environment:
+        value = from_environment
+        if isinstance(default, list):
+            value = from_environment.split(os.pathsep)
+    return _absolute(value) if isinstance(value, str) else [_absolute(p) for p in value]
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
