@@ -162,11 +162,13 @@ def _study(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
 
-    from analysis.report import study, study_page
+    from analysis.report import front_page, study, study_page
     from analysis.report.text import aligned
 
     if args.write:
-        study_page.write(KEPT, ROOT / "README.md")
+        study_page.write(KEPT)
+        front = ROOT / "README.md"
+        front.write_text(front_page.readme(front.read_text(), KEPT))
         return 0
     parts = study.parts_of([args.reports_dir, KEPT])
     rows = study.rows_of(parts)

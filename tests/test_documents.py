@@ -33,12 +33,12 @@ def test_links_in_documents_lead_somewhere(document):
 
 
 def test_the_pages_of_answers_are_made_from_the_kept_results():
-    from analysis.report import study_page as study
+    from analysis.report import front_page, study, study_page
 
     text = (ROOT / "README.md").read_text()
     kept = ROOT / "analysis" / "results"
-    assert study.readme(text, kept) == text
-    assert (kept / "README.md").read_text() == study.page(study.parts_of([kept]))
+    assert front_page.readme(text, kept) == text
+    assert (kept / "README.md").read_text() == study_page.page(study.parts_of([kept]))
 
 
 def test_the_calibrations_pages_are_made_from_its_figures():

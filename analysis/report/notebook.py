@@ -18,7 +18,7 @@ from analysis.measures.efficiency import of_curves
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions.ratio_answer import Answer, answer_of
-from analysis.report import plots
+from analysis.report import plots_curves
 from analysis.report.commands import WITHIN
 from analysis.report.study import parts_of, rows_of
 from analysis.runs.lr_curves import lr_curves
@@ -162,12 +162,12 @@ def efficiency(runs: pd.DataFrame, found: Answer | Sequence[Optimum]) -> pd.Data
 
 def lr_against_nll(found: Answer | Sequence[Optimum]) -> Any:
     """Show NLL over learning rate with fits and intervals."""
-    return _shown(lambda path: plots.lr_against_nll(_of(found), path))
+    return _shown(lambda path: plots_curves.lr_against_nll(_of(found), path))
 
 
 def learning_curves(runs: pd.DataFrame, found: Answer | Sequence[Optimum]) -> Any:
     """Show held-out NLL over steps."""
-    return _shown(lambda path: plots.learning(runs, _of(found), path))
+    return _shown(lambda path: plots_curves.learning(runs, _of(found), path))
 
 
 def study() -> pd.DataFrame:

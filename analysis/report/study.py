@@ -38,19 +38,19 @@ class Part:
     """One sweep's answer at one scale."""
 
     folder: Path
-    told: dict[str, Any]
+    results: dict[str, Any]
     question: dict[str, Any]
     verdicts: list[Verdict]
 
     @property
     def name(self) -> str:
         """Sweep and scale."""
-        return f"{self.told['sweep']}-{self.told['scale']}"
+        return f"{self.results['sweep']}-{self.results['scale']}"
 
     @property
     def command(self) -> str:
         """What makes it again."""
-        return f"python -m lorasweep +sweep={self.told['sweep']} scale={self.told['scale']}"
+        return f"python -m lorasweep +sweep={self.results['sweep']} scale={self.results['scale']}"
 
     def says(self, claim: str) -> str:
         """A claim in words."""
@@ -64,7 +64,7 @@ class Part:
     def read(self, v: Verdict) -> str:
         """Of which rank and after how many updates a claim was read, in words; empty if there is no
         more to say."""
-        return (self.told.get("read") or {}).get(
+        return (self.results.get("read") or {}).get(
             self.question["claims"].get(v.claim, {}).get("estimand"), ""
         )
 
@@ -121,10 +121,10 @@ class Part:
             for column, what in SPANS.items()
             if table[column].notna().any()
         ]
-        ends = {int(c["steps"]) for c in self.told.get("curves") or [] if c.get("steps")}
+        ends = {int(c["steps"]) for c in self.results.get("curves") or [] if c.get("steps")}
         if table["steps"].nunique() == 1 and ends and max(ends) < table["steps"].max():
             said[-1] += f" (judged after {max(ends)}, when the task was not over yet)"
-        rows = self.told.get("held_out")
+        rows = self.results.get("held_out")
         return ", ".join([*said, *([f"held-out rows {rows}"] if rows else [])])
 
 
@@ -146,23 +146,23 @@ def parts_of(folders: Sequence[Path]) -> list[Part]:
     found: dict[str, Part] = {}
     for root in folders:
         for path in sorted(root.glob("*/results.json")):
-            told = json.loads(path.read_text())
+            results = json.loads(path.read_text())
             question = json.loads((path.parent / "question.json").read_text())
-            verdicts = [_verdict(v) for v in told["verdicts"]]
-            found.setdefault(path.parent.name, Part(path.parent, told, question, verdicts))
+            verdicts = [_verdict(v) for v in results["verdicts"]]
+            found.setdefault(path.parent.name, Part(path.parent, results, question, verdicts))
 
     def place(part: Part) -> tuple[int, str, str]:
-        sweep = part.told["sweep"]
-        return (ORDER.index(sweep) if sweep in ORDER else len(ORDER), sweep, part.told["scale"])
+        sweep = part.results["sweep"]
+        return (ORDER.index(sweep) if sweep in ORDER else len(ORDER), sweep, part.results["scale"])
 
     parts = sorted(found.values(), key=place)
-    corrected = iter(holm([_paid(v, p.question) for p in parts for v in p.verdicts]))
+    corrected = iter(holm([_for_all_looks(v, p.question) for p in parts for v in p.verdicts]))
     return [
-        Part(p.folder, p.told, p.question, [next(corrected) for _ in p.verdicts]) for p in parts
+        Part(p.folder, p.results, p.question, [next(corrected) for _ in p.verdicts]) for p in parts
     ]
 
 
-def _paid(v: Verdict, question: dict[str, Any]) -> Verdict:
+def _for_all_looks(v: Verdict, question: dict[str, Any]) -> Verdict:
     """Raise a verdict's p by what its sweep's looks cost: the level of one look stands for the
     level of all of them."""
     share = (1 - LEVEL) / (1 - look_level(int(question.get("rounds", 1))))
@@ -189,10 +189,10 @@ def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
     """Return the table, its head first: one row a claim, by its name or in words."""
     rows = [list(HEAD)]
     for part in parts:
-        several = len({v.group for v in part.verdicts}) > 1
+        many = len({v.group for v in part.verdicts}) > 1
         for v in part.verdicts:
-            where = f", {v.group}" if several else ""
-            name = f"{part.told['sweep']}: {v.claim}"
+            where = f", {v.group}" if many else ""
+            name = f"{part.results['sweep']}: {v.claim}"
             if words:
                 marks = f"{part.word(v.claim, 'whose') or 'ours'}{', primary' if v.primary else ''}"
                 text = f"{part.says(v.claim)}{where} (`{name}`, {marks})"
@@ -201,11 +201,11 @@ def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
             rows.append(
                 [
                     text,
-                    part.told["scale"],
+                    part.results["scale"],
                     f"{v.expected:g}, within {within(v)}",
                     part.measured(v),
                     v.outcome,
-                    str(part.told.get("runs", "-")),
+                    str(part.results.get("runs", "-")),
                     v.needed or "-",
                 ]
             )

@@ -1,5 +1,6 @@
-"""Rows of cells as text: in columns for a terminal, or as a Markdown table."""
+"""Rows of cells as text, in columns for a terminal or as a Markdown table; blocks of pages."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,3 +34,8 @@ def plain(value: Any) -> Any:
     if value is None or value != value:
         return None
     return value.item() if hasattr(value, "item") else value
+
+
+def text_hash(text: str) -> str:
+    """Hash the inputs of a figure."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from analysis.report import plots
-from analysis.report.text import markdown, with_block
+from analysis.report import plots_validation as plots
+from analysis.report.text import markdown, text_hash, with_block
 
 Bench = dict[str, Any]
 """bench.json: what was measured, by part."""
@@ -171,9 +171,10 @@ def main() -> None:
     """Write README.md and packing.png next to bench.json, and the block in the project's README."""
     project = Path(__file__).resolve().parents[2]
     folder = project / "analysis" / "results" / "bench"
-    bench = json.loads((folder / "bench.json").read_text())
+    text = (folder / "bench.json").read_text()
+    bench = json.loads(text)
     (folder / "README.md").write_text(render(bench))
-    plots.packing(bench["parts"]["steps"]["steps"], folder / "packing.png")
+    plots.packing(bench["parts"]["steps"]["steps"], folder / "packing.png", text_hash(text))
     front = project / "README.md"
     front.write_text(readme(front.read_text(), bench))
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from analysis.inference.estimate import number
-from analysis.report import plots
-from analysis.report.text import markdown, with_block
+from analysis.report import plots_validation as plots
+from analysis.report.text import markdown, text_hash, with_block
 from analysis.validation.calibration import MARGIN
 from analysis.validation.generators import HELD_OUT, INSIDE
 
@@ -281,10 +281,11 @@ def main() -> None:
     """Write page, figures and the README's block."""
     project = Path(__file__).resolve().parents[2]
     folder = project / "analysis" / "results" / "calibration"
-    study = json.loads((folder / "calibration.json").read_text())
+    text = (folder / "calibration.json").read_text()
+    study = json.loads(text)
     (folder / "README.md").write_text(render(study))
-    plots.coverage(_fine(study), folder / "coverage.png")
-    plots.verdict_shares(study["verdicts"], folder / "verdicts.png")
+    plots.coverage(_fine(study), folder / "coverage.png", text_hash(text))
+    plots.verdict_shares(study["verdicts"], folder / "verdicts.png", text_hash(text))
     front = project / "README.md"
     front.write_text(readme(front.read_text(), study))
 

@@ -160,7 +160,7 @@ def study(reports: Path, scale: str, title: str) -> list[str]:
     from analysis.report import study_page
     from analysis.report.text import aligned
 
-    parts = [p for p in answers.parts_of([reports]) if p.told["scale"] == scale]
+    parts = [p for p in answers.parts_of([reports]) if p.results["scale"] == scale]
     path = reports / title / "study.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(study_page.page(parts, "../"))

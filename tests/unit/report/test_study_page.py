@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from analysis.report import study, study_page
+from analysis.report import study, study_claims, study_page
 from analysis.report.report import question_hash
 from lorasweep.sweep.request import question
 
@@ -42,14 +42,14 @@ def test_claims_are_sorted_by_what_became_of_them_over_their_scales(reports):
             v["outcome"], v["p"] = (outcome if v["claim"] == "parity" else "SUPPORTED"), 1e-9
         (reports / f"rank-{scale}/results.json").write_text(json.dumps(told))
     (other / "table.csv").write_bytes((folder / "table.csv").read_bytes())
-    asked = study_page.claims(study.parts_of([reports]))
-    fates = study_page.by_fate(asked)
+    asked = study_claims.claims_of(study.parts_of([reports]))
+    fates = study_claims.by_fate(asked)
     mixed = "Refuted in one answer, undecided in another"
     assert {name: len(mine) for name, mine in fates.items()} == {
-        "Supported on every base that was asked": 3,
+        "Supported on every base": 3,
         mixed: 1,
     }
-    head, _, row = study_page.glance(fates[mixed], study_page.bases(asked))
+    head, _, row = study_claims.glance(fates[mixed], study_claims.bases(asked))
     assert head == "| claim | counts as yes | tiny64 |" and "as fast as full fine-tuning" in row
     assert (
         "**REFUTED** (`smoke`)" in row
@@ -59,10 +59,10 @@ def test_claims_are_sorted_by_what_became_of_them_over_their_scales(reports):
 
 
 @pytest.mark.parametrize(
-    "outcomes", [c for n in (1, 2, 3) for c in itertools.combinations(study_page.OUTCOMES, n)]
+    "outcomes", [c for n in (1, 2, 3) for c in itertools.combinations(study_claims.OUTCOMES, n)]
 )
 def test_every_claim_has_exactly_one_fate(outcomes):
-    assert [is_so(set(outcomes)) for _, is_so in study_page.FATES].count(True) == 1
+    assert [is_so(set(outcomes)) for _, is_so in study_claims.FATES].count(True) == 1
 
 
 def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose):

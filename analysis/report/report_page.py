@@ -1,0 +1,175 @@
+"""report.md: verdicts, the question's sections, optima, and the conditions under which they hold."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from analysis.inference.decide import look_level
+from analysis.inference.estimate import Verdict, number, rate, with_interval
+from analysis.optimum.optimum import Optimum
+from analysis.questions.base import Analysis, Section
+from analysis.report.commands import WITHIN
+from analysis.report.text import markdown as table_of
+from analysis.runs.lr_curves import LrCurve, full_names
+
+PRIMARY = (
+    "Primary claims are corrected for their number in this report. The study's table corrects them "
+    "over all its sweeps, so a claim that is decided here may be open there."
+)
+CONDITIONS = {
+    "batch_size": "sequences an update",
+    "steps": "updates",
+    "schedule": "schedule",
+    "precision": "precision",
+    "alpha": "LoRA alpha",
+    "layers": "LoRA layer sets",
+    "hidden_size": "hidden size",
+    "seed": "seeds",
+}
+"""Columns of a table whose values a report lists."""
+
+
+def markdown(
+    found: Analysis,
+    question: dict[str, Any],
+    table: pd.DataFrame,
+    claims_hash: str,
+    has_curves: bool,
+) -> str:
+    """Write the report. has_curves: learning.png is there."""
+    name, scale = question["name"], question["scale"]
+    out = [f"# {name} at scale {scale}", "", f"**{question['question']}**", ""]
+    if question["source"]:
+        out += [f"Source of the claim: {question['source']}.", ""]
+    out += ["## Verdicts", "", *table_of(verdict_rows(found.verdicts, question)), ""]
+    if any(v.primary for v in found.verdicts):
+        out += [PRIMARY, ""]
+    for section in found.sections:
+        out += _section(section)
+    if found.optima:
+        out += ["## Optima", "", *table_of(optima_rows(found.optima)), ""]
+        out += ["![LR against NLL](lr_nll.png)", "", *_noise(found.optima)]
+    if has_curves:
+        out += ["## Learning curves", "", "![learning curves](learning.png)", ""]
+    out += _conditions([o.curve for o in found.optima], table)
+    out += [
+        f"- runs: {len(table)} in table.parquet and table.csv; hash of claims and margins {claims_hash}",
+        f"- what is measured at scale {scale} is claimed for that scale only",
+        "",
+        f"Command: `python -m lorasweep +sweep={name} scale={scale}`",
+    ]
+    return "\n".join(out) + "\n"
+
+
+def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[list[str]]:
+    """Return one row a verdict, the head first."""
+    percent = f"{100 * look_level(int(question.get('rounds', 1))):.3g}%"
+    head = ["claim", "model and data", "verdict", f"measured [{percent}]", "expected", "margin"]
+    return [
+        [*head, "why", "needed"],
+        *(
+            [
+                v.claim + (" (primary)" if v.primary else ""),
+                v.group,
+                f"**{v.outcome}**",
+                with_interval(v.estimate),
+                f"{v.expected:g}",
+                f"[{v.margin[0]:g}, {v.margin[1]:g}]",
+                v.why,
+                v.needed or "-",
+            ]
+            for v in verdicts
+        ),
+    ]
+
+
+def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
+    """Return one row a curve, the head first: the optimum, the low-regret band, the best loss."""
+    head = ["curve", "model and data", "best LR [95%]", f"within {WITHIN:g} nats", "best NLL"]
+    names = full_names([o.curve for o in optima])
+    return [
+        [*head, "runs", "not fitted", "flags"],
+        *(
+            [
+                name,
+                o.curve.group,
+                with_interval(o.best_lr, rate),
+                band_text(o.band(WITHIN)),
+                number(o.best_nll, 5),
+                str(len(o.curve.x)),
+                str(int((~o.curve.usable).sum())),
+                ", ".join(o.flags) or "-",
+            ]
+            for o, name in zip(optima, names)
+        ),
+    ]
+
+
+def band_text(band: Sequence[float] | None) -> str:
+    """Write a band of learning rates."""
+    return "-" if not band else f"{rate(band[0])} to {rate(band[1])}"
+
+
+def _section(section: Section) -> list[str]:
+    out = [f"## {section.title}", ""]
+    out += [*table_of(section.rows), ""] if section.rows else []
+    out += [*section.text, ""] if section.text else []
+    if section.panels:
+        out += [f"![{section.caption or section.title}]({section.figure})", ""]
+    return out
+
+
+def _noise(optima: Sequence[Optimum]) -> list[str]:
+    pooled = next((o.pooled for o in optima if o.pooled is not None), None)
+    if pooled is None:
+        return []
+    return [
+        f"Noise of one run, pooled over the sweep: {pooled.noise:.2g} nats at the bottom of a "
+        f"valley, {pooled.df} degrees of freedom. Misfit of the family's curvature: "
+        f"{100 * pooled.misfit:.0f}%. Crosses on the top line are no part of the fit: these runs "
+        "diverged, ended no better than the untrained model, or lie beyond such a rate.",
+        "",
+    ]
+
+
+def _conditions(curves: Sequence[LrCurve], table: pd.DataFrame) -> list[str]:
+    """State under which conditions the numbers hold."""
+    out = ["## Conditions", ""]
+    for column, label in CONDITIONS.items():
+        if column in table:
+            values = sorted(str(v) for v in table[column].dropna().unique())
+            out.append(f"- {label}: {', '.join(values)}")
+    out.append(
+        "- LoRA at the start, where nothing else is said: A uniform in +-1/sqrt(d_in), B zero; "
+        "one learning rate for both; AdamW"
+    )
+    for where, c in {f"{c.key['model']} on {c.key['dataset']}": c for c in curves}.items():
+        start, floor = number(c.nll_start, 5), number(c.floor, 5)
+        out.append(f"- {where}: NLL before training {start}, floor of the task {floor}")
+    rows = held_out(table)
+    if rows:
+        out.append(f"- held-out rows: {rows}")
+    if "base_sha256" in table:
+        bases = table[["model", "base_sha256"]].dropna().drop_duplicates().values
+        out.append(f"- base weights, sha256: {', '.join(f'{m} {sha[:12]}' for m, sha in bases)}")
+    return out
+
+
+def held_out(table: pd.DataFrame) -> str:
+    """Return how many held-out rows the last evaluation and those before it use; empty if unknown.
+
+    They are the same rows in all runs.
+    """
+    if not {"spec", "result"} <= set(table.columns):
+        return ""
+    pairs = set()
+    for spec, result in zip(table["spec"], table["result"]):
+        dataset, n_test = json.loads(spec)["dataset"], json.loads(result).get("n_test")
+        if dataset["location"] != "facts" and n_test:  # of facts, the trained ones are read
+            pairs.add((n_test, min(dataset["n_test_curve"], n_test)))
+    if not pairs:
+        return ""
+    last, before = (" or ".join(f"{n:,}" for n in sorted(set(ns))) for ns in zip(*pairs))
+    return f"{last} at the end, {before} for learning curves"

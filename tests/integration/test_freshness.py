@@ -1,0 +1,135 @@
+"""What is kept is what today's code makes of the kept tables: verdicts, numbers, pages, figures.
+
+Words are compared exactly, numbers to a tolerance: the last digits differ between processors.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from analysis.questions.registry import analyse
+from analysis.report import report
+from analysis.report.plots import INPUTS
+from analysis.report.text import text_hash
+from analysis.runs.table import read
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "analysis" / "results"
+FOLDERS = sorted(p.parent for p in KEPT.glob("*/table.parquet"))
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+RELATIVE = 1e-3
+ROUNDED = 1.01
+"""Printed numbers may differ by one in the last digit that both print."""
+
+pytestmark = pytest.mark.xdist_group("freshness")
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """Every kept table analysed once: folder name -> (table, question, analysis)."""
+    found = {}
+    for folder in FOLDERS:
+        table, question = read(folder / "table.parquet"), _json(folder / "question.json")
+        found[folder.name] = table, question, analyse(table, question, KEPT)
+    return found
+
+
+def _json(path):
+    return json.loads(path.read_text())
+
+
+def _unit(number):
+    """The value of one in the last printed digit."""
+    digits, _, exponent = number.partition("e")
+    return 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
+
+
+def differing_text(a, b):
+    """The first place where two texts differ by more than a last digit; empty if they agree."""
+    for x, y in zip(a.splitlines(), b.splitlines()):
+        numbers = list(zip(NUMBER.findall(x), NUMBER.findall(y)))
+        near = all(
+            abs(float(m.replace(",", "")) - float(n.replace(",", "")))
+            <= ROUNDED * max(_unit(m), _unit(n))
+            for m, n in numbers
+            if m != n
+        )
+        if NUMBER.sub("#", x) != NUMBER.sub("#", y) or not near:
+            return f"{x}\n{y}"
+    return "" if a.count("\n") == b.count("\n") else "one has more lines"
+
+
+def differing(a, b, where=""):
+    """Paths at which two plain values differ: other words, or numbers beyond the tolerance."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [d for k in a for d in differing(a[k], b[k], f"{where}.{k}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for k, (x, y) in enumerate(zip(a, b)) for d in differing(x, y, f"{where}[{k}]")]
+    if isinstance(a, float | int) and isinstance(b, float | int):
+        same = math.isclose(a, b, rel_tol=RELATIVE, abs_tol=1e-12) or (a != a and b != b)
+    elif isinstance(a, str) and isinstance(b, str):
+        same = not differing_text(a, b)
+    else:
+        same = a == b
+    return [] if same else [f"{where}: {a} is not {b}"]
+
+
+def test_the_comparison_sees_a_word_and_a_number():
+    line = "SUPPORTED: measured 10.2 [9.1, 11.4] over 1,024 rows"
+    assert not differing_text(line, line.replace("10.2", "10.3"))
+    assert differing_text(line, line.replace("10.2", "10.4"))
+    assert differing_text(line, line.replace("SUPPORTED", "REFUTED"))
+    assert differing_text(line, line.replace("1,024", "1,034"))
+    assert differing({"a": [1.0, "x"]}, {"a": [1.0002, "x"]}) == []
+    assert differing({"a": [1.0, "x"]}, {"a": [1.002, "x"]})
+    assert differing({"a": 1.0}, {"b": 1.0}) and differing({"a": None}, {"a": 1.0})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
+def test_kept_answers_are_what_their_tables_say_today(fresh, folder):
+    table, question, analysis = fresh[folder.name]
+    today = json.loads(json.dumps(report.results_of(analysis, question, table)))
+    kept = _json(folder / "results.json")
+    outcomes = [
+        {(v["claim"], v["group"]): v["outcome"] for v in results["verdicts"]}
+        for results in (today, kept)
+    ]
+    assert outcomes[0] == outcomes[1]
+    assert differing(today, kept) == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
+def test_kept_reports_are_rendered_from_their_answers(fresh, folder):
+    table, question, analysis = fresh[folder.name]
+    today = report.render(analysis, question, table)
+    assert not differing_text(today, (folder / "report.md").read_text())
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
+def test_kept_figures_were_drawn_from_the_kept_runs_and_results(fresh, folder):
+    table, _, analysis = fresh[folder.name]
+    wanted = {s.figure for s in analysis.sections if s.panels}
+    wanted |= {"lr_nll.png"} if analysis.optima else set()
+    figures = {p.name: p for p in folder.glob("*.png")}
+    assert wanted <= figures.keys()
+    linked = re.findall(r"\]\((\w+\.png)\)", (folder / "report.md").read_text())
+    assert figures.keys() == set(linked)
+    inputs = report.inputs_hash(table, (folder / "results.json").read_text())
+    assert {name: _inputs(p) for name, p in figures.items()} == dict.fromkeys(figures, inputs)
+
+
+def _inputs(path):
+    with Image.open(path) as image:
+        return image.info.get(INPUTS)
+
+
+@pytest.mark.parametrize("name", ["calibration", "bench"])
+def test_figures_of_the_validation_were_drawn_from_its_numbers(name):
+    inputs = text_hash((KEPT / name / f"{name}.json").read_text())
+    figures = list((KEPT / name).glob("*.png"))
+    assert figures and {_inputs(p) for p in figures} == {inputs}
+
