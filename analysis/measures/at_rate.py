@@ -1,0 +1,53 @@
+"""The loss that a curve's runs have at a rate which somebody prescribes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.measures.at_best import NEAR, AtBest, weights
+from analysis.optimum.optimum import Optimum
+
+
+@dataclass(frozen=True)
+class AtRate:
+    """Losses at a prescribed rate, and at others that are as likely to be meant."""
+
+    losses: AtBest[float]
+    read_at: list[float]
+    """The tried rates that the first was read from."""
+    near_broken: list[bool]
+    """Of each rate: whether it lies next to one that diverged, so that the loss may be higher."""
+
+
+def losses_at(o: Optimum | None, rates: Sequence[float]) -> AtRate:
+    """Return a curve's loss by seed at the first of the rates, and at the others, which are as
+    likely; interpolated in ln(rate)."""
+    found = [_at(o, at) for at in rates] if o is not None else []
+    if not found:
+        return AtRate(AtBest({}), [], [])
+    losses = AtBest(found[0][0], tuple(by_seed for by_seed, *_ in found[1:]))
+    return AtRate(losses, sorted(found[0][1]), [near for *_, near in found])
+
+
+def _at(o: Optimum, at: float) -> tuple[dict[int, float], set[float], bool]:
+    c, losses, used, near = o.curve, {}, set(), False
+    heights = {x: float(np.mean(c.y[c.usable & (c.x == x)])) for x in c.x[c.usable]}
+    for seed in sorted(set(c.seed)):
+        of_seed = c.seed == seed
+        mine = dict(zip(c.x[of_seed], zip(c.y[of_seed], c.usable[of_seed])))
+        found = weights(list(mine), math.log(at), {x: heights.get(x, math.inf) for x in mine})
+        broken = not all(mine[x][1] for x in found)
+        if len(found) == 1 or broken:  # at a tried rate, outside of them, or next to a broken one
+            nearest = min(mine, key=lambda x: abs(x - math.log(at)))
+            if abs(nearest - math.log(at)) > NEAR:
+                continue
+            found, near = {nearest: 1.0}, near or (broken and mine[nearest][1])
+        # at a rate that diverged one would keep the base, so the whole gain is given up
+        losses[int(seed)] = sum(
+            w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start)
+            for x, w in found.items()
+        )
+        used |= {math.exp(x) for x in found}
+    return losses, used, near

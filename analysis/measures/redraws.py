@@ -1,0 +1,104 @@
+"""Do ranks start alike? Held against what another random draw of A makes of one and the same rank.
+
+All ranks train at one rate, each from more than one draw of A.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.estimate import Estimate, from_draws
+from analysis.runs.learning_curves import by_run, same_rows
+
+RESAMPLES = 2000
+Draws = dict[int, dict[int, np.ndarray]]
+"""Losses by rank and seed: one row a draw of A, one column a step."""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """One rank against the highest."""
+
+    rank: int
+    difference: np.ndarray
+    """Its mean loss less the highest rank's, nats, by step."""
+    band: np.ndarray
+    """Half width of what redraws of A make of the difference of two runs (95%), by step."""
+    leaves: float
+    """The step at which it leaves the band; infinite if never."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How alike the ranks start."""
+
+    lr: float
+    top: int
+    """The highest rank, that the others are compared with."""
+    steps: list[float]
+    ranks: list[Apart]
+    first: Estimate
+    """The step at which the first rank leaves."""
+
+
+def start_of(table: pd.DataFrame, top: int) -> Start | None:
+    """Compare ranks with the highest one, at the rate at which A was drawn again; None without
+    redraws at two ranks."""
+    part = table[table["method"] == "lora"]
+    rates = part.loc[part["init_seed"].fillna(0) > 0, "lr"].unique()
+    found: dict[int, dict[int, list[dict[float, float]]]] = {}
+    for run, points in by_run(part[part["lr"].isin(rates)]).items():
+        rank, seed = int(part.at[run, "rank"]), int(part.at[run, "seed"])
+        found.setdefault(rank, {}).setdefault(seed, []).append(dict(same_rows(points)))
+    again = {
+        r: {s: draws for s, draws in seeds.items() if len(draws) > 1} for r, seeds in found.items()
+    }
+    again = {r: seeds for r, seeds in again.items() if seeds}
+    if top not in again or len(again) < 2:
+        return None
+    curves = [c for seeds in again.values() for draws in seeds.values() for c in draws]
+    steps = sorted(set.intersection(*map(set, curves)))
+    drawn = {
+        r: {s: np.array([[c[t] for t in steps] for c in draws]) for s, draws in seeds.items()}
+        for r, seeds in again.items()
+    }
+    spread = {
+        r: np.mean([np.var(c, 0, ddof=1) for c in seeds.values()], 0) for r, seeds in drawn.items()
+    }
+    band = {r: 1.96 * np.sqrt(spread[r] + spread[top]) for r in drawn}
+    ranks = [_apart(r, drawn, band[r], top, steps) for r in sorted(drawn.keys() - {top})]
+    return Start(float(rates[0]), top, steps, ranks, _first_to_leave(drawn, band, steps))
+
+
+def _apart(rank: int, drawn: Draws, band: np.ndarray, top: int, steps: Sequence[float]) -> Apart:
+    both = sorted(drawn[rank].keys() & drawn[top].keys())
+    apart = np.mean([drawn[rank][s].mean(0) - drawn[top][s].mean(0) for s in both], 0)
+    return Apart(rank, apart, band, _leaves(apart, band, steps))
+
+
+def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> float:
+    """Return the first step from which two evaluations in turn (or the last one) lie outside of the
+    band; infinite if none."""
+    out = np.abs(apart) > band
+    twice = [i for i in range(len(steps)) if out[i] and (i + 1 == len(steps) or out[i + 1])]
+    return steps[twice[0]] if twice else math.inf
+
+
+def _first_to_leave(drawn: Draws, band: dict[int, np.ndarray], steps: Sequence[float]) -> Estimate:
+    """Return the step at which the first rank leaves, its interval by a bootstrap over seeds and,
+    within them, draws of A. A rank that never leaves counts as twice the last step."""
+    top, rng = max(drawn), np.random.default_rng(20251126)
+    seeds = sorted(set.intersection(*(set(v) for v in drawn.values())))
+    found = []
+    for _ in range(RESAMPLES):
+        mine = rng.choice(seeds, len(seeds))
+        mean = {
+            r: np.mean([c[s][rng.integers(0, len(c[s]), len(c[s]))].mean(0) for s in mine], 0)
+            for r, c in drawn.items()
+        }
+        found.append(min(_leaves(mean[r] - mean[top], band[r], steps) for r in drawn if r != top))
+    n = sum(len(draws) for by_seed in drawn.values() for draws in by_seed.values())
+    return from_draws(np.minimum(np.array(found), 2.0 * steps[-1]), n)
