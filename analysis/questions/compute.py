@@ -12,6 +12,7 @@ of a short run is higher, and one arm alone may not have it.
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from analysis.inference.estimate import (
     rate,
     with_interval,
 )
-from analysis.inference.seeds import pooled_variance
+from analysis.inference.seeds import PooledVariance
 from analysis.measures.at_best import AtBest, values_at_best
 from analysis.measures.efficiency import at_best, log_rho, rho
 from analysis.optimum.fit import fit_all
@@ -39,8 +40,13 @@ from analysis.questions.base import (
     Series,
     correct,
     fewest_seeds,
+    full_of,
     gates_on,
     judge_claims,
+    lora_of,
+    missing_arm,
+    pooled_over,
+    without_an_arm,
 )
 from analysis.runs.learning_curves import Points, learning_curves
 from analysis.runs.lr_curves import lr_curves, runs_of
@@ -67,150 +73,154 @@ def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
     return (4 * p + 6 * n_trainable) / (6 * p)
 
 
+@dataclass(frozen=True)
+class _Reached:
+    """How a rank gets to the loss."""
+
+    optimum: Optimum
+    length: int
+    """Updates of the runs whose best rate it has."""
+    points: AtBest[Points]
+    """Learning curves at that rate."""
+
+
+HEAD = (
+    "rank",
+    "operations an update",
+    "seconds an update [95%]",
+    "best rate to FullFT's loss [95%]",
+    "of runs of",
+    "updates to it [95%]",
+    "operations to it [95%]",
+    "seconds to it [95%]",
+)
+LINES = {
+    "flops_per_step": "operations an update",
+    "seconds_per_step": "seconds an update",
+    "flops_to_loss": "operations to FullFT's loss",
+    "seconds_to_loss": "seconds to FullFT's loss",
+}
+
+
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge operations and seconds, per update and to one loss of full fine-tuning, at the highest
     rank."""
     table, cut = while_unsolved(table)
     optima = fit_all(lr_curves(table))
-    group = optima[0].curve.group
-    full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
-    lora = [o for o in optima if o.curve.key["method"] == "lora"]
-    missing = "fullft" if full is None else "lora" if not lora else ""
-    if missing:
-        none = dict.fromkeys(ESTIMANDS, (Estimate(None), gates_on([], missing)))
-        return Analysis(optima, judge_claims(question, none, LOG_ESTIMANDS, group))
-    short = max((s for s in steps_seen(table) if s <= table["steps"].max() * SHARE), default=0)
+    full, lora, group = full_of(optima), lora_of(optima), optima[0].curve.group
+    if full is None or not lora:
+        missing = missing_arm(full, lora)
+        return without_an_arm(question, optima, missing, ESTIMANDS, LOG_ESTIMANDS, group)
+    last = table["steps"].max()
+    short = max((s for s in steps_seen(table) if s <= last * SHARE), default=0)
     aim, goal = _goal(table, short)
-    level = (
-        float(np.mean([points[-1][1] for points in goal.best.values()])) if goal.best else -np.inf
-    )
-    tuned = _to_loss(table, optima, level)
-    pooled = pooled_variance(
-        [list(log_rho(goal, points).best.values()) for _, _, points in tuned.values()]
-    )
-    base = [r["step_s"] for r in _timed(table, "fullft", None)]
-    rows = [
-        [
-            "rank",
-            "operations an update",
-            "seconds an update [95%]",
-            "best rate to FullFT's loss [95%]",
-            "of runs of",
-            "updates to it [95%]",
-            "operations to it [95%]",
-            "seconds to it [95%]",
-        ]
-    ]
-    told: dict[int, dict[str, Estimate]] = {}
-    for o in lora:
-        rank = int(o.curve.key["rank"])
-        row = runs_of(table, o.curve).iloc[0]
-        a_step = flops_ratio(json.loads(row["spec"]), int(row["n_trainable"]))
-        seconds = _ratio_of_times([r["step_s"] for r in _timed(table, "lora", rank)], base)
-        at, length, points = tuned[rank]
-        steps = rho(
-            goal, points, pooled
-        )  # LoRA's updates to full fine-tuning's loss over the latter's
-        told[rank] = {
-            "flops_per_step": exactly(a_step),
-            "seconds_per_step": seconds,
-            "steps": steps,
-            "flops_to_loss": _times(steps, exactly(a_step)),
-            "seconds_to_loss": _times(steps, seconds),
-        }
-        rows.append(
-            [
-                str(rank),
-                number(a_step),
-                with_interval(seconds),
-                with_interval(at.best_lr, rate),
-                str(length),
-                *(
-                    with_interval(told[rank][k])
-                    for k in ("steps", "flops_to_loss", "seconds_to_loss")
-                ),
-            ]
-        )
-    top = max(told)
-    best, _, highest = tuned[top]
-    rests = [*([aim] if aim else []), best]
-    gates = gates_on(rests, "" if aim else "full fine-tuning's shorter runs")
-    if any(
-        highest.best[s][-1][1] > goal.best[s][-1][1] for s in highest.best.keys() & goal.best.keys()
-    ):
-        gates = [*gates, "LoRA does not reach the loss within its run"]
-    busy = _busy([base, [r["step_s"] for r in _timed(table, "lora", top)]])
-    stops = {
-        "flops_per_step": [],
-        "seconds_per_step": busy,
-        "flops_to_loss": gates,
-        "seconds_to_loss": gates + busy,
+    at_goal = [points[-1][1] for points in goal.best.values()]
+    level = float(np.mean(at_goal)) if at_goal else -np.inf
+    reached = _to_loss(table, optima, level)
+    pooled = pooled_over(log_rho(goal, r.points) for r in reached.values())
+    costs = {
+        int(o.curve.key["rank"]): _costs(table, o, goal, reached[int(o.curve.key["rank"])], pooled)
+        for o in lora
     }
-    measured = {k: (told[top][k], stops[k]) for k in ESTIMANDS}
-    verdicts = judge_claims(question, measured, LOG_ESTIMANDS, group, fewest_seeds(rests))
-    verdicts = correct(verdicts, question)
-    ranks = sorted(told)
-    text = [
-        f"The claims are judged at rank {top}. The loss to be reached is full fine-tuning's after {short} updates; "
-        "with a rank that does not reach it, what both reach. Each method has the rate that is best for runs of the length "
-        "at which it gets there. Peak memory is measured in the "
-        "benchmark, beside what the plan reckons with.",
-        *([cut] if cut else []),
-    ]
-    panel = Panel(
-        group,
-        "rank",
-        "LoRA / FullFT",
-        [
-            Series(
-                name,
-                ranks,
-                *([getattr(told[r][k], part) for r in ranks] for part in ("value", "low", "high")),
-            )
-            for name, k in (
-                ("operations an update", "flops_per_step"),
-                ("seconds an update", "seconds_per_step"),
-                ("operations to FullFT's loss", "flops_to_loss"),
-                ("seconds to FullFT's loss", "seconds_to_loss"),
-            )
-        ],
-        log_x=True,
-        log_y=True,
-        band=(0.6, 0.75),
-        ticks=[(r, str(r)) for r in ranks],
-        lines={"equal": 1.0},
-    )
-    sections = [
-        Section(
-            "Compute",
-            rows,
-            text,
-            "compute.png",
-            [panel],
-            "operations and seconds, LoRA over full fine-tuning",
-        )
-    ]
-    to = f"rank {top}, the loss of full fine-tuning after {short} of {table['steps'].max():g} updates"
+    top = max(costs)
+    rests = [*([aim] if aim else []), reached[top].optimum]
+    gates = gates_on(rests, "" if aim else "full fine-tuning's shorter runs")
+    highest = reached[top].points.best
+    if any(highest[s][-1][1] > goal.best[s][-1][1] for s in highest.keys() & goal.best.keys()):
+        gates = [*gates, "LoRA does not reach the loss within its run"]
+    busy = _busy([_seconds(table, "fullft"), _seconds(table, "lora", top)])
+    measured = {
+        "flops_per_step": (costs[top]["flops_per_step"], []),
+        "seconds_per_step": (costs[top]["seconds_per_step"], busy),
+        "flops_to_loss": (costs[top]["flops_to_loss"], gates),
+        "seconds_to_loss": (costs[top]["seconds_to_loss"], gates + busy),
+    }
+    seeds = fewest_seeds(rests)
+    verdicts = correct(judge_claims(question, measured, LOG_ESTIMANDS, group, seeds), question)
+    to = f"rank {top}, the loss of full fine-tuning after {short} of {last:g} updates"
     measures = {
-        "compute": {str(r): {k: e.plain() for k, e in v.items()} for r, v in told.items()},
-        "lengths": {str(r): length for r, (_, length, _) in tuned.items()},
+        "compute": {str(r): {k: e.plain() for k, e in v.items()} for r, v in costs.items()},
+        "lengths": {str(rank): r.length for rank, r in reached.items()},
         "read": {
             **dict.fromkeys(ESTIMANDS, f"rank {top}"),
             "flops_to_loss": to,
             "seconds_to_loss": to,
         },
     }
-    return Analysis(optima, verdicts, sections, measures, {group: [full, *lora]})
+    section = _section(group, costs, reached, top, short, [cut] if cut else [])
+    return Analysis(optima, verdicts, [section], measures, {group: [full, *lora]})
 
 
-def _timed(table: pd.DataFrame, method: str, rank: int | None) -> list[pd.Series]:
-    """Runs whose median update was recorded."""
-    part = (
-        table[(table["method"] == method) & table["step_s"].notna()]
-        if "step_s" in table
-        else table.iloc[:0]
+def _costs(
+    table: pd.DataFrame,
+    o: Optimum,
+    goal: AtBest[Points],
+    reached: _Reached,
+    pooled: PooledVariance | None,
+) -> dict[str, Estimate]:
+    """Return what a rank costs over what full fine-tuning costs."""
+    row = runs_of(table, o.curve).iloc[0]
+    operations = exactly(flops_ratio(json.loads(row["spec"]), int(row["n_trainable"])))
+    rank = int(o.curve.key["rank"])
+    seconds = _ratio_of_times(_seconds(table, "lora", rank), _seconds(table, "fullft"))
+    steps = rho(goal, reached.points, pooled)  # LoRA's updates over full fine-tuning's
+    return {
+        "flops_per_step": operations,
+        "seconds_per_step": seconds,
+        "steps": steps,
+        "flops_to_loss": _times(steps, operations),
+        "seconds_to_loss": _times(steps, seconds),
+    }
+
+
+def _section(
+    group: str,
+    costs: dict[int, dict[str, Estimate]],
+    reached: dict[int, _Reached],
+    top: int,
+    short: int,
+    notes: list[str],
+) -> Section:
+    rows = [list(HEAD)]
+    for rank, cost in costs.items():
+        rows.append(
+            [
+                str(rank),
+                number(cost["flops_per_step"].value),
+                with_interval(cost["seconds_per_step"]),
+                with_interval(reached[rank].optimum.best_lr, rate),
+                str(reached[rank].length),
+                *(with_interval(cost[k]) for k in ("steps", "flops_to_loss", "seconds_to_loss")),
+            ]
+        )
+    text = (
+        f"The claims are judged at rank {top}. The loss to be reached is full fine-tuning's after "
+        f"{short} updates; where a rank does not reach it, the lowest loss that both reach. Each "
+        "method has the rate that is best for runs of the length at which it gets there. Peak "
+        "memory is measured in the benchmark, next to what the plan expects."
     )
-    return [row for _, row in (part if rank is None else part[part["rank"] == rank]).iterrows()]
+    ranks = sorted(costs)
+    panel = Panel(
+        group,
+        "rank",
+        "LoRA / FullFT",
+        [Series.of(name, ranks, [costs[r][k] for r in ranks]) for k, name in LINES.items()],
+        log_x=True,
+        log_y=True,
+        band=(0.6, 0.75),
+        ticks=[(r, str(r)) for r in ranks],
+        lines={"equal": 1.0},
+    )
+    caption = "operations and seconds, LoRA over full fine-tuning"
+    return Section("Compute", rows, [text, *notes], "compute.png", [panel], caption)
+
+
+def _seconds(table: pd.DataFrame, method: str, rank: int | None = None) -> list[float]:
+    """Return the median update of every run of an arm for which it was recorded."""
+    if "step_s" not in table:
+        return []
+    part = table[(table["method"] == method) & table["step_s"].notna()]
+    return list((part if rank is None else part[part["rank"] == rank])["step_s"])
 
 
 def _goal(table: pd.DataFrame, length: int) -> tuple[Optimum | None, AtBest[Points]]:
@@ -223,9 +233,7 @@ def _goal(table: pd.DataFrame, length: int) -> tuple[Optimum | None, AtBest[Poin
     return optima[k], _read(table, optima, length, length)[k]
 
 
-def _to_loss(
-    table: pd.DataFrame, whole: Sequence[Optimum], level: float
-) -> dict[int, tuple[Optimum, int, AtBest[Points]]]:
+def _to_loss(table: pd.DataFrame, whole: Sequence[Optimum], level: float) -> dict[int, _Reached]:
     """Return, for every rank, the optimum for the least updates to a loss, the length of runs that
     it is of, and the curves there.
 
@@ -234,7 +242,7 @@ def _to_loss(
     the optimum of whole runs. Optima of one length are fitted together, with full fine-tuning's, so
     that they share what the noise is.
     """
-    found: dict[int, tuple[Optimum, int, AtBest[Points]]] = {}
+    found: dict[int, _Reached] = {}
     seen = steps_seen(table)
     for length in seen:
         optima = fit_all(lr_curves(at_step(table, length)))
@@ -247,15 +255,15 @@ def _to_loss(
             runs = _read(
                 table, optima, length, next((s for s in seen if s >= 2 * length), seen[-1])
             )
-            found = {r: (optima[k], length, runs[k]) for r, k in there.items()} | found
+            found = {r: _Reached(optima[k], length, runs[k]) for r, k in there.items()} | found
     for o, runs in zip(whole, at_best(table, whole)):
         if o.curve.key["method"] == "lora":
-            found.setdefault(int(o.curve.key["rank"]), (o, int(table["steps"].max()), runs))
+            found.setdefault(int(o.curve.key["rank"]), _Reached(o, int(table["steps"].max()), runs))
     return found
 
 
 def _lowest(o: Optimum) -> float:
-    """The loss at a curve's optimum; where that is none but a bound, the lowest at a rate that is
+    """Return the loss at a curve's optimum; where that is none but a bound, the lowest at a rate that is
     part of the valley."""
     if o.best_nll is not None:
         return o.best_nll
@@ -283,17 +291,15 @@ def _read(
 
 
 def _busy(arms: list[list[float]]) -> list[str]:
-    """Say, as a gate, where an arm's own times lie too far apart to be those of the method."""
+    """Return a gate where an arm's own times lie too far apart to be those of the method."""
     apart = max((float(np.quantile(v, 0.9) / np.quantile(v, 0.1)) for v in arms if v), default=1.0)
-    return (
-        [f"seconds of one arm differ by a factor {apart:.2g}: the machine did other work"]
-        if apart > QUIET
-        else []
-    )
+    if apart <= QUIET:
+        return []
+    return [f"seconds of one arm differ by a factor {apart:.2g}: the machine did other work"]
 
 
 def _ratio_of_times(a: list[float], b: list[float]) -> Estimate:
-    """Ratio of the fastest tenths of two arms' runs, bootstrapped over runs."""
+    """Return the ratio of the fastest tenths of two arms' runs, bootstrapped over runs."""
     if len(a) < MIN_RUNS or len(b) < MIN_RUNS:
         return Estimate(None)
     rng = np.random.default_rng(20251125)
@@ -302,7 +308,7 @@ def _ratio_of_times(a: list[float], b: list[float]) -> Estimate:
 
 
 def _times(a: Estimate, b: Estimate) -> Estimate:
-    """Product of independent estimates; a bound stays one."""
+    """Return the product of independent estimates; a bound stays one."""
     if a.value is None or b.value is None:
         ends = [None if v is None or b.value is None else v * b.value for v in (a.low, a.high)]
         return Estimate(None, *ends, n=a.n, flags=a.flags)
