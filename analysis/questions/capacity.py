@@ -18,7 +18,15 @@ import pandas as pd
 from analysis.inference.decide import MIN_SEEDS
 from analysis.inference.estimate import Estimate, exactly, number, rate, with_interval
 from analysis.inference.seeds import from_sample
-from analysis.questions.base import Analysis, Panel, Section, Series, correct, judge_claims
+from analysis.questions.base import (
+    Analysis,
+    Panel,
+    Section,
+    Series,
+    claims_about,
+    correct,
+    judge_claims,
+)
 
 ESTIMANDS = ("bits_per_parameter", "bits_at_100", "unseen_bits")
 LOG_ESTIMANDS = ("bits_per_parameter", "bits_at_100")
@@ -68,7 +76,7 @@ def effective(spec: dict[str, Any]) -> int:
 
 
 def bits(nll: float, facts: float = 1.0) -> float:
-    """Bits known of `facts` facts from the NLL of a value's symbol, in nats."""
+    """Return the bits known of `facts` facts from the NLL of a value's symbol, in nats."""
     return facts * SYMBOLS * (math.log(VALUES) - nll) / math.log(2)
 
 
@@ -77,13 +85,13 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
     rates."""
     specs = [json.loads(t) for t in table["spec"]]
     facts = [int(s["dataset"]["knobs"]["facts"]) for s in specs]
-    told = table.assign(
+    runs = table.assign(
         facts=facts,
         effective=[effective(s) for s in specs],
         exposures=table["steps"] * table["batch_size"] * ROW / facts,
     )
     found = []
-    for (method, n, exposures), part in told.groupby(["method", "facts", "exposures"]):
+    for (method, n, exposures), part in runs.groupby(["method", "facts", "exposures"]):
         done = part[part["status"] == "done"]
         if not len(done):
             continue
@@ -106,61 +114,68 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
     return found
 
 
+HEAD = (
+    "arm",
+    "facts",
+    "load at 2 bits",
+    "exposures",
+    "best LR tried",
+    "bits stored [95%]",
+    "of all",
+    "bits / parameter",
+    "bits known of unseen facts",
+)
+
+
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge the most bits a parameter, at the most exposures and at about 100, and the
     certificates."""
     cells = cells_of(table)
     lora = [c for c in cells if c.method == "lora"]
     group = f"{table['model'].iloc[0]}, facts of 16 bits"
-    certificate = [c for c in cells if c.method == "fullft"]
-    plausible = [np.mean(c.bits) / (16 * c.facts) for c in certificate]
-    gates = []
-    if not lora:
-        gates.append("no curve of lora")
-    if not plausible:
-        gates.append("no curve of fullft to certify the task")
-    elif max(plausible) < PLAUSIBLE:
-        gates.append(
-            f"task: full fine-tuning stores {max(plausible):.0%} of the bits, {PLAUSIBLE:.0%} needed"
-        )
+    gates = _certificate(cells)
     most, open_ = _most(lora)
     hundred, _ = _most([c for c in lora if 70 <= c.exposures <= 140])
+    at_100 = [] if hundred.value is not None else ["no curve of about 100 exposures"]
     unseen = [b for c in cells for b in c.unseen]
     leak = exactly(max(unseen), len(unseen)) if unseen else Estimate(None)
     measured = {
         "bits_per_parameter": (most, [*gates, *open_]),
-        "bits_at_100": (
-            hundred,
-            gates if hundred.value is not None else [*gates, "no curve of about 100 exposures"],
-        ),
+        "bits_at_100": (hundred, [*gates, *at_100]),
         "unseen_bits": (leak, [] if unseen else ["no curve of unseen facts"]),
     }
     seeds = min((len(c.bits) for c in lora), default=0)
     verdicts = correct(judge_claims(question, measured, LOG_ESTIMANDS, group, seeds), question)
-    rows = [
-        [
-            "arm",
-            "facts",
-            "load at 2 bits",
-            "exposures",
-            "best LR tried",
-            "bits stored [95%]",
-            "of all",
-            "bits / parameter",
-            "bits known of unseen facts",
-        ]
-    ]
+    fields = ("method", "facts", "exposures", "lr", "bits", "parameters")
+    measures = {"cells": [{k: getattr(c, k) for k in fields} for c in cells]}
+    claims = claims_about(question, "bits_per_parameter")["claims"].values()
+    margin = next((tuple(c["margin"]) for c in claims), None)
+    return Analysis([], verdicts, [_section(cells, lora, margin)], measures)
+
+
+def _certificate(cells: list[Cell]) -> list[str]:
+    """Return gates where an arm is missing, or full fine-tuning cannot store the facts either."""
+    gates = [] if any(c.method == "lora" for c in cells) else ["no curve of lora"]
+    stored = [np.mean(c.bits) / (16 * c.facts) for c in cells if c.method == "fullft"]
+    if not stored:
+        gates.append("no curve of fullft to certify the task")
+    elif max(stored) < PLAUSIBLE:
+        share, needed = f"{max(stored):.0%}", f"{PLAUSIBLE:.0%}"
+        gates.append(f"task: full fine-tuning stores {share} of the bits, {needed} needed")
+    return gates
+
+
+def _section(cells: list[Cell], lora: list[Cell], margin: tuple[float, float] | None) -> Section:
+    rows = [list(HEAD)]
     for c in cells:
-        stored = from_sample(c.bits)
-        at = rate(c.lr) + (" (edge)" if c.at_edge else "")
         rows.append(
             [
                 c.method,
                 str(c.facts),
                 number(_load(c)),
                 number(c.exposures),
-                at,
-                with_interval(stored),
+                rate(c.lr) + (" (edge)" if c.at_edge else ""),
+                with_interval(from_sample(c.bits)),
                 f"{np.mean(c.bits) / (16 * c.facts):.0%}",
                 number(np.mean(c.bits) / c.parameters),
                 number(max(c.unseen)) if c.unseen else "-",
@@ -168,46 +183,17 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         )
     text = [f"Effective parameters of the adapter: {lora[0].parameters:,}."] if lora else []
     text.append(
-        "A model that is sure of a wrong value has a high NLL: bits of facts never trained fall below 0, never above. "
-        "Verdicts take the geometric mean over seeds. An update shows 128 facts, so that few facts come several times "
-        "in one update: few facts at many exposures are also few updates."
+        "A model that is sure of a wrong value has a high NLL, so the bits known of facts that were "
+        "never trained fall below 0. Verdicts take the geometric mean over seeds. An update shows "
+        "128 facts: few facts come more than once in an update, and many exposures of few facts "
+        "are few updates."
     )
-    margin = next(
-        (
-            tuple(c["margin"])
-            for c in question["claims"].values()
-            if c["estimand"] == "bits_per_parameter"
-        ),
-        None,
-    )
-    sections = [
-        Section(
-            "Cells",
-            rows,
-            text,
-            "capacity.png",
-            _panels(lora, margin),
-            "bits stored a parameter, over load and exposures",
-        )
-    ]
-    measures = {
-        "cells": [
-            {
-                "method": c.method,
-                "facts": c.facts,
-                "exposures": c.exposures,
-                "lr": c.lr,
-                "bits": c.bits,
-                "parameters": c.parameters,
-            }
-            for c in cells
-        ]
-    }
-    return Analysis([], verdicts, sections, measures)
+    caption = "bits stored a parameter, over load and exposures"
+    return Section("Cells", rows, text, "capacity.png", _panels(lora, margin), caption)
 
 
 def _load(c: Cell) -> float:
-    """Bits to be stored over 2 bits an effective parameter."""
+    """Return the bits to be stored over 2 bits an effective parameter."""
     return 16 * c.facts / (2 * c.parameters)
 
 
@@ -238,40 +224,21 @@ def _most(cells: list[Cell]) -> tuple[Estimate, list[str]]:
 
 def _panels(cells: list[Cell], margin: tuple[float, float] | None) -> list[Panel]:
     def line(label: str, mine: list[Cell], x: list[float]) -> Series:
-        told = [from_sample([b / c.parameters for b in c.bits]) for c in mine]
-        return Series(
-            label, x, [e.value for e in told], [e.low for e in told], [e.high for e in told]
-        )
+        return Series.of(label, x, [from_sample([b / c.parameters for b in c.bits]) for c in mine])
 
     by_exposure, by_load = [], []
     for n in sorted({c.facts for c in cells}):
         mine = sorted((c for c in cells if c.facts == n), key=lambda c: c.exposures)
-        by_exposure.append(
-            line(f"{n} facts, load {_load(mine[0]):.2g}", mine, [c.exposures for c in mine])
-        )
+        label = f"{n} facts, load {_load(mine[0]):.2g}"
+        by_exposure.append(line(label, mine, [c.exposures for c in mine]))
     for e in sorted({round(c.exposures, -1) for c in cells}):
         mine = sorted((c for c in cells if round(c.exposures, -1) == e), key=lambda c: c.facts)
         if len(mine) > 1:
             by_load.append(line(f"{e:g} exposures", mine, [_load(c) for c in mine]))
+    y = "bits stored / effective parameter"
+    look: dict[str, Any] = {"log_x": True, "lines": {"2 bits": 2.0}, "y_range": (-0.3, 2.9)}
+    load = "bits to store / (2 bits x parameters)"
     return [
-        Panel(
-            "by exposures",
-            "exposures of each fact",
-            "bits stored / effective parameter",
-            by_exposure,
-            log_x=True,
-            lines={"2 bits": 2.0},
-            band=margin,
-            y_range=(-0.3, 2.9),
-        ),
-        Panel(
-            "by load",
-            "bits to store / (2 bits x parameters)",
-            "bits stored / effective parameter",
-            by_load,
-            log_x=True,
-            lines={"2 bits": 2.0},
-            band=margin,
-            y_range=(-0.3, 2.9),
-        ),
+        Panel("by exposures", "exposures of each fact", y, by_exposure, band=margin, **look),
+        Panel("by load", load, y, by_load, band=margin, **look),
     ]

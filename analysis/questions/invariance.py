@@ -68,90 +68,70 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     swept = table[table["precision"] != "fp64"]
     held, broken, pair_rows, panel = _twins(proofs)
     optima = fit_all(lr_curves(swept)) if len(swept) else []
-    rules = {
-        rule: [
-            o for o in optima if o.curve.key["scaling_by"] == rule and o.curve.key["start"] == "a"
-        ]
-        for rule in RULES
-    }
+    of_a = [o for o in optima if o.curve.key["start"] == "a"]
+    rules = {r: [o for o in of_a if o.curve.key["scaling_by"] == r] for r in RULES}
     drifts = {rule: _drift(found) for rule, found in rules.items()}
     gap, start_row = _start_b(swept, optima)
-    group = str(table["model"].iloc[0]) + " on " + str(table["dataset"].iloc[0])
+    group = f"{table['model'].iloc[0]} on {table['dataset'].iloc[0]}"
     gates = {
         rule: gates_on(found, "" if found else f"scaling {rule}") for rule, found in rules.items()
     }
     measured = {
-        "twin_difference": (held, [] if held.value is not None else ["no curve of twins"]),
-        "broken_difference": (
-            broken,
-            [] if broken.value is not None else ["no curve of broken twins"],
-        ),
+        "twin_difference": (held, _missing(held, "twins")),
+        "broken_difference": (broken, _missing(broken, "broken twins")),
         "drift_alpha_over_rank": (drifts["rank"], gates["rank"]),
         "drift_alpha_over_root": (drifts["sqrt_rank"], gates["sqrt_rank"]),
         "drift_alpha": (drifts["none"], gates["none"]),
-        "start_b_gap": (gap, [] if gap.value is not None else ["no curve of start=b"]),
+        "start_b_gap": (gap, _missing(gap, "start=b")),
     }
-    verdicts = correct(
-        judge_claims(question, measured, LOG_ESTIMANDS, group, fewest_seeds(optima)), question
+    seeds = fewest_seeds(optima)
+    verdicts = correct(judge_claims(question, measured, LOG_ESTIMANDS, group, seeds), question)
+    text = (
+        "Largest difference of the held-out NLL at any step. Under p = q one eps, multiplied by "
+        "1/p, can follow."
     )
+    caption = "difference of twins' held-out loss over the run"
+    sections = [
+        Section("Twins", pair_rows, [text], "twins.png", [panel], caption),
+        _rules(rules, drifts),
+        Section("B random instead of A", start_row),
+    ]
+    measures = {"drifts": {r: e.plain() for r, e in drifts.items()}}
+    return Analysis(optima, verdicts, sections, measures, {group: optima})
+
+
+def _missing(e: Estimate, what: str) -> list[str]:
+    return [] if e.value is not None else [f"no curve of {what}"]
+
+
+def _rules(rules: dict[str, list[Optimum]], drifts: dict[str, Estimate]) -> Section:
     rows = [["scaling", "rank", "best LR [95%]", "best NLL"]]
     for rule, o in ((rule, o) for rule, found in rules.items() for o in found):
-        rows.append(
-            [
-                RULES[rule],
-                str(int(o.curve.key["rank"])),
-                with_interval(o.best_lr, rate),
-                number(o.best_nll, 5),
-            ]
-        )
+        rank, at = str(int(o.curve.key["rank"])), with_interval(o.best_lr, rate)
+        rows.append([RULES[rule], rank, at, number(o.best_nll, 5)])
     text = [
         f"Slope of ln(best LR) per doubling of the rank under {RULES[r]}: {with_interval(e)}."
         for r, e in drifts.items()
     ]
-    ranks = sorted({int(o.curve.key["rank"]) for o in optima})
-    lines = [_line(RULES[r], found) for r, found in rules.items()]
-    rule_panel = Panel(
+    ranks = sorted({int(o.curve.key["rank"]) for found in rules.values() for o in found})
+    panel = Panel(
         "best rate by rank",
         "rank",
         "best LoRA LR",
-        lines,
+        [_line(RULES[r], found) for r, found in rules.items()],
         log_x=True,
         log_y=True,
         ticks=[(float(k), str(k)) for k in ranks],
     )
-    said = "Largest difference of the held-out NLL at any step. Under p = q one eps can follow (times 1/p)."
-    sections = [
-        Section(
-            "Twins",
-            pair_rows,
-            [said],
-            "twins.png",
-            [panel],
-            "difference of twins' held-out loss over the run",
-        ),
-        Section(
-            "Scaling rules",
-            rows,
-            text,
-            "rules.png",
-            [rule_panel],
-            "best rate by rank and scaling rule",
-        ),
-        Section("B random instead of A", start_row),
-    ]
-    return Analysis(
-        optima,
-        verdicts,
-        sections,
-        {"drifts": {r: e.plain() for r, e in drifts.items()}},
-        {group: optima},
+    return Section(
+        "Scaling rules", rows, text, "rules.png", [panel], "best rate by rank and scaling rule"
     )
 
 
 def _settings(row: pd.Series) -> str:
     return (
-        f"alpha {row['alpha']:g}, init {row['init_scale']:g}, LR_A {row['lr']:g}, LR_B {row['lr'] * row['lr_b_ratio']:g}, "
-        f"eps {row['eps']:g}"
+        f"alpha {row['alpha']:g}, init {row['init_scale']:g}, LR_A {row['lr']:g}, "
+        f"LR_B {row['lr'] * row['lr_b_ratio']:g}, eps {row['eps']:g}"
     )
 
 
@@ -240,8 +220,7 @@ def _drift(found: list[Optimum]) -> Estimate:
 
 def _line(name: str, found: list[Optimum]) -> Series:
     known = [o for o in found if o.best_lr.value is not None]
-    ends = ([getattr(o.best_lr, k) for o in known] for k in ("value", "low", "high"))
-    return Series(name, [o.curve.key["rank"] for o in known], *ends)
+    return Series.of(name, [o.curve.key["rank"] for o in known], [o.best_lr for o in known])
 
 
 def _start_b(table: pd.DataFrame, optima: list[Optimum]) -> tuple[Estimate, list[list[str]]]:
