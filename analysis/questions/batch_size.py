@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, exp_of, number, rate, signed, with_interval
-from analysis.inference.seeds import PooledVariance, pooled_variance
+from analysis.inference.seeds import PooledVariance
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import at_best, log_rho
 from analysis.optimum.fit import fit_all
@@ -27,9 +27,12 @@ from analysis.questions.base import (
     Section,
     Series,
     correct,
+    distinct,
     fewest_seeds,
     gates_on,
     judge_claims,
+    pairs_of,
+    pooled_over,
 )
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import at_step, steps_seen
@@ -86,21 +89,13 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
     optima = fit_all(lr_curves(table))
     points = dict(zip(map(id, optima), at_best(table, optima)))
     found = []
-    for o in (o for o in optima if o.curve.key["method"] == "lora"):
-        full = [
-            f
-            for f in optima
-            if f.curve.group == o.curve.group and f.curve.key["method"] == "fullft"
-        ]
-        if full:
-            logs = log_rho(points[id(o)], points[id(full[0])])
-            found.append(
-                Cell(int(o.curve.key["batch_size"]), int(o.curve.key["rank"]), o, full[0], logs)
-            )
-    pooled = pooled_variance([list(c.logs.best.values()) for c in found])
-    return sorted(
-        (dataclasses.replace(c, pooled=pooled) for c in found), key=lambda c: (c.rank, c.batch)
-    )
+    for lora, full in pairs_of(optima):
+        logs = log_rho(points[id(lora)], points[id(full)])
+        batch, rank = int(lora.curve.key["batch_size"]), int(lora.curve.key["rank"])
+        found.append(Cell(batch, rank, lora, full, logs))
+    pooled = pooled_over(c.logs for c in found)
+    cells = (dataclasses.replace(c, pooled=pooled) for c in found)
+    return sorted(cells, key=lambda c: (c.rank, c.batch))
 
 
 def slopes_of(cells: Sequence[Cell]) -> AtBest[float]:
@@ -131,52 +126,39 @@ def slope(cells: Sequence[Cell], pooled: PooledVariance | None = None) -> Estima
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge the slopes, their difference between ranks, and popular thresholds."""
     common = [s for s in steps_seen(table) if s <= int(table["steps"].min())]
+    step = common[-1] if common else 0
     whole = cells_of(table)
-    cut = cells_of(at_step(table, common[-1])) if common else []
-    ways = dict(zip(WAYS, (whole, cut)))
-    examples = sorted(set((table["batch_size"] * table["steps"]).astype(int)))
-    optima = list({id(o): o for c in whole for o in (c.full, c.lora)}.values()) or fit_all(
-        lr_curves(table)
-    )
+    ways = dict(zip(WAYS, (whole, cells_of(at_step(table, step)) if common else [])))
+    optima = distinct(o for c in whole for o in (c.full, c.lora)) or fit_all(lr_curves(table))
     group = f"{optima[0].curve.key['model']} on {optima[0].curve.key['dataset']}"
     ranks = sorted({c.rank for c in whole})
     slopes = {way: _by_rank(cells, ranks) for way, cells in ways.items()}
     top = ranks[-1] if ranks else 0
     by_top = {way: [c for c in cells if c.rank == top] for way, cells in ways.items()}
     ends = [c for c in whole if c.rank in (top, ranks[0])] if len(ranks) > 1 else []
-    measured = {  # estimand -> what was measured, and the cells that it rests on
+    from_cells = {  # estimand -> what was measured, and the cells that it rests on
         "slope_fixed_examples": (slopes[WAYS[0]].get(top, Estimate(None)), by_top[WAYS[0]]),
         "slope_fixed_steps": (slopes[WAYS[1]].get(top, Estimate(None)), by_top[WAYS[1]]),
         "slope_difference": (_difference(whole, ranks), ends),
         **{f"rho_at_{n}": _at(by_top[WAYS[0]], n) for n in (32, 256, 512, 1024)},
     }
-    told = {e: (value, _gates(cells, _absent(e, ranks))) for e, (value, cells) in measured.items()}
+    measured = {e: (v, _gates(cells, _absent(e, ranks))) for e, (v, cells) in from_cells.items()}
     verdicts = []
-    for claim, asked in question["claims"].items():
-        rests = [
-            o for c in measured.get(asked["estimand"], (None, []))[1] for o in (c.full, c.lora)
-        ]
-        one = {**question, "claims": {claim: asked}}
-        verdicts += judge_claims(one, told, LOG_ESTIMANDS, group, fewest_seeds(rests))
-    verdicts = correct(verdicts, question)
-    sections = [
-        _section(way, cells, slopes[way], common[-1] if common else 0, examples)
-        for way, cells in ways.items()
-    ]
+    for name, claim in question["claims"].items():
+        _, cells = from_cells.get(claim["estimand"], (None, []))
+        seeds = fewest_seeds([o for c in cells for o in (c.full, c.lora)])
+        one = {**question, "claims": {name: claim}}
+        verdicts += judge_claims(one, measured, LOG_ESTIMANDS, group, seeds)
+    examples = sorted(set((table["batch_size"] * table["steps"]).astype(int)))
+    sections = [_section(way, cells, slopes[way], step, examples) for way, cells in ways.items()]
     panels = [_panel(way, cells) for way, cells in ways.items() if cells]
-    sections.append(
-        Section(
-            "Batch size",
-            figure="batch.png",
-            panels=panels,
-            caption="step efficiency over the batch size",
-        )
-    )
+    caption = "step efficiency over the batch size"
+    sections.append(Section("Batch size", figure="batch.png", panels=panels, caption=caption))
     measures = {
         "slopes": {way: {str(r): e.plain() for r, e in s.items()} for way, s in slopes.items()},
-        "read": _read(top, slopes, common[-1] if common else 0),
+        "read": _read(top, slopes, step),
     }
-    return Analysis(optima, verdicts, sections, measures, {group: optima})
+    return Analysis(optima, correct(verdicts, question), sections, measures, {group: optima})
 
 
 def _read(top: int, slopes: dict[str, dict[int, Estimate]], step: int) -> dict[str, str]:
@@ -209,7 +191,7 @@ def _gates(cells: Sequence[Cell], absent: str) -> list[str]:
     """List what forbids a verdict on what was measured from these cells."""
     if not cells:
         return [absent]
-    rests = list({id(o): o for c in cells for o in (c.full, c.lora)}.values())
+    rests = distinct(o for c in cells for o in (c.full, c.lora))
     gates = [f"batch {o.curve.key['batch_size']}, {g}" for o in rests for g in gates_on([o])]
     return gates + [
         f"batch {c.batch}, rank {c.rank}: full fine-tuning does not reach LoRA's loss, only a bound"
@@ -255,12 +237,13 @@ def _at(cells: Sequence[Cell], batch: int) -> tuple[Estimate, list[Cell]]:
     return cell.rho, [cell]
 
 
+HEAD = ("batch", "updates", "rank", "best FullFT LR", "best LoRA LR", "gap (nats)", "rho [95%]")
+
+
 def _section(
     way: str, cells: Sequence[Cell], slopes: dict[int, Estimate], step: int, examples: Sequence[int]
 ) -> Section:
-    rows = [
-        ["batch", "updates", "rank", "best FullFT LR", "best LoRA LR", "gap (nats)", "rho [95%]"]
-    ]
+    rows = [list(HEAD)]
     for c in cells:
         known = c.lora.best_nll is not None and c.full.best_nll is not None
         rows.append(
@@ -274,34 +257,19 @@ def _section(
                 with_interval(c.rho),
             ]
         )
-    told = (
-        f"{', '.join(map(str, examples))} examples"
-        if way == WAYS[0]
-        else f"{step} updates, the beginnings of the same runs"
-    )
-    text = [
-        f"At {told}. Slope of ln(rho) per doubling of the batch: "
-        + "; ".join(f"rank {r} {with_interval(e)}" for r, e in slopes.items())
-        + "."
-    ]
-    return Section(f"At {way}", rows, text)
+    at = f"{step} updates, the beginnings of the same runs"
+    if way == WAYS[0]:
+        at = f"{', '.join(map(str, examples))} examples"
+    by_rank = "; ".join(f"rank {r} {with_interval(e)}" for r, e in slopes.items())
+    text = f"At {at}. Slope of ln(rho) per doubling of the batch: {by_rank}."
+    return Section(f"At {way}", rows, [text])
 
 
 def _panel(way: str, cells: Sequence[Cell]) -> Panel:
     series = []
     for r in sorted({c.rank for c in cells}):
         mine = [c for c in cells if c.rank == r]
-        rhos = [c.rho for c in mine]
-        series.append(
-            Series(
-                f"rank {r}",
-                [c.batch for c in mine],
-                [e.value for e in rhos],
-                [e.low for e in rhos],
-                [e.high for e in rhos],
-            )
-        )
-    batches = sorted({c.batch for c in cells})
+        series.append(Series.of(f"rank {r}", [c.batch for c in mine], [c.rho for c in mine]))
     return Panel(
         f"at {way}",
         "batch size (sequences)",
@@ -309,6 +277,6 @@ def _panel(way: str, cells: Sequence[Cell]) -> Panel:
         series,
         log_x=True,
         log_y=True,
-        ticks=[(b, number(b)) for b in batches],
+        ticks=[(b, number(b)) for b in sorted({c.batch for c in cells})],
         lines={"full fine-tuning": 1.0},
     )

@@ -28,8 +28,10 @@ from analysis.questions.base import (
     Series,
     claims_about,
     correct,
+    distinct,
     gates_on,
     judge_claims,
+    pairs_of,
 )
 from analysis.runs.lr_curves import lr_curves
 
@@ -48,7 +50,7 @@ class Cell:
     hidden: int
     alpha: float
     tokens: float | None
-    """Pretraining tokens; None where no recipe tells."""
+    """Pretraining tokens; None without a recipe."""
     base_nll: float
     """Loss of the base on what it was pretrained on; NaN if it was not measured."""
     lora: Optimum
@@ -64,41 +66,22 @@ def cells_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Cell]:
     """Pair every LoRA curve with the full fine-tuning curve of its base."""
     models = table.drop_duplicates("model").set_index("model")
     found = []
-    for o in (o for o in optima if o.curve.key["method"] == "lora"):
-        full = [
-            f
-            for f in optima
-            if f.curve.group == o.curve.group and f.curve.key["method"] == "fullft"
-        ]
-        if not full:
-            continue
-        row = models.loc[o.curve.key["model"]]
+    for lora, full in pairs_of(optima):
+        row = models.loc[lora.curve.key["model"]]
         recipe = json.loads(row["spec"])["model"].get("recipe")
         tokens = (
             float(recipe["steps"] * recipe["batch_size"] * recipe["length"]) if recipe else None
         )
-        nll = (
-            float(row["retain_start"])
-            if "retain_start" in row and pd.notna(row["retain_start"])
-            else math.nan
-        )
-        found.append(
-            Cell(
-                o.curve.key["model"],
-                int(row["hidden_size"]),
-                float(o.curve.key["alpha"]),
-                tokens,
-                nll,
-                o,
-                full[0],
-            )
-        )
+        nll = float(row.get("retain_start", math.nan))
+        alpha = float(lora.curve.key["alpha"])
+        model, hidden = lora.curve.key["model"], int(row["hidden_size"])
+        found.append(Cell(model, hidden, alpha, tokens, nll, lora, full))
     return found
 
 
 @dataclass(frozen=True)
-class Outside:
-    """A ratio measured by another sweep: shown beside the law, not fitted."""
+class Elsewhere:
+    """A ratio measured by another sweep: shown next to the law, not fitted."""
 
     where: str
     hidden: int
@@ -106,21 +89,19 @@ class Outside:
     ratio: Estimate
 
 
-def outside(models: Sequence[str], kept: Path | None) -> list[Outside]:
+def elsewhere(models: Sequence[str], kept: Path | None) -> list[Elsewhere]:
     """Return the kept answers of `lr_ratio` about models that are not among `models`."""
     found = []
     for path in sorted(kept.glob("lr_ratio-*/results.json")) if kept else ():
-        told = json.loads(path.read_text())
-        table = pd.read_csv(
-            path.parent / "table.csv", usecols=["model", "hidden_size"]
-        ).drop_duplicates()
-        for model, hidden in table.itertuples(index=False):
-            for r in told["ratios"]:
-                mine = model not in models and r["group"].startswith(f"{model} on ")
-                if mine and r["rank"] is None and r["ratio"]["value"] is not None:  # over ranks
+        results = json.loads(path.read_text())
+        widths = pd.read_csv(path.parent / "table.csv", usecols=["model", "hidden_size"])
+        for model, hidden in widths.drop_duplicates().itertuples(index=False):
+            for r in results["ratios"]:
+                another = model not in models and r["group"].startswith(f"{model} on ")
+                if another and r["rank"] is None and r["ratio"]["value"] is not None:
                     ratio = Estimate(**{**r["ratio"], "flags": tuple(r["ratio"]["flags"])})
-                    where = f"{r['group'].partition(',')[0]} ({told['scale']})"
-                    found.append(Outside(where, int(hidden), float(r["alpha"]), ratio))
+                    where = f"{r['group'].partition(',')[0]} ({results['scale']})"
+                    found.append(Elsewhere(where, int(hidden), float(r["alpha"]), ratio))
     return found
 
 
@@ -151,55 +132,73 @@ def _ratios(cells: Sequence[Cell]) -> list[Ratio]:
     return [Ratio(c.model, c.hidden, c.alpha, float(d.mean()), float(d.std())) for c, d in known]
 
 
+TOKENS, LOSS, ALL = "equal pretraining tokens", "equal base loss", "all bases"
+"""The sets of bases that a law is fitted to."""
+
+
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge the exponents."""
     optima = fit_all(lr_curves(table))
     cells = cells_of(table, optima)
-    by_tokens, by_loss = equal_tokens(cells), equal_loss(cells)
+    sets = {TOKENS: equal_tokens(cells), LOSS: equal_loss(cells), ALL: cells}
     laws = {
-        "equal pretraining tokens": law_of(by_tokens, cells),
-        "equal base loss": law_of(by_loss, cells),
-        "all bases": law_of(cells),
+        name: law_of(part, cells) if part is not cells else law_of(cells)
+        for name, part in sets.items()
     }
     group = str(table["dataset"].iloc[0])
-    gates = {
-        name: _gates(part)
-        for name, part in (("tokens", by_tokens), ("loss", by_loss), ("all", cells))
-    }
+    gates = {name: _gates(part) for name, part in sets.items()}
     measured = {
-        "hidden_exponent": (
-            laws["equal pretraining tokens"].p,
-            gates["tokens"] + _one_size(by_tokens),
-        ),
-        "hidden_exponent_equal_loss": (
-            laws["equal base loss"].p,
-            gates["loss"] + _one_size(by_loss),
-        ),
-        "alpha_exponent": (laws["all bases"].q, gates["all"]),
+        "hidden_exponent": (laws[TOKENS].p, gates[TOKENS] + _one_size(sets[TOKENS])),
+        "hidden_exponent_equal_loss": (laws[LOSS].p, gates[LOSS] + _one_size(sets[LOSS])),
+        "alpha_exponent": (laws[ALL].q, gates[ALL]),
     }
-    rests = {
-        "hidden_exponent": laws["equal pretraining tokens"].bases,
-        "hidden_exponent_equal_loss": laws["equal base loss"].bases,
-        "alpha_exponent": laws["all bases"].bases_q,
+    bases = {
+        "hidden_exponent": laws[TOKENS].bases,
+        "hidden_exponent_equal_loss": laws[LOSS].bases,
+        "alpha_exponent": laws[ALL].bases_q,
     }
     found = [
-        judge_claims(claims_about(question, e), measured, LOG_ESTIMANDS, group, n, "bases")
-        for e, n in rests.items()
+        v
+        for estimand, n in bases.items()
+        for v in judge_claims(
+            claims_about(question, estimand), measured, LOG_ESTIMANDS, group, n, "bases"
+        )
     ]
-    verdicts = correct([v for part in found for v in part], question)
-    rows = [
-        [
-            "base",
-            "hidden",
-            "alpha",
-            "base NLL",
-            "pretraining tokens",
-            "best FullFT LR",
-            "best LoRA LR",
-            "ratio [95%]",
-            *(n.partition(" (")[0] for n in rivals(64, 32.0)),
-        ]
-    ]
+    beyond = elsewhere([c.model for c in cells], kept)
+    sections = [_law_section(laws), _ratio_section(cells, beyond)]
+    if beyond:
+        head = ["not fitted", "hidden", "alpha", "ratio [95%]"]
+        rows = [[o.where, str(o.hidden), f"{o.alpha:g}", with_interval(o.ratio)] for o in beyond]
+        sections.append(Section("Other sweeps' ratios, beside the law", [head, *rows]))
+    measures = {
+        "outside": {o.where: o.ratio.plain() for o in beyond},
+        "laws": {
+            n: {"p": w.p.plain(), "q": w.q.plain(), "rivals": w.rivals} for n, w in laws.items()
+        },
+    }
+    return Analysis(optima, correct(found, question), sections, measures, {group: optima})
+
+
+def _law_section(laws: dict[str, RatioLaw]) -> Section:
+    head = ["bases", "how many", "exponent of the hidden size [95%]", "of alpha [95%]"]
+    rows = [[*head, "bases with several alphas", "laws in print, p-value"]]
+    for name, law in laws.items():
+        tests = "; ".join(f"{rival}: {number(p, 2)}" for rival, p in law.rivals.items()) or "-"
+        exponents = [with_interval(law.p), with_interval(law.q)]
+        rows.append([name, str(law.bases), *exponents, str(law.bases_q), tests])
+    text = (
+        "ln ratio = a + p ln(hidden) + q ln(alpha). p is fitted at alpha 32, one row a base; q "
+        "within bases. Intervals are Student's over bases, with the variance of all bases "
+        "together. A law with a p-value below 0.05 is rejected. A law that does not depend on "
+        "alpha is tested by its p alone, and no law by its level a."
+    )
+    return Section("The law of the ratio", rows, [text])
+
+
+def _ratio_section(cells: Sequence[Cell], beyond: Sequence[Elsewhere]) -> Section:
+    head = ["base", "hidden", "alpha", "base NLL", "pretraining tokens", "best FullFT LR"]
+    laws = [name.partition(" (")[0] for name in rivals(64, 32.0)]
+    rows = [[*head, "best LoRA LR", "ratio [95%]", *laws]]
     for c in cells:
         rows.append(
             [
@@ -214,66 +213,17 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
                 *(number(v) for v in rivals(c.hidden, c.alpha).values()),
             ]
         )
-    beyond = outside([c.model for c in cells], kept)
-    beyond_rows = [
-        ["not fitted", "hidden", "alpha", "ratio [95%]"],
-        *([o.where, str(o.hidden), f"{o.alpha:g}", with_interval(o.ratio)] for o in beyond),
-    ]
-    law_rows = [
-        [
-            "bases",
-            "how many",
-            "exponent of the hidden size [95%]",
-            "of alpha [95%]",
-            "bases with several alphas",
-            "laws in print, p-value",
-        ]
-    ]
-    for name, law in laws.items():
-        told = "; ".join(f"{r}: {number(p, 2)}" for r, p in law.rivals.items())
-        law_rows.append(
-            [
-                name,
-                str(law.bases),
-                with_interval(law.p),
-                with_interval(law.q),
-                str(law.bases_q),
-                told or "-",
-            ]
-        )
-    said = (
-        "ln ratio = a + p ln(hidden) + q ln(alpha); p at alpha 32, one row a base, q within bases. Student's intervals "
-        "over bases, whose variance is that of all bases together. A law with a p-value below 0.05 is out; one that says "
-        "nothing of alpha is judged by its p alone, and none by its level."
-    )
-    sections = [
-        Section("The law of the ratio", law_rows, [said]),
-        Section(
-            "Ratios",
-            rows,
-            figure="law.png",
-            panels=_panels(cells, beyond),
-            caption="the ratio over alpha and hidden size, with laws in print",
-        ),
-        *([Section("Other sweeps' ratios, beside the law", beyond_rows)] if beyond else []),
-    ]
-    measures = {
-        "outside": {o.where: o.ratio.plain() for o in beyond},
-        "laws": {
-            n: {"p": w.p.plain(), "q": w.q.plain(), "rivals": w.rivals} for n, w in laws.items()
-        },
-    }
-    return Analysis(optima, verdicts, sections, measures, {group: optima})
+    caption = "the ratio over alpha and hidden size, with laws in print"
+    return Section("Ratios", rows, [], "law.png", _panels(cells, beyond), caption)
 
 
 def _gates(cells: Sequence[Cell]) -> list[str]:
     if not cells:
         return ["no curve of a base with known tokens or loss"]
-    rests = list({id(o): o for c in cells for o in (c.full, c.lora)}.values())
     return [
-        f"{o.curve.key['model']}, alpha {o.curve.key.get('alpha')}: {g}"
-        for o in rests
-        for g in gates_on([o])
+        f"{o.curve.key['model']}, alpha {o.curve.key.get('alpha')}: {gate}"
+        for o in distinct(o for c in cells for o in (c.full, c.lora))
+        for gate in gates_on([o])
     ]
 
 
@@ -281,63 +231,50 @@ def _one_size(cells: Sequence[Cell]) -> list[str]:
     return [] if len({c.hidden for c in cells}) > 1 else ["no curve of another hidden size"]
 
 
-def _panels(cells: Sequence[Cell], beyond: Sequence[Outside]) -> list[Panel]:
-    over_alpha, over_hidden = [], []
+def _panels(cells: Sequence[Cell], beyond: Sequence[Elsewhere]) -> list[Panel]:
     models = list(dict.fromkeys(c.model for c in cells))
-    beside = {
-        m: 1.035 ** (k - (len(models) - 1) / 2) for k, m in enumerate(models)
-    }  # so that bases do not cover each other
-    for k, model in enumerate(models):
-        over_alpha.append(
-            _series(model, [c for c in cells if c.model == model], "alpha", k, beside)
-        )
+    # a little apart, so that bases do not cover each other
+    shift = {m: 1.035 ** (k - (len(models) - 1) / 2) for k, m in enumerate(models)}
+    over_alpha = [
+        _series(m, [c for c in cells if c.model == m], "alpha", k, shift)
+        for k, m in enumerate(models)
+    ]
     alphas = sorted({c.alpha for c in cells})
-    mid = (
-        32.0 if 32.0 in alphas else alphas[len(alphas) // 2]
-    )  # the alpha of the laws' lines, and of what they are held to
-    over_hidden.append(
-        _series("a base", [c for c in cells if c.alpha == mid], "hidden", 0, beside, "o")
-    )
+    mid = 32.0 if 32.0 in alphas else alphas[len(alphas) // 2]  # of the laws' lines
+    over_hidden = [_series("a base", [c for c in cells if c.alpha == mid], "hidden", 0, shift, "o")]
     others = [o for o in beyond if o.alpha == 32.0]
-    ends = ([getattr(o.ratio, k) for o in others] for k in ("value", "low", "high"))
-    sizes = [o.hidden for o in others]
     names = ", ".join(dict.fromkeys(o.where.partition(" on ")[0] for o in others))
-    over_hidden.append(Series(f"not fitted: {names}", sizes, *ends, style="*", colour=3, size=9))
+    sizes, ratios = [o.hidden for o in others], [o.ratio for o in others]
+    over_hidden.append(
+        Series.of(f"not fitted: {names}", sizes, ratios, style="*", colour=3, size=9)
+    )
     hiddens = [float(x.hidden) for x in (*cells, *beyond)]
-    for s, name in enumerate(rivals(64, 32.0)):
-        sizes = np.geomspace(min(hiddens) / 1.2, max(hiddens) * 1.2, 20)
-        label, heights = (
-            f"{name.partition(' (')[0]}, alpha {mid:g}",
-            [rivals(h, mid)[name] for h in sizes],
-        )
+    grid = np.geomspace(min(hiddens) / 1.2, max(hiddens) * 1.2, 20)
+    for k, name in enumerate(rivals(64, 32.0)):
+        label = f"{name.partition(' (')[0]}, alpha {mid:g}"
+        heights, style = [rivals(h, mid)[name] for h in grid], ("--", ":", "-.", "-")[k % 4]
         over_hidden.append(
-            Series(
-                label,
-                list(sizes),
-                heights,
-                style=("--", ":", "-.", "-")[s % 4],
-                colour="grey",
-                width=1.1,
-            )
+            Series(label, list(grid), heights, style=style, colour="grey", width=1.1)
         )
+    y = "best LoRA LR / best FullFT LR"
+    hidden_ticks = [(h, f"{h:g}") for h in sorted(set(hiddens))]
+    logs = {"log_x": True, "log_y": True}
     return [
         Panel(
             "by alpha, bases side by side",
             "alpha",
-            "best LoRA LR / best FullFT LR",
+            y,
             over_alpha,
-            log_x=True,
-            log_y=True,
             ticks=[(a, f"{a:g}") for a in alphas],
+            **logs,
         ),
         Panel(
             f"by hidden size at alpha {mid:g}, with laws",
             "hidden size",
-            "best LoRA LR / best FullFT LR",
+            y,
             over_hidden,
-            log_x=True,
-            log_y=True,
-            ticks=[(h, f"{h:g}") for h in sorted(set(hiddens))],
+            ticks=hidden_ticks,
+            **logs,
         ),
     ]
 
@@ -347,11 +284,9 @@ def _series(
     cells: Sequence[Cell],
     x: str,
     colour: int,
-    beside: dict[str, float],
+    shift: dict[str, float],
     style: str = "o-",
 ) -> Series:
     known = sorted((c for c in cells if c.ratio.value is not None), key=lambda c: getattr(c, x))
-    ends = ([getattr(c.ratio, k) for c in known] for k in ("value", "low", "high"))
-    return Series(
-        label, [getattr(c, x) * beside[c.model] for c in known], *ends, style=style, colour=colour
-    )
+    at, ratios = [getattr(c, x) * shift[c.model] for c in known], [c.ratio for c in known]
+    return Series.of(label, at, ratios, style=style, colour=colour)
