@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.measures.at_best import AtBest
-from analysis.measures.efficiency import at_best
+from analysis.inference.estimate import Estimate, exp_of
+from analysis.inference.seeds import PooledVariance
+from analysis.measures.at_best import AtBest, over_seeds
+from analysis.measures.efficiency import at_best, log_rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.runs.learning_curves import Points, learning_curves
@@ -50,6 +52,11 @@ class Task:
     full: Arm | None
     lora: list[Arm]
     restricted: list[Arm]
+
+    @property
+    def arms(self) -> list[Arm]:
+        """All arms, full fine-tuning first."""
+        return [*([self.full] if self.full else []), *self.restricted, *self.lora]
 
     def get(self, layers: str, rank: int | None = None) -> Arm | None:
         """Return LoRA's arm of a layer set, of a rank if one is given, else of the highest."""
@@ -106,3 +113,16 @@ def equal_pair(task: Task) -> tuple[Arm, Arm] | None:
     if not pairs or min(pairs)[0] > math.log(1 + PARAMETERS_AGREE):
         return None
     return min(pairs)[2:]
+
+
+def log_ratio(a: Arm, b: Arm, full: Arm) -> AtBest[float]:
+    """Return ln of rho of a over rho of b, by seed; infinite or NaN where full fine-tuning does not
+    get to one of them."""
+    return log_rho(a.points, full.points).paired(log_rho(b.points, full.points), lambda x, y: x - y)
+
+
+def ratio_of(logs: AtBest[float], pooled: PooledVariance | None = None) -> Estimate:
+    """Return the ratio, with its interval over seeds and likely best rates; none where a seed has
+    only a bound."""
+    known = bool(logs.best) and all(map(math.isfinite, logs.best.values()))
+    return exp_of(over_seeds(logs, pooled)) if known else Estimate(None, n=len(logs.best))

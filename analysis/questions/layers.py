@@ -9,7 +9,7 @@ not the parametrisation makes it.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.inference.estimate import Estimate, Verdict, exp_of, number, signed, with_interval
-from analysis.inference.seeds import PooledVariance, pooled_variance
-from analysis.measures.at_best import AtBest, over_seeds
+from analysis.inference.estimate import Estimate, Verdict, number, signed, with_interval
+from analysis.inference.seeds import pooled_variance
 from analysis.measures.efficiency import log_rho, rho
-from analysis.measures.layer_sets import SETS, Arm, Task, equal_pair, tasks_of
+from analysis.measures.layer_sets import SETS, Arm, Task, equal_pair, log_ratio, ratio_of, tasks_of
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
     Analysis,
@@ -31,6 +30,7 @@ from analysis.questions.base import (
     Series,
     claims_about,
     correct,
+    distinct,
     fewest_seeds,
     gates_on,
     judge_claims,
@@ -42,17 +42,9 @@ LOG_ESTIMANDS = ()
 """The ratios' margins may start at 0, so none is judged as a logarithm."""
 
 
-def log_ratio(a: Arm, b: Arm, full: Arm) -> AtBest[float]:
-    """Return ln of rho of a over rho of b, by seed; infinite or NaN where full fine-tuning does not
-    get to one of them."""
-    return log_rho(a.points, full.points).paired(log_rho(b.points, full.points), lambda x, y: x - y)
-
-
-def ratio_of(logs: AtBest[float], pooled: PooledVariance | None = None) -> Estimate:
-    """Return the ratio, with its interval over seeds and likely best rates; none where a seed has
-    only a bound."""
-    known = bool(logs.best) and all(map(math.isfinite, logs.best.values()))
-    return exp_of(over_seeds(logs, pooled)) if known else Estimate(None, n=len(logs.best))
+FEWEST = 5
+"""Layer sets over all tasks below which no correlation is given."""
+UNKNOWN = Estimate(None)
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
@@ -60,76 +52,42 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     all tasks, by the one that is hardest on the claim, and the first two for each task as well."""
     tasks = tasks_of(table)
     group = " and ".join(t.name for t in tasks) if len(tasks) < 3 else f"all {len(tasks)} tasks"
-    told = [_compared(t) for t in tasks]
-    each = [v for c in told if len(tasks) > 1 for v in _of_task(c, question)]
-    used = [c for c in told if c.pair and c.joint]
-    worse, both = [(c.task, c.worse) for c in used], [(c.task, c.both) for c in used]
-    optima = [
-        a.optimum for t in tasks for a in (*([t.full] if t.full else []), *t.restricted, *t.lora)
-    ]
-    hardest = max(
-        (e for _, e in worse if e.value is not None), key=lambda e: e.value, default=Estimate(None)
-    )
-    lowest = min(
-        (e for _, e in both if e.value is not None), key=lambda e: e.value, default=Estimate(None)
-    )
-    found: list[Verdict] = []
-    for estimand, e, pick, of in (
-        ("attention_over_mlp", hardest, _Compared.of_pair, lambda c: c.worse),
-        ("mlp_over_both", lowest, _Compared.of_joint, lambda c: c.both),
-    ):
-        gates = [f"{c.task.name}: {g}" for c in told for g in _gates(c, pick(c), of(c))]
-        found += [
-            _by_task(v, [w for w in each if w.claim == v.claim])
-            for v in _judged(
-                question, estimand, e, gates, group, [o for c in used for o in pick(c)]
-            )
+    compared = [_compared(t) for t in tasks]
+    each = [v for c in compared if len(tasks) > 1 for v in _of_task(c, question)]
+    used = [c for c in compared if c.pair and c.joint]
+    found = []
+    for pair in PAIRS:
+        known = [e for c in used if (e := pair.of(c)).value is not None]
+        hardest = pair.hardest(known, key=lambda e: e.value, default=UNKNOWN)
+        gates = [
+            f"{c.task.name}: {gate}"
+            for c in compared
+            for gate in _gates(c, pair.optima(c), pair.of(c))
         ]
-    trace = _trace(used)
-    few = (
-        []
-        if trace.n >= FEWEST
-        else [f"task: {trace.n} layer sets over all tasks, a correlation needs {FEWEST}"]
-    )
-    rests = list({id(o): o for c in used for o in (*c.of_pair(), *c.of_joint())}.values())
-    found += _judged(
-        question,
-        "trace_correlation",
-        trace,
-        few
-        + [
-            f"{c.task.name}: {g}"
-            for c in told
-            for g in _gates(c, [*c.of_pair(), *c.of_joint()], c.worse, c.both)
-        ],
-        group,
-        rests,
-    )
+        rests = [o for c in used for o in pair.optima(c)]
+        for v in _judged(question, pair.estimand, hardest, gates, group, rests):
+            found.append(_by_task(v, [w for w in each if w.claim == v.claim]))
+    rests = distinct(o for c in used for o in (*c.of_pair(), *c.of_joint()))
+    trace, gates = _trace(used), []
+    if trace.n < FEWEST:
+        gates = [f"task: {trace.n} layer sets over all tasks, a correlation needs {FEWEST}"]
+    for c in compared:
+        mine = _gates(c, [*c.of_pair(), *c.of_joint()], c.worse, c.both)
+        gates += [f"{c.task.name}: {gate}" for gate in mine]
+    found += _judged(question, "trace_correlation", trace, gates, group, rests)
     order = list(question["claims"])
     found = sorted(found, key=lambda v: order.index(v.claim)) + each
-    sections = [
-        _over_tasks(worse, both),
-        *(_arms(t) for t in tasks),
-        Section(
-            "Layer sets",
-            figure="layers.png",
-            panels=[_panel(t, t is tasks[-1]) for t in tasks],
-            caption="step efficiency by layer set and task",
-        ),
-    ]
+    panels = [_panel(t, t is tasks[-1]) for t in tasks]
+    caption = "step efficiency by layer set and task"
+    figure = Section("Layer sets", figure="layers.png", panels=panels, caption=caption)
     measures = {
-        "attention_over_mlp": {t.name: e.plain() for t, e in worse},
-        "mlp_over_both": {t.name: e.plain() for t, e in both},
+        "attention_over_mlp": {c.task.name: c.worse.plain() for c in used},
+        "mlp_over_both": {c.task.name: c.both.plain() for c in used},
         "gradient_share": {t.name: {a.layers: a.share for a in t.lora} for t in tasks},
     }
+    optima = [a.optimum for t in tasks for a in t.arms]
+    sections = [_over_tasks(used), *(_arms(t) for t in tasks), figure]
     return Analysis(optima, correct(found, question), sections, measures, {group: rests})
-
-
-FEWEST = 5
-"""Layer sets over all tasks below which no correlation is told."""
-
-
-UNKNOWN = Estimate(None)
 
 
 @dataclass(frozen=True)
@@ -152,6 +110,23 @@ class _Compared:
     def of_joint(self) -> list[Optimum]:
         """The optima that `both` rests on."""
         return [a.optimum for a in (self.task.full, *self.joint)] if self.joint else []
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A claim about two layer sets, judged over tasks."""
+
+    estimand: str
+    of: Callable[[_Compared], Estimate]
+    optima: Callable[[_Compared], list[Optimum]]
+    hardest: Callable[..., Estimate]
+    """Picks the task that is hardest on the claim."""
+
+
+PAIRS = (
+    _Pair("attention_over_mlp", lambda c: c.worse, _Compared.of_pair, max),
+    _Pair("mlp_over_both", lambda c: c.both, _Compared.of_joint, min),
+)
 
 
 def _compared(task: Task) -> _Compared:
@@ -204,40 +179,34 @@ def _judged(
 
 def _of_task(c: _Compared, question: dict[str, Any]) -> list[Verdict]:
     """Judge one task alone. Secondary: the claim is about all of them."""
-    told = {"attention_over_mlp": (c.worse, c.of_pair()), "mlp_over_both": (c.both, c.of_joint())}
-    secondary = {
-        **question,
-        "claims": {k: {**v, "primary": False} for k, v in question["claims"].items()},
-    }
-    return [
-        v
-        for estimand, (e, used) in told.items()
-        for v in _judged(secondary, estimand, e, _gates(c, used, e), c.task.name, used)
-    ]
+    claims = {k: {**v, "primary": False} for k, v in question["claims"].items()}
+    secondary = {**question, "claims": claims}
+    found = []
+    for pair in PAIRS:
+        e, used = pair.of(c), pair.optima(c)
+        gates = _gates(c, used, e)
+        found += _judged(secondary, pair.estimand, e, gates, c.task.name, used)
+    return found
 
 
 def _by_task(v: Verdict, each: Sequence[Verdict]) -> Verdict:
     """Let a verdict over all tasks be SUPPORTED only where each task's is, and say where it depends
     on the task."""
     outcomes = sorted(w.outcome for w in each)
-    if (
-        not each
-        or len(set(outcomes)) == 1
-        or (v.outcome == "UNDECIDED" and not {"SUPPORTED", "REFUTED"} <= set(outcomes))
-    ):
+    split = {"SUPPORTED", "REFUTED"} <= set(outcomes)
+    if not each or len(set(outcomes)) == 1 or (v.outcome == "UNDECIDED" and not split):
         return v
-    why = f"by task: {', '.join(f'{o} on {outcomes.count(o)}' for o in sorted(set(outcomes)))}; {v.why}"
-    return dataclasses.replace(
-        v, why=why, outcome="UNDECIDED" if v.outcome == "SUPPORTED" else v.outcome
-    )
+    counts = ", ".join(f"{o} on {outcomes.count(o)}" for o in sorted(set(outcomes)))
+    outcome = "UNDECIDED" if v.outcome == "SUPPORTED" else v.outcome
+    return dataclasses.replace(v, why=f"by task: {counts}; {v.why}", outcome=outcome)
 
 
-def _trace(told: Sequence[_Compared]) -> Estimate:
+def _trace(compared: Sequence[_Compared]) -> Estimate:
     """Spearman's correlation between ln of rho and ln of the gradient's share over the layer sets
     that are compared, each task's own mean taken out; bootstrap over tasks is pointless at three,
     so the interval is Fisher's."""
     x, y = [], []
-    for c in told:
+    for c in compared:
         arms = [a for a in (*c.pair, c.joint[1]) if a.share]
         speeds = [_mean_log(log_rho(a.points, c.task.full.points).best) for a in arms]
         logs = [(math.log(a.share), v) for a, v in zip(arms, speeds) if v is not None]
@@ -262,9 +231,7 @@ def _mean_log(logs: dict[int, float]) -> float | None:
     return float(np.mean(known)) if known and len(known) == len(logs) else None
 
 
-def _over_tasks(
-    worse: Sequence[tuple[Task, Estimate]], both: Sequence[tuple[Task, Estimate]]
-) -> Section:
+def _over_tasks(compared: Sequence[_Compared]) -> Section:
     rows = [
         [
             "task",
@@ -273,72 +240,61 @@ def _over_tasks(
             "the same order under full fine-tuning of the matrices",
         ]
     ]
-    for (t, a), (_, b) in zip(worse, both):
-        location = {r.layers: r.nll for r in t.restricted}
-        same = "-"
-        if None not in (location.get("attention"), location.get("mlp")) and a.value is not None:
-            gap = location["attention"] - location["mlp"]
-            same = f"{'yes' if (gap > 0) == (a.value < 1) else 'no'}: attention {signed(gap)} nats against mlp"
-        rows.append([t.name, with_interval(a), with_interval(b), same])
-    return Section(
-        "Over the tasks",
-        rows,
-        ["A verdict over tasks rests on the task that is hardest on the claim."],
-    )
+    for c in compared:
+        nll = {a.layers: a.nll for a in c.task.restricted}
+        attention, mlp, same = nll.get("attention"), nll.get("mlp"), "-"
+        if attention is not None and mlp is not None and c.worse.value is not None:
+            gap = attention - mlp
+            agrees = "yes" if (gap > 0) == (c.worse.value < 1) else "no"
+            same = f"{agrees}: attention {signed(gap)} nats against mlp"
+        rows.append([c.task.name, with_interval(c.worse), with_interval(c.both), same])
+    text = "A verdict over tasks rests on the task that is hardest on the claim."
+    return Section("Over the tasks", rows, [text])
+
+
+ARMS = (
+    "arm",
+    "trained parameters",
+    "rho [95%]",
+    "best NLL",
+    "gap to FullFT (nats)",
+    "share of the squared gradient",
+)
 
 
 def _arms(t: Task) -> Section:
-    rows = [
-        [
-            "arm",
-            "trained parameters",
-            "rho [95%]",
-            "best NLL",
-            "gap to FullFT (nats)",
-            "share of the squared gradient",
-        ]
-    ]
-    for a in [*([t.full] if t.full else []), *t.restricted, *t.lora]:
-        full = a is t.full
-        name = (
-            "full fine-tuning"
-            if full
-            else f"FullFT of {a.layers}"
-            if a.rank is None
-            else f"LoRA r{a.rank} on {a.layers}"
-        )
-        alone = full or t.full is None
-        speed = "-" if alone else with_interval(_speed(a, t))
-        gap = None if alone or a.nll is None or t.full.nll is None else a.nll - t.full.nll
-        rows.append(
-            [name, f"{a.n_trainable:,}", speed, number(a.nll, 5), signed(gap), number(a.share)]
-        )
+    rows = [list(ARMS)]
+    for a in t.arms:
+        speed, gap = "-", None
+        if t.full is not None and a is not t.full:
+            speed = with_interval(_speed(a, t))
+            gap = None if a.nll is None or t.full.nll is None else a.nll - t.full.nll
+        n, share = f"{a.n_trainable:,}", number(a.share)
+        rows.append([_name(a, t), n, speed, number(a.nll, 5), signed(gap), share])
     return Section(t.name, rows)
+
+
+def _name(a: Arm, t: Task) -> str:
+    if a is t.full:
+        return "full fine-tuning"
+    return f"FullFT of {a.layers}" if a.rank is None else f"LoRA r{a.rank} on {a.layers}"
 
 
 def _panel(t: Task, legend: bool) -> Panel:
     here = [s for s in SETS if any(a.layers == s for a in (*t.lora, *t.restricted))]
     order = {s: k for k, s in enumerate(here)}
-    series = []
     kinds = {
         "LoRA, rank raised to the MLP's parameters": _by_rank(t, True),
         "LoRA, one rank": _by_rank(t, False),
         "FullFT of the same matrices": t.restricted,
     }
+    series = []
     for side, (label, arms) in enumerate(kinds.items()):
-        told = [(order[a.layers], _speed(a, t)) for a in arms if a.layers in order and t.full]
-        told = sorted((k, e) for k, e in told if e.value is not None)
-        beside = 0.16 * (side - 1)  # so that intervals do not cover each other
-        series.append(
-            Series(
-                label,
-                [k + beside for k, _ in told],
-                [e.value for _, e in told],
-                [e.low for _, e in told],
-                [e.high for _, e in told],
-                style="o",
-            )
-        )
+        shown = [(order[a.layers], _speed(a, t)) for a in arms if a.layers in order and t.full]
+        shown = sorted(((k, e) for k, e in shown if e.value is not None), key=lambda x: x[0])
+        apart = 0.16 * (side - 1)  # so that intervals do not cover each other
+        x, speeds = [k + apart for k, _ in shown], [e for _, e in shown]
+        series.append(Series.of(label, x, speeds, style="o"))
     short = [
         s.replace("attention", "attn").replace("unembedding", "head").replace("+", "\n+")
         for s in here
