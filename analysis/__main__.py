@@ -16,14 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "analysis" / "results"
 """Kept results of the repository."""
 EPILOG = """commands
-  fit FILE      the best learning rate of every curve, with interval or bound and the low-regret band
+  fit FILE      the best learning rate of every curve, with interval or bound and low-regret band
   ratio FILE    LoRA's best rate over full fine-tuning's
   drift FILE    how the best rate moves with the rank
-  law FILE      the rate as a law of the hidden size, by family; the ratio as a law of hidden size and alpha
-  html FILE     an interactive page of curves, fits and runs: one file, opened from disk (--out page.html)
+  law FILE      the rate as a law of the hidden size; the ratio as a law of hidden size and alpha
+  html FILE     an interactive page of curves, fits and runs, in one file (--out page.html)
   SWEEP         the report of a sweep, from its kept table or from --table
-  study         one table of all claims, from kept results and your own reports (--write: remake the kept pages)
-  suggest SWEEP the runs that would decide most of what is still open (action=extend adds them to the sweep)
+  study         all claims in one table, from kept results and your own reports
+                (--write: remake the kept pages)
+  suggest SWEEP the runs that would decide most of what is open (action=extend adds them)
 
 examples
   python -m analysis lr_ratio --scale small
@@ -57,57 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _runs(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"lorasweep-analysis {argv[0]}",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "file",
-        type=Path,
-        help="one run a row: .csv, .parquet, .json or .jsonl (a W&B export will do). "
-        "Columns model, lr, test_nll, and method or rank; optional status, dataset, batch_size, seed, "
-        "hidden_size, layers, alpha, steps. No method means lora, an empty rank full fine-tuning",
-    )
-    parser.add_argument(
-        "--map",
-        action="append",
-        default=[],
-        metavar="THEIRS=OURS",
-        help="a column's name here; repeatable",
-    )
-    parser.add_argument(
-        "--higher", metavar="COLUMN", help="use this column as the metric: better when higher"
-    )
-    parser.add_argument(
-        "--broken", type=float, help="a metric at least as bad as this counts as diverged"
-    )
-    parser.add_argument(
-        "--within", type=float, default=0.01, help="loss that the low-regret band allows"
-    )
-    parser.add_argument(
-        "--share", action="store_true", help="ranks of one model lend each other their curvature"
-    )
-    parser.add_argument("--out", type=Path, help="write the JSON (or the page) here")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    args = parser.parse_args(argv)
+    args = _runs_parser(argv[0]).parse_args(argv)
 
     from analysis.report import commands
     from analysis.runs import reading
     from analysis.runs.table import TableError
 
-    mapping = {}
-    for pair in args.map:
-        theirs, sign, ours = pair.rpartition("=")
-        if not sign or not theirs or not ours:
-            raise TableError(f"--map {pair}: write THEIR_COLUMN=OURS, e.g. --map learning_rate=lr")
-        mapping[theirs] = ours
     if not args.within > 0:
         raise TableError(
-            f"--within {args.within:g}: give a loss above 0, in the metric's units, e.g. --within 0.01"
+            f"--within {args.within:g}: give a loss above 0, in the metric's units, "
+            "e.g. --within 0.01"
         )
-    table = reading.read(args.file, mapping, args.higher, args.broken)
+    table = reading.read(args.file, _mapping(args.map), args.higher, args.broken)
     for note in table.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.command == "html":
@@ -123,9 +85,48 @@ def _runs(argv: Sequence[str]) -> int:
     return 0
 
 
+def _runs_parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"lorasweep-analysis {command}",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("command", help=argparse.SUPPRESS)
+    add(
+        "file",
+        type=Path,
+        help="one run a row: .csv, .parquet, .json or .jsonl, a W&B export for example. Columns "
+        "model, lr, test_nll, and method or rank; optional status, dataset, batch_size, seed, "
+        "hidden_size, layers, alpha, steps. No method means lora, an empty rank full fine-tuning",
+    )
+    a_name = "what a column is called in the file and here; repeatable"
+    add("--map", action="append", default=[], metavar="THEIRS=OURS", help=a_name)
+    add("--higher", metavar="COLUMN", help="use this column as the metric: better when higher")
+    add("--broken", type=float, help="a metric at least as bad as this counts as diverged")
+    add("--within", type=float, default=0.01, help="loss that the low-regret band allows")
+    share = "ranks of one model lend each other their curvature"
+    add("--share", action="store_true", help=share)
+    add("--out", type=Path, help="write the JSON (or the page) here")
+    add("--json", action="store_true", help="print JSON instead of text")
+    return parser
+
+
+def _mapping(pairs: Sequence[str]) -> dict[str, str]:
+    from analysis.runs.table import TableError
+
+    mapping = {}
+    for pair in pairs:
+        theirs, sign, name = pair.rpartition("=")
+        if not sign or not theirs or not name:
+            raise TableError(f"--map {pair}: write THEIR_COLUMN=OURS, e.g. --map learning_rate=lr")
+        mapping[theirs] = name
+    return mapping
+
+
 def _of_runs(command: str, reading: "Reading", args: argparse.Namespace) -> tuple[Any, list[str]]:
     """Return what a command finds in a table of runs: as plain values, and as lines of text."""
-    from analysis.report import commands
+    from analysis.report import commands, laws
 
     if command == "fit":
         fits = commands.fit(reading, args.within, args.share)
@@ -133,7 +134,7 @@ def _of_runs(command: str, reading: "Reading", args: argparse.Namespace) -> tupl
     of, lines_of = {
         "ratio": (commands.ratio, commands.ratio_lines),
         "drift": (commands.drifts, commands.drift_lines),
-        "law": (commands.law, commands.law_lines),
+        "law": (laws.law, laws.law_lines),
     }[command]
     result = of(reading, args.share)
     return result, lines_of(result)
@@ -244,9 +245,11 @@ def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
         if (p.name == f"{sweep}-{scale}" if scale else p.name.rpartition("-")[0] == sweep)
     ]
     if not wanted:
+        at = f" at scale {scale!r}" if scale else ""
         raise TableError(
-            f"no report of sweep {sweep!r}{f' at scale {scale!r}' if scale else ''} in {reports.absolute()}. "
-            f"There are: {', '.join(sorted(names)) or '(none)'}. Run it first: python -m lorasweep +sweep={sweep}. "
+            f"no report of sweep {sweep!r}{at} in {reports.absolute()}. "
+            f"There are: {', '.join(sorted(names)) or '(none)'}. "
+            f"Run it first: python -m lorasweep +sweep={sweep}. "
             "For a table of runs: python -m analysis fit FILE"
         )
     own = [p for p in wanted if p.parent != KEPT] or wanted

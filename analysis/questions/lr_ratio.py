@@ -151,28 +151,28 @@ def _gap(e: Estimate) -> str:
 def _notes(found: Answer) -> list[str]:
     out = []
     for g, d in found.drifts.items():
-        tests = (
-            ""
-            if d.p_slope is None
-            else f" (no slope: p {d.p_slope:.2g}; all ranks equal: p {d.p_equal:.2g})"
-        )
-        out.append(
-            f"Drift of ln(best LR) per doubling of the rank, {g}: {with_interval(d.slope)}{tests}."
-        )
+        tests = ""
+        if d.p_slope is not None:
+            tests = f" (no slope: p {d.p_slope:.2g}; all ranks equal: p {d.p_equal:.2g})"
+        slope = with_interval(d.slope)
+        out.append(f"Drift of ln(best LR) per doubling of the rank, {g}: {slope}{tests}.")
     if found.pooled is not None:
         p = found.pooled
+        logs = (p.mean, p.low, p.high, p.tau, p.low_next, p.high_next)
+        mean, low, high, between, low_next, high_next = (number(math.exp(v)) for v in logs)
         out += [
             "",
-            f"Ratio pooled over {p.k} groups (random effects): {number(math.exp(p.mean))} [{number(math.exp(p.low))}, "
-            f"{number(math.exp(p.high))}]; between groups a factor {number(math.exp(p.tau))}; the next group would lie in "
-            f"[{number(math.exp(p.low_next))}, {number(math.exp(p.high_next))}].",
+            f"Ratio pooled over {p.k} groups (random effects): {mean} [{low}, {high}]. Between "
+            f"groups it varies by a factor {between}; the next group would lie in "
+            f"[{low_next}, {high_next}].",
         ]
     return [
         *out,
         "",
-        "Gap: best LoRA NLL minus best full fine-tuning NLL, nats per token; with an interval where fresh seeds "
-        "are paired, each arm at its best tried rate. Regret: NLL lost by a rule of thumb against the tuned LoRA rate. "
-        "rho: full fine-tuning's steps to LoRA's loss over LoRA's steps.",
+        "Gap: best LoRA NLL minus best full fine-tuning NLL, nats per token. It has an interval "
+        "where fresh seeds are paired, each arm at its best tried rate. Regret: NLL lost by a rule "
+        "of thumb against the tuned LoRA rate. rho: full fine-tuning's updates to LoRA's loss over "
+        "LoRA's updates.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Is the best LoRA learning rate about 10 times the best full fine-tuning one? The answer in numbers.
+"""Is the best LoRA rate about 10 times the best full fine-tuning one? The answer in numbers.
 
 Estimands, per model and data set: the ratio of the best rates for each rank and over the ranks of 4
 and more; the drift, the slope of ln(best LoRA rate) per doubling of the rank. With them come the
@@ -89,8 +89,8 @@ def answer(
         full = [o for o in members if o.curve.key["method"] == "fullft"]
         if len(full) > 1:
             raise TableError(
-                f"{group}: {len(full)} fullft curves, lr_ratio compares with one. Keep one scope, schedule and "
-                "precision a table."
+                f"{group}: {len(full)} fullft curves, lr_ratio compares with one. Keep one scope, "
+                "schedule and precision a table."
             )
         variants: dict[str, list[Optimum]] = {}
         for o in members:

@@ -1,34 +1,32 @@
-"""What the notebooks show: tables as data frames and figures, so that no cell holds any
-mathematics.
-
-Reads kept results; trains nothing and fits by the same calls as the reports.
+"""What the notebooks show: the tables and figures of a kept answer, by the calls that write its
+report, so that no cell holds any mathematics. Trains nothing.
 """
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis.inference.estimate import number, rate, with_interval
+from analysis.inference.estimate import rate
 from analysis.measures import next_runs
-from analysis.measures.efficiency import of_curves
-from analysis.optimum.fit import fit_all
-from analysis.optimum.optimum import Optimum
-from analysis.questions.ratio_answer import Answer, answer_of
-from analysis.report import plots_curves
-from analysis.report.commands import WITHIN
+from analysis.questions.base import Analysis
+from analysis.questions.registry import analyse
+from analysis.report import plots_curves, report_page
 from analysis.report.study import parts_of, rows_of
-from analysis.runs.lr_curves import lr_curves
 from analysis.runs.table import read
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def kept(name: str) -> Path:
-    """Return the folder of a kept result; raises FileNotFoundError with the names there are."""
+    """Return the folder of a kept result.
+
+    Raises:
+        FileNotFoundError: there is none of this name; the message lists those there are.
+    """
     folder = RESULTS / name
     if not (folder / "table.parquet").is_file():
         names = ", ".join(sorted(p.parent.name for p in RESULTS.glob("*/table.parquet")))
@@ -41,150 +39,78 @@ def table(folder: Path) -> pd.DataFrame:
     return read(folder / "table.parquet")
 
 
-def answer(folder: Path) -> Answer:
+def answer(folder: Path) -> Analysis:
     """Fit and judge a result's runs under the question they were trained for."""
-    return answer_of(table(folder), json.loads((folder / "question.json").read_text()))
+    return analyse(table(folder), _question(folder), RESULTS)
 
 
-def fits(runs: pd.DataFrame) -> list[Optimum]:
-    """Fit every curve of a table."""
-    return fit_all(lr_curves(runs))
+def _question(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "question.json").read_text())
 
 
-def _of(found: Answer | Sequence[Optimum]) -> Sequence[Optimum]:
-    return found.optima if isinstance(found, Answer) else found
+def _frame(rows: Sequence[Sequence[str]]) -> pd.DataFrame:
+    head, *rest = rows
+    return pd.DataFrame(rest, columns=head)
 
 
-def optima(found: Answer | Sequence[Optimum]) -> pd.DataFrame:
-    """One row a curve: the optimum, the low-regret band, the best loss."""
-    rows = []
-    for o in _of(found):
-        band = o.band(WITHIN)
-        rows.append(
-            {
-                "model and data": o.curve.group,
-                "curve": o.curve.name,
-                "best LR [95%]": with_interval(o.best_lr, rate),
-                f"within {WITHIN:g} nats": "-"
-                if band is None
-                else f"{rate(band[0])} to {rate(band[1])}",
-                "best NLL": number(o.best_nll, 5),
-                "runs": len(o.curve.x),
-                "flags": ", ".join(o.flags),
-            }
-        )
-    return pd.DataFrame(rows)
+def optima(found: Analysis) -> pd.DataFrame:
+    """Return one row a curve: the optimum, the low-regret band, the best loss."""
+    return _frame(report_page.optima_rows(found.optima))
 
 
-def ratios(found: Answer) -> pd.DataFrame:
-    """One row a ratio of LoRA's best rate over full fine-tuning's."""
-    return pd.DataFrame(
-        [
-            {
-                "model and data": r.group,
-                "ranks": "4 and more" if r.rank is None else str(r.rank),
-                "alpha": r.alpha,
-                "ratio [95%]": with_interval(r.ratio),
-                "NLL gap": with_interval(r.gap),
-            }
-            for r in found.ratios
-        ]
-    )
+def verdicts(found: Analysis, folder: Path) -> pd.DataFrame:
+    """Return one row a claim."""
+    return _frame(report_page.verdict_rows(found.verdicts, _question(folder)))
 
 
-def verdicts(found: Answer) -> pd.DataFrame:
-    """One row a claim."""
-    return pd.DataFrame(
-        [
-            {
-                "claim": v.claim,
-                "model and data": v.group,
-                "verdict": v.outcome,
-                "measured": with_interval(v.estimate),
-                "expected": v.expected,
-                "margin": f"{v.margin[0]:g} to {v.margin[1]:g}",
-                "why": v.why,
-                "needed": v.needed,
-            }
-            for v in found.verdicts
-        ]
-    )
+def section(found: Analysis, title: str) -> pd.DataFrame:
+    """Return the table of a section of the report."""
+    return _frame(next(s.rows for s in found.sections if s.title == title))
 
 
-def drifts(found: Answer) -> pd.DataFrame:
-    """One row a group: the slope of ln(best LR) per doubling of the rank, with its tests."""
-    return pd.DataFrame(
-        [
-            {
-                "model and data": g,
-                "slope [95%]": with_interval(d.slope),
-                "p (no slope)": number(d.p_slope, 2),
-                "p (ranks equal)": number(d.p_equal, 2),
-            }
-            for g, d in found.drifts.items()
-        ]
-    )
+def notes(found: Analysis, title: str) -> Any:
+    """Show the text of a section of the report."""
+    return _markdown("\n".join(next(s.text for s in found.sections if s.title == title)))
 
 
-def suggestions(found: Answer) -> pd.DataFrame:
-    """One row a suggestion: the rates and seeds that would decide most."""
-    return pd.DataFrame(
-        [
-            {
-                "model and data": s.curve.group,
-                "curve": s.curve.name,
-                "lr": rate(s.lr),
-                "seeds": ", ".join(map(str, s.seeds)),
-                "why": s.why,
-            }
-            for s in next_runs.suggest(found)
-        ]
-    )
+def suggestions(found: Analysis) -> pd.DataFrame:
+    """Return one row a suggestion: the rates and seeds that would decide most."""
+    head = ["model and data", "curve", "lr", "seeds", "why"]
+    rows = [
+        [s.curve.group, s.curve.name, rate(s.lr), ", ".join(map(str, s.seeds)), s.why]
+        for s in next_runs.suggest(found)
+    ]
+    return _frame([head, *rows])
 
 
-def efficiency(runs: pd.DataFrame, found: Answer | Sequence[Optimum]) -> pd.DataFrame:
-    """One row a LoRA curve: rho, full fine-tuning's steps to its loss over its own steps."""
-    told = zip(_of(found), of_curves(runs, _of(found)))
-    return pd.DataFrame(
-        [
-            {
-                "model and data": o.curve.group,
-                "curve": o.curve.name,
-                "rho [95%]": with_interval(e),
-                "seeds": e.n,
-                "flags": ", ".join(e.flags),
-            }
-            for o, e in told
-            if e is not None
-        ]
-    )
-
-
-def lr_against_nll(found: Answer | Sequence[Optimum]) -> Any:
+def lr_against_nll(found: Analysis) -> Any:
     """Show NLL over learning rate with fits and intervals."""
-    return _shown(lambda path: plots_curves.lr_against_nll(_of(found), path))
+    return _shown(lambda path: plots_curves.lr_against_nll(found.optima, path))
 
 
-def learning_curves(runs: pd.DataFrame, found: Answer | Sequence[Optimum]) -> Any:
+def learning_curves(runs: pd.DataFrame, found: Analysis) -> Any:
     """Show held-out NLL over steps."""
-    return _shown(lambda path: plots_curves.learning(runs, _of(found), path))
+    return _shown(lambda path: plots_curves.learning(runs, found.optima, path))
 
 
 def study() -> pd.DataFrame:
-    """One row a claim of every kept result; primary claims are corrected for their number over all
-    of them (Holm)."""
-    head, *rows = rows_of(parts_of([RESULTS]))
-    return pd.DataFrame(rows, columns=head)
+    """Return one row a claim of every kept result; primary claims are corrected for their number
+    over all of them (Holm)."""
+    return _frame(rows_of(parts_of([RESULTS])))
 
 
 def page(name: str) -> Any:
     """Show a kept page."""
+    return _markdown((RESULTS / name).read_text())
+
+
+def _markdown(text: str) -> Any:
     from IPython.display import Markdown
 
-    return Markdown((RESULTS / name).read_text())
+    return Markdown(text)
 
 
-def _shown(draw: Any) -> Any:
+def _shown(draw: Callable[[Path], None]) -> Any:
     from IPython.display import Image
 
     with tempfile.TemporaryDirectory() as folder:

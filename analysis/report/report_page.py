@@ -1,4 +1,4 @@
-"""report.md: verdicts, the question's sections, optima, and the conditions under which they hold."""
+"""report.md: verdicts, the question's sections, optima, and the conditions that they hold for."""
 
 import json
 from collections.abc import Sequence
@@ -55,7 +55,8 @@ def markdown(
         out += ["## Learning curves", "", "![learning curves](learning.png)", ""]
     out += _conditions([o.curve for o in found.optima], table)
     out += [
-        f"- runs: {len(table)} in table.parquet and table.csv; hash of claims and margins {claims_hash}",
+        f"- runs: {len(table)} in table.parquet and table.csv",
+        f"- hash of claims and margins: {claims_hash}",
         f"- what is measured at scale {scale} is claimed for that scale only",
         "",
         f"Command: `python -m lorasweep +sweep={name} scale={scale}`",

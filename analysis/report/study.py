@@ -78,8 +78,9 @@ class Part:
         )
 
     def measured(self, v: Verdict) -> str:
-        """What was measured; over several tasks, on the one that is hardest on the claim."""
-        return f"{'on the hardest task ' if v is self.overall(v.claim) else ''}{with_interval(v.estimate)}"
+        """Return what was measured; over all tasks, on the one that is hardest on the claim."""
+        where = "on the hardest task " if v is self.overall(v.claim) else ""
+        return f"{where}{with_interval(v.estimate)}"
 
     @cached_property
     def runs(self) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from scipy import stats
 from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.inference.meta import random_effects
 from analysis.measures.ratio import MIN_RANK
-from analysis.report import commands
+from analysis.report import commands, laws
 from analysis.report.text import markdown
 from analysis.runs import reading
 from analysis.runs.lr_curves import lr_curves
@@ -177,7 +177,7 @@ def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> list[str]:
 
 
 def _law(sweep: reading.Reading) -> list[str]:
-    law = commands.law(sweep)
+    law = laws.law(sweep)
     costs = [c for c in law["published_regret"] if c["percent"] is not None]
     worst = sorted(costs, key=lambda c: -c["percent"])[:3]
     head = "family|LR at hidden 2000 [95%]|exponent [95%]|models|regret of this law, %|flags"

@@ -132,4 +132,3 @@ def test_figures_of_the_validation_were_drawn_from_its_numbers(name):
     inputs = text_hash((KEPT / name / f"{name}.json").read_text())
     figures = list((KEPT / name).glob("*.png"))
     assert figures and {_inputs(p) for p in figures} == {inputs}
-

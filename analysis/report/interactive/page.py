@@ -78,7 +78,7 @@ def write(
         run: [list(p) for p in zip(c["step"].tolist(), c["test_nll"].tolist())]
         for run, c in learned.groupby("run")
     }
-    told = {
+    data = {
         "title": title,
         "metric": metric,
         "within": within,
@@ -91,34 +91,33 @@ def write(
             {"group": g, "name": n, "value": e.value, "low": e.low, "high": e.high}
             for g, n, e in ratios
         ],
-        "verdicts": [
-            {
-                "claim": v.claim,
-                "group": v.group,
-                "outcome": v.outcome,
-                "value": v.estimate.value,
-                "low": v.estimate.low,
-                "high": v.estimate.high,
-                "margin": list(v.margin),
-                "why": v.why,
-                "needed": v.needed,
-            }
-            for v in verdicts
-        ],
+        "verdicts": [_verdict(v) for v in verdicts],
     }
+    path.write_text(_filled(data))
+
+
+def _verdict(v: Verdict) -> dict[str, Any]:
+    e = v.estimate
+    return {
+        **{k: getattr(v, k) for k in ("claim", "group", "outcome", "why", "needed")},
+        **{k: getattr(e, k) for k in ("value", "low", "high")},
+        "margin": list(v.margin),
+    }
+
+
+def _filled(data: dict[str, Any]) -> str:
+    """Return the page with its data, style, code and library inside."""
     here = importlib.resources.files("analysis.report.interactive")
     page = here.joinpath("report.html").read_text()
     library = importlib.resources.files("plotly").joinpath("package_data/plotly.min.js").read_text()
     parts = {
         "STYLE": here.joinpath("report.css").read_text(),
         "LIBRARY": library,
-        "DATA": _json(told),
+        "DATA": _json(data),
         "REPORT": here.joinpath("report.js").read_text(),
     }
     # One pass over the template: a text of the table that looks like a mark is never taken for one.
-    path.write_text(
-        re.sub(r"/\*(STYLE|LIBRARY|DATA|REPORT)\*/", lambda mark: parts[mark.group(1)], page)
-    )
+    return re.sub(r"/\*(STYLE|LIBRARY|DATA|REPORT)\*/", lambda mark: parts[mark.group(1)], page)
 
 
 def _json(value: Any) -> str:
