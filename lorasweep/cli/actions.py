@@ -23,6 +23,7 @@ from lorasweep.launch.trainer import Trainer
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan, summary
 from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
@@ -195,8 +196,10 @@ def _print_single(request: Request, store: RunStore, point: Point) -> None:
     if request.format == "json":
         print(json.dumps({k: v for k, v in result.items() if k != "curve"}))
         return
-    nll = result.get("test_nll")
-    measure = "" if nll is None else f", test NLL {nll:.4f} (from {result['nll_start']:.4f})"
+    metric, measure = metric_of(result), ""
+    value, start = metric.value(result), metric.value(result["curve"][0])
+    if value is not None:
+        measure = f", {metric.label} {value:.4f} (from {start:.4f})"
     name = run_names([point])[point.id]
     print(f"run {point.id} ({name}): {result['state']}{measure}. Folder: {store.folder(point.id)}")
 

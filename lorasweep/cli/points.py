@@ -1,5 +1,6 @@
 """Which runs a sweep has by now: its grid, its second stage, and the rounds added after looks."""
 
+from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, curve_key
@@ -34,11 +35,14 @@ def _two_stages(request: Request, store: RunStore) -> list[Point]:
         by_curve.setdefault(curve_key(p), []).append(p)
     over = [p for curve in by_curve.values() if all(results[q.id] for q in curve) for p in curve]
 
-    def nll(rid: str) -> float | None:
+    def loss(rid: str) -> float | None:
         result = results[rid] or {}
-        return result.get("test_nll") if result.get("state") == "done" else None
+        value = metric_of(result).value(result)
+        if value is None or result.get("state") != "done":
+            return None
+        return metric_of(result).loss(value)
 
-    return points + second_stage(over, second, nll)
+    return points + second_stage(over, second, loss)
 
 
 def qualifying(points: list[Point]) -> list[Point]:

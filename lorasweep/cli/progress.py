@@ -80,8 +80,8 @@ class Display:
         head = f"[{self._ended:>3}/{len(self._points)}] {name}"
         if event["ended"] == "failed":
             return f"{head}  FAILED: {event['cause']}"
-        nll = event.get("test_nll")
-        measure = "" if nll is None else f"  test NLL {nll:.4f}"
+        value = event.get("value")
+        measure = "" if value is None else f"  {event['measure']} {value:.4f}"
         return f"{head}  {event['ended']:8}{measure}  {duration(event['wall_s'])}  ({self._left()})"
 
     def _done(self) -> float:

@@ -59,8 +59,8 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
         "sweep": request.sweep_name,
         "scale": request.scale,
         "runs": {"total": len(now.points), "todo": len(now.todo), **Counter(states.values())},
-        "arms": _arms(now.points, states, top, names),
-        "best": _plain_best(min(top.values(), default=(math.inf, "")), names),
+        "arms": _arms(now.points, states, top, names, entries),
+        "best": _plain_best(min(top.values(), default=(math.inf, "")), names, entries),
         "left_s": _left_s(now, flops_left, entries, queue),
         "rate_per_h": _rate_per_h(entries),
         "hours": _hours(request, now, entries, flops_left),
@@ -105,28 +105,35 @@ def _arms(
     states: dict[str, str],
     top: dict[str, tuple[float, str]],
     names: dict[str, str],
+    entries: dict[str, Entry],
 ) -> list[dict[str, Any]]:
     counts: dict[str, Counter[str]] = {arm: Counter() for arm in top}
     for p in points:
         counts[p.arm][states[p.id]] += 1
     return [
-        {"arm": a, "runs": c.total(), **c, "best": _plain_best(top[a], names)}
+        {"arm": a, "runs": c.total(), **c, "best": _plain_best(top[a], names, entries)}
         for a, c in counts.items()
     ]
 
 
 def _best(points: list[Point], entries: dict[str, Entry], arm: str) -> tuple[float, str]:
-    """Return the lowest test NLL of an arm and its run; (inf, "") if none is done."""
-    usable = ((entries[p.id].test_nll, p.id) for p in points if p.arm == arm and p.id in entries)
+    """Return an arm's best final measure, lower is better, and its run; (inf, "") if none is done."""
+    mine = ((entries[p.id], p.id) for p in points if p.arm == arm and p.id in entries)
+    usable = ((e, e.value, i) for e, i in mine if e.state == "done")
     return min(
-        ((nll, i) for nll, i in usable if nll is not None and entries[i].state == "done"),
+        ((-v if e.higher_is_better else v, i) for e, v, i in usable if v is not None),
         default=(math.inf, ""),
     )
 
 
-def _plain_best(best: tuple[float, str], names: dict[str, str]) -> dict[str, Any] | None:
-    nll, rid = best
-    return {"run": rid, "name": names[rid], "test_nll": nll} if rid else None
+def _plain_best(
+    best: tuple[float, str], names: dict[str, str], entries: dict[str, Entry]
+) -> dict[str, Any] | None:
+    _, run = best
+    if not run:
+        return None
+    e = entries[run]
+    return {"run": run, "name": names[run], "metric": e.metric, e.metric: e.value}
 
 
 def _rate_per_h(entries: dict[str, Entry]) -> float | None:

@@ -23,9 +23,9 @@ def status_text(request: Request, status: dict[str, Any]) -> str:
     shown = [s for s in COLUMNS if runs.get(s)]
     width = max(len(a["arm"]) for a in status["arms"])
     heads = "".join(f"{s:>{_width(s)}}" for s in shown)
-    lines.append(f"  {'arm':{width}}  runs  {heads}  best NLL")
+    lines.append(f"  {'arm':{width}}  runs  {heads}  best")
     for a in status["arms"]:
-        best = "" if a["best"] is None else f"  {a['best']['test_nll']:.4f} ({a['best']['name']})"
+        best = "" if a["best"] is None else _best(a["best"])
         cells = "".join(f"{a.get(s, 0):{_width(s)}}" for s in shown)
         lines.append(f"  {a['arm']:{width}}  {a['runs']:4}  {cells}{best}")
     hours = status["hours"]
@@ -43,6 +43,10 @@ def status_text(request: Request, status: dict[str, Any]) -> str:
     if runs.get("failed"):
         lines.append("  try failed runs again: exec.retry=true")
     return "\n".join(lines)
+
+
+def _best(best: dict[str, Any]) -> str:
+    return f"  {best[best['metric']]:.4f} ({best['name']})"
 
 
 def _width(column: str) -> int:

@@ -16,6 +16,7 @@ from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.trainer import Report, Trainer
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.spec.execution import Exec
+from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint
 from lorasweep.store.checkpoint import State
@@ -210,8 +211,9 @@ class _Session:
         for i, (state, measures) in event.ended.items():
             if i in owned:
                 self.store.finish(i, state, {**measures, **self._circumstances(i)})
-                nll = measures.get("test_nll")
-                report({"run": i, "ended": state, "test_nll": nll, "wall_s": self.wall_s[i]})
+                metric = metric_of(measures)
+                outcome = {"measure": metric.label, "value": metric.value(measures)}
+                report({"run": i, "ended": state, **outcome, "wall_s": self.wall_s[i]})
         self.live = [i for i in self.live if i not in event.ended]
         report({"runs": self.live, "step": event.step})
 

@@ -14,6 +14,10 @@ class Metric:
     label: str = "test NLL"
     """What people read."""
 
+    def value(self, result: Mapping[str, Any]) -> float | None:
+        """Return a result's value; None where it has none, as a diverged run's."""
+        return result.get(self.name)
+
     def better(self, a: float, b: float) -> bool:
         """Return whether value `a` is better than `b`."""
         return a > b if self.higher_is_better else a < b

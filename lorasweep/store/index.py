@@ -12,9 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorasweep.spec.metric import metric_of
 from lorasweep.store import files
 
-VERSION = 1
+VERSION = 2
 
 
 class Entry(NamedTuple):
@@ -23,7 +24,10 @@ class Entry(NamedTuple):
     size: int
     mtime_ns: int
     state: str
-    test_nll: float | None
+    metric: str
+    """Name of the measure that the run is judged by."""
+    higher_is_better: bool
+    value: float | None
     wall_s: float | None
     threads: int | None
 
@@ -59,7 +63,10 @@ def read(
                 stat.st_size,
                 stat.st_mtime_ns,
                 body["state"],
-                *map(body.get, ("test_nll", "wall_s", "threads")),
+                metric_of(body).name,
+                metric_of(body).higher_is_better,
+                metric_of(body).value(body),
+                *map(body.get, ("wall_s", "threads")),
             ]
             known[rid] = entry
             behind += 1

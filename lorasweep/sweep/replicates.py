@@ -9,12 +9,12 @@ from lorasweep.sweep.question import Replicates
 
 
 def second_stage(
-    points: Sequence[Point], second: Replicates, nll: Callable[[str], float | None]
+    points: Sequence[Point], second: Replicates, loss: Callable[[str], float | None]
 ) -> list[Point]:
     """Return fresh seeds at the `n_lrs` learning rates around each curve's best.
 
-    `nll` gives a run's final held-out NLL; None for one that diverged. It is called for the first
-    stage's runs only, so that the answer does not change as the second stage fills.
+    `loss` gives what a run is judged by, lower is better; None for one that diverged. It is called
+    for the first stage's runs only, so that the answer does not change as the second stage fills.
     """
     curves: dict[tuple[str, str], dict[float, list[Point]]] = {}
     for p in points:
@@ -23,7 +23,7 @@ def second_stage(
     for (arm, _), by_lr in curves.items():
         if second.arms and arm not in second.arms:
             continue
-        for lr in _around_the_best(by_lr, second.n_lrs, nll):
+        for lr in _around_the_best(by_lr, second.n_lrs, loss):
             for seed in second.seeds:
                 spec = dataclasses.replace(by_lr[lr][0].spec, seed=seed)
                 extra.setdefault(spec.id, Point(arm, spec))
@@ -32,11 +32,11 @@ def second_stage(
 
 
 def _around_the_best(
-    by_lr: dict[float, list[Point]], n_lrs: int, nll: Callable[[str], float | None]
+    by_lr: dict[float, list[Point]], n_lrs: int, loss: Callable[[str], float | None]
 ) -> list[float]:
-    """Return `n_lrs` neighbouring rates around the one of lowest mean NLL; none if all diverged."""
+    """Return `n_lrs` neighbouring rates around the one of lowest mean loss; none if all diverged."""
     lrs = sorted(by_lr)
-    scores = [_mean([nll(p.id) for p in by_lr[lr]]) for lr in lrs]
+    scores = [_mean([loss(p.id) for p in by_lr[lr]]) for lr in lrs]
     if not any(map(math.isfinite, scores)):
         return []
     best = min(range(len(lrs)), key=scores.__getitem__)

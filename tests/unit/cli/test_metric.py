@@ -1,0 +1,27 @@
+"""A metric of which more is better: the second stage and the status take it so."""
+
+from lorasweep.cli.points import all_points
+from lorasweep.cli.status import status
+from lorasweep.cli.status_text import status_text
+from lorasweep.launch import local
+from lorasweep.store.run_store import RunStore
+
+REWARD = {"name": "reward", "higher_is_better": True, "label": "reward"}
+
+
+def test_the_highest_reward_is_the_best(compose, fake_trainer):
+    """The NLLs of these runs would choose the other end of the rates."""
+    rates = "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]"
+    request = compose("+sweep=lr_ratio", "scale=smoke", "scale.fresh_seeds=[7]", rates)
+    store = RunStore(request.exec.runs_dir)
+    trainer = fake_trainer(
+        lambda s: 1 + s.lr, more=lambda s: {"metric": REWARD, "reward": 100 * s.lr}
+    )
+    local.run_points(request.points, store, request.exec, lambda event: None, trainer)
+    points = all_points(request, store)
+    fresh = {p.spec.lr for p in points if p.spec.seed == 7 and p.arm == "fullft"}
+    assert fresh == {1.2e-3, 2.4e-3, 4.8e-3}
+    now = status(request, store, request.points)
+    best = {a["arm"]: a["best"] for a in now["arms"]}["fullft"]
+    assert best["reward"] == 100 * 4.8e-3 and "test_nll" not in best
+    assert "0.4800" in status_text(request, now)
