@@ -19,8 +19,8 @@ class Exec:
     threads: int | None = None
     """Threads a worker; None: the cores divided by the workers."""
     pack_size: int | None = None
-    """Runs trained together over one base, at most; 1 turns packing off; None: measured on this
-    machine."""
+    """Runs trained together over one base, at most; 1 turns packing off; None: chosen by the
+    plan."""
     micro_batch_size: int | None = None
     """Sequences a forward, for each member; None: chosen by the plan."""
     compile: bool = False

@@ -107,7 +107,7 @@ def record(asked, points, step_s, state="done", threads=1, processor="a processo
             # The first update is slow, and is not to count.
             store.record(p.id, {"step": step, "step_s": step_s if step > 1 else 100.0})
         if state == "done":
-            layout = {"pack_size": len(points), "threads": threads}
+            layout = {"pack_size": len(points), "threads": threads, "wall_s": 3.0}
             store.finish(p.id, "done", {"step_s": step_s, "test_nll": 2.0, **layout})
 
 
@@ -131,6 +131,12 @@ def test_records_made_otherwise_are_not_compared(asked, how):
     lora = [p for p in asked.points if p.arm == "lora"]
     record(asked, lora[:4], 0.005, **how)
     assert planned(asked)[0].throughputs.of(lora[0].spec) is None
+
+
+def test_the_speed_of_runs_made_here_is_not_taken_for_another_machines(asked):
+    record(asked, [p for p in asked.points if p.arm == "lora"][:4], 0.005)
+    assert planned(asked)[0].basis == "measured"
+    assert planned(asked, dataclasses.replace(GPUS, processor=None))[0].basis == "assumed"
 
 
 def test_a_pack_with_checkpoints_stays_as_it_was(asked):
