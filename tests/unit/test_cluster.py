@@ -1,6 +1,7 @@
 """A cluster's pieces without a cluster: grouping, what jobs ask for, locks, owners, snapshots,
 names, permissions, the index."""
 
+import contextlib
 import json
 import os
 import stat
@@ -10,13 +11,17 @@ import threading
 from pathlib import Path
 
 import pytest
+from submitit.core.utils import FailedJobError
 
-from lorasweep.errors import ClusterError, StoreError
+from lorasweep.cli import follow
+from lorasweep.errors import ClusterError, GaveUp, LorasweepError, SpecError, StoreError
 from lorasweep.launch.slurm import (
     client,
+    job,
     partitions,
     preflight,
     resources,
+    sbatch,
     snapshot,
     submissions,
 )
@@ -353,6 +358,114 @@ def test_a_snapshot_is_named_by_its_content_and_runs(tmp_path):
     ).stdout.split()
     assert said[0].startswith(str(folder)) and said[1] == folder.name
     assert folder.name in snapshot.describe(folder)
+
+
+# ---------------------------------------------------------------- submitting
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_both_ways_to_submit_ask_for_the_same(tmp_path, monkeypatch, n):
+    """submitit's own batch file and ours have the same options and the same lines of shell."""
+    from submitit.slurm.slurm import SlurmExecutor
+
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    for name in ("srun", "sbatch"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setattr(sbatch.job, "run", max)  # what is pickled does not matter
+    texts = []
+
+    def submit_command(executor, command):
+        texts.append(executor._make_submission_file_text(command, "x"))
+        raise FailedJobError("error: seen")
+
+    monkeypatch.setattr(SlurmExecutor, "_submit_command", submit_command)
+    cluster = Cluster(
+        kind="slurm",
+        partition="gpu",
+        account="a b",
+        qos="q",
+        constraint="c",
+        gpus=2,
+        setup=["module load x"],
+        options={"exclusive": "true", "exclude": "n17"},
+    )
+    array = submissions.Array("0", "name-0", 2, n)
+    needed = resources.JobResources(4, 2, 7.3, 33, 2)
+    described = sbatch.Description(tmp_path, array, needed, cluster, tmp_path / "code", ("5", "6"))
+    with pytest.raises(ClusterError, match="error: seen"):
+        sbatch.submit(described)
+    script = sbatch.write_script(described).read_text()
+
+    def options(text):
+        lines = (x.removeprefix("#SBATCH --") for x in text.splitlines() if "#SBATCH" in x)
+        return dict(line.partition("=")[::2] for line in lines)
+
+    theirs, ours = options(texts[0]), options(script)
+    assert theirs.pop("wckey") == "submitit"
+    assert theirs == ours and ours["mem"] == "7475M" and ours["exclusive"] == ""
+    assert ours["dependency"] == "afterany:5:6" and ("array" in ours) == (n > 1)
+    for line in described.setup():
+        assert line in texts[0].splitlines() and line in script.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("codes", "tries", "fails"),
+    [
+        ([0], 1, False),
+        ([job.TRY_AGAIN, 0], 2, False),
+        ([job.TRY_AGAIN] * 5, 5, True),
+        ([2], 1, True),
+    ],
+)
+def test_the_following_command_is_tried_again_where_that_may_help(
+    tmp_path, monkeypatch, codes, tries, fails
+):
+    given, left = [], list(codes)
+
+    def run(command, check):
+        given.append(command)
+        return subprocess.CompletedProcess(command, left.pop(0))
+
+    monkeypatch.setattr(job.subprocess, "run", run)
+    monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps({"follow": "request.json", "command": ["-m", "lorasweep"]}))
+    with pytest.raises(LorasweepError, match="status") if fails else contextlib.nullcontext():
+        job.run(str(path))
+    assert given == [[sys.executable, "-m", "lorasweep", str(path)]] * tries
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (None, 0),
+        (ClusterError("busy"), job.TRY_AGAIN),
+        (StoreError("held"), job.TRY_AGAIN),
+        (GaveUp("idle"), 2),
+        (SpecError("wrong"), 2),
+    ],
+)
+def test_the_following_command_says_whether_another_try_may_help(
+    compose, tmp_path, monkeypatch, error, code
+):
+    asked = compose("+sweep=lr_ratio", "scale=smoke", "cluster=slurm")
+    (tmp_path / "request.json").write_text(json.dumps(asked.plain()))
+    task = {"follow": str(tmp_path / "request.json"), "trainer": "a.b:c", "idle": 1, "finished": 4}
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    acted = []
+
+    def act(request, trainer, follow):
+        acted.append((request.title, trainer, follow["idle"]))
+        if error:
+            raise error
+
+    monkeypatch.setattr(follow, "act", act)
+    monkeypatch.setattr(follow.signal, "signal", lambda *_: None)
+    assert follow.main(str(tmp_path / "task.json")) == code
+    assert acted == [(asked.title, "a.b:c", 1)]
 
 
 # ---------------------------------------------------------------- before anything starts

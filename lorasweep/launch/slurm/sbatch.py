@@ -108,7 +108,7 @@ def write_script(described: Description) -> Path:
         "signal": f"USR2@{cluster.warn_s}",
         "open-mode": "append",
         "output": str(folder / "jobs" / f"{log}_0_log.out"),
-        **({"array": f"0-{array.n - 1}%{cluster.parallel}"} if array.n > 1 else {}),
+        **({"array": f"0-{array.n - 1}%{min(array.n, cluster.parallel)}"} if array.n > 1 else {}),
         **described.options(),
     }
     flags = [

@@ -47,6 +47,13 @@ def test_wrong_requests_end_with_status_2_and_no_traceback(command, tmp_path, ar
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/spec.json"))
 
 
+def test_alone_the_command_shows_what_one_can_do_and_trains_nothing(command, tmp_path):
+    done = command()
+    assert done.returncode == 0 and "+sweep=lr_ratio action=plan" in done.stdout
+    assert "capacity, compute" in done.stdout and len(done.stdout.splitlines()) < 30
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_shows_groups_and_how_to_change_a_grid(command, tmp_path):
     text = command("--help").stdout
     for words in (
