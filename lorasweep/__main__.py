@@ -7,7 +7,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def main() -> None:
@@ -71,7 +74,7 @@ def _run_hydra() -> None:
         sys.exit(130)
 
 
-def _act(cfg: object) -> None:
+def _act(cfg: "DictConfig") -> None:
     from lorasweep.cli.actions import act
     from lorasweep.config import compose
     from lorasweep.errors import LorasweepError

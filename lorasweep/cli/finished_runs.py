@@ -7,6 +7,7 @@ from pathlib import Path
 from lorasweep.cli import answer
 from lorasweep.cli.verify import Comparison, compare_alone
 from lorasweep.errors import SpecError
+from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
@@ -62,7 +63,7 @@ def adapter(request: Request, store: RunStore) -> int:
             f"run {request.run!r} is not a finished run in {store.root}. See action=status for ids."
         )
     spec = spec_from(store.spec(request.run))
-    if spec.method.name != "lora":
+    if not isinstance(spec.method, LoRA):
         raise SpecError(f"a {spec.method.name} run has no adapter. Choose a lora run.")
     exec_ = dataclasses.replace(request.exec, **store.layout(request.run))
     tensors = {}

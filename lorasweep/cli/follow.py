@@ -1,6 +1,6 @@
 """The command of the job that follows a sweep's jobs: the sweep is asked again, from a file.
 
-python -m lorasweep.cli.follow TASK.json
+python -m lorasweep --follow TASK.json
 
 {"follow": REQUEST.json, "trainer": name or null, "idle": n, "finished": n}
 """

@@ -116,7 +116,8 @@ def compare_alone(
     for p in choose(points, store, count):
         before = store.result(p.id) or {}
         layout = store.layout(p.id)
-        state, final = "", {}
+        state: str = ""
+        final: dict[str, Any] = {}
         for event in trainer([p.spec], dataclasses.replace(exec_, **layout), None):
             if p.id in event.ended:
                 state, final = event.ended[p.id]

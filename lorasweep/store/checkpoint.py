@@ -96,8 +96,9 @@ def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:
     """Load the latest step that every member has in good order; None if there is none."""
     common = set.intersection(*(set(described(f)) for f in folders.values()))
     for step in sorted(common, reverse=True):
-        states = {rid: load(f, step) for rid, f in folders.items()}
-        if all(s is not None for s in states.values()):
+        loaded = {rid: load(f, step) for rid, f in folders.items()}
+        states = {rid: state for rid, state in loaded.items() if state is not None}
+        if len(states) == len(folders):
             return states
     return None
 

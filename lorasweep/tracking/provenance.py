@@ -37,7 +37,7 @@ SLURM = {
 @cache
 def environment() -> dict[str, Any]:
     """Describe code, packages and machine."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -38,8 +38,12 @@ def _settle(s: Submission, array: Array, strays: dict[str, str], notify: Notify)
         return False
     number = strays[array.name] if array.name in strays else _accounted(array)
     is_script = s.record["script"]
-    whole = number is not None and not array.abandoned
-    if whole and (is_script or sbatch.complete(s.folder, array, number)):
+    whole = (
+        number is not None
+        and not array.abandoned
+        and (is_script or sbatch.complete(s.folder, array, number))
+    )
+    if whole:
         notify(f"job {number} of {s.name}, submitted by a command that died, is adopted")
     elif number is not None:
         notify(f"job {number} of {s.name}, submitted in part by a command that died, is cancelled")

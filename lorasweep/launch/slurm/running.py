@@ -46,8 +46,8 @@ class RunningJobs:
                 return None
         except ClusterError:
             return None
-        fresh = self._running is not None and time.monotonic() - self._asked < FRESH_S
-        if not (fresh and (self._running.get(job) == restart or known_before)):
+        running = self._running if time.monotonic() - self._asked < FRESH_S else None
+        if running is None or not (running.get(job) == restart or known_before):
             self.refresh()
         if self._running is None:
             return None
