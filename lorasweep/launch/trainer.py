@@ -31,7 +31,7 @@ class Trainer(Protocol):
 
 
 class TorchTrainer:
-    """Loads base models and data once a process and trains packs with `lorasweep.train.finetune`."""
+    """Loads bases and data once a process and trains packs with `lorasweep.train.finetune`."""
 
     def __init__(self) -> None:
         self._base: Base | None = None
