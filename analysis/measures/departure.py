@@ -73,7 +73,7 @@ def _known(values: AtBest[float]) -> AtBest[float]:
 
 
 def envelope(table: pd.DataFrame, o: Optimum) -> Points:
-    """Return the lowest loss over the rates at every step, of the seed that was tried at most rates."""
+    """Return the lowest loss over the rates at every step, of the seed with the most rates."""
     seeds, counts = np.unique(o.curve.seed, return_counts=True)
     seed = seeds[np.argmax(counts)]
     rows = runs_of(table, o.curve)

@@ -26,8 +26,8 @@ def retained(row: pd.Series) -> dict[str, float]:
 
 
 def frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> list[dict[str, float]]:
-    """Return what a curve's finished runs learn and forget, mean over the seeds of a rate (or of one
-    seed), by rising rate."""
+    """Return what a curve's finished runs learn and forget, by rising rate: the mean over seeds, or
+    one seed."""
     found: dict[float, list[dict[str, float]]] = {}
     for _, row in runs_of(table[table["status"] == "done"], o.curve).iterrows():
         if seed in (None, row["seed"]) and (losses := retained(row)):
@@ -41,9 +41,12 @@ def frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> list[d
 def at_equal_learning(
     table: pd.DataFrame, full: Optimum, tuned: Optimum
 ) -> AtBest[dict[str, float]]:
-    """Return what full fine-tuning forgets, by seed, at the rate up to its best at which its loss on the
-    new task is tuned LoRA's of that seed. Seeds without such a rate are left out, and so are likely
-    rates at which other seeds have one: which seeds have depends on what they learned."""
+    """Return what full fine-tuning forgets where it has learned as much as tuned LoRA, by seed.
+
+    That is at the lowest rate up to its best at which its loss on the new task is tuned LoRA's of
+    that seed. Seeds without such a rate are left out, and so are likely rates at which other seeds
+    have one: which seeds have depends on what they learned.
+    """
     (runs,) = values_at_best(table, [tuned], retained)
     paths = {s: {v["lr"]: v for v in frontier(table, full, s)} for s in runs.best}
     if full.best_lr.value is None:

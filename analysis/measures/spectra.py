@@ -1,4 +1,4 @@
-"""Spectral norms of what runs change, at each curve's best rate: of A, of B, of the whole change."""
+"""Spectral norms of A, of B and of the whole change, at each curve's best rate."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def spectra_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Spectra]:
 
 
 def _log_spectra(row: pd.Series) -> dict[tuple[str, str], float]:
-    """Return logarithms of a run's spectral norms by (matrix, which): those are what interpolates well
+    """Return logarithms of a run's spectral norms by (matrix, which); logarithms interpolate well
     between rates."""
     spectra = json.loads(row["result"]).get("spectra") or {}
     return {

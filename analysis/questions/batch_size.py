@@ -162,7 +162,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
 
 
 def _read(top: int, slopes: dict[str, dict[int, Estimate]], step: int) -> dict[str, str]:
-    """Say of which rank the slopes are, and beside them what the other ranks' are."""
+    """Name the rank that the slopes are of, and give the other ranks' slopes."""
     out = {}
     for way, estimand in zip(WAYS, ("slope_fixed_examples", "slope_fixed_steps")):
         others = [

@@ -183,10 +183,10 @@ def _section(cells: list[Cell], lora: list[Cell], margin: tuple[float, float] | 
         )
     text = [f"Effective parameters of the adapter: {lora[0].parameters:,}."] if lora else []
     text.append(
-        "A model that is sure of a wrong value has a high NLL, so the bits known of facts that were "
-        "never trained fall below 0. Verdicts take the geometric mean over seeds. An update shows "
-        "128 facts: few facts come more than once in an update, and many exposures of few facts "
-        "are few updates."
+        "A model that is sure of a wrong value has a high NLL, so the bits known of facts that "
+        "were never trained fall below 0. Verdicts take the geometric mean over seeds. An update "
+        "shows 128 facts: few facts come more than once in an update, and many exposures of few "
+        "facts are few updates."
     )
     caption = "bits stored a parameter, over load and exposures"
     return Section("Cells", rows, text, "capacity.png", _panels(lora, margin), caption)
@@ -203,20 +203,19 @@ def _most(cells: list[Cell]) -> tuple[Estimate, list[str]]:
     if not cells:
         return Estimate(None), ["no curve of lora"]
     best = max(cells, key=lambda c: np.mean(c.bits) / c.parameters)
-    gates = []
+    gates, where = [], f"{best.facts} facts x {best.exposures:.0f}"
     if len(best.bits) < MIN_SEEDS:
-        gates.append(
-            f"{best.facts} facts x {best.exposures:.0f}: {len(best.bits)} seed(s), {MIN_SEEDS} needed"
-        )
+        gates.append(f"{where}: {len(best.bits)} seed(s), {MIN_SEEDS} needed")
     if best.at_edge:
-        gates.append(f"{best.facts} facts x {best.exposures:.0f}: at_edge")
+        gates.append(f"{where}: at_edge")
     fewer = [c for c in cells if c.facts == best.facts and c.exposures < best.exposures]
     if fewer:
         before = max(fewer, key=lambda c: c.exposures)
         gain = 1 - np.mean(before.bits) / np.mean(best.bits)
         if gain > CONVERGED:
             gates.append(
-                f"not converged: {best.exposures:.0f} exposures still add {gain:.0%} to {before.exposures:.0f}"
+                f"not converged: {best.exposures:.0f} exposures still add {gain:.0%} to "
+                f"{before.exposures:.0f}"
             )
     value = from_sample([max(b, 1e-9) / best.parameters for b in best.bits], log=True)
     return value, gates

@@ -263,8 +263,8 @@ def _to_loss(table: pd.DataFrame, whole: Sequence[Optimum], level: float) -> dic
 
 
 def _lowest(o: Optimum) -> float:
-    """Return the loss at a curve's optimum; where that is none but a bound, the lowest at a rate that is
-    part of the valley."""
+    """Return the loss at a curve's optimum; where there is only a bound, the lowest at a rate that
+    was fitted."""
     if o.best_nll is not None:
         return o.best_nll
     c = o.curve

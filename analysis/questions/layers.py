@@ -3,8 +3,8 @@ add anything?
 
 Step efficiency rho of each layer set against full fine-tuning of everything, each at its own best
 rate, on every task; a verdict over tasks takes the one that is hardest on the claim. Full
-fine-tuning of the same matrices stands beside it: where that shows the same order, the location and
-not the parametrisation makes it.
+fine-tuning of the same matrices is shown as well: where it has the same order, the location makes
+the order and not the parametrisation.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the report of `lr_ratio` shows beside the optima: ratios against laws in print, gaps, rho,
+"""What the report of `lr_ratio` shows: ratios against published laws, gaps, rho,
 drift, the next runs."""
 
 import dataclasses
@@ -95,7 +95,7 @@ def _laws(found: Answer) -> list[Section]:
     head = ["law", "predicts", "inside the interval"]
     return [
         Section(
-            f"Laws of the ratio in print, {r.group}, alpha {r.alpha:g}",
+            f"Published laws of the ratio, {r.group}, alpha {r.alpha:g}",
             [head, *([k, number(v), _inside(v, r.ratio)] for k, v in r.rivals.items())],
         )
         for r in found.ratios

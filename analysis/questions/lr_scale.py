@@ -169,7 +169,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     if beyond:
         head = ["not fitted", "hidden", "alpha", "ratio [95%]"]
         rows = [[o.where, str(o.hidden), f"{o.alpha:g}", with_interval(o.ratio)] for o in beyond]
-        sections.append(Section("Other sweeps' ratios, beside the law", [head, *rows]))
+        sections.append(Section("Other sweeps' ratios, not fitted", [head, *rows]))
     measures = {
         "outside": {o.where: o.ratio.plain() for o in beyond},
         "laws": {
@@ -181,7 +181,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
 
 def _law_section(laws: dict[str, RatioLaw]) -> Section:
     head = ["bases", "how many", "exponent of the hidden size [95%]", "of alpha [95%]"]
-    rows = [[*head, "bases with several alphas", "laws in print, p-value"]]
+    rows = [[*head, "bases with more than one alpha", "published laws, p-value"]]
     for name, law in laws.items():
         tests = "; ".join(f"{rival}: {number(p, 2)}" for rival, p in law.rivals.items()) or "-"
         exponents = [with_interval(law.p), with_interval(law.q)]

@@ -23,6 +23,8 @@ from analysis.runs.task import MIN_GAIN, MIN_REST
 
 MIN_SLOPE = 0.05
 """Nats that both arms still gain from the last doubling of the updates."""
+EDGES = ("at_edge", "bounded_by_divergence", "flat", "no_usable_points")
+"""Flags of an optimum that is not one minimum inside the rates tried."""
 MAX_NOISE = 0.1
 """Standard deviation between seeds over the rise of the loss a factor 2 off the optimum."""
 
@@ -55,64 +57,58 @@ def _group(group: str, optima: Sequence[Optimum], points: Sequence[Any]) -> list
     start, floor = optima[0].curve.nll_start, optima[0].curve.floor
     lowest = min((o.best_nll for o in optima if o.best_nll is not None), default=math.nan)
     excess = start - floor
+    left = (lowest - floor) / excess
+    above = f"{number(excess)} nats above the floor at the start"
     checks = [
-        Check(
-            group,
-            "to be learned",
-            f"{number(excess)} nats above the floor at the start",
-            f"{MIN_GAIN} or more",
-            None if math.isnan(excess) else excess >= MIN_GAIN,
-        ),
+        Check(group, "to be learned", above, f"{MIN_GAIN} or more", _at_least(excess, MIN_GAIN)),
         Check(
             group,
             "not solved",
-            f"{number((lowest - floor) / excess)} of that is left at the best",
+            f"{number(left)} of that is left at the best",
             f"{MIN_REST} or more",
-            None if math.isnan(excess + lowest) else (lowest - floor) / excess >= MIN_REST,
+            _at_least(left, MIN_REST),
         ),
     ]
     for o, mine in zip(optima, points):
-        gains = [g for p in mine.values() if (g := _last_doubling(p)) is not None]
-        slope = float(np.mean(gains)) if gains else math.nan
-        checks.append(
-            Check(
-                group,
-                f"still learning, {o.curve.name}",
-                f"{number(slope)} nats in the last doubling",
-                f"{MIN_SLOPE} or more",
-                None if math.isnan(slope) else slope >= MIN_SLOPE,
-            )
-        )
-        edge = [
-            f
-            for f in o.flags
-            if f in ("at_edge", "bounded_by_divergence", "flat", "no_usable_points")
-        ]
-        checks.append(
-            Check(
-                group,
-                f"one minimum inside, {o.curve.name}",
-                ", ".join(edge) or "inside",
-                "inside",
-                not edge,
-            )
-        )
-        rise, noise = (
-            _rise(o),
-            None if o.pooled is None or o.likelihood is None or not o.pooled.df else o.pooled.noise,
-        )
-        share = math.nan if rise is None or noise is None else noise / rise
-        checks.append(
-            Check(
-                group,
-                f"noise is small, {o.curve.name}",
-                f"{number(share)} of the rise a factor 2 off",
-                f"{MAX_NOISE} or less",
-                None if math.isnan(share) else share <= MAX_NOISE,
-                True,
-            )
-        )
+        checks += _of_curve(group, o, mine)
     return checks
+
+
+def _at_least(value: float, least: float) -> bool | None:
+    return None if math.isnan(value) else value >= least
+
+
+def _of_curve(group: str, o: Optimum, points: dict[int, Any]) -> list[Check]:
+    gains = [g for p in points.values() if (g := _last_doubling(p)) is not None]
+    slope = float(np.mean(gains)) if gains else math.nan
+    edge = [f for f in o.flags if f in EDGES]
+    rise = _rise(o)
+    known = o.pooled is not None and o.likelihood is not None and bool(o.pooled.df)
+    share = o.pooled.noise / rise if known and rise is not None else math.nan
+    return [
+        Check(
+            group,
+            f"still learning, {o.curve.name}",
+            f"{number(slope)} nats in the last doubling",
+            f"{MIN_SLOPE} or more",
+            _at_least(slope, MIN_SLOPE),
+        ),
+        Check(
+            group,
+            f"one minimum inside, {o.curve.name}",
+            ", ".join(edge) or "inside",
+            "inside",
+            not edge,
+        ),
+        Check(
+            group,
+            f"noise is small, {o.curve.name}",
+            f"{number(share)} of the rise a factor 2 off",
+            f"{MAX_NOISE} or less",
+            None if math.isnan(share) else share <= MAX_NOISE,
+            True,
+        ),
+    ]
 
 
 def _last_doubling(points: Sequence[tuple[float, float]]) -> float | None:
@@ -145,26 +141,17 @@ def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Any]]) -> list
 
 
 def verdict(checks: Sequence[Check]) -> dict[str, bool]:
-    """Say of each group whether it qualifies: no check fails but those that warn. What cannot be
-    told does not fail."""
+    """Say of each group whether it qualifies: no check fails but those that warn. An unknown
+    check does not fail."""
     groups = dict.fromkeys(c.group for c in checks)
     return {g: all(c.ok is not False or c.warns for c in checks if c.group == g) for g in groups}
 
 
 def rows(checks: Sequence[Check]) -> list[list[str]]:
     """Return a table, its head first."""
-    said = {True: "yes", False: "NO", None: "cannot be told"}
-    head = ["task", "check", "measured", "needed", "met"]
-    return [
-        head,
-        *(
-            [
-                c.group,
-                c.name,
-                c.measured,
-                c.needed,
-                "no: a warning" if c.warns and c.ok is False else said[c.ok],
-            ]
-            for c in checks
-        ),
-    ]
+    met = {True: "yes", False: "NO", None: "unknown"}
+    out = [["task", "check", "measured", "needed", "met"]]
+    for c in checks:
+        outcome = "no: a warning" if c.warns and c.ok is False else met[c.ok]
+        out.append([c.group, c.name, c.measured, c.needed, outcome])
+    return out

@@ -44,7 +44,7 @@ class Ratio:
     """NLL lost by a rule of thumb against the tuned rate, nats; None where the rule leaves the
     tried rates."""
     at: int | None = None
-    """Place of the LoRA curve among the answer's optima; None over several."""
+    """Index of the LoRA curve among the answer's optima; None over many."""
     rivals: dict[str, float] = field(default_factory=dict)
     """The ratio that each rival law in print gives at this width and alpha."""
 
@@ -165,8 +165,8 @@ def _one(group: str, lora: Optimum, full: Optimum, width: int) -> Ratio:
 
 
 def _drift(lora: Sequence[Optimum]) -> Drift:
-    """Drift over ranks whose optimum has an interval; none if any is missing, since those at an
-    edge are no accident."""
+    """Return the drift over the ranks; none if one has no interval, since those at an edge are no
+    accident."""
     n = sum(o.best_lr.n for o in lora)
     known = [o for o in lora if o.best_lr.draws is not None]
     if len(known) < len(lora):

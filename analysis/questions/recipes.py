@@ -190,7 +190,8 @@ def _share(
 def _read_at(at: AtRate) -> str:
     near = []
     if any(at.near_broken):
-        near = [f"beside a breakdown at {np.mean(at.near_broken):.0%} of the likely rates"]
+        share = f"{np.mean(at.near_broken):.0%}"
+        near = [f"next to a rate that diverged, at {share} of the likely rates"]
     return ", ".join([*map(rate, at.read_at), *near]) or "-"
 
 

@@ -51,6 +51,7 @@ def question_named(name: str) -> Question:
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Fit and judge a sweep's runs by the analysis that its question names.
 
-    kept: folder of kept results, for questions that show other sweeps' answers beside their own.
+    kept: folder of kept results, for questions that show other sweeps' answers next to
+    their own.
     """
     return question_named(question["analysis"]).analyse(table, question, kept)

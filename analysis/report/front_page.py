@@ -32,7 +32,7 @@ TABLE = (
 REAL = "smollm2-135m-instruct"
 
 
-def findings(parts: Sequence[Part]) -> list[str]:
+def sentences(parts: Sequence[Part]) -> list[str]:
     """Return five sentences."""
 
     def measured(sweep: str, claim: str, real: bool | None = None) -> str:
@@ -102,7 +102,7 @@ def rows(parts: Sequence[Part]) -> list[list[str]]:
 
 def block(parts: Sequence[Part], root: str) -> list[str]:
     """Return the lines of the front page's block; links to answers begin with root."""
-    out = [f"{k}. {sentence}" for k, sentence in enumerate(findings(parts), 1)]
+    out = [f"{k}. {sentence}" for k, sentence in enumerate(sentences(parts), 1)]
     out += ["", *markdown(rows(parts)), ""]
     for part in (p for p in parts if p.name == FIGURE):
         out += figures(part, root)[:3]

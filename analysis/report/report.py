@@ -39,7 +39,7 @@ def judge_and_report(
 
     Args:
         as_json: return one JSON object instead of text.
-        kept: folder of kept results, which some questions show beside their own.
+        kept: folder of kept results, which some questions show next to their own.
     """
     found = analyse(table, question, kept)
     results = results_of(found, question, table)

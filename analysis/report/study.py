@@ -57,7 +57,7 @@ class Part:
         return self.question["claims"].get(claim, {}).get("says") or claim.replace("_", " ")
 
     def word(self, claim: str, kind: str) -> str:
-        """What the question says of a claim in words: `whose`, `measure`, `beside`; empty if
+        """Return a claim's `whose`, `measure` or `beside` in the sweep's file; empty if
         nothing."""
         return self.question["claims"].get(claim, {}).get(kind) or ""
 
@@ -115,7 +115,7 @@ class Part:
             f"{m} ({_millions(sizes[m])} parameters)" if m in sizes else m
             for m in sorted(table["model"].unique())
         ]
-        names = "several bases" if len(models) > 3 else " and ".join(models)
+        names = f"{len(models)} bases" if len(models) > 3 else " and ".join(models)
         said = [f"{names} on {' and '.join(sorted(table['dataset'].unique()))}"]
         said += [
             f"{what} {_span(table[column])}"

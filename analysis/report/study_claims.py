@@ -11,7 +11,7 @@ SOURCES = {"study": "the study's own", "popular": "popular: summaries, defaults,
 """Where a claim comes from (`whose` in its sweep's file), in words."""
 VARIANTS = ("-skills", "-knows", "-facts")
 """Bases of one shape and seed that were pretrained on another task share a column."""
-MANY_BASES = "several bases"
+MANY_BASES = "more than one base"
 
 Claim = list[tuple[Part, list[Verdict]]]
 """One claim: the answers that judge it, each with its verdicts, that over all tasks first."""
@@ -50,8 +50,8 @@ def glance(found: Sequence[Claim], shown: Sequence[str], needs: bool = True) -> 
         part, (v, *_) = at[0]
         said = f"{part.says(v.claim)} (`{part.results['sweep']}: {v.claim}`)"
         if needs:
-            beside = [part.word(v.claim, k) for k in ("measure", "beside")]
-            said = "<br>".join([said, *(f"*{b}*" for b in beside if b)])
+            notes = [part.word(v.claim, k) for k in ("measure", "beside")]
+            said = "<br>".join([said, *(f"*{note}*" for note in notes if note)])
         rows.append([said, within(v), *("<br>".join(_cells(at, base, needs)) for base in shown)])
     return markdown(rows)
 

@@ -109,7 +109,7 @@ def _head(parts: Sequence[Part], n_claims: int) -> list[str]:
         "The claims of [LoRA Without Regret](https://thinkingmachines.ai/blog/lora) "
         '("the study") and of what was made of it, each judged from runs of its own: '
         f"{n_claims} claims in {sweeps} sweeps, {runs:,} distinct runs, all of them in the tables "
-        "beside this page.",
+        "next to this page.",
         "",
     ]
 

@@ -6,6 +6,7 @@ Words are compared exactly, numbers to a tolerance: the last digits differ betwe
 import json
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,14 +29,11 @@ ROUNDED = 1.01
 pytestmark = pytest.mark.xdist_group("freshness")
 
 
-@pytest.fixture(scope="session")
-def fresh():
-    """Every kept table analysed once: folder name -> (table, question, analysis)."""
-    found = {}
-    for folder in FOLDERS:
-        table, question = read(folder / "table.parquet"), _json(folder / "question.json")
-        found[folder.name] = table, question, analyse(table, question, KEPT)
-    return found
+@cache
+def fresh(folder):
+    """Return a kept table, its question, and what today's code makes of them; once a session."""
+    table, question = read(folder / "table.parquet"), _json(folder / "question.json")
+    return table, question, analyse(table, question, KEPT)
 
 
 def _json(path):
@@ -90,8 +88,8 @@ def test_the_comparison_sees_a_word_and_a_number():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
-def test_kept_answers_are_what_their_tables_say_today(fresh, folder):
-    table, question, analysis = fresh[folder.name]
+def test_kept_answers_are_what_their_tables_say_today(folder):
+    table, question, analysis = fresh(folder)
     today = json.loads(json.dumps(report.results_of(analysis, question, table)))
     kept = _json(folder / "results.json")
     outcomes = [
@@ -103,15 +101,15 @@ def test_kept_answers_are_what_their_tables_say_today(fresh, folder):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
-def test_kept_reports_are_rendered_from_their_answers(fresh, folder):
-    table, question, analysis = fresh[folder.name]
+def test_kept_reports_are_rendered_from_their_answers(folder):
+    table, question, analysis = fresh(folder)
     today = report.render(analysis, question, table)
     assert not differing_text(today, (folder / "report.md").read_text())
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
-def test_kept_figures_were_drawn_from_the_kept_runs_and_results(fresh, folder):
-    table, _, analysis = fresh[folder.name]
+def test_kept_figures_were_drawn_from_the_kept_runs_and_results(folder):
+    table, _, analysis = fresh(folder)
     wanted = {s.figure for s in analysis.sections if s.panels}
     wanted |= {"lr_nll.png"} if analysis.optima else set()
     figures = {p.name: p for p in folder.glob("*.png")}
