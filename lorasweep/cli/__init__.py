@@ -1,4 +1,4 @@
 """What each action of the command line does, and what people see of it.
 
-Knows no torch and no scheduler by name.
+Refuses to know torch, and how runs are trained.
 """

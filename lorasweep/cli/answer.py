@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
-"""The repository's kept results, which a report may show beside its own."""
+"""The repository's kept results, which a report may show next to its own."""
 
 
 def check_claims(sweep: Sweep | None) -> None:

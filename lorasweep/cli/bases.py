@@ -1,4 +1,4 @@
-"""Remake the shipped base models from their recipes, or check that they can be remade (`make bases`).
+"""Remake the shipped bases from their recipes, or check that they can be remade (`make bases`).
 
     python -m lorasweep.cli.bases [--check] [NAME ...]
 

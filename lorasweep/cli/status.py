@@ -33,11 +33,7 @@ WINDOW_S = 1800.0
 
 def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, Any]:
     """Return the state of a sweep as plain values."""
-    queue = (
-        submissions.look(store.root)
-        if submissions.home(store.root).is_dir()
-        else Queue([], {}, {}, [])
-    )
+    queue = submissions.look(store.root)
     now = make_plan(points, store, request.exec, detect.this_machine())
     covered = queue.covered()
     states = {
@@ -117,7 +113,10 @@ def _arms(
 
 
 def _best(points: list[Point], entries: dict[str, Entry], arm: str) -> tuple[float, str]:
-    """Return an arm's best final measure, lower is better, and its run; (inf, "") if none is done."""
+    """Return an arm's best final measure (lower is better) and its run.
+
+    (inf, "") if none is done.
+    """
     mine = ((entries[p.id], p.id) for p in points if p.arm == arm and p.id in entries)
     usable = ((e, e.value, i) for e, i in mine if e.state == "done")
     return min(

@@ -1,6 +1,6 @@
 """An index over finished runs, so that ten thousand of them are counted in a fraction of a second.
 
-A cache: `.index.json` beside the runs, made again from the results whenever it is missing, damaged
+A cache: `.index.json` next to the runs, made again from the results whenever it is missing, damaged
 or behind. An entry counts only while size and time of change of its result.json are the same;
 results are written once.
 """

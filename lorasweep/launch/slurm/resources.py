@@ -31,7 +31,7 @@ MARGIN_MEMORY = 1.3
 """A job asks for this many times the expected memory. The memory model holds within 20% (LOG.md).
 """
 HOST_BYTES = 3 * 2**30
-"""Host memory of a worker on a GPU beside a copy of the weights: libraries, data, pinned buffers.
+"""Host memory of a worker on a GPU, besides a copy of the weights: libraries, data, pinned buffers.
 Assumption."""
 GPU_FLOPS = 1e14
 """Floating-point operations a second of a GPU worker, until something was measured. Assumption: a

@@ -1,6 +1,6 @@
 """One description of an array of jobs, and the two ways to submit it: submitit, or a script.
 
-The only importer of submitit. A job is given the name of one function of ours
+The only importer of submitit. A job is given the name of one function
 (`lorasweep.launch.slurm.job.run`) and the path of a JSON file; nothing that it returns is read.
 """
 

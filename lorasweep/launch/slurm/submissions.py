@@ -1,4 +1,4 @@
-"""What was submitted to a cluster: records beside the runs, and what Slurm tells about them.
+"""What was submitted to a cluster: records next to the runs, and what Slurm tells about them.
 
     <runs_dir>/.slurm/
         lock/                     one submitter at a time, among all users
@@ -224,11 +224,10 @@ def look(runs_dir: Path) -> Queue:
     """Ask Slurm about all submissions that are not over, in one query. Writes nothing."""
     open_ = read_all(runs_dir)
     queue = Queue(open_, {}, {}, [])
+    if not open_:
+        return queue
     try:
-        here, private = (
-            client.setting("ClusterName") if open_ else "",
-            open_ and client.hides_jobs(),
-        )
+        here, private = client.setting("ClusterName"), client.hides_jobs()
     except ClusterError as error:
         queue.unavailable = str(error)
         return queue
