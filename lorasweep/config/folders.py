@@ -34,7 +34,8 @@ def exec_of(values: dict[str, Any]) -> Exec:
     exec_ = Exec(**values)
     for problem in exec_.problems():
         raise SpecError(problem)
-    return dataclasses.replace(exec_, **{name: _folder(exec_, name) for name in ENVIRONMENT})
+    folders: dict[str, Any] = {name: _folder(exec_, name) for name in ENVIRONMENT}
+    return dataclasses.replace(exec_, **folders)
 
 
 def _folder(exec_: Exec, name: str) -> str | list[str]:

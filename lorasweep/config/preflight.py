@@ -14,18 +14,16 @@ def check_available(request: Request) -> None:
     from lorasweep.data import load as data
     from lorasweep.models import load as models
 
-    seen: set[str] = set()
-    for p in request.points:
-        for spec, check, dirs in (
-            (p.spec.model, models.check_available, request.exec.models_dir),
-            (p.spec.dataset, data.check_available, request.exec.data_dir),
-        ):
-            if spec.name not in seen:
-                seen.add(spec.name)
-                check(spec, dirs)
-        vocab = data.generator_vocab(p.spec.dataset)
-        if vocab is not None and vocab > p.spec.model.vocab_size:
+    specs = [p.spec for p in request.points]
+    for model in {s.model.name: s.model for s in specs}.values():
+        models.check_available(model, request.exec.models_dir)
+    for dataset in {s.dataset.name: s.dataset for s in specs}.values():
+        data.check_available(dataset, request.exec.data_dir)
+    pairs = {(s.model.name, s.dataset.name): (s.model, s.dataset) for s in specs}
+    for model, dataset in pairs.values():
+        vocab = data.generator_vocab(dataset)
+        if vocab is not None and vocab > model.vocab_size:
             raise SpecError(
-                f"dataset {p.spec.dataset.name!r} has {vocab} symbols, model {p.spec.model.name!r} "
-                f"only {p.spec.model.vocab_size}. Choose a model made for it (conf/model)."
+                f"dataset {dataset.name!r} has {vocab} symbols, model {model.name!r} only "
+                f"{model.vocab_size}. Choose a model made for it (conf/model)."
             )

@@ -8,6 +8,7 @@ import functools
 import operator
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +35,7 @@ FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
 
 
-@functools.cache
-def writable(value: type) -> Any:
+def _writable(value: type) -> Any:
     """Return a writable twin of a frozen dataclass, by its YAML keys: OmegaConf fills no other."""
     hints = typing.get_type_hints(value)
     members = []
@@ -55,10 +55,13 @@ def writable(value: type) -> Any:
     return dataclasses.make_dataclass(value.__name__, members, bases=bases)
 
 
+writable: Callable[[type], Any] = functools.cache(_writable)
+
+
 def _writable_type(kind: Any) -> Any:
     if isinstance(kind, types.UnionType):
         return functools.reduce(operator.or_, map(_writable_type, kind.__args__))
-    return writable(kind) if dataclasses.is_dataclass(kind) else kind
+    return writable(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else kind
 
 
 @dataclass
@@ -100,13 +103,13 @@ class Config:
     watch: bool = False
     prune: bool = False
     scale: Scale = field(default_factory=Scale)
-    cluster: writable(Cluster) = field(default_factory=writable(Cluster))
-    exec: writable(Exec) = field(default_factory=writable(Exec))
+    cluster: writable(Cluster) = field(default_factory=writable(Cluster))  # type: ignore[valid-type]
+    exec: writable(Exec) = field(default_factory=writable(Exec))  # type: ignore[valid-type]
     hardware: dict[str, Any] = field(default_factory=dict)
     sweep: Sweep = field(default_factory=Sweep)
-    model: writable(ModelSpec) = field(default_factory=writable(ModelSpec))
-    dataset: writable(DatasetSpec) = field(default_factory=writable(DatasetSpec))
-    method: writable(Method) = field(default_factory=writable(Method))
+    model: writable(ModelSpec) = field(default_factory=writable(ModelSpec))  # type: ignore[valid-type]
+    dataset: writable(DatasetSpec) = field(default_factory=writable(DatasetSpec))  # type: ignore[valid-type]
+    method: writable(Method) = field(default_factory=writable(Method))  # type: ignore[valid-type]
     lr: float = 1e-3
     schedule: str = "constant"
     warmup_steps: int = 0

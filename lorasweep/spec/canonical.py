@@ -8,9 +8,9 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, cached_property
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 from lorasweep.errors import SpecError, unknown
 
@@ -46,8 +46,7 @@ class Field(NamedTuple):
     existed, at which it is left out of the canonical form, so that old ids stay. Else MISSING."""
 
 
-@cache
-def fields(cls: type) -> tuple[Field, ...]:
+def _fields(cls: type) -> tuple[Field, ...]:
     """List the fields of a dataclass, in order.
 
     Field metadata: `key`: the stored name where it is not the Python name; `added`: the past value.
@@ -64,9 +63,12 @@ def fields(cls: type) -> tuple[Field, ...]:
     )
 
 
-@cache
-def _by_key(cls: type) -> tuple[Field, ...]:
-    return tuple(sorted(fields(cls), key=lambda f: f.key))
+def _sorted_fields(cls: type) -> tuple[Field, ...]:
+    return tuple(sorted(_fields(cls), key=lambda f: f.key))
+
+
+fields: Callable[[type], tuple[Field, ...]] = cache(_fields)
+_by_key: Callable[[type], tuple[Field, ...]] = cache(_sorted_fields)
 
 
 class Value:
@@ -105,6 +107,9 @@ class Value:
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with the values, beyond their types."""
         yield from ()
+
+
+V = TypeVar("V", bound=Value)
 
 
 def canonical_text(value: Value) -> str:
@@ -164,7 +169,7 @@ def not_allowed(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return f"{name}={value!r}. Allowed: {', '.join(allowed)}."
 
 
-def build(cls: type, values: dict[str, Any]) -> Any:
+def build(cls: type[V], values: dict[str, Any]) -> V:
     """Make a value from plain ones, by their keys in JSON; SpecError for a key that is unknown."""
     known = {f.key: f for f in fields(cls)}
     given = {}
@@ -172,12 +177,13 @@ def build(cls: type, values: dict[str, Any]) -> Any:
         if key not in known:
             raise SpecError(unknown(f"{cls.WHERE.rstrip('.')} field".lstrip(), key, known))
         part = part_class(known[key].kind)
-        nested = part is not None and isinstance(value, dict)
-        given[known[key].name] = build(part, value) if nested else value
+        if part is not None and isinstance(value, dict):
+            value = build(part, value)
+        given[known[key].name] = value
     return cls(**given)
 
 
-def part_class(kind: Any) -> type | None:
+def part_class(kind: Any) -> type[Value] | None:
     """Return the Value class of a field of type X or X | None; None for other types."""
     options = typing.get_args(kind) or (kind,)
     return next((k for k in options if isinstance(k, type) and issubclass(k, Value)), None)

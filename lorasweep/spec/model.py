@@ -6,7 +6,7 @@ Knows the shape of a decoder's matrices, so that costs are known without loading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from lorasweep.errors import SpecError
 from lorasweep.spec.canonical import Value, not_allowed
@@ -15,7 +15,8 @@ LAYER_SETS = ("attention", "mlp", "unembedding")
 MODEL_SOURCES = ("hub", "folder", "gguf", "recipe")
 
 
-class Matrix(NamedTuple):
+@dataclass(frozen=True)
+class Matrix:
     """`count` weight matrices of one shape; d_in and d_out in units."""
 
     d_in: int

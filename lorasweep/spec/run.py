@@ -6,7 +6,7 @@ Knows every field that changes a run's numbers. Refuses to know where or how it 
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -134,8 +134,10 @@ def with_axes(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
     return dataclasses.replace(spec, method=method, **of_spec)
 
 
-@cache
-def _axes(cls: type) -> dict[str, str]:
+def _axis_fields(cls: type) -> dict[str, str]:
     """Return the field of each key that may be an axis."""
     no_axes = ("name", "method", "train_version")
     return {f.key: f.name for f in fields(cls) if f.name not in no_axes}
+
+
+_axes: Callable[[type], dict[str, str]] = cache(_axis_fields)

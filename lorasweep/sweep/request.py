@@ -68,6 +68,7 @@ def from_plain(values: dict[str, Any]) -> Request:
 
 def question(request: Request) -> dict[str, Any]:
     """Return what the analysis must know of the sweep: plain values, kept with the report."""
+    assert request.sweep is not None, "a single run asks no question"
     sweep = dataclasses.asdict(request.sweep)
     return {
         "name": request.sweep_name,
