@@ -12,12 +12,15 @@ from pathlib import Path
 
 from lorasweep.cli.actions import act
 from lorasweep.errors import ClusterError, GaveUp, LorasweepError, StoreError
-from lorasweep.launch.slurm.job import TRY_AGAIN
+from lorasweep.launch.slurm.job import INTERRUPTED, TRY_AGAIN
 from lorasweep.sweep.request import from_plain
 
 
 def main(path: str) -> int:
-    """Ask the sweep again; return 0, 2 for an error that stays, TRY_AGAIN for one that may pass."""
+    """Ask the sweep again and return the exit status.
+
+    0 done, 2 an error that stays, TRY_AGAIN one that may pass, INTERRUPTED by a signal.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.default_int_handler)
     task = json.loads(Path(path).read_bytes())
@@ -28,4 +31,6 @@ def main(path: str) -> int:
         print(f"lorasweep: {error}", file=sys.stderr, flush=True)
         passing = isinstance(error, ClusterError | StoreError) and not isinstance(error, GaveUp)
         return TRY_AGAIN if passing else 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0

@@ -445,6 +445,7 @@ def test_the_following_command_is_tried_again_where_that_may_help(
         (ClusterError("busy"), job.TRY_AGAIN),
         (StoreError("held"), job.TRY_AGAIN),
         (GaveUp("idle"), 2),
+        (KeyboardInterrupt(), job.INTERRUPTED),
         (SpecError("wrong"), 2),
     ],
 )

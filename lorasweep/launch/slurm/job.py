@@ -40,8 +40,8 @@ died without a word."""
 FOLLOW_PAUSES_S = (30.0, 60.0, 120.0, 240.0)
 """Pauses of the following job between its tries when Slurm does not answer, or refuses, or the lock
 is held."""
-TRY_AGAIN = 75
-"""Exit status of the following command that asks for another try (EX_TEMPFAIL)."""
+TRY_AGAIN, INTERRUPTED = 75, 130
+"""Exit statuses of the following command: another try may help (EX_TEMPFAIL); a signal came."""
 LISTEN_S = 1.0
 """Signals of one cause come within this time: USR2 alone is a time limit, with TERM it is
 preemption or a cancellation."""
@@ -156,8 +156,8 @@ def _follow(path: str, task: dict[str, Any]) -> None:
         code = subprocess.run([sys.executable, *task["command"], path], check=False).returncode
         if code == 0:
             return
-        if code < 0:
-            time.sleep(LISTEN_S)  # a signal of the job reaches this process as well, and stops it
+        if code < 0 or code == INTERRUPTED:
+            time.sleep(LISTEN_S)  # the signal reaches this process as well, and stops it here
         if code != TRY_AGAIN or pause is None:
             raise LorasweepError(f"the command that follows ended with status {code}: see above.")
         _print(f"once more in {pause:.0f} s")
