@@ -1,8 +1,9 @@
 """Examples -> arrays. Rows lie one after another, each padded on its own, so little is padded.
 
-Shapes: N members, X tokens a member (its rows laid end to end), M positions a member where
-a loss-bearing token is predicted. Attention is causal and looks at its own row only, so no real token
-sees a pad or another row: results do not depend on the padding, nor on what else is in the batch.
+Attention is causal and looks at its own row only, so no real token sees a pad or another row:
+results do not depend on the padding, nor on what else is in the batch.
+Shapes: N members, X tokens a member (its rows laid end to end), M positions a member where a
+loss-bearing token is predicted.
 """
 
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ def merge(parts: Sequence[Batch]) -> Batch:
 
 
 def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the batch as models of any class take it: tokens [N*B, T], and positions, targets, weight
+    """Return the batch as models of any class take it: tokens [N*B, T]; positions, targets, weight
     [N*B, P] by row.
 
     Member by member, B rows each: filler rows are left out.

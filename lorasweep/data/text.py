@@ -20,8 +20,12 @@ from lorasweep.spec.dataset import DatasetSpec
 def examples(
     spec: DatasetSpec, split: str, data_dirs: Sequence[str], tokenizer: Any, limit: int | None
 ) -> list[Example]:
-    """Tokenize the first `limit` rows of a split; DataError on the first row that cannot be used."""
-    found = []
+    """Tokenize the first `limit` rows of a split.
+
+    Raises:
+        DataError: a row cannot be used; the message names file and line.
+    """
+    found: list[Example] = []
     for where, row in _rows(spec, split, data_dirs):
         if limit is not None and len(found) >= limit:
             break
@@ -37,16 +41,17 @@ def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Path:
     path = next((p for p in tried if p.is_file()), None)
     if path is None:
         raise DataError(
-            f"dataset {spec.name!r}: no file {' or '.join(map(str, tried))}. Put it there, or say where it is: "
-            f"exec.data_dir=[FOLDER] with FOLDER/{spec.location}/{split}.jsonl (see README, Data)."
+            f"dataset {spec.name!r}: no file {' or '.join(map(str, tried))}. Put it there, or name "
+            f"its folder: exec.data_dir=[FOLDER] with FOLDER/{spec.location}/{split}.jsonl."
         )
     if spec.revision.startswith("sha256:"):
         wanted = dict(part.split("=") for part in spec.revision[7:].split(",")).get(split)
         got = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         if wanted and wanted != got:
             raise DataError(
-                f"dataset {spec.name!r}: {path} has sha256 {got}..., but the revision in conf/dataset pins {wanted}. "
-                "Get the pinned file, or write a dataset file of your own with another name and revision."
+                f"dataset {spec.name!r}: {path} has sha256 {got}..., but the revision in "
+                f"conf/dataset pins {wanted}. Get the pinned file, or write a dataset file of your "
+                "own with another name and revision."
             )
     return path
 
@@ -74,7 +79,7 @@ def _rows(
                         yield f"{path}:{number}", json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise DataError(
-                    f"{path}:{number}: not a JSON row ({error}). Mend or remove the line."
+                    f"{path}:{number}: not a JSON row ({error}). Correct or remove the line."
                 ) from None
         return
     import datasets
@@ -94,8 +99,9 @@ def _rows(
             rows = rows.select(test if split == spec.test_split else range(len(test), len(rows)))
     except Exception as error:
         raise DataError(
-            f"dataset {spec.name!r}: cannot load {spec.location!r} from the hub ({type(error).__name__}: {error}). "
-            "Check the network, log in if it is gated, or use local files: a dataset with source=jsonl."
+            f"dataset {spec.name!r}: cannot load {spec.location!r} from the hub "
+            f"({type(error).__name__}: {error}). Check the network, log in if it is gated, or use "
+            "local files: a dataset with source=jsonl."
         ) from error
     for number, row in enumerate(rows):
         yield f"{spec.location}[{split}] row {number}", row
@@ -137,7 +143,8 @@ def _example(spec: DatasetSpec, row: dict[str, Any], tokenizer: Any, where: str)
         mask[0] = False  # nothing stands before the first token
     if not mask.any():
         raise DataError(
-            f"{where}: no token bears loss (mask={spec.mask}, {len(ids)} tokens, max_length={spec.max_length}). "
+            f"{where}: no token bears loss (mask={spec.mask}, {len(ids)} tokens, "
+            f"max_length={spec.max_length}). "
             "Remove the row, raise max_length, or change the mask."
         )
     if cut:  # bytes of the part that was kept, so that bits per byte stay right

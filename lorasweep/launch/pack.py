@@ -172,8 +172,10 @@ class _Session:
         self._write_start()
         saved_at = share_from = time.monotonic()
         save_s = 0.0
-        for event in trainer(self.members, self.exec, self.states):
+        for number, event in enumerate(trainer(self.members, self.exec, self.states)):
             now = time.monotonic()
+            if number == 0:
+                self._write_env({"backend": event.backend})
             for i in self.live:  # a member's share of the pack's time
                 self.wall_s[i] += (now - share_from) / len(self.live)
             share_from = now
@@ -186,7 +188,7 @@ class _Session:
             if stop.set and self.live:
                 raise Stopped
 
-    def _write_start(self) -> None:
+    def _write_env(self, more: dict[str, Any]) -> None:
         env = {
             **provenance.environment(),
             "pack": self.ids,
@@ -194,9 +196,14 @@ class _Session:
             ROWS: self.exec.micro_batch_size,
             "resumed_from_step": self.states[self.ids[0]]["meta"]["step"] if self.states else None,
             RESUMED_WITH_DIFFERENT_PACK: self.different_pack,
+            **more,
         }
-        for i, spec in self.specs.items():
+        for i in self.specs:
             self.store.write_env(i, self.attempts[i], env)
+
+    def _write_start(self) -> None:
+        self._write_env({})
+        for i, spec in self.specs.items():
             self.store.log(
                 i,
                 self.attempts[i],

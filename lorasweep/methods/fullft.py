@@ -44,8 +44,8 @@ class FullFT(Method):
             model.matrices(layers)
             if model.tied and "unembedding" in layers:
                 raise SpecError(
-                    f"method.scope=matrices with the unembedding on {model.name!r}, whose unembedding is its "
-                    "embedding (tied): it cannot be trained alone. Use method.layers=attention+mlp."
+                    f"method.scope=matrices with the unembedding on {model.name!r}: it is tied to "
+                    "the embedding and cannot be trained alone. Use method.layers=attention+mlp."
                 )
 
     def n_trainable(self, model: ModelSpec) -> int:

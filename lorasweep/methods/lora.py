@@ -26,7 +26,7 @@ RANDOM_FACTORS = ("a", "b")
 
 
 def _later(value: Any) -> Any:
-    """A field that came after the first release, at the value that reproduces what was done before."""
+    """Make a field that came after the first release; `value` reproduces what was done before."""
     return field(default=value, metadata={"added": value})
 
 
@@ -79,8 +79,9 @@ class LoRA(Method):
         smallest = min(min(m.d_in, m.d_out) for m in matrices)
         if not 1 <= self.rank <= smallest:
             raise SpecError(
-                f"method.rank={self.rank}: on model {model.name!r} with layers {self.layers} the rank is a whole "
-                f"number from 1 to {smallest} (the smallest adapted matrix has a side of {smallest})."
+                f"method.rank={self.rank}. Allowed on model {model.name!r} with layers "
+                f"{self.layers}: a whole number from 1 to {smallest}, the smallest "
+                "side of an adapted matrix."
             )
         if not 0 < self.alpha < 1e6:
             raise SpecError(
@@ -93,7 +94,8 @@ class LoRA(Method):
         for name in ("init_scale", "lr_b_ratio"):
             if not 0 < getattr(self, name) < 1e6:
                 raise SpecError(
-                    f"method.{name}={getattr(self, name)}: a number above 0 and below 1e6. The study has 1."
+                    f"method.{name}={getattr(self, name)}: a number above 0 and below 1e6. "
+                    "The study has 1."
                 )
         if not 0 <= self.init_seed < 2**31:
             raise SpecError(

@@ -44,8 +44,8 @@ def find(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
             return path
     get = "run `make weights`" if "SmolLM2" in spec.location else "put the weights there"
     raise ModelError(
-        f"model {spec.name!r}: no {spec.source} at {' or '.join(map(str, tried))}. To get it, {get}, "
-        "or say where it is: exec.models_dir=[FOLDER]."
+        f"model {spec.name!r}: no {spec.source} at {' or '.join(map(str, tried))}. To get it, "
+        f"{get}, or name its folder: exec.models_dir=[FOLDER]."
     )
 
 
@@ -72,8 +72,9 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
             model, tokenizer = _from_transformers(spec.location, spec.revision or None)
         except OSError as error:
             raise ModelError(
-                f"model {spec.name!r}: cannot load {spec.location!r} from the hub ({error}). Check the network and "
-                "access rights, or use local weights: a model file with source=folder."
+                f"model {spec.name!r}: cannot load {spec.location!r} from the hub ({error}). "
+                "Check the network and access rights, or use local weights: a model "
+                "file with source=folder."
             ) from error
     model = model.to(dtype).eval()
     if torch.cuda.is_available():
@@ -91,8 +92,9 @@ def _from_recipe(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
     path = find_weights(spec, models_dirs)
     if path is None:
         raise ModelError(
-            f"model {spec.name!r}: no weights {file_name(spec)} in {', '.join(models_dirs) or 'any folder'}. "
-            "Pretrain it first: lorasweep.train.pretrain.ensure(spec, models_dirs)."
+            f"model {spec.name!r}: no weights {file_name(spec)} in "
+            f"{', '.join(models_dirs) or 'any folder'}. Pretrain it first: "
+            "lorasweep.train.pretrain.ensure(spec, models_dirs)."
         )
     model = empty_model(spec)
     state = {k: v.float() for k, v in load_file(path).items()}

@@ -1,4 +1,4 @@
-"""What a trainer tells whoever writes things down: one Event an update. Standard library only."""
+"""What a trainer reports: one Event an update. Standard library only."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,3 +19,5 @@ class Event:
     ended: dict[str, tuple[str, Record]]
     snapshot: Callable[[], dict[str, State]]
     """Call before asking for the next event: the state of every member still in the pack."""
+    backend: str = ""
+    """The forward passes and the device that computed it."""

@@ -41,6 +41,7 @@ def train(
     targets = find_targets(model, pack[0].model, method.target_layers())
     trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
     try:
+        passes = backend(model)
         optimizer = AdamW.start(trainables, pack)
         progress = {m.id: Progress.start(metric.name, v) for m, v in zip(members, at_start)}
         evaluations = {m.id: set(eval_steps(m.steps)) for m in members}
@@ -124,7 +125,7 @@ def train(
                 result = {
                     **objective.facts(m),
                     **metric.stored(),
-                    "backend": backend(model),
+                    "backend": passes,
                     "steps_done": step,
                     "tokens": progress[m.id].tokens,
                     **update[k],
@@ -151,7 +152,7 @@ def train(
                     for k, run in enumerate(layout)
                 }
 
-            yield Event(step, records, ended, snapshot)
+            yield Event(step, records, ended, snapshot, passes)
 
             # ------------------------------------------------------------ compaction
             stay = [k for k, m in enumerate(members) if m.id not in ended]

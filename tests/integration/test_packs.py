@@ -55,7 +55,9 @@ def test_verify_finds_runs_equal_and_a_falsified_one(tmp_path):
     cli(*SWEEP, "exec.pack_size=3", cwd=tmp_path)
     told = json.loads(cli(*SWEEP, "action=verify", "sample=4", "format=json", cwd=tmp_path).stdout)
     assert len(told["runs"]) == 4 and told["differing"] == [] and told["runs"][0]["pack_size"] == 3
-    assert all(r["difference"] == 0 and r["curve_difference"] == 0 for r in told["runs"])
+    # to rounding: whether the bits are equal depends on the processor
+    assert all(abs(r["difference"]) < 1e-4 for r in told["runs"])
+    assert all(r["curve_difference"] < 1e-4 for r in told["runs"])
     path = tmp_path / "runs" / told["runs"][0]["run"] / "result.json"
     body = json.loads(path.read_text())["result"]
     body["test_nll"] += 0.5

@@ -2,9 +2,8 @@
 
 P(next | a, b, c) comes from low-rank features of the two last symbols and a Zipf prior; 30% of the
 32^3 contexts carry a memorised next symbol with mass 0.8. The base model is pretrained on the
-language (both knobs 0). The dialect draws new feature rows for a part of the symbols (a shared
-shift of the rules) and replaces a part of the exceptions (a tail of facts). Recipe: science.md
-section 2 of the design notes.
+language (rule_shift and new_exceptions 0). The dialect draws new feature rows for a part of the
+symbols (a shared shift of the rules) and replaces a part of the exceptions (a tail of facts).
 """
 
 import numpy as np
@@ -15,7 +14,7 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
 VOCAB = 32
-KNOBS = {
+DEFAULTS = {
     "rule_shift": 0.5,  # fraction of symbols with new feature rows
     "new_exceptions": 0.3,  # fraction of the exceptions that are replaced
     "exceptions": 0.3,  # fraction of contexts with a memorised next symbol
@@ -27,7 +26,7 @@ KNOBS = {
 
 
 def load(spec: DatasetSpec) -> Data:
-    """Make the language of `spec.generator_params` and its held-out sequences with their exact floor."""
+    """Make the language of `spec.generator_params`, held-out sequences and their entropy."""
     table = transition(spec.generator_params, where=f"dataset {spec.name!r}")
     length = spec.max_length
 
@@ -55,13 +54,13 @@ def load(spec: DatasetSpec) -> Data:
 
 
 def check(spec: DatasetSpec) -> None:
-    """Raise DataError for knobs that make no language."""
+    """Raise DataError for parameters that make no language."""
     _checked(spec.generator_params, f"dataset {spec.name!r}")
 
 
-def transition(knobs: dict[str, float], where: str = "dialect") -> np.ndarray:
+def transition(params: dict[str, float], where: str = "dialect") -> np.ndarray:
     """Return P(next | a, b, c) as float64 [32, 32, 32, 32], rows summing to 1."""
-    k = _checked(knobs, where)
+    k = _checked(params, where)
     rank, v, number = int(k["features"]), VOCAB, int(k["language"])
     old, new = stream("dialect", number, "language"), stream("dialect", number, "dialect")
 
@@ -87,16 +86,16 @@ def transition(knobs: dict[str, float], where: str = "dialect") -> np.ndarray:
     return p
 
 
-def _checked(knobs: dict[str, float], where: str) -> dict[str, float]:
-    for key in knobs:
-        if key not in KNOBS:
-            raise DataError(f"{where}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}.")
-    k = {**KNOBS, **knobs}
+def _checked(params: dict[str, float], where: str) -> dict[str, float]:
+    for key in params:
+        if key not in DEFAULTS:
+            raise DataError(f"{where}: knobs.{key} is unknown. Known: {', '.join(DEFAULTS)}.")
+    k = {**DEFAULTS, **params}
     for key in ("rule_shift", "new_exceptions", "exceptions", "mass"):
         if not 0 <= k[key] <= 1:
-            raise DataError(f"{where}: knob {key}={k[key]} lies between 0 and 1.")
+            raise DataError(f"{where}: knobs.{key}={k[key]}. Allowed: 0 to 1.")
     if k["features"] < 1:
-        raise DataError(f"{where}: knob features={k['features']} is 1 or more.")
+        raise DataError(f"{where}: knobs.features={k['features']}. Allowed: 1 or more.")
     return k
 
 

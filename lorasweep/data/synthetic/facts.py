@@ -1,7 +1,7 @@
 """`facts`: keys of three symbols, values of four symbols out of 16, drawn evenly: 16 bits a fact,
 exactly.
 
-A base model is pretrained on the same format, with facts that never come again (knob facts 0) or
+A base model is pretrained on the same format, with facts that never come again (facts=0) or
 with a set of its own among such (facts, set, fresh); its NLL on the values of other facts is their
 entropy, ln 16 a symbol, and every bit below that was stored by fine-tuning. Held-out rows are the
 trained facts themselves: what is measured is storage. Rows of `n_retain` hold facts that are never
@@ -23,7 +23,7 @@ KEY, VALUE = 3, 4
 FACT = 1 + KEY + VALUE
 """Symbols a fact: a separator, the key, the value."""
 BITS = VALUE * math.log2(VALUES)
-KNOBS = {
+DEFAULTS = {
     "facts": 512.0,  # facts to be stored; 0: new ones in every row
     "set": 0.0,  # number of the set of facts
     # share of training rows that hold facts never shown again: for pretraining a base that knows
@@ -33,23 +33,24 @@ KNOBS = {
 
 
 def check(spec: DatasetSpec) -> None:
-    """Raise DataError for knobs or lengths that make no task."""
+    """Raise DataError for parameters or lengths that make no task."""
     where = f"dataset {spec.name!r}"
     for key in spec.generator_params:
-        if key not in KNOBS:
-            raise DataError(f"{where}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}.")
-    count = {**KNOBS, **spec.generator_params}["facts"]
+        if key not in DEFAULTS:
+            raise DataError(f"{where}: knobs.{key} is unknown. Known: {', '.join(DEFAULTS)}.")
+    count = {**DEFAULTS, **spec.generator_params}["facts"]
     row = spec.max_length // FACT
     if spec.max_length % FACT:
         raise DataError(
-            f"{where}: max_length={spec.max_length} is no multiple of the {FACT} symbols of a fact."
+            f"{where}: max_length={spec.max_length} must be a multiple of {FACT}, a fact's symbols."
         )
-    fresh = {**KNOBS, **spec.generator_params}["fresh"]
+    fresh = {**DEFAULTS, **spec.generator_params}["fresh"]
     if not 0 <= fresh <= 1:
-        raise DataError(f"{where}: knob fresh={fresh:g} is a share, 0 to 1.")
+        raise DataError(f"{where}: knobs.fresh={fresh:g}. Allowed: a share, 0 to 1.")
     if count < 0 or count % row or count > KEYS**KEY // 2:
         raise DataError(
-            f"{where}: knob facts={count:g} is 0 or a multiple of the {row} facts a row, up to {KEYS**KEY // 2}."
+            f"{where}: knobs.facts={count:g}. Allowed: 0, or a multiple of {row} (the facts of a "
+            f"row) up to {KEYS**KEY // 2}."
         )
 
 
@@ -57,8 +58,8 @@ def load(spec: DatasetSpec) -> Data:
     """Make the facts and their rows. The loss looks at values, or under mask=all at every symbol
     but the first."""
     check(spec)
-    knobs = {**KNOBS, **spec.generator_params}
-    count, row = int(knobs["facts"]), spec.max_length // FACT
+    params = {**DEFAULTS, **spec.generator_params}
+    count, row = int(params["facts"]), spec.max_length // FACT
     if not count:
 
         def draw(rng: np.random.Generator, rows: int) -> list[Example]:
@@ -69,11 +70,12 @@ def load(spec: DatasetSpec) -> Data:
         return Data(
             generated(spec, spec.train_split, draw), test, n_train=None, entropy_floor_nats=None
         )
-    rng = stream("facts", int(knobs["set"]))
+    rng = stream("facts", int(params["set"]))
     unseen = spec.n_retain * row
     if count + unseen > KEYS**KEY:
         raise DataError(
-            f"dataset {spec.name!r}: n_retain={spec.n_retain} leaves too few keys for {count} facts."
+            f"dataset {spec.name!r}: n_retain={spec.n_retain} leaves too few keys for "
+            f"{count} facts: there are {KEYS**KEY} keys, and a row takes {row}."
         )
     number = rng.permutation(KEYS**KEY)[: count + unseen]
     keys = VALUES + np.stack([number // KEYS**k % KEYS for k in range(KEY)], 1)
@@ -81,22 +83,21 @@ def load(spec: DatasetSpec) -> Data:
 
     def train(seed: int, start: int, rows: int) -> list[Example]:
         """Every epoch shows each fact once, in a new order, whatever row an epoch ends in."""
-        places = np.arange(start * row, (start + rows) * row)
+        order = np.arange(start * row, (start + rows) * row)
         epochs = {
             int(e): stream("data", spec.name, spec.train_split, seed, int(e)).permutation(count)
-            for e in np.unique(places // count)
+            for e in np.unique(order // count)
         }
-        picked = np.array([epochs[p // count][p % count] for p in places.tolist()])
-        shown, told = keys[picked], values[picked]
-        for k in range(
-            rows if knobs["fresh"] else 0
-        ):  # a stream a row: the same row in every batch that holds it
+        picked = np.array([epochs[p // count][p % count] for p in order.tolist()])
+        shown_keys, shown_values = keys[picked], values[picked]
+        for k in range(rows if params["fresh"] else 0):
+            # a stream for each row, so that a row is the same in every batch that holds it
             rng = stream("data", spec.name, spec.train_split, "fresh", seed, start + k)
-            if rng.random() < knobs["fresh"]:
+            if rng.random() < params["fresh"]:
                 here = slice(k * row, (k + 1) * row)
-                shown[here] = rng.integers(VALUES, VALUES + KEYS, size=(row, KEY))
-                told[here] = rng.integers(VALUES, size=(row, VALUE))
-        return _rows(shown, told, spec)
+                shown_keys[here] = rng.integers(VALUES, VALUES + KEYS, size=(row, KEY))
+                shown_values[here] = rng.integers(VALUES, size=(row, VALUE))
+        return _rows(shown_keys, shown_values, spec)
 
     shown = stream("data", spec.name, spec.test_split).permutation(count)[: spec.n_test * row]
     return Data(

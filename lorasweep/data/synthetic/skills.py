@@ -2,7 +2,7 @@
 problems.
 
 Characters are the tokens. The base model is pretrained on easier instances in the same format
-(knob difficulty 1), so that fine-tuning (difficulty 2) teaches the skill and not the format.
+(difficulty 1), so that fine-tuning (difficulty 2) teaches the skill and not the format.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from lorasweep.spec.streams import stream
 
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789+-*=:>.?"
 VOCAB = 48  # the alphabet, rounded up; spare symbols are never used
-KNOBS = {"difficulty": 2.0}
+DEFAULTS = {"difficulty": 2.0}
 _INDEX = {char: i for i, char in enumerate(ALPHABET)}
 _NAMES = ("ann", "bob", "eve", "tom", "sue", "max")
 _THINGS = ("nuts", "pens", "cups", "hats")
@@ -26,26 +26,28 @@ DIFFICULTIES = (1, 2, 3)
 
 
 def check(spec: DatasetSpec) -> None:
-    """Raise DataError for knobs or lengths that make no task."""
+    """Raise DataError for parameters or lengths that make no task."""
     for key in spec.generator_params:
-        if key not in KNOBS:
+        if key not in DEFAULTS:
             raise DataError(
-                f"dataset {spec.name!r}: knob {key!r} is unknown. Known: {', '.join(KNOBS)}."
+                f"dataset {spec.name!r}: knobs.{key} is unknown. Known: {', '.join(DEFAULTS)}."
             )
-    difficulty = {**KNOBS, **spec.generator_params}["difficulty"]
+    difficulty = {**DEFAULTS, **spec.generator_params}["difficulty"]
     if difficulty not in DIFFICULTIES:
-        raise DataError(f"dataset {spec.name!r}: knob difficulty={difficulty:g} is 1, 2 or 3.")
+        raise DataError(
+            f"dataset {spec.name!r}: knobs.difficulty={difficulty:g}. Allowed: 1, 2, 3."
+        )
     if spec.max_length < LONGEST:
         raise DataError(
-            f"dataset {spec.name!r}: max_length={spec.max_length} would cut answers off. Give {LONGEST}."
+            f"dataset {spec.name!r}: max_length={spec.max_length} would cut answers "
+            f"off. Allowed: {LONGEST} or more."
         )
 
 
 def load(spec: DatasetSpec) -> Data:
-    """Make the task at `knobs.difficulty`. The loss looks at the answer and its line end, or under
-    mask=all at all."""
+    """Make the task. The loss looks at the answer and its line end, or under mask=all at all."""
     check(spec)
-    difficulty = int({**KNOBS, **spec.generator_params}["difficulty"])
+    difficulty = int({**DEFAULTS, **spec.generator_params}["difficulty"])
 
     def draw(rng: np.random.Generator, count: int, difficulty: int = difficulty) -> list[Example]:
         return [_example(*instance(rng, difficulty), spec) for _ in range(count)]

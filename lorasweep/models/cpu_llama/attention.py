@@ -2,7 +2,7 @@
 
 Rows of like length are one batch of products; most of the scores that causality forbids are never
 computed. Where no gradient is wanted, torch's scaled_dot_product_attention is faster and used.
-Shapes: N members, X tokens a member, R rows of a class of length T, P places of all classes, S = R
+Shapes: N members, X tokens a member, R rows of a class of length T, P tokens of all classes, S = R
 x kv heads, G query heads a kv head, d head size, C = (heads + 2 kv heads) x d.
 """
 
@@ -30,7 +30,7 @@ class Heads(NamedTuple):
 
 def row_class(length: int) -> int:
     """Return the length to which a row is filled up for attention: few classes, at most a third of
-    filler. It depends on the row alone, so that a row is computed alike in whatever company."""
+    filler. It depends on the row alone, not on the batch around it."""
     step = 16
     while length > 4 * step:
         step *= 2
@@ -67,7 +67,8 @@ class Rows:
         """[P], the token at each place; None: as they lie."""
         self.put = None if same else torch.from_numpy(put)
         """[N*X], the place of each token."""
-        self.places = at
+        self.n_filled = at
+        """P, filler included."""
 
 
 def attention(
@@ -78,7 +79,7 @@ def attention(
     n, kv, d = heads
     flat = y_NXC.view(-1, (n + 2 * kv) * d)
     y_PC = flat if rows.take is None else flat.index_select(0, rows.take)
-    out_PO, kept = torch.empty(rows.places, n * d, dtype=flat.dtype), []
+    out_PO, kept = torch.empty(rows.n_filled, n * d, dtype=flat.dtype), []
     for at, r, t in rows.spans:
         part = y_PC[at : at + r * t].view(r, t, n + 2 * kv, d)
         q, k = _turned(part, heads, rows)
@@ -102,8 +103,8 @@ def attention_backward(
     n, kv, d = heads
     flat = dout.view(-1, n * d)
     if rows.put is not None:  # filler gets no gradient
-        flat = torch.zeros(rows.places, n * d, dtype=flat.dtype).index_copy_(0, rows.put, flat)
-    dy_PC = torch.empty(rows.places, (n + 2 * kv) * d, dtype=flat.dtype)
+        flat = torch.zeros(rows.n_filled, n * d, dtype=flat.dtype).index_copy_(0, rows.put, flat)
+    dy_PC = torch.empty(rows.n_filled, (n + 2 * kv) * d, dtype=flat.dtype)
     for (at, r, t), (k, v, blocks) in zip(rows.spans, kept):
         do = flat[at : at + r * t].view(r, t, n, d).transpose(1, 2).reshape(r * kv, n // kv, t, d)
         dq, dk, dv = attend_backward(do, k, v, blocks)

@@ -39,7 +39,7 @@ def _norm_backward(
     weight: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of x (that of the residual stream added) and of the norm's weight (None if frozen)."""
+    """Gradients of x, the residual stream's added, and of the norm's weight (None if frozen)."""
     dh = dh.to(x.dtype)
     n = x * r
     dw = (dh * n).view(-1, x.shape[-1]).sum(0) if weight.requires_grad else None
