@@ -131,6 +131,8 @@ def _of_runs(command: str, reading: "Reading", args: argparse.Namespace) -> tupl
     if command == "fit":
         fits = commands.fit(reading, args.within, args.share)
         return fits, commands.fit_lines(fits, args.within)
+    of: Any
+    lines_of: Any
     of, lines_of = {
         "ratio": (commands.ratio, commands.ratio_lines),
         "drift": (commands.drifts, commands.drift_lines),

@@ -48,7 +48,7 @@ def slope_of(left: dict[int, AtBest[float]]) -> Estimate:
     ranks = sorted(left)
     together = left[ranks[0]].map(lambda v: {ranks[0]: v})
     for r in ranks[1:]:
-        together = together.paired(left[r], lambda a, v, r=r: {**a, r: v})
+        together = together.paired(left[r], lambda a, v, r=r: {**a, r: v})  # type: ignore[misc]
     slopes = _known(together.map(_slope))
     return over_seeds(slopes, flags=("censored",) if never(left) else ())
 
@@ -60,7 +60,10 @@ def never(left: dict[int, AtBest[float]]) -> int:
 
 def _slope(left: dict[int, float]) -> float:
     there = [(math.log2(r), math.log(v)) for r, v in left.items() if math.isfinite(v)]
-    return float(np.polyfit(*zip(*there), 1)[0]) if len(there) >= 2 else math.nan
+    if len(there) < 2:
+        return math.nan
+    x, y = zip(*there)
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def _known(values: AtBest[float]) -> AtBest[float]:

@@ -49,14 +49,13 @@ def at_equal_learning(
     """
     (runs,) = values_at_best(table, [tuned], retained)
     paths = {s: {v["lr"]: v for v in frontier(table, full, s)} for s in runs.best}
-    if full.best_lr.value is None:
+    full_lr = full.best_lr.value
+    if full_lr is None:
         return AtBest({})
 
     def equal(by_seed: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
         found = {
-            s: _where_equal(paths[s], full.best_lr.value, mine)
-            for s, mine in by_seed.items()
-            if paths.get(s)
+            s: _where_equal(paths[s], full_lr, mine) for s, mine in by_seed.items() if paths.get(s)
         }
         return {s: v for s, v in found.items() if v}
 

@@ -76,12 +76,9 @@ class Cell:
             return exp_of(over_seeds(self.logs, self.pooled))
         known = [v for v in logs.values() if math.isfinite(v)]
         below = any(v == -math.inf for v in logs.values())
-        ends = (
-            (None, math.exp(max(known)) if known else None)
-            if below
-            else (math.exp(min(known)) if known else None, None)
-        )
-        return Estimate(None, *ends, n=len(logs))
+        end = None if not known else math.exp(max(known) if below else min(known))
+        low, high = (None, end) if below else (end, None)
+        return Estimate(None, low, high, n=len(logs))
 
 
 def cells_of(table: pd.DataFrame) -> list[Cell]:

@@ -177,7 +177,7 @@ def _section(cells: list[Cell], lora: list[Cell], margin: tuple[float, float] | 
                 rate(c.lr) + (" (edge)" if c.at_edge else ""),
                 with_interval(from_sample(c.bits)),
                 f"{np.mean(c.bits) / (16 * c.facts):.0%}",
-                number(np.mean(c.bits) / c.parameters),
+                number(float(np.mean(c.bits)) / c.parameters),
                 number(max(c.unseen)) if c.unseen else "-",
             ]
         )

@@ -252,10 +252,9 @@ def _to_loss(table: pd.DataFrame, whole: Sequence[Optimum], level: float) -> dic
             if o.curve.key["method"] == "lora" and _lowest(o) <= level
         }
         if there.keys() - found.keys():
-            runs = _read(
-                table, optima, length, next((s for s in seen if s >= 2 * length), seen[-1])
-            )
-            found = {r: _Reached(optima[k], length, runs[k]) for r, k in there.items()} | found
+            twice = next((s for s in seen if s >= 2 * length), seen[-1])
+            each = _read(table, optima, length, twice)
+            found = {r: _Reached(optima[k], length, each[k]) for r, k in there.items()} | found
     for o, runs in zip(whole, at_best(table, whole)):
         if o.curve.key["method"] == "lora":
             found.setdefault(int(o.curve.key["rank"]), _Reached(o, int(table["steps"].max()), runs))
@@ -310,8 +309,8 @@ def _ratio_of_times(a: list[float], b: list[float]) -> Estimate:
 def _times(a: Estimate, b: Estimate) -> Estimate:
     """Return the product of independent estimates; a bound stays one."""
     if a.value is None or b.value is None:
-        ends = [None if v is None or b.value is None else v * b.value for v in (a.low, a.high)]
-        return Estimate(None, *ends, n=a.n, flags=a.flags)
+        low, high = (None if v is None or b.value is None else v * b.value for v in (a.low, a.high))
+        return Estimate(None, low, high, n=a.n, flags=a.flags)
     if a.draws is None or b.draws is None:
         return Estimate(a.value * b.value, n=a.n)
     few = b.draws if len(b.draws) == len(a.draws) else np.full(len(a.draws), b.value)

@@ -248,7 +248,7 @@ def _panels(cells: Sequence[Cell], beyond: Sequence[Elsewhere]) -> list[Panel]:
     over_hidden.append(
         Series.of(f"not fitted: {names}", sizes, ratios, style="*", colour=3, size=9)
     )
-    hiddens = [float(x.hidden) for x in (*cells, *beyond)]
+    hiddens = [float(c.hidden) for c in cells] + [float(o.hidden) for o in beyond]
     grid = np.geomspace(min(hiddens) / 1.2, max(hiddens) * 1.2, 20)
     for k, name in enumerate(rivals(64, 32.0)):
         label = f"{name.partition(' (')[0]}, alpha {mid:g}"
@@ -258,7 +258,6 @@ def _panels(cells: Sequence[Cell], beyond: Sequence[Elsewhere]) -> list[Panel]:
         )
     y = "best LoRA LR / best FullFT LR"
     hidden_ticks = [(h, f"{h:g}") for h in sorted(set(hiddens))]
-    logs = {"log_x": True, "log_y": True}
     return [
         Panel(
             "by alpha, bases side by side",
@@ -266,7 +265,8 @@ def _panels(cells: Sequence[Cell], beyond: Sequence[Elsewhere]) -> list[Panel]:
             y,
             over_alpha,
             ticks=[(a, f"{a:g}") for a in alphas],
-            **logs,
+            log_x=True,
+            log_y=True,
         ),
         Panel(
             f"by hidden size at alpha {mid:g}, with laws",
@@ -274,7 +274,8 @@ def _panels(cells: Sequence[Cell], beyond: Sequence[Elsewhere]) -> list[Panel]:
             y,
             over_hidden,
             ticks=hidden_ticks,
-            **logs,
+            log_x=True,
+            log_y=True,
         ),
     ]
 

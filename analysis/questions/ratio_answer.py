@@ -160,7 +160,7 @@ def _one(group: str, lora: Optimum, full: Optimum, width: int) -> Ratio:
         estimate,
         gap(lora, full),
         regrets,
-        rivals(width, alpha),
+        rivals=rivals(width, alpha),
     )
 
 

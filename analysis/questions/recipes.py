@@ -228,7 +228,8 @@ def _retention(
     if "retain_nll" not in table or table["retain_nll"].isna().all():
         nothing = (Estimate(None), ["no curve of the pretraining task"])
         return {"retention": nothing, "retention_equal": nothing}, Section(title)
-    rows, series = [list(FORGOTTEN)], []
+    rows: Rows = [list(FORGOTTEN)]
+    series: list[Series] = []
     found = dict(zip(map(id, optima), values_at_best(table, optima, retained)))
     lost = {key: runs.map(lambda v: v["lost"]) for key, runs in found.items()}
     pooled = pooled_variance([list(v.best.values()) for v in lost.values()])

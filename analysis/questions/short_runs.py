@@ -129,7 +129,7 @@ def _horizons(group: str, found: Sequence[Horizon], short: Horizon, notes: list[
     )
     known = [h for h in found if h.ratio.value is not None]
     line = Series.of("ratio", [h.step for h in known], [h.ratio for h in known], colour=1)
-    study = {"the study, long runs: 10": 10, "the study, short runs: 15": 15}
+    study = {"the study, long runs: 10": 10.0, "the study, short runs: 15": 15.0}
     y = "best LoRA LR / best FullFT LR"
     panel = Panel(group, "updates", y, [line], log_x=True, log_y=True, lines=study)
     caption = "ratio of the best rates over the length of the run"

@@ -69,9 +69,9 @@ def collate(examples: Sequence[Example]) -> Batch:
                 _up(count),
             )
         )
-    return Batch(
-        tokens[None], (tuple(lengths),), *arrays, tokens_N=(sum(len(e.tokens) for e in examples),)
-    )
+    n_tokens = sum(len(e.tokens) for e in examples)
+    loss_at, following, weight = arrays
+    return Batch(tokens[None], (tuple(lengths),), loss_at, following, weight, (n_tokens,))
 
 
 def merge(parts: Sequence[Batch]) -> Batch:
@@ -88,10 +88,9 @@ def merge(parts: Sequence[Batch]) -> Batch:
     return Batch(
         np.concatenate([_widen(p.tokens_NX, x) for p in parts]),
         lengths,
-        *(
-            np.concatenate([_widen(getattr(p, k), m) for p in parts])
-            for k in ("loss_positions_NM", "targets_NM", "weight_NM")
-        ),
+        np.concatenate([_widen(p.loss_positions_NM, m) for p in parts]),
+        np.concatenate([_widen(p.targets_NM, m) for p in parts]),
+        np.concatenate([_widen(p.weight_NM, m) for p in parts]),
         tokens_N=sum((p.tokens_N for p in parts), ()),
     )
 
@@ -133,7 +132,9 @@ def eval_batches(examples: Sequence[Example], n_tokens: int) -> list[Batch]:
     """Group examples of like length into batches of at most about `n_tokens` padded tokens; the
     order is fixed."""
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
-    batches, group, total = [], [], 0
+    batches: list[Batch] = []
+    group: list[int] = []
+    total = 0
     for i in order:
         length = _up(len(examples[i].tokens))
         if group and total + length > n_tokens:

@@ -94,6 +94,9 @@ class _WholeModel:
     def part_of(self, name: str) -> tuple[str, slice]:
         return name, slice(0, 1)
 
+    def lr_ratios(self, name: str) -> list[float]:
+        return [1.0]
+
     def keep(self, members: list[int]) -> dict[str, tuple[str, list[int]]]:
         raise SpecError("a full fine-tuning pack has one member and cannot be compacted")
 

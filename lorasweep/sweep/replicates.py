@@ -34,7 +34,7 @@ def second_stage(
 def _around_the_best(
     by_lr: dict[float, list[Point]], n_lrs: int, loss: Callable[[str], float | None]
 ) -> list[float]:
-    """Return `n_lrs` neighbouring rates around that of lowest mean loss; none if all diverged."""
+    """Return `n_lrs` neighbouring rates around the one of lowest mean NLL; none if all diverged."""
     lrs = sorted(by_lr)
     scores = [_mean([loss(p.id) for p in by_lr[lr]]) for lr in lrs]
     if not any(map(math.isfinite, scores)):

@@ -8,6 +8,7 @@ WANDB_ENTITY) decide where the copies go.
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from lorasweep.errors import StoreError
 from lorasweep.store.run_store import RunStore
@@ -25,7 +26,7 @@ def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
         import wandb
     except ImportError as error:
         raise StoreError("mirror=wandb needs the package wandb: pip install wandb") from error
-    mode = os.environ.get("WANDB_MODE", "offline")
+    mode: Any = os.environ.get("WANDB_MODE", "offline")
     count, names = 0, run_names(points)
     for point in points:
         result = store.result(point.id)

@@ -124,7 +124,7 @@ class AdamW:
             for name in self.params
         ]
         params = list(self.params.values())
-        rates = [(rate_N[at] * ratio).view(-1, 1, 1) for at, ratio in zip(members, own)]
+        step_sizes = [(rate_N[at] * ratio).view(-1, 1, 1) for at, ratio in zip(members, own)]
         grads, m, v = (
             [p.grad for p in params],
             self._moments(self.exp_avg),
@@ -133,7 +133,7 @@ class AdamW:
         if any(c != 1.0 for c in clip):
             torch._foreach_mul_(grads, [clip_N[at].view(-1, 1, 1) for at in members])
         if first.weight_decay:
-            torch._foreach_mul_(params, [1 - rate * first.weight_decay for rate in rates])
+            torch._foreach_mul_(params, [1 - rate * first.weight_decay for rate in step_sizes])
         torch._foreach_lerp_(m, grads, 1 - first.beta1)
         torch._foreach_mul_(v, first.beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - first.beta2)
@@ -141,7 +141,7 @@ class AdamW:
         torch._foreach_div_(change, fix2)
         torch._foreach_add_(change, first.eps)
         change = torch._foreach_div(m, change)
-        torch._foreach_mul_(change, [rate / fix1 for rate in rates])
+        torch._foreach_mul_(change, [rate / fix1 for rate in step_sizes])
         torch._foreach_sub_(params, change)
 
     def _fused(self, step: int, lr: float, clip: float) -> None:

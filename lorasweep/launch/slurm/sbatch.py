@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm import job
@@ -38,7 +39,7 @@ class Description:
     def options(self) -> dict[str, str | int | bool]:
         """Return the options of sbatch, by name without dashes, but for name, time and signal."""
         c = self.cluster
-        given = {
+        given: dict[str, Any] = {
             "partition": c.partition,
             "account": c.account,
             "qos": c.qos,

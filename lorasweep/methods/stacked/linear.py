@@ -76,7 +76,8 @@ class StackedAdapters:
         for p in base.parameters():
             p.requires_grad_(False)
         for name, linear in targets.items():
-            a, b = [], []
+            a: list[torch.Tensor] = []
+            b: list[torch.Tensor] = []
             for s in spans:
                 drawn = [_start(m, seed, name, linear) for m, seed in zip(methods[s], seeds[s])]
                 a.append(nn.Parameter(torch.stack([x for x, _ in drawn]).to(linear.weight)))

@@ -170,7 +170,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Ten
 def attend_backward(dout: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: list[Any]):
     """Gradients of q [S, G, T, d], k and v [S, T, d]."""
     s_, g, _, d = dout.shape
-    parts, dk, dv = [], None, None
+    parts: list[torch.Tensor] = []
+    dk = dv = None
     for t0, t1, block, p in reversed(kept):  # the last block saw all keys
         do = dout[:, :, t0:t1].reshape(s_, -1, d)
         ds = torch.ops.aten._softmax_backward_data(torch.bmm(do, v[:, :t1].mT), p, -1, p.dtype)
