@@ -19,14 +19,13 @@ from typing import Any
 
 from lorasweep.errors import StoreError
 from lorasweep.spec.run import RunSpec
-from lorasweep.store import claims, files, index, results, version
+from lorasweep.store import claims, files, index, records, results, version
+from lorasweep.store.records import Record
 
 STATES = ("missing", "running", "interrupted", "failed", "diverged", "done")
 """Computed from the folder, never stored. missing: never begun. interrupted: begun, and its process
 is gone. diverged is a result; failed is an accident."""
 FINAL = ("done", "diverged")
-RECENT_BYTES = 2**14
-"""How much of the end of a run's records is read by those that watch it; a record has 250 bytes."""
 
 
 class RunStore:
@@ -157,31 +156,13 @@ class RunStore:
         """Return who made an attempt; empty if that cannot be read."""
         return claims.read_owner(self._attempt(rid, attempt))
 
-    def records(self, rid: str) -> list[dict[str, Any]]:
+    def records(self, rid: str) -> list[Record]:
         """Return the records of a run; a torn last line is passed over."""
-        return self._records(rid, 0)
+        return records.read(self.folder(rid))
 
-    def recent_records(self, rid: str) -> list[dict[str, Any]]:
+    def recent_records(self, rid: str) -> list[Record]:
         """Return the last records of a run, some 60: what watching it needs."""
-        start = self.records_size(rid) - RECENT_BYTES
-        return self._records(rid, start) if start > 0 else self.records(rid)
-
-    def _records(self, rid: str, start: int) -> list[dict[str, Any]]:
-        try:
-            with open(self.folder(rid) / "metrics.jsonl", "rb") as file:
-                file.seek(start)
-                if start:
-                    file.readline()  # the rest of a line
-                lines = file.read().split(b"\n")
-        except FileNotFoundError:
-            return []
-        found = []
-        for line in lines[:-1]:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break  # nothing after damage is trusted
-        return found
+        return records.read_end(self.folder(rid))
 
     def spec(self, rid: str) -> dict[str, Any]:
         """Return the canonical spec of a run as a dict.
@@ -257,34 +238,28 @@ class RunStore:
         """Append a line to an attempt's log."""
         files.append(self._attempt(rid, attempt) / "log.txt", (text.rstrip() + "\n").encode())
 
-    def record(self, rid: str, record: dict[str, Any]) -> None:
+    def record(self, rid: str, record: Record) -> None:
         """Append one record. A value that is not finite is written as null."""
-        files.append(
-            self.folder(rid) / "metrics.jsonl", (results.finite_json(record) + "\n").encode()
-        )
+        records.append(self.folder(rid), record)
 
     def records_size(self, rid: str) -> int:
         """Return the size of the records in bytes: where a checkpoint cuts back to."""
-        try:
-            return (self.folder(rid) / "metrics.jsonl").stat().st_size
-        except FileNotFoundError:
-            return 0
+        return records.size(self.folder(rid))
 
     def sync_records(self, rid: str) -> None:
         """Bring the records to the disk: a checkpoint that counts them must not outlive them."""
-        files.sync(self.folder(rid) / "metrics.jsonl")
+        records.sync(self.folder(rid))
 
     def cut_records(self, rid: str, size: int) -> None:
         """Cut the records back to where a checkpoint was made."""
-        files.truncate(self.folder(rid) / "metrics.jsonl", size)
+        records.cut(self.folder(rid), size)
 
     def finish(self, rid: str, state: str, result: dict[str, Any]) -> bool:
         """Write the result, once, and remove the checkpoint; return whether this call did it."""
         if state not in FINAL:
             raise ValueError(f"a run ends as {FINAL}, not as {state!r}")
-        metrics = self.folder(rid) / "metrics.jsonl"
-        if metrics.exists():
-            files.sync(metrics)
+        if records.size(self.folder(rid)):
+            records.sync(self.folder(rid))
         first = results.write_once(self.folder(rid), {"run_id": rid, "state": state, **result})
         shutil.rmtree(self.folder(rid) / "checkpoint", ignore_errors=True)
         return first
