@@ -225,7 +225,8 @@ def curves(cwd):
     for path in Path(cwd).glob("runs/*/metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         steps = [r["step"] for r in lines]
-        assert steps == sorted(set(steps)), f"{path}: steps {steps}"
+        bad = [(a, b) for a, b in zip(steps, steps[1:]) if b <= a]
+        assert not bad, f"{path}: step after step {bad}"
         found[path.parent.name] = [
             {k: v for k, v in r.items() if not k.endswith("_s")} for r in lines
         ]

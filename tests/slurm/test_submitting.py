@@ -157,6 +157,7 @@ def test_queued_jobs_run_the_code_as_it_was(queue, tmp_path):
         ("cpus=64", "asks for 64 processors, but a node of partition 'main' has at most 2"),
         ("mem_gib=900", "asks for 900 GiB, but a node of partition 'main' has at most 7.8"),
         ("warn_s=4000", "would be warned at once"),
+        ("work_min=0", "cluster.work_min=0.0: "),
         ("constraint=gold", "Slurm refused the jobs: "),
     ],
 )
