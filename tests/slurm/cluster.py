@@ -2,10 +2,13 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
+import random
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from tests.world import ROOT
 
 SCRIPTS = ROOT / "slurm" / "one_machine"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd")
+NODES = 8
 SMOKE = ("+sweep=lr_ratio", "scale=smoke", "exec.pack_size=3")
 """Six runs in two packs, of full fine-tuning and of LoRA."""
 FAST = (
@@ -54,6 +58,19 @@ def missing_commands():
     return None if os.geteuid() == 0 else "a Slurm for tests needs root"
 
 
+def free_ports(n):
+    """Return the first of `n` neighbouring ports that nobody listens on, below the ephemeral ones."""
+    while True:
+        first = random.SystemRandom().randrange(15000, 32000 - n)
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + n):
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+        return first
+
+
 class Slurm:
     """One running cluster; its commands work in this process and in those that it starts.
 
@@ -66,8 +83,8 @@ class Slurm:
         self.folder = Path(tempfile.mkdtemp(prefix="ls-", dir="/tmp"))
         self.env = {
             "SLURM_TEST_DIR": str(self.folder),
-            "SLURM_TEST_PORT": str(20000 + os.getpid() % 10000),
-            "SLURM_TEST_NODES": "8",
+            "SLURM_TEST_PORT": str(free_ports(NODES + 2)),
+            "SLURM_TEST_NODES": str(NODES),
             "SLURM_TEST_CPUS": "2",
             **settings,
         }
@@ -225,7 +242,7 @@ def curves(cwd):
     for path in Path(cwd).glob("runs/*/metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         steps = [r["step"] for r in lines]
-        bad = [(a, b) for a, b in zip(steps, steps[1:]) if b <= a]
+        bad = [(a, b) for a, b in itertools.pairwise(steps) if b <= a]
         assert not bad, f"{path}: step after step {bad}"
         found[path.parent.name] = [
             {k: v for k, v in r.items() if not k.endswith("_s")} for r in lines
