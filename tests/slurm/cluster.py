@@ -88,7 +88,11 @@ class Slurm:
             "SLURM_TEST_CPUS": "2",
             **settings,
         }
-        self.start()
+        try:
+            self.start()
+        except AssertionError:
+            self.stop()  # what did start
+            raise
 
     def start(self):
         """Start what does not run: also after a daemon died."""
