@@ -175,5 +175,5 @@ def test_without_slurm_the_message_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(ClusterError, match=r"no Slurm here.*cluster=local"):
         ask(tmp_path, *SMOKE, "cluster=slurm")
     monkeypatch.setenv("SLURM_CONF", "/nowhere.conf")
-    with pytest.raises(ClusterError, match=re.escape("/nowhere.conf is no file")):
+    with pytest.raises(ClusterError, match=re.escape("/nowhere.conf: there is no such file")):
         ask(tmp_path, *SMOKE, "cluster=slurm")
