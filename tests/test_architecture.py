@@ -58,7 +58,7 @@ STRANGERS = {
     "lorasweep.train": r"lorasweep\.(store\.(?!checkpoint)|plan|tracking|sweep|methods\.(lora|fullft))\b"
 }
 
-TORCH = r"lorasweep/(train|models|methods|bench)/|lorasweep/launch/trainer\.py"
+TORCH = r"lorasweep/(train|models|methods|bench)/|lorasweep/launch/(trainer|measure_packs)\.py"
 ONLY_IN = {
     "hydra": r"lorasweep/(config/.*|__main__)\.py",
     "omegaconf": r"lorasweep/(config/.*|__main__)\.py",
@@ -78,21 +78,12 @@ ONLY_IN = {
 }
 STANDARD_LIBRARY_ONLY = r"lorasweep/(errors\.py|spec/(?!streams\.py)|sweep/)"
 NOUNS_OF_NOTHING = {"utils", "util", "helpers", "common", "misc", "manager"}
+# `whose`, `beside` and `knobs` are keys of YAML files, where they stay.
 PRIVATE_WORDS = re.compile(
-    "told|untold|mend|mended|upkeep|several|company|whose|thereof|knobs|places|kin|lean|ask|"
-    "usual|findings|beside|holes|ours"
+    "told|untold|mend|mended|upkeep|several|company|thereof|knobs|places|kin|lean|ask|"
+    "usual|findings|holes|ours"
 )
 FUNCTION_LINES = {"lorasweep.train.loop.train": 150}
-
-# What the move into rooms has left to do. Each list only shrinks, and it ends empty.
-LEFT_ARROWS: set[tuple[str, str]] = set()
-LEFT: dict[str, int] = {
-    "rooms in circles": 5,
-    "misplaced packages": 1,
-    "long files": 7,
-    "long functions": 16,
-    "private words": 260,
-}
 
 
 def room(module):
@@ -103,9 +94,9 @@ def lines(path):
     return (ROOT / path).read_text().count("\n")
 
 
-def report(found, rule=""):
-    """Fail with all violations, one a line, where there are more than are known to be left."""
-    assert len(found) <= LEFT.get(rule, 0), "\n".join([f"{len(found)} found:", *sorted(found)])
+def report(found):
+    """Fail with all violations, one a line."""
+    assert not found, "\n".join([f"{len(found)} found:", *sorted(found)])
 
 
 def test_every_room_is_in_the_order():
@@ -114,23 +105,23 @@ def test_every_room_is_in_the_order():
 
 def test_rooms_depend_only_downwards():
     upward = {
-        (room(module), room(reached), f"{module} -> {reached}")
+        f"{module} -> {reached}"
         for module, others in GRAPH.items()
         for reached in others
         if module.split(".")[0] == reached.split(".")[0]
         and room(module) != room(reached)
         and RANK[room(reached)] >= RANK[room(module)]
     }
-    report([arrow for a, b, arrow in upward if (a, b) not in LEFT_ARROWS])
+    report(upward)
 
 
 def test_no_circles_of_files():
-    report([m for circle in imports.circles(GRAPH) for m in circle], "files in circles")
+    report([m for circle in imports.circles(GRAPH) for m in circle])
 
 
 def test_no_circles_of_folders():
     folders = imports.grouped(GRAPH, room)
-    report([r for circle in imports.circles(folders) for r in circle], "rooms in circles")
+    report([r for circle in imports.circles(folders) for r in circle])
 
 
 def test_the_two_houses_meet_at_one_door():
@@ -142,7 +133,6 @@ def test_the_two_houses_meet_at_one_door():
             if module.split(".")[0] != reached.split(".")[0]
             and not (module == DOOR and reached.startswith("analysis."))
         ],
-        "other doors",
     )
 
 
@@ -172,7 +162,7 @@ def test_packages_are_imported_only_where_they_belong():
             top = imports.packages(TREES[module], top_only=True)
             if "stacked" not in path and top & ONLY_IN.keys():
                 found.append(f"{path}: at the top {sorted(top & ONLY_IN.keys())}")
-    report(found, "misplaced packages")
+    report(found)
 
 
 @pytest.mark.parametrize("house", ORDER)
@@ -190,8 +180,8 @@ def test_importing_everything_but_the_training_side_imports_no_torch(house):
 
 def test_rooms_and_files_are_of_readable_size():
     rooms = Counter(str(Path(p).parent) for p in PATHS.values() if not p.endswith("__init__.py"))
-    report([f"{name}: {n} files" for name, n in rooms.items() if n > 14], "crowded rooms")
-    report([f"{p}: {lines(p)} lines" for p in PATHS.values() if lines(p) > 320], "long files")
+    report([f"{name}: {n} files" for name, n in rooms.items() if n > 14])
+    report([f"{p}: {lines(p)} lines" for p in PATHS.values() if lines(p) > 320])
     report([p for p in PATHS.values() if Path(p).stem in NOUNS_OF_NOTHING])
     skips = [p for p in PATHS.values() for _ in re.findall("fmt: skip", (ROOT / p).read_text())]
     assert len(skips) <= 5, skips
@@ -206,7 +196,6 @@ def test_functions_are_short():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             and node.end_lineno - node.lineno + 1 > FUNCTION_LINES.get(f"{module}.{node.name}", 60)
         ],
-        "long functions",
     )
 
 
@@ -227,7 +216,7 @@ def test_a_room_is_a_docstring_and_re_exports_nothing():
             rest = [n for n in rest if not isinstance(n, ast.Assign)]  # __version__
         if path.endswith("__init__.py") and rest:
             found.append(path)
-    report(found, "rooms with code")
+    report(found)
 
 
 def identifiers(tree):
@@ -252,7 +241,7 @@ def test_names_are_standard_words():
         for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
         if PRIVATE_WORDS.fullmatch(word.lower())
     )
-    report(list(words.elements()), "private words")
+    report(list(words.elements()))
 
 
 def test_the_graph_sees_every_kind_of_import_and_circle():

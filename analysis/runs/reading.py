@@ -82,7 +82,7 @@ def read(
 
     Args:
         path: the file, one run a row.
-        mapping: their column -> ours.
+        mapping: their column -> the name that the analysis knows.
         higher: name of a column to use as the metric, better when higher.
         broken: a metric at least as bad as this counts as diverged.
 
@@ -118,17 +118,17 @@ def read(
 
 def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -> pd.DataFrame:
     known = (*NEEDED, *OPTIONAL)
-    for theirs, ours in mapping.items():
+    for theirs, column in mapping.items():
         if theirs not in table.columns:
             raise TableError(
-                f"--map {theirs}={ours}: there is no column {theirs!r}."
+                f"--map {theirs}={column}: there is no column {theirs!r}."
                 f"{did_you_mean(theirs, table.columns)} "
                 f"There are: {', '.join(map(str, table.columns))}."
             )
-        if ours not in known:
+        if column not in known:
             raise TableError(
-                f"--map {theirs}={ours}: {ours!r} is not a column that the analysis knows."
-                f"{did_you_mean(ours, known)} "
+                f"--map {theirs}={column}: {column!r} is not a column that the analysis knows."
+                f"{did_you_mean(column, known)} "
                 f"There are: {', '.join(known)}."
             )
     if higher is not None:

@@ -43,7 +43,7 @@ DESIGNS = (
 RATIOS = (3.0, 6.0, 7.1, 10.0, 14.1, 20.0)
 MARGIN = (7.1, 14.1)
 CLAIM = {"margin": MARGIN, "expected": 10, "primary": True}
-PLACES = ("inside", "below", "above")
+POSITIONS = ("inside", "below", "above")
 
 
 def verdicts(family: str, ratio: float, design: Design, cases: int) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def tasks(cases: int) -> list[tuple[Any, ...]]:
     cells += [
         (flags, f, w, cases // 2)
         for f in ("linex", "plateau", "kink", "double_slope")
-        for w in PLACES
+        for w in POSITIONS
     ]
     return cells + [
         (sharing, f, r, w, s, cases // 4)

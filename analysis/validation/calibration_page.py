@@ -62,8 +62,8 @@ def targets(study: Study) -> list[list[str]]:
     """
     rows = [HEAD, *_coverage_targets(study, "best_lr", "coverage")]
     rows += [*_coverage_targets(study, "the ratio", "ratio_coverage"), _error_target(study)]
-    places = _by(study["flags"], lambda r: r["where"]).items()
-    right = min((_mean(cells, "right"), where) for where, cells in places)
+    by_where = _by(study["flags"], lambda r: r["where"]).items()
+    right = min((_mean(cells, "right"), where) for where, cells in by_where)
     edge = [r for r in study["verdicts"] if r["ratio"] in MARGIN]
     most = max(r["supported"] for r in edge)
     open_ = _mean([r for r in study["verdicts"] if r["ratio"] == 10.0], "undecided")

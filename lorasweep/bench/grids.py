@@ -90,9 +90,9 @@ def _by_arm(points: Sequence[Point]) -> list[list[Point]]:
 
 
 def compare(
-    points: Sequence[Point], ours_s: float, values: dict[str, Any], folder: str, samples: int
+    points: Sequence[Point], whole_s: float, values: dict[str, Any], folder: str, samples: int
 ) -> dict[str, Any]:
-    """Compare `ours_s`, the wall seconds of all `points`, with both baselines."""
+    """Compare `whole_s`, the wall seconds of all `points`, with both baselines."""
     process_s = warm_s = 0.0
     alone_by_arm: list[dict[str, Any]] = []
     warm_by_arm: list[dict[str, Any]] = []
@@ -105,13 +105,13 @@ def compare(
         warm_by_arm.append({"arm": arm[0].arm, "runs": len(arm), **warm})
     return {
         "runs": len(points),
-        "lorasweep_s": ours_s,
+        "lorasweep_s": whole_s,
         "process_per_run": alone_by_arm,
         "warm_peft": warm_by_arm,
         "process_per_run_s": process_s,
         "warm_peft_s": warm_s,
-        "vs_process_per_run": process_s / ours_s,
-        "vs_warm_peft": warm_s / ours_s,
+        "vs_process_per_run": process_s / whole_s,
+        "vs_warm_peft": warm_s / whole_s,
     }
 
 
@@ -135,16 +135,16 @@ def whole_sweep(values: dict[str, Any], peak: float, log: Log) -> dict[str, Any]
     """Run the whole tiny lr_ratio sweep by its command, process start included."""
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "runs"
-        ours_s, _ = command(
+        whole_s, _ = command(
             "+sweep=lr_ratio", "scale=tiny", f"exec.reports_dir={folder}/reports", runs_dir=runs
         )
         request = compose_request(["+sweep=lr_ratio", "scale=tiny", f"exec.runs_dir={runs}"])
         points = all_points(request, RunStore(runs))
         _check_done(points, RunStore(runs))
-        found = compare(points, ours_s, values, folder, 2)
-    found["flops_over_gemm_peak"] = flops_over_peak(points, ours_s, peak)
+        found = compare(points, whole_s, values, folder, 2)
+    found["flops_over_gemm_peak"] = flops_over_peak(points, whole_s, peak)
     log(
-        f"tiny sweep, {len(points)} runs: {ours_s:.0f} s; one process a run "
+        f"tiny sweep, {len(points)} runs: {whole_s:.0f} s; one process a run "
         f"{found['process_per_run_s']:.0f} s, warm PEFT loop {found['warm_peft_s']:.0f} s; "
         f"{found['flops_over_gemm_peak']:.2f} of the matrix-multiply peak"
     )
@@ -174,19 +174,19 @@ def lora_grid(
         started = time.perf_counter()
         packs = make_plan(points, store, exec_, detect.this_machine()).packs
         run_points(points, store, exec_, lambda event: None)
-        ours_s = time.perf_counter() - started + start_s
+        whole_s = time.perf_counter() - started + start_s
         _check_done(points, store)
-        found = compare(points, ours_s, values, folder, 2)
+        found = compare(points, whole_s, values, folder, 2)
     found |= {
         "scale": scale,
         "model": points[0].spec.model.name,
         "batch_size": batch_size,
         "steps": steps,
         "pack": max(len(p.points) for p in packs),
-        "flops_over_gemm_peak": flops_over_peak(points, ours_s, peak),
+        "flops_over_gemm_peak": flops_over_peak(points, whole_s, peak),
     }
     log(
-        f"16 LoRA runs at {scale}, batch {batch_size}: {ours_s:.0f} s in packs of {found['pack']}; "
+        f"16 LoRA runs at {scale}, batch {batch_size}: {whole_s:.0f} s, packs of {found['pack']}; "
         f"{found['vs_process_per_run']:.1f} times faster than one process a run, "
         f"{found['vs_warm_peft']:.2f} times faster than a warm PEFT loop; "
         f"{found['flops_over_gemm_peak']:.2f} of the matrix-multiply peak"
