@@ -6,8 +6,8 @@ if TYPE_CHECKING:
     import torch
 
 
-class Trainables(Protocol):
-    """What the loop may ask of the parameters that a pack trains."""
+class Parameters(Protocol):
+    """What the optimizer sees of the parameters that a pack trains."""
 
     stacked: bool  # True: every tensor has a member axis first; False: N = 1, no such axis
 
@@ -27,6 +27,10 @@ class Trainables(Protocol):
 
         Returns for each new tensor the one that it came from, and the rows of that which it kept.
         """
+
+
+class Trainables(Parameters, Protocol):
+    """What the loop sees of them, too."""
 
     def norms(self) -> list[dict[str, float]]:
         """Norms worth recording, one dict a member."""

@@ -8,10 +8,10 @@ float64.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from lorasweep.methods.trainables import Parameters
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
 
@@ -24,6 +24,11 @@ def lr_factor(spec: RunSpec, step: int) -> float:
         return 1.0
     done = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
     return 1.0 - done if spec.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _gradient(p: torch.Tensor) -> torch.Tensor:
+    assert p.grad is not None, "a trained tensor got no gradient"
+    return p.grad
 
 
 @dataclass
@@ -41,20 +46,28 @@ class OneRun:
         """All of it belongs to the one run."""
         return name, slice(0, 1)
 
+    def lr_ratios(self, name: str) -> list[float]:
+        """One rate for all tensors."""
+        return [1.0]
+
+    def keep(self, members: list[int]) -> dict[str, tuple[str, list[int]]]:
+        """Refuse: there is one run."""
+        raise NotImplementedError
+
 
 @dataclass
 class AdamW:
     """State for the tensors of a pack's Trainables."""
 
-    trainables: Any
+    trainables: Parameters
     specs: list[RunSpec]
     params: dict[str, torch.Tensor]
     exp_avg: dict[str, torch.Tensor]
     exp_avg_sq: dict[str, torch.Tensor]
 
     @classmethod
-    def start(cls, trainables: Any, specs: Sequence[RunSpec]) -> "AdamW":
-        """Begin with empty moments. `trainables` is a methods.Trainables."""
+    def start(cls, trainables: Parameters, specs: Sequence[RunSpec]) -> "AdamW":
+        """Begin with empty moments."""
         params = trainables.parameters()
         zeros = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
         return cls(trainables, list(specs), params, *zeros)
@@ -73,14 +86,15 @@ class AdamW:
     def grad_norms(self) -> list[float]:
         """Return each member's global gradient norm."""
         if not self.trainables.stacked:
-            norms = [torch.linalg.vector_norm(p.grad) for p in self.params.values()]
+            norms = [torch.linalg.vector_norm(_gradient(p)) for p in self.params.values()]
             return [float(torch.stack(norms).double().square().sum().sqrt())]
         squares = torch.zeros(
             len(self.specs), dtype=torch.float64, device=next(iter(self.params.values())).device
         )
         for name, p in self.params.items():
             members = self.trainables.part_of(name)[1]
-            squares[members] += torch.linalg.vector_norm(p.grad.flatten(1), dim=1).double().square()
+            norms_n = torch.linalg.vector_norm(_gradient(p).flatten(1), dim=1)
+            squares[members] += norms_n.double().square()
         return squares.sqrt().tolist()
 
     @torch.no_grad()
@@ -90,7 +104,7 @@ class AdamW:
         found: list[dict[str, float]] = [{} for _ in self.specs]
         for name, p in self.params.items():
             of_member, members = self.trainables.part_of(name)
-            squares = p.grad.double().square()
+            squares = _gradient(p).double().square()
             for k, value in zip(
                 range(members.start, members.stop),
                 squares.flatten(1).sum(1) if self.trainables.stacked else [squares.sum()],
@@ -126,7 +140,7 @@ class AdamW:
         params = list(self.params.values())
         step_sizes = [(rate_N[at] * ratio).view(-1, 1, 1) for at, ratio in zip(members, own)]
         grads, m, v = (
-            [p.grad for p in params],
+            [_gradient(p) for p in params],
             self._moments(self.exp_avg),
             self._moments(self.exp_avg_sq),
         )
@@ -148,7 +162,7 @@ class AdamW:
         """Update one run's whole weights by torch's fused kernel, which reads and writes each
         number once."""
         spec, params = self.specs[0], list(self.params.values())
-        grads = [p.grad for p in params]
+        grads = [_gradient(p) for p in params]
         if clip != 1.0:
             torch._foreach_mul_(grads, clip)
         steps = [torch.tensor(float(step + 1), device=p.device) for p in params]

@@ -1,4 +1,4 @@
-"""Packs by the command line: resumed in other company, verified against runs alone, memory as
+"""Packs by the command line: resumed with a different pack, verified against runs alone, memory as
 planned, compiled."""
 
 import json
@@ -29,7 +29,7 @@ MIXED = (
 )
 
 
-def test_a_pack_of_mixed_ranks_goes_on_in_other_company_and_says_so(tmp_path):
+def test_a_pack_of_mixed_ranks_goes_on_with_a_different_pack_and_records_it(tmp_path):
     long = (*MIXED, "steps=150", "batch_size=8", "exec.checkpoint_s=0.3")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
@@ -40,7 +40,7 @@ def test_a_pack_of_mixed_ranks_goes_on_in_other_company_and_says_so(tmp_path):
     wait_for(lambda: len(list((killed / "runs").glob("*/checkpoint/*.json"))) >= 4)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    cli(*long, "sweep.arms.lora.lr=[3e-3]", cwd=killed)  # half of the company
+    cli(*long, "sweep.arms.lora.lr=[3e-3]", cwd=killed)  # half of the pack
     store, other = RunStore(whole / "runs"), RunStore(killed / "runs")
     done = [i for i in kept(killed) if other.state(i) == "done"]
     assert len(done) == 2

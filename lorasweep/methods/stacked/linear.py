@@ -32,8 +32,8 @@ class StackedLinear(nn.Module):
         self,
         base: nn.Linear,
         ranks: list[slice],
-        a_nrI: list[torch.Tensor],
-        b_nOr: list[torch.Tensor],
+        a_nrI: Sequence[torch.Tensor],
+        b_nOr: Sequence[torch.Tensor],
         scaling_N: torch.Tensor,
     ) -> None:
         super().__init__()

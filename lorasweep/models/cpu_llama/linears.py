@@ -66,15 +66,18 @@ class Group:
         need_input: bool = True,
         into: torch.Tensor | None = None,
         weights: bool = True,
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Return the gradient of h (None if not needed; added to `into` if given) and of `params`,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the gradient of h (empty if not needed; added to `into` if given) and of `params`,
         trained weights left out without `weights`."""
         n, x, _ = dy_NXO.shape
-        dy_2d, dh = dy_NXO.view(n * x, -1), into
+        dy_2d = dy_NXO.view(n * x, -1)
         if into is not None:
-            into.view(n * x, -1).addmm_(dy_2d, self.w_OH)
+            dh = into
+            dh.view(n * x, -1).addmm_(dy_2d, self.w_OH)
         elif need_input:
             dh = torch.mm(dy_2d, self.w_OH).view(n, x, -1)
+        else:
+            dh = dy_NXO.new_empty(0)
         grads: list[torch.Tensor] = []
         if self.trained and weights:
             whole = torch.mm(dy_2d.T, h_NXH.view(n * x, -1))
@@ -89,7 +92,7 @@ class Group:
                 turned = torch.bmm(low[..., rank.columns(k)].mT, dy).mT
                 db.append(turned.to(rank.master, memory_format=torch.contiguous_format))
             da = torch.bmm(dlow.mT, h_NXH[rank.members]).to(rank.master)
-            if dh is not None:
+            if into is not None or need_input:
                 dh[rank.members].baddbmm_(dlow, rank.a_nrH)
             grads += [*da.split(rank.r, 1), *db]
         return dh, grads

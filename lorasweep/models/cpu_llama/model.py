@@ -45,12 +45,18 @@ class CpuLlama:
     @property
     def body(self) -> Any:
         """The decoder below the unembedding."""
-        return self._model().model
+        return self._loaded.model
 
     @property
     def head(self) -> Any:
         """The unembedding's module."""
-        return self._model().lm_head
+        return self._loaded.lm_head
+
+    @property
+    def _loaded(self) -> Any:
+        model = self._model()
+        assert model is not None, "the model is gone, and its passes are still used"
+        return model
 
     def cast(
         self, weights: list[torch.Tensor], dtype: torch.dtype
