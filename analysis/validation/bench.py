@@ -1,5 +1,5 @@
 """The benchmark's page: `python -m analysis.validation.bench` renders bench.json as a table, a
-plot, and the README's summary.
+plot, and the summary in docs/usage.md.
 
 Refuses to measure; every number comes from the file that `python -m lorasweep.bench` wrote.
 """
@@ -162,21 +162,21 @@ def render(bench: Bench) -> str:
     return "\n".join(lines)
 
 
-def readme(text: str, bench: Bench) -> str:
-    """Return the project's README with its block made anew."""
+def with_summary(text: str, bench: Bench) -> str:
+    """Return a page with its summary made anew."""
     return with_block(text, BEGIN, END, summary(bench))
 
 
 def main() -> None:
-    """Write README.md and packing.png next to bench.json, and the block in the project's README."""
+    """Write README.md and packing.png next to bench.json, and the summary in docs/usage.md."""
     project = Path(__file__).resolve().parents[2]
     folder = project / "analysis" / "results" / "bench"
     text = (folder / "bench.json").read_text()
     bench = json.loads(text)
     (folder / "README.md").write_text(render(bench))
     plots.packing(bench["parts"]["steps"]["steps"], folder / "packing.png", text_hash(text))
-    front = project / "README.md"
-    front.write_text(readme(front.read_text(), bench))
+    page = project / "docs" / "usage.md"
+    page.write_text(with_summary(page.read_text(), bench))
 
 
 if __name__ == "__main__":

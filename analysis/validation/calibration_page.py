@@ -1,5 +1,5 @@
 """The page of the calibration study: analysis/results/calibration/README.md, its figures, and the
-README's block.
+summary in docs/answers.md.
 
     python -m analysis.validation.calibration_page
 
@@ -272,13 +272,13 @@ def _sharing_rows(study: Study) -> list[list[str]]:
     return rows
 
 
-def readme(text: str, study: Study) -> str:
-    """Return the project's README with its block made anew."""
+def with_summary(text: str, study: Study) -> str:
+    """Return a page with its summary made anew."""
     return with_block(text, BEGIN, END, markdown(targets(study)))
 
 
 def main() -> None:
-    """Write page, figures and the README's block."""
+    """Write page, figures and the summary in docs/answers.md."""
     project = Path(__file__).resolve().parents[2]
     folder = project / "analysis" / "results" / "calibration"
     text = (folder / "calibration.json").read_text()
@@ -286,8 +286,8 @@ def main() -> None:
     (folder / "README.md").write_text(render(study))
     plots.coverage(_fine(study), folder / "coverage.png", text_hash(text))
     plots.verdict_shares(study["verdicts"], folder / "verdicts.png", text_hash(text))
-    front = project / "README.md"
-    front.write_text(readme(front.read_text(), study))
+    page = project / "docs" / "answers.md"
+    page.write_text(with_summary(page.read_text(), study))
 
 
 if __name__ == "__main__":

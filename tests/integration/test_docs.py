@@ -1,0 +1,110 @@
+"""The pages say what a person gets: every command in them runs, links lead somewhere, the tree is true.
+
+A documented command is tried at `scale=smoke` on the runs of one small sweep. One that names a cluster or a
+single model, or changes the grid, is only planned.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from analysis.__main__ import main as analysis
+from analysis.report import front_page, study, study_page
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "analysis" / "results"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [*PAGES, ROOT / "slurm/README.md", ROOT / "DECISIONS.md", ROOT / "LOG.md"]
+MAY_REFUSE = {
+    "action=extend": "nothing would decide more at smoke",
+    "action=qualify": "a task of eight updates is not fit",
+    "action=cancel": "no cluster is there",
+}
+COMMAND = re.compile(r"^python -m (lorasweep|analysis)\b(.*)$", re.MULTILINE)
+SMOKE = ("+sweep=lr_ratio", "scale=smoke")
+
+
+def documented(page):
+    """List (package, arguments) of every command in a page's bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    found = [m for block in blocks for m in COMMAND.finditer(block)]
+    return [(m[1], shlex.split(m[2], comments=True)) for m in found]
+
+
+def tried(args):
+    """Return the arguments with which a documented command of lorasweep is tried."""
+    if not args or "--help" in args or "action=import" in args:
+        return args
+    large = ("cluster=", "sweep.", "+sweep.", "model=", "hardware=")
+    args = [a for a in args if not a.startswith("scale=")]
+    acts = any(a.startswith("action=") for a in args)
+    if not acts and ("+sweep=lr_ratio" not in args or any(a.startswith(large) for a in args)):
+        args = [*args, "action=plan"]
+    if "action=plan" not in args:  # runs are there for one sweep only
+        args = ["+sweep=lr_ratio" if a.startswith("+sweep=") else a for a in args]
+    return [*args, "scale=smoke"]
+
+
+@pytest.mark.slow
+def test_every_documented_command_runs(command, tmp_path, capsys, monkeypatch):
+    own = (ROOT / "docs" / "own.md").read_text()
+    for name, body in re.findall(r"```yaml\n# (mine/\S+)\n(.*?)```", own, re.DOTALL):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(body)
+    assert command(*SMOKE).returncode == 0
+    assert command(*SMOKE, "action=export", "table=runs.parquet").returncode == 0
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    seen, failed = set(), []
+    for page in PAGES:
+        for package, args in documented(page):
+            args = tried(args) if package == "lorasweep" else args
+            if (package, *args) in seen:
+                continue
+            seen.add((package, *args))
+            if package == "lorasweep":
+                done = command(*args)
+                code, said = done.returncode, done.stderr
+            else:
+                capsys.readouterr()
+                code = analysis(args)
+                said = capsys.readouterr().err
+            if code != 0 and not MAY_REFUSE.keys() & set(args):
+                failed.append(
+                    f"{page.name}: {package} {' '.join(args)}: exit {code}\n{said[-800:]}"
+                )
+    assert len(seen) > 20
+    assert not failed, "\n\n".join(failed)
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_tree_names_every_room():
+    """Every sub-package stands in docs/tree.md, and every path that it names exists."""
+    text = (ROOT / "docs" / "tree.md").read_text()
+    tree = re.search(r"```text\n(.*?)```", text, re.DOTALL)[1]
+    stack, named = [], set()
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        entries = re.match(r"\s*((?:[\w.]+(?:/|\.py)(?:\s+|$))+)", line)[1].split()
+        for entry in entries:
+            path = "/".join([*stack[:depth], entry.rstrip("/")])
+            assert (ROOT / path).exists(), path
+            named.add(path)
+        stack[depth:] = [entries[0].rstrip("/")]
+    for init in [*ROOT.glob("lorasweep/**/__init__.py"), *ROOT.glob("analysis/**/__init__.py")]:
+        room = str(init.parent.relative_to(ROOT))
+        assert room in named, room
+
+
+def test_the_front_page_is_short_and_its_findings_are_those_of_the_kept_results():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert front_page.readme(text, KEPT) == text
+    assert (KEPT / "README.md").read_text() == study_page.page(study.parts_of([KEPT]))
