@@ -242,7 +242,7 @@ def _section(
 ) -> Section:
     rows = [list(HEAD)]
     for c in cells:
-        known = c.lora.best_nll is not None and c.full.best_nll is not None
+        lora, full = c.lora.best_nll, c.full.best_nll
         rows.append(
             [
                 str(c.batch),
@@ -250,7 +250,7 @@ def _section(
                 str(c.rank),
                 with_interval(c.full.best_lr, rate),
                 with_interval(c.lora.best_lr, rate),
-                signed(c.lora.best_nll - c.full.best_nll) if known else "-",
+                signed(None if lora is None or full is None else lora - full),
                 with_interval(c.rho),
             ]
         )

@@ -104,7 +104,7 @@ def _laws(found: Answer) -> list[Section]:
 
 
 def _inside(value: float, e: Estimate) -> str:
-    if e.value is None or not e.has_interval():
+    if e.value is None or e.low is None or e.high is None:
         return "-"
     return "yes" if e.low <= value <= e.high else "no"
 

@@ -83,8 +83,9 @@ def _of_curve(group: str, o: Optimum, points: dict[int, Any]) -> list[Check]:
     slope = float(np.mean(gains)) if gains else math.nan
     edge = [f for f in o.flags if f in EDGES]
     rise = _rise(o)
-    known = o.pooled is not None and o.likelihood is not None and bool(o.pooled.df)
-    share = o.pooled.noise / rise if known and rise is not None else math.nan
+    share = math.nan
+    if rise is not None and o.likelihood is not None and o.pooled is not None and o.pooled.df:
+        share = o.pooled.noise / rise
     return [
         Check(
             group,

@@ -182,7 +182,7 @@ def _share(
         gates = ["no curve of the recipe"]
     if 0 < share.n < MIN_SEEDS:
         gates.append(f"{share.n} seed(s) at the recipe's rate, {MIN_SEEDS} needed")
-    if any(at.near_broken) and share.has_interval() and share.low <= highest:
+    if any(at.near_broken) and share.low is not None and share.low <= highest:
         gates.append("bounded_by_divergence: the recipe's rate lies beside one that broke down")
     return share, gates
 

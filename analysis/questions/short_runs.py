@@ -83,7 +83,8 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     short = next(h for h in found if h.step >= long.step / SHORT)
     group = long.optima[0].curve.group
     missing = missing_arm(long.full, long.lora)
-    rests = [] if missing else [o for h in (short, long) for o in (h.full, *h.lora)]
+    rests = [o for h in (short, long) for o in (*([h.full] if h.full else []), *h.lora)]
+    rests = [] if missing else rests
     whole = fit_all(lr_curves(table)) if cut else long.optima  # norms are those at the runs' ends
     lora = lora_of(whole, MIN_RANK)
     full = [o for o in whole if o.curve.key["method"] == "fullft"]

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 
@@ -24,7 +24,7 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = "osD^vP*"
 INPUTS = "Inputs"
 """The PNG text chunk that holds the hash of what a figure was drawn from."""
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "font.size": 10,
@@ -52,7 +52,7 @@ def drawn(
         options: `sharey` for the axes, `bbox_inches` for the file.
     """
     sharey = bool(options.pop("sharey", False))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(cast(Any, _STYLE)):
         fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)
         for ax in axes.flat[used:] if used is not None else ():
             ax.axis("off")
@@ -111,7 +111,7 @@ def _series(ax: Axes, s: Series, k: int) -> None:
     colour = index if isinstance(index, str) else COLOURS[index % len(COLOURS)]
     x, y = np.asarray(s.x, float), _numbers(s.y)
     style = s.style.replace("o", MARKERS[k % len(MARKERS)])
-    look = {"color": colour, "lw": s.width, "ms": s.size, "alpha": s.alpha}
+    look: dict[str, Any] = {"color": colour, "lw": s.width, "ms": s.size, "alpha": s.alpha}
     ax.plot(x, y, style, label=s.label or None, **look)
     if len(s.low):
         reach = np.clip(np.stack([y - _numbers(s.low), _numbers(s.high) - y]), 0, None)
@@ -143,5 +143,5 @@ def _scales(ax: Axes, panel: Panel) -> None:
         ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _plain_number(value: float, _: int) -> str:
+def _plain_number(value: float, _: float) -> str:
     return f"{value:g}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,8 +81,17 @@ def _fitted(
             shown = fitted <= top[1]
             ax.plot(span[shown], fitted[shown], "-", color=colour, lw=1.3)
     if e.value is not None and o.best_nll is not None:
-        reach = [[e.value - e.low], [e.high - e.value]] if e.has_interval() else None
-        look = {"fmt": "|", "color": colour, "ms": 14, "mew": 2, "capsize": 4, "zorder": 5}
+        reach = None
+        if e.low is not None and e.high is not None:
+            reach = [[e.value - e.low], [e.high - e.value]]
+        look: dict[str, Any] = {
+            "fmt": "|",
+            "color": colour,
+            "ms": 14,
+            "mew": 2,
+            "capsize": 4,
+            "zorder": 5,
+        }
         ax.errorbar([e.value], [o.best_nll], xerr=reach, **look)
 
 
@@ -127,7 +137,7 @@ def _learned(
     for run, lr in runs.loc[runs.index.isin(list(learned)), "lr"].items():
         points = learned[run][learned[run]["step"] >= 1]
         is_best = best is not None and np.isclose(lr, best, rtol=1e-6)
-        look = {"lw": 2, "alpha": 1.0} if is_best else {"lw": 0.5, "alpha": 0.2}
+        look: dict[str, Any] = {"lw": 2, "alpha": 1.0} if is_best else {"lw": 0.5, "alpha": 0.2}
         if is_best and not labelled:
             look["label"], labelled = f"{name}, lr {rate(lr)}", True
         ax.plot(points["step"], points["test_nll"], color=colour, ls=dash, **look)

@@ -84,7 +84,7 @@ def verdict_shares(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
                 ("refuted", COLOURS[2], "//"),
             ):
                 y = np.array([_percent([r[kind] for r in mine]) for mine in here])
-                look = {"color": colour, "hatch": hatch, "edgecolor": "white", "width": 0.8}
+                look: Row = {"color": colour, "hatch": hatch, "edgecolor": "white", "width": 0.8}
                 ax.bar(at, y, bottom=base, label=kind.upper(), **look)
                 base += y
             ax.set_xticks(at, [f"{v:g}" for v in ratios])
