@@ -46,7 +46,7 @@ class Ratio:
     at: int | None = None
     """Index of the LoRA curve among the answer's optima; None over many."""
     rivals: dict[str, float] = field(default_factory=dict)
-    """The ratio that each rival law in print gives at this width and alpha."""
+    """The ratio that each published law gives at this width and alpha; only over ranks."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ def answer(
             alpha = float(lora[0].curve.key.get("alpha", math.nan))
             width = (widths or {}).get(str(lora[0].curve.key["model"]), 0)
             place = {id(o): k for k, o in enumerate(optima)}
-            ratios += [
-                dataclasses.replace(_one(name, o, full[0], width), at=place[id(o)]) for o in lora
-            ]
+            ratios += [_one(name, o, full[0], place[id(o)]) for o in lora]
             high = [o for o in lora if o.curve.key["rank"] >= MIN_RANK]
             if not high:
                 verdicts += _without_an_arm(name, claims, f"lora at a rank of {MIN_RANK} or more")
@@ -146,7 +144,7 @@ def _without_an_arm(group: str, claims: dict[str, Any], arm: str) -> list[Verdic
     ]
 
 
-def _one(group: str, lora: Optimum, full: Optimum, width: int) -> Ratio:
+def _one(group: str, lora: Optimum, full: Optimum, at: int) -> Ratio:
     alpha = float(lora.curve.key.get("alpha", math.nan))
     base = full.best_lr.value
     rules = {"FullFT's best LR": 1.0, "10 x FullFT's best LR": 10.0}
@@ -160,7 +158,7 @@ def _one(group: str, lora: Optimum, full: Optimum, width: int) -> Ratio:
         estimate,
         gap(lora, full),
         regrets,
-        rivals=rivals(width, alpha),
+        at,
     )
 
 
