@@ -4,7 +4,6 @@ quadrature, planted optima."""
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ from analysis.optimum.likelihood import gather, weights_of
 from analysis.optimum.posterior import weigh
 from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.validation.generators import FAMILIES, Design, plant
+from tests.world import ROOT
 
 
 def test_linex_is_smooth_through_zero():
@@ -175,7 +175,7 @@ def test_more_noise_needs_more_seeds_and_a_wider_margin_fewer():
     assert needed_seeds((9.9, 10.1), 3)[0] is None
 
 
-RESULTS = Path(__file__).resolve().parents[2] / "analysis" / "results"
+RESULTS = ROOT / "analysis" / "results"
 KEPT = [
     p
     for p in sorted(RESULTS.glob("*/table.parquet"))

@@ -16,8 +16,8 @@ from analysis.report import commands
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.reading import read
 from analysis.runs.table import TableError
+from tests.world import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = Path(os.environ.get("LORASWEEP_TEST_EVIDENCE", "/nonexistent"))
 needs_evidence = pytest.mark.skipif(
     not (EVIDENCE / "tulu3_lora_sweep.csv").is_file(),

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import pickle
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -20,9 +19,9 @@ from lorasweep.spec.method import canonical_layers
 from lorasweep.spec.run import RunSpec, snap_lr, validate, with_axes
 from lorasweep.sweep.grid import geom
 from lorasweep.sweep.names import run_names
-from tests.world import compose_request, tiny_spec
+from tests.world import ROOT, compose_request, tiny_spec
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "run_ids.json"
+GOLDEN = ROOT / "tests" / "golden" / "run_ids.json"
 
 
 def golden_specs():
@@ -48,7 +47,7 @@ def test_golden_ids():
 def test_kept_results_have_the_ids_of_their_specs():
     """The tables in analysis/results were made by runs that today's code would name the same."""
     pd = pytest.importorskip("pandas")
-    tables = list((Path(__file__).parents[2] / "analysis" / "results").glob("*/table.parquet"))
+    tables = list((ROOT / "analysis" / "results").glob("*/table.parquet"))
     assert tables
     for path in tables:
         table = pd.read_parquet(path)
