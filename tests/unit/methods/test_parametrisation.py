@@ -1,23 +1,20 @@
-"""What the study's other questions need of the trainer: LoRA's further fields, norms, shares,
-retention, facts, mapping axes."""
+"""LoRA's further fields, and what is measured of the weights: norms, shares of the gradient, retention."""
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
 import torch
 
 from lorasweep.data import load as data
-from lorasweep.errors import DataError, SpecError
+from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.stacked.spectral import spectral_norm
 from lorasweep.models import load as models
 from lorasweep.spec.run import validate
-from lorasweep.sweep.grid import assignments, fields_of
 from lorasweep.train.finetune import finetune
-from tests.world import compose_request, tiny_spec
+from tests.world import tiny_spec
 
 
 @pytest.fixture(scope="module")
@@ -129,129 +126,3 @@ def test_retention_is_measured_on_the_pretraining_task(world):
     assert "retain_nll" not in run([spec], base)[0]
     with pytest.raises(SpecError, match="n_retain"):
         validate(dataclasses.replace(spec, dataset=dataclasses.replace(more, source="jsonl")))
-
-
-# ---------------------------------------------------------------- facts
-
-
-def facts(**changes):
-    spec = compose_request(["model=tiny64-facts", "dataset=facts"]).points[0].spec.dataset
-    return dataclasses.replace(spec, **changes)
-
-
-def test_facts_are_shown_equally_often_and_hold_16_bits():
-    spec = facts(generator_params={"facts": 24}, n_retain=2)
-    loaded = data.load(spec, [])
-    rows = loaded.train(0, 0, 12)  # 96 facts: four epochs of 24
-    seen = [tuple(row.tokens[k : k + 8]) for row in rows for k in range(0, 64, 8)]
-    counts = {f: seen.count(f) for f in seen}
-    assert len(counts) == 24 and set(counts.values()) == {4}
-    assert len({f[1:4] for f in counts}) == 24  # keys are unique
-    assert all(sum(r.loss) == 32 and r.loss[4] and not r.loss[3] for r in rows)
-    assert {tuple(e.tokens[k : k + 8]) for e in loaded.test for k in range(0, 64, 8)} == set(counts)
-    unseen = {tuple(e.tokens[k + 1 : k + 4]) for e in loaded.retain for k in range(0, 64, 8)}
-    assert not unseen & {f[1:4] for f in counts}
-    again = loaded.train(0, 6, 6)
-    assert all((a.tokens == b.tokens).all() for a, b in zip(rows[6:], again))
-    values = np.array(
-        [
-            f[4:]
-            for f in data.load(facts(generator_params={"facts": 8000}), [])
-            .train(0, 0, 1000)[0]
-            .tokens.reshape(8, 8)
-        ]
-    )
-    assert values.max() < 16
-
-
-def test_fresh_rows_never_come_again_and_the_others_are_as_without_them():
-    known = data.load(facts(generator_params={"facts": 24}), []).train(0, 0, 200)
-    mixed = data.load(facts(generator_params={"facts": 24, "fresh": 0.25}), [])
-    rows = mixed.train(0, 0, 200)
-    same = [(a.tokens == b.tokens).all() for a, b in zip(known, rows)]
-    assert 0.15 < 1 - np.mean(same) < 0.35
-    fresh = [
-        tuple(r.tokens[k + 1 : k + 8]) for r, s in zip(rows, same) if not s for k in range(0, 64, 8)
-    ]
-    assert len(set(fresh)) == len(fresh)
-    assert all((a.tokens == b.tokens).all() for a, b in zip(rows[70:90], mixed.train(0, 70, 20)))
-
-
-def test_an_untrained_values_entropy_is_16_bits():
-    spec = facts(generator_params={"facts": 8192}, n_test=1024)
-    values = np.concatenate([e.tokens[e.loss] for e in data.load(spec, []).test])
-    share = np.bincount(values, minlength=16) / len(values)
-    assert -(share * np.log(share)).sum() == pytest.approx(math.log(16), abs=2e-3)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"generator_params": {"facts": 12}},
-        {"generator_params": {"fact": 8}},
-        {"generator_params": {"facts": 30000}},
-        {"generator_params": {"fresh": 2}},
-        {"max_length": 60},
-    ],
-)
-def test_bad_facts_are_refused(bad):
-    with pytest.raises(DataError, match="dataset 'facts'"):
-        data.check_available(facts(**bad), [])
-
-
-def test_few_rows_come_again_in_a_new_order():
-    spec = dataclasses.replace(
-        compose_request(["dataset=dialect"]).points[0].spec.dataset, n_train=8, n_test=16
-    )
-    loaded = data.load(spec, [])
-    first, second = loaded.train(0, 0, 8), loaded.train(0, 8, 8)
-    assert {e.tokens.tobytes() for e in first} == {e.tokens.tobytes() for e in second}
-    assert [e.tokens.tobytes() for e in first] != [e.tokens.tobytes() for e in second]
-    assert {e.tokens.tobytes() for e in loaded.train(5, 0, 8)} == {
-        e.tokens.tobytes() for e in first
-    }
-
-
-# ---------------------------------------------------------------- axes of mappings
-
-
-def test_axes_of_mappings_set_several_fields_and_are_products_themselves():
-    axes = {
-        "seed": [0, 1],
-        "cell": [
-            {"batch_size": 4, "lr": [1, 2]},
-            {"batch_size": 16, "lr": 3, "knobs": {"facts": 8}},
-        ],
-    }
-    found = assignments(axes)
-    assert len(found) == 6 and {"seed": 1, "batch_size": 4, "lr": 2} in found
-    assert {"seed": 0, "batch_size": 16, "lr": 3, "knobs": {"facts": 8}} in found
-    assert fields_of(axes) == {"seed", "batch_size", "lr", "knobs"}
-
-
-def test_knobs_on_an_axis_name_the_data_set():
-    points = compose_request(["+sweep=capacity", "scale=smoke"]).points
-    assert {p.spec.dataset.name for p in points} == {"facts(facts=64)"}
-    assert {p.spec.dataset.generator_params["facts"] for p in points} == {64}
-
-
-def test_a_field_inside_a_mapping_is_not_overwritten_in_silence():
-    with pytest.raises(SpecError, match="batch_size"):
-        compose_request(["+sweep=batch_size", "scale=smoke", "batch_size=8"])
-
-
-@pytest.mark.parametrize(
-    "scale", ["smoke", "tiny"]
-)  # the others are composed part by part in test_compose
-def test_the_study_is_defined_at_every_scale(scale):
-    request = compose_request(["+sweep=study", f"scale={scale}"])
-    assert [p.sweep_name for p in request.parts] == request.sweep.parts and all(
-        p.points for p in request.parts
-    )
-    known = {p.id for p in next(r for r in request.parts if r.sweep_name == "rank").points}
-    for name in ("short_runs", "compute"):  # their runs are those of `rank`, where scales say so
-        points = next(r for r in request.parts if r.sweep_name == name).points
-        mine = {
-            p.id for p in points if not p.arm.endswith("_between")
-        }  # rates that `short_runs` alone asks about
-        assert len(mine & known) >= len(mine) / 2

@@ -1,0 +1,87 @@
+"""The decision rule: over one interval, rounds and several claims."""
+
+import math
+
+import numpy as np
+import pytest
+
+from analysis.inference.decide import holm, judge, look_level, p_value
+from analysis.inference.estimate import Estimate, from_draws
+from analysis.measures.at_best import AtBest, over_seeds
+
+
+def draws(centre, sd, stream, n=4000):
+    return centre + sd * np.random.default_rng(stream).standard_normal(n)
+
+
+CLAIM = {"estimand": "lr_ratio", "expected": 10, "margin": [7.1, 14.1], "primary": True}
+
+
+def test_looks_are_judged_at_pococks_levels():
+    assert look_level(1) == pytest.approx(0.95) and look_level(3) == pytest.approx(0.9779)
+    ln = draws(math.log(10), 0.165, 0)
+    once = judge("r", CLAIM, "g", from_draws(np.exp(ln), 9), [], 5, True, look_level(1))
+    thrice = judge("r", CLAIM, "g", from_draws(np.exp(ln), 9), [], 5, True, look_level(3))
+    assert once.outcome == "SUPPORTED" and thrice.outcome == "UNDECIDED" and "97.8%" in thrice.why
+    with pytest.raises(ValueError, match="at most 5"):
+        look_level(6)
+
+
+def test_three_looks_at_the_margins_edge_err_in_five_percent():
+    """Truth outside the margin at its edge, error shrinking from look to look: support in any of
+    them stays rare."""
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(2000):
+        sums, n = 0.0, 0
+        for _ in range(3):
+            sums, n = sums + rng.normal(math.log(14.1), 0.15), n + 1
+            mean, se = sums / n, 0.15 / math.sqrt(n)
+            half = se * 2.2889  # normal quantile of Pocock's level
+            if mean + half <= math.log(14.1) and mean - half >= math.log(7.1):
+                wrong += 1
+                break
+    assert wrong / 2000 <= 0.032  # one side of 5%
+
+
+def test_the_p_value_is_the_level_at_which_it_is_decided():
+    values = np.exp(draws(math.log(10), 0.1, 1))
+    p = p_value(values, 7.1, 14.1)
+    low, high = np.quantile(values, [p / 2, 1 - p / 2])
+    assert low >= 7.0 and high <= 14.2 and p < 0.01
+    assert p_value(values, 9.9, 10.1) > 0.5
+    assert p_value(values, 30, 40) <= 0.001
+
+
+def test_holm_corrects_primary_claims_only():
+    def verdict(name, sd, primary=True):
+        claim = {**CLAIM, "primary": primary}
+        return judge(
+            name, claim, "g", from_draws(np.exp(draws(math.log(10), sd, 5)), 9), [], 5, True
+        )
+
+    sure, close, aside = (
+        verdict("sure", 0.05),
+        verdict("close", 0.16),
+        verdict("aside", 0.16, primary=False),
+    )
+    assert {v.outcome for v in (sure, close, aside)} == {"SUPPORTED"}
+    # 0.05 / 3 is too strict for the two weak ones once three are judged together
+    out = holm([close, sure, verdict("third", 0.165), aside])
+    assert [v.outcome for v in out] == ["UNDECIDED", "SUPPORTED", "UNDECIDED", "SUPPORTED"]
+    assert "Holm" in out[0].why
+    assert [v.outcome for v in holm([close])] == ["SUPPORTED"]
+
+
+def test_where_likely_rates_say_nothing_there_is_no_interval():
+    best, far = {s: 0.1 * s for s in range(3)}, dict.fromkeys(range(3), -math.inf)
+    assert over_seeds(AtBest(best, (best,) * 40)).has_interval()
+    one_in_four = over_seeds(AtBest(best, (best,) * 30 + (far,) * 10))
+    assert not one_in_four.has_interval() and "unread_at_likely_rates" in one_in_four.flags
+    told = judge("c", {"margin": [-1, 1], "expected": 0}, "g", one_in_four, [], 3, False)
+    assert told.outcome == "UNDECIDED" and told.needed == "more learning rates around the best one"
+
+
+def test_estimates_are_plain_without_their_draws():
+    e = from_draws(draws(0, 1, 0), 5)
+    assert "draws" not in e.plain() and Estimate(**{**e.plain(), "flags": ()}).value == e.value

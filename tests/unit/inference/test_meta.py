@@ -1,0 +1,78 @@
+"""Several optima together: random effects, drift and meta-regression, against published and planted numbers."""
+
+import numpy as np
+import pytest
+
+from analysis.inference.meta import drift, meta_regression, random_effects
+
+# BCG vaccine against tuberculosis, 13 trials (Colditz et al. 1994): cases and non-cases, vaccinated
+# and not
+BCG = np.array(
+    [
+        (4, 119, 11, 128),
+        (6, 300, 29, 274),
+        (3, 228, 11, 209),
+        (62, 13536, 248, 12619),
+        (33, 5036, 47, 5761),
+        (180, 1361, 372, 1079),
+        (8, 2537, 10, 619),
+        (505, 87886, 499, 87892),
+        (29, 7470, 45, 7232),
+        (17, 1699, 65, 1600),
+        (186, 50448, 141, 27197),
+        (5, 2493, 3, 2338),
+        (27, 16886, 29, 17825),
+    ],
+    float,
+)
+
+
+def test_random_effects_are_those_published_for_the_bcg_trials():
+    a, b, c, d = BCG.T
+    y = np.log(a / (a + b)) - np.log(c / (c + d))
+    v = 1 / a - 1 / (a + b) + 1 / c - 1 / (c + d)
+    e = random_effects(y, np.sqrt(v))
+    assert e.tau**2 == pytest.approx(
+        0.318, abs=1e-3
+    )  # Paule-Mandel, as metafor's vignette gives it
+    assert e.mean == pytest.approx(-0.715, abs=1e-3)
+    assert e.p_equal < 1e-20 and e.low_next < e.low < e.high < e.high_next and e.i2 > 0.9
+
+
+def test_equal_groups_have_no_spread():
+    e = random_effects([0.5, 0.5, 0.5], [0.1, 0.2, 0.1])
+    assert e.tau == 0 and e.mean == pytest.approx(0.5) and e.p_equal == pytest.approx(1)
+
+
+def draws(centre, sd, stream, n=4000):
+    return centre + sd * np.random.default_rng(stream).standard_normal(n)
+
+
+def test_a_planted_drift_is_found_and_a_flat_one_is_not():
+    ranks = [4, 8, 16, 32]
+    steep = drift(ranks, [draws(0.3 * k, 0.05, k) for k in range(4)], 40)
+    assert (
+        steep.slope.low < 0.3 < steep.slope.high and steep.p_slope < 0.01 and steep.p_equal < 0.01
+    )
+    flat = drift(ranks, [draws(0.0, 0.05, k) for k in range(4)], 40)
+    assert flat.slope.low < 0 < flat.slope.high and flat.p_slope > 0.05 and flat.p_equal > 0.05
+    assert drift([4], [draws(0, 1, 0)], 1).slope.value is None
+    assert drift([4, 4], [draws(0, 1, 0), draws(0, 1, 1)], 1).slope.value is None
+
+
+def test_false_positives_of_the_drift_test_are_as_many_as_promised():
+    rng = np.random.default_rng(3)
+    p = [
+        drift(
+            [4, 8, 16], [rng.normal(0, 0.1) + 0.1 * rng.standard_normal(1000) for _ in range(3)], 3
+        )
+        for _ in range(300)
+    ]
+    assert np.mean([d.p_equal < 0.05 for d in p]) <= 0.09
+    assert np.mean([not d.slope.low <= 0 <= d.slope.high for d in p]) <= 0.09
+
+
+def test_meta_regression_without_spread_is_weighted_least_squares():
+    x = np.array([0.0, 1, 2, 3])
+    fit = meta_regression(1 + 2 * x, np.array([0.1, 0.2, 0.1, 0.3]), np.stack([np.ones(4), x], 1))
+    assert fit.beta == pytest.approx([1, 2]) and fit.tau == 0

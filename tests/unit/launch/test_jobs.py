@@ -1,0 +1,129 @@
+"""Which runs go into which job, what a job asks Slurm for, and what is refused before one is sent."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lorasweep.errors import ClusterError
+from lorasweep.launch.slurm import (
+    client,
+    partitions,
+    resources,
+)
+from lorasweep.launch.slurm.partitions import Partition
+from lorasweep.spec.execution import Cluster
+from tests.world import ROOT
+
+GPUS = Partition("gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1"}))
+
+
+def test_jobs_hold_every_pack_once_and_as_much_work_as_asked(packs):
+    some = packs()
+    flops_s = sum(p.flops for p in some) / 3600  # an hour of work in all
+    for cluster, least, most in (
+        (Cluster(kind="slurm", work_min=5), 10, 16),
+        (Cluster(kind="slurm", work_min=60, work_max=60), 1, 2),
+    ):
+        tasks = resources.group(some, cluster, flops_s)
+        assert sorted(id(p) for t in tasks for p in t) == sorted(map(id, some))
+        assert least <= len(tasks) <= most
+        work = [sum(p.flops for p in t) / flops_s / 60 for t in tasks]
+        assert all(w <= max(cluster.work_min, cluster.work_max) + 1e-9 for w in work)
+
+
+def test_runs_per_job_is_kept(packs):
+    tasks = resources.group(packs(), Cluster(kind="slurm", runs_per_job=8), 1e9)
+    assert max(sum(len(p.points) for p in t) for t in tasks) <= 8
+    assert sum(len(p.points) for t in tasks for p in t) == 24
+
+
+def test_a_job_with_several_workers_gets_a_pack_for_each(packs):
+    tasks = resources.group(
+        packs(), Cluster(kind="slurm", gpus=4, work_min=0.01, work_max=0.01), 1e6
+    )
+    assert all(len(t) >= 4 for t in tasks[:-1]) and sum(map(len, tasks)) > 4
+
+
+def test_a_job_asks_for_what_its_packs_need(packs):
+    some = packs()
+    tasks = resources.group(some, Cluster(kind="slurm", work_min=10), 1e7)
+    ask = resources.resources_for(tasks, Cluster(kind="slurm", cpus=3, workers=2), 1e7, GPUS)
+    assert ask.cpus == 6 and ask.workers == 2 and 1 < ask.mem_gib < 4 and 15 < ask.time_min <= 2880
+    set_ = resources.resources_for(tasks, Cluster(kind="slurm", mem_gib=7, time_min=33), 1e7, GPUS)
+    assert (set_.mem_gib, set_.time_min) == (7, 33)
+    assert (
+        resources.resources_for(tasks, Cluster(kind="slurm"), 1.0, GPUS).time_min == 2880
+    )  # the partition's limit; it goes on by itself
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"gpus": 9}, "cluster.gpus=9"),
+        ({"cpus": 65}, "asks for 65 processors"),
+        ({"mem_gib": 600}, "asks for 600 GiB"),
+        ({"time_min": 9999}, "allows 2880"),
+    ],
+)
+def test_what_no_node_can_hold_is_refused(given, said):
+    cluster = Cluster(kind="slurm", **given)
+    with pytest.raises(ClusterError, match=said):
+        resources.check_fits(resources.resources_for([], cluster, 1.0, GPUS), cluster, GPUS)
+
+
+def test_partitions_are_known_by_name():
+    with pytest.raises(ClusterError, match=r"partition 'gpx' not found\. Did you mean 'gpu'"):
+        partitions.partition_of(Cluster(partition="gpx"), {"gpu": GPUS})
+    assert partitions.partition_of(Cluster(), {"gpu": GPUS}) is GPUS
+
+
+def test_what_sinfo_says_is_read(monkeypatch):
+    said = "gpu*|64|512000|gpu:a100:8(S:0-1)|2-00:00:00|n1|\ngpu*|32|256000|gpu:4|2-00:00:00|n2|\nlong|64|9|(null)|infinite|n3|\n"
+    monkeypatch.setattr(client, "run", lambda *command: said)
+    found = partitions.partitions()
+    assert found["gpu"] == Partition("gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1", "n2"}))
+    assert found["long"].gpus == 0 and found["long"].time_min == float("inf")
+    assert [partitions._minutes(t) for t in ("30", "30:00", "1:30:00", "1-12", "1-00:30:00")] == [
+        30,
+        30,
+        90,
+        2160,
+        1470,
+    ]
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("cluster.kind=pbs", "cluster.kind 'pbs' not found"),
+        ("cluster.cpus=0", "cluster.cpus=0: give more than 0"),
+        ("cluster.gpus=-1", "cluster.gpus=-1"),
+        ("+cluster.options.array=3", "is set by lorasweep itself"),
+        ("cluster.runs_per_job=0", "or null to go by the plan"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(compose, given, said):
+    with pytest.raises(ClusterError, match=said):
+        compose("+sweep=lr_ratio", "cluster=slurm", given)
+
+
+def test_the_profiles_compose(compose):
+    for path in sorted((ROOT / "slurm/cluster").glob("*.yaml")):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "lorasweep",
+                "--config-dir",
+                str(ROOT / "slurm"),
+                "+sweep=lr_ratio",
+                f"cluster={path.stem}",
+                "--cfg",
+                "job",
+            ],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        assert done.returncode == 0 and f"name: {path.stem}" in done.stdout, done.stderr

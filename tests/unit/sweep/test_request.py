@@ -1,0 +1,29 @@
+"""Requests and the names of their runs."""
+
+import json
+
+from lorasweep.sweep import request
+from lorasweep.sweep.names import run_names
+
+
+def test_a_request_comes_back_from_its_file(compose):
+    asked = compose("+sweep=lr_ratio", "scale=tiny", "cluster=slurm", "cluster.gpus=2")
+    again = request.from_plain(json.loads(json.dumps(asked.plain())))
+    assert [(p.arm, p.id) for p in again.points] == [
+        (p.arm, p.id) for p in asked.points
+    ] and again.title == "lr_ratio-tiny"
+    assert (again.exec, again.cluster, again.sweep) == (asked.exec, asked.cluster, asked.sweep)
+
+
+def test_names_say_what_differs_and_no_more(compose):
+    points = compose("+sweep=lr_ratio", "scale=smoke").points
+    assert set(run_names(points).values()) >= {"fullft lr=0.002", "lora lr=0.005"}
+    more = compose(
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        "sweep.arms.lora.rank=[2,4]",
+        "+sweep.axes.batch_size=[4,8]",
+    ).points
+    assert "lora r2 batch_size=4 lr=0.005" in run_names(more).values() and len(
+        set(run_names(more).values())
+    ) == len(more)
