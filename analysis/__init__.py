@@ -1,2 +1,4 @@
-"""From a table of runs to a verdict: numpy, pandas, scipy, matplotlib; never torch, hydra or a
-scheduler."""
+"""Turn a table of runs into verdicts.
+
+Uses numpy, pandas, scipy and matplotlib; never torch, hydra or a scheduler.
+"""

@@ -1,4 +1,4 @@
-"""What is measured on fitted curves: rho, ratios, laws; the power of a sweep and its next runs.
+"""Quantities measured on fitted curves: rho, ratios, laws; a sweep's power and its next runs.
 
-Refuses to know which question asks for it.
+Knows no question and no claim's wording.
 """

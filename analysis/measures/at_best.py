@@ -1,8 +1,8 @@
-"""Values of runs at each curve's best rate, which lies between tried ones and has an interval.
+"""Values of runs at each curve's best rate, which usually lies between two tried rates.
 
-Values are interpolated to the best rate, and to others that are as likely to be the best. A loss
-after few updates, or how far weights moved, differs much between rates: an interval over seeds at
-one rate alone would be too narrow.
+Values are interpolated to the best rate, and to draws from its posterior ("likely rates"). A loss
+after few updates, or the distance that weights moved, depends strongly on the rate: an interval
+over seeds at one rate alone would be too narrow.
 """
 
 import math
@@ -23,20 +23,21 @@ U = TypeVar("U")
 V = TypeVar("V")
 
 LIKELY = 120
-"""Equally likely best rates that values are read at; with fewer, the draws of two curves are
-correlated by chance."""
+"""Number of draws of the best rate at which values are read. With fewer, the draws of two curves
+would be correlated by chance."""
 UNREAD = 0.05
-"""Share of them that may have no value (only a bound, or no run near); with more there is no
-interval."""
+"""Share of the likely rates that may lack a value (only a bound, or no run nearby). With more there
+is no interval."""
 NEAR = math.log(1.5)
-"""A run within this of the best rate may stand for it where no other lies on its other side."""
+"""A run this close to the best rate, in ln(lr), may represent it when there is no run on the other
+side."""
 REACH = math.log(4.1)
-"""A tried rate further than a factor 4 from the best one does not count."""
+"""Tried rates further than a factor 4 from the best one are not used."""
 
 
 @dataclass(frozen=True)
 class AtBest(Generic[T]):
-    """A value by seed at a curve's best rate, and at LIKELY rates that are as likely to be best."""
+    """A value per seed at a curve's best rate, and at LIKELY draws of that rate."""
 
     best: dict[int, T]
     likely: tuple[dict[int, T], ...] = ()
@@ -49,7 +50,10 @@ class AtBest(Generic[T]):
         )
 
     def paired(self, other: "AtBest[U]", f: Callable[[T, U], V]) -> "AtBest[V]":
-        """Apply f to the values of seeds that both have; rates of two curves are independent."""
+        """Apply f to the values of the seeds that both have.
+
+        The likely rates of the two curves are independent of each other.
+        """
 
         def pair(a: dict[int, T], b: dict[int, U]) -> dict[int, V]:
             return {s: f(a[s], b[s]) for s in sorted(a.keys() & b.keys())}
@@ -65,8 +69,10 @@ class AtBest(Generic[T]):
 def over_seeds(
     values: AtBest[float], pooled: PooledVariance | None = None, flags: tuple[str, ...] = ()
 ) -> Estimate:
-    """Return the mean over seeds, with an interval for the spread of the seeds and the error of the
-    best rates together; no interval where more than UNREAD of the likely rates have no value."""
+    """Average over seeds; the interval covers the seeds' spread and the best rates' error together.
+
+    There is no interval if more than UNREAD of the likely rates have no value.
+    """
     best = values.best
     moved = [[v[s] - best[s] for s in v.keys() & best.keys()] for v in values.likely]
     shifts = [float(np.mean(m)) for m in moved if m and np.isfinite(m).all()]
@@ -79,8 +85,11 @@ def over_seeds(
 
 
 def likely_rates(o: Optimum, which: int) -> list[float]:
-    """Return LIKELY equally likely best rates of a curve, in the random order of its place `which`;
-    none where there is no interval."""
+    """Draw LIKELY equally likely best rates of a curve; none if it has no interval.
+
+    Args:
+        which: index of the curve, which seeds the random order.
+    """
     if o.best_lr.value is None or o.best_lr.draws is None:
         return []
     rates = np.quantile(o.best_lr.draws, (np.arange(LIKELY) + 0.5) / LIKELY)
@@ -90,11 +99,14 @@ def likely_rates(o: Optimum, which: int) -> list[float]:
 def values_at_best(
     table: pd.DataFrame, optima: Sequence[Optimum], read: Callable[[pd.Series], dict[Any, float]]
 ) -> list[AtBest[dict[Any, float]]]:
-    """Return, for every curve, what `read` finds in its runs, at the curve's best rates.
+    """Interpolate values of runs to each curve's best rate and likely rates.
 
-    Taking the nearest tried rate would let the grid decide, so values are interpolated in ln(rate),
-    by `weights`. `read` gives values by name, which interpolate well as they are (losses,
-    logarithms of norms).
+    The nearest tried rate would make the answer depend on the grid, so values are interpolated in
+    ln(rate), by `weights`.
+
+    Args:
+        read: a run's values by name, on a scale on which they interpolate well (losses, logarithms
+            of norms); empty if it has none.
     """
     out = []
     finished = table[(table["status"] == "done") & (table["lr"] > 0)]
@@ -133,9 +145,12 @@ def _at(
 def _shares_by_seed(
     runs: dict[int, dict[float, Any]], at: float, heights: Mapping[float, float]
 ) -> dict[int, dict[float, float]]:
-    """Return the weights by seed: of the rates that all seeds have, if those lie on both sides of
-    the best one, so that seeds are treated equally; else of each seed's own. A seed without a rate
-    on both sides, or NEAR, is left out."""
+    """Return the interpolation weights of the rates, by seed.
+
+    If the rates that all seeds have lie on both sides of the best one, only those are used, so that
+    all seeds are treated equally; else each seed uses its own rates. A seed is left out if it has
+    neither rates on both sides nor one within NEAR.
+    """
     common = set.intersection(*(set(by_rate) for by_rate in runs.values()))
     if common and min(common) <= at <= max(common):
         return dict.fromkeys(runs, weights(list(common), at, heights))
@@ -144,7 +159,12 @@ def _shares_by_seed(
 
 
 def mixed(by_rate: dict[float, dict[Any, float]], share: dict[float, float]) -> dict[Any, float]:
-    """Return values by name at the rate that these weights are of, from values by ln(rate)."""
+    """Average values by name with the weights that `weights` gave.
+
+    Args:
+        by_rate: ln(rate) -> name -> value.
+        share: ln(rate) -> weight.
+    """
     names = set.intersection(*(set(by_rate[x]) for x in share))
     return {
         n: sum(w * by_rate[x][n] for x, w in share.items())
@@ -156,11 +176,15 @@ def mixed(by_rate: dict[float, dict[Any, float]], share: dict[float, float]) -> 
 def weights(
     tried: Sequence[float], at: float, heights: Mapping[float, float]
 ) -> dict[float, float]:
-    """Return the weight of each tried ln(rate) for a value at ln(rate) `at`, by Lagrange's formula.
+    """Return the weights of tried rates for a value at ln(rate) `at`: Lagrange interpolation.
 
-    Of the two rates around it and of the next one, on the side where the loss (`heights`) is lower,
-    away from a cliff; of the two alone where there is no third within REACH; the nearest alone
-    where `at` is one, or lies outside of those tried.
+    Uses the two rates around `at` and a third, the next one on the side where the loss (`heights`)
+    is lower, away from divergence. Without a third within REACH, uses the two alone; if `at` is a
+    tried rate or lies outside them, the nearest alone.
+
+    Args:
+        tried: ln(rate) of the runs.
+        heights: ln(rate) -> loss.
     """
     below, above = (
         sorted((x for x in tried if x <= at), reverse=True),

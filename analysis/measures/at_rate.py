@@ -1,4 +1,4 @@
-"""The loss that a curve's runs have at a rate which somebody prescribes."""
+"""The loss of a curve's runs at a prescribed learning rate."""
 
 import math
 from collections.abc import Sequence
@@ -12,18 +12,21 @@ from analysis.optimum.optimum import Optimum
 
 @dataclass(frozen=True)
 class AtRate:
-    """Losses at a prescribed rate, and at others that are as likely to be meant."""
+    """Losses at a prescribed rate, and at draws of that rate if it has an error itself."""
 
     losses: AtBest[float]
     read_at: list[float]
-    """The tried rates that the first was read from."""
+    """The tried rates from which the loss at the first rate was interpolated."""
     near_broken: list[bool]
-    """Of each rate: whether it lies next to one that diverged, so that the loss may be higher."""
+    """For each rate, whether it is next to one that diverged, so that the loss may be higher."""
 
 
 def losses_at(o: Optimum | None, rates: Sequence[float]) -> AtRate:
-    """Return a curve's loss by seed at the first of the rates, and at the others, which are as
-    likely; interpolated in ln(rate)."""
+    """Interpolate a curve's losses by seed, in ln(rate), to a prescribed rate and draws of it.
+
+    Args:
+        rates: the prescribed rate, then equally likely draws of it.
+    """
     found = [_at(o, at) for at in rates] if o is not None else []
     if not found:
         return AtRate(AtBest({}), [], [])
@@ -39,12 +42,12 @@ def _at(o: Optimum, at: float) -> tuple[dict[int, float], set[float], bool]:
         mine = dict(zip(c.x[of_seed], zip(c.y[of_seed], c.usable[of_seed])))
         found = weights(list(mine), math.log(at), {x: heights.get(x, math.inf) for x in mine})
         broken = not all(mine[x][1] for x in found)
-        if len(found) == 1 or broken:  # at a tried rate, outside of them, or next to a broken one
+        if len(found) == 1 or broken:  # at a tried rate, outside them, or next to a diverged one
             nearest = min(mine, key=lambda x: abs(x - math.log(at)))
             if abs(nearest - math.log(at)) > NEAR:
                 continue
             found, near = {nearest: 1.0}, near or (broken and mine[nearest][1])
-        # at a rate that diverged one would keep the base, so the whole gain is given up
+        # After a diverged run one would keep the base model, so the whole gain is lost.
         losses[int(seed)] = sum(
             w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start)
             for x, w in found.items()

@@ -1,4 +1,4 @@
-"""When a learning curve leaves full fine-tuning's, and how that depends on the rank."""
+"""When a LoRA learning curve falls behind full fine-tuning's, and how that depends on the rank."""
 
 import math
 
@@ -12,14 +12,19 @@ from analysis.runs.learning_curves import Points, by_run, same_rows
 from analysis.runs.lr_curves import runs_of
 
 DEPARTED = 0.05
-"""Share of full fine-tuning's gain over the run (loss at the start less its last) that a rank must
-lack to have departed."""
+"""A rank has departed when it is behind by this share of full fine-tuning's gain over the run (loss
+at the start minus the last loss)."""
 
 
 def departure(lora: Points, full: Points, start: float) -> float:
-    """Return the step from which LoRA's loss stays above full fine-tuning's by DEPARTED of the
-    latter's whole gain, interpolated in ln(step); infinite if it is not above at the end, the first
-    step seen if it always is."""
+    """Return the step from which LoRA stays behind full fine-tuning by DEPARTED of its gain.
+
+    Interpolated in ln(step). Infinite if LoRA is not behind at the end; the first step evaluated if
+    it always is.
+
+    Args:
+        start: NLL before training, in nats.
+    """
     other = dict(full)
     steps = [s for s, _ in lora if s in other]
     gain = max(start - full[-1][1], 1e-12)
@@ -42,8 +47,9 @@ def departures_of(lora: AtBest[Points], full: AtBest[Points], start: float) -> A
 def slope_of(left: dict[int, AtBest[float]]) -> Estimate:
     """Return the slope of ln(departure) over log2(rank), fitted for each seed.
 
-    Ranks that never depart are left out, and the estimate is flagged as censored. Full
-    fine-tuning's rate, which all ranks share, counts: a higher one is ahead at first.
+    Ranks that never depart are left out, and the estimate is flagged as censored. The error of full
+    fine-tuning's best rate, which all ranks share, is included: at a higher rate full fine-tuning
+    is ahead at first.
     """
     ranks = sorted(left)
     together = left[ranks[0]].map(lambda v: {ranks[0]: v})
@@ -76,7 +82,7 @@ def _known(values: AtBest[float]) -> AtBest[float]:
 
 
 def envelope(table: pd.DataFrame, o: Optimum) -> Points:
-    """Return the lowest loss over the rates at every step, of the seed with the most rates."""
+    """Return the lowest loss over all rates at each step, for the seed with the most rates."""
     seeds, counts = np.unique(o.curve.seed, return_counts=True)
     seed = seeds[np.argmax(counts)]
     rows = runs_of(table, o.curve)

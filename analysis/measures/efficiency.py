@@ -1,8 +1,8 @@
-"""rho, step efficiency: full fine-tuning's steps to a loss that both reach, over LoRA's; each at
-its own best rate.
+"""Step efficiency rho: full fine-tuning's steps to a common loss over LoRA's.
 
-A gap in nats grows and shrinks with the place on the learning curve, rho does not: 0.9 means that
-LoRA needs 11% more steps. Reads learning curves from a table of runs; fits no rate.
+Each method is at its own best rate. A gap in nats depends on where on the learning curve it is
+read; rho does not: 0.9 means that LoRA needs 11% more steps. Reads learning curves from a table of
+runs; fits no rate.
 """
 
 import math
@@ -18,8 +18,13 @@ from analysis.runs.learning_curves import Points, by_run, same_rows
 
 
 def steps_to_reach(points: Points, loss: float) -> float | None:
-    """Return the step at which a held-out curve [(step, loss), ...] first reaches a loss,
-    interpolated in ln(step); None if it never does."""
+    """Return the step at which a learning curve first reaches a loss; None if it never does.
+
+    Interpolated in ln(step).
+
+    Args:
+        points: [(step, held-out loss), ...].
+    """
     before: tuple[float, float] | None = None
     for step, value in points:
         if value <= loss:
@@ -32,9 +37,11 @@ def steps_to_reach(points: Points, loss: float) -> float | None:
 
 
 def _reach(one: Points, other: Points) -> tuple[float, int]:
-    """Return ln of the other's steps over the one's to the lowest loss that both reach, and what
-    that is: 0 a value, -1 an upper bound (the other is there at its first evaluation), 1 a lower
-    bound (the one is)."""
+    """Return ln(steps of `other` / steps of `one`) to the lowest loss that both reach.
+
+    Also returns its kind: 0 a value; -1 an upper bound, because `other` has the loss at its first
+    evaluation already; 1 a lower bound, because `one` has.
+    """
     loss = max(one[-1][1], other[-1][1])
     steps, others = steps_to_reach(one, loss), steps_to_reach(other, loss)
     assert steps is not None and others is not None  # both end at or below it
@@ -43,7 +50,7 @@ def _reach(one: Points, other: Points) -> tuple[float, int]:
 
 
 def log_rho(one: AtBest[Points], other: AtBest[Points]) -> AtBest[float]:
-    """Return ln(rho) of one curve against another by seed; +-inf where only a bound is known."""
+    """Return ln(rho) of one curve against another, by seed; +-inf where only a bound is known."""
 
     def of(a: Points, b: Points) -> float:
         value, bound = _reach(a, b) if a and b else (math.nan, 0)
@@ -55,14 +62,16 @@ def log_rho(one: AtBest[Points], other: AtBest[Points]) -> AtBest[float]:
 def rho(
     lora: AtBest[Points], full: AtBest[Points], pooled: PooledVariance | None = None
 ) -> Estimate:
-    """Return rho from held-out curves (step 0 and the last evaluation left out), paired by seed.
+    """Return rho from held-out learning curves, paired by seed.
 
-    Steps are counted to the lowest loss that both reach: LoRA's last one, or full fine-tuning's
-    where that ends higher. The interval covers seeds and the error of the best rates; it needs two
-    seeds or more. Where either is there at its first evaluation in any seed, only a bound is given.
+    Steps are counted to the lowest loss that both reach: the higher of their last losses. The
+    interval covers the seeds' spread and the error of the best rates; it needs at least two seeds.
+    If in any seed either curve has that loss at its first evaluation, there is only a bound.
 
     Args:
-        pooled: variance over seeds of ln rho, pooled over curves like these.
+        lora: learning curves without step 0 and the last evaluation, as from `at_best`.
+        full: the same of full fine-tuning.
+        pooled: variance over seeds of ln rho, pooled over similar curves.
     """
     pairs = {s: (lora.best[s], full.best[s]) for s in sorted(lora.best.keys() & full.best.keys())}
     found = [_reach(a, b) for a, b in pairs.values() if a and b]
@@ -79,8 +88,10 @@ def rho(
 
 
 def of_curves(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Estimate | None]:
-    """Return rho of every curve against the full fine-tuning one of its group, in order; None for
-    that one itself."""
+    """Return rho of every curve, in order, against full fine-tuning's of the same group.
+
+    None for full fine-tuning itself, and where there is not exactly one curve to compare with.
+    """
     curves = at_best(table, optima)
     out: list[Estimate | None] = []
     for o, mine in zip(optima, curves):
@@ -95,15 +106,17 @@ def of_curves(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Estimate |
 
 
 def at_best(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[AtBest[Points]]:
-    """Return, for every curve, its held-out learning curves by seed at its best rates; step 0 and
-    the last evaluation, which uses more rows, left out."""
+    """Return each curve's held-out learning curves by seed, at its best rate and likely rates.
+
+    Step 0 and the last evaluation, which uses more rows, are left out.
+    """
     learned = by_run(table)
     found = values_at_best(table, optima, lambda run: dict(same_rows(learned.get(run.name))))
     return [mine.map(lambda points: sorted(points.items())) for mine in found]
 
 
 def read_to(curves: Sequence[AtBest[Points]]) -> int:
-    """Return the update up to which curves are read: that of the shortest's last but one point."""
+    """Return the last update of the shortest curve; 0 without curves."""
     return min(
         (int(points[-1][0]) for c in curves for points in c.best.values() if points), default=0
     )

@@ -1,5 +1,4 @@
-"""The arms of a `layers` sweep: which matrices each trains, how many parameters, and its runs at
-its best rate."""
+"""The arms of a `layers` sweep: the matrices and parameters each trains, and its runs."""
 
 import math
 from dataclasses import dataclass
@@ -25,13 +24,12 @@ SETS = (
     "attention+mlp+unembedding",
 )
 PARAMETERS_AGREE = 0.1
-"""Largest difference in trained parameters, as a share, at which two curves count as equal in size.
-"""
+"""Two curves count as equal in size if their trained parameters differ by at most this share."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One layer set of one task, as LoRA or as full fine-tuning of its matrices."""
+    """One layer set of one task, trained with LoRA or by full fine-tuning of its matrices."""
 
     optimum: Optimum
     layers: str
@@ -40,8 +38,7 @@ class Arm:
     points: AtBest[Points]
     nll: float | None
     share: float | None
-    """Share of the squared gradient at the start that lies in the layer set, of full fine-tuning.
-    """
+    """Share of full fine-tuning's squared gradient at the start that lies in the layer set."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Task:
         return [*([self.full] if self.full else []), *self.restricted, *self.lora]
 
     def get(self, layers: str, rank: int | None = None) -> Arm | None:
-        """Return LoRA's arm of a layer set, of a rank if one is given, else of the highest."""
+        """Return LoRA's arm of a layer set and rank (default: the highest); None without one."""
         found = [a for a in self.lora if a.layers == layers and rank in (None, a.rank)]
         return max(found, key=lambda a: a.rank or 0, default=None)
 
@@ -87,8 +84,10 @@ def tasks_of(table: pd.DataFrame) -> list[Task]:
 
 
 def _shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Share of the squared gradient at step 0 by layer set, mean over full fine-tuning's runs, by
-    group."""
+    """Return the share of the squared gradient at step 0 by group and layer set.
+
+    A mean over full fine-tuning's runs.
+    """
     full = table[(table["method"] == "fullft") & (table["scope"] == "all")]
     out: dict[str, list[dict[str, float]]] = {}
     for curve in lr_curves(full) if len(full) else []:
@@ -103,8 +102,10 @@ def _shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def equal_pair(task: Task) -> tuple[Arm, Arm] | None:
-    """Return attention and MLP arms without the unembedding whose parameters agree best; None if
-    none agree well enough."""
+    """Return the attention arm and the MLP arm with the most similar numbers of parameters.
+
+    Neither includes the unembedding. None if no pair agrees within PARAMETERS_AGREE.
+    """
     known = [a for a in task.lora if a.n_trainable]
     both = [(a, m) for a in known if a.layers == "attention" for m in known if m.layers == "mlp"]
     pairs = [
@@ -116,13 +117,17 @@ def equal_pair(task: Task) -> tuple[Arm, Arm] | None:
 
 
 def log_ratio(a: Arm, b: Arm, full: Arm) -> AtBest[float]:
-    """Return ln of rho of a over rho of b, by seed; infinite or NaN where full fine-tuning does not
-    get to one of them."""
+    """Return ln(rho of `a` / rho of `b`), by seed.
+
+    Infinite or NaN where only a bound of one of them is known.
+    """
     return log_rho(a.points, full.points).paired(log_rho(b.points, full.points), lambda x, y: x - y)
 
 
 def ratio_of(logs: AtBest[float], pooled: PooledVariance | None = None) -> Estimate:
-    """Return the ratio, with its interval over seeds and likely best rates; none where a seed has
-    only a bound."""
+    """Return the ratio, with an interval over seeds and likely best rates.
+
+    Without a value if a seed has only a bound.
+    """
     known = bool(logs.best) and all(map(math.isfinite, logs.best.values()))
     return exp_of(over_seeds(logs, pooled)) if known else Estimate(None, n=len(logs.best))

@@ -1,9 +1,8 @@
-"""The study's law of the learning rate: LR = base x M x (2000 / hidden)^p, M for LoRA (1 for full
-fine-tuning), p by family.
+"""The study's learning-rate law: LR = base x M x (2000 / hidden)^p.
 
-Its constants are fitted twice: as the study did, by the least summed loss that linear interpolation
-between the tried rates predicts; and by a regression on fitted optima. Knows curves and optima,
-reads no file.
+M is the factor of LoRA (1 for full fine-tuning); p depends on the model family. The constants are
+fitted twice: as the study did, by minimising the summed loss, interpolated linearly between tried
+rates; and by a regression on fitted optima. Knows curves and optima, reads no file.
 """
 
 import math
@@ -19,7 +18,7 @@ from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import LrCurve
 
 PUBLISHED = {"base": 5e-5, "M": 10.0, "llama": 0.781, "qwen": 0.0775}
-"""Published constants: tinker-cookbook, docs/sl-hyperparams (2025). No other family has one."""
+"""Published constants: tinker-cookbook, docs/sl-hyperparams (2025). There are no other families."""
 REFERENCE = 2000.0
 _P = np.linspace(-1.5, 2.0, 141)
 _N_K, _BOOT = 161, 400
@@ -35,15 +34,17 @@ class Law:
     p: Estimate
     n_models: int
     regret: float | None
-    """Mean loss in percent of the best one, (loss at the law's rate - best tried) / best tried,
-    over all curves."""
+    """Mean over all curves of (loss at the law's rate - best loss tried) / best loss tried, in
+    percent."""
     flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Regret:
-    """What a law's rate costs one curve. None: the rate lies outside what was tried, or next to a
-    rate that diverged."""
+    """The cost of a law's rate on one curve, in percent of the best loss tried.
+
+    None if the rate lies outside those tried, or next to one that diverged.
+    """
 
     curve: LrCurve
     lr: float
@@ -51,14 +52,13 @@ class Regret:
 
 
 def family(model: str) -> str:
-    """Return the family of a model by the letters its name begins with, owner left out:
-    Qwen/Qwen3-8B -> qwen."""
+    """Return a model's family: the leading letters of its name, e.g. Qwen/Qwen3-8B -> qwen."""
     found = re.match(r"[A-Za-z]+", str(model).rsplit("/", 1)[-1])
     return found.group(0).lower() if found else str(model).lower()
 
 
 def published(curve: LrCurve, hidden: float) -> float | None:
-    """Return the published formula's rate; None for a family that it has no exponent for."""
+    """Return the published formula's rate; None for a family without a published exponent."""
     p = PUBLISHED.get(family(curve.key["model"]))
     if p is None or not hidden > 0:
         return None
@@ -67,8 +67,7 @@ def published(curve: LrCurve, hidden: float) -> float | None:
 
 
 def interpolated(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
-    """Return the loss at ln(lr), linear between tried rates; NaN outside them and beyond the last
-    one that held."""
+    """Interpolate the loss linearly in ln(lr) between the usable rates; NaN outside them."""
     x, y = curve.x[curve.usable], curve.y[curve.usable]
     rates = np.unique(x)
     if len(rates) < 2:
@@ -78,7 +77,7 @@ def interpolated(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
 
 
 def regret(curve: LrCurve, lr: float) -> Regret:
-    """Return what a rate costs against the best one tried, in percent of the best one's loss."""
+    """Return the extra loss at a rate over the best rate tried, in percent of the best loss."""
     y = curve.y[curve.usable]
     loss = float(interpolated(curve, np.array([math.log(lr)]))[0])
     rates = np.unique(curve.x[curve.usable])
@@ -92,12 +91,14 @@ def regret(curve: LrCurve, lr: float) -> Regret:
 
 
 def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
-    """Fit each family and method by the least summed interpolated loss; intervals by resampling
-    models.
+    """Fit each family and method by minimising the summed interpolated loss.
 
-    Where a law's rate leaves what a curve tried, the loss goes on along the last segment, never
-    downward: without that a law could win by leaving the data. A family of one hidden size has no
-    exponent.
+    Intervals come from resampling models. Outside the rates that a curve tried, its last segment is
+    extrapolated, but never downward: else a law could win by leaving the data. A family with only
+    one hidden size has no exponent.
+
+    Args:
+        hidden: model -> hidden size.
     """
     laws = []
     for name, method, members in _families(curves, hidden):
@@ -168,12 +169,15 @@ def _around(value: float, draws: np.ndarray, n: int, enough: bool) -> Estimate:
 
 
 def by_optima(optima: Sequence[Optimum], hidden: dict[str, float]) -> list[Law]:
-    """Fit ln(best LR) = ln(LR at 2000) + p ln(2000 / hidden) by family and method, over optima that
-    are known.
+    """Fit ln(best LR) = ln(LR at 2000) + p ln(2000 / hidden) to the known optima.
 
-    One row a model (the mean over its ranks, which share its width), and a variance between models
-    besides each row's own. At an edge there is no optimum, so curves whose
-    best rate is the largest tried are missing here, which biases the law downward: flagged.
+    One regression per family and method, with one row per model (the mean over its ranks, which
+    share its width), and a variance between models in addition to each row's own. Curves with their
+    best rate at an edge have no optimum and are left out. Where that is the largest rate tried, the
+    law is biased downward, so the number of missing curves is flagged.
+
+    Args:
+        hidden: model -> hidden size.
     """
     laws = []
     groups: dict[tuple[str, str], list[Optimum]] = {}

@@ -1,7 +1,7 @@
-"""The next runs: which of them would decide most of the claims that are open.
+"""Suggest the runs that are likeliest to decide the open claims.
 
-Planned runs are fitted as if they came out at the fitted curve: the posterior's spread is then the
-one to expect.
+To predict how much new runs narrow an optimum, planned runs are given the loss of the fitted curve;
+the spread of the resulting posterior is the spread to expect.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.runs.lr_curves import LrCurve
 
 MAX_NEW_SEEDS = 5
-"""Fresh seeds that are suggested for one curve at once."""
+"""At most this many new seeds are suggested for one curve at a time."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ class Suggestion:
 
 
 class Judged(Protocol):
-    """What an analysis has of its claims."""
+    """The parts of a question's analysis that suggestions are made from."""
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """The verdicts on all claims."""
+        """Verdicts on all claims."""
 
     @property
     def members(self) -> dict[str, list[Optimum]]:
-        """The curves that a verdict's group rests on."""
+        """Curves on which a verdict rests, by the verdict's group."""
 
     @property
     def of_rates(self) -> bool:
@@ -65,11 +65,10 @@ class Judged(Protocol):
 
 
 def suggest(found: Judged) -> list[Suggestion]:
-    """Name the runs that would decide most for claims that are open: first what opens a gate, then
-    what narrows most.
+    """Suggest runs for the open claims: first those that lift a gate, then those that narrow most.
 
-    Runs that exist are never named. Nothing is returned where every claim is decided or no run of
-    the grid can help (another task, another arm, another rank).
+    Existing runs are never suggested. The list is empty if every claim is decided, or if no run of
+    the grid can help because another task, arm or rank is needed.
     """
     wanted: list[Suggestion] = []
     for verdict in found.verdicts:
@@ -106,8 +105,11 @@ def _make(o: Optimum, lr: float, seeds: Iterable[int], why: str) -> Suggestion:
 
 
 def _open_gates(o: Optimum) -> list[Suggestion]:
-    """Runs without which no verdict is given: rates beyond an edge or before a cliff, more rates,
-    seeds at the optimum."""
+    """Suggest the runs without which a gate forbids a verdict.
+
+    These are rates beyond an edge or below the first that diverged, more rates, or more seeds at
+    the optimum.
+    """
     x, every = np.unique(o.curve.x[o.curve.usable]), np.unique(o.curve.x)
     seed = [_grid_seed(o)]
     if not len(x):
@@ -156,7 +158,7 @@ def _more_seeds(o: Optimum, n: int, why: str) -> list[Suggestion]:
 
 
 def _around(o: Optimum) -> np.ndarray:
-    """The tried rates around the optimum, N_AROUND of them."""
+    """Return the N_AROUND tried rates around the optimum, in ln(lr)."""
     x = np.unique(o.curve.x[o.curve.usable])
     means = [o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x]
     at = math.log(o.best_lr.value) if o.best_lr.value else x[int(np.argmin(means))]
@@ -166,10 +168,13 @@ def _around(o: Optimum) -> np.ndarray:
 
 
 def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
-    """Give runs to the curve whose share of the variance falls most for each run, until the claim
-    would be decided if its value stayed: two rates halfway between those around the optimum (at
-    MIN_SEEDS seeds, so that no gate closes), or one more seed at the three around it. An open claim
-    gets at least one such step."""
+    """Add runs step by step until the claim would be decided if its value stayed the same.
+
+    Each step goes to the curve where it reduces the estimand's variance most per run. A step is
+    either two new rates halfway between those around the optimum (at MIN_SEEDS seeds, so that the
+    gate on seeds stays open), or one more seed at the three rates around it. An open claim gets at
+    least one step.
+    """
     known = [o for o in curves if o.best_lr.draws is not None]
     if not known or len(known) < len(curves) or verdict.estimate.value is None:
         return []
@@ -179,7 +184,7 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
 
     def variance(o: Optimum, n: int, rates: bool) -> float:
         key = (id(o), n, rates)
-        if key not in cache:  # in proportion to the spread that the curve's optimum has now
+        if key not in cache:  # scaled to the optimum's present spread
             now = float(np.std(o.best_lr.log_draws))
             cache[key] = (
                 weight[id(o)] * now * _expected(o, n, rates) / _expected(o, 0, False)
@@ -216,8 +221,10 @@ def _planned(o: Optimum, n: int, rates: bool) -> list[Suggestion]:
 
 
 def _weights(verdict: Verdict, known: Sequence[Optimum]) -> dict[int, float]:
-    """Weight of each curve's ln(best LR) in the estimand: a mean against full fine-tuning, or a
-    slope over log2(rank)."""
+    """Return the weight of each curve's ln(best LR) in the estimand.
+
+    The estimand is a mean over LoRA's curves against full fine-tuning, or a slope over log2(rank).
+    """
     if verdict.log:
         n = sum(o.curve.key["method"] == "lora" for o in known)
         return {id(o): 1.0 if o.curve.key["method"] == "fullft" else 1.0 / n for o in known}
@@ -232,8 +239,10 @@ def _halfway(o: Optimum) -> np.ndarray:
 
 
 def _target(verdict: Verdict) -> float:
-    """Standard error of the estimand, in ln for ratios, at which its interval would clear the
-    nearest edge."""
+    """Return the standard error at which the interval would just clear the margin's nearest edge.
+
+    In ln for ratios.
+    """
     e, to = verdict.estimate, scale_of(verdict.log)
     assert e.value is not None
     value = to(e.value)
@@ -242,8 +251,12 @@ def _target(verdict: Verdict) -> float:
 
 
 def _expected(o: Optimum, n: int, rates: bool) -> float:
-    """Standard deviation of ln(best LR) to expect with n more seeds at the rates around the
-    optimum, and with two rates halfway between them."""
+    """Return the expected standard deviation of ln(best LR) after adding runs.
+
+    Args:
+        n: more seeds at the rates around the optimum.
+        rates: whether two rates halfway between those are added.
+    """
     use = o.curve.usable
     x, block = o.curve.x[use], o.curve.block[use]
     extra = np.tile(_around(o), n)
@@ -260,7 +273,7 @@ def _expected(o: Optimum, n: int, rates: bool) -> float:
 
 
 def lines(suggestions: Sequence[Suggestion]) -> list[str]:
-    """Write suggestions for the terminal."""
+    """Format suggestions as lines of text."""
     out = []
     for s in suggestions:
         seeds = ", ".join(map(str, s.seeds))

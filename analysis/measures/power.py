@@ -1,7 +1,7 @@
-"""Statistical power: how many seeds a claim needs, before any run.
+"""Statistical power: how many seeds a claim needs, estimated before any run.
 
-The planned runs are fitted as if they came out at an assumed curve: the posterior's spread is then
-the one to expect.
+Planned runs are given the loss of an assumed curve; the spread of the resulting posterior is the
+spread to expect.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from analysis.optimum.posterior import weigh
 from analysis.optimum.valley import linex
 
 NOISE, CURVATURE, SKEW, MISFIT = 4e-3, 0.15, 0.5, 0.35
-"""Assumed before a sweep has measured its own: noise of one run (nats), curvature at the optimum
-(nats per unit of ln(lr) squared), asymmetry, misfit of the curvature. Measured on the kept sweeps
-(analysis/results): 4e-3 to 5e-3, 0.08 to 0.30, -0.1 to 1.4, 0.24 to 0.47."""
+"""Assumed until a sweep has measured its own: noise of one run (nats), curvature at the optimum
+(nats per unit of ln(lr) squared), asymmetry, misfit of the curvature. The kept sweeps
+(analysis/results) measured 4e-3 to 5e-3, 0.08 to 0.30, -0.1 to 1.4, 0.24 to 0.47."""
 MAX_SEEDS = 16
-"""A claim that needs more is out of reach."""
+"""A claim that needs more seeds than this is considered out of reach."""
 N_AROUND = 3
-"""Rates around the best one that get fresh seeds."""
+"""Number of rates around the best one that get new seeds."""
 
 
 def needed_seeds(
@@ -32,16 +32,22 @@ def needed_seeds(
     rates: int = 7,
     factor: float = 2.0,
 ) -> tuple[int | None, float]:
-    """Return the fresh seeds a curve at its three best rates after which a ratio's standard error
-    is a quarter of the margin's width (in ln), and that error; None if MAX_SEEDS are not enough.
+    """Return how many new seeds per curve a claim on a ratio needs, and the standard error reached.
+
+    The new seeds run at the three best rates of each curve. They suffice when the ratio's standard
+    error (in ln) is at most a quarter of the margin's width. The number is None if MAX_SEEDS are
+    not enough.
 
     Args:
-        margin: of the ratio.
-        n_lora: LoRA curves that are averaged against one full fine-tuning curve.
-        noise: nats, of one run. curvature: nats per unit of ln(lr) squared, at the optimum.
+        margin: of the ratio; both ends above 0.
+        n_lora: number of LoRA curves that are averaged against one full fine-tuning curve.
+        noise: of one run, in nats.
+        curvature: at the optimum, in nats per unit of ln(lr) squared.
+        rates: number of rates in the grid.
+        factor: between neighbouring rates.
     """
     if not 0 < margin[0] < margin[1]:
-        return None, math.inf  # no lower edge to stay off: a ratio's margin starts above 0
+        return None, math.inf  # the width in ln needs a margin above 0
     target = (math.log(margin[1]) - math.log(margin[0])) / 4
     error = math.inf
     for n in range(MIN_SEEDS - 1, MAX_SEEDS + 1):
@@ -53,8 +59,10 @@ def needed_seeds(
 
 
 def _planned_error(rates: int, factor: float, fresh: int, noise: float, curvature: float) -> float:
-    """Return the standard deviation of ln(best LR) to expect of one curve: one seed over the grid,
-    `fresh` at the three best rates."""
+    """Return the expected standard deviation of one curve's ln(best LR).
+
+    The curve has one seed over the whole grid and `fresh` more at the three best rates.
+    """
     step = math.log(factor)
     grid = (np.arange(rates) - (rates - 1) / 2) * step
     errors = []
@@ -70,8 +78,12 @@ def _planned_error(rates: int, factor: float, fresh: int, noise: float, curvatur
 
 
 def expected_spread(e: Likelihood, noise: float, misfit: float) -> float:
-    """Return the standard deviation of the minimum's posterior, in ln(lr), at a known noise (nats)
-    and misfit."""
+    """Return the standard deviation of the minimum's posterior, in ln(lr).
+
+    Args:
+        noise: of one run, in nats, taken as known.
+        misfit: taken as known.
+    """
     ((posterior,), _) = weigh(
         [[dataclasses.replace(e, squares=100 * noise**2, df=100)]], misfit=misfit
     )[0]

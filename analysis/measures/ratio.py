@@ -1,7 +1,7 @@
-"""The ratio of the best LoRA learning rate to the best full fine-tuning one, and the gap in loss.
+"""The ratio of LoRA's best learning rate to full fine-tuning's, and their gap in loss.
 
-A ratio's interval comes from draws of both optima; what the arms have in common (seeds, the shape
-of their valleys) makes it cautious. Judges no claim.
+A ratio's interval comes from independent draws of both optima. The arms share seeds and the shape
+of their curves, which makes such an interval conservative. Judges no claim.
 """
 
 import math
@@ -15,13 +15,11 @@ from analysis.inference.meta import RandomEffects, random_effects
 from analysis.optimum.optimum import Optimum
 
 MIN_RANK = 4
-"""The claims on ratio and drift are about ranks of 4 and more: the study itself sets rank 1 apart.
-"""
+"""Claims on ratio and drift are about ranks from 4 up; the study treats rank 1 separately."""
 
 
 def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
-    """Return exp(mean ln best LoRA rate - ln best full rate); a bound where that is all that is
-    known."""
+    """Return exp(mean ln best LoRA rate - ln best full rate), or a bound if no more is known."""
     a, f = [o.best_lr for o in lora], full.best_lr
     n = sum(e.n for e in [*a, f])
 
@@ -29,7 +27,7 @@ def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
         return math.nan if v is None else math.log(v)
 
     if any(e.value is None for e in a) or f.value is None:
-        # From the ends of both sides that are known; an unknown one makes the bound NaN.
+        # Bounds from the ends that are known; an unknown end makes the bound NaN.
         low = float(np.mean([ln(e.low) for e in a])) - ln(f.high)
         high = float(np.mean([ln(e.high) for e in a])) - ln(f.low)
         return Estimate(None, exp_or_none(low), exp_or_none(high), n=n)
@@ -59,11 +57,11 @@ def rivals(width: int, alpha: float) -> dict[str, float]:
 
 
 def gap(lora: Optimum, full: Optimum) -> Estimate:
-    """Return best LoRA NLL - best full NLL, nats: each arm at its best tried rate, paired by seed,
-    Student's interval.
+    """Return best LoRA NLL - best full NLL, in nats, with Student's interval over paired seeds.
 
-    Only seeds that were not used to choose the rate count (all but each curve's first); with fewer
-    than two of them there is the difference of the fitted minima, and no interval.
+    Each arm is at its best tried rate. Only seeds that were not used to choose the rate count (all
+    but each curve's first). With fewer than two of them, returns the difference of the fitted
+    minima without an interval.
     """
     if lora.best_nll is None or full.best_nll is None:
         return Estimate(None)
@@ -77,8 +75,10 @@ def gap(lora: Optimum, full: Optimum) -> Estimate:
 
 
 def _fresh(o: Optimum) -> dict[int, float]:
-    """NLL by seed at the tried rate nearest the optimum, the grid's seed (the one tried at most
-    rates) left out."""
+    """Return the NLL by seed at the tried rate nearest the optimum.
+
+    The grid's seed, which ran at most of the rates, is left out.
+    """
     c = o.curve
     x, y, seed = c.x[c.usable], c.y[c.usable], c.seed[c.usable]
     if not len(x) or o.best_lr.value is None:

@@ -1,5 +1,7 @@
-"""The law of the ratio of best rates, ln ratio = a + p ln(hidden) + q ln(alpha), with
-published laws as rivals."""
+"""The law of the ratio of best rates, ln ratio = a + p ln(hidden) + q ln(alpha).
+
+It is compared with published laws ("rivals").
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,10 +18,10 @@ RIVALS: dict[str, tuple[float, float | None]] = {
     "hidden/(2 alpha) (withdrawn by the study's authors)": (1.0, -1.0),
     "sqrt(3) hidden/alpha (equal first step under Adam)": (1.0, -1.0),
 }
-"""Exponents (p, q) of the ratio in hidden size and alpha that published laws claim; None: no claim
-about alpha."""
+"""Published laws and the exponents (p, q) of hidden size and alpha that they claim for the ratio;
+None: no claim about alpha."""
 ALPHA = 32.0
-"""The study's alpha, at which laws without a claim about alpha are judged, where it was tried."""
+"""The study's alpha. Laws without a claim about alpha are judged at it, if it was tried."""
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,33 @@ class Ratio:
 
 @dataclass(frozen=True)
 class RatioLaw:
-    """ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32), and which published laws agree
-    with it."""
+    """The fit of ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32), and its rivals."""
 
     at_reference: Estimate
-    """The ratio at hidden size 1000, at the alpha that p was found at."""
+    """The ratio at hidden size 1000, at the alpha at which p was fitted."""
     p: Estimate
     q: Estimate
     tau: float
     """Standard deviation of ln ratio between bases of one hidden size."""
     bases: int
-    """Bases that p rests on."""
+    """Number of base models that p is fitted to."""
     bases_q: int
-    """Bases that q rests on."""
+    """Number of base models that q is fitted to."""
     rivals: dict[str, float | None] = field(default_factory=dict)
-    """p-value of each rival's exponents; below 0.05 it is out. None: too few bases to tell."""
+    """p-value of each rival's exponents; below 0.05 it is rejected. None: too few bases to test."""
     flags: tuple[str, ...] = ()
 
 
 def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
-    """Fit the law to measured ratios. Bases are the sample: alphas of one base share its full
-    fine-tuning curve, so they count once for its width.
+    """Fit the law to measured ratios.
 
-    p: a regression of one row a base, at one alpha (ALPHA, or the one of most bases), with a
-    variance between bases. q: the slope over alpha within each base, averaged over bases. A factor
-    that does not vary has no exponent. `wider`: further bases, which count for the variance between
-    bases only.
+    The sample are base models: the alphas of one base share its full fine-tuning curve, so they
+    count only once for its width. p comes from a regression with one row per base, at one alpha
+    (ALPHA, or the one that most bases have), with a variance between bases. q is the slope over
+    ln(alpha) within each base, averaged over bases. A factor that does not vary has no exponent.
+
+    Args:
+        wider: more bases, used only to estimate the variance between bases.
     """
     alpha = _one_alpha(ratios)
     many = _at(alpha, [*ratios, *(r for r in wider if r not in ratios)])
@@ -91,7 +94,7 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
 
 
 def _one_alpha(ratios: Sequence[Ratio]) -> float:
-    """Return ALPHA, or where it was not tried the alpha that most bases have."""
+    """Return ALPHA, or if it was not tried the alpha that most bases have."""
     count = {
         a: len({r.base for r in ratios if r.alpha == a}) for a in sorted({r.alpha for r in ratios})
     }
@@ -99,8 +102,10 @@ def _one_alpha(ratios: Sequence[Ratio]) -> float:
 
 
 def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
-    """Return one ratio a base at this alpha: the mean over data sets and ranks, which
-    share its width; their mean error, since they share its runs as well."""
+    """Return one ratio per base at this alpha: the mean over its data sets and ranks.
+
+    Its error is their mean error, not smaller, since they share the runs of full fine-tuning.
+    """
     out = []
     for base in dict.fromkeys(r.base for r in ratios if r.alpha == alpha):
         mine = [r for r in ratios if (r.base, r.alpha) == (base, alpha)]
@@ -119,8 +124,7 @@ def _regress(rows: Sequence[Ratio], wider: MetaRegression | None = None) -> Meta
 
 
 def _alphas(ratios: Sequence[Ratio]) -> MetaRegression | None:
-    """Average the slopes of ln ratio over ln(alpha) within bases; None where no base has two
-    alphas."""
+    """Average over bases the slope of ln ratio over ln(alpha); None if no base has two alphas."""
     slopes, variances = [], []
     for base in sorted({r.base for r in ratios}):
         mine = [r for r in ratios if r.base == base]
@@ -139,8 +143,7 @@ def _alphas(ratios: Sequence[Ratio]) -> MetaRegression | None:
 def _p_of(
     width: MetaRegression | None, alpha: MetaRegression | None, p: float, q: float | None
 ) -> float | None:
-    """Return the p-value of a law's exponents: the smaller of those that are known, times their
-    number (Bonferroni)."""
+    """Return the p-value of a law's exponents: the smallest known one, Bonferroni-corrected."""
     of_each = [
         None if width is None else width.p_of([1], [p]),
         None if alpha is None or q is None else alpha.p_of([0], [q]),

@@ -1,6 +1,7 @@
-"""Do ranks start alike? Held against what another random draw of A makes of one and the same rank.
+"""Test whether ranks learn equally at first, against the spread over random draws of A.
 
-All ranks train at one rate, each from more than one draw of A.
+All ranks train at one rate, each from at least two draws of A. Ranks differ once they are further
+apart than two draws of A at the same rank.
 """
 
 import math
@@ -15,38 +16,40 @@ from analysis.runs.learning_curves import by_run, same_rows
 
 RESAMPLES = 2000
 Draws = dict[int, dict[int, np.ndarray]]
-"""Losses by rank and seed: one row a draw of A, one column a step."""
+"""Losses by rank and seed: [draws of A, steps]."""
 
 
 @dataclass(frozen=True)
 class Apart:
-    """One rank against the highest."""
+    """One rank compared with the highest."""
 
     rank: int
     difference: np.ndarray
-    """Its mean loss less the highest rank's, nats, by step."""
+    """Its mean loss minus the highest rank's, in nats, by step."""
     band: np.ndarray
-    """Half width of what redraws of A make of the difference of two runs (95%), by step."""
+    """Half width of the 95% band of the difference of two runs over draws of A, by step."""
     leaves: float
-    """The step at which it leaves the band; infinite if never."""
+    """The step at which the difference leaves the band; infinite if never."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """How alike the ranks start."""
+    """How long the ranks learn equally."""
 
     lr: float
     top: int
-    """The highest rank, that the others are compared with."""
+    """The highest rank, with which the others are compared."""
     steps: list[float]
     ranks: list[Apart]
     first: Estimate
-    """The step at which the first rank leaves."""
+    """The step at which the first rank leaves its band."""
 
 
 def start_of(table: pd.DataFrame, top: int) -> Start | None:
-    """Compare ranks with the highest one, at the rate at which A was drawn again; None without
-    redraws at two ranks."""
+    """Compare ranks with the highest one, at the rate that was run with more than one draw of A.
+
+    None if fewer than two ranks have more than one draw.
+    """
     part = table[table["method"] == "lora"]
     rates = part.loc[part["init_seed"].fillna(0) > 0, "lr"].unique()
     found: dict[int, dict[int, list[dict[float, float]]]] = {}
@@ -80,16 +83,21 @@ def _apart(rank: int, drawn: Draws, band: np.ndarray, top: int, steps: Sequence[
 
 
 def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> float:
-    """Return the first step from which two evaluations in turn (or the last one) lie outside of the
-    band; infinite if none."""
+    """Return the first step at which two evaluations in a row lie outside the band.
+
+    The last evaluation counts alone. Infinite if there is none.
+    """
     out = np.abs(apart) > band
     twice = [i for i in range(len(steps)) if out[i] and (i + 1 == len(steps) or out[i + 1])]
     return steps[twice[0]] if twice else math.inf
 
 
 def _first_to_leave(drawn: Draws, band: dict[int, np.ndarray], steps: Sequence[float]) -> Estimate:
-    """Return the step at which the first rank leaves, its interval by a bootstrap over seeds and,
-    within them, draws of A. A rank that never leaves counts as twice the last step."""
+    """Return the step at which the first rank leaves its band.
+
+    The interval is from a bootstrap over seeds and, within them, draws of A. A rank that never
+    leaves counts as twice the last step.
+    """
     top, rng = max(drawn), np.random.default_rng(20251126)
     seeds = sorted(set.intersection(*(set(v) for v in drawn.values())))
     found = []

@@ -1,4 +1,4 @@
-"""What fine-tuning makes a model forget of the task it was pretrained on."""
+"""How much of the pretraining task a model forgets during fine-tuning."""
 
 import math
 
@@ -10,11 +10,14 @@ from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import runs_of
 
 STEPS = 200
-"""Rates at which equal learning is looked for."""
+"""Number of rates at which equal learning is searched for."""
 
 
 def retained(row: pd.Series) -> dict[str, float]:
-    """Return a run's losses on both tasks, and what it forgot; empty if that was not measured."""
+    """Return a run's losses on both tasks, and the loss it gained on the old one.
+
+    In nats; empty if that was not measured.
+    """
     if pd.isna(row["retain_nll"]):
         return {}
     return {
@@ -26,8 +29,11 @@ def retained(row: pd.Series) -> dict[str, float]:
 
 
 def frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> list[dict[str, float]]:
-    """Return what a curve's finished runs learn and forget, by rising rate: the mean over seeds, or
-    one seed."""
+    """Return what a curve's finished runs learned and forgot, by increasing rate.
+
+    Args:
+        seed: of this seed only; None: the mean over seeds.
+    """
     found: dict[float, list[dict[str, float]]] = {}
     for _, row in runs_of(table[table["status"] == "done"], o.curve).iterrows():
         if seed in (None, row["seed"]) and (losses := retained(row)):
@@ -41,11 +47,12 @@ def frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> list[d
 def at_equal_learning(
     table: pd.DataFrame, full: Optimum, tuned: Optimum
 ) -> AtBest[dict[str, float]]:
-    """Return what full fine-tuning forgets where it has learned as much as tuned LoRA, by seed.
+    """Return what full fine-tuning forgets when it has learned as much as tuned LoRA, by seed.
 
-    That is at the lowest rate up to its best at which its loss on the new task is tuned LoRA's of
-    that seed. Seeds without such a rate are left out, and so are likely rates at which other seeds
-    have one: which seeds have depends on what they learned.
+    That is at the lowest rate, up to its best one, at which its loss on the new task equals tuned
+    LoRA's of the same seed. Seeds without such a rate are left out. A likely rate is left out if
+    the seeds that have one there differ from those at the best rate: the mean would otherwise be
+    over seeds selected by what they learned.
     """
     (runs,) = values_at_best(table, [tuned], retained)
     paths = {s: {v["lr"]: v for v in frontier(table, full, s)} for s in runs.best}
@@ -68,8 +75,14 @@ def at_equal_learning(
 def _where_equal(
     path: dict[float, dict[str, float]], best: float, mine: dict[str, float]
 ) -> dict[str, float]:
-    """Return what full fine-tuning has learned and forgotten at the lowest rate up to its best at
-    which its loss is that of `mine`, interpolated in ln(rate); empty if there is none."""
+    """Return full fine-tuning's losses at the lowest rate at which it has learned as much as LoRA.
+
+    Interpolated in ln(rate), up to the best rate; empty if there is no such rate.
+
+    Args:
+        path: full fine-tuning's losses by rate.
+        mine: LoRA's losses.
+    """
     tried = [math.log(lr) for lr in path]
     heights = {math.log(lr): v["test"] for lr, v in path.items()}
     before: dict[str, float] = {}

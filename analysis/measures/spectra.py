@@ -1,4 +1,4 @@
-"""Spectral norms of A, of B and of the whole change, at each curve's best rate."""
+"""Spectral norms of A, of B and of the weights' whole change, at each curve's best rate."""
 
 import json
 import math
@@ -19,13 +19,13 @@ Norms = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Spectra:
-    """The norms of one curve, by seed, and what they give."""
+    """The norms of one curve by seed, and ratios of them."""
 
     by_seed: dict[int, Norms]
     growth: Estimate
-    """B over A, median over matrices."""
+    """Norm of B over norm of A, median over matrices."""
     movement: Estimate
-    """The change over full fine-tuning's, median over matrices."""
+    """Norm of the change over full fine-tuning's, median over matrices."""
 
     def median(self, part: str) -> float:
         """Return the median of a, b or delta over seeds and matrices; NaN if there is none."""
@@ -34,7 +34,7 @@ class Spectra:
 
 
 def spectra_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Spectra]:
-    """Return the norms of every curve; growth and movement of LoRA's."""
+    """Return the norms of every curve; growth and movement only for LoRA."""
     found = [runs.map(_by_matrix) for runs in values_at_best(table, optima, _log_spectra)]
     none: AtBest[Norms] = AtBest({})
     full = next((v for o, v in zip(optima, found) if o.curve.key["method"] == "fullft"), none)
@@ -51,8 +51,10 @@ def spectra_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Spectra]:
 
 
 def _log_spectra(row: pd.Series) -> dict[tuple[str, str], float]:
-    """Return logarithms of a run's spectral norms by (matrix, which); logarithms interpolate well
-    between rates."""
+    """Return the logarithms of a run's spectral norms by (matrix, a, b or delta).
+
+    Logarithms interpolate well between rates.
+    """
     spectra = json.loads(row["result"]).get("spectra") or {}
     return {
         (matrix, what): math.log(v)
@@ -63,7 +65,7 @@ def _log_spectra(row: pd.Series) -> dict[tuple[str, str], float]:
 
 
 def _by_matrix(logs: dict[tuple[str, str], float]) -> dict[str, dict[str, float]]:
-    """Return spectral norms by matrix and by which of the three."""
+    """Return spectral norms by matrix, then by a, b or delta."""
     out: dict[str, dict[str, float]] = {}
     for (matrix, what), v in logs.items():
         out.setdefault(matrix, {})[what] = math.exp(v)
@@ -73,7 +75,7 @@ def _by_matrix(logs: dict[tuple[str, str], float]) -> dict[str, dict[str, float]
 def _median_log(
     a: dict[str, dict[str, float]], of: str, b: dict[str, dict[str, float]], over: str
 ) -> float:
-    """Return the median over the matrices that both have of ln(a / b)."""
+    """Return the median of ln(a / b) over the matrices that both have."""
     return float(
         np.median(
             [

@@ -1,6 +1,6 @@
-"""The cells of anyone's table: numbers, words and seeds brought to what the analysis knows.
+"""Convert and check the cells of a table: numbers, methods, statuses and seeds.
 
-Every problem names row and column. Rows are counted from 1, in column `_row`.
+Every error names its row and column. Rows are counted from 1, in column `_row`.
 """
 
 import numpy as np
@@ -19,17 +19,28 @@ NUMBERS = (
     "hidden_size",
     "alpha",
     "nll_start",
+    "floor_nats",
+    "init_scale",
+    "lr_b_ratio",
+    "init_seed",
+    "warmup_steps",
+    "beta1",
+    "beta2",
+    "eps",
+    "weight_decay",
+    "clip_norm",
 )
 WHOLE = ("rank", "seed", "batch_size", "steps", "hidden_size")
+TEXTS = ("layers", "scope", "scaling_by", "start", "schedule", "precision")
 EMPTY = {"", "none", "null", "-", "nan", "full", "n/a", "na"}
 MAX_RATE_SPAN = 1e6
-"""Learning rates further apart than this factor are in different units."""
+"""Learning rates that differ by more than this factor are taken to be in different units."""
 
 
 def check(table: pd.DataFrame, bad: pd.Series, column: str, why: str) -> None:
-    """Raise TableError with the first rows where `bad` holds, if it does anywhere.
+    """Raise TableError if `bad` holds in any row; the message names the first such rows.
 
-    `{value}` in `why` stands for the first of their values.
+    `{value}` in `why` is replaced by the first offending value.
     """
     if bad.any():
         value = table.loc[bad, column].iloc[0] if column in table.columns else ""
@@ -40,7 +51,7 @@ def check(table: pd.DataFrame, bad: pd.Series, column: str, why: str) -> None:
 
 
 def rows_of(table: pd.DataFrame, mask: pd.Series) -> str:
-    """Write the numbers of the rows where a mask holds, five at most."""
+    """List the numbers of the rows where a mask is true, five at most."""
     rows = list(table.loc[mask, "_row"])
     return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 
@@ -66,13 +77,22 @@ def numbers(table: pd.DataFrame, column: str) -> pd.Series:
     return values
 
 
+def texts(table: pd.DataFrame, column: str) -> pd.Series:
+    """Return a column of text, empty cells as NaN."""
+    text = _words(table[column])
+    return text.where(text != "", np.nan)
+
+
 def _words(cells: pd.Series) -> pd.Series:
     return cells.map(lambda v: "" if v is None or v != v else str(v).strip())
 
 
 def with_methods(table: pd.DataFrame) -> pd.DataFrame:
-    """Fill in method and rank: no method means lora, an empty rank full fine-tuning, which has no
-    rank, alpha or layers."""
+    """Fill in method and rank.
+
+    Without a method, a run with a rank is lora and one with an empty rank is full fine-tuning,
+    which has no rank, alpha or layers.
+    """
     if "rank" not in table.columns:
         table["rank"] = np.nan
     if "method" not in table.columns:
@@ -92,7 +112,10 @@ def with_methods(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_status(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Bring status to done or diverged; leave out runs that say nothing of their learning rate."""
+    """Reduce status to done or diverged, and drop failed and unfinished runs.
+
+    A failed run does not tell whether its learning rate was good.
+    """
     word = _words(table["status"]).str.lower() if "status" in table.columns else None
     if word is None:
         table["status"] = "done"
@@ -117,16 +140,16 @@ def with_status(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     if empty.any():
         notes.append(
             f"{int(empty.sum())} run(s) without a value in column test_nll and without a status "
-            f"are left out (row {rows_of(table, empty)}): nothing says whether they diverged."
+            f"are left out (row {rows_of(table, empty)}): it is unknown whether they diverged."
         )
     return table[~out & ~empty].copy()
 
 
 def check_values(table: pd.DataFrame, higher: str | None) -> None:
-    """Raise TableError where a value cannot be what it should be, or a column mixes units.
+    """Raise TableError where a value is impossible or a column mixes units.
 
     Args:
-        higher: the metric's name, where it is better when higher.
+        higher: the metric's name if higher is better, else None.
     """
     lr = table["lr"]
     for bad, why in ((lr.isna(), "empty"), (~(lr > 0), "not above 0"), (np.isinf(lr), "infinite")):
@@ -154,8 +177,8 @@ def check_values(table: pd.DataFrame, higher: str | None) -> None:
             done,
             value == value[value < 0].min(),
             "test_nll",
-            "{value} is below 0, which no loss in nats a token is. If the metric is better when "
-            "higher, name it: --higher COLUMN.",
+            "{value} is below 0, but a loss in nats per token cannot be negative. If higher is "
+            "better, give the metric's column: --higher COLUMN.",
         )
     check(table, _words(table["model"]) == "", "model", "empty.")
 
@@ -171,11 +194,13 @@ def _percent_and_fractions(value: pd.Series) -> bool:
 
 
 def with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFrame:
-    """Number the repeats of a cell. A seed column means that a seed's runs share batches; without
-    one none do.
+    """Assign seed numbers to repeats: runs of one configuration and learning rate.
+
+    With a seed column, runs of one seed are taken to share their batches; without one, no two
+    runs are.
 
     Args:
-        sign: -1 where the table holds the negative of the metric.
+        sign: -1 if the table holds the negative of the metric.
     """
     not_keys = ("method", "rank", "status", "seed", "nll_start", "hidden_size")
     others = [c for c in OPTIONAL if c in table.columns and c not in not_keys]
@@ -188,8 +213,8 @@ def with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFrame
         table,
         table["seed"].isna(),
         "seed",
-        "empty, though other rows have one. Fill it in, or drop the column: repeats of a cell are "
-        "then seeds.",
+        "empty, though other rows have one. Fill it in, or drop the column: repeats are then "
+        "numbered as seeds.",
     )
     same = table.duplicated([*keys, "seed", "test_nll", "status"], keep="first")
     if same.any():
@@ -205,8 +230,8 @@ def with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFrame
         table[repeated].sort_values([*keys, "seed"])[["_row", "test_nll"]].values[:2]
     )
     notes.append(
-        f"{int(repeated.sum())} rows have a cell and a seed in common with another but different "
-        f"results, as rows {one:.0f} and {two:.0f} in column test_nll "
+        f"{int(repeated.sum())} rows have the settings and the seed of another row but a different "
+        f"result, such as rows {one:.0f} and {two:.0f} in column test_nll "
         f"({sign * a:g}, {sign * b:g}): taken as repeats."
     )
     table["block"] = table["seed"].astype(int)

@@ -1,4 +1,4 @@
-"""Learning curves: held-out loss over updates, one row a run and evaluation.
+"""Learning curves: held-out loss over updates, one row per run and evaluation.
 
 Curves of loss over learning rates are in `lr_curves`.
 """
@@ -9,11 +9,11 @@ import pandas as pd
 
 COLUMNS = ("run", "step", "test_nll", "grad_share")
 Points = list[tuple[float, float]]
-"""A learning curve as (step, held-out NLL in nats), steps rising."""
+"""A learning curve: (step, held-out NLL in nats), by increasing step."""
 
 
 def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
-    """Return all evaluations of a table's runs, in order; empty if the table carries none.
+    """Return all evaluations of a table's runs, in order; empty if there are none.
 
     Columns: `run`, the run's label in the table's index; `step`; `test_nll` in nats; `grad_share`,
     the share of the squared gradient by layer set, where it was measured. Missing is NaN.
@@ -30,8 +30,10 @@ def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_run(table: pd.DataFrame) -> dict[object, pd.DataFrame]:
-    """Return each run's learning curve by its label in the table's index; runs without one are left
-    out."""
+    """Return each run's learning curve by its label in the table's index.
+
+    Runs without a learning curve are left out.
+    """
     return dict(iter(learning_curves(table).groupby("run", sort=False)))
 
 
@@ -47,6 +49,6 @@ def same_rows(curve: pd.DataFrame | None) -> Points:
 
 
 def cut(result: str, step: int) -> str:
-    """Return a run's result with its learning curve ended after `step`."""
+    """Cut the learning curve in a run's result (JSON) after `step`."""
     values = json.loads(result)
     return json.dumps({**values, "curve": [p for p in values["curve"] if p["step"] <= step]})

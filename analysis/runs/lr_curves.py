@@ -1,4 +1,4 @@
-"""Lr curves: loss over learning rates, of runs that are equal but for rate and seed.
+"""Lr curves: loss over learning rates, of runs that differ only in rate and seed.
 
 Curves of loss over updates are in `learning_curves`.
 """
@@ -15,36 +15,38 @@ from analysis.runs.table import CURVE_KEYS, GROUP_KEYS, check
 
 @dataclass(frozen=True)
 class LrCurve:
-    """Loss over learning rates of runs that are equal but for rate and seed; arrays are [n]."""
+    """Loss over learning rates of runs that differ only in rate and seed; arrays are [n]."""
 
     key: dict[str, Any]
-    """What the runs have in common: columns of CURVE_KEYS and their values."""
+    """The settings that the runs share: columns of CURVE_KEYS and their values."""
     x: np.ndarray
     """ln(lr)."""
     y: np.ndarray
     """Held-out NLL in nats; NaN where the run did not finish."""
     seed: np.ndarray
     block: np.ndarray
-    """Runs of one block share a shift of the loss: those of one seed, which see the same batches at
-    every rate."""
+    """Block of each run. Runs of one block share a shift of the loss: usually those of one seed,
+    which see the same batches at every rate."""
     usable: np.ndarray
-    """False where the run diverged or ended no better than the untrained model: it bounds the
-    optimum and never enters least squares."""
+    """False where the run diverged or ended no better than the untrained model. Such a run bounds
+    the optimum but is not fitted."""
     nll_start: float
     """Held-out NLL before training; NaN if unknown."""
     floor: float
-    """The generator's own NLL; NaN if unknown."""
+    """NLL of the generator that wrote the data, the lowest possible loss; NaN if unknown."""
 
     @property
     def name(self) -> str:
-        """Name the curve for people: method and rank."""
+        """Return a readable name: method and rank."""
         rank = self.key.get("rank")
         return self.key["method"] + (f" r{rank:.0f}" if _known(rank) else "")
 
     @property
     def variant(self) -> str:
-        """Name what distinguishes curves of one group, method and rank: alpha, layers, schedule,
-        precision, optimizer."""
+        """Describe the other settings: alpha, layers, schedule, precision, optimizer.
+
+        They distinguish curves of one group, method and rank.
+        """
         rest = {
             k: v for k, v in self.key.items() if k not in (*GROUP_KEYS, "method", "rank", "scope")
         }
@@ -52,7 +54,7 @@ class LrCurve:
 
     @property
     def group(self) -> str:
-        """Name what arms are compared under: model, data set, batch size and steps."""
+        """Name the group within which arms are compared: model, data set, batch size, steps."""
         shown = [f"{self.key['model']} on {self.key['dataset']}"]
         shown += [
             f"{text} {int(self.key[k])}"
@@ -82,7 +84,7 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
     lr = part["lr"].astype(float).to_numpy()
     whole = [v for v in np.unique(lr) if usable[lr == v].all()]
     if whole:
-        # Above the first rate at which a run diverged, survivors are no part of the valley.
+        # Runs that survive above the first rate at which one diverged are not fitted.
         best = min(whole, key=lambda v: y[lr == v].mean())
         broken = lr[~usable & (lr > best)]
         usable &= lr < (broken.min() if len(broken) else np.inf)
@@ -125,7 +127,7 @@ def runs_of(table: pd.DataFrame, curve: LrCurve) -> pd.DataFrame:
 
 
 def full_names(curves: Sequence[LrCurve]) -> list[str]:
-    """Name curves by method, rank, and whatever else distinguishes them from the others."""
+    """Name curves by method, rank, and the settings in which they differ from each other."""
     keys = [
         k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, "method", "rank")
     ]
@@ -141,6 +143,7 @@ def full_names(curves: Sequence[LrCurve]) -> list[str]:
                 *(
                     _setting(k, c.key[k])
                     for k in (of_lora if c.key["method"] == "lora" else of_full)
+                    if _known(c.key[k])
                 ),
             ]
         )

@@ -1,4 +1,4 @@
-"""Column names and words that other people's tables use, and what to suggest for an unknown one."""
+"""Column names and values that other people's tables use, and suggestions for unknown ones."""
 
 import difflib
 from collections.abc import Iterable
@@ -56,7 +56,7 @@ ALIASES = {
     "dataset_name": "dataset",
     "task": "dataset",
 }
-"""Column names in use elsewhere: suggested, never taken silently."""
+"""Column names in use elsewhere: suggested in error messages, never mapped silently."""
 STATUS = {
     "done": "done",
     "finished": "done",
@@ -75,8 +75,8 @@ STATUS = {
     "stopped": "failed",
     "cancelled": "failed",
 }
-"""Words for how a run ended, W&B's among them. Runs that failed are left out: that says nothing of
-their learning rate."""
+"""Words for how a run ended, including W&B's. Failed runs are left out: a failure does not tell
+whether the learning rate was good."""
 METHODS = {
     "full": "fullft",
     "fft": "fullft",
@@ -90,18 +90,18 @@ METHODS = {
 
 
 def missing(column: str, names: list[str]) -> str:
-    """Return the message for a missing column, with the likely one among the names there are."""
+    """Return the error message for a missing column, with the likeliest of the existing names."""
     aliases = [n for n in names if ALIASES.get(n.lower().replace(" ", "_")) == column]
     likely = aliases or difflib.get_close_matches(column, names, 1, 0.5)
     hint = (
-        f" The likely one is {likely[0]!r}: add --map {likely[0]}={column}."
+        f" It may be {likely[0]!r}: add --map {likely[0]}={column}."
         if likely
-        else f" Name it: --map THEIR_COLUMN={column}."
+        else f" Map one to it: --map YOUR_COLUMN={column}."
     )
     return f"there is no column {column!r}.{hint} The file has: {', '.join(names)}."
 
 
 def did_you_mean(name: str, names: Iterable[object]) -> str:
-    """Return a sentence that suggests the name most like this one; empty if none is like it."""
+    """Suggest the most similar name, as a sentence; empty if none is similar."""
     close = difflib.get_close_matches(name, list(map(str, names)), 1, 0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

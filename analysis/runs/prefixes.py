@@ -1,5 +1,7 @@
-"""Shorter runs out of longer ones: at a constant rate, a run of S updates is the start of every
-longer one."""
+"""Shorter runs taken from longer ones.
+
+At a constant learning rate a run of S updates equals the first S updates of any longer run.
+"""
 
 import numpy as np
 import pandas as pd
@@ -10,17 +12,17 @@ from analysis.runs.task import MIN_REST
 
 
 def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
-    """Return the table that the runs would have made had they ended after `step` updates.
+    """Return the table that the same runs would give if they had ended after `step` updates.
 
-    Losses are those of the learning curves, which use fewer held-out rows than the last evaluation,
-    the same in all runs. A run that had diverged by then is diverged; runs without an evaluation at
-    that step are left out.
+    Losses come from the learning curves. These use fewer held-out rows than the last evaluation,
+    but the same ones in all runs. A run that had diverged by then is diverged; runs without an
+    evaluation at that step are left out.
 
     Raises:
-        TableError: runs with another schedule than a constant one are no prefixes of each other.
+        TableError: a schedule is not constant, so that the runs are not prefixes of each other.
     """
     if (table["schedule"] != "constant").any():
-        raise TableError("only runs at a constant rate hold shorter ones.")
+        raise TableError("only runs with a constant learning rate can be cut to shorter ones.")
     learned = learning_curves(table)
     nll = learned[learned["step"] == step].set_index("run")["test_nll"]
     rows = []
@@ -36,8 +38,10 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
 
 
 def steps_seen(table: pd.DataFrame) -> list[int]:
-    """List the steps at which every finished run was evaluated on the same held-out rows, rising;
-    the last one left out."""
+    """List the steps, rising, at which every finished run was evaluated on the same held-out rows.
+
+    The last evaluation, which uses more rows, is left out.
+    """
     learned = by_run(table)
     done = table.index[table["status"] == "done"]
     seen = [set(learned[run]["step"].iloc[1:-1]) if run in learned else set() for run in done]
@@ -45,12 +49,15 @@ def steps_seen(table: pd.DataFrame) -> list[int]:
 
 
 def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Cut runs of one length where the task is over: at the longest step at which a fifth
-    (MIN_REST) of what there was to learn is still left at the best rate. A solved task does not
-    separate two methods, the runs' beginnings still do.
+    """Cut runs of one length before the task is solved.
 
-    Returns the table, and a sentence on the cut. Without a cut the sentence is empty: the task's
-    floor is unknown, the end is not solved, or no evaluated step is early enough.
+    The cut is at the last step at which a fifth (MIN_REST) of the excess over the floor is still
+    left at the best rate: a solved task does not separate two methods, but the beginnings of the
+    runs still do.
+
+    Returns:
+        The table and a sentence about the cut. The sentence is empty without a cut: the floor is
+        unknown, the task is not solved at the end, or no evaluated step is early enough.
     """
     floor, start = (
         float(np.nanmean(table[c])) if c in table and table[c].notna().any() else np.nan

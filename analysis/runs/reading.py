@@ -1,6 +1,6 @@
-"""Read anyone's table of runs into the one that the analysis knows, or refuse it by row and column.
+"""Read other people's tables of runs; refuse a bad one with a message that names row and column.
 
-Knows file formats; the names that other people use are in `names`, what cells may hold in `cells`.
+Knows file formats. Column names used elsewhere are in `names`, checks of cells in `cells`.
 """
 
 import json
@@ -12,8 +12,10 @@ import pandas as pd
 
 from analysis.runs.cells import (
     NUMBERS,
+    TEXTS,
     check_values,
     numbers,
+    texts,
     with_methods,
     with_seeds,
     with_status,
@@ -24,22 +26,26 @@ from analysis.runs.table import TableError
 
 @dataclass(frozen=True)
 class Reading:
-    """A table as the analysis knows it, notes on what was left out, and the metric's name and
-    direction."""
+    """A table with the analysis's column names, notes on dropped runs, and the metric."""
 
     table: pd.DataFrame
     notes: list[str] = field(default_factory=list)
     metric: str = "test_nll"
     sign: int = 1
-    """-1: the metric is better when higher, and the table holds its negative."""
+    """-1 if higher is better: the table then holds the negative of the metric."""
 
 
 def load(path: Path) -> pd.DataFrame:
-    """Read a table as it is: CSV, parquet, JSON or JSON lines (W&B's export with config and summary
-    too)."""
+    """Read a table without checks: CSV, parquet, JSON or JSON lines.
+
+    The `config` and `summary` prefixes of W&B's exports are removed from column names.
+
+    Raises:
+        TableError: the file does not exist or cannot be parsed.
+    """
     if not path.is_file():
         raise TableError(
-            f"no file {path}. Give a .csv, .parquet, .json or .jsonl table with one run a row."
+            f"no file {path}. Give a .csv, .parquet, .json or .jsonl table with one run per row."
         )
     try:
         if path.suffix == ".parquet":
@@ -54,9 +60,9 @@ def load(path: Path) -> pd.DataFrame:
             table = pd.json_normalize(rows)
         else:
             head = path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0]
-            mark = max(",;\t", key=head.count)  # the one most frequent in the header
+            separator = max(",;\t", key=head.count)  # the most frequent one in the header
             table = pd.read_csv(
-                path, dtype=str, keep_default_na=False, sep=mark, encoding="utf-8-sig"
+                path, dtype=str, keep_default_na=False, sep=separator, encoding="utf-8-sig"
             )
     except (ValueError, OSError) as error:
         raise TableError(
@@ -78,17 +84,17 @@ def read(
     higher: str | None = None,
     broken: float | None = None,
 ) -> Reading:
-    """Read anyone's runs.
+    """Read a table of runs made by any program.
 
     Args:
-        path: the file, one run a row.
-        mapping: their column -> the name that the analysis knows.
-        higher: name of a column to use as the metric, better when higher.
-        broken: a metric at least as bad as this counts as diverged.
+        path: the file, one run per row.
+        mapping: column in the file -> the analysis's name for it.
+        higher: column to use as the metric, if higher is better.
+        broken: a run with a metric at least as bad as this counts as diverged.
 
     Raises:
-        TableError: a column is missing or misnamed, or a cell cannot be what it should be; names
-            row and column.
+        TableError: a column is missing or misnamed, or a cell has an impossible value; the message
+            names row and column.
     """
     table = load(path)
     table = _renamed(table, mapping or {}, higher)
@@ -98,6 +104,8 @@ def read(
     notes: list[str] = []
     for column in [c for c in NUMBERS if c in table.columns]:
         table[column] = numbers(table, column)
+    for column in [c for c in TEXTS if c in table.columns]:
+        table[column] = texts(table, column)
     table = with_methods(table)
     table = with_status(table, notes)
     sign = -1 if higher else 1
@@ -121,20 +129,20 @@ def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -
     for theirs, column in mapping.items():
         if theirs not in table.columns:
             raise TableError(
-                f"--map {theirs}={column}: there is no column {theirs!r}."
+                f"--map {theirs}={column}: the file has no column {theirs!r}."
                 f"{did_you_mean(theirs, table.columns)} "
-                f"There are: {', '.join(map(str, table.columns))}."
+                f"It has: {', '.join(map(str, table.columns))}."
             )
         if column not in known:
             raise TableError(
-                f"--map {theirs}={column}: {column!r} is not a column that the analysis knows."
+                f"--map {theirs}={column}: the analysis has no column {column!r}."
                 f"{did_you_mean(column, known)} "
-                f"There are: {', '.join(known)}."
+                f"Use one of: {', '.join(known)}."
             )
     if higher is not None:
         if higher not in table.columns:
             raise TableError(
-                f"--higher {higher}: there is no column {higher!r}."
+                f"--higher {higher}: the file has no column {higher!r}."
                 f"{did_you_mean(higher, table.columns)}"
             )
         mapping = {**mapping, higher: "test_nll"}
@@ -148,7 +156,7 @@ def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -
     if "method" not in table.columns and "rank" not in table.columns:
         raise TableError(
             missing("rank", list(map(str, table.columns)))
-            + " Without rank there must be a column method."
+            + " Without a rank, there must be a column method."
         )
     twice = [c for c in table.columns[table.columns.duplicated()] if c in known]
     if twice:

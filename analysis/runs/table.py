@@ -6,7 +6,7 @@ import pandas as pd
 
 REQUIRED = ("status", "model", "dataset", "method", "rank", "lr", "seed", "test_nll")
 GROUP_KEYS = ("model", "dataset", "batch_size", "steps")
-"""What arms are compared under."""
+"""Arms are compared only between runs that agree in these."""
 CURVE_KEYS = (
     *GROUP_KEYS,
     "method",
@@ -28,16 +28,21 @@ CURVE_KEYS = (
     "weight_decay",
     "clip_norm",
 )
-"""Runs equal in these are one lr curve: they differ in lr and seed only."""
+"""Runs that agree in these form one lr curve: they differ only in lr and seed."""
 
 
 class TableError(ValueError):
-    """A table that the analysis cannot use."""
+    """The table cannot be used by the analysis."""
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Read a sweep's own table, as `action=export` or a report wrote it. Anyone else's:
-    `analysis.runs.reading`."""
+    """Read a sweep's own table, as written by `action=export` or by a report.
+
+    Other people's tables are read by `analysis.runs.reading`.
+
+    Raises:
+        TableError: there is no such file.
+    """
     if not path.is_file():
         raise TableError(
             f"no table {path}. Give a .parquet or .csv file with columns {', '.join(REQUIRED)}."
@@ -46,8 +51,12 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def check(table: pd.DataFrame) -> None:
-    """Raise TableError if columns are missing or two different bases are mixed under one model
-    name."""
+    """Check that a table can be analysed.
+
+    Raises:
+        TableError: columns are missing, a lora run has no rank, a run is repeated, or one model
+            name stands for different base weights.
+    """
     missing = [c for c in REQUIRED if c not in table.columns]
     if missing:
         raise TableError(
@@ -56,23 +65,23 @@ def check(table: pd.DataFrame) -> None:
     lora = table[table["method"] == "lora"]
     if lora["rank"].isna().any():
         raise TableError(
-            f"{int(lora['rank'].isna().sum())} lora run(s) have no rank. Fill the column, or drop "
-            "the runs."
+            f"{int(lora['rank'].isna().sum())} lora run(s) have no rank. Fill it in, or drop the "
+            "runs."
         )
     keys = [k for k in (*CURVE_KEYS, "lr", "seed") if k in table.columns]
     twice = table[table.duplicated(keys, keep=False)]
     if len(twice):
         raise TableError(
-            f"{len(twice)} rows repeat one run (same model, method, ..., lr and seed), first: lr "
-            f"{twice.iloc[0]['lr']:g}, seed {twice.iloc[0]['seed']}. Drop them, or give repeats "
-            "seeds of their own."
+            f"{len(twice)} rows describe the same run twice (same model, method, ..., lr and seed),"
+            f" first: lr {twice.iloc[0]['lr']:g}, seed {twice.iloc[0]['seed']}. Drop one of each, "
+            "or give each its own seed."
         )
     if "base_sha256" in table.columns:
         for model, shas in table.dropna(subset=["base_sha256"]).groupby("model")["base_sha256"]:
             if shas.nunique() > 1:
                 shown = ", ".join(sorted(s[:8] for s in shas.unique()))
                 raise TableError(
-                    f"the runs of model {model!r} start from {shas.nunique()} different bases "
-                    f"(sha256 {shown}): two bases are never mixed in one curve. Retrain the "
-                    "smaller part, or give the bases names of their own."
+                    f"the runs of model {model!r} start from {shas.nunique()} different sets of "
+                    f"base weights (sha256 {shown}), which cannot share a curve. Retrain the "
+                    "smaller part, or give each base its own model name."
                 )

@@ -1,6 +1,6 @@
-"""Whether a task leaves room for two methods to differ, where its floor is known.
+"""Check that a task leaves room for two methods to differ.
 
-A floor is the NLL of the generator that wrote the data: no model gets below it.
+This needs the task's floor: the NLL of the generator that wrote the data, which no model can beat.
 """
 
 import math
@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from analysis.runs.lr_curves import LrCurve
 
 MIN_GAIN = 0.3
-"""Least distance in nats of the untrained model's NLL above the floor."""
+"""The untrained model's NLL must lie at least this far above the floor, in nats."""
 MIN_REST = 0.2
-"""Least share of that distance that the best run must leave: a solved task does not separate
+"""The best run must leave at least this share of that distance: a solved task does not separate
 learning rates."""
 
 
 def task_problems(curves: Sequence[LrCurve], best: Sequence[float | None]) -> list[str]:
-    """List why the task is unfit for a comparison; empty where its floor is unknown.
+    """List the reasons why the task cannot separate methods; empty if its floor is unknown.
 
     Args:
+        curves: of one task.
         best: each curve's lowest NLL in nats.
     """
     start, floor = curves[0].nll_start, curves[0].floor

@@ -1,14 +1,29 @@
 """Anyone's runs: what is read, what is refused, and that no message leaves row and column out."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.report import commands
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.reading import read
 from tests.tables import planted, run, write
+
+KEPT = Path(__file__).resolve().parents[3] / "analysis" / "results"
+
+
+def test_our_own_csv_export_fits_like_the_parquet():
+    """Its optional columns (floor_nats, clip_norm, ...) are empty cells in the CSV."""
+    table = KEPT / "lr_ratio-small" / "table.csv"
+    assert read(table).table["floor_nats"].isna().all()
+    from_csv, from_parquet = (
+        commands.fit(read(path), 0.01) for path in (table, table.with_suffix(".parquet"))
+    )
+    assert len(from_csv) == 2 and from_csv == from_parquet
+    assert all(not c.variant.endswith((" ", ",")) for c in lr_curves(read(table).table))
 
 
 def test_other_peoples_names_are_mapped_and_suggested(tmp_path, capsys):
