@@ -1,9 +1,10 @@
-"""The decision rule: an interval against a margin that was stated before any run.
+"""The decision rule: compare an interval with a margin that was stated before any run.
 
-SUPPORTED: the interval lies inside the margin. REFUTED: the two do not meet. Else UNDECIDED, with
-the runs that would decide. A failing gate forces UNDECIDED, whatever the numbers say. The interval
-is the 95% one, or a wider one where the sweep may be extended in rounds: looking more than once
-must not make a false claim easier to support.
+SUPPORTED: the interval lies inside the margin. REFUTED: the two do not overlap. Otherwise
+UNDECIDED, with the runs that would decide. A gate (a reason that forbids a verdict, such as an
+optimum at the edge of the grid) forces UNDECIDED, whatever the numbers are. The interval is the 95%
+one, or a wider one if the sweep may be extended in rounds: repeated looks must not make it easier
+to support a false claim.
 """
 
 import dataclasses
@@ -16,18 +17,21 @@ import numpy as np
 from analysis.inference.estimate import LEVEL, Estimate, Verdict, from_draws
 
 MIN_SEEDS = 3
-"""Seeds at the rates around the optimum below which no verdict is given: fewer do not show the
-noise there."""
+"""No verdict is given with fewer seeds at the rates around the optimum: they do not show the noise
+there."""
 MAX_NEEDED = 64
 """More seeds than this are reported as 'more than'."""
 POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221, 4: 0.0182, 5: 0.0158}
-"""Level of each look by the number of looks planned, so that all together err in 5% (Pocock,
-Biometrika 64, 1977)."""
+"""Significance level of each look by the number of looks planned, for an overall level of 5%
+(Pocock, Biometrika 64, 1977)."""
 
 
 def look_level(rounds: int) -> float:
-    """Return the interval's level at each of the rounds that a sweep plans: 0.95 for one, 0.978 for
-    three."""
+    """Return the interval's level at each planned round: 0.95 for one round, 0.978 for three.
+
+    Raises:
+        ValueError: more rounds are planned than POCOCK has levels for.
+    """
     if rounds not in POCOCK:
         raise ValueError(f"a sweep has at most {max(POCOCK)} rounds, not {rounds}")
     return 1 - POCOCK[rounds]
@@ -89,19 +93,21 @@ def judge(
 
 
 def p_value(draws: np.ndarray, low: float, high: float) -> float:
-    """Return the smallest level at which the draws decide: their interval of level 1 - p lies
-    inside [low, high], or apart from it. At least 2 / the number of draws."""
+    """Return the smallest significance level at which the draws decide.
+
+    That is, their interval of level 1 - p lies inside [low, high] or outside it. At least 2 / the
+    number of draws.
+    """
     below, above = float((draws < low).mean()), float((draws > high).mean())
     inside, apart = 2 * max(below, above), 2 * min(1 - below, 1 - above)
     return min(1.0, max(min(inside, apart), 2 / len(draws)))
 
 
 def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]:
-    """Correct the primary claims for their number (Holm 1979): the k-th smallest p must be at most
-    alpha / (n - k + 1).
+    """Correct the primary claims for multiplicity by Holm's method (1979).
 
-    A verdict that does not survive becomes UNDECIDED and says so; the others are returned as they
-    are.
+    The k-th smallest p-value must be at most alpha / (n - k + 1). A verdict that does not survive
+    becomes UNDECIDED, with the reason; the others are returned unchanged.
     """
     primary = [v for v in verdicts if v.primary]
     out = {id(v): v for v in verdicts}
@@ -145,13 +151,15 @@ def _remedy(gates: list[str]) -> str:
 
 
 def scale_of(log: bool) -> Callable[[float], float]:
-    """Return what brings a ratio (log) or a slope to the scale on which errors are even; a ratio of
-    0 is -infinity."""
+    """Return the function to the scale on which errors are symmetric: ln for ratios, else identity.
+
+    The logarithm of a ratio of 0 is -infinity.
+    """
     return (lambda v: math.log(v) if v > 0 else -math.inf) if log else float
 
 
 def _needed(estimate: Estimate, low: float, high: float, seeds: int, log: bool, of: str) -> str:
-    """Say how many seeds (or bases) it would take: an interval shrinks with their square root."""
+    """Estimate the seeds (or bases) needed: an interval shrinks with the root of their number."""
     if estimate.value is None:
         return "optima with intervals in every curve"
     if not estimate.has_interval():

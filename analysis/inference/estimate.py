@@ -1,4 +1,4 @@
-"""What an analysis returns: values with interval, n and flags; and how they are written as text."""
+"""The results of an analysis (values with interval, n and flags) and their text form."""
 
 import dataclasses
 import math
@@ -10,11 +10,11 @@ import numpy as np
 
 N_DRAWS = 4000
 LEVEL = 0.95
-"""Level of an interval, unless a sweep with rounds needs another."""
+"""Default level of an interval; sweeps with more than one round use a higher one."""
 
 
 AT_LEAST = "at_least"
-"""Flag of an estimate of a lower bound: what was measured lies above it."""
+"""Flag: the estimate is of a lower bound, and the measured quantity lies above it."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Estimate:
     n: int = 0
     flags: tuple[str, ...] = ()
     draws: np.ndarray | None = field(default=None, repr=False, compare=False)
-    """Equally likely values, where there is an interval: what other estimates are formed from."""
+    """Equally likely values, if there is an interval; used to combine estimates."""
     level: float = LEVEL
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain values, without the draws."""
+        """Return plain values for JSON, without the draws."""
         names = [f.name for f in dataclasses.fields(self) if f.name != "draws"]
         return {**{n: getattr(self, n) for n in names}, "flags": list(self.flags)}
 
     def has_interval(self) -> bool:
-        """Say whether both ends are known."""
+        """Return whether both ends are known."""
         return self.low is not None and self.high is not None
 
     @property
@@ -57,7 +57,7 @@ class Estimate:
 def from_draws(
     draws: np.ndarray, n: int, level: float = LEVEL, flags: tuple[str, ...] = ()
 ) -> Estimate:
-    """Return the median of equally likely values, and their interval with equal tails."""
+    """Return the median of equally likely values and their equal-tailed interval."""
     low, value, high = (
         float(v) for v in np.quantile(draws, [0.5 - level / 2, 0.5, 0.5 + level / 2])
     )
@@ -65,7 +65,7 @@ def from_draws(
 
 
 def exp_of(e: Estimate) -> Estimate:
-    """Bring an estimate of a logarithm to its own scale."""
+    """Convert an estimate of a logarithm to the original scale."""
     if e.value is None:
         return e
     draws = None if e.draws is None else np.exp(e.draws)
@@ -98,30 +98,30 @@ class Verdict:
     needed: str = ""
     rivals: dict[str, float] = field(default_factory=dict)
     log: bool = True
-    """The margin is one of ratios."""
+    """The margin is of a ratio, so distances are compared as logarithms."""
     p: float | None = None
-    """The smallest level at which it would be decided; None without draws."""
+    """The smallest significance level at which it would be decided; None without draws."""
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return plain values for JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {**values, "estimate": self.estimate.plain(), "margin": list(self.margin)}
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Write a number for people; a missing one as a dash."""
+    """Format a number; a missing one as a dash."""
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.{digits}g}"
 
 
 def signed(value: float | None) -> str:
-    """Write a difference in nats; a missing one as a dash."""
+    """Format a difference in nats; a missing one as a dash."""
     return "-" if value is None else f"{value:+.4f}"
 
 
 def rate(value: float | None) -> str:
-    """Write a learning rate: 1.23e-3."""
+    """Format a learning rate: 1.23e-3."""
     if value is None or not math.isfinite(value):
         return "-"
     mantissa, exponent = f"{value:.2e}".split("e")
@@ -129,7 +129,7 @@ def rate(value: float | None) -> str:
 
 
 def with_interval(e: Estimate, write: Callable[[float | None], str] = number) -> str:
-    """Write an estimate as value [low, high], or as a bound."""
+    """Format an estimate as value [low, high], or as a bound."""
     if AT_LEAST in e.flags:
         return f"at least {with_interval(dataclasses.replace(e, flags=()), write)}"
     if e.value is None:

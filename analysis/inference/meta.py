@@ -22,22 +22,23 @@ class Drift:
     p_slope: float | None = None
     """Two-sided p-value of 'no slope'."""
     p_equal: float | None = None
-    """p-value of 'all ranks have one best LR' (chi^2 with k - 1 degrees of freedom, Cochran's Q).
-    """
+    """p-value of 'all ranks have the same best LR' (Cochran's Q, chi^2 with k - 1 df)."""
 
 
 def drift(
     ranks: Sequence[float], draws: Sequence[np.ndarray], n: int, level: float = LEVEL
 ) -> Drift:
-    """Fit the slope of ln(best LR) over log2(rank): least squares weighted by the optima's
-    variances.
+    """Fit the slope of ln(best LR) over log2(rank) by least squares, weighted by 1 / variance.
 
-    With three ranks and more the slope's spread is widened where the optima scatter about the line
-    by more than their own spread says: by sqrt(chi^2 / df), the Particle Data Group's scale factor.
+    With three or more ranks, if the optima scatter about the line by more than their own errors
+    explain, the slope's spread is multiplied by sqrt(chi^2 / df), the Particle Data Group's scale
+    factor.
 
     Args:
-        ranks: one a curve.
-        draws: equally likely values of ln(best LR), one array a curve.
+        ranks: one per curve.
+        draws: equally likely values of ln(best LR), one array per curve.
+        n: number of runs, for the estimate.
+        level: of the interval.
     """
     if len(draws) < 2:
         return Drift(
@@ -72,7 +73,7 @@ def drift(
 
 @dataclass(frozen=True)
 class RandomEffects:
-    """A mean over groups that differ by more than their errors, such as ln ratios of models."""
+    """A random-effects mean over groups, such as ln ratios of several models."""
 
     mean: float
     low: float
@@ -80,12 +81,12 @@ class RandomEffects:
     tau: float
     """Standard deviation between groups."""
     i2: float
-    """Share of the variance that is between groups."""
+    """Share of the total variance that is between groups (I^2)."""
     p_equal: float
     """p-value of 'all groups are equal' (Cochran's Q)."""
     low_next: float
     high_next: float
-    """Prediction interval: where another group's value would lie."""
+    """Prediction interval for the value of another group."""
     k: int
 
 
@@ -97,6 +98,9 @@ def random_effects(
     Between-group variance by Paule & Mandel (1982), interval by Hartung & Knapp (2001) with k - 1
     degrees of freedom, never narrower than the common-effect one; prediction interval by Higgins et
     al. (2009), k - 2 degrees of freedom (k - 1 at k = 2).
+
+    Raises:
+        ValueError: there are fewer than two values.
     """
     y, v = np.asarray(values, float), np.asarray(errors, float) ** 2
     k = len(y)
@@ -130,7 +134,7 @@ def random_effects(
 
 @dataclass(frozen=True)
 class MetaRegression:
-    """A weighted regression with a variance between rows; terms with Student's intervals."""
+    """A random-effects meta-regression; its coefficients have Student's intervals."""
 
     beta: np.ndarray
     """Coefficients, [k]."""
@@ -163,17 +167,17 @@ class MetaRegression:
 def meta_regression(
     y: np.ndarray, v: np.ndarray, design: np.ndarray, wider: MetaRegression | None = None
 ) -> MetaRegression:
-    """Regress values on a design, with a variance between rows beyond their own.
+    """Regress values on a design, with a variance between rows in addition to their own.
 
     Between-row variance by Paule & Mandel (1982), errors of the coefficients by Knapp & Hartung
-    (2003), never below what v alone gives.
+    (2003), never below those from v alone.
 
     Args:
         y: values, [n].
         v: their known variances, [n].
         design: [n, k].
-        wider: take the variance between rows, and its degrees of freedom, from this regression
-            over more rows.
+        wider: a regression over more rows, from which the variance between rows and its degrees of
+            freedom are taken.
     """
     n, k = design.shape
     df = n - k

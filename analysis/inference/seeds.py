@@ -1,9 +1,9 @@
-"""Intervals over seeds: Student's, at least as wide as the variance pooled over like samples says.
+"""Intervals over seeds: Student's, at least as wide as one by the variance of similar samples.
 
-Three seeds say little about their own spread: three that happen to agree have far too narrow an
-interval. So samples of one quantity in one sweep (the ranks' rho, the recipes' shares) pool their
-variances. A handful of samples that share seeds cannot show that one of them is noisier, so
-pooling only widens: of Student's interval and the one by the pooled variance the wider counts.
+Three seeds give a poor estimate of their own spread: three that happen to agree have far too narrow
+an interval. So samples of one quantity in one sweep (the ranks' rho, the recipes' shares) pool
+their variances. A few samples that share seeds cannot show that one of them is less noisy, so
+pooling only widens: the wider of Student's interval and the pooled one is used.
 """
 
 import math
@@ -25,9 +25,11 @@ class PooledVariance:
 
 
 def pooled_variance(samples: Sequence[Sequence[float]]) -> PooledVariance | None:
-    """Pool the variances of samples of one quantity: the median of theirs, each divided by the
-    median of chi^2 / df, so that an outlying sample counts little. None for fewer than two samples
-    with two values."""
+    """Pool the variances of samples of one quantity by their median, robust against outliers.
+
+    Each variance is first divided by the median of chi^2 / df. None with fewer than two samples of
+    at least two values.
+    """
     known = [np.asarray(s, float) for s in samples if len(s) > 1 and np.isfinite(s).all()]
     if len(known) < 2:
         return None
@@ -44,14 +46,15 @@ def from_sample(
     pooled: PooledVariance | None = None,
     shifts: Sequence[float] = (),
 ) -> Estimate:
-    """Return the mean of independent values (seeds), or their geometric mean, with Student's
-    interval; no interval for one value. With shifts, the value is the median over them.
+    """Return the mean of independent values (one per seed) with Student's interval.
+
+    One value has no interval. With shifts, the value is the median over them.
 
     Args:
-        log: values are positive, and averaged as logarithms.
-        pooled: variance (of the logarithms, if log) of samples like this one; it only widens.
-        shifts: by how much the mean would move at other, equally likely best rates: an error that
-            all seeds share.
+        log: average logarithms (geometric mean); values must be positive.
+        pooled: variance of similar samples (of the logarithms, if log); it only widens.
+        shifts: changes of the mean at other, equally likely best rates: an error that all seeds
+            share.
     """
     x = np.log(values) if log else np.asarray(values, float)
     back = np.exp if log else np.asarray

@@ -1,7 +1,7 @@
-"""From a posterior of the best rate to what is reported: a value with an interval, or a bound.
+"""Turn a posterior of the best rate into a value with an interval, or a bound.
 
-A best rate at the edge of what was tried, or next to a rate that diverged, is a bound. A valley too
-flat for its noise has neither value nor bound.
+A best rate at the edge of the rates tried, or next to one that diverged, is reported as a bound. A
+curve too flat for its noise has neither value nor bound.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ def value_or_bound(
     known: bool,
     level: float,
 ) -> Estimate:
-    """Return a value with an interval, or a bound where the interval leaves the rates tried.
+    """Return a value with an interval, or a bound if the interval extends beyond the rates tried.
 
     Args:
         ends: of the interval, ln(lr).
-        rates: tried and usable, ln(lr), rising.
-        known: whether the noise is known; without it there is no interval.
+        rates: usable rates, ln(lr), rising.
+        known: whether the noise is known; if not, there is no interval.
         level: of the interval.
     """
     low, high = ends
@@ -55,13 +55,14 @@ def value_or_bound(
 def bound_at_end(
     curve: LrCurve, rates: np.ndarray, best: int, posterior: Posterior | None
 ) -> Estimate:
-    """Return a bound where the best rate is the first or the last one tried.
+    """Return a bound if the best rate is the first or the last one tried.
 
-    It reaches to the neighbour inside, or further where the noise leaves that open, and outside to
-    a rate that diverged, if there is one.
+    On the inner side the bound is the neighbouring rate, or further if the noise allows it; on the
+    outer side it is the first rate that diverged, if there is one.
 
     Args:
-        rates: tried and usable, ln(lr), rising. best: index of the best one.
+        rates: usable rates, ln(lr), rising.
+        best: index of the best one.
     """
     low, high = (
         (-math.inf, math.inf) if posterior is None else posterior.quantile(np.array([0.025, 0.975]))
@@ -86,14 +87,16 @@ def _finite(ln_lr: float) -> float | None:
 
 
 def _stream(curve: LrCurve) -> int:
-    """Return a random stream of the curve's own, the same on every machine."""
+    """Derive a random stream from the curve's settings, the same on every machine."""
     name = repr(sorted((k, str(v)) for k, v in curve.key.items()))
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
 def cubic_vertex(rates: np.ndarray, means: np.ndarray, best: int) -> float | None:
-    """Return the minimum, in ln(lr), of the least-squares cubic through the five rates around the
-    best; None if it has none between them."""
+    """Return the minimum, in ln(lr), of a least-squares cubic; None if it has none inside.
+
+    The cubic is fitted to the five rates around the best one.
+    """
     at = slice(min(max(0, best - 2), max(0, len(rates) - 5)), max(best + 3, 5))
     x, y = rates[at] - rates[best], means[at]
     if len(x) < 4:

@@ -1,7 +1,7 @@
-"""Find the best learning rate of lr curves, with an interval, a bound, or nothing.
+"""Find the best learning rate of lr curves, with an interval or a bound where possible.
 
-`likelihood` turns a curve's runs into numbers, `valley` models its shape, `posterior` pools noise
-and misfit over a sweep, and `answer` turns a posterior into a value or a bound.
+`likelihood` summarises a curve's runs, `valley` models its shape, `posterior` pools noise and
+misfit over a sweep, and `answer` turns a posterior into a value or a bound.
 """
 
 import math
@@ -30,12 +30,12 @@ from analysis.optimum.posterior import Pooled, Posterior, weigh
 from analysis.runs.lr_curves import LrCurve
 
 FEW_RATES = 5
-"""Below this many a curve is flagged 'few_points', and no verdict rests on it."""
+"""A curve with fewer rates is flagged 'few_points', and no verdict may depend on it."""
 MIN_RATES_WITH_PRIOR = 3
-"""Rates that a fit needs where two or more related curves give a prior of its shape."""
+"""Rates that a fit needs if at least two related curves give a prior of its shape."""
 CHECK_RATIO = 1.3
-"""A cubic whose minimum lies outside the interval and differs by more raises the flag
-'checks_disagree'."""
+"""The flag 'checks_disagree' is set if the minimum of a cubic fit lies outside the interval and
+differs from the median by more than this factor."""
 
 
 def fit_all(curves: Sequence[LrCurve], level: float = LEVEL, share: bool = False) -> list[Optimum]:
@@ -43,7 +43,7 @@ def fit_all(curves: Sequence[LrCurve], level: float = LEVEL, share: bool = False
 
     Args:
         level: of the intervals.
-        share: curves that differ only in their rank give each other a prior of their shape.
+        share: use curves that differ only in rank as a prior for each other's shape.
     """
     return fit_sweeps([curves], level, share)[0]
 
@@ -51,7 +51,10 @@ def fit_all(curves: Sequence[LrCurve], level: float = LEVEL, share: bool = False
 def fit_sweeps(
     sweeps: Sequence[Sequence[LrCurve]], level: float = LEVEL, share: bool = False
 ) -> list[list[Optimum]]:
-    """Find the optima of many sweeps, each on its own; curves of one design are fitted together."""
+    """Find the optima of many sweeps, each independently.
+
+    Curves with the same rates and repeats are computed together, which is faster.
+    """
     trimmed = [[without_collapse(c) for c in curves] for curves in sweeps]
     groups = [
         _group(i, {k: curves[k] for k in part})
@@ -75,14 +78,14 @@ def fit_sweeps(
 
 @dataclass
 class _Group:
-    """Curves of one sweep that share one noise, by their place in the sweep."""
+    """Curves of one sweep with a common noise level, by index in the sweep."""
 
     sweep: int
     curves: dict[int, LrCurve]
     weights: dict[int, np.ndarray]
     growth: float
     likelihoods: dict[int, Likelihood]
-    """Of the curves with enough rates for a fit."""
+    """Likelihoods of the curves with enough rates for a fit."""
 
 
 def _group(sweep: int, curves: dict[int, LrCurve]) -> _Group:
@@ -105,8 +108,11 @@ def _likelihoods(group: _Group, members: Sequence[int]) -> dict[int, Likelihood]
 def _shape_priors(
     group: _Group, posteriors: Sequence[Posterior], pooled: Pooled
 ) -> list[valley.ShapePrior | None]:
-    """Return a prior of every fitted curve's shape; curves that only it makes fit are added to the
-    group."""
+    """Return a shape prior for every fitted curve.
+
+    Curves with too few rates for a fit of their own, but enough with a prior, are added to the
+    group's likelihoods.
+    """
     shapes = _shapes(group, posteriors, pooled)
     priors = {
         k: _shape_prior(k, group.curves, shapes)
@@ -121,7 +127,7 @@ def _shape_priors(
 def _shapes(
     group: _Group, posteriors: Sequence[Posterior], pooled: Pooled
 ) -> dict[int, valley.Shape]:
-    """Return the shapes of curves that have a fit of their own and their best rate inside."""
+    """Return the shapes of the curves that have a fit and whose best rate is not at an edge."""
     out = {}
     for (k, e), posterior in zip(group.likelihoods.items(), posteriors):
         if 0 < e.best < len(e.x) - 1:
@@ -133,9 +139,11 @@ def _shapes(
 def _shape_prior(
     k: int, curves: dict[int, LrCurve], shapes: dict[int, valley.Shape]
 ) -> valley.ShapePrior | None:
-    """Return what the curves that differ from one only in their rank show of its shape (empirical
-    Bayes): mean and spread of their asymmetry and curvature, at least 0.2 and 15%. None with fewer
-    than two of them."""
+    """Return an empirical-Bayes prior of curve `k`'s shape, from curves that differ only in rank.
+
+    Mean and standard deviation of their asymmetry and ln curvature; the standard deviations are at
+    least 0.2 and 0.15. None with fewer than two such curves.
+    """
     found = [
         s
         for j, s in shapes.items()
@@ -211,7 +219,7 @@ def _optimum(
 
 
 def _agree(vertex: float | None, low: float, high: float, posterior: Posterior) -> bool:
-    """Say whether the cubic's minimum lies in the interval, or near the posterior's median."""
+    """Return whether the cubic's minimum lies in the interval or near the posterior's median."""
     if vertex is None:
         return False
     off = abs(vertex - float(posterior.quantile(0.5)))

@@ -1,7 +1,7 @@
-"""The likelihood of the losses at a curve's rates, from its runs. Fits nothing.
+"""The likelihood of the losses at a curve's rates, given its runs. Fits no shape.
 
-Decides which rates belong to a valley at all, which curves share one noise, and whether the noise
-grows with the rate.
+Decides which rates belong to a valley (the smooth part of an lr curve around its minimum), which
+curves share one noise level, and whether the noise grows with the rate.
 """
 
 import dataclasses
@@ -15,52 +15,53 @@ from scipy import stats
 from analysis.runs.lr_curves import LrCurve
 
 MIN_RATES = 4
-"""Distinct usable learning rates below which a curve has no fit of its own."""
+"""A curve needs this many distinct usable rates for a fit of its own."""
 MIN_DF = 10
-"""Degrees of freedom of the pooled variance below which there is no interval."""
+"""The pooled variance needs this many degrees of freedom for an interval."""
 RIVAL = 3.5
-"""Standard errors within which a rate may still be the lowest."""
+"""A rate may be the true lowest one if its loss is within this many standard errors of the lowest.
+"""
 KEPT = 0.2
-"""A rate above the best one that keeps less than this share of its gain over the untrained model
-has collapsed."""
+"""A rate above the best one has collapsed if it keeps less than this share of the best rate's gain
+over the untrained model."""
 APART = math.log(1.6)
 OUTSIZED = 20.0
-"""A rate this many times as high above the best one as rates a factor 1.6 (APART) from it is no
-part of the valley, nor is any beyond it: it collapsed without being called diverged. LINEX gets
-there 2 factors of 2 from the optimum at a = 1.5. In simulation 40 lets a rise of 1 nat through that
-spoils the fit, and 12 costs width everywhere."""
+"""A rate has collapsed, and is left out with all rates beyond it, if its loss is this many times as
+far above the lowest as that of rates a factor 1.6 (APART) from the best one. Such runs were not
+reported as diverged. A LINEX valley with a = 1.5 reaches this only two factors of 2 from its
+optimum. In simulations a limit of 40 lets a rise of 1 nat through, which spoils the fit, and 12
+widens all intervals."""
 TIE = 1e-9
-"""Losses (nats) closer than this are one: tables print few digits, and rounding in a sum must not
-choose the best rate."""
+"""Losses (nats) closer than this count as equal: tables print few digits, and rounding in a sum
+must not choose the best rate."""
 GROWTH = (0.0, 0.35, 0.7, 1.05)
-"""Growth of the noise's standard deviation tried: as lr to this power."""
+"""Candidate exponents g: the noise's standard deviation grows as lr^g."""
 UNSTEADY = 1e-6
-"""Level of the test for unsteady rates, over a whole sweep."""
+"""Significance level of the test for unsteady rates, over a whole sweep."""
 MIN_DF_GROWTH = 20
-"""Degrees of freedom of repeats below which the noise is taken to be even."""
+"""With fewer degrees of freedom of repeats the noise is taken to be the same at all rates."""
 
 
 def lowest_loss(loss: np.ndarray) -> int:
-    """Return the index of the lowest loss; of equal ones that of the lowest rate."""
+    """Return the index of the lowest loss; the lowest rate wins a tie."""
     return int(np.argmax(loss <= np.min(loss) + TIE))
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The Gaussian likelihood of the losses at one curve's rates; each block's common shift is
-    taken out."""
+    """The Gaussian likelihood of the losses at one curve's rates, without the blocks' shifts."""
 
     x: np.ndarray
     """Distinct ln(lr), [P], rising."""
     loss: np.ndarray
-    """Best estimate of the loss at each, [P]; known up to a constant."""
+    """Estimated loss at each rate, [P], up to a common constant."""
     root: np.ndarray
     """Root of its precision for unit noise, [D, P], D < P: root' root = precision."""
     squares: float
-    """Sum of squares of repeats about it: sigma^2 times a chi^2 of `df`."""
+    """Sum of squares of repeats about it: sigma^2 times a chi^2 with `df` degrees of freedom."""
     df: int
     first_diverged: float = math.inf
-    """ln of the lowest rate above all usable ones that diverged: the minimum lies below."""
+    """ln of the lowest rate above all usable ones that diverged; the minimum must lie below it."""
 
     @property
     def best(self) -> int:
@@ -68,9 +69,14 @@ class Likelihood:
         return lowest_loss(self.loss)
 
     def bracket(self, sigma: float) -> tuple[float, float]:
-        """Return where the minimum of any valley with one bottom lies if a run's noise is sigma:
-        between the neighbours of the rates whose loss is within RIVAL standard errors of the
-        lowest. Beyond an end rate there is no neighbour."""
+        """Return the interval of ln(lr) in which the minimum of a unimodal curve must lie.
+
+        It reaches to the outer neighbours of all rates whose loss is within RIVAL standard errors
+        of the lowest; infinite if there is no neighbour.
+
+        Args:
+            sigma: noise of one run, in nats.
+        """
         inverse = np.linalg.pinv(self.root.T @ self.root)
         b = self.best
         error = sigma * np.sqrt(
@@ -90,16 +96,18 @@ def gather(
     growth: float = 0.0,
     weights: np.ndarray | None = None,
 ) -> Likelihood:
-    """Sum up runs. Where blocks share no rates (every run has a seed of its own), shifts cannot be
-    separated from the curve: they then count as noise.
+    """Compute the likelihood from runs.
+
+    If blocks share no rates (for example, every run has its own seed), their shifts cannot be
+    separated from the curve and count as noise.
 
     Args:
         x: ln(lr), [n].
         y: losses in nats, [n].
         block: of each run, [n]; runs of one block share a shift, such as that of a seed's batches.
-        first_diverged: ln of the lowest rate above that diverged.
-        growth: the noise's standard deviation rises as lr^growth about the best rate.
-        weights: each run's precision, 1 for a steady one, [n].
+        first_diverged: ln of the lowest rate above all usable ones that diverged.
+        growth: the noise's standard deviation is proportional to lr^growth.
+        weights: relative precision of each run, [n]; 1 unless its rate is unsteady.
     """
     rates, at = np.unique(x, return_inverse=True)
     means = np.bincount(at, y) / np.bincount(at)
@@ -116,7 +124,7 @@ def gather(
     size, axes = np.linalg.eigh(precision)
     known = size > 1e-9 * weight.sum()
     if known.sum() < len(rates) - 1 and len(blocks) > 1:
-        # Blocks that share no rate leave their shifts unknown.
+        # The shifts of blocks that share no rate cannot be estimated.
         return gather(x, y, np.zeros(len(x), int), first_diverged, growth, weights)
     loss = axes[:, known] @ ((axes[:, known].T @ right) / size[known])
     squares = sum(_about(weight[r], y[r] - loss[at[r]]) for r in blocks)
@@ -131,7 +139,12 @@ def _about(w: np.ndarray, rest: np.ndarray) -> float:
 
 
 def of_curve(curve: LrCurve, growth: float, weights: np.ndarray | None = None) -> Likelihood:
-    """Sum up a curve's usable runs; weights: of these runs, [n]."""
+    """Compute the likelihood of a curve's usable runs.
+
+    Args:
+        growth: the noise's standard deviation is proportional to lr^growth.
+        weights: of the usable runs, [n].
+    """
     use = curve.usable
     return gather(
         curve.x[use], curve.y[use], curve.block[use], first_diverged(curve), growth, weights
@@ -141,12 +154,12 @@ def of_curve(curve: LrCurve, growth: float, weights: np.ndarray | None = None) -
 def weights_of(curves: Sequence[LrCurve]) -> list[np.ndarray]:
     """Return the weights of every curve's usable runs: 1, or below 1 at unsteady rates.
 
-    A rate above the best one is unsteady where its repeats lie so far apart that some of them had
-    begun to diverge. It still says that the loss is higher there. At full weight a single one would
-    make the pooled noise that of a diverging run, and no curve of the sweep would have an optimum.
+    A rate above the best one is unsteady if its repeats are so far apart that some of them must
+    have begun to diverge. It still shows that the loss is higher there. At full weight, a single
+    such rate would dominate the pooled noise, and no curve of the sweep would have an optimum.
 
-    An F test against the median of all repeats' variances, each allowed the strongest GROWTH, at
-    level UNSTEADY over all rates; needs MIN_DF rates with repeats.
+    The test is an F test against the median of all repeats' variances, corrected for the strongest
+    GROWTH, at level UNSTEADY over all rates. It needs MIN_DF rates with repeats.
     """
     out = [np.ones(int(c.usable.sum())) for c in curves]
     cells = [r for k, c in enumerate(curves) for r in _repeats(k, c)]
@@ -168,13 +181,13 @@ class _Repeats:
 
     curve: int
     runs: np.ndarray
-    """Which of the curve's usable runs they are, [n], boolean."""
+    """Mask over the curve's usable runs, [n]."""
     df: int
     var: float
     allowed: float
-    """Factor on the variance that the strongest growth of the noise allows at this rate."""
+    """Factor by which the variance may exceed that at the best rate: the strongest GROWTH."""
     above: bool
-    """The rate is above the best one."""
+    """Whether the rate is above the best one."""
 
 
 def _repeats(k: int, curve: LrCurve) -> list[_Repeats]:
@@ -197,8 +210,10 @@ def first_diverged(curve: LrCurve) -> float:
 
 
 def growth_of(curves: Sequence[LrCurve], all_weights: Sequence[np.ndarray]) -> float:
-    """Return how the noise grows with the rate, by the likelihood of repeats near the bottoms of a
-    sweep's valleys; unsteady ones left out."""
+    """Return how the noise grows with the rate: the likeliest exponent of GROWTH.
+
+    Uses the repeats near the minima of a sweep's curves, without the unsteady ones.
+    """
     far, rest, df = [], [], 0
     for c, weights in zip(curves, all_weights):
         x, y, block = c.x[c.usable], c.y[c.usable], c.block[c.usable]
@@ -231,8 +246,10 @@ def n_rates(curve: LrCurve) -> int:
 
 
 def pools(curves: Sequence[LrCurve]) -> list[list[int]]:
-    """Group curves that share one noise: those of a model and data set; those that cannot vouch for
-    a noise of their own (fewer than MIN_DF degrees of freedom) share one."""
+    """Group curves that share one noise level: those of one model and data set.
+
+    All groups with fewer than MIN_DF degrees of freedom are merged into one.
+    """
     groups: dict[tuple, list[int]] = {}
     for k, c in enumerate(curves):
         groups.setdefault((c.key.get("model"), c.key.get("dataset")), []).append(k)
@@ -251,12 +268,13 @@ def _df(curve: LrCurve) -> int:
 
 
 def without_collapse(curve: LrCurve) -> LrCurve:
-    """Leave out rates above the best one at which the runs collapsed without being called diverged,
-    and all beyond them.
+    """Leave out the rates at which runs collapsed without being reported as diverged.
 
-    They stand out by their height, or by having lost most of what the best rate gained. What is
-    typical of the height: that of rates a factor 1.6 from the best one, or a quarter of that of
-    rates twice as far; the lower of both sides.
+    These are above the best rate; all rates beyond them are left out too. A rate has collapsed if
+    it lost most of the best rate's gain (KEPT), or if its loss is OUTSIZED times the typical height
+    above the lowest. The typical height is that of rates a factor 1.6 from the best one, or a
+    quarter of that of rates twice as far (in ln), whichever is larger; each is the lower of the two
+    sides.
     """
     x, y = curve.x[curve.usable], curve.y[curve.usable]
     rates = np.unique(x)
@@ -267,15 +285,14 @@ def without_collapse(curve: LrCurve) -> LrCurve:
     height = means - means[best]
 
     def nearest(distance: float) -> float:
-        """Return the lower of the heights at the nearest rates this far away, on either side."""
+        """Return the lower of the two sides' heights at the nearest rate this far away."""
         down = height[:best][rates[best] - rates[:best] >= distance][-1:]
         up = height[best + 1 :][rates[best + 1 :] - rates[best] >= distance][:1]
         return float(min([*down, *up], default=0.0))
 
     limit = OUTSIZED * max(nearest(APART), nearest(2 * APART) / 4)
-    lost = (1 - KEPT) * (
-        curve.nll_start - means[best]
-    )  # NaN, where the start is not known, loses no rate
+    # NaN if the untrained model's loss is unknown: every comparison below is then False.
+    lost = (1 - KEPT) * (curve.nll_start - means[best])
     top = next(
         (k for k in range(best + 1, len(rates)) if height[k] > limit > 0 or height[k] > lost > 0),
         len(rates),

@@ -1,4 +1,4 @@
-"""The optimum of one lr curve, and what its fit says of other rates."""
+"""The optimum of one lr curve, and the fitted loss at other rates."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from analysis.runs.lr_curves import LrCurve
 
 @dataclass(frozen=True)
 class Optimum:
-    """The optimum of one curve. `best_lr` has value None where only a bound is known."""
+    """The optimum of one curve. The value of `best_lr` is None if only a bound is known."""
 
     curve: LrCurve
     best_lr: Estimate
@@ -23,17 +23,17 @@ class Optimum:
     """Mean NLL at the best rate tried."""
     flags: tuple[str, ...]
     check_lr: float | None = None
-    """Minimum of a cubic through the five rates around the best: a check, not the answer."""
+    """Minimum of a cubic fitted to the five rates around the best; only a check."""
     pooled: Pooled | None = None
     open_side: int = 0
-    """1: the optimum may lie above the rates tried, -1: below; 0: between them, or on either side
-    (flat)."""
+    """1: the optimum may lie above the rates tried; -1: below; 0: inside, or possibly on either
+    side (flat)."""
     posterior: Posterior | None = field(default=None, repr=False)
     likelihood: Likelihood | None = field(default=None, repr=False)
 
     @functools.cached_property
     def shape(self) -> valley.Shape | None:
-        """The likeliest valley with its minimum at the posterior's median; None without a fit."""
+        """The likeliest shape with its minimum at the posterior's median; None without a fit."""
         e = self.likelihood
         if self.posterior is None or e is None or self.pooled is None:
             return None
@@ -44,7 +44,7 @@ class Optimum:
 
     @functools.cached_property
     def best_nll(self) -> float | None:
-        """The fitted NLL at the optimum; where that is unknown, the mean at the best rate tried."""
+        """The fitted NLL at the optimum; without one, the mean at the best rate tried."""
         if self.shape is None or self.pooled is None or self.best_lr.value is None:
             return self.lowest
         return _level(self.curve, self.shape, self.pooled)
@@ -56,15 +56,17 @@ class Optimum:
         return _level(self.curve, self.shape, self.pooled) + self.shape.height(np.log(lr))
 
     def regret(self, lr: float) -> float | None:
-        """Return NLL(lr) - best NLL in nats under the fit; None outside the rates tried."""
+        """Return the fitted NLL(lr) - best NLL, in nats; None outside the rates tried."""
         x = self.curve.x[self.curve.usable]
         if self.shape is None or not x.min() - 1e-9 <= math.log(lr) <= x.max() + 1e-9:
             return None
         return float(max(self.shape.height(np.array([math.log(lr)]))[0], 0.0))
 
     def band(self, loss: float) -> tuple[float, float] | None:
-        """Return the rates around the best one that lose at most `loss` nats under the fit, within
-        those tried."""
+        """Return the range of rates whose fitted loss is at most `loss` nats above the best.
+
+        Limited to the rates tried; None without a fit.
+        """
         if self.shape is None:
             return None
         x = self.curve.x[self.curve.usable]
@@ -79,8 +81,10 @@ class Optimum:
 
 
 def seeds_at_best(o: Optimum) -> int:
-    """Count the seeds at the two rates on both sides of the fitted optimum (without one: about the
-    best rate)."""
+    """Return the smaller number of seeds at the two rates on either side of the fitted optimum.
+
+    Without a fitted optimum, the smallest number at the best rate and its neighbours.
+    """
     x = o.curve.x[o.curve.usable]
     if not len(x):
         return 0
@@ -96,13 +100,16 @@ def seeds_at_best(o: Optimum) -> int:
 
 
 def _level(curve: LrCurve, shape: valley.Shape, pooled: Pooled) -> float:
-    """Return the fitted loss at the optimum in nats: the mean over blocks (seeds) of their runs'
-    losses less the fitted height, runs near the bottom weighing most."""
+    """Return the fitted loss at the optimum, in nats.
+
+    This is the mean over blocks (seeds) of their runs' losses minus the fitted height; runs near
+    the minimum weigh most.
+    """
     x, y, block = curve.x[curve.usable], curve.y[curve.usable], curve.block[curve.usable]
     height = shape.height(x)
     weight = 1 / (pooled.noise**2 + (pooled.misfit * height) ** 2 + 1e-18)
     blocks = np.unique(block)
-    # No block counts more than one run at the bottom.
+    # A block weighs at most as much as one run at the minimum.
     share = [min(float(weight[block == b].sum()), 1 / pooled.noise**2) for b in blocks]
     return float(
         np.average(

@@ -1,6 +1,6 @@
 """The posterior of each curve's minimum, with noise and misfit pooled over a sweep.
 
-Knows numbers only: no table, no flags, no verdict.
+Knows no tables, flags or verdicts.
 """
 
 import math
@@ -16,14 +16,15 @@ from analysis.optimum.valley import ShapePrior
 N_DRAWS = 4000
 _STEPS, _PAD = 57, 0.7
 _END = 3e-3
-"""Mass in an end's cell above which the minimum is looked for over the whole range."""
+"""If an end cell of the grid has more mass than this, the posterior is recomputed over the whole
+range."""
 _CHUNK = 48
 _NEVER = -1e4
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """Of the place of one minimum, in ln(lr): mass on an even grid."""
+    """The posterior of one minimum, in ln(lr): probability mass on an even grid."""
 
     m: np.ndarray
     mass: np.ndarray
@@ -35,22 +36,24 @@ class Posterior:
         return np.interp(p, np.append(0.0, np.cumsum(self.mass)), edges)
 
     def within(self, low: float, high: float) -> float:
-        """Return the probability of an interval."""
+        """Return the probability that the minimum lies in an interval."""
         step = self.m[1] - self.m[0]
         edges = np.append(self.m - step / 2, self.m[-1] + step / 2)
         below = np.interp([low, high], edges, np.append(0.0, np.cumsum(self.mass)))
         return float(below[1] - below[0])
 
     def draws(self, stream: int, n: int = N_DRAWS) -> np.ndarray:
-        """Return n values, evenly spaced in probability, in the stream's random order: sums of such
-        are smooth."""
+        """Return n quantiles, evenly spaced in probability, in a random order given by the stream.
+
+        Sums of such draws have smoother distributions than sums of random draws.
+        """
         order = np.random.default_rng([20251125, stream]).permutation(n)
         return self.quantile((np.arange(n) + 0.5) / n)[order]
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """A sweep's noise (nats, of one run at the bottom) and misfit, posterior means."""
+    """A sweep's noise (nats, of one run at the minimum) and misfit: posterior means."""
 
     noise: float
     misfit: float
@@ -62,10 +65,12 @@ def weigh(
     shape_priors: Sequence[Sequence[ShapePrior | None]] | None = None,
     misfit: float | None = None,
 ) -> list[tuple[list[Posterior], Pooled]]:
-    """Return each sweep's posteriors, one a curve, and its pooled noise. Curves of one design are
-    done together.
+    """Return each sweep's posteriors, one per curve, and its pooled noise and misfit.
 
-    misfit: take this level (the nearest of valley.TAUS) as known.
+    Args:
+        sweeps: likelihoods of each sweep's curves.
+        shape_priors: by sweep and curve.
+        misfit: take the level of valley.TAUS nearest to this as known.
     """
     sigmas = [_sigmas(s) for s in sweeps]
     flat = [e for sweep in sweeps for e in sweep]
@@ -99,7 +104,7 @@ def weigh(
 
 
 def _sigmas(sweep: Sequence[Likelihood]) -> np.ndarray:
-    """Return noise levels to average over: near the repeats' spread, or wide with few repeats."""
+    """Return the noise levels to average over: near the repeats' spread, if there are enough."""
     if not sweep:
         return np.ones(1)
     df = sum(e.df for e in sweep)
@@ -115,7 +120,7 @@ def _everywhere(e: Likelihood) -> np.ndarray:
 
 
 def _near(e: Likelihood) -> np.ndarray:
-    """Minima to try: from two rates below the best one to two above."""
+    """Return the minima to try: from two rates below the best one to two above."""
     low = e.x[e.best - 2] if e.best >= 2 else e.x[0] - _PAD
     high = e.x[e.best + 2] if e.best + 2 < len(e.x) else e.x[-1] + _PAD
     return np.linspace(low, min(high, e.first_diverged), _STEPS)
@@ -127,8 +132,10 @@ def _all_logs(
     sigmas: list[np.ndarray],
     shape_priors: list[ShapePrior | None],
 ) -> list[np.ndarray]:
-    """Log likelihoods [S, T, M] of many curves; those of one design share their tables and are done
-    in one go."""
+    """Compute the log likelihoods [S, T, M] (noise, misfit, minimum) of many curves.
+
+    Curves with the same design (rates and repeats) share their tables and are computed together.
+    """
     groups: dict[tuple, list[int]] = {}
     for k, (e, m) in enumerate(zip(likelihoods, grids)):
         design = tuple(np.round(v, 9).tobytes() for v in (e.x - e.x[0], e.root, m - e.x[0]))
@@ -147,8 +154,11 @@ def _all_logs(
 
 
 def _inside(e: Likelihood, m: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """0 where a minimum is possible at all for a noise, [S, M], and next to nothing elsewhere: the
-    wandering curvature would else allow a second, lower bottom at a rate that was tried."""
+    """Return 0 where a minimum is possible at a noise level and a large negative number elsewhere.
+
+    [S, M]. Without this, the random curvature would allow a second, lower minimum at another tried
+    rate.
+    """
     ends = [e.bracket(float(s)) for s in sigmas]
     return np.array([np.where((m >= low) & (m <= high), 0.0, _NEVER) for low, high in ends])
 
@@ -160,7 +170,7 @@ def _pool(
     grids: Sequence[np.ndarray],
     misfit: float | None,
 ) -> tuple[list[Posterior], Pooled]:
-    """Weigh noise and misfit by all curves, then average each curve's posterior over them."""
+    """Weight noise and misfit by the likelihood of all curves, then average each posterior."""
     if not sweep:
         return [], Pooled(math.nan, math.nan, 0)
     prior = np.array(valley.TAU_PRIOR)
@@ -175,10 +185,8 @@ def _pool(
     df = sum(e.df for e in sweep)
     total = total - (df * np.log(sigmas) + sum(e.squares for e in sweep) / (2 * sigmas**2))[:, None]
     for log in logs:
-        top = log.max(-1)
-        total = (
-            total + top + np.log(np.exp(log - top[..., None]).mean(-1))
-        )  # the prior of m is even over its grid
+        top = log.max(-1)  # the prior of m is uniform over its grid
+        total = total + top + np.log(np.exp(log - top[..., None]).mean(-1))
     share = np.exp(total - total.max())
     share /= share.sum()
     posteriors = []

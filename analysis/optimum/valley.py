@@ -1,22 +1,22 @@
-"""The likelihood of a valley's minimum, given a curve's losses. Knows no table and no verdict.
+"""The likelihood of an lr curve's minimum, given its losses. Knows no tables and no verdicts.
 
 Model, in x = ln(lr), u = x - m:
 
     loss(x) = level + integral over t from m to x of (x - t) k(t) dt
     k(t) = c exp(a (t - m)) (1 + w(t))
 
-With w = 0 this is LINEX, c (exp(a u) - a u - 1) / a^2 (Varian 1975): convex, its minimum at m,
-steeper on the right for a > 0. No real valley is exactly of any family, so the curvature k carries
-a random process w of mean zero, with covariance tau^2 (matern(s - t) + STEP^2 sign(s - m) sign(t -
-m)): wiggles of the scale ELL, and a jump between the two sides. The loss then is Gaussian, with a
-covariance that vanishes at m and grows with the distance, in proportion to the valley's own height:
-the bottom of the valley counts, its walls only steer, and an interval does not shrink below what
-the shape leaves open, however small the noise. m stays the minimum, since w adds neither height nor
-slope there.
+With w = 0 this is LINEX, c (exp(a u) - a u - 1) / a^2 (Varian 1975): convex, with its minimum at m,
+and steeper on the right for a > 0. No real curve is exactly of this or any family, so the curvature
+k includes a random process w with mean zero and covariance tau^2 (matern(s - t) + STEP^2
+sign(s - m) sign(t - m)): wiggles of length scale ELL, and a jump between the two sides. The loss
+is then Gaussian, with a covariance that vanishes at m and grows away from it, in proportion to the
+height of the curve. So points near the minimum count most and points far up the sides count little,
+and an interval does not shrink below the uncertainty of the shape, however small the noise. m
+remains the minimum, since w adds neither height nor slope there.
 
 tau (misfit) and sigma (noise of one run, in nats) are shared by the curves of a sweep and averaged
-over their posterior. Constants were set on generators of analysis/validation/calibration.py drawn
-with other seeds; the kept study tests them.
+over their posterior. Constants were chosen on the generators of analysis/validation/calibration.py
+with other seeds than those of the kept calibration, which tests them.
 """
 
 import functools
@@ -28,23 +28,23 @@ import numpy as np
 ELL = 0.7
 """Correlation length of the curvature's wiggles, in units of ln(lr): a factor 2."""
 STEP = 1.75
-"""Size of the curvature's jump at the minimum against its wiggles."""
+"""Size of the curvature's jump at the minimum, relative to its wiggles."""
 TAUS = (0.15, 0.22, 0.35, 0.6, 1.0)
-"""Levels of misfit tried: relative error of the curvature."""
+"""Levels of misfit to average over: relative error of the curvature."""
 TAU_PRIOR = (0.001, 0.003, 0.2, 0.5, 0.296)
-"""Prior of the levels: half is assumed until a sweep's own points say otherwise."""
+"""Prior of the levels; about half is assumed until a sweep's own points show otherwise."""
 COARSE, COARSE_TAU = math.log(2.2), 0.6
-"""Where rates lie farther apart than this (ln), points see too little of the shape to vouch for
-less misfit than that."""
+"""If rates are further apart than the first (in ln), the points show too little of the shape to
+support a misfit below the second."""
 A_MEAN, A_SD = 0.5, 1.0
-"""Prior of the asymmetry a, per unit of ln(lr): real valleys rise faster on the right."""
+"""Prior of the asymmetry a, per unit of ln(lr): real curves rise faster on the right."""
 _A = np.linspace(-1.0, 2.0, 11)
 _N_T = 100
 _C_MIN = 1e-9
 
 
 def linex(u: np.ndarray, a: float | np.ndarray) -> np.ndarray:
-    """Return (exp(a u) - a u - 1) / a^2, and its limit u^2/2 at a = 0."""
+    """Return (exp(a u) - a u - 1) / a^2, with its limit u^2/2 at a = 0."""
     t = a * u
     small = np.abs(t) < 1e-3
     series = u * u * (0.5 + t / 6 + t * t / 24)
@@ -55,45 +55,50 @@ def linex(u: np.ndarray, a: float | np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ShapePrior:
-    """A prior of a curve's shape from related curves: asymmetry a with its standard deviation,
-    curvature c (nats per unit of ln(lr) squared) with its relative one."""
+    """A prior of a curve's shape, from related curves."""
 
     a: float
+    """Asymmetry, per unit of ln(lr)."""
     a_sd: float
     c: float
+    """Curvature, nats per unit of ln(lr) squared."""
     c_spread: float
+    """Relative standard deviation of c."""
 
 
 @dataclass(frozen=True)
 class Tables:
-    """All that depends on the design alone, at every (m, a) of a grid: one set serves every curve
-    of that design.
+    """Precomputed arrays that depend only on the design (rates and repeats), for a grid of (m, a).
 
     The P losses at the tried rates are known up to a constant, with precision root' root / sigma^2
-    (root: D x P), so z = root loss has unit noise. At each (m, a) z is turned to the axes of the
-    misfit's covariance, which makes the likelihood a sum over D terms whatever sigma, tau and c
-    are.
+    (root: D x P), so z = root loss has unit noise. At each (m, a), z is rotated to the axes of the
+    misfit's covariance, so that the likelihood is a sum over D terms for any sigma, tau and c.
     """
 
     m: np.ndarray
-    """Places of the minimum tried, [M], even spacing."""
+    """Candidate minima, [M], evenly spaced."""
     turn: np.ndarray
     """Rotation, [M, A, D, D]."""
     spread: np.ndarray
     """Variance of the misfit along each axis at c = tau = 1, [M, A, D]."""
     shape: np.ndarray
-    """The family's shape along each axis at c = 1, [M, A, D]."""
+    """LINEX along each axis at c = 1, [M, A, D]."""
 
 
 def misfit(x: np.ndarray, m: np.ndarray, a: np.ndarray) -> np.ndarray:
-    """Covariance of the misfit between the points x [P] at c = tau = 1, for every m [M] and a [A]:
-    [M, A, P, P]."""
+    """Return the covariance of the misfit between points at c = tau = 1, [M, A, P, P].
+
+    Args:
+        x: points in ln(lr), [P].
+        m: minima, [M].
+        a: asymmetries, [A].
+    """
     t = np.linspace(min(x.min(), m.min()), max(x.max(), m.max()), _N_T)
     below, above = t[None, None] <= m[:, None, None], t[None, None] >= m[:, None, None]
     reach = x[None, :, None] - t[None, None]
     lever = np.where(above & (reach >= 0), reach, 0.0) + np.where(below & (reach <= 0), -reach, 0.0)
-    # A plateau on the flat side bends by as much as the bottom does: the scale there is c, not c
-    # exp(a (t - m)).
+    # On the flat side the curvature may vary by as much as at the minimum: its scale there is c,
+    # not c exp(a (t - m)).
     scale = np.maximum(np.exp(a[None, :, None] * (t[None, None] - m[:, None, None])), 1.0)
     lever = lever[:, None] * scale[:, :, None, :] * (t[1] - t[0])
     far = np.sqrt(3) * np.abs(t[:, None] - t[None]) / ELL
@@ -103,8 +108,13 @@ def misfit(x: np.ndarray, m: np.ndarray, a: np.ndarray) -> np.ndarray:
 
 
 def tables(x: np.ndarray, root: np.ndarray, m: np.ndarray) -> Tables:
-    """Build the tables of a design: rates x [P] in ln(lr), root of their precision [D, P], minima m
-    [M] to try."""
+    """Build the tables of a design.
+
+    Args:
+        x: rates in ln(lr), [P].
+        root: root of their precision, [D, P].
+        m: candidate minima, [M].
+    """
     key = (x - x[0], root, m - x[0])
     made = _tables(*(np.round(np.ascontiguousarray(v), 9).tobytes() for v in key), len(root))
     return replace(made, m=made.m + x[0])
@@ -124,11 +134,14 @@ def _tables(x_key: bytes, root_key: bytes, m_key: bytes, d: int) -> Tables:
 def log_likelihood(
     t: Tables, z: np.ndarray, sigmas: np.ndarray, prior: ShapePrior | None = None
 ) -> np.ndarray:
-    """Return the log likelihood of curves z [C, D] over (sigma, tau, m): [C, S, T, M]; sigmas is
-    [C, S].
+    """Return the log likelihood of curves over (sigma, tau, m), [C, S, T, M].
 
-    The curvature c is the best one for each (sigma, tau, m, a); a is averaged over its prior.
-    `prior`: what related curves have shown; without it, priors that fit any valley.
+    The curvature c is maximised for each (sigma, tau, m, a); a is averaged over its prior.
+
+    Args:
+        z: root x loss of each curve, [C, D].
+        sigmas: noise levels, [C, S].
+        prior: shape prior from related curves; without it, a broad one.
     """
     turned = np.einsum("madj,cj->cmad", t.turn, z)
     weight = -0.5 * ((_A - (prior.a if prior else A_MEAN)) / (prior.a_sd if prior else A_SD)) ** 2
@@ -159,8 +172,7 @@ def log_likelihood(
 
 @dataclass(frozen=True)
 class Shape:
-    """The likeliest valley of one curve: constants of the family, and the misfit that its points
-    call for."""
+    """The likeliest shape of one curve: LINEX constants and the fitted misfit."""
 
     x: np.ndarray
     m: float
@@ -168,11 +180,10 @@ class Shape:
     c: float
     tau: float
     pull: np.ndarray
-    """Weights [P] of the misfit's covariance, so that the curve passes near the points that are
-    known well."""
+    """Weights [P] of the misfit's covariance; they make the curve pass near precise points."""
 
     def height(self, x: np.ndarray) -> np.ndarray:
-        """Return the loss over the minimum's at ln(lr) = x, in nats."""
+        """Return the loss at ln(lr) = x minus the minimum, in nats."""
         x = np.asarray(x, float)
         both = np.concatenate([self.x, x])
         cross = misfit(both, np.array([self.m]), np.array([self.a]))[0, 0][
@@ -184,7 +195,7 @@ class Shape:
 def likeliest(
     x: np.ndarray, root: np.ndarray, z: np.ndarray, m: float, sigma: float, tau: float
 ) -> Shape:
-    """Return the likeliest shape whose minimum is at m, given noise and misfit."""
+    """Return the likeliest shape with its minimum at m, given noise and misfit."""
     best, found = -np.inf, None
     cov = misfit(x, np.array([m]), _A)[0]
     for a, k in zip(_A, cov):
