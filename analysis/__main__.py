@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _runs(argv: Sequence[str]) -> int:
     args = _runs_parser(argv[0]).parse_args(argv)
 
-    from analysis.report import commands
     from analysis.runs import reading
     from analysis.runs.table import TableError
+    from analysis.tables import commands
 
     if not args.within > 0:
         raise TableError(
@@ -126,7 +126,7 @@ def _mapping(pairs: Sequence[str]) -> dict[str, str]:
 
 def _of_runs(command: str, reading: "Reading", args: argparse.Namespace) -> tuple[Any, list[str]]:
     """Return what a command finds in a table of runs: as plain values, and as lines of text."""
-    from analysis.report import commands, laws
+    from analysis.tables import commands, laws
 
     if command == "fit":
         fits = commands.fit(reading, args.within, args.share)

@@ -12,6 +12,9 @@ from analysis.optimum.likelihood import Likelihood
 from analysis.optimum.posterior import Pooled, Posterior
 from analysis.runs.lr_curves import LrCurve
 
+WITHIN = 0.01
+"""Loss, in units of the metric, within which a rate belongs to the low-regret band."""
+
 
 @dataclass(frozen=True)
 class Optimum:

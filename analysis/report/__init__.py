@@ -1,4 +1,4 @@
-"""What people read: reports, pages, figures.
+"""What people read of a sweep or of the whole study: reports, pages, figures.
 
-Computes nothing.
+Refuses to fit anything: it shows what the questions found.
 """

@@ -13,11 +13,10 @@ from typing import Any
 import pandas as pd
 
 from analysis.inference.estimate import Verdict, with_interval
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.optimum import WITHIN, Optimum
 from analysis.questions.base import Analysis
 from analysis.questions.registry import analyse
 from analysis.report import plots, plots_curves, report_page
-from analysis.report.commands import WITHIN
 from analysis.report.interactive import page
 from analysis.report.text import aligned, plain, text_hash
 from analysis.runs.learning_curves import by_run

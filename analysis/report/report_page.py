@@ -8,9 +8,8 @@ import pandas as pd
 
 from analysis.inference.decide import look_level
 from analysis.inference.estimate import Verdict, number, rate, with_interval
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.optimum import WITHIN, Optimum
 from analysis.questions.base import Analysis, Section
-from analysis.report.commands import WITHIN
 from analysis.report.text import markdown as table_of
 from analysis.runs.lr_curves import LrCurve, full_names
 

@@ -20,10 +20,10 @@ from scipy import stats
 from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.inference.meta import random_effects
 from analysis.measures.ratio import MIN_RANK
-from analysis.report import commands, laws
 from analysis.report.text import markdown
 from analysis.runs import reading
 from analysis.runs.lr_curves import lr_curves
+from analysis.tables import commands, laws
 
 DRIFT_MARGIN = 0.099
 """Largest slope of ln(best LR) a doubling of the rank that the claim allows: a factor 2 in 7."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.report import commands
 from analysis.runs.reading import read
 from analysis.runs.table import TableError
+from analysis.tables import commands
 from tests.tables import planted, run, write
 from tests.world import ROOT
 

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.report import commands
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.reading import read
+from analysis.tables import commands
 from tests.tables import planted, run, write
 
 KEPT = Path(__file__).resolve().parents[3] / "analysis" / "results"

@@ -14,15 +14,12 @@ from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.inference.meta import Drift, RandomEffects, drift
 from analysis.measures.ratio import gap, pool_ratios, ratio_of
 from analysis.optimum.fit import fit_all
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.optimum import WITHIN, Optimum
 from analysis.report.interactive import page
 from analysis.report.text import aligned, plain
 from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.runs.reading import Reading
 from analysis.runs.table import TableError
-
-WITHIN = 0.01
-"""Loss, in units of the metric, within which a rate belongs to the low-regret band."""
 
 
 def optima_of(reading: Reading, share: bool = False) -> list[Optimum]:

@@ -15,11 +15,11 @@ from analysis.measures import lr_law
 from analysis.measures.ratio import ratio_of
 from analysis.measures.ratio_law import Ratio, ratio_law
 from analysis.optimum.fit import fit_all
-from analysis.report.commands import arms_of
 from analysis.report.text import aligned
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.reading import Reading
 from analysis.runs.table import TableError
+from analysis.tables.commands import arms_of
 
 
 def law(reading: Reading, share: bool = False) -> dict[str, Any]:
