@@ -1,4 +1,5 @@
-"""One planted sweep with its whole report, made once: what study pages and qualification read."""
+"""One planted sweep with its whole report, made once: what study pages and qualification read. And
+norms that a float64 reference can be compared with."""
 
 import shutil
 from pathlib import Path
@@ -38,3 +39,18 @@ def rank_answer(tmp_path_factory):
 def reports(rank_answer, tmp_path) -> Path:
     """A copy of its reports, to be changed."""
     return shutil.copytree(rank_answer / "reports", tmp_path / "reports")
+
+
+@pytest.fixture
+def norms_in_float64(monkeypatch):
+    """transformers' norms go through float32 even in a float64 model; a reference of 1e-9 cannot."""
+
+    import torch
+
+    def forward(self, x):
+        return self.weight * (
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
+
+    for family in ("llama.modeling_llama.LlamaRMSNorm", "qwen3.modeling_qwen3.Qwen3RMSNorm"):
+        monkeypatch.setattr(f"transformers.models.{family}.forward", forward)

@@ -1,4 +1,4 @@
-"""The fit on curves whose answer is known, and tables that must be refused."""
+"""The fit on curves whose answer is known."""
 
 import math
 
@@ -6,12 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.inference.decide import judge
-from analysis.inference.estimate import AT_LEAST, Estimate, with_interval
 from analysis.optimum.fit import MIN_DF, fit_all
 from analysis.optimum.valley import linex
 from analysis.runs.lr_curves import lr_curves
-from analysis.runs.table import TableError
 
 GRID = np.array([1e-4 * 2**k for k in range(7)])
 
@@ -119,42 +116,3 @@ def test_coverage_on_valleys_inside_and_outside_the_family():
                     and o.best_lr.low <= truth[o.curve.key["rank"]] <= o.best_lr.high
                 )
         assert held / total >= 0.9, name
-
-
-def test_two_bases_are_never_mixed():
-    frame = table(lambda lr, s: 2.0, seeds=(0, 1))
-    frame["base_sha256"] = np.where(frame["seed"] == 0, "a" * 64, "b" * 64)
-    with pytest.raises(TableError, match="cannot share a curve"):
-        lr_curves(frame)
-
-
-def test_a_missing_column_is_named():
-    with pytest.raises(TableError, match="test_nll"):
-        lr_curves(pd.DataFrame({"model": ["m"]}))
-
-
-@pytest.mark.parametrize(
-    ("low", "value", "high", "outcome"),
-    [
-        (8, 10, 12, "SUPPORTED"),
-        (2, 3, 4, "REFUTED"),
-        (15, 20, 25, "REFUTED"),
-        (6, 10, 15, "UNDECIDED"),
-        (None, 10, None, "UNDECIDED"),
-    ],
-)
-def test_the_decision_rule(low, value, high, outcome):
-    claim = {"estimand": "lr_ratio", "expected": 10, "margin": [7.1, 14.1]}
-    verdict = judge("ratio", claim, "g", Estimate(value, low, high), [], 3, True)
-    assert verdict.outcome == outcome
-    assert bool(verdict.needed) == (outcome == "UNDECIDED")
-    gated = judge("ratio", claim, "g", Estimate(value, low, high), ["task: nearly solved"], 3, True)
-    assert gated.outcome == "UNDECIDED" and gated.why == "task: nearly solved"
-
-
-def test_bounds_are_written_as_bounds():
-    assert with_interval(Estimate(None, 2.0, None)) == "> 2"
-    assert with_interval(Estimate(None, None, 2.0)) == "< 2"
-    assert with_interval(Estimate(3.0, 2.0, 4.0)) == "3 [2, 4]"
-    assert with_interval(Estimate(3.0, 2.0, 4.0, flags=(AT_LEAST,))) == "at least 3 [2, 4]"
-    assert with_interval(Estimate(None)) == "-"
