@@ -6,7 +6,8 @@ Knows the schema and the groups. Refuses to know torch: composing works on a log
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from lorasweep.spec.run import RunSpec, validate
 from lorasweep.sweep.grid import Point, around, expand, geom
 from lorasweep.sweep.question import check_sweep
 from lorasweep.sweep.request import Request
+
+SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTILINE)
+"""In a sweep's file: what makes it set more than the sweep."""
 
 
 def register() -> None:
@@ -121,6 +125,8 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
         parts = [_part(rest, name) for name in sweep.parts]
         return Request(**common, sweep_name=sweep_name, sweep=sweep, points=[], parts=parts)
     refuse_overwritten(overrides, sweep_name, sweep)
+    if _sets_only_itself(sweep_name, sources):  # leave it out, as composing it takes longest
+        overrides = [o for o in overrides if not o.lstrip("+~").startswith(("sweep=", "sweep."))]
     points = expand(base, sweep, _lookup("model", overrides), _lookup("dataset", overrides))
     return Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
 
@@ -180,18 +186,24 @@ def _hardware(config: Config) -> dict[str, Any]:
     return config.hardware
 
 
-def _lookup(group: str, overrides: list[str]) -> Callable[[str], Any]:
-    """Return a function name -> spec for the names on an axis: one more composition a name, kept.
+def _sets_only_itself(sweep_name: str, sources: Iterable[Any]) -> bool:
+    """Return whether a sweep's file sets the sweep alone, as ours do.
 
-    The sweep is left out of it: models and data sets do not depend on it, and it takes longest.
+    A user's may set fields of models or data sets too, by `@package _global_` or a defaults list.
     """
+    files = (Path(s.path, "sweep", f"{sweep_name}.yaml") for s in sources if s.schema == "file")
+    found = next((path for path in files if path.is_file()), None)
+    return found is not None and not SETS_MORE.search(found.read_text())
+
+
+def _lookup(group: str, overrides: list[str]) -> Callable[[str], Any]:
+    """Return a function name -> spec for the names on an axis: one composition a name, kept."""
     cls = {"model": ModelSpec, "dataset": DatasetSpec}[group]
-    kept = [o for o in overrides if not o.lstrip("+~").startswith(("sweep=", "sweep."))]
 
     @cache
     def look(name: str) -> Any:
         try:
-            cfg = hydra_compose("config", overrides=[*kept, f"{group}={name}"])
+            cfg = hydra_compose("config", overrides=[*overrides, f"{group}={name}"])
         except Exception as error:
             names = option_names(group)
             if name not in names:

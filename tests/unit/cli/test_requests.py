@@ -6,6 +6,7 @@ The command line runs in this process: `main` with the arguments of a shell.
 import json
 
 import pytest
+import yaml
 
 from tests.world import ROOT
 
@@ -96,6 +97,22 @@ def test_a_users_sweep_and_model_come_in_by_config_dir(command, tmp_path):
     (tmp_path / "mine/sweep/broken.yaml").write_text("question: [")
     done = command("--config-dir", tmp_path / "mine", "+sweep=broken", "action=plan")
     assert done.returncode == 2 and "YAML" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_a_users_sweep_sets_beside_the_sweep_holds_for_models_and_data_on_its_axes(
+    command, tmp_path
+):
+    (tmp_path / "mine/sweep").mkdir(parents=True)
+    ours = yaml.safe_load((ROOT / "sweeps/lr_ratio.yaml").read_text())
+    ours["axes"]["dataset"] = ["dialect_few"]
+    text = "# @package _global_\n" + yaml.safe_dump({"dataset": {"max_length": 32}, "sweep": ours})
+    (tmp_path / "mine/sweep/short.yaml").write_text(text)
+    arguments = ("--config-dir", tmp_path / "mine", "+sweep=short", "scale=smoke", "action=plan")
+    flops = [
+        json.loads(command(*arguments, "format=json", *more).stdout)["cost"]["flops"]
+        for more in ((), ("dataset.max_length=32",), ("dataset.max_length=64",))
+    ]
+    assert flops[0] == flops[1] < flops[2]
 
 
 def test_an_unreadable_row_is_named_before_anything_starts(command, tmp_path):
