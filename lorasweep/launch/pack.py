@@ -14,6 +14,7 @@ from typing import Any
 from lorasweep.errors import DataError, ModelError, SpecError, StoreError
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.trainer import Report, Trainer
+from lorasweep.plan import detect
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import metric_of
@@ -194,6 +195,8 @@ class _Session:
             "pack": self.ids,
             "threads": self.exec.threads,
             ROWS: self.exec.micro_batch_size,
+            "gpu": next((gpu.name for gpu in detect.gpus()), None),
+            "compile": self.exec.compile,
             "resumed_from_step": self.states[self.ids[0]]["meta"]["step"] if self.states else None,
             RESUMED_WITH_DIFFERENT_PACK: self.different_pack,
             **more,

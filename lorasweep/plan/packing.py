@@ -73,7 +73,8 @@ def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: ThroughputT
     """Return how many runs like `spec` share a pack at most.
 
     In this order: the method's own limit; the user's choice; the best size that was measured; the
-    default, unless records show that a smaller pack is as fast.
+    default, unless records show that a smaller pack is as fast. What was measured or recorded does
+    not go beyond the memory that there is now.
     """
     if spec.method.MAX_PACK is not None:
         return spec.method.MAX_PACK
@@ -83,24 +84,25 @@ def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: ThroughputT
     if found is None:
         return default
     best = found.best_size()
-    if found.measured or best < max(found.step_s):
-        return best
-    return max(best, default)  # the largest size seen so far is the fastest
+    if not found.measured and best == max(found.step_s):
+        best = max(best, default)  # the largest size seen so far is the fastest
+    return best if best <= default or _fits(best, spec, exec_, hardware) else default
 
 
 def default_size(spec: RunSpec, exec_: Exec, hardware: Hardware) -> int:
     """Return as many runs as one forward holds tokens for and the memory allows."""
     tokens = spec.batch_size * mean_length(spec)
     sizes = [n for n in pack_sizes(hardware) if n == 1 or n * tokens <= forward_tokens(hardware)]
-    if hardware.worker_gib is not None:
-        bound = MEMORY_SHARE * hardware.worker_gib * 2**30
-        rows = exec_.micro_batch_size
-        sizes = [
-            n
-            for n in sizes
-            if pack_bytes(n, spec, hardware, rows or micro_batch(spec, n, hardware)) < bound
-        ]
-    return max(sizes, default=1)
+    return max((n for n in sizes if _fits(n, spec, exec_, hardware)), default=1)
+
+
+def _fits(members: int, spec: RunSpec, exec_: Exec, hardware: Hardware) -> bool:
+    """Return whether the memory allows a pack of so many runs."""
+    if hardware.worker_gib is None:
+        return True
+    rows = exec_.micro_batch_size or micro_batch(spec, members, hardware)
+    bound = MEMORY_SHARE * hardware.worker_gib * 2**30
+    return pack_bytes(members, spec, hardware, rows) < bound
 
 
 def make_packs(

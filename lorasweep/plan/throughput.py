@@ -11,6 +11,7 @@ Reads files; trains nothing.
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ GAIN = 0.96
 SAMPLE = 8
 """Runs of a shape whose records are read."""
 FEWEST_STEPS = 5
-"""Updates that a running run must have recorded; the first one is slow and does not count."""
+"""Updates that an attempt must have made; the first one is slow."""
 
 Shape = tuple[Any, ...]
 
@@ -91,6 +92,7 @@ class ThroughputTable:
         self._store, self._hardware, self._exec = store, hardware, exec_
         self._begun = list(begun)
         self._by_shape: dict[Shape, list[str]] | None = None
+        self._ends: dict[str, float] = {}
         self._known: dict[Shape, Throughput | None] = {}
 
     def of(self, spec: RunSpec) -> Throughput | None:
@@ -116,38 +118,58 @@ class ThroughputTable:
         ids = self._by_shape.get(shape, [])
         times: dict[int, list[float]] = {}
         for rid in ids[:: -(-len(ids) // SAMPLE) or 1]:  # spread over the grid
-            found = _step_time(self._store, rid, self._hardware, self._exec)
+            found = self._step_time(rid)
             if found:
                 times.setdefault(found[0], []).append(found[1])
         if not times:
             return None
         return Throughput({n: statistics.median(s) for n, s in times.items()}, False)
 
+    def _step_time(self, rid: str) -> tuple[int, float] | None:
+        """Return (pack size, seconds a step) that a run recorded; None if it cannot be compared."""
+        env = self._store.env(rid)
+        if not _comparable(env, self._hardware, self._exec):
+            return None
+        since = env.get("resumed_from_step") or 0
+        result = self._store.result(rid)
+        if result is not None:
+            done, step_s = result.get("steps_done", 0), result.get("step_s")
+            if step_s is None or done - since < FEWEST_STEPS:
+                return None  # it diverged, or this attempt was short
+            return self._size_at((since + done) / 2, env["pack"]), step_s
+        recent = [r for r in self._store.recent_records(rid) if r["step"] > since]
+        if len(recent) < FEWEST_STEPS:
+            return None
+        step_s = statistics.median(r["step_s"] for r in recent[1:])
+        return self._size_at(recent[len(recent) // 2]["step"], env["pack"]), step_s
 
-def _step_time(
-    store: RunStore, rid: str, hardware: Hardware, exec_: Exec
-) -> tuple[int, float] | None:
-    """Return (pack size, seconds a step) that a run recorded; None if it cannot be compared.
+    def _size_at(self, step: float, pack: Iterable[str]) -> int:
+        """Count the runs of a pack that still trained at `step`: those that ended have left."""
+        return sum(self._end(rid) >= step for rid in pack)
 
-    Comparable means: the same processor, the threads that a worker of this plan gets, the
-    micro-batch that the user asked for, if any, and one pack from start to end.
+    def _end(self, rid: str) -> float:
+        """Return a run's last step; infinity while it trains."""
+        if rid not in self._ends:
+            result = self._store.result(rid)
+            self._ends[rid] = math.inf if result is None else result.get("steps_done", math.inf)
+        return self._ends[rid]
+
+
+def _comparable(env: dict[str, Any], hardware: Hardware, exec_: Exec) -> bool:
+    """Return whether an attempt ran as this plan's runs will.
+
+    That is on the same processor and kind of GPU, compiled or not, with the threads that a worker
+    of this plan gets, the micro-batch that the user chose, if any, and one pack from start to end.
     """
-    env = store.env(rid)
-    if not env or env.get("processor") != hardware.processor:
-        return None
-    if env.get("resumed_in_other_company") or env.get("threads") != _threads(hardware, exec_):
-        return None
-    if exec_.micro_batch_size not in (None, env.get("micro_batch_size")):
-        return None
-    result = store.result(rid)
-    if result is not None:
-        step_s = result.get("step_s")  # absent where the run diverged or was imported
-        return (result["pack_size"], step_s) if step_s and "pack_size" in result else None
-    since = env.get("resumed_from_step") or 0
-    steps = [r["step_s"] for r in store.recent_records(rid) if r["step"] > since and "step_s" in r]
-    if len(steps) < FEWEST_STEPS:
-        return None
-    return len(env["pack"]), statistics.median(steps[1:])
+    return (
+        bool(env)  # empty where the run was imported
+        and hardware.processor is not None
+        and (env.get("processor"), env.get("gpu")) == (hardware.processor, hardware.gpu_name)
+        and env.get("compile", False) == exec_.compile
+        and env.get("threads") == _threads(hardware, exec_)
+        and exec_.micro_batch_size in (None, env.get("micro_batch_size"))
+        and not env.get("resumed_in_other_company")
+    )
 
 
 def _threads(hardware: Hardware, exec_: Exec) -> int:

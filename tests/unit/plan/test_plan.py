@@ -95,20 +95,24 @@ def test_an_empty_measurement_is_none(asked):
 # ---------------------------------------------------------------- records of runs
 
 
-def record(asked, points, step_s, state="done", threads=1, processor="a processor"):
-    """Write what a pack of these points leaves behind."""
+def record(asked, points, step_s, state="done", threads=1, steps=7, diverged=(), **how):
+    """Write what a pack of these points leaves behind; those of `diverged` left at update 2."""
     store = store_of(asked)
     store.prepare()
     for p in points:
         n = store.claim(p.spec)
         env = {"pack": [q.id for q in points], "threads": threads, "micro_batch_size": 4}
-        store.write_env(p.id, n, {**env, "processor": processor, "resumed_from_step": None})
-        for step in range(1, 8):
+        store.write_env(p.id, n, {**env, "processor": "a processor", **how})
+        if p in diverged:
+            store.finish(p.id, "diverged", {"steps_done": 2, "pack_size": len(points)})
+            continue
+        for step in range(1, steps + 1):
             # The first update is slow, and is not to count.
             store.record(p.id, {"step": step, "step_s": step_s if step > 1 else 100.0})
         if state == "done":
             layout = {"pack_size": len(points), "threads": threads, "wall_s": 3.0}
-            store.finish(p.id, "done", {"step_s": step_s, "test_nll": 2.0, **layout})
+            measures = {"step_s": step_s, "steps_done": steps, "test_nll": 2.0}
+            store.finish(p.id, "done", {**measures, **layout})
 
 
 @pytest.mark.parametrize("state", ["done", "running"])
@@ -126,11 +130,44 @@ def test_packs_become_smaller_once_records_show_that_smaller_ones_are_as_fast(as
     assert "recorded a step and run" in plan_text(asked, now)
 
 
-@pytest.mark.parametrize("how", [{"threads": 2}, {"processor": "another"}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"threads": 2},
+        {"processor": "another"},
+        {"gpu": "H100"},
+        {"compile": True},
+        {"resumed_in_other_company": True},
+        {"resumed_from_step": 4},  # three updates: too few
+        {"steps": 3},
+    ],
+)
 def test_records_made_otherwise_are_not_compared(asked, how):
     lora = [p for p in asked.points if p.arm == "lora"]
     record(asked, lora[:4], 0.005, **how)
     assert planned(asked)[0].throughputs.of(lora[0].spec) is None
+
+
+def test_no_record_is_compared_with_hardware_that_has_no_known_processor(asked):
+    lora = [p for p in asked.points if p.arm == "lora"]
+    record(asked, lora[:4], 0.005, processor=None)
+    catalogue = dataclasses.replace(CPU, processor=None)
+    assert planned(asked, catalogue)[0].throughputs.of(lora[0].spec) is None
+
+
+@pytest.mark.parametrize("state", ["done", "running"])
+def test_a_time_counts_for_the_runs_that_shared_it(asked, state):
+    lora = [p for p in asked.points if p.arm == "lora"]
+    record(asked, lora[:8], 0.005, state, diverged=lora[5:8])  # at update 3 five are left
+    assert planned(asked)[0].throughputs.of(lora[0].spec).step_s == {5: 0.005}
+
+
+def test_what_was_fastest_elsewhere_does_not_go_beyond_the_memory_there_is(asked):
+    spec = lora_of(asked)
+    fits = pack_bytes(2, spec, CPU, spec.batch_size) / MEMORY_SHARE / 2**30 * 1.0001
+    small = dataclasses.replace(CPU, memory_gib=fits)
+    measured(asked, spec, ALWAYS, small)
+    assert max(len(p.points) for p in planned(asked, small)[0].packs) <= 2
 
 
 def test_the_speed_of_runs_made_here_is_not_taken_for_another_machines(asked):
