@@ -53,7 +53,7 @@ class SupervisedFineTuning:
         self._retain_start: dict[str, float] = {}
         self._updates_above = dict.fromkeys(data, 0)
         self._eval_tokens = EVAL_TOKENS
-        self._held_out: dict[tuple[int, int], list[Batch]] = {}
+        self._held_out: dict[tuple[int, ...], list[Batch]] = {}
 
     def start(self, base: "Base", members: Sequence[RunSpec]) -> list[float]:
         """Measure the NLL of the base, and that of its pretraining task, once a data set."""
@@ -120,12 +120,15 @@ class SupervisedFineTuning:
 
     def at_end(self, model: "nn.Module", members: Sequence[RunSpec]) -> list[Record]:
         """Measure what is left of the pretraining task, where the data set has rows of it."""
-        if not all(self._data[m.id].retain for m in members):
+        rows = [self._data[m.id].retain for m in members]
+        some = next(filter(None, rows), None)
+        if some is None:
             return [{} for _ in members]
-        batches = [self._batched(self._data[m.id].retain) for m in members]
+        # a forward pass has rows of every member: one without any gets another's, uncounted
+        nlls = evaluate(model, [self._batched(own or some) for own in rows], self._precision)
         return [
-            {"retain_nll": nll, "retain_start": self._retain_start[m.id]}
-            for m, nll in zip(members, evaluate(model, batches, self._precision))
+            {"retain_nll": nll, "retain_start": self._retain_start[m.id]} if own else {}
+            for m, own, nll in zip(members, rows, nlls)
         ]
 
     def facts(self, member: RunSpec) -> Record:
@@ -148,7 +151,7 @@ class SupervisedFineTuning:
 
     def _batched(self, examples: Sequence[Example]) -> list[Batch]:
         """Lay held-out examples out, once: an update's evaluations share them."""
-        key = (id(examples[0]), len(examples))  # the data set is held, so ids are not reused
+        key = tuple(map(id, examples))  # the data sets are held, so ids are not reused
         if key not in self._held_out:
             self._held_out[key] = eval_batches(examples, self._eval_tokens)
         return self._held_out[key]

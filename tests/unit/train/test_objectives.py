@@ -189,3 +189,28 @@ def test_members_of_a_pack_may_have_data_of_their_own(world):
             assert torch.allclose(tensor, states[member.id][name], rtol=0, atol=1e-9), name
     assert together[pack[0].id]["nll_start"] != together[pack[1].id]["nll_start"]
     assert together[pack[0].id]["n_test"] != together[pack[1].id]["n_test"]
+
+
+def test_members_measure_their_own_held_out_rows_and_what_they_retain(world):
+    """Held-out sets that begin alike, and a member whose data have nothing of the pretraining."""
+    spec, base = world
+    few = {"n_test": 24, "n_test_curve": 16}
+    theirs = dataclasses.replace(spec.dataset, name="theirs", **few, n_retain=8)
+    ours = dataclasses.replace(spec.dataset, name="ours", **few)
+    with_retain = data.load(theirs, [])
+    rows = [with_retain.test[0], *data.load(spec.dataset, []).test[1:24]]
+    pack = [
+        dataclasses.replace(spec, lr=2e-3, steps=1, dataset=ours),
+        dataclasses.replace(spec, lr=1e-3, steps=1, dataset=theirs),
+    ]
+    both = {
+        pack[0].id: dataclasses.replace(with_retain, test=rows, retain=()),
+        pack[1].id: with_retain,
+    }
+    together, _ = run(finetune(pack, base, both))
+    for member in pack:
+        alone, _ = run(finetune([member], base, both[member.id]))
+        for name in ("test_nll", "retain_nll"):
+            value = alone[member.id].get(name)
+            assert together[member.id].get(name) == (value and pytest.approx(value, abs=1e-9))
+    assert "retain_nll" in together[pack[1].id] and "retain_nll" not in together[pack[0].id]
