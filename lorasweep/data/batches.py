@@ -99,20 +99,26 @@ def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     """Return the batch as models of any class take it: tokens [N*B, T]; positions, targets, weight
     [N*B, P] by row.
 
-    Member by member, B rows each: filler rows are left out.
+    Member by member, B rows each. Filler rows are left out; a member with fewer rows than another
+    gets empty ones.
     """
     n, x = batch.tokens_NX.shape
-    rows = min(map(len, batch.lengths))  # the member that fills X has no filler row
-    lengths = np.array([member[:rows] for member in batch.lengths])
+    most = max(map(len, batch.lengths))
+    lengths = np.array([(*member, *[0] * (most - len(member))) for member in batch.lengths])
     starts = np.cumsum(lengths, axis=1) - lengths + np.arange(n)[:, None] * x
-    flat, lengths, starts = batch.tokens_NX.ravel(), lengths.ravel(), starts.ravel()
-    tokens = np.zeros((n * rows, lengths.max()), dtype=np.int64)
-    for row, (start, length) in enumerate(zip(starts, lengths)):
-        tokens[row, :length] = flat[start : start + length]
     bears = batch.weight_NM.ravel() > 0
     at = (batch.loss_positions_NM + np.arange(n)[:, None] * x).ravel()[bears]
     wanted = batch.targets_NM.ravel()[bears]
-    row_of = np.searchsorted(starts, at, side="right") - 1
+    member, row = np.divmod(np.searchsorted(starts.ravel(), at, side="right") - 1, most)
+    used = np.zeros(n, dtype=np.int64)  # rows of a member up to its last that bears loss: no filler
+    np.maximum.at(used, member, row + 1)
+    rows = max(1, used.max())
+    lengths = np.where(np.arange(most) < used[:, None], lengths, 0)[:, :rows].ravel()
+    starts, row_of = starts[:, :rows].ravel(), member * rows + row
+    flat = batch.tokens_NX.ravel()
+    tokens = np.zeros((n * rows, lengths.max()), dtype=np.int64)
+    for k, (start, length) in enumerate(zip(starts, lengths)):
+        tokens[k, :length] = flat[start : start + length]
     counts = np.bincount(row_of, minlength=len(lengths))
     shape = (len(lengths), max(1, counts.max()))
     positions, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)

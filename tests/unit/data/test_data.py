@@ -153,6 +153,19 @@ def test_members_are_filled_up_and_the_padded_form_says_the_same():
     assert list(tokens[rows_, positions[real] + 1]) == list(targets[real])
 
 
+def test_members_of_different_numbers_of_rows_have_a_padded_form_too():
+    def rows(count, length):
+        tokens = np.arange(1, length + 1, dtype=np.int32)
+        return collate([Example(tokens, tokens > 1)] * count)
+
+    b = merge([rows(2, 64), rows(5, 16)])
+    tokens, positions, targets, weight = padded(b)
+    assert tokens.shape == (10, 64) and weight.sum() == b.n_loss
+    assert [int((row > 0).sum()) for row in tokens] == [64] * 2 + [0] * 3 + [16] * 5
+    row_of, column = np.nonzero(weight)
+    assert list(tokens[row_of, positions[row_of, column] + 1]) == list(targets[row_of, column])
+
+
 def test_dialect_is_a_distribution_and_its_floor_is_its_entropy():
     table = dialect.transition({})
     assert np.allclose(table.sum(-1), 1) and table.min() >= 0
