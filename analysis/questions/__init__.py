@@ -1,4 +1,4 @@
-"""One file a question, and the scaffold that they share.
+"""One file per question, and what they share.
 
-Refuses to know how an answer is shown.
+Does not know how answers are shown.
 """

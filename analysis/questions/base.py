@@ -1,6 +1,6 @@
-"""What every question shares: the arms of a sweep, its verdicts, and what it hands to the report.
+"""What all questions share: a sweep's arms, its verdicts, and the parts of its report.
 
-Each question's module has ESTIMANDS, LOG_ESTIMANDS (those whose margin is one of ratios) and
+Each question's module defines ESTIMANDS, LOG_ESTIMANDS (those with a margin for a ratio) and
 `analyse(table, question, kept) -> Analysis`. `analysis.questions.registry` finds it by name.
 """
 
@@ -26,7 +26,10 @@ Measured = dict[str, tuple[Estimate, list[str]]]
 
 @dataclass(frozen=True)
 class Series:
-    """One line or set of points of a panel. `low`, `high`: error bars, as long as x, or empty."""
+    """One line or set of points of a panel.
+
+    `low` and `high` are the ends of error bars: as long as x, or empty.
+    """
 
     label: str
     x: Sequence[float]
@@ -38,14 +41,14 @@ class Series:
     """Index into the palette, or a colour; None: the next one."""
     width: float = 1.6
     size: float = 5.5
-    """Of its markers, in points."""
+    """Size of the markers, in points."""
     alpha: float = 1.0
 
     @classmethod
     def of(
         cls, label: str, x: Iterable[float], estimates: Sequence[Estimate], **style: Any
     ) -> "Series":
-        """Return estimates with their intervals over x."""
+        """Make a series of estimates with their intervals over x."""
         y, low, high = ([getattr(e, k) for e in estimates] for k in ("value", "low", "high"))
         return cls(label, list(x), y, low, high, **style)
 
@@ -61,9 +64,9 @@ class Panel:
     log_x: bool = False
     log_y: bool = False
     band: tuple[float, float] | None = None
-    """A claim's margin, shaded."""
+    """A claim's margin, drawn as a shaded band."""
     lines: dict[str, float] = field(default_factory=dict)
-    """Label -> height of a dashed line."""
+    """Label -> height of a dashed horizontal line."""
     ticks: list[tuple[float, str]] | None = None
     """(x, label)."""
     y_range: tuple[float | None, float | None] = (None, None)
@@ -72,7 +75,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report: a table (its first row is the head), lines of text, and a figure."""
+    """A section of a report: a table (the first row is its head), lines of text, and a figure."""
 
     title: str
     rows: Rows = field(default_factory=list)
@@ -86,21 +89,21 @@ class Section:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The optima, verdicts and sections that one question's runs give."""
+    """The answer of one question: optima, verdicts and the sections of its report."""
 
     optima: list[Optimum]
     verdicts: list[Verdict]
     sections: list[Section] = field(default_factory=list)
     measures: dict[str, Any] = field(default_factory=dict)
-    """Plain values for results.json. `read`: estimand -> at which rank and after how many updates
-    it was read, in words."""
+    """Plain values for results.json. `read`: estimand -> the rank and the number of updates at
+    which it was measured, in words."""
     members: dict[str, list[Optimum]] = field(default_factory=dict)
-    """The curves that a verdict's group rests on."""
+    """Curves on which a verdict rests, by the verdict's group."""
     of_rates: bool = False
-    """The claims are about best rates themselves, so that their errors say which runs would decide
-    most."""
+    """Whether the claims are about best rates themselves, so that the rates' errors show which runs
+    would narrow them."""
     ratios: list[tuple[str, str, Estimate]] = field(default_factory=list)
-    """(group, name, LoRA / FullFT) for the interactive page."""
+    """(group, name, LoRA's best rate / full fine-tuning's), for the interactive page."""
 
 
 # ---------------------------------------------------------------- arms
@@ -118,19 +121,21 @@ def lora_of(optima: Sequence[Optimum], min_rank: int = 0) -> list[Optimum]:
 
 
 def pairs_of(optima: Sequence[Optimum]) -> list[tuple[Optimum, Optimum]]:
-    """Pair every LoRA curve with its group's full fine-tuning curve; those without one are left
-    out."""
+    """Pair every LoRA curve with its group's full fine-tuning curve.
+
+    LoRA curves without one are left out.
+    """
     full = {o.curve.group: o for o in reversed(optima) if o.curve.key["method"] == "fullft"}
     return [(o, full[o.curve.group]) for o in lora_of(optima) if o.curve.group in full]
 
 
 def distinct(optima: Iterable[Optimum]) -> list[Optimum]:
-    """Return the optima, each one once, in order."""
+    """Return the optima in order, without duplicates."""
     return list({id(o): o for o in optima}.values())
 
 
 def missing_arm(full: Optimum | None, lora: Sequence[Optimum]) -> str:
-    """Name the arm without which nothing can be compared; empty if both are there."""
+    """Name the missing arm; empty if both are there."""
     return "fullft" if full is None else "" if lora else "lora"
 
 
@@ -154,8 +159,11 @@ STOPS = (
 
 
 def gates_on(optima: Sequence[Optimum], missing: str = "") -> list[str]:
-    """List what forbids a verdict that rests on these optima; `missing` names an arm that is not
-    there."""
+    """List the gates (reasons that forbid a verdict) of a measurement on these optima.
+
+    Args:
+        missing: name of an arm that is missing; empty if none is.
+    """
     if missing:
         return [f"no curve of {missing}"]
     found = []
@@ -172,12 +180,12 @@ def gates_on(optima: Sequence[Optimum], missing: str = "") -> list[str]:
 
 
 def fewest_seeds(optima: Sequence[Optimum]) -> int:
-    """Return the fewest seeds at any of the optima."""
+    """Return the smallest number of seeds at any of the optima."""
     return min((seeds_at_best(o) for o in optima), default=0)
 
 
 def claims_about(question: dict[str, Any], estimand: str) -> dict[str, Any]:
-    """Return the question with the claims about one estimand only."""
+    """Return the question with only the claims about one estimand."""
     claims = {k: v for k, v in question["claims"].items() if v["estimand"] == estimand}
     return {**question, "claims": claims}
 
@@ -214,7 +222,7 @@ def judge_claims(
 
 
 def correct(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[Verdict]:
-    """Correct the primary claims of all groups for their number (Holm)."""
+    """Correct the primary claims of all groups for multiplicity (Holm)."""
     return holm(verdicts, 1 - look_level(int(question.get("rounds", 1))))
 
 
@@ -226,6 +234,6 @@ def without_an_arm(
     logs: Sequence[str],
     group: str,
 ) -> Analysis:
-    """Return the analysis of a table in which an arm is missing: every claim is open."""
+    """Return the analysis of a table that lacks an arm: every claim is UNDECIDED."""
     nothing = dict.fromkeys(estimands, (Estimate(None), gates_on([], missing)))
     return Analysis(optima, judge_claims(question, nothing, logs, group))

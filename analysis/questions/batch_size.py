@@ -1,8 +1,9 @@
-"""Does LoRA fall behind full fine-tuning as the batch grows, whatever the rank?
+"""Question: does LoRA fall behind full fine-tuning as the batch grows, at any rank.
 
-At a fixed number of examples every batch size has runs of its own; at a fixed number of updates all
-are cut at the longest step that all were evaluated at. Each cell is at its own best rate. rho is
-the measure: a gap in nats grows along any learning curve, rho does not.
+At a fixed number of examples, every batch size has its own runs. At a fixed number of updates, the
+runs are cut at the last step at which all were evaluated. Each cell is at its own best rate. The
+measure is rho (step efficiency), since a gap in nats changes along the learning curve and rho does
+not.
 """
 
 import dataclasses
@@ -60,17 +61,19 @@ class Cell:
     full: Optimum
     logs: AtBest[float]
     pooled: PooledVariance | None = None
-    """What the spread over seeds is in all cells together."""
+    """Variance over seeds, pooled over all cells."""
 
     @property
     def bound(self) -> bool:
-        """Say whether a seed has only a bound: full fine-tuning never gets there, or is there at
-        once."""
+        """Whether any seed has only a bound.
+
+        Full fine-tuning then has the common loss never, or at its first evaluation already.
+        """
         return not all(map(math.isfinite, self.logs.best.values()))
 
     @property
     def rho(self) -> Estimate:
-        """rho over the seeds; a bound where full fine-tuning never gets there."""
+        """rho over the seeds, or a bound if any seed has only a bound."""
         logs = self.logs.best
         if logs and not self.bound:
             return exp_of(over_seeds(self.logs, self.pooled))
@@ -96,8 +99,10 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
 
 
 def slopes_of(cells: Sequence[Cell]) -> AtBest[float]:
-    """Return the slope of ln(rho) per doubling of the batch, least squares for each seed; none for
-    a seed in which a cell has only a bound."""
+    """Return the least-squares slope of ln(rho) per doubling of the batch, by seed.
+
+    Seeds for which a cell has only a bound are left out.
+    """
     if len(cells) < 2:
         return AtBest({})
     batches = [math.log2(c.batch) for c in cells]
@@ -116,7 +121,7 @@ def slopes_of(cells: Sequence[Cell]) -> AtBest[float]:
 
 
 def slope(cells: Sequence[Cell], pooled: PooledVariance | None = None) -> Estimate:
-    """Return the slope's mean over seeds with its interval; none with fewer than two seeds."""
+    """Return the mean slope over seeds; without an interval for fewer than two seeds."""
     return over_seeds(slopes_of(cells), pooled)
 
 
@@ -159,7 +164,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
 
 
 def _read(top: int, slopes: dict[str, dict[int, Estimate]], step: int) -> dict[str, str]:
-    """Name the rank that the slopes are of, and give the other ranks' slopes."""
+    """Describe where each slope was measured, with the other ranks' slopes."""
     out = {}
     for way, estimand in zip(WAYS, ("slope_fixed_examples", "slope_fixed_steps")):
         others = [
@@ -173,7 +178,7 @@ def _read(top: int, slopes: dict[str, dict[int, Estimate]], step: int) -> dict[s
 
 
 def _absent(estimand: str, ranks: Sequence[int]) -> str:
-    """Say what is missing where an estimand rests on no cell."""
+    """Return the gate of an estimand without any cell."""
     if estimand == "slope_difference" and len(ranks) == 1:
         return "one rank only"
     batch = estimand.removeprefix("rho_at_")
@@ -185,7 +190,7 @@ def _absent(estimand: str, ranks: Sequence[int]) -> str:
 
 
 def _gates(cells: Sequence[Cell], absent: str) -> list[str]:
-    """List what forbids a verdict on what was measured from these cells."""
+    """List the gates of a measurement on these cells; `absent` if there are none."""
     if not cells:
         return [absent]
     rests = distinct(o for c in cells for o in (c.full, c.lora))
@@ -198,13 +203,17 @@ def _gates(cells: Sequence[Cell], absent: str) -> list[str]:
 
 
 def _by_rank(cells: Sequence[Cell], ranks: Sequence[int]) -> dict[int, Estimate]:
-    """Slopes by rank."""
+    """Return the slope of each rank."""
     mine = {r: [c for c in cells if c.rank == r] for r in ranks}
     return {r: slope(part, _pooled_slope(part)) for r, part in mine.items()}
 
 
 def _pooled_slope(cells: Sequence[Cell], times: int = 1) -> PooledVariance | None:
-    """What the cells' own spread over seeds makes of a slope's; `times`: of a sum of so many."""
+    """Return the variance of a slope that follows from the cells' pooled variance over seeds.
+
+    Args:
+        times: number of slopes that are added or subtracted.
+    """
     pooled = cells[0].pooled if cells else None
     far = float(np.var(np.log2([c.batch for c in cells])) * len(cells)) if cells else 0.0
     return (
@@ -213,7 +222,7 @@ def _pooled_slope(cells: Sequence[Cell], times: int = 1) -> PooledVariance | Non
 
 
 def _difference(cells: Sequence[Cell], ranks: Sequence[int]) -> Estimate:
-    """Slope at the highest rank less that at the lowest, paired by seed."""
+    """Return the slope at the highest rank minus that at the lowest, paired by seed."""
     if len(ranks) < 2:
         return Estimate(None)
     by_rank = [[c for c in cells if c.rank == r] for r in (ranks[-1], ranks[0])]
@@ -224,7 +233,10 @@ def _difference(cells: Sequence[Cell], ranks: Sequence[int]) -> Estimate:
 
 
 def _at(cells: Sequence[Cell], batch: int) -> tuple[Estimate, list[Cell]]:
-    """rho at the largest batch tried up to `batch` and above half of it, and its cell."""
+    """Return rho and its cell at the largest batch tried that is at most `batch`.
+
+    Batches below half of `batch` do not count.
+    """
     near = [c for c in cells if batch / 2 < c.batch <= batch] or [
         c for c in cells if batch / 2 <= c.batch <= batch
     ]

@@ -1,9 +1,9 @@
-"""How many bits does a LoRA parameter store?
+"""Question: how many bits a LoRA parameter stores.
 
-Facts of exactly 16 bits each; bits stored = facts x symbols x (ln 16 - NLL on the trained facts) /
-ln 2, over the effective parameters of the adapter, r (m + n) - r^2 a matrix (the dimension of the
-matrices of rank r: A and B share r^2 that change nothing). Each cell (facts, exposures) is at its
-best rate tried.
+Every fact has exactly 16 bits. Bits stored = facts x symbols x (ln 16 - NLL on the trained facts) /
+ln 2. They are divided by the adapter's effective parameters, r (m + n) - r^2 per matrix: the
+dimension of the set of m x n matrices of rank r (r^2 parameters of A and B are redundant). Each
+cell (facts, exposures) is at the best rate tried.
 """
 
 import json
@@ -31,33 +31,35 @@ from analysis.questions.base import (
 ESTIMANDS = ("bits_per_parameter", "bits_at_100", "unseen_bits")
 LOG_ESTIMANDS = ("bits_per_parameter", "bits_at_100")
 SYMBOLS, VALUES, ROW = 4, 16, 8
-"""Symbols a value, values a symbol, facts a row (lorasweep/data/synthetic/facts.py)."""
+"""Symbols per value, values per symbol, facts per row (lorasweep/data/synthetic/facts.py)."""
 CONVERGED = 0.1
-"""The most bits count as converged in exposures if the step to the most exposures adds at most this
-share."""
+"""The bits stored count as converged if the last increase in exposures adds at most this share."""
 PLAUSIBLE = 0.9
-"""Share of the facts' bits that full fine-tuning must store for the task to be storable at all."""
+"""Full fine-tuning must store at least this share of the facts' bits: else the task itself is
+impossible."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Facts shown so many times, at the best rate tried."""
+    """A number of facts and of exposures of each, at the best rate tried."""
 
     facts: int
     exposures: float
     method: str
     lr: float
     bits: list[float]
-    """Stored, by seed, all facts together."""
+    """Bits stored of all facts together, by seed."""
     unseen: list[float]
-    """Bits a fact that the model seems to know of facts never trained."""
+    """Bits per fact that the model appears to know of facts it was never trained on."""
     parameters: int
     at_edge: bool
 
 
 def effective(spec: dict[str, Any]) -> int:
-    """Return the effective parameters of a run: r (m + n) - r^2 a matrix, or all weights under full
-    fine-tuning."""
+    """Return the effective parameters of a run.
+
+    r (m + n) - r^2 per matrix with LoRA, all weights with full fine-tuning.
+    """
     m, method = spec["model"], spec["method"]
     h, f, v = m["hidden_size"], m["mlp_size"], m["vocab_size"]
     q, kv = m["n_heads"] * m["head_size"], m["n_kv_heads"] * m["head_size"]
@@ -76,13 +78,12 @@ def effective(spec: dict[str, Any]) -> int:
 
 
 def bits(nll: float, facts: float = 1.0) -> float:
-    """Return the bits known of `facts` facts from the NLL of a value's symbol, in nats."""
+    """Return the bits known about `facts` facts, given the NLL per symbol in nats."""
     return facts * SYMBOLS * (math.log(VALUES) - nll) / math.log(2)
 
 
 def cells_of(table: pd.DataFrame) -> list[Cell]:
-    """Split a table into cells and take each one's best rate: by the seed that was tried at most
-    rates."""
+    """Split a table into cells, each at the best rate of the seed that ran at the most rates."""
     specs = [json.loads(t) for t in table["spec"]]
     facts = [int(s["dataset"]["knobs"]["facts"]) for s in specs]
     runs = table.assign(
@@ -128,8 +129,10 @@ HEAD = (
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge the most bits a parameter, at the most exposures and at about 100, and the
-    certificates."""
+    """Judge the most bits per parameter, overall and at about 100 exposures, and the checks.
+
+    The checks: full fine-tuning can store the facts, and nothing is known of unseen facts.
+    """
     cells = cells_of(table)
     lora = [c for c in cells if c.method == "lora"]
     group = f"{table['model'].iloc[0]}, facts of 16 bits"
@@ -154,7 +157,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
 
 
 def _certificate(cells: list[Cell]) -> list[str]:
-    """Return gates where an arm is missing, or full fine-tuning cannot store the facts either."""
+    """Return gates if an arm is missing or full fine-tuning cannot store the facts either."""
     gates = [] if any(c.method == "lora" for c in cells) else ["no curve of lora"]
     stored = [np.mean(c.bits) / (16 * c.facts) for c in cells if c.method == "fullft"]
     if not stored:
@@ -193,13 +196,15 @@ def _section(cells: list[Cell], lora: list[Cell], margin: tuple[float, float] | 
 
 
 def _load(c: Cell) -> float:
-    """Return the bits to be stored over 2 bits an effective parameter."""
+    """Return the load: bits to be stored / (2 bits x effective parameters)."""
     return 16 * c.facts / (2 * c.parameters)
 
 
 def _most(cells: list[Cell]) -> tuple[Estimate, list[str]]:
-    """Return the most bits a parameter over loads, and what keeps it from counting: too few seeds,
-    an edge, no convergence."""
+    """Return the most bits per parameter over all loads, and the gates on that cell.
+
+    The gates: too few seeds, the best rate at an edge, or exposures that still add bits.
+    """
     if not cells:
         return Estimate(None), ["no curve of lora"]
     best = max(cells, key=lambda c: np.mean(c.bits) / c.parameters)

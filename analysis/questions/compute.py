@@ -1,13 +1,14 @@
-"""Does LoRA need two thirds of full fine-tuning's compute, per update and to the same loss?
+"""Question: does LoRA need 2/3 of full fine-tuning's compute, per update and to the same loss.
 
-Operations are counted by the study's formula (2/3 + 2R/N, at the model's real shapes; attention
-scores left out); seconds are the median update of each run, alone on its threads, evaluation left
-out, and of these the fastest tenth of an arm's runs: other load on the machine only slows.
+Operations are counted by the study's formula (2/3 + 2R/N, with the model's real shapes, without
+attention scores). Seconds are each run's median update time, alone on its threads and without
+evaluation; of these, the fastest tenth of an arm's runs is used, since other load on the machine
+can only slow a run down.
 
 The loss to be reached is that of full fine-tuning after SHARE of the updates, at its best rate for
-that length (a prefix of the same runs), so that LoRA, which learns more slowly, gets there within
-its own. LoRA as well has the rate that is best for the length at which it gets there: the best rate
-of a short run is higher, and one arm alone may not have it.
+that length (a prefix of the same runs), so that LoRA, which learns more slowly, reaches it within
+its own runs. LoRA also uses the rate that is best for the length at which it reaches that loss:
+short runs have a higher best rate, and giving it to one arm only would be unfair.
 """
 
 import json
@@ -57,16 +58,18 @@ LOG_ESTIMANDS = ESTIMANDS
 SHARE = 1 / 6
 FASTEST = 0.1
 QUIET = 1.5
-"""Ratio of an arm's slow to its fast updates (90% and 10% of its runs) beyond which the machine did
-other work."""
+"""If the 90% quantile of an arm's update times exceeds the 10% quantile by more than this factor,
+the machine was busy with other work."""
 MIN_RUNS = 5
-"""Runs of an arm below which its time is not known."""
+"""An arm with fewer runs has no estimate of its time."""
 
 
 def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
-    """Return the operations of a LoRA update over a full fine-tuning one of the same tokens: (4 P +
-    6 T) / 6 P, with P the weights in matrix products and T the adapter's (study, section on
-    compute; P from the model's shape)."""
+    """Return the operations of a LoRA update over those of a full fine-tuning update.
+
+    For the same tokens: (4 P + 6 T) / 6 P, with P the weights in matrix products, from the model's
+    shape, and T the adapter's parameters (source: the study's section on compute).
+    """
     m = spec["model"]
     h, q, kv = m["hidden_size"], m["n_heads"] * m["head_size"], m["n_kv_heads"] * m["head_size"]
     p = m["n_layers"] * (2 * h * q + 2 * h * kv + 3 * h * m["mlp_size"]) + h * m["vocab_size"]
@@ -75,11 +78,11 @@ def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
 
 @dataclass(frozen=True)
 class _Reached:
-    """How a rank gets to the loss."""
+    """How a rank reaches the loss of full fine-tuning's shorter runs."""
 
     optimum: Optimum
     length: int
-    """Updates of the runs whose best rate it has."""
+    """Number of updates for which `optimum` is the best rate."""
     points: AtBest[Points]
     """Learning curves at that rate."""
 
@@ -103,8 +106,7 @@ LINES = {
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge operations and seconds, per update and to one loss of full fine-tuning, at the highest
-    rank."""
+    """Judge the highest rank's operations and seconds, per update and to the common loss."""
     table, cut = while_unsolved(table)
     optima = fit_all(lr_curves(table))
     full, lora, group = full_of(optima), lora_of(optima), optima[0].curve.group
@@ -158,7 +160,7 @@ def _costs(
     reached: _Reached,
     pooled: PooledVariance | None,
 ) -> dict[str, Estimate]:
-    """Return what a rank costs over what full fine-tuning costs."""
+    """Return a rank's costs relative to full fine-tuning's, by estimand."""
     row = runs_of(table, o.curve).iloc[0]
     operations = exactly(flops_ratio(json.loads(row["spec"]), int(row["n_trainable"])))
     rank = int(o.curve.key["rank"])
@@ -216,7 +218,7 @@ def _section(
 
 
 def _seconds(table: pd.DataFrame, method: str, rank: int | None = None) -> list[float]:
-    """Return the median update of every run of an arm for which it was recorded."""
+    """Return the median seconds per update of an arm's runs, where recorded."""
     if "step_s" not in table:
         return []
     part = table[(table["method"] == method) & table["step_s"].notna()]
@@ -224,8 +226,7 @@ def _seconds(table: pd.DataFrame, method: str, rank: int | None = None) -> list[
 
 
 def _goal(table: pd.DataFrame, length: int) -> tuple[Optimum | None, AtBest[Points]]:
-    """Return the optimum of full fine-tuning's runs cut after `length` updates, and their held-out
-    curves there, by seed."""
+    """Return full fine-tuning's optimum after `length` updates, and its learning curves by seed."""
     if not length:
         return None, AtBest({})
     optima = fit_all(lr_curves(at_step(table, length)))
@@ -234,13 +235,16 @@ def _goal(table: pd.DataFrame, length: int) -> tuple[Optimum | None, AtBest[Poin
 
 
 def _to_loss(table: pd.DataFrame, whole: Sequence[Optimum], level: float) -> dict[int, _Reached]:
-    """Return, for every rank, the optimum for the least updates to a loss, the length of runs that
-    it is of, and the curves there.
+    """Return, for every rank, how it reaches a loss in the fewest updates.
 
-    The length is the first evaluated one after which runs at the best rate for it are at the loss;
-    curves go on to twice that, as single seeds get there later. A rank that does not get there has
-    the optimum of whole runs. Optima of one length are fitted together, with full fine-tuning's, so
-    that they share what the noise is.
+    Its length is the first evaluated step after which runs at the best rate for that length have
+    reached the loss. Learning curves go on to twice that length, since single seeds may get there
+    later. A rank that does not reach the loss has the optimum of whole runs. All optima of one
+    length, including full fine-tuning's, are fitted together, so that they share one noise level.
+
+    Args:
+        whole: optima of the whole runs.
+        level: the loss to be reached, in nats.
     """
     found: dict[int, _Reached] = {}
     seen = steps_seen(table)
@@ -262,8 +266,7 @@ def _to_loss(table: pd.DataFrame, whole: Sequence[Optimum], level: float) -> dic
 
 
 def _lowest(o: Optimum) -> float:
-    """Return the loss at a curve's optimum; where there is only a bound, the lowest at a rate that
-    was fitted."""
+    """Return the loss at a curve's optimum; without one, the lowest mean at a usable rate."""
     if o.best_nll is not None:
         return o.best_nll
     c = o.curve
@@ -275,9 +278,11 @@ def _lowest(o: Optimum) -> float:
 def _read(
     table: pd.DataFrame, optima: Sequence[Optimum], length: int, until: int
 ) -> list[AtBest[Points]]:
-    """Return held-out curves up to update `until` at the best rates of runs of `length`, by seed:
-    all evaluations of a run that is cut use the same rows."""
-    longer = at_step(table, until).assign(steps=length)  # of the same curves, though read further
+    """Return learning curves up to update `until`, at the best rates of runs of `length` updates.
+
+    The last evaluation is kept: all evaluations of a run that was cut use the same held-out rows.
+    """
+    longer = at_step(table, until).assign(steps=length)  # so that they match the optima's curves
     learned = learning_curves(longer).query("step >= 1")
     read = {
         run: dict(zip(c["step"].tolist(), c["test_nll"].tolist()))
@@ -290,7 +295,7 @@ def _read(
 
 
 def _busy(arms: list[list[float]]) -> list[str]:
-    """Return a gate where an arm's own times lie too far apart to be those of the method."""
+    """Return a gate if an arm's update times vary too much to reflect only the method."""
     apart = max((float(np.quantile(v, 0.9) / np.quantile(v, 0.1)) for v in arms if v), default=1.0)
     if apart <= QUIET:
         return []
@@ -298,7 +303,7 @@ def _busy(arms: list[list[float]]) -> list[str]:
 
 
 def _ratio_of_times(a: list[float], b: list[float]) -> Estimate:
-    """Return the ratio of the fastest tenths of two arms' runs, bootstrapped over runs."""
+    """Return the ratio of two arms' 10% quantiles of time, bootstrapped over runs."""
     if len(a) < MIN_RUNS or len(b) < MIN_RUNS:
         return Estimate(None)
     rng = np.random.default_rng(20251125)
@@ -307,7 +312,7 @@ def _ratio_of_times(a: list[float], b: list[float]) -> Estimate:
 
 
 def _times(a: Estimate, b: Estimate) -> Estimate:
-    """Return the product of independent estimates; a bound stays one."""
+    """Return the product of two independent estimates; a bound stays a bound."""
     if a.value is None or b.value is None:
         low, high = (None if v is None or b.value is None else v * b.value for v in (a.low, a.high))
         return Estimate(None, low, high, n=a.n, flags=a.flags)

@@ -1,11 +1,12 @@
-"""Do alpha, the start of A and the two rates act through two numbers only, and what frees the best
-rate of the rank?
+"""Question: do alpha, A's initial scale and the two rates act only through two numbers.
 
-Twins: (alpha, init_A, LR_A, LR_B) and (alpha / pq, p init_A, p LR_A, q LR_B) train to one and the
-same function under Adam without eps, decay and clipping. With p and q powers of two every number of
-the twin is that of the other times a power of two, so the losses agree to the last bit or nearly
-so. With eps > 0 the gradients scale by 1/p for A and 1/q for B, and eps must follow: one eps can do
-so only where p = q.
+And which scaling rule makes the best rate independent of the rank.
+
+Twins: (alpha, init_A, LR_A, LR_B) and (alpha / pq, p init_A, p LR_A, q LR_B) train to the same
+function under Adam without eps, decay and clipping. If p and q are powers of two, every number of
+one twin is that of the other times a power of two, so their losses agree to the last bit or nearly
+so. Gradients scale by 1/p for A and 1/q for B; with eps > 0, eps must scale with them, and a single
+eps can do so only if p = q.
 """
 
 import itertools
@@ -47,8 +48,10 @@ RULES = {"rank": "alpha / rank", "sqrt_rank": "alpha / sqrt(rank)", "none": "alp
 
 
 def twin_key(row: pd.Series) -> tuple[float, ...]:
-    """Return what stays the same between twins: alpha init_A LR_B and init_A / LR_A, to rounding of
-    the inputs; and the seed and what is not transformed."""
+    """Return what twins share: alpha init_A LR_B, init_A / LR_A, rank, seed and steps.
+
+    Rounded to 9 digits, since the inputs are rounded.
+    """
     lr_b = row["lr"] * row["lr_b_ratio"]
     return tuple(
         float(f"{v:.9g}")
@@ -63,7 +66,7 @@ def twin_key(row: pd.Series) -> tuple[float, ...]:
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge twins, what breaks them, drift by scaling rule, and the other start."""
+    """Judge twins, what breaks them, drift by scaling rule, and starting with B random."""
     proofs = table[table["precision"] == "fp64"]
     swept = table[table["precision"] != "fp64"]
     held, broken, pair_rows, panel = _twins(proofs)
@@ -136,8 +139,11 @@ def _settings(row: pd.Series) -> str:
 
 
 def _twins(proofs: pd.DataFrame) -> tuple[Estimate, Estimate, list[list[str]], Panel]:
-    """Compare all pairs of runs that the claim calls one; where eps does not follow, or decay or
-    clipping act, they are broken."""
+    """Compare all pairs of twins.
+
+    Returns the largest difference of true twins, the smallest over the ways of breaking them (eps
+    that does not scale, decay, clipping), a table, and a panel.
+    """
     rows = [["one", "other", "what acts", "should be", "largest difference (nats)"]]
     held: list[float] = []
     broken: dict[str, float] = {}
@@ -191,8 +197,10 @@ def _twins(proofs: pd.DataFrame) -> tuple[Estimate, Estimate, list[list[str]], P
 
 
 def _acting(a: pd.Series, b: pd.Series) -> str | None:
-    """Say what breaks the symmetry between two runs: 'nothing', 'eps', 'decay', 'clipping'; None if
-    they are no pair."""
+    """Return what breaks the symmetry of two runs: 'nothing', 'eps', 'decay' or 'clipping'.
+
+    None if the two are not a pair.
+    """
     clip = [None if pd.isna(r["clip_norm"]) else r["clip_norm"] for r in (a, b)]
     if a["weight_decay"] != b["weight_decay"] or clip[0] != clip[1]:
         return None
@@ -224,7 +232,10 @@ def _line(name: str, found: list[Optimum]) -> Series:
 
 
 def _start_b(table: pd.DataFrame, optima: list[Optimum]) -> tuple[Estimate, list[list[str]]]:
-    """Loss with B random less that with A random, each at its best rate, paired by seed."""
+    """Return the loss with B random minus that with A random, and a table.
+
+    Each at its best rate, paired by seed.
+    """
     b = next((o for o in optima if o.curve.key["start"] == "b"), None)
     a = next(
         (

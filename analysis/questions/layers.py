@@ -1,10 +1,9 @@
-"""Is LoRA on attention alone worse than on the MLP alone, at equal parameters, and does attention
-add anything?
+"""Question: is LoRA on attention only worse than on the MLP only, and does attention add anything.
 
-Step efficiency rho of each layer set against full fine-tuning of everything, each at its own best
-rate, on every task; a verdict over tasks takes the one that is hardest on the claim. Full
-fine-tuning of the same matrices is shown as well: where it has the same order, the location makes
-the order and not the parametrisation.
+Compares, on every task, the step efficiency rho of each layer set against full fine-tuning of all
+weights, each at its own best rate; attention and MLP have equal parameters. A verdict over tasks
+uses the task that is worst for the claim. Full fine-tuning of the same matrices is shown too: if it
+gives the same order, the order comes from the location and not from LoRA's parametrisation.
 """
 
 import dataclasses
@@ -43,13 +42,15 @@ LOG_ESTIMANDS = ()
 
 
 FEWEST = 5
-"""Layer sets over all tasks below which no correlation is given."""
+"""A correlation needs this many layer sets over all tasks."""
 UNKNOWN = Estimate(None)
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge attention against MLP, MLP against both, and whether the gradient's shares tell: over
-    all tasks, by the one that is hardest on the claim, and the first two for each task as well."""
+    """Judge attention against MLP, MLP against both, and the correlation with gradient shares.
+
+    Over all tasks, using the task that is worst for the claim; the first two for each task too.
+    """
     tasks = tasks_of(table)
     group = " and ".join(t.name for t in tasks) if len(tasks) < 3 else f"all {len(tasks)} tasks"
     compared = [_compared(t) for t in tasks]
@@ -92,7 +93,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
 
 @dataclass(frozen=True)
 class _Compared:
-    """What one task says: attention and MLP at equal parameters, MLP and both at equal rank."""
+    """One task's comparisons: attention and MLP at equal parameters, MLP and both at equal rank."""
 
     task: Task
     pair: tuple[Arm, Arm] | None
@@ -104,11 +105,11 @@ class _Compared:
     """rho of the MLP over rho of attention+MLP."""
 
     def of_pair(self) -> list[Optimum]:
-        """The optima that `worse` rests on."""
+        """Return the optima from which `worse` is computed."""
         return [a.optimum for a in (self.task.full, *self.pair)] if self.pair else []
 
     def of_joint(self) -> list[Optimum]:
-        """The optima that `both` rests on."""
+        """Return the optima from which `both` is computed."""
         return [a.optimum for a in (self.task.full, *self.joint)] if self.joint else []
 
 
@@ -120,7 +121,7 @@ class _Pair:
     of: Callable[[_Compared], Estimate]
     optima: Callable[[_Compared], list[Optimum]]
     hardest: Callable[..., Estimate]
-    """Picks the task that is hardest on the claim."""
+    """`max` or `min`: picks the estimate that is worst for the claim."""
 
 
 PAIRS = (
@@ -130,8 +131,10 @@ PAIRS = (
 
 
 def _compared(task: Task) -> _Compared:
-    """Compare a task's layer sets. Its own ratios say what spread over seeds is usual; another
-    task's noise is another."""
+    """Compare a task's layer sets.
+
+    The variance over seeds is pooled over this task's ratios only: tasks differ in noise.
+    """
     pair, both = equal_pair(task), task.get("attention+mlp")
     mlp = task.get("mlp", both.rank) if both else None
     if task.full is None or pair is None or mlp is None:
@@ -142,7 +145,7 @@ def _compared(task: Task) -> _Compared:
 
 
 def _speed(a: Arm, t: Task) -> Estimate:
-    """rho of an arm, its spread over seeds no less than is usual among the task's arms."""
+    """Return rho of an arm; its variance over seeds is at least that pooled over all arms."""
     pooled = pooled_variance(
         [list(log_rho(b.points, t.full.points).best.values()) for b in (*t.lora, *t.restricted)]
     )
@@ -150,7 +153,7 @@ def _speed(a: Arm, t: Task) -> Estimate:
 
 
 def _gates(c: _Compared, used: Sequence[Optimum], *measured: Estimate) -> list[str]:
-    """List what forbids a verdict on what was measured from these optima, and on nothing else."""
+    """List the gates of a measurement on these optima."""
     if not used:
         return [
             "no curve of attention and mlp at equal parameters, or of attention+mlp at mlp's rank"
@@ -171,14 +174,14 @@ def _judged(
     group: str,
     rests: Sequence[Optimum],
 ) -> list[Verdict]:
-    """Judge the claims about one estimand, by the seeds at the optima that it rests on."""
+    """Judge the claims about one estimand, given the optima on which it rests."""
     return judge_claims(
         claims_about(question, estimand), {estimand: (e, gates)}, (), group, fewest_seeds(rests)
     )
 
 
 def _of_task(c: _Compared, question: dict[str, Any]) -> list[Verdict]:
-    """Judge one task alone. Secondary: the claim is about all of them."""
+    """Judge one task alone, as secondary claims: the primary claim is about all tasks."""
     claims = {k: {**v, "primary": False} for k, v in question["claims"].items()}
     secondary = {**question, "claims": claims}
     found = []
@@ -190,8 +193,10 @@ def _of_task(c: _Compared, question: dict[str, Any]) -> list[Verdict]:
 
 
 def _by_task(v: Verdict, each: Sequence[Verdict]) -> Verdict:
-    """Let a verdict over all tasks be SUPPORTED only where each task's is, and say where it depends
-    on the task."""
+    """Adjust a verdict over all tasks by the tasks' own verdicts.
+
+    It is SUPPORTED only if each task's is. If the tasks disagree, the reason lists their outcomes.
+    """
     outcomes = sorted(w.outcome for w in each)
     split = {"SUPPORTED", "REFUTED"} <= set(outcomes)
     if not each or len(set(outcomes)) == 1 or (v.outcome == "UNDECIDED" and not split):
@@ -202,9 +207,11 @@ def _by_task(v: Verdict, each: Sequence[Verdict]) -> Verdict:
 
 
 def _trace(compared: Sequence[_Compared]) -> Estimate:
-    """Spearman's correlation between ln of rho and ln of the gradient's share over the layer sets
-    that are compared, each task's own mean taken out; bootstrap over tasks is pointless at three,
-    so the interval is Fisher's."""
+    """Return Spearman's correlation of ln(rho) with ln(gradient share) over the layer sets.
+
+    Each task's mean is subtracted first. The interval is Fisher's: three tasks are too few for a
+    bootstrap.
+    """
     x, y = [], []
     for c in compared:
         arms = [a for a in (*c.pair, c.joint[1]) if a.share]

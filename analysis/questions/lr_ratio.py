@@ -1,5 +1,4 @@
-"""What the report of `lr_ratio` shows: ratios against published laws, gaps, rho,
-drift, the next runs."""
+"""The report of `lr_ratio`: ratios against published laws, gaps, rho, drift, and the next runs."""
 
 import dataclasses
 import math
@@ -30,7 +29,7 @@ Rhos = list[Estimate | None]
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Fit and judge, and put together what the report shows."""
+    """Fit and judge, and put the report's sections together."""
     found = answer_of(table, question)
     rhos = of_curves(table, found.optima)
     sections = [

@@ -1,9 +1,8 @@
-"""How does the ratio of the best rates depend on the hidden size and on alpha?
+"""Question: how the ratio of the best rates depends on the hidden size and on alpha.
 
-ln ratio = a + p ln(hidden) + q ln(alpha), by regression over measured ratios
-(analysis.measures.ratio_law), twice: over bases of equal pretraining tokens, and over bases of
-equal loss. Which base belongs to which set is read from the table: bases of one number of
-pretraining tokens, and bases whose loss before fine-tuning agrees.
+ln ratio = a + p ln(hidden) + q ln(alpha) is fitted by regression over measured ratios
+(analysis.measures.ratio_law), twice: over base models with equal pretraining tokens, and over base
+models with equal loss before fine-tuning. Both sets are found from the table.
 """
 
 import json
@@ -38,8 +37,8 @@ from analysis.runs.lr_curves import lr_curves
 ESTIMANDS = ("hidden_exponent", "hidden_exponent_equal_loss", "alpha_exponent")
 LOG_ESTIMANDS = ()
 AGREE = 0.03
-"""Bases count as of equal loss if their losses on what they were pretrained on differ by at most
-this many nats."""
+"""Base models count as equal in loss if their losses on the pretraining data differ by at most this
+many nats."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Cell:
     tokens: float | None
     """Pretraining tokens; None without a recipe."""
     base_nll: float
-    """Loss of the base on what it was pretrained on; NaN if it was not measured."""
+    """Loss of the base model on its pretraining data, in nats; NaN if it was not measured."""
     lora: Optimum
     full: Optimum
 
@@ -81,7 +80,7 @@ def cells_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A ratio measured by another sweep: shown next to the law, not fitted."""
+    """A ratio measured by another sweep, shown with the law but not fitted."""
 
     where: str
     hidden: int
@@ -90,7 +89,7 @@ class Elsewhere:
 
 
 def elsewhere(models: Sequence[str], kept: Path | None) -> list[Elsewhere]:
-    """Return the kept answers of `lr_ratio` about models that are not among `models`."""
+    """Return the ratios in kept results of `lr_ratio` about models other than `models`."""
     found = []
     for path in sorted(kept.glob("lr_ratio-*/results.json")) if kept else ():
         results = json.loads(path.read_text())
@@ -106,14 +105,17 @@ def elsewhere(models: Sequence[str], kept: Path | None) -> list[Elsewhere]:
 
 
 def equal_tokens(cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells of the number of pretraining tokens that covers most hidden sizes."""
+    """Return the cells with equal pretraining tokens that cover the most hidden sizes."""
     groups = {t: [c for c in cells if c.tokens == t] for t in {c.tokens for c in cells if c.tokens}}
     return max(groups.values(), key=lambda g: len({c.hidden for c in g}), default=[])
 
 
 def equal_loss(cells: Sequence[Cell]) -> list[Cell]:
-    """Return, around each base in turn, the cells of the bases that agree with it in loss; the set
-    that covers most hidden sizes, and of those the largest."""
+    """Return the cells with equal base loss that cover the most hidden sizes.
+
+    Candidates are, for each base model, the bases whose loss agrees with it within AGREE; of equal
+    candidates the largest is returned.
+    """
     near = [
         [c for c in cells if abs(c.base_nll - centre) <= AGREE]
         for centre in {c.base_nll for c in cells}
@@ -122,8 +124,11 @@ def equal_loss(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def law_of(cells: Sequence[Cell], wider: Sequence[Cell] = ()) -> RatioLaw:
-    """Fit the law to the cells whose ratio has an interval; the variance between bases from `wider`
-    as well."""
+    """Fit the law to the cells whose ratio has an interval.
+
+    Args:
+        wider: cells that are also used for the variance between bases.
+    """
     return ratio_law(_ratios(cells), _ratios(wider))
 
 
@@ -133,7 +138,7 @@ def _ratios(cells: Sequence[Cell]) -> list[Ratio]:
 
 
 TOKENS, LOSS, ALL = "equal pretraining tokens", "equal base loss", "all bases"
-"""The sets of bases that a law is fitted to."""
+"""The sets of base models to which a law is fitted."""
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
@@ -233,7 +238,7 @@ def _one_size(cells: Sequence[Cell]) -> list[str]:
 
 def _panels(cells: Sequence[Cell], beyond: Sequence[Elsewhere]) -> list[Panel]:
     models = list(dict.fromkeys(c.model for c in cells))
-    # a little apart, so that bases do not cover each other
+    # Shifted a little, so that the bases' markers do not overlap.
     shift = {m: 1.035 ** (k - (len(models) - 1) / 2) for k, m in enumerate(models)}
     over_alpha = [
         _series(m, [c for c in cells if c.model == m], "alpha", k, shift)

@@ -1,9 +1,8 @@
-"""Is a task fit for questions about learning rates, for a model? Five checks, from runs of full
-fine-tuning and of LoRA.
+"""Check whether a task is fit for questions about learning rates, for a model.
 
-On a task that fails, a difference between methods says little: there is nothing left to learn. A
-sweep's verdicts on such a task are UNDECIDED (task). Noise only warns: what it does to an answer is
-the interval's width, which the verdict knows.
+Five checks, from runs of full fine-tuning and of LoRA. On a task that fails, a difference between
+methods means little: there is nothing to learn, or nothing left. Verdicts on such a task are
+UNDECIDED (task). Noise is only a warning, since it already widens the interval.
 """
 
 import math
@@ -22,17 +21,20 @@ from analysis.runs.lr_curves import lr_curves
 from analysis.runs.task import MIN_GAIN, MIN_REST
 
 MIN_SLOPE = 0.05
-"""Nats that both arms still gain from the last doubling of the updates."""
+"""Both arms must still gain this many nats in the last doubling of the updates."""
 EDGES = ("at_edge", "bounded_by_divergence", "flat", "no_usable_points")
-"""Flags of an optimum that is not one minimum inside the rates tried."""
+"""Flags of an optimum that is not a single minimum inside the rates tried."""
 MAX_NOISE = 0.1
-"""Standard deviation between seeds over the rise of the loss a factor 2 off the optimum."""
+"""Largest ratio of the standard deviation between seeds to the rise of the loss at a factor 2 from
+the optimum."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One requirement. `ok` is None where the runs cannot tell; one that only `warns` disqualifies
-    no task."""
+    """One requirement.
+
+    `ok` is None if the runs cannot tell. A check that only `warns` does not disqualify a task.
+    """
 
     group: str
     name: str
@@ -113,7 +115,7 @@ def _of_curve(group: str, o: Optimum, points: dict[int, Any]) -> list[Check]:
 
 
 def _last_doubling(points: Sequence[tuple[float, float]]) -> float | None:
-    """Loss at half the last step less loss at the last step."""
+    """Return the loss at half the last step minus that at the last step; None if unknown."""
     found = dict(points)
     last = max(found, default=0)
     return found[last / 2] - found[last] if last / 2 in found else None
@@ -128,8 +130,7 @@ def _rise(o: Optimum) -> float | None:
 
 
 def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Any]]) -> list[str]:
-    """Say which curves have stopped learning by the end of their runs, as gates: a task that is
-    over says nothing."""
+    """Return a gate for each curve that has stopped learning by the end of its runs."""
     found = []
     for o, mine in zip(optima, points):
         gains = [g for p in mine.values() if (g := _last_doubling(p)) is not None]
@@ -142,14 +143,16 @@ def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Any]]) -> list
 
 
 def verdict(checks: Sequence[Check]) -> dict[str, bool]:
-    """Say of each group whether it qualifies: no check fails but those that warn. An unknown
-    check does not fail."""
+    """Return whether each group qualifies: no check fails, except those that only warn.
+
+    A check with an unknown outcome does not fail.
+    """
     groups = dict.fromkeys(c.group for c in checks)
     return {g: all(c.ok is not False or c.warns for c in checks if c.group == g) for g in groups}
 
 
 def rows(checks: Sequence[Check]) -> list[list[str]]:
-    """Return a table, its head first."""
+    """Return the checks as a table; the first row is its head."""
     met = {True: "yes", False: "NO", None: "unknown"}
     out = [["task", "check", "measured", "needed", "met"]]
     for c in checks:

@@ -1,9 +1,9 @@
-"""When does each rank leave full fine-tuning's learning curve, and do all ranks start alike?
+"""Question: when does each rank leave full fine-tuning's learning curve, and do all start equally.
 
-A rank departs at the step from which its loss stays above full fine-tuning's by a fixed height in
-nats: DEPARTED of what full fine-tuning gains in the whole run. There are two readings. Runs at each
-rank's best rate, paired by seed, carry the verdict. The study's envelope, the lowest loss over all
-rates at every step, is shown with them; no single run follows it.
+A rank departs at the step from which its loss stays above full fine-tuning's by DEPARTED of what
+full fine-tuning gains in the whole run. This is measured in two ways. The verdict uses runs at each
+rank's best rate, paired by seed. The study's envelope, the lowest loss over all rates at each step,
+is shown too; no single run follows it.
 """
 
 import math
@@ -51,7 +51,8 @@ from analysis.runs.prefixes import while_unsolved
 
 ESTIMANDS = ("departure_slope", "rho_top_rank", "identical_steps")
 LOG_ESTIMANDS = ("rho_top_rank",)
-"""identical_steps may start at 0: a rank that has left at the first evaluation."""
+"""identical_steps is not judged on a log scale: it is 0 if a rank leaves at the first evaluation.
+"""
 Curves = dict[int, AtBest[Points]]
 """Learning curves at best rates, by the id of their optimum."""
 
@@ -106,7 +107,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
 
 
 def _common_rate(table: pd.DataFrame) -> str:
-    """Name the rate at which A was drawn again, which all ranks share."""
+    """Name the rate at which all ranks were run with more than one draw of A."""
     again = table.loc[
         (table["method"] == "lora") & (table["init_seed"].fillna(0) > 0), "lr"
     ].unique()
@@ -118,8 +119,10 @@ def _step(value: float) -> str:
 
 
 def _unresolved(departures: dict[int, AtBest[float]], whole: AtBest[Points]) -> list[str]:
-    """Return a gate where fewer than two ranks are with full fine-tuning at the first evaluation,
-    so that the order of the others is not resolved."""
+    """Return a gate if at most one rank has not yet departed at the first evaluation.
+
+    The order in which the others departed is then unknown.
+    """
     first = min((p[0][0] for p in whole.best.values() if p), default=1.0)
     gone = [
         str(r)

@@ -1,8 +1,8 @@
-"""Is the best LoRA rate about 10 times the best full fine-tuning one? The answer in numbers.
+"""Question: is LoRA's best rate about 10 times full fine-tuning's. The answer in numbers.
 
-Estimands, per model and data set: the ratio of the best rates for each rank and over the ranks of 4
-and more; the drift, the slope of ln(best LoRA rate) per doubling of the rank. With them come the
-NLL gap, and the regret of rules of thumb. `lr_ratio` writes the answer for people.
+Estimands, per model and data set: the ratio of the best rates, for each rank and over the ranks
+from 4 up; and the drift, the slope of ln(best LoRA rate) per doubling of the rank. Also the NLL gap
+and the regret of rules of thumb. `lr_ratio` formats the answer for the report.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.runs.table import TableError
 
 PARITY = "rho_top_rank"
-"""Estimand that needs learning curves; `lr_ratio` judges it."""
+"""Estimand that needs learning curves; it is judged by `lr_ratio`."""
 
 
 @dataclass(frozen=True)
@@ -34,34 +34,33 @@ class Ratio:
 
     group: str
     rank: int | None
-    """None: over the ranks of MIN_RANK and more."""
+    """None: over the ranks from MIN_RANK up."""
     alpha: float
     ratio: Estimate
     gap: Estimate
-    """Best LoRA NLL - best full fine-tuning NLL, nats; from fresh seeds only, paired by seed, where
-    there are."""
+    """Best LoRA NLL - best full fine-tuning NLL, in nats; see `analysis.measures.ratio.gap`."""
     regrets: dict[str, float | None] = field(default_factory=dict)
-    """NLL lost by a rule of thumb against the tuned rate, nats; None where the rule leaves the
-    tried rates."""
+    """NLL lost by a rule of thumb compared with the tuned rate, in nats; None if the rule's rate
+    lies outside those tried."""
     at: int | None = None
-    """Index of the LoRA curve among the answer's optima; None over many."""
+    """Index of the LoRA curve among the answer's optima; None over several ranks."""
     rivals: dict[str, float] = field(default_factory=dict)
-    """The ratio that each published law gives at this width and alpha; only over ranks."""
+    """The ratio by each published law at this width and alpha; only over ranks."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """All that the question's runs say."""
+    """The results of the question."""
 
     optima: list[Optimum]
     ratios: list[Ratio]
     drifts: dict[str, Drift]
     verdicts: list[Verdict]
     pooled: RandomEffects | None = None
-    """ln ratio over the groups (models, data sets), where two or more have one."""
+    """ln ratio pooled over groups (models, data sets), if at least two have one."""
     members: dict[str, list[Optimum]] = field(default_factory=dict)
-    """The curves that a verdict's group rests on: full fine-tuning and the ranks of MIN_RANK and
-    more."""
+    """Curves on which a verdict rests, by its group: full fine-tuning and the ranks from MIN_RANK
+    up."""
     of_rates: ClassVar[bool] = True
 
 
@@ -74,8 +73,14 @@ def answer(
     """Fit all curves of a sweep, form the ratios and judge the claims.
 
     Args:
+        curves: of all arms.
+        claims: by name, as in the sweep's file.
         widths: hidden size by model.
-        level: of the intervals that are held against the margins (see verdicts.look_level).
+        level: of the intervals that are compared with the margins (see `decide.look_level`).
+
+    Raises:
+        TableError: a group has more than one full fine-tuning curve, or a claim is about an
+            unknown estimand.
     """
     optima = fit_all(curves)
     groups: dict[str, list[Optimum]] = {}
@@ -89,8 +94,8 @@ def answer(
         full = [o for o in members if o.curve.key["method"] == "fullft"]
         if len(full) > 1:
             raise TableError(
-                f"{group}: {len(full)} fullft curves, lr_ratio compares with one. Keep one scope, "
-                "schedule and precision a table."
+                f"{group}: {len(full)} fullft curves, but lr_ratio compares with one. Keep a "
+                "single scope, schedule and precision per table."
             )
         variants: dict[str, list[Optimum]] = {}
         for o in members:
@@ -119,15 +124,16 @@ def answer(
             )
     verdicts = holm(verdicts, 1 - level)  # over the primary claims of all models and data sets
     overall_ratios = [r.ratio for r in ratios if r.rank is None]
-    pooled = (
-        None if any(";" in r.group for r in ratios) else pool_ratios(overall_ratios)
-    )  # variants share one FullFT curve
+    # Variants share one full fine-tuning curve, so their ratios are not independent.
+    pooled = None if any(";" in r.group for r in ratios) else pool_ratios(overall_ratios)
     return Answer(optima, ratios, drifts, verdicts, pooled, groups_judged)
 
 
 def answer_of(table: pd.DataFrame, question: dict[str, Any]) -> Answer:
-    """Fit and judge a sweep's runs under its claims, margins and planned rounds; parity, which
-    needs learning curves, is judged where those are read (questions.lr_ratio)."""
+    """Fit and judge a sweep's runs under its claims, margins and planned rounds.
+
+    Parity, which needs learning curves, is judged by `analysis.questions.lr_ratio`.
+    """
     claims = {k: v for k, v in question["claims"].items() if v["estimand"] != PARITY}
     widths = (
         {}
@@ -163,8 +169,10 @@ def _one(group: str, lora: Optimum, full: Optimum, at: int) -> Ratio:
 
 
 def _drift(lora: Sequence[Optimum]) -> Drift:
-    """Return the drift over the ranks; none if one has no interval, since those at an edge are no
-    accident."""
+    """Return the drift over the ranks; none if a rank has no interval.
+
+    Leaving out the ranks at an edge would bias the slope.
+    """
     n = sum(o.best_lr.n for o in lora)
     known = [o for o in lora if o.best_lr.draws is not None]
     if len(known) < len(lora):

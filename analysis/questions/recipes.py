@@ -1,8 +1,8 @@
-"""What do popular recipes lose against tuned LoRA, and what does fine-tuning make the model forget?
+"""Question: how much popular recipes lose against tuned LoRA, and how much fine-tuning forgets.
 
-A recipe's loss is that of its own runs at the rate it prescribes (interpolated in ln(rate) between
-the tried ones around it), less tuned LoRA's at its best, as a share of what tuned LoRA gains over
-the base. Paired by seed.
+A recipe's cost is the loss of its own runs at the rate it prescribes (interpolated in ln(rate)
+between the tried rates around it), minus tuned LoRA's at its best rate, as a share of tuned LoRA's
+gain over the base model. Paired by seed.
 """
 
 import math
@@ -90,7 +90,10 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
 
 
 def _main_dataset(table: pd.DataFrame) -> str:
-    """The data set that tuned LoRA, the recipes and full fine-tuning share: that of most arms."""
+    """Return the data set shared by tuned LoRA, the recipes and full fine-tuning.
+
+    It is the one with the most arms.
+    """
     arms = table.groupby("dataset").apply(
         lambda p: p[["method", "layers", "alpha", "schedule"]].drop_duplicates().shape[0]
     )
@@ -107,8 +110,7 @@ def _one(optima: Sequence[Optimum], **wanted: Any) -> Optimum | None:
 
 
 def _rates(o: Optimum, which: int) -> list[float]:
-    """Return a curve's best rate, and rates that are as likely to be it; nothing where it is not
-    known."""
+    """Return a curve's best rate and likely rates; empty if the best rate is unknown."""
     return [] if o.best_lr.value is None else [o.best_lr.value, *likely_rates(o, which)]
 
 
@@ -120,7 +122,7 @@ def _recipes(
     tuned: Optimum,
     gain: float,
 ) -> tuple[Measured, Section]:
-    """Return what each recipe gives up, as a share of what tuned LoRA gains, and its section."""
+    """Return what each recipe loses as a share of tuned LoRA's gain, and the report's section."""
     rank, gates = float(tuned.curve.key["rank"]), gates_on([full, tuned])
     of_full, of_tuned = _rates(full, 1), _rates(tuned, 0)
     attention = _one(optima, method="lora", layers="attention", schedule="constant")
@@ -174,8 +176,11 @@ def _share(
     pooled: PooledVariance | None,
     highest: float,
 ) -> tuple[Estimate, list[str]]:
-    """Return the share that a recipe gives up, and its own gates. highest: the margin's upper
-    edge."""
+    """Return the share of tuned LoRA's gain that a recipe loses, and the recipe's gates.
+
+    Args:
+        highest: upper end of the claim's margin.
+    """
     share = over_seeds(given_up, pooled, (AT_LEAST,) if at.near_broken[:1] == [True] else ())
     gates = [] if share.n else ["the recipe's rate lies outside the rates tried"]
     if o is None:
@@ -222,8 +227,10 @@ LOSSES = ("test", "after", "before")
 def _retention(
     table: pd.DataFrame, optima: Sequence[Optimum], full: Optimum, tuned: Optimum
 ) -> tuple[Measured, Section]:
-    """Return what tuned LoRA forgets of the pretraining task, as a share of what full fine-tuning
-    forgets: at its best rate, and at the lower rate at which it has learned as much."""
+    """Return what tuned LoRA forgets of the pretraining task over what full fine-tuning forgets.
+
+    With full fine-tuning at its best rate, and at the lower rate at which it has learned as much.
+    """
     title = "What is forgotten"
     if "retain_nll" not in table or table["retain_nll"].isna().all():
         nothing = (Estimate(None), ["no curve of the pretraining task"])
@@ -268,7 +275,7 @@ def _retention(
 def _path(
     name: str, path: Sequence[dict[str, float]], mean: dict[str, float], colour: int
 ) -> list[Series]:
-    """Return a curve's losses on both tasks over its rates, and at its best rate."""
+    """Return series of a curve's losses on both tasks, over its rates and at its best rate."""
     label, best = f"{name}, low to high rate", f"{name} at its best rate"
     learned, left = [v["test"] for v in path], [v["after"] for v in path]
     return [

@@ -1,5 +1,4 @@
-"""Find a question's module by the name that its sweep gives: the only dynamic import of
-`analysis`."""
+"""Find a question's module by name. This is the only dynamic import in `analysis`."""
 
 import importlib
 from collections.abc import Sequence
@@ -11,11 +10,11 @@ import pandas as pd
 from analysis.questions.base import Analysis
 
 SHARED = ("__init__", "base", "qualify", "ratio_answer", "registry")
-"""Modules of this room that are no question."""
+"""Modules of this package that are not questions."""
 
 
 class UnknownQuestion(ValueError):
-    """No question has this name; `known` lists those there are."""
+    """There is no question with this name; `known` lists those that exist."""
 
     def __init__(self, name: str, known: Sequence[str]):
         super().__init__(f"unknown analysis {name!r}; there are: {', '.join(known)}")
@@ -23,7 +22,7 @@ class UnknownQuestion(ValueError):
 
 
 class Question(Protocol):
-    """What a question's module has."""
+    """The interface of a question's module."""
 
     ESTIMANDS: Sequence[str]
     LOG_ESTIMANDS: Sequence[str]
@@ -49,9 +48,14 @@ def question_named(name: str) -> Question:
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Fit and judge a sweep's runs by the analysis that its question names.
+    """Fit and judge a sweep's runs with the analysis that its question names.
 
-    kept: folder of kept results, for questions that show other sweeps' answers next to
-    their own.
+    Args:
+        table: one row per run.
+        question: the sweep's question, as in question.json.
+        kept: folder of kept results, for questions that also show other sweeps' answers.
+
+    Raises:
+        UnknownQuestion: there is no such analysis.
     """
     return question_named(question["analysis"]).analyse(table, question, kept)

@@ -1,6 +1,6 @@
-"""Is LoRA's best rate a larger multiple of full fine-tuning's in short runs, and does B outgrow A?
+"""Question: is LoRA's best rate a larger multiple in short runs, and does B outgrow A.
 
-Horizons come from the prefixes of the same runs. Spectral norms are those at the end of runs at
+Shorter horizons are prefixes of the same runs. Spectral norms are those at the end of the runs, at
 each curve's best rate.
 """
 
@@ -36,15 +36,14 @@ from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 ESTIMANDS = ("short_over_long", "sigma_b_over_a", "movement_ratio")
 LOG_ESTIMANDS = ESTIMANDS
 SHORT = 24
-"""The short horizon is the longest one divided by this, or the next longer one that was evaluated.
-"""
+"""The short horizon is the first evaluated step from the longest horizon divided by this."""
 SHORTEST = 4
-"""Updates below which no horizon is looked at."""
+"""Horizons of fewer updates are ignored."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """The optima of runs cut at one step. `lora` are the ranks that the claim is about."""
+    """The optima of runs cut at one step; `lora` holds the ranks that the claim is about."""
 
     step: int
     optima: list[Optimum]
@@ -54,7 +53,7 @@ class Horizon:
 
 
 def horizons(table: pd.DataFrame) -> list[Horizon]:
-    """Fit the optima at every step seen, and at the end."""
+    """Fit the optima at every step at which all runs were evaluated, and at the end."""
     last = int(table["steps"].max())
     out = []
     for step in [s for s in steps_seen(table) if s >= SHORTEST] + [last]:
@@ -76,7 +75,7 @@ NORMS = (
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge the ratio of ratios, and the norms."""
+    """Judge the ratio of the short and the long horizon's ratios, and the spectral norms."""
     part, cut = while_unsolved(table)
     found = horizons(part)
     long = found[-1]
@@ -156,7 +155,7 @@ def _norms(optima: Sequence[Optimum], spectra: Sequence[Spectra]) -> Section:
 
 
 def _by_matrix(known: Sequence[tuple[Optimum, Spectra]]) -> list[Panel]:
-    """Return the change of every matrix, of one seed; of the matrices that LoRA adapts."""
+    """Draw the change of every matrix that LoRA adapts, for one seed."""
     first = [(o, next(iter(s.by_seed.values()))) for o, s in known]
     lora = [norms for o, norms in first if o.curve.key["method"] == "lora"]
     if not first:
