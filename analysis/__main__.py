@@ -1,5 +1,4 @@
-"""`python -m analysis`: judge a sweep again, or fit anyone's runs. Trains nothing and needs no
-torch."""
+"""Judge a sweep again, or analyse any table of runs. Trains nothing and needs no torch."""
 
 import argparse
 import json
@@ -16,15 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "analysis" / "results"
 """Kept results of the repository."""
 EPILOG = """commands
-  fit FILE      the best learning rate of every curve, with interval or bound and low-regret band
-  ratio FILE    LoRA's best rate over full fine-tuning's
-  drift FILE    how the best rate moves with the rank
-  law FILE      the rate as a law of the hidden size; the ratio as a law of hidden size and alpha
-  html FILE     an interactive page of curves, fits and runs, in one file (--out page.html)
-  SWEEP         the report of a sweep, from its kept table or from --table
+  fit FILE      best learning rate of every curve, with interval or bound and low-regret band
+  ratio FILE    LoRA's best rate divided by full fine-tuning's
+  drift FILE    how the best rate changes with the rank
+  law FILE      fit the rate as a power law of the hidden size, and the ratio as one of hidden
+                size and alpha
+  html FILE     interactive page of curves, fits and runs, in one file (--out page.html)
+  SWEEP         report of a sweep, from its kept table or from --table
   study         all claims in one table, from kept results and your own reports
-                (--write: remake the kept pages)
-  suggest SWEEP the runs that would decide most of what is open (action=extend adds them)
+                (--write: render the kept pages again)
+  suggest SWEEP the runs most likely to decide the open claims (action=extend adds them)
 
 examples
   python -m analysis lr_ratio --scale small
@@ -34,7 +34,7 @@ examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 done, 2 the request was wrong."""
+    """Run the command line and return its exit status: 0 for success, 2 for a wrong request."""
     argv = list(sys.argv[1:] if argv is None else argv)
     from analysis.runs.table import TableError
 
@@ -96,16 +96,18 @@ def _runs_parser(command: str) -> argparse.ArgumentParser:
     add(
         "file",
         type=Path,
-        help="one run a row: .csv, .parquet, .json or .jsonl, a W&B export for example. Columns "
-        "model, lr, test_nll, and method or rank; optional status, dataset, batch_size, seed, "
-        "hidden_size, layers, alpha, steps. No method means lora, an empty rank full fine-tuning",
+        help="table with one run per row: .csv, .parquet, .json or .jsonl, such as a W&B export. "
+        "Columns: model, lr, test_nll, and method or rank; optionally status, dataset, batch_size, "
+        "seed, hidden_size, layers, alpha, steps. Without a method, a run with a rank is lora and "
+        "one with an empty rank is full fine-tuning",
     )
-    a_name = "what a column is called in the file and here; repeatable"
+    a_name = "use the file's column THEIRS as our column OURS; repeatable"
     add("--map", action="append", default=[], metavar="THEIRS=OURS", help=a_name)
-    add("--higher", metavar="COLUMN", help="use this column as the metric: better when higher")
+    add("--higher", metavar="COLUMN", help="use this column as the metric; higher is better")
     add("--broken", type=float, help="a metric at least as bad as this counts as diverged")
-    add("--within", type=float, default=0.01, help="loss that the low-regret band allows")
-    share = "ranks of one model lend each other their curvature"
+    within = "extra loss allowed in the low-regret band, in units of the metric; default: 0.01"
+    add("--within", type=float, default=0.01, help=within)
+    share = "use a model's other ranks as a prior for the shape of each curve"
     add("--share", action="store_true", help=share)
     add("--out", type=Path, help="write the JSON (or the page) here")
     add("--json", action="store_true", help="print JSON instead of text")
@@ -125,7 +127,7 @@ def _mapping(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _of_runs(command: str, reading: "Reading", args: argparse.Namespace) -> tuple[Any, list[str]]:
-    """Return what a command finds in a table of runs: as plain values, and as lines of text."""
+    """Run a command on a table; return its result as plain values and as lines of text."""
     from analysis.tables import commands, laws
 
     if command == "fit":
@@ -155,12 +157,12 @@ def _study(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        help="write the page (Markdown, figures linked) into this folder of reports",
+        help="write study.md (Markdown with linked figures) into this folder of reports",
     )
     parser.add_argument(
         "--write",
         action="store_true",
-        help="remake analysis/results/README.md and the README's block",
+        help="render analysis/results/README.md and the findings in README.md again",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
@@ -199,12 +201,12 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("sweep", help="name of the sweep, e.g. lr_ratio; or a command, see below")
-    parser.add_argument("--scale", help="scale of the sweep; default: the report written last")
+    parser.add_argument("--scale", help="scale of the sweep; default: that of the newest report")
     parser.add_argument(
         "--reports-dir", default=os.environ.get("LORASWEEP_REPORTS", "reports"), type=Path
     )
     parser.add_argument(
-        "--table", type=Path, help=".parquet or .csv with one run a row; default: the report's own"
+        "--table", type=Path, help=".parquet or .csv, one run per row; default: the report's own"
     )
     parser.add_argument("--out", type=Path, help="folder to write to; default: the report's folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -235,8 +237,13 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
 
 
 def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
-    """Find the folder of a sweep's report: of the scale, or the one written last. Kept results
-    count too."""
+    """Find the folder of a sweep's report: at the given scale, else the newest.
+
+    Your own reports come before kept results.
+
+    Raises:
+        TableError: there is no such report.
+    """
     from analysis.runs.table import TableError
 
     found = [p.parent for root in (reports, KEPT) for p in root.glob("*/question.json")]

@@ -55,9 +55,10 @@ def sentences(parts: Sequence[Part]) -> list[str]:
 def _verdicts(
     parts: Sequence[Part], sweep: str, claim: str, real: bool | None = None
 ) -> list[Verdict]:
-    """Return a claim's verdicts in all answers, by task where there are tasks.
+    """Return a claim's verdicts in all answers; by task, if there are several tasks.
 
-    real: only of the real model, or only of the others.
+    Args:
+        real: True: only those of the real model; False: only the others; None: all.
     """
     found = []
     for part in (p for p in parts if p.results["sweep"] == sweep):

@@ -1,5 +1,7 @@
-"""What the notebooks show: the tables and figures of a kept answer, by the calls that write its
-report, so that no cell holds any mathematics. Trains nothing.
+"""Tables and figures of kept results, for the notebooks.
+
+They come from the functions that write the reports, so the notebooks contain no mathematics. Trains
+nothing.
 """
 
 import json
@@ -25,7 +27,7 @@ def kept(name: str) -> Path:
     """Return the folder of a kept result.
 
     Raises:
-        FileNotFoundError: there is none of this name; the message lists those there are.
+        FileNotFoundError: there is no such result; the message lists those that exist.
     """
     folder = RESULTS / name
     if not (folder / "table.parquet").is_file():
@@ -40,7 +42,7 @@ def table(folder: Path) -> pd.DataFrame:
 
 
 def answer(folder: Path) -> Analysis:
-    """Fit and judge a result's runs under the question they were trained for."""
+    """Fit and judge a result's runs under its question."""
     return analyse(table(folder), _question(folder), RESULTS)
 
 
@@ -54,27 +56,27 @@ def _frame(rows: Sequence[Sequence[str]]) -> pd.DataFrame:
 
 
 def optima(found: Analysis) -> pd.DataFrame:
-    """Return one row a curve: the optimum, the low-regret band, the best loss."""
+    """Return one row per curve: the optimum, the low-regret band, the best loss."""
     return _frame(report_page.optima_rows(found.optima))
 
 
 def verdicts(found: Analysis, folder: Path) -> pd.DataFrame:
-    """Return one row a claim."""
+    """Return one row per claim."""
     return _frame(report_page.verdict_rows(found.verdicts, _question(folder)))
 
 
 def section(found: Analysis, title: str) -> pd.DataFrame:
-    """Return the table of a section of the report."""
+    """Return the table of one section of the report."""
     return _frame(next(s.rows for s in found.sections if s.title == title))
 
 
 def notes(found: Analysis, title: str) -> Any:
-    """Show the text of a section of the report."""
+    """Show the text of one section of the report."""
     return _markdown("\n".join(next(s.text for s in found.sections if s.title == title)))
 
 
 def suggestions(found: Analysis) -> pd.DataFrame:
-    """Return one row a suggestion: the rates and seeds that would decide most."""
+    """Return one row per suggestion: rates and seeds likely to decide the open claims."""
     head = ["model and data", "curve", "lr", "seeds", "why"]
     rows = [
         [s.curve.group, s.curve.name, rate(s.lr), ", ".join(map(str, s.seeds)), s.why]
@@ -94,8 +96,10 @@ def learning_curves(runs: pd.DataFrame, found: Analysis) -> Any:
 
 
 def study() -> pd.DataFrame:
-    """Return one row a claim of every kept result; primary claims are corrected for their number
-    over all of them (Holm)."""
+    """Return one row per claim of every kept result.
+
+    Primary claims are corrected for multiplicity over all of them (Holm).
+    """
     return _frame(rows_of(parts_of([RESULTS])))
 
 

@@ -1,4 +1,4 @@
-"""Panels as figures, and what all figures share: colours, style, and the hash of their inputs.
+"""Draw panels, with the colours, style and hash of inputs that all figures share.
 
 Only `plots*.py` import matplotlib; they draw result objects and compute nothing.
 """
@@ -20,10 +20,10 @@ from matplotlib.ticker import LogLocator, NullLocator
 from analysis.questions.base import Panel, Series
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe & Ito: colour-blind eyes tell them apart. Black is full fine-tuning."""
+"""Okabe & Ito's palette, distinguishable for colour-blind readers. Black is full fine-tuning."""
 MARKERS = "osD^vP*"
 INPUTS = "Inputs"
-"""The PNG text chunk that holds the hash of what a figure was drawn from."""
+"""Name of the PNG text chunk with the hash of a figure's inputs."""
 _STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -44,11 +44,11 @@ def drawn(
     used: int | None = None,
     **options: Any,
 ) -> Iterator[tuple[Any, list[Axes]]]:
-    """Give a figure and its axes to draw on, then write it with the hash of its inputs.
+    """Yield a figure and its axes to draw on, then save it with the hash of its inputs.
 
     Args:
         size: width and height, inches.
-        used: number of axes that are drawn on; the others are left blank.
+        used: number of axes that are used; the others are left blank.
         options: `sharey` for the axes, `bbox_inches` for the file.
     """
     sharey = bool(options.pop("sharey", False))
@@ -62,7 +62,7 @@ def drawn(
 
 
 def grid_of(n: int) -> tuple[int, int]:
-    """Return rows and columns for n axes, at most two side by side."""
+    """Return the rows and columns of a grid for n axes, with at most two columns."""
     columns = min(2, n)
     return -(-n // columns), columns
 
@@ -81,8 +81,8 @@ def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
 
 
 MANY = 3
-"""A legend of more entries finds no room among the points, so it stands below them; so does one
-that a line would cross."""
+"""A legend with more entries than this is placed below the axes, and so is one of a panel with
+horizontal lines, which would cross it."""
 
 
 def _panel(ax: Axes, panel: Panel) -> None:
@@ -125,12 +125,12 @@ def _numbers(values: Sequence[float | None]) -> np.ndarray:
 
 def _scales(ax: Axes, panel: Panel) -> None:
     positive = any(v is not None and v > 0 for s in panel.series for v in s.y)
-    if panel.log_x and positive:  # nothing to draw has no logarithm
+    if panel.log_x and positive:  # an empty panel cannot have a log scale
         ax.set_xscale("log")
     if panel.log_y and positive:
         ax.set_yscale("log")
         low, high = ax.get_ylim()
-        if high < 60 * low:  # less than two decades: plain numbers at the lesser ticks too
+        if high < 60 * low:  # less than two decades: label minor ticks with plain numbers too
             ax.yaxis.set_major_formatter(_plain_number)
             if high >= 6 * low:
                 subs = (2, 3, 5, 7) if high < 20 * low else (2, 5)

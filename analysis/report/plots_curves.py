@@ -20,8 +20,10 @@ BELOW = {"frameon": False, "fontsize": 8, "loc": "upper center", "bbox_to_anchor
 
 
 def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:
-    """Draw NLL over learning rate with fits, optima and intervals, a panel a group; runs that
-    diverged stand on the top line."""
+    """Draw NLL over learning rate with fits, optima and intervals, one panel per group.
+
+    Diverged runs are crosses at the top.
+    """
     groups = _groups(optima)
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
     rows, columns, size = _layout(groups)
@@ -47,14 +49,14 @@ def _groups(optima: Sequence[Optimum]) -> dict[str, list[Optimum]]:
 
 
 def _layout(groups: dict[str, list[Optimum]]) -> tuple[int, int, tuple[float, float]]:
-    """Return rows, columns and the figure's size: of the axes, and of the legends below."""
+    """Return rows, columns and the figure's size, with room for legends below the axes."""
     rows, columns = grid_of(len(groups))
     height = 4.2 + 0.19 * max(map(len, groups.values()))
     return rows, columns, (7.4 * columns, height * rows)
 
 
 def _top(members: Sequence[Optimum]) -> tuple[float, float]:
-    """Return the height for diverged runs and the axis limit: above every point worth comparing."""
+    """Return the height for diverged runs and the axis limit, above all usable points."""
     y = np.concatenate([o.curve.y[o.curve.usable] for o in members])
     if not len(y):
         return 1.0, 1.1
@@ -96,8 +98,10 @@ def _fitted(
 
 
 def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:
-    """Draw held-out NLL over updates, a panel a group: every run thin, the run at each curve's best
-    tried rate thick."""
+    """Draw held-out NLL over updates, one panel per group.
+
+    Every run is a thin line; the run at each curve's best tried rate is thick.
+    """
     learned = by_run(table)
     groups = _groups(optima)
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))

@@ -12,8 +12,10 @@ Row = dict[str, Any]
 
 
 def packing(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
-    """Draw a LoRA step's time a run over the pack size, as a share of a full fine-tuning step of
-    the same batch."""
+    """Draw the time of a LoRA step per run over the pack size.
+
+    Relative to a full fine-tuning step of the same batch.
+    """
     models = list(dict.fromkeys(r["model"] for r in rows))
     size = (4.4 * len(models), 3.8)
     with drawn(path, inputs, 1, len(models), size, 150, sharey=True) as (fig, axes):
@@ -37,8 +39,10 @@ def packing(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
 
 
 def coverage(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
-    """Draw how often intervals hold the truth, a column a family: ours by noise, and what others do
-    as crosses."""
+    """Draw how often intervals contain the truth, by family of shapes.
+
+    Ours by noise level; simpler estimators as crosses.
+    """
     families = list(dict.fromkeys(r["family"] for r in rows))
     by_family = {f: [r for r in rows if r["family"] == f] for f in families}
     at = np.arange(len(families))
@@ -70,7 +74,7 @@ def _percent(shares: Sequence[float | None]) -> float:
 
 
 def verdict_shares(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
-    """Draw the share of each verdict over the true ratio, a panel a noise."""
+    """Draw the share of each verdict over the true ratio, one panel per noise level."""
     noises, ratios = (sorted({r[k] for r in rows}) for k in ("noise", "ratio"))
     at = np.arange(len(ratios))
     size = (4.6 * len(noises), 3.6)

@@ -1,8 +1,7 @@
-"""From a table and a question to the answer: the report with its figures, and the machine-readable
-results.
+"""Turn a table and a question into a report with figures and machine-readable results.
 
-One call writes all of it from the same analysis. What a question adds comes as sections; this
-module knows no claim.
+One call writes everything from the same analysis. A question contributes sections; this module
+knows no particular claim.
 """
 
 import hashlib
@@ -22,7 +21,8 @@ from analysis.report.text import aligned, plain, text_hash
 from analysis.runs.learning_curves import by_run
 
 WORDS = ("says", "whose", "measure", "beside")
-"""What a claim says in words; it may be put better without asking another question."""
+"""Fields of a claim that hold only its wording. They may be reworded without changing the claim, so
+they are left out of its hash."""
 
 
 def judge_and_report(
@@ -38,7 +38,7 @@ def judge_and_report(
 
     Args:
         as_json: return one JSON object instead of text.
-        kept: folder of kept results, which some questions show next to their own.
+        kept: folder of kept results, which some questions show together with their own.
     """
     found = analyse(table, question, kept)
     results = results_of(found, question, table)
@@ -84,8 +84,7 @@ def inputs_hash(table: pd.DataFrame, results: str) -> str:
 
 
 def question_hash(question: dict[str, Any]) -> str:
-    """Hash what was asked and with which margins: a report shows that they were not changed after
-    the runs."""
+    """Hash the claims and their margins, as proof that they were not changed after the runs."""
     rounds = int(question.get("rounds", 1))
     claims: Any = {
         name: {k: v for k, v in claim.items() if k not in WORDS}
@@ -96,7 +95,7 @@ def question_hash(question: dict[str, Any]) -> str:
 
 
 def terminal(found: Analysis, question: dict[str, Any], folder: Path) -> str:
-    """Write the answer for the terminal."""
+    """Format the answer for the terminal."""
     out = [question["question"], ""]
     if found.optima:
         out += [*aligned(report_page.optima_rows(found.optima)), ""]
@@ -120,8 +119,10 @@ def _verdict_line(v: Verdict) -> str:
 
 
 def results_of(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
-    """Return an analysis as plain values, without any path: kept results are the same on every
-    machine."""
+    """Return an analysis as plain values.
+
+    They contain no paths, so that kept results are the same on every machine.
+    """
     figures = [[s.figure, s.caption or s.title] for s in found.sections if s.panels]
     return {
         "sweep": question["name"],

@@ -1,4 +1,4 @@
-"""report.md: verdicts, the question's sections, optima, and the conditions that they hold for."""
+"""Render report.md: verdicts, the question's sections, optima, and conditions."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,12 @@ def markdown(
     claims_hash: str,
     has_curves: bool,
 ) -> str:
-    """Write the report. has_curves: learning.png is there."""
+    """Render the report.
+
+    Args:
+        claims_hash: hash of the claims and margins.
+        has_curves: whether there is a figure learning.png.
+    """
     name, scale = question["name"], question["scale"]
     out = [f"# {name} at scale {scale}", "", f"**{question['question']}**", ""]
     if question["source"]:
@@ -64,7 +69,7 @@ def markdown(
 
 
 def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[list[str]]:
-    """Return one row a verdict, the head first."""
+    """Return one row per verdict, after the head."""
     percent = f"{100 * look_level(int(question.get('rounds', 1))):.3g}%"
     head = ["claim", "model and data", "verdict", f"measured [{percent}]", "expected", "margin"]
     return [
@@ -86,7 +91,7 @@ def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[
 
 
 def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
-    """Return one row a curve, the head first: the optimum, the low-regret band, the best loss."""
+    """Return one row per curve, after the head: the optimum, the low-regret band, the best loss."""
     head = ["curve", "model and data", "best LR [95%]", f"within {WITHIN:g} nats", "best NLL"]
     names = full_names([o.curve for o in optima])
     return [
@@ -108,7 +113,7 @@ def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
 
 
 def band_text(band: Sequence[float] | None) -> str:
-    """Write a band of learning rates."""
+    """Format a band of learning rates."""
     return "-" if not band else f"{rate(band[0])} to {rate(band[1])}"
 
 
@@ -135,7 +140,7 @@ def _noise(optima: Sequence[Optimum]) -> list[str]:
 
 
 def _conditions(curves: Sequence[LrCurve], table: pd.DataFrame) -> list[str]:
-    """State under which conditions the numbers hold."""
+    """List the conditions under which the numbers hold."""
     out = ["## Conditions", ""]
     for column, label in CONDITIONS.items():
         if column in table:
@@ -158,16 +163,16 @@ def _conditions(curves: Sequence[LrCurve], table: pd.DataFrame) -> list[str]:
 
 
 def held_out(table: pd.DataFrame) -> str:
-    """Return how many held-out rows the last evaluation and those before it use; empty if unknown.
+    """Describe how many held-out rows the last evaluation and the earlier ones use.
 
-    They are the same rows in all runs.
+    They are the same rows in all runs. Empty if unknown.
     """
     if not {"spec", "result"} <= set(table.columns):
         return ""
     pairs = set()
     for spec, result in zip(table["spec"], table["result"]):
         dataset, n_test = json.loads(spec)["dataset"], json.loads(result).get("n_test")
-        if dataset["location"] != "facts" and n_test:  # of facts, the trained ones are read
+        if dataset["location"] != "facts" and n_test:  # facts are evaluated on the trained ones
             pairs.add((n_test, min(dataset["n_test_curve"], n_test)))
     if not pairs:
         return ""

@@ -2,8 +2,8 @@
 
     python -m analysis study [--out PAGE.md] [--json]
 
-Read from results.json of kept results (analysis/results) and of reports of one's own; primary
-claims are corrected for their number over the whole table (Holm). study_page makes pages of it.
+Read from results.json of kept results (analysis/results) and of your own reports. Primary claims
+are corrected for multiplicity over the whole table (Holm). `study_page` renders it.
 """
 
 import json
@@ -30,7 +30,7 @@ ORDER = (
     "compute",
     "recipes",
 )
-"""The order of the study's questions; others follow by name."""
+"""The order of the study's questions; any others follow by name."""
 
 
 @dataclass(frozen=True)
@@ -44,32 +44,30 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Sweep and scale."""
+        """Name of the sweep and the scale."""
         return f"{self.results['sweep']}-{self.results['scale']}"
 
     @property
     def command(self) -> str:
-        """What makes it again."""
+        """The command that makes this answer."""
         return f"python -m lorasweep +sweep={self.results['sweep']} scale={self.results['scale']}"
 
     def says(self, claim: str) -> str:
-        """A claim in words."""
+        """Return a claim's sentence."""
         return self.question["claims"].get(claim, {}).get("says") or claim.replace("_", " ")
 
     def word(self, claim: str, kind: str) -> str:
-        """Return a claim's `whose`, `measure` or `beside` in the sweep's file; empty if
-        nothing."""
+        """Return a claim's `whose`, `measure` or `beside` in the sweep's file; may be empty."""
         return self.question["claims"].get(claim, {}).get(kind) or ""
 
     def read(self, v: Verdict) -> str:
-        """Of which rank and after how many updates a claim was read, in words; empty if there is no
-        more to say."""
+        """Describe the rank and number of updates at which a claim was measured; may be empty."""
         return (self.results.get("read") or {}).get(
             self.question["claims"].get(v.claim, {}).get("estimand"), ""
         )
 
     def overall(self, claim: str) -> Verdict | None:
-        """A claim's verdict over all tasks, where each of them has one of its own as well."""
+        """Return a claim's verdict over all tasks, if each task has its own verdict too."""
         first, *by_task = (v for v in self.verdicts if v.claim == claim)
         return (
             first
@@ -78,7 +76,7 @@ class Part:
         )
 
     def measured(self, v: Verdict) -> str:
-        """Return what was measured; over all tasks, on the one that is hardest on the claim."""
+        """Format the estimate; a verdict over all tasks has that of its worst task."""
         where = "on the hardest task " if v is self.overall(v.claim) else ""
         return f"{where}{with_interval(v.estimate)}"
 
@@ -95,17 +93,17 @@ class Part:
 
     @property
     def bases(self) -> list[str]:
-        """Names of the models that its runs began from."""
+        """Names of the base models."""
         return sorted(self.runs["model"].unique()) if len(self.runs) else []
 
     @property
     def size(self) -> int:
-        """Parameters of the largest of them."""
+        """Number of parameters of the largest base model."""
         return int(self.runs["n_trainable"].max()) if "n_trainable" in self.runs else 0
 
     @property
     def trained(self) -> str:
-        """What was trained: models with their size, data, ranks, batch, updates."""
+        """Description of the runs: models with their size, data, ranks, batch, updates."""
         table = self.runs
         if not len(table):
             return "-"
@@ -142,8 +140,10 @@ def _span(values: pd.Series) -> str:
 
 
 def parts_of(folders: Sequence[Path]) -> list[Part]:
-    """Read all answers below folders; of one sweep and scale the first folder's counts. Primary
-    claims are corrected together."""
+    """Read all answers below folders, and correct their primary claims together.
+
+    If two folders have an answer of the same sweep and scale, the first one's is used.
+    """
     found: dict[str, Part] = {}
     for root in folders:
         for path in sorted(root.glob("*/results.json")):
@@ -164,8 +164,7 @@ def parts_of(folders: Sequence[Path]) -> list[Part]:
 
 
 def _for_all_looks(v: Verdict, question: dict[str, Any]) -> Verdict:
-    """Raise a verdict's p by what its sweep's looks cost: the level of one look stands for the
-    level of all of them."""
+    """Scale a verdict's p-value from the level of one look to the overall level of all looks."""
     share = (1 - LEVEL) / (1 - look_level(int(question.get("rounds", 1))))
     return v if v.p is None else replace(v, p=min(1.0, v.p * share))
 
@@ -182,12 +181,16 @@ def _verdict(plain: dict[str, Any]) -> Verdict:
 
 
 FAR = 100.0
-"""An end of a margin this far out stands for none."""
+"""A margin's end beyond this counts as open."""
 HEAD = ("claim", "scale", "expected", "measured [interval]", "verdict", "runs", "still needed")
 
 
 def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
-    """Return the table, its head first: one row a claim, by its name or in words."""
+    """Return the table, one row per claim after the head.
+
+    Args:
+        words: give each claim's sentence, not only its name.
+    """
     rows = [list(HEAD)]
     for part in parts:
         many = len({v.group for v in part.verdicts}) > 1

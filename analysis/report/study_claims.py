@@ -1,4 +1,4 @@
-"""The claims at a glance: what became of each one, base by base; those with one fate together."""
+"""An overview of the claims: their verdicts by base model, grouped by outcome."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,12 @@ OUTCOMES = ("SUPPORTED", "REFUTED", "UNDECIDED")
 SOURCES = {"study": "the study's own", "popular": "popular: summaries, defaults, other papers"}
 """Where a claim comes from (`whose` in its sweep's file), in words."""
 VARIANTS = ("-skills", "-knows", "-facts")
-"""Bases of one shape and seed that were pretrained on another task share a column."""
+"""Suffixes of bases with the same shape and seed but another pretraining task: they share a column.
+"""
 MANY_BASES = "more than one base"
 
 Claim = list[tuple[Part, list[Verdict]]]
-"""One claim: the answers that judge it, each with its verdicts, that over all tasks first."""
+"""One claim: the answers that judge it, each with its verdicts; one over all tasks comes first."""
 
 
 def claims_of(parts: Sequence[Part]) -> list[Claim]:
@@ -28,22 +29,22 @@ def claims_of(parts: Sequence[Part]) -> list[Claim]:
 
 
 def base_of(part: Part) -> str:
-    """Return the base that an answer rests on, as a column's head."""
+    """Return the base model of an answer, as the head of a column."""
     stems = {next((b.removesuffix(v) for v in VARIANTS if b.endswith(v)), b) for b in part.bases}
     return stems.pop() if len(stems) == 1 else MANY_BASES
 
 
 def bases(found: Sequence[Claim]) -> list[str]:
-    """Return the bases that claims were judged on: the largest first, answers over many of them
-    last."""
+    """Return the base models, the largest first; answers over more than one base come last."""
     size = {base_of(part): part.size for at in found for part, _ in at}
     return sorted(size, key=lambda b: (b == MANY_BASES, -size[b], b))
 
 
 def glance(found: Sequence[Claim], shown: Sequence[str], needs: bool = True) -> list[str]:
-    """Write claims as Markdown, one row each, a column a base.
+    """Render claims as a Markdown table, one row per claim and one column per base.
 
-    needs: add how it is measured, what qualifies it, and what would decide.
+    Args:
+        needs: add how the claim is measured, its qualifications, and what would decide it.
     """
     rows = [["claim", "counts as yes", *shown]]
     for at in found:
@@ -92,13 +93,15 @@ FATES = (
     ("Supported in one answer, undecided in another", lambda o: o == {"SUPPORTED", "UNDECIDED"}),
     ("Undecided", lambda o: o == {"UNDECIDED"}),
 )
-"""What may become of a claim in all its answers; each claim has one fate."""
+"""Groups of claims by their outcomes in all answers; each claim is in exactly one."""
 CONTROLS = "Checks of the instrument, and controls"
 
 
 def by_fate(claims: Sequence[Claim]) -> dict[str, list[Claim]]:
-    """Sort claims by what became of them in all their answers, controls apart; a fate that none has
-    is left out. A verdict over all tasks stands for those on each of them."""
+    """Group claims by their outcomes in all answers; controls are a group of their own.
+
+    Empty groups are left out. If there is a verdict over all tasks, those by task do not count.
+    """
     controls = [at for at in claims if _source(at) not in SOURCES]
     others = [at for at in claims if _source(at) in SOURCES]
     fates = {name: [at for at in others if is_so(_outcomes(at))] for name, is_so in FATES}
@@ -110,8 +113,7 @@ def _outcomes(at: Claim) -> set[str]:
 
 
 def _heads(part: Part, verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Sequence[Verdict]]]:
-    """Return the verdict over all tasks with those by task; or each verdict alone, where there is
-    none over all."""
+    """Return the verdict over all tasks with those by task; without one, each verdict alone."""
     overall = part.overall(verdicts[0].claim)
     return [(overall, verdicts[1:])] if overall else [(v, ()) for v in verdicts]
 
@@ -122,7 +124,7 @@ def _source(at: Claim) -> str:
 
 
 def tally(claims: Sequence[Claim]) -> list[str]:
-    """Count claims, each once, by where they come from and by what became of them."""
+    """Count claims by source and outcome, each claim once."""
     fates = {name: mine for name, mine in by_fate(claims).items() if name != CONTROLS}
     rows = [["claims", *(name.lower() for name in fates)]]
     for source, label in SOURCES.items():

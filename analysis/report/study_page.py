@@ -1,7 +1,7 @@
-"""The pages made of all answers: analysis/results/README.md, and a study's own page.
+"""Render the pages over all answers: analysis/results/README.md, and a study's own page.
 
-A page leads with the claims at a glance. The questions follow with their verdicts and figures, and
-the whole table is the end. No measured number is typed by hand.
+A page starts with an overview of the claims. The questions follow with their verdicts and figures,
+and the whole table comes last. No measured number is typed by hand.
 """
 
 from collections.abc import Sequence
@@ -75,14 +75,15 @@ RATES = (
     "full fine-tuning's rate costs (nats)",
 )
 RULES = ("10 x FullFT's best LR", "FullFT's best LR")
-"""Rules of thumb, as an answer's ratios name them."""
+"""Rules of thumb, as named in an answer's ratios."""
 
 
 def page(parts: Sequence[Part], root: str = "") -> str:
-    """Write the page of all answers.
+    """Render the page of all answers.
 
-    root: how links to the answers' folders begin; empty for the kept answers' own page, which also
-    says what changed after a look and what was not tested.
+    Args:
+        root: prefix of links to the answers' folders. Empty for the kept answers' own page, which
+            also has the sections on later changes and on what was not tested.
     """
     claims = claims_of(parts)
     out = [*_head(parts, len(claims)), *tally(claims), ""]
@@ -115,7 +116,7 @@ def _head(parts: Sequence[Part], n_claims: int) -> list[str]:
 
 
 def _best_rates(parts: Sequence[Part]) -> list[str]:
-    """Write the best rates of answers about their ratio, the largest model first."""
+    """Render the best rates of all answers with ratios, the largest model first."""
     rows = [list(RATES)]
     for part in sorted((p for p in parts if p.results.get("ratios")), key=lambda p: -p.size):
         rows += _rates_of(part)
@@ -193,7 +194,7 @@ def _verdict(part: Part, v: Verdict) -> str:
 
 
 def figures(part: Part, root: str) -> list[str]:
-    """Write an answer's figures with their captions."""
+    """Render an answer's figures with their captions."""
     out = []
     for name, caption in part.results.get("figures") or []:
         if (part.folder / name).is_file():
@@ -203,7 +204,7 @@ def figures(part: Part, root: str) -> list[str]:
 
 
 def table(parts: Sequence[Part]) -> list[str]:
-    """Write the whole table as Markdown, claims in words, verdicts in bold."""
+    """Render the whole table as Markdown, with claims as sentences and verdicts in bold."""
     head, *rows = rows_of(parts, words=True)
     return markdown([head, *([*r[:4], f"**{r[4]}**", *r[5:]] for r in rows)])
 

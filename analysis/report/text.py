@@ -1,4 +1,4 @@
-"""Rows of cells as text, in columns for a terminal or as a Markdown table; blocks of pages."""
+"""Format rows of cells for a terminal or as a Markdown table; replace blocks of pages."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,29 +8,29 @@ Rows = Sequence[Sequence[str]]
 
 
 def aligned(rows: Rows) -> list[str]:
-    """Write rows in columns."""
+    """Format rows in aligned columns."""
     widths = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows]
 
 
 def markdown(rows: Rows) -> list[str]:
-    """Write rows, the first one as the head, as a Markdown table."""
+    """Format rows as a Markdown table; the first row is the head."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in r) + " |" for r in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
 def with_block(text: str, begin: str, end: str, lines: Sequence[str]) -> str:
-    """Return a page with the lines between two marks made anew.
+    """Replace the lines of a page between two markers.
 
     Raises:
-        ValueError: the page lacks a mark.
+        ValueError: the page lacks a marker.
     """
     head, tail = text[: text.index(begin)], text[text.index(end) :]
     return "\n".join([head + begin, *lines, tail])
 
 
 def plain(value: Any) -> Any:
-    """Return a table's value as JSON knows it; missing is None."""
+    """Convert a table's value for JSON; missing becomes None."""
     if value is None or value != value:
         return None
     return value.item() if hasattr(value, "item") else value

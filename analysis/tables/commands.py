@@ -1,6 +1,6 @@
-"""The analysis on anyone's runs: what `fit`, `ratio`, `drift` and `html` make of a table.
+"""The commands `fit`, `ratio`, `drift` and `html` on a table of runs made by any program.
 
-Takes a Reading and returns plain values and lines of text; reads no file and prints nothing.
+They take a Reading and return plain values and lines of text; they read no file and print nothing.
 """
 
 import math
@@ -23,13 +23,17 @@ from analysis.runs.table import TableError
 
 
 def optima_of(reading: Reading, share: bool = False) -> list[Optimum]:
-    """Fit every curve of a table; noise and misfit are pooled over it."""
+    """Fit every curve of a table, with noise and misfit pooled over the table."""
     return fit_all(lr_curves(reading.table), share=share)
 
 
 def fit(reading: Reading, within: float = WITHIN, share: bool = False) -> list[dict[str, Any]]:
-    """Return one object a curve: the optimum with its interval, or the bound, and the low-regret
-    band."""
+    """Return one object per curve: the optimum with interval or bound, and the low-regret band.
+
+    Args:
+        within: extra loss allowed in the low-regret band, in units of the metric.
+        share: use a model's other ranks as a prior for the shape of each curve.
+    """
     return [_fitted(o, within, reading) for o in optima_of(reading, share)]
 
 
@@ -64,7 +68,7 @@ FIT_HEAD = ("model", "data", "curve", "runs", "best LR [95%]", "best")
 
 
 def fit_lines(rows: Sequence[dict[str, Any]], within: float = WITHIN) -> list[str]:
-    """Write the fits for the terminal, one line a curve."""
+    """Format the fits for the terminal, one line per curve."""
     out = [[*FIT_HEAD, f"within {within:g}", "flags"]]
     for r in rows:
         name = r["method"]
@@ -86,7 +90,7 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
     """Return LoRA's best rate over full fine-tuning's, by group and rank, and pooled over groups.
 
     Raises:
-        TableError: an arm is missing everywhere.
+        TableError: the table lacks an arm.
     """
     rows, overall = [], []
     optima = optima_of(reading, share)
@@ -94,8 +98,8 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
     for arm, how in (("fullft", "rows with an empty rank"), ("lora", "rows with a rank")):
         if arm not in arms:
             raise TableError(
-                f"the table has no {arm} run ({how}), so there is no ratio. "
-                f"It has: {', '.join(sorted(arms))}. Use `fit` for one arm."
+                f"the table has no {arm} run ({how}), which a ratio needs. "
+                f"It has: {', '.join(sorted(arms))}. For one arm, use `fit`."
             )
     groups = arms_of(optima)
     for group, lora, full in groups:
@@ -112,7 +116,7 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
                 }
             )
         overall.append(ratio_of(lora, full))
-    # variants share full fine-tuning's curve, so they are not independent
+    # Variants share full fine-tuning's curve, so their ratios are not independent.
     independent = len({id(full) for _, _, full in groups}) == len(overall)
     pooled = pool_ratios(overall) if independent else None
     return {
@@ -158,7 +162,7 @@ def arms_of(optima: Sequence[Optimum]) -> list[tuple[str, list[Optimum], Optimum
         if len(full) > 1:
             raise TableError(
                 f"{group}: {len(full)} full fine-tuning curves (they differ in scope, schedule or "
-                "precision); keep one a table."
+                "precision), but a ratio needs one. Keep one per table."
             )
         for variant, lora in variants.items():
             if full:
@@ -167,7 +171,7 @@ def arms_of(optima: Sequence[Optimum]) -> list[tuple[str, list[Optimum], Optimum
 
 
 def ratio_lines(result: dict[str, Any]) -> list[str]:
-    """Write the ratios for the terminal."""
+    """Format the ratios for the terminal."""
     rows = [["model and data", "rank", "ratio [95%]", "gap", "flags"]]
     for r in result["ratios"]:
         measured = with_interval(Estimate(r["ratio"], r["low"], r["high"]))
@@ -185,8 +189,13 @@ def ratio_lines(result: dict[str, Any]) -> list[str]:
 
 
 def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
-    """Return how the best rate moves with the rank, per group: slope with interval and tests, and
-    the tried rates."""
+    """Return how the best rate changes with the rank: slope with interval and tests, by group.
+
+    Also the best rate tried at each rank.
+
+    Raises:
+        TableError: the table has no lora run.
+    """
     groups: dict[str, list[Optimum]] = {}
     lora = [o for o in optima_of(reading, share) if o.curve.key["method"] == "lora"]
     has_variants = len({o.curve.variant for o in lora}) > 1
@@ -195,7 +204,7 @@ def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
         groups.setdefault(name, []).append(o)
     if not groups:
         raise TableError(
-            "the table has no lora run (rows with a rank), so there is no drift with the rank."
+            "the table has no lora run (rows with a rank), which a drift with the rank needs."
         )
     rows = []
     for group, members in groups.items():
@@ -243,7 +252,7 @@ DRIFT_HEAD = ("model and data", "ranks: best tried LR", "slope of ln LR a doubli
 
 
 def drift_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Write the drifts for the terminal."""
+    """Format the drifts for the terminal."""
     out = [[*DRIFT_HEAD, "p (no slope)", "p (equal)", "flags"]]
     for r in rows:
         by_rank = zip(r["ranks"], r["best_tried"])
@@ -255,7 +264,7 @@ def drift_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = False) -> None:
-    """Write the interactive page of a table."""
+    """Write an interactive page about a table of runs."""
     optima = optima_of(reading, share)
     ratios = [
         (group, o.curve.name, ratio_of([o], full))

@@ -1,7 +1,7 @@
-"""The analysis on anyone's runs: what `law` makes of a table.
+"""The command `law` on a table of runs made by any program.
 
-The best rate as a law of the hidden size, by family; and LoRA's ratio to full fine-tuning as a law
-of the hidden size and alpha.
+Fits the best rate as a law of the hidden size, by family, and LoRA's ratio to full fine-tuning as a
+law of the hidden size and alpha.
 """
 
 import math
@@ -23,8 +23,9 @@ from analysis.tables.commands import arms_of
 
 
 def law(reading: Reading, share: bool = False) -> dict[str, Any]:
-    """Return the law of the rate by family, fitted both ways, its published constants' regret, and
-    the ratio's law.
+    """Return the laws of the rate and of the ratio, and the regret of the published formula.
+
+    The law of the rate is fitted by family, both by loss and by optima.
 
     Raises:
         TableError: no model has a hidden size.
@@ -61,9 +62,8 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
         known = [o for o in lora if o.best_lr.draws is not None]
         h, a = hidden.get(full.curve.key["model"]), lora[0].curve.key.get("alpha")
         if known and full.best_lr.draws is not None and h and a is not None and a == a:
-            logs = np.log(
-                ratio_of(known, full).draws
-            )  # one row a model and alpha: its ranks share full fine-tuning's curve
+            # One row per model and alpha: its ranks share full fine-tuning's curve.
+            logs = np.log(ratio_of(known, full).draws)
             log_ratios.append(
                 Ratio(full.curve.key["model"], h, float(a), float(logs.mean()), float(logs.std()))
             )
@@ -107,7 +107,7 @@ HEAD = ("family", "method", "fitted by", "LR at hidden 2000 [95%]", "exponent p 
 
 
 def law_lines(result: dict[str, Any]) -> list[str]:
-    """Write the laws for the terminal."""
+    """Format the laws for the terminal."""
     rows = [[*HEAD, "regret %", "flags"]]
     for how in ("by_loss", "by_optima"):
         for v in result[how]:

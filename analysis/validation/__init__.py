@@ -1,4 +1,4 @@
-"""How far the analysis can be trusted: planted truths, public runs, the benchmark's page.
+"""Validation of the analysis: simulated sweeps, public runs, and the benchmark's page.
 
 Nothing else imports it.
 """

@@ -1,7 +1,8 @@
-"""The benchmark's page: `python -m analysis.validation.bench` renders bench.json as a table, a
-plot, and the summary in docs/usage.md.
+"""Render bench.json as a page with a figure, and the summary in docs/usage.md.
 
-Refuses to measure; every number comes from the file that `python -m lorasweep.bench` wrote.
+    python -m analysis.validation.bench
+
+Measures nothing: every number comes from the file that `python -m lorasweep.bench` wrote.
 """
 
 import json
@@ -12,7 +13,7 @@ from analysis.report import plots_validation as plots
 from analysis.report.text import markdown, text_hash, with_block
 
 Bench = dict[str, Any]
-"""bench.json: what was measured, by part."""
+"""The content of bench.json: measurements, by part."""
 BEGIN, END = (
     "<!-- bench: made by `python -m analysis.validation.bench` -->",
     "<!-- end of bench -->",
@@ -39,7 +40,7 @@ def _grids(bench: Bench) -> list[dict[str, Any]]:
 
 
 def summary(bench: Bench) -> list[str]:
-    """Return the table of whole grids as Markdown: wall time against both baselines."""
+    """Render the Markdown table of whole grids: wall time against both baselines."""
     head = "grid|lorasweep|one process a run (TRL + PEFT)|warm PEFT loop|pack|of the GEMM peak"
     rows = [
         [
@@ -56,8 +57,10 @@ def summary(bench: Bench) -> list[str]:
 
 
 def steps_table(bench: Bench) -> list[str]:
-    """Return milliseconds a step and run by batch and pack size, and LoRA's share of full
-    fine-tuning's, as a Markdown table."""
+    """Render the Markdown table of step times: milliseconds per step and run.
+
+    By batch and pack size, with LoRA's time relative to full fine-tuning's.
+    """
     rows = bench["parts"]["steps"]["steps"]
     sizes = sorted({r["pack"] for r in rows})
     packs = [f"LoRA r16, {n} in a pack" for n in sizes]
@@ -74,7 +77,7 @@ def steps_table(bench: Bench) -> list[str]:
 
 
 def _parts(bench: Bench) -> list[str]:
-    """Return where a baseline's seconds go, start-up and steps apart."""
+    """Render a baseline's time, divided into start-up and steps."""
     out = [["grid, arm", "start and load", "updates", "held-out loss"]]
     for g in _grids(bench):
         for kind, name in (("process_per_run", "TRL, a process"), ("warm_peft", "PEFT loop, warm")):
@@ -85,7 +88,7 @@ def _parts(bench: Bench) -> list[str]:
 
 
 def _memory(bench: Bench) -> list[str]:
-    """Return peak memory of LoRA and full fine-tuning."""
+    """Render the peak memory of LoRA and full fine-tuning."""
     head = "model, batch|FullFT|LoRA r16|idle|LoRA / FullFT, without idle|planned FullFT, LoRA"
     out = [head.split("|")]
     cases = {
@@ -106,7 +109,7 @@ def _mib(n_bytes: float) -> str:
 
 
 def render(bench: Bench) -> str:
-    """Return the whole page."""
+    """Render the whole page."""
     here = bench["machine"]
     lines = [
         "# Benchmark",
@@ -163,7 +166,7 @@ def render(bench: Bench) -> str:
 
 
 def with_summary(text: str, bench: Bench) -> str:
-    """Return a page with its summary made anew."""
+    """Replace the summary in a page."""
     return with_block(text, BEGIN, END, summary(bench))
 
 

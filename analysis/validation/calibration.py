@@ -1,10 +1,10 @@
-"""How far the analysis can be trusted: planted sweeps, fitted and judged exactly as real ones.
+"""Calibrate the analysis on simulated sweeps, which are fitted and judged exactly like real ones.
 
     python -m analysis.validation.calibration [--cases 1000] [--jobs 2]         (make calibrate)
 
 Writes analysis/results/calibration/calibration.json; `analysis.validation.calibration_page` renders
-the table and figures from it. A case is a sweep of four curves of one shape: four optima and three
-ratios. Constants of the model were chosen on other draws, with some families never looked at
+the table and figures from it. A case is a sweep of four curves with one shape: four optima and
+three ratios. The model's constants were chosen on other draws, and without some of the families
 (generators.HELD_OUT).
 """
 
@@ -47,8 +47,10 @@ POSITIONS = ("inside", "below", "above")
 
 
 def verdicts(family: str, ratio: float, design: Design, cases: int) -> dict[str, Any]:
-    """Judge 'the ratio lies in 7.1 to 14.1' where it is known: full fine-tuning against three
-    ranks."""
+    """Judge 'the ratio lies in 7.1 to 14.1' in simulated sweeps with a known ratio.
+
+    One full fine-tuning curve against three ranks.
+    """
     rng = stream("verdicts", family, ratio, design.noise)
     count = {"SUPPORTED": 0, "REFUTED": 0, "UNDECIDED": 0}
     for start in range(0, cases, BATCH):
@@ -57,7 +59,7 @@ def verdicts(family: str, ratio: float, design: Design, cases: int) -> dict[str,
         ]
         for (_, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
             measured = ratio_of(optima[1:], optima[0])
-            # The arms' grids lie this far apart.
+            # Both arms are simulated on one grid; the measured ratio is scaled to the true one.
             offset = ratio / math.exp(float(np.mean(truths[1:])) - truths[0])
             if measured.draws is not None:
                 measured = from_draws(measured.draws * offset, measured.n)
@@ -74,8 +76,10 @@ def verdicts(family: str, ratio: float, design: Design, cases: int) -> dict[str,
 
 
 def flags(family: str, where: str, cases: int) -> dict[str, Any]:
-    """Plant optima 1.5 spacings inside the rates tried, or 0.5 to 1.5 beyond an end, and count how
-    often the flags are right."""
+    """Count how often the flags at the edge of the rates are right.
+
+    True optima lie at least 1.5 grid spacings inside the rates tried, or 0.5 to 1.5 beyond an end.
+    """
     rng = stream("flags", family, where)
     design = Design(7, 2.0, 2, noise=1e-3)
     reach = design.rates - 1
@@ -99,7 +103,7 @@ def flags(family: str, where: str, cases: int) -> dict[str, Any]:
 
 
 def sharing(family: str, rates: int, factor: float, noise: float, cases: int) -> dict[str, Any]:
-    """Fit ranks of one curvature alone and with a shape prior: coverage and width of both."""
+    """Compare coverage and width of fits with and without a shape prior from other ranks."""
     rng = stream("sharing", family, rates, factor, noise)
     row: dict[str, Any] = {
         "family": family,
@@ -126,7 +130,7 @@ def sharing(family: str, rates: int, factor: float, noise: float, cases: int) ->
 def _related(
     family: str, rates: int, factor: float, noise: float, rng: np.random.Generator
 ) -> tuple[list[LrCurve], np.ndarray]:
-    """Plant six ranks of one shape, curvatures within 20%: two at seven rates, four at fewer."""
+    """Simulate six ranks of one shape, curvatures within 20%: two at seven rates, four at fewer."""
     steep = math.exp(rng.uniform(math.log(0.05), math.log(0.2)))
     curves, truths = plant(
         family,
@@ -148,7 +152,7 @@ def _related(
 
 
 def tasks(cases: int) -> list[tuple[Any, ...]]:
-    """List every cell of the study."""
+    """List all cells of the calibration."""
     cells: list[tuple[Any, ...]] = [
         (coverage, f, dataclasses.replace(d, noise=s), cases)
         for f in FAMILIES
@@ -181,16 +185,16 @@ def _do(cell: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the study and write its numbers."""
+    """Run the calibration and write its numbers."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.validation.calibration", description=__doc__
     )
     parser.add_argument(
-        "--cases", type=int, default=500, help="sweeps a cell: four optima and three ratios each"
+        "--cases", type=int, default=500, help="sweeps per cell, each with four optima"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
-        "--only", choices=("coverage", "verdicts", "flags", "sharing"), help="run this part again"
+        "--only", choices=("coverage", "verdicts", "flags", "sharing"), help="rerun only this part"
     )
     kept = Path(__file__).resolve().parents[1] / "results" / "calibration"
     parser.add_argument("--out", type=Path, default=kept)

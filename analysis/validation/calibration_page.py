@@ -1,9 +1,8 @@
-"""The page of the calibration study: analysis/results/calibration/README.md, its figures, and the
-summary in docs/answers.md.
+"""Render the calibration's page, its figures, and the summary in docs/answers.md.
 
     python -m analysis.validation.calibration_page
 
-Rendered from calibration.json and nothing else.
+Everything comes from analysis/results/calibration/calibration.json.
 """
 
 import json
@@ -24,11 +23,11 @@ BEGIN, END = (
     "<!-- end of calibration -->",
 )
 FINE = 2.0
-"""Spacing, as a factor, up to which the study's targets for coverage hold."""
+"""The targets for coverage apply up to this spacing of the rates, as a factor."""
 Row = dict[str, Any]
-"""One cell of the study."""
+"""One cell of the calibration."""
 Study = dict[str, Any]
-"""calibration.json: lists of cells by what was planted, and how long it took."""
+"""The content of calibration.json: lists of cells by kind, and how long it took."""
 HEAD = ["asked", "target", "measured", "met"]
 
 
@@ -56,9 +55,9 @@ def _by(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
 
 
 def targets(study: Study) -> list[list[str]]:
-    """Compare what was asked of the analysis with what the study measured.
+    """Compare the targets for the analysis with what the calibration measured.
 
-    Returns rows of name, target, measured, met; the head first.
+    Returns rows of name, target, measured, met, after the head.
     """
     rows = [HEAD, *_coverage_targets(study, "best_lr", "coverage")]
     rows += [*_coverage_targets(study, "the ratio", "ratio_coverage"), _error_target(study)]
@@ -124,7 +123,7 @@ def _met(met: bool) -> str:
 
 
 def render(study: Study) -> str:
-    """Write the page."""
+    """Render the page."""
     n_coverage = sum(r["cases"] for r in study["coverage"])
     least = min(r["cases"] for r in study["coverage"])
     judged = sum(r["cases"] for r in study["verdicts"])
@@ -187,7 +186,7 @@ _COVERAGE = ("coverage", "coverage_value", "coverage_bound", "ratio_coverage")
 
 
 def _cell(cells: Sequence[Row], key: str) -> str:
-    """Write the mean of one number over cells."""
+    """Format the mean of one number over cells."""
     value = _mean(cells, key)
     if key == "valued":
         return _percent(value, 0)
@@ -273,12 +272,12 @@ def _sharing_rows(study: Study) -> list[list[str]]:
 
 
 def with_summary(text: str, study: Study) -> str:
-    """Return a page with its summary made anew."""
+    """Replace the summary in a page."""
     return with_block(text, BEGIN, END, markdown(targets(study)))
 
 
 def main() -> None:
-    """Write page, figures and the summary in docs/answers.md."""
+    """Write the page, its figures and the summary in docs/answers.md."""
     project = Path(__file__).resolve().parents[2]
     folder = project / "analysis" / "results" / "calibration"
     text = (folder / "calibration.json").read_text()

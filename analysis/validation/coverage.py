@@ -1,6 +1,6 @@
-"""Planted cells: how often intervals hold a known truth, and what simpler estimators do there.
+"""Measure on simulated sweeps how often intervals contain the truth, also for simpler estimators.
 
-A cell is a family of shapes and a design; a case is a sweep of four curves of one shape.
+A cell is a family of shapes and a design; a case is a sweep of four curves with one shape.
 """
 
 import math
@@ -31,33 +31,33 @@ KINDS = (
     "global_error",
 )
 BATCH = 100
-"""Sweeps fitted at once."""
+"""Number of sweeps fitted together."""
 WITH_BASELINES = 200
-"""Sweeps of a cell on which the simpler estimators are tried as well."""
+"""Number of sweeps per cell to which the simpler estimators are applied as well."""
 
 
 def covers(e: Estimate, truth: float) -> bool:
-    """Say whether an interval or bound holds the truth."""
+    """Return whether an interval or bound contains the truth."""
     return (e.low is None or e.low <= truth) and (e.high is None or truth <= e.high)
 
 
 def stream(*key: Any) -> np.random.Generator:
-    """Return a random stream of the cell's own; none served to choose the model's constants."""
+    """Return a random stream for one cell; none was used to choose the model's constants."""
     return np.random.default_rng([77, *(int.from_bytes(str(k).encode()[:8], "big") for k in key)])
 
 
 def share(hits: Sequence[float]) -> float | None:
-    """Return the share of hits; None of none."""
+    """Return the share of hits; None for an empty list."""
     return float(np.mean(hits)) if hits else None
 
 
 def middle(values: Sequence[float]) -> float | None:
-    """Return the median; None of none."""
+    """Return the median; None for an empty list."""
     return float(np.median(values)) if values else None
 
 
 def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
-    """Fit one cell's sweeps; return how often answers hold the truth and how far off they are."""
+    """Fit one cell's sweeps; return how often answers contain the truth, and their errors."""
     rng = stream(
         "coverage", family, design.rates, design.factor, design.seeds, design.fresh, design.noise
     )
@@ -121,8 +121,11 @@ def _factor(errors: Sequence[float]) -> float | None:
 def _baselines(
     rows: dict[str, list[float]], curve: LrCurve, truth: float, rng: np.random.Generator
 ) -> None:
-    """Add what simpler estimators give: the grid's best rate; a parabola through five points with a
-    bootstrap over seeds; one least-squares parabola through all points."""
+    """Add the results of three simpler estimators to `rows`.
+
+    The best rate of the grid; a parabola through the five rates around it, with a bootstrap over
+    seeds; a least-squares parabola through all rates.
+    """
     x = np.unique(curve.x[curve.usable])
     seeds = [s for s in np.unique(curve.seed) if (curve.usable & (curve.seed == s)).sum() == len(x)]
     if not seeds or len(x) < 5:
@@ -153,8 +156,15 @@ def _baselines(
 
 
 def _vertex(x: np.ndarray, y: np.ndarray, best: int) -> np.ndarray:
-    """Return the vertices of parabolas through the five rates around the best, one a row of y
-    [n, P]; NaN where one opens downward."""
+    """Return the vertices of parabolas fitted to the five rates around the best one, [n].
+
+    NaN if a parabola opens downward.
+
+    Args:
+        x: rates in ln(lr), [P].
+        y: losses, [n, P].
+        best: index of the best rate.
+    """
     at = slice(max(0, best - 2), best + 3)
     if len(x[at]) < 3:
         return np.full(len(y), np.nan)

@@ -1,8 +1,7 @@
-"""Planted valleys, for calibration and tests: sweeps whose optima are known, inside and outside the
-fitted family.
+"""Simulate sweeps with known optima, for calibration and tests.
 
-A family draws a shape h(u), the expected loss over u = ln(lr / reference) at unit curvature; the
-truth is its minimum.
+Their shapes come from the fitted family and from others. A family draws a shape h(u), the expected
+loss over u = ln(lr / reference) at unit curvature; the truth is its minimum.
 """
 
 import math
@@ -84,26 +83,30 @@ FAMILIES: dict[str, Callable[[np.random.Generator], Shape]] = {
     "unequal": _linex,
     "collapse": _linex,
 }
-"""Inside the family: linex, parabola. `cliff`: every run above a rate 1.2 to 3 times the optimum
-diverges. `unequal`: the noise grows as lr^0.7. `collapse`: from 3 to 12 times the optimum on, the
-loss is 0.8 to 10 nats up, without being called diverged."""
+"""Families of shapes by name. `cliff`: every run above a rate 1.2 to 3 times the optimum diverges.
+`unequal`: the noise grows as lr^0.7. `collapse`: above a rate 3 to 12 times the optimum, the loss
+is 0.8 to 10 nats higher, but the run is not reported as diverged."""
 INSIDE = ("linex", "parabola")
+"""Families that belong to the fitted one (LINEX)."""
 HELD_OUT = ("morse", "well", "cliff", "unequal", "collapse")
-"""Families that were not looked at when the model's constants were chosen."""
+"""Families that were not used to choose the model's constants."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """How a sweep is planted: rates at a factor, seeds over the whole grid, fresh seeds at the
-    three best rates."""
+    """The design of a simulated sweep."""
 
     rates: int
     factor: float
+    """Between neighbouring rates."""
     seeds: int
+    """Over the whole grid."""
     fresh: int = 0
+    """More seeds, at the three best rates only."""
     noise: float = 1e-3
+    """Standard deviation of one run, in nats."""
     curves: int = 4
-    """The first is the full fine-tuning one."""
+    """The first one is full fine-tuning's."""
 
 
 def plant(
@@ -113,13 +116,13 @@ def plant(
     place: tuple[float, float] = (1.0, 1.0),
     steep: tuple[float, float] = (0.02, 0.3),
 ) -> tuple[list[LrCurve], np.ndarray]:
-    """Draw a sweep of one shape; return its curves and their true optima, ln(lr).
+    """Simulate a sweep with one shape; return its curves and their true optima in ln(lr).
 
     Args:
-        place: spacings from the grid's lower and upper end within which optima lie (negative:
-            beyond it).
-        steep: curvature at the optimum, nats per unit of ln(lr) squared, drawn evenly in its
-            logarithm.
+        place: optima are at least this many grid spacings inside the lower and the upper end;
+            negative: beyond it.
+        steep: range of the curvature at the optimum, in nats per unit of ln(lr) squared, drawn
+            uniformly in its logarithm.
     """
     x = np.arange(design.rates) * math.log(design.factor) - 8.0
     step = math.log(design.factor)
@@ -151,7 +154,7 @@ def _measure(
     grows: bool,
     rng: np.random.Generator,
 ) -> LrCurve:
-    """Return one curve's runs. A seed shifts all its rates by one amount, three times the noise."""
+    """Simulate one curve's runs; each seed shifts all its losses by three times the noise (SD)."""
     spread = design.noise * (np.exp(0.7 * (x - m)) if grows else np.ones(len(x)))
 
     def run(n: int) -> np.ndarray:

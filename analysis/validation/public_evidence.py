@@ -1,4 +1,4 @@
-"""What runs published by others decide, and what they cannot: analysis/results/public_evidence.md.
+"""Analyse runs published by others, and render analysis/results/public_evidence.md.
 
     python -m analysis.validation.public_evidence TULU3_SWEEP.csv RL_RUNS.csv
 
@@ -26,17 +26,18 @@ from analysis.runs.lr_curves import lr_curves
 from analysis.tables import commands, laws
 
 DRIFT_MARGIN = 0.099
-"""Largest slope of ln(best LR) a doubling of the rank that the claim allows: a factor 2 in 7."""
+"""Largest slope of ln(best LR) per doubling of the rank that the claim allows: a factor 2 over 7
+doublings."""
 RL_NAMES = {"model_id": "model", "lora_rank": "rank", "n_grpo_steps": "steps"}
 RL_BROKEN = 0.2
-"""Accuracy at which an RL run counts as broken down: full fine-tuning at its lowest rate, which
-learned nothing, has 0.21."""
+"""An RL run with at most this accuracy counts as diverged. Full fine-tuning at its lowest rate,
+which learned nothing, has 0.21."""
 RL_MODEL = "Qwen/Qwen3-1.7B"
 """The only model of the RL table with both arms."""
 
 
 def render(tulu: Path, rl: Path) -> str:
-    """Write the page."""
+    """Render the page."""
     sweep = reading.read(tulu)
     out = [
         "# What runs published by others decide",
@@ -142,8 +143,13 @@ def _drift(sweep: reading.Reading) -> list[str]:
 
 
 def _moves(rows: Sequence[dict[str, Any]], least: int) -> str:
-    """Count in how many models the best rate tried rises, falls or stays from the lowest to the
-    highest rank."""
+    """Count the models in which the best rate tried rises, falls or stays the same with the rank.
+
+    From the lowest to the highest rank.
+
+    Args:
+        least: ignore ranks below this.
+    """
     up = down = same = 0
     for r in rows:
         tried = [v for rank, v in zip(r["ranks"], r["best_tried"]) if v and rank >= least]

@@ -1,7 +1,7 @@
 """Write the interactive report.
 
-Python puts the numbers together; `report.js` draws and filters them. Whatever comes from a table
-reaches the page as JSON data and is shown as text, never as markup.
+Python collects the numbers; `report.js` draws and filters them. Everything from a table reaches the
+page as JSON data and is shown as text, never as markup.
 """
 
 import importlib.resources
@@ -48,7 +48,7 @@ _DETAILS = (
     "wall_s",
     "base_sha256",
 )
-"""Columns shown of a run, where the table has them; others follow, but for the long JSON ones."""
+"""Columns shown first for a run, if the table has them; the others follow, except _LONG."""
 _LONG = ("spec", "result", "block")
 
 
@@ -66,10 +66,10 @@ def write(
     """Write the report.
 
     Args:
-        table: one run a row, as the optima were fitted on.
+        table: the runs to which the optima were fitted, one per row.
         ratios: (group, name, LoRA / FullFT) for the forest plot.
-        within: loss of the low-regret band.
-        sign: -1 where the table holds the negative of a metric that is better when higher.
+        within: extra loss allowed in the low-regret band.
+        sign: -1 if higher is better: the table then holds the negative of the metric.
     """
     where = {_key(o.curve.key): k for k, o in enumerate(optima)}
     used = {k: _used(o) for k, o in enumerate(optima)}
@@ -106,7 +106,7 @@ def _verdict(v: Verdict) -> dict[str, Any]:
 
 
 def _filled(data: dict[str, Any]) -> str:
-    """Return the page with its data, style, code and library inside."""
+    """Fill the page's template with its data, style, code and library."""
     here = importlib.resources.files("analysis.report.interactive")
     page = here.joinpath("report.html").read_text()
     library = importlib.resources.files("plotly").joinpath("package_data/plotly.min.js").read_text()
@@ -116,13 +116,12 @@ def _filled(data: dict[str, Any]) -> str:
         "DATA": _json(data),
         "REPORT": here.joinpath("report.js").read_text(),
     }
-    # One pass over the template: a text of the table that looks like a mark is never taken for one.
+    # A single pass, so that text from the table that looks like a placeholder is not replaced.
     return re.sub(r"/\*(STYLE|LIBRARY|DATA|REPORT)\*/", lambda mark: parts[mark.group(1)], page)
 
 
 def _json(value: Any) -> str:
-    """JSON that may stand inside a script element: nothing in it can end the element or open a
-    comment."""
+    """Return JSON that is safe in a script element: it cannot end the element or open a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return (
         text.replace("<", "\\u003c")
@@ -165,7 +164,7 @@ def _key(key: dict[str, Any]) -> tuple:
 
 
 def _used(o: Optimum) -> set[float]:
-    """Rates that entered the fit."""
+    """Return the fitted rates, ln(lr) rounded."""
     return {round(float(v), 9) for v in o.curve.x[o.curve.usable]}
 
 
@@ -200,7 +199,7 @@ def _run(
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON knows; NaN, infinity and nothing are None."""
+    """Convert a value for JSON; NaN, infinity and missing become None."""
     if value is None or value is pd.NA or value != value:
         return None
     value = value.item() if hasattr(value, "item") else value
