@@ -13,7 +13,7 @@ from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 
-FOLLOW_COMMAND = ("-m", "lorasweep", "--follow")
+FOLLOW_COMMAND = ("-u", "-m", "lorasweep", "--follow")
 """What the job that follows the others gives to Python, before the path of its task file."""
 
 

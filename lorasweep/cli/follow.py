@@ -6,13 +6,12 @@ python -m lorasweep --follow TASK.json
 """
 
 import json
-import signal
 import sys
 from pathlib import Path
 
 from lorasweep.cli.actions import act
 from lorasweep.errors import ClusterError, GaveUp, LorasweepError, StoreError
-from lorasweep.launch.slurm.job import INTERRUPTED, TRY_AGAIN
+from lorasweep.launch.slurm.job import INTERRUPTED, TRY_AGAIN, Signals
 from lorasweep.sweep.request import from_plain
 
 
@@ -21,8 +20,7 @@ def main(path: str) -> int:
 
     0 done, 2 an error that stays, TRY_AGAIN one that may pass, INTERRUPTED by a signal.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.default_int_handler)
+    Signals()
     task = json.loads(Path(path).read_bytes())
     request = from_plain(json.loads(Path(task["follow"]).read_bytes()))
     try:

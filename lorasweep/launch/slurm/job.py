@@ -45,6 +45,9 @@ TRY_AGAIN, INTERRUPTED = 75, 130
 LISTEN_S = 1.0
 """Signals of one cause come within this time: USR2 alone is a time limit, with TERM it is
 preemption or a cancellation."""
+CLOSE_S = 20.0
+"""How long a following command that was asked to stop may take: less than the 30 s (KillWait) after
+which Slurm kills the job."""
 REQUEUE_S = 30
 """Slurm ends an execution that queued itself again within this time."""
 
@@ -153,7 +156,7 @@ def _requeue(task: dict[str, Any]) -> None:
 def _follow(path: str, task: dict[str, Any]) -> None:
     """Ask the sweep again, in a process of its own, which reads this task's file."""
     for pause in (*FOLLOW_PAUSES_S, None):
-        code = subprocess.run([sys.executable, *task["command"], path], check=False).returncode
+        code = _status_of([sys.executable, *task["command"], path])
         if code == 0:
             return
         if code < 0 or code == INTERRUPTED:
@@ -162,6 +165,23 @@ def _follow(path: str, task: dict[str, Any]) -> None:
             raise LorasweepError(f"the command that follows ended with status {code}: see above.")
         _print(f"once more in {pause:.0f} s")
         time.sleep(pause)
+
+
+def _status_of(command: list[str]) -> int:
+    """Run a command and return its exit status; a signal to this process stops the command first.
+
+    It may hold the lock of the run folder, or be between an sbatch and its record.
+    """
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        try:
+            process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
 
 
 def _print(text: str) -> None:

@@ -1,14 +1,18 @@
 """The command that a following job runs: its exit code says whether another try may help."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 
 from lorasweep.cli import follow
+from lorasweep.cli.cluster import FOLLOW_COMMAND
 from lorasweep.errors import ClusterError, GaveUp, SpecError, StoreError
-from lorasweep.launch.slurm import (
-    job,
-)
+from lorasweep.launch.slurm import job
+from tests.world import ROOT
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,42 @@ def test_the_following_command_says_whether_another_try_may_help(
             raise error
 
     monkeypatch.setattr(follow, "act", act)
-    monkeypatch.setattr(follow.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(follow, "Signals", lambda: None)
     assert follow.main(str(tmp_path / "task.json")) == code
     assert acted == [(asked.title, "a.b:c", 1)]
+
+
+def test_a_following_command_that_is_stopped_gives_its_lock_back_first(tmp_path):
+    """It is not killed while it holds the lock, or between an sbatch and its record."""
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from lorasweep.launch.slurm.job import Signals\n"
+        "from lorasweep.store.lock import Lock\n"
+        "Signals(); folder = Path(sys.argv[1]).parent; lock = Lock(folder / 'lock')\n"
+        "lock.acquire(9, print); (folder / 'held').touch()\n"
+        "try: time.sleep(60)\n"
+        "finally: time.sleep(1); lock.release()\n"
+    )
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps({"follow": "x", "command": ["-c", code], "requeues": 0}))
+    following = subprocess.Popen(
+        [sys.executable, "-m", "lorasweep.launch.slurm.job", str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    while not (tmp_path / "held").exists():
+        assert following.poll() is None
+        time.sleep(0.05)
+    following.terminate()
+    said, _ = following.communicate(timeout=30)
+    assert following.returncode == 0 and "stopped by SIGTERM" in said
+    assert (tmp_path / "lock" / "1" / "released").exists()
+
+
+def test_the_following_command_takes_one_task_file():
+    """What is given to Python is what `python -m lorasweep` knows; without a file it is refused."""
+    assert FOLLOW_COMMAND[-3:] == ("-m", "lorasweep", "--follow")
+    command = [sys.executable, *FOLLOW_COMMAND]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr

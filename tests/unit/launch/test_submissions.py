@@ -150,11 +150,11 @@ def test_the_following_command_is_tried_again_where_that_may_help(
 ):
     given, left = [], list(codes)
 
-    def run(command, check):
+    def status_of(command):
         given.append(command)
-        return subprocess.CompletedProcess(command, left.pop(0))
+        return left.pop(0)
 
-    monkeypatch.setattr(job.subprocess, "run", run)
+    monkeypatch.setattr(job, "_status_of", status_of)
     monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(job.signal, "signal", lambda *_: None)
     path = tmp_path / "task.json"
