@@ -111,10 +111,14 @@ def this_process() -> dict[str, Any]:
 
 
 def read_owner(attempt: Path) -> dict[str, Any]:
-    """Return the owner of an attempt folder; empty if it cannot be read."""
+    """Return the owner of an attempt folder; empty if it is not there or damaged.
+
+    Raises:
+        OSError: it cannot be read at present, as on a network that fails for a moment.
+    """
     try:
         return json.loads((attempt / "owner.json").read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
 
 
@@ -125,6 +129,14 @@ def restarted(owner: dict[str, Any]) -> bool:
         return False
     same = (mine["cluster"], mine["job"]) == (its["cluster"], its["job"])
     return same and mine["restart"] > its["restart"]
+
+
+def _is_job_elsewhere(attempt: Path) -> bool:
+    try:
+        owner = read_owner(attempt)
+    except OSError:
+        return False
+    return bool(owner.get("slurm")) and owner.get("host") != host()
 
 
 class Liveness:
@@ -141,8 +153,7 @@ class Liveness:
 
         An attempt's owner never changes, so each is read once.
         """
-        owners = {a: read_owner(a) for a in attempts if a not in self._known}
-        new = {a for a, o in owners.items() if o.get("slurm") and o.get("host") != host()}
+        new = {a for a in attempts if a not in self._known and _is_job_elsewhere(a)}
         self._known |= new
         if new and self._jobs:
             self._jobs.refresh()
@@ -152,7 +163,10 @@ class Liveness:
 
         None if neither can tell.
         """
-        owner = read_owner(attempt)
+        try:
+            owner = read_owner(attempt)
+        except OSError:
+            return None
         if not owner:
             return False  # an attempt is created with its owner in one step, so this one is damaged
         here = {"host": host(), "boot": boot_id(), "space": pid_namespace()}

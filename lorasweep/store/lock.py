@@ -41,16 +41,15 @@ class Lock:
                 if self._try(last + 1):
                     return
                 continue
-            owner = claims.read_owner(held)
-            if not owner:
+            holder = _holder(held)
+            if not holder:
                 continue  # given back since the look
             if not announced:
-                waiting(f"{owner['host']}, process {owner['pid']}")
+                waiting(holder)
                 announced = True
             if time.monotonic() > end:
                 raise StoreError(
-                    f"{held} is held by process {owner['pid']} on {owner['host']}, which still "
-                    "lives. Give the command again later."
+                    f"{held} is held by {holder}, which still lives. Give the command again later."
                 )
             time.sleep(POLL_S)
 
@@ -86,3 +85,11 @@ class Lock:
         for entry in os.scandir(self._folder):
             if entry.name.isdigit() and int(entry.name) < int(self._claim.name):
                 shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _holder(claim: Path) -> str:
+    try:
+        owner = claims.read_owner(claim)
+    except OSError as error:
+        return f"a process whose name cannot be read ({error.strerror})"
+    return f"process {owner['pid']} on {owner['host']}" if owner else ""

@@ -13,12 +13,30 @@ Result = dict[str, Any]
 
 
 def read(folder: Path) -> Result | None:
-    """Return the result in a run's folder; None if there is none or its checksum does not hold."""
+    """Return the result in a run's folder; None if there is none that can be trusted."""
     try:
-        wrapped = json.loads((folder / "result.json").read_bytes())
+        return _checked((folder / "result.json").read_bytes())
+    except OSError:
+        return None
+
+
+def damaged(folder: Path) -> bool:
+    """Return whether a result is there whose checksum does not hold.
+
+    One that cannot be read at present is not called damaged.
+    """
+    try:
+        return _checked((folder / "result.json").read_bytes()) is None
+    except OSError:
+        return False
+
+
+def _checked(content: bytes) -> Result | None:
+    try:
+        wrapped = json.loads(content)
         body = wrapped["result"]
         return body if wrapped["sha256"] == checksum(body) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -154,7 +154,10 @@ class RunStore:
 
     def owner(self, rid: str, attempt: int) -> dict[str, Any]:
         """Return who made an attempt; empty if that cannot be read."""
-        return claims.read_owner(self._attempt(rid, attempt))
+        try:
+            return claims.read_owner(self._attempt(rid, attempt))
+        except OSError:
+            return {}
 
     def records(self, rid: str) -> list[Record]:
         """Return the records of a run; a torn last line is passed over."""
@@ -210,7 +213,7 @@ class RunStore:
     def _set_aside_damage(self, rid: str) -> None:
         """Move a result whose checksum fails out of the way; it is kept for inspection."""
         path = self.folder(rid) / "result.json"
-        if path.exists() and self.result(rid) is None:
+        if results.damaged(self.folder(rid)):
             os.replace(path, path.with_name(f"result.damaged-{os.urandom(3).hex()}.json"))
 
     def _alive(self, rid: str, attempt: int) -> bool:

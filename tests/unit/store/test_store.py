@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from lorasweep.errors import StoreError
 from lorasweep.store import checkpoint, claims, files
+from lorasweep.store.lock import Lock
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import import_table, load_runs
 from tests.world import ROOT, tiny_spec
@@ -143,6 +145,46 @@ def dead_owner(store, rid):
     """Make the last attempt's owner a process that is gone."""
     path = store.folder(rid) / "attempts" / str(store.last_attempt(rid)) / "owner.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "pid": 2**22 + 1}))
+
+
+def unreadable(monkeypatch, name):
+    """Let reads of files of this name fail, as when a network file system fails for a moment."""
+    real = Path.read_bytes
+
+    def read_bytes(path):
+        if path.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+
+
+def test_a_result_that_cannot_be_read_for_a_moment_is_not_set_aside(tmp_path, monkeypatch):
+    store, spec = RunStore(tmp_path), tiny_spec()
+    work(store, spec)
+    with monkeypatch.context() as moment:
+        unreadable(moment, "result.json")
+        dead_owner(store, spec.id)
+        store.claim(spec)
+    assert store.state(spec.id) == "done"
+    assert not list((tmp_path / spec.id).glob("result.damaged-*.json"))
+
+
+def test_an_owner_that_cannot_be_read_for_a_moment_is_not_called_dead(tmp_path, monkeypatch):
+    store, spec = RunStore(tmp_path), tiny_spec()
+    store.claim(spec)
+    lock = Lock(tmp_path / "lock")
+    lock.acquire(5, print)
+    with monkeypatch.context() as moment:
+        unreadable(moment, "owner.json")
+        assert store.states([spec.id]) == {spec.id: "running"} and store.claim(spec) is None
+        with pytest.raises(StoreError, match="cannot be read"):
+            Lock(tmp_path / "lock").acquire(0.1, print)
+    assert store.last_attempt(spec.id) == 1
+    lock.release()
+    path = tmp_path / spec.id / "attempts" / "1" / "owner.json"
+    path.write_bytes(b"{")  # damaged is another thing
+    assert store.state(spec.id) == "interrupted"
 
 
 def test_a_torn_last_line_is_passed_over(tmp_path):
