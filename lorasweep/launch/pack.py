@@ -114,10 +114,8 @@ def _end_all(
                 if log_text:
                     store.log(rid, n, log_text)
                 store.write_end(rid, n, state, cause)
-            except (
-                OSError
-            ):  # a full disk; without end.json the run counts as interrupted: also right
-                continue
+            except OSError:
+                continue  # a full disk; without end.json the run counts as interrupted: also right
 
 
 def _resume(ids: Sequence[str], store: RunStore) -> dict[str, State] | None:
@@ -169,7 +167,13 @@ class _Session:
         return dataclasses.replace(exec_, threads=metas[0]["threads"], micro_batch_size=rows)
 
     def run(self, trainer: Trainer, report: Report, stop: StopFlag) -> None:
-        """Train, and record each event; raise Stopped once a stop is asked for and written."""
+        """Train, and record each event.
+
+        Ends early once other processes have taken over all of its runs.
+
+        Raises:
+            Stopped: a stop was asked for, and checkpoints are written.
+        """
         self._write_start()
         saved_at = share_from = time.monotonic()
         save_s = 0.0
@@ -180,7 +184,10 @@ class _Session:
             for i in self.live:  # a member's share of the pack's time
                 self.wall_s[i] += (now - share_from) / len(self.live)
             share_from = now
-            self._record(event, report)
+            owned = [i for i in self.live if self.store.owns(i, self.attempts[i])]
+            if not owned:
+                return _end_all(self.store, self.attempts, "stopped", "another process took over")
+            self._record(event, owned, report)
             due = now - saved_at > max(self.exec.checkpoint_s, CHECKPOINT_SHARE * save_s)
             if self.live and (due or stop.set):
                 self._save(event)
@@ -214,8 +221,7 @@ class _Session:
                 f"lr={spec.lr:g} seed={spec.seed}",
             )
 
-    def _record(self, event: Event, report: Report) -> None:
-        owned = [i for i in self.live if self.store.owns(i, self.attempts[i])]
+    def _record(self, event: Event, owned: Sequence[str], report: Report) -> None:
         for i in owned:
             self.store.record(i, event.records[i])
         for i, (state, measures) in event.ended.items():
