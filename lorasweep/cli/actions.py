@@ -197,8 +197,9 @@ def _print_single(request: Request, store: RunStore, point: Point) -> None:
         print(json.dumps({k: v for k, v in result.items() if k != "curve"}))
         return
     metric, measure = metric_of(result), ""
-    value, start = metric.value(result), metric.value(result["curve"][0])
+    value = metric.value(result)
     if value is not None:
+        start = metric.value(result["curve"][0])
         measure = f", {metric.label} {value:.4f} (from {start:.4f})"
     name = run_names([point])[point.id]
     print(f"run {point.id} ({name}): {result['state']}{measure}. Folder: {store.folder(point.id)}")

@@ -24,10 +24,10 @@ KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
 
 def check_claims(sweep: Sweep | None) -> None:
     """Raise SpecError if the sweep claims something that its analysis does not measure."""
-    from analysis.questions.registry import UnknownQuestion, question_named
-
     if sweep is None:
         return
+    from analysis.questions.registry import UnknownQuestion, question_named
+
     try:
         module = question_named(sweep.analysis or "")
     except UnknownQuestion as error:
@@ -48,15 +48,15 @@ def seeds_needed(points: Sequence[Point], sweep: Sweep | None) -> list[str]:
 
     Known before anything is trained, from the margin and an assumed noise.
     """
+    claims = sweep.claims if sweep else {}
+    ratios = {name: claim for name, claim in claims.items() if claim.estimand == "lr_ratio"}
+    if sweep is None or not ratios:
+        return []
     from analysis.measures.power import NOISE, needed_seeds
 
-    if sweep is None:
-        return []
     lines = []
     n_lora = len({curve_key(p) for p in points if p.spec.method.name == "lora"})
-    for name, claim in sweep.claims.items():
-        if claim.estimand != "lr_ratio":
-            continue
+    for name, claim in ratios.items():
         n, error = needed_seeds((claim.margin[0], claim.margin[1]), n_lora)
         shown = "more than 16" if n is None else f"about {n}"
         lines.append(
