@@ -163,7 +163,7 @@ def _start(
     events: "queue.Queue[Event | None]",
 ) -> None:
     """Start the plan's workers into `workers`, each with a thread that reads its events."""
-    env = _environment(plan.threads)
+    env = worker_environment(plan.threads)
     with open(log, "ab") as errors:
         for k in range(min(plan.workers, len(plan.packs))):
             worker = subprocess.Popen(
@@ -191,7 +191,7 @@ def _pass_on(events: "queue.Queue[Event | None]", n_workers: int, report: Report
     return error
 
 
-def _environment(threads: int) -> dict[str, str]:
+def worker_environment(threads: int) -> dict[str, str]:
     """Return a worker's environment: this very code, whatever lies in the current folder, on so
     many threads."""
     root = str(Path(__file__).resolve().parents[2])

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorasweep.errors import TrainingError
+from lorasweep.launch.local import worker_environment
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
@@ -83,13 +84,14 @@ def _measure_in_process(shapes: dict[Path, RunSpec], store: RunStore, exec_: Exe
     }
     path = store.root / ".calibration" / f"job-{os.getpid()}-{os.urandom(3).hex()}.json"
     files.write_atomic(path, json.dumps(job).encode())
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    root = str(Path(__file__).resolve().parents[2])
-    env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "lorasweep.launch.measure_packs", str(path)]
     try:
         done = subprocess.run(
-            command, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command,
+            env=worker_environment(threads=1),
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
     finally:
         path.unlink(missing_ok=True)
