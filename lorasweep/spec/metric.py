@@ -18,10 +18,6 @@ class Metric:
         """Return a result's value; None where it has none, as a diverged run's."""
         return result.get(self.name)
 
-    def better(self, a: float, b: float) -> bool:
-        """Return whether value `a` is better than `b`."""
-        return a > b if self.higher_is_better else a < b
-
     def loss(self, value: float) -> float:
         """Return the value with its sign turned so that lower is better."""
         return -value if self.higher_is_better else value
