@@ -13,6 +13,7 @@ from typing import Any
 
 from lorasweep.errors import SpecError
 from lorasweep.spec.execution import Exec
+from lorasweep.spec.metric import metric_of
 from lorasweep.spec.streams import stream
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, curve_key
@@ -32,12 +33,12 @@ class Comparison:
     alone: float | None
     same_state: bool
     curve_difference: float | None
-    """Largest difference of the held-out NLL over the steps where it was taken, in nats; None if it
-    diverged."""
+    """Largest difference of the metric (held-out NLL: nats) over the steps where it was taken; None
+    if the run diverged."""
 
     @property
     def difference(self) -> float | None:
-        """Final held-out NLL alone minus recorded, in nats; None for a diverged run."""
+        """Final metric alone minus recorded; None for a diverged run."""
         return None if self.recorded is None or self.alone is None else self.alone - self.recorded
 
 
@@ -47,8 +48,8 @@ class Report:
 
     comparisons: list[Comparison]
     noise_floor: float | None
-    """Standard deviation of the final NLL between the seeds of a cell, in nats, pooled over the
-    sweep's cells."""
+    """Standard deviation of the final metric between the seeds of a cell, pooled over the sweep's
+    cells."""
 
     def differing(self) -> list[Comparison]:
         """Return the runs that ended otherwise, or differ by more than the noise between seeds."""
@@ -85,7 +86,7 @@ def choose(points: Sequence[Point], store: RunStore, count: int) -> list[Point]:
 
 
 def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
-    """Pool the variance of the final NLL between seeds over the cells with two or more seeds.
+    """Pool the variance of the final measure between seeds over the cells with two or more seeds.
 
     None if there is no such cell.
     """
@@ -93,7 +94,8 @@ def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
     for p in points:
         result = store.result(p.id) or {}
         if result.get("state") == "done":
-            cells.setdefault((*curve_key(p), p.spec.lr), []).append(result["test_nll"])
+            value = result[metric_of(result).name]
+            cells.setdefault((*curve_key(p), p.spec.lr), []).append(value)
     repeated = [values for values in cells.values() if len(values) > 1]
     degrees = sum(len(values) - 1 for values in repeated)
     if not degrees:
@@ -121,10 +123,11 @@ def compare_alone(
         for event in trainer([p.spec], dataclasses.replace(exec_, **layout), None):
             if p.id in event.ended:
                 state, final = event.ended[p.id]
-        pairs = [(a["test_nll"], b["test_nll"]) for a, b in zip(before["curve"], final["curve"])]
+        name = metric_of(before).name
+        pairs = [(a[name], b[name]) for a, b in zip(before["curve"], final["curve"])]
         gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
         done = state == before["state"] == "done"
-        recorded, alone = (before["test_nll"], final["test_nll"]) if done else (None, None)
+        recorded, alone = (before[name], final[name]) if done else (None, None)
         worst = max(gaps, default=None) if done else None
         comparison = Comparison(
             p.id, before.get("pack_size"), recorded, alone, state == before["state"], worst

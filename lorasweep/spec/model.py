@@ -77,14 +77,14 @@ class ModelSpec(Value):
     unembedding: tuple[str, ...] = ("lm_head",)
     recipe: Recipe | None = None
 
-    def matrices(self, layers: tuple[str, ...]) -> list[Matrix]:
+    def matrices(self, layers: tuple[str, ...]) -> tuple[Matrix, ...]:
         """List the matrices of the layer sets; raise SpecError if a set matches nothing."""
         if layers not in self._matrices:
-            self._matrices[layers] = [m for s in layers for m in self._matrices_of(s)]
+            self._matrices[layers] = tuple(m for s in layers for m in self._matrices_of(s))
         return self._matrices[layers]
 
     @cached_property
-    def _matrices(self) -> dict[tuple[str, ...], list[Matrix]]:
+    def _matrices(self) -> dict[tuple[str, ...], tuple[Matrix, ...]]:
         return {}  # filled by `matrices`: thousands of specs of a grid share one model
 
     def _matrices_of(self, layer_set: str) -> list[Matrix]:

@@ -3,6 +3,7 @@
 from lorasweep.cli.points import all_points
 from lorasweep.cli.status import status
 from lorasweep.cli.status_text import status_text
+from lorasweep.cli.verify import noise_floor
 from lorasweep.launch import local
 from lorasweep.store.run_store import RunStore
 
@@ -25,3 +26,12 @@ def test_the_highest_reward_is_the_best(compose, fake_trainer):
     best = {a["arm"]: a["best"] for a in now["arms"]}["fullft"]
     assert best["reward"] == 100 * 4.8e-3 and "test_nll" not in best
     assert "0.4800" in status_text(request, now)
+
+
+def test_the_noise_between_seeds_is_the_metrics(compose, fake_trainer):
+    seeds = ("sweep.axes.seed=[0,1]", "sweep.arms.fullft.lr=[1e-3]", "~sweep.arms.lora")
+    request = compose("+sweep=lr_ratio", "scale=smoke", *seeds)
+    store = RunStore(request.exec.runs_dir)
+    trainer = fake_trainer(lambda s: 1.0, more=lambda s: {"metric": REWARD, "reward": 2.0 * s.seed})
+    local.run_points(request.points, store, request.exec, lambda event: None, trainer)
+    assert noise_floor(request.points, store) == 2**0.5

@@ -113,6 +113,8 @@ def test_a_spec_cannot_be_changed_and_a_changed_copy_has_another_id():
         spec.dataset.generator_params["rule_shift"] = 0.9
     with pytest.raises(AttributeError):
         spec.model.attention.append("qkv")
+    with pytest.raises(AttributeError):
+        spec.model.matrices(("mlp",)).clear()  # kept: it would change all counts from here on
     assert spec.id == before
     model = dataclasses.replace(spec.model, revision="other")
     dataset = dataclasses.replace(spec.dataset, generator_params={"rule_shift": 0.9})
