@@ -4,18 +4,23 @@ One file of `conf/hardware/` describes one machine; `detect.py` describes the on
 Everything else in this room is given a `Hardware` and asks no system.
 """
 
-import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from lorasweep.errors import SpecError, unknown
+from lorasweep.errors import SpecError
+from lorasweep.spec.canonical import Value, build
+
+POSITIVE = ("cores", "memory_gib", "gpu_memory_gib", "bandwidth_bytes_s", "price_per_h")
 
 
 @dataclass(frozen=True)
-class Hardware:
+class Hardware(Value):
     """One machine that trains. None: not known."""
 
-    name: str
+    WHERE: ClassVar[str] = "hardware."
+
+    name: str = "???"
     processor: str | None = None
     """Model of the processor, as the system names it."""
     cores: int | None = None
@@ -39,29 +44,35 @@ class Hardware:
         """Memory that bounds one worker: a GPU's, or the host's where there is none."""
         return self.gpu_memory_gib if self.gpus else self.memory_gib
 
+    def problems(self) -> Iterator[str]:
+        """Yield numbers that mean nothing, and figures that a plan needs and are not there."""
+        if self.name == "???":
+            yield "hardware.name is missing. Write `name: ...` at the top of its file."
+        if self.gpus < 0:
+            yield f"hardware.gpus={self.gpus}: 0 or more."
+        numbers = {name: getattr(self, name) for name in POSITIVE}
+        numbers |= {f"matmul_flops_s.{k}": peak for k, peak in self.matmul_flops_s.items()}
+        for name, value in numbers.items():
+            if value is not None and not value > 0:
+                yield f"hardware.{name}={value}: expected a number above 0."
+        needed = ("gpu_memory_gib",) if self.gpus else ("cores", "memory_gib")
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing:
+            kind = f"{self.gpus} GPU(s)" if self.gpus else "no GPU"
+            yield (
+                f"hardware {self.name!r} has {kind}, so a plan needs {' and '.join(missing)}. "
+                "Add the figure to its file in conf/hardware."
+            )
+
 
 def from_plain(values: dict[str, Any]) -> Hardware:
     """Make a Hardware from the values of a file of conf/hardware.
 
     Raises:
-        SpecError: a field that does not exist, a number that is not positive, or a machine that
-            lacks the figures a plan needs.
+        SpecError: a field that does not exist, a value of another type or without a meaning, or a
+            machine that lacks the figures a plan needs.
     """
-    names = [f.name for f in dataclasses.fields(Hardware)]
-    for key in values:
-        if key not in names:
-            raise SpecError(unknown("hardware field", key, names))
-    hardware = Hardware(**values)
-    for key in ("cores", "memory_gib", "gpu_memory_gib", "bandwidth_bytes_s", "price_per_h"):
-        value = values.get(key)
-        if value is not None and not value > 0:
-            raise SpecError(f"hardware.{key}={value}: expected a number above 0, or null.")
-    needed = ("gpu_memory_gib",) if hardware.gpus else ("cores", "memory_gib")
-    missing = [key for key in needed if getattr(hardware, key) is None]
-    if missing:
-        kind = f"{hardware.gpus} GPU(s)" if hardware.gpus else "no GPU"
-        raise SpecError(
-            f"hardware {hardware.name!r} has {kind}, so a plan needs {' and '.join(missing)}. "
-            "Add the figure to its file in conf/hardware."
-        )
+    hardware = build(Hardware, values)
+    if hardware.problem:
+        raise SpecError(hardware.problem)
     return hardware

@@ -241,6 +241,10 @@ def test_without_a_choice_the_machine_that_plans_is_planned_for(compose):
         ({"cores": 2}, "needs memory_gib"),
         ({"gpus": 1}, "needs gpu_memory_gib"),
         ({"cores": 0, "memory_gib": 1.0}, "above 0"),
+        ({"gpus": 1, "gpu_memory_gib": "80 GiB"}, "expected a finite number, got '80 GiB'"),
+        ({"gpus": -1}, "0 or more"),
+        ({"gpus": 1, "gpu_memory_gib": 80, "matmul_flops_s": {"bf16": 0}}, "bf16=0.0: expected"),
+        ({"name": None}, "expected text"),
     ],
 )
 def test_hardware_that_cannot_be_planned_for_is_refused(values, message):
