@@ -266,7 +266,7 @@ def _section(
                 with_interval(c.rho),
             ]
         )
-    at = f"{step} updates, the beginnings of the same runs"
+    at = f"{step} updates, the first part of the same runs"
     if way == WAYS[0]:
         at = f"{', '.join(map(str, examples))} examples"
     by_rank = "; ".join(f"rank {r} {with_interval(e)}" for r, e in slopes.items())

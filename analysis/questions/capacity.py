@@ -187,9 +187,9 @@ def _section(cells: list[Cell], lora: list[Cell], margin: tuple[float, float] | 
     text = [f"Effective parameters of the adapter: {lora[0].parameters:,}."] if lora else []
     text.append(
         "A model that is sure of a wrong value has a high NLL, so the bits known of facts that "
-        "were never trained fall below 0. Verdicts take the geometric mean over seeds. An update "
-        "shows 128 facts: few facts come more than once in an update, and many exposures of few "
-        "facts are few updates."
+        "it was never trained on are below 0. Verdicts use the geometric mean over seeds. An "
+        "update shows 128 facts: with few facts, each comes more than once in an update, and many "
+        "exposures take few updates."
     )
     caption = "bits stored a parameter, over load and exposures"
     return Section("Cells", rows, text, "capacity.png", _panels(lora, margin), caption)

@@ -197,9 +197,9 @@ def _section(
         )
     text = (
         f"The claims are judged at rank {top}. The loss to be reached is full fine-tuning's after "
-        f"{short} updates; where a rank does not reach it, the lowest loss that both reach. Each "
-        "method has the rate that is best for runs of the length at which it gets there. Peak "
-        "memory is measured in the benchmark, next to what the plan expects."
+        f"{short} updates; if a rank does not reach it, the lowest loss that both reach. Each "
+        "method uses the rate that is best for runs of the length at which it reaches that loss. "
+        "Peak memory is measured in the benchmark and compared with the plan's estimate."
     )
     ranks = sorted(costs)
     panel = Panel(

@@ -90,8 +90,8 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     seeds = fewest_seeds(optima)
     verdicts = correct(judge_claims(question, measured, LOG_ESTIMANDS, group, seeds), question)
     text = (
-        "Largest difference of the held-out NLL at any step. Under p = q one eps, multiplied by "
-        "1/p, can follow."
+        "Largest difference of the held-out NLL at any step. If p = q, a single eps scaled by 1/p "
+        "keeps the symmetry."
     )
     caption = "difference of twins' held-out loss over the run"
     sections = [

@@ -255,7 +255,7 @@ def _over_tasks(compared: Sequence[_Compared]) -> Section:
             agrees = "yes" if (gap > 0) == (c.worse.value < 1) else "no"
             same = f"{agrees}: attention {signed(gap)} nats against mlp"
         rows.append([c.task.name, with_interval(c.worse), with_interval(c.both), same])
-    text = "A verdict over tasks rests on the task that is hardest on the claim."
+    text = "A verdict over all tasks uses the task that is worst for the claim."
     return Section("Over the tasks", rows, [text])
 
 

@@ -42,7 +42,8 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
             Section(
                 "Next runs",
                 text=[
-                    "What would decide most (`action=extend` adds them as the sweep's next round):",
+                    "Runs most likely to decide the open claims (`action=extend` adds them as the "
+                    "sweep's next round):",
                     "",
                     *(f"- {line}" for line in lines(wanted)),
                 ],

@@ -192,10 +192,10 @@ def _law_section(laws: dict[str, RatioLaw]) -> Section:
         exponents = [with_interval(law.p), with_interval(law.q)]
         rows.append([name, str(law.bases), *exponents, str(law.bases_q), tests])
     text = (
-        "ln ratio = a + p ln(hidden) + q ln(alpha). p is fitted at alpha 32, one row a base; q "
-        "within bases. Intervals are Student's over bases, with the variance of all bases "
+        "ln ratio = a + p ln(hidden) + q ln(alpha). p is fitted at alpha 32 with one row per base; "
+        "q within bases. Intervals are Student's over bases, with the variance of all bases "
         "together. A law with a p-value below 0.05 is rejected. A law that does not depend on "
-        "alpha is tested by its p alone, and no law by its level a."
+        "alpha is tested by its p only; the level a is not tested."
     )
     return Section("The law of the ratio", rows, [text])
 

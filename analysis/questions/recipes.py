@@ -254,8 +254,8 @@ def _retention(
     alike = over_seeds(equal.map(lambda v: v["lora"] / v["lost"]))
     for seed, v in equal.best.items():
         name = (
-            "full fine-tuning at a lower rate, where it has learned what tuned LoRA learns: seed "
-            f"{seed}, LoRA's own there {number(v['lora'])} forgotten"
+            "full fine-tuning at the lower rate at which it has learned as much as tuned LoRA: "
+            f"seed {seed}, for which LoRA forgot {number(v['lora'])}"
         )
         cells = [name, rate(v["lr"]), *(number(v[k], 4) for k in LOSSES)]
         rows.append([*cells, number(v["lost"])])

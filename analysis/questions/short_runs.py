@@ -125,7 +125,7 @@ def _horizons(group: str, found: Sequence[Horizon], short: Horizon, notes: list[
         rows.append([str(h.step), of_full, *rates, with_interval(h.ratio)])
     text = (
         f"Short: {short.step} updates; long: {long.step}. The ratio is over the ranks of "
-        f"{MIN_RANK} and more. Every shorter run is the beginning of the same longer one."
+        f"{MIN_RANK} and more. Shorter runs are the first updates of the longer ones."
     )
     known = [h for h in found if h.ratio.value is not None]
     line = Series.of("ratio", [h.step for h in known], [h.ratio for h in known], colour=1)

@@ -14,11 +14,11 @@ from analysis.report.text import markdown as table_of
 from analysis.runs.lr_curves import LrCurve, full_names
 
 PRIMARY = (
-    "Primary claims are corrected for their number in this report. The study's table corrects them "
-    "over all its sweeps, so a claim that is decided here may be open there."
+    "Primary claims are corrected for multiplicity within this report (Holm). The study's table "
+    "corrects them over all sweeps, so a claim that is decided here may be undecided there."
 )
 CONDITIONS = {
-    "batch_size": "sequences an update",
+    "batch_size": "sequences per update",
     "steps": "updates",
     "schedule": "schedule",
     "precision": "precision",
@@ -61,7 +61,7 @@ def markdown(
     out += [
         f"- runs: {len(table)} in table.parquet and table.csv",
         f"- hash of claims and margins: {claims_hash}",
-        f"- what is measured at scale {scale} is claimed for that scale only",
+        f"- conclusions hold for scale {scale} only",
         "",
         f"Command: `python -m lorasweep +sweep={name} scale={scale}`",
     ]
@@ -131,9 +131,9 @@ def _noise(optima: Sequence[Optimum]) -> list[str]:
     if pooled is None:
         return []
     return [
-        f"Noise of one run, pooled over the sweep: {pooled.noise:.2g} nats at the bottom of a "
-        f"valley, {pooled.df} degrees of freedom. Misfit of the family's curvature: "
-        f"{100 * pooled.misfit:.0f}%. Crosses on the top line are no part of the fit: these runs "
+        f"Noise of one run, pooled over the sweep: {pooled.noise:.2g} nats at the optimum, "
+        f"{pooled.df} degrees of freedom. Model error of the curvature: "
+        f"{100 * pooled.misfit:.0f}%. Crosses at the top are runs that were not fitted: they "
         "diverged, ended no better than the untrained model, or lie beyond such a rate.",
         "",
     ]
@@ -147,7 +147,7 @@ def _conditions(curves: Sequence[LrCurve], table: pd.DataFrame) -> list[str]:
             values = sorted(str(v) for v in table[column].dropna().unique())
             out.append(f"- {label}: {', '.join(values)}")
     out.append(
-        "- LoRA at the start, where nothing else is said: A uniform in +-1/sqrt(d_in), B zero; "
+        "- LoRA's initialisation, unless stated otherwise: A uniform in +-1/sqrt(d_in), B zero; "
         "one learning rate for both; AdamW"
     )
     for where, c in {f"{c.key['model']} on {c.key['dataset']}": c for c in curves}.items():

@@ -77,7 +77,7 @@ class Part:
 
     def measured(self, v: Verdict) -> str:
         """Format the estimate; a verdict over all tasks has that of its worst task."""
-        where = "on the hardest task " if v is self.overall(v.claim) else ""
+        where = "on the worst task for the claim " if v is self.overall(v.claim) else ""
         return f"{where}{with_interval(v.estimate)}"
 
     @cached_property

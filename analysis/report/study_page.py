@@ -15,54 +15,55 @@ from analysis.report.text import markdown
 
 HOW_TO_READ = """\
 - **A claim** is a sentence with a number and a margin. The margin was fixed before the runs.
-  SUPPORTED: the measured interval lies inside the margin. REFUTED: the two do not meet.
-  UNDECIDED: anything else, and also where the best rate lies at an edge of the rates tried, seeds
-  are too few, or the task is unfit. A verdict holds for the models, tasks and lengths of its
-  runs, and for no others.
-- **Intervals** count the spread over seeds and the uncertainty of each method's best learning
-  rate. They are of 95%, or wider to pay for further looks at a sweep. Zero-width intervals mark
-  exact counts and maxima, not estimates. Held-out sampling error is not included: all runs are
-  evaluated on the same rows.
-- **rho** is the number of updates that full fine-tuning takes to a loss, over LoRA's, each at its
-  own best rate: at 0.5 LoRA takes twice as many. It falls along a run, so compare it at equal
-  lengths only. It is read from learning curves up to the last evaluation but one (*to update 256*
-  of 384), which use fewer held-out rows than the losses at the end.
+  SUPPORTED: the measured interval lies inside the margin. REFUTED: the two do not overlap.
+  UNDECIDED: everything else. A claim is also undecided if the best rate is at an edge of the rates
+  tried, if there are too few seeds, or if the task is unsuitable. A verdict holds only for the
+  models, tasks and lengths of its runs.
+- **Intervals** cover the spread over seeds and the uncertainty of each method's best learning
+  rate. Their level is 95%, or higher if the sweep was looked at more than once. Zero-width
+  intervals mark exact counts and maxima, not estimates. The sampling error of the held-out data is
+  not included: all runs are evaluated on the same rows.
+- **rho** is the number of updates that full fine-tuning needs to reach a loss, divided by LoRA's,
+  each at its own best rate: at 0.5, LoRA needs twice as many. It falls during a run, so compare it
+  at equal lengths only. It comes from learning curves up to the second-last evaluation (*to update
+  256* of 384), which use fewer held-out rows than the losses at the end.
 - **A base** is the model before fine-tuning. tiny64 and tiny128 are small Llamas with these
   hidden sizes, pretrained on a synthetic language. tiny64-s1 is tiny64 from another seed.
   smollm2-135m-instruct is a real model (from 4-bit weights).
-- **Tasks**: *dialect* is the synthetic language changed in part, *skills* are strings to sort,
-  reverse and add, *facts* are random bits to remember, *gsm8k* are word problems.
-- **Needs** says how many seeds (or bases) would decide if they alone made the interval's width.
-  Where the shape of the curves does, more learning rates are needed as well.
+- **Tasks**: *dialect* is a partly changed version of the synthetic language; *skills* are strings
+  to sort, reverse and add; *facts* are random bits to memorise; *gsm8k* are word problems.
+- **Needs** estimates how many seeds (or bases) would decide the claim, as if only they determined
+  the interval's width. If the uncertain shape of a curve does, more learning rates are needed too.
 - **Answers are not independent.** Sweeps share runs (`rank`, `short_runs` and `compute` most of
   theirs), and some claims are readings of one number."""
 CHANGED = """\
-Margins were fixed before the runs; these estimators were not: they were changed after answers had
-been seen, for reasons other than a verdict (the numbers are those in DECISIONS).
+Margins were fixed before the runs, but some estimators were changed after answers had been seen,
+for reasons other than a verdict (the numbers refer to DECISIONS).
 
-- The loss that `compute` counts to, and what a departure is (D34).
-- Runs are read at interpolated best rates; the null of `rank: start` (D41).
+- The loss to which `compute` counts, and the definition of a departure (D34).
+- Interpolation to the best rates, and the null distribution of `rank: start` (D41).
 - Intervals over seeds (D43), and the test of the ratio's law (D44).
-- Runs are cut where their task is over (D46).
-- The precision of a rate whose repeats diverge (D47).
+- Runs are cut before their task is solved (D46).
+- The weight of a rate at which some repeats diverge (D47).
 - The gates and the number of examples of `batch_size` (D48).
 - LoRA's own rate for `compute`'s loss, and the common rate of `rank` on tiny128 (D50).
 
-`lr_ratio: parity` (D45) and `recipes: retention_equal` (D50) were added when their runs existed.
-Seeds and rates were added after looks, and the intervals are wider to pay for that (up to five
-looks). Margins, runs and code of every stage are in the repository's history."""
-"""About the kept answers, and no others."""
+`lr_ratio: parity` (D45) and `recipes: retention_equal` (D50) were added when their runs already
+existed. Seeds and rates were added after looks at the results, and the intervals are wider to
+account for that (up to five looks). Margins, runs and code of every stage are in the repository's
+history."""
+"""Only for the page of the kept answers."""
 NOT_TESTED = """\
-Reinforcement learning, mixtures of experts, models beyond 135M parameters, high ranks, data sets
-of a real size, and GPUs. At tiny, a few hundred updates from a small base, LoRA mostly learns
+Reinforcement learning, mixtures of experts, models beyond 135M parameters, high ranks, large data
+sets, and GPUs. At scale tiny, with a few hundred updates from a small base, LoRA mostly learns
 more slowly than full fine-tuning. That is outside the regime in which the study finds the two
-equal, so nothing here says what a model of billions would do. Learning rates in runs that others
-published are in [public_evidence.md](public_evidence.md)."""
-"""About the kept answers, and no others."""
+equal, so these results do not extend to models with billions of parameters. Learning rates in runs
+that others published are in [public_evidence.md](public_evidence.md)."""
+"""Only for the page of the kept answers."""
 EVERY = (
-    "Primary claims are corrected for their number over the whole table (Holm), so one may be "
-    "open here that its own report decides. The others are not corrected. Each report prints the "
-    "hash of its claims and margins."
+    "Primary claims are corrected for multiplicity over the whole table (Holm), so a claim may be "
+    "undecided here although its own report decides it. The other claims are not corrected. Each "
+    "report prints the hash of its claims and margins."
 )
 RATES = (
     "base, data, batch, updates",
@@ -108,7 +109,7 @@ def _head(parts: Sequence[Part], n_claims: int) -> list[str]:
         "# When does LoRA match full fine-tuning?",
         "",
         "The claims of [LoRA Without Regret](https://thinkingmachines.ai/blog/lora) "
-        '("the study") and of what was made of it, each judged from runs of its own: '
+        '("the study") and popular claims about the same methods, each judged from its own runs: '
         f"{n_claims} claims in {sweeps} sweeps, {runs:,} distinct runs, all of them in the tables "
         "next to this page.",
         "",
@@ -123,8 +124,8 @@ def _best_rates(parts: Sequence[Part]) -> list[str]:
     if len(rows) == 1:
         return []
     note = (
-        "Alpha 32, scaled as alpha / rank; intervals of 95%. A dash: beyond the rates tried, or "
-        "among those that diverge."
+        "Alpha 32, scaled as alpha / rank; 95% intervals. A dash: the rate is outside those tried, "
+        "or diverges."
     )
     return ["## Best rates", "", note, "", *markdown(rows), ""]
 

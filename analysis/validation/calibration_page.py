@@ -28,7 +28,7 @@ Row = dict[str, Any]
 """One cell of the calibration."""
 Study = dict[str, Any]
 """The content of calibration.json: lists of cells by kind, and how long it took."""
-HEAD = ["asked", "target", "measured", "met"]
+HEAD = ["requirement", "target", "measured", "met"]
 
 
 def _mean(rows: Sequence[Row], key: str, weight: str | None = None) -> float:
@@ -68,19 +68,19 @@ def targets(study: Study) -> list[list[str]]:
     open_ = _mean([r for r in study["verdicts"] if r["ratio"] == 10.0], "undecided")
     rows += [
         [
-            "flags of edge and divergence right, worst place",
+            "correct flags for optima at an edge or near divergence, worst case",
             "at least 99%",
             f"{_percent(right[0])} ({right[1]})",
             _met(right[0] >= 0.99),
         ],
         [
-            "a false claim, at the margin's edge, called SUPPORTED",
+            "false claims (true value at the margin's edge) that are SUPPORTED",
             "at most 2.5%",
             f"{_percent(_mean(edge, 'supported'))}, at most {_percent(most)} in a cell",
             _met(_mean(edge, "supported") <= 0.025),
         ],
         [
-            "a true, well measured claim left UNDECIDED",
+            "true, precisely measured claims that are UNDECIDED",
             "at most 20%",
             _percent(open_),
             _met(open_ <= 0.2),
@@ -93,9 +93,9 @@ def _coverage_targets(study: Study, of: str, key: str) -> list[list[str]]:
     mean = _mean(_fine(study), key)
     families = _by(_fine(study), lambda r: r["family"]).items()
     worst = min((_mean(cells, key), family) for family, cells in families)
-    met = "no: cautious" if mean > 0.97 else _met(mean >= 0.94)
+    met = "no: too wide" if mean > 0.97 else _met(mean >= 0.94)
     return [
-        [f"intervals of {of} hold the truth, on average", "94 to 97%", _percent(mean), met],
+        [f"coverage of intervals of {of}, on average", "94 to 97%", _percent(mean), met],
         [
             "... in the worst family",
             "at least 93%",
@@ -130,12 +130,13 @@ def render(study: Study) -> str:
     out = [
         "# How far the analysis can be trusted",
         "",
-        f"{n_coverage:,} planted curves in {len(study['coverage'])} cells (family x design x "
-        f"noise), at least {least:,} a cell, fitted as real ones are, in sweeps of four curves; "
-        f"{judged:,} planted sweeps judged. {study['minutes']:.0f} minutes. Families inside the "
-        f"fitted one: {', '.join(INSIDE)}; never looked at when the model's constants were chosen: "
-        f"{', '.join(HELD_OUT)}. Noise of a run 1e-4 to 1e-2 nats, curvature 0.02 to 0.3 nats per "
-        "unit of ln(lr) squared. The truth is the minimum of the generator's expected loss.",
+        f"{n_coverage:,} simulated curves in {len(study['coverage'])} cells (family x design x "
+        f"noise), at least {least:,} per cell, fitted like real ones in sweeps of four curves; "
+        f"{judged:,} simulated sweeps were judged. It took {study['minutes']:.0f} minutes. "
+        f"Families of shapes that belong to the fitted one: {', '.join(INSIDE)}; families not used "
+        f"to choose the model's constants (held out): {', '.join(HELD_OUT)}. The noise of a run is "
+        "1e-4 to 1e-2 nats, the curvature 0.02 to 0.3 nats per unit of ln(lr) squared. The true "
+        "optimum is the minimum of the generator's expected loss.",
         "",
         *markdown(targets(study)),
         "",
@@ -156,9 +157,9 @@ def render(study: Study) -> str:
         "",
         "## Verdicts",
         "",
-        f"The claim is 'the ratio lies in {MARGIN[0]:g} to {MARGIN[1]:g}': one full fine-tuning "
-        "curve against three ranks, one seed over the grid and five fresh ones at the three best "
-        "rates.",
+        f"The claim is 'the ratio lies in {MARGIN[0]:g} to {MARGIN[1]:g}'. Each sweep has one full "
+        "fine-tuning curve and three ranks, with one seed over the grid and five more at the three "
+        "best rates.",
         "",
         *markdown(_verdict_rows(study)),
         "",
@@ -166,8 +167,8 @@ def render(study: Study) -> str:
         "",
         "## Flags",
         "",
-        "Optima 1.5 spacings inside the rates tried must get a value (or end at a rate that "
-        "diverged), those half a spacing or more outside must be called bounds.",
+        "An optimum at least 1.5 grid spacings inside the rates tried must get a value (or a bound "
+        "at a rate that diverged); one half a spacing or more outside must get a bound.",
         "",
         *markdown(_flag_rows(study)),
         "",
