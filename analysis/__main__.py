@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-# ---------------------------------------------------------------- anyone's runs
+# ---------------------------------------------------------------- a table of runs
 
 
 def _runs(argv: Sequence[str]) -> int:

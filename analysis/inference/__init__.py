@@ -1,4 +1,4 @@
 """Estimates with intervals, seeds, meta-analysis, and the decision rule.
 
-Refuses to know tables, curves and fits.
+Knows no tables, curves or fits.
 """

@@ -52,9 +52,10 @@ def judge(
 
     Args:
         gates: reasons that forbid a verdict.
-        log: the margin is one of ratios.
+        seeds: present number of the units that the interval is over.
+        log: the margin is for a ratio.
         level: of the interval that is compared with the margin.
-        seeds: how many there are of what the interval is over, `of`.
+        of: name of those units, such as seeds or bases.
     """
     low, high = (float(v) for v in claim["margin"])
     outcome, why, needed, p = "UNDECIDED", "", "", None

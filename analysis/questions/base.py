@@ -201,8 +201,9 @@ def judge_claims(
     """Judge every claim of a question for one group of runs, at the level of the planned looks.
 
     Args:
-        logs: estimands whose margin is one of ratios.
-        seeds: how many there are now of what the interval is over, `of`.
+        logs: estimands with a margin for a ratio.
+        seeds: present number of the units that the interval is over.
+        of: name of those units, such as seeds or bases.
 
     Raises:
         TableError: a claim is about an estimand that was not measured.

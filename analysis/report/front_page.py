@@ -94,5 +94,5 @@ def block(parts: Sequence[Part], root: str) -> list[str]:
 
 
 def readme(text: str, kept: Path) -> str:
-    """Return the project's README with its block made anew from the kept results."""
+    """Return the project's README with its findings rendered again from the kept results."""
     return with_block(text, BEGIN, END, block(parts_of([kept]), "analysis/results/"))

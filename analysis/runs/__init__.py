@@ -1,4 +1,4 @@
-"""Tables of finished runs, ours and anyone's, and the curves in them.
+"""Tables of finished runs, from this project or others, and the curves in them.
 
-Refuses to know statistics.
+Knows no statistics.
 """

@@ -1,4 +1,4 @@
-"""Answers about anyone's table of runs: what `fit`, `ratio`, `drift`, `law` and `html` return.
+"""The commands `fit`, `ratio`, `drift`, `law` and `html` on a table made by any program.
 
-Refuses to know sweeps and claims; prints nothing.
+Knows no sweeps and claims; prints nothing.
 """
