@@ -1,6 +1,6 @@
-"""`python -m lorasweep +sweep=lr_ratio`: compose the request, then act on it.
+"""The command line: `python -m lorasweep +sweep=lr_ratio`.
 
-The Hydra entry; user errors are printed without a traceback.
+Composes the request with Hydra, then acts on it. User errors are printed without a traceback.
 """
 
 import os
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the command line.
 
-    Exit status: 0 done, 1 some runs failed, 2 the request was wrong, 130 stopped.
+    Exit status: 0 done, 1 some runs failed, 2 the request was wrong, 130 interrupted.
     """
     from lorasweep.config.folders import conf_dir
 
@@ -31,7 +31,7 @@ def main() -> None:
         sys.exit(follow.main(sys.argv[2]))
     if any(a in ("-m", "--multirun") for a in sys.argv[1:]):
         _fail(
-            "-m (Hydra multirun) is not used here: a sweep's axes are lists. "
+            "-m (Hydra multirun) is not supported: use a sweep instead, +sweep=NAME. "
             "See `python -m lorasweep --help`."
         )
     _run_hydra()
@@ -57,9 +57,9 @@ def _run_hydra() -> None:
     def run(cfg: DictConfig) -> None:
         _act(cfg)
 
-    # as Ctrl-C: workers write a checkpoint, then leave
+    # SIGTERM acts like Ctrl-C: workers write a checkpoint, then stop
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # errors reach the handlers below instead of Hydra's printer
+    # let errors reach the handlers below instead of Hydra's own printer
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     if Path(sys.argv[0]).name == "__main__.py":
         sys.argv[0] = "lorasweep"
@@ -83,7 +83,7 @@ def _act(cfg: "DictConfig") -> None:
         code = act(compose.request(cfg))
     except LorasweepError as error:
         _fail(str(error))
-    except BrokenPipeError:  # the reader (head, less) has seen enough
+    except BrokenPipeError:  # the reader (head, less) closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     if code:

@@ -1,7 +1,7 @@
-"""The errors that a user can cause or must read.
+"""The errors that are shown to the user as one message, without a traceback.
 
-Each message says what was given, what is allowed, and what to type next. They reach the terminal
-without a traceback; anything else that is raised is a bug and keeps its traceback.
+Each message says what was given, what is allowed, and what to type next. Any other exception is a
+bug and keeps its traceback.
 """
 
 import difflib
@@ -13,7 +13,7 @@ class LorasweepError(Exception):
 
 
 class SpecError(LorasweepError, ValueError):
-    """A configuration, sweep or run specification that cannot mean anything."""
+    """A configuration, sweep or run specification that is not valid."""
 
 
 class StoreError(LorasweepError):
@@ -29,19 +29,19 @@ class ModelError(LorasweepError, ValueError):
 
 
 class TrainingError(LorasweepError):
-    """A run that failed by accident (out of memory, killed): an attempt may be made again."""
+    """A run that failed by accident (out of memory, killed). It can be tried again."""
 
 
 class ClusterError(LorasweepError):
-    """A cluster that is not there, cannot do what was asked, or refused a job."""
+    """A cluster that is missing, cannot do what was requested, or refused a job."""
 
 
 class GaveUp(ClusterError):
-    """A sweep whose jobs end without any run finished, round after round."""
+    """A sweep that was submitted again and again without finishing any run."""
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> str:
-    """Say that `given` is no known `kind`, with the nearest name and the whole list."""
+    """Write the message for an unknown name, with the nearest name and the whole list."""
     names = sorted(allowed)
     near = difflib.get_close_matches(given, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""YAML files and the command line become one checked Request.
+"""Turn YAML files and the command line into one checked Request.
 
 The only room that imports Hydra.
 """

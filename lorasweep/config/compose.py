@@ -1,7 +1,6 @@
-"""Configuration files and the command line -> a checked request. The only importer of hydra and
-omegaconf.
+"""Turn configuration files and the command line into a checked request.
 
-Knows the schema and the groups. Refuses to know torch: composing works on a login node.
+Knows Hydra, the schema and the groups. Refuses to know torch: composing works on a login node.
 """
 
 import copy
@@ -37,11 +36,11 @@ from lorasweep.sweep.question import check_sweep
 from lorasweep.sweep.request import Request
 
 SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTILINE)
-"""In a sweep's file: what makes it set more than the sweep."""
+"""Matches lines with which a sweep's file sets more than the sweep."""
 
 
 def register() -> None:
-    """Tell Hydra the schema, the methods and the resolvers."""
+    """Register the schema, the methods and the resolvers with Hydra."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for name, cls in method_classes().items():
@@ -53,13 +52,12 @@ def register() -> None:
 
 
 def shipped_model(name: str) -> ModelSpec:
-    """Return a shipped model's spec by name, outside a command line."""
+    """Return the spec of a shipped model by name, for other programs."""
     return compose_request([f"model={name}"]).points[0].spec.model
 
 
 def compose_request(overrides: Sequence[str]) -> Request:
-    """Return the request that the command line `python -m lorasweep OVERRIDES` makes, for other
-    programs."""
+    """Return the request of `python -m lorasweep OVERRIDES`, for other programs."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
@@ -77,10 +75,12 @@ def compose_request(overrides: Sequence[str]) -> Request:
 
 
 def request(cfg: DictConfig, settings: Any = None) -> Request:
-    """Turn the composed configuration into a checked Request; SpecError lists what is wrong with
-    any point.
+    """Turn the composed configuration into a checked Request.
 
-    settings: Hydra's own part of the configuration, if it is not the running command's.
+    `settings`: Hydra's own part of the configuration; None: that of the running command.
+
+    Raises:
+        SpecError: the configuration or any run of the sweep is not valid.
     """
     settings = settings or HydraConfig.get()
     overrides = list(settings.overrides.task)
@@ -108,8 +108,8 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     if sweep_name is None:
         if config.prune:
             raise SpecError(
-                "prune=true needs a sweep (+sweep=NAME): it cancels queued runs that are no longer "
-                "part of one."
+                "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
+                "+sweep=NAME."
             )
         points = []
         if config.action in ("run", "plan", "status", "cancel", "verify", "measure_packs"):
@@ -132,7 +132,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
 
 
 def _part(overrides: list[str], name: str) -> Request:
-    """Compose one sweep of a sweep that is made of sweeps, with the same command line otherwise."""
+    """Compose one part of a sweep that consists of sweeps, with the rest of the command line."""
     names = option_names("sweep")
     if name not in names:
         raise SpecError(unknown("sweep", name, names))
@@ -146,13 +146,13 @@ def _part(overrides: list[str], name: str) -> Request:
 
 
 def _object(cfg: DictConfig) -> Any:
-    """Resolve everything, check types, and build real objects: a Config, or that of one group."""
+    """Resolve interpolations, check types, and build a Config, or the object of one group."""
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise SpecError(
-                f"not set: {', '.join(missing)}. Choose model=..., dataset=..., method=... or set "
-                "the key."
+                f"not set: {', '.join(missing)}. Choose model=NAME, dataset=NAME or method=NAME, "
+                "or set the key."
             )
         OmegaConf.resolve(cfg)
         return OmegaConf.to_object(cfg)
@@ -174,7 +174,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _hardware(config: Config) -> dict[str, Any]:
-    """Check the hardware that was chosen; empty: this machine."""
+    """Check and return the chosen hardware; empty for this machine."""
     if config.hardware == {"name": detect.NAME}:
         return {}
     name = from_plain(config.hardware).name
@@ -187,9 +187,10 @@ def _hardware(config: Config) -> dict[str, Any]:
 
 
 def _sets_only_itself(sweep_name: str, sources: Iterable[Any]) -> bool:
-    """Return whether a sweep's file sets the sweep alone, as ours do.
+    """Return whether a sweep's file sets only the sweep, as the shipped ones do.
 
-    A user's may set fields of models or data sets too, by `@package _global_` or a defaults list.
+    With `@package _global_` or a defaults list, a user's file may also set fields of models or data
+    sets.
     """
     files = (Path(s.path, "sweep", f"{sweep_name}.yaml") for s in sources if s.schema == "file")
     found = next((path for path in files if path.is_file()), None)
@@ -197,7 +198,7 @@ def _sets_only_itself(sweep_name: str, sources: Iterable[Any]) -> bool:
 
 
 def _lookup(group: str, overrides: list[str]) -> Callable[[str], Any]:
-    """Return a function name -> spec for the names on an axis: one composition a name, kept."""
+    """Return a cached function from a name on an axis to its spec. Each name is composed once."""
     cls = {"model": ModelSpec, "dataset": DatasetSpec}[group]
 
     @cache
@@ -215,7 +216,7 @@ def _lookup(group: str, overrides: list[str]) -> Callable[[str], Any]:
 
 
 def option_names(group: str) -> list[str]:
-    """List the options of a group: shipped, and the user's from --config-dir."""
+    """List the options of a group, the shipped ones and those in the user's --config-dir."""
     from hydra.core.global_hydra import GlobalHydra
 
     return sorted(GlobalHydra.instance().config_loader().get_group_options(group))

@@ -1,4 +1,4 @@
-"""Where configuration, runs, reports, weights and data lie: shipped, chosen, or by environment."""
+"""Find the folders of configuration, runs, reports, weights and data."""
 
 import dataclasses
 import os
@@ -14,23 +14,27 @@ ENVIRONMENT = {
     "models_dir": "LORASWEEP_MODELS",
     "data_dir": "LORASWEEP_DATA",
 }
-"""Variables that set a folder which the command line leaves at its default."""
+"""Environment variables for folders. The command line comes first."""
 
 
 def conf_dir() -> Path:
     """Find the shipped configuration: one level up in a checkout, inside the package in a wheel.
 
-    The checkout is looked at first: an editable install leaves a stale copy in site-packages.
+    The checkout comes first: an editable install leaves an old copy in site-packages.
     """
     here = Path(__file__).resolve().parents[1]
     for path in (here.parent / "conf", here / "conf"):
         if (path / "config.yaml").is_file():
             return path
-    raise SpecError(f"no configuration beside {here}. Reinstall lorasweep.")
+    raise SpecError(f"no configuration (conf/config.yaml) next to {here}. Reinstall lorasweep.")
 
 
 def exec_of(values: dict[str, Any]) -> Exec:
-    """Make the checked Exec of a configuration, with absolute folders."""
+    """Make an Exec with absolute folders, and check it.
+
+    Raises:
+        SpecError: a setting is not valid.
+    """
     exec_ = Exec(**values)
     for problem in exec_.problems():
         raise SpecError(problem)

@@ -1,4 +1,4 @@
-"""Refuse what would be ignored in silence: values that a grid replaces, copies of shipped files."""
+"""Refuse settings that would have no effect: values that a grid replaces, shadowed files."""
 
 from pathlib import Path
 
@@ -9,7 +9,11 @@ from lorasweep.sweep.question import Sweep
 
 
 def refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
-    """Raise SpecError for a value on the command line that the sweep's axes replace."""
+    """Refuse values on the command line that the sweep's axes replace.
+
+    Raises:
+        SpecError: there is one.
+    """
     for text in overrides:
         key = text.lstrip("+~").partition("=")[0]
         axis = key.removeprefix("method.")
@@ -23,16 +27,17 @@ def refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
         elif arms:
             hint = f"Write sweep.arms.{arms[0]}.{axis}=[...] instead."
         else:
-            hint = "Drop an arm with ~sweep.arms.NAME instead."
-        raise SpecError(
-            f"{text!r} has no effect on sweep {name!r}, whose grid sets {axis!r}. {hint}"
-        )
+            hint = "Remove an arm with ~sweep.arms.NAME instead."
+        raise SpecError(f"{text!r} has no effect: the grid of sweep {name!r} sets {axis!r}. {hint}")
 
 
 def refuse_shadows(user_folders: list[Path]) -> None:
-    """Raise SpecError for a file of a user's --config-dir that has a shipped file's name.
+    """Refuse files in the user's --config-dir that have the name of a shipped file.
 
-    Hydra would take the shipped file.
+    Hydra would silently use the shipped file.
+
+    Raises:
+        SpecError: there is one.
     """
     shipped = conf_dir()
     for folder in user_folders:
@@ -40,6 +45,6 @@ def refuse_shadows(user_folders: list[Path]) -> None:
             relative = path.relative_to(folder)
             if (shipped / relative).exists() and not path.samefile(shipped / relative):
                 raise SpecError(
-                    f"{path} has the name of a shipped file and would be ignored: rename it "
-                    f"(for example {relative.with_stem('my_' + relative.stem)})."
+                    f"{path} has the name of a shipped file and would be ignored. Rename it, "
+                    f"for example to {relative.with_stem('my_' + relative.stem)}."
                 )

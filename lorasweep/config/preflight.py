@@ -1,4 +1,4 @@
-"""What must hold before anything starts: weights and data are on this machine and fit together."""
+"""Check before anything starts that weights and data are on this machine and fit together."""
 
 from lorasweep.errors import SpecError
 from lorasweep.sweep.request import Request
@@ -8,7 +8,7 @@ def check_available(request: Request) -> None:
     """Check that the weights and data of every point are on this machine.
 
     Raises:
-        ModelError, DataError: they are not; the message names what to do.
+        ModelError, DataError: they are not; the message tells how to get them.
         SpecError: a data set has more symbols than the model's vocabulary.
     """
     from lorasweep.data import load as data

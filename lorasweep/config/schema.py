@@ -1,4 +1,4 @@
-"""The schema of the configuration: which keys there are, with their types and defaults.
+"""The schema of the configuration: its keys with types and defaults.
 
 The parts of a run come from `lorasweep.spec`, so a new field there is a new key here.
 """
@@ -36,7 +36,7 @@ MIRRORS = ("none", "wandb")
 
 
 def _writable(value: type) -> Any:
-    """Return a writable twin of a frozen dataclass, by its YAML keys: OmegaConf fills no other."""
+    """Make a writable copy of a frozen dataclass, with its YAML keys, for OmegaConf to fill."""
     hints = typing.get_type_hints(value)
     members = []
     for f in dataclasses.fields(value):
@@ -66,14 +66,13 @@ def _writable_type(kind: Any) -> Any:
 
 @dataclass
 class Scale:
-    """How large a question is asked."""
+    """The size at which a question is answered."""
 
     name: str = "???"
     at: str = "${scale.name}"
-    """Which entry of a sweep's own `at` this scale takes."""
+    """The entry of a sweep's `at` that this scale uses."""
     base: str = ""
-    """The base that a sweep's entry `tiny` asks about: the same questions, of another size or
-    another base seed."""
+    """The base model for a sweep's entry `tiny`: another size or another base seed."""
     models: list[str] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
@@ -81,17 +80,16 @@ class Scale:
     fresh_seeds: list[int] = field(default_factory=list)
     """Seeds of the second stage; empty: no second stage."""
     fresh_lrs: int = 3
-    """At how many of a curve's best rates `lr_ratio` has them."""
+    """Number of learning rates around a curve's best that get fresh seeds in `lr_ratio`."""
     lr_fullft: list[float] = field(default_factory=list)
     lr_lora: list[float] = field(default_factory=list)
     batch_steps: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
-    """Updates of each of `batch_size`'s four batches in its entry `tiny`, the smallest batch first.
-    """
+    """Updates for each of the four batch sizes of sweep `batch_size`, smallest batch first."""
 
 
 @dataclass
 class Config:
-    """The whole configuration: a base run (as in RunSpec), the scale, and what to do."""
+    """The whole configuration: a run's fields (as in RunSpec), the scale, and what to do."""
 
     action: str = "run"
     format: str = "text"

@@ -27,9 +27,9 @@ class FullFT(Method):
     scope: str = "all"
     """'all' parameters, or only the 'matrices' that `layers` names."""
     layers: str = "all"
-    """Layer sets trained under scope=matrices; without effect, and kept at 'all', under scope=all.
-    """
-    MAX_PACK: ClassVar[int | None] = 1  # members' weights differ, so nothing is shared
+    """Layer sets trained under scope=matrices. Must stay 'all' under scope=all."""
+    MAX_PACK: ClassVar[int | None] = 1
+    """Members' weights differ, so they cannot share a base."""
 
     def check(self, model: ModelSpec) -> None:
         if self.scope not in SCOPES:
@@ -54,8 +54,8 @@ class FullFT(Method):
         return sum(m.d_in * m.d_out * m.count for m in model.matrices(parse_layers(self.layers)))
 
     def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
-        # 6 per weight and token: 2 forward, 4 backward (study.md section 4; attention scores left
-        # out).
+        # 6 per weight and token: 2 forward, 4 backward (study.md section 4). Attention scores are
+        # left out.
         return 6.0 * n_tokens * model.n_matmul_params
 
     def target_layers(self) -> tuple[str, ...]:
@@ -69,7 +69,9 @@ class FullFT(Method):
         seeds: Sequence[int],
     ) -> "_WholeModel":
         if len(methods) != 1:
-            raise SpecError(f"fullft trains one run at a time, not {len(methods)}.")
+            raise SpecError(
+                f"fullft trains one run at a time, got {len(methods)}. Set exec.pack_size=1."
+            )
         trained = base.parameters() if self.scope == "all" else (m.weight for m in targets.values())
         return _WholeModel(base, {id(p) for p in trained})
 
@@ -80,12 +82,12 @@ class _WholeModel:
     stacked = False
 
     def __init__(self, base: "nn.Module", chosen: set[int]) -> None:
-        """chosen: ids of the parameters of `base` that are trained."""
+        """Mark the parameters to train; `chosen` holds their Python ids."""
         self._base = base
         self._flags = {name: p.requires_grad for name, p in base.named_parameters()}
         for p in base.parameters():
             p.requires_grad_(id(p) in chosen)
-            p.grad = None  # nothing of an earlier use of the base may flow into the first update
+            p.grad = None  # drop gradients from an earlier use of the base
         self._start = {n: p.detach().clone() for n, p in base.named_parameters() if p.requires_grad}
 
     def parameters(self) -> "dict[str, torch.Tensor]":

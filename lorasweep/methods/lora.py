@@ -1,9 +1,9 @@
 """LoRA: W' = W + (alpha/rank) B A on the chosen layer sets (Hu et al., arXiv 2106.09685).
 
-Defaults are the study's: alpha 32 whatever the rank, A uniform in +-1/sqrt(d_in), B zero, one
-learning rate for both. The other fields are what its parametrisation claims are tested with: a
-factor on A's start, another rate for B, another power of the rank in the scaling, B random instead
-of A. The stacked module that a pack trains lives in `lorasweep.methods.stacked.linear`.
+Defaults follow the study: alpha 32 for every rank, A uniform in +-1/sqrt(d_in), B zero, one
+learning rate for both. The other fields test its claims about the parametrisation: a factor on the
+start of A, another learning rate for B, another power of the rank in the scaling, B random instead
+of A. The module that a pack trains is in `lorasweep.methods.stacked.linear`.
 """
 
 import math
@@ -26,7 +26,7 @@ RANDOM_FACTORS = ("a", "b")
 
 
 def _later(value: Any) -> Any:
-    """Make a field that came after the first release; `value` reproduces what was done before."""
+    """Make a field added after the first release; `value` reproduces the earlier behaviour."""
     return field(default=value, metadata={"added": value})
 
 
@@ -36,26 +36,23 @@ class LoRA(Method):
 
     name: str = "lora"
     rank: int = 16
-    """Columns of A and rows of B; 1 to half the smaller side of every adapted matrix (science:
-    rank/width)."""
+    """Rows of A and columns of B; at most the smaller side of every adapted matrix."""
     alpha: float = 32.0
-    """Numerator of scaling = alpha/rank. 32 in every experiment of the study."""
+    """Numerator of scaling = alpha/rank. The study uses 32 everywhere."""
     layers: str = "all"
-    """Layer sets joined by '+': attention, mlp, unembedding; 'all' is all three, as in the study's
-    table."""
+    """Layer sets joined by '+': attention, mlp, unembedding. 'all' means all three."""
     scaling_by: str = _later("rank")
-    """alpha is divided by the rank (the study), by sqrt_rank (rsLoRA, arXiv 2312.03732), or by
-    nothing (none)."""
+    """What alpha is divided by: rank (the study), sqrt_rank (rsLoRA, arXiv 2312.03732), or none."""
     init_scale: float = _later(1.0)
     """Factor on the random start of A (of B under start=b)."""
     lr_b_ratio: float = _later(1.0)
-    """Learning rate of B over that of A, which is `lr` (LoRA+, arXiv 2402.12354, takes about 16).
-    """
+    """Learning rate of B divided by that of A, which is `lr`. LoRA+ (arXiv 2402.12354) uses about
+    16."""
     random_factor: str = field(default="a", metadata={"added": "a", "key": "start"})
-    """Which factor starts random, uniform in +-1/sqrt(its inputs); the other starts at zero."""
+    """Factor that starts random, uniform in +-1/sqrt(its inputs). The other starts at zero."""
     init_seed: int = _later(0)
-    """Another draw of the random start on the same batches: the null for differences between
-    adapters."""
+    """Seed of another random start on the same batches. It shows how much two adapters differ by
+    chance."""
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = (
         "alpha",
         "rank",
@@ -69,10 +66,8 @@ class LoRA(Method):
     @property
     def scaling(self) -> float:
         """Factor on B A x."""
-        return (
-            self.alpha
-            / {"rank": self.rank, "sqrt_rank": math.sqrt(self.rank), "none": 1.0}[self.scaling_by]
-        )
+        divisors = {"rank": self.rank, "sqrt_rank": math.sqrt(self.rank), "none": 1.0}
+        return self.alpha / divisors[self.scaling_by]
 
     def check(self, model: ModelSpec) -> None:
         matrices = model.matrices(parse_layers(self.layers))
@@ -80,12 +75,12 @@ class LoRA(Method):
         if not 1 <= self.rank <= smallest:
             raise SpecError(
                 f"method.rank={self.rank}. Allowed on model {model.name!r} with layers "
-                f"{self.layers}: a whole number from 1 to {smallest}, the smallest "
-                "side of an adapted matrix."
+                f"{self.layers}: from 1 to {smallest}, the smallest side of an adapted matrix."
             )
         if not 0 < self.alpha < 1e6:
             raise SpecError(
-                f"method.alpha={self.alpha}: a number above 0 and below 1e6. The study uses 32."
+                f"method.alpha={self.alpha}: expected a number above 0 and below 1e6. "
+                "The study uses 32."
             )
         if self.scaling_by not in SCALINGS:
             raise SpecError(not_allowed("method.scaling_by", self.scaling_by, SCALINGS))
@@ -94,12 +89,12 @@ class LoRA(Method):
         for name in ("init_scale", "lr_b_ratio"):
             if not 0 < getattr(self, name) < 1e6:
                 raise SpecError(
-                    f"method.{name}={getattr(self, name)}: a number above 0 and below 1e6. "
-                    "The study has 1."
+                    f"method.{name}={getattr(self, name)}: expected a number above 0 and below "
+                    "1e6. The study uses 1."
                 )
         if not 0 <= self.init_seed < 2**31:
             raise SpecError(
-                f"method.init_seed={self.init_seed}: a whole number from 0 to 2^31 - 1."
+                f"method.init_seed={self.init_seed}: expected a whole number from 0 to 2^31 - 1."
             )
 
     def n_trainable(self, model: ModelSpec) -> int:
@@ -110,8 +105,8 @@ class LoRA(Method):
 
     def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
         # 4 per frozen weight and token (forward, gradient of the input), 6 per adapter weight: the
-        # study's 2N^2 + 6NR against 3N^2 multiply-adds (study.md section 4; attention scores left
-        # out).
+        # study's 2N^2 + 6NR against 3N^2 multiply-adds (study.md section 4). Attention scores are
+        # left out.
         return n_tokens * (4.0 * model.n_matmul_params + 6.0 * self.n_trainable(model))
 
     def target_layers(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""Finds the methods: one file of this folder each, with its class under the name METHOD.
+"""Find the methods: each is a file in this folder that sets METHOD to its class.
 
-Imports only the standard library at the top, as the methods do: planning needs their fields without
-torch.
+Neither this file nor the methods import torch at the top, because planning needs their fields
+without torch.
 """
 
 import importlib
@@ -16,16 +16,20 @@ from lorasweep.spec.run import RunSpec, from_plain
 
 @cache
 def method_classes() -> dict[str, type[Method]]:
-    """Return the methods by name: of each file of this folder that sets METHOD."""
+    """Return the method classes by name."""
     found: dict[str, type[Method]] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        if "\nMETHOD = " in path.read_text():  # the folder's other files need torch: not imported
+        if "\nMETHOD = " in path.read_text():  # other files here are not imported: some need torch
             found[path.stem] = importlib.import_module(f"lorasweep.methods.{path.stem}").METHOD
     return found
 
 
 def method_class(name: str) -> type[Method]:
-    """Look a method up by name; raise SpecError with the list of names."""
+    """Look up a method by name.
+
+    Raises:
+        SpecError: there is no such method; the message lists all.
+    """
     classes = method_classes()
     if name not in classes:
         raise SpecError(unknown("method", str(name), classes))
@@ -33,5 +37,5 @@ def method_class(name: str) -> type[Method]:
 
 
 def spec_from(plain: dict[str, Any]) -> RunSpec:
-    """Rebuild a RunSpec from its canonical dict, whatever its method."""
+    """Rebuild a RunSpec of any method from its canonical dict."""
     return from_plain(plain, method_classes())

@@ -1,4 +1,4 @@
-"""What the training loop sees of a method: the parameters that it trains."""
+"""The interface between a method and the training loop: the parameters that are trained."""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -7,36 +7,35 @@ if TYPE_CHECKING:
 
 
 class Parameters(Protocol):
-    """What the optimizer sees of the parameters that a pack trains."""
+    """The parameters of a pack, as the optimizer uses them."""
 
-    stacked: bool  # True: every tensor has a member axis first; False: N = 1, no such axis
+    stacked: bool
+    """True: the first axis of every tensor is the member. False: N = 1 without such an axis."""
 
     def parameters(self) -> "dict[str, torch.Tensor]":
-        """Name -> tensor, in a fixed order."""
+        """Return the tensors by name, in a fixed order."""
 
     def part_of(self, name: str) -> tuple[str, slice]:
-        """Return the name that this tensor's part has in one member's state, and the members that
-        it holds."""
+        """Return the tensor's name in one member's state, and the members that it holds."""
 
     def lr_ratios(self, name: str) -> list[float]:
-        """Return, for each member that this tensor holds, the factor on its learning rate (stacked
-        ones only)."""
+        """Return the learning rate factor of each member that this (stacked) tensor holds."""
 
     def keep(self, members: list[int]) -> "dict[str, tuple[str, list[int]]]":
-        """Compact the pack to `members` (rising indices into the present order).
+        """Drop all members but `members` (increasing indices into the current order).
 
-        Returns for each new tensor the one that it came from, and the rows of that which it kept.
+        Returns for each new tensor the name of the old one, and the rows of it that were kept.
         """
 
 
 class Trainables(Parameters, Protocol):
-    """What the loop sees of them, too."""
+    """The parameters of a pack, as the training loop uses them."""
 
     def norms(self) -> list[dict[str, float]]:
-        """Norms worth recording, one dict a member."""
+        """Return the norms to record, one dict per member."""
 
     def spectra(self) -> list[dict[str, dict[str, float]]]:
-        """Spectral norms at the end, by matrix: {name: {delta, ...}}, one dict a member."""
+        """Return the final spectral norms by matrix: {name: {delta, ...}}, one dict per member."""
 
     def detach(self) -> None:
-        """Give the base model back as it was."""
+        """Restore the base model."""

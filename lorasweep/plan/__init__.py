@@ -1,4 +1,4 @@
-"""What is missing, what goes together, what it costs.
+"""Plan a sweep: which runs are missing, which train together, what it costs.
 
-Refuses to know torch, and asks nothing of this machine by itself.
+Refuses to know torch. Only detect.py looks at this machine.
 """

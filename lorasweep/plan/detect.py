@@ -1,7 +1,7 @@
-"""Find out what hardware this process may use. Asks the system, never torch.
+"""Detect the hardware that this process may use, without torch.
 
-Inside a Slurm job that is what the job was given. Called by the command line and by jobs, which
-hand the answer down; the planner itself never asks.
+Inside a Slurm job that is the job's share. The command line and jobs call this and pass the result
+on; the planner itself never does.
 """
 
 import csv
@@ -22,13 +22,13 @@ class Gpu(NamedTuple):
     """One GPU that this process may use."""
 
     uuid: str
-    """What CUDA_VISIBLE_DEVICES calls it. Not its number: CUDA counts the fastest first."""
+    """Its name in CUDA_VISIBLE_DEVICES. Not its number, because CUDA puts the fastest first."""
     name: str
     memory_bytes: int
 
 
 def this_machine() -> Hardware:
-    """Describe the machine that this process runs on. Peaks and prices are not known."""
+    """Describe the machine that this process runs on. Peak speeds and prices stay unknown."""
     found = gpus()
     smallest = min(found, key=lambda gpu: gpu.memory_bytes, default=None)
     return Hardware(
@@ -44,7 +44,7 @@ def this_machine() -> Hardware:
 
 
 def cores() -> int:
-    """Return the processors that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         here = len(os.sched_getaffinity(0))
     else:
@@ -54,7 +54,7 @@ def cores() -> int:
 
 
 def memory_bytes() -> int:
-    """Return this machine's memory, or what a Slurm job or a control group allows of it."""
+    """Return this machine's memory, or the part that a Slurm job or a control group allows."""
     total = 8 * 2**30
     given = int(os.environ.get("SLURM_MEM_PER_NODE") or 0) * 2**20
     given = given or int(os.environ.get("SLURM_MEM_PER_CPU") or 0) * 2**20 * cores()
@@ -68,10 +68,10 @@ def memory_bytes() -> int:
 
 
 def fast_bf16() -> bool | None:
-    """Return whether the processor has bf16 instructions; None where the system does not say.
+    """Return whether the processor has bf16 instructions; None if the system does not show it.
 
-    Without them products take about 50 times as long as in fp32 (measured on AVX2: 0.7 against 40
-    to 60 GFLOP/s a core).
+    Without them matrix products take about 50 times as long as in fp32 (measured on AVX2: 0.7
+    against 40 to 60 GFLOP/s per core).
     """
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
@@ -83,10 +83,9 @@ def fast_bf16() -> bool | None:
 
 
 def devices() -> tuple[str, ...]:
-    """List what CUDA_VISIBLE_DEVICES may name, one a GPU.
+    """List the GPUs by their names for CUDA_VISIBLE_DEVICES.
 
-    These are the GPUs of this machine, or those that a Slurm job was given, also where nvidia-smi
-    is missing.
+    Without nvidia-smi, inside a Slurm job, these are the job's GPUs.
     """
     found = tuple(gpu.uuid for gpu in gpus())
     if found or "SLURM_JOB_ID" not in os.environ:
@@ -97,9 +96,9 @@ def devices() -> tuple[str, ...]:
 
 @cache
 def gpus() -> tuple[Gpu, ...]:
-    """List the GPUs that CUDA_VISIBLE_DEVICES leaves, as nvidia-smi names them.
+    """List the GPUs in CUDA_VISIBLE_DEVICES, as nvidia-smi describes them.
 
-    None where there is no nvidia-smi, or where torch is a CPU build.
+    Empty without nvidia-smi, or if torch is a CPU build.
     """
     if shutil.which("nvidia-smi") is None or metadata.version("torch").endswith("+cpu"):
         return ()
@@ -113,9 +112,9 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 def visible(table: str, wanted: str | None) -> tuple[Gpu, ...]:
-    """Read nvidia-smi's table (index, uuid, name, MiB) and keep what `wanted` names, in its order.
+    """Parse nvidia-smi's table (index, uuid, name, MiB) and select `wanted`, in its order.
 
-    `wanted` is CUDA_VISIBLE_DEVICES: numbers, or beginnings of uuids; None: all.
+    `wanted` is CUDA_VISIBLE_DEVICES: numbers, or prefixes of uuids; None: all.
     """
     rows = [[cell.strip() for cell in row] for row in csv.reader(table.splitlines()) if row]
     found = [

@@ -1,4 +1,4 @@
-"""What is done, what is missing, and what it will cost. Starts nothing."""
+"""Plan what is done, what is missing, and what it will cost. Starts nothing."""
 
 import statistics
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from lorasweep.store.run_store import FINAL, STATES, RunStore
 from lorasweep.sweep.grid import Point
 
 ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2.5e11, "fp64": 2e10}
-"""Floating-point operations a second and core by precision, until something was measured.
+"""Floating-point operations per second and core by precision, used until runs were measured.
 Assumption: what tiny128 (fp32) and SmolLM2-135M (bf16) reached on one core with matrix units
 (LOG.md)."""
 SLOW_BF16_FLOPS_PER_CORE = 7e8
-"""The same for bf16 on a processor without instructions for it. Measured on AVX2 (LOG.md)."""
+"""The same for bf16 on a processor without bf16 instructions. Measured on AVX2 (LOG.md)."""
 SHARE_OF_PEAK = 0.25
-"""What training reaches of a GPU's peak in the catalogue. Assumption: not measured yet."""
+"""Share of a GPU's peak speed that training reaches. Assumption: not measured yet."""
 RATED_RUNS = 16
-"""Finished runs that the measured speed is taken from."""
+"""Number of finished runs that the measured speed is computed from."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Plan:
     flops: float
     hours: float
     basis: str
-    """Where `hours` comes from: 'measured' (this store's finished runs), 'calibrated' (step times
-    of these shapes), or 'assumed'."""
+    """Source of `hours`: 'measured' (finished runs of this store), 'calibrated' (step times of
+    these shapes), or 'assumed'."""
     checkpoint_gib: float
-    """Disk that the checkpoints of the running packs may take."""
+    """Disk space for the checkpoints of the packs that train at the same time."""
     memory_gib: float
-    """Memory that the workers are expected to take together at their peak."""
+    """Expected peak memory of all workers together."""
     hardware: Hardware
     throughputs: ThroughputTable
 
@@ -55,9 +55,9 @@ class Plan:
 
 
 def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: Hardware) -> Plan:
-    """Look at the store and plan what is missing, for `hardware`.
+    """Read the store and plan the missing runs for `hardware`.
 
-    Failed runs are left alone unless exec.retry is set.
+    Failed runs are not planned again unless exec.retry is set.
     """
     points = list(points)
     states = store.states(p.id for p in points)
@@ -101,8 +101,10 @@ def _todo(points: list[Point], states: dict[str, str], store: RunStore, exec_: E
 def measured_flops(
     points: Sequence[Point], states: dict[str, str], store: RunStore
 ) -> float | None:
-    """Return the operations a second of one worker, by this store's finished runs; None if none was
-    trained here."""
+    """Return the floating-point operations per second of one worker, from finished runs.
+
+    None if no run of this store was trained here.
+    """
     rates = []
     for p in [p for p in points if states[p.id] == "done"][:RATED_RUNS]:
         result = store.result(p.id) or {}
@@ -112,7 +114,7 @@ def measured_flops(
 
 
 def assumed_flops(precision: str, hardware: Hardware) -> float:
-    """Return the operations a second of the whole machine, by assumption."""
+    """Return the assumed floating-point operations per second of the whole machine."""
     if hardware.gpus and precision in hardware.matmul_flops_s:
         return SHARE_OF_PEAK * hardware.matmul_flops_s[precision] * hardware.gpus
     slow = precision == "bf16" and hardware.fast_bf16 is False
@@ -129,21 +131,20 @@ def _seconds(
     workers: int,
     hardware: Hardware,
 ) -> tuple[float, str]:
-    """Return the expected time of what is left, and what the expectation rests on."""
-    here = hardware.processor is not None  # the store's runs say nothing of another machine
+    """Return the expected seconds of what is left, and the basis of the estimate."""
+    here = hardware.processor is not None  # finished runs do not predict another machine
     rate = measured_flops(points, states, store) if here else None
     if rate:
         return flops / (rate * workers), "measured"
     times = [pack.seconds for pack in packs if pack.seconds is not None]
     if packs and len(times) == len(packs):
         return max(sum(times) / workers, max(times)), "calibrated"
-    return flops / assumed_flops(
-        points[0].spec.precision if points else "fp32", hardware
-    ), "assumed"
+    precision = points[0].spec.precision if points else "fp32"
+    return flops / assumed_flops(precision, hardware), "assumed"
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """Return the plan as plain values: counts by state, arms, packs, and the cost."""
+    """Return the plan as JSON values: counts by state, arms, packs, and cost."""
     arms: dict[tuple[str, str, str], dict[str, Any]] = {}
     for p in plan.points:
         method, model = p.spec.method, p.spec.model

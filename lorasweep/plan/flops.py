@@ -1,4 +1,4 @@
-"""Floating-point operations of a run, from shapes alone."""
+"""Estimate the floating-point operations of a run from shapes alone."""
 
 from lorasweep.spec.run import RunSpec
 
@@ -7,13 +7,13 @@ TEXT_FILL = 0.4
 
 
 def mean_length(spec: RunSpec) -> int:
-    """Return the expected tokens a row: the data set's longest, times TEXT_FILL for text."""
+    """Return the expected tokens per row: max_length, times TEXT_FILL for text."""
     fill = 1.0 if spec.dataset.source == "synthetic" else TEXT_FILL
     return round(spec.dataset.max_length * fill)
 
 
 def train_flops(spec: RunSpec) -> float:
-    """Estimate the operations of a run's updates. Method.step_flops has the formula."""
+    """Estimate the operations of a run's updates. The formula is in Method.step_flops."""
     return spec.method.step_flops(spec.model, spec.batch_size * mean_length(spec)) * spec.steps
 
 

@@ -1,7 +1,7 @@
-"""Hardware as a plain value: what the planner has to know of the machine that trains.
+"""Hardware as a plain value: what the planner needs of the machine that trains.
 
-One file of `conf/hardware/` describes one machine; `detect.py` describes the one it runs on.
-Everything else in this room is given a `Hardware` and asks no system.
+Each file of `conf/hardware/` describes one machine; `detect.py` describes this one. Everything else
+in this room gets a `Hardware` as an argument.
 """
 
 from collections.abc import Iterator
@@ -31,17 +31,17 @@ class Hardware(Value):
     gpu_memory_gib: float | None = None
     """Memory of one GPU."""
     matmul_flops_s: dict[str, float] = field(default_factory=dict)
-    """Precision -> peak of dense matrix products on one GPU, floating-point operations a second."""
+    """Precision -> peak floating-point operations per second of dense products on one GPU."""
     bandwidth_bytes_s: float | None = None
     """Memory bandwidth of one GPU."""
     price_per_h: float | None = None
-    """US dollars for the whole machine."""
+    """Price of the whole machine in US dollars per hour."""
     fast_bf16: bool | None = None
-    """False: the device has no bf16 instructions."""
+    """False: the processor has no bf16 instructions."""
 
     @property
     def worker_gib(self) -> float | None:
-        """Memory that bounds one worker: a GPU's, or the host's where there is none."""
+        """Memory limit of one worker: that of a GPU, or of the host without GPUs."""
         return self.gpu_memory_gib if self.gpus else self.memory_gib
 
     def problems(self) -> Iterator[str]:
@@ -66,7 +66,7 @@ class Hardware(Value):
 
 
 def from_plain(values: dict[str, Any]) -> Hardware:
-    """Make a Hardware from the values of a file of conf/hardware.
+    """Make a Hardware from the values of a file in conf/hardware.
 
     Raises:
         SpecError: a field that does not exist, a value of another type or without a meaning, or a

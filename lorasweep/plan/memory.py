@@ -1,4 +1,4 @@
-"""Memory and disk that runs take, from shapes and hardware alone."""
+"""Estimate the memory and disk space of runs from shapes and hardware alone."""
 
 from collections.abc import Iterable
 
@@ -7,21 +7,21 @@ from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.run import RunSpec
 
 TEXT_PEAK = 1.2
-"""Tokens of the longest batch of text rows over the mean one's. Measured on GSM8K, batches of 8
+"""Tokens of the longest batch of text rows divided by the mean. Measured on GSM8K, batches of 8
 (LOG.md)."""
 SLOT_BYTES = 12
-"""Bytes a trained parameter takes in a checkpoint: fp32 weight and two moments."""
+"""Bytes per trained parameter in a checkpoint: fp32 weight and two moments."""
 SLOTS = 2
-"""Checkpoints that are kept of a run (store/checkpoint.py)."""
+"""Checkpoints kept per run (store/checkpoint.py)."""
 PROCESS_BYTES = 450 * 2**20
-"""A worker before any weights: the interpreter, torch, transformers. Measured (LOG.md)."""
+"""Memory of a worker before weights: the interpreter, torch, transformers. Measured (LOG.md)."""
 FRAGMENTATION = 1.4
-"""Memory that adapters' activations take on a CPU over what is alive at once: freed blocks are kept
-(launch/process.py), and the next tensor does not fit every hole. Measured on two processors: 1.2 to
-1.8, and not the same twice (LOG.md)."""
+"""Memory of adapters' activations on a CPU divided by the bytes in use. Freed blocks are kept
+(launch/process.py), and not every new tensor fits into one. Measured on two processors: 1.2 to 1.8,
+varying from run to run (LOG.md)."""
 CHUNK_BYTES = 320 * 2**20
-"""The chunks of the unembedding at a large vocabulary: logits, their logarithms, temporaries
-(loss.LOGITS)."""
+"""Largest size of a chunk of the unembedding: logits, their logarithms and temporaries
+(models/cpu_llama/head.py, LOGITS)."""
 WORD_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
@@ -30,15 +30,15 @@ def pack_bytes(
 ) -> float:
     """Estimate the peak memory, in bytes, of a process that trains `members` runs like `spec`.
 
-    Base: fp32 weights, and their bf16 copies under bf16. A member: parameter, gradient and two
-    moments of 4 bytes each; full fine-tuning also keeps a copy of the start. Activations: what the
-    hand-written decoder keeps for the backward pass. `micro_batch_size`: rows a member and forward;
-    None: the whole batch.
+    Base: fp32 weights, and bf16 copies under bf16. Each member: parameter, gradient and two moments
+    of 4 bytes each; full fine-tuning also keeps a copy of the start. Activations: what the
+    hand-written decoder keeps for the backward pass. `micro_batch_size`: rows per member and
+    forward pass; None: the whole batch.
     """
     model, word = spec.model, WORD_BYTES[spec.precision]
     master = 8 if spec.precision == "fp64" else 4
     whole = spec.method.MAX_PACK == 1
-    copies = (2 if whole else 4) if word == 2 else 0  # frozen weights are kept transposed as well
+    copies = (2 if whole else 4) if word == 2 else 0  # of frozen weights also a transposed copy
     weights = model.n_params * master + model.n_matmul_params * copies
     trained = members * spec.method.n_trainable(model) * (5 if whole else 4) * master
     rows = min(micro_batch_size or spec.batch_size, spec.batch_size)
@@ -53,10 +53,10 @@ def pack_bytes(
         logits = min(CHUNK_BYTES, logits)
         layer *= 1 if whole else FRAGMENTATION
     if whole:
-        logits += tokens * model.vocab_size * word / 2  # half of the positions bear loss
+        logits += tokens * model.vocab_size * word / 2  # half of the positions count in the loss
     return PROCESS_BYTES + weights + trained + model.n_layers * layer + logits
 
 
 def checkpoint_bytes(specs: Iterable[RunSpec]) -> float:
-    """Return the disk that the checkpoints of these runs take while they train."""
+    """Return the disk space, in bytes, of the checkpoints of these runs while they train."""
     return SLOTS * SLOT_BYTES * sum(s.method.n_trainable(s.model) for s in specs)

@@ -1,4 +1,4 @@
-"""Which runs train together: packs, their sizes, and the workers that share them out."""
+"""Decide which runs train together: packs, their sizes, and the number of workers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
 SIZES = (1, 2, 4, 8, 16)
-"""Pack sizes that are considered without GPUs."""
+"""Pack sizes to choose from without GPUs."""
 GPU_SIZES = (*SIZES, 32, 64, 128)
 FORWARD_TOKENS = 4096
-"""Tokens of one forward over all members: beyond it nothing is gained, and activations leave the
-cache (LOG.md)."""
+"""Tokens per forward pass over all members. With more, activations leave the cache and nothing gets
+faster (LOG.md)."""
 GPU_FORWARD_TOKENS = 65536
 """The same on a GPU. Assumption: not measured yet."""
 MEMORY_SHARE = 0.8
-"""Share of the memory that the workers may take together."""
+"""Share of the memory that all workers may use together."""
 MOST_WORKERS = 8
-"""Workers without GPUs, unless the user asks for more. Assumption: a laptop stays usable."""
+"""Default limit of workers without GPUs. Assumption: a laptop stays usable."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Pack:
 
     points: list[Point]
     micro_batch_size: int
-    """Rows a member and forward."""
+    """Rows per member and forward pass."""
     flops: float
     seconds: float | None
-    """Expected on one worker; None: nothing was recorded for this shape."""
+    """Expected seconds on one worker; None: no step times of this shape are known."""
     memory_bytes: float
-    """Expected peak of the process that trains it."""
+    """Expected peak memory of the process that trains it."""
 
 
 def pack_sizes(hardware: Hardware) -> tuple[int, ...]:
@@ -48,12 +48,12 @@ def pack_sizes(hardware: Hardware) -> tuple[int, ...]:
 
 
 def forward_tokens(hardware: Hardware) -> int:
-    """Return how many tokens one forward should hold."""
+    """Return how many tokens one forward pass should have."""
     return GPU_FORWARD_TOKENS if hardware.gpus else FORWARD_TOKENS
 
 
 def micro_batch(spec: RunSpec, members: int, hardware: Hardware) -> int:
-    """Return the rows a member and forward: as many as forward_tokens() hold, at least one."""
+    """Return the rows per member and forward pass: at most forward_tokens(), at least one row."""
     rows = forward_tokens(hardware) // (members * mean_length(spec))
     return max(1, min(spec.batch_size, rows))
 
@@ -61,7 +61,7 @@ def micro_batch(spec: RunSpec, members: int, hardware: Hardware) -> int:
 def pack_key(spec: RunSpec) -> tuple[Any, ...]:
     """Return what the runs of one pack have in common.
 
-    They differ in lr, seed, steps and the method's packed fields only.
+    They differ only in lr, seed, steps and the method's packed fields.
     """
     apart = (*spec.method.PACKED_FIELDS, "model", "dataset", "method", "lr", "seed", "steps")
     method = tuple(v for k, v in spec.method.values() if k not in apart)
@@ -70,11 +70,11 @@ def pack_key(spec: RunSpec) -> tuple[Any, ...]:
 
 
 def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: ThroughputTable) -> int:
-    """Return how many runs like `spec` share a pack at most.
+    """Return the largest number of runs like `spec` in a pack.
 
-    In this order: the method's own limit; the user's choice; the best size that was measured; the
-    default, unless records show that a smaller pack is as fast. What was measured or recorded does
-    not go beyond the memory that there is now.
+    The first that applies: the method's limit; the user's choice; the best measured size; the
+    default, or a smaller size if recorded step times show that it is as fast. A measured or
+    recorded size that does not fit into the current memory is not used.
     """
     if spec.method.MAX_PACK is not None:
         return spec.method.MAX_PACK
@@ -85,19 +85,19 @@ def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: ThroughputT
         return default
     best = found.best_size()
     if not found.measured and best == max(found.step_s):
-        best = max(best, default)  # the largest size seen so far is the fastest
+        best = max(best, default)  # the largest size recorded so far is the fastest
     return best if best <= default or _fits(best, spec, exec_, hardware) else default
 
 
 def default_size(spec: RunSpec, exec_: Exec, hardware: Hardware) -> int:
-    """Return as many runs as one forward holds tokens for and the memory allows."""
+    """Return the largest pack size that fits into one forward pass and into the memory."""
     tokens = spec.batch_size * mean_length(spec)
     sizes = [n for n in pack_sizes(hardware) if n == 1 or n * tokens <= forward_tokens(hardware)]
     return max((n for n in sizes if _fits(n, spec, exec_, hardware)), default=1)
 
 
 def _fits(members: int, spec: RunSpec, exec_: Exec, hardware: Hardware) -> bool:
-    """Return whether the memory allows a pack of so many runs."""
+    """Return whether a pack of `members` runs fits into the memory."""
     if hardware.worker_gib is None:
         return True
     rows = exec_.micro_batch_size or micro_batch(spec, members, hardware)
@@ -113,10 +113,10 @@ def make_packs(
     hardware: Hardware,
     known: ThroughputTable,
 ) -> list[Pack]:
-    """Group runs that may share a pack; longest first.
+    """Group runs into packs, longest first.
 
-    Runs with a checkpoint keep the pack that they had, so that they continue bit for bit. Ranks are
-    mixed only where one rank alone fills less than half a pack.
+    Runs with a checkpoint keep their pack, so that they continue bit for bit. Ranks are mixed only
+    if a rank alone fills less than half a pack.
     """
     groups: dict[tuple[Any, ...], list[Point]] = {}
     resumed: dict[tuple[str, ...], list[Point]] = {}
@@ -143,7 +143,7 @@ def make_packs(
         else:
             chunks += shared_out(runs, size)
     for runs in small.values():
-        runs.sort(key=_rank)  # members of one rank stand together in a pack
+        runs.sort(key=_rank)  # members of one rank must be neighbours in a pack
         chunks += shared_out(runs, pack_size(runs[-1].spec, exec_, hardware, known))
     packs = (_pack(c, exec_, hardware, known) for c in chunks)
     return sorted(packs, key=lambda pack: -pack.flops)
@@ -156,15 +156,17 @@ def _rank(point: Point) -> int:
 def _size_for_all_workers(
     size: int, runs: list[Point], total: float, exec_: Exec, hardware: Hardware
 ) -> int:
-    """Return a pack size that leaves no worker idle: `runs` get their share of the workers, by
-    operations."""
+    """Return a pack size that leaves no worker idle.
+
+    `runs` get the share of the workers that matches their share of the operations.
+    """
     workers = exec_.workers or hardware.gpus or hardware.cores or 1
     mine = max(1, int(workers * sum(run_flops(p.spec) for p in runs) / total + 1e-9))
     return min(size, -(-len(runs) // mine))
 
 
 def _equal_parts(runs: list[Point], size: int) -> list[list[Point]]:
-    """Cut into packs as equal as possible: 7 and 7, not 8 and 6."""
+    """Split into packs of nearly equal size: 7 and 7, not 8 and 6."""
     share = -(-len(runs) // -(-len(runs) // size))
     return [runs[k : k + share] for k in range(0, len(runs), share)]
 
@@ -181,10 +183,11 @@ def _pack(points: list[Point], exec_: Exec, hardware: Hardware, known: Throughpu
 
 
 def workers_and_threads(packs: Sequence[Pack], exec_: Exec, hardware: Hardware) -> tuple[int, int]:
-    """Choose the workers and the threads of each.
+    """Choose the number of workers and the threads of each.
 
-    One worker a GPU. Without GPUs one a core with one thread each while memory allows (measured:
-    two one-thread workers finish 1.5 times the small runs of one two-thread worker).
+    With GPUs one worker per GPU. Without GPUs one worker per core with one thread each, as far as
+    memory allows (measured: two one-thread workers finish 1.5 times as many small runs as one
+    two-thread worker).
     """
     cores = hardware.cores or 1
     most = hardware.gpus or min(cores, MOST_WORKERS)

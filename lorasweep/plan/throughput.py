@@ -1,10 +1,10 @@
-"""Seconds a step and run by pack size, as recorded for runs of one shape on hardware like this.
+"""Look up recorded step times by pack size, for runs of one shape on hardware like this.
 
-Two sources, the first before the second:
+Two sources, in this order:
 
-1. what `action=measure_packs` measured and kept in RUNS/.calibration;
-2. the step times that finished and running runs of this store recorded. They show only the pack
-   sizes that occurred: no size is tried for the sake of a measurement.
+1. measurements by `action=measure_packs`, kept in RUNS/.calibration;
+2. step times that finished and running runs of this store recorded. They cover only the pack sizes
+   that occurred: no size is tried for the sake of a measurement.
 
 Reads files; trains nothing.
 """
@@ -28,27 +28,27 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
 GAIN = 0.96
-"""A larger pack must take less than this share of a smaller one's time a run; the rest is noise
-(LOG.md)."""
+"""A larger pack counts as faster if its time per run is below this share of the smaller one's time;
+smaller differences are noise (LOG.md)."""
 SAMPLE = 8
-"""Runs of a shape whose records are read."""
+"""Number of runs per shape whose records are read."""
 FEWEST_STEPS = 5
-"""Updates that an attempt must have made; the first one is slow."""
+"""Updates that an attempt must have made. The first one is slow."""
 
 Shape = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """What was recorded for one shape."""
+    """Recorded step times of one shape."""
 
     step_s: dict[int, float]
-    """Pack size -> seconds a step and run."""
+    """Pack size -> seconds per step and run."""
     measured: bool
-    """True: by action=measure_packs, over all sizes worth trying. False: from runs' records."""
+    """True: measured by action=measure_packs. False: from the records of runs."""
 
     def best_size(self) -> int:
-        """Return the smallest pack size that no larger one beats by more than noise."""
+        """Return the fastest pack size; the smaller one if two differ only by noise."""
         best = min(self.step_s)
         for size in sorted(self.step_s):
             if self.step_s[size] < GAIN * self.step_s[best]:
@@ -56,12 +56,12 @@ class Throughput:
         return best
 
     def at(self, size: int) -> float:
-        """Return the seconds a step and run in a pack of `size`: of the next smaller size known."""
+        """Return the seconds per step and run at `size`, or at the next smaller known size."""
         return self.step_s[max((n for n in self.step_s if n <= size), default=min(self.step_s))]
 
 
 def shape_of(spec: RunSpec) -> Shape:
-    """Return what decides a step's time: everything but rates, seeds and the number of steps."""
+    """Return what determines the time of a step: all but learning rates, seeds and step count."""
     method = spec.method
     layers, scope, rank = (getattr(method, name, None) for name in ("layers", "scope", "rank"))
     fields = (method.name, layers, scope, rank, spec.batch_size, spec.precision)
@@ -69,7 +69,7 @@ def shape_of(spec: RunSpec) -> Shape:
 
 
 def measured_path(root: Path, spec: RunSpec, hardware: Hardware, exec_: Exec) -> Path:
-    """Return where the measurement of this shape on this hardware and software is kept."""
+    """Return the file for measurements of this shape on this hardware and software."""
     model, dataset, *fields = shape_of(spec)
     machine = [hardware.processor, hardware.cores, [hardware.gpu_name] * hardware.gpus]
     where = [*machine, *_software(), exec_.micro_batch_size, exec_.compile]
@@ -83,12 +83,12 @@ def _software() -> tuple[str, str]:
 
 
 class ThroughputTable:
-    """Shape -> Throughput. Files are read when a shape is looked up first."""
+    """Map shapes to Throughput. Files are read at the first lookup of a shape."""
 
     def __init__(
         self, store: RunStore, hardware: Hardware, exec_: Exec, begun: Iterable[Point] = ()
     ) -> None:
-        """`begun`: the runs whose records may be read."""
+        """Prepare the lookup; `begun` are the runs whose records may be read."""
         self._store, self._hardware, self._exec = store, hardware, exec_
         self._begun = list(begun)
         self._by_shape: dict[Shape, list[str]] | None = None
@@ -96,7 +96,7 @@ class ThroughputTable:
         self._known: dict[Shape, Throughput | None] = {}
 
     def of(self, spec: RunSpec) -> Throughput | None:
-        """Return what is known of runs like `spec`; None if nothing is."""
+        """Return the step times of runs like `spec`; None if none are known."""
         shape = shape_of(spec)
         if shape not in self._known:
             self._known[shape] = self._measured(spec) or self._recorded(shape)
@@ -126,7 +126,7 @@ class ThroughputTable:
         return Throughput({n: statistics.median(s) for n, s in times.items()}, False)
 
     def _step_time(self, rid: str) -> tuple[int, float] | None:
-        """Return (pack size, seconds a step) that a run recorded; None if it cannot be compared."""
+        """Return (pack size, seconds per step) that a run recorded; None if not comparable."""
         env = self._store.env(rid)
         if not _comparable(env, self._hardware, self._exec):
             return None
@@ -144,11 +144,11 @@ class ThroughputTable:
         return self._size_at(recent[len(recent) // 2]["step"], env["pack"]), step_s
 
     def _size_at(self, step: float, pack: Iterable[str]) -> int:
-        """Count the runs of a pack that still trained at `step`: those that ended have left."""
+        """Count the runs of a pack that were still training at `step`."""
         return sum(self._end(rid) >= step for rid in pack)
 
     def _end(self, rid: str) -> float:
-        """Return a run's last step; infinity while it trains."""
+        """Return a run's last step; infinity while it is training."""
         if rid not in self._ends:
             result = self._store.result(rid)
             self._ends[rid] = math.inf if result is None else result.get("steps_done", math.inf)
@@ -156,13 +156,13 @@ class ThroughputTable:
 
 
 def _comparable(env: dict[str, Any], hardware: Hardware, exec_: Exec) -> bool:
-    """Return whether an attempt ran as this plan's runs will.
+    """Return whether an attempt ran under the conditions of this plan.
 
-    That is on the same processor and kind of GPU, compiled or not, with the threads that a worker
-    of this plan gets, the micro-batch that the user chose, if any, and one pack from start to end.
+    That means the same processor and GPU model, the same setting of exec.compile, the same threads
+    per worker, the micro-batch that the user set (if any), and the same pack from start to end.
     """
     return (
-        bool(env)  # empty where the run was imported
+        bool(env)  # empty if the run was imported
         and hardware.processor is not None
         and (env.get("processor"), env.get("gpu")) == (hardware.processor, hardware.gpu_name)
         and env.get("compile", False) == exec_.compile
@@ -173,6 +173,6 @@ def _comparable(env: dict[str, Any], hardware: Hardware, exec_: Exec) -> bool:
 
 
 def _threads(hardware: Hardware, exec_: Exec) -> int:
-    """Return the threads of a worker where there is a pack for each of them."""
+    """Return the threads per worker when every worker has a pack."""
     share = (hardware.cores or 1) // hardware.gpus if hardware.gpus else 1
     return exec_.threads or max(1, share)

@@ -42,14 +42,18 @@ class Field(NamedTuple):
     """Its name in YAML and JSON."""
     kind: Any
     past: Any
-    """For a field added after the first release: the value that reproduces what was done before it
-    existed, at which it is left out of the canonical form, so that old ids stay. Else MISSING."""
+    """For a field added after the first release: the value that reproduces the earlier behaviour.
+
+    At this value the field is left out of the canonical form, so that old ids stay. MISSING for
+    all other fields.
+    """
 
 
 def _fields(cls: type) -> tuple[Field, ...]:
     """List the fields of a dataclass, in order.
 
-    Field metadata: `key`: the stored name where it is not the Python name; `added`: the past value.
+    Field metadata: `key` is the stored name if it differs from the Python name, `added` is the past
+    value.
     """
     hints = typing.get_type_hints(cls)
     return tuple(
@@ -74,12 +78,12 @@ _by_key: Callable[[type], tuple[Field, ...]] = cache(_sorted_fields)
 class Value:
     """Base of the frozen dataclasses that a run is made of.
 
-    At construction every value is brought to the declared type of its field, so that 32 and 32.0
-    are one value with one hash, and what is shown is what is trained.
+    The constructor converts every value to the declared type of its field. So 32 and 32.0 have the
+    same hash, and what is shown is what is trained.
     """
 
     WHERE: ClassVar[str] = ""
-    """Put before the names of fields in messages, such as 'method.'."""
+    """Prefix of field names in messages, such as 'method.'."""
 
     def __post_init__(self) -> None:
         values = vars(self)  # a frozen dataclass has no other way to set them
@@ -87,21 +91,21 @@ class Value:
             values[f.name] = coerce(values[f.name], f.kind, self.WHERE, f.key)
 
     def values(self) -> Iterator[tuple[str, Any]]:
-        """Yield (name, value) of all fields, in their order."""
+        """Yield (name, value) of all fields, in order of declaration."""
         return ((f.name, getattr(self, f.name)) for f in fields(type(self)))
 
     def plain(self) -> dict[str, Any]:
-        """Return plain values as JSON has them, added fields at their past value left out."""
+        """Return the canonical form as a dict of JSON values."""
         return json.loads(self.canonical)
 
     @cached_property
     def canonical(self) -> str:
-        """The one JSON text that is hashed: sorted keys, declared types, resolved values."""
+        """JSON text that is hashed: sorted keys, declared types, resolved values."""
         return canonical_text(self)
 
     @cached_property
     def problem(self) -> str | None:
-        """What makes this value useless, in words; None if nothing does."""
+        """First problem of this value as a sentence, or None."""
         return next(self.problems(), None)
 
     def problems(self) -> Iterator[str]:
@@ -113,8 +117,10 @@ V = TypeVar("V", bound=Value)
 
 
 def canonical_text(value: Value) -> str:
-    """Write a value's canonical JSON without keeping it; that of its parts is kept with them, since
-    thousands of specs of a grid share them."""
+    """Write a value's canonical JSON.
+
+    The texts of its parts are cached, because thousands of specs of a grid share them.
+    """
     pieces: list[str] = []
     group: dict[str, Any] = {}
     for f in _by_key(type(value)):
@@ -132,7 +138,11 @@ def canonical_text(value: Value) -> str:
 
 
 def coerce(value: Any, kind: Any, where: str, name: str) -> Any:
-    """Bring `value` to the field's type; SpecError if it cannot be."""
+    """Convert `value` to the type of a field.
+
+    Raises:
+        SpecError: it cannot be converted.
+    """
     if type(value) is kind and kind in SCALARS and (kind is not float or math.isfinite(value)):
         return value  # the common case, first: planning coerces half a million values
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -165,12 +175,16 @@ def coerce(value: Any, kind: Any, where: str, name: str) -> Any:
 
 
 def not_allowed(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """Say that a setting has none of the values that it may have."""
+    """Write the message for a setting that has none of its allowed values."""
     return f"{name}={value!r}. Allowed: {', '.join(allowed)}."
 
 
 def build(cls: type[V], values: dict[str, Any]) -> V:
-    """Make a value from plain ones, by their keys in JSON; SpecError for a key that is unknown."""
+    """Make a value from a dict with its JSON keys.
+
+    Raises:
+        SpecError: a key is unknown, or a value has the wrong type.
+    """
     known = {f.key: f for f in fields(cls)}
     given = {}
     for key, value in values.items():

@@ -1,4 +1,4 @@
-"""Which examples a run is trained and tested on, and which of their tokens bear loss."""
+"""Which examples a run is trained and tested on, and which of their tokens count in the loss."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ MASKS = ("completion", "last_assistant", "all")
 
 @dataclass(frozen=True)
 class DatasetSpec(Value):
-    """Which examples, in which split and form, and which tokens bear loss."""
+    """Which examples, in which split and form, and which tokens count in the loss."""
 
     WHERE: ClassVar[str] = "dataset."
 
@@ -24,7 +24,7 @@ class DatasetSpec(Value):
     config: str = ""
     """Configuration name on the hub."""
     revision: str = ""
-    """Hub revision, or 'sha256:...' over the files: what makes two loads the same rows."""
+    """Hub revision, or 'sha256:...' over the files. It pins the rows."""
     train_split: str = "train"
     test_split: str = "test"
     """Split names; for jsonl, file names without the ending."""
@@ -34,7 +34,7 @@ class DatasetSpec(Value):
     template: str = "{prompt}\n"
     """Text put before the completion; {prompt} is the row's prompt."""
     mask: str = "completion"
-    """Tokens that bear loss: the completion, the last assistant message, or all."""
+    """Tokens that count in the loss: the completion, the last assistant message, or all."""
     max_length: int = 512
     """Tokens; a longer row is cut on the right."""
     n_train: int | None = None
@@ -42,15 +42,15 @@ class DatasetSpec(Value):
     n_test: int = 1024
     """Held-out rows evaluated at the end."""
     n_test_curve: int = 256
-    """Of these, the first rows: evaluated at the log-spaced steps before the end."""
+    """The first of these rows, which are also evaluated at log-spaced steps before the end."""
     generator_params: dict[str, float] = field(default_factory=dict, metadata={"key": "knobs"})
     """Settings of a synthetic generator."""
     holdout: int = field(default=0, metadata={"added": 0})
-    """Rows held out from the training split of a hub data set that has no other: the first after a
-    shuffle; 0: test_split."""
+    """Rows held out from the training split of a hub data set that has no test split: the first
+    rows after a shuffle. 0: use test_split."""
     n_retain: int = field(default=0, metadata={"added": 0})
-    """Rows of what the base was pretrained on (facts: of facts never trained), evaluated once at
-    the end."""
+    """Rows of pretraining data (for facts: of facts that are never trained) that are evaluated once
+    at the end, to measure forgetting."""
 
     def problems(self) -> Iterator[str]:
         where = f"dataset {self.name!r}: "
@@ -58,24 +58,29 @@ class DatasetSpec(Value):
             if getattr(self, name) not in allowed:
                 yield not_allowed(where + name, getattr(self, name), allowed)
         if not self.location:
-            yield f"{where}location is missing."
+            yield (
+                f"{where}location is missing. Set it to a hub name, a generator, or a folder under "
+                "exec.data_dir."
+            )
         if self.max_length < 4:
-            yield f"{where}max_length={self.max_length}: at least 4 tokens."
+            yield f"{where}max_length={self.max_length}: expected at least 4 tokens."
         if self.n_test < 1:
-            yield f"{where}n_test={self.n_test}: at least 1 row."
+            yield f"{where}n_test={self.n_test}: expected at least 1 row."
         if not 1 <= self.n_test_curve <= self.n_test:
-            yield f"{where}n_test_curve={self.n_test_curve}: from 1 to n_test={self.n_test}."
+            yield (
+                f"{where}n_test_curve={self.n_test_curve}: expected 1 to n_test={self.n_test} rows."
+            )
         if self.holdout != 0 and (self.source != "hub" or self.holdout < self.n_test):
             yield (
-                f"{where}holdout={self.holdout}: 0, or for source=hub at least "
+                f"{where}holdout={self.holdout}: expected 0, or for source=hub at least "
                 f"n_test={self.n_test} rows."
             )
         if self.n_retain < 0:
-            yield f"{where}n_retain={self.n_retain}: 0 or more rows."
+            yield f"{where}n_retain={self.n_retain}: expected 0 or more rows."
         if self.n_retain and self.source != "synthetic":
             yield (
                 f"{where}n_retain={self.n_retain}: only synthetic data sets know what the base was "
                 "pretrained on. Leave it at 0."
             )
         if self.n_train is not None and self.n_train < 1:
-            yield f"{where}n_train={self.n_train}: at least 1, or null."
+            yield f"{where}n_train={self.n_train}: expected at least 1 row, or null for all."

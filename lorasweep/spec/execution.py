@@ -1,4 +1,4 @@
-"""Where and how runs are executed: never hashed, no effect on results but rounding."""
+"""Where and how runs are executed. Never hashed; changes results by rounding at most."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,25 +6,24 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Exec:
-    """Where and how runs are executed: never hashed, no effect on results but rounding."""
+    """Settings of execution: folders, processes, packs, checkpoints."""
 
     runs_dir: str = "runs"
     reports_dir: str = "reports"
     models_dir: list[str] = field(default_factory=lambda: ["models"])
-    """Folders searched for weights; the first is where trained recipes and conversions are cached.
-    """
+    """Folders searched for weights. The first also caches trained recipes and conversions."""
     data_dir: list[str] = field(default_factory=lambda: ["data"])
     workers: int | None = None
     """Processes; None: chosen for the machine."""
     threads: int | None = None
-    """Threads a worker; None: the cores divided by the workers."""
+    """Threads per worker; None: the cores divided by the workers."""
     pack_size: int | None = None
-    """Runs trained together over one base, at most; 1 turns packing off; None: chosen by the
-    plan."""
+    """Largest number of runs trained together over one base. 1: no packing. None: the plan chooses.
+    """
     micro_batch_size: int | None = None
-    """Sequences a forward, for each member; None: chosen by the plan."""
+    """Sequences per forward pass and pack member; None: the plan chooses."""
     compile: bool = False
-    """torch.compile the forward of models that have no passes of our own (on a GPU: all). Not
+    """Use torch.compile for models without a hand-written decoder (on a GPU: for all models). Not
     verified on a GPU yet; on a CPU compiling takes minutes."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints."""
@@ -33,18 +32,18 @@ class Exec:
     max_attempts: int = 5
 
     def problems(self) -> Iterator[str]:
-        """Yield settings that mean nothing anywhere."""
+        """Yield the settings that are wrong on any machine."""
         if self.max_attempts < 1:
-            yield f"exec.max_attempts={self.max_attempts}: at least 1."
+            yield f"exec.max_attempts={self.max_attempts}: expected at least 1."
         for name in ("workers", "threads", "micro_batch_size", "pack_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                yield f"exec.{name}={value}: at least 1, or null to leave it to the plan."
+                yield f"exec.{name}={value}: expected at least 1, or null to let the plan choose."
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A place to run; never part of a run's identity. One file of conf/cluster/."""
+    """A place to run, as described by a file in conf/cluster/. Never part of a run's identity."""
 
     name: str = "local"
     kind: str = "local"
@@ -55,41 +54,39 @@ class Cluster:
     qos: str | None = None
     constraint: str | None = None
     gpus: int = 0
-    """GPUs a job; each trains packs of its own, side by side."""
+    """GPUs per job. Each trains packs of its own, in parallel."""
     workers: int | None = None
-    """Packs that a job trains side by side; None: one a GPU, without GPUs one."""
+    """Packs that a job trains in parallel. None: one per GPU, or one without GPUs."""
     cpus: int = 2
-    """Processors a worker."""
+    """CPU cores per worker."""
     mem_gib: float | None = None
-    """Memory a job; None: by the plan's estimate."""
+    """Memory per job; None: from the plan's estimate."""
     time_min: int | None = None
-    """Time limit of a job; None: by the plan's estimate, or the partition's limit where that is
-    shorter."""
+    """Time limit of a job in minutes. None: the plan's estimate, at most the partition's limit."""
     warn_s: int = 120
-    """Seconds before the limit at which a job writes its checkpoints and queues itself again."""
+    """Seconds before the limit at which a job writes its checkpoints and requeues itself."""
     work_min: float = 10.0
-    """A job holds at least this much expected work, if there is as much ..."""
+    """Minutes of expected work per job, at least (fewer if the sweep has fewer left)."""
     work_max: float = 120.0
-    """... and at most this much, if a pack is not longer by itself."""
+    """Minutes of expected work per job, at most (more if a single pack takes longer)."""
     runs_per_job: int | None = None
-    """Runs a job, instead of the two above."""
+    """Runs per job; replaces work_min and work_max."""
     parallel: int = 64
-    """Tasks of an array that run at once."""
+    """Tasks of a job array that run at the same time."""
     requeues: int = 50
-    """Times a job may queue itself again at its time limit."""
+    """How often a job may requeue itself at its time limit."""
     follow: bool = True
-    """When the jobs are over, a small job submits what was lost and the next stage, and at the end
-    writes the answer."""
+    """Submit a small follow-up job as well. When the other jobs end, it resubmits lost work,
+    submits the next stage, and finally writes the answer."""
     follow_min: int = 30
-    """Time limit of that job."""
+    """Time limit of the follow-up job in minutes."""
     follow_partition: str | None = None
-    """Partition of that job, where the others' takes no job without GPUs; None: the same."""
+    """Partition of the follow-up job, if `partition` takes no jobs without GPUs. None: the same."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines at the start of a job, such as module load ...; what it needs of the environment.
-    """
+    """Shell lines at the start of a job, such as `module load ...`."""
     options: dict[str, str] = field(default_factory=dict)
-    """Further options of sbatch, by name without dashes; "true" for one that takes no value."""
+    """More sbatch options, by name without dashes. Write "true" for an option without a value."""
     submit: bool = True
-    """False: write sbatch scripts for the user to submit, for places where submitit cannot run."""
+    """False: only write sbatch scripts, for sites where submitit cannot run."""
     shared: bool = False
-    """The user says that nodes see the run folder, although it looks like this machine's own."""
+    """True: the nodes do see the run folder, although it looks local to this machine."""

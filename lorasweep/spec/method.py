@@ -1,4 +1,4 @@
-"""What a fine-tuning method is to a spec: its fields, and what planning must know of it.
+"""The interface of a fine-tuning method: its fields, its costs, and how it attaches to a model.
 
 The methods themselves are files of `lorasweep/methods`.
 """
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method(Value):
-    """Fields of a method; a subclass lives in a file of its own, named as `name`."""
+    """Fields of a method. Each subclass has a file of its own, with its `name` as file name."""
 
     WHERE: ClassVar[str] = "method."
     name: str = "???"
-    MAX_PACK: ClassVar[int | None] = None  # how many runs may share a pack; None: no limit
-    PACKED_FIELDS: ClassVar[tuple[str, ...]] = ()  # fields that may differ inside a pack
+    MAX_PACK: ClassVar[int | None] = None
+    """How many runs may share a pack; None: no limit."""
+    PACKED_FIELDS: ClassVar[tuple[str, ...]] = ()
+    """Fields that may differ inside a pack."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +47,7 @@ class Method(Value):
         raise NotImplementedError
 
     def target_layers(self) -> tuple[str, ...]:
-        """Return the layer sets whose matrices `attach` is handed."""
+        """Return the layer sets that `attach` needs the matrices of."""
         raise NotImplementedError
 
     def attach(
@@ -55,16 +57,16 @@ class Method(Value):
         methods: "Sequence[Any]",
         seeds: Sequence[int],
     ) -> "Trainables":
-        """Attach N = len(methods) members to the loaded `base`; return their Trainables.
+        """Attach N = len(methods) members to the loaded `base` and return their Trainables.
 
-        targets: name -> module of `base`, for each matrix in target_layers().
+        `targets`: name -> module of `base`, for each matrix in target_layers().
         """
         raise NotImplementedError
 
 
 @cache
 def parse_layers(layers: str) -> tuple[str, ...]:
-    """Split 'attention+mlp' into its switches, in canonical order; 'all' means all three."""
+    """Split 'attention+mlp' into layer sets, in canonical order; 'all' means all three."""
     parts = LAYER_SETS if layers == "all" else tuple(p.strip() for p in layers.split("+"))
     bad = [p for p in parts if p not in LAYER_SETS]
     if bad:
@@ -78,5 +80,5 @@ def parse_layers(layers: str) -> tuple[str, ...]:
 
 @cache
 def canonical_layers(layers: str) -> str:
-    """Spell a layer set in the one way that is hashed."""
+    """Rewrite layer sets in canonical order, so that each choice has one hash."""
     return "+".join(parse_layers(layers))

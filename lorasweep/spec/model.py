@@ -1,6 +1,6 @@
 """Which weights a run starts from, and their shape.
 
-Knows the shape of a decoder's matrices, so that costs are known without loading anything.
+Knows the shapes of a decoder's matrices, so that costs can be computed without loading anything.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ MODEL_SOURCES = ("hub", "folder", "gguf", "recipe")
 
 @dataclass(frozen=True)
 class Matrix:
-    """`count` weight matrices of one shape; d_in and d_out in units."""
+    """`count` weight matrices with d_in inputs and d_out outputs."""
 
     d_in: int
     d_out: int
@@ -26,8 +26,10 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Recipe(Value):
-    """How a small base model is pretrained. Its weights are cached by the hash of these fields and
-    the shape."""
+    """How a small base model is pretrained.
+
+    Its weights are cached under the hash of these fields and the model's shape.
+    """
 
     WHERE: ClassVar[str] = "model.recipe."
 
@@ -36,7 +38,7 @@ class Recipe(Value):
     generator_params: dict[str, float] = field(default_factory=dict, metadata={"key": "knobs"})
     """Settings of that generator (the pretraining language)."""
     length: int = 64
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     steps: int = 1000
     batch_size: int = 256
     lr: float = 3e-3
@@ -47,19 +49,18 @@ class Recipe(Value):
 
 @dataclass(frozen=True)
 class ModelSpec(Value):
-    """Which weights, and their shape (so that costs are known without loading anything)."""
+    """Which weights to load, and their shape."""
 
     WHERE: ClassVar[str] = "model."
 
     name: str = "???"
     source: str = "???"
-    """hub (transformers name), folder (a local folder), gguf (one file), recipe (trained here
-    once)."""
+    """hub (a transformers name), folder (a local folder), gguf (one file), or recipe (pretrained
+    here)."""
     location: str = ""
-    """Hub name, or file or folder name looked up under exec.models_dir; empty for recipe."""
+    """Hub name, or name of a file or folder under exec.models_dir; empty for recipe."""
     revision: str = ""
-    """Hub commit or tag, or 'sha256:...' of the GGUF file: what makes two loads the same weights.
-    """
+    """Hub commit or tag, or 'sha256:...' of the GGUF file. It pins the weights."""
     hidden_size: int = 0
     n_layers: int = 0
     n_heads: int = 0
@@ -68,11 +69,11 @@ class ModelSpec(Value):
     mlp_size: int = 0
     vocab_size: int = 0
     tied: bool = False
-    """True: the unembedding is the embedding's own matrix."""
+    """True: the unembedding and the embedding are the same matrix."""
     qk_norm: bool = False
-    """True: a norm over each head's query and key (Qwen3)."""
+    """True: each head's query and key are normalised (Qwen3)."""
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Last name parts of the nn.Linear modules that 'attention' means."""
+    """Names of the nn.Linear modules in layer set 'attention' (last part of the full name)."""
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     unembedding: tuple[str, ...] = ("lm_head",)
     recipe: Recipe | None = None
@@ -110,21 +111,19 @@ class ModelSpec(Value):
         return [Matrix(*shape[name], count) for name in names]
 
     def set_of(self, name: str) -> str:
-        """Return the layer set that a parameter's or module's name belongs to, or 'rest'
-        (embedding, norms)."""
+        """Return the layer set of a parameter or module; 'rest' for embedding and norms."""
         parts = name.split(".")
         found = (s for s in LAYER_SETS if not set(getattr(self, s)).isdisjoint(parts))
         return next(found, "rest")
 
     @cached_property
     def n_matmul_params(self) -> int:
-        """Number of weights that take part in matrix products, the unembedding included."""
+        """Number of weights in matrix products, the unembedding included."""
         return sum(m.d_in * m.d_out * m.count for m in self.matrices(LAYER_SETS))
 
     @cached_property
     def n_params(self) -> int:
-        """Number of all parameters: matrices, embedding and norms (no biases: Llama and Qwen3 have
-        none)."""
+        """Number of all parameters: matrices, embedding, norms. Llama and Qwen3 have no biases."""
         embedding = 0 if self.tied else self.vocab_size * self.hidden_size
         norms = (2 * self.n_layers + 1) * self.hidden_size
         head_norms = 2 * self.head_size * self.n_layers if self.qk_norm else 0
@@ -145,10 +144,17 @@ class ModelSpec(Value):
         )
         for name in shape:
             if getattr(self, name) < 1:
-                yield f"{where}{name}={getattr(self, name)}: at least 1."
+                yield f"{where}{name}={getattr(self, name)}: expected at least 1."
         if self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads:
-            yield f"{where}n_heads must be a multiple of n_kv_heads."
-        if (self.source == "recipe") != (self.recipe is not None):
-            yield f"{where}source=recipe and a recipe block go together."
+            yield (
+                f"{where}n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}."
+            )
+        if self.source == "recipe" and self.recipe is None:
+            yield f"{where}source=recipe needs a `recipe:` block."
+        if self.source != "recipe" and self.recipe is not None:
+            yield f"{where}has a `recipe:` block, so it needs source=recipe, not {self.source!r}."
         if self.source != "recipe" and not self.location:
-            yield f"{where}location is missing."
+            yield (
+                f"{where}location is missing. Set it to a hub name, or to a file or folder under "
+                "exec.models_dir."
+            )

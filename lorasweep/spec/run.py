@@ -1,7 +1,7 @@
 """What a run is: RunSpec, its checks and its id (the hash of its canonical form).
 
 Knows every field that changes a run's numbers. Refuses to know where or how it runs: that is
-`Exec`, another type, which is never hashed.
+`Exec`, which is never hashed.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from lorasweep.spec.method import Method
 from lorasweep.spec.model import ModelSpec
 
 TRAIN_VERSION = 1
-"""Raised on purpose when the training maths changes: old results then stop counting as done."""
+"""Increase it when the training maths changes: old results then no longer count as done."""
 
 PRECISIONS = ("fp32", "bf16", "fp64")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -27,7 +27,7 @@ LR_RANGE = (1e-9, 1e2)
 
 @dataclass(frozen=True)
 class RunSpec(Value):
-    """One training, fully specified: all that changes its numbers, and nothing else."""
+    """One run, fully specified: everything that changes its numbers, and nothing else."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
     dataset: DatasetSpec = field(default_factory=DatasetSpec)
@@ -37,19 +37,19 @@ class RunSpec(Value):
     schedule: str = "constant"
     warmup_steps: int = 0
     batch_size: int = 16
-    """Sequences an update."""
+    """Sequences per update."""
     steps: int = 100
-    """Updates."""
+    """Number of updates."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = None
-    """Bound on a member's global gradient norm; None: off."""
+    """Largest global gradient norm of a run; None: no clipping."""
     precision: str = "fp32"
-    """fp32; bf16: autocast with fp32 master weights in every arm; fp64: for proofs."""
+    """fp32; bf16: autocast with fp32 master weights in every arm; fp64: for tests of exactness."""
     seed: int = 0
-    """Seeds the streams named 'data' and 'init'."""
+    """Seed of the random streams 'data' and 'init'."""
     train_version: int = TRAIN_VERSION
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class RunSpec(Value):
 
     @cached_property
     def id(self) -> str:
-        """The run's name: the first 12 hex digits of the SHA-256 of its canonical form."""
+        """First 12 hex digits of the SHA-256 of the canonical form."""
         return hashlib.sha256(canonical_text(self).encode()).hexdigest()[:12]
 
     def problems(self) -> Iterator[str]:
@@ -66,52 +66,60 @@ class RunSpec(Value):
         low, high = LR_RANGE
         if not low <= self.lr <= high:
             yield (
-                f"lr={self.lr}: a learning rate lies between {low} and {high}. "
+                f"lr={self.lr}: expected a learning rate between {low} and {high}. "
                 "Typical: 1e-5 to 1e-2."
             )
         for name in ("batch_size", "steps"):
             if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)}: at least 1."
+                yield f"{name}={getattr(self, name)}: expected at least 1."
         if self.warmup_steps and not 0 <= self.warmup_steps < self.steps:
-            yield f"warmup_steps={self.warmup_steps}: from 0 to below steps={self.steps}."
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            yield f"betas {self.beta1}, {self.beta2}: from 0 to below 1."
+            yield (
+                f"warmup_steps={self.warmup_steps}: expected 0 or more, and fewer than "
+                f"steps={self.steps}."
+            )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)}: expected 0 or more, and below 1."
         if not 0 < self.eps < 1:
-            yield f"eps={self.eps}: above 0 and below 1."
+            yield f"eps={self.eps}: expected a number above 0 and below 1."
         if self.weight_decay < 0:
-            yield f"weight_decay={self.weight_decay}: 0 or more."
+            yield f"weight_decay={self.weight_decay}: expected 0 or more."
         if self.clip_norm is not None and self.clip_norm <= 0:
-            yield f"clip_norm={self.clip_norm}: above 0, or null for off."
+            yield f"clip_norm={self.clip_norm}: expected a number above 0, or null for no clipping."
         if not 0 <= self.seed < 2**31:
-            yield f"seed={self.seed}: a whole number from 0 to 2^31 - 1."
+            yield f"seed={self.seed}: expected a whole number from 0 to 2^31 - 1."
         for name, allowed in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 yield not_allowed(name, getattr(self, name), allowed)
         if self.train_version != TRAIN_VERSION:
             yield (
-                f"train_version={self.train_version}, but this lorasweep trains by version "
-                f"{TRAIN_VERSION}. Leave it out, or install the lorasweep that trained it."
+                f"train_version={self.train_version}: this lorasweep has version {TRAIN_VERSION}. "
+                "Leave train_version out, or install the lorasweep that trained the run."
             )
         yield from filter(None, (self.model.problem, self.dataset.problem))
 
 
 def snap_lr(lr: float) -> float:
-    """Round a learning rate to 3 significant digits, so that a grid and its refinement meet."""
+    """Round a learning rate to 3 significant digits, so that grids and refinements share runs."""
     return float(f"{lr:.2e}")
 
 
 def validate(spec: RunSpec) -> None:
-    """Raise SpecError if the spec cannot be trained. Needs no torch and no files."""
+    """Check that the spec can be trained. Needs no torch and no files.
+
+    Raises:
+        SpecError: it cannot.
+    """
     for problem in spec.problems():
         raise SpecError(problem)
     spec.method.check(spec.model)
 
 
 def from_plain(values: dict[str, Any], methods: Mapping[str, type[Method]]) -> RunSpec:
-    """Rebuild a RunSpec from its canonical dict, with the classes of the methods by name.
+    """Rebuild a RunSpec from its canonical dict; `methods` maps names to method classes.
 
     Raises:
-        SpecError: a key or the method is unknown, or a value is of another type.
+        SpecError: a key or the method is unknown, or a value has the wrong type.
     """
     name = values.get("method", {}).get("name", "???")
     if name not in methods:
@@ -120,8 +128,10 @@ def from_plain(values: dict[str, Any], methods: Mapping[str, type[Method]]) -> R
 
 
 def with_axes(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
-    """Return a copy with flat axes set: each key is looked up in the method's fields, then the
-    spec's."""
+    """Return a copy with `values` set.
+
+    Each key is looked up in the method's fields first, then in the spec's.
+    """
     in_method, in_spec = _axes(type(spec.method)), _axes(RunSpec)
     for key in values:
         if key not in in_method and key not in in_spec:
@@ -135,7 +145,7 @@ def with_axes(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
 
 
 def _axis_fields(cls: type) -> dict[str, str]:
-    """Return the field of each key that may be an axis."""
+    """Map each key that may be an axis to its field."""
     no_axes = ("name", "method", "train_version")
     return {f.key: f.name for f in fields(cls) if f.name not in no_axes}
 

@@ -1,6 +1,6 @@
-"""Named random streams: every draw that a run makes belongs to one.
+"""Named random streams. Every random number of a run comes from one of them.
 
-The only file of this room that needs numpy, and only to draw: planning starts faster without it.
+numpy is imported only when a stream is made: planning starts faster without it.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def stream(*names: object) -> "np.random.Generator":
-    """Make the random stream of this name: the same names give the same numbers, on any machine."""
+    """Make the random stream of this name. The same name gives the same numbers on any machine."""
     import numpy as np
 
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()

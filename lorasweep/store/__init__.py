@@ -1,4 +1,4 @@
-"""The run folder: what was recorded, who works on it, what a run goes on from.
+"""The run folder: records, claims, checkpoints and results.
 
 Refuses to know launchers and models.
 """

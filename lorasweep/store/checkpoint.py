@@ -1,8 +1,8 @@
-"""Checkpoints of one run: two slots, each a safetensors file and its description, checked before
-use.
+"""Checkpoints of one run: two slots, each a safetensors file and a JSON description.
 
-A kill during a write leaves the other slot. The members of a pack write the same steps, so that a
-pack killed between two members' writes still finds a common step. Nothing here is ever unpickled.
+A kill during a write leaves the other slot intact. All members of a pack write the same steps, so
+a pack that is killed between two members' writes still has a common step. Nothing is ever
+unpickled, and checksums are verified before use.
 """
 
 import errno
@@ -22,7 +22,7 @@ SLOTS = ("a", "b")
 
 
 class State(TypedDict):
-    """What one run goes on from."""
+    """What one run resumes from."""
 
     tensors: dict[str, "Tensor"]
     meta: dict[str, Any]
@@ -30,7 +30,7 @@ class State(TypedDict):
 
 
 def save(folder: Path, state: State) -> None:
-    """Write a state into the slot that does not hold the latest good one."""
+    """Write a state into the older slot."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -38,12 +38,12 @@ def save(folder: Path, state: State) -> None:
     described = {slot: _describe(folder, slot) for slot in SLOTS}
     steps = {slot: d["step"] if d else -1 for slot, d in described.items()}
     slot = min(SLOTS, key=lambda s: steps[s])
-    # the slot is void until its new description is there
+    # without a description the slot is invalid
     (folder / f"{slot}.json").unlink(missing_ok=True)
     path = folder / f"{slot}.safetensors"
     try:
         save_file({k: v.contiguous() for k, v in state["tensors"].items()}, path)
-    except SafetensorError as error:  # it hides the number of the system's error in its text
+    except SafetensorError as error:  # the operating system's error number is in its text
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
     files.sync(path)
@@ -52,9 +52,9 @@ def save(folder: Path, state: State) -> None:
 
 
 def keep_only(folder: Path, step: int | None) -> None:
-    """Void every slot but that of `step`.
+    """Invalidate every slot but that of `step`.
 
-    What lies beyond a resumed step belongs to records that are cut away.
+    A checkpoint after the step that a run resumes from belongs to records that are cut away.
     """
     for slot in SLOTS:
         d = _describe(folder, slot)
@@ -63,20 +63,20 @@ def keep_only(folder: Path, step: int | None) -> None:
 
 
 def described(folder: Path) -> dict[int, str]:
-    """Return step -> slot of the checkpoints with a description. Reads no tensors."""
+    """Map step to slot for the checkpoints with a description. Reads no tensors."""
     found = {slot: _describe(folder, slot) for slot in SLOTS}
     return {d["step"]: slot for slot, d in found.items() if d}
 
 
 def layout(folder: Path) -> tuple[str, ...]:
-    """Return the run ids that shared the pack at the latest checkpoint; empty if there is none."""
+    """Return the run ids in the pack at the latest checkpoint; empty if there is no checkpoint."""
     slots = described(folder)
     d = _describe(folder, slots[max(slots)]) if slots else None
     return tuple(d["layout"]) if d else ()
 
 
 def load(folder: Path, step: int) -> State | None:
-    """Load the checkpoint of `step`; None if its content does not match its checksum."""
+    """Load the checkpoint of `step`; None if it is missing or its checksum is wrong."""
     from safetensors.torch import load_file
 
     slot = described(folder).get(step)
@@ -93,7 +93,7 @@ def load(folder: Path, step: int) -> State | None:
 
 
 def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:
-    """Load the latest step that every member has in good order; None if there is none."""
+    """Load the latest step for which every member has a valid checkpoint; None if there is none."""
     common = set.intersection(*(set(described(f)) for f in folders.values()))
     for step in sorted(common, reverse=True):
         loaded = {rid: load(f, step) for rid, f in folders.items()}
@@ -117,7 +117,7 @@ def _sha256(path: Path) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the bytes free on the disk that holds `path` (or its nearest existing parent)."""
+    """Return the free bytes on the disk of `path` (or of its nearest existing parent)."""
     while not path.exists():
         path = path.parent
     status = os.statvfs(path)

@@ -1,9 +1,8 @@
-"""Who works on a run: the owner of an attempt, and whether its process still lives.
+"""Who works on a run: the owner of an attempt, and whether its process is still alive.
 
-Clocks of two machines are never compared. On one machine the boot id, the process id and the
-process's start time decide. For another machine the scheduler decides, if the owner is a job that
-it can tell about; else whether the content of the owner's heartbeat changes while this process
-watches.
+Clocks of two machines are never compared. On the same machine, boot id, process id and start time
+decide. On another machine the scheduler decides if the owner is one of its jobs; otherwise the
+owner is alive if its heartbeat changes while this process watches.
 """
 
 import json
@@ -18,40 +17,41 @@ from typing import Any, Protocol
 HEARTBEAT_S = 15.0
 """Seconds between heartbeats of a working process."""
 SILENCE_S = 90.0
-"""An owner on another machine whose heartbeat stands still this long (by our clock) is dead.
-Over 60 s, the longest that NFS clients usually keep attributes."""
+"""Seconds (by our clock) without a new heartbeat after which an owner on another machine is dead.
+Longer than 60 s, the time for which NFS clients usually cache attributes."""
 UNKNOWN = "unknown"
 JOB_VARIABLE = "LORASWEEP_JOB"
-"""Set inside the jobs that we submit: such a job ends with its process. An interactive job, in
-which somebody runs a command, outlives it, so its life says nothing of the process."""
+"""Environment variable set inside the jobs that we submit. Such a job ends with its process. An
+interactive job outlives the command, so a running job does not prove that the command is alive."""
 
 
 class RunningJobs(Protocol):
-    """What a scheduler tells about the jobs that own attempts (launch/slurm/client)."""
+    """What a scheduler knows about the jobs that own attempts (see launch/slurm/running)."""
 
     def refresh(self) -> None:
-        """Ask once about all jobs that run."""
+        """Query all running jobs once."""
 
     def __call__(
         self, cluster: str, job: str, restart: int, known_before: bool = False
     ) -> bool | None:
-        """Return whether that execution of a job still runs; None if nobody can tell.
+        """Return whether this execution of a job is still running; None if that is unknown.
 
-        `known_before`: it was known before the last `refresh`, so its absence there counts.
+        `known_before`: the job was known before the last `refresh`, so if the query did not list
+        it, it has ended.
         """
 
 
 def host() -> str:
     """Return this machine's name.
 
-    LORASWEEP_HOST replaces it where two machines or containers have one name.
+    Set LORASWEEP_HOST if two machines or containers have the same name.
     """
     return os.environ.get("LORASWEEP_HOST") or socket.gethostname()
 
 
 @cache
 def pid_namespace() -> str:
-    """Identify the space of process ids: containers of one machine have one each."""
+    """Identify the namespace of process ids: each container of a machine has its own."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -60,7 +60,7 @@ def pid_namespace() -> str:
 
 @cache
 def boot_id() -> str:
-    """Identify this boot of this machine (empty where the system does not say)."""
+    """Identify this boot of this machine; empty if the system does not provide it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -70,8 +70,8 @@ def boot_id() -> str:
 def start_time(pid: int) -> str:
     """Return the start time of a process in clock ticks since boot.
 
-    Empty if it is gone or a zombie. UNKNOWN if the system hides it, as many login nodes hide the
-    processes of other users.
+    Empty if the process has ended or is a zombie. UNKNOWN if the system hides it: many login nodes
+    hide the processes of other users.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -91,7 +91,7 @@ def _exists(pid: int) -> bool:
 
 
 def this_process() -> dict[str, Any]:
-    """Describe this process as an owner."""
+    """Return the owner record of this process."""
     pid = os.getpid()
     owner = {
         "host": host(),
@@ -123,7 +123,7 @@ def read_owner(attempt: Path) -> dict[str, Any]:
 
 
 def restarted(owner: dict[str, Any]) -> bool:
-    """Return whether this process is the job that `owner` was, started again by Slurm."""
+    """Return whether this process is a later start, by Slurm, of the job that `owner` was."""
     mine, its = this_process().get("slurm"), owner.get("slurm")
     if not mine or not its:
         return False
@@ -140,18 +140,18 @@ def _is_job_elsewhere(attempt: Path) -> bool:
 
 
 class Liveness:
-    """Judge owners; remembers other machines' heartbeats between calls."""
+    """Decide whether owners are alive. Remembers other machines' heartbeats between calls."""
 
     def __init__(self, jobs: RunningJobs | None = None) -> None:
-        """`jobs`: who can tell about owners that are jobs; without it their heartbeats decide."""
+        """Keep `jobs`, which knows about owners that are jobs. None: heartbeats decide."""
         self._jobs = jobs
         self._seen: dict[Path, tuple[bytes, float, bool]] = {}
         self._known: set[Path] = set()
 
     def prepare(self, attempts: Iterable[Path]) -> None:
-        """Look at many owners first, so that one question to the scheduler serves all of them.
+        """Read many owners, so that one query to the scheduler serves all of them.
 
-        An attempt's owner never changes, so each is read once.
+        The owner of an attempt never changes, so each is read once.
         """
         new = {a for a in attempts if a not in self._known and _is_job_elsewhere(a)}
         self._known |= new
@@ -159,16 +159,16 @@ class Liveness:
             self._jobs.refresh()
 
     def verdict(self, attempt: Path) -> bool | None:
-        """Return whether the owner lives, by this machine's processes or by the scheduler.
+        """Return whether the owner is alive, from this machine's processes or the scheduler.
 
-        None if neither can tell.
+        None if neither knows.
         """
         try:
             owner = read_owner(attempt)
         except OSError:
             return None
         if not owner:
-            return False  # an attempt is created with its owner in one step, so this one is damaged
+            return False  # damaged: an attempt and its owner are created in one step
         here = {"host": host(), "boot": boot_id(), "space": pid_namespace()}
         if all(owner.get(k, v) == v for k, v in here.items()):
             started = start_time(owner["pid"])
@@ -182,10 +182,10 @@ class Liveness:
         return None
 
     def alive(self, attempt: Path) -> bool:
-        """Return whether the owner of an attempt folder lives.
+        """Return whether the owner of an attempt folder is alive.
 
-        Where nobody can tell, it counts as alive until its heartbeat has stood still for SILENCE_S
-        while this process watched.
+        If that is unknown, it counts as alive until this process has seen no new heartbeat for
+        SILENCE_S.
         """
         verdict = self.verdict(attempt)
         if verdict is not None:
@@ -202,8 +202,5 @@ class Liveness:
         return now - since < SILENCE_S
 
     def sure(self, attempt: Path) -> bool:
-        """Return whether `alive` is more than a first guess.
-
-        It is if somebody could tell, or if the heartbeat was seen to move.
-        """
+        """Return whether `alive` is certain: by a verdict, or by a heartbeat that has changed."""
         return self.verdict(attempt) is not None or self._seen.get(attempt, (b"", 0.0, False))[2]

@@ -1,7 +1,7 @@
-"""Durable file operations: everything the store writes goes through these few functions.
+"""Durable file operations. Everything that the store writes goes through these functions.
 
-A reader sees a file as it was or as it is, never half of it. Tests replace this module's `os` to
-fail each operation in turn.
+A reader sees the old or the new content of a file, never a part of it. Tests replace `os` in this
+module to make each operation fail in turn.
 """
 
 import os
@@ -18,7 +18,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def create_once(path: Path, content: bytes) -> bool:
-    """Create `path` with `content` in one step, if it does not exist; return whether it did."""
+    """Create `path` with `content` in one step unless it exists; return whether it was created."""
     partial = _partial(path)
     _write_new(partial, content)
     try:
@@ -32,7 +32,7 @@ def create_once(path: Path, content: bytes) -> bool:
 
 
 def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
-    """Create the folder `path` holding `files` in one step; return whether this call did it.
+    """Create the folder `path` with `files` in one step; return whether this call created it.
 
     rename(2) onto a non-empty directory fails; ours is never empty, so the rename is an atomic
     claim.
@@ -55,16 +55,16 @@ def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
 
 
 def share_as(folder: Path) -> None:
-    """Let the group change what this process writes, if it can change `folder`.
+    """Make this process's files writable for the group if `folder` is.
 
-    A run folder made with chmod g+ws is the group's.
+    So a run folder made with chmod g+ws is shared by the group.
     """
     if folder.stat().st_mode & stat.S_IWGRP:
         os.umask(os.umask(0o077) & ~0o070)
 
 
 def append(path: Path, content: bytes) -> None:
-    """Append to a log of lines; a kill may leave a part of a last line, which readers skip."""
+    """Append to a log of lines. A kill may leave an incomplete last line, which readers skip."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         _write_all(fd, content)
@@ -73,7 +73,7 @@ def append(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content to the disk."""
+    """Flush a file's content to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -91,7 +91,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Bring a folder's entries to the disk."""
+    """Flush a folder's entries to the disk."""
     sync(path)
 
 

@@ -1,8 +1,8 @@
-"""An index over finished runs, so that ten thousand of them are counted in a fraction of a second.
+"""An index of finished runs, so that ten thousand of them are counted in a fraction of a second.
 
-A cache: `.index.json` next to the runs, made again from the results whenever it is missing, damaged
-or behind. An entry counts only while size and time of change of its result.json are the same;
-results are written once.
+It is a cache, `.index.json` in the run folder, and is rebuilt from the results if it is missing,
+damaged or out of date. An entry is valid while the size and modification time of its result.json
+stay the same; results are written once.
 """
 
 import json
@@ -19,13 +19,13 @@ VERSION = 2
 
 
 class Entry(NamedTuple):
-    """What is kept of a result."""
+    """What the index keeps of a result."""
 
     size: int
     mtime_ns: int
     state: str
     metric: str
-    """Name of the measure that the run is judged by."""
+    """Name of the metric that the run is judged by."""
     higher_is_better: bool
     value: float | None
     wall_s: float | None
@@ -38,10 +38,10 @@ def read(
     result: Callable[[str], dict[str, Any] | None],
     known: dict[str, list[Any]],
 ) -> dict[str, Entry]:
-    """Return the entries of those of `ids` that are finished.
+    """Return the entries of the finished runs among `ids`.
 
-    `result` reads and checks those that are not indexed yet. `known` is the caller's memory between
-    calls, filled from the index when it is empty.
+    `result` reads and checks a run that is not in the index yet. `known` is the caller's cache
+    between calls; if it is empty, it is filled from the index file.
     """
     path = root / ".index.json"
     if not known:
@@ -72,7 +72,7 @@ def read(
             behind += 1
         found[rid] = Entry(*entry)
     if behind > 20 + len(known) // 50:
-        with suppress(OSError):  # a full disk or a folder of another's: it is a cache
+        with suppress(OSError):  # a full disk or another user's folder: fine, it is only a cache
             files.write_atomic(path, json.dumps({"version": VERSION, "runs": known}).encode())
     return found
 

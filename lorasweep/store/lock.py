@@ -1,4 +1,4 @@
-"""One holder at a time among all processes that see a folder; a dead one's lock is taken over."""
+"""A lock between all processes that see a folder. The lock of a dead process is taken over."""
 
 import json
 import os
@@ -15,22 +15,22 @@ POLL_S = 0.2
 
 
 class Lock:
-    """A lock in a folder: numbered claims, the highest holds it."""
+    """A lock in a folder: claims are numbered, and the highest one holds the lock."""
 
     def __init__(self, folder: Path, jobs: claims.RunningJobs | None = None) -> None:
-        """`jobs`: who can tell about holders that are jobs of a cluster."""
+        """Name the folder; `jobs` knows which holders are running jobs of a cluster."""
         self._folder = folder
         self._liveness = claims.Liveness(jobs)
         self._claim: Path | None = None
         self._done = threading.Event()
 
     def acquire(self, wait_s: float, waiting: Callable[[str], None]) -> None:
-        """Take the lock, waiting for its holder.
+        """Take the lock, and wait for its holder if there is one.
 
-        `waiting` is called once, with the name of the holder.
+        `waiting` is called once, with a description of the holder.
 
         Raises:
-            StoreError: the holder still lives after `wait_s`.
+            StoreError: the holder is still alive after `wait_s` seconds.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         end, announced = time.monotonic() + wait_s, False
@@ -58,7 +58,7 @@ class Lock:
         owner = json.dumps(claims.this_process()).encode()
         if not files.create_folder_once(claim, {"owner.json": owner}):
             return False
-        if self._last() != number:  # others came and went since the look, and a later one holds it
+        if self._last() != number:  # others took and released it meanwhile; a later one holds it
             shutil.rmtree(claim)
             return False
         self._claim = claim
@@ -78,7 +78,7 @@ class Lock:
                 continue
 
     def release(self) -> None:
-        """Give it back, and clear away what earlier holders left."""
+        """Release the lock, and delete the claims of earlier holders."""
         assert self._claim is not None, "release without acquire"
         self._done.set()
         files.write_atomic(self._claim / "released", b"")

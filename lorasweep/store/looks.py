@@ -1,8 +1,7 @@
-"""The looks at a sweep's answer: under which claims it was first answered, and the rounds of runs
-that were added after a look.
+"""Record the looks at a sweep's answer.
 
-One JSON file a sweep, `<runs_dir>/.rounds/<sweep>-<scale>.json`. Which runs a round stands for is
-`sweep.looks`.
+One JSON file per sweep, `<runs_dir>/.rounds/<sweep>-<scale>.json`, holds the claims of the first
+answer and the rounds of runs that were added later. `sweep.looks` turns rounds into runs.
 """
 
 import json
@@ -33,13 +32,13 @@ def read(path: Path) -> list[dict[str, Any]]:
         return json.loads(path.read_text())["rounds"]
     except (ValueError, KeyError, TypeError):
         raise StoreError(
-            f"{path} is damaged: restore it, or remove it to forget the sweep's further rounds "
+            f"{path} is damaged. Restore it, or delete it to forget the sweep's further rounds "
             "(their runs are kept)."
         ) from None
 
 
 def note_look(path: Path, claims_hash: str, planned: int) -> None:
-    """Record, once, under which claims and for how many rounds a sweep was first answered."""
+    """Record the claims and planned rounds at a sweep's first answer. Later calls do nothing."""
     if not path.is_file():
         _write(path, {"claims_hash": claims_hash, "planned": planned, "rounds": []})
 
@@ -47,11 +46,13 @@ def note_look(path: Path, claims_hash: str, planned: int) -> None:
 def append(
     path: Path, runs: Sequence[dict[str, Any]], claims_hash: str, known: Sequence[Point]
 ) -> int:
-    """Record one more round and return its number. `known`: all runs of the sweep so far.
+    """Record one more round and return its number.
+
+    `known`: all runs of the sweep so far.
 
     Raises:
-        SpecError: the sweep was never answered, its planned rounds are used up, its claims were
-            changed since the first look, or the round holds no run that the sweep has not.
+        SpecError: the sweep has no answer yet, all planned rounds are used, the claims were changed
+            since the first look, or the round adds no new run.
     """
     if not path.is_file():
         raise SpecError(
@@ -62,20 +63,20 @@ def append(
     record = json.loads(path.read_text())
     if record["claims_hash"] != claims_hash:
         raise SpecError(
-            "the sweep's claims, margins or rounds were changed since its first answer. A question "
-            "is not changed after a look at the runs: restore them, or use another sweep name."
+            "the sweep's claims, margins or rounds were changed since its first answer. They must "
+            "not change after a look at the runs: restore them, or use another sweep name."
         )
     so_far = len(record["rounds"]) + 1
     if so_far >= record["planned"]:
         raise SpecError(
-            f"the sweep plans {record['planned']} round(s) and has had {so_far}: adding runs until "
-            "it decides is optional stopping. Plan more rounds before a new sweep's first run "
-            "(sweep.rounds, at most 5)."
+            f"all {record['planned']} planned round(s) of the sweep are used ({so_far} so far). "
+            "Adding runs until the answer is clear would be optional stopping. Plan more rounds "
+            "before the first run of a new sweep: sweep.rounds, at most 5."
         )
     number = so_far + 1
     record["rounds"].append({"round": number, "runs": list(runs)})
     if not looks.points(record["rounds"][-1:], known):
-        raise SpecError("every run of that round is already part of the sweep.")
+        raise SpecError("every run of that round is already part of the sweep: nothing to add.")
     _write(path, record)
     return number
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: the records of a run, one a line, in its folder."""
+"""Read and write metrics.jsonl in a run's folder: one record per line."""
 
 import json
 from pathlib import Path
@@ -7,18 +7,18 @@ from typing import Any
 from lorasweep.store import files, results
 
 Record = dict[str, Any]
-"""What an update brought: plain values, at least `step`."""
+"""What one update measured: JSON values, at least `step`."""
 RECENT_BYTES = 2**14
-"""How much of the end of a run's records is read by those that watch it; a record has 250 bytes."""
+"""Bytes that `read_end` reads; a record has about 250."""
 
 
 def read(folder: Path, start: int = 0) -> list[Record]:
-    """Return the records from byte `start` on; a torn last line is passed over."""
+    """Return the records from byte `start` on, without an incomplete last line."""
     try:
         with open(_path(folder), "rb") as file:
             file.seek(start)
             if start:
-                file.readline()  # the rest of a line
+                file.readline()  # skip the rest of a line
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return []
@@ -27,17 +27,17 @@ def read(folder: Path, start: int = 0) -> list[Record]:
         try:
             found.append(json.loads(line))
         except ValueError:
-            break  # nothing after damage is trusted
+            break  # ignore everything after a damaged line
     return found
 
 
 def read_end(folder: Path) -> list[Record]:
-    """Return the last records, some 60."""
+    """Return about the last 60 records."""
     return read(folder, max(0, size(folder) - RECENT_BYTES))
 
 
 def append(folder: Path, record: Record) -> None:
-    """Append one record. A value that is not finite is written as null."""
+    """Append one record. Values that are not finite are written as null."""
     files.append(_path(folder), (results.finite_json(record) + "\n").encode())
 
 
@@ -50,12 +50,12 @@ def size(folder: Path) -> int:
 
 
 def sync(folder: Path) -> None:
-    """Bring the records to the disk."""
+    """Flush the records to the disk."""
     files.sync(_path(folder))
 
 
 def cut(folder: Path, to_bytes: int) -> None:
-    """Cut the records back to a size; missing ones count as empty."""
+    """Cut the records back to `to_bytes`; a missing file counts as empty."""
     files.truncate(_path(folder), to_bytes)
 
 

@@ -1,4 +1,4 @@
-"""result.json: how a run ended and what it measured, with a checksum. Written once, last."""
+"""Read and write result.json: how a run ended and what it measured. Written once, last."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from lorasweep.store import files
 
 Result = dict[str, Any]
-"""Plain values; at least `run_id` and `state` (done or diverged)."""
+"""JSON values; at least `run_id` and `state` (done or diverged)."""
 
 
 def read(folder: Path) -> Result | None:
@@ -41,7 +41,7 @@ def _checked(content: bytes) -> Result | None:
 
 
 def write_once(folder: Path, result: Result) -> bool:
-    """Write the result of a run, if it has none; return whether this call did it."""
+    """Write the result of a run unless it has one; return whether this call wrote it."""
     body = json.loads(finite_json(result))
     content = json.dumps({"sha256": checksum(body), "result": body}).encode()
     return files.create_once(folder / "result.json", content)
@@ -53,7 +53,7 @@ def checksum(body: Result) -> str:
 
 
 def finite_json(value: dict[str, Any]) -> str:
-    """Write values as JSON; a number that is not finite becomes null."""
+    """Return values as JSON; numbers that are not finite become null."""
     return json.dumps(_finite(value), allow_nan=False)
 
 

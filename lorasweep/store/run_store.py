@@ -1,11 +1,11 @@
-"""RunStore: the folder that is the truth. One folder a run, readable and judgeable alone.
+"""RunStore: one folder per run, the only place where the state of runs is kept.
 
     <runs_dir>/<run_id>/
         spec.json       canonical spec
-        metrics.jsonl   one record a line
-        attempts/<n>/   owner.json (made with it), env.json, log.txt, heartbeat, end.json
-        checkpoint/     two slots, deleted when the run is over
-        result.json     written last, once, with a checksum: the run is over
+        metrics.jsonl   one record per line
+        attempts/<n>/   owner.json (created with the folder), env.json, log.txt, heartbeat, end.json
+        checkpoint/     two slots, deleted when the run is finished
+        result.json     written last, once, with a checksum: the run is finished
 
 Knows files, claims and states. Refuses to know torch, and how anything is trained.
 """
@@ -23,13 +23,13 @@ from lorasweep.store import claims, files, index, records, results, version
 from lorasweep.store.records import Record
 
 STATES = ("missing", "running", "interrupted", "failed", "diverged", "done")
-"""Computed from the folder, never stored. missing: never begun. interrupted: begun, and its process
-is gone. diverged is a result; failed is an accident."""
+"""States of a run, computed from its folder and never stored. missing: not started. interrupted:
+started, but its process has ended. diverged: a result. failed: an accident."""
 FINAL = ("done", "diverged")
 
 
 class RunStore:
-    """Runs below one folder."""
+    """The runs in one folder."""
 
     def __init__(
         self,
@@ -37,10 +37,10 @@ class RunStore:
         dead: dict[str, int] | None = None,
         jobs: claims.RunningJobs | None = None,
     ) -> None:
-        """Name the folder; nothing is read or made.
+        """Remember the folder. Reads and writes nothing.
 
-        `dead`: run id -> attempt whose owner another process has found dead.
-        `jobs`: who can tell about owners that are jobs of a cluster.
+        `dead`: run id -> attempt whose owner is known to be dead.
+        `jobs`: knows which owners are running jobs of a cluster.
         """
         self.root = Path(root).expanduser().absolute()
         self._liveness = claims.Liveness(jobs)
@@ -48,7 +48,11 @@ class RunStore:
         self._known: dict[str, list[Any]] = {}
 
     def prepare(self) -> None:
-        """Make the folder and try a write; raise StoreError if it cannot be used."""
+        """Create the folder and test that it is writable.
+
+        Raises:
+            StoreError: it cannot be used.
+        """
         version.prepare(self.root)
 
     def folder(self, rid: str) -> Path:
@@ -56,7 +60,7 @@ class RunStore:
         return self.root / rid
 
     def existing(self) -> set[str]:
-        """Return the ids that have a folder: one directory scan."""
+        """Return the ids that have a folder, from one directory scan."""
         try:
             return {
                 e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith(".")
@@ -65,13 +69,14 @@ class RunStore:
             return set()
         except OSError as error:
             raise StoreError(
-                f"run folder {self.root} cannot be read ({error.strerror}). Set exec.runs_dir."
+                f"run folder {self.root} cannot be read ({error.strerror}). Choose another: "
+                "exec.runs_dir=FOLDER, or set LORASWEEP_RUNS."
             ) from None
 
     # ------------------------------------------------------------ reading
 
     def result(self, rid: str) -> dict[str, Any] | None:
-        """Return the result of a finished run; None if it has none that can be trusted."""
+        """Return the result of a finished run; None if it is missing or damaged."""
         return results.read(self.folder(rid))
 
     def state(self, rid: str) -> str:
@@ -90,7 +95,7 @@ class RunStore:
         return "running" if self._alive(rid, last) else "interrupted"
 
     def states(self, ids: Iterable[str]) -> dict[str, str]:
-        """Return the state of each id; ids without a folder cost nothing, finished ones little."""
+        """Return the state of each id. Fast for ids without a folder and for finished runs."""
         ids = list(ids)
         there = self.existing()
         over = self.finished(i for i in ids if i in there)
@@ -102,13 +107,13 @@ class RunStore:
         }
 
     def finished(self, ids: Iterable[str]) -> dict[str, index.Entry]:
-        """Return the index entries of those of `ids` that are finished."""
+        """Return the index entries of the finished runs among `ids`."""
         return index.read(self.root, ids, self.result, self._known)
 
     def unsure(self, ids: Iterable[str]) -> list[str]:
-        """List those of `ids` that count as running although nobody here can tell.
+        """List the runs among `ids` that only seem to be running.
 
-        Their owners are on other machines.
+        Their owners are on other machines, and nothing here shows yet whether they are alive.
         """
         last = {i: self.last_attempt(i) for i in ids}
         return [
@@ -118,7 +123,7 @@ class RunStore:
         ]
 
     def last_attempt(self, rid: str) -> int | None:
-        """Return the highest attempt number: its owner owns the run."""
+        """Return the highest attempt number, or None. The owner of that attempt owns the run."""
         try:
             numbers = [
                 int(e.name) for e in os.scandir(self.folder(rid) / "attempts") if e.name.isdigit()
@@ -128,7 +133,7 @@ class RunStore:
         return max(numbers, default=None)
 
     def env(self, rid: str) -> dict[str, Any]:
-        """Return where the last attempt ran; empty if it is not recorded (imported)."""
+        """Return where the last attempt ran; empty if that was not recorded (imported runs)."""
         path = self._attempt(rid, self.last_attempt(rid) or 0) / "env.json"
         try:
             return json.loads(path.read_bytes())
@@ -136,17 +141,20 @@ class RunStore:
             return {}
 
     def layout(self, rid: str) -> dict[str, Any]:
-        """Return {threads, micro_batch_size} under which a run ended; empty if it was imported."""
+        """Return {threads, micro_batch_size} of a run's last attempt; empty if it was imported."""
         env = self.env(rid)
         return {k: env[k] for k in ("threads", "micro_batch_size")} if env else {}
 
     def failures(self, rid: str) -> int:
-        """Count the attempts that failed or were killed; clean stops do not count."""
+        """Count the attempts that failed or were killed, without clean stops."""
         ends = [self.end(rid, n) for n in range(1, (self.last_attempt(rid) or 0) + 1)]
         return sum(e is None or e["state"] == "failed" for e in ends)
 
     def end(self, rid: str, attempt: int) -> dict[str, Any] | None:
-        """Return how an attempt ended: {state: stopped | failed, cause}; None: open or killed."""
+        """Return how an attempt ended: {state: stopped | failed, cause}.
+
+        None if it is still running or was killed.
+        """
         try:
             return json.loads((self._attempt(rid, attempt) / "end.json").read_bytes())
         except (OSError, ValueError):
@@ -160,11 +168,11 @@ class RunStore:
             return {}
 
     def records(self, rid: str) -> list[Record]:
-        """Return the records of a run; a torn last line is passed over."""
+        """Return the records of a run, without an incomplete last line."""
         return records.read(self.folder(rid))
 
     def recent_records(self, rid: str) -> list[Record]:
-        """Return the last records of a run, some 60: what watching it needs."""
+        """Return about the last 60 records of a run."""
         return records.read_end(self.folder(rid))
 
     def spec(self, rid: str) -> dict[str, Any]:
@@ -176,14 +184,17 @@ class RunStore:
         try:
             return json.loads((self.folder(rid) / "spec.json").read_bytes())
         except (OSError, ValueError) as error:
-            raise StoreError(f"{self.folder(rid)}/spec.json cannot be read ({error}).") from None
+            raise StoreError(
+                f"{self.folder(rid)}/spec.json cannot be read ({error}). Run the sweep again to "
+                "rewrite it, or delete the folder."
+            ) from None
 
     # ------------------------------------------------------------ claiming and writing
 
     def claim(self, spec: RunSpec) -> int | None:
-        """Claim a run and return the attempt's number.
+        """Claim a run and return the number of the new attempt.
 
-        None if the run is finished or another process has it.
+        None if the run is finished or another process works on it.
         """
         rid = spec.id
         folder = self.folder(rid)
@@ -198,20 +209,20 @@ class RunStore:
             if self._alive(rid, last):
                 return None
             if claims.restarted(self.owner(rid, last)):
-                # preempted, or its node failed: no fault of the run, so it counts as no failure
+                # preempted, or its node failed: not the run's fault, so not counted as a failure
                 self.write_end(rid, last, "stopped", "started again by Slurm")
         mine = 1 if last is None else last + 1
         owner = json.dumps(claims.this_process()).encode()
         if not files.create_folder_once(self._attempt(rid, mine), {"owner.json": owner}):
             return None
-        if self.result(rid) is not None:  # finished between the look and the claim
+        if self.result(rid) is not None:  # finished between the first check and the claim
             self.write_end(rid, mine, "stopped", "already finished")
             return None
         self._set_aside_damage(rid)
         return mine
 
     def _set_aside_damage(self, rid: str) -> None:
-        """Move a result whose checksum fails out of the way; it is kept for inspection."""
+        """Rename a result with a wrong checksum; it is kept for inspection."""
         path = self.folder(rid) / "result.json"
         if results.damaged(self.folder(rid)):
             os.replace(path, path.with_name(f"result.damaged-{os.urandom(3).hex()}.json"))
@@ -220,7 +231,7 @@ class RunStore:
         return self._dead.get(rid) != attempt and self._liveness.alive(self._attempt(rid, attempt))
 
     def owns(self, rid: str, attempt: int) -> bool:
-        """Return whether `attempt` is still the highest.
+        """Return whether `attempt` is still the latest.
 
         If not, another process took over and this one must stop.
         """
@@ -233,7 +244,7 @@ class RunStore:
         )
 
     def heartbeat(self, rid: str, attempt: int, beat: int) -> None:
-        """Show that an attempt lives: the content changes."""
+        """Write a new heartbeat number, which shows that the attempt is alive."""
         path = self._attempt(rid, attempt) / "heartbeat"
         path.write_text(str(beat))
 
@@ -242,25 +253,25 @@ class RunStore:
         files.append(self._attempt(rid, attempt) / "log.txt", (text.rstrip() + "\n").encode())
 
     def record(self, rid: str, record: Record) -> None:
-        """Append one record. A value that is not finite is written as null."""
+        """Append one record. Values that are not finite are written as null."""
         records.append(self.folder(rid), record)
 
     def records_size(self, rid: str) -> int:
-        """Return the size of the records in bytes: where a checkpoint cuts back to."""
+        """Return the size of the records in bytes, which a checkpoint remembers."""
         return records.size(self.folder(rid))
 
     def sync_records(self, rid: str) -> None:
-        """Bring the records to the disk: a checkpoint that counts them must not outlive them."""
+        """Flush the records to the disk, before a checkpoint that depends on them is written."""
         records.sync(self.folder(rid))
 
     def cut_records(self, rid: str, size: int) -> None:
-        """Cut the records back to where a checkpoint was made."""
+        """Cut the records back to the size at a checkpoint."""
         records.cut(self.folder(rid), size)
 
     def finish(self, rid: str, state: str, result: dict[str, Any]) -> bool:
-        """Write the result, once, and remove the checkpoint; return whether this call did it."""
+        """Write the result and delete the checkpoint; return whether this call wrote it."""
         if state not in FINAL:
-            raise ValueError(f"a run ends as {FINAL}, not as {state!r}")
+            raise ValueError(f"a run ends as one of {FINAL}, got {state!r}")
         if records.size(self.folder(rid)):
             records.sync(self.folder(rid))
         first = results.write_once(self.folder(rid), {"run_id": rid, "state": state, **result})
@@ -268,7 +279,7 @@ class RunStore:
         return first
 
     def put(self, spec: RunSpec, result: results.Result) -> bool:
-        """Keep a finished run that was made elsewhere; return whether it was new."""
+        """Store a finished run that was trained elsewhere; return whether it was new."""
         rid = spec.id
         if self.result(rid) is not None:
             return False
@@ -280,7 +291,7 @@ class RunStore:
     def write_end(self, rid: str, attempt: int, state: str, cause: str) -> None:
         """Record how an attempt ended without a result.
 
-        'stopped': it can go on at will. 'failed': an accident.
+        `state` is 'stopped' (it can be resumed) or 'failed' (an accident).
         """
         content = json.dumps({"state": state, "cause": cause}).encode()
         files.write_atomic(self._attempt(rid, attempt) / "end.json", content)

@@ -1,4 +1,4 @@
-"""Finished runs as a table, and a table back into a store."""
+"""Export finished runs as a table, and import such a table into a store."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _METHOD_COLUMNS = ("rank", "alpha", "layers", "scope")
 _LATER = {"scaling_by": "rank", "init_scale": 1.0, "lr_b_ratio": 1.0, "start": "a", "init_seed": 0}
-"""LoRA's fields that came later, and what they were before: absent from old specs."""
+"""Fields of LoRA that old specs do not have, with the values that reproduce the old behaviour."""
 _RESULT_COLUMNS = (
     "test_nll",
     "test_bpb",
@@ -40,12 +40,12 @@ _RESULT_COLUMNS = (
 def load_runs(runs_dir: str | Path, ids: Sequence[str] | None = None) -> "pd.DataFrame":
     """Return the finished runs (done or diverged), one row each.
 
-    Read from spec.json and result.json only. Columns: run_id, status, model, dataset, method and
-    its fields, the spec's scalars, the measures (NLL in nats per loss-bearing token), and `spec`,
+    Reads spec.json and result.json only. Columns: run_id, status, model, dataset, method and its
+    fields, the scalars of the spec, the measures (NLL in nats per loss token), and `spec` and
     `result` as JSON text, from which a store can be rebuilt. Missing values are NaN or None.
 
     Raises:
-        StoreError: a run was trained by another train_version.
+        StoreError: a run was trained with another train_version.
     """
     import pandas as pd
 
@@ -59,24 +59,23 @@ def load_runs(runs_dir: str | Path, ids: Sequence[str] | None = None) -> "pd.Dat
 
 
 def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """Flatten one run for the table."""
+    """Return one run as a row of the table.
+
+    Raises:
+        StoreError: it was trained with another train_version.
+    """
     if spec.get("train_version") != TRAIN_VERSION:
         raise StoreError(
-            f"run {result.get('run_id')} was trained by train_version {spec.get('train_version')}, "
-            f"this lorasweep is version {TRAIN_VERSION}. Use another run folder "
-            "(exec.runs_dir=FOLDER) or the lorasweep that made it."
+            f"run {result.get('run_id')} was trained with train_version "
+            f"{spec.get('train_version')}; this lorasweep has version {TRAIN_VERSION}. Use another "
+            "run folder (exec.runs_dir=FOLDER), or the lorasweep that trained the run."
         )
     method = spec["method"]
     row: dict[str, Any] = {"run_id": result["run_id"], "status": result["state"]}
-    row |= {
-        "model": spec["model"]["name"],
-        "dataset": spec["dataset"]["name"],
-        "method": method["name"],
-    }
+    row |= {name: spec[name]["name"] for name in ("model", "dataset", "method")}
     row |= {k: method.get(k) for k in _METHOD_COLUMNS}
-    row |= {
-        k: method.get(k, past if method["name"] == "lora" else None) for k, past in _LATER.items()
-    }
+    lora = method["name"] == "lora"
+    row |= {k: method.get(k, past if lora else None) for k, past in _LATER.items()}
     row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method")}
     row |= {"hidden_size": spec["model"]["hidden_size"]}
     row |= {k: result.get(k) for k in _RESULT_COLUMNS}
@@ -85,24 +84,29 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
 
 
 def import_table(runs_dir: str | Path, path: str | Path) -> int:
-    """Put the runs of an exported table into a store, marked as imported; return how many were new.
+    """Add the runs of an exported table to a store, marked as imported; return how many were new.
 
     Raises:
-        StoreError: the file is no such table, or a row's result is of another run than its spec.
+        StoreError: the file is not such a table, or the result in a row belongs to another run than
+            its spec.
     """
     import pandas as pd
 
     path = Path(path)
     if not path.is_file():
-        raise StoreError(f"no table {path}. Give a .parquet or .csv made by `action=export`.")
+        raise StoreError(
+            f"no table {path}. Give table=FILE, a .parquet or .csv file made by `action=export`."
+        )
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are ValueErrors
-        raise StoreError(f"{path} cannot be read as a table ({error}).") from None
+    except (OSError, ValueError) as error:  # errors of pandas and pyarrow are ValueErrors
+        raise StoreError(
+            f"{path} cannot be read as a table ({error}). Write it again with `action=export`."
+        ) from None
     if not {"spec", "result"} <= set(table.columns):
         raise StoreError(
-            f"{path} has no columns 'spec' and 'result': only tables made by `action=export` "
-            "carry runs."
+            f"{path} has no columns 'spec' and 'result'. Only tables from `action=export` can be "
+            "imported."
         )
     rows = []
     for number, (spec_text, result_text) in enumerate(zip(table["spec"], table["result"]), start=1):
@@ -111,10 +115,13 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
             validate(spec)
             rid, named = spec.id, result["run_id"]
         except (ValueError, TypeError, KeyError) as error:
-            raise StoreError(f"{path}, row {number}: not a run ({error}).") from None
+            raise StoreError(
+                f"{path}, row {number}: not a run ({error}). Correct or remove the row."
+            ) from None
         if rid != named:
             raise StoreError(
-                f"{path}, row {number}: the spec's name is {rid}, the result's {named}."
+                f"{path}, row {number}: the spec belongs to run {rid}, the result to run {named}. "
+                "Remove the row."
             )
         rows.append((spec, result))
     store = RunStore(runs_dir)

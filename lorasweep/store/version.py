@@ -1,4 +1,4 @@
-"""store.json: which train_version the runs of a folder belong to. Two are never mixed."""
+"""Check store.json: the train_version of a folder's runs. Two versions are never mixed."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from lorasweep.store import files
 
 
 def prepare(root: Path) -> None:
-    """Make the folder and try a write.
+    """Create the folder and test that it is writable.
 
     Raises:
         StoreError: it cannot be written, is damaged, or belongs to another train_version.
@@ -31,11 +31,11 @@ def prepare(root: Path) -> None:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise StoreError(
-            f'{mark} is damaged. It should read {{"train_version": {TRAIN_VERSION}}}.'
+            f'{mark} is damaged. Replace its content by {{"train_version": {TRAIN_VERSION}}}.'
         ) from None
     if version != TRAIN_VERSION:
         raise StoreError(
-            f"run folder {root} was written by train_version {version}; this lorasweep "
-            f"trains by version {TRAIN_VERSION}, and the two are never mixed. "
+            f"run folder {root} was written with train_version {version}; this lorasweep has "
+            f"version {TRAIN_VERSION}, and the two are never mixed. "
             "Use another folder: exec.runs_dir=FOLDER."
         )

@@ -1,4 +1,4 @@
-"""What a question is: claims with margins, and the runs that they expand to.
+"""A sweep: a question, its claims with margins, and the runs that answer it.
 
 Refuses to know files, costs and torch.
 """

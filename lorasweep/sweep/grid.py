@@ -19,7 +19,7 @@ from lorasweep.sweep.question import Sweep
 
 MAX_RUNS = 100_000
 MAX_PROBLEMS = 5
-"""Problems that one message lists at most."""
+"""Largest number of problems in one message."""
 GENERATOR_PARAMS = "knobs"
 """The axis whose values are mappings: settings of a synthetic data set."""
 Axes = dict[str, Any]
@@ -27,7 +27,7 @@ Axes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep and the arm that it stands for."""
+    """One run of a sweep, and the arm that it belongs to."""
 
     arm: str
     spec: RunSpec
@@ -39,20 +39,26 @@ class Point:
 
 
 def geom(low: float, high: float, per_decade: float) -> list[float]:
-    """List learning rates from `low` to `high`, `per_decade` a factor 10, snapped to 3 significant
-    digits."""
+    """List learning rates from `low` to `high`, `per_decade` per factor of 10.
+
+    They are rounded to 3 significant digits.
+    """
     if not (0 < low <= high and per_decade > 0 and math.isfinite(high / low)):
         raise SpecError(
-            f"geom:{low},{high},{per_decade}: needs 0 < low <= high and a positive count a decade."
+            f"geom:{low},{high},{per_decade}: expected 0 < low <= high and a positive count per "
+            "decade, for example geom:1e-4,1e-2,4."
         )
     n = math.floor(math.log10(high / low) * per_decade + 1e-6)
     return [float(f"{low * 10 ** (i / per_decade):.2e}") for i in range(n + 1)]
 
 
 def around(centre: float, n: int, factor: float) -> list[float]:
-    """List `n` learning rates at `factor` apart, `centre` in the middle."""
+    """List `n` learning rates a `factor` apart, with `centre` in the middle."""
     if not (centre > 0 and n >= 1 and factor > 1):
-        raise SpecError(f"around:{centre},{n},{factor}: needs centre > 0, n >= 1, factor > 1.")
+        raise SpecError(
+            f"around:{centre},{n},{factor}: expected centre > 0, n >= 1 and factor > 1, for "
+            "example around:1e-3,7,2."
+        )
     return [float(f"{centre * factor ** (i - (n - 1) / 2):.2e}") for i in range(int(n))]
 
 
@@ -62,12 +68,12 @@ def expand(
     model: Callable[[str], ModelSpec],
     dataset: Callable[[str], DatasetSpec],
 ) -> list[Point]:
-    """Expand a sweep over `base` into its checked, distinct runs, in the order of arms and axes.
+    """Expand a sweep over `base` into its distinct runs, in the order of arms and axes.
 
-    `model` and `dataset` turn the names on those axes into specs.
+    `model` and `dataset` turn names on these axes into specs.
 
     Raises:
-        SpecError: all that is wrong with any point, in one message.
+        SpecError: points are not valid; one message lists up to MAX_PROBLEMS of them.
     """
     points: dict[str, Point] = {}
     problems: list[str] = []
@@ -80,7 +86,8 @@ def expand(
         found = assignments({k: v for k, v in {**sweep.axes, **axes}.items() if k != "method"})
         if len(found) > MAX_RUNS:
             raise SpecError(
-                f"arm {arm!r} has {len(found)} runs; the limit is {MAX_RUNS}. Shorten an axis."
+                f"arm {arm!r} has {len(found)} runs; the limit is {MAX_RUNS}. Give an axis fewer "
+                "values."
             )
         for values in found:
             try:
@@ -95,31 +102,28 @@ def expand(
     if problems:
         raise SpecError("\n".join(problems))
     if not points:
-        raise SpecError("the grid is empty: no arm has a point.")
+        raise SpecError("the grid is empty: no arm has any run. Give each axis at least one value.")
     return list(points.values())
 
 
 def assignments(axes: Axes) -> list[dict[str, Any]]:
-    """Return the product of axes as dicts from field to value.
+    """Return the product of the axes as dicts from field to value.
 
     An axis is a list of values, or one value. A value that is a mapping sets more than one field,
-    and is a product of its own: `cell: [{steps: 800, lr: [1e-3, 2e-3]}, {steps: 200, lr: [2e-3]}]`
-    has three. The field `knobs` is a mapping itself: settings of a synthetic data set.
+    and is a product itself: `cell: [{steps: 800, lr: [1e-3, 2e-3]}, {steps: 200, lr: [2e-3]}]` has
+    three values. The exception is the axis `knobs`, which holds generator settings as mappings.
     """
     size = math.prod(len(v) if isinstance(v, list) else 1 for v in axes.values())
     if size > MAX_RUNS:
         raise SpecError(
-            f"an arm has {size} runs or more; the limit is {MAX_RUNS}. Shorten an axis."
+            f"an arm has {size} runs or more; the limit is {MAX_RUNS}. Give an axis fewer values."
         )
     parts = []
     for name, values in axes.items():
         part: list[dict[str, Any]] = []
         for value in values if isinstance(values, list) else [values]:
-            part += (
-                assignments(value)
-                if isinstance(value, dict) and name != GENERATOR_PARAMS
-                else [{name: value}]
-            )
+            is_product = isinstance(value, dict) and name != GENERATOR_PARAMS
+            part += assignments(value) if is_product else [{name: value}]
         parts.append(part)
     return [
         {k: v for part in chosen for k, v in part.items()} for chosen in itertools.product(*parts)
@@ -127,7 +131,7 @@ def assignments(axes: Axes) -> list[dict[str, Any]]:
 
 
 def fields_of(axes: Axes) -> set[str]:
-    """Return the fields that axes set, those inside mappings included."""
+    """Return the fields that axes set, including those inside mappings."""
     found = set()
     for name, values in axes.items():
         inner = [
@@ -140,8 +144,10 @@ def fields_of(axes: Axes) -> set[str]:
 
 
 class _NamedParts:
-    """Models and data sets of an expansion: those of one name are one object, checked and encoded
-    once for thousands of runs."""
+    """The models and data sets of an expansion, one object per name.
+
+    Each is checked and encoded once for thousands of runs.
+    """
 
     def __init__(
         self, model: Callable[[str], ModelSpec], dataset: Callable[[str], DatasetSpec]
@@ -150,7 +156,7 @@ class _NamedParts:
         self._with_params: dict[str, DatasetSpec] = {}
 
     def put_into(self, start: RunSpec, values: Axes) -> Axes:
-        """Return `values` with specs in place of names and of a generator's parameters."""
+        """Return `values` with names and generator parameters replaced by specs."""
         values = {k: self._look_up[k](v) if k in self._look_up else v for k, v in values.items()}
         if GENERATOR_PARAMS in values:
             params = values.pop(GENERATOR_PARAMS)
@@ -171,5 +177,5 @@ def _shown(values: Axes) -> str:
 
 
 def curve_key(point: Point) -> tuple[str, str]:
-    """Return what the runs of one lr curve share: arm, and all of the spec but lr and seed."""
+    """Return what the runs of one lr curve share: the arm, and the spec without lr and seed."""
     return point.arm, dataclasses.replace(point.spec, lr=1.0, seed=0).canonical

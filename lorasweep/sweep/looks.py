@@ -12,10 +12,10 @@ from lorasweep.sweep.grid import Point
 
 
 def points(rounds: Sequence[dict[str, Any]], known: Sequence[Point]) -> list[Point]:
-    """Return the runs of recorded rounds: each is a known run at another learning rate and seed.
+    """Return the runs of recorded rounds: each is a known run with another learning rate and seed.
 
-    Runs that are like none of the known ones are left out: the sweep was edited, or only a part of
-    it was asked for.
+    A recorded run is left out if the run that it was derived from is not in `known`. This happens
+    when the sweep was edited, or when only a part of it was requested.
     """
     by_id = {p.id: p for p in known}
     extra: dict[str, Point] = {}

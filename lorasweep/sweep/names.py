@@ -1,6 +1,6 @@
-"""Names of runs for people: what differs among the runs of a sweep, and no more.
+"""Short names of runs for people: only what differs among the runs of a sweep.
 
-The store knows runs by their ids; nothing reads these names back.
+The store uses ids; no program reads these names back.
 """
 
 from collections.abc import Collection, Sequence
@@ -11,15 +11,14 @@ from lorasweep.spec.method import Method
 from lorasweep.sweep.grid import Point
 
 FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "steps")
-"""What people look for first, in this order."""
+"""Fields that come first in a name, in this order."""
 
 
 def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> dict[str, str]:
-    """Name the runs of a sweep by what differs among them, and no more; the store knows them by
-    their ids.
+    """Name the runs of a sweep by what differs among them.
 
-    Arm and learning rate are always part of a name; a field of a method is compared among the arms
-    that have it. `only`: the ids to name, if not all.
+    Arm and learning rate are always part of a name. A method's field is compared among the arms
+    that have it. `only`: the ids to name; None: all.
     """
     varied = _varied(points)
     named = {}
@@ -59,5 +58,5 @@ def _fields(point: Point) -> dict[str, Any]:
 
 
 def _of_method(method: Method) -> dict[str, Any]:
-    """Return its fields by the keys that a user types."""
+    """Return a method's fields by the keys that a user types."""
     return {f.key: getattr(method, f.name) for f in fields(type(method)) if f.name != "name"}

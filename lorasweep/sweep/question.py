@@ -1,6 +1,6 @@
-"""A sweep is a question: its claims with margins, its arms and axes, stated before any run.
+"""A sweep as its file states it: a question, claims with margins, arms and axes.
 
-One file of `sweeps/` each. Field names are the keys of those files.
+Each is one file in `sweeps/`. Field names are the keys of these files.
 """
 
 import math
@@ -16,23 +16,21 @@ MAX_ROUNDS = 5
 
 @dataclass
 class Claim:
-    """What is measured, what is expected, and how far off still counts: stated before any run."""
+    """What is measured, what is expected, and with which margin. Stated before any run."""
 
     says: str = ""
-    """The claim in words, as a table shows it. Not judged, so not part of the hash."""
+    """The claim in words, as shown in tables. Not judged, so not hashed."""
     whose: str = "ours"
-    """Who claims it: `study`, `popular` (summaries of it, libraries' defaults, other papers) or
-    `ours`. Not hashed."""
+    """Who makes the claim: `study`, `popular` (summaries of the study, defaults of libraries, other
+    papers) or `ours`. Not hashed."""
     measure: str = ""
-    """What is measured, with its unit, as a table shows it. Not hashed."""
+    """What is measured, with its unit, as shown in tables. Not hashed."""
     beside: str = ""
-    """What a reader must know with the verdict: where it is claimed, what else is known of it. Not
-    hashed."""
+    """Note shown with the verdict: where the claim is made, what else is known. Not hashed."""
     estimand: str = ""
     expected: float = math.nan
     margin: list[float] = field(default_factory=list)
-    """[low, high]: the claim is SUPPORTED if the 95% interval lies inside, REFUTED if it lies
-    outside."""
+    """[low, high]: SUPPORTED if the 95% interval lies inside, REFUTED if it lies outside."""
     primary: bool = False
     rivals: dict[str, float] = field(default_factory=dict)
     """Other published values, by name."""
@@ -45,8 +43,8 @@ class Replicates:
     seeds: list[int] = field(default_factory=list)
     n_lrs: int = 3
     arms: list[str] = field(default_factory=list)
-    """Arms that get fresh seeds; empty: all. A control on which no verdict rests, or an arm whose
-    runs are expensive, may go without."""
+    """Arms that get fresh seeds; empty: all. Leave out expensive arms, and controls that no verdict
+    depends on."""
 
 
 @dataclass
@@ -56,38 +54,40 @@ class Sweep:
     question: str = ""
     source: str = ""
     how: str = ""
-    """How it is measured, and what that leaves open: what a reader must know with the answer."""
+    """How it is measured and what that leaves open. Shown with the answer."""
     claims: dict[str, Claim] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
-    """Shared axes: name -> list of values."""
+    """Axes of all arms: name -> list of values."""
     arms: dict[str, Any] = field(default_factory=dict)
     """Arm name -> {method: name, axis: list or value, ...}."""
     second: Replicates = field(default_factory=Replicates)
     rounds: int = 1
-    """Looks at the answer that are planned, 1 to 5: each is judged at a stricter level, so that all
-    together err in 5%."""
+    """Planned looks at the answer, 1 to 5. More looks mean a stricter level for each, so that the
+    total error rate stays 5%."""
     analysis: str = ""
     at: dict[str, Any] = field(default_factory=dict)
-    """Scale name -> what the arms and axes take from it: ${sweep.at.${scale.at}.ranks}. Not part of
-    the question."""
+    """Scale name -> values for arms and axes, used as ${sweep.at.${scale.at}.ranks}. Not hashed."""
     parts: list[str] = field(default_factory=list)
-    """Names of sweeps that are asked one after another instead of arms of its own: +sweep=study."""
+    """Sweeps that run one after another, instead of arms of its own. Used by +sweep=study."""
 
 
 def check_sweep(name: str, sweep: Sweep) -> None:
-    """Raise SpecError if the question is not stated in full: claims with margins, arms, no empty
-    axis."""
+    """Check that a sweep is complete: a question, claims with margins, arms, no empty axis.
+
+    Raises:
+        SpecError: it is not.
+    """
     for problem in _problems(sweep):
         raise SpecError(f"sweep {name!r}{problem}")
 
 
 def _problems(sweep: Sweep) -> Iterator[str]:
-    """Yield what is wrong, to be read after the sweep's name."""
+    """Yield what is wrong, each as the rest of a sentence that starts with the sweep's name."""
     if not sweep.question:
-        yield " asks no question. Write `question: ...` at its top."
+        yield " has no question. Write `question: ...` at the top of its file."
     if sweep.parts:
         if sweep.arms or sweep.axes or sweep.claims:
-            yield " has parts, so it has no arms, axes and claims of its own: they are its parts'."
+            yield " has parts, so it cannot have arms, axes or claims. Remove the one or the other."
         return
     if not sweep.claims:
         yield " has no claims. State at least one, with estimand and margin, before any run."
@@ -95,14 +95,14 @@ def _problems(sweep: Sweep) -> Iterator[str]:
         if claim.whose not in CLAIMANTS:
             yield f", claim {key!r}: whose={claim.whose!r}. Allowed: {', '.join(CLAIMANTS)}."
         if len(claim.margin) != 2 or not claim.margin[0] < claim.margin[1]:
-            yield f", claim {key!r}: margin={claim.margin}. Give [low, high] with low < high."
+            yield f", claim {key!r}: margin={claim.margin}. Expected [low, high] with low < high."
     if not 1 <= sweep.rounds <= MAX_ROUNDS:
-        yield f": rounds={sweep.rounds}. Plan 1 to {MAX_ROUNDS} looks at the answer."
+        yield f": rounds={sweep.rounds}. Expected 1 to {MAX_ROUNDS}."
     if not sweep.arms:
         yield " has no arms, so there is nothing to run."
     for arm, axes in sweep.arms.items():
         if not isinstance(axes, dict) or "method" not in axes:
-            yield f", arm {arm!r}: needs a method. Write `method: lora` below it."
+            yield f", arm {arm!r}: has no method. Write `method: lora` below it."
     for arm in sweep.second.arms:
         if arm not in sweep.arms:
             yield (

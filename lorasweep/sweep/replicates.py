@@ -11,10 +11,11 @@ from lorasweep.sweep.question import Replicates
 def second_stage(
     points: Sequence[Point], second: Replicates, loss: Callable[[str], float | None]
 ) -> list[Point]:
-    """Return fresh seeds at the `n_lrs` learning rates around each curve's best.
+    """Return runs with fresh seeds at the `n_lrs` learning rates around each curve's best.
 
-    `loss` gives what a run is judged by, lower is better; None for one that diverged. It is called
-    for the first stage's runs only, so that the answer does not change as the second stage fills.
+    `loss` maps a run id to its loss (lower is better), or None if the run diverged. It is called
+    for the first stage's runs only, so that the selection does not change while the second stage
+    runs.
     """
     curves: dict[tuple[str, str], dict[float, list[Point]]] = {}
     for p in points:
@@ -34,7 +35,10 @@ def second_stage(
 def _around_the_best(
     by_lr: dict[float, list[Point]], n_lrs: int, loss: Callable[[str], float | None]
 ) -> list[float]:
-    """Return `n_lrs` neighbouring rates around the one of lowest mean NLL; none if all diverged."""
+    """Return `n_lrs` neighbouring rates around the one with the lowest mean loss.
+
+    Empty if all runs diverged.
+    """
     lrs = sorted(by_lr)
     scores = [_mean([loss(p.id) for p in by_lr[lr]]) for lr in lrs]
     if not any(map(math.isfinite, scores)):

@@ -1,5 +1,7 @@
-"""What the user asked for, complete and checked; as plain values it waits in a file until a cluster
-job takes it up."""
+"""What the user requested, complete and checked.
+
+It is also written to a file as JSON, for the follow-up job on a cluster.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -22,11 +24,11 @@ class Request:
     run: str
     out: str
     sample: int
-    """Runs that action=verify trains again."""
+    """Number of runs that action=verify trains again."""
     watch: bool
-    """action=status goes on showing."""
+    """True: action=status keeps updating."""
     prune: bool
-    """Runs that are queued but no longer part of the sweep are cancelled."""
+    """True: cancel queued runs that are no longer part of the sweep."""
     scale: str
     exec: Exec
     cluster: Cluster
@@ -34,29 +36,29 @@ class Request:
     sweep: Sweep | None
     points: list[Point]
     hardware: dict[str, Any] = field(default_factory=dict)
-    """What action=plan plans for, as in conf/hardware; empty: the machine that plans."""
+    """The machine that action=plan plans for, as in conf/hardware; empty: this machine."""
     parts: list["Request"] = field(default_factory=list)
-    """Of a sweep that is made of sweeps: they are asked one after another."""
+    """For a sweep that consists of sweeps: their requests, which run one after another."""
 
     @property
     def title(self) -> str:
-        """Return the name that its reports and jobs carry."""
-        return (
-            f"{self.sweep_name}-{self.scale}" if self.sweep_name else f"single-{self.points[0].id}"
-        )
+        """Name of the reports and jobs of this request."""
+        if self.sweep_name:
+            return f"{self.sweep_name}-{self.scale}"
+        return f"single-{self.points[0].id}"
 
     def plain(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return the request as JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = {name: dataclasses.asdict(values[name]) for name in ("exec", "cluster")}
         sweep = dataclasses.asdict(self.sweep) if self.sweep else None
         points = [{"arm": p.arm, "spec": p.spec.plain()} for p in self.points]
-        del values["parts"]  # a job is given one sweep
+        del values["parts"]  # a job handles one sweep
         return {**values, **parts, "sweep": sweep, "points": points}
 
 
 def from_plain(values: dict[str, Any]) -> Request:
-    """Return the request that `Request.plain` described."""
+    """Rebuild a request from the values of `Request.plain`."""
     sweep = values["sweep"]
     if sweep is not None:
         claims = {name: Claim(**claim) for name, claim in sweep["claims"].items()}
@@ -67,7 +69,7 @@ def from_plain(values: dict[str, Any]) -> Request:
 
 
 def question(request: Request) -> dict[str, Any]:
-    """Return what the analysis must know of the sweep: plain values, kept with the report."""
+    """Return what the analysis needs of the sweep, as JSON values that are kept with the report."""
     assert request.sweep is not None, "a single run asks no question"
     sweep = dataclasses.asdict(request.sweep)
     return {

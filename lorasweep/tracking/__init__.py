@@ -1,4 +1,4 @@
-"""Where a result came from, and its mirror elsewhere.
+"""Record where a result came from, and copy results to Weights & Biases.
 
 Refuses to know how it was trained.
 """

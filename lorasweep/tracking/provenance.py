@@ -1,4 +1,4 @@
-"""Where and with what a run was made: a fixed list of facts, so that no secret leaks."""
+"""Record where and with what software a run was made: a fixed list of facts, so no secret leaks."""
 
 import json
 import os
@@ -31,12 +31,12 @@ SLURM = {
     "restart": "SLURM_RESTART_COUNT",
     "gpus": "CUDA_VISIBLE_DEVICES",
 }
-"""What is recorded of a Slurm job, and the environment variable that holds it."""
+"""What is recorded of a Slurm job, with the environment variable that it is read from."""
 
 
 @cache
 def environment() -> dict[str, Any]:
-    """Describe code, packages and machine."""
+    """Describe the code, the packages and the machine."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -65,7 +65,7 @@ def slurm_job() -> dict[str, str] | None:
 
 
 def code() -> dict[str, Any]:
-    """Describe this code: commit, whether it was edited since, and the snapshot it is from."""
+    """Describe this code: its commit, whether files were edited since, and its snapshot."""
     snapshot = Path(__file__).resolve().parents[2] / "snapshot.json"
     if snapshot.is_file():
         return json.loads(snapshot.read_bytes())
@@ -85,7 +85,7 @@ def edited() -> list[str]:
 
 
 def processor() -> str:
-    """Return the model of this machine's processor; empty where the system does not say."""
+    """Return the model of this machine's processor; empty if the system does not provide it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -96,7 +96,7 @@ def processor() -> str:
 
 
 def _git(*args: str) -> str | None:
-    """Ask git about the checkout that this package lies in; None for an installed package."""
+    """Run git in this checkout and return its output; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

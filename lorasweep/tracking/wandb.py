@@ -1,8 +1,8 @@
-"""Replay finished runs into Weights & Biases: a mirror, never the truth.
+"""Copy finished runs to Weights & Biases. The run folder stays the only source.
 
-The only importer of wandb. A W&B run for each lorasweep run, with the run's id, grouped by sweep.
-WANDB_MODE=offline needs neither network nor account. W&B's own variables (WANDB_PROJECT, WANDB_DIR,
-WANDB_ENTITY) decide where the copies go.
+The only file that imports wandb. Each run becomes a W&B run with the same id, grouped by sweep. The
+default, WANDB_MODE=offline, needs neither network nor account. The usual variables (WANDB_PROJECT,
+WANDB_DIR, WANDB_ENTITY) decide where the copies go.
 """
 
 import json
@@ -17,7 +17,7 @@ from lorasweep.sweep.names import run_names
 
 
 def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
-    """Replay the records of finished runs that were not replayed yet; return how many.
+    """Copy the finished runs that were not copied yet; return how many.
 
     Raises:
         StoreError: the package wandb is not installed.

@@ -1,4 +1,4 @@
 """Modules that hold the adapters of a whole pack side by side.
 
-Refuses to know where in a model they stand.
+Refuses to know where in a model they sit.
 """

@@ -1,10 +1,10 @@
-"""The stacked LoRA module: N members' adapters around one frozen nn.Linear, one base product for
-all.
+"""The stacked LoRA module: N members' adapters around one frozen nn.Linear.
 
-Knows tensors. Refuses to know the loop, and configuration beyond rank, scaling and seed.
-Shapes: N members, B sequences a member, T tokens, r rank, I inputs, O outputs. Hidden states carry
-the members in the batch dimension, [N*B, T, I], member by member, so the model around needs no
-change.
+The base product is computed once for all members. Knows tensors; refuses to know the training loop
+and any configuration but rank, scaling, learning rate ratio and seed.
+
+Shapes: N members, B sequences per member, T tokens, r rank, I inputs, O outputs. Hidden states are
+[N*B, T, I], sorted by member, so the rest of the model needs no change.
 """
 
 import math
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
 
 class StackedLinear(nn.Module):
-    """y = W x + scaling_n B_n A_n x for member n. Members of one rank are stacked, never padded to
-    another's.
+    """y = W x + scaling_n B_n A_n x for member n, with W (and bias) frozen.
 
-    A: one [n, r, I] a rank, B: one [n, O, r]; `ranks` says which members each holds. W (and bias)
-    stay frozen.
+    Members of the same rank are stacked; nothing is padded to another rank. For each rank there is
+    one A [n, r, I], one B [n, O, r], and in `ranks` the slice of members that they hold.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedAdapters:
-    """Trainables of a LoRA pack: a StackedLinear in the place of each chosen module of the base."""
+    """Trainables of a LoRA pack: each chosen module of the base is replaced by a StackedLinear."""
 
     stacked = True
 
@@ -63,10 +62,10 @@ class StackedAdapters:
         methods: Sequence["LoRA"],
         seeds: Sequence[int],
     ) -> None:
-        """Wrap `targets` (name -> module of `base`), members of one rank side by side.
+        """Wrap `targets` (name -> module of `base`); members of one rank must be neighbours.
 
-        A is uniform in +-1/sqrt(I) from the stream named 'init' (PEFT's kaiming_uniform with
-        a = sqrt(5) has that range), B is zero.
+        A is uniform in +-1/sqrt(I) from the stream named 'init', the range of PEFT's
+        kaiming_uniform with a = sqrt(5). B is zero.
         """
         self._base, self._originals = base, targets
         self._wrapped: dict[str, StackedLinear] = {}
@@ -96,14 +95,12 @@ class StackedAdapters:
 
     def lr_ratios(self, name: str) -> list[float]:
         _, of_member, members = self._named[name]
-        return (
-            self._lr_b[members]
-            if of_member.endswith(".B")
-            else [1.0] * (members.stop - members.start)
-        )
+        if of_member.endswith(".B"):
+            return self._lr_b[members]
+        return [1.0] * (members.stop - members.start)
 
     def _names(self) -> dict[str, tuple[nn.Parameter, str, slice]]:
-        """Name -> (tensor, its name in the state of one member, the members that it holds)."""
+        """Map each name to (tensor, its name in one member's state, the members that it holds)."""
         found = {}
         for name, module in self._wrapped.items():
             for members, a, b in zip(module.ranks, module.A, module.B):
@@ -133,42 +130,30 @@ class StackedAdapters:
 
     @torch.no_grad()
     def norms(self) -> list[dict[str, float]]:
-        """Frobenius norms over all adapted matrices of A, of B, and of the change scaling * B A."""
+        """Return each member's Frobenius norms over all matrices: of A, of B, of scaling * B A."""
         n = len(next(iter(self._wrapped.values())).scaling_N)
         sums = torch.zeros(3, n, dtype=torch.float64)
         for module in self._wrapped.values():
             for members, p, q in zip(module.ranks, module.A, module.B):
-                a, b, s = (
-                    p.double().cpu(),
-                    q.double().cpu(),
-                    module.scaling_N[members].double().cpu(),
-                )
+                a, b = p.double().cpu(), q.double().cpu()
+                s = module.scaling_N[members].double().cpu()
                 sums[0, members] += a.square().sum((1, 2))
                 sums[1, members] += b.square().sum((1, 2))
                 # |BA|_F^2 = tr(B'B AA'): r x r products instead of an O x I matrix
-                sums[2, members] += s.square() * (torch.bmm(b.mT, b) * torch.bmm(a, a.mT)).sum(
-                    (1, 2)
-                )
-        root = sums.clamp_min(0).sqrt()
-        return [
-            {
-                "norm_a": float(root[0, i]),
-                "norm_b": float(root[1, i]),
-                "norm_delta": float(root[2, i]),
-            }
-            for i in range(n)
-        ]
+                squared = (torch.bmm(b.mT, b) * torch.bmm(a, a.mT)).sum((1, 2))
+                sums[2, members] += s.square() * squared
+        roots = sums.clamp_min(0).sqrt().T.tolist()
+        return [dict(zip(("norm_a", "norm_b", "norm_delta"), root)) for root in roots]
 
     @torch.no_grad()
     def spectra(self) -> list[dict[str, dict[str, float]]]:
         found: list[dict[str, dict[str, float]]] = [{} for _ in self._lr_b]
         for name, module in self._wrapped.items():
             for members, p, q in zip(module.ranks, module.A, module.B):
-                for k, a, b in zip(
-                    range(members.start, members.stop), p.double().cpu(), q.double().cpu()
-                ):
-                    # |BA| = |R_b R_a'| with B = Q_b R_b and A' = Q_a R_a: r x r products instead of
-                    # an O x I matrix
+                numbers = range(members.start, members.stop)
+                for k, a, b in zip(numbers, p.double().cpu(), q.double().cpu()):
+                    # |BA| = |R_b R_a'| with B = Q_b R_b and A' = Q_a R_a: an r x r product instead
+                    # of an O x I matrix
                     small = torch.linalg.qr(b).R @ torch.linalg.qr(a.mT).R.mT
                     found[k][name] = {
                         "a": float(torch.linalg.matrix_norm(a, 2)),
@@ -191,21 +176,18 @@ def _runs_of_equals(values: Sequence[int]) -> list[slice]:
 def _start(
     method: "LoRA", seed: int, name: str, linear: nn.Linear
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw A [r, I] and B [O, r] of one member in float64: one of them uniform in +-1/sqrt(inputs),
-    the other zero.
+    """Draw one member's A [r, I] and B [O, r] in float64.
 
-    Rows of A come in order, so a smaller rank's A is the beginning of a larger one's.
+    One of them is uniform in +-1/sqrt(its inputs), the other zero. A is drawn row by row, so the A
+    of a smaller rank is the first rows of the A of a larger rank.
     """
-    a, b = (
-        torch.zeros(method.rank, linear.in_features).double(),
-        torch.zeros(linear.out_features, method.rank).double(),
-    )
+    a = torch.zeros(method.rank, linear.in_features, dtype=torch.float64)
+    b = torch.zeros(linear.out_features, method.rank, dtype=torch.float64)
     random = a if method.random_factor == "a" else b
     names = ("init", seed, name, method.init_seed) if method.init_seed else ("init", seed, name)
     bound = 1 / math.sqrt(random.shape[1])
-    random.copy_(
-        torch.from_numpy(stream(*names).uniform(-bound, bound, size=tuple(random.shape)))
-    ).mul_(method.init_scale)
+    drawn = stream(*names).uniform(-bound, bound, size=tuple(random.shape))
+    random.copy_(torch.from_numpy(drawn)).mul_(method.init_scale)
     return a, b
 
 

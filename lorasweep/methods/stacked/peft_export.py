@@ -1,6 +1,6 @@
 """Write one member's adapter in PEFT's format.
 
-Only writes: refuses to know how the tensors were trained.
+Refuses to know how the tensors were trained.
 """
 
 import json
@@ -15,8 +15,8 @@ def save_peft(
     """Write one member as a folder that PeftModel loads.
 
     `state`: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]. `alpha` is the numerator
-    of PEFT's scaling alpha/rank. An adapted unembedding is written too; where it is tied to the
-    embedding the adapter must never be merged.
+    of PEFT's scaling alpha/rank. An adapted unembedding is written too. If it is tied to the
+    embedding, never merge the adapter: that would change the embedding as well.
     """
     from safetensors.torch import save_file
 
@@ -25,9 +25,8 @@ def save_peft(
     for name, tensor in state.items():
         module, _, which = name.rpartition(".")
         modules.add(module.rpartition(".")[2])
-        tensors[f"base_model.model.{module}.lora_{which}.weight"] = (
-            tensor.detach().cpu().contiguous()
-        )
+        key = f"base_model.model.{module}.lora_{which}.weight"
+        tensors[key] = tensor.detach().cpu().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
