@@ -1,4 +1,4 @@
-"""Examples, in batches.
+"""Load data sets, and lay out their examples in batches.
 
 Refuses to know models and methods.
 """

@@ -1,9 +1,10 @@
-"""Examples -> arrays. Rows lie one after another, each padded on its own, so little is padded.
+"""Lay out examples as arrays: rows end to end, each padded separately, so that padding is small.
 
-Attention is causal and looks at its own row only, so no real token sees a pad or another row:
-results do not depend on the padding, nor on what else is in the batch.
-Shapes: N members, X tokens a member (its rows laid end to end), M positions a member where a
-loss-bearing token is predicted.
+Attention is causal and stays inside a row, so no real token sees padding or another row: results do
+not depend on the padding or on the other rows of the batch.
+
+Shapes: N members, X tokens per member (its rows end to end), M positions per member at which a loss
+token is predicted. Loss tokens are those that count in the loss.
 """
 
 from collections.abc import Sequence
@@ -14,34 +15,33 @@ import numpy as np
 from lorasweep.data.examples import Example
 
 PAD_TO = 16
-"""Row lengths, X and M are multiples of this. Matrix products of few widths then round alike in a
-pack and alone on many processors, but not on all: no equality of bits is promised (LOG.md)."""
+"""Row lengths, X and M are multiples of this. On many processors, but not on all, matrix products
+then round in the same way in a pack and alone (LOG.md)."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of token ids and where the loss looks; int64, weights float32."""
+    """Rows of token ids and the positions of the loss. int64, weights float32."""
 
     tokens_NX: np.ndarray
     lengths: tuple[tuple[int, ...], ...]
-    """Padded length of each row of each member, in order; they sum to X. A last row may be filler.
-    """
+    """Padded length of each row of each member. They sum to X; the last row may be filler."""
     loss_positions_NM: np.ndarray
     """Positions in X whose next token is predicted."""
     targets_NM: np.ndarray
     weight_NM: np.ndarray
-    """1, or 0 where M is filled up."""
+    """1 for a real position, 0 for filler."""
     tokens_N: tuple[int, ...]
-    """Real tokens of each member, pads left out."""
+    """Tokens of each member, without padding."""
 
     @property
     def laid_out(self) -> int:
-        """Tokens of one member, pads included."""
+        """Tokens of one member, with padding."""
         return self.tokens_NX.shape[1]
 
     @property
     def n_loss(self) -> int:
-        """Loss-bearing tokens of all members."""
+        """Number of loss tokens of all members."""
         return int(self.weight_NM.sum())
 
 
@@ -57,31 +57,20 @@ def collate(examples: Sequence[Example]) -> Batch:
         positions.append(start + at - 1)  # the logits at t-1 predict token t
         targets.append(example.tokens[at])
     count = sum(map(len, positions))
-    arrays = []
-    for values in (
-        np.concatenate(positions),
-        np.concatenate(targets),
-        np.ones(count, dtype=np.float32),
-    ):
-        arrays.append(
-            _widen(
-                values.astype(np.float32 if values.dtype == np.float32 else np.int64)[None],
-                _up(count),
-            )
-        )
+    width = _up(count)
+    loss_at = _widen(np.concatenate(positions).astype(np.int64)[None], width)
+    following = _widen(np.concatenate(targets).astype(np.int64)[None], width)
+    weight = _widen(np.ones((1, count), dtype=np.float32), width)
     n_tokens = sum(len(e.tokens) for e in examples)
-    loss_at, following, weight = arrays
     return Batch(tokens[None], (tuple(lengths),), loss_at, following, weight, (n_tokens,))
 
 
 def merge(parts: Sequence[Batch]) -> Batch:
-    """Lay the batches of members under one another, filled up to the longest."""
+    """Stack the batches of members, each filled up to the longest."""
     if len(parts) == 1:
         return parts[0]
-    x, m = (
-        max(p.tokens_NX.shape[1] for p in parts),
-        max(p.loss_positions_NM.shape[1] for p in parts),
-    )
+    x = max(p.tokens_NX.shape[1] for p in parts)
+    m = max(p.loss_positions_NM.shape[1] for p in parts)
     lengths = tuple(
         row if sum(row) == x else (*row, x - sum(row)) for part in parts for row in part.lengths
     )
@@ -96,8 +85,7 @@ def merge(parts: Sequence[Batch]) -> Batch:
 
 
 def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the batch as models of any class take it: tokens [N*B, T]; positions, targets, weight
-    [N*B, P] by row.
+    """Return the batch in the usual padded form, for models of any class.
 
     Member by member, B rows each. Filler rows are left out; a member with fewer rows than another
     gets empty ones.
@@ -123,20 +111,19 @@ def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     shape = (len(lengths), max(1, counts.max()))
     positions, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     weight = np.zeros(shape, dtype=np.float32)
-    column = np.arange(len(at)) - np.repeat(
-        np.cumsum(counts) - counts, counts
-    )  # positions are in the order of the rows
-    positions[row_of, column], targets[row_of, column], weight[row_of, column] = (
-        at - starts[row_of],
-        wanted,
-        1.0,
-    )
+    # positions are in the order of the rows
+    column = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
+    positions[row_of, column] = at - starts[row_of]
+    targets[row_of, column] = wanted
+    weight[row_of, column] = 1.0
     return tokens, positions, targets, weight
 
 
 def eval_batches(examples: Sequence[Example], n_tokens: int) -> list[Batch]:
-    """Group examples of like length into batches of at most about `n_tokens` padded tokens; the
-    order is fixed."""
+    """Group examples of similar length into batches of about `n_tokens` padded tokens at most.
+
+    The order is fixed.
+    """
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
     batches: list[Batch] = []
     group: list[int] = []

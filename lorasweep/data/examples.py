@@ -1,7 +1,7 @@
 """Examples, and the order in which they are seen.
 
-Refuses to know methods and learning rates: every arm asks for example i of (data set, split, seed)
-and gets the same one.
+Refuses to know methods and learning rates: example i of (data set, split, seed) is the same in
+every arm.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,19 +13,20 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
 CHUNK = 256
-"""Generated sequences are drawn in chunks of this many, so that example i needs no earlier example.
-"""
+"""Sequences per chunk. Each chunk is generated independently, so example i needs no earlier one."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence. tokens: int32 [T]. loss: bool [T]; loss[t] says that predicting tokens[t]
-    counts."""
+    """One sequence.
+
+    tokens: int32 [T]. loss: bool [T]; loss[t] is True if the prediction of tokens[t] counts.
+    """
 
     tokens: np.ndarray
     loss: np.ndarray
     n_bytes: int | None = None
-    """UTF-8 bytes of the text that bears loss; None where tokens are no text."""
+    """UTF-8 bytes of the text that counts in the loss; None if the tokens are not text."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,15 @@ class Data:
     n_train: int | None
     """Rows in the training split; None: unlimited (generated)."""
     retain: Sequence[Example] = ()
-    """Held-out examples of what the base was pretrained on: what fine-tuning may make it forget."""
+    """Held-out examples of the pretraining data, to measure what fine-tuning forgets."""
     entropy_floor_nats: float | None = None
-    """Mean -log p of the test tokens under the generator itself: the lowest NLL there is, in nats.
-    """
+    """Mean -log p of the test tokens under the true generator, in nats: the lowest possible NLL."""
 
 
 def shuffled(
     spec: DatasetSpec, rows: Sequence[Example]
 ) -> Callable[[int, int, int], list[Example]]:
-    """Give rows in a new order each epoch; the order depends on (data set, split, seed) alone."""
+    """Serve rows in a new order each epoch. The order depends only on data set, split and seed."""
     orders: dict[tuple[int, int], np.ndarray] = {}
 
     def train(seed: int, start: int, count: int) -> list[Example]:
@@ -66,7 +66,7 @@ def shuffled(
 def generated(
     spec: DatasetSpec, split: str, draw: Callable[[np.random.Generator, int], list[Example]]
 ) -> Callable[[int, int, int], list[Example]]:
-    """Give generated examples by index: chunk k of a seed is drawn from its own named stream.
+    """Serve generated examples by index: each chunk of a seed has its own random stream.
 
     With `n_train` there are that many rows, the same for every seed, in a new order each epoch.
     """

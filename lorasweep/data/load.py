@@ -1,6 +1,6 @@
-"""Load a data set: find its source, give its training examples by index and its held-out examples.
+"""Load a data set: training examples by index, and held-out examples.
 
-Needs a tokenizer for text; no torch.
+Needs a tokenizer for text; needs no torch.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,17 @@ from lorasweep.spec.dataset import DatasetSpec
 
 
 def load(spec: DatasetSpec, data_dirs: Sequence[str], tokenizer: Any = None) -> Data:
-    """Load a data set. `tokenizer` is needed for text, and not looked at for synthetic tokens."""
+    """Load a data set. `tokenizer` is needed for text only.
+
+    Raises:
+        DataError: the data set is missing or cannot be used.
+    """
     if spec.source == "synthetic":
         return _generator(spec.location).load(spec)
     if tokenizer is None:
         raise DataError(
-            f"dataset {spec.name!r} is text, but the model has no tokenizer. Use a model with one "
-            "(source hub, folder or gguf), or a synthetic data set (dialect, skills)."
+            f"dataset {spec.name!r} is text, but the model has no tokenizer. Choose a model with a "
+            "tokenizer (source hub, folder or gguf), or a synthetic data set (dialect, skills)."
         )
     train = text.examples(spec, spec.train_split, data_dirs, tokenizer, spec.n_train)
     test = text.examples(spec, spec.test_split, data_dirs, tokenizer, spec.n_test)
@@ -28,10 +32,12 @@ def load(spec: DatasetSpec, data_dirs: Sequence[str], tokenizer: Any = None) -> 
 
 
 def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
-    """Raise DataError if a data set of local files is not there (saying how to get it) or a row is
-    unreadable.
+    """Check that a data set of local files is there and that its rows can be read.
 
-    Needs no tokenizer: whether a row has a token that bears loss is seen when the split is loaded.
+    Needs no tokenizer. Whether each row has a loss token is checked when the split is loaded.
+
+    Raises:
+        DataError: files are missing (the message tells how to get them) or a row is unreadable.
     """
     if spec.source == "synthetic":
         _generator(spec.location).check(spec)

@@ -1,7 +1,7 @@
-"""Rows of text -> token ids and loss mask: JSON Lines files and hub data sets, prompts or messages.
+"""Tokenize rows of text from JSON Lines files and hub data sets: prompts or messages.
 
-Every row is read and checked when the split is loaded, before a run starts: an unreadable row, or
-one on which no token would bear loss, is an error that names file and line.
+Every row is checked when the split is loaded, before a run starts. An unreadable row, or one
+without a loss token, is an error that names file and line.
 """
 
 import hashlib
@@ -31,18 +31,25 @@ def examples(
             break
         found.append(_example(spec, row, tokenizer, where))
     if not found:
-        raise DataError(f"dataset {spec.name!r}, split {split!r}: no rows.")
+        raise DataError(
+            f"dataset {spec.name!r}, split {split!r}: no rows. Set train_split and test_split to "
+            "splits that have rows."
+        )
     return found
 
 
 def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Path:
-    """Find <data_dir>/<location>/<split>.jsonl and check the file against the pinned revision."""
+    """Find <data_dir>/<location>/<split>.jsonl and check it against the pinned revision.
+
+    Raises:
+        DataError: the file is missing, or it is not the pinned one.
+    """
     tried = [Path(folder).expanduser() / spec.location / f"{split}.jsonl" for folder in data_dirs]
     path = next((p for p in tried if p.is_file()), None)
     if path is None:
         raise DataError(
-            f"dataset {spec.name!r}: no file {' or '.join(map(str, tried))}. Put it there, or name "
-            f"its folder: exec.data_dir=[FOLDER] with FOLDER/{spec.location}/{split}.jsonl."
+            f"dataset {spec.name!r}: no file {' or '.join(map(str, tried))}. Put it there, or set "
+            f"exec.data_dir=[FOLDER] for FOLDER/{spec.location}/{split}.jsonl."
         )
     if spec.revision.startswith("sha256:"):
         wanted = dict(part.split("=") for part in spec.revision[7:].split(",")).get(split)
@@ -50,14 +57,18 @@ def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Path:
         if wanted and wanted != got:
             raise DataError(
                 f"dataset {spec.name!r}: {path} has sha256 {got}..., but the revision in "
-                f"conf/dataset pins {wanted}. Get the pinned file, or write a dataset file of your "
-                "own with another name and revision."
+                f"conf/dataset pins {wanted}. Get the pinned file, or write your own dataset file "
+                "with another name and revision."
             )
     return path
 
 
 def check_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> None:
-    """Read every row of a local split and check its fields; DataError names file and line."""
+    """Read every row of a local split and check its fields.
+
+    Raises:
+        DataError: a row cannot be used; the message names file and line.
+    """
     for where, row in _rows(spec, split, data_dirs):
         if spec.format == "messages":
             _message_parts(spec, row, where)
@@ -91,17 +102,16 @@ def _rows(
             split=spec.train_split if spec.holdout else split,
             revision=spec.revision or None,
         )
-        if (
-            spec.holdout
-        ):  # mixtures lie source by source: shuffled first, or the held-out rows are of one
+        if spec.holdout:
+            # mixtures are sorted by source: without a shuffle all held-out rows share a source
             rows = rows.shuffle(seed=0)
             test = range(min(spec.holdout, len(rows)))
             rows = rows.select(test if split == spec.test_split else range(len(test), len(rows)))
     except Exception as error:
         raise DataError(
             f"dataset {spec.name!r}: cannot load {spec.location!r} from the hub "
-            f"({type(error).__name__}: {error}). Check the network, log in if it is gated, or use "
-            "local files: a dataset with source=jsonl."
+            f"({type(error).__name__}: {error}). Check the network, log in if access is "
+            "restricted, or use local files: a dataset with source=jsonl."
         ) from error
     for number, row in enumerate(rows):
         yield f"{spec.location}[{split}] row {number}", row
@@ -111,13 +121,14 @@ def _field(row: Any, name: str, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(name), str):
         keys = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(
-            f"{where}: no text field {name!r}. The row has: {keys}. Set the field in conf/dataset."
+            f"{where}: no text field {name!r}. The row has: {keys}. Set prompt_field and "
+            "completion_field in the dataset file."
         )
     return row[name]
 
 
 def _example(spec: DatasetSpec, row: dict[str, Any], tokenizer: Any, where: str) -> Example:
-    """Tokenize one row. Parts are tokenized apart, so that the mask falls on token borders."""
+    """Tokenize one row, part by part, so that the loss mask falls on token borders."""
     if spec.format == "messages":
         parts = _message_parts(spec, row, where)
     else:
@@ -135,19 +146,17 @@ def _example(spec: DatasetSpec, row: dict[str, Any], tokenizer: Any, where: str)
         loss += [counts] * len(piece)
         n_bytes += len(text.encode()) if counts else 0
     cut = len(ids) > spec.max_length
-    tokens, mask = (
-        np.array(ids[: spec.max_length], dtype=np.int32),
-        np.array(loss[: spec.max_length], dtype=bool),
-    )
+    tokens = np.array(ids[: spec.max_length], dtype=np.int32)
+    mask = np.array(loss[: spec.max_length], dtype=bool)
     if len(mask):
-        mask[0] = False  # nothing stands before the first token
+        mask[0] = False  # nothing predicts the first token
     if not mask.any():
         raise DataError(
-            f"{where}: no token bears loss (mask={spec.mask}, {len(ids)} tokens, "
+            f"{where}: no token counts in the loss (mask={spec.mask}, {len(ids)} tokens, "
             f"max_length={spec.max_length}). "
             "Remove the row, raise max_length, or change the mask."
         )
-    if cut:  # bytes of the part that was kept, so that bits per byte stay right
+    if cut:  # count the bytes of the part that was kept, so that bits per byte are right
         kept = [t for t, m in zip(tokens, mask) if m]
         n_bytes = len(tokenizer.decode(kept, skip_special_tokens=True).encode())
     return Example(tokens=tokens, loss=mask, n_bytes=n_bytes)
@@ -156,11 +165,13 @@ def _example(spec: DatasetSpec, row: dict[str, Any], tokenizer: Any, where: str)
 def _message_parts(
     spec: DatasetSpec, row: dict[str, Any], where: str
 ) -> list[tuple[str, bool, bool]]:
-    """Render messages as 'Role: text', the plain form that the study's authors used for base
-    models."""
+    """Render messages as 'Role: text', the form that the study's authors used for base models."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise DataError(f"{where}: format=messages needs a list 'messages' of {{role, content}}.")
+        raise DataError(
+            f"{where}: format=messages expects a list 'messages' of {{role, content}}. Correct the "
+            "row, or set format=prompt_completion."
+        )
     last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=None)
     parts: list[tuple[str, bool, bool]] = []
     for i, message in enumerate(messages):

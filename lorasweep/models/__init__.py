@@ -1,4 +1,4 @@
-"""A base model: found, loaded, checked, its matrices named.
+"""Find, load and check base models, and run them.
 
-Refuses to know how it is trained and on what.
+Refuses to know how they are trained and on what.
 """

@@ -1,4 +1,4 @@
-"""Which numerical backend a loaded model is computed by: recorded with every result."""
+"""Name the numerical backend of a loaded model, which is recorded with every result."""
 
 from torch import nn
 
@@ -6,6 +6,6 @@ from lorasweep.models.cpu_llama.model import cpu_llama_for
 
 
 def backend(model: nn.Module) -> str:
-    """Name the forward passes and the device: 'cpu_llama on cpu', 'transformers on cuda'."""
+    """Name the implementation and the device: 'cpu_llama on cpu', 'transformers on cuda'."""
     passes = "transformers" if cpu_llama_for(model) is None else "cpu_llama"
     return f"{passes} on {next(model.parameters()).device.type}"

@@ -1,7 +1,7 @@
-"""Base models: find and load the weights, check them against their described shape.
+"""Find and load the weights of base models, and check their shape.
 
-Knows four sources: hub, folder, GGUF file, and recipe (`lorasweep.train.pretrain` must have trained
-it before). Refuses to know methods and data.
+Knows four sources: hub, folder, GGUF file, and recipe (which `lorasweep.train.pretrain` must have
+trained before). Refuses to know methods and data.
 """
 
 import hashlib
@@ -20,24 +20,32 @@ from lorasweep.spec.model import ModelSpec
 
 @dataclass
 class Base:
-    """A loaded base model. `sha256` is over its weights: two bases are never mixed in one curve."""
+    """A loaded base model. `sha256` of its weights shows that all runs of a curve share a base."""
 
     model: Any
     tokenizer: Any
     sha256: str
     start_nll: dict[str, float] = field(default_factory=dict)
-    """Held-out NLL before training, by data set and precision: the same for every run, measured
-    once."""
+    """Held-out NLL before training, by data set and precision. It is the same for every run, so it
+    is measured once."""
 
 
 def check_available(spec: ModelSpec, models_dirs: Sequence[str]) -> None:
-    """Raise ModelError, saying how to get them, if local weights are not there. Loads nothing."""
+    """Check that local weights are there. Loads nothing.
+
+    Raises:
+        ModelError: they are not; the message tells how to get them.
+    """
     if spec.source in ("folder", "gguf"):
         find(spec, models_dirs)
 
 
 def find(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
-    """Find the folder or file of a local model."""
+    """Find the folder or file of a local model.
+
+    Raises:
+        ModelError: it is missing; the message tells how to get it.
+    """
     tried = [Path(folder).expanduser() / spec.location for folder in models_dirs]
     for path in tried:
         if path.is_file() if spec.source == "gguf" else (path / "config.json").is_file():
@@ -45,12 +53,16 @@ def find(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     get = "run `make weights`" if "SmolLM2" in spec.location else "put the weights there"
     raise ModelError(
         f"model {spec.name!r}: no {spec.source} at {' or '.join(map(str, tried))}. To get it, "
-        f"{get}, or name its folder: exec.models_dir=[FOLDER]."
+        f"{get}, or set exec.models_dir=[FOLDER]."
     )
 
 
 def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -> Base:
-    """Load a base in the master-weight type of `precision`, in eval mode, its shape checked."""
+    """Load a base model in the master type of `precision`, in eval mode, and check its shape.
+
+    Raises:
+        ModelError: the weights are missing, or do not have the described shape.
+    """
     import torch
     import transformers
 
@@ -73,8 +85,8 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
         except OSError as error:
             raise ModelError(
                 f"model {spec.name!r}: cannot load {spec.location!r} from the hub ({error}). "
-                "Check the network and access rights, or use local weights: a model "
-                "file with source=folder."
+                "Check the network and access rights, or use local weights: a model file in "
+                "conf/model with source=folder."
             ) from error
     model = model.to(dtype).eval()
     if torch.cuda.is_available():
@@ -111,9 +123,11 @@ def _from_transformers(name: str, revision: str | None) -> tuple[Any, Any]:
 
 
 def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
-    """Convert a GGUF file once: a loaded one counts as quantised and cannot be saved, so the same
-    class is built from its config without the quantisation entry. Cached as safetensors beside the
-    recipes."""
+    """Convert a GGUF file to safetensors, cached in the first models folder.
+
+    transformers refuses to save a model that was loaded from GGUF, because it counts as quantised.
+    So the weights are copied into a new model without the quantisation entry in its config.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,7 +136,7 @@ def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     if spec.revision not in ("", f"sha256:{digest}"):
         raise ModelError(
             f"model {spec.name!r}: {path} is sha256:{digest}, but conf/model pins {spec.revision}. "
-            "Get the pinned file, or write a model file of your own with another name and revision."
+            "Get the pinned file, or write your own model file with another name and revision."
         )
     cache = Path(models_dirs[0]).expanduser() / f"{path.stem}-{digest[:12]}"
     if (cache / "config.json").is_file():
@@ -139,7 +153,7 @@ def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     tokenizer.save_pretrained(partial)
     try:
         os.rename(partial, cache)
-    except OSError:  # another process was first
+    except OSError:  # another process was faster
         shutil.rmtree(partial, ignore_errors=True)
         if not (cache / "config.json").is_file():
             raise
@@ -147,7 +161,11 @@ def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
 
 
 def check_shape(model: Any, spec: ModelSpec) -> None:
-    """Raise ModelError if the loaded model is not what conf/model describes."""
+    """Check that the loaded model has the shape that conf/model describes.
+
+    Raises:
+        ModelError: it has not.
+    """
     config = model.config
     got = {
         "hidden_size": config.hidden_size,
@@ -160,13 +178,13 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
     wrong = [f"{k} is {got[k]}, described as {want[k]}" for k in got if got[k] != want[k]]
     if wrong:
         raise ModelError(
-            f"model {spec.name!r} differs from its file in conf/model: {'; '.join(wrong)}."
+            f"model {spec.name!r} differs from its file in conf/model: {'; '.join(wrong)}. Correct "
+            "the file, or get the weights that it describes."
         )
 
 
 def weights_sha256(model: Any) -> str:
-    """Hash names, shapes and values of all parameters, in float32, so that two loads can be
-    compared."""
+    """Hash names, shapes and float32 values of all parameters, to compare two loaded models."""
     import torch
 
     digest = hashlib.sha256()

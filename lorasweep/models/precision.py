@@ -1,13 +1,13 @@
-"""What a precision means: the type of the master weights and the context of forward passes."""
+"""Define each precision: the type of the master weights and the context of forward passes."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 MASTER_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-"""bf16 is autocast over fp32 master weights, in every arm."""
+"""Type of the weights. bf16 means autocast over fp32 master weights, in every arm."""
 COMPUTE_DTYPES = {**MASTER_DTYPES, "bf16": torch.bfloat16}
-"""Type of the activations and of the weights' copies in matrix products."""
+"""Type of activations and weight copies in matrix products."""
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

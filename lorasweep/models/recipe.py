@@ -1,6 +1,6 @@
-"""A recipe's base: the name of its weights file, where it lies, and its untrained model.
+"""The base model of a recipe: its weights file and its untrained model.
 
-Refuses to know how it is trained (`lorasweep.train.pretrain` does that, before loading).
+Refuses to know how it is trained: `lorasweep.train.pretrain` does that.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ SHIPPED = Path(__file__).parent / "bases"
 
 
 def file_name(spec: ModelSpec) -> str:
-    """Name the weights file of a recipe: readable, and changed by any change of recipe or shape."""
+    """Name the weights file of a recipe: model name and a hash of the recipe and the shape."""
     fields = spec.plain()
     for name in ("location", "revision", "attention", "mlp", "unembedding"):
         fields.pop(name)
@@ -28,13 +28,13 @@ def file_name(spec: ModelSpec) -> str:
 
 
 def find_weights(spec: ModelSpec, models_dirs: Sequence[str]) -> Path | None:
-    """Find a recipe's weights in the package or a models folder; None if they are in neither."""
+    """Find the weights of a recipe in the package or a models folder; None if there are none."""
     folders = [SHIPPED, *(Path(d).expanduser() for d in models_dirs)]
     return next((f / file_name(spec) for f in folders if (f / file_name(spec)).is_file()), None)
 
 
 def empty_model(spec: ModelSpec) -> "LlamaForCausalLM":
-    """Build the Llama model of the described shape; its weights are transformers' random start."""
+    """Build an untrained Llama of the described shape, with transformers' random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""Which matrices of a loaded model the layer sets name: what a method is handed to train or adapt.
+"""Find the matrices of a loaded model that layer sets name, for a method to train or adapt.
 
 Refuses to know methods.
 """
@@ -12,7 +12,7 @@ from lorasweep.spec.model import ModelSpec
 def find_targets(
     model: nn.Module, spec: ModelSpec, layers: tuple[str, ...]
 ) -> dict[str, nn.Linear]:
-    """Return name -> nn.Linear of each matrix in the layer sets.
+    """Map names to nn.Linear modules for each matrix in the layer sets.
 
     Raises:
         ModelError: a matrix is missing or is not an nn.Linear.
@@ -26,9 +26,9 @@ def find_targets(
         count = sum(m.count for m in spec.matrices((layer_set,)))
         if wrong or len(matching) != count:
             raise ModelError(
-                f"model {spec.name!r}: layer set {layer_set!r} should be {count} nn.Linear modules "
-                f"named {sorted(names)}; found {len(matching)}, of which not nn.Linear: "
-                f"{wrong[:3] or 'none'}. Fused experts are not supported: leave that layer set out "
+                f"model {spec.name!r}: layer set {layer_set!r}: expected {count} nn.Linear modules "
+                f"named {sorted(names)}, found {len(matching)}, of which not nn.Linear: "
+                f"{wrong[:3] or 'none'}. Fused experts are not supported: leave this layer set out "
                 "of method.layers, or use a dense model."
             )
         found |= linears

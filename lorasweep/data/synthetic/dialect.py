@@ -1,9 +1,9 @@
-"""`dialect`: a language of 32 symbols whose entropy is known, and a dialect of it to be learned.
+"""`dialect`: a language of 32 symbols with known entropy, and a dialect of it to learn.
 
-P(next | a, b, c) comes from low-rank features of the two last symbols and a Zipf prior; 30% of the
-32^3 contexts carry a memorised next symbol with mass 0.8. The base model is pretrained on the
-language (rule_shift and new_exceptions 0). The dialect draws new feature rows for a part of the
-symbols (a shared shift of the rules) and replaces a part of the exceptions (a tail of facts).
+P(next | a, b, c) comes from low-rank features of the last two symbols and a Zipf prior. In 30% of
+the 32^3 contexts a memorised next symbol has probability mass 0.8. The base model is pretrained on
+the language (rule_shift and new_exceptions 0). The dialect draws new feature rows for some symbols
+(a shared shift of the rules) and replaces some of the exceptions (a tail of facts).
 """
 
 import numpy as np
@@ -21,12 +21,12 @@ DEFAULTS = {
     "mass": 0.8,  # probability of a memorised symbol
     "sharpness": 2.0,  # standard deviation of the rule's logits
     "features": 8.0,  # rank of the rule
-    "language": 0.0,  # number of the language: another base language, another dialect of it
+    "language": 0.0,  # seed of the language; another value is another language with its dialect
 }
 
 
 def load(spec: DatasetSpec) -> Data:
-    """Make the language of `spec.generator_params`, held-out sequences and their entropy."""
+    """Make the language of `spec.generator_params`, its held-out sequences and their entropy."""
     table = transition(spec.generator_params, where=f"dataset {spec.name!r}")
     length = spec.max_length
 
@@ -54,7 +54,11 @@ def load(spec: DatasetSpec) -> Data:
 
 
 def check(spec: DatasetSpec) -> None:
-    """Raise DataError for parameters that make no language."""
+    """Check the generator parameters.
+
+    Raises:
+        DataError: one is unknown or out of range.
+    """
     _checked(spec.generator_params, f"dataset {spec.name!r}")
 
 
@@ -89,7 +93,7 @@ def transition(params: dict[str, float], where: str = "dialect") -> np.ndarray:
 def _checked(params: dict[str, float], where: str) -> dict[str, float]:
     for key in params:
         if key not in DEFAULTS:
-            raise DataError(f"{where}: knobs.{key} is unknown. Known: {', '.join(DEFAULTS)}.")
+            raise DataError(f"{where}: knobs.{key} is unknown. Allowed: {', '.join(DEFAULTS)}.")
     k = {**DEFAULTS, **params}
     for key in ("rule_shift", "new_exceptions", "exceptions", "mass"):
         if not 0 <= k[key] <= 1:

@@ -1,10 +1,10 @@
-"""`facts`: keys of three symbols, values of four symbols out of 16, drawn evenly: 16 bits a fact,
-exactly.
+"""`facts`: random key-value pairs of exactly 16 bits each, to measure how much a method can store.
 
-A base model is pretrained on the same format, with facts that never come again (facts=0) or
-with a set of its own among such (facts, set, fresh); its NLL on the values of other facts is their
-entropy, ln 16 a symbol, and every bit below that was stored by fine-tuning. Held-out rows are the
-trained facts themselves: what is measured is storage. Rows of `n_retain` hold facts that are never
+A key has three symbols, a value four symbols out of 16, drawn uniformly. The base model is
+pretrained on the same format, either with facts that never repeat (facts=0) or with a fixed set of
+facts among them (facts, set, fresh). Its NLL on the values of other facts is their entropy, ln 16
+per symbol, so every bit below that was stored by fine-tuning. Held-out rows are the trained facts
+themselves, because storage is what is measured. Rows of `n_retain` hold facts that are never
 trained.
 """
 
@@ -21,42 +21,48 @@ VALUES, KEYS, SEPARATOR = 16, 31, 47
 VOCAB = 48
 KEY, VALUE = 3, 4
 FACT = 1 + KEY + VALUE
-"""Symbols a fact: a separator, the key, the value."""
+"""Symbols per fact: a separator, the key, the value."""
 BITS = VALUE * math.log2(VALUES)
 DEFAULTS = {
-    "facts": 512.0,  # facts to be stored; 0: new ones in every row
-    "set": 0.0,  # number of the set of facts
-    # share of training rows that hold facts never shown again: for pretraining a base that knows
-    # some facts
+    "facts": 512.0,  # number of facts to store; 0: new facts in every row
+    "set": 0.0,  # seed of the set of facts
+    # share of training rows with facts that never repeat, to pretrain a base that knows some facts
     "fresh": 0.0,
 }
 
 
 def check(spec: DatasetSpec) -> None:
-    """Raise DataError for parameters or lengths that make no task."""
+    """Check the generator parameters and the row length.
+
+    Raises:
+        DataError: one is unknown or out of range.
+    """
     where = f"dataset {spec.name!r}"
     for key in spec.generator_params:
         if key not in DEFAULTS:
-            raise DataError(f"{where}: knobs.{key} is unknown. Known: {', '.join(DEFAULTS)}.")
+            raise DataError(f"{where}: knobs.{key} is unknown. Allowed: {', '.join(DEFAULTS)}.")
     count = {**DEFAULTS, **spec.generator_params}["facts"]
     row = spec.max_length // FACT
     if spec.max_length % FACT:
         raise DataError(
-            f"{where}: max_length={spec.max_length} must be a multiple of {FACT}, a fact's symbols."
+            f"{where}: max_length={spec.max_length}. Allowed: a multiple of {FACT} (symbols per "
+            "fact)."
         )
     fresh = {**DEFAULTS, **spec.generator_params}["fresh"]
     if not 0 <= fresh <= 1:
-        raise DataError(f"{where}: knobs.fresh={fresh:g}. Allowed: a share, 0 to 1.")
+        raise DataError(f"{where}: knobs.fresh={fresh:g}. Allowed: 0 to 1.")
     if count < 0 or count % row or count > KEYS**KEY // 2:
         raise DataError(
-            f"{where}: knobs.facts={count:g}. Allowed: 0, or a multiple of {row} (the facts of a "
+            f"{where}: knobs.facts={count:g}. Allowed: 0, or a multiple of {row} (the facts per "
             f"row) up to {KEYS**KEY // 2}."
         )
 
 
 def load(spec: DatasetSpec) -> Data:
-    """Make the facts and their rows. The loss looks at values, or under mask=all at every symbol
-    but the first."""
+    """Make the facts and their rows.
+
+    The loss covers the values, or with mask=all every symbol but the first.
+    """
     check(spec)
     params = {**DEFAULTS, **spec.generator_params}
     count, row = int(params["facts"]), spec.max_length // FACT
@@ -74,15 +80,16 @@ def load(spec: DatasetSpec) -> Data:
     unseen = spec.n_retain * row
     if count + unseen > KEYS**KEY:
         raise DataError(
-            f"dataset {spec.name!r}: n_retain={spec.n_retain} leaves too few keys for "
-            f"{count} facts: there are {KEYS**KEY} keys, and a row takes {row}."
+            f"dataset {spec.name!r}: n_retain={spec.n_retain} leaves too few keys for {count} "
+            f"facts. There are {KEYS**KEY} keys, and each row needs {row}: lower n_retain or "
+            "knobs.facts."
         )
     number = rng.permutation(KEYS**KEY)[: count + unseen]
     keys = VALUES + np.stack([number // KEYS**k % KEYS for k in range(KEY)], 1)
     values = rng.integers(VALUES, size=(count + unseen, VALUE))
 
     def train(seed: int, start: int, rows: int) -> list[Example]:
-        """Every epoch shows each fact once, in a new order, whatever row an epoch ends in."""
+        """Serve each fact once per epoch, in a new order; an epoch may end inside a row."""
         order = np.arange(start * row, (start + rows) * row)
         epochs = {
             int(e): stream("data", spec.name, spec.train_split, seed, int(e)).permutation(count)
@@ -91,7 +98,7 @@ def load(spec: DatasetSpec) -> Data:
         picked = np.array([epochs[p // count][p % count] for p in order.tolist()])
         shown_keys, shown_values = keys[picked], values[picked]
         for k in range(rows if params["fresh"] else 0):
-            # a stream for each row, so that a row is the same in every batch that holds it
+            # one stream per row, so that a row is the same in every batch
             rng = stream("data", spec.name, spec.train_split, "fresh", seed, start + k)
             if rng.random() < params["fresh"]:
                 here = slice(k * row, (k + 1) * row)
@@ -112,9 +119,7 @@ def load(spec: DatasetSpec) -> Data:
 def _rows(keys: np.ndarray, values: np.ndarray, spec: DatasetSpec) -> list[Example]:
     facts = np.concatenate([np.full((len(keys), 1), SEPARATOR), keys, values], 1).astype(np.int32)
     row = spec.max_length // FACT
-    loss = (
-        np.tile(np.arange(FACT) > KEY, row)
-        if spec.mask != "all"
-        else np.arange(spec.max_length) > 0
-    )
+    loss = np.tile(np.arange(FACT) > KEY, row)
+    if spec.mask == "all":
+        loss = np.arange(spec.max_length) > 0
     return [Example(tokens=tokens, loss=loss) for tokens in facts.reshape(-1, spec.max_length)]

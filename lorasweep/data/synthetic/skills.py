@@ -1,7 +1,6 @@
-"""`skills`: short symbolic tasks in one answer format: copy, reverse, sort, addition, word
-problems.
+"""`skills`: short symbolic tasks: copy, reverse, sort, addition, word problems.
 
-Characters are the tokens. The base model is pretrained on easier instances in the same format
+Each character is a token. The base model is pretrained on easier instances in the same format
 (difficulty 1), so that fine-tuning (difficulty 2) teaches the skill and not the format.
 """
 
@@ -13,7 +12,7 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789+-*=:>.?"
-VOCAB = 48  # the alphabet, rounded up; spare symbols are never used
+VOCAB = 48  # the alphabet, rounded up; the extra symbols are never used
 DEFAULTS = {"difficulty": 2.0}
 _INDEX = {char: i for i, char in enumerate(ALPHABET)}
 _NAMES = ("ann", "bob", "eve", "tom", "sue", "max")
@@ -21,16 +20,21 @@ _THINGS = ("nuts", "pens", "cups", "hats")
 
 
 LONGEST = 48
-"""Symbols of the longest instance (46 seen): a shorter max_length would cut answers off."""
+"""Bound on the symbols of an instance (the longest seen has 46). A shorter max_length would cut
+answers off."""
 DIFFICULTIES = (1, 2, 3)
 
 
 def check(spec: DatasetSpec) -> None:
-    """Raise DataError for parameters or lengths that make no task."""
+    """Check the generator parameters and the row length.
+
+    Raises:
+        DataError: one is unknown or out of range.
+    """
     for key in spec.generator_params:
         if key not in DEFAULTS:
             raise DataError(
-                f"dataset {spec.name!r}: knobs.{key} is unknown. Known: {', '.join(DEFAULTS)}."
+                f"dataset {spec.name!r}: knobs.{key} is unknown. Allowed: {', '.join(DEFAULTS)}."
             )
     difficulty = {**DEFAULTS, **spec.generator_params}["difficulty"]
     if difficulty not in DIFFICULTIES:
@@ -45,7 +49,10 @@ def check(spec: DatasetSpec) -> None:
 
 
 def load(spec: DatasetSpec) -> Data:
-    """Make the task. The loss looks at the answer and its line end, or under mask=all at all."""
+    """Make the task.
+
+    The loss covers the answer and its line end, or with mask=all every symbol but the first.
+    """
     check(spec)
     difficulty = int({**DEFAULTS, **spec.generator_params}["difficulty"])
 
@@ -53,11 +60,9 @@ def load(spec: DatasetSpec) -> Data:
         return [_example(*instance(rng, difficulty), spec) for _ in range(count)]
 
     test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
-    retain = (
-        draw(stream("data", spec.name, "retain"), spec.n_retain, DIFFICULTIES[0])
-        if spec.n_retain
-        else ()
-    )
+    retain: list[Example] = []
+    if spec.n_retain:
+        retain = draw(stream("data", spec.name, "retain"), spec.n_retain, DIFFICULTIES[0])
     return Data(
         train=generated(spec, spec.train_split, draw),
         test=test,
@@ -67,16 +72,13 @@ def load(spec: DatasetSpec) -> Data:
 
 
 def instance(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
-    """Draw one (prompt, answer). Each of the five skills comes up equally often."""
+    """Draw one (prompt, answer). All five skills are equally likely."""
     kind = int(rng.integers(5))
     if kind < 3:
         n = int(rng.integers(2 * difficulty, 2 + 4 * difficulty))
         letters = [chr(97 + int(i)) for i in rng.integers(26, size=n)]
-        name, answer = (
-            ("copy", letters),
-            ("reverse", letters[::-1]),
-            ("sort", sorted(letters)),
-        )[kind]
+        name = ("copy", "reverse", "sort")[kind]
+        answer = (letters, letters[::-1], sorted(letters))[kind]
         return f"{name} {''.join(letters)}>", "".join(answer)
     top = 10**difficulty
     a, b = (int(x) for x in rng.integers(1, top, size=2))

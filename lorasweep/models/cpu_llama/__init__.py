@@ -1,4 +1,4 @@
-"""Llama's forward and backward pass written by hand for CPUs.
+"""Llama's forward and backward pass, hand-written for CPUs.
 
 Refuses to know anything but a batch and the weights.
 """

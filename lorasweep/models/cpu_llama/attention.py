@@ -1,9 +1,11 @@
-"""Causal attention with rotary positions over rows of several lengths, and its way back by hand.
+"""Causal attention with rotary positions over rows of different lengths, with its backward pass.
 
-Rows of like length are one batch of products; most of the scores that causality forbids are never
-computed. Where no gradient is wanted, torch's scaled_dot_product_attention is faster and used.
-Shapes: N members, X tokens a member, R rows of a class of length T, P tokens of all classes, S = R
-x kv heads, G query heads a kv head, d head size, C = (heads + 2 kv heads) x d.
+Rows are grouped into length classes, and each class is one batched product. Most of the scores that
+the causal mask would hide are never computed. Without gradients, torch's
+scaled_dot_product_attention is used, which is faster.
+
+Shapes: N members, X tokens per member, R rows of a class of length T, P tokens of all classes, S =
+R x kv heads, G query heads per kv head, d head size, C = (heads + 2 kv heads) x d.
 """
 
 from typing import Any, NamedTuple
@@ -15,11 +17,11 @@ import torch.nn.functional as F
 from lorasweep.data.batches import Batch
 
 ATTENTION_BLOCK = 256
-"""Queries at a time: beyond it half of the scores is skipped (LOG.md)."""
+"""Queries per block. In longer rows up to half of the scores are skipped (LOG.md)."""
 
 
 class Heads(NamedTuple):
-    """How the outputs of q/k/v are cut."""
+    """Number and size of the heads in the q/k/v outputs."""
 
     n: int
     """Query heads."""
@@ -29,8 +31,11 @@ class Heads(NamedTuple):
 
 
 def row_class(length: int) -> int:
-    """Return the length to which a row is filled up for attention: few classes, at most a third of
-    filler. It depends on the row alone, not on the batch around it."""
+    """Return the length class of a row, to which it is filled up for attention.
+
+    There are few classes, and at most a third is filler. The class depends only on the row, not on
+    its batch.
+    """
     step = 16
     while length > 4 * step:
         step *= 2
@@ -38,23 +43,22 @@ def row_class(length: int) -> int:
 
 
 class Rows:
-    """Where a batch's rows lie when those of a class are laid under one another, and the rotations
-    of positions."""
+    """The rows of a batch sorted by length class, and the rotations of positions."""
 
     def __init__(self, batch: Batch, rotations: torch.Tensor) -> None:
-        """rotations: [at least the longest class, d, d]."""
+        """Sort the rows of `batch`; `rotations`: [at least the longest class, d, d]."""
         self.rotations = rotations
         lengths = np.array([length for member in batch.lengths for length in member])
         classes = np.array([row_class(length) for length in lengths])
         starts, size = np.cumsum(lengths) - lengths, lengths.sum()
         self.spans: list[tuple[int, int, int]] = []
-        """(place of the first row, rows R, length T) of each class."""
+        """(start of the first row, rows R, length T) of each class."""
         take, put, at = [], np.empty(size, dtype=np.int64), 0
         for length in np.unique(classes):
             here = np.flatnonzero(classes == length)
             self.spans.append((at, len(here), int(length)))
             offset = np.arange(length)
-            # Filler repeats the row's last token: no token of the row looks that far, and its own
+            # Filler repeats the row's last token. No token of the row attends to it, and its own
             # output is dropped.
             take.append((starts[here, None] + np.minimum(offset, lengths[here, None] - 1)).ravel())
             for k, row in enumerate(here):
@@ -64,18 +68,20 @@ class Rows:
             at += len(here) * int(length)
         same = at == size and len(self.spans) == 1
         self.take = None if same else torch.from_numpy(np.concatenate(take))
-        """[P], the token at each place; None: as they lie."""
+        """[P], the token at each sorted position; None: the order does not change."""
         self.put = None if same else torch.from_numpy(put)
-        """[N*X], the place of each token."""
+        """[N*X], the sorted position of each token."""
         self.n_filled = at
-        """P, filler included."""
+        """P, with filler."""
 
 
 def attention(
     y_NXC: torch.Tensor, heads: Heads, rows: Rows, keep: bool
 ) -> tuple[torch.Tensor, list[Any]]:
-    """Return the heads' output [N, X, heads * d] from the q/k/v products [N, X, C], and, with
-    `keep`, what the way back needs."""
+    """Return the heads' output [N, X, heads * d] from the q/k/v products [N, X, C].
+
+    With `keep`, also return what the backward pass needs.
+    """
     n, kv, d = heads
     flat = y_NXC.view(-1, (n + 2 * kv) * d)
     y_PC = flat if rows.take is None else flat.index_select(0, rows.take)
@@ -99,7 +105,7 @@ def attention(
 def attention_backward(
     dout: torch.Tensor, kept: list[Any], heads: Heads, rows: Rows
 ) -> torch.Tensor:
-    """Gradient of the q/k/v products, [N, X, C]."""
+    """Return the gradient of the q/k/v products, [N, X, C]."""
     n, kv, d = heads
     flat = dout.view(-1, n * d)
     if rows.put is not None:  # filler gets no gradient
@@ -116,12 +122,11 @@ def attention_backward(
 
 
 def rotations(cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the rotary positions (Su et al., arXiv 2104.09864) as matrices [T, d, d] in the
-    compute type, from cos and sin [T, d]: x R_t = x cos + rotate_half(x) sin, times d^(-1/4).
+    """Return the rotary positions (Su et al., arXiv 2104.09864) as matrices [T, d, d].
 
-    One product a position replaces five passes over memory; a product adds up in fp32 and is
-    rounded once. The factor, on q and on k, is the scores' 1/sqrt(d), and their gradients' too, for
-    nothing.
+    x R_t = (x cos + rotate_half(x) sin) d^(-1/4), from cos and sin [T, d], in the compute type. One
+    product per position replaces five passes over memory, accumulates in fp32 and rounds once. The
+    factor d^(-1/4) on both q and k gives the 1/sqrt(d) of the scores without an extra pass.
     """
     d = cos.shape[-1]
     half, eye = d // 2, torch.eye(d // 2, dtype=cos.dtype)
@@ -131,7 +136,7 @@ def rotations(cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> torch
 
 
 def _turned(part_RTHD: torch.Tensor, heads: Heads, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [S, G, T, d] and k [S, T, d], turned by their positions."""
+    """Return q [S, G, T, d] and k [S, T, d], rotated by their positions."""
     n, kv, d = heads
     r, t = part_RTHD.shape[:2]
     both = part_RTHD[:, :, : n + kv].transpose(0, 1).reshape(t, -1, d)
@@ -140,7 +145,7 @@ def _turned(part_RTHD: torch.Tensor, heads: Heads, rows: Rows) -> tuple[torch.Te
 
 
 def _turned_back(dq: torch.Tensor, dk: torch.Tensor, heads: Heads, rows: Rows) -> torch.Tensor:
-    """Gradient of q and k before they were turned, [R, T, heads + kv heads, d]."""
+    """Return the gradient of q and k before rotation, [R, T, heads + kv heads, d]."""
     n, kv, d = heads
     t = dk.shape[1]
     both = torch.cat([dq.view(-1, n, t, d), dk.view(-1, kv, t, d)], 1).permute(2, 0, 1, 3)
@@ -149,10 +154,10 @@ def _turned_back(dq: torch.Tensor, dk: torch.Tensor, heads: Heads, rows: Rows) -
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
-    """Causal attention of q [S, G, T, d] to k and v [S, T, d].
+    """Compute causal attention of q [S, G, T, d] to k and v [S, T, d].
 
-    Returns the output [S, G, T, d] and each block's (range, queries, probabilities) for the way
-    back.
+    Returns the output [S, G, T, d], and for the backward pass each block's (start, end, queries,
+    probabilities).
     """
     s_, g, t, d = q.shape
     parts, kept = [], []
@@ -168,7 +173,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Ten
 
 
 def attend_backward(dout: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: list[Any]):
-    """Gradients of q [S, G, T, d], k and v [S, T, d]."""
+    """Return the gradients of q [S, G, T, d], k and v [S, T, d]."""
     s_, g, _, d = dout.shape
     parts: list[torch.Tensor] = []
     dk = dv = None

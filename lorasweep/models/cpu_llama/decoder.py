@@ -1,10 +1,10 @@
-"""One Llama decoder layer on a CPU, forward and backward written out by hand.
+"""One Llama decoder layer on a CPU, with hand-written forward and backward.
 
-transformers' forward is a chain of small operations whose passes over memory, not the matrix
-products, take most of a step on a CPU. Here a layer is one autograd function: q/k/v are one
-product, activations are cast once, and frozen weights get no gradient. Tests hold it to
-transformers' forward in float64.
-Shapes: N members, X tokens a member, H hidden.
+On a CPU, transformers' forward spends most of a step in passes over memory, not in matrix products.
+Here a layer is one autograd function: q/k/v are one product, activations are cast once, and frozen
+weights get no gradient. Tests compare it with transformers' forward in float64.
+
+Shapes: N members, X tokens per member, H hidden.
 """
 
 from typing import Any
@@ -12,24 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lorasweep.models.cpu_llama.attention import (
-    Heads,
-    Rows,
-    attention,
-    attention_backward,
-)
+from lorasweep.models.cpu_llama.attention import Heads, Rows, attention, attention_backward
 from lorasweep.models.cpu_llama.linears import Cast, Group
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / sqrt(mean(x^2) + eps), [..., 1] (Zhang & Sennrich, arXiv 1910.07467)."""
-    return (
-        torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        .square_()
-        .div_(x.shape[-1])
-        .add_(eps)
-        .rsqrt_()
-    )
+    """Return 1 / sqrt(mean(x^2) + eps), [..., 1] (Zhang & Sennrich, arXiv 1910.07467)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _norm_backward(
@@ -39,7 +29,10 @@ def _norm_backward(
     weight: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of x, the residual stream's added, and of the norm's weight (None if frozen)."""
+    """Return the gradients of x and of the norm's weight (None if frozen).
+
+    `residual`, the gradient of the residual stream, is added to the first.
+    """
     dh = dh.to(x.dtype)
     n = x * r
     dw = (dh * n).view(-1, x.shape[-1]).sum(0) if weight.requires_grad else None
@@ -53,22 +46,22 @@ def _norm_backward(
 
 
 class LayerWork:
-    """What a layer's two passes share: shapes, positions, the linears."""
+    """What the forward and backward pass of a layer share: shapes, positions, linears."""
 
     def __init__(
         self, layer: Any, heads: Heads, eps: float, cast: Cast, dtype: torch.dtype, rows: Rows
     ) -> None:
-        """layer: a LlamaDecoderLayer. cast: gives weights in the compute type, `dtype`."""
+        """Collect the parts of `layer`, a LlamaDecoderLayer; `cast` gives weights in `dtype`."""
         attention, mlp = layer.self_attn, layer.mlp
         self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj], cast, dtype)
         self.o = Group([attention.o_proj], cast, dtype)
         self.down = Group([mlp.down_proj], cast, dtype)
-        # gate and up are apart, as a product with a slice of wider rows copies them first
+        # gate and up are separate: a product with a slice of wider rows would copy the slice first
         self.gate, self.up = (Group([m], cast, dtype) for m in (mlp.gate_proj, mlp.up_proj))
         self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.heads, self.eps, self.dtype, self.rows = heads, eps, dtype, rows
         self.keep = False
-        """True: forward keeps what backward needs."""
+        """True: the forward pass keeps what the backward pass needs."""
         self.norms = [w for w in (self.norm1, self.norm2) if w.requires_grad]
 
     def params(self) -> list[torch.Tensor]:
@@ -77,7 +70,7 @@ class LayerWork:
 
 
 class Layer(torch.autograd.Function):
-    """x [N, X, H] -> x [N, X, H], the residual stream in the master type."""
+    """One layer, x [N, X, H] -> x [N, X, H]: the residual stream in the master type."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, w: LayerWork, *params: torch.Tensor) -> torch.Tensor:
@@ -96,54 +89,19 @@ class Layer(torch.autograd.Function):
         down, low_d = w.down.forward(act)
         if w.keep:
             ctx.w = w
-            ctx.kept = (
-                x,
-                r1,
-                h1,
-                low_qkv,
-                kept,
-                out,
-                low_o,
-                x1,
-                r2,
-                h2,
-                low_g,
-                gate,
-                low_u,
-                up,
-                swish,
-                act,
-                low_d,
-            )
-            ctx.save_for_backward(
-                *params
-            )  # autograd then notices if one is changed before the way back
+            ctx.attention = (x, r1, h1, low_qkv, kept, out, low_o)
+            ctx.mlp = (x1, r2, h2, low_g, gate, low_u, up, swish, act, low_d)
+            # autograd then raises if a parameter changes before the backward pass
+            ctx.save_for_backward(*params)
         return x1 + down
 
     @staticmethod
     def backward(ctx: Any, dx2: torch.Tensor) -> tuple[Any, ...]:
         w: LayerWork = ctx.w
-        _ = ctx.saved_tensors
-        (
-            x,
-            r1,
-            h1,
-            low_qkv,
-            kept,
-            out,
-            low_o,
-            x1,
-            r2,
-            h2,
-            low_g,
-            gate,
-            low_u,
-            up,
-            swish,
-            act,
-            low_d,
-        ) = ctx.kept
-        ctx.kept = None
+        _ = ctx.saved_tensors  # raises if a parameter has changed
+        x, r1, h1, low_qkv, kept, out, low_o = ctx.attention
+        x1, r2, h2, low_g, gate, low_u, up, swish, act, low_d = ctx.mlp
+        ctx.attention = ctx.mlp = None
         dact, g_down = w.down.backward(dx2.to(w.dtype), act, low_d)
         dh2, g_up = w.up.backward(dact * swish, h2, low_u)
         dgate = torch.ops.aten.silu_backward(dact.mul_(up), gate)

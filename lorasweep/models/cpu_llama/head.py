@@ -1,9 +1,9 @@
-"""Unembedding and cross-entropy on a CPU: hidden states -> summed losses, and the gradient in the
-same pass.
+"""Unembedding and cross-entropy on a CPU, in chunks, with the gradient in the same pass.
 
-The whole of the logits never exists: at a vocabulary of 49,152 they are what a small batch spends
-its time on.
-Shapes: N members, M loss positions a member, H hidden, V vocabulary.
+The full logits are never in memory: with a vocabulary of 49,152, they would take most of the time
+of a small batch.
+
+Shapes: N members, M loss positions per member, H hidden, V vocabulary.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from lorasweep.data.batches import PAD_TO
 from lorasweep.models.cpu_llama.linears import Group
 
 LOGITS = 1 << 24
-"""Logits in one chunk of the unembedding: 64 MB, large enough for the products, small enough for
+"""Logits per chunk of the unembedding: 64 MB, large enough for fast products and small enough for
 the cache."""
 
 
@@ -34,18 +34,17 @@ class HeadNll(torch.autograd.Function):
     ) -> torch.Tensor:
         n, m, _ = h_NMH.shape
         vocab = group.w_OH.shape[0]
-        need = grad and any(ctx.needs_input_grad)  # the latter is so under no_grad too
+        need = grad and any(ctx.needs_input_grad)  # needs_input_grad is set under no_grad as well
         h = h_NMH.to(group.dtype)
         sums = torch.zeros(n, dtype=h_NMH.dtype, device=h.device)
         dh = torch.empty_like(h_NMH) if need else None
-        kept = (
-            torch.empty(n, m, vocab, dtype=h.dtype, device=h.device)
-            if need and group.trained
-            else None
-        )
+        kept = None
+        if need and group.trained:
+            kept = torch.empty(n, m, vocab, dtype=h.dtype, device=h.device)
         grads: list[torch.Tensor] = []
-        # In fp32 a member's sums are cut at the same rows in every pack; in bf16 rounding is
-        # coarser than that, and a chunk that fits the cache is faster.
+        # In fp32 the chunk size does not depend on the pack, so that a member's sums round in the
+        # same way in every pack. In bf16 rounding is coarser than that, and a chunk that fits the
+        # cache is faster.
         share = LOGITS // n if h.dtype == torch.bfloat16 else LOGITS
         rows = max(PAD_TO, share // vocab // PAD_TO * PAD_TO)
         for c in range(0, m, rows):
@@ -66,16 +65,11 @@ class HeadNll(torch.autograd.Function):
             dpart, more = group.backward(dlogits, part, low, weights=False)
             dh[:, c : c + rows] = dpart
             grads = more if not grads else [a.add_(b) for a, b in zip(grads, more)]
-        if kept is not None:  # one product over all rows: sums of rounded chunks would lose digits
-            grads = [
-                torch.mm(kept.view(n * m, -1).T, h.view(n * m, -1)).to(group.trained[0].dtype),
-                *grads,
-            ]
-        ctx.kept = (
-            dh,
-            grads,
-            [slice(None)] * len(group.trained) + [r.members for r in group.ranks for _ in r.params],
-        )
+        if kept is not None:  # one product over all rows: a sum of rounded chunks loses digits
+            whole = torch.mm(kept.view(n * m, -1).T, h.view(n * m, -1))
+            grads = [whole.to(group.trained[0].dtype), *grads]
+        of_adapters = [r.members for r in group.ranks for _ in r.params]
+        ctx.kept = (dh, grads, [slice(None)] * len(group.trained) + of_adapters)
         return sums
 
     @staticmethod
@@ -83,6 +77,6 @@ class HeadNll(torch.autograd.Function):
         dh, grads, members = ctx.kept
         ctx.kept = None
         factor = dsums_N.view(-1, 1, 1)
-        # a gradient without a member axis is a trained weight's: one member
+        # a gradient without a member axis belongs to a trained weight, so there is one member
         scaled = [g * (factor[at] if g.dim() == 3 else dsums_N[0]) for g, at in zip(grads, members)]
         return dh * factor, None, None, None, None, *scaled

@@ -1,8 +1,9 @@
-"""The linears of a layer that share an input, frozen, trained or adapted, as one product with its
-way back by hand.
+"""The linears of a layer that share an input, as one product with a hand-written backward pass.
 
-Knows nn.Linear and StackedLinear modules. Refuses to know what a layer does with them.
-Shapes: N members (n of one rank), X tokens a member, H inputs, O outputs of all linears of the
+Knows nn.Linear and StackedLinear modules: frozen, trained or adapted. Refuses to know what a layer
+does with them.
+
+Shapes: N members (n of one rank), X tokens per member, H inputs, O outputs of all linears of the
 group, r rank.
 """
 
@@ -14,7 +15,7 @@ from torch import nn
 from lorasweep.methods.stacked.linear import StackedLinear
 
 Cast = Callable[[list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
-"""Weights -> they under one another in the compute type, [O, H] and turned round [H, O]."""
+"""Concatenates weights in the compute type; returns them as [O, H] and transposed as [H, O]."""
 
 
 class Group:
@@ -42,12 +43,10 @@ class Group:
             [_Rank(adapted, k, dtype) for k in range(len(adapted[0][1].ranks))] if adapted else []
         )
         self.params = [*self.trained, *(p for rank in self.ranks for p in rank.params)]
-        """What autograd must know of this group, in the order of the gradients that `backward`
-        returns."""
+        """Parameters with gradients, in the order in which `backward` returns these."""
 
     def forward(self, h_NXH: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return y [N, X, O], and for each rank the scaled A h [n, X, r of all modules] that
-        backward needs."""
+        """Return y [N, X, O], and for backward each rank's scaled A h [n, X, r of all modules]."""
         n, x, _ = h_NXH.shape
         y = torch.mm(h_NXH.view(n * x, -1), self.w_HO).view(n, x, -1)
         lows = []
@@ -67,8 +66,11 @@ class Group:
         into: torch.Tensor | None = None,
         weights: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the gradient of h (empty if not needed; added to `into` if given) and of `params`,
-        trained weights left out without `weights`."""
+        """Return the gradients of h and of `params`.
+
+        The gradient of h is added to `into` if that is given, and empty without `need_input`. Those
+        of the trained weights are left out if `weights` is False.
+        """
         n, x, _ = dy_NXO.shape
         dy_2d = dy_NXO.view(n * x, -1)
         if into is not None:
@@ -88,7 +90,7 @@ class Group:
             for k, where in enumerate(self.outputs):
                 dy = dy_NXO[rank.members, :, where]
                 dlow[..., rank.columns(k)] = torch.bmm(dy, rank.b[k]).mul_(rank.scaling)
-                # the narrow factor is the one turned round: a transposed dy would be copied whole
+                # transpose the narrow factor: a transposed dy would be copied as a whole
                 turned = torch.bmm(low[..., rank.columns(k)].mT, dy).mT
                 db.append(turned.to(rank.master, memory_format=torch.contiguous_format))
             da = torch.bmm(dlow.mT, h_NXH[rank.members]).to(rank.master)
@@ -99,8 +101,7 @@ class Group:
 
 
 class _Rank:
-    """The adapters of a group that have one rank: those of `members`, for each of the group's
-    modules."""
+    """The adapters of one rank in a group: those of `members`, for each module."""
 
     def __init__(
         self, adapted: list[tuple[slice, StackedLinear]], k: int, dtype: torch.dtype
@@ -108,12 +109,11 @@ class _Rank:
         a, b = [m.A[k] for _, m in adapted], [m.B[k] for _, m in adapted]
         self.params = [*a, *b]
         self.members, self.r, self.master = adapted[0][1].ranks[k], a[0].shape[1], a[0].dtype
-        self.scaling = (
-            adapted[0][1].scaling_N[self.members].view(-1, 1, 1)
-        )  # in the master type: exact
+        # in the master type, so that it is exact
+        self.scaling = adapted[0][1].scaling_N[self.members].view(-1, 1, 1)
         self.a_nrH = torch.cat([p.detach() for p in a], 1).to(dtype)
         self.b = [p.detach().to(dtype) for p in b]
 
     def columns(self, k: int) -> slice:
-        """Columns of the stacked low-rank activations that belong to module k."""
+        """Return the columns of the stacked low-rank activations that belong to module k."""
         return slice(k * self.r, (k + 1) * self.r)

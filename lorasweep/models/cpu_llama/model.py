@@ -1,8 +1,9 @@
-"""The one entry to the hand-written passes: a loaded Llama on a CPU, batch -> summed losses.
+"""The entry to the hand-written Llama: from a batch to summed losses, on a CPU.
 
-Weights are cast to the compute type once, and again only when they have changed. Other families and
-devices are refused: `cpu_llama_for` gives None, and transformers' forward is used.
-Shapes: N members, X tokens a member, M loss positions a member, H hidden, O outputs.
+Weights are cast to the compute type once, and again only after a change. For other model families
+and devices `cpu_llama_for` returns None, and transformers' forward is used.
+
+Shapes: N members, X tokens per member, M loss positions per member, H hidden, O outputs.
 """
 
 from functools import partial
@@ -23,20 +24,21 @@ class _CastWeights(NamedTuple):
     versions: list[int]
     frozen: bool
     weights: list[torch.Tensor]
-    """Held, so that their ids are not reused."""
+    """Kept alive, so that their ids are not reused."""
     w_OH: torch.Tensor
     w_HO: torch.Tensor
 
 
 class CpuLlama:
-    """The hand-written passes of one loaded model. Reads its modules at each call, so adapters
-    may be attached and detached in between."""
+    """The hand-written passes of one loaded model.
+
+    Reads the model's modules at each call, so adapters may be attached and detached in between.
+    """
 
     def __init__(self, model: Any) -> None:
         config = model.config
-        self._model = ref(
-            model
-        )  # not the model itself: the registry of these is keyed by it, weakly
+        # a weak reference, because the registry below is keyed weakly by the model
+        self._model = ref(model)
         self.eps, d = config.rms_norm_eps, model.model.layers[0].self_attn.head_dim
         self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, d)
         self._casts: dict[tuple[int, ...], _CastWeights] = {}
@@ -44,26 +46,28 @@ class CpuLlama:
 
     @property
     def body(self) -> Any:
-        """The decoder below the unembedding."""
+        """Decoder below the unembedding."""
         return self._loaded.model
 
     @property
     def head(self) -> Any:
-        """The unembedding's module."""
+        """Module of the unembedding."""
         return self._loaded.lm_head
 
     @property
     def _loaded(self) -> Any:
         model = self._model()
-        assert model is not None, "the model is gone, and its passes are still used"
+        assert model is not None, "the model was deleted while its passes are still used"
         return model
 
     def cast(
         self, weights: list[torch.Tensor], dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weights under one another in the compute type, [O, H], and turned round, [H,
-        O]; made again only when one has changed. Frozen ones in bf16 are turned round in memory,
-        once: the forward product then takes two thirds of the time (LOG.md)."""
+        """Concatenate weights in the compute type; return them as [O, H] and transposed as [H, O].
+
+        The result is cached until a weight changes. Frozen bf16 weights are transposed in memory,
+        which cuts the time of the forward product by a third (LOG.md).
+        """
         if len(weights) == 1 and weights[0].dtype == dtype:
             return weights[0].detach(), weights[0].detach().T
         key, versions = (*map(id, weights), hash(dtype)), [w._version for w in weights]
@@ -110,12 +114,10 @@ class CpuLlama:
         return x
 
     def _rotations(self, length: int, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the rotary positions up to `length` as matrices in the compute type; made once a
-        length."""
+        """Return the rotary positions up to `length` as matrices in the compute type, cached."""
         if len(self._turns.get(dtype, ())) < length:
-            cos, sin = (
-                c[0].to(x.dtype) for c in self.body.rotary_emb(x, torch.arange(length)[None])
-            )
+            both = self.body.rotary_emb(x, torch.arange(length)[None])
+            cos, sin = (c[0].to(x.dtype) for c in both)
             self._turns[dtype] = rotations(cos, sin, dtype)
         return self._turns[dtype]
 
@@ -124,8 +126,11 @@ _known: "WeakKeyDictionary[Any, CpuLlama | None]" = WeakKeyDictionary()
 
 
 def cpu_llama_for(model: Any) -> CpuLlama | None:
-    """Return the hand-written passes of `model`; None where transformers' own forward must be used:
-    another family, another device, or modules that are neither nn.Linear nor StackedLinear."""
+    """Return the hand-written passes of `model`, or None if transformers' forward must be used.
+
+    That is so for another model family, another device, or modules that are neither nn.Linear nor
+    StackedLinear.
+    """
     if model not in _known:
         _known[model] = CpuLlama(model) if _is_plain_llama(model) else None
     passes = _known[model]
