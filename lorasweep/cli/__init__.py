@@ -1,4 +1,4 @@
-"""What each action of the command line does, and what people see of it.
+"""The actions of the command line, and their output.
 
 Refuses to know torch, and how runs are trained.
 """

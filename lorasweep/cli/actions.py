@@ -1,6 +1,6 @@
-"""The actions of the command line: choose what was asked for, run it and print its end.
+"""Run the action that the command line requests, and print the result.
 
-Ties planning, launching and the analysis together; knows no torch (the workers do).
+Ties planning, launching and the analysis together. Refuses to know torch (the workers use it).
 """
 
 import json
@@ -33,17 +33,17 @@ from lorasweep.sweep.request import Request, question
 STOPPED = 130
 """Exit status after Ctrl-C."""
 SEEDS_NEEDED_RUNS = 2000
-"""Runs above which action=plan leaves out the seeds needed: loading the analysis takes a second,
-planning less."""
+"""Number of runs above which action=plan does not compute the seeds needed. Loading the analysis
+takes a second, longer than planning."""
 
 
 def act(
     request: Request, trainer: Trainer | str | None = None, follow: dict[str, Any] | None = None
 ) -> int:
-    """Do what was asked; return the exit status.
+    """Run the requested action; return the exit status.
 
-    `trainer` replaces the real one in tests and benchmarks. `follow`: the task of the job that
-    follows others (a cluster's jobs only).
+    `trainer` replaces the real one in tests and benchmarks. `follow`: the task, inside a follow-up
+    job on a cluster.
     """
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
     action = request.action
@@ -70,7 +70,7 @@ def act(
         return cluster.cancel_jobs(request, store, _notify(request))
     if action == "qualify" and (request.sweep is None or request.cluster.kind == "slurm"):
         raise SpecError(
-            "action=qualify judges the tasks of a sweep, on this machine. Give +sweep=NAME and "
+            "action=qualify judges the tasks of a sweep on this machine. Add +sweep=NAME and "
             "cluster=local."
         )
     store.prepare()
@@ -82,7 +82,7 @@ def act(
 
 
 def _notify(request: Request) -> Callable[[str], None]:
-    """Return what shows people how things go: on stderr, and not to programs."""
+    """Return a function that prints progress messages on stderr; silent with format=json."""
     if request.format == "json":
         return lambda text: None
     return lambda text: print(text, file=sys.stderr, flush=True)
@@ -92,7 +92,7 @@ def _notify(request: Request) -> Callable[[str], None]:
 
 
 def _run(request: Request, store: RunStore, trainer: Trainer | str | None) -> int:
-    """Run what is missing on this machine, stage after stage, and answer."""
+    """Run what is missing on this machine, stage by stage, and answer."""
     notify, hardware = _notify(request), detect.this_machine()
     started = False
     try:
@@ -113,7 +113,7 @@ def _run(request: Request, store: RunStore, trainer: Trainer | str | None) -> in
     except (Stopped, KeyboardInterrupt):
         print(
             "stopped; finished runs are kept, the others continue from their checkpoints when you "
-            "give the command again",
+            "run the command again",
             file=sys.stderr,
         )
         return STOPPED
@@ -123,7 +123,7 @@ def _run(request: Request, store: RunStore, trainer: Trainer | str | None) -> in
 
 
 def _wanted(request: Request, store: RunStore) -> list[Point]:
-    """Return the runs that are wanted now: the sweep's, or those that show if its tasks are fit."""
+    """Return the runs of this action: the sweep's, or for qualify those that judge its tasks."""
     points = all_points(request, store)
     return qualifying(points) if request.action == "qualify" else points
 
@@ -131,7 +131,7 @@ def _wanted(request: Request, store: RunStore) -> list[Point]:
 def _run_on_cluster(
     request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
 ) -> int:
-    """Submit what is missing and return; with nothing left to do, answer."""
+    """Submit what is missing and return; if nothing is left to do, answer."""
     waiting = cluster.submit_missing(
         request,
         store,
@@ -144,7 +144,7 @@ def _run_on_cluster(
 
 
 def _end(request: Request, store: RunStore, points: list[Point]) -> int:
-    """Print what went wrong, mirror, and answer: when nothing is left to do."""
+    """Print failures, copy to W&B if requested, and answer, when nothing is left to do."""
     names, states = run_names(points), store.states(p.id for p in points)
     failed = [p.id for p in points if states[p.id] == "failed"]
     for i in failed:
@@ -157,9 +157,9 @@ def _end(request: Request, store: RunStore, points: list[Point]) -> int:
     killed = [p.id for p in points if states[p.id] == "interrupted"]
     for i in killed:
         print(
-            f"run {i} ({names[i]}) did not end: its process was killed {store.failures(i)} times "
-            "(out of memory?). Try fewer workers or a smaller exec.micro_batch_size, and a larger "
-            "exec.max_attempts.",
+            f"run {i} ({names[i]}) did not finish: its process was killed {store.failures(i)} "
+            "times (out of memory?). Try fewer workers (exec.workers) or a smaller "
+            "exec.micro_batch_size, and a larger exec.max_attempts.",
             file=sys.stderr,
         )
     if request.mirror == "wandb":
@@ -174,7 +174,7 @@ def _end(request: Request, store: RunStore, points: list[Point]) -> int:
 
 
 def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
-    """Judge the finished runs, print the answer, write the report and note the look."""
+    """Judge the finished runs, print the answer, write the report and record the look."""
     from lorasweep.store.table import load_runs
 
     finished = [p.id for p in points if store.result(p.id)]
@@ -209,7 +209,7 @@ def _print_single(request: Request, store: RunStore, point: Point) -> None:
 
 
 def hardware_of(request: Request) -> Hardware:
-    """Return the hardware that is planned for: what was chosen, else this machine."""
+    """Return the hardware to plan for: the chosen one, or this machine."""
     return from_plain(request.hardware) if request.hardware else detect.this_machine()
 
 
@@ -229,11 +229,11 @@ def _plan(request: Request, store: RunStore) -> int:
 
 
 def _measure_packs(request: Request, store: RunStore) -> int:
-    """Measure the shapes of runs that are missing, on this machine, and show the plan."""
+    """Measure the kinds of missing runs on this machine, and print the plan."""
     if request.cluster.kind == "slurm":
         raise SpecError(
-            "action=measure_packs measures the machine it runs on. On a cluster, give the command "
-            "with cluster=local inside a job: srun python -m lorasweep ... action=measure_packs"
+            "action=measure_packs measures the machine it runs on. On a cluster, run it inside a "
+            "job, with cluster=local: srun python -m lorasweep ... action=measure_packs"
         )
     store.prepare()
     check_available(request)

@@ -1,7 +1,7 @@
-"""The one door to `analysis`: everything that lorasweep asks of it, in lorasweep's terms.
+"""The only interface to `analysis`.
 
-`analysis` is imported inside functions only, because pandas and scipy take a second to load. It is
-handed tables, plain values and paths; where results lie is for the caller to say.
+`analysis` is imported inside functions, because pandas and scipy take a second to load. It gets
+tables, plain values and paths; the caller decides where results are.
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ def check_claims(sweep: Sweep | None) -> None:
         if claim.estimand in module.LOG_ESTIMANDS and not claim.margin[0] > 0:
             raise SpecError(
                 f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. "
-                "Give a margin that starts above 0."
+                "Expected a margin above 0."
             )
 
 
 def seeds_needed(points: Sequence[Point], sweep: Sweep | None) -> list[str]:
-    """Return a line for each claim about a ratio: how many fresh seeds a curve it needs.
+    """Return a line per claim about a ratio: how many fresh seeds per curve it needs.
 
-    Known before anything is trained, from the margin and an assumed noise.
+    Computed before any training, from the margin and an assumed noise.
     """
     claims = sweep.claims if sweep else {}
     ratios = {name: claim for name, claim in claims.items() if claim.estimand == "lr_ratio"}
@@ -60,8 +60,9 @@ def seeds_needed(points: Sequence[Point], sweep: Sweep | None) -> list[str]:
         n, error = needed_seeds((claim.margin[0], claim.margin[1]), n_lora)
         shown = "more than 16" if n is None else f"about {n}"
         lines.append(
-            f"  claim {name}: needs {shown} fresh seeds a curve, planned {len(sweep.second.seeds)} "
-            f"(expected error {error:.2f} of ln ratio at a noise of {NOISE:g} nats)"
+            f"  claim {name}: needs {shown} fresh seeds per curve, planned "
+            f"{len(sweep.second.seeds)} (expected error {error:.2f} of ln ratio at a noise of "
+            f"{NOISE:g} nats)"
         )
     return lines
 
@@ -69,7 +70,7 @@ def seeds_needed(points: Sequence[Point], sweep: Sweep | None) -> list[str]:
 def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json: bool) -> str:
     """Judge a sweep's finished runs, write the report into `folder`, and return the answer.
 
-    The answer is text for the terminal, or one JSON object with `as_json`.
+    The answer is text for the terminal, or with `as_json` one JSON object.
 
     Raises:
         StoreError: the runs cannot be judged together.
@@ -81,7 +82,7 @@ def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json
 
 
 def claims_hash(question: dict[str, Any]) -> str:
-    """Hash the claims and their margins, to show that they were not changed after the runs."""
+    """Hash the claims and their margins, to detect changes after the runs."""
     from analysis.report.report import question_hash
 
     return question_hash(question)
@@ -89,15 +90,15 @@ def claims_hash(question: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class NextRound:
-    """The runs that would decide most, and why."""
+    """The most useful runs to add, and why."""
 
     runs: list[dict[str, Any]]
-    """Each {like: id of a finished run, lr, seed}: that run at another rate and seed."""
+    """Each {like: id of a finished run, lr, seed}: that run with another learning rate and seed."""
     lines: list[str]
 
 
 def next_round(table: "pd.DataFrame", question: dict[str, Any]) -> NextRound:
-    """Say which runs to add to a finished sweep; none if every claim is decided.
+    """Suggest runs to add to a finished sweep; none if every claim is decided.
 
     Raises:
         StoreError: the runs cannot be judged together.
@@ -130,7 +131,7 @@ def _table_errors() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Qualification:
-    """Whether tasks are fit to answer a question about learning rates."""
+    """Whether tasks are suitable for questions about learning rates."""
 
     verdict: dict[str, bool]
     """Model and data set -> whether it qualifies."""
@@ -139,7 +140,7 @@ class Qualification:
 
 
 def qualify(table: "pd.DataFrame") -> Qualification:
-    """Judge the tasks of finished runs of full fine-tuning and of LoRA's highest rank."""
+    """Judge tasks from finished runs of full fine-tuning and of LoRA's highest rank."""
     from analysis.questions import qualify as questions
     from analysis.report.text import aligned
 
@@ -152,7 +153,7 @@ def qualify(table: "pd.DataFrame") -> Qualification:
 
 
 def study(reports: Path, scale: str, title: str) -> list[str]:
-    """Write the page of all answers below `reports` at a scale, and return its table as lines.
+    """Write the page of all answers in `reports` at a scale, and return its table as lines.
 
     The page is `reports/title/study.md`.
     """

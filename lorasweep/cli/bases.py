@@ -1,4 +1,4 @@
-"""Remake the shipped bases from their recipes, or check that they can be remade (`make bases`).
+"""Retrain the shipped bases from their recipes, or check that they can be retrained (`make bases`).
 
     python -m lorasweep.cli.bases [--check] [NAME ...]
 
@@ -22,11 +22,11 @@ NAMES = (
     "tiny128-4m",
 )
 TOLERANCE_NATS = 0.02
-"""Between the held-out losses of two trainings of one recipe on two processors."""
+"""Largest difference of held-out losses between two trainings of a recipe on two processors."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Remake each base; exit status 1 if --check finds one that its recipe does not make."""
+    """Retrain each base; return 1 if --check finds one with another loss, else 0."""
     parser = argparse.ArgumentParser(prog="python -m lorasweep.cli.bases", description=__doc__)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help="default: all")
     parser.add_argument(
@@ -35,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     wrong = [name for name in given.names if not _remake(name, given.check)]
     if wrong:
-        print(f"not what their recipes make: {', '.join(wrong)}")
+        print(f"retraining gave another loss for: {', '.join(wrong)}")
     return int(bool(wrong))
 
 
 def _remake(name: str, check: bool) -> bool:
-    """Train one base anew; save it, or compare its loss with the shipped weights' loss."""
+    """Retrain one base; save it, or compare its loss with that of the shipped weights."""
     from lorasweep.models.load import load
     from lorasweep.models.recipe import SHIPPED, file_name
     from lorasweep.train import pretrain

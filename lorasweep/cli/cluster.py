@@ -1,4 +1,4 @@
-"""A sweep on a Slurm cluster, as people see it: submit what is missing, cancel what is queued."""
+"""Run a sweep on a Slurm cluster: submit what is missing, cancel what is queued, print both."""
 
 import json
 import sys
@@ -25,9 +25,9 @@ def submit_missing(
     trainer: str | None,
     follow: dict[str, Any] | None,
 ) -> bool:
-    """Submit what is missing and print what is on its way; return whether anything is.
+    """Submit what is missing and print it; return whether there is anything to wait for.
 
-    `follow`: the task of the job that follows others, if this is it.
+    `follow`: the task, inside a follow-up job.
 
     Raises:
         GaveUp: no run finished in the last rounds of jobs.
@@ -39,7 +39,7 @@ def submit_missing(
         if idle >= MAX_IDLE:
             raise GaveUp(
                 f"no run finished in {idle} rounds of jobs, so no more are submitted. "
-                "See action=status."
+                "See the causes with action=status."
             )
     done = submit(request, store, points, notify, Following(FOLLOW_COMMAND, trainer, idle))
     if request.format == "json" and (done.waiting or done.n_submitted):
@@ -49,8 +49,8 @@ def submit_missing(
     _print_left_out(request, store, done)
     if done.waiting:
         print(
-            f"{done.queued} runs queued, {done.work.running} running. See action=status; the same "
-            "command answers when they are over."
+            f"{done.queued} runs queued, {done.work.running} running. Watch them with "
+            "action=status; the same command answers when they have finished."
         )
     return done.waiting
 
@@ -79,9 +79,9 @@ def _print_submitted(done: Outcome) -> None:
     for script in done.scripts:
         print(f"submit it yourself: sbatch {script}")
     if done.refused:
-        print(f"Slurm did not take all: {done.refused}", file=sys.stderr)
+        print(f"Slurm did not accept all jobs: {done.refused}", file=sys.stderr)
         print(
-            "The rest follows when jobs are over, or when you give the command again",
+            "The rest is submitted when jobs have ended, or when you run the command again",
             file=sys.stderr,
         )
 
@@ -90,15 +90,15 @@ def _print_left_out(request: Request, store: RunStore, done: Outcome) -> None:
     work = done.work
     if work.unknown_runs:
         print(
-            f"{work.unknown_runs} runs may be in jobs of another cluster, or of another user whose "
-            "jobs Slurm hides from you: give the command there. If those jobs are gone, remove "
-            f"their folders in {store.root}/.slurm",
+            f"{work.unknown_runs} runs may be in jobs of another cluster, or in jobs of another "
+            "user that Slurm hides: run the command there, or as that user. If those jobs are "
+            f"gone, delete their folders in {store.root}/.slurm",
             file=sys.stderr,
         )
     if work.exhausted:
         print(
             f"{len(work.exhausted)} runs were killed {request.exec.max_attempts} times and are not "
-            "submitted again: see their causes by action=status, then raise exec.max_attempts",
+            "submitted again: see the causes with action=status, then raise exec.max_attempts",
             file=sys.stderr,
         )
     if done.pruned:
@@ -111,14 +111,14 @@ def _print_left_out(request: Request, store: RunStore, done: Outcome) -> None:
 
 
 def cancel_jobs(request: Request, store: RunStore, notify: Callable[[str], None]) -> int:
-    """Cancel the sweep's jobs on the cluster; local runs are stopped where they run, by Ctrl-C."""
+    """Cancel the sweep's jobs on the cluster. Local runs are stopped with Ctrl-C."""
     n_jobs, n_runs = cancel.cancel(request, store, notify)
     if request.format == "json":
         print(json.dumps({"jobs": n_jobs, "runs": n_runs}))
     elif n_jobs:
         print(
             f"cancelled {n_jobs} job(s) with {n_runs} unfinished run(s); finished runs are kept, "
-            "the others go on from their checkpoints when you give the sweep's command again"
+            "the others continue from their checkpoints when you run the sweep's command again"
         )
     else:
         print("nothing to cancel")

@@ -17,12 +17,14 @@ from lorasweep.sweep.request import Request, question
 
 
 def export(request: Request, store: RunStore, points: list[Point]) -> int:
-    """Write finished runs as a table: the sweep's, or without a sweep all of the store."""
+    """Write finished runs as a table: those of the sweep, or without a sweep all in the store."""
     from lorasweep.store.table import load_runs
 
     path = Path(request.table)
     if path.suffix not in (".parquet", ".csv"):
-        raise SpecError(f"table={request.table!r}: name a file that ends in .parquet or .csv.")
+        raise SpecError(
+            f"table={request.table!r}: expected a file name that ends in .parquet or .csv."
+        )
     table = load_runs(store.root, [p.id for p in points] if request.sweep else None)
     if table.empty:
         raise SpecError(
@@ -38,7 +40,7 @@ def export(request: Request, store: RunStore, points: list[Point]) -> int:
 
 
 def import_(request: Request) -> int:
-    """Put an exported table's runs into the store."""
+    """Add the runs of an exported table to the store."""
     from lorasweep.store.table import import_table
 
     new = import_table(request.exec.runs_dir, request.table)
@@ -49,9 +51,9 @@ def import_(request: Request) -> int:
 def adapter(request: Request, store: RunStore) -> int:
     """Save a finished LoRA run in PEFT's format.
 
-    The weights of a run are not kept (a sweep has thousands), so it is trained again, alone, with
-    the threads and micro-batch that made it: the same training to rounding, and on the same
-    processor the same bits if it was made alone (tests).
+    The weights of runs are not kept (a sweep has thousands), so the run is trained again, alone,
+    with the same threads and micro-batch. The result is the same up to rounding; if the run was
+    trained alone on the same processor, it is the same bit for bit (tests).
     """
     from lorasweep.launch.trainer import TorchTrainer
     from lorasweep.methods.stacked.peft_export import save_peft
@@ -60,11 +62,12 @@ def adapter(request: Request, store: RunStore) -> int:
         raise SpecError("action=adapter needs run=RUN_ID and out=FOLDER.")
     if (store.result(request.run) or {}).get("state") != "done":
         raise SpecError(
-            f"run {request.run!r} is not a finished run in {store.root}. See action=status for ids."
+            f"run {request.run!r} is not a finished run in {store.root}. List the ids with "
+            "action=export."
         )
     spec = spec_from(store.spec(request.run))
     if not isinstance(spec.method, LoRA):
-        raise SpecError(f"a {spec.method.name} run has no adapter. Choose a lora run.")
+        raise SpecError(f"a {spec.method.name} run has no adapter. Set run= to a LoRA run.")
     exec_ = dataclasses.replace(request.exec, **store.layout(request.run))
     tensors = {}
     for event in TorchTrainer()([spec], exec_, None):
@@ -80,9 +83,9 @@ def adapter(request: Request, store: RunStore) -> int:
 
 
 def verify(request: Request, store: RunStore, points: list[Point]) -> int:
-    """Train a sample of the finished runs again, alone; return 1 if one comes out otherwise."""
+    """Train a sample of the finished runs again, alone; return 1 if a result differs."""
     if request.sample < 1:
-        raise SpecError(f"sample={request.sample}: give at least 1 run.")
+        raise SpecError(f"sample={request.sample}: expected at least 1 run.")
     quiet = request.format == "json"
     names = run_names(points)
 
@@ -95,7 +98,7 @@ def verify(request: Request, store: RunStore, points: list[Point]) -> int:
         print(json.dumps(report.plain()))
     else:
         floor = report.noise_floor
-        noise = "no cell has two seeds"
+        noise = "no setting has two seeds"
         if floor is not None:
             noise = f"standard deviation between seeds {floor:.1e} nats"
         gaps = [abs(c.difference) for c in report.comparisons if c.difference is not None]
@@ -105,12 +108,12 @@ def verify(request: Request, store: RunStore, points: list[Point]) -> int:
 
 def _outcome(c: Comparison) -> str:
     if c.difference is None:
-        return "diverged both times" if c.same_state else "ENDED OTHERWISE"
+        return "diverged both times" if c.same_state else "ENDED DIFFERENTLY"
     return f"recorded {c.recorded:.6f}, alone {c.alone:.6f}, difference {c.difference:+.1e} nats"
 
 
 def extend(request: Request, store: RunStore, points: list[Point]) -> int:
-    """Add the runs that would decide most to the sweep, as its next round; start nothing."""
+    """Add the most useful runs to the sweep, as its next round. Starts nothing."""
     from lorasweep.store.table import load_runs
 
     if request.sweep is None:
@@ -118,8 +121,8 @@ def extend(request: Request, store: RunStore, points: list[Point]) -> int:
     missing = [p for p in points if not store.result(p.id)]
     if missing:
         raise SpecError(
-            f"{len(missing)} of {len(points)} runs have not finished, and a round is extended when "
-            "it is over. Run the sweep first, without action=extend."
+            f"{len(missing)} of {len(points)} runs have not finished. Run the sweep first, without "
+            "action=extend."
         )
     asked = question(request)
     wanted = answer.next_round(load_runs(store.root, [p.id for p in points]), asked)
@@ -130,7 +133,7 @@ def extend(request: Request, store: RunStore, points: list[Point]) -> int:
     number = looks.append(path, wanted.runs, answer.claims_hash(asked), points)
     lines = [
         *wanted.lines,
-        f"round {number}: {len(wanted.runs)} runs added; give the command without action=extend to "
+        f"round {number}: {len(wanted.runs)} runs added; run the command without action=extend to "
         "train them",
     ]
     print("\n".join(lines))

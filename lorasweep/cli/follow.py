@@ -1,4 +1,4 @@
-"""The command of the job that follows a sweep's jobs: the sweep is asked again, from a file.
+"""The command of a follow-up job: run the sweep's request again, from a file.
 
 python -m lorasweep --follow TASK.json
 
@@ -16,9 +16,9 @@ from lorasweep.sweep.request import from_plain
 
 
 def main(path: str) -> int:
-    """Ask the sweep again and return the exit status.
+    """Run the request again and return the exit status.
 
-    0 done, 2 an error that stays, TRY_AGAIN one that may pass, INTERRUPTED by a signal.
+    0: done. 2: a permanent error. TRY_AGAIN: an error that may be temporary. INTERRUPTED: a signal.
     """
     Signals()
     task = json.loads(Path(path).read_bytes())

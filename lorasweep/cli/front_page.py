@@ -1,4 +1,4 @@
-"""What `python -m lorasweep` alone prints: what one can do."""
+"""The page that `python -m lorasweep` prints without arguments."""
 
 import textwrap
 from pathlib import Path
@@ -11,7 +11,7 @@ Ask a question (a sweep):
   python -m lorasweep +sweep=lr_ratio                 run what is missing, print the answer
   python -m lorasweep +sweep=lr_ratio action=status   what is done, running, failed
 Choose its size with scale=smoke, tiny (the default), small, ...; on a Slurm cluster add
-cluster=slurm. Giving a command again is safe: nothing that is done is run again.
+cluster=slurm. Running a command again is safe: finished runs are not repeated.
 
 Train one run:
   python -m lorasweep model=tiny128 dataset=dialect method=lora method.rank=16 lr=2e-3
@@ -25,7 +25,7 @@ All actions, settings and groups: python -m lorasweep --help
 
 
 def front_page(conf: Path) -> str:
-    """Return the page; `conf` is the folder of the configuration."""
+    """Return the page; `conf` is the configuration folder."""
     names = sorted(p.stem for p in (conf / "sweep").glob("*.yaml"))
     sweeps = textwrap.fill(f"Sweeps: {', '.join(names)}.", 90, subsequent_indent="  ")
     return FRONT_PAGE.format(sweeps=sweeps)

@@ -1,4 +1,4 @@
-"""A plan for people: what would run, how it is packed, what it costs, and what Slurm has queued."""
+"""Write a plan for people: what would run, how it is packed, what it costs, and what is queued."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from lorasweep.plan.throughput import shape_of
 from lorasweep.sweep.request import Request
 
 BASIS = {
-    "measured": "by the runs that are done",
-    "calibrated": "by the times of steps",
-    "assumed": "by an assumed speed",
+    "measured": "from finished runs",
+    "calibrated": "from measured step times",
+    "assumed": "from an assumed speed",
 }
 """Where the expected time comes from."""
 
 
 def plan_text(request: Request, now: Plan) -> str:
-    """Return the plan as text: a head, arms, packs, and what else one should know."""
+    """Return the plan as text: a summary, arms, packs, and remarks."""
     values = summary(now)
     lines = [_head(request, now, values)]
     for a in values["arms"]:
@@ -30,16 +30,15 @@ def plan_text(request: Request, now: Plan) -> str:
     lines += _pack_lines(request, now)
     if now.todo and request.cluster.name == "local" and _bf16_is_slow(now):
         lines.append(
-            "  this processor has no bf16 instructions: an update takes some 50 times as long as "
-            "in fp32; add precision=fp32 (another run id), or use a processor or a GPU that has "
-            "them"
+            "  this processor has no bf16 instructions: an update takes about 50 times as long as "
+            "in fp32; add precision=fp32 (other run ids), or use a processor or a GPU with bf16"
         )
     if request.sweep and request.sweep.second.seeds:
         second = request.sweep.second
         arms = f" of {', '.join(second.arms)}" if second.arms else ""
         lines.append(
-            f"  second stage{arms}, when a curve's first is over: seeds {second.seeds} at its "
-            f"{second.n_lrs} best rates"
+            f"  second stage{arms}, when the first stage of a curve has finished: seeds "
+            f"{second.seeds} at its {second.n_lrs} best rates"
         )
     return "\n".join(lines)
 
@@ -62,20 +61,20 @@ def _head(request: Request, now: Plan, values: dict[str, Any]) -> str:
 
 
 def _bf16_is_slow(now: Plan) -> bool:
-    """Return whether these runs need bf16 and the hardware is known to have none."""
+    """Return whether these runs use bf16 and the hardware is known not to support it."""
     precision = now.points[0].spec.precision if now.points else None
     return precision == "bf16" and now.hardware.fast_bf16 is False
 
 
 def _pack_lines(request: Request, now: Plan) -> list[str]:
-    """Return how runs are packed, and why: a line for each shape."""
+    """Return how runs are packed and why, a line per kind of run."""
     shapes = {shape_of(pack.points[-1].spec): pack for pack in now.packs}
     lines = [
         _pack_line(request, now, pack)
         for pack in shapes.values()
         if pack.points[-1].spec.method.MAX_PACK is None
     ]
-    return list(dict.fromkeys(lines))  # shapes that differ in their data only have the same line
+    return list(dict.fromkeys(lines))  # kinds that differ only in their data have the same line
 
 
 def _pack_line(request: Request, now: Plan, pack: Pack) -> str:
@@ -85,20 +84,20 @@ def _pack_line(request: Request, now: Plan, pack: Pack) -> str:
     if request.exec.pack_size is not None:
         why = "exec.pack_size"
     elif speed is None:
-        why = f"as many as {forward_tokens(now.hardware)} tokens a forward allow; not measured here"
+        why = f"up to {forward_tokens(now.hardware)} tokens per forward pass; not measured here"
     else:
         times = ", ".join(f"{s * 1e3:.3g} ms in {size}" for size, s in sorted(speed.step_s.items()))
         pays = ": packing does not pay" if speed.measured and speed.best_size() == 1 else ""
         how = "measured" if speed.measured else "recorded"
-        why = f"{how} a step and run: {times}{pays}"
+        why = f"{how} per step and run: {times}{pays}"
     return (
         f"  packs of {spec.method.name}{rank} on {spec.model.name}: {n} run(s), "
-        f"{pack.micro_batch_size} rows of each a forward ({why})"
+        f"{pack.micro_batch_size} rows of each per forward pass ({why})"
     )
 
 
 def queue_lines(difference: dict[str, Any]) -> list[str]:
-    """Return what a submission would change in the queue, as lines; none without a cluster."""
+    """Return what a submission would change in the queue, as lines; empty without a cluster."""
     if not difference:
         return []
     queue = difference["queue"]
@@ -107,17 +106,17 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
         job = queue["job"]
         gpus = f", {job['gpus']} GPU(s)" if job["gpus"] else ""
         lines.append(
-            f"  a submission would send {queue['to_submit']} runs in {queue['jobs']} job(s), each "
-            f"{job['cpus']} processor(s){gpus}, {job['mem_gib']:g} GiB, {job['time_min']} min at "
-            "most"
+            f"  to submit: {queue['to_submit']} runs in {queue['jobs']} job(s), each with "
+            f"{job['cpus']} CPU core(s){gpus}, {job['mem_gib']:g} GiB and at most "
+            f"{job['time_min']} min"
         )
     if queue["queued"]:
-        lines.append(f"  {queue['queued']} runs are queued already")
+        lines.append(f"  {queue['queued']} runs are already queued")
     if queue["removed"]:
         lines.append(
             f"  {queue['removed']} queued run(s) are no longer part of the sweep: prune=true "
             "cancels them"
         )
     if "unknown" in queue:
-        lines.append(f"  it is not known what is queued: {queue['unknown']}")
+        lines.append(f"  queued runs are unknown: {queue['unknown']}")
     return lines

@@ -1,4 +1,4 @@
-"""Which runs a sweep has by now: its grid, its second stage, and the rounds added after looks."""
+"""Collect the runs of a sweep: its grid, its second stage, and the rounds added after looks."""
 
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks
@@ -12,8 +12,8 @@ from lorasweep.sweep.request import Request
 def all_points(request: Request, store: RunStore) -> list[Point]:
     """Return the sweep's runs.
 
-    These are the first stage, the second stage of the curves whose first is over, and the runs of
-    further rounds.
+    These are the first stage, the second stage of curves with a finished first stage, and the runs
+    of further rounds.
     """
     if request.parts:
         return list({p.id: p for part in request.parts for p in all_points(part, store)}.values())
@@ -46,10 +46,10 @@ def _two_stages(request: Request, store: RunStore) -> list[Point]:
 
 
 def qualifying(points: list[Point]) -> list[Point]:
-    """Choose the runs that show whether a task is fit.
+    """Choose the runs that show whether a task is suitable.
 
-    Of each model, data set, batch and length: full fine-tuning of everything, and LoRA with most
-    parameters.
+    For each model, data set, batch size and length: full fine-tuning of all weights, and the LoRA
+    with the most parameters.
     """
     groups: dict[tuple[str, str, int, int], dict[str, list[Point]]] = {}
     for p in points:

@@ -1,4 +1,4 @@
-"""What the terminal shows while runs work. A courtesy: nothing reads it back."""
+"""Show progress in the terminal while runs train. No program reads it."""
 
 import sys
 import time
@@ -13,14 +13,14 @@ from lorasweep.sweep.names import run_names
 
 
 def duration(seconds: float) -> str:
-    """Write a time span for people: 40 s, 12 min, 3.4 h."""
+    """Format a time span for people: 40 s, 12 min, 3.4 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Display:
-    """Progress by the work (floating-point operations) that runs stand for, with the time left."""
+    """A progress bar in floating-point operations, with the time left."""
 
     def __init__(self, todo: list[Point], quiet: bool = False) -> None:
         self._points = {p.id: p for p in todo}
@@ -55,11 +55,11 @@ class Display:
         self._console.print(text, markup=False)
 
     def event(self, event: dict[str, Any]) -> None:
-        """Take in an event of a worker."""
+        """Show an event of a worker."""
         for rid in event.get("runs", []):
             if rid in self._points:
                 done = event["step"] / self._points[rid].spec.steps
-                # the part that a resumed run did before is no work of this session
+                # steps of a resumed run before this session do not count for the speed
                 self._first.setdefault(rid, done)
                 self._share[rid] = done
         if "ended" in event and event["run"] in self._points:

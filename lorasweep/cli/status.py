@@ -1,6 +1,6 @@
-"""What a sweep is doing: counts, rates, time left, jobs, the best so far. Reads only.
+"""Show the status of a sweep: counts, rates, time left, jobs, the best so far. Only reads.
 
-Works wherever the run folder can be seen; what Slurm tells is added where it can be asked.
+Works wherever the run folder is visible. With access to Slurm, it also shows jobs.
 """
 
 import json
@@ -25,14 +25,14 @@ from lorasweep.sweep.names import run_names
 from lorasweep.sweep.request import Request
 
 OPEN_STATES = ("missing", "queued", "running", "interrupted")
-"""queued: missing or interrupted in the store, and a live job has it before it."""
+"""States of unfinished runs. queued: missing or interrupted in the store, and in a live job."""
 WATCH_S = 5.0
 WINDOW_S = 1800.0
-"""Rates are over the last runs that finished within this time of the latest."""
+"""Rates count the runs that finished within this time before the latest one."""
 
 
 def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, Any]:
-    """Return the state of a sweep as plain values."""
+    """Return the status of a sweep as JSON values."""
     queue = submissions.look(store.root)
     now = make_plan(points, store, request.exec, detect.this_machine())
     covered = queue.covered()
@@ -75,7 +75,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
 
 
 def _jobs(queue: Queue, ids: set[str], entries: dict[str, Entry]) -> list[dict[str, Any]]:
-    """Describe the live jobs that have any of these runs."""
+    """Describe the live jobs with any of these runs."""
     return [
         {
             "job": j.label,
@@ -113,9 +113,9 @@ def _arms(
 
 
 def _best(points: list[Point], entries: dict[str, Entry], arm: str) -> tuple[float, str]:
-    """Return an arm's best final measure (lower is better) and its run.
+    """Return an arm's best final metric, signed so that lower is better, and its run.
 
-    (inf, "") if none is done.
+    (inf, "") if no run is done.
     """
     mine = ((entries[p.id], p.id) for p in points if p.arm == arm and p.id in entries)
     usable = ((e, e.value, i) for e, i in mine if e.state == "done")
@@ -144,7 +144,7 @@ def _rate_per_h(entries: dict[str, Entry]) -> float | None:
 
 
 def _left_s(now: Plan, flops_left: float, entries: dict[str, Entry], queue: Queue) -> float:
-    """Estimate the time left: by the recent rate where jobs work, else by this machine's plan."""
+    """Estimate the time left: from the recent rate if jobs are live, else from the local plan."""
     if not now.todo:
         return 0.0
     rate = _rate_per_h(entries)
@@ -158,9 +158,9 @@ def _left_s(now: Plan, flops_left: float, entries: dict[str, Entry], queue: Queu
 def _hours(
     request: Request, now: Plan, entries: dict[str, Entry], flops_left: float
 ) -> dict[str, Any]:
-    """Return the hours that the finished runs took and that are left.
+    """Return the hours used by finished runs, and the hours left.
 
-    Of GPUs; of processors where the cluster has none.
+    GPU hours if the jobs have GPUs, else core hours.
     """
     share = 1.0 if request.cluster.gpus else None
     used = sum((e.wall_s or 0.0) * (share or e.threads or 1) for e in entries.values()) / 3600
@@ -181,7 +181,7 @@ def _problems(
     problems = []
     for i in bad:
         log = store.folder(i) / "attempts" / str(store.last_attempt(i)) / "log.txt"
-        cause = store.failure(i) or causes.get(i, "killed without a word" if i in owners else "")
+        cause = store.failure(i) or causes.get(i, "killed, cause unknown" if i in owners else "")
         problems.append(
             {
                 "run": i,
@@ -203,7 +203,7 @@ def _tail(path: Path, lines: int = 5) -> list[str]:
 
 
 def show(request: Request, store: RunStore, points: Callable[[], list[Point]]) -> int:
-    """Print the status; with watch=true again and again, until nothing is left to do."""
+    """Print the status; with watch=true repeatedly, until nothing is left to do."""
     while True:
         values = status(request, store, points())
         if request.watch and request.format != "json" and sys.stdout.isatty():

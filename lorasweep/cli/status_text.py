@@ -1,4 +1,4 @@
-"""The status of a sweep for the terminal."""
+"""Write the status of a sweep for the terminal."""
 
 from collections import Counter
 from typing import Any
@@ -8,7 +8,7 @@ from lorasweep.sweep.request import Request
 
 COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "missing")
 SHOWN = 20
-"""Lines of jobs, running runs and problems that are printed at most."""
+"""Largest number of lines each for running runs, jobs and problems."""
 
 
 def status_text(request: Request, status: dict[str, Any]) -> str:
@@ -32,12 +32,11 @@ def status_text(request: Request, status: dict[str, Any]) -> str:
     if hours["used"]:
         left = "" if hours["left"] is None else f", about {hours['left']:.3g} left"
         lines.append(f"  {hours['of']}-hours: {hours['used']:.3g} used{left}")
-    lines += _cut(
-        [
-            f"  running  {r['name']:32} {r['run']}  step {r['step']}/{r['steps']}"
-            for r in status["running"]
-        ]
-    )
+    running = [
+        f"  running  {r['name']:32} {r['run']}  step {r['step']}/{r['steps']}"
+        for r in status["running"]
+    ]
+    lines += _cut(running)
     lines += _job_lines(status)
     lines += _cut([_problem_line(x) for x in status["problems"]])
     if runs.get("failed"):
@@ -67,10 +66,10 @@ def _job_lines(status: dict[str, Any]) -> list[str]:
     waiting = [j for j in status["jobs"] if j["state"] == "PENDING"]
     lines = []
     if status["jobs"]:
-        lines.append(f"  jobs: {len(at_work)} at work, {len(waiting)} waiting")
+        lines.append(f"  jobs: {len(at_work)} running, {len(waiting)} waiting")
         for j in at_work:
             again = f", restart {j['restarts']}" if j["restarts"] else ""
-            over = f"{j['over']}/{j['runs']} runs over{again}"
+            over = f"{j['over']}/{j['runs']} runs finished{again}"
             lines.append(f"    {j['job']:10} {j['state']:10} {j['node']:8} {over}  {j['log']}")
         lines = [*lines[:1], *_cut(lines[1:])]
         for reason, n in Counter(j["reason"] for j in waiting).items():
@@ -78,22 +77,20 @@ def _job_lines(status: dict[str, Any]) -> list[str]:
     if status["follows"]:
         follows = ", ".join(status["follows"])
         lines.append(
-            f"  job {follows} follows: it submits what is then missing, and at the end writes the "
-            "answer"
+            f"  follow-up job {follows}: it submits what is missing when the others end, and "
+            "finally writes the answer"
         )
     if status["slurm"]:
         lines.append(f"  queued runs are not shown: {status['slurm']}")
     if status["unrecorded"]:
         lines.append(
-            f"  {status['unrecorded']} job(s) are of a command that died while it submitted: give "
-            "the command again, and they are adopted or cancelled"
+            f"  {status['unrecorded']} job(s) are from a command that died while submitting: run "
+            "the command again to adopt or cancel them"
         )
     return lines
 
 
 def _cut(lines: list[str]) -> list[str]:
-    return (
-        lines
-        if len(lines) <= SHOWN
-        else [*lines[:SHOWN], f"    ... and {len(lines) - SHOWN} more (format=json lists all)"]
-    )
+    if len(lines) <= SHOWN:
+        return lines
+    return [*lines[:SHOWN], f"    ... and {len(lines) - SHOWN} more (format=json lists all)"]

@@ -1,4 +1,4 @@
-"""A sweep of sweeps: its parts in turn, shared runs trained once; and whether tasks qualify.
+"""Run a sweep that consists of sweeps, part by part; and judge whether tasks qualify.
 
 Knows requests and the analysis; refuses to know how runs are trained.
 """
@@ -19,9 +19,9 @@ FIRST_SIGNAL_STATUS = 130
 
 
 def each(request: Request, act: Callable[[Request], int]) -> int:
-    """Do what was asked for every part; all is checked before the first one starts.
+    """Run the requested action for every part; all parts are checked before the first starts.
 
-    format=json prints one object a part.
+    format=json prints one object per part.
     """
     if request.action == "run":
         for part in request.parts:
@@ -41,7 +41,7 @@ def each(request: Request, act: Callable[[Request], int]) -> int:
 
 
 def qualify(request: Request, store: RunStore, points: list[Point]) -> int:
-    """Print whether the tasks of finished runs qualify, and keep it with the reports.
+    """Print whether the tasks of finished runs qualify, and save that with the reports.
 
     Returns 0 if all do, 1 if some do not.
     """
@@ -63,5 +63,5 @@ def qualify(request: Request, store: RunStore, points: list[Point]) -> int:
         print("\n".join(found.lines))
         for group, ok in found.verdict.items():
             print(f"{group}: {'qualifies' if ok else 'DOES NOT QUALIFY'}")
-        print(f"kept: {path}")
+        print(f"saved: {path}")
     return 0 if all(found.verdict.values()) else 1

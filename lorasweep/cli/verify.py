@@ -1,6 +1,6 @@
-"""Train a sample of a sweep's finished runs again, alone, and compare: packing changes no result.
+"""Train a sample of finished runs again, alone, to check that packing changes no result.
 
-The differences are set against the noise between seeds; what they mean for a claim is not judged
+Differences are compared with the noise between seeds. What they mean for a claim is not judged
 here.
 """
 
@@ -19,13 +19,13 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, curve_key
 
 NO_FLOOR_NATS = 0.01
-"""Difference of the final NLL that counts as different where no cell has two seeds. Assumption:
+"""Difference of the final NLL that counts as different if no setting has two seeds. Assumption:
 seeds of the tiny sweep differ by about this (LOG.md)."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One run, as it was recorded and as it came out alone."""
+    """One run: its recorded result, and its result when trained alone."""
 
     run: str
     pack_size: int | None
@@ -44,7 +44,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons, and the noise they are set against."""
+    """All comparisons, and the noise between seeds."""
 
     comparisons: list[Comparison]
     noise_floor: float | None
@@ -52,7 +52,7 @@ class Report:
     cells."""
 
     def differing(self) -> list[Comparison]:
-        """Return the runs that ended otherwise, or differ by more than the noise between seeds."""
+        """Return the runs that ended differently, or differ by more than the noise."""
         bound = NO_FLOOR_NATS if self.noise_floor is None else self.noise_floor
         return [
             c
@@ -61,7 +61,7 @@ class Report:
         ]
 
     def plain(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+        """Return the report as JSON values."""
         rows = [{**asdict(c), "difference": c.difference} for c in self.comparisons]
         return {
             "runs": rows,
@@ -71,9 +71,9 @@ class Report:
 
 
 def choose(points: Sequence[Point], store: RunStore, count: int) -> list[Point]:
-    """Draw `count` finished runs that were trained here, those that shared a pack first.
+    """Draw `count` finished runs that were trained here, first those that shared a pack.
 
-    The same ones are drawn each time.
+    The draw is the same each time.
     """
     finished = []
     for p in points:
@@ -81,14 +81,16 @@ def choose(points: Sequence[Point], store: RunStore, count: int) -> list[Point]:
         if result is not None and not result.get("imported"):
             finished.append((result.get("pack_size", 1) == 1, stream("verify", p.id).random(), p))
     if not finished:
-        raise SpecError(f"no run of this sweep was finished in {store.root}. Run the sweep first.")
+        raise SpecError(
+            f"no run of this sweep was trained to the end in {store.root}. Run the sweep first."
+        )
     return [p for _, _, p in sorted(finished, key=lambda row: row[:2])[:count]]
 
 
 def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
     """Pool the variance of the final measure between seeds over the cells with two or more seeds.
 
-    None if there is no such cell.
+    None if no setting has two seeds.
     """
     cells: dict[tuple[Any, ...], list[float]] = {}
     for p in points:
@@ -111,7 +113,7 @@ def compare_alone(
     count: int,
     show: Callable[[Comparison], None],
 ) -> Report:
-    """Retrain `count` runs alone, with the threads and micro-batch that made them, and compare."""
+    """Retrain `count` runs alone, with the same threads and micro-batch, and compare."""
     from lorasweep.launch.trainer import TorchTrainer
 
     trainer, comparisons = TorchTrainer(), []

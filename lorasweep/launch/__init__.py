@@ -1,4 +1,4 @@
-"""Gets packs trained: worker processes here, or jobs of a cluster.
+"""Train packs in worker processes on this machine, or in jobs of a cluster.
 
 Refuses to know models and methods.
 """

@@ -1,7 +1,7 @@
-"""Run packs on this machine: worker processes that claim what is free, until nothing is left to do.
+"""Run packs on this machine, in worker processes that claim free runs until none are left.
 
-Knows processes and signals. A worker reads a JSON job file and runs `lorasweep.launch.worker`. Two
-commands for the same sweep share its runs: each waits for those that the other has claimed.
+Knows processes and signals. A worker is `lorasweep.launch.worker` with a JSON job file. Two
+commands for the same sweep share its runs: each waits for the runs that the other has claimed.
 """
 
 import json
@@ -33,11 +33,11 @@ Event = dict[str, Any]
 Report = Callable[[Event], None]
 
 POLL_S = 0.5
-"""Seconds between looks at runs that another process works on."""
+"""Seconds between checks of runs that another process works on."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""OpenMP threads wait asleep. By default they spin, and hold the core that the thread they wait for
-needs: two training processes on two busy cores then run a hundred times slower (LOG.md)."""
+"""Makes waiting OpenMP threads sleep. By default they spin, and block the core that the other
+thread needs: two training processes on two busy cores are then a hundred times slower (LOG.md)."""
 
 
 def run_points(
@@ -49,15 +49,15 @@ def run_points(
     patience_s: float = math.inf,
     skip: str | None = None,
 ) -> None:
-    """Bring every run of `points` to an end, or to a recorded failure.
+    """Train every run of `points` until it is finished or has a recorded failure.
 
-    With a `trainer` that is callable the packs run in this process (tests); else in worker
-    processes, which take the trainer of that name (package.module:object) or the real one.
-    `patience_s` bounds the time without any progress while only runs of other processes are left.
-    `skip`: a file of run ids that are not to be started.
+    `trainer`: a callable runs the packs in this process (for tests); a name
+    (package.module:object) or None, for the real trainer, runs them in worker processes.
+    `patience_s`: how long to wait without progress when only runs of other processes are left.
+    `skip`: a file of run ids that must not be started.
 
     Raises:
-        Stopped: Ctrl-C, or a signal that asked the workers to stop.
+        Stopped: Ctrl-C, or a signal that stopped the workers.
     """
     hardware = detect.this_machine()
     tried: set[str] = set()
@@ -89,8 +89,7 @@ def run_points(
 def _given_up(ids: list[str], store: RunStore, exec_: Exec) -> set[str]:
     """Return the runs that this command does not try again.
 
-    These are the failed ones. A run whose worker was killed from outside is tried again as long as
-    attempts are left.
+    These are the failed ones, and runs whose worker was killed exec.max_attempts times.
     """
     states = store.states(ids)
     failed = {i for i, s in states.items() if s == "failed"}
@@ -101,7 +100,7 @@ def _given_up(ids: list[str], store: RunStore, exec_: Exec) -> set[str]:
 def _run_workers(
     plan: Plan, store: RunStore, exec_: Exec, report: Report, settings: dict[str, Any]
 ) -> None:
-    """Start the workers on one job file, pass their events on, and wait for all of them."""
+    """Start the workers with one job file, report their events, and wait for all of them."""
     path = _write_job(plan, store, exec_, settings)
     log = path.with_suffix(".log")
     workers: list[subprocess.Popen] = []
@@ -111,7 +110,7 @@ def _run_workers(
         error = _pass_on(events, len(workers), report)
         codes = [w.wait() for w in workers]
     except KeyboardInterrupt:
-        for w in workers:  # they finish their update, write a checkpoint and leave
+        for w in workers:  # each finishes its update, writes a checkpoint and exits
             if w.poll() is None:
                 w.terminate()
         for w in workers:
@@ -122,16 +121,16 @@ def _run_workers(
     if STOPPED in codes:
         raise Stopped
     crashed = [c for c in codes if c != 0]
-    # A signal (below 0) leaves interrupted runs, which are taken up again.
+    # A worker killed by a signal (code below 0) leaves interrupted runs, which are tried again.
     if crashed and all(c > 0 for c in crashed):
         tail = log.read_text(errors="replace").splitlines()[-8:]
-        raise TrainingError("a worker ended with an error of its own:\n" + "\n".join(tail))
+        raise TrainingError("\n".join([f"a worker crashed. The end of its log, {log}:", *tail]))
     path.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
 
 
 def _write_job(plan: Plan, store: RunStore, exec_: Exec, settings: dict[str, Any]) -> Path:
-    """Write what the workers have to do; return the file."""
+    """Write the job file for the workers; return its path."""
     packs = [
         {
             "runs": [p.spec.plain() for p in pack.points],
@@ -139,7 +138,7 @@ def _write_job(plan: Plan, store: RunStore, exec_: Exec, settings: dict[str, Any
         }
         for pack in plan.packs
     ]
-    # A worker has not watched other machines' heartbeats, so it is given the owners found dead.
+    # A worker has not watched the heartbeats of other machines, so it gets the list of dead owners.
     dead = {p.id: store.last_attempt(p.id) for p in plan.todo if plan.states[p.id] == "interrupted"}
     exec_values = {**asdict(exec_), "threads": plan.threads, "workers": plan.workers}
     job = {"packs": packs, "exec": exec_values, "dead": dead, **settings}
@@ -149,7 +148,7 @@ def _write_job(plan: Plan, store: RunStore, exec_: Exec, settings: dict[str, Any
         files.write_atomic(path, json.dumps(job).encode())
     except OSError as error:
         raise StoreError(
-            f"{path} cannot be written ({error.strerror}). Free some space, then give the command "
+            f"{path} cannot be written ({error.strerror}). Free some space, then run the command "
             "again."
         ) from None
     return path
@@ -178,7 +177,7 @@ def _start(
 
 
 def _pass_on(events: "queue.Queue[Event | None]", n_workers: int, report: Report) -> str | None:
-    """Report events until every worker has ended; return the error that one of them sent."""
+    """Report events until every worker has ended; return the last error event, or None."""
     error = None
     while n_workers:
         event = events.get()
@@ -206,9 +205,9 @@ def worker_environment(threads: int) -> dict[str, str]:
 
 
 def _devices_of(worker: int, workers: int) -> dict[str, str]:
-    """Deal the GPUs to the workers, each a share of its own; nothing where there are none.
+    """Return the GPUs of a worker as an environment variable; empty without GPUs.
 
-    More workers than GPUs share them.
+    Each worker has its own GPUs; with more workers than GPUs, workers share them.
     """
     devices = detect.devices()
     if not devices:

@@ -1,11 +1,11 @@
-"""action=measure_packs: train a few updates of each shape of run, alone and in packs, and keep the
-times.
+"""Measure step times alone and in packs, for action=measure_packs.
 
-    python -m lorasweep.launch.measure_packs JOB.json    {"exec": {...}, "shapes": [{"spec": {...},
-                                                          "path": FILE}, ...]}
+    python -m lorasweep.launch.measure_packs JOB.json
 
-A measurement takes about BUDGET_S seconds a shape, more than it saves in a short sweep, so it runs
-only when it is asked for. The planner reads what is kept (plan/throughput.py).
+    {"exec": {...}, "shapes": [{"spec": {...}, "path": FILE}, ...]}
+
+Takes about BUDGET_S seconds per shape, more than it saves in a short sweep, so it runs only on
+request. The planner uses the results (plan/throughput.py).
 """
 
 import dataclasses
@@ -32,15 +32,14 @@ from lorasweep.store.lock import Lock
 from lorasweep.store.run_store import RunStore
 
 BUDGET_S = 25.0
-"""Seconds a shape: larger packs are tried while they last, and while each is faster than the last.
-"""
+"""Seconds per shape. Larger packs are tried until they are over, or a pack is not faster."""
 STEPS, WARM = 4, 1
-"""Updates a measurement, and how many of them at the start do not count; the median of the others
-is kept."""
+"""Updates per measurement, and the number of first updates that do not count. The result is the
+median of the others."""
 MEMORY_SHARE = 0.7
-"""Share of a worker's memory that a measured pack may be expected to take."""
+"""Largest share of a worker's memory that a measured pack is expected to use."""
 NO_LR = 1e-6
-"""A learning rate too small to move anything."""
+"""A learning rate too small to change anything."""
 
 
 def measure_packs(
@@ -50,13 +49,13 @@ def measure_packs(
     hardware: Hardware,
     report: Callable[[str], None],
 ) -> None:
-    """Measure the shapes among `specs` that are not known on this machine, in a process of its own.
+    """Measure the shapes of `specs` that are not known on this machine, in a separate process.
 
-    One process at a time measures in a run folder.
+    Only one process at a time measures in a run folder.
 
     Raises:
-        TrainingError: the measurement failed; shapes before it are kept.
-        StoreError: another process measures here, and does not end.
+        TrainingError: the measurement failed; shapes measured before are kept.
+        StoreError: another process is measuring here and does not end.
     """
     shapes = list({shape_of(s): s for s in specs}.values())
     lock = Lock(store.root / ".calibration" / "lock")
@@ -69,9 +68,9 @@ def measure_packs(
         unknown = [s for s in shapes if known.of(s) is None]
         missing = {measured_path(store.root, s, hardware, exec_): s for s in unknown}
         if not missing:
-            return report("all shapes are measured on this machine")
+            return report("all kinds of run were measured on this machine before")
         bound = f"at most about {BUDGET_S * len(missing):.0f} s"
-        report(f"measuring {len(missing)} shape(s) of run on this machine, once: {bound}")
+        report(f"measuring {len(missing)} kind(s) of run on this machine, once: {bound}")
         _measure_in_process(missing, store, exec_)
     finally:
         lock.release()
@@ -97,14 +96,18 @@ def _measure_in_process(shapes: dict[Path, RunSpec], store: RunStore, exec_: Exe
         path.unlink(missing_ok=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-        raise TrainingError(f"the measurement failed: {last}")
+        raise TrainingError(
+            f"the measurement failed: {last}. Run the sweep without it, or lower exec.pack_size."
+        )
 
 
 def measure(
     spec: RunSpec, exec_: Exec, hardware: Hardware, budget_s: float = BUDGET_S
 ) -> dict[int, float]:
-    """Train a few updates of runs like `spec` on one thread; return pack size -> seconds a step and
-    run."""
+    """Train a few updates of runs like `spec` on one thread.
+
+    Returns pack size -> seconds per step and run.
+    """
     import torch
 
     from lorasweep.data import load as data
@@ -131,7 +134,7 @@ def measure(
         try:
             events = finetune(pack, base, rows, micro)
             times = [next(iter(event.records.values()))["step_s"] for event in events]
-        except torch.OutOfMemoryError:  # of a GPU: the smaller sizes stand
+        except torch.OutOfMemoryError:  # of a GPU: the times of smaller sizes are kept
             if size == 1:
                 raise
             break
@@ -149,7 +152,7 @@ def _too_large(pack: float, hardware: Hardware) -> bool:
 
 
 def main(job_path: str) -> None:
-    """Measure the shapes of a job file and keep each result as soon as it is there."""
+    """Measure the shapes of a job file and save each result at once."""
     import torch
 
     from lorasweep.launch.process import die_with_parent, keep_freed_memory

@@ -1,6 +1,6 @@
-"""One pack, start to finish, on this machine: claim its runs, train them, record what they bring.
+"""Train one pack from start to end on this machine: claim its runs, train them, record results.
 
-Knows the store and takes events from a trainer; refuses to know how anything is trained.
+Knows the store and the events of a trainer. Refuses to know how anything is trained.
 """
 
 import dataclasses
@@ -27,14 +27,15 @@ from lorasweep.tracking import provenance
 from lorasweep.train.events import Event
 
 CHECKPOINT_SHARE = 20
-"""A checkpoint is made at most once in this many times its own cost: at most 5% of the time."""
+"""Checkpoints are at least this many times their own cost apart, so they take at most 5% of the
+time."""
 ROWS = "micro_batch_size"
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
-"""Key in env.json and result.json: the run went on in another pack, or with another micro-batch,
-than it began. The key is old; kept results have it."""
+"""Key in env.json and result.json: the run was resumed in another pack or with another micro-batch.
+The name is old, because kept results have it."""
 
 Attempts = dict[str, int]
-"""Run id -> number of the attempt that this process made."""
+"""Run id -> number of this process's attempt."""
 
 
 def execute(
@@ -46,9 +47,9 @@ def execute(
     stop: StopFlag,
     micro_batch_size: int | None = None,
 ) -> None:
-    """Claim what is free of the pack and bring it to an end. Failures of runs are recorded.
+    """Claim the free runs of a pack and train them to the end. Failures of runs are recorded.
 
-    `micro_batch_size` is the plan's; the user's (exec.micro_batch_size) and a checkpoint's come
+    `micro_batch_size` is the plan's choice; exec.micro_batch_size and a checkpoint's value come
     before it.
 
     Raises:
@@ -91,7 +92,7 @@ def _claim(pack: Sequence[RunSpec], store: RunStore, attempts: Attempts) -> None
         if n is not None:
             attempts[spec.id] = n
         elif not attempts:
-            return  # another worker has the first member, so the pack is its: never torn in two
+            return  # another worker has the first member, so it takes the pack: packs stay whole
 
 
 def _disk_full(store: RunStore, pack: Sequence[RunSpec]) -> StoreError:
@@ -99,9 +100,9 @@ def _disk_full(store: RunStore, pack: Sequence[RunSpec]) -> StoreError:
     need = checkpoint_bytes(pack) / 2**20
     return StoreError(
         f"the disk of {store.root} is full ({free:.0f} MiB free). The checkpoints of the "
-        f"{len(pack)} run(s) that were training take up to {need:.1f} MiB; action=plan shows what "
-        "the whole sweep needs. Finished runs are safe. Free some space and give the same command "
-        "again: it goes on from the last checkpoints."
+        f"{len(pack)} run(s) in training take up to {need:.1f} MiB; action=plan shows what the "
+        "whole sweep needs. Finished runs are safe. Free some space, then run the same command "
+        "again: it continues from the last checkpoints."
     )
 
 
@@ -119,11 +120,14 @@ def _end_all(
 
 
 def _resume(ids: Sequence[str], store: RunStore) -> dict[str, State] | None:
-    """Load the latest common checkpoint and cut the records back to it; None: from the start."""
+    """Load the latest common checkpoint and cut the records back to it.
+
+    None if there is none: the runs start from the beginning.
+    """
     folders = {i: store.folder(i) / "checkpoint" for i in ids}
     states = checkpoint.load_pack(folders)
     if states and any(states[i]["meta"]["records_size"] > store.records_size(i) for i in ids):
-        states = None  # a power cut took records that the checkpoint counts
+        states = None  # a power failure lost records from before the checkpoint
     for i in ids:
         store.cut_records(i, states[i]["meta"]["records_size"] if states else 0)
         checkpoint.keep_only(folders[i], states[i]["meta"]["step"] if states else None)
@@ -131,7 +135,7 @@ def _resume(ids: Sequence[str], store: RunStore) -> dict[str, State] | None:
 
 
 class _Session:
-    """The training of one claimed pack: what it goes on from and what is recorded of it."""
+    """The training of one claimed pack: what it resumes from, and what is recorded."""
 
     def __init__(
         self,
@@ -155,8 +159,8 @@ class _Session:
     def _settings(self, exec_: Exec, planned_rows: int | None) -> Exec:
         """Return the settings to train with.
 
-        The same pack goes on bit for bit, so a checkpoint's threads and micro-batch go with it,
-        unless the user gives another micro-batch.
+        The same pack continues bit for bit, so it keeps the threads and the micro-batch of its
+        checkpoint, unless the user sets another micro-batch.
         """
         if not self.states:
             rows = planned_rows if exec_.micro_batch_size is None else exec_.micro_batch_size
@@ -263,7 +267,7 @@ class _Session:
 
 
 class _Heartbeats:
-    """A thread that shows that the claimed runs are being worked on."""
+    """A thread that writes the heartbeats of the claimed runs."""
 
     def __init__(self, store: RunStore, attempts: Attempts) -> None:
         self._store, self._attempts = store, dict(attempts)
@@ -279,9 +283,9 @@ class _Heartbeats:
                 try:
                     self._store.heartbeat(rid, n, beat)
                 except OSError:
-                    continue  # the training itself meets the same trouble and reports it
+                    continue  # the training meets the same error and reports it
 
     def stop(self) -> None:
-        """Stop beating, and wait for the thread."""
+        """Stop, and wait for the thread."""
         self._done.set()
         self._thread.join()

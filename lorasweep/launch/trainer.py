@@ -1,4 +1,4 @@
-"""What trains a pack: the interface that launching knows, and the real one.
+"""The interface of a trainer, and the real one.
 
 Torch is imported inside functions, so that launching starts without it.
 """
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lorasweep.models.load import Base
 
 Report = Callable[[dict[str, Any]], None]
-"""Takes what happened: {run, ended, ...} at a run's end, {runs, step} at an update."""
+"""Receives events: {run, ended, ...} at the end of a run, {runs, step} after an update."""
 
 
 class Trainer(Protocol):
-    """Trains the runs of a pack together and yields an event an update."""
+    """Trains the runs of a pack together and yields an event per update."""
 
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
@@ -31,7 +31,7 @@ class Trainer(Protocol):
 
 
 class TorchTrainer:
-    """Loads bases and data once a process and trains packs with `lorasweep.train.finetune`."""
+    """Trains packs with `lorasweep.train.finetune`. Keeps the loaded base and data for the next."""
 
     def __init__(self) -> None:
         self._base: Base | None = None
@@ -71,7 +71,7 @@ class TorchTrainer:
 
 
 def trainer_named(name: str | None) -> Trainer:
-    """Return the trainer of that name (package.module:object), or the real one."""
+    """Return the trainer named `name` (package.module:object); None: the real one."""
     if name is None:
         return TorchTrainer()
     module, _, attribute = name.partition(":")

@@ -1,4 +1,4 @@
-"""A worker process: runs the packs of a job file that are free. Started by launch/local.
+"""A worker process: train the free packs of a job file. Started by launch/local.
 
     python -m lorasweep.launch.worker JOB.json [FIRST]
 
@@ -26,13 +26,13 @@ from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 
 STOPPED, REFUSED = 3, 4
-"""Exit statuses: asked to stop; an error that the user must correct, printed as an event."""
+"""Exit statuses: stopped by a signal; an error that the user must correct, printed as an event."""
 REPORT_S = 0.3
-"""Seconds between reports of progress, at least; ends of runs are reported at once."""
+"""Minimum seconds between progress reports. Ends of runs are reported at once."""
 
 
 def skipped(path: str | None) -> set[str]:
-    """Read a file of run ids that are not to be started; none if it is not there."""
+    """Read a file of run ids that must not be started; empty if there is no file."""
     try:
         with open(path or "", "rb") as file:
             return set(json.load(file))
@@ -41,7 +41,7 @@ def skipped(path: str | None) -> set[str]:
 
 
 class _Reporter:
-    """Prints events; if nobody reads them any more, it asks for a stop."""
+    """Prints events. If nobody reads them any more, it sets the stop flag."""
 
     def __init__(self, stop: StopFlag) -> None:
         self._stop = stop
@@ -59,7 +59,7 @@ class _Reporter:
 
 
 def main(job_path: str, first: int = 0) -> int:
-    """Run the packs of a job file that are free, in order from number `first`."""
+    """Train the free packs of a job file, starting with number `first`; return the exit status."""
     die_with_parent()
     keep_freed_memory()
     stop = StopFlag()

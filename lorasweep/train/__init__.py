@@ -1,4 +1,4 @@
-"""The training loop of a pack and what it is made of.
+"""The training loop of a pack, and its parts.
 
 Refuses to know the store, the launcher and configuration files.
 """

@@ -1,4 +1,4 @@
-"""What a trainer reports: one Event an update. Standard library only."""
+"""What a trainer reports: one Event per update. Standard library only."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ Record = dict[str, Any]
 
 @dataclass
 class Event:
-    """What one update brought. Keys are run ids; `ended` gives 'done' or 'diverged' and the final
-    measures."""
+    """The outcome of one update. Keys are run ids."""
 
     step: int
     records: dict[str, Record]
     ended: dict[str, tuple[str, Record]]
+    """Runs that ended: 'done' or 'diverged', and their results."""
     snapshot: Callable[[], dict[str, State]]
-    """Call before asking for the next event: the state of every member still in the pack."""
+    """Returns the state of every member still in the pack. Valid until the next event."""
     backend: str = ""
-    """The forward passes and the device that computed it."""
+    """Implementation and device, such as 'cpu_llama on cpu'."""

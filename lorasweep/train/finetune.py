@@ -1,4 +1,4 @@
-"""Train a pack by supervised fine-tuning: the loop with the objective of every arm."""
+"""Train a pack by supervised fine-tuning, the objective of every arm."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,10 +18,10 @@ def finetune(
     micro_batch_size: int | None = None,
     resume: dict[str, State] | None = None,
 ) -> Iterator[Event]:
-    """Train the runs of `pack` together and yield an Event an update.
+    """Train the runs of `pack` together and yield an Event per update.
 
-    data: one data set for all, or run id -> data set. micro_batch_size: sequences of one member in
-    a forward pass; None: all of an update. resume: run id -> state, as an event's snapshot() gave.
+    `data`: one data set for all, or run id -> data set. `micro_batch_size`: sequences per member
+    and forward pass; None: all of an update. `resume`: run id -> state from an event's snapshot().
     """
     by_run = {s.id: data for s in pack} if isinstance(data, Data) else data
     objective = SupervisedFineTuning(by_run, pack[0].precision, micro_batch_size)

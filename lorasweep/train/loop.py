@@ -1,7 +1,8 @@
-"""The training loop, linear, for one pack of N runs over one base model; one run is N = 1.
+"""The training loop for a pack of N runs over one base model; a single run is N = 1.
 
-Knows a method by its Trainables and what is optimised by its Objective. Refuses to know the store,
-the launcher and configuration files: it yields events, and whoever called writes them down.
+Knows a method by its Trainables, and what is optimised by its Objective. Refuses to know the store,
+the launcher and configuration files: it yields events, which the caller records.
+
 Shapes: N members of the pack.
 """
 
@@ -28,16 +29,16 @@ def train(
     objective: Objective[BatchT],
     resume: dict[str, State] | None = None,
 ) -> Iterator[Event]:
-    """Train the runs of `pack` together and yield an Event an update.
+    """Train the runs of `pack` together and yield an Event per update.
 
-    `resume` maps every run id of the pack to its state, all at one step, as snapshot() gave it.
+    `resume` maps every run id of the pack to its state from snapshot(), all at the same step.
     """
     # ---------------------------------------------------------------- setup
     model = base.model
     device = next(model.parameters()).device
     members = list(pack)
     method, metric = pack[0].method, objective.metric
-    at_start = objective.start(base, members)  # with nothing attached: every run starts as the base
+    at_start = objective.start(base, members)  # nothing is attached yet: all runs start as the base
     targets = find_targets(model, pack[0].model, method.target_layers())
     trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
     try:
@@ -62,7 +63,7 @@ def train(
                 sums_N = objective.loss(model, batch)
                 (sums_N / divisor_N.to(sums_N)).sum().backward()
                 total_N += sums_N.detach().double().cpu()
-            if step == 0:  # kept beside the measure at the start: where the first gradient lies
+            if step == 0:  # record the layer sets' shares of the first gradient
                 for m, squares in zip(members, optimizer.grad_squares()):
                     shares = gradient_shares(squares, m.model)
                     progress[m.id].curve[0]["grad_share"] = shares
@@ -71,7 +72,7 @@ def train(
             optimizer.zero_grad()
             step += 1
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # else this would time the launch of the kernels
+                torch.cuda.synchronize(device)  # otherwise only the kernel launches are timed
             seconds = (time.perf_counter() - started) / len(members)
 
             # ------------------------------------------------------------ records

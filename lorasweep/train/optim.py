@@ -1,7 +1,7 @@
-"""AdamW with a vector of learning rates, one a member, and learning-rate schedules.
+"""AdamW with one learning rate per member, and learning rate schedules.
 
-The formula is torch.optim.AdamW's (Loshchilov & Hutter, arXiv 1711.05101); torch's own takes one
-rate a parameter group, while a pack holds N members in one tensor. Tests compare the two in
+The formula is that of torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101). torch's class has
+one rate per parameter group, but a pack holds N members in one tensor. Tests compare the two in
 float64.
 """
 
@@ -17,7 +17,7 @@ from lorasweep.store.checkpoint import State
 
 
 def lr_factor(spec: RunSpec, step: int) -> float:
-    """Return the factor on the peak rate for update `step` (0-based)."""
+    """Return the factor on the peak learning rate for update `step` (0-based)."""
     if step < spec.warmup_steps:
         return (step + 1) / (spec.warmup_steps + 1)
     if spec.schedule == "constant":
@@ -27,37 +27,37 @@ def lr_factor(spec: RunSpec, step: int) -> float:
 
 
 def _gradient(p: torch.Tensor) -> torch.Tensor:
-    assert p.grad is not None, "a trained tensor got no gradient"
+    assert p.grad is not None, "a trained tensor has no gradient"
     return p.grad
 
 
 @dataclass
 class OneRun:
-    """Trainables that are plain named tensors of one run: a base in pretraining."""
+    """The named tensors of a single run, as Parameters: a base in pretraining."""
 
     tensors: dict[str, torch.Tensor]
     stacked = False
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """Name -> tensor."""
+        """Return the tensors by name."""
         return self.tensors
 
     def part_of(self, name: str) -> tuple[str, slice]:
-        """All of it belongs to the one run."""
+        """Return the same name: the whole tensor belongs to the run."""
         return name, slice(0, 1)
 
     def lr_ratios(self, name: str) -> list[float]:
-        """One rate for all tensors."""
+        """Return 1: all tensors have the same learning rate."""
         return [1.0]
 
     def keep(self, members: list[int]) -> dict[str, tuple[str, list[int]]]:
-        """Refuse: there is one run."""
+        """Refuse, because there is only one run."""
         raise NotImplementedError
 
 
 @dataclass
 class AdamW:
-    """State for the tensors of a pack's Trainables."""
+    """AdamW for the tensors of a pack, with its moments."""
 
     trainables: Parameters
     specs: list[RunSpec]
@@ -67,13 +67,13 @@ class AdamW:
 
     @classmethod
     def start(cls, trainables: Parameters, specs: Sequence[RunSpec]) -> "AdamW":
-        """Begin with empty moments."""
+        """Start with zero moments."""
         params = trainables.parameters()
         zeros = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
         return cls(trainables, list(specs), params, *zeros)
 
     def keep(self, members: list[int]) -> None:
-        """Compact the pack to `members` (rising indices), parameters and moments."""
+        """Drop the parameters and moments of all members but `members` (increasing indices)."""
         came_from = self.trainables.keep(members)
         self.specs = [self.specs[i] for i in members]
         self.params = self.trainables.parameters()
@@ -88,9 +88,8 @@ class AdamW:
         if not self.trainables.stacked:
             norms = [torch.linalg.vector_norm(_gradient(p)) for p in self.params.values()]
             return [float(torch.stack(norms).double().square().sum().sqrt())]
-        squares = torch.zeros(
-            len(self.specs), dtype=torch.float64, device=next(iter(self.params.values())).device
-        )
+        device = next(iter(self.params.values())).device
+        squares = torch.zeros(len(self.specs), dtype=torch.float64, device=device)
         for name, p in self.params.items():
             members = self.trainables.part_of(name)[1]
             norms_n = torch.linalg.vector_norm(_gradient(p).flatten(1), dim=1)
@@ -99,16 +98,13 @@ class AdamW:
 
     @torch.no_grad()
     def grad_squares(self) -> list[dict[str, float]]:
-        """Return each member's squared gradient norms by the names that tensors have in one
-        member's state."""
+        """Return each member's squared gradient norms, by tensor names in one member's state."""
         found: list[dict[str, float]] = [{} for _ in self.specs]
         for name, p in self.params.items():
             of_member, members = self.trainables.part_of(name)
             squares = _gradient(p).double().square()
-            for k, value in zip(
-                range(members.start, members.stop),
-                squares.flatten(1).sum(1) if self.trainables.stacked else [squares.sum()],
-            ):
+            sums = squares.flatten(1).sum(1) if self.trainables.stacked else [squares.sum()]
+            for k, value in zip(range(members.start, members.stop), sums):
                 found[k][of_member] = float(value)
         return found
 
@@ -116,8 +112,8 @@ class AdamW:
     def step(self, step: int, norms: Sequence[float], rates: Sequence[float] | None = None) -> None:
         """Make update `step` (0-based) of every member.
 
-        `norms` are grad_norms(), used where a member clips. `rates` are the members' learning rates
-        at this update; None: those of their schedules.
+        `norms`: grad_norms(), for members with clip_norm. `rates`: the members' learning rates at
+        this update; None: from their schedules.
         """
         specs = self.specs
         first = specs[0]  # betas, eps and decay are shared by a pack (plan.pack_key)
@@ -139,11 +135,8 @@ class AdamW:
         ]
         params = list(self.params.values())
         step_sizes = [(rate_N[at] * ratio).view(-1, 1, 1) for at, ratio in zip(members, own)]
-        grads, m, v = (
-            [_gradient(p) for p in params],
-            self._moments(self.exp_avg),
-            self._moments(self.exp_avg_sq),
-        )
+        grads = [_gradient(p) for p in params]
+        m, v = self._moments(self.exp_avg), self._moments(self.exp_avg_sq)
         if any(c != 1.0 for c in clip):
             torch._foreach_mul_(grads, [clip_N[at].view(-1, 1, 1) for at in members])
         if first.weight_decay:
@@ -159,8 +152,7 @@ class AdamW:
         torch._foreach_sub_(params, change)
 
     def _fused(self, step: int, lr: float, clip: float) -> None:
-        """Update one run's whole weights by torch's fused kernel, which reads and writes each
-        number once."""
+        """Update one run with torch's fused kernel, which reads and writes each number once."""
         spec, params = self.specs[0], list(self.params.values())
         grads = [_gradient(p) for p in params]
         if clip != 1.0:
@@ -181,7 +173,7 @@ class AdamW:
             amsgrad=False,
             maximize=False,
         )
-        # The kernel does not count its change of the weights as one, and CpuLlama would go on with
+        # The kernel does not increase the version of the weights, so CpuLlama would keep using its
         # copies of the old ones.
         torch.autograd.graph.increment_version(params)
 
@@ -198,7 +190,7 @@ class AdamW:
 
     @torch.no_grad()
     def load_members(self, states: Sequence[State]) -> int:
-        """Copy each member's tensors from its state; return the step that all states are at."""
+        """Copy each member's tensors from its state; return the common step of the states."""
         steps = {state["meta"]["step"] for state in states}
         if len(steps) != 1:
             raise ValueError(f"the members' states are at different steps: {sorted(steps)}")
@@ -215,6 +207,6 @@ class AdamW:
         return [moments[name] for name in self.params]
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Delete the gradients."""
         for p in self.params.values():
             p.grad = None

@@ -1,7 +1,7 @@
-"""Pretrain the small base models that a recipe describes, and keep their weights.
+"""Pretrain the small base models of recipes, and save their weights.
 
-Weights are kept rounded to bf16 (half the size), and the rounded weights *are* the base, wherever
-they come from. Refuses to know the command line and configuration files.
+Weights are saved in bf16 (half the size). The rounded weights are the base model everywhere.
+Refuses to know the command line and configuration files.
 """
 
 import math
@@ -29,14 +29,14 @@ EVAL_TOKENS = 8192
 
 
 def ensure(spec: ModelSpec, models_dirs: Sequence[str]) -> None:
-    """Pretrain a recipe's base into the first models folder, unless its weights lie somewhere.
+    """Pretrain the base of a recipe into the first models folder, unless its weights exist.
 
     Call it before loading. Does nothing for models of other sources.
     """
     if spec.source != "recipe" or find_weights(spec, models_dirs) is not None:
         return
     path = Path(models_dirs[0]).expanduser() / file_name(spec)
-    print(f"training base model {spec.name} from its recipe, once; kept as {path}", flush=True)
+    print(f"pretraining base model {spec.name} once, from its recipe, into {path}", flush=True)
     model, _ = pretrain(spec)
     save(model, path)
 
@@ -60,7 +60,7 @@ def save(model: "LlamaForCausalLM", path: Path) -> None:
 def pretrain(
     spec: ModelSpec, progress: Callable[[int, float], None] | None = None
 ) -> tuple["LlamaForCausalLM", float]:
-    """Train the base by its recipe; return the model and its NLL on held-out text, nats a token."""
+    """Train the base by its recipe; return the model and its held-out NLL in nats per token."""
     assert spec.recipe is not None
     torch.manual_seed(spec.recipe.seed)
     model, data = empty_model(spec), pretraining_data(spec.recipe)
@@ -71,10 +71,10 @@ def pretrain(
 
 
 def updates(model: "LlamaForCausalLM", recipe: Recipe, data: Data) -> Iterator[tuple[int, float]]:
-    """Train `model` in place; yield each update's number and its loss in nats a token.
+    """Train `model` in place; yield each update's number and its loss in nats per token.
 
-    AdamW, gradients clipped to norm 1; linear warm-up over a twentieth of the updates, then a
-    cosine to a tenth of the peak rate.
+    AdamW, gradients clipped to norm 1. Linear warm-up over 5% of the updates, then a cosine to a
+    tenth of the peak rate.
     """
     model.train()
     warmup_steps = recipe.steps // 20
@@ -92,7 +92,7 @@ def updates(model: "LlamaForCausalLM", recipe: Recipe, data: Data) -> Iterator[t
 
 
 def pretraining_data(recipe: Recipe) -> Data:
-    """Load what a recipe's base is pretrained on, with 512 held-out rows."""
+    """Load the pretraining data of a recipe, with 512 held-out rows."""
     spec = DatasetSpec(
         name=f"pretrain-{recipe.dataset}",
         source="synthetic",
@@ -107,5 +107,5 @@ def pretraining_data(recipe: Recipe) -> Data:
 
 
 def held_out_nll(model: "LlamaForCausalLM", data: Data) -> float:
-    """Return the mean loss over the held-out rows, in nats a token."""
+    """Return the mean loss over the held-out rows, in nats per token."""
     return evaluate(model, [eval_batches(data.test, EVAL_TOKENS)], "fp32")[0]

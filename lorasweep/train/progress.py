@@ -1,4 +1,4 @@
-"""How far a run of a pack has come: its learning curve, tokens and step times."""
+"""Keep the progress of a run: its learning curve, tokens and step times."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,11 +9,10 @@ from lorasweep.train.events import Record
 
 
 def eval_steps(steps: int) -> list[int]:
-    """List the log-spaced steps at which held-out measures are taken: 1, 2, 3, 4, 6, 8, 12, ...
-    and the last.
+    """List the steps with a held-out evaluation, log-spaced: 1, 2, 3, 4, 6, 8, 12, ..., last.
 
-    The list of a long run begins with that of a short one, so a constant-rate run holds all its
-    prefixes.
+    Except for the last step, a shorter run has the first entries of a longer one. So a run at a
+    constant learning rate also contains the results of all shorter runs.
     """
     powers = [2**k for k in range(steps.bit_length() + 1)]
     return sorted({s for s in (*powers, *(3 * p // 2 for p in powers[1:])) if s < steps} | {steps})
@@ -21,25 +20,25 @@ def eval_steps(steps: int) -> list[int]:
 
 @dataclass
 class Progress:
-    """What the loop keeps of one run between updates."""
+    """What the loop keeps for one run between updates."""
 
     curve: list[Record]
-    """The learning curve: one point for each evaluation, the first before training."""
+    """The learning curve: one point per evaluation, the first before training."""
     tokens: int = 0
     step_s: list[float] = field(default_factory=list)
-    """Seconds of each update of this attempt: the pack's, divided by its members."""
+    """Seconds of each update in this attempt: the time of the pack divided by its members."""
 
     @classmethod
     def start(cls, metric: str, value: float) -> "Progress":
-        """Begin with the measure before training."""
+        """Start with the metric before training."""
         return cls([{"step": 0, "examples": 0, "tokens": 0, metric: value}])
 
     def load(self, meta: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the values of a checkpoint."""
         self.curve, self.tokens = list(meta["curve"]), meta["tokens"]
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds."""
+        """Return the values for a checkpoint."""
         return {"curve": self.curve, "tokens": self.tokens}
 
     def add(self, n_tokens: int, seconds: float) -> None:
@@ -53,14 +52,14 @@ class Progress:
         self.curve.append({name: record[name] for name in names})
 
     def median_step_s(self) -> float:
-        """Return the median of the updates' seconds."""
+        """Return the median seconds of an update."""
         return sorted(self.step_s)[len(self.step_s) // 2]
 
 
 def gradient_shares(squares: dict[str, float], model: ModelSpec) -> dict[str, float]:
-    """Return the share of the squared gradient by layer set; embedding and norms are 'rest'.
+    """Return each layer set's share of the squared gradient; embedding and norms are 'rest'.
 
-    squares: parameter name -> its squared gradient norm. NaN where all are zero.
+    `squares`: parameter name -> its squared gradient norm. The shares are NaN if all are zero.
     """
     total = sum(squares.values())
     found: dict[str, float] = {}

@@ -154,8 +154,8 @@ def test_queued_jobs_run_the_code_as_it_was(queue, tmp_path):
     [
         ("partition=gpux", "partition 'gpux' not found. Available: main, scavenge, urgent"),
         ("gpus=3", "cluster.gpus=3, but a node of partition 'main' has at most 2"),
-        ("cpus=64", "asks for 64 processors, but a node of partition 'main' has at most 2"),
-        ("mem_gib=900", "asks for 900 GiB, but a node of partition 'main' has at most 7.8"),
+        ("cpus=64", "needs 64 CPU cores, but a node of partition 'main' has at most 2"),
+        ("mem_gib=900", "needs 900 GiB, but a node of partition 'main' has at most 7.8"),
         ("warn_s=4000", "would be warned at once"),
         ("work_min=0", "cluster.work_min=0.0: "),
         ("constraint=gold", "Slurm refused the jobs: "),

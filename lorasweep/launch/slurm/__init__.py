@@ -1,4 +1,4 @@
-"""Runs as jobs of a Slurm cluster.
+"""Train runs in jobs of a Slurm cluster.
 
 Refuses to know what a run trains.
 """

@@ -1,4 +1,4 @@
-"""Take queued runs back: all of a sweep's, or those that are no longer part of it."""
+"""Cancel queued runs: all of a sweep, or those that are no longer part of it."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ from lorasweep.sweep.request import Request
 def removed(
     queue: Queue, request: Request, points: Sequence[Point], store: RunStore
 ) -> dict[str, list[str]]:
-    """List, by submission, this sweep's queued runs that left it and have not begun."""
+    """List, by submission, queued runs that are no longer part of this sweep and not started."""
     if request.sweep is None:
         return {}
     wanted = {p.id for p in points}
@@ -29,24 +29,24 @@ def removed(
 
 
 def prune(queue: Queue, gone: dict[str, list[str]], notify: Callable[[str], None]) -> int:
-    """Withdraw queued runs and cancel the waiting tasks that have no others; return how many."""
+    """Withdraw queued runs, and cancel waiting tasks without other runs; return how many runs."""
     empty = []
     for s in [s for s in queue.submissions if s.name in gone]:
         submissions.withdraw(s, gone[s.name])
         waiting = [(k, j) for owner, k, j in queue.live() if owner is s and j.state == "PENDING"]
         empty += [j.label for k, j in waiting if s.withdrawn >= set(s.tasks[k])]
     if empty and (denied := client.cancel(empty)):
-        notify(f"not all of the jobs could be cancelled; they will find nothing to do ({denied})")
+        notify(f"some jobs could not be cancelled; they will find nothing to do ({denied})")
     return sum(map(len, gone.values()))
 
 
 def cancel(request: Request, store: RunStore, notify: Callable[[str], None]) -> tuple[int, int]:
-    """Cancel the sweep's jobs; return how many jobs, and how many unfinished runs they had.
+    """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs.
 
-    Finished runs are kept, and those that are training write a checkpoint first.
+    Finished runs are kept, and running ones write a checkpoint first.
 
     Raises:
-        ClusterError: no Slurm here, or jobs of other users are among them.
+        ClusterError: there is no Slurm here, or some jobs belong to other users.
     """
     client.require()
     if not submissions.home(store.root).is_dir():
@@ -64,16 +64,16 @@ def cancel(request: Request, store: RunStore, notify: Callable[[str], None]) -> 
         if denied:
             users = sorted({s.record["user"] for s in queue.submissions if s.name in mine})
             raise ClusterError(
-                f"not all jobs could be cancelled (they belong to {', '.join(users)}; each user "
-                f"cancels their own): {denied}"
+                f"some jobs could not be cancelled: {denied}. The jobs belong to "
+                f"{', '.join(users)}; each user must run action=cancel for their own."
             )
         return len(live), len(ending)
 
 
 def _same_question(submission: Submission, request: Request) -> bool:
-    """Return whether a submission is of this question: the same name and runs in common.
+    """Return whether a submission belongs to this sweep: the same name, and runs in common.
 
-    The same sweep with another number of steps is another question.
+    The same sweep with another number of steps has other runs.
     """
     ids = {p.id for p in request.points}
     record = submission.record

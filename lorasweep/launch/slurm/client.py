@@ -1,6 +1,6 @@
-"""Slurm's own commands: what a cluster has, which jobs live, how the others ended.
+"""Call Slurm's commands: what the cluster has, which jobs are live, how others ended.
 
-Knows no run and no submitit.
+Refuses to know runs and submitit.
 """
 
 import os
@@ -29,22 +29,22 @@ ENDED = frozenset(
         "TIMEOUT",
     )
 )
-"""States of a job that will not run again; everything else may. A requeued job is PENDING."""
+"""States of a job that will not run again. In any other state it may; a requeued job is PENDING."""
 STUCK = ("launch failed requeued held", "JobHoldMaxRequeue")
-"""Reasons for which Slurm holds a job after a failed start. A job held by its user or an
-administrator is left alone."""
+"""Reasons with which Slurm holds a job after a failed start. Jobs that a user or administrator
+holds are left alone."""
 ALREADY_ENDED = ("Invalid job id", "already complet")
-"""Complaints of scancel about a job that has ended, which is what was wanted."""
+"""Error messages of scancel about a job that has already ended; they are ignored."""
 QUERY_BATCH = 200
-"""Names or ids in one query: the length of a command line is limited."""
+"""Names or ids per query, because the length of a command line is limited."""
 FILTERS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_")
-"""Variables by which users filter what Slurm's commands show. They are left out: jobs that they
-hide would seem to be gone."""
+"""Prefixes of variables that filter the output of Slurm's commands. They are removed, because jobs
+that a filter hides would seem to have ended."""
 TRANSIENT_ERRORS = ("Unable to contact", "timed out", "Connection refused")
-"""Complaints that are worth another try, after PAUSES_S."""
+"""Error messages after which the command is tried again, after PAUSES_S."""
 PAUSES_S = (1.0, 5.0)
 TIMEOUT_S = 60
-"""A controller that does not answer for this long is down (its own clients give up later)."""
+"""Seconds after which a controller that does not answer counts as down."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Job:
     """A job, or one task of an array, as squeue shows it."""
 
     id: str
-    """Its own number, of a task too."""
+    """Number of this job; each task of an array has its own."""
     array: str
-    """The array's number; that of the job itself if it is none."""
+    """Number of the array; for a job without an array, its own."""
     task: int | None
     state: str
     reason: str
@@ -64,23 +64,23 @@ class Job:
 
     @property
     def label(self) -> str:
-        """Return the id that people and scancel use: 12, or 12_3."""
+        """Id for people and scancel: 12, or 12_3."""
         return self.array if self.task is None else f"{self.array}_{self.task}"
 
     @property
     def stuck(self) -> bool:
-        """Return whether Slurm holds it for ever because its node failed at the start."""
+        """Whether Slurm holds the job forever because its node failed at the start."""
         return self.state == "PENDING" and self.reason.replace("_", " ") in STUCK
 
     @property
     def live(self) -> bool:
-        """Return whether it runs or may still run."""
+        """Whether the job is running or may still run."""
         return self.state not in ENDED
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended, by Slurm's accounting."""
+    """How a job ended, from Slurm's accounting."""
 
     state: str
     exit: str
@@ -88,22 +88,21 @@ class Ended:
     elapsed_s: int
 
     def cause(self) -> str:
-        """Describe it for people."""
+        """Describe the end for people."""
         hint = ""
         if self.state == "FAILED" and self.exit in ("0:9", "9:0", "137:0"):
-            hint = ": killed, as by a limit of memory"
+            hint = ": killed, perhaps by a memory limit"
         if self.state == "OUT_OF_MEMORY":
-            hint = ": ask for more memory (cluster.mem_gib) or smaller packs (exec.pack_size)"
-        return (
-            f"Slurm: {self.state} (exit {self.exit}{f' on {self.node}' if self.node else ''}){hint}"
-        )
+            hint = ": set more memory (cluster.mem_gib) or smaller packs (exec.pack_size)"
+        node = f" on {self.node}" if self.node else ""
+        return f"Slurm: {self.state} (exit {self.exit}{node}){hint}"
 
 
 def run(*command: str) -> str:
-    """Return what one of Slurm's commands prints.
+    """Run one of Slurm's commands and return its output.
 
     Raises:
-        ClusterError: it failed, with its complaint, or gave no answer in a few tries.
+        ClusterError: it failed (with its error message) or did not answer after a few tries.
     """
     env = {
         k: v for k, v in os.environ.items() if not k.startswith(FILTERS) and k != "SLURM_CLUSTERS"
@@ -119,10 +118,14 @@ def run(*command: str) -> str:
                 env=env,
             )
         except FileNotFoundError:
-            raise ClusterError(f"no Slurm here: {command[0]} is not on the PATH.") from None
+            raise ClusterError(
+                f"no Slurm here: {command[0]} is not on the PATH. Run the command on the cluster's "
+                "login node, or use cluster=local."
+            ) from None
         except subprocess.TimeoutExpired:
             raise ClusterError(
-                f"Slurm does not answer: {command[0]} said nothing for {TIMEOUT_S} s."
+                f"Slurm does not answer: no output of {command[0]} for {TIMEOUT_S} s. Try again "
+                "later."
             ) from None
         if not done.returncode:
             return done.stdout
@@ -134,9 +137,13 @@ def run(*command: str) -> str:
 
 
 def require() -> None:
-    """Raise ClusterError unless jobs can be submitted from here."""
+    """Check that jobs can be submitted from here.
+
+    Raises:
+        ClusterError: they cannot.
+    """
     conf = os.environ.get("SLURM_CONF")
-    if conf and not Path(conf).is_file():  # every client would wait a minute first
+    if conf and not Path(conf).is_file():  # otherwise every command waits a minute first
         raise ClusterError(
             f"SLURM_CONF={conf}: there is no such file. Start that Slurm, or unset SLURM_CONF."
         )
@@ -147,15 +154,15 @@ def require() -> None:
     ]
     if lacking:
         raise ClusterError(
-            f"no Slurm here ({', '.join(lacking)} not on the PATH). Give this command on the "
-            "cluster's login node, or run on this machine with cluster=local."
+            f"no Slurm here ({', '.join(lacking)} not on the PATH). Run this command on the "
+            "cluster's login node, or use this machine with cluster=local."
         )
     run("scontrol", "ping")
 
 
 @cache
 def setting(name: str) -> str:
-    """Return a value of the cluster's configuration, such as MaxArraySize; empty if it has none."""
+    """Return a setting of the cluster, such as MaxArraySize; empty if it is not set."""
     for line in run("scontrol", "show", "config").splitlines():
         key, _, value = line.partition("=")
         if key.strip() == name:
@@ -164,12 +171,12 @@ def setting(name: str) -> str:
 
 
 def max_tasks() -> int:
-    """Return how many tasks one array may have here; the limit is on the index, from 0."""
+    """Return the largest number of tasks in an array: MaxArraySize limits the index, from 0."""
     return max(1, int(setting("MaxArraySize") or 1001) - 1)
 
 
 def queue(names: Sequence[str]) -> list[Job]:
-    """Return the jobs and array tasks of these names that Slurm knows, live or lately ended."""
+    """Return the jobs and array tasks with these names, live or recently ended."""
     fields = "JobID:|,ArrayJobID:|,ArrayTaskID:|,State:|,Reason:|,RestartCnt:|,NodeList:|,Name:|"
     found = []
     for k in range(0, len(names), QUERY_BATCH):
@@ -185,9 +192,9 @@ def queue(names: Sequence[str]) -> list[Job]:
 
 
 def ended(jobs: Iterable[str]) -> dict[str, Ended]:
-    """Return how jobs and array tasks (12, 12_3) ended, by accounting.
+    """Return how jobs and array tasks (12, 12_3) ended, from accounting.
 
-    Empty where there is no accounting; incomplete where it is behind.
+    Empty without accounting; incomplete while accounting is behind.
     """
     jobs = sorted(set(jobs))
     columns = "JobID,State,ExitCode,NodeList,ElapsedRaw"
@@ -204,13 +211,13 @@ def ended(jobs: Iterable[str]) -> dict[str, Ended]:
             state = state.split(" ")[0]  # "CANCELLED by 0"
             if not step and state in ENDED:
                 found[whole] = Ended(state, code, node, int(elapsed or 0))
-            elif whole in found and state == "OUT_OF_MEMORY":  # under srun only the step says so
+            elif whole in found and state == "OUT_OF_MEMORY":  # with srun only the step shows it
                 found[whole] = Ended(state, code, node, found[whole].elapsed_s)
     return found
 
 
 def by_number(jobs: Iterable[str]) -> dict[str, tuple[str, Ended]]:
-    """Return the ids (12, 12_3) of jobs and how they ended, by their numbers (SLURM_JOB_ID)."""
+    """Map job numbers (SLURM_JOB_ID) to their ids (12, 12_3) and how they ended."""
     jobs = sorted(set(jobs))
     labels: dict[str, str] = {}
     for k in range(0, len(jobs), QUERY_BATCH):
@@ -223,9 +230,9 @@ def by_number(jobs: Iterable[str]) -> dict[str, tuple[str, Ended]]:
 
 
 def named(name: str) -> list[str]:
-    """Return the ids (12, 12_3) of the jobs that accounting knows by this name.
+    """Return the ids (12, 12_3) of jobs with this name, from accounting.
 
-    Empty where there is no accounting.
+    Empty without accounting.
     """
     try:
         return run("sacct", "-n", "-X", "-P", "--name", name, "-o", "JobID").split()
@@ -234,9 +241,9 @@ def named(name: str) -> list[str]:
 
 
 def cancel(jobs: Sequence[str]) -> str | None:
-    """Cancel jobs or array tasks (12, 12_3); return Slurm's complaints, None if there are none.
+    """Cancel jobs or array tasks (12, 12_3); return Slurm's error messages, or None.
 
-    That a job has ended already is no complaint.
+    Messages about jobs that have already ended are left out.
     """
     complaints = []
     for k in range(0, len(jobs), QUERY_BATCH):
@@ -249,15 +256,15 @@ def cancel(jobs: Sequence[str]) -> str | None:
 
 
 def release(jobs: Sequence[str]) -> None:
-    """Let held jobs start; one that is no longer held is no error."""
+    """Release held jobs. A job that is no longer held is not an error."""
     for job in jobs:
         with suppress(ClusterError):
             run("scontrol", "release", job)
 
 
 def hides_jobs() -> bool:
-    """Return whether this Slurm shows users their own jobs only.
+    """Return whether Slurm shows users only their own jobs.
 
-    A job of another user that it does not list may then still run.
+    Then a job of another user may be running although Slurm does not list it.
     """
     return "jobs" in setting("PrivateData").replace(" ", "").split(",") and os.geteuid() != 0

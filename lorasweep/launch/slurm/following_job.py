@@ -1,4 +1,4 @@
-"""The job that follows a sweep's jobs: it submits what is then missing, and at the end answers."""
+"""Submit the follow-up job of a sweep, which submits what is still missing, and finally answers."""
 
 import dataclasses
 import os
@@ -14,24 +14,24 @@ from lorasweep.launch.slurm.submissions import FOLLOW, Array, Queue
 from lorasweep.sweep.request import Request
 
 FOLLOW_GIB = 2.0
-"""Memory of the job that follows: it plans, and fits and draws the answer. Assumption: a few times
-what imports take."""
+"""Memory of the follow-up job, which plans, fits curves and draws figures. Assumption: a few times
+the memory of imports."""
 MAX_IDLE = 3
-"""Rounds without a finished run after which the following job gives up: nodes that break every job
-would go on for ever."""
+"""Rounds without a finished run after which the follow-up job gives up. Otherwise it would go on
+forever on a cluster where every job fails."""
 
 
 @dataclass(frozen=True)
 class Following:
-    """What the job that follows the others runs and knows."""
+    """The command and the counters of a follow-up job."""
 
     command: Sequence[str]
-    """Arguments of Python before the path of its task file."""
+    """Arguments of Python, before the path of the task file."""
     trainer: str | None = None
     idle: int = 0
     """Rounds without a finished run so far."""
     finished: int = 0
-    """Runs that were over when it was submitted."""
+    """Number of finished runs when the job was submitted."""
 
 
 def submit(
@@ -42,7 +42,7 @@ def submit(
     queue: Queue,
     numbers: Sequence[str],
 ) -> str | None:
-    """Submit the job that follows these arrays and the sweep's other live jobs.
+    """Submit a follow-up job for these arrays and the sweep's other live jobs.
 
     Returns why Slurm refused it, or None.
     """
@@ -62,14 +62,14 @@ def submit(
         number = sbatch.submit(Description(folder, follow, needed, small, code, after))
     except ClusterError as error:
         submissions.note_array(folder, FOLLOW, None)
-        return f"no job follows: {error}"
+        return f"no follow-up job: {error}"
     submissions.note_array(folder, FOLLOW, number)
     _cancel_older(queue, request)
     return None
 
 
 def _followers(queue: Queue, request: Request) -> list[tuple[set[str], client.Job]]:
-    """List this sweep's live following jobs but this one, each with the runs that it serves."""
+    """List this sweep's other live follow-up jobs, each with its runs."""
     mine = os.environ.get("SLURM_JOB_ID")
     served = {
         s.name: set(s.record["asked"])
@@ -81,7 +81,7 @@ def _followers(queue: Queue, request: Request) -> list[tuple[set[str], client.Jo
 
 
 def _cancel_older(queue: Queue, request: Request) -> None:
-    """Cancel older following jobs of the same runs: the new one does all that they would.
+    """Cancel older follow-up jobs of the same runs, because the new one replaces them.
 
     One that cannot be cancelled (another user's) does no harm.
     """
@@ -92,6 +92,6 @@ def _cancel_older(queue: Queue, request: Request) -> None:
 
 
 def exists(queue: Queue, request: Request) -> bool:
-    """Return whether a live job already follows all these runs."""
+    """Return whether a live follow-up job already covers all these runs."""
     ids = {p.id for p in request.points}
     return any(served >= ids for served, _ in _followers(queue, request))

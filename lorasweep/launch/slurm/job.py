@@ -1,14 +1,13 @@
-"""What runs inside a Slurm job: the runs of one task, side by side on what the job was given.
+"""The program inside a Slurm job: train the runs of one task in parallel.
 
     python -m lorasweep.launch.slurm.job TASK.json
 
-    {"runs": [spec, ...], "exec": {...}, "requeues": n, "skip": FILE}      train these
-    {"follow": REQUEST.json, "command": [...], "idle": n, "finished": n}   ask the sweep again
+    {"runs": [spec, ...], "exec": {...}, "requeues": n, "skip": FILE}      train these runs
+    {"follow": REQUEST.json, "command": [...], "idle": n, "finished": n}   follow up on a sweep
 
-A job is safe to run twice, to kill at any time, and to start again on another node: it trains what
-is free and unfinished, each run from its checkpoint. Warned of its time limit or of preemption it
-writes checkpoints. Slurm decides whether it comes back, except at a time limit, where it queues
-itself again.
+A job may run twice, be killed at any time, and start again on another node: it trains the free and
+unfinished runs, each from its checkpoint. When Slurm warns it of a time limit or preemption, it
+writes checkpoints. At a time limit it requeues itself; after preemption Slurm decides.
 """
 
 import json
@@ -35,13 +34,12 @@ from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 
 PATIENCE_S = claims.SILENCE_S + 2 * claims.HEARTBEAT_S
-"""How long a job waits for runs that another execution still holds: long enough to see that one
-died without a word."""
+"""How long a job waits for runs that another process holds: long enough to see that it is dead."""
 FOLLOW_PAUSES_S = (30.0, 60.0, 120.0, 240.0)
-"""Pauses of the following job between its tries when Slurm does not answer, or refuses, or the lock
+"""Pauses between the tries of the follow-up job, when Slurm does not answer or refuses, or the lock
 is held."""
 TRY_AGAIN, INTERRUPTED = 75, 130
-"""Exit statuses of the following command: another try may help (EX_TEMPFAIL); a signal came."""
+"""Exit statuses of the follow-up command: another try may help (EX_TEMPFAIL); a signal came."""
 LISTEN_S = 1.0
 """Signals of one cause come within this time: USR2 alone is a time limit, with TERM it is
 preemption or a cancellation."""
@@ -49,11 +47,11 @@ CLOSE_S = 20.0
 """How long a following command that was asked to stop may take: less than the 30 s (KillWait) after
 which Slurm kills the job."""
 REQUEUE_S = 30
-"""Slurm ends an execution that queued itself again within this time."""
+"""Slurm ends a job that requeued itself within this time."""
 
 
 class Signals:
-    """Turns the first of Slurm's signals into a KeyboardInterrupt and remembers all of them."""
+    """Turns the first signal of Slurm into a KeyboardInterrupt, and records all of them."""
 
     def __init__(self) -> None:
         self.got: set[int] = set()
@@ -72,15 +70,15 @@ def run(path: str) -> None:
     """Do the task in the file at `path`.
 
     Raises:
-        LorasweepError: the job must count as FAILED.
+        LorasweepError: the job must end as FAILED.
     """
     signals = Signals()
     try:
         task = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise LorasweepError(
-            f"{path} is not visible on node {os.environ.get('SLURMD_NODENAME', '?')}: the run "
-            "folder must lie on a file system that all nodes share (exec.runs_dir=FOLDER)."
+            f"{path} is not visible on node {os.environ.get('SLURMD_NODENAME', '?')}. The run "
+            "folder must be on a file system that all nodes share: exec.runs_dir=FOLDER."
         ) from None
     try:
         if "follow" in task:
@@ -92,7 +90,7 @@ def run(path: str) -> None:
         names = ", ".join(signal.Signals(n).name for n in sorted(signals.got))
         _print(
             f"stopped by {names or 'a signal to its workers'}; finished runs are kept, the others "
-            "go on from their checkpoints"
+            "continue from their checkpoints"
         )
         if signals.got == {signal.SIGUSR2}:
             _requeue(task)
@@ -120,9 +118,9 @@ def _train(task: dict[str, Any]) -> None:
 
 
 def _release_stuck(folder: Path) -> None:
-    """Let siblings start that Slurm holds after a failed start.
+    """Release other jobs of this submission that Slurm holds after a failed start.
 
-    They would wait until somebody gives the sweep's command.
+    Otherwise they would wait until somebody runs the sweep's command.
     """
     submission = submissions.read(folder)
     if submission is None:
@@ -137,14 +135,13 @@ def _release_stuck(folder: Path) -> None:
 
 
 def _requeue(task: dict[str, Any]) -> None:
-    """Put this job back into the queue, as far as it is allowed to.
+    """Requeue this job, unless it has used all its requeues.
 
-    A failure is printed and no more: the job that follows the sweep's jobs, or the same command,
-    submits what is left.
+    A failure is only printed: the follow-up job, or the same command, submits what is left.
     """
     job, before = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     if before >= task["requeues"]:
-        _print(f"not queued again: {before} times are enough (cluster.requeues)")
+        _print(f"not queued again: cluster.requeues={task['requeues']} is reached")
         return
     done = subprocess.run(
         ["scontrol", "requeue", str(job)], capture_output=True, text=True, check=False
@@ -154,7 +151,7 @@ def _requeue(task: dict[str, Any]) -> None:
 
 
 def _follow(path: str, task: dict[str, Any]) -> None:
-    """Ask the sweep again, in a process of its own, which reads this task's file."""
+    """Run the follow-up command on this task file, in a separate process."""
     for pause in (*FOLLOW_PAUSES_S, None):
         code = _status_of([sys.executable, *task["command"], path])
         if code == 0:
@@ -162,8 +159,8 @@ def _follow(path: str, task: dict[str, Any]) -> None:
         if code < 0 or code == INTERRUPTED:
             time.sleep(LISTEN_S)  # the signal reaches this process as well, and stops it here
         if code != TRY_AGAIN or pause is None:
-            raise LorasweepError(f"the command that follows ended with status {code}: see above.")
-        _print(f"once more in {pause:.0f} s")
+            raise LorasweepError(f"the follow-up command ended with status {code}: see above.")
+        _print(f"next try in {pause:.0f} s")
         time.sleep(pause)
 
 

@@ -1,4 +1,4 @@
-"""A cluster's partitions: which there are, and what their nodes have."""
+"""List a cluster's partitions and what their nodes have."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from lorasweep.spec.execution import Cluster
 
 @dataclass(frozen=True)
 class Partition:
-    """What a partition's nodes have, each the largest of any node."""
+    """A partition. Each figure is the largest of any of its nodes."""
 
     name: str
     default: bool
@@ -17,7 +17,7 @@ class Partition:
     memory_mib: int
     gpus: int
     time_min: float
-    """The longest time a job may ask for; inf: no limit."""
+    """Time limit of jobs; inf: no limit."""
     hosts: frozenset[str]
 
 
@@ -42,7 +42,7 @@ def partitions() -> dict[str, Partition]:
 
 
 def _gpus(gres: str) -> int:
-    """Count the GPUs in a node's generic resources: gpu:2, gpu:a100:4(S:0-1), gpu:a:1,gpu:b:2."""
+    """Count the GPUs in a node's GRES: gpu:2, gpu:a100:4(S:0-1), gpu:a:1,gpu:b:2."""
     total = 0
     for item in gres.split(","):
         kind, *rest = item.partition("(")[0].split(":")
@@ -52,7 +52,7 @@ def _gpus(gres: str) -> int:
 
 
 def _minutes(limit: str) -> float:
-    """Read a time limit: minutes, h:m:s, d-h, d-h:m:s, infinite."""
+    """Parse a time limit into minutes: minutes, h:m:s, d-h, d-h:m:s, infinite."""
     if limit.lower() in ("infinite", "unlimited", "n/a"):
         return float("inf")
     days, _, rest = limit.rpartition("-")
@@ -68,7 +68,7 @@ def partition_of(cluster: Cluster, known: dict[str, Partition]) -> Partition:
     """Return the partition that jobs go to.
 
     Raises:
-        ClusterError: there is none of that name, or no default; the message lists those there are.
+        ClusterError: it does not exist, or there is no default; the message lists all partitions.
     """
     if cluster.partition is not None:
         if cluster.partition not in known:

@@ -1,4 +1,4 @@
-"""What a submission would hold: the runs that no live job has, grouped into jobs."""
+"""Plan a submission: the runs that no live job has, grouped into jobs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,30 +21,30 @@ ANY_PARTITION = Partition("", True, 0, 0, 0, float("inf"), frozenset())
 
 @dataclass(frozen=True)
 class Work:
-    """The runs of a sweep that are not over, set against what is queued."""
+    """The unfinished runs of a sweep, compared with the queue."""
 
     todo: list[Point]
-    """To be submitted."""
+    """Runs to submit."""
     queued: int
-    """Runs that live jobs have before them."""
+    """Runs that wait in live jobs."""
     running: int
     covered: bool
-    """Some run that is not over is a live job's, queued or running."""
+    """True: at least one unfinished run is in a live job, queued or running."""
     exhausted: list[Point]
-    """Runs that were killed exec.max_attempts times: not submitted again."""
+    """Runs that were killed exec.max_attempts times. They are not submitted again."""
     removed: dict[str, list[str]]
     """Submission -> queued runs that are no longer part of the sweep."""
     unknown_runs: int
-    """Runs that may be in jobs which this Slurm cannot tell about."""
+    """Runs in jobs that this Slurm does not show: of another cluster or another user."""
 
     @property
     def n_removed(self) -> int:
-        """Return how many queued runs are no longer part of the sweep."""
+        """Number of queued runs that are no longer part of the sweep."""
         return sum(map(len, self.removed.values()))
 
 
 def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
-    """Return which runs of a plan are to be submitted, and what is on its way already."""
+    """Compare a plan with the queue: which runs to submit, and which are already in jobs."""
     states, covered, unknown = now.states, queue.covered(), queue.unknown_runs()
     waiting = [p for p in now.todo if states[p.id] != "running"]
     free = [p for p in waiting if p.id not in covered and p.id not in unknown]
@@ -67,19 +67,19 @@ def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
 
 @dataclass(frozen=True)
 class Jobs:
-    """The jobs of a submission: which packs each trains, and what each needs."""
+    """The jobs of a submission: the packs of each, and the resources that each needs."""
 
     tasks: list[list[Pack]]
     needed: JobResources
 
     @property
     def packs(self) -> list[Pack]:
-        """Return the packs of all jobs."""
+        """Packs of all jobs."""
         return [pack for task in self.tasks for pack in task]
 
     @property
     def points(self) -> list[list[Point]]:
-        """Return the runs of each job."""
+        """Runs of each job."""
         return [[p for pack in task for p in pack.points] for task in self.tasks]
 
 
@@ -91,7 +91,7 @@ def exec_of(request: Request) -> Exec:
 def jobs_of(
     request: Request, store: RunStore, todo: Sequence[Point], now: Plan, partition: Partition
 ) -> Jobs:
-    """Pack runs and group the packs into jobs."""
+    """Group runs into packs, and packs into jobs."""
     cluster = request.cluster
     packs = make_packs(todo, now.states, store, exec_of(request), now.hardware, now.throughputs)
     flops_s = measured_flops(now.points, now.states, store) or resources.flops_per_s(
@@ -102,9 +102,9 @@ def jobs_of(
 
 
 def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
-    """Return what a submission would change in the queue, as plain values.
+    """Return what a submission would change in the queue, as JSON values.
 
-    Empty where nothing was ever submitted from here.
+    Empty without a cluster and without earlier submissions.
     """
     cluster = request.cluster
     if cluster.kind != "slurm" and not submissions.home(store.root).is_dir():

@@ -1,4 +1,4 @@
-"""What must hold before jobs are submitted: nodes see the run folder, and its disk has room."""
+"""Check before jobs are submitted that nodes see the run folder and that its disk has room."""
 
 import socket
 import time
@@ -14,7 +14,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
 RUN_BYTES, STEP_BYTES = 40_000, 250
-"""Disk that a finished run takes, and the record of an update. Measured: 12 files, of which 9.3 kB
+"""Disk space of a finished run, and of the record of an update. Measured: 12 files, of which 9.3 kB
 are 40 records."""
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
@@ -34,7 +34,7 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
     """Check that other machines can see the run folder.
 
     Raises:
-        ClusterError: it is plainly this machine's own, and a node is another machine.
+        ClusterError: it is local to this machine, and a node is another machine.
     """
     if hosts <= {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}:
         return
@@ -45,21 +45,21 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
     if file_system in LOCAL_FILE_SYSTEMS:
         why = f"it is a {file_system} of this machine"
     elif local:
-        why = f"{local} is this machine's own"
+        why = f"{local} is local to this machine"
     else:
         return
     raise ClusterError(
         f"run folder {folder}: {why}, so the nodes ({', '.join(sorted(hosts)[:3])}, ...) cannot "
-        "see it. Set exec.runs_dir=FOLDER (or LORASWEEP_RUNS) to a shared file system. If it is "
-        "one, give cluster.shared=true."
+        "see it. Set exec.runs_dir=FOLDER (or LORASWEEP_RUNS) to a shared file system. If this one "
+        "is shared, set cluster.shared=true."
     )
 
 
 def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
-    """Check that the disk holds the packs' results and the checkpoints of the largest `at_once`.
+    """Check that the disk has room for all results and the checkpoints of `at_once` packs.
 
     Raises:
-        StoreError: it does not; the message has what is needed.
+        StoreError: it has not; the message gives the space needed.
     """
     checkpoints = sorted((checkpoint_bytes(p.spec for p in k.points) for k in packs), reverse=True)
     results = sum(RUN_BYTES + STEP_BYTES * p.spec.steps for pack in packs for p in pack.points)
@@ -68,15 +68,16 @@ def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
     if free < need:
         raise StoreError(
             f"the disk of {root} has {free / 2**30:.2f} GiB free, and this sweep needs up to "
-            f"{need / 2**30:.2f} GiB (results, and the checkpoints of the runs that train at once)."
-            " Free some, choose exec.runs_dir=FOLDER, or lower cluster.parallel."
+            f"{need / 2**30:.2f} GiB (results, and the checkpoints of runs that train together)."
+            " Free some space, choose exec.runs_dir=FOLDER, or lower cluster.parallel."
         )
 
 
 def watch_others(store: RunStore, points: list[Point], notify: Callable[[str], None]) -> None:
-    """Watch the runs that other machines seem to train until their heartbeats tell.
+    """Watch the heartbeats of runs that other machines seem to train, until it is clear.
 
-    Only where nobody else can tell: an owner that died without a word would keep its runs for ever.
+    Only for owners that neither this machine nor Slurm knows: a dead one would keep its runs
+    forever.
     """
     running = [i for i, s in store.states(p.id for p in points).items() if s == "running"]
     unsure = store.unsure(running)

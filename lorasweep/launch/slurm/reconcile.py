@@ -1,6 +1,6 @@
 """Reconcile the records with Slurm's queue, before anything is submitted or cancelled.
 
-A command may have died while it submitted, and Slurm holds back jobs whose node failed.
+Needed when a command died while it was submitting, or when Slurm holds jobs after a node failure.
 """
 
 import time
@@ -14,10 +14,10 @@ Notify = Callable[[str], None]
 
 
 def reconcile(runs_dir: Path, notify: Notify) -> Queue:
-    """Adopt or cancel the jobs that are not recorded, and return the queue. Needs the lock.
+    """Adopt or cancel jobs that are not recorded, and return the queue. The lock must be held.
 
-    An array that reached Slurm whole is adopted. One that did not is cancelled and given up, so
-    that its runs are submitted anew.
+    An array that reached Slurm completely is adopted. An incomplete one is cancelled, so that its
+    runs are submitted again.
     """
     queue = submissions.look(runs_dir)
     if queue.unavailable:
@@ -33,7 +33,7 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
 
 
 def _settle(s: Submission, array: Array, strays: dict[str, str], notify: Notify) -> bool:
-    """Record what became of an array whose job is not recorded; return whether it was open."""
+    """Record what happened to an array without a recorded job; return whether that was open."""
     if array.job is not None or (array.abandoned and array.name not in strays):
         return False
     number = strays[array.name] if array.name in strays else _accounted(array)
@@ -44,24 +44,24 @@ def _settle(s: Submission, array: Array, strays: dict[str, str], notify: Notify)
         and (is_script or sbatch.complete(s.folder, array, number))
     )
     if whole:
-        notify(f"job {number} of {s.name}, submitted by a command that died, is adopted")
+        notify(f"adopted job {number} of {s.name}, from a command that died after submitting it")
     elif number is not None:
-        notify(f"job {number} of {s.name}, submitted in part by a command that died, is cancelled")
+        notify(f"cancelled job {number} of {s.name}, from a command that died while submitting it")
         denied = client.cancel([number])
         if denied:
             user = s.record["user"]
-            notify(f"  it is {user}'s, who must cancel it; it will fail by itself ({denied})")
+            notify(f"  it could not be cancelled: it belongs to {user}, and will fail ({denied})")
         number = None
     elif is_script and time.time() - s.record["created_s"] < submissions.GIVE_UP_S:
         return False  # its user may be about to submit it
     else:
-        (s.folder / f"array-{array.part}.sh").unlink(missing_ok=True)  # its runs are planned anew
+        (s.folder / f"array-{array.part}.sh").unlink(missing_ok=True)  # its runs are planned again
     submissions.note_array(s.folder, array.part, number)
     return True
 
 
 def _accounted(array: Array) -> str | None:
-    """Return the number of a job of this name that only accounting still knows."""
+    """Return the number of the array's job from accounting; None if it is unknown there."""
     found = client.named(array.name)
     return found[0].partition("_")[0] if found else None
 
@@ -70,5 +70,5 @@ def _release(queue: Queue, notify: Notify) -> None:
     jobs = [*(j for _, _, j in queue.live()), *queue.follows.values()]
     stuck = [j.label for j in jobs if j.stuck]
     if stuck:
-        notify(f"{len(stuck)} job(s) that Slurm holds since their node failed are released")
+        notify(f"released {len(stuck)} job(s) that Slurm held after a node failure")
         client.release(stuck)

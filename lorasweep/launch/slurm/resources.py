@@ -1,4 +1,4 @@
-"""Which runs go into which job of a cluster, and what a job needs. Pure."""
+"""Group packs into jobs, and compute the resources of a job. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -23,19 +23,18 @@ RESERVED_OPTIONS = frozenset(
         "requeue",
     )
 )
-"""Options of sbatch that lorasweep sets itself: records and jobs rely on them."""
+"""sbatch options that lorasweep sets itself, because records and jobs depend on them."""
 MARGIN_TIME, MARGIN_MIN = 3.0, 15.0
-"""A job asks for this many times its expected time, and these minutes for its start: estimates are
-rough, and a job that reaches its limit goes on by being queued again."""
+"""The time limit is MARGIN_TIME times the expected time plus MARGIN_MIN minutes. Estimates are
+rough; a job that reaches its limit requeues itself."""
 MARGIN_MEMORY = 1.3
-"""A job asks for this many times the expected memory. The memory model holds within 20% (LOG.md).
-"""
+"""Requested memory divided by expected memory. The memory model is right within 20% (LOG.md)."""
 HOST_BYTES = 3 * 2**30
-"""Host memory of a worker on a GPU, besides a copy of the weights: libraries, data, pinned buffers.
-Assumption."""
+"""Host memory of a GPU worker in addition to a copy of the weights: libraries, data, pinned
+buffers. Assumption."""
 GPU_FLOPS = 1e14
-"""Floating-point operations a second of a GPU worker, until something was measured. Assumption: a
-quarter of an A100's or an eighth of an H100's dense bf16 peak, rounded down."""
+"""Floating-point operations per second of a GPU worker, used until runs were measured. Assumption:
+a quarter of the dense bf16 peak of an A100, or an eighth of an H100's, rounded down."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class JobResources:
     """What every job of a submission needs."""
 
     cpus: int
-    """Processors a job."""
+    """CPU cores per job."""
     gpus: int
     mem_gib: float
     time_min: int
@@ -51,21 +50,21 @@ class JobResources:
 
 
 def workers_of(cluster: Cluster) -> int:
-    """Return how many packs a job trains side by side."""
+    """Return how many packs a job trains in parallel."""
     return cluster.workers or max(1, cluster.gpus)
 
 
 def flops_per_s(cluster: Cluster, per_core: float) -> float:
-    """Return the assumed speed of a worker, in floating-point operations a second."""
+    """Return the assumed speed of a worker in floating-point operations per second."""
     return GPU_FLOPS if cluster.gpus else per_core * cluster.cpus
 
 
 def group(packs: Sequence[Pack], cluster: Cluster, flops_s: float) -> list[list[Pack]]:
-    """Put packs into jobs of `work_min` to `work_max` minutes on all their workers, longest first.
+    """Group packs into jobs of `work_min` to `work_max` minutes, longest job first.
 
-    Jobs are as short as that allows while fewer of them than `parallel` are needed: the sweep ends
-    sooner. Packs of one model stand together, so that a worker loads it once. A job has a pack for
-    each of its workers.
+    Jobs are as short as possible while no more than `parallel` are needed, so that the sweep ends
+    sooner. Packs of one model go into the same job, so that a worker loads it once. A job has a
+    pack for each of its workers.
     """
     side = workers_of(cluster)
     seconds = {id(p): p.flops / flops_s for p in packs}
@@ -87,7 +86,7 @@ def group(packs: Sequence[Pack], cluster: Cluster, flops_s: float) -> list[list[
 def resources_for(
     tasks: Sequence[Sequence[Pack]], cluster: Cluster, flops_s: float, partition: Partition
 ) -> JobResources:
-    """Return what a job of these tasks needs; settings of the cluster come before estimates."""
+    """Return what each job needs. Settings of the cluster come before estimates."""
     side = workers_of(cluster)
     work = [[p.flops for p in task] for task in tasks]
     longest_s = max((max(sum(w) / side, max(w)) for w in work), default=0.0) / flops_s
@@ -113,7 +112,7 @@ def check(cluster: Cluster) -> None:
     """Check a cluster's settings.
 
     Raises:
-        ClusterError: one of them cannot be right on any cluster.
+        ClusterError: one is wrong on any cluster.
     """
     if cluster.kind not in KINDS:
         raise ClusterError(unknown("cluster.kind", cluster.kind, KINDS))
@@ -121,63 +120,64 @@ def check(cluster: Cluster) -> None:
         return
     for name in ("cpus", "parallel", "warn_s", "work_min", "work_max", "follow_min"):
         if not getattr(cluster, name) > 0:
-            raise ClusterError(f"cluster.{name}={getattr(cluster, name)}: give more than 0.")
+            raise ClusterError(
+                f"cluster.{name}={getattr(cluster, name)}: expected a number above 0."
+            )
     for name in ("workers", "mem_gib", "time_min", "runs_per_job"):
         value = getattr(cluster, name)
         if value is not None and not value > 0:
             raise ClusterError(
-                f"cluster.{name}={value}: give more than 0, or null to go by the plan."
+                f"cluster.{name}={value}: expected a number above 0, or null for the default."
             )
     for name in sorted(set(cluster.options) & RESERVED_OPTIONS):
         raise ClusterError(
-            f"cluster.options.{name} is set by lorasweep itself. Use the settings of cluster, or "
-            "leave it out."
+            f"cluster.options.{name} is reserved: lorasweep sets it itself. Leave it out."
         )
     if cluster.gpus < 0 or cluster.requeues < 0:
         raise ClusterError(
-            f"cluster.gpus={cluster.gpus}, cluster.requeues={cluster.requeues}: give at least 0."
+            f"cluster.gpus={cluster.gpus}, cluster.requeues={cluster.requeues}: expected 0 or more."
         )
     if cluster.work_max < cluster.work_min:
         raise ClusterError(
-            f"cluster.work_max={cluster.work_max:g} is less than "
-            f"cluster.work_min={cluster.work_min:g} minutes."
+            f"cluster.work_max={cluster.work_max:g} is below "
+            f"cluster.work_min={cluster.work_min:g} minutes. Raise the first or lower the second."
         )
     if cluster.gpus and cluster.workers and cluster.gpus % cluster.workers:
         raise ClusterError(
-            f"cluster.gpus={cluster.gpus} cannot be dealt to cluster.workers={cluster.workers} "
-            "evenly."
+            f"cluster.gpus={cluster.gpus} is not a multiple of cluster.workers={cluster.workers}: "
+            "each worker gets the same number of GPUs. Change one of them."
         )
 
 
 def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> None:
-    """Check that a node of the partition can hold such a job.
+    """Check that a node of the partition is large enough for a job.
 
     Raises:
-        ClusterError: none can; the message names the setting to change.
+        ClusterError: none is; the message names the setting to change.
     """
     limit = f"a node of partition {partition.name!r} has at most"
     if needed.gpus > partition.gpus:
         raise ClusterError(
             f"cluster.gpus={needed.gpus}, but {limit} {partition.gpus}. Set cluster.gpus to "
-            f"{partition.gpus} or fewer: runs spread over more jobs by themselves."
+            f"{partition.gpus} or fewer; the runs are spread over more jobs."
         )
     if needed.cpus > partition.cpus:
         raise ClusterError(
-            f"a job of {needed.workers} worker(s) x cluster.cpus={cluster.cpus} asks for "
-            f"{needed.cpus} processors, but {limit} {partition.cpus}. Lower cluster.cpus or "
+            f"a job of {needed.workers} worker(s) x cluster.cpus={cluster.cpus} needs "
+            f"{needed.cpus} CPU cores, but {limit} {partition.cpus}. Lower cluster.cpus or "
             "cluster.workers."
         )
     if needed.mem_gib * 1024 > partition.memory_mib:
         raise ClusterError(
-            f"a job asks for {needed.mem_gib:g} GiB, but {limit} "
+            f"a job needs {needed.mem_gib:g} GiB, but {limit} "
             f"{partition.memory_mib / 1024:.1f}. Set cluster.mem_gib, lower exec.pack_size or "
-            "exec.micro_batch_size, or take another partition."
+            "exec.micro_batch_size, or choose another partition."
         )
     if needed.time_min > partition.time_min:
         raise ClusterError(
             f"cluster.time_min={needed.time_min}, but partition {partition.name!r} allows "
-            f"{partition.time_min:g}. A job that reaches its limit goes on by itself, so a shorter "
-            "one loses nothing."
+            f"at most {partition.time_min:g}. Lower it: a job that reaches its limit requeues "
+            "itself and loses nothing."
         )
     if needed.time_min * 60 <= cluster.warn_s:
         raise ClusterError(
@@ -187,13 +187,14 @@ def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> 
 
 
 def check_pack_size(exec_: Exec, cluster: Cluster) -> None:
-    """Check that a pack fits a job where the user set the size of both.
+    """Check that a pack fits into a job, if the user set the sizes of both.
 
     Raises:
         ClusterError: it does not.
     """
     if exec_.pack_size and cluster.runs_per_job and exec_.pack_size > cluster.runs_per_job:
         raise ClusterError(
-            f"exec.pack_size={exec_.pack_size} runs a pack do not fit "
-            f"cluster.runs_per_job={cluster.runs_per_job}."
+            f"exec.pack_size={exec_.pack_size} is above "
+            f"cluster.runs_per_job={cluster.runs_per_job}, but a pack must fit into a job. Lower "
+            "the first or raise the second."
         )

@@ -1,4 +1,4 @@
-"""Whether an execution of a job still runs: answers for the store, about owners that are jobs."""
+"""Find out for the store whether a job that owns runs is still running."""
 
 import time
 
@@ -6,11 +6,11 @@ from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm import client
 
 FRESH_S = 10.0
-"""An answer of Slurm is used again for this long."""
+"""Seconds for which a query's result is reused."""
 
 
 class RunningJobs:
-    """Knows which jobs run, by one query for all of them (`store.claims.RunningJobs`)."""
+    """Knows which jobs are running, from one query for all (see `store.claims.RunningJobs`)."""
 
     def __init__(self) -> None:
         self._running: dict[str, int] | None = None
@@ -18,7 +18,7 @@ class RunningJobs:
         self._dead: set[tuple[str, int]] = set()
 
     def refresh(self) -> None:
-        """Ask Slurm which jobs run, and which of their restarts."""
+        """Query Slurm for the running jobs and their restart counts."""
         states = "RUNNING,COMPLETING,STOPPED,SUSPENDED"
         fields = "JobID:|,RestartCnt:|"
         try:
@@ -33,11 +33,11 @@ class RunningJobs:
     def __call__(
         self, cluster: str, job: str, restart: int, known_before: bool = False
     ) -> bool | None:
-        """Return whether the execution of a job that began as its n-th restart still runs.
+        """Return whether a job is still running in its `restart`-th execution.
 
-        None if Slurm cannot tell, or it is another cluster's. `known_before`: it was known before
-        the last `refresh`, so its absence there counts. Otherwise it may have begun since, and
-        Slurm is asked again.
+        None if Slurm does not answer, hides it, or it belongs to another cluster. `known_before`:
+        the job was known before the last `refresh`, so if that did not list it, it has ended.
+        Otherwise it may have started since, and Slurm is queried again.
         """
         if (job, restart) in self._dead:
             return False

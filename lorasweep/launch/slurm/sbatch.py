@@ -1,7 +1,7 @@
-"""One description of an array of jobs, and the two ways to submit it: submitit, or a script.
+"""Describe an array of jobs, and submit it with submitit or as an sbatch script.
 
-The only importer of submitit. A job is given the name of one function
-(`lorasweep.launch.slurm.job.run`) and the path of a JSON file; nothing that it returns is read.
+The only file that imports submitit. A job gets one function (`lorasweep.launch.slurm.job.run`) and
+the path of a JSON file; its return value is ignored.
 """
 
 import os
@@ -27,17 +27,17 @@ class Description:
     """An array of jobs: what each needs, where it runs and which task files it reads."""
 
     folder: Path
-    """Of the submission: tasks/<k>.json are its tasks, jobs/ takes the logs."""
+    """Folder of the submission: its tasks are tasks/<k>.json, its logs are in jobs/."""
     array: Array
     needed: JobResources
     cluster: Cluster
     code: Path
-    """The snapshot that the jobs run."""
+    """Code snapshot that the jobs run."""
     after: tuple[str, ...] = ()
-    """Ids of jobs that must be over first."""
+    """Ids of jobs that must end first."""
 
     def options(self) -> dict[str, str | int | bool]:
-        """Return the options of sbatch, by name without dashes, but for name, time and signal."""
+        """Return the sbatch options by name without dashes, except name, time and signal."""
         c = self.cluster
         given: dict[str, Any] = {
             "partition": c.partition,
@@ -62,19 +62,19 @@ class Description:
     def setup(self) -> list[str]:
         """Return the shell lines before the job's command.
 
-        The job runs the snapshot, whatever lies in its current folder.
+        They make the job run the snapshot, not code in its current folder.
         """
         path = f"export PYTHONPATH={shlex.quote(str(self.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-        # Some releases of Slurm do not hand the job's processors on to its steps by themselves.
+        # Some releases of Slurm do not pass the job's CPU cores on to its steps.
         srun = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
         return [*self.cluster.setup, f"export PYTHONSAFEPATH=1 {JOB_VARIABLE}=1", srun, path]
 
 
 def submit(described: Description) -> str:
-    """Submit an array through submitit and return Slurm's id of it.
+    """Submit an array through submitit and return its Slurm id.
 
     Raises:
-        ClusterError: Slurm refused, with its complaint.
+        ClusterError: Slurm refused it, with Slurm's error message.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -94,7 +94,7 @@ def submit(described: Description) -> str:
         )
         try:
             jobs = executor.map_array(job.run, tasks)
-        except (FailedJobError, FailedSubmissionError) as error:  # sbatch's complaint is the first
+        except (FailedJobError, FailedSubmissionError) as error:  # contains sbatch's message
             raise ClusterError(f"Slurm refused the jobs: {_complaint(str(error))}") from None
     return jobs[0].job_id.partition("_")[0]
 
@@ -127,9 +127,9 @@ def write_script(described: Description) -> Path:
 
 
 def complete(folder: Path, array: Array, number: str) -> bool:
-    """Return whether submitit finished with an array that Slurm has.
+    """Return whether submitit has written the files of all tasks of a submitted array.
 
-    Each task then has its file; without one it would fail.
+    A task without its file would fail.
     """
     labels = [number] if array.n == 1 else [f"{number}_{k}" for k in range(array.n)]
     return all((folder / "jobs" / f"{label}_submitted.pkl").exists() for label in labels)
@@ -142,10 +142,10 @@ def _complaint(text: str) -> str:
 
 @contextmanager
 def _outside_jobs() -> Iterator[None]:
-    """Hide the job that this process may be part of.
+    """Hide the Slurm job that this process may be part of.
 
-    sbatch would hand its variables on to the new job, which then has two limits of memory, and
-    submitit would take this job's id for the new one's.
+    Otherwise sbatch would pass its variables on to the new job, which then has two memory limits,
+    and submitit would confuse the two job ids.
     """
     hidden = {
         k: v

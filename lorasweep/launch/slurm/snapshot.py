@@ -1,7 +1,7 @@
-"""The code as it is now, copied to where cluster nodes can run it.
+"""Copy the current code to where cluster nodes can run it.
 
-Editing the tree then changes nothing that is queued. A snapshot is named by its content, so one
-that is there already is used again. Knows files only.
+Later edits then do not change queued jobs. A snapshot is named by its content, so an existing one
+is used again. Knows only files.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ from lorasweep.tracking import provenance
 
 PACKAGES = ("lorasweep", "analysis")
 SKIPPED = {"__pycache__", "results", ".ipynb_checkpoints"}
-"""Folders that no job needs: caches, and the kept results (tables and figures)."""
+"""Folders that jobs do not need: caches, and kept results (tables and figures)."""
 
 
 def take(root: Path) -> Path:
-    """Copy the running code below `root` and return its folder.
+    """Copy the running code into a folder in `root` and return that folder.
 
-    Nothing is copied if it is there, or if this already is a snapshot. It holds the packages, the
-    configuration, and `snapshot.json`: commit, whether the code differed from it, and in which
-    files.
+    Nothing is copied if the snapshot exists, or if this code is a snapshot itself. A snapshot has
+    the packages, the configuration, and `snapshot.json`: the commit, and the files that differ from
+    it.
 
     Raises:
         OSError: it cannot be written.
@@ -55,7 +55,7 @@ def take(root: Path) -> Path:
 
 
 def describe(folder: Path) -> str:
-    """Describe a snapshot for people: commit, and the files that are not committed as they are."""
+    """Describe a snapshot for people: its commit, and the files that differ from it."""
     about = json.loads((folder / "snapshot.json").read_bytes())
     text = f"code snapshot {about['snapshot']}"
     if about["commit"] is None:
@@ -64,7 +64,7 @@ def describe(folder: Path) -> str:
     edited = about["edited"]
     if edited:
         names = ", ".join(edited[:4]) + (", ..." if len(edited) > 4 else "")
-        text += f", with {len(edited)} file(s) that are not committed as they are now ({names})"
+        text += f", with {len(edited)} file(s) changed since ({names})"
     return text
 
 
@@ -76,7 +76,7 @@ def _edited() -> list[str]:
 def _files(here: Path) -> Iterator[tuple[Path, Path]]:
     """Yield each file and its path in the snapshot.
 
-    The configuration goes one level up, as in a checkout.
+    The configuration goes to the top level, as in a checkout.
     """
     candidates = (here / "conf", here / "lorasweep" / "conf")
     conf = next(c for c in candidates if (c / "config.yaml").is_file())

@@ -1,18 +1,18 @@
-"""What was submitted to a cluster: records next to the runs, and what Slurm tells about them.
+"""Record what was submitted to a cluster, and match it with Slurm's queue.
 
     <runs_dir>/.slurm/
-        lock/                     one submitter at a time, among all users
+        lock/                     one submitter at a time, of any user
         code/<snapshot>/          the code that the jobs run
         <name>/submission.json    written before the first sbatch: sweep, and the runs of each task
-               tasks/<k>.json     what task k trains
-               request.json       what was asked, for the job that follows the others
-               array-<c>.json     written after an sbatch: Slurm's id; or that it was given up
-               withdrawn.json     runs that no task shall start any more
-               ended.json         how its jobs ended, once all have
-               jobs/              submitit's files, and the jobs' logs
+               tasks/<k>.json     the runs of task k
+               request.json       the request, for the follow-up job
+               array-<c>.json     written after an sbatch: its Slurm id, or that it was abandoned
+               withdrawn.json     runs that no task may start any more
+               ended.json         how its jobs ended, when all have ended
+               jobs/              submitit's files, and the logs of the jobs
 
-A submission whose command died between submission.json and array-<c>.json is found by the names of
-its jobs. Knows no submitit and no planning.
+If a command died between submission.json and array-<c>.json, its jobs are found by their names.
+Refuses to know submitit and planning.
 """
 
 import getpass
@@ -33,35 +33,34 @@ from lorasweep.store import files
 from lorasweep.store.lock import Lock
 
 GIVE_UP_S = 600.0
-"""An end that accounting does not know this long after the submission it will never know; and a job
-that was given up is looked for this long."""
+"""Seconds after a submission until missing accounting records are no longer expected, and abandoned
+jobs no longer searched for."""
 LOCK_S = 600.0
-"""How long a command waits for another that is submitting."""
+"""Seconds that a command waits for another one that is submitting."""
 FOLLOW = "follow"
-"""The array's name-part of the job that follows the others."""
+"""`part` of the follow-up job's array."""
 
 
 @dataclass(frozen=True)
 class Array:
     """Tasks `first` to `first + n - 1` of a submission, submitted by one sbatch.
 
-    The job that follows the others is an array of its own.
+    The follow-up job is an array of its own.
     """
 
     part: str
     """Number of the array, or FOLLOW."""
     name: str
-    """Job name, unique to it."""
+    """Unique job name."""
     first: int
     n: int
     job: str | None = None
-    """Slurm's id; None: not recorded (yet)."""
+    """Slurm id; None: not recorded (yet)."""
     abandoned: bool = False
-    """It never reached Slurm, or was taken back."""
+    """True: it never reached Slurm, or was cancelled."""
 
     def label(self, task: int) -> str:
-        """Return the id that Slurm has for a task of the submission: 12_3, or 12 where there is no
-        array."""
+        """Return the Slurm id of a task of the submission: 12_3, or 12 for a single job."""
         return f"{self.job}_{task - self.first}" if self.n > 1 else str(self.job)
 
 
@@ -77,38 +76,38 @@ class Submission:
 
     @property
     def name(self) -> str:
-        """Return its name: sweep, scale and a random part."""
+        """Name of the submission: sweep, scale and a random part."""
         return self.folder.name
 
     @property
     def tasks(self) -> list[list[str]]:
-        """Return the run ids of each task."""
+        """Run ids of each task."""
         return self.record["tasks"]
 
     def log(self, label: str) -> Path:
-        """Return where the output of a job (12, 12_3) is."""
+        """Return the log file of a job (12, 12_3)."""
         return self.folder / "jobs" / f"{label}_0_log.out"
 
 
 @dataclass
 class Queue:
-    """What Slurm tells about the submissions that are not known to be over."""
+    """The open submissions, matched with Slurm's jobs."""
 
     submissions: list[Submission]
     jobs: dict[str, dict[int, client.Job]]
-    """Submission name -> task -> its job, live or lately ended."""
+    """Submission name -> task -> its job, live or recently ended."""
     follows: dict[str, client.Job]
-    """Submission name -> the job that follows it."""
+    """Submission name -> its follow-up job."""
     strays: list[client.Job]
-    """Live jobs whose submission is not recorded in full, or was given up."""
+    """Live jobs of arrays that are not recorded or were abandoned."""
     unavailable: str | None = None
-    """Why Slurm could not be asked; then nothing counts as queued."""
+    """Why Slurm could not be queried; then nothing counts as queued."""
     unknown_jobs: list[Submission] = field(default_factory=list)
-    """Submissions whose jobs this Slurm cannot tell about: another cluster's, or another user's
-    where users see their own jobs only."""
+    """Submissions with jobs that this Slurm does not show: of another cluster, or of another user
+    if users see only their own jobs."""
 
     def live(self) -> list[tuple[Submission, int, client.Job]]:
-        """List the tasks that run or may still run."""
+        """List the tasks that are running or may still run."""
         return [
             (s, k, j)
             for s in self.submissions
@@ -117,11 +116,11 @@ class Queue:
         ]
 
     def unknown_runs(self) -> set[str]:
-        """Return the runs that may be in jobs which this Slurm cannot tell about."""
+        """Return the runs in jobs that this Slurm does not show."""
         return {rid for s in self.unknown_jobs for task in s.tasks for rid in task}
 
     def covered(self) -> dict[str, client.Job]:
-        """Return the runs that a live task has before it, and its job."""
+        """Map each run in a live task to its job."""
         return {
             rid: job for s, k, job in self.live() for rid in s.tasks[k] if rid not in s.withdrawn
         }
@@ -133,7 +132,7 @@ def home(runs_dir: Path) -> Path:
 
 
 def new_name(title: str) -> str:
-    """Return a name for a submission of a sweep: unique, and usable as a job's and a folder's."""
+    """Return a unique name for a submission, for its folder and its jobs."""
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', title)}-{os.urandom(4).hex()}"
 
 
@@ -145,9 +144,9 @@ def write_record(
     arrays: Iterable[Array],
     **more: Any,
 ) -> None:
-    """Write submission.json: from now on its jobs can be found, whatever happens to this command.
+    """Write submission.json. From then on its jobs can be found even if this command dies.
 
-    `asked`: all runs of the question's first stage, submitted now or not.
+    `asked`: all runs of the sweep's first stage, submitted now or not.
     """
     content = {
         "sweep": sweep,
@@ -164,14 +163,14 @@ def write_record(
 
 
 def note_array(folder: Path, part: str, job: str | None) -> None:
-    """Record what became of an array: Slurm's id, or None: it was given up."""
+    """Record the Slurm id of an array; None: it was abandoned."""
     files.write_atomic(
         folder / f"array-{part}.json", json.dumps({"job": job, "abandoned": job is None}).encode()
     )
 
 
 def withdraw(submission: Submission, ids: Iterable[str]) -> None:
-    """Record that no task of a submission shall start these runs any more."""
+    """Record that no task of a submission may start these runs any more."""
     submission.withdrawn |= set(ids)
     files.write_atomic(
         submission.folder / "withdrawn.json", json.dumps(sorted(submission.withdrawn)).encode()
@@ -190,7 +189,8 @@ def read(folder: Path) -> Submission | None:
         return None
     except ValueError:
         raise ClusterError(
-            f"{folder}/submission.json is damaged. Cancel its jobs by hand, then remove the folder."
+            f"{folder}/submission.json is damaged. Cancel its jobs with scancel, then delete the "
+            "folder."
         ) from None
     arrays = []
     for plain in record["arrays"]:
@@ -207,7 +207,7 @@ def _json(path: Path) -> Any:
 
 
 def read_all(runs_dir: Path, over: bool = False) -> list[Submission]:
-    """List the submissions, oldest first; those that are over only if asked for."""
+    """List the submissions, oldest first. With `over`, also those that have ended."""
     try:
         folders = [
             Path(e.path)
@@ -221,7 +221,7 @@ def read_all(runs_dir: Path, over: bool = False) -> list[Submission]:
 
 
 def look(runs_dir: Path) -> Queue:
-    """Ask Slurm about all submissions that are not over, in one query. Writes nothing."""
+    """Query Slurm once about all open submissions. Writes nothing."""
     open_ = read_all(runs_dir)
     queue = Queue(open_, {}, {}, [])
     if not open_:
@@ -257,7 +257,7 @@ def look(runs_dir: Path) -> Queue:
 
 
 def note_ends(queue: Queue) -> None:
-    """Keep how the jobs of submissions ended of which none is left. The lock must be held."""
+    """Record how jobs ended, for submissions without live jobs. The lock must be held."""
     live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
     names = {a.name: s.name for s in queue.submissions for a in s.arrays}
     stray = {names[j.name] for j in queue.strays}
@@ -279,20 +279,20 @@ def locked(runs_dir: Path, notify: Callable[[str], None]) -> Iterator[None]:
 
 
 def _note_end(submission: Submission) -> bool:
-    """Keep how the jobs of a submission ended, if accounting knows it by now."""
+    """Record how the jobs of a submission ended; return False if accounting is still behind."""
     labels = [a.label(k) for a in submission.arrays if a.job for k in range(a.first, a.first + a.n)]
     ends = client.ended(str(a.job) for a in submission.arrays if a.job)
     young = time.time() - submission.record["created_s"] < GIVE_UP_S
     if young and (len(ends) < len(labels) or any(a.abandoned for a in submission.arrays)):
         return False
     content = {label: asdict(end) for label, end in ends.items()}
-    with suppress(OSError):  # a full disk, or a folder of another's: then it is asked again
+    with suppress(OSError):  # a full disk or another user's folder: it is queried again later
         files.create_once(submission.folder / "ended.json", json.dumps(content).encode())
     return True
 
 
 def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Return, by run id, how the Slurm jobs ended that own attempts, with their logs.
+    """Map run ids to how the Slurm jobs that owned them ended, with their logs.
 
     `owners`: run id -> owner.json.
     """

@@ -1,8 +1,8 @@
-"""A sweep on a cluster: submit what is missing. Trains nothing.
+"""Submit the missing runs of a sweep to a cluster. Trains nothing.
 
-Giving the command twice submits nothing twice: a run is submitted only if no live job has it before
-it. That is decided under one lock for the run folder, whoever submits. A run that two jobs have all
-the same is trained by the first that claims it.
+Running the command twice submits nothing twice: a run is submitted only if it is not in a live job.
+One lock per run folder protects this decision, for all users. If a run is in two jobs all the same,
+the first one that claims it trains it.
 """
 
 import dataclasses
@@ -42,24 +42,24 @@ from lorasweep.sweep.request import Request
 
 @dataclass
 class Outcome:
-    """What a command did, and what is on its way."""
+    """What a command submitted, and what was already in jobs."""
 
     work: Work
     submitted: list[Submission] = field(default_factory=list)
     n_submitted: int = 0
     refused: str | None = None
-    """Why Slurm took only a part."""
+    """Why Slurm accepted only a part."""
     pruned: int = 0
     scripts: list[Path] = field(default_factory=list)
 
     @property
     def queued(self) -> int:
-        """Return how many runs live jobs have before them, those just submitted included."""
+        """Number of runs that wait in live jobs, with those just submitted."""
         return self.work.queued + self.n_submitted
 
     @property
     def waiting(self) -> bool:
-        """Return whether there is something to wait for."""
+        """Whether there is something to wait for."""
         return bool(self.queued or self.work.running or self.scripts or self.work.unknown_runs)
 
 
@@ -70,12 +70,12 @@ def submit(
     notify: Notify,
     following: Following,
 ) -> Outcome:
-    """Submit the sweep's runs that are missing and that no live job has.
+    """Submit the sweep's missing runs that are not in a live job.
 
     Raises:
-        ClusterError: no Slurm here, a partition that is not there, a job that no node can hold, a
-            run folder that nodes cannot see, or Slurm's own refusal.
-        StoreError: the disk is too small, or another command submits and does not end.
+        ClusterError: there is no Slurm here, the partition does not exist, no node is large enough,
+            nodes cannot see the run folder, or Slurm refused the jobs.
+        StoreError: the disk is too small, or another command is submitting and does not end.
     """
     cluster = request.cluster
     client.require()
@@ -125,7 +125,7 @@ def _submit(
     outcome: Outcome,
     following: Following,
 ) -> None:
-    """Record the intent, then submit: the arrays, and the job that follows them."""
+    """Record the submission, then submit its arrays and the follow-up job."""
     cluster, tasks = request.cluster, jobs.points
     folder = submissions.home(Path(request.exec.runs_dir)) / submissions.new_name(request.title)
     (folder / "tasks").mkdir(parents=True)
@@ -167,7 +167,7 @@ def _submit(
 
 
 def _arrays(name: str, n_tasks: int) -> list[Array]:
-    """Deal the tasks to arrays that are no longer than the cluster allows."""
+    """Split the tasks into arrays of at most the cluster's limit."""
     longest = client.max_tasks()
     return [
         Array(str(c), f"{name}-{c}", first, min(longest, n_tasks - first))
@@ -181,7 +181,7 @@ def _submit_arrays(
     """Submit arrays until Slurm refuses one, and return their ids.
 
     Raises:
-        ClusterError: it refused the first one.
+        ClusterError: Slurm refused the first one.
     """
     numbers: list[str] = []
     for d in described:
@@ -194,7 +194,7 @@ def _submit_arrays(
                 if follow:
                     submissions.note_array(d.folder, follow.part, None)
                 raise
-            # the arrays before it are on their way; the job that follows submits the rest
+            # earlier arrays are submitted; the follow-up job will submit the rest
             outcome.refused = str(error)
             break
         submissions.note_array(d.folder, d.array.part, numbers[-1])
@@ -208,7 +208,7 @@ def _write_tasks(
     following: Following,
     follow: bool,
 ) -> None:
-    """Write the file of each task, and last that of the job that follows."""
+    """Write the file of each task, and last that of the follow-up job."""
     requeues = request.cluster.requeues
     common = {
         "exec": dataclasses.asdict(planning.exec_of(request)),
@@ -232,5 +232,5 @@ def _write_tasks(
 
 
 def _write(path: Path, plain: Any) -> None:
-    # not synced one by one: the folder's record comes after, and a torn file fails loudly
+    # not flushed one by one: the submission is recorded later, and an incomplete file is an error
     path.write_text(json.dumps(plain))

@@ -1,4 +1,4 @@
-"""What is optimised, one file an objective.
+"""Objectives: what is optimised, one file each.
 
 Refuses to know the loop.
 """

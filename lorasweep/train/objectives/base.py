@@ -1,4 +1,4 @@
-"""What the training loop asks of an objective.
+"""The interface of an objective, as the training loop uses it.
 
 Shapes: N members of the pack, in the order of `members`.
 """
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class MicroBatch(Protocol):
-    """A part of one update's examples, of all members: what a forward pass takes."""
+    """The input of one forward pass: a part of an update's examples, for all members."""
 
     @property
     def tokens_N(self) -> Sequence[int]:
-        """Real tokens of each member, padding left out."""
+        """Tokens of each member, without padding."""
 
     @property
     def laid_out(self) -> int:
-        """Tokens of one member, padding included."""
+        """Tokens of one member, with padding."""
 
 
 BatchT = TypeVar("BatchT", bound=MicroBatch)
@@ -39,15 +39,15 @@ class Evaluation:
     """Held-out measures of one member."""
 
     measures: Record
-    """Name -> value; the metric's among them."""
+    """Name -> value, including the metric."""
     n_items: int
-    """Held-out items that they are taken over."""
+    """Number of held-out items."""
 
 
 class Objective(Protocol[BatchT]):
     """What is optimised, and how it is measured. `members` are always those still in the pack.
 
-    An update goes: batches, then for each of them loss and its gradient, divided by the member's
+    An update calls batches, then for each batch loss and its gradient, divided by the member's
     weight in the whole update. So a mean over tokens does not depend on the micro-batches.
     """
 
@@ -60,37 +60,39 @@ class Objective(Protocol[BatchT]):
         """Return update `step`'s micro-batches (0-based). May sample from the model."""
 
     def weights(self, batch: BatchT) -> torch.Tensor:
-        """Return what each member's summed loss in `batch` counts, [N], e.g. its loss-bearing
-        tokens. Known before any forward pass, so no gradient has to be rescaled after it."""
+        """Return the weight of each member's summed loss in `batch`, [N], e.g. its loss tokens.
+
+        It is known before the forward pass, so that gradients need no rescaling afterwards.
+        """
 
     def loss(self, model: "nn.Module", batch: BatchT) -> torch.Tensor:
-        """Return the summed loss of each member, [N], with its gradient."""
+        """Return the summed loss of each member, [N], with gradient."""
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
-        """Return what is recorded of an update, from each member's mean loss."""
+        """Return what to record of an update, from each member's mean loss."""
 
     def diverged(self, run: str, loss: float) -> bool:
-        """Take note of a run's mean loss at this update; return whether it is beyond recovery.
+        """Note a run's mean loss at this update; return whether the run has diverged.
 
-        Losses and gradients that are not finite are the loop's to notice.
+        The loop itself checks that losses and gradients are finite.
         """
 
     def evaluate(
         self, model: "nn.Module", members: Sequence[RunSpec], final: bool
     ) -> list[Evaluation]:
-        """Measure every member on held-out items: final: on all of them, as at a run's end."""
+        """Measure every member on held-out items: on all of them if `final`, else on a part."""
 
     def at_end(self, model: "nn.Module", members: Sequence[RunSpec]) -> list[Record]:
-        """Return further measures of each member, taken only when one of them is finished."""
+        """Return additional measures of each member. Called only when a member has finished."""
 
     def facts(self, member: RunSpec) -> Record:
-        """Return what every result of this member says, finished or diverged."""
+        """Return what every result of this member contains, finished or diverged."""
 
     def state(self, run: str) -> dict[str, Any]:
-        """Return a run's own state for its checkpoint: plain values for JSON.
+        """Return a run's state for its checkpoint, as JSON values.
 
-        They lie beside the loop's own: step, layout, curve and tokens are taken.
+        The keys step, layout, curve and tokens are reserved for the loop.
         """
 
     def load_state(self, run: str, state: dict[str, Any]) -> None:
-        """Take up the state that `state` gave (among the loop's own values)."""
+        """Restore the values of `state`; the dict also holds those of the loop."""

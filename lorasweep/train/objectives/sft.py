@@ -1,6 +1,7 @@
-"""Supervised fine-tuning: nats per loss-bearing token, a token-weighted mean over a member's batch.
+"""Supervised fine-tuning: the NLL in nats per loss token, averaged over a member's batch.
 
-Sums are kept apart from counts and divided once, so micro-batches change nothing but rounding.
+Sums and counts are kept separately and divided once, so micro-batches change only rounding.
+
 Shapes: N members.
 """
 
@@ -26,27 +27,29 @@ if TYPE_CHECKING:
     from lorasweep.models.load import Base
 
 DIVERGED_NLL_FACTOR = 1.5
-"""A member diverges when its train NLL stays above this multiple of its held-out NLL at step 0 ...
-(relative, because an absolute bound such as 2.0 nats means something else for every model)."""
+"""A run has diverged if its train NLL is above this multiple of its held-out NLL at step 0 for
+DIVERGED_PATIENCE updates in a row. Relative, because an absolute bound would mean something else
+for every model."""
 DIVERGED_PATIENCE = 8
-"""... for this many updates in a row. Assumption, not tuned."""
+"""Assumption, not tuned."""
 EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
-"""Padded tokens of one member in an evaluation forward on a CPU, of all members on a GPU (where
-whole logits exist). On a CPU it is not divided by the pack's size, so that held-out losses are
-summed over the same rows whatever the pack."""
+"""Padded tokens per evaluation forward: per member on a CPU, of all members on a GPU (which holds
+the full logits). On a CPU it does not depend on the pack size, so that held-out losses are summed
+over the same rows in every pack."""
 
 
 class SupervisedFineTuning:
-    """The objective of every arm: examples with a loss mask, a data set for each run."""
+    """Supervised fine-tuning on examples with a loss mask; each run has a data set."""
 
     metric = Metric()
 
     def __init__(
         self, data: Mapping[str, Data], precision: str, micro_batch_size: int | None = None
     ) -> None:
-        """data: run id -> the run's data set; runs may share one.
+        """Set up the objective.
 
-        micro_batch_size: sequences of one member in a forward pass; None: all of an update.
+        `data`: run id -> the run's data set; runs may share one. `micro_batch_size`: sequences per
+        member and forward pass; None: all of an update.
         """
         self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
         self._nll_start: dict[str, float] = {}
@@ -56,7 +59,7 @@ class SupervisedFineTuning:
         self._held_out: dict[tuple[int, ...], list[Batch]] = {}
 
     def start(self, base: "Base", members: Sequence[RunSpec]) -> list[float]:
-        """Measure the NLL of the base, and that of its pretraining task, once a data set."""
+        """Measure the base's NLL on each data set, and on its pretraining rows, once."""
         if next(base.model.parameters()).device.type != "cpu":
             self._eval_tokens = max(1, GPU_EVAL_TOKENS // len(members))
         for member in members:
@@ -72,7 +75,7 @@ class SupervisedFineTuning:
         return [self._nll_start[m.id] for m in members]
 
     def batches(self, model: "nn.Module", step: int, members: Sequence[RunSpec]) -> list[Batch]:
-        """Return the micro-batches of update `step`: rows of like length together."""
+        """Return the micro-batches of update `step`, with rows of similar length together."""
         return [merge(parts) for parts in zip(*(self._rows(m, step) for m in members))]
 
     def _rows(self, member: RunSpec, step: int) -> list[Batch]:
@@ -83,7 +86,7 @@ class SupervisedFineTuning:
         return [collate(examples[k : k + rows]) for k in range(0, size, rows)]
 
     def weights(self, batch: Batch) -> torch.Tensor:
-        """Count each member's loss-bearing tokens, [N]."""
+        """Count each member's loss tokens, [N]."""
         return torch.from_numpy(batch.weight_NM.sum(1))
 
     def loss(self, model: "nn.Module", batch: Batch) -> torch.Tensor:
@@ -91,7 +94,7 @@ class SupervisedFineTuning:
         return nll_sums(model, batch, self._precision)
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
-        """Record the mean loss in nats a token."""
+        """Record the mean loss in nats per token."""
         return [{"train_nll": nll} for nll in losses]
 
     def diverged(self, run: str, loss: float) -> bool:
@@ -103,7 +106,7 @@ class SupervisedFineTuning:
     def evaluate(
         self, model: "nn.Module", members: Sequence[RunSpec], final: bool
     ) -> list[Evaluation]:
-        """Return each member's held-out NLL, and bits a byte where tokens are text."""
+        """Return each member's held-out NLL, and for text its bits per byte."""
         rows = []
         for member in members:
             test, n_curve = self._data[member.id].test, member.dataset.n_test_curve
@@ -132,7 +135,7 @@ class SupervisedFineTuning:
         ]
 
     def facts(self, member: RunSpec) -> Record:
-        """Return the loss before training, the data set's floor and its sizes."""
+        """Return the NLL before training, and the entropy floor and sizes of the data set."""
         data = self._data[member.id]
         return {
             "nll_start": self._nll_start[member.id],
@@ -142,11 +145,11 @@ class SupervisedFineTuning:
         }
 
     def state(self, run: str) -> dict[str, Any]:
-        """Return the count of updates in a row above the bound of divergence."""
+        """Return the number of updates in a row above the divergence bound."""
         return {"above": self._updates_above[run]}
 
     def load_state(self, run: str, state: dict[str, Any]) -> None:
-        """Take up that count."""
+        """Restore the number of updates in a row above the divergence bound."""
         self._updates_above[run] = state["above"]
 
     def _batched(self, examples: Sequence[Example]) -> list[Batch]:
@@ -177,9 +180,10 @@ def nll_sums(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model: "nn.Module", batches: Sequence[list[Batch]], precision: str) -> list[float]:
-    """Return each member's NLL in nats per loss-bearing token, from its list of held-out batches.
+    """Return each member's NLL in nats per loss token, from its list of held-out batches.
 
-    A sum over a sum. A member with fewer batches than another repeats its own, uncounted.
+    It is the summed NLL divided by the token count. A member with fewer batches than another
+    repeats its own; the repeats do not count.
     """
     total = torch.zeros(len(batches), dtype=torch.float64)
     for k in range(max(map(len, batches))):
@@ -192,7 +196,7 @@ def evaluate(model: "nn.Module", batches: Sequence[list[Batch]], precision: str)
 
 
 def _bytes_per_token(examples: Sequence[Example]) -> float | None:
-    """Return UTF-8 bytes per loss-bearing token; None where tokens are no text."""
+    """Return UTF-8 bytes per loss token; None if the tokens are not text."""
     n_bytes = [e.n_bytes for e in examples if e.n_bytes is not None]
     if len(n_bytes) < len(examples):
         return None

@@ -89,7 +89,7 @@ def test_order_depends_on_data_set_split_and_seed_only(tmp_path):
         (['{"prompt": "a", "completion": "b"}', '{"prompt": '], r"train\.jsonl:2: not a JSON row"),
         ([{"prompt": "a"}], r"train\.jsonl:1: no text field 'completion'"),
         ([{"prompt": "a", "completion": 3}], r":1: no text field"),
-        ([{"prompt": "p" * 600, "completion": "b"}], r":1: no token bears loss"),
+        ([{"prompt": "p" * 600, "completion": "b"}], r":1: no token counts in the loss"),
         (["[]"], r":1: no text field"),
         ([], "no rows"),
     ],

@@ -54,16 +54,16 @@ def test_a_job_asks_for_what_its_packs_need(packs):
     assert (set_.mem_gib, set_.time_min) == (7, 33)
     assert (
         resources.resources_for(tasks, Cluster(kind="slurm"), 1.0, GPUS).time_min == 2880
-    )  # the partition's limit; it goes on by itself
+    )  # the partition's limit; the job requeues itself
 
 
 @pytest.mark.parametrize(
     "given, said",
     [
         ({"gpus": 9}, "cluster.gpus=9"),
-        ({"cpus": 65}, "asks for 65 processors"),
-        ({"mem_gib": 600}, "asks for 600 GiB"),
-        ({"time_min": 9999}, "allows 2880"),
+        ({"cpus": 65}, "needs 65 CPU cores"),
+        ({"mem_gib": 600}, "needs 600 GiB"),
+        ({"time_min": 9999}, "allows at most 2880"),
     ],
 )
 def test_what_no_node_can_hold_is_refused(given, said):
@@ -97,10 +97,10 @@ def test_what_sinfo_says_is_read(monkeypatch):
     "given, said",
     [
         ("cluster.kind=pbs", "cluster.kind 'pbs' not found"),
-        ("cluster.cpus=0", "cluster.cpus=0: give more than 0"),
+        ("cluster.cpus=0", "cluster.cpus=0: expected a number above 0"),
         ("cluster.gpus=-1", "cluster.gpus=-1"),
-        ("+cluster.options.array=3", "is set by lorasweep itself"),
-        ("cluster.runs_per_job=0", "or null to go by the plan"),
+        ("+cluster.options.array=3", "is reserved: lorasweep sets it itself"),
+        ("cluster.runs_per_job=0", "or null for the default"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(compose, given, said):
