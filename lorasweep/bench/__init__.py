@@ -1,6 +1,4 @@
-"""The benchmark (`make bench`): lorasweep against what a user would do without it, on one machine
-in one run.
+"""The benchmark (`make bench`): lorasweep compared with what a user would do without it.
 
-Refuses to be part of the product: nothing outside imports it. TRL is needed here only (extra
-`bench`).
+Nothing outside imports it. Only this room needs TRL (extra `bench`).
 """

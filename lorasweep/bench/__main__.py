@@ -1,4 +1,4 @@
-"""Measure all parts of the benchmark, or some, one after another on an idle machine.
+"""Measure all or some parts of the benchmark, one after another, on an idle machine.
 
 python -m lorasweep.bench OUT.json [part ...]
 """
@@ -24,8 +24,7 @@ GRIDS = {"tiny": ((1, 200), (4, 100), (16, 50)), "small": ((4, 8),)}
 
 
 def exec_values() -> dict[str, Any]:
-    """Return the fields of an Exec, with absolute paths: the baselines run in a folder of their
-    own."""
+    """Return the fields of an Exec with absolute paths, because baselines run in other folders."""
     exec_ = compose_request(["scale=tiny"]).exec
     absolute = {
         k: [str(Path(d).resolve()) for d in getattr(exec_, k)] for k in ("models_dir", "data_dir")
@@ -34,7 +33,7 @@ def exec_values() -> dict[str, Any]:
 
 
 def headline(parts: dict[str, Any]) -> dict[str, Any]:
-    """Pick the figures that the README quotes."""
+    """Select the figures that the README quotes."""
     out: dict[str, Any] = {
         "sweep_vs_process_per_run": None,
         "pack_vs_warm_peft": {},
@@ -59,7 +58,7 @@ def headline(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(out: str, wanted: list[str]) -> None:
-    """Measure `wanted` and write the figures; parts measured before stay in the file."""
+    """Measure the parts in `wanted` and write the figures. Other parts stay in the file."""
     path, started = Path(out), time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = json.loads(path.read_text())["parts"] if path.is_file() and wanted else {}
@@ -92,7 +91,7 @@ def main(out: str, wanted: list[str]) -> None:
 def whole_grids(
     scale: str, values: dict[str, Any], here: Hardware, log: grids.Log
 ) -> dict[str, Any]:
-    """Time whole grids at a scale against the baselines; at `tiny` the whole sweep too."""
+    """Time whole grids at a scale and their baselines; at `tiny` also the whole sweep."""
     spec = compose_request(steps.at(scale)).points[0].spec
     peak, start_s = steps.gemm_peak(spec.precision, here.cores or 1), overhead.start_s()
     part: dict[str, Any] = {"gemm_peak": peak, "precision": spec.precision}

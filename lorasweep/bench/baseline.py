@@ -1,11 +1,11 @@
-"""The same runs as a user would make them today: TRL's SFTTrainer with PEFT, or a plain PEFT loop.
+"""Train the same runs as a user would today: with TRL's SFTTrainer and PEFT, or a plain PEFT loop.
 
     python -m lorasweep.bench.baseline trl|loop JOB.json    {"runs": [spec, ...], "exec": {...}}
 
-One process trains the runs of the job one after another and prints one JSON line a run, with the
-seconds that went into imports, loading, training and the final evaluation. Same weights, rows in
-the same order, batch, steps, optimizer, precision and loss as ours; the held-out loss is taken
-once, at the end, over the same rows.
+One process trains the runs of the job one after another and prints one JSON line per run, with the
+seconds for imports, loading, training and the final evaluation. Weights, row order, batch, steps,
+optimizer, precision and loss are the same as in lorasweep. The held-out loss is measured once, at
+the end, on the same rows.
 """
 
 import json
@@ -33,8 +33,11 @@ from lorasweep.train import pretrain  # noqa: E402
 
 
 def adapted(model: torch.nn.Module, spec: RunSpec, kind: str) -> torch.nn.Module:
-    """Wrap the model by PEFT; full fine-tuning trains it as it is. TRL refuses an adapter on the
-    unembedding, so its runs go without one: a little less work than in lorasweep."""
+    """Wrap the model with PEFT; full fine-tuning trains it as it is.
+
+    TRL refuses an adapter on the unembedding, so its runs have none: a little less work than in
+    lorasweep.
+    """
     from peft import LoraConfig, get_peft_model
 
     if not isinstance(spec.method, LoRA):
@@ -71,8 +74,10 @@ def padded_batch(rows: list[Example]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def held_out(model: torch.nn.Module, data: Data, spec: RunSpec) -> float:
-    """Return the held-out NLL in nats a token, batches of 8 rows at a large vocabulary, 64 at a
-    small one."""
+    """Return the held-out NLL in nats per token.
+
+    Batches have 8 rows with a large vocabulary, 64 with a small one.
+    """
     total, count, size = 0.0, 0, 64 if spec.model.vocab_size < 1000 else 8
     for k in range(0, len(data.test), size):
         batch = padded_batch(list(data.test[k : k + size]))
@@ -84,7 +89,7 @@ def held_out(model: torch.nn.Module, data: Data, spec: RunSpec) -> float:
 
 
 def loop(model: torch.nn.Module, data: Data, spec: RunSpec) -> None:
-    """Train by a plain loop over a PEFT model."""
+    """Train a PEFT model with a plain loop."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps, weight_decay=0
@@ -101,8 +106,7 @@ def loop(model: torch.nn.Module, data: Data, spec: RunSpec) -> None:
 
 
 def sft(model: torch.nn.Module, data: Data, spec: RunSpec, tokenizer: Any) -> None:
-    """Train by TRL's SFTTrainer on tokenized rows, its own extras (logging, saving, decay,
-    clipping) off."""
+    """Train with TRL's SFTTrainer on tokenized rows, without logging, saving, decay or clipping."""
     import datasets
     from trl import SFTConfig, SFTTrainer
 
@@ -144,7 +148,7 @@ def sft(model: torch.nn.Module, data: Data, spec: RunSpec, tokenizer: Any) -> No
 
 
 def symbols(vocab: int) -> Any:
-    """Make a tokenizer of bare symbols: TRL asks for one, and synthetic data have none."""
+    """Make a tokenizer of plain symbols: TRL needs one, and synthetic data have none."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -154,7 +158,7 @@ def symbols(vocab: int) -> Any:
 
 
 def main(kind: str, job_path: str) -> None:
-    """Train the runs of a job; print a JSON line a run."""
+    """Train the runs of a job; print a JSON line per run."""
     warnings.filterwarnings("ignore")
     import peft  # here, so that it counts as import and not as training
 
@@ -163,7 +167,7 @@ def main(kind: str, job_path: str) -> None:
     job = json.loads(Path(job_path).read_bytes())
     exec_ = Exec(**job["exec"])
     specs = [spec_from(plain) for plain in job["runs"]]
-    first, started = specs[0], time.perf_counter()  # all runs are on one base and data set
+    first, started = specs[0], time.perf_counter()  # all runs share a base and a data set
     imports_s = started - START
     pretrain.ensure(first.model, exec_.models_dir)
     base = load_model(first.model, exec_.models_dir, first.precision)

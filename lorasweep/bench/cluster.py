@@ -1,5 +1,4 @@
-"""The time that a cluster adds: to the first step, jobs and runs an hour by runs a job, and a sweep
-against the local one.
+"""Measure the time that a cluster adds: to the first step, per job, and to a whole sweep.
 
     python -m lorasweep.bench.cluster OUT.json
 
@@ -33,7 +32,7 @@ CLUSTER = (
     "exec.threads=1",
 )
 RUNS_PER_JOB = {1: 40, 10: 400, 100: 2000}
-"""Runs a job -> runs in all: enough jobs for a rate."""
+"""Runs per job -> total runs: enough jobs to measure a rate."""
 REAL = (
     "+sweep=lr_ratio",
     "scale=smoke",
@@ -45,7 +44,7 @@ REAL = (
 
 
 def grid(runs: int) -> list[str]:
-    """Return the command line of a LoRA sweep of so many runs."""
+    """Return the command line of a LoRA sweep with `runs` runs."""
     return [
         "+sweep=lr_ratio",
         "scale=smoke",
@@ -56,7 +55,7 @@ def grid(runs: int) -> list[str]:
 
 
 def command_s(folder: Path, *arguments: str, nothing: bool = False) -> float:
-    """Run a command; return its seconds."""
+    """Run a command; return its wall time in seconds."""
     start = ["-c", NOTHING] if nothing else ["-m", "lorasweep"]
     env = {
         **os.environ,
@@ -69,7 +68,7 @@ def command_s(folder: Path, *arguments: str, nothing: bool = False) -> float:
 
 
 def wait(folder: Path, runs: int) -> float:
-    """Wait until so many runs are finished; return the seconds."""
+    """Wait until `runs` runs are finished; return the seconds waited."""
     started = time.monotonic()
     while len(list((folder / "runs").glob("*/result.json"))) < runs:
         time.sleep(0.1)
@@ -77,8 +76,7 @@ def wait(folder: Path, runs: int) -> float:
 
 
 def measure(log: Callable[[str], None]) -> dict[str, Any]:
-    """Return first_step_s, command_s, local_s, slurm_s, and jobs_per_h and runs_per_h by runs a
-    job."""
+    """Return first_step_s, command_s, local_s, slurm_s, and jobs_per_h, runs_per_h by job size."""
     slurm.require()
     found: dict[str, Any] = {"jobs_per_h": {}, "runs_per_h": {}}
     with tempfile.TemporaryDirectory(dir=os.environ.get("LORASWEEP_BENCH_DIR")) as name:
@@ -102,7 +100,7 @@ def measure(log: Callable[[str], None]) -> dict[str, Any]:
             runs_per_h = 3600 * runs / seconds
             jobs_per_h = runs_per_h / per_job
             found["jobs_per_h"][per_job], found["runs_per_h"][per_job] = jobs_per_h, runs_per_h
-            log(f"{per_job} runs a job: {jobs_per_h:.0f} jobs/h, {runs_per_h:.0f} runs/h")
+            log(f"{per_job} runs per job: {jobs_per_h:.0f} jobs/h, {runs_per_h:.0f} runs/h")
         local = command_s(folder / "local", *REAL, "exec.workers=2")
         started = time.monotonic()
         command_s(folder / "slurm", *REAL, *CLUSTER, "cluster.workers=2", "cluster.runs_per_job=24")

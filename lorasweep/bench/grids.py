@@ -1,9 +1,9 @@
-"""Whole grids of runs: lorasweep against one process a run (TRL with PEFT), and against a plain
-PEFT loop kept warm.
+"""Time whole grids of runs in lorasweep and in two baselines.
 
-The baselines get all cores, one run after another, as a user's script would. They train a sample of
-the grid's runs, and the time of the rest is computed from it: the runs of an arm differ in their
-learning rate only.
+The baselines are one process per run (TRL with PEFT), and a plain PEFT loop in one process. They
+get all cores and train one run after another, as a user's script would. They train a sample of the
+grid, and the time of the rest is computed from it: the runs of an arm differ only in their learning
+rate.
 """
 
 import dataclasses
@@ -50,11 +50,10 @@ class Grid(NamedTuple):
 def baseline(
     kind: str, points: Sequence[Point], values: dict[str, Any], runs: int, folder: str
 ) -> dict[str, float]:
-    """Train `runs` of `points` by a baseline in one process; return its seconds a run and their
-    parts.
+    """Train `runs` of `points` with a baseline in one process; return seconds per run by part.
 
-    The first run warms the process up and is left out, unless it is the only one. Loading is done
-    once and counts as start.
+    The first run warms up the process and does not count, unless it is the only one. Loading
+    happens once and counts as start.
     """
     job = {"runs": [p.spec.plain() for p in points[:runs]], "exec": values}
     path = Path(folder) / "baseline.json"
@@ -116,8 +115,7 @@ def compare(
 
 
 def _check_done(points: Sequence[Point], store: RunStore) -> None:
-    """Raise if a run failed, or diverged: it would have ended early, and the baselines are computed
-    at full length."""
+    """Check that all runs are done: a diverged run ends early, but baselines have full length."""
     states = {p.id: store.state(p.id) for p in points}
     rest = {i: s for i, s in states.items() if s != "done"}
     if rest:
@@ -125,14 +123,16 @@ def _check_done(points: Sequence[Point], store: RunStore) -> None:
 
 
 def flops_over_peak(points: Sequence[Point], wall_s: float, peak: float) -> float:
-    """Return the arithmetic of the runs (updates and evaluations, by the study's formula: the
-    unembedding at every token, though only loss-bearing positions need it) over wall time and the
-    measured peak."""
+    """Return the runs' floating-point operations divided by wall time and the measured peak.
+
+    Updates and evaluations, by the study's formula. It counts the unembedding at every token,
+    although only loss positions need it.
+    """
     return sum(run_flops(p.spec) for p in points) / wall_s / peak
 
 
 def whole_sweep(values: dict[str, Any], peak: float, log: Log) -> dict[str, Any]:
-    """Run the whole tiny lr_ratio sweep by its command, process start included."""
+    """Run the whole tiny lr_ratio sweep with its command, including process start."""
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "runs"
         whole_s, _ = command(
@@ -144,7 +144,7 @@ def whole_sweep(values: dict[str, Any], peak: float, log: Log) -> dict[str, Any]
         found = compare(points, whole_s, values, folder, 2)
     found["flops_over_gemm_peak"] = flops_over_peak(points, whole_s, peak)
     log(
-        f"tiny sweep, {len(points)} runs: {whole_s:.0f} s; one process a run "
+        f"tiny sweep, {len(points)} runs: {whole_s:.0f} s; one process per run "
         f"{found['process_per_run_s']:.0f} s, warm PEFT loop {found['warm_peft_s']:.0f} s; "
         f"{found['flops_over_gemm_peak']:.2f} of the matrix-multiply peak"
     )
@@ -160,8 +160,10 @@ def _with_few_test_rows(point: Point) -> Point:
 def lora_grid(
     grid: Grid, values: dict[str, Any], start_s: float, peak: float, log: Log
 ) -> dict[str, Any]:
-    """Plan and train a grid from an empty store. `start_s` is the command's own start,
-    which is added, as this calls its inside."""
+    """Plan and train a grid from an empty store.
+
+    `start_s`, the start time of a command, is added, because this calls functions directly.
+    """
     scale, batch_size, steps = grid
     overrides = [*LORA_GRID, *at(scale), f"batch_size={batch_size}", f"steps={steps}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +189,7 @@ def lora_grid(
     }
     log(
         f"16 LoRA runs at {scale}, batch {batch_size}: {whole_s:.0f} s, packs of {found['pack']}; "
-        f"{found['vs_process_per_run']:.1f} times faster than one process a run, "
+        f"{found['vs_process_per_run']:.1f} times faster than one process per run, "
         f"{found['vs_warm_peft']:.2f} times faster than a warm PEFT loop; "
         f"{found['flops_over_gemm_peak']:.2f} of the matrix-multiply peak"
     )

@@ -1,5 +1,4 @@
-"""Peak memory of training, full fine-tuning and LoRA, each in a process of its own, against what
-the plan says."""
+"""Measure the peak memory of full fine-tuning and LoRA, and compare it with the plan."""
 
 import dataclasses
 import json
@@ -23,7 +22,7 @@ from lorasweep.train import pretrain
 from lorasweep.train.finetune import finetune
 
 CASES = (("tiny", 16), ("small", 8))
-"""Scale and batch."""
+"""Scale and batch size."""
 STEPS = 3
 
 
@@ -32,7 +31,7 @@ def measure(
 ) -> dict[str, Any]:
     """Return peak resident memory by case, in bytes.
 
-    `idle_bytes` is what the process took before anything was loaded.
+    `idle_bytes` is the memory of the process before anything was loaded.
     """
     cases = []
     for scale, batch in CASES:
@@ -47,7 +46,7 @@ def measure(
 def in_process(
     scale: str, method: str, batch: int, count: int, models_dirs: list[str], data_dirs: list[str]
 ) -> str:
-    """Train a pack in a fresh process on one thread, and return what it prints: JSON."""
+    """Train a pack in a new process on one thread, and return its output, JSON."""
     arguments = json.dumps([scale, method, batch, count, models_dirs, data_dirs])
     command = [sys.executable, "-m", "lorasweep.bench.memory", arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -56,7 +55,7 @@ def in_process(
 
 
 def _resident_peak() -> int:
-    """This program's own: ru_maxrss begins with what the parent had when it forked."""
+    """Return the peak of this program. ru_maxrss would include the parent's memory at the fork."""
     with open("/proc/self/status") as f:
         return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) * 1024
 

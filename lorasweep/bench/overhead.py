@@ -1,5 +1,7 @@
-"""The time of the harness itself: planning and status of 10,000 runs, and 1,000 runs of a trainer
-that does nothing."""
+"""Measure the time of the harness itself.
+
+Planning and status of 10,000 runs, and 1,000 runs of a trainer that does nothing.
+"""
 
 import json
 import os
@@ -45,7 +47,7 @@ FINAL = {
 
 
 def command(*arguments: str, runs_dir: Path) -> tuple[float, dict[str, Any]]:
-    """Run the command line; return its seconds, process start included, and its JSON answer."""
+    """Run the command line; return its seconds, including process start, and its JSON output."""
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "lorasweep", *arguments, "format=json"],
@@ -58,7 +60,7 @@ def command(*arguments: str, runs_dir: Path) -> tuple[float, dict[str, Any]]:
 
 
 def nothing(pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None) -> Iterator[Event]:
-    """Train nothing: one record, one result a run."""
+    """Train nothing: yield one record and one result per run."""
     ids = [s.id for s in pack]
     yield Event(
         1,
@@ -69,17 +71,17 @@ def nothing(pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None) -
 
 
 def start_s() -> float:
-    """Return the seconds of a command that finds nothing to do."""
+    """Return the seconds of a command that has nothing to do."""
     with tempfile.TemporaryDirectory() as folder:
         return min(command("action=status", runs_dir=Path(folder))[0] for _ in range(3))
 
 
 def measure(log: Callable[[str], None]) -> dict[str, float]:
-    """Return plan_10k_s, noop_run_s, and status_10k_s beyond the same command on one run."""
+    """Return plan_10k_s, noop_run_s, start_s, and status_10k_s without start_s."""
     with tempfile.TemporaryDirectory() as folder:
         empty, full = Path(folder) / "empty", Path(folder) / "full"
         plan_s = min(command(*GRID, "action=plan", runs_dir=empty)[0] for _ in range(3))
-        log(f"planning 10,000 runs: {plan_s:.2f} s, process start included")
+        log(f"planning 10,000 runs: {plan_s:.2f} s, including process start")
         specs = [p.spec for p in compose_request([*GRID, f"exec.runs_dir={full}"]).points]
         store = RunStore(full)
         store.prepare()
@@ -88,7 +90,7 @@ def measure(log: Callable[[str], None]) -> dict[str, float]:
         for k in range(0, 1000, 4):
             execute(specs[k : k + 4], exec_, store, nothing, lambda event: None, StopFlag())
         noop_s = (time.perf_counter() - started) / 1000
-        log(f"1,000 runs of a trainer that does nothing: {noop_s * 1e3:.2f} ms a run")
+        log(f"1,000 runs of a trainer that does nothing: {noop_s * 1e3:.2f} ms per run")
         for spec in specs[1000:]:
             _finished(store, spec)
         begin_s = start_s()
@@ -105,7 +107,7 @@ def measure(log: Callable[[str], None]) -> dict[str, float]:
 
 
 def _finished(store: RunStore, spec: RunSpec) -> None:
-    """Put a finished run into the store as it is after training, without the syncs to disk."""
+    """Write a finished run into the store as training would, without flushing to disk."""
     folder = store.folder(spec.id)
     (folder / "attempts" / "1").mkdir(parents=True)
     (folder / "spec.json").write_text(spec.canonical)

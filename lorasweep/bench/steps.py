@@ -1,5 +1,4 @@
-"""Seconds a step by pack size and batch, the machine's peak of matrix products, and the shares of a
-step's time."""
+"""Measure seconds per step by pack and batch size, the peak of matrix products, and profiles."""
 
 import dataclasses
 import statistics
@@ -30,8 +29,8 @@ UPDATES = {"tiny": 10, "small": 5}
 RANK = 16
 METHODS = (LoRA(rank=RANK), FullFT())
 TURNS = 3
-"""How often full fine-tuning and LoRA take turns for their ratio: a machine's speed drifts by 8%
-within minutes (LOG.md)."""
+"""How often full fine-tuning and LoRA alternate to measure their ratio, because a machine's speed
+drifts by 8% within minutes (LOG.md)."""
 KINDS = (
     ("bmm", "products of adapters and attention"),
     ("mm", "products with the base's weights"),
@@ -39,20 +38,18 @@ KINDS = (
     ("adamw", "optimizer"),
     ("copy", "copies and casts"),
 )
-"""Part of an operation's name -> what it is counted as; the rest are passes over activations, and
-Python."""
+"""Part of an operation's name, and the kind that it counts as. All others are passes over
+activations, and Python."""
 
 
 def at(scale: str) -> list[str]:
-    """Return the overrides that ask for a scale: in fp32 where the processor has no bf16, as a user
-    would there."""
+    """Return the overrides for a scale, with fp32 if the processor has no bf16 instructions."""
     slow = detect.this_machine().fast_bf16 is False
     return [f"scale={scale}", *(["precision=fp32"] if slow else [])]
 
 
 def gemm_peak(precision: str, threads: int) -> float:
-    """Return the best measured rate of large matrix products, in floating-point operations a
-    second."""
+    """Return the best measured rate of large matrix products, in operations per second."""
     torch.set_num_threads(threads)
     dtype, best = torch.bfloat16 if precision == "bf16" else torch.float32, 0.0
     for m, k, n in ((2048, 2048, 2048), (1600, 576, 1536), (4096, 1024, 1024)):
@@ -76,15 +73,15 @@ class Bench:
         self.rows = data.load(few, data_dirs, self.base.tokenizer)
 
     def pack(self, method: Method, batch_size: int, count: int) -> list[RunSpec]:
-        """Make `count` runs at rates too small to move anything."""
+        """Make `count` runs with learning rates too small to change anything."""
         spec = dataclasses.replace(self.spec, method=method, batch_size=batch_size)
         return [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(count)]
 
     def step_s(self, method: Method, batch_size: int, count: int) -> float:
-        """Return the median seconds a step and member.
+        """Return the median seconds per step and member.
 
-        They are those of a second training on the same rows: the first one also takes memory from
-        the system, and that time would be added to the method that comes first.
+        Taken from a second training on the same rows. The first one also allocates memory, and that
+        time would be added to the method that comes first.
         """
         pack = self.pack(method, batch_size, count)
         self._times(pack)
@@ -96,10 +93,10 @@ class Bench:
         return [next(iter(e.records.values()))["step_s"] for e in events]
 
     def in_turns(self, methods: Sequence[Method], batch_size: int) -> list[list[float]]:
-        """Return each method's median seconds a step by turn.
+        """Return each method's median seconds per step, by turn.
 
-        In every turn the methods train one after the other on the same rows; a first turn does not
-        count.
+        In every turn the methods train one after the other on the same rows. The first turn does
+        not count.
         """
         packs = [self.pack(method, batch_size, 1) for method in methods]
         turns = [
@@ -108,7 +105,7 @@ class Bench:
         return [list(times) for times in zip(*turns)]
 
     def profile(self, method: Method, batch_size: int) -> dict[str, float]:
-        """Return the share of one step's time by kind of operation."""
+        """Return each kind of operation's share of the time of one step."""
         from torch.profiler import ProfilerActivity, profile
 
         pack = self.pack(method, batch_size, 1)
@@ -121,10 +118,8 @@ class Bench:
         shares: Counter[str] = Counter()
         for row in profiled.key_averages():
             name = row.key.lower()
-            kind = next(
-                (what for part, what in KINDS if part in name),
-                "passes over activations, and Python",
-            )
+            rest = "passes over activations, and Python"
+            kind = next((what for part, what in KINDS if part in name), rest)
             shares[kind] += row.self_cpu_time_total
         total = sum(shares.values())
         return {kind: round(us / total, 3) for kind, us in shares.most_common()}
@@ -133,8 +128,7 @@ class Bench:
 def measure(
     models_dirs: list[str], data_dirs: list[str], log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Time steps on one thread, as one worker of a sweep does; full fine-tuning and LoRA of rank
-    16."""
+    """Time steps of full fine-tuning and LoRA of rank 16 on one thread, as a worker does."""
     keep_freed_memory()  # as workers do
     rows: list[dict[str, Any]] = []
     out: dict[str, Any] = {"steps": rows, "lora_over_fullft": {}, "profile": {}}
@@ -149,7 +143,7 @@ def measure(
             for row in timed[1:]:
                 log(
                     f"{name}, batch {batch}: a LoRA step in a pack of {row['pack']} "
-                    f"{row['step_s'] * 1e3:.1f} ms a run, full fine-tuning {full:.1f} ms"
+                    f"{row['step_s'] * 1e3:.1f} ms per run, full fine-tuning {full:.1f} ms"
                 )
         one = dataclasses.replace(bench.spec, steps=1)
         lora, full = (train_flops(dataclasses.replace(one, method=m)) for m in METHODS)
@@ -161,8 +155,11 @@ def measure(
 def _at_batch(
     bench: Bench, batch: int, sizes: Sequence[int]
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Return the rows of one batch size, full fine-tuning's first, and LoRA's time over it: of one
-    run alone (n1), and of the best pack size."""
+    """Return the rows of one batch size, full fine-tuning first, and LoRA's relative step times.
+
+    The latter are those of one run alone (n1) and of the best pack size, divided by full
+    fine-tuning's.
+    """
     lora, fullft = METHODS
     full, alone = bench.in_turns((fullft, lora), batch)
     step_s = {("fullft", 1): statistics.median(full)}
