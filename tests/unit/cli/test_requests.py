@@ -92,7 +92,7 @@ def test_a_users_sweep_and_model_come_in_by_config_dir(command, tmp_path):
     assert json.loads(plan.stdout)["arms"][0]["model"] == "narrow"
     (tmp_path / "mine/sweep/lr_ratio.yaml").write_text(text)
     done = command("--config-dir", tmp_path / "mine", "+sweep=lr_ratio", "action=plan")
-    assert done.returncode == 2 and "would be ignored: rename it" in done.stderr
+    assert done.returncode == 2 and "would be ignored. Rename it" in done.stderr
     (tmp_path / "mine/sweep/lr_ratio.yaml").rename(tmp_path / "mine/sweep/broken.yaml")
     (tmp_path / "mine/sweep/broken.yaml").write_text("question: [")
     done = command("--config-dir", tmp_path / "mine", "+sweep=broken", "action=plan")
