@@ -127,7 +127,7 @@ def test_packs_become_smaller_once_records_show_that_smaller_ones_are_as_fast(as
     now, sizes = planned(asked)
     assert now.throughputs.of(lora[0].spec).step_s == {4: 0.005, 6: 0.006}
     assert sizes == [3, 3]
-    assert "recorded a step and run" in plan_text(asked, now)
+    assert "recorded per step and run" in plan_text(asked, now)
 
 
 @pytest.mark.parametrize(
