@@ -25,7 +25,7 @@ def main() -> None:
 
         print(front_page(conf_dir()), end="")
         return
-    if sys.argv[1] == "--follow" and len(sys.argv) == 3:  # in the job that follows others
+    if sys.argv[1] == "--follow" and len(sys.argv) == 3:  # in a follow-up job
         from lorasweep.cli import follow
 
         sys.exit(follow.main(sys.argv[2]))

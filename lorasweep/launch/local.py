@@ -191,8 +191,7 @@ def _pass_on(events: "queue.Queue[Event | None]", n_workers: int, report: Report
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Return a worker's environment: this very code, whatever lies in the current folder, on so
-    many threads."""
+    """Return the environment of a worker: this code, not the current folder's, and its threads."""
     root = str(Path(__file__).resolve().parents[2])
     return {
         **WAIT_POLICY,

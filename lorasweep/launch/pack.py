@@ -116,7 +116,7 @@ def _end_all(
                     store.log(rid, n, log_text)
                 store.write_end(rid, n, state, cause)
             except OSError:
-                continue  # a full disk; without end.json the run counts as interrupted: also right
+                continue  # a full disk: without end.json the run counts as interrupted, fine
 
 
 def _resume(ids: Sequence[str], store: RunStore) -> dict[str, State] | None:

@@ -43,13 +43,14 @@ class Lock:
                 continue
             holder = _holder(held)
             if not holder:
-                continue  # given back since the look
+                continue  # released in the meantime
             if not announced:
                 waiting(holder)
                 announced = True
             if time.monotonic() > end:
                 raise StoreError(
-                    f"{held} is held by {holder}, which still lives. Give the command again later."
+                    f"{held} is held by {holder}, which is still running. Run the command again "
+                    "when it has ended."
                 )
             time.sleep(POLL_S)
 

@@ -13,7 +13,7 @@ Result = dict[str, Any]
 
 
 def read(folder: Path) -> Result | None:
-    """Return the result in a run's folder; None if there is none that can be trusted."""
+    """Return the result in a run's folder; None if it is missing or damaged."""
     try:
         return _checked((folder / "result.json").read_bytes())
     except OSError:
@@ -21,9 +21,9 @@ def read(folder: Path) -> Result | None:
 
 
 def damaged(folder: Path) -> bool:
-    """Return whether a result is there whose checksum does not hold.
+    """Return whether there is a result with a wrong checksum.
 
-    One that cannot be read at present is not called damaged.
+    A result that cannot be read at the moment does not count as damaged.
     """
     try:
         return _checked((folder / "result.json").read_bytes()) is None

@@ -161,7 +161,7 @@ class RunStore:
             return None
 
     def owner(self, rid: str, attempt: int) -> dict[str, Any]:
-        """Return who made an attempt; empty if that cannot be read."""
+        """Return the owner of an attempt; empty if it cannot be read."""
         try:
             return claims.read_owner(self._attempt(rid, attempt))
         except OSError:

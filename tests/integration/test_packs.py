@@ -109,4 +109,4 @@ def test_packs_are_measured_when_asked_and_kept(tmp_path):
     assert "measuring 1 shape(s)" in first.stderr and "are measured" in again.stderr
     (kept_file,) = (tmp_path / "runs" / ".calibration").glob("*.json")
     assert {"1", "2"} <= set(json.loads(kept_file.read_text())["step_s"])
-    assert "measured a step and run: " in cli(*one, "action=plan", cwd=tmp_path).stdout
+    assert "measured per step and run: " in cli(*one, "action=plan", cwd=tmp_path).stdout

@@ -41,11 +41,11 @@ is held."""
 TRY_AGAIN, INTERRUPTED = 75, 130
 """Exit statuses of the follow-up command: another try may help (EX_TEMPFAIL); a signal came."""
 LISTEN_S = 1.0
-"""Signals of one cause come within this time: USR2 alone is a time limit, with TERM it is
-preemption or a cancellation."""
+"""Seconds within which signals of the same cause arrive. USR2 alone means a time limit, USR2 and
+TERM mean preemption or cancellation."""
 CLOSE_S = 20.0
-"""How long a following command that was asked to stop may take: less than the 30 s (KillWait) after
-which Slurm kills the job."""
+"""Seconds that the follow-up command may take to stop: less than the 30 s (KillWait) after which
+Slurm kills the job."""
 REQUEUE_S = 30
 """Slurm ends a job that requeued itself within this time."""
 
