@@ -106,7 +106,7 @@ def test_packs_are_measured_when_asked_and_kept(tmp_path):
     one = ("model=tiny64", "dataset=dialect_smoke", "method=lora", "batch_size=4")
     first = cli(*one, "action=measure_packs", cwd=tmp_path)
     again = cli(*one, "action=measure_packs", cwd=tmp_path)
-    assert "measuring 1 shape(s)" in first.stderr and "are measured" in again.stderr
+    assert "measuring 1 kind(s)" in first.stderr and "were measured" in again.stderr
     (kept_file,) = (tmp_path / "runs" / ".calibration").glob("*.json")
     assert {"1", "2"} <= set(json.loads(kept_file.read_text())["step_s"])
     assert "measured per step and run: " in cli(*one, "action=plan", cwd=tmp_path).stdout
