@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 
 from analysis.inference.estimate import LEVEL, Estimate, Verdict, from_draws
+from analysis.inference.gates import MIN_SEEDS, Gate, remedy
 
-MIN_SEEDS = 3
-"""No verdict is given with fewer seeds at the rates around the optimum: they do not show the noise
-there."""
 MAX_NEEDED = 64
 """More seeds than this are reported as 'more than'."""
 POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221, 4: 0.0182, 5: 0.0158}
@@ -42,7 +40,7 @@ def judge(
     claim: dict[str, Any],
     group: str,
     estimate: Estimate,
-    gates: list[str],
+    gates: Sequence[Gate],
     seeds: int,
     log: bool,
     level: float = LEVEL,
@@ -59,15 +57,15 @@ def judge(
     """
     low, high = (float(v) for v in claim["margin"])
     outcome, why, needed, p = "UNDECIDED", "", "", None
+    unread = [f for f in estimate.flags if f == "unread_at_likely_rates" and not gates]
     if (draws := estimate.draws) is not None:
         if level != estimate.level:
             estimate = from_draws(draws, estimate.n, level, estimate.flags)
         p = p_value(draws, low, high)
     shown = f"the {100 * level:.3g}% interval"
     if gates:
-        why = "; ".join(gates)
+        why = "; ".join(g.sentence for g in gates)
     elif estimate.value is None or estimate.low is None or estimate.high is None:
-        unread = [f for f in estimate.flags if f == "unread_at_likely_rates"]
         why = ": ".join(["no interval", *unread])
     elif low <= estimate.low and estimate.high <= high:
         outcome, why = "SUPPORTED", f"{shown} lies inside the margin"
@@ -76,7 +74,7 @@ def judge(
     else:
         why = f"{shown} crosses the margin's edge"
     if outcome == "UNDECIDED":
-        needed = _remedy([*gates, why]) or _needed(estimate, low, high, seeds, log, of)
+        needed = remedy(gates, unread) or _needed(estimate, low, high, seeds, log, of)
     return Verdict(
         claim=name,
         group=group,
@@ -86,6 +84,7 @@ def judge(
         margin=(low, high),
         primary=bool(claim.get("primary")),
         why=why,
+        gates=tuple(gates),
         needed=needed,
         rivals=dict(claim.get("rivals") or {}),
         log=log,
@@ -125,30 +124,6 @@ def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]
                 f"{len(primary)} primary claims",
             )
     return [out[id(v)] for v in verdicts]
-
-
-REMEDIES = {
-    "unread_at_likely_rates": "more learning rates around the best one",
-    "LoRA does not reach the loss": "longer runs, or higher ranks",
-    "not converged": "more exposures of each fact",
-    "the machine did other work": "the same runs on a quiet machine",
-    "task:": "another task or model: more runs cannot help",
-    "no curve of": "the missing arm",
-    "one rank only": "another rank",
-    "bounded_by_divergence": "learning rates between the best one and the first that breaks down",
-    "their order is not resolved": "a base that learns more slowly, or ranks nearer to full "
-    "fine-tuning",
-    "at_edge": "learning rates beyond the edge",
-    "few_points": "more learning rates",
-    "no_variance": "more seeds or learning rates, to know the noise",
-    "no_usable_points": "lower learning rates",
-}
-"""What opens each gate, the first that applies; the gates not named here are about seeds."""
-
-
-def _remedy(gates: list[str]) -> str:
-    text = "; ".join(gates)
-    return next((remedy for gate, remedy in REMEDIES.items() if gate in text), "")
 
 
 def scale_of(log: bool) -> Callable[[float], float]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from analysis.inference.gates import Gate
+
 N_DRAWS = 4000
 LEVEL = 0.95
 """Default level of an interval; sweeps with more than one round use a higher one."""
@@ -101,10 +103,13 @@ class Verdict:
     """The margin is of a ratio, so distances are compared as logarithms."""
     p: float | None = None
     """The smallest significance level at which it would be decided; None without draws."""
+    gates: tuple[Gate, ...] = ()
+    """What forbids a decision. Not written: `why` has their sentences."""
 
     def plain(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+        """Return plain values for JSON, without the gates."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["gates"]
         return {**values, "estimate": self.estimate.plain(), "margin": list(self.margin)}
 
 

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from scipy import stats
 
-from analysis.inference.decide import MIN_SEEDS, scale_of
+from analysis.inference.decide import scale_of
 from analysis.inference.estimate import Verdict
+from analysis.inference.gates import MIN_SEEDS, GateCode
 from analysis.measures.power import N_AROUND, expected_spread
 from analysis.optimum.likelihood import gather
 from analysis.optimum.optimum import Optimum, seeds_at_best
@@ -22,6 +23,8 @@ from analysis.runs.lr_curves import LrCurve
 
 MAX_NEW_SEEDS = 5
 """At most this many new seeds are suggested for one curve at a time."""
+HOPELESS = {GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING}
+"""Gates that no run of the grid opens."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def suggest(found: Judged) -> list[Suggestion]:
     """
     wanted: list[Suggestion] = []
     for verdict in found.verdicts:
-        if verdict.outcome != "UNDECIDED" or "task:" in verdict.why or "no curve of" in verdict.why:
+        if verdict.outcome != "UNDECIDED" or any(g.code in HOPELESS for g in verdict.gates):
             continue
         lora_only = found.of_rates and not verdict.log
         curves = [

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from analysis.inference.decide import MIN_SEEDS
+from analysis.inference.gates import MIN_SEEDS
 from analysis.optimum.likelihood import Likelihood, gather
 from analysis.optimum.posterior import weigh
 from analysis.optimum.valley import linex

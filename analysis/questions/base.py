@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from analysis.inference.decide import MIN_SEEDS, holm, judge, look_level
+from analysis.inference.decide import holm, judge, look_level
 from analysis.inference.estimate import Estimate, Verdict
+from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import PooledVariance, pooled_variance
 from analysis.measures.at_best import AtBest
 from analysis.optimum.optimum import Optimum, seeds_at_best
@@ -17,8 +18,8 @@ from analysis.runs.table import TableError
 from analysis.runs.task import task_problems
 
 Rows = list[list[str]]
-Measured = dict[str, tuple[Estimate, list[str]]]
-"""Estimand -> (estimate, gates: reasons that forbid a verdict)."""
+Measured = dict[str, tuple[Estimate, list[Gate]]]
+"""Estimand -> (estimate, what forbids a verdict)."""
 
 
 # ---------------------------------------------------------------- what the report draws
@@ -158,24 +159,26 @@ STOPS = (
 """Flags of an optimum that forbid a verdict."""
 
 
-def gates_on(optima: Sequence[Optimum], missing: str = "") -> list[str]:
+def gates_on(optima: Sequence[Optimum], missing: str = "") -> list[Gate]:
     """List the gates (reasons that forbid a verdict) of a measurement on these optima.
 
     Args:
         missing: name of an arm that is missing; empty if none is.
     """
     if missing:
-        return [f"no curve of {missing}"]
+        return [Gate(GateCode.MISSING, missing)]
     found = []
     for o in optima:
-        stops = [f for f in o.flags if f in STOPS]
+        place = f"{o.curve.name}: "
+        stops = tuple(f for f in o.flags if f in STOPS)
         if stops:
-            found.append(f"{o.curve.name}: {', '.join(stops)}")
+            found.append(Gate(GateCode.FLAGGED, place=place, flags=stops))
         seeds = seeds_at_best(o)
         if seeds < MIN_SEEDS:
-            found.append(f"{o.curve.name}: {seeds} seed(s) at the optimum, {MIN_SEEDS} needed")
+            found.append(Gate(GateCode.FEW_SEEDS_AT_BEST, seeds, place))
     if optima:
-        found += task_problems([o.curve for o in optima], [o.best_nll for o in optima])
+        problems = task_problems([o.curve for o in optima], [o.best_nll for o in optima])
+        found += [Gate(GateCode.TASK, problem) for problem in problems]
     return found
 
 

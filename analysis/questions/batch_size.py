@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, exp_of, number, rate, signed, with_interval
+from analysis.inference.gates import Gate, GateCode
 from analysis.inference.seeds import PooledVariance
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import at_best, log_rho
@@ -177,26 +178,23 @@ def _read(top: int, slopes: dict[str, dict[int, Estimate]], step: int) -> dict[s
     return out
 
 
-def _absent(estimand: str, ranks: Sequence[int]) -> str:
+def _absent(estimand: str, ranks: Sequence[int]) -> Gate:
     """Return the gate of an estimand without any cell."""
     if estimand == "slope_difference" and len(ranks) == 1:
-        return "one rank only"
+        return Gate(GateCode.ONE_RANK)
     batch = estimand.removeprefix("rho_at_")
-    return (
-        f"no curve of batch {batch}"
-        if batch != estimand
-        else "no curve of lora beside fullft at a common step"
-    )
+    at_batch = f"batch {batch}" if batch != estimand else ""
+    return Gate(GateCode.MISSING, at_batch or "lora beside fullft at a common step")
 
 
-def _gates(cells: Sequence[Cell], absent: str) -> list[str]:
+def _gates(cells: Sequence[Cell], absent: Gate) -> list[Gate]:
     """List the gates of a measurement on these cells; `absent` if there are none."""
     if not cells:
         return [absent]
     rests = distinct(o for c in cells for o in (c.full, c.lora))
-    gates = [f"batch {o.curve.key['batch_size']}, {g}" for o in rests for g in gates_on([o])]
+    gates = [g.at(f"batch {o.curve.key['batch_size']}, ") for o in rests for g in gates_on([o])]
     return gates + [
-        f"batch {c.batch}, rank {c.rank}: full fine-tuning does not reach LoRA's loss, only a bound"
+        Gate(GateCode.ONLY_A_BOUND, place=f"batch {c.batch}, rank {c.rank}: ")
         for c in cells
         if c.bound
     ]

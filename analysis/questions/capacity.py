@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.decide import MIN_SEEDS
 from analysis.inference.estimate import Estimate, exactly, number, rate, with_interval
+from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import from_sample
 from analysis.questions.base import (
     Analysis,
@@ -139,13 +139,13 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     gates = _certificate(cells)
     most, open_ = _most(lora)
     hundred, _ = _most([c for c in lora if 70 <= c.exposures <= 140])
-    at_100 = [] if hundred.value is not None else ["no curve of about 100 exposures"]
+    at_100 = [] if hundred.value is not None else [Gate(GateCode.MISSING, "about 100 exposures")]
     unseen = [b for c in cells for b in c.unseen]
     leak = exactly(max(unseen), len(unseen)) if unseen else Estimate(None)
     measured = {
         "bits_per_parameter": (most, [*gates, *open_]),
         "bits_at_100": (hundred, [*gates, *at_100]),
-        "unseen_bits": (leak, [] if unseen else ["no curve of unseen facts"]),
+        "unseen_bits": (leak, [] if unseen else [Gate(GateCode.MISSING, "unseen facts")]),
     }
     seeds = min((len(c.bits) for c in lora), default=0)
     verdicts = correct(judge_claims(question, measured, LOG_ESTIMANDS, group, seeds), question)
@@ -156,15 +156,16 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     return Analysis([], verdicts, [_section(cells, lora, margin)], measures)
 
 
-def _certificate(cells: list[Cell]) -> list[str]:
+def _certificate(cells: list[Cell]) -> list[Gate]:
     """Return gates if an arm is missing or full fine-tuning cannot store the facts either."""
-    gates = [] if any(c.method == "lora" for c in cells) else ["no curve of lora"]
+    gates = [] if any(c.method == "lora" for c in cells) else [Gate(GateCode.MISSING, "lora")]
     stored = [np.mean(c.bits) / (16 * c.facts) for c in cells if c.method == "fullft"]
     if not stored:
-        gates.append("no curve of fullft to certify the task")
+        gates.append(Gate(GateCode.MISSING, "fullft to certify the task"))
     elif max(stored) < PLAUSIBLE:
         share, needed = f"{max(stored):.0%}", f"{PLAUSIBLE:.0%}"
-        gates.append(f"task: full fine-tuning stores {share} of the bits, {needed} needed")
+        why = f"full fine-tuning stores {share} of the bits, {needed} needed"
+        gates.append(Gate(GateCode.TASK, why))
     return gates
 
 
@@ -200,28 +201,26 @@ def _load(c: Cell) -> float:
     return 16 * c.facts / (2 * c.parameters)
 
 
-def _most(cells: list[Cell]) -> tuple[Estimate, list[str]]:
+def _most(cells: list[Cell]) -> tuple[Estimate, list[Gate]]:
     """Return the most bits per parameter over all loads, and the gates on that cell.
 
     The gates: too few seeds, the best rate at an edge, or exposures that still add bits.
     """
     if not cells:
-        return Estimate(None), ["no curve of lora"]
+        return Estimate(None), [Gate(GateCode.MISSING, "lora")]
     best = max(cells, key=lambda c: np.mean(c.bits) / c.parameters)
-    gates, where = [], f"{best.facts} facts x {best.exposures:.0f}"
+    gates, place = [], f"{best.facts} facts x {best.exposures:.0f}: "
     if len(best.bits) < MIN_SEEDS:
-        gates.append(f"{where}: {len(best.bits)} seed(s), {MIN_SEEDS} needed")
+        gates.append(Gate(GateCode.FEW_SEEDS, len(best.bits), place))
     if best.at_edge:
-        gates.append(f"{where}: at_edge")
+        gates.append(Gate(GateCode.FLAGGED, place=place, flags=("at_edge",)))
     fewer = [c for c in cells if c.facts == best.facts and c.exposures < best.exposures]
     if fewer:
         before = max(fewer, key=lambda c: c.exposures)
         gain = 1 - np.mean(before.bits) / np.mean(best.bits)
         if gain > CONVERGED:
-            gates.append(
-                f"not converged: {best.exposures:.0f} exposures still add {gain:.0%} to "
-                f"{before.exposures:.0f}"
-            )
+            why = f"{best.exposures:.0f} exposures still add {gain:.0%} to {before.exposures:.0f}"
+            gates.append(Gate(GateCode.NOT_CONVERGED, why))
     value = from_sample([max(b, 1e-9) / best.parameters for b in best.bits], log=True)
     return value, gates
 

@@ -29,6 +29,7 @@ from analysis.inference.estimate import (
     rate,
     with_interval,
 )
+from analysis.inference.gates import Gate, GateCode
 from analysis.inference.seeds import PooledVariance
 from analysis.measures.at_best import AtBest, values_at_best
 from analysis.measures.efficiency import at_best, log_rho, rho
@@ -129,7 +130,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     gates = gates_on(rests, "" if aim else "full fine-tuning's shorter runs")
     highest = reached[top].points.best
     if any(highest[s][-1][1] > goal.best[s][-1][1] for s in highest.keys() & goal.best.keys()):
-        gates = [*gates, "LoRA does not reach the loss within its run"]
+        gates = [*gates, Gate(GateCode.NOT_REACHED)]
     busy = _busy([_seconds(table, "fullft"), _seconds(table, "lora", top)])
     measured = {
         "flops_per_step": (costs[top]["flops_per_step"], []),
@@ -294,12 +295,10 @@ def _read(
     ]
 
 
-def _busy(arms: list[list[float]]) -> list[str]:
+def _busy(arms: list[list[float]]) -> list[Gate]:
     """Return a gate if an arm's update times vary too much to reflect only the method."""
     apart = max((float(np.quantile(v, 0.9) / np.quantile(v, 0.1)) for v in arms if v), default=1.0)
-    if apart <= QUIET:
-        return []
-    return [f"seconds of one arm differ by a factor {apart:.2g}: the machine did other work"]
+    return [] if apart <= QUIET else [Gate(GateCode.BUSY, f"{apart:.2g}")]
 
 
 def _ratio_of_times(a: list[float], b: list[float]) -> Estimate:

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, exactly, number, rate, signed, with_interval
+from analysis.inference.gates import Gate, GateCode
 from analysis.inference.meta import drift
 from analysis.measures.at_best import over_seeds, values_at_best
 from analysis.optimum.fit import fit_all
@@ -103,8 +104,8 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     return Analysis(optima, verdicts, sections, measures, {group: optima})
 
 
-def _missing(e: Estimate, what: str) -> list[str]:
-    return [] if e.value is not None else [f"no curve of {what}"]
+def _missing(e: Estimate, what: str) -> list[Gate]:
+    return [] if e.value is not None else [Gate(GateCode.MISSING, what)]
 
 
 def _rules(rules: dict[str, list[Optimum]], drifts: dict[str, Estimate]) -> Section:

@@ -18,6 +18,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.inference.estimate import Estimate, Verdict, number, signed, with_interval
+from analysis.inference.gates import Gate, GateCode
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.efficiency import log_rho, rho
 from analysis.measures.layer_sets import SETS, Arm, Task, equal_pair, log_ratio, ratio_of, tasks_of
@@ -61,7 +62,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         known = [e for c in used if (e := pair.of(c)).value is not None]
         hardest = pair.hardest(known, key=lambda e: e.value, default=UNKNOWN)
         gates = [
-            f"{c.task.name}: {gate}"
+            gate.at(f"{c.task.name}: ")
             for c in compared
             for gate in _gates(c, pair.optima(c), pair.of(c))
         ]
@@ -71,10 +72,11 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     rests = distinct(o for c in used for o in (*c.of_pair(), *c.of_joint()))
     trace, gates = _trace(used), []
     if trace.n < FEWEST:
-        gates = [f"task: {trace.n} layer sets over all tasks, a correlation needs {FEWEST}"]
+        why = f"{trace.n} layer sets over all tasks, a correlation needs {FEWEST}"
+        gates = [Gate(GateCode.TASK, why)]
     for c in compared:
         mine = _gates(c, [*c.of_pair(), *c.of_joint()], c.worse, c.both)
-        gates += [f"{c.task.name}: {gate}" for gate in mine]
+        gates += [gate.at(f"{c.task.name}: ") for gate in mine]
     found += _judged(question, "trace_correlation", trace, gates, group, rests)
     order = list(question["claims"])
     found = sorted(found, key=lambda v: order.index(v.claim)) + each
@@ -152,17 +154,14 @@ def _speed(a: Arm, t: Task) -> Estimate:
     return rho(a.points, t.full.points, pooled)
 
 
-def _gates(c: _Compared, used: Sequence[Optimum], *measured: Estimate) -> list[str]:
+def _gates(c: _Compared, used: Sequence[Optimum], *measured: Estimate) -> list[Gate]:
     """List the gates of a measurement on these optima."""
     if not used:
-        return [
-            "no curve of attention and mlp at equal parameters, or of attention+mlp at mlp's rank"
-        ]
+        arms = "attention and mlp at equal parameters, or of attention+mlp at mlp's rank"
+        return [Gate(GateCode.MISSING, arms)]
     gates = [*stalled([c.task.full.optimum], [c.task.full.points.best]), *gates_on(used)]
     if not gates and any(e.value is None for e in measured):
-        gates.append(
-            "full fine-tuning or a layer set is there at its first evaluation: only bounds"
-        )
+        gates.append(Gate(GateCode.ONLY_BOUNDS))
     return gates
 
 
@@ -170,7 +169,7 @@ def _judged(
     question: dict[str, Any],
     estimand: str,
     e: Estimate,
-    gates: list[str],
+    gates: list[Gate],
     group: str,
     rests: Sequence[Optimum],
 ) -> list[Verdict]:
@@ -202,8 +201,10 @@ def _by_task(v: Verdict, each: Sequence[Verdict]) -> Verdict:
     if not each or len(set(outcomes)) == 1 or (v.outcome == "UNDECIDED" and not split):
         return v
     counts = ", ".join(f"{o} on {outcomes.count(o)}" for o in sorted(set(outcomes)))
+    gate = Gate(GateCode.BY_TASK, counts)
     outcome = "UNDECIDED" if v.outcome == "SUPPORTED" else v.outcome
-    return dataclasses.replace(v, why=f"by task: {counts}; {v.why}", outcome=outcome)
+    why = f"{gate.sentence}; {v.why}"
+    return dataclasses.replace(v, why=why, outcome=outcome, gates=(gate, *v.gates))
 
 
 def _trace(compared: Sequence[_Compared]) -> Estimate:

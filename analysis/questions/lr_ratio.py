@@ -84,8 +84,9 @@ def _parity(table: pd.DataFrame, found: Answer, question: dict[str, Any]) -> lis
         verdicts += judge_claims(
             question, {PARITY: (rho(mine, its, pooled), gates)}, [PARITY], group, seeds
         )
+    judged = {o.curve.group for members in found.members.values() for o in members}
     for group in dict.fromkeys(o.curve.group for o in found.optima):
-        if not any(g == group or g.startswith(f"{group};") for g in found.members):
+        if group not in judged:
             gate = gates_on([], "fullft and lora together")
             verdicts += judge_claims(question, {PARITY: (Estimate(None), gate)}, [PARITY], group)
     return verdicts

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, number, rate, with_interval
+from analysis.inference.gates import Gate, GateCode
 from analysis.measures.ratio import ratio_of, rivals
 from analysis.measures.ratio_law import Ratio, RatioLaw, ratio_law
 from analysis.optimum.fit import fit_all
@@ -94,13 +95,15 @@ def elsewhere(models: Sequence[str], kept: Path | None) -> list[Elsewhere]:
     for path in sorted(kept.glob("lr_ratio-*/results.json")) if kept else ():
         results = json.loads(path.read_text())
         widths = pd.read_csv(path.parent / "table.csv", usecols=["model", "hidden_size"])
-        for model, hidden in widths.drop_duplicates().itertuples(index=False):
-            for r in results["ratios"]:
-                another = model not in models and r["group"].startswith(f"{model} on ")
-                if another and r["rank"] is None and r["ratio"]["value"] is not None:
-                    ratio = Estimate(**{**r["ratio"], "flags": tuple(r["ratio"]["flags"])})
-                    where = f"{r['group'].partition(',')[0]} ({results['scale']})"
-                    found.append(Elsewhere(where, int(hidden), float(r["alpha"]), ratio))
+        hidden = dict(widths.itertuples(index=False, name=None))
+        lora = {r["group"]: results["curves"][r["at"]] for r in results["ratios"] if r["rank"]}
+        for r in (r for r in results["ratios"] if r["rank"] is None):
+            key = lora[r["group"]]
+            if key["model"] not in models and r["ratio"]["value"] is not None:
+                ratio = Estimate(**{**r["ratio"], "flags": tuple(r["ratio"]["flags"])})
+                where = f"{key['model']} on {key['dataset']} ({results['scale']})"
+                alpha = float(r["alpha"])
+                found.append(Elsewhere(where, int(hidden[key["model"]]), alpha, ratio))
     return found
 
 
@@ -222,18 +225,19 @@ def _ratio_section(cells: Sequence[Cell], beyond: Sequence[Elsewhere]) -> Sectio
     return Section("Ratios", rows, [], "law.png", _panels(cells, beyond), caption)
 
 
-def _gates(cells: Sequence[Cell]) -> list[str]:
+def _gates(cells: Sequence[Cell]) -> list[Gate]:
     if not cells:
-        return ["no curve of a base with known tokens or loss"]
+        return [Gate(GateCode.MISSING, "a base with known tokens or loss")]
     return [
-        f"{o.curve.key['model']}, alpha {o.curve.key.get('alpha')}: {gate}"
+        gate.at(f"{o.curve.key['model']}, alpha {o.curve.key.get('alpha')}: ")
         for o in distinct(o for c in cells for o in (c.full, c.lora))
         for gate in gates_on([o])
     ]
 
 
-def _one_size(cells: Sequence[Cell]) -> list[str]:
-    return [] if len({c.hidden for c in cells}) > 1 else ["no curve of another hidden size"]
+def _one_size(cells: Sequence[Cell]) -> list[Gate]:
+    many = len({c.hidden for c in cells}) > 1
+    return [] if many else [Gate(GateCode.MISSING, "another hidden size")]
 
 
 def _panels(cells: Sequence[Cell], beyond: Sequence[Elsewhere]) -> list[Panel]:

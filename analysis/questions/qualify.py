@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import number
+from analysis.inference.gates import Gate, GateCode
 from analysis.measures.efficiency import at_best
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
@@ -129,16 +130,15 @@ def _rise(o: Optimum) -> float | None:
     )
 
 
-def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Any]]) -> list[str]:
+def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Any]]) -> list[Gate]:
     """Return a gate for each curve that has stopped learning by the end of its runs."""
     found = []
     for o, mine in zip(optima, points):
         gains = [g for p in mine.values() if (g := _last_doubling(p)) is not None]
         if gains and np.mean(gains) < MIN_SLOPE:
             last = number(float(np.mean(gains)))
-            found.append(
-                f"task: {o.curve.name} gains {last} nats in the last doubling, {MIN_SLOPE} needed"
-            )
+            why = f"{o.curve.name} gains {last} nats in the last doubling, {MIN_SLOPE} needed"
+            found.append(Gate(GateCode.TASK, why))
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, number, rate, signed, with_interval
+from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest
 from analysis.measures.departure import (
     DEPARTED,
@@ -84,7 +85,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         "rho_top_rank": (speed[id(top)], gates_on([full, top]) + over),
         "identical_steps": (start.first, [])
         if start
-        else (Estimate(None), ["no curve of redraws of A at two ranks"]),
+        else (Estimate(None), [Gate(GateCode.MISSING, "redraws of A at two ranks")]),
     }
     seeds = fewest_seeds([full, *lora])
     verdicts = correct(judge_claims(question, measured, LOG_ESTIMANDS, group, seeds), question)
@@ -118,7 +119,7 @@ def _step(value: float) -> str:
     return "never" if math.isinf(value) else number(value)
 
 
-def _unresolved(departures: dict[int, AtBest[float]], whole: AtBest[Points]) -> list[str]:
+def _unresolved(departures: dict[int, AtBest[float]], whole: AtBest[Points]) -> list[Gate]:
     """Return a gate if at most one rank has not yet departed at the first evaluation.
 
     The order in which the others departed is then unknown.
@@ -131,8 +132,7 @@ def _unresolved(departures: dict[int, AtBest[float]], whole: AtBest[Points]) -> 
     ]
     if len(departures) - len(gone) > 1:
         return []
-    ranks = ", ".join(gone)
-    return [f"rank(s) {ranks} have left at the first evaluation: their order is not resolved"]
+    return [Gate(GateCode.NO_ORDER, ", ".join(gone))]
 
 
 def _departures(

@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis.inference.decide import holm, judge, look_level
 from analysis.inference.estimate import LEVEL, Estimate, Verdict
+from analysis.inference.gates import Gate, GateCode
 from analysis.inference.meta import Drift, RandomEffects, drift
 from analysis.measures.ratio import MIN_RANK, gap, pool_ratios, ratio_of, rivals
 from analysis.optimum.fit import fit_all
@@ -144,7 +145,7 @@ def answer_of(table: pd.DataFrame, question: dict[str, Any]) -> Answer:
 
 
 def _without_an_arm(group: str, claims: dict[str, Any], arm: str) -> list[Verdict]:
-    gate = [f"no curve of {arm}"]
+    gate = [Gate(GateCode.MISSING, arm)]
     return [
         judge(name, claim, group, Estimate(None), gate, 0, True) for name, claim in claims.items()
     ]
@@ -210,5 +211,5 @@ def _judge_group(
     return verdicts
 
 
-def _drift_gates(gates: list[str], lora: list[Optimum]) -> list[str]:
-    return gates if len(lora) >= 2 else [*gates, "one rank only"]
+def _drift_gates(gates: list[Gate], lora: list[Optimum]) -> list[Gate]:
+    return gates if len(lora) >= 2 else [*gates, Gate(GateCode.ONE_RANK)]

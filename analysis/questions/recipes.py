@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.decide import MIN_SEEDS
 from analysis.inference.estimate import AT_LEAST, Estimate, number, rate, signed, with_interval
+from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import PooledVariance, pooled_variance
 from analysis.measures.at_best import AtBest, likely_rates, over_seeds, values_at_best
 from analysis.measures.at_rate import AtRate, losses_at
@@ -175,20 +175,20 @@ def _share(
     given_up: AtBest[float],
     pooled: PooledVariance | None,
     highest: float,
-) -> tuple[Estimate, list[str]]:
+) -> tuple[Estimate, list[Gate]]:
     """Return the share of tuned LoRA's gain that a recipe loses, and the recipe's gates.
 
     Args:
         highest: upper end of the claim's margin.
     """
     share = over_seeds(given_up, pooled, (AT_LEAST,) if at.near_broken[:1] == [True] else ())
-    gates = [] if share.n else ["the recipe's rate lies outside the rates tried"]
+    gates = [] if share.n else [Gate(GateCode.RECIPE_OUTSIDE)]
     if o is None:
-        gates = ["no curve of the recipe"]
+        gates = [Gate(GateCode.MISSING, "the recipe")]
     if 0 < share.n < MIN_SEEDS:
-        gates.append(f"{share.n} seed(s) at the recipe's rate, {MIN_SEEDS} needed")
+        gates.append(Gate(GateCode.FEW_SEEDS_AT_RECIPE, share.n))
     if any(at.near_broken) and share.low is not None and share.low <= highest:
-        gates.append("bounded_by_divergence: the recipe's rate lies beside one that broke down")
+        gates.append(Gate(GateCode.RECIPE_BY_A_CLIFF, flags=("bounded_by_divergence",)))
     return share, gates
 
 
@@ -200,11 +200,11 @@ def _read_at(at: AtRate) -> str:
     return ", ".join([*map(rate, at.read_at), *near]) or "-"
 
 
-def _few(table: pd.DataFrame, few: Sequence[Optimum]) -> tuple[tuple[Estimate, list[str]], Rows]:
+def _few(table: pd.DataFrame, few: Sequence[Optimum]) -> tuple[tuple[Estimate, list[Gate]], Rows]:
     """Return rho of the lowest rank against the highest on few rows, its gates, and a table."""
     lora = lora_of(few)
     if len(lora) < 2:
-        return (Estimate(None), ["no curve of two ranks on few rows"]), []
+        return (Estimate(None), [Gate(GateCode.MISSING, "two ranks on few rows")]), []
     low, high = at_best(table, [lora[0], lora[-1]])
     rows = [["curve", "best LR [95%]", "best NLL", "flags"]]
     for o in few:
@@ -233,7 +233,7 @@ def _retention(
     """
     title = "What is forgotten"
     if "retain_nll" not in table or table["retain_nll"].isna().all():
-        nothing = (Estimate(None), ["no curve of the pretraining task"])
+        nothing = (Estimate(None), [Gate(GateCode.MISSING, "the pretraining task")])
         return {"retention": nothing, "retention_equal": nothing}, Section(title)
     rows: Rows = [list(FORGOTTEN)]
     series: list[Series] = []
@@ -261,7 +261,7 @@ def _retention(
         rows.append([*cells, number(v["lost"])])
     gates = gates_on([full, tuned])
     needed = max(len(lost[id(tuned)].best.keys() & lost[id(full)].best.keys()), MIN_SEEDS)
-    few = [f"{alike.n} of {needed} seed(s) with such a rate"] if alike.n < needed else []
+    few = [Gate(GateCode.FEW_SEEDS_AS_GOOD, f"{alike.n} of {needed}")] if alike.n < needed else []
     learned, kept = "test NLL on the new task (nats)", "NLL on the pretraining task (nats)"
     panel = Panel("one point a rate, mean over seeds", learned, kept, series)
     caption = "what is left of the pretraining task, against what is learned of the new one"

@@ -62,9 +62,10 @@ def _verdicts(
     """
     found = []
     for part in (p for p in parts if p.results["sweep"] == sweep):
+        if real is not None and (REAL in part.bases) != real:
+            continue
         mine = [v for v in part.verdicts if v.claim == claim]
-        mine = mine[1:] if part.overall(claim) else mine
-        found += [v for v in mine if real is None or v.group.startswith(REAL) == real]
+        found += mine[1:] if part.overall(claim) else mine
     return found
 
 

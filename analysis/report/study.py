@@ -31,6 +31,8 @@ ORDER = (
     "recipes",
 )
 """The order of the study's questions; any others follow by name."""
+OVER_TASKS = "layers"
+"""The analysis whose first verdict on a claim is over all tasks, if there are more than one."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,7 @@ class Part:
     def overall(self, claim: str) -> Verdict | None:
         """Return a claim's verdict over all tasks, if each task has its own verdict too."""
         first, *by_task = (v for v in self.verdicts if v.claim == claim)
-        return (
-            first
-            if by_task and (first.group.startswith("all ") or " and " in first.group)
-            else None
-        )
+        return first if by_task and self.question["analysis"] == OVER_TASKS else None
 
     def measured(self, v: Verdict) -> str:
         """Format the estimate; a verdict over all tasks has that of its worst task."""

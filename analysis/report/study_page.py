@@ -189,7 +189,9 @@ def _answer(part: Part, root: str) -> list[str]:
 
 def _verdict(part: Part, v: Verdict) -> str:
     where = f" ({v.group})" if len({w.group for w in part.verdicts}) > 1 else ""
-    rest = f"; {v.why}" if v.outcome == "UNDECIDED" or v.why.startswith("by task") else ""
+    by_task = {w.outcome for w in part.verdicts if w.claim == v.claim and w is not v}
+    split = v is part.overall(v.claim) and len(by_task) > 1
+    rest = f"; {v.why}" if v.outcome == "UNDECIDED" or split else ""
     measured = f"measured {part.measured(v)}, margin {within(v)}"
     return f"- **{v.outcome}**: {part.says(v.claim)}{where}; {measured}{rest}."
 

@@ -28,9 +28,7 @@ def task_problems(curves: Sequence[LrCurve], best: Sequence[float | None]) -> li
         return []
     found = []
     if start - floor < MIN_GAIN:
-        found.append(
-            f"task: the base starts {start - floor:.2f} nats above the floor, {MIN_GAIN} needed"
-        )
+        found.append(f"the base starts {start - floor:.2f} nats above the floor, {MIN_GAIN} needed")
     elif (lowest - floor) / (start - floor) < MIN_REST:
-        found.append("task: nearly solved, less than a fifth of the starting excess is left")
+        found.append("nearly solved, less than a fifth of the starting excess is left")
     return found

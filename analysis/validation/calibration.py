@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from analysis.inference.decide import MIN_SEEDS, judge
+from analysis.inference.decide import judge
 from analysis.inference.estimate import from_draws
+from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.fit import fit_sweeps
 from analysis.optimum.optimum import seeds_at_best
@@ -64,7 +65,7 @@ def verdicts(family: str, ratio: float, design: Design, cases: int) -> dict[str,
             if measured.draws is not None:
                 measured = from_draws(measured.draws * offset, measured.n)
             seeds = min(seeds_at_best(o) for o in optima)
-            gates = [] if seeds >= MIN_SEEDS and measured.has_interval() else ["seeds or edge"]
+            gates = [Gate(GateCode.FEW_SEEDS_AT_BEST, seeds)] if seeds < MIN_SEEDS else []
             count[judge("ratio", CLAIM, "planted", measured, gates, seeds, True).outcome] += 1
     return {
         "family": family,

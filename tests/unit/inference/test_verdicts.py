@@ -4,6 +4,7 @@ import pytest
 
 from analysis.inference.decide import judge
 from analysis.inference.estimate import AT_LEAST, Estimate, with_interval
+from analysis.inference.gates import Gate, GateCode
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,8 @@ def test_the_decision_rule(low, value, high, outcome):
     verdict = judge("ratio", claim, "g", Estimate(value, low, high), [], 3, True)
     assert verdict.outcome == outcome
     assert bool(verdict.needed) == (outcome == "UNDECIDED")
-    gated = judge("ratio", claim, "g", Estimate(value, low, high), ["task: nearly solved"], 3, True)
+    gate = Gate(GateCode.TASK, "nearly solved")
+    gated = judge("ratio", claim, "g", Estimate(value, low, high), [gate], 3, True)
     assert gated.outcome == "UNDECIDED" and gated.why == "task: nearly solved"
 
 

@@ -2,9 +2,12 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
+from analysis.inference.decide import judge
+from analysis.inference.estimate import exactly
 from analysis.report import study, study_claims, study_page
 from analysis.report.report import question_hash
 from lorasweep.sweep.request import question
@@ -63,6 +66,20 @@ def test_claims_are_sorted_by_what_became_of_them_over_their_scales(reports):
 )
 def test_every_claim_has_exactly_one_fate(outcomes):
     assert [is_so(set(outcomes)) for _, is_so in study_claims.FATES].count(True) == 1
+
+
+def test_a_refuted_claim_says_why_only_where_the_tasks_disagree():
+    claim = {"margin": [0.9, 1.1], "expected": 1}
+
+    def line(analysis, *values):
+        mine = [judge("c", claim, f"task {v}", exactly(v), [], 3, True) for v in (2.0, *values)]
+        asked = {"analysis": analysis, "claims": {"c": claim}}
+        part = study.Part(Path(), {"sweep": analysis, "scale": "tiny"}, asked, mine)
+        return study_page._verdict(part, mine[0])
+
+    assert "do not meet" in line("layers", 1.0, 2.0)
+    assert "do not meet" not in line("layers", 2.0, 3.0)  # all tasks refute it
+    assert "do not meet" not in line("lr_ratio", 1.0, 2.0)  # verdicts on models, none over all
 
 
 def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose):

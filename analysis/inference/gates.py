@@ -1,0 +1,87 @@
+"""Gates: reasons that forbid a verdict, such as an optimum at the edge of the grid.
+
+Code tests their codes; their sentences are for people only.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+MIN_SEEDS = 3
+"""No verdict is given with fewer seeds at the rates around the optimum: they do not show the noise
+there."""
+
+
+class GateCode(StrEnum):
+    """Why no verdict is given.
+
+    The value is the sentence: {0} is the gate's subject, {1} its flags.
+    """
+
+    FLAGGED = "{1}"
+    FEW_SEEDS = f"{{0}} seed(s), {MIN_SEEDS} needed"
+    FEW_SEEDS_AT_BEST = f"{{0}} seed(s) at the optimum, {MIN_SEEDS} needed"
+    FEW_SEEDS_AT_RECIPE = f"{{0}} seed(s) at the recipe's rate, {MIN_SEEDS} needed"
+    FEW_SEEDS_AS_GOOD = "{0} seed(s) with such a rate"
+    RECIPE_OUTSIDE = "the recipe's rate lies outside the rates tried"
+    RECIPE_BY_A_CLIFF = "{1}: the recipe's rate lies beside one that broke down"
+    ONLY_A_BOUND = "full fine-tuning does not reach LoRA's loss, only a bound"
+    ONLY_BOUNDS = "full fine-tuning or a layer set is there at its first evaluation: only bounds"
+    NOT_REACHED = "LoRA does not reach the loss within its run"
+    NOT_CONVERGED = "not converged: {0}"
+    BUSY = "seconds of one arm differ by a factor {0}: the machine did other work"
+    TASK = "task: {0}"
+    BY_TASK = "by task: {0}"
+    MISSING = "no curve of {0}"
+    ONE_RANK = "one rank only"
+    NO_ORDER = "rank(s) {0} have left at the first evaluation: their order is not resolved"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A reason that forbids a verdict."""
+
+    code: GateCode
+    subject: str | int = ""
+    """What the sentence names."""
+    place: str = ""
+    """The curve, batch or task that it is about; it begins the sentence."""
+    flags: tuple[str, ...] = ()
+    """Those of an optimum that are the reason."""
+
+    @property
+    def sentence(self) -> str:
+        """The gate for people."""
+        return self.place + self.code.format(self.subject, ", ".join(self.flags))
+
+    def at(self, place: str) -> "Gate":
+        """Return the gate at a wider place, which is named first."""
+        return replace(self, place=place + self.place)
+
+
+REMEDIES: dict[str, str] = {
+    "unread_at_likely_rates": "more learning rates around the best one",
+    GateCode.NOT_REACHED: "longer runs, or higher ranks",
+    GateCode.NOT_CONVERGED: "more exposures of each fact",
+    GateCode.BUSY: "the same runs on a quiet machine",
+    GateCode.TASK: "another task or model: more runs cannot help",
+    GateCode.MISSING: "the missing arm",
+    GateCode.ONE_RANK: "another rank",
+    "bounded_by_divergence": "learning rates between the best one and the first that breaks down",
+    GateCode.NO_ORDER: "a base that learns more slowly, or ranks nearer to full fine-tuning",
+    "at_edge": "learning rates beyond the edge",
+    "few_points": "more learning rates",
+    "no_variance": "more seeds or learning rates, to know the noise",
+    "no_usable_points": "lower learning rates",
+}
+"""What opens a gate, by its code or flag; of many gates the first entry counts. The codes and flags
+not named here are about seeds."""
+
+
+def remedy(gates: Iterable[Gate], flags: Iterable[str] = ()) -> str:
+    """Return what opens the gates, or gives an estimate with these flags an interval.
+
+    Empty where more seeds do.
+    """
+    reasons = {*flags, *(reason for g in gates for reason in (g.code, *g.flags))}
+    return next((text for reason, text in REMEDIES.items() if reason in reasons), "")
