@@ -41,19 +41,23 @@ class TorchTrainer:
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
     ) -> Iterator[Event]:
-        """Train a pack; its members share base model, precision and data set."""
+        """Train a pack; its members share base model and precision."""
         import torch
 
-        from lorasweep.data import load as data
         from lorasweep.train.finetune import finetune
 
         if exec_.threads:
             torch.set_num_threads(exec_.threads)
-        first = pack[0]
-        base = self._load_base(first, exec_)
-        if first.dataset not in self._data:
-            self._data[first.dataset] = data.load(first.dataset, exec_.data_dir, base.tokenizer)
-        yield from finetune(pack, base, self._data[first.dataset], exec_.micro_batch_size, resume)
+        base = self._load_base(pack[0], exec_)
+        data = {spec.id: self._load_data(spec, exec_, base) for spec in pack}
+        yield from finetune(pack, base, data, exec_.micro_batch_size, resume)
+
+    def _load_data(self, spec: RunSpec, exec_: Exec, base: "Base") -> Any:
+        from lorasweep.data.load import load
+
+        if spec.dataset not in self._data:
+            self._data[spec.dataset] = load(spec.dataset, exec_.data_dir, base.tokenizer)
+        return self._data[spec.dataset]
 
     def _load_base(self, spec: RunSpec, exec_: Exec) -> "Base":
         from lorasweep.models import load as models

@@ -8,8 +8,6 @@ themselves, because storage is what is measured. Rows of `n_retain` hold facts t
 trained.
 """
 
-import math
-
 import numpy as np
 
 from lorasweep.data.examples import Data, Example, generated
@@ -22,7 +20,6 @@ VOCAB = 48
 KEY, VALUE = 3, 4
 FACT = 1 + KEY + VALUE
 """Symbols per fact: a separator, the key, the value."""
-BITS = VALUE * math.log2(VALUES)
 DEFAULTS = {
     "facts": 512.0,  # number of facts to store; 0: new facts in every row
     "set": 0.0,  # seed of the set of facts

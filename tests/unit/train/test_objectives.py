@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from lorasweep.data import load as data
+from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
+from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.streams import stream
 from lorasweep.train.finetune import finetune
@@ -194,6 +196,17 @@ def test_members_of_a_pack_may_have_data_of_their_own(world, passes, monkeypatch
             assert torch.allclose(tensor, states[member.id][name], rtol=0, atol=1e-9), name
     assert together[pack[0].id]["nll_start"] != together[pack[1].id]["nll_start"]
     assert together[pack[0].id]["n_test"] != together[pack[1].id]["n_test"]
+
+
+def test_a_worker_trains_each_member_on_the_data_of_its_spec(world):
+    spec, _ = world
+    fewer = dataclasses.replace(spec.dataset, name="fewer", n_test=16, n_test_curve=8)
+    pack = [
+        dataclasses.replace(spec, steps=1),
+        dataclasses.replace(spec, steps=1, seed=1, dataset=fewer),
+    ]
+    results, _ = run(TorchTrainer()(pack, Exec(models_dir=["/nonexistent"]), None))
+    assert [results[m.id]["n_test"] for m in pack] == [spec.dataset.n_test, 16]
 
 
 def test_members_measure_their_own_held_out_rows_and_what_they_retain(world):
