@@ -1,14 +1,11 @@
 """Question: does LoRA need 2/3 of full fine-tuning's compute, per update and to the same loss.
 
-Operations are counted by the study's formula (2/3 + 2R/N, with the model's real shapes, without
-attention scores). Seconds are each run's median update time, alone on its threads and without
-evaluation; of these, the fastest tenth of an arm's runs is used, since other load on the machine
-can only slow a run down.
+Operations are counted by the study's formula (2/3 + 2R/N, at the model's real shapes). Seconds are
+each run's median update time; the fastest tenth of an arm's runs is used, since other load on the
+machine can only slow a run down.
 
 The loss to be reached is that of full fine-tuning after SHARE of the updates, at its best rate for
-that length (a prefix of the same runs), so that LoRA, which learns more slowly, reaches it within
-its own runs. LoRA also uses the rate that is best for the length at which it reaches that loss:
-short runs have a higher best rate, and giving it to one arm only would be unfair.
+that length. LoRA too uses the rate that is best for the length at which it gets there.
 """
 
 import json

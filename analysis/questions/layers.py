@@ -1,9 +1,8 @@
 """Question: is LoRA on attention only worse than on the MLP only, and does attention add anything.
 
-Compares, on every task, the step efficiency rho of each layer set against full fine-tuning of all
-weights, each at its own best rate; attention and MLP have equal parameters. A verdict over tasks
-uses the task that is worst for the claim. Full fine-tuning of the same matrices is shown too: if it
-gives the same order, the order comes from the location and not from LoRA's parametrisation.
+Compares, on every task, the step efficiency rho of each layer set, each at its own best rate;
+attention and MLP have equal parameters. A verdict over tasks uses the task that is worst for the
+claim. Full fine-tuning of the same matrices shows whether the order comes from the location.
 """
 
 import dataclasses
@@ -40,18 +39,13 @@ from analysis.questions.qualify import stalled
 ESTIMANDS = ("attention_over_mlp", "mlp_over_both", "trace_correlation")
 LOG_ESTIMANDS = ()
 """The ratios' margins may start at 0, so none is judged as a logarithm."""
-
-
 FEWEST = 5
 """A correlation needs this many layer sets over all tasks."""
 UNKNOWN = Estimate(None)
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge attention against MLP, MLP against both, and the correlation with gradient shares.
-
-    Over all tasks, using the task that is worst for the claim; the first two for each task too.
-    """
+    """Judge attention against MLP, MLP against both, and the correlation with gradient shares."""
     tasks = tasks_of(table)
     group = " and ".join(t.name for t in tasks) if len(tasks) < 3 else f"all {len(tasks)} tasks"
     compared = [_compared(t) for t in tasks]
@@ -61,11 +55,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     for pair in PAIRS:
         known = [e for c in used if (e := pair.of(c)).value is not None]
         hardest = pair.hardest(known, key=lambda e: e.value, default=UNKNOWN)
-        gates = [
-            gate.at(f"{c.task.name}: ")
-            for c in compared
-            for gate in _gates(c, pair.optima(c), pair.of(c))
-        ]
+        gates = [g for c in compared for g in c.named(_gates(c, pair.optima(c), pair.of(c)))]
         rests = [o for c in used for o in pair.optima(c)]
         for v in _judged(question, pair.estimand, hardest, gates, group, rests):
             found.append(_by_task(v, [w for w in each if w.claim == v.claim]))
@@ -75,8 +65,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         why = f"{trace.n} layer sets over all tasks, a correlation needs {FEWEST}"
         gates = [Gate(GateCode.TASK, why)]
     for c in compared:
-        mine = _gates(c, [*c.of_pair(), *c.of_joint()], c.worse, c.both)
-        gates += [gate.at(f"{c.task.name}: ") for gate in mine]
+        gates += c.named(_gates(c, [*c.of_pair(), *c.of_joint()], c.worse, c.both))
     found += _judged(question, "trace_correlation", trace, gates, group, rests)
     order = list(question["claims"])
     found = sorted(found, key=lambda v: order.index(v.claim)) + each
@@ -113,6 +102,10 @@ class _Compared:
     def of_joint(self) -> list[Optimum]:
         """Return the optima from which `both` is computed."""
         return [a.optimum for a in (self.task.full, *self.joint)] if self.joint else []
+
+    def named(self, gates: list[Gate]) -> list[Gate]:
+        """Return the gates with the task's name before their sentences."""
+        return [gate.at(f"{self.task.name}: ") for gate in gates]
 
 
 @dataclass(frozen=True)

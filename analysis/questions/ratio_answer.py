@@ -7,7 +7,7 @@ and the regret of rules of thumb. `lr_ratio` formats the answer for the report.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from analysis.inference.meta import Drift, RandomEffects, drift
 from analysis.measures.ratio import MIN_RANK, gap, pool_ratios, ratio_of, rivals
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum, seeds_at_best
-from analysis.questions.base import gates_on
+from analysis.questions.base import gates_on, lora_of
 from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.runs.table import TableError
 
@@ -84,9 +84,7 @@ def answer(
             unknown estimand.
     """
     optima = fit_all(curves)
-    groups: dict[str, list[Optimum]] = {}
-    for o in optima:
-        groups.setdefault(o.curve.group, []).append(o)
+    groups = _grouped(optima, lambda o: o.curve.group)
     ratios: list[Ratio] = []
     drifts: dict[str, Drift] = {}
     groups_judged: dict[str, list[Optimum]] = {}
@@ -98,10 +96,7 @@ def answer(
                 f"{group}: {len(full)} fullft curves, but lr_ratio compares with one. Keep a "
                 "single scope, schedule and precision per table."
             )
-        variants: dict[str, list[Optimum]] = {}
-        for o in members:
-            if o.curve.key["method"] == "lora":
-                variants.setdefault(o.curve.variant, []).append(o)
+        variants = _grouped(lora_of(members), lambda o: o.curve.variant)
         if not full or not variants:
             verdicts += _without_an_arm(group, claims, "fullft" if not full else "lora")
             continue
@@ -142,6 +137,13 @@ def answer_of(table: pd.DataFrame, question: dict[str, Any]) -> Answer:
         else dict(zip(table["model"], table["hidden_size"].fillna(0).astype(int)))
     )
     return answer(lr_curves(table), claims, widths, look_level(int(question.get("rounds", 1))))
+
+
+def _grouped(optima: Sequence[Optimum], key: Callable[[Optimum], str]) -> dict[str, list[Optimum]]:
+    found: dict[str, list[Optimum]] = {}
+    for o in optima:
+        found.setdefault(key(o), []).append(o)
+    return found
 
 
 def _without_an_arm(group: str, claims: dict[str, Any], arm: str) -> list[Verdict]:

@@ -3,8 +3,7 @@
     python -m analysis.validation.public_evidence TULU3_SWEEP.csv RL_RUNS.csv
 
 The first table: LoRA-only learning rate x rank sweeps of many models on Tulu3 (tinker-cookbook,
-Apache-2.0). The second: GRPO runs of LoRA and full fine-tuning (kenkuuu/lora-without-regret). Every
-number on the page comes from these tables.
+Apache-2.0). The second: GRPO runs of LoRA and full fine-tuning (kenkuuu/lora-without-regret).
 """
 
 import argparse
@@ -26,12 +25,10 @@ from analysis.runs.lr_curves import lr_curves
 from analysis.tables import commands, laws
 
 DRIFT_MARGIN = 0.099
-"""Largest slope of ln(best LR) per doubling of the rank that the claim allows: a factor 2 over 7
-doublings."""
+"""Largest allowed slope of ln(best LR) per doubling of the rank: a factor 2 over 7 doublings."""
 RL_NAMES = {"model_id": "model", "lora_rank": "rank", "n_grpo_steps": "steps"}
 RL_BROKEN = 0.2
-"""An RL run with at most this accuracy counts as diverged. Full fine-tuning at its lowest rate,
-which learned nothing, has 0.21."""
+"""At most this accuracy: diverged. Full fine-tuning at its lowest rate learned nothing: 0.21."""
 RL_MODEL = "Qwen/Qwen3-1.7B"
 """The only model of the RL table with both arms."""
 
