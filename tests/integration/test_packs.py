@@ -30,13 +30,13 @@ MIXED = (
 
 
 def test_a_pack_of_mixed_ranks_goes_on_with_a_different_pack_and_records_it(tmp_path):
-    long = (*MIXED, "steps=150", "batch_size=8", "exec.checkpoint_s=0.3")
+    """In float64: how float32 adds up depends on the shape of a pack and on the processor."""
+    long = (*MIXED, "precision=fp64", "steps=80", "batch_size=8", "exec.checkpoint_s=0.3")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
     cli(*long, cwd=whole)
     process = start(*long, cwd=killed)
-    wait_for(lambda: any(max(steps, default=0) >= 20 for steps in kept(killed).values()))
     wait_for(lambda: len(list((killed / "runs").glob("*/checkpoint/*.json"))) >= 4)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -48,22 +48,23 @@ def test_a_pack_of_mixed_ranks_goes_on_with_a_different_pack_and_records_it(tmp_
         a, b = store.result(i), other.result(i)
         assert a["pack_size"] == 4 and b["pack_size"] == 2
         assert b["resumed_in_other_company"] and not a["resumed_in_other_company"]
-        assert a["test_nll"] == pytest.approx(b["test_nll"], abs=1e-4)
+        assert a["test_nll"] == pytest.approx(b["test_nll"], abs=1e-9)
 
 
-def test_verify_finds_runs_equal_and_a_falsified_one(tmp_path):
-    cli(*SWEEP, "exec.pack_size=3", cwd=tmp_path)
-    told = json.loads(cli(*SWEEP, "action=verify", "sample=4", "format=json", cwd=tmp_path).stdout)
-    assert len(told["runs"]) == 4 and told["differing"] == [] and told["runs"][0]["pack_size"] == 3
+def test_verify_finds_runs_equal_and_a_falsified_one(tmp_path, command):
+    assert command(*SWEEP, "exec.pack_size=3").returncode == 0
+    verify = (*SWEEP, "action=verify", "sample=2", "format=json")
+    found = json.loads(command(*verify).stdout)
+    runs = found["runs"]
+    assert len(runs) == 2 and found["differing"] == [] and runs[0]["pack_size"] == 3
     # to rounding: whether the bits are equal depends on the processor
-    assert all(abs(r["difference"]) < 1e-4 for r in told["runs"])
-    assert all(r["curve_difference"] < 1e-4 for r in told["runs"])
-    path = tmp_path / "runs" / told["runs"][0]["run"] / "result.json"
+    assert all(abs(r["difference"]) < 1e-4 and r["curve_difference"] < 1e-4 for r in runs)
+    path = tmp_path / "runs" / runs[0]["run"] / "result.json"
     body = json.loads(path.read_text())["result"]
     body["test_nll"] += 0.5
     path.write_text(json.dumps({"sha256": checksum(body), "result": body}))
-    done = cli(*SWEEP, "action=verify", "sample=4", "format=json", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and json.loads(done.stdout)["differing"] == [told["runs"][0]["run"]]
+    done = command(*verify)
+    assert done.returncode == 1 and json.loads(done.stdout)["differing"] == [runs[0]["run"]]
 
 
 def real(*case):
@@ -97,8 +98,8 @@ def real(*case):
     ],
 )
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, batch, count):
-    told = json.loads(memory.in_process(scale, method, batch, count, [f"{ROOT}/models"], [DATA]))
-    assert told["planned_bytes"] == pytest.approx(told["peak_bytes"], rel=0.2)
+    found = json.loads(memory.in_process(scale, method, batch, count, [f"{ROOT}/models"], [DATA]))
+    assert found["planned_bytes"] == pytest.approx(found["peak_bytes"], rel=0.2)
 
 
 def test_packs_are_measured_when_asked_and_kept(tmp_path):

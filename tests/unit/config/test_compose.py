@@ -23,7 +23,9 @@ MODELS = sorted(p.stem for p in (ROOT / "conf" / "model").glob("*.yaml"))
 DATASETS = sorted(p.stem for p in (ROOT / "conf" / "dataset").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(
+    "scale", [s if s == "smoke" else pytest.param(s, marks=pytest.mark.slow) for s in SCALES]
+)
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_every_sweep_composes_at_every_scale(compose, sweep, scale):
     request = compose(f"+sweep={sweep}", f"scale={scale}")

@@ -135,6 +135,7 @@ def test_curves_fitted_together_are_the_curves_fitted_one_sweep_at_a_time():
             assert a.best_lr.low == pytest.approx(b.best_lr.low, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_intervals_hold_planted_truths(family):
     """A small calibration of each family (the full one: make calibrate), at three noises."""

@@ -9,6 +9,8 @@ from lorasweep.methods.lora import LoRA
 from tests.planted import FULL, GRIDS, LORA, World
 from tests.world import compose_request
 
+pytestmark = pytest.mark.slow  # sweeps of hundreds of planted runs
+
 
 @pytest.mark.parametrize(("rho", "outcome"), [(1.0, "SUPPORTED"), (0.5, "REFUTED")])
 def test_compute(ask, rho, outcome):

@@ -7,6 +7,8 @@ import pytest
 from analysis.measures import layer_sets
 from tests.planted import World
 
+pytestmark = pytest.mark.slow  # sweeps of hundreds of planted runs
+
 
 @pytest.mark.parametrize(("attention", "outcome"), [(0.4, "SUPPORTED"), (0.85, "REFUTED")])
 def test_layer_sets(ask, attention, outcome):

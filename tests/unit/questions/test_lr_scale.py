@@ -4,6 +4,8 @@ import pytest
 
 from tests.planted import World
 
+pytestmark = pytest.mark.slow  # sweeps of hundreds of planted runs
+
 
 @pytest.mark.parametrize(("power", "outcome"), [(0.0, "SUPPORTED"), (1.0, "REFUTED")])
 def test_the_law_of_the_ratio(ask, power, outcome):

@@ -33,7 +33,7 @@ def test_a_field_inside_a_mapping_is_not_overwritten_in_silence():
 
 
 @pytest.mark.parametrize(
-    "scale", ["smoke", "tiny"]
+    "scale", ["smoke", pytest.param("tiny", marks=pytest.mark.slow)]
 )  # the others are composed part by part in test_compose
 def test_the_study_is_defined_at_every_scale(scale):
     request = compose_request(["+sweep=study", f"scale={scale}"])
