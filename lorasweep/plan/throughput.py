@@ -137,7 +137,8 @@ class ThroughputTable:
             if step_s is None or done - since < FEWEST_STEPS:
                 return None  # it diverged, or this attempt was short
             return self._size_at((since + done) / 2, env["pack"]), step_s
-        recent = [r for r in self._store.recent_records(rid) if r["step"] > since]
+        records = self._store.recent_records(rid)
+        recent = [r for r in records if r["step"] > since and "step_s" in r]
         if len(recent) < FEWEST_STEPS:
             return None
         step_s = statistics.median(r["step_s"] for r in recent[1:])

@@ -1,6 +1,7 @@
 """A real Slurm on this machine for tests, and what tests ask of it and of a run folder."""
 
 import contextlib
+import datetime
 import io
 import itertools
 import json
@@ -133,6 +134,12 @@ class Slurm:
         lines = self.command("squeue", "-h", "-r", "-O", fields).splitlines()
         rows = [[cell.strip() for cell in line.split("|")] for line in lines]
         return {f"{r[1]}_{r[2]}" if r[2].isdigit() else r[0]: (r[3], r[4]) for r in rows}
+
+    def minutes_run(self, job):
+        """Return the whole minutes that a job has run."""
+        start = self.command("squeue", "-h", "-j", job, "-O", "StartTime:.40").strip()
+        begun = datetime.datetime.fromisoformat(start)
+        return int((datetime.datetime.now() - begun).total_seconds() // 60)
 
     def running(self):
         """List the jobs that run."""

@@ -62,7 +62,9 @@ def test_eight_interrupted_jobs_go_on_with_the_same_curves(queue, tmp_path):
     where = {job: node for job, (_, node) in queue.jobs().items()}
     assert len({where[job] for job in jobs.values()}) == 8
 
-    queue.update(f"jobid={jobs['time limit']}", "timelimit=1")
+    # Beyond what has passed, however slow the machine: else the warning and the end come together.
+    limit = queue.minutes_run(jobs["time limit"]) + 2
+    queue.update(f"jobid={jobs['time limit']}", f"timelimit={limit}")
     queue.update(f"nodename={where[jobs['node failed']]}", "state=down", "reason=test")
     for blow in ("preempted with grace", "preempted at once"):
         node = where[jobs[blow]]

@@ -148,6 +148,16 @@ def test_records_made_otherwise_are_not_compared(asked, how):
     assert planned(asked)[0].throughputs.of(lora[0].spec) is None
 
 
+def test_a_running_run_that_records_no_times_is_planned_all_the_same(asked):
+    """A trainer of somebody's own need not measure its updates."""
+    lora = [p for p in asked.points if p.arm == "lora"]
+    record(asked, lora[:4], 0.005, "running")
+    for p in lora[:4]:
+        path = store_of(asked).folder(p.id) / "metrics.jsonl"
+        path.write_text("".join(f'{{"step": {k}}}\n' for k in range(1, 8)))
+    assert planned(asked)[0].throughputs.of(lora[0].spec) is None
+
+
 def test_no_record_is_compared_with_hardware_that_has_no_known_processor(asked):
     lora = [p for p in asked.points if p.arm == "lora"]
     record(asked, lora[:4], 0.005, processor=None)
