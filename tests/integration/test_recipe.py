@@ -100,4 +100,4 @@ def test_the_command_of_make_bases_tells_a_base_that_its_recipe_does_not_make(mo
     assert bases.main(["--check", "tiny64"]) == 0 and calls == ["tiny64"]
     pretend.off = 0.03
     assert bases.main(["--check", "tiny64"]) == 1
-    assert "not what their recipes make: tiny64" in capsys.readouterr().out
+    assert "retraining gave another loss for: tiny64" in capsys.readouterr().out
