@@ -67,12 +67,13 @@ def test_verify_finds_runs_equal_and_a_falsified_one(tmp_path, command):
     assert done.returncode == 1 and json.loads(done.stdout)["differing"] == [runs[0]["run"]]
 
 
-def real(*case):
+def real(*case, also=()):
     there = WEIGHTS.is_file() and Path(DATA, "gsm8k", "train.jsonl").is_file()
     fast = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("amx_bf16", "avx512_bf16"))
     return pytest.param(
         *case,
         marks=[
+            *also,
             pytest.mark.skipif(
                 not fast, reason="this processor has no bf16 products: a step takes minutes"
             ),
@@ -92,9 +93,9 @@ def real(*case):
         ("tiny", "lora", 16, 8),
         ("tiny", "lora", 4, 16),
         ("tiny", "fullft", 16, 1),
-        real("small", "lora", 8, 1),
+        real("small", "lora", 8, 1, also=[pytest.mark.nightly]),
         real("small", "lora", 2, 4),
-        real("small", "fullft", 4, 1),
+        real("small", "fullft", 4, 1, also=[pytest.mark.nightly]),
     ],
 )
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, batch, count):
