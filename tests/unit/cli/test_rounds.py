@@ -9,6 +9,8 @@ from lorasweep.cli.actions import act
 from lorasweep.errors import SpecError
 from tests.planted import Valley, analysed
 
+pytestmark = pytest.mark.slow  # fits hundreds of curves
+
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):

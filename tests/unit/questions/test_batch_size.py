@@ -6,6 +6,8 @@ import pytest
 
 from tests.planted import World
 
+pytestmark = pytest.mark.slow  # fits hundreds of curves
+
 
 @pytest.mark.parametrize(("power", "outcome"), [(-0.15, "SUPPORTED"), (0.0, "REFUTED")])
 def test_batch_penalty(ask, power, outcome):

@@ -9,6 +9,8 @@ from analysis.questions import capacity
 from tests.planted import World
 from tests.world import compose_request
 
+pytestmark = pytest.mark.slow  # fits hundreds of curves
+
 
 @pytest.mark.parametrize(("bits", "outcome"), [(2.0, "SUPPORTED"), (0.5, "REFUTED")])
 def test_capacity(ask, bits, outcome):

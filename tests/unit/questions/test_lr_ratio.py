@@ -10,6 +10,8 @@ import pytest
 from analysis.__main__ import main
 from tests.planted import FULL_BEST, Valley
 
+pytestmark = pytest.mark.slow  # fits hundreds of curves
+
 
 @pytest.mark.parametrize(
     ("ratio", "primary", "order"),

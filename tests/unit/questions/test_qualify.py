@@ -3,11 +3,15 @@
 import json
 import math
 
+import pytest
+
 from analysis.questions.qualify import qualify, verdict
 from analysis.runs.prefixes import at_step, while_unsolved
 from lorasweep.store.table import load_runs
 from lorasweep.train.progress import eval_steps
 from tests.planted import GAIN, START
+
+pytestmark = pytest.mark.slow  # fits hundreds of curves
 
 
 def test_prefixes_and_qualification(rank_answer):

@@ -7,6 +7,8 @@ import pytest
 from analysis.measures.departure import departure
 from tests.planted import GRIDS, World
 
+pytestmark = pytest.mark.slow  # fits hundreds of curves
+
 
 @pytest.mark.parametrize(("top", "outcome"), [(1.0, "SUPPORTED"), (0.5, "REFUTED")])
 def test_rank_departures_and_parity(ask, top, outcome):

@@ -6,6 +6,8 @@ import pytest
 
 from tests.planted import CURVATURE, FULL, FULL_LR, GAIN, GRIDS, LORA, LORA_LR, World
 
+pytestmark = pytest.mark.slow  # fits hundreds of curves
+
 
 def test_recipes(ask):
     def best(spec, step):

@@ -4,6 +4,8 @@ import pytest
 
 from tests.planted import FULL, GRIDS, LORA, World
 
+pytestmark = pytest.mark.slow  # fits hundreds of curves
+
 
 @pytest.mark.parametrize(("factor", "outcome"), [(2.0, "SUPPORTED"), (0.5, "REFUTED")])
 def test_short_runs_and_norms(ask, factor, outcome):
