@@ -8,6 +8,31 @@ import pandas as pd
 from analysis.__main__ import main
 from analysis.optimum.valley import linex
 
+GRID = np.array([1e-4 * 2**k for k in range(7)])
+
+
+def table(loss, seeds=(0,), lrs=GRID, rank=4, start=5.0):
+    """One LoRA curve as our own stores export it: `loss(lr, seed)`, diverged where not finite."""
+    rows = []
+    for lr in lrs:
+        for seed in seeds:
+            y = loss(lr, seed)
+            state = "done" if math.isfinite(y) else "diverged"
+            rows.append(
+                {
+                    "model": "m",
+                    "dataset": "d",
+                    "method": "lora",
+                    "rank": rank,
+                    "lr": lr,
+                    "seed": seed,
+                    "status": state,
+                    "test_nll": y,
+                    "nll_start": start,
+                }
+            )
+    return pd.DataFrame(rows)
+
 
 def planted(ranks=(None, 4, 16), seeds=(0, 1, 2), ratio=10.0, noise=1e-3, higher=False):
     """Seven rates around 1.3e-4 (full fine-tuning, rank None) and `ratio` times that (LoRA)."""

@@ -9,30 +9,7 @@ import pytest
 from analysis.optimum.fit import MIN_DF, fit_all
 from analysis.optimum.valley import linex
 from analysis.runs.lr_curves import lr_curves
-
-GRID = np.array([1e-4 * 2**k for k in range(7)])
-
-
-def table(loss, seeds=(0,), lrs=GRID, rank=4, start=5.0, status=None):
-    rows = []
-    for lr in lrs:
-        for seed in seeds:
-            y = loss(lr, seed)
-            state = "done" if math.isfinite(y) else "diverged"
-            rows.append(
-                {
-                    "model": "m",
-                    "dataset": "d",
-                    "method": "lora",
-                    "rank": rank,
-                    "lr": lr,
-                    "seed": seed,
-                    "status": state,
-                    "test_nll": y,
-                    "nll_start": start,
-                }
-            )
-    return pd.DataFrame(rows)
+from tests.tables import GRID, table
 
 
 @pytest.mark.parametrize("steepness", [-0.8, 0.0, 0.5, 1.2])
