@@ -19,7 +19,7 @@ from lorasweep.launch.measure_packs import measure_packs
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm import planning
 from lorasweep.launch.slurm.running import RunningJobs
-from lorasweep.launch.trainer import Trainer
+from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan, summary
 from lorasweep.plan.hardware import Hardware, from_plain
@@ -53,7 +53,12 @@ def act(
     if action == "import":
         return finished_runs.import_(request)
     if action == "adapter":
-        return finished_runs.adapter(request, store)
+        return finished_runs.adapter(
+            request,
+            store,
+            all_points(request, store) if request.sweep and not request.parts else [],
+            trainer_named(trainer) if trainer is None or isinstance(trainer, str) else trainer,
+        )
     if request.parts:
         return study.each(request, lambda part: act(part, trainer))
     if action == "verify":

@@ -1,12 +1,21 @@
 """The actions on finished runs: export, import, adapter, verify, extend."""
 
-import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from lorasweep.cli import answer
-from lorasweep.cli.verify import Comparison, compare_alone
-from lorasweep.errors import SpecError
+from lorasweep.cli.verify import (
+    Comparison,
+    changed_circumstances,
+    compare_alone,
+    largest_difference,
+    noise_floor,
+    train_again,
+)
+from lorasweep.errors import SpecError, TrainingError
+from lorasweep.launch.trainer import Trainer
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.store import looks
@@ -48,14 +57,17 @@ def import_(request: Request) -> int:
     return 0
 
 
-def adapter(request: Request, store: RunStore) -> int:
+def adapter(request: Request, store: RunStore, points: Sequence[Point], trainer: Trainer) -> int:
     """Save a finished LoRA run in PEFT's format.
 
     The weights of runs are not kept (a sweep has thousands), so the run is trained again, alone,
     with the same threads and micro-batch. The result is the same up to rounding; if the run was
-    trained alone on the same processor, it is the same bit for bit (tests).
+    trained alone on the same processor, it is the same bit for bit (tests). `points`: the runs
+    whose seeds show the noise.
+
+    Raises:
+        TrainingError: it ends elsewhere than the recorded run, by more than the noise.
     """
-    from lorasweep.launch.trainer import TorchTrainer
     from lorasweep.methods.stacked.peft_export import save_peft
 
     if not request.run or not request.out:
@@ -68,17 +80,33 @@ def adapter(request: Request, store: RunStore) -> int:
     spec = spec_from(store.spec(request.run))
     if not isinstance(spec.method, LoRA):
         raise SpecError(f"a {spec.method.name} run has no adapter. Set run= to a LoRA run.")
-    exec_ = dataclasses.replace(request.exec, **store.layout(request.run))
-    tensors = {}
-    for event in TorchTrainer()([spec], exec_, None):
-        tensors = event.snapshot()[request.run]["tensors"]
-    weights = {k.removeprefix("param/"): v for k, v in tensors.items() if k.startswith("param/")}
-    base = spec.model.location or spec.model.name
-    save_peft(Path(request.out), weights, spec.method.rank, spec.method.alpha, base)
+    comparison, state, backend = train_again(spec, store, request.exec, trainer)
+    bound = request.max_difference
+    if bound is None:
+        bound = largest_difference(noise_floor(points, store))
+    causes = changed_circumstances(spec.id, store, backend)
+    why = "; ".join(causes) or "nothing of what is recorded: threads, code edits and drivers remain"
+    outcome = f"trained again: {_outcome(comparison)}"
+    if not comparison.within(bound):
+        needed = math.ceil(100 * abs(comparison.difference or 0.0)) / 100
+        accept = f"To accept it, add max_difference={needed:g}. " if comparison.same_state else ""
+        raise TrainingError(
+            f"run {spec.id} {outcome}. More than {bound:.1e} is beyond the noise, so no adapter "
+            f"was written. What differs: {why}. {accept}Or train where the run was trained."
+        )
+    weights = {
+        k.removeprefix("param/"): v for k, v in state["tensors"].items() if k.startswith("param/")
+    }
+    base, revision = spec.model.location or spec.model.name, spec.model.revision
+    pinned = revision if spec.model.source == "hub" and revision else None
+    save_peft(Path(request.out), weights, spec.method.rank, spec.method.scaling, base, pinned)
+    print(outcome + (f"; what differs: {why}" if comparison.difference else ""))
     print(
         f"adapter of run {request.run} saved to {request.out}: load it with "
         "peft.PeftModel.from_pretrained"
     )
+    if spec.model.tied and "unembedding" in spec.method.target_layers():
+        print("its unembedding is tied to the embedding: use the adapter as it is, never merge it")
     return 0
 
 
@@ -109,6 +137,8 @@ def verify(request: Request, store: RunStore, points: list[Point]) -> int:
 def _outcome(c: Comparison) -> str:
     if c.difference is None:
         return "diverged both times" if c.same_state else "ENDED DIFFERENTLY"
+    if c.difference == 0:
+        return f"recorded {c.recorded:.6f}, alone exactly the same"
     return f"recorded {c.recorded:.6f}, alone {c.alone:.6f}, difference {c.difference:+.1e} nats"
 
 

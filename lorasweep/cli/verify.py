@@ -1,4 +1,4 @@
-"""Train a sample of finished runs again, alone, to check that packing changes no result.
+"""Train finished runs again, alone, and compare: a sample of a sweep, or one run for its weights.
 
 Differences are compared with the noise between seeds. What they mean for a claim is not judged
 here.
@@ -12,11 +12,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorasweep.errors import SpecError
+from lorasweep.launch.trainer import Trainer
+from lorasweep.plan import detect
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import metric_of
+from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
+from lorasweep.store.checkpoint import State
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, curve_key
+from lorasweep.tracking import provenance
 
 NO_FLOOR_NATS = 0.01
 """Difference of the final NLL that counts as different if no setting has two seeds. Assumption:
@@ -41,6 +46,10 @@ class Comparison:
         """Final metric alone minus recorded; None for a diverged run."""
         return None if self.recorded is None or self.alone is None else self.alone - self.recorded
 
+    def within(self, bound: float) -> bool:
+        """Return whether both trainings ended alike, with final metrics at most `bound` apart."""
+        return self.same_state and (self.difference is None or abs(self.difference) <= bound)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -53,12 +62,8 @@ class Report:
 
     def differing(self) -> list[Comparison]:
         """Return the runs that ended differently, or differ by more than the noise."""
-        bound = NO_FLOOR_NATS if self.noise_floor is None else self.noise_floor
-        return [
-            c
-            for c in self.comparisons
-            if not c.same_state or (c.difference and abs(c.difference) > bound)
-        ]
+        bound = largest_difference(self.noise_floor)
+        return [c for c in self.comparisons if not c.within(bound)]
 
     def plain(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -106,6 +111,66 @@ def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
     return math.sqrt(squares / degrees)
 
 
+def largest_difference(floor: float | None) -> float:
+    """Return the largest difference of the final metric that counts as noise, from noise_floor."""
+    return NO_FLOOR_NATS if floor is None else floor
+
+
+def train_again(
+    spec: RunSpec, store: RunStore, exec_: Exec, trainer: Trainer
+) -> tuple[Comparison, State, str]:
+    """Train a finished run again, alone, with the threads and micro-batch that it had.
+
+    Returns how it compares, its state at the end, and the backend that it was trained with.
+    """
+    before = store.result(spec.id) or {}
+    state = backend = ""
+    final: dict[str, Any] = {}
+    at_end: State = {"tensors": {}, "meta": {}}
+    for event in trainer([spec], dataclasses.replace(exec_, **store.layout(spec.id)), None):
+        if spec.id in event.ended:
+            state, final = event.ended[spec.id]
+            at_end, backend = event.snapshot()[spec.id], event.backend
+    name = metric_of(before).name
+    pairs = [(a[name], b[name]) for a, b in zip(before["curve"], final["curve"])]
+    gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
+    done = state == before["state"] == "done"
+    recorded, alone = (before[name], final[name]) if done else (None, None)
+    worst = max(gaps, default=None) if done else None
+    same = state == before["state"]
+    comparison = Comparison(spec.id, before.get("pack_size"), recorded, alone, same, worst)
+    return comparison, at_end, backend
+
+
+def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
+    """List what differs between a run's recorded attempt and a training here, alone.
+
+    Each is a phrase, such as 'torch 2.9.0 then, 2.13.0 now'. `backend`: that of the training here.
+    """
+    env, result = store.env(rid), store.result(rid) or {}
+    if not env:
+        return ["the run was imported: where it was trained is not recorded here"]
+    here = provenance.environment()
+    pairs = {
+        "processor": (env["processor"], here["processor"]),
+        "GPU": (env.get("gpu"), next((gpu.name for gpu in detect.gpus()), None)),
+        "backend": (env.get("backend", backend), backend),
+        "lorasweep": (env["lorasweep"], here["lorasweep"]),
+    }
+    for name in ("torch", "transformers"):
+        pairs[name] = (env["packages"].get(name), here["packages"][name])
+    found = [
+        f"{name} {then or 'none'} then, {now or 'none'} now"
+        for name, (then, now) in pairs.items()
+        if then != now
+    ]
+    if result.get("pack_size", 1) > 1:
+        found.append(f"a pack of {result['pack_size']} runs then, alone now")
+    if env.get("resumed_from_step"):
+        found.append("the run was interrupted and resumed")
+    return found
+
+
 def compare_alone(
     points: Sequence[Point],
     store: RunStore,
@@ -118,22 +183,7 @@ def compare_alone(
 
     trainer, comparisons = TorchTrainer(), []
     for p in choose(points, store, count):
-        before = store.result(p.id) or {}
-        layout = store.layout(p.id)
-        state: str = ""
-        final: dict[str, Any] = {}
-        for event in trainer([p.spec], dataclasses.replace(exec_, **layout), None):
-            if p.id in event.ended:
-                state, final = event.ended[p.id]
-        name = metric_of(before).name
-        pairs = [(a[name], b[name]) for a, b in zip(before["curve"], final["curve"])]
-        gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
-        done = state == before["state"] == "done"
-        recorded, alone = (before[name], final[name]) if done else (None, None)
-        worst = max(gaps, default=None) if done else None
-        comparison = Comparison(
-            p.id, before.get("pack_size"), recorded, alone, state == before["state"], worst
-        )
+        comparison, _, _ = train_again(p.spec, store, exec_, trainer)
         show(comparison)
         comparisons.append(comparison)
     return Report(comparisons, noise_floor(points, store))

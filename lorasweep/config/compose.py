@@ -96,9 +96,9 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     check_cluster(cluster)
     check_pack_size(exec_, cluster)
     sweep_name = choices.get("sweep")
-    same = ("action", "format", "mirror", "table", "run", "out", "sample", "watch", "prune")
+    same = ("action", "format", "mirror", "table", "run", "out", "sample", "max_difference")
     common = {
-        **{name: getattr(config, name) for name in same},
+        **{name: getattr(config, name) for name in (*same, "watch", "prune")},
         "scale": config.scale.name,
         "exec": exec_,
         "cluster": cluster,

@@ -98,6 +98,7 @@ class Config:
     run: str = ""
     out: str = ""
     sample: int = 3
+    max_difference: float | None = None
     watch: bool = False
     prune: bool = False
     scale: Scale = field(default_factory=Scale)

@@ -39,6 +39,9 @@ class Request:
     """The machine that action=plan plans for, as in conf/hardware; empty: this machine."""
     parts: list["Request"] = field(default_factory=list)
     """For a sweep that consists of sweeps: their requests, which run one after another."""
+    max_difference: float | None = None
+    """action=adapter: accepted difference of the final metric from the recorded one. None: the
+    noise between seeds."""
 
     @property
     def title(self) -> str:

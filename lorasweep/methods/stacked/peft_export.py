@@ -10,13 +10,20 @@ import torch
 
 
 def save_peft(
-    folder: Path, state: dict[str, torch.Tensor], rank: int, alpha: float, base_name: str
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    rank: int,
+    scaling: float,
+    base_name: str,
+    revision: str | None = None,
 ) -> None:
     """Write one member as a folder that PeftModel loads.
 
-    `state`: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]. `alpha` is the numerator
-    of PEFT's scaling alpha/rank. An adapted unembedding is written too. If it is tied to the
-    embedding, never merge the adapter: that would change the embedding as well.
+    `state`: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]. `scaling`: the factor on
+    B A x in training, by whatever rule; PEFT divides lora_alpha by the rank, so that is scaling *
+    rank. `base_name`, `revision`: where PEFT finds the base. An adapted unembedding is written too.
+    If it is tied to the embedding, never merge the adapter: that would change the embedding as
+    well.
     """
     from safetensors.torch import save_file
 
@@ -32,8 +39,9 @@ def save_peft(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
+        "revision": revision,
         "r": rank,
-        "lora_alpha": alpha,
+        "lora_alpha": scaling * rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(modules),

@@ -1,4 +1,4 @@
-"""LoRA against PEFT, in float64: every update, and the adapter's file."""
+"""LoRA against PEFT, in float64, at every update."""
 
 import dataclasses
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from lorasweep.data import load as data
-from lorasweep.data.batches import collate, eval_batches
+from lorasweep.data.batches import collate
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.train.objectives.sft import evaluate, nll_sums
+from lorasweep.train.objectives.sft import nll_sums
 from lorasweep.train.optim import AdamW
-from tests.training import attached, run
+from tests.training import attached
 from tests.world import tiny_spec
 
 
@@ -86,21 +86,3 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world):
             torch_optimizer.zero_grad()
     finally:
         trainables.detach()
-
-
-def test_adapter_in_peft_format_is_loaded_by_peft(world, tmp_path):
-    from peft import PeftModel
-
-    from lorasweep.methods.stacked.peft_export import save_peft
-
-    spec, base, dataset = world
-    states, records = run([spec], base, dataset)
-    tensors = states[spec.id]["tensors"]
-    state = {k.removeprefix("param/"): v for k, v in tensors.items() if k.startswith("param/")}
-    save_peft(tmp_path / "adapter", state, spec.method.rank, spec.method.alpha, "tiny64")
-    loaded = PeftModel.from_pretrained(base.model, tmp_path / "adapter").double()
-    try:
-        nll = evaluate(loaded, [eval_batches(dataset.test, 4096)], "fp64")[0]
-    finally:
-        loaded.unload()
-    assert nll == pytest.approx(records[spec.id][-1]["test_nll"], abs=1e-9)

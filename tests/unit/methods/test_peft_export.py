@@ -1,0 +1,135 @@
+"""The adapter's file: PEFT computes what was trained, for every rule of scaling, rank and kind of head."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+from lorasweep.cli import finished_runs
+from lorasweep.cli.actions import act
+from lorasweep.errors import TrainingError
+from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.methods.lora import SCALINGS, LoRA
+from lorasweep.methods.stacked.peft_export import save_peft
+from lorasweep.models.recipe import empty_model
+from lorasweep.spec.model import ModelSpec
+from lorasweep.store.run_store import RunStore
+from tests.training import attached
+
+
+def small(tied):
+    return ModelSpec(
+        name="small",
+        source="hub",
+        location="nobody/small",
+        hidden_size=16,
+        n_layers=1,
+        n_heads=2,
+        n_kv_heads=1,
+        head_size=8,
+        mlp_size=24,
+        vocab_size=20,
+        tied=tied,
+    )
+
+
+@pytest.mark.parametrize("layers", ["all", "attention"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scaling_by", SCALINGS)
+def test_peft_computes_the_logits_that_were_trained(tmp_path, scaling_by, tied, layers):
+    torch.manual_seed(0)
+    base = empty_model(small(tied)).double()
+    tokens = torch.randint(20, (2, 9))
+    for rank in (1, 3, 4):
+        method = LoRA(rank=rank, alpha=5.0, layers=layers, scaling_by=scaling_by)
+        model = copy.deepcopy(base)
+        trainables = attached(method, model, small(tied))
+        with torch.no_grad():
+            for p in trainables.parameters().values():
+                p.normal_(0, 0.5)
+            want = model(input_ids=tokens).logits
+        state = {trainables.part_of(n)[0]: p[0] for n, p in trainables.parameters().items()}
+        folder = tmp_path / str(rank)
+        save_peft(folder, state, rank, method.scaling, "nobody/small", "abc")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["lora_alpha"] == method.scaling * rank  # a float is kept exactly
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).double()
+        with torch.no_grad():
+            got = loaded(input_ids=tokens).logits
+            assert (got - base(input_ids=tokens).logits).abs().max() > 0.1  # it does something
+        assert torch.allclose(got, want, rtol=0, atol=1e-6)  # PEFT holds adapters in fp32
+        assert loaded.peft_config["default"].base_model_name_or_path == "nobody/small"
+        assert loaded.peft_config["default"].revision == "abc"
+
+
+def test_an_adapter_written_before_still_loads(tmp_path):
+    """The file as it was written: an integer lora_alpha, no revision."""
+    from safetensors.torch import save_file
+
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    weights = {
+        f"{name}.lora_A.weight": torch.ones(2, 16),
+        f"{name}.lora_B.weight": torch.ones(16, 2),
+    }
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "small",
+        "r": 2,
+        "lora_alpha": 32.0,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj"],
+        "inference_mode": True,
+        "use_rslora": False,
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    loaded = PeftModel.from_pretrained(empty_model(small(False)), tmp_path)
+    module = loaded.get_submodule(name)
+    assert module.scaling == {"default": 16.0}
+    assert torch.equal(module.lora_A["default"].weight, weights[f"{name}.lora_A.weight"])
+
+
+class Elsewhere:
+    """The real trainer on a machine that rounds differently: the final loss is off by `shift`."""
+
+    def __init__(self, shift):
+        self.shift, self.real = shift, TorchTrainer()
+
+    def __call__(self, pack, exec_, resume):
+        for event in self.real(pack, exec_, resume):
+            for _, final in event.ended.values():
+                final["test_nll"] += self.shift
+            yield event
+
+
+def test_the_command_compares_with_the_recorded_loss(compose, tmp_path, capsys):
+    asked = compose(
+        "scale=smoke", "method=lora", "method.rank=4", "lr=5e-3", "steps=2", "format=json"
+    )
+    act(asked, TorchTrainer())
+    capsys.readouterr()
+    (spec,), store = [p.spec for p in asked.points], RunStore(tmp_path / "runs")
+    folder = tmp_path / "adapter"
+
+    def save(shift, **settings):
+        request = dataclasses.replace(
+            asked, action="adapter", run=spec.id, out=str(folder), **settings
+        )
+        assert finished_runs.adapter(request, store, [], Elsewhere(shift)) == 0
+        return capsys.readouterr().out
+
+    assert "exactly the same" in save(0.0)
+    assert "difference +1.0e-03" in save(1e-3) and folder.is_dir()
+    env = store.env(spec.id)
+    env["packages"]["torch"] = "1.0"
+    store.write_env(spec.id, 1, env)
+    with pytest.raises(TrainingError, match=r"torch 1\.0 then.*add max_difference=0\.03"):
+        folder = tmp_path / "other"
+        save(0.025)
+    assert not folder.exists()
+    assert "what differs: torch 1.0 then" in save(0.025, max_difference=0.03) and folder.is_dir()
