@@ -1,6 +1,7 @@
 """Read and write metrics.jsonl in a run's folder: one record per line."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ def read_end(folder: Path) -> list[Record]:
     return read(folder, max(0, size(folder) - RECENT_BYTES))
 
 
-def append(folder: Path, record: Record) -> None:
-    """Append one record. Values that are not finite are written as null."""
-    files.append(_path(folder), (results.finite_json(record) + "\n").encode())
+def append(folder: Path, new: Sequence[Record]) -> None:
+    """Append records, in one write. Values that are not finite are written as null."""
+    if new:
+        text = "".join(results.finite_json(record) + "\n" for record in new)
+        files.append(_path(folder), text.encode())
 
 
 def size(folder: Path) -> int:

@@ -252,9 +252,9 @@ class RunStore:
         """Append a line to an attempt's log."""
         files.append(self._attempt(rid, attempt) / "log.txt", (text.rstrip() + "\n").encode())
 
-    def record(self, rid: str, record: Record) -> None:
-        """Append one record. Values that are not finite are written as null."""
-        records.append(self.folder(rid), record)
+    def record(self, rid: str, *new: Record) -> None:
+        """Append records, in one write. Values that are not finite are written as null."""
+        records.append(self.folder(rid), new)
 
     def records_size(self, rid: str) -> int:
         """Return the size of the records in bytes, which a checkpoint remembers."""

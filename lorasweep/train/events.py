@@ -1,7 +1,7 @@
 """What a trainer reports: one Event per update. Standard library only."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorasweep.store.checkpoint import State
@@ -21,3 +21,5 @@ class Event:
     """Returns the state of every member still in the pack. Valid until the next event."""
     backend: str = ""
     """Implementation and device, such as 'cpu_llama on cpu'."""
+    dropped: set[str] = field(default_factory=set)
+    """Runs that the caller no longer wants, which it adds: the next update is made without them."""

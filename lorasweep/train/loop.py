@@ -153,10 +153,12 @@ def train(
                     for k, run in enumerate(layout)
                 }
 
-            yield Event(step, records, ended, snapshot, passes)
+            event = Event(step, records, ended, snapshot, passes)
+            yield event
 
             # ------------------------------------------------------------ compaction
-            stay = [k for k, m in enumerate(members) if m.id not in ended]
+            gone = ended.keys() | event.dropped
+            stay = [k for k, m in enumerate(members) if m.id not in gone]
             if len(stay) < len(members):
                 members = [members[k] for k in stay]
                 if stay:

@@ -13,6 +13,7 @@ import pytest
 
 from lorasweep.launch import local
 from lorasweep.store import claims
+from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
 from tests.world import ROOT, cli, compose_request
 
@@ -109,7 +110,7 @@ def test_killed_with_kill_9_it_goes_on_with_the_same_bits(tmp_path, arm):
 
 def test_ctrl_c_stops_cleanly_and_the_next_command_goes_on_though_its_worker_is_killed(tmp_path):
     arguments = (*LONG, "method=lora", "method.rank=4", "lr=3e-3")
-    process = start(*arguments, "exec.checkpoint_s=60", cwd=tmp_path)
+    process = start(*arguments, cwd=tmp_path)
     wait_for(lambda: max(furthest(tmp_path), default=0) >= 10)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -122,7 +123,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_command_goes_on_though_its_worker_is_
     process = start(*arguments, cwd=tmp_path)
     wait_for(lambda: min(furthest(tmp_path)) >= stopped_at + 5)
     attempt = tmp_path / "runs" / rid / "attempts/2"
-    assert json.loads((attempt / "env.json").read_text())["resumed_from_step"] >= 10
+    assert json.loads((attempt / "env.json").read_text())["resumed_from_step"] == stopped_at
     owner = json.loads((attempt / "owner.json").read_text())
     assert owner["pid"] != process.pid
     os.kill(owner["pid"], signal.SIGKILL)
@@ -133,16 +134,9 @@ def test_ctrl_c_stops_cleanly_and_the_next_command_goes_on_though_its_worker_is_
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
-    """Also where nobody reads their events any more: the runs are interrupted, not failed, and their
-    checkpoint is kept."""
-    arguments = (
-        *LONG,
-        "method=lora",
-        "method.rank=4",
-        "lr=3e-3",
-        "exec.checkpoint_s=60",
-        "steps=400",
-    )
+    """Also where nobody reads their events any more: the runs are interrupted, not failed, and they
+    have a checkpoint of their last update."""
+    arguments = (*LONG, "method=lora", "method.rank=4", "lr=3e-3", "steps=400")
     process = start(*arguments, cwd=tmp_path)
     wait_for(lambda: max(furthest(tmp_path), default=0) >= 10)
     (rid,) = kept(tmp_path)
@@ -151,7 +145,7 @@ def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
     store = RunStore(tmp_path / "runs")
     wait_for(lambda: store.state(rid) != "running")
     assert store.state(rid) == "interrupted" and store.end(rid, 1)["state"] == "stopped"
-    assert list((tmp_path / "runs" / rid / "checkpoint").glob("*.json"))
+    assert max(described(tmp_path / "runs" / rid / "checkpoint")) == max(furthest(tmp_path))
 
 
 def test_an_owner_found_dead_on_another_machine_is_replaced(tmp_path, monkeypatch):

@@ -92,6 +92,27 @@ def test_one_step_in_a_pack_is_one_step_alone(world):
     assert max(wild) - wild[0] > 0.5
 
 
+def test_a_run_that_the_caller_drops_is_trained_no_further(world):
+    """The rest of its pack goes on as if alone; a trainer that has lost all runs ends."""
+    spec, base, rows = world
+    pack, trained = mixed(dataclasses.replace(spec, steps=6), 3), {}
+    for event in finetune(pack, base, rows):
+        for i in event.records:
+            trained.setdefault(i, []).append(event.step)
+        if event.step == 2:
+            event.dropped.add(pack[1].id)
+        if event.ended:
+            last = copied(event.snapshot())
+    assert [trained[s.id][-1] for s in pack] == [6, 2, 6] and pack[1].id not in last
+    alone, _ = run([pack[2]], base, rows)
+    assert worst(alone[pack[2].id], last[pack[2].id]) < 1e-9
+    events = []
+    for event in finetune([dataclasses.replace(spec, method=FullFT(), lr=1e-3)], base, rows):
+        events.append(event)
+        event.dropped.update(event.records)
+    assert len(events) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [False, True], ids=["equal rows", "ragged rows"])
 def test_whole_trajectories_agree_in_float64_below_the_edge(world, text):
