@@ -103,21 +103,23 @@ class _WholeModel:
         raise SpecError("a full fine-tuning pack has one member and cannot be compacted")
 
     def norms(self) -> list[dict[str, float]]:
-        total = sum(
-            float((p.detach().float() - self._start[n].float()).square().sum())
+        import torch
+
+        squares = [
+            torch.linalg.vector_norm(p.detach() - self._start[n], dtype=torch.float64).square()
             for n, p in self.parameters().items()
-        )
-        return [{"norm_delta": total**0.5}]
+        ]
+        return [{"norm_delta": torch.stack(squares).sum().sqrt().tolist()}]
 
     def spectra(self) -> list[dict[str, dict[str, float]]]:
+        import torch
+
         from lorasweep.methods.stacked.spectral import spectral_norm
 
-        matrices = {
-            n: p.detach() - self._start[n] for n, p in self.parameters().items() if p.dim() == 2
-        }
-        return [
-            {n.removesuffix(".weight"): {"delta": spectral_norm(d)} for n, d in matrices.items()}
-        ]
+        matrices = {n: p for n, p in self.parameters().items() if p.dim() == 2}
+        norms = [spectral_norm(p.detach() - self._start[n]) for n, p in matrices.items()]
+        names = [n.removesuffix(".weight") for n in matrices]
+        return [{n: {"delta": norm} for n, norm in zip(names, torch.stack(norms).tolist())}]
 
     def detach(self) -> None:
         import torch

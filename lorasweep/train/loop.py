@@ -58,11 +58,12 @@ def train(
             started = time.perf_counter()
             batches = objective.batches(model, step, members)
             weight_N = torch.stack([objective.weights(b) for b in batches]).sum(0)
-            divisor_N, total_N = weight_N.to(device), torch.zeros(len(members), dtype=torch.float64)
+            divisor_N = weight_N.to(device)
+            total_N = torch.zeros(len(members), dtype=torch.float64, device=device)
             for batch in batches:
                 sums_N = objective.loss(model, batch)
                 (sums_N / divisor_N.to(sums_N)).sum().backward()
-                total_N += sums_N.detach().double().cpu()
+                total_N += sums_N.detach()
             if step == 0:  # record the layer sets' shares of the first gradient
                 for m, squares in zip(members, optimizer.grad_squares()):
                     shares = gradient_shares(squares, m.model)
@@ -76,7 +77,7 @@ def train(
             seconds = (time.perf_counter() - started) / len(members)
 
             # ------------------------------------------------------------ records
-            losses = (total_N / weight_N.double()).tolist()
+            losses = (total_N / divisor_N.double()).tolist()
             laid_out = sum(b.laid_out for b in batches)
             records: dict[str, Record] = {}
             diverged = set()

@@ -31,6 +31,13 @@ def _gradient(p: torch.Tensor) -> torch.Tensor:
     return p.grad
 
 
+def _ratios(trainables: Parameters, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.tensor(trainables.lr_ratios(name), dtype=torch.float64).to(p).view(-1, 1, 1)
+        for name, p in params.items()
+    }
+
+
 @dataclass
 class OneRun:
     """The named tensors of a single run, as Parameters: a base in pretraining."""
@@ -64,13 +71,15 @@ class AdamW:
     params: dict[str, torch.Tensor]
     exp_avg: dict[str, torch.Tensor]
     exp_avg_sq: dict[str, torch.Tensor]
+    ratios: dict[str, torch.Tensor]
+    """Learning rate factors of the members that each tensor holds, [n, 1, 1], on its device."""
 
     @classmethod
     def start(cls, trainables: Parameters, specs: Sequence[RunSpec]) -> "AdamW":
         """Start with zero moments."""
         params = trainables.parameters()
         zeros = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
-        return cls(trainables, list(specs), params, *zeros)
+        return cls(trainables, list(specs), params, *zeros, _ratios(trainables, params))
 
     def keep(self, members: list[int]) -> None:
         """Drop the parameters and moments of all members but `members` (increasing indices)."""
@@ -81,6 +90,7 @@ class AdamW:
             {new: moment[old][rows].clone() for new, (old, rows) in came_from.items()}
             for moment in (self.exp_avg, self.exp_avg_sq)
         )
+        self.ratios = _ratios(self.trainables, self.params)
 
     @torch.no_grad()
     def grad_norms(self) -> list[float]:
@@ -100,12 +110,15 @@ class AdamW:
     def grad_squares(self) -> list[dict[str, float]]:
         """Return each member's squared gradient norms, by tensor names in one member's state."""
         found: list[dict[str, float]] = [{} for _ in self.specs]
-        for name, p in self.params.items():
-            of_member, members = self.trainables.part_of(name)
+        sums = []
+        for p in self.params.values():
             squares = _gradient(p).double().square()
-            sums = squares.flatten(1).sum(1) if self.trainables.stacked else [squares.sum()]
-            for k, value in zip(range(members.start, members.stop), sums):
-                found[k][of_member] = float(value)
+            sums.append(squares.flatten(1 if self.trainables.stacked else 0).sum(-1).view(-1))
+        values = iter(torch.cat(sums).tolist())
+        for name in self.params:
+            of_member, members = self.trainables.part_of(name)
+            for k in range(members.start, members.stop):
+                found[k][of_member] = next(values)
         return found
 
     @torch.no_grad()
@@ -129,12 +142,10 @@ class AdamW:
         some = next(iter(self.params.values()))
         rate_N, clip_N = (torch.tensor(x, dtype=torch.float64).to(some) for x in (lr, clip))
         members = [self.trainables.part_of(name)[1] for name in self.params]
-        own = [
-            torch.tensor(self.trainables.lr_ratios(name), dtype=torch.float64).to(some)
-            for name in self.params
-        ]
         params = list(self.params.values())
-        step_sizes = [(rate_N[at] * ratio).view(-1, 1, 1) for at, ratio in zip(members, own)]
+        step_sizes = [
+            rate_N[at].view(-1, 1, 1) * self.ratios[name] for at, name in zip(members, self.params)
+        ]
         grads = [_gradient(p) for p in params]
         m, v = self._moments(self.exp_avg), self._moments(self.exp_avg_sq)
         if any(c != 1.0 for c in clip):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lorasweep.methods.stacked.spectral import factor_norms
 from lorasweep.spec.streams import stream
 
 if TYPE_CHECKING:
@@ -130,37 +131,36 @@ class StackedAdapters:
 
     @torch.no_grad()
     def norms(self) -> list[dict[str, float]]:
-        """Return each member's Frobenius norms over all matrices: of A, of B, of scaling * B A."""
-        n = len(next(iter(self._wrapped.values())).scaling_N)
-        sums = torch.zeros(3, n, dtype=torch.float64)
+        """Return each member's Frobenius norms over all matrices: of A, of B, of scaling * B A.
+
+        Computed on the device and copied to the host once.
+        """
+        scaling_N = next(iter(self._wrapped.values())).scaling_N.double()
+        sums = torch.zeros(3, len(scaling_N), dtype=torch.float64, device=scaling_N.device)
         for module in self._wrapped.values():
             for members, p, q in zip(module.ranks, module.A, module.B):
-                a, b = p.double().cpu(), q.double().cpu()
-                s = module.scaling_N[members].double().cpu()
+                a, b = p.double(), q.double()
                 sums[0, members] += a.square().sum((1, 2))
                 sums[1, members] += b.square().sum((1, 2))
                 # |BA|_F^2 = tr(B'B AA'): r x r products instead of an O x I matrix
                 squared = (torch.bmm(b.mT, b) * torch.bmm(a, a.mT)).sum((1, 2))
-                sums[2, members] += s.square() * squared
+                sums[2, members] += scaling_N[members].square() * squared
         roots = sums.clamp_min(0).sqrt().T.tolist()
         return [dict(zip(("norm_a", "norm_b", "norm_delta"), root)) for root in roots]
 
     @torch.no_grad()
     def spectra(self) -> list[dict[str, dict[str, float]]]:
-        found: list[dict[str, dict[str, float]]] = [{} for _ in self._lr_b]
-        for name, module in self._wrapped.items():
-            for members, p, q in zip(module.ranks, module.A, module.B):
-                numbers = range(members.start, members.stop)
-                for k, a, b in zip(numbers, p.double().cpu(), q.double().cpu()):
-                    # |BA| = |R_b R_a'| with B = Q_b R_b and A' = Q_a R_a: an r x r product instead
-                    # of an O x I matrix
-                    small = torch.linalg.qr(b).R @ torch.linalg.qr(a.mT).R.mT
-                    found[k][name] = {
-                        "a": float(torch.linalg.matrix_norm(a, 2)),
-                        "b": float(torch.linalg.matrix_norm(b, 2)),
-                        "delta": float(torch.linalg.matrix_norm(small, 2) * module.scaling_N[k]),
-                    }
-        return found
+        """Return the spectral norms of A, of B and of scaling * B A, copied to the host once."""
+        rows = []
+        for module in self._wrapped.values():
+            parts = [factor_norms(a, b) for a, b in zip(module.A, module.B)]
+            a, b, delta = map(torch.cat, zip(*parts))
+            rows.append(torch.stack([a, b, delta * module.scaling_N.double()]))
+        of_member = torch.stack(rows).permute(2, 0, 1).tolist()
+        return [
+            {name: dict(zip(("a", "b", "delta"), row)) for name, row in zip(self._wrapped, found)}
+            for found in of_member
+        ]
 
     def detach(self) -> None:
         for name, linear in self._originals.items():

@@ -1,23 +1,49 @@
-"""The largest singular value of a matrix, by the power method."""
+"""Largest singular values from Gram matrices, on the device of the matrices, in float64.
+
+|M|^2 is the largest eigenvalue of the smaller of M M' and M' M. Squaring halves the digits of small
+singular values, not of the largest: its relative error is about k * 1e-16 for a Gram matrix [k, k].
+Nothing here copies to the host.
+"""
 
 import torch
 
-ITERATIONS = 60
-"""Power iterations: enough for 1% unless the second singular value is closer than that."""
+BLOCK = 8192
+"""Rows that are held in float64 at once."""
+
+
+def largest_singular(gram_kk: torch.Tensor) -> torch.Tensor:
+    """Return the square root of the largest eigenvalue of each Gram matrix [..., k, k].
+
+    NaN where a matrix is not finite: a run may have broken down while others of its pack end well.
+    """
+    finite = gram_kk.isfinite().all(-1).all(-1)
+    safe = torch.where(finite[..., None, None], gram_kk, 0.0)
+    roots = torch.linalg.eigvalsh(safe)[..., -1].clamp_min(0).sqrt()
+    return torch.where(finite, roots, torch.nan)
 
 
 @torch.no_grad()
-def spectral_norm(matrix: torch.Tensor) -> float:
-    """Return the largest singular value, by the power method from a fixed start.
+def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the largest singular value of a matrix, as a float64 tensor without dimensions."""
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    blocks = (rows.double() for rows in tall.split(BLOCK))
+    return largest_singular(torch.stack([rows.mT @ rows for rows in blocks]).sum(0))
 
-    A full decomposition of a large model's matrices would take longer than the run.
+
+@torch.no_grad()
+def factor_norms(
+    a_nrI: torch.Tensor, b_nOr: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return |A|, |B| and |B A| of each member, [n] each, from products r x r.
+
+    |B A|^2 is the largest eigenvalue of S (B'B) S' with A A' = S' S. Its relative error is about
+    r * 1e-16 * (|A| |B| / |B A|)^2.
     """
-    matrix = matrix.double()
-    v = torch.linspace(1.0, 2.0, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-    for _ in range(ITERATIONS):
-        v = matrix.mT @ (matrix @ _unit(v))
-    return float(torch.linalg.vector_norm(matrix @ _unit(v)))
-
-
-def _unit(v: torch.Tensor) -> torch.Tensor:
-    return v / torch.linalg.vector_norm(v).clamp_min(1e-300)
+    a, b = a_nrI.double(), b_nOr.double()
+    gram_a, gram_b = torch.bmm(a, a.mT), torch.bmm(b.mT, b)
+    finite = gram_a.isfinite().all(-1).all(-1)
+    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], gram_a, 0.0))
+    s = values.clamp_min(0).sqrt()[..., None] * vectors.mT
+    both = torch.where(finite[:, None, None], s @ gram_b @ s.mT, torch.nan)
+    norms_3n = largest_singular(torch.stack([gram_a, gram_b, (both + both.mT) / 2]))
+    return norms_3n[0], norms_3n[1], norms_3n[2]

@@ -185,14 +185,17 @@ def evaluate(model: "nn.Module", batches: Sequence[list[Batch]], precision: str)
     It is the summed NLL divided by the token count. A member with fewer batches than another
     repeats its own; the repeats do not count.
     """
-    total = torch.zeros(len(batches), dtype=torch.float64)
+    device = next(model.parameters()).device
+    total = torch.zeros(len(batches), dtype=torch.float64, device=device)
     for k in range(max(map(len, batches))):
         merged = merge([own[k % len(own)] for own in batches])
-        counts = torch.tensor([k < len(own) for own in batches])
-        sums = nll_sums(model, merged, precision).double().cpu()
-        total += torch.where(counts, sums, 0.0)
-    n_loss = [sum(b.n_loss for b in own) for own in batches]
-    return (total / torch.tensor(n_loss, dtype=torch.float64)).tolist()
+        sums = nll_sums(model, merged, precision).double()
+        if not all(k < len(own) for own in batches):
+            counts = torch.tensor([k < len(own) for own in batches], device=device)
+            sums = torch.where(counts, sums, 0.0)
+        total += sums
+    n_loss = torch.tensor([sum(b.n_loss for b in own) for own in batches], device=device)
+    return (total / n_loss).tolist()
 
 
 def _bytes_per_token(examples: Sequence[Example]) -> float | None:
