@@ -109,7 +109,7 @@ class _WholeModel:
             torch.linalg.vector_norm(p.detach() - self._start[n], dtype=torch.float64).square()
             for n, p in self.parameters().items()
         ]
-        return [{"norm_delta": torch.stack(squares).sum().sqrt().tolist()}]
+        return [{"norm_delta": torch.stack(squares).sum().sqrt().item()}]
 
     def spectra(self) -> list[dict[str, dict[str, float]]]:
         import torch

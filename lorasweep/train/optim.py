@@ -78,8 +78,8 @@ class AdamW:
     def start(cls, trainables: Parameters, specs: Sequence[RunSpec]) -> "AdamW":
         """Start with zero moments."""
         params = trainables.parameters()
-        zeros = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
-        return cls(trainables, list(specs), params, *zeros, _ratios(trainables, params))
+        m, v = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
+        return cls(trainables, list(specs), params, m, v, _ratios(trainables, params))
 
     def keep(self, members: list[int]) -> None:
         """Drop the parameters and moments of all members but `members` (increasing indices)."""
