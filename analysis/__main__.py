@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "analysis" / "results"
 """Kept results of the repository."""
+SCALE_HELP = (
+    "scale of the sweep, with the hash of its folder if there is one; default: that of the newest "
+    "report"
+)
 EPILOG = """commands
   fit FILE      best learning rate of every curve, with interval or bound and low-regret band
   ratio FILE    LoRA's best rate divided by full fine-tuning's
@@ -201,7 +205,7 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("sweep", help="name of the sweep, e.g. lr_ratio; or a command, see below")
-    parser.add_argument("--scale", help="scale of the sweep; default: that of the newest report")
+    parser.add_argument("--scale", help=SCALE_HELP)
     parser.add_argument(
         "--reports-dir", default=os.environ.get("LORASWEEP_REPORTS", "reports"), type=Path
     )
@@ -251,7 +255,7 @@ def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
     wanted = [
         p
         for p in found
-        if (p.name == f"{sweep}-{scale}" if scale else p.name.rpartition("-")[0] == sweep)
+        if (p.name == f"{sweep}-{scale}" if scale else p.name.startswith(f"{sweep}-"))
     ]
     if not wanted:
         at = f" at scale {scale!r}" if scale else ""

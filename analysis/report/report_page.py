@@ -1,6 +1,7 @@
 """Render report.md: verdicts, the question's sections, optima, and conditions."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,9 +64,15 @@ def markdown(
         f"- hash of claims and margins: {claims_hash}",
         f"- conclusions hold for scale {scale} only",
         "",
-        f"Command: `python -m lorasweep +sweep={name} scale={scale}`",
+        f"Command: `{command_of(question)}`",
     ]
     return "\n".join(out) + "\n"
+
+
+def command_of(question: dict[str, Any]) -> str:
+    """Return the command that asks a question, with the options that changed its runs."""
+    words = [f"+sweep={question['name']}", f"scale={question['scale']}"]
+    return shlex.join(["python", "-m", "lorasweep", *words, *question.get("changes", [])])
 
 
 def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[list[str]]:

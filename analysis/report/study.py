@@ -7,7 +7,7 @@ are corrected for multiplicity over the whole table (Holm). `study_page` renders
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import pandas as pd
 
 from analysis.inference.decide import holm, look_level
 from analysis.inference.estimate import LEVEL, Estimate, Verdict, with_interval
+from analysis.report.report_page import command_of
 
 ORDER = (
     "lr_ratio",
@@ -46,13 +47,13 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Name of the sweep and the scale."""
-        return f"{self.results['sweep']}-{self.results['scale']}"
+        """Name of the sweep and the scale, and a hash if its runs were changed."""
+        return self.folder.name
 
     @property
     def command(self) -> str:
         """The command that makes this answer."""
-        return f"python -m lorasweep +sweep={self.results['sweep']} scale={self.results['scale']}"
+        return command_of(self.question)
 
     def says(self, claim: str) -> str:
         """Return a claim's sentence."""
@@ -137,14 +138,17 @@ def _span(values: pd.Series) -> str:
     return f"{low:,g}" if low == high else f"{low:,g} to {high:,g}"
 
 
-def parts_of(folders: Sequence[Path]) -> list[Part]:
+def parts_of(folders: Sequence[Path], names: Collection[str] | None = None) -> list[Part]:
     """Read all answers below folders, and correct their primary claims together.
 
-    If two folders have an answer of the same sweep and scale, the first one's is used.
+    If two folders have an answer of the same name, the first one's is used. `names`: the answers
+    to read; None: all.
     """
     found: dict[str, Part] = {}
     for root in folders:
         for path in sorted(root.glob("*/results.json")):
+            if names is not None and path.parent.name not in names:
+                continue
             results = json.loads(path.read_text())
             question = json.loads((path.parent / "question.json").read_text())
             verdicts = [_verdict(v) for v in results["verdicts"]]

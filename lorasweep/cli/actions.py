@@ -187,10 +187,10 @@ def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
         print("no run has finished, so there is no answer yet", file=sys.stderr)
         return
     asked = question(request)
-    folder = Path(request.exec.reports_dir) / f"{request.sweep_name}-{request.scale}"
+    folder = Path(request.exec.reports_dir) / request.title
     table = load_runs(store.root, finished)
     print(answer.judge(table, asked, folder, as_json=request.format == "json"))
-    path = looks.path_of(store.root, request.sweep_name, request.scale)
+    path = looks.path_of(store.root, request.title)
     looks.note_look(path, answer.claims_hash(asked), asked["rounds"])
 
 

@@ -152,8 +152,8 @@ def qualify(table: "pd.DataFrame") -> Qualification:
     )
 
 
-def study(reports: Path, scale: str, title: str) -> list[str]:
-    """Write the page of all answers in `reports` at a scale, and return its table as lines.
+def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
+    """Write the page of the answers in `reports/TITLE`, and return its table as lines.
 
     The page is `reports/title/study.md`.
     """
@@ -161,7 +161,7 @@ def study(reports: Path, scale: str, title: str) -> list[str]:
     from analysis.report import study_page
     from analysis.report.text import aligned
 
-    parts = [p for p in answers.parts_of([reports]) if p.results["scale"] == scale]
+    parts = answers.parts_of([reports], titles)
     path = reports / title / "study.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(study_page.page(parts, "../"))

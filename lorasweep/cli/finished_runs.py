@@ -159,7 +159,7 @@ def extend(request: Request, store: RunStore, points: list[Point]) -> int:
     if not wanted.runs:
         print("nothing to add: every claim is decided, or more runs cannot help")
         return 0
-    path = looks.path_of(store.root, request.sweep_name, request.scale)
+    path = looks.path_of(store.root, request.title)
     number = looks.append(path, wanted.runs, answer.claims_hash(asked), points)
     lines = [
         *wanted.lines,

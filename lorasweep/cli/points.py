@@ -20,7 +20,7 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
     points = _two_stages(request, store)
     if request.sweep is None:
         return points
-    rounds = looks.read(looks.path_of(store.root, request.sweep_name, request.scale))
+    rounds = looks.read(looks.path_of(store.root, request.title))
     return points + points_of_rounds(rounds, points)
 
 

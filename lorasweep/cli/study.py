@@ -36,7 +36,8 @@ def each(request: Request, act: Callable[[Request], int]) -> int:
             return code
     if request.action == "run" and request.cluster.kind == "local" and request.format != "json":
         reports = Path(request.exec.reports_dir)
-        print("\n".join(answer.study(reports, request.scale, request.title)))
+        titles = [part.title for part in request.parts]
+        print("\n".join(answer.study(reports, titles, request.title)))
     return code
 
 

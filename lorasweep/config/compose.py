@@ -5,6 +5,7 @@ Knows Hydra, the schema and the groups. Refuses to know torch: composing works o
 
 import copy
 import dataclasses
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -32,11 +33,23 @@ from lorasweep.spec.execution import Cluster
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate
 from lorasweep.sweep.grid import Point, around, expand, geom
-from lorasweep.sweep.question import check_sweep
-from lorasweep.sweep.request import Request
+from lorasweep.sweep.question import Sweep, check_sweep
+from lorasweep.sweep.request import HASH_DIGITS, Request, runs_hash
 
+REQUEST_KEYS = (
+    *("action", "format", "mirror", "table", "run", "out"),
+    *("sample", "max_difference", "watch", "prune"),
+)
+"""Settings of the command itself, which a request keeps as they are."""
 SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTILINE)
 """Matches lines with which a sweep's file sets more than the sweep."""
+SELECT_FILES = ("+sweep=", "scale=")
+CHANGE_NO_RUNS = (
+    *SELECT_FILES,
+    *(f"{key}=" for key in REQUEST_KEYS),
+    *("exec.", "+exec.", "cluster=", "cluster.", "+cluster.", "hardware=", "hardware."),
+)
+"""Starts of overrides that change how runs are trained and shown, not which runs are asked for."""
 
 
 def register() -> None:
@@ -96,9 +109,8 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     check_cluster(cluster)
     check_pack_size(exec_, cluster)
     sweep_name = choices.get("sweep")
-    same = ("action", "format", "mirror", "table", "run", "out", "sample", "max_difference")
     common = {
-        **{name: getattr(config, name) for name in (*same, "watch", "prune")},
+        **{name: getattr(config, name) for name in REQUEST_KEYS},
         "scale": config.scale.name,
         "exec": exec_,
         "cluster": cluster,
@@ -106,16 +118,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     }
     base = _run_spec(config)
     if sweep_name is None:
-        if config.prune:
-            raise SpecError(
-                "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
-                "+sweep=NAME."
-            )
-        points = []
-        if config.action in ("run", "plan", "status", "cancel", "verify", "measure_packs"):
-            validate(base)
-            points = [Point(base.method.name, base)]
-        return Request(**common, sweep_name=None, sweep=None, points=points)
+        return Request(**common, sweep_name=None, sweep=None, points=_single(config, base))
     sweep = config.sweep
     check_sweep(sweep_name, sweep)
     if sweep.parts:
@@ -123,12 +126,60 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
             o for o in overrides if o != f"+sweep={sweep_name}" and not o.startswith("sweep.parts=")
         ]
         parts = [_part(rest, name) for name in sweep.parts]
-        return Request(**common, sweep_name=sweep_name, sweep=sweep, points=[], parts=parts)
+        return Request(
+            **common,
+            sweep_name=sweep_name,
+            sweep=sweep,
+            points=[],
+            parts=parts,
+            changed=_changed_parts(parts, overrides),
+        )
     refuse_overwritten(overrides, sweep_name, sweep)
     if _sets_only_itself(sweep_name, sources):  # leave it out, as composing it takes longest
         overrides = [o for o in overrides if not o.lstrip("+~").startswith(("sweep=", "sweep."))]
     points = expand(base, sweep, _lookup("model", overrides), _lookup("dataset", overrides))
-    return Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
+    told = _changed(points, sweep, settings.overrides.task)
+    return Request(**common, sweep_name=sweep_name, sweep=sweep, points=points, **told)
+
+
+def _single(config: Config, run: RunSpec) -> list[Point]:
+    """Return the run of a command without a sweep; none for actions on the whole store."""
+    if config.prune:
+        raise SpecError(
+            "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
+            "+sweep=NAME."
+        )
+    if config.action not in ("run", "plan", "status", "cancel", "verify", "measure_packs"):
+        return []
+    validate(run)
+    return [Point(run.method.name, run)]
+
+
+def _changed(points: list[Point], sweep: Sweep, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a Request's `changed` and `changes`; empty if the runs are those of the sweep's file.
+
+    The sweep is composed without the rest of the command line and its runs are compared.
+    """
+    changes = [o for o in overrides if not o.startswith(CHANGE_NO_RUNS)]
+    if not changes:
+        return {}
+    mine = {"changed": runs_hash(points, sweep), "changes": changes}
+    selects = [o for o in overrides if o.startswith(SELECT_FILES)]
+    try:
+        as_in_file = _composed(selects)
+    except SpecError:  # complete only with the rest of the command line, as a sweep of any model
+        return mine
+    assert as_in_file.sweep is not None
+    same = runs_hash(as_in_file.points, as_in_file.sweep) == mine["changed"]
+    return {} if same else mine
+
+
+def _changed_parts(parts: Sequence[Request], overrides: Sequence[str]) -> str:
+    """Return a hash of the parts if the command line changed them or their runs, else ''."""
+    if not any(p.changed for p in parts) and not any("sweep.parts=" in o for o in overrides):
+        return ""
+    titles = "\n".join(p.title for p in parts)
+    return hashlib.sha256(titles.encode()).hexdigest()[:HASH_DIGITS]
 
 
 def _part(overrides: list[str], name: str) -> Request:
@@ -136,9 +187,12 @@ def _part(overrides: list[str], name: str) -> Request:
     names = option_names("sweep")
     if name not in names:
         raise SpecError(unknown("sweep", name, names))
-    cfg = hydra_compose(
-        "config", overrides=[*overrides, f"+sweep={name}"], return_hydra_config=True
-    )
+    return _composed([*overrides, f"+sweep={name}"])
+
+
+def _composed(overrides: list[str]) -> Request:
+    """Compose another request inside the running command, with the same folders of files."""
+    cfg = hydra_compose("config", overrides=overrides, return_hydra_config=True)
     settings = cfg.hydra
     with flag_override(cfg, ["struct", "readonly"], False):
         del cfg["hydra"]

@@ -1,6 +1,6 @@
 """Record the looks at a sweep's answer.
 
-One JSON file per sweep, `<runs_dir>/.rounds/<sweep>-<scale>.json`, holds the claims of the first
+One JSON file per question asked, `<runs_dir>/.rounds/<title>.json`, holds the claims of the first
 answer and the rounds of runs that were added later. `sweep.looks` turns rounds into runs.
 """
 
@@ -11,13 +11,18 @@ from typing import Any
 
 from lorasweep.errors import SpecError, StoreError
 from lorasweep.store import files
+from lorasweep.store.claims import SILENCE_S
+from lorasweep.store.lock import Lock
 from lorasweep.sweep import looks
 from lorasweep.sweep.grid import Point
 
+LOCK_S = SILENCE_S + 30
+"""Seconds to wait for the lock: longer than a dead holder on another machine keeps it."""
 
-def path_of(runs_dir: str | Path, sweep: str | None, scale: str) -> Path:
-    """Return where a sweep's looks are recorded."""
-    return Path(runs_dir) / ".rounds" / f"{sweep}-{scale}.json"
+
+def path_of(runs_dir: str | Path, title: str) -> Path:
+    """Return where the looks of the request with this title are recorded."""
+    return Path(runs_dir) / ".rounds" / f"{title}.json"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -40,7 +45,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 def note_look(path: Path, claims_hash: str, planned: int) -> None:
     """Record the claims and planned rounds at a sweep's first answer. Later calls do nothing."""
     if not path.is_file():
-        _write(path, {"claims_hash": claims_hash, "planned": planned, "rounds": []})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        first = {"claims_hash": claims_hash, "planned": planned, "rounds": []}
+        files.create_once(path, _content(first))
 
 
 def append(
@@ -48,17 +55,29 @@ def append(
 ) -> int:
     """Record one more round and return its number.
 
-    `known`: all runs of the sweep so far.
+    `known`: all runs of the sweep so far. Two processes at once add one round after the other.
 
     Raises:
         SpecError: the sweep has no answer yet, all planned rounds are used, the claims were changed
             since the first look, or the round adds no new run.
+        StoreError: another process holds the lock of the looks.
     """
     if not path.is_file():
         raise SpecError(
             "the sweep has no answer yet, so no round can follow. Run it first, without "
             "action=extend."
         )
+    lock = Lock(path.parent / "lock")
+    lock.acquire(LOCK_S, lambda holder: None)
+    try:
+        return _append(path, runs, claims_hash, known)
+    finally:
+        lock.release()
+
+
+def _append(
+    path: Path, runs: Sequence[dict[str, Any]], claims_hash: str, known: Sequence[Point]
+) -> int:
     read(path)  # raises if the file is damaged
     record = json.loads(path.read_text())
     if record["claims_hash"] != claims_hash:
@@ -77,10 +96,9 @@ def append(
     record["rounds"].append({"round": number, "runs": list(runs)})
     if not looks.points(record["rounds"][-1:], known):
         raise SpecError("every run of that round is already part of the sweep: nothing to add.")
-    _write(path, record)
+    files.write_atomic(path, _content(record))
     return number
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+def _content(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1) + "\n").encode()

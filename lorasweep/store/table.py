@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import StoreError
 from lorasweep.methods.registry import spec_from
-from lorasweep.spec.run import TRAIN_VERSION, validate
-from lorasweep.store.run_store import RunStore
+from lorasweep.spec.run import TRAIN_VERSION, RunSpec, validate
+from lorasweep.store.run_store import FINAL, RunStore
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,9 +86,10 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
 def import_table(runs_dir: str | Path, path: str | Path) -> int:
     """Add the runs of an exported table to a store, marked as imported; return how many were new.
 
+    Every row is checked before the first is added.
+
     Raises:
-        StoreError: the file is not such a table, or the result in a row belongs to another run than
-            its spec.
+        StoreError: the file is not such a table, or a row is not a finished run.
     """
     import pandas as pd
 
@@ -108,7 +109,7 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
             f"{path} has no columns 'spec' and 'result'. Only tables from `action=export` can be "
             "imported."
         )
-    rows = []
+    rows: dict[str, tuple[RunSpec, dict[str, Any]]] = {}
     for number, (spec_text, result_text) in enumerate(zip(table["spec"], table["result"]), start=1):
         try:
             spec, result = spec_from(json.loads(spec_text)), json.loads(result_text)
@@ -123,7 +124,15 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
                 f"{path}, row {number}: the spec belongs to run {rid}, the result to run {named}. "
                 "Remove the row."
             )
-        rows.append((spec, result))
+        if result.get("state") not in FINAL:
+            raise StoreError(
+                f"{path}, row {number}: the state of run {rid} is {result.get('state')!r}. Only "
+                f"finished runs can be imported ({' or '.join(FINAL)}). Remove the row."
+            )
+        if rows.setdefault(rid, (spec, result))[1] != result:
+            raise StoreError(
+                f"{path}, row {number}: run {rid} has another result in an earlier row. Keep one."
+            )
     store = RunStore(runs_dir)
     store.prepare()
-    return sum(store.put(spec, result) for spec, result in rows)
+    return sum(store.put(spec, result) for spec, result in rows.values())

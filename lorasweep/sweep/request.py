@@ -4,6 +4,10 @@ It is also written to a file as JSON, for the follow-up job on a cluster.
 """
 
 import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +15,9 @@ from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Claim, Replicates, Sweep
+
+HASH_DIGITS = 6
+"""Hexadecimal digits of the hash in a title: enough for the few requests that share a folder."""
 
 
 @dataclass
@@ -42,13 +49,32 @@ class Request:
     max_difference: float | None = None
     """action=adapter: accepted difference of the final metric from the recorded one. None: the
     noise between seeds."""
+    changed: str = ""
+    """Short hash of the runs, if the command line changed those of the sweep's file; else empty."""
+    changes: list[str] = field(default_factory=list)
+    """The options that changed them, as typed."""
 
     @property
     def title(self) -> str:
-        """Name of the reports and jobs of this request."""
-        if self.sweep_name:
-            return f"{self.sweep_name}-{self.scale}"
-        return f"single-{self.points[0].id}"
+        """Name of the reports, looks and jobs of this request.
+
+        Two requests that ask for different runs have different titles.
+        """
+        if not self.sweep_name:
+            return f"single-{self.points[0].id}"
+        return f"{self.family}-{self.changed}" if self.changed else self.family
+
+    @property
+    def family(self) -> str:
+        """What the titles of all requests of this sweep at this scale begin with."""
+        return f"{self.sweep_name}-{self.scale}"
+
+    def is_in_family(self, title: str) -> bool:
+        """Return whether a title is that of this sweep at this scale, with any changes."""
+        rest = title.removeprefix(self.family)
+        return title.startswith(self.family) and (
+            not rest or bool(re.fullmatch(rf"-[0-9a-f]{{{HASH_DIGITS}}}", rest))
+        )
 
     def plain(self) -> dict[str, Any]:
         """Return the request as JSON values."""
@@ -71,6 +97,16 @@ def from_plain(values: dict[str, Any]) -> Request:
     return Request(**{**values, **parts, "sweep": sweep, "points": points})
 
 
+def runs_hash(points: Sequence[Point], sweep: Sweep) -> str:
+    """Hash what a request asks for: the runs of its grid by arm, and its second stage.
+
+    Claims and margins are not part of it. They may not change after a look at the same runs, and
+    another title would hide that they did (`store.looks`).
+    """
+    asked = [sorted((p.arm, p.id) for p in points), dataclasses.asdict(sweep.second)]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:HASH_DIGITS]
+
+
 def question(request: Request) -> dict[str, Any]:
     """Return what the analysis needs of the sweep, as JSON values that are kept with the report."""
     assert request.sweep is not None, "a single run asks no question"
@@ -78,6 +114,7 @@ def question(request: Request) -> dict[str, Any]:
     return {
         "name": request.sweep_name,
         "scale": request.scale,
+        "changes": request.changes,
         "question": sweep["question"],
         "source": sweep["source"],
         "how": sweep["how"],

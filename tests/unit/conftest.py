@@ -37,8 +37,10 @@ def rank_answer(tmp_path_factory):
 
 @pytest.fixture
 def reports(rank_answer, tmp_path) -> Path:
-    """A copy of its reports, to be changed."""
-    return shutil.copytree(rank_answer / "reports", tmp_path / "reports")
+    """A copy of its report as `rank-smoke`, to be changed."""
+    (made,) = (rank_answer / "reports").iterdir()
+    shutil.copytree(made, tmp_path / "reports" / "rank-smoke")
+    return tmp_path / "reports"
 
 
 @pytest.fixture

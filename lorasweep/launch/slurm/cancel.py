@@ -20,7 +20,7 @@ def removed(
     wanted = {p.id for p in points}
     found: dict[str, list[str]] = {}
     for s, k, _ in queue.live():
-        if s.record["sweep"] == request.title:
+        if request.is_in_family(s.record["sweep"]):
             left = set(s.tasks[k]) - wanted - s.withdrawn
             begun = {r for r in left if store.state(r) != "missing"}
             if left - begun:

@@ -18,7 +18,6 @@ from lorasweep.errors import StoreError
 from lorasweep.store import checkpoint, claims, files
 from lorasweep.store.lock import Lock
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import import_table, load_runs
 from tests.world import ROOT, tiny_spec
 
 RESULT = {
@@ -286,25 +285,6 @@ def test_a_store_of_another_version_or_that_cannot_be_written_is_refused(tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
         RunStore(tmp_path / "file" / "runs").prepare()
-
-
-@pytest.mark.parametrize("ending", ["parquet", "csv"])
-def test_a_table_goes_out_and_into_another_store(tmp_path, ending):
-    store, specs = RunStore(tmp_path / "a"), [tiny_spec(seed=k) for k in range(3)]
-    for spec in specs:
-        work(store, spec)
-    table = load_runs(store.root)
-    path = tmp_path / f"table.{ending}"
-    table.to_parquet(path) if ending == "parquet" else table.to_csv(path, index=False)
-    assert import_table(tmp_path / "b", path) == 3
-    assert import_table(tmp_path / "b", path) == 0
-    again = load_runs(tmp_path / "b")
-    assert list(again["run_id"]) == list(table["run_id"]) and list(again["test_nll"]) == list(
-        table["test_nll"]
-    )
-    assert again["imported"].all()
-    other = RunStore(tmp_path / "b")
-    assert all(other.claim(s) is None for s in specs)
 
 
 def state_of(step, value):
