@@ -138,8 +138,8 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     if _sets_only_itself(sweep_name, sources):  # leave it out, as composing it takes longest
         overrides = [o for o in overrides if not o.lstrip("+~").startswith(("sweep=", "sweep."))]
     points = expand(base, sweep, _lookup("model", overrides), _lookup("dataset", overrides))
-    told = _changed(points, sweep, settings.overrides.task)
-    return Request(**common, sweep_name=sweep_name, sweep=sweep, points=points, **told)
+    changes = _changed(points, sweep, settings.overrides.task)
+    return Request(**common, sweep_name=sweep_name, sweep=sweep, points=points, **changes)
 
 
 def _single(config: Config, run: RunSpec) -> list[Point]:
