@@ -70,7 +70,8 @@ class TorchTrainer:
             self._base = models.load(spec.model, exec_.models_dir, spec.precision)
             self._base_key = key
             if exec_.compile:
-                self._base.model.compile(dynamic=True)
+                # without the unembedding, which is computed in chunks
+                self._base.model.base_model.compile(dynamic=True)
         return self._base
 
 

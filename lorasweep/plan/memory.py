@@ -22,6 +22,8 @@ varying from run to run (LOG.md)."""
 CHUNK_BYTES = 320 * 2**20
 """Largest size of a chunk of the unembedding: logits, their logarithms and temporaries
 (models/cpu_llama/head.py, LOGITS)."""
+GPU_CHUNK_LOGITS = 1 << 26
+"""Logits computed at once on a GPU (train/objectives/sft.py, GPU_LOGITS)."""
 WORD_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
@@ -47,13 +49,15 @@ def pack_bytes(
     h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
     scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)
     layer = tokens * (2 * h * master + word * (4 * h + 2 * kv + 4 * f + scores))
-    # logits, their logarithms, gradients and temporaries
-    logits = 5 * master * tokens * model.vocab_size
-    if not hardware.gpus:
-        logits = min(CHUNK_BYTES, logits)
+    # a chunk of logits, their logarithms, gradients and temporaries
+    chunk = 5 * master * tokens * model.vocab_size
+    if hardware.gpus:
+        logits = min(5 * master * GPU_CHUNK_LOGITS, chunk)
+    else:
+        logits = min(CHUNK_BYTES, chunk)
         layer *= 1 if whole else FRAGMENTATION
-    if whole:
-        logits += tokens * model.vocab_size * word / 2  # half of the positions count in the loss
+        if whole:  # the gradients of all logits; half of the positions count in the loss
+            logits += tokens * model.vocab_size * word / 2
     return PROCESS_BYTES + weights + trained + model.n_layers * layer + logits
 
 

@@ -315,6 +315,18 @@ def test_memory_grows_with_members_and_full_fine_tuning_costs_most():
     assert pack_bytes(1, full, CPU) > 1.5 * pack_bytes(1, big, CPU)
 
 
+def test_a_gpu_holds_a_chunk_of_logits_whatever_the_batch(compose):
+    """At a vocabulary of 128,256 whole logits would be most of the memory."""
+    asked = compose("model=llama-3.1-8b", "precision=bf16", "method=lora", "batch_size=128")
+
+    def growth(vocab):
+        model = dataclasses.replace(asked.points[0].spec.model, vocab_size=vocab)
+        spec = dataclasses.replace(asked.points[0].spec, model=model)
+        return pack_bytes(1, spec, GPUS, 128) - pack_bytes(1, spec, GPUS, 64)
+
+    assert growth(128_256) == growth(64_128) > 0
+
+
 # ---------------------------------------------------------------- this machine
 
 SMI = """0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559
