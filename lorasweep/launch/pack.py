@@ -39,7 +39,7 @@ def execute(
 
     Raises:
         Stopped: `stop` was set; checkpoints are written.
-        StoreError: the disk is full.
+        StoreError: the disk is full, or a file of the run folder cannot be read now.
         SpecError, DataError, ModelError: something that the user must correct.
     """
     attempts: Attempts = {}
@@ -54,7 +54,7 @@ def execute(
     except Stopped:
         _end_all(store, attempts, "stopped", "asked to stop")
         raise
-    except (SpecError, DataError, ModelError) as error:  # reported once, not run by run
+    except (SpecError, DataError, ModelError, StoreError) as error:  # reported once, for all runs
         _end_all(store, attempts, "stopped", str(error))
         raise
     except Exception as error:

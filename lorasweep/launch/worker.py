@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import LorasweepError
@@ -33,11 +34,7 @@ REPORT_S = 0.3
 
 def skipped(path: str | None) -> set[str]:
     """Read a file of run ids that must not be started; empty if there is no file."""
-    try:
-        with open(path or "", "rb") as file:
-            return set(json.load(file))
-    except (OSError, ValueError):
-        return set()
+    return set(files.read_json(Path(path)) or []) if path else set()
 
 
 class _Reporter:

@@ -76,7 +76,12 @@ def layout(folder: Path) -> tuple[str, ...]:
 
 
 def load(folder: Path, step: int) -> State | None:
-    """Load the checkpoint of `step`; None if it is missing or its checksum is wrong."""
+    """Load the checkpoint of `step`; None if it is missing or its checksum is wrong.
+
+    Raises:
+        StoreError: it cannot be read now.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     slot = described(folder).get(step)
@@ -84,16 +89,26 @@ def load(folder: Path, step: int) -> State | None:
     if meta is None:
         return None
     path = folder / f"{slot}.safetensors"
-    try:
+
+    def whole() -> "dict[str, Tensor] | None":
         if _sha256(path) != meta["sha256"]:
             return None
-        return {"tensors": load_file(path), "meta": meta}
-    except OSError:
-        return None
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            # safetensors calls any file that it cannot open missing, but this one was just read
+            raise OSError(errno.EIO, str(error), str(path)) from error
+
+    tensors = files.patiently(path, whole)
+    return None if tensors is None else {"tensors": tensors, "meta": meta}
 
 
 def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:
-    """Load the latest step for which every member has a valid checkpoint; None if there is none."""
+    """Load the latest step for which every member has a valid checkpoint; None if there is none.
+
+    Raises:
+        StoreError: one cannot be read now, so which is the latest is unknown.
+    """
     common = set.intersection(*(set(described(f)) for f in folders.values()))
     for step in sorted(common, reverse=True):
         loaded = {rid: load(f, step) for rid, f in folders.items()}
@@ -104,11 +119,8 @@ def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:
 
 
 def _describe(folder: Path, slot: str) -> dict[str, Any] | None:
-    try:
-        meta = json.loads((folder / f"{slot}.json").read_bytes())
-        return meta if isinstance(meta.get("step"), int) else None
-    except (OSError, ValueError, AttributeError):
-        return None
+    meta = files.read_json(folder / f"{slot}.json")
+    return meta if isinstance(meta, dict) and isinstance(meta.get("step"), int) else None
 
 
 def _sha256(path: Path) -> str:

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from lorasweep.store import files
+
 HEARTBEAT_S = 15.0
 """Seconds between heartbeats of a working process."""
 SILENCE_S = 90.0
@@ -118,7 +120,7 @@ def read_owner(attempt: Path) -> dict[str, Any]:
     """
     try:
         return json.loads((attempt / "owner.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (*files.NOT_THERE, ValueError):
         return {}
 
 
@@ -172,7 +174,7 @@ class Liveness:
         here = {"host": host(), "boot": boot_id(), "space": pid_namespace()}
         if all(owner.get(k, v) == v for k, v in here.items()):
             started = start_time(owner["pid"])
-            if started != UNKNOWN:
+            if not started or UNKNOWN not in (started, owner["started"]):
                 return started == owner["started"] != ""
         if restarted(owner):
             return False
@@ -190,11 +192,16 @@ class Liveness:
         verdict = self.verdict(attempt)
         if verdict is not None:
             return verdict
+        now = time.monotonic()
         try:
             beat = (attempt / "heartbeat").read_bytes()
-        except OSError:
+        except files.NOT_THERE:
             beat = b""
-        now = time.monotonic()
+        except OSError:  # nothing was heard, which is no silence of the owner
+            if attempt in self._seen:
+                before, _, moved = self._seen[attempt]
+                self._seen[attempt] = (before, now, moved)
+            return True
         before, since, moved = self._seen.get(attempt, (beat, now, False))
         if beat != before:
             since, moved = now, True

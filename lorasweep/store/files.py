@@ -1,12 +1,74 @@
-"""Durable file operations. Everything that the store writes goes through these functions.
+"""Durable file operations, and reads that tell "not there" from "cannot be read now".
 
-A reader sees the old or the new content of a file, never a part of it. Tests replace `os` in this
-module to make each operation fail in turn.
+Everything that the store writes goes through these functions. A reader sees the old or the new
+content of a file, never a part of it. A network file system may fail for a moment: a read is tried
+again, and in the end raises, so that nobody takes a run for free or a checkpoint for lost because
+of it. Tests replace `os` in this module to make each operation fail in turn.
 """
 
+import json
 import os
 import stat
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+
+from lorasweep.errors import StoreError
+
+T = TypeVar("T")
+NOT_THERE = (FileNotFoundError, NotADirectoryError)
+PAUSES_S = (0.1, 0.5, 2.0)
+"""Pauses before a failed read is tried again."""
+
+
+def patiently(path: Path, read: Callable[[], T]) -> T | None:
+    """Return what `read` returns; None if there is no such file or folder.
+
+    Raises:
+        StoreError: it fails otherwise, also when tried again. What `path` holds is then unknown.
+    """
+    for pause in (*PAUSES_S, None):
+        try:
+            return read()
+        except NOT_THERE:
+            return None
+        except OSError as error:
+            if pause is None:
+                raise StoreError(
+                    f"{path} cannot be read ({error.strerror or error}), so it is not known what "
+                    "it holds, and nothing was concluded from it. Run the command again when the "
+                    "file system answers and you may read it."
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def read(path: Path) -> bytes | None:
+    """Return a file's content; None if it is not there. Raises StoreError like `patiently`."""
+    return patiently(path, path.read_bytes)
+
+
+def read_json(path: Path) -> Any:
+    """Return a file's JSON value; None if it is not there or not JSON.
+
+    Raises StoreError like `patiently`.
+    """
+    content = read(path)
+    try:
+        return None if content is None else json.loads(content)
+    except ValueError:
+        return None
+
+
+def names(folder: Path) -> list[str]:
+    """Return the names in a folder; none if it is not there. Raises StoreError like `patiently`."""
+    return patiently(folder, lambda: os.listdir(folder)) or []
+
+
+def status(path: Path) -> os.stat_result | None:
+    """Return a file's status; None if it is not there. Raises StoreError like `patiently`."""
+    return patiently(path, lambda: os.stat(path))
 
 
 def write_atomic(path: Path, content: bytes) -> None:

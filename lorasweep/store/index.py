@@ -38,7 +38,7 @@ def read(
     result: Callable[[str], dict[str, Any] | None],
     known: dict[str, list[Any]],
 ) -> dict[str, Entry]:
-    """Return the entries of the finished runs among `ids`.
+    """Return the entries of the finished runs among `ids`. Raises StoreError like files.read.
 
     `result` reads and checks a run that is not in the index yet. `known` is the caller's cache
     between calls; if it is empty, it is filled from the index file.
@@ -50,10 +50,16 @@ def read(
     behind = 0
     prefix = f"{root}{os.sep}"
     for rid in ids:
+        result_path = f"{prefix}{rid}{os.sep}result.json"
         try:
-            stat = os.stat(f"{prefix}{rid}{os.sep}result.json")
-        except OSError:
+            stat = os.stat(result_path)
+        except files.NOT_THERE:
             continue
+        except OSError:
+            again = files.status(Path(result_path))
+            if again is None:
+                continue
+            stat = again
         entry = known.get(rid)
         if entry is None or entry[0] != stat.st_size or entry[1] != stat.st_mtime_ns:
             body = result(rid)

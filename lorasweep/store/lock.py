@@ -1,7 +1,6 @@
 """A lock between all processes that see a folder. The lock of a dead process is taken over."""
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -30,14 +29,16 @@ class Lock:
         `waiting` is called once, with a description of the holder.
 
         Raises:
-            StoreError: the holder is still alive after `wait_s` seconds.
+            StoreError: the holder is still alive after `wait_s` seconds, or the folder cannot be
+                read now.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         end, announced = time.monotonic() + wait_s, False
         while True:
             last = self._last()
             held = self._folder / str(last)
-            if last == 0 or (held / "released").exists() or not self._liveness.alive(held):
+            released = files.status(held / "released") is not None
+            if last == 0 or released or not self._liveness.alive(held):
                 if self._try(last + 1):
                     return
                 continue
@@ -67,7 +68,7 @@ class Lock:
         return True
 
     def _last(self) -> int:
-        return max((int(e.name) for e in os.scandir(self._folder) if e.name.isdigit()), default=0)
+        return max((int(n) for n in files.names(self._folder) if n.isdigit()), default=0)
 
     def _beat(self, claim: Path) -> None:
         beat = 0
@@ -83,9 +84,9 @@ class Lock:
         assert self._claim is not None, "release without acquire"
         self._done.set()
         files.write_atomic(self._claim / "released", b"")
-        for entry in os.scandir(self._folder):
-            if entry.name.isdigit() and int(entry.name) < int(self._claim.name):
-                shutil.rmtree(entry.path, ignore_errors=True)
+        for name in files.names(self._folder):
+            if name.isdigit() and int(name) < int(self._claim.name):
+                shutil.rmtree(self._folder / name, ignore_errors=True)
 
 
 def _holder(claim: Path) -> str:

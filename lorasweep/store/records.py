@@ -15,16 +15,16 @@ RECENT_BYTES = 2**14
 
 def read(folder: Path, start: int = 0) -> list[Record]:
     """Return the records from byte `start` on, without an incomplete last line."""
-    try:
+
+    def lines() -> list[bytes]:
         with open(_path(folder), "rb") as file:
             file.seek(start)
             if start:
                 file.readline()  # skip the rest of a line
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return []
+            return file.read().split(b"\n")
+
     found = []
-    for line in lines[:-1]:
+    for line in (files.patiently(_path(folder), lines) or [])[:-1]:
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -46,10 +46,8 @@ def append(folder: Path, new: Sequence[Record]) -> None:
 
 def size(folder: Path) -> int:
     """Return the size of the records in bytes; 0 if there are none."""
-    try:
-        return _path(folder).stat().st_size
-    except FileNotFoundError:
-        return 0
+    status = files.status(_path(folder))
+    return status.st_size if status else 0
 
 
 def sync(folder: Path) -> None:

@@ -13,27 +13,27 @@ Result = dict[str, Any]
 
 
 def read(folder: Path) -> Result | None:
-    """Return the result in a run's folder; None if it is missing or damaged."""
-    try:
-        return _checked((folder / "result.json").read_bytes())
-    except OSError:
-        return None
+    """Return the result in a run's folder; None if it is missing or damaged.
+
+    Raises:
+        StoreError: it cannot be read now.
+    """
+    return _checked(files.read(folder / "result.json"))
 
 
 def damaged(folder: Path) -> bool:
     """Return whether there is a result with a wrong checksum.
 
-    A result that cannot be read at the moment does not count as damaged.
+    Raises:
+        StoreError: it cannot be read now.
     """
-    try:
-        return _checked((folder / "result.json").read_bytes()) is None
-    except OSError:
-        return False
+    content = files.read(folder / "result.json")
+    return content is not None and _checked(content) is None
 
 
-def _checked(content: bytes) -> Result | None:
+def _checked(content: bytes | None) -> Result | None:
     try:
-        wrapped = json.loads(content)
+        wrapped = json.loads(content or b"")
         body = wrapped["result"]
         return body if wrapped["sha256"] == checksum(body) else None
     except (ValueError, KeyError, TypeError):

@@ -76,13 +76,15 @@ class RunStore:
     # ------------------------------------------------------------ reading
 
     def result(self, rid: str) -> dict[str, Any] | None:
-        """Return the result of a finished run; None if it is missing or damaged."""
+        """Return the result of a finished run; None if it is missing or damaged.
+
+        Here and below, StoreError is raised where a file cannot be read now: then the state of the
+        run is unknown, and it is neither free nor finished.
+        """
         return results.read(self.folder(rid))
 
     def state(self, rid: str) -> str:
         """Return the state of a run, from its folder alone."""
-        if not self.folder(rid).is_dir():
-            return "missing"
         result = self.result(rid)
         if result is not None:
             return result["state"]
@@ -124,21 +126,12 @@ class RunStore:
 
     def last_attempt(self, rid: str) -> int | None:
         """Return the highest attempt number, or None. The owner of that attempt owns the run."""
-        try:
-            numbers = [
-                int(e.name) for e in os.scandir(self.folder(rid) / "attempts") if e.name.isdigit()
-            ]
-        except FileNotFoundError:
-            return None
-        return max(numbers, default=None)
+        found = files.names(self.folder(rid) / "attempts")
+        return max((int(name) for name in found if name.isdigit()), default=None)
 
     def env(self, rid: str) -> dict[str, Any]:
         """Return where the last attempt ran; empty if that was not recorded (imported runs)."""
-        path = self._attempt(rid, self.last_attempt(rid) or 0) / "env.json"
-        try:
-            return json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            return {}
+        return files.read_json(self._attempt(rid, self.last_attempt(rid) or 0) / "env.json") or {}
 
     def layout(self, rid: str) -> dict[str, Any]:
         """Return {threads, micro_batch_size} of a run's last attempt; empty if it was imported."""
@@ -155,10 +148,7 @@ class RunStore:
 
         None if it is still running or was killed.
         """
-        try:
-            return json.loads((self._attempt(rid, attempt) / "end.json").read_bytes())
-        except (OSError, ValueError):
-            return None
+        return files.read_json(self._attempt(rid, attempt) / "end.json")
 
     def owner(self, rid: str, attempt: int) -> dict[str, Any]:
         """Return the owner of an attempt; empty if it cannot be read."""
@@ -181,13 +171,13 @@ class RunStore:
         Raises:
             StoreError: it cannot be read.
         """
-        try:
-            return json.loads((self.folder(rid) / "spec.json").read_bytes())
-        except (OSError, ValueError) as error:
+        spec = files.read_json(self.folder(rid) / "spec.json")
+        if spec is None:
             raise StoreError(
-                f"{self.folder(rid)}/spec.json cannot be read ({error}). Run the sweep again to "
+                f"{self.folder(rid)}/spec.json is missing or damaged. Run the sweep again to "
                 "rewrite it, or delete the folder."
-            ) from None
+            )
+        return spec
 
     # ------------------------------------------------------------ claiming and writing
 
@@ -202,7 +192,7 @@ class RunStore:
         if self.result(rid) is not None:
             return None
         spec_path = folder / "spec.json"
-        if not spec_path.exists() or spec_path.read_bytes() != spec.canonical.encode():
+        if files.read(spec_path) != spec.canonical.encode():
             files.write_atomic(spec_path, spec.canonical.encode())
         last = self.last_attempt(rid)
         if last is not None and self.end(rid, last) is None:
@@ -215,10 +205,14 @@ class RunStore:
         owner = json.dumps(claims.this_process()).encode()
         if not files.create_folder_once(self._attempt(rid, mine), {"owner.json": owner}):
             return None
-        if self.result(rid) is not None:  # finished between the first check and the claim
-            self.write_end(rid, mine, "stopped", "already finished")
-            return None
-        self._set_aside_damage(rid)
+        try:
+            if self.result(rid) is not None:  # finished between the first check and the claim
+                self.write_end(rid, mine, "stopped", "already finished")
+                return None
+            self._set_aside_damage(rid)
+        except StoreError as error:
+            self.write_end(rid, mine, "stopped", str(error))
+            raise
         return mine
 
     def _set_aside_damage(self, rid: str) -> None:

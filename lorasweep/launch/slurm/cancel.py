@@ -6,6 +6,7 @@ from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm import client, submissions
 from lorasweep.launch.slurm.reconcile import reconcile
 from lorasweep.launch.slurm.submissions import Queue, Submission
+from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
@@ -49,7 +50,7 @@ def cancel(request: Request, store: RunStore, notify: Callable[[str], None]) -> 
         ClusterError: there is no Slurm here, or some jobs belong to other users.
     """
     client.require()
-    if not submissions.home(store.root).is_dir():
+    if files.status(submissions.home(store.root)) is None:
         return 0, 0
     with submissions.locked(store.root, notify):
         queue = reconcile(store.root, notify)

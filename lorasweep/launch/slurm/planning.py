@@ -12,6 +12,7 @@ from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan.estimate import ASSUMED_FLOPS_PER_CORE, Plan, measured_flops
 from lorasweep.plan.packing import Pack, make_packs
 from lorasweep.spec.execution import Exec
+from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
@@ -107,7 +108,7 @@ def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
     Empty without a cluster and without earlier submissions.
     """
     cluster = request.cluster
-    if cluster.kind != "slurm" and not submissions.home(store.root).is_dir():
+    if cluster.kind != "slurm" and files.status(submissions.home(store.root)) is None:
         return {}
     queue = submissions.look(store.root)
     work = work_of(request, store, now, queue)

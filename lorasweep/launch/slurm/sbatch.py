@@ -132,7 +132,8 @@ def complete(folder: Path, array: Array, number: str) -> bool:
     A task without its file would fail.
     """
     labels = [number] if array.n == 1 else [f"{number}_{k}" for k in range(array.n)]
-    return all((folder / "jobs" / f"{label}_submitted.pkl").exists() for label in labels)
+    there = set(files.names(folder / "jobs"))
+    return all(f"{label}_submitted.pkl" in there for label in labels)
 
 
 def _complaint(text: str) -> str:

@@ -182,11 +182,13 @@ def read(folder: Path) -> Submission | None:
 
     Raises:
         ClusterError: the record is damaged.
+        StoreError: a file of it cannot be read now, so which jobs it has is unknown.
     """
-    try:
-        record = json.loads((folder / "submission.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    content = files.read(folder / "submission.json")
+    if content is None:
         return None
+    try:
+        record = json.loads(content)
     except ValueError:
         raise ClusterError(
             f"{folder}/submission.json is damaged. Cancel its jobs with scancel, then delete the "
@@ -194,29 +196,16 @@ def read(folder: Path) -> Submission | None:
         ) from None
     arrays = []
     for plain in record["arrays"]:
-        seen = _json(folder / f"array-{plain['part']}.json") or {}
+        seen = files.read_json(folder / f"array-{plain['part']}.json") or {}
         arrays.append(Array(**plain, job=seen.get("job"), abandoned=seen.get("abandoned", False)))
-    return Submission(folder, record, arrays, set(_json(folder / "withdrawn.json") or []))
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
+    return Submission(folder, record, arrays, set(files.read_json(folder / "withdrawn.json") or []))
 
 
 def read_all(runs_dir: Path, over: bool = False) -> list[Submission]:
     """List the submissions, oldest first. With `over`, also those that have ended."""
-    try:
-        folders = [
-            Path(e.path)
-            for e in os.scandir(home(runs_dir))
-            if e.is_dir() and e.name not in ("lock", "code")
-        ]
-    except FileNotFoundError:
-        return []
-    found = [read(f) for f in folders if over or not (f / "ended.json").exists()]
+    names = set(files.names(home(runs_dir))) - {"lock", "code"}
+    folders = [home(runs_dir) / name for name in names]
+    found = [read(f) for f in folders if over or files.status(f / "ended.json") is None]
     return sorted((s for s in found if s), key=lambda s: s.record["created_s"])
 
 

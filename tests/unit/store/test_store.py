@@ -163,8 +163,10 @@ def test_a_result_that_cannot_be_read_for_a_moment_is_not_set_aside(tmp_path, mo
     work(store, spec)
     with monkeypatch.context() as moment:
         unreadable(moment, "result.json")
+        moment.setattr(files, "PAUSES_S", ())
         dead_owner(store, spec.id)
-        store.claim(spec)
+        with pytest.raises(StoreError, match="cannot be read"):
+            store.claim(spec)
     assert store.state(spec.id) == "done"
     assert not list((tmp_path / spec.id).glob("result.damaged-*.json"))
 
