@@ -72,6 +72,7 @@ class FakeTrainer:
                 "curve": self.curve(spec),
                 "steps_done": 1,
                 "base_sha256": "fake",
+                "data_sha256": "fake",
                 "floor_nats": None,
                 "n_trainable": spec.method.n_trainable(spec.model),
                 **self.more(spec),

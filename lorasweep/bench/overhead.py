@@ -40,6 +40,7 @@ FINAL = {
     "steps_done": 1,
     "curve": [{"step": 1, "test_nll": 2.0}],
     "base_sha256": "none",
+    "data_sha256": "none",
     "tokens": 1,
     "train_nll": 2.0,
     "wall_s": 1.0,

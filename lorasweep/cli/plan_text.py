@@ -1,5 +1,6 @@
 """Write a plan for people: what would run, how it is packed, what it costs, and what is queued."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lorasweep.cli.progress import duration
@@ -7,6 +8,10 @@ from lorasweep.plan import detect
 from lorasweep.plan.estimate import Plan, summary
 from lorasweep.plan.packing import Pack, forward_tokens
 from lorasweep.plan.throughput import shape_of
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.revision import is_unpinned
+from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 
 BASIS = {
@@ -28,6 +33,7 @@ def plan_text(request: Request, now: Plan) -> str:
             f"{a['n_trainable']:,} trained parameters"
         )
     lines += _pack_lines(request, now)
+    lines += unpinned_lines(now.points)
     if now.todo and request.cluster.name == "local" and _bf16_is_slow(now):
         lines.append(
             "  this processor has no bf16 instructions: an update takes about 50 times as long as "
@@ -41,6 +47,22 @@ def plan_text(request: Request, now: Plan) -> str:
             f"{second.seeds} at its {second.n_lrs} best rates"
         )
     return "\n".join(lines)
+
+
+def unpinned_lines(points: Sequence[Point]) -> list[str]:
+    """Return a line for every model and data set whose content on the hub can change."""
+    models = {p.spec.model.name: p.spec.model for p in points}
+    datasets = {p.spec.dataset.name: p.spec.dataset for p in points}
+    parts: list[tuple[str, ModelSpec | DatasetSpec]] = [
+        *(("model", model) for model in models.values()),
+        *(("dataset", dataset) for dataset in datasets.values()),
+    ]
+    return [
+        f"  {kind} {part.name} ({part.location}) names no commit of the hub: the newest one is "
+        f"taken and recorded with the results; pin it with {kind}.revision=COMMIT"
+        for kind, part in parts
+        if is_unpinned(part)
+    ]
 
 
 def _head(request: Request, now: Plan, values: dict[str, Any]) -> str:

@@ -42,6 +42,11 @@ class Data:
     """Held-out examples of the pretraining data, to measure what fine-tuning forgets."""
     entropy_floor_nats: float | None = None
     """Mean -log p of the test tokens under the true generator, in nats: the lowest possible NLL."""
+    sha256: str | None = None
+    """Fingerprint of what is trained and tested on: equal for all seeds, and only for equal data.
+    """
+    commit: str | None = None
+    """Commit of the hub that the rows are from; None for other sources."""
 
 
 def shuffled(

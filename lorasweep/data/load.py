@@ -8,13 +8,19 @@ from typing import Any
 
 from lorasweep.data import text
 from lorasweep.data.examples import Data, shuffled
+from lorasweep.data.fingerprint import fingerprint
+from lorasweep.data.sources import source_of
 from lorasweep.data.synthetic import dialect, facts, skills
 from lorasweep.errors import DataError, unknown
 from lorasweep.spec.dataset import DatasetSpec
 
 
-def load(spec: DatasetSpec, data_dirs: Sequence[str], tokenizer: Any = None) -> Data:
+def load(
+    spec: DatasetSpec, data_dirs: Sequence[str], tokenizer: Any = None, cache: str = ""
+) -> Data:
     """Load a data set. `tokenizer` is needed for text only.
+
+    `cache`: folder in which text is kept once it is tokenized; empty: it is kept in memory.
 
     Raises:
         DataError: the data set is missing or cannot be used.
@@ -26,9 +32,16 @@ def load(spec: DatasetSpec, data_dirs: Sequence[str], tokenizer: Any = None) -> 
             f"dataset {spec.name!r} is text, but the model has no tokenizer. Choose a model with a "
             "tokenizer (source hub, folder or gguf), or a synthetic data set (dialect, skills)."
         )
-    train = text.examples(spec, spec.train_split, data_dirs, tokenizer, spec.n_train)
-    test = text.examples(spec, spec.test_split, data_dirs, tokenizer, spec.n_test)
-    return Data(train=shuffled(spec, train), test=test, n_train=len(train))
+    source, held_out = (source_of(spec, s, data_dirs) for s in (spec.train_split, spec.test_split))
+    train = text.examples(spec, spec.train_split, source, tokenizer, spec.n_train, cache)
+    test = text.examples(spec, spec.test_split, held_out, tokenizer, spec.n_test, cache)
+    return Data(
+        train=shuffled(spec, train),
+        test=list(test),
+        n_train=len(train),
+        sha256=fingerprint(train.sha256, test.sha256),
+        commit=source.commit,
+    )
 
 
 def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:

@@ -1,66 +1,63 @@
-"""Tokenize rows of text from JSON Lines files and hub data sets: prompts or messages.
+"""Tokenize rows of text: prompts with completions, or messages.
 
 Every row is checked when the split is loaded, before a run starts. An unreadable row, or one
 without a loss token, is an error that names file and line.
 """
 
+import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lorasweep.data import rows, sources
 from lorasweep.data.examples import Example
+from lorasweep.data.render import RENDERERS, Message, Part
+from lorasweep.data.rows import Rows
+from lorasweep.data.sources import Row, Source
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 
+TOGETHER = 256
+"""Rows whose parts are given to the tokenizer in one call, which is faster than one by one."""
+VERSION = 1
+"""Raised when the same rows are tokenized in another way, so that kept files are made again."""
+NOT_IN_ROWS = ("name", "revision", "n_train", "n_test", "n_test_curve")
+"""Fields that change no row. What a revision stands for is in the source's identity."""
+
 
 def examples(
-    spec: DatasetSpec, split: str, data_dirs: Sequence[str], tokenizer: Any, limit: int | None
-) -> list[Example]:
-    """Tokenize the first `limit` rows of a split.
+    spec: DatasetSpec, split: str, source: Source, tokenizer: Any, limit: int | None, cache: str
+) -> Rows:
+    """Tokenize the first `limit` rows of a split, or map them from `cache` if that was done before.
+
+    Without a cache (empty), or for a tokenizer that cannot be named by its content (one not of the
+    `tokenizers` library), rows are tokenized in memory.
 
     Raises:
         DataError: a row cannot be used; the message names file and line.
     """
-    found: list[Example] = []
-    for where, row in _rows(spec, split, data_dirs):
-        if limit is not None and len(found) >= limit:
-            break
-        found.append(_example(spec, row, tokenizer, where))
-    if not found:
-        raise DataError(
-            f"dataset {spec.name!r}, split {split!r}: no rows. Set train_split and test_split to "
-            "splits that have rows."
-        )
-    return found
 
-
-def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Path:
-    """Find <data_dir>/<location>/<split>.jsonl and check it against the pinned revision.
-
-    Raises:
-        DataError: the file is missing, or it is not the pinned one.
-    """
-    tried = [Path(folder).expanduser() / spec.location / f"{split}.jsonl" for folder in data_dirs]
-    path = next((p for p in tried if p.is_file()), None)
-    if path is None:
-        raise DataError(
-            f"dataset {spec.name!r}: no file {' or '.join(map(str, tried))}. Put it there, or set "
-            f"exec.data_dir=[FOLDER] for FOLDER/{spec.location}/{split}.jsonl."
-        )
-    if spec.revision.startswith("sha256:"):
-        wanted = dict(part.split("=") for part in spec.revision[7:].split(",")).get(split)
-        got = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        if wanted and wanted != got:
+    def make() -> Rows:
+        found = list(_tokenized(spec, itertools.islice(source.rows(), limit), tokenizer))
+        if not found:
             raise DataError(
-                f"dataset {spec.name!r}: {path} has sha256 {got}..., but the revision in "
-                f"conf/dataset pins {wanted}. Get the pinned file, or write your own dataset file "
-                "with another name and revision."
+                f"dataset {spec.name!r}, split {split!r}: no rows. Set train_split and test_split "
+                "to splits that have rows."
             )
-    return path
+        return Rows.of(found)
+
+    described = _tokenizer_sha256(tokenizer)
+    if not cache or described is None:
+        return make()
+    how = {k: v for k, v in dataclasses.asdict(spec).items() if k not in NOT_IN_ROWS}
+    key = json.dumps([VERSION, how, described, source.identity, split, limit])
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return rows.kept(Path(cache) / f"{name}.rows", make)
 
 
 def check_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> None:
@@ -69,82 +66,42 @@ def check_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> None
     Raises:
         DataError: a row cannot be used; the message names file and line.
     """
-    for where, row in _rows(spec, split, data_dirs):
-        if spec.format == "messages":
-            _message_parts(spec, row, where)
-        else:
-            _field(row, spec.prompt_field, where)
-            _field(row, spec.completion_field, where)
+    path, _ = sources.find_jsonl(spec, split, data_dirs)
+    for where, row in sources.jsonl_rows(path):
+        _parts(spec, row, where, None)
 
 
-def _rows(
-    spec: DatasetSpec, split: str, data_dirs: Sequence[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    if spec.source == "jsonl":
-        path = find_jsonl(spec, split, data_dirs)
-        with path.open(encoding="utf-8", errors="strict") as lines:
-            number = 0
-            try:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield f"{path}:{number}", json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(
-                    f"{path}:{number}: not a JSON row ({error}). Correct or remove the line."
-                ) from None
-        return
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(
-            spec.location,
-            spec.config or None,
-            split=spec.train_split if spec.holdout else split,
-            revision=spec.revision or None,
-        )
-        if spec.holdout:
-            # mixtures are sorted by source: without a shuffle all held-out rows share a source
-            rows = rows.shuffle(seed=0)
-            test = range(min(spec.holdout, len(rows)))
-            rows = rows.select(test if split == spec.test_split else range(len(test), len(rows)))
-    except Exception as error:
-        raise DataError(
-            f"dataset {spec.name!r}: cannot load {spec.location!r} from the hub "
-            f"({type(error).__name__}: {error}). Check the network, log in if access is "
-            "restricted, or use local files: a dataset with source=jsonl."
-        ) from error
-    for number, row in enumerate(rows):
-        yield f"{spec.location}[{split}] row {number}", row
+def _tokenizer_sha256(tokenizer: Any) -> str | None:
+    """Hash all that a tokenizer of the `tokenizers` library does; None for any other."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    text = json.dumps([backend.to_str(), tokenizer.bos_token, tokenizer.eos_token_id])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _field(row: Any, name: str, where: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(name), str):
-        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(
-            f"{where}: no text field {name!r}. The row has: {keys}. Set prompt_field and "
-            "completion_field in the dataset file."
-        )
-    return row[name]
+def _tokenized(spec: DatasetSpec, given: Iterable[Row], tokenizer: Any) -> Iterator[Example]:
+    """Tokenize rows part by part, so that the loss mask falls on token borders."""
+    left = iter(given)
+    while together := list(itertools.islice(left, TOGETHER)):
+        of_rows = [_parts(spec, row, where, tokenizer.bos_token) for where, row in together]
+        texts = [part.text for parts in of_rows for part in parts]
+        pieces = iter(tokenizer(texts, add_special_tokens=False).input_ids)
+        for (where, _), parts in zip(together, of_rows):
+            own = list(itertools.islice(pieces, len(parts)))
+            yield _example(spec, parts, own, tokenizer, where)
 
 
-def _example(spec: DatasetSpec, row: dict[str, Any], tokenizer: Any, where: str) -> Example:
-    """Tokenize one row, part by part, so that the loss mask falls on token borders."""
-    if spec.format == "messages":
-        parts = _message_parts(spec, row, where)
-    else:
-        prompt = spec.template.replace("{prompt}", _field(row, spec.prompt_field, where))
-        completion = _field(row, spec.completion_field, where)
-        parts = [(prompt, spec.mask == "all", False), (completion, True, True)]
+def _example(
+    spec: DatasetSpec, parts: Sequence[Part], pieces: list[list[int]], tokenizer: Any, where: str
+) -> Example:
+    """Join the token ids of a row's parts, and cut it to max_length."""
     ids: list[int] = []
     loss: list[bool] = []
-    n_bytes = 0
-    for text, counts, ends in parts:
-        piece = tokenizer(text, add_special_tokens=False).input_ids
-        if ends:
-            piece = [*piece, tokenizer.eos_token_id]
-        ids += piece
-        loss += [counts] * len(piece)
-        n_bytes += len(text.encode()) if counts else 0
+    for part, piece in zip(parts, pieces):
+        ids += [*piece, tokenizer.eos_token_id] if part.eos else piece
+        loss += [part.in_loss] * (len(ids) - len(loss))
+    n_bytes = sum(len(part.text.encode()) for part in parts if part.in_loss)
     cut = len(ids) > spec.max_length
     tokens = np.array(ids[: spec.max_length], dtype=np.int32)
     mask = np.array(loss[: spec.max_length], dtype=bool)
@@ -162,24 +119,30 @@ def _example(spec: DatasetSpec, row: dict[str, Any], tokenizer: Any, where: str)
     return Example(tokens=tokens, loss=mask, n_bytes=n_bytes)
 
 
-def _message_parts(
-    spec: DatasetSpec, row: dict[str, Any], where: str
-) -> list[tuple[str, bool, bool]]:
-    """Render messages as 'Role: text', the form that the study's authors used for base models."""
+def _parts(spec: DatasetSpec, row: Any, where: str, bos: str | None) -> list[Part]:
+    """Render a row as text."""
+    if spec.format == "messages":
+        return RENDERERS[spec.render](_messages(row, where), spec.mask, bos)
+    prompt = spec.template.replace("{prompt}", _field(row, spec.prompt_field, where))
+    completion = _field(row, spec.completion_field, where)
+    return [Part(prompt, spec.mask == "all"), Part(completion, True, eos=True)]
+
+
+def _messages(row: Any, where: str) -> list[Message]:
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise DataError(
             f"{where}: format=messages expects a list 'messages' of {{role, content}}. Correct the "
             "row, or set format=prompt_completion."
         )
-    last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=None)
-    parts: list[tuple[str, bool, bool]] = []
-    for i, message in enumerate(messages):
-        role, content = _field(message, "role", where), _field(message, "content", where)
-        answer = role == "assistant"
-        counts = spec.mask == "all" or (answer and (spec.mask == "completion" or i == last))
-        parts.append((f"{role.capitalize()}: ", spec.mask == "all", False))
-        parts.append((content, counts, answer))
-        if not answer:
-            parts.append(("\n\n", spec.mask == "all", False))
-    return parts
+    return [(_field(m, "role", where), _field(m, "content", where)) for m in messages]
+
+
+def _field(row: Any, name: str, where: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(name), str):
+        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(
+            f"{where}: no text field {name!r}. The row has: {keys}. Set prompt_field and "
+            "completion_field in the dataset file."
+        )
+    return row[name]

@@ -5,6 +5,7 @@ Torch is imported inside functions, so that launching starts without it.
 
 import importlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorasweep.spec.dataset import DatasetSpec
@@ -17,6 +18,8 @@ from lorasweep.train.events import Event
 if TYPE_CHECKING:
     from lorasweep.models.load import Base
 
+TOKENS = ".tokens"
+"""Folder in the run folder with tokenized text, which all workers share."""
 Report = Callable[[dict[str, Any]], None]
 """Receives events: {run, ended, ...} at the end of a run, {runs, step} after an update."""
 
@@ -56,7 +59,8 @@ class TorchTrainer:
         from lorasweep.data.load import load
 
         if spec.dataset not in self._data:
-            self._data[spec.dataset] = load(spec.dataset, exec_.data_dir, base.tokenizer)
+            cache = str(Path(exec_.runs_dir) / TOKENS)
+            self._data[spec.dataset] = load(spec.dataset, exec_.data_dir, base.tokenizer, cache)
         return self._data[spec.dataset]
 
     def _load_base(self, spec: RunSpec, exec_: Exec) -> "Base":

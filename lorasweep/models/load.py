@@ -28,6 +28,8 @@ class Base:
     start_nll: dict[str, float] = field(default_factory=dict)
     """Held-out NLL before training, by data set and precision. It is the same for every run, so it
     is measured once."""
+    commit: str | None = None
+    """Commit of the hub that the weights are from; None for other sources."""
 
 
 def check_available(spec: ModelSpec, models_dirs: Sequence[str]) -> None:
@@ -71,7 +73,7 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
     dtype = MASTER_DTYPES[precision]
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = None
+    tokenizer, commit = None, None
     if spec.source == "recipe":
         model = _from_recipe(spec, models_dirs)
     elif spec.source == "gguf":
@@ -81,7 +83,8 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
         model, tokenizer = _from_transformers(str(find(spec, models_dirs)), None)
     else:
         try:
-            model, tokenizer = _from_transformers(spec.location, spec.revision or None)
+            commit = _commit_of(spec)
+            model, tokenizer = _from_transformers(spec.location, commit)
         except OSError as error:
             raise ModelError(
                 f"model {spec.name!r}: cannot load {spec.location!r} from the hub ({error}). "
@@ -95,7 +98,7 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
         if p.dtype != dtype:
             raise ModelError(f"model {spec.name!r}: a weight is {p.dtype}, not {dtype}.")
     check_shape(model, spec)
-    return Base(model, tokenizer, weights_sha256(model))
+    return Base(model, tokenizer, weights_sha256(model), commit=commit)
 
 
 def _from_recipe(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
@@ -120,6 +123,20 @@ def _from_transformers(name: str, revision: str | None) -> tuple[Any, Any]:
 
     model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def _commit_of(spec: ModelSpec) -> str:
+    """Return the hub's commit that `revision` stands for (empty: the newest one).
+
+    Everything is loaded from this commit, even if a newer one appears in between.
+    """
+    from transformers.utils import cached_file, extract_commit_hash
+
+    path = cached_file(spec.location, "config.json", revision=spec.revision or None)
+    commit = extract_commit_hash(path, None)
+    if commit is None:
+        raise OSError(f"{path} is in no folder named by a commit")
+    return commit
 
 
 def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:

@@ -9,6 +9,9 @@ from lorasweep.spec.canonical import Value, not_allowed
 DATASET_SOURCES = ("hub", "jsonl", "synthetic")
 FORMATS = ("prompt_completion", "messages", "tokens")
 MASKS = ("completion", "last_assistant", "all")
+RENDERS = ("role_colon", "role_eos")
+FIRST_RENDER = "role_eos"
+"""The only form of messages before `render` was a setting."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,26 @@ class DatasetSpec(Value):
     """Rows of pretraining data (for facts: of facts that are never trained) that are evaluated once
     at the end, to measure forgetting."""
 
+    render: str = field(default=FIRST_RENDER, metadata={"added": FIRST_RENDER})
+    """How messages become text. role_colon: the study's form for base models, 'Role: content' and a
+    blank line, which ends an answer. role_eos: the same words; the EOS token ends an answer."""
+
     def problems(self) -> Iterator[str]:
         where = f"dataset {self.name!r}: "
-        for name, allowed in (("source", DATASET_SOURCES), ("format", FORMATS), ("mask", MASKS)):
+        choices = {
+            "source": DATASET_SOURCES,
+            "format": FORMATS,
+            "mask": MASKS,
+            "render": RENDERS,
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 yield not_allowed(where + name, getattr(self, name), allowed)
+        if self.render != FIRST_RENDER and self.format != "messages":
+            yield (
+                f"{where}render={self.render!r} has no effect with format={self.format!r}. Leave "
+                "it out, or set format=messages."
+            )
         if not self.location:
             yield (
                 f"{where}location is missing. Set it to a hub name, a generator, or a folder under "

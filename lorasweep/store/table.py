@@ -32,6 +32,7 @@ _RESULT_COLUMNS = (
     "retain_start",
     "step_s",
     "base_sha256",
+    "data_sha256",
     "wall_s",
     "imported",
 )

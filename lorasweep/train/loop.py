@@ -133,6 +133,7 @@ def train(
                     **update[k],
                     "curve": progress[m.id].curve,
                     "base_sha256": base.sha256,
+                    **({"base_commit": base.commit} if base.commit else {}),
                 }
                 if m.id in done:
                     result |= {**measured[m.id], **more[k], "spectra": spectra[k]}

@@ -109,5 +109,6 @@ def _final(state, step, record):
         "steps_done": step,
         "tokens": step,
         "base_sha256": "none",
+        "data_sha256": "none",
         "floor_nats": None,
     }

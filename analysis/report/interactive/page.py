@@ -47,6 +47,7 @@ _DETAILS = (
     "norm_delta",
     "wall_s",
     "base_sha256",
+    "data_sha256",
 )
 """Columns shown first for a run, if the table has them; the others follow, except _LONG."""
 _LONG = ("spec", "result", "block")

@@ -6,9 +6,12 @@ the language (rule_shift and new_exceptions 0). The dialect draws new feature ro
 (a shared shift of the rules) and replaces some of the exceptions (a tail of facts).
 """
 
+import dataclasses
+
 import numpy as np
 
 from lorasweep.data.examples import Data, Example, generated
+from lorasweep.data.fingerprint import of_generator, rounded
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
@@ -44,13 +47,14 @@ def load(spec: DatasetSpec) -> Data:
     test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
     rows = np.stack([e.tokens for e in test])
     p = table[rows[:, :-3], rows[:, 1:-2], rows[:, 2:-1], rows[:, 3:]]
-    return Data(
+    data = Data(
         train=generated(spec, spec.train_split, draw),
         test=test,
         n_train=spec.n_train,
         retain=retain,
         entropy_floor_nats=float(-np.log(p).mean()),
     )
+    return dataclasses.replace(data, sha256=of_generator(data, rounded(table)))
 
 
 def check(spec: DatasetSpec) -> None:

@@ -8,9 +8,12 @@ themselves, because storage is what is measured. Rows of `n_retain` hold facts t
 trained.
 """
 
+import dataclasses
+
 import numpy as np
 
 from lorasweep.data.examples import Data, Example, generated
+from lorasweep.data.fingerprint import of_generator
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
@@ -70,9 +73,8 @@ def load(spec: DatasetSpec) -> Data:
             return _rows(keys, rng.integers(VALUES, size=(rows * row, VALUE)), spec)
 
         test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
-        return Data(
-            generated(spec, spec.train_split, draw), test, n_train=None, entropy_floor_nats=None
-        )
+        data = Data(generated(spec, spec.train_split, draw), test, n_train=None)
+        return dataclasses.replace(data, sha256=of_generator(data, "new facts in every row"))
     rng = stream("facts", int(params["set"]))
     unseen = spec.n_retain * row
     if count + unseen > KEYS**KEY:
@@ -104,13 +106,15 @@ def load(spec: DatasetSpec) -> Data:
         return _rows(shown_keys, shown_values, spec)
 
     shown = stream("data", spec.name, spec.test_split).permutation(count)[: spec.n_test * row]
-    return Data(
+    data = Data(
         train,
         _rows(keys[shown], values[shown], spec),
         n_train=count // row,
         retain=_rows(keys[count:], values[count:], spec),
         entropy_floor_nats=0.0,
     )
+    distribution = (f"fresh {params['fresh']}", keys[:count], values[:count])
+    return dataclasses.replace(data, sha256=of_generator(data, *distribution))
 
 
 def _rows(keys: np.ndarray, values: np.ndarray, spec: DatasetSpec) -> list[Example]:

@@ -4,9 +4,12 @@ Each character is a token. The base model is pretrained on easier instances in t
 (difficulty 1), so that fine-tuning (difficulty 2) teaches the skill and not the format.
 """
 
+import dataclasses
+
 import numpy as np
 
 from lorasweep.data.examples import Data, Example, generated
+from lorasweep.data.fingerprint import of_generator
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
@@ -63,12 +66,13 @@ def load(spec: DatasetSpec) -> Data:
     retain: list[Example] = []
     if spec.n_retain:
         retain = draw(stream("data", spec.name, "retain"), spec.n_retain, DIFFICULTIES[0])
-    return Data(
+    data = Data(
         train=generated(spec, spec.train_split, draw),
         test=test,
         n_train=spec.n_train,
         retain=retain,
     )
+    return dataclasses.replace(data, sha256=of_generator(data, f"difficulty {difficulty}"))
 
 
 def instance(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:

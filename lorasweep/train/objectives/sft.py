@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorasweep.data.batches import Batch, collate, eval_batches, merge, padded
 from lorasweep.data.examples import Data, Example
+from lorasweep.errors import DataError
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.head import hidden_states, logits_of
 from lorasweep.models.precision import COMPUTE_DTYPES, autocast
@@ -34,6 +35,8 @@ DIVERGED_PATIENCE updates in a row. Relative, because an absolute bound would me
 for every model."""
 DIVERGED_PATIENCE = 8
 """Assumption, not tuned."""
+DATA_SHA256 = "data_sha256"
+"""Key of the data's fingerprint in results and checkpoints."""
 EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
 """Padded tokens per evaluation forward: per member on a CPU, of all members on a GPU. On a CPU it
 does not depend on the pack size, so that held-out losses are summed over the same rows in every
@@ -61,6 +64,7 @@ class SupervisedFineTuning:
         self._nll_start: dict[str, float] = {}
         self._retain_start: dict[str, float] = {}
         self._updates_above = dict.fromkeys(data, 0)
+        self._unknown_start: set[str] = set()
         self._eval_tokens = EVAL_TOKENS
         self._held_out: dict[tuple[int, ...], list[Batch]] = {}
 
@@ -141,22 +145,40 @@ class SupervisedFineTuning:
         ]
 
     def facts(self, member: RunSpec) -> Record:
-        """Return the NLL before training, and the entropy floor and sizes of the data set."""
+        """Return the NLL before training, and what identifies and describes the data set."""
         data = self._data[member.id]
         return {
             "nll_start": self._nll_start[member.id],
             "floor_nats": data.entropy_floor_nats,
             "n_test": len(data.test),
             "n_train": data.n_train,
+            DATA_SHA256: None if member.id in self._unknown_start else data.sha256,
+            **({"data_commit": data.commit} if data.commit else {}),
         }
 
     def state(self, run: str) -> dict[str, Any]:
-        """Return the number of updates in a row above the divergence bound."""
-        return {"above": self._updates_above[run]}
+        """Return the updates in a row above the divergence bound, and the data's fingerprint."""
+        known = run not in self._unknown_start
+        sha256 = {DATA_SHA256: self._data[run].sha256} if known else {}
+        return {"above": self._updates_above[run], **sha256}
 
     def load_state(self, run: str, state: dict[str, Any]) -> None:
-        """Restore the number of updates in a row above the divergence bound."""
+        """Restore the updates in a row above the divergence bound, and check the data.
+
+        A checkpoint from before fingerprints does not tell its data: the result will not, either.
+
+        Raises:
+            DataError: the run was started on other data.
+        """
         self._updates_above[run] = state["above"]
+        if DATA_SHA256 not in state:
+            self._unknown_start.add(run)
+        elif state[DATA_SHA256] != self._data[run].sha256:
+            raise DataError(
+                f"run {run} was started on other data (fingerprint {state[DATA_SHA256]}) than are "
+                f"there now ({self._data[run].sha256}). Get those data back, or delete the folder "
+                f"{run} in the run folder, which starts the run anew."
+            )
 
     def _batched(self, examples: Sequence[Example]) -> list[Batch]:
         """Lay held-out examples out, once: an update's evaluations share them."""

@@ -4,6 +4,7 @@ The command line runs in this process: `main` with the arguments of a shell.
 """
 
 import json
+import re
 
 import pytest
 import yaml
@@ -139,3 +140,20 @@ def test_an_unreadable_row_is_named_before_anything_starts(command, tmp_path):
         and "Traceback" not in done.stderr
     )
     assert not list((tmp_path / "runs").glob("*/spec.json"))
+
+
+def test_a_name_on_the_hub_without_a_commit_is_said_and_shipped_ones_have_one(command):
+    arguments = ("dataset=tulu3", "method.rank=4", "action=plan")
+    assert "names no commit" not in command("model=qwen3-8b-base", *arguments).stdout
+    text = command("model=llama-3.1-8b", "model.revision=main", *arguments).stdout
+    assert "model llama-3.1-8b (meta-llama/Llama-3.1-8B) names no commit of the hub" in text
+    assert "dataset tulu3" not in text
+    shipped = [
+        path.read_text()
+        for group in ("model", "dataset")
+        for path in (ROOT / "conf" / group).glob("*.yaml")
+        if "source: hub" in path.read_text()
+    ]
+    assert len(shipped) == 7 and all(
+        re.search(r"^revision: [0-9a-f]{40}$", t, re.M) for t in shipped
+    )

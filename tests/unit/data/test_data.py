@@ -18,10 +18,10 @@ from tests.world import compose_request, tiny_spec
 class Letters:
     """A tokenizer of one token a byte."""
 
-    eos_token_id = 0
+    eos_token_id, bos_token = 0, None
 
-    def __call__(self, text, add_special_tokens=False):
-        return type("Ids", (), {"input_ids": list(text.encode())})
+    def __call__(self, texts, add_special_tokens=False):
+        return type("Ids", (), {"input_ids": [list(t.encode()) for t in texts]})
 
     def decode(self, ids, skip_special_tokens=False):
         return bytes(i for i in ids if i).decode()

@@ -1,0 +1,136 @@
+"""Keep tokenized rows as arrays, in memory or mapped from a file that all processes share.
+
+A file is written by one process, beside its final name, and then renamed. It is read only if its
+checksum holds; otherwise it is written again.
+
+    first 4,096 bytes: {"rows", "tokens", "sha256"} as JSON, filled up with spaces
+    ends     int64 [rows]     end of each row in the tokens
+    n_bytes  int64 [rows]     UTF-8 bytes of the text in the loss
+    tokens   int32 [tokens]
+    loss     bool  [tokens]
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from lorasweep.data.examples import Example
+
+HEADER = 4096
+"""Bytes before the arrays."""
+DTYPES = ("<i8", "<i8", "<i4", "?")
+"""Of ends, n_bytes, tokens, loss."""
+
+
+class Rows(Sequence[Example]):
+    """Tokenized rows, end to end in four arrays. Examples are views of them."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        """`arrays`: ends, n_bytes, tokens, loss."""
+        self.ends, self.n_bytes, self.tokens, self.loss = arrays
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> "Rows":
+        """Copy text examples into arrays."""
+        found = list(examples)
+        lengths = [len(e.tokens) for e in found]
+        return cls(
+            [
+                np.cumsum(lengths, dtype="<i8"),
+                np.array([e.n_bytes for e in found], dtype="<i8"),
+                np.concatenate([e.tokens for e in found]).astype("<i4"),
+                np.concatenate([e.loss for e in found]),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, k: int) -> Example: ...
+    @overload
+    def __getitem__(self, k: slice) -> list[Example]: ...
+    def __getitem__(self, k: int | slice) -> Example | list[Example]:
+        if isinstance(k, slice):
+            return [self[i] for i in range(len(self))[k]]
+        k = range(len(self))[k]  # raises IndexError beyond the end
+        row = slice(self.ends[k - 1] if k else 0, self.ends[k])
+        return Example(self.tokens[row], self.loss[row], int(self.n_bytes[k]))
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the arrays: token ids, loss masks, bytes, and where rows end."""
+        digest = hashlib.sha256()
+        for array in (self.ends, self.n_bytes, self.tokens, self.loss):
+            digest.update(array.data)
+        return digest.hexdigest()
+
+
+def kept(path: Path, make: Callable[[], Rows]) -> Rows:
+    """Return the rows of a file; make and write them first if it is missing or damaged.
+
+    Processes that need the same file at once wait for the first one.
+    """
+    rows = read(path)
+    if rows is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            rows = read(path)
+            if rows is None:
+                _write(path, make())
+                rows = read(path)
+    if rows is None:
+        raise OSError(f"{path} was damaged while it was written; check the disk")
+    return rows
+
+
+def read(path: Path) -> Rows | None:
+    """Map a file of rows; None if it is missing, or its size or checksum is wrong."""
+    try:
+        with path.open("rb") as file:
+            head = json.loads(file.read(HEADER))
+        counts = [int(head[k]) for k in ("rows", "rows", "tokens", "tokens")]
+        whole = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    sizes = [n * np.dtype(dtype).itemsize for n, dtype in zip(counts, DTYPES)]
+    ends = np.cumsum([HEADER, *sizes])
+    if ends[-1] != len(whole):
+        return None
+    rows = Rows([whole[a:b].view(t) for a, b, t in zip(ends, ends[1:], DTYPES)])
+    return rows if rows.sha256 == head["sha256"] else None
+
+
+def _write(path: Path, rows: Rows) -> None:
+    head = {"rows": len(rows), "tokens": len(rows.tokens), "sha256": rows.sha256}
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(3).hex()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(json.dumps(head).encode().ljust(HEADER))
+            for array in (rows.ends, rows.n_bytes, rows.tokens, rows.loss):
+                file.write(array.data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file; it ends with the process.
+
+    On a file system without locks two processes may do the same work; the rename keeps it whole.
+    """
+    with path.open("ab") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

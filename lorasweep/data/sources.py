@@ -1,0 +1,136 @@
+"""Find the rows of a text data set: JSON Lines files, and data sets of the Hugging Face hub.
+
+Knows which version of the rows is there. Refuses to know tokenizers and how a row is rendered.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasweep.errors import DataError
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.revision import is_commit
+
+Row = tuple[str, Any]
+"""Where the row is, for messages, and its content."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one split, which are read when `rows` is called."""
+
+    identity: str
+    """Names the content: the SHA-256 of a file, or a name on the hub with the commit found there.
+    """
+    commit: str | None
+    """Commit of the hub that the rows are from; None for a local file."""
+    rows: Callable[[], Iterator[Row]]
+
+
+def source_of(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Source:
+    """Find the rows of a split. Reads no row.
+
+    Raises:
+        DataError: they are missing, or not the pinned ones.
+    """
+    if spec.source == "jsonl":
+        path, digest = find_jsonl(spec, split, data_dirs)
+        return Source(digest, None, lambda: jsonl_rows(path))
+    return _on_hub(spec, split)
+
+
+def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple[Path, str]:
+    """Find <data_dir>/<location>/<split>.jsonl and check it against the pinned revision.
+
+    Returns its path and SHA-256.
+
+    Raises:
+        DataError: the file is missing, or it is not the pinned one.
+    """
+    tried = [Path(folder).expanduser() / spec.location / f"{split}.jsonl" for folder in data_dirs]
+    path = next((p for p in tried if p.is_file()), None)
+    if path is None:
+        raise DataError(
+            f"dataset {spec.name!r}: no file {' or '.join(map(str, tried))}. Put it there, or set "
+            f"exec.data_dir=[FOLDER] for FOLDER/{spec.location}/{split}.jsonl."
+        )
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if spec.revision.startswith("sha256:"):
+        wanted = dict(part.split("=") for part in spec.revision[7:].split(",")).get(split)
+        if wanted and wanted != digest[:16]:
+            raise DataError(
+                f"dataset {spec.name!r}: {path} has sha256 {digest[:16]}..., but the revision in "
+                f"conf/dataset pins {wanted}. Get the pinned file, or write your own dataset file "
+                "with another name and revision."
+            )
+    return path, digest
+
+
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a JSON Lines file.
+
+    Raises:
+        DataError: a line is not JSON; the message names file and line.
+    """
+    with path.open(encoding="utf-8", errors="strict") as lines:
+        number = 0
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{path}:{number}: not a JSON row ({error}). Correct or remove the line."
+            ) from None
+
+
+def _on_hub(spec: DatasetSpec, split: str) -> Source:
+    """Find out which commit of the hub `revision` stands for (empty: its newest one)."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(
+            spec.location, spec.config or None, revision=spec.revision or None
+        )
+    except Exception as error:
+        raise _unavailable(spec, error) from error
+    # `datasets` names the folders of its cache by commits. Without a network it takes the newest
+    # folder there, whatever revision is wanted.
+    if is_commit(spec.revision) and builder.hash != spec.revision:
+        raise DataError(
+            f"dataset {spec.name!r}: {spec.location} is pinned to {spec.revision}, but the hub "
+            f"cannot be reached and the cache holds {builder.hash}. Connect to the hub once to get "
+            "the pinned rows."
+        )
+    return Source(
+        f"{spec.location}/{spec.config}@{builder.hash}",
+        builder.hash,
+        lambda: _hub_rows(spec, split, builder),
+    )
+
+
+def _hub_rows(spec: DatasetSpec, split: str, builder: Any) -> Iterator[Row]:
+    try:
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=spec.train_split if spec.holdout else split)
+        if spec.holdout:
+            # mixtures are sorted by source: without a shuffle all held-out rows share a source
+            rows = rows.shuffle(seed=0)
+            test = range(min(spec.holdout, len(rows)))
+            rows = rows.select(test if split == spec.test_split else range(len(test), len(rows)))
+    except Exception as error:
+        raise _unavailable(spec, error) from error
+    for number, row in enumerate(rows):
+        yield f"{spec.location}[{split}] row {number}", row
+
+
+def _unavailable(spec: DatasetSpec, error: Exception) -> DataError:
+    return DataError(
+        f"dataset {spec.name!r}: cannot load {spec.location!r} from the hub "
+        f"({type(error).__name__}: {error}). Check the network, log in if access is "
+        "restricted, or use local files: a dataset with source=jsonl."
+    )

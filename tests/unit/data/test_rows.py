@@ -1,0 +1,116 @@
+"""Text is tokenized once and then mapped from a file, which is believed only while it is whole."""
+
+import dataclasses
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from lorasweep.data import load as data
+from lorasweep.data import rows
+from tests.bpe import qwen_like
+from tests.world import compose_request
+
+
+class Counting:
+    """A tokenizer that counts the texts it is given."""
+
+    texts = 0
+
+    def __getattr__(self, name):
+        return getattr(qwen_like(), name)
+
+    def __call__(self, texts, **options):
+        self.texts += len(texts)
+        return qwen_like()(texts, **options)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A data set of 600 rows; `load(...)` with a fresh tokenizer says how many texts it was given."""
+    (tmp_path / "mine").mkdir()
+    spec = compose_request(["dataset=gsm8k"]).points[0].spec.dataset
+    names = {"prompt_field": "p", "completion_field": "c", "location": "mine", "revision": ""}
+    spec = dataclasses.replace(spec, name="mine", n_test=8, n_test_curve=8, **names)
+
+    def write(answer="Yes"):
+        lines = [json.dumps({"p": f"So? {i}", "c": answer}) for i in range(600)]
+        for split in ("train", "test"):
+            (tmp_path / "mine" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def load(cache=True, **changes):
+        tokenizer = Counting()
+        given = dataclasses.replace(spec, **changes)
+        folder = str(tmp_path / "cache") if cache else ""
+        return data.load(given, [str(tmp_path)], tokenizer, folder), tokenizer.texts
+
+    write()
+    load.write, load.cache = write, tmp_path / "cache"
+    return load
+
+
+def seen(loaded):
+    return [(e.tokens.tolist(), e.loss.tolist(), e.n_bytes) for e in loaded.train(3, 0, 700)]
+
+
+def test_a_second_worker_tokenizes_nothing_and_sees_the_same_rows(world):
+    alone, n = world(cache=False)
+    first, n_first = world()
+    again, n_again = world()
+    assert (n, n_first, n_again) == (2 * 608, 2 * 608, 0)
+    assert seen(alone) == seen(first) == seen(again)
+    assert alone.sha256 == first.sha256 == again.sha256
+    assert not again.train(0, 0, 1)[0].tokens.flags.writeable  # it is mapped
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "head"])
+def test_a_damaged_file_is_made_again(world, damage):
+    whole, _ = world()
+    path = max(world.cache.glob("*.rows"), key=lambda p: p.stat().st_size)
+    good = path.read_bytes()
+    bad = {
+        "cut": good[:-7],
+        "empty": b"",
+        "changed": good[:-3] + bytes([good[-3] ^ 1]) + good[-2:],
+        "head": b"{" + good[1 : rows.HEADER - 1] + b"x" + good[rows.HEADER :],
+    }
+    path.unlink()  # `whole` maps the old one
+    path.write_bytes(bad[damage])
+    assert rows.read(path) is None
+    again, n = world()
+    assert n == 2 * 600 and path.read_bytes() == good and seen(again) == seen(whole)
+
+
+def test_other_rows_another_length_and_another_form_have_files_of_their_own(world):
+    first, _ = world()
+    cut, n_cut = world(max_length=23)
+    few, n_few = world(n_train=10)
+    world.write("No")
+    other, n_other = world()
+    assert n_cut == 2 * 608 and n_few == 2 * 10 and n_other == 2 * 608
+    assert len({d.sha256 for d in (first, cut, few, other)}) == 4
+    renamed, n_renamed = world(name="yours")
+    assert n_renamed == 0 and renamed.sha256 == other.sha256
+
+
+def test_processes_that_need_the_same_file_at_once_make_it_once(tmp_path):
+    made, start = [], threading.Barrier(4)
+
+    def make():
+        made.append(1)
+        example = data.text.Example(np.arange(5, dtype=np.int32), np.arange(5) > 2, 3)
+        return rows.Rows.of([example] * 100)
+
+    def work():
+        start.wait()
+        found.append(rows.kept(tmp_path / "a" / "x.rows", make))
+
+    found = []
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert len(made) == 1 and {r.sha256 for r in found} == {make().sha256}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"x.rows", "x.lock"}
