@@ -82,13 +82,23 @@ class _WholeModel:
     stacked = False
 
     def __init__(self, base: "nn.Module", chosen: set[int]) -> None:
-        """Mark the parameters to train; `chosen` holds their Python ids."""
+        """Mark the parameters to train; `chosen` holds their Python ids.
+
+        They train in fp32 at least, as copies; the base's own weights, which may be bf16, are put
+        back by `detach`.
+        """
+        import torch
+
         self._base = base
         self._flags = {name: p.requires_grad for name, p in base.named_parameters()}
         for p in base.parameters():
             p.requires_grad_(id(p) in chosen)
             p.grad = None  # drop gradients from an earlier use of the base
-        self._start = {n: p.detach().clone() for n, p in base.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in base.named_parameters() if p.requires_grad}
+        self._start = {n: p.data for n, p in trained.items()}
+        for n, p in trained.items():
+            start = self._start[n]
+            _exchange(p, start.to(torch.promote_types(start.dtype, torch.float32), copy=True))
 
     def parameters(self) -> "dict[str, torch.Tensor]":
         return {n: p for n, p in self._base.named_parameters() if p.requires_grad}
@@ -122,14 +132,19 @@ class _WholeModel:
         return [{n: {"delta": norm} for n, norm in zip(names, torch.stack(norms).tolist())}]
 
     def detach(self) -> None:
-        import torch
+        for name, p in self._base.named_parameters():
+            p.grad = None
+            if name in self._start:
+                _exchange(p, self._start[name])
+            p.requires_grad_(self._flags[name])
 
-        with torch.no_grad():
-            for name, p in self._base.named_parameters():
-                if name in self._start:
-                    p.copy_(self._start[name])
-                p.requires_grad_(self._flags[name])
-                p.grad = None
+
+def _exchange(p: "torch.Tensor", values: "torch.Tensor") -> None:
+    """Replace a parameter's values; copies of the old ones, kept by its version, become stale."""
+    import torch
+
+    p.data = values
+    torch.autograd.graph.increment_version([p])
 
 
 METHOD = FullFT

@@ -62,13 +62,15 @@ def find(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
 def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -> Base:
     """Load a base model in the master type of `precision`, in eval mode, and check its shape.
 
+    Under bf16, matrices that are published in bf16 stay so: they work under autocast only.
+
     Raises:
         ModelError: the weights are missing, or do not have the described shape.
     """
     import torch
     import transformers
 
-    from lorasweep.models.precision import MASTER_DTYPES
+    from lorasweep.models.precision import MASTER_DTYPES, hold_in_bf16
 
     dtype = MASTER_DTYPES[precision]
     transformers.utils.logging.set_verbosity_error()
@@ -91,13 +93,15 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
                 "Check the network and access rights, or use local weights: a model file in "
                 "conf/model with source=folder."
             ) from error
+    check_shape(model, spec)
     model = model.to(dtype).eval()
-    if torch.cuda.is_available():
-        model = model.cuda()
     for p in model.parameters():
         if p.dtype != dtype:
             raise ModelError(f"model {spec.name!r}: a weight is {p.dtype}, not {dtype}.")
-    check_shape(model, spec)
+    if spec.weights_dtype == precision == "bf16":
+        hold_in_bf16(model)
+    if torch.cuda.is_available():
+        model = model.cuda()
     return Base(model, tokenizer, weights_sha256(model), commit=commit)
 
 
@@ -178,11 +182,13 @@ def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
 
 
 def check_shape(model: Any, spec: ModelSpec) -> None:
-    """Check that the loaded model has the shape that conf/model describes.
+    """Check that the loaded model has the shape and the weights that conf/model describes.
 
     Raises:
         ModelError: it has not.
     """
+    from lorasweep.models.precision import are_bf16, bf16_matrices
+
     config = model.config
     got = {
         "hidden_size": config.hidden_size,
@@ -193,6 +199,9 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
     }
     want = {k: getattr(spec, k) for k in list(got)[:4]} | {"parameters": spec.n_params}
     wrong = [f"{k} is {got[k]}, described as {want[k]}" for k in got if got[k] != want[k]]
+    if spec.weights_dtype == "bf16":
+        finer = [n for n, p in bf16_matrices(model).items() if not are_bf16(p.detach())]
+        wrong += [f"weights_dtype is fp32 ({finer[0]}), described as bf16"] if finer else []
     if wrong:
         raise ModelError(
             f"model {spec.name!r} differs from its file in conf/model: {'; '.join(wrong)}. Correct "

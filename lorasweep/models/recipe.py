@@ -21,8 +21,8 @@ SHIPPED = Path(__file__).parent / "bases"
 def file_name(spec: ModelSpec) -> str:
     """Name the weights file of a recipe: model name and a hash of the recipe and the shape."""
     fields = spec.plain()
-    for name in ("location", "revision", "attention", "mlp", "unembedding"):
-        fields.pop(name)
+    for name in ("location", "revision", "attention", "mlp", "unembedding", "weights_dtype"):
+        fields.pop(name, None)
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     return f"{spec.name}-{digest[:10]}.safetensors"
 

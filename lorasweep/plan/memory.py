@@ -32,17 +32,22 @@ def pack_bytes(
 ) -> float:
     """Estimate the peak memory, in bytes, of a process that trains `members` runs like `spec`.
 
-    Base: fp32 weights, and bf16 copies under bf16. Each member: parameter, gradient and two moments
-    of 4 bytes each; full fine-tuning also keeps a copy of the start. Activations: what the
-    hand-written decoder keeps for the backward pass. `micro_batch_size`: rows per member and
-    forward pass; None: the whole batch.
+    Base: its weights, in bf16 if they are published so and computed so, and bf16 copies of weights
+    that are not. Each member: parameter, gradient and two moments of 4 bytes each; full fine-tuning
+    keeps the base to start from. Activations: what the hand-written decoder keeps for the backward
+    pass. `micro_batch_size`: rows per member and forward pass; None: the whole batch.
     """
     model, word = spec.model, WORD_BYTES[spec.precision]
     master = 8 if spec.precision == "fp64" else 4
     whole = spec.method.MAX_PACK == 1
-    copies = (2 if whole else 4) if word == 2 else 0  # of frozen weights also a transposed copy
-    weights = model.n_params * master + model.n_matmul_params * copies
-    trained = members * spec.method.n_trainable(model) * (5 if whole else 4) * master
+    held = 2 if model.weights_dtype == spec.precision == "bf16" else master
+    copies = 0  # bytes for each weight of a product
+    if word == 2 and (whole or held > word):
+        copies += 2
+    if word == 2 and not whole and not hardware.gpus:
+        copies += 2  # frozen weights are also kept transposed
+    weights = model.n_params * held + model.n_matmul_params * copies
+    trained = members * spec.method.n_trainable(model) * 4 * master
     rows = min(micro_batch_size or spec.batch_size, spec.batch_size)
     length = mean_length(spec)
     tokens = members * rows * length * (1.0 if spec.dataset.source == "synthetic" else TEXT_PEAK)

@@ -13,6 +13,7 @@ from lorasweep.spec.canonical import Value, not_allowed
 
 LAYER_SETS = ("attention", "mlp", "unembedding")
 MODEL_SOURCES = ("hub", "folder", "gguf", "recipe")
+WEIGHTS_DTYPES = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class ModelSpec(Value):
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     unembedding: tuple[str, ...] = ("lm_head",)
     recipe: Recipe | None = None
+    weights_dtype: str = field(default="fp32", metadata={"added": "fp32"})
+    """Type of the published weights, fp32 or bf16. Under precision=bf16, matrices published in bf16
+    are held so while they are frozen: half the memory, the same numbers."""
 
     def matrices(self, layers: tuple[str, ...]) -> tuple[Matrix, ...]:
         """List the matrices of the layer sets; raise SpecError if a set matches nothing."""
@@ -133,6 +137,8 @@ class ModelSpec(Value):
         where = f"model {self.name!r}: "
         if self.source not in MODEL_SOURCES:
             yield not_allowed(where + "source", self.source, MODEL_SOURCES)
+        if self.weights_dtype not in WEIGHTS_DTYPES:
+            yield not_allowed(where + "weights_dtype", self.weights_dtype, WEIGHTS_DTYPES)
         shape = (
             "hidden_size",
             "n_layers",

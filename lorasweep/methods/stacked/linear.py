@@ -76,13 +76,16 @@ class StackedAdapters:
         for p in base.parameters():
             p.requires_grad_(False)
         for name, linear in targets.items():
+            # trained in fp32 at least, also where the frozen weight is bf16
+            master = torch.promote_types(linear.weight.dtype, torch.float32)
+            like = torch.empty(0, device=linear.weight.device, dtype=master)
             a: list[torch.Tensor] = []
             b: list[torch.Tensor] = []
             for s in spans:
                 drawn = [_start(m, seed, name, linear) for m, seed in zip(methods[s], seeds[s])]
-                a.append(nn.Parameter(torch.stack([x for x, _ in drawn]).to(linear.weight)))
-                b.append(nn.Parameter(torch.stack([x for _, x in drawn]).to(linear.weight)))
-            wrapped = StackedLinear(linear, spans, a, b, scaling_N.to(linear.weight))
+                a.append(nn.Parameter(torch.stack([x for x, _ in drawn]).to(like)))
+                b.append(nn.Parameter(torch.stack([x for _, x in drawn]).to(like)))
+            wrapped = StackedLinear(linear, spans, a, b, scaling_N.to(like))
             _replace(base, name, wrapped)
             self._wrapped[name] = wrapped
         self._named = self._names()

@@ -68,13 +68,14 @@ class CpuLlama:
         The result is cached until a weight changes. Frozen bf16 weights are transposed in memory,
         which cuts the time of the forward product by a third (LOG.md).
         """
-        if len(weights) == 1 and weights[0].dtype == dtype:
+        frozen = dtype == torch.bfloat16 and not any(w.requires_grad for w in weights)
+        if len(weights) == 1 and weights[0].dtype == dtype and not frozen:
             return weights[0].detach(), weights[0].detach().T
         key, versions = (*map(id, weights), hash(dtype)), [w._version for w in weights]
-        frozen = dtype == torch.bfloat16 and not any(w.requires_grad for w in weights)
         kept = self._casts.get(key)
         if kept is None or kept.versions != versions or kept.frozen != frozen:
-            made = torch.cat([w.detach().to(dtype) for w in weights])
+            parts = [w.detach().to(dtype) for w in weights]
+            made = torch.cat(parts) if len(parts) > 1 else parts[0]
             turned = made.T.contiguous() if frozen else made.T
             kept = self._casts[key] = _CastWeights(versions, frozen, weights, made, turned)
         return kept.w_OH, kept.w_HO

@@ -31,7 +31,7 @@ def hub(tmp_path, monkeypatch):
         intermediate_size=32,
         **sizes,
     )
-    LlamaForCausalLM(config).save_pretrained(snapshot)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(snapshot)  # as the described one is
     qwen_like().save_pretrained(snapshot)
     model = compose_request(["model=smollm2-135m"]).points[0].spec.model
     shape = {"n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_size": 8, "mlp_size": 32}
