@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorasweep.data.examples import Example
+from lorasweep.data.examples import Example, Truth
 
 PAD_TO = 16
 """Row lengths, X and M are multiples of this. On many processors, but not on all, matrix products
@@ -33,6 +33,9 @@ class Batch:
     """1 for a real position, 0 for filler."""
     tokens_N: tuple[int, ...]
     """Tokens of each member, without padding."""
+    truth: Truth | None = None
+    """Of one member's held-out rows, in the order of the loss positions; merged batches have none.
+    """
 
     @property
     def laid_out(self) -> int:
@@ -62,7 +65,16 @@ def collate(examples: Sequence[Example]) -> Batch:
     following = _widen(np.concatenate(targets).astype(np.int64)[None], width)
     weight = _widen(np.ones((1, count), dtype=np.float32), width)
     n_tokens = sum(len(e.tokens) for e in examples)
-    return Batch(tokens[None], (tuple(lengths),), loss_at, following, weight, (n_tokens,))
+    truth = _joined([e.truth for e in examples if e.truth is not None], len(examples))
+    return Batch(tokens[None], (tuple(lengths),), loss_at, following, weight, (n_tokens,), truth)
+
+
+def _joined(truths: Sequence[Truth], n_examples: int) -> Truth | None:
+    """Join the truths of examples; None if an example has none."""
+    if not truths or len(truths) < n_examples:
+        return None
+    p, changed = zip(*((t.probabilities, t.changed) for t in truths))
+    return Truth(np.concatenate(p), np.concatenate(changed))
 
 
 def merge(parts: Sequence[Batch]) -> Batch:

@@ -17,6 +17,16 @@ CHUNK = 256
 
 
 @dataclass(frozen=True)
+class Truth:
+    """The true distribution of each loss token, where the generator is known."""
+
+    probabilities: np.ndarray
+    """float32 [loss tokens, symbols]."""
+    changed: np.ndarray
+    """bool [loss tokens]: whether it differs from that of the pretraining language."""
+
+
+@dataclass(frozen=True)
 class Example:
     """One sequence.
 
@@ -27,6 +37,8 @@ class Example:
     loss: np.ndarray
     n_bytes: int | None = None
     """UTF-8 bytes of the text that counts in the loss; None if the tokens are not text."""
+    truth: Truth | None = None
+    """For held-out rows with exact_loss."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +53,15 @@ class Data:
     retain: Sequence[Example] = ()
     """Held-out examples of the pretraining data, to measure what fine-tuning forgets."""
     entropy_floor_nats: float | None = None
-    """Mean -log p of the test tokens under the true generator, in nats: the lowest possible NLL."""
+    """Mean -log p of the test tokens under the true generator, in nats: the lowest possible NLL.
+    With exact_loss the mean entropy of their true distributions."""
     sha256: str | None = None
     """Fingerprint of what is trained and tested on: equal for all seeds, and only for equal data.
     """
     commit: str | None = None
     """Commit of the hub that the rows are from; None for other sources."""
+    bits: Callable[[int], dict[str, float]] | None = None
+    """Number of training tokens -> bits of what is new in them, by measure; None: not known."""
 
 
 def shuffled(

@@ -16,17 +16,23 @@ from lorasweep.spec.dataset import DatasetSpec
 
 
 def load(
-    spec: DatasetSpec, data_dirs: Sequence[str], tokenizer: Any = None, cache: str = ""
+    spec: DatasetSpec,
+    data_dirs: Sequence[str],
+    tokenizer: Any = None,
+    cache: str = "",
+    draw: int | None = None,
 ) -> Data:
     """Load a data set. `tokenizer` is needed for text only.
 
     `cache`: folder in which text is kept once it is tokenized; empty: it is kept in memory.
+    `draw`: with draw_by_seed the number of the draw, which is the run's seed.
 
     Raises:
         DataError: the data set is missing or cannot be used.
     """
     if spec.source == "synthetic":
-        return _generator(spec.location).load(spec)
+        more = {} if draw is None else {"draw": draw}
+        return _generator(spec.location).load(spec, **more)
     if tokenizer is None:
         raise DataError(
             f"dataset {spec.name!r} is text, but the model has no tokenizer. Choose a model with a "

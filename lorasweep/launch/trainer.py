@@ -39,7 +39,7 @@ class TorchTrainer:
     def __init__(self) -> None:
         self._base: Base | None = None
         self._base_key: tuple[ModelSpec, str, bool] | None = None
-        self._data: dict[DatasetSpec, Any] = {}
+        self._data: dict[tuple[DatasetSpec, int | None], Any] = {}
 
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
@@ -58,10 +58,11 @@ class TorchTrainer:
     def _load_data(self, spec: RunSpec, exec_: Exec, base: "Base") -> Any:
         from lorasweep.data.load import load
 
-        if spec.dataset not in self._data:
+        key = (spec.dataset, spec.draw)
+        if key not in self._data:
             cache = str(Path(exec_.runs_dir) / TOKENS)
-            self._data[spec.dataset] = load(spec.dataset, exec_.data_dir, base.tokenizer, cache)
-        return self._data[spec.dataset]
+            self._data[key] = load(spec.dataset, exec_.data_dir, base.tokenizer, cache, spec.draw)
+        return self._data[key]
 
     def _load_base(self, spec: RunSpec, exec_: Exec) -> "Base":
         from lorasweep.models import load as models

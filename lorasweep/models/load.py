@@ -25,9 +25,9 @@ class Base:
     model: Any
     tokenizer: Any
     sha256: str
-    start_nll: dict[str, float] = field(default_factory=dict)
-    """Held-out NLL before training, by data set and precision. It is the same for every run, so it
-    is measured once."""
+    at_start: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Held-out measures before training, by data set, draw and precision. They are the same for
+    every run, so they are measured once."""
     commit: str | None = None
     """Commit of the hub that the weights are from; None for other sources."""
 

@@ -54,6 +54,12 @@ class DatasetSpec(Value):
     n_retain: int = field(default=0, metadata={"added": 0})
     """Rows of pretraining data (for facts: of facts that are never trained) that are evaluated once
     at the end, to measure forgetting."""
+    exact_loss: bool = field(default=False, metadata={"added": False})
+    """Whether held-out losses are taken over the true distribution of every next symbol instead of
+    one sampled symbol: the same mean with less noise. Only where the generator knows it."""
+    draw_by_seed: bool = field(default=False, metadata={"added": False})
+    """Whether each seed has a draw of its own of what is to be learned. All draws have the same
+    generator parameters, so the runs still form one curve."""
 
     render: str = field(default=FIRST_RENDER, metadata={"added": FIRST_RENDER})
     """How messages become text. role_colon: the study's form for base models, 'Role: content' and a
@@ -100,5 +106,8 @@ class DatasetSpec(Value):
                 f"{where}n_retain={self.n_retain}: only synthetic data sets know what the base was "
                 "pretrained on. Leave it at 0."
             )
+        for name in ("exact_loss", "draw_by_seed"):
+            if getattr(self, name) and self.location != "dialect":
+                yield f"{where}{name}=true: only the generator dialect can. Set it to false."
         if self.n_train is not None and self.n_train < 1:
             yield f"{where}n_train={self.n_train}: expected at least 1 row, or null for all."

@@ -61,6 +61,11 @@ class RunSpec(Value):
         """First 12 hex digits of the SHA-256 of the canonical form."""
         return hashlib.sha256(canonical_text(self).encode()).hexdigest()[:12]
 
+    @property
+    def draw(self) -> int | None:
+        """Number of the data set's draw; None if all seeds share one."""
+        return self.seed if self.dataset.draw_by_seed else None
+
     def problems(self) -> Iterator[str]:
         """Yield what makes this run untrainable."""
         low, high = LR_RANGE

@@ -44,7 +44,7 @@ def train(
     try:
         passes = backend(model)
         optimizer = AdamW.start(trainables, pack)
-        progress = {m.id: Progress.start(metric.name, v) for m, v in zip(members, at_start)}
+        progress = {m.id: Progress.start(measures) for m, measures in zip(members, at_start)}
         evaluations = {m.id: set(eval_steps(m.steps)) for m in members}
         step = 0
         if resume is not None:
@@ -114,7 +114,7 @@ def train(
                         continue
                     measured[m.id] = {**evaluation.measures, **norm}
                     records[m.id] |= {**measured[m.id], "test_items": evaluation.n_items}
-                    progress[m.id].point(records[m.id], (metric.name, *norm))
+                    progress[m.id].point(records[m.id], tuple(measured[m.id]))
                     if not math.isfinite(evaluation.measures[metric.name]):
                         diverged.add(m.id)
             done = last - diverged

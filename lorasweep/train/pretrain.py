@@ -19,7 +19,8 @@ from lorasweep.models.recipe import empty_model, file_name, find_weights
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec, Recipe
 from lorasweep.spec.run import RunSpec
-from lorasweep.train.objectives.sft import evaluate, nll_sums
+from lorasweep.train.objectives.held_out import evaluate
+from lorasweep.train.objectives.nll import nll_sums
 from lorasweep.train.optim import AdamW, OneRun
 
 if TYPE_CHECKING:

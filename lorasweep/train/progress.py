@@ -29,9 +29,9 @@ class Progress:
     """Seconds of each update in this attempt: the time of the pack divided by its members."""
 
     @classmethod
-    def start(cls, metric: str, value: float) -> "Progress":
-        """Start with the metric before training."""
-        return cls([{"step": 0, "examples": 0, "tokens": 0, metric: value}])
+    def start(cls, measures: Record) -> "Progress":
+        """Start with the measures before training."""
+        return cls([{"step": 0, "examples": 0, "tokens": 0, **measures}])
 
     def load(self, meta: dict[str, Any]) -> None:
         """Restore the values of a checkpoint."""

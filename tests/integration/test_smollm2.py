@@ -17,7 +17,7 @@ from lorasweep.data.examples import Example
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.models.targets import find_targets
-from lorasweep.train.objectives.sft import nll_sums
+from lorasweep.train.objectives.nll import nll_sums
 from tests.world import ROOT, compose_request
 
 WEIGHTS = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -2,15 +2,24 @@
 
 P(next | a, b, c) comes from low-rank features of the last two symbols and a Zipf prior. In 30% of
 the 32^3 contexts a memorised next symbol has probability mass 0.8. The base model is pretrained on
-the language (rule_shift and new_exceptions 0). The dialect draws new feature rows for some symbols
+the language (rule_shift and new_exceptions 0). The dialect changes the feature rows of some symbols
 (a shared shift of the rules) and replaces some of the exceptions (a tail of facts).
+
+Two kinds of shift: with shift_rank 0 the rows are drawn anew; with shift_rank k a matrix of rank k
+is added to them, scaled so that the dialect differs from the language by shift_nats. The second
+tells how much is new (bits, rank of the change, contexts touched) apart from how far it is away.
+
+Shapes: V symbols; a table P_VVVV is P(next | a, b, c).
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
-from lorasweep.data.examples import Data, Example, generated
+from lorasweep.data.examples import Data, Example, Truth, generated
 from lorasweep.data.fingerprint import of_generator, rounded
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
@@ -18,7 +27,9 @@ from lorasweep.spec.streams import stream
 
 VOCAB = 32
 DEFAULTS = {
-    "rule_shift": 0.5,  # fraction of symbols with new feature rows
+    "rule_shift": 0.5,  # fraction of symbols with changed feature rows
+    "shift_rank": 0.0,  # rank of the change; 0: the rows are drawn anew
+    "shift_nats": 0.3,  # with shift_rank: KL from the dialect to the language, nats per symbol
     "new_exceptions": 0.3,  # fraction of the exceptions that are replaced
     "exceptions": 0.3,  # fraction of contexts with a memorised next symbol
     "mass": 0.8,  # probability of a memorised symbol
@@ -26,14 +37,27 @@ DEFAULTS = {
     "features": 8.0,  # rank of the rule
     "language": 0.0,  # seed of the language; another value is another language with its dialect
 }
+CONTEXT_STEPS = 30
+"""Symbols after which the contexts' shares are those of a long sequence, to about 1e-7."""
+MAX_SCALE_STEPS = 100
+SCALE_PRECISION = 1e-6
+"""Relative error of a dialect's distance."""
+LEARNABLE_TIMES = 3
+"""How often a context must be seen for its exception to count as learnable. A convention."""
 
 
-def load(spec: DatasetSpec) -> Data:
-    """Make the language of `spec.generator_params`, its held-out sequences and their entropy."""
-    table = transition(spec.generator_params, where=f"dataset {spec.name!r}")
+def load(spec: DatasetSpec, draw: int | None = None) -> Data:
+    """Make the dialect of `spec.generator_params`, its held-out sequences and their entropy.
+
+    `draw`: number of another dialect of the same language with the same parameters; None: the
+    first one.
+    """
+    where = f"dataset {spec.name!r}"
+    table = transition(spec.generator_params, where, draw)
+    language = transition(_language(spec.generator_params), where)
     length = spec.max_length
 
-    def draw(rng: np.random.Generator, count: int, table: np.ndarray = table) -> list[Example]:
+    def sequences(rng: np.random.Generator, count: int, table: np.ndarray = table) -> list[Example]:
         tokens = sample(table, rng, count, length)
         loss = np.ones(length, dtype=bool)
         loss[:3] = False  # the first symbols have no full context
@@ -41,20 +65,40 @@ def load(spec: DatasetSpec) -> Data:
 
     retain: list[Example] = []
     if spec.n_retain:
-        language = transition({**spec.generator_params, "rule_shift": 0.0, "new_exceptions": 0.0})
-        retain = draw(stream("data", spec.name, "retain"), spec.n_retain, language)
+        retain = sequences(stream("data", spec.name, "retain"), spec.n_retain, language)
 
-    test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
+    test = sequences(stream("data", spec.name, spec.test_split), spec.n_test)
     rows = np.stack([e.tokens for e in test])
-    p = table[rows[:, :-3], rows[:, 1:-2], rows[:, 2:-1], rows[:, 3:]]
+    contexts = (rows[:, :-3], rows[:, 1:-2], rows[:, 2:-1])
+    floor = -np.log(table[(*contexts, rows[:, 3:])])
+    if spec.exact_loss:
+        true, before = table[contexts], language[contexts]
+        floor = -(true * np.log(true)).sum(-1)
+        changed = (true != before).any(-1)
+        test = [
+            dataclasses.replace(e, truth=Truth(p.astype(np.float32), c))
+            for e, p, c in zip(test, true, changed)
+        ]
     data = Data(
-        train=generated(spec, spec.train_split, draw),
+        train=generated(spec, spec.train_split, sequences),
         test=test,
         n_train=spec.n_train,
         retain=retain,
-        entropy_floor_nats=float(-np.log(p).mean()),
+        entropy_floor_nats=float(floor.mean()),
+        bits=lambda n_tokens: bits(spec.generator_params, n_tokens, draw),
     )
-    return dataclasses.replace(data, sha256=of_generator(data, rounded(table)))
+    sha256 = of_generator(data, rounded(table)) if draw is None else _sha256(spec)
+    return dataclasses.replace(data, sha256=sha256)
+
+
+@cache
+def _sha256(spec: DatasetSpec) -> str | None:
+    """Return the fingerprint of the first draw, which stands for all draws of its parameters."""
+    return load(spec).sha256
+
+
+def _language(params: dict[str, float]) -> dict[str, float]:
+    return {**params, "rule_shift": 0.0, "new_exceptions": 0.0}
 
 
 def check(spec: DatasetSpec) -> None:
@@ -66,32 +110,144 @@ def check(spec: DatasetSpec) -> None:
     _checked(spec.generator_params, f"dataset {spec.name!r}")
 
 
-def transition(params: dict[str, float], where: str = "dialect") -> np.ndarray:
-    """Return P(next | a, b, c) as float64 [32, 32, 32, 32], rows summing to 1."""
-    k = _checked(params, where)
-    rank, v, number = int(k["features"]), VOCAB, int(k["language"])
-    old, new = stream("dialect", number, "language"), stream("dialect", number, "dialect")
+def transition(
+    params: dict[str, float], where: str = "dialect", draw: int | None = None
+) -> np.ndarray:
+    """Return P(next | a, b, c) as float64 [V, V, V, V], rows summing to 1.
 
-    feats = [old.normal(size=(v, rank)), old.normal(size=(v, rank))]  # of b and of c
+    Raises:
+        DataError: a parameter is unknown or out of range.
+    """
+    return _table(_parts(_checked(params, where), draw))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a table is made of."""
+
+    k: dict[str, float]
+    feats_VF: list[np.ndarray]
+    """Feature rows of b and of c."""
+    out_FV: np.ndarray
+    zipf_V: np.ndarray
+    is_exception_VVV: np.ndarray
+    replaced_VVV: np.ndarray
+    memorised_VVV: np.ndarray
+
+
+def _parts(k: dict[str, float], draw: int | None) -> _Parts:
+    rank, v, number = int(k["features"]), VOCAB, int(k["language"])
+    old = stream("dialect", number, "language")
+    new = stream("dialect", number, "dialect", *(() if draw is None else ("draw", draw)))
+    feats = [old.normal(size=(v, rank)), old.normal(size=(v, rank))]
     out = old.normal(size=(rank, v))
     shifted = new.permutation(v)[: round(k["rule_shift"] * v)]
+    changes = []
     for table in feats:
-        table[shifted] = new.normal(size=(len(shifted), rank))
-    logits = np.einsum("bk,ck,kv->bcv", feats[0], feats[1], out) / np.sqrt(rank)
+        if k["shift_rank"]:
+            low = int(k["shift_rank"])
+            change = new.normal(size=(len(shifted), low)) @ new.normal(size=(low, rank))
+            changes.append(change / np.sqrt(low))
+        else:
+            table[shifted] = new.normal(size=(len(shifted), rank))
     zipf = -np.log(np.arange(1, v + 1))[old.permutation(v)]
-    logits = k["sharpness"] * logits + zipf
-    rule = np.exp(logits - logits.max(-1, keepdims=True))
-    rule /= rule.sum(-1, keepdims=True)
-
     is_exception = old.random((v, v, v)) < k["exceptions"]
     memorised = old.integers(v, size=(v, v, v))
     replaced = new.random((v, v, v)) < k["new_exceptions"]
     memorised = np.where(replaced, new.integers(v, size=(v, v, v)), memorised)
+    parts = _Parts(k, feats, out, zipf, is_exception, is_exception & replaced, memorised)
+    return _moved(parts, shifted, changes) if changes and len(shifted) else parts
+
+
+def _moved(parts: _Parts, shifted: np.ndarray, changes: Sequence[np.ndarray]) -> _Parts:
+    """Add the changes to the shifted rows, scaled to a distance of shift_nats.
+
+    The KL grows about with the square of a small scale, so each step multiplies the scale by the
+    root of what is missing.
+    """
+    # the new exceptions are in both tables: they have a distance of their own
+    before = _table(parts)
+    scale, wanted = 1.0, parts.k["shift_nats"]
+    for _ in range(MAX_SCALE_STEPS):
+        feats = [table.copy() for table in parts.feats_VF]
+        for table, change in zip(feats, changes):
+            table[shifted] += scale * change
+        moved = dataclasses.replace(parts, feats_VF=feats)
+        got = distance(_table(moved), before)
+        if abs(got / wanted - 1) < SCALE_PRECISION:
+            return moved
+        scale = float(f"{scale * math.sqrt(wanted / got):.9g}")
+    raise DataError(
+        f"knobs.shift_nats={wanted}: no scale of the change gives this distance. Allowed: about "
+        "0.01 to 1."
+    )
+
+
+def _table(parts: _Parts) -> np.ndarray:
+    v, k = VOCAB, parts.k
+    logits = np.einsum("bk,ck,kv->bcv", *parts.feats_VF, parts.out_FV) / np.sqrt(k["features"])
+    logits = k["sharpness"] * logits + parts.zipf_V
+    rule = np.exp(logits - logits.max(-1, keepdims=True))
+    rule /= rule.sum(-1, keepdims=True)
     p = np.broadcast_to(rule, (v, v, v, v)).copy()
-    p[is_exception] *= 1 - k["mass"]
-    a, b, c = np.nonzero(is_exception)
-    p[a, b, c, memorised[a, b, c]] += k["mass"]
+    p[parts.is_exception_VVV] *= 1 - k["mass"]
+    a, b, c = np.nonzero(parts.is_exception_VVV)
+    p[a, b, c, parts.memorised_VVV[a, b, c]] += k["mass"]
     return p
+
+
+def context_shares(table_VVVV: np.ndarray) -> np.ndarray:
+    """Return how often each context (a, b, c) occurs in long sequences, [V, V, V], summing to 1."""
+    share = np.full((VOCAB,) * 3, VOCAB**-3.0)
+    for _ in range(CONTEXT_STEPS):
+        share = np.einsum("abc,abcd->bcd", share, table_VVVV)
+    return share
+
+
+def distance(dialect_VVVV: np.ndarray, language_VVVV: np.ndarray) -> float:
+    """Return the KL from the dialect to the language, nats per symbol, over its own contexts.
+
+    This is the excess loss of a perfect model of the language on the dialect.
+    """
+    kl = (dialect_VVVV * np.log(dialect_VVVV / language_VVVV)).sum(-1)
+    return float((context_shares(dialect_VVVV) * kl).sum())
+
+
+@cache
+def _facts(params: tuple[tuple[str, float], ...], draw: int | None) -> tuple[int, int, np.ndarray]:
+    """Return the free numbers of the shift, the exceptions, and the replaced ones' shares."""
+    k = _checked(dict(params), "dialect")
+    parts = _parts(k, draw)
+    m, low, rank = round(k["rule_shift"] * VOCAB), int(k["shift_rank"]), int(k["features"])
+    # a matrix [m, rank] of rank low has low (m + rank - low) free numbers; there are two of them
+    low = min(low, m) if low else min(rank, m)
+    numbers = 2 * low * (m + rank - low)
+    shares = context_shares(_table(parts))[parts.replaced_VVV]
+    return numbers, int(parts.is_exception_VVV.sum()), shares
+
+
+def bits(params: dict[str, float], n_tokens: int, draw: int | None = None) -> dict[str, float]:
+    """Return how much is new in `n_tokens` symbols of the dialect, in bits.
+
+    generator: what describes the change of the generator. Half a log2(n_tokens) for each free
+    number of the shift, the precision that so many symbols can resolve (Rissanen 1978); log2(V) for
+    each replaced exception, and which of the exceptions they are.
+    learnable: the same, with the replaced exceptions whose context is expected at least
+    LEARNABLE_TIMES times.
+    """
+    numbers, n_exceptions, shares = _facts(tuple(sorted(params.items())), draw)
+    rule = numbers / 2 * math.log2(max(2, n_tokens))
+    seen = int((shares * n_tokens >= LEARNABLE_TIMES).sum())
+
+    def of_exceptions(count: int) -> float:
+        which = math.lgamma(n_exceptions + 1) - math.lgamma(count + 1)
+        which -= math.lgamma(n_exceptions - count + 1)
+        return count * math.log2(VOCAB) + which / math.log(2)
+
+    return {
+        "generator": rule + of_exceptions(len(shares)),
+        "learnable": rule + of_exceptions(seen),
+    }
 
 
 def _checked(params: dict[str, float], where: str) -> dict[str, float]:
@@ -102,6 +258,13 @@ def _checked(params: dict[str, float], where: str) -> dict[str, float]:
     for key in ("rule_shift", "new_exceptions", "exceptions", "mass"):
         if not 0 <= k[key] <= 1:
             raise DataError(f"{where}: knobs.{key}={k[key]}. Allowed: 0 to 1.")
+    if not 0 <= k["shift_rank"] <= k["features"] or k["shift_rank"] % 1:
+        raise DataError(
+            f"{where}: knobs.shift_rank={k['shift_rank']}. Allowed: a whole number from 0 to "
+            f"features={k['features']:g}."
+        )
+    if not k["shift_nats"] > 0:
+        raise DataError(f"{where}: knobs.shift_nats={k['shift_nats']}. Allowed: above 0.")
     if k["features"] < 1:
         raise DataError(f"{where}: knobs.features={k['features']}. Allowed: 1 or more.")
     return k

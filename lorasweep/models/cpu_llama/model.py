@@ -85,13 +85,8 @@ class CpuLlama:
 
         Logits are computed at the loss positions only.
         """
-        n, x = batch.tokens_NX.shape
-        hidden_NXH = self.hidden(batch, dtype)
-        at = torch.from_numpy(batch.loss_positions_NM) + torch.arange(n)[:, None] * x
-        picked = hidden_NXH.flatten(0, 1).index_select(0, at.flatten())
-        normed = Norm.apply(picked, self.body.norm.weight, self.eps)
-        h_NMH = normed.view(n, at.shape[1], -1)
-        group = Group([self.head], partial(self.cast, dtype=dtype), dtype)
+        h_NMH = self._at_loss_positions(batch, dtype)
+        group = self._head_group(dtype)
         return HeadNll.apply(
             h_NMH,
             group,
@@ -100,6 +95,24 @@ class CpuLlama:
             torch.is_grad_enabled(),
             *group.params,
         )
+
+    def log_probabilities(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+        """Return log q of every symbol at the loss positions, [N, M, V], without gradient."""
+        h_NMH = self._at_loss_positions(batch, dtype)
+        logits_NMV, _ = self._head_group(dtype).forward(h_NMH.to(dtype))
+        return torch.log_softmax(logits_NMV, -1, dtype=h_NMH.dtype)
+
+    def _head_group(self, dtype: torch.dtype) -> Group:
+        return Group([self.head], partial(self.cast, dtype=dtype), dtype)
+
+    def _at_loss_positions(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+        """Return the normed residual stream at the loss positions, [N, M, H]."""
+        n, x = batch.tokens_NX.shape
+        hidden_NXH = self.hidden(batch, dtype)
+        at = torch.from_numpy(batch.loss_positions_NM) + torch.arange(n)[:, None] * x
+        picked = hidden_NXH.flatten(0, 1).index_select(0, at.flatten())
+        normed = Norm.apply(picked, self.body.norm.weight, self.eps)
+        return normed.view(n, at.shape[1], -1)
 
     def hidden(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
         """Return the residual stream after the last layer, [N, X, H], in the master type."""

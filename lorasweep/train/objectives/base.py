@@ -53,8 +53,11 @@ class Objective(Protocol[BatchT]):
 
     metric: Metric
 
-    def start(self, base: "Base", members: Sequence[RunSpec]) -> list[float]:
-        """Return each member's metric before training. `base` has nothing attached yet."""
+    def start(self, base: "Base", members: Sequence[RunSpec]) -> list[Record]:
+        """Return each member's measures before training, including the metric.
+
+        `base` has nothing attached yet.
+        """
 
     def batches(self, model: "nn.Module", step: int, members: Sequence[RunSpec]) -> list[BatchT]:
         """Return update `step`'s micro-batches (0-based). May sample from the model."""

@@ -10,19 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from lorasweep.data.batches import Batch, collate, eval_batches, merge, padded
+from lorasweep.data.batches import Batch, collate, eval_batches, merge
 from lorasweep.data.examples import Data, Example
 from lorasweep.errors import DataError
-from lorasweep.models.cpu_llama.model import cpu_llama_for
-from lorasweep.models.head import hidden_states, logits_of
-from lorasweep.models.precision import COMPUTE_DTYPES, autocast
 from lorasweep.spec.metric import Metric
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Record
 from lorasweep.train.objectives.base import Evaluation
+from lorasweep.train.objectives.held_out import evaluate, evaluate_exact, floors
+from lorasweep.train.objectives.nll import nll_sums
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,10 +38,6 @@ EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
 """Padded tokens per evaluation forward: per member on a CPU, of all members on a GPU. On a CPU it
 does not depend on the pack size, so that held-out losses are summed over the same rows in every
 pack."""
-LOGITS, GPU_LOGITS = 1 << 24, 1 << 26
-"""Logits that transformers' passes compute at once. On a GPU that is half a thousand positions of a
-vocabulary of 128,256 and about 1.3 GB with what the loss needs. Assumption: not measured on a GPU.
-"""
 
 
 class SupervisedFineTuning:
@@ -61,32 +54,36 @@ class SupervisedFineTuning:
         member and forward pass; None: all of an update.
         """
         self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
-        self._nll_start: dict[str, float] = {}
+        self._start: dict[str, Record] = {}
         self._retain_start: dict[str, float] = {}
         self._updates_above = dict.fromkeys(data, 0)
         self._unknown_start: set[str] = set()
+        self._code_nats = dict.fromkeys(data, 0.0)
+        self._n_loss: dict[str, int] = {}
         self._eval_tokens = EVAL_TOKENS
         self._held_out: dict[tuple[int, ...], list[Batch]] = {}
 
-    def start(self, base: "Base", members: Sequence[RunSpec]) -> list[float]:
+    def start(self, base: "Base", members: Sequence[RunSpec]) -> list[Record]:
         """Measure the base's NLL on each data set, and on its pretraining rows, once."""
         if next(base.model.parameters()).device.type != "cpu":
             self._eval_tokens = max(1, GPU_EVAL_TOKENS // len(members))
         for member in members:
             data = self._data[member.id]
-            key = f"{member.dataset.canonical}/{self._precision}"
+            key = f"{member.dataset.canonical}/{member.draw}/{self._precision}"
             for name, examples in ((key, data.test), (f"{key}/retain", data.retain)):
-                if examples and name not in base.start_nll:
-                    batches = [self._batched(examples)]
-                    base.start_nll[name] = evaluate(base.model, batches, self._precision)[0]
-            self._nll_start[member.id] = base.start_nll[key]
+                if examples and name not in base.at_start:
+                    base.at_start[name] = self._measure(base.model, [examples])[0]
+            self._start[member.id] = base.at_start[key]
             if data.retain:
-                self._retain_start[member.id] = base.start_nll[f"{key}/retain"]
-        return [self._nll_start[m.id] for m in members]
+                self._retain_start[member.id] = base.at_start[f"{key}/retain"][self.metric.name]
+        return [self._start[m.id] for m in members]
 
     def batches(self, model: "nn.Module", step: int, members: Sequence[RunSpec]) -> list[Batch]:
         """Return the micro-batches of update `step`, with rows of similar length together."""
-        return [merge(parts) for parts in zip(*(self._rows(m, step) for m in members))]
+        rows = [self._rows(m, step) for m in members]
+        for member, own in zip(members, rows):
+            self._n_loss[member.id] = sum(b.n_loss for b in own)
+        return [merge(parts) for parts in zip(*rows)]
 
     def _rows(self, member: RunSpec, step: int) -> list[Batch]:
         size = member.batch_size
@@ -109,27 +106,44 @@ class SupervisedFineTuning:
 
     def diverged(self, run: str, loss: float) -> bool:
         """Count updates in a row whose loss is far above the loss before training."""
-        above = loss > DIVERGED_NLL_FACTOR * self._nll_start[run]
+        self._code_nats[run] += loss * self._n_loss[run]
+        above = loss > DIVERGED_NLL_FACTOR * self._start[run][self.metric.name]
         self._updates_above[run] = self._updates_above[run] + 1 if above else 0
         return self._updates_above[run] >= DIVERGED_PATIENCE
 
     def evaluate(
         self, model: "nn.Module", members: Sequence[RunSpec], final: bool
     ) -> list[Evaluation]:
-        """Return each member's held-out NLL, and for text its bits per byte."""
-        rows = []
-        for member in members:
-            test, n_curve = self._data[member.id].test, member.dataset.n_test_curve
-            rows.append(test if final else test[:n_curve])
-        nlls = evaluate(model, [self._batched(r) for r in rows], self._precision)
-        found = []
-        for member, nll, examples in zip(members, nlls, rows):
-            measures = {self.metric.name: nll}
-            bytes_per_token = _bytes_per_token(self._data[member.id].test)
+        """Return each member's held-out NLL, and what belongs to it.
+
+        For text its bits per byte; with exact_loss its parts; `code_nats`, the summed train NLL of
+        all updates so far, each measured before the update: the length of a prequential code of the
+        training data (Dawid 1984). At the end of training also `test_nll_curve`, the NLL on the
+        rows of the earlier evaluations, so that a learning curve can be read to its end.
+        """
+        tests = [self._data[m.id].test for m in members]
+        firsts = [t[: m.dataset.n_test_curve] for m, t in zip(members, tests)]
+        rows = tests if final else firsts
+        found = self._measure(model, rows)
+        at_first = found
+        if final and any(len(f) < len(t) for f, t in zip(firsts, tests)):
+            at_first = self._measure(model, firsts)
+        for member, test, measures, first in zip(members, tests, found, at_first):
+            bytes_per_token = _bytes_per_token(test)
             if bytes_per_token is not None:
-                measures["test_bpb"] = nll / math.log(2) / bytes_per_token
-            found.append(Evaluation(measures, len(examples)))
-        return found
+                measures["test_bpb"] = measures[self.metric.name] / math.log(2) / bytes_per_token
+            if final:
+                measures[f"{self.metric.name}_curve"] = first[self.metric.name]
+            measures["code_nats"] = self._code_nats[member.id]
+        return [Evaluation(m, len(r)) for m, r in zip(found, rows)]
+
+    def _measure(self, model: "nn.Module", rows: Sequence[Sequence[Example]]) -> list[Record]:
+        """Return the NLL of each member on its rows, over true distributions if all have them."""
+        batches = [self._batched(r) for r in rows]
+        if all(b.truth is not None for own in batches for b in own):
+            return evaluate_exact(model, batches, self._precision, self.metric.name)
+        nlls = evaluate(model, batches, self._precision)
+        return [{self.metric.name: nll} for nll in nlls]
 
     def at_end(self, model: "nn.Module", members: Sequence[RunSpec]) -> list[Record]:
         """Measure what is left of the pretraining task, where the data set has rows of it."""
@@ -145,32 +159,40 @@ class SupervisedFineTuning:
         ]
 
     def facts(self, member: RunSpec) -> Record:
-        """Return the NLL before training, and what identifies and describes the data set."""
+        """Return the NLL before training, and what identifies and describes the data set.
+
+        `bits_...`: what is new in the training data of the whole run, where the generator is known.
+        """
         data = self._data[member.id]
+        bits = data.bits(member.steps * self._n_loss[member.id]) if data.bits else {}
         return {
-            "nll_start": self._nll_start[member.id],
+            "nll_start": self._start[member.id][self.metric.name],
             "floor_nats": data.entropy_floor_nats,
             "n_test": len(data.test),
             "n_train": data.n_train,
             DATA_SHA256: None if member.id in self._unknown_start else data.sha256,
             **({"data_commit": data.commit} if data.commit else {}),
+            **floors(data.test, "floor"),
+            **{f"bits_{measure}": value for measure, value in bits.items()},
         }
 
     def state(self, run: str) -> dict[str, Any]:
-        """Return the updates in a row above the divergence bound, and the data's fingerprint."""
+        """Return the updates above the divergence bound, the code length, and the fingerprint."""
         known = run not in self._unknown_start
         sha256 = {DATA_SHA256: self._data[run].sha256} if known else {}
-        return {"above": self._updates_above[run], **sha256}
+        return {"above": self._updates_above[run], "code_nats": self._code_nats[run], **sha256}
 
     def load_state(self, run: str, state: dict[str, Any]) -> None:
-        """Restore the updates in a row above the divergence bound, and check the data.
+        """Restore the values of `state`, and check the data.
 
         A checkpoint from before fingerprints does not tell its data: the result will not, either.
+        One from before code lengths has none.
 
         Raises:
             DataError: the run was started on other data.
         """
         self._updates_above[run] = state["above"]
+        self._code_nats[run] = state.get("code_nats", math.nan)
         if DATA_SHA256 not in state:
             self._unknown_start.add(run)
         elif state[DATA_SHA256] != self._data[run].sha256:
@@ -186,69 +208,6 @@ class SupervisedFineTuning:
         if key not in self._held_out:
             self._held_out[key] = eval_batches(examples, self._eval_tokens)
         return self._held_out[key]
-
-
-def nll_sums(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
-    """Return the summed NLL in nats of each member, [N], on the model's device.
-
-    Logits are computed at the loss positions only, and never more than a chunk of them at once.
-    """
-    passes = cpu_llama_for(model)
-    if passes is not None:
-        return passes.nll_sums(batch, COMPUTE_DTYPES[precision])
-    device = next(model.parameters()).device
-    tokens, positions, targets, weight = (torch.from_numpy(a).to(device) for a in padded(batch))
-    members, (rows, width) = len(batch.lengths), positions.shape
-    config: Any = model.config
-    most = LOGITS if device.type == "cpu" else GPU_LOGITS
-    step = max(1, most // (rows * config.get_text_config().vocab_size))
-    if step >= width:
-        with autocast(precision, device):
-            logits = model(input_ids=tokens, logits_to_keep=positions, use_cache=False).logits
-        return _sums(logits, targets, weight, members)
-
-    def part(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        with autocast(precision, device):
-            # contiguous: of a slice, a product would take one copy of the weight per row
-            return _sums(logits_of(model, hidden.contiguous()), targets, weight, members)
-
-    with autocast(precision, device):
-        hidden = hidden_states(model, tokens, positions)
-    sums = []
-    for chunk in zip(*(x.split(step, 1) for x in (hidden, targets, weight))):
-        # the backward pass computes a chunk's logits again: kept, they would be whole after all
-        sums.append(checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False))
-    return torch.stack(sums).sum(0)
-
-
-def _sums(
-    logits_RPV: torch.Tensor, targets_RP: torch.Tensor, weight_RP: torch.Tensor, members: int
-) -> torch.Tensor:
-    """Return each member's summed cross-entropy, [N]; its rows are neighbours."""
-    if logits_RPV.dtype in (torch.bfloat16, torch.float16):
-        logits_RPV = logits_RPV.float()
-    nll = F.cross_entropy(logits_RPV.flatten(0, 1), targets_RP.flatten(), reduction="none")
-    return (nll * weight_RP.flatten().to(nll.dtype)).view(members, -1).sum(1)
-
-
-@torch.no_grad()
-def evaluate(model: "nn.Module", batches: Sequence[list[Batch]], precision: str) -> list[float]:
-    """Return each member's NLL in nats per loss token, from its list of held-out batches.
-
-    It is the summed NLL divided by the token count. A member with fewer batches than another
-    repeats its own; the repeats do not count.
-    """
-    device = next(model.parameters()).device
-    total = torch.zeros(len(batches), dtype=torch.float64, device=device)
-    for k in range(max(map(len, batches))):
-        merged = merge([own[k % len(own)] for own in batches])
-        sums = nll_sums(model, merged, precision).double()
-        if not all(k < len(own) for own in batches):
-            counts = torch.tensor([k < len(own) for own in batches], device=device)
-            sums = torch.where(counts, sums, 0.0)
-        total += sums
-    n_loss = torch.tensor([sum(b.n_loss for b in own) for own in batches], device=device)
-    return (total / n_loss).tolist()
 
 
 def _bytes_per_token(examples: Sequence[Example]) -> float | None:

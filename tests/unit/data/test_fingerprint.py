@@ -58,7 +58,7 @@ def test_a_run_goes_on_only_on_the_data_it_was_started_on():
     def objective(sha256):
         made = Data(lambda *_: [], [], None, sha256=sha256)
         found = SupervisedFineTuning({spec.id: made}, "fp32")
-        found._nll_start[spec.id] = 3.0
+        found._start[spec.id] = {"test_nll": 3.0}
         return found
 
     spec = tiny_spec()

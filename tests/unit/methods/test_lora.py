@@ -9,7 +9,7 @@ from lorasweep.data import load as data
 from lorasweep.data.batches import collate
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.train.objectives.sft import nll_sums
+from lorasweep.train.objectives.nll import nll_sums
 from lorasweep.train.optim import AdamW
 from tests.training import attached
 from tests.world import tiny_spec

@@ -9,7 +9,8 @@ from lorasweep.data.batches import collate, eval_batches
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.train.objectives.sft import evaluate, nll_sums
+from lorasweep.train.objectives.held_out import evaluate
+from lorasweep.train.objectives.nll import nll_sums
 from lorasweep.train.optim import AdamW
 from tests.training import attached
 from tests.world import tiny_spec

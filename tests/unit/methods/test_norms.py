@@ -14,7 +14,7 @@ from lorasweep.methods.stacked.spectral import spectral_norm
 from lorasweep.models import load as models
 from lorasweep.models.targets import find_targets
 from lorasweep.train.finetune import finetune
-from lorasweep.train.objectives.sft import evaluate
+from lorasweep.train.objectives.held_out import evaluate
 from lorasweep.train.optim import AdamW
 from tests.world import tiny_spec
 

@@ -9,7 +9,7 @@ from lorasweep.data import load as data
 from lorasweep.data.batches import eval_batches
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.train.objectives.sft import evaluate
+from lorasweep.train.objectives.held_out import evaluate
 from tests.world import tiny_spec
 
 

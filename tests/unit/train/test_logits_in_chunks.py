@@ -14,7 +14,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models.head import logits_of
 from lorasweep.plan import memory
-from lorasweep.train.objectives import sft
+from lorasweep.train.objectives import nll
 
 VOCAB, LIMIT = 2048, 1 << 14
 SHAPE = {
@@ -40,7 +40,7 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True)
 def on_transformers_passes(monkeypatch):
-    monkeypatch.setattr(sft, "cpu_llama_for", lambda model: None)
+    monkeypatch.setattr(nll, "cpu_llama_for", lambda model: None)
 
 
 def model_of(family):
@@ -73,7 +73,7 @@ def attached(model, methods):
 
 
 def loss_and_gradients(model, trainables, batch):
-    sums = sft.nll_sums(model, batch, "fp64")
+    sums = nll.nll_sums(model, batch, "fp64")
     (sums * torch.arange(1.0, len(sums) + 1)).sum().backward()
     gradients = {n: p.grad.clone() for n, p in trainables.parameters().items()}
     for p in trainables.parameters().values():
@@ -89,14 +89,14 @@ def test_loss_and_gradients_are_those_of_the_whole(monkeypatch, family, methods)
     model, batch = model_of(family), batch_of(len(methods))
     trainables = attached(model, methods)
     whole, wanted = loss_and_gradients(model, trainables, batch)
-    monkeypatch.setattr(sft, "LOGITS", LIMIT)
+    monkeypatch.setattr(nll, "LOGITS", LIMIT)
     parts, got = loss_and_gradients(model, trainables, batch)
     assert torch.allclose(parts, whole, rtol=1e-13, atol=0)
     for name, gradient in wanted.items():
         assert float(gradient.abs().max()) > 0, name
         assert torch.allclose(got[name], gradient, rtol=1e-9, atol=1e-14), name
     with torch.no_grad():
-        assert torch.allclose(sft.nll_sums(model, batch, "fp64"), whole, rtol=1e-13, atol=0)
+        assert torch.allclose(nll.nll_sums(model, batch, "fp64"), whole, rtol=1e-13, atol=0)
 
 
 class Largest(TorchDispatchMode):
@@ -123,14 +123,14 @@ def test_logits_are_never_whole(monkeypatch, methods):
     rows, width = 2 * len(methods), 37
     sizes = {}
     for limit in (1 << 24, LIMIT):
-        monkeypatch.setattr(sft, "LOGITS", limit)
+        monkeypatch.setattr(nll, "LOGITS", limit)
         with Largest() as largest:
             loss_and_gradients(model, trainables, batch)
         sizes[limit] = largest.numel
     whole = rows * width * VOCAB
     assert sizes[1 << 24] >= whole > 3 * sizes[LIMIT]
     assert sizes[LIMIT] <= max(LIMIT, VOCAB * SHAPE["hidden_size"])
-    assert memory.GPU_CHUNK_LOGITS == sft.GPU_LOGITS  # what a plan counts
+    assert memory.GPU_CHUNK_LOGITS == nll.GPU_LOGITS  # what a plan counts
 
 
 def test_a_model_that_does_not_call_its_decoder_is_refused():

@@ -13,7 +13,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.train.finetune import finetune
-from lorasweep.train.objectives.sft import nll_sums
+from lorasweep.train.objectives.nll import nll_sums
 from lorasweep.train.optim import AdamW, OneRun
 from lorasweep.train.progress import eval_steps
 from tests.training import run, state_at, worst

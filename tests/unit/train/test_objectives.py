@@ -19,7 +19,7 @@ from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.streams import stream
 from lorasweep.train.finetune import finetune
 from lorasweep.train.loop import train
-from lorasweep.train.objectives import sft
+from lorasweep.train.objectives import nll
 from lorasweep.train.objectives.base import Evaluation
 from tests.world import tiny_spec
 
@@ -56,7 +56,7 @@ class DrawTheGoodSymbol:
 
     def start(self, base, members):
         self.usual = {m.id: 0.0 for m in members}
-        return self.measured(base.model, 1) * len(members)
+        return [{"reward": r} for r in self.measured(base.model, 1) * len(members)]
 
     @torch.no_grad()
     def batches(self, model, step, members):
@@ -172,9 +172,9 @@ def test_an_objective_that_samples_and_wants_more_trains_through_the_same_loop(w
 def test_members_of_a_pack_may_have_data_of_their_own(world, passes, monkeypatch):
     """Different held-out sets, of different sizes: each member comes out as alone on its own."""
     spec, base = world
-    base.start_nll.clear()
+    base.at_start.clear()
     if passes == "transformers":
-        monkeypatch.setattr(sft, "cpu_llama_for", lambda model: None)
+        monkeypatch.setattr(nll, "cpu_llama_for", lambda model: None)
     ours = data.load(spec.dataset, [])
     other = dataclasses.replace(
         spec.dataset, name="other", generator_params={"rule_shift": 0.9}, n_test=40

@@ -15,7 +15,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.streams import stream
 from lorasweep.train.finetune import finetune
-from lorasweep.train.objectives import sft
+from lorasweep.train.objectives import nll
 from tests.training import copied, run, worst
 from tests.world import tiny_spec
 
@@ -176,7 +176,7 @@ def test_our_passes_are_transformers_own_on_ragged_rows(
         dataclasses.replace(spec, method=m, steps=3, lr=1e-3, seed=k) for k, m in enumerate(methods)
     ]
     ours, _ = run(pack, base, ragged())
-    monkeypatch.setattr(sft, "cpu_llama_for", lambda model: None)
+    monkeypatch.setattr(nll, "cpu_llama_for", lambda model: None)
     theirs, _ = run(pack, base, ragged())
     for i, state in ours.items():
         assert worst(state, theirs[i]) < 1e-9

@@ -1,0 +1,111 @@
+"""Held-out NLL of every member: over the sampled next symbols, or over their true distribution.
+
+Shapes: N members, M loss positions per member, L loss tokens of one member, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lorasweep.data.batches import Batch, merge, padded
+from lorasweep.data.examples import Example
+from lorasweep.models.cpu_llama.model import cpu_llama_for
+from lorasweep.models.precision import COMPUTE_DTYPES, autocast
+from lorasweep.train.events import Record
+from lorasweep.train.objectives.nll import nll_sums
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PARTS = ("", "_changed", "_unchanged")
+"""Endings of the measures of exact_loss: over all contexts, and by whether fine-tuning changes
+them."""
+
+
+@torch.no_grad()
+def evaluate(model: "nn.Module", batches: Sequence[list[Batch]], precision: str) -> list[float]:
+    """Return each member's NLL in nats per loss token, from its list of held-out batches.
+
+    It is the summed NLL divided by the token count. A member with fewer batches than another
+    repeats its own; the repeats do not count.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros(len(batches), dtype=torch.float64, device=device)
+    for k in range(max(map(len, batches))):
+        merged = merge([own[k % len(own)] for own in batches])
+        sums = nll_sums(model, merged, precision).double()
+        if not all(k < len(own) for own in batches):
+            counts = torch.tensor([k < len(own) for own in batches], device=device)
+            sums = torch.where(counts, sums, 0.0)
+        total += sums
+    n_loss = torch.tensor([sum(b.n_loss for b in own) for own in batches], device=device)
+    return (total / n_loss).tolist()
+
+
+@torch.no_grad()
+def evaluate_exact(
+    model: "nn.Module", batches: Sequence[list[Batch]], precision: str, name: str
+) -> list[Record]:
+    """Return each member's expected NLL over the true distributions, by PARTS.
+
+    For each context it is -sum_v p(v) log q(v), whose mean over sampled symbols is the NLL that
+    `evaluate` returns. Keys are `name` with each ending of PARTS; NaN for a part without contexts.
+    """
+    sums = torch.zeros(len(batches), len(PARTS), dtype=torch.float64)
+    counts = torch.zeros(len(batches), len(PARTS), dtype=torch.float64)
+    for k in range(max(map(len, batches))):
+        merged = merge([own[k % len(own)] for own in batches])
+        for n, (own, log_q) in enumerate(zip(batches, log_probabilities(model, merged, precision))):
+            truth = own[k].truth if k < len(own) else None
+            if truth is None:
+                continue
+            true = torch.from_numpy(truth.probabilities).to(log_q)
+            nll_L = -(true * log_q).sum(-1).double().cpu()
+            changed_L = torch.from_numpy(truth.changed)
+            for part, chosen_L in enumerate((torch.ones_like(changed_L), changed_L, ~changed_L)):
+                sums[n, part] += nll_L[chosen_L].sum()
+                counts[n, part] += chosen_L.sum()
+    means = (sums / counts).tolist()  # 0 / 0 is NaN
+    return [{f"{name}{end}": value for end, value in zip(PARTS, row)} for row in means]
+
+
+def floors(examples: Sequence[Example], name: str) -> Record:
+    """Return the lowest possible value of each measure of `evaluate_exact`, and how often.
+
+    Keys: `name` with each ending of PARTS but the first, in nats (the mean entropy of the true
+    distributions), and `changed_share`, the share of contexts that fine-tuning changes. Empty for
+    examples without a truth.
+    """
+    truths = [e.truth for e in examples if e.truth is not None]
+    if not truths:
+        return {}
+    p = np.concatenate([t.probabilities for t in truths]).astype(np.float64)
+    changed = np.concatenate([t.changed for t in truths])
+    entropies = -(p * np.log(p)).sum(-1)
+    found = {"changed_share": float(changed.mean())}
+    for end, chosen in zip(PARTS[1:], (changed, ~changed)):
+        found[name + end] = float(entropies[chosen].mean()) if chosen.any() else math.nan
+    return found
+
+
+def log_probabilities(model: "nn.Module", batch: Batch, precision: str) -> list[torch.Tensor]:
+    """Return each member's log q at its loss tokens, [L, V], in nats.
+
+    The full logits are in memory: for small vocabularies only.
+    """
+    passes = cpu_llama_for(model)
+    if passes is not None:
+        log_q_NMV = passes.log_probabilities(batch, COMPUTE_DTYPES[precision])
+        real_NM = torch.from_numpy(batch.weight_NM > 0)
+        return [log_q[real] for log_q, real in zip(log_q_NMV, real_NM)]
+    device = next(model.parameters()).device
+    tokens, positions, _, weight = (torch.from_numpy(a).to(device) for a in padded(batch))
+    with autocast(precision, device):
+        logits = model(input_ids=tokens, logits_to_keep=positions, use_cache=False).logits
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    log_q = torch.log_softmax(logits, -1).unflatten(0, (len(batch.lengths), -1))
+    return [own[real] for own, real in zip(log_q, (weight > 0).unflatten(0, (log_q.shape[0], -1)))]

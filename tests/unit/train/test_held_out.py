@@ -1,0 +1,123 @@
+"""Held-out losses over true distributions: equal on both passes, and to a sum by hand."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from lorasweep.data import load as data
+from lorasweep.data.batches import eval_batches
+from lorasweep.models import load as models
+from lorasweep.train.finetune import finetune
+from lorasweep.train.objectives import held_out
+from tests.world import tiny_spec
+
+NAME = "test_nll"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return models.load(tiny_spec().model, [], "fp64")
+
+
+def dataset(**changes):
+    return dataclasses.replace(
+        tiny_spec().dataset,
+        n_test=24,
+        n_test_curve=8,
+        exact_loss=True,
+        generator_params={"rule_shift": 0.25, "new_exceptions": 0.0, "shift_rank": 2},
+        **changes,
+    )
+
+
+def test_both_passes_give_the_sum_by_hand(base, monkeypatch, norms_in_float64):
+    test = data.load(dataset(), []).test
+    batches = [eval_batches(test, 256)]
+    fast = held_out.evaluate_exact(base.model, batches, "fp64", NAME)[0]
+    monkeypatch.setattr(held_out, "cpu_llama_for", lambda model: None)
+    other = held_out.evaluate_exact(base.model, batches, "fp64", NAME)[0]
+    tokens = torch.stack([torch.from_numpy(e.tokens).long() for e in test])
+    log_q = base.model(input_ids=tokens).logits.detach()[:, 2:-1].log_softmax(-1)
+    p = torch.stack([torch.from_numpy(e.truth.probabilities) for e in test]).double()
+    by_hand, changed = (
+        -(p * log_q).sum(-1),
+        torch.stack([torch.from_numpy(e.truth.changed) for e in test]),
+    )
+    wanted = {
+        NAME: by_hand.mean(),
+        f"{NAME}_changed": by_hand[changed].mean(),
+        f"{NAME}_unchanged": by_hand[~changed].mean(),
+    }
+    for name, value in wanted.items():
+        assert fast[name] == pytest.approx(float(value), abs=1e-9)
+        assert other[name] == pytest.approx(float(value), abs=1e-9)
+
+
+def test_members_with_other_draws_and_sizes_come_out_as_alone(base):
+    sets = [
+        eval_batches(data.load(dataset(draw_by_seed=True), [], draw=d).test[:n], 256)
+        for d, n in ((100, 24), (101, 10))
+    ]
+    together = held_out.evaluate_exact(base.model, sets, "fp64", NAME)
+    alone = [held_out.evaluate_exact(base.model, [s], "fp64", NAME)[0] for s in sets]
+    assert together[0] != together[1]
+    for a, b in zip(together, alone):
+        assert a == pytest.approx(b, abs=1e-9)
+
+
+def test_a_part_without_contexts_is_nan(base):
+    everything = dataset()
+    everything = dataclasses.replace(
+        everything, generator_params={**everything.generator_params, "rule_shift": 1.0}
+    )
+    test = data.load(everything, []).test
+    found = held_out.evaluate_exact(base.model, [eval_batches(test, 256)], "fp64", NAME)[0]
+    assert math.isnan(found[f"{NAME}_unchanged"]) and found[NAME] == found[f"{NAME}_changed"]
+    floors = held_out.floors(test, "floor")
+    assert floors["changed_share"] == 1 and math.isnan(floors["floor_unchanged"])
+
+
+def test_a_run_records_parts_code_length_and_bits(base):
+    """On a base that already knows the language: the exact loss lies above its floor."""
+    spec = dataclasses.replace(tiny_spec(steps=6, precision="fp64"), dataset=dataset())
+    loaded = data.load(spec.dataset, [])
+    events = list(finetune([spec], base, loaded))
+    state, result = events[-1].ended[spec.id]
+    assert state == "done"
+    sums = sum(e.records[spec.id]["train_nll"] for e in events)
+    per_update = spec.batch_size * (spec.dataset.max_length - 3)
+    assert result["code_nats"] == pytest.approx(sums * per_update, rel=1e-9)
+    assert result["bits_generator"] == loaded.bits(6 * per_update)["generator"] > 0
+    assert result["test_nll"] > result["floor_nats"] > 0
+    first, last = result["curve"][0], result["curve"][-1]
+    assert {f"{NAME}{end}" for end in held_out.PARTS} <= first.keys() & last.keys()
+    assert last["test_nll_curve"] != last["test_nll"]  # 8 rows and 24
+    evaluated = [p["step"] for p in result["curve"]]
+    assert evaluated == [0, 1, 2, 3, 4, 6]
+
+
+def test_a_checkpoint_keeps_the_code_length(base):
+    spec = dataclasses.replace(tiny_spec(steps=6, precision="fp64"), dataset=dataset())
+    loaded = data.load(spec.dataset, [])
+    events = finetune([spec], base, loaded)
+    for event in events:
+        if event.step == 3:
+            state = {
+                run: {"tensors": {k: v.clone() for k, v in s["tensors"].items()}, "meta": s["meta"]}
+                for run, s in event.snapshot().items()
+            }
+    whole = event.ended[spec.id][1]["code_nats"]
+    resumed = list(finetune([spec], base, loaded, resume=state))[-1].ended[spec.id][1]["code_nats"]
+    assert resumed == pytest.approx(whole, rel=1e-9)
+    del state[spec.id]["meta"]["code_nats"]  # made before code lengths
+    old = list(finetune([spec], base, loaded, resume=state))[-1].ended[spec.id][1]["code_nats"]
+    assert math.isnan(old)
+
+
+def test_the_sampled_loss_of_the_same_rows_is_near_the_exact_one(base):
+    rows = data.load(dataset(), []).test
+    exact = held_out.evaluate_exact(base.model, [eval_batches(rows, 512)], "fp64", NAME)[0][NAME]
+    sampled = held_out.evaluate(base.model, [eval_batches(rows, 512)], "fp64")[0]
+    assert sampled == pytest.approx(exact, abs=0.25) and sampled != exact
