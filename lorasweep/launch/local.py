@@ -4,6 +4,7 @@ Knows processes and signals. A worker is `lorasweep.launch.worker` with a JSON j
 commands for the same sweep share its runs: each waits for the runs that the other has claimed.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -101,12 +102,12 @@ def _run_workers(
     plan: Plan, store: RunStore, exec_: Exec, report: Report, settings: dict[str, Any]
 ) -> None:
     """Start the workers with one job file, report their events, and wait for all of them."""
-    path = _write_job(plan, store, exec_, settings)
+    path, sha256 = _write_job(plan, store, exec_, settings)
     log = path.with_suffix(".log")
     workers: list[subprocess.Popen] = []
     events: queue.Queue[Event | None] = queue.Queue()
     try:
-        _start(workers, path, log, plan, events)
+        _start(workers, [str(path), sha256], log, plan, events)
         error = _pass_on(events, len(workers), report)
         codes = [w.wait() for w in workers]
     except KeyboardInterrupt:
@@ -129,8 +130,10 @@ def _run_workers(
     log.unlink(missing_ok=True)
 
 
-def _write_job(plan: Plan, store: RunStore, exec_: Exec, settings: dict[str, Any]) -> Path:
-    """Write the job file for the workers; return its path."""
+def _write_job(
+    plan: Plan, store: RunStore, exec_: Exec, settings: dict[str, Any]
+) -> tuple[Path, str]:
+    """Write the job file for the workers; return its path and SHA-256."""
     packs = [
         {
             "runs": [p.spec.plain() for p in pack.points],
@@ -142,21 +145,22 @@ def _write_job(plan: Plan, store: RunStore, exec_: Exec, settings: dict[str, Any
     dead = {p.id: store.last_attempt(p.id) for p in plan.todo if plan.states[p.id] == "interrupted"}
     exec_values = {**asdict(exec_), "threads": plan.threads, "workers": plan.workers}
     job = {"packs": packs, "exec": exec_values, "dead": dead, **settings}
+    content = json.dumps(job).encode()
     path = store.root / ".jobs" / f"{os.getpid()}-{os.urandom(3).hex()}.json"
     try:
         path.parent.mkdir(exist_ok=True)
-        files.write_atomic(path, json.dumps(job).encode())
+        files.write_atomic(path, content)
     except OSError as error:
         raise StoreError(
             f"{path} cannot be written ({error.strerror}). Free some space, then run the command "
             "again."
         ) from None
-    return path
+    return path, hashlib.sha256(content).hexdigest()
 
 
 def _start(
     workers: list[subprocess.Popen],
-    job: Path,
+    job: list[str],
     log: Path,
     plan: Plan,
     events: "queue.Queue[Event | None]",
@@ -166,7 +170,7 @@ def _start(
     with open(log, "ab") as errors:
         for k in range(min(plan.workers, len(plan.packs))):
             worker = subprocess.Popen(
-                [sys.executable, "-m", "lorasweep.launch.worker", str(job), str(k)],
+                [sys.executable, "-m", "lorasweep.launch.worker", *job, str(k)],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,

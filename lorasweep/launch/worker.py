@@ -1,6 +1,9 @@
 """A worker process: train the free packs of a job file. Started by launch/local.
 
-    python -m lorasweep.launch.worker JOB.json [FIRST]
+    python -m lorasweep.launch.worker JOB.json SHA256 [FIRST]
+
+The job file lies in the run folder, where others may write, and names the trainer to import: it is
+refused unless it has the given SHA-256.
 
     {"packs": [{"runs": [spec, ...], "micro_batch_size": n}, ...], "exec": {...},
      "dead": {run id: attempt}, "trainer": null or "package.module:object",
@@ -9,6 +12,7 @@
 Events go to stdout as JSON lines.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -55,14 +59,17 @@ class _Reporter:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def main(job_path: str, first: int = 0) -> int:
+def main(job_path: str, sha256: str, first: int = 0) -> int:
     """Train the free packs of a job file, starting with number `first`; return the exit status."""
     die_with_parent()
     keep_freed_memory()
     stop = StopFlag()
     stop.install()
-    with open(job_path, encoding="utf-8") as file:
-        job = json.load(file)
+    content = Path(job_path).read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        print(json.dumps({"error": f"{job_path} was changed by somebody else."}), flush=True)
+        return REFUSED
+    job = json.loads(content)
     store = RunStore(job["exec"]["runs_dir"], dead=job.get("dead"), jobs=RunningJobs())
     files.share_as(store.root)
     try:
@@ -90,4 +97,4 @@ def _run(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:])))
+    sys.exit(main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])))

@@ -10,7 +10,8 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -123,6 +124,36 @@ def share_as(folder: Path) -> None:
     """
     if folder.stat().st_mode & stat.S_IWGRP:
         os.umask(os.umask(0o077) & ~0o070)
+
+
+@contextmanager
+def own_only() -> Iterator[None]:
+    """Make what this process creates meanwhile writable by its user only."""
+    before = os.umask(0o077)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def own_folder(path: Path) -> None:
+    """Create a folder in which only this user writes. Raises FileExistsError if it exists."""
+    with own_only():
+        os.mkdir(path)
+    with suppress(OSError, AttributeError):  # a default ACL would come before the umask
+        os.removexattr(path, "system.posix_acl_default")
+    os.chmod(path, os.stat(path).st_mode & ~0o022)
+
+
+def protect_entries(folder: Path) -> None:
+    """Let each user of a group's folder rename and delete only what is theirs (the sticky bit).
+
+    Only the owner of the folder can do this.
+    """
+    found = os.stat(folder)
+    if found.st_mode & stat.S_IWGRP and found.st_uid == os.geteuid():
+        os.chmod(folder, found.st_mode | stat.S_ISVTX)
 
 
 def append(path: Path, content: bytes) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from lorasweep.cli.actions import act
 from lorasweep.config.compose import compose_request
 from lorasweep.launch import local
+from lorasweep.launch.slurm.submissions import note
 from lorasweep.store.run_store import RunStore
 from tests.slurm import trainers
 from tests.world import ROOT
@@ -302,7 +303,7 @@ def submitted(cwd):
         arrays = [a for a in record["arrays"] if a["part"] != "follow"]
         jobs = []
         for array in arrays:
-            number = read_json(path.parent / f"array-{array['part']}.json")["job"]
+            number = read_json(note(path.parent, f"array-{array['part']}.json"))["job"]
             one = array["n"] == 1
             jobs += [number if one else f"{number}_{k}" for k in range(array["n"])]
         sizes = [a["n"] for a in arrays]

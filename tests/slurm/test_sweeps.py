@@ -116,3 +116,12 @@ def test_scripts_for_places_without_submitit(queue, tmp_path):
     queue.drain()
     assert len(results(tmp_path)) == 6
     assert all(ends == {1: None} for ends in attempts(tmp_path).values())
+    folder = Path(script).parent
+    with open(folder / "tasks/1.json", "a") as task:
+        task.write(" ")
+    queue.command("sbatch", script)
+    queue.drain()
+    refusals = [
+        p for p in (folder / "jobs").glob("*.out") if "tasks/1.json was changed" in p.read_text()
+    ]
+    assert len(refusals) == 1

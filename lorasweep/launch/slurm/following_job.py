@@ -10,6 +10,7 @@ from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm import client, sbatch, submissions
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.sbatch import Description
+from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.launch.slurm.submissions import FOLLOW, Array, Queue
 from lorasweep.sweep.request import Request
 
@@ -38,7 +39,7 @@ def submit(
     request: Request,
     folder: Path,
     follow: Array,
-    code: Path,
+    code: Snapshot,
     queue: Queue,
     numbers: Sequence[str],
 ) -> str | None:

@@ -5,6 +5,7 @@ Needed when a command died while it was submitting, or when Slurm holds jobs aft
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from lorasweep.launch.slurm import client, sbatch, submissions
@@ -55,7 +56,8 @@ def _settle(s: Submission, array: Array, strays: dict[str, str], notify: Notify)
     elif is_script and time.time() - s.record["created_s"] < submissions.GIVE_UP_S:
         return False  # its user may be about to submit it
     else:
-        (s.folder / f"array-{array.part}.sh").unlink(missing_ok=True)  # its runs are planned again
+        with suppress(PermissionError):  # another user's: its job would be cancelled
+            (s.folder / f"array-{array.part}.sh").unlink(missing_ok=True)  # planned again
     submissions.note_array(s.folder, array.part, number)
     return True
 

@@ -1,6 +1,8 @@
 """Group packs into jobs, and compute the resources of a job. Pure."""
 
+import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,9 @@ RESERVED_OPTIONS = frozenset(
     )
 )
 """sbatch options that lorasweep sets itself, because records and jobs depend on them."""
+UNSAFE = re.compile(r"""['"`\\$;<>\x00-\x1f\x7f]""")
+"""What no setting may have that ends up in a script: a newline ends the line of an option, and the
+rest would be a command."""
 MARGIN_TIME, MARGIN_MIN = 3.0, 15.0
 """The time limit is MARGIN_TIME times the expected time plus MARGIN_MIN minutes. Estimates are
 rough; a job that reaches its limit requeues itself."""
@@ -118,6 +123,7 @@ def check(cluster: Cluster) -> None:
         raise ClusterError(unknown("cluster.kind", cluster.kind, KINDS))
     if cluster.kind == "local":
         return
+    _check_text(cluster)
     for name in ("cpus", "parallel", "warn_s", "work_min", "work_max", "follow_min"):
         if not getattr(cluster, name) > 0:
             raise ClusterError(
@@ -147,6 +153,28 @@ def check(cluster: Cluster) -> None:
             f"cluster.gpus={cluster.gpus} is not a multiple of cluster.workers={cluster.workers}: "
             "each worker gets the same number of GPUs. Change one of them."
         )
+
+
+def _check_text(cluster: Cluster) -> None:
+    """Refuse what a shell could read as more than a value.
+
+    `setup` lines are shell, and are the user's own; each is one line.
+    """
+    named = {f.name: getattr(cluster, f.name) for f in dataclasses.fields(cluster)}
+    texts = {name: value for name, value in named.items() if isinstance(value, str)}
+    texts |= {f"options.{name}": value for name, value in cluster.options.items()}
+    for name, value in texts.items():
+        if UNSAFE.search(value) or UNSAFE.search(name) or " " in name:
+            raise ClusterError(
+                f"cluster.{name}={value!r} has a quote, a newline or another character that a "
+                "shell could read as a command. Leave it out."
+            )
+    for line in cluster.setup:
+        if re.search(r"[\x00-\x08\n-\x1f]", line):
+            raise ClusterError(
+                f"cluster.setup has {line!r}: a newline or a control character. Give one list "
+                "entry a line."
+            )
 
 
 def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> None:

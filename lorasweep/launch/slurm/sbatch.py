@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import ClusterError
+from lorasweep.launch import guard
 from lorasweep.launch.slurm import job
 from lorasweep.launch.slurm.resources import JobResources
+from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.launch.slurm.submissions import Array
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import files
@@ -31,8 +33,8 @@ class Description:
     array: Array
     needed: JobResources
     cluster: Cluster
-    code: Path
-    """Code snapshot that the jobs run."""
+    code: Snapshot
+    """Code that the jobs run."""
     after: tuple[str, ...] = ()
     """Ids of jobs that must end first."""
 
@@ -62,12 +64,23 @@ class Description:
     def setup(self) -> list[str]:
         """Return the shell lines before the job's command.
 
-        They make the job run the snapshot, not code in its current folder.
+        They end the job if its folder or its code is not what was submitted, and make it run the
+        snapshot, not code in its current folder.
         """
-        path = f"export PYTHONPATH={shlex.quote(str(self.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+        code = shlex.quote(str(self.code.folder))
+        path = f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"
+        # Bytecode would be a part of the snapshot that nobody has checked.
+        python = f"export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 {JOB_VARIABLE}=1"
         # Some releases of Slurm do not pass the job's CPU cores on to its steps.
         srun = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
-        return [*self.cluster.setup, f"export PYTHONSAFEPATH=1 {JOB_VARIABLE}=1", srun, path]
+        return [*self.cluster.setup, *self._guard(), python, srun, path]
+
+    def _guard(self) -> list[str]:
+        manifest = guard.sha256(str(self.folder / guard.MANIFEST))
+        command = [sys.executable, "-I", "-c", Path(guard.__file__).read_text(encoding="utf-8")]
+        job = [str(self.folder), manifest, str(self.array.first)]
+        code = [str(self.code.folder), self.code.sha256]
+        return f"{shlex.join([*command, *job, *code])} || exit 1".splitlines()
 
 
 def submit(described: Description) -> str:
@@ -81,7 +94,7 @@ def submit(described: Description) -> str:
 
     array, folder = described.array, described.folder
     tasks = [str(folder / "tasks" / f"{k}.json") for k in range(array.first, array.first + array.n)]
-    with _outside_jobs():
+    with _outside_jobs(), files.own_only():
         executor = submitit.SlurmExecutor(folder=folder / "jobs")
         executor.update_parameters(
             job_name=array.name,
@@ -122,7 +135,8 @@ def write_script(described: Description) -> Path:
     command = f"srun --unbuffered {python} {task}"
     path = folder / f"array-{array.part}.sh"
     lines = ["#!/bin/bash", *flags, "", *described.setup(), command, ""]
-    files.write_atomic(path, "\n".join(lines).encode())
+    with files.own_only():
+        files.write_atomic(path, "\n".join(lines).encode())
     return path
 
 

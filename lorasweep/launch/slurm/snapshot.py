@@ -1,16 +1,18 @@
 """Copy the current code to where cluster nodes can run it.
 
-Later edits then do not change queued jobs. A snapshot is named by its content, so an existing one
-is used again. Knows only files.
+Later edits then do not change queued jobs. A snapshot is named by its content and its user, so an
+existing one is used again, if it is still what its name says. Knows only files.
 """
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from lorasweep.errors import ClusterError
+from lorasweep.launch import guard
 from lorasweep.store import files
 from lorasweep.tracking import provenance
 
@@ -19,8 +21,16 @@ SKIPPED = {"__pycache__", "results", ".ipynb_checkpoints"}
 """Folders that jobs do not need: caches, and kept results (tables and figures)."""
 
 
-def take(root: Path) -> Path:
-    """Copy the running code into a folder in `root` and return that folder.
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of the code in a folder, and its digest (see launch/guard)."""
+
+    folder: Path
+    sha256: str
+
+
+def take(root: Path) -> Snapshot:
+    """Copy the running code into a folder in `root`, and return it.
 
     Nothing is copied if the snapshot exists, or if this code is a snapshot itself. A snapshot has
     the packages, the configuration, and `snapshot.json`: the commit, and the files that differ from
@@ -28,22 +38,45 @@ def take(root: Path) -> Path:
 
     Raises:
         OSError: it cannot be written.
+        ClusterError: the snapshot exists, and was changed or could be changed by others.
     """
     here = Path(__file__).resolve().parents[3]
-    if (here / "snapshot.json").is_file():
-        return here
-    name = _name(here)
-    folder = root / name
-    if folder.is_dir():
-        return folder
+    if (here / guard.ABOUT).is_file():
+        sha256 = guard.digest(str(here))
+        return _checked(here, sha256 if _name(sha256) == here.name else "")
+    sha256 = guard.digest_of({t.as_posix(): guard.sha256(str(s)) for s, t in _files(here)})
+    folder = root / _name(sha256)
+    if not folder.is_dir():
+        with files.own_only():
+            _copy(here, folder)
+    return _checked(folder, sha256)
+
+
+def _name(sha256: str) -> str:
+    return f"{sha256[:12]}_{os.geteuid()}"
+
+
+def _checked(folder: Path, sha256: str) -> Snapshot:
+    problem = guard.code_problem(str(folder), sha256)
+    if problem:
+        raise ClusterError(
+            f"code snapshot {folder} is refused: {problem}. Whoever did so could run code as you. "
+            f"Find out who, then delete it (rm -r {folder}) and run the command again."
+        )
+    return Snapshot(folder, sha256)
+
+
+def _copy(here: Path, folder: Path) -> None:
+    root, name = folder.parent, folder.name
     partial = root / f".{name}.{os.getpid()}.{os.urandom(3).hex()}"
+    files.own_folder(partial)
     for source, target in _files(here):
         path = partial / target
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
         files.sync(path)
     about = {**provenance.code(), "snapshot": name, "edited": _edited()}
-    files.write_atomic(partial / "snapshot.json", json.dumps(about, indent=1).encode())
+    files.write_atomic(partial / guard.ABOUT, json.dumps(about, indent=1).encode())
     try:
         os.rename(partial, folder)
     except OSError:
@@ -51,12 +84,11 @@ def take(root: Path) -> Path:
             raise
         shutil.rmtree(partial)  # another command was faster, with the same content
     files.sync_folder(root)
-    return folder
 
 
-def describe(folder: Path) -> str:
+def describe(snapshot: Snapshot) -> str:
     """Describe a snapshot for people: its commit, and the files that differ from it."""
-    about = json.loads((folder / "snapshot.json").read_bytes())
+    about = json.loads((snapshot.folder / guard.ABOUT).read_bytes())
     text = f"code snapshot {about['snapshot']}"
     if about["commit"] is None:
         return f"{text} (the installed package)"
@@ -87,10 +119,3 @@ def _files(here: Path) -> Iterator[tuple[Path, Path]]:
             for name in sorted(names):
                 path = Path(folder) / name
                 yield path, target / path.relative_to(top)
-
-
-def _name(here: Path) -> str:
-    digest = hashlib.sha256()
-    for path, target in _files(here):
-        digest.update(f"{target}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:12]

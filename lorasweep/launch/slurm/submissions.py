@@ -6,13 +6,15 @@
         <name>/submission.json    written before the first sbatch: sweep, and the runs of each task
                tasks/<k>.json     the runs of task k
                request.json       the request, for the follow-up job
-               array-<c>.json     written after an sbatch: its Slurm id, or that it was abandoned
-               withdrawn.json     runs that no task may start any more
-               ended.json         how its jobs ended, when all have ended
+               manifest.json      the checksums of tasks and request
                jobs/              submitit's files, and the logs of the jobs
+        notes/<name>/array-<c>.json   written after an sbatch: its Slurm id, or it was abandoned
+                     withdrawn.json   runs that no task may start any more
+                     ended.json       how its jobs ended, when all have ended
 
-If a command died between submission.json and array-<c>.json, its jobs are found by their names.
-Refuses to know submitit and planning.
+Only its user writes a submission; all users of the run folder write notes, which earlier versions
+kept beside submission.json. Where a command died between submission.json and array-<c>.json, its
+jobs are found by their names. Refuses to know submitit and planning.
 """
 
 import getpass
@@ -136,6 +138,22 @@ def new_name(title: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', title)}-{os.urandom(4).hex()}"
 
 
+def note(folder: Path, name: str) -> Path:
+    """Return where a note on the submission in `folder` is written."""
+    return folder.parent / "notes" / folder.name / name
+
+
+def _read_note(folder: Path, name: str) -> Any:
+    content = files.read_json(note(folder, name))
+    return files.read_json(folder / name) if content is None else content
+
+
+def _write_note(folder: Path, name: str, content: Any) -> None:
+    path = note(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, json.dumps(content).encode())
+
+
 def write_record(
     folder: Path,
     sweep: str,
@@ -164,17 +182,13 @@ def write_record(
 
 def note_array(folder: Path, part: str, job: str | None) -> None:
     """Record the Slurm id of an array; None: it was abandoned."""
-    files.write_atomic(
-        folder / f"array-{part}.json", json.dumps({"job": job, "abandoned": job is None}).encode()
-    )
+    _write_note(folder, f"array-{part}.json", {"job": job, "abandoned": job is None})
 
 
 def withdraw(submission: Submission, ids: Iterable[str]) -> None:
     """Record that no task of a submission may start these runs any more."""
     submission.withdrawn |= set(ids)
-    files.write_atomic(
-        submission.folder / "withdrawn.json", json.dumps(sorted(submission.withdrawn)).encode()
-    )
+    _write_note(submission.folder, "withdrawn.json", sorted(submission.withdrawn))
 
 
 def read(folder: Path) -> Submission | None:
@@ -184,28 +198,31 @@ def read(folder: Path) -> Submission | None:
         ClusterError: the record is damaged.
         StoreError: a file of it cannot be read now, so which jobs it has is unknown.
     """
-    content = files.read(folder / "submission.json")
-    if content is None:
+    if (content := files.read(folder / "submission.json")) is None:
         return None
+    damaged = ClusterError(
+        f"{folder}/submission.json or a note on it is damaged. Cancel its jobs with scancel, then "
+        "delete the folder."
+    )
     try:
         record = json.loads(content)
     except ValueError:
-        raise ClusterError(
-            f"{folder}/submission.json is damaged. Cancel its jobs with scancel, then delete the "
-            "folder."
-        ) from None
+        raise damaged from None
     arrays = []
     for plain in record["arrays"]:
-        seen = files.read_json(folder / f"array-{plain['part']}.json") or {}
-        arrays.append(Array(**plain, job=seen.get("job"), abandoned=seen.get("abandoned", False)))
-    return Submission(folder, record, arrays, set(files.read_json(folder / "withdrawn.json") or []))
+        seen = _read_note(folder, f"array-{plain['part']}.json") or {}
+        number = seen.get("job")
+        if number is not None and not str(number).isdigit():  # Slurm's commands are given it
+            raise damaged
+        arrays.append(Array(**plain, job=number, abandoned=seen.get("abandoned", False)))
+    return Submission(folder, record, arrays, set(_read_note(folder, "withdrawn.json") or []))
 
 
 def read_all(runs_dir: Path, over: bool = False) -> list[Submission]:
     """List the submissions, oldest first. With `over`, also those that have ended."""
-    names = set(files.names(home(runs_dir))) - {"lock", "code"}
+    names = set(files.names(home(runs_dir))) - {"lock", "code", "notes"}
     folders = [home(runs_dir) / name for name in names]
-    found = [read(f) for f in folders if over or files.status(f / "ended.json") is None]
+    found = [read(f) for f in folders if over or _read_note(f, "ended.json") is None]
     return sorted((s for s in found if s), key=lambda s: s.record["created_s"])
 
 
@@ -275,8 +292,8 @@ def _note_end(submission: Submission) -> bool:
     if young and (len(ends) < len(labels) or any(a.abandoned for a in submission.arrays)):
         return False
     content = {label: asdict(end) for label, end in ends.items()}
-    with suppress(OSError):  # a full disk or another user's folder: it is queried again later
-        files.create_once(submission.folder / "ended.json", json.dumps(content).encode())
+    with suppress(OSError):  # a full disk: it is queried again later
+        _write_note(submission.folder, "ended.json", content)
     return True
 
 

@@ -6,6 +6,7 @@ the first one that claims it trains it.
 """
 
 import dataclasses
+import hashlib
 import json
 import socket
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import ClusterError
+from lorasweep.launch import guard
 from lorasweep.launch.slurm import (
     cancel,
     client,
@@ -31,6 +33,7 @@ from lorasweep.launch.slurm.planning import Jobs, Work
 from lorasweep.launch.slurm.reconcile import Notify, reconcile
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.sbatch import Description
+from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.launch.slurm.submissions import FOLLOW, Array, Queue, Submission
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import Plan, make_plan
@@ -85,6 +88,8 @@ def submit(
     preflight.watch_others(store, points(), notify)
     home = submissions.home(store.root)
     (home / "code").mkdir(parents=True, exist_ok=True)
+    for shared in (home, home / "code"):
+        files.protect_entries(shared)
     code = snapshot.take(home / "code")
     with submissions.locked(store.root, notify):
         queue = reconcile(store.root, notify)
@@ -120,7 +125,7 @@ def _finished(now: Plan) -> int:
 def _submit(
     request: Request,
     jobs: Jobs,
-    code: Path,
+    code: Snapshot,
     queue: Queue,
     outcome: Outcome,
     following: Following,
@@ -128,27 +133,26 @@ def _submit(
     """Record the submission, then submit its arrays and the follow-up job."""
     cluster, tasks = request.cluster, jobs.points
     folder = submissions.home(Path(request.exec.runs_dir)) / submissions.new_name(request.title)
-    (folder / "tasks").mkdir(parents=True)
-    (folder / "jobs").mkdir()
     arrays = _arrays(folder.name, len(tasks))
     follow = None
     if cluster.follow and cluster.submit:
         follow = Array(FOLLOW, f"{folder.name}-{FOLLOW}", len(tasks), 1)
-    _write_tasks(folder, request, tasks, following, follow is not None)
-    submissions.write_record(
-        folder,
-        request.title,
-        [p.id for p in request.points],
-        [[p.id for p in runs] for runs in tasks],
-        [*arrays, follow] if follow else arrays,
-        code=code.name,
-        script=not cluster.submit,
-        cluster=client.setting("ClusterName"),
-        host=socket.gethostname(),
-        gpus=jobs.needed.gpus,
-        cpus=jobs.needed.cpus,
-        workers=jobs.needed.workers,
-    )
+    with files.own_only():
+        _write_tasks(folder, request, tasks, following, follow is not None)
+        submissions.write_record(
+            folder,
+            request.title,
+            [p.id for p in request.points],
+            [[p.id for p in runs] for runs in tasks],
+            [*arrays, follow] if follow else arrays,
+            code=code.folder.name,
+            script=not cluster.submit,
+            cluster=client.setting("ClusterName"),
+            host=socket.gethostname(),
+            gpus=jobs.needed.gpus,
+            cpus=jobs.needed.cpus,
+            workers=jobs.needed.workers,
+        )
     described = [Description(folder, array, jobs.needed, cluster, code) for array in arrays]
     if not cluster.submit:
         outcome.scripts += map(sbatch.write_script, described)
@@ -208,29 +212,47 @@ def _write_tasks(
     following: Following,
     follow: bool,
 ) -> None:
-    """Write the file of each task, and last that of the follow-up job."""
+    """Write the file of each task, that of the follow-up job, and a manifest of them all.
+
+    Raises:
+        ClusterError: others could write them, whatever mode this process gives them.
+    """
+    for new in (folder, folder / "tasks", folder / "jobs"):
+        files.own_folder(new)
+    sums: dict[str, str] = {}
     requeues = request.cluster.requeues
     common = {
         "exec": dataclasses.asdict(planning.exec_of(request)),
         "requeues": requeues,
-        "skip": str(folder / "withdrawn.json"),
+        "skip": str(submissions.note(folder, "withdrawn.json")),
         "trainer": following.trainer,
     }
     for k, runs in enumerate(tasks):
         specs = [p.spec.plain() for p in runs]
-        _write(folder / "tasks" / f"{k}.json", {"runs": specs, **common})
+        _write(folder, f"tasks/{k}.json", {"runs": specs, **common}, sums)
     if follow:
         again = {"action": "run", "format": "text", "watch": False, "prune": False}
-        _write(folder / "request.json", {**request.plain(), **again})
+        _write(folder, "request.json", {**request.plain(), **again}, sums)
         task = {
             "follow": str(folder / "request.json"),
             "requeues": requeues,
             **dataclasses.asdict(following),
         }
-        _write(folder / "tasks" / f"{len(tasks)}.json", task)
+        _write(folder, f"tasks/{len(tasks)}.json", task, sums)
+    _write(folder, guard.MANIFEST, dict(sums), sums)
     files.sync_folder(folder / "tasks")
+    manifest = folder / guard.MANIFEST
+    problem = guard.foreign(map(str, (folder, manifest.parent / "tasks", manifest)))
+    if problem:
+        raise ClusterError(
+            f"{problem}, so others could make your jobs run their code. Choose a run folder on a "
+            "file system that keeps permissions: exec.runs_dir=FOLDER."
+        )
 
 
-def _write(path: Path, plain: Any) -> None:
+def _write(folder: Path, name: str, plain: Any, sums: dict[str, str]) -> None:
+    """Write a JSON file of the job folder, and add its SHA-256 to `sums`."""
     # not flushed one by one: the submission is recorded later, and an incomplete file is an error
-    path.write_text(json.dumps(plain))
+    content = json.dumps(plain).encode()
+    (folder / name).write_bytes(content)
+    sums[name] = hashlib.sha256(content).hexdigest()

@@ -101,6 +101,14 @@ def test_what_sinfo_says_is_read(monkeypatch):
         ("cluster.gpus=-1", "cluster.gpus=-1"),
         ("+cluster.options.array=3", "is reserved: lorasweep sets it itself"),
         ("cluster.runs_per_job=0", "or null for the default"),
+        (
+            "cluster.partition='gpu\nrm -r x'",
+            r"cluster\.partition='gpu\\nrm -r x' has a quote, a newline",
+        ),
+        ('cluster.account="a\\"b"', r"cluster\.account=.* has a quote"),
+        ("cluster.constraint='$(id)'", r"cluster\.constraint=.* could read as a command"),
+        ("+cluster.options.comment='a`id`'", r"cluster\.options\.comment="),
+        ("cluster.setup=['module load x\nid']", r"cluster\.setup has .*one list entry a line"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(compose, given, said):

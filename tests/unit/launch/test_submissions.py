@@ -53,7 +53,7 @@ def test_submissions_are_read_back_and_torn_ones_are_not(tmp_path, monkeypatch):
     assert (
         other.unknown_runs() == {"r1", "r2"}
         and other.submissions == []
-        and not (folder / "ended.json").exists()
+        and not submissions.note(folder, "ended.json").exists()
     )
     monkeypatch.setattr(
         client, "run", lambda *command: "ClusterName = here\n" if command[0] == "scontrol" else ""
@@ -71,22 +71,27 @@ def test_submissions_are_read_back_and_torn_ones_are_not(tmp_path, monkeypatch):
         and len(blind.submissions) == 1
     )
     client.setting.cache_clear()
+    submissions.note_array(folder, "0", "--user=me")  # a note can be written by all of a group
+    with pytest.raises(ClusterError, match="damaged"):
+        submissions.read_all(tmp_path)
     (folder / "submission.json").write_text("{")
     with pytest.raises(ClusterError, match="damaged"):
         submissions.read_all(tmp_path)
 
 
 def test_a_snapshot_is_named_by_its_content_and_runs(tmp_path):
-    folder = snapshot.take(tmp_path)
-    assert snapshot.take(tmp_path) == folder and len(list(tmp_path.iterdir())) == 1
+    taken = snapshot.take(tmp_path)
+    folder = taken.folder
+    assert snapshot.take(tmp_path) == taken and len(list(tmp_path.iterdir())) == 1
     assert (folder / "conf/sweep/lr_ratio.yaml").is_file() and not list(folder.rglob("__pycache__"))
-    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+    quiet = {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(folder), **quiet}
     code = "import lorasweep, json; from lorasweep.tracking import provenance; print(lorasweep.__file__, provenance.code()['snapshot'])"
     said = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert said[0].startswith(str(folder)) and said[1] == folder.name
-    assert folder.name in snapshot.describe(folder)
+    assert folder.name in snapshot.describe(taken)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -119,7 +124,9 @@ def test_both_ways_to_submit_ask_for_the_same(tmp_path, monkeypatch, n):
     )
     array = submissions.Array("0", "name-0", 2, n)
     needed = resources.JobResources(4, 2, 7.3, 33, 2)
-    described = sbatch.Description(tmp_path, array, needed, cluster, tmp_path / "code", ("5", "6"))
+    (tmp_path / "manifest.json").write_text("{}")
+    code = snapshot.Snapshot(tmp_path / "code", "0" * 64)
+    described = sbatch.Description(tmp_path, array, needed, cluster, code, ("5", "6"))
     with pytest.raises(ClusterError, match="error: seen"):
         sbatch.submit(described)
     script = sbatch.write_script(described).read_text()

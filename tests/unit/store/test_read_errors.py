@@ -91,8 +91,8 @@ def runs(tmp_path):
     array = Array("0", "s-0", 0, 1)
     submissions.write_record(folder, "t", [], [["x"]], [array])
     submissions.note_array(folder, "0", "12")
-    (folder / "withdrawn.json").write_text(json.dumps(["x"]))
-    (folder / "ended.json").write_text("{}")
+    submissions.withdraw(submissions.read(folder), ["x"])
+    submissions.note(folder, "ended.json").write_text("{}")
     lock = tmp_path / "lock"
     Lock(lock).acquire(5, print)
     return store, specs, folder, lock
@@ -135,7 +135,7 @@ READERS = {
     "array-0.json": (lambda store, specs, folder, _: submissions.read(folder),),
     "withdrawn.json": (
         lambda store, specs, folder, _: submissions.read(folder),
-        lambda store, specs, folder, _: skipped(str(folder / "withdrawn.json")),
+        lambda store, specs, folder, _: skipped(str(submissions.note(folder, "withdrawn.json"))),
     ),
     "ended.json": (lambda store, *_: submissions.read_all(store.root),),
     ".slurm": (lambda store, *_: submissions.read_all(store.root),),

@@ -1,0 +1,123 @@
+"""Refuse code and tasks that somebody else could have written, or that have changed.
+
+    python -I -c "<this file>" JOB_FOLDER SHA256 FIRST CODE_FOLDER SHA256
+
+A run folder may be writable for a group, and whoever can write what a job imports or unpickles runs
+code as the job's user. So a job checks its folder and its code before it loads anything from them.
+This file travels inside the job's script, which Slurm keeps, because it cannot vouch for itself
+from a folder that it checks. Standard library only, nothing of this package.
+
+The first SHA256 is that of JOB_FOLDER/manifest.json, which has those of the files that jobs read;
+the second is `digest` of the code. FIRST: number of the task with which the job's array begins.
+"""
+
+import hashlib
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+
+MANIFEST = "manifest.json"
+ABOUT = "snapshot.json"
+"""Where a snapshot of code came from. Data, and not part of its digest."""
+
+
+def sha256(path: str) -> str:
+    """Return the SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(sums: Mapping[str, str]) -> str:
+    """Return one SHA-256 for files given as relative path (with /) -> SHA-256."""
+    lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def digest(folder: str) -> str:
+    """Return `digest_of` all files below a folder but its ABOUT. Bytecode counts, too."""
+    paths = (p for p in _below(folder) if not os.path.isdir(p))
+    names = {os.path.relpath(p, folder).replace(os.sep, "/"): p for p in paths}
+    return digest_of({name: sha256(p) for name, p in names.items() if name != ABOUT})
+
+
+def foreign(paths: Iterable[str]) -> str | None:
+    """Say of the first of these files and folders that others could write why; None if none."""
+    for path in paths:
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
+            return f"{path} is a link"
+        if found.st_uid != os.geteuid():
+            return f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}"
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return f"others may write {path}"
+    return None
+
+
+def code_problem(folder: str, expected: str) -> str | None:
+    """Say what is wrong with a snapshot of the code; None if nothing is."""
+    problem = foreign((folder, *_below(folder)))
+    if problem is None and digest(folder) != expected:
+        problem = f"the code in {folder} was changed after the snapshot was made"
+    return problem
+
+
+def job_problem(folder: str, expected: str, task: int) -> str | None:
+    """Say what is wrong with a job folder, as far as job number `task` reads it; None if nothing.
+
+    `expected`: the SHA-256 of its manifest.
+    """
+    manifest = os.path.join(folder, MANIFEST)
+    jobs = os.path.join(folder, "jobs")
+    pickled = os.path.join(jobs, f"{_job_label()}_submitted.pkl")
+    paths = [folder, os.path.join(folder, "tasks"), jobs, manifest]
+    problem = foreign([*paths, *filter(os.path.lexists, [pickled])])
+    if problem is None and sha256(manifest) != expected:
+        return f"{manifest} was changed after the job was submitted"
+    if problem is not None:
+        return problem
+    with open(manifest, encoding="utf-8") as file:
+        sums = json.load(file)
+    for name in {f"tasks/{task}.json", *(n for n in sums if "/" not in n)}:
+        path = os.path.join(folder, name)
+        if not os.path.lexists(path):
+            return f"{path} is not there"
+        problem = foreign([path])
+        if problem is None and sha256(path) != sums.get(name):
+            problem = f"{path} was changed after the job was submitted"
+        if problem is not None:
+            return problem
+    return None
+
+
+def _job_label() -> str:
+    array, task = map(os.environ.get, ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+
+
+def _below(folder: str) -> Iterator[str]:
+    for path, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            yield os.path.join(path, name)
+
+
+def main(folder: str, manifest: str, first: str, code: str, code_sha256: str) -> None:
+    """Exit with status 1 and a message if the job must not go on."""
+    if not os.path.isdir(folder):
+        node = os.environ.get("SLURMD_NODENAME", "?")
+        sys.exit(
+            f"lorasweep: {folder} is not visible on node {node}. The run folder must be on a file "
+            "system that all nodes share: exec.runs_dir=FOLDER."
+        )
+    task = int(first) + int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
+    problem = job_problem(folder, manifest, task) or code_problem(code, code_sha256)
+    if problem:
+        sys.exit(
+            f"lorasweep: this job is refused, because {problem}: whoever did so could run code as "
+            "you. Find out who; then give the sweep's command again."
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,235 @@
+"""In a run folder that a group can write, a job runs only what its user submitted."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+
+import pytest
+
+from lorasweep.errors import ClusterError
+from lorasweep.launch import guard, worker
+from lorasweep.launch.slurm import resources, sbatch, snapshot, submissions, submit
+from lorasweep.launch.slurm.following_job import Following
+from lorasweep.spec.execution import Cluster
+from lorasweep.store import files
+from lorasweep.store.lock import Lock
+from lorasweep.store.run_store import RunStore
+
+GROUP = 4321
+ARRAY = submissions.Array("0", "s-0", 0, 1)
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """A run folder that its group may write, with the umask of a command that works in it."""
+    before = os.umask(0o022)
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    runs.chmod(0o2775)
+    store = RunStore(runs)
+    store.prepare()
+    yield store
+    os.umask(before)
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+    """A snapshot of some code, not of ours: what it holds does not matter."""
+    folder = tmp_path_factory.mktemp("code") / "x"
+    before = os.umask(0o022)
+    (folder / "package").mkdir(parents=True)
+    os.umask(before)
+    for name in ("package/a.py", "package/b.py", "snapshot.json"):
+        (folder / name).write_text(f"{name} = 1")
+        (folder / name).chmod(0o644)
+    return folder
+
+
+@pytest.fixture
+def described(shared, compose, code, tmp_path):
+    """A submission of two jobs and one that follows, made as the command makes it."""
+    request = compose(
+        "+sweep=lr_ratio", "scale=smoke", "cluster=slurm", f"exec.runs_dir={shared.root}"
+    )
+    home = submissions.home(shared.root)
+    home.mkdir()
+    files.protect_entries(home)
+    folder = home / "sweep-1"
+    tasks = [request.points[:3], request.points[3:]]
+    with files.own_only():
+        submit._write_tasks(folder, request, tasks, Following(("-m", "lorasweep")), True)
+        arrays = [submissions.Array("0", "sweep-1-0", 0, 2)]
+        submissions.write_record(folder, "t", [], [], arrays)
+    copy = shutil.copytree(code, tmp_path / "snapshot")
+    taken = snapshot.Snapshot(copy, guard.digest(str(copy)))
+    needed = resources.JobResources(1, 0, 1.0, 10, 1)
+    return sbatch.Description(folder, arrays[0], needed, Cluster(kind="slurm"), taken)
+
+
+def run_job(described, tmp_path, meanwhile=lambda described: None):
+    """Run a job's script, with a stand-in for srun, after what happened while it waited; whether it
+    came as far as srun, and what it said."""
+    script = tmp_path / "spooled.sh"  # Slurm has a copy of the script, and reads the file no more
+    script.write_bytes(sbatch.write_script(described).read_bytes())
+    meanwhile(described)
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    (tmp_path / "bin/srun").write_text("#!/bin/sh\necho reached\n")
+    (tmp_path / "bin/srun").chmod(0o755)
+    path = f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "12"}
+    done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, check=False)
+    reached = "reached" in done.stdout
+    assert reached == (done.returncode == 0)
+    return reached, done.stderr
+
+
+def append(path):
+    path.write_text(path.read_text() + " ")
+
+
+def replace(path):
+    """As somebody does who may write the folder: with the same content, writable by all."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    path.chmod(0o666)
+
+
+def plant(path, mode=0o666):
+    path.write_bytes(b"")
+    path.chmod(mode)
+
+
+def test_a_job_that_nobody_touched_runs(described, tmp_path):
+    def meanwhile(described):
+        (described.folder / "tasks/0.json").write_text("{}")  # another job's
+        append(described.code.folder / "snapshot.json")  # no code
+
+    assert run_job(described, tmp_path, meanwhile) == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda d: append(d.folder / "tasks/1.json"), "tasks/1.json was changed"),
+        (lambda d: append(d.folder / "request.json"), "request.json was changed"),
+        (lambda d: append(d.folder / "manifest.json"), "manifest.json was changed"),
+        (lambda d: (d.folder / "tasks/1.json").unlink(), "tasks/1.json is not there"),
+        (lambda d: replace(d.folder / "tasks/1.json"), "others may write .*tasks/1.json"),
+        (lambda d: d.folder.chmod(0o775), "others may write .*sweep-1"),
+        (lambda d: (d.folder / "jobs").chmod(0o777), "others may write .*jobs"),
+        (lambda d: plant(d.folder / "jobs/12_1_submitted.pkl"), "others may write .*12_1_sub"),
+        (lambda d: append(d.code.folder / "package/a.py"), "the code in .* was changed"),
+        (lambda d: (d.code.folder / "package/b.py").unlink(), "the code in .* was changed"),
+        (lambda d: plant(d.code.folder / "package/a.pyc", 0o644), "the code in .* was changed"),
+        (lambda d: plant(d.code.folder / "package/a.pyc"), "others may write .*a.pyc"),
+        (lambda d: replace(d.code.folder / "package/b.py"), "others may write .*b.py"),
+        (lambda d: (d.code.folder / "package").chmod(0o775), "others may write .*package"),
+        (lambda d: (d.code.folder / "c.py").symlink_to("/etc/passwd"), "c.py is a link"),
+        pytest.param(
+            lambda d: os.chown(d.folder / "tasks", GROUP, -1),
+            "tasks belongs to user 4321",
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a file away"),
+        ),
+    ],
+)
+def test_a_job_whose_files_were_changed_or_could_be_is_refused(described, tmp_path, harm, said):
+    reached, errors = run_job(described, tmp_path, harm)
+    assert not reached and "this job is refused, because" in errors
+    assert re.search(said, errors), errors
+
+
+def test_a_snapshot_that_was_changed_is_not_used_again(tmp_path):
+    taken = snapshot.take(tmp_path)
+    append(taken.folder / "lorasweep/errors.py")
+    with pytest.raises(ClusterError, match=r"was changed after .*rm -r .* run the command again"):
+        snapshot.take(tmp_path)
+
+
+def test_a_worker_refuses_a_job_file_that_is_not_its_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(worker.StopFlag, "install", lambda self: None)
+    monkeypatch.setattr(worker, "die_with_parent", lambda: None)
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps({"trainer": "somebody:code"}))
+    assert worker.main(str(path), "0" * 64) == worker.REFUSED
+    assert "was changed by somebody else" in capsys.readouterr().out
+
+
+def test_a_group_shares_the_notes_and_nothing_that_a_job_runs(described, shared, tmp_path):
+    """A second user reads a submission, notes what became of it and submits, but cannot change what
+    the first one's jobs read, nor move it away."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become another user")
+    for path in (shared.root, *shared.root.rglob("*")):
+        os.chown(path, -1, GROUP)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and str(folder).startswith("/tmp/"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    submissions.note_array(described.folder, "0", "12")
+    (home := submissions.home(shared.root)).joinpath("code").mkdir()
+    for path in (home / "notes", *(home / "notes").rglob("*"), home / "code"):
+        os.chown(path, -1, GROUP)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(GROUP)
+            os.setuid(GROUP)
+            RunStore(shared.root).prepare()
+            lock = Lock(home / "lock")
+            lock.acquire(5, print)
+            (found,) = submissions.read_all(shared.root)
+            assert (
+                found.arrays[0].job == "12" and sbatch.complete(found.folder, ARRAY, "9") is False
+            )
+            submissions.withdraw(found, ["x"])
+            submissions.note_array(found.folder, "0", "13")
+            lock.release()
+            files.own_folder(home / "mine")
+            for harm in (
+                lambda: (found.folder / "tasks/1.json").write_text("{}"),
+                lambda: (found.folder / "tasks/1.json").unlink(),
+                lambda: (found.folder / "jobs/x.pkl").write_text(""),
+                lambda: found.folder.rename(home / "away"),
+                lambda: (found.folder / "jobs").rename(found.folder / "away"),
+            ):
+                with pytest.raises(PermissionError):
+                    harm()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    (found,) = submissions.read_all(shared.root)
+    assert found.arrays[0].job == "13" and found.withdrawn == {"x"}
+    assert run_job(described, tmp_path)[0]
+
+
+def test_a_default_acl_of_the_group_does_not_open_a_job_folder(tmp_path):
+    """As on many group folders, where it comes before the umask."""
+    entry = struct.Struct("<HHI")
+    anybody = 0xFFFFFFFF  # the id of an entry without a user: owner, group, others
+    acl = struct.pack("<I", 2) + b"".join(entry.pack(tag, 7, anybody) for tag in (1, 4, 32))
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", acl)
+    except OSError:
+        pytest.skip("this file system has no ACLs")
+    files.own_folder(tmp_path / "job")
+    with files.own_only():
+        (tmp_path / "job" / "x").write_text("")
+    assert guard.foreign([str(tmp_path / "job"), str(tmp_path / "job" / "x")]) is None
+
+
+def test_notes_of_earlier_versions_are_read_beside_the_submission(tmp_path):
+    folder = submissions.home(tmp_path) / "s"
+    folder.mkdir(parents=True)
+    submissions.write_record(folder, "t", [], [["x"]], [ARRAY])
+    (folder / "array-0.json").write_text(json.dumps({"job": "12", "abandoned": False}))
+    (folder / "withdrawn.json").write_text(json.dumps(["x"]))
+    (found,) = submissions.read_all(tmp_path)
+    assert found.arrays[0].job == "12" and found.withdrawn == {"x"}
+    (folder / "ended.json").write_text("{}")
+    assert submissions.read_all(tmp_path) == []
