@@ -166,6 +166,12 @@ def _conditions(curves: Sequence[LrCurve], table: pd.DataFrame) -> list[str]:
     if "base_sha256" in table:
         bases = table[["model", "base_sha256"]].dropna().drop_duplicates().values
         out.append(f"- base weights, sha256: {', '.join(f'{m} {sha[:12]}' for m, sha in bases)}")
+    if "data_sha256" in table:
+        seen = table[["model", "dataset", "data_sha256"]].drop_duplicates().values
+        shown = [
+            f"{d} for {m} {sha[:12] if sha == sha and sha else 'unknown'}" for m, d, sha in seen
+        ]
+        out.append(f"- data, sha256: {', '.join(shown)}")
     return out
 
 

@@ -54,8 +54,8 @@ def check(table: pd.DataFrame) -> None:
     """Check that a table can be analysed.
 
     Raises:
-        TableError: columns are missing, a lora run has no rank, a run is repeated, or one model
-            name stands for different base weights.
+        TableError: columns are missing, a lora run has no rank, a run is repeated, one model name
+            stands for different base weights, or one data set's name for different data.
     """
     missing = [c for c in REQUIRED if c not in table.columns]
     if missing:
@@ -85,3 +85,50 @@ def check(table: pd.DataFrame) -> None:
                     f"base weights (sha256 {shown}), which cannot share a curve. Retrain the "
                     "smaller part, or give each base its own model name."
                 )
+    if "data_sha256" in table.columns:
+        _check_data(table)
+
+
+def _check_data(table: pd.DataFrame) -> None:
+    """Check the fingerprints of the data.
+
+    A model and a data set have one; tokens are the model's. Within a curve none is mixed with an
+    unknown one, of a run from before results had it.
+
+    Raises:
+        TableError: two are mixed.
+    """
+    for (model, dataset), part in table.groupby(["model", "dataset"]):
+        counts = part["data_sha256"].value_counts()
+        if len(counts) > 1:
+            shown = ", ".join(f"{sha[:8]} in {n} runs" for sha, n in counts.items())
+            raise TableError(
+                f"the runs of {model!r} on {dataset!r} were trained on {len(counts)} different "
+                f"data sets of that name (sha256 {shown}; {_some_runs(part, counts.index[-1])}), "
+                "which cannot share a curve. Train the smaller part again, or give each data set "
+                "its own name."
+            )
+    unknown = table["data_sha256"].isna()
+    if unknown.all() or not unknown.any():
+        return
+    keys = [k for k in CURVE_KEYS if k in table.columns]
+    for _, part in table.groupby(keys, dropna=False):
+        n_unknown = int(part["data_sha256"].isna().sum())
+        if 0 < n_unknown < len(part):
+            first = part.iloc[0]
+            raise TableError(
+                f"{n_unknown} of {len(part)} runs of a curve ({first['method']} of "
+                f"{first['model']!r} on {first['dataset']!r}; {_some_runs(part, None)}) do not "
+                "tell on which data they were trained, and are never mixed with runs that do. "
+                "Train the whole curve anew in a fresh run folder (exec.runs_dir=FOLDER), or drop "
+                "either kind."
+            )
+
+
+def _some_runs(part: pd.DataFrame, sha256: str | None) -> str:
+    """Name up to three runs that have this fingerprint; None: those that have none."""
+    data = part["data_sha256"]
+    mine = part[data.isna() if sha256 is None else data == sha256]
+    by_id = "run_id" in part.columns
+    names = [str(v) for v in (mine["run_id"] if by_id else mine.index)]
+    return f"{'runs' if by_id else 'rows'} {', '.join(names[:3])}" + (", ..." * (len(names) > 3))

@@ -23,6 +23,7 @@ from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan, summary
 from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.same_data import refuse_mixing
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
@@ -60,7 +61,9 @@ def act(
             trainer_named(trainer) if trainer is None or isinstance(trainer, str) else trainer,
         )
     if request.parts:
-        return study.each(request, lambda part: act(part, trainer))
+        return study.each(
+            request, lambda part: act(part, trainer), lambda part: _check(part, store)
+        )
     if action == "verify":
         return finished_runs.verify(request, store, all_points(request, store))
     if action == "plan":
@@ -79,11 +82,17 @@ def act(
             "cluster=local."
         )
     store.prepare()
-    check_available(request)
-    answer.check_claims(request.sweep)
+    _check(request, store)
     if request.cluster.kind == "slurm":
         return _run_on_cluster(request, store, trainer, follow)
     return _run(request, store, trainer)
+
+
+def _check(request: Request, store: RunStore) -> None:
+    """Check before anything is trained, and raise what the user must correct."""
+    check_available(request)
+    answer.check_claims(request.sweep)
+    refuse_mixing(_wanted(request, store), store, request.exec)
 
 
 def _notify(request: Request) -> Callable[[str], None]:
@@ -137,6 +146,8 @@ def _run_on_cluster(
     request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
 ) -> int:
     """Submit what is missing and return; if nothing is left to do, answer."""
+    for line in plan_text.unpinned_lines(request.points):
+        _notify(request)(line)
     waiting = cluster.submit_missing(
         request,
         store,
@@ -220,7 +231,9 @@ def hardware_of(request: Request) -> Hardware:
 
 def _plan(request: Request, store: RunStore) -> int:
     """Print what would run and what it costs; start nothing."""
-    now = make_plan(all_points(request, store), store, request.exec, hardware_of(request))
+    points = all_points(request, store)
+    refuse_mixing(points, store, request.exec)
+    now = make_plan(points, store, request.exec, hardware_of(request))
     difference = planning.difference(request, store, now)
     if request.format == "json":
         name = {"sweep": request.sweep_name, "scale": request.scale}

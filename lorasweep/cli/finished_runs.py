@@ -18,6 +18,7 @@ from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch.trainer import Trainer
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
+from lorasweep.plan.same_data import refuse_extending
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
@@ -159,6 +160,8 @@ def extend(request: Request, store: RunStore, points: list[Point]) -> int:
     if not wanted.runs:
         print("nothing to add: every claim is decided, or more runs cannot help")
         return 0
+    by_id = {p.id: p for p in points}
+    refuse_extending(points, [by_id[run["like"]] for run in wanted.runs], store)
     path = looks.path_of(store.root, request.title)
     number = looks.append(path, wanted.runs, answer.claims_hash(asked), points)
     lines = [

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorasweep.cli import answer
-from lorasweep.config.preflight import check_available
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
@@ -18,15 +17,15 @@ FIRST_SIGNAL_STATUS = 130
 """Exit statuses from here on mean that the user stopped the command."""
 
 
-def each(request: Request, act: Callable[[Request], int]) -> int:
-    """Run the requested action for every part; all parts are checked before the first starts.
+def each(request: Request, act: Callable[[Request], int], check: Callable[[Request], None]) -> int:
+    """Run the requested action for every part.
 
+    action=run: `check` raises what is wrong with a part, for all parts before the first starts.
     format=json prints one object per part.
     """
     if request.action == "run":
         for part in request.parts:
-            check_available(part)
-            answer.check_claims(part.sweep)
+            check(part)
     code = 0
     for part in request.parts:
         if request.format != "json":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorasweep.errors import SpecError
+from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch.trainer import Trainer
 from lorasweep.plan import detect
 from lorasweep.spec.execution import Exec
@@ -122,6 +122,9 @@ def train_again(
     """Train a finished run again, alone, with the threads and micro-batch that it had.
 
     Returns how it compares, its state at the end, and the backend that it was trained with.
+
+    Raises:
+        TrainingError: the data are others than those of the finished run.
     """
     before = store.result(spec.id) or {}
     state = backend = ""
@@ -130,6 +133,7 @@ def train_again(
     for event in trainer([spec], dataclasses.replace(exec_, **store.layout(spec.id)), None):
         if spec.id in event.ended:
             state, final = event.ended[spec.id]
+            _check_same_data(spec.id, before, final)
             at_end, backend = event.snapshot()[spec.id], event.backend
     name = metric_of(before).name
     pairs = [(a[name], b[name]) for a, b in zip(before["curve"], final["curve"])]
@@ -140,6 +144,15 @@ def train_again(
     same = state == before["state"]
     comparison = Comparison(spec.id, before.get("pack_size"), recorded, alone, same, worst)
     return comparison, at_end, backend
+
+
+def _check_same_data(rid: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    then, here = (result.get("data_sha256") for result in (before, now))
+    if then and here and then != here:
+        raise TrainingError(
+            f"run {rid} was trained on other data (fingerprint {then}) than are there now "
+            f"({here}), so it cannot be trained again. Get those data back."
+        )
 
 
 def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:

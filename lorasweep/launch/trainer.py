@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lorasweep.launch.data_identity import check_same_data
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.model import ModelSpec
@@ -60,8 +61,11 @@ class TorchTrainer:
 
         key = (spec.dataset, spec.draw)
         if key not in self._data:
-            cache = str(Path(exec_.runs_dir) / TOKENS)
-            self._data[key] = load(spec.dataset, exec_.data_dir, base.tokenizer, cache, spec.draw)
+            root = Path(exec_.runs_dir)
+            cache = str(root / TOKENS)
+            data = load(spec.dataset, exec_.data_dir, base.tokenizer, cache, spec.draw)
+            check_same_data(root, spec, data.sha256)
+            self._data[key] = data
         return self._data[key]
 
     def _load_base(self, spec: RunSpec, exec_: Exec) -> "Base":

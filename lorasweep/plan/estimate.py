@@ -61,7 +61,7 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
     """
     points = list(points)
     states = store.states(p.id for p in points)
-    todo = _todo(points, states, store, exec_)
+    todo = runs_to_do(points, states, store, exec_)
     known = ThroughputTable(
         store, hardware, exec_, [p for p in points if states[p.id] != "missing"]
     )
@@ -88,7 +88,10 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
     )
 
 
-def _todo(points: list[Point], states: dict[str, str], store: RunStore, exec_: Exec) -> list[Point]:
+def runs_to_do(
+    points: list[Point], states: dict[str, str], store: RunStore, exec_: Exec
+) -> list[Point]:
+    """Return the runs to train: those not finished; failed ones only with exec.retry."""
     if not exec_.retry:
         return [p for p in points if states[p.id] not in (*FINAL, "failed")]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import files
 
-VERSION = 2
+VERSION = 3
 
 
 class Entry(NamedTuple):
@@ -30,6 +30,8 @@ class Entry(NamedTuple):
     value: float | None
     wall_s: float | None
     threads: int | None
+    data_sha256: str | None
+    """Fingerprint of the data; None for results from before there was one."""
 
 
 def read(
@@ -72,7 +74,7 @@ def read(
                 metric_of(body).name,
                 metric_of(body).higher_is_better,
                 metric_of(body).value(body),
-                *map(body.get, ("wall_s", "threads")),
+                *map(body.get, ("wall_s", "threads", "data_sha256")),
             ]
             known[rid] = entry
             behind += 1

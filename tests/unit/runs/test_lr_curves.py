@@ -16,6 +16,34 @@ def test_two_bases_are_never_mixed():
         lr_curves(frame)
 
 
+def two_arms(sha_full, sha_lora):
+    full = table(lambda lr, s: 2.0).assign(method="fullft", rank=np.nan, data_sha256=sha_full)
+    lora = table(lambda lr, s: 2.0).assign(data_sha256=sha_lora)
+    both = pd.concat([full, lora], ignore_index=True)
+    return both.assign(run_id=[f"run{k}" for k in range(len(both))])
+
+
+def test_two_versions_of_a_data_set_are_never_mixed():
+    """Not in one curve, and not in two arms that are compared."""
+    assert len(lr_curves(two_arms("a" * 64, "a" * 64))) == 2
+    frame = two_arms("a" * 64, "a" * 64)
+    frame.loc[9, "data_sha256"] = "b" * 64
+    with pytest.raises(TableError, match=r"aaaaaaaa in 13 runs, bbbbbbbb in 1 runs; runs run9\)"):
+        lr_curves(frame)
+    with pytest.raises(TableError, match="which cannot share a curve"):
+        lr_curves(two_arms("a" * 64, "b" * 64))
+    lr_curves(two_arms("a" * 64, "b" * 64).assign(model=["m"] * 7 + ["n"] * 7))  # other tokens
+
+
+def test_unknown_data_are_judged_as_they_are_but_never_mixed_with_known_ones():
+    lr_curves(two_arms(None, None))
+    lr_curves(two_arms("a" * 64, None))  # a whole curve was made before results had a fingerprint
+    frame = two_arms("a" * 64, "a" * 64)
+    frame.loc[[3, 4], "data_sha256"] = None
+    with pytest.raises(TableError, match=r"2 of 7 runs of a curve \(fullft .*; runs run3, run4\)"):
+        lr_curves(frame)
+
+
 def test_a_missing_column_is_named():
     with pytest.raises(TableError, match="test_nll"):
         lr_curves(pd.DataFrame({"model": ["m"]}))
