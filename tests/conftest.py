@@ -61,7 +61,7 @@ class FakeTrainer:
         self.trained += ids
         for spec in pack:
             if self.fail(spec):
-                raise MemoryError("planted failure")
+                raise RuntimeError("planted failure")
         finals = [self.nll(s) for s in pack]
         records = {i: {"step": 1, "train_nll": f, "test_nll": f} for i, f in zip(ids, finals)}
         ended = {}

@@ -56,6 +56,8 @@ class Display:
 
     def event(self, event: dict[str, Any]) -> None:
         """Show an event of a worker."""
+        if "note" in event:
+            self.line(event["note"])
         for rid in event.get("runs", []):
             if rid in self._points:
                 done = event["step"] / self._points[rid].spec.steps

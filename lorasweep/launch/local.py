@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import StoreError, TrainingError
+from lorasweep.launch.fitting import Limits
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.trainer import Trainer
@@ -60,7 +61,7 @@ def run_points(
     Raises:
         Stopped: Ctrl-C, or a signal that stopped the workers.
     """
-    hardware = detect.this_machine()
+    hardware, limits = detect.this_machine(), Limits()
     tried: set[str] = set()
     quiet_since, held = time.monotonic(), None
     while True:
@@ -73,8 +74,8 @@ def run_points(
                 _run_workers(plan, store, exec_, report, {"trainer": trainer, "skip": skip})
             else:
                 for pack in plan.packs:
-                    specs = [p.spec for p in pack.points]
-                    execute(specs, exec_, store, trainer, report, StopFlag(), pack.micro_batch_size)
+                    specs, rows = [p.spec for p in pack.points], pack.micro_batch_size
+                    execute(specs, exec_, store, trainer, report, StopFlag(), rows, limits)
             tried |= _given_up([p.id for p in mine], store, exec_)
             quiet_since = time.monotonic()
         elif others:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lorasweep.errors import TrainingError
 from lorasweep.launch.local import worker_environment
+from lorasweep.launch.out_of_memory import is_out_of_memory
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
@@ -108,8 +109,6 @@ def measure(
 
     Returns pack size -> seconds per step and run.
     """
-    import torch
-
     from lorasweep.data import load as data
     from lorasweep.models import load as models
     from lorasweep.train import pretrain
@@ -121,7 +120,7 @@ def measure(
     pretrain.ensure(spec.model, exec_.models_dir)
     base = models.load(spec.model, exec_.models_dir, spec.precision)
     if exec_.compile:
-        base.model.compile(dynamic=True)
+        base.model.base_model.compile(dynamic=True)
     rows = data.load(few, exec_.data_dir, base.tokenizer)
     found: dict[int, float] = {}
     left = budget_s
@@ -134,10 +133,10 @@ def measure(
         try:
             events = finetune(pack, base, rows, micro)
             times = [next(iter(event.records.values()))["step_s"] for event in events]
-        except torch.OutOfMemoryError:  # of a GPU: the times of smaller sizes are kept
-            if size == 1:
+        except Exception as error:
+            if size == 1 or not is_out_of_memory(error):
                 raise
-            break
+            break  # the times of smaller sizes are kept
         kept = sorted(times[WARM:])
         found[size] = kept[len(kept) // 2]
         took = time.monotonic() - started

@@ -9,8 +9,8 @@ import traceback
 from collections.abc import Sequence
 
 from lorasweep.errors import DataError, ModelError, SpecError, StoreError
+from lorasweep.launch.fitting import Fitting, Limits
 from lorasweep.launch.process import StopFlag, Stopped
-from lorasweep.launch.session import Session
 from lorasweep.launch.trainer import Report, Trainer
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.spec.execution import Exec
@@ -31,11 +31,12 @@ def execute(
     report: Report,
     stop: StopFlag,
     micro_batch_size: int | None = None,
+    limits: Limits | None = None,
 ) -> None:
     """Claim the free runs of a pack and train them to the end. Failures of runs are recorded.
 
     `micro_batch_size` is the plan's choice; exec.micro_batch_size and a checkpoint's value come
-    before it.
+    before it. `limits`: what earlier packs of this process learnt of the memory.
 
     Raises:
         Stopped: `stop` was set; checkpoints are written.
@@ -50,7 +51,8 @@ def execute(
             return
         beats = _Heartbeats(store, attempts)
         members = [s for s in pack if s.id in attempts]
-        Session(members, attempts, exec_, store, micro_batch_size).run(trainer, report, stop)
+        fitting = Fitting(attempts, exec_, store, trainer, report, stop)
+        fitting.train(members, micro_batch_size, (limits or Limits()).of(members[0]))
     except Stopped:
         _end_all(store, attempts, "stopped", "asked to stop")
         raise

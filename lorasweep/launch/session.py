@@ -52,6 +52,15 @@ def _resume(ids: Sequence[str], store: RunStore) -> dict[str, State] | None:
     return states
 
 
+def leave_to_new_owner(rid: str, attempts: dict[str, int], store: RunStore) -> None:
+    """End this process's attempt at a run that another process has taken over."""
+    store.write_end(rid, attempts.pop(rid), "stopped", "another process took over")
+
+
+def _at_most(most: int | None, rows: int | None) -> int | None:
+    return rows if most is None else min(most, rows or most)
+
+
 class Session:
     """The training of one claimed pack: what it resumes from, and what is recorded."""
 
@@ -62,10 +71,12 @@ class Session:
         exec_: Exec,
         store: RunStore,
         planned_rows: int | None,
+        most_rows: int | None = None,
     ) -> None:
         """Load the latest common checkpoint of the members, and cut their records back to it.
 
         `attempts` is shared with the caller: runs that other processes took over are removed.
+        `most_rows`: the largest micro-batch that may fit into the memory.
         """
         self.members, self.attempts, self.store = members, attempts, store
         self.specs = {s.id: s for s in members}
@@ -74,23 +85,31 @@ class Session:
         self.unwritten: dict[str, list[Record]] = {i: [] for i in self.ids}
         self.states = _resume(self.ids, store)
         self.different_pack = False
-        self.exec = self._settings(exec_, planned_rows)
+        self.exec = self._settings(exec_, planned_rows, most_rows)
         self.wall_s = dict.fromkeys(self.ids, 0.0)
         if self.states:
             self.wall_s = {i: self.states[i]["meta"]["wall_s"] for i in self.ids}
 
-    def _settings(self, exec_: Exec, planned_rows: int | None) -> Exec:
+    @property
+    def rows(self) -> int:
+        """Rows per member and forward pass."""
+        size = self.members[0].batch_size
+        return min(self.exec.micro_batch_size or size, size)
+
+    def _settings(self, exec_: Exec, planned_rows: int | None, most_rows: int | None) -> Exec:
         """Return the settings to train with.
 
         The same pack continues bit for bit, so it keeps the threads and the micro-batch of its
-        checkpoint, unless the user sets another micro-batch.
+        checkpoint, unless the user sets another micro-batch or it does not fit.
         """
         if not self.states:
             rows = planned_rows if exec_.micro_batch_size is None else exec_.micro_batch_size
-            return dataclasses.replace(exec_, micro_batch_size=rows)
+            return dataclasses.replace(exec_, micro_batch_size=_at_most(most_rows, rows))
         metas = [self.states[i]["meta"] for i in self.ids]
-        rows = exec_.micro_batch_size or metas[0][ROWS]
-        self.different_pack = rows != metas[0][ROWS] or any(m["layout"] != self.ids for m in metas)
+        rows = _at_most(most_rows, exec_.micro_batch_size or metas[0][ROWS])
+        self.different_pack = rows != metas[0][ROWS] or any(
+            m["layout"] != self.ids or m.get(RESUMED_WITH_DIFFERENT_PACK) for m in metas
+        )
         return dataclasses.replace(exec_, threads=metas[0]["threads"], micro_batch_size=rows)
 
     def run(self, trainer: Trainer, report: Report, stop: StopFlag) -> None:
@@ -170,7 +189,7 @@ class Session:
         """
         if not self.store.owns(i, self.attempts[i]):
             self.live.remove(i)
-            self.store.write_end(i, self.attempts.pop(i), "stopped", "another process took over")
+            leave_to_new_owner(i, self.attempts, self.store)
             return False
         self.store.record(i, *self.unwritten[i])
         self.unwritten[i] = []
@@ -209,6 +228,7 @@ class Session:
                 "records_size": self.store.records_size(i),
                 "threads": self.exec.threads,
                 ROWS: self.exec.micro_batch_size,
+                RESUMED_WITH_DIFFERENT_PACK: self.different_pack,
                 "wall_s": self.wall_s[i],
             }
             tensors = states[i]["tensors"]

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lorasweep.errors import ModelError
 from lorasweep.launch.data_identity import check_same_data
+from lorasweep.launch.out_of_memory import is_out_of_memory
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.model import ModelSpec
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 TOKENS = ".tokens"
 """Folder in the run folder with tokenized text, which all workers share."""
 Report = Callable[[dict[str, Any]], None]
-"""Receives events: {run, ended, ...} at the end of a run, {runs, step} after an update."""
+"""Receives events: {run, ended, ...} at the end of a run, {runs, step} after an update, {note} for
+what the user should read."""
 
 
 class Trainer(Protocol):
@@ -76,7 +79,16 @@ class TorchTrainer:
         if self._base is None or self._base_key != key:
             self._base, self._data = None, {}  # one base in memory at a time
             pretrain.ensure(spec.model, exec_.models_dir)
-            self._base = models.load(spec.model, exec_.models_dir, spec.precision)
+            try:
+                self._base = models.load(spec.model, exec_.models_dir, spec.precision)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ModelError(
+                    f"model {spec.model.name!r}: its weights do not fit into the memory "
+                    f"({type(error).__name__}: {error}). Choose a smaller model=, or a device with "
+                    "more memory: action=plan says how much is expected."
+                ) from None
             self._base_key = key
             if exec_.compile:
                 # without the unembedding, which is computed in chunks

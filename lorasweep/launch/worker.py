@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import LorasweepError
+from lorasweep.launch.fitting import Limits
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped, die_with_parent, keep_freed_memory
 from lorasweep.launch.slurm.running import RunningJobs
@@ -33,7 +34,7 @@ from lorasweep.store.run_store import RunStore
 STOPPED, REFUSED = 3, 4
 """Exit statuses: stopped by a signal; an error that the user must correct, printed as an event."""
 REPORT_S = 0.3
-"""Minimum seconds between progress reports. Ends of runs are reported at once."""
+"""Minimum seconds between progress reports. Ends of runs and notes are reported at once."""
 
 
 def skipped(path: str | None) -> set[str]:
@@ -49,7 +50,7 @@ class _Reporter:
         self._last = 0.0
 
     def __call__(self, event: dict[str, Any]) -> None:
-        if "ended" not in event and time.monotonic() - self._last <= REPORT_S:
+        if event.keys().isdisjoint(("ended", "note")) and time.monotonic() - self._last <= REPORT_S:
             return
         self._last = time.monotonic()
         try:
@@ -85,13 +86,14 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
 def _run(
     job: dict[str, Any], first: int, store: RunStore, trainer: Trainer, stop: StopFlag
 ) -> None:
-    exec_, report = Exec(**job["exec"]), _Reporter(stop)
+    exec_, report, limits = Exec(**job["exec"]), _Reporter(stop), Limits()
     packs = job["packs"]
     for pack in packs[first:] + packs[:first]:
         unwanted = skipped(job.get("skip"))
         specs = [s for s in map(spec_from, pack["runs"]) if s.id not in unwanted]
         if specs:
-            execute(specs, exec_, store, trainer, report, stop, pack["micro_batch_size"])
+            rows = pack["micro_batch_size"]
+            execute(specs, exec_, store, trainer, report, stop, rows, limits)
         if stop.set:
             raise Stopped
 

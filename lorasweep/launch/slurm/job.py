@@ -109,7 +109,7 @@ def _train(task: dict[str, Any]) -> None:
         return  # Slurm ran this job twice, or others were faster
 
     def report(event: dict[str, Any]) -> None:
-        if "ended" in event:
+        if "ended" in event or "note" in event:
             _print(json.dumps(event))
 
     local.run_points(left, store, exec_, report, task.get("trainer"), PATIENCE_S, task["skip"])

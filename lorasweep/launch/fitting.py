@@ -1,0 +1,134 @@
+"""Train a claimed pack in the memory there is: smaller micro-batches, then smaller packs.
+
+Knows sessions and errors of memory. Refuses to know how anything is trained.
+"""
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorasweep.launch.out_of_memory import free_memory, is_out_of_memory, request
+from lorasweep.launch.process import StopFlag, Stopped
+from lorasweep.launch.session import Session, leave_to_new_owner
+from lorasweep.launch.trainer import Report, Trainer
+from lorasweep.plan.packing import pack_key
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import RunSpec
+from lorasweep.store.run_store import RunStore
+
+
+@dataclass
+class Limit:
+    """The largest size that may fit; None: no limit is known."""
+
+    rows: int | None = None
+    """Rows per member and forward pass."""
+    members: int | None = None
+    """Runs of a pack."""
+
+
+class Limits:
+    """What the packs of one worker have learnt: runs that pack alike begin at a size that fits."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, Limit] = {}
+
+    def of(self, spec: RunSpec) -> Limit:
+        """Return the limit of runs like `spec`, to be read and lowered."""
+        return self._known.setdefault(pack_key(spec), Limit())
+
+
+@dataclass
+class Fitting:
+    """The training of a claimed pack, in as many attempts and parts as its memory needs."""
+
+    attempts: dict[str, int]
+    """Run id -> number of this process's attempt. Runs that are left or failed are removed."""
+    exec: Exec
+    store: RunStore
+    trainer: Trainer
+    report: Report
+    stop: StopFlag
+
+    def train(self, members: Sequence[RunSpec], planned_rows: int | None, limit: Limit) -> None:
+        """Train `members` to the end, each attempt from the latest checkpoint.
+
+        Out of memory halves the micro-batch, at one row the pack, whose halves train one after the
+        other. One run alone with one row that does not fit has failed. `limit` is lowered.
+
+        Raises:
+            Stopped: a stop was asked for; checkpoints are written.
+        """
+        parts = [list(members)]
+        while parts:
+            part = [s for s in parts.pop(0) if self._is_mine(s.id)]
+            if not part:
+                continue
+            if limit.members is not None and len(part) > limit.members:
+                parts = [part[: limit.members], part[limit.members :], *parts]
+                continue
+            session = Session(part, self.attempts, self.exec, self.store, planned_rows, limit.rows)
+            rows = session.rows
+            outcome = self._attempt(session)
+            del session
+            if outcome is None:
+                continue
+            free_memory()
+            if self.stop.set:
+                raise Stopped
+            if rows > 1:
+                limit.rows = rows // 2
+                instead = f"{limit.rows} of each"
+            elif len(part) > 1:
+                limit.members = -(-len(part) // 2)
+                instead = f"packs of {limit.members}"
+            else:
+                self._fail(part[0], *outcome)
+                continue
+            self._say(part, rows, *outcome, instead)
+            parts.insert(0, part)
+
+    def _is_mine(self, rid: str) -> bool:
+        """Return whether a run is still to be trained here."""
+        if rid not in self.attempts or self.store.result(rid) is not None:
+            return False
+        if self.store.owns(rid, self.attempts[rid]):
+            return True
+        leave_to_new_owner(rid, self.attempts, self.store)
+        return False
+
+    def _attempt(self, session: Session) -> tuple[str, str] | None:
+        """Train; return the request that did not fit and the traceback, None if all fitted.
+
+        The error itself is dropped here, because its frames hold the tensors of the attempt.
+        """
+        try:
+            session.run(self.trainer, self.report, self.stop)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            asked = request(error)
+            return (f" (asked for {asked})" if asked else ""), traceback.format_exc()
+        return None
+
+    def _say(self, part: list[RunSpec], rows: int, asked: str, trace: str, instead: str) -> None:
+        text = (
+            f"out of memory{asked}: {len(part)} run(s) of {part[0].model.name} with {rows} row(s) "
+            f"of each at a time do not fit. Going on from the last checkpoint with {instead}."
+        )
+        for spec in part:
+            if spec.id in self.attempts:
+                self.store.log(spec.id, self.attempts[spec.id], f"{trace}{text}")
+        self.report({"note": text})
+
+    def _fail(self, spec: RunSpec, asked: str, trace: str) -> None:
+        cause = (
+            f"out of memory{asked}: {spec.model.name} with {spec.method.name} does not fit, alone "
+            f"and one row of at most {spec.dataset.max_length} tokens at a time. Choose a smaller "
+            "model=, a smaller dataset.max_length, or a device with more memory (action=plan says "
+            "how much is expected), then add exec.retry=true."
+        )
+        n = self.attempts.pop(spec.id)
+        self.store.log(spec.id, n, trace)
+        self.store.write_end(spec.id, n, "failed", cause)
+        self.report({"run": spec.id, "ended": "failed", "cause": cause})
