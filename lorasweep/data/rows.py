@@ -39,17 +39,15 @@ class Rows(Sequence[Example]):
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Rows":
-        """Copy text examples into arrays."""
-        found = list(examples)
-        lengths = [len(e.tokens) for e in found]
-        return cls(
-            [
-                np.cumsum(lengths, dtype="<i8"),
-                np.array([e.n_bytes for e in found], dtype="<i8"),
-                np.concatenate([e.tokens for e in found]).astype("<i4"),
-                np.concatenate([e.loss for e in found]),
-            ]
-        )
+        """Copy text examples into arrays, one by one: a data set may be large."""
+        ends, n_bytes, tokens, loss = [], [], bytearray(), bytearray()
+        for e in examples:
+            tokens += e.tokens.astype("<i4").tobytes()
+            loss += e.loss.tobytes()
+            ends.append(len(loss))
+            n_bytes.append(e.n_bytes)
+        counted = [np.array(ends, "<i8"), np.array(n_bytes, "<i8")]
+        return cls([*counted, np.frombuffer(tokens, "<i4"), np.frombuffer(loss, "?")])
 
     def __len__(self) -> int:
         return len(self.ends)

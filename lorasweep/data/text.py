@@ -43,13 +43,13 @@ def examples(
     """
 
     def make() -> Rows:
-        found = list(_tokenized(spec, itertools.islice(source.rows(), limit), tokenizer))
+        found = Rows.of(_tokenized(spec, itertools.islice(source.rows(), limit), tokenizer))
         if not found:
             raise DataError(
                 f"dataset {spec.name!r}, split {split!r}: no rows. Set train_split and test_split "
                 "to splits that have rows."
             )
-        return Rows.of(found)
+        return found
 
     described = _tokenizer_sha256(tokenizer)
     if not cache or described is None:
