@@ -81,11 +81,11 @@ def adapter(request: Request, store: RunStore, points: Sequence[Point], trainer:
     spec = spec_from(store.spec(request.run))
     if not isinstance(spec.method, LoRA):
         raise SpecError(f"a {spec.method.name} run has no adapter. Set run= to a LoRA run.")
-    comparison, state, backend = train_again(spec, store, request.exec, trainer)
+    comparison, state, final = train_again(spec, store, request.exec, trainer)
     bound = request.max_difference
     if bound is None:
         bound = largest_difference(noise_floor(points, store))
-    causes = changed_circumstances(spec.id, store, backend)
+    causes = changed_circumstances(spec.id, store, final["backend"])
     why = "; ".join(causes) or "nothing of what is recorded: threads, code edits and drivers remain"
     outcome = f"trained again: {_outcome(comparison)}"
     if not comparison.within(bound):
@@ -98,9 +98,8 @@ def adapter(request: Request, store: RunStore, points: Sequence[Point], trainer:
     weights = {
         k.removeprefix("param/"): v for k, v in state["tensors"].items() if k.startswith("param/")
     }
-    base, revision = spec.model.location or spec.model.name, spec.model.revision
-    pinned = revision if spec.model.source == "hub" and revision else None
-    save_peft(Path(request.out), weights, spec.method.rank, spec.method.scaling, base, pinned)
+    base, commit = spec.model.location or spec.model.name, final.get("base_commit")
+    save_peft(Path(request.out), weights, spec.method.rank, spec.method.scaling, base, commit)
     print(outcome + (f"; what differs: {why}" if comparison.difference else ""))
     print(
         f"adapter of run {request.run} saved to {request.out}: load it with "

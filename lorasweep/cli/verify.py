@@ -118,23 +118,23 @@ def largest_difference(floor: float | None) -> float:
 
 def train_again(
     spec: RunSpec, store: RunStore, exec_: Exec, trainer: Trainer
-) -> tuple[Comparison, State, str]:
+) -> tuple[Comparison, State, dict[str, Any]]:
     """Train a finished run again, alone, with the threads and micro-batch that it had.
 
-    Returns how it compares, its state at the end, and the backend that it was trained with.
+    Returns how it compares, its state at the end, and its result.
 
     Raises:
-        TrainingError: the data are others than those of the finished run.
+        TrainingError: the data or the base are others than those of the finished run.
     """
     before = store.result(spec.id) or {}
-    state = backend = ""
+    state = ""
     final: dict[str, Any] = {}
     at_end: State = {"tensors": {}, "meta": {}}
     for event in trainer([spec], dataclasses.replace(exec_, **store.layout(spec.id)), None):
         if spec.id in event.ended:
             state, final = event.ended[spec.id]
-            _check_same_data(spec.id, before, final)
-            at_end, backend = event.snapshot()[spec.id], event.backend
+            _check_same_inputs(spec.id, before, final)
+            at_end = event.snapshot()[spec.id]
     name = metric_of(before).name
     pairs = [(a[name], b[name]) for a, b in zip(before["curve"], final["curve"])]
     gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
@@ -143,16 +143,17 @@ def train_again(
     worst = max(gaps, default=None) if done else None
     same = state == before["state"]
     comparison = Comparison(spec.id, before.get("pack_size"), recorded, alone, same, worst)
-    return comparison, at_end, backend
+    return comparison, at_end, final
 
 
-def _check_same_data(rid: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    then, here = (result.get("data_sha256") for result in (before, now))
-    if then and here and then != here:
-        raise TrainingError(
-            f"run {rid} was trained on other data (fingerprint {then}) than are there now "
-            f"({here}), so it cannot be trained again. Get those data back."
-        )
+def _check_same_inputs(rid: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, what in (("data_sha256", "other data"), ("base_sha256", "another base")):
+        then, here = before.get(key), now.get(key)
+        if then and here and then != here:
+            raise TrainingError(
+                f"run {rid} was trained on {what} (fingerprint {then}) than is there now ({here}), "
+                "so it cannot be trained again. Get back what it was trained on."
+            )
 
 
 def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:

@@ -97,6 +97,8 @@ def test_an_adapter_written_before_still_loads(tmp_path):
 class Elsewhere:
     """The real trainer on a machine that rounds differently: the final loss is off by `shift`."""
 
+    base_sha256 = None
+
     def __init__(self, shift):
         self.shift, self.real = shift, TorchTrainer()
 
@@ -104,10 +106,11 @@ class Elsewhere:
         for event in self.real(pack, exec_, resume):
             for _, final in event.ended.values():
                 final["test_nll"] += self.shift
+                final["base_sha256"] = self.base_sha256 or final["base_sha256"]
             yield event
 
 
-def test_the_command_compares_with_the_recorded_loss(compose, tmp_path, capsys):
+def test_the_command_compares_with_the_recorded_loss(compose, tmp_path, capsys, monkeypatch):
     asked = compose(
         "scale=smoke", "method=lora", "method.rank=4", "lr=5e-3", "steps=2", "format=json"
     )
@@ -132,4 +135,10 @@ def test_the_command_compares_with_the_recorded_loss(compose, tmp_path, capsys):
         folder = tmp_path / "other"
         save(0.025)
     assert not folder.exists()
+    monkeypatch.setattr(Elsewhere, "base_sha256", "other")
+    with pytest.raises(
+        TrainingError, match=r"trained on another base .* than is there now \(other\)"
+    ):
+        save(0.0)
+    monkeypatch.undo()
     assert "what differs: torch 1.0 then" in save(0.025, max_difference=0.03) and folder.is_dir()
