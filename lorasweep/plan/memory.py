@@ -61,8 +61,6 @@ def pack_bytes(
     else:
         logits = min(CHUNK_BYTES, chunk)
         layer *= 1 if whole else FRAGMENTATION
-        if whole:  # the gradients of all logits; half of the positions count in the loss
-            logits += tokens * model.vocab_size * word / 2
     return PROCESS_BYTES + weights + trained + model.n_layers * layer + logits
 
 

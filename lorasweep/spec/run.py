@@ -47,7 +47,8 @@ class RunSpec(Value):
     clip_norm: float | None = None
     """Largest global gradient norm of a run; None: no clipping."""
     precision: str = "fp32"
-    """fp32; bf16: autocast with fp32 master weights in every arm; fp64: for tests of exactness."""
+    """fp32; bf16: autocast, with fp32 weights for all that is trained; fp64: for tests of
+    exactness."""
     seed: int = 0
     """Seed of the random streams 'data' and 'init'."""
     train_version: int = TRAIN_VERSION

@@ -38,9 +38,7 @@ class HeadNll(torch.autograd.Function):
         h = h_NMH.to(group.dtype)
         sums = torch.zeros(n, dtype=h_NMH.dtype, device=h.device)
         dh = torch.empty_like(h_NMH) if need else None
-        kept = None
-        if need and group.trained:
-            kept = torch.empty(n, m, vocab, dtype=h.dtype, device=h.device)
+        whole = None
         grads: list[torch.Tensor] = []
         # In fp32 the chunk size does not depend on the pack, so that a member's sums round in the
         # same way in every pack. In bf16 rounding is coarser than that, and a chunk that fits the
@@ -60,14 +58,15 @@ class HeadNll(torch.autograd.Function):
             dlogits = p if logits.dtype == p.dtype else logits.copy_(p)
             if not bool(weight.all()):
                 dlogits.mul_(weight)
-            if kept is not None:
-                kept[:, c : c + rows] = dlogits
+            if group.trained:  # products are rounded to the compute type, their sum is not
+                product = torch.mm(dlogits.flatten(0, 1).T, part.flatten(0, 1))
+                product = product.to(group.trained[0].dtype)
+                whole = product if whole is None else whole.add_(product)
             dpart, more = group.backward(dlogits, part, low, weights=False)
             dh[:, c : c + rows] = dpart
             grads = more if not grads else [a.add_(b) for a, b in zip(grads, more)]
-        if kept is not None:  # one product over all rows: a sum of rounded chunks loses digits
-            whole = torch.mm(kept.view(n * m, -1).T, h.view(n * m, -1))
-            grads = [whole.to(group.trained[0].dtype), *grads]
+        if whole is not None:
+            grads = [whole, *grads]
         of_adapters = [r.members for r in group.ranks for _ in r.params]
         ctx.kept = (dh, grads, [slice(None)] * len(group.trained) + of_adapters)
         return sums

@@ -7,11 +7,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorasweep.data.batches import collate, merge
+from lorasweep.data.batches import PAD_TO, collate, merge
 from lorasweep.data.examples import Example
 from lorasweep.errors import ModelError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
+from lorasweep.models.cpu_llama import head
+from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.head import logits_of
 from lorasweep.plan import memory
 from lorasweep.train.objectives import nll
@@ -30,6 +32,7 @@ SHAPE = {
     "eos_token_id": None,
 }
 FAMILIES = {
+    "Llama": {"tie_word_embeddings": False},
     # a plain head; one tied to the embedding with a softcap; two that scale their logits
     "Qwen3": {"tie_word_embeddings": False},
     "Gemma2": {"tie_word_embeddings": True, "final_logit_softcapping": 0.5},
@@ -81,7 +84,7 @@ def loss_and_gradients(model, trainables, batch):
     return sums.detach(), gradients
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma2", "Cohere", "Granite"])
 @pytest.mark.parametrize(
     "methods", [[LoRA(rank=2), LoRA(rank=3)], [FullFT()]], ids=["lora", "fullft"]
 )
@@ -131,6 +134,27 @@ def test_logits_are_never_whole(monkeypatch, methods):
     assert sizes[1 << 24] >= whole > 3 * sizes[LIMIT]
     assert sizes[LIMIT] <= max(LIMIT, VOCAB * SHAPE["hidden_size"])
     assert memory.GPU_CHUNK_LOGITS == nll.GPU_LOGITS  # what a plan counts
+
+
+@pytest.mark.parametrize(
+    "methods", [[LoRA(rank=2), LoRA(rank=3)], [FullFT()]], ids=["lora", "fullft"]
+)
+def test_nor_are_those_of_our_own_passes(monkeypatch, methods):
+    model, batch = model_of("Llama"), batch_of(len(methods))
+    trainables, passes = attached(model, methods), cpu_llama_for(model)
+    found = {}
+    for limit in (1 << 24, LIMIT):
+        monkeypatch.setattr(head, "LOGITS", limit)
+        with Largest() as largest:
+            sums = passes.nll_sums(batch, torch.float64)
+            sums.sum().backward()
+        found[limit] = [sums.detach(), *(p.grad for p in trainables.parameters().values())]
+        for p in trainables.parameters().values():
+            p.grad = None
+    whole = batch.targets_NM.size * VOCAB
+    assert whole > largest.numel and largest.numel <= len(methods) * PAD_TO * VOCAB
+    for one, other in zip(*found.values()):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-14)
 
 
 def test_a_model_that_does_not_call_its_decoder_is_refused():
