@@ -29,12 +29,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Return the rounds recorded after the first.
 
     Raises:
-        StoreError: the file is damaged.
+        StoreError: the file is damaged, or cannot be read now.
     """
-    if not path.is_file():
+    content = files.read(path)
+    if content is None:
         return []
     try:
-        return json.loads(path.read_text())["rounds"]
+        return json.loads(content)["rounds"]
     except (ValueError, KeyError, TypeError):
         raise StoreError(
             f"{path} is damaged. Restore it, or delete it to forget the sweep's further rounds "
@@ -44,7 +45,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def note_look(path: Path, claims_hash: str, planned: int) -> None:
     """Record the claims and planned rounds at a sweep's first answer. Later calls do nothing."""
-    if not path.is_file():
+    if files.status(path) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         first = {"claims_hash": claims_hash, "planned": planned, "rounds": []}
         files.create_once(path, _content(first))
@@ -62,7 +63,7 @@ def append(
             since the first look, or the round adds no new run.
         StoreError: another process holds the lock of the looks.
     """
-    if not path.is_file():
+    if files.status(path) is None:
         raise SpecError(
             "the sweep has no answer yet, so no round can follow. Run it first, without "
             "action=extend."

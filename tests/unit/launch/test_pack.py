@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from lorasweep.launch import session
+from lorasweep.launch import local, session
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.session import LOOK_S
@@ -166,3 +166,10 @@ def test_a_stop_is_answered_after_the_update_and_a_failure_keeps_its_records(tmp
     run(store, [other], trainer_of(9, failing))
     assert store.state(other.id) == "failed" and "broken" in store.failure(other.id)
     assert steps_of(store, other.id) == [1, 2, 3, 4, 5]
+
+
+def test_waiting_threads_of_a_worker_sleep_unless_the_user_wants_them_to_spin(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert local.worker_environment(2)["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert local.worker_environment(2)["OMP_WAIT_POLICY"] == "ACTIVE"

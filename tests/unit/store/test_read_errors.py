@@ -17,7 +17,7 @@ from lorasweep.launch.slurm import sbatch, submissions
 from lorasweep.launch.slurm.submissions import Array
 from lorasweep.launch.worker import skipped
 from lorasweep.spec.execution import Exec
-from lorasweep.store import checkpoint, claims, files
+from lorasweep.store import checkpoint, claims, files, looks
 from lorasweep.store.lock import Lock
 from lorasweep.store.run_store import RunStore
 from lorasweep.train.events import Event
@@ -93,6 +93,7 @@ def runs(tmp_path):
     submissions.note_array(folder, "0", "12")
     submissions.withdraw(submissions.read(folder), ["x"])
     submissions.note(folder, "ended.json").write_text("{}")
+    looks.note_look(store.root / "looks.json", "x", 2)
     lock = tmp_path / "lock"
     Lock(lock).acquire(5, print)
     return store, specs, folder, lock
@@ -140,6 +141,10 @@ READERS = {
     "ended.json": (lambda store, *_: submissions.read_all(store.root),),
     ".slurm": (lambda store, *_: submissions.read_all(store.root),),
     "jobs": (lambda store, specs, folder, _: sbatch.complete(folder, ARRAY, "12"),),
+    "looks.json": (
+        lambda store, *_: looks.read(store.root / "looks.json"),
+        lambda store, *_: looks.note_look(store.root / "looks.json", "x", 1),
+    ),
     "released": (lambda store, specs, folder, lock: Lock(lock).acquire(0, print),),
     "lock": (lambda store, specs, folder, lock: Lock(lock).acquire(0, print),),
 }
