@@ -16,9 +16,10 @@ import numpy as np
 
 from analysis.inference.estimate import LEVEL, Estimate, Verdict, from_draws
 from analysis.inference.gates import MIN_SEEDS, Gate, remedy
+from analysis.inference.spread import MAX_NEEDED, SEEDS, Spread, needed
 
-MAX_NEEDED = 64
-"""More seeds than this are reported as 'more than'."""
+NO_INTERVAL = ("unread_at_likely_rates", "one_rank_departs")
+"""Flags of an estimate that say why it has no interval."""
 POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221, 4: 0.0182, 5: 0.0158}
 """Significance level of each look by the number of looks planned, for an overall level of 5%
 (Pocock, Biometrika 64, 1977)."""
@@ -44,23 +45,22 @@ def judge(
     seeds: int,
     log: bool,
     level: float = LEVEL,
-    of: str = "seeds at each optimum",
 ) -> Verdict:
     """Judge one claim.
 
     Args:
         gates: reasons that forbid a verdict.
-        seeds: present number of the units that the interval is over.
+        seeds: present number of seeds at the optima that the estimate rests on. It counts where
+            the estimate does not say itself which units its interval is over.
         log: the margin is for a ratio.
         level: of the interval that is compared with the margin.
-        of: name of those units, such as seeds or bases.
     """
     low, high = (float(v) for v in claim["margin"])
-    outcome, why, needed, p = "UNDECIDED", "", "", None
-    unread = [f for f in estimate.flags if f == "unread_at_likely_rates" and not gates]
+    outcome, why, remedied, p, missing = "UNDECIDED", "", "", None, None
+    unread = [] if gates else [f for f in estimate.flags if f in NO_INTERVAL]
     if (draws := estimate.draws) is not None:
         if level != estimate.level:
-            estimate = from_draws(draws, estimate.n, level, estimate.flags)
+            estimate = from_draws(draws, estimate.n, level, estimate.flags, estimate.spread)
         p = p_value(draws, low, high)
     shown = f"the {100 * level:.3g}% interval"
     if gates:
@@ -74,7 +74,9 @@ def judge(
     else:
         why = f"{shown} crosses the margin's edge"
     if outcome == "UNDECIDED":
-        needed = remedy(gates, unread) or _needed(estimate, low, high, seeds, log, of)
+        remedied = remedy(gates, unread)
+        if not remedied:
+            remedied, missing = _needed(estimate, low, high, seeds, log)
     return Verdict(
         claim=name,
         group=group,
@@ -85,10 +87,11 @@ def judge(
         primary=bool(claim.get("primary")),
         why=why,
         gates=tuple(gates),
-        needed=needed,
+        needed=remedied,
         rivals=dict(claim.get("rivals") or {}),
         log=log,
         p=p,
+        missing=missing,
     )
 
 
@@ -119,7 +122,7 @@ def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]
             out[id(v)] = dataclasses.replace(
                 v,
                 outcome="UNDECIDED",
-                needed="more seeds at each optimum",
+                needed=f"more {v.estimate.spread.of if v.estimate.spread else SEEDS}",
                 why=f"{v.outcome} alone (p {v.p:.2g}), but not after Holm's correction over "
                 f"{len(primary)} primary claims",
             )
@@ -134,18 +137,21 @@ def scale_of(log: bool) -> Callable[[float], float]:
     return (lambda v: math.log(v) if v > 0 else -math.inf) if log else float
 
 
-def _needed(estimate: Estimate, low: float, high: float, seeds: int, log: bool, of: str) -> str:
-    """Estimate the seeds (or bases) needed: an interval shrinks with the root of their number."""
+def _needed(
+    estimate: Estimate, low: float, high: float, seeds: int, log: bool
+) -> tuple[str, int | None]:
+    """Say how many units decide the claim, and count how many of them are missing."""
+    spread = estimate.spread or Spread(seeds)
+    # A value may be over more seeds than the two rates around the optimum have.
+    now = min(seeds, spread.n) if spread.of == SEEDS and seeds else spread.n
     if estimate.value is None:
-        return "optima with intervals in every curve"
+        return "optima with intervals in every curve", None
     if not estimate.has_interval():
-        return f"at least {MIN_SEEDS} {of}"
+        return f"at least {MIN_SEEDS} {spread.of}", max(MIN_SEEDS - now, 1)
     to = scale_of(log)
-    value, edges = to(estimate.value), (to(low), to(high))
-    below, above = map(to, estimate.interval)
-    half = max(value - below, above - value)
-    room = min(abs(value - e) for e in edges)
-    if room == 0 or not math.isfinite(half):
-        return f"more than {MAX_NEEDED} {of}"
-    n = max(MIN_SEEDS, seeds + 1, math.ceil(max(seeds, 1) * (half / room) ** 2))
-    return f"about {n} {of} (now {seeds})" if n <= MAX_NEEDED else f"more than {MAX_NEEDED} {of}"
+    interval, margin = [to(v) for v in estimate.interval], (to(low), to(high))
+    n = needed(spread, to(estimate.value), interval, margin, estimate.level, MIN_SEEDS)
+    if n is None:
+        rates = " and learning rates around the best ones" if spread.shared else ""
+        return f"more than {MAX_NEEDED} {spread.of}{rates}", None
+    return f"about {n} {spread.of} (now {now})", n - now

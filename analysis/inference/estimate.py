@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from analysis.inference.gates import Gate
+from analysis.inference.spread import Spread
 
 N_DRAWS = 4000
 LEVEL = 0.95
@@ -31,10 +32,12 @@ class Estimate:
     draws: np.ndarray | None = field(default=None, repr=False, compare=False)
     """Equally likely values, if there is an interval; used to combine estimates."""
     level: float = LEVEL
+    spread: Spread | None = field(default=None, repr=False, compare=False)
+    """How the interval depends on the number of units it is over; None: not known."""
 
     def plain(self) -> dict[str, Any]:
-        """Return plain values for JSON, without the draws."""
-        names = [f.name for f in dataclasses.fields(self) if f.name != "draws"]
+        """Return plain values for JSON, without the draws and the spread."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("draws", "spread")]
         return {**{n: getattr(self, n) for n in names}, "flags": list(self.flags)}
 
     def has_interval(self) -> bool:
@@ -57,13 +60,19 @@ class Estimate:
 
 
 def from_draws(
-    draws: np.ndarray, n: int, level: float = LEVEL, flags: tuple[str, ...] = ()
+    draws: np.ndarray,
+    n: int,
+    level: float = LEVEL,
+    flags: tuple[str, ...] = (),
+    spread: Spread | None = None,
 ) -> Estimate:
-    """Return the median of equally likely values and their equal-tailed interval."""
-    low, value, high = (
-        float(v) for v in np.quantile(draws, [0.5 - level / 2, 0.5, 0.5 + level / 2])
-    )
-    return Estimate(value, low, high, n, flags, draws, level)
+    """Return the median of equally likely values and their equal-tailed interval.
+
+    The k-th of N sorted values is the quantile of (k - 1/2) / N, as draws are made.
+    """
+    at = [0.5 - level / 2, 0.5, 0.5 + level / 2]
+    low, value, high = (float(v) for v in np.quantile(draws, at, method="hazen"))
+    return Estimate(value, low, high, n, flags, draws, level, spread)
 
 
 def exp_of(e: Estimate) -> Estimate:
@@ -72,7 +81,7 @@ def exp_of(e: Estimate) -> Estimate:
         return e
     draws = None if e.draws is None else np.exp(e.draws)
     low, high = exp_or_none(e.low), exp_or_none(e.high)
-    return Estimate(math.exp(e.value), low, high, e.n, e.flags, draws, e.level)
+    return Estimate(math.exp(e.value), low, high, e.n, e.flags, draws, e.level, e.spread)
 
 
 def exp_or_none(value: float | None) -> float | None:
@@ -105,11 +114,13 @@ class Verdict:
     """The smallest significance level at which it would be decided; None without draws."""
     gates: tuple[Gate, ...] = ()
     """What forbids a decision. Not written: `why` has their sentences."""
+    missing: int | None = None
+    """How many more units decide it; None if that is unknown or too many. Not written."""
 
     def plain(self) -> dict[str, Any]:
-        """Return plain values for JSON, without the gates."""
+        """Return plain values for JSON, without the gates and the missing units."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["gates"]
+        del values["gates"], values["missing"]
         return {**values, "estimate": self.estimate.plain(), "margin": list(self.margin)}
 
 

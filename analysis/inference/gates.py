@@ -61,6 +61,7 @@ class Gate:
 
 REMEDIES: dict[str, str] = {
     "unread_at_likely_rates": "more learning rates around the best one",
+    "one_rank_departs": "longer runs, or ranks of which two depart within them",
     GateCode.NOT_REACHED: "longer runs, or higher ranks",
     GateCode.NOT_CONVERGED: "more exposures of each fact",
     GateCode.BUSY: "the same runs on a quiet machine",

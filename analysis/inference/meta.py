@@ -12,6 +12,10 @@ import numpy as np
 from scipy import optimize, stats
 
 from analysis.inference.estimate import LEVEL, N_DRAWS, Estimate, from_draws
+from analysis.inference.spread import Part, Spread
+
+BASES = "bases"
+"""What a row of a meta-regression is, to people."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +152,12 @@ class MetaRegression:
     def term(self, k: int) -> Estimate:
         """Return a coefficient with its 95% interval; none without degrees of freedom."""
         if self.df < 1:
-            return Estimate(float(self.beta[k]), n=self.n)
+            return Estimate(float(self.beta[k]), n=self.n, spread=Spread(self.n, BASES))
         even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
-        return from_draws(
-            self.beta[k] + math.sqrt(self.cov[k, k]) * stats.t.ppf(even, self.df), self.n
-        )
+        error = math.sqrt(self.cov[k, k])
+        spread = Spread(self.n, BASES, (Part(error * math.sqrt(self.n), self.df),))
+        draws = self.beta[k] + error * stats.t.ppf(even, self.df)
+        return from_draws(draws, self.n, spread=spread)
 
     def p_of(self, terms: Sequence[int], values: Sequence[float]) -> float | None:
         """Return the p-value of 'these coefficients have these values' (F test)."""

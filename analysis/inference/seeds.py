@@ -3,17 +3,17 @@
 Three seeds give a poor estimate of their own spread: three that happen to agree have far too narrow
 an interval. So samples of one quantity in one sweep (the ranks' rho, the recipes' shares) pool
 their variances. A few samples that share seeds cannot show that one of them is less noisy, so
-pooling only widens: the wider of Student's interval and the pooled one is used.
+pooling only widens: at every level the wider of Student's interval and the pooled one is used.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-from analysis.inference.estimate import LEVEL, N_DRAWS, Estimate, from_draws
+from analysis.inference.estimate import N_DRAWS, Estimate, from_draws
+from analysis.inference.spread import Part, Spread
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ def from_sample(
 
     One value has no interval. With shifts, the value is the median over them.
 
+    The interval of level 1 - a is mean +- t(1 - a/2, df) sqrt(var / n), with the sample's own
+    variance and n - 1 degrees of freedom, or with the pooled one and its own: the wider of the two
+    (Student, Biometrika 6, 1908). Which one that is depends on the level, because t grows faster
+    with the level at few degrees of freedom. So the draws are quantiles of both at each
+    probability, whichever lies further out: their interval is the wider one at every level.
+
     Args:
         log: average logarithms (geometric mean); values must be positive.
         pooled: variance of similar samples (of the logarithms, if log); it only widens.
@@ -62,15 +68,17 @@ def from_sample(
         return Estimate(None, flags=flags)
     if len(x) < 2:
         return Estimate(float(back(x.mean())), n=len(x), flags=flags)
-    spreads = [
-        (float(np.var(x, ddof=1)), len(x) - 1.0),
-        *([(pooled.var, pooled.df)] if pooled else []),
-    ]
-    var, df = max(spreads, key=lambda s: math.sqrt(s[0]) * stats.t.ppf(0.5 + LEVEL / 2, s[1]))
+    n = len(x)
+    parts = [Part(max(float(np.std(x, ddof=1)), 1e-12), n - 1.0)]
+    if pooled is not None:
+        parts.append(Part(float(np.sqrt(pooled.var)), pooled.df, pooled.df / (n - 1)))
     even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
-    draws = x.mean() + max(math.sqrt(var / len(x)), 1e-12) * stats.t.ppf(even, df)
+    reach = np.max([p.sd / np.sqrt(n) * np.abs(stats.t.ppf(even, p.df)) for p in parts], axis=0)
+    draws = x.mean() + np.sign(even - 0.5) * reach
     if len(shifts):
         draws = draws + np.random.default_rng(20251126).permutation(
             np.resize(np.asarray(shifts, float), N_DRAWS)
         )
-    return from_draws(back(draws), len(x), flags=flags)
+    shared = float(np.std(shifts)) if len(shifts) else 0.0
+    spread = Spread(n, parts=tuple(parts), shared=shared)
+    return from_draws(back(draws), n, flags=flags, spread=spread)

@@ -1,10 +1,12 @@
 """When a LoRA learning curve falls behind full fine-tuning's, and how that depends on the rank."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from analysis.inference.censored import censored_slope, pseudo_values
 from analysis.inference.estimate import Estimate
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.optimum.optimum import Optimum
@@ -16,11 +18,35 @@ DEPARTED = 0.05
 at the start minus the last loss)."""
 
 
-def departure(lora: Points, full: Points, start: float) -> float:
+@dataclass(frozen=True)
+class Departure:
+    """The step of a departure, or the range in which it lies."""
+
+    low: float
+    """0 if the curve was behind at its first evaluation already."""
+    high: float
+    """Infinite if the curve was not behind at its last evaluation."""
+
+    @property
+    def never(self) -> bool:
+        """Whether the curve does not depart within the run."""
+        return math.isinf(self.high)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the curve has departed at the first evaluation."""
+        return self.low == 0
+
+
+UNKNOWN = Departure(0.0, math.inf)
+"""The two curves have no step in common."""
+
+
+def departure(lora: Points, full: Points, start: float) -> Departure:
     """Return the step from which LoRA stays behind full fine-tuning by DEPARTED of its gain.
 
-    Interpolated in ln(step). Infinite if LoRA is not behind at the end; the first step evaluated if
-    it always is.
+    Interpolated in ln(step). A curve that is not behind at the end departs later, if at all; one
+    that always is departs before the first evaluation.
 
     Args:
         start: NLL before training, in nats.
@@ -29,56 +55,66 @@ def departure(lora: Points, full: Points, start: float) -> float:
     steps = [s for s, _ in lora if s in other]
     gain = max(start - full[-1][1], 1e-12)
     lack = [(nll - other[s]) / gain for s, nll in lora if s in other]
-    if not steps or lack[-1] <= DEPARTED:
-        return math.inf
+    if not steps:
+        return UNKNOWN
+    if lack[-1] <= DEPARTED:
+        return Departure(steps[-1], math.inf)
     inside = [k for k, v in enumerate(lack) if v <= DEPARTED]
     if not inside:
-        return steps[0]
+        return Departure(0.0, steps[0])
     k = inside[-1]
     share = (DEPARTED - lack[k]) / (lack[k + 1] - lack[k])
-    return math.exp(math.log(steps[k]) + share * (math.log(steps[k + 1]) - math.log(steps[k])))
+    at = math.exp(math.log(steps[k]) + share * (math.log(steps[k + 1]) - math.log(steps[k])))
+    return Departure(at, at)
 
 
-def departures_of(lora: AtBest[Points], full: AtBest[Points], start: float) -> AtBest[float]:
+def departures_of(lora: AtBest[Points], full: AtBest[Points], start: float) -> AtBest[Departure]:
     """Return the departures by seed."""
     return lora.paired(full, lambda a, b: departure(a, b, start))
 
 
-def slope_of(left: dict[int, AtBest[float]]) -> Estimate:
-    """Return the slope of ln(departure) over log2(rank), fitted for each seed.
+def slope_of(left: dict[int, AtBest[Departure]]) -> Estimate:
+    """Return the slope of ln(departure) over log2(rank), from all ranks and seeds.
 
-    Ranks that never depart are left out, and the estimate is flagged as censored. The error of full
-    fine-tuning's best rate, which all ranks share, is included: at a higher rate full fine-tuning
-    is ahead at first.
+    A rank that does not depart within the run is a right-censored observation: it departs later,
+    and leaving it out would flatten the slope, since these are the high ranks. One that has
+    departed at the first evaluation is left-censored alike. The line is fitted to all seeds
+    together (`censored_slope`); seeds share their batches over the ranks, so the interval is
+    Student's over the seeds' jackknife pseudo-values, which without censoring are the slopes of
+    the single seeds. The error of full fine-tuning's best rate, which all ranks share, is included:
+    at a higher rate full fine-tuning is ahead at first.
+
+    Without a value if fewer than two ranks depart where it can be seen.
     """
     ranks = sorted(left)
     together = left[ranks[0]].map(lambda v: {ranks[0]: v})
     for r in ranks[1:]:
         together = together.paired(left[r], lambda a, v, r=r: {**a, r: v})  # type: ignore[misc]
-    slopes = _known(together.map(_slope))
-    return over_seeds(slopes, flags=("censored",) if never(left) else ())
+    by_seed = together.best
+    whole = _slope(by_seed)
+    flags = (
+        ("censored",) if any(d.low != d.high for v in by_seed.values() for d in v.values()) else ()
+    )
+    if not math.isfinite(whole):
+        return Estimate(None, n=len(by_seed), flags=(*flags, "one_rank_departs"))
+    if len(by_seed) < 2:
+        return Estimate(whole, n=len(by_seed), flags=flags)
+    without = [_slope({s: v for s, v in by_seed.items() if s != out}) for out in by_seed]
+    if not np.isfinite(without).all():
+        return Estimate(whole, n=len(by_seed), flags=(*flags, "one_rank_departs"))
+    own = dict(zip(by_seed, pseudo_values(whole, without)))
+    moved = [_slope(likely) - whole for likely in together.likely]
+    shifted = tuple({s: v + m for s, v in own.items()} for m in moved)
+    return over_seeds(AtBest(own, shifted), flags=flags)
 
 
-def never(left: dict[int, AtBest[float]]) -> int:
-    """Count the curves that never depart."""
-    return sum(math.isinf(v) for d in left.values() for v in d.best.values())
-
-
-def _slope(left: dict[int, float]) -> float:
-    there = [(math.log2(r), math.log(v)) for r, v in left.items() if math.isfinite(v)]
-    if len(there) < 2:
-        return math.nan
-    x, y = zip(*there)
-    return float(np.polyfit(x, y, 1)[0])
-
-
-def _known(values: AtBest[float]) -> AtBest[float]:
-    """Leave out the seeds that have no value."""
-
-    def known(by_seed: dict[int, float]) -> dict[int, float]:
-        return {s: v for s, v in by_seed.items() if math.isfinite(v)}
-
-    return AtBest(known(values.best), tuple(map(known, values.likely)))
+def _slope(by_seed: dict[int, dict[int, Departure]]) -> float:
+    """Return the slope over all seeds and ranks; NaN where it is not determined."""
+    found = [(r, d) for v in by_seed.values() for r, d in v.items() if d != UNKNOWN]
+    low = [math.log(d.low) if d.low > 0 else -math.inf for _, d in found]
+    return censored_slope(
+        [math.log2(r) for r, _ in found], low, [math.log(d.high) for _, d in found]
+    )
 
 
 def envelope(table: pd.DataFrame, o: Optimum) -> Points:

@@ -16,6 +16,7 @@ from scipy import stats
 from analysis.inference.decide import scale_of
 from analysis.inference.estimate import Verdict
 from analysis.inference.gates import MIN_SEEDS, GateCode
+from analysis.inference.spread import SEEDS
 from analysis.measures.power import N_AROUND, expected_spread
 from analysis.optimum.likelihood import gather
 from analysis.optimum.optimum import Optimum, seeds_at_best
@@ -84,12 +85,7 @@ def suggest(found: Judged) -> list[Suggestion]:
             if not lora_only or o.curve.key["method"] == "lora"
         ]
         gated = [s for o in curves for s in _open_gates(o)]
-        more = (
-            _narrow(verdict, curves)
-            if found.of_rates
-            else [s for o in curves for s in _more_seeds(o, 2, "narrows it")]
-        )
-        wanted += gated or more
+        wanted += gated or _more(verdict, curves, found.of_rates)
     merged: dict[tuple[int, float], Suggestion] = {}
     for s in wanted:
         known = merged.get((id(s.curve), s.lr))
@@ -97,6 +93,20 @@ def suggest(found: Judged) -> list[Suggestion]:
         if seeds:
             merged[id(s.curve), s.lr] = dataclasses.replace(known or s, seeds=tuple(sorted(seeds)))
     return list(merged.values())
+
+
+def _more(verdict: Verdict, curves: Sequence[Optimum], of_rates: bool) -> list[Suggestion]:
+    """Suggest the runs that narrow an estimate: rates and seeds if it is of rates, else seeds.
+
+    None if its interval is over other units, such as layer sets.
+    """
+    spread = verdict.estimate.spread
+    if of_rates and spread is None:
+        return _narrow(verdict, curves)
+    if spread is not None and spread.of != SEEDS:
+        return []
+    n = min(verdict.missing or MAX_NEW_SEEDS, MAX_NEW_SEEDS)
+    return [s for o in curves for s in _more_seeds(o, n, "narrows it")]
 
 
 def _tried(curve: LrCurve, lr: float) -> set[int]:

@@ -8,10 +8,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
-from analysis.inference.estimate import LEVEL, Estimate, exp_or_none, from_draws
+from analysis.inference.estimate import Estimate, exp_or_none, from_draws
 from analysis.inference.meta import RandomEffects, random_effects
+from analysis.inference.seeds import pooled_variance
+from analysis.measures.at_best import losses_at_best, over_seeds
 from analysis.optimum.optimum import Optimum
 
 MIN_RANK = 4
@@ -26,13 +27,12 @@ def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
     def ln(v: float | None) -> float:
         return math.nan if v is None else math.log(v)
 
-    if any(e.value is None for e in a) or f.value is None:
+    if any(e.draws is None for e in [*a, f]):
         # Bounds from the ends that are known; an unknown end makes the bound NaN.
+        value = float(np.mean([ln(e.value) for e in a])) - ln(f.value)
         low = float(np.mean([ln(e.low) for e in a])) - ln(f.high)
         high = float(np.mean([ln(e.high) for e in a])) - ln(f.low)
-        return Estimate(None, exp_or_none(low), exp_or_none(high), n=n)
-    if any(e.draws is None for e in [*a, f]):
-        return Estimate(math.exp(float(np.mean([ln(e.value) for e in a])) - ln(f.value)), n=n)
+        return Estimate(exp_or_none(value), exp_or_none(low), exp_or_none(high), n=n)
     return from_draws(np.exp(np.mean([e.log_draws for e in a], axis=0) - f.log_draws), n)
 
 
@@ -56,33 +56,35 @@ def rivals(width: int, alpha: float) -> dict[str, float]:
     }
 
 
-def gap(lora: Optimum, full: Optimum) -> Estimate:
-    """Return best LoRA NLL - best full NLL, in nats, with Student's interval over paired seeds.
+def gaps(lora: Sequence[Optimum], full: Optimum) -> list[Estimate]:
+    """Return each curve's best LoRA NLL - best full fine-tuning NLL, in nats.
 
-    Each arm is at its best tried rate. Only seeds that were not used to choose the rate count (all
-    but each curve's first). With fewer than two of them, returns the difference of the fitted
-    minima without an interval.
+    Losses are interpolated to each arm's best rate and paired by seed; the interval is Student's,
+    at least as wide as by the variance pooled over the curves, and includes the error of the best
+    rates. Only seeds that were not used to choose the rates count (all but each curve's first).
+    With fewer than two of them, returns the difference of the fitted minima without an interval.
     """
+    at = dict(zip(map(id, [full, *lora]), losses_at_best([full, *lora])))
+    fresh = [
+        at[id(o)]
+        .paired(at[id(full)], lambda a, f: a - f)
+        .without({_grid_seed(o), _grid_seed(full)})
+        for o in lora
+    ]
+    pooled = pooled_variance([list(v.best.values()) for v in fresh])
+    return [
+        over_seeds(v, pooled) if len(v.best) > 1 else _of_minima(o, full)
+        for o, v in zip(lora, fresh)
+    ]
+
+
+def _of_minima(lora: Optimum, full: Optimum) -> Estimate:
     if lora.best_nll is None or full.best_nll is None:
         return Estimate(None)
-    a, b = _fresh(lora), _fresh(full)
-    both = sorted(a.keys() & b.keys())
-    if len(both) < 2:
-        return Estimate(lora.best_nll - full.best_nll)
-    d = np.array([a[s] - b[s] for s in both])
-    half = stats.t.ppf(0.5 + LEVEL / 2, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d))
-    return Estimate(float(d.mean()), float(d.mean() - half), float(d.mean() + half), len(d))
+    return Estimate(lora.best_nll - full.best_nll)
 
 
-def _fresh(o: Optimum) -> dict[int, float]:
-    """Return the NLL by seed at the tried rate nearest the optimum.
-
-    The grid's seed, which ran at most of the rates, is left out.
-    """
-    c = o.curve
-    x, y, seed = c.x[c.usable], c.y[c.usable], c.seed[c.usable]
-    if not len(x) or o.best_lr.value is None:
-        return {}
-    grid_seed = max(sorted(set(seed)), key=lambda s: (seed == s).sum())
-    at = x[np.argmin(np.abs(x - math.log(o.best_lr.value)))]
-    return {int(s): float(v) for s, v in zip(seed[x == at], y[x == at]) if s != grid_seed}
+def _grid_seed(o: Optimum) -> int | None:
+    """Return the seed that ran at most of the rates; None without a usable run."""
+    seeds = o.curve.seed[o.curve.usable]
+    return max(sorted(set(map(int, seeds))), key=lambda s: (seeds == s).sum(), default=None)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, from_draws
+from analysis.inference.spread import Spread
 from analysis.runs.learning_curves import by_run, same_rows
 
 RESAMPLES = 2000
@@ -109,4 +110,5 @@ def _first_to_leave(drawn: Draws, band: dict[int, np.ndarray], steps: Sequence[f
         }
         found.append(min(_leaves(mean[r] - mean[top], band[r], steps) for r in drawn if r != top))
     n = sum(len(draws) for by_seed in drawn.values() for draws in by_seed.values())
-    return from_draws(np.minimum(np.array(found), 2.0 * steps[-1]), n)
+    spread = Spread(len(seeds), "seeds with other draws of A")  # draws of one seed share batches
+    return from_draws(np.minimum(np.array(found), 2.0 * steps[-1]), n, spread=spread)

@@ -176,13 +176,13 @@ def _optimum(
 ) -> Optimum:
     x, y = curve.x[curve.usable], curve.y[curve.usable]
     if not len(x):
-        flags = ("no_usable_points",)
-        return Optimum(curve, Estimate(None, flags=flags), None, flags)
+        nothing = ("no_usable_points",)
+        return Optimum(curve, Estimate(None, flags=nothing), None, nothing)
     rates = np.array(sorted(set(x)))
     means = np.array([y[x == v].mean() for v in rates]) if likelihood is None else likelihood.loss
     best = lowest_loss(means)
     lowest = float(np.mean(y[x == rates[best]]))
-    few = () if len(rates) >= FEW_RATES else ("few_points",)
+    few: tuple[str, ...] = () if len(rates) >= FEW_RATES else ("few_points",)
 
     def estimate(e: Estimate, flags: tuple[str, ...]) -> Estimate:
         return Estimate(e.value, e.low, e.high, len(x), flags, e.draws, e.level)
@@ -196,6 +196,14 @@ def _optimum(
         around = Estimate(None, math.exp(rates[best - 1]), math.exp(rates[best + 1]))
         return Optimum(curve, estimate(around, few), lowest, few)
     known = pooled.df >= MIN_DF
+    if few and not known:
+        # Too few rates for a misfit and no known noise: all that is known of a valley with one
+        # minimum is that it lies between the neighbours of the best rate.
+        low, high = rates[best - 1], rates[best + 1]
+        value = float(np.clip(posterior.quantile(0.5), low, high))
+        flags = (*few, "no_variance")
+        bracket = estimate(Estimate(math.exp(value), math.exp(low), math.exp(high)), flags)
+        return Optimum(curve, bracket, lowest, flags, None, pooled, 0, posterior, likelihood)
     low, high = (float(v) for v in posterior.quantile(np.array([0.5 - level / 2, 0.5 + level / 2])))
     vertex = cubic_vertex(rates, means, best)
     answer = value_or_bound(posterior, (low, high), rates, curve, known, level)

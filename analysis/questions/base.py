@@ -199,14 +199,12 @@ def judge_claims(
     logs: Sequence[str],
     group: str,
     seeds: int = 0,
-    of: str = "seeds at each optimum",
 ) -> list[Verdict]:
     """Judge every claim of a question for one group of runs, at the level of the planned looks.
 
     Args:
         logs: estimands with a margin for a ratio.
-        seeds: present number of the units that the interval is over.
-        of: name of those units, such as seeds or bases.
+        seeds: present number of seeds at the optima, for estimates that do not know their units.
 
     Raises:
         TableError: a claim is about an estimand that was not measured.
@@ -221,7 +219,7 @@ def judge_claims(
                 f"claim {name!r}: {question['analysis']} measures {known}, not {estimand!r}."
             )
         estimate, gates = measured[estimand]
-        out.append(judge(name, claim, group, estimate, gates, seeds, estimand in logs, level, of))
+        out.append(judge(name, claim, group, estimate, gates, seeds, estimand in logs, level))
     return out
 
 

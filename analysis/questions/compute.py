@@ -315,6 +315,6 @@ def _times(a: Estimate, b: Estimate) -> Estimate:
     if a.draws is None or b.draws is None:
         return Estimate(a.value * b.value, n=a.n)
     few = b.draws if len(b.draws) == len(a.draws) else np.full(len(a.draws), b.value)
-    return exp_of(
-        from_draws(np.log(a.draws) + np.log(np.random.default_rng(7).permutation(few)), a.n)
-    )
+    logs = np.log(a.draws) + np.log(np.random.default_rng(7).permutation(few))
+    spread = a.spread and a.spread.sharing(float(np.std(np.log(few))))
+    return exp_of(from_draws(logs, a.n, spread=spread))

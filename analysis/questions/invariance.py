@@ -20,7 +20,7 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, exactly, number, rate, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.inference.meta import drift
-from analysis.measures.at_best import over_seeds, values_at_best
+from analysis.measures.at_best import losses_at_best, over_seeds
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
@@ -75,7 +75,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     of_a = [o for o in optima if o.curve.key["start"] == "a"]
     rules = {r: [o for o in of_a if o.curve.key["scaling_by"] == r] for r in RULES}
     drifts = {rule: _drift(found) for rule, found in rules.items()}
-    gap, start_row = _start_b(swept, optima)
+    gap, start_row = _start_b(optima)
     group = f"{table['model'].iloc[0]} on {table['dataset'].iloc[0]}"
     gates = {
         rule: gates_on(found, "" if found else f"scaling {rule}") for rule, found in rules.items()
@@ -232,7 +232,7 @@ def _line(name: str, found: list[Optimum]) -> Series:
     return Series.of(name, [o.curve.key["rank"] for o in known], [o.best_lr for o in known])
 
 
-def _start_b(table: pd.DataFrame, optima: list[Optimum]) -> tuple[Estimate, list[list[str]]]:
+def _start_b(optima: list[Optimum]) -> tuple[Estimate, list[list[str]]]:
     """Return the loss with B random minus that with A random, and a table.
 
     Each at its best rate, paired by seed.
@@ -251,8 +251,8 @@ def _start_b(table: pd.DataFrame, optima: list[Optimum]) -> tuple[Estimate, list
     )
     if a is None or b is None:
         return Estimate(None), []
-    with_a, with_b = values_at_best(table, [a, b], lambda row: {"nll": float(row["test_nll"])})
-    gap = over_seeds(with_b.paired(with_a, lambda b, a: b["nll"] - a["nll"]))
+    with_a, with_b = losses_at_best([a, b])
+    gap = over_seeds(with_b.paired(with_a, lambda b, a: b - a))
     rows = [
         ["random", "best LR [95%]", "best NLL", "gap [95%]"],
         ["A", with_interval(a.best_lr, rate), number(a.best_nll, 5), "-"],

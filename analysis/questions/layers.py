@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from analysis.inference.correlation import within_groups
 from analysis.inference.estimate import Estimate, Verdict, number, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.inference.seeds import pooled_variance
@@ -39,8 +39,6 @@ from analysis.questions.qualify import stalled
 ESTIMANDS = ("attention_over_mlp", "mlp_over_both", "trace_correlation")
 LOG_ESTIMANDS = ()
 """The ratios' margins may start at 0, so none is judged as a logarithm."""
-FEWEST = 5
-"""A correlation needs this many layer sets over all tasks."""
 UNKNOWN = Estimate(None)
 
 
@@ -61,9 +59,10 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
             found.append(_by_task(v, [w for w in each if w.claim == v.claim]))
     rests = distinct(o for c in used for o in (*c.of_pair(), *c.of_joint()))
     trace, gates = _trace(used), []
-    if trace.n < FEWEST:
-        why = f"{trace.n} layer sets over all tasks, a correlation needs {FEWEST}"
-        gates = [Gate(GateCode.TASK, why)]
+    if trace.value is None:
+        gates = [
+            Gate(GateCode.TASK, f"{trace.n} layer sets over all tasks are too few to correlate")
+        ]
     for c in compared:
         gates += c.named(_gates(c, [*c.of_pair(), *c.of_joint()], c.worse, c.both))
     found += _judged(question, "trace_correlation", trace, gates, group, rests)
@@ -201,30 +200,13 @@ def _by_task(v: Verdict, each: Sequence[Verdict]) -> Verdict:
 
 
 def _trace(compared: Sequence[_Compared]) -> Estimate:
-    """Return Spearman's correlation of ln(rho) with ln(gradient share) over the layer sets.
-
-    Each task's mean is subtracted first. The interval is Fisher's: three tasks are too few for a
-    bootstrap.
-    """
-    x, y = [], []
+    """Return the rank correlation of ln(rho) with ln(gradient share), within tasks."""
+    tasks = []
     for c in compared:
         arms = [a for a in (*c.pair, c.joint[1]) if a.share]
         speeds = [_mean_log(log_rho(a.points, c.task.full.points).best) for a in arms]
-        logs = [(math.log(a.share), v) for a, v in zip(arms, speeds) if v is not None]
-        if len(logs) > 1:
-            centre = np.mean(logs, axis=0)
-            x += [v - centre[0] for v, _ in logs]
-            y += [v - centre[1] for _, v in logs]
-    if len(x) < FEWEST:
-        return Estimate(None, n=len(x))
-    r = float(stats.spearmanr(x, y).statistic)
-    z = math.atanh(min(max(r, -0.999), 0.999)) + stats.norm.ppf(
-        (np.arange(4000) + 0.5) / 4000
-    ) * 1.06 / math.sqrt(len(x) - 3)
-    draws = np.tanh(z)
-    return Estimate(
-        r, float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975)), len(x), draws=draws
-    )
+        tasks.append([(math.log(a.share), v) for a, v in zip(arms, speeds) if v is not None])
+    return within_groups(tasks, "layer sets over all tasks")
 
 
 def _mean_log(logs: dict[int, float]) -> float | None:

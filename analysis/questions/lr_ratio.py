@@ -171,9 +171,9 @@ def _notes(found: Answer) -> list[str]:
         *out,
         "",
         "Gap: best LoRA NLL minus best full fine-tuning NLL, nats per token. It has an interval "
-        "where fresh seeds are paired, each arm at its best tried rate. Regret: NLL lost by a rule "
-        "of thumb against the tuned LoRA rate. rho: full fine-tuning's updates to LoRA's loss over "
-        "LoRA's updates.",
+        "where two fresh seeds are paired, each arm interpolated to its best rate. Regret: NLL "
+        "lost by a rule of thumb against the tuned LoRA rate. rho: full fine-tuning's updates to "
+        "LoRA's loss over LoRA's updates.",
     ]
 
 

@@ -26,7 +26,6 @@ from analysis.questions.base import (
     Panel,
     Section,
     Series,
-    claims_about,
     correct,
     distinct,
     gates_on,
@@ -160,18 +159,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         "hidden_exponent_equal_loss": (laws[LOSS].p, gates[LOSS] + _one_size(sets[LOSS])),
         "alpha_exponent": (laws[ALL].q, gates[ALL]),
     }
-    bases = {
-        "hidden_exponent": laws[TOKENS].bases,
-        "hidden_exponent_equal_loss": laws[LOSS].bases,
-        "alpha_exponent": laws[ALL].bases_q,
-    }
-    found = [
-        v
-        for estimand, n in bases.items()
-        for v in judge_claims(
-            claims_about(question, estimand), measured, LOG_ESTIMANDS, group, n, "bases"
-        )
-    ]
+    found = judge_claims(question, measured, LOG_ESTIMANDS, group)
     beyond = elsewhere([c.model for c in cells], kept)
     sections = [_law_section(laws), _ratio_section(cells, beyond)]
     if beyond:

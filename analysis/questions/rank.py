@@ -19,10 +19,10 @@ from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest
 from analysis.measures.departure import (
     DEPARTED,
+    Departure,
     departure,
     departures_of,
     envelope,
-    never,
     slope_of,
 )
 from analysis.measures.efficiency import at_best, log_rho, read_to, rho
@@ -79,7 +79,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     pooled = pooled_over(log_rho(runs[id(o)], whole) for o in lora)
     speed = {id(o): rho(runs[id(o)], whole, pooled) for o in lora}
     over = stalled([full, top], [whole.best, runs[id(top)].best])
-    slope_gates = gates_on([full, *lora]) + over + _unresolved(departures, whole)
+    slope_gates = gates_on([full, *lora]) + over + _unresolved(departures)
     measured = {
         "departure_slope": (slope_of(departures), slope_gates),
         "rho_top_rank": (speed[id(top)], gates_on([full, top]) + over),
@@ -95,7 +95,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     left = _departures(full, lora, departures, envelopes, speed, notes, last, panels)
     measures = {
         "departures": {
-            str(r): [v if math.isfinite(v) else None for v in d.best.values()]
+            str(r): [None if v.never else v.high for v in d.best.values()]
             for r, d in departures.items()
         },
         "read": {
@@ -119,16 +119,22 @@ def _step(value: float) -> str:
     return "never" if math.isinf(value) else number(value)
 
 
-def _unresolved(departures: dict[int, AtBest[float]], whole: AtBest[Points]) -> list[Gate]:
+def _departed(d: Departure) -> str:
+    """Format a departure, or the bound on it."""
+    if d.never:
+        return f"> {number(d.low)}"
+    return f"< {number(d.high)}" if d.at_once else number(d.high)
+
+
+def _unresolved(departures: dict[int, AtBest[Departure]]) -> list[Gate]:
     """Return a gate if at most one rank has not yet departed at the first evaluation.
 
     The order in which the others departed is then unknown.
     """
-    first = min((p[0][0] for p in whole.best.values() if p), default=1.0)
     gone = [
         str(r)
         for r, d in departures.items()
-        if d.best and np.median(list(d.best.values())) <= first
+        if d.best and np.mean([v.at_once for v in d.best.values()]) > 0.5
     ]
     if len(departures) - len(gone) > 1:
         return []
@@ -138,7 +144,7 @@ def _unresolved(departures: dict[int, AtBest[float]], whole: AtBest[Points]) -> 
 def _departures(
     full: Optimum,
     lora: Sequence[Optimum],
-    departures: dict[int, AtBest[float]],
+    departures: dict[int, AtBest[Departure]],
     envelopes: dict[int, Points],
     speed: dict[int, Estimate],
     notes: list[str],
@@ -148,14 +154,15 @@ def _departures(
     rows: Rows = [["rank", "departs at step, by seed", "of the envelopes", "rho [95%]"]]
     for o in lora:
         rank = int(o.curve.key["rank"])
-        by_seed = ", ".join(_step(v) for v in departures[rank].best.values())
+        by_seed = ", ".join(map(_departed, departures[rank].best.values()))
         of_envelope = departure(envelopes[id(o)], envelopes[id(full)], full.curve.nll_start)
-        rows.append([str(rank), by_seed, _step(of_envelope), with_interval(speed[id(o)])])
-    left_out, n = never(departures), sum(len(d.best) for d in departures.values())
+        rows.append([str(rank), by_seed, _departed(of_envelope), with_interval(speed[id(o)])])
+    every = [d for by_rank in departures.values() for d in by_rank.best.values()]
+    later, before = sum(d.never for d in every), sum(d.at_once for d in every)
     text = [
-        f"{left_out} of {n} curves never depart and are left out of the slope."
-        if left_out
-        else "Every rank departs within the run.",
+        f"Of {len(every)} curves {later} do not depart within the run, and {before} have departed "
+        "at the first evaluation. The slope counts them as censored: later than the last "
+        "evaluation, earlier than the first.",
         *notes,
         f"A rank departs at the update from which its loss stays above full fine-tuning's by "
         f"{DEPARTED:.0%} of what full fine-tuning gains in the whole run. rho: full fine-tuning's "

@@ -18,7 +18,7 @@ from analysis.inference.decide import holm, judge, look_level
 from analysis.inference.estimate import LEVEL, Estimate, Verdict
 from analysis.inference.gates import Gate, GateCode
 from analysis.inference.meta import Drift, RandomEffects, drift
-from analysis.measures.ratio import MIN_RANK, gap, pool_ratios, ratio_of, rivals
+from analysis.measures.ratio import MIN_RANK, gaps, pool_ratios, ratio_of, rivals
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.questions.base import gates_on, lora_of
@@ -39,7 +39,7 @@ class Ratio:
     alpha: float
     ratio: Estimate
     gap: Estimate
-    """Best LoRA NLL - best full fine-tuning NLL, in nats; see `analysis.measures.ratio.gap`."""
+    """Best LoRA NLL - best full fine-tuning NLL, in nats; see `analysis.measures.ratio.gaps`."""
     regrets: dict[str, float | None] = field(default_factory=dict)
     """NLL lost by a rule of thumb compared with the tuned rate, in nats; None if the rule's rate
     lies outside those tried."""
@@ -105,7 +105,10 @@ def answer(
             alpha = float(lora[0].curve.key.get("alpha", math.nan))
             width = (widths or {}).get(str(lora[0].curve.key["model"]), 0)
             place = {id(o): k for k, o in enumerate(optima)}
-            ratios += [_one(name, o, full[0], place[id(o)]) for o in lora]
+            ratios += [
+                _one(name, o, full[0], gap, place[id(o)])
+                for o, gap in zip(lora, gaps(lora, full[0]))
+            ]
             high = [o for o in lora if o.curve.key["rank"] >= MIN_RANK]
             if not high:
                 verdicts += _without_an_arm(name, claims, f"lora at a rank of {MIN_RANK} or more")
@@ -153,7 +156,7 @@ def _without_an_arm(group: str, claims: dict[str, Any], arm: str) -> list[Verdic
     ]
 
 
-def _one(group: str, lora: Optimum, full: Optimum, at: int) -> Ratio:
+def _one(group: str, lora: Optimum, full: Optimum, gap: Estimate, at: int) -> Ratio:
     alpha = float(lora.curve.key.get("alpha", math.nan))
     base = full.best_lr.value
     rules = {"FullFT's best LR": 1.0, "10 x FullFT's best LR": 10.0}
@@ -165,7 +168,7 @@ def _one(group: str, lora: Optimum, full: Optimum, at: int) -> Ratio:
         int(lora.curve.key["rank"]),
         alpha,
         estimate,
-        gap(lora, full),
+        gap,
         regrets,
         at,
     )

@@ -16,7 +16,13 @@ import pandas as pd
 from analysis.inference.estimate import AT_LEAST, Estimate, number, rate, signed, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import PooledVariance, pooled_variance
-from analysis.measures.at_best import AtBest, likely_rates, over_seeds, values_at_best
+from analysis.measures.at_best import (
+    AtBest,
+    likely_rates,
+    losses_at_best,
+    over_seeds,
+    values_at_best,
+)
 from analysis.measures.at_rate import AtRate, losses_at
 from analysis.measures.efficiency import at_best, rho
 from analysis.measures.retention import at_equal_learning, frontier, retained
@@ -133,8 +139,7 @@ def _recipes(
         "original": (_one(optima, method="lora", schedule="linear"), [2e-4]),
         "ten_times": (tuned, [10 * lr for lr in of_full]),
     }
-    (at_tuned,) = values_at_best(table, [tuned], lambda row: {"nll": float(row["test_nll"])})
-    reference = at_tuned.map(lambda v: v["nll"])
+    (reference,) = losses_at_best([tuned])
     losses = {name: losses_at(o, at) for name, (o, at) in arms.items()}
     given_up = {
         name: at.losses.paired(reference, lambda a, b: (a - b) / gain)

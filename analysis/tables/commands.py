@@ -12,7 +12,7 @@ import numpy as np
 
 from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.inference.meta import Drift, RandomEffects, drift
-from analysis.measures.ratio import gap, pool_ratios, ratio_of
+from analysis.measures.ratio import gaps, pool_ratios, ratio_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import WITHIN, Optimum
 from analysis.report.interactive import page
@@ -103,8 +103,7 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
             )
     groups = arms_of(optima)
     for group, lora, full in groups:
-        for o in lora:
-            g = gap(o, full)
+        for o, g in zip(lora, gaps(lora, full)):
             rows.append(
                 {
                     "group": group,

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from analysis.inference.seeds import from_sample, pooled_variance
+from analysis.inference.decide import judge, look_level
+from analysis.inference.seeds import PooledVariance, from_sample, pooled_variance
 
 
 def test_the_usual_variance_is_that_of_most_samples():
@@ -57,3 +59,15 @@ def test_seeds_that_agree_by_chance_do_not_make_an_interval_narrow():
     lucky = [0.4150, 0.4151, 0.4149]
     e, alone = from_sample(lucky, pooled=pooled_variance([lucky, *others])), from_sample(lucky)
     assert alone.high - alone.low < 6e-4 and e.high - e.low > 0.01
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 5])
+def test_the_wider_interval_is_picked_at_the_level_that_judges(rounds):
+    """0.45 of the pooled spread: Student's three seeds are narrower at 95% and wider from 97.8% on."""
+    level, pooled = look_level(rounds), PooledVariance(1.0, 10)
+    own = 0.45 * np.array([-1.0, 0.0, 1.0])
+    claim = {"estimand": "rho", "expected": 0, "margin": [-9, 9]}
+    e = judge("c", claim, "g", from_sample(own, pooled=pooled), [], 3, False, level).estimate
+    both = [(0.45, 2), (1.0, 10)]
+    widest = max(sd / math.sqrt(3) * stats.t.ppf(0.5 + level / 2, df) for sd, df in both)
+    assert e.high == pytest.approx(widest, rel=2e-3) and e.low == pytest.approx(-widest, rel=2e-3)

@@ -56,6 +56,30 @@ def test_few_points_give_a_bracket():
     assert "few_points" in o.flags
 
 
+@pytest.mark.parametrize("best", [1.9e-4, 2.4e-4, 3.0e-4])
+def test_four_points_that_bracket_their_optimum_get_the_bracket(best):
+    """No noise is known: the minimum of a valley lies between the neighbours of the best rate."""
+    rng, held = np.random.default_rng(3), 0
+    for _ in range(40):
+        (o,) = fit_all(
+            lr_curves(
+                table(
+                    lambda lr, s: (
+                        2
+                        + 0.12 * float(linex(np.array(math.log(lr / best)), 0.6))
+                        + 4e-3 * rng.standard_normal()
+                    ),
+                    lrs=GRID[:4],
+                )
+            )
+        )
+        e = o.best_lr
+        assert e.low < e.value < e.high and e.high / e.low == pytest.approx(4) and e.draws is None
+        assert {"few_points", "no_variance"} <= set(o.flags)  # no verdict rests on it
+        held += e.low <= best <= e.high
+    assert held >= 39
+
+
 def test_coverage_on_valleys_inside_and_outside_the_family():
     """A small calibration: 60 sweeps of three curves with two fresh seeds; the interval must hold
     the truth."""

@@ -1,10 +1,7 @@
 """`rank` on planted runs: which ranks keep up, from where on they do not, and at which cost."""
 
-import math
-
 import pytest
 
-from analysis.measures.departure import departure
 from tests.planted import GRIDS, World
 
 pytestmark = pytest.mark.slow  # fits hundreds of curves
@@ -58,13 +55,3 @@ def test_ranks_that_all_leave_at_once_have_no_order(ask):
         found["order"]["outcome"] == "UNDECIDED"
         and "order is not resolved" in found["order"]["why"]
     )
-
-
-def test_departure_of_a_known_curve():
-    full = [
-        (2.0**k, 3.0 - 0.2 * k) for k in range(9)
-    ]  # gains 1.6 nats in all: a lack of 0.08 counts
-    lora = [(s, v + (0.16 if s >= 64 else 0.0)) for s, v in full]
-    assert departure(lora, full, 3.0) == pytest.approx(math.exp(math.log(32) + 0.5 * math.log(2)))
-    assert departure(full, full, 3.0) == math.inf
-    assert departure([(s, v + 0.2) for s, v in full], full, 3.0) == 1.0

@@ -1,0 +1,119 @@
+"""How an interval narrows with the units that it is over, such as seeds, and how many are enough.
+
+Knows no verdicts; `decide` asks it what an open claim needs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+SEEDS = "seeds at each optimum"
+MAX_NEEDED = 64
+"""More units than this are reported as 'more than'."""
+POWER = 0.8
+"""Probability with which the needed number of units decides a claim, if its present value is true.
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A variance between units that an interval may be computed from."""
+
+    sd: float
+    """Standard deviation between units, on the scale of the estimate's errors (ln for ratios)."""
+    df: float
+    """Degrees of freedom of the variance now; infinite if it counts as known."""
+    per_unit: float = 1.0
+    """Degrees of freedom that one more unit adds."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The independent units of an interval, and how its width depends on their number."""
+
+    n: int
+    """Present number of units."""
+    of: str = SEEDS
+    """What a unit is."""
+    parts: tuple[Part, ...] = ()
+    """At each level the part that gives the wider interval counts. Empty: only the interval is
+    known, and it narrows with the root of n."""
+    shared: float = 0.0
+    """Standard deviation of an error that all units share, such as that of a best rate: more units
+    do not reduce it."""
+
+    def at(self, n: int, level: float) -> tuple[float, float, float]:
+        """Return what n units would give: half the interval, the standard error and its df."""
+        sides = []
+        for part in self.parts:
+            df = part.df + part.per_unit * (n - self.n)
+            error = part.sd / math.sqrt(n)
+            sides.append((float(stats.t.ppf(0.5 + level / 2, df)) * error, error, df))
+        half, error, df = max(sides)
+        known = float(stats.norm.ppf(0.5 + level / 2)) * self.shared
+        return math.hypot(half, known), math.hypot(error, self.shared), df
+
+    def sharing(self, error: float) -> "Spread":
+        """Return the spread with one more error that all units share."""
+        return dataclasses.replace(self, shared=math.hypot(self.shared, error))
+
+    def of_interval(self, half: float, level: float) -> "Spread":
+        """Return the spread itself, or without parts one with this half-width and a known variance.
+
+        Args:
+            half: half the width of the present interval.
+        """
+        if self.parts:
+            return self
+        sd = half * math.sqrt(max(self.n, 1)) / float(stats.norm.ppf(0.5 + level / 2))
+        return Spread(max(self.n, 1), self.of, (Part(sd, math.inf),))
+
+
+def needed(
+    spread: Spread,
+    value: float,
+    interval: Sequence[float],
+    margin: Sequence[float],
+    level: float,
+    fewest: int = 1,
+) -> int | None:
+    """Return the smallest number of units that decides a claim with probability POWER.
+
+    The present value and variances are taken for the true ones. With n units the estimate X has
+    standard error s / sqrt(n) and the interval X +- h(n), h(n) = t(level, df(n)) s / sqrt(n). A
+    value inside the margin [a, b] is SUPPORTED with probability P(a + h <= X <= b - h), one above
+    b REFUTED with P(X > b + h), one below a alike. X - value over its error is taken to follow
+    Student's t, which approximates the noncentral t of the exact power (Chow, Shao & Wang, Sample
+    Size Calculations in Clinical Research, 2003, chapter 3).
+
+    Args:
+        value: on the scale on which it is compared with the margin.
+        interval: its present ends, on that scale.
+        margin: on that scale; an end may be infinite.
+        level: of the interval.
+        fewest: do not return less than this.
+
+    Returns:
+        None if MAX_NEEDED units are not enough.
+    """
+    below, above = value - interval[0], interval[1] - value
+    if not (below > 0 and above > 0 and math.isfinite(below + above)):
+        return None
+    spread = spread.of_interval((below + above) / 2, level)
+    half_now, *_ = spread.at(spread.n, level)
+    # Distances to the margin's ends, on the scale of the units' errors.
+    to_low = (value - margin[0]) * half_now / (below if value >= margin[0] else above)
+    to_high = (margin[1] - value) * half_now / (above if value <= margin[1] else below)
+    for n in range(max(fewest, spread.n + 1), MAX_NEEDED + 1):
+        half, error, df = spread.at(n, level)
+
+        def chance(room: float) -> float:
+            return float(stats.t.cdf((room - half) / error, df))  # noqa: B023
+
+        inside = chance(to_low) + chance(to_high) - 1
+        if max(inside, chance(-to_low), chance(-to_high)) >= POWER:
+            return n
+    return None
