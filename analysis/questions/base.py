@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from analysis.inference.decide import holm, judge, look_level
-from analysis.inference.estimate import Estimate, Verdict
+from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import PooledVariance, pooled_variance
 from analysis.measures.at_best import AtBest
@@ -44,14 +44,31 @@ class Series:
     size: float = 5.5
     """Size of the markers, in points."""
     alpha: float = 1.0
+    bounds: Sequence[int] = ()
+    """As long as x, or empty: 1 where y is only a lower bound, -1 an upper one, 0 a value."""
 
     @classmethod
     def of(
         cls, label: str, x: Iterable[float], estimates: Sequence[Estimate], **style: Any
     ) -> "Series":
-        """Make a series of estimates with their intervals over x."""
-        y, low, high = ([getattr(e, k) for e in estimates] for k in ("value", "low", "high"))
-        return cls(label, list(x), y, low, high, **style)
+        """Make a series of estimates with their intervals over x.
+
+        A bound is drawn where it lies, as an arrow to the side on which the value is.
+        """
+        bounds = [_bound(e) for e in estimates]
+        y = [
+            e.value if e.value is not None else e.low if b > 0 else e.high if b else None
+            for e, b in zip(estimates, bounds)
+        ]
+        low, high = ([getattr(e, k) for e in estimates] for k in ("low", "high"))
+        return cls(label, list(x), y, low, high, bounds=bounds, **style)
+
+
+def _bound(e: Estimate) -> int:
+    """Return the side of a one-sided bound: 1 if the value is above, -1 below, 0 without one."""
+    if e.value is not None or e.has_interval():
+        return int(AT_LEAST in e.flags)
+    return (e.low is not None) - (e.high is not None)
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,8 @@ class Panel:
     ticks: list[tuple[float, str]] | None = None
     """(x, label)."""
     y_range: tuple[float | None, float | None] = (None, None)
-    legend: bool = True
+    linear_below: float = 0.0
+    """With `log_y`: the axis is linear from 0 to this height, so that 0 has a place."""
 
 
 @dataclass(frozen=True)

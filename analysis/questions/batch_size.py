@@ -154,7 +154,8 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         verdicts += judge_claims(one, measured, LOG_ESTIMANDS, group, seeds)
     examples = sorted(set((table["batch_size"] * table["steps"]).astype(int)))
     sections = [_section(way, cells, slopes[way], step, examples) for way, cells in ways.items()]
-    panels = [_panel(way, cells) for way, cells in ways.items() if cells]
+    lengths = (f"{', '.join(f'{n:,}' for n in examples)} examples", f"{step} updates")
+    panels = [_panel(length, cells) for length, cells in zip(lengths, ways.values()) if cells]
     caption = "step efficiency over the batch size"
     sections.append(Section("Batch size", figure="batch.png", panels=panels, caption=caption))
     measures = {
@@ -272,13 +273,13 @@ def _section(
     return Section(f"At {way}", rows, [text])
 
 
-def _panel(way: str, cells: Sequence[Cell]) -> Panel:
+def _panel(length: str, cells: Sequence[Cell]) -> Panel:
     series = []
     for r in sorted({c.rank for c in cells}):
         mine = [c for c in cells if c.rank == r]
         series.append(Series.of(f"rank {r}", [c.batch for c in mine], [c.rho for c in mine]))
     return Panel(
-        f"at {way}",
+        f"after {length}, whatever the batch",
         "batch size (sequences)",
         "rho: FullFT's updates / LoRA's",
         series,

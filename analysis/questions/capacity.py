@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, exactly, number, rate, with_interval
+from analysis.inference.estimate import AT_LEAST, Estimate, exactly, number, rate, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import from_sample
 from analysis.questions.base import (
@@ -227,7 +227,10 @@ def _most(cells: list[Cell]) -> tuple[Estimate, list[Gate]]:
 
 def _panels(cells: list[Cell], margin: tuple[float, float] | None) -> list[Panel]:
     def line(label: str, mine: list[Cell], x: list[float]) -> Series:
-        return Series.of(label, x, [from_sample([b / c.parameters for b in c.bits]) for c in mine])
+        # At an edge of the rates tried, more bits may be stored beyond it.
+        flags = [(AT_LEAST,) if c.at_edge else () for c in mine]
+        shares = [[b / c.parameters for b in c.bits] for c in mine]
+        return Series.of(label, x, [from_sample(v, flags=f) for v, f in zip(shares, flags)])
 
     by_exposure, by_load = [], []
     for n in sorted({c.facts for c in cells}):

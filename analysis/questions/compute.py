@@ -48,7 +48,7 @@ from analysis.questions.base import (
     without_an_arm,
 )
 from analysis.runs.learning_curves import Points, learning_curves
-from analysis.runs.lr_curves import lr_curves, runs_of
+from analysis.runs.lr_curves import lr_curves, runs_of, title
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 
 ESTIMANDS = ("flops_per_step", "seconds_per_step", "flops_to_loss", "seconds_to_loss")
@@ -147,7 +147,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
             "seconds_to_loss": to,
         },
     }
-    section = _section(group, costs, reached, top, short, [cut] if cut else [])
+    section = _section(costs, reached, top, short, [cut] if cut else [])
     return Analysis(optima, verdicts, [section], measures, {group: [full, *lora]})
 
 
@@ -174,7 +174,6 @@ def _costs(
 
 
 def _section(
-    group: str,
     costs: dict[int, dict[str, Estimate]],
     reached: dict[int, _Reached],
     top: int,
@@ -201,7 +200,7 @@ def _section(
     )
     ranks = sorted(costs)
     panel = Panel(
-        group,
+        title(reached[top].optimum.curve, length=False),
         "rank",
         "LoRA / FullFT",
         [Series.of(name, ranks, [costs[r][k] for r in ranks]) for k, name in LINES.items()],

@@ -45,6 +45,8 @@ ESTIMANDS = (
     "start_b_gap",
 )
 LOG_ESTIMANDS = ()
+LAST_BITS = 1e-15
+"""Differences (nats) below this are of the last bits of a loss in float64."""
 RULES = {"rank": "alpha / rank", "sqrt_rank": "alpha / sqrt(rank)", "none": "alpha"}
 
 
@@ -179,7 +181,7 @@ def _twins(proofs: pd.DataFrame) -> tuple[Estimate, Estimate, list[list[str]], P
                     Series(
                         "" if one else acts,
                         steps[1:],
-                        np.maximum(off[1:], 1e-17),
+                        off[1:].tolist(),
                         style="o-",
                         colour="grey" if one else None,
                     )
@@ -188,9 +190,10 @@ def _twins(proofs: pd.DataFrame) -> tuple[Estimate, Estimate, list[list[str]], P
         "twins in float64",
         "update",
         "|difference of held-out NLL| (nats)",
-        [Series("equal by the claim (0 is drawn at 1e-17)", [], [], colour="grey"), *series],
+        [Series("equal by the claim", [], [], colour="grey"), *series],
         log_x=True,
         log_y=True,
+        linear_below=LAST_BITS,
     )
     twin = exactly(max(held), len(held)) if held else Estimate(None)
     least = exactly(min(broken.values()), len(broken)) if broken else Estimate(None)
@@ -228,8 +231,7 @@ def _drift(found: list[Optimum]) -> Estimate:
 
 
 def _line(name: str, found: list[Optimum]) -> Series:
-    known = [o for o in found if o.best_lr.value is not None]
-    return Series.of(name, [o.curve.key["rank"] for o in known], [o.best_lr for o in known])
+    return Series.of(name, [o.curve.key["rank"] for o in found], [o.best_lr for o in found])
 
 
 def _start_b(optima: list[Optimum]) -> tuple[Estimate, list[list[str]]]:

@@ -35,6 +35,7 @@ from analysis.questions.base import (
     judge_claims,
 )
 from analysis.questions.qualify import stalled
+from analysis.runs.lr_curves import title
 
 ESTIMANDS = ("attention_over_mlp", "mlp_over_both", "trace_correlation")
 LOG_ESTIMANDS = ()
@@ -68,7 +69,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     found += _judged(question, "trace_correlation", trace, gates, group, rests)
     order = list(question["claims"])
     found = sorted(found, key=lambda v: order.index(v.claim)) + each
-    panels = [_panel(t, t is tasks[-1]) for t in tasks]
+    panels = [_panel(t) for t in tasks]
     caption = "step efficiency by layer set and task"
     figure = Section("Layer sets", figure="layers.png", panels=panels, caption=caption)
     measures = {
@@ -263,7 +264,7 @@ def _name(a: Arm, t: Task) -> str:
     return f"FullFT of {a.layers}" if a.rank is None else f"LoRA r{a.rank} on {a.layers}"
 
 
-def _panel(t: Task, legend: bool) -> Panel:
+def _panel(t: Task) -> Panel:
     here = [s for s in SETS if any(a.layers == s for a in (*t.lora, *t.restricted))]
     order = {s: k for k, s in enumerate(here)}
     kinds = {
@@ -274,7 +275,7 @@ def _panel(t: Task, legend: bool) -> Panel:
     series = []
     for side, (label, arms) in enumerate(kinds.items()):
         shown = [(order[a.layers], _speed(a, t)) for a in arms if a.layers in order and t.full]
-        shown = sorted(((k, e) for k, e in shown if e.value is not None), key=lambda x: x[0])
+        shown = sorted(shown, key=lambda x: x[0])
         apart = 0.16 * (side - 1)  # so that intervals do not cover each other
         x, speeds = [k + apart for k, _ in shown], [e for _, e in shown]
         series.append(Series.of(label, x, speeds, style="o"))
@@ -283,14 +284,13 @@ def _panel(t: Task, legend: bool) -> Panel:
         for s in here
     ]
     return Panel(
-        t.name.partition(", batch")[0],
+        title(t.arms[0].optimum.curve).replace(" on ", " on\n", 1),
         "layer set",
         "rho: FullFT's updates / the arm's",
         series,
         log_y=True,
         ticks=[(float(k), s) for k, s in enumerate(short)],
         lines={"full fine-tuning": 1.0},
-        legend=legend,
     )
 
 

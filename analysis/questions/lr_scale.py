@@ -36,6 +36,8 @@ from analysis.runs.lr_curves import lr_curves
 
 ESTIMANDS = ("hidden_exponent", "hidden_exponent_equal_loss", "alpha_exponent")
 LOG_ESTIMANDS = ()
+SHOWS = ("lr_ratio",)
+"""Sweeps whose kept answers the report shows too: they are rendered before it."""
 AGREE = 0.03
 """Base models count as equal in loss if their losses on the pretraining data differ by at most this
 many nats."""
@@ -285,6 +287,6 @@ def _series(
     shift: dict[str, float],
     style: str = "o-",
 ) -> Series:
-    known = sorted((c for c in cells if c.ratio.value is not None), key=lambda c: getattr(c, x))
+    known = sorted(cells, key=lambda c: getattr(c, x))
     at, ratios = [getattr(c, x) * shift[c.model] for c in known], [c.ratio for c in known]
     return Series.of(label, at, ratios, style=style, colour=colour)

@@ -186,8 +186,10 @@ def _panels(optima: Sequence[Optimum], runs: Curves, envelopes: dict[int, Points
         envelope_lines.append(Series(o.curve.name, [s for s, _ in points], [v for _, v in points]))
     y = "held-out NLL (nats per token)"
     return [
-        Panel("runs at each curve's best rate, mean over seeds", "step", y, single, log_x=True),
-        Panel("envelopes: lowest over all rates, one seed", "step", y, envelope_lines, log_x=True),
+        Panel("runs at each curve's best rate, mean over seeds", "updates", y, single, log_x=True),
+        Panel(
+            "envelopes: lowest over all rates, one seed", "updates", y, envelope_lines, log_x=True
+        ),
     ]
 
 

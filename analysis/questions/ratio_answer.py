@@ -104,11 +104,7 @@ def answer(
             name = group if len(variants) == 1 else f"{group}; {variant}"
             alpha = float(lora[0].curve.key.get("alpha", math.nan))
             width = (widths or {}).get(str(lora[0].curve.key["model"]), 0)
-            place = {id(o): k for k, o in enumerate(optima)}
-            ratios += [
-                _one(name, o, full[0], gap, place[id(o)])
-                for o, gap in zip(lora, gaps(lora, full[0]))
-            ]
+            ratios += _by_rank(name, lora, full[0], optima)
             high = [o for o in lora if o.curve.key["rank"] >= MIN_RANK]
             if not high:
                 verdicts += _without_an_arm(name, claims, f"lora at a rank of {MIN_RANK} or more")
@@ -154,6 +150,13 @@ def _without_an_arm(group: str, claims: dict[str, Any], arm: str) -> list[Verdic
     return [
         judge(name, claim, group, Estimate(None), gate, 0, True) for name, claim in claims.items()
     ]
+
+
+def _by_rank(
+    group: str, lora: Sequence[Optimum], full: Optimum, optima: Sequence[Optimum]
+) -> list[Ratio]:
+    place = {id(o): k for k, o in enumerate(optima)}
+    return [_one(group, o, full, gap, place[id(o)]) for o, gap in zip(lora, gaps(lora, full))]
 
 
 def _one(group: str, lora: Optimum, full: Optimum, gap: Estimate, at: int) -> Ratio:

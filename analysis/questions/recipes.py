@@ -290,7 +290,7 @@ def _path(
 
 
 def _bars(measured: Measured) -> Panel:
-    shown = [(k, e) for k, (e, _) in measured.items() if k in RECIPES and e.value is not None]
+    shown = [(k, e) for k, (e, _) in measured.items() if k in RECIPES]
     bars = Series.of("", range(len(shown)), [e for _, e in shown], style="o", colour=1)
     ticks = [(float(i), RECIPES[k]) for i, (k, _) in enumerate(shown)]
     title, margin = "share of tuned LoRA's gain that is given up", (-0.05, 0.05)

@@ -30,7 +30,7 @@ from analysis.questions.base import (
     lora_of,
     missing_arm,
 )
-from analysis.runs.lr_curves import lr_curves
+from analysis.runs.lr_curves import lr_curves, title
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 
 ESTIMANDS = ("short_over_long", "sigma_b_over_a", "movement_ratio")
@@ -109,13 +109,13 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         },
     }
     sections = [
-        _horizons(group, found, short, [cut] if cut else []),
+        _horizons(found, short, [cut] if cut else []),
         _norms(whole, spectra),
     ]
     return Analysis(long.optima, verdicts, sections, measures, {group: rests})
 
 
-def _horizons(group: str, found: Sequence[Horizon], short: Horizon, notes: list[str]) -> Section:
+def _horizons(found: Sequence[Horizon], short: Horizon, notes: list[str]) -> Section:
     long = found[-1]
     of_lora = [f"best LR, {o.curve.name}" for o in long.lora]
     rows: Rows = [["updates", "best FullFT LR", *of_lora, "ratio [95%]"]]
@@ -127,11 +127,11 @@ def _horizons(group: str, found: Sequence[Horizon], short: Horizon, notes: list[
         f"Short: {short.step} updates; long: {long.step}. The ratio is over the ranks of "
         f"{MIN_RANK} and more. Shorter runs are the first updates of the longer ones."
     )
-    known = [h for h in found if h.ratio.value is not None]
-    line = Series.of("ratio", [h.step for h in known], [h.ratio for h in known], colour=1)
+    line = Series.of("ratio", [h.step for h in found], [h.ratio for h in found], colour=1)
     study = {"the study, long runs: 10": 10.0, "the study, short runs: 15": 15.0}
     y = "best LoRA LR / best FullFT LR"
-    panel = Panel(group, "updates", y, [line], log_x=True, log_y=True, lines=study)
+    of = f"{title(long.optima[0].curve, length=False)}: beginnings of the same runs"
+    panel = Panel(of, "updates", y, [line], log_x=True, log_y=True, lines=study)
     caption = "ratio of the best rates over the length of the run"
     return Section("The ratio by horizon", rows, [text, *notes], "horizons.png", [panel], caption)
 

@@ -68,16 +68,37 @@ def grid_of(n: int) -> tuple[int, int]:
 
 
 def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
-    """Draw panels side by side; values that are None or not finite are left out."""
+    """Draw panels side by side; values that are None or not finite are left out.
+
+    Panels of one quantity have one scale, and panels with the same legend share it.
+    """
     rows, columns = grid_of(len(parts))
     size = (4.8 * columns if columns > 1 else 7.2, 4.1 * rows)
     with drawn(path, inputs, rows, columns, size, 130, len(parts), bbox_inches="tight") as (
         fig,
         axes,
     ):
-        for ax, panel in zip(axes, parts):
+        used = list(zip(axes, parts))
+        for ax, panel in used:
             _panel(ax, panel)
+        for ax, panel in used:
+            _one_scale(ax, [other for other, p in used if p.y == panel.y])
+        for ax, panel in used:
+            _ticks(ax, panel)
+        labels = [ax.get_legend_handles_labels()[1] for ax, _ in used]
+        shared = len(used) > 1 and all(mine == labels[0] for mine in labels)
+        for ax, panel in used if not shared else ():
+            _legend(ax, panel)
         fig.tight_layout()
+        if shared and labels[0]:
+            look: dict[str, Any] = {"frameon": False, "fontsize": 8, "loc": "upper center"}
+            handles = axes[0].get_legend_handles_labels()[0]
+            fig.legend(handles, labels[0], bbox_to_anchor=(0.5, 0.0), ncol=2, **look)
+
+
+def _one_scale(ax: Axes, alike: Sequence[Axes]) -> None:
+    lows, highs = zip(*(other.get_ylim() for other in alike))
+    ax.set_ylim(min(lows), max(highs))
 
 
 MANY = 3
@@ -97,7 +118,10 @@ def _panel(ax: Axes, panel: Panel) -> None:
     ax.set(xlabel=panel.x, ylabel=panel.y)
     ax.set_title(panel.title, fontsize=10)
     _scales(ax, panel)
-    labels = ax.get_legend_handles_labels()[1] if panel.legend else []
+
+
+def _legend(ax: Axes, panel: Panel) -> None:
+    labels = ax.get_legend_handles_labels()[1]
     if len(labels) > MANY or panel.lines:
         lines = max((t.count("\n") for _, t in panel.ticks or ()), default=0)
         below = (0.5, -0.19 - 0.07 * lines)
@@ -110,13 +134,42 @@ def _series(ax: Axes, s: Series, k: int) -> None:
     index = k if s.colour is None else s.colour
     colour = index if isinstance(index, str) else COLOURS[index % len(COLOURS)]
     x, y = np.asarray(s.x, float), _numbers(s.y)
+    bounds = np.asarray(s.bounds, int) if len(s.bounds) else np.zeros(len(x), int)
     style = s.style.replace("o", MARKERS[k % len(MARKERS)])
     look: dict[str, Any] = {"color": colour, "lw": s.width, "ms": s.size, "alpha": s.alpha}
-    ax.plot(x, y, style, label=s.label or None, **look)
+    ax.plot(x, np.where(bounds == 0, y, np.nan), style, label=s.label or None, **look)
+    for side in (-1, 1):
+        arrows(ax, x[bounds == side], y[bounds == side], (0, side), colour)
     if len(s.low):
-        reach = np.clip(np.stack([y - _numbers(s.low), _numbers(s.high) - y]), 0, None)
+        low, high = _numbers(s.low), _numbers(s.high)
+        # A range without a value in it is drawn from its middle.
+        middle = np.where(np.isfinite(y), y, (low + high) / 2)
+        reach = np.clip(np.stack([middle - low, high - middle]), 0, None)
         bars = np.where(np.isfinite(reach), reach, 0)
-        ax.errorbar(x, y, yerr=bars, fmt="none", ecolor=colour, capsize=3, lw=1.2)
+        bars[:, (bounds != 0) & ~(np.isfinite(low) & np.isfinite(high))] = 0
+        ax.errorbar(x, middle, yerr=bars, fmt="none", ecolor=colour, capsize=3, lw=1.2)
+
+
+ARROW = 24
+"""Length of an arrow, in points."""
+
+
+def arrows(
+    ax: Axes, x: Sequence[float], y: Sequence[float], side: tuple[int, int], colour: str
+) -> None:
+    """Draw arrows from bounds to the side on which the value lies.
+
+    Args:
+        side: direction of the arrows; (1, 0) is to the right, (0, -1) downwards.
+    """
+    way = {"arrowstyle": "<-", "color": colour, "lw": 1.4, "shrinkA": 0, "shrinkB": 0}
+    mark = "|" if side[0] else "_"
+    ax.plot(x, y, mark, color=colour, ms=9, mew=1.6)
+    for at in zip(x, y):
+        if np.isfinite(at).all():
+            end = (ARROW * side[0], ARROW * side[1])
+            where: Any = {"xycoords": "data", "textcoords": "offset points"}
+            ax.annotate("", at, end, arrowprops=way, **where)
 
 
 def _numbers(values: Sequence[float | None]) -> np.ndarray:
@@ -127,20 +180,31 @@ def _scales(ax: Axes, panel: Panel) -> None:
     positive = any(v is not None and v > 0 for s in panel.series for v in s.y)
     if panel.log_x and positive:  # an empty panel cannot have a log scale
         ax.set_xscale("log")
-    if panel.log_y and positive:
+    if panel.log_y and positive and panel.linear_below:
+        ax.set_yscale("symlog", linthresh=panel.linear_below)
+        ax.set_ylim(
+            -panel.linear_below, 4 * max(max(map(float, s.y), default=0.0) for s in panel.series)
+        )
+    elif panel.log_y and positive:
         ax.set_yscale("log")
-        low, high = ax.get_ylim()
-        if high < 60 * low:  # less than two decades: label minor ticks with plain numbers too
-            ax.yaxis.set_major_formatter(_plain_number)
-            if high >= 6 * low:
-                subs = (2, 3, 5, 7) if high < 20 * low else (2, 5)
-                ax.yaxis.set_minor_locator(LogLocator(subs=subs))
-            ax.yaxis.set_minor_formatter(_plain_number)
     if panel.y_range != (None, None):
         ax.set_ylim(*panel.y_range)
+
+
+def _ticks(ax: Axes, panel: Panel) -> None:
+    low, high = ax.get_ylim()
+    if ax.get_yscale() == "log" and high < 100 * low:
+        # Less than two decades: label minor ticks with plain numbers too.
+        ax.yaxis.set_major_formatter(_plain_number)
+        if high >= 6 * low:
+            subs = (2, 3, 5, 7) if high < 20 * low else (2, 5)
+            ax.yaxis.set_minor_locator(LogLocator(subs=subs))
+        ax.yaxis.set_minor_formatter(_plain_number)
     if panel.ticks is not None:
         ax.set_xticks([v for v, _ in panel.ticks], [t for _, t in panel.ticks])
         ax.xaxis.set_minor_locator(NullLocator())
+    elif ax.get_xscale() == "log":
+        ax.xaxis.set_major_formatter(_plain_number)
 
 
 def _plain_number(value: float, _: float) -> str:

@@ -1,5 +1,7 @@
 """Figures of whole sweeps: loss over learning rates with fits, and loss over updates."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,36 +11,63 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from analysis.inference.estimate import rate, with_interval
+from analysis.inference.estimate import Estimate, rate, with_interval
 from analysis.optimum.optimum import Optimum
-from analysis.report.plots import COLOURS, MARKERS, drawn, grid_of
+from analysis.report.plots import COLOURS, MARKERS, arrows, drawn, grid_of
 from analysis.runs.learning_curves import by_run
-from analysis.runs.lr_curves import full_names, runs_of
+from analysis.runs.lr_curves import full_names, runs_of, title
 
-BELOW = {"frameon": False, "fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
+BELOW = {"frameon": False, "fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
 """A legend below its axes."""
 
 
 def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:
     """Draw NLL over learning rate with fits, optima and intervals, one panel per group.
 
-    Diverged runs are crosses at the top.
+    Diverged runs are crosses at the top. A bound of an optimum is an arrow. Groups of one model and
+    data set have the same axes.
     """
     groups = _groups(optima)
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
     rows, columns, size = _layout(groups)
     with drawn(path, inputs, rows, columns, size, 150, len(groups)) as (fig, axes):
-        for ax, (group, members) in zip(axes, groups.items()):
-            top = _top(members)
+        for ax, members in zip(axes, groups.values()):
+            top = _top([o for o in optima if _task(o) == _task(members[0])])
             for k, o in enumerate(members):
-                marker = MARKERS[(k + k // len(COLOURS)) % len(MARKERS)]
-                _fitted(ax, o, names[id(o)], COLOURS[k % len(COLOURS)], marker, top)
+                colour, again = _look(k)
+                marker = MARKERS[(colour + again) % len(MARKERS)]
+                _fitted(ax, o, names[id(o)], COLOURS[colour], marker, top)
             ax.set(xscale="log", xlabel="learning rate", ylabel="test NLL (nats per token)")
-            ax.set_title(group, fontsize=10)
+            ax.set_title(title(members[0].curve), fontsize=10)
             ax.set_ylim(top=top[1])
             ax.xaxis.set_minor_formatter(NullFormatter())
             ax.legend(**BELOW)
+        _same_axes(axes, groups)
         fig.tight_layout()
+
+
+def _look(k: int) -> tuple[int, int]:
+    """Return the colour's index of a group's k-th curve, and how many curves have had it before.
+
+    Only the first one, full fine-tuning, is black.
+    """
+    again, colour = divmod(k - 1, len(COLOURS) - 1)
+    return (0, 0) if k == 0 else (1 + colour, again)
+
+
+def _task(o: Optimum) -> tuple[Any, Any]:
+    return o.curve.key["model"], o.curve.key["dataset"]
+
+
+def _same_axes(axes: Sequence[Axes], groups: dict[str, list[Optimum]]) -> None:
+    """Give the panels of one model and data set the same limits."""
+    alike: dict[tuple[Any, Any], list[Axes]] = {}
+    for ax, members in zip(axes, groups.values()):
+        alike.setdefault(_task(members[0]), []).append(ax)
+    for mine in alike.values():
+        x, y = (list(zip(*v)) for v in zip(*((a.get_xlim(), a.get_ylim()) for a in mine)))
+        for ax in mine:
+            ax.set(xlim=(min(x[0]), max(x[1])), ylim=(min(y[0]), max(y[1])))
 
 
 def _groups(optima: Sequence[Optimum]) -> dict[str, list[Optimum]]:
@@ -69,10 +98,11 @@ def _fitted(
 ) -> None:
     c, e = o.curve, o.best_lr
     lr = np.exp(c.x)
-    if e.value is not None:
+    known = any(v is not None for v in (e.value, e.low, e.high))
+    if known:
         label += f": best {with_interval(e, rate)}"
     elif o.flags:
-        label += f": {o.flags[0].replace('_', ' ')}"
+        label += f": {o.flags[-1].replace('_', ' ')}"
     ax.plot(lr[c.usable], c.y[c.usable], marker, color=colour, ms=5, alpha=0.8, label=label)
     bad = ~c.usable
     ax.plot(lr[bad], np.full(bad.sum(), top[0]), "x", color=colour, ms=7, mew=2)
@@ -82,19 +112,23 @@ def _fitted(
         if fitted is not None:
             shown = fitted <= top[1]
             ax.plot(span[shown], fitted[shown], "-", color=colour, lw=1.3)
-    if e.value is not None and o.best_nll is not None:
-        reach = None
-        if e.low is not None and e.high is not None:
-            reach = [[e.value - e.low], [e.high - e.value]]
-        look: dict[str, Any] = {
-            "fmt": "|",
-            "color": colour,
-            "ms": 14,
-            "mew": 2,
-            "capsize": 4,
-            "zorder": 5,
-        }
-        ax.errorbar([e.value], [o.best_nll], xerr=reach, **look)
+    if known and o.best_nll is not None:
+        _best(ax, e, o.best_nll, colour)
+
+
+def _best(ax: Axes, e: Estimate, height: float, colour: str) -> None:
+    """Draw a best rate with its interval, the range it lies in, or an arrow from its bound."""
+    look: dict[str, Any] = {"color": colour, "ms": 14, "mew": 2, "capsize": 4, "zorder": 5}
+    if e.low is not None and e.high is not None:
+        at = e.value or math.sqrt(e.low * e.high)
+        reach = [[at - e.low], [e.high - at]]
+        ax.errorbar([at], [height], xerr=reach, fmt="|" if e.value else "none", **look)
+    elif e.value is not None:
+        ax.errorbar([e.value], [height], fmt="|", **look)
+    elif e.low is not None:
+        arrows(ax, [e.low], [height], (1, 0), colour)
+    elif e.high is not None:
+        arrows(ax, [e.high], [height], (-1, 0), colour)
 
 
 def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:
@@ -107,17 +141,19 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
     rows, columns, size = _layout(groups)
     with drawn(path, inputs, rows, columns, size, 110, len(groups)) as (fig, axes):
-        for ax, (group, members) in zip(axes, groups.items()):
+        for ax, members in zip(axes, groups.values()):
             for k, o in enumerate(members):
-                dash = ("-", "--", ":")[k // len(COLOURS) % 3]
-                _learned(ax, o, names[id(o)], table, learned, COLOURS[k % len(COLOURS)], dash)
+                colour, again = _look(k)
+                dash = ("-", "--", ":")[again % 3]
+                _learned(ax, o, names[id(o)], table, learned, COLOURS[colour], dash)
             limit = np.nanmax([o.curve.nll_start for o in members])
             if np.isfinite(limit):
                 ax.axhline(limit, color="grey", lw=0.8, ls=":", label="before training")
                 ax.set_ylim(top=limit * 1.05)
             ax.set(xscale="log", xlabel="updates", ylabel="held-out NLL (nats per token)")
-            ax.set_title(group, fontsize=10)
+            ax.set_title(title(members[0].curve), fontsize=10)
             ax.legend(**BELOW)
+        _same_axes(axes, groups)
         fig.suptitle(
             "thin: every run; thick: best tried rate (the last evaluation uses more held-out rows)",
             fontsize=9,
@@ -137,9 +173,14 @@ def _learned(
     x, y = o.curve.x[o.curve.usable], o.curve.y[o.curve.usable]
     best = np.exp(x[np.argmin(y)]) if len(y) else None
     runs = runs_of(table, o.curve)
+    if o.curve.cut_from:  # the table is of the whole runs
+        whole = {**o.curve.key, "steps": o.curve.cut_from}
+        runs = runs_of(table, dataclasses.replace(o.curve, key=whole))
+    steps = o.curve.key.get("steps")
     labelled = False
     for run, lr in runs.loc[runs.index.isin(list(learned)), "lr"].items():
         points = learned[run][learned[run]["step"] >= 1]
+        points = points[points["step"] <= steps] if o.curve.cut_from else points
         is_best = best is not None and np.isclose(lr, best, rtol=1e-6)
         look: dict[str, Any] = {"lw": 2, "alpha": 1.0} if is_best else {"lw": 0.5, "alpha": 0.2}
         if is_best and not labelled:

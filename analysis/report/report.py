@@ -41,24 +41,32 @@ def judge_and_report(
         kept: folder of kept results, which some questions show together with their own.
     """
     found = analyse(table, question, kept)
-    results = results_of(found, question, table)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "question.json").write_text(json.dumps(question, indent=1) + "\n")
     table.to_parquet(folder / "table.parquet", index=False)
     table.drop(columns=["spec", "result"], errors="ignore").to_csv(
         folder / "table.csv", index=False
     )
-    text = json.dumps(results, indent=1) + "\n"
-    (folder / "results.json").write_text(text)
-    draw(found, table, folder, inputs_hash(table, text))
+    results = write_answer(found, table, question, folder)
     title = f"{question['name']} at scale {question['scale']}: {question['question']}"
     page.write(
         folder / "report.html", title, table, found.optima, found.ratios, found.verdicts, WITHIN
     )
-    (folder / "report.md").write_text(render(found, question, table))
     if as_json:
         return json.dumps({**results, "report": str(folder / "report.md")})
     return terminal(found, question, folder)
+
+
+def write_answer(
+    found: Analysis, table: pd.DataFrame, question: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Write results.json, report.md and the figures; returns the results."""
+    results = results_of(found, question, table)
+    text = json.dumps(results, indent=1) + "\n"
+    (folder / "results.json").write_text(text)
+    draw(found, table, folder, inputs_hash(table, text))
+    (folder / "report.md").write_text(render(found, question, table))
+    return results
 
 
 def draw(found: Analysis, table: pd.DataFrame, folder: Path, inputs: str) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.runs.table import CURVE_KEYS, GROUP_KEYS, check
+from analysis.runs.names import dataset_words
+from analysis.runs.table import CURVE_KEYS, CUT_FROM, GROUP_KEYS, check
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class LrCurve:
     """Held-out NLL before training; NaN if unknown."""
     floor: float
     """NLL of the generator that wrote the data, the lowest possible loss; NaN if unknown."""
+    cut_from: int | None = None
+    """Updates of the whole runs, if the curve is of their first ones."""
 
     @property
     def name(self) -> str:
@@ -62,6 +65,24 @@ class LrCurve:
             if _known(self.key.get(k))
         ]
         return ", ".join(shown)
+
+
+def title(curve: LrCurve, length: bool = True) -> str:
+    """Return the title of figures about a curve's group: model, data set, batch, updates.
+
+    Parameters of the data's generator are in words, and a cut says of what.
+
+    Args:
+        length: say how many updates the runs have.
+    """
+    words = [f"{curve.key['model']} on {dataset_words(str(curve.key['dataset']))}"]
+    if _known(curve.key.get("batch_size")):
+        words.append(f"batch {int(curve.key['batch_size'])}")
+    if length and _known(curve.key.get("steps")):
+        steps = int(curve.key["steps"])
+        words.append(f"first {steps} of {curve.cut_from}" if curve.cut_from else str(steps))
+        words[-1] += " updates"
+    return ", ".join(words)
 
 
 def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
@@ -97,7 +118,14 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
         usable=usable,
         nll_start=_mean(start),
         floor=_mean(_floats(part, "floor_nats")),
+        cut_from=_cut_from(part),
     )
+
+
+def _cut_from(part: pd.DataFrame) -> int | None:
+    whole = _floats(part, CUT_FROM)
+    known = whole[np.isfinite(whole)]
+    return int(known.max()) if len(known) and known.max() > part["steps"].max() else None
 
 
 def _floats(part: pd.DataFrame, column: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Column names and values that other people's tables use, and suggestions for unknown ones."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 NEEDED = ("model", "lr", "test_nll")
@@ -105,3 +106,30 @@ def did_you_mean(name: str, names: Iterable[object]) -> str:
     """Suggest the most similar name, as a sentence; empty if none is similar."""
     close = difflib.get_close_matches(name, list(map(str, names)), 1, 0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+_PARAMETERS = re.compile(r"(?P<name>[^()]+)\((?P<set>[^()]+)\)")
+SHARES = {"rule_shift": "rules", "new_exceptions": "exceptions"}
+"""Parameters of generators that are the share of something that is new."""
+
+
+def dataset_words(name: str) -> str:
+    """Return a data set's name with its generator's parameters in words.
+
+    "dialect(new_exceptions=0, rule_shift=1)" is "dialect (no new exceptions, all rules new)".
+    """
+    found = _PARAMETERS.fullmatch(name)
+    if found is None:
+        return name
+    pairs = (part.partition("=") for part in found["set"].split(", "))
+    return f"{found['name']} ({', '.join(_parameter(key, value) for key, _, value in pairs)})"
+
+
+def _parameter(key: str, value: str) -> str:
+    what = SHARES.get(key)
+    if what is None:
+        return f"{key.replace('_', ' ')} {value}"
+    share = float(value)
+    if share == 0:
+        return f"no new {what}"
+    return f"all {what} new" if share == 1 else f"{100 * share:g}% of the {what} new"

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.runs.learning_curves import by_run, cut, learning_curves
-from analysis.runs.table import TableError
+from analysis.runs.table import CUT_FROM, TableError
 from analysis.runs.task import MIN_REST
 
 
@@ -26,14 +26,18 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
     learned = learning_curves(table)
     nll = learned[learned["step"] == step].set_index("run")["test_nll"]
     rows = []
+
+    def whole(row: pd.Series) -> dict[str, int]:
+        return {CUT_FROM: int(row.get(CUT_FROM, row["steps"]))}
+
     for run, row in table.iterrows():
         if row["steps"] == step:
             rows.append(row)
         elif run in nll.index:
-            ended = {"status": "done", "steps": step, "test_nll": nll[run]}
+            ended = {"status": "done", "steps": step, "test_nll": nll[run], **whole(row)}
             rows.append({**row, **ended, "result": cut(row["result"], step)})
         elif row["status"] == "diverged" and row["steps_done"] <= step < row["steps"]:
-            rows.append({**row, "steps": step})
+            rows.append({**row, "steps": step, **whole(row)})
     return pd.DataFrame(list(rows)).reset_index(drop=True)
 
 

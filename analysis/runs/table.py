@@ -29,6 +29,8 @@ CURVE_KEYS = (
     "clip_norm",
 )
 """Runs that agree in these form one lr curve: they differ only in lr and seed."""
+CUT_FROM = "cut_from_steps"
+"""Column of runs that were cut to their first updates: the updates of the whole run."""
 
 
 class TableError(ValueError):

@@ -1,0 +1,33 @@
+"""Render all kept answers again from their tables, each after those that it shows.
+
+    python -m analysis study --write
+
+Tables and questions are never touched: nothing is trained again.
+"""
+
+import json
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from analysis.questions.registry import analyse, question_named
+from analysis.report.report import write_answer
+from analysis.runs.table import read
+
+
+def in_order(kept: Path) -> list[Path]:
+    """Return the folders of all kept answers; one that shows others' answers comes after them."""
+    folders = sorted(p.parent for p in kept.glob("*/table.parquet"))
+    question = {f: json.loads((f / "question.json").read_text()) for f in folders}
+    shows = {f: getattr(question_named(question[f]["analysis"]), "SHOWS", ()) for f in folders}
+    graph = {f: [g for g in folders if question[g]["name"] in shows[f]] for f in folders}
+    return list(TopologicalSorter(graph).static_order())
+
+
+def render(kept: Path) -> None:
+    """Judge the kept tables again and write their results, reports and figures."""
+    for folder in in_order(kept):
+        table = read(folder / "table.parquet")
+        question = json.loads((folder / "question.json").read_text())
+        for figure in folder.glob("*.png"):
+            figure.unlink()
+        write_answer(analyse(table, question, kept), table, question, folder)

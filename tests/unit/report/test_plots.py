@@ -1,0 +1,135 @@
+"""What figures show: one scale a quantity, one legend, bounds as arrows, zeros as zeros."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.text import Annotation
+
+from analysis.inference.estimate import AT_LEAST, Estimate
+from analysis.optimum.fit import fit_all
+from analysis.questions.base import Panel, Series
+from analysis.report import plots, plots_curves
+from analysis.runs.lr_curves import lr_curves, title
+from analysis.runs.names import dataset_words
+from analysis.runs.prefixes import at_step
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """drawn(draw): the figure that draw(path) saves."""
+
+    def run(draw):
+        figures = []
+        with monkeypatch.context() as patch:
+            patch.setattr(plots.plt, "close", figures.append)
+            draw(tmp_path / "figure.png")
+        (figure,) = figures
+        return figure
+
+    return run
+
+
+def panel(heights, name="rho", **look):
+    series = [Series(label, [1, 2], [v, v]) for label, v in zip(("a", "b", "c", "d"), heights)]
+    return Panel("t", "x", name, series, **look)
+
+
+def test_panels_of_one_quantity_have_one_scale_and_one_legend(drawn):
+    parts = [panel((0.1, 0.2), log_y=True), panel((0.5, 1.0), log_y=True), panel((9, 9), "nats")]
+    figure = drawn(lambda path: plots.panels(parts, path))
+    one, two, other, _ = figure.axes
+    assert one.get_ylim() == two.get_ylim() != other.get_ylim()
+    assert one.get_ylim()[0] < 0.1 and one.get_ylim()[1] > 1.0
+    assert len(figure.legends) == 1 and not any(ax.get_legend() for ax in figure.axes)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_panels_with_other_legends_keep_their_own(drawn):
+    figure = drawn(lambda path: plots.panels([panel((1, 2)), panel((1, 2, 3))], path))
+    assert not figure.legends and all(ax.get_legend() for ax in figure.axes)
+
+
+def test_a_bound_is_an_arrow_to_its_side_and_no_point(drawn):
+    estimates = [
+        Estimate(1.0, 0.9, 1.1),
+        Estimate(None, low=2.0),
+        Estimate(None, high=3.0),
+        Estimate(None, low=1.0, high=4.0),
+        Estimate(5.0, 4.5, 5.5, flags=(AT_LEAST,)),
+    ]
+    series = Series.of("rho", range(5), estimates)
+    assert series.bounds == [0, 1, -1, 0, 1] and series.y == [1.0, 2.0, 3.0, None, 5.0]
+    figure = drawn(lambda path: plots.panels([Panel("t", "x", "y", [series])], path))
+    (ax,) = figure.axes
+    found = [a for a in ax.get_children() if isinstance(a, Annotation)]
+    ends = {(a.xy[0], a.xy[1]): a.xyann[1] for a in found}
+    assert ends == {(1, 2.0): plots.ARROW, (2, 3.0): -plots.ARROW, (4, 5.0): plots.ARROW}
+    points = np.array(ax.lines[0].get_ydata(), float)
+    assert np.isfinite(points).tolist() == [True, False, False, False, False]
+
+
+def test_zero_is_drawn_at_zero(drawn):
+    series = [Series("equal", [1, 2], [0.0, 0.0]), Series("eps", [1, 2], [1e-5, 1e-3])]
+    one = Panel("t", "x", "y", series, log_x=True, log_y=True, linear_below=1e-15)
+    (ax,) = drawn(lambda path: plots.panels([one], path)).axes
+    low, high = ax.get_ylim()
+    assert list(ax.lines[0].get_ydata()) == [0, 0] and -1e-14 < low < 0 and high > 1e-3
+
+
+def test_generator_parameters_are_words():
+    assert dataset_words("dialect") == "dialect"
+    shown = dataset_words("dialect(new_exceptions=0, rule_shift=1)")
+    assert shown == "dialect (no new exceptions, all rules new)"
+    assert dataset_words("d(features=8, rule_shift=0.25)") == "d (features 8, 25% of the rules new)"
+
+
+def runs():
+    """Five rates and a curve of evaluations each."""
+    rows = []
+    for method in ("fullft", "lora"):
+        for lr in 1e-3 * 2.0 ** np.arange(-2, 3):
+            off = 0.1 * np.log(lr / 1.1e-3) ** 2
+            curve = [{"step": s, "test_nll": 3 - 0.2 * np.log2(s) + off} for s in (1, 2, 4, 8, 16)]
+            rows.append(
+                {
+                    "model": "m",
+                    "dataset": "dialect(rule_shift=0)",
+                    "batch_size": 4,
+                    "steps": 16,
+                    "steps_done": 16,
+                    "schedule": "constant",
+                    "method": method,
+                    "rank": None if method == "fullft" else 4,
+                    "lr": lr,
+                    "seed": 0,
+                    "status": "done",
+                    "test_nll": curve[-1]["test_nll"],
+                    "nll_start": 5.0,
+                    "result": json.dumps({"curve": curve}),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def test_a_figure_of_cut_runs_shows_them_and_says_of_what_they_are_the_beginning(drawn):
+    table = runs()
+    optima = fit_all(lr_curves(at_step(at_step(table, 8), 4)))
+    (ax,) = drawn(lambda path: plots_curves.learning(table, optima, path)).axes
+    curves = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) > 2]
+    assert len(curves) == 10 and all(max(x) == 4 for x in curves)
+    words = "m on dialect (no new rules), batch 4, first 4 of 16 updates"
+    assert ax.get_title() == words == title(optima[0].curve)
+    (whole,) = {title(c) for c in lr_curves(table)}
+    assert whole == "m on dialect (no new rules), batch 4, 16 updates"
+
+
+def test_an_optimum_at_an_edge_is_an_arrow_and_its_legend_a_bound(drawn):
+    table = runs()
+    table["test_nll"] = 3 - 0.1 * np.log(table["lr"] / 1e-4)  # falls up to the highest rate
+    optima = fit_all(lr_curves(table))
+    (ax,) = drawn(lambda path: plots_curves.lr_against_nll(optima, path)).axes
+    found = [a for a in ax.get_children() if isinstance(a, Annotation)]
+    assert len(found) == 2 and all(a.xyann == (plots.ARROW, 0) for a in found)
+    assert all("best > " in t.get_text() for t in ax.get_legend().get_texts())
