@@ -161,7 +161,7 @@ def _departures(
     later, before = sum(d.never for d in every), sum(d.at_once for d in every)
     text = [
         f"Of {len(every)} curves {later} do not depart within the run, and {before} have departed "
-        "at the first evaluation. The slope counts them as censored: later than the last "
+        "at the first evaluation. The slope counts these as censored: later than the last "
         "evaluation, earlier than the first.",
         *notes,
         f"A rank departs at the update from which its loss stays above full fine-tuning's by "

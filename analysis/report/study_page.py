@@ -32,8 +32,9 @@ HOW_TO_READ = """\
   smollm2-135m-instruct is a real model (from 4-bit weights).
 - **Tasks**: *dialect* is a partly changed version of the synthetic language; *skills* are strings
   to sort, reverse and add; *facts* are random bits to memorise; *gsm8k* are word problems.
-- **Needs** estimates how many seeds (or bases) would decide the claim, as if only they determined
-  the interval's width. If the uncertain shape of a curve does, more learning rates are needed too.
+- **Needs** estimates how many seeds (bases, layer sets) decide the claim in 80% of cases if the
+  value and the spread found are the true ones. The error of the best rates is taken to stay: where
+  it is what makes an interval wide, more learning rates are needed too.
 - **Answers are not independent.** Sweeps share runs (`rank`, `short_runs` and `compute` most of
   theirs), and some claims are readings of one number."""
 CHANGED = """\
@@ -47,6 +48,9 @@ for reasons other than a verdict (the numbers refer to DECISIONS).
 - The weight of a rate at which some repeats diverge (D47).
 - The gates and the number of examples of `batch_size` (D48).
 - LoRA's own rate for `compute`'s loss, and the common rate of `rank` on tiny128 (D50).
+- The law of the departures counts ranks that depart outside the evaluations as censored (D63), the
+  correlation in `layers` counts the means that it subtracts, intervals over seeds are picked at the
+  level that judges (D43), and losses at best rates are read off the fitted valley.
 
 `lr_ratio: parity` (D45) and `recipes: retention_equal` (D50) were added when their runs already
 existed. Seeds and rates were added after looks at the results, and the intervals are wider to
