@@ -97,13 +97,13 @@ def _end_all(
     store: RunStore, attempts: Attempts, state: str, cause: str, log_text: str = ""
 ) -> None:
     for rid, n in attempts.items():
-        if store.result(rid) is None:
-            try:
+        try:
+            if store.result(rid) is None:
                 if log_text:
                     store.log(rid, n, log_text)
                 store.write_end(rid, n, state, cause)
-            except OSError:
-                continue  # a full disk: without end.json the run counts as interrupted, fine
+        except (OSError, StoreError):
+            continue  # without end.json the run counts as interrupted, fine
 
 
 class _Heartbeats:

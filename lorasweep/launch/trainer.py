@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lorasweep.errors import ModelError
 from lorasweep.launch.data_identity import check_same_data
 from lorasweep.launch.out_of_memory import is_out_of_memory
+from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.model import ModelSpec
@@ -40,7 +41,9 @@ class Trainer(Protocol):
 class TorchTrainer:
     """Trains packs with `lorasweep.train.finetune`. Keeps the loaded base and data for the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop: StopFlag | None = None) -> None:
+        """Look at `stop` while a base model is pretrained. The caller looks at it during runs."""
+        self._stop = stop or StopFlag()
         self._base: Base | None = None
         self._base_key: tuple[ModelSpec, str, bool] | None = None
         self._data: dict[tuple[DatasetSpec, int | None], Any] = {}
@@ -78,7 +81,7 @@ class TorchTrainer:
         key = (spec.model, spec.precision, exec_.compile)
         if self._base is None or self._base_key != key:
             self._base, self._data = None, {}  # one base in memory at a time
-            pretrain.ensure(spec.model, exec_.models_dir)
+            pretrain.ensure(spec.model, exec_.models_dir, self._go_on)
             try:
                 self._base = models.load(spec.model, exec_.models_dir, spec.precision)
             except Exception as error:
@@ -95,10 +98,14 @@ class TorchTrainer:
                 self._base.model.base_model.compile(dynamic=True)
         return self._base
 
+    def _go_on(self, step: int, nll: float) -> None:
+        if self._stop.set:
+            raise Stopped
 
-def trainer_named(name: str | None) -> Trainer:
+
+def trainer_named(name: str | None, stop: StopFlag | None = None) -> Trainer:
     """Return the trainer named `name` (package.module:object); None: the real one."""
     if name is None:
-        return TorchTrainer()
+        return TorchTrainer(stop)
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)

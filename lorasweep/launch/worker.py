@@ -74,7 +74,7 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
     store = RunStore(job["exec"]["runs_dir"], dead=job.get("dead"), jobs=RunningJobs())
     files.share_as(store.root)
     try:
-        _run(job, first, store, trainer_named(job.get("trainer")), stop)
+        _run(job, first, store, trainer_named(job.get("trainer"), stop), stop)
     except Stopped:
         return STOPPED
     except LorasweepError as error:

@@ -29,16 +29,21 @@ if TYPE_CHECKING:
 EVAL_TOKENS = 8192
 
 
-def ensure(spec: ModelSpec, models_dirs: Sequence[str]) -> None:
+def ensure(
+    spec: ModelSpec,
+    models_dirs: Sequence[str],
+    progress: Callable[[int, float], None] | None = None,
+) -> None:
     """Pretrain the base of a recipe into the first models folder, unless its weights exist.
 
-    Call it before loading. Does nothing for models of other sources.
+    Call it before loading. Does nothing for models of other sources. `progress` is called with the
+    number and the loss of each update, and may stop the training by an exception.
     """
     if spec.source != "recipe" or find_weights(spec, models_dirs) is not None:
         return
     path = Path(models_dirs[0]).expanduser() / file_name(spec)
     print(f"pretraining base model {spec.name} once, from its recipe, into {path}", flush=True)
-    model, _ = pretrain(spec)
+    model, _ = pretrain(spec, progress)
     save(model, path)
 
 

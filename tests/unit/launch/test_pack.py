@@ -1,6 +1,7 @@
 """One pack: what a worker does when its claims are taken over, when it is stopped, and how often it
 looks at the run folder."""
 
+import dataclasses
 import errno
 import io
 import itertools
@@ -15,6 +16,7 @@ from lorasweep.launch import local, session
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.session import LOOK_S
+from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.spec.execution import Exec
 from lorasweep.store import checkpoint, claims, files
 from lorasweep.store.run_store import RunStore
@@ -173,3 +175,14 @@ def test_waiting_threads_of_a_worker_sleep_unless_the_user_wants_them_to_spin(mo
     assert local.worker_environment(2)["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert local.worker_environment(2)["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_a_stop_during_the_pretraining_of_a_base_is_answered_after_one_update(tmp_path):
+    spec = tiny_spec()
+    recipe = dataclasses.replace(spec.model.recipe, steps=5000, batch_size=2)
+    spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, recipe=recipe))
+    store, stop = RunStore(tmp_path / "runs"), StopFlag()
+    stop.set = True
+    with pytest.raises(Stopped):
+        run(store, [spec], TorchTrainer(stop), Exec(models_dir=[str(tmp_path)]), stop)
+    assert store.end(spec.id, 1)["state"] == "stopped" and not list(tmp_path.glob("*.safetensors"))

@@ -49,7 +49,8 @@ def test_a_folder_of_a_group_stays_the_groups(tmp_path, compose):
         os.umask(old)
 
 
-def test_another_user_of_the_group_goes_on_with_a_sweep(tmp_path, compose):
+@pytest.mark.parametrize("mode", [0o2775, 0o3775], ids=["g+ws", "g+ws,+t"])
+def test_another_user_of_the_group_goes_on_with_a_sweep(tmp_path, compose, mode):
     """A second user, not root, claims what the first left, and finishes it."""
     if os.geteuid() != 0:
         pytest.skip("needs root to become another user")
@@ -58,7 +59,7 @@ def test_another_user_of_the_group_goes_on_with_a_sweep(tmp_path, compose):
         runs = tmp_path / "runs"
         runs.mkdir()
         os.chown(runs, 0, 4321)
-        runs.chmod(0o2775)
+        runs.chmod(mode)
         for folder in (tmp_path, *tmp_path.parents):
             if folder.stat().st_uid == 0 and str(folder).startswith("/tmp/"):
                 folder.chmod(folder.stat().st_mode | 0o011)

@@ -217,6 +217,21 @@ def test_a_worker_that_cannot_read_a_checkpoint_stops_and_loses_nothing(tmp_path
     assert [r["step"] for r in store.records(spec.id)] == list(range(1, 9))
 
 
+def test_a_failure_is_recorded_for_the_runs_that_can_be_read(tmp_path, failing):
+    """The cause that is reported is the failure, not what could not be read after it."""
+    store, specs = RunStore(tmp_path), [tiny_spec(seed=k) for k in range(2)]
+
+    def trainer(pack, exec_, resume):
+        yield Event(1, {s.id: {"step": 1} for s in pack}, {}, dict)
+        failing("result.json", errno.EIO, len(files.PAUSES_S) + 1)  # of the first run
+        raise RuntimeError("broken")
+
+    execute(specs, Exec(), store, trainer, lambda event: None, StopFlag())
+    assert (
+        store.end(specs[0].id, 1) is None and store.failure(specs[1].id) == "RuntimeError: broken"
+    )
+
+
 def test_a_heartbeat_that_cannot_be_read_is_no_silence(runs, monkeypatch, failing):
     store, specs, *_ = runs
     attempt = store.folder(specs["running"].id) / "attempts" / "1"
