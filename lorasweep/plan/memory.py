@@ -23,7 +23,7 @@ CHUNK_BYTES = 320 * 2**20
 """Largest size of a chunk of the unembedding: logits, their logarithms and temporaries
 (models/cpu_llama/head.py, LOGITS)."""
 GPU_CHUNK_LOGITS = 1 << 26
-"""Logits computed at once on a GPU (train/objectives/sft.py, GPU_LOGITS)."""
+"""Logits computed at once on a GPU (train/objectives/nll.py, GPU_LOGITS)."""
 WORD_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
