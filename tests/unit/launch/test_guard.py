@@ -17,6 +17,7 @@ from lorasweep.spec.execution import Cluster
 from lorasweep.store import files
 from lorasweep.store.lock import Lock
 from lorasweep.store.run_store import RunStore
+from tests.world import compose_request
 
 GROUP = 4321
 ARRAY = submissions.Array("0", "s-0", 0, 1)
@@ -48,19 +49,21 @@ def code(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def request_():
+    return compose_request(["+sweep=lr_ratio", "scale=smoke", "cluster=slurm"])
+
+
 @pytest.fixture
-def described(shared, compose, code, tmp_path):
+def described(shared, request_, code, tmp_path):
     """A submission of two jobs and one that follows, made as the command makes it."""
-    request = compose(
-        "+sweep=lr_ratio", "scale=smoke", "cluster=slurm", f"exec.runs_dir={shared.root}"
-    )
     home = submissions.home(shared.root)
     home.mkdir()
     files.protect_entries(home)
     folder = home / "sweep-1"
-    tasks = [request.points[:3], request.points[3:]]
+    tasks = [request_.points[:3], request_.points[3:]]
     with files.own_only():
-        submit._write_tasks(folder, request, tasks, Following(("-m", "lorasweep")), True)
+        submit._write_tasks(folder, request_, tasks, Following(("-m", "lorasweep")), True)
         arrays = [submissions.Array("0", "sweep-1-0", 0, 2)]
         submissions.write_record(folder, "t", [], [], arrays)
     copy = shutil.copytree(code, tmp_path / "snapshot")
