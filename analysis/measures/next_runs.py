@@ -16,7 +16,7 @@ from scipy import stats
 from analysis.inference.decide import scale_of
 from analysis.inference.estimate import Verdict
 from analysis.inference.gates import MIN_SEEDS, GateCode
-from analysis.inference.spread import SEEDS
+from analysis.inference.spread import POWER, SEEDS
 from analysis.measures.power import N_AROUND, expected_spread
 from analysis.optimum.likelihood import gather
 from analysis.optimum.optimum import Optimum, seeds_at_best
@@ -252,15 +252,16 @@ def _halfway(o: Optimum) -> np.ndarray:
 
 
 def _target(verdict: Verdict) -> float:
-    """Return the standard error at which the interval would just clear the margin's nearest edge.
+    """Return the standard error at which the interval clears the margin's nearest edge with POWER.
 
-    In ln for ratios.
+    In ln for ratios. The errors of best rates are taken to be normal.
     """
     e, to = verdict.estimate, scale_of(verdict.log)
     assert e.value is not None
     value = to(e.value)
     room = min(abs(value - to(edge)) for edge in verdict.margin)
-    return max(room / float(stats.norm.ppf(0.5 + e.level / 2)), 1e-4)
+    reach = stats.norm.ppf(0.5 + e.level / 2) + stats.norm.ppf(POWER)
+    return max(room / float(reach), 1e-4)
 
 
 def _expected(o: Optimum, n: int, rates: bool) -> float:

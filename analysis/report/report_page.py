@@ -13,6 +13,7 @@ from analysis.optimum.optimum import WITHIN, Optimum
 from analysis.questions.base import Analysis, Section
 from analysis.report.text import markdown as table_of
 from analysis.runs.lr_curves import LrCurve, full_names
+from analysis.runs.names import in_words
 
 PRIMARY = (
     "Primary claims are corrected for multiplicity within this report (Holm). The study's table "
@@ -66,7 +67,7 @@ def markdown(
         "",
         f"Command: `{command_of(question)}`",
     ]
-    return "\n".join(out) + "\n"
+    return in_words("\n".join(out) + "\n")
 
 
 def command_of(question: dict[str, Any]) -> str:

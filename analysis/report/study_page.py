@@ -12,6 +12,7 @@ from analysis.report.report_page import band_text
 from analysis.report.study import Part, estimate_of, parts_of, rows_of, within
 from analysis.report.study_claims import base_of, bases, by_fate, claims_of, glance, tally
 from analysis.report.text import markdown
+from analysis.runs.names import in_words
 
 HOW_TO_READ = """\
 - **A claim** is a sentence with a number and a margin. The margin was fixed before the runs.
@@ -103,7 +104,7 @@ def page(parts: Sequence[Part], root: str = "") -> str:
     out += _questions(parts, root)
     out += ["## Every verdict", "", EVERY, ""]
     out += ["<details><summary>The whole table</summary>", "", *table(parts), "", "</details>"]
-    return "\n".join(out).rstrip() + "\n"
+    return in_words("\n".join(out).rstrip() + "\n")
 
 
 def _head(parts: Sequence[Part], n_claims: int) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.runs.names import dataset_words
+from analysis.runs.names import in_words
 from analysis.runs.table import CURVE_KEYS, CUT_FROM, GROUP_KEYS, check
 
 
@@ -75,7 +75,7 @@ def title(curve: LrCurve, length: bool = True) -> str:
     Args:
         length: say how many updates the runs have.
     """
-    words = [f"{curve.key['model']} on {dataset_words(str(curve.key['dataset']))}"]
+    words = [f"{curve.key['model']} on {in_words(str(curve.key['dataset']))}"]
     if _known(curve.key.get("batch_size")):
         words.append(f"batch {int(curve.key['batch_size'])}")
     if length and _known(curve.key.get("steps")):

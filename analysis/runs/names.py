@@ -108,21 +108,22 @@ def did_you_mean(name: str, names: Iterable[object]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-_PARAMETERS = re.compile(r"(?P<name>[^()]+)\((?P<set>[^()]+)\)")
+_PARAMETERS = re.compile(r"(\w+)\((\w+=[^()]+)\)")
 SHARES = {"rule_shift": "rules", "new_exceptions": "exceptions"}
 """Parameters of generators that are the share of something that is new."""
 
 
-def dataset_words(name: str) -> str:
-    """Return a data set's name with its generator's parameters in words.
+def in_words(text: str) -> str:
+    """Return a text in which the parameters behind a data set's name are words.
 
     "dialect(new_exceptions=0, rule_shift=1)" is "dialect (no new exceptions, all rules new)".
     """
-    found = _PARAMETERS.fullmatch(name)
-    if found is None:
-        return name
-    pairs = (part.partition("=") for part in found["set"].split(", "))
-    return f"{found['name']} ({', '.join(_parameter(key, value) for key, _, value in pairs)})"
+
+    def words(found: re.Match[str]) -> str:
+        pairs = (part.partition("=") for part in found[2].split(", "))
+        return f"{found[1]} ({', '.join(_parameter(key, value) for key, _, value in pairs)})"
+
+    return _PARAMETERS.sub(words, text)
 
 
 def _parameter(key: str, value: str) -> str:

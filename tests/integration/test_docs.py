@@ -108,3 +108,4 @@ def test_the_front_page_is_short_and_its_findings_are_those_of_the_kept_results(
     assert len(text.splitlines()) <= 150
     assert front_page.readme(text, KEPT) == text
     assert (KEPT / "README.md").read_text() == study_page.page(study.parts_of([KEPT]))
+    assert "rule_shift=" not in (KEPT / "README.md").read_text()  # parameters are words

@@ -12,7 +12,7 @@ from analysis.optimum.fit import fit_all
 from analysis.questions.base import Panel, Series
 from analysis.report import plots, plots_curves
 from analysis.runs.lr_curves import lr_curves, title
-from analysis.runs.names import dataset_words
+from analysis.runs.names import in_words
 from analysis.runs.prefixes import at_step
 
 
@@ -79,10 +79,10 @@ def test_zero_is_drawn_at_zero(drawn):
 
 
 def test_generator_parameters_are_words():
-    assert dataset_words("dialect") == "dialect"
-    shown = dataset_words("dialect(new_exceptions=0, rule_shift=1)")
+    assert in_words("dialect") == "dialect"
+    shown = in_words("dialect(new_exceptions=0, rule_shift=1)")
     assert shown == "dialect (no new exceptions, all rules new)"
-    assert dataset_words("d(features=8, rule_shift=0.25)") == "d (features 8, 25% of the rules new)"
+    assert in_words("d(features=8, rule_shift=0.25)") == "d (features 8, 25% of the rules new)"
 
 
 def runs():
