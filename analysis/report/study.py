@@ -20,6 +20,7 @@ from analysis.inference.estimate import LEVEL, Estimate, Verdict, with_interval
 from analysis.report.report_page import command_of
 
 ORDER = (
+    "regime",
     "lr_ratio",
     "lr_scale",
     "short_runs",

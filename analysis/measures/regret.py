@@ -1,0 +1,224 @@
+"""How much LoRA gives up against full fine-tuning, and how much is new in the data.
+
+Each arm is at its own best rate, and losses are paired by seed. A seed is also a draw of what is to
+be learned where the data set is drawn by seed, so an interval is over draws.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.estimate import Estimate
+from analysis.inference.seeds import PooledVariance, pooled_variance
+from analysis.measures.at_best import AtBest, losses_at_best, over_seeds, values_at_best
+from analysis.optimum.optimum import Optimum
+from analysis.runs.lr_curves import runs_of
+
+ALLOWED = 0.05
+"""LoRA gives up nothing if it loses less than this share of what full fine-tuning gains."""
+BITS_PER_PARAMETER = 2.0
+"""Capacity of LoRA in the study, bits per trained parameter."""
+MEASURES = ("bits_generator", "bits_learnable")
+PARTS = ("changed", "unchanged")
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """What is new in a generated data set, from its parameters."""
+
+    symbols: int
+    """Symbols with changed rules, of VOCABULARY."""
+    rank: int
+    """Rank of that change."""
+    exceptions: float
+    """Share of the memorised exceptions that are new."""
+
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing is new: pretraining goes on."""
+        return not self.symbols and not self.exceptions
+
+    @property
+    def low(self) -> bool:
+        """Whether the rules alone are new. Rules are few numbers; exceptions are a list."""
+        return not self.exceptions
+
+    @property
+    def name(self) -> str:
+        """The name for people."""
+        rules = f"{self.symbols} symbols, rank {self.rank}" if self.symbols else ""
+        facts = f"{self.exceptions:.0%} new exceptions" if self.exceptions else ""
+        return " + ".join(filter(None, (rules, facts))) or "nothing new"
+
+
+VOCABULARY = 32
+
+
+def novelty_of(dataset: dict[str, Any]) -> Novelty | None:
+    """Read the novelty of a data set from its spec; None if the generator is not `dialect`."""
+    if dataset["location"] != "dialect":
+        return None
+    params = dataset.get("knobs") or {}
+    symbols = round(VOCABULARY * float(params.get("rule_shift", 0.5)))
+    exceptions = float(params.get("new_exceptions", 0.3))
+    return Novelty(symbols, int(params.get("shift_rank", 0)), exceptions)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """LoRA of one rank against full fine-tuning in one cell after one number of updates."""
+
+    rank: int
+    lora: Optimum
+    full: Optimum
+    nats: AtBest[float]
+    """LoRA's loss minus full fine-tuning's, by seed."""
+    gain: AtBest[float]
+    """What full fine-tuning gains over the base, in nats, by seed."""
+    load: float | None
+    """Bits of what is new over the capacity at BITS_PER_PARAMETER; None if they are not known."""
+    pooled: PooledVariance | None = None
+    """Variance over seeds of the gap, pooled over the ranks of a cell."""
+
+    @property
+    def beyond_allowed(self) -> AtBest[float]:
+        """The gap minus ALLOWED of the gain, by seed: below 0 LoRA gives up nothing."""
+        return self.nats.paired(self.gain, lambda gap, gain: gap - ALLOWED * gain)
+
+    def over_allowed(self) -> Estimate:
+        """Average `beyond_allowed` over seeds, in nats."""
+        return over_seeds(self.beyond_allowed, self.pooled)
+
+    def mean(self) -> Estimate:
+        """Average the gap over seeds, in nats."""
+        return over_seeds(self.nats, self.pooled)
+
+    def percent(self) -> Estimate:
+        """Average the gap in percent of the gain over seeds."""
+        return over_seeds(self.nats.paired(self.gain, lambda gap, gain: 100 * gap / gain))
+
+    @property
+    def planned_error(self) -> float:
+        """The standard error to expect of the gap, as a share of the gain.
+
+        From full fine-tuning's runs alone, so that it does not depend on what is judged: the fitted
+        noise of one run within a seed, in both arms, at the present number of seeds.
+        """
+        known, gain = self.full.pooled, mean_of(self.gain)
+        if known is None or not gain > 0 or not self.gain.best:
+            return math.inf
+        return math.sqrt(2 / len(self.gain.best)) * known.noise / gain
+
+
+def mean_of(values: AtBest[float]) -> float:
+    """Return the mean over seeds at the best rate; NaN without seeds."""
+    return float(np.mean(list(values.best.values()))) if values.best else math.nan
+
+
+def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
+    """Compare every rank with full fine-tuning; empty without both arms.
+
+    Args:
+        table: the runs of one cell, cut at the number of updates that is judged.
+        optima: of these runs.
+    """
+    full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
+    lora = [o for o in optima if o.curve.key["method"] == "lora"]
+    if full is None:
+        return []
+    losses = dict(zip(map(id, optima), losses_at_best(optima)))
+    start, whole = starts_of(table), losses[id(full)]
+    gain = AtBest(
+        {s: start[s] - v for s, v in whole.best.items()},
+        tuple({s: start[s] - v for s, v in w.items()} for w in whole.likely),
+    )
+    nats = [losses[id(o)].paired(whole, lambda a, b: a - b) for o in lora]
+    pooled = pooled_variance([list(v.best.values()) for v in nats])
+    return [
+        Gap(int(o.curve.key["rank"]), o, full, v, gain, load_of(table, o), pooled)
+        for o, v in zip(lora, nats)
+    ]
+
+
+def starts_of(table: pd.DataFrame) -> dict[int, float]:
+    """Return the loss before training by seed, in nats."""
+    return {int(s): float(v.mean()) for s, v in table.groupby("seed")["nll_start"]}
+
+
+def load_of(table: pd.DataFrame, o: Optimum, measure: str = MEASURES[0]) -> float | None:
+    """Return the bits of what is new over the capacity of a curve's adapter; None if not known."""
+    runs = runs_of(table, o.curve)
+    bits = [json.loads(text).get(measure) for text in runs["result"]]
+    known = [b for b in bits if b is not None]
+    if not known:
+        return None
+    return float(np.mean(known)) / (BITS_PER_PARAMETER * float(runs["n_trainable"].mean()))
+
+
+def growth(first: Gap, last: Gap) -> Estimate:
+    """Return how much the gap of a rank grows between two numbers of updates, in nats."""
+    return over_seeds(last.nats.paired(first.nats, lambda b, a: b - a))
+
+
+def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:
+    """Split a gap at the end of the runs into its contexts: changed and unchanged ones.
+
+    Each part is its share of the contexts times its gap in nats, by seed; together they are the
+    gap. Empty if the losses were not measured apart, or there is only one kind of contexts.
+    """
+    lora, full = values_at_best(table, [gap.lora, gap.full], _parts)
+    found = {}
+    for part in PARTS:
+
+        def difference(a: dict[Any, float], b: dict[Any, float], part: str = part) -> float:
+            return a.get(part, math.nan) - b.get(part, math.nan)
+
+        both = lora.paired(full, difference)
+        if not both.best or not all(map(math.isfinite, both.best.values())):
+            return {}
+        found[part] = both
+    return found
+
+
+def _parts(row: pd.Series) -> dict[str, float]:
+    result = json.loads(row["result"])
+    share = result.get("changed_share")
+    if share is None or not 0 < share < 1:
+        return {}
+    shares = dict(zip(PARTS, (share, 1 - share)))
+    return {part: shares[part] * result[f"test_nll_{part}"] for part in PARTS}
+
+
+@dataclass(frozen=True)
+class Needed:
+    """The smallest rank with no regret, as far as the ranks tried tell: in (above, up_to]."""
+
+    above: float
+    """Largest rank that gives up more than allowed; 0 if none does."""
+    up_to: float
+    """Smallest rank from which on none gives up more than allowed; infinite if there is none."""
+
+    def __str__(self) -> str:
+        """Return the range for people."""
+        if math.isinf(self.up_to):
+            return f"above {self.above:g}" if self.above else "-"
+        return f"up to {self.up_to:g}" if not self.above else f"{self.above:g} to {self.up_to:g}"
+
+
+def rank_needed(gaps: Sequence[Gap]) -> Needed:
+    """Return the range of the smallest rank with no regret, from the intervals of all ranks."""
+    above, up_to = 0.0, math.inf
+    for gap in sorted(gaps, key=lambda g: g.rank):
+        e = gap.over_allowed()
+        if e.low is not None and e.low > 0:
+            above, up_to = float(gap.rank), math.inf
+        elif e.high is not None and e.high < 0:
+            up_to = min(up_to, float(gap.rank))
+        else:
+            up_to = math.inf
+    return Needed(above, up_to)

@@ -1,0 +1,140 @@
+"""`regime` on planted runs: what LoRA gives up in cells with little and with much that is new."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tests.planted import FULL, GAIN, LORA, World
+
+pytestmark = pytest.mark.slow  # fits hundreds of curves
+
+LOW, BEYOND, NULL = (
+    "{steps:256,knobs:{rule_shift:0.25,shift_rank:2}}",
+    "{steps:256,knobs:{rule_shift:0.25,shift_rank:8,new_exceptions:0.3}}",
+    "{steps:256,knobs:{rule_shift:0.0}}",
+)
+FULL_LRS, LORA_LRS = ([best * 2.0**k for k in range(-3, 4)] for best in (FULL, LORA))
+SHARE = 0.4
+"""Share of changed contexts."""
+
+
+class Cells(World):
+    """Full fine-tuning gains GAIN a doubling; LoRA lies `gap(rank, step, exceptions)` of the whole
+    gain behind it, in the changed contexts only or in the unchanged ones only."""
+
+    def __init__(self, gap, part="changed", bits=1e4):
+        super().__init__(lambda spec: 1.0, more=self.results)
+        self.gap, self.part, self.bits = gap, part, bits
+
+    def behind(self, spec, step):
+        if spec.method.name == "fullft":
+            return 0.0
+        exceptions = spec.dataset.generator_params["new_exceptions"]
+        whole = GAIN * math.log2(1 + spec.steps)
+        return whole * self.gap(spec.method.rank, step, exceptions)
+
+    def loss(self, spec, step):
+        return super().loss(spec, step) + self.behind(spec, step)
+
+    def results(self, spec):
+        behind, common = self.behind(spec, spec.steps), self.nll(spec)
+        common -= behind
+        apart = {"changed": SHARE, "unchanged": 1 - SHARE}
+        extra = {k: behind / share if k == self.part else 0.0 for k, share in apart.items()}
+        return {
+            "bits_generator": self.bits if spec.dataset.generator_params["rule_shift"] else 0.0,
+            "changed_share": SHARE,
+            **{f"test_nll_{k}": common + more for k, more in extra.items()},
+        }
+
+
+def cell(out, name):
+    return next(c for c in out["cells"] if name in c["cell"])
+
+
+def verdicts(out, claim):
+    return {
+        v["group"].split(", ", 1)[1]: v["outcome"] for v in out["verdicts"] if v["claim"] == claim
+    }
+
+
+def ask_regime(ask, world, *cells, ranks="[1,8]"):
+    arms = []
+    for arm, rates in (("fullft", FULL_LRS), ("lora", LORA_LRS)):
+        shown = [f"{c[:-1]},lr:{rates}}}" for c in cells]
+        arms.append(f"sweep.at.smoke.{arm}=[{','.join(shown)}]")
+    return ask("regime", world, *arms, f"sweep.at.smoke.ranks={ranks}")[0]
+
+
+def test_the_boundary_comes_back_by_cell_and_rank(ask):
+    """An eighth of tiny64's width is rank 8: better than full fine-tuning where only rules are new
+    (on unchanged contexts), behind where exceptions are new; rank 1 is behind and falls back."""
+
+    def gap(rank, step, exceptions):
+        if exceptions:
+            return 0.12
+        return -0.02 if rank == 8 else 0.04 + 0.06 * math.log2(step / 128)
+
+    out = ask_regime(ask, Cells(gap, part="unchanged"), LOW, BEYOND)
+    low, beyond = "8 symbols, rank 2", "8 symbols, rank 8 + 30% new exceptions"
+    assert verdicts(out, "low") == {low: "SUPPORTED"}
+    assert verdicts(out, "beyond") == {beyond: "SUPPORTED"}
+    assert verdicts(out, "better") == {low: "SUPPORTED"}
+    assert verdicts(out, "unchanged") == {low: "SUPPORTED"}
+    assert verdicts(out, "growth")[low] == "SUPPORTED"
+    assert cell(out, low)["rank_needed"] == [1.0, 8.0]
+    assert cell(out, beyond)["rank_needed"] == [8.0, None]
+    found = {r["rank"]: r["regret_percent"]["value"] for r in cell(out, low)["ranks"]}
+    assert found[8] == pytest.approx(-2, abs=0.4) and found[1] == pytest.approx(10, abs=0.4)
+
+
+def test_claims_about_the_regime_can_be_refuted(ask):
+    """Rank 8 gives up a tenth where only rules are new, nothing where exceptions are; the gap
+    shrinks."""
+
+    def gap(rank, step, exceptions):
+        return 0.0 if exceptions else 0.15 - 0.05 * math.log2(step / 128)
+
+    out = ask_regime(ask, Cells(gap), LOW, BEYOND)
+    low, beyond = "8 symbols, rank 2", "8 symbols, rank 8 + 30% new exceptions"
+    assert verdicts(out, "low") == {low: "REFUTED"} == verdicts(out, "better")
+    assert verdicts(out, "beyond") == {beyond: "REFUTED"}
+    assert verdicts(out, "growth")[low] == "REFUTED"
+    (place,) = [v for v in out["verdicts"] if v["claim"] == "unchanged"]
+    assert place["outcome"] == "UNDECIDED" and "no advantage to place" in place["why"]
+
+
+def test_an_advantage_on_changed_contexts_is_placed_there(ask):
+    out = ask_regime(ask, Cells(lambda r, s, e: -0.03), LOW)
+    assert verdicts(out, "better") == {"8 symbols, rank 2": "SUPPORTED"}
+    assert verdicts(out, "unchanged") == {"8 symbols, rank 2": "REFUTED"}
+
+
+def test_a_rank_that_fits_by_two_bits_a_parameter_is_judged_at_its_load(ask):
+    """1e4 bits are a load of 0.99 for rank 1 of tiny64 (5,072 parameters) and 0.5 for rank 2."""
+    out = ask_regime(ask, Cells(lambda r, s, e: 0.1 if r < 4 else 0.0), LOW, ranks="[1,2,4]")
+    loads = {r["rank"]: r["load"] for r in cell(out, "8 symbols")["ranks"]}
+    assert loads[1] == pytest.approx(2 * loads[2], rel=1e-9) and loads[2] <= 0.5 < loads[1]
+    assert verdicts(out, "fits") == {"8 symbols, rank 2": "REFUTED"}
+
+
+def test_where_nothing_is_new_no_claim_of_load_is_made_and_missing_cells_are_said(ask):
+    out = ask_regime(ask, Cells(lambda r, s, e: 0.0), NULL)
+    assert verdicts(out, "low") == {"nothing new": "SUPPORTED"}
+    missing = [v for v in out["verdicts"] if v["group"] == "no cell"]
+    assert {v["claim"] for v in missing} == {"beyond", "fits", "growth", "real"}
+    assert all(v["outcome"] == "UNDECIDED" for v in missing)
+
+
+def test_a_noisy_cell_is_shown_and_not_judged(ask):
+    world = Cells(lambda r, s, e: 0.0)
+    quiet = world.loss
+
+    def loud(spec, step):
+        return quiet(spec, step) + np.random.default_rng(int(spec.id, 16)).normal(0, 0.03)
+
+    world.loss = loud
+    out = ask_regime(ask, world, LOW)
+    low = next(v for v in out["verdicts"] if v["claim"] == "low")
+    assert low["outcome"] == "UNDECIDED" and "standard error" in low["why"]
