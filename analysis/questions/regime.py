@@ -59,7 +59,7 @@ ESTIMANDS = (
     "over_allowed_real",
 )
 LOG_ESTIMANDS: tuple[str, ...] = ()
-FIRST = 128
+FIRST = 64
 """Updates after which the gap is first read, to see whether it grows."""
 EIGHTH = 8
 """The study's ranks end at an eighth of the hidden size."""

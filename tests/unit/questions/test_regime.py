@@ -74,7 +74,7 @@ def test_the_boundary_comes_back_by_cell_and_rank(ask):
     def gap(rank, step, exceptions):
         if exceptions:
             return 0.12
-        return -0.02 if rank == 8 else 0.04 + 0.06 * math.log2(step / 128)
+        return -0.02 if rank == 8 else 0.04 + 0.03 * math.log2(step / 64)
 
     out = ask_regime(ask, Cells(gap, part="unchanged"), LOW, BEYOND)
     low, beyond = "8 symbols, rank 2", "8 symbols, rank 8 + 30% new exceptions"
@@ -94,7 +94,7 @@ def test_claims_about_the_regime_can_be_refuted(ask):
     shrinks."""
 
     def gap(rank, step, exceptions):
-        return 0.0 if exceptions else 0.15 - 0.05 * math.log2(step / 128)
+        return 0.0 if exceptions else 0.25 - 0.05 * math.log2(step / 64)
 
     out = ask_regime(ask, Cells(gap), LOW, BEYOND)
     low, beyond = "8 symbols, rank 2", "8 symbols, rank 8 + 30% new exceptions"
