@@ -7,7 +7,7 @@ import json
 
 import pandas as pd
 
-COLUMNS = ("run", "step", "test_nll", "grad_share")
+COLUMNS = ("run", "step", "test_nll", "test_nll_curve", "grad_share")
 Points = list[tuple[float, float]]
 """A learning curve: (step, held-out NLL in nats), by increasing step."""
 
@@ -15,8 +15,9 @@ Points = list[tuple[float, float]]
 def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
     """Return all evaluations of a table's runs, in order; empty if there are none.
 
-    Columns: `run`, the run's label in the table's index; `step`; `test_nll` in nats; `grad_share`,
-    the share of the squared gradient by layer set, where it was measured. Missing is NaN.
+    Columns: `run`, the run's label in the table's index; `step`; `test_nll` in nats;
+    `test_nll_curve`, at the end of training the loss on the rows of the earlier evaluations;
+    `grad_share`, the share of the squared gradient by layer set. Missing is NaN.
     """
     assert table.index.is_unique, "runs are distinguished by the table's index: reset_index() first"
     results = table["result"].items() if "result" in table.columns else ()
@@ -26,7 +27,9 @@ def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
         if isinstance(text, str)
         for point in json.loads(text).get("curve") or []
     ]
-    return pd.DataFrame(points, columns=list(COLUMNS)).astype({"test_nll": float})
+    return pd.DataFrame(points, columns=list(COLUMNS)).astype(
+        {"test_nll": float, "test_nll_curve": float}
+    )
 
 
 def by_run(table: pd.DataFrame) -> dict[object, pd.DataFrame]:
@@ -38,14 +41,17 @@ def by_run(table: pd.DataFrame) -> dict[object, pd.DataFrame]:
 
 
 def same_rows(curve: pd.DataFrame | None) -> Points:
-    """Return the evaluations on the same held-out rows: from step 1 to the last but one.
+    """Return the evaluations on the same held-out rows, from step 1 on.
 
-    The last evaluation uses more rows, and step 0 has no logarithm.
+    The last evaluation uses more rows, so its loss on the same rows is taken; results that do not
+    have it end at the last evaluation but one. Step 0 has no logarithm.
     """
     if curve is None:
         return []
-    kept = curve[(curve["step"] >= 1) & curve["test_nll"].notna()].iloc[:-1]
-    return list(zip(kept["step"].astype(float), kept["test_nll"]))
+    kept = curve[(curve["step"] >= 1) & curve["test_nll"].notna()]
+    losses = kept["test_nll"].where(kept["test_nll_curve"].isna(), kept["test_nll_curve"])
+    points = list(zip(kept["step"].astype(float), losses))
+    return points if kept["test_nll_curve"].iloc[-1:].notna().all() else points[:-1]
 
 
 def cut(result: str, step: int) -> str:
