@@ -5,8 +5,11 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 from lorasweep.config.compose import compose_request
 
@@ -22,6 +25,31 @@ def tiny_spec(**changes):
 @cache
 def _smoke_spec():
     return compose_request(["scale=smoke"]).points[0].spec
+
+
+OTHER_USER = 4321
+"""Number of a user and of its group."""
+
+
+def as_another_user(folder: Path, do: Callable[[], object]) -> None:
+    """Call `do` in a process of another user, who can reach `folder`; its failure is ours."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become another user")
+    for parent in (folder, *folder.parents):
+        if parent.stat().st_uid == 0 and str(parent).startswith("/tmp/"):
+            parent.chmod(parent.stat().st_mode | 0o011)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(OTHER_USER)
+            os.setuid(OTHER_USER)
+            do()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def cli(*args, cwd, env=None, timeout=300, check=True):

@@ -6,6 +6,7 @@ Ties planning, launching and the analysis together. Refuses to know torch (the w
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lorasweep.plan.estimate import make_plan, summary
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.same_data import refuse_mixing
 from lorasweep.spec.metric import metric_of
-from lorasweep.store import looks
+from lorasweep.store import files, looks
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names
@@ -47,6 +48,8 @@ def act(
     job on a cluster.
     """
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
+    with suppress(OSError):  # not there, or not to be read: the action says so
+        files.share_as(store.root)
     action = request.action
     if action == "export":
         points = all_points(request, store) if request.sweep else []

@@ -10,6 +10,7 @@ checksum holds; otherwise it is written again.
     loss     bool  [tokens]
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -75,11 +76,13 @@ class Rows(Sequence[Example]):
 def kept(path: Path, make: Callable[[], Rows]) -> Rows:
     """Return the rows of a file; make and write them first if it is missing or damaged.
 
-    Processes that need the same file at once wait for the first one.
+    Processes that need the same file at once wait for the first one. In a folder that this user may
+    only read, rows that are not there are made in memory.
     """
     rows = read(path)
     if rows is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not _writable(path.parent):
+            return make()
         with _locked(path.with_suffix(".lock")):
             rows = read(path)
             if rows is None:
@@ -105,6 +108,17 @@ def read(path: Path) -> Rows | None:
         return None
     rows = Rows([whole[a:b].view(t) for a, b, t in zip(ends, ends[1:], DTYPES)])
     return rows if rows.sha256 == head["sha256"] else None
+
+
+def _writable(folder: Path) -> bool:
+    """Create a folder; return whether this user may write in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def _write(path: Path, rows: Rows) -> None:

@@ -19,7 +19,8 @@ FOLDER = ".data"
 def check_same_data(root: Path, spec: RunSpec, sha256: str | None) -> None:
     """Note the fingerprint of a run's data, or compare it with the noted one.
 
-    Does nothing outside a run folder, and for data without a fingerprint.
+    Does nothing outside a run folder, and for data without a fingerprint. In a folder that this
+    user may only read nothing is noted, because no run of it is trained there.
 
     Raises:
         DataError: the data are others than before.
@@ -29,10 +30,7 @@ def check_same_data(root: Path, spec: RunSpec, sha256: str | None) -> None:
     key = hashlib.sha256(f"{spec.model.canonical}{spec.dataset.canonical}".encode()).hexdigest()
     path = root / FOLDER / f"{key[:16]}.json"
     mine = {"model": spec.model.name, "dataset": spec.dataset.name, "data_sha256": sha256}
-    path.parent.mkdir(exist_ok=True)
-    if files.create_once(path, json.dumps(mine).encode()):
-        return
-    noted = (files.read_json(path) or mine)["data_sha256"]
+    noted = (files.read_json(path) or _note(path, mine))["data_sha256"]
     if noted != sha256:
         raise DataError(
             f"dataset {spec.dataset.name!r}: these are not the data that runs in {root} were "
@@ -40,3 +38,14 @@ def check_same_data(root: Path, spec: RunSpec, sha256: str | None) -> None:
             f"back, or use a fresh run folder (exec.runs_dir={root}-2), or give the new data a "
             f"name of their own. If no run was trained on the old ones, delete {path}."
         )
+
+
+def _note(path: Path, mine: dict[str, str]) -> dict[str, str]:
+    """Write the note unless another process was faster, and return what is noted."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        files.create_once(path, json.dumps(mine).encode())
+    except OSError as error:
+        if error.errno not in files.READ_ONLY:
+            raise
+    return files.read_json(path) or mine

@@ -6,6 +6,7 @@ again, and in the end raises, so that nobody takes a run for free or a checkpoin
 of it. Tests replace `os` in this module to make each operation fail in turn.
 """
 
+import errno
 import json
 import os
 import stat
@@ -19,6 +20,8 @@ from lorasweep.errors import StoreError
 
 T = TypeVar("T")
 NOT_THERE = (FileNotFoundError, NotADirectoryError)
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Error numbers of a folder in which this user may not write."""
 PAUSES_S = (0.1, 0.5, 2.0)
 """Pauses before a failed read is tried again."""
 
@@ -75,8 +78,13 @@ def status(path: Path) -> os.stat_result | None:
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` with `content`: temporary file, fsync, rename, fsync of the folder."""
     partial = _partial(path)
-    _write_new(partial, content)
-    os.replace(partial, path)
+    try:
+        _write_new(partial, content)
+        os.replace(partial, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
     sync_folder(path.parent)
 
 

@@ -1,8 +1,8 @@
 """An index of finished runs, so that ten thousand of them are counted in a fraction of a second.
 
-It is a cache, `.index.json` in the run folder, and is rebuilt from the results if it is missing,
-damaged or out of date. An entry is valid while the size and modification time of its result.json
-stay the same; results are written once.
+It is a cache, `.index/runs.json` in the run folder, and is rebuilt from the results if it is
+missing, damaged or out of date. An entry is valid while the size and modification time of its
+result.json stay the same; results are written once.
 """
 
 import json
@@ -45,7 +45,8 @@ def read(
     `result` reads and checks a run that is not in the index yet. `known` is the caller's cache
     between calls; if it is empty, it is filled from the index file.
     """
-    path = root / ".index.json"
+    # in a folder of its own, since in one with the sticky bit nobody replaces another user's file
+    path = root / ".index" / "runs.json"
     if not known:
         known |= _load(path)
     found: dict[str, Entry] = {}
@@ -81,6 +82,7 @@ def read(
         found[rid] = Entry(*entry)
     if behind > 20 + len(known) // 50:
         with suppress(OSError):  # a full disk or another user's folder: fine, it is only a cache
+            path.parent.mkdir(exist_ok=True)
             files.write_atomic(path, json.dumps({"version": VERSION, "runs": known}).encode())
     return found
 

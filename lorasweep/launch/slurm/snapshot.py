@@ -45,11 +45,10 @@ def take(root: Path) -> Snapshot:
         sha256 = guard.digest(str(here))
         return _checked(here, sha256 if _name(sha256) == here.name else "")
     sha256 = guard.digest_of({t.as_posix(): guard.sha256(str(s)) for s, t in _files(here)})
-    folder = root / _name(sha256)
-    if not folder.is_dir():
+    if not (root / _name(sha256)).is_dir():
         with files.own_only():
-            _copy(here, folder)
-    return _checked(folder, sha256)
+            sha256 = _copy(here, root)
+    return _checked(root / _name(sha256), sha256)
 
 
 def _name(sha256: str) -> str:
@@ -66,16 +65,18 @@ def _checked(folder: Path, sha256: str) -> Snapshot:
     return Snapshot(folder, sha256)
 
 
-def _copy(here: Path, folder: Path) -> None:
-    root, name = folder.parent, folder.name
-    partial = root / f".{name}.{os.getpid()}.{os.urandom(3).hex()}"
+def _copy(here: Path, root: Path) -> str:
+    """Copy the code; return the digest of the copy, which names it, as files may be edited now."""
+    partial = root / f".copy.{os.getpid()}.{os.urandom(3).hex()}"
     files.own_folder(partial)
     for source, target in _files(here):
         path = partial / target
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
         files.sync(path)
-    about = {**provenance.code(), "snapshot": name, "edited": _edited()}
+    sha256 = guard.digest(str(partial))
+    folder = root / _name(sha256)
+    about = {**provenance.code(), "snapshot": folder.name, "edited": _edited()}
     files.write_atomic(partial / guard.ABOUT, json.dumps(about, indent=1).encode())
     try:
         os.rename(partial, folder)
@@ -84,6 +85,7 @@ def _copy(here: Path, folder: Path) -> None:
             raise
         shutil.rmtree(partial)  # another command was faster, with the same content
     files.sync_folder(root)
+    return sha256
 
 
 def describe(snapshot: Snapshot) -> str:

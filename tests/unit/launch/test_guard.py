@@ -152,6 +152,22 @@ def test_a_snapshot_that_was_changed_is_not_used_again(tmp_path):
         snapshot.take(tmp_path)
 
 
+def test_code_that_is_edited_while_it_is_copied_is_named_by_the_copy(tmp_path, monkeypatch):
+    copy = shutil.copyfile
+
+    def edited(source, target):
+        copy(source, target)
+        if target.name == "errors.py":
+            append(target)
+
+    with monkeypatch.context() as m:
+        m.setattr(snapshot.shutil, "copyfile", edited)
+        first = snapshot.take(tmp_path)
+    assert first.sha256 == guard.digest(str(first.folder))
+    second = snapshot.take(tmp_path)  # of the code as it was before the edit
+    assert first.folder != second.folder and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_worker_refuses_a_job_file_that_is_not_its_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(worker.StopFlag, "install", lambda self: None)
     monkeypatch.setattr(worker, "die_with_parent", lambda: None)

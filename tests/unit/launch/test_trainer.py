@@ -10,7 +10,7 @@ from lorasweep.errors import DataError
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.spec.execution import Exec
 from tests.bpe import qwen_like
-from tests.world import compose_request, tiny_spec
+from tests.world import as_another_user, compose_request, tiny_spec
 
 
 @pytest.fixture
@@ -49,3 +49,28 @@ def test_a_data_set_that_changed_is_refused_before_it_is_trained_on(load, tmp_pa
     (note,) = [p for p in (tmp_path / "runs/.data").iterdir() if '"mine"' not in p.read_text()]
     note.unlink()
     load("No")
+
+
+def test_data_of_a_folder_that_is_only_read_are_checked_and_not_noted(load, tmp_path):
+    """As when somebody else's runs are trained again: verified, or exported."""
+    runs = tmp_path / "runs"
+    runs.chmod(0o755)
+
+    def read_first():
+        assert len(load("Yes").test) == 4
+        assert not list(runs.iterdir())
+
+    def read_noted():
+        load("Yes")
+        with pytest.raises(DataError, match="not the data"):
+            load("No")
+
+    for path in (tmp_path / "gsm8k", tmp_path):
+        path.chmod(0o777)
+    as_another_user(tmp_path, read_first)
+    for path in (tmp_path / "gsm8k").iterdir():
+        path.unlink()
+    load("Yes")
+    for path in (tmp_path / "gsm8k").iterdir():
+        path.chmod(0o666)
+    as_another_user(tmp_path, read_noted)

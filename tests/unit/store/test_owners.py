@@ -3,11 +3,15 @@
 import json
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from lorasweep.cli.actions import act
+from lorasweep.errors import SpecError
 from lorasweep.store import claims, files
+from lorasweep.store.lock import Lock
 from lorasweep.store.run_store import RunStore
 
 
@@ -45,6 +49,24 @@ def test_a_folder_of_a_group_stays_the_groups(tmp_path, compose):
         files.share_as(mine)
         (mine / "x").write_text("")
         assert not (mine / "x").stat().st_mode & stat.S_IWGRP
+    finally:
+        os.umask(old)
+
+
+@pytest.mark.parametrize("action", ["extend", "verify", "adapter", "status"])
+def test_what_any_action_writes_into_a_groups_folder_is_the_groups(tmp_path, compose, action):
+    """The lock of the looks, for one: the next member adds a round, too."""
+    old = os.umask(0o022)
+    try:
+        runs = tmp_path / "runs"
+        runs.mkdir()
+        runs.chmod(0o2775)
+        with suppress(SpecError):  # there is no run yet
+            act(compose("+sweep=lr_ratio", "scale=smoke", f"action={action}"))
+        lock = Lock(runs / "lock")
+        lock.acquire(1, print)
+        lock.release()
+        assert all(p.stat().st_mode & stat.S_IWGRP for p in runs.rglob("*"))
     finally:
         os.umask(old)
 
