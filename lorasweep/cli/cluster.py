@@ -102,11 +102,14 @@ def _print_left_out(request: Request, store: RunStore, done: Outcome) -> None:
             file=sys.stderr,
         )
     if done.pruned:
-        print(f"cancelled {done.pruned} queued run(s) that are no longer part of the sweep")
+        print(
+            f"cancelled {done.pruned} queued run(s) of this sweep that this command line does not "
+            "ask for"
+        )
     elif work.n_removed:
         print(
-            f"{work.n_removed} queued run(s) are no longer part of the sweep; cancel them with "
-            "prune=true"
+            f"{work.n_removed} queued run(s) of this sweep are not asked for by this command line; "
+            "cancel them with prune=true"
         )
 
 

@@ -136,8 +136,8 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
         lines.append(f"  {queue['queued']} runs are already queued")
     if queue["removed"]:
         lines.append(
-            f"  {queue['removed']} queued run(s) are no longer part of the sweep: prune=true "
-            "cancels them"
+            f"  {queue['removed']} queued run(s) of this sweep are not asked for by this command "
+            "line: prune=true cancels them"
         )
     if "unknown" in queue:
         lines.append(f"  queued runs are unknown: {queue['unknown']}")

@@ -39,8 +39,10 @@ def world(tmp_path):
         for split in ("train", "test"):
             (tmp_path / "mine" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 
-    def load(cache=True, **changes):
+    def load(cache=True, eos=None, **changes):
         tokenizer = Counting()
+        if eos is not None:
+            tokenizer.eos_token_id = eos
         given = dataclasses.replace(spec, **changes)
         folder = str(tmp_path / "cache") if cache else ""
         return data.load(given, [str(tmp_path)], tokenizer, folder), tokenizer.texts
@@ -86,10 +88,11 @@ def test_other_rows_another_length_and_another_form_have_files_of_their_own(worl
     first, _ = world()
     cut, n_cut = world(max_length=23)
     few, n_few = world(n_train=10)
+    ended, n_ended = world(eos=7)  # as of a base and its chat model, whose tokens are the same ones
     world.write("No")
     other, n_other = world()
-    assert n_cut == 2 * 608 and n_few == 2 * 10 and n_other == 2 * 608
-    assert len({d.sha256 for d in (first, cut, few, other)}) == 4
+    assert n_cut == n_ended == n_other == 2 * 608 and n_few == 2 * 10
+    assert len({d.sha256 for d in (first, cut, few, ended, other)}) == 5
     renamed, n_renamed = world(name="yours")
     assert n_renamed == 0 and renamed.sha256 == other.sha256
 

@@ -120,6 +120,26 @@ def test_nothing_is_written_for_a_run_lost_since_the_last_look(tmp_path, clock):
         assert max(slots, default=0) <= 3
 
 
+def test_no_checkpoint_is_written_for_a_run_lost_while_the_others_were(
+    tmp_path, clock, monkeypatch
+):
+    store, specs = RunStore(tmp_path), [tiny_spec(seed=k) for k in range(2)]
+    ids, save, saved = [s.id for s in specs], checkpoint.save, []
+
+    def slow_save(folder, state):
+        save(folder, state)
+        saved.append(folder.parent.name)
+        if len(saved) == 1:
+            take_over(store, ids[1])
+
+    monkeypatch.setattr(session.checkpoint, "save", slow_save)
+    stop = StopFlag()
+    stop.set = True
+    with pytest.raises(Stopped):
+        run(store, specs, trainer_of(3), stop=stop)
+    assert saved == [ids[0]] and not (store.folder(ids[1]) / "checkpoint").exists()
+
+
 def test_between_two_looks_an_update_touches_no_file(tmp_path, clock, monkeypatch):
     store, specs, calls = RunStore(tmp_path), [tiny_spec(seed=k) for k in range(3)], []
 
