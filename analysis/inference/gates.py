@@ -34,7 +34,8 @@ class GateCode(StrEnum):
     BY_TASK = "by task: {0}"
     MISSING = "no curve of {0}"
     ONE_RANK = "one rank only"
-    NOISY = "the gap's standard error is {0} of the gain, at most 1.25% is judged"
+    NOISY = "the gap's standard error is {0} of the gain; at most 1.25% is judged"
+    NO_GAP = "LoRA is not behind here, so there is no gap to grow or shrink"
     NO_ADVANTAGE = "LoRA is not better here, so there is no advantage to place"
     NO_ORDER = "rank(s) {0} have left at the first evaluation: their order is not resolved"
 
@@ -69,6 +70,7 @@ REMEDIES: dict[str, str] = {
     GateCode.BUSY: "the same runs on a quiet machine",
     GateCode.TASK: "another task or model: more runs cannot help",
     GateCode.MISSING: "the missing arm",
+    GateCode.NO_GAP: "a cell in which LoRA is behind",
     GateCode.NO_ADVANTAGE: "a cell in which LoRA is better",
     GateCode.NOISY: "more seeds, or more held-out rows",
     GateCode.ONE_RANK: "another rank",

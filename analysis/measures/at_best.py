@@ -116,17 +116,76 @@ def values_at_best(
         read: a run's values by name, on a scale on which they interpolate well (losses, logarithms
             of norms); empty if it has none.
     """
-    out = []
+    return [_read(o, k, _values_of(table, o, read)) for k, o in enumerate(optima)]
+
+
+def _values_of(
+    table: pd.DataFrame, o: Optimum, read: Callable[[pd.Series], dict[Any, float]]
+) -> dict[int, dict[float, dict[Any, float]]]:
+    """Return what `read` finds in a curve's usable runs, by seed and ln(rate)."""
     finished = table[(table["status"] == "done") & (table["lr"] > 0)]
-    for k, o in enumerate(optima):
-        usable = _losses(o)
-        runs: dict[int, dict[float, dict[Any, float]]] = {}
-        for _, row in runs_of(finished, o.curve).iterrows() if o.best_lr.value is not None else ():
-            seed, x = int(row["seed"]), round(math.log(row["lr"]), 6)
-            if x in usable.get(seed, ()) and (values := read(row)):
-                runs.setdefault(seed, {})[x] = values
-        out.append(_read(o, k, runs))
-    return out
+    usable = _losses(o)
+    runs: dict[int, dict[float, dict[Any, float]]] = {}
+    for _, row in runs_of(finished, o.curve).iterrows() if o.best_lr.value is not None else ():
+        seed, x = int(row["seed"]), round(math.log(row["lr"]), 6)
+        if x in usable.get(seed, ()) and (values := read(row)):
+            runs.setdefault(seed, {})[x] = values
+    return runs
+
+
+def parts_at_best(
+    table: pd.DataFrame, optima: Sequence[Optimum], read: Callable[[pd.Series], dict[Any, float]]
+) -> list[AtBest[dict[Any, float]]]:
+    """Return the parts of each curve's losses by seed, in nats, at its best and likely rates.
+
+    Like the losses themselves, a part is interpolated as its distance from the fitted valley, of
+    which it has the share that fits its runs best. So the parts add up to the loss.
+
+    Args:
+        read: the parts of a run's loss, which add up to it; empty if they are not known.
+    """
+    return [_parts_of(o, k, _values_of(table, o, read)) for k, o in enumerate(optima)]
+
+
+def _parts_of(
+    o: Optimum, which: int, runs: dict[int, dict[float, dict[Any, float]]]
+) -> AtBest[dict[Any, float]]:
+    shape = o.shape
+    if shape is None or o.best_lr.value is None or not runs:
+        return AtBest({})
+    share = _shares_of_height(runs)
+
+    def moved(parts: dict[Any, float], height: float) -> dict[Any, float]:
+        return {n: v + share[n] * height for n, v in parts.items()}
+
+    off = {
+        seed: {x: moved(v, -float(shape.height(np.array([x]))[0])) for x, v in by_rate.items()}
+        for seed, by_rate in runs.items()
+    }
+    read = _read(o, which, off)
+    heights = shape.height(np.log([o.best_lr.value, *likely_rates(o, which)]))
+    best, *likely = (
+        {s: moved(v, float(height)) for s, v in by_seed.items()}
+        for by_seed, height in zip([read.best, *read.likely], heights)
+    )
+    return AtBest(best, tuple(likely))
+
+
+def _shares_of_height(runs: dict[int, dict[float, dict[Any, float]]]) -> dict[Any, float]:
+    """Return how much each part rises where the loss rises by 1, over the rates of a seed.
+
+    By least squares, so the shares add up to 1.
+    """
+    names = list(next(iter(next(iter(runs.values())).values())))
+    deviations = []
+    for by_rate in runs.values():
+        parts = np.array([[v[n] for n in names] for v in by_rate.values()])
+        deviations.append(parts - parts.mean(0))
+    rise = np.concatenate(deviations)
+    total = rise.sum(1)
+    if not total @ total > 0:
+        return dict.fromkeys(names, 1 / len(names))
+    return dict(zip(names, (total @ rise / (total @ total)).tolist()))
 
 
 def losses_at_best(optima: Sequence[Optimum]) -> list[AtBest[float]]:

@@ -6,7 +6,7 @@ be learned where the data set is drawn by seed, so an interval is over draws.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate
 from analysis.inference.seeds import PooledVariance, pooled_variance
-from analysis.measures.at_best import AtBest, losses_at_best, over_seeds, values_at_best
+from analysis.measures import at_best
+from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import runs_of
 
@@ -34,7 +35,7 @@ class Novelty:
     symbols: int
     """Symbols with changed rules, of VOCABULARY."""
     rank: int
-    """Rank of that change."""
+    """Rank of that change; 0: the rules are drawn anew."""
     exceptions: float
     """Share of the memorised exceptions that are new."""
 
@@ -51,7 +52,8 @@ class Novelty:
     @property
     def name(self) -> str:
         """The name for people."""
-        rules = f"{self.symbols} symbols, rank {self.rank}" if self.symbols else ""
+        how = f"rank {self.rank}" if self.rank else "drawn anew"
+        rules = f"{self.symbols} symbols, {how}" if self.symbols else ""
         facts = f"{self.exceptions:.0%} new exceptions" if self.exceptions else ""
         return " + ".join(filter(None, (rules, facts))) or "nothing new"
 
@@ -106,13 +108,15 @@ class Gap:
     def planned_error(self) -> float:
         """The standard error to expect of the gap, as a share of the gain.
 
-        From full fine-tuning's runs alone, so that it does not depend on what is judged: the fitted
-        noise of one run within a seed, in both arms, at the present number of seeds.
+        From full fine-tuning's runs alone, so that it does not depend on what is judged: the noise
+        of one run within a seed, from repeats at its rates, in both arms, at the present number of
+        seeds. Infinite without repeats.
         """
-        known, gain = self.full.pooled, mean_of(self.gain)
-        if known is None or not gain > 0 or not self.gain.best:
+        runs, gain = self.full.likelihood, mean_of(self.gain)
+        if runs is None or not runs.df or not gain > 0:
             return math.inf
-        return math.sqrt(2 / len(self.gain.best)) * known.noise / gain
+        noise = math.sqrt(runs.squares / runs.df)
+        return math.sqrt(2 / len(self.gain.best)) * noise / gain
 
 
 def mean_of(values: AtBest[float]) -> float:
@@ -161,7 +165,12 @@ def load_of(table: pd.DataFrame, o: Optimum, measure: str = MEASURES[0]) -> floa
 
 
 def growth(first: Gap, last: Gap) -> Estimate:
-    """Return how much the gap of a rank grows between two numbers of updates, in nats."""
+    """Return how much the gap of a rank grows between two numbers of updates, in nats.
+
+    The same runs give the best rates of both lengths, so a likely rate of one goes with the likely
+    rate of the same probability of the other. Taken to be independent they would hardly widen the
+    interval (LOG.md): almost all of it is the seeds' spread.
+    """
     return over_seeds(last.nats.paired(first.nats, lambda b, a: b - a))
 
 
@@ -171,7 +180,7 @@ def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:
     Each part is its share of the contexts times its gap in nats, by seed; together they are the
     gap. Empty if the losses were not measured apart, or there is only one kind of contexts.
     """
-    lora, full = values_at_best(table, [gap.lora, gap.full], _parts)
+    lora, full = at_best.parts_at_best(table, [gap.lora, gap.full], _parts)
     found = {}
     for part in PARTS:
 
@@ -210,15 +219,18 @@ class Needed:
         return f"up to {self.up_to:g}" if not self.above else f"{self.above:g} to {self.up_to:g}"
 
 
-def rank_needed(gaps: Sequence[Gap]) -> Needed:
-    """Return the range of the smallest rank with no regret, from the intervals of all ranks."""
+def rank_needed(over_allowed: Mapping[int, Estimate]) -> Needed:
+    """Return the range of the smallest rank with no regret.
+
+    Args:
+        over_allowed: by rank, `Gap.over_allowed`; without an interval where it must not be judged.
+    """
     above, up_to = 0.0, math.inf
-    for gap in sorted(gaps, key=lambda g: g.rank):
-        e = gap.over_allowed()
+    for rank, e in sorted(over_allowed.items()):
         if e.low is not None and e.low > 0:
-            above, up_to = float(gap.rank), math.inf
+            above, up_to = float(rank), math.inf
         elif e.high is not None and e.high < 0:
-            up_to = min(up_to, float(gap.rank))
+            up_to = min(up_to, float(rank))
         else:
             up_to = math.inf
     return Needed(above, up_to)

@@ -5,10 +5,8 @@ compared with full fine-tuning, both at their own best rates, after the last upd
 updates, which are a prefix of the same runs. Verdicts are given cell by cell.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,17 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict, number, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
-from analysis.measures.at_best import AtBest, over_seeds
+from analysis.measures.at_best import over_seeds
 from analysis.measures.regret import (
     ALLOWED,
     BITS_PER_PARAMETER,
     PARTS,
     Gap,
-    Novelty,
-    gaps_of,
+    Needed,
     growth,
     mean_of,
-    novelty_of,
-    parts_at_best,
     rank_needed,
 )
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
     Analysis,
@@ -46,8 +40,7 @@ from analysis.questions.base import (
     gates_on,
     judge_claims,
 )
-from analysis.runs.lr_curves import lr_curves
-from analysis.runs.prefixes import at_step
+from analysis.questions.regime_cells import EIGHTH, FIRST, Cell, cells_of
 
 ESTIMANDS = (
     "over_allowed_low",
@@ -59,81 +52,8 @@ ESTIMANDS = (
     "over_allowed_real",
 )
 LOG_ESTIMANDS: tuple[str, ...] = ()
-FIRST = 64
-"""Updates after which the gap is first read, to see whether it grows."""
-EIGHTH = 8
-"""The study's ranks end at an eighth of the hidden size."""
-FITTING = 0.5
-"""A rank of this load or less holds what is new by the study's capacity, with a factor 2 to spare.
-"""
 MAX_ERROR = 0.0125
 """Standard error of the gap, as a share of the gain, above which a cell is shown and not judged."""
-Gaps = dict[int, Gap]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One data set on one base."""
-
-    name: str
-    novelty: Novelty | None
-    """None for real data, of which the information is not known."""
-    steps: int
-    eighth: int
-    """The smallest rank tried of an eighth of the hidden size or more; if none is, the highest."""
-    last: Gaps
-    """By rank, after the last update."""
-    first: Gaps
-    """After FIRST updates; empty for shorter runs."""
-    parts: dict[int, dict[str, AtBest[float]]]
-    """By rank: what the changed and the unchanged contexts add to the gap, in nats."""
-    optima: list[Optimum]
-
-    @property
-    def fitting(self) -> int | None:
-        """The smallest rank that holds what is new by the study's capacity; None without one."""
-        ranks = [r for r, g in self.last.items() if g.load is not None and g.load <= FITTING]
-        return min(ranks, default=None)
-
-
-def cells_of(table: pd.DataFrame) -> list[Cell]:
-    """Fit every cell of a table, from little to much that is new."""
-    found = []
-    for _, part in table.groupby(["model", "dataset", "batch_size", "steps"], sort=False):
-        runs = part.reset_index(drop=True)
-        optima, steps = fit_all(lr_curves(runs)), int(runs["steps"].iloc[0])
-        last = _by_rank(gaps_of(runs, optima))
-        first: Gaps = {}
-        if steps > FIRST and len(early := at_step(runs, FIRST)):
-            first = _by_rank(gaps_of(early, fit_all(lr_curves(early))))
-        wanted = int(runs["hidden_size"].iloc[0]) / EIGHTH
-        novelty = novelty_of(json.loads(runs["spec"].iloc[0])["dataset"])
-        found.append(
-            Cell(
-                name=f"{runs['model'].iloc[0]}, {novelty.name if novelty else _data(runs)}",
-                novelty=novelty,
-                steps=steps,
-                eighth=min((r for r in last if r >= wanted), default=max(last, default=0)),
-                last=last,
-                first=first,
-                parts={r: parts_at_best(runs, g) for r, g in last.items()},
-                optima=optima,
-            )
-        )
-    return sorted(found, key=lambda c: (c.name.split(",")[0], _load(c)))
-
-
-def _data(runs: pd.DataFrame) -> str:
-    return str(runs["dataset"].iloc[0])
-
-
-def _by_rank(gaps: Sequence[Gap]) -> Gaps:
-    return {g.rank: g for g in gaps}
-
-
-def _load(cell: Cell) -> float:
-    loads = [g.load for g in cell.last.values() if g.load is not None]
-    return max(loads, default=0.0)
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
@@ -172,10 +92,11 @@ def _measured(cell: Cell) -> tuple[Measured, list[Optimum]]:
         missing = [Gate(GateCode.MISSING, "lora" if cell.optima else "fullft")]
         return {"over_allowed_low": (Estimate(None), missing)}, []
     measured: Measured = {}
-    at_eighth = _gates(gap)
-    new = cell.novelty
+    new, at_eighth = cell.novelty, _gates(gap)
     if new is None:
         return {"over_allowed_real": (gap.over_allowed(), at_eighth)}, [gap.lora, gap.full]
+    if not cell.reaches_eighth:
+        at_eighth.append(Gate(GateCode.MISSING, f"a rank of 1/{EIGHTH} of the width or more"))
     if new.low:
         measured["over_allowed_low"] = (gap.over_allowed(), at_eighth)
         measured["gap_low"] = (gap.mean(), at_eighth)
@@ -194,7 +115,9 @@ def _measured(cell: Cell) -> tuple[Measured, list[Optimum]]:
     smallest = min(cell.last)
     if smallest in cell.first and not new.nothing:
         first, last = cell.first[smallest], cell.last[smallest]
-        measured["gap_growth"] = (growth(first, last), _gates(first) + _gates(last))
+        behind = any(low is not None and low > 0 for low in (first.mean().low, last.mean().low))
+        none = [] if behind else [Gate(GateCode.NO_GAP)]
+        measured["gap_growth"] = (growth(first, last), _gates(first) + _gates(last) + none)
         used.append(last.lora)
     return measured, distinct(used)
 
@@ -206,13 +129,21 @@ def _gates(gap: Gap) -> list[Gate]:
     """
     found = [g for g in gates_on([gap.full, gap.lora]) if g.code != GateCode.TASK]
     if gap.planned_error > MAX_ERROR:
-        share = "unknown" if math.isinf(gap.planned_error) else f"{100 * gap.planned_error:.2g}%"
+        known = math.isfinite(gap.planned_error)
+        share = f"{100 * gap.planned_error:.2g}%" if known else "an unknown share"
         found.append(Gate(GateCode.NOISY, share))
     return found
 
 
+def _needed(cell: Cell) -> Needed:
+    """Return the smallest rank with no regret; a rank that must not be judged tells nothing."""
+    return rank_needed(
+        {r: Estimate(None) if _gates(g) else g.over_allowed() for r, g in cell.last.items()}
+    )
+
+
 def _plain(cell: Cell) -> dict[str, Any]:
-    needed = rank_needed(list(cell.last.values()))
+    needed = _needed(cell)
     return {
         "cell": cell.name,
         "updates": cell.steps,
@@ -221,8 +152,9 @@ def _plain(cell: Cell) -> dict[str, Any]:
             {
                 "rank": r,
                 "load": g.load,
-                "gain_nats": mean_of(g.gain),
+                "gain_nats": mean_of(g.gain) if g.gain.best else None,
                 "gap_nats": g.mean().plain(),
+                "parts_nats": {k: mean_of(v) for k, v in cell.parts[r].items()},
                 "regret_percent": g.percent().plain(),
                 "gap_nats_first": cell.first[r].mean().plain() if r in cell.first else None,
             }
@@ -248,7 +180,7 @@ def _map(cells: Sequence[Cell]) -> Section:
         *(
             f"{c.name}: the smallest rank with no regret is {needed}."
             for c in cells
-            if str(needed := rank_needed(list(c.last.values()))) != "-"
+            if str(needed := _needed(c)) != "-"
         ),
     ]
     caption = "regret against load, by rank"
@@ -289,7 +221,10 @@ def _over_updates(cells: Sequence[Cell]) -> Section:
         if series:
             y = "LoRA's loss - full fine-tuning's (nats)"
             lines = {"full fine-tuning": 0.0}
-            panels.append(Panel(cell.name, "updates", y, series, log_x=True, lines=lines))
+            ticks = [(float(n), str(n)) for n in (FIRST, cell.steps)]
+            panels.append(
+                Panel(cell.name, "updates", y, series, log_x=True, lines=lines, ticks=ticks)
+            )
     text = ["A lack of capacity lets the gap grow with updates; slower learning lets it shrink."]
     caption = "the gap in nats after few and after many updates"
     return Section("Speed or capacity", rows, text, "growth.png", panels, caption)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.questions.base import Analysis
 
-SHARED = ("__init__", "base", "qualify", "ratio_answer", "registry")
+SHARED = ("__init__", "base", "qualify", "ratio_answer", "regime_cells", "registry")
 """Modules of this package that are not questions."""
 
 

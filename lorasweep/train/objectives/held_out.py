@@ -84,7 +84,8 @@ def floors(examples: Sequence[Example], name: str) -> Record:
         return {}
     p = np.concatenate([t.probabilities for t in truths]).astype(np.float64)
     changed = np.concatenate([t.changed for t in truths])
-    entropies = -(p * np.log(p)).sum(-1)
+    # a probability below the range of float32 is 0 there, and adds nothing
+    entropies = -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
     found = {"changed_share": float(changed.mean())}
     for end, chosen in zip(PARTS[1:], (changed, ~changed)):
         found[name + end] = float(entropies[chosen].mean()) if chosen.any() else math.nan

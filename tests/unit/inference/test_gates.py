@@ -98,6 +98,21 @@ GATES = [
     (Gate(GateCode.MISSING, "fullft"), "no curve of fullft", "the missing arm"),
     (Gate(GateCode.ONE_RANK), "one rank only", "another rank"),
     (
+        Gate(GateCode.NOISY, "3.6%"),
+        "the gap's standard error is 3.6% of the gain; at most 1.25% is judged",
+        "more seeds, or more held-out rows",
+    ),
+    (
+        Gate(GateCode.NO_GAP),
+        "LoRA is not behind here, so there is no gap to grow or shrink",
+        "a cell in which LoRA is behind",
+    ),
+    (
+        Gate(GateCode.NO_ADVANTAGE),
+        "LoRA is not better here, so there is no advantage to place",
+        "a cell in which LoRA is better",
+    ),
+    (
         Gate(GateCode.NO_ORDER, "1, 2"),
         "rank(s) 1, 2 have left at the first evaluation: their order is not resolved",
         "a base that learns more slowly, or ranks nearer to full fine-tuning",

@@ -1,14 +1,17 @@
 """`regime` on planted runs: what LoRA gives up in cells with little and with much that is new."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from tests.planted import FULL, GAIN, LORA, World
+from analysis.optimum.valley import linex
+from tests.planted import CURVATURE, FULL, GAIN, LORA, World
 
 pytestmark = pytest.mark.slow  # fits hundreds of curves
 
+SHORT, LONGER = (f"{{steps:{n},knobs:{{rule_shift:0.25,shift_rank:2}}}}" for n in (12, 24))
 LOW, BEYOND, NULL = (
     "{steps:256,knobs:{rule_shift:0.25,shift_rank:2}}",
     "{steps:256,knobs:{rule_shift:0.25,shift_rank:8,new_exceptions:0.3}}",
@@ -59,12 +62,12 @@ def verdicts(out, claim):
     }
 
 
-def ask_regime(ask, world, *cells, ranks="[1,8]"):
+def ask_regime(ask, world, *cells, ranks="[1,8]", also=()):
     arms = []
     for arm, rates in (("fullft", FULL_LRS), ("lora", LORA_LRS)):
         shown = [f"{c[:-1]},lr:{rates}}}" for c in cells]
         arms.append(f"sweep.at.smoke.{arm}=[{','.join(shown)}]")
-    return ask("regime", world, *arms, f"sweep.at.smoke.ranks={ranks}")[0]
+    return ask("regime", world, *arms, f"sweep.at.smoke.ranks={ranks}", *also)[0]
 
 
 def test_the_boundary_comes_back_by_cell_and_rank(ask):
@@ -111,6 +114,24 @@ def test_an_advantage_on_changed_contexts_is_placed_there(ask):
     assert verdicts(out, "unchanged") == {"8 symbols, rank 2": "REFUTED"}
 
 
+def test_the_parts_of_no_gap_are_none_where_the_valley_is_no_parabola(ask):
+    """LoRA's best rate lies between two tried ones, and its valley is asymmetric."""
+    world = Cells(lambda r, s, e: 0.0)
+    world.best = lambda spec, step: FULL if spec.method.name == "fullft" else 1.41 * LORA
+    parabola = world.loss
+
+    def loss(spec, step):
+        off = math.log(spec.lr / world.best(spec, step))
+        return parabola(spec, step) + 0.16 * float(linex(np.array(off), 0.7)) - CURVATURE * off**2
+
+    world.loss = loss
+    out = ask_regime(ask, world, SHORT)
+    for rank in cell(out, "8 symbols")["ranks"]:
+        parts = rank["parts_nats"]
+        assert abs(parts["changed"] + parts["unchanged"] - rank["gap_nats"]["value"]) < 3e-4
+        assert max(map(abs, parts.values())) < 4e-4
+
+
 def test_a_rank_that_fits_by_two_bits_a_parameter_is_judged_at_its_load(ask):
     """1e4 bits are a load of 0.99 for rank 1 of tiny64 (5,072 parameters) and 0.5 for rank 2."""
     out = ask_regime(ask, Cells(lambda r, s, e: 0.1 if r < 4 else 0.0), LOW, ranks="[1,2,4]")
@@ -127,14 +148,47 @@ def test_where_nothing_is_new_no_claim_of_load_is_made_and_missing_cells_are_sai
     assert all(v["outcome"] == "UNDECIDED" for v in missing)
 
 
-def test_a_noisy_cell_is_shown_and_not_judged(ask):
+@pytest.mark.parametrize("arm", ["fullft", "lora"])
+def test_a_noisy_cell_is_shown_and_not_judged(ask, arm):
+    """Full fine-tuning's noise alone says so: what is judged must not choose where it is judged."""
     world = Cells(lambda r, s, e: 0.0)
     quiet = world.loss
 
     def loud(spec, step):
-        return quiet(spec, step) + np.random.default_rng(int(spec.id, 16)).normal(0, 0.03)
+        noise = np.random.default_rng(int(spec.id, 16)).normal(0, 0.03)
+        return quiet(spec, step) + (noise if spec.method.name == arm else 0.0)
 
     world.loss = loud
-    out = ask_regime(ask, world, LOW)
+    out = ask_regime(ask, world, SHORT)
     low = next(v for v in out["verdicts"] if v["claim"] == "low")
-    assert low["outcome"] == "UNDECIDED" and "standard error" in low["why"]
+    assert low["outcome"] == "UNDECIDED"
+    assert ("standard error" in low["why"]) == (arm == "fullft")
+
+
+def test_an_advantage_that_gets_smaller_is_no_growing_gap_and_a_sixteenth_no_eighth(ask):
+    """LoRA is better at both lengths, by less at the end; the highest rank is 4 of a width of 64."""
+    world = Cells(lambda r, step, e: -0.06 + 0.03 * math.log2(step / 128))
+    out = ask_regime(ask, world, LOW, ranks="[1,4]")
+    why = {v["claim"]: v["why"] for v in out["verdicts"] if v["outcome"] == "UNDECIDED"}
+    assert "no gap to grow" in why["growth"]
+    assert all("no curve of a rank of 1/8" in why[c] for c in ("low", "better", "unchanged"))
+    assert verdicts(out, "fits") == {"8 symbols, rank 2": "SUPPORTED"}
+
+
+def test_cells_of_other_lengths_are_told_apart_and_two_seeds_bound_no_rank(ask):
+    few = ["sweep.at.smoke.fresh_seeds=[1]"]
+    out = ask_regime(ask, Cells(lambda r, s, e: 0.0), SHORT, LONGER, also=few)
+    groups = {v["group"] for v in out["verdicts"]} - {"no cell"}
+    assert sorted(g.rsplit(", ", 1)[1] for g in groups) == ["12 updates", "24 updates"]
+    assert [c["rank_needed"] for c in out["cells"]] == [[0.0, None]] * 2
+    assert all(r["gap_nats"]["high"] is not None for c in out["cells"] for r in c["ranks"])
+
+
+def test_an_optimum_at_the_edge_and_a_schedule_leave_no_number_that_is_none(ask):
+    """Full fine-tuning's best rate lies far above those tried: its gain is not known."""
+    world = Cells(lambda r, s, e: 0.0)
+    world.best = lambda spec, step: 20 * FULL if spec.method.name == "fullft" else LORA
+    out = ask_regime(ask, world, LOW, also=["schedule=linear"])
+    json.dumps(out, allow_nan=False)
+    assert [r["gain_nats"] for r in cell(out, "8 symbols")["ranks"]] == [None, None]
+    assert all(v["outcome"] == "UNDECIDED" for v in out["verdicts"])

@@ -3,9 +3,11 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from lorasweep.data import examples
 from lorasweep.data import load as data
 from lorasweep.data.batches import eval_batches
 from lorasweep.models import load as models
@@ -77,6 +79,13 @@ def test_a_part_without_contexts_is_nan(base):
     assert math.isnan(found[f"{NAME}_unchanged"]) and found[NAME] == found[f"{NAME}_changed"]
     floors = held_out.floors(test, "floor")
     assert floors["changed_share"] == 1 and math.isnan(floors["floor_unchanged"])
+
+
+def test_a_probability_below_float32_adds_nothing_to_the_floor():
+    p = np.array([[0.5, 0.5, 1e-50]]).astype(np.float32)
+    truth = examples.Truth(p, np.array([True]))
+    row = examples.Example(np.zeros(4, np.int32), np.arange(4) == 3, truth=truth)
+    assert held_out.floors([row], "floor")["floor_changed"] == pytest.approx(math.log(2))
 
 
 def test_a_run_records_parts_code_length_and_bits(base):

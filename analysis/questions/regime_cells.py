@@ -1,0 +1,106 @@
+"""The cells of the question `regime`: what is new in each, and each rank's gap at two lengths."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from analysis.measures.at_best import AtBest
+from analysis.measures.regret import Gap, Novelty, gaps_of, novelty_of, parts_at_best
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
+from analysis.runs.lr_curves import lr_curves, title
+from analysis.runs.prefixes import at_step
+
+FIRST = 64
+"""Updates after which the gap is first read, to see whether it grows."""
+EIGHTH = 8
+"""The study's ranks end at an eighth of the hidden size."""
+FITTING = 0.5
+"""A rank of this load or less holds what is new by the study's capacity, with a factor 2 to spare.
+"""
+Gaps = dict[int, Gap]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One data set on one base."""
+
+    name: str
+    novelty: Novelty | None
+    """None for real data, of which the information is not known."""
+    steps: int
+    eighth: int
+    """The smallest rank tried of an eighth of the hidden size or more; if none is, the highest."""
+    reaches_eighth: bool
+    """Whether `eighth` is a rank of an eighth of the hidden size or more."""
+    last: Gaps
+    """By rank, after the last update."""
+    first: Gaps
+    """After FIRST updates; empty for shorter runs, and where the rate is not constant."""
+    parts: dict[int, dict[str, AtBest[float]]]
+    """By rank: what the changed and the unchanged contexts add to the gap, in nats."""
+    optima: list[Optimum]
+
+    @property
+    def fitting(self) -> int | None:
+        """The smallest rank that holds what is new by the study's capacity; None without one."""
+        ranks = [r for r, g in self.last.items() if g.load is not None and g.load <= FITTING]
+        return min(ranks, default=None)
+
+
+def cells_of(table: pd.DataFrame) -> list[Cell]:
+    """Fit every cell of a table, from little to much that is new."""
+    found = []
+    for _, part in table.groupby(["model", "dataset", "batch_size", "steps"], sort=False):
+        runs = part.reset_index(drop=True)
+        optima, steps = fit_all(lr_curves(runs)), int(runs["steps"].iloc[0])
+        last = _by_rank(gaps_of(runs, optima))
+        first: Gaps = {}
+        constant = (runs["schedule"] == "constant").all()
+        if steps > FIRST and constant and len(early := at_step(runs, FIRST)):
+            first = _by_rank(gaps_of(early, fit_all(lr_curves(early))))
+        wanted = int(runs["hidden_size"].iloc[0]) / EIGHTH
+        novelty = novelty_of(json.loads(runs["spec"].iloc[0])["dataset"])
+        found.append(
+            Cell(
+                name=f"{runs['model'].iloc[0]}, {novelty.name if novelty else _data(runs)}",
+                novelty=novelty,
+                steps=steps,
+                eighth=min((r for r in last if r >= wanted), default=max(last, default=0)),
+                reaches_eighth=max(last, default=0) >= wanted,
+                last=last,
+                first=first,
+                parts={r: parts_at_best(runs, g) for r, g in last.items()},
+                optima=optima,
+            )
+        )
+    return sorted(_distinctly_named(found), key=lambda c: (_model(c), _load(c)))
+
+
+def _distinctly_named(cells: Sequence[Cell]) -> list[Cell]:
+    """Give cells that share a name, such as those of other lengths, their full titles instead.
+
+    Verdicts, and the optima that they rest on, are found by the name.
+    """
+    times = Counter(c.name for c in cells)
+    return [c if times[c.name] == 1 else replace(c, name=title(c.optima[0].curve)) for c in cells]
+
+
+def _model(cell: Cell) -> str:
+    return str(cell.optima[0].curve.key["model"])
+
+
+def _data(runs: pd.DataFrame) -> str:
+    return str(runs["dataset"].iloc[0])
+
+
+def _by_rank(gaps: Sequence[Gap]) -> Gaps:
+    return {g.rank: g for g in gaps}
+
+
+def _load(cell: Cell) -> float:
+    loads = [g.load for g in cell.last.values() if g.load is not None]
+    return max(loads, default=0.0)
