@@ -12,7 +12,8 @@ from analysis.measures.regret import Gap, Novelty, gaps_of, novelty_of, parts_at
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import lr_curves, title
-from analysis.runs.prefixes import at_step
+from analysis.runs.prefixes import at_step, on_curve_rows
+from analysis.runs.table import TableError
 
 FIRST = 64
 """Updates after which the gap is first read, to see whether it grows."""
@@ -40,6 +41,8 @@ class Cell:
     """By rank, after the last update."""
     first: Gaps
     """After FIRST updates; empty for shorter runs, and where the rate is not constant."""
+    last_on_first_rows: Gaps
+    """After the last update, on the held-out rows that `first` is on, which may be fewer."""
     parts: dict[int, dict[str, AtBest[float]]]
     """By rank: what the changed and the unchanged contexts add to the gap, in nats."""
     optima: list[Optimum]
@@ -59,9 +62,12 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
         optima, steps = fit_all(lr_curves(runs)), int(runs["steps"].iloc[0])
         last = _by_rank(gaps_of(runs, optima))
         first: Gaps = {}
+        again: Gaps = {}
         constant = (runs["schedule"] == "constant").all()
         if steps > FIRST and constant and len(early := at_step(runs, FIRST)):
             first = _by_rank(gaps_of(early, fit_all(lr_curves(early))))
+            same = on_curve_rows(runs)
+            again = _by_rank(gaps_of(same, fit_all(lr_curves(same))))
         wanted = int(runs["hidden_size"].iloc[0]) / EIGHTH
         novelty = novelty_of(json.loads(runs["spec"].iloc[0])["dataset"])
         found.append(
@@ -73,6 +79,7 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
                 reaches_eighth=max(last, default=0) >= wanted,
                 last=last,
                 first=first,
+                last_on_first_rows=again,
                 parts={r: parts_at_best(runs, g) for r, g in last.items()},
                 optima=optima,
             )
@@ -98,7 +105,12 @@ def _data(runs: pd.DataFrame) -> str:
 
 
 def _by_rank(gaps: Sequence[Gap]) -> Gaps:
-    return {g.rank: g for g in gaps}
+    found = {g.rank: g for g in gaps}
+    if len(found) < len(gaps):
+        raise TableError(
+            "a cell has two curves of one rank. Compare one set of layers at one alpha at a time."
+        )
+    return found
 
 
 def _load(cell: Cell) -> float:

@@ -41,6 +41,17 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
     return pd.DataFrame(list(rows)).reset_index(drop=True)
 
 
+def on_curve_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with final losses on the held-out rows of the earlier evaluations.
+
+    So a loss at the end can be compared with one on the way. Runs that have no such loss keep the
+    one on all rows.
+    """
+    learned = learning_curves(table).dropna(subset="test_nll_curve")
+    again = learned.groupby("run")["test_nll_curve"].last()
+    return table.assign(test_nll=again.reindex(table.index).fillna(table["test_nll"]))
+
+
 def steps_seen(table: pd.DataFrame) -> list[int]:
     """List the steps, rising, at which every finished run was evaluated on the same held-out rows.
 

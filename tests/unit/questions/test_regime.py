@@ -192,3 +192,24 @@ def test_an_optimum_at_the_edge_and_a_schedule_leave_no_number_that_is_none(ask)
     json.dumps(out, allow_nan=False)
     assert [r["gain_nats"] for r in cell(out, "8 symbols")["ranks"]] == [None, None]
     assert all(v["outcome"] == "UNDECIDED" for v in out["verdicts"])
+
+
+def test_growth_is_read_on_the_same_held_out_rows_at_both_lengths(ask):
+    """The final rows are harder for LoRA by 0.05 nats; on the rows of the way the gap is constant."""
+    world = Cells(lambda r, step, e: 0.1)
+    on_the_way = world.curve
+
+    def loss(spec, step):
+        harder = 0.05 if step == spec.steps and spec.method.name == "lora" else 0.0
+        return Cells.loss(world, spec, step) + harder
+
+    def curve(spec):
+        points = on_the_way(spec)
+        points[-1]["test_nll_curve"] = Cells.loss(world, spec, spec.steps)
+        return points
+
+    world.loss, world.curve = loss, curve
+    out = ask_regime(ask, world, LOW)
+    grown = next(v for v in out["verdicts"] if v["claim"] == "growth")
+    assert grown["estimate"]["value"] == pytest.approx(0, abs=2e-3)
+    assert grown["outcome"] == "UNDECIDED"
