@@ -36,6 +36,7 @@ class GateCode(StrEnum):
     ONE_RANK = "one rank only"
     NOISY = "the gap's standard error is {0} of the gain; at most 1.25% is judged"
     NO_GAP = "LoRA is not behind here, so there is no gap to grow or shrink"
+    NO_CELL = "no cell that the claim is about was run"
     NO_ADVANTAGE = "LoRA is not better here, so there is no advantage to place"
     NO_ORDER = "rank(s) {0} have left at the first evaluation: their order is not resolved"
 
@@ -71,6 +72,7 @@ REMEDIES: dict[str, str] = {
     GateCode.TASK: "another task or model: more runs cannot help",
     GateCode.MISSING: "the missing arm",
     GateCode.NO_GAP: "a cell in which LoRA is behind",
+    GateCode.NO_CELL: "the cells that the claim is about",
     GateCode.NO_ADVANTAGE: "a cell in which LoRA is better",
     GateCode.NOISY: "more seeds, or more held-out rows",
     GateCode.ONE_RANK: "another rank",

@@ -24,7 +24,8 @@ ALLOWED = 0.05
 """LoRA gives up nothing if it loses less than this share of what full fine-tuning gains."""
 BITS_PER_PARAMETER = 2.0
 """Capacity of LoRA in the study, bits per trained parameter."""
-MEASURES = ("bits_generator", "bits_learnable")
+BITS = "bits_generator"
+"""The measure of what is new that loads are in, as a key of results."""
 PARTS = ("changed", "unchanged")
 
 
@@ -154,10 +155,10 @@ def starts_of(table: pd.DataFrame) -> dict[int, float]:
     return {int(s): float(v.mean()) for s, v in table.groupby("seed")["nll_start"]}
 
 
-def load_of(table: pd.DataFrame, o: Optimum, measure: str = MEASURES[0]) -> float | None:
+def load_of(table: pd.DataFrame, o: Optimum) -> float | None:
     """Return the bits of what is new over the capacity of a curve's adapter; None if not known."""
     runs = runs_of(table, o.curve)
-    bits = [json.loads(text).get(measure) for text in runs["result"]]
+    bits = [json.loads(text).get(BITS) for text in runs["result"]]
     known = [b for b in bits if b is not None]
     if not known:
         return None

@@ -70,7 +70,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
             verdicts += judge_claims(asked, measured, LOG_ESTIMANDS, cell.name, seeds)
         open_claims -= measured.keys()
     for estimand in sorted(open_claims):
-        nothing = {estimand: (Estimate(None), [Gate(GateCode.MISSING, "a cell that it is about")])}
+        nothing = {estimand: (Estimate(None), [Gate(GateCode.NO_CELL)])}
         asked = claims_about(question, estimand)
         verdicts += judge_claims(asked, nothing, LOG_ESTIMANDS, "no cell")
     measures = {

@@ -25,7 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def request(error: BaseException) -> str:
-    """Return the size of the request that failed, such as '2.50 GiB'; empty if it is not told."""
+    """Return the size of the failed request, such as '2.50 GiB'; empty if the error has none."""
     found = REQUEST.search(str(error))
     if found is None:
         return ""

@@ -103,6 +103,11 @@ GATES = [
         "more seeds, or more held-out rows",
     ),
     (
+        Gate(GateCode.NO_CELL),
+        "no cell that the claim is about was run",
+        "the cells that the claim is about",
+    ),
+    (
         Gate(GateCode.NO_GAP),
         "LoRA is not behind here, so there is no gap to grow or shrink",
         "a cell in which LoRA is behind",
