@@ -48,6 +48,7 @@ ESTIMANDS = (
     "over_allowed_fitting",
     "gap_growth",
     "gap_low",
+    "gap_nothing",
     "unchanged_minus_changed",
     "over_allowed_real",
 )
@@ -97,6 +98,12 @@ def _measured(cell: Cell) -> tuple[Measured, list[Optimum]]:
         return {"over_allowed_real": (gap.over_allowed(), at_eighth)}, [gap.lora, gap.full]
     if not cell.reaches_eighth:
         at_eighth.append(Gate(GateCode.MISSING, f"a rank of 1/{EIGHTH} of the width or more"))
+    if new.nothing:
+        # Five percent of almost no gain would ask for an error that no number of seeds reaches.
+        return {"gap_nothing": (gap.mean(), [g for g in at_eighth if g.code != GateCode.NOISY])}, [
+            gap.lora,
+            gap.full,
+        ]
     if new.low:
         measured["over_allowed_low"] = (gap.over_allowed(), at_eighth)
         measured["gap_low"] = (gap.mean(), at_eighth)
@@ -108,12 +115,12 @@ def _measured(cell: Cell) -> tuple[Measured, list[Optimum]]:
     else:
         measured["over_allowed_beyond"] = (gap.over_allowed(), at_eighth)
     used = [gap.lora, gap.full]
-    if cell.fitting is not None and not new.nothing:
+    if cell.fitting is not None:
         fitting = cell.last[cell.fitting]
         measured["over_allowed_fitting"] = (fitting.over_allowed(), _gates(fitting))
         used.append(fitting.lora)
     smallest = min(cell.last)
-    if smallest in cell.first and not new.nothing:
+    if smallest in cell.first:
         first, last = cell.first[smallest], cell.last_on_first_rows[smallest]
         behind = any(low is not None and low > 0 for low in (first.mean().low, last.mean().low))
         none = [] if behind else [Gate(GateCode.NO_GAP)]
