@@ -75,6 +75,8 @@ class Scale:
     """The base model for a sweep's entry `tiny`: another size or another base seed."""
     models: list[str] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
+    generator_params: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+    """Settings of a synthetic data set, as values of the axis `knobs`; {}: those of its file."""
     ranks: list[int] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     fresh_seeds: list[int] = field(default_factory=list)

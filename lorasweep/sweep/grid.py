@@ -160,7 +160,8 @@ class _NamedParts:
         values = {k: self._look_up[k](v) if k in self._look_up else v for k, v in values.items()}
         if GENERATOR_PARAMS in values:
             params = values.pop(GENERATOR_PARAMS)
-            values["dataset"] = self._dataset(values.get("dataset", start.dataset), params)
+            if params:
+                values["dataset"] = self._dataset(values.get("dataset", start.dataset), params)
         return values
 
     def _dataset(self, data: DatasetSpec, params: dict[str, float]) -> DatasetSpec:

@@ -144,7 +144,15 @@ def test_where_nothing_is_new_no_claim_of_load_is_made_and_missing_cells_are_sai
     out = ask_regime(ask, Cells(lambda r, s, e: 0.0), NULL)
     assert verdicts(out, "nothing") == {"nothing new": "SUPPORTED"}
     missing = [v for v in out["verdicts"] if v["group"] == "no cell"]
-    assert {v["claim"] for v in missing} == {"low", "better", "unchanged", "beyond", "fits", "growth", "real"}
+    assert {v["claim"] for v in missing} == {
+        "low",
+        "better",
+        "unchanged",
+        "beyond",
+        "fits",
+        "growth",
+        "real",
+    }
     assert all(v["outcome"] == "UNDECIDED" for v in missing)
 
 

@@ -44,6 +44,30 @@ def test_the_study_is_defined_at_every_scale(scale):
     for name in ("short_runs", "compute"):  # their runs are those of `rank`, where scales say so
         points = next(r for r in request.parts if r.sweep_name == name).points
         mine = {
-            p.id for p in points if not p.arm.endswith("_between")
+            p.id for p in points if not p.arm.endswith("_more")
         }  # rates that `short_runs` alone asks about
         assert len(mine & known) >= len(mine) / 2
+
+
+@pytest.mark.parametrize("scale", ["tiny", "tiny_beyond"])
+@pytest.mark.parametrize(
+    ("sweep", "shared"),
+    [
+        ("rank", ("fullft", "lora", "common")),
+        ("compute", ("fullft", "lora")),
+        ("short_runs", ("fullft", "lora", "fullft_more")),
+        ("recipes", ("fullft", "tuned")),
+        ("invariance", ("by_rank",)),
+    ],
+)
+def test_sweeps_share_the_runs_of_a_cell_of_regime(scale, sweep, shared):
+    """A run is known by its spec alone, so what `regime` has trained is not trained again."""
+    known = {p.id for p in compose_request(["+sweep=regime", "scale=tiny"]).points}
+    asked = compose_request([f"+sweep={sweep}", f"scale={scale}"])
+    mine = {p.id for p in asked.points if p.arm in shared and p.spec.seed == 100}
+    assert mine <= known and len(mine) >= 10
+
+
+def test_without_generator_params_a_data_set_keeps_its_name():
+    points = compose_request(["+sweep=rank", "scale=smoke"]).points
+    assert {p.spec.dataset.name for p in points} == {"dialect_smoke"}
