@@ -37,6 +37,7 @@ class GateCode(StrEnum):
     NOISY = "the gap's standard error is {0} of the gain; at most 1.25% is judged"
     NO_GAP = "LoRA is not behind here, so there is no gap to grow or shrink"
     NO_CELL = "no cell that the claim is about was run"
+    NO_LAW = "too few cells whose needed rank lies inside the ranks tried"
     NO_ADVANTAGE = "LoRA is not better here, so there is no advantage to place"
     NO_ORDER = "rank(s) {0} have left at the first evaluation: their order is not resolved"
 
@@ -73,6 +74,7 @@ REMEDIES: dict[str, str] = {
     GateCode.MISSING: "the missing arm",
     GateCode.NO_GAP: "a cell in which LoRA is behind",
     GateCode.NO_CELL: "the cells that the claim is about",
+    GateCode.NO_LAW: "more cells, or ranks on both sides of the one that is needed",
     GateCode.NO_ADVANTAGE: "a cell in which LoRA is better",
     GateCode.NOISY: "more seeds, or more held-out rows",
     GateCode.ONE_RANK: "another rank",

@@ -155,14 +155,24 @@ def starts_of(table: pd.DataFrame) -> dict[int, float]:
     return {int(s): float(v.mean()) for s, v in table.groupby("seed")["nll_start"]}
 
 
+def bits_of(table: pd.DataFrame) -> dict[str, float]:
+    """Return how much is new by each measure that results have, in bits: means over runs."""
+    results = [json.loads(text) for text in table["result"]]
+    found = {}
+    for key in (BITS, "bits_learnable"):
+        known = [r[key] for r in results if r.get(key) is not None]
+        if known:
+            found[key] = float(np.mean(known))
+    return found
+
+
 def load_of(table: pd.DataFrame, o: Optimum) -> float | None:
     """Return the bits of what is new over the capacity of a curve's adapter; None if not known."""
     runs = runs_of(table, o.curve)
-    bits = [json.loads(text).get(BITS) for text in runs["result"]]
-    known = [b for b in bits if b is not None]
-    if not known:
+    bits = bits_of(runs).get(BITS)
+    if bits is None:
         return None
-    return float(np.mean(known)) / (BITS_PER_PARAMETER * float(runs["n_trainable"].mean()))
+    return bits / (BITS_PER_PARAMETER * float(runs["n_trainable"].mean()))
 
 
 def growth(first: Gap, last: Gap) -> Estimate:

@@ -1,8 +1,8 @@
 """Question: how the ratio of the best rates depends on the hidden size and on alpha.
 
 ln ratio = a + p ln(hidden) + q ln(alpha) is fitted by regression over measured ratios
-(analysis.measures.ratio_law), twice: over base models with equal pretraining tokens, and over base
-models with equal loss before fine-tuning. Both sets are found from the table.
+(analysis.measures.laws.ratio_law), twice: over base models with equal pretraining tokens, and over
+base models with equal loss before fine-tuning. Both sets are found from the table.
 """
 
 import json
@@ -17,8 +17,8 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.inference.gates import Gate, GateCode
+from analysis.measures.laws.ratio_law import Ratio, RatioLaw, ratio_law
 from analysis.measures.ratio import ratio_of, rivals
-from analysis.measures.ratio_law import Ratio, RatioLaw, ratio_law
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (

@@ -41,6 +41,8 @@ from analysis.questions.base import (
     judge_claims,
 )
 from analysis.questions.regime_cells import EIGHTH, FIRST, Cell, cells_of
+from analysis.questions.regime_law import ESTIMANDS as LAW_ESTIMANDS
+from analysis.questions.regime_law import law_section, measured_laws
 
 ESTIMANDS = (
     "over_allowed_low",
@@ -51,6 +53,7 @@ ESTIMANDS = (
     "gap_nothing",
     "unchanged_minus_changed",
     "over_allowed_real",
+    *LAW_ESTIMANDS,
 )
 LOG_ESTIMANDS: tuple[str, ...] = ()
 MAX_ERROR = 0.0125
@@ -63,12 +66,12 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     verdicts: list[Verdict] = []
     members: dict[str, list[Optimum]] = {}
     open_claims = set(ESTIMANDS)
-    for cell in cells:
-        measured, members[cell.name] = _measured(cell)
-        seeds = fewest_seeds(members[cell.name])
+    found = {c.name: _measured(c) for c in cells} | measured_laws(cells, _gates)
+    for name, (measured, members[name]) in found.items():
+        seeds = fewest_seeds(members[name])
         for estimand in measured:
             asked = claims_about(question, estimand)
-            verdicts += judge_claims(asked, measured, LOG_ESTIMANDS, cell.name, seeds)
+            verdicts += judge_claims(asked, measured, LOG_ESTIMANDS, name, seeds)
         open_claims -= measured.keys()
     for estimand in sorted(open_claims):
         nothing = {estimand: (Estimate(None), [Gate(GateCode.NO_CELL)])}
@@ -81,7 +84,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
             "gap_growth": f"smallest rank, update {FIRST} to the last",
         },
     }
-    sections = [_map(cells), _over_updates(cells), _by_context(cells)]
+    sections = [_map(cells), law_section(cells, _gates), _over_updates(cells), _by_context(cells)]
     optima = [o for c in cells for o in c.optima]
     return Analysis(optima, correct(verdicts, question), sections, measures, members)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from analysis.measures.at_best import AtBest
-from analysis.measures.regret import Gap, Novelty, gaps_of, novelty_of, parts_at_best
+from analysis.measures.regret import Gap, Novelty, bits_of, gaps_of, novelty_of, parts_at_best
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import lr_curves, title
@@ -30,6 +30,7 @@ class Cell:
     """One data set on one base."""
 
     name: str
+    model: str
     novelty: Novelty | None
     """None for real data, of which the information is not known."""
     steps: int
@@ -46,6 +47,8 @@ class Cell:
     parts: dict[int, dict[str, AtBest[float]]]
     """By rank: what the changed and the unchanged contexts add to the gap, in nats."""
     optima: list[Optimum]
+    bits: dict[str, float]
+    """How much is new by each measure, in bits; empty where it is not known."""
 
     @property
     def fitting(self) -> int | None:
@@ -73,6 +76,7 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
         found.append(
             Cell(
                 name=f"{runs['model'].iloc[0]}, {novelty.name if novelty else _data(runs)}",
+                model=str(runs["model"].iloc[0]),
                 novelty=novelty,
                 steps=steps,
                 eighth=min((r for r in last if r >= wanted), default=max(last, default=0)),
@@ -82,9 +86,10 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
                 last_on_first_rows=again,
                 parts={r: parts_at_best(runs, g) for r, g in last.items()},
                 optima=optima,
+                bits=bits_of(runs),
             )
         )
-    return sorted(_distinctly_named(found), key=lambda c: (_model(c), _load(c)))
+    return sorted(_distinctly_named(found), key=lambda c: (c.model, _load(c)))
 
 
 def _distinctly_named(cells: Sequence[Cell]) -> list[Cell]:
@@ -94,10 +99,6 @@ def _distinctly_named(cells: Sequence[Cell]) -> list[Cell]:
     """
     times = Counter(c.name for c in cells)
     return [c if times[c.name] == 1 else replace(c, name=title(c.optima[0].curve)) for c in cells]
-
-
-def _model(cell: Cell) -> str:
-    return str(cell.optima[0].curve.key["model"])
 
 
 def _data(runs: pd.DataFrame) -> str:
