@@ -172,22 +172,21 @@ def _study(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
 
-    from analysis.report import front_page, kept, study, study_page
+    from analysis.report import front_page, kept
+    from analysis.report.study import answers, page
     from analysis.report.text import aligned
 
     if args.write:
         kept.render(KEPT)
-        study_page.write(KEPT)
+        page.write_kept(KEPT)
         front = ROOT / "README.md"
         front.write_text(front_page.readme(front.read_text(), KEPT))
         return 0
-    parts = study.parts_of([args.reports_dir, KEPT])
-    rows = study.rows_of(parts)
+    parts = answers.parts_of([args.reports_dir, KEPT])
+    rows = answers.rows_of(parts)
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "study.md").write_text(
-            study_page.page(parts, f"{os.path.relpath(args.reports_dir, args.out)}/")
-        )
+        links = f"{os.path.relpath(args.reports_dir, args.out)}/"
+        page.write(args.out, parts, "study.md", links)
     print(
         json.dumps([dict(zip(rows[0], r)) for r in rows[1:]], indent=1)
         if args.json

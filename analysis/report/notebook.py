@@ -17,7 +17,7 @@ from analysis.measures import next_runs
 from analysis.questions.base import Analysis
 from analysis.questions.registry import analyse
 from analysis.report import plots_curves, report_page
-from analysis.report.study import parts_of, rows_of
+from analysis.report.study.answers import parts_of, rows_of
 from analysis.runs.table import read
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -96,10 +96,7 @@ def learning_curves(runs: pd.DataFrame, found: Analysis) -> Any:
 
 
 def study() -> pd.DataFrame:
-    """Return one row per claim of every kept result.
-
-    Primary claims are corrected for multiplicity over all of them (Holm).
-    """
+    """Return one row per claim of every kept result."""
     return _frame(rows_of(parts_of([RESULTS])))
 
 

@@ -15,10 +15,7 @@ from analysis.report.text import markdown as table_of
 from analysis.runs.lr_curves import LrCurve, full_names
 from analysis.runs.names import in_words
 
-PRIMARY = (
-    "Primary claims are corrected for multiplicity within this report (Holm). The study's table "
-    "corrects them over all sweeps, so a claim that is decided here may be undecided there."
-)
+PRIMARY = "Primary claims are corrected for multiplicity within this report (Holm)."
 CONDITIONS = {
     "batch_size": "sequences per update",
     "steps": "updates",

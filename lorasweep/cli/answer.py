@@ -157,12 +157,9 @@ def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
 
     The page is `reports/title/study.md`.
     """
-    from analysis.report import study as answers
-    from analysis.report import study_page
+    from analysis.report.study import answers, page
     from analysis.report.text import aligned
 
     parts = answers.parts_of([reports], titles)
-    path = reports / title / "study.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(study_page.page(parts, "../"))
-    return ["", *aligned(answers.rows_of(parts)), "", f"page: {path}"]
+    page.write(reports / title, parts, "study.md", "../")
+    return ["", *aligned(answers.rows_of(parts)), "", f"page: {reports / title / 'study.md'}"]

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from analysis.__main__ import main as analysis
-from analysis.report import front_page, study, study_page
+from analysis.report import front_page
+from analysis.report.study import answers
+from analysis.report.study import page as study_page
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
@@ -107,5 +109,5 @@ def test_the_front_page_is_short_and_its_findings_are_those_of_the_kept_results(
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert front_page.readme(text, KEPT) == text
-    assert (KEPT / "README.md").read_text() == study_page.page(study.parts_of([KEPT]))
+    assert (KEPT / "README.md").read_text() == study_page.page(answers.parts_of([KEPT]))
     assert "rule_shift=" not in (KEPT / "README.md").read_text()  # parameters are words

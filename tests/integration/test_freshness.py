@@ -16,6 +16,7 @@ from PIL import Image
 from analysis.questions.registry import analyse
 from analysis.report import kept, report
 from analysis.report.plots import INPUTS
+from analysis.report.study import answers, page
 from analysis.report.text import text_hash
 from analysis.runs.table import read
 
@@ -164,3 +165,12 @@ def test_figures_of_the_validation_were_drawn_from_its_numbers(name):
     inputs = text_hash((KEPT / name / f"{name}.json").read_text())
     figures = list((KEPT / name).glob("*.png"))
     assert figures and {_inputs(p) for p in figures} == {inputs}
+
+
+def test_figures_of_the_page_over_all_answers_were_drawn_from_the_kept_answers():
+    text = (KEPT / "README.md").read_text()
+    wanted = {name for name in (page.MAP, page.FOREST, page.RATES) if f"]({name})" in text}
+    kept_ones = {p.name for p in KEPT.glob("*.png")} - {"interactive.png"}
+    assert wanted == kept_ones
+    inputs = page.inputs_hash(answers.parts_of([KEPT]))
+    assert {_inputs(KEPT / name) for name in wanted} == {inputs}

@@ -1,71 +1,58 @@
-"""The page of all answers: claims corrected over all sweeps, and sorted by what became of them."""
+"""The page of all answers: verdicts as their reports give them, details, and words that are no part of
+a claim."""
 
-import itertools
 import json
+import shutil
 from pathlib import Path
-
-import pytest
 
 from analysis.inference.decide import judge
 from analysis.inference.estimate import exactly
-from analysis.report import study, study_claims, study_page
 from analysis.report.report import question_hash
+from analysis.report.study import answers, details, page
 from lorasweep.sweep.request import question
 
+KEPT = Path(answers.__file__).resolve().parents[2] / "results"
 
-def test_the_studys_table_corrects_primary_claims_and_names_what_is_needed(reports):
-    parts = study.parts_of([reports])
-    rows = study.rows_of(parts)
-    assert rows[0] == list(study.HEAD) and {r[0].split(":")[0] for r in rows[1:]} == {"rank"}
-    told = json.loads((reports / "rank-smoke/results.json").read_text())
-    for v in told["verdicts"]:  # a flipped result flips the page
+
+def test_a_verdict_is_the_one_of_its_own_report(reports):
+    parts = answers.parts_of([reports])
+    rows = answers.rows_of(parts)
+    assert rows[0] == list(answers.HEAD) and {r[0].split(":")[0] for r in rows[1:]} == {"rank"}
+    results = json.loads((reports / "rank-smoke/results.json").read_text())
+    for v in results["verdicts"]:
         v["outcome"], v["p"] = "SUPPORTED", 0.04
-    (reports / "rank-smoke/results.json").write_text(json.dumps(told))
-    flipped = study_page.page(study.parts_of([reports]))
-    assert "**SUPPORTED**" in flipped and "What was not tested" in flipped  # of the kept answers
-    assert "What was not tested" not in study_page.page(study.parts_of([reports]), "../")
-    n = sum(v["primary"] for v in told["verdicts"])
-    assert n == 2 and "after Holm" not in flipped.split("|")[0]
-    outcomes = [v.outcome for p in study.parts_of([reports]) for v in p.verdicts if v.primary]
-    assert outcomes == ["UNDECIDED", "UNDECIDED"]  # p 0.04 twice does not survive 0.05 / 2
+    (reports / "rank-smoke/results.json").write_text(json.dumps(results))
+    (part,) = answers.parts_of([reports])
+    # The report has corrected its two primary claims; the page corrects nothing again.
+    assert sum(v.primary for v in part.verdicts) == 2
+    assert {v.outcome for v in part.verdicts} == {"SUPPORTED"}
+    flipped = page.page([part])
+    assert "**SUPPORTED** at `smoke` (first study)" in flipped
+    assert "What was not tested" in flipped  # of the kept answers
+    assert "What was not tested" not in page.page([part], "../")
 
 
-def test_claims_are_sorted_by_what_became_of_them_over_their_scales(reports):
-    folder = reports / "rank-smoke"
-    told, question = (
-        json.loads((folder / name).read_text()) for name in ("results.json", "question.json")
-    )
-    other = reports / "rank-tiny_s1"
-    other.mkdir()
-    (other / "question.json").write_text(json.dumps(question))
-    assert told["verdicts"][1]["claim"] == "parity"
-    for scale, outcome in (("smoke", "REFUTED"), ("tiny_s1", "UNDECIDED")):
-        told["scale"] = scale
-        for v in told["verdicts"]:
-            v["outcome"], v["p"] = (outcome if v["claim"] == "parity" else "SUPPORTED"), 1e-9
-        (reports / f"rank-{scale}/results.json").write_text(json.dumps(told))
-    (other / "table.csv").write_bytes((folder / "table.csv").read_bytes())
-    asked = study_claims.claims_of(study.parts_of([reports]))
-    fates = study_claims.by_fate(asked)
-    mixed = "Refuted in one answer, undecided in another"
-    assert {name: len(mine) for name, mine in fates.items()} == {
-        "Supported on every base": 3,
-        mixed: 1,
-    }
-    head, _, row = study_claims.glance(fates[mixed], study_claims.bases(asked))
-    assert head == "| claim | counts as yes | tiny64 |" and "as fast as full fine-tuning" in row
-    assert (
-        "**REFUTED** (`smoke`)" in row
-        and "**UNDECIDED** (`tiny_s1`)" in row
-        and "*rho of the highest rank*" in row
-    )
+def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(reports, tmp_path):
+    (tmp_path / page.MAP).write_bytes(b"of an answer that is gone")
+    page.write(tmp_path, answers.parts_of([reports]), "study.md", "reports/")
+    text = (tmp_path / "study.md").read_text()
+    assert f"]({page.FOREST})" in text and (tmp_path / page.FOREST).is_file()
+    assert page.MAP not in text and not (tmp_path / page.MAP).exists()
+    assert "reports/rank-smoke/report.md" in text
 
 
-@pytest.mark.parametrize(
-    "outcomes", [c for n in (1, 2, 3) for c in itertools.combinations(study_claims.OUTCOMES, n)]
-)
-def test_every_claim_has_exactly_one_fate(outcomes):
-    assert [is_so(set(outcomes)) for _, is_so in study_claims.FATES].count(True) == 1
+def test_the_kept_page_can_be_read_at_once():
+    text = page.page(answers.parts_of([KEPT]))
+    before, details = text.split("## Details")
+    assert len(before.splitlines()) <= 250
+    assert details.count("<details>") == details.count("</details>") > 3
+    assert text.count("\n# ") == 0 and "rule_shift" not in text
+
+
+def test_an_answer_of_the_same_name_in_the_first_folder_is_used(reports, tmp_path):
+    shutil.copytree(reports / "rank-smoke", tmp_path / "kept" / "rank-smoke")
+    parts = answers.parts_of([tmp_path / "kept", reports])
+    assert [p.folder for p in parts] == [tmp_path / "kept" / "rank-smoke"]
 
 
 def test_a_refuted_claim_says_why_only_where_the_tasks_disagree():
@@ -74,8 +61,8 @@ def test_a_refuted_claim_says_why_only_where_the_tasks_disagree():
     def line(analysis, *values):
         mine = [judge("c", claim, f"task {v}", exactly(v), [], 3, True) for v in (2.0, *values)]
         asked = {"analysis": analysis, "claims": {"c": claim}}
-        part = study.Part(Path(), {"sweep": analysis, "scale": "tiny"}, asked, mine)
-        return study_page._verdict(part, mine[0])
+        part = answers.Part(Path(), {"sweep": analysis, "scale": "tiny"}, asked, mine)
+        return details.verdict(part, mine[0])
 
     assert "do not meet" in line("layers", 1.0, 2.0)
     assert "do not meet" not in line("layers", 2.0, 3.0)  # all tasks refute it
@@ -83,7 +70,7 @@ def test_a_refuted_claim_says_why_only_where_the_tasks_disagree():
 
 
 def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose):
-    for name in study.ORDER:
+    for name in answers.ORDER:
         asked = question(compose(f"+sweep={name}", "scale=smoke"))
         assert asked["how"] and all(c["says"] and c["measure"] for c in asked["claims"].values()), (
             name

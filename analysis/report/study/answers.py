@@ -1,23 +1,23 @@
-"""The study's table: every claim of every sweep that has an answer.
+"""Answers as they lie in their folders, and the table of every claim.
 
-    python -m analysis study [--out PAGE.md] [--json]
+    python -m analysis study [--out FOLDER] [--json]
 
-Read from results.json of kept results (analysis/results) and of your own reports. Primary claims
-are corrected for multiplicity over the whole table (Holm). `study_page` renders it.
+Read from results.json of kept results (analysis/results) and of your own reports. A verdict is the
+one of its own report: primary claims are corrected for multiplicity within one question.
 """
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis.inference.decide import holm, look_level
-from analysis.inference.estimate import LEVEL, Estimate, Verdict, with_interval
+from analysis.inference.estimate import Estimate, Verdict, with_interval
 from analysis.report.report_page import command_of
+from analysis.report.study.setting import Setting, setting_of
 
 ORDER = (
     "regime",
@@ -35,6 +35,12 @@ ORDER = (
 """The order of the study's questions; any others follow by name."""
 OVER_TASKS = "layers"
 """The analysis whose first verdict on a claim is over all tasks, if there are more than one."""
+FRESH_SEEDS = 100
+"""Runs with seeds from here on were made after their sweep's file was committed, and no estimator
+was changed after they were seen."""
+FIRST_STUDY = "first study"
+NO_CELL = "no cell"
+"""The group of a verdict on a claim of which no data set was run."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +86,29 @@ class Part:
         where = "on the worst task for the claim " if v is self.overall(v.claim) else ""
         return f"{where}{with_interval(v.estimate)}"
 
+    @property
+    def single(self) -> list[Verdict]:
+        """Return the verdicts on what was run, by task where there are verdicts by task."""
+        return [v for v in self.verdicts if v.group != NO_CELL and v is not self.overall(v.claim)]
+
+    def setting(self, group: str) -> Setting:
+        """Return where a verdict's group was measured: in the regime, beyond it, or for real."""
+        return setting_of(self.runs, group)
+
+    @property
+    def first_study(self) -> bool:
+        """Whether any of its runs has a seed of the first study, which makes it exploratory."""
+        return not len(self.runs) or bool((self.runs["seed"] < FRESH_SEEDS).any())
+
+    def marked(self, text: str) -> str:
+        """Add the mark of the first study to a text."""
+        return f"{text} ({FIRST_STUDY})" if self.first_study else text
+
     @cached_property
     def runs(self) -> pd.DataFrame:
-        """The runs, as in its table.csv; no rows if it has none."""
-        path = self.folder / "table.csv"
-        return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+        """The runs, as in its table; no rows if it has none."""
+        path = self.folder / "table.parquet"
+        return pd.read_parquet(path) if path.is_file() else pd.DataFrame()
 
     @property
     def run_ids(self) -> set[str]:
@@ -140,7 +164,7 @@ def _span(values: pd.Series) -> str:
 
 
 def parts_of(folders: Sequence[Path], names: Collection[str] | None = None) -> list[Part]:
-    """Read all answers below folders, and correct their primary claims together.
+    """Read all answers below folders, in the order of the study's questions.
 
     If two folders have an answer of the same name, the first one's is used. `names`: the answers
     to read; None: all.
@@ -159,17 +183,7 @@ def parts_of(folders: Sequence[Path], names: Collection[str] | None = None) -> l
         sweep = part.results["sweep"]
         return (ORDER.index(sweep) if sweep in ORDER else len(ORDER), sweep, part.results["scale"])
 
-    parts = sorted(found.values(), key=place)
-    corrected = iter(holm([_for_all_looks(v, p.question) for p in parts for v in p.verdicts]))
-    return [
-        Part(p.folder, p.results, p.question, [next(corrected) for _ in p.verdicts]) for p in parts
-    ]
-
-
-def _for_all_looks(v: Verdict, question: dict[str, Any]) -> Verdict:
-    """Scale a verdict's p-value from the level of one look to the overall level of all looks."""
-    share = (1 - LEVEL) / (1 - look_level(int(question.get("rounds", 1))))
-    return v if v.p is None else replace(v, p=min(1.0, v.p * share))
+    return sorted(found.values(), key=place)
 
 
 def estimate_of(plain: dict[str, Any]) -> Estimate:
@@ -211,7 +225,7 @@ def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
                     part.results["scale"],
                     f"{v.expected:g}, within {within(v)}",
                     part.measured(v),
-                    v.outcome,
+                    part.marked(v.outcome),
                     str(part.results.get("runs", "-")),
                     v.needed or "-",
                 ]

@@ -1,0 +1,82 @@
+"""What the page folds away: the questions with their verdicts and figures, and every verdict."""
+
+from collections.abc import Sequence
+
+from analysis.inference.estimate import Verdict, with_interval
+from analysis.report.study.answers import Part, rows_of, within
+from analysis.report.study.pooled import Pooled
+from analysis.report.text import markdown
+
+
+def questions(parts: Sequence[Part], over_bases: Sequence[Pooled], root: str) -> list[str]:
+    """Render every question with its answers, first those at whole scales."""
+    by_question: dict[str, list[Part]] = {}
+    for part in parts:
+        by_question.setdefault(part.question["question"], []).append(part)
+    out = []
+    for text, mine in by_question.items():
+        question = mine[0].question
+        source = f"Source of the claim: {question['source']}. {question.get('how', '')}".strip()
+        out += [f"### {text}", "", source, ""]
+        sweep = mine[0].results["sweep"]
+        pools = [p for p in over_bases if p.one[0].results["sweep"] == sweep]
+        out += [*map(_average, pools), ""] if pools else []
+        for part in (p for p in mine if "_" not in p.results["scale"]):
+            lead = f"At scale `{part.results['scale']}`, {_trained(part, root)}:"
+            out += [lead, "", *_answer(part, root)]
+        for part in (p for p in mine if "_" in p.results["scale"]):
+            name = f"{part.results['scale']}: {', '.join(part.bases)}"
+            out += [f"<details><summary>The same at scale {name}</summary>", ""]
+            out += [f"Of {_trained(part, root)}:", "", *_answer(part, root), "</details>", ""]
+    return out
+
+
+def _average(pool: Pooled) -> str:
+    part, v = pool.one
+    bases = ", ".join(pool.bases)
+    return (
+        f"- Average over {bases}: {part.says(v.claim)}; {with_interval(pool.estimate)}, "
+        f"margin {within(v)}"
+    )
+
+
+def _trained(part: Part, root: str) -> str:
+    here = f"{root}{part.folder.name}"
+    runs = part.results.get("runs", 0)
+    links = f"([report]({here}/report.md), [table]({here}/table.csv), `{part.command}`)"
+    return part.marked(f"{runs:,} runs, {part.trained} {links}")
+
+
+def _answer(part: Part, root: str) -> list[str]:
+    return [*(verdict(part, v) for v in part.verdicts), "", *figures(part, root)]
+
+
+def verdict(part: Part, v: Verdict) -> str:
+    """Render one verdict as an item of a list, with what has to be said beside it."""
+    where = f" ({v.group})" if len({w.group for w in part.verdicts}) > 1 else ""
+    by_task = {w.outcome for w in part.verdicts if w.claim == v.claim and w is not v}
+    split = v is part.overall(v.claim) and len(by_task) > 1
+    rest = f"; {v.why}" if v.outcome == "UNDECIDED" or split else ""
+    rest += f"; needs {v.needed}" if v.outcome == "UNDECIDED" and v.needed else ""
+    measured = f"measured {part.measured(v)}, margin {within(v)}"
+    notes = [part.read(v), *(part.word(v.claim, k) for k in ("measure", "beside"))]
+    beside = "; ".join(filter(None, notes))
+    return f"- **{v.outcome}**: {part.says(v.claim)}{where}; {measured}{rest}." + (
+        f" *{beside}*" if beside else ""
+    )
+
+
+def figures(part: Part, root: str) -> list[str]:
+    """Render an answer's figures with their captions."""
+    out = []
+    for name, caption in part.results.get("figures") or []:
+        if (part.folder / name).is_file():
+            out += [f"![{caption}]({root}{part.folder.name}/{name})", ""]
+            out += [f"*{caption[0].upper()}{caption[1:]}.*", ""]
+    return out
+
+
+def table(parts: Sequence[Part]) -> list[str]:
+    """Render the whole table as Markdown, with claims as sentences and verdicts in bold."""
+    head, *rows = rows_of(parts, words=True)
+    return markdown([head, *([*r[:4], f"**{r[4]}**", *r[5:]] for r in rows)])

@@ -1,0 +1,240 @@
+"""What was found, in seven sentences at most; every number is picked from an answer by its claim.
+
+A sentence without an answer is left out. Its wording follows from the verdicts, so that a verdict
+that turns changes the sentence.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+from analysis.inference.estimate import Verdict, number
+from analysis.report.study.answers import FIRST_STUDY, Part
+from analysis.report.study.load_map import REGIME
+from analysis.report.study.setting import WORDS, Setting
+
+Found = list[tuple[Part, Verdict]]
+FULL = " times full fine-tuning's"
+GAIN = " of LoRA's gain"
+EIGHTH = 8
+"""The claims of `regime` are about ranks of this fraction of the width."""
+
+
+def sentences(parts: Sequence[Part]) -> list[str]:
+    """Return the sentences, the one about the regime first."""
+    made = [
+        write(parts) for write in (_regime, _boundary, _rates, _speed, _batches, _layers, _compute)
+    ]
+    return [text for text in made if text]
+
+
+def found(parts: Sequence[Part], sweep: str, claim: str) -> Found:
+    """Return a claim's verdicts that have a value; those by task where there are tasks."""
+    return [
+        (part, v)
+        for part in parts
+        if part.results["sweep"] == sweep
+        for v in part.single
+        if v.claim == claim and v.estimate.value is not None
+    ]
+
+
+def _regime(parts: Sequence[Part]) -> str:
+    low, behind = found(parts, REGIME, "low"), found(parts, REGIME, "beyond")
+    if not low:
+        return ""
+    lead = _lead(
+        low,
+        "LoRA without regret is real where little is new",
+        "LoRA without regret is not to be had even where little is new",
+        "LoRA without regret is real on some data in which little is new",
+        "Whether there is LoRA without regret where little is new stays open",
+    )
+    said = (
+        f"{lead}: on {_sets(low)} in which only rules are new, a rank of an eighth of the width "
+        f"gave up {_regret(low)} of what full fine-tuning gains"
+    )
+    if behind:
+        said += f", and {_regret(behind)} on {_sets(behind)} with lists to memorise"
+    return said + _end([*low, *behind])
+
+
+def _boundary(parts: Sequence[Part]) -> str:
+    fits = found(parts, REGIME, "fits")
+    if not fits:
+        return ""
+    lead = _lead(
+        fits,
+        "It ends where the adapter is full",
+        "Counting bits does not say where it ends",
+        "Counting bits says only in places where it ends",
+        "Whether counting bits says where it ends stays open",
+    )
+    return (
+        f"{lead}: the smallest rank with room for what is new, at the study's 2 bits a parameter, "
+        f"gave up nothing on {_count(fits, 'SUPPORTED')} of {len(fits)} data sets; "
+        f"{_needed(parts, {v.group for _, v in fits})}{_end(fits)}"
+    )
+
+
+def _rates(parts: Sequence[Part]) -> str:
+    ratio, order = found(parts, "lr_ratio", "ratio"), found(parts, "lr_ratio", "order")
+    cost = found(parts, "recipes", "ten_times")
+    if not ratio or not order:
+        return ""
+    lead = _lead(
+        order,
+        "LoRA wants about ten times full fine-tuning's learning rate",
+        "LoRA does not want ten times full fine-tuning's learning rate",
+        "Ten times full fine-tuning's learning rate is right in places only",
+        "Whether LoRA wants ten times full fine-tuning's learning rate stays open",
+    )
+    said = f"{lead}: the ratio of the best rates was {_by_setting(ratio)}"
+    if cost:
+        said += f"; taken at its word, the rule cost {_by_setting(cost, _percent, GAIN)}"
+    return said + _end([*ratio, *cost])
+
+
+def _speed(parts: Sequence[Part]) -> str:
+    parity = found(parts, "rank", "parity")
+    if not parity:
+        return ""
+    lead = _lead(
+        parity,
+        "At its highest rank LoRA keeps full fine-tuning's pace",
+        "Even at its highest rank LoRA does not keep full fine-tuning's pace",
+        "At its highest rank LoRA keeps full fine-tuning's pace in places only",
+        "Whether LoRA keeps full fine-tuning's pace stays open",
+    )
+    times = _by_setting(parity, lambda v: number(1 / v), FULL)
+    return f"{lead}: counted in updates to one loss, it took {times}{_end(parity)}"
+
+
+def _batches(parts: Sequence[Part]) -> str:
+    penalty = found(parts, "batch_size", "penalty")
+    if not penalty:
+        return ""
+    lead = _lead(
+        penalty,
+        "Large batches hurt LoRA more than full fine-tuning",
+        "Large batches did not hurt LoRA more than full fine-tuning",
+        "Large batches hurt LoRA more than full fine-tuning in places only",
+        "Whether large batches hurt LoRA more than full fine-tuning stays open",
+    )
+    return (
+        f"{lead}: with each doubling, its speed over full fine-tuning's changed by "
+        f"{_by_setting(penalty, _change)}{_end(penalty)}"
+    )
+
+
+def _layers(parts: Sequence[Part]) -> str:
+    worse = found(parts, "layers", "attention_worse")
+    if not worse:
+        return ""
+    lead = _lead(
+        worse,
+        "Attention alone is the slower place for adapters",
+        "Attention alone is not the slower place for adapters",
+        f"Attention alone was clearly the slower place for adapters on "
+        f"{_count(worse, 'SUPPORTED')} of {len(worse)} tasks",
+        "Whether attention alone is the slower place for adapters stays open",
+    )
+    return (
+        f"{lead}: at equal parameters, its speed over that of the MLP alone was "
+        f"{_by_setting(worse)}{_end(worse)}"
+    )
+
+
+def _compute(parts: Sequence[Part]) -> str:
+    flops = found(parts, "compute", "flops_to_loss")
+    if not flops:
+        return ""
+    lead = _lead(
+        flops,
+        "LoRA saves a third of the work",
+        "LoRA does not save a third of the work",
+        "LoRA saves a third of the work in places only",
+        "Whether LoRA saves a third of the work stays open",
+    )
+    times = _by_setting(flops, unit=FULL)
+    return f"{lead}: counted in operations to one loss, it took {times}{_end(flops)}"
+
+
+# ---------------------------------------------------------------- words and numbers
+
+
+def _lead(verdicts: Found, yes: str, no: str, partly: str, undecided: str) -> str:
+    """Choose the start of a sentence by the outcomes, and emphasise it.
+
+    "No" needs a refutation and no support; support beside anything else holds in places.
+    """
+    n, held = len(verdicts), _count(verdicts, "SUPPORTED")
+    none = no if _count(verdicts, "REFUTED") else undecided
+    return f"**{yes if held == n else partly if held else none}**"
+
+
+def _count(verdicts: Found, outcome: str) -> int:
+    return sum(v.outcome == outcome for _, v in verdicts)
+
+
+def _sets(verdicts: Found) -> str:
+    return "one data set" if len(verdicts) == 1 else f"{len(verdicts)} data sets"
+
+
+def _end(verdicts: Found) -> str:
+    """End a sentence, with the mark of the first study if all that it says is from there."""
+    return f" ({FIRST_STUDY})." if all(part.first_study for part, _ in verdicts) else "."
+
+
+def _change(slope: float) -> str:
+    """Return the change of a ratio in percent, from a slope of its logarithm."""
+    return f"{100 * math.expm1(slope):+.0f}%"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
+
+
+def _by_setting(verdicts: Found, shown: Callable[[float], str] = number, unit: str = "") -> str:
+    """Give the range of the values in each setting."""
+    values: dict[Setting, list[float | None]] = {}
+    for part, v in verdicts:
+        values.setdefault(part.setting(v.group), []).append(v.estimate.value)
+    return _listed([f"{_span(values[s], shown)}{unit} {WORDS[s]}" for s in Setting if s in values])
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _span(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
+    known = [v for v in values if v is not None]
+    texts = sorted({shown(min(known)), shown(max(known))}, key=lambda t: float(t.rstrip("%")))
+    return " to ".join(texts)
+
+
+def _regret(verdicts: Found) -> str:
+    """Return the regrets in percent of the gain at the rank that the verdicts are about."""
+    values: list[float | None] = []
+    for part, v in verdicts:
+        width = part.runs["hidden_size"].max()
+        for cell in part.results["cells"]:
+            ranks = [r for r in cell["ranks"] if r["rank"] >= width / EIGHTH]
+            if cell["cell"] == v.group and ranks:
+                values.append(ranks[0]["regret_percent"]["value"])
+    return _span(values, lambda p: f"{p:.1f}%")
+
+
+def _needed(parts: Sequence[Part], groups: set[str]) -> str:
+    """Say in which range the smallest rank that gives up nothing lies, over the data sets."""
+    needed = [
+        cell["rank_needed"]
+        for part in parts
+        if part.results["sweep"] == REGIME
+        for cell in part.results["cells"]
+        if cell["cell"] in groups
+    ]
+    low = min(above for above, _ in needed)
+    if any(up_to is None for _, up_to in needed):
+        return f"it took a rank above {low:g}, and on some data above every rank tried"
+    high = max(up_to for _, up_to in needed)
+    return f"it took a rank {f'above {low:g} and ' if low else ''}of at most {high:g}"

@@ -1,0 +1,97 @@
+"""The ledger: every sentence of the study and of its popular summaries, and what became of it.
+
+The sentences lie in ledger.yaml. Claims with an answer that are not named there follow them.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from analysis.inference.estimate import Verdict
+from analysis.report.study.answers import Part
+from analysis.report.study.setting import WORDS, Setting
+from analysis.report.text import markdown
+
+SENTENCES = Path(__file__).with_suffix(".yaml")
+OUTCOMES = ("SUPPORTED", "REFUTED", "UNDECIDED")
+NOT_TESTED = "not tested"
+OTHERS = "Other questions"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One line of the ledger."""
+
+    says: str
+    claims: tuple[str, ...]
+    """`sweep: claim` of all that judge it; empty: no sweep asks it."""
+
+
+def sentences() -> dict[str, list[Sentence]]:
+    """Read the sentences of the study and its summaries, by where they come from."""
+    return {
+        block["from"]: [Sentence(s["says"], _claims(s.get("claim"))) for s in block["sentences"]]
+        for block in yaml.safe_load(SENTENCES.read_text())
+    }
+
+
+def _claims(named: str | list[str] | None) -> tuple[str, ...]:
+    return (named,) if isinstance(named, str) else tuple(named or ())
+
+
+def ledger(parts: Sequence[Part]) -> list[str]:
+    """Render the ledger as a Markdown table, one sentence a line."""
+    blocks = sentences()
+    named = {claim for block in blocks.values() for s in block for claim in s.claims}
+    blocks[OTHERS] = [
+        Sentence(f"{says[0].upper()}{says[1:]}", (claim,))
+        for claim, says in _judged(parts).items()
+        if claim not in named
+    ]
+    rows = [["sentence", *WORDS.values()]]
+    for title, block in blocks.items():
+        rows += [[f"**{title}**", *("" for _ in Setting)]] if block else []
+        rows += [[s.says, *_cells(parts, s)] for s in block]
+    return markdown(rows)
+
+
+def _judged(parts: Sequence[Part]) -> dict[str, str]:
+    return {_name(part, v): part.says(v.claim) for part in parts for v in part.single}
+
+
+def _name(part: Part, v: Verdict) -> str:
+    return f"{part.results['sweep']}: {v.claim}"
+
+
+def _cells(parts: Sequence[Part], sentence: Sentence) -> list[str]:
+    """Return what was found in each setting, or that nothing was."""
+    by_setting: dict[Setting, list[tuple[Part, str]]] = {}
+    for part in parts:
+        for v in part.single:
+            if _name(part, v) in sentence.claims:
+                by_setting.setdefault(part.setting(v.group), []).append((part, v.outcome))
+    if not by_setting:
+        return [NOT_TESTED, *("" for _ in list(Setting)[1:])]
+    return [_cell(by_setting.get(setting, [])) for setting in Setting]
+
+
+def _cell(found: Sequence[tuple[Part, str]]) -> str:
+    """Count the outcomes of one sentence in one setting, with the scales that they hold for."""
+    lines = []
+    for first in (False, True):
+        mine = [(part, outcome) for part, outcome in found if part.first_study is first]
+        if not mine:
+            continue
+        counts = Counter(outcome for _, outcome in mine)
+        n = f" {{}} of {len(mine)}" if len(mine) > 1 else ""
+        words = ", ".join(f"**{o}**{n.format(counts[o])}" for o in OUTCOMES if counts[o])
+        scales = ", ".join(dict.fromkeys(f"`{_scale(part)}`" for part, _ in mine))
+        lines.append(mine[0][0].marked(f"{words} at {scales}"))
+    return "<br>".join(lines)
+
+
+def _scale(part: Part) -> str:
+    return str(part.results["scale"]).partition("_")[0]

@@ -1,0 +1,164 @@
+"""Write the pages over all answers: analysis/results/README.md, and a study's own page.
+
+First what was found, then the figures and the ledger; details are folded away. No measured number
+is typed by hand.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from analysis.report import plots_study
+from analysis.report.study import details, rates
+from analysis.report.study.answers import FIRST_STUDY, Part, parts_of
+from analysis.report.study.findings import sentences
+from analysis.report.study.forest import rows_of
+from analysis.report.study.ledger import ledger
+from analysis.report.study.load_map import boundary_of, points_of
+from analysis.report.study.pooled import pooled
+from analysis.report.text import text_hash
+from analysis.runs.names import in_words
+
+MAP, FOREST, RATES = "map.png", "forest.png", "rates.png"
+SETTINGS = """\
+**In the regime** means here: only rules of a synthetic language change, which are few numbers.
+**Beyond the regime** lists are new as well, or are all there is: exceptions, facts, exercises.
+**On a real model** means SmolLM2 with 135 million parameters and word problems. The bases
+tiny64 and tiny128 are small Llamas with these hidden sizes, pretrained on the synthetic
+language; tiny64-s1 is tiny64 from another seed. What was found holds for these models, tasks
+and lengths of runs."""
+MAP_CAPTION = """\
+Every point is one rank on one data set, LoRA and full fine-tuning each at its own best learning
+rate. Regret is LoRA's final held-out loss minus full fine-tuning's, in percent of what full
+fine-tuning gains; up to 5% counts as none. Load is the information in what is new over what the
+adapter can store at the 2 bits a parameter that the study goes by."""
+FOREST_CAPTION = """\
+One row a claim of the study, one symbol an answer: a base, or a task where a claim has tasks.
+Values are in units of the claim's margin, which was fixed before the runs: 0 is the claim's
+value, green is the margin. A claim is supported if the whole interval lies in the green,
+refuted if none of it does; an open symbol away from the green is one that something else
+forbids to decide, such as too few seeds. Where one end of the margin is open, the green goes
+on. A unit is then the distance of the other end or, if the claim's value is that end, a factor
+of 2 (or 0.01 nats). Arrows leave the figure. Black symbols average over three bases or more."""
+RATES_CAPTION = """\
+The price of a wrong learning rate: LoRA's final loss above that at its best rate, in percent of
+what it gains there. Symbols are means over seeds, lines the fits that give the best rates; they
+end where runs begin to break down, or where no rate was tried. Alpha is 32, scaled as alpha /
+rank."""
+LEDGER = """\
+Every sentence of the study and of its popular summaries, with its verdicts: how many answers of
+how many, and at which scale (`tiny`: small Llamas on a CPU, `small`: the real model)."""
+NOT_TESTED = """\
+Reinforcement learning, mixtures of experts, models beyond 135M parameters, high ranks, long
+runs and GPUs. Rates in runs that others published: [public_evidence.md](public_evidence.md)."""
+"""Only for the page of the kept answers."""
+HOW_TO_READ = f"""\
+- **A claim** is a sentence with a number and a margin. SUPPORTED: the measured interval lies
+  inside the margin. REFUTED: the two do not overlap. UNDECIDED: everything else, and whenever
+  the best rate is at an edge of the rates tried, there are too few seeds, or the task is
+  unsuitable.
+- **"{FIRST_STUDY.capitalize()}"** marks answers from runs with seeds below 100. Some of their
+  estimators were changed after answers had been seen, so they explore. All others confirm:
+  claims, margins, rates and seeds were committed before the runs, and no estimator was changed
+  after them.
+- **Intervals** cover the spread over seeds and the uncertainty of each method's best learning
+  rate, at 95%, or more if the sweep was looked at more than once. Zero-width intervals mark
+  exact counts and maxima. All runs of a task are evaluated on the same rows; that sampling
+  error is not included.
+- **More than one claim.** Primary claims are corrected for multiplicity within one question
+  (Holm). Bases are replicates: where a claim has intervals on three or more of one scale, their
+  average by a random effect stands beside the single verdicts and changes none of them.
+- **Speed** (rho) is the number of updates that full fine-tuning needs to reach a loss, divided
+  by LoRA's, each at its own best rate: at 0.5, LoRA needs twice as many. It falls during a run.
+- **Needs** is how many seeds (bases, layer sets) decide a claim in 80% of cases if the value
+  and the spread found are the true ones.
+- **Answers are not independent.** Questions share runs, and some claims are readings of one
+  number."""
+CHANGED = """\
+Margins never changed. Of the first study, these estimators did, for reasons other than a
+verdict (the numbers refer to [DECISIONS](../../DECISIONS.md)): the loss up to which work is
+counted, and what it is for a rank to leave the common curve (D34); interpolation to best rates
+(D41); intervals over seeds (D43); the test of the ratio's law (D44); the length of runs (D46);
+rates at which some repeats diverge (D47); the gates of the question about batches (D48); the
+common rate of all ranks (D50); ranks that never leave (D63). The speed in the runs of the ratio
+(D45) and forgetting at equal learning (D50) became claims when their runs existed. Seeds and
+rates were added after looks, and the intervals are wider for that."""
+"""Only for the page of the kept answers."""
+
+
+def write(folder: Path, parts: Sequence[Part], name: str, root: str = "") -> None:
+    """Write the page and its figures into a folder.
+
+    Args:
+        root: prefix of links to the answers' folders. Empty for the kept answers' own page, which
+            also says what changed after a look and what was not tested.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = inputs_hash(parts)
+    for figure in (MAP, FOREST, RATES):
+        (folder / figure).unlink(missing_ok=True)
+    if points := points_of(parts):
+        plots_study.load_map(points, boundary_of(points), folder / MAP, inputs)
+    if rows := rows_of(parts, pooled(parts)):
+        plots_study.forest(rows, folder / FOREST, inputs)
+    if rates.has_curves(parts):
+        plots_study.rates(rates.rate_curves(parts), folder / RATES, inputs)
+    (folder / name).write_text(page(parts, root))
+
+
+def write_kept(kept: Path) -> None:
+    """Write the page of the kept answers."""
+    write(kept, parts_of([kept]), "README.md")
+
+
+def inputs_hash(parts: Sequence[Part]) -> str:
+    """Hash what the page's figures are drawn from: the answers, and which runs they have."""
+    texts = [(p.folder / "results.json").read_text() for p in parts]
+    return text_hash("".join(texts) + "".join(sorted(i for p in parts for i in p.run_ids)))
+
+
+def page(parts: Sequence[Part], root: str = "") -> str:
+    """Render the page; see `write`."""
+    over_bases = pooled(parts)
+    out = ["# When does LoRA match full fine-tuning?", ""]
+    for sentence in sentences(parts):
+        out += [sentence, ""]
+    out += [*_study(parts), SETTINGS, ""]
+    if points_of(parts):
+        out += _figure("Where the regime ends", MAP, "regret over load, by rank", MAP_CAPTION)
+    if rows_of(parts, over_bases):
+        out += _figure("The claims", FOREST, "the claims in units of margins", FOREST_CAPTION)
+    if rates.has_curves(parts):
+        out += _figure("Learning rates", RATES, "regret over LoRA's rate, by base", RATES_CAPTION)
+    out += ["## Sentence by sentence", "", LEDGER, "", *ledger(parts), ""]
+    if not root:
+        out += ["## What was not tested", "", NOT_TESTED, ""]
+    out += ["## How to read it", "", HOW_TO_READ, ""]
+    if not root:
+        out += ["## What changed after a look", "", CHANGED, ""]
+    out += ["## Details", ""]
+    out += _folded("Best learning rates", rates.best_rates(parts))
+    out += _folded("Questions, verdicts, figures", details.questions(parts, over_bases, root))
+    out += _folded("Every verdict", details.table(parts))
+    return in_words("\n".join(out).rstrip() + "\n")
+
+
+def _study(parts: Sequence[Part]) -> list[str]:
+    runs = len(set().union(*(p.run_ids for p in parts))) if parts else 0
+    claims = {(p.results["sweep"], v.claim) for p in parts for v in p.single}
+    return [
+        '"The study" is [LoRA Without Regret](https://thinkingmachines.ai/blog/lora). Its claims, '
+        "and popular ones about the same methods, were judged from runs made for them: "
+        f"{len(claims)} claims, {runs:,} runs, all of them in the tables next to this page.",
+        "",
+    ]
+
+
+def _figure(title: str, name: str, alt: str, caption: str) -> list[str]:
+    return [f"## {title}", "", f"![{alt}]({name})", "", caption, ""]
+
+
+def _folded(title: str, lines: Sequence[str]) -> list[str]:
+    """Fold lines away under a title; nothing without lines."""
+    if not lines:
+        return []
+    return [f"<details><summary>{title}</summary>", "", *lines, "", "</details>", ""]

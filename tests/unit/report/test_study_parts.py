@@ -1,0 +1,332 @@
+"""What the page of all answers is made of, on planted answers: settings, averages over bases, units of
+margins, the boundary, rates, the ledger and the sentences."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from analysis.inference.decide import look_level
+from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
+from analysis.report import plots_study
+from analysis.report.study import findings, forest, ledger, load_map, rates
+from analysis.report.study.answers import NO_CELL, Part
+from analysis.report.study.pooled import pooled
+from analysis.report.study.setting import Setting, setting_of
+
+ROOT = Path(__file__).resolve().parents[3]
+RULES, LISTS = {"rule_shift": 0.25, "new_exceptions": 0}, {"rule_shift": 0.5}
+
+
+def dialect(name="dialect", knobs=LISTS):
+    return {"name": name, "location": "dialect", "source": "synthetic", "knobs": knobs}
+
+
+DIALECT = (dialect(),)
+GSM8K = {"name": "gsm8k", "location": "gsm8k", "source": "jsonl", "knobs": {}}
+FACTS = {"name": "facts", "location": "facts", "source": "synthetic", "knobs": {}}
+
+
+def verdict(value, half=0.1, outcome="REFUTED", group="b on dialect", level=0.95, **changes):
+    e = Estimate(value, value - half, value + half, 5, level=level)
+    v = Verdict("c", group, outcome, e, 1.0, (0.9, 1.1), True, "", log=False)
+    return dataclasses.replace(v, **changes)
+
+
+def answer(
+    folder,
+    *verdicts,
+    sweep="rank",
+    scale="tiny",
+    base="b",
+    seeds=(100, 101),
+    data=DIALECT,
+    **more,
+):
+    """An answer in its folder, with one run per seed and data set."""
+    at = folder / f"{sweep}-{scale}"
+    at.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "run_id": f"{scale}{seed}{d['name']}",
+            "model": base,
+            "seed": seed,
+            "hidden_size": 64,
+            "spec": json.dumps({"dataset": d}),
+        }
+        for seed in seeds
+        for d in data
+    ]
+    pd.DataFrame(rows).to_parquet(at / "table.parquet")
+    results = {"sweep": sweep, "scale": scale, "runs": len(rows), "curves": [], **more}
+    says = {v.claim: {"says": f"{v.claim} holds", "whose": "study"} for v in verdicts}
+    return Part(at, results, {"analysis": sweep, "claims": says}, list(verdicts))
+
+
+# ---------------------------------------------------------------- settings, first study
+
+
+@pytest.mark.parametrize(
+    ("group", "setting"),
+    [
+        ("b on low, batch 16, steps 256", Setting.IN_REGIME),
+        ("b, 8 symbols, drawn anew", Setting.IN_REGIME),
+        ("b on dialect", Setting.BEYOND),
+        ("b, 16 symbols, drawn anew + 30% new exceptions", Setting.BEYOND),
+        ("b on facts", Setting.BEYOND),
+        ("b, gsm8k", Setting.REAL),
+        ("all 4 tasks", Setting.REAL),  # names none: the hardest of all
+    ],
+)
+def test_the_setting_follows_from_the_data_that_a_verdict_names(tmp_path, group, setting):
+    part = answer(tmp_path, data=(dialect("low", RULES), dialect(), FACTS, GSM8K))
+    assert setting_of(part.runs, group) is setting
+
+
+def test_seeds_say_whether_an_answer_is_of_the_first_study(tmp_path):
+    assert not answer(tmp_path, seeds=(100, 105)).first_study
+    mixed = answer(tmp_path, seeds=(99, 100), scale="mixed")
+    assert mixed.first_study and mixed.marked("REFUTED") == "REFUTED (first study)"
+
+
+# ---------------------------------------------------------------- averages over bases
+
+
+def bases(folder, verdicts, **changes):
+    return [
+        answer(
+            folder,
+            dataclasses.replace(v, group=f"b{k} on dialect"),
+            scale=f"tiny_{k}",
+            base=f"b{k}",
+            **changes,
+        )
+        for k, v in enumerate(verdicts)
+    ]
+
+
+def test_three_bases_are_averaged_at_the_level_of_their_looks(tmp_path):
+    level = look_level(3)
+    values = (0.5, 0.6, 0.7)
+    parts = bases(tmp_path, [verdict(v, 0.01, level=level) for v in values])
+    (pool,) = pooled(parts)
+    half = stats.t.ppf(0.5 + level / 2, 2) * np.std(values, ddof=1) / math.sqrt(3)
+    assert pool.bases == ("b0", "b1", "b2") and pool.estimate.level == level
+    assert pool.estimate.value == pytest.approx(0.6, abs=1e-3)
+    assert pool.estimate.low == pytest.approx(0.6 - half, rel=0.02)
+    # Ratios are averaged as logarithms.
+    logs = bases(
+        tmp_path,
+        [
+            verdict(math.exp(v), log=True, estimate=Estimate(*np.exp([v, v - 0.01, v + 0.01])))
+            for v in values
+        ],
+    )
+    (pool,) = pooled(logs)
+    assert math.log(pool.estimate.value) == pytest.approx(0.6, abs=1e-3)
+
+
+def test_what_is_no_replicate_is_not_averaged(tmp_path):
+    three = [verdict(v) for v in (0.5, 0.6, 0.7)]
+    assert len(pooled(bases(tmp_path, three))) == 1
+    assert not pooled(bases(tmp_path, three[:2]))
+    others = (
+        {"estimate": Estimate(0.7, 0.7, 0.7)},  # a count
+        {"estimate": Estimate(0.7, 0.6, 0.8, flags=(AT_LEAST,))},
+        {"estimate": Estimate(0.7)},
+    )
+    for change in others:
+        assert not pooled(bases(tmp_path, [*three[:2], dataclasses.replace(three[2], **change)]))
+    last = three[2:]
+    pair = bases(tmp_path, three[:2])
+    fresh = bases(tmp_path / "first", last, seeds=(0, 1))[0]
+    low = bases(tmp_path / "low", last, data=(dialect(knobs=RULES),))[0]
+    other = dataclasses.replace(low, results={**low.results, "scale": "small"})
+    for part in (fresh, low, other):
+        assert not pooled([*pair, part])
+
+
+def test_the_average_over_bases_covers_a_planted_mean(tmp_path):
+    """Bases differ, and each has Student's interval over five seeds."""
+    rng, covered, n = np.random.default_rng(5), 0, 200
+    parts = bases(tmp_path, [verdict(0.0)] * 3)
+    for _ in range(n):
+        made = []
+        for part in parts:
+            seeds = rng.normal(0, 0.1) + rng.normal(0, 0.1, 5)
+            half = stats.t.ppf(0.975, 4) * seeds.std(ddof=1) / math.sqrt(5)
+            v = dataclasses.replace(
+                part.verdicts[0],
+                estimate=Estimate(seeds.mean(), seeds.mean() - half, seeds.mean() + half),
+            )
+            made.append(dataclasses.replace(part, verdicts=[v]))
+            vars(made[-1])["runs"] = part.runs  # read once
+        e = pooled(made)[0].estimate
+        covered += e.low <= 0 <= e.high
+    assert covered >= 0.92 * n
+
+
+# ---------------------------------------------------------------- units of margins
+
+
+@pytest.mark.parametrize(
+    ("expected", "margin", "log", "value", "place", "band"),
+    [
+        (10, (5, 20), True, 20, 1, (-1, 1)),
+        (10, (5, 20), True, 2.5, -2, (-1, 1)),
+        (0, (-0.1, 0.1), False, 0.05, 0.5, (-1, 1)),
+        (0.7, (0, 0.9), True, 0.9, 1, (-math.inf, 1)),
+        (-0.1, (-2, -0.03), False, 0.04, 2, (-math.inf, 1)),
+        (1.5, (1, 100), True, 1, -1, (-1, math.inf)),
+        (1, (1, 1000), True, 0.25, -2, (0, math.inf)),  # a factor of 2 is the unit
+        (0, (-10, 0), False, 0.03, 3, (-math.inf, 0)),  # 0.01 nats are the unit
+        (1, (0.5, 1), False, 0.75, -0.5, (-1, 0)),  # a correlation: 1 is the most there is
+    ],
+)
+def test_values_are_placed_in_units_of_the_margin(expected, margin, log, value, place, band):
+    v = verdict(value, expected=float(expected), margin=margin, log=log)
+    scale = forest.scale_for(v)
+    assert scale.at(value) == pytest.approx(place)
+    assert scale.band == pytest.approx(band)
+
+
+def test_claims_that_say_the_same_share_a_row_and_averages_have_no_verdict(tmp_path):
+    parts = bases(tmp_path, [verdict(v) for v in (0.5, 0.6, 0.7)])
+    nothing = verdict(0.0, estimate=Estimate(None), group=NO_CELL)
+    parts.append(answer(tmp_path, nothing, sweep="other"))
+    (row,) = forest.rows_of(parts, pooled(parts))
+    assert [m.outcome for m in row.marks[Setting.BEYOND]] == ["REFUTED"] * 3 + [""]
+    assert row.marks[Setting.BEYOND][0].value == pytest.approx(-5)
+    plots_study.forest([row], tmp_path / "forest.png")
+    assert (tmp_path / "forest.png").stat().st_size > 10_000
+
+
+# ---------------------------------------------------------------- the map
+
+
+def cell(name, *ranks, needed=(1.0, 8.0)):
+    """Ranks as (rank, load, regret in percent)."""
+    return {
+        "cell": name,
+        "rank_needed": list(needed),
+        "ranks": [
+            {"rank": r, "load": load, "regret_percent": Estimate(p, p - 1, p + 1).plain()}
+            for r, load, p in ranks
+        ],
+    }
+
+
+def test_the_regime_ends_between_what_keeps_up_and_what_falls_behind(tmp_path):
+    def boundary(*regrets):
+        cells = [cell("b, x", *((1, load, p) for load, p in regrets))]
+        points = load_map.points_of([answer(tmp_path, sweep="regime", cells=cells)])
+        found = load_map.boundary_of(points)
+        plots_study.load_map(points, found, tmp_path / "map.png")
+        return found and (found.low, found.high, found.clean)
+
+    assert boundary((0.1, 0), (0.2, 1), (0.3, 5), (0.4, 20)) == (0.2, 0.4, True)
+    assert boundary((0.1, 0), (0.2, 9), (0.3, 1), (0.4, 20)) == (0.2, 0.3, False)
+    assert boundary((0.1, 0), (0.2, 1)) is None
+    assert boundary((0.0, 30), (0.1, 0), (0.2, 9)) == (0.1, 0.2, True)  # nothing new: no load
+
+
+# ---------------------------------------------------------------- rates
+
+
+def test_regret_is_drawn_over_multiples_of_full_fine_tunings_best_rate(tmp_path):
+    rng, rows = np.random.default_rng(3), []
+    arms = (("fullft", None, 1e-3, 2.0), ("lora", 4.0, 3e-3, 2.2), ("lora", 8.0, 5e-3, 2.1))
+    for method, rank, best, lowest in arms:
+        for k, seed in [*((k, 100) for k in range(-3, 4)), *((k, 101) for k in (-1, 0, 1))]:
+            nll = lowest + 0.05 * k**2 + rng.normal(0, 1e-3)
+            rows.append({"method": method, "rank": rank, "lr": best * 2.0**k, "seed": seed})
+            rows[-1] |= {"test_nll": nll, "run_id": str(len(rows))}
+    common = {"model": "b", "dataset": "dialect", "batch_size": 16, "steps": 100, "alpha": 32.0}
+    table = pd.DataFrame(rows).assign(
+        **common, status="done", nll_start=3.1, spec=json.dumps({"dataset": dialect()})
+    )
+    curves = [{"method": m, "best_lr": best} for m, _, best, _ in arms]
+    part = answer(tmp_path, sweep="lr_ratio", curves=curves)
+    table.to_parquet(part.folder / "table.parquet")
+    assert rates.has_curves([part])
+    (curve,) = rates.rate_curves([part])
+    assert curve.label == "b, rank 8, beyond the regime"
+    # 10 times full fine-tuning's best rate is twice LoRA's: 0.05 of a gain of 1 nat.
+    at_ten = np.interp(10, curve.fitted_times, curve.fitted_percent)
+    assert at_ten == pytest.approx(5, abs=0.5) and curve.fitted_percent.min() < 0.3
+    assert curve.times[4] == pytest.approx(10, rel=0.03)
+    assert curve.percent[4] == pytest.approx(5, abs=0.5)
+    plots_study.rates([curve], tmp_path / "rates.png")
+    assert not rates.has_curves([answer(tmp_path, sweep="rank", curves=curves)])
+
+
+# ---------------------------------------------------------------- the ledger
+
+
+def test_every_claim_that_the_ledger_names_is_in_a_sweep():
+    asked = {
+        f"{path.stem}: {claim}": claims[claim]
+        for path in (ROOT / "sweeps").glob("*.yaml")
+        for claims in [yaml.safe_load(path.read_text()).get("claims", {})]
+        for claim in claims
+    }
+    named = [c for block in ledger.sentences().values() for s in block for c in s.claims]
+    assert set(named) <= asked.keys() and len(named) == len(set(named))
+    texts = [s.says for block in ledger.sentences().values() for s in block]
+    assert len(texts) == len(set(texts)) > 60
+
+
+def test_the_ledger_counts_outcomes_by_setting_and_names_the_scale(tmp_path):
+    outcomes = ("REFUTED", "REFUTED", "UNDECIDED")
+    made = [verdict(0.5, outcome=o, claim="parity") for o in outcomes]
+    lines = ledger.ledger([*bases(tmp_path, made, seeds=(0,)), answer(tmp_path, verdict(1.0))])
+    line = next(text for text in lines if "High ranks learn as fast" in text)
+    counted = "**REFUTED** 2 of 3, **UNDECIDED** 1 of 3 at `tiny` (first study)"
+    assert line.split(" | ")[1:] == ["", counted, " |"]
+    untried = next(text for text in lines if "Start with rank 256" in text)
+    assert untried.split(" | ")[1] == ledger.NOT_TESTED
+    # A claim that no sentence names has a line of its own.
+    assert lines[-1].startswith("| C holds |  | **REFUTED** at `tiny` |")
+
+
+# ---------------------------------------------------------------- the sentences
+
+
+def test_sentences_follow_the_verdicts_and_are_left_out_without_an_answer(tmp_path):
+    def first(*outcomes):
+        made = [
+            verdict(-0.01, outcome=o, claim="low", group=f"b, {k}") for k, o in enumerate(outcomes)
+        ]
+        cells = [cell(f"b, {k}", (4, 0.1, 9.0), (8, 0.1, 2.0 + k)) for k in range(len(outcomes))]
+        part = answer(tmp_path, *made, sweep="regime", data=(dialect(knobs=RULES),), cells=cells)
+        (said,) = findings.sentences([part])
+        return said
+
+    held = first("SUPPORTED", "SUPPORTED")
+    assert held.startswith("**LoRA without regret is real where little is new**")
+    # The rank of an eighth of the width of 64, over both data sets.
+    assert "on 2 data sets" in held and "gave up 2.0% to 3.0% of" in held
+    assert "first study" not in held
+    assert "not to be had" in first("REFUTED")
+    assert "on some data" in first("SUPPORTED", "UNDECIDED")
+    assert "stays open" in first("UNDECIDED")
+    assert findings.sentences([]) == []
+
+
+def test_the_smallest_rank_without_regret_is_a_range_over_the_data_sets(tmp_path):
+    def needed(*ranges):
+        cells = [cell(f"b, {k}", needed=r) for k, r in enumerate(ranges)]
+        made = [verdict(0.1, claim="fits", group=c["cell"]) for c in cells]
+        (said,) = findings.sentences([answer(tmp_path, *made, sweep="regime", cells=cells)])
+        assert said.startswith("**Counting bits does not say where it ends**")
+        return said.partition("; ")[2]
+
+    assert needed((1.0, 8.0), (4.0, 16.0)) == "it took a rank above 1 and of at most 16."
+    assert needed((0.0, 4.0)) == "it took a rank of at most 4."
+    assert "on some data above every rank tried" in needed((1.0, 8.0), (32.0, None))
