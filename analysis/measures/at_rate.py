@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.measures.at_best import NEAR, AtBest, weights
+from analysis.inference.estimate import AT_LEAST, Estimate
+from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
+from analysis.inference.seeds import PooledVariance
+from analysis.measures.at_best import NEAR, AtBest, over_seeds, weights
 from analysis.optimum.optimum import Optimum
 
 
@@ -54,3 +57,29 @@ def _at(o: Optimum, at: float) -> tuple[dict[int, float], set[float], bool]:
         )
         used |= {math.exp(x) for x in found}
     return losses, used, near
+
+
+def lost_at(
+    o: Optimum | None,
+    at: AtRate,
+    lost: AtBest[float],
+    highest: float,
+    pooled: PooledVariance | None = None,
+) -> tuple[Estimate, list[Gate]]:
+    """Average over seeds what a curve loses at a prescribed rate; also return the gates.
+
+    Args:
+        o: None if the curve is missing.
+        lost: by seed, from the losses in `at`.
+        highest: upper end of the claim's margin.
+        pooled: variance over seeds of similar curves.
+    """
+    mean = over_seeds(lost, pooled, (AT_LEAST,) if at.near_broken[:1] == [True] else ())
+    gates = [] if mean.n else [Gate(GateCode.RECIPE_OUTSIDE)]
+    if o is None:
+        gates = [Gate(GateCode.MISSING, "the recipe")]
+    if 0 < mean.n < MIN_SEEDS:
+        gates.append(Gate(GateCode.FEW_SEEDS_AT_RECIPE, mean.n))
+    if any(at.near_broken) and mean.low is not None and mean.low <= highest:
+        gates.append(Gate(GateCode.RECIPE_BY_A_CLIFF, flags=("bounded_by_divergence",)))
+    return mean, gates

@@ -16,7 +16,8 @@ import pandas as pd
 from analysis.inference.estimate import Estimate
 from analysis.inference.seeds import PooledVariance, pooled_variance
 from analysis.measures import at_best
-from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
+from analysis.measures.at_best import AtBest, likely_rates, losses_at_best, over_seeds
+from analysis.measures.at_rate import AtRate, losses_at
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import runs_of
 
@@ -148,6 +149,19 @@ def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
         Gap(int(o.curve.key["rank"]), o, full, v, gain, load_of(table, o), pooled)
         for o, v in zip(lora, nats)
     ]
+
+
+def at_ten_times(gap: Gap) -> tuple[AtRate, AtBest[float]]:
+    """Return LoRA's losses at 10 times full fine-tuning's best rate, and what that costs.
+
+    The cost is by seed: the loss there minus that at LoRA's own best rate, in percent of what full
+    fine-tuning gains. It includes the error of both best rates.
+    """
+    best = gap.full.best_lr.value
+    rates = [] if best is None else [10 * lr for lr in (best, *likely_rates(gap.full, 1))]
+    at, (own,) = losses_at(gap.lora, rates), losses_at_best([gap.lora])
+    nats = at.losses.paired(own, lambda a, b: a - b)
+    return at, nats.paired(gap.gain, lambda lost, gain: 100 * lost / gain)
 
 
 def starts_of(table: pd.DataFrame) -> dict[int, float]:

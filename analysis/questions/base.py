@@ -4,6 +4,7 @@ Each question's module defines ESTIMANDS, LOG_ESTIMANDS (those with a margin for
 `analyse(table, question, kept) -> Analysis`. `analysis.questions.registry` finds it by name.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import PooledVariance, pooled_variance
 from analysis.measures.at_best import AtBest
+from analysis.measures.regret import Gap
 from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.runs.table import TableError
 from analysis.runs.task import task_problems
@@ -175,6 +177,8 @@ STOPS = (
     "no_variance",
 )
 """Flags of an optimum that forbid a verdict."""
+MAX_ERROR = 0.0125
+"""Standard error of a gap, as a share of the gain, above which it is shown and not judged."""
 
 
 def gates_on(optima: Sequence[Optimum], missing: str = "") -> list[Gate]:
@@ -197,6 +201,19 @@ def gates_on(optima: Sequence[Optimum], missing: str = "") -> list[Gate]:
     if optima:
         problems = task_problems([o.curve for o in optima], [o.best_nll for o in optima])
         found += [Gate(GateCode.TASK, problem) for problem in problems]
+    return found
+
+
+def gates_on_gap(gap: Gap) -> list[Gate]:
+    """Return what forbids a verdict about a gap: its optima, and too much noise; never the task.
+
+    A gap in nats with its own error is right on a small or a nearly solved task too.
+    """
+    found = [g for g in gates_on([gap.full, gap.lora]) if g.code != GateCode.TASK]
+    if gap.planned_error > MAX_ERROR:
+        known = math.isfinite(gap.planned_error)
+        share = f"{100 * gap.planned_error:.2g}%" if known else "an unknown share"
+        found.append(Gate(GateCode.NOISY, share))
     return found
 
 

@@ -2,28 +2,45 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict, number, signed, with_interval
+from analysis.inference.gates import GateCode
 from analysis.inference.seeds import pooled_variance
+from analysis.measures.at_rate import lost_at
 from analysis.measures.efficiency import at_best, log_rho, of_curves, read_to, rho
 from analysis.measures.next_runs import lines, suggest
+from analysis.measures.regret import at_ten_times, gaps_of
+from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
     Analysis,
+    Measured,
     Rows,
     Section,
     claims_about,
     fewest_seeds,
     gates_on,
+    gates_on_gap,
     judge_claims,
+    pooled_over,
 )
 from analysis.questions.qualify import stalled
-from analysis.questions.ratio_answer import PARITY, Answer, Ratio, answer_of
+from analysis.questions.ratio_answer import (
+    NO_REGRET,
+    OF_LOSSES,
+    PARITY,
+    TEN_TIMES,
+    Answer,
+    Ratio,
+    answer_of,
+)
+from analysis.runs.lr_curves import runs_of
 
-ESTIMANDS = ("lr_ratio", "lr_drift_per_doubling", PARITY)
+ESTIMANDS = ("lr_ratio", "lr_drift_per_doubling", *OF_LOSSES)
 LOG_ESTIMANDS = ("lr_ratio", PARITY)
 Rhos = list[Estimate | None]
 
@@ -53,43 +70,75 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         (r.group, "ranks 4 and more" if r.rank is None else f"rank {r.rank}", r.ratio)
         for r in found.ratios
     ]
-    verdicts = [*found.verdicts, *_parity(table, found, claims_about(question, PARITY))]
-    measures = {**_plain(found, rhos), "read": _read(table, found)}
+    verdicts = [*found.verdicts, *_of_losses(table, found, question)]
+    measures = {**_plain(found, rhos), "read": _read(table, found, question)}
     return Analysis(found.optima, verdicts, sections, measures, found.members, True, ratios)
 
 
-def _read(table: pd.DataFrame, found: Answer) -> dict[str, str]:
-    """Say of which rank parity is, and up to which update the curves were read; of one group."""
+def _read(table: pd.DataFrame, found: Answer, question: dict[str, Any]) -> dict[str, str]:
+    """Say of which rank and up to which update the losses were read; of one group."""
     if len(found.members) != 1:
         return {}
     ((full, *lora),) = found.members.values()
-    top = max(lora, key=lambda o: o.curve.key["rank"])
-    return {
-        PARITY: f"rank {top.curve.key['rank']:g}, to update {read_to(at_best(table, [full, top]))}"
-    }
+    top = _highest(lora)
+    rank = f"rank {top.curve.key['rank']:g}"
+    to = read_to(at_best(table, [full, top]))
+    said = {PARITY: f"{rank}, to update {to}", NO_REGRET: rank, TEN_TIMES: rank}
+    return {k: v for k, v in said.items() if claims_about(question, k)["claims"]}
 
 
-def _parity(table: pd.DataFrame, found: Answer, question: dict[str, Any]) -> list[Verdict]:
-    """Judge whether the highest rank learns as fast as full fine-tuning, in every group."""
-    if not question["claims"]:
+def _highest(lora: Sequence[Optimum]) -> Optimum:
+    return max(lora, key=lambda o: o.curve.key["rank"])
+
+
+def _of_losses(table: pd.DataFrame, found: Answer, question: dict[str, Any]) -> list[Verdict]:
+    """Judge the claims about the highest rank's losses and speed, in every group."""
+    claims = {k: c for k, c in question["claims"].items() if c["estimand"] in OF_LOSSES}
+    if not claims:
         return []
+    question = {**question, "claims": claims}
+    wanted = {c["estimand"] for c in claims.values()}
+    ten = [float(c["margin"][1]) for c in claims.values() if c["estimand"] == TEN_TIMES]
     runs = dict(zip(map(id, found.optima), at_best(table, found.optima)))
     verdicts = []
     for group, (full, *lora) in found.members.items():
-        top = max(lora, key=lambda o: o.curve.key["rank"])
+        top = _highest(lora)
         mine, its = runs[id(top)], runs[id(full)]
         pooled = pooled_variance([list(log_rho(runs[id(o)], its).best.values()) for o in lora])
         gates = gates_on([full, top]) + stalled([full, top], [its.best, mine.best])
+        measured: Measured = {PARITY: (rho(mine, its, pooled), gates)}
+        if wanted - {PARITY}:
+            measured |= _regrets(table, full, lora, max(ten, default=math.inf))
         seeds = fewest_seeds([full, top])
-        verdicts += judge_claims(
-            question, {PARITY: (rho(mine, its, pooled), gates)}, [PARITY], group, seeds
-        )
+        verdicts += judge_claims(question, measured, [PARITY], group, seeds)
     judged = {o.curve.group for members in found.members.values() for o in members}
+    nothing = (Estimate(None), gates_on([], "fullft and lora together"))
     for group in dict.fromkeys(o.curve.group for o in found.optima):
         if group not in judged:
-            gate = gates_on([], "fullft and lora together")
-            verdicts += judge_claims(question, {PARITY: (Estimate(None), gate)}, [PARITY], group)
+            without = dict.fromkeys(OF_LOSSES, nothing)
+            verdicts += judge_claims(question, without, [PARITY], group)
     return verdicts
+
+
+def _regrets(
+    table: pd.DataFrame, full: Optimum, lora: Sequence[Optimum], highest: float
+) -> Measured:
+    """Return what the highest rank gives up, and what 10 times full fine-tuning's rate costs it.
+
+    Args:
+        highest: upper end of the margin of what that rate costs.
+    """
+    mine = pd.concat([runs_of(table, o.curve) for o in (full, *lora)])
+    gaps = gaps_of(mine, [full, *lora])
+    costs = {g.rank: at_ten_times(g) for g in gaps}
+    pooled = pooled_over(lost for _, lost in costs.values())
+    top = max(gaps, key=lambda g: g.rank)
+    ten, gates = lost_at(top.lora, *costs[top.rank], highest, pooled)
+    rests = [g for g in gates_on([full, top.lora]) if g.code != GateCode.TASK]
+    return {
+        NO_REGRET: (top.over_allowed(), gates_on_gap(top)),
+        TEN_TIMES: (ten, rests + gates),
+    }
 
 
 def _laws(found: Answer) -> list[Section]:

@@ -25,8 +25,9 @@ from analysis.questions.base import gates_on, lora_of
 from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.runs.table import TableError
 
-PARITY = "rho_top_rank"
-"""Estimand that needs learning curves; it is judged by `lr_ratio`."""
+PARITY, NO_REGRET, TEN_TIMES = "rho_top_rank", "over_allowed_top_rank", "ten_times_regret"
+OF_LOSSES = (PARITY, NO_REGRET, TEN_TIMES)
+"""Estimands that need more than the best rates; they are judged by `lr_ratio`."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,9 @@ def answer(
 def answer_of(table: pd.DataFrame, question: dict[str, Any]) -> Answer:
     """Fit and judge a sweep's runs under its claims, margins and planned rounds.
 
-    Parity, which needs learning curves, is judged by `analysis.questions.lr_ratio`.
+    Claims about OF_LOSSES are judged by `analysis.questions.lr_ratio`.
     """
-    claims = {k: v for k, v in question["claims"].items() if v["estimand"] != PARITY}
+    claims = {k: v for k, v in question["claims"].items() if v["estimand"] not in OF_LOSSES}
     widths = (
         {}
         if "hidden_size" not in table

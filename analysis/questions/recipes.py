@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import AT_LEAST, Estimate, number, rate, signed, with_interval
+from analysis.inference.estimate import Estimate, number, rate, signed, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
-from analysis.inference.seeds import PooledVariance, pooled_variance
+from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import (
-    AtBest,
     likely_rates,
     losses_at_best,
     over_seeds,
     values_at_best,
 )
-from analysis.measures.at_rate import AtRate, losses_at
+from analysis.measures.at_rate import AtRate, losses_at, lost_at
 from analysis.measures.efficiency import at_best, rho
 from analysis.measures.retention import at_equal_learning, frontier, retained
 from analysis.optimum.fit import fit_all
@@ -151,7 +150,7 @@ def _recipes(
     head = ["recipe", "rate", "read at", "loss given up (nats)", "share of tuned LoRA's gain [95%]"]
     rows: Rows = [[*head, "seeds", "at its own best rate (nats)"]]
     for name, (o, at) in arms.items():
-        share, stops = _share(o, losses[name], given_up[name], pooled, highest.get(name, math.inf))
+        share, stops = lost_at(o, losses[name], given_up[name], highest.get(name, math.inf), pooled)
         measured[name] = (share, [*gates, *stops])
         own = None if o is None or o.best_nll is None or o is tuned else o.best_nll - tuned.best_nll
         rows.append(
@@ -172,29 +171,6 @@ def _recipes(
     )
     panels, caption = [_bars(measured)], "what recipes give up"
     return measured, Section("Recipes", rows, [text], "recipes.png", panels, caption)
-
-
-def _share(
-    o: Optimum | None,
-    at: AtRate,
-    given_up: AtBest[float],
-    pooled: PooledVariance | None,
-    highest: float,
-) -> tuple[Estimate, list[Gate]]:
-    """Return the share of tuned LoRA's gain that a recipe loses, and the recipe's gates.
-
-    Args:
-        highest: upper end of the claim's margin.
-    """
-    share = over_seeds(given_up, pooled, (AT_LEAST,) if at.near_broken[:1] == [True] else ())
-    gates = [] if share.n else [Gate(GateCode.RECIPE_OUTSIDE)]
-    if o is None:
-        gates = [Gate(GateCode.MISSING, "the recipe")]
-    if 0 < share.n < MIN_SEEDS:
-        gates.append(Gate(GateCode.FEW_SEEDS_AT_RECIPE, share.n))
-    if any(at.near_broken) and share.low is not None and share.low <= highest:
-        gates.append(Gate(GateCode.RECIPE_BY_A_CLIFF, flags=("bounded_by_divergence",)))
-    return share, gates
 
 
 def _read_at(at: AtRate) -> str:

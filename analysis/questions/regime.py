@@ -19,7 +19,6 @@ from analysis.measures.regret import (
     ALLOWED,
     BITS_PER_PARAMETER,
     PARTS,
-    Gap,
     Needed,
     growth,
     mean_of,
@@ -37,7 +36,7 @@ from analysis.questions.base import (
     correct,
     distinct,
     fewest_seeds,
-    gates_on,
+    gates_on_gap,
     judge_claims,
 )
 from analysis.questions.regime_cells import EIGHTH, FIRST, Cell, cells_of
@@ -56,8 +55,6 @@ ESTIMANDS = (
     *LAW_ESTIMANDS,
 )
 LOG_ESTIMANDS: tuple[str, ...] = ()
-MAX_ERROR = 0.0125
-"""Standard error of the gap, as a share of the gain, above which a cell is shown and not judged."""
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
@@ -66,7 +63,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     verdicts: list[Verdict] = []
     members: dict[str, list[Optimum]] = {}
     open_claims = set(ESTIMANDS)
-    found = {c.name: _measured(c) for c in cells} | measured_laws(cells, _gates)
+    found = {c.name: _measured(c) for c in cells} | measured_laws(cells, gates_on_gap)
     for name, (measured, members[name]) in found.items():
         seeds = fewest_seeds(members[name])
         for estimand in measured:
@@ -84,7 +81,12 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
             "gap_growth": f"smallest rank, update {FIRST} to the last",
         },
     }
-    sections = [_map(cells), law_section(cells, _gates), _over_updates(cells), _by_context(cells)]
+    sections = [
+        _map(cells),
+        law_section(cells, gates_on_gap),
+        _over_updates(cells),
+        _by_context(cells),
+    ]
     optima = [o for c in cells for o in c.optima]
     return Analysis(optima, correct(verdicts, question), sections, measures, members)
 
@@ -96,7 +98,7 @@ def _measured(cell: Cell) -> tuple[Measured, list[Optimum]]:
         missing = [Gate(GateCode.MISSING, "lora" if cell.optima else "fullft")]
         return {"over_allowed_low": (Estimate(None), missing)}, []
     measured: Measured = {}
-    new, at_eighth = cell.novelty, _gates(gap)
+    new, at_eighth = cell.novelty, gates_on_gap(gap)
     if new is None:
         return {"over_allowed_real": (gap.over_allowed(), at_eighth)}, [gap.lora, gap.full]
     if not cell.reaches_eighth:
@@ -120,35 +122,25 @@ def _measured(cell: Cell) -> tuple[Measured, list[Optimum]]:
     used = [gap.lora, gap.full]
     if cell.fitting is not None:
         fitting = cell.last[cell.fitting]
-        measured["over_allowed_fitting"] = (fitting.over_allowed(), _gates(fitting))
+        measured["over_allowed_fitting"] = (fitting.over_allowed(), gates_on_gap(fitting))
         used.append(fitting.lora)
     smallest = min(cell.last)
     if smallest in cell.first:
         first, last = cell.first[smallest], cell.last_on_first_rows[smallest]
         behind = any(low is not None and low > 0 for low in (first.mean().low, last.mean().low))
         none = [] if behind else [Gate(GateCode.NO_GAP)]
-        measured["gap_growth"] = (growth(first, last), _gates(first) + _gates(last) + none)
+        measured["gap_growth"] = (
+            growth(first, last),
+            gates_on_gap(first) + gates_on_gap(last) + none,
+        )
         used.append(last.lora)
     return measured, distinct(used)
-
-
-def _gates(gap: Gap) -> list[Gate]:
-    """Return what forbids a verdict about a gap: its optima, and too much noise; never the task.
-
-    A gap in nats with its own error is right on a small or a nearly solved task too.
-    """
-    found = [g for g in gates_on([gap.full, gap.lora]) if g.code != GateCode.TASK]
-    if gap.planned_error > MAX_ERROR:
-        known = math.isfinite(gap.planned_error)
-        share = f"{100 * gap.planned_error:.2g}%" if known else "an unknown share"
-        found.append(Gate(GateCode.NOISY, share))
-    return found
 
 
 def _needed(cell: Cell) -> Needed:
     """Return the smallest rank with no regret; a rank that must not be judged tells nothing."""
     return rank_needed(
-        {r: Estimate(None) if _gates(g) else g.over_allowed() for r, g in cell.last.items()}
+        {r: Estimate(None) if gates_on_gap(g) else g.over_allowed() for r, g in cell.last.items()}
     )
 
 

@@ -37,14 +37,14 @@ def _around_the_best(
 ) -> list[float]:
     """Return `n_lrs` neighbouring rates around the one with the lowest mean loss.
 
-    Empty if all runs diverged.
+    Of an even number one more lies above it than below. Empty if all runs diverged.
     """
     lrs = sorted(by_lr)
     scores = [_mean([loss(p.id) for p in by_lr[lr]]) for lr in lrs]
     if not any(map(math.isfinite, scores)):
         return []
     best = min(range(len(lrs)), key=scores.__getitem__)
-    first = min(max(0, best - n_lrs // 2), max(0, len(lrs) - n_lrs))
+    first = min(max(0, best - (n_lrs - 1) // 2), max(0, len(lrs) - n_lrs))
     return lrs[first : first + n_lrs]
 
 

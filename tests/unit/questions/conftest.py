@@ -38,7 +38,7 @@ def ask_ratio(compose, capsys, fake_trainer, monkeypatch):
             *valley.rates(),
             *overrides,
         )
-        trainer = fake_trainer(valley.nll)
+        trainer = fake_trainer(valley.nll, start=START)
         with monkeypatch.context() as patch:
             if not report:
                 patch.setattr(answer, "judge", analysed)

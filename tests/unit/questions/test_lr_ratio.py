@@ -4,11 +4,13 @@ back as what they are, and each verdict can be reached."""
 import json
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from analysis.__main__ import main
-from tests.planted import FULL_BEST, Valley
+from analysis.optimum.valley import linex
+from tests.planted import FULL_BEST, START, Valley
 
 pytestmark = pytest.mark.slow  # fits hundreds of curves
 
@@ -100,5 +102,43 @@ def test_one_seed_leaves_it_undecided_with_the_seeds_still_needed(ask_ratio):
 
 
 def test_noise_leaves_it_undecided(ask_ratio):
-    _, noisy = ask_ratio(Valley(10, noise=0.02))
+    _, noisy = ask_ratio(Valley(10, noise=0.04))
     assert noisy["ratio"]["outcome"] == "UNDECIDED"
+
+
+ALL_RATES = "scale.fresh_lrs=7"
+
+
+@pytest.mark.parametrize(("ratio", "outcome"), [(3, "REFUTED"), (10, "SUPPORTED")])
+def test_what_ten_times_the_full_rate_costs(ask_ratio, ratio, outcome):
+    """At a planted ratio of 3 that rate is 3.3 times LoRA's best one."""
+    valley = Valley(ratio)
+    _, verdicts = ask_ratio(valley, ALL_RATES)
+    lost = 0.16 * float(linex(np.array(math.log(10 / ratio)), valley.steep))
+    gain = START - 2.0
+    found = verdicts["ten_times"]
+    assert found["outcome"] == outcome, found["why"]
+    assert found["estimate"]["low"] <= 100 * lost / gain <= found["estimate"]["high"]
+
+
+def test_ten_times_the_full_rate_at_rates_that_one_seed_ran_is_not_judged(ask_ratio):
+    _, verdicts = ask_ratio(Valley(3))
+    assert verdicts["ten_times"]["outcome"] == "UNDECIDED"
+
+
+@pytest.mark.parametrize(("behind", "outcome"), [(0.0, "SUPPORTED"), (0.1, "REFUTED")])
+def test_what_the_highest_rank_gives_up(ask_ratio, behind, outcome):
+    """Behind by a tenth of the gain, where a twentieth is allowed; rank 4 does not count."""
+    valley = Valley(3)
+    alone = valley.nll
+
+    def nll(spec):
+        return alone(spec) + {4: 0.3, 16: behind}.get(getattr(spec.method, "rank", 0), 0) * (
+            START - 2.0
+        )
+
+    valley.nll = nll
+    _, verdicts = ask_ratio(valley)
+    assert verdicts["no_regret"]["outcome"] == outcome, verdicts["no_regret"]["why"]
+    value = verdicts["no_regret"]["estimate"]["value"]
+    assert value == pytest.approx((behind - 0.05) * (START - 2.0), abs=2e-3)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.planted import CURVATURE, FULL, FULL_LR, GAIN, GRIDS, LORA, LORA_LR, World
+from tests.planted import CURVATURE, FULL, GAIN, GRIDS, LORA, LORA_LR, World
 
 pytestmark = pytest.mark.slow  # fits hundreds of curves
 
@@ -30,7 +30,6 @@ def test_recipes(ask):
         "sweep.at.smoke.alpha_2r=16",
         "sweep.at.smoke.steps=96",
         f"sweep.at.smoke.lr_few={LORA_LR}",
-        f"sweep.at.smoke.lr_few_fullft={FULL_LR}",
         report=True,
     )
     gain = GAIN * math.log2(97)
