@@ -107,6 +107,10 @@ def _paler(colour: str) -> str:
     return to_hex((red, green, blue))
 
 
+LINEAR = 10.0
+"""Percent of the gain up to which the map's axis is linear."""
+
+
 def load_map(
     points: Sequence[Point], boundary: Boundary | None, path: Path, inputs: str = ""
 ) -> None:
@@ -123,7 +127,9 @@ def load_map(
         )
         ax.axhline(0, color=COLOURS[0], lw=1.2, label="full fine-tuning")
         if boundary is not None:
-            label = "the regime ends in here" if boundary.clean else "keeps up or falls behind"
+            label = (
+                "the regime ends in here" if boundary.clean else "some keep up, some fall behind"
+            )
             ax.axvspan(boundary.low, boundary.high, color="0.5", alpha=0.15, lw=0, label=label)
         for (k, rank), (b, base) in itertools.product(enumerate(ranks, 1), enumerate(bases)):
             mine = [p for p in points if (p.rank, p.base) == (rank, base)]
@@ -135,7 +141,11 @@ def load_map(
             ax.plot([], [], MARKERS[b % len(MARKERS)], color="0.4", label=base)
         values = [v for p in points for v in (p.regret.low, p.regret.value, p.regret.high)]
         low, high = (f(v for v in values if v is not None) for f in (min, max))
-        ax.set_ylim(min(low, 0) - 0.06 * (high - low) - 0.5, high + 0.06 * (high - low))
+        # Linear where it matters whether LoRA keeps up, logarithmic beyond.
+        ax.set_yscale("symlog", linthresh=LINEAR)
+        ax.set_ylim(min(low - 1, -2), max(high, LINEAR) * 1.15)
+        ticks = [t for t in (-10, -5, 0, 5, 10, 20, 50, 100, 200, 500) if low - 1 < t < high * 1.15]
+        ax.set_yticks(ticks, [f"{t}" for t in ticks])
         ax.set_xscale("log")
         ax.set_xlabel(
             f"load: bits of what is new / ({BITS_PER_PARAMETER:g} bits x trained parameters)"

@@ -22,15 +22,16 @@ MAP, FOREST, RATES = "map.png", "forest.png", "rates.png"
 SETTINGS = """\
 **In the regime** means here: only rules of a synthetic language change, which are few numbers.
 **Beyond the regime** lists are new as well, or are all there is: exceptions, facts, exercises.
-**On a real model** means SmolLM2 with 135 million parameters and word problems. The bases
-tiny64 and tiny128 are small Llamas with these hidden sizes, pretrained on the synthetic
-language; tiny64-s1 is tiny64 from another seed. What was found holds for these models, tasks
-and lengths of runs."""
+**On a real model** means SmolLM2 with 135 million parameters and word problems. An answer over
+data of several kinds stands with the hardest of them. The bases tiny64 and tiny128 are small
+Llamas with these hidden sizes, pretrained on the synthetic language; tiny64-s1 is tiny64 from
+another seed. What was found holds for these models, tasks and lengths of runs."""
 MAP_CAPTION = """\
 Every point is one rank on one data set, LoRA and full fine-tuning each at its own best learning
 rate. Regret is LoRA's final held-out loss minus full fine-tuning's, in percent of what full
 fine-tuning gains; up to 5% counts as none. Load is the information in what is new over what the
-adapter can store at the 2 bits a parameter that the study goes by."""
+adapter can store at the 2 bits a parameter that the study goes by. The vertical axis is linear
+up to 10%, and logarithmic beyond."""
 FOREST_CAPTION = """\
 One row a claim of the study, one symbol an answer: a base, or a task where a claim has tasks.
 Values are in units of the claim's margin, which was fixed before the runs: 0 is the claim's

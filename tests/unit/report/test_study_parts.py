@@ -15,7 +15,7 @@ from scipy import stats
 from analysis.inference.decide import look_level
 from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
 from analysis.report import plots_study
-from analysis.report.study import findings, forest, ledger, load_map, rates
+from analysis.report.study import findings, forest, ledger, load_map, page, rates
 from analysis.report.study.answers import NO_CELL, Part
 from analysis.report.study.pooled import pooled
 from analysis.report.study.setting import Setting, setting_of
@@ -58,6 +58,8 @@ def answer(
             "model": base,
             "seed": seed,
             "hidden_size": 64,
+            **{"method": "lora", "rank": 8.0, "batch_size": 16, "steps": 256},
+            "dataset": d["name"],
             "spec": json.dumps({"dataset": d}),
         }
         for seed in seeds
@@ -66,7 +68,8 @@ def answer(
     pd.DataFrame(rows).to_parquet(at / "table.parquet")
     results = {"sweep": sweep, "scale": scale, "runs": len(rows), "curves": [], **more}
     says = {v.claim: {"says": f"{v.claim} holds", "whose": "study"} for v in verdicts}
-    return Part(at, results, {"analysis": sweep, "claims": says}, list(verdicts))
+    asked = {"name": sweep, "scale": scale, "question": f"{sweep}?", "source": "the study"}
+    return Part(at, results, {**asked, "analysis": sweep, "claims": says}, list(verdicts))
 
 
 # ---------------------------------------------------------------- settings, first study
@@ -234,6 +237,19 @@ def test_the_regime_ends_between_what_keeps_up_and_what_falls_behind(tmp_path):
     assert boundary((0.1, 0), (0.2, 9), (0.3, 1), (0.4, 20)) == (0.2, 0.3, False)
     assert boundary((0.1, 0), (0.2, 1)) is None
     assert boundary((0.0, 30), (0.1, 0), (0.2, 9)) == (0.1, 0.2, True)  # nothing new: no load
+
+
+def test_the_map_comes_first_where_the_regime_was_measured(tmp_path):
+    def headings(*parts):
+        return [x for x in page.page(parts).splitlines() if x.startswith("#")]
+
+    rest = ["Sentence by sentence", "What was not tested", "How to read it"]
+    rest = [f"## {title}" for title in [*rest, "What changed after a look", "Details"]]
+    low = verdict(-0.01, claim="low", group="b, x")
+    cells = [cell("b, x", (8, 0.1, 1.0))]
+    regime = answer(tmp_path, low, sweep="regime", cells=cells)
+    assert headings(regime)[1:-1] == ["## Where the regime ends", "## The claims", *rest]
+    assert headings(answer(tmp_path, verdict(0.5)))[1:-1] == ["## The claims", *rest]
 
 
 # ---------------------------------------------------------------- rates
