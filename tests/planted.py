@@ -58,10 +58,12 @@ GRIDS = (f"sweep.at.smoke.lr_fullft={FULL_LR}", f"sweep.at.smoke.lr_lora={LORA_L
 
 class World:
     """Losses fall by GAIN a doubling of the updates; an arm with rho is at update s where full
-    fine-tuning is at s * rho."""
+    fine-tuning is at s * rho * falls(s)."""
 
-    def __init__(self, rho=lambda spec: 0.5, best=None, more=lambda spec: {}):
-        self.rho, self.more = rho, more
+    def __init__(
+        self, rho=lambda spec: 0.5, best=None, more=lambda spec: {}, falls=lambda step: 1.0
+    ):
+        self.rho, self.more, self.falls = rho, more, falls
         self.best = best or (lambda spec, step: FULL if spec.method.name == "fullft" else LORA)
 
     def loss(self, spec, step):
@@ -71,7 +73,7 @@ class World:
         shared = np.random.default_rng([spec.seed, step])  # the same batches in every arm
         return (
             START
-            - GAIN * math.log2(1 + step * (1.0 if whole else self.rho(spec)))
+            - GAIN * math.log2(1 + step * (1.0 if whole else self.rho(spec) * self.falls(step)))
             + CURVATURE * off**2
             + shared.normal(0, 3 * NOISE)
             + rng.normal(0, NOISE)

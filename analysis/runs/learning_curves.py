@@ -55,6 +55,12 @@ def same_rows(curve: pd.DataFrame | None) -> Points:
 
 
 def cut(result: str, step: int) -> str:
-    """Cut the learning curve in a run's result (JSON) after `step`."""
+    """Cut the learning curve in a run's result (JSON) after `step`.
+
+    Its last evaluation is on the rows of the others, and says so as the end of a run does.
+    """
     values = json.loads(result)
-    return json.dumps({**values, "curve": [p for p in values["curve"] if p["step"] <= step]})
+    curve = [p for p in values["curve"] if p["step"] <= step]
+    if curve:
+        curve[-1] = {**curve[-1], "test_nll_curve": curve[-1]["test_nll"]}
+    return json.dumps({**values, "curve": curve})

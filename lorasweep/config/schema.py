@@ -85,8 +85,6 @@ class Scale:
     """Number of learning rates around a curve's best that get fresh seeds in `lr_ratio`."""
     lr_fullft: list[float] = field(default_factory=list)
     lr_lora: list[float] = field(default_factory=list)
-    batch_steps: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
-    """Updates for each of the four batch sizes of sweep `batch_size`, smallest batch first."""
 
 
 @dataclass
