@@ -161,7 +161,7 @@ def _study(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        help="write study.md (Markdown with linked figures) into this folder of reports",
+        help="write study.md (Markdown with figures) into this folder",
     )
     parser.add_argument(
         "--write",
@@ -185,8 +185,7 @@ def _study(argv: Sequence[str]) -> int:
     parts = answers.parts_of([args.reports_dir, KEPT])
     rows = answers.rows_of(parts)
     if args.out:
-        links = f"{os.path.relpath(args.reports_dir, args.out)}/"
-        page.write(args.out, parts, "study.md", links)
+        page.write(parts, args.out / "study.md")
     print(
         json.dumps([dict(zip(rows[0], r)) for r in rows[1:]], indent=1)
         if args.json

@@ -161,5 +161,6 @@ def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
     from analysis.report.text import aligned
 
     parts = answers.parts_of([reports], titles)
-    page.write(reports / title, parts, "study.md", "../")
-    return ["", *aligned(answers.rows_of(parts)), "", f"page: {reports / title / 'study.md'}"]
+    path = reports / title / "study.md"
+    page.write(parts, path)
+    return ["", *aligned(answers.rows_of(parts)), "", f"page: {path}"]

@@ -18,7 +18,11 @@ from analysis.report.study import page as study_page
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LINKED = [*PAGES, ROOT / "slurm/README.md", ROOT / "DECISIONS.md", ROOT / "LOG.md"]
+LINKED = [
+    *PAGES,
+    *(ROOT / name for name in ("slurm/README.md", "DECISIONS.md", "LOG.md")),
+    KEPT / "README.md",
+]
 MAY_REFUSE = {
     "action=extend": "nothing would decide more at smoke",
     "action=qualify": "a task of eight updates is not fit",
@@ -109,5 +113,7 @@ def test_the_front_page_is_short_and_its_findings_are_those_of_the_kept_results(
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert front_page.readme(text, KEPT) == text
-    assert (KEPT / "README.md").read_text() == study_page.page(answers.parts_of([KEPT]))
+    assert (KEPT / "README.md").read_text() == study_page.page(
+        answers.parts_of([KEPT]), KEPT, kept=True
+    )
     assert "rule_shift=" not in (KEPT / "README.md").read_text()  # parameters are words

@@ -1,6 +1,8 @@
 """What the page folds away: the questions with their verdicts and figures, and every verdict."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from analysis.inference.estimate import Verdict, with_interval
 from analysis.report.study.answers import Part, rows_of, within
@@ -8,8 +10,12 @@ from analysis.report.study.pooled import Pooled
 from analysis.report.text import markdown
 
 
-def questions(parts: Sequence[Part], over_bases: Sequence[Pooled], root: str) -> list[str]:
-    """Render every question with its answers, first those at whole scales."""
+def questions(parts: Sequence[Part], over_bases: Sequence[Pooled], folder: Path) -> list[str]:
+    """Render every question with its answers, first those at whole scales.
+
+    Args:
+        folder: of the page, from which links lead to the answers.
+    """
     by_question: dict[str, list[Part]] = {}
     for part in parts:
         by_question.setdefault(part.question["question"], []).append(part)
@@ -22,12 +28,12 @@ def questions(parts: Sequence[Part], over_bases: Sequence[Pooled], root: str) ->
         pools = [p for p in over_bases if p.one[0].results["sweep"] == sweep]
         out += [*map(_average, pools), ""] if pools else []
         for part in (p for p in mine if "_" not in p.results["scale"]):
-            lead = f"At scale `{part.results['scale']}`, {_trained(part, root)}:"
-            out += [lead, "", *_answer(part, root)]
+            lead = f"At scale `{part.results['scale']}`, {_trained(part, folder)}:"
+            out += [lead, "", *_answer(part, folder)]
         for part in (p for p in mine if "_" in p.results["scale"]):
             name = f"{part.results['scale']}: {', '.join(part.bases)}"
             out += [f"<details><summary>The same at scale {name}</summary>", ""]
-            out += [f"Of {_trained(part, root)}:", "", *_answer(part, root), "</details>", ""]
+            out += [f"Of {_trained(part, folder)}:", "", *_answer(part, folder), "</details>", ""]
     return out
 
 
@@ -40,8 +46,8 @@ def _average(pool: Pooled) -> str:
     )
 
 
-def _trained(part: Part, root: str) -> str:
-    here = f"{root}{part.folder.name}"
+def _trained(part: Part, folder: Path) -> str:
+    here = os.path.relpath(part.folder, folder)
     runs = part.results.get("runs", 0)
     # The scales of the first study have changed since: its commands are in the history.
     asks = "" if part.first_study else f", `{part.command}`"
@@ -49,8 +55,8 @@ def _trained(part: Part, root: str) -> str:
     return part.marked(f"{runs:,} runs, {part.trained} {links}")
 
 
-def _answer(part: Part, root: str) -> list[str]:
-    return [*(verdict(part, v) for v in part.verdicts), "", *figures(part, root)]
+def _answer(part: Part, folder: Path) -> list[str]:
+    return [*(verdict(part, v) for v in part.verdicts), "", *figures(part, folder)]
 
 
 def verdict(part: Part, v: Verdict) -> str:
@@ -68,12 +74,12 @@ def verdict(part: Part, v: Verdict) -> str:
     )
 
 
-def figures(part: Part, root: str) -> list[str]:
+def figures(part: Part, folder: Path) -> list[str]:
     """Render an answer's figures with their captions."""
     out = []
     for name, caption in part.results.get("figures") or []:
         if (part.folder / name).is_file():
-            out += [f"![{caption}]({root}{part.folder.name}/{name})", ""]
+            out += [f"![{caption}]({os.path.relpath(part.folder / name, folder)})", ""]
             out += [f"*{caption[0].upper()}{caption[1:]}.*", ""]
     return out
 

@@ -6,6 +6,7 @@ that turns changes the sentence.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from analysis.inference.estimate import Verdict, number
 from analysis.report.study.answers import FIRST_STUDY, Part
@@ -14,7 +15,7 @@ from analysis.report.study.setting import WORDS, Setting
 
 Found = list[tuple[Part, Verdict]]
 FULL = " times full fine-tuning's"
-GAIN = " of LoRA's gain"
+GAIN = " of the gain"
 EIGHTH = 8
 """The claims of `regime` are about ranks of this fraction of the width."""
 
@@ -78,7 +79,8 @@ def _boundary(parts: Sequence[Part]) -> str:
 
 def _rates(parts: Sequence[Part]) -> str:
     ratio, order = found(parts, "lr_ratio", "ratio"), found(parts, "lr_ratio", "order")
-    cost = found(parts, "recipes", "ten_times")
+    shares = found(parts, "recipes", "ten_times")
+    cost = found(parts, "lr_ratio", "ten_times") + [(p, _in_percent(v)) for p, v in shares]
     if not ratio or not order:
         return ""
     lead = _lead(
@@ -190,8 +192,14 @@ def _change(slope: float) -> str:
     return f"{100 * math.expm1(slope):+.0f}%"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}%"
+def _in_percent(v: Verdict) -> Verdict:
+    share = v.estimate.value
+    percent = None if share is None else 100 * share
+    return replace(v, estimate=replace(v.estimate, value=percent))
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0f}%"
 
 
 def _by_setting(verdicts: Found, shown: Callable[[float], str] = number, unit: str = "") -> str:

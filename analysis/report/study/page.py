@@ -86,15 +86,10 @@ rates were added after looks, and the intervals are wider for that."""
 """Only for the page of the kept answers."""
 
 
-def write(folder: Path, parts: Sequence[Part], name: str, root: str = "") -> None:
-    """Write the page and its figures into a folder.
-
-    Args:
-        root: prefix of links to the answers' folders. Empty for the kept answers' own page, which
-            also says what changed after a look and what was not tested.
-    """
+def write(parts: Sequence[Part], path: Path, kept: bool = False) -> None:
+    """Write the page and, beside it, its figures; see `page`."""
+    folder, inputs = path.parent, inputs_hash(parts)
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = inputs_hash(parts)
     for figure in (MAP, FOREST, RATES):
         (folder / figure).unlink(missing_ok=True)
     if points := points_of(parts):
@@ -103,12 +98,12 @@ def write(folder: Path, parts: Sequence[Part], name: str, root: str = "") -> Non
         plots_study.forest(rows, folder / FOREST, inputs)
     if rates.has_curves(parts):
         plots_study.rates(rates.rate_curves(parts), folder / RATES, inputs)
-    (folder / name).write_text(page(parts, root))
+    path.write_text(page(parts, folder, kept))
 
 
 def write_kept(kept: Path) -> None:
     """Write the page of the kept answers."""
-    write(kept, parts_of([kept]), "README.md")
+    write(parts_of([kept]), kept / "README.md", True)
 
 
 def inputs_hash(parts: Sequence[Part]) -> str:
@@ -117,8 +112,14 @@ def inputs_hash(parts: Sequence[Part]) -> str:
     return text_hash("".join(texts) + "".join(sorted(i for p in parts for i in p.run_ids)))
 
 
-def page(parts: Sequence[Part], root: str = "") -> str:
-    """Render the page; see `write`."""
+def page(parts: Sequence[Part], folder: Path, kept: bool = False) -> str:
+    """Render the page of answers.
+
+    Args:
+        folder: of the page, from which links lead to the answers.
+        kept: say what changed after a look and what was not tested; that is known of the kept
+            answers only.
+    """
     over_bases = pooled(parts)
     out = ["# When does LoRA match full fine-tuning?", ""]
     for sentence in sentences(parts):
@@ -131,14 +132,14 @@ def page(parts: Sequence[Part], root: str = "") -> str:
     if rates.has_curves(parts):
         out += _figure("Learning rates", RATES, "regret over LoRA's rate, by base", RATES_CAPTION)
     out += ["## Sentence by sentence", "", LEDGER, "", *ledger(parts), ""]
-    if not root:
+    if kept:
         out += ["## What was not tested", "", NOT_TESTED, ""]
     out += ["## How to read it", "", HOW_TO_READ, ""]
-    if not root:
+    if kept:
         out += ["## What changed after a look", "", CHANGED, ""]
     out += ["## Details", ""]
     out += _folded("Best learning rates", rates.best_rates(parts))
-    out += _folded("Questions, verdicts, figures", details.questions(parts, over_bases, root))
+    out += _folded("Questions, verdicts, figures", details.questions(parts, over_bases, folder))
     out += _folded("Every verdict", details.table(parts))
     return in_words("\n".join(out).rstrip() + "\n")
 

@@ -26,15 +26,15 @@ def test_a_verdict_is_the_one_of_its_own_report(reports):
     # The report has corrected its two primary claims; the page corrects nothing again.
     assert sum(v.primary for v in part.verdicts) == 2
     assert {v.outcome for v in part.verdicts} == {"SUPPORTED"}
-    flipped = page.page([part])
+    flipped = page.page([part], reports, kept=True)
     assert "**SUPPORTED** at `smoke` (first study)" in flipped
     assert "What was not tested" in flipped  # of the kept answers
-    assert "What was not tested" not in page.page([part], "../")
+    assert "What was not tested" not in page.page([part], reports)
 
 
 def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(reports, tmp_path):
     (tmp_path / page.MAP).write_bytes(b"of an answer that is gone")
-    page.write(tmp_path, answers.parts_of([reports]), "study.md", "reports/")
+    page.write(answers.parts_of([reports]), tmp_path / "study.md")
     text = (tmp_path / "study.md").read_text()
     assert f"]({page.FOREST})" in text and (tmp_path / page.FOREST).is_file()
     assert page.MAP not in text and not (tmp_path / page.MAP).exists()
@@ -42,7 +42,7 @@ def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(repor
 
 
 def test_the_kept_page_can_be_read_at_once():
-    text = page.page(answers.parts_of([KEPT]))
+    text = page.page(answers.parts_of([KEPT]), KEPT, kept=True)
     before, details = text.split("## Details")
     assert len(before.splitlines()) <= 250
     assert details.count("<details>") == details.count("</details>") > 3

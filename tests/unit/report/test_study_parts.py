@@ -241,7 +241,7 @@ def test_the_regime_ends_between_what_keeps_up_and_what_falls_behind(tmp_path):
 
 def test_the_map_comes_first_where_the_regime_was_measured(tmp_path):
     def headings(*parts):
-        return [x for x in page.page(parts).splitlines() if x.startswith("#")]
+        return [x for x in page.page(parts, tmp_path, kept=True).splitlines() if x.startswith("#")]
 
     rest = ["Sentence by sentence", "What was not tested", "How to read it"]
     rest = [f"## {title}" for title in [*rest, "What changed after a look", "Details"]]
@@ -285,15 +285,17 @@ def test_regret_is_drawn_over_multiples_of_full_fine_tunings_best_rate(tmp_path)
 # ---------------------------------------------------------------- the ledger
 
 
-def test_every_claim_that_the_ledger_names_is_in_a_sweep():
+def test_every_claim_that_the_ledger_names_is_asked_by_a_sweep_or_was():
     asked = {
-        f"{path.stem}: {claim}": claims[claim]
+        (path.stem, claim)
         for path in (ROOT / "sweeps").glob("*.yaml")
-        for claims in [yaml.safe_load(path.read_text()).get("claims", {})]
-        for claim in claims
+        for claim in yaml.safe_load(path.read_text()).get("claims", {})
     }
+    for path in (ROOT / "analysis" / "results").glob("*/question.json"):
+        question = json.loads(path.read_text())
+        asked |= {(question["name"], claim) for claim in question["claims"]}
     named = [c for block in ledger.sentences().values() for s in block for c in s.claims]
-    assert set(named) <= asked.keys() and len(named) == len(set(named))
+    assert {tuple(c.split(": ")) for c in named} <= asked and len(named) == len(set(named))
     texts = [s.says for block in ledger.sentences().values() for s in block]
     assert len(texts) == len(set(texts)) > 60
 
