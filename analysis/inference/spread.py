@@ -79,6 +79,7 @@ def needed(
     margin: Sequence[float],
     level: float,
     fewest: int = 1,
+    most: int = MAX_NEEDED,
 ) -> int | None:
     """Return the smallest number of units that decides a claim with probability POWER.
 
@@ -95,9 +96,10 @@ def needed(
         margin: on that scale; an end may be infinite.
         level: of the interval.
         fewest: do not return less than this.
+        most: do not return more than this.
 
     Returns:
-        None if MAX_NEEDED units are not enough.
+        None if `most` units are not enough.
     """
     below, above = value - interval[0], interval[1] - value
     if not (below > 0 and above > 0 and math.isfinite(below + above)):
@@ -107,7 +109,7 @@ def needed(
     # Distances to the margin's ends, on the scale of the units' errors.
     to_low = (value - margin[0]) * half_now / (below if value >= margin[0] else above)
     to_high = (margin[1] - value) * half_now / (above if value <= margin[1] else below)
-    for n in range(max(fewest, spread.n + 1), MAX_NEEDED + 1):
+    for n in range(max(fewest, spread.n + 1), most + 1):
         half, error, df = spread.at(n, level)
 
         def chance(room: float) -> float:

@@ -1,4 +1,4 @@
-"""Quantities measured on fitted curves: rho, ratios, laws; a sweep's power and its next runs.
+"""Quantities measured on fitted curves: rho, ratios, laws; a sweep's next runs.
 
 Knows no question and no claim's wording.
 """

@@ -17,13 +17,15 @@ from analysis.inference.decide import scale_of
 from analysis.inference.estimate import Verdict
 from analysis.inference.gates import MIN_SEEDS, GateCode
 from analysis.inference.spread import POWER, SEEDS
-from analysis.measures.power import N_AROUND, expected_spread
 from analysis.optimum.likelihood import gather
 from analysis.optimum.optimum import Optimum, seeds_at_best
+from analysis.optimum.posterior import expected_spread
 from analysis.runs.lr_curves import LrCurve
 
 MAX_NEW_SEEDS = 5
 """At most this many new seeds are suggested for one curve at a time."""
+N_AROUND = 3
+"""Number of rates around the best one that get new seeds."""
 HOPELESS = {GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING}
 """Gates that no run of the grid opens."""
 

@@ -3,6 +3,7 @@
 Knows no tables, flags or verdicts.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -197,3 +198,16 @@ def _pool(
     free = sum(max(len(e.x) - 4, 0) for e in sweep)
     noise = math.exp(float(share.sum(1) @ np.log(sigmas)))
     return posteriors, Pooled(noise, float(share.sum(0) @ np.array(valley.TAUS)), df + free)
+
+
+def expected_spread(e: Likelihood, noise: float, misfit: float) -> float:
+    """Return the standard deviation of the minimum's posterior, in ln(lr).
+
+    Args:
+        noise: of one run, in nats, taken as known.
+        misfit: taken as known.
+    """
+    known = dataclasses.replace(e, squares=100 * noise**2, df=100)
+    ((posterior,), _) = weigh([[known]], misfit=misfit)[0]
+    mean = float(posterior.m @ posterior.mass)
+    return math.sqrt(max(float((posterior.m - mean) ** 2 @ posterior.mass), 0.0))

@@ -20,9 +20,9 @@ from analysis.report.interactive import page
 from analysis.report.text import aligned, plain, text_hash
 from analysis.runs.learning_curves import by_run
 
-WORDS = ("says", "whose", "measure", "beside")
-"""Fields of a claim that hold only its wording. They may be reworded without changing the claim, so
-they are left out of its hash."""
+NOT_JUDGED = ("says", "whose", "measure", "beside", "sd", "units", "underpowered")
+"""Fields of a claim that hold its wording, or what is known of its spread. They may change without
+changing the claim, so they are left out of its hash."""
 
 
 def judge_and_report(
@@ -95,7 +95,7 @@ def question_hash(question: dict[str, Any]) -> str:
     """Hash the claims and their margins, as proof that they were not changed after the runs."""
     rounds = int(question.get("rounds", 1))
     claims: Any = {
-        name: {k: v for k, v in claim.items() if k not in WORDS}
+        name: {k: v for k, v in claim.items() if k not in NOT_JUDGED}
         for name, claim in question["claims"].items()
     }
     asked = claims if rounds == 1 else {"claims": claims, "rounds": rounds}

@@ -34,9 +34,9 @@ from lorasweep.sweep.request import Request, question
 
 STOPPED = 130
 """Exit status after Ctrl-C."""
-SEEDS_NEEDED_RUNS = 2000
-"""Number of runs above which action=plan does not compute the seeds needed. Loading the analysis
-takes a second, longer than planning."""
+OUTLOOK_RUNS = 2000
+"""Number of runs above which action=plan does not say what claims can be decided. Loading the
+analysis takes a second, longer than planning; the start of the runs says it."""
 
 
 def act(
@@ -120,8 +120,7 @@ def _run(request: Request, store: RunStore, trainer: Trainer | str | None) -> in
                 break
             notify(plan_text.plan_text(request, now))
             if not started and request.format != "json":
-                for line in answer.seeds_needed(request.points, request.sweep):
-                    notify(line)
+                _warn(request)
             started = True
             with Display(now.todo, request.format == "json") as display:
                 local.run_points(points, store, request.exec, display.event, trainer)
@@ -139,6 +138,13 @@ def _run(request: Request, store: RunStore, trainer: Trainer | str | None) -> in
     return _end(request, store, points)
 
 
+def _warn(request: Request) -> None:
+    """Print a warning for every claim that the planned runs cannot decide."""
+    for found in answer.outlooks(request.points, request.sweep, request.scale):
+        if found.warns:
+            _notify(request)(found.line())
+
+
 def _wanted(request: Request, store: RunStore) -> list[Point]:
     """Return the runs of this action: the sweep's, or for qualify those that judge its tasks."""
     points = all_points(request, store)
@@ -151,6 +157,7 @@ def _run_on_cluster(
     """Submit what is missing and return; if nothing is left to do, answer."""
     for line in plan_text.unpinned_lines(request.points):
         _notify(request)(line)
+    _warn(request)
     waiting = cluster.submit_missing(
         request,
         store,
@@ -238,14 +245,16 @@ def _plan(request: Request, store: RunStore) -> int:
     refuse_mixing(points, store, request.exec)
     now = make_plan(points, store, request.exec, hardware_of(request))
     difference = planning.difference(request, store, now)
+    outlooks = []
+    if len(now.points) <= OUTLOOK_RUNS:
+        outlooks = answer.outlooks(request.points, request.sweep, request.scale)
     if request.format == "json":
         name = {"sweep": request.sweep_name, "scale": request.scale}
-        print(json.dumps({**name, **summary(now), **difference}))
+        claims = {"claims": [found.plain() for found in outlooks]} if outlooks else {}
+        print(json.dumps({**name, **summary(now), **difference, **claims}))
         return 0
     lines = [plan_text.plan_text(request, now), *plan_text.queue_lines(difference)]
-    if len(now.points) <= SEEDS_NEEDED_RUNS:
-        lines += answer.seeds_needed(request.points, request.sweep)
-    print("\n".join(lines))
+    print("\n".join([*lines, *(found.line() for found in outlooks)]))
     return 0
 
 

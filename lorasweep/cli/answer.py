@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import SpecError, StoreError, unknown
-from lorasweep.sweep.grid import Point, curve_key
+from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Sweep
+from lorasweep.sweep.replicates import planned_seeds
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from analysis.inference.design import Outlook
 
 KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
 """The repository's kept results, which a report may show next to its own."""
@@ -43,28 +46,42 @@ def check_claims(sweep: Sweep | None) -> None:
             )
 
 
-def seeds_needed(points: Sequence[Point], sweep: Sweep | None) -> list[str]:
-    """Return a line per claim about a ratio: how many fresh seeds per curve it needs.
+def outlooks(points: Sequence[Point], sweep: Sweep | None, scale: str) -> "list[Outlook]":
+    """Return for every claim whether the planned runs can decide it, before any training.
 
-    Computed before any training, from the margin and an assumed noise.
+    Args:
+        points: the first stage's runs.
+
+    Raises:
+        SpecError: the sweep claims something that its analysis does not measure.
     """
-    claims = sweep.claims if sweep else {}
-    ratios = {name: claim for name, claim in claims.items() if claim.estimand == "lr_ratio"}
-    if sweep is None or not ratios:
+    if sweep is None:
         return []
-    from analysis.measures.power import NOISE, needed_seeds
+    check_claims(sweep)
+    from analysis.inference.design import outlook
+    from analysis.questions.registry import question_named
 
-    lines = []
-    n_lora = len({curve_key(p) for p in points if p.spec.method.name == "lora"})
-    for name, claim in ratios.items():
-        n, error = needed_seeds((claim.margin[0], claim.margin[1]), n_lora)
-        shown = "more than 16" if n is None else f"about {n}"
-        lines.append(
-            f"  claim {name}: needs {shown} fresh seeds per curve, planned "
-            f"{len(sweep.second.seeds)} (expected error {error:.2f} of ln ratio at a noise of "
-            f"{NOISE:g} nats)"
+    ratios, seeds = (
+        question_named(sweep.analysis).LOG_ESTIMANDS,
+        planned_seeds(points, sweep.second),
+    )
+    found = []
+    for name, claim in sweep.claims.items():
+        stated = claim.at(scale)
+        found.append(
+            outlook(
+                name,
+                claim.expected,
+                claim.margin,
+                stated.sd,
+                stated.units or seeds,
+                rounds=sweep.rounds,
+                log=claim.estimand in ratios,
+                units="units" if stated.units else "seeds",
+                underpowered=stated.underpowered,
+            )
         )
-    return lines
+    return found
 
 
 def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json: bool) -> str:

@@ -34,6 +34,31 @@ class Claim:
     primary: bool = False
     rivals: dict[str, float] = field(default_factory=dict)
     """Other published values, by name."""
+    sd: Any = None
+    """Standard deviation of the estimand between seeds (of its logarithm, if it is a ratio): a
+    number, or {scale: number}. From a pilot or an earlier answer; 0 for exact counts. Says before
+    any run whether the claim can be decided. Not hashed."""
+    units: Any = None
+    """Number of units that the interval is over and `sd` is between, if they are not the seeds:
+    bases, runs of a fit. A number, or {scale: number}. Not hashed."""
+    underpowered: Any = False
+    """True, or a list of scales: the sweep is known to have too few seeds for the claim there. Not
+    hashed."""
+
+    def at(self, scale: str) -> "Power":
+        """Return what is stated of the claim's power at a scale."""
+        sd, units = (v.get(scale) if isinstance(v, dict) else v for v in (self.sd, self.units))
+        known = self.underpowered
+        return Power(sd, units, scale in known if isinstance(known, list) else known)
+
+
+@dataclass(frozen=True)
+class Power:
+    """What a sweep's file states of a claim's power at one scale; None: nothing."""
+
+    sd: float | None
+    units: int | None
+    underpowered: bool
 
 
 @dataclass
@@ -96,6 +121,7 @@ def _problems(sweep: Sweep) -> Iterator[str]:
             yield f", claim {key!r}: whose={claim.whose!r}. Allowed: {', '.join(CLAIMANTS)}."
         if len(claim.margin) != 2 or not claim.margin[0] < claim.margin[1]:
             yield f", claim {key!r}: margin={claim.margin}. Expected [low, high] with low < high."
+        yield from _power_problems(key, claim)
     if not 1 <= sweep.rounds <= MAX_ROUNDS:
         yield f": rounds={sweep.rounds}. Expected 1 to {MAX_ROUNDS}."
     if not sweep.arms:
@@ -112,6 +138,19 @@ def _problems(sweep: Sweep) -> Iterator[str]:
     for axis, values in _all_axes(sweep):
         if isinstance(values, list) and not values:
             yield f": axis {axis!r} is empty, so the grid is empty. Give at least one value."
+
+
+def _power_problems(key: str, claim: Claim) -> Iterator[str]:
+    for name, least, kinds in (("sd", 0, int | float), ("units", 1, int)):
+        stated = getattr(claim, name)
+        values = stated.values() if isinstance(stated, dict) else [stated]
+        if stated is not None and not all(isinstance(v, kinds) and v >= least for v in values):
+            yield (
+                f", claim {key!r}: {name}={stated}. Expected a number of at least {least}, or "
+                "{scale: number}."
+            )
+    if not isinstance(claim.underpowered, bool | list):
+        yield f", claim {key!r}: underpowered={claim.underpowered}. Expected true or [scale, ...]."
 
 
 def _all_axes(sweep: Sweep) -> Iterator[tuple[str, Any]]:

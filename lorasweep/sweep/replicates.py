@@ -32,6 +32,15 @@ def second_stage(
     return [p for p in extra.values() if p.id not in known]
 
 
+def planned_seeds(points: Sequence[Point], second: Replicates) -> int:
+    """Return how many seeds the best rates have after both stages, in the arm that has most."""
+    seeds: dict[str, set[int]] = {}
+    for p in points:
+        fresh = second.seeds if not second.arms or p.arm in second.arms else []
+        seeds.setdefault(p.arm, set(fresh)).add(p.spec.seed)
+    return max(map(len, seeds.values()))
+
+
 def _around_the_best(
     by_lr: dict[float, list[Point]], n_lrs: int, loss: Callable[[str], float | None]
 ) -> list[float]:

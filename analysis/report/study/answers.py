@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.inference.design import FAR
 from analysis.inference.estimate import Estimate, Verdict, with_interval
 from analysis.report.report_page import command_of
 from analysis.report.study.setting import Setting, setting_of
@@ -197,8 +198,6 @@ def _verdict(plain: dict[str, Any]) -> Verdict:
     )
 
 
-FAR = 100.0
-"""A margin's end beyond this counts as open."""
 HEAD = ("claim", "scale", "expected", "measured [interval]", "verdict", "runs", "still needed")
 
 

@@ -1,14 +1,65 @@
 """The door to `analysis`."""
 
+import json
 import sys
 
+import pytest
+
 from lorasweep.cli import answer
+from lorasweep.cli.actions import act
+from tests.world import ROOT
+
+SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "study")
 
 
 def test_a_single_run_does_not_load_the_analysis(compose, monkeypatch):
     """pandas and scipy take a second or two."""
-    for module in ("analysis.questions.registry", "analysis.measures.power"):
+    for module in ("analysis.questions.registry", "analysis.inference.design"):
         monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     request = compose("scale=smoke")
     answer.check_claims(request.sweep)
-    assert answer.seeds_needed(request.points, request.sweep) == []
+    assert answer.outlooks(request.points, request.sweep, request.scale) == []
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small"])
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_a_shipped_sweep_can_decide_its_claims_or_says_that_it_cannot(compose, sweep, scale):
+    """Change `sweep.second.seeds`, the claim's `sd` where it was measured anew, or `underpowered`."""
+    request = compose(f"+sweep={sweep}", f"scale={scale}")
+    found = answer.outlooks(request.points, request.sweep, scale)
+    wrong = [o.line() for o in found if o.warns or (o.can_decide and o.underpowered)]
+    assert len(found) == len(request.sweep.claims) and not wrong, wrong
+
+
+PLAN = (
+    *("+sweep=lr_ratio", "scale=smoke", "action=plan", "sweep.rounds=1"),
+    *("++sweep.claims.ratio.sd={smoke: 0.12, tiny: 9}", "++sweep.claims.ratio.units=null"),
+)
+
+
+def test_the_plan_holds_each_claims_expected_interval_against_its_margin(command):
+    enough = "sweep.second.seeds=[1,2,3,4,5]"
+    text = command(*PLAN, enough).stdout
+    assert "claim ratio: expected interval 10 [8.82, 11.3] within [7.1, 14.1]: can decide" in text
+    assert "claim drift: not known: no sd stated" in text
+    few = command(*PLAN, "sweep.second.seeds=[1,2]").stdout
+    assert "warning, claim ratio: " in few and "cannot decide: needs 4 seeds (planned 3)" in few
+    claims = json.loads(command(*PLAN, enough, "format=json").stdout)["claims"]
+    ratio, *_, parity = claims
+    assert (ratio["planned"], ratio["can_decide"], parity["can_decide"]) == (6, True, None)
+    assert ratio["half_width"] < ratio["room"]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_run_begins_with_a_warning_of_a_claim_that_it_cannot_decide(
+    compose, fake_trainer, capsys, known
+):
+    request = compose(
+        "+sweep=lr_ratio",
+        "scale=smoke",
+        "++sweep.claims.order.sd=0.9",
+        "++sweep.claims.order.units=null",
+        f"++sweep.claims.order.underpowered={known}",
+    )
+    act(request, fake_trainer(lambda spec: 2.0 + spec.lr))
+    assert ("warning, claim order: expected 10 without an" in capsys.readouterr().err) != known

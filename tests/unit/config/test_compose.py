@@ -155,6 +155,16 @@ def test_a_sweep_must_ask_and_state_its_margin():
         )
 
 
+@pytest.mark.parametrize(
+    "stated",
+    [{"sd": -0.1}, {"sd": {"tiny": "0.1"}}, {"units": 0}, {"units": 2.5}, {"underpowered": "tiny"}],
+)
+def test_what_is_stated_of_a_claims_power_is_checked(stated):
+    claim = Claim(margin=[0, 1], **stated)
+    with pytest.raises(SpecError, match=f"claim 'c': {next(iter(stated))}="):
+        check_sweep("x", Sweep(question="?", claims={"c": claim}, arms={"a": {"method": "lora"}}))
+
+
 def test_expand_drops_duplicates():
     sweep = Sweep(arms={"a": {"method": "lora", "rank": [4], "lr": [1e-3, 1.0001e-3]}})
     assert len(expand(tiny_spec(), sweep, None, None)) == 1

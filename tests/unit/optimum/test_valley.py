@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from scipy import integrate
 
-from analysis.measures.power import needed_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.optimum import valley
 from analysis.optimum.fit import fit_all, fit_sweeps
@@ -166,14 +165,6 @@ def test_sharing_curvature_narrows_curves_of_few_rates():
     assert told["shared"]["coverage"] >= 0.9
     three = sharing("linex", 3, 2.0, 1e-3, 6)
     assert three["alone"]["answers"] == 0 and three["shared"]["answers"] > 0
-
-
-def test_more_noise_needs_more_seeds_and_a_wider_margin_fewer():
-    quiet, _ = needed_seeds((7.1, 14.1), 3, noise=1e-3)
-    loud, error = needed_seeds((7.1, 14.1), 3, noise=3e-2)
-    wide, _ = needed_seeds((5, 20), 3, noise=3e-2)
-    assert quiet < (loud or 17) and (wide or 17) < (loud or 18) and error > 0
-    assert needed_seeds((9.9, 10.1), 3)[0] is None
 
 
 RESULTS = ROOT / "analysis" / "results"

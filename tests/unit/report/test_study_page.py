@@ -85,6 +85,9 @@ def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose):
                     "says": "other words",
                     "measure": "metres",
                     "beside": "the point",
+                    "sd": {"smoke": 0.5},
+                    "units": 7,
+                    "underpowered": True,
                 },
             },
         }

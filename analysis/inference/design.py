@@ -1,0 +1,143 @@
+"""Whether a planned sweep can decide its claims: the interval to expect, beside the margin.
+
+Computed before any run, from the spread between seeds that a sweep's file states.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from analysis.inference.decide import look_level, scale_of
+from analysis.inference.estimate import number
+from analysis.inference.gates import MIN_SEEDS
+from analysis.inference.spread import MAX_NEEDED, Part, Spread, needed
+
+FAR = 100.0
+"""A margin's end beyond this counts as open."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a planned sweep can say of one claim if the expected value is the true one."""
+
+    claim: str
+    expected: float
+    margin: tuple[float, float]
+    level: float
+    """Of the interval that is compared with the margin: that of one look."""
+    log: bool
+    """The claim is on a ratio; `half_width` and `room` are of its logarithm."""
+    planned: int
+    """Planned number of units that the interval is over."""
+    units: str
+    """What these are, in words."""
+    room: float
+    """Distance of the expected value from the nearest end of the margin; below 0 outside it."""
+    half_width: float | None = None
+    """Half of the interval to expect. None: not known, as no sd is stated or one unit planned."""
+    needed: int | None = None
+    """Smallest number of units that decides with 80% power. None: not known, or too many."""
+    can_decide: bool | None = None
+    """The planned units suffice; None if no sd is stated."""
+    underpowered: bool = False
+    """The sweep's file says that they do not."""
+
+    @property
+    def warns(self) -> bool:
+        """The claim cannot be decided, and the sweep's file does not say so."""
+        return self.can_decide is False and not self.underpowered
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values for JSON; an open margin leaves no end to the room: None."""
+        room = self.room if math.isfinite(self.room) else None
+        return {**dataclasses.asdict(self), "margin": list(self.margin), "room": room}
+
+    def line(self) -> str:
+        """Return the outlook as one line for people."""
+        start = f"  {'warning, ' if self.warns else ''}claim {self.claim}: "
+        if self.can_decide is None:
+            return f"{start}not known: no sd stated"
+        return f"{start}{self._interval()} within {self._margin()}: {self._end()}"
+
+    def _interval(self) -> str:
+        if self.half_width is None:
+            return f"expected {self.expected:g} without an interval"
+        if not self.log:
+            return f"expected interval {self.expected:g} +- {number(self.half_width, 2)}"
+        ends = [self.expected * math.exp(sign * self.half_width) for sign in (-1, 1)]
+        return f"expected interval {self.expected:g} [{number(ends[0])}, {number(ends[1])}]"
+
+    def _margin(self) -> str:
+        low, high = self.margin
+        return f"[{'..' if low <= -FAR else f'{low:g}'}, {'..' if high >= FAR else f'{high:g}'}]"
+
+    def _end(self) -> str:
+        if self.can_decide:
+            stated = ", though its file says `underpowered`" if self.underpowered else ""
+            return f"can decide{stated}"
+        enough = f"more than {MAX_NEEDED}" if self.needed is None else f"{self.needed}"
+        why = f"needs {enough} {self.units} (planned {self.planned})"
+        if self.needed is None and self.room == 0:
+            why = "the expected value lies on the margin's end"
+        return f"cannot decide: {why}{', as its file says' if self.underpowered else ''}"
+
+
+def outlook(
+    claim: str,
+    expected: float,
+    margin: Sequence[float],
+    sd: float | None,
+    planned: int,
+    *,
+    rounds: int = 1,
+    log: bool = False,
+    units: str = "seeds",
+    underpowered: bool = False,
+) -> Outlook:
+    """Return what a claim's interval over the planned units is expected to be, and to decide.
+
+    Half of the interval is t(level, n - 1) sd / sqrt(n) with n units (Student, Biometrika 6, 1908);
+    the n that is needed is that of `spread.needed` for the expected value.
+
+    Args:
+        sd: standard deviation between units of what is measured (of its logarithm, if log), in its
+            own unit; 0 for certificates and exact counts, which decide; None: not known.
+        planned: number of units.
+        rounds: planned looks at the answer.
+        units: what the units are, in words.
+        underpowered: the file says that the claim cannot be decided.
+    """
+    to, level = scale_of(log), look_level(rounds)
+    ends = (
+        (-math.inf if margin[0] <= -FAR else to(margin[0])),
+        (math.inf if margin[1] >= FAR else to(margin[1])),
+    )
+    value = to(expected)
+    room = min(value - ends[0], ends[1] - value)
+    base = Outlook(claim, expected, (margin[0], margin[1]), level, log, planned, units, room)
+    if sd is None:
+        return dataclasses.replace(base, underpowered=underpowered)
+    if sd == 0:
+        return dataclasses.replace(
+            base, half_width=0.0, needed=1, can_decide=True, underpowered=underpowered
+        )
+    spread = Spread(2, parts=(Part(sd, 1.0),))  # n units leave n - 1 degrees of freedom
+    half, _, _ = spread.at(2, level)
+    n = needed(
+        spread,
+        value,
+        (value - half, value + half),
+        ends,
+        level,
+        MIN_SEEDS,
+        max(MAX_NEEDED, planned),
+    )
+    return dataclasses.replace(
+        base,
+        half_width=spread.at(planned, level)[0] if planned > 1 else None,
+        needed=n,
+        can_decide=n is not None and n <= planned,
+        underpowered=underpowered,
+    )
