@@ -33,7 +33,11 @@ def test_a_shipped_sweep_can_decide_its_claims_or_says_that_it_cannot(compose, s
 
 PLAN = (
     *("+sweep=lr_ratio", "scale=smoke", "action=plan", "sweep.rounds=1"),
-    *("++sweep.claims.ratio.sd={smoke: 0.12, tiny: 9}", "++sweep.claims.ratio.units=null"),
+    *(
+        "++sweep.claims.ratio.sd={smoke: 0.12, tiny: 9}",
+        "++sweep.claims.ratio.units=null",
+        "++sweep.claims.ratio.underpowered=false",
+    ),
 )
 
 

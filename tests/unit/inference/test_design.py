@@ -69,7 +69,7 @@ def test_the_interval_to_expect_is_the_one_that_the_seeds_give():
         ),
         (0, [-0.1, 0.1], 2.0, 6, "cannot decide: needs more than 64 seeds (planned 6)"),
         (0, [-0.1, 0.1], None, 6, "claim c: not known: no sd stated"),
-        (0, [-0.1, 0.1], 0.3, 90, "can decide"),
+        (0, [-0.1, 0.1], 0.27, 90, "can decide"),
     ],
 )
 def test_what_the_plan_says(expected, margin, sd, planned, says):
