@@ -54,7 +54,7 @@ class Novelty:
     @property
     def name(self) -> str:
         """The name for people."""
-        how = f"rank {self.rank}" if self.rank else "drawn anew"
+        how = f"change of rank {self.rank}" if self.rank else "drawn anew"
         rules = f"{self.symbols} symbols, {how}" if self.symbols else ""
         facts = f"{self.exceptions:.0%} new exceptions" if self.exceptions else ""
         return " + ".join(filter(None, (rules, facts))) or "nothing new"

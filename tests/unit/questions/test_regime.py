@@ -62,7 +62,7 @@ def new_of(spec):
 
 
 class Needing(Cells):
-    """LoRA's regret falls with its rank, to what is allowed at `needed(symbols, rank of change)`."""
+    """LoRA's regret falls with its rank, to what is allowed at `needed(symbols, change of rank of change)`."""
 
     def __init__(self, needed):
         super().__init__(None, bits=lambda m, k: 10.0 * m * k)
@@ -105,7 +105,7 @@ def test_the_boundary_comes_back_by_cell_and_rank(ask):
         return -0.02 if rank == 8 else 0.04 + 0.03 * math.log2(step / 64)
 
     out = ask_regime(ask, Cells(gap, part="unchanged"), LOW, BEYOND)
-    low, beyond = "8 symbols, rank 2", "8 symbols, rank 8 + 30% new exceptions"
+    low, beyond = "8 symbols, change of rank 2", "8 symbols, change of rank 8 + 30% new exceptions"
     assert verdicts(out, "low") == {low: "SUPPORTED"}
     assert verdicts(out, "beyond") == {beyond: "SUPPORTED"}
     assert verdicts(out, "better") == {low: "SUPPORTED"}
@@ -125,7 +125,7 @@ def test_claims_about_the_regime_can_be_refuted(ask):
         return 0.0 if exceptions else 0.25 - 0.05 * math.log2(step / 64)
 
     out = ask_regime(ask, Cells(gap), LOW, BEYOND)
-    low, beyond = "8 symbols, rank 2", "8 symbols, rank 8 + 30% new exceptions"
+    low, beyond = "8 symbols, change of rank 2", "8 symbols, change of rank 8 + 30% new exceptions"
     assert verdicts(out, "low") == {low: "REFUTED"} == verdicts(out, "better")
     assert verdicts(out, "beyond") == {beyond: "REFUTED"}
     assert verdicts(out, "growth")[low] == "REFUTED"
@@ -135,8 +135,8 @@ def test_claims_about_the_regime_can_be_refuted(ask):
 
 def test_an_advantage_on_changed_contexts_is_placed_there(ask):
     out = ask_regime(ask, Cells(lambda r, s, e: -0.03), LOW)
-    assert verdicts(out, "better") == {"8 symbols, rank 2": "SUPPORTED"}
-    assert verdicts(out, "unchanged") == {"8 symbols, rank 2": "REFUTED"}
+    assert verdicts(out, "better") == {"8 symbols, change of rank 2": "SUPPORTED"}
+    assert verdicts(out, "unchanged") == {"8 symbols, change of rank 2": "REFUTED"}
 
 
 def test_the_parts_of_no_gap_are_none_where_the_valley_is_no_parabola(ask):
@@ -162,7 +162,7 @@ def test_a_rank_that_fits_by_two_bits_a_parameter_is_judged_at_its_load(ask):
     out = ask_regime(ask, Cells(lambda r, s, e: 0.1 if r < 4 else 0.0), LOW, ranks="[1,2,4]")
     loads = {r["rank"]: r["load"] for r in cell(out, "8 symbols")["ranks"]}
     assert loads[1] == pytest.approx(2 * loads[2], rel=1e-9) and loads[2] <= 0.5 < loads[1]
-    assert verdicts(out, "fits") == {"8 symbols, rank 2": "REFUTED"}
+    assert verdicts(out, "fits") == {"8 symbols, change of rank 2": "REFUTED"}
 
 
 def test_where_nothing_is_new_no_claim_of_load_is_made_and_missing_cells_are_said(ask):
@@ -198,7 +198,7 @@ def test_an_advantage_that_gets_smaller_is_no_growing_gap_and_a_sixteenth_no_eig
     why = {v["claim"]: v["why"] for v in out["verdicts"] if v["outcome"] == "UNDECIDED"}
     assert "no gap to grow" in why["growth"]
     assert all("no curve of a rank of 1/8" in why[c] for c in ("low", "better", "unchanged"))
-    assert verdicts(out, "fits") == {"8 symbols, rank 2": "SUPPORTED"}
+    assert verdicts(out, "fits") == {"8 symbols, change of rank 2": "SUPPORTED"}
 
 
 def test_cells_of_other_lengths_are_told_apart_and_two_seeds_bound_no_rank(ask):
