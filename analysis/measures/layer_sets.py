@@ -1,15 +1,16 @@
 """The arms of a `layers` sweep: the matrices and parameters each trains, and its runs."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, exp_of
 from analysis.inference.seeds import PooledVariance
-from analysis.measures.at_best import AtBest, over_seeds
+from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
 from analysis.measures.efficiency import at_best, log_rho
+from analysis.measures.regret import Gap, gain_from, starts_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.runs.learning_curves import Points, learning_curves
@@ -37,6 +38,8 @@ class Arm:
     n_trainable: int
     points: AtBest[Points]
     nll: float | None
+    losses: AtBest[float]
+    """Loss at the end by seed, in nats."""
     share: float | None
     """Share of full fine-tuning's squared gradient at the start that lies in the layer set."""
 
@@ -49,6 +52,8 @@ class Task:
     full: Arm | None
     lora: list[Arm]
     restricted: list[Arm]
+    start: dict[int, float] = field(default_factory=dict)
+    """Loss before training by seed, in nats."""
 
     @property
     def arms(self) -> list[Arm]:
@@ -64,20 +69,21 @@ class Task:
 def tasks_of(table: pd.DataFrame) -> list[Task]:
     """Split a table into tasks and arms."""
     optima = fit_all(lr_curves(table))
-    points = at_best(table, optima)
+    points, losses = at_best(table, optima), losses_at_best(optima)
     shares = _shares(table)
     found: dict[str, Task] = {}
-    for o, p in zip(optima, points):
+    for o, p, ends in zip(optima, points, losses):
         key, full = o.curve.key, o.curve.key["method"] == "fullft"
         layers = str(key["layers"])
         layers = "attention+mlp+unembedding" if layers == "all" else layers
         share = shares.get(o.curve.group, {})
         total = sum(share.get(s, math.nan) for s in layers.split("+")) if share else None
-        n = int(runs_of(table, o.curve)["n_trainable"].iloc[0])
-        arm = Arm(o, layers, None if full else int(key["rank"]), n, p, o.best_nll, total)
+        runs = runs_of(table, o.curve)
+        n = int(runs["n_trainable"].iloc[0])
+        arm = Arm(o, layers, None if full else int(key["rank"]), n, p, o.best_nll, ends, total)
         task = found.setdefault(o.curve.group, Task(o.curve.group, None, [], []))
         if full and key.get("scope") == "all":
-            found[o.curve.group] = Task(task.name, arm, task.lora, task.restricted)
+            found[o.curve.group] = replace(task, full=arm, start=starts_of(runs))
         else:
             (task.restricted if full else task.lora).append(arm)
     return list(found.values())
@@ -131,3 +137,10 @@ def ratio_of(logs: AtBest[float], pooled: PooledVariance | None = None) -> Estim
     """
     known = bool(logs.best) and all(map(math.isfinite, logs.best.values()))
     return exp_of(over_seeds(logs, pooled)) if known else Estimate(None, n=len(logs.best))
+
+
+def gap_of(a: Arm, b: Arm, task: Task, full: Arm) -> Gap:
+    """Return what arm `a` gives up against arm `b` in nats, beside full fine-tuning's gain."""
+    nats = a.losses.paired(b.losses, lambda x, y: x - y)
+    gain = gain_from(task.start, full.losses)
+    return Gap(a.rank or 0, a.optimum, full.optimum, nats, gain, None)

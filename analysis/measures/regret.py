@@ -138,11 +138,8 @@ def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
     if full is None:
         return []
     losses = dict(zip(map(id, optima), losses_at_best(optima)))
-    start, whole = starts_of(table), losses[id(full)]
-    gain = AtBest(
-        {s: start[s] - v for s, v in whole.best.items()},
-        tuple({s: start[s] - v for s, v in w.items()} for w in whole.likely),
-    )
+    whole = losses[id(full)]
+    gain = gain_from(starts_of(table), whole)
     nats = [losses[id(o)].paired(whole, lambda a, b: a - b) for o in lora]
     pooled = pooled_variance([list(v.best.values()) for v in nats])
     return [
@@ -162,6 +159,14 @@ def at_ten_times(gap: Gap) -> tuple[AtRate, AtBest[float]]:
     at, (own,) = losses_at(gap.lora, rates), losses_at_best([gap.lora])
     nats = at.losses.paired(own, lambda a, b: a - b)
     return at, nats.paired(gap.gain, lambda lost, gain: 100 * lost / gain)
+
+
+def gain_from(start: Mapping[int, float], losses: AtBest[float]) -> AtBest[float]:
+    """Return what was gained over the loss before training, by seed, in nats."""
+    return AtBest(
+        {s: start[s] - v for s, v in losses.best.items()},
+        tuple({s: start[s] - v for s, v in w.items()} for w in losses.likely),
+    )
 
 
 def starts_of(table: pd.DataFrame) -> dict[int, float]:

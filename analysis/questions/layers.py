@@ -1,14 +1,14 @@
 """Question: is LoRA on attention only worse than on the MLP only, and does attention add anything.
 
-Compares, on every task, the step efficiency rho of each layer set, each at its own best rate;
-attention and MLP have equal parameters. A verdict over tasks uses the task that is worst for the
-claim. Full fine-tuning of the same matrices shows whether the order comes from the location.
+Compares, on every task, the step efficiency rho of each layer set and its loss at the end, each at
+its own best rate; attention and MLP have equal parameters. Every task has its verdicts; claims
+about all tasks stand beside them. Full fine-tuning of the same matrices shows whether the order
+comes from the location.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from analysis.inference.estimate import Estimate, Verdict, number, signed, with_
 from analysis.inference.gates import Gate, GateCode
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.efficiency import log_rho, rho
-from analysis.measures.layer_sets import SETS, Arm, Task, equal_pair, log_ratio, ratio_of, tasks_of
+from analysis.measures.layer_sets import SETS, Arm, Task, tasks_of
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
     Analysis,
@@ -31,44 +31,35 @@ from analysis.questions.base import (
     correct,
     distinct,
     fewest_seeds,
-    gates_on,
     judge_claims,
 )
-from analysis.questions.qualify import stalled
+from analysis.questions.layers_compared import OF_TASK, UNKNOWN, Compared, compared_on
 from analysis.runs.lr_curves import title
 
-ESTIMANDS = ("attention_over_mlp", "mlp_over_both", "trace_correlation")
+EVERYWHERE = {
+    "attention_everywhere": ("attention_over_mlp", max),
+    "mlp_everywhere": ("mlp_over_both", min),
+}
+"""Estimands over all tasks: which one of a task, and what picks the task worst for the claim."""
+ESTIMANDS = (*OF_TASK, *EVERYWHERE, "trace_correlation")
 LOG_ESTIMANDS = ()
 """The ratios' margins may start at 0, so none is judged as a logarithm."""
-UNKNOWN = Estimate(None)
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge attention against MLP, MLP against both, and the correlation with gradient shares."""
+    """Judge the layer sets on every task and over all, and the correlation with the gradient."""
     tasks = tasks_of(table)
     group = " and ".join(t.name for t in tasks) if len(tasks) < 3 else f"all {len(tasks)} tasks"
-    compared = [_compared(t) for t in tasks]
-    each = [v for c in compared if len(tasks) > 1 for v in _of_task(c, question)]
+    compared = [compared_on(t) for t in tasks]
     used = [c for c in compared if c.pair and c.joint]
-    found = []
-    for pair in PAIRS:
-        known = [e for c in used if (e := pair.of(c)).value is not None]
-        hardest = pair.hardest(known, key=lambda e: e.value, default=UNKNOWN)
-        gates = [g for c in compared for g in c.named(_gates(c, pair.optima(c), pair.of(c)))]
-        rests = [o for c in used for o in pair.optima(c)]
-        for v in _judged(question, pair.estimand, hardest, gates, group, rests):
-            found.append(_by_task(v, [w for w in each if w.claim == v.claim]))
-    rests = distinct(o for c in used for o in (*c.of_pair(), *c.of_joint()))
-    trace, gates = _trace(used), []
-    if trace.value is None:
-        gates = [
-            Gate(GateCode.TASK, f"{trace.n} layer sets over all tasks are too few to correlate")
-        ]
-    for c in compared:
-        gates += c.named(_gates(c, [*c.of_pair(), *c.of_joint()], c.worse, c.both))
-    found += _judged(question, "trace_correlation", trace, gates, group, rests)
-    order = list(question["claims"])
-    found = sorted(found, key=lambda v: order.index(v.claim)) + each
+    found: list[Verdict] = []
+    for estimand in dict.fromkeys(c["estimand"] for c in question["claims"].values()):
+        if estimand in EVERYWHERE:
+            found += _everywhere(estimand, compared, question, group)
+        elif estimand in OF_TASK:
+            found += [v for c in compared for v in _of_task(estimand, c, question)]
+        else:
+            found += _judged(question, estimand, *_traced(compared), group, _rests(used))
     panels = [_panel(t) for t in tasks]
     caption = "step efficiency by layer set and task"
     figure = Section("Layer sets", figure="layers.png", panels=panels, caption=caption)
@@ -78,84 +69,13 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         "gradient_share": {t.name: {a.layers: a.share for a in t.lora} for t in tasks},
     }
     optima = [a.optimum for t in tasks for a in t.arms]
+    members = {c.task.name: c.optima for c in compared} | {group: _rests(used)}
     sections = [_over_tasks(used), *(_arms(t) for t in tasks), figure]
-    return Analysis(optima, correct(found, question), sections, measures, {group: rests})
+    return Analysis(optima, correct(found, question), sections, measures, members)
 
 
-@dataclass(frozen=True)
-class _Compared:
-    """One task's comparisons: attention and MLP at equal parameters, MLP and both at equal rank."""
-
-    task: Task
-    pair: tuple[Arm, Arm] | None
-    joint: tuple[Arm, Arm] | None
-    """MLP, and attention+MLP of its rank."""
-    worse: Estimate = UNKNOWN
-    """rho of attention over rho of the MLP."""
-    both: Estimate = UNKNOWN
-    """rho of the MLP over rho of attention+MLP."""
-
-    def of_pair(self) -> list[Optimum]:
-        """Return the optima from which `worse` is computed."""
-        return [a.optimum for a in (self.task.full, *self.pair)] if self.pair else []
-
-    def of_joint(self) -> list[Optimum]:
-        """Return the optima from which `both` is computed."""
-        return [a.optimum for a in (self.task.full, *self.joint)] if self.joint else []
-
-    def named(self, gates: list[Gate]) -> list[Gate]:
-        """Return the gates with the task's name before their sentences."""
-        return [gate.at(f"{self.task.name}: ") for gate in gates]
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A claim about two layer sets, judged over tasks."""
-
-    estimand: str
-    of: Callable[[_Compared], Estimate]
-    optima: Callable[[_Compared], list[Optimum]]
-    hardest: Callable[..., Estimate]
-    """`max` or `min`: picks the estimate that is worst for the claim."""
-
-
-PAIRS = (
-    _Pair("attention_over_mlp", lambda c: c.worse, _Compared.of_pair, max),
-    _Pair("mlp_over_both", lambda c: c.both, _Compared.of_joint, min),
-)
-
-
-def _compared(task: Task) -> _Compared:
-    """Compare a task's layer sets.
-
-    The variance over seeds is pooled over this task's ratios only: tasks differ in noise.
-    """
-    pair, both = equal_pair(task), task.get("attention+mlp")
-    mlp = task.get("mlp", both.rank) if both else None
-    if task.full is None or pair is None or mlp is None:
-        return _Compared(task, None, None)
-    logs = [log_ratio(*arms, task.full) for arms in (pair, (mlp, both))]
-    pooled = pooled_variance([list(v.best.values()) for v in logs])
-    return _Compared(task, pair, (mlp, both), *(ratio_of(v, pooled) for v in logs))
-
-
-def _speed(a: Arm, t: Task) -> Estimate:
-    """Return rho of an arm; its variance over seeds is at least that pooled over all arms."""
-    pooled = pooled_variance(
-        [list(log_rho(b.points, t.full.points).best.values()) for b in (*t.lora, *t.restricted)]
-    )
-    return rho(a.points, t.full.points, pooled)
-
-
-def _gates(c: _Compared, used: Sequence[Optimum], *measured: Estimate) -> list[Gate]:
-    """List the gates of a measurement on these optima."""
-    if not used:
-        arms = "attention and mlp at equal parameters, or of attention+mlp at mlp's rank"
-        return [Gate(GateCode.MISSING, arms)]
-    gates = [*stalled([c.task.full.optimum], [c.task.full.points.best]), *gates_on(used)]
-    if not gates and any(e.value is None for e in measured):
-        gates.append(Gate(GateCode.ONLY_BOUNDS))
-    return gates
+def _rests(used: Sequence[Compared]) -> list[Optimum]:
+    return distinct(o for c in used for o in c.optima)
 
 
 def _judged(
@@ -172,16 +92,29 @@ def _judged(
     )
 
 
-def _of_task(c: _Compared, question: dict[str, Any]) -> list[Verdict]:
-    """Judge one task alone, as secondary claims: the primary claim is about all tasks."""
-    claims = {k: {**v, "primary": False} for k, v in question["claims"].items()}
-    secondary = {**question, "claims": claims}
-    found = []
-    for pair in PAIRS:
-        e, used = pair.of(c), pair.optima(c)
-        gates = _gates(c, used, e)
-        found += _judged(secondary, pair.estimand, e, gates, c.task.name, used)
-    return found
+def _of_task(estimand: str, c: Compared, question: dict[str, Any]) -> list[Verdict]:
+    """Judge the claims about one estimand on one task."""
+    e, gates = c.measured(estimand)
+    return _judged(question, estimand, e, gates, c.task.name, c.rests(estimand))
+
+
+def _everywhere(
+    estimand: str, compared: Sequence[Compared], question: dict[str, Any], group: str
+) -> list[Verdict]:
+    """Judge the claims about all tasks, by the task that is worst for them."""
+    of_task, hardest = EVERYWHERE[estimand]
+    measured = [(c, *c.measured(of_task)) for c in compared]
+    known = [e for _, e, _ in measured if e.value is not None]
+    worst = hardest(known, key=lambda e: e.value, default=UNKNOWN)
+    gates = [g for c, _, closed in measured for g in c.named(closed)]
+    rests = distinct(o for c in compared for o in c.rests(of_task))
+    asked = claims_about(question, estimand)
+    each = {**asked, "claims": {k: {**v, "estimand": of_task} for k, v in asked["claims"].items()}}
+    by_task = [v for c in compared for v in _of_task(of_task, c, each)]
+    return [
+        _by_task(v, [w for w in by_task if w.claim == v.claim])
+        for v in _judged(question, estimand, worst, gates, group, rests)
+    ]
 
 
 def _by_task(v: Verdict, each: Sequence[Verdict]) -> Verdict:
@@ -200,7 +133,22 @@ def _by_task(v: Verdict, each: Sequence[Verdict]) -> Verdict:
     return dataclasses.replace(v, why=why, outcome=outcome, gates=(gate, *v.gates))
 
 
-def _trace(compared: Sequence[_Compared]) -> Estimate:
+def _traced(compared: Sequence[Compared]) -> tuple[Estimate, list[Gate]]:
+    """Return the correlation over tasks and what forbids a verdict about it."""
+    trace, gates = _trace([c for c in compared if c.pair and c.joint]), []
+    if trace.value is None:
+        gates = [
+            Gate(GateCode.TASK, f"{trace.n} layer sets over all tasks are too few to correlate")
+        ]
+    for c in compared:
+        if c.optima:
+            gates += c.named(c.gates(c.optima, c.worse, c.both))
+        else:
+            gates += c.named(c.measured("mlp_over_both")[1])
+    return trace, gates
+
+
+def _trace(compared: Sequence[Compared]) -> Estimate:
     """Return the rank correlation of ln(rho) with ln(gradient share), within tasks."""
     tasks = []
     for c in compared:
@@ -215,12 +163,22 @@ def _mean_log(logs: dict[int, float]) -> float | None:
     return float(np.mean(known)) if known and len(known) == len(logs) else None
 
 
-def _over_tasks(compared: Sequence[_Compared]) -> Section:
+def _speed(a: Arm, t: Task) -> Estimate:
+    """Return rho of an arm; its variance over seeds is at least that pooled over all arms."""
+    pooled = pooled_variance(
+        [list(log_rho(b.points, t.full.points).best.values()) for b in (*t.lora, *t.restricted)]
+    )
+    return rho(a.points, t.full.points, pooled)
+
+
+def _over_tasks(compared: Sequence[Compared]) -> Section:
     rows = [
         [
             "task",
             "rho attention / rho mlp, equal parameters [95%]",
             "rho mlp / rho attention+mlp, equal rank [95%]",
+            "attention's loss less mlp's, % of FullFT's gain [95%]",
+            "mlp's loss less attention+mlp's, % [95%]",
             "the same order under full fine-tuning of the matrices",
         ]
     ]
@@ -231,8 +189,10 @@ def _over_tasks(compared: Sequence[_Compared]) -> Section:
             gap = attention - mlp
             agrees = "yes" if (gap > 0) == (c.worse.value < 1) else "no"
             same = f"{agrees}: attention {signed(gap)} nats against mlp"
-        rows.append([c.task.name, with_interval(c.worse), with_interval(c.both), same])
-    text = "A verdict over all tasks uses the task that is worst for the claim."
+        percents = [with_interval(g.percent()) for g in c.gaps]
+        ratios = [with_interval(c.worse), with_interval(c.both)]
+        rows.append([c.task.name, *ratios, *percents, same])
+    text = "A claim about all tasks is judged by the task that is worst for it."
     return Section("Over the tasks", rows, [text])
 
 

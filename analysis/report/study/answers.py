@@ -34,8 +34,6 @@ ORDER = (
     "recipes",
 )
 """The order of the study's questions; any others follow by name."""
-OVER_TASKS = "layers"
-"""The analysis whose first verdict on a claim is over all tasks, if there are more than one."""
 FRESH_SEEDS = 100
 """Runs with seeds from here on were made after their sweep's file was committed, and no estimator
 was changed after they were seen."""
@@ -77,20 +75,10 @@ class Part:
             self.question["claims"].get(v.claim, {}).get("estimand"), ""
         )
 
-    def overall(self, claim: str) -> Verdict | None:
-        """Return a claim's verdict over all tasks, if each task has its own verdict too."""
-        first, *by_task = (v for v in self.verdicts if v.claim == claim)
-        return first if by_task and self.question["analysis"] == OVER_TASKS else None
-
-    def measured(self, v: Verdict) -> str:
-        """Format the estimate; a verdict over all tasks has that of its worst task."""
-        where = "on the worst task for the claim " if v is self.overall(v.claim) else ""
-        return f"{where}{with_interval(v.estimate)}"
-
     @property
     def single(self) -> list[Verdict]:
-        """Return the verdicts on what was run, by task where there are verdicts by task."""
-        return [v for v in self.verdicts if v.group != NO_CELL and v is not self.overall(v.claim)]
+        """Return the verdicts on what was run."""
+        return [v for v in self.verdicts if v.group != NO_CELL]
 
     def setting(self, group: str) -> Setting:
         """Return where a verdict's group was measured: in the regime, beyond it, or for real."""
@@ -223,7 +211,7 @@ def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
                     text,
                     part.results["scale"],
                     f"{v.expected:g}, within {within(v)}",
-                    part.measured(v),
+                    with_interval(v.estimate),
                     part.marked(v.outcome),
                     str(part.results.get("runs", "-")),
                     v.needed or "-",

@@ -62,11 +62,9 @@ def _answer(part: Part, folder: Path) -> list[str]:
 def verdict(part: Part, v: Verdict) -> str:
     """Render one verdict as an item of a list, with what has to be said beside it."""
     where = f" ({v.group})" if len({w.group for w in part.verdicts}) > 1 else ""
-    by_task = {w.outcome for w in part.verdicts if w.claim == v.claim and w is not v}
-    split = v is part.overall(v.claim) and len(by_task) > 1
-    rest = f"; {v.why}" if v.outcome == "UNDECIDED" or split else ""
+    rest = f"; {v.why}" if v.outcome == "UNDECIDED" else ""
     rest += f"; needs {v.needed}" if v.outcome == "UNDECIDED" and v.needed else ""
-    measured = f"measured {part.measured(v)}, margin {within(v)}"
+    measured = f"measured {with_interval(v.estimate)}, margin {within(v)}"
     notes = [part.read(v), *(part.word(v.claim, k) for k in ("measure", "beside"))]
     beside = "; ".join(filter(None, notes))
     return f"- **{v.outcome}**: {part.says(v.claim)}{where}; {measured}{rest}." + (

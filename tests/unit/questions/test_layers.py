@@ -5,7 +5,7 @@ import math
 import pytest
 
 from analysis.measures import layer_sets
-from tests.planted import World
+from tests.planted import FULL_LR, GAIN, LORA_LR, World
 
 pytestmark = pytest.mark.slow  # sweeps of hundreds of planted runs
 
@@ -16,17 +16,47 @@ def test_layer_sets(ask, attention, outcome):
     lr = {
         "fullft": "[4e-4,8e-4,1.6e-3,3.2e-3,6.4e-3]",
         "lora": "[8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2]",
+        "lora_first": "[8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2]",
     }
     task = {
-        k: f"sweep.at.smoke.{k}=[{{model:tiny64,dataset:dialect,lr:{v}}}]" for k, v in lr.items()
+        k: f"sweep.at.smoke.{k}=[{{model:tiny64,dataset:dialect,steps:96,lr:{v}}}]"
+        for k, v in lr.items()
     }
     world = World(lambda s: rho.get(s.method.layers, 0.9))
-    _out, found = ask(
-        "layers", world, *task.values(), "sweep.at.smoke.steps=96", report=outcome == "SUPPORTED"
-    )
+    _out, found = ask("layers", world, *task.values(), report=outcome == "SUPPORTED")
     assert found["attention_worse"]["outcome"] == outcome
     assert found["attention_worse"]["estimate"]["value"] == pytest.approx(attention / 0.8, rel=0.05)
     assert found["mlp_is_enough"]["outcome"] == "SUPPORTED"
+    losses = math.log2((1 + 96 * 0.8) / (1 + 96 * attention))  # in units of what a doubling gains
+    allowed = 0.05 * math.log2(1 + 96)
+    gap = found["attention_loses"]["estimate"]["value"] / GAIN
+    assert gap == pytest.approx(losses - allowed, abs=0.03)
+    assert found["attention_loses"]["outcome"] == outcome
+    assert found["mlp_loses_nothing"]["outcome"] == "SUPPORTED"
+    assert found["attention_everywhere"]["outcome"] == outcome  # one task is all tasks
+
+
+def test_tasks_that_disagree_have_verdicts_of_their_own(ask):
+    """Attention is slower on one base and faster on the other: no claim about both is supported."""
+    bases = ("tiny64", "tiny64-s1")
+    rates = {"fullft": FULL_LR, "lora": LORA_LR, "lora_first": LORA_LR}
+    tasks = {
+        k: ",".join(f'{{model:{b},dataset:dialect,steps:96,lr:"{v}"}}' for b in bases)
+        for k, v in rates.items()
+    }
+    slow = {"attention": 0.4, "mlp": 0.8, "attention+mlp": 0.82}
+    fast = {"attention": 0.9, "mlp": 0.8, "attention+mlp": 0.82}
+    world = World(lambda s: (slow if s.model.name == "tiny64" else fast).get(s.method.layers, 0.9))
+    asked = [f"sweep.at.smoke.{k}=[{v}]" for k, v in tasks.items()]
+    out, found = ask("layers", world, *asked)
+    outcomes = {
+        v["group"].split()[0]: v["outcome"]
+        for v in out["verdicts"]
+        if v["claim"] == "attention_worse"
+    }
+    assert outcomes == {"tiny64": "SUPPORTED", "tiny64-s1": "REFUTED"}
+    assert found["attention_everywhere"]["outcome"] == "REFUTED"
+    assert found["attention_everywhere"]["why"].startswith("by task: REFUTED on 1, SUPPORTED on 1")
 
 
 @pytest.mark.parametrize("scale", ["smoke", "tiny", "small", "paper"])

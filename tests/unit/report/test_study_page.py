@@ -5,10 +5,8 @@ import json
 import shutil
 from pathlib import Path
 
-from analysis.inference.decide import judge
-from analysis.inference.estimate import exactly
 from analysis.report.report import question_hash
-from analysis.report.study import answers, details, page
+from analysis.report.study import answers, page
 from lorasweep.sweep.request import question
 
 KEPT = Path(answers.__file__).resolve().parents[2] / "results"
@@ -53,20 +51,6 @@ def test_an_answer_of_the_same_name_in_the_first_folder_is_used(reports, tmp_pat
     shutil.copytree(reports / "rank-smoke", tmp_path / "kept" / "rank-smoke")
     parts = answers.parts_of([tmp_path / "kept", reports])
     assert [p.folder for p in parts] == [tmp_path / "kept" / "rank-smoke"]
-
-
-def test_a_refuted_claim_says_why_only_where_the_tasks_disagree():
-    claim = {"margin": [0.9, 1.1], "expected": 1}
-
-    def line(analysis, *values):
-        mine = [judge("c", claim, f"task {v}", exactly(v), [], 3, True) for v in (2.0, *values)]
-        asked = {"analysis": analysis, "claims": {"c": claim}}
-        part = answers.Part(Path(), {"sweep": analysis, "scale": "tiny"}, asked, mine)
-        return details.verdict(part, mine[0])
-
-    assert "do not meet" in line("layers", 1.0, 2.0)
-    assert "do not meet" not in line("layers", 2.0, 3.0)  # all tasks refute it
-    assert "do not meet" not in line("lr_ratio", 1.0, 2.0)  # verdicts on models, none over all
 
 
 def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose):
