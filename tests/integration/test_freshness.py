@@ -169,7 +169,9 @@ def test_figures_of_the_validation_were_drawn_from_its_numbers(name):
 
 def test_figures_of_the_page_over_all_answers_were_drawn_from_the_kept_answers():
     text = (KEPT / "README.md").read_text()
-    wanted = {name for name in (page.MAP, page.FOREST, page.RATES) if f"]({name})" in text}
+    wanted = {
+        name for name in (page.MAP, page.FOREST, page.RATES, page.SPEED) if f"]({name})" in text
+    }
     kept_ones = {p.name for p in KEPT.glob("*.png")} - {"interactive.png"}
     assert wanted == kept_ones
     inputs = page.inputs_hash(answers.parts_of([KEPT]))

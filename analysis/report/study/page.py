@@ -7,8 +7,8 @@ is typed by hand.
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.report import plots_study
-from analysis.report.study import details, rates
+from analysis.report import plots, plots_study
+from analysis.report.study import details, rates, speed
 from analysis.report.study.answers import FIRST_STUDY, Part, parts_of
 from analysis.report.study.findings import sentences
 from analysis.report.study.forest import rows_of
@@ -18,7 +18,7 @@ from analysis.report.study.pooled import pooled
 from analysis.report.text import text_hash
 from analysis.runs.names import in_words
 
-MAP, FOREST, RATES = "map.png", "forest.png", "rates.png"
+MAP, FOREST, RATES, SPEED = "map.png", "forest.png", "rates.png", "speed.png"
 SETTINGS = """\
 **In the regime** means here: only rules of a synthetic language change, which are few numbers.
 **Beyond the regime** lists are new as well, or are all there is: exceptions, facts, exercises.
@@ -45,6 +45,10 @@ The price of a wrong learning rate: LoRA's final loss above that at its best rat
 what it gains there. Symbols are means over seeds, lines the fits that give the best rates; they
 end where runs begin to break down, or where no rate was tried. Alpha is 32, scaled as alpha /
 rank."""
+SPEED_CAPTION = """\
+Speed (rho) is the number of updates that full fine-tuning needs to reach a loss, divided by
+LoRA's, each at its best rate for that length: at 0.5, LoRA needs twice as many. Bars are
+intervals over seeds."""
 LEDGER = """\
 Every sentence of the study and of its popular summaries, with its verdicts: how many answers of
 how many, and at which scale (`tiny`: small Llamas on a CPU, `small`: the real model)."""
@@ -68,8 +72,6 @@ HOW_TO_READ = f"""\
 - **More than one claim.** Primary claims are corrected for multiplicity within one question
   (Holm). Bases are replicates: where a claim has intervals on three or more of one scale, their
   average by a random effect stands beside the single verdicts and changes none of them.
-- **Speed** (rho) is the number of updates that full fine-tuning needs to reach a loss, divided
-  by LoRA's, each at its own best rate: at 0.5, LoRA needs twice as many. It falls during a run.
 - **Needs** is how many seeds (bases, layer sets) decide a claim in 80% of cases if the value
   and the spread found are the true ones.
 - **Answers are not independent.** Questions share runs, and some claims are readings of one
@@ -90,7 +92,7 @@ def write(parts: Sequence[Part], path: Path, kept: bool = False) -> None:
     """Write the page and, beside it, its figures; see `page`."""
     folder, inputs = path.parent, inputs_hash(parts)
     folder.mkdir(parents=True, exist_ok=True)
-    for figure in (MAP, FOREST, RATES):
+    for figure in (MAP, FOREST, RATES, SPEED):
         (folder / figure).unlink(missing_ok=True)
     if points := points_of(parts):
         plots_study.load_map(points, boundary_of(points), folder / MAP, inputs)
@@ -98,6 +100,8 @@ def write(parts: Sequence[Part], path: Path, kept: bool = False) -> None:
         plots_study.forest(rows, folder / FOREST, inputs)
     if rates.has_curves(parts):
         plots_study.rates(rates.rate_curves(parts), folder / RATES, inputs)
+    if speed.chosen(parts):
+        plots.panels(speed.panels(parts), folder / SPEED, inputs)
     path.write_text(page(parts, folder, kept))
 
 
@@ -131,6 +135,8 @@ def page(parts: Sequence[Part], folder: Path, kept: bool = False) -> str:
         out += _figure("The claims", FOREST, "the claims in units of margins", FOREST_CAPTION)
     if rates.has_curves(parts):
         out += _figure("Learning rates", RATES, "regret over LoRA's rate, by base", RATES_CAPTION)
+    if speed.chosen(parts):
+        out += _figure("Ranks", SPEED, "speed of each rank over updates", SPEED_CAPTION)
     out += ["## Sentence by sentence", "", LEDGER, "", *ledger(parts), ""]
     if kept:
         out += ["## What was not tested", "", NOT_TESTED, ""]

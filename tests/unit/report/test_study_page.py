@@ -5,8 +5,11 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from analysis.report.report import question_hash
-from analysis.report.study import answers, page
+from analysis.report.study import answers, page, speed
+from analysis.report.study.setting import Setting
 from lorasweep.sweep.request import question
 
 KEPT = Path(answers.__file__).resolve().parents[2] / "results"
@@ -36,6 +39,7 @@ def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(repor
     text = (tmp_path / "study.md").read_text()
     assert f"]({page.FOREST})" in text and (tmp_path / page.FOREST).is_file()
     assert page.MAP not in text and not (tmp_path / page.MAP).exists()
+    assert f"]({page.SPEED})" in text and (tmp_path / page.SPEED).is_file()
     assert "reports/rank-smoke/report.md" in text
 
 
@@ -78,3 +82,13 @@ def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose):
         assert question_hash(other) == question_hash(asked)
         other["claims"][first]["margin"] = [0.0, 1e9]
         assert question_hash(other) != question_hash(asked)
+
+
+def test_speed_is_measured_along_the_run_at_each_lengths_best_rate(reports):
+    """All ranks of the planted runs need 1 / 0.7 as many updates, whatever the length."""
+    (part,) = answers.parts_of([reports])
+    found = speed.speeds(part.runs, 96)
+    assert found and all(set(mine) >= {16, 32, 64} for mine in found.values())
+    values = [e.value for mine in found.values() for e in mine.values()]
+    assert values == pytest.approx([0.7] * len(values), abs=0.05)
+    assert set(speed.chosen([part])) == {Setting.BEYOND}
