@@ -8,6 +8,7 @@ runs; fits no rate.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, exp_of
@@ -85,6 +86,28 @@ def rho(
         )
         return Estimate(None, low, high, len(found), ("one is there at its first evaluation",))
     return exp_of(over_seeds(log_rho(lora, full), pooled))
+
+
+def slope_by_rank(logs: dict[int, AtBest[float]]) -> Estimate:
+    """Return the slope of ln(rho) over log2(rank): least squares by seed, then over seeds.
+
+    All ranks are compared with the same curves of full fine-tuning, so the error of its best rate
+    hardly moves the slope. Without a value if any seed has only a bound, or fewer than two ranks.
+
+    Args:
+        logs: `log_rho` by rank.
+    """
+    ranks = sorted(logs)
+    if len(ranks) < 2:
+        return Estimate(None)
+    together = logs[ranks[0]].map(lambda v: [v])
+    for r in ranks[1:]:
+        together = together.paired(logs[r], lambda found, v: [*found, v])
+    x = np.log2(ranks) - np.mean(np.log2(ranks))
+    slopes = together.map(lambda v: float(x @ np.array(v) / (x @ x)))
+    if not np.isfinite(list(slopes.best.values())).all():
+        return Estimate(None, n=len(slopes.best), flags=("only_bounds",))
+    return over_seeds(slopes)
 
 
 def of_curves(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Estimate | None]:

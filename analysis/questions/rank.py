@@ -1,11 +1,16 @@
-"""Question: when does each rank leave full fine-tuning's learning curve, and do all start equally.
+"""Question: how does the speed of learning depend on the rank, and do all ranks start equally.
 
-A rank departs at the step from which its loss stays above full fine-tuning's by DEPARTED of what
-full fine-tuning gains in the whole run. This is measured in two ways. The verdict uses runs at each
-rank's best rate, paired by seed. The study's envelope, the lowest loss over all rates at each step,
-is shown too; no single run follows it.
+The speed is rho at each rank's best rate, and its slope over log2(rank) is judged: as 0 where the
+rules alone are new, which any rank holds by the study's capacity, and as above 0 elsewhere.
+
+Beside it: when does each rank leave full fine-tuning's learning curve. A rank departs at the step
+from which its loss stays above full fine-tuning's by DEPARTED of what full fine-tuning gains in the
+whole run. This is measured in two ways. The verdict uses runs at each rank's best rate, paired by
+seed. The study's envelope, the lowest loss over all rates at each step, is shown too; no single run
+follows it.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,16 +30,19 @@ from analysis.measures.departure import (
     envelope,
     slope_of,
 )
-from analysis.measures.efficiency import at_best, log_rho, read_to, rho
+from analysis.measures.efficiency import at_best, log_rho, read_to, rho, slope_by_rank
 from analysis.measures.redraws import Start, start_of
+from analysis.measures.regret import novelty_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
     Analysis,
+    Measured,
     Panel,
     Rows,
     Section,
     Series,
+    claims_about,
     correct,
     fewest_seeds,
     full_of,
@@ -50,7 +58,13 @@ from analysis.runs.learning_curves import Points
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import while_unsolved
 
-ESTIMANDS = ("departure_slope", "rho_top_rank", "identical_steps")
+ESTIMANDS = (
+    "rho_slope_in_regime",
+    "rho_slope_beyond",
+    "departure_slope",
+    "rho_top_rank",
+    "identical_steps",
+)
 LOG_ESTIMANDS = ("rho_top_rank",)
 """identical_steps is not judged on a log scale: it is 0 if a rank leaves at the first evaluation.
 """
@@ -76,11 +90,16 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         for o in lora
     }
     start = start_of(table, int(top.curve.key["rank"]))
-    pooled = pooled_over(log_rho(runs[id(o)], whole) for o in lora)
+    logs = {int(o.curve.key["rank"]): log_rho(runs[id(o)], whole) for o in lora}
+    pooled = pooled_over(logs.values())
     speed = {id(o): rho(runs[id(o)], whole, pooled) for o in lora}
     over = stalled([full, top], [whole.best, runs[id(top)].best])
     slope_gates = gates_on([full, *lora]) + over + _unresolved(departures)
+    slope, ranks = slope_by_rank(logs), gates_on([full, *lora]) + over
+    if slope.value is None:
+        ranks.append(Gate(GateCode.ONE_RANK if len(logs) < 2 else GateCode.ONLY_BOUNDS))
     measured = {
+        **_by_regime(table, (slope, ranks)),
         "departure_slope": (slope_of(departures), slope_gates),
         "rho_top_rank": (speed[id(top)], gates_on([full, top]) + over),
         "identical_steps": (start.first, [])
@@ -93,18 +112,32 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     envelopes = {id(o): envelope(plain, o) for o in optima}
     notes, panels = [cut] if cut else [], _panels(optima, runs, envelopes)
     left = _departures(full, lora, departures, envelopes, speed, notes, last, panels)
+    read = {
+        **dict.fromkeys(ESTIMANDS[:2], f"ranks {min(logs)} to {max(logs)}, to update {last}"),
+        "departure_slope": f"to update {last}",
+        "rho_top_rank": f"rank {max(logs)}, to update {last}",
+        "identical_steps": _common_rate(table),
+    }
     measures = {
         "departures": {
             str(r): [None if v.never else v.high for v in d.best.values()]
             for r, d in departures.items()
         },
-        "read": {
-            "rho_top_rank": f"rank {top.curve.key['rank']:g}, to update {last}",
-            "departure_slope": f"to update {last}",
-            "identical_steps": _common_rate(table),
-        },
+        "read": {k: v for k, v in read.items() if claims_about(question, k)["claims"]},
     }
     return Analysis(optima, verdicts, [left, _start(start)], measures, {group: [full, *lora]})
+
+
+def _by_regime(table: pd.DataFrame, slope: tuple[Estimate, list[Gate]]) -> Measured:
+    """Return the slope as the estimand of the table's regime, and none for the other one.
+
+    In regime means that the rules alone are new. Real data, of which this is not known, are not.
+    """
+    new = novelty_of(json.loads(table["spec"].iloc[0])["dataset"])
+    here, there = "rho_slope_in_regime", "rho_slope_beyond"
+    if new is None or not new.low:
+        here, there = there, here
+    return {here: slope, there: (Estimate(None), [Gate(GateCode.NO_CELL)])}
 
 
 def _common_rate(table: pd.DataFrame) -> str:

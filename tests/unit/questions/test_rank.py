@@ -1,5 +1,7 @@
 """`rank` on planted runs: which ranks keep up, from where on they do not, and at which cost."""
 
+import math
+
 import pytest
 
 from tests.planted import GRIDS, World
@@ -55,3 +57,24 @@ def test_ranks_that_all_leave_at_once_have_no_order(ask):
         found["order"]["outcome"] == "UNDECIDED"
         and "order is not resolved" in found["order"]["why"]
     )
+
+
+AT = ("sweep.at.smoke.ranks=[1,4,8]", "sweep.at.smoke.steps=96", *GRIDS)
+RULES = "sweep.axes.knobs=[{rule_shift:0.25,new_exceptions:0.0}]"
+
+
+@pytest.mark.parametrize(("slope", "outcome"), [(0.2, "SUPPORTED"), (-0.2, "REFUTED")])
+def test_a_higher_rank_that_learns_faster_or_slower_where_exceptions_are_new(ask, slope, outcome):
+    _out, found = ask("rank", World(lambda s: 0.5 * s.method.rank ** (slope / math.log(2))), *AT)
+    assert found["faster"]["outcome"] == outcome, found["faster"]["why"]
+    assert found["faster"]["estimate"]["value"] == pytest.approx(slope, abs=0.03)
+    assert found["alike"]["outcome"] == "UNDECIDED" and "no cell" in found["alike"]["why"]
+
+
+@pytest.mark.parametrize(("slope", "outcome"), [(0.0, "SUPPORTED"), (0.2, "REFUTED")])
+def test_the_rank_makes_no_difference_where_rules_alone_are_new(ask, slope, outcome):
+    world = World(lambda s: 0.5 * s.method.rank ** (slope / math.log(2)))
+    _, found = ask("rank", world, *AT, RULES)
+    assert found["alike"]["outcome"] == outcome, found["alike"]["why"]
+    assert found["alike"]["estimate"]["value"] == pytest.approx(slope, abs=0.03)
+    assert found["faster"]["outcome"] == "UNDECIDED"
