@@ -198,10 +198,19 @@ def gates_on(optima: Sequence[Optimum], missing: str = "") -> list[Gate]:
         seeds = seeds_at_best(o)
         if seeds < MIN_SEEDS:
             found.append(Gate(GateCode.FEW_SEEDS_AT_BEST, seeds, place))
-    if optima:
-        problems = task_problems([o.curve for o in optima], [o.best_nll for o in optima])
-        found += [Gate(GateCode.TASK, problem) for problem in problems]
     return found
+
+
+def gates_on_speed(optima: Sequence[Optimum]) -> list[Gate]:
+    """List the gates of a claim about rho: those on its optima, and a task unfit for it."""
+    found = gates_on(optima)
+    known = [o.best_nll for o in optima if o.best_nll is not None]
+    if not known:
+        return found
+    one = full_of(optima) or optima[0]
+    noise = one.pooled.noise if one.pooled else math.nan
+    problems = task_problems(one.curve.nll_start, one.curve.floor, min(known), noise)
+    return found + [Gate(GateCode.TASK, problem) for problem in problems]
 
 
 def gates_on_gap(gap: Gap) -> list[Gate]:
@@ -209,7 +218,7 @@ def gates_on_gap(gap: Gap) -> list[Gate]:
 
     A gap in nats with its own error is right on a small or a nearly solved task too.
     """
-    found = [g for g in gates_on([gap.full, gap.lora]) if g.code != GateCode.TASK]
+    found = gates_on([gap.full, gap.lora])
     if gap.planned_error > MAX_ERROR:
         known = math.isfinite(gap.planned_error)
         share = f"{100 * gap.planned_error:.2g}%" if known else "an unknown share"

@@ -33,8 +33,8 @@ from analysis.questions.base import (
     correct,
     distinct,
     fewest_seeds,
-    gates_on,
     gates_on_gap,
+    gates_on_speed,
     judge_claims,
 )
 from analysis.runs.lr_curves import lr_curves
@@ -120,7 +120,9 @@ def _over_allowed(gaps: Gaps, batch: int) -> Answer:
 def _usable(prefixes: Sequence[Prefix], rank: int) -> list[Prefix]:
     """Return the prefixes of a rank that may bear a verdict: optima are known, rho is no bound."""
     return [
-        p for p in prefixes if p.rank == rank and not p.bound and not gates_on([p.full, p.lora])
+        p
+        for p in prefixes
+        if p.rank == rank and not p.bound and not gates_on_speed([p.full, p.lora])
     ]
 
 
@@ -138,7 +140,7 @@ def _gates(prefixes: Sequence[Prefix], rank: int, batches: Sequence[int]) -> lis
             continue
         place = f"batch {batch}, "
         longest = max((p for p in mine if p.batch == batch), key=lambda p: p.steps, default=None)
-        closed = gates_on([longest.full, longest.lora]) if longest else []
+        closed = gates_on_speed([longest.full, longest.lora]) if longest else []
         if longest and longest.bound:
             closed.append(Gate(GateCode.ONLY_A_BOUND, place=f"rank {rank}: "))
         absent = Gate(GateCode.MISSING, f"rank {rank} beside another batch after equal updates")

@@ -40,7 +40,7 @@ from analysis.questions.base import (
     correct,
     fewest_seeds,
     full_of,
-    gates_on,
+    gates_on_speed,
     judge_claims,
     lora_of,
     missing_arm,
@@ -124,7 +124,8 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     }
     top = max(costs)
     rests = [*([aim] if aim else []), reached[top].optimum]
-    gates = gates_on(rests, "" if aim else "full fine-tuning's shorter runs")
+    absent = Gate(GateCode.MISSING, "full fine-tuning's shorter runs")
+    gates = gates_on_speed(rests) if aim else [absent]
     highest = reached[top].points.best
     if any(highest[s][-1][1] > goal.best[s][-1][1] for s in highest.keys() & goal.best.keys()):
         gates = [*gates, Gate(GateCode.NOT_REACHED)]

@@ -9,7 +9,7 @@ from analysis.inference.seeds import pooled_variance
 from analysis.measures.layer_sets import Arm, Task, equal_pair, gap_of, log_ratio, ratio_of
 from analysis.measures.regret import Gap
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import distinct, gates_on, gates_on_gap
+from analysis.questions.base import distinct, gates_on, gates_on_gap, gates_on_speed
 from analysis.questions.qualify import stalled
 
 OF_TASK = ("attention_over_mlp", "mlp_over_both", "attention_over_allowed", "mlp_over_allowed")
@@ -55,8 +55,7 @@ class Compared:
         if estimand.endswith("over_allowed"):
             gap = self.gaps[0 if estimand.startswith("attention") else 1]
             # A gap holds the optima of one of its arms and of full fine-tuning.
-            other = [g for g in gates_on(used[-1:]) if g.code != GateCode.TASK]
-            return gap.over_allowed(), list(dict.fromkeys(gates_on_gap(gap) + other))
+            return gap.over_allowed(), [*gates_on_gap(gap), *gates_on(used[-1:])]
         e = self.worse if estimand.startswith("attention") else self.both
         return e, self.gates(used, e)
 
@@ -64,7 +63,7 @@ class Compared:
         """List what forbids a verdict about rho on these optima."""
         full = self.task.full
         assert full is not None
-        gates = [*stalled([full.optimum], [full.points.best]), *gates_on(used)]
+        gates = [*stalled([full.optimum], [full.points.best]), *gates_on_speed(used)]
         if not gates and any(e.value is None for e in measured):
             gates.append(Gate(GateCode.ONLY_BOUNDS))
         return gates

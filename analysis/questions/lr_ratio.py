@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict, number, signed, with_interval
-from analysis.inference.gates import GateCode
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_rate import lost_at
 from analysis.measures.efficiency import at_best, log_rho, of_curves, read_to, rho
@@ -25,6 +24,7 @@ from analysis.questions.base import (
     fewest_seeds,
     gates_on,
     gates_on_gap,
+    gates_on_speed,
     judge_claims,
     pooled_over,
 )
@@ -105,7 +105,7 @@ def _of_losses(table: pd.DataFrame, found: Answer, question: dict[str, Any]) -> 
         top = _highest(lora)
         mine, its = runs[id(top)], runs[id(full)]
         pooled = pooled_variance([list(log_rho(runs[id(o)], its).best.values()) for o in lora])
-        gates = gates_on([full, top]) + stalled([full, top], [its.best, mine.best])
+        gates = gates_on_speed([full, top]) + stalled([full, top], [its.best, mine.best])
         measured: Measured = {PARITY: (rho(mine, its, pooled), gates)}
         if wanted - {PARITY}:
             measured |= _regrets(table, full, lora, max(ten, default=math.inf))
@@ -134,7 +134,7 @@ def _regrets(
     pooled = pooled_over(lost for _, lost in costs.values())
     top = max(gaps, key=lambda g: g.rank)
     ten, gates = lost_at(top.lora, *costs[top.rank], highest, pooled)
-    rests = [g for g in gates_on([full, top.lora]) if g.code != GateCode.TASK]
+    rests = gates_on([full, top.lora])
     return {
         NO_REGRET: (top.over_allowed(), gates_on_gap(top)),
         TEN_TIMES: (ten, rests + gates),

@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import number
+from analysis.inference.estimate import Estimate, number, with_interval
 from analysis.inference.gates import Gate, GateCode
+from analysis.inference.seeds import from_sample
 from analysis.measures.efficiency import at_best
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import lr_curves
-from analysis.runs.task import MIN_GAIN, MIN_REST
+from analysis.runs.task import MIN_GAIN, MIN_REST, gain_in_noise
 
-MIN_SLOPE = 0.05
-"""Both arms must still gain this many nats in the last doubling of the updates."""
 EDGES = ("at_edge", "bounded_by_divergence", "flat", "no_usable_points")
 """Flags of an optimum that is not a single minimum inside the rates tried."""
 MAX_NOISE = 0.1
@@ -59,11 +58,12 @@ def qualify(table: pd.DataFrame) -> list[Check]:
 def _group(group: str, optima: Sequence[Optimum], points: Sequence[Any]) -> list[Check]:
     start, floor = optima[0].curve.nll_start, optima[0].curve.floor
     lowest = min((o.best_nll for o in optima if o.best_nll is not None), default=math.nan)
-    excess = start - floor
-    left = (lowest - floor) / excess
-    above = f"{number(excess)} nats above the floor at the start"
+    left = (lowest - floor) / (start - floor)
+    noise = optima[0].pooled.noise if optima[0].pooled else math.nan
+    gain = gain_in_noise(start, lowest, noise)
+    shown = f"{number(gain)} standard deviations of the difference between two runs"
     checks = [
-        Check(group, "to be learned", above, f"{MIN_GAIN} or more", _at_least(excess, MIN_GAIN)),
+        Check(group, "to be learned", shown, f"{MIN_GAIN:g} or more", _at_least(gain, MIN_GAIN)),
         Check(
             group,
             "not solved",
@@ -82,8 +82,7 @@ def _at_least(value: float, least: float) -> bool | None:
 
 
 def _of_curve(group: str, o: Optimum, points: dict[int, Any]) -> list[Check]:
-    gains = [g for p in points.values() if (g := _last_doubling(p)) is not None]
-    slope = float(np.mean(gains)) if gains else math.nan
+    slope = _still(points)
     edge = [f for f in o.flags if f in EDGES]
     rise = _rise(o)
     share = math.nan
@@ -93,9 +92,9 @@ def _of_curve(group: str, o: Optimum, points: dict[int, Any]) -> list[Check]:
         Check(
             group,
             f"still learning, {o.curve.name}",
-            f"{number(slope)} nats in the last doubling",
-            f"{MIN_SLOPE} or more",
-            _at_least(slope, MIN_SLOPE),
+            f"{with_interval(slope)} nats in the last doubling",
+            "above 0",
+            None if slope.value is None else not _has_stalled(slope),
         ),
         Check(
             group,
@@ -122,6 +121,17 @@ def _last_doubling(points: Sequence[tuple[float, float]]) -> float | None:
     return found[last / 2] - found[last] if last / 2 in found else None
 
 
+def _still(points: dict[int, Any]) -> Estimate:
+    """Return what the last doubling of the updates gains, in nats, over the seeds."""
+    return from_sample([g for p in points.values() if (g := _last_doubling(p)) is not None])
+
+
+def _has_stalled(gain: Estimate) -> bool:
+    """Return whether a gain is not above 0; one seed, without an interval, by its value."""
+    least = gain.value if gain.low is None else gain.low
+    return least is not None and least <= 0
+
+
 def _rise(o: Optimum) -> float | None:
     if o.shape is None or o.best_lr.value is None:
         return None
@@ -134,10 +144,10 @@ def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Any]]) -> list
     """Return a gate for each curve that has stopped learning by the end of its runs."""
     found = []
     for o, mine in zip(optima, points):
-        gains = [g for p in mine.values() if (g := _last_doubling(p)) is not None]
-        if gains and np.mean(gains) < MIN_SLOPE:
-            last = number(float(np.mean(gains)))
-            why = f"{o.curve.name} gains {last} nats in the last doubling, {MIN_SLOPE} needed"
+        gain = _still(mine)
+        if _has_stalled(gain):
+            last = with_interval(gain)
+            why = f"{o.curve.name} gains {last} nats in the last doubling, not clearly any"
             found.append(Gate(GateCode.TASK, why))
     return found
 

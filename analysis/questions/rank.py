@@ -46,7 +46,7 @@ from analysis.questions.base import (
     correct,
     fewest_seeds,
     full_of,
-    gates_on,
+    gates_on_speed,
     judge_claims,
     lora_of,
     missing_arm,
@@ -94,14 +94,14 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     pooled = pooled_over(logs.values())
     speed = {id(o): rho(runs[id(o)], whole, pooled) for o in lora}
     over = stalled([full, top], [whole.best, runs[id(top)].best])
-    slope_gates = gates_on([full, *lora]) + over + _unresolved(departures)
-    slope, ranks = slope_by_rank(logs), gates_on([full, *lora]) + over
+    slope_gates = gates_on_speed([full, *lora]) + over + _unresolved(departures)
+    slope, ranks = slope_by_rank(logs), gates_on_speed([full, *lora]) + over
     if slope.value is None:
         ranks.append(Gate(GateCode.ONE_RANK if len(logs) < 2 else GateCode.ONLY_BOUNDS))
     measured = {
         **_by_regime(table, (slope, ranks)),
         "departure_slope": (slope_of(departures), slope_gates),
-        "rho_top_rank": (speed[id(top)], gates_on([full, top]) + over),
+        "rho_top_rank": (speed[id(top)], gates_on_speed([full, top]) + over),
         "identical_steps": (start.first, [])
         if start
         else (Estimate(None), [Gate(GateCode.MISSING, "redraws of A at two ranks")]),

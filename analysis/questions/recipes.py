@@ -37,6 +37,7 @@ from analysis.questions.base import (
     correct,
     fewest_seeds,
     gates_on,
+    gates_on_speed,
     judge_claims,
     lora_of,
     pooled_over,
@@ -191,7 +192,7 @@ def _few(table: pd.DataFrame, few: Sequence[Optimum]) -> tuple[tuple[Estimate, l
     for o in few:
         flags = ", ".join(o.flags) or "-"
         rows.append([o.curve.name, with_interval(o.best_lr, rate), number(o.best_nll, 5), flags])
-    return (rho(low, high), gates_on([lora[0], lora[-1]])), rows
+    return (rho(low, high), gates_on_speed([lora[0], lora[-1]])), rows
 
 
 FORGOTTEN = (

@@ -1,34 +1,42 @@
-"""Check that a task leaves room for two methods to differ.
+"""Check that a task leaves room for two methods to differ in speed.
 
-This needs the task's floor: the NLL of the generator that wrote the data, which no model can beat.
+What is left to learn needs the task's floor: the NLL of the generator that wrote the data, which no
+model can beat.
 """
 
 import math
-from collections.abc import Sequence
 
-from analysis.runs.lr_curves import LrCurve
-
-MIN_GAIN = 0.3
-"""The untrained model's NLL must lie at least this far above the floor, in nats."""
+MIN_GAIN = 20.0
+"""Full fine-tuning must gain at least so many standard deviations of the difference of two runs."""
 MIN_REST = 0.2
-"""The best run must leave at least this share of that distance: a solved task does not separate
-learning rates."""
+"""The best run must leave at least this share of the starting excess over the floor: a solved task
+does not separate learning rates."""
 
 
-def task_problems(curves: Sequence[LrCurve], best: Sequence[float | None]) -> list[str]:
-    """List the reasons why the task cannot separate methods; empty if its floor is unknown.
+def gain_in_noise(start: float, lowest: float, noise: float) -> float:
+    """Return what is gained, in standard deviations of the difference of two runs of one seed.
 
     Args:
-        curves: of one task.
-        best: each curve's lowest NLL in nats.
+        start: loss before training, lowest: at the best rate; in nats.
+        noise: standard deviation of one run, in nats.
     """
-    start, floor = curves[0].nll_start, curves[0].floor
-    lowest = min((b for b in best if b is not None), default=math.nan)
-    if not (math.isfinite(start) and math.isfinite(floor) and math.isfinite(lowest)):
-        return []
+    return (start - lowest) / (math.sqrt(2) * noise) if noise > 0 else math.nan
+
+
+def task_problems(start: float, floor: float, lowest: float, noise: float) -> list[str]:
+    """List the reasons why the task cannot separate methods; what is NaN is not checked.
+
+    Args:
+        start: full fine-tuning's loss before training, floor: the least possible one, lowest: the
+            lowest of all curves; in nats.
+        noise: standard deviation of one run, in nats.
+    """
     found = []
-    if start - floor < MIN_GAIN:
-        found.append(f"the base starts {start - floor:.2f} nats above the floor, {MIN_GAIN} needed")
+    if (gain := gain_in_noise(start, lowest, noise)) < MIN_GAIN:
+        found.append(
+            f"the gain is {gain:.3g} standard deviations of the difference between two runs, "
+            f"{MIN_GAIN:g} needed"
+        )
     elif (lowest - floor) / (start - floor) < MIN_REST:
         found.append("nearly solved, less than a fifth of the starting excess is left")
     return found

@@ -2,11 +2,13 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from analysis.questions.qualify import qualify, verdict
+from analysis.questions.qualify import qualify, stalled, verdict
 from analysis.runs.prefixes import at_step, while_unsolved
+from analysis.runs.task import task_problems
 from lorasweep.store.table import load_runs
 from lorasweep.train.progress import eval_steps
 from tests.planted import GAIN, START
@@ -22,7 +24,8 @@ def test_prefixes_and_qualification(rank_answer):
     assert short.iloc[0]["test_nll"] == next(p["test_nll"] for p in first if p["step"] == 32)
     told = qualify(table[table["init_seed"].fillna(0) == 0])
     assert verdict(told) == {"tiny64 on dialect_smoke, batch 4, steps 96": True}
-    assert {c.ok for c in told if c.name == "to be learned"} == {None}  # the fake tells no floor
+    assert {c.ok for c in told if c.name == "not solved"} == {None}  # the fake tells no floor
+    assert {c.ok for c in told if c.name == "to be learned"} == {True}
     flat = [{"step": s, "test_nll": 2.0} for s in (0, *eval_steps(96))]
     solved = table.assign(
         result=[json.dumps({**json.loads(t), "curve": flat}) for t in table["result"]]
@@ -43,3 +46,24 @@ def test_runs_are_cut_where_their_task_is_over(rank_answer):
         while_unsolved(plain.assign(floor_nats=0.0))[1] == ""
         and while_unsolved(plain.assign(floor_nats=3.39))[1] == ""
     )
+
+
+def test_a_task_is_fit_by_its_gain_over_the_noise_and_by_what_is_left():
+    assert task_problems(2.0, 1.0, 1.5, noise=0.01) == []
+    (noisy,) = task_problems(2.0, 1.0, 1.5, noise=0.02)  # 0.5 / (0.02 sqrt(2)) is 17.7
+    assert noisy.startswith("the gain is 17.7 standard deviations")
+    assert task_problems(2.0, math.nan, 1.5, noise=0.01) == []  # real text has no floor
+    assert task_problems(2.0, 1.0, 1.5, noise=math.nan) == []
+    (solved,) = task_problems(2.0, 1.0, 1.1, noise=0.01)
+    assert solved.startswith("nearly solved")
+    assert task_problems(2.0, 1.9, 1.95, noise=1e-3) == []  # little to learn, but well measured
+
+
+@pytest.mark.parametrize(
+    ("gains", "stops"),
+    [([0.02, 0.025, 0.018], False), ([0.01, -0.02, 0.015], True), ([-0.01], True), ([0.01], False)],
+)
+def test_an_arm_has_stalled_if_its_last_doubling_does_not_clearly_gain(gains, stops):
+    points = {seed: [(32, 2.0), (64, 2.0 - g)] for seed, g in enumerate(gains)}
+    one = SimpleNamespace(curve=SimpleNamespace(name="fullft"))
+    assert bool(stalled([one], [points])) == stops
