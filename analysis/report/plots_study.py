@@ -70,17 +70,16 @@ def _claim(ax: Axes, row: Row, setting: Setting, top: float, height: float) -> N
 
 def _mark(ax: Axes, mark: Mark, y: float, colour: str) -> None:
     colour = _paler(colour) if mark.first_study else colour
-    low, high = (min(max(end, -EDGE), EDGE) for end in (mark.low, mark.high))
+    low, high, value = (min(max(x, -EDGE), EDGE) for x in (mark.low, mark.high, mark.value))
     if math.isfinite(mark.low):
         ax.plot([low, high], [y, y], color=colour, lw=1.3)
-        for at, end, symbol in ((low, mark.low, "<"), (high, mark.high, ">")):
-            if at != end:
-                ax.plot([at], [y], symbol, color=colour, ms=4)
-    if abs(mark.value) > EDGE:
-        at, symbol = math.copysign(EDGE, mark.value), "<" if mark.value < 0 else ">"
-        ax.plot([at], [y], symbol, color=colour, ms=4)
-        return
-    ax.plot([mark.value], [y], **_symbol(mark.outcome, colour))
+    if (math.isfinite(mark.low) and mark.low < -EDGE) or mark.value < -EDGE:
+        ax.plot([-EDGE], [y], "<", color=colour, ms=4)
+    if (math.isfinite(mark.low) and mark.high > EDGE) or mark.value > EDGE:
+        ax.plot([EDGE], [y], ">", color=colour, ms=4)
+    # The symbol of a value that has left the figure stands beside its arrow.
+    value -= math.copysign(0.5, value) * (abs(mark.value) > EDGE)
+    ax.plot([value], [y], **_symbol(mark.outcome, colour))
 
 
 def _symbol(outcome: str, colour: str) -> dict[str, Any]:
