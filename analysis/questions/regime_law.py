@@ -194,13 +194,6 @@ def _panel(cells: Sequence[Cell], forbids: Forbids) -> Panel:
         needed = [_mean(_needed(c.last, forbids)) for c in mine]
         series.append(Series.of(kind, bits, needed, colour=k))
     title = "each point is one data set; intervals over its draws"
-    shown = sorted({round(x) for s in series for x in s.x})
     return Panel(
-        title,
-        "bits of what is new",
-        "rank that is needed",
-        series,
-        log_x=True,
-        log_y=True,
-        ticks=[(float(x), f"{x:,}") for x in shown],
+        title, "bits of what is new", "rank that is needed", series, log_x=True, log_y=True
     )

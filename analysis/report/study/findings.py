@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from analysis.inference.estimate import Verdict, number
+from analysis.inference.estimate import Verdict, number, with_interval
 from analysis.report.study.answers import FIRST_STUDY, Part
 from analysis.report.study.load_map import REGIME
 from analysis.report.study.setting import WORDS, Setting
@@ -73,7 +73,20 @@ def _boundary(parts: Sequence[Part]) -> str:
     return (
         f"{lead}: the smallest rank with room for what is new, at the study's 2 bits a parameter, "
         f"gave up nothing on {_count(fits, 'SUPPORTED')} of {len(fits)} data sets; "
-        f"{_needed(parts, {v.group for _, v in fits})}{_end(fits)}"
+        f"{_needed(parts, {v.group for _, v in fits})}{_law(parts)}{_end(fits)}"
+    )
+
+
+def _law(parts: Sequence[Part]) -> str:
+    """Say with which power of the bits the needed rank grew; empty without an interval."""
+    laws = [v.estimate for _, v in found(parts, REGIME, "needs_bits") if v.estimate.has_interval()]
+    if not laws:
+        return ""
+    shown = " and ".join(with_interval(e, lambda value: number(value, 2)) for e in laws)
+    return (
+        f"; where only rules are new, that rank grew as the bits to the power {shown}, and not 1"
+        if all(high < 1 for e in laws for _, high in [e.interval])
+        else f"; where only rules are new, that rank grew as the bits to the power {shown}"
     )
 
 
