@@ -37,7 +37,7 @@ Forbids = Callable[[Gap], list[Gate]]
 def measured_laws(
     cells: Sequence[Cell], forbids: Forbids
 ) -> dict[str, tuple[Measured, list[Optimum]]]:
-    """Return, by base model, the estimands about r* and the optima that they rest on.
+    """Return the estimands about r* and the optima that they rest on, by base model and cells.
 
     Args:
         forbids: what forbids a verdict about a gap; such gaps tell nothing about r*.
@@ -47,21 +47,21 @@ def measured_laws(
         rules = [c for c in mine if _change_rank(c)]
         if len(rules) < 2:
             continue
-        law = _law_of_rules(rules, forbids)
-        growing = _by_updates(mine, forbids)
-        none = [] if law else [Gate(GateCode.NO_LAW)]
-        nothing = Estimate(None)
-        measured: Measured = {
-            "rank_by_bits": (law.exponents[BITS] if law else nothing, none),
-            "rank_by_change": (law.exponents[CHANGE] if law else nothing, none),
-            "rank_by_updates": (
-                growing or nothing,
-                [] if growing else [Gate(GateCode.NO_LAW)],
-            ),
+        law, nothing, none = _law_of_rules(rules, forbids), Estimate(None), Gate(GateCode.NO_LAW)
+        by_law: Measured = {
+            "rank_by_bits": (law.exponents[BITS], []) if law else (nothing, [none]),
+            "rank_by_change": (law.exponents[CHANGE], []) if law else (nothing, [none]),
         }
-        gaps = [g for c in mine for g in c.last.values()]
-        found[f"{model}, all cells"] = measured, distinct(o for g in gaps for o in (g.lora, g.full))
+        found[f"{model}, only rules new"] = by_law, _optima_of(rules)
+        growing = _by_updates(mine, forbids)
+        by_updates = (growing, []) if growing else (nothing, [none])
+        found[f"{model}, all cells"] = {"rank_by_updates": by_updates}, _optima_of(mine)
     return found
+
+
+def _optima_of(cells: Sequence[Cell]) -> list[Optimum]:
+    gaps = [g for c in cells for g in c.last.values()]
+    return distinct(o for g in gaps for o in (g.lora, g.full))
 
 
 def law_section(cells: Sequence[Cell], forbids: Forbids) -> Section:
