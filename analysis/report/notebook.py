@@ -70,11 +70,6 @@ def section(found: Analysis, title: str) -> pd.DataFrame:
     return _frame(next(s.rows for s in found.sections if s.title == title))
 
 
-def notes(found: Analysis, title: str) -> Any:
-    """Show the text of one section of the report."""
-    return _markdown("\n".join(next(s.text for s in found.sections if s.title == title)))
-
-
 def suggestions(found: Analysis) -> pd.DataFrame:
     """Return one row per suggestion: rates and seeds likely to decide the open claims."""
     head = ["model and data", "curve", "lr", "seeds", "why"]

@@ -33,7 +33,7 @@ def test_sweeps_of_a_sweep_share_their_runs_and_end_in_one_table(place):
     twin = next(v for v in twins["verdicts"] if v["claim"] == "twins")
     assert twin["outcome"] == "SUPPORTED" and twin["estimate"]["value"] <= 1e-9
     (page,) = (path.read_text() for path in (place / "reports").glob("study-smoke-*/study.md"))
-    assert page.startswith("# When does LoRA match") and "(`rank: order`, study, primary)" in page
+    assert page.startswith("# When does LoRA match") and "(`rank: order`, study)" in page
     for name in ("rank", "short_runs", "compute", "invariance", "capacity"):
         folder = place / f"reports/{name}-smoke"
         assert (folder / "report.md").is_file() and (folder / "report.html").is_file()

@@ -113,6 +113,11 @@ GATES = [
         "a cell in which LoRA is behind",
     ),
     (
+        Gate(GateCode.NO_LAW),
+        "too few cells whose needed rank lies inside the ranks tried",
+        "more cells, or ranks on both sides of the one that is needed",
+    ),
+    (
         Gate(GateCode.NO_ADVANTAGE),
         "LoRA is not better here, so there is no advantage to place",
         "a cell in which LoRA is better",
