@@ -63,7 +63,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     verdicts: list[Verdict] = []
     members: dict[str, list[Optimum]] = {}
     open_claims = set(ESTIMANDS)
-    found = {c.name: _measured(c) for c in cells} | measured_laws(cells, gates_on_gap)
+    found = {c.name: _measured(c) for c in cells} | measured_laws(cells)
     for name, (measured, members[name]) in found.items():
         seeds = fewest_seeds(members[name])
         for estimand in measured:
@@ -81,12 +81,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
             "gap_growth": f"smallest rank, update {FIRST} to the last",
         },
     }
-    sections = [
-        _map(cells),
-        law_section(cells, gates_on_gap),
-        _over_updates(cells),
-        _by_context(cells),
-    ]
+    sections = [_map(cells), law_section(cells), _over_updates(cells), _by_context(cells)]
     optima = [o for c in cells for o in c.optima]
     return Analysis(optima, correct(verdicts, question), sections, measures, members)
 

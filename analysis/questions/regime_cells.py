@@ -1,16 +1,20 @@
 """The cells of the question `regime`: what is new in each, and each rank's gap at two lengths."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import pandas as pd
 
 from analysis.measures.at_best import AtBest
+from analysis.measures.laws.rank_law import change_of_needed, rank_needed_by_seed
 from analysis.measures.regret import Gap, Novelty, bits_of, gaps_of, novelty_of, parts_at_best
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
+from analysis.questions.base import gates_on_gap
 from analysis.runs.lr_curves import lr_curves, title
 from analysis.runs.prefixes import at_step, on_curve_rows
 from analysis.runs.table import TableError
@@ -55,6 +59,24 @@ class Cell:
         """The smallest rank that holds what is new by the study's capacity; None without one."""
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load <= FITTING]
         return min(ranks, default=None)
+
+    @cached_property
+    def needed(self) -> AtBest[float]:
+        """log2 of the rank that is needed, by seed."""
+        return _needed(self.last)
+
+    @cached_property
+    def needed_over_updates(self) -> AtBest[float] | None:
+        """Change of `needed` per doubling of the updates, from FIRST on; None if not known."""
+        if not self.first:
+            return None
+        doublings = math.log2(self.steps / FIRST)
+        return change_of_needed(_needed(self.first), _needed(self.last_on_first_rows), doublings)
+
+
+def _needed(gaps: Gaps) -> AtBest[float]:
+    """Return log2 of the needed rank; a gap that must not be judged tells nothing of it."""
+    return rank_needed_by_seed({r: g for r, g in gaps.items() if not gates_on_gap(g)})
 
 
 def cells_of(table: pd.DataFrame) -> list[Cell]:

@@ -1,23 +1,15 @@
 """What the rank that is needed grows with, from the cells of `regime`."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from analysis.inference.estimate import Estimate, number, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, over_seeds
-from analysis.measures.laws.rank_law import (
-    Point,
-    RankLaw,
-    change_of_needed,
-    rank_law,
-    rank_needed_by_seed,
-    sum_of,
-)
-from analysis.measures.regret import Gap
+from analysis.measures.laws.rank_law import Point, RankLaw, rank_law, sum_of
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import Measured, Panel, Rows, Section, Series, distinct
-from analysis.questions.regime_cells import FIRST, Cell, Gaps
+from analysis.questions.regime_cells import Cell
 
 ESTIMANDS = ("rank_by_bits", "rank_by_change", "rank_by_updates")
 BITS, CHANGE = "bits of what is new", "rank of the change"
@@ -31,29 +23,22 @@ MEASURES = {
     "bits_generator": "bits of all that is new",
     "bits_learnable": "bits of what is seen often enough to be learned",
 }
-Forbids = Callable[[Gap], list[Gate]]
 
 
-def measured_laws(
-    cells: Sequence[Cell], forbids: Forbids
-) -> dict[str, tuple[Measured, list[Optimum]]]:
-    """Return the estimands about r* and the optima that they rest on, by base model and cells.
-
-    Args:
-        forbids: what forbids a verdict about a gap; such gaps tell nothing about r*.
-    """
+def measured_laws(cells: Sequence[Cell]) -> dict[str, tuple[Measured, list[Optimum]]]:
+    """Return the estimands about r* and the optima that they rest on, by base model and cells."""
     found: dict[str, tuple[Measured, list[Optimum]]] = {}
     for model, mine in _by_model(cells).items():
         rules = [c for c in mine if _change_rank(c)]
         if len(rules) < 2:
             continue
-        law, nothing, none = _law_of_rules(rules, forbids), Estimate(None), Gate(GateCode.NO_LAW)
+        law, nothing, none = _law_of_rules(rules), Estimate(None), Gate(GateCode.NO_LAW)
         by_law: Measured = {
             "rank_by_bits": (law.exponents[BITS], []) if law else (nothing, [none]),
             "rank_by_change": (law.exponents[CHANGE], []) if law else (nothing, [none]),
         }
         found[f"{model}, only rules new"] = by_law, _optima_of(rules)
-        growing = _by_updates(mine, forbids)
+        growing = _by_updates(mine)
         by_updates = (growing, []) if growing else (nothing, [none])
         found[f"{model}, all cells"] = {"rank_by_updates": by_updates}, _optima_of(mine)
     return found
@@ -64,12 +49,12 @@ def _optima_of(cells: Sequence[Cell]) -> list[Optimum]:
     return distinct(o for g in gaps for o in (g.lora, g.full))
 
 
-def law_section(cells: Sequence[Cell], forbids: Forbids) -> Section:
+def law_section(cells: Sequence[Cell]) -> Section:
     """Show r* in every cell, the laws fitted to it, and which published ones are out."""
     rows: Rows = [["law of the rank that is needed", "base", "cells", "exponents [95%]", "verdict"]]
     for model, mine in _by_model(cells).items():
         rules = [c for c in mine if _change_rank(c)]
-        if law := _law_of_rules(rules, forbids):
+        if law := _law_of_rules(rules):
             shown = "; ".join(f"{n}: {with_interval(e)}" for n, e in law.exponents.items())
             rows.append(["measured, only rules new", model, str(law.cells), shown, _error(law)])
             rows += [
@@ -77,7 +62,7 @@ def law_section(cells: Sequence[Cell], forbids: Forbids) -> Section:
                 for name, claim in RIVALS.items()
             ]
         for key, words in MEASURES.items():
-            if law := rank_law(_points(mine, forbids, key), [BITS], {}):
+            if law := rank_law(_points(mine, key), [BITS], {}):
                 shown = f"{words}: {with_interval(law.exponents[BITS])}"
                 rows.append(["measured, all cells", model, str(law.cells), shown, _error(law)])
     text = [
@@ -85,9 +70,9 @@ def law_section(cells: Sequence[Cell], forbids: Forbids) -> Section:
         "between the ranks tried, for each seed (each a draw of what is new). Exponents are fitted "
         "to its logarithm in each seed; their intervals are over seeds, at these very cells. Cells "
         "whose r* lies outside the ranks tried in some seed are left out.",
-        *(f"{c.name}: r* {_needed_text(c, forbids)}." for c in cells),
+        *(f"{c.name}: r* {_needed_text(c)}." for c in cells),
     ]
-    panels = [_panel(cells, forbids)]
+    panels = [_panel(cells)]
     return Section("The rank that is needed", rows, text, "rank_needed.png", panels, CAPTION)
 
 
@@ -124,34 +109,25 @@ def _change_rank(cell: Cell) -> int:
     return new.rank if new is not None and new.low and new.symbols else 0
 
 
-def _needed(gaps: Gaps, forbids: Forbids) -> AtBest[float]:
-    return rank_needed_by_seed({r: g for r, g in gaps.items() if not forbids(g)})
-
-
-def _points(cells: Sequence[Cell], forbids: Forbids, measure: str) -> list[Point]:
+def _points(cells: Sequence[Cell], measure: str) -> list[Point]:
     return [
         Point(
             c.name,
             {BITS: math.log2(c.bits[measure]), CHANGE: math.log2(max(1, _change_rank(c)))},
-            _needed(c.last, forbids),
+            c.needed,
         )
         for c in cells
         if c.bits.get(measure)
     ]
 
 
-def _law_of_rules(rules: Sequence[Cell], forbids: Forbids) -> RankLaw | None:
-    return rank_law(_points(rules, forbids, "bits_generator"), [BITS, CHANGE], RIVALS)
+def _law_of_rules(rules: Sequence[Cell]) -> RankLaw | None:
+    return rank_law(_points(rules, "bits_generator"), [BITS, CHANGE], RIVALS)
 
 
-def _by_updates(cells: Sequence[Cell], forbids: Forbids) -> Estimate | None:
+def _by_updates(cells: Sequence[Cell]) -> Estimate | None:
     """Return the exponent of the updates, averaged over the cells that show one; None without."""
-    shown = []
-    for c in cells:
-        first, last = (_needed(gaps, forbids) for gaps in (c.first, c.last_on_first_rows))
-        change = change_of_needed(first, last, math.log2(c.steps / FIRST)) if c.first else None
-        if change is not None:
-            shown.append(change)
+    shown = [c.needed_over_updates for c in cells if c.needed_over_updates is not None]
     total = sum_of(shown)
     return None if total is None else over_seeds(total.map(lambda v: v / len(shown)))
 
@@ -166,8 +142,8 @@ def _mean(needed: AtBest[float]) -> Estimate:
     return Estimate(None if e.value is None else 2**e.value, low, high, e.n, e.flags)
 
 
-def _needed_text(cell: Cell, forbids: Forbids) -> str:
-    needed = _needed(cell.last, forbids)
+def _needed_text(cell: Cell) -> str:
+    needed = cell.needed
     values = list(needed.best.values())
     ranks = sorted(cell.last)
     if not values:
@@ -180,7 +156,7 @@ def _needed_text(cell: Cell, forbids: Forbids) -> str:
     return with_interval(_mean(needed))
 
 
-def _panel(cells: Sequence[Cell], forbids: Forbids) -> Panel:
+def _panel(cells: Sequence[Cell]) -> Panel:
     kinds: dict[str, list[Cell]] = {}
     for c in cells:
         if c.novelty is None or c.novelty.nothing or not c.bits.get("bits_generator"):
@@ -191,7 +167,7 @@ def _panel(cells: Sequence[Cell], forbids: Forbids) -> Panel:
     for k, (kind, mine) in enumerate(sorted(kinds.items()), 1):
         mine = sorted(mine, key=lambda c: c.bits["bits_generator"])
         bits = [c.bits["bits_generator"] for c in mine]
-        needed = [_mean(_needed(c.last, forbids)) for c in mine]
+        needed = [_mean(c.needed) for c in mine]
         series.append(Series.of(kind, bits, needed, colour=k))
     title = "each point is one data set; intervals over its draws"
     return Panel(
