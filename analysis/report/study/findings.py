@@ -110,68 +110,53 @@ def _rates(parts: Sequence[Part]) -> str:
 
 
 def _speed(parts: Sequence[Part]) -> str:
-    parity = found(parts, "rank", "parity")
-    if not parity:
-        return ""
-    lead = _lead(
-        parity,
+    return _of_claim(
+        found(parts, "rank", "parity"),
         "At its highest rank LoRA keeps full fine-tuning's pace",
         "Even at its highest rank LoRA does not keep full fine-tuning's pace",
         "At its highest rank LoRA keeps full fine-tuning's pace in places only",
         "Whether LoRA keeps full fine-tuning's pace stays open",
+        "counted in updates to one loss, it took {}",
+        lambda v: number(1 / v),
+        FULL,
     )
-    times = _by_setting(parity, lambda v: number(1 / v), FULL)
-    return f"{lead}: counted in updates to one loss, it took {times}{_end(parity)}"
 
 
 def _batches(parts: Sequence[Part]) -> str:
-    penalty = found(parts, "batch_size", "penalty")
-    if not penalty:
-        return ""
-    lead = _lead(
-        penalty,
+    return _of_claim(
+        found(parts, "batch_size", "penalty"),
         "Large batches hurt LoRA more than full fine-tuning",
         "Large batches did not hurt LoRA more than full fine-tuning",
         "Large batches hurt LoRA more than full fine-tuning in places only",
         "Whether large batches hurt LoRA more than full fine-tuning stays open",
-    )
-    return (
-        f"{lead}: with each doubling, its speed over full fine-tuning's changed by "
-        f"{_by_setting(penalty, _change)}{_end(penalty)}"
+        "with each doubling, its speed over full fine-tuning's changed by {}",
+        _change,
     )
 
 
 def _layers(parts: Sequence[Part]) -> str:
     worse = found(parts, "layers", "attention_worse")
-    if not worse:
-        return ""
-    lead = _lead(
+    return _of_claim(
         worse,
         "Attention alone is the slower place for adapters",
         "Attention alone is not the slower place for adapters",
         f"Attention alone was clearly the slower place for adapters on "
         f"{_count(worse, 'SUPPORTED')} of {len(worse)} tasks",
         "Whether attention alone is the slower place for adapters stays open",
-    )
-    return (
-        f"{lead}: at equal parameters, its speed over that of the MLP alone was "
-        f"{_by_setting(worse)}{_end(worse)}"
+        "at equal parameters, its speed over that of the MLP alone was {}",
     )
 
 
 def _compute(parts: Sequence[Part]) -> str:
-    flops = found(parts, "compute", "flops_to_loss")
-    if not flops:
-        return ""
-    lead = _lead(
-        flops,
+    return _of_claim(
+        found(parts, "compute", "flops_to_loss"),
         "LoRA saves a third of the work",
         "LoRA does not save a third of the work",
         "LoRA saves a third of the work in places only",
         "Whether LoRA saves a third of the work stays open",
+        "counted in operations to one loss, it took {}",
+        unit=FULL,
     )
-    times = _by_setting(flops, unit=FULL)
-    return f"{lead}: counted in operations to one loss, it took {times}{_end(flops)}"
 
 
 # ---------------------------------------------------------------- words and numbers
@@ -185,6 +170,23 @@ def _lead(verdicts: Found, yes: str, no: str, partly: str, undecided: str) -> st
     n, held = len(verdicts), _count(verdicts, "SUPPORTED")
     none = no if _count(verdicts, "REFUTED") else undecided
     return f"**{yes if held == n else partly if held else none}**"
+
+
+def _of_claim(
+    verdicts: Found,
+    yes: str,
+    no: str,
+    partly: str,
+    undecided: str,
+    said: str,
+    shown: Callable[[float], str] = number,
+    unit: str = "",
+) -> str:
+    """Return a sentence about one claim; `said` has a place for the values by setting."""
+    if not verdicts:
+        return ""
+    lead = _lead(verdicts, yes, no, partly, undecided)
+    return f"{lead}: {said.format(_by_setting(verdicts, shown, unit))}{_end(verdicts)}"
 
 
 def _count(verdicts: Found, outcome: str) -> int:
