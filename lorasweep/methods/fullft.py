@@ -51,12 +51,12 @@ class FullFT(Method):
     def n_trainable(self, model: ModelSpec) -> int:
         if self.scope == "all":
             return model.n_params
-        return sum(m.d_in * m.d_out * m.count for m in model.matrices(parse_layers(self.layers)))
+        return sum(m.size for m in model.matrices(parse_layers(self.layers)))
 
     def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
         # 6 per weight and token: 2 forward, 4 backward (study.md section 4). Attention scores are
-        # left out.
-        return 6.0 * n_tokens * model.n_matmul_params
+        # left out. Of experts those count that a token passes through.
+        return 6.0 * n_tokens * model.n_active_params
 
     def target_layers(self) -> tuple[str, ...]:
         return () if self.scope == "all" else parse_layers(self.layers)

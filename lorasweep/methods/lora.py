@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lorasweep.errors import SpecError
 from lorasweep.spec.canonical import not_allowed
 from lorasweep.spec.method import Method, parse_layers
-from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.model import Matrix, ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,9 +69,24 @@ class LoRA(Method):
         divisors = {"rank": self.rank, "sqrt_rank": math.sqrt(self.rank), "none": 1.0}
         return self.alpha / divisors[self.scaling_by]
 
+    def rank_of(self, matrix: Matrix) -> int:
+        """Return the rank of the adapter of one matrix.
+
+        Every expert has an adapter of its own, of rank / active experts: the study's way to keep
+        the parameters that a token passes through at those of a dense MLP.
+        """
+        return self.rank // matrix.n_active
+
     def check(self, model: ModelSpec) -> None:
         matrices = model.matrices(parse_layers(self.layers))
         smallest = min(min(m.d_in, m.d_out) for m in matrices)
+        active = max(m.n_active for m in matrices)
+        if self.rank % active:
+            raise SpecError(
+                f"method.rank={self.rank} on model {model.name!r} with layers {self.layers}: every "
+                f"expert gets rank/{active}, as {active} are active. Expected a multiple of "
+                f"{active}: {active}, {2 * active}, {4 * active}, ..., or method.layers=attention."
+            )
         if not 1 <= self.rank <= smallest:
             raise SpecError(
                 f"method.rank={self.rank}. Allowed on model {model.name!r} with layers "
@@ -99,15 +114,19 @@ class LoRA(Method):
 
     def n_trainable(self, model: ModelSpec) -> int:
         return sum(
-            self.rank * (m.d_in + m.d_out) * m.count
+            self.rank_of(m) * (m.d_in + m.d_out) * m.count
             for m in model.matrices(parse_layers(self.layers))
         )
 
     def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
         # 4 per frozen weight and token (forward, gradient of the input), 6 per adapter weight: the
         # study's 2N^2 + 6NR against 3N^2 multiply-adds (study.md section 4). Attention scores are
-        # left out.
-        return n_tokens * (4.0 * model.n_matmul_params + 6.0 * self.n_trainable(model))
+        # left out. Of experts those count that a token passes through.
+        adapters = sum(
+            self.rank_of(m) * (m.d_in + m.d_out) * m.count * m.n_active // m.n_experts
+            for m in model.matrices(parse_layers(self.layers))
+        )
+        return n_tokens * (4.0 * model.n_active_params + 6.0 * adapters)
 
     def target_layers(self) -> tuple[str, ...]:
         return parse_layers(self.layers)

@@ -20,4 +20,4 @@ def train_flops(spec: RunSpec) -> float:
 def run_flops(spec: RunSpec) -> float:
     """Estimate the operations of a run: its updates, and the evaluations of the held-out loss."""
     rows = spec.dataset.n_test + 8 * spec.dataset.n_test_curve
-    return train_flops(spec) + 2.0 * spec.model.n_matmul_params * mean_length(spec) * rows
+    return train_flops(spec) + 2.0 * spec.model.n_active_params * mean_length(spec) * rows

@@ -23,6 +23,20 @@ class Matrix:
     d_in: int
     d_out: int
     count: int
+    n_experts: int = 1
+    """How many of them one layer chooses from; 1: a matrix that every token passes through."""
+    n_active: int = 1
+    """How many of a layer's experts a token passes through."""
+
+    @property
+    def size(self) -> int:
+        """Weights of all `count` matrices."""
+        return self.d_in * self.d_out * self.count
+
+    @property
+    def active_size(self) -> int:
+        """Weights that one token passes through."""
+        return self.size * self.n_active // self.n_experts
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ class ModelSpec(Value):
     n_kv_heads: int = 0
     head_size: int = 0
     mlp_size: int = 0
+    """Width of the MLP; of one expert, if there are experts."""
     vocab_size: int = 0
     tied: bool = False
     """True: the unembedding and the embedding are the same matrix."""
@@ -81,6 +96,10 @@ class ModelSpec(Value):
     weights_dtype: str = field(default="fp32", metadata={"added": "fp32"})
     """Type of the published weights, fp32 or bf16. Under precision=bf16, matrices published in bf16
     are held so while they are frozen: half the memory, the same numbers."""
+    n_experts: int = field(default=0, metadata={"added": 0})
+    """Experts in the MLP of every layer, each with matrices of its own; 0: a dense MLP."""
+    n_active_experts: int = field(default=0, metadata={"added": 0})
+    """Experts that the router chooses for a token."""
 
     def matrices(self, layers: tuple[str, ...]) -> tuple[Matrix, ...]:
         """List the matrices of the layer sets; raise SpecError if a set matches nothing."""
@@ -112,7 +131,10 @@ class ModelSpec(Value):
                 "nn.Linear modules and are refused: choose another layer set or a dense model."
             )
         count = 1 if layer_set == "unembedding" else self.n_layers
-        return [Matrix(*shape[name], count) for name in names]
+        experts = (1, 1)
+        if layer_set == "mlp" and self.n_experts:
+            experts = (self.n_experts, self.n_active_experts)
+        return [Matrix(*shape[name], count * experts[0], *experts) for name in names]
 
     def set_of(self, name: str) -> str:
         """Return the layer set of a parameter or module; 'rest' for embedding and norms."""
@@ -122,8 +144,17 @@ class ModelSpec(Value):
 
     @cached_property
     def n_matmul_params(self) -> int:
-        """Number of weights in matrix products, the unembedding included."""
-        return sum(m.d_in * m.d_out * m.count for m in self.matrices(LAYER_SETS))
+        """Number of weights in matrix products, the unembedding and the routers included."""
+        return sum(m.size for m in self.matrices(LAYER_SETS)) + self._n_router_params
+
+    @cached_property
+    def n_active_params(self) -> int:
+        """Number of weights in the matrix products of one token: of the chosen experts only."""
+        return sum(m.active_size for m in self.matrices(LAYER_SETS)) + self._n_router_params
+
+    @property
+    def _n_router_params(self) -> int:
+        return self.n_layers * self.n_experts * self.hidden_size
 
     @cached_property
     def n_params(self) -> int:
@@ -154,6 +185,14 @@ class ModelSpec(Value):
         if self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads:
             yield (
                 f"{where}n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}."
+            )
+        if (
+            self.n_experts < 0
+            or not min(self.n_experts, 1) <= self.n_active_experts <= self.n_experts
+        ):
+            yield (
+                f"{where}n_active_experts={self.n_active_experts} of n_experts={self.n_experts}: "
+                "expected 1 to n_experts, or 0 of 0 for a dense MLP."
             )
         if self.source == "recipe" and self.recipe is None:
             yield f"{where}source=recipe needs a `recipe:` block."
