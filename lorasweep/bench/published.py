@@ -1,14 +1,30 @@
 """The plan's memory and speed against what others measured and published (published.yaml).
 
-Which rows the plan covers is decided by their settings alone (`not_covered`).
+Which rows the plan covers is decided by their settings alone (`not_covered`). The one constant of
+the plan that is fitted to such figures is, for each row, the one that fits the other sources.
+
+    python -m lorasweep.bench.published_page      writes analysis/results/plan/
 """
 
+import dataclasses
+import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lorasweep.config.folders import conf_dir
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.plan.gpu_memory import Layout, memory_parts
+from lorasweep.plan.gpu_time import step_parts, step_seconds
+from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.load import Load, load_of
+from lorasweep.spec.canonical import build
+from lorasweep.spec.model import ModelSpec
 
 TABLE = Path(__file__).with_name("published.yaml")
 CARDS = ("a100", "a100-40", "h100", "h200")
@@ -44,6 +60,8 @@ class Row:
     memory_gib: float | None = None
     tokens_s: float | None = None
     offload: bool = False
+    allocator: bool = False
+    """Memory as torch's allocator counts it."""
     ambiguous: bool = False
     """Another row of the source states the same settings and another figure."""
     measured: bool = True
@@ -100,3 +118,151 @@ def not_covered(row: Row, figure: str) -> str | None:
     if row.length * row.rows < FEWEST_TOKENS:
         return f"fewer than {FEWEST_TOKENS:,} tokens a forward pass"
     return None
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def model_of(name: str) -> ModelSpec:
+    """Return the shape of a model of published.yaml or of conf/model."""
+    shapes = yaml.safe_load(TABLE.read_text())["models"]
+    if name not in shapes:
+        return build(ModelSpec, yaml.safe_load((conf_dir() / f"model/{name}.yaml").read_text()))
+    hidden, layers, heads, kv_heads, head, mlp, vocabulary, tied, gated = shapes[name]
+    return ModelSpec(
+        name=name,
+        hidden_size=hidden,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_size=head,
+        mlp_size=mlp,
+        vocab_size=vocabulary,
+        tied=tied,
+        mlp=("gate_proj", "up_proj", "down_proj") if gated else ("up_proj", "down_proj"),
+    )
+
+
+@cache
+def card(name: str) -> Hardware:
+    """Return a card of CARDS."""
+    path = conf_dir() / f"hardware/{name.removesuffix('-40')}.yaml"
+    found = from_plain(yaml.safe_load(path.read_text()))
+    if name == "a100-40":  # the same chip with 40 GB, by its data sheet
+        found = dataclasses.replace(found, gpu_memory_gib=40.0, bandwidth_bytes_s=1.555e12)
+    return found
+
+
+def load_of_row(row: Row) -> Load:
+    """Return what a row's training asks of a GPU."""
+    model = model_of(row.model)
+    if row.method == "fullft":
+        return load_of(model, FullFT())
+    if not row.modules:
+        return load_of(model, LoRA(rank=row.rank, layers=row.layers))
+    few = dataclasses.replace(model, attention=tuple(row.modules))
+    load = load_of(few, LoRA(rank=row.rank, layers="attention"))
+    flops = 4.0 * model.n_active_params + 6.0 * load.trained
+    return dataclasses.replace(load, model=model, flops=flops)
+
+
+def _layout(row: Row) -> Layout:
+    assert row.gpus is not None and row.rows is not None
+    return Layout(row.gpus, row.rows, row.checkpointing == "full")
+
+
+def memory_of(row: Row) -> float:
+    """Predict the peak memory of one GPU in GiB."""
+    parts = memory_parts(
+        load_of_row(row),
+        _layout(row),
+        row.length or 0,
+        states=row.states,
+        whole_logits=row.loss == "whole",
+        process=not row.allocator,
+    )
+    return sum(parts.values()) / 2**30
+
+
+@cache
+def _parts(row: int) -> dict[str, float]:
+    """Seconds of a row's forward and backward pass, its products at the attainable speed."""
+    r = rows()[row]
+    assert r.length is not None and r.card is not None
+    return step_parts(
+        load_of_row(r), _layout(r), r.length, card(r.card), states=r.states, share=1.0
+    )
+
+
+def speed_of(row: int, share: float) -> float:
+    """Predict the tokens a second and GPU of rows()[row]."""
+    parts = _parts(row)
+    r = rows()[row]
+    seconds = step_seconds({**parts, "products": parts["products"] / share})
+    return (r.rows or 0) * (r.length or 0) / seconds
+
+
+def share_of(found: Iterable[int]) -> float:
+    """Fit the share of the attainable speed that products reach: the median over sources.
+
+    Of each source the median over its rows of the share at which the prediction would be exact.
+    """
+    by_source: dict[str, list[float]] = {}
+    for row in found:
+        r, parts = rows()[row], _parts(row)
+        rest = sum(s for name, s in parts.items() if name not in ("products", "launch"))
+        seconds = (r.rows or 0) * (r.length or 0) / (r.tokens_s or 1)
+        by_source.setdefault(r.source, []).append(parts["products"] / (seconds - rest))
+    return statistics.median(statistics.median(shares) for shares in by_source.values())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A published figure beside the plan's."""
+
+    row: Row
+    figure: str
+    published: float
+    predicted: float | None
+    """None: not covered."""
+    why_not: str | None = None
+
+    @property
+    def error(self) -> float | None:
+        """Relative error of the prediction."""
+        return None if self.predicted is None else self.predicted / self.published - 1
+
+    @property
+    def within(self) -> bool:
+        """Whether the error is within the tolerance of its figure."""
+        return self.error is not None and abs(self.error) <= TOLERANCE[self.figure]
+
+
+TOLERANCE = {"memory": 0.15, "speed": 0.25}
+
+
+@cache
+def comparisons() -> tuple[Comparison, ...]:
+    """Compare all published figures; the fitted share is that of the other sources."""
+    fast = [
+        k for k, r in enumerate(rows()) if r.tokens_s is not None and not not_covered(r, "speed")
+    ]
+    found = []
+    for k, row in enumerate(rows()):
+        if row.memory_gib is not None:
+            why = not_covered(row, "memory")
+            value = None if why else memory_of(row)
+            found.append(Comparison(row, "memory", row.memory_gib, value, why))
+        if row.tokens_s is not None:
+            why = not_covered(row, "speed")
+            others = [i for i in fast if rows()[i].source != row.source]
+            value = None if why else speed_of(k, share_of(others))
+            found.append(Comparison(row, "speed", row.tokens_s, value, why))
+    return tuple(found)
+
+
+def fitted_share() -> float:
+    """Return the share that fits all sources: the plan's TRAINING_SHARE."""
+    return share_of(
+        k for k, r in enumerate(rows()) if r.tokens_s is not None and not not_covered(r, "speed")
+    )

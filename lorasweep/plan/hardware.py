@@ -11,7 +11,20 @@ from typing import Any, ClassVar
 from lorasweep.errors import SpecError
 from lorasweep.spec.canonical import Value, build
 
-POSITIVE = ("cores", "memory_gib", "gpu_memory_gib", "bandwidth_bytes_s", "price_per_h")
+POSITIVE = (
+    "cores",
+    "memory_gib",
+    "gpus_per_node",
+    "gpu_memory_gib",
+    "attainable_share",
+    "attention_flops_s",
+    "bandwidth_bytes_s",
+    "link_bytes_s",
+    "network_bytes_s",
+    "price_per_gpu_h",
+)
+FOR_SPEED = ("matmul_flops_s", "bandwidth_bytes_s")
+"""What a GPU's file must tell so that the speed of training can be computed."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +40,26 @@ class Hardware(Value):
     memory_gib: float | None = None
     """Memory of the host."""
     gpus: int = 0
+    """GPUs that train at the same time."""
+    gpus_per_node: int = 8
     gpu_name: str | None = None
     gpu_memory_gib: float | None = None
     """Memory of one GPU."""
     matmul_flops_s: dict[str, float] = field(default_factory=dict)
     """Precision -> peak floating-point operations per second of dense products on one GPU."""
+    attainable_share: float = 0.8
+    """Share of that peak which the best large product reaches on the card."""
+    attention_flops_s: float | None = None
+    """Operations per second of a fused attention kernel on one GPU; None: a third of the peak."""
     bandwidth_bytes_s: float | None = None
     """Memory bandwidth of one GPU."""
-    price_per_h: float | None = None
-    """Price of the whole machine in US dollars per hour."""
+    link_bytes_s: float | None = None
+    """Bandwidth of one GPU to the others of its node, in one direction; None: a run on several GPUs
+    is planned without the time that communication takes."""
+    network_bytes_s: float | None = None
+    """The same between nodes, a GPU's share."""
+    price_per_gpu_h: float | None = None
+    """Price of one GPU in US dollars per hour."""
     fast_bf16: bool | None = None
     """False: the processor has no bf16 instructions."""
 
@@ -43,6 +67,11 @@ class Hardware(Value):
     def worker_gib(self) -> float | None:
         """Memory limit of one worker: that of a GPU, or of the host without GPUs."""
         return self.gpu_memory_gib if self.gpus else self.memory_gib
+
+    @property
+    def has_speeds(self) -> bool:
+        """Whether the speed of training on its GPUs can be computed."""
+        return self.gpus > 0 and all(getattr(self, name) for name in FOR_SPEED)
 
     def problems(self) -> Iterator[str]:
         """Yield numbers that mean nothing, and figures that a plan needs and are not there."""

@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 
 from lorasweep.plan.flops import mean_length
+from lorasweep.plan.gpu_memory import Layout, memory_parts
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import load_of
 from lorasweep.spec.run import RunSpec
 
 TEXT_PEAK = 1.2
@@ -22,8 +24,6 @@ varying from run to run (LOG.md)."""
 CHUNK_BYTES = 320 * 2**20
 """Largest size of a chunk of the unembedding: logits, their logarithms and temporaries
 (models/cpu_llama/head.py, LOGITS)."""
-GPU_CHUNK_LOGITS = 1 << 26
-"""Logits computed at once on a GPU (train/objectives/nll.py, GPU_LOGITS)."""
 WORD_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
@@ -32,35 +32,39 @@ def pack_bytes(
 ) -> float:
     """Estimate the peak memory, in bytes, of a process that trains `members` runs like `spec`.
 
-    Base: its weights, in bf16 if they are published so and computed so, and bf16 copies of weights
-    that are not. Each member: parameter, gradient and two moments of 4 bytes each; full fine-tuning
-    keeps the base to start from. Activations: what the hand-written decoder keeps for the backward
-    pass. `micro_batch_size`: rows per member and forward pass; None: the whole batch.
+    In bf16 on a GPU: see gpu_memory.py. Else, base: its weights, in bf16 if they are published so
+    and computed so, and bf16 copies of weights that are not. Each member: parameter, gradient and
+    two moments of 4 bytes each; full fine-tuning keeps the base to start from. Activations: what
+    the hand-written decoder keeps for the backward pass. `micro_batch_size`: rows per member and
+    forward pass; None: the whole batch.
     """
     model, word = spec.model, WORD_BYTES[spec.precision]
     master = 8 if spec.precision == "fp64" else 4
     whole = spec.method.MAX_PACK == 1
-    held = 2 if model.weights_dtype == spec.precision == "bf16" else master
-    copies = 0  # bytes for each weight of a product
-    if word == 2 and (whole or held > word):
-        copies += 2
-    if word == 2 and not whole and not hardware.gpus:
-        copies += 2  # frozen weights are also kept transposed
-    weights = model.n_params * held + model.n_matmul_params * copies
-    trained = members * spec.method.n_trainable(model) * 4 * master
     rows = min(micro_batch_size or spec.batch_size, spec.batch_size)
     length = mean_length(spec)
     tokens = members * rows * length * (1.0 if spec.dataset.source == "synthetic" else TEXT_PEAK)
+    held = 2 if model.weights_dtype == spec.precision == "bf16" else master
+    if hardware.gpus and word == 2:
+        load, layout = load_of(model, spec.method), Layout(1, rows, checkpointing=False)
+        longest = round(tokens / (members * rows))
+        frozen = held + (2 if held > word else 0)  # a copy in bf16
+        parts = memory_parts(load, layout, longest, members, frozen_bytes=frozen, start_bytes=held)
+        return sum(parts.values())
+    copies = 0  # bytes for each weight of a product
+    if word == 2 and (whole or held > word):
+        copies += 2
+    if word == 2 and not whole:
+        copies += 2  # frozen weights are also kept transposed
+    weights = model.n_params * held + model.n_matmul_params * copies
+    trained = members * spec.method.n_trainable(model) * 4 * master
     h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
     scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)
     layer = tokens * (2 * h * master + word * (4 * h + 2 * kv + 4 * f + scores))
     # a chunk of logits, their logarithms, gradients and temporaries
     chunk = 5 * master * tokens * model.vocab_size
-    if hardware.gpus:
-        logits = min(5 * master * GPU_CHUNK_LOGITS, chunk)
-    else:
-        logits = min(CHUNK_BYTES, chunk)
-        layer *= 1 if whole else FRAGMENTATION
+    logits = min(CHUNK_BYTES, chunk)
+    layer *= 1 if whole or hardware.gpus else FRAGMENTATION
     return PROCESS_BYTES + weights + trained + model.n_layers * layer + logits
 
 

@@ -1,0 +1,97 @@
+"""Peak memory of training on GPUs, by component, from shapes alone.
+
+Sharded runs follow FSDP2: every tensor is split over all GPUs, a layer is put together while it
+computes, and the next one is on its way. Compared with published figures in
+analysis/results/plan/README.md.
+"""
+
+from dataclasses import dataclass
+
+from lorasweep.plan.load import Load, layer_bytes
+
+PROCESS_BYTES, NCCL_BYTES = 0.8e9, 1.0e9
+"""CUDA's context and libraries on a GPU, and the buffers of communication. Assumption."""
+LOGIT_BYTES = 16
+"""Bytes per logit at the peak: bf16 logits and their gradient, and in fp32 the logits, their
+logarithms and the gradient."""
+CHUNK_LOGITS = 1 << 26
+"""Logits computed at once (train/objectives/nll.py, GPU_LOGITS)."""
+STATE_BYTES = {"fp32": (4, 4, 8), "bf16": (2, 2, 4)}
+"""Bytes per trained parameter of weight, gradient and Adam's two moments."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a pack is spread over GPUs and cut into forward passes."""
+
+    gpus: int
+    rows: int
+    """Rows a forward pass, member and GPU."""
+    checkpointing: bool
+    """Activations inside layers are computed again in the backward pass."""
+    accumulation: int = 1
+    """Forward passes an update."""
+
+
+def memory_parts(
+    load: Load,
+    layout: Layout,
+    row_tokens: int,
+    members: int = 1,
+    *,
+    states: str = "fp32",
+    frozen_bytes: int = 2,
+    start_bytes: int = 0,
+    whole_logits: bool = False,
+    process: bool = True,
+) -> dict[str, float]:
+    """Return the peak bytes of one GPU by component.
+
+    Args:
+        load: what one run asks.
+        row_tokens: tokens of the longest row.
+        members: runs of the pack, which share a frozen base.
+        states: precision of what is trained.
+        frozen_bytes: bytes per frozen weight.
+        start_bytes: bytes per trained weight of the base, if it is kept to measure the change.
+        whole_logits: the logits of all tokens at once instead of a chunk of them.
+        process: include what a process holds before its first tensor.
+    """
+    model, n = load.model, layout.gpus
+    tokens = members * layout.rows * row_tokens
+    weight, gradient, moments = STATE_BYTES[states]
+    trained = members * load.trained / n
+    frozen = model.n_params - load.trained if load.whole else model.n_params
+    kept, h = layer_bytes(load), model.hidden_size
+    stream = 2 * h * model.n_layers if layout.checkpointing else 0
+    layers = 1 if layout.checkpointing else model.n_layers
+    logits = tokens * model.vocab_size
+    if not whole_logits:
+        logits = min(logits, max(CHUNK_LOGITS, members * layout.rows * model.vocab_size))
+    parts = {
+        "frozen weights": frozen_bytes * frozen / n,
+        "weights to start from": start_bytes * trained if load.whole else 0.0,
+        "trained weights": weight * trained,
+        "gradients": gradient * trained,
+        "moments": moments * trained,
+        "activations": tokens * (stream + layers * kept + 4 * h),
+        "gradients of activations": tokens * (4 * h + 4 * model.mlp_size),
+        "logits": LOGIT_BYTES * logits,
+        "copies and buffers": _buffers(load, n, weight, gradient),
+    }
+    if process:
+        parts["process"] = PROCESS_BYTES + (NCCL_BYTES if n > 1 else 0)
+    return parts
+
+
+def _buffers(load: Load, gpus: int, weight: int, gradient: int) -> float:
+    """Bytes of copies: bf16 ones of fp32 weights, layers put together, gradients on their way.
+
+    Alone, every weight of a product has a copy in bf16. Sharded, two layers are whole at a time,
+    and what is outside the layers all the time.
+    """
+    trained = load.trained if load.whole else 0
+    if gpus == 1:
+        return 2.0 * min(trained, load.model.n_matmul_params) if weight > 2 else 0.0
+    whole = 2 * (2 * load.layer_params + load.outer_params)
+    return whole + (2 + gradient) * load.layer_params * bool(trained)

@@ -1,0 +1,156 @@
+"""Place a pack on GPUs: the fewest that hold it, rows a forward pass, and what that takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorasweep.plan.flops import mean_length, run_flops, train_flops
+from lorasweep.plan.gpu_memory import Layout, memory_parts
+from lorasweep.plan.gpu_time import step_parts, step_seconds
+from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import Load, load_of
+from lorasweep.spec.run import RunSpec
+
+MEMORY_ERROR, SPEED_ERROR = 0.17, 0.25
+"""Error that nine in ten covered published figures stay below (analysis/results/plan/README.md). A
+pack fits if it does with this error on top."""
+MOST_GPUS = 512
+"""Largest number of GPUs tried for one run."""
+FORWARD_TOKENS = 32768
+"""Most tokens of a forward pass and GPU: more gain nothing."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a pack trains, and what it takes."""
+
+    layout: Layout
+    memory_gib: float
+    """Expected peak of one GPU."""
+    memory: dict[str, float]
+    """Its components, in bytes."""
+    step_s: float
+    """Expected seconds of an update of all members."""
+    step: dict[str, float]
+    """Its components, in seconds."""
+    seconds: float
+    """Expected seconds of the pack, evaluations included."""
+    tokens: float
+    """Tokens that it trains on."""
+
+    @property
+    def gpu_hours(self) -> float:
+        """Expected GPU-hours of the pack."""
+        return self.seconds * self.layout.gpus / 3600
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why a pack fits on no number of GPUs, and what would make it fit."""
+
+    why: str
+    remedy: str
+
+
+def place(
+    specs: Sequence[RunSpec],
+    hardware: Hardware,
+    rows: int | None = None,
+    most_gpus: int = MOST_GPUS,
+) -> Placement | Misfit:
+    """Choose the fewest GPUs, a power of two, on which a pack fits.
+
+    Of keeping activations and computing them again, the faster is chosen.
+
+    Args:
+        specs: the pack's runs, of one shape but for their ranks.
+        hardware: with the figures that `Hardware.has_speeds` asks for.
+        rows: rows a forward pass, member and GPU; None: chosen.
+        most_gpus: do not look further.
+    """
+    spec = specs[-1]
+    load = load_of(spec.model, spec.method)
+    room = (hardware.gpu_memory_gib or 0) * 2**30 / (1 + MEMORY_ERROR)
+    gpus = 1
+    while gpus <= min(most_gpus, spec.batch_size) and spec.batch_size % gpus == 0:
+        layouts = [_layout(load, specs, gpus, again, room, rows) for again in (False, True)]
+        found = [_placement(load, specs, lay, hardware) for lay in layouts if lay is not None]
+        if found:
+            return min(found, key=lambda p: p.step_s)
+        gpus *= 2
+    return _misfit(load, specs, gpus // 2, hardware, most_gpus)
+
+
+def _layout(
+    load: Load,
+    specs: Sequence[RunSpec],
+    gpus: int,
+    checkpointing: bool,
+    room: float,
+    asked: int | None,
+) -> Layout | None:
+    """Return the largest forward pass that fits into `room` bytes; None if none does."""
+    spec, members = specs[-1], len(specs)
+    share = spec.batch_size // gpus
+    most = max(1, FORWARD_TOKENS // (members * spec.dataset.max_length))
+    for rows in range(min(share, most), 0, -1) if asked is None else [min(asked, share)]:
+        layout = Layout(gpus, rows, checkpointing, -(-share // rows))
+        fits = sum(_memory(load, spec, layout, members).values()) <= room
+        if fits and (asked is not None or share % rows == 0):
+            return layout
+    return None
+
+
+def _memory(load: Load, spec: RunSpec, layout: Layout, members: int) -> dict[str, float]:
+    length = spec.dataset.max_length  # rows of a forward pass are padded to the longest
+    held = 2 if spec.model.weights_dtype == spec.precision == "bf16" else 4
+    return memory_parts(load, layout, length, members, frozen_bytes=held, start_bytes=held)
+
+
+def _placement(
+    load: Load, specs: Sequence[RunSpec], layout: Layout, hardware: Hardware
+) -> Placement:
+    spec, members = specs[-1], len(specs)
+    memory = _memory(load, spec, layout, members)
+    length = mean_length(spec)
+    step = step_parts(load, layout, length, hardware, spec.precision, members)
+    step_s = step_seconds(step)
+    updates = [s.steps * run_flops(s) / train_flops(s) for s in specs]
+    return Placement(
+        layout=layout,
+        memory_gib=sum(memory.values()) / 2**30,
+        memory=memory,
+        step_s=step_s,
+        step=step,
+        seconds=step_s * sum(updates) / members,
+        tokens=float(sum(s.steps * s.batch_size * length for s in specs)),
+    )
+
+
+def _misfit(
+    load: Load, specs: Sequence[RunSpec], gpus: int, hardware: Hardware, most_gpus: int
+) -> Misfit:
+    """Say what is missing at the most GPUs tried, one row a forward pass."""
+    spec = specs[-1]
+    memory = _memory(load, spec, Layout(gpus, 1, True), len(specs))
+    need = sum(memory.values()) * (1 + MEMORY_ERROR) / 2**30
+    largest = max(memory, key=lambda name: memory[name])
+    why = (
+        f"{spec.method.name} of {spec.model.name} takes {need:.0f} GiB a GPU on {gpus} GPU(s), one "
+        f"row of {spec.dataset.max_length:,} tokens a forward pass ({largest} "
+        f"{memory[largest] / 2**30:.0f} GiB), and {hardware.name} has "
+        f"{hardware.gpu_memory_gib:.0f} GiB"
+    )
+    state = sum(memory[name] for name in memory if name not in PER_TOKEN) / 2**30
+    if gpus < min(most_gpus, spec.batch_size):
+        remedy = f"a batch_size that a larger power of two divides ({spec.batch_size} given)"
+    elif gpus >= most_gpus:
+        remedy = f"more than {most_gpus} GPU(s) a run"
+    elif state < (hardware.gpu_memory_gib or 0) / (1 + MEMORY_ERROR):
+        remedy = f"a dataset.max_length below {spec.dataset.max_length}"
+    else:
+        remedy = f"a GPU with {need:.0f} GiB, or a batch_size above {spec.batch_size}"
+    return Misfit(why, remedy)
+
+
+PER_TOKEN = ("activations", "gradients of activations", "logits")
+"""Components of memory that shorter rows make smaller."""

@@ -1,0 +1,112 @@
+"""Memory, time and place of runs on GPUs: components by hand, what fits, and what would."""
+
+import dataclasses
+from functools import cache
+
+import pytest
+
+from lorasweep.cli.actions import hardware_of
+from lorasweep.config.compose import shipped_model
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.plan.gpu_memory import Layout, memory_parts
+from lorasweep.plan.gpu_time import TRAINING_SHARE, step_parts, step_seconds
+from lorasweep.plan.load import layer_bytes, load_of
+from lorasweep.plan.placement import MEMORY_ERROR, Misfit, Placement, place
+from tests.world import compose_request
+
+
+@cache
+def card(name="h100"):
+    return hardware_of(compose_request([f"hardware={name}", "action=plan"]))
+
+
+@cache
+def paper():
+    return compose_request(["scale=paper", "method=lora", "model=llama-3.1-8b"]).points[0].spec
+
+
+def spec_of(model="llama-3.1-8b", method=None, **changes):
+    method = method or LoRA(rank=16)
+    return dataclasses.replace(paper(), model=shipped_model(model), method=method, **changes)
+
+
+LLAMA = load_of(shipped_model("llama-3.1-8b"), FullFT())
+
+
+def test_states_take_sixteen_bytes_a_trained_parameter_and_are_split():
+    for gpus in (1, 8):
+        parts = memory_parts(LLAMA, Layout(gpus, 1, True), 1024)
+        states = sum(parts[name] for name in ("trained weights", "gradients", "moments"))
+        assert states == pytest.approx(16 * 8_030_261_248 / gpus) and parts["frozen weights"] == 0
+    lora = load_of(shipped_model("llama-3.1-8b"), LoRA(rank=256))
+    parts = memory_parts(lora, Layout(1, 1, True), 1024, members=2)
+    assert parts["frozen weights"] == 2 * 8_030_261_248
+    assert parts["moments"] == 2 * 8 * 704_970_752
+
+
+def test_a_layer_keeps_what_its_code_keeps():
+    h, kv, f = 4096, 1024, 14336
+    assert layer_bytes(LLAMA) == 12 * h + 4 * (h + kv) + 8 * f
+    attention = load_of(LLAMA.model, LoRA(rank=1, layers="attention"))
+    assert layer_bytes(attention) == 10 * h + 4 * (h + kv) + 6 * f  # frozen inputs are not kept
+    whole = memory_parts(LLAMA, Layout(1, 2, False), 1000)["activations"]
+    again = memory_parts(LLAMA, Layout(1, 2, True), 1000)["activations"]
+    assert whole == 2000 * (32 * layer_bytes(LLAMA) + 4 * h)
+    assert again == 2000 * (32 * 2 * h + layer_bytes(LLAMA) + 4 * h)
+
+
+def test_an_update_takes_its_products_at_the_share_of_the_peak_and_more():
+    layout = Layout(1, 4, False, 2)
+    parts = step_parts(LLAMA, layout, 1024, card())
+    flops = 6 * LLAMA.model.n_active_params * 8 * 1024
+    assert parts["products"] == pytest.approx(flops / (9.89e14 * 0.801 * TRAINING_SHARE))
+    assert parts["communication"] == 0 and step_seconds(parts) > parts["products"]
+    again = step_parts(LLAMA, dataclasses.replace(layout, checkpointing=True), 1024, card())
+    assert 1.28 < again["products"] / parts["products"] < 4 / 3  # the head is not computed again
+    two = step_parts(LLAMA, dataclasses.replace(layout, gpus=2), 1024, card())
+    wires = 2 * 2 * 8_030_261_248 + 4 * 8_030_261_248
+    assert two["communication"] == pytest.approx(2 * wires / 2 / (0.8 * 4.5e11))
+    across = step_parts(LLAMA, dataclasses.replace(layout, gpus=16), 1024, card())
+    assert across["communication"] > 1.7 * two["communication"]
+
+
+def test_launching_kernels_bounds_small_forward_passes_from_below():
+    lora = load_of(LLAMA.model, LoRA(rank=1))
+    parts = step_parts(lora, Layout(1, 1, False), 4, card())
+    assert step_seconds(parts) == parts["launch"]
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "name", "gpus"),
+    [
+        ("llama-3.2-1b", FullFT(), "h100", 1),
+        ("llama-3.1-8b", LoRA(rank=16), "a100", 1),
+        ("llama-3.1-8b", FullFT(), "h100", 4),
+        ("llama-3.1-8b", FullFT(), "h200", 2),
+        ("llama-3.1-70b", LoRA(rank=16), "h100", 4),
+        ("llama-3.1-70b", FullFT(), "h100", 32),
+        ("qwen3-30b-a3b-base", LoRA(rank=16), "h100", 1),
+        ("qwen3-235b-a22b-instruct-2507", FullFT(), "h100", 128),
+    ],
+)
+def test_a_run_gets_the_fewest_gpus_that_hold_it(model, method, name, gpus):
+    spec, hardware = spec_of(model, method), card(name)
+    found = place([spec], hardware)
+    assert isinstance(found, Placement) and found.layout.gpus == gpus
+    assert found.memory_gib * (1 + MEMORY_ERROR) <= hardware.gpu_memory_gib
+    layout = found.layout
+    assert layout.gpus * layout.rows * layout.accumulation == spec.batch_size
+    if gpus > 1:
+        assert isinstance(place([spec], hardware, most_gpus=gpus // 2), Misfit)
+
+
+def test_what_fits_nowhere_says_what_would():
+    long = dataclasses.replace(paper().dataset, max_length=2_000_000)
+    found = place([spec_of(method=FullFT(), dataset=long)], card())
+    assert isinstance(found, Misfit) and "a dataset.max_length below 2000000" in found.remedy
+    assert "fullft of llama-3.1-8b takes" in found.why and "h100 has 80 GiB" in found.why
+    found = place([spec_of("llama-3.1-70b", FullFT(), batch_size=12)], card())
+    assert "a batch_size that a larger power of two divides (12 given)" in found.remedy
+    found = place([spec_of(method=FullFT())], card(), most_gpus=2)
+    assert "more than 2 GPU(s) a run" in found.remedy
