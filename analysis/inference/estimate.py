@@ -113,15 +113,20 @@ class Verdict:
     p: float | None = None
     """The smallest significance level at which it would be decided; None without draws."""
     gates: tuple[Gate, ...] = ()
-    """What forbids a decision. Not written: `why` has their sentences."""
+    """What forbids a decision."""
     missing: int | None = None
     """How many more units decide it; None if that is unknown or too many. Not written."""
 
     def plain(self) -> dict[str, Any]:
-        """Return plain values for JSON, without the gates and the missing units."""
+        """Return plain values for JSON, without the missing units."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["gates"], values["missing"]
-        return {**values, "estimate": self.estimate.plain(), "margin": list(self.margin)}
+        del values["missing"]
+        return {
+            **values,
+            "estimate": self.estimate.plain(),
+            "margin": list(self.margin),
+            "gates": [g.plain() for g in self.gates],
+        }
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -6,6 +6,7 @@ Code tests their codes; their sentences are for people only.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 MIN_SEEDS = 3
 """No verdict is given with fewer seeds at the rates around the optimum: they do not show the noise
@@ -62,6 +63,20 @@ class Gate:
     def at(self, place: str) -> "Gate":
         """Return the gate at a wider place, which is named first."""
         return replace(self, place=place + self.place)
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values for JSON; `code` is the code's name, not its sentence."""
+        return {
+            "code": self.code.name,
+            "subject": self.subject,
+            "place": self.place,
+            "flags": list(self.flags),
+        }
+
+
+def gate_of(plain: dict[str, Any]) -> Gate:
+    """Read a gate from its plain values; KeyError if there is no such code."""
+    return Gate(**{**plain, "code": GateCode[plain["code"]], "flags": tuple(plain["flags"])})
 
 
 REMEDIES: dict[str, str] = {

@@ -17,6 +17,7 @@ import pandas as pd
 
 from analysis.inference.design import FAR
 from analysis.inference.estimate import Estimate, Verdict, with_interval
+from analysis.inference.gates import gate_of
 from analysis.report.report_page import command_of
 from analysis.report.study.setting import Setting, setting_of
 
@@ -181,8 +182,14 @@ def estimate_of(plain: dict[str, Any]) -> Estimate:
 
 
 def _verdict(plain: dict[str, Any]) -> Verdict:
+    """Read a verdict from results.json, of which older ones hold no gates."""
     return Verdict(
-        **{**plain, "estimate": estimate_of(plain["estimate"]), "margin": tuple(plain["margin"])}
+        **{
+            **plain,
+            "estimate": estimate_of(plain["estimate"]),
+            "margin": tuple(plain["margin"]),
+            "gates": tuple(map(gate_of, plain.get("gates", ()))),
+        }
     )
 
 

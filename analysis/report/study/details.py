@@ -39,10 +39,13 @@ def questions(parts: Sequence[Part], over_bases: Sequence[Pooled], folder: Path)
 
 def _average(pool: Pooled) -> str:
     part, v = pool.one
-    bases = ", ".join(pool.bases)
+    gated = f"{len(pool.left_out)} not to be judged: {', '.join(pool.left_out)}"
+    if pool.estimate.value is None:
+        return f"- No average over bases ({gated}): {part.says(v.claim)}"
+    without = f" ({gated})" if pool.left_out else ""
     return (
-        f"- Average over {bases}: {part.says(v.claim)}; {with_interval(pool.estimate)}, "
-        f"margin {within(v)}"
+        f"- Average over {', '.join(pool.bases)}{without}: {part.says(v.claim)}; "
+        f"{with_interval(pool.estimate)}, margin {within(v)}"
     )
 
 

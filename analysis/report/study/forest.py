@@ -96,7 +96,7 @@ def rows_of(parts: Sequence[Part], over_bases: Sequence[Pooled], whose: str = "s
                 _add(rows, part, v, v.estimate, v.outcome)
     for pool in over_bases:
         part, v = pool.one
-        if part.says(v.claim) in rows:
+        if part.says(v.claim) in rows and pool.estimate.value is not None:
             _add(rows, part, v, pool.estimate, "")
     return list(rows.values())
 

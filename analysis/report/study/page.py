@@ -71,7 +71,8 @@ HOW_TO_READ = f"""\
   error is not included.
 - **More than one claim.** Primary claims are corrected for multiplicity within one question
   (Holm). Bases are replicates: where a claim has intervals on three or more of one scale, their
-  average by a random effect stands beside the single verdicts and changes none of them.
+  average by a random effect stands beside the single verdicts and changes none of them. Answers
+  that must not be judged (a best rate at an edge, too few seeds) are left out of it.
 - **Needs** is how many seeds (bases, layer sets) decide a claim in 80% of cases if the value
   and the spread found are the true ones.
 - **Answers are not independent.** Questions share runs, and some claims are readings of one

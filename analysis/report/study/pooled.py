@@ -1,6 +1,7 @@
 """One claim on several bases: a random effect over them, beside the single ones.
 
 Bases are replicates of one question. None raises another's bar, and none of the verdicts changes.
+An estimate that a gate forbids to judge, such as a best rate at an edge, is left out.
 """
 
 import math
@@ -27,8 +28,11 @@ class Pooled:
 
     bases: tuple[str, ...]
     estimate: Estimate
+    """Without a value if the bases that are not left out are too few."""
     one: tuple[Part, Verdict]
-    """One of the pooled verdicts, with its answer."""
+    """One of the verdicts on these bases, with its answer."""
+    left_out: tuple[str, ...] = ()
+    """Bases on which a gate forbids every such verdict."""
 
 
 def pooled(parts: Sequence[Part]) -> list[Pooled]:
@@ -45,7 +49,9 @@ def pooled(parts: Sequence[Part]) -> list[Pooled]:
                 scale = part.results["scale"].partition("_")[0]
                 sweep, setting = part.results["sweep"], part.setting(v.group)
                 key = (sweep, v.claim, scale, setting, part.first_study)
-                found.setdefault(key, {}).setdefault(part.bases[0], (part, v))
+                mine, base = found.setdefault(key, {}), part.bases[0]
+                if base not in mine or (mine[base][1].gates and not v.gates):
+                    mine[base] = (part, v)
     return [_pool(mine) for mine in found.values() if len(mine) >= MIN_BASES]
 
 
@@ -64,15 +70,18 @@ def _pool(by_base: dict[str, tuple[Part, Verdict]]) -> Pooled:
     An interval's half-width counts as a Normal one. At few seeds it is Student's, so the single
     errors are taken too large rather than too small.
     """
+    judged = {base: one for base, one in by_base.items() if not one[1].gates}
+    left_out = tuple(sorted(by_base.keys() - judged.keys()))
+    bases, one = tuple(sorted(judged)), next(iter((judged or by_base).values()))
+    if len(judged) < MIN_BASES:
+        return Pooled(bases, Estimate(None), one, left_out)
     values, errors = [], []
-    level = max(v.estimate.level for _, v in by_base.values())
-    for _, v in by_base.values():
+    level = max(v.estimate.level for _, v in judged.values())
+    for _, v in judged.values():
         to = scale_of(v.log)
         low, high = map(to, v.estimate.interval)
         values.append(to(float(v.estimate.value or 0.0)))
         errors.append((high - low) / 2 / float(stats.norm.ppf(0.5 + v.estimate.level / 2)))
     over = random_effects(values, errors, level)
-    one = next(iter(by_base.values()))
     estimate = Estimate(over.mean, over.low, over.high, over.k, level=level)
-    bases = tuple(sorted(by_base))
-    return Pooled(bases, exp_of(estimate) if one[1].log else estimate, one)
+    return Pooled(bases, exp_of(estimate) if one[1].log else estimate, one, left_out)

@@ -33,6 +33,21 @@ def test_a_verdict_is_the_one_of_its_own_report(reports):
     assert "What was not tested" not in page.page([part], reports)
 
 
+def test_gates_are_read_back_as_codes_and_older_answers_have_none(reports):
+    path = reports / "rank-smoke/results.json"
+    (part,) = answers.parts_of([reports])
+    assert any(v.gates for v in part.verdicts)
+    for v in part.verdicts:
+        assert not v.gates or v.why == "; ".join(g.sentence for g in v.gates)
+    results = json.loads(path.read_text())
+    assert [v.plain() for v in part.verdicts] == results["verdicts"]
+    for v in results["verdicts"]:
+        del v["gates"]
+    path.write_text(json.dumps(results))
+    (part,) = answers.parts_of([reports])
+    assert not any(v.gates for v in part.verdicts)
+
+
 def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(reports, tmp_path):
     (tmp_path / page.MAP).write_bytes(b"of an answer that is gone")
     page.write(answers.parts_of([reports]), tmp_path / "study.md")

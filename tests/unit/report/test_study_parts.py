@@ -14,8 +14,9 @@ from scipy import stats
 
 from analysis.inference.decide import look_level
 from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
+from analysis.inference.gates import Gate, GateCode
 from analysis.report import plots_study
-from analysis.report.study import findings, forest, ledger, load_map, page, rates
+from analysis.report.study import details, findings, forest, ledger, load_map, page, rates
 from analysis.report.study.answers import NO_CELL, Part
 from analysis.report.study.pooled import pooled
 from analysis.report.study.setting import Setting, setting_of
@@ -153,6 +154,30 @@ def test_what_is_no_replicate_is_not_averaged(tmp_path):
     other = dataclasses.replace(low, results={**low.results, "scale": "small"})
     for part in (fresh, low, other):
         assert not pooled([*pair, part])
+
+
+def test_answers_that_must_not_be_judged_are_left_out_of_the_average(tmp_path):
+    gate = Gate(GateCode.FLAGGED, place="lora r8: ", flags=("at_edge",))
+    four = bases(
+        tmp_path, [verdict(v, 0.01) for v in (0.5, 0.6, 0.7)] + [verdict(9, gates=(gate,))]
+    )
+    (pool,) = pooled(four)
+    assert pool.estimate == pooled(four[:3])[0].estimate and pool.left_out == ("b3",)
+    assert "(1 not to be judged: b3): c holds; 0.6" in "\n".join(
+        details.questions(four, [pool], tmp_path)
+    )
+    # Too few are left: no average, and the page says why.
+    (none,) = pooled(four[1:])
+    assert none.estimate.value is None and none.left_out == ("b3",)
+    text = "\n".join(details.questions(four, [none], tmp_path))
+    assert "No average over bases (1 not to be judged: b3): c holds" in text
+    (row,) = forest.rows_of(four[1:], [none])
+    assert all(m.outcome for m in row.marks[Setting.BEYOND])
+    # Another answer of that base, with fewer runs and no gate, stands for it.
+    again = bases(tmp_path / "again", [verdict(0.8, 0.01)], seeds=(100,))[0]
+    again = dataclasses.replace(again, results={**again.results, "scale": "tiny_3"})
+    vars(again)["runs"] = four[3].runs
+    assert pooled([*four, again])[0].bases == ("b0", "b1", "b2", "b3")
 
 
 def test_the_average_over_bases_covers_a_planted_mean(tmp_path):
