@@ -21,7 +21,11 @@ def test_a_single_run_does_not_load_the_analysis(compose, monkeypatch):
     assert answer.outlooks(request.points, request.sweep, request.scale) == []
 
 
-@pytest.mark.parametrize("scale", ["tiny", "small"])
+UNKNOWN = {"rank": ["faster"], "regime": ["nothing", "real"]}
+"""Claims of which no data were run at tiny, so that no spread over seeds is known."""
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "tiny_beyond"])
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_a_shipped_sweep_can_decide_its_claims_or_says_that_it_cannot(compose, sweep, scale):
     """Change `sweep.second.seeds`, the claim's `sd` where it was measured anew, or `underpowered`."""
@@ -29,6 +33,8 @@ def test_a_shipped_sweep_can_decide_its_claims_or_says_that_it_cannot(compose, s
     found = answer.outlooks(request.points, request.sweep, scale)
     wrong = [o.line() for o in found if o.warns or (o.can_decide and o.underpowered)]
     assert len(found) == len(request.sweep.claims) and not wrong, wrong
+    if scale == "tiny":
+        assert [o.claim for o in found if o.can_decide is None] == UNKNOWN.get(sweep, [])
 
 
 PLAN = (
