@@ -31,6 +31,7 @@ from analysis.measures.departure import (
     slope_of,
 )
 from analysis.measures.efficiency import at_best, log_rho, read_to, rho, slope_by_rank
+from analysis.measures.qualify import stalled
 from analysis.measures.redraws import Start, start_of
 from analysis.measures.regret import novelty_of
 from analysis.optimum.fit import fit_all
@@ -53,7 +54,6 @@ from analysis.questions.base import (
     pooled_over,
     without_an_arm,
 )
-from analysis.questions.qualify import stalled
 from analysis.runs.learning_curves import Points
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import while_unsolved

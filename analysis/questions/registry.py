@@ -9,8 +9,10 @@ import pandas as pd
 
 from analysis.questions.base import Analysis
 
-SHARED = ("__init__", "base", "qualify", "ratio_answer", "regime_cells", "registry")
+SHARED = ("__init__", "base", "registry")
 """Modules of this package that are not questions."""
+ROOM = "question"
+"""The module of a question that is a folder."""
 
 
 class UnknownQuestion(ValueError):
@@ -31,9 +33,11 @@ class Question(Protocol):
         """Fit and judge a sweep's runs."""
 
 
-def names() -> list[str]:
-    """Return the names of all questions."""
-    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in SHARED)
+def _modules() -> dict[str, str]:
+    """Map each question's name to its module's, within this package."""
+    here = Path(__file__).parent
+    files = {p.stem: p.stem for p in here.glob("*.py") if p.stem not in SHARED}
+    return files | {p.parent.name: f"{p.parent.name}.{ROOM}" for p in here.glob(f"*/{ROOM}.py")}
 
 
 def question_named(name: str) -> Question:
@@ -42,9 +46,10 @@ def question_named(name: str) -> Question:
     Raises:
         UnknownQuestion: there is no such question.
     """
-    if name not in names():
-        raise UnknownQuestion(name, names())
-    return cast(Question, importlib.import_module(f"analysis.questions.{name}"))
+    modules = _modules()
+    if name not in modules:
+        raise UnknownQuestion(name, sorted(modules))
+    return cast(Question, importlib.import_module(f"analysis.questions.{modules[name]}"))
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:

@@ -158,14 +158,14 @@ class Qualification:
 
 def qualify(table: "pd.DataFrame") -> Qualification:
     """Judge tasks from finished runs of full fine-tuning and of LoRA's highest rank."""
-    from analysis.questions import qualify as questions
+    from analysis.measures import qualify as tasks
     from analysis.report.text import aligned
 
-    checks = questions.qualify(table)
+    checks = tasks.qualify(table)
     return Qualification(
-        questions.verdict(checks),
+        tasks.verdict(checks),
         [dataclasses.asdict(c) for c in checks],
-        aligned(questions.rows(checks)),
+        aligned(tasks.rows(checks)),
     )
 
 

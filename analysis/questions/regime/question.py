@@ -39,9 +39,9 @@ from analysis.questions.base import (
     gates_on_gap,
     judge_claims,
 )
-from analysis.questions.regime_cells import EIGHTH, FIRST, Cell, cells_of
-from analysis.questions.regime_law import ESTIMANDS as LAW_ESTIMANDS
-from analysis.questions.regime_law import law_section, measured_laws
+from analysis.questions.regime.cells import EIGHTH, FIRST, Cell, cells_of
+from analysis.questions.regime.law import ESTIMANDS as LAW_ESTIMANDS
+from analysis.questions.regime.law import law_section, measured_laws
 
 ESTIMANDS = (
     "over_allowed_low",

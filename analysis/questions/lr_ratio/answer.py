@@ -128,7 +128,7 @@ def answer(
 def answer_of(table: pd.DataFrame, question: dict[str, Any]) -> Answer:
     """Fit and judge a sweep's runs under its claims, margins and planned rounds.
 
-    Claims about OF_LOSSES are judged by `analysis.questions.lr_ratio`.
+    Claims about OF_LOSSES are judged by `analysis.questions.lr_ratio.question`.
     """
     claims = {k: v for k, v in question["claims"].items() if v["estimand"] not in OF_LOSSES}
     widths = (

@@ -33,7 +33,7 @@ from analysis.questions.base import (
     fewest_seeds,
     judge_claims,
 )
-from analysis.questions.layers_compared import OF_TASK, UNKNOWN, Compared, compared_on
+from analysis.questions.layers.compared import OF_TASK, UNKNOWN, Compared, compared_on
 from analysis.runs.lr_curves import title
 
 EVERYWHERE = {

@@ -13,6 +13,7 @@ from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_rate import lost_at
 from analysis.measures.efficiency import at_best, log_rho, of_curves, read_to, rho
 from analysis.measures.next_runs import lines, suggest
+from analysis.measures.qualify import stalled
 from analysis.measures.regret import at_ten_times, gaps_of
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
@@ -28,8 +29,7 @@ from analysis.questions.base import (
     judge_claims,
     pooled_over,
 )
-from analysis.questions.qualify import stalled
-from analysis.questions.ratio_answer import (
+from analysis.questions.lr_ratio.answer import (
     NO_REGRET,
     OF_LOSSES,
     PARITY,

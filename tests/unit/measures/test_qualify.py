@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from analysis.questions.qualify import qualify, stalled, verdict
+from analysis.measures.qualify import qualify, stalled, verdict
 from analysis.runs.prefixes import at_step, while_unsolved
 from analysis.runs.task import task_problems
 from lorasweep.store.table import load_runs

@@ -9,7 +9,7 @@ from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.laws.rank_law import Point, RankLaw, rank_law, sum_of
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import Measured, Panel, Rows, Section, Series, distinct
-from analysis.questions.regime_cells import Cell
+from analysis.questions.regime.cells import Cell
 
 ESTIMANDS = ("rank_by_bits", "rank_by_change", "rank_by_updates")
 BITS, CHANGE = "bits of what is new", "rank of the change"

@@ -7,10 +7,10 @@ from analysis.inference.estimate import Estimate
 from analysis.inference.gates import Gate, GateCode
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.layer_sets import Arm, Task, equal_pair, gap_of, log_ratio, ratio_of
+from analysis.measures.qualify import stalled
 from analysis.measures.regret import Gap
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import distinct, gates_on, gates_on_gap, gates_on_speed
-from analysis.questions.qualify import stalled
 
 OF_TASK = ("attention_over_mlp", "mlp_over_both", "attention_over_allowed", "mlp_over_allowed")
 """Measured on every task: ratios of rho, and gaps in nats minus what is allowed."""

@@ -1,0 +1,4 @@
+"""Which layers to adapt: the comparisons on one task, and the verdicts over tasks.
+
+Knows no other question.
+"""
