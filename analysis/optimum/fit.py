@@ -22,6 +22,7 @@ from analysis.optimum.likelihood import (
     n_rates,
     of_curve,
     pools,
+    rate_means,
     weights_of,
     without_collapse,
 )
@@ -178,8 +179,8 @@ def _optimum(
     if not len(x):
         nothing = ("no_usable_points",)
         return Optimum(curve, Estimate(None, flags=nothing), None, nothing)
-    rates = np.array(sorted(set(x)))
-    means = np.array([y[x == v].mean() for v in rates]) if likelihood is None else likelihood.loss
+    rates, means = rate_means(curve)
+    means = means if likelihood is None else likelihood.loss
     best = lowest_loss(means)
     lowest = float(np.mean(y[x == rates[best]]))
     few: tuple[str, ...] = () if len(rates) >= FEW_RATES else ("few_points",)

@@ -110,8 +110,8 @@ def gather(
         weights: relative precision of each run, [n]; 1 unless its rate is unsteady.
     """
     rates, at = np.unique(x, return_inverse=True)
-    means = np.bincount(at, y) / np.bincount(at)
-    weight = np.exp(-2 * growth * (rates - rates[lowest_loss(means)]))[at] * (
+    center = gather(x, y, block).best if growth else 0
+    weight = np.exp(-2 * growth * (rates - rates[center]))[at] * (
         1.0 if weights is None else weights
     )
     precision, right = np.zeros((len(rates), len(rates))), np.zeros(len(rates))
@@ -136,6 +136,31 @@ def gather(
 
 def _about(w: np.ndarray, rest: np.ndarray) -> float:
     return float(w @ (rest - (w @ rest) / w.sum()) ** 2)
+
+
+def without_shifts(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:
+    """Return ln(lr) and the losses of the usable runs, [n], without the shifts of their blocks.
+
+    Rates differ in their seeds, and seeds may be a hundred times as far apart as rates (each may
+    have a draw of the data of its own), so means over runs say little about the rates. The shifts
+    are the least-squares ones and have mean 0 over runs.
+    """
+    x, y, block = curve.x[curve.usable], curve.y[curve.usable], curve.block[curve.usable]
+    if not len(x):
+        return x, y
+    e = gather(x, y, block)
+    if e.df == len(y) - len(e.x):  # one block, or blocks that share no rate
+        return x, y
+    rest, (_, of) = y - e.loss[np.searchsorted(e.x, x)], np.unique(block, return_inverse=True)
+    shift = (np.bincount(of, rest) / np.bincount(of))[of]
+    return x, y - shift + shift.mean()
+
+
+def rate_means(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:
+    """Return a curve's usable rates, as ln(lr), and the mean loss at each without shifts, [P]."""
+    x, y = without_shifts(curve)
+    rates, at = np.unique(x, return_inverse=True)
+    return rates, np.bincount(at, y) / np.bincount(at)
 
 
 def of_curve(curve: LrCurve, growth: float, weights: np.ndarray | None = None) -> Likelihood:
@@ -191,9 +216,8 @@ class _Repeats:
 
 
 def _repeats(k: int, curve: LrCurve) -> list[_Repeats]:
-    x, y = curve.x[curve.usable], curve.y[curve.usable]
-    rates = np.unique(x)
-    means = np.array([y[x == v].mean() for v in rates])
+    x, y = without_shifts(curve)
+    rates, means = rate_means(curve)
     found = []
     for v in (v for v in rates if (x == v).sum() > 1):
         runs, above = x == v, v - rates[lowest_loss(means)]
@@ -276,11 +300,9 @@ def without_collapse(curve: LrCurve) -> LrCurve:
     quarter of that of rates twice as far (in ln), whichever is larger; each is the lower of the two
     sides.
     """
-    x, y = curve.x[curve.usable], curve.y[curve.usable]
-    rates = np.unique(x)
+    rates, means = rate_means(curve)
     if len(rates) < MIN_RATES:
         return curve
-    means = np.array([y[x == v].mean() for v in rates])
     best = lowest_loss(means)
     height = means - means[best]
 

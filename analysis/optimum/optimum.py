@@ -8,7 +8,7 @@ import numpy as np
 
 from analysis.inference.estimate import Estimate
 from analysis.optimum import valley
-from analysis.optimum.likelihood import Likelihood
+from analysis.optimum.likelihood import Likelihood, lowest_loss, rate_means
 from analysis.optimum.posterior import Pooled, Posterior
 from analysis.runs.lr_curves import LrCurve
 
@@ -92,12 +92,11 @@ def seeds_at_best(o: Optimum) -> int:
     if not len(x):
         return 0
     rates = sorted(set(x))
-    y = o.curve.y[o.curve.usable]
     if o.best_lr.value is not None and rates[0] <= math.log(o.best_lr.value) <= rates[-1]:
         m = math.log(o.best_lr.value)
         sides = (max(r for r in rates if r <= m), min(r for r in rates if r >= m))
         return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in sides)
-    best = min(range(len(rates)), key=lambda k: y[x == rates[k]].mean())
+    best = lowest_loss(rate_means(o.curve)[1])
     around = rates[max(0, best - 1) : best + 2]
     return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in around)
 

@@ -14,6 +14,7 @@ from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.inference.meta import Drift, RandomEffects, drift
 from analysis.measures.ratio import gaps, pool_ratios, ratio_of
 from analysis.optimum.fit import fit_all
+from analysis.optimum.likelihood import lowest_loss, rate_means
 from analysis.optimum.optimum import WITHIN, Optimum
 from analysis.report.interactive import page
 from analysis.report.text import aligned, plain
@@ -241,10 +242,8 @@ def _drift_flags(d: Drift, members: Sequence[Optimum], known: Sequence[Optimum])
 
 
 def _best_tried(curve: LrCurve) -> float | None:
-    x, y = curve.x[curve.usable], curve.y[curve.usable]
-    if not len(x):
-        return None
-    return math.exp(min(np.unique(x), key=lambda v: y[x == v].mean()))
+    rates, means = rate_means(curve)
+    return math.exp(rates[lowest_loss(means)]) if len(rates) else None
 
 
 DRIFT_HEAD = ("model and data", "ranks: best tried LR", "slope of ln LR a doubling [95%]")

@@ -14,6 +14,7 @@ import numpy as np
 
 from analysis.inference.estimate import Estimate, exp_of, from_draws
 from analysis.inference.meta import meta_regression
+from analysis.optimum.likelihood import rate_means
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import LrCurve
 
@@ -68,22 +69,19 @@ def published(curve: LrCurve, hidden: float) -> float | None:
 
 def interpolated(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
     """Interpolate the loss linearly in ln(lr) between the usable rates; NaN outside them."""
-    x, y = curve.x[curve.usable], curve.y[curve.usable]
-    rates = np.unique(x)
+    rates, means = rate_means(curve)
     if len(rates) < 2:
         return np.full(np.shape(ln_lr), np.nan)
-    means = np.array([y[x == v].mean() for v in rates])
     return np.interp(ln_lr, rates, means, left=np.nan, right=np.nan)
 
 
 def regret(curve: LrCurve, lr: float) -> Regret:
     """Return the extra loss at a rate over the best rate tried, in percent of the best loss."""
-    y = curve.y[curve.usable]
     loss = float(interpolated(curve, np.array([math.log(lr)]))[0])
-    rates = np.unique(curve.x[curve.usable])
-    if not math.isfinite(loss) or not len(rates):
+    _, means = rate_means(curve)
+    if not math.isfinite(loss) or not len(means):
         return Regret(curve, lr, None)
-    best = min(y[curve.x[curve.usable] == v].mean() for v in rates)
+    best = float(means.min())
     return Regret(curve, lr, 100 * (loss - best) / abs(best) if best else None)
 
 
@@ -147,9 +145,7 @@ def _families(
 
 
 def _beyond(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
-    x, y = curve.x[curve.usable], curve.y[curve.usable]
-    rates = np.unique(x)
-    means = np.array([y[x == v].mean() for v in rates])
+    rates, means = rate_means(curve)
     inside = np.interp(ln_lr, rates, means)
     left = max((means[0] - means[1]) / (rates[1] - rates[0]), 0.0) * np.maximum(rates[0] - ln_lr, 0)
     right = max((means[-1] - means[-2]) / (rates[-1] - rates[-2]), 0.0) * np.maximum(

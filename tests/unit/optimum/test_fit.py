@@ -117,3 +117,31 @@ def test_coverage_on_valleys_inside_and_outside_the_family():
                     and o.best_lr.low <= truth[o.curve.key["rank"]] <= o.best_lr.high
                 )
         assert held / total >= 0.9, name
+
+
+HEIGHTS = {7.42e-4: 0.0201, 1.19e-3: 0.0043, 1.9e-3: 0.0, 3.04e-3: 0.0057, 4.86e-3: 0.028}
+"""Of a rank of 16 after 128 updates; measured."""
+
+
+@pytest.mark.parametrize("shift", [0.0255, 0.4])
+def test_the_optimum_does_not_depend_on_how_far_apart_the_seeds_are(shift):
+    """The first seed has all rates, fresh seeds have all but the lowest one and higher losses.
+
+    The mean over runs is then far too low at the lowest rate, and the highest one was called
+    collapsed.
+    """
+
+    def fitted(shift):
+        rng = np.random.default_rng(1)
+
+        def loss(lr, seed):
+            return 1.8 + HEIGHTS[lr] + rng.normal(0, 3e-4) + (shift if seed else 0.0)
+
+        rates = list(HEIGHTS)
+        parts = [table(loss, lrs=rates), table(loss, lrs=rates[1:], seeds=(1, 2, 3))]
+        return fit_all(lr_curves(pd.concat(parts)))[0]
+
+    near, far = fitted(0.0), fitted(shift)
+    assert far.flags == near.flags and far.curve.usable.all()
+    assert far.best_lr.value == pytest.approx(near.best_lr.value, rel=1e-3)
+    assert far.best_lr.interval == pytest.approx(near.best_lr.interval, rel=1e-3)
