@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from analysis.inference.estimate import Estimate, exp_or_none, from_draws
-from analysis.inference.meta import RandomEffects, random_effects
+from analysis.inference.meta import Drift, RandomEffects, drift, random_effects
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import losses_at_best, over_seeds
 from analysis.optimum.optimum import Optimum
@@ -34,6 +34,18 @@ def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
         high = float(np.mean([ln(e.high) for e in a])) - ln(f.low)
         return Estimate(exp_or_none(value), exp_or_none(low), exp_or_none(high), n=n)
     return from_draws(np.exp(np.mean([e.log_draws for e in a], axis=0) - f.log_draws), n)
+
+
+def lr_drift(lora: Sequence[Optimum]) -> Drift:
+    """Return the slope of ln(best rate) per doubling of the rank; none if a rank has no interval.
+
+    Leaving out the ranks at an edge would bias the slope.
+    """
+    draws = {o.curve.key["rank"]: o.best_lr.draws for o in lora}
+    known = {rank: np.log(d) for rank, d in draws.items() if d is not None}
+    if len(known) < len(lora):
+        known = {}
+    return drift(list(known), list(known.values()), sum(o.best_lr.n for o in lora))
 
 
 def pool_ratios(ratios: Sequence[Estimate]) -> RandomEffects | None:

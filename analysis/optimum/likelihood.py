@@ -139,11 +139,9 @@ def _about(w: np.ndarray, rest: np.ndarray) -> float:
 
 
 def without_shifts(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:
-    """Return ln(lr) and the losses of the usable runs, [n], without the shifts of their blocks.
+    """Return ln(lr) and the losses of the usable runs, [n], without their blocks' shifts (mean 0).
 
-    Rates differ in their seeds, and seeds may be a hundred times as far apart as rates (each may
-    have a draw of the data of its own), so means over runs say little about the rates. The shifts
-    are the least-squares ones and have mean 0 over runs.
+    Not all seeds ran at all rates, and they may lie a hundred times as far apart as the rates.
     """
     x, y, block = curve.x[curve.usable], curve.y[curve.usable], curve.block[curve.usable]
     if not len(x):

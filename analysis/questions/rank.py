@@ -3,8 +3,9 @@
 The speed is rho at each rank's best rate, and its slope over log2(rank) is judged: as 0 where the
 rules alone are new, which any rank holds by the study's capacity, and as above 0 elsewhere.
 
-Beside it: when does each rank leave full fine-tuning's learning curve. A rank departs at the step
-from which its loss stays above full fine-tuning's by DEPARTED of what full fine-tuning gains in the
+Beside it: does the best rate depend on the rank, and when does each rank leave full fine-tuning's
+learning curve. A rank departs at the step from which its loss stays above full fine-tuning's by
+DEPARTED of what full fine-tuning gains in the
 whole run. This is measured in two ways. The verdict uses runs at each rank's best rate, paired by
 seed. The study's envelope, the lowest loss over all rates at each step, is shown too; no single run
 follows it.
@@ -32,6 +33,7 @@ from analysis.measures.departure import (
 )
 from analysis.measures.efficiency import at_best, log_rho, read_to, rho, slope_by_rank
 from analysis.measures.qualify import stalled
+from analysis.measures.ratio import MIN_RANK, lr_drift
 from analysis.measures.redraws import Start, start_of
 from analysis.measures.regret import novelty_of
 from analysis.optimum.fit import fit_all
@@ -54,6 +56,7 @@ from analysis.questions.base import (
     pooled_over,
     without_an_arm,
 )
+from analysis.questions.lr_ratio.answer import drift_gates
 from analysis.runs.learning_curves import Points
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import while_unsolved
@@ -64,6 +67,7 @@ ESTIMANDS = (
     "departure_slope",
     "rho_top_rank",
     "identical_steps",
+    "lr_drift_per_doubling",
 )
 LOG_ESTIMANDS = ("rho_top_rank",)
 """identical_steps is not judged on a log scale: it is 0 if a rank leaves at the first evaluation.
@@ -98,6 +102,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     slope, ranks = slope_by_rank(logs), gates_on_speed([full, *lora]) + over
     if slope.value is None:
         ranks.append(Gate(GateCode.ONE_RANK if len(logs) < 2 else GateCode.ONLY_BOUNDS))
+    high = [o for o in lora if o.curve.key["rank"] >= MIN_RANK]
     measured = {
         **_by_regime(table, (slope, ranks)),
         "departure_slope": (slope_of(departures), slope_gates),
@@ -105,6 +110,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         "identical_steps": (start.first, [])
         if start
         else (Estimate(None), [Gate(GateCode.MISSING, "redraws of A at two ranks")]),
+        "lr_drift_per_doubling": (lr_drift(high).slope, drift_gates(high)),
     }
     seeds = fewest_seeds([full, *lora])
     verdicts = correct(judge_claims(question, measured, LOG_ESTIMANDS, group, seeds), question)

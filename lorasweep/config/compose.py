@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.folders import conf_dir, exec_of
-from lorasweep.config.ignored import refuse_overwritten, refuse_shadows
+from lorasweep.config.ignored import refuse_overwritten, refuse_shadows, refuse_unread
 from lorasweep.config.schema import ACTIONS, FORMATS, MIRRORS, Config, writable
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch.slurm.resources import check as check_cluster
@@ -95,11 +95,12 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     Raises:
         SpecError: the configuration or any run of the sweep is not valid.
     """
-    settings = settings or HydraConfig.get()
+    alone, settings = settings is None, settings or HydraConfig.get()
     overrides = list(settings.overrides.task)
     sources = settings.runtime.config_sources
     refuse_shadows([Path(s.path) for s in sources if s.provider == "command-line"])
     choices = settings.runtime.choices
+    unresolved = copy.deepcopy(cfg)
     config = _object(cfg)
     _one_of("action", config.action, ACTIONS)
     _one_of("format", config.format, FORMATS)
@@ -135,6 +136,8 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
             changed=_changed_parts(parts, overrides),
         )
     refuse_overwritten(overrides, sweep_name, sweep)
+    if alone:  # a part of a sweep of sweeps need not read all that the others do
+        refuse_unread(overrides, sweep_name, unresolved)
     if _sets_only_itself(sweep_name, sources):  # leave it out, as composing it takes longest
         overrides = [o for o in overrides if not o.lstrip("+~").startswith(("sweep=", "sweep."))]
     points = expand(base, sweep, _lookup("model", overrides), _lookup("dataset", overrides))

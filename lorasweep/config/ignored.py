@@ -1,6 +1,10 @@
 """Refuse settings that would have no effect: values that a grid replaces, shadowed files."""
 
+import copy
 from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from lorasweep.config.folders import conf_dir
 from lorasweep.errors import SpecError
@@ -29,6 +33,40 @@ def refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
         else:
             hint = "Remove an arm with ~sweep.arms.NAME instead."
         raise SpecError(f"{text!r} has no effect: the grid of sweep {name!r} sets {axis!r}. {hint}")
+
+
+def refuse_unread(overrides: list[str], name: str, cfg: DictConfig) -> None:
+    """Refuse settings of the scale on the command line that nothing in the configuration reads.
+
+    A sweep may have values of its own at a scale, in its `at`.
+
+    Args:
+        cfg: the composed configuration with its interpolations not yet resolved.
+
+    Raises:
+        SpecError: there is one.
+    """
+    for text in overrides:
+        key = text.lstrip("+~").partition("=")[0]
+        if not key.startswith("scale."):
+            continue
+        value = OmegaConf.select(cfg, key)
+        empty: Any = type(value)() if isinstance(value, (str, int, float)) else []
+        if value == empty or _resolved(cfg, key, empty) != _resolved(cfg, key, value):
+            continue
+        raise SpecError(
+            f"{text!r} has no effect: sweep {name!r} does not read {key} at scale "
+            f"{cfg.scale.name}. Its file, sweeps/{name}.yaml, says where its values come from; "
+            "sweep.axes.AXIS=[...] and sweep.arms.ARM.AXIS=[...] replace any of them."
+        )
+
+
+def _resolved(cfg: DictConfig, key: str, value: Any) -> Any:
+    """Return all but the scale's own settings as they are with this value of a key."""
+    changed = copy.deepcopy(cfg)
+    OmegaConf.update(changed, key, value, merge=False)
+    OmegaConf.resolve(changed)
+    return {k: OmegaConf.to_container(v) for k, v in changed.items() if k == "sweep"}
 
 
 def refuse_shadows(user_folders: list[Path]) -> None:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import holm, judge, look_level
 from analysis.inference.estimate import LEVEL, Estimate, Verdict
 from analysis.inference.gates import Gate, GateCode
-from analysis.inference.meta import Drift, RandomEffects, drift
-from analysis.measures.ratio import MIN_RANK, gaps, pool_ratios, ratio_of, rivals
+from analysis.inference.meta import Drift, RandomEffects
+from analysis.measures.ratio import MIN_RANK, gaps, lr_drift, pool_ratios, ratio_of, rivals
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.questions.base import gates_on, lora_of
@@ -113,7 +112,7 @@ def answer(
             overall = ratio_of(high, full[0])
             laws = rivals(width, alpha)
             ratios.append(Ratio(name, None, alpha, overall, Estimate(None), rivals=laws))
-            drifts[name] = _drift(high)
+            drifts[name] = lr_drift(high)
             groups_judged[name] = [full[0], *high]
             verdicts += _judge_group(
                 name, claims, high, full[0], overall, drifts[name].slope, laws, level
@@ -178,18 +177,6 @@ def _one(group: str, lora: Optimum, full: Optimum, gap: Estimate, at: int) -> Ra
     )
 
 
-def _drift(lora: Sequence[Optimum]) -> Drift:
-    """Return the drift over the ranks; none if a rank has no interval.
-
-    Leaving out the ranks at an edge would bias the slope.
-    """
-    n = sum(o.best_lr.n for o in lora)
-    known = [o for o in lora if o.best_lr.draws is not None]
-    if len(known) < len(lora):
-        known = []
-    return drift([o.curve.key["rank"] for o in known], [np.log(o.best_lr.draws) for o in known], n)
-
-
 def _judge_group(
     group: str,
     claims: dict[str, Any],
@@ -205,7 +192,7 @@ def _judge_group(
     seeds = min(seeds_at_best(o) for o in every)
     known = {
         "lr_ratio": (overall, gates),
-        "lr_drift_per_doubling": (drift, _drift_gates(gates_on(lora), lora)),
+        "lr_drift_per_doubling": (drift, drift_gates(lora)),
     }
     verdicts = []
     for name, claim in claims.items():
@@ -220,5 +207,7 @@ def _judge_group(
     return verdicts
 
 
-def _drift_gates(gates: list[Gate], lora: list[Optimum]) -> list[Gate]:
-    return gates if len(lora) >= 2 else [*gates, Gate(GateCode.ONE_RANK)]
+def drift_gates(lora: list[Optimum]) -> list[Gate]:
+    """Return what forbids to judge a drift of the best rate over these ranks."""
+    one = [Gate(GateCode.ONE_RANK)] if len(lora) < 2 else []
+    return gates_on(lora) + one

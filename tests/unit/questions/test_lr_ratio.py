@@ -56,15 +56,19 @@ def test_a_ratio_of_ten_is_supported_up_to_the_report_and_a_flipped_table_flips_
     assert "**REFUTED**" in primary
 
 
+DRIFT = "sweep.claims.order={says:no drift,estimand:lr_drift_per_doubling,expected:0,margin:[-0.099,0.099]}"
+"""The claim of sweep `rank` in the place of another, asked of runs of 3 ranks."""
+
+
 def test_no_drift_is_supported(ask_ratio):
-    _, flat = ask_ratio(Valley(3, noise=2e-4, steep=0.3))
-    assert flat["drift"]["outcome"] == "SUPPORTED"
+    _, flat = ask_ratio(Valley(3, noise=2e-4, steep=0.3), DRIFT)
+    assert flat["order"]["outcome"] == "SUPPORTED"
 
 
 def test_a_planted_drift_is_refuted(ask_ratio):
-    _, steep = ask_ratio(Valley(3, noise=2e-4, steep=0.3, drift=0.5))
-    assert steep["drift"]["outcome"] == "REFUTED"
-    assert steep["drift"]["estimate"]["value"] == pytest.approx(0.5 * math.log(2), abs=0.1)
+    _, steep = ask_ratio(Valley(3, noise=2e-4, steep=0.3, drift=0.5), DRIFT)
+    assert steep["order"]["outcome"] == "REFUTED"
+    assert steep["order"]["estimate"]["value"] == pytest.approx(0.5 * math.log(2), abs=0.1)
 
 
 def test_a_cliff_just_right_of_the_best_rate_gives_a_bound_and_no_verdict(ask_ratio):
