@@ -149,8 +149,8 @@ def without_shifts(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:
     e = gather(x, y, block)
     if e.df == len(y) - len(e.x):  # one block, or blocks that share no rate
         return x, y
-    rest, (_, of) = y - e.loss[np.searchsorted(e.x, x)], np.unique(block, return_inverse=True)
-    shift = (np.bincount(of, rest) / np.bincount(of))[of]
+    of = np.unique(block, return_inverse=True)[1]
+    shift = np.bincount(of, y - e.loss[np.searchsorted(e.x, x)])[of] / np.bincount(of)[of]
     return x, y - shift + shift.mean()
 
 
@@ -214,9 +214,7 @@ class _Repeats:
 
 
 def _repeats(k: int, curve: LrCurve) -> list[_Repeats]:
-    x, y = without_shifts(curve)
-    rates, means = rate_means(curve)
-    found = []
+    (x, y), (rates, means), found = without_shifts(curve), rate_means(curve), []
     for v in (v for v in rates if (x == v).sum() > 1):
         runs, above = x == v, v - rates[lowest_loss(means)]
         allowed = math.exp(2 * GROWTH[-1] * max(above, 0.0))
