@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli import answer, cluster, finished_runs, plan_text, status, study
+from lorasweep.cli import answer, cluster, finished_runs, status, study
+from lorasweep.cli.plans import forecast, plan_text
 from lorasweep.cli.points import all_points, qualifying
 from lorasweep.cli.progress import Display
 from lorasweep.config.preflight import check_available
@@ -63,6 +64,8 @@ def act(
             all_points(request, store) if request.sweep and not request.parts else [],
             trainer_named(trainer) if trainer is None or isinstance(trainer, str) else trainer,
         )
+    if action == "plan" and hardware_of(request).has_speeds:
+        return forecast.show(request, store, hardware_of(request))
     if request.parts:
         return study.each(
             request, lambda part: act(part, trainer), lambda part: _check(part, store)

@@ -5,7 +5,7 @@ tables, plain values and paths; the caller decides where results are.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import SpecError, StoreError, unknown
 from lorasweep.sweep.grid import Point
-from lorasweep.sweep.question import Sweep
+from lorasweep.sweep.question import Power, Sweep
 from lorasweep.sweep.replicates import planned_seeds
 
 if TYPE_CHECKING:
@@ -57,31 +57,50 @@ def outlooks(points: Sequence[Point], sweep: Sweep | None, scale: str) -> "list[
     """
     if sweep is None:
         return []
+    found = {name: claim.at(scale) for name, claim in sweep.claims.items()}
+    return _outlooks(points, sweep, found)
+
+
+SMALLER = ("small", "tiny")
+"""Scales whose spread between seeds stands in for that of a larger one."""
+
+
+def outlooks_of(points: Sequence[Point], sweep: Sweep, scale: str) -> "list[tuple[str, Outlook]]":
+    """Return the outlooks of a sweep with, for each, the scale that its spread is from.
+
+    A claim without a spread at `scale` takes that of the largest smaller scale that states one.
+    """
+    found, sources = {}, []
+    for name, claim in sweep.claims.items():
+        known = (s for s in (scale, *SMALLER) if claim.at(s).sd is not None)
+        sources.append(next(known, scale))
+        found[name] = claim.at(sources[-1])
+    return list(zip(sources, _outlooks(points, sweep, found), strict=True))
+
+
+def _outlooks(
+    points: Sequence[Point], sweep: Sweep, stated: Mapping[str, Power]
+) -> "list[Outlook]":
     check_claims(sweep)
     from analysis.inference.design import outlook
     from analysis.questions.registry import question_named
 
-    ratios, seeds = (
-        question_named(sweep.analysis).LOG_ESTIMANDS,
-        planned_seeds(points, sweep.second),
-    )
-    found = []
-    for name, claim in sweep.claims.items():
-        stated = claim.at(scale)
-        found.append(
-            outlook(
-                name,
-                claim.expected,
-                claim.margin,
-                stated.sd,
-                stated.units or seeds,
-                rounds=sweep.rounds,
-                log=claim.estimand in ratios,
-                units="units" if stated.units else "seeds",
-                underpowered=stated.underpowered,
-            )
+    ratios = question_named(sweep.analysis).LOG_ESTIMANDS
+    seeds = planned_seeds(points, sweep.second)
+    return [
+        outlook(
+            name,
+            claim.expected,
+            claim.margin,
+            stated[name].sd,
+            stated[name].units or seeds,
+            rounds=sweep.rounds,
+            log=claim.estimand in ratios,
+            units="units" if stated[name].units else "seeds",
+            underpowered=stated[name].underpowered,
         )
-    return found
+        for name, claim in sweep.claims.items()
+    ]
 
 
 def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json: bool) -> str:

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +95,8 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
         SpecError: the configuration or any run of the sweep is not valid.
     """
     alone, settings = settings is None, settings or HydraConfig.get()
+    if alone:
+        _looked_up.clear()
     overrides = list(settings.overrides.task)
     sources = settings.runtime.config_sources
     refuse_shadows([Path(s.path) for s in sources if s.provider == "command-line"])
@@ -254,12 +255,21 @@ def _sets_only_itself(sweep_name: str, sources: Iterable[Any]) -> bool:
     return found is not None and not SETS_MORE.search(found.read_text())
 
 
+_looked_up: dict[tuple[str, ...], Any] = {}
+"""Specs of names on axes, which the parts of a sweep share. Emptied at the start of a command."""
+
+
 def _lookup(group: str, overrides: list[str]) -> Callable[[str], Any]:
-    """Return a cached function from a name on an axis to its spec. Each name is composed once."""
+    """Return a function from a name on an axis to its spec. Each name is composed once."""
     cls = {"model": ModelSpec, "dataset": DatasetSpec}[group]
 
-    @cache
     def look(name: str) -> Any:
+        key = (group, name, *overrides)
+        if key not in _looked_up:
+            _looked_up[key] = spec_named(name)
+        return _looked_up[key]
+
+    def spec_named(name: str) -> Any:
         try:
             cfg = hydra_compose("config", overrides=[*overrides, f"{group}={name}"])
         except Exception as error:

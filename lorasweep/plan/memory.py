@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 
 from lorasweep.plan.flops import mean_length
-from lorasweep.plan.gpu_memory import Layout, memory_parts
+from lorasweep.plan.gpu.load import load_of
+from lorasweep.plan.gpu.memory import Layout, memory_parts
+from lorasweep.plan.gpu.time import WORD_BYTES
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import load_of
 from lorasweep.spec.run import RunSpec
 
 TEXT_PEAK = 1.2
@@ -24,7 +25,6 @@ varying from run to run (LOG.md)."""
 CHUNK_BYTES = 320 * 2**20
 """Largest size of a chunk of the unembedding: logits, their logarithms and temporaries
 (models/cpu_llama/head.py, LOGITS)."""
-WORD_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 def pack_bytes(
@@ -32,7 +32,7 @@ def pack_bytes(
 ) -> float:
     """Estimate the peak memory, in bytes, of a process that trains `members` runs like `spec`.
 
-    In bf16 on a GPU: see gpu_memory.py. Else, base: its weights, in bf16 if they are published so
+    In bf16 on a GPU: see gpu/memory.py. Else, base: its weights, in bf16 if they are published so
     and computed so, and bf16 copies of weights that are not. Each member: parameter, gradient and
     two moments of 4 bytes each; full fine-tuning keeps the base to start from. Activations: what
     the hand-written decoder keeps for the backward pass. `micro_batch_size`: rows per member and

@@ -22,6 +22,9 @@ class Exec:
     """
     micro_batch_size: int | None = None
     """Sequences per forward pass and pack member; None: the plan chooses."""
+    max_gpus: int | None = None
+    """GPUs that one run may take, at most. A plan prices runs that need more apart, and they are
+    left out. None: no limit."""
     compile: bool = False
     """Use torch.compile for models without a hand-written decoder (on a GPU: for all models). Not
     verified on a GPU yet; on a CPU compiling takes minutes."""
@@ -35,7 +38,7 @@ class Exec:
         """Yield the settings that are wrong on any machine."""
         if self.max_attempts < 1:
             yield f"exec.max_attempts={self.max_attempts}: expected at least 1."
-        for name in ("workers", "threads", "micro_batch_size", "pack_size"):
+        for name in ("workers", "threads", "micro_batch_size", "pack_size", "max_gpus"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"exec.{name}={value}: expected at least 1, or null to let the plan choose."

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lorasweep.cli.actions import hardware_of
-from lorasweep.cli.plan_text import plan_text
+from lorasweep.cli.plans.plan_text import plan_text
 from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA

@@ -6,9 +6,9 @@ for an A100 and an H100. Communication is added in full: to assume that it hides
 fits the published figures worse.
 """
 
-from lorasweep.plan.gpu_memory import LOGIT_BYTES, STATE_BYTES, Layout
+from lorasweep.plan.gpu.load import Load, layer_bytes
+from lorasweep.plan.gpu.memory import LOGIT_BYTES, STATE_BYTES, Layout
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import Load, layer_bytes
 
 TRAINING_SHARE = 0.80
 """Share of a card's attainable speed (`Hardware.attainable_share`) that a step's products reach."""
@@ -25,6 +25,7 @@ LAUNCH_S = 6e-6
 KERNELS, ADAPTER_KERNELS = 45, 6
 """Kernels of a layer's forward pass, and of an adapter's; the backward pass has twice as many.
 Counted in transformers' Llama."""
+WORD_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 LINK_SHARE = 0.8
 """Share of a link's bandwidth that large collectives reach. Assumption."""
 
@@ -53,8 +54,11 @@ def step_parts(
     tokens = members * layout.rows * layout.accumulation * row_tokens
     peak = hardware.matmul_flops_s[precision]
     bandwidth = hardware.bandwidth_bytes_s or float("inf")
+    fused = hardware.attention_flops_s if precision == "bf16" else None
+    attention = fused or peak / 3
     q = model.n_heads * model.head_size
     # causal scores and values: 2 q x length forward, 2.5 times that backward (they are recomputed)
+    word = WORD_BYTES[precision]
     scores = (7 + 2 * again) * q * row_tokens * model.n_layers
     flops = load.flops + again * load.recomputed_flops
     moved = model.n_layers * layer_bytes(load) * (PASSES + again)
@@ -69,12 +73,12 @@ def step_parts(
     )
     return {
         "products": tokens * flops / (peak * hardware.attainable_share * share),
-        "attention": tokens * scores / (hardware.attention_flops_s or peak / 3),
-        "activations": tokens * moved / bandwidth,
+        "attention": tokens * scores / attention,
+        "activations": tokens * moved * word / 2 / bandwidth,
         "optimizer": 2 * state * members * load.trained / layout.gpus / bandwidth,
         "launch": layout.accumulation * kernels * (3 + again) * LAUNCH_S,
         "communication": layout.accumulation
-        * _communication_s(load, layout.gpus, hardware, states),
+        * _communication_s(load, layout.gpus, hardware, states, word),
     }
 
 
@@ -83,15 +87,15 @@ def step_seconds(parts: dict[str, float]) -> float:
     return max(sum(parts.values()) - parts["launch"], parts["launch"])
 
 
-def _communication_s(load: Load, gpus: int, hardware: Hardware, states: str) -> float:
+def _communication_s(load: Load, gpus: int, hardware: Hardware, states: str, word: int) -> float:
     """Seconds of a forward and backward pass's collectives.
 
-    Every weight is gathered in bf16 twice, and gradients are reduced. Within a node a GPU receives
+    Every weight is gathered twice, and gradients are reduced. Within a node a GPU receives
     all but its own part; between nodes, each node receives all but its own, over all its GPUs.
     """
     if gpus == 1 or hardware.link_bytes_s is None:
         return 0.0
-    gathered = 2 * 2 * load.model.n_params + STATE_BYTES[states][1] * load.trained
+    gathered = 2 * word * load.model.n_params + STATE_BYTES[states][1] * load.trained
     inside = min(gpus, hardware.gpus_per_node)
     seconds = gathered * (inside - 1) / inside / (LINK_SHARE * hardware.link_bytes_s)
     nodes = gpus / inside

@@ -7,7 +7,7 @@ analysis/results/plan/README.md.
 
 from dataclasses import dataclass
 
-from lorasweep.plan.load import Load, layer_bytes
+from lorasweep.plan.gpu.load import Load, layer_bytes
 
 PROCESS_BYTES, NCCL_BYTES = 0.8e9, 1.0e9
 """CUDA's context and libraries on a GPU, and the buffers of communication. Assumption."""
@@ -16,7 +16,7 @@ LOGIT_BYTES = 16
 logarithms and the gradient."""
 CHUNK_LOGITS = 1 << 26
 """Logits computed at once (train/objectives/nll.py, GPU_LOGITS)."""
-STATE_BYTES = {"fp32": (4, 4, 8), "bf16": (2, 2, 4)}
+STATE_BYTES = {"fp32": (4, 4, 8), "bf16": (2, 2, 4), "fp64": (8, 8, 16)}
 """Bytes per trained parameter of weight, gradient and Adam's two moments."""
 
 
@@ -40,6 +40,7 @@ def memory_parts(
     members: int = 1,
     *,
     states: str = "fp32",
+    word: int = 2,
     frozen_bytes: int = 2,
     start_bytes: int = 0,
     whole_logits: bool = False,
@@ -52,6 +53,7 @@ def memory_parts(
         row_tokens: tokens of the longest row.
         members: runs of the pack, which share a frozen base.
         states: precision of what is trained.
+        word: bytes of a number in products.
         frozen_bytes: bytes per frozen weight.
         start_bytes: bytes per trained weight of the base, if it is kept to measure the change.
         whole_logits: the logits of all tokens at once instead of a chunk of them.
@@ -74,24 +76,24 @@ def memory_parts(
         "trained weights": weight * trained,
         "gradients": gradient * trained,
         "moments": moments * trained,
-        "activations": tokens * (stream + layers * kept + 4 * h),
-        "gradients of activations": tokens * (4 * h + 4 * model.mlp_size),
-        "logits": LOGIT_BYTES * logits,
-        "copies and buffers": _buffers(load, n, weight, gradient),
+        "activations": word / 2 * tokens * (stream + layers * kept + 4 * h),
+        "gradients of activations": word / 2 * tokens * (4 * h + 4 * model.mlp_size),
+        "logits": word / 2 * LOGIT_BYTES * logits,
+        "copies and buffers": _buffers(load, n, weight, gradient, word),
     }
     if process:
         parts["process"] = PROCESS_BYTES + (NCCL_BYTES if n > 1 else 0)
     return parts
 
 
-def _buffers(load: Load, gpus: int, weight: int, gradient: int) -> float:
-    """Bytes of copies: bf16 ones of fp32 weights, layers put together, gradients on their way.
+def _buffers(load: Load, gpus: int, weight: int, gradient: int, word: int) -> float:
+    """Bytes of copies: trained weights as products take them, whole layers, gradients on their way.
 
-    Alone, every weight of a product has a copy in bf16. Sharded, two layers are whole at a time,
+    Alone, every trained weight of a product has a copy. Sharded, two layers are whole at a time,
     and what is outside the layers all the time.
     """
     trained = load.trained if load.whole else 0
     if gpus == 1:
-        return 2.0 * min(trained, load.model.n_matmul_params) if weight > 2 else 0.0
-    whole = 2 * (2 * load.layer_params + load.outer_params)
-    return whole + (2 + gradient) * load.layer_params * bool(trained)
+        return float(word * min(trained, load.model.n_matmul_params) if weight > word else 0)
+    whole = word * (2 * load.layer_params + load.outer_params)
+    return whole + (word + gradient) * load.layer_params * bool(trained)

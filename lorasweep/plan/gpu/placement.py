@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorasweep.plan.flops import mean_length, run_flops, train_flops
-from lorasweep.plan.gpu_memory import Layout, memory_parts
-from lorasweep.plan.gpu_time import step_parts, step_seconds
+from lorasweep.plan.gpu.load import Load, load_of
+from lorasweep.plan.gpu.memory import Layout, memory_parts
+from lorasweep.plan.gpu.time import WORD_BYTES, step_parts, step_seconds
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import Load, load_of
 from lorasweep.spec.run import RunSpec
 
 MEMORY_ERROR, SPEED_ERROR = 0.17, 0.25
@@ -102,8 +102,18 @@ def _layout(
 
 def _memory(load: Load, spec: RunSpec, layout: Layout, members: int) -> dict[str, float]:
     length = spec.dataset.max_length  # rows of a forward pass are padded to the longest
-    held = 2 if spec.model.weights_dtype == spec.precision == "bf16" else 4
-    return memory_parts(load, layout, length, members, frozen_bytes=held, start_bytes=held)
+    exact = spec.precision == "fp64"
+    held = 2 if spec.model.weights_dtype == spec.precision == "bf16" else 8 if exact else 4
+    return memory_parts(
+        load,
+        layout,
+        length,
+        members,
+        states="fp64" if exact else "fp32",
+        word=WORD_BYTES[spec.precision],
+        frozen_bytes=held,
+        start_bytes=held,
+    )
 
 
 def _placement(

@@ -1,0 +1,4 @@
+"""What action=plan prints: for this machine, and for given GPUs.
+
+Refuses to start anything.
+"""

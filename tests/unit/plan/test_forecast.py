@@ -1,0 +1,89 @@
+"""What sweeps take: fresh seeds, shared runs, packs, what is left out and what does not fit."""
+
+import dataclasses
+
+import pytest
+
+from lorasweep.errors import SpecError
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.plan.gpu.forecast import Forecaster, hours_of
+from lorasweep.plan.gpu.placement import Misfit
+from lorasweep.spec.execution import Exec
+from lorasweep.sweep.grid import Point
+from lorasweep.sweep.question import Replicates
+from tests.unit.plan.test_placement import card, spec_of
+
+RATES = (1e-4, 2e-4, 4e-4)
+NONE = Replicates()
+
+
+def points(arm, method, model="llama-3.1-8b", seeds=(0,), **changes):
+    return [
+        Point(arm, spec_of(model, method, lr=lr, seed=seed, **changes))
+        for lr in RATES
+        for seed in seeds
+    ]
+
+
+def planner(**settings):
+    return Forecaster(card(), Exec(**settings))
+
+
+def test_a_sweep_takes_what_its_runs_take_alone():
+    runs = points("lora", LoRA(rank=16))
+    found = planner().forecast("mine", runs, NONE)
+    ((kind, where, n),) = found.placed()
+    assert (n, found.n_runs, found.packs, found.jobs(120)) == (3, 3, 3, 3)
+    assert found.gpu_hours == pytest.approx(3 * where.seconds / 3600)
+    spec = runs[0].spec
+    assert found.tokens == 3 * spec.steps * spec.batch_size * round(0.4 * 1024)
+    assert hours_of(kind, where, 2) == pytest.approx(found.gpu_hours * 2 / 3)
+
+
+def test_fresh_seeds_of_the_second_stage_are_counted_once():
+    runs = points("fullft", FullFT()) + points("lora", LoRA(rank=16), seeds=(0, 1))
+    found = planner().forecast("mine", runs, Replicates(seeds=[1, 2], n_lrs=2))
+    assert found.n_runs == 9 + 2 * 2 + 1 * 2  # the adapters have seed 1 at every rate already
+    first, second = found.stage_hours()
+    assert first + second == pytest.approx(found.gpu_hours) and second > 0
+    one_arm = planner().forecast("mine", runs, Replicates(seeds=[1, 2], n_lrs=9, arms=["fullft"]))
+    assert one_arm.n_runs == 9 + 3 * 2
+
+
+def test_runs_that_sweeps_share_count_once_in_a_total():
+    made = planner()
+    second = Replicates(seeds=[1], n_lrs=1)
+    one = made.forecast("one", points("lora", LoRA(rank=16)), second)
+    two = made.forecast("two", points("other", LoRA(rank=16), steps=10), second)
+    total = made.total([one, one, two])
+    assert total.n_runs == one.n_runs + two.n_runs == 8
+    assert total.gpu_hours == pytest.approx(one.gpu_hours + two.gpu_hours)
+
+
+def test_small_batches_train_in_packs_over_one_base():
+    found = planner().forecast("mine", points("lora", LoRA(rank=16), batch_size=8), NONE)
+    ((kind, where, _),) = found.placed()
+    assert kind.members > 1 and found.packs == 1
+    alone = planner(pack_size=1).forecast("mine", points("lora", LoRA(rank=16), batch_size=8), NONE)
+    assert alone.packs == 3 and alone.gpu_hours >= found.gpu_hours
+    assert where.memory["frozen weights"] == alone.placed()[0][1].memory["frozen weights"]
+
+
+def test_runs_beyond_max_gpus_are_priced_apart():
+    runs = points("lora", LoRA(rank=16)) + points("fullft", FullFT(), "llama-3.1-70b")
+    all_of_them = planner().forecast("mine", runs, NONE)
+    found = planner(max_gpus=16).forecast("mine", runs, NONE)
+    ((kind, where, n),) = found.left_out()
+    assert (kind.label, where.layout.gpus, n) == ("fullft of llama-3.1-70b", 32, 3)
+    assert found.n_runs == 3 and not found.misfits()
+    assert found.gpu_hours + hours_of(kind, where, n) == pytest.approx(all_of_them.gpu_hours)
+
+
+def test_what_does_not_fit_is_told_and_an_unknown_precision_refused():
+    runs = points("fullft", FullFT(), batch_size=3)
+    ((kind, misfit, n),) = planner().forecast("mine", runs, NONE).misfits()
+    assert isinstance(misfit, Misfit) and n == 3 and kind.label == "fullft of llama-3.1-8b"
+    hardware = dataclasses.replace(card(), matmul_flops_s={"bf16": 1e14})
+    with pytest.raises(SpecError, match=r"no speed in fp32\. Add matmul_flops_s\.fp32"):
+        Forecaster(hardware, Exec()).kind(spec_of(precision="fp32"))
