@@ -99,7 +99,9 @@ def adapter(request: Request, store: RunStore, points: Sequence[Point], trainer:
         k.removeprefix("param/"): v for k, v in state["tensors"].items() if k.startswith("param/")
     }
     base, commit = spec.model.location or spec.model.name, final.get("base_commit")
-    save_peft(Path(request.out), weights, spec.method.rank, spec.method.scaling, base, commit)
+    of_experts = spec.model.n_experts, spec.method.scaling_of_experts(spec.model)
+    scalings = spec.method.scaling, *of_experts
+    save_peft(Path(request.out), weights, spec.method.rank, base, commit, *scalings)
     print(outcome + (f"; what differs: {why}" if comparison.difference else ""))
     print(
         f"adapter of run {request.run} saved to {request.out}: load it with "

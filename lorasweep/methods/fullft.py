@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lorasweep.errors import SpecError
+from lorasweep.methods.trainables import Target, weights_of
 from lorasweep.spec.method import Method, parse_layers
-from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.model import LAYER_SETS, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ class FullFT(Method):
         if self.scope not in SCOPES:
             raise SpecError(f"method.scope={self.scope!r}. Allowed: {', '.join(SCOPES)}.")
         layers = parse_layers(self.layers)
-        if self.scope == "all" and len(layers) != 3:
+        if self.scope == "all" and layers != LAYER_SETS:
             raise SpecError(
                 f"method.layers={self.layers!r} has no effect under method.scope=all. "
                 "Add method.scope=matrices, or leave layers at 'all'."
@@ -64,7 +65,7 @@ class FullFT(Method):
     def attach(
         self,
         base: "nn.Module",
-        targets: "dict[str, nn.Linear]",
+        targets: dict[str, Target],
         methods: Sequence[Method],
         seeds: Sequence[int],
     ) -> "_WholeModel":
@@ -72,7 +73,8 @@ class FullFT(Method):
             raise SpecError(
                 f"fullft trains one run at a time, got {len(methods)}. Set exec.pack_size=1."
             )
-        trained = base.parameters() if self.scope == "all" else (m.weight for m in targets.values())
+        chosen = [w for t in targets.values() for w in weights_of(t)]
+        trained = base.parameters() if self.scope == "all" else chosen
         return _WholeModel(base, {id(p) for p in trained})
 
 
@@ -126,7 +128,7 @@ class _WholeModel:
 
         from lorasweep.methods.stacked.spectral import spectral_norm
 
-        matrices = {n: p for n, p in self.parameters().items() if p.dim() == 2}
+        matrices = {n: p for n, p in self.parameters().items() if p.dim() > 1}
         norms = [spectral_norm(p.detach() - self._start[n]) for n, p in matrices.items()]
         names = [n.removesuffix(".weight") for n in matrices]
         return [{n: {"delta": norm} for n, norm in zip(names, torch.stack(norms).tolist())}]

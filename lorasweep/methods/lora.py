@@ -3,12 +3,13 @@
 Defaults follow the study: alpha 32 for every rank, A uniform in +-1/sqrt(d_in), B zero, one
 learning rate for both. The other fields test its claims about the parametrisation: a factor on the
 start of A, another learning rate for B, another power of the rank in the scaling, B random instead
-of A. The module that a pack trains is in `lorasweep.methods.stacked.linear`.
+of A. Every expert of a layer has adapters of its own, for gate, up and down apart; public codes
+read their rank in three ways. What a pack trains is in `lorasweep.methods.stacked.adapters`.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
@@ -19,10 +20,13 @@ from lorasweep.spec.model import Matrix, ModelSpec
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorasweep.methods.stacked.linear import StackedAdapters
+    from lorasweep.methods.stacked.adapters import StackedAdapters
+    from lorasweep.methods.trainables import Target
 
 SCALINGS = ("rank", "sqrt_rank", "none")
 RANDOM_FACTORS = ("a", "b")
+EXPERT_RANKS = ("active", "all", "whole")
+EXPERT_OUTERS = ("own", "shared")
 
 
 def _later(value: Any) -> Any:
@@ -53,6 +57,14 @@ class LoRA(Method):
     init_seed: int = _later(0)
     """Seed of another random start on the same batches. It shows how much two adapters differ by
     chance."""
+    expert_rank: str = _later("active")
+    """Rank of an expert's adapter: rank / 'active' experts (the study; NeMo Automodel), rank /
+    'all' experts (SkyRL, PEFT's documentation), or the 'whole' rank (Tinker)."""
+    expert_alpha: float | None = _later(None)
+    """Alpha of an expert's adapter, divided by its own rank. None: alpha, as in the codes that
+    divide the rank (NeMo Automodel, Megatron-Bridge); the study does not say."""
+    expert_outer: str = _later("own")
+    """Factor on the hidden side: each expert's 'own', or one 'shared' by a layer (Tinker)."""
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = (
         "alpha",
         "rank",
@@ -61,32 +73,49 @@ class LoRA(Method):
         "lr_b_ratio",
         "random_factor",
         "init_seed",
+        "expert_rank",
+        "expert_alpha",
     )
 
     @property
     def scaling(self) -> float:
-        """Factor on B A x."""
-        divisors = {"rank": self.rank, "sqrt_rank": math.sqrt(self.rank), "none": 1.0}
-        return self.alpha / divisors[self.scaling_by]
+        """Factor on B A x of a matrix that is no expert's."""
+        return self._scaling(self.alpha, self.rank)
 
-    def rank_of(self, matrix: Matrix) -> int:
-        """Return the rank of the adapter of one matrix.
+    def expert_scaling(self, rank: int) -> float:
+        """Return the factor on B A x of an expert, whose adapter has this rank."""
+        return self._scaling(self.alpha if self.expert_alpha is None else self.expert_alpha, rank)
 
-        Every expert has an adapter of its own, of rank / active experts: the study's way to keep
-        the parameters that a token passes through at those of a dense MLP.
-        """
-        return self.rank // matrix.n_active
+    def scaling_of_experts(self, model: ModelSpec) -> float:
+        """Return the factor on B A x of a model's experts; 0 without experts."""
+        if not model.n_experts:
+            return 0.0
+        return self.expert_scaling(self.expert_rank_of(model.n_experts, model.n_active_experts))
+
+    def _scaling(self, alpha: float, rank: int) -> float:
+        divisors = {"rank": rank, "sqrt_rank": math.sqrt(rank), "none": 1.0}
+        return alpha / divisors[self.scaling_by]
+
+    def expert_rank_of(self, n_experts: int, n_active: int) -> int:
+        """Return the rank of an expert's adapter."""
+        return self.rank // {"active": n_active, "all": n_experts, "whole": 1}[self.expert_rank]
+
+    def n_trained(self, model: ModelSpec, matrix: Matrix, active: bool = False) -> int:
+        """Count the trained parameters of a kind of matrix; `active`: those that a token uses."""
+        if matrix.n_experts == 1:
+            return self.rank * (matrix.d_in + matrix.d_out) * matrix.count
+        inner = matrix.d_in + matrix.d_out - model.hidden_size
+        of_inner = matrix.n_active if active else matrix.n_experts
+        of_outer = of_inner if self.expert_outer == "own" else 1
+        layers = matrix.count // matrix.n_experts
+        rank = self.expert_rank_of(matrix.n_experts, matrix.n_active)
+        return rank * (of_inner * inner + of_outer * model.hidden_size) * layers
 
     def check(self, model: ModelSpec) -> None:
-        matrices = model.matrices(parse_layers(self.layers))
-        smallest = min(min(m.d_in, m.d_out) for m in matrices)
-        active = max(m.n_active for m in matrices)
-        if self.rank % active:
-            raise SpecError(
-                f"method.rank={self.rank} on model {model.name!r} with layers {self.layers}: every "
-                f"expert gets rank/{active}, as {active} are active. Expected a multiple of "
-                f"{active}: {active}, {2 * active}, {4 * active}, ..., or method.layers=attention."
-            )
+        layers = parse_layers(self.layers)
+        matrices = model.matrices(layers)
+        dense = [m for m in matrices if m.n_experts == 1]
+        smallest = min((min(m.d_in, m.d_out) for m in dense), default=self.rank)
         if not 1 <= self.rank <= smallest:
             raise SpecError(
                 f"method.rank={self.rank}. Allowed on model {model.name!r} with layers "
@@ -111,21 +140,52 @@ class LoRA(Method):
             raise SpecError(
                 f"method.init_seed={self.init_seed}: expected a whole number from 0 to 2^31 - 1."
             )
+        self._check_experts(model, [m for m in matrices if m.n_experts > 1])
+
+    def _check_experts(self, model: ModelSpec, experts: Sequence[Matrix]) -> None:
+        for name, allowed in (("expert_rank", EXPERT_RANKS), ("expert_outer", EXPERT_OUTERS)):
+            if getattr(self, name) not in allowed:
+                raise SpecError(not_allowed(f"method.{name}", getattr(self, name), allowed))
+        if not experts:
+            past = {f.name: f.metadata["added"] for f in fields(self) if "added" in f.metadata}
+            for name in ("expert_rank", "expert_alpha", "expert_outer"):
+                if getattr(self, name) != past[name]:
+                    raise SpecError(
+                        f"method.{name}={getattr(self, name)} has no effect on model "
+                        f"{model.name!r} with layers {self.layers}: no expert is adapted. Leave it "
+                        "out, or add mlp to method.layers of a model with experts."
+                    )
+            return
+        if self.expert_alpha is not None and not 0 < self.expert_alpha < 1e6:
+            raise SpecError(
+                f"method.expert_alpha={self.expert_alpha}: expected a number above 0 and below 1e6."
+            )
+        m = experts[0]
+        divisor = {"active": m.n_active, "all": m.n_experts, "whole": 1}[self.expert_rank]
+        if self.rank % divisor:
+            raise SpecError(
+                f"method.rank={self.rank} on model {model.name!r} with layers {self.layers}: every "
+                f"expert gets rank/{divisor} by method.expert_rank={self.expert_rank}. Expected a "
+                f"multiple of {divisor}: {divisor}, {2 * divisor}, {4 * divisor}, ...; or another "
+                f"method.expert_rank ({', '.join(EXPERT_RANKS)}), or method.layers=attention."
+            )
+        smallest = min(min(m.d_in, m.d_out) for m in experts)
+        if self.rank // divisor > smallest:
+            raise SpecError(
+                f"method.rank={self.rank} on model {model.name!r}: an expert would get rank "
+                f"{self.rank // divisor}. Allowed: up to {smallest * divisor}, so that it is at "
+                "most the smallest side of an expert's matrix."
+            )
 
     def n_trainable(self, model: ModelSpec) -> int:
-        return sum(
-            self.rank_of(m) * (m.d_in + m.d_out) * m.count
-            for m in model.matrices(parse_layers(self.layers))
-        )
+        return sum(self.n_trained(model, m) for m in model.matrices(parse_layers(self.layers)))
 
     def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
         # 4 per frozen weight and token (forward, gradient of the input), 6 per adapter weight: the
         # study's 2N^2 + 6NR against 3N^2 multiply-adds (study.md section 4). Attention scores are
         # left out. Of experts those count that a token passes through.
-        adapters = sum(
-            self.rank_of(m) * (m.d_in + m.d_out) * m.count * m.n_active // m.n_experts
-            for m in model.matrices(parse_layers(self.layers))
-        )
+        matrices = model.matrices(parse_layers(self.layers))
+        adapters = sum(self.n_trained(model, m, active=True) for m in matrices)
         return n_tokens * (4.0 * model.n_active_params + 6.0 * adapters)
 
     def target_layers(self) -> tuple[str, ...]:
@@ -134,11 +194,11 @@ class LoRA(Method):
     def attach(
         self,
         base: "nn.Module",
-        targets: "dict[str, nn.Linear]",
+        targets: "dict[str, Target]",
         methods: "Sequence[LoRA]",
         seeds: Sequence[int],
     ) -> "StackedAdapters":
-        from lorasweep.methods.stacked.linear import StackedAdapters
+        from lorasweep.methods.stacked.adapters import StackedAdapters
 
         return StackedAdapters(base, targets, methods, seeds)
 

@@ -1,9 +1,42 @@
-"""The interface between a method and the training loop: the parameters that are trained."""
+"""The interface between a method and the training loop: what it is handed, and what it trains."""
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Union
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one layer: a module with `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+
+    E experts, H hidden, I the width of one expert; gate's rows come before up's.
+    """
+
+    module: Any
+    n_active: int
+    """How many of them a token passes through."""
+
+
+@dataclass(frozen=True)
+class Router:
+    """What chooses the experts of a layer for each token: a module with `weight` [E, H]."""
+
+    module: Any
+
+
+Target: TypeAlias = Union["nn.Linear", Experts, Router]
+
+
+def weights_of(target: Target) -> "Iterator[torch.Tensor]":
+    """Yield the weights of a target."""
+    if isinstance(target, Experts):
+        yield from (target.module.gate_up_proj, target.module.down_proj)
+    else:
+        yield (target.module if isinstance(target, Router) else target).weight
 
 
 class Parameters(Protocol):

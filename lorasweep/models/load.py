@@ -70,6 +70,7 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
     import torch
     import transformers
 
+    from lorasweep.models.experts import use_grouped_experts
     from lorasweep.models.precision import MASTER_DTYPES, hold_in_bf16
 
     dtype = MASTER_DTYPES[precision]
@@ -94,6 +95,7 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
                 "conf/model with source=folder."
             ) from error
     check_shape(model, spec)
+    use_grouped_experts(model, spec)
     model = model.to(dtype).eval()
     for p in model.parameters():
         if p.dtype != dtype:
@@ -198,6 +200,9 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     want = {k: getattr(spec, k) for k in list(got)[:4]} | {"parameters": spec.n_params}
+    if spec.n_experts:
+        got["active experts"] = getattr(config, "num_experts_per_tok", None)
+        want["active experts"] = spec.n_active_experts
     wrong = [f"{k} is {got[k]}, described as {want[k]}" for k in got if got[k] != want[k]]
     if spec.weights_dtype == "bf16":
         finer = [n for n, p in bf16_matrices(model).items() if not are_bf16(p.detach())]

@@ -11,6 +11,9 @@ MASTER_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.flo
 COMPUTE_DTYPES = {**MASTER_DTYPES, "bf16": torch.bfloat16}
 """Type of activations and weight copies in matrix products."""
 
+EXPERT_STACKS = ("gate_up_proj", "down_proj")
+"""Parameters of a module of experts, [experts, outputs, inputs]."""
+
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Return the context in which transformers' forward passes run."""
@@ -22,15 +25,17 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 def bf16_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the matrices that can be held in bf16 under autocast without a change of any number.
 
-    Autocast rounds the weight of an nn.Linear to bf16 anyway. The rows of an nn.Embedding are read
-    as they are, and `hold_in_bf16` widens them. Modules derived from these may do other things with
-    their weights, so a matrix that one of them has stays as it is.
+    Autocast rounds the weight of an nn.Linear to bf16 anyway, and `experts_forward` rounds stacks
+    of experts. The rows of an nn.Embedding are read as they are, and `hold_in_bf16` widens them.
+    Modules derived from these may do other things with their weights, so a matrix that one of them
+    has stays as it is.
     """
     found: dict[str, nn.Parameter] = {}
     others: set[int] = set()
     for name, module in model.named_modules():
         for kind, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            if kind == "weight" and type(module) in (nn.Linear, nn.Embedding):
+            is_plain = kind == "weight" and type(module) in (nn.Linear, nn.Embedding)
+            if is_plain or (kind in EXPERT_STACKS and p.dim() == 3):
                 found[f"{name}.{kind}"] = p
             else:
                 others.add(id(p))

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
 from lorasweep.spec.canonical import Value
-from lorasweep.spec.model import LAYER_SETS, ModelSpec
+from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorasweep.methods.trainables import Trainables
+    from lorasweep.methods.trainables import Target, Trainables
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,30 @@ class Method(Value):
     def attach(
         self,
         base: "nn.Module",
-        targets: "dict[str, nn.Linear]",
+        targets: "dict[str, Target]",
         methods: "Sequence[Any]",
         seeds: Sequence[int],
     ) -> "Trainables":
         """Attach N = len(methods) members to the loaded `base` and return their Trainables.
 
-        `targets`: name -> module of `base`, for each matrix in target_layers().
+        `targets`: name -> what holds the matrices of target_layers() in `base`.
         """
         raise NotImplementedError
 
 
 @cache
 def parse_layers(layers: str) -> tuple[str, ...]:
-    """Split 'attention+mlp' into layer sets, in canonical order; 'all' means all three."""
+    """Split 'attention+mlp' into layer sets, in canonical order; 'all' means all but the router."""
     parts = LAYER_SETS if layers == "all" else tuple(p.strip() for p in layers.split("+"))
-    bad = [p for p in parts if p not in LAYER_SETS]
+    allowed = (*LAYER_SETS, ROUTER)
+    bad = [p for p in parts if p not in allowed]
     if bad:
         raise SpecError(
             f"layers={layers!r}: unknown layer set {', '.join(map(repr, bad))}. "
-            f"Allowed: {', '.join(LAYER_SETS)}, joined by '+', or 'all'. "
+            f"Allowed: {', '.join(allowed)}, joined by '+', or 'all'. "
             "Example: method.layers=attention+mlp"
         )
-    return tuple(p for p in LAYER_SETS if p in parts)
+    return tuple(p for p in allowed if p in parts)
 
 
 @cache

@@ -12,6 +12,9 @@ from lorasweep.errors import SpecError
 from lorasweep.spec.canonical import Value, not_allowed
 
 LAYER_SETS = ("attention", "mlp", "unembedding")
+ROUTER = "router"
+"""A layer set of models with experts that 'all' leaves out: it is frozen unless it is named."""
+EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 MODEL_SOURCES = ("hub", "folder", "gguf", "recipe")
 WEIGHTS_DTYPES = ("fp32", "bf16")
 
@@ -113,6 +116,13 @@ class ModelSpec(Value):
 
     def _matrices_of(self, layer_set: str) -> list[Matrix]:
         h, q, kv = self.hidden_size, self.n_heads * self.head_size, self.n_kv_heads * self.head_size
+        if layer_set == ROUTER:
+            if not self.n_experts:
+                raise SpecError(
+                    f"model {self.name!r} has no experts, so it has no layer set 'router'. "
+                    f"Allowed: {', '.join(LAYER_SETS)}."
+                )
+            return [Matrix(h, self.n_experts, self.n_layers)]
         shape = {
             "q_proj": (h, q),
             "k_proj": (h, kv),
@@ -127,8 +137,8 @@ class ModelSpec(Value):
         if not names or not set(names) <= shape.keys():
             raise SpecError(
                 f"model {self.name!r}: layer set {layer_set!r} is {list(names)}, which matches no "
-                f"known nn.Linear. Known: {', '.join(shape)}. Mixture-of-experts weights are not "
-                "nn.Linear modules and are refused: choose another layer set or a dense model."
+                f"known matrix. Known: {', '.join(shape)}. Experts have these names too: give the "
+                "model's n_experts and n_active_experts."
             )
         count = 1 if layer_set == "unembedding" else self.n_layers
         experts = (1, 1)
@@ -136,10 +146,23 @@ class ModelSpec(Value):
             experts = (self.n_experts, self.n_active_experts)
         return [Matrix(*shape[name], count * experts[0], *experts) for name in names]
 
+    def modules(self, layer_set: str) -> tuple[tuple[str, ...], int]:
+        """Name the modules that hold a layer set (last part of the full name), and count them.
+
+        Experts of a layer are one module, with a stack of matrices.
+        """
+        if layer_set == ROUTER:
+            return ("gate",), self.n_layers
+        if layer_set == "mlp" and self.n_experts:
+            return ("experts",), self.n_layers
+        names = getattr(self, layer_set)
+        return names, len(names) * (1 if layer_set == "unembedding" else self.n_layers)
+
     def set_of(self, name: str) -> str:
         """Return the layer set of a parameter or module; 'rest' for embedding and norms."""
         parts = name.split(".")
-        found = (s for s in LAYER_SETS if not set(getattr(self, s)).isdisjoint(parts))
+        sets = (*LAYER_SETS, ROUTER) if self.n_experts else LAYER_SETS
+        found = (s for s in sets if not set(self.modules(s)[0]).isdisjoint(parts))
         return next(found, "rest")
 
     @cached_property
@@ -194,6 +217,8 @@ class ModelSpec(Value):
                 f"{where}n_active_experts={self.n_active_experts} of n_experts={self.n_experts}: "
                 "expected 1 to n_experts, or 0 of 0 for a dense MLP."
             )
+        if self.n_experts and self.mlp != EXPERT_MATRICES:
+            yield f"{where}mlp={list(self.mlp)}: experts have {list(EXPERT_MATRICES)}."
         if self.source == "recipe" and self.recipe is None:
             yield f"{where}source=recipe needs a `recipe:` block."
         if self.source != "recipe" and self.recipe is not None:

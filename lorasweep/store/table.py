@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import StoreError
 from lorasweep.methods.registry import spec_from
+from lorasweep.spec.method import parse_layers
 from lorasweep.spec.run import TRAIN_VERSION, RunSpec, validate
 from lorasweep.store.run_store import FINAL, RunStore
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 _METHOD_COLUMNS = ("rank", "alpha", "layers", "scope")
 _LATER = {"scaling_by": "rank", "init_scale": 1.0, "lr_b_ratio": 1.0, "start": "a", "init_seed": 0}
 """Fields of LoRA that old specs do not have, with the values that reproduce the old behaviour."""
+_OF_EXPERTS = {"expert_rank": "active", "expert_alpha": None, "expert_outer": "own"}
+"""Fields of LoRA that only models with experts have a value of, with their defaults."""
 _RESULT_COLUMNS = (
     "test_nll",
     "test_bpb",
@@ -77,6 +80,10 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     row |= {k: method.get(k) for k in _METHOD_COLUMNS}
     lora = method["name"] == "lora"
     row |= {k: method.get(k, past if lora else None) for k, past in _LATER.items()}
+    adapted = lora and spec["model"].get("n_experts") and "mlp" in parse_layers(method["layers"])
+    row |= {k: method.get(k, past) if adapted else None for k, past in _OF_EXPERTS.items()}
+    if adapted and row["expert_alpha"] is None:
+        row["expert_alpha"] = method["alpha"]
     row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method")}
     row |= {"hidden_size": spec["model"]["hidden_size"]}
     row |= {k: result.get(k) for k in _RESULT_COLUMNS}

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from lorasweep.models.backend import backend
+from lorasweep.models.experts import ExpertTokens
 from lorasweep.models.load import Base
 from lorasweep.models.targets import find_targets
 from lorasweep.spec.run import RunSpec
@@ -41,6 +42,7 @@ def train(
     at_start = objective.start(base, members)  # nothing is attached yet: all runs start as the base
     targets = find_targets(model, pack[0].model, method.target_layers())
     trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
+    counts = ExpertTokens(model)
     try:
         passes = backend(model)
         optimizer = AdamW.start(trainables, pack)
@@ -82,9 +84,10 @@ def train(
             records: dict[str, Record] = {}
             diverged = set()
             update = objective.metrics(losses)
+            of_experts = counts.take(len(members))
             for k, m in enumerate(members):
                 n_tokens = sum(b.tokens_N[k] for b in batches)
-                progress[m.id].add(n_tokens, seconds)
+                progress[m.id].add(n_tokens, seconds, of_experts[k])
                 records[m.id] = {
                     "step": step,
                     "examples": step * m.batch_size,
@@ -132,6 +135,7 @@ def train(
                     "tokens": progress[m.id].tokens,
                     **update[k],
                     "curve": progress[m.id].curve,
+                    **progress[m.id].of_experts(),
                     "base_sha256": base.sha256,
                     **({"base_commit": base.commit} if base.commit else {}),
                 }
@@ -166,4 +170,5 @@ def train(
                 if stay:
                     optimizer.keep(stay)
     finally:
+        counts.close()
         trainables.detach()

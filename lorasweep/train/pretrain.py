@@ -15,6 +15,7 @@ import torch
 from lorasweep.data.batches import collate, eval_batches
 from lorasweep.data.examples import Data
 from lorasweep.data.load import load as load_data
+from lorasweep.models.experts import use_grouped_experts
 from lorasweep.models.recipe import empty_model, file_name, find_weights
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec, Recipe
@@ -24,7 +25,7 @@ from lorasweep.train.objectives.nll import nll_sums
 from lorasweep.train.optim import AdamW, OneRun
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
 EVAL_TOKENS = 8192
 
@@ -47,7 +48,7 @@ def ensure(
     save(model, path)
 
 
-def save(model: "LlamaForCausalLM", path: Path) -> None:
+def save(model: "PreTrainedModel", path: Path) -> None:
     """Write the weights, rounded to bf16, in one atomic step."""
     from safetensors.torch import save_file
 
@@ -65,18 +66,19 @@ def save(model: "LlamaForCausalLM", path: Path) -> None:
 
 def pretrain(
     spec: ModelSpec, progress: Callable[[int, float], None] | None = None
-) -> tuple["LlamaForCausalLM", float]:
+) -> tuple["PreTrainedModel", float]:
     """Train the base by its recipe; return the model and its held-out NLL in nats per token."""
     assert spec.recipe is not None
     torch.manual_seed(spec.recipe.seed)
     model, data = empty_model(spec), pretraining_data(spec.recipe)
+    use_grouped_experts(model, spec)
     for step, nll in updates(model, spec.recipe, data):
         if progress is not None:
             progress(step, nll)
     return model, held_out_nll(model, data)
 
 
-def updates(model: "LlamaForCausalLM", recipe: Recipe, data: Data) -> Iterator[tuple[int, float]]:
+def updates(model: "PreTrainedModel", recipe: Recipe, data: Data) -> Iterator[tuple[int, float]]:
     """Train `model` in place; yield each update's number and its loss in nats per token.
 
     AdamW, gradients clipped to norm 1. Linear warm-up over 5% of the updates, then a cosine to a
@@ -112,6 +114,6 @@ def pretraining_data(recipe: Recipe) -> Data:
     return load_data(spec, data_dirs=())
 
 
-def held_out_nll(model: "LlamaForCausalLM", data: Data) -> float:
+def held_out_nll(model: "PreTrainedModel", data: Data) -> float:
     """Return the mean loss over the held-out rows, in nats per token."""
     return evaluate(model, [eval_batches(data.test, EVAL_TOKENS)], "fp32")[0]

@@ -27,6 +27,8 @@ class Progress:
     tokens: int = 0
     step_s: list[float] = field(default_factory=list)
     """Seconds of each update in this attempt: the time of the pack divided by its members."""
+    expert_tokens: list[list[int]] = field(default_factory=list)
+    """Training tokens of each expert, by layer; empty without experts."""
 
     @classmethod
     def start(cls, measures: Record) -> "Progress":
@@ -36,15 +38,24 @@ class Progress:
     def load(self, meta: dict[str, Any]) -> None:
         """Restore the values of a checkpoint."""
         self.curve, self.tokens = list(meta["curve"]), meta["tokens"]
+        self.expert_tokens = meta.get("expert_tokens", [])
 
     def state(self) -> dict[str, Any]:
         """Return the values for a checkpoint."""
-        return {"curve": self.curve, "tokens": self.tokens}
+        return {"curve": self.curve, "tokens": self.tokens, **self.of_experts()}
 
-    def add(self, n_tokens: int, seconds: float) -> None:
-        """Count an update."""
+    def of_experts(self) -> dict[str, list[list[int]]]:
+        """Return the tokens of each expert for a result; nothing without experts."""
+        return {"expert_tokens": self.expert_tokens} if self.expert_tokens else {}
+
+    def add(self, n_tokens: int, seconds: float, of_experts: list[list[int]]) -> None:
+        """Count an update; `of_experts`: its tokens by layer and expert."""
         self.tokens += n_tokens
         self.step_s.append(seconds)
+        before = self.expert_tokens or [[0] * len(layer) for layer in of_experts]
+        self.expert_tokens = [
+            [a + b for a, b in zip(*layers)] for layers in zip(before, of_experts)
+        ]
 
     def point(self, record: Record, measures: tuple[str, ...]) -> None:
         """Add an evaluation to the learning curve."""

@@ -1,41 +1,60 @@
 """Write one member's adapter in PEFT's format.
 
 Refuses to know how the tensors were trained.
+
+Shapes: E experts, r rank of an expert, H hidden, I width of an expert.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+
+from lorasweep.errors import ModelError
+
+State = Mapping[str, torch.Tensor]
+ROUTER = "mlp.gate"
+TOLERANCE = 1e-12
+"""Largest difference of an expert's change, relative to its largest number, in float64."""
 
 
 def save_peft(
     folder: Path,
-    state: dict[str, torch.Tensor],
+    state: State,
     rank: int,
-    scaling: float,
     base_name: str,
-    revision: str | None = None,
+    revision: str | None,
+    scaling: float,
+    n_experts: int = 0,
+    expert_scaling: float = 0.0,
 ) -> None:
     """Write one member as a folder that PeftModel loads.
 
-    `state`: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]. `scaling`: the factor on
-    B A x in training, by whatever rule; PEFT divides lora_alpha by the rank, so that is scaling *
-    rank. `base_name`, `revision`: where PEFT finds the base. An adapted unembedding is written too.
-    If it is tied to the embedding, never merge the adapter: that would change the embedding as
-    well.
+    `state`: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]; of experts
+    '<experts>.gate_proj.A' and so on, as in Factors. `scaling`, `expert_scaling`: the factor on B A
+    x in training, by whatever rule; PEFT divides lora_alpha by the rank, so that is scaling * rank.
+    `base_name`, `revision`: where PEFT finds the base. An adapted unembedding is written too. If it
+    is tied to the embedding, never merge the adapter: that would change the embedding as well.
+
+    Raises:
+        ModelError: an expert's change as PEFT reads it is not that of `state`; nothing is written.
     """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, modules = {}, set()
-    for name, tensor in state.items():
+    of_experts = {n: t for n, t in state.items() if _is_expert(n)}
+    tensors, ranks = _experts(of_experts, n_experts)
+    modules, parameters = set(), set(ranks)
+    for name in state.keys() - of_experts.keys():
         module, _, which = name.rpartition(".")
-        modules.add(module.rpartition(".")[2])
-        key = f"base_model.model.{module}.lora_{which}.weight"
-        tensors[key] = tensor.detach().cpu().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {
+        tensors[f"{module}.lora_{which}"] = state[name]
+        if module.endswith(ROUTER):  # its weight is a parameter, not an nn.Linear
+            parameters.add(f"{ROUTER}.weight")
+        else:
+            modules.add(module.rpartition(".")[2])
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
@@ -48,4 +67,79 @@ def save_peft(
         "inference_mode": True,
         "use_rslora": False,
     }
+    if parameters:
+        config["target_parameters"] = sorted(parameters)
+        config["rank_pattern"] = ranks
+        config["alpha_pattern"] = {k: expert_scaling * r for k, r in ranks.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = "base_model.model"
+    written = {f"{prefix}.{n}.weight": t.detach().cpu().contiguous() for n, t in tensors.items()}
+    save_file(written, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _is_expert(name: str) -> bool:
+    return name.split(".")[-3:-2] == ["experts"]
+
+
+def _experts(state: State, n_experts: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Return the factors of all layers' experts in PEFT's layout, and the rank of each parameter.
+
+    PEFT has one pair for gate and up: A of both one above the other, B block-diagonal. It holds A
+    as rows (expert, rank) and B as columns (rank, expert): the expert slowest in one, fastest in
+    the other. The module of down wraps that of gate and up.
+    """
+    found: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for experts in dict.fromkeys(n.rsplit(".", 2)[0] for n in state):
+        of = {part: _pair(state, f"{experts}.{part}_proj", n_experts) for part in _PARTS}
+        (a_gate, b_gate), (a_up, b_up), down = (of[part] for part in _PARTS)
+        rank = b_gate.shape[-1]
+        ranks = {"mlp.experts.gate_up_proj": 2 * rank, "mlp.experts.down_proj": rank}
+        b_both = [F.pad(b_gate, (0, rank)), F.pad(b_up, (rank, 0))]
+        both = torch.cat([a_gate, a_up], 1), torch.cat(b_both, 1)
+        for where, (a_ErI, b_EOr) in ((f"{experts}.base_layer", both), (experts, down)):
+            found[f"{where}.lora_A"] = a_ErI.flatten(0, 1)
+            found[f"{where}.lora_B"] = b_EOr.permute(1, 2, 0).flatten(1)
+        _check(experts, of, found)
+    return found, ranks
+
+
+_PARTS = ("gate", "up", "down")
+
+
+def _pair(state: State, name: str, n_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A [E, r, I] and B [E, O, r] of every expert; a shared factor is repeated."""
+    a, b = state[f"{name}.A"], state[f"{name}.B"]
+    rank, down = b.shape[-1], name.endswith("down_proj")
+    of_a = 1 if not down and len(a) == rank else n_experts
+    # down's B has the rows of the hidden side, as many as gate's A has columns
+    hidden = state[f"{name.rpartition('.')[0]}.gate_proj.A"].shape[-1]
+    of_b = 1 if down and len(b) == hidden else n_experts
+    stacks = a.unflatten(0, (of_a, -1)), b.unflatten(0, (of_b, -1))
+    return stacks[0].expand(n_experts, -1, -1), stacks[1].expand(n_experts, -1, -1)
+
+
+def _check(experts: str, of: dict[str, tuple[torch.Tensor, torch.Tensor]], found: State) -> None:
+    """Compare each expert's change, as PEFT reads the layout, with the product of its own factors.
+
+    Raises:
+        ModelError: they differ.
+    """
+    n_experts = len(of["down"][0])
+    want = {part: b.double() @ a.double() for part, (a, b) in of.items()}
+    for where, whole in (
+        (f"{experts}.base_layer", torch.cat([want["gate"], want["up"]], 1)),
+        (experts, want["down"]),
+    ):
+        a, b = found[f"{where}.lora_A"].double(), found[f"{where}.lora_B"].double()
+        a_ErI = a.reshape(n_experts, -1, a.shape[-1])
+        b_OrE = b.reshape(len(b), -1, n_experts)
+        for e in range(n_experts):
+            read, own = b_OrE[:, :, e] @ a_ErI[e], whole[e]
+            if not torch.allclose(read, own, rtol=0, atol=TOLERANCE * float(own.abs().max())):
+                raise ModelError(
+                    f"{where}: in PEFT's layout expert {e} would change by up to "
+                    f"{float((read - own).abs().max()):.1e} otherwise than in training. Nothing "
+                    "was written; this is an error of lorasweep."
+                )

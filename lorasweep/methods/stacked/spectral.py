@@ -24,7 +24,12 @@ def largest_singular(gram_kk: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the largest singular value of a matrix, as a float64 tensor without dimensions."""
+    """Return the largest singular value of a matrix, as a float64 tensor without dimensions.
+
+    A stack of matrices [E, ...] counts as one block-diagonal matrix.
+    """
+    if matrix.dim() == 3:
+        return torch.stack([spectral_norm(m) for m in matrix]).amax()
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
     blocks = (rows.double() for rows in tall.split(BLOCK))
     return largest_singular(torch.stack([rows.mT @ rows for rows in blocks]).sum(0))
@@ -32,18 +37,21 @@ def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def factor_norms(
-    a_nrI: torch.Tensor, b_nOr: torch.Tensor
+    a_nErI: torch.Tensor, b_nEOr: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return |A|, |B| and |B A| of each member, [n] each, from products r x r.
 
-    |B A|^2 is the largest eigenvalue of S (B'B) S' with A A' = S' S. Its relative error is about
-    r * 1e-16 * (|A| |B| / |B A|)^2.
+    The E pairs of a member count as one block-diagonal matrix; E may be 1 in either factor, which
+    all pairs then share. |B A|^2 is the largest eigenvalue of S (B'B) S' with A A' = S' S. Its
+    relative error is about r * 1e-16 * (|A| |B| / |B A|)^2.
     """
-    a, b = a_nrI.double(), b_nOr.double()
-    gram_a, gram_b = torch.bmm(a, a.mT), torch.bmm(b.mT, b)
-    finite = gram_a.isfinite().all(-1).all(-1)
-    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], gram_a, 0.0))
+    a, b = a_nErI.double(), b_nEOr.double()
+    gram_a, gram_b = a @ a.mT, b.mT @ b
+    finite = gram_a.isfinite().all(-1).all(-1)[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(finite, gram_a, 0.0))
     s = values.clamp_min(0).sqrt()[..., None] * vectors.mT
-    both = torch.where(finite[:, None, None], s @ gram_b @ s.mT, torch.nan)
-    norms_3n = largest_singular(torch.stack([gram_a, gram_b, (both + both.mT) / 2]))
-    return norms_3n[0], norms_3n[1], norms_3n[2]
+    both = torch.where(finite, s @ gram_b @ s.mT, torch.nan)
+    norm_a, norm_b, norm_delta = (
+        largest_singular(gram).amax(1) for gram in (gram_a, gram_b, (both + both.mT) / 2)
+    )
+    return norm_a, norm_b, norm_delta

@@ -53,7 +53,7 @@ def test_peft_computes_the_logits_that_were_trained(tmp_path, scaling_by, tied, 
             want = model(input_ids=tokens).logits
         state = {trainables.part_of(n)[0]: p[0] for n, p in trainables.parameters().items()}
         folder = tmp_path / str(rank)
-        save_peft(folder, state, rank, method.scaling, "nobody/small", "abc")
+        save_peft(folder, state, rank, "nobody/small", "abc", method.scaling)
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["lora_alpha"] == method.scaling * rank  # a float is kept exactly
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).double()

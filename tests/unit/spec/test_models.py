@@ -85,7 +85,7 @@ def test_a_dense_model_is_one_where_every_token_passes_through_all():
 def test_a_rank_that_experts_cannot_share_is_refused(rank):
     spec = dataclasses.replace(tiny_spec(), model=model_of("qwen3-30b-a3b-base"))
     with pytest.raises(
-        SpecError, match=r"rank/8, as 8 are active. Expected a multiple of 8: 8, 16"
+        SpecError, match=r"rank/8 by method.expert_rank=active\. Expected a multiple of 8: 8, 16"
     ):
         validate(dataclasses.replace(spec, method=LoRA(rank=rank)))
     validate(dataclasses.replace(spec, method=LoRA(rank=rank, layers="attention")))

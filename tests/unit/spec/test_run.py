@@ -215,11 +215,14 @@ def test_values_of_another_type_are_refused_at_construction(make, words):
         make()
 
 
-def test_experts_are_refused():
+def test_matrices_that_are_not_known_are_refused():
     spec = tiny_spec()
     model = dataclasses.replace(spec.model, mlp=["experts"])
-    with pytest.raises(SpecError, match="Mixture-of-experts"):
+    with pytest.raises(SpecError, match=r"Experts have these names too: give .* n_experts"):
         validate(dataclasses.replace(spec, model=model, method=LoRA(layers="mlp", rank=1)))
+    assert "experts have ['gate_proj'" in str(
+        dataclasses.replace(model, n_experts=4, n_active_experts=2).problem
+    )
 
 
 def test_axes_are_looked_up_in_method_then_spec():

@@ -1,0 +1,442 @@
+"""Adapters of experts: against a loop over merged weights and against PEFT in float64, their counts,
+and the packs and full fine-tuning of a model with experts."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+
+from lorasweep.data.examples import Data, Example
+from lorasweep.errors import ModelError, SpecError
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.methods.stacked.factors import Factors
+from lorasweep.methods.stacked.peft_export import save_peft
+from lorasweep.models import load as models
+from lorasweep.models.experts import use_grouped_experts
+from lorasweep.models.precision import autocast, hold_in_bf16
+from lorasweep.models.recipe import empty_model
+from lorasweep.models.targets import find_targets
+from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.streams import stream
+from lorasweep.train.optim import AdamW
+from tests.training import attached, run, worst
+from tests.world import tiny_spec
+
+SHAPE = ModelSpec(
+    name="small-experts",
+    source="hub",
+    location="nobody/small-experts",
+    hidden_size=16,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=1,
+    head_size=8,
+    mlp_size=24,
+    vocab_size=20,
+    qk_norm=True,
+    n_experts=4,
+    n_active_experts=2,
+)
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+def moe(implementation="ours", seed=0):
+    """A Qwen3-MoE in float64, with weights large enough for its experts to matter."""
+    torch.manual_seed(seed)
+    model = empty_model(SHAPE).double()
+    for p in model.parameters():
+        p.data.normal_(0, 0.4)
+    if implementation == "ours":
+        use_grouped_experts(model, SHAPE)
+    else:
+        model.set_experts_implementation(implementation)
+    return model.eval()
+
+
+def perturbed(trainables):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in trainables.parameters().values():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    return trainables
+
+
+def pack_of(model, methods):
+    targets = find_targets(model, SHAPE, methods[0].target_layers())
+    return methods[0].attach(model, targets, methods, list(range(len(methods))))
+
+
+def merged(model, method, state):
+    """The base's weights with one member's adapters added, expert by expert."""
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    rank = method.expert_rank_of(SHAPE.n_experts, SHAPE.n_active_experts)
+    for name in {n.rpartition(".")[0] for n in state}:
+        a, b = state[f"{name}.A"], state[f"{name}.B"]
+        experts, _, part = name.rpartition(".")
+        if not experts.endswith("experts"):
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + method.scaling * b @ a
+            continue
+        width = SHAPE.hidden_size if part == "down_proj" else SHAPE.mlp_size
+        deltas = []
+        for e in range(SHAPE.n_experts):  # a factor of fewer rows is shared
+            own_a = a if len(a) == rank else a[e * rank : (e + 1) * rank]
+            own_b = b if len(b) == width else b[e * width : (e + 1) * width]
+            deltas.append(method.expert_scaling(rank) * own_b @ own_a)
+        whole, delta = "down_proj" if part == "down_proj" else "gate_up_proj", torch.stack(deltas)
+        if part != "down_proj":
+            none = torch.zeros_like(delta)
+            delta = torch.cat([delta, none] if part == "gate_proj" else [none, delta], 1)
+        weights[f"{experts}.{whole}"] = weights[f"{experts}.{whole}"] + delta
+    return weights
+
+
+READINGS = [
+    LoRA(rank=4, expert_rank="all"),
+    LoRA(rank=4, expert_rank="all", expert_alpha=8.0),
+    LoRA(rank=4),
+    LoRA(rank=4, expert_rank="whole", alpha=8.0, expert_alpha=32.0, scaling_by="sqrt_rank"),
+    LoRA(rank=8, expert_rank="all"),
+]
+
+
+@pytest.mark.parametrize("outer", ["own", "shared"])
+@pytest.mark.parametrize("layers", ["mlp", "attention+mlp+unembedding+router"])
+def test_a_pack_is_a_loop_over_merged_experts(norms_in_float64, layers, outer):
+    """All readings of the rank in one pack; logits and every gradient, 1e-12."""
+    methods = [
+        dataclasses.replace(m, layers=layers, expert_outer=outer, rank=min(m.rank, 4))
+        if "router" in layers
+        else dataclasses.replace(m, layers=layers, expert_outer=outer)
+        for m in READINGS
+    ]
+    for method in methods:
+        method.check(SHAPE)
+    model, reference = moe(), moe("eager")
+    tokens = torch.randint(SHAPE.vocab_size, (3 * len(methods), 7))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, reference(input_ids=tokens).logits)
+    trainables = perturbed(pack_of(model, methods))
+    params = trainables.parameters()
+    mixed = torch.randn(len(methods), 21, SHAPE.vocab_size, dtype=torch.float64)
+    logits = model(input_ids=tokens).logits.view_as(mixed)
+    (logits * mixed).sum().backward()
+    for k, method in enumerate(methods):
+        state, names = {}, {}
+        for name, p in params.items():
+            short, members = trainables.part_of(name)
+            if members.start <= k < members.stop:
+                state[short] = p.detach()[k - members.start].clone().requires_grad_()
+                names[short] = (name, k - members.start)
+        assert sum(p.numel() for p in state.values()) == method.n_trainable(SHAPE)
+        own = tokens.view(len(methods), 3, 7)[k]
+        want = functional_call(reference, merged(reference, method, state), (own,)).logits
+        assert torch.allclose(logits[k], want.flatten(0, 1), rtol=0, atol=1e-12)
+        (want.flatten(0, 1) * mixed[k]).sum().backward()
+        for short, p in state.items():
+            name, row = names[short]
+            scale = float(p.grad.abs().max())
+            assert scale > 0, short
+            assert torch.allclose(params[name].grad[row], p.grad, rtol=0, atol=1e-12 * scale)
+    trainables.detach()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, reference(input_ids=tokens).logits)
+
+
+def in_peft_layout(state, rank):
+    """Factors of gate and up as one pair of twice the rank: A one above the other, B block-diagonal.
+
+    PEFT holds A as (expert, rank) rows and B as (rank, expert) columns, the expert fastest.
+    """
+    n = SHAPE.n_experts
+    found = {}
+    for experts in sorted({k.rsplit(".", 2)[0] for k in state}):
+        a, b = (
+            {
+                p: state[f"{experts}.{p}_proj.{w}"].unflatten(0, (n, -1))
+                for p in ("gate", "up", "down")
+            }
+            for w in "AB"
+        )
+        both = torch.zeros(n, 2 * SHAPE.mlp_size, 2 * rank, dtype=torch.float64)
+        both[:, : SHAPE.mlp_size, :rank], both[:, SHAPE.mlp_size :, rank:] = b["gate"], b["up"]
+        for where, one, other in (
+            (f"{experts}.base_layer", torch.cat([a["gate"], a["up"]], 1), both),
+            (experts, a["down"], b["down"]),
+        ):
+            found[f"{where}.lora_A"] = one.flatten(0, 1)
+            found[f"{where}.lora_B"] = other.permute(1, 2, 0).flatten(1)
+    return found
+
+
+def peft_model(method):
+    from peft import LoraConfig, get_peft_model
+
+    rank = method.expert_rank_of(SHAPE.n_experts, SHAPE.n_active_experts)
+    scaling = method.expert_scaling(rank)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scaling * rank,
+        target_modules=[],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        rank_pattern={"mlp.experts.gate_up_proj": 2 * rank},
+        alpha_pattern={"mlp.experts.gate_up_proj": scaling * 2 * rank},
+    )
+    return get_peft_model(moe("eager"), config).double()
+
+
+def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64):
+    """PEFT's one pair for gate and up may mix them; where its B is block-diagonal, and stays so, it
+    is our two. Loss, gradients and one AdamW step, in float64."""
+    method = LoRA(rank=4, layers="mlp", expert_alpha=6.0)
+    rank, model, reference = 2, moe(), peft_model(method)
+    trainables = perturbed(attached(method, model, SHAPE))
+    ours = trainables.parameters()
+    theirs = {
+        n.removeprefix("base_model.model.").removesuffix(".default.weight"): p
+        for n, p in reference.named_parameters()
+        if p.requires_grad
+    }
+
+    def state(what):
+        return in_peft_layout({trainables.part_of(n)[0]: what(p) for n, p in ours.items()}, rank)
+
+    with torch.no_grad():
+        start = state(lambda p: p.detach()[0])
+        assert start.keys() == theirs.keys()
+        for name, p in theirs.items():
+            p.copy_(start[name])
+    tokens = torch.randint(SHAPE.vocab_size, (4, 9))
+    losses = []
+    for m in (model, reference):
+        losses.append(m(input_ids=tokens, labels=tokens).loss)
+        losses[-1].backward()
+    assert abs(float((losses[0] - losses[1]).detach())) < 1e-12
+    gradients, ones = state(lambda p: p.grad[0]), state(lambda p: torch.ones_like(p)[0])
+    for name, p in theirs.items():
+        p.grad *= ones[name]  # keep gate and up apart
+        assert float(p.grad.abs().max()) > 0
+        assert torch.allclose(p.grad, gradients[name], rtol=0, atol=1e-12), name
+    spec = tiny_spec(method=method, lr=1e-2)
+    optimizer = AdamW.start(trainables, [spec])
+    optimizer.step(0, optimizer.grad_norms())
+    torch.optim.AdamW(theirs.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0).step()
+    after = state(lambda p: p.detach()[0])
+    for name, p in theirs.items():
+        assert torch.allclose(p, after[name], rtol=0, atol=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("method", "experts"),
+    [
+        (LoRA(rank=8), 6_488_064),  # the study's text: rank / active experts
+        (LoRA(rank=8, expert_rank="whole"), 51_904_512),
+        (LoRA(rank=8, expert_rank="whole", expert_outer="shared"), 14_450_688),  # Tinker's table
+    ],
+)
+def test_published_counts_of_qwen3_30b(method, experts):
+    from lorasweep.config.compose import shipped_model
+
+    model = shipped_model("qwen3-30b-a3b-base")
+    assert method.n_trainable(model) == 8 * (experts + 835_584 + 153_984)
+    assert dataclasses.replace(method, layers="mlp").n_trainable(model) == 8 * experts
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (LoRA(rank=3), "rank/2 by method.expert_rank=active. Expected a multiple of 2: 2, 4, 8"),
+        (LoRA(rank=2, expert_rank="all"), "rank/4 by .*all"),
+        (LoRA(rank=4, expert_rank="some"), "Allowed: active, all, whole"),
+        (LoRA(rank=4, expert_outer="none"), "Allowed: own, shared"),
+        (LoRA(rank=4, expert_alpha=0.0), "expert_alpha=0.0: expected a number above 0"),
+        (LoRA(rank=4, layers="attention", expert_rank="all"), "no expert is adapted"),
+        (LoRA(rank=64, layers="mlp"), "would get rank 32. Allowed: up to 32"),
+        (LoRA(rank=8, layers="router"), "from 1 to 4, the smallest side"),
+    ],
+)
+def test_bad_settings_are_refused(method, words):
+    with pytest.raises(SpecError, match=words):
+        method.check(SHAPE)
+
+
+def test_the_router_and_the_readings_belong_to_models_with_experts():
+    dense = tiny_spec().model
+    for method in (LoRA(rank=4, layers="router"), FullFT(scope="matrices", layers="mlp+router")):
+        with pytest.raises(SpecError, match="has no experts, so it has no layer set 'router'"):
+            method.check(dense)
+    with pytest.raises(SpecError, match="expert_rank=whole has no effect on model 'tiny64'"):
+        LoRA(rank=4, expert_rank="whole").check(dense)
+    assert LoRA(layers="all").target_layers() == ("attention", "mlp", "unembedding")
+    plain = tiny_spec(method=LoRA(rank=4)).method.canonical
+    assert "expert" not in plain
+
+
+def test_a_set_that_matches_nothing_is_refused():
+    dense_shape = dataclasses.replace(SHAPE, n_experts=0, n_active_experts=0)
+    wider = dataclasses.replace(SHAPE, mlp_size=32)
+    for shape, layers, words in (
+        (dense_shape, "mlp", r"expected 6 modules named \['down_proj', .*found 0"),
+        (wider, "mlp", r"gate_up_proj \[4, 64, 16\].*model\.layers\.0\.mlp\.experts"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            find_targets(moe(), shape, (layers,))
+    model = moe()
+    model.model.layers[1].mlp.experts.is_transposed = True
+    with pytest.raises(ModelError, match=r"something else: .*layers\.1\.mlp\.experts"):
+        find_targets(model, SHAPE, ("mlp",))
+    with pytest.raises(ModelError, match="active experts is 2, described as 1"):
+        models.check_shape(model, dataclasses.replace(SHAPE, n_active_experts=1))
+
+
+def rows():
+    """Rows of 5 to 30 tokens, the second half of each bearing loss."""
+
+    def row(*names):
+        rng = stream(*names)
+        tokens = rng.integers(0, SHAPE.vocab_size, size=rng.integers(5, 31)).astype(np.int32)
+        return Example(tokens, np.arange(len(tokens)) > len(tokens) // 2)
+
+    def many(seed, start, count):
+        return [row("experts", seed, start + k) for k in range(count)]
+
+    return Data(many, many(-1, 0, 6), None)
+
+
+def based():
+    spec = tiny_spec(precision="fp64", lr=2e-3, steps=4, batch_size=3)
+    return dataclasses.replace(spec, model=SHAPE), models.Base(moe(), None, "random")
+
+
+def test_packs_are_the_runs_alone(norms_in_float64):
+    """All readings in one pack, one of which ends early; states after the last update, 1e-9. Every
+    token of an update, and its padding, is counted at two experts."""
+    spec, base = based()
+    pack = [
+        dataclasses.replace(spec, method=m, seed=k % 2, lr=1e-3 * (1 + k), steps=2 if k == 1 else 4)
+        for k, m in enumerate(READINGS)
+    ]
+    together, records = run(pack, base, rows(), micro_batch_size=2)
+    for member in pack:
+        alone, own = run([member], base, rows())
+        assert worst(alone[member.id], together[member.id]) < 1e-9
+        counted = np.array(alone[member.id]["meta"]["expert_tokens"])
+        assert counted.shape == (2, 4) and len(set(counted.sum(1))) == 1
+        assert counted.sum(1)[0] >= 2 * own[member.id][-1]["tokens"]
+        ours, last = records[member.id][-1], own[member.id][-1]
+        for name in ("test_nll", "train_nll", "norm_delta"):
+            assert ours[name] == pytest.approx(last[name], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [FullFT(), FullFT(scope="matrices", layers="mlp"), FullFT(scope="matrices", layers="router")],
+    ids=["all", "mlp", "router"],
+)
+def test_full_fine_tuning_trains_the_stacks(norms_in_float64, method):
+    """One step is torch's AdamW on the eager model; norms and spectra are those of each expert."""
+    spec, base = based()
+    spec = dataclasses.replace(spec, method=method, steps=1)
+    reference = moe("eager")
+    wanted = {"mlp": "experts", "router": "mlp.gate.weight"}.get(method.layers, "")
+    theirs = {n: p for n, p in reference.named_parameters() if wanted in n}
+    assert sum(p.numel() for p in theirs.values()) == method.n_trainable(SHAPE)
+    batch = rows().train(spec.seed, 0, spec.batch_size)
+    losses = []
+    for e in batch:
+        tokens = torch.from_numpy(e.tokens).long()
+        log_q = reference(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1)
+        nll = -log_q.gather(1, tokens[1:, None])[:, 0]
+        losses.append(nll[torch.from_numpy(e.loss[1:])])
+    torch.cat(losses).mean().backward()
+    start = {n: p.detach().clone() for n, p in theirs.items()}
+    torch.optim.AdamW(theirs.values(), lr=spec.lr, betas=(0.9, 0.95), weight_decay=0).step()
+    states, records = run([spec], base, rows())
+    got = states[spec.id]["tensors"]
+    assert {n.removeprefix("param/") for n in got if n.startswith("param/")} == theirs.keys()
+    for name, p in theirs.items():
+        solid = p.grad.abs() > 1e-9  # Adam's first step is the gradient's sign
+        assert torch.allclose(got[f"param/{name}"][solid], p[solid], rtol=0, atol=1e-9), name
+    delta = sum(float((p.detach() - start[n]).square().sum()) for n, p in theirs.items()) ** 0.5
+    assert records[spec.id][-1]["norm_delta"] == pytest.approx(delta, rel=1e-3)
+
+
+def test_spectra_are_those_of_the_largest_expert():
+    for outer in ("own", "shared"):
+        model, method = moe(), LoRA(rank=4, layers="mlp", expert_outer=outer)
+        trainables = perturbed(attached(method, model, SHAPE))
+        state = {
+            trainables.part_of(n)[0]: p[0].detach() for n, p in trainables.parameters().items()
+        }
+        (spectrum,), (norm,) = trainables.spectra(), trainables.norms()
+        base = {n: p.detach() for n, p in moe().named_parameters()}
+        changed = merged(moe(), method, state)
+        stacks = {n: changed[n] - base[n] for n in base if "experts" in n}
+        want = max(float(torch.linalg.svdvals(m)[0]) for m in stacks[f"{EXPERTS}.down_proj"])
+        assert spectrum[f"{EXPERTS}.down_proj"]["delta"] == pytest.approx(want, rel=1e-9)
+        total = sum(float(s.square().sum()) for s in stacks.values()) ** 0.5
+        assert norm["norm_delta"] == pytest.approx(total, rel=1e-9)
+
+
+def test_under_autocast_experts_are_computed_in_bf16_whatever_they_are_held_in():
+    """The same bits, of logits and gradients, with the stacks in fp32 and in bf16."""
+    wide = moe().float()
+    for p in wide.parameters():
+        p.data = p.data.to(torch.bfloat16).float()
+    narrow = copy.deepcopy(wide)
+    hold_in_bf16(narrow)
+    assert narrow.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
+    tokens, found = torch.randint(SHAPE.vocab_size, (4, 8)), []
+    for model in (wide, narrow):
+        trainables = perturbed(pack_of(model, READINGS[:2]))
+        with autocast("bf16", torch.device("cpu")):
+            logits = model(input_ids=tokens).logits
+        logits.float().square().sum().backward()
+        found.append([logits.detach(), *(p.grad for p in trainables.parameters().values())])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+    assert all(float(g.abs().max()) > 0 for g in found[0][1:])
+
+
+@pytest.mark.parametrize("outer", ["own", "shared"])
+def test_peft_computes_what_was_trained(tmp_path, norms_in_float64, outer):
+    """The file's round trip: all layer sets and the router, an alpha of the experts' own."""
+    from peft import PeftModel
+
+    method = LoRA(
+        rank=4,
+        layers="attention+mlp+unembedding+router",
+        alpha=8.0,
+        expert_alpha=6.0,
+        expert_outer=outer,
+        scaling_by="sqrt_rank",
+    )
+    model = moe().float()
+    trainables = perturbed(attached(method, model, SHAPE))
+    state = {trainables.part_of(n)[0]: p[0].detach() for n, p in trainables.parameters().items()}
+    scalings = (method.scaling, 4, method.scaling_of_experts(SHAPE))
+    assert scalings[2] == 6 / 2**0.5
+    save_peft(tmp_path, state, 4, "nobody/small-experts", None, *scalings)
+    loaded = PeftModel.from_pretrained(moe("eager").float(), tmp_path).double()
+    tokens = torch.randint(SHAPE.vocab_size, (3, 9))
+    model.double()
+    for factors in (m for m in model.modules() if isinstance(m, Factors)):
+        factors.scaling_N = factors.scaling_N.double()
+    with torch.no_grad():
+        want, got = model(input_ids=tokens).logits, loaded(input_ids=tokens).logits
+        start = moe()(input_ids=tokens).logits
+    assert (want - start).abs().max() > 0.1
+    assert torch.allclose(got, want, rtol=0, atol=1e-5)  # scalings in fp32
+
+
+def test_an_export_that_mixes_experts_up_writes_nothing(tmp_path, monkeypatch):
+    method, model = LoRA(rank=4, layers="mlp"), moe()
+    trainables = perturbed(attached(method, model, SHAPE))
+    state = {trainables.part_of(n)[0]: p[0].detach() for n, p in trainables.parameters().items()}
+    fastest = torch.Tensor.permute
+    monkeypatch.setattr(torch.Tensor, "permute", lambda t, *dims: fastest(t, 1, 0, 2))
+    with pytest.raises(ModelError, match=r"experts\.base_layer: in PEFT's layout expert 0 would"):
+        save_peft(tmp_path / "a", state, 4, "nobody/small", None, 8.0, 4, 16.0)
+    assert not (tmp_path / "a").exists()
