@@ -32,6 +32,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names
 from lorasweep.sweep.request import Request, question
+from lorasweep.sweep.trained import trained_plain, trained_text
 
 STOPPED = 130
 """Exit status after Ctrl-C."""
@@ -74,6 +75,8 @@ def act(
         return finished_runs.verify(request, store, all_points(request, store))
     if action == "plan":
         return _plan(request, store)
+    if action == "layers":
+        return _layers(request)
     if action == "extend":
         return finished_runs.extend(request, store, all_points(request, store))
     if action == "status":
@@ -258,6 +261,15 @@ def _plan(request: Request, store: RunStore) -> int:
         return 0
     lines = [plan_text.plan_text(request, now), *plan_text.queue_lines(difference)]
     print("\n".join([*lines, *(found.line() for found in outlooks)]))
+    return 0
+
+
+def _layers(request: Request) -> int:
+    """Print what each kind of run trains, by layer set."""
+    if request.format == "json":
+        print(json.dumps({"sweep": request.sweep_name, "kinds": trained_plain(request.points)}))
+    else:
+        print(trained_text(request.points))
     return 0
 
 

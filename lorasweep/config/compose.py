@@ -153,7 +153,7 @@ def _single(config: Config, run: RunSpec) -> list[Point]:
             "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
             "+sweep=NAME."
         )
-    if config.action not in ("run", "plan", "status", "cancel", "verify", "measure_packs"):
+    if config.action in ("export", "import", "adapter", "extend", "qualify"):
         return []
     validate(run)
     return [Point(run.method.name, run)]

@@ -30,6 +30,7 @@ ACTIONS = (
     "extend",
     "qualify",
     "measure_packs",
+    "layers",
 )
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")

@@ -100,6 +100,11 @@ class LoRA(Method):
         """Return the rank of an expert's adapter."""
         return self.rank // {"active": n_active, "all": n_experts, "whole": 1}[self.expert_rank]
 
+    def rank_of(self, matrix: Matrix) -> int:
+        if matrix.n_experts == 1:
+            return self.rank
+        return self.expert_rank_of(matrix.n_experts, matrix.n_active)
+
     def n_trained(self, model: ModelSpec, matrix: Matrix, active: bool = False) -> int:
         """Count the trained parameters of a kind of matrix; `active`: those that a token uses."""
         if matrix.n_experts == 1:
@@ -108,8 +113,7 @@ class LoRA(Method):
         of_inner = matrix.n_active if active else matrix.n_experts
         of_outer = of_inner if self.expert_outer == "own" else 1
         layers = matrix.count // matrix.n_experts
-        rank = self.expert_rank_of(matrix.n_experts, matrix.n_active)
-        return rank * (of_inner * inner + of_outer * model.hidden_size) * layers
+        return self.rank_of(matrix) * (of_inner * inner + of_outer * model.hidden_size) * layers
 
     def check(self, model: ModelSpec) -> None:
         layers = parse_layers(self.layers)

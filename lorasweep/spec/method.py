@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
 from lorasweep.spec.canonical import Value
-from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
+from lorasweep.spec.model import LAYER_SETS, ROUTER, Matrix, ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +45,10 @@ class Method(Value):
     def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
         """Estimate the floating-point operations of forward and backward over `n_tokens` tokens."""
         raise NotImplementedError
+
+    def rank_of(self, matrix: Matrix) -> int | None:
+        """Return the rank of the adapter of such a matrix; None if there is none."""
+        return None
 
     def target_layers(self) -> tuple[str, ...]:
         """Return the layer sets that `attach` needs the matrices of."""

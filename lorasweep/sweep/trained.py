@@ -1,0 +1,101 @@
+"""What each kind of run trains, by layer set. From shapes alone: no weights, no torch."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorasweep.spec.method import Method
+from lorasweep.spec.model import LAYER_SETS, ROUTER, Matrix, ModelSpec
+from lorasweep.sweep.grid import Point
+
+REST = "embedding, norms"
+HEAD = ("layer set", "matrices", "inputs x outputs", "rank", "trained", "weights")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one method trains of one layer set of a model."""
+
+    layer_set: str
+    matrices: int
+    """How many there are, every expert's counted."""
+    shapes: tuple[str, ...]
+    ranks: tuple[int, ...]
+    """Ranks of the adapters; empty without any."""
+    trained: int
+    weights: int
+
+
+def trained_by_set(method: Method, model: ModelSpec) -> list[Trained]:
+    """List what a method trains of each layer set; the counts add up to `n_trainable`."""
+    found = []
+    sets = method.target_layers()
+    for layer_set in (*LAYER_SETS, *([ROUTER] if model.n_experts else [])):
+        matrices = model.matrices((layer_set,))
+        weights = sum(m.size for m in matrices)
+        trained = 0 if sets else weights  # without a choice of sets, all weights are trained
+        ranks: set[int] = set()
+        if layer_set in sets:
+            only: dict[str, Any] = {"layers": layer_set}
+            trained = dataclasses.replace(method, **only).n_trainable(model)
+            ranks = {r for m in matrices if (r := method.rank_of(m)) is not None}
+        count, shapes = sum(m.count for m in matrices), dict.fromkeys(map(_shape, matrices))
+        found.append(
+            Trained(layer_set, count, tuple(shapes), tuple(sorted(ranks)), trained, weights)
+        )
+    trained, weights = method.n_trainable(model), model.n_params
+    rest = trained - sum(f.trained for f in found), weights - sum(f.weights for f in found)
+    return [*found, Trained(REST, 0, (), (), *rest)]
+
+
+def _shape(m: Matrix) -> str:
+    experts = f" of {m.n_experts} experts, {m.n_active} active" if m.n_experts > 1 else ""
+    return f"{m.d_in}x{m.d_out}{experts}"
+
+
+def kinds_of(points: Iterable[Point]) -> list[tuple[ModelSpec, Method]]:
+    """List the distinct models and methods of runs, in order."""
+    found = {(p.spec.model.name, p.spec.method.canonical): p.spec for p in points}
+    return [(s.model, s.method) for s in found.values()]
+
+
+def trained_text(points: Sequence[Point]) -> str:
+    """Write a table for each kind of run."""
+    return "\n\n".join(_table(model, method) for model, method in kinds_of(points))
+
+
+def _table(model: ModelSpec, method: Method) -> str:
+    rows = [HEAD]
+    for f in trained_by_set(method, model):
+        shown = str(f.matrices) if f.matrices else "-"
+        ranks = ", ".join(map(str, f.ranks)) or "-"
+        trained = f"{f.trained:,}" if f.trained else "frozen"
+        rows.append((f.layer_set, shown, ", ".join(f.shapes), ranks, trained, f"{f.weights:,}"))
+    total = f"{method.n_trainable(model):,}"
+    rows.append(("total", "", "", "", total, f"{model.n_params:,}"))
+    widths = [max(len(r[k]) for r in rows) for k in range(len(HEAD))]
+    number = (1, 3, 4, 5)
+    lines = [
+        "  ".join(
+            c.rjust(w) if k in number else c.ljust(w) for k, (c, w) in enumerate(zip(r, widths))
+        )
+        for r in rows
+    ]
+    fields = ", ".join(f"{k}={v}" for k, v in method.plain().items() if k != "name")
+    return "\n".join(
+        [f"{method.name} on {model.name} ({fields})", *(f"  {x.rstrip()}" for x in lines)]
+    )
+
+
+def trained_plain(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Return the tables as plain values."""
+    return [
+        {
+            "model": model.name,
+            "method": method.plain(),
+            "trained": method.n_trainable(model),
+            "layer_sets": [dataclasses.asdict(f) for f in trained_by_set(method, model)],
+        }
+        for model, method in kinds_of(points)
+    ]
