@@ -16,6 +16,10 @@ class SpecError(LorasweepError, ValueError):
     """A configuration, sweep or run specification that is not valid."""
 
 
+class NotAtScale(SpecError):
+    """A sweep that is not asked at the chosen scale."""
+
+
 class StoreError(LorasweepError):
     """A run folder that cannot be read or written, or belongs to another version."""
 

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lorasweep.config.folders import conf_dir, exec_of
 from lorasweep.config.ignored import refuse_overwritten, refuse_shadows, refuse_unread
 from lorasweep.config.schema import ACTIONS, FORMATS, MIRRORS, Config, writable
-from lorasweep.errors import SpecError, unknown
+from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.launch.slurm.resources import check as check_cluster
 from lorasweep.launch.slurm.resources import check_pack_size
 from lorasweep.methods.registry import method_classes, spec_from
@@ -40,6 +41,7 @@ REQUEST_KEYS = (
     *("sample", "max_difference", "watch", "prune"),
 )
 """Settings of the command itself, which a request keeps as they are."""
+NO_SCALE = re.compile(r"Interpolation key 'sweep\.at\.(\w+)\.")
 SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTILINE)
 """Matches lines with which a sweep's file sets more than the sweep."""
 SELECT_FILES = ("+sweep=", "scale=")
@@ -127,7 +129,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
         rest = [
             o for o in overrides if o != f"+sweep={sweep_name}" and not o.startswith("sweep.parts=")
         ]
-        parts = [_part(rest, name) for name in sweep.parts]
+        parts = [part for name in sweep.parts for part in _part(rest, name)]
         return Request(
             **common,
             sweep_name=sweep_name,
@@ -186,12 +188,17 @@ def _changed_parts(parts: Sequence[Request], overrides: Sequence[str]) -> str:
     return hashlib.sha256(titles.encode()).hexdigest()[:HASH_DIGITS]
 
 
-def _part(overrides: list[str], name: str) -> Request:
-    """Compose one part of a sweep that consists of sweeps, with the rest of the command line."""
+def _part(overrides: list[str], name: str) -> list[Request]:
+    """Compose one part of a sweep that consists of sweeps, with the rest of the command line.
+
+    Empty if it is not asked at this scale.
+    """
     names = option_names("sweep")
     if name not in names:
         raise SpecError(unknown("sweep", name, names))
-    return _composed([*overrides, f"+sweep={name}"])
+    with suppress(NotAtScale):
+        return [_composed([*overrides, f"+sweep={name}"])]
+    return []
 
 
 def _composed(overrides: list[str]) -> Request:
@@ -215,9 +222,13 @@ def _object(cfg: DictConfig) -> Any:
         OmegaConf.resolve(cfg)
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise SpecError(
-            f"configuration: {str(error).splitlines()[0]} (key {error.full_key or '?'})"
-        ) from None
+        message = str(error).splitlines()[0]
+        scale, known = NO_SCALE.search(message), OmegaConf.select(cfg, "sweep.at") or {}
+        if scale and scale[1] not in known:
+            raise NotAtScale(
+                f"this sweep is not asked at scale {scale[1]!r}. Its file has: {', '.join(known)}."
+            ) from None
+        raise SpecError(f"configuration: {message} (key {error.full_key or '?'})") from None
 
 
 def _run_spec(config: Config) -> RunSpec:
