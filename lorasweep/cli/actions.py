@@ -3,6 +3,7 @@
 Ties planning, launching and the analysis together. Refuses to know torch (the workers use it).
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -20,11 +21,12 @@ from lorasweep.launch import local
 from lorasweep.launch.measure_packs import measure_packs
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm import planning
+from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.slurm.running import RunningJobs
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan, summary
-from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.gpu.limits import refuse_unfit, within_limit
 from lorasweep.plan.same_data import refuse_mixing
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import files, looks
@@ -65,8 +67,10 @@ def act(
             all_points(request, store) if request.sweep and not request.parts else [],
             trainer_named(trainer) if trainer is None or isinstance(trainer, str) else trainer,
         )
-    if action == "plan" and hardware_of(request).has_speeds:
-        return forecast.show(request, store, hardware_of(request))
+    if request.hardware and hardware_of(request).has_speeds:
+        if action == "plan":
+            return forecast.show(request, store, hardware_of(request))
+        request = _within_limit(request)
     if request.parts:
         return study.each(
             request, lambda part: act(part, trainer), lambda part: _check(part, store)
@@ -97,8 +101,23 @@ def act(
     return _run(request, store, trainer)
 
 
+def _within_limit(request: Request) -> Request:
+    """Return the request without the runs that need more GPUs than one may take, and say so."""
+    kept = within_limit(request.points, hardware_of(request), request.exec)
+    if len(kept) < len(request.points):
+        _notify(request)(
+            f"{len(request.points) - len(kept)} runs need more than "
+            f"exec.max_gpus={request.exec.max_gpus} GPUs and are left out"
+        )
+    if request.points and not kept:
+        raise SpecError(f"no run is left within exec.max_gpus={request.exec.max_gpus}.")
+    return dataclasses.replace(request, points=kept)
+
+
 def _check(request: Request, store: RunStore) -> None:
     """Check before anything is trained, and raise what the user must correct."""
+    if request.hardware and hardware_of(request).has_speeds:
+        refuse_unfit(request.points, hardware_of(request), request.exec)
     check_available(request)
     answer.check_claims(request.sweep)
     refuse_mixing(_wanted(request, store), store, request.exec)
@@ -238,11 +257,6 @@ def _print_single(request: Request, store: RunStore, point: Point) -> None:
 
 
 # ---------------------------------------------------------------- plan
-
-
-def hardware_of(request: Request) -> Hardware:
-    """Return the hardware to plan for: the chosen one, or this machine."""
-    return from_plain(request.hardware) if request.hardware else detect.this_machine()
 
 
 def _plan(request: Request, store: RunStore) -> int:

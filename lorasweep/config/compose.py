@@ -247,10 +247,10 @@ def _hardware(config: Config) -> dict[str, Any]:
     if config.hardware == {"name": detect.NAME}:
         return {}
     name = from_plain(config.hardware).name
-    if config.action != "plan":
+    if config.action != "plan" and config.cluster.kind != "slurm":
         raise SpecError(
-            f"hardware={name} with action={config.action}: only action=plan plans for other "
-            "hardware. Add action=plan, or leave hardware out."
+            f"hardware={name} with action={config.action}: only action=plan and cluster=slurm are "
+            "for other hardware. Add action=plan, or leave hardware out."
         )
     return config.hardware
 

@@ -53,9 +53,16 @@ def forward_tokens(hardware: Hardware) -> int:
 
 
 def micro_batch(spec: RunSpec, members: int, hardware: Hardware) -> int:
-    """Return the rows per member and forward pass: at most forward_tokens(), at least one row."""
-    rows = forward_tokens(hardware) // (members * mean_length(spec))
-    return max(1, min(spec.batch_size, rows))
+    """Return the rows per member and forward pass: at most forward_tokens(), at least one row.
+
+    On a GPU also no more than fit into its memory.
+    """
+    rows = max(1, min(spec.batch_size, forward_tokens(hardware) // (members * mean_length(spec))))
+    if hardware.gpus and hardware.gpu_memory_gib is not None:
+        room = MEMORY_SHARE * hardware.gpu_memory_gib * 2**30
+        while rows > 1 and pack_bytes(members, spec, hardware, rows) > room:
+            rows //= 2
+    return rows
 
 
 def pack_key(spec: RunSpec) -> tuple[Any, ...]:

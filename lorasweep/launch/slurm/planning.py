@@ -9,7 +9,9 @@ from lorasweep.launch.slurm import cancel, resources, submissions
 from lorasweep.launch.slurm.partitions import Partition
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.submissions import Queue
+from lorasweep.plan import detect
 from lorasweep.plan.estimate import ASSUMED_FLOPS_PER_CORE, Plan, measured_flops
+from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.packing import Pack, make_packs
 from lorasweep.spec.execution import Exec
 from lorasweep.store import files
@@ -82,6 +84,11 @@ class Jobs:
     def points(self) -> list[list[Point]]:
         """Runs of each job."""
         return [[p for pack in task for p in pack.points] for task in self.tasks]
+
+
+def hardware_of(request: Request) -> Hardware:
+    """Return the hardware that jobs are planned for: the chosen one, or this machine."""
+    return from_plain(request.hardware) if request.hardware else detect.this_machine()
 
 
 def exec_of(request: Request) -> Exec:

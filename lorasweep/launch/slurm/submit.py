@@ -35,7 +35,6 @@ from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.sbatch import Description
 from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.launch.slurm.submissions import FOLLOW, Array, Queue, Submission
-from lorasweep.plan import detect
 from lorasweep.plan.estimate import Plan, make_plan
 from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, RunStore
@@ -95,7 +94,7 @@ def submit(
         queue = reconcile(store.root, notify)
         if queue.unavailable:
             raise ClusterError(queue.unavailable)
-        now = make_plan(points(), store, request.exec, detect.this_machine())
+        now = make_plan(points(), store, request.exec, planning.hardware_of(request))
         work = planning.work_of(request, store, now, queue)
         outcome = Outcome(work)
         following = dataclasses.replace(following, finished=_finished(now))

@@ -81,3 +81,13 @@ def test_a_card_that_is_too_small_says_what_would_fit(command, nowhere):
     )
     assert done.returncode == 0 and "does not fit: fullft of llama-3.1-70b" in done.stdout
     assert "Give a GPU with" in done.stdout
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_submitted(command, nowhere):
+    one = ("+sweep=batch_size", "scale=paper", "cluster=slurm", "hardware=h100")
+    done = command(*one)
+    assert done.returncode == 2 and "nothing was submitted" in done.stderr
+    assert "fullft of llama-3.1-8b takes" in done.stderr and "fit on 4 GPU(s)" in done.stderr
+    done = command(*one, "exec.max_gpus=1")
+    assert "112 runs need more" not in done.stderr and "left out" in done.stderr
+    assert "nothing was submitted" not in done.stderr

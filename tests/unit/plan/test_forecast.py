@@ -8,6 +8,7 @@ from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.gpu.forecast import Forecaster, hours_of
+from lorasweep.plan.gpu.limits import refuse_unfit, within_limit
 from lorasweep.plan.gpu.placement import Misfit
 from lorasweep.spec.execution import Exec
 from lorasweep.sweep.grid import Point
@@ -78,6 +79,21 @@ def test_runs_beyond_max_gpus_are_priced_apart():
     assert (kind.label, where.layout.gpus, n) == ("fullft of llama-3.1-70b", 32, 3)
     assert found.n_runs == 3 and not found.misfits()
     assert found.gpu_hours + hours_of(kind, where, n) == pytest.approx(all_of_them.gpu_hours)
+
+
+def test_runs_beyond_the_limit_are_left_out_and_others_must_fit_on_one_gpu():
+    small = points("lora", LoRA(rank=16))
+    large = points("lora", LoRA(rank=16), "llama-3.1-70b")
+    full = points("fullft", FullFT())
+    assert within_limit([*small, *large], card(), Exec(max_gpus=1)) == small
+    assert within_limit([*small, *large], card(), Exec()) == [*small, *large]
+    refuse_unfit(small, card(), Exec())
+    with pytest.raises(
+        SpecError, match=r"lora rank 16 of llama-3.1-70b takes \d+ GiB, and one h100"
+    ):
+        refuse_unfit(large, card(), Exec())
+    with pytest.raises(SpecError, match=r"would fit on 4 GPU\(s\), and activations computed again"):
+        refuse_unfit([*small, *full], card(), Exec())
 
 
 def test_what_does_not_fit_is_told_and_an_unknown_precision_refused():

@@ -5,8 +5,8 @@ from functools import cache
 
 import pytest
 
-from lorasweep.cli.actions import hardware_of
 from lorasweep.config.compose import shipped_model
+from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.gpu.load import layer_bytes, load_of

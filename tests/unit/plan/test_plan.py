@@ -5,19 +5,19 @@ import json
 
 import pytest
 
-from lorasweep.cli.actions import hardware_of
 from lorasweep.cli.plans.plan_text import plan_text
 from lorasweep.errors import SpecError
+from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.memory import pack_bytes
-from lorasweep.plan.packing import MEMORY_SHARE, default_size
+from lorasweep.plan.packing import MEMORY_SHARE, default_size, micro_batch
 from lorasweep.plan.throughput import ThroughputTable, measured_path
 from lorasweep.store.run_store import RunStore
-from tests.world import tiny_spec
+from tests.world import ROOT, tiny_spec
 
 CPU = Hardware("cpu", processor="a processor", cores=2, memory_gib=16.0, fast_bf16=True)
 GPUS = Hardware("gpus", processor="p", cores=16, gpus=2, gpu_name="H100", gpu_memory_gib=80.0)
@@ -314,6 +314,22 @@ def test_memory_grows_with_members_and_full_fine_tuning_costs_most():
     big = dataclasses.replace(spec, model=wide)
     full = dataclasses.replace(big, method=FullFT())
     assert pack_bytes(1, full, CPU) > 1.5 * pack_bytes(1, big, CPU)
+
+
+def test_peaks_measured_here_are_planned_within_a_fifth(compose):
+    """The kept benchmark's peaks of resident memory, one run on one thread."""
+    kept = json.loads((ROOT / "analysis/results/bench/bench.json").read_text())
+    for case in kept["parts"]["memory"]["cases"]:
+        scale = "tiny" if case["model"].startswith("tiny") else "small"
+        (point,) = compose(
+            f"scale={scale}",
+            f"model={case['model']}",
+            f"method={case['method']}",
+            f"precision={case['precision']}",
+            f"batch_size={case['batch_size']}",
+        ).points
+        planned = pack_bytes(1, point.spec, CPU, micro_batch(point.spec, 1, CPU))
+        assert planned == pytest.approx(case["peak_bytes"], rel=0.2), case
 
 
 def test_a_gpu_holds_a_chunk_of_logits_whatever_the_batch(compose):
