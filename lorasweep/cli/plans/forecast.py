@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorasweep.cli import answer
+from lorasweep.cli.plans.plan_text import unpinned_lines
 from lorasweep.plan.gpu.forecast import Forecast, Forecaster, hours_of
 from lorasweep.plan.gpu.placement import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.gpu.time import TRAINING_SHARE
@@ -173,7 +174,8 @@ def _text(
     name = request.sweep_name or "run"
     lines = [f"{name}, scale {request.scale}, on {hardware.gpus} x {hardware.gpu_name}", ""]
     lines += _aligned([HEAD, *rows])
-    lines += ["", *_left_lines(found[-1]), *_basis_lines(hardware)]
+    points = [p for part in request.parts or [request] for p in part.points]
+    lines += ["", *_left_lines(found[-1]), *unpinned_lines(points), *_basis_lines(hardware)]
     priced = [
         line
         for f, p in zip(found[:-1], prices, strict=True)
