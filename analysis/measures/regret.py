@@ -7,7 +7,7 @@ be learned where the data set is drawn by seed, so an interval is over draws.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -133,18 +133,42 @@ def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
         table: the runs of one cell, cut at the number of updates that is judged.
         optima: of these runs.
     """
-    full = next((o for o in optima if o.curve.key["method"] == "fullft"), None)
     lora = [o for o in optima if o.curve.key["method"] == "lora"]
-    if full is None:
+    found = _against_full(table, optima, lora)
+    pooled = pooled_variance([list(g.nats.best.values()) for g in found])
+    return [
+        replace(g, rank=int(g.lora.curve.key["rank"]), load=load_of(table, g.lora), pooled=pooled)
+        for g in found
+    ]
+
+
+def controls_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
+    """Compare full fine-tuning of some matrices alone with that of everything; `rank` is 0.
+
+    Args:
+        table: as of `gaps_of`.
+        optima: of these runs.
+    """
+    return _against_full(table, optima, [o for o in optima if _is_restricted(o)])
+
+
+def _is_restricted(o: Optimum) -> bool:
+    return o.curve.key["method"] == "fullft" and o.curve.key.get("scope") == "matrices"
+
+
+def _against_full(
+    table: pd.DataFrame, optima: Sequence[Optimum], others: Sequence[Optimum]
+) -> list[Gap]:
+    """Compare curves with full fine-tuning of everything; empty without it."""
+    whole = [o for o in optima if o.curve.key["method"] == "fullft" and not _is_restricted(o)]
+    if not whole:
         return []
     losses = dict(zip(map(id, optima), losses_at_best(optima)))
-    whole = losses[id(full)]
-    gain = gain_from(starts_of(table), whole)
-    nats = [losses[id(o)].paired(whole, lambda a, b: a - b) for o in lora]
-    pooled = pooled_variance([list(v.best.values()) for v in nats])
+    full = losses[id(whole[0])]
+    gain = gain_from(starts_of(table), full)
     return [
-        Gap(int(o.curve.key["rank"]), o, full, v, gain, load_of(table, o), pooled)
-        for o, v in zip(lora, nats)
+        Gap(0, o, whole[0], losses[id(o)].paired(full, lambda a, b: a - b), gain, None)
+        for o in others
     ]
 
 

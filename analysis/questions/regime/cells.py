@@ -11,7 +11,15 @@ import pandas as pd
 
 from analysis.measures.at_best import AtBest
 from analysis.measures.laws.rank_law import change_of_needed, rank_needed_by_seed
-from analysis.measures.regret import Gap, Novelty, bits_of, gaps_of, novelty_of, parts_at_best
+from analysis.measures.regret import (
+    Gap,
+    Novelty,
+    bits_of,
+    controls_of,
+    gaps_of,
+    novelty_of,
+    parts_at_best,
+)
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import gates_on_gap
@@ -53,6 +61,8 @@ class Cell:
     optima: list[Optimum]
     bits: dict[str, float]
     """How much is new by each measure, in bits; empty where it is not known."""
+    controls: list[Gap]
+    """Full fine-tuning of some matrices alone against that of everything."""
 
     @property
     def fitting(self) -> int | None:
@@ -109,6 +119,7 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
                 parts={r: parts_at_best(runs, g) for r, g in last.items()},
                 optima=optima,
                 bits=bits_of(runs),
+                controls=controls_of(runs, optima),
             )
         )
     return sorted(_distinctly_named(found), key=lambda c: (c.model, _load(c)))

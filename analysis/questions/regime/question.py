@@ -50,6 +50,7 @@ ESTIMANDS = (
     "gap_growth",
     "gap_low",
     "gap_nothing",
+    "gap_matrices",
     "unchanged_minus_changed",
     "over_allowed_real",
     *LAW_ESTIMANDS,
@@ -82,6 +83,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         },
     }
     sections = [_map(cells), law_section(cells), _over_updates(cells), _by_context(cells)]
+    sections += _controls(cells)
     optima = [o for c in cells for o in c.optima]
     return Analysis(optima, correct(verdicts, question), sections, measures, members)
 
@@ -112,9 +114,12 @@ def _measured(cell: Cell) -> tuple[Measured, list[Optimum]]:
             better = gap.mean().high
             none = [] if better is not None and better < 0 else [Gate(GateCode.NO_ADVANTAGE)]
             measured["unchanged_minus_changed"] = (over_seeds(apart), at_eighth + none)
+        if cell.controls:
+            control = cell.controls[0]
+            measured["gap_matrices"] = (control.mean(), gates_on_gap(control))
     else:
         measured["over_allowed_beyond"] = (gap.over_allowed(), at_eighth)
-    used = [gap.lora, gap.full]
+    used = [gap.lora, gap.full, *(c.lora for c in cell.controls)]
     if cell.fitting is not None:
         fitting = cell.last[cell.fitting]
         measured["over_allowed_fitting"] = (fitting.over_allowed(), gates_on_gap(fitting))
@@ -243,3 +248,18 @@ def _by_context(cells: Sequence[Cell]) -> Section:
         "rates."
     ]
     return Section("Where the gap is", rows, text)
+
+
+def _controls(cells: Sequence[Cell]) -> list[Section]:
+    """Show the controls, which are no ranks; no section without any."""
+    rows: Rows = [["cell", "full fine-tuning of", "its loss less that of everything [95%]"]]
+    rows += [
+        [c.name, str(g.lora.curve.key["layers"]), with_interval(g.mean(), signed)]
+        for c in cells
+        for g in c.controls
+    ]
+    text = [
+        "Full fine-tuning of the matrices that LoRA adapts, and nothing else: what it gives up, "
+        "LoRA gives up by its place and not by its rank."
+    ]
+    return [Section("Controls", rows, text)] if len(rows) > 1 else []

@@ -117,6 +117,28 @@ def test_the_boundary_comes_back_by_cell_and_rank(ask):
     assert found[8] == pytest.approx(-2, abs=0.4) and found[1] == pytest.approx(10, abs=0.4)
 
 
+def test_full_fine_tuning_of_loras_matrices_is_a_control_and_no_rank(ask):
+    """It gives up 3% of the gain, and LoRA nothing."""
+    world = Cells(lambda rank, step, exceptions: 0.0)
+    same = world.behind
+
+    def behind(spec, step):
+        restricted = spec.method.name == "fullft" and spec.method.scope == "matrices"
+        return 0.03 * GAIN * math.log2(1 + spec.steps) if restricted else same(spec, step)
+
+    world.behind = behind
+    world.rho = lambda spec: 1.0
+    control = f"{LOW[:-1]},scope:matrices,lr:{FULL_LRS}}}"
+    full = f"{LOW[:-1]},lr:{FULL_LRS}}}"
+    out = ask_regime(ask, world, LOW, also=[f"sweep.at.smoke.fullft=[{full},{control}]"])
+    low = "8 symbols, change of rank 2"
+    assert verdicts(out, "same_matrices") == {low: "REFUTED"}
+    (gap,) = [v["estimate"] for v in out["verdicts"] if v["claim"] == "same_matrices"]
+    assert gap["value"] == pytest.approx(0.03 * GAIN * 8, abs=2e-3)
+    assert verdicts(out, "low") == {low: "SUPPORTED"}
+    assert [r["rank"] for r in cell(out, low)["ranks"]] == [1, 8]
+
+
 def test_claims_about_the_regime_can_be_refuted(ask):
     """Rank 8 gives up a tenth where only rules are new, nothing where exceptions are; the gap
     shrinks."""
