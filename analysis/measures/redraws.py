@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, from_draws
+from analysis.inference.seeds import from_sample
 from analysis.inference.spread import Spread
 from analysis.runs.learning_curves import by_run, same_rows
 
@@ -44,6 +45,8 @@ class Start:
     ranks: list[Apart]
     first: Estimate
     """The step at which the first rank leaves its band."""
+    growth: Estimate
+    """Change of the lowest rank's difference per doubling of the updates, in nats; over seeds."""
 
 
 def start_of(table: pd.DataFrame, top: int) -> Start | None:
@@ -74,13 +77,26 @@ def start_of(table: pd.DataFrame, top: int) -> Start | None:
     }
     band = {r: 1.96 * np.sqrt(spread[r] + spread[top]) for r in drawn}
     ranks = [_apart(r, drawn, band[r], top, steps) for r in sorted(drawn.keys() - {top})]
-    return Start(float(rates[0]), top, steps, ranks, _first_to_leave(drawn, band, steps))
+    first, growth = (
+        _first_to_leave(drawn, band, steps),
+        _growth(drawn[min(drawn)], drawn[top], steps),
+    )
+    return Start(float(rates[0]), top, steps, ranks, first, growth)
 
 
 def _apart(rank: int, drawn: Draws, band: np.ndarray, top: int, steps: Sequence[float]) -> Apart:
     both = sorted(drawn[rank].keys() & drawn[top].keys())
     apart = np.mean([drawn[rank][s].mean(0) - drawn[top][s].mean(0) for s in both], 0)
     return Apart(rank, apart, band, _leaves(apart, band, steps))
+
+
+def _growth(
+    low: dict[int, np.ndarray], high: dict[int, np.ndarray], steps: Sequence[float]
+) -> Estimate:
+    """Return the slope of low's loss minus high's over log2(step): least squares, by seed."""
+    x = np.log2(steps) - np.mean(np.log2(steps))
+    both = sorted(low.keys() & high.keys())
+    return from_sample([float(x @ (low[s].mean(0) - high[s].mean(0)) / (x @ x)) for s in both])
 
 
 def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> float:

@@ -33,9 +33,10 @@ from analysis.measures.departure import (
 )
 from analysis.measures.efficiency import at_best, log_rho, read_to, rho, slope_by_rank
 from analysis.measures.qualify import stalled
-from analysis.measures.ratio import MIN_RANK, lr_drift
+from analysis.measures.ratio import MIN_RANK, lr_drift, ratio_of
 from analysis.measures.redraws import Start, start_of
 from analysis.measures.regret import novelty_of
+from analysis.measures.straight import SPAN, least_straight
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
@@ -49,6 +50,7 @@ from analysis.questions.base import (
     correct,
     fewest_seeds,
     full_of,
+    gates_on,
     gates_on_speed,
     judge_claims,
     lora_of,
@@ -68,8 +70,11 @@ ESTIMANDS = (
     "rho_top_rank",
     "identical_steps",
     "lr_drift_per_doubling",
+    "difference_growth",
+    "rate_over_rank_1",
+    "straightness",
 )
-LOG_ESTIMANDS = ("rho_top_rank",)
+LOG_ESTIMANDS = ("rho_top_rank", "rate_over_rank_1", "straightness")
 """identical_steps is not judged on a log scale: it is 0 if a rank leaves at the first evaluation.
 """
 Curves = dict[int, AtBest[Points]]
@@ -102,14 +107,17 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     slope, ranks = slope_by_rank(logs), gates_on_speed([full, *lora]) + over
     if slope.value is None:
         ranks.append(Gate(GateCode.ONE_RANK if len(logs) < 2 else GateCode.ONLY_BOUNDS))
+    top_gates = gates_on_speed([full, top]) + over
+    no_redraws = (Estimate(None), [Gate(GateCode.MISSING, "redraws of A at two ranks")])
     high = [o for o in lora if o.curve.key["rank"] >= MIN_RANK]
     measured = {
         **_by_regime(table, (slope, ranks)),
         "departure_slope": (slope_of(departures), slope_gates),
-        "rho_top_rank": (speed[id(top)], gates_on_speed([full, top]) + over),
-        "identical_steps": (start.first, [])
-        if start
-        else (Estimate(None), [Gate(GateCode.MISSING, "redraws of A at two ranks")]),
+        "rho_top_rank": (speed[id(top)], top_gates),
+        "identical_steps": (start.first, []) if start else no_redraws,
+        "difference_growth": (start.growth, []) if start else no_redraws,
+        "rate_over_rank_1": _over_rank_1(lora, high),
+        "straightness": (least_straight(whole, runs[id(top)]), top_gates),
         "lr_drift_per_doubling": (lr_drift(high).slope, drift_gates(high)),
     }
     seeds = fewest_seeds([full, *lora])
@@ -118,12 +126,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     envelopes = {id(o): envelope(plain, o) for o in optima}
     notes, panels = [cut] if cut else [], _panels(optima, runs, envelopes)
     left = _departures(full, lora, departures, envelopes, speed, notes, last, panels)
-    read = {
-        **dict.fromkeys(ESTIMANDS[:2], f"ranks {min(logs)} to {max(logs)}, to update {last}"),
-        "departure_slope": f"to update {last}",
-        "rho_top_rank": f"rank {max(logs)}, to update {last}",
-        "identical_steps": _common_rate(table),
-    }
+    read = _read_at(table, list(logs), last)
     measures = {
         "departures": {
             str(r): [None if v.never else v.high for v in d.best.values()]
@@ -132,6 +135,26 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         "read": {k: v for k, v in read.items() if claims_about(question, k)["claims"]},
     }
     return Analysis(optima, verdicts, [left, _start(start)], measures, {group: [full, *lora]})
+
+
+def _read_at(table: pd.DataFrame, ranks: Sequence[int], last: int) -> dict[str, str]:
+    """Return the ranks, updates or rate at which each estimand is measured, in words."""
+    top, start = max(ranks), max(1, last // SPAN**2)
+    return {
+        **dict.fromkeys(ESTIMANDS[:2], f"ranks {min(ranks)} to {top}, to update {last}"),
+        "departure_slope": f"to update {last}",
+        "rho_top_rank": f"rank {top}, to update {last}",
+        **dict.fromkeys(("identical_steps", "difference_growth"), _common_rate(table)),
+        "straightness": f"rank {top} and full fine-tuning, from update {start} to {last}",
+    }
+
+
+def _over_rank_1(lora: Sequence[Optimum], high: Sequence[Optimum]) -> tuple[Estimate, list[Gate]]:
+    """Return the mean best rate of the ranks from MIN_RANK up over that of rank 1."""
+    ones = [o for o in lora if o.curve.key["rank"] == 1]
+    if not ones or not high:
+        return Estimate(None), [Gate(GateCode.MISSING, f"rank 1, or of ranks from {MIN_RANK} up")]
+    return ratio_of(high, ones[0]), gates_on([*ones, *high])
 
 
 def _by_regime(table: pd.DataFrame, slope: tuple[Estimate, list[Gate]]) -> Measured:

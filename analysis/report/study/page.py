@@ -89,9 +89,10 @@ rates were added after looks, and the intervals are wider for that.
 
 Of the other answers: the claims about the rank that is needed were stated when one of the data
 sets that they rest on had been seen (D74). The questions about ranks, short runs and work were
-asked of that data set's runs when their final losses had been seen, so they explore too. After it
-fresh seeds went to three rates instead of four. Four of eight data sets of the first question
-are trained."""
+asked of that data set's runs when their final losses had been seen, so they explore too; three of
+the claims about ranks (their difference, the rate of rank 1, the straight line) were stated when
+their answers were known. After that data set fresh seeds went to three rates instead of four.
+Four of eight data sets of the first question are trained."""
 """Only for the page of the kept answers."""
 
 

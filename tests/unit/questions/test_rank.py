@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.planted import GRIDS, World
+from tests.planted import FULL, GRIDS, LORA, World
 
 pytestmark = pytest.mark.slow  # fits hundreds of curves
 
@@ -60,6 +60,7 @@ def test_ranks_that_all_leave_at_once_have_no_order(ask):
 
 
 AT = ("sweep.at.smoke.ranks=[1,4,8]", "sweep.at.smoke.steps=96", *GRIDS)
+SEEDS = ("sweep.at.smoke.all_seeds=[0,1,2]",)
 RULES = "sweep.axes.knobs=[{rule_shift:0.25,new_exceptions:0.0}]"
 
 
@@ -78,3 +79,33 @@ def test_the_rank_makes_no_difference_where_rules_alone_are_new(ask, slope, outc
     assert found["alike"]["outcome"] == outcome, found["alike"]["why"]
     assert found["alike"]["estimate"]["value"] == pytest.approx(slope, abs=0.03)
     assert found["faster"]["outcome"] == "UNDECIDED"
+
+
+@pytest.mark.parametrize(("factor", "outcome"), [(2.0, "SUPPORTED"), (0.5, "REFUTED")])
+def test_whether_rank_1_has_a_lower_best_rate_comes_back(ask, factor, outcome):
+    def best(spec, step):
+        if spec.method.name == "fullft":
+            return FULL
+        return LORA / factor if spec.method.rank == 1 else LORA
+
+    _, found = ask("rank", World(lambda s: 0.5, best=best), *AT, RULES)
+    assert found["rank_1_lower"]["outcome"] == outcome, found["rank_1_lower"]["why"]
+    assert found["rank_1_lower"]["estimate"]["value"] == pytest.approx(factor, rel=0.1)
+    # A line over ln(1 + updates) is nearly one over ln(updates), and ranks of one speed stay equal.
+    assert found["straight"]["outcome"] == "SUPPORTED"
+    assert found["straight"]["estimate"]["value"] == pytest.approx(1.1, abs=0.1)
+
+
+def test_the_difference_of_two_ranks_grows_at_the_planted_slope(ask):
+    """At one rate, rank 1 lies 0.02 nats further behind at every doubling."""
+    world = World(lambda s: 1.0, best=lambda spec, step: 3.2e-3)
+    same = world.loss
+
+    def loss(spec, step):
+        behind = spec.method.name == "lora" and spec.method.rank == 1
+        return same(spec, step) + (0.02 * math.log2(step) if behind else 0.0)
+
+    world.loss = loss
+    _, found = ask("rank", world, *AT, "sweep.at.smoke.lr_common.any=3.2e-3", *SEEDS)
+    assert found["grows"]["outcome"] == "SUPPORTED", found["grows"]["why"]
+    assert found["grows"]["estimate"]["value"] == pytest.approx(0.02, abs=1e-3)
