@@ -1,7 +1,6 @@
 """Plan what is done, what is missing, and what it will cost. Starts nothing."""
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.plan.packing import Pack, make_packs, workers_and_threads
 from lorasweep.plan.throughput import ThroughputTable
 from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import FINAL, STATES, RunStore
 from lorasweep.sweep.grid import Point
 
@@ -23,7 +23,7 @@ SLOW_BF16_FLOPS_PER_CORE = 7e8
 SHARE_OF_PEAK = 0.25
 """Share of a GPU's peak speed that training reaches. Assumption: not measured yet."""
 RATED_RUNS = 16
-"""Number of finished runs that the measured speed is computed from."""
+"""Number of finished runs of a method that its measured speed is computed from."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
     packs = make_packs(free, states, store, exec_, hardware, known)
     workers, threads = workers_and_threads(packs, exec_, hardware)
     flops = sum(run_flops(p.spec) for p in todo)
-    seconds, basis = _seconds(points, states, store, packs, flops, workers, hardware)
+    seconds, basis = _seconds(points, states, store, todo, packs, workers, hardware)
     busiest = sorted(packs, key=lambda pack: -pack.memory_bytes)[:workers]
     return Plan(
         points=points,
@@ -101,6 +101,35 @@ def runs_to_do(
     return [p for p in points if states[p.id] not in FINAL and again(p.id)]
 
 
+Timed = tuple[RunSpec, float]
+"""A finished run, and the seconds it took."""
+
+
+def timed_runs(
+    points: Sequence[Point], states: dict[str, str], store: RunStore
+) -> dict[tuple[str, str], list[Timed]]:
+    """Return finished runs by method and precision, RATED_RUNS of each, spread over the grid.
+
+    Runs of another store are left out.
+    """
+    done: dict[tuple[str, str], list[Point]] = {}
+    for p in points:
+        if states[p.id] == "done":
+            done.setdefault((p.spec.method.name, p.spec.precision), []).append(p)
+    found: dict[tuple[str, str], list[Timed]] = {}
+    for key, runs in done.items():
+        for p in runs[:: -(-len(runs) // RATED_RUNS)]:
+            result = store.result(p.id) or {}
+            if result.get("wall_s") and not result.get("imported"):
+                found.setdefault(key, []).append((p.spec, result["wall_s"]))
+    return found
+
+
+def rate_of(runs: Sequence[Timed]) -> float:
+    """Return the floating-point operations per second of one worker, over all seconds of `runs`."""
+    return sum(run_flops(spec) for spec, _ in runs) / sum(seconds for _, seconds in runs)
+
+
 def measured_flops(
     points: Sequence[Point], states: dict[str, str], store: RunStore
 ) -> float | None:
@@ -108,12 +137,20 @@ def measured_flops(
 
     None if no run of this store was trained here.
     """
-    rates = []
-    for p in [p for p in points if states[p.id] == "done"][:RATED_RUNS]:
-        result = store.result(p.id) or {}
-        if result.get("wall_s") and not result.get("imported"):
-            rates.append(run_flops(p.spec) / result["wall_s"])
-    return statistics.median(rates) if rates else None
+    runs = [run for some in timed_runs(points, states, store).values() for run in some]
+    return rate_of(runs) if runs else None
+
+
+def measured_seconds(
+    todo: Iterable[RunSpec], timed: Mapping[tuple[str, str], Sequence[Timed]]
+) -> float:
+    """Return the expected seconds of `todo` on one worker, each at the speed of its method.
+
+    What has no finished run of its method and precision goes at the speed of all.
+    """
+    overall = rate_of([run for some in timed.values() for run in some])
+    rates = {key: rate_of(some) for key, some in timed.items()}
+    return sum(run_flops(s) / rates.get((s.method.name, s.precision), overall) for s in todo)
 
 
 def assumed_flops(precision: str, hardware: Hardware) -> float:
@@ -129,20 +166,21 @@ def _seconds(
     points: list[Point],
     states: dict[str, str],
     store: RunStore,
+    todo: list[Point],
     packs: list[Pack],
-    flops: float,
     workers: int,
     hardware: Hardware,
 ) -> tuple[float, str]:
     """Return the expected seconds of what is left, and the basis of the estimate."""
     here = hardware.processor is not None  # finished runs do not predict another machine
-    rate = measured_flops(points, states, store) if here else None
-    if rate:
-        return flops / (rate * workers), "measured"
+    timed = timed_runs(points, states, store) if here else {}
+    if timed:
+        return measured_seconds((p.spec for p in todo), timed) / workers, "measured"
     times = [pack.seconds for pack in packs if pack.seconds is not None]
     if packs and len(times) == len(packs):
         return max(sum(times) / workers, max(times)), "calibrated"
     precision = points[0].spec.precision if points else "fp32"
+    flops = sum(run_flops(p.spec) for p in todo)
     return flops / assumed_flops(precision, hardware), "assumed"
 
 

@@ -10,8 +10,10 @@ from lorasweep.errors import SpecError
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
+from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
-from lorasweep.plan.estimate import make_plan
+from lorasweep.plan.estimate import RATED_RUNS, make_plan, measured_seconds
+from lorasweep.plan.flops import run_flops
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.packing import MEMORY_SHARE, default_size, micro_batch
@@ -184,6 +186,36 @@ def test_the_speed_of_runs_made_here_is_not_taken_for_another_machines(asked):
     record(asked, [p for p in asked.points if p.arm == "lora"][:4], 0.005)
     assert planned(asked)[0].basis == "measured"
     assert planned(asked, dataclasses.replace(GPUS, processor=None))[0].basis == "assumed"
+
+
+def test_what_is_left_goes_at_the_speed_of_its_method(asked):
+    lora, full = LoRA(rank=4), FullFT()
+    specs = {m.name: tiny_spec(method=m) for m in (lora, full)}
+    timed = {(name, "fp32"): [(spec, t)] for (name, spec), t in zip(specs.items(), (2.0, 8.0))}
+    assert measured_seconds([specs["lora"], specs["fullft"]] * 3, timed) == pytest.approx(30)
+    exact = dataclasses.replace(specs["lora"], precision="fp64")
+    overall = (run_flops(specs["lora"]) + run_flops(specs["fullft"])) / 10
+    assert measured_seconds([exact], timed) == pytest.approx(run_flops(exact) / overall)
+
+
+@pytest.mark.slow
+def test_seconds_measured_here_are_planned_within_a_fifth():
+    """Of each kept answer, every second run's seconds from the others'; one in five may fail."""
+    pd = pytest.importorskip("pandas")
+    errors = []
+    for path in sorted((ROOT / "analysis/results").glob("*/table.parquet")):
+        table = pd.read_parquet(path)
+        if "wall_s" not in table:
+            continue
+        table = table[table["wall_s"] > 0]
+        runs = [(spec_from(json.loads(s)), t) for s, t in zip(table["spec"], table["wall_s"])]
+        timed = {}
+        for run in runs[::2]:
+            timed.setdefault((run[0].method.name, run[0].precision), []).append(run)
+        some = {key: r[:: -(-len(r) // RATED_RUNS)] for key, r in timed.items()}
+        expected = measured_seconds((s for s, _ in runs[1::2]), some)
+        errors.append(expected / sum(t for _, t in runs[1::2]) - 1)
+    assert len(errors) >= 20 and sum(abs(e) <= 0.2 for e in errors) >= 0.8 * len(errors), errors
 
 
 def test_a_pack_with_checkpoints_stays_as_it_was(asked):
