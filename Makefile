@@ -58,7 +58,7 @@ bench: weights data/gsm8k/train.jsonl ## measure on an idle machine, and write a
 	$(BIN)/python -m lorasweep.bench analysis/results/bench/bench.json
 	$(BIN)/python -m analysis.validation.bench
 
-calibrate: $(VENV)/.installed ## fit and judge simulated sweeps (about half an hour on two cores), and write their page
+calibrate: $(VENV)/.installed ## fit and judge simulated sweeps (about forty minutes on two cores), and write their page
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.validation.calibration --cases $(or $(CASES),500)
 	$(BIN)/python -m analysis.validation.calibration_page
 

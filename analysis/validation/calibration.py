@@ -29,7 +29,8 @@ from analysis.optimum.fit import fit_sweeps
 from analysis.optimum.optimum import seeds_at_best
 from analysis.runs.lr_curves import LrCurve
 from analysis.validation.coverage import BATCH, coverage, covers, middle, share, stream
-from analysis.validation.generators import FAMILIES, Design, plant
+from analysis.validation.designs import designs, designs_tried
+from analysis.validation.generators import FAMILIES, MARGIN, Design, plant
 
 NOISES = (1e-4, 1e-3, 1e-2)
 DESIGNS = (
@@ -42,7 +43,6 @@ DESIGNS = (
     Design(5, 3.3, 1),
 )
 RATIOS = (3.0, 6.0, 7.1, 10.0, 14.1, 20.0)
-MARGIN = (7.1, 14.1)
 CLAIM = {"margin": MARGIN, "expected": 10, "primary": True}
 POSITIONS = ("inside", "below", "above")
 
@@ -172,13 +172,14 @@ def tasks(cases: int) -> list[tuple[Any, ...]]:
         for f in ("linex", "plateau", "kink", "double_slope")
         for w in POSITIONS
     ]
-    return cells + [
+    cells += [
         (sharing, f, r, w, s, cases // 4)
         for f in ("linex", "plateau", "well")
         for r in (7, 5, 4, 3)
         for w in (2.0, 3.0)
         for s in (1e-3, 5e-3)
     ]
+    return cells + [(designs, *cell, cases // 2) for cell in designs_tried()]
 
 
 def _do(cell: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
@@ -195,7 +196,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
-        "--only", choices=("coverage", "verdicts", "flags", "sharing"), help="rerun only this part"
+        "--only",
+        choices=("coverage", "verdicts", "flags", "sharing", "designs"),
+        help="rerun only this part",
     )
     kept = Path(__file__).resolve().parents[1] / "results" / "calibration"
     parser.add_argument("--out", type=Path, default=kept)

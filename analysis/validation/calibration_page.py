@@ -15,8 +15,8 @@ import numpy as np
 from analysis.inference.estimate import number
 from analysis.report import plots_validation as plots
 from analysis.report.text import markdown, text_hash, with_block
-from analysis.validation.calibration import MARGIN
-from analysis.validation.generators import HELD_OUT, INSIDE
+from analysis.validation import designs_page
+from analysis.validation.generators import HELD_OUT, INSIDE, MARGIN
 
 BEGIN, END = (
     "<!-- calibration: made by `python -m analysis.validation.calibration_page` -->",
@@ -86,7 +86,7 @@ def targets(study: Study) -> list[list[str]]:
             _met(open_ <= 0.2),
         ],
     ]
-    return rows
+    return rows + designs_page.targets(study.get("designs", ()))
 
 
 def _coverage_targets(study: Study, of: str, key: str) -> list[list[str]]:
@@ -178,6 +178,7 @@ def render(study: Study) -> str:
         "",
         *markdown(_sharing_rows(study)),
         "",
+        *designs_page.section(study.get("designs", ())),
         "Command: `make calibrate`",
     ]
     return "\n".join(out) + "\n"

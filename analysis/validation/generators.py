@@ -13,6 +13,8 @@ import numpy as np
 from analysis.optimum.valley import linex
 from analysis.runs.lr_curves import LrCurve
 
+MARGIN = (7.1, 14.1)
+"""Of the claim that planted sweeps are judged by: the ratio is about 10."""
 Shape = Callable[[np.ndarray], np.ndarray]
 
 
@@ -102,11 +104,19 @@ class Design:
     seeds: int
     """Over the whole grid."""
     fresh: int = 0
-    """More seeds, at the three best rates only."""
+    """More seeds, around the best rate only."""
     noise: float = 1e-3
     """Standard deviation of one run, in nats."""
     curves: int = 4
     """The first one is full fine-tuning's."""
+    fresh_rates: int = 3
+    """Number of rates that get the fresh seeds: the best one and its neighbours, of an even number
+    one more above it than below (as `lorasweep.sweep.replicates` has it)."""
+
+    @property
+    def runs(self) -> int:
+        """Runs of one curve."""
+        return self.rates * self.seeds + self.fresh * self.fresh_rates
 
 
 def plant(
@@ -115,6 +125,7 @@ def plant(
     rng: np.random.Generator,
     place: tuple[float, float] = (1.0, 1.0),
     steep: tuple[float, float] = (0.02, 0.3),
+    paired: bool = False,
 ) -> tuple[list[LrCurve], np.ndarray]:
     """Simulate a sweep with one shape; return its curves and their true optima in ln(lr).
 
@@ -123,6 +134,8 @@ def plant(
             negative: beyond it.
         steep: range of the curvature at the optimum, in nats per unit of ln(lr) squared, drawn
             uniformly in its logarithm.
+        paired: a seed shifts the losses of all curves alike, as it does where arms share batches;
+            otherwise each curve's by a shift of its own.
     """
     x = np.arange(design.rates) * math.log(design.factor) - 8.0
     step = math.log(design.factor)
@@ -130,6 +143,7 @@ def plant(
     around = np.linspace(-2, 2, 4001)
     own = float(around[np.argmin(shape(around))])
     curves, truths = [], np.empty(design.curves)
+    shared = rng.standard_normal((design.seeds + design.fresh, 1)) if paired else None
     for k in range(design.curves):
         c = math.exp(rng.uniform(*np.log(steep)))
         m = rng.uniform(x[0] + place[0] * step, x[-1] - place[1] * step)
@@ -139,7 +153,7 @@ def plant(
             beyond = m + rng.uniform(math.log(3), math.log(12))
             rise = math.exp(rng.uniform(math.log(0.8), math.log(10)))
             loss = np.where(x > beyond, loss + rise, loss)
-        curves.append(_measure(k, x, loss, m, last, design, family == "unequal", rng))
+        curves.append(_measure(k, x, loss, m, last, design, family == "unequal", rng, shared))
         truths[k] = m
     return curves, truths
 
@@ -153,24 +167,29 @@ def _measure(
     design: Design,
     grows: bool,
     rng: np.random.Generator,
+    shared: np.ndarray | None,
 ) -> LrCurve:
-    """Simulate one curve's runs; each seed shifts all its losses by three times the noise (SD)."""
+    """Simulate one curve's runs; each seed shifts all its losses by three times the noise (SD).
+
+    Args:
+        shared: the seeds' shifts in units of that, [S, 1]; None to draw them for this curve.
+    """
     spread = design.noise * (np.exp(0.7 * (x - m)) if grows else np.ones(len(x)))
 
-    def run(n: int) -> np.ndarray:
-        return (
-            loss
-            + spread * rng.standard_normal((n, len(x)))
-            + 3 * design.noise * rng.standard_normal((n, 1))
-        )
+    def run(n: int, first: int = 0) -> np.ndarray:
+        own = spread * rng.standard_normal((n, len(x)))
+        shift = rng.standard_normal((n, 1)) if shared is None else shared[first : first + n]
+        return loss + own + 3 * design.noise * shift
 
     alive = x <= last
     y, at = [run(design.seeds)], [np.ones((design.seeds, len(x)), bool)]
     if design.fresh:
         ranked = np.where(alive, y[0].mean(0), np.inf)
-        first = min(max(int(np.argmin(ranked)) - 1, 0), max(int(alive.sum()) - 3, 0))
-        y.append(run(design.fresh))
-        around = np.isin(np.arange(len(x)), first + np.arange(3))
+        n = design.fresh_rates
+        below = int(np.argmin(ranked)) - (n - 1) // 2
+        first = min(max(below, 0), max(int(alive.sum()) - n, 0))
+        y.append(run(design.fresh, design.seeds))
+        around = np.isin(np.arange(len(x)), first + np.arange(n))
         at.append(np.tile(around, (design.fresh, 1)))
     values, there = np.concatenate(y), np.concatenate(at)
     seeds = np.repeat(np.arange(len(values)), len(x)).reshape(values.shape)
