@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from analysis.inference.estimate import number
 from analysis.report import plots_validation as plots
 from analysis.report.text import markdown, text_hash, with_block
 
@@ -40,7 +41,7 @@ def _grids(bench: Bench) -> list[dict[str, Any]]:
 
 
 def summary(bench: Bench) -> list[str]:
-    """Render the Markdown table of whole grids: wall time against both baselines."""
+    """Render the Markdown tables of whole grids and of whole answers, against the baselines."""
     head = "grid|lorasweep|one process a run (TRL + PEFT)|warm PEFT loop|pack|of the GEMM peak"
     rows = [
         [
@@ -53,7 +54,31 @@ def summary(bench: Bench) -> list[str]:
         ]
         for g in _grids(bench)
     ]
-    return markdown([head.split("|"), *rows])
+    return [*markdown([head.split("|"), *rows]), *_answer(bench["parts"].get("answer"))]
+
+
+def _answer(found: dict[str, Any] | None) -> list[str]:
+    """Render the time from nothing to a ratio; empty if it was not measured."""
+    if found is None:
+        return []
+    per_curve = [found[k] for k in ("plain_runs", "same_interval_runs")]
+    head = "runs|from nothing to a ratio, lorasweep|ratio"
+    plain = [f"plain grid, {n} runs a curve, TRL" for n in per_curve]
+    row = [
+        str(found["runs"]),
+        f"{found['wall_s']:.0f} s",
+        f"{number(found['value'])} [{number(found['low'])}, {number(found['high'])}]",
+        f"{found['plain_grid_s']:.0f} s: **{found['vs_plain_grid']:.1f}x**",
+        f"{found['same_interval_s']:.0f} s: **{found['vs_same_interval']:.1f}x**",
+    ]
+    sampled = min(p["sampled"] for p in found["processes"])
+    note = (
+        "Plain grids: 7 rates, every seed at all of them, one TRL process a run and one after the "
+        f"other; {sampled} of each curve were timed and multiplied up. {per_curve[0]} runs a curve "
+        f"are the fewest that are judged, {per_curve[1]} the fewest that give an interval (and on "
+        "planted curves a narrower one than the sweep's)."
+    )
+    return ["", *markdown([[*head.split("|"), *plain], row]), "", note]
 
 
 def steps_table(bench: Bench) -> list[str]:

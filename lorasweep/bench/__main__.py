@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lorasweep.bench import grids, memory, overhead, steps
+from lorasweep.bench import answer, grids, memory, overhead, steps
 from lorasweep.config.compose import compose_request
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
@@ -18,7 +18,7 @@ from lorasweep.spec.execution import Exec
 from lorasweep.store import files
 from lorasweep.tracking import provenance
 
-PARTS = ("overhead", "steps", "memory", "tiny", "small")
+PARTS = ("overhead", "steps", "memory", "answer", "tiny", "small")
 GRIDS = {"tiny": ((1, 200), (4, 100), (16, 50)), "small": ((4, 8),)}
 """Scale -> (per-run batch, updates) of the grids of 16 LoRA runs."""
 
@@ -36,6 +36,7 @@ def headline(parts: dict[str, Any]) -> dict[str, Any]:
     """Select the figures that the README quotes."""
     out: dict[str, Any] = {
         "sweep_vs_process_per_run": None,
+        "answer_vs_plain_grid": parts.get("answer", {}).get("vs_plain_grid"),
         "pack_vs_warm_peft": {},
         "grid_vs_process_per_run": {},
         "lora_step_over_fullft_step": {},
@@ -74,6 +75,8 @@ def main(out: str, wanted: list[str]) -> None:
             parts[part] = steps.measure(values["models_dir"], values["data_dir"], log)
         elif part == "memory":
             parts[part] = memory.measure(values["models_dir"], values["data_dir"], log)
+        elif part == "answer":
+            parts[part] = answer.measure("tiny", values, log)
         else:
             parts[part] = whole_grids(part, values, here, log)
         env = provenance.environment()

@@ -167,11 +167,11 @@ def main(kind: str, job_path: str) -> None:
     job = json.loads(Path(job_path).read_bytes())
     exec_ = Exec(**job["exec"])
     specs = [spec_from(plain) for plain in job["runs"]]
-    first, started = specs[0], time.perf_counter()  # all runs share a base and a data set
+    first, started = specs[0], time.perf_counter()  # all runs share a base and a draw of the data
     imports_s = started - START
     pretrain.ensure(first.model, exec_.models_dir)
     base = load_model(first.model, exec_.models_dir, first.precision)
-    data = load_data(first.dataset, exec_.data_dir, base.tokenizer)
+    data = load_data(first.dataset, exec_.data_dir, base.tokenizer, draw=first.draw)
     weights = {k: v.clone() for k, v in base.model.state_dict().items()}
     load_s = time.perf_counter() - started
     for spec in specs:

@@ -81,7 +81,8 @@ def baseline(
     return {"start_s": start_s, **parts, "run_s": sum(parts.values())}
 
 
-def _by_arm(points: Sequence[Point]) -> list[list[Point]]:
+def by_arm(points: Sequence[Point]) -> list[list[Point]]:
+    """Return the runs of each curve: of full fine-tuning, and of each rank."""
     arms: dict[tuple[str, Any], list[Point]] = {}
     for p in points:
         arms.setdefault((p.arm, getattr(p.spec.method, "rank", None)), []).append(p)
@@ -95,7 +96,7 @@ def compare(
     process_s = warm_s = 0.0
     alone_by_arm: list[dict[str, Any]] = []
     warm_by_arm: list[dict[str, Any]] = []
-    for arm in _by_arm(points):
+    for arm in by_arm(points):
         alone = baseline("trl", arm, values, 1, folder)
         warm = baseline("loop", arm, values, samples, folder)
         process_s += len(arm) * (alone["start_s"] + alone["run_s"])
