@@ -13,6 +13,9 @@ import pandas as pd
 from analysis.runs.names import in_words
 from analysis.runs.table import CURVE_KEYS, CUT_FROM, GROUP_KEYS, check
 
+IN_NAME = ("method", "rank", "expert_rank", "expert_outer")
+"""Settings that a curve's name tells."""
+
 
 @dataclass(frozen=True)
 class LrCurve:
@@ -40,9 +43,13 @@ class LrCurve:
 
     @property
     def name(self) -> str:
-        """Return a readable name: method and rank."""
-        rank = self.key.get("rank")
-        return self.key["method"] + (f" r{rank:.0f}" if _known(rank) else "")
+        """Return a readable name: method, rank and, of experts, how they get theirs."""
+        rank, experts = self.key.get("rank"), self.key.get("expert_rank")
+        name = self.key["method"] + (f" r{rank:.0f}" if _known(rank) else "")
+        if not _known(experts):
+            return name
+        parts = [experts, "shared" if self.key["expert_outer"] == "shared" else ""]
+        return f"{name} (experts: {', '.join(filter(None, parts))})"
 
     @property
     def variant(self) -> str:
@@ -156,9 +163,7 @@ def runs_of(table: pd.DataFrame, curve: LrCurve) -> pd.DataFrame:
 
 def full_names(curves: Sequence[LrCurve]) -> list[str]:
     """Name curves by method, rank, and the settings in which they differ from each other."""
-    keys = [
-        k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, "method", "rank")
-    ]
+    keys = [k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, *IN_NAME)]
     lora = [c for c in curves if c.key["method"] == "lora"]
     full = [c for c in curves if c.key["method"] == "fullft"]
     of_lora = [k for k in keys if len({str(c.key[k]) for c in lora}) > 1]

@@ -186,19 +186,19 @@ def _seconds(
 
 def summary(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON values: counts by state, arms, packs, and cost."""
-    arms: dict[tuple[str, str, str], dict[str, Any]] = {}
+    arms: dict[tuple[str, str, int], dict[str, Any]] = {}
     for p in plan.points:
         method, model = p.spec.method, p.spec.model
-        rank = getattr(method, "rank", None)
+        trained = method.n_trainable(model)
         arm = {
             "arm": p.arm,
             "model": model.name,
             "method": method.name,
-            "rank": rank,
-            "n_trainable": method.n_trainable(model),
+            "rank": getattr(method, "rank", None),
+            "n_trainable": trained,
             "runs": 0,
         }
-        arms.setdefault((p.arm, str(rank), model.name), arm)["runs"] += 1
+        arms.setdefault((p.arm, model.name, trained), arm)["runs"] += 1
     packs = [
         {
             "runs": len(p.points),

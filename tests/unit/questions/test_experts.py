@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from analysis.questions.experts import analyse
+from analysis.runs.lr_curves import lr_curves
 from analysis.runs.table import TableError
 from lorasweep.config.compose import compose_request
 from lorasweep.sweep.request import question
@@ -63,8 +64,9 @@ def test_planted_gaps_and_rates_come_back(ask):
     (cell,) = out["cells"].values()
     assert cell["all"]["regret_percent"]["value"] == pytest.approx(10, abs=0.5)
     assert cell["all"]["token_shares"][0] == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    sections = {s["title"]: s["rows"] for s in out["sections"]} if "sections" in out else {}
-    assert not sections or len(sections) >= 3
+    assert (
+        len({(c["expert_rank"], c["expert_alpha"], c["expert_outer"]) for c in out["curves"]}) == 6
+    )
 
 
 def test_the_experts_adapters_are_counted_as_they_are_trained(capsys):
@@ -90,6 +92,17 @@ def test_an_arm_that_is_missing_leaves_its_claims_open(ask):
     for name in ("active", "dividing", "ratio", "one_rate"):
         assert verdicts[name]["outcome"] == "UNDECIDED"
     assert "no curve of rank / active experts" in str(verdicts["one_rate"])
+
+
+def test_a_curve_is_named_by_how_its_experts_get_their_rank():
+    row = {"model": "m", "dataset": "d", "method": "lora", "rank": 8, "status": "done"}
+    kinds = [("active", "own"), ("whole", "shared"), (None, None)]
+    runs = [
+        {**row, "lr": 1.0, "seed": 0, "test_nll": 2.0, "expert_rank": rank, "expert_outer": outer}
+        for rank, outer in kinds
+    ]
+    names = {c.name for c in lr_curves(pd.DataFrame(runs))}
+    assert names == {"lora r8 (experts: active)", "lora r8 (experts: whole, shared)", "lora r8"}
 
 
 def test_a_dense_model_is_refused():
