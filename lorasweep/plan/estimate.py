@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.plan.flops import run_flops
+from lorasweep.plan.gpu.time import TRAINING_SHARE
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.plan.packing import Pack, make_packs, workers_and_threads
@@ -20,8 +21,6 @@ Assumption: what tiny128 (fp32) and SmolLM2-135M (bf16) reached on one core with
 (LOG.md)."""
 SLOW_BF16_FLOPS_PER_CORE = 7e8
 """The same for bf16 on a processor without bf16 instructions. Measured on AVX2 (LOG.md)."""
-SHARE_OF_PEAK = 0.25
-"""Share of a GPU's peak speed that training reaches. Assumption: not measured yet."""
 RATED_RUNS = 16
 """Number of finished runs of a method that its measured speed is computed from."""
 
@@ -156,7 +155,8 @@ def measured_seconds(
 def assumed_flops(precision: str, hardware: Hardware) -> float:
     """Return the assumed floating-point operations per second of the whole machine."""
     if hardware.gpus and precision in hardware.matmul_flops_s:
-        return SHARE_OF_PEAK * hardware.matmul_flops_s[precision] * hardware.gpus
+        share = TRAINING_SHARE * hardware.attainable_share
+        return share * hardware.matmul_flops_s[precision] * hardware.gpus
     slow = precision == "bf16" and hardware.fast_bf16 is False
     rate = SLOW_BF16_FLOPS_PER_CORE if slow else ASSUMED_FLOPS_PER_CORE[precision]
     return rate * (hardware.cores or 1)

@@ -123,6 +123,7 @@ def _plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
         "flops": found.flops,
         "tokens_s": _ends([w.tokens / w.seconds / w.layout.gpus for w in wheres]),
         "gpu_hours": found.gpu_hours,
+        "gpu_hours_by_formulas_alone": found.expert_hours,
         "days": _days(found),
         "cost_usd": _cost(found.gpu_hours, found.hardware),
         "fits": not found.misfits(),
@@ -175,7 +176,7 @@ def _text(
     lines = [f"{name}, scale {request.scale}, on {hardware.gpus} x {hardware.gpu_name}", ""]
     lines += _aligned([HEAD, *rows])
     points = [p for part in request.parts or [request] for p in part.points]
-    lines += ["", *_left_lines(found[-1]), *unpinned_lines(points), *_basis_lines(hardware)]
+    lines += ["", *_left_lines(found[-1]), *unpinned_lines(points), *_basis_lines(found[-1])]
     priced = [
         line
         for f, p in zip(found[:-1], prices, strict=True)
@@ -235,7 +236,9 @@ def _left_lines(total: Forecast) -> list[str]:
     return lines
 
 
-def _basis_lines(hardware: Hardware) -> list[str]:
+def _basis_lines(total: Forecast) -> list[str]:
+    """Return the price assumed, and what rests on measurements and what on formulas."""
+    hardware = total.hardware
     price = "none stated"
     if hardware.price_per_gpu_h is not None:
         price = f"${hardware.price_per_gpu_h:g} a GPU and hour (hardware.price_per_gpu_h=N)"
@@ -246,6 +249,7 @@ def _basis_lines(hardware: Hardware) -> list[str]:
         "its data sheet. Of published measurements of dense models nine in ten lie within "
         f"{MEMORY_ERROR:.0%} of such a memory and {SPEED_ERROR:.0%} of such a speed "
         "(analysis/results/plan); they fix one constant, the share of the attainable speed that "
-        f"products reach ({TRAINING_SHARE:g}). Models with experts and the memory of full "
-        "fine-tuning rest on formulas alone.",
+        f"products reach ({TRAINING_SHARE:g}). Models with experts "
+        f"({total.expert_hours:,.0f} GPU-hours) and the memory of full fine-tuning rest on "
+        "formulas alone.",
     ]

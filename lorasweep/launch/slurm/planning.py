@@ -10,10 +10,10 @@ from lorasweep.launch.slurm.partitions import Partition
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan import detect
-from lorasweep.plan.estimate import ASSUMED_FLOPS_PER_CORE, Plan, measured_flops
+from lorasweep.plan.estimate import ASSUMED_FLOPS_PER_CORE, Plan, assumed_flops, measured_flops
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.packing import Pack, make_packs
-from lorasweep.spec.execution import Exec
+from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
@@ -96,14 +96,21 @@ def exec_of(request: Request) -> Exec:
     return dataclasses.replace(request.exec, workers=resources.workers_of(request.cluster))
 
 
+def _assumed(cluster: Cluster, precision: str, hardware: Hardware) -> float:
+    """Return the assumed operations per second of a worker: by the GPUs' file, if one is chosen."""
+    if hardware.has_speeds:
+        return assumed_flops(precision, hardware) / hardware.gpus
+    return resources.flops_per_s(cluster, ASSUMED_FLOPS_PER_CORE[precision])
+
+
 def jobs_of(
     request: Request, store: RunStore, todo: Sequence[Point], now: Plan, partition: Partition
 ) -> Jobs:
     """Group runs into packs, and packs into jobs."""
     cluster = request.cluster
     packs = make_packs(todo, now.states, store, exec_of(request), now.hardware, now.throughputs)
-    flops_s = measured_flops(now.points, now.states, store) or resources.flops_per_s(
-        cluster, ASSUMED_FLOPS_PER_CORE[todo[0].spec.precision]
+    flops_s = measured_flops(now.points, now.states, store) or _assumed(
+        cluster, todo[0].spec.precision, now.hardware
     )
     tasks = resources.group(packs, cluster, flops_s)
     return Jobs(tasks, resources.resources_for(tasks, cluster, flops_s, partition))

@@ -98,6 +98,12 @@ class Forecast:
         return sum(hours_of(kind, where, n) for kind, where, n in self.placed())
 
     @property
+    def expert_hours(self) -> float:
+        """Those of models with experts, which no published measurement covers."""
+        placed = [entry for entry in self.placed() if entry[0].spec.model.n_experts]
+        return sum(hours_of(kind, where, n) for kind, where, n in placed)
+
+    @property
     def tokens(self) -> float:
         """Tokens that they train on."""
         return sum(n * where.tokens / kind.members for kind, where, n in self.placed())
@@ -146,7 +152,8 @@ class Forecaster:
         Raises:
             SpecError: the hardware's file has no speed for its precision.
         """
-        key = (*shape_of(spec), spec.steps, spec.schedule)
+        trained = spec.method.n_trainable(spec.model)  # experts share a rank in more than one way
+        key = (*shape_of(spec), spec.steps, spec.schedule, trained)
         if key not in self._kinds:
             self._kinds[key] = self._placed(spec)
         return self._kinds[key]

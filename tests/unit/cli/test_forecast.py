@@ -32,6 +32,8 @@ def test_the_study_is_planned_without_weights_and_without_a_look_at_this_machine
         assert total[name] == pytest.approx(ratio[name] + batches[name])
     assert total["cost_usd"] == pytest.approx(total["gpu_hours"] * 2.95)
     assert total["memory_gib"] < 79.6 and total["gpus_a_run"] == [1, 16]
+    assert 0 < ratio["gpu_hours_by_formulas_alone"] < ratio["gpu_hours"]
+    assert batches["gpu_hours_by_formulas_alone"] == 0
     left = {entry["kind"] for entry in total["left_out"]}
     assert left == {f"fullft of {name}" for name in BEYOND}
     order = next(c for c in ratio["claims"] if c["claim"] == "order")

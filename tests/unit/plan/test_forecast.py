@@ -42,6 +42,17 @@ def test_a_sweep_takes_what_its_runs_take_alone():
     assert hours_of(kind, where, 2) == pytest.approx(found.gpu_hours * 2 / 3)
 
 
+def test_ways_to_share_a_rank_among_experts_cost_apart():
+    made = planner()
+    kinds = [
+        made.kind(spec_of("qwen3-30b-a3b-base", LoRA(rank=128, expert_rank=way)))
+        for way in ("active", "all", "whole")
+    ]
+    assert len({id(k) for k in kinds}) == 3
+    hours = [k.place.gpu_hours for k in kinds]
+    assert hours[1] < hours[0] < hours[2]
+
+
 def test_fresh_seeds_of_the_second_stage_are_counted_once():
     runs = points("fullft", FullFT()) + points("lora", LoRA(rank=16), seeds=(0, 1))
     found = planner().forecast("mine", runs, Replicates(seeds=[1, 2], n_lrs=2))
