@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lorasweep.methods.stacked.experts import StackedExperts, experts_forward
+from lorasweep.models.targets import find_targets
 from lorasweep.spec.model import ModelSpec
 
 NAME = "sorted_by_member"
@@ -17,10 +18,14 @@ def use_grouped_experts(model: Any, spec: ModelSpec) -> None:
     """Let the model compute its experts by `experts_forward`, with and without adapters.
 
     transformers' default fails in float64, and computes in fp32 under autocast.
+
+    Raises:
+        ModelError: its experts are of another layout, or have biases.
     """
     if spec.n_experts:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+        find_targets(model, spec, ("mlp",))
         ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
         model.set_experts_implementation(NAME)
 

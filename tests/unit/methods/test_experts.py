@@ -61,7 +61,7 @@ def perturbed(trainables):
     torch.manual_seed(1)
     with torch.no_grad():
         for p in trainables.parameters().values():
-            p.add_(torch.randn_like(p), alpha=0.2)
+            p.add_(torch.randn(p.shape).to(p), alpha=0.2)  # the same in every type
     return trainables
 
 
@@ -379,6 +379,32 @@ def test_spectra_are_those_of_the_largest_expert():
         assert spectrum[f"{EXPERTS}.down_proj"]["delta"] == pytest.approx(want, rel=1e-9)
         total = sum(float(s.square().sum()) for s in stacks.values()) ** 0.5
         assert norm["norm_delta"] == pytest.approx(total, rel=1e-9)
+
+
+def test_grouped_products_in_fp32_are_those_of_the_loop_in_float64(norms_in_float64, monkeypatch):
+    """torch's grouped_mm, with ranks padded to its alignment, for groups of which some are empty."""
+    called, grouped = [], torch.nn.functional.grouped_mm
+
+    def counted(x, w, *, offs):
+        called.append(int((offs.diff() == 0).sum()))
+        return grouped(x, w, offs=offs)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
+    tokens, found = torch.randint(SHAPE.vocab_size, (5, 3)), []
+    for model in (moe(), moe().float()):
+        trainables = perturbed(pack_of(model, READINGS))
+        with torch.no_grad():
+            for p in trainables.parameters().values():
+                p.copy_(p.float())  # the same numbers in both
+        logits = model(input_ids=tokens).logits
+        logits.square().sum().backward()
+        grads = {n: p.grad for n, p in trainables.parameters().items()}
+        found.append({"logits": logits.detach(), **grads})
+        assert bool(called) == (model.dtype == torch.float32)
+    assert max(called) > 0
+    for name, want in found[0].items():
+        scale = float(want.abs().max())
+        assert float((found[1][name] - want).abs().max()) < 1e-4 * scale, name
 
 
 def test_under_autocast_experts_are_computed_in_bf16_whatever_they_are_held_in():
