@@ -1,5 +1,8 @@
 """Lay out examples as arrays: rows end to end, each padded separately, so that padding is small.
 
+The hand-written passes take them so. Other models take each row padded to the longest (`padded`),
+or a member's rows end to end in one sequence, with positions that start anew at each (`joined`).
+
 Attention is causal and stays inside a row, so no real token sees padding or another row: results do
 not depend on the padding or on the other rows of the batch.
 
@@ -36,6 +39,8 @@ class Batch:
     truth: Truth | None = None
     """Of one member's held-out rows, in the order of the loss positions; merged batches have none.
     """
+    join_rows: bool = False
+    """Whether models of any class get the rows end to end instead of padded to the longest."""
 
     @property
     def laid_out(self) -> int:
@@ -48,7 +53,7 @@ class Batch:
         return int(self.weight_NM.sum())
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Sequence[Example], join_rows: bool = False) -> Batch:
     """Lay out the rows of one member."""
     lengths = [_up(len(e.tokens)) for e in examples]
     starts = np.cumsum([0, *lengths])
@@ -66,7 +71,8 @@ def collate(examples: Sequence[Example]) -> Batch:
     weight = _widen(np.ones((1, count), dtype=np.float32), width)
     n_tokens = sum(len(e.tokens) for e in examples)
     truth = _joined([e.truth for e in examples if e.truth is not None], len(examples))
-    return Batch(tokens[None], (tuple(lengths),), loss_at, following, weight, (n_tokens,), truth)
+    rows = (tuple(lengths),)
+    return Batch(tokens[None], rows, loss_at, following, weight, (n_tokens,), truth, join_rows)
 
 
 def _joined(truths: Sequence[Truth], n_examples: int) -> Truth | None:
@@ -93,7 +99,19 @@ def merge(parts: Sequence[Batch]) -> Batch:
         np.concatenate([_widen(p.targets_NM, m) for p in parts]),
         np.concatenate([_widen(p.weight_NM, m) for p in parts]),
         tokens_N=sum((p.tokens_N for p in parts), ()),
+        join_rows=parts[0].join_rows,
     )
+
+
+def joined(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the batch with one sequence a member, for models that keep its rows apart.
+
+    Tokens [N, X], loss positions, targets and weights [N, M], and each token's position in its row
+    [N, X], by which transformers lets no row attend to another.
+    """
+    at = [np.concatenate([np.arange(n) for n in lengths]) for lengths in batch.lengths]
+    rows = np.stack(at)
+    return batch.tokens_NX, batch.loss_positions_NM, batch.targets_NM, batch.weight_NM, rows
 
 
 def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -131,7 +149,9 @@ def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     return tokens, positions, targets, weight
 
 
-def eval_batches(examples: Sequence[Example], n_tokens: int) -> list[Batch]:
+def eval_batches(
+    examples: Sequence[Example], n_tokens: int, join_rows: bool = False
+) -> list[Batch]:
     """Group examples of similar length into batches of about `n_tokens` padded tokens at most.
 
     The order is fixed.
@@ -143,11 +163,11 @@ def eval_batches(examples: Sequence[Example], n_tokens: int) -> list[Batch]:
     for i in order:
         length = _up(len(examples[i].tokens))
         if group and total + length > n_tokens:
-            batches.append(collate([examples[j] for j in group]))
+            batches.append(collate([examples[j] for j in group], join_rows))
             group, total = [], 0
         group.append(i)
         total += length
-    batches.append(collate([examples[j] for j in group]))
+    batches.append(collate([examples[j] for j in group], join_rows))
     return batches
 
 

@@ -60,7 +60,7 @@ class TorchTrainer:
             torch.set_num_threads(exec_.threads)
         base = self._load_base(pack[0], exec_)
         data = {spec.id: self._load_data(spec, exec_, base) for spec in pack}
-        yield from finetune(pack, base, data, exec_.micro_batch_size, resume)
+        yield from finetune(pack, base, data, exec_.micro_batch_size, resume, exec_.join_rows)
 
     def _load_data(self, spec: RunSpec, exec_: Exec, base: "Base") -> Any:
         from lorasweep.data.load import load

@@ -25,6 +25,11 @@ class Exec:
     max_gpus: int | None = None
     """GPUs that one run may take, at most. A plan prices runs that need more apart, and they are
     left out. None: no limit."""
+    join_rows: bool = False
+    """Lay a forward pass's rows end to end in one sequence per pack member, without attention from
+    one to another, instead of padding each to the longest. For long rows of different lengths.
+    transformers' sdpa then holds a mask of X * X bytes for X tokens; its flash attention none. The
+    hand-written decoder for CPUs never pads."""
     compile: bool = False
     """Use torch.compile for models without a hand-written decoder (on a GPU: for all models). Not
     verified on a GPU yet; on a CPU compiling takes minutes."""

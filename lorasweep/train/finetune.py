@@ -17,12 +17,14 @@ def finetune(
     data: Data | Mapping[str, Data],
     micro_batch_size: int | None = None,
     resume: dict[str, State] | None = None,
+    join_rows: bool = False,
 ) -> Iterator[Event]:
     """Train the runs of `pack` together and yield an Event per update.
 
     `data`: one data set for all, or run id -> data set. `micro_batch_size`: sequences per member
     and forward pass; None: all of an update. `resume`: run id -> state from an event's snapshot().
+    `join_rows`: see Exec.
     """
     by_run = {s.id: data for s in pack} if isinstance(data, Data) else data
-    objective = SupervisedFineTuning(by_run, pack[0].precision, micro_batch_size)
+    objective = SupervisedFineTuning(by_run, pack[0].precision, micro_batch_size, join_rows)
     return train(pack, base, objective, resume)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lorasweep.data.batches import Batch, merge, padded
+from lorasweep.data.batches import Batch, merge
 from lorasweep.data.examples import Example
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.precision import COMPUTE_DTYPES, autocast
 from lorasweep.train.events import Record
-from lorasweep.train.objectives.nll import nll_sums
+from lorasweep.train.objectives.nll import inputs, nll_sums
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,9 +103,11 @@ def log_probabilities(model: "nn.Module", batch: Batch, precision: str) -> list[
         real_NM = torch.from_numpy(batch.weight_NM > 0)
         return [log_q[real] for log_q, real in zip(log_q_NMV, real_NM)]
     device = next(model.parameters()).device
-    tokens, positions, _, weight = (torch.from_numpy(a).to(device) for a in padded(batch))
+    tokens, positions, _, weight, at = inputs(batch, device)
     with autocast(precision, device):
-        logits = model(input_ids=tokens, logits_to_keep=positions, use_cache=False).logits
+        logits = model(
+            input_ids=tokens, position_ids=at, logits_to_keep=positions, use_cache=False
+        ).logits
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     log_q = torch.log_softmax(logits, -1).unflatten(0, (len(batch.lengths), -1))

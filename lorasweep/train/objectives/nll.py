@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lorasweep.data.batches import Batch, padded
+from lorasweep.data.batches import Batch, joined, padded
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.head import hidden_states, logits_of
 from lorasweep.models.precision import COMPUTE_DTYPES, autocast
@@ -32,14 +32,16 @@ def nll_sums(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
     if passes is not None:
         return passes.nll_sums(batch, COMPUTE_DTYPES[precision])
     device = next(model.parameters()).device
-    tokens, positions, targets, weight = (torch.from_numpy(a).to(device) for a in padded(batch))
+    tokens, positions, targets, weight, at = inputs(batch, device)
     members, (rows, width) = len(batch.lengths), positions.shape
     config: Any = model.config
     most = LOGITS if device.type == "cpu" else GPU_LOGITS
     step = max(1, most // (rows * config.get_text_config().vocab_size))
     if step >= width:
         with autocast(precision, device):
-            logits = model(input_ids=tokens, logits_to_keep=positions, use_cache=False).logits
+            logits = model(
+                input_ids=tokens, position_ids=at, logits_to_keep=positions, use_cache=False
+            ).logits
         return _sums(logits, targets, weight, members)
 
     def part(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -48,12 +50,22 @@ def nll_sums(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
             return _sums(logits_of(model, hidden.contiguous()), targets, weight, members)
 
     with autocast(precision, device):
-        hidden = hidden_states(model, tokens, positions)
+        hidden = hidden_states(model, tokens, positions, at)
     sums = []
     for chunk in zip(*(x.split(step, 1) for x in (hidden, targets, weight))):
         # the backward pass computes a chunk's logits again: kept, they would be whole after all
         sums.append(checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False))
     return torch.stack(sums).sum(0)
+
+
+def inputs(batch: Batch, device: torch.device) -> tuple[Any, ...]:
+    """Return tokens [R, T], and loss positions, targets and weights [R, P], on the device.
+
+    The fifth is each token's position in its row, [R, T]; None for padded rows.
+    """
+    if batch.join_rows:
+        return tuple(torch.from_numpy(a).to(device) for a in joined(batch))
+    return *(torch.from_numpy(a).to(device) for a in padded(batch)), None
 
 
 def _sums(

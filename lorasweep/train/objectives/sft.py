@@ -14,6 +14,8 @@ import torch
 from lorasweep.data.batches import Batch, collate, eval_batches, merge
 from lorasweep.data.examples import Data, Example
 from lorasweep.errors import DataError
+from lorasweep.models.cpu_llama.model import cpu_llama_for
+from lorasweep.models.head import check_rows_stay_apart
 from lorasweep.spec.metric import Metric
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Record
@@ -46,14 +48,19 @@ class SupervisedFineTuning:
     metric = Metric()
 
     def __init__(
-        self, data: Mapping[str, Data], precision: str, micro_batch_size: int | None = None
+        self,
+        data: Mapping[str, Data],
+        precision: str,
+        micro_batch_size: int | None = None,
+        join_rows: bool = False,
     ) -> None:
         """Set up the objective.
 
         `data`: run id -> the run's data set; runs may share one. `micro_batch_size`: sequences per
-        member and forward pass; None: all of an update.
+        member and forward pass; None: all of an update. `join_rows`: see Exec.
         """
         self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
+        self._join_rows = join_rows
         self._start: dict[str, Record] = {}
         self._retain_start: dict[str, float] = {}
         self._updates_above = dict.fromkeys(data, 0)
@@ -65,6 +72,8 @@ class SupervisedFineTuning:
 
     def start(self, base: "Base", members: Sequence[RunSpec]) -> list[Record]:
         """Measure the base's NLL on each data set, and on its pretraining rows, once."""
+        if self._join_rows and cpu_llama_for(base.model) is None:
+            check_rows_stay_apart(base.model)
         if next(base.model.parameters()).device.type != "cpu":
             self._eval_tokens = max(1, GPU_EVAL_TOKENS // len(members))
         for member in members:
@@ -90,7 +99,7 @@ class SupervisedFineTuning:
         rows = min(self._micro_batch_size or size, size)
         examples = self._data[member.id].train(member.seed, step * size, size)
         examples = sorted(examples, key=lambda e: len(e.tokens))
-        return [collate(examples[k : k + rows]) for k in range(0, size, rows)]
+        return [collate(examples[k : k + rows], self._join_rows) for k in range(0, size, rows)]
 
     def weights(self, batch: Batch) -> torch.Tensor:
         """Count each member's loss tokens, [N]."""
@@ -206,7 +215,7 @@ class SupervisedFineTuning:
         """Lay held-out examples out, once: an update's evaluations share them."""
         key = tuple(map(id, examples))  # the data sets are held, so ids are not reused
         if key not in self._held_out:
-            self._held_out[key] = eval_batches(examples, self._eval_tokens)
+            self._held_out[key] = eval_batches(examples, self._eval_tokens, self._join_rows)
         return self._held_out[key]
 
 
