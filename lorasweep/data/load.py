@@ -3,13 +3,14 @@
 Needs a tokenizer for text; needs no torch.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorasweep.data import text
+from lorasweep.data import fields, hub, sources, text
 from lorasweep.data.examples import Data, shuffled
 from lorasweep.data.fingerprint import fingerprint
-from lorasweep.data.sources import source_of
+from lorasweep.data.sources import Row, Source
 from lorasweep.data.synthetic import dialect, facts, skills
 from lorasweep.errors import DataError, unknown
 from lorasweep.spec.dataset import DatasetSpec
@@ -38,7 +39,7 @@ def load(
             f"dataset {spec.name!r} is text, but the model has no tokenizer. Choose a model with a "
             "tokenizer (source hub, folder or gguf), or a synthetic data set (dialect, skills)."
         )
-    source, held_out = (source_of(spec, s, data_dirs) for s in (spec.train_split, spec.test_split))
+    source, held_out = sources_of(spec, data_dirs)
     train = text.examples(spec, spec.train_split, source, tokenizer, spec.n_train, cache)
     test = text.examples(spec, spec.test_split, held_out, tokenizer, spec.n_test, cache)
     return Data(
@@ -50,10 +51,36 @@ def load(
     )
 
 
-def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
-    """Check that a data set of local files is there and that its rows can be read.
+def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Source]:
+    """Find the rows of a text data set that are trained on, and the held-out ones.
 
-    Needs no tokenizer. Whether each row has a loss token is checked when the split is loaded.
+    Raises:
+        DataError: they are missing, or not the pinned ones.
+    """
+    if spec.source == "hub":
+        train, held_out = (hub.source_of(spec, part) for part in (False, True))
+    else:
+        splits = (spec.train_split, spec.test_split)
+        train, held_out = (sources.of_jsonl(spec, split, data_dirs) for split in splits)
+    if not spec.unseen_prompts:
+        return train, held_out
+
+    def rows() -> Iterator[Row]:
+        seen = {fields.opening(spec, row, where) for where, row in held_out.rows()}
+        for where, row in train.rows():
+            if fields.opening(spec, row, where) not in seen:
+                yield where, row
+
+    identity = f"{train.identity} without the prompts of {held_out.identity}"
+    return dataclasses.replace(train, identity=identity, rows=rows), held_out
+
+
+def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
+    """Check that a data set is there, and that its rows can be read.
+
+    Of local files every row is read. On the hub, access, splits and columns are looked up; rows are
+    not fetched. Needs no tokenizer. Whether each row has a loss token is checked when the split is
+    loaded.
 
     Raises:
         DataError: files are missing (the message tells how to get them) or a row is unreadable.
@@ -63,6 +90,8 @@ def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
     elif spec.source == "jsonl":
         for split in (spec.train_split, spec.test_split):
             text.check_jsonl(spec, split, data_dirs)
+    else:
+        sources_of(spec, data_dirs)
 
 
 def generator_vocab(spec: DatasetSpec) -> int | None:

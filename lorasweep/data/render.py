@@ -1,7 +1,7 @@
 """Write the messages of a conversation as text, in parts that are tokenized one by one.
 
 Parts end where the loss starts or ends, so that the loss mask falls on token borders. Refuses to
-know tokenizers.
+know tokenizers; the template of one is a function here.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,11 +52,44 @@ def role_eos(messages: Sequence[Message], mask: str, bos: str | None) -> list[Pa
     return parts
 
 
+def chat_template(
+    messages: Sequence[Message],
+    mask: str,
+    apply: Callable[[Sequence[Message], bool], str],
+    eos: str,
+) -> list[Part]:
+    """Render as a tokenizer's chat template does, for instruct models.
+
+    `apply`: (messages, whether an answer is to follow) -> text. An answer in the loss is what the
+    template adds to the text before it, without line ends behind `eos`, the text of the
+    end-of-sequence token. What follows the last answer in the loss is left out.
+
+    Raises:
+        ValueError: the template changes an answer, or what stands before it, by what follows.
+    """
+    if mask == "all":
+        return [Part(apply(messages, False), True)]
+    parts: list[Part] = []
+    done = ""
+    for i, in_loss in enumerate(_counted(messages, mask)):
+        if not in_loss:
+            continue
+        before, after = apply(messages[:i], True), apply(messages[: i + 1], False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise ValueError(f"message {i + 1} changes the text before it")
+        answer = after[len(before) :]
+        ended = bool(eos) and answer.rstrip("\n").endswith(eos)
+        said = answer.rstrip("\n").removesuffix(eos) if ended else answer
+        parts += [Part(before[len(done) :], False), Part(said, True, eos=ended)]
+        done = before + said + (eos if ended else "")
+    return parts
+
+
 RENDERERS: dict[str, Callable[[Sequence[Message], str, str | None], list[Part]]] = {
     "role_colon": role_colon,
     "role_eos": role_eos,
 }
-"""By name, as `render` in a dataset file."""
+"""By name, as `render` in a dataset file; `chat_template` needs a tokenizer as well."""
 
 
 def _counted(messages: Sequence[Message], mask: str) -> list[bool]:

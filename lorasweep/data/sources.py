@@ -1,4 +1,4 @@
-"""Find the rows of a text data set: JSON Lines files, and data sets of the Hugging Face hub.
+"""Rows of text and the files they are from: JSON Lines in a folder.
 
 Knows which version of the rows is there. Refuses to know tokenizers and how a row is rendered.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
-from lorasweep.spec.revision import is_commit
 
 Row = tuple[str, Any]
 """Where the row is, for messages, and its content."""
@@ -30,16 +29,14 @@ class Source:
     rows: Callable[[], Iterator[Row]]
 
 
-def source_of(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Source:
-    """Find the rows of a split. Reads no row.
+def of_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Source:
+    """Find the file of a split. Reads no row.
 
     Raises:
-        DataError: they are missing, or not the pinned ones.
+        DataError: it is missing, or not the pinned one.
     """
-    if spec.source == "jsonl":
-        path, digest = find_jsonl(spec, split, data_dirs)
-        return Source(digest, None, lambda: jsonl_rows(path))
-    return _on_hub(spec, split)
+    path, digest = find_jsonl(spec, split, data_dirs)
+    return Source(digest, None, lambda: jsonl_rows(path))
 
 
 def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple[Path, str]:
@@ -86,51 +83,3 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             raise DataError(
                 f"{path}:{number}: not a JSON row ({error}). Correct or remove the line."
             ) from None
-
-
-def _on_hub(spec: DatasetSpec, split: str) -> Source:
-    """Find out which commit of the hub `revision` stands for (empty: its newest one)."""
-    import datasets
-
-    try:
-        builder = datasets.load_dataset_builder(
-            spec.location, spec.config or None, revision=spec.revision or None
-        )
-    except Exception as error:
-        raise _unavailable(spec, error) from error
-    # `datasets` names the folders of its cache by commits. Without a network it takes the newest
-    # folder there, whatever revision is wanted.
-    if is_commit(spec.revision) and builder.hash != spec.revision:
-        raise DataError(
-            f"dataset {spec.name!r}: {spec.location} is pinned to {spec.revision}, but the hub "
-            f"cannot be reached and the cache holds {builder.hash}. Connect to the hub once to get "
-            "the pinned rows."
-        )
-    return Source(
-        f"{spec.location}/{spec.config}@{builder.hash}",
-        builder.hash,
-        lambda: _hub_rows(spec, split, builder),
-    )
-
-
-def _hub_rows(spec: DatasetSpec, split: str, builder: Any) -> Iterator[Row]:
-    try:
-        builder.download_and_prepare()
-        rows = builder.as_dataset(split=spec.train_split if spec.holdout else split)
-        if spec.holdout:
-            # mixtures are sorted by source: without a shuffle all held-out rows share a source
-            rows = rows.shuffle(seed=0)
-            test = range(min(spec.holdout, len(rows)))
-            rows = rows.select(test if split == spec.test_split else range(len(test), len(rows)))
-    except Exception as error:
-        raise _unavailable(spec, error) from error
-    for number, row in enumerate(rows):
-        yield f"{spec.location}[{split}] row {number}", row
-
-
-def _unavailable(spec: DatasetSpec, error: Exception) -> DataError:
-    return DataError(
-        f"dataset {spec.name!r}: cannot load {spec.location!r} from the hub "
-        f"({type(error).__name__}: {error}). Check the network, log in if access is "
-        "restricted, or use local files: a dataset with source=jsonl."
-    )

@@ -14,26 +14,39 @@ from typing import Any
 
 import numpy as np
 
-from lorasweep.data import rows, sources
+from lorasweep.data import fields, rows, sources
 from lorasweep.data.examples import Example
-from lorasweep.data.render import RENDERERS, Message, Part
+from lorasweep.data.render import RENDERERS, Message, Part, chat_template
 from lorasweep.data.rows import Rows
 from lorasweep.data.sources import Row, Source
 from lorasweep.errors import DataError
-from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 
 TOGETHER = 256
 """Rows whose parts are given to the tokenizer in one call, which is faster than one by one."""
 VERSION = 1
 """Raised when the same rows are tokenized in another way, so that kept files are made again."""
-NOT_IN_ROWS = ("name", "revision", "n_train", "n_test", "n_test_curve")
+NOT_IN_ROWS = (
+    "name",
+    "revision",
+    "test_revision",
+    "n_train",
+    "n_test",
+    "n_test_curve",
+    "answer_field",
+)
 """Fields that change no row. What a revision stands for is in the source's identity."""
+DATE = "26 Jul 2024"
+"""Told to chat templates that write a date. Llama's write this one where they cannot know the day;
+else the rows would change with it."""
 
 
 def examples(
     spec: DatasetSpec, split: str, source: Source, tokenizer: Any, limit: int | None, cache: str
 ) -> Rows:
     """Tokenize the first `limit` rows of a split, or map them from `cache` if that was done before.
+
+    Rows that `too_long` leaves out do not count.
 
     Without a cache (empty), or for a tokenizer that cannot be named by its content (one not of the
     `tokenizers` library), rows are tokenized in memory.
@@ -43,11 +56,16 @@ def examples(
     """
 
     def make() -> Rows:
-        found = Rows.of(_tokenized(spec, itertools.islice(source.rows(), limit), tokenizer))
+        given = source.rows()
+        if spec.too_long == "cut":
+            given = itertools.islice(given, limit)  # rows beyond need not be readable
+        usable = (e for e in _tokenized(spec, given, tokenizer) if e is not None)
+        found = Rows.of(itertools.islice(usable, limit))
         if not found:
             raise DataError(
-                f"dataset {spec.name!r}, split {split!r}: no rows. Set train_split and test_split "
-                "to splits that have rows."
+                f"dataset {spec.name!r}, split {split!r}: no rows (too_long={spec.too_long}, "
+                f"max_length={spec.max_length}, unseen_prompts={spec.unseen_prompts}). Set "
+                "train_split and test_split to splits that have rows."
             )
         return found
 
@@ -55,6 +73,8 @@ def examples(
     if not cache or described is None:
         return make()
     how = {k: v for k, v in dataclasses.asdict(spec).items() if k not in NOT_IN_ROWS}
+    if spec.render == "chat_template":
+        how["chat_template"] = tokenizer.chat_template
     key = json.dumps([VERSION, how, described, source.identity, split, limit])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     return rows.kept(Path(cache) / f"{name}.rows", make)
@@ -68,7 +88,7 @@ def check_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> None
     """
     path, _ = sources.find_jsonl(spec, split, data_dirs)
     for where, row in sources.jsonl_rows(path):
-        _parts(spec, row, where, None)
+        fields.messages_of(spec, row, where)
 
 
 def _tokenizer_sha256(tokenizer: Any) -> str | None:
@@ -80,11 +100,14 @@ def _tokenizer_sha256(tokenizer: Any) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _tokenized(spec: DatasetSpec, given: Iterable[Row], tokenizer: Any) -> Iterator[Example]:
-    """Tokenize rows part by part, so that the loss mask falls on token borders."""
+def _tokenized(spec: DatasetSpec, given: Iterable[Row], tokenizer: Any) -> Iterator[Example | None]:
+    """Tokenize rows part by part, so that the loss mask falls on token borders.
+
+    None for a row that `too_long` leaves out.
+    """
     left = iter(given)
     while together := list(itertools.islice(left, TOGETHER)):
-        of_rows = [_parts(spec, row, where, tokenizer.bos_token) for where, row in together]
+        of_rows = [parts_of(spec, row, where, tokenizer) for where, row in together]
         texts = [part.text for parts in of_rows for part in parts]
         pieces = iter(tokenizer(texts, add_special_tokens=False).input_ids)
         for (where, _), parts in zip(together, of_rows):
@@ -94,8 +117,8 @@ def _tokenized(spec: DatasetSpec, given: Iterable[Row], tokenizer: Any) -> Itera
 
 def _example(
     spec: DatasetSpec, parts: Sequence[Part], pieces: list[list[int]], tokenizer: Any, where: str
-) -> Example:
-    """Join the token ids of a row's parts, and cut it to max_length."""
+) -> Example | None:
+    """Join the token ids of a row's parts, and cut it to max_length or leave it out (None)."""
     ids: list[int] = []
     loss: list[bool] = []
     for part, piece in zip(parts, pieces):
@@ -103,15 +126,19 @@ def _example(
         loss += [part.in_loss] * (len(ids) - len(loss))
     n_bytes = sum(len(part.text.encode()) for part in parts if part.in_loss)
     cut = len(ids) > spec.max_length
+    if cut and spec.too_long == "skip":
+        return None
     tokens = np.array(ids[: spec.max_length], dtype=np.int32)
     mask = np.array(loss[: spec.max_length], dtype=bool)
     if len(mask):
         mask[0] = False  # nothing predicts the first token
     if not mask.any():
+        if cut and spec.too_long == "cut_or_skip":
+            return None
         raise DataError(
             f"{where}: no token counts in the loss (mask={spec.mask}, {len(ids)} tokens, "
-            f"max_length={spec.max_length}). "
-            "Remove the row, raise max_length, or change the mask."
+            f"max_length={spec.max_length}). Remove the row, raise max_length, change the mask, or "
+            "set too_long=cut_or_skip."
         )
     if cut:  # count the bytes of the part that was kept, so that bits per byte are right
         kept = [t for t, m in zip(tokens, mask) if m]
@@ -119,30 +146,35 @@ def _example(
     return Example(tokens=tokens, loss=mask, n_bytes=n_bytes)
 
 
-def _parts(spec: DatasetSpec, row: Any, where: str, bos: str | None) -> list[Part]:
-    """Render a row as text."""
-    if spec.format == "messages":
-        return RENDERERS[spec.render](_messages(row, where), spec.mask, bos)
-    prompt = spec.template.replace("{prompt}", _field(row, spec.prompt_field, where))
-    completion = _field(row, spec.completion_field, where)
-    return [Part(prompt, spec.mask == "all"), Part(completion, True, eos=True)]
+def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Part]:
+    """Render a row as text.
 
-
-def _messages(row: Any, where: str) -> list[Message]:
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+    Raises:
+        DataError: the row has not the columns of its format, or the tokenizer's chat template does
+            not take it.
+    """
+    if spec.format == "prompt_completion" and spec.render == FIRST_RENDER:
+        prompt, completion = fields.prompt_and_completion(spec, row, where)
+        return [Part(prompt, spec.mask == "all"), Part(completion, True, eos=True)]
+    messages = fields.messages_of(spec, row, where)
+    if spec.render != "chat_template":
+        return RENDERERS[spec.render](messages, spec.mask, tokenizer.bos_token)
+    if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            f"{where}: format=messages expects a list 'messages' of {{role, content}}. Correct the "
-            "row, or set format=prompt_completion."
+            f"dataset {spec.name!r}: render=chat_template, but the tokenizer has none. Choose an "
+            "instruct model, or set render=role_colon."
         )
-    return [(_field(m, "role", where), _field(m, "content", where)) for m in messages]
 
+    def apply(messages: Sequence[Message], open_: bool) -> str:
+        given = [{"role": role, "content": content} for role, content in messages]
+        return tokenizer.apply_chat_template(
+            given, tokenize=False, add_generation_prompt=open_, date_string=DATE
+        )
 
-def _field(row: Any, name: str, where: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(name), str):
-        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+    try:
+        return chat_template(messages, spec.mask, apply, tokenizer.eos_token or "")
+    except Exception as error:  # templates raise what they like
         raise DataError(
-            f"{where}: no text field {name!r}. The row has: {keys}. Set prompt_field and "
-            "completion_field in the dataset file."
-        )
-    return row[name]
+            f"{where}: the tokenizer's chat template does not take the row with mask={spec.mask} "
+            f"({error}). Remove the row, set mask=last_assistant, or set render=role_colon."
+        ) from error

@@ -4,14 +4,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lorasweep.spec.canonical import Value, not_allowed
+from lorasweep.spec.canonical import Value, fields, not_allowed
 
 DATASET_SOURCES = ("hub", "jsonl", "synthetic")
-FORMATS = ("prompt_completion", "messages", "tokens")
+FORMATS = ("prompt_completion", "messages", "conversations", "tokens")
 MASKS = ("completion", "last_assistant", "all")
-RENDERS = ("role_colon", "role_eos")
+RENDERS = ("role_colon", "role_eos", "chat_template")
 FIRST_RENDER = "role_eos"
 """The only form of messages before `render` was a setting."""
+OF_TEXT = ("render", "too_long", "unseen_prompts", "answer_field")
+"""Fields that say how text is read; generators draw tokens."""
+TOO_LONG = ("cut", "cut_or_skip", "skip")
+FIRST_TOO_LONG = "cut"
+"""What was done with long rows before `too_long` was a setting."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,15 @@ class DatasetSpec(Value):
     location: str = ""
     """Hub name, generator name, or folder looked up under exec.data_dir."""
     config: str = ""
-    """Configuration name on the hub."""
+    """Configuration name on the hub; several, joined by '+', are read one after the other."""
     revision: str = ""
     """Hub revision, or 'sha256:...' over the files. It pins the rows."""
     train_split: str = "train"
     test_split: str = "test"
-    """Split names; for jsonl, file names without the ending."""
+    """Split names; for jsonl, file names without the ending. On the hub 'a+b' is both."""
     format: str = "prompt_completion"
+    """prompt_completion: two columns. messages: a column of {role, content}. conversations: a
+    column of {from, value}, from human or gpt. tokens: what a generator draws."""
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     template: str = "{prompt}\n"
@@ -39,7 +46,7 @@ class DatasetSpec(Value):
     mask: str = "completion"
     """Tokens that count in the loss: the completion, the last assistant message, or all."""
     max_length: int = 512
-    """Tokens; a longer row is cut on the right."""
+    """Tokens; what happens to a longer row is `too_long`."""
     n_train: int | None = None
     """Rows used, from the start of the split; None: all."""
     n_test: int = 1024
@@ -63,7 +70,21 @@ class DatasetSpec(Value):
 
     render: str = field(default=FIRST_RENDER, metadata={"added": FIRST_RENDER})
     """How messages become text. role_colon: the study's form for base models, 'Role: content' and a
-    blank line, which ends an answer. role_eos: the same words; the EOS token ends an answer."""
+    blank line, which ends an answer. role_eos: the same words; the EOS token ends an answer.
+    chat_template: the form of the tokenizer, for instruct models. With format=prompt_completion,
+    anything but role_eos makes the prompt in its template a user's message, and the completion its
+    answer."""
+    too_long: str = field(default=FIRST_TOO_LONG, metadata={"added": FIRST_TOO_LONG})
+    """Rows above max_length. cut: cut on the right; one whose loss is cut off is an error.
+    cut_or_skip: such a row is left out. skip: every longer row is left out."""
+    test_location: str = field(default="", metadata={"added": ""})
+    """Another data set of the hub that test_split is a split of; empty: location."""
+    test_revision: str = field(default="", metadata={"added": ""})
+    """The revision of test_location."""
+    unseen_prompts: bool = field(default=False, metadata={"added": False})
+    """Whether training rows that have the prompt of a held-out row are left out."""
+    answer_field: str = field(default="", metadata={"added": ""})
+    """Column of the gold answer; empty: it stands in the completion, behind '####' or boxed."""
 
     def problems(self) -> Iterator[str]:
         where = f"dataset {self.name!r}: "
@@ -72,14 +93,26 @@ class DatasetSpec(Value):
             "format": FORMATS,
             "mask": MASKS,
             "render": RENDERS,
+            "too_long": TOO_LONG,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 yield not_allowed(where + name, getattr(self, name), allowed)
-        if self.render != FIRST_RENDER and self.format != "messages":
+        for f in fields(type(self)) if self.source == "synthetic" else ():
+            if f.name in OF_TEXT and getattr(self, f.name) != f.past:
+                yield (
+                    f"{where}{f.key}={getattr(self, f.name)!r} has no effect with "
+                    "source=synthetic. Leave it out."
+                )
+        if self.test_location and (self.source != "hub" or self.holdout):
             yield (
-                f"{where}render={self.render!r} has no effect with format={self.format!r}. Leave "
-                "it out, or set format=messages."
+                f"{where}test_location={self.test_location!r}: only for source=hub without a "
+                "holdout. Leave it out."
+            )
+        if self.test_revision and not self.test_location:
+            yield (
+                f"{where}test_revision={self.test_revision!r}: there is no test_location, so "
+                "revision pins both splits. Leave it out."
             )
         if not self.location:
             yield (

@@ -15,4 +15,8 @@ def is_commit(revision: str) -> bool:
 
 def is_unpinned(part: ModelSpec | DatasetSpec) -> bool:
     """Return whether the content behind a name on the hub can change."""
-    return part.source == "hub" and not is_commit(part.revision)
+    if part.source != "hub":
+        return False
+    if isinstance(part, DatasetSpec) and part.test_location and not is_commit(part.test_revision):
+        return True
+    return not is_commit(part.revision)

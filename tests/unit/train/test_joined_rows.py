@@ -7,12 +7,15 @@ import torch
 from lorasweep.data.batches import collate, merge
 from lorasweep.data.examples import Example
 from lorasweep.errors import ModelError
+from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models.head import check_rows_stay_apart
+from lorasweep.spec.execution import Exec
 from lorasweep.train.objectives import held_out, nll, sft
 from tests.unit.train.test_logits_in_chunks import LIMIT, attached, loss_and_gradients
 from tests.unit.train.test_logits_in_chunks import model_of as dense
+from tests.world import tiny_spec
 
 VOCAB = 64
 EXPERTS = {
@@ -98,3 +101,23 @@ def test_a_model_that_does_not_keep_rows_apart_is_refused(monkeypatch):
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with pytest.raises(ModelError, match=r"attend to each other.*Set exec\.join_rows=false"):
         check_rows_stay_apart(model)
+
+
+def test_exec_join_rows_reaches_training_and_evaluation(monkeypatch, tmp_path):
+    """A run of the shipped base: the same losses, in one sequence a forward pass."""
+    pack = [tiny_spec(steps=2, batch_size=3, precision="fp64", method=LoRA(rank=2), lr=1e-2)]
+    shapes, ended, inputs = {}, {}, nll.inputs
+
+    def watched(batch, device):
+        found = inputs(batch, device)
+        shapes.setdefault(join_rows, set()).add(len(found[0]))
+        return found
+
+    monkeypatch.setattr(nll, "inputs", watched)
+    for join_rows in (False, True):
+        exec_ = Exec(runs_dir=str(tmp_path), models_dir=[str(tmp_path)], join_rows=join_rows)
+        *_, last = TorchTrainer()(pack, exec_, None)
+        ended[join_rows] = last.ended[pack[0].id][1]
+    assert shapes[True] == {1} and 3 in shapes[False] and 1 not in shapes[False]
+    for name in ("test_nll", "code_nats", "nll_start"):
+        assert ended[True][name] == pytest.approx(ended[False][name], rel=1e-9), name

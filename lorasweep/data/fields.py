@@ -1,0 +1,100 @@
+"""Read what a row of text says: its prompt, its completion, its messages.
+
+Knows the formats of rows. Refuses to know where rows are from and how they become tokens.
+"""
+
+from typing import Any
+
+from lorasweep.data.render import Message
+from lorasweep.errors import DataError
+from lorasweep.spec.dataset import DatasetSpec
+
+LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+"""Formats whose column, of their name, is a list of messages; the keys of speaker and text."""
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+"""Of conversations, and the roles that they are."""
+
+
+def columns(spec: DatasetSpec) -> tuple[str, ...]:
+    """Return the columns that rows of a data set must have."""
+    if spec.format in LISTS:
+        needed: tuple[str, ...] = (spec.format,)
+    else:
+        needed = (spec.prompt_field, spec.completion_field)
+    return (*needed, spec.answer_field) if spec.answer_field else needed
+
+
+def messages_of(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
+    """Return the (role, content) of a row's messages.
+
+    A prompt in its template is the user's message, and the completion its answer.
+
+    Raises:
+        DataError: the row has not the columns of the format; the message names file and line.
+    """
+    if spec.format in LISTS:
+        return _listed(spec.format, row, where)
+    prompt, completion = prompt_and_completion(spec, row, where)
+    return [("user", prompt), ("assistant", completion)]
+
+
+def prompt_and_completion(spec: DatasetSpec, row: Any, where: str) -> tuple[str, str]:
+    """Return the prompt in its template and the completion of a row with two columns.
+
+    Raises:
+        DataError: the row has not these columns; the message names file and line.
+    """
+    prompt = spec.template.replace("{prompt}", text_of(row, spec.prompt_field, where))
+    return prompt, text_of(row, spec.completion_field, where)
+
+
+def opening(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
+    """Return what stands before a row's first answer: equal for rows with the same prompt.
+
+    Raises:
+        DataError: the row has not the columns of the format; the message names file and line.
+    """
+    messages = messages_of(spec, row, where)
+    roles = [role for role, _ in messages]
+    return tuple(messages[: roles.index("assistant")] if "assistant" in roles else messages)
+
+
+def text_of(row: Any, name: str, where: str) -> str:
+    """Return the text in a row's column.
+
+    Raises:
+        DataError: there is no such column, or no text in it.
+    """
+    if not isinstance(row, dict) or not isinstance(row.get(name), str):
+        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(
+            f"{where}: no text field {name!r}. The row has: {keys}. Set prompt_field, "
+            "completion_field and answer_field in the dataset file."
+        )
+    return row[name]
+
+
+def _listed(name: str, row: Any, where: str) -> list[Message]:
+    speaker, content = LISTS[name]
+    messages = row.get(name) if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise DataError(
+            f"{where}: format={name} expects a list {name!r} of {{{speaker}, {content}}}. Correct "
+            "the row, or set another format."
+        )
+    found = [(text_of(m, speaker, where), text_of(m, content, where)) for m in messages]
+    if name == "messages":
+        return found
+    strange = next((who for who, _ in found if who not in SPEAKERS), None)
+    if strange is not None:
+        raise DataError(
+            f"{where}: a message is from {strange!r}. Allowed: {', '.join(SPEAKERS)}. Correct the "
+            "row, or write it as format=messages."
+        )
+    return [(SPEAKERS[who], text) for who, text in found]

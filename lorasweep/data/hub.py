@@ -1,0 +1,161 @@
+"""Rows of data sets of the Hugging Face hub: their splits, and what can be wrong before rows load.
+
+Knows which commit the rows are from. Refuses to know tokenizers and how a row is rendered.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from lorasweep.data.fields import columns
+from lorasweep.data.sources import Row, Source
+from lorasweep.errors import DataError
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.revision import is_commit
+
+
+class _Place(NamedTuple):
+    """Where the rows of a split are."""
+
+    location: str
+    configs: tuple[str, ...]
+    revision: str
+    split: str
+    """Split of the hub; with a holdout both splits are parts of it."""
+
+
+def _place(spec: DatasetSpec, held_out: bool) -> _Place:
+    split = spec.test_split if held_out and not spec.holdout else spec.train_split
+    if held_out and spec.test_location:
+        return _Place(spec.test_location, ("",), spec.test_revision, split)
+    return _Place(spec.location, tuple(spec.config.split("+")), spec.revision, split)
+
+
+def source_of(spec: DatasetSpec, held_out: bool) -> Source:
+    """Find out which commit of the hub the revision stands for (empty: its newest one).
+
+    Splits and columns are checked as far as the hub describes them; no row is loaded.
+
+    Raises:
+        DataError: the data set cannot be reached, or it has not what `spec` names.
+    """
+    place = _place(spec, held_out)
+    builders = [_builder(spec, place, config) for config in place.configs]
+    for builder in builders:
+        _check_described(spec, place, builder)
+    commit = "+".join(dict.fromkeys(builder.hash for builder in builders))
+    return Source(
+        f"{place.location}/{'+'.join(place.configs)}@{commit}",
+        commit,
+        lambda: _rows(spec, held_out, place, builders),
+    )
+
+
+def _builder(spec: DatasetSpec, place: _Place, config: str) -> Any:
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(
+            place.location, config or None, revision=place.revision or None
+        )
+    except Exception as error:
+        raise _unavailable(spec, place, error) from error
+    # `datasets` names the folders of its cache by commits. Without a network it takes the newest
+    # folder there, whatever revision is wanted.
+    if is_commit(place.revision) and builder.hash != place.revision:
+        raise DataError(
+            f"dataset {spec.name!r}: {place.location} is pinned to {place.revision}, but the hub "
+            f"cannot be reached and the cache holds {builder.hash}. Connect to the hub once to get "
+            "the pinned rows."
+        )
+    return builder
+
+
+def _check_described(spec: DatasetSpec, place: _Place, builder: Any) -> None:
+    """Check splits and columns that the data set's card describes; it need not."""
+    info = builder.info
+    if info.features is not None:
+        _check_columns(spec, place, list(info.features))
+    counts = {name: split.num_examples for name, split in (info.splits or {}).items()}
+    if counts:
+        _check_splits(spec, place, counts)
+
+
+def _check_columns(spec: DatasetSpec, place: _Place, found: Sequence[str]) -> None:
+    missing = [name for name in columns(spec) if name not in found]
+    if missing:
+        raise DataError(
+            f"dataset {spec.name!r}: {place.location}[{place.split}] has no column "
+            f"{', '.join(missing)}. Found: {', '.join(found)}. Expected (format={spec.format}): "
+            f"{', '.join(columns(spec))}. Set format, prompt_field, completion_field or "
+            "answer_field to what is there, or pin a revision that has these columns."
+        )
+
+
+def _check_splits(spec: DatasetSpec, place: _Place, counts: dict[str, int]) -> None:
+    """Check that the named splits are there and have rows enough. `counts`: rows by split."""
+    for name in place.split.split("+"):
+        if name not in counts:
+            raise DataError(
+                f"dataset {spec.name!r}: {place.location} has no split {name!r}. Found: "
+                f"{', '.join(counts)}. Set train_split and test_split to these, or holdout=ROWS "
+                "to hold rows of the training split out."
+            )
+    rows = sum(counts[name] for name in place.split.split("+"))
+    if not rows:
+        raise DataError(
+            f"dataset {spec.name!r}: {place.location}[{place.split}] has no rows. Name a split "
+            "that has some."
+        )
+    if rows <= spec.holdout:
+        raise DataError(
+            f"dataset {spec.name!r}: {place.location}[{place.split}] has {rows} rows, expected "
+            f"more than {spec.holdout} (holdout). Name a split with more rows, or hold fewer out."
+        )
+
+
+def _rows(
+    spec: DatasetSpec, held_out: bool, place: _Place, builders: Sequence[Any]
+) -> Iterator[Row]:
+    import datasets
+
+    parts = []
+    for builder in builders:
+        try:
+            builder.download_and_prepare()
+            known = {name: split.num_examples for name, split in builder.info.splits.items()}
+        except Exception as error:
+            raise _unavailable(spec, place, error) from error
+        _check_splits(spec, place, known)
+        parts.append(builder.as_dataset(split=place.split))
+        _check_columns(spec, place, parts[-1].column_names)
+    rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    if spec.holdout:
+        # mixtures are sorted by source: without a shuffle all held-out rows share a source
+        rows = rows.shuffle(seed=0)
+        test = range(spec.holdout)
+        rows = rows.select(test if held_out else range(len(test), len(rows)))
+    part = spec.test_split if held_out else spec.train_split
+    for number, row in enumerate(rows):
+        yield f"{place.location}[{part}] row {number}", row
+
+
+def _unavailable(spec: DatasetSpec, place: _Place, error: Exception) -> DataError:
+    import datasets
+    from huggingface_hub import get_token
+
+    said = " ".join(str(error).split())
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        who = "this account has no access to it" if get_token() else "no one is logged in"
+        remedy = (
+            f"It does not exist, or {who}. Correct location and revision, or accept the terms at "
+            f"https://huggingface.co/datasets/{place.location} and log in with `hf auth login` (or "
+            "set HF_TOKEN)."
+        )
+    elif isinstance(error, ValueError):
+        remedy = "Set location, config and revision to what is there."
+    else:
+        remedy = "Check the network, or use local files: a dataset with source=jsonl."
+    return DataError(
+        f"dataset {spec.name!r}: cannot load {place.location!r} from the hub "
+        f"({type(error).__name__}: {said}). {remedy}"
+    )

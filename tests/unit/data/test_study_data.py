@@ -1,0 +1,319 @@
+"""The study's data sets, on folders with a few rows made here in the schemas of the hub.
+
+`datasets` reads such a folder as it reads a repository: card, configurations, splits, parquet.
+"""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+
+from lorasweep.data import load as data
+from lorasweep.data.problems import boxed, marked, problems
+from lorasweep.errors import DataError, SpecError
+from lorasweep.spec.run import validate
+from tests.bpe import llama_like, qwen_like
+from tests.world import compose_request, tiny_spec
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """`hub(name, rows)` leaves a data set, rows: {configuration: {split: rows}}; returns its path."""
+    import datasets
+    import yaml
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+    def made(name, content, described=True):
+        folder = tmp_path / name
+        configs, infos = [], []
+        for config, splits in content.items():
+            files = []
+            features = datasets.Dataset.from_list(next(r for r in splits.values() if r)).features
+            for split, rows in splits.items():
+                path = f"{config}/{split}-00000-of-00001.parquet"
+                (folder / config).mkdir(parents=True, exist_ok=True)
+                columns = {name: [row[name] for row in rows] for name in features}
+                datasets.Dataset.from_dict(columns, features).to_parquet(folder / path)
+                files.append({"split": split, "path": path})
+            configs.append({"config_name": config, "data_files": files})
+            counts = [
+                {"name": s, "num_examples": len(r), "num_bytes": 1} for s, r in splits.items()
+            ]
+            named = {"config_name": config, "features": features._to_yaml_list()}
+            infos.append({**named, "splits": counts})
+        card = {"configs": configs, **({"dataset_info": infos} if described else {})}
+        (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+        return str(folder)
+
+    return made
+
+
+def spec_of(name, location, **changes):
+    """A shipped data set, but with the rows of a folder."""
+    spec = compose_request([f"dataset={name}"]).points[0].spec.dataset
+    changes = {"n_test_curve": 1, "revision": "", **changes}
+    return dataclasses.replace(spec, location=location, **changes)
+
+
+def load(spec, tokenizer=None):
+    data.check_available(spec, [])
+    return data.load(spec, [], tokenizer or qwen_like())
+
+
+def shown(example, tokenizer=None):
+    """The text of a row, and of what is in its loss."""
+    decode = (tokenizer or qwen_like()).decode
+    return decode(example.tokens), decode(example.tokens[example.loss])
+
+
+def tulu(k):
+    user, answer = {"role": "user", "content": f"So? {k}"}, {"role": "assistant", "content": "No"}
+    last = {"role": "assistant", "content": f"Yes {k}"}
+    return {"id": f"{k}", "messages": [user, answer, user, last], "source": "made"}
+
+
+def thought(question, k):
+    said = [("human", f"Why {question}?"), ("gpt", f"<think>So {k}</think> Yes")]
+    conversations = [{"from": who, "value": text} for who, text in said]
+    row = {"difficulty": 7, "source": "made", "domain": "math"}
+    return {**row, "conversations": conversations}
+
+
+def problem(k, kind):
+    said = f"It is late.\nSo $x = \\boxed{{\\frac{{{k}}}{{2}}}}$"
+    return {"problem": f"How many {k}?", "level": "Level 1", "type": kind, "solution": said}
+
+
+def test_tulu_3_is_shuffled_the_first_rows_are_held_out_and_the_last_answer_is_trained(hub):
+    import datasets
+
+    rows = [tulu(k) for k in range(20)]
+    path = hub("tulu", {"default": {"train": rows}})
+    loaded = load(spec_of("tulu3", path, n_test=4, holdout=4))
+    order = datasets.Dataset.from_list(rows).shuffle(seed=0)["id"]
+    seen = [
+        [shown(e)[1].split()[1] for e in part] for part in (loaded.test, loaded.train(0, 0, 16))
+    ]
+    assert seen[0] == order[:4] and sorted(seen[1]) == sorted(order[4:])
+    text, trained = shown(loaded.test[0])
+    assert trained == f" Yes {order[0]}\n\nUser:" and text.startswith(f"User: So? {order[0]}\n\n")
+    llama = load(spec_of("tulu3", path, n_test=4, holdout=4), llama_like()).test[0]
+    assert shown(llama, llama_like())[0].startswith("<|begin_of_text|>User: So?")
+
+
+def test_openthoughts_3_trains_no_question_that_is_held_out(hub):
+    rows = [thought(question, k) for question in range(6) for k in range(16)]
+    path = hub("thoughts", {"default": {"train": rows}})
+    spec = spec_of("openthoughts3", path, n_test=3, holdout=3, n_train=None)
+    loaded = load(spec)
+    asked = [Counter(shown(e)[0].split("?")[0] for e in p) for p in (loaded.test, list_of(loaded))]
+    assert asked[0].total() == 3 and not set(asked[0]) & set(asked[1])
+    assert set(asked[1].values()) == {16} and len(asked[0]) + len(asked[1]) == 6
+    assert shown(loaded.test[0])[1].startswith(" <think>So ")
+    with_them = load(dataclasses.replace(spec, unseen_prompts=False))
+    assert with_them.n_train == 93 > loaded.n_train
+    first = load(dataclasses.replace(spec, n_train=10))
+    assert [shown(e) for e in list_of(first)] == [shown(e) for e in list_of(loaded, 10)]
+
+
+def list_of(loaded, count=None):
+    """Training rows in the order of the split, as the loader hands them to the shuffle."""
+    rows = loaded.train.__closure__
+    kept = next(c.cell_contents for c in rows if hasattr(c.cell_contents, "ends"))
+    return list(kept)[:count]
+
+
+def test_the_subset_of_the_batch_size_question_is_the_first_10000_rows_of_the_larger_one():
+    small, large = (
+        compose_request([f"dataset={name}"]).points[0].spec.dataset
+        for name in ("openthoughts3_10k", "openthoughts3")
+    )
+    assert (small.n_train, large.n_train) == (10_000, 384_000)
+    assert dataclasses.replace(small, name=large.name, n_train=large.n_train) == large
+
+
+def math_spec(hub, **changes):
+    kinds = spec_of("math", "").config.split("+")
+    content = {
+        kind: {s: [problem(f"{k}{i}{s[1]}", kind) for i in range(4)] for s in ("train", "test")}
+        for k, kind in enumerate(kinds)
+    }
+    held_out = [
+        {
+            **{key: row[key] for key in ("problem", "solution")},
+            **{"answer": "1", "subject": "made", "level": 1, "unique_id": row["problem"]},
+        }
+        for row in (content["algebra"]["test"][1], content["geometry"]["train"][2])
+    ]
+    spec = spec_of("math", hub("math", content), test_revision="", n_test=2)
+    where = hub("math500", {"default": {"test": held_out}})
+    return dataclasses.replace(spec, test_location=where, **changes)
+
+
+def test_math_trains_both_splits_of_all_subjects_without_the_held_out_problems(hub):
+    spec = math_spec(hub)
+    loaded = load(spec)
+    assert loaded.n_train == 7 * 2 * 4 - 2 and len(loaded.test) == 2
+    asked = [{shown(e)[0].split("How many")[2] for e in p} for p in (loaded.test, list_of(loaded))]
+    assert len(asked[1]) == 54 and not asked[0] & asked[1]
+    found = list(problems(spec, [], True, qwen_like()))
+    assert [p.answer for p in found] == [r"\frac{01e}{2}", r"\frac{22r}{2}"]
+    assert found[0].prompt.endswith(
+        r"User: How many 01e? Write the final answer in \boxed{}.\n\nAssistant:".replace(
+            r"\n", "\n"
+        )
+    )
+    assert len(list(problems(spec, [], False, qwen_like()))) == 54
+    text, trained = shown(loaded.test[0])
+    assert text == found[0].prompt + trained and trained == f" {found[0].solution}\n\nUser:"
+
+
+def test_deepmath_has_its_answers_in_a_column(hub):
+    rows = [
+        {
+            **{"question": f"So {k}?", "final_answer": f"{k}", "difficulty": 5.0, "topic": "made"},
+            **{f"r1_solution_{i}": f"Yes {i}" for i in (1, 2, 3)},
+        }
+        for k in range(9)
+    ]
+    spec = spec_of("deepmath", hub("deep", {"default": {"train": rows}}), n_test=2, holdout=2)
+    assert load(spec).n_train == 7
+    found = [p for held_out in (True, False) for p in problems(spec, [], held_out, qwen_like())]
+    assert sorted(p.answer for p in found) == [f"{k}" for k in range(9)]
+    assert {p.solution for p in found} == {"Yes 1"}
+    assert all(f"User: So {p.answer}? Write" in p.prompt for p in found)
+
+
+def test_gsm8k_has_its_answers_behind_a_mark(hub):
+    rows = [{"question": "So?", "answer": f"It is <<2*3=6>>6.\n#### {n}"} for n in ("6", "1,200")]
+    path = hub("gsm8k", {"main": {"train": rows, "test": rows[:1]}})
+    spec = spec_of("gsm8k_boxed", path, n_test=1)
+    assert [p.answer for p in problems(spec, [], False, qwen_like())] == ["6", "1200"]
+    assert shown(load(spec).test[0])[1] == " It is <<2*3=6>>6.\n#### 6\n\nUser:"
+
+
+def test_gold_answers_are_found_or_refused(hub):
+    assert boxed(r"\boxed{1} or \boxed{\{2, 3\}}.") == r"\{2, 3\}"
+    assert boxed(r"so $\boxed 7$") == "7" and boxed(r"\fbox{a{b}c}") == "a{b}c"
+    assert boxed(r"\boxed{\frac{1}{2}") is None and boxed("none") is None
+    assert marked("a #### 1\n#### 2,000 \n") == "2000" and marked("none ####") is None
+    row = {**problem("1", "algebra"), "solution": "It is late."}
+    spec = spec_of("gsm8k_boxed", hub("open", {"main": {"train": [row], "test": [row]}}))
+    spec = dataclasses.replace(spec, prompt_field="problem", completion_field="solution", n_test=1)
+    with pytest.raises(DataError, match=r"open\[train\] row 0: no gold answer in 'solution'"):
+        list(problems(spec, [], False, qwen_like()))
+    with pytest.raises(DataError, match="format=messages has no gold answers"):
+        list(problems(spec_of("tulu3", "x"), [], False, qwen_like()))
+
+
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"answer_field": "gold"},
+            r"\[train\] has no column gold. Found: question, answer. Expected "
+            r"\(format=prompt_completion\): question, answer, gold. Set",
+        ),
+        ({"format": "messages"}, "has no column messages. Found: question, answer"),
+        ({"test_split": "validation"}, "no split 'validation'. Found: train, test. Set"),
+        ({"train_split": "train+more"}, "no split 'more'. Found: train, test"),
+        ({"holdout": 3, "n_test": 3}, r"has 3 rows, expected more than 3 \(holdout\)"),
+        ({"config": "socratic"}, "'socratic' not found. Available: .*main.*Set location, config"),
+    ],
+)
+def test_what_is_not_there_is_named_with_what_is(hub, described, change, words):
+    """A data set with a card is refused before anything starts, one without it before training."""
+    rows = [{"question": "So?", "answer": f"Yes {k}"} for k in range(3)]
+    path = hub("gsm8k", {"main": {"train": rows, "test": rows}}, described)
+    spec = spec_of("gsm8k_boxed", path, **{"n_test": 1, **change})
+    with pytest.raises(DataError, match=words):
+        if described:
+            data.check_available(spec, [])
+        else:
+            data.load(spec, [], qwen_like())
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_an_empty_split_is_refused(hub, described):
+    rows = [{"question": "So?", "answer": "Yes"}]
+    path = hub("gsm8k", {"main": {"train": rows, "test": []}}, described)
+    with pytest.raises(DataError, match=r"gsm8k\[test\] has no rows. Name a split that"):
+        load(spec_of("gsm8k_boxed", path, n_test=1))
+
+
+@pytest.mark.parametrize(
+    ("token", "error", "words"),
+    [
+        (None, "gated", "gated dataset.*no one is logged in.*accept the terms at https.*hf auth"),
+        ("hf_x", "gated", "gated dataset.*this account has no access to it"),
+        (None, "network", "Couldn't reach.*Check the network, or use local files"),
+    ],
+)
+def test_a_data_set_that_cannot_be_had_is_refused_with_what_to_do(monkeypatch, token, error, words):
+    import datasets
+    import huggingface_hub
+
+    def refused(*_, **__):
+        if error == "network":
+            raise ConnectionError("Couldn't reach 'x' on the Hub")
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", refused)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    with pytest.raises(DataError, match=words):
+        data.check_available(spec_of("tulu3", "x/y"), [])
+
+
+def test_a_speaker_that_is_not_known_is_named(hub):
+    row = thought(1, 1)
+    row["conversations"][1]["from"] = "tool"
+    path = hub("thoughts", {"default": {"train": [row] * 3}})
+    with pytest.raises(DataError, match=r"a message is from 'tool'. Allowed: human, user, gpt"):
+        load(spec_of("openthoughts3", path, n_test=1, holdout=1))
+
+
+def test_long_rows_are_cut_or_left_out(hub):
+    def row(n_asked, n_said):
+        said = [("user", "So? " * n_asked), ("assistant", "Yes " * n_said)]
+        return {"messages": [{"role": role, "content": text} for role, text in said]}
+
+    rows = [row(1, 1), row(30, 1), row(1, 30), row(1, 2)]
+    path = hub("tulu", {"default": {"train": rows, "test": rows}})
+    spec = spec_of("tulu3", path, max_length=24, holdout=0, n_test=4)
+    with pytest.raises(DataError, match=r"row 1: no token counts.*set too_long=cut_or_skip"):
+        load(dataclasses.replace(spec, too_long="cut"))
+    cut, skipped = (
+        load(dataclasses.replace(spec, too_long=how)) for how in ("cut_or_skip", "skip")
+    )
+    assert [len(e.tokens) for e in list_of(cut)] == [13, 24, 14]
+    assert [len(e.tokens) for e in list_of(skipped)] == [13, 14]
+    two = load(dataclasses.replace(spec, n_train=2))
+    assert [len(e.tokens) for e in list_of(two)] == [13, 24]  # rows left out do not count
+    with pytest.raises(DataError, match=r"no rows \(too_long=skip, max_length=4"):
+        load(dataclasses.replace(spec, too_long="skip", max_length=4))
+
+
+def test_settings_that_have_no_effect_are_refused_and_left_out_of_ids():
+    spec = tiny_spec()
+
+    def change(dataset, **changes):
+        return dataclasses.replace(spec, dataset=dataclasses.replace(dataset, **changes))
+
+    text = compose_request(["dataset=gsm8k"]).points[0].spec.dataset
+    for name in ("too_long", "unseen_prompts", "answer_field", "test_location", "test_revision"):
+        assert name not in change(text).plain()["dataset"]
+    for changes, words in (
+        ({"too_long": "drop"}, "too_long='drop'. Allowed: cut, cut_or_skip, skip"),
+        ({"test_location": "a/b"}, "test_location='a/b': only for source=hub"),
+        ({"test_revision": "main"}, "there is no test_location"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            validate(change(text, **changes))
+    with pytest.raises(SpecError, match="too_long='skip' has no effect with source=synthetic"):
+        validate(change(spec.dataset, too_long="skip"))
