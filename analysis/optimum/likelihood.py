@@ -139,7 +139,7 @@ def _about(w: np.ndarray, rest: np.ndarray) -> float:
 
 
 def without_shifts(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:
-    """Return ln(lr) and the losses of the usable runs, [n], without their blocks' shifts (mean 0).
+    """Return ln(lr) and the losses of the usable runs, [n], with all blocks moved to their mean.
 
     Not all seeds ran at all rates, and they may lie a hundred times as far apart as the rates.
     """
@@ -150,8 +150,8 @@ def without_shifts(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:
     if e.df == len(y) - len(e.x):  # one block, or blocks that share no rate
         return x, y
     of = np.unique(block, return_inverse=True)[1]
-    shift = np.bincount(of, y - e.loss[np.searchsorted(e.x, x)])[of] / np.bincount(of)[of]
-    return x, y - shift + shift.mean()
+    shift = np.bincount(of, y - e.loss[np.searchsorted(e.x, x)]) / np.bincount(of)
+    return x, y - shift[of] + shift.mean()
 
 
 def rate_means(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
 from analysis.inference.estimate import Estimate, rate, with_interval
+from analysis.optimum.likelihood import rate_means, without_shifts
 from analysis.optimum.optimum import Optimum
 from analysis.report.plots import COLOURS, MARKERS, arrows, drawn, grid_of
 from analysis.runs.learning_curves import by_run
@@ -19,11 +20,13 @@ from analysis.runs.lr_curves import full_names, runs_of, title
 
 BELOW = {"frameon": False, "fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
 """A legend below its axes."""
+LOSS = "test NLL (nats per token), seeds moved to their mean"
 
 
 def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:
     """Draw NLL over learning rate with fits, optima and intervals, one panel per group.
 
+    As in the fits, the seeds of a curve are moved to their mean: they may differ more than rates.
     Diverged runs are crosses at the top. A bound of an optimum is an arrow. Groups of one model and
     data set have the same axes.
     """
@@ -37,7 +40,7 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
                 colour, again = _look(k)
                 marker = MARKERS[(colour + again) % len(MARKERS)]
                 _fitted(ax, o, names[id(o)], COLOURS[colour], marker, top)
-            ax.set(xscale="log", xlabel="learning rate", ylabel="test NLL (nats per token)")
+            ax.set(xscale="log", xlabel="learning rate", ylabel=LOSS)
             ax.set_title(title(members[0].curve), fontsize=10)
             ax.set_ylim(top=top[1])
             ax.xaxis.set_minor_formatter(NullFormatter())
@@ -86,7 +89,7 @@ def _layout(groups: dict[str, list[Optimum]]) -> tuple[int, int, tuple[float, fl
 
 def _top(members: Sequence[Optimum]) -> tuple[float, float]:
     """Return the height for diverged runs and the axis limit, above all usable points."""
-    y = np.concatenate([o.curve.y[o.curve.usable] for o in members])
+    y = np.concatenate([without_shifts(o.curve)[1] for o in members])
     if not len(y):
         return 1.0, 1.1
     span = max(float(y.max() - y.min()), 1e-3)
@@ -103,7 +106,8 @@ def _fitted(
         label += f": best {with_interval(e, rate)}"
     elif o.flags:
         label += f": {o.flags[-1].replace('_', ' ')}"
-    ax.plot(lr[c.usable], c.y[c.usable], marker, color=colour, ms=5, alpha=0.8, label=label)
+    x, y = without_shifts(c)
+    ax.plot(np.exp(x), y, marker, color=colour, ms=5, alpha=0.8, label=label)
     bad = ~c.usable
     ax.plot(lr[bad], np.full(bad.sum(), top[0]), "x", color=colour, ms=7, mew=2)
     if c.usable.sum() > 1:
@@ -170,7 +174,7 @@ def _learned(
     colour: str,
     dash: str,
 ) -> None:
-    x, y = o.curve.x[o.curve.usable], o.curve.y[o.curve.usable]
+    x, y = rate_means(o.curve)
     best = np.exp(x[np.argmin(y)]) if len(y) else None
     runs = runs_of(table, o.curve)
     if o.curve.cut_from:  # the table is of the whole runs

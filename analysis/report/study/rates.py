@@ -7,6 +7,7 @@ import numpy as np
 
 from analysis.inference.estimate import Estimate, number, rate, signed, with_interval
 from analysis.optimum.fit import fit_all
+from analysis.optimum.likelihood import rate_means
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import full_of, lora_of
 from analysis.report.report_page import band_text
@@ -90,8 +91,7 @@ def _curve(lora: Optimum, full: Optimum, label: str) -> RateCurve | None:
     fitted = lora.predict(lr)
     if fitted is None:
         return None
-    tried = np.unique(usable)
-    losses = np.array([c.y[c.usable & (c.x == x)].mean() for x in tried])
+    tried, losses = rate_means(c)
     share = 100 / (c.nll_start - best)
     return RateCurve(
         label.format(c.key["rank"]),
