@@ -20,7 +20,7 @@ from analysis.runs.lr_curves import full_names, runs_of, title
 
 BELOW = {"frameon": False, "fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
 """A legend below its axes."""
-LOSS = "test NLL (nats per token), seeds moved to their mean"
+LOSS = "test NLL (nats), seeds at their mean"
 
 
 def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:
