@@ -15,7 +15,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models.cpu_llama import head
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.head import logits_of
-from lorasweep.plan import memory
+from lorasweep.plan.gpu import memory
 from lorasweep.train.objectives import nll
 
 VOCAB, LIMIT = 2048, 1 << 14
@@ -133,7 +133,7 @@ def test_logits_are_never_whole(monkeypatch, methods):
     whole = rows * width * VOCAB
     assert sizes[1 << 24] >= whole > 3 * sizes[LIMIT]
     assert sizes[LIMIT] <= max(LIMIT, VOCAB * SHAPE["hidden_size"])
-    assert memory.GPU_CHUNK_LOGITS == nll.GPU_LOGITS  # what a plan counts
+    assert memory.CHUNK_LOGITS == nll.GPU_LOGITS  # what a plan counts
 
 
 @pytest.mark.parametrize(
