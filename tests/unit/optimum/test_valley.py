@@ -208,7 +208,9 @@ def test_on_kept_runs_the_optimum_lies_beside_the_best_rate_tried(path):
             <= rates[min(best + 1, len(rates) - 1)]
         ), o.curve.name
         low, high = o.band(0.01)
-        assert low < o.best_lr.value < high and math.log(high / low) < 2
+        assert low < o.best_lr.value < high
+        # Where nothing is new, the rates hardly differ, and all of them lie within the band.
+        assert math.log(high / low) < 2 or o.curve.nll_start - o.best_nll < 0.01
 
 
 def test_a_collapse_that_nobody_flagged_leaves_the_optimum_alone():
