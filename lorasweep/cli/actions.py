@@ -23,6 +23,7 @@ from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm import planning
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.slurm.running import RunningJobs
+from lorasweep.launch.together import check_world_size
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan, summary
@@ -119,6 +120,8 @@ def _check(request: Request, store: RunStore) -> None:
     if request.hardware and hardware_of(request).has_speeds:
         refuse_unfit(request.points, hardware_of(request), request.exec)
     check_available(request)
+    specs = [p.spec for p in request.points]
+    check_world_size(specs, request.exec, request.cluster, detect.this_machine())
     answer.check_claims(request.sweep)
     refuse_mixing(_wanted(request, store), store, request.exec)
 

@@ -8,12 +8,8 @@ import hashlib
 import json
 import math
 import os
-import queue
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.trainer import Trainer
 from lorasweep.launch.worker import STOPPED, skipped
+from lorasweep.launch.workers import Report, Workers
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import Plan, make_plan
 from lorasweep.spec.execution import Exec
@@ -31,15 +28,8 @@ from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
-Event = dict[str, Any]
-Report = Callable[[Event], None]
-
 POLL_S = 0.5
 """Seconds between checks of runs that another process works on."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Makes waiting OpenMP threads sleep. By default they spin, and block the core that the other
-thread needs: two training processes on two busy cores are then a hundred times slower (LOG.md)."""
 
 
 def run_points(
@@ -65,9 +55,9 @@ def run_points(
     tried: set[str] = set()
     quiet_since, held = time.monotonic(), None
     while True:
-        unwanted = skipped(skip)
+        unwanted = skipped(skip) | tried
         plan = make_plan([p for p in points if p.id not in unwanted], store, exec_, hardware)
-        mine = [p for p in plan.todo if plan.states[p.id] != "running" and p.id not in tried]
+        mine = [p for p in plan.todo if plan.states[p.id] != "running"]
         others = {p.id for p in plan.todo if plan.states[p.id] == "running"}
         if mine:
             if trainer is None or isinstance(trainer, str):
@@ -105,18 +95,13 @@ def _run_workers(
     """Start the workers with one job file, report their events, and wait for all of them."""
     path, sha256 = _write_job(plan, store, exec_, settings)
     log = path.with_suffix(".log")
-    workers: list[subprocess.Popen] = []
-    events: queue.Queue[Event | None] = queue.Queue()
+    workers = Workers([str(path), sha256], log, plan.threads, exec_.world_size)
     try:
-        _start(workers, [str(path), sha256], log, plan, events)
-        error = _pass_on(events, len(workers), report)
-        codes = [w.wait() for w in workers]
+        workers.start(min(plan.workers, len(plan.packs)), plan.workers)
+        error = workers.pass_on(report)
+        codes = workers.wait()
     except KeyboardInterrupt:
-        for w in workers:  # each finishes its update, writes a checkpoint and exits
-            if w.poll() is None:
-                w.terminate()
-        for w in workers:
-            w.wait()
+        workers.stop()
         raise Stopped from None
     if error:
         raise TrainingError(error)
@@ -157,78 +142,3 @@ def _write_job(
             "again."
         ) from None
     return path, hashlib.sha256(content).hexdigest()
-
-
-def _start(
-    workers: list[subprocess.Popen],
-    job: list[str],
-    log: Path,
-    plan: Plan,
-    events: "queue.Queue[Event | None]",
-) -> None:
-    """Start the plan's workers into `workers`, each with a thread that reads its events."""
-    env = worker_environment(plan.threads)
-    with open(log, "ab") as errors:
-        for k in range(min(plan.workers, len(plan.packs))):
-            worker = subprocess.Popen(
-                [sys.executable, "-m", "lorasweep.launch.worker", *job, str(k)],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**env, **_devices_of(k, plan.workers)},
-            )
-            workers.append(worker)
-            threading.Thread(target=_read, args=(worker, events), daemon=True).start()
-
-
-def _pass_on(events: "queue.Queue[Event | None]", n_workers: int, report: Report) -> str | None:
-    """Report events until every worker has ended; return the last error event, or None."""
-    error = None
-    while n_workers:
-        event = events.get()
-        if event is None:
-            n_workers -= 1
-        elif "error" in event:
-            error = event["error"]
-        else:
-            report(event)
-    return error
-
-
-def worker_environment(threads: int) -> dict[str, str]:
-    """Return the environment of a worker: this code, not the current folder's, and its threads."""
-    root = str(Path(__file__).resolve().parents[2])
-    return {
-        **WAIT_POLICY,
-        **os.environ,
-        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "PYTHONSAFEPATH": "1",
-    }
-
-
-def _devices_of(worker: int, workers: int) -> dict[str, str]:
-    """Return the GPUs of a worker as an environment variable; empty without GPUs.
-
-    Each worker has its own GPUs; with more workers than GPUs, workers share them.
-    """
-    devices = detect.devices()
-    if not devices:
-        return {}
-    share = max(1, len(devices) // workers)
-    mine = [devices[(worker * share + i) % len(devices)] for i in range(share)]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
-
-
-def _read(worker: subprocess.Popen, events: "queue.Queue[Event | None]") -> None:
-    assert worker.stdout is not None
-    for line in worker.stdout:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            events.put(event)
-    worker.wait()
-    events.put(None)

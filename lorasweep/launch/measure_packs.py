@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorasweep.errors import TrainingError
-from lorasweep.launch.local import worker_environment
 from lorasweep.launch.out_of_memory import is_out_of_memory
+from lorasweep.launch.workers import worker_environment
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware

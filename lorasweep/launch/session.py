@@ -31,10 +31,10 @@ LOOK_S = 5.0
 system each costs a round trip a run, about a millisecond, so neither is done at every update. A
 process that is alive loses a claim only after SILENCE_S, so a few seconds of training more are
 little."""
-ROWS = "micro_batch_size"
+ROWS, PROCESSES = "micro_batch_size", "processes"
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
-"""Key in env.json and result.json: the run was resumed in another pack or with another micro-batch.
-The name is old, because kept results have it."""
+"""Key in env.json and result.json: the run was resumed in another pack, with another micro-batch
+or on another number of processes. The name is old, because kept results have it."""
 
 
 def _resume(ids: Sequence[str], store: RunStore) -> dict[str, State] | None:
@@ -93,7 +93,7 @@ class Session:
     @property
     def rows(self) -> int:
         """Rows per member and forward pass."""
-        size = self.members[0].batch_size
+        size = self.members[0].batch_size // self.exec.world_size
         return min(self.exec.micro_batch_size or size, size)
 
     def _settings(self, exec_: Exec, planned_rows: int | None, most_rows: int | None) -> Exec:
@@ -107,7 +107,8 @@ class Session:
             return dataclasses.replace(exec_, micro_batch_size=_at_most(most_rows, rows))
         metas = [self.states[i]["meta"] for i in self.ids]
         rows = _at_most(most_rows, exec_.micro_batch_size or metas[0][ROWS])
-        self.different_pack = rows != metas[0][ROWS] or any(
+        before = (metas[0][ROWS], metas[0].get(PROCESSES, 1))
+        self.different_pack = (rows, exec_.world_size) != before or any(
             m["layout"] != self.ids or m.get(RESUMED_WITH_DIFFERENT_PACK) for m in metas
         )
         return dataclasses.replace(exec_, threads=metas[0]["threads"], micro_batch_size=rows)
@@ -160,6 +161,7 @@ class Session:
             ROWS: self.exec.micro_batch_size,
             "gpu": next((gpu.name for gpu in detect.gpus()), None),
             "compile": self.exec.compile,
+            PROCESSES: self.exec.world_size,
             "resumed_from_step": self.states[self.ids[0]]["meta"]["step"] if self.states else None,
             RESUMED_WITH_DIFFERENT_PACK: self.different_pack,
             **more,
@@ -228,8 +230,8 @@ class Session:
                 "records_size": self.store.records_size(i),
                 "threads": self.exec.threads,
                 ROWS: self.exec.micro_batch_size,
+                PROCESSES: self.exec.world_size,
                 RESUMED_WITH_DIFFERENT_PACK: self.different_pack,
                 "wall_s": self.wall_s[i],
             }
-            tensors = states[i]["tensors"]
-            checkpoint.save(self.store.folder(i) / "checkpoint", {"tensors": tensors, "meta": meta})
+            checkpoint.save(self.store.folder(i) / "checkpoint", {**states[i], "meta": meta})

@@ -21,6 +21,7 @@ from lorasweep.train.events import Event
 
 if TYPE_CHECKING:
     from lorasweep.models.load import Base
+    from lorasweep.models.sharding import Mesh
 
 TOKENS = ".tokens"
 """Folder in the run folder with tokenized text, which all workers share."""
@@ -41,11 +42,14 @@ class Trainer(Protocol):
 class TorchTrainer:
     """Trains packs with `lorasweep.train.finetune`. Keeps the loaded base and data for the next."""
 
-    def __init__(self, stop: StopFlag | None = None) -> None:
-        """Look at `stop` while a base model is pretrained. The caller looks at it during runs."""
-        self._stop = stop or StopFlag()
+    def __init__(self, stop: StopFlag | None = None, mesh: "Mesh | None" = None) -> None:
+        """Look at `stop` while a base model is pretrained. The caller looks at it during runs.
+
+        `mesh`: the processes that train together, each with such a trainer; None: this one alone.
+        """
+        self._stop, self._mesh = stop or StopFlag(), mesh
         self._base: Base | None = None
-        self._base_key: tuple[ModelSpec, str, bool] | None = None
+        self._base_key: tuple[ModelSpec, str, bool, bool] | None = None
         self._data: dict[tuple[DatasetSpec, int | None], Any] = {}
 
     def __call__(
@@ -60,6 +64,8 @@ class TorchTrainer:
             torch.set_num_threads(exec_.threads)
         base = self._load_base(pack[0], exec_)
         data = {spec.id: self._load_data(spec, exec_, base) for spec in pack}
+        if base.mesh.size > 1:
+            self._base = None  # a model that was spread over processes cannot be used again
         yield from finetune(pack, base, data, exec_.micro_batch_size, resume, exec_.join_rows)
 
     def _load_data(self, spec: RunSpec, exec_: Exec, base: "Base") -> Any:
@@ -76,14 +82,16 @@ class TorchTrainer:
 
     def _load_base(self, spec: RunSpec, exec_: Exec) -> "Base":
         from lorasweep.models import load as models
+        from lorasweep.models.sharding import compute_again
         from lorasweep.train import pretrain
 
-        key = (spec.model, spec.precision, exec_.compile)
+        key = (spec.model, spec.precision, exec_.compile, exec_.activation_checkpointing)
         if self._base is None or self._base_key != key:
             self._base, self._data = None, {}  # one base in memory at a time
-            pretrain.ensure(spec.model, exec_.models_dir, self._go_on)
+            if self._mesh is None or self._mesh.rank == 0:
+                pretrain.ensure(spec.model, exec_.models_dir, self._go_on)
             try:
-                self._base = models.load(spec.model, exec_.models_dir, spec.precision)
+                self._base = models.load(spec.model, exec_.models_dir, spec.precision, self._mesh)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -93,6 +101,8 @@ class TorchTrainer:
                     "more memory: action=plan says how much is expected."
                 ) from None
             self._base_key = key
+            if exec_.activation_checkpointing:
+                compute_again(self._base.model)
             if exec_.compile:
                 # without the unembedding, which is computed in chunks
                 self._base.model.base_model.compile(dynamic=True)
@@ -103,9 +113,11 @@ class TorchTrainer:
             raise Stopped
 
 
-def trainer_named(name: str | None, stop: StopFlag | None = None) -> Trainer:
+def trainer_named(
+    name: str | None, stop: StopFlag | None = None, mesh: "Mesh | None" = None
+) -> Trainer:
     """Return the trainer named `name` (package.module:object); None: the real one."""
     if name is None:
-        return TorchTrainer(stop)
+        return TorchTrainer(stop, mesh)
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -1,5 +1,8 @@
 """A worker process: train the free packs of a job file. Started by launch/local.
 
+With exec.world_size above one it is one of several processes that train each run together; what
+torchrun sets in the environment (RANK, MASTER_ADDR, ...) names them.
+
     python -m lorasweep.launch.worker JOB.json SHA256 [FIRST]
 
 The job file lies in the run folder, where others may write, and names the trainer to import: it is
@@ -25,6 +28,7 @@ from lorasweep.launch.fitting import Limits
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped, die_with_parent, keep_freed_memory
 from lorasweep.launch.slurm.running import RunningJobs
+from lorasweep.launch.together import Leader, follow
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Exec
@@ -74,13 +78,31 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
     store = RunStore(job["exec"]["runs_dir"], dead=job.get("dead"), jobs=RunningJobs())
     files.share_as(store.root)
     try:
-        _run(job, first, store, trainer_named(job.get("trainer"), stop), stop)
+        if job["exec"]["world_size"] > 1:
+            _run_together(job, first, store, stop)
+        else:
+            _run(job, first, store, trainer_named(job.get("trainer"), stop), stop)
     except Stopped:
         return STOPPED
     except LorasweepError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return REFUSED
     return 0
+
+
+def _run_together(job: dict[str, Any], first: int, store: RunStore, stop: StopFlag) -> None:
+    """Train with the other processes: process 0 as any worker does, the others as it says."""
+    from lorasweep.models.sharding import Mesh
+
+    mesh = Mesh.join()
+    trainer = trainer_named(job.get("trainer"), stop, mesh)
+    if mesh.rank:
+        return follow(trainer, mesh, stop)
+    leader = Leader(trainer, mesh, stop)
+    try:
+        _run(job, first, store, leader, stop)
+    finally:
+        leader.dismiss()
 
 
 def _run(
@@ -96,6 +118,8 @@ def _run(
             execute(specs, exec_, store, trainer, report, stop, rows, limits)
         if stop.set:
             raise Stopped
+        if isinstance(trainer, Leader) and trainer.broken:
+            return  # a training failed, and is recorded; new processes train the other packs
 
 
 if __name__ == "__main__":

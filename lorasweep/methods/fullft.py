@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.methods.trainables import Target, weights_of
+from lorasweep.methods.trainables import Target, weights_of, whole
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import LAYER_SETS, ModelSpec
 
@@ -102,6 +102,11 @@ class _WholeModel:
             start = self._start[n]
             _exchange(p, start.to(torch.promote_types(start.dtype, torch.float32), copy=True))
 
+    def spread(self) -> None:
+        params = self.parameters()
+        kept = {n: start.dtype for n, start in self._start.items()}
+        self._start = {n: p.detach().to(kept[n], copy=True) for n, p in params.items()}
+
     def parameters(self) -> "dict[str, torch.Tensor]":
         return {n: p for n, p in self._base.named_parameters() if p.requires_grad}
 
@@ -117,9 +122,10 @@ class _WholeModel:
     def norms(self) -> list[dict[str, float]]:
         import torch
 
+        changes = (p.detach() - self._start[n] for n, p in self.parameters().items())
         squares = [
-            torch.linalg.vector_norm(p.detach() - self._start[n], dtype=torch.float64).square()
-            for n, p in self.parameters().items()
+            whole(torch.linalg.vector_norm(change, dtype=torch.float64)).square()
+            for change in changes
         ]
         return [{"norm_delta": torch.stack(squares).sum().sqrt().item()}]
 
@@ -129,7 +135,7 @@ class _WholeModel:
         from lorasweep.methods.stacked.spectral import spectral_norm
 
         matrices = {n: p for n, p in self.parameters().items() if p.dim() > 1}
-        norms = [spectral_norm(p.detach() - self._start[n]) for n, p in matrices.items()]
+        norms = [spectral_norm(whole(p.detach() - self._start[n])) for n, p in matrices.items()]
         names = [n.removesuffix(".weight") for n in matrices]
         return [{n: {"delta": norm} for n, norm in zip(names, torch.stack(norms).tolist())}]
 

@@ -39,6 +39,12 @@ def weights_of(target: Target) -> "Iterator[torch.Tensor]":
         yield (target.module if isinstance(target, Router) else target).weight
 
 
+def whole(tensor: "torch.Tensor") -> "torch.Tensor":
+    """Put a tensor together that is split over processes, in all of them; others as they are."""
+    together = getattr(tensor, "full_tensor", None)
+    return tensor if together is None else together()
+
+
 class Parameters(Protocol):
     """The parameters of a pack, as the optimizer uses them."""
 
@@ -63,6 +69,9 @@ class Parameters(Protocol):
 
 class Trainables(Parameters, Protocol):
     """The parameters of a pack, as the training loop uses them."""
+
+    def spread(self) -> None:
+        """Take up the parameters of a model that was spread over processes, before any update."""
 
     def norms(self) -> list[dict[str, float]]:
         """Return the norms to record, one dict per member."""

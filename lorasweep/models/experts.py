@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lorasweep.methods.stacked.experts import StackedExperts, experts_forward
+from lorasweep.models.sharding import Mesh
 from lorasweep.models.targets import find_targets
 from lorasweep.spec.model import ModelSpec
 
@@ -33,7 +34,8 @@ def use_grouped_experts(model: Any, spec: ModelSpec) -> None:
 class ExpertTokens:
     """Count the tokens that each expert gets in training, padding included.
 
-    Only passes with gradients count. A model without experts has no counts.
+    Only passes with gradients count, and not those that a backward pass repeats. A model without
+    experts has no counts.
     """
 
     def __init__(self, model: Any) -> None:
@@ -47,7 +49,8 @@ class ExpertTokens:
 
     def _counter(self, found: list[torch.Tensor]) -> Any:
         def count(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            if not torch.is_grad_enabled():
+            in_backward = torch._C._current_graph_task_id() != -1
+            if in_backward or not torch.is_grad_enabled():
                 return
             adapted = isinstance(module, StackedExperts)
             members, base = (module.members, module.base) if adapted else (1, module)
@@ -57,13 +60,17 @@ class ExpertTokens:
 
         return count
 
-    def take(self, members: int) -> list[list[list[int]]]:
-        """Return the counts of each member since the last call, by layer and expert."""
+    def take(self, members: int, mesh: Mesh) -> list[list[list[int]]]:
+        """Return the counts of each member since the last call, by layer and expert.
+
+        Of all processes together.
+        """
         if not self._layers:
             return [[]] * members
         by_layer = torch.stack([torch.stack(found).sum(0) for found in self._found])
         for found in self._found:
             found.clear()
+        mesh.sum_(by_layer)
         return by_layer.transpose(0, 1).tolist()
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ Knows four sources: hub, folder, GGUF file, and recipe (which `lorasweep.train.p
 trained before). Refuses to know methods and data.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 from lorasweep.errors import ModelError
 from lorasweep.models.recipe import empty_model, file_name, find_weights
+from lorasweep.models.sharding import Mesh
 from lorasweep.spec.model import ModelSpec
 
 
@@ -30,6 +32,8 @@ class Base:
     every run, so they are measured once."""
     commit: str | None = None
     """Commit of the hub that the weights are from; None for other sources."""
+    mesh: Mesh = field(default_factory=Mesh)
+    """The processes that train on it."""
 
 
 def check_available(spec: ModelSpec, models_dirs: Sequence[str]) -> None:
@@ -59,10 +63,14 @@ def find(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     )
 
 
-def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -> Base:
+def load(
+    spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32", mesh: Mesh | None = None
+) -> Base:
     """Load a base model in the master type of `precision`, in eval mode, and check its shape.
 
-    Under bf16, matrices that are published in bf16 stay so: they work under autocast only.
+    Under bf16, matrices that are published in bf16 stay so: they work under autocast only. Of
+    several processes process 0 reads the weights, and keeps them on the CPU; the others have the
+    shapes only (models/sharding.py).
 
     Raises:
         ModelError: the weights are missing, or do not have the described shape.
@@ -70,12 +78,25 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
     import torch
     import transformers
 
-    from lorasweep.models.experts import use_grouped_experts
-    from lorasweep.models.precision import MASTER_DTYPES, hold_in_bf16
-
-    dtype = MASTER_DTYPES[precision]
+    mesh = mesh or Mesh()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if mesh.rank:
+        model, tokenizer, digest, commit = _without_weights(*mesh.broadcast())
+        return Base(_prepared(model, spec, precision), tokenizer, digest, commit=commit, mesh=mesh)
+    model, tokenizer, commit = _read(spec, models_dirs)
+    check_shape(model, spec)
+    config = copy.deepcopy(model.config)  # as others can build it from
+    model = _prepared(model, spec, precision)
+    if torch.cuda.is_available() and mesh.size == 1:
+        model = model.cuda()
+    digest = weights_sha256(model)
+    mesh.broadcast((config, tokenizer, digest, commit))
+    return Base(model, tokenizer, digest, commit=commit, mesh=mesh)
+
+
+def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | None]:
+    """Read a model and its tokenizer from where they are; from the hub also the commit."""
     tokenizer, commit = None, None
     if spec.source == "recipe":
         model = _from_recipe(spec, models_dirs)
@@ -94,7 +115,24 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
                 "Check the network and access rights, or use local weights: a model file in "
                 "conf/model with source=folder."
             ) from error
-    check_shape(model, spec)
+    return model, tokenizer, commit
+
+
+def _without_weights(config: Any, *rest: Any) -> tuple[Any, ...]:
+    """Build a model whose tensors have shapes and no values; `rest` is returned behind it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), *rest
+
+
+def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
+    """Give a model's tensors their types, and its passes the numerics of `precision`."""
+    from lorasweep.models.experts import use_grouped_experts
+    from lorasweep.models.precision import MASTER_DTYPES, hold_in_bf16, norms_in_float64
+
+    dtype = MASTER_DTYPES[precision]
     use_grouped_experts(model, spec)
     model = model.to(dtype).eval()
     for p in model.parameters():
@@ -102,9 +140,9 @@ def load(spec: ModelSpec, models_dirs: Sequence[str], precision: str = "fp32") -
             raise ModelError(f"model {spec.name!r}: a weight is {p.dtype}, not {dtype}.")
     if spec.weights_dtype == precision == "bf16":
         hold_in_bf16(model)
-    if torch.cuda.is_available():
-        model = model.cuda()
-    return Base(model, tokenizer, weights_sha256(model), commit=commit)
+    if precision == "fp64":
+        norms_in_float64(model)
+    return model
 
 
 def _from_recipe(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:

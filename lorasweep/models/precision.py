@@ -1,6 +1,7 @@
 """Define each precision: the types of the weights, and the context of forward passes."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,18 @@ def hold_in_bf16(model: nn.Module) -> None:
 
 def _widened(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
     return out.float()
+
+
+def norms_in_float64(model: nn.Module) -> None:
+    """Compute RMS norms in float64: transformers' go through float32 whatever their input."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = partial(_rms_norm, module)
+
+
+def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight * (x * scale)
 
 
 def are_bf16(values: torch.Tensor) -> bool:

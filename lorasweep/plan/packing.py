@@ -83,8 +83,8 @@ def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: ThroughputT
     default, or a smaller size if recorded step times show that it is as fast. A measured or
     recorded size that does not fit into the current memory is not used.
     """
-    if spec.method.MAX_PACK is not None:
-        return spec.method.MAX_PACK
+    if spec.method.MAX_PACK is not None or exec_.world_size > 1:
+        return spec.method.MAX_PACK or 1
     if exec_.pack_size is not None:
         return exec_.pack_size
     default, found = default_size(spec, exec_, hardware), known.of(spec)
@@ -130,7 +130,7 @@ def make_packs(
     for p in todo:
         folder = store.folder(p.id) / "checkpoint"
         layout = () if states[p.id] == "missing" else checkpoint.layout(folder)
-        if layout:
+        if layout and exec_.world_size == 1:
             resumed.setdefault(layout, []).append(p)
         else:
             groups.setdefault((pack_key(p.spec), _rank(p)), []).append(p)
@@ -194,13 +194,14 @@ def workers_and_threads(packs: Sequence[Pack], exec_: Exec, hardware: Hardware) 
 
     With GPUs one worker per GPU. Without GPUs one worker per core with one thread each, as far as
     memory allows (measured: two one-thread workers finish 1.5 times as many small runs as one
-    two-thread worker).
+    two-thread worker). A worker of several processes has a GPU or a core for each.
     """
     cores = hardware.cores or 1
-    most = hardware.gpus or min(cores, MOST_WORKERS)
+    most = max(1, (hardware.gpus or min(cores, MOST_WORKERS)) // exec_.world_size)
     if not hardware.gpus and hardware.memory_gib is not None:
         largest = max((pack.memory_bytes for pack in packs), default=1.0)
         most = min(most, max(1, int(MEMORY_SHARE * hardware.memory_gib * 2**30 / largest)))
     workers = exec_.workers or max(1, min(most, len(packs) or 1))
-    threads = exec_.threads or max(1, cores // min(workers, max(1, len(packs))))
+    processes = exec_.world_size * min(workers, max(1, len(packs)))
+    threads = exec_.threads or max(1, cores // processes)
     return workers, threads

@@ -103,6 +103,8 @@ class ThroughputTable:
         return self._known[shape]
 
     def _measured(self, spec: RunSpec) -> Throughput | None:
+        if self._exec.world_size > 1:
+            return None  # measured in one process
         path = measured_path(self._store.root, spec, self._hardware, self._exec)
         try:
             step_s = {int(n): float(s) for n, s in json.loads(path.read_bytes())["step_s"].items()}
@@ -159,14 +161,16 @@ class ThroughputTable:
 def _comparable(env: dict[str, Any], hardware: Hardware, exec_: Exec) -> bool:
     """Return whether an attempt ran under the conditions of this plan.
 
-    That means the same processor and GPU model, the same setting of exec.compile, the same threads
-    per worker, the micro-batch that the user set (if any), and the same pack from start to end.
+    That means the same processor and GPU model, the same setting of exec.compile, as many processes
+    a run, the same threads per worker, the micro-batch that the user set (if any), and the same
+    pack from start to end.
     """
     return (
         bool(env)  # empty if the run was imported
         and hardware.processor is not None
         and (env.get("processor"), env.get("gpu")) == (hardware.processor, hardware.gpu_name)
         and env.get("compile", False) == exec_.compile
+        and env.get("processes", 1) == exec_.world_size
         and env.get("threads") == _threads(hardware, exec_)
         and exec_.micro_batch_size in (None, env.get("micro_batch_size"))
         and not env.get("resumed_in_other_company")

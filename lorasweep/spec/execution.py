@@ -30,6 +30,12 @@ class Exec:
     one to another, instead of padding each to the longest. For long rows of different lengths.
     transformers' sdpa then holds a mask of X * X bytes for X tokens; its flash attention none. The
     hand-written decoder for CPUs never pads."""
+    world_size: int = 1
+    """Processes that train one run together, each on a GPU of its own if there are GPUs. More than
+    one: the model is spread over them (FSDP2), and runs are not packed."""
+    activation_checkpointing: bool = False
+    """Keep the input of each layer only, and compute its activations again in the backward pass:
+    a third more operations, much less memory. No effect on the hand-written CPU passes."""
     compile: bool = False
     """Use torch.compile for models without a hand-written decoder (on a GPU: for all models). Not
     verified on a GPU yet; on a CPU compiling takes minutes."""
@@ -43,10 +49,24 @@ class Exec:
         """Yield the settings that are wrong on any machine."""
         if self.max_attempts < 1:
             yield f"exec.max_attempts={self.max_attempts}: expected at least 1."
-        for name in ("workers", "threads", "micro_batch_size", "pack_size", "max_gpus"):
+        for name in (
+            "workers",
+            "threads",
+            "micro_batch_size",
+            "pack_size",
+            "max_gpus",
+            "world_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"exec.{name}={value}: expected at least 1, or null to let the plan choose."
+        if self.world_size > 1 and (self.pack_size or 1) > 1:
+            yield (
+                f"exec.pack_size={self.pack_size} with exec.world_size={self.world_size}: several "
+                "processes train one run at a time. Leave one of them out."
+            )
+        if self.world_size > 1 and self.compile:
+            yield "exec.compile=true works in one process only: leave it or exec.world_size out."
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Checkpoints of one run: two slots, each a safetensors file and a JSON description.
 
+If several processes train the run, a slot has a folder with a safetensors file of each instead.
+
 A kill during a write leaves the other slot intact. All members of a pack write the same steps, so
 a pack that is killed between two members' writes still has a common step. Nothing is ever
 unpickled, and checksums are verified before use.
@@ -10,8 +12,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from lorasweep.store import files
 
@@ -21,34 +25,55 @@ if TYPE_CHECKING:
 SLOTS = ("a", "b")
 
 
+FILES = "files"
+"""Key in the description of a checkpoint of several processes: the SHA-256 of each file by name."""
+
+
 class State(TypedDict):
     """What one run resumes from."""
 
     tensors: dict[str, "Tensor"]
+    """Empty if several processes hold them, or have written them."""
     meta: dict[str, Any]
     """Plain values, at least `step`."""
+    write: NotRequired[Callable[[Path], dict[str, str]]]
+    """Lets several processes write their tensors into an empty folder; returns the SHA-256 of each
+    file by name."""
+    path: NotRequired[Path]
+    """The file that the tensors were read from, or the folder that they are in."""
 
 
 def save(folder: Path, state: State) -> None:
     """Write a state into the older slot."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     folder.mkdir(exist_ok=True)
     described = {slot: _describe(folder, slot) for slot in SLOTS}
     steps = {slot: d["step"] if d else -1 for slot, d in described.items()}
     slot = min(SLOTS, key=lambda s: steps[s])
     # without a description the slot is invalid
     (folder / f"{slot}.json").unlink(missing_ok=True)
-    path = folder / f"{slot}.safetensors"
+    path, parts = folder / f"{slot}.safetensors", folder / f"{slot}.parts"
+    shutil.rmtree(parts, ignore_errors=True)
+    if "write" in state:
+        path.unlink(missing_ok=True)
+        parts.mkdir()
+        made: dict[str, Any] = {FILES: state["write"](parts)}
+    else:
+        _save_file(state["tensors"], path)
+        made = {"sha256": _sha256(path)}
+    meta = {**state["meta"], **made}
+    files.write_atomic(folder / f"{slot}.json", json.dumps(meta).encode())
+
+
+def _save_file(tensors: dict[str, "Tensor"], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
-        save_file({k: v.contiguous() for k, v in state["tensors"].items()}, path)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path)
     except SafetensorError as error:  # the operating system's error number is in its text
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
     files.sync(path)
-    meta = {**state["meta"], "sha256": _sha256(path)}
-    files.write_atomic(folder / f"{slot}.json", json.dumps(meta).encode())
 
 
 def keep_only(folder: Path, step: int | None) -> None:
@@ -88,6 +113,10 @@ def load(folder: Path, step: int) -> State | None:
     meta = _describe(folder, slot) if slot else None
     if meta is None:
         return None
+    if FILES in meta:
+        parts = folder / f"{slot}.parts"
+        right = files.patiently(parts, lambda: _have(parts, meta[FILES]))
+        return {"tensors": {}, "meta": meta, "path": parts} if right else None
     path = folder / f"{slot}.safetensors"
 
     def whole() -> "dict[str, Tensor] | None":
@@ -100,7 +129,12 @@ def load(folder: Path, step: int) -> State | None:
             raise OSError(errno.EIO, str(error), str(path)) from error
 
     tensors = files.patiently(path, whole)
-    return None if tensors is None else {"tensors": tensors, "meta": meta}
+    return None if tensors is None else {"tensors": tensors, "meta": meta, "path": path}
+
+
+def _have(folder: Path, sums: dict[str, str]) -> bool:
+    """Return whether a folder has these files with these checksums."""
+    return all(_sha256(folder / name) == sha256 for name, sha256 in sums.items())
 
 
 def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:

@@ -15,6 +15,7 @@ import torch
 from lorasweep.models.backend import backend
 from lorasweep.models.experts import ExpertTokens
 from lorasweep.models.load import Base
+from lorasweep.models.sharding import guard, shard
 from lorasweep.models.targets import find_targets
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
@@ -35,17 +36,24 @@ def train(
     `resume` maps every run id of the pack to its state from snapshot(), all at the same step.
     """
     # ---------------------------------------------------------------- setup
-    model = base.model
-    device = next(model.parameters()).device
-    members = list(pack)
+    model, mesh, members = base.model, base.mesh, list(pack)
     method, metric = pack[0].method, objective.metric
-    at_start = objective.start(base, members)  # nothing is attached yet: all runs start as the base
+    # nothing is attached yet: all runs start as the base
+    at_start = objective.start(base, members) if mesh.size == 1 else []
     targets = find_targets(model, pack[0].model, method.target_layers())
     trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
     counts = ExpertTokens(model)
     try:
-        passes = backend(model)
-        optimizer = AdamW.start(trainables, pack)
+        if (
+            mesh.size > 1
+        ):  # whole it may not fit; alone in its pack, a run starts as the base here too
+            mesh = shard(model, mesh, pack[0].precision)
+            trainables.spread()
+            at_start = mesh.run(objective.start, base, members)
+            guard(model, trainables, mesh, [])
+        device = next(model.parameters()).device
+        passes = backend(model, mesh.size)
+        optimizer = AdamW.start(trainables, pack, mesh)
         progress = {m.id: Progress.start(measures) for m, measures in zip(members, at_start)}
         evaluations = {m.id: set(eval_steps(m.steps)) for m in members}
         step = 0
@@ -54,6 +62,7 @@ def train(
             for m in members:
                 progress[m.id].load(resume[m.id]["meta"])
                 objective.load_state(m.id, resume[m.id]["meta"])
+        first_step = step
 
         # ---------------------------------------------------------------- loop
         while members:
@@ -62,15 +71,18 @@ def train(
             weight_N = torch.stack([objective.weights(b) for b in batches]).sum(0)
             divisor_N = weight_N.to(device)
             total_N = torch.zeros(len(members), dtype=torch.float64, device=device)
-            for batch in batches:
-                sums_N = objective.loss(model, batch)
+            for batch in mesh.share(batches):
+                sums_N = mesh.run(objective.loss, model, batch)
                 (sums_N / divisor_N.to(sums_N)).sum().backward()
                 total_N += sums_N.detach()
+            mesh.sum_(total_N)
             if step == 0:  # record the layer sets' shares of the first gradient
                 for m, squares in zip(members, optimizer.grad_squares()):
                     shares = gradient_shares(squares, m.model)
                     progress[m.id].curve[0]["grad_share"] = shares
             norms = optimizer.grad_norms()
+            if step == first_step:
+                guard(model, trainables, mesh, [*total_N.tolist(), *norms])
             optimizer.step(step, norms)
             optimizer.zero_grad()
             step += 1
@@ -84,7 +96,7 @@ def train(
             records: dict[str, Record] = {}
             diverged = set()
             update = objective.metrics(losses)
-            of_experts = counts.take(len(members))
+            of_experts = counts.take(len(members), mesh)
             for k, m in enumerate(members):
                 n_tokens = sum(b.tokens_N[k] for b in batches)
                 progress[m.id].add(n_tokens, seconds, of_experts[k])
@@ -111,7 +123,7 @@ def train(
             for final, runs in ((True, due & last), (False, due - last)):
                 if not runs:
                     continue
-                found = objective.evaluate(model, members, final)
+                found = mesh.run(objective.evaluate, model, members, final)
                 for m, norm, evaluation in zip(members, weight_norms, found):
                     if m.id not in runs:
                         continue
@@ -121,7 +133,7 @@ def train(
                     if not math.isfinite(evaluation.measures[metric.name]):
                         diverged.add(m.id)
             done = last - diverged
-            more = objective.at_end(model, members) if done else []
+            more = mesh.run(objective.at_end, model, members) if done else []
             spectra = trainables.spectra() if done else []
             ended: dict[str, tuple[str, Record]] = {}
             for k, m in enumerate(members):

@@ -7,11 +7,13 @@ float64.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from lorasweep.methods.trainables import Parameters
+from lorasweep.models.sharding import Mesh, local
+from lorasweep.models.shards import read
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
 
@@ -28,13 +30,13 @@ def lr_factor(spec: RunSpec, step: int) -> float:
 
 def _gradient(p: torch.Tensor) -> torch.Tensor:
     assert p.grad is not None, "a trained tensor has no gradient"
-    return p.grad
+    return local(p.grad)
 
 
 def _ratios(trainables: Parameters, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         name: torch.tensor(trainables.lr_ratios(name), dtype=torch.float64).to(p).view(-1, 1, 1)
-        for name, p in params.items()
+        for name, p in ((name, local(p)) for name, p in params.items())
     }
 
 
@@ -64,7 +66,10 @@ class OneRun:
 
 @dataclass
 class AdamW:
-    """AdamW for the tensors of a pack, with its moments."""
+    """AdamW for the tensors of a pack, with its moments.
+
+    Of tensors that are split over processes, each process updates its part.
+    """
 
     trainables: Parameters
     specs: list[RunSpec]
@@ -73,13 +78,17 @@ class AdamW:
     exp_avg_sq: dict[str, torch.Tensor]
     ratios: dict[str, torch.Tensor]
     """Learning rate factors of the members that each tensor holds, [n, 1, 1], on its device."""
+    mesh: Mesh = field(default_factory=Mesh)
 
     @classmethod
-    def start(cls, trainables: Parameters, specs: Sequence[RunSpec]) -> "AdamW":
+    def start(
+        cls, trainables: Parameters, specs: Sequence[RunSpec], mesh: Mesh | None = None
+    ) -> "AdamW":
         """Start with zero moments."""
         params = trainables.parameters()
         m, v = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
-        return cls(trainables, list(specs), params, m, v, _ratios(trainables, params))
+        ratios = _ratios(trainables, params)
+        return cls(trainables, list(specs), params, m, v, ratios, mesh or Mesh())
 
     def keep(self, members: list[int]) -> None:
         """Drop the parameters and moments of all members but `members` (increasing indices)."""
@@ -97,13 +106,16 @@ class AdamW:
         """Return each member's global gradient norm."""
         if not self.trainables.stacked:
             norms = [torch.linalg.vector_norm(_gradient(p)) for p in self.params.values()]
-            return [float(torch.stack(norms).double().square().sum().sqrt())]
+            square = torch.stack(norms).double().square().sum()
+            self.mesh.sum_(square)
+            return [float(square.sqrt())]
         device = next(iter(self.params.values())).device
         squares = torch.zeros(len(self.specs), dtype=torch.float64, device=device)
         for name, p in self.params.items():
             members = self.trainables.part_of(name)[1]
             norms_n = torch.linalg.vector_norm(_gradient(p).flatten(1), dim=1)
             squares[members] += norms_n.double().square()
+        self.mesh.sum_(squares)
         return squares.sqrt().tolist()
 
     @torch.no_grad()
@@ -114,7 +126,9 @@ class AdamW:
         for p in self.params.values():
             squares = _gradient(p).double().square()
             sums.append(squares.flatten(1 if self.trainables.stacked else 0).sum(-1).view(-1))
-        values = iter(torch.cat(sums).tolist())
+        together = torch.cat(sums)
+        self.mesh.sum_(together)
+        values = iter(together.tolist())
         for name in self.params:
             of_member, members = self.trainables.part_of(name)
             for k in range(members.start, members.stop):
@@ -139,14 +153,14 @@ class AdamW:
             return
         t = step + 1
         fix1, fix2 = 1 - first.beta1**t, math.sqrt(1 - first.beta2**t)
-        some = next(iter(self.params.values()))
+        some = local(next(iter(self.params.values())))
         rate_N, clip_N = (torch.tensor(x, dtype=torch.float64).to(some) for x in (lr, clip))
         members = [self.trainables.part_of(name)[1] for name in self.params]
-        params = list(self.params.values())
+        params = [local(p) for p in self.params.values()]
         step_sizes = [
             rate_N[at].view(-1, 1, 1) * self.ratios[name] for at, name in zip(members, self.params)
         ]
-        grads = [_gradient(p) for p in params]
+        grads = [_gradient(p) for p in self.params.values()]
         m, v = self._moments(self.exp_avg), self._moments(self.exp_avg_sq)
         if any(c != 1.0 for c in clip):
             torch._foreach_mul_(grads, [clip_N[at].view(-1, 1, 1) for at in members])
@@ -164,8 +178,8 @@ class AdamW:
 
     def _fused(self, step: int, lr: float, clip: float) -> None:
         """Update one run with torch's fused kernel, which reads and writes each number once."""
-        spec, params = self.specs[0], list(self.params.values())
-        grads = [_gradient(p) for p in params]
+        spec, params = self.specs[0], [local(p) for p in self.params.values()]
+        grads = [_gradient(p) for p in self.params.values()]
         if clip != 1.0:
             torch._foreach_mul_(grads, clip)
         steps = [torch.tensor(float(step + 1), device=p.device) for p in params]
@@ -206,7 +220,11 @@ class AdamW:
         if len(steps) != 1:
             raise ValueError(f"the members' states are at different steps: {sorted(steps)}")
         for k, state in enumerate(states):
-            for name, tensor in self.member_tensors(k).items():
+            mine = self.member_tensors(k)
+            if not state["tensors"]:
+                read(state["path"], mine, self.mesh)
+                continue
+            for name, tensor in mine.items():
                 tensor.copy_(state["tensors"][name])
         return steps.pop()
 
@@ -215,7 +233,7 @@ class AdamW:
         return [("param", p.detach()), *moments]
 
     def _moments(self, moments: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        return [moments[name] for name in self.params]
+        return [local(moments[name]) for name in self.params]
 
     def zero_grad(self) -> None:
         """Delete the gradients."""

@@ -110,6 +110,9 @@ class StackedAdapters:
             b.append(nn.Parameter(torch.stack([x for _, x in drawn]).to(like)))
         return spans, a, b, torch.tensor(scalings, dtype=torch.float64).to(like)
 
+    def spread(self) -> None:
+        self._named = self._names()
+
     def parameters(self) -> dict[str, torch.Tensor]:
         return {name: p for name, (p, _, _) in self._named.items()}
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from lorasweep.methods.trainables import whole
+
 
 class Factors(nn.Module):
     """scaling_n B_ne A_ne for member n and matrix e of a stack.
@@ -31,7 +33,9 @@ class Factors(nn.Module):
     ) -> None:
         """Set up; `stacked_a`, `stacked_b`: E of each factor, 1 for one that is shared."""
         super().__init__()
-        self.ranks, self.scaling_N = ranks, scaling_N
+        self.ranks = ranks
+        self.scaling_N: torch.Tensor
+        self.register_buffer("scaling_N", scaling_N, persistent=False)
         self.A, self.B = nn.ParameterList(a), nn.ParameterList(b)
         self.stacked_a, self.stacked_b = stacked_a, stacked_b
 
@@ -39,7 +43,7 @@ class Factors(nn.Module):
         """Yield for each rank its members, A as [n, E, r, I] and B as [n, E, O, r]."""
         for members, a, b in zip(self.ranks, self.A, self.B):
             shapes = (self.stacked_a, -1), (self.stacked_b, -1)
-            yield members, a.unflatten(1, shapes[0]), b.unflatten(1, shapes[1])
+            yield members, whole(a).unflatten(1, shapes[0]), whole(b).unflatten(1, shapes[1])
 
     def keep(self, members: list[int]) -> dict[str, tuple[str, list[int]]]:
         """Drop all members but `members`.

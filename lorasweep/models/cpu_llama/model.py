@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from lorasweep.data.batches import Batch
 from lorasweep.methods.stacked.linear import StackedLinear
@@ -142,8 +143,8 @@ _known: "WeakKeyDictionary[Any, CpuLlama | None]" = WeakKeyDictionary()
 def cpu_llama_for(model: Any) -> CpuLlama | None:
     """Return the hand-written passes of `model`, or None if transformers' forward must be used.
 
-    That is so for another model family, another device, or modules that are neither nn.Linear nor
-    StackedLinear.
+    That is so for another model family, another device, modules that are neither nn.Linear nor
+    StackedLinear, or a model that is spread over processes.
     """
     if model not in _known:
         _known[model] = CpuLlama(model) if _is_plain_llama(model) else None
@@ -169,6 +170,8 @@ def _is_plain_llama(model: Any) -> bool:
 
 def _modules_are_known(passes: CpuLlama) -> bool:
     kinds = (torch.nn.Linear, StackedLinear)
+    if any(isinstance(layer, FSDPModule) for layer in passes.body.layers):
+        return False
     for layer in passes.body.layers:
         a, m = layer.self_attn, layer.mlp
         linears = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)

@@ -60,7 +60,11 @@ class Objective(Protocol[BatchT]):
         """
 
     def batches(self, model: "nn.Module", step: int, members: Sequence[RunSpec]) -> list[BatchT]:
-        """Return update `step`'s micro-batches (0-based). May sample from the model."""
+        """Return update `step`'s micro-batches (0-based). May sample from the model.
+
+        Of several processes (base.mesh in `start`) all get the same list, and each takes every
+        size-th one: its length is a multiple of their number.
+        """
 
     def weights(self, batch: BatchT) -> torch.Tensor:
         """Return the weight of each member's summed loss in `batch`, [N], e.g. its loss tokens.

@@ -14,6 +14,7 @@ from lorasweep.data.batches import Batch, merge
 from lorasweep.data.examples import Example
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.precision import COMPUTE_DTYPES, autocast
+from lorasweep.models.sharding import Mesh
 from lorasweep.train.events import Record
 from lorasweep.train.objectives.nll import inputs, nll_sums
 
@@ -26,37 +27,46 @@ them."""
 
 
 @torch.no_grad()
-def evaluate(model: "nn.Module", batches: Sequence[list[Batch]], precision: str) -> list[float]:
+def evaluate(
+    model: "nn.Module", batches: Sequence[list[Batch]], precision: str, mesh: Mesh | None = None
+) -> list[float]:
     """Return each member's NLL in nats per loss token, from its list of held-out batches.
 
     It is the summed NLL divided by the token count. A member with fewer batches than another
-    repeats its own; the repeats do not count.
+    repeats its own; the repeats do not count. Several processes share the batches.
     """
+    mesh = mesh or Mesh()
     device = next(model.parameters()).device
     total = torch.zeros(len(batches), dtype=torch.float64, device=device)
-    for k in range(max(map(len, batches))):
+    for k in mesh.turns(max(map(len, batches))):
         merged = merge([own[k % len(own)] for own in batches])
         sums = nll_sums(model, merged, precision).double()
         if not all(k < len(own) for own in batches):
             counts = torch.tensor([k < len(own) for own in batches], device=device)
             sums = torch.where(counts, sums, 0.0)
         total += sums
+    mesh.sum_(total)
     n_loss = torch.tensor([sum(b.n_loss for b in own) for own in batches], device=device)
     return (total / n_loss).tolist()
 
 
 @torch.no_grad()
 def evaluate_exact(
-    model: "nn.Module", batches: Sequence[list[Batch]], precision: str, name: str
+    model: "nn.Module",
+    batches: Sequence[list[Batch]],
+    precision: str,
+    name: str,
+    mesh: Mesh | None = None,
 ) -> list[Record]:
     """Return each member's expected NLL over the true distributions, by PARTS.
 
     For each context it is -sum_v p(v) log q(v), whose mean over sampled symbols is the NLL that
     `evaluate` returns. Keys are `name` with each ending of PARTS; NaN for a part without contexts.
     """
+    mesh = mesh or Mesh()
     sums = torch.zeros(len(batches), len(PARTS), dtype=torch.float64)
     counts = torch.zeros(len(batches), len(PARTS), dtype=torch.float64)
-    for k in range(max(map(len, batches))):
+    for k in mesh.turns(max(map(len, batches))):
         merged = merge([own[k % len(own)] for own in batches])
         for n, (own, log_q) in enumerate(zip(batches, log_probabilities(model, merged, precision))):
             truth = own[k].truth if k < len(own) else None
@@ -68,6 +78,7 @@ def evaluate_exact(
             for part, chosen_L in enumerate((torch.ones_like(changed_L), changed_L, ~changed_L)):
                 sums[n, part] += nll_L[chosen_L].sum()
                 counts[n, part] += chosen_L.sum()
+    mesh.sum_(sums, counts)
     means = (sums / counts).tolist()  # 0 / 0 is NaN
     return [{f"{name}{end}": value for end, value in zip(PARTS, row)} for row in means]
 

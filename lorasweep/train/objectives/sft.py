@@ -16,6 +16,7 @@ from lorasweep.data.examples import Data, Example
 from lorasweep.errors import DataError
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.head import check_rows_stay_apart
+from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import Metric
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Record
@@ -68,10 +69,12 @@ class SupervisedFineTuning:
         self._code_nats = dict.fromkeys(data, 0.0)
         self._n_loss: dict[str, int] = {}
         self._eval_tokens = EVAL_TOKENS
+        self._mesh = Mesh()
         self._held_out: dict[tuple[int, ...], list[Batch]] = {}
 
     def start(self, base: "Base", members: Sequence[RunSpec]) -> list[Record]:
         """Measure the base's NLL on each data set, and on its pretraining rows, once."""
+        self._mesh = base.mesh
         if self._join_rows and cpu_llama_for(base.model) is None:
             check_rows_stay_apart(base.model)
         if next(base.model.parameters()).device.type != "cpu":
@@ -88,7 +91,10 @@ class SupervisedFineTuning:
         return [self._start[m.id] for m in members]
 
     def batches(self, model: "nn.Module", step: int, members: Sequence[RunSpec]) -> list[Batch]:
-        """Return the micro-batches of update `step`, with rows of similar length together."""
+        """Return the micro-batches of update `step`, with rows of similar length together.
+
+        Of several processes, too: neighbours are one for each, of the same number of rows.
+        """
         rows = [self._rows(m, step) for m in members]
         for member, own in zip(members, rows):
             self._n_loss[member.id] = sum(b.n_loss for b in own)
@@ -96,10 +102,14 @@ class SupervisedFineTuning:
 
     def _rows(self, member: RunSpec, step: int) -> list[Batch]:
         size = member.batch_size
-        rows = min(self._micro_batch_size or size, size)
+        processes = self._mesh.size
+        rows = processes * min(self._micro_batch_size or size, size // processes)
         examples = self._data[member.id].train(member.seed, step * size, size)
         examples = sorted(examples, key=lambda e: len(e.tokens))
-        return [collate(examples[k : k + rows], self._join_rows) for k in range(0, size, rows)]
+        parts = [examples[k : k + rows] for k in range(0, size, rows)]
+        shares = [(part, len(part) // processes) for part in parts]
+        batches = [part[k : k + n] for part, n in shares for k in range(0, len(part), n)]
+        return [collate(batch, self._join_rows) for batch in batches]
 
     def weights(self, batch: Batch) -> torch.Tensor:
         """Count each member's loss tokens, [N]."""
@@ -150,8 +160,8 @@ class SupervisedFineTuning:
         """Return the NLL of each member on its rows, over true distributions if all have them."""
         batches = [self._batched(r) for r in rows]
         if all(b.truth is not None for own in batches for b in own):
-            return evaluate_exact(model, batches, self._precision, self.metric.name)
-        nlls = evaluate(model, batches, self._precision)
+            return evaluate_exact(model, batches, self._precision, self.metric.name, self._mesh)
+        nlls = evaluate(model, batches, self._precision, self._mesh)
         return [{self.metric.name: nll} for nll in nlls]
 
     def at_end(self, model: "nn.Module", members: Sequence[RunSpec]) -> list[Record]:
@@ -161,7 +171,8 @@ class SupervisedFineTuning:
         if some is None:
             return [{} for _ in members]
         # a forward pass has rows of every member: one without any gets another's, uncounted
-        nlls = evaluate(model, [self._batched(own or some) for own in rows], self._precision)
+        batches = [self._batched(own or some) for own in rows]
+        nlls = evaluate(model, batches, self._precision, self._mesh)
         return [
             {"retain_nll": nll, "retain_start": self._retain_start[m.id]} if own else {}
             for m, own, nll in zip(members, rows, nlls)

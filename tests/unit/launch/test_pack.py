@@ -12,7 +12,7 @@ import threading
 import pytest
 import torch
 
-from lorasweep.launch import local, session
+from lorasweep.launch import session, workers
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.session import LOOK_S
@@ -192,9 +192,9 @@ def test_a_stop_is_answered_after_the_update_and_a_failure_keeps_its_records(tmp
 
 def test_waiting_threads_of_a_worker_sleep_unless_the_user_wants_them_to_spin(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert local.worker_environment(2)["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert workers.worker_environment(2)["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert local.worker_environment(2)["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert workers.worker_environment(2)["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_a_stop_during_the_pretraining_of_a_base_is_answered_after_one_update(tmp_path):

@@ -415,11 +415,11 @@ def test_gpus_are_those_that_the_environment_leaves(wanted, indices):
 
 
 def test_one_worker_a_gpu(asked, monkeypatch):
-    from lorasweep.launch.local import _devices_of
+    from lorasweep.launch.workers import devices_of
 
     monkeypatch.setattr(detect, "gpus", lambda: detect.visible(SMI, None))
     monkeypatch.setattr(detect, "cores", lambda: 16)
     now, sizes = planned(asked, detect.this_machine())
     assert (now.workers, now.threads) == (2, 8) and max(sizes) == 16
-    found = [_devices_of(k, 3)["CUDA_VISIBLE_DEVICES"] for k in range(3)]
+    found = [devices_of(k, 3)["CUDA_VISIBLE_DEVICES"] for k in range(3)]
     assert found == ["GPU-aaa", "GPU-bbb", "GPU-aaa"]

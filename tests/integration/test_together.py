@@ -1,0 +1,189 @@
+"""Runs that several processes train together, started as a user's are: as one process trains them,
+killed and resumed on other numbers of processes, and refused where they cannot work."""
+
+import os
+import signal
+
+import pytest
+
+from lorasweep.errors import SpecError
+from lorasweep.launch import local
+from lorasweep.launch.together import check_world_size
+from lorasweep.plan.hardware import Hardware
+from lorasweep.spec.execution import Cluster, Exec
+from lorasweep.store.checkpoint import described
+from lorasweep.store.run_store import RunStore
+from tests.integration.test_interruptions import furthest, kept, start, wait_for
+from tests.world import cli, compose_request
+
+pytestmark = pytest.mark.slow
+
+SMALL = (
+    "model=tiny64-skills",
+    "dataset=skills",  # rows of different lengths, so processes have different numbers of tokens
+    "dataset.n_test=10",
+    "dataset.n_test_curve=3",
+    "batch_size=8",
+    "precision=fp64",
+    "exec.micro_batch_size=2",
+    "exec.workers=1",
+    "exec.threads=1",
+)
+EXPERTS = ("model=tiny64-experts", "dataset=dialect_smoke", "batch_size=4")
+KINDS = {
+    "adapters": ("method=lora", "method.rank=4", "lr=3e-3"),
+    "full": ("method=fullft", "lr=1e-3", "clip_norm=0.5"),
+    "adapters of experts": (
+        *EXPERTS,
+        "method=lora",
+        "method.rank=4",
+        "method.layers=attention+mlp+unembedding+router",
+    ),
+    "experts": (*EXPERTS, "method=fullft", "lr=1e-3"),
+}
+
+
+def trained(folder, size, *more):
+    """Train one update of each kind in one launch: kind -> its result, and its records."""
+    places = (f"exec.runs_dir={folder}/runs", f"exec.world_size={size}")
+    requests = [compose_request([*SMALL, *places, "steps=1", *more, *k]) for k in KINDS.values()]
+    store = RunStore(folder / "runs")
+    store.prepare()
+    points = [p for r in requests for p in r.points]
+    local.run_points(points, store, requests[0].exec, lambda event: None)
+    return {
+        kind: {**store.result(p.id), **store.records(p.id)[-1]} for kind, p in zip(KINDS, points)
+    }
+
+
+def same(a, b, relative=1e-12):
+    """Compare all numbers of two results, by their paths."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return all(same(a[k], b[k], relative) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y, relative) for x, y in zip(a, b))
+    return a == b or a == pytest.approx(b, rel=relative, abs=1e-14)
+
+
+MEASURES = (
+    "train_nll",
+    "test_nll",
+    "nll_start",
+    "grad_norm",
+    "norm_delta",
+    "tokens",
+    "padding",
+    "curve",
+    "spectra",
+    "code_nats",
+)
+
+
+def test_two_processes_make_the_update_of_one_in_float64(tmp_path):
+    """Of adapters, of all weights, and of experts: loss, gradient and change of every matrix."""
+    one, two = trained(tmp_path / "one", 1), trained(tmp_path / "two", 2)
+    for kind in KINDS:
+        for name in MEASURES:
+            assert same(one[kind][name], two[kind][name]), (kind, name)
+        assert one[kind]["grad_norm"] > 0.5 and two[kind]["train_nll"] != two[kind]["test_nll"]
+        assert one[kind].get("expert_tokens") == two[kind].get("expert_tokens")
+        assert two[kind]["backend"] == "transformers on cpu, 2 processes"
+    assert one["adapters"]["backend"] == "cpu_llama on cpu"
+
+
+LONG = (
+    *SMALL,
+    *KINDS["full"],
+    "exec.checkpoint_s=0.2",
+    "action=run",
+)
+
+
+def processes(command):
+    """The process ids that a command has started."""
+    with open(f"/proc/{command.pid}/task/{command.pid}/children", encoding="ascii") as file:
+        return [int(n) for n in file.read().split()]
+
+
+def killed_and_resumed(folder, sizes, steps):
+    """Train with each number of processes in turn, killed with kill -9 but for the last one.
+
+    Before the first of these, one that only follows is killed: the command starts all again.
+    """
+    (folder / "killed").mkdir()
+    arguments = (*LONG, f"steps={steps}")
+    at, attempts = 0, 0
+    for size in sizes[:-1]:
+        command = start(*arguments, f"exec.world_size={size}", cwd=folder / "killed")
+        store = RunStore(folder / "killed/runs")
+        wait_for(lambda at=at: max(furthest(folder / "killed"), default=0) > at)
+        (rid,) = store.existing()
+        wait_for(lambda at=at: max(described(store.folder(rid) / "checkpoint"), default=0) > at)
+        attempts = store.last_attempt(rid)
+        if at == 0:
+            leader = store.owner(rid, attempts)["pid"]
+            os.kill(next(pid for pid in processes(command) if pid != leader), signal.SIGKILL)
+            attempts += 1
+            wait_for(lambda n=attempts: store.last_attempt(rid) == n)
+        at = max(described(store.folder(rid) / "checkpoint"))
+        wait_for(lambda at=at: max(furthest(folder / "killed"), default=0) > at)
+        at = max(described(store.folder(rid) / "checkpoint"))
+        os.killpg(command.pid, signal.SIGKILL)
+        command.wait()
+        assert store.result(rid) is None and list(
+            (store.folder(rid) / "checkpoint").glob("*.parts")
+        )
+    cli(*arguments, f"exec.world_size={sizes[-1]}", cwd=folder / "killed")
+    env = store.env(rid)
+    assert env["resumed_from_step"] >= at > 0 and env["processes"] == sizes[-1]
+    return store.result(rid), kept(folder / "killed")[rid]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "steps"),
+    [((2, 1), 60), pytest.param((4, 2, 1), 150, marks=pytest.mark.nightly)],
+    ids=["2 to 1", "4 to 2 to 1"],
+)
+def test_killed_it_goes_on_with_fewer_processes_from_where_it_was(tmp_path, sizes, steps):
+    result, records = killed_and_resumed(tmp_path, sizes, steps)
+    cli(*LONG, f"steps={steps}", f"exec.runs_dir={tmp_path}/whole", cwd=tmp_path)
+    store = RunStore(tmp_path / "whole")
+    (rid,) = store.existing()
+    whole = {r["step"]: (r["train_nll"], r.get("test_nll")) for r in store.records(rid)}
+    assert sorted(records) == list(range(1, steps + 1))
+    assert same(records, whole, 1e-9) and same(
+        result["spectra"], store.result(rid)["spectra"], 1e-7
+    )
+    assert result["resumed_in_other_company"] and not store.result(rid)["resumed_in_other_company"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("exec.world_size=3", "batch_size=8"), "does not divide batch_size=8"),
+        (("exec.world_size=2", "exec.pack_size=4"), "several processes train one run at a time"),
+        (("exec.world_size=0",), "expected at least 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(command, given, said):
+    done = command("scale=smoke", "method=lora", *given)
+    assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_more_processes_than_gpus_are_refused():
+    (point,) = compose_request([*SMALL, "method=fullft"]).points
+    machine = Hardware("box", gpus=2, gpu_name="H100", gpu_memory_gib=80.0)
+
+    def check(cluster=None, **settings):
+        check_world_size([point.spec], Exec(**settings), cluster or Cluster(), machine)
+
+    check(world_size=2)
+    check(world_size=4, cluster=Cluster(kind="slurm", gpus=4, workers=1))
+    check(world_size=4, cluster=Cluster(kind="slurm"))
+    with pytest.raises(
+        SpecError, match=r"this machine has 2 \(H100\). Allowed: exec.world_size=1 to 2"
+    ):
+        check(world_size=4)
+    with pytest.raises(SpecError, match=r"or cluster\.workers=2"):
+        check(world_size=2, cluster=Cluster(kind="slurm", gpus=4))
