@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from lorasweep.errors import ModelError, TrainingError
 
 if TYPE_CHECKING:
-    from lorasweep.methods.trainables import Parameters
+    from lorasweep.methods.trainables import Parameters, Trainables
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)
@@ -139,7 +139,7 @@ class _Entry(nn.Module):
         return function(*args)
 
 
-def shard(model: nn.Module, mesh: Mesh, precision: str) -> Mesh:
+def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str) -> Mesh:
     """Spread a model with what is attached to it over the mesh; return the mesh that runs it.
 
     Process 0 has the values, on the CPU; in the others tensors may be on the device 'meta'. Under
@@ -180,6 +180,8 @@ def shard(model: nn.Module, mesh: Mesh, precision: str) -> Mesh:
     else:
         _move_whole(entry, mesh.device)
     _fill(model, whole, mesh)
+    trainables.spread()
+    guard(model, trainables, mesh, [])
     return Mesh(mesh.rank, mesh.devices, entry)
 
 

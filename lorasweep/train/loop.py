@@ -44,25 +44,15 @@ def train(
     trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
     counts = ExpertTokens(model)
     try:
-        if (
-            mesh.size > 1
-        ):  # whole it may not fit; alone in its pack, a run starts as the base here too
-            mesh = shard(model, mesh, pack[0].precision)
-            trainables.spread()
+        if mesh.size > 1:  # the whole base may not fit; a run alone starts as the base here, too
+            mesh = shard(model, trainables, mesh, pack[0].precision)
             at_start = mesh.run(objective.start, base, members)
-            guard(model, trainables, mesh, [])
         device = next(model.parameters()).device
         passes = backend(model, mesh.size)
         optimizer = AdamW.start(trainables, pack, mesh)
         progress = {m.id: Progress.start(measures) for m, measures in zip(members, at_start)}
         evaluations = {m.id: set(eval_steps(m.steps)) for m in members}
-        step = 0
-        if resume is not None:
-            step = optimizer.load_members([resume[m.id] for m in members])
-            for m in members:
-                progress[m.id].load(resume[m.id]["meta"])
-                objective.load_state(m.id, resume[m.id]["meta"])
-        first_step = step
+        first_step = step = _resume(resume, members, optimizer, progress, objective)
 
         # ---------------------------------------------------------------- loop
         while members:
@@ -184,3 +174,19 @@ def train(
     finally:
         counts.close()
         trainables.detach()
+
+
+def _resume(
+    states: dict[str, State] | None,
+    members: Sequence[RunSpec],
+    optimizer: AdamW,
+    progress: dict[str, Progress],
+    objective: Objective[BatchT],
+) -> int:
+    """Restore the members from their states, if there are any; return the updates already made."""
+    if states is None:
+        return 0
+    for m in members:
+        progress[m.id].load(states[m.id]["meta"])
+        objective.load_state(m.id, states[m.id]["meta"])
+    return optimizer.load_members([states[m.id] for m in members])
