@@ -44,14 +44,14 @@ class Workers:
             for k in range(number):
                 group: list[subprocess.Popen] = []
                 self._groups.append(group)
-                places = _places(self._world_size)
-                for place in places:
+                addresses = _addresses(self._world_size)
+                for address in addresses:
                     process = subprocess.Popen(
                         [sys.executable, "-m", "lorasweep.launch.worker", *self._job, str(k)],
                         stdout=subprocess.PIPE,
                         stderr=errors,
                         text=True,
-                        env={**self._environment, **devices_of(k, shares), **place},
+                        env={**self._environment, **devices_of(k, shares), **address},
                     )
                     group.append(process)
         for group in self._groups:
@@ -89,7 +89,7 @@ class Workers:
         self.wait()
 
 
-def _places(world_size: int) -> list[dict[str, str]]:
+def _addresses(world_size: int) -> list[dict[str, str]]:
     """Return the environment variables, as torchrun's, of each process of a worker."""
     if world_size == 1:
         return [{}]

@@ -45,8 +45,8 @@ KINDS = {
 
 def trained(folder, size, *more):
     """Train one update of each kind in one launch: kind -> its result, and its records."""
-    places = (f"exec.runs_dir={folder}/runs", f"exec.world_size={size}")
-    requests = [compose_request([*SMALL, *places, "steps=1", *more, *k]) for k in KINDS.values()]
+    settings = (f"exec.runs_dir={folder}/runs", f"exec.world_size={size}")
+    requests = [compose_request([*SMALL, *settings, "steps=1", *more, *k]) for k in KINDS.values()]
     store = RunStore(folder / "runs")
     store.prepare()
     points = [p for r in requests for p in r.points]
