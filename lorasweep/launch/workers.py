@@ -78,7 +78,7 @@ class Workers:
         That is its first process's; if it was killed because another one failed, that one's.
         """
         codes = [[process.wait() for process in group] for group in self._groups]
-        return [first if first >= 0 else max(first, *rest) for first, *rest in codes]
+        return [first if first >= 0 else max((first, *rest)) for first, *rest in codes]
 
     def stop(self) -> None:
         """Let each finish its update, write a checkpoint and exit; wait for all."""

@@ -51,7 +51,7 @@ def test_a_failed_run_is_named_kept_apart_and_tried_again_only_on_request(
 @pytest.mark.slow
 def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, capsys, fake_trainer):
     """An open claim, its suggested runs as round 2, and no fourth look."""
-    valley = Valley(10, noise=0.02)
+    valley = Valley(10, noise=0.05)
     base = [
         "+sweep=lr_ratio",
         "scale=smoke",
