@@ -22,6 +22,7 @@ def test_the_benchmarks_pages_are_made_from_its_figures():
     figures = json.loads((folder / "bench.json").read_text())
     wanted = {
         "sweep_vs_process_per_run",
+        "answer_vs_plain_grid",
         "pack_vs_warm_peft",
         "lora_step_over_fullft_step",
         "flops_over_gemm_peak",
