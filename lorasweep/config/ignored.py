@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.folders import conf_dir
 from lorasweep.errors import SpecError
@@ -48,11 +49,11 @@ def refuse_unread(overrides: list[str], name: str, cfg: DictConfig) -> None:
     """
     for text in overrides:
         key = text.lstrip("+~").partition("=")[0]
-        if not key.startswith("scale."):
+        if not key.startswith("scale.") or key == "scale.name":  # the name is in the title
             continue
         value = OmegaConf.select(cfg, key)
         empty: Any = type(value)() if isinstance(value, (str, int, float)) else []
-        if value == empty or _resolved(cfg, key, empty) != _resolved(cfg, key, value):
+        if value == empty or _all_but_scale(cfg, key, empty) != _all_but_scale(cfg, key, value):
             continue
         raise SpecError(
             f"{text!r} has no effect: sweep {name!r} does not read {key} at scale "
@@ -61,12 +62,17 @@ def refuse_unread(overrides: list[str], name: str, cfg: DictConfig) -> None:
         )
 
 
-def _resolved(cfg: DictConfig, key: str, value: Any) -> Any:
-    """Return all but the scale's own settings as they are with this value of a key."""
+def _all_but_scale(cfg: DictConfig, key: str, value: Any) -> Any:
+    """Return all but the scale as it is with this value of a key; None if it cannot be resolved."""
     changed = copy.deepcopy(cfg)
     OmegaConf.update(changed, key, value, merge=False)
-    OmegaConf.resolve(changed)
-    return {k: OmegaConf.to_container(v) for k, v in changed.items() if k == "sweep"}
+    try:
+        OmegaConf.resolve(changed)
+    except OmegaConfBaseException:  # something reads it, and needs another value
+        return None
+    plain: Any = OmegaConf.to_container(changed)
+    del plain["scale"]
+    return plain
 
 
 def refuse_shadows(user_folders: list[Path]) -> None:

@@ -111,6 +111,11 @@ def test_bad_input_is_refused_with_what_to_type_next(compose, overrides, words):
         compose(*overrides)
 
 
+@pytest.mark.parametrize("setting", ["scale.name=mine", "scale.ranks=[1,2]", "scale.fresh_lrs=2"])
+def test_a_setting_of_the_scale_that_the_sweep_reads_is_taken(compose, setting):
+    assert compose("+sweep=lr_ratio", "scale=smoke", setting).points
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
