@@ -33,7 +33,10 @@ GENERATED = "synthetic"
 
 
 def setting_of(runs: pd.DataFrame, group: str) -> Setting:
-    """Return the setting of the runs that a verdict's group names; of all runs if it names none."""
+    """Return the setting of the runs that a verdict's group names; of all runs if it names none.
+
+    A group of several tasks names each, with " and " between them.
+    """
     if not len(runs):
         return Setting.BEYOND
     known = {
@@ -43,7 +46,8 @@ def setting_of(runs: pd.DataFrame, group: str) -> Setting:
     named = [
         setting
         for (model, _), (setting, names) in known.items()
-        if any(group == (whole := f"{model}{n}") or group.startswith(f"{whole},") for n in names)
+        for task in group.split(" and ")
+        if any(task == (whole := f"{model}{n}") or task.startswith(f"{whole},") for n in names)
     ]
     return max(named or [setting for setting, _ in known.values()])
 
