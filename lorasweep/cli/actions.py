@@ -18,12 +18,12 @@ from lorasweep.cli.progress import Display
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import SpecError
 from lorasweep.launch import local
+from lorasweep.launch.distributed import check_world_size
 from lorasweep.launch.measure_packs import measure_packs
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm import planning
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.slurm.running import RunningJobs
-from lorasweep.launch.together import check_world_size
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan, summary

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import LorasweepError
+from lorasweep.launch.distributed import Leader, follow
 from lorasweep.launch.fitting import Limits
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped, die_with_parent, keep_freed_memory
 from lorasweep.launch.slurm.running import RunningJobs
-from lorasweep.launch.together import Leader, follow
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Exec

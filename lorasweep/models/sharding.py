@@ -1,7 +1,7 @@
 """One run on several processes: the mesh that they form, and a model spread over it by FSDP2.
 
-The only file that knows of torch.distributed, with `shards.py`. One process is a mesh of one, for
-which everything here does nothing. Refuses to know methods, objectives and the run folder.
+The only file that knows of torch.distributed, with `sharded_tensors.py`. One process is a mesh of
+one, for which everything here does nothing. Refuses to know methods, objectives and the run folder.
 
 Every tensor of the model is split over all processes. A decoder layer is put together while it
 computes, what is outside the layers during a whole pass. Gradients are summed over the processes:

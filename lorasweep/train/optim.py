@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 from lorasweep.methods.trainables import Parameters
+from lorasweep.models.sharded_tensors import read
 from lorasweep.models.sharding import Mesh, local
-from lorasweep.models.shards import read
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
 

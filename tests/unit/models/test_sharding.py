@@ -1,5 +1,5 @@
 """The mesh: who takes which batches, and what the guard refuses. What it computes is held to one
-process in tests/integration/test_together.py."""
+process in tests/integration/test_distributed.py."""
 
 import pytest
 import torch

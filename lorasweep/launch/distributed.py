@@ -116,7 +116,7 @@ class Leader:
         }
 
     def _write(self, run: str, tensors: "dict[str, Tensor]", folder: Path) -> dict[str, str]:
-        from lorasweep.models.shards import write
+        from lorasweep.models.sharded_tensors import write
 
         with _with_others():
             self._mesh.broadcast((WRITE, run, folder))
@@ -136,7 +136,7 @@ class Leader:
 
 def follow(trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
     """Train what process 0 says, until it says no more."""
-    from lorasweep.models.shards import write
+    from lorasweep.models.sharded_tensors import write
 
     with _with_others():
         while (order := mesh.broadcast()) is not None:

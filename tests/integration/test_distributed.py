@@ -8,7 +8,7 @@ import pytest
 
 from lorasweep.errors import SpecError
 from lorasweep.launch import local
-from lorasweep.launch.together import check_world_size
+from lorasweep.launch.distributed import check_world_size
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store.checkpoint import described
