@@ -20,6 +20,14 @@ EIGHTH = 8
 """The claims of `regime` are about ranks of this fraction of the width."""
 
 
+NOTHING_GIVEN_UP = {
+    ("batch_size", "below_256"): (256, "SUPPORTED"),
+    ("large_batches", "at_512"): (512, "REFUTED"),
+    ("large_batches", "at_1024"): (1024, "REFUTED"),
+}
+"""Claims about one batch size, and the outcome by which LoRA gave up nothing at it."""
+
+
 def sentences(parts: Sequence[Part]) -> list[str]:
     """Return the sentences, the one about the regime first."""
     made = [
@@ -123,7 +131,7 @@ def _speed(parts: Sequence[Part]) -> str:
 
 
 def _batches(parts: Sequence[Part]) -> str:
-    return _of_claim(
+    said = _of_claim(
         found(parts, "batch_size", "penalty"),
         "Large batches hurt LoRA more than full fine-tuning",
         "Large batches did not hurt LoRA more than full fine-tuning",
@@ -132,6 +140,18 @@ def _batches(parts: Sequence[Part]) -> str:
         "with each doubling, its speed over full fine-tuning's changed by {}",
         _change,
     )
+    free = [
+        batch
+        for (sweep, claim), (batch, outcome) in NOTHING_GIVEN_UP.items()
+        for part, v in found(parts, sweep, claim)
+        if v.outcome == outcome and part.setting(v.group) == Setting.IN_REGIME
+    ]
+    if said and free:
+        said += (
+            f" Yet after equally many examples in batches of {max(free):,} its highest rank gave up"
+            f" nothing {WORDS[Setting.IN_REGIME]}."
+        )
+    return said
 
 
 def _layers(parts: Sequence[Part]) -> str:
