@@ -27,7 +27,7 @@ from lorasweep.launch.slurm.running import RunningJobs
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan, summary
-from lorasweep.plan.gpu.limits import refuse_unfit, within_limit
+from lorasweep.plan.gpu.limits import refuse_unfit, settings_of, within_limit
 from lorasweep.plan.same_data import refuse_mixing
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import files, looks
@@ -117,11 +117,12 @@ def _within_limit(request: Request) -> Request:
 
 def _check(request: Request, store: RunStore) -> None:
     """Check before anything is trained, and raise what the user must correct."""
-    if request.hardware and hardware_of(request).has_speeds:
-        refuse_unfit(request.points, hardware_of(request), request.exec)
-    check_available(request)
     specs = [p.spec for p in request.points]
     check_world_size(specs, request.exec, request.cluster, detect.this_machine())
+    if request.hardware and (hardware := hardware_of(request)).has_speeds:
+        check = settings_of if request.cluster.kind == "slurm" else refuse_unfit
+        check(request.points, hardware, request.exec)
+    check_available(request)
     answer.check_claims(request.sweep)
     refuse_mixing(_wanted(request, store), store, request.exec)
 

@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep.errors import ModelError, SpecError
-from lorasweep.launch.out_of_memory import is_out_of_memory, request
+from lorasweep.errors import SpecError
+from lorasweep.launch.out_of_memory import OutOfMemoryTogether, is_out_of_memory, request
 from lorasweep.launch.process import StopFlag
 from lorasweep.launch.trainer import Trainer
 from lorasweep.methods.registry import spec_from
+from lorasweep.plan.gpu.load import load_of
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.run import RunSpec
@@ -57,20 +58,30 @@ def check_world_size(
                 "process takes the same number of rows. Allowed for this batch: "
                 f"{', '.join(sizes)}."
             )
+        _check_sides(spec, size)
     gpus, workers = hardware.gpus, exec_.workers or 1
-    where = f"this machine has {gpus} ({hardware.gpu_name})"
-    if cluster.kind != "local":
-        gpus, workers = cluster.gpus, cluster.workers or max(1, cluster.gpus)
-        where = f"a job has cluster.gpus={gpus}, for {workers} workers"
-    if gpus and size * workers > gpus:
-        fitting = f"exec.world_size=1 to {gpus // workers}"
-        if size <= gpus and workers > 1:
-            setting = "exec" if cluster.kind == "local" else "cluster"
-            fitting += f", or {setting}.workers={gpus // size}"
-        raise SpecError(
-            f"exec.world_size={size}: every process of a run has a GPU of its own, and {where}. "
-            f"Allowed: {fitting}. A run is trained within one machine."
-        )
+    if cluster.kind != "local" or not gpus or size * workers <= gpus:
+        return  # a cluster's nodes are looked at when jobs are planned
+    fitting = f"exec.world_size=1 to {gpus // workers}"
+    if size <= gpus and workers > 1:
+        fitting += f", or exec.workers={gpus // size}"
+    raise SpecError(
+        f"exec.world_size={size}: every process of a run has a GPU of its own, and this machine "
+        f"has {gpus} ({hardware.gpu_name}). Allowed: {fitting}. Several machines: cluster=slurm."
+    )
+
+
+def _check_sides(spec: RunSpec, size: int) -> None:
+    """Check that `size` divides a side of every adapter's factors, along which they are split."""
+    rank = getattr(spec.method, "rank", 0)
+    for m in load_of(spec.model, spec.method).adapted:
+        for side in (m.d_in, m.d_out):
+            if all(n % size for n in (side, rank, m.n_experts)):
+                raise SpecError(
+                    f"exec.world_size={size} divides neither rank {rank} nor {side}, the sides of "
+                    f"an adapter of {spec.model.name}, so it cannot be split. Choose a number that "
+                    "divides the model's width, such as a power of 2."
+                )
 
 
 class Leader:
@@ -79,6 +90,7 @@ class Leader:
     def __init__(self, trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
         self._trainer, self._mesh, self._stop = trainer, mesh, stop
         self._events: Generator[Event, None, None] | None = None
+        self._run: tuple[RunSpec, Exec]
         self.broken = False
         """A training failed here: the others wait for it, so nothing more can be trained."""
 
@@ -94,7 +106,8 @@ class Leader:
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None
     ) -> Generator[Event, None, None]:
         found = resume and {i: _reference(state) for i, state in resume.items()}
-        with _with_others():
+        self._run = (pack[0], exec_)
+        with _with_others(*self._run):
             self._mesh.broadcast(([s.plain() for s in pack], dataclasses.asdict(exec_), found))
             self.broken = True
             for event in self._trainer(pack, exec_, found):
@@ -118,7 +131,7 @@ class Leader:
     def _write(self, run: str, tensors: "dict[str, Tensor]", folder: Path) -> dict[str, str]:
         from lorasweep.models.sharded_tensors import write
 
-        with _with_others():
+        with _with_others(*self._run):
             self._mesh.broadcast((WRITE, run, folder))
             return write(folder, tensors, self._mesh)
 
@@ -136,19 +149,23 @@ class Leader:
 
 def follow(trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
     """Train what process 0 says, until it says no more."""
+    while (order := mesh.broadcast()) is not None:
+        specs, settings, resume = order
+        pack, exec_ = [spec_from(plain) for plain in specs], Exec(**settings)
+        with _with_others(pack[0], exec_):
+            _follow(trainer(pack, exec_, resume), mesh, stop)
+
+
+def _follow(events: Iterator[Event], mesh: "Mesh", stop: StopFlag) -> None:
     from lorasweep.models.sharded_tensors import write
 
-    with _with_others():
-        while (order := mesh.broadcast()) is not None:
-            specs, settings, resume = order
-            events = trainer([spec_from(plain) for plain in specs], Exec(**settings), resume)
-            for event in events:
-                mesh.any(stop.set)
-                while (word := mesh.broadcast())[0] == WRITE:
-                    write(word[2], event.snapshot()[word[1]]["tensors"], mesh)
-                if word[0] == END:
-                    break
-                event.dropped |= word[1]
+    for event in events:
+        mesh.any(stop.set)
+        while (word := mesh.broadcast())[0] == WRITE:
+            write(word[2], event.snapshot()[word[1]]["tensors"], mesh)
+        if word[0] == END:
+            break
+        event.dropped |= word[1]
 
 
 def _reference(state: State) -> State:
@@ -157,23 +174,18 @@ def _reference(state: State) -> State:
 
 
 @contextmanager
-def _with_others() -> Iterator[None]:
+def _with_others(spec: RunSpec, exec_: Exec) -> Iterator[None]:
     """Let this process die if another one did, so that its runs count as interrupted.
 
     Raises:
-        ModelError: out of memory. Other processes are at another point, so no smaller size can be
-            tried here.
+        OutOfMemoryTogether: memory ran out here, in the training of `spec`.
     """
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            asked = request(error)
-            raise ModelError(
-                f"out of memory{f' (asked for {asked})' if asked else ''} in one of the processes "
-                "of a run. Set a smaller exec.micro_batch_size, more processes "
-                "(exec.world_size), or exec.activation_checkpointing=true."
-            ) from None
+            rows = exec_.rows_of(spec.batch_size)
+            raise OutOfMemoryTogether(spec.id, rows, request(error)) from None
         if isinstance(error, RuntimeError) and any(c in str(error) for c in COMMUNICATION):
             print(f"another process of this run is gone: {error}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)

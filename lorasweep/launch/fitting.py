@@ -7,7 +7,13 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorasweep.launch.out_of_memory import free_memory, is_out_of_memory, request
+from lorasweep.launch.out_of_memory import (
+    does_not_fit,
+    free_memory,
+    goes_on,
+    is_out_of_memory,
+    request,
+)
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.session import Session, leave_to_new_owner
 from lorasweep.launch.trainer import Report, Trainer
@@ -107,27 +113,18 @@ class Fitting:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            asked = request(error)
-            return (f" (asked for {asked})" if asked else ""), traceback.format_exc()
+            return request(error), traceback.format_exc()
         return None
 
     def _say(self, part: list[RunSpec], rows: int, asked: str, trace: str, instead: str) -> None:
-        text = (
-            f"out of memory{asked}: {len(part)} run(s) of {part[0].model.name} with {rows} row(s) "
-            f"of each at a time do not fit. Going on from the last checkpoint with {instead}."
-        )
+        text = goes_on(part[0], len(part), rows, asked, instead)
         for spec in part:
             if spec.id in self.attempts:
                 self.store.log(spec.id, self.attempts[spec.id], f"{trace}{text}")
         self.report({"note": text})
 
     def _fail(self, spec: RunSpec, asked: str, trace: str) -> None:
-        cause = (
-            f"out of memory{asked}: {spec.model.name} with {spec.method.name} does not fit, alone "
-            f"and one row of at most {spec.dataset.max_length} tokens at a time. Choose a smaller "
-            "model=, a smaller dataset.max_length, or a device with more memory (action=plan says "
-            "how much is expected), then add exec.retry=true."
-        )
+        cause = does_not_fit(spec, asked)
         n = self.attempts.pop(spec.id)
         self.store.log(spec.id, n, trace)
         self.store.write_end(spec.id, n, "failed", cause)

@@ -16,14 +16,16 @@ from typing import Any
 
 from lorasweep.errors import StoreError, TrainingError
 from lorasweep.launch.fitting import Limits
+from lorasweep.launch.out_of_memory import does_not_fit, goes_on
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.trainer import Trainer
 from lorasweep.launch.worker import STOPPED, skipped
-from lorasweep.launch.workers import Report, Workers
+from lorasweep.launch.workers import Event, Report, Workers
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import Plan, make_plan
 from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
@@ -40,6 +42,7 @@ def run_points(
     trainer: Trainer | str | None = None,
     patience_s: float = math.inf,
     skip: str | None = None,
+    n_nodes: int = 1,
 ) -> None:
     """Train every run of `points` until it is finished or has a recorded failure.
 
@@ -47,6 +50,7 @@ def run_points(
     (package.module:object) or None, for the real trainer, runs them in worker processes.
     `patience_s`: how long to wait without progress when only runs of other processes are left.
     `skip`: a file of run ids that must not be started.
+    `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
 
     Raises:
         Stopped: Ctrl-C, or a signal that stopped the workers.
@@ -61,7 +65,11 @@ def run_points(
         others = {p.id for p in plan.todo if plan.states[p.id] == "running"}
         if mine:
             if trainer is None or isinstance(trainer, str):
-                _run_workers(plan, store, exec_, report, {"trainer": trainer, "skip": skip})
+                given = {"trainer": trainer, "skip": skip}
+                ended = _run_workers(plan, store, exec_, report, given, n_nodes, limits)
+                for event in ended:
+                    spec = next(p.spec for p in mine if p.id == event["run"])
+                    _take_less(spec, event, exec_, store, limits, report)
             else:
                 for pack in plan.packs:
                     specs, rows = [p.spec for p in pack.points], pack.micro_batch_size
@@ -90,12 +98,21 @@ def _given_up(ids: list[str], store: RunStore, exec_: Exec) -> set[str]:
 
 
 def _run_workers(
-    plan: Plan, store: RunStore, exec_: Exec, report: Report, settings: dict[str, Any]
-) -> None:
-    """Start the workers with one job file, report their events, and wait for all of them."""
-    path, sha256 = _write_job(plan, store, exec_, settings)
+    plan: Plan,
+    store: RunStore,
+    exec_: Exec,
+    report: Report,
+    settings: dict[str, Any],
+    n_nodes: int,
+    limits: Limits,
+) -> list[Event]:
+    """Start the workers with one job file, report their events, and wait for all of them.
+
+    Returns what those reported whose memory ran out, each of several processes.
+    """
+    path, sha256 = _write_job(plan, store, exec_, settings, limits)
     log = path.with_suffix(".log")
-    workers = Workers([str(path), sha256], log, plan.threads, exec_.world_size)
+    workers = Workers([str(path), sha256], log, plan.threads, exec_.world_size, n_nodes)
     try:
         workers.start(min(plan.workers, len(plan.packs)), plan.workers)
         error = workers.pass_on(report)
@@ -109,21 +126,45 @@ def _run_workers(
         raise Stopped
     crashed = [c for c in codes if c != 0]
     # A worker killed by a signal (code below 0) leaves interrupted runs, which are tried again.
-    if crashed and all(c > 0 for c in crashed):
+    if crashed and all(c > 0 for c in crashed) and not workers.out_of_memory:
         tail = log.read_text(errors="replace").splitlines()[-8:]
         raise TrainingError("\n".join([f"a worker crashed. The end of its log, {log}:", *tail]))
     path.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
+    return list(workers.out_of_memory.values())
+
+
+def _take_less(
+    spec: RunSpec, event: Event, exec_: Exec, store: RunStore, limits: Limits, report: Report
+) -> None:
+    """Halve the rows of a run that did not fit into the memory of one of its processes.
+
+    With one row it has failed. Its processes are gone, so its attempt is ended here.
+    """
+    limit, rows, n = limits.of(spec), event["rows"], store.last_attempt(spec.id)
+    if n is None or store.state(spec.id) != "interrupted" or not store.owns(spec.id, n):
+        return  # somebody else has it now
+    if rows > 1:
+        limit.rows = rows // 2
+        text = goes_on(spec, 1, rows, event["asked"], f"{limit.rows} of each")
+        store.log(spec.id, n, text)
+        store.write_end(spec.id, n, "stopped", text)
+        report({"note": text})
+        return
+    cause = does_not_fit(spec, event["asked"], exec_.world_size)
+    store.write_end(spec.id, n, "failed", cause)
+    report({"run": spec.id, "ended": "failed", "cause": cause})
 
 
 def _write_job(
-    plan: Plan, store: RunStore, exec_: Exec, settings: dict[str, Any]
+    plan: Plan, store: RunStore, exec_: Exec, settings: dict[str, Any], limits: Limits
 ) -> tuple[Path, str]:
     """Write the job file for the workers; return its path and SHA-256."""
     packs = [
         {
             "runs": [p.spec.plain() for p in pack.points],
             "micro_batch_size": pack.micro_batch_size,
+            "most_rows": limits.of(pack.points[0].spec).rows,
         }
         for pack in plan.packs
     ]

@@ -1,9 +1,15 @@
-"""Recognise that memory ran out, and free what a failed attempt held. Does not import torch."""
+"""Recognise that memory ran out, say so, and free what a failed attempt held.
+
+Does not import torch.
+"""
 
 import errno
 import gc
 import re
 import sys
+
+from lorasweep.errors import ModelError
+from lorasweep.spec.run import RunSpec
 
 ALLOCATOR_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -22,6 +28,44 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(m in str(error) for m in ALLOCATOR_MESSAGES)
+
+
+class OutOfMemoryTogether(ModelError):
+    """Memory of one of the processes that train a run ran out; the others wait for it.
+
+    All have to be started again, with fewer rows.
+    """
+
+    def __init__(self, run: str, rows: int, asked: str) -> None:
+        """Set up; `asked`: the request that did not fit, as `request` returns it."""
+        super().__init__(f"out of memory{_asked(asked)} in one of the processes of a run")
+        self.run, self.rows, self.asked = run, rows, asked
+
+
+def _asked(size: str) -> str:
+    return f" (asked for {size})" if size else ""
+
+
+def does_not_fit(spec: RunSpec, asked: str, world_size: int = 1) -> str:
+    """Say that a run alone, one row at a time, does not fit, and what would help."""
+    processes, more = "", ""
+    if world_size > 1:
+        processes = f", on {world_size} processes"
+        more = "more of them (exec.world_size), exec.activation_checkpointing=true, "
+    return (
+        f"out of memory{_asked(asked)}: {spec.model.name} with {spec.method.name} does not fit, "
+        f"alone{processes} and one row of at most {spec.dataset.max_length} tokens at a time. "
+        f"Choose {more}a smaller model=, a smaller dataset.max_length, or a device with more "
+        "memory (action=plan says how much is expected), then add exec.retry=true."
+    )
+
+
+def goes_on(spec: RunSpec, n_runs: int, rows: int, asked: str, instead: str) -> str:
+    """Say that `rows` rows of each of `n_runs` runs do not fit, and what is tried instead."""
+    return (
+        f"out of memory{_asked(asked)}: {n_runs} run(s) of {spec.model.name} with {rows} row(s) "
+        f"of each at a time do not fit. Going on from the last checkpoint with {instead}."
+    )
 
 
 def request(error: BaseException) -> str:

@@ -93,8 +93,7 @@ class Session:
     @property
     def rows(self) -> int:
         """Rows per member and forward pass."""
-        size = self.members[0].batch_size // self.exec.world_size
-        return min(self.exec.micro_batch_size or size, size)
+        return self.exec.rows_of(self.members[0].batch_size)
 
     def _settings(self, exec_: Exec, planned_rows: int | None, most_rows: int | None) -> Exec:
         """Return the settings to train with.

@@ -1,14 +1,15 @@
 """A worker process: train the free packs of a job file. Started by launch/local.
 
 With exec.world_size above one it is one of several processes that train each run together; what
-torchrun sets in the environment (RANK, MASTER_ADDR, ...) names them.
+torchrun sets in the environment (RANK, MASTER_ADDR, ...) names them, or Slurm (`nodes`).
 
     python -m lorasweep.launch.worker JOB.json SHA256 [FIRST]
 
 The job file lies in the run folder, where others may write, and names the trainer to import: it is
 refused unless it has the given SHA-256.
 
-    {"packs": [{"runs": [spec, ...], "micro_batch_size": n}, ...], "exec": {...},
+    {"packs": [{"runs": [spec, ...], "micro_batch_size": n, "most_rows": n or null}, ...],
+     "exec": {...},
      "dead": {run id: attempt}, "trainer": null or "package.module:object",
      "skip": null or a file of run ids not to start}
 
@@ -24,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import LorasweepError
+from lorasweep.launch import nodes
 from lorasweep.launch.distributed import Leader, follow
 from lorasweep.launch.fitting import Limits
+from lorasweep.launch.out_of_memory import OutOfMemoryTogether
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped, die_with_parent, keep_freed_memory
 from lorasweep.launch.slurm.running import RunningJobs
@@ -35,8 +38,9 @@ from lorasweep.spec.execution import Exec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 
-STOPPED, REFUSED = 3, 4
-"""Exit statuses: stopped by a signal; an error that the user must correct, printed as an event."""
+STOPPED, REFUSED, OUT_OF_MEMORY = 3, 4, 5
+"""Exit statuses: stopped by a signal; an error that the user must correct, printed as an event;
+memory of one of the processes of a run ran out, printed as an event."""
 REPORT_S = 0.3
 """Minimum seconds between progress reports. Ends of runs and notes are reported at once."""
 
@@ -84,6 +88,9 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
             _run(job, first, store, trainer_named(job.get("trainer"), stop), stop)
     except Stopped:
         return STOPPED
+    except OutOfMemoryTogether as error:
+        print(json.dumps({"out_of_memory": error.run, **vars(error)}), flush=True)
+        return OUT_OF_MEMORY
     except LorasweepError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return REFUSED
@@ -94,6 +101,7 @@ def _run_together(job: dict[str, Any], first: int, store: RunStore, stop: StopFl
     """Train with the other processes: process 0 as any worker does, the others as it says."""
     from lorasweep.models.sharding import Mesh
 
+    nodes.take_rank()
     mesh = Mesh.join()
     trainer = trainer_named(job.get("trainer"), stop, mesh)
     if mesh.rank:
@@ -115,6 +123,8 @@ def _run(
         specs = [s for s in map(spec_from, pack["runs"]) if s.id not in unwanted]
         if specs:
             rows = pack["micro_batch_size"]
+            if pack["most_rows"] is not None:
+                limits.of(specs[0]).rows = pack["most_rows"]
             execute(specs, exec_, store, trainer, report, stop, rows, limits)
         if stop.set:
             raise Stopped

@@ -1,12 +1,13 @@
 """The worker processes of a command: start them with their threads and devices, read their events.
 
-A worker is one process, or exec.world_size of them that train each run together. Refuses to know
-the runs.
+A worker is one process, or exec.world_size of them that train each run together, on this machine or
+on the nodes of a Slurm job. Refuses to know the runs.
 """
 
 import json
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorasweep.launch import nodes
 from lorasweep.plan import detect
 
 Event = dict[str, Any]
@@ -31,12 +33,19 @@ LAST_S = 20.0
 class Workers:
     """Worker processes, all with the same job file."""
 
-    def __init__(self, job: list[str], log: Path, threads: int, world_size: int) -> None:
-        """Set up; `job`: the arguments of launch/worker but the last, `log`: for what it prints."""
-        self._job, self._log, self._world_size = job, log, world_size
+    def __init__(
+        self, job: list[str], log: Path, threads: int, world_size: int, n_nodes: int = 1
+    ) -> None:
+        """Set up; `job`: the arguments of launch/worker but the last, `log`: for what it prints.
+
+        `n_nodes`: nodes of this Slurm job, over which the processes of a worker are spread.
+        """
+        self._job, self._log, self._world_size, self._nodes = job, log, world_size, n_nodes
         self._environment = worker_environment(threads)
         self._groups: list[list[subprocess.Popen]] = []
         self._events: queue.Queue[Event | None] = queue.Queue()
+        self.out_of_memory: dict[str, Event] = {}
+        """Run id -> what a worker of several processes reported when its memory ran out."""
 
     def start(self, number: int, shares: int) -> None:
         """Start `number` workers, each on one of `shares` shares of the GPUs."""
@@ -44,20 +53,38 @@ class Workers:
             for k in range(number):
                 group: list[subprocess.Popen] = []
                 self._groups.append(group)
-                addresses = _addresses(self._world_size)
-                for address in addresses:
+                before, given = self._places(devices_of(k, shares))
+                for more in given:
                     process = subprocess.Popen(
-                        [sys.executable, "-m", "lorasweep.launch.worker", *self._job, str(k)],
+                        [
+                            *before,
+                            sys.executable,
+                            "-m",
+                            "lorasweep.launch.worker",
+                            *self._job,
+                            str(k),
+                        ],
                         stdout=subprocess.PIPE,
                         stderr=errors,
                         text=True,
-                        env={**self._environment, **devices_of(k, shares), **address},
+                        env={**self._environment, **more},
                     )
                     group.append(process)
         for group in self._groups:
             for process in group:
                 arguments = (process, group, self._events)
                 threading.Thread(target=_read, args=arguments, daemon=True).start()
+
+    def _places(self, devices: dict[str, str]) -> tuple[list[str], list[dict[str, str]]]:
+        """Return what stands before a worker's command, and the environment of each it starts."""
+        size = self._world_size
+        if self._nodes > 1:
+            return nodes.step(self._nodes, size, LAST_S), [_address(nodes.host(), size)]
+        if size == 1:
+            return [], [devices]
+        address = _address("127.0.0.1", size)
+        ranks = [{"RANK": str(k), "LOCAL_RANK": str(k)} for k in range(size)]
+        return [], [{**devices, **address, **rank} for rank in ranks]
 
     def pass_on(self, report: Report) -> str | None:
         """Report events until every process has ended; return the last error event, or None."""
@@ -68,6 +95,8 @@ class Workers:
                 running -= 1
             elif "error" in event:
                 error = event["error"]
+            elif "out_of_memory" in event:
+                self.out_of_memory[event["run"]] = event
             else:
                 report(event)
         return error
@@ -78,6 +107,8 @@ class Workers:
         That is its first process's; if it was killed because another one failed, that one's.
         """
         codes = [[process.wait() for process in group] for group in self._groups]
+        if self._nodes > 1:
+            codes = [[nodes.status_of(code) for code in group] for group in codes]
         return [first if first >= 0 else max((first, *rest)) for first, *rest in codes]
 
     def stop(self) -> None:
@@ -85,19 +116,18 @@ class Workers:
         for group in self._groups:
             for process in group:
                 if process.poll() is None:
-                    process.terminate()
+                    process.send_signal(nodes.STOP if self._nodes > 1 else signal.SIGTERM)
         self.wait()
 
 
-def _addresses(world_size: int) -> list[dict[str, str]]:
-    """Return the environment variables, as torchrun's, of each process of a worker."""
-    if world_size == 1:
-        return [{}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def _address(host: str, world_size: int) -> dict[str, str]:
+    """Return torchrun's environment variables that all processes of a worker share.
+
+    `host`: this machine, on which process 0 is.
+    """
+    with socket.create_server(("", 0)) as probe:
         port = probe.getsockname()[1]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-    return [{**address, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(world_size)]
+    return {"MASTER_ADDR": host, "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
 
 
 def worker_environment(threads: int) -> dict[str, str]:

@@ -32,10 +32,12 @@ class Exec:
     hand-written decoder for CPUs never pads."""
     world_size: int = 1
     """Processes that train one run together, each on a GPU of its own if there are GPUs. More than
-    one: the model is spread over them (FSDP2), and runs are not packed."""
+    one: the model is spread over them (FSDP2), and runs are not packed. One: with cluster=slurm and
+    a hardware, the plan chooses, for each run what it needs."""
     activation_checkpointing: bool = False
     """Keep the input of each layer only, and compute its activations again in the backward pass:
-    a third more operations, much less memory. No effect on the hand-written CPU passes."""
+    a third more operations, much less memory. No effect on the hand-written CPU passes. False: with
+    cluster=slurm and a hardware, the plan chooses."""
     compile: bool = False
     """Use torch.compile for models without a hand-written decoder (on a GPU: for all models). Not
     verified on a GPU yet; on a CPU compiling takes minutes."""
@@ -44,6 +46,11 @@ class Exec:
     retry: bool = False
     """Try failed runs again."""
     max_attempts: int = 5
+
+    def rows_of(self, batch_size: int) -> int:
+        """Return the rows per member, process and forward pass."""
+        share = batch_size // self.world_size
+        return min(self.micro_batch_size or share, share)
 
     def problems(self) -> Iterator[str]:
         """Yield the settings that are wrong on any machine."""
@@ -82,13 +89,16 @@ class Cluster:
     qos: str | None = None
     constraint: str | None = None
     gpus: int = 0
-    """GPUs per job. Each trains packs of its own, in parallel."""
+    """GPUs per job, at least: a run that takes more gets them, on as few nodes as have them. Each
+    trains packs of its own, in parallel. 0: none, unless runs are planned for GPUs (hardware)."""
+    gpus_per_node: int | None = None
+    """GPUs of a node that one job may take. None: as many as a node of the partition has."""
     workers: int | None = None
-    """Packs that a job trains in parallel. None: one per GPU, or one without GPUs."""
+    """Packs that a job trains in parallel. None: as many as its GPUs train, or one without GPUs."""
     cpus: int = 2
-    """CPU cores per worker."""
+    """CPU cores per worker, or for each process of one."""
     mem_gib: float | None = None
-    """Memory per job; None: from the plan's estimate."""
+    """Memory per job and node; None: from the plan's estimate."""
     time_min: int | None = None
     """Time limit of a job in minutes. None: the plan's estimate, at most the partition's limit."""
     warn_s: int = 120

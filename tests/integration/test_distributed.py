@@ -158,6 +158,25 @@ def test_killed_it_goes_on_with_fewer_processes_from_where_it_was(tmp_path, size
     assert result["resumed_in_other_company"] and not store.result(rid)["resumed_in_other_company"]
 
 
+def test_memory_that_runs_out_in_one_process_halves_the_rows_of_all(tmp_path):
+    """The others wait in a collective meanwhile, so all are started again."""
+    settings = (f"exec.runs_dir={tmp_path}/runs", "exec.world_size=2", "exec.checkpoint_s=0")
+    request = compose_request([*SMALL, *settings, "steps=4", *KINDS["adapters"]])
+    (point,) = request.points
+    store, events = RunStore(tmp_path / "runs"), []
+    store.prepare()
+    planted = "tests.integration.planted_memory:trainer"
+    local.run_points([point], store, request.exec, events.append, planted)
+    (note,) = [e["note"] for e in events if "note" in e]
+    assert note.startswith("out of memory (asked for 2.50 GiB): 1 run(s) of tiny64-skills with 2")
+    assert note.endswith("Going on from the last checkpoint with 1 of each.")
+    assert store.state(point.id) == "done" and store.last_attempt(point.id) == 2
+    assert store.end(point.id, 1) == {"state": "stopped", "cause": note}
+    env = store.env(point.id)
+    assert env["resumed_from_step"] >= 1 and env["micro_batch_size"] == 1
+    assert [r["step"] for r in store.records(point.id)] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -179,11 +198,10 @@ def test_more_processes_than_gpus_are_refused():
         check_world_size([point.spec], Exec(**settings), cluster or Cluster(), machine)
 
     check(world_size=2)
-    check(world_size=4, cluster=Cluster(kind="slurm", gpus=4, workers=1))
-    check(world_size=4, cluster=Cluster(kind="slurm"))
+    check(world_size=4, cluster=Cluster(kind="slurm", gpus=4))  # its nodes are looked at later
     with pytest.raises(
         SpecError, match=r"this machine has 2 \(H100\). Allowed: exec.world_size=1 to 2"
     ):
         check(world_size=4)
-    with pytest.raises(SpecError, match=r"or cluster\.workers=2"):
-        check(world_size=2, cluster=Cluster(kind="slurm", gpus=4))
+    with pytest.raises(SpecError, match=r"or exec\.workers=1"):
+        check(world_size=2, workers=2)

@@ -125,12 +125,13 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
     queue = difference["queue"]
     lines = []
     if "jobs" in queue:
-        job = queue["job"]
+        lines.append(f"  to submit: {queue['to_submit']} runs")
+    for job in queue.get("jobs", ()):
+        nodes = f"{job['nodes']} nodes, on each " if job["nodes"] > 1 else ""
         gpus = f", {job['gpus']} GPU(s)" if job["gpus"] else ""
         lines.append(
-            f"  to submit: {queue['to_submit']} runs in {queue['jobs']} job(s), each with "
-            f"{job['cpus']} CPU core(s){gpus}, {job['mem_gib']:g} GiB and at most "
-            f"{job['time_min']} min"
+            f"    {job['jobs']} job(s), each with {nodes}{job['cpus']} CPU core(s){gpus}, "
+            f"{job['mem_gib']:g} GiB and at most {job['time_min']} min"
         )
     if queue["queued"]:
         lines.append(f"  {queue['queued']} runs are already queued")

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from lorasweep.errors import ClusterError, LorasweepError
-from lorasweep.launch import local
+from lorasweep.launch import local, nodes
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm import client, submissions
 from lorasweep.launch.slurm.running import RunningJobs
@@ -112,7 +112,8 @@ def _train(task: dict[str, Any]) -> None:
         if "ended" in event or "note" in event:
             _print(json.dumps(event))
 
-    local.run_points(left, store, exec_, report, task.get("trainer"), PATIENCE_S, task["skip"])
+    trainer, skip, n_nodes = task.get("trainer"), task["skip"], nodes.nodes_of_job()
+    local.run_points(left, store, exec_, report, trainer, PATIENCE_S, skip, n_nodes)
     counts = Counter(store.states(p.id for p in left).values())
     _print("over: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
 

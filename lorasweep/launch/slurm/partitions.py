@@ -19,6 +19,8 @@ class Partition:
     time_min: float
     """Time limit of jobs; inf: no limit."""
     hosts: frozenset[str]
+    nodes: int = 1
+    """Number of its nodes."""
 
 
 def partitions() -> dict[str, Partition]:
@@ -37,6 +39,7 @@ def partitions() -> dict[str, Partition]:
             max(_gpus(gres), before.gpus if before else 0),
             _minutes(limit),
             hosts | {host},
+            1 + (before.nodes if before else 0),
         )
     return found
 

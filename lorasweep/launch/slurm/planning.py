@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.launch.slurm import cancel, resources, submissions
+from lorasweep.launch.slurm import cancel, partitions, resources, submissions
 from lorasweep.launch.slurm.partitions import Partition
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import ASSUMED_FLOPS_PER_CORE, Plan, assumed_flops, measured_flops
+from lorasweep.plan.gpu.limits import settings_of
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.packing import Pack, make_packs
 from lorasweep.spec.execution import Cluster, Exec
@@ -18,8 +19,6 @@ from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
-
-ANY_PARTITION = Partition("", True, 0, 0, 0, float("inf"), frozenset())
 
 
 @dataclass(frozen=True)
@@ -69,21 +68,29 @@ def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
 
 
 @dataclass(frozen=True)
-class Jobs:
-    """The jobs of a submission: the packs of each, and the resources that each needs."""
+class Task:
+    """The packs of one job, and the settings that they train with."""
 
-    tasks: list[list[Pack]]
+    packs: list[Pack]
+    exec: Exec
+
+    @property
+    def points(self) -> list[Point]:
+        """Runs of the job."""
+        return [p for pack in self.packs for p in pack.points]
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Jobs that all need the same of the cluster."""
+
+    tasks: list[Task]
     needed: JobResources
 
     @property
     def packs(self) -> list[Pack]:
         """Packs of all jobs."""
-        return [pack for task in self.tasks for pack in task]
-
-    @property
-    def points(self) -> list[list[Point]]:
-        """Runs of each job."""
-        return [[p for pack in task for p in pack.points] for task in self.tasks]
+        return [pack for task in self.tasks for pack in task.packs]
 
 
 def hardware_of(request: Request) -> Hardware:
@@ -91,9 +98,12 @@ def hardware_of(request: Request) -> Hardware:
     return from_plain(request.hardware) if request.hardware else detect.this_machine()
 
 
-def exec_of(request: Request) -> Exec:
-    """Return the settings that jobs train with."""
-    return dataclasses.replace(request.exec, workers=resources.workers_of(request.cluster))
+def cluster_of(request: Request) -> Cluster:
+    """Return the cluster's settings. Jobs that are planned for GPUs ask for at least one."""
+    cluster = request.cluster
+    if cluster.gpus or not (request.hardware and hardware_of(request).has_speeds):
+        return cluster
+    return dataclasses.replace(cluster, gpus=1)
 
 
 def _assumed(cluster: Cluster, precision: str, hardware: Hardware) -> float:
@@ -105,15 +115,46 @@ def _assumed(cluster: Cluster, precision: str, hardware: Hardware) -> float:
 
 def jobs_of(
     request: Request, store: RunStore, todo: Sequence[Point], now: Plan, partition: Partition
-) -> Jobs:
-    """Group runs into packs, and packs into jobs."""
-    cluster = request.cluster
-    packs = make_packs(todo, now.states, store, exec_of(request), now.hardware, now.throughputs)
-    flops_s = measured_flops(now.points, now.states, store) or _assumed(
-        cluster, todo[0].spec.precision, now.hardware
-    )
-    tasks = resources.group(packs, cluster, flops_s)
-    return Jobs(tasks, resources.resources_for(tasks, cluster, flops_s, partition))
+) -> list[Jobs]:
+    """Group runs into packs, and packs into jobs; runs of as many GPUs have the same jobs.
+
+    Raises:
+        SpecError: runs that do not fit on any number of GPUs.
+    """
+    cluster, hardware = cluster_of(request), now.hardware
+    measured = measured_flops(now.points, now.states, store)
+    assumed = _assumed(cluster, todo[0].spec.precision, hardware)
+    found: dict[int, list[Task]] = {}
+    for chosen, points in settings_of(todo, hardware, request.exec):
+        size, exec_ = chosen.world_size, _in_job(chosen, cluster, partition)
+        packs = make_packs(points, now.states, store, exec_, hardware, now.throughputs)
+        tasks = resources.group(packs, cluster, measured or size * assumed, size)
+        found.setdefault(size, []).extend(Task(task, exec_) for task in tasks)
+    return [
+        Jobs(
+            tasks,
+            resources.resources_for(
+                [t.packs for t in tasks], cluster, measured or size * assumed, partition, size
+            ),
+        )
+        for size, tasks in sorted(found.items())
+    ]
+
+
+def _in_job(exec_: Exec, cluster: Cluster, partition: Partition) -> Exec:
+    """Return the settings that a job trains with."""
+    size, threads = exec_.world_size, exec_.threads
+    if resources.nodes_of(size, resources.per_node(cluster, partition)) > 1:
+        threads = threads or cluster.cpus  # the job sees the cores of one node
+    workers = resources.workers_of(cluster, size)
+    return dataclasses.replace(exec_, workers=workers, threads=threads)
+
+
+def _partition(queue: Queue, cluster: Cluster, hardware: Hardware) -> Partition:
+    """Return the partition that jobs would go to; where there is no Slurm, one of such nodes."""
+    if queue.unavailable:
+        return Partition("", True, 0, 0, hardware.gpus_per_node, float("inf"), frozenset())
+    return partitions.partition_of(cluster, partitions.partitions())
 
 
 def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
@@ -134,6 +175,6 @@ def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
     if queue.unavailable:
         change["unknown"] = queue.unavailable
     if cluster.kind == "slurm" and work.todo:
-        jobs = jobs_of(request, store, work.todo, now, ANY_PARTITION)
-        change |= {"jobs": len(jobs.tasks), "job": dataclasses.asdict(jobs.needed)}
+        jobs = jobs_of(request, store, work.todo, now, _partition(queue, cluster, now.hardware))
+        change["jobs"] = [{"jobs": len(j.tasks), **dataclasses.asdict(j.needed)} for j in jobs]
     return {"queue": change}

@@ -44,19 +44,44 @@ a quarter of the dense bf16 peak of an A100, or an eighth of an H100's, rounded 
 
 @dataclass(frozen=True)
 class JobResources:
-    """What every job of a submission needs."""
+    """What every job of an array needs."""
 
     cpus: int
-    """CPU cores per job."""
+    """CPU cores on each node."""
     gpus: int
+    """GPUs on each node."""
     mem_gib: float
+    """Memory on each node."""
     time_min: int
     workers: int
+    nodes: int = 1
+
+    @property
+    def tasks(self) -> int:
+        """Tasks that Slurm has to place on each node: on several nodes, one a process."""
+        return self.gpus if self.nodes > 1 else 1
 
 
-def workers_of(cluster: Cluster) -> int:
-    """Return how many packs a job trains in parallel."""
-    return cluster.workers or max(1, cluster.gpus)
+def workers_of(cluster: Cluster, world_size: int = 1) -> int:
+    """Return how many packs a job trains in parallel, each with `world_size` processes."""
+    most = max(1, cluster.gpus // world_size)
+    if world_size == 1 or not cluster.gpus:
+        return cluster.workers or most
+    return min(cluster.workers or most, most)
+
+
+def nodes_of(world_size: int, gpus_per_node: int) -> int:
+    """Return the fewest nodes that train a run, each with the same number of its processes.
+
+    `gpus_per_node`: GPUs of a node that a job may take; 0: processes need none, and share one node.
+    """
+    if not gpus_per_node:
+        return 1
+    return next(
+        n
+        for n in range(1, world_size + 1)
+        if world_size % n == 0 and world_size // n <= gpus_per_node
+    )
 
 
 def flops_per_s(cluster: Cluster, per_core: float) -> float:
@@ -64,14 +89,21 @@ def flops_per_s(cluster: Cluster, per_core: float) -> float:
     return GPU_FLOPS if cluster.gpus else per_core * cluster.cpus
 
 
-def group(packs: Sequence[Pack], cluster: Cluster, flops_s: float) -> list[list[Pack]]:
+def per_node(cluster: Cluster, partition: Partition) -> int:
+    """Return how many GPUs of a node a job may take; 0: it takes none."""
+    return (cluster.gpus_per_node or partition.gpus) if cluster.gpus else 0
+
+
+def group(
+    packs: Sequence[Pack], cluster: Cluster, flops_s: float, world_size: int = 1
+) -> list[list[Pack]]:
     """Group packs into jobs of `work_min` to `work_max` minutes, longest job first.
 
     Jobs are as short as possible while no more than `parallel` are needed, so that the sweep ends
     sooner. Packs of one model go into the same job, so that a worker loads it once. A job has a
     pack for each of its workers.
     """
-    side = workers_of(cluster)
+    side = workers_of(cluster, world_size)
     seconds = {id(p): p.flops / flops_s for p in packs}
     share_min = sum(seconds.values()) / 60 / side / cluster.parallel
     capacity = side * 60 * min(max(cluster.work_min, share_min), cluster.work_max)
@@ -89,10 +121,19 @@ def group(packs: Sequence[Pack], cluster: Cluster, flops_s: float) -> list[list[
 
 
 def resources_for(
-    tasks: Sequence[Sequence[Pack]], cluster: Cluster, flops_s: float, partition: Partition
+    tasks: Sequence[Sequence[Pack]],
+    cluster: Cluster,
+    flops_s: float,
+    partition: Partition,
+    world_size: int = 1,
 ) -> JobResources:
-    """Return what each job needs. Settings of the cluster come before estimates."""
-    side = workers_of(cluster)
+    """Return what each job needs. Settings of the cluster come before estimates.
+
+    `world_size`: processes of a run; with GPUs each has one, on as few nodes as have them.
+    """
+    side = workers_of(cluster, world_size)
+    nodes = nodes_of(world_size, per_node(cluster, partition))
+    here = world_size // nodes
     work = [[p.flops for p in task] for task in tasks]
     longest_s = max((max(sum(w) / side, max(w)) for w in work), default=0.0) / flops_s
     minutes = cluster.time_min
@@ -101,15 +142,18 @@ def resources_for(
         minutes = int(min(estimate, partition.time_min))
     memory = cluster.mem_gib
     if memory is None:
-        sizes = sorted((_bytes(p, cluster) for t in tasks for p in t), reverse=True)
+        sizes = sorted((_bytes(p, cluster, here) for t in tasks for p in t), reverse=True)
         memory = math.ceil(10 * MARGIN_MEMORY * sum(sizes[:side]) / 2**30) / 10
-    return JobResources(cluster.cpus * side, cluster.gpus, memory, minutes, side)
+    gpus = here if nodes > 1 else max(cluster.gpus, here if cluster.gpus else 0)
+    return JobResources(cluster.cpus * side * here, gpus, memory, minutes, side, nodes)
 
 
-def _bytes(pack: Pack, cluster: Cluster) -> float:
+def _bytes(pack: Pack, cluster: Cluster, processes: int) -> float:
+    """Return the host memory of a pack's processes on one node. Process 0 reads the weights."""
     spec = pack.points[-1].spec
     if cluster.gpus:
-        return HOST_BYTES + 4 * spec.model.n_params * (3 if spec.method.MAX_PACK == 1 else 1)
+        copies = 3 if spec.method.MAX_PACK == 1 else 1
+        return processes * HOST_BYTES + 4 * spec.model.n_params * copies
     return pack.memory_bytes
 
 
@@ -129,7 +173,7 @@ def check(cluster: Cluster) -> None:
             raise ClusterError(
                 f"cluster.{name}={getattr(cluster, name)}: expected a number above 0."
             )
-    for name in ("workers", "mem_gib", "time_min", "runs_per_job"):
+    for name in ("workers", "mem_gib", "time_min", "runs_per_job", "gpus_per_node"):
         value = getattr(cluster, name)
         if value is not None and not value > 0:
             raise ClusterError(
@@ -184,6 +228,14 @@ def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> 
         ClusterError: none is; the message names the setting to change.
     """
     limit = f"a node of partition {partition.name!r} has at most"
+    if needed.nodes > partition.nodes:
+        raise ClusterError(
+            f"a run with {needed.nodes * needed.gpus} processes needs {needed.nodes} nodes with "
+            f"{needed.gpus} GPU(s) each, and partition {partition.name!r} has {partition.nodes} "
+            f"node(s) with at most {partition.gpus}. Leave such runs out with "
+            f"exec.max_gpus={partition.nodes * partition.gpus}, lower exec.world_size, or choose "
+            "another partition."
+        )
     if needed.gpus > partition.gpus:
         raise ClusterError(
             f"cluster.gpus={needed.gpus}, but {limit} {partition.gpus}. Set cluster.gpus to "
@@ -191,9 +243,9 @@ def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> 
         )
     if needed.cpus > partition.cpus:
         raise ClusterError(
-            f"a job of {needed.workers} worker(s) x cluster.cpus={cluster.cpus} needs "
-            f"{needed.cpus} CPU cores, but {limit} {partition.cpus}. Lower cluster.cpus or "
-            "cluster.workers."
+            f"a job with cluster.cpus={cluster.cpus} for each of its processes (workers: "
+            f"{needed.workers}) needs {needed.cpus} CPU cores, but {limit} {partition.cpus}. Lower "
+            "cluster.cpus or cluster.workers."
         )
     if needed.mem_gib * 1024 > partition.memory_mib:
         raise ClusterError(

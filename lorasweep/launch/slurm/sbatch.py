@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import ClusterError
-from lorasweep.launch import guard
+from lorasweep.launch import guard, nodes
 from lorasweep.launch.slurm import job
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.snapshot import Snapshot
@@ -46,9 +46,9 @@ class Description:
             "account": c.account,
             "qos": c.qos,
             "constraint": c.constraint,
-            "nodes": 1,
-            "ntasks-per-node": 1,
-            "cpus-per-task": self.needed.cpus,
+            "nodes": self.needed.nodes,
+            "ntasks-per-node": self.needed.tasks,
+            "cpus-per-task": self.needed.cpus // self.needed.tasks,
             "gpus-per-node": self.needed.gpus or None,
             "mem": f"{round(self.needed.mem_gib * 1024)}M",
             "requeue": True,
@@ -60,6 +60,10 @@ class Description:
             }
         given |= {k: True if v.lower() == "true" else v for k, v in c.options.items()}
         return {k: v for k, v in given.items() if v is not None}
+
+    def srun(self) -> tuple[str, ...]:
+        """Return srun's options for the job's command: one task, also on several nodes."""
+        return nodes.HERE if self.needed.nodes > 1 else ()
 
     def setup(self) -> list[str]:
         """Return the shell lines before the job's command.
@@ -104,6 +108,7 @@ def submit(described: Description) -> str:
             setup=described.setup(),
             stderr_to_stdout=True,
             additional_parameters=described.options(),
+            srun_args=described.srun(),
         )
         try:
             jobs = executor.map_array(job.run, tasks)
@@ -132,7 +137,7 @@ def write_script(described: Description) -> Path:
     number = f'"$(({array.first} + ${{SLURM_ARRAY_TASK_ID:-0}}))"'
     task = f"{shlex.quote(str(folder / 'tasks'))}/{number}.json"
     python = f"{shlex.quote(sys.executable)} -u -m lorasweep.launch.slurm.job"
-    command = f"srun --unbuffered {python} {task}"
+    command = " ".join(["srun --unbuffered", *described.srun(), python, task])
     path = folder / f"array-{array.part}.sh"
     lines = ["#!/bin/bash", *flags, "", *described.setup(), command, ""]
     with files.own_only():

@@ -29,7 +29,7 @@ from lorasweep.launch.slurm import (
     submissions,
 )
 from lorasweep.launch.slurm.following_job import Following
-from lorasweep.launch.slurm.planning import Jobs, Work
+from lorasweep.launch.slurm.planning import Jobs, Task, Work
 from lorasweep.launch.slurm.reconcile import Notify, reconcile
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.sbatch import Description
@@ -103,14 +103,15 @@ def submit(
         wanted = cluster.follow and cluster.submit and not following_job.exists(queue, request)
         if work.todo:
             jobs = planning.jobs_of(request, store, work.todo, now, partition)
-            resources.check_fits(jobs.needed, cluster, partition)
-            at_once = jobs.needed.workers * cluster.parallel
-            preflight.check_disk(store.root, jobs.packs, at_once)
+            for same in jobs:
+                resources.check_fits(same.needed, cluster, partition)
+            at_once = sum(same.needed.workers for same in jobs) * cluster.parallel
+            packs = [pack for same in jobs for pack in same.packs]
+            preflight.check_disk(store.root, packs, at_once)
             notify(f"jobs run {snapshot.describe(code)}")
             _submit(request, jobs, code, queue, outcome, following)
         elif work.covered and wanted:
-            none = Jobs([], JobResources(1, 0, 1.0, cluster.follow_min, 1))
-            _submit(request, none, code, queue, outcome, following)
+            _submit(request, [], code, queue, outcome, following)
         return outcome
 
 
@@ -123,16 +124,18 @@ def _finished(now: Plan) -> int:
 
 def _submit(
     request: Request,
-    jobs: Jobs,
+    jobs: list[Jobs],
     code: Snapshot,
     queue: Queue,
     outcome: Outcome,
     following: Following,
 ) -> None:
     """Record the submission, then submit its arrays and the follow-up job."""
-    cluster, tasks = request.cluster, jobs.points
+    cluster = request.cluster
+    tasks = [task for same in jobs for task in same.tasks]
     folder = submissions.home(Path(request.exec.runs_dir)) / submissions.new_name(request.title)
-    arrays = _arrays(folder.name, len(tasks))
+    needed = _arrays(folder.name, jobs)
+    arrays = [array for array, _ in needed]
     follow = None
     if cluster.follow and cluster.submit:
         follow = Array(FOLLOW, f"{folder.name}-{FOLLOW}", len(tasks), 1)
@@ -142,17 +145,14 @@ def _submit(
             folder,
             request.title,
             [p.id for p in request.points],
-            [[p.id for p in runs] for runs in tasks],
+            [[p.id for p in task.points] for task in tasks],
             [*arrays, follow] if follow else arrays,
             code=code.folder.name,
             script=not cluster.submit,
             cluster=client.setting("ClusterName"),
             host=socket.gethostname(),
-            gpus=jobs.needed.gpus,
-            cpus=jobs.needed.cpus,
-            workers=jobs.needed.workers,
         )
-    described = [Description(folder, array, jobs.needed, cluster, code) for array in arrays]
+    described = [Description(folder, array, each, cluster, code) for array, each in needed]
     if not cluster.submit:
         outcome.scripts += map(sbatch.write_script, described)
         return
@@ -163,19 +163,26 @@ def _submit(
         )
     if numbers:
         taken = arrays[: len(numbers)]
-        outcome.n_submitted += sum(len(t) for a in taken for t in tasks[a.first : a.first + a.n])
+        outcome.n_submitted += sum(
+            len(t.points) for a in taken for t in tasks[a.first : a.first + a.n]
+        )
         submission = submissions.read(folder)
         assert submission is not None
         outcome.submitted.append(submission)
 
 
-def _arrays(name: str, n_tasks: int) -> list[Array]:
-    """Split the tasks into arrays of at most the cluster's limit."""
-    longest = client.max_tasks()
-    return [
-        Array(str(c), f"{name}-{c}", first, min(longest, n_tasks - first))
-        for c, first in enumerate(range(0, n_tasks, longest))
-    ]
+def _arrays(name: str, jobs: Sequence[Jobs]) -> list[tuple[Array, JobResources]]:
+    """Split the tasks into arrays of at most the cluster's limit, each with what its jobs need."""
+    longest, first = client.max_tasks(), 0
+    found: list[tuple[Array, JobResources]] = []
+    for same in jobs:
+        left = len(same.tasks)
+        while left:
+            part = str(len(found))
+            array = Array(part, f"{name}-{part}", first, min(longest, left))
+            found.append((array, same.needed))
+            first, left = first + array.n, left - array.n
+    return found
 
 
 def _submit_arrays(
@@ -207,7 +214,7 @@ def _submit_arrays(
 def _write_tasks(
     folder: Path,
     request: Request,
-    tasks: list[list[Point]],
+    tasks: list[Task],
     following: Following,
     follow: bool,
 ) -> None:
@@ -221,23 +228,23 @@ def _write_tasks(
     sums: dict[str, str] = {}
     requeues = request.cluster.requeues
     common = {
-        "exec": dataclasses.asdict(planning.exec_of(request)),
         "requeues": requeues,
         "skip": str(submissions.note(folder, "withdrawn.json")),
         "trainer": following.trainer,
     }
-    for k, runs in enumerate(tasks):
-        specs = [p.spec.plain() for p in runs]
-        _write(folder, f"tasks/{k}.json", {"runs": specs, **common}, sums)
+    for k, task in enumerate(tasks):
+        specs = [p.spec.plain() for p in task.points]
+        plain = {"runs": specs, "exec": dataclasses.asdict(task.exec), **common}
+        _write(folder, f"tasks/{k}.json", plain, sums)
     if follow:
         again = {"action": "run", "format": "text", "watch": False, "prune": False}
         _write(folder, "request.json", {**request.plain(), **again}, sums)
-        task = {
+        last = {
             "follow": str(folder / "request.json"),
             "requeues": requeues,
             **dataclasses.asdict(following),
         }
-        _write(folder, f"tasks/{len(tasks)}.json", task, sums)
+        _write(folder, f"tasks/{len(tasks)}.json", last, sums)
     _write(folder, guard.MANIFEST, dict(sums), sums)
     files.sync_folder(folder / "tasks")
     manifest = folder / guard.MANIFEST

@@ -165,16 +165,20 @@ class Forecaster:
                 f"matmul_flops_s.{spec.precision} to its file in conf/hardware."
             )
         rows, most = self.exec.micro_batch_size, self.exec.max_gpus
-        alone = place([spec], self.hardware, rows)
+        given = self.exec.world_size if self.exec.world_size > 1 else None
+        ways = (True,) if self.exec.activation_checkpointing else (False, True)
+        alone = place([spec], self.hardware, rows, gpus=given, checkpointing=ways)
         left_out = isinstance(alone, Placement) and most is not None and alone.layout.gpus > most
         for size in reversed(GPU_SIZES) if self.exec.pack_size is None else [self.exec.pack_size]:
             tokens = size * spec.batch_size * mean_length(spec)
             if size == 1 or spec.method.MAX_PACK == 1 or isinstance(alone, Misfit):
                 break
+            if alone.layout.gpus > 1:
+                break  # several processes train one run at a time
             if tokens > FORWARD_TOKENS and self.exec.pack_size is None:
                 continue
-            packed = place([spec] * size, self.hardware, rows)
-            if isinstance(packed, Placement) and packed.layout.gpus == alone.layout.gpus:
+            packed = place([spec] * size, self.hardware, rows, gpus=1, checkpointing=ways)
+            if isinstance(packed, Placement):
                 return Kind(spec, size, packed, left_out)
         return Kind(spec, 1, alone, left_out)
 

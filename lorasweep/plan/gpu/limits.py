@@ -1,12 +1,12 @@
-"""Before runs are submitted for given GPUs: which are left out, and which are refused."""
+"""Before runs start on given GPUs: how each is trained, which are left out, which are refused."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 
 from lorasweep.errors import SpecError
 from lorasweep.plan.gpu.forecast import Forecaster, Kind
-from lorasweep.plan.gpu.placement import MEMORY_ERROR, Misfit
+from lorasweep.plan.gpu.placement import Misfit, Placement, place
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.memory import pack_bytes
 from lorasweep.spec.execution import Exec
 from lorasweep.sweep.grid import Point
 
@@ -17,34 +17,77 @@ def within_limit(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> li
     return [p for p in points if not planner.kind(p.spec).left_out]
 
 
-def refuse_unfit(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> None:
-    """Check that every run fits as it would be trained.
+def settings_of(
+    points: Sequence[Point], hardware: Hardware, exec_: Exec
+) -> list[tuple[Exec, list[Point]]]:
+    """Group runs by the settings that the plan chooses for them; what the user set stays.
 
-    A run is trained on one GPU and keeps its activations: the loop does neither shard nor compute
-    activations again, so far.
+    These are the number of processes, the size of packs, rows a forward pass, and whether
+    activations are computed again. Without the figures that `Hardware.has_speeds` asks for nothing
+    is chosen.
+
+    Raises:
+        SpecError: runs that fit on no number of GPUs; the message says which, and what would help.
+    """
+    if not hardware.has_speeds:
+        return [(exec_, list(points))]
+    planner = Forecaster(hardware, exec_)
+    kinds = [planner.kind(p.spec) for p in points]
+    _refuse(_misfit(kind.place) for kind in _each(kinds))
+    groups: dict[tuple[int, int, int, bool], list[Point]] = {}
+    for point, kind in zip(points, kinds, strict=True):
+        assert isinstance(kind.place, Placement)
+        layout = kind.place.layout
+        key = (layout.gpus, kind.members, layout.rows, layout.checkpointing)
+        groups.setdefault(key, []).append(point)
+    found = []
+    for (gpus, members, rows, again), some in groups.items():
+        chosen = dataclasses.replace(
+            exec_,
+            world_size=gpus,
+            pack_size=members,
+            micro_batch_size=rows,
+            activation_checkpointing=again,
+        )
+        _refuse(chosen.problems())
+        found.append((chosen, some))
+    return found
+
+
+def refuse_unfit(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> None:
+    """Check that every run fits as it is trained with these settings.
 
     Raises:
         SpecError: some do not; the message says which, and what would make them fit.
     """
     planner = Forecaster(hardware, exec_)
-    kinds = {id(k): k for k in (planner.kind(p.spec) for p in points)}
-    problems = [text for text in (_problem(k, hardware) for k in kinds.values()) if text]
-    if problems:
-        raise SpecError("\n".join(["runs that do not fit, so nothing was submitted:", *problems]))
-
-
-def _problem(kind: Kind, hardware: Hardware) -> str | None:
-    """Return why runs of a kind do not fit, and what would help; None if they do."""
-    if isinstance(kind.place, Misfit):
-        return f"  {kind.place.why}. Give {kind.place.remedy}."
-    need = pack_bytes(1, kind.spec, hardware, 1) * (1 + MEMORY_ERROR) / 2**30
-    if need <= (hardware.gpu_memory_gib or 0):
-        return None
-    layout = kind.place.layout
-    again = ", and activations computed again" if layout.checkpointing else ""
-    return (
-        f"  {kind.label} takes {need:.0f} GiB, and one {hardware.name} has "
-        f"{hardware.gpu_memory_gib:.0f}. It would fit on {layout.gpus} GPU(s){again}; a run trains "
-        "on one GPU and keeps its activations, so far. Leave it out with exec.max_gpus=1, "
-        "~sweep.arms.NAME or sweep.axes.model=[...], or choose larger GPUs."
+    again, gpus, rows = exec_.activation_checkpointing, exec_.world_size, exec_.micro_batch_size
+    places = (
+        place([kind.spec], hardware, rows, gpus=gpus, checkpointing=(again,))
+        for kind in _each(planner.kind(p.spec) for p in points)
     )
+    _refuse(map(_misfit, places))
+
+
+def _each(kinds: Iterable[Kind]) -> list[Kind]:
+    return list({id(kind): kind for kind in kinds}.values())
+
+
+def _misfit(found: Placement | Misfit) -> str | None:
+    """Return why runs do not fit, and what would help; None if they do."""
+    return f"{found.why}. It fits with {found.remedy}." if isinstance(found, Misfit) else None
+
+
+def _refuse(problems: Iterable[str | None]) -> None:
+    told = [f"  {text}" for text in problems if text]
+    if told:
+        raise SpecError(
+            "\n".join(
+                [
+                    "runs that cannot be trained so, and nothing was started:",
+                    *told,
+                    "  Or choose larger GPUs (hardware=...), or leave them out: exec.max_gpus=N, "
+                    "~sweep.arms.NAME or sweep.axes.model=[...].",
+                ]
+            )
+        )

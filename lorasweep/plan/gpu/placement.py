@@ -56,6 +56,9 @@ def place(
     hardware: Hardware,
     rows: int | None = None,
     most_gpus: int = MOST_GPUS,
+    *,
+    gpus: int | None = None,
+    checkpointing: Sequence[bool] = (False, True),
 ) -> Placement | Misfit:
     """Choose the fewest GPUs, a power of two, on which a pack fits.
 
@@ -66,18 +69,30 @@ def place(
         hardware: with the figures that `Hardware.has_speeds` asks for.
         rows: rows a forward pass, member and GPU; None: chosen.
         most_gpus: do not look further.
+        gpus: this number of GPUs, which divides the batch; None: chosen.
+        checkpointing: whether activations may be kept, computed again, or both.
     """
     spec = specs[-1]
     load = load_of(spec.model, spec.method)
     room = (hardware.gpu_memory_gib or 0) * 2**30 / (1 + MEMORY_ERROR)
-    gpus = 1
-    while gpus <= min(most_gpus, spec.batch_size) and spec.batch_size % gpus == 0:
-        layouts = [_layout(load, specs, gpus, again, room, rows) for again in (False, True)]
+    numbers = [gpus] if gpus else _numbers(spec.batch_size, most_gpus)
+    for n in numbers:
+        layouts = [_layout(load, specs, n, again, room, rows) for again in checkpointing]
         found = [_placement(load, specs, lay, hardware) for lay in layouts if lay is not None]
         if found:
             return min(found, key=lambda p: p.step_s)
-        gpus *= 2
-    return _misfit(load, specs, gpus // 2, hardware, most_gpus)
+    tried = Layout(numbers[-1], rows or 1, checkpointing[-1])
+    misfit = _misfit(load, specs, tried, hardware, most_gpus)
+    other = place(specs, hardware, None, most_gpus) if gpus or rows else misfit
+    if isinstance(other, Misfit):
+        return misfit
+    return Misfit(misfit.why, _settings_of(other.layout))
+
+
+def _numbers(batch_size: int, most: int) -> list[int]:
+    """Return the numbers of GPUs to try: powers of two that divide the batch."""
+    powers = (2**k for k in range(most.bit_length()))
+    return [n for n in powers if n <= most and batch_size % n == 0]
 
 
 def _layout(
@@ -136,17 +151,24 @@ def _placement(
     )
 
 
+def _settings_of(layout: Layout) -> str:
+    """Return the settings that train as `layout` says."""
+    again = " exec.activation_checkpointing=true" if layout.checkpointing else ""
+    return f"exec.world_size={layout.gpus} exec.micro_batch_size={layout.rows}{again}"
+
+
 def _misfit(
-    load: Load, specs: Sequence[RunSpec], gpus: int, hardware: Hardware, most_gpus: int
+    load: Load, specs: Sequence[RunSpec], tried: Layout, hardware: Hardware, most_gpus: int
 ) -> Misfit:
-    """Say what is missing at the most GPUs tried, one row a forward pass."""
-    spec = specs[-1]
-    memory = _memory(load, spec, Layout(gpus, 1, True), len(specs))
+    """Say what is missing with the layout that takes least."""
+    spec, gpus = specs[-1], tried.gpus
+    memory = _memory(load, spec, tried, len(specs))
     need = sum(memory.values()) * (1 + MEMORY_ERROR) / 2**30
     largest = max(memory, key=lambda name: memory[name])
     why = (
-        f"{spec.method.name} of {spec.model.name} takes {need:.0f} GiB a GPU on {gpus} GPU(s), one "
-        f"row of {spec.dataset.max_length:,} tokens a forward pass ({largest} "
+        f"{spec.method.name} of {spec.model.name} takes {need:.0f} GiB a GPU on {gpus} GPU(s), "
+        f"{tried.rows} row(s) of {spec.dataset.max_length:,} tokens a forward pass and activations "
+        f"{'computed again' if tried.checkpointing else 'kept'} ({largest} "
         f"{memory[largest] / 2**30:.0f} GiB), and {hardware.name} has "
         f"{hardware.gpu_memory_gib:.0f} GiB"
     )

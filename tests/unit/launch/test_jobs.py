@@ -1,18 +1,23 @@
 """Which runs go into which job, what a job asks Slurm for, and what is refused before one is sent."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
-from lorasweep.errors import ClusterError
+from lorasweep.errors import ClusterError, SpecError
 from lorasweep.launch.slurm import (
     client,
     partitions,
+    planning,
     resources,
 )
 from lorasweep.launch.slurm.partitions import Partition
+from lorasweep.plan.estimate import make_plan
+from lorasweep.plan.gpu.placement import Placement, place
 from lorasweep.spec.execution import Cluster
+from lorasweep.store.run_store import RunStore
 from tests.world import ROOT
 
 GPUS = Partition("gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1"}))
@@ -72,6 +77,78 @@ def test_what_no_node_can_hold_is_refused(given, said):
         resources.check_fits(resources.resources_for([], cluster, 1.0, GPUS), cluster, GPUS)
 
 
+def test_a_job_has_as_few_nodes_as_hold_its_processes():
+    def asked(world_size, partition=GPUS, **settings):
+        cluster = Cluster(kind="slurm", **settings)
+        needed = resources.resources_for([], cluster, 1.0, partition, world_size)
+        return needed.nodes, needed.gpus, needed.tasks, needed.cpus, needed.workers
+
+    assert asked(1, gpus=8) == (1, 8, 1, 16, 8)
+    assert asked(4, gpus=8) == (1, 8, 1, 16, 2)
+    assert asked(4, gpus=1, cpus=3) == (1, 4, 1, 12, 1)
+    assert asked(16, gpus=1) == (2, 8, 8, 16, 1)
+    assert asked(16, gpus=1, gpus_per_node=4) == (4, 4, 4, 8, 1)
+    six = dataclasses.replace(GPUS, gpus=6)
+    assert asked(8, six, gpus=1) == (2, 4, 4, 8, 1)
+    assert asked(4, gpus=0) == (1, 0, 1, 8, 1)  # on processors, for tests
+
+
+def planned(compose, tmp_path, partition, *more):
+    """The jobs of three models at scale paper, whose runs take one to 16 GPUs."""
+    request = compose(
+        "+sweep=lr_ratio",
+        "scale=paper",
+        "cluster=slurm",
+        "hardware=h100",
+        "sweep.axes.model=[llama-3.2-1b,llama-3.1-8b,qwen3-32b]",
+        *more,
+    )
+    store = RunStore(tmp_path / "runs")
+    now = make_plan(request.points, store, request.exec, planning.hardware_of(request))
+    return request, planning.jobs_of(request, store, now.todo, now, partition)
+
+
+NODES = dataclasses.replace(GPUS, cpus=128, memory_mib=2_000_000, nodes=4)
+
+
+def test_jobs_train_each_run_as_the_plan_places_it(compose, tmp_path):
+    request, jobs = planned(compose, tmp_path, NODES)
+    sizes = {j.needed.nodes * j.needed.gpus: j for j in jobs}
+    assert list(sizes) == [1, 2, 4, 16] and sizes[16].needed.nodes == 2
+    assert sizes[16].needed.tasks == 8 and sizes[16].tasks[0].exec.threads == request.cluster.cpus
+    hardware, seen = planning.hardware_of(request), []
+    for task in (task for j in jobs for task in j.tasks):
+        resources.check_fits(sizes[task.exec.world_size].needed, request.cluster, NODES)
+        for pack in task.packs:
+            assert pack.micro_batch_size == task.exec.micro_batch_size
+            specs = [p.spec for p in pack.points]
+            again = (task.exec.activation_checkpointing,)
+            placed = place(
+                specs,
+                hardware,
+                pack.micro_batch_size,
+                gpus=task.exec.world_size,
+                checkpointing=again,
+            )
+            assert isinstance(placed, Placement), placed
+            seen += [s.id for s in specs]
+    assert sorted(seen) == sorted(p.id for p in request.points)
+
+
+def test_runs_that_the_partition_cannot_hold_are_refused(compose, tmp_path):
+    one = dataclasses.replace(NODES, nodes=1)
+    request, jobs = planned(compose, tmp_path, one)
+    with pytest.raises(ClusterError, match=r"needs 2 nodes .* exec\.max_gpus=8"):
+        for same in jobs:
+            resources.check_fits(same.needed, request.cluster, one)
+    with pytest.raises(SpecError, match=r"takes \d+ GiB a GPU .* It fits with"):
+        planned(compose, tmp_path, NODES, "+sweep.axes.batch_size=[1]")
+    with pytest.raises(SpecError, match=r"exec\.compile=true works in one process only"):
+        planned(compose, tmp_path, NODES, "exec.compile=true")
+    _, (same,) = planned(compose, tmp_path, NODES, "exec.world_size=16")
+    assert (same.needed.nodes, same.needed.gpus) == (2, 8)
+
+
 def test_partitions_are_known_by_name():
     with pytest.raises(ClusterError, match=r"partition 'gpx' not found\. Did you mean 'gpu'"):
         partitions.partition_of(Cluster(partition="gpx"), {"gpu": GPUS})
@@ -82,7 +159,9 @@ def test_what_sinfo_says_is_read(monkeypatch):
     said = "gpu*|64|512000|gpu:a100:8(S:0-1)|2-00:00:00|n1|\ngpu*|32|256000|gpu:4|2-00:00:00|n2|\nlong|64|9|(null)|infinite|n3|\n"
     monkeypatch.setattr(client, "run", lambda *command: said)
     found = partitions.partitions()
-    assert found["gpu"] == Partition("gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1", "n2"}))
+    assert found["gpu"] == Partition(
+        "gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1", "n2"}), 2
+    )
     assert found["long"].gpus == 0 and found["long"].time_min == float("inf")
     assert [partitions._minutes(t) for t in ("30", "30:00", "1:30:00", "1-12", "1-00:30:00")] == [
         30,

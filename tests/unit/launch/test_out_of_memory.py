@@ -9,7 +9,7 @@ import torch
 
 from lorasweep.cli.progress import Display
 from lorasweep.errors import ModelError
-from lorasweep.launch import session
+from lorasweep.launch import local, session
 from lorasweep.launch.fitting import Limits
 from lorasweep.launch.out_of_memory import is_out_of_memory, request
 from lorasweep.launch.pack import execute
@@ -204,3 +204,33 @@ def test_the_terminal_shows_what_did_not_fit(capsys):
     with Display([Point("lora", specs_of(1)[0])]) as display:
         display.event({"note": "out of memory: 8 run(s)"})
     assert "out of memory: 8 run(s)" in capsys.readouterr().err
+
+
+def test_several_processes_start_again_with_half_the_rows_until_one_does_not_fit(tmp_path):
+    """By what a process reported; here the attempt's own process is gone."""
+    store, spec, limits, events = RunStore(tmp_path), specs_of(1)[0], Limits(), []
+    exec_ = Exec(world_size=2)
+
+    def end(rows):
+        event = {"run": spec.id, "rows": rows, "asked": "2.50 GiB"}
+        local._take_less(spec, event, exec_, store, limits, events.append)
+        return store.end(spec.id, store.last_attempt(spec.id))
+
+    def claimed_and_killed():
+        store.claim(spec)
+        owner = store.folder(spec.id) / f"attempts/{store.last_attempt(spec.id)}/owner.json"
+        owner.write_text(json.dumps({**json.loads(owner.read_text()), "started": "before"}))
+
+    claimed_and_killed()
+    assert end(4)["state"] == "stopped" and limits.of(spec).rows == 2
+    assert "with 4 row(s) of each at a time do not fit" in events[0]["note"]
+    claimed_and_killed()
+    cause = end(1)["cause"]
+    assert store.state(spec.id) == "failed" and events[1]["cause"] == cause
+    assert "alone, on 2 processes and one row" in cause and "(exec.world_size)" in cause
+    other = specs_of(2)[1]
+    store.claim(other)
+    local._take_less(
+        other, {"run": other.id, "rows": 1, "asked": ""}, exec_, store, limits, events.append
+    )
+    assert len(events) == 2 and store.state(other.id) == "running"  # somebody has it now

@@ -8,8 +8,9 @@ from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.gpu.forecast import Forecaster, hours_of
-from lorasweep.plan.gpu.limits import refuse_unfit, within_limit
+from lorasweep.plan.gpu.limits import refuse_unfit, settings_of, within_limit
 from lorasweep.plan.gpu.placement import Misfit
+from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.execution import Exec
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Replicates
@@ -92,19 +93,34 @@ def test_runs_beyond_max_gpus_are_priced_apart():
     assert found.gpu_hours + hours_of(kind, where, n) == pytest.approx(all_of_them.gpu_hours)
 
 
-def test_runs_beyond_the_limit_are_left_out_and_others_must_fit_on_one_gpu():
+def test_runs_beyond_the_limit_are_left_out_and_others_must_fit_as_they_are_trained():
     small = points("lora", LoRA(rank=16))
     large = points("lora", LoRA(rank=16), "llama-3.1-70b")
     full = points("fullft", FullFT())
     assert within_limit([*small, *large], card(), Exec(max_gpus=1)) == small
     assert within_limit([*small, *large], card(), Exec()) == [*small, *large]
     refuse_unfit(small, card(), Exec())
-    with pytest.raises(
-        SpecError, match=r"lora rank 16 of llama-3.1-70b takes \d+ GiB, and one h100"
-    ):
+    with pytest.raises(SpecError, match=r"lora of llama-3.1-70b takes .* exec.world_size=4"):
         refuse_unfit(large, card(), Exec())
-    with pytest.raises(SpecError, match=r"would fit on 4 GPU\(s\), and activations computed again"):
+    with pytest.raises(
+        SpecError, match=r"fits with exec\.world_size=4 .*exec\.activation_checkpointing=true"
+    ):
         refuse_unfit([*small, *full], card(), Exec())
+    refuse_unfit(full, card(), Exec(world_size=4, activation_checkpointing=True))
+
+
+def test_settings_are_the_plans_unless_the_user_set_them():
+    runs = [*points("lora", LoRA(rank=16)), *points("fullft", FullFT())]
+    (one, adapters), (four, full) = settings_of(runs, card(), Exec(runs_dir="mine"))
+    assert (adapters, full) == (runs[:3], runs[3:]) and one.runs_dir == "mine"
+    assert (one.world_size, four.world_size, four.activation_checkpointing) == (1, 4, True)
+    for spec, exec_ in ((adapters[0].spec, one), (full[0].spec, four)):
+        layout = planner().kind(spec).place.layout
+        assert (exec_.micro_batch_size, exec_.world_size) == (layout.rows, layout.gpus)
+    ((eight, both),) = settings_of(runs, card(), Exec(world_size=8, micro_batch_size=1))
+    assert both == runs and (eight.world_size, eight.micro_batch_size) == (8, 1)
+    nowhere = Hardware("box", gpus=8)
+    assert settings_of(runs, nowhere, Exec()) == [(Exec(), runs)]
 
 
 def test_what_does_not_fit_is_told_and_an_unknown_precision_refused():

@@ -1,0 +1,81 @@
+"""One run over two nodes of a real Slurm, by gloo: as one process trains it, killed and stopped."""
+
+import os
+import signal
+
+import pytest
+
+from lorasweep.errors import ClusterError
+from lorasweep.store.run_store import RunStore
+from tests.integration.test_distributed import KINDS, MEASURES, SMALL, same
+from tests.slurm.cluster import ALONE, ask, submitted, wait_for
+from tests.world import cli
+
+RUN = (*(s for s in SMALL if s != "exec.workers=1"), *KINDS["full"])
+TWO_NODES = (*ALONE, "cluster.cpus=1", "cluster.gpus=1", "cluster.mem_gib=2")
+
+
+def finished(folder):
+    """Return the only run's result, and its last record."""
+    store = RunStore(folder / "runs")
+    (rid,) = store.existing()
+    return store, rid, {**store.result(rid), **store.records(rid)[-1]}
+
+
+def test_two_processes_on_two_nodes_make_the_update_of_one(queue, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    spread = ("exec.world_size=2", "cluster.gpus_per_node=1")
+    text = ask(there, *RUN, *TWO_NODES, *spread, "steps=1", "action=plan", trainer=None)
+    assert "1 job(s), each with 2 nodes, on each 1 CPU core(s), 1 GPU(s)" in text
+    ask(there, *RUN, *TWO_NODES, *spread, "steps=1", trainer=None)
+    cli(*RUN, "steps=1", cwd=here)
+    queue.drain()
+    _, _, one = finished(here)
+    store, rid, two = finished(there)
+    for name in MEASURES:
+        assert same(one[name], two[name]), name
+    assert two["backend"] == "transformers on cpu, 2 processes" and store.last_attempt(rid) == 1
+    (sent,) = submitted(there)
+    nodes = queue.command("sacct", "-n", "-P", "-j", sent.jobs[0], "-o", "JobID,NNodes,NTasks")
+    steps = dict(line.split("|", 1) for line in nodes.splitlines())
+    assert steps[f"{sent.jobs[0]}.0"] == "1|1" and steps[f"{sent.jobs[0]}.1"] == "2|2"
+    with pytest.raises(ClusterError, match=r"needs 16 nodes with 2 GPU\(s\) each, .* has 8 node"):
+        ask(there, *RUN, *TWO_NODES, "exec.world_size=32", "batch_size=32", trainer=None)
+
+
+@pytest.mark.nightly
+def test_four_processes_on_two_nodes_are_killed_and_stopped_and_go_on(queue, tmp_path):
+    """A process of the second node is killed; then Slurm warns the job, which queues itself again.
+    With two processes on each node, of two GPUs."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    long = ("steps=50", "exec.checkpoint_s=0.2")
+    ask(there, *RUN, *TWO_NODES, *long, "exec.world_size=4", trainer=None)
+    store = RunStore(there / "runs")
+    wait_for(lambda: any(len(store.records(i)) > 3 for i in store.existing()))
+    (rid,) = store.existing()
+    job = submitted(there)[0].jobs[0]
+    pids = queue.command("scontrol", "listpids", job).splitlines()[1:]
+    second = [int(line.split()[0]) for line in pids if line.split()[2] == "1"]
+    leader = store.owner(rid, 1)["pid"]
+    os.kill(next(pid for pid in second if pid != leader and is_worker(pid)), signal.SIGKILL)
+    wait_for(lambda: store.last_attempt(rid) == 2)
+    wait_for(lambda: len(store.records(rid)) > 10)
+    queue.command("scancel", "--signal=USR2", job)
+    wait_for(lambda: store.last_attempt(rid) == 3)
+    assert store.end(rid, 1) is None and store.end(rid, 2)["state"] == "stopped"
+    queue.drain()
+    cli(*RUN, *long, cwd=here)
+    assert store.env(rid)["resumed_from_step"] > 10
+    records = [
+        [(r["step"], r["train_nll"]) for r in s.records(rid)]
+        for s in (store, RunStore(here / "runs"))
+    ]
+    assert same(dict(records[0]), dict(records[1]), 1e-9) and len(records[0]) == 50
+
+
+def is_worker(pid):
+    """Return whether a process is one that trains."""
+    with open(f"/proc/{pid}/cmdline", encoding="ascii") as file:
+        return "lorasweep.launch.worker" in file.read() and "srun" not in file.read()
