@@ -70,7 +70,8 @@ def act(
         )
     if request.hardware and hardware_of(request).has_speeds:
         if action == "plan":
-            return forecast.show(request, store, hardware_of(request))
+            queue = cluster.difference(request, store, _within_limit)
+            return forecast.show(request, store, hardware_of(request), queue)
         request = _within_limit(request)
     if request.parts:
         return study.each(

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lorasweep.errors import GaveUp
-from lorasweep.launch.slurm import cancel
+from lorasweep.errors import GaveUp, SpecError
+from lorasweep.launch.slurm import cancel, planning
 from lorasweep.launch.slurm.following_job import MAX_IDLE, Following
 from lorasweep.launch.slurm.submit import Outcome, submit
+from lorasweep.plan.estimate import make_plan
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
@@ -111,6 +112,24 @@ def _print_left_out(request: Request, store: RunStore, done: Outcome) -> None:
             f"{work.n_removed} queued run(s) of this sweep are not asked for by this command line; "
             "cancel them with prune=true"
         )
+
+
+def difference(
+    request: Request, store: RunStore, within_limit: Callable[[Request], Request]
+) -> dict[str, Any]:
+    """Return what a submission of runs planned for GPUs would change in the queue.
+
+    Empty for a study of several sweeps, without a cluster, and if runs fit nowhere.
+    """
+    if request.parts or request.cluster.kind != "slurm":
+        return {}
+    try:
+        request = within_limit(request)
+        hardware = planning.hardware_of(request)
+        now = make_plan(request.points, store, request.exec, hardware)
+        return planning.difference(request, store, now)
+    except SpecError:
+        return {}  # the plan says which and why
 
 
 def cancel_jobs(request: Request, store: RunStore, notify: Callable[[str], None]) -> int:

@@ -28,7 +28,12 @@ CHUNK_BYTES = 320 * 2**20
 
 
 def pack_bytes(
-    members: int, spec: RunSpec, hardware: Hardware, micro_batch_size: int | None = None
+    members: int,
+    spec: RunSpec,
+    hardware: Hardware,
+    micro_batch_size: int | None = None,
+    processes: int = 1,
+    checkpointing: bool = False,
 ) -> float:
     """Estimate the peak memory, in bytes, of a process that trains `members` runs like `spec`.
 
@@ -46,7 +51,7 @@ def pack_bytes(
     tokens = members * rows * length * (1.0 if spec.dataset.source == "synthetic" else TEXT_PEAK)
     held = 2 if model.weights_dtype == spec.precision == "bf16" else master
     if hardware.gpus and word == 2:
-        load, layout = load_of(model, spec.method), Layout(1, rows, checkpointing=False)
+        load, layout = load_of(model, spec.method), Layout(processes, rows, checkpointing)
         longest = round(tokens / (members * rows))
         frozen = held + (2 if held > word else 0)  # a copy in bf16
         parts = memory_parts(load, layout, longest, members, frozen_bytes=frozen, start_bytes=held)

@@ -52,15 +52,23 @@ def forward_tokens(hardware: Hardware) -> int:
     return GPU_FORWARD_TOKENS if hardware.gpus else FORWARD_TOKENS
 
 
-def micro_batch(spec: RunSpec, members: int, hardware: Hardware) -> int:
-    """Return the rows per member and forward pass: at most forward_tokens(), at least one row.
+def micro_batch(
+    spec: RunSpec,
+    members: int,
+    hardware: Hardware,
+    processes: int = 1,
+    checkpointing: bool = False,
+) -> int:
+    """Return the rows per member, process and forward pass: at most forward_tokens(), at least one.
 
     On a GPU also no more than fit into its memory.
     """
-    rows = max(1, min(spec.batch_size, forward_tokens(hardware) // (members * mean_length(spec))))
+    share = spec.batch_size // processes
+    rows = max(1, min(share, forward_tokens(hardware) // (members * mean_length(spec))))
     if hardware.gpus and hardware.gpu_memory_gib is not None:
         room = MEMORY_SHARE * hardware.gpu_memory_gib * 2**30
-        while rows > 1 and pack_bytes(members, spec, hardware, rows) > room:
+        shared = (processes, checkpointing)
+        while rows > 1 and pack_bytes(members, spec, hardware, rows, *shared) > room:
             rows //= 2
     return rows
 
@@ -184,9 +192,10 @@ def _pack(points: list[Point], exec_: Exec, hardware: Hardware, known: Throughpu
     if found is not None:
         with_evaluations = (p.spec.steps * run_flops(p.spec) / train_flops(p.spec) for p in points)
         seconds = found.at(n) * sum(with_evaluations)
-    rows = exec_.micro_batch_size or micro_batch(spec, n, hardware)
+    shared = (exec_.world_size, exec_.activation_checkpointing)
+    rows = exec_.micro_batch_size or micro_batch(spec, n, hardware, *shared)
     flops = sum(run_flops(p.spec) for p in points)
-    return Pack(points, rows, flops, seconds, pack_bytes(n, spec, hardware, rows))
+    return Pack(points, rows, flops, seconds, pack_bytes(n, spec, hardware, rows, *shared))
 
 
 def workers_and_threads(packs: Sequence[Pack], exec_: Exec, hardware: Hardware) -> tuple[int, int]:

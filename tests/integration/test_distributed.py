@@ -159,22 +159,30 @@ def test_killed_it_goes_on_with_fewer_processes_from_where_it_was(tmp_path, size
 
 
 def test_memory_that_runs_out_in_one_process_halves_the_rows_of_all(tmp_path):
-    """The others wait in a collective meanwhile, so all are started again."""
-    settings = (f"exec.runs_dir={tmp_path}/runs", "exec.world_size=2", "exec.checkpoint_s=0")
-    request = compose_request([*SMALL, *settings, "steps=4", *KINDS["adapters"]])
-    (point,) = request.points
-    store, events = RunStore(tmp_path / "runs"), []
-    store.prepare()
+    """The others wait in a collective meanwhile, so all are started again. Rows are joined, two and
+    then one a forward pass; the run is that of one process, which lays its rows out otherwise."""
+
+    def trained(name, trainer, *more):
+        folder = f"exec.runs_dir={tmp_path}/{name}"
+        request = compose_request([*SMALL, folder, "steps=4", *KINDS["adapters"], *more])
+        store, events = RunStore(tmp_path / name), []
+        store.prepare()
+        local.run_points(request.points, store, request.exec, events.append, trainer)
+        return store, request.points[0].id, [e["note"] for e in events if "note" in e]
+
     planted = "tests.integration.planted_memory:trainer"
-    local.run_points([point], store, request.exec, events.append, planted)
-    (note,) = [e["note"] for e in events if "note" in e]
+    more = ("exec.world_size=2", "exec.checkpoint_s=0", "exec.join_rows=true")
+    store, rid, (note,) = trained("two", planted, *more)
     assert note.startswith("out of memory (asked for 2.50 GiB): 1 run(s) of tiny64-skills with 2")
     assert note.endswith("Going on from the last checkpoint with 1 of each.")
-    assert store.state(point.id) == "done" and store.last_attempt(point.id) == 2
-    assert store.end(point.id, 1) == {"state": "stopped", "cause": note}
-    env = store.env(point.id)
+    assert store.state(rid) == "done" and store.last_attempt(rid) == 2
+    assert store.end(rid, 1) == {"state": "stopped", "cause": note}
+    env = store.env(rid)
     assert env["resumed_from_step"] >= 1 and env["micro_batch_size"] == 1
-    assert [r["step"] for r in store.records(point.id)] == [1, 2, 3, 4]
+    one, _, _ = trained("one", None)
+    losses = [{r["step"]: r["train_nll"] for r in s.records(rid)} for s in (store, one)]
+    assert same(*losses, 1e-9) and list(losses[0]) == [1, 2, 3, 4]
+    assert store.records(rid)[0]["padding"] == 0 and one.records(rid)[0]["padding"] >= 0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorasweep.cli import answer
-from lorasweep.cli.plans.plan_text import unpinned_lines
+from lorasweep.cli.plans.plan_text import queue_lines, unpinned_lines
 from lorasweep.plan.gpu.forecast import Forecast, Forecaster, hours_of
 from lorasweep.plan.gpu.placement import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.gpu.time import TRAINING_SHARE
@@ -23,8 +23,11 @@ HEAD = (
 )
 
 
-def show(request: Request, store: RunStore, hardware: Hardware) -> int:
-    """Print the plan of a request, or of its parts, for `hardware`; start nothing."""
+def show(request: Request, store: RunStore, hardware: Hardware, queue: dict[str, Any]) -> int:
+    """Print the plan of a request, or of its parts, for `hardware`; start nothing.
+
+    `queue`: what a submission would change in the queue of a cluster.
+    """
     planner = Forecaster(hardware, request.exec)
     asked = request.parts or [request]
     parts = [_forecast(planner, part, store) for part in asked]
@@ -36,9 +39,9 @@ def show(request: Request, store: RunStore, hardware: Hardware) -> int:
         machine = {name: getattr(hardware, name) for name in ("name", "gpus", "price_per_gpu_h")}
         errors = {"memory": MEMORY_ERROR, "speed": SPEED_ERROR}
         both = {"hardware": machine, "error": errors, "scale": request.scale}
-        print(json.dumps({**both, "sweeps": sweeps, "total": _plain(total, work)}))
+        print(json.dumps({**both, "sweeps": sweeps, "total": _plain(total, work), **queue}))
         return 0
-    print("\n".join(_text(request, hardware, [*parts, total], prices)))
+    print("\n".join([*_text(request, hardware, [*parts, total], prices), *queue_lines(queue)]))
     return 0
 
 

@@ -85,11 +85,20 @@ def test_a_card_that_is_too_small_says_what_would_fit(command, nowhere):
     assert "Give a GPU with" in done.stdout
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_submitted(command, nowhere):
+def test_what_fits_nowhere_is_refused_before_anything_is_submitted(command, nowhere):
     one = ("+sweep=batch_size", "scale=paper", "cluster=slurm", "hardware=h100")
-    done = command(*one)
-    assert done.returncode == 2 and "nothing was submitted" in done.stderr
-    assert "fullft of llama-3.1-8b takes" in done.stderr and "fit on 4 GPU(s)" in done.stderr
+    done = command(*one, "hardware.gpu_memory_gib=4")
+    assert done.returncode == 2 and "nothing was started" in done.stderr
+    assert "fullft of llama-3.1-8b takes" in done.stderr and "It fits with" in done.stderr
     done = command(*one, "exec.max_gpus=1")
     assert "112 runs need more" not in done.stderr and "left out" in done.stderr
-    assert "nothing was submitted" not in done.stderr
+    assert "nothing was started" not in done.stderr
+
+
+def test_the_plan_of_a_cluster_lists_its_jobs_by_what_they_need(command, nowhere):
+    one = ("+sweep=batch_size", "scale=paper", "cluster=slurm", "hardware=h100", "action=plan")
+    plan = json.loads(command(*one, "format=json").stdout)
+    needed = [(j["nodes"], j["gpus"], j["workers"]) for j in plan["queue"]["jobs"]]
+    assert needed == [(1, 1, 1), (1, 4, 1)]
+    assert plan["queue"]["to_submit"] <= plan["sweeps"][0]["runs"]
+    assert "CPU core(s), 4 GPU(s)" in command(*one).stdout

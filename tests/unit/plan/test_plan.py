@@ -389,6 +389,17 @@ def test_a_plan_counts_a_base_published_in_bf16_as_it_is_held(compose, method, g
     assert saved == 2 * model.n_params + copies
 
 
+def test_rows_are_chosen_for_the_share_that_each_process_holds(compose):
+    """Full fine-tuning of 8B takes twice what a card has, one row at a time; on four it does not."""
+    asked = compose("scale=paper", "method=fullft", "hardware=h100", "action=plan")
+    spec, h100 = asked.points[0].spec, hardware_of(asked)
+    assert micro_batch(spec, 1, h100) == 1
+    rows = micro_batch(spec, 1, h100, 4, True)
+    room = MEMORY_SHARE * h100.gpu_memory_gib * 2**30
+    assert 1 < rows <= spec.batch_size // 4
+    assert pack_bytes(1, spec, h100, rows, 4, True) <= room < pack_bytes(1, spec, h100, 1)
+
+
 # ---------------------------------------------------------------- this machine
 
 SMI = """0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559
