@@ -119,7 +119,8 @@ def _within_limit(request: Request) -> Request:
 def _check(request: Request, store: RunStore) -> None:
     """Check before anything is trained, and raise what the user must correct."""
     specs = [p.spec for p in request.points]
-    check_world_size(specs, request.exec, request.cluster, detect.this_machine())
+    if request.exec.world_size > 1:
+        check_world_size(specs, request.exec, request.cluster, detect.this_machine())
     if request.hardware and (hardware := hardware_of(request)).has_speeds:
         check = settings_of if request.cluster.kind == "slurm" else refuse_unfit
         check(request.points, hardware, request.exec)

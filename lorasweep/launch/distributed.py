@@ -48,8 +48,6 @@ def check_world_size(
         SpecError: they cannot.
     """
     size = exec_.world_size
-    if size == 1:
-        return
     for spec in specs:
         if spec.batch_size % size:
             sizes = [str(n) for n in range(1, spec.batch_size + 1) if spec.batch_size % n == 0]

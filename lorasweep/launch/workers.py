@@ -53,7 +53,7 @@ class Workers:
             for k in range(number):
                 group: list[subprocess.Popen] = []
                 self._groups.append(group)
-                before, given = self._places(devices_of(k, shares))
+                before, given = self._commands(devices_of(k, shares))
                 for more in given:
                     process = subprocess.Popen(
                         [
@@ -75,7 +75,7 @@ class Workers:
                 arguments = (process, group, self._events)
                 threading.Thread(target=_read, args=arguments, daemon=True).start()
 
-    def _places(self, devices: dict[str, str]) -> tuple[list[str], list[dict[str, str]]]:
+    def _commands(self, devices: dict[str, str]) -> tuple[list[str], list[dict[str, str]]]:
         """Return what stands before a worker's command, and the environment of each it starts."""
         size = self._world_size
         if self._nodes > 1:

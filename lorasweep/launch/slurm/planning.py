@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm import cancel, partitions, resources, submissions
 from lorasweep.launch.slurm.partitions import Partition
 from lorasweep.launch.slurm.resources import JobResources
@@ -150,11 +151,13 @@ def _in_job(exec_: Exec, cluster: Cluster, partition: Partition) -> Exec:
     return dataclasses.replace(exec_, workers=workers, threads=threads)
 
 
-def _partition(queue: Queue, cluster: Cluster, hardware: Hardware) -> Partition:
+def _partition(cluster: Cluster, hardware: Hardware) -> Partition:
     """Return the partition that jobs would go to; where there is no Slurm, one of such nodes."""
-    if queue.unavailable:
+    try:
+        known = partitions.partitions()
+    except ClusterError:
         return Partition("", True, 0, 0, hardware.gpus_per_node, float("inf"), frozenset())
-    return partitions.partition_of(cluster, partitions.partitions())
+    return partitions.partition_of(cluster, known)
 
 
 def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
@@ -175,6 +178,6 @@ def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
     if queue.unavailable:
         change["unknown"] = queue.unavailable
     if cluster.kind == "slurm" and work.todo:
-        jobs = jobs_of(request, store, work.todo, now, _partition(queue, cluster, now.hardware))
+        jobs = jobs_of(request, store, work.todo, now, _partition(cluster, now.hardware))
         change["jobs"] = [{"jobs": len(j.tasks), **dataclasses.asdict(j.needed)} for j in jobs]
     return {"queue": change}

@@ -62,11 +62,11 @@ def refuse_unfit(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> No
     """
     planner = Forecaster(hardware, exec_)
     again, gpus, rows = exec_.activation_checkpointing, exec_.world_size, exec_.micro_batch_size
-    places = (
+    found = (
         place([kind.spec], hardware, rows, gpus=gpus, checkpointing=(again,))
         for kind in _each(planner.kind(p.spec) for p in points)
     )
-    _refuse(map(_misfit, places))
+    _refuse(map(_misfit, found))
 
 
 def _each(kinds: Iterable[Kind]) -> list[Kind]:
@@ -79,13 +79,13 @@ def _misfit(found: Placement | Misfit) -> str | None:
 
 
 def _refuse(problems: Iterable[str | None]) -> None:
-    told = [f"  {text}" for text in problems if text]
-    if told:
+    lines = [f"  {text}" for text in problems if text]
+    if lines:
         raise SpecError(
             "\n".join(
                 [
                     "runs that cannot be trained so, and nothing was started:",
-                    *told,
+                    *lines,
                     "  Or choose larger GPUs (hardware=...), or leave them out: exec.max_gpus=N, "
                     "~sweep.arms.NAME or sweep.axes.model=[...].",
                 ]

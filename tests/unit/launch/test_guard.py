@@ -13,6 +13,8 @@ from lorasweep.errors import ClusterError
 from lorasweep.launch import guard, worker
 from lorasweep.launch.slurm import resources, sbatch, snapshot, submissions, submit
 from lorasweep.launch.slurm.following_job import Following
+from lorasweep.launch.slurm.planning import Task
+from lorasweep.plan.packing import Pack
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import files
 from lorasweep.store.lock import Lock
@@ -61,7 +63,8 @@ def described(shared, request_, code, tmp_path):
     home.mkdir()
     files.protect_entries(home)
     folder = home / "sweep-1"
-    tasks = [request_.points[:3], request_.points[3:]]
+    parts = (request_.points[:3], request_.points[3:])
+    tasks = [Task([Pack(part, 1, 0.0, None, 0.0)], request_.exec) for part in parts]
     with files.own_only():
         submit._write_tasks(folder, request_, tasks, Following(("-m", "lorasweep")), True)
         arrays = [submissions.Array("0", "sweep-1-0", 0, 2)]
