@@ -182,7 +182,6 @@ def test_memory_that_runs_out_in_one_process_halves_the_rows_of_all(tmp_path):
     one, _, _ = trained("one", None)
     losses = [{r["step"]: r["train_nll"] for r in s.records(rid)} for s in (store, one)]
     assert same(*losses, 1e-9) and list(losses[0]) == [1, 2, 3, 4]
-    assert store.records(rid)[0]["padding"] == 0 and one.records(rid)[0]["padding"] >= 0
 
 
 @pytest.mark.parametrize(
