@@ -34,6 +34,7 @@ def pack_bytes(
     micro_batch_size: int | None = None,
     processes: int = 1,
     checkpointing: bool = False,
+    join_rows: bool = False,
 ) -> float:
     """Estimate the peak memory, in bytes, of a process that trains `members` runs like `spec`.
 
@@ -51,7 +52,8 @@ def pack_bytes(
     tokens = members * rows * length * (1.0 if spec.dataset.source == "synthetic" else TEXT_PEAK)
     held = 2 if model.weights_dtype == spec.precision == "bf16" else master
     if hardware.gpus and word == 2:
-        load, layout = load_of(model, spec.method), Layout(processes, rows, checkpointing)
+        load = load_of(model, spec.method)
+        layout = Layout(processes, rows, checkpointing, joined=join_rows)
         longest = round(tokens / (members * rows))
         frozen = held + (2 if held > word else 0)  # a copy in bf16
         parts = memory_parts(load, layout, longest, members, frozen_bytes=frozen, start_bytes=held)

@@ -58,6 +58,7 @@ def micro_batch(
     hardware: Hardware,
     processes: int = 1,
     checkpointing: bool = False,
+    join_rows: bool = False,
 ) -> int:
     """Return the rows per member, process and forward pass: at most forward_tokens(), at least one.
 
@@ -67,7 +68,7 @@ def micro_batch(
     rows = max(1, min(share, forward_tokens(hardware) // (members * mean_length(spec))))
     if hardware.gpus and hardware.gpu_memory_gib is not None:
         room = MEMORY_SHARE * hardware.gpu_memory_gib * 2**30
-        shared = (processes, checkpointing)
+        shared = (processes, checkpointing, join_rows)
         while rows > 1 and pack_bytes(members, spec, hardware, rows, *shared) > room:
             rows //= 2
     return rows
@@ -115,9 +116,9 @@ def _fits(members: int, spec: RunSpec, exec_: Exec, hardware: Hardware) -> bool:
     """Return whether a pack of `members` runs fits into the memory."""
     if hardware.worker_gib is None:
         return True
-    rows = exec_.micro_batch_size or micro_batch(spec, members, hardware)
+    rows = exec_.micro_batch_size or micro_batch(spec, members, hardware, join_rows=exec_.join_rows)
     bound = MEMORY_SHARE * hardware.worker_gib * 2**30
-    return pack_bytes(members, spec, hardware, rows) < bound
+    return pack_bytes(members, spec, hardware, rows, join_rows=exec_.join_rows) < bound
 
 
 def make_packs(
@@ -192,7 +193,7 @@ def _pack(points: list[Point], exec_: Exec, hardware: Hardware, known: Throughpu
     if found is not None:
         with_evaluations = (p.spec.steps * run_flops(p.spec) / train_flops(p.spec) for p in points)
         seconds = found.at(n) * sum(with_evaluations)
-    shared = (exec_.world_size, exec_.activation_checkpointing)
+    shared = (exec_.world_size, exec_.activation_checkpointing, exec_.join_rows)
     rows = exec_.micro_batch_size or micro_batch(spec, n, hardware, *shared)
     flops = sum(run_flops(p.spec) for p in points)
     return Pack(points, rows, flops, seconds, pack_bytes(n, spec, hardware, rows, *shared))

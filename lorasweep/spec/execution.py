@@ -28,8 +28,9 @@ class Exec:
     join_rows: bool = False
     """Lay a forward pass's rows end to end in one sequence per pack member, without attention from
     one to another, instead of padding each to the longest. For long rows of different lengths.
-    transformers' sdpa then holds a mask of X * X bytes for X tokens; its flash attention none. The
-    hand-written decoder for CPUs never pads."""
+    transformers' sdpa then holds a mask of X * X bytes for X tokens, and in bf16 one of twice that
+    in each layer whose activations are kept; its flash attention none. The hand-written decoder for
+    CPUs never pads."""
     world_size: int = 1
     """Processes that train one run together, each on a GPU of its own if there are GPUs. More than
     one: the model is spread over them (FSDP2), and runs are not packed. One: with cluster=slurm and

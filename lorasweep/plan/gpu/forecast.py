@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lorasweep.errors import SpecError
 from lorasweep.plan.flops import mean_length, run_flops
@@ -167,7 +168,8 @@ class Forecaster:
         rows, most = self.exec.micro_batch_size, self.exec.max_gpus
         given = self.exec.world_size if self.exec.world_size > 1 else None
         ways = (True,) if self.exec.activation_checkpointing else (False, True)
-        alone = place([spec], self.hardware, rows, gpus=given, checkpointing=ways)
+        how: dict[str, Any] = {"checkpointing": ways, "join_rows": self.exec.join_rows}
+        alone = place([spec], self.hardware, rows, gpus=given, **how)
         left_out = isinstance(alone, Placement) and most is not None and alone.layout.gpus > most
         for size in reversed(GPU_SIZES) if self.exec.pack_size is None else [self.exec.pack_size]:
             tokens = size * spec.batch_size * mean_length(spec)
@@ -177,7 +179,7 @@ class Forecaster:
                 break  # several processes train one run at a time
             if tokens > FORWARD_TOKENS and self.exec.pack_size is None:
                 continue
-            packed = place([spec] * size, self.hardware, rows, gpus=1, checkpointing=ways)
+            packed = place([spec] * size, self.hardware, rows, gpus=1, **how)
             if isinstance(packed, Placement):
                 return Kind(spec, size, packed, left_out)
         return Kind(spec, 1, alone, left_out)

@@ -31,6 +31,8 @@ class Layout:
     """Activations inside layers are computed again in the backward pass."""
     accumulation: int = 1
     """Forward passes an update."""
+    joined: bool = False
+    """A member's rows lie end to end in one sequence (Exec.join_rows)."""
 
 
 def memory_parts(
@@ -78,12 +80,25 @@ def memory_parts(
         "moments": moments * trained,
         "activations": word / 2 * tokens * (stream + layers * kept + 4 * h),
         "gradients of activations": word / 2 * tokens * (4 * h + 4 * model.mlp_size),
+        "attention masks": _masks(layout, row_tokens, members, layers, word),
         "logits": word / 2 * LOGIT_BYTES * logits,
         "copies and buffers": _buffers(load, n, weight, gradient, word),
     }
     if process:
         parts["process"] = PROCESS_BYTES + (NCCL_BYTES if n > 1 else 0)
     return parts
+
+
+def _masks(layout: Layout, row_tokens: int, members: int, layers: int, word: int) -> float:
+    """Bytes of the masks that keep joined rows apart; alone, a row needs none.
+
+    transformers makes one of a byte an entry, and torch's attention one in the type of the products
+    at every call, which that layer keeps for its backward pass. Read from their code, and seen on a
+    CPU; its flash attention would need none.
+    """
+    if not layout.joined or layout.rows == 1:
+        return 0.0
+    return float(members * (layout.rows * row_tokens) ** 2 * (1 + word * layers))
 
 
 def _buffers(load: Load, gpus: int, weight: int, gradient: int, word: int) -> float:

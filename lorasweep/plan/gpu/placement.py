@@ -1,7 +1,7 @@
 """Place a pack on GPUs: the fewest that hold it, rows a forward pass, and what that takes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorasweep.plan.flops import mean_length, run_flops, train_flops
 from lorasweep.plan.gpu.load import Load, load_of
@@ -59,6 +59,7 @@ def place(
     *,
     gpus: int | None = None,
     checkpointing: Sequence[bool] = (False, True),
+    join_rows: bool = False,
 ) -> Placement | Misfit:
     """Choose the fewest GPUs, a power of two, on which a pack fits.
 
@@ -71,19 +72,23 @@ def place(
         most_gpus: do not look further.
         gpus: this number of GPUs, which divides the batch; None: chosen.
         checkpointing: whether activations may be kept, computed again, or both.
+        join_rows: rows of a forward pass lie end to end (see Exec).
     """
     spec = specs[-1]
     load = load_of(spec.model, spec.method)
     room = (hardware.gpu_memory_gib or 0) * 2**30 / (1 + MEMORY_ERROR)
     numbers = [gpus] if gpus else _numbers(spec.batch_size, most_gpus)
     for n in numbers:
-        layouts = [_layout(load, specs, n, again, room, rows) for again in checkpointing]
+        one_row = [Layout(n, 1, again, joined=join_rows) for again in checkpointing]
+        layouts = [_layout(load, specs, layout, room, rows) for layout in one_row]
         found = [_placement(load, specs, lay, hardware) for lay in layouts if lay is not None]
         if found:
             return min(found, key=lambda p: p.step_s)
     tried = Layout(numbers[-1], rows or 1, checkpointing[-1])
     misfit = _misfit(load, specs, tried, hardware, most_gpus)
-    other = place(specs, hardware, None, most_gpus) if gpus or rows else misfit
+    other = misfit
+    if gpus or rows:
+        other = place(specs, hardware, None, most_gpus, join_rows=join_rows)
     if isinstance(other, Misfit):
         return misfit
     return Misfit(misfit.why, _settings_of(other.layout))
@@ -98,17 +103,16 @@ def _numbers(batch_size: int, most: int) -> list[int]:
 def _layout(
     load: Load,
     specs: Sequence[RunSpec],
-    gpus: int,
-    checkpointing: bool,
+    one_row: Layout,
     room: float,
     asked: int | None,
 ) -> Layout | None:
     """Return the largest forward pass that fits into `room` bytes; None if none does."""
     spec, members = specs[-1], len(specs)
-    share = spec.batch_size // gpus
+    share = spec.batch_size // one_row.gpus
     most = max(1, FORWARD_TOKENS // (members * spec.dataset.max_length))
     for rows in range(min(share, most), 0, -1) if asked is None else [min(asked, share)]:
-        layout = Layout(gpus, rows, checkpointing, -(-share // rows))
+        layout = replace(one_row, rows=rows, accumulation=-(-share // rows))
         fits = sum(_memory(load, spec, layout, members).values()) <= room
         if fits and (asked is not None or share % rows == 0):
             return layout
@@ -184,5 +188,5 @@ def _misfit(
     return Misfit(why, remedy)
 
 
-PER_TOKEN = ("activations", "gradients of activations", "logits")
+PER_TOKEN = ("activations", "gradients of activations", "attention masks", "logits")
 """Components of memory that shorter rows make smaller."""

@@ -56,6 +56,20 @@ def test_a_layer_keeps_what_its_code_keeps():
     assert again == 2000 * (32 * 2 * h + layer_bytes(LLAMA) + 4 * h)
 
 
+def test_joined_rows_are_kept_apart_by_a_mask_in_every_layer_that_is_kept():
+    def masks(rows, checkpointing, joined=True):
+        layout = Layout(1, rows, checkpointing, joined=joined)
+        return memory_parts(LLAMA, layout, 1000, members=2)["attention masks"]
+
+    assert masks(4, False) == 2 * 4000**2 * (1 + 2 * 32) and masks(4, True) == 2 * 4000**2 * 3
+    assert masks(1, False) == masks(4, False, joined=False) == 0  # one sequence needs none
+    spec = spec_of(batch_size=32)
+    apart, joined = place([spec], card()), place([spec], card(), join_rows=True)
+    masked = joined.memory["attention masks"]
+    assert joined.layout.rows == apart.layout.rows > 1 and masked > 2**30
+    assert joined.memory_gib - apart.memory_gib == pytest.approx(masked / 2**30)
+
+
 def test_an_update_takes_its_products_at_the_share_of_the_peak_and_more():
     layout = Layout(1, 4, False, 2)
     parts = step_parts(LLAMA, layout, 1024, card())

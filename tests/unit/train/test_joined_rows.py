@@ -121,3 +121,19 @@ def test_exec_join_rows_reaches_training_and_evaluation(monkeypatch, tmp_path):
     assert shapes[True] == {1} and 3 in shapes[False] and 1 not in shapes[False]
     for name in ("test_nll", "code_nats", "nll_start"):
         assert ended[True][name] == pytest.approx(ended[False][name], rel=1e-9), name
+
+
+def test_each_layer_keeps_a_mask_of_its_own_of_joined_rows():
+    """What the plan's memory counts (plan/gpu/memory.py)."""
+    model, batch = dense("Qwen3"), batch_of(2, True)
+    entries = batch.laid_out**2 * 2
+    kept = []
+
+    def keep(tensor):
+        if tensor.untyped_storage().nbytes() == entries * tensor.element_size():
+            kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        nll.nll_sums(model, batch, "fp64").sum()
+    assert len(set(kept)) == model.config.num_hidden_layers
