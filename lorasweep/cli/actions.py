@@ -15,7 +15,7 @@ from lorasweep.cli import answer, cluster, finished_runs, status, study
 from lorasweep.cli.plans import forecast, plan_text
 from lorasweep.cli.points import all_points, qualifying
 from lorasweep.cli.progress import Display
-from lorasweep.config.preflight import check_available
+from lorasweep.config.preflight import check_available, fetch
 from lorasweep.errors import SpecError
 from lorasweep.launch import local
 from lorasweep.launch.distributed import check_world_size
@@ -68,6 +68,9 @@ def act(
             all_points(request, store) if request.sweep and not request.parts else [],
             trainer_named(trainer) if trainer is None or isinstance(trainer, str) else trainer,
         )
+    if action == "fetch":
+        fetch((p.spec for part in request.parts or [request] for p in part.points), print)
+        return 0
     if request.hardware and hardware_of(request).has_speeds:
         if action == "plan":
             queue = cluster.difference(request, store, _within_limit)

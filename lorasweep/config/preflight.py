@@ -1,29 +1,69 @@
-"""Check before anything starts that weights and data are on this machine and fit together."""
+"""Check before anything starts that weights and data are there and fit together, and fetch them."""
+
+from collections.abc import Callable, Iterable
 
 from lorasweep.errors import SpecError
+from lorasweep.spec.run import RunSpec
 from lorasweep.sweep.request import Request
 
 
 def check_available(request: Request) -> None:
     """Check that the weights and data of every point are on this machine.
 
+    What the hub has may be downloaded by the first run that needs it, but not by jobs of a cluster:
+    each would wait for it with its GPUs.
+
     Raises:
         ModelError, DataError: they are not; the message tells how to get them.
-        SpecError: a data set has more symbols than the model's vocabulary.
+        SpecError: a data set has more symbols than the model's vocabulary, or is text for a model
+            without a tokenizer.
     """
     from lorasweep.data import load as data
     from lorasweep.models import load as models
 
     specs = [p.spec for p in request.points]
+    fetched = request.cluster.kind == "slurm"
+    reads_text = {}
     for model in {s.model.name: s.model for s in specs}.values():
-        models.check_available(model, request.exec.models_dir)
+        reads_text[model.name] = models.check_available(model, request.exec.models_dir, fetched)
     for dataset in {s.dataset.name: s.dataset for s in specs}.values():
         data.check_available(dataset, request.exec.data_dir)
     pairs = {(s.model.name, s.dataset.name): (s.model, s.dataset) for s in specs}
     for model, dataset in pairs.values():
         vocab = data.generator_vocab(dataset)
+        if vocab is None and not reads_text[model.name]:
+            raise SpecError(
+                f"dataset {dataset.name!r} is text, and model {model.name!r} has no tokenizer. "
+                "Put its tokenizer's files beside the weights, or choose another model, or a "
+                "synthetic data set (dialect, skills)."
+            )
         if vocab is not None and vocab > model.vocab_size:
             raise SpecError(
                 f"dataset {dataset.name!r} has {vocab} symbols, model {model.name!r} only "
                 f"{model.vocab_size}. Choose a model made for it (conf/model)."
             )
+
+
+def fetch(specs: Iterable[RunSpec], tell: Callable[[str], None]) -> None:
+    """Download the weights and rows of runs from the hub, so that no run needs the network.
+
+    `tell` gets a line for each.
+
+    Raises:
+        ModelError, DataError: one cannot be had.
+    """
+    from lorasweep.data import hub as data
+    from lorasweep.models import hub as models
+
+    specs = list(specs)
+    wanted = {s.model.name: s.model for s in specs if s.model.source == "hub"}
+    for name, model in wanted.items():
+        tell(f"model {name}: {model.location} ...")
+        folder, size = models.fetch(model)
+        tell(f"model {name}: {size / 1e9:.1f} GB in {folder}")
+    rows = {s.dataset.name: s.dataset for s in specs if s.dataset.source == "hub"}
+    for name, dataset in rows.items():
+        tell(f"dataset {name}: {dataset.location} ...")
+        tell(f"dataset {name}: {data.fetch(dataset):,} rows")
+    if not wanted and not rows:
+        tell("nothing of these runs comes from the hub")

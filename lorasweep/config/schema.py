@@ -31,6 +31,7 @@ ACTIONS = (
     "qualify",
     "measure_packs",
     "layers",
+    "fetch",
 )
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")

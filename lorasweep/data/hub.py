@@ -50,9 +50,31 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
     )
 
 
+def fetch(spec: DatasetSpec) -> int:
+    """Download the rows of both splits and make them ready to read; return their number.
+
+    Raises:
+        DataError: they cannot be had, or are not what `spec` names.
+    """
+    rows: dict[tuple[str, ...], int] = {}
+    for place in (_place(spec, held_out) for held_out in (False, True)):
+        for config in place.configs:
+            builder = _builder(spec, place, config)
+            _check_described(spec, place, builder)
+            splits = _prepared(spec, place, builder)
+            _check_columns(spec, place, list(builder.info.features))
+            rows |= {(place.location, config, name): splits[name] for name in _names(place)}
+    return sum(rows.values())
+
+
+def _names(place: _Place) -> list[str]:
+    return place.split.split("+")
+
+
 def _builder(spec: DatasetSpec, place: _Place, config: str) -> Any:
     import datasets
 
+    datasets.logging.set_verbosity_error()  # it warns of every look into its cache
     try:
         builder = datasets.load_dataset_builder(
             place.location, config or None, revision=place.revision or None
@@ -93,14 +115,14 @@ def _check_columns(spec: DatasetSpec, place: _Place, found: Sequence[str]) -> No
 
 def _check_splits(spec: DatasetSpec, place: _Place, counts: dict[str, int]) -> None:
     """Check that the named splits are there and have rows enough. `counts`: rows by split."""
-    for name in place.split.split("+"):
+    for name in _names(place):
         if name not in counts:
             raise DataError(
                 f"dataset {spec.name!r}: {place.location} has no split {name!r}. Found: "
                 f"{', '.join(counts)}. Set train_split and test_split to these, or holdout=ROWS "
                 "to hold rows of the training split out."
             )
-    rows = sum(counts[name] for name in place.split.split("+"))
+    rows = sum(counts[name] for name in _names(place))
     if not rows:
         raise DataError(
             f"dataset {spec.name!r}: {place.location}[{place.split}] has no rows. Name a split "
@@ -120,12 +142,7 @@ def _rows(
 
     parts = []
     for builder in builders:
-        try:
-            builder.download_and_prepare()
-            known = {name: split.num_examples for name, split in builder.info.splits.items()}
-        except Exception as error:
-            raise _unavailable(spec, place, error) from error
-        _check_splits(spec, place, known)
+        _prepared(spec, place, builder)
         parts.append(builder.as_dataset(split=place.split))
         _check_columns(spec, place, parts[-1].column_names)
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
@@ -137,6 +154,17 @@ def _rows(
     part = spec.test_split if held_out else spec.train_split
     for number, row in enumerate(rows):
         yield f"{place.location}[{part}] row {number}", row
+
+
+def _prepared(spec: DatasetSpec, place: _Place, builder: Any) -> dict[str, int]:
+    """Download and read the rows, unless they are in the cache; return their number by split."""
+    try:
+        builder.download_and_prepare()
+        known = {name: split.num_examples for name, split in builder.info.splits.items()}
+    except Exception as error:
+        raise _unavailable(spec, place, error) from error
+    _check_splits(spec, place, known)
+    return known
 
 
 def _unavailable(spec: DatasetSpec, place: _Place, error: Exception) -> DataError:
@@ -154,7 +182,10 @@ def _unavailable(spec: DatasetSpec, place: _Place, error: Exception) -> DataErro
     elif isinstance(error, ValueError):
         remedy = "Set location, config and revision to what is there."
     else:
-        remedy = "Check the network, or use local files: a dataset with source=jsonl."
+        remedy = (
+            "Check the network; for machines without one, give the same command with action=fetch "
+            "where the hub can be reached; or use local files: a dataset with source=jsonl."
+        )
     return DataError(
         f"dataset {spec.name!r}: cannot load {place.location!r} from the hub "
         f"({type(error).__name__}: {said}). {remedy}"

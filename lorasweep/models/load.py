@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import ModelError
+from lorasweep.models import hub
 from lorasweep.models.recipe import empty_model, file_name, find_weights
 from lorasweep.models.sharding import Mesh
 from lorasweep.spec.model import ModelSpec
@@ -36,14 +37,30 @@ class Base:
     """The processes that train on it."""
 
 
-def check_available(spec: ModelSpec, models_dirs: Sequence[str]) -> None:
-    """Check that local weights are there. Loads nothing.
+def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> bool:
+    """Check that weights are there and whole, or that the hub gives them. Loads nothing.
+
+    Args:
+        spec: the model.
+        models_dirs: folders of local weights.
+        fetched: weights of the hub must be in its cache, too.
+
+    Returns:
+        Whether there is a tokenizer. One that will be downloaded counts.
 
     Raises:
         ModelError: they are not; the message tells how to get them.
     """
-    if spec.source in ("folder", "gguf"):
+    if spec.source == "hub":
+        folder = hub.check_cached(spec, fetched)
+        return folder is None or hub.has_tokenizer(folder)
+    if spec.source == "folder":
+        folder = find(spec, models_dirs)
+        hub.check_folder(spec, folder)
+        return hub.has_tokenizer(folder)
+    if spec.source == "gguf":
         find(spec, models_dirs)
+    return spec.source != "recipe"
 
 
 def find(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
@@ -82,8 +99,9 @@ def load(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if mesh.rank:
-        model, tokenizer, digest, commit = _without_weights(*mesh.broadcast())
-        return Base(_prepared(model, spec, precision), tokenizer, digest, commit=commit, mesh=mesh)
+        config, tokenizer, digest, commit = mesh.broadcast()
+        model = without_weights(config, spec, precision)
+        return Base(model, tokenizer, digest, commit=commit, mesh=mesh)
     model, tokenizer, commit = _read(spec, models_dirs)
     check_shape(model, spec)
     config = copy.deepcopy(model.config)  # as others can build it from
@@ -118,13 +136,14 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
     return model, tokenizer, commit
 
 
-def _without_weights(config: Any, *rest: Any) -> tuple[Any, ...]:
-    """Build a model whose tensors have shapes and no values; `rest` is returned behind it."""
+def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
+    """Build a model as `load` does, but of transformers' config: tensors without values."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), *rest
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return _prepared(model, spec, precision)
 
 
 def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:

@@ -103,7 +103,7 @@ class StackedAdapters:
         b: list[torch.Tensor] = []
         for s in spans:
             drawn = [
-                _start(m, seed, name, ranks[s.start], sides, stacks)
+                _start(m, seed, name, ranks[s.start], sides, stacks, weight.device)
                 for m, seed in zip(self._methods[s], self._seeds[s])
             ]
             a.append(nn.Parameter(torch.stack([x for x, _ in drawn]).to(like)))
@@ -200,16 +200,21 @@ def _start(
     rank: int,
     sides: tuple[int, int],
     stacks: tuple[int, int],
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one member's A [E r, I] and B [E O, r] in float64; E is in `stacks`, 1 for no stack.
 
     One of them is uniform in +-1/sqrt(its inputs), the other zero. A is drawn row by row, so the A
     of a smaller rank is the first rows of the A of a larger rank. Each matrix of a stack has a
-    stream of its own.
+    stream of its own. On the device 'meta' nothing is drawn: a process that gets its values from
+    another one need not.
     """
     (n_in, n_out), (of_a, of_b) = sides, stacks
-    a = torch.zeros(of_a, rank, n_in, dtype=torch.float64)
-    b = torch.zeros(of_b, n_out, rank, dtype=torch.float64)
+    drawn_on = device if device.type == "meta" else None
+    a = torch.zeros(of_a, rank, n_in, dtype=torch.float64, device=drawn_on)
+    b = torch.zeros(of_b, n_out, rank, dtype=torch.float64, device=drawn_on)
+    if drawn_on:
+        return a.flatten(0, 1), b.flatten(0, 1)
     random = a if method.random_factor == "a" else b
     bound = 1 / math.sqrt(random.shape[-1])
     for e, one in enumerate(random):

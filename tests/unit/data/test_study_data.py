@@ -252,7 +252,7 @@ def test_an_empty_split_is_refused(hub, described):
     [
         (None, "gated", "gated dataset.*no one is logged in.*accept the terms at https.*hf auth"),
         ("hf_x", "gated", "gated dataset.*this account has no access to it"),
-        (None, "network", "Couldn't reach.*Check the network, or use local files"),
+        (None, "network", "Couldn't reach.*Check the network.*action=fetch.*or use local files"),
     ],
 )
 def test_a_data_set_that_cannot_be_had_is_refused_with_what_to_do(monkeypatch, token, error, words):

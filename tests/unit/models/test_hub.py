@@ -1,21 +1,31 @@
-"""Weights of the hub, from a cache as `huggingface_hub` lays it out."""
+"""Weights of the hub, from a cache as `huggingface_hub` lays it out, and what can be wrong with them."""
 
 import dataclasses
+import json
 
 import pytest
 
+from lorasweep.cli.actions import act
+from lorasweep.config.preflight import check_available
+from lorasweep.errors import ModelError, SpecError
+from lorasweep.models import load as models
 from lorasweep.models.load import load
 from tests.bpe import qwen_like
+from tests.small_hub import config_of
 from tests.world import compose_request
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
+SHAPE = {
+    **{"n_layers": 1, "hidden_size": 16, "n_heads": 2, "n_kv_heads": 1, "head_size": 8},
+    **{"mlp_size": 32, "vocab_size": len(qwen_like())},
+}
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The repository org/tiny as it was downloaded; returns the spec of its model."""
+    """The repository org/tiny as it was downloaded, in several files; returns the spec of its model."""
     from huggingface_hub import constants
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -23,21 +33,17 @@ def hub(tmp_path, monkeypatch):
     snapshot = repository / "snapshots" / COMMIT
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
-    sizes = {"hidden_size": 16, "vocab_size": len(qwen_like())}
-    config = LlamaConfig(
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        **sizes,
-    )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(snapshot)  # as the described one is
-    qwen_like().save_pretrained(snapshot)
     model = compose_request(["model=smollm2-135m"]).points[0].spec.model
-    shape = {"n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_size": 8, "mlp_size": 32}
-    return dataclasses.replace(
-        model, name="tiny", location="org/tiny", tied=False, **shape, **sizes
-    )
+    model = dataclasses.replace(model, name="tiny", location="org/tiny", tied=False, **SHAPE)
+    base = AutoModelForCausalLM.from_config(config_of(model)).bfloat16()  # as the described one is
+    base.save_pretrained(snapshot, max_shard_size="10KB")
+    qwen_like().save_pretrained(snapshot)
+    return model
+
+
+@pytest.fixture
+def snapshot(hub, tmp_path):
+    return tmp_path / "models--org--tiny" / "snapshots" / COMMIT
 
 
 def test_the_commit_that_a_name_stood_for_is_known(hub):
@@ -45,3 +51,128 @@ def test_the_commit_that_a_name_stood_for_is_known(hub):
     pinned = load(dataclasses.replace(hub, revision=COMMIT), [])
     assert unpinned.commit == pinned.commit == COMMIT
     assert unpinned.sha256 == pinned.sha256 and unpinned.tokenizer is not None
+    assert models.check_available(dataclasses.replace(hub, revision=COMMIT), [])
+
+
+def cut_short(folder, path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def cut_in_its_header(folder, path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def removed(folder, path):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (
+            cut_short,
+            r"incomplete file of weights: .*00002-of-\d+.safetensors has .* its header says",
+        ),
+        (cut_in_its_header, "has 20 bytes, and no readable header"),
+        (removed, r"has \d of \d files of weights: no model-00002-of"),
+    ],
+)
+@pytest.mark.parametrize("source", ["hub", "folder"])
+def test_weights_that_were_half_downloaded_are_named(hub, snapshot, source, harm, words):
+    index = json.loads((snapshot / "model.safetensors.index.json").read_text())["weight_map"]
+    harm(snapshot, snapshot / sorted(set(index.values()))[1])
+    model = dataclasses.replace(hub, source=source, revision="")
+    if source == "folder":
+        model = dataclasses.replace(model, location=f"models--org--tiny/snapshots/{COMMIT}")
+    remedy = {"folder": "Copy the files again", "hub": "hf download org/tiny|action=fetch"}
+    with pytest.raises(ModelError, match=rf"(?s)model 'tiny': .*{words}.*({remedy[source]})"):
+        models.check_available(model, [str(snapshot.parents[2])])
+
+
+def test_a_node_that_downloads_needs_no_weights_yet_but_a_job_does(hub, snapshot, monkeypatch):
+    from huggingface_hub import constants
+
+    for path in snapshot.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"files of weights: no model-00001-of.*action=fetch"):
+        models.check_available(dataclasses.replace(hub, revision=COMMIT), [])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    pinned = dataclasses.replace(hub, revision=COMMIT)
+    assert models.check_available(pinned, [])
+    with pytest.raises(ModelError, match=r"files of weights: no model-00001-of.*action=fetch"):
+        models.check_available(pinned, [], fetched=True)
+
+
+def refusal(kind):
+    """What the hub answers: an error of huggingface_hub."""
+    import httpx
+    from huggingface_hub import errors
+
+    if kind == "network":
+        return ConnectionError("cannot reach the hub")
+    request = httpx.Request("GET", "https://huggingface.co")
+    return getattr(errors, kind)("no", response=httpx.Response(404, request=request))
+
+
+@pytest.mark.parametrize(
+    ("kind", "token", "words"),
+    [
+        ("GatedRepoError", None, "gated, and no one is logged in.*co/org/tiny.*hf auth login"),
+        ("GatedRepoError", "hf_x", "gated, and this account has no access to it"),
+        ("RepositoryNotFoundError", None, "does not exist, or is private"),
+        ("RevisionNotFoundError", None, "Set model.revision"),
+        ("RemoteEntryNotFoundError", None, "no config.json"),
+        ("network", None, "not in the hub's cache.*action=fetch"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_refused_with_what_to_do(
+    hub, monkeypatch, kind, token, words
+):
+    import huggingface_hub
+
+    def refused(*_, **__):
+        raise refusal(kind)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refused)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    with pytest.raises(ModelError, match=f"model 'tiny'.*{words}"):
+        models.check_available(hub, [])
+
+
+def with_model(request, model):
+    points = [
+        dataclasses.replace(p, spec=dataclasses.replace(p.spec, model=model))
+        for p in request.points
+    ]
+    return dataclasses.replace(request, points=points)
+
+
+def test_a_base_without_a_tokenizer_is_refused_for_text_only(hub, snapshot, tmp_path):
+    model = dataclasses.replace(hub, revision=COMMIT)
+    (tmp_path / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / f"gsm8k/{split}.jsonl").write_text('{"question": "So?", "answer": "Yes"}\n')
+    rows = ("dataset=gsm8k", "dataset.revision=''", f"exec.data_dir=[{tmp_path}]")
+    text = with_model(compose_request(rows), model)
+    check_available(text)
+    for path in snapshot.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(SpecError, match="'gsm8k' is text, and model 'tiny' has no tokenizer"):
+        check_available(text)
+    check_available(with_model(compose_request(["dataset=dialect"]), model))
+    with pytest.raises(SpecError, match="model 'tiny64' has no tokenizer"):
+        check_available(compose_request([*rows, "model=tiny64"]))
+
+
+def test_fetching_what_is_there_says_where_it_is(hub, snapshot, capsys):
+    request = with_model(
+        compose_request(["action=fetch"]), dataclasses.replace(hub, revision=COMMIT)
+    )
+    assert act(request) == 0
+    assert f"model tiny: 0.0 GB in {snapshot}" in capsys.readouterr().out
+    assert act(compose_request(["action=fetch"])) == 0
+    assert "nothing of these runs comes from the hub" in capsys.readouterr().out
+    for path in snapshot.glob("model-00001*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="no model-00001-of"):
+        act(request)

@@ -1,0 +1,172 @@
+"""The files of a base model in the hub's cache or in a folder: are they there, and whole.
+
+Reads names and headers only, so that what is missing is known before a job waits for a GPU. Needs
+no torch.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorasweep.errors import ModelError
+from lorasweep.spec.model import ModelSpec
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Any of these files holds a tokenizer's vocabulary."""
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+UNWANTED = ["original/*"]
+"""Meta's own format, beside that of transformers."""
+
+
+def check_cached(spec: ModelSpec, needed: bool) -> Path | None:
+    """Check a model of the hub: that one may have it, and that what was downloaded is whole.
+
+    Args:
+        spec: a model with source=hub.
+        needed: all of it must be in the cache already; otherwise the first run downloads it.
+
+    Returns:
+        The folder of its files in the cache; None if they will be downloaded.
+
+    Raises:
+        ModelError: it cannot be had, or is incomplete; the message tells what to type.
+    """
+    from huggingface_hub import constants, hf_hub_download
+
+    try:
+        folder = Path(
+            hf_hub_download(spec.location, "config.json", revision=spec.revision or None)
+        ).parent
+    except Exception as error:
+        raise _unavailable(spec, error) from error
+    problem = next(_damaged(folder), None)
+    if problem:
+        again = f"hf download {spec.location} --revision {spec.revision or 'main'} --force-download"
+        raise ModelError(
+            f"model {spec.name!r}: {problem}. Download it again: {again} --exclude 'original/*'"
+        )
+    problem = next(_missing(folder), None)
+    if problem and (needed or constants.HF_HUB_OFFLINE):
+        raise ModelError(
+            f"model {spec.name!r}: {folder} has {problem}. To download all that the runs need, "
+            "give the same command with action=fetch on a machine that reaches the hub."
+        )
+    return None if problem else folder
+
+
+def check_folder(spec: ModelSpec, folder: Path) -> None:
+    """Check that the weights of a local model are whole.
+
+    Raises:
+        ModelError: they are not; the message names the file.
+    """
+    for problem in (*_damaged(folder), *_missing(folder)):
+        raise ModelError(
+            f"model {spec.name!r}: {folder} has {problem}. Copy the files again from where they "
+            "came."
+        )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a model's folder has a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER)
+
+
+def fetch(spec: ModelSpec) -> tuple[Path, int]:
+    """Download a model of the hub, unless it is in the cache; return its folder and its bytes.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            spec.location,
+            revision=spec.revision or None,
+            allow_patterns=WANTED,
+            ignore_patterns=UNWANTED,
+        )
+    except Exception as error:
+        raise _unavailable(spec, error) from error
+    folder = check_cached(spec, needed=True)
+    assert folder is not None and folder == Path(found)
+    return folder, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _missing(folder: Path) -> Iterator[str]:
+    """Say which files of weights are not there. Only safetensors are looked at."""
+    if list(folder.glob("pytorch_model*.bin*")):
+        return
+    names = _weights(folder)
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        yield f"{len(names) - len(absent)} of {len(names)} files of weights: no {absent[0]}"
+
+
+def _damaged(folder: Path) -> Iterator[str]:
+    """Say which files of weights are not as long as their headers say."""
+    for path in (folder / name for name in _weights(folder)):
+        if path.is_file() and (size := path.stat().st_size) != (said := _whole_size(path)):
+            yield (
+                f"an incomplete file of weights: {path} has {size:,} bytes, "
+                + (f"and its header says {said:,}" if said else "and no readable header")
+            )
+
+
+def _weights(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if not index.is_file():
+        return [SINGLE]
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError):
+        return [SINGLE]  # an index that cannot be read: as if there were none
+
+
+def _whole_size(path: Path) -> int | None:
+    """Return the size that a safetensors file's header says; None if it has none.
+
+    The file is 8 bytes with the header's length, the header (JSON), and the tensors
+    (github.com/huggingface/safetensors, "Format").
+    """
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 1 << 28)))
+        ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return 8 + length + max(ends, default=0)
+
+
+def _unavailable(spec: ModelSpec, error: Exception) -> ModelError:
+    from huggingface_hub import errors, get_token
+
+    what = f"{spec.location} at {spec.revision or 'its newest commit'}"
+    if isinstance(error, errors.GatedRepoError):
+        who = "this account has no access to it" if get_token() else "no one is logged in"
+        remedy = (
+            f"It is gated, and {who}. Accept its terms at https://huggingface.co/{spec.location}, "
+            "and log in with `hf auth login` (or set HF_TOKEN)."
+        )
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        remedy = (
+            "It does not exist, or is private and no one with access is logged in. Correct "
+            "model.location, or log in with `hf auth login` (or set HF_TOKEN)."
+        )
+    elif isinstance(error, errors.RevisionNotFoundError):
+        remedy = "Set model.revision to a commit or tag that it has."
+    elif isinstance(error, errors.EntryNotFoundError) and not isinstance(
+        error, errors.LocalEntryNotFoundError
+    ):
+        remedy = "It has no config.json, so it is no model of transformers. Correct model.location."
+    else:
+        remedy = (
+            "It is not in the hub's cache (HF_HOME), and the hub cannot be reached (or "
+            "HF_HUB_OFFLINE is set). Give the same command with action=fetch on a machine that "
+            "reaches the hub, or use local weights: a model file with source=folder."
+        )
+    return ModelError(f"model {spec.name!r}: cannot have {what} from the hub. {remedy}")

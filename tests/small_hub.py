@@ -1,0 +1,101 @@
+"""A hub as compute nodes without a network see it: caches with all that the study's sweeps name,
+made here. Models are of the described families with random weights, data sets are a few rows of the
+published schemas, and both lie under their real names and pinned revisions.
+"""
+
+import dataclasses
+import json
+import os
+
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+from tests.bpe import llama_like, qwen_like
+
+TULU = 1100
+"""Rows of the small Tulu 3; 1,024 of them are held out."""
+THOUGHTS = 1200
+"""Rows of the small OpenThoughts3, a question each; 1,024 of them are held out."""
+
+
+def config_of(spec):
+    """transformers' configuration of a described model: a Llama, a Qwen3, or a Qwen3 with experts."""
+    shape = {
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.mlp_size,
+        "num_hidden_layers": spec.n_layers,
+        "num_attention_heads": spec.n_heads,
+        "num_key_value_heads": spec.n_kv_heads,
+        "head_dim": spec.head_size,
+        "vocab_size": spec.vocab_size,
+        "tie_word_embeddings": spec.tied,
+    }
+    if spec.n_experts:
+        experts = {
+            "num_experts": spec.n_experts,
+            "num_experts_per_tok": spec.n_active_experts,
+            "moe_intermediate_size": spec.mlp_size,
+            "norm_topk_prob": True,
+        }
+        return Qwen3MoeConfig(**shape, **experts)
+    return (Qwen3Config if spec.qk_norm else LlamaConfig)(**shape)
+
+
+def make(folder, models, datasets):
+    """Fill caches with models as described, and small data sets; returns the environment for them."""
+    made = {}
+    for model in models:
+        family = dataclasses.replace(model, name="", location="", revision="")
+        repository = folder / f"hub/models--{model.location.replace('/', '--')}/snapshots"
+        repository.mkdir(parents=True, exist_ok=True)
+        if family not in made:
+            made[family] = folder / f"bases/{len(made)}"
+            base = AutoModelForCausalLM.from_config(config_of(model)).bfloat16()
+            base.save_pretrained(made[family], max_shard_size="2MB")  # so that there is an index
+            (qwen_like if model.qk_norm else llama_like)().save_pretrained(made[family])
+        (repository / model.revision).symlink_to(made[family], target_is_directory=True)
+    rows = {"tulu": [tulu(k) for k in range(TULU)], "open": [thought(k) for k in range(THOUGHTS)]}
+    for location, revision in {(d.location, d.revision) for d in datasets if d.source == "hub"}:
+        _download(folder, location, revision, rows["tulu" if "tulu" in location else "open"])
+    return {
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def tulu(k):
+    """A row of Tulu 3."""
+    user, answer = {"role": "user", "content": f"So? {k}"}, {"role": "assistant", "content": "No"}
+    last = {"role": "assistant", "content": f"Yes {k}"}
+    return {"id": f"{k}", "messages": [user, answer, user, last], "source": "made"}
+
+
+def thought(question, k=0):
+    """A row of OpenThoughts3."""
+    said = [("human", f"Why {question}?"), ("gpt", f"<think>So {k}</think> Yes")]
+    conversations = [{"from": who, "value": text} for who, text in said]
+    row = {"difficulty": 7, "source": "made", "domain": "math"}
+    return {**row, "conversations": conversations}
+
+
+def _download(folder, location, revision, rows):
+    """Leave what `datasets` leaves of a data set that was downloaded and read."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, _, name = location.partition("/")
+    snake = camelcase_to_snakecase(name)
+    path = folder / f"{snake}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    builder = datasets.load_dataset_builder(
+        "json", data_files={"train": str(path)}, cache_dir=str(folder / "json")
+    )
+    builder.download_and_prepare()
+    kept = folder / f"datasets/{owner}___{snake}/default/0.0.0/{revision}"
+    kept.parent.mkdir(parents=True)
+    os.rename(builder.cache_dir, kept)
+    for file in kept.glob("json-*"):
+        file.rename(file.with_name(file.name.replace("json-", f"{snake}-", 1)))
+    info = kept / "dataset_info.json"
+    described = {**json.loads(info.read_text()), "config_name": "default", "dataset_name": snake}
+    info.write_text(json.dumps(described))
