@@ -1,0 +1,166 @@
+"""The dress rehearsal of the sweeps at the study's own size, so that no GPU-hour is spent on a typo.
+
+Each is composed from its own files and built with the real shapes, on the device without values.
+Shrunken models of the same families train two updates, from a hub's cache without a network, started
+as a user's runs are: a dense one and one with experts each time, all sweeps' arms in `make nightly`.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+
+import pytest
+
+from lorasweep.launch import local
+from lorasweep.models.load import without_weights
+from lorasweep.models.targets import find_targets
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.grid import Point
+from lorasweep.sweep.trained import REST, trained_by_set
+from tests import small_hub
+from tests.world import ROOT, cli, compose_request
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_readmes_plan_is_what_its_command_prints(command):
+    text = (ROOT / "README.md").read_text()
+    shown = re.search(r"<!-- plan: .*?```text\n(.*?)```", text, re.DOTALL)
+    study = ("+sweep=study", "scale=paper", "action=plan", "hardware=h100")
+    assert shown and shown[1] in command(*study).stdout
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """The first-stage runs of all sweeps at the study's size: [(sweep, arm, spec)]."""
+    study = compose_request(["+sweep=study", "scale=paper"])
+    assert {p.sweep_name for p in study.parts} == set(study.sweep.parts)
+    return [
+        (part.sweep_name, point.arm, point.spec) for part in study.parts for point in part.points
+    ]
+
+
+def said(method, model):
+    """How many parameters a method says that it trains, by layer set."""
+    found = Counter({t.layer_set: t.trained for t in trained_by_set(method, model)})
+    if model.tied and not method.target_layers():  # one matrix with the embedding, trained once
+        found[REST] += found.pop("unembedding")
+    return +found
+
+
+def test_every_run_is_built_with_its_real_shape_and_trains_what_it_says(runs):
+    methods = {}
+    for _, _, spec in runs:
+        other_draw = getattr(spec.method, "init_seed", 0)
+        if not other_draw:
+            of_model = methods.setdefault((spec.model, spec.precision), {})
+            of_model[spec.method.canonical] = spec.method
+    for (model, precision), found in methods.items():
+        built = without_weights(small_hub.config_of(model), model, precision)
+        assert sum(p.numel() for p in built.parameters()) == model.n_params
+        for method in found.values():
+            targets = find_targets(built, model, method.target_layers())
+            attached = method.attach(built, targets, [method], [0])
+            found = Counter()
+            for name, p in attached.parameters().items():
+                layer_set = model.set_of(name)
+                found[REST if layer_set == "rest" else layer_set] += p.numel()
+            assert found == said(method, model), (model.name, method)
+            assert found.total() == method.n_trainable(model)
+            attached.detach()
+
+
+NARROW = {
+    **{"n_layers": 2, "hidden_size": 128, "n_heads": 4, "n_kv_heads": 4, "head_size": 32},
+    **{"mlp_size": 64, "vocab_size": 512},
+}
+FEW_ROWS = ("dataset.n_test=16", "dataset.n_test_curve=8")
+
+
+def test_a_dense_run_and_one_with_experts_train_from_the_hubs_cache(tmp_path):
+    """By the study's files and one command, up to the answer."""
+    names = ["llama-3.1-8b", "qwen3-30b-a3b-base"]
+    shape = tuple(f"model.{name}={value}" for name, value in NARROW.items())
+    given = [compose_request([f"model={n}", *shape, "scale=paper"]).points[0].spec for n in names]
+    env = small_hub.make(tmp_path, [s.model for s in given], [given[0].dataset])
+    done = cli(
+        "+sweep=lr_ratio",
+        "scale=paper",
+        f"scale.models=[{','.join(names)}]",
+        *("scale.ranks=[64]", "scale.lr_lora=[3e-4]", "scale.fresh_seeds=[]"),
+        *("~sweep.arms.fullft", "steps=2", "batch_size=16", "exec.workers=1", *FEW_ROWS, *shape),
+        cwd=tmp_path,
+        env=env,
+        timeout=550,
+    )
+    assert "lora r64" in done.stdout and "UNDECIDED: ratio" in done.stdout
+    store = RunStore(tmp_path / "runs")
+    found = {store.result(i)["base_commit"]: store.result(i) for i in store.existing()}
+    (dense, experts) = (found[s.model.revision] for s in given)
+    for spec, result in zip(given, (dense, experts)):
+        assert result["base_commit"] == spec.model.revision and result["steps_done"] == 2
+        assert result["test_nll"] < result["curve"][0]["test_nll"]
+    assert (
+        sum(map(sum, experts["expert_tokens"])) >= 2 * 8 * experts["tokens"]
+    )  # 2 layers, 8 active
+
+
+def one_of_each(runs):
+    """One run of each sweep, arm, family of models, layer set or reading, data set, batch, precision.
+
+    Those of one shape and data differ in numbers only: the one of the lowest rank stands for them.
+    """
+    found = {}
+    for sweep, arm, spec in sorted(runs, key=lambda r: getattr(r[2].method, "rank", 0)):
+        numbers = {"rank": 1, "alpha": 1.0, "init_seed": 0} if spec.method.name == "lora" else {}
+        how = dataclasses.replace(spec.method, **numbers).canonical
+        family = (type(small_hub.config_of(spec.model)), spec.model.tied)
+        rows = (spec.dataset.name, spec.batch_size, spec.precision)
+        found.setdefault((sweep, arm, *family, how, *rows), spec)
+    alike = [dataclasses.replace(s, lr=1e-4, seed=0, steps=2) for s in found.values()]
+    return list({s.id: s for s in alike}.values())
+
+
+def shrunken(specs):
+    """The runs on shrunken models, each wide enough for its ranks, and on a few rows."""
+    widest = Counter()
+    for spec in specs:
+        widest[spec.model] = max(widest[spec.model], getattr(spec.method, "rank", 1))
+    shapes = {}
+    for model, rank in widest.items():
+        shape = dict(NARROW)
+        if rank > 128:
+            shape |= {"hidden_size": 512, "n_heads": 8, "n_kv_heads": 8, "head_size": 64}
+        if model.n_experts:
+            shape |= {"mlp_size": 128, "n_experts": 16}  # which share a rank of 128
+        elif rank > 128:
+            shape["mlp_size"] = 512
+        shapes[model] = dataclasses.replace(model, **shape)
+    rows = {"n_test": 16, "n_test_curve": 8}
+    return [
+        dataclasses.replace(
+            s, model=shapes[s.model], dataset=dataclasses.replace(s.dataset, **rows)
+        )
+        for s in specs
+    ]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_sweep_trains_two_updates_shrunken(runs, processes, tmp_path, monkeypatch):
+    specs = shrunken(one_of_each(runs))
+    env = small_hub.make(tmp_path, {s.model: 0 for s in specs}, {s.dataset: 0 for s in specs})
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    settings = (f"runs_dir={tmp_path}/runs", f"world_size={processes}", "workers=1")
+    short = "micro_batch_size=64"  # rows are far shorter here than the plan expects
+    exec_ = compose_request([f"exec.{setting}" for setting in (*settings, short)]).exec
+    store = RunStore(tmp_path / "runs")
+    store.prepare()
+    local.run_points([Point("rehearsal", s) for s in specs], store, exec_, lambda event: None)
+    failed = {s.id: store.failure(s.id) for s in specs if store.result(s.id) is None}
+    assert not failed, failed
+    for spec in specs:
+        result = store.result(spec.id)
+        assert result["steps_done"] == 2 and result["state"] == "done", (spec, result["state"])
