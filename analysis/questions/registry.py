@@ -1,5 +1,6 @@
 """Find a question's module by name. This is the only dynamic import in `analysis`."""
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Any, Protocol, cast
 
 import pandas as pd
 
-from analysis.questions.base import Analysis
+from analysis.questions.base import Analysis, correct
 
 SHARED = ("__init__", "base", "registry")
 """Modules of this package that are not questions."""
+ONE_TASK = ("compute", "rank", "short_runs")
+"""Questions whose `analyse` answers for one model and data set; the others sort them by themselves."""
 ROOM = "question"
 """The module of a question that is a folder."""
 
@@ -55,6 +58,8 @@ def question_named(name: str) -> Question:
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Fit and judge a sweep's runs with the analysis that its question names.
 
+    One that answers for a single model and data set is asked for each of those in the table.
+
     Args:
         table: one row per run.
         question: the sweep's question, as in question.json.
@@ -63,4 +68,38 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     Raises:
         UnknownQuestion: there is no such analysis.
     """
-    return question_named(question["analysis"]).analyse(table, question, kept)
+    module = question_named(question["analysis"])
+    tasks = {
+        f"{model} on {dataset}": runs
+        for (model, dataset), runs in table.groupby(["model", "dataset"], sort=False)
+    }
+    if len(tasks) < 2 or question["analysis"] not in ONE_TASK:
+        return module.analyse(table, question, kept)
+    found = {name: module.analyse(runs, question, kept) for name, runs in tasks.items()}
+    return _joined(found, question)
+
+
+def _joined(found: dict[str, Analysis], question: dict[str, Any]) -> Analysis:
+    """Join the analyses of several tasks. Their primary claims are one family of hypotheses.
+
+    A verdict that Holm's correction takes away within its task is taken away in the whole, too.
+    """
+    sections = []
+    for k, (name, one) in enumerate(found.items()):
+        for s in one.sections:
+            figure = s.figure and f"{Path(s.figure).stem}_{k + 1}{Path(s.figure).suffix}"
+            sections.append(dataclasses.replace(s, title=f"{s.title}: {name}", figure=figure))
+    read = [one.measures.get("read", {}) for one in found.values()]
+    common = {k: v for k, v in read[0].items() if all(r.get(k) == v for r in read)}
+    measures = {
+        name: {k: v for k, v in one.measures.items() if k != "read"} for name, one in found.items()
+    }
+    return Analysis(
+        optima=[o for one in found.values() for o in one.optima],
+        verdicts=correct([v for one in found.values() for v in one.verdicts], question),
+        sections=sections,
+        measures={"tasks": measures, "read": common},
+        members={group: curves for one in found.values() for group, curves in one.members.items()},
+        of_rates=any(one.of_rates for one in found.values()),
+        ratios=[ratio for one in found.values() for ratio in one.ratios],
+    )

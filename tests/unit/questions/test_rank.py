@@ -109,3 +109,26 @@ def test_the_difference_of_two_ranks_grows_at_the_planted_slope(ask):
     _, found = ask("rank", world, *AT, "sweep.at.smoke.lr_common.any=3.2e-3", *SEEDS)
     assert found["grows"]["outcome"] == "SUPPORTED", found["grows"]["why"]
     assert found["grows"]["estimate"]["value"] == pytest.approx(0.02, abs=1e-3)
+
+
+def test_each_model_is_compared_with_full_fine_tuning_of_itself(ask):
+    """As at the study's size, where one sweep asks two models on two data sets."""
+    top = {"tiny64": 1.0, "tiny64-s1": 0.5}
+    out, _ = ask(
+        "rank",
+        World(lambda s: {1: 0.1, 8: top[s.model.name]}[s.method.rank]),
+        *GRIDS,
+        "sweep.at.smoke.model=[tiny64,tiny64-s1]",
+        "sweep.at.smoke.ranks=[1,8]",
+        "sweep.at.smoke.steps=384",
+        "sweep.at.smoke.lr_common.any=3.2e-3",
+        report=True,
+    )
+    parity = {v["group"].split()[0]: v for v in out["verdicts"] if v["claim"] == "parity"}
+    assert {m: v["outcome"] for m, v in parity.items()} == {
+        "tiny64": "SUPPORTED",
+        "tiny64-s1": "REFUTED",
+    }
+    for model, rho in top.items():
+        assert parity[model]["estimate"]["value"] == pytest.approx(rho, rel=0.05)
+    assert {name.split()[0] for name in out["tasks"]} == set(top)
