@@ -13,7 +13,7 @@ from analysis.questions.base import Analysis, correct
 SHARED = ("__init__", "base", "registry")
 """Modules of this package that are not questions."""
 ONE_TASK = ("compute", "rank", "short_runs")
-"""Questions whose `analyse` answers for one model and data set; the others sort them by themselves."""
+"""Questions whose `analyse` answers for one model and data set; the others sort them themselves."""
 ROOM = "question"
 """The module of a question that is a folder."""
 
