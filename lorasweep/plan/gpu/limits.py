@@ -63,7 +63,14 @@ def refuse_unfit(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> No
     planner = Forecaster(hardware, exec_)
     again, gpus, rows = exec_.activation_checkpointing, exec_.world_size, exec_.micro_batch_size
     found = (
-        place([kind.spec], hardware, rows, gpus=gpus, checkpointing=(again,))
+        place(
+            [kind.spec],
+            hardware,
+            rows,
+            gpus=gpus,
+            checkpointing=(again,),
+            join_rows=exec_.join_rows,
+        )
         for kind in _each(planner.kind(p.spec) for p in points)
     )
     _refuse(map(_misfit, found))

@@ -86,9 +86,9 @@ def place(
             return min(found, key=lambda p: p.step_s)
     tried = Layout(numbers[-1], rows or 1, checkpointing[-1])
     misfit = _misfit(load, specs, tried, hardware, most_gpus)
-    other = misfit
-    if gpus or rows:
-        other = place(specs, hardware, None, most_gpus, join_rows=join_rows)
+    if not gpus and not rows:
+        return misfit
+    other = place(specs, hardware, None, most_gpus, join_rows=join_rows)
     if isinstance(other, Misfit):
         return misfit
     return Misfit(misfit.why, _settings_of(other.layout))
