@@ -142,7 +142,10 @@ def killed_and_resumed(folder, sizes, steps):
 
 @pytest.mark.parametrize(
     ("sizes", "steps"),
-    [((2, 1), 60), pytest.param((4, 2, 1), 150, marks=pytest.mark.nightly)],
+    [
+        ((2, 1), 60),
+        pytest.param((4, 2, 1), 150, marks=(pytest.mark.nightly, pytest.mark.timeout(1800))),
+    ],
     ids=["2 to 1", "4 to 2 to 1"],
 )
 def test_killed_it_goes_on_with_fewer_processes_from_where_it_was(tmp_path, sizes, steps):

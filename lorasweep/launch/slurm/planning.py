@@ -117,7 +117,7 @@ def _assumed(cluster: Cluster, precision: str, hardware: Hardware) -> float:
 def jobs_of(
     request: Request, store: RunStore, todo: Sequence[Point], now: Plan, partition: Partition
 ) -> list[Jobs]:
-    """Group runs into packs, and packs into jobs; runs of as many GPUs have the same jobs.
+    """Group runs into packs, and packs into jobs: lists of jobs that need the same.
 
     Raises:
         SpecError: runs that do not fit on any number of GPUs.
@@ -125,12 +125,13 @@ def jobs_of(
     cluster, hardware = cluster_of(request), now.hardware
     measured = measured_flops(now.points, now.states, store)
     assumed = _assumed(cluster, todo[0].spec.precision, hardware)
-    found: dict[int, list[Task]] = {}
+    found: dict[tuple[int, int], list[Task]] = {}
     for chosen, points in settings_of(todo, hardware, request.exec):
         size, exec_ = chosen.world_size, _in_job(chosen, cluster, partition)
         packs = make_packs(points, now.states, store, exec_, hardware, now.throughputs)
-        tasks = resources.group(packs, cluster, measured or size * assumed, size)
-        found.setdefault(size, []).extend(Task(task, exec_) for task in tasks)
+        for task in resources.group(packs, cluster, measured or size * assumed, size):
+            key = (size, resources.memory_class(task, cluster))
+            found.setdefault(key, []).append(Task(task, exec_))
     return [
         Jobs(
             tasks,
@@ -138,7 +139,7 @@ def jobs_of(
                 [t.packs for t in tasks], cluster, measured or size * assumed, partition, size
             ),
         )
-        for size, tasks in sorted(found.items())
+        for (size, _), tasks in sorted(found.items())
     ]
 
 

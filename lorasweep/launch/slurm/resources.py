@@ -148,6 +148,16 @@ def resources_for(
     return JobResources(cluster.cpus * side * here, gpus, memory, minutes, side, nodes)
 
 
+def memory_class(packs: Sequence[Pack], cluster: Cluster) -> int:
+    """Return the power of two next to the host memory of a job with GPUs; 0 without GPUs.
+
+    Jobs of one array ask for the same memory, and that of a small model is not a large one's.
+    """
+    if not cluster.gpus:
+        return 0
+    return max(round(math.log2(_bytes(pack, cluster, 1))) for pack in packs)
+
+
 def _bytes(pack: Pack, cluster: Cluster, processes: int) -> float:
     """Return the host memory of a pack's processes on one node. Process 0 reads the weights."""
     spec = pack.points[-1].spec
