@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 import pandas as pd
 
 from analysis.questions.base import Analysis, correct
+from analysis.runs.metric import as_losses
 
 SHARED = ("__init__", "base", "registry")
 """Modules of this package that are not questions."""
@@ -61,13 +62,14 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     One that answers for a single model and data set is asked for each of those in the table.
 
     Args:
-        table: one row per run.
+        table: one row per run; a metric of which more is better becomes a loss here.
         question: the sweep's question, as in question.json.
         kept: folder of kept results, for questions that also show other sweeps' answers.
 
     Raises:
         UnknownQuestion: there is no such analysis.
     """
+    table = as_losses(table)
     module = question_named(question["analysis"])
     tasks = {
         f"{model} on {dataset}": runs

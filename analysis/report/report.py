@@ -19,8 +19,9 @@ from analysis.report import plots, plots_curves, report_page
 from analysis.report.interactive import page
 from analysis.report.text import aligned, plain, text_hash
 from analysis.runs.learning_curves import by_run
+from analysis.runs.metric import as_losses, shown
 
-NOT_JUDGED = ("says", "whose", "measure", "beside", "sd", "units", "underpowered")
+NOT_JUDGED = ("says", "whose", "measure", "beside", "sd", "units", "underpowered", "better")
 """Fields of a claim that hold its wording, or what is known of its spread. They may change without
 changing the claim, so they are left out of its hash."""
 
@@ -47,10 +48,19 @@ def judge_and_report(
     table.drop(columns=["spec", "result"], errors="ignore").to_csv(
         folder / "table.csv", index=False
     )
-    results = write_answer(found, table, question, folder)
+    losses, (metric, sign) = as_losses(table), shown(table)
+    results = write_answer(found, losses, question, folder)
     title = f"{question['name']} at scale {question['scale']}: {question['question']}"
     page.write(
-        folder / "report.html", title, table, found.optima, found.ratios, found.verdicts, WITHIN
+        folder / "report.html",
+        title,
+        losses,
+        found.optima,
+        found.ratios,
+        found.verdicts,
+        WITHIN,
+        metric,
+        sign,
     )
     if as_json:
         return json.dumps({**results, "report": str(folder / "report.md")})

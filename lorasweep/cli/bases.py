@@ -17,6 +17,7 @@ NAMES = (
     "tiny64-facts",
     "tiny64-knows",
     "tiny64-skills",
+    "tiny64-skilled",
     "tiny64-experts",
     "tiny128",
     "tiny128-3m",

@@ -33,7 +33,7 @@ from lorasweep.spec.execution import Cluster
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate
 from lorasweep.sweep.grid import Point, around, expand, geom
-from lorasweep.sweep.question import Sweep, check_sweep
+from lorasweep.sweep.question import Sweep, check_directions, check_sweep
 from lorasweep.sweep.request import HASH_DIGITS, Request, runs_hash
 
 REQUEST_KEYS = (
@@ -144,6 +144,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     if _sets_only_itself(sweep_name, sources):  # leave it out, as composing it takes longest
         overrides = [o for o in overrides if not o.lstrip("+~").startswith(("sweep=", "sweep."))]
     points = expand(base, sweep, _lookup("model", overrides), _lookup("dataset", overrides))
+    check_directions(sweep_name, sweep, {p.spec.objective for p in points})
     changes = _changed(points, sweep, settings.overrides.task)
     return Request(**common, sweep_name=sweep_name, sweep=sweep, points=points, **changes)
 

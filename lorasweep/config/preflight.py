@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from lorasweep.errors import SpecError
+from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.sweep.request import Request
 
@@ -16,9 +17,10 @@ def check_available(request: Request) -> None:
     Raises:
         ModelError, DataError: they are not; the message tells how to get them.
         SpecError: a data set has more symbols than the model's vocabulary, or is text for a model
-            without a tokenizer.
+            without a tokenizer, or several processes cannot train what is asked for.
     """
     from lorasweep.data import load as data
+    from lorasweep.data import rewards
     from lorasweep.models import load as models
 
     specs = [p.spec for p in request.points]
@@ -26,6 +28,14 @@ def check_available(request: Request) -> None:
     reads_text = {}
     for model in {s.model.name: s.model for s in specs}.values():
         reads_text[model.name] = models.check_available(model, request.exec.models_dir, fetched)
+    for spec in {(s.dataset.name, s.objective): s for s in specs}.values():
+        if METRICS[spec.objective].higher_is_better:
+            rewards.check_available(spec.dataset)
+    if request.exec.world_size > 1 and any(s.objective != "sft" for s in specs):
+        raise SpecError(
+            f"exec.world_size={request.exec.world_size}: a run that samples answers trains in one "
+            "process. Set exec.world_size=1, or objective=sft."
+        )
     for dataset in {s.dataset.name: s.dataset for s in specs}.values():
         data.check_available(dataset, request.exec.data_dir)
     pairs = {(s.model.name, s.dataset.name): (s.model, s.dataset) for s in specs}

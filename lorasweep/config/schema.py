@@ -123,3 +123,10 @@ class Config:
     clip_norm: float | None = None
     precision: str = "fp32"
     seed: int = 0
+    objective: str = "sft"
+    group_size: int = 0
+    max_new_tokens: int = 0
+    reward_scale: str = "none"
+    ratio_level: str = "token"
+    clip_ratio: float | None = None
+    kl_weight: float = 0.0

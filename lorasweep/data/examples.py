@@ -42,6 +42,21 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Rewards:
+    """How the answers to the prompts of a data set are rewarded."""
+
+    of: Callable[[Example, np.ndarray], float | None]
+    """(row, tokens of an answer with its end token) -> reward from 0 to 1; None: unreadable."""
+    end_tokens: tuple[int, ...]
+    """Tokens that end an answer."""
+    exact: bool = False
+    """Whether only the row's own answer is rewarded, with 1. Its probability is then the expected
+    reward."""
+    choices: int = 0
+    """Of how many equally likely answers the row's was drawn; 0: not known."""
+
+
+@dataclass(frozen=True)
 class Data:
     """A loaded data set: training examples by index and seed, and the held-out examples."""
 
@@ -60,6 +75,8 @@ class Data:
     """
     commit: str | None = None
     """Commit of the hub that the rows are from; None for other sources."""
+    rewards: Rewards | None = None
+    """How sampled answers are rewarded; None: nothing verifies them."""
     bits: Callable[[int], dict[str, float]] | None = None
     """Number of training tokens -> bits of what is new in them, by measure; None: not known."""
 

@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorasweep.data import fields, hub, sources, text
+from lorasweep.data import fields, hub, rewards, sources, text
 from lorasweep.data.examples import Data, shuffled
 from lorasweep.data.fingerprint import fingerprint
 from lorasweep.data.sources import Row, Source
-from lorasweep.data.synthetic import dialect, facts, skills
+from lorasweep.data.synthetic import bandit, dialect, facts, skills, words
 from lorasweep.errors import DataError, unknown
 from lorasweep.spec.dataset import DatasetSpec
 
@@ -48,6 +48,7 @@ def load(
         n_train=len(train),
         sha256=fingerprint(train.sha256, test.sha256),
         commit=source.commit,
+        rewards=rewards.of_text(spec, tokenizer) if spec.verifier else None,
     )
 
 
@@ -100,7 +101,7 @@ def generator_vocab(spec: DatasetSpec) -> int | None:
 
 
 def _generator(name: str) -> Any:
-    known = {"dialect": dialect, "facts": facts, "skills": skills}
+    known = {m.__name__.rpartition(".")[2]: m for m in (bandit, dialect, facts, skills, words)}
     if name not in known:
         raise DataError(unknown("synthetic data set", name, known))
     return known[name]

@@ -3,18 +3,16 @@
 Refuses to know how answers are graded.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 from lorasweep.data import fields
 from lorasweep.data.load import sources_of
+from lorasweep.data.rewards import boxed, marked
 from lorasweep.data.text import parts_of
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
-
-BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 
 
 class Problem(NamedTuple):
@@ -56,33 +54,3 @@ def _gold(spec: DatasetSpec, row: Any, solution: str, where: str) -> str:
             "answer_field to the column that has it, or correct the row."
         )
     return answer
-
-
-def marked(solution: str) -> str | None:
-    """Return what stands behind the last '####', without the commas of numbers: GSM8K's form.
-
-    None if there is no mark.
-    """
-    _, mark, rest = solution.rpartition("####")
-    lines = rest.strip().splitlines()
-    return lines[0].strip().replace(",", "") if mark and lines else None
-
-
-def boxed(solution: str) -> str | None:
-    r"""Return the content of the last \boxed{...}, or the word behind \boxed: MATH's form.
-
-    None if there is no box, or if its braces do not match.
-    """
-    found = list(BOX.finditer(solution))
-    if not found:
-        return None
-    rest = solution[found[-1].end() :]
-    if not rest.startswith("{"):
-        word = re.match(r"[^\s$]+", rest)
-        return word.group() if word else None
-    depth = 0
-    for brace in re.finditer(r"(?<!\\)[{}]", rest):  # not \{ and \}, which are signs of a set
-        depth += 1 if brace.group() == "{" else -1
-        if depth == 0:
-            return rest[1 : brace.start()].strip()
-    return None

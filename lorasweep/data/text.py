@@ -34,6 +34,7 @@ NOT_IN_ROWS = (
     "n_test",
     "n_test_curve",
     "answer_field",
+    "verifier",
 )
 """Fields that change no row. What a revision stands for is in the source's identity."""
 DATE = "26 Jul 2024"

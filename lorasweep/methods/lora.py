@@ -10,10 +10,10 @@ read their rank in three ways. What a pack trains is in `lorasweep.methods.stack
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.canonical import not_allowed
+from lorasweep.spec.canonical import later, not_allowed
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import Matrix, ModelSpec
 
@@ -29,11 +29,6 @@ EXPERT_RANKS = ("active", "all", "whole")
 EXPERT_OUTERS = ("own", "shared")
 
 
-def _later(value: Any) -> Any:
-    """Make a field added after the first release; `value` reproduces the earlier behaviour."""
-    return field(default=value, metadata={"added": value})
-
-
 @dataclass(frozen=True)
 class LoRA(Method):
     """Fields of LoRA."""
@@ -45,25 +40,25 @@ class LoRA(Method):
     """Numerator of scaling = alpha/rank. The study uses 32 everywhere."""
     layers: str = "all"
     """Layer sets joined by '+': attention, mlp, unembedding. 'all' means all three."""
-    scaling_by: str = _later("rank")
+    scaling_by: str = later("rank")
     """What alpha is divided by: rank (the study), sqrt_rank (rsLoRA, arXiv 2312.03732), or none."""
-    init_scale: float = _later(1.0)
+    init_scale: float = later(1.0)
     """Factor on the random start of A (of B under start=b)."""
-    lr_b_ratio: float = _later(1.0)
+    lr_b_ratio: float = later(1.0)
     """Learning rate of B divided by that of A, which is `lr`. LoRA+ (arXiv 2402.12354) uses about
     16."""
     random_factor: str = field(default="a", metadata={"added": "a", "key": "start"})
     """Factor that starts random, uniform in +-1/sqrt(its inputs). The other starts at zero."""
-    init_seed: int = _later(0)
+    init_seed: int = later(0)
     """Seed of another random start on the same batches. It shows how much two adapters differ by
     chance."""
-    expert_rank: str = _later("active")
+    expert_rank: str = later("active")
     """Rank of an expert's adapter: rank / 'active' experts (the study; NeMo Automodel), rank /
     'all' experts (SkyRL, PEFT's documentation), or the 'whole' rank (Tinker)."""
-    expert_alpha: float | None = _later(None)
+    expert_alpha: float | None = later(None)
     """Alpha of an expert's adapter, divided by its own rank. None: alpha, as in the codes that
     divide the rank (NeMo Automodel, Megatron-Bridge); the study does not say."""
-    expert_outer: str = _later("own")
+    expert_outer: str = later("own")
     """Factor on the hidden side: each expert's 'own', or one 'shared' by a layer (Tinker)."""
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = (
         "alpha",

@@ -64,7 +64,9 @@ def shape_of(spec: RunSpec) -> Shape:
     """Return what determines the time of a step: all but learning rates, seeds and step count."""
     method = spec.method
     layers, scope, rank = (getattr(method, name, None) for name in ("layers", "scope", "rank"))
-    fields = (method.name, layers, scope, rank, spec.batch_size, spec.precision)
+    fields = [method.name, layers, scope, rank, spec.batch_size, spec.precision]
+    if spec.objective != "sft":  # not named in what was measured before there was another
+        fields += [spec.objective, spec.group_size, spec.max_new_tokens]
     return (spec.model.canonical, spec.dataset.canonical, *fields)
 
 

@@ -49,6 +49,11 @@ class Field(NamedTuple):
     """
 
 
+def later(value: Any) -> Any:
+    """Make a dataclass field added after the first release; `value` reproduces the past."""
+    return dataclasses.field(default=value, metadata={"added": value})
+
+
 def _fields(cls: type) -> tuple[Field, ...]:
     """List the fields of a dataclass, in order.
 

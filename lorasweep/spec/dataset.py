@@ -12,7 +12,8 @@ MASKS = ("completion", "last_assistant", "all")
 RENDERS = ("role_colon", "role_eos", "chat_template")
 FIRST_RENDER = "role_eos"
 """The only form of messages before `render` was a setting."""
-OF_TEXT = ("render", "too_long", "unseen_prompts", "answer_field")
+VERIFIERS = ("", "integer")
+OF_TEXT = ("render", "too_long", "unseen_prompts", "answer_field", "verifier")
 """Fields that say how text is read; generators draw tokens."""
 TOO_LONG = ("cut", "cut_or_skip", "skip")
 FIRST_TOO_LONG = "cut"
@@ -85,6 +86,10 @@ class DatasetSpec(Value):
     """Whether training rows that have the prompt of a held-out row are left out."""
     answer_field: str = field(default="", metadata={"added": ""})
     """Column of the gold answer; empty: it stands in the completion, behind '####' or boxed."""
+    verifier: str = field(default="", metadata={"added": ""})
+    """What decides whether a sampled answer is right. integer: the whole number behind the last
+    '####' or in the last box is that of the completion (GSM8K). Empty: nothing; generators bring
+    their own."""
 
     def problems(self) -> Iterator[str]:
         where = f"dataset {self.name!r}: "
@@ -94,6 +99,7 @@ class DatasetSpec(Value):
             "mask": MASKS,
             "render": RENDERS,
             "too_long": TOO_LONG,
+            "verifier": VERIFIERS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -27,6 +27,13 @@ class Metric:
         return {} if self == Metric() else {"metric": asdict(self)}
 
 
+METRICS = {
+    "sft": Metric(),
+    "policy_gradient": Metric("test_reward", higher_is_better=True, label="held-out reward"),
+}
+"""The metric of each objective, known before any run."""
+
+
 def metric_of(result: Mapping[str, Any]) -> Metric:
     """Return the metric that a result was written with; test_nll if it records none."""
     return Metric(**result["metric"]) if "metric" in result else Metric()

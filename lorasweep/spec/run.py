@@ -12,9 +12,17 @@ from functools import cache, cached_property
 from typing import Any
 
 from lorasweep.errors import SpecError, unknown
-from lorasweep.spec.canonical import Value, build, canonical_text, fields, not_allowed
+from lorasweep.spec.canonical import (
+    Value,
+    build,
+    canonical_text,
+    fields,
+    later,
+    not_allowed,
+)
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method
+from lorasweep.spec.metric import METRICS
 from lorasweep.spec.model import ModelSpec
 
 TRAIN_VERSION = 1
@@ -22,6 +30,17 @@ TRAIN_VERSION = 1
 
 PRECISIONS = ("fp32", "bf16", "fp64")
 SCHEDULES = ("constant", "linear", "cosine")
+REWARD_SCALES = ("none", "group")
+RATIO_LEVELS = ("token", "sequence")
+OF_SAMPLING = (
+    "group_size",
+    "max_new_tokens",
+    "reward_scale",
+    "ratio_level",
+    "clip_ratio",
+    "kl_weight",
+)
+"""Fields of objectives that sample answers."""
 LR_RANGE = (1e-9, 1e2)
 
 
@@ -50,7 +69,26 @@ class RunSpec(Value):
     """fp32; bf16: autocast, with fp32 weights for all that is trained; fp64: for tests of
     exactness."""
     seed: int = 0
-    """Seed of the random streams 'data' and 'init'."""
+    """Seed of the random streams 'data', 'init' and 'sample'."""
+    objective: str = later("sft")
+    """What is optimised: sft (the NLL of given answers) or policy_gradient (the reward of sampled
+    ones)."""
+    group_size: int = later(0)
+    """policy_gradient: answers sampled for each prompt; their mean reward is the baseline. So an
+    update has batch_size / group_size prompts. The others that follow belong to it, too."""
+    max_new_tokens: int = later(0)
+    """Most tokens of a sampled answer, its end token included."""
+    reward_scale: str = later("none")
+    """What a reward minus its group's mean is divided by: none (the study; Dr. GRPO, arXiv
+    2503.20783), or the group's standard deviation plus 1e-4 (GRPO, arXiv 2402.03300)."""
+    ratio_level: str = later("token")
+    """Importance ratio of learner to sampler: of each token, or of a whole sequence, the geometric
+    mean of its tokens' (GSPO, arXiv 2507.18071)."""
+    clip_ratio: float | None = later(None)
+    """Distance from 1 beyond which a ratio is clipped (PPO, arXiv 1707.06347). With one update a
+    batch the ratio is 1 but for rounding, so this is for samplers of less precision."""
+    kl_weight: float = later(0.0)
+    """Weight of the KL from the base in the loss, by the estimator of arXiv 2402.03300, eq. 4."""
     train_version: int = TRAIN_VERSION
 
     def __post_init__(self) -> None:
@@ -94,15 +132,56 @@ class RunSpec(Value):
             yield f"clip_norm={self.clip_norm}: expected a number above 0, or null for no clipping."
         if not 0 <= self.seed < 2**31:
             yield f"seed={self.seed}: expected a whole number from 0 to 2^31 - 1."
-        for name, allowed in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
+        for name, allowed in (
+            ("precision", PRECISIONS),
+            ("schedule", SCHEDULES),
+            ("objective", tuple(METRICS)),
+            ("reward_scale", REWARD_SCALES),
+            ("ratio_level", RATIO_LEVELS),
+        ):
             if getattr(self, name) not in allowed:
                 yield not_allowed(name, getattr(self, name), allowed)
+        yield from _unused(self) if self.objective == "sft" else _of_rewards(self)
         if self.train_version != TRAIN_VERSION:
             yield (
                 f"train_version={self.train_version}: this lorasweep has version {TRAIN_VERSION}. "
                 "Leave train_version out, or install the lorasweep that trained the run."
             )
         yield from filter(None, (self.model.problem, self.dataset.problem))
+
+
+def _of_rewards(spec: RunSpec) -> Iterator[str]:
+    """Yield what is wrong with the fields of a run that samples answers and is rewarded."""
+    if spec.group_size < 2:
+        yield (
+            f"group_size={spec.group_size} with objective={spec.objective}: the baseline of an "
+            "answer is the mean reward of its prompt's group. Expected at least 2; typical: 8 or "
+            "16."
+        )
+    elif spec.batch_size % spec.group_size:
+        yield (
+            f"batch_size={spec.batch_size}: expected a multiple of group_size={spec.group_size}, "
+            "because an update has batch_size / group_size prompts."
+        )
+    if not 1 <= spec.max_new_tokens < spec.dataset.max_length:
+        yield (
+            f"max_new_tokens={spec.max_new_tokens} with objective={spec.objective}: expected 1 or "
+            f"more, and less than dataset.max_length={spec.dataset.max_length}, which covers "
+            "prompt and answer."
+        )
+    if spec.clip_ratio is not None and not spec.clip_ratio > 0:
+        yield f"clip_ratio={spec.clip_ratio}: expected a number above 0, or null for no clipping."
+    if spec.kl_weight < 0:
+        yield f"kl_weight={spec.kl_weight}: expected 0 or more."
+
+
+def _unused(spec: RunSpec) -> Iterator[str]:
+    for f in fields(RunSpec):
+        if f.name in OF_SAMPLING and getattr(spec, f.name) != f.past:
+            yield (
+                f"{f.name}={getattr(spec, f.name)} has no effect with objective={spec.objective}. "
+                "Leave it out, or set objective=policy_gradient."
+            )
 
 
 def snap_lr(lr: float) -> float:

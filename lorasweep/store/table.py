@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lorasweep.errors import StoreError
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.method import parse_layers
+from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.run import TRAIN_VERSION, RunSpec, validate
 from lorasweep.store.run_store import FINAL, RunStore
 
@@ -87,6 +88,9 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     row |= {k: v for k, v in spec.items() if k not in ("model", "dataset", "method")}
     row |= {"hidden_size": spec["model"]["hidden_size"]}
     row |= {k: result.get(k) for k in _RESULT_COLUMNS}
+    metric = metric_of(result)
+    if metric != Metric():
+        row |= {"metric": metric.name, metric.name: metric.value(result)}
     row |= {"spec": json.dumps(spec, sort_keys=True), "result": json.dumps(result, sort_keys=True)}
     return row
 

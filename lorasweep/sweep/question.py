@@ -4,14 +4,16 @@ Each is one file in `sweeps/`. Field names are the keys of these files.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from lorasweep.errors import SpecError
+from lorasweep.spec.metric import METRICS
 
 CLAIMANTS = ("study", "popular", "ours")
 MAX_ROUNDS = 5
+DIRECTIONS = ("", "lower", "higher")
 
 
 @dataclass
@@ -31,6 +33,9 @@ class Claim:
     expected: float = math.nan
     margin: list[float] = field(default_factory=list)
     """[low, high]: SUPPORTED if the 95% interval lies inside, REFUTED if it lies outside."""
+    better: str = ""
+    """The direction of the metric that the claim's words take for granted, lower or higher; empty:
+    it stands in either. Not hashed."""
     primary: bool = False
     rivals: dict[str, float] = field(default_factory=dict)
     """Other published values, by name."""
@@ -121,6 +126,8 @@ def _problems(sweep: Sweep) -> Iterator[str]:
             yield f", claim {key!r}: whose={claim.whose!r}. Allowed: {', '.join(CLAIMANTS)}."
         if len(claim.margin) != 2 or not claim.margin[0] < claim.margin[1]:
             yield f", claim {key!r}: margin={claim.margin}. Expected [low, high] with low < high."
+        if claim.better not in DIRECTIONS:
+            yield f", claim {key!r}: better={claim.better!r}. Allowed: lower, higher, or leave out."
         yield from _power_problems(key, claim)
     if not 1 <= sweep.rounds <= MAX_ROUNDS:
         yield f": rounds={sweep.rounds}. Expected 1 to {MAX_ROUNDS}."
@@ -138,6 +145,25 @@ def _problems(sweep: Sweep) -> Iterator[str]:
     for axis, values in _all_axes(sweep):
         if isinstance(values, list) and not values:
             yield f": axis {axis!r} is empty, so the grid is empty. Give at least one value."
+
+
+def check_directions(name: str, sweep: Sweep, objectives: Iterable[str]) -> None:
+    """Check that no claim takes another direction for better than the metric of the runs has.
+
+    Raises:
+        SpecError: one does.
+    """
+    for objective in objectives:
+        metric = METRICS[objective]
+        direction = "higher" if metric.higher_is_better else "lower"
+        for key, claim in sweep.claims.items():
+            if claim.better not in ("", direction):
+                raise SpecError(
+                    f"sweep {name!r}, claim {key!r}: better={claim.better}, but objective="
+                    f"{objective} is measured by {metric.label} ({metric.name}), of which "
+                    f"{direction} is better. State the claim the other way, or choose another "
+                    "objective."
+                )
 
 
 def _power_problems(key: str, claim: Claim) -> Iterator[str]:

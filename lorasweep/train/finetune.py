@@ -1,6 +1,7 @@
-"""Train a pack by supervised fine-tuning, the objective of every arm."""
+"""Train a pack with the objective that its runs name."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from lorasweep.data.examples import Data
 from lorasweep.models.load import Base
@@ -8,7 +9,14 @@ from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
 from lorasweep.train.events import Event
 from lorasweep.train.loop import train
+from lorasweep.train.objectives.base import Objective
+from lorasweep.train.objectives.policy_gradient import PolicyGradient
 from lorasweep.train.objectives.sft import SupervisedFineTuning
+
+OBJECTIVES: dict[str, Callable[..., Objective[Any]]] = {
+    "sft": SupervisedFineTuning,
+    "policy_gradient": PolicyGradient,
+}
 
 
 def finetune(
@@ -22,9 +30,11 @@ def finetune(
     """Train the runs of `pack` together and yield an Event per update.
 
     `data`: one data set for all, or run id -> data set. `micro_batch_size`: sequences per member
-    and forward pass; None: all of an update. `resume`: run id -> state from an event's snapshot().
-    `join_rows`: see Exec.
+    and forward pass of the learner; None: all of an update. `resume`: run id -> state from an
+    event's snapshot(). `join_rows`: see Exec.
     """
     by_run = {s.id: data for s in pack} if isinstance(data, Data) else data
-    objective = SupervisedFineTuning(by_run, pack[0].precision, micro_batch_size, join_rows)
+    objective = OBJECTIVES[pack[0].objective](
+        by_run, pack[0].precision, micro_batch_size, join_rows
+    )
     return train(pack, base, objective, resume)

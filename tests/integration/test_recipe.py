@@ -45,6 +45,7 @@ REACHED = {
     "tiny64-facts": 2.7169,
     "tiny64-knows": 0.8102,
     "tiny64-skills": 0.5059,
+    "tiny64-skilled": 0.8634,
     "tiny64-experts": 2.0658,
     "tiny128": 1.8809,
     "tiny128-3m": 2.0817,

@@ -95,8 +95,12 @@ def instance(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
     return f"{who} has {a} {thing} and sells {b}. how many?>", str(a - b)
 
 
+def encoded(text: str) -> np.ndarray:
+    """Return the symbols of a text, int32."""
+    return np.array([_INDEX[c] for c in text], dtype=np.int32)
+
+
 def _example(prompt: str, answer: str, spec: DatasetSpec) -> Example:
-    text = prompt + answer + "\n"
-    tokens = np.array([_INDEX[c] for c in text[: spec.max_length]], dtype=np.int32)
+    tokens = encoded(f"{prompt}{answer}\n"[: spec.max_length])
     loss = np.arange(len(tokens)) >= (1 if spec.mask == "all" else len(prompt))
     return Example(tokens=tokens, loss=loss, n_bytes=int(loss.sum()))

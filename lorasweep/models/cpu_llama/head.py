@@ -6,6 +6,7 @@ of a small batch.
 Shapes: N members, M loss positions per member, H hidden, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,3 +80,52 @@ class HeadNll(torch.autograd.Function):
         # a gradient without a member axis belongs to a trained weight, so there is one member
         scaled = [g * (factor[at] if g.dim() == 3 else dsums_N[0]) for g, at in zip(grads, members)]
         return dh * factor, None, None, None, None, *scaled
+
+
+class HeadLogP(torch.autograd.Function):
+    """Unembedding and log-softmax in chunks of rows: h [N, M, H] -> log p of the targets [N, M].
+
+    For losses whose weights depend on log p; the backward pass computes the logits again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_NMH: torch.Tensor, group: Group, targets_NM: torch.Tensor, *params: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.kept = (h_NMH, group, targets_NM)
+        ctx.save_for_backward(*params)  # autograd then raises if one changes before the backward
+        found = [
+            F.log_softmax(group.forward(part)[0], -1, dtype=h_NMH.dtype).gather(2, target)[..., 0]
+            for part, target in _chunks(h_NMH, group, targets_NM)
+        ]
+        return torch.cat(found, 1)
+
+    @staticmethod
+    def backward(ctx: Any, dlog_p_NM: torch.Tensor) -> tuple[Any, ...]:
+        _ = ctx.saved_tensors
+        h_NMH, group, targets_NM = ctx.kept
+        ctx.kept = None
+        parts: list[torch.Tensor] = []
+        grads: list[torch.Tensor] = []
+        at = 0
+        for part, target in _chunks(h_NMH, group, targets_NM):
+            dlog_p = dlog_p_NM[:, at : at + part.shape[1], None]
+            at += part.shape[1]
+            logits, low = group.forward(part)
+            # d log p_t / d logits = [target] - p
+            dlogits = F.softmax(logits, -1, dtype=h_NMH.dtype).mul_(-dlog_p)
+            dlogits.scatter_add_(2, target, dlog_p)
+            dpart, more = group.backward(dlogits.to(group.dtype), part, low)
+            parts.append(dpart.to(h_NMH.dtype))
+            grads = more if not grads else [a.add_(b) for a, b in zip(grads, more)]
+        return torch.cat(parts, 1), None, None, *grads
+
+
+def _chunks(
+    h_NMH: torch.Tensor, group: Group, targets_NM: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the hidden states in the compute type, and their targets [N, m, 1], by chunks of M."""
+    rows = max(PAD_TO, LOGITS // group.w_OH.shape[0] // PAD_TO * PAD_TO)
+    for c in range(0, h_NMH.shape[1], rows):
+        part = h_NMH[:, c : c + rows].to(group.dtype).contiguous()
+        yield part, targets_NM[:, c : c + rows, None]

@@ -17,7 +17,7 @@ from lorasweep.data.batches import Batch
 from lorasweep.methods.stacked.linear import StackedLinear
 from lorasweep.models.cpu_llama.attention import Heads, Rows, rotations, row_class
 from lorasweep.models.cpu_llama.decoder import Layer, LayerWork, Norm
-from lorasweep.models.cpu_llama.head import HeadNll
+from lorasweep.models.cpu_llama.head import HeadLogP, HeadNll
 from lorasweep.models.cpu_llama.linears import Group
 
 
@@ -96,6 +96,11 @@ class CpuLlama:
             torch.is_grad_enabled(),
             *group.params,
         )
+
+    def token_log_p(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+        """Return log p of each target in nats, [N, M], computed in `dtype`."""
+        h_NMH, group = self._at_loss_positions(batch, dtype), self._head_group(dtype)
+        return HeadLogP.apply(h_NMH, group, torch.from_numpy(batch.targets_NM), *group.params)
 
     def log_probabilities(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
         """Return log q of every symbol at the loss positions, [N, M, V], without gradient."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
+from lorasweep.errors import DataError
 from lorasweep.spec.metric import Metric
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Record
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lorasweep.models.load import Base
+
+
+DATA_SHA256 = "data_sha256"
+"""Key of the data's fingerprint in results and checkpoints."""
 
 
 class MicroBatch(Protocol):
@@ -103,3 +108,17 @@ class Objective(Protocol[BatchT]):
 
     def load_state(self, run: str, state: dict[str, Any]) -> None:
         """Restore the values of `state`; the dict also holds those of the loop."""
+
+
+def refuse_other_data(run: str, then: str | None, now: str | None) -> None:
+    """Check that a run goes on with the data that it was started on, by their fingerprints.
+
+    Raises:
+        DataError: they are others.
+    """
+    if then != now:
+        raise DataError(
+            f"run {run} was started on other data (fingerprint {then}) than are there now ({now}). "
+            f"Get those data back, or delete the folder {run} in the run folder, which starts the "
+            "run anew."
+        )

@@ -1,8 +1,10 @@
-"""The summed NLL of a batch, for every member of a pack.
+"""The NLL of a batch for every member of a pack, summed or token by token.
 
 Shapes: N members, R rows, P positions, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +34,35 @@ def nll_sums(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
     if passes is not None:
         return passes.nll_sums(batch, COMPUTE_DTYPES[precision])
     device = next(model.parameters()).device
-    tokens, positions, targets, weight, at = inputs(batch, device)
-    members, (rows, width) = len(batch.lengths), positions.shape
+    arrays, members = inputs(batch, device), len(batch.lengths)
+    parts = _by_chunks(model, arrays, precision, device, partial(_sums, members=members))
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def token_log_p(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
+    """Return log p of each target in nats, [N, M], on the model's device; 0 at filler."""
+    device = next(model.parameters()).device
+    real_NM = torch.from_numpy(batch.weight_NM > 0).to(device)
+    passes = cpu_llama_for(model)
+    if passes is not None:
+        return passes.token_log_p(batch, COMPUTE_DTYPES[precision]) * real_NM
+    arrays = inputs(batch, device)
+    log_p_RP = torch.cat(_by_chunks(model, arrays, precision, device, _log_p), 1)
+    # rows are in the order of the members, and positions in the order of the rows
+    found = torch.zeros(real_NM.shape, dtype=log_p_RP.dtype, device=device)
+    return found.masked_scatter(real_NM, log_p_RP[arrays[3] > 0])
+
+
+def _by_chunks(
+    model: "nn.Module",
+    arrays: tuple[Any, ...],
+    precision: str,
+    device: torch.device,
+    measure: Callable[..., torch.Tensor],
+) -> list[torch.Tensor]:
+    """Return measure(logits [R, p, V], targets [R, p], weights [R, p]) of chunks of positions."""
+    tokens, positions, targets, weight, at = arrays
+    rows, width = positions.shape
     config: Any = model.config
     most = LOGITS if device.type == "cpu" else GPU_LOGITS
     step = max(1, most // (rows * config.get_text_config().vocab_size))
@@ -42,20 +71,20 @@ def nll_sums(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
             logits = model(
                 input_ids=tokens, position_ids=at, logits_to_keep=positions, use_cache=False
             ).logits
-        return _sums(logits, targets, weight, members)
+        return [measure(logits, targets, weight)]
 
     def part(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with autocast(precision, device):
             # contiguous: of a slice, a product would take one copy of the weight per row
-            return _sums(logits_of(model, hidden.contiguous()), targets, weight, members)
+            return measure(logits_of(model, hidden.contiguous()), targets, weight)
 
     with autocast(precision, device):
         hidden = hidden_states(model, tokens, positions, at)
-    sums = []
-    for chunk in zip(*(x.split(step, 1) for x in (hidden, targets, weight))):
-        # the backward pass computes a chunk's logits again: kept, they would be whole after all
-        sums.append(checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False))
-    return torch.stack(sums).sum(0)
+    # the backward pass computes a chunk's logits again: kept, they would be whole after all
+    return [
+        checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(*(x.split(step, 1) for x in (hidden, targets, weight)))
+    ]
 
 
 def inputs(batch: Batch, device: torch.device) -> tuple[Any, ...]:
@@ -72,7 +101,15 @@ def _sums(
     logits_RPV: torch.Tensor, targets_RP: torch.Tensor, weight_RP: torch.Tensor, members: int
 ) -> torch.Tensor:
     """Return each member's summed cross-entropy, [N]; its rows are neighbours."""
+    nll_RP = -_log_p(logits_RPV, targets_RP, weight_RP)
+    return (nll_RP.flatten() * weight_RP.flatten().to(nll_RP.dtype)).view(members, -1).sum(1)
+
+
+def _log_p(
+    logits_RPV: torch.Tensor, targets_RP: torch.Tensor, weight_RP: torch.Tensor
+) -> torch.Tensor:
+    """Return log p of each target, [R, P]."""
     if logits_RPV.dtype in (torch.bfloat16, torch.float16):
         logits_RPV = logits_RPV.float()
     nll = F.cross_entropy(logits_RPV.flatten(0, 1), targets_RP.flatten(), reduction="none")
-    return (nll * weight_RP.flatten().to(nll.dtype)).view(members, -1).sum(1)
+    return -nll.view(targets_RP.shape)

@@ -13,14 +13,13 @@ import torch
 
 from lorasweep.data.batches import Batch, collate, eval_batches, merge
 from lorasweep.data.examples import Data, Example
-from lorasweep.errors import DataError
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.head import check_rows_stay_apart
 from lorasweep.models.sharding import Mesh
-from lorasweep.spec.metric import Metric
+from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Record
-from lorasweep.train.objectives.base import Evaluation
+from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, refuse_other_data
 from lorasweep.train.objectives.held_out import evaluate, evaluate_exact, floors
 from lorasweep.train.objectives.nll import nll_sums
 
@@ -35,8 +34,6 @@ DIVERGED_PATIENCE updates in a row. Relative, because an absolute bound would me
 for every model."""
 DIVERGED_PATIENCE = 8
 """Assumption, not tuned."""
-DATA_SHA256 = "data_sha256"
-"""Key of the data's fingerprint in results and checkpoints."""
 EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
 """Padded tokens per evaluation forward: per member on a CPU, of all members on a GPU. On a CPU it
 does not depend on the pack size, so that held-out losses are summed over the same rows in every
@@ -46,7 +43,7 @@ pack."""
 class SupervisedFineTuning:
     """Supervised fine-tuning on examples with a loss mask; each run has a data set."""
 
-    metric = Metric()
+    metric = METRICS["sft"]
 
     def __init__(
         self,
@@ -215,12 +212,8 @@ class SupervisedFineTuning:
         self._code_nats[run] = state.get("code_nats", math.nan)
         if DATA_SHA256 not in state:
             self._unknown_start.add(run)
-        elif state[DATA_SHA256] != self._data[run].sha256:
-            raise DataError(
-                f"run {run} was started on other data (fingerprint {state[DATA_SHA256]}) than are "
-                f"there now ({self._data[run].sha256}). Get those data back, or delete the folder "
-                f"{run} in the run folder, which starts the run anew."
-            )
+        else:
+            refuse_other_data(run, state[DATA_SHA256], self._data[run].sha256)
 
     def _batched(self, examples: Sequence[Example]) -> list[Batch]:
         """Lay held-out examples out, once: an update's evaluations share them."""

@@ -181,6 +181,15 @@ def test_what_is_stated_of_a_claims_power_is_checked(stated):
         check_sweep("x", Sweep(question="?", claims={"c": claim}, arms={"a": {"method": "lora"}}))
 
 
+def test_a_claim_that_contradicts_the_metrics_direction_is_refused(compose):
+    claim = "sweep.claims.ratio.better"
+    assert compose("+sweep=lr_ratio", "scale=smoke", f"{claim}=lower").points
+    with pytest.raises(SpecError, match=r"claim 'ratio': better=higher.*lower is better"):
+        compose("+sweep=lr_ratio", "scale=smoke", f"{claim}=higher")
+    with pytest.raises(SpecError, match=r"better='more'. Allowed: lower, higher"):
+        compose("+sweep=lr_ratio", "scale=smoke", f"{claim}=more")
+
+
 def test_expand_drops_duplicates():
     sweep = Sweep(arms={"a": {"method": "lora", "rank": [4], "lr": [1e-3, 1.0001e-3]}})
     assert len(expand(tiny_spec(), sweep, None, None)) == 1

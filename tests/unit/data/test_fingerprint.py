@@ -16,6 +16,7 @@ from tests.world import compose_request, tiny_spec
 SHIPPED = {
     "dialect": ("dataset=dialect",),
     "dialect_few": ("dataset=dialect_few",),
+    "bandit": ("model=tiny64-knows", "dataset=bandit"),
     "facts": ("model=tiny64-facts", "dataset=facts"),
     "skills": ("model=tiny64-skills", "dataset=skills"),
 }

@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 
 from lorasweep.data import load as data
-from lorasweep.data.problems import boxed, marked, problems
+from lorasweep.data.problems import problems
+from lorasweep.data.rewards import boxed, marked
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from tests.bpe import llama_like, qwen_like

@@ -1,0 +1,69 @@
+"""Turn the metric of runs into a loss, once, where a table enters: all else takes lower as better.
+
+Results name their metric and its direction if it is not the held-out NLL.
+"""
+
+import json
+from typing import Any
+
+import pandas as pd
+
+from analysis.runs.table import TableError
+
+LOSS, START = "test_nll", "nll_start"
+"""Columns of a table that hold the loss of a run, and of the model before training."""
+
+
+def as_losses(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with each run's metric as a loss, in all columns and its learning curve.
+
+    A metric of which more is better is negated; `test_nll` and `nll_start` then hold the negative.
+    A table whose results name no metric comes back as it is.
+
+    Raises:
+        TableError: runs that are compared have different metrics.
+    """
+    if "metric" not in table.columns or table["metric"].isna().all():
+        return table
+    _check_groups(table)
+    rows = [_as_loss(row) for row in table.to_dict("records")]
+    return pd.DataFrame(rows, index=table.index)
+
+
+def shown(table: pd.DataFrame) -> tuple[str, int]:
+    """Return the metric's name in figures, and -1 if more is better, from a table of raw runs."""
+    named = table.dropna(subset="metric") if "metric" in table.columns else table[:0]
+    if not len(named):
+        return "test NLL (nats per token)", 1
+    metric = json.loads(named["result"].iloc[0])["metric"]
+    return metric["label"], -1 if metric["higher_is_better"] else 1
+
+
+def _as_loss(row: dict[str, Any]) -> dict[str, Any]:
+    result = json.loads(row["result"])
+    if "metric" not in result:
+        return row
+    metric = result["metric"]
+    name, sign = metric["name"], -1.0 if metric["higher_is_better"] else 1.0
+
+    def losses(values: dict[str, Any]) -> dict[str, Any]:
+        of = ((LOSS, name), (f"{LOSS}_curve", f"{name}_curve"))
+        return values | {to: sign * values[k] for to, k in of if values.get(k) is not None}
+
+    curve = [losses(point) for point in result.get("curve") or []]
+    changed = losses({**result, "curve": curve})
+    start = curve[0].get(LOSS) if curve else None
+    of_start = {} if start is None else {START: start}
+    row = {**row, LOSS: changed.get(LOSS), **of_start}
+    return {**row, "result": json.dumps({**changed, **of_start}, sort_keys=True)}
+
+
+def _check_groups(table: pd.DataFrame) -> None:
+    named = table["metric"].fillna(LOSS)
+    for (model, dataset), metrics in named.groupby([table["model"], table["dataset"]]):
+        if metrics.nunique() > 1:
+            raise TableError(
+                f"the runs of {model!r} on {dataset!r} are measured by {metrics.nunique()} metrics "
+                f"({', '.join(sorted(metrics.unique()))}), which cannot share a curve. Analyse "
+                "them apart."
+            )

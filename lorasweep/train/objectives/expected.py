@@ -1,0 +1,102 @@
+"""Held-out reward of every member: the expected one where it can be enumerated, else of samples.
+
+Shapes: N members, M positions per member.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lorasweep.data.batches import eval_batches, merge
+from lorasweep.data.examples import Example, Rewards
+from lorasweep.data.rewards import prompt_of
+from lorasweep.spec.streams import stream
+from lorasweep.train.objectives.nll import token_log_p
+from lorasweep.train.objectives.rewarding import standard_error
+from lorasweep.train.sampling import sample
+
+if TYPE_CHECKING:
+    from torch import nn
+
+EVAL_TOKENS = 4096
+"""Padded tokens per member and evaluation forward. It does not depend on the pack size."""
+
+
+@torch.no_grad()
+def measure(
+    model: "nn.Module",
+    rows_N: Sequence[Sequence[Example]],
+    rewards_N: Sequence[Rewards],
+    max_new_tokens: int,
+    precision: str,
+    join_rows: bool = False,
+) -> list[tuple[float, float]]:
+    """Return the mean reward of each member on its rows, and its standard error over the rows.
+
+    Where only the row's own answer is rewarded, the reward of a row is that answer's probability:
+    the expected reward of the policy. Elsewhere it is that of one answer, drawn with the same
+    random numbers in every run and at every step.
+    """
+    if all(r.exact for r in rewards_N):
+        values_N = _probabilities(model, rows_N, precision, join_rows)
+    else:
+        values_N = _sampled(model, rows_N, rewards_N, max_new_tokens, precision)
+    return [(float(v.mean()), standard_error(v)) for v in values_N]
+
+
+def _probabilities(
+    model: "nn.Module", rows_N: Sequence[Sequence[Example]], precision: str, join_rows: bool
+) -> list[np.ndarray]:
+    """Return the probability of each row's own answer, in the order of their lengths."""
+    batches_N = [eval_batches(rows, EVAL_TOKENS, join_rows) for rows in rows_N]
+    found: list[list[np.ndarray]] = [[] for _ in rows_N]
+    for k in range(max(map(len, batches_N))):
+        merged = merge([own[k % len(own)] for own in batches_N])
+        log_p_NM = token_log_p(model, merged, precision).double().cpu().numpy()
+        for n, own in enumerate(batches_N):
+            if k < len(own):
+                found[n].append(log_p_NM[n, : own[k].n_loss])
+    values = []
+    for rows, log_p in zip(rows_N, found):
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens), i))
+        lengths = [int(rows[i].loss.sum()) for i in order]
+        starts = np.cumsum([0, *lengths[:-1]])
+        values.append(np.exp(np.add.reduceat(np.concatenate(log_p), starts)))
+    return values
+
+
+def _sampled(
+    model: "nn.Module",
+    rows_N: Sequence[Sequence[Example]],
+    rewards_N: Sequence[Rewards],
+    most: int,
+    precision: str,
+) -> list[np.ndarray]:
+    """Return the reward of one answer to each row's prompt."""
+    count = max(map(len, rows_N))
+    uniforms = stream("sample", "held out").random((count, most))
+    # a member with fewer rows repeats its own, which do not count
+    prompts_N = [[prompt_of(rows[i % len(rows)]) for i in range(count)] for rows in rows_N]
+    uniforms_NPL = np.repeat(uniforms[None], len(rows_N), 0)
+    answers_N = sample(model, prompts_N, uniforms_NPL, rewards_N[0].end_tokens, precision)
+    return [
+        np.array([rewards.of(row, t) or 0.0 for row, t in zip(rows, answers.tokens)])
+        for rows, rewards, answers in zip(rows_N, rewards_N, answers_N)
+    ]
+
+
+def bits_learned(reward: float, choices: int) -> float:
+    """Return the least information about one label that reaches this expected reward, in bits.
+
+    The label is one of `choices` equally likely ones, and the reward is the probability of naming
+    it: the rate-distortion function of a uniform source under Hamming distortion (Cover & Thomas,
+    Elements of Information Theory, 2nd ed., problem 10.5). 0 at chance and below.
+    """
+    miss = 1 - reward
+    if miss >= 1 - 1 / choices:
+        return 0.0
+    entropy = sum(-p * math.log2(p) for p in (reward, miss) if p > 0)
+    return math.log2(choices) - entropy - miss * math.log2(choices - 1)

@@ -1,0 +1,263 @@
+"""Sample answers from the policies of a pack: N members on one base, together, with a KV cache.
+
+Any causal model of transformers, with its own cache. A prompt is read once, whatever the number of
+its answers. Each answer has random numbers of its own, so what a member draws depends on the rest
+of its pack by rounding only.
+
+Shapes: N members, P prompts of a member, G answers to a prompt, R = N * P * G answers in the order
+of members and prompts, T tokens of the longest prompt, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lorasweep.models.precision import autocast
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Answers:
+    """What one member sampled: P * G answers, prompt by prompt."""
+
+    tokens: list[np.ndarray]
+    """Of each answer, its end token included."""
+    log_p: list[np.ndarray]
+    """Of each of these tokens, in nats, under the policy that drew it."""
+    entropy: float
+    """Mean entropy of the distributions that the tokens were drawn from, in nats."""
+    largest_logit: float
+    ended: np.ndarray
+    """bool [P * G]: whether it has an end token; False: it was cut off."""
+
+
+ROWS = 1024
+"""Answers of a member that are sampled at once. It does not depend on the size of the pack."""
+
+
+@torch.no_grad()
+def sample(
+    model: "nn.Module",
+    prompts: Sequence[Sequence[np.ndarray]],
+    uniforms_NAL: np.ndarray,
+    end_tokens: Sequence[int],
+    precision: str,
+) -> list[Answers]:
+    """Sample answers at temperature 1 to the prompts of each member, as many for each member.
+
+    Args:
+        prompts: token ids, for each member and prompt.
+        uniforms_NAL: float64 in [0, 1), [N, P * G, most tokens of an answer]; number t decides
+            token t of an answer.
+        end_tokens: tokens that end an answer; none: all answers have the most tokens.
+    """
+    group = uniforms_NAL.shape[1] // len(prompts[0])
+    size = max(1, ROWS // group)
+    parts = [
+        _together(
+            model,
+            [own[k : k + size] for own in prompts],
+            uniforms_NAL[:, k * group : (k + size) * group],
+            end_tokens,
+            precision,
+        )
+        for k in range(0, len(prompts[0]), size)
+    ]
+    return [_joined(own) for own in zip(*parts)]
+
+
+def _together(
+    model: "nn.Module",
+    prompts: Sequence[Sequence[np.ndarray]],
+    uniforms_NAL: np.ndarray,
+    end_tokens: Sequence[int],
+    precision: str,
+) -> list[Answers]:
+    n, answers, most = uniforms_NAL.shape
+    group = answers // len(prompts[0])
+    device = next(model.parameters()).device
+    draw = _Draw(torch.from_numpy(uniforms_NAL).reshape(n * answers, most).to(device), end_tokens)
+    tokens, mask = _padded_left([p for own in prompts for p in own], device)
+    step = _Steps(model, precision, tokens, mask, group, most > 1)
+    alive_R = draw.first(step.logits)
+    for t in range(1, most):
+        if not bool(alive_R.any()):
+            break
+        alive_R = step.without_ended(alive_R, n)
+        alive_R = draw.next(step.next(draw.tokens[step.index, t - 1]), t, step.index, alive_R)
+    return draw.of_members(n)
+
+
+def _joined(parts: Sequence[Answers]) -> Answers:
+    """Join the answers of one member."""
+    if len(parts) == 1:
+        return parts[0]
+    counts = [sum(map(len, p.tokens)) for p in parts]
+    return Answers(
+        [t for p in parts for t in p.tokens],
+        [x for p in parts for x in p.log_p],
+        float(np.average([p.entropy for p in parts], weights=counts)),
+        max(p.largest_logit for p in parts),
+        np.concatenate([p.ended for p in parts]),
+    )
+
+
+def _padded_left(
+    rows: Sequence[np.ndarray], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the rows as [rows, T] and the mask of their tokens; None if they are equally long."""
+    longest = max(map(len, rows))
+    tokens = np.zeros((len(rows), longest), dtype=np.int64)
+    mask = np.zeros_like(tokens)
+    for k, row in enumerate(rows):
+        tokens[k, longest - len(row) :] = row
+        mask[k, longest - len(row) :] = 1
+    equal = bool(mask.all())
+    return torch.from_numpy(tokens).to(device), None if equal else torch.from_numpy(mask).to(device)
+
+
+class _Steps:
+    """The forward passes: the prompts once, then one token of every answer at a time."""
+
+    def __init__(
+        self,
+        model: Any,
+        precision: str,
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        group: int,
+        more: bool,
+    ) -> None:
+        """Read the prompts; `more`: answers may have more than one token."""
+        from transformers import DynamicCache
+
+        self._model, self._precision = model, precision
+        self._mask, self._cache = mask, DynamicCache(config=model.config) if more else None
+        self._length = tokens.shape[1]
+        at = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+        self._next_at = None if at is None else at[:, -1:].repeat_interleave(group, 0) + 1
+        self.logits = self._forward(tokens, at)
+        self.index = torch.arange(len(tokens) * group, device=tokens.device)
+        """Numbers of the answers that are still computed, in the order of the rows."""
+        if self._cache is not None:
+            self._cache.batch_repeat_interleave(group)
+            self._mask = None if mask is None else mask.repeat_interleave(group, 0)
+
+    def _forward(self, tokens: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
+        with autocast(self._precision, tokens.device):
+            logits = self._model(
+                input_ids=tokens,
+                attention_mask=self._mask,
+                position_ids=at,
+                cache=self._cache,
+                use_cache=self._cache is not None,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def next(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the logits behind one more token of every answer."""
+        at = self._next_at
+        if at is None:
+            at = torch.full((len(tokens), 1), self._length, device=tokens.device)
+            self._length += 1
+        else:
+            self._mask = torch.cat([self._mask, torch.ones_like(at)], 1)
+            self._next_at = at + 1
+        return self._forward(tokens[:, None], at)
+
+    def without_ended(self, alive_R: torch.Tensor, n: int) -> torch.Tensor:
+        """Leave out ended answers once half are; every member keeps the same number of rows."""
+        alive_NA = alive_R.view(n, -1)
+        keep = int(alive_NA.sum(1).max())
+        if not 0 < 2 * keep <= alive_NA.shape[1]:
+            return alive_R
+        first = (~alive_NA).to(torch.int8).argsort(dim=1, stable=True)[:, :keep]
+        rows = (first + torch.arange(n, device=first.device)[:, None] * alive_NA.shape[1]).flatten()
+        self._cache.batch_select_indices(rows)
+        self.index = self.index[rows]
+        if self._next_at is not None:
+            self._mask, self._next_at = self._mask[rows], self._next_at[rows]
+        return alive_R[rows]
+
+
+class _Draw:
+    """The tokens that are drawn, with their log-probabilities."""
+
+    def __init__(self, uniforms_RL: torch.Tensor, end_tokens: Sequence[int]) -> None:
+        self._uniforms, device = uniforms_RL, uniforms_RL.device
+        self._ends = torch.tensor(list(end_tokens), dtype=torch.int64, device=device)
+        rows, most = uniforms_RL.shape
+        self.tokens = torch.zeros(rows, most, dtype=torch.int64, device=device)
+        self._log_p = torch.zeros(rows, most, dtype=torch.float64, device=device)
+        self._entropy = torch.zeros(rows, most, dtype=torch.float64, device=device)
+        self._length = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._largest = torch.zeros(rows, dtype=torch.float64, device=device)
+
+    def first(self, logits: torch.Tensor) -> torch.Tensor:
+        """Draw the first token of every answer; `logits` [N * P, V] are those of the prompts."""
+        every = torch.arange(len(self.tokens), device=logits.device)
+        return self.next(logits, 0, every, torch.ones_like(self._ended))
+
+    def next(
+        self, logits: torch.Tensor, t: int, index: torch.Tensor, alive: torch.Tensor
+    ) -> torch.Tensor:
+        """Draw token t of the answers `index` that are alive; return which of them go on.
+
+        Neighbours share a row of the logits if there are fewer rows than answers.
+        """
+        rows = len(logits)
+        log_p = torch.log_softmax(logits, -1)
+        p = log_p.double().exp()
+        # the first token whose cumulative probability is above the random number
+        cumulative = p.cumsum(-1)
+        wanted = self._uniforms[index, t].view(rows, -1) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, wanted, right=True).clamp(max=logits.shape[1] - 1)
+        entropy = -(p * log_p.double().clamp(min=-1e3)).sum(-1)  # 0 times -inf is nothing
+        largest, share = logits.abs().amax(-1).double(), len(index) // rows
+        at = index[alive]
+        self._log_p[at, t] = log_p.gather(1, token).flatten()[alive].double()
+        self._entropy[at, t] = entropy.repeat_interleave(share)[alive]
+        self._largest[at] = torch.maximum(
+            self._largest[at], largest.repeat_interleave(share)[alive]
+        )
+        drawn = token.flatten()
+        self.tokens[at, t] = drawn[alive]
+        self._length[at] = t + 1
+        ended = torch.isin(drawn, self._ends) & alive
+        self._ended[index[ended]] = True
+        return alive & ~ended
+
+    def of_members(self, n: int) -> list[Answers]:
+        """Return the answers of each member."""
+        parts = (
+            x.view(n, -1, *x.shape[1:]).cpu().numpy()
+            for x in (
+                *(self.tokens, self._log_p, self._entropy),
+                *(self._length, self._ended, self._largest),
+            )
+        )
+        return [_answers(*own) for own in zip(*parts)]
+
+
+def _answers(
+    tokens: np.ndarray,
+    log_p: np.ndarray,
+    entropy: np.ndarray,
+    length: np.ndarray,
+    ended: np.ndarray,
+    largest: np.ndarray,
+) -> Answers:
+    return Answers(
+        [row[:k].astype(np.int32) for row, k in zip(tokens, length)],
+        [row[:k] for row, k in zip(log_p, length)],
+        float(entropy.sum() / length.sum()),
+        float(largest.max()),
+        ended,
+    )

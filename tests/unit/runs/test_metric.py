@@ -1,0 +1,59 @@
+"""A metric of which more is better becomes a loss at one place; what is fitted does not know it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.optimum.fit import fit_all
+from analysis.questions.registry import analyse
+from analysis.runs.learning_curves import learning_curves
+from analysis.runs.lr_curves import lr_curves
+from analysis.runs.metric import as_losses, shown
+from analysis.runs.table import TableError
+from lorasweep.spec.metric import METRICS
+from lorasweep.store.table import table_row
+from tests.world import tiny_spec
+
+REWARD = METRICS["policy_gradient"]
+
+
+def row(lr, value, metric=REWARD, seed=0):
+    spec = dataclasses.replace(tiny_spec(), lr=lr, seed=seed)
+    curve = [{"step": 0, metric.name: 0.1}, {"step": 4, metric.name: value}]
+    result = {"run_id": spec.id, "state": "done", metric.name: value, "curve": curve}
+    return table_row(spec.plain(), {**result, **metric.stored()})
+
+
+def test_the_best_rate_is_that_of_the_highest_reward():
+    """A planted parabola of the reward, its top between two rates."""
+    rates = 1e-3 * 2.0 ** np.arange(-3, 4)
+    top = np.log(1.2e-3)
+    rewards = {lr: 0.8 - 0.05 * (np.log(lr) - top) ** 2 for lr in rates}
+    noise = {seed: 1e-3 * seed for seed in range(3)}
+    raw = pd.DataFrame([row(lr, r + noise[s], seed=s) for lr, r in rewards.items() for s in noise])
+    assert (raw["test_reward"] > 0).all() and raw["test_nll"].isna().all()
+    losses = as_losses(raw)
+    assert (losses["test_nll"] == -raw["test_reward"]).all()
+    assert (losses["nll_start"] == -0.1).all()
+    assert shown(raw) == ("held-out reward", -1)
+    curve = learning_curves(losses)
+    assert curve["test_nll"].tolist()[:2] == [-0.1, -raw["test_reward"].iloc[0]]
+    again = as_losses(losses)  # what is a loss already stays one
+    assert again["test_nll"].tolist() == losses["test_nll"].tolist()
+    (best,) = fit_all(lr_curves(losses))
+    assert best.best_lr.low < np.exp(top) < best.best_lr.high
+    assert best.best_lr.value == pytest.approx(np.exp(top), rel=0.1)
+
+
+def test_a_table_of_nlls_is_left_as_it_is_and_metrics_are_never_mixed():
+    nlls = pd.DataFrame([row(lr, 1.0, METRICS["sft"]) for lr in (1e-3, 2e-3)])
+    assert as_losses(nlls) is nlls and shown(nlls)[1] == 1
+    mixed = pd.DataFrame([row(1e-3, 1.0, METRICS["sft"]), row(2e-3, 0.5)])
+    with pytest.raises(TableError, match=r"test_nll, test_reward.*Analyse them apart"):
+        as_losses(mixed)
+    with pytest.raises(TableError):
+        analyse(mixed, {"analysis": "lr_ratio", "claims": {}})
+    assert json.loads(nlls["result"].iloc[0])["test_nll"] == 1.0

@@ -1,0 +1,349 @@
+"""The policy gradient: its mean is the gradient of the expected reward, a pack is its runs alone, and
+runs end as they should."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lorasweep.data.rewards import answer_of, prompt_of
+from lorasweep.errors import DataError, ModelError
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.train.finetune import finetune
+from lorasweep.train.objectives import nll, policy_gradient
+from lorasweep.train.objectives.expected import bits_learned, measure
+from lorasweep.train.objectives.policy_gradient import PolicyGradient
+from lorasweep.train.objectives.rollouts import Answer, Group, lay_out
+from lorasweep.train.objectives.surrogate import advantages, surrogate
+from lorasweep.train.sampling import Answers
+from tests.rewarded import rewarded_spec, world
+from tests.training import attached, copied, run, state_at, worst
+
+pytestmark = pytest.mark.usefixtures("norms_in_float64")
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    return {name: world(name) for name in ("bandit", "words")}
+
+
+@pytest.fixture
+def attach():
+    """Attach one member to a model until the test ends."""
+    made = []
+
+    def one(method, base, spec):
+        made.append(attached(method, base.model, spec.model))
+        return made[-1]
+
+    yield one
+    for trained in made:
+        trained.detach()
+
+
+def gradient(trained):
+    return torch.cat([p.grad.flatten() for p in trained.parameters().values()])
+
+
+def objective_of(spec, base, loaded):
+    """An objective that has begun, as if it had just sampled."""
+    objective = PolicyGradient({spec.id: loaded}, spec.precision)
+    objective.start(base, [spec])
+    objective._members = [spec]
+    objective._runs[spec.id].last = {"largest_logit": 1.0}
+    return objective
+
+
+@pytest.mark.parametrize("passes", ["cpu_llama", "transformers"])
+def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(
+    worlds, passes, monkeypatch, attach
+):
+    """Every pair of symbols that a context's group of two may draw, each as likely as it is: through
+    the rows and the loss that training uses. Half of the gradient, since (G - 1) / G = 1/2."""
+    spec, base, loaded = worlds["bandit"]
+    if passes == "transformers":
+        monkeypatch.setattr(nll, "cpu_llama_for", lambda model: None)
+    row, vocab = loaded.test[3], spec.model.vocab_size
+    objective = objective_of(spec, base, loaded)
+    trained = attach(FullFT(), base, spec)
+    tokens = torch.tensor(prompt_of(row)[None].astype(int))
+    log_p = base.model(input_ids=tokens, use_cache=False).logits[0, -1].log_softmax(-1)
+    log_p[int(answer_of(row)[0])].exp().backward()
+    exact = gradient(trained)
+    for p in trained.parameters().values():
+        p.grad = None
+    at = log_p.detach().numpy()
+    answers = []
+    for a in range(vocab):
+        for b in range(vocab):
+            pair = [np.array([a]), np.array([b])]
+            rewards = np.array([[loaded.rewards.of(row, t) for t in pair]])
+            for token, own in zip(pair, advantages(rewards, "none")[0]):
+                likely = math.exp(at[a] + at[b])
+                answers.append(Answer(token, at[token], own * likely / 2))
+    (batch,) = lay_out([[Group(prompt_of(row), answers)]], 10**6, 1, False)
+    assert batch.tokens_N == (4,)  # all of them share the prompt's row
+    objective.loss(base.model, batch).sum().backward()
+    found = -gradient(trained)
+    assert float(exact.norm()) > 1e-3
+    assert float((found - exact / 2).norm()) < 1e-9 * float(exact.norm())
+
+
+def by_hand(model, spec, base_log_p, rows, answers, rewards):
+    """The gradient's loss, written down answer by answer; `spec` has the options."""
+    total, size = 0.0, spec.group_size
+    for k, (tokens, reward) in enumerate(zip(answers, rewards)):
+        prompt, group = prompt_of(rows[k // size]), rewards[k // size * size :][:size]
+        whole = torch.tensor(np.concatenate([prompt, tokens])[None].astype(int))
+        log_ps = model(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
+        own = log_ps[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
+        advantage = reward - sum(group) / size
+        if spec.reward_scale == "group":
+            advantage = advantage / (np.std(group, ddof=1) + 1e-4)
+        gap = own - own.detach()
+        if spec.ratio_level == "sequence":
+            total = total - advantage * gap.mean().exp()
+        else:
+            total = total - (advantage * gap.exp()).sum()
+        if spec.kl_weight:
+            away = base_log_p(whole)[len(prompt) - 1 : -1]
+            away = away.gather(1, whole[0, len(prompt) :, None])[:, 0] - own
+            total = total + spec.kl_weight * (away.exp() - away - 1).sum()
+    return total / len(answers)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reward_scale": "group"},
+        {"ratio_level": "sequence"},
+        {"kl_weight": 0.3},
+        {"clip_ratio": 0.2},
+    ],
+    ids=["the study's", "scaled", "sequence", "kl", "clipped"],
+)
+@pytest.mark.parametrize("rows", [None, 16], ids=["whole", "micro-batches"])
+def test_a_sampled_update_has_the_gradient_written_down_by_hand(worlds, options, rows, attach):
+    """Words of unequal length from a policy that has left the base, groups without a signal among
+    them; the learner's own rows, micro-batches and dropped groups against one answer at a time."""
+    spec, base, loaded = worlds["words"]
+    spec = dataclasses.replace(spec, **options)
+    objective = PolicyGradient({spec.id: loaded}, "fp64", rows)
+    objective.start(base, [spec])
+    trained = attach(LoRA(rank=4), base, spec)
+    for name, p in trained.parameters().items():
+        if ".B" in name:
+            rng = torch.Generator().manual_seed(p.numel())
+            p.data.copy_(0.002 * torch.randn(p.shape, generator=rng, dtype=p.dtype))
+    kept = []
+    sampled = policy_gradient.sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy_gradient, "sample", lambda *a: kept.extend(sampled(*a)) or kept)
+        batches = objective.batches(base.model, 3, [spec])
+    n = spec.batch_size // spec.group_size
+    given = loaded.train(spec.seed, 3 * n, n)
+    answers = kept[0].tokens
+    rewards = [loaded.rewards.of(given[k // spec.group_size], t) for k, t in enumerate(answers)]
+    assert 0 < sum(rewards) < len(rewards)
+    flat = objective._runs[spec.id].last["flat_groups"]
+    assert 0 < flat < 1 and (rows is None) == (len(batches) == 1)
+    weight = torch.stack([objective.weights(b) for b in batches]).sum(0)
+    assert weight.tolist() == [spec.batch_size]
+    for batch in batches:
+        (objective.loss(base.model, batch) / weight).sum().backward()
+    ours = gradient(trained)
+    for p in trained.parameters().values():
+        p.grad = None
+
+    def base_log_p(whole):
+        with torch.no_grad():
+            return objective._reference(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
+
+    by_hand(base.model, spec, base_log_p, given, answers, rewards).backward()
+    theirs = gradient(trained)
+    assert float(theirs.norm()) > 1e-4
+    assert float((ours - theirs).norm()) < 1e-9 * float(theirs.norm())
+
+
+def test_a_clipped_ratio_stops_the_gradient_only_on_the_side_that_it_went_too_far():
+    gap = torch.tensor([[0.5, 0.5, -0.5, -0.5, 0.0]], dtype=torch.float64, requires_grad=True)
+    advantage = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0]], dtype=torch.float64)
+    weight, answer = torch.ones_like(advantage), torch.arange(5)[None]
+    surrogate(gap, advantage, answer, weight, "token", 0.2).sum().backward()
+    ratio = gap.detach().exp()
+    want = -(ratio * advantage) * torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0]])
+    assert torch.allclose(gap.grad, want, atol=1e-12)
+
+
+# ---------------------------------------------------------------- packs
+
+
+@pytest.mark.parametrize("name", ["bandit", "words"])
+def test_a_member_of_a_pack_is_the_run_alone(worlds, name):
+    """Mixed ranks, rates and seeds, over whole trajectories in float64, where no draw flips."""
+    spec, base, loaded = worlds[name]
+    pack = [
+        dataclasses.replace(spec, seed=k % 2, lr=1e-3 * (1 + k), method=LoRA(rank=r))
+        for k, r in enumerate((1, 4, 4))
+    ]
+    pack[1] = dataclasses.replace(pack[1], steps=4)  # one ends early
+    together, records = run(pack, base, loaded)
+    for member in (pack[0], pack[2]):
+        alone, own = run([member], base, loaded)
+        assert worst(alone[member.id], together[member.id]) < 1e-9
+        for ours, theirs in zip(own[member.id], records[member.id], strict=True):
+            for key in ("reward", "flat_groups", "answer_tokens", "cut_off"):
+                assert ours[key] == theirs[key], key
+            assert ours["entropy"] == pytest.approx(theirs["entropy"], abs=1e-9)
+            if "test_reward" in ours:
+                assert ours["test_reward"] == pytest.approx(theirs["test_reward"], abs=1e-9)
+        assert alone[member.id]["meta"]["best_reward"] == pytest.approx(
+            together[member.id]["meta"]["best_reward"], abs=1e-9
+        )
+
+
+def test_full_fine_tuning_and_lora_see_the_same_prompts_and_draw_the_same_first_answers(worlds):
+    spec, base, loaded = worlds["words"]
+    first = {}
+    for method in (FullFT(), LoRA(rank=1)):
+        own = dataclasses.replace(spec, method=method)
+        _, records = run([dataclasses.replace(own, steps=1)], base, loaded)
+        (first[method.name],) = next(iter(records.values()))
+    for key in ("reward", "answer_tokens", "flat_groups"):
+        assert first["fullft"][key] == first["lora"][key]
+
+
+@pytest.mark.parametrize("name", ["bandit", "words"])
+def test_a_resumed_run_ends_in_the_same_bits(worlds, name):
+    spec, base, loaded = worlds[name]
+    whole, records = run([spec], base, loaded)
+    middle = state_at(3, [spec], base, loaded)
+    middle[spec.id]["meta"] = json.loads(json.dumps(middle[spec.id]["meta"]))
+    rest, again = run([spec], base, loaded, resume=middle)
+    for key, tensor in whole[spec.id]["tensors"].items():
+        assert torch.equal(tensor, rest[spec.id]["tensors"][key]), key
+    for key in ("reward", "test_reward", "surrogate"):
+        assert [r.get(key) for r in again[spec.id]] == [r.get(key) for r in records[spec.id][3:]]
+    other = dataclasses.replace(loaded, sha256="other")
+    with pytest.raises(DataError, match="started on other data"):
+        run([spec], base, other, resume=middle)
+
+
+# ---------------------------------------------------------------- how runs end
+
+
+def test_it_learns_the_labels_and_records_what_it_learned(worlds):
+    spec, base, loaded = worlds["bandit"]
+    spec = dataclasses.replace(
+        spec, method=FullFT(), lr=1e-3, steps=24, batch_size=512, precision="fp64"
+    )
+    results = {}
+    for event in finetune([spec], base, loaded):
+        results |= {i: r for i, (_, r) in event.ended.items()}
+    (result,) = results.values()
+    rewards = [point["test_reward"] for point in result["curve"]]
+    assert rewards[0] == result["reward_start"] < 0.1 and rewards[-1] > 0.25
+    assert result["best_reward"] == max(rewards[1:]) and result["answers"] == 24 * 512
+    assert result["bits"] == pytest.approx(64 * bits_learned(rewards[-1], 16))
+    assert result["bits_per_answer"] == pytest.approx(result["bits"] / (24 * 512))
+    assert result["metric"]["higher_is_better"] and "nll_start" not in result
+
+
+def test_the_least_information_of_a_mean_reward():
+    assert bits_learned(1.0, 16) == pytest.approx(4.0)
+    assert bits_learned(1 / 16, 16) == bits_learned(0.0, 16) == 0.0
+    assert bits_learned(0.5, 16) == pytest.approx(4 - 1 - 0.5 * math.log2(15))
+    # Blahut and Arimoto's fixed point for 4 symbols: the test channel of equal errors
+    p, miss = 0.7, 0.1
+    mutual = 2 + p * math.log2(p) + 3 * miss * math.log2(miss)
+    assert bits_learned(0.7, 4) == pytest.approx(mutual)
+
+
+def test_the_expected_reward_is_the_mean_of_samples(worlds):
+    spec, base, _ = worlds["words"]
+    _, _, loaded = world("words", dataset=dataclasses.replace(spec.dataset, n_test=512))
+    rows = [loaded.test]
+    ((exact, exact_se),) = measure(base.model, rows, [loaded.rewards], 6, "fp64")
+    sampled = dataclasses.replace(loaded.rewards, exact=False)
+    ((mean, se),) = measure(base.model, rows, [sampled], 6, "fp64")
+    assert 0.02 < exact < 0.2 and exact_se < se
+    assert abs(mean - exact) < 4 * se
+
+
+def constant(rewards, value):
+    return dataclasses.replace(rewards, of=lambda row, answer: value, exact=False)
+
+
+def test_a_collapse_is_a_result(worlds):
+    spec, base, loaded = worlds["words"]
+    wild = dataclasses.replace(spec, lr=1.0, steps=40, batch_size=64)
+    ended = {}
+    for event in finetune([wild], base, loaded):
+        ended |= event.ended
+    state, result = ended[wild.id]
+    assert state == "diverged" and result["collapsed"] and 8 <= result["steps_done"] < 40
+    assert result["reward"] < result["reward_start"] / 2
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.0, "no answer.*easier"), (1.0, "every.*harder")])
+def test_a_base_without_a_signal_is_said_after_the_first_updates(worlds, value, said, monkeypatch):
+    spec, base, loaded = worlds["bandit"]
+    base.at_start.clear()
+    monkeypatch.setattr(policy_gradient, "check_rows", lambda *_: None)
+    hopeless = dataclasses.replace(loaded, rewards=constant(loaded.rewards, value))
+    with pytest.raises(DataError, match=said):
+        run([dataclasses.replace(spec, steps=50)], base, hopeless)
+    base.at_start.clear()
+    _, records = run([dataclasses.replace(spec, steps=7)], base, hopeless)  # not before
+    assert all(r["flat_groups"] == 1 and r["surrogate"] == 0 for r in records.popitem()[1])
+    base.at_start.clear()
+
+
+def test_unreadable_answers_are_counted_apart(worlds, monkeypatch):
+    spec, base, loaded = worlds["bandit"]
+    monkeypatch.setattr(policy_gradient, "check_rows", lambda *_: None)
+    base.at_start.clear()
+    silent = dataclasses.replace(loaded, rewards=constant(loaded.rewards, None))
+    _, records = run([dataclasses.replace(spec, steps=1)], base, silent)
+    assert records[dataclasses.replace(spec, steps=1).id][0]["unread"] == 1.0
+    base.at_start.clear()
+
+
+def test_a_learner_that_is_not_the_sampler_is_refused(worlds, monkeypatch):
+    spec, base, loaded = worlds["words"]
+    sampled = policy_gradient.sample
+
+    def another(*args):
+        return [
+            Answers(a.tokens, [x + 0.01 for x in a.log_p], *dataclasses.astuple(a)[2:])
+            for a in sampled(*args)
+        ]
+
+    monkeypatch.setattr(policy_gradient, "sample", another)
+    with pytest.raises(ModelError, match="not the same policy"):
+        run([spec], base, loaded)
+
+
+def test_prompts_that_leave_no_room_are_refused_before_training(worlds):
+    spec, base, loaded = worlds["words"]
+    base.at_start.clear()
+    long = dataclasses.replace(spec, max_new_tokens=20)
+    with pytest.raises(DataError, match=r"max_new_tokens=20 is more than max_length=24"):
+        run([long], base, loaded)
+
+
+def test_snapshots_hold_what_the_objective_needs():
+    state = {"below": 3, "answers": 10, "rewarded": 2.0, "best_reward": None, "data_sha256": "x"}
+    spec = rewarded_spec("bandit")
+
+    class Rows:
+        sha256 = "x"
+
+    objective = PolicyGradient({spec.id: Rows()}, "fp32")
+    objective.load_state(spec.id, state)
+    assert objective.state(spec.id) == state and copied({}) == {}

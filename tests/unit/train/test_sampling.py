@@ -1,0 +1,109 @@
+"""Answers sampled with a cache are those that whole forward passes would give, member by member."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from lorasweep.methods.lora import LoRA
+from lorasweep.models.targets import find_targets
+from lorasweep.train import sampling
+from lorasweep.train.sampling import sample
+from tests.rewarded import world
+from tests.unit.train.test_packs import qwen3
+from tests.world import tiny_spec
+
+pytestmark = pytest.mark.usefixtures("norms_in_float64")
+ENDS = (0, 5)
+
+
+@torch.no_grad()
+def one_by_one(model, prompt, uniforms):
+    """Draw one answer with a whole forward pass for every token, of a model that holds one member."""
+    tokens, log_ps = list(map(int, prompt)), []
+    for u in uniforms:
+        logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].double()
+        log_p = logits.log_softmax(-1).numpy()
+        token = int((np.cumsum(np.exp(log_p)) <= u * np.exp(log_p).sum()).sum())
+        tokens.append(token)
+        log_ps.append(log_p[token])
+        if token in ENDS:
+            break
+    return tokens[len(prompt) :], log_ps
+
+
+def attached(spec, base, seeds):
+    """Members whose adapters do something: B is random."""
+    methods = [LoRA(rank=r) for r in sorted((1, 4, 4)[: len(seeds)])]
+    targets = find_targets(base.model, spec.model, methods[0].target_layers())
+    found = methods[0].attach(base.model, targets, methods, seeds)
+    for name, p in found.parameters().items():
+        if ".B" in name:
+            rng = torch.Generator().manual_seed(len(name) + int(p.numel()))
+            p.data.copy_(0.2 * torch.randn(p.shape, generator=rng, dtype=p.dtype))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal prompts", "ragged prompts"])
+def test_a_pack_with_a_cache_draws_what_each_member_draws_alone_without(family, equal, monkeypatch):
+    """Members end their answers at different tokens, and ended rows are left out on the way."""
+    monkeypatch.setattr(sampling, "ROWS", 8)  # two rounds
+    spec = tiny_spec(precision="fp64")
+    if family == "qwen3":
+        spec, base = qwen3(spec)
+    else:
+        spec, base, _ = world("words")
+    rng = np.random.default_rng(0)
+    vocab = spec.model.vocab_size
+    lengths = [5] * 4 if equal else [3, 9, 5, 4]
+    prompts = [[rng.integers(1, vocab, size=n) for n in lengths] for _ in range(3)]
+    uniforms = rng.random((3, 4 * 4, 7))
+    trained = attached(spec, base, (0, 1, 2))
+    together = sample(base.model, prompts, uniforms, ENDS, "fp64")
+    for n in (2, 0):
+        trained.keep([n])
+        for k in (0, 3, 5, 10, 15):
+            tokens, log_p = one_by_one(base.model, prompts[n][k // 4], uniforms[n, k])
+            assert together[n].tokens[k].tolist() == tokens
+            assert np.abs(together[n].log_p[k] - log_p).max() < 1e-10
+            assert together[n].ended[k] == (tokens[-1] in ENDS)
+        trained.detach()
+        trained = attached(spec, base, (0, 1, 2))
+    trained.detach()
+    assert len({len(t) for own in together for t in own.tokens}) > 3
+
+
+def test_symbols_are_drawn_as_often_as_the_policy_says():
+    _, base, loaded = world("bandit")
+    prompt = loaded.test[0].tokens[:-1]
+    uniforms = np.random.default_rng(1).random((1, 4096, 1))
+    (drawn,) = sample(base.model, [[prompt] * 4], uniforms, (), "fp64")
+    with torch.no_grad():
+        logits = base.model(input_ids=torch.tensor(prompt[None].astype(int))).logits[0, -1]
+    p = logits.softmax(-1).numpy()
+    counts = np.bincount([int(t[0]) for t in drawn.tokens], minlength=len(p))
+    seen = p * 4096 > 5
+    chi2 = ((counts - 4096 * p)[seen] ** 2 / (4096 * p[seen])).sum()
+    assert seen.sum() >= 16 and chi2 < 50  # chi2(15 to 20), p below .001
+    assert drawn.entropy == pytest.approx(-(p * np.log(p)).sum(), rel=1e-9)
+    again = sample(base.model, [[prompt] * 4], uniforms, (), "fp64")[0]
+    assert [t.tolist() for t in again.tokens] == [t.tolist() for t in drawn.tokens]
+
+
+def test_the_learner_in_float32_is_the_sampler_to_rounding():
+    _, base, loaded = world("words", precision="fp32")
+    prompts = [r.tokens[: int(r.loss.argmax())] for r in loaded.test[:8]]
+    uniforms = np.random.default_rng(2).random((1, 32, 6))
+    (drawn,) = sample(base.model, [prompts], uniforms, (0,), "fp32")
+    gaps = []
+    for k, tokens in enumerate(drawn.tokens):
+        row = torch.tensor(np.concatenate([prompts[k // 4], tokens])[None].astype(int))
+        with torch.no_grad():
+            log_p = base.model(input_ids=row, use_cache=False).logits[0].log_softmax(-1)
+        at = range(len(prompts[k // 4]) - 1, row.shape[1] - 1)
+        own = log_p[list(at), row[0, len(prompts[k // 4]) :]].double().numpy()
+        gaps.append(np.abs(own - drawn.log_p[k]).max())
+    assert max(gaps) < 1e-5
+    assert dataclasses.asdict(drawn)["largest_logit"] > 1
