@@ -92,7 +92,7 @@ sets that they rest on had been seen (D74). The questions about ranks, short run
 asked of that data set's runs when their final losses had been seen, so they explore too; three of
 the claims about ranks (their difference, the rate of rank 1, the straight line) were stated when
 their answers were known. After that data set fresh seeds went to three rates instead of four.
-Four of eight data sets of the first question are trained."""
+Six of eight data sets of the first question are trained."""
 """Only for the page of the kept answers."""
 
 
