@@ -70,6 +70,12 @@ class Cell:
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load <= FITTING]
         return min(ranks, default=None)
 
+    @property
+    def overfull(self) -> int | None:
+        """The largest rank that cannot hold what is new by that capacity; None without one."""
+        ranks = [r for r, g in self.last.items() if g.load is not None and g.load > 1]
+        return max(ranks, default=None)
+
     @cached_property
     def needed(self) -> AtBest[float]:
         """log2 of the rank that is needed, by seed."""

@@ -47,6 +47,7 @@ ESTIMANDS = (
     "over_allowed_low",
     "over_allowed_beyond",
     "over_allowed_fitting",
+    "over_allowed_overfull",
     "gap_growth",
     "gap_low",
     "gap_nothing",
@@ -120,10 +121,11 @@ def _measured(cell: Cell) -> tuple[Measured, list[Optimum]]:
     else:
         measured["over_allowed_beyond"] = (gap.over_allowed(), at_eighth)
     used = [gap.lora, gap.full, *(c.lora for c in cell.controls)]
-    if cell.fitting is not None:
-        fitting = cell.last[cell.fitting]
-        measured["over_allowed_fitting"] = (fitting.over_allowed(), gates_on_gap(fitting))
-        used.append(fitting.lora)
+    for estimand, rank in (("fitting", cell.fitting), ("overfull", cell.overfull)):
+        if rank is not None:
+            at_rank = cell.last[rank]
+            measured[f"over_allowed_{estimand}"] = (at_rank.over_allowed(), gates_on_gap(at_rank))
+            used.append(at_rank.lora)
     smallest = min(cell.last)
     if smallest in cell.first:
         first, last = cell.first[smallest], cell.last_on_first_rows[smallest]

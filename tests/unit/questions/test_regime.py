@@ -187,6 +187,14 @@ def test_a_rank_that_fits_by_two_bits_a_parameter_is_judged_at_its_load(ask):
     assert verdicts(out, "fits") == {"8 symbols, change of rank 2": "REFUTED"}
 
 
+@pytest.mark.parametrize(("gap", "outcome"), [(0.1, "SUPPORTED"), (0.0, "REFUTED")])
+def test_a_rank_without_room_by_two_bits_a_parameter_is_judged_as_well(ask, gap, outcome):
+    """3e4 bits are a load of 1.5 for rank 2, and of 0.7 for rank 4."""
+    world = Cells(lambda r, s, e: {1: 0.2, 2: gap, 4: 0.05}[r], bits=3e4)
+    out = ask_regime(ask, world, LOW, ranks="[1,2,4]")
+    assert verdicts(out, "overfull") == {"8 symbols, change of rank 2": outcome}
+
+
 def test_where_nothing_is_new_no_claim_of_load_is_made_and_missing_cells_are_said(ask):
     out = ask_regime(ask, Cells(lambda r, s, e: 0.0), NULL)
     assert verdicts(out, "nothing") == {"nothing new": "SUPPORTED"}
