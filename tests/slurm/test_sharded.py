@@ -1,7 +1,9 @@
 """One run over two nodes of a real Slurm, by gloo: as one process trains it, killed and stopped."""
 
+import contextlib
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,7 @@ def test_two_processes_on_two_nodes_make_the_update_of_one(queue, tmp_path):
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_four_processes_on_two_nodes_are_killed_and_stopped_and_go_on(queue, tmp_path):
     """A process of the second node is killed; then Slurm warns the job, which queues itself again.
     With two processes on each node, of two GPUs."""
@@ -56,10 +59,7 @@ def test_four_processes_on_two_nodes_are_killed_and_stopped_and_go_on(queue, tmp
     wait_for(lambda: any(len(store.records(i)) > 3 for i in store.existing()))
     (rid,) = store.existing()
     job = submitted(there)[0].jobs[0]
-    pids = queue.command("scontrol", "listpids", job).splitlines()[1:]
-    second = [int(line.split()[0]) for line in pids if line.split()[2] == "1"]
-    leader = store.owner(rid, 1)["pid"]
-    os.kill(next(pid for pid in second if pid != leader and is_worker(pid)), signal.SIGKILL)
+    os.kill(last_process(job, 3), signal.SIGKILL)
     wait_for(lambda: store.last_attempt(rid) == 2)
     wait_for(lambda: len(store.records(rid)) > 10)
     queue.command("scancel", "--signal=USR2", job)
@@ -75,7 +75,13 @@ def test_four_processes_on_two_nodes_are_killed_and_stopped_and_go_on(queue, tmp
     assert same(dict(records[0]), dict(records[1]), 1e-9) and len(records[0]) == 50
 
 
-def is_worker(pid):
-    """Return whether a process is one that trains."""
-    with open(f"/proc/{pid}/cmdline", encoding="ascii") as file:
-        return "lorasweep.launch.worker" in file.read() and "srun" not in file.read()
+def last_process(job, rank):
+    """Return the process id of the process of a run with this number, in a job."""
+    wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            command = path.with_name("cmdline").read_text().split("\0")
+            given = set(path.read_text(errors="replace").split("\0"))
+            if "lorasweep.launch.worker" in command and "srun" not in command and wanted <= given:
+                return int(path.parent.name)
+    raise AssertionError(f"job {job} has no process {rank}")
