@@ -96,7 +96,7 @@ class Leader:
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
     ) -> Iterator[Event]:
         """Train one run, from the start or from its state."""
-        self._leave()
+        self.leave()
         self._events = self._lead(pack, exec_, resume)
         return self._events
 
@@ -133,14 +133,14 @@ class Leader:
             self._mesh.broadcast((WRITE, run, folder))
             return write(folder, tensors, self._mesh)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """End a training that is not over, in all processes."""
         if self._events is not None:
             self._events.close()
 
     def dismiss(self) -> None:
         """Let the others end."""
-        self._leave()
+        self.leave()
         if not self.broken:
             self._mesh.broadcast(None)
 

@@ -128,8 +128,10 @@ def _run(
             execute(specs, exec_, store, trainer, report, stop, rows, limits)
         if stop.set:
             raise Stopped
-        if isinstance(trainer, Leader) and trainer.broken:
-            return  # a training failed, and is recorded; new processes train the other packs
+        if isinstance(trainer, Leader):
+            trainer.leave()
+            if trainer.broken:
+                return  # a training failed, and is recorded; new processes train the other packs
 
 
 if __name__ == "__main__":

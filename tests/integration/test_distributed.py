@@ -51,6 +51,8 @@ def trained(folder, size, *more):
     store.prepare()
     points = [p for r in requests for p in r.points]
     local.run_points(points, store, requests[0].exec, lambda event: None)
+    leaders = {store.owner(p.id, 1)["pid"] for p in points}
+    assert len(leaders) == 1, "one set of processes trains them all"
     return {
         kind: {**store.result(p.id), **store.records(p.id)[-1]} for kind, p in zip(KINDS, points)
     }
