@@ -64,8 +64,13 @@ class LrCurve:
 
     @property
     def group(self) -> str:
-        """Name the group within which arms are compared: model, data set, batch size, steps."""
+        """Name the group within which arms are compared: model, data set, batch size, steps.
+
+        And the objective, if it is not the likelihood of given answers.
+        """
         shown = [f"{self.key['model']} on {self.key['dataset']}"]
+        if _known(self.key.get("objective")):
+            shown.append(str(self.key["objective"]).replace("_", " "))
         shown += [
             f"{text} {int(self.key[k])}"
             for k, text in (("batch_size", "batch"), ("steps", "steps"))

@@ -31,10 +31,15 @@ def as_losses(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown(table: pd.DataFrame) -> tuple[str, int]:
-    """Return the metric's name in figures, and -1 if more is better, from a table of raw runs."""
+    """Return the metric's name in figures, and -1 if more is better, from a table of raw runs.
+
+    Of runs with several metrics their losses are shown.
+    """
     named = table.dropna(subset="metric") if "metric" in table.columns else table[:0]
     if not len(named):
         return "test NLL (nats per token)", 1
+    if table["metric"].fillna(LOSS).nunique() > 1:
+        return "loss (a reward's negative)", 1
     metric = json.loads(named["result"].iloc[0])["metric"]
     return metric["label"], -1 if metric["higher_is_better"] else 1
 
@@ -60,7 +65,9 @@ def _as_loss(row: dict[str, Any]) -> dict[str, Any]:
 
 def _check_groups(table: pd.DataFrame) -> None:
     named = table["metric"].fillna(LOSS)
-    for (model, dataset), metrics in named.groupby([table["model"], table["dataset"]]):
+    objective = table["objective"].fillna("") if "objective" in table.columns else ""
+    groups = [table["model"], table["dataset"], pd.Series(objective, table.index)]
+    for (model, dataset, _), metrics in named.groupby(groups):
         if metrics.nunique() > 1:
             raise TableError(
                 f"the runs of {model!r} on {dataset!r} are measured by {metrics.nunique()} metrics "

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 REQUIRED = ("status", "model", "dataset", "method", "rank", "lr", "seed", "test_nll")
-GROUP_KEYS = ("model", "dataset", "batch_size", "steps")
+GROUP_KEYS = ("model", "dataset", "objective", "batch_size", "steps")
 """Arms are compared only between runs that agree in these."""
 CURVE_KEYS = (
     *GROUP_KEYS,
@@ -30,6 +30,12 @@ CURVE_KEYS = (
     "eps",
     "weight_decay",
     "clip_norm",
+    "group_size",
+    "max_new_tokens",
+    "reward_scale",
+    "ratio_level",
+    "clip_ratio",
+    "kl_weight",
 )
 """Runs that agree in these form one lr curve: they differ only in lr and seed."""
 CUT_FROM = "cut_from_steps"

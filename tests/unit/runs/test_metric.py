@@ -57,3 +57,22 @@ def test_a_table_of_nlls_is_left_as_it_is_and_metrics_are_never_mixed():
     with pytest.raises(TableError):
         analyse(mixed, {"analysis": "lr_ratio", "claims": {}})
     assert json.loads(nlls["result"].iloc[0])["test_nll"] == 1.0
+
+
+def test_the_same_data_learned_by_reward_and_by_cross_entropy_are_two_groups():
+    """As the control of a bandit is: equal rates and seeds, and neither a run twice nor one curve."""
+
+    def rewarded(lr, value):
+        sampled = {"objective": "policy_gradient", "group_size": 4, "max_new_tokens": 1}
+        spec = dataclasses.replace(tiny_spec(), lr=lr, **sampled)
+        result = {"run_id": spec.id, "state": "done", "test_reward": value}
+        curve = [{"step": 0, "test_reward": 0.1}]
+        return table_row(spec.plain(), {**result, "curve": curve, **REWARD.stored()})
+
+    rates = (1e-3, 2e-3, 4e-3)
+    both = [rewarded(lr, 0.5) for lr in rates] + [row(lr, 1.0, METRICS["sft"]) for lr in rates]
+    table = pd.DataFrame(both)
+    curves = lr_curves(as_losses(table))
+    assert sorted(c.y.mean() for c in curves) == [-0.5, 1.0]
+    assert len({c.group for c in curves}) == 2 and shown(table)[1] == 1
+    assert any("policy gradient" in c.group for c in curves)
