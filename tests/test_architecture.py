@@ -30,7 +30,7 @@ ORDER = {
         ["store"],
         ["tracking"],
         ["plan"],
-        ["models"],
+        ["models", "advise"],
         ["train"],
         ["launch"],
         ["config"],

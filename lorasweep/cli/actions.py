@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli import answer, cluster, finished_runs, status, study
+from lorasweep.cli import advise, answer, cluster, finished_runs, status, study
 from lorasweep.cli.plans import forecast, plan_text
 from lorasweep.cli.points import all_points, qualifying
 from lorasweep.cli.progress import Display
@@ -52,6 +52,8 @@ def act(
     `trainer` replaces the real one in tests and benchmarks. `follow`: the task, inside a follow-up
     job on a cluster.
     """
+    if request.action == "advise":
+        return advise.show(request)
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
     with suppress(OSError):  # not there, or not to be read: the action says so
         files.share_as(store.root)

@@ -19,7 +19,12 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.folders import conf_dir, exec_of
-from lorasweep.config.ignored import refuse_overwritten, refuse_shadows, refuse_unread
+from lorasweep.config.ignored import (
+    refuse_advice,
+    refuse_overwritten,
+    refuse_shadows,
+    refuse_unread,
+)
 from lorasweep.config.schema import ACTIONS, FORMATS, MIRRORS, Config, writable
 from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.launch.slurm.resources import check as check_cluster
@@ -39,6 +44,7 @@ from lorasweep.sweep.request import HASH_DIGITS, Request, runs_hash
 REQUEST_KEYS = (
     *("action", "format", "mirror", "table", "run", "out"),
     *("sample", "max_difference", "watch", "prune"),
+    *("customers", "customer", "why", "write_sweep"),
 )
 """Settings of the command itself, which a request keeps as they are."""
 NO_SCALE = re.compile(r"Interpolation key 'sweep\.at\.(\w+)\.")
@@ -113,12 +119,14 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     check_cluster(cluster)
     check_pack_size(exec_, cluster)
     sweep_name = choices.get("sweep")
+    refuse_advice(config, sweep_name)
     common = {
         **{name: getattr(config, name) for name in REQUEST_KEYS},
         "scale": config.scale.name,
         "exec": exec_,
         "cluster": cluster,
         "hardware": _hardware(config),
+        "folders": [s.path for s in sources if s.schema == "file"],
     }
     base = _run_spec(config)
     if sweep_name is None:
@@ -156,7 +164,7 @@ def _single(config: Config, run: RunSpec) -> list[Point]:
             "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
             "+sweep=NAME."
         )
-    if config.action in ("export", "import", "adapter", "extend", "qualify"):
+    if config.action in ("export", "import", "adapter", "extend", "qualify", "advise"):
         return []
     validate(run)
     return [Point(run.method.name, run)]
@@ -248,10 +256,10 @@ def _hardware(config: Config) -> dict[str, Any]:
     if config.hardware == {"name": detect.NAME}:
         return {}
     name = from_plain(config.hardware).name
-    if config.action != "plan" and config.cluster.kind != "slurm":
+    if config.action not in ("plan", "advise") and config.cluster.kind != "slurm":
         raise SpecError(
-            f"hardware={name} with action={config.action}: only action=plan and cluster=slurm are "
-            "for other hardware. Add action=plan, or leave hardware out."
+            f"hardware={name} with action={config.action}: only action=plan, action=advise and "
+            "cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
         )
     return config.hardware
 

@@ -92,3 +92,18 @@ def refuse_shadows(user_folders: list[Path]) -> None:
                     f"{path} has the name of a shipped file and would be ignored. Rename it, "
                     f"for example to {relative.with_stem('my_' + relative.stem)}."
                 )
+
+
+def refuse_advice(config: Any, sweep_name: str | None) -> None:
+    """Refuse settings of action=advise with another action, and a sweep with it.
+
+    Raises:
+        SpecError: there is one.
+    """
+    if config.action == "advise":
+        if sweep_name is not None:
+            raise SpecError(f"action=advise is about customers. Leave +sweep={sweep_name} out.")
+        return
+    for name in ("customers", "customer", "why", "write_sweep"):
+        if getattr(config, name):
+            raise SpecError(f"{name} is only for action=advise. Add it, or leave {name} out.")

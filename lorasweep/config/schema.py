@@ -32,6 +32,7 @@ ACTIONS = (
     "measure_packs",
     "layers",
     "fetch",
+    "advise",
 )
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
@@ -103,6 +104,10 @@ class Config:
     max_difference: float | None = None
     watch: bool = False
     prune: bool = False
+    customers: str = ""
+    customer: dict[str, Any] = field(default_factory=dict)
+    why: str = ""
+    write_sweep: str = ""
     scale: Scale = field(default_factory=Scale)
     cluster: writable(Cluster) = field(default_factory=writable(Cluster))  # type: ignore[valid-type]
     exec: writable(Exec) = field(default_factory=writable(Exec))  # type: ignore[valid-type]

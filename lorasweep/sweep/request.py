@@ -54,6 +54,17 @@ class Request:
     changes: list[str] = field(default_factory=list)
     """The options that changed them, as typed."""
 
+    customers: str = ""
+    """action=advise: a table of customers."""
+    customer: dict[str, Any] = field(default_factory=dict)
+    """action=advise: one customer, by column."""
+    why: str = ""
+    """action=advise: the customer whose reasons are shown."""
+    write_sweep: str = ""
+    """action=advise: the customer whose sweep is written."""
+    folders: list[str] = field(default_factory=list)
+    """Folders of configuration, the user's first."""
+
     @property
     def title(self) -> str:
         """Name of the reports, looks and jobs of this request.

@@ -6,6 +6,7 @@ single model, or changes the grid, is only planned.
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def documented(page):
 
 def tried(args):
     """Return the arguments with which a documented command of lorasweep is tried."""
-    if not args or "--help" in args or "action=import" in args:
+    if not args or {"--help", "action=import", "action=advise"} & set(args):
         return args
     large = ("cluster=", "sweep.", "+sweep.", "model=", "hardware=")
     args = [a for a in args if not a.startswith("scale=")]
@@ -59,6 +60,8 @@ def test_every_documented_command_runs(command, tmp_path, capsys, monkeypatch):
     for name, body in re.findall(r"```yaml\n# (mine/\S+)\n(.*?)```", own, re.DOTALL):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(body)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "customers.csv", tmp_path / "docs")
     assert command(*SMOKE).returncode == 0
     assert command(*SMOKE, "action=export", "table=runs.parquet").returncode == 0
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -111,10 +111,10 @@ def _layout(
     spec, members = specs[-1], len(specs)
     share = spec.batch_size // one_row.gpus
     most = max(1, FORWARD_TOKENS // (members * spec.dataset.max_length))
-    for rows in range(min(share, most), 0, -1) if asked is None else [min(asked, share)]:
+    divisors = (n for n in range(min(share, most), 0, -1) if share % n == 0)
+    for rows in divisors if asked is None else [min(asked, share)]:
         layout = replace(one_row, rows=rows, accumulation=-(-share // rows))
-        fits = sum(_memory(load, spec, layout, members).values()) <= room
-        if fits and (asked is not None or share % rows == 0):
+        if sum(_memory(load, spec, layout, members).values()) <= room:
             return layout
     return None
 

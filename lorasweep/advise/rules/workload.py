@@ -1,0 +1,195 @@
+"""What a customer trains on: rows, tokens, updates and lengths, stated or assumed; and its bits."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasweep.advise.customer import GROUP, Customer, RowError
+from lorasweep.advise.published import Published
+from lorasweep.advise.trace import Sure, Trace
+from lorasweep.plan.flops import TEXT_FILL
+
+BATCH = {"sft": 32, "rl": 512}
+"""Rows of an update where none are stated. 32: the one batch size that the study names. RL, in
+episodes: 32 problems x 16 samples, the smallest of tinker-cookbook's recipes for maths."""
+SMALLEST = 8
+"""Smallest batch that is assumed: smaller ones cannot be split over the GPUs of a node."""
+UPDATES = {"sft": 100, "rl": 50}
+"""Least updates. 100: tinker-cookbook's docs/sl-hyperparams.mdx, which asks for 1,000 where
+possible. 50: GRPO runs that reached full fine-tuning's plateau (zhu)."""
+LENGTH = 1024
+"""Tokens of the longest row where nothing is stated: as conf/dataset/tulu3.yaml."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much is trained, and on what."""
+
+    examples: float | None
+    """Distinct rows; in RL, problems. None: not known."""
+    tokens: float
+    """Mean tokens of a row that bear loss."""
+    row_tokens: float
+    """Mean tokens of a row that are computed."""
+    max_length: int
+    batch_size: int
+    steps: int | None
+    """Updates; None: not known."""
+    rows: float | None
+    """Rows trained on, each as often as it is; in RL, episodes."""
+    bits: float | None
+    """What is new in the data; None: not known."""
+    bits_low: float | None
+    bits_high: float | None
+
+
+def workload_of(c: Customer, published: Published, trace: Trace) -> Workload:
+    """Return what a customer trains on, with a reason for whatever was not stated.
+
+    Raises:
+        RowError: the data that the row names are not there or cannot be read.
+    """
+    tokens, row_tokens, length = _lengths(c, trace)
+    examples = _examples(c, trace)
+    batch = c.batch_size or _batch(c, examples, published, trace)
+    rows = _rows(c, examples, batch)
+    if c.task == "sft" and examples is None and rows is not None:
+        examples = rows / (c.epochs or 1.0)
+    steps = c.steps or (None if rows is None else max(1, math.ceil(rows / batch)))
+    bits = _bits(c, examples, rows, tokens, published, trace)
+    return Workload(examples, tokens, row_tokens, length, batch, steps, rows, *bits)
+
+
+def _batch(c: Customer, examples: float | None, published: Published, trace: Trace) -> int:
+    """Return the batch of a customer who states none: smaller where updates would be too few."""
+    batch, rows = BATCH[c.task], _rows(c, examples, BATCH[c.task])
+    few = UPDATES[c.task]
+    while c.steps is None and rows is not None and batch > SMALLEST and rows / batch < few:
+        batch //= 2
+    what = "the one batch that the study names" if c.task == "sft" else "32 problems x 16 samples"
+    return int(
+        trace.note(
+            "batch_size",
+            batch,
+            f"not stated: {BATCH[c.task]}, {what}; halved down to {SMALLEST} while updates are "
+            f"fewer than {few}",
+            published.where("study" if c.task == "sft" else "tinker_rl"),
+            Sure.ASSUMED,
+        )
+    )
+
+
+def _examples(c: Customer, trace: Trace) -> float | None:
+    if c.data is None:
+        return c.examples
+    path = Path(c.data).expanduser()
+    path = path / "train.jsonl" if path.is_dir() else path
+    try:
+        with path.open() as lines:
+            found = sum(1 for line in lines if json.loads(line or "null") is not None)
+    except FileNotFoundError:
+        raise RowError([f"column data: no file {path}."]) from None
+    except (OSError, ValueError) as error:
+        raise RowError([f"column data: {path} is not JSON Lines: {error}"]) from None
+    if c.examples is not None and c.examples != found:
+        raise RowError(
+            [f"columns examples and data: {c.examples:,} stated, and {path} has {found:,} rows."]
+        )
+    return float(trace.note("examples", found, f"rows of {path}", "counted", Sure.EXACT))
+
+
+def _rows(c: Customer, examples: float | None, batch: int) -> float | None:
+    if c.task == "rl" and c.episodes is not None:
+        return float(c.episodes)
+    if c.steps is not None:
+        return float(c.steps * batch)
+    if examples is None:
+        return None
+    return examples * (c.epochs or 1.0) * (GROUP if c.task == "rl" else 1)
+
+
+def _lengths(c: Customer, trace: Trace) -> tuple[float, float, int]:
+    """Return the mean tokens that bear loss, the mean tokens computed, and the longest row."""
+    length, tokens = c.max_length, c.tokens_per_example
+    if length is None:
+        wanted = LENGTH if tokens is None else _rounded(tokens / TEXT_FILL)
+        length = trace.note(
+            "max_length",
+            wanted,
+            f"not stated: tokens_per_example / {TEXT_FILL}, rounded up to 2^k or 1.5 x 2^k"
+            if tokens
+            else f"not stated: {LENGTH}",
+            "lorasweep.plan.flops.TEXT_FILL: mean length of text rows over the longest",
+            Sure.ASSUMED,
+            tokens_per_example=tokens,
+        )
+    if tokens is None:
+        tokens = trace.note(
+            "tokens_per_example",
+            TEXT_FILL * length,
+            f"not stated: all tokens of a row bear loss, {TEXT_FILL} x max_length",
+            "an upper bound for rows of that length",
+            Sure.ASSUMED,
+            max_length=length,
+        )
+        trace.warn(
+            f"tokens_per_example is not stated; {tokens:,.0f} is assumed, and "
+            f"{'load and ' if c.task == 'sft' else ''}time go with it"
+        )
+    return tokens, max(tokens, TEXT_FILL * length), length
+
+
+def _rounded(tokens: float) -> int:
+    """Return the next of 2^k and 1.5 x 2^k: few lengths, so that rows share their placement."""
+    k = math.floor(math.log2(max(64.0, tokens - 1e-9)))
+    return next(n for n in (2**k, 3 * 2 ** (k - 1), 2 ** (k + 1)) if n >= tokens)
+
+
+def _bits(
+    c: Customer,
+    examples: float | None,
+    rows: float | None,
+    tokens: float,
+    published: Published,
+    trace: Trace,
+) -> tuple[float | None, float | None, float | None]:
+    """Return what is new in the data in bits, with its range."""
+    if c.task == "rl":
+        if rows is not None:
+            trace.note(
+                "bits",
+                rows,
+                "episodes x 1 bit: what a reward can tell about the policy, at most",
+                published.where("study"),
+                Sure.ONCE,
+                episodes=rows,
+            )
+        return rows, rows, rows
+    known = [e["nats"] / math.log(2) for e in published.entries("bits_per_token")]
+    middle = c.bits_per_token or 1.0
+    low, high = (
+        (middle, middle) if c.bits_per_token else (min([middle, *known]), max([middle, *known]))
+    )
+    if examples is None:
+        return None, None, None
+    total = trace.note(
+        "bits",
+        examples * tokens * middle,
+        "examples x tokens_per_example x bits_per_token: what a first pass costs, the most that "
+        "there is to learn; further epochs add nothing",
+        f"1 bit a token: {published.where('study')}; range: held-out losses of "
+        + "; ".join(
+            f"{e['data']} {e['nats'] / math.log(2):.2f}"
+            for e in published.entries("bits_per_token")
+        )
+        if not c.bits_per_token
+        else "stated",
+        Sure.ASSUMED,
+        examples=examples,
+        tokens_per_example=tokens,
+        bits_per_token=middle,
+        lowest=low,
+        highest=high,
+    )
+    return total, total * low / middle, total * high / middle

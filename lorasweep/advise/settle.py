@@ -1,0 +1,151 @@
+"""The small sweep that would settle a customer's question, as files for --config-dir."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorasweep.advise.advice import Advice
+from lorasweep.advise.rules.capacity import ranks_of
+from lorasweep.advise.rules.rates import law_rate
+from lorasweep.advise.shapes import family_of
+from lorasweep.errors import SpecError
+
+FOLDER = "settle"
+STEPS = 1000
+"""Most updates of the sweep: what tinker-cookbook asks for where possible."""
+RATES, APART = 5, 2
+ALLOWED = 5.0
+"""What LoRA may give up in the claim, percent of the gain: the analysis has this one limit."""
+FACTOR = 10.0
+"""Between LoRA's and full fine-tuning's middle rates, where no law knows the model's family."""
+
+
+def plain_name(name: str) -> str:
+    """Return a customer's name in small letters, digits and underscores: for files and options."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "customer"
+
+
+def write(advice: Advice, folder: Path) -> list[str]:
+    """Write the sweep of a customer below `folder`; return what was written and what to type.
+
+    Raises:
+        SpecError: the customer's task is not trained here, or the files cannot be written.
+    """
+    c = advice.customer
+    if c.task != "sft":
+        raise SpecError(
+            f"write_sweep={c.name}: sweeps of reinforcement learning are not written yet. Ask "
+            "for a "
+            "customer with task=sft."
+        )
+    name = f"settle_{plain_name(c.name)}"
+    files = {f"sweep/{name}.yaml": "# @package sweep\n" + _text(_sweep(advice, name))}
+    files[f"dataset/{name}.yaml"] = _text(_dataset(advice, name))
+    if not advice.in_catalogue:
+        files[f"model/{name}.yaml"] = _text(_model(advice, name))
+    try:
+        for path, text in files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+    except OSError as error:
+        raise SpecError(f"out={folder}: {error}") from None
+    lines = [f"wrote {folder / path}" for path in files]
+    if c.data is None:
+        lines.append(f"put the rows in DATA_DIR/{name}/train.jsonl and test.jsonl (exec.data_dir)")
+    command = f"python -m lorasweep --config-dir {folder} +sweep={name} precision=bf16"
+    return [
+        *lines,
+        f"what it takes: {command} action=plan hardware={advice.costs.hardware.name}",
+        f"run it: {command}",
+    ]
+
+
+def _text(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _sweep(advice: Advice, name: str) -> dict[str, Any]:
+    work, choice = advice.work, advice.choice
+    lora, full = middle_rates(advice)
+    around = "${{around:{:.3g},{},{}}}"
+    low = max((r for r in ranks_of(advice.model) if r < choice.rank), default=choice.rank)
+    ranks = sorted({low, choice.rank})
+    return {
+        "question": "Does LoRA give up anything on these data, at this rank?",
+        "source": "the adviser: its answer was " + choice.method,
+        "how": (
+            f"LoRA at rank {choice.rank} and one below against full fine-tuning, each at its "
+            "best of "
+            f"{RATES} rates a factor {APART} apart, with fresh seeds at the best ones. A run of "
+            "few "
+            "updates does not show what a longer one would."
+        ),
+        "claims": {
+            "no_regret": {
+                "says": "at the highest rank LoRA gives up nothing",
+                "whose": "ours",
+                "measure": f"loss(LoRA) - loss(full fine-tuning) - {ALLOWED:g}% of the gain, nats",
+                "estimand": "over_allowed_top_rank",
+                "expected": -0.01,
+                "margin": [-10, 0],
+                "primary": True,
+            },
+            "order": {
+                "says": "LoRA's best rate is of the order of 10 times full fine-tuning's",
+                "whose": "study",
+                "measure": "best LoRA rate / best full fine-tuning rate",
+                "estimand": "lr_ratio",
+                "expected": 10,
+                "margin": [5, 20],
+            },
+        },
+        "axes": {
+            "model": [advice.model.name if advice.in_catalogue else name],
+            "dataset": [name],
+            "batch_size": [work.batch_size],
+            "steps": [min(work.steps or STEPS, STEPS)],
+            "seed": [0],
+        },
+        "arms": {
+            "fullft": {"method": "fullft", "lr": around.format(full, RATES, APART)},
+            "lora": {"method": "lora", "rank": ranks, "lr": around.format(lora, RATES, APART)},
+        },
+        "second": {"seeds": [1, 2, 3], "n_lrs": 2},
+        "analysis": "lr_ratio",
+    }
+
+
+def middle_rates(advice: Advice) -> tuple[float, float]:
+    """Return the middle rates of LoRA and of full fine-tuning."""
+    family = family_of(advice.model)
+    law = law_rate(advice.published, family, advice.model.hidden_size, "full") if family else None
+    if advice.choice.method == "full":
+        return FACTOR * advice.rate.rate, advice.rate.rate
+    return advice.rate.rate, law or advice.rate.rate / FACTOR
+
+
+def _dataset(advice: Advice, name: str) -> dict[str, Any]:
+    data = advice.customer.data
+    folder = Path(data).expanduser().absolute() if data else None
+    if folder is not None and folder.is_file():
+        folder = folder.parent
+    return {
+        "name": name,
+        "source": "jsonl",
+        "location": str(folder) if folder else name,
+        "format": "messages",
+        "mask": "last_assistant",
+        "max_length": advice.work.max_length,
+        "too_long": "cut_or_skip",
+        "n_test": 512,
+        "n_test_curve": 64,
+    }
+
+
+def _model(advice: Advice, name: str) -> dict[str, Any]:
+    shape = advice.model.plain()
+    for key in ("attention", "mlp", "unembedding", "recipe"):
+        shape.pop(key, None)
+    return {**shape, "name": name}

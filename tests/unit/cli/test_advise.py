@@ -1,0 +1,99 @@
+"""`action=advise` as it is typed: a table, one customer, reasons, a page, a sweep that composes."""
+
+import json
+
+import pytest
+import yaml
+
+from lorasweep.advise.advice import KEYS
+
+TABLE = (
+    "name,model,task,examples,tokens_per_example,hardware\n"
+    'acme,llama-3.1-8b,sft,"50,000",300,\n'
+    "lab,Qwen/Qwen3-30B-A3B,rl,10000,800,h200\n"
+)
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "customers.csv"
+    path.write_text(TABLE)
+    return path
+
+
+def test_a_table_is_answered_in_text_with_a_page(command, table, tmp_path):
+    done = command("action=advise", f"customers={table}")
+    assert done.returncode == 0 and "2 customers: 2 LoRA" in done.stdout
+    page = (tmp_path / "reports/advice-customers.html").read_text()
+    assert "acme" in page and str(tmp_path / "reports/advice-customers.html") in done.stdout
+
+
+def test_json_is_one_list_and_the_status_tells_of_wrong_rows(command, table):
+    with table.open("a") as rows:
+        rows.write("bad,gpt-9,sft,10,10,\n")
+    done = command("action=advise", f"customers={table}", "format=json", "hardware=a100")
+    found = json.loads(done.stdout)
+    assert done.returncode == 1 and [a["name"] for a in found] == ["acme", "lab", "bad"]
+    assert all(set(KEYS) <= a.keys() for a in found)
+    assert [a["gpu"] for a in found] == ["a100", "h200", None]
+    assert found[2]["error"].startswith("row 4: column model: model 'gpt-9' not found")
+
+
+def test_one_customer_by_options_and_the_reasons_of_one(command, table):
+    one = command(
+        "action=advise", "+customer.model=qwen3-8b", "+customer.task=sft",
+        "+customer.examples=500", "format=json",
+    )  # fmt: skip
+    assert json.loads(one.stdout)[0]["model"] == "qwen3-8b"
+    why = command("action=advise", f"customers={table}", "why=acme")
+    assert why.returncode == 0 and "source: " in why.stdout and "lr_factor = 10" in why.stdout
+    typo = command("action=advise", f"customers={table}", "why=acne")
+    assert typo.returncode == 2 and "Did you mean 'acme'" in typo.stderr
+
+
+def test_pages_go_where_they_are_asked_for(command, table, tmp_path):
+    for name in ("page.html", "page.md"):
+        done = command(
+            "action=advise", f"customers={table}", f"out={tmp_path}/{name}", "format=json"
+        )
+        assert done.returncode == 0 and "acme" in (tmp_path / name).read_text()
+    wrong = command("action=advise", f"customers={table}", "out=page.pdf")
+    assert wrong.returncode == 2 and ".html or .md" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["action=advise"], "needs customers=FILE"),
+        (["action=advise", "customers=no.csv"], "no such file"),
+        (["action=advise", "customers=c.csv", "+customer.model=x"], "Give one of the two"),
+        (["customers=c.csv"], "customers is only for action=advise"),
+        (["action=advise", "+sweep=rank", "customers=c.csv"], "Leave +sweep=rank out"),
+    ],
+)
+def test_wrong_requests_say_what_to_type(command, arguments, says):
+    done = command(*arguments)
+    assert done.returncode == 2 and says in done.stderr
+
+
+SHAPE = (
+    "hidden_size: 1024, n_layers: 28, n_heads: 16, n_kv_heads: 8, head_size: 128, mlp_size: 3072, "
+    "vocab_size: 151936, tied: true"
+)
+
+
+@pytest.mark.parametrize("model", ["llama-3.2-1b", f"my-qwen, {SHAPE}"])
+def test_a_written_sweep_composes_and_is_planned(command, tmp_path, model):
+    path = tmp_path / "one.yaml"
+    path.write_text(f'- {{name: "Big & Co.", task: sft, examples: 40000, model: {model}}}\n')
+    done = command("action=advise", f"customers={path}", "write_sweep=big_co")
+    assert done.returncode == 0, done.stderr
+    sweep = yaml.safe_load((tmp_path / "settle/sweep/settle_big_co.yaml").read_text())
+    assert sweep["axes"]["steps"] == [1000] and sweep["arms"]["lora"]["rank"] == [32, 64]
+    plan = command(
+        "--config-dir", tmp_path / "settle", "+sweep=settle_big_co", "precision=bf16",
+        "action=plan", "hardware=h100", "format=json",
+    )  # fmt: skip
+    assert plan.returncode == 0, plan.stderr
+    found = json.loads(plan.stdout)["total"]
+    assert found["runs"] == 3 * 5 + 3 * 3 * 2 and found["cost_usd"] > 0
