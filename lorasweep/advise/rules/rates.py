@@ -20,9 +20,9 @@ SHORT = 100
 anecdote."""
 SHORT_FACTOR = 1.5
 STEP = 1.8
-"""Factor by which a published best rate is uncertain each way: half a step, in the logarithm, of the
-coarsest public grid (rates 3.3 apart). Without it 7 of 10 best rates of sources that were held out
-lay outside the interval (analysis/results/advice)."""
+"""Factor by which a published best rate is uncertain each way: half a step, in the logarithm, of
+the coarsest public grid (rates 3.3 apart). Without it 7 of 10 best rates of sources that were held
+out lay outside the interval (analysis/results/advice)."""
 LAW_WIDTH = 2000
 ALPHA = 32
 
@@ -83,7 +83,8 @@ def rate_of(
             "the measured best rate"
             if measured
             else "the published law where one family is known, else "
-            "the geometric mean; low and high are the ends of the sources, half a step of their grids further"
+            "the geometric mean; low and high are the ends of the sources, half a step of their "
+            "grids further"
         )
         + (f"; high times {SHORT_FACTOR:g} as the run is short" if short and not measured else ""),
         "; ".join(published.where(k) for k in keys) or "analysis/results: lr_ratio",

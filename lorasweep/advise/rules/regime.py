@@ -170,37 +170,32 @@ def _rank_habits(case: Case, published: Published) -> Iterator[str]:
     if rank is None or rank == advised:
         return
     model, load = case.model, load_at(case.work.bits_high, case.model, rank)
+    lacks = load is not None and load > ROOM and rank < advised
     extra = 2 * (trained(model, rank) - trained(model, advised)) / 2**20
     ratio = LoRA(rank=rank, layers=LAYERS).step_flops(model, 1)
     ratio /= LoRA(rank=advised, layers=LAYERS).step_flops(model, 1)
-    if load is not None and load > ROOM and rank < advised:
-        yield (
-            f"planned rank {rank} may lack room: load up to {load:.2g}, and {ROOM} counts as "
-            "room to spare;"
-            f" rank {advised} has it"
-        )
+    price = f"{extra:+,.0f} MiB an adapter, {ratio - 1:+.1%} of operations"
+    room = (
+        f"room: its load is up to {load:.2g}, and {ROOM} counts as room to spare" if lacks else ""
+    )
     if rank == PAPER_RANK:
+        wanted = "full fine-tuning" if case.choice.method == "full" else f"rank {advised}"
         yield (
-            f"habit: rank {PAPER_RANK} because a paper says so. The data ask for {advised}; "
-            "expected "
-            f"cost: {extra:+,.0f} MiB an adapter and {ratio - 1:+.1%} of operations"
+            f"habit: rank {PAPER_RANK} because a paper says so. The data ask for {wanted}; expected "
+            f"cost: {room or price}"
         )
+    elif lacks:
+        yield f"planned rank {rank} may lack {room}"
     if rank >= EXCESS * advised:
-        gaps = published.entries("rank_gaps")
         gain = "; ".join(
-            f"{e['model']}: rank 16 to 128 gained {e['gaps'][16]:.4f} nats" for e in gaps
+            f"{e['model']}: rank 16 to 128 gained {e['gaps'][16]:.4f} nats"
+            for e in published.entries("rank_gaps")
         )
-        risk = (
-            ". In RL, ranks of 128 and more collapsed at shared rates"
-            if case.customer.task == "rl"
-            else ""
-        )
+        rl = case.customer.task == "rl"
+        risk = ". In RL, ranks of 128 and more collapsed at shared rates" if rl else ""
         yield (
             f"habit: a higher rank is better. Rank {rank} is {rank / advised:g} times the rank "
-            "with "
-            f"room; expected cost: {extra:+,.0f} MiB an adapter, {ratio - 1:+.1%} of "
-            "operations; to gain: "
-            f"{gain or 'not known'}{risk}"
+            f"with room; expected cost: {price}; to gain: {gain or 'not known'}{risk}"
         )
 
 

@@ -128,7 +128,7 @@ def warned(**columns):
 def test_each_wrong_habit_is_flagged_with_what_it_costs():
     assert "attention alone. Expected cost: 0.007 to 0.009 nats" in warned(layers="attention")
     assert "31% of the capacity" in warned(layers="attention")
-    assert "rank 64 because a paper says so. The data ask for 16" in warned(rank=64)
+    assert "rank 64 because a paper says so. The data ask for rank 16" in warned(rank=64)
     assert "a higher rank is better. Rank 256 is 16 times" in warned(rank=256)
     low = warned(lr=2e-5)
     assert (
