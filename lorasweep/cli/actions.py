@@ -39,6 +39,8 @@ from lorasweep.sweep.trained import trained_plain, trained_text
 
 STOPPED = 130
 """Exit status after Ctrl-C."""
+OF_TABLES = {"import": finished_runs.import_, "advise": advise.show}
+"""Actions that are about a table and not about runs of this store."""
 OUTLOOK_RUNS = 2000
 """Number of runs above which action=plan does not say what claims can be decided. Loading the
 analysis takes a second, longer than planning; the start of the runs says it."""
@@ -52,8 +54,6 @@ def act(
     `trainer` replaces the real one in tests and benchmarks. `follow`: the task, inside a follow-up
     job on a cluster.
     """
-    if request.action == "advise":
-        return advise.show(request)
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
     with suppress(OSError):  # not there, or not to be read: the action says so
         files.share_as(store.root)
@@ -61,8 +61,8 @@ def act(
     if action == "export":
         points = all_points(request, store) if request.sweep else []
         return finished_runs.export(request, store, points)
-    if action == "import":
-        return finished_runs.import_(request)
+    if action in OF_TABLES:
+        return OF_TABLES[action](request)
     if action == "adapter":
         return finished_runs.adapter(
             request,

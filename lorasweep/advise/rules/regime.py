@@ -181,8 +181,8 @@ def _rank_habits(case: Case, published: Published) -> Iterator[str]:
     if rank == PAPER_RANK:
         wanted = "full fine-tuning" if case.choice.method == "full" else f"rank {advised}"
         yield (
-            f"habit: rank {PAPER_RANK} because a paper says so. The data ask for {wanted}; expected "
-            f"cost: {room or price}"
+            f"habit: rank {PAPER_RANK} because a paper says so. The data ask for {wanted}; "
+            f"expected cost: {room or price}"
         )
     elif lacks:
         yield f"planned rank {rank} may lack {room}"
