@@ -108,7 +108,6 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     overrides = list(settings.overrides.task)
     sources = settings.runtime.config_sources
     refuse_shadows([Path(s.path) for s in sources if s.provider == "command-line"])
-    choices = settings.runtime.choices
     unresolved = copy.deepcopy(cfg)
     config = _object(cfg)
     _one_of("action", config.action, ACTIONS)
@@ -118,7 +117,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     cluster = Cluster(**dataclasses.asdict(config.cluster))
     check_cluster(cluster)
     check_pack_size(exec_, cluster)
-    sweep_name = choices.get("sweep")
+    sweep_name = settings.runtime.choices.get("sweep")
     refuse_advice(config, sweep_name)
     common = {
         **{name: getattr(config, name) for name in REQUEST_KEYS},
