@@ -108,10 +108,10 @@ def _without_weight(groups: Sequence[Group], join_rows: bool) -> Rollouts:
 def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
     """Lay out the answers of one member."""
     tokens: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
+    firsts: list[int] = []
     answers: list[Answer] = []
     lengths: list[int] = []
-    n_tokens = 0
+    n_tokens = at = 0
     for group in groups:
         # the last token is predicted, and nothing is predicted from it
         sharing: dict[bytes, list[Answer]] = {}
@@ -119,14 +119,16 @@ def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
             sharing.setdefault(answer.tokens[:-1].tobytes(), []).append(answer)
         for own in sharing.values():
             row = np.concatenate([group.prompt, own[0].tokens[:-1]])
-            first = sum(lengths) + len(group.prompt) - 1
-            positions += [first + np.arange(len(a.tokens)) for a in own]
+            firsts += [at + len(group.prompt) - 1] * len(own)
             answers += own
             lengths.append(-(-len(row) // PAD_TO) * PAD_TO)
             tokens.append(np.pad(row, (0, lengths[-1] - len(row))))
             n_tokens += len(row)
-    sizes = [len(a.tokens) for a in answers]
-    width = -(-sum(sizes) // PAD_TO) * PAD_TO
+            at += lengths[-1]
+    sizes = np.array([len(a.tokens) for a in answers])
+    count = int(sizes.sum())
+    within = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    width = -(-count // PAD_TO) * PAD_TO
 
     def wide(values: np.ndarray) -> np.ndarray:
         return np.pad(values, (0, width - len(values)))[None]
@@ -134,9 +136,9 @@ def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
     batch = Batch(
         np.concatenate(tokens).astype(np.int64)[None],
         (tuple(lengths),),
-        wide(np.concatenate(positions).astype(np.int64)),
+        wide(np.repeat(firsts, sizes) + within),
         wide(np.concatenate([a.tokens for a in answers]).astype(np.int64)),
-        wide(np.ones(sum(sizes), dtype=np.float32)),
+        wide(np.ones(count, dtype=np.float32)),
         (n_tokens,),
         join_rows=join_rows,
     )
