@@ -54,8 +54,9 @@ LEDGER = """\
 Every sentence of the study and of its popular summaries, with its verdicts: how many answers of
 how many, and at which scale (`tiny`: small Llamas on a CPU, `small`: the real model)."""
 NOT_TESTED = """\
-Reinforcement learning, layers in mixtures of experts, models beyond 135M parameters, high ranks,
-long runs and GPUs. Rates in runs that others published: [public_evidence.md](public_evidence.md)."""
+Reinforcement learning, layers in mixtures of experts, models beyond 135M parameters, high
+ranks, long runs and GPUs. Rates in runs that others published:
+[public_evidence.md](public_evidence.md)."""
 """Only for the page of the kept answers."""
 HOW_TO_READ = f"""\
 - **A claim** is a sentence with a number and a margin. SUPPORTED: the measured interval lies
