@@ -91,7 +91,7 @@ rates were added after looks, and the intervals are wider for that.
 
 Of the other answers: the claims about the rank that is needed were stated when one of the data
 sets that they rest on had been seen (D74), and the one about ranks that cannot hold it when all
-had been seen (D88). The questions about ranks, short runs and work were
+had been seen (D91). The questions about ranks, short runs and work were
 asked of that data set's runs when their final losses had been seen, so they explore too; three of
 the claims about ranks (their difference, the rate of rank 1, the straight line) were stated when
 their answers were known. After that data set fresh seeds went to three rates instead of four.
