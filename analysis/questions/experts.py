@@ -5,6 +5,7 @@ share a factor. Each is at its own best rate, and losses are paired by seed.
 """
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +202,7 @@ def _sections(group: str, cell: Cell) -> list[Section]:
             ]
         )
     regrets = [g.percent() for g in cell.gaps.values()]
-    ticks = [(float(k), READINGS[r].replace(", ", ",\n")) for k, r in enumerate(cell.gaps)]
+    ticks = [(float(k), textwrap.fill(READINGS[r], 15)) for k, r in enumerate(cell.gaps)]
     series = [Series.of("", range(len(regrets)), regrets, style="o", colour=1)]
     title, band = "each at its own best rate", (-100 * ALLOWED, 100 * ALLOWED)
     panel = Panel(title, "", "regret, % of FullFT's gain", series, band=band, ticks=ticks)
