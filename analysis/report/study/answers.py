@@ -29,6 +29,8 @@ ORDER = (
     "rank",
     "layers",
     "experts",
+    "rl_bits",
+    "rl",
     "batch_size",
     "large_batches",
     "capacity",

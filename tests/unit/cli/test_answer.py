@@ -22,7 +22,12 @@ def test_a_single_run_does_not_load_the_analysis(compose, monkeypatch):
     assert answer.outlooks(request.points, request.sweep, request.scale) == []
 
 
-UNKNOWN = {"rank": ["faster"], "regime": ["nothing", "real"]}
+UNKNOWN = {
+    "rank": ["faster"],
+    "regime": ["nothing", "real"],
+    "rl": ["wider", "progress"],
+    "rl_bits": ["told", "wider"],
+}
 """Claims of which no data were run at tiny, so that no spread over seeds is known."""
 
 

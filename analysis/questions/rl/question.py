@@ -1,0 +1,185 @@
+"""Question: does rank 1 match full fine-tuning where answers are sampled and rewarded.
+
+Each curve is at its own best rate, and rewards are paired by seed: one seed sees the same prompts
+and random numbers in every arm. Points are hundredths of the held-out reward, which is the share of
+right answers.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.estimate import Estimate, Verdict, rate, with_interval
+from analysis.inference.gates import Gate, GateCode
+from analysis.measures.at_best import AtBest, over_seeds
+from analysis.measures.efficiency import at_best, rho
+from analysis.measures.ratio import ratio_of
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
+from analysis.questions.base import (
+    Analysis,
+    Measured,
+    Panel,
+    Rows,
+    Section,
+    Series,
+    correct,
+    fewest_seeds,
+    full_of,
+    gates_on,
+    judge_claims,
+    lora_of,
+    pooled_over,
+)
+from analysis.questions.rl.rewards import POINTS, points_behind, rewards_at_best, wider
+from analysis.runs.learning_curves import Points
+from analysis.runs.lr_curves import lr_curves, runs_of
+
+ESTIMANDS = ("points_rank_1", "points_top_rank", "lr_ratio", "good_range_ratio", "rho_rank_1")
+LOG_ESTIMANDS = ("lr_ratio", "good_range_ratio", "rho_rank_1")
+START, MOST = (0.05, 0.4), 0.9
+"""Rewards of a task that can tell methods apart: before training, and the highest at the end."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The curves of one model and data set."""
+
+    full: Optimum | None
+    lora: dict[int, Optimum]
+    """By rank."""
+    behind: dict[int, AtBest[float]]
+    """LoRA's reward minus full fine-tuning's by rank, in points."""
+    curves: dict[int, AtBest[Points]]
+    """Learning curves at the best rates, of losses, by rank; 0: full fine-tuning."""
+    answers: int
+    """Sampled in an update."""
+
+    @property
+    def optima(self) -> list[Optimum]:
+        """All curves, full fine-tuning first."""
+        return [o for o in (self.full, *self.lora.values()) if o is not None]
+
+
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
+    """Judge every claim on each model and data set."""
+    optima = fit_all(lr_curves(table))
+    verdicts: list[Verdict] = []
+    members: dict[str, list[Optimum]] = {}
+    sections: list[Section] = []
+    ratios: list[tuple[str, str, Estimate]] = []
+    measures: dict[str, Any] = {}
+    for group in dict.fromkeys(o.curve.group for o in optima):
+        cell = _cell(table, [o for o in optima if o.curve.group == group])
+        members[group] = cell.optima
+        seeds = fewest_seeds(cell.optima)
+        verdicts += judge_claims(question, _measured(cell), LOG_ESTIMANDS, group, seeds)
+        figure = f"rewards_{len(sections) + 1}.png" if sections else "rewards.png"
+        sections.append(_section(group, cell, figure))
+        if cell.full is not None:
+            ratios += [(group, f"rank {r}", ratio_of([o], cell.full)) for r, o in cell.lora.items()]
+        measures[group] = {str(r): over_seeds(v).plain() for r, v in cell.behind.items()}
+    of_points = {"points_behind": measures}
+    return Analysis(
+        optima, correct(verdicts, question), sections, of_points, members, False, ratios
+    )
+
+
+def _cell(table: pd.DataFrame, optima: list[Optimum]) -> Cell:
+    full = full_of(optima)
+    lora = {int(o.curve.key["rank"]): o for o in lora_of(optima)}
+    behind = [] if full is None else points_behind(full, list(lora.values()))
+    used = {0: full, **lora} if full is not None else dict(lora)
+    known = {r: o for r, o in used.items() if o is not None}
+    runs = pd.concat([runs_of(table, o.curve) for o in known.values()])
+    curves = dict(zip(known, at_best(runs, list(known.values()))))
+    return Cell(full, lora, dict(zip(lora, behind)), curves, int(runs["batch_size"].iloc[0]))
+
+
+# ---------------------------------------------------------------- estimands
+
+
+def _measured(cell: Cell) -> Measured:
+    full, top = cell.full, max(cell.lora, default=0)
+    pooled = pooled_over(cell.behind.values())
+
+    def judged(
+        rank: int, measure: Callable[[Optimum, Optimum], tuple[Estimate, list[Gate]]]
+    ) -> tuple[Estimate, list[Gate]]:
+        mine = cell.lora.get(rank)
+        if mine is None or full is None:
+            missing = "fullft" if full is None else f"lora r{rank}" if rank else "lora"
+            return Estimate(None), [Gate(GateCode.MISSING, missing)]
+        estimate, gates = measure(mine, full)
+        return estimate, [*gates_on([full, mine]), *gates]
+
+    def points(mine: Optimum, its: Optimum) -> tuple[Estimate, list[Gate]]:
+        rank = int(mine.curve.key["rank"])
+        return over_seeds(cell.behind[rank], pooled), _task_gates(its, mine)
+
+    return {
+        "points_rank_1": judged(1, points),
+        "points_top_rank": judged(top, points),
+        "lr_ratio": judged(top, lambda mine, its: (ratio_of([mine], its), [])),
+        "good_range_ratio": judged(top, wider),
+        "rho_rank_1": judged(1, lambda mine, its: (rho(cell.curves[1], cell.curves[0]), [])),
+    }
+
+
+def _task_gates(*optima: Optimum) -> list[Gate]:
+    """Return what makes a task unfit to tell methods apart: its start, or an end near the top."""
+    gates, start = [], -optima[0].curve.nll_start
+    if math.isfinite(start) and not START[0] <= start <= START[1]:
+        low, high = START
+        gates.append(Gate(GateCode.TASK, f"starts at {start:.2g}, {low:g} to {high:g} needed"))
+    best = max((-o.best_nll for o in optima if o.best_nll is not None), default=math.nan)
+    if best > MOST:
+        gates.append(Gate(GateCode.TASK, f"nearly solved: {best:.2f}, at most {MOST:g}"))
+    return gates
+
+
+# ---------------------------------------------------------------- the report
+
+
+def _section(group: str, cell: Cell, figure: str) -> Section:
+    head = ["curve", "best LR [95%]", "reward, points [95%]", "behind FullFT, points [95%]"]
+    rows: Rows = [[*head, "ratio of best rates [95%]", "good rates", "range over FullFT's [95%]"]]
+    for o, reward in zip(cell.optima, rewards_at_best(cell.optima)):
+        row = [o.curve.name, with_interval(o.best_lr, rate), with_interval(over_seeds(reward))]
+        if o is cell.full or cell.full is None:
+            rows.append([*row, "-", "-", _good(o), "-"])
+            continue
+        behind = over_seeds(cell.behind[int(o.curve.key["rank"])])
+        range_ratio, _gates = wider(o, cell.full)
+        ratio = with_interval(ratio_of([o], cell.full))
+        rows.append([*row, with_interval(behind), ratio, _good(o), with_interval(range_ratio)])
+    series = [
+        _learning("FullFT" if rank == 0 else f"rank {rank}", curve, cell.answers)
+        for rank, curve in cell.curves.items()
+        if curve.best
+    ]
+    panel = Panel("each at its own best rate", "episodes", "held-out reward", series, log_x=True)
+    text = [
+        "Good rates: those whose fitted reward is within 2 points of the best one. Ranges are "
+        "compared in doublings of the rate."
+    ]
+    caption = "reward over episodes by rank"
+    return Section(f"Rewards, {group}", rows, text, figure, [panel], caption)
+
+
+def _good(o: Optimum) -> str:
+    band = o.band(2 / POINTS)
+    return "-" if band is None else " to ".join(map(rate, band))
+
+
+def _learning(label: str, curve: AtBest[Points], answers: int) -> Series:
+    """Average the learning curves of the seeds, as rewards over sampled answers."""
+    of_seeds = [dict(points) for points in curve.best.values()]
+    steps = sorted(set.intersection(*map(set, of_seeds)))
+    y = [-float(np.mean([points[s] for points in of_seeds])) for s in steps]
+    return Series(label, [s * answers for s in steps], y)

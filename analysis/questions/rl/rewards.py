@@ -1,0 +1,94 @@
+"""Compare rewards at best rates, and ranges of good rates. Points are hundredths of reward."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from analysis.inference.estimate import Estimate, exp_of
+from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
+from analysis.inference.seeds import from_sample
+from analysis.measures.at_best import AtBest, losses_at_best
+from analysis.optimum.optimum import Optimum
+
+POINTS = 100
+GOOD = 0.02
+"""Reward below the best one within which a rate is good."""
+
+
+def rewards_at_best(optima: Sequence[Optimum]) -> list[AtBest[float]]:
+    """Return each curve's rewards by seed, in points, at its best rate and likely rates."""
+    return [losses.map(lambda v: -POINTS * v) for losses in losses_at_best(optima)]
+
+
+def points_behind(full: Optimum, lora: Sequence[Optimum]) -> list[AtBest[float]]:
+    """Return each LoRA curve's reward minus full fine-tuning's by seed, in points.
+
+    Each is at its own best rate; below 0 LoRA is behind.
+    """
+    its, *mine = rewards_at_best([full, *lora])
+    return [m.paired(its, lambda a, b: a - b) for m in mine]
+
+
+def good_range(x: np.ndarray, reward: np.ndarray) -> tuple[float, float, bool]:
+    """Return the ends of the range of good rates in ln(rate), and whether it may go on beyond.
+
+    Between rates the reward is a straight line in ln(rate). A range that reaches the lowest or the
+    highest rate ends there.
+
+    Args:
+        x: ln(rate), ascending [n].
+        reward: at these rates [n].
+    """
+    best = int(reward.argmax())
+    least = float(reward[best]) - GOOD
+    ends, goes_on = [], False
+    for side in (-1, 1):
+        k = best
+        while 0 <= k + side < len(x) and reward[k + side] >= least:
+            k += side
+        if not 0 <= k + side < len(x):
+            ends.append(float(x[k]))
+            goes_on = True
+            continue
+        share = (reward[k] - least) / (reward[k] - reward[k + side])
+        ends.append(float(x[k] + share * (x[k + side] - x[k])))
+    return ends[0], ends[1], goes_on
+
+
+def wider(lora: Optimum, full: Optimum) -> tuple[Estimate, list[Gate]]:
+    """Return LoRA's range of good rates over full fine-tuning's, as factors, and its gates.
+
+    A range is that of the mean reward over the seeds that ran at all rates of both curves. The
+    interval is the jackknife's over these seeds, of the logarithm: Student's, of the pseudo-values
+    n t - (n - 1) t_without (Tukey, Ann. Math. Stat. 29, 1958, p. 614; Miller, Biometrika 61, 1974).
+    """
+    seeds = sorted(_complete(lora) & _complete(full))
+    if len(seeds) < MIN_SEEDS:
+        return Estimate(None), [Gate(GateCode.FEW_SEEDS, len(seeds), "all rates: ")]
+    grids = [_grid(o, seeds) for o in (lora, full)]
+
+    def log_ratio(rows: list[int]) -> tuple[float, bool]:
+        (a, b, open_a), (c, d, open_c) = (good_range(x, r[:, rows].mean(1)) for x, r in grids)
+        return float(np.log((b - a) / (d - c))), open_a or open_c
+
+    every = list(range(len(seeds)))
+    whole, goes_on = log_ratio(every)
+    rest = [log_ratio([k for k in every if k != s])[0] for s in every]
+    n = len(seeds)
+    estimate = exp_of(from_sample([n * whole - (n - 1) * r for r in rest]))
+    open_gate = Gate(GateCode.FLAGGED, place="range of good rates: ", flags=("at_edge",))
+    return estimate, [open_gate] if goes_on else []
+
+
+def _complete(o: Optimum) -> set[int]:
+    """Return the seeds that ran at all rates of a curve."""
+    of_rate = [set(map(int, o.curve.seed[o.curve.x == x])) for x in np.unique(o.curve.x)]
+    return set.intersection(*of_rate) if of_rate else set()
+
+
+def _grid(o: Optimum, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return ln(rate) [n] and rewards [n, seeds]; a run that broke down has none."""
+    x = np.unique(o.curve.x)
+    found = {(a, int(s)): y for a, s, y in zip(o.curve.x, o.curve.seed, o.curve.y)}
+    reward = -np.array([[found[a, s] for s in seeds] for a in x])
+    return x, np.nan_to_num(reward, nan=0.0)

@@ -1,0 +1,310 @@
+"""Question: is rank 1 enough in reinforcement learning because an episode carries few bits.
+
+A bandit's labels are known bits: 4 a context. Rank 1 should tie with full fine-tuning while they
+fit it at 2 bits a parameter, and fall behind beyond. The same labels taught by cross-entropy show
+what the adapter can hold. Each curve is at its own best rate, paired by seed.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.estimate import Estimate, Verdict, exp_of, number, rate, with_interval
+from analysis.inference.gates import Gate, GateCode
+from analysis.measures.at_best import AtBest, losses_at_best, over_seeds, values_at_best
+from analysis.measures.ratio import ratio_of
+from analysis.measures.regret import BITS_PER_PARAMETER
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
+from analysis.questions.base import (
+    Analysis,
+    Measured,
+    Panel,
+    Rows,
+    Section,
+    Series,
+    claims_about,
+    correct,
+    fewest_seeds,
+    full_of,
+    gates_on,
+    judge_claims,
+    lora_of,
+    pooled_over,
+)
+from analysis.questions.rl.rewards import POINTS, points_behind, rewards_at_best, wider
+from analysis.runs.lr_curves import lr_curves, runs_of
+from analysis.runs.table import TableError
+
+BELOW, BEYOND = "points_rank_1_below", "points_rank_1_beyond"
+TOLD = "told_rank_1"
+EPISODE = "bits_per_episode"
+RATIO, RANGE = "lr_ratio", "good_range_ratio"
+ESTIMANDS = (BELOW, BEYOND, TOLD, EPISODE, RATIO, RANGE)
+LOG_ESTIMANDS = (EPISODE, RATIO, RANGE)
+ACTIONS, LABEL_BITS = 16, 4
+"""Labels to choose from, and their bits (lorasweep/data/synthetic/bandit.py)."""
+NO_CELL = "no cell"
+Bits = dict[int, Estimate]
+"""By rank, 0 for full fine-tuning."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of contexts: curves of rewarded runs, and of runs that were told the labels."""
+
+    contexts: int
+    group: str
+    full: Optimum | None
+    lora: dict[int, Optimum]
+    told: dict[int, Optimum]
+    """By rank; 0: full fine-tuning."""
+    behind: dict[int, AtBest[float]]
+    """LoRA's reward minus full fine-tuning's by rank, in points."""
+    bits: Bits
+    """Learned from rewards: the least information that reaches the reward."""
+    told_bits: Bits
+    """Learned by cross-entropy: the labels' bits minus the loss."""
+    episode: dict[int, Estimate]
+    """Bits learned a sampled answer, over a whole run, by rank."""
+    load: float | None
+    """The labels' bits over what rank 1 holds at BITS_PER_PARAMETER; None without rank 1."""
+
+    @property
+    def optima(self) -> list[Optimum]:
+        """The curves of rewarded runs, full fine-tuning first."""
+        return [o for o in (self.full, *self.lora.values()) if o is not None]
+
+
+def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
+    """Judge every claim at each number of contexts that it is about."""
+    optima = fit_all(lr_curves(table))
+    cells = _cells(table, optima)
+    verdicts: list[Verdict] = []
+    members: dict[str, list[Optimum]] = {}
+    unasked = set(ESTIMANDS)
+    for cell in cells:
+        members[cell.group] = [*cell.optima, *cell.told.values()]
+        measured = _measured(cell)
+        unasked -= measured.keys()
+        for estimand in measured:
+            asked = claims_about(question, estimand)
+            seeds = fewest_seeds(cell.optima)
+            verdicts += judge_claims(asked, measured, LOG_ESTIMANDS, cell.group, seeds)
+    for estimand in sorted(unasked):
+        nothing: Measured = {estimand: (Estimate(None), [Gate(GateCode.NO_CELL)])}
+        asked = claims_about(question, estimand)
+        verdicts += judge_claims(asked, nothing, LOG_ESTIMANDS, NO_CELL)
+    ratios = [
+        (c.group, f"rank {r}", ratio_of([o], c.full))
+        for c in cells
+        if c.full is not None
+        for r, o in c.lora.items()
+    ]
+    measures = {"cells": [_plain(c) for c in cells]}
+    sections = [_rewards(cells), _bits(cells)]
+    return Analysis(optima, correct(verdicts, question), sections, measures, members, False, ratios)
+
+
+def _cells(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Cell]:
+    by_contexts: dict[int, list[Optimum]] = {}
+    for o in optima:
+        by_contexts.setdefault(_contexts(table, o), []).append(o)
+    return [_cell(table, n, mine) for n, mine in sorted(by_contexts.items())]
+
+
+def _contexts(table: pd.DataFrame, o: Optimum) -> int:
+    """Return the number of contexts of a curve's data.
+
+    Raises:
+        TableError: they are not a bandit's.
+    """
+    data = json.loads(runs_of(table, o.curve)["spec"].iloc[0])["dataset"]
+    if data["location"] != "bandit":
+        raise TableError(f"{data['name']!r} has no known bits. Ask this of dataset=bandit.")
+    return int(data["knobs"]["contexts"])
+
+
+def _cell(table: pd.DataFrame, contexts: int, optima: Sequence[Optimum]) -> Cell:
+    rewarded = [o for o in optima if _is_rewarded(o)]
+    told = {int(o.curve.key["rank"]): o for o in lora_of(optima) if not _is_rewarded(o)}
+    full = full_of(rewarded)
+    told_full = full_of([o for o in optima if not _is_rewarded(o)])
+    if told_full is not None:
+        told = {0: told_full, **told}
+    lora = {int(o.curve.key["rank"]): o for o in lora_of(rewarded)}
+    behind = [] if full is None else points_behind(full, list(lora.values()))
+    known = {**({0: full} if full is not None else {}), **lora}
+    learned = values_at_best(table, list(known.values()), _learned)
+    answers = {r: _answers(table, o) for r, o in known.items()}
+    episode = {r: exp_of(over_seeds(_log_bits(v))) for r, v in zip(known, learned)}
+    load = None
+    if 1 in lora:
+        size = float(runs_of(table, lora[1].curve)["n_trainable"].mean())
+        load = LABEL_BITS * contexts / (BITS_PER_PARAMETER * size)
+    group = next(iter(rewarded or optima)).curve.group
+    bits = {r: _scaled(e, answers[r]) for r, e in episode.items()}
+    shares = dict(zip(told, losses_at_best(list(told.values()))))
+    told_bits = {
+        r: over_seeds(v.map(lambda nll: LABEL_BITS * contexts * known_share(nll)))
+        for r, v in shares.items()
+    }
+    by_rank = dict(zip(lora, behind))
+    return Cell(contexts, group, full, lora, told, by_rank, bits, told_bits, episode, load)
+
+
+def _is_rewarded(o: Optimum) -> bool:
+    return o.curve.key.get("objective") == "policy_gradient"
+
+
+def known_share(nll: float) -> float:
+    """Return the share of a label's bits that is known, from its NLL in nats."""
+    return 1 - nll / math.log(ACTIONS)
+
+
+def _learned(run: pd.Series) -> dict[str, float]:
+    """Return ln(bits learned a sampled answer) of a run; empty if it learned none."""
+    bits = json.loads(run["result"]).get("bits_per_answer")
+    return {"bits": math.log(bits)} if bits else {}
+
+
+def _log_bits(values: AtBest[dict[Any, float]]) -> AtBest[float]:
+    return values.map(lambda v: v["bits"])
+
+
+def _answers(table: pd.DataFrame, o: Optimum) -> int:
+    """Return how many answers a run of a curve samples."""
+    return int(o.curve.key["batch_size"]) * int(o.curve.key["steps"])
+
+
+def _scaled(e: Estimate, factor: float) -> Estimate:
+    low, value, high = (None if v is None else factor * v for v in (e.low, e.value, e.high))
+    return Estimate(value, low, high, e.n, e.flags)
+
+
+# ---------------------------------------------------------------- estimands
+
+
+def _measured(cell: Cell) -> Measured:
+    """Return the estimands that this number of contexts answers."""
+    full, one = cell.full, cell.lora.get(1)
+    if full is None or one is None or cell.load is None:
+        absent = [Gate(GateCode.MISSING, "fullft" if full is None else "lora r1")]
+        return {BELOW: (Estimate(None), absent)}
+    at_both = gates_on([full, one])
+    points = over_seeds(cell.behind[1], pooled_over(cell.behind.values()))
+    found: Measured = {BELOW if cell.load < 1 else BEYOND: (points, at_both)}
+    found[EPISODE] = cell.episode[0], gates_on([full])
+    if cell.load < 1:
+        found[TOLD] = _told(cell)
+    top = max(cell.lora)
+    if top > 1:
+        high = cell.lora[top]
+        gates = gates_on([full, high])
+        found[RATIO] = ratio_of([high], full), gates
+        range_ratio, stops = wider(high, full)
+        found[RANGE] = range_ratio, [*gates, *stops]
+    return found
+
+
+def _told(cell: Cell) -> tuple[Estimate, list[Gate]]:
+    """Return the percent of the labels that rank 1 knows if told, minus full fine-tuning's."""
+    full, one = cell.told.get(0), cell.told.get(1)
+    if full is None or one is None:
+        missing = "full fine-tuning" if full is None else "rank 1"
+        return Estimate(None), [Gate(GateCode.MISSING, f"{missing} by cross-entropy")]
+    its, mine = (v.map(lambda nll: 100 * known_share(nll)) for v in losses_at_best([full, one]))
+    return over_seeds(mine.paired(its, lambda a, b: a - b)), gates_on([full, one])
+
+
+# ---------------------------------------------------------------- the report
+
+
+def _rewards(cells: Sequence[Cell]) -> Section:
+    rows: Rows = [
+        [
+            *("contexts", "load of rank 1", "curve", "best LR [95%]"),
+            *("reward, points [95%]", "behind FullFT, points [95%]"),
+            *("ratio of best rates [95%]", "good rates", "range over FullFT's [95%]"),
+        ]
+    ]
+    for c in cells:
+        for o, reward in zip(c.optima, rewards_at_best(c.optima)):
+            band = o.band(2 / POINTS)
+            row = [str(c.contexts), number(c.load), o.curve.name, with_interval(o.best_lr, rate)]
+            row += [with_interval(over_seeds(reward))]
+            good = "-" if band is None else " to ".join(map(rate, band))
+            if o is c.full or c.full is None:
+                rows.append([*row, "-", "-", good, "-"])
+                continue
+            behind = with_interval(over_seeds(c.behind[int(o.curve.key["rank"])]))
+            ratio = with_interval(ratio_of([o], c.full))
+            rows.append([*row, behind, ratio, good, with_interval(wider(o, c.full)[0])])
+    text = [
+        "Load: bits of the labels over 2 bits for each parameter of rank 1. Good rates: those "
+        "whose fitted reward is within 2 points of the best one. Ranges are compared in doublings "
+        "of the rate, where all rates have three seeds."
+    ]
+    return Section("Rewards", rows, text)
+
+
+def _bits(cells: Sequence[Cell]) -> Section:
+    head = [
+        "contexts",
+        "bits of the labels",
+        "curve",
+        "from rewards [95%]",
+        "bits an episode [95%]",
+    ]
+    rows: Rows = [[*head, "by cross-entropy [95%]"]]
+    for c in cells:
+        for rank in sorted(c.bits.keys() | c.told_bits.keys()):
+            name = f"lora r{rank}" if rank else "fullft"
+            row = [str(c.contexts), str(LABEL_BITS * c.contexts), name]
+            found = (c.bits.get(rank), c.episode.get(rank), c.told_bits.get(rank))
+            rows.append([*row, *(with_interval(e or Estimate(None)) for e in found)])
+    text = [
+        "From rewards: the least information about the labels that reaches the mean reward (the "
+        "rate-distortion function of a uniform source), so a lower bound. By cross-entropy: the "
+        "labels' bits minus the loss on them."
+    ]
+    needed = [float(LABEL_BITS * c.contexts) for c in cells]
+    return Section("Bits", rows, text, "bits.png", [_panel(cells, needed)], "bits gained")
+
+
+def _panel(cells: Sequence[Cell], needed: Sequence[float]) -> Panel:
+    def line(label: str, of: Callable[[Cell], Bits], rank: int, style: str) -> Series:
+        mine = [(x, of(c)[rank]) for x, c in zip(needed, cells) if rank in of(c)]
+        return Series.of(label, [x for x, _ in mine], [e for _, e in mine], style=style)
+
+    ranks = sorted({r for c in cells for r in c.bits})
+    series = [line(f"rank {r}" if r else "FullFT", lambda c: c.bits, r, "o-") for r in ranks]
+    told = sorted({r for c in cells for r in c.told_bits})
+    series += [
+        line(f"{f'rank {r}' if r else 'FullFT'}, told", lambda c: c.told_bits, r, "s--")
+        for r in told
+    ]
+    series.append(Series("all of them", list(needed), list(needed), style=":", colour="grey"))
+    room = [LABEL_BITS * c.contexts / c.load for c in cells if c.load]
+    lines = {"2 bits a parameter of rank 1": float(np.mean(room))} if room else {}
+    title = "each at its own best rate"
+    return Panel(
+        title, "bits of the labels", "bits gained", series, log_x=True, log_y=True, lines=lines
+    )
+
+
+def _plain(c: Cell) -> dict[str, Any]:
+    return {
+        "contexts": c.contexts,
+        "load": c.load,
+        "points_behind": {str(r): over_seeds(v).plain() for r, v in c.behind.items()},
+        "bits": {str(r): e.plain() for r, e in c.bits.items()},
+        "bits_per_episode": {str(r): e.plain() for r, e in c.episode.items()},
+        "told_bits": {str(r): e.plain() for r, e in c.told_bits.items()},
+    }

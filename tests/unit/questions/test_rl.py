@@ -1,0 +1,84 @@
+"""`rl` on planted rewards: points behind, best rates, ranges of good rates, episodes needed."""
+
+import math
+
+import numpy as np
+import pytest
+
+from analysis.questions.rl.rewards import good_range
+from tests.rewards import START, Rewards
+
+RATES = (
+    "sweep.at.smoke.lr_fullft=${around:1e-4,5,2}",
+    "sweep.at.smoke.lr_lora=${around:%s,5,2}",
+    "sweep.at.smoke.steps=64",
+)
+
+
+def world(rho, ratio, full_bend, lora_bend, noise=1e-3):
+    """Rewards rise by .06 a doubling of the updates; rank 1 makes `rho` of the progress."""
+
+    def top(spec, step):
+        share = rho if getattr(spec.method, "rank", 0) == 1 else 1.0
+        return START + 0.06 * math.log2(1 + share * step)
+
+    def best(spec):
+        return 1e-4 * (ratio if spec.method.name == "lora" else 1)
+
+    def bend(spec):
+        return lora_bend if spec.method.name == "lora" else full_bend
+
+    return Rewards(top, best, bend, noise=noise)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rho", "ratio", "bends", "outcomes"),
+    [
+        (0.5, 4, (0.04, 0.016), ("REFUTED", "SUPPORTED", "REFUTED", "SUPPORTED", "REFUTED")),
+        (1.0, 10, (0.016, 0.04), ("SUPPORTED", "SUPPORTED", "SUPPORTED", "REFUTED", "SUPPORTED")),
+    ],
+)
+def test_planted_differences_come_back(ask, rho, ratio, bends, outcomes):
+    rates = [r % f"{ratio * 1e-4:g}" if "%" in r else r for r in RATES]
+    out, found = ask("rl", world(rho, ratio, *bends), *rates, report=rho < 1)
+    claims = ("rank_1", "top_rank", "ratio", "wider", "progress")
+    assert tuple(found[c]["outcome"] for c in claims) == outcomes
+    planted = 6 * math.log2((1 + 64 * rho) / 65)
+    assert found["rank_1"]["estimate"]["value"] == pytest.approx(planted, abs=0.5)
+    assert found["ratio"]["estimate"]["value"] == pytest.approx(ratio, rel=0.1)
+    assert found["progress"]["estimate"]["value"] == pytest.approx(rho, rel=0.1)
+    wider = math.sqrt(bends[0] / bends[1])
+    assert found["wider"]["estimate"]["value"] == pytest.approx(wider, rel=0.2)
+    (behind,) = out["points_behind"].values()
+    assert set(behind) == {"1", "8"}
+
+
+@pytest.mark.slow
+def test_a_task_that_is_nearly_solved_decides_nothing(ask):
+    solved = Rewards(lambda s, step: 0.95, lambda s: 2e-4, lambda s: 0.03)
+    rates = [r % "2e-4" if "%" in r else r for r in RATES]
+    _out, found = ask("rl", solved, *rates)
+    assert found["rank_1"]["outcome"] == "UNDECIDED" and "nearly solved" in str(found["rank_1"])
+
+
+@pytest.mark.slow
+def test_without_rank_1_the_claims_about_it_stay_open(ask):
+    rates = [r % "2e-4" if "%" in r else r for r in RATES]
+    _out, found = ask("rl", world(1, 2, 0.03, 0.03), *rates, "sweep.at.smoke.ranks=[8]")
+    assert "no curve of lora r1" in str(found["rank_1"])
+    assert found["top_rank"]["outcome"] == "SUPPORTED"
+
+
+def test_the_range_of_good_rates_ends_between_rates_or_goes_on():
+    x = np.arange(5.0)
+    reward = np.array([0.50, 0.54, 0.55, 0.51, 0.20])
+    low, high, goes_on = good_range(x, reward)
+    # .53 is crossed a quarter of the way from 1 to 0, and half of the way from 2 to 3
+    assert (low, high, goes_on) == (pytest.approx(0.75), pytest.approx(2.5), False)
+    low, high, goes_on = good_range(x[:3], reward[:3])
+    assert (low, high, goes_on) == (pytest.approx(0.75), 2.0, True)
+    assert good_range(x, np.array([0.0, 0.5, 0.0, 0.0, 0.5]))[:2] == (
+        pytest.approx(0.96),
+        pytest.approx(1.04),
+    )  # one range, around the best rate
