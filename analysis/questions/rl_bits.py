@@ -43,10 +43,10 @@ from analysis.runs.lr_curves import lr_curves, runs_of
 from analysis.runs.table import TableError
 
 BELOW, BEYOND = "points_rank_1_below", "points_rank_1_beyond"
-TOLD = "told_rank_1"
+TAUGHT = "taught_rank_1"
 EPISODE = "bits_per_episode"
 RATIO, RANGE = "lr_ratio", "good_range_ratio"
-ESTIMANDS = (BELOW, BEYOND, TOLD, EPISODE, RATIO, RANGE)
+ESTIMANDS = (BELOW, BEYOND, TAUGHT, EPISODE, RATIO, RANGE)
 LOG_ESTIMANDS = (EPISODE, RATIO, RANGE)
 ACTIONS, LABEL_BITS = 16, 4
 """Labels to choose from, and their bits (lorasweep/data/synthetic/bandit.py)."""
@@ -57,19 +57,19 @@ Bits = dict[int, Estimate]
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of contexts: curves of rewarded runs, and of runs that were told the labels."""
+    """One number of contexts: curves of rewarded runs, and of runs that were taught the labels."""
 
     contexts: int
     group: str
     full: Optimum | None
     lora: dict[int, Optimum]
-    told: dict[int, Optimum]
+    taught: dict[int, Optimum]
     """By rank; 0: full fine-tuning."""
     behind: dict[int, AtBest[float]]
     """LoRA's reward minus full fine-tuning's by rank, in points."""
     bits: Bits
     """Learned from rewards: the least information that reaches the reward."""
-    told_bits: Bits
+    taught_bits: Bits
     """Learned by cross-entropy: the labels' bits minus the loss."""
     episode: dict[int, Estimate]
     """Bits learned a sampled answer, over a whole run, by rank."""
@@ -90,7 +90,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     members: dict[str, list[Optimum]] = {}
     unasked = set(ESTIMANDS)
     for cell in cells:
-        members[cell.group] = [*cell.optima, *cell.told.values()]
+        members[cell.group] = [*cell.optima, *cell.taught.values()]
         measured = _measured(cell)
         unasked -= measured.keys()
         for estimand in measured:
@@ -133,11 +133,11 @@ def _contexts(table: pd.DataFrame, o: Optimum) -> int:
 
 def _cell(table: pd.DataFrame, contexts: int, optima: Sequence[Optimum]) -> Cell:
     rewarded = [o for o in optima if _is_rewarded(o)]
-    told = {int(o.curve.key["rank"]): o for o in lora_of(optima) if not _is_rewarded(o)}
+    taught = {int(o.curve.key["rank"]): o for o in lora_of(optima) if not _is_rewarded(o)}
     full = full_of(rewarded)
-    told_full = full_of([o for o in optima if not _is_rewarded(o)])
-    if told_full is not None:
-        told = {0: told_full, **told}
+    taught_full = full_of([o for o in optima if not _is_rewarded(o)])
+    if taught_full is not None:
+        taught = {0: taught_full, **taught}
     lora = {int(o.curve.key["rank"]): o for o in lora_of(rewarded)}
     behind = [] if full is None else points_behind(full, list(lora.values()))
     known = {**({0: full} if full is not None else {}), **lora}
@@ -150,13 +150,13 @@ def _cell(table: pd.DataFrame, contexts: int, optima: Sequence[Optimum]) -> Cell
         load = LABEL_BITS * contexts / (BITS_PER_PARAMETER * size)
     group = next(iter(rewarded or optima)).curve.group
     bits = {r: _scaled(e, answers[r]) for r, e in episode.items()}
-    shares = dict(zip(told, losses_at_best(list(told.values()))))
-    told_bits = {
+    shares = dict(zip(taught, losses_at_best(list(taught.values()))))
+    taught_bits = {
         r: over_seeds(v.map(lambda nll: LABEL_BITS * contexts * known_share(nll)))
         for r, v in shares.items()
     }
     by_rank = dict(zip(lora, behind))
-    return Cell(contexts, group, full, lora, told, by_rank, bits, told_bits, episode, load)
+    return Cell(contexts, group, full, lora, taught, by_rank, bits, taught_bits, episode, load)
 
 
 def _is_rewarded(o: Optimum) -> bool:
@@ -202,7 +202,7 @@ def _measured(cell: Cell) -> Measured:
     found: Measured = {BELOW if cell.load < 1 else BEYOND: (points, at_both)}
     found[EPISODE] = cell.episode[0], gates_on([full])
     if cell.load < 1:
-        found[TOLD] = _told(cell)
+        found[TAUGHT] = _taught(cell)
     top = max(cell.lora)
     if top > 1:
         high = cell.lora[top]
@@ -213,9 +213,9 @@ def _measured(cell: Cell) -> Measured:
     return found
 
 
-def _told(cell: Cell) -> tuple[Estimate, list[Gate]]:
-    """Return the percent of the labels that rank 1 knows if told, minus full fine-tuning's."""
-    full, one = cell.told.get(0), cell.told.get(1)
+def _taught(cell: Cell) -> tuple[Estimate, list[Gate]]:
+    """Return the percent of the labels that rank 1 knows if taught, minus full fine-tuning's."""
+    full, one = cell.taught.get(0), cell.taught.get(1)
     if full is None or one is None:
         missing = "full fine-tuning" if full is None else "rank 1"
         return Estimate(None), [Gate(GateCode.MISSING, f"{missing} by cross-entropy")]
@@ -264,10 +264,10 @@ def _bits(cells: Sequence[Cell]) -> Section:
     ]
     rows: Rows = [[*head, "by cross-entropy [95%]"]]
     for c in cells:
-        for rank in sorted(c.bits.keys() | c.told_bits.keys()):
+        for rank in sorted(c.bits.keys() | c.taught_bits.keys()):
             name = f"lora r{rank}" if rank else "fullft"
             row = [str(c.contexts), str(LABEL_BITS * c.contexts), name]
-            found = (c.bits.get(rank), c.episode.get(rank), c.told_bits.get(rank))
+            found = (c.bits.get(rank), c.episode.get(rank), c.taught_bits.get(rank))
             rows.append([*row, *(with_interval(e or Estimate(None)) for e in found)])
     text = [
         "From rewards: the least information about the labels that reaches the mean reward (the "
@@ -285,10 +285,10 @@ def _panel(cells: Sequence[Cell], needed: Sequence[float]) -> Panel:
 
     ranks = sorted({r for c in cells for r in c.bits})
     series = [line(f"rank {r}" if r else "FullFT", lambda c: c.bits, r, "o-") for r in ranks]
-    told = sorted({r for c in cells for r in c.told_bits})
+    taught = sorted({r for c in cells for r in c.taught_bits})
     series += [
-        line(f"{f'rank {r}' if r else 'FullFT'}, told", lambda c: c.told_bits, r, "s--")
-        for r in told
+        line(f"{f'rank {r}' if r else 'FullFT'}, taught", lambda c: c.taught_bits, r, "s--")
+        for r in taught
     ]
     series.append(Series("all of them", list(needed), list(needed), style=":", colour="grey"))
     room = [LABEL_BITS * c.contexts / c.load for c in cells if c.load]
@@ -306,5 +306,5 @@ def _plain(c: Cell) -> dict[str, Any]:
         "points_behind": {str(r): over_seeds(v).plain() for r, v in c.behind.items()},
         "bits": {str(r): e.plain() for r, e in c.bits.items()},
         "bits_per_episode": {str(r): e.plain() for r, e in c.episode.items()},
-        "told_bits": {str(r): e.plain() for r, e in c.told_bits.items()},
+        "taught_bits": {str(r): e.plain() for r, e in c.taught_bits.items()},
     }

@@ -26,7 +26,7 @@ UNKNOWN = {
     "rank": ["faster"],
     "regime": ["nothing", "real"],
     "rl": ["wider", "progress"],
-    "rl_bits": ["told", "wider"],
+    "rl_bits": ["taught", "wider"],
 }
 """Claims of which no data were run at tiny, so that no spread over seeds is known."""
 

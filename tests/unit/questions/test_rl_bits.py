@@ -25,17 +25,17 @@ def cells(rate, rank=None, contexts=(64, 4096)):
 
 GRIDS = (
     *(f"sweep.at.smoke.fullft={cells(FULL)}", f"sweep.at.smoke.lora={cells(LORA, [1, 4])}"),
-    *(f"sweep.at.smoke.told_fullft={cells(FULL)}", f"sweep.at.smoke.told_lora={cells(LORA)}"),
+    *(f"sweep.at.smoke.taught_fullft={cells(FULL)}", f"sweep.at.smoke.taught_lora={cells(LORA)}"),
 )
 
 
 class Bandit(Rewards):
     """`reward[contexts]` of full fine-tuning and rank 4, lower by `behind[contexts]` with rank 1.
 
-    Told the labels, full fine-tuning knows 98% of their bits and rank 1 `told` of them.
+    Told the labels, full fine-tuning knows 98% of their bits and rank 1 `taught` of them.
     """
 
-    def __init__(self, reward, behind, told, bends, bits=None):
+    def __init__(self, reward, behind, taught, bends, bits=None):
         def top(spec, step):
             n = spec.dataset.generator_params["contexts"]
             return reward[n] - (behind[n] if getattr(spec.method, "rank", 0) == 1 else 0)
@@ -45,19 +45,19 @@ class Bandit(Rewards):
             lambda s: FULL if s.method.name == "fullft" else LORA,
             lambda s: bends[s.method.name == "lora"],
         )
-        self.told, self.bits = told, bits
+        self.taught, self.bits = taught, bits
 
     def nll(self, spec):
         if spec.objective != "sft":
             return super().nll(spec)
-        known = 0.98 if spec.method.name == "fullft" else self.told
+        known = 0.98 if spec.method.name == "fullft" else self.taught
         noise = np.random.default_rng(int(spec.id, 16)).normal(0, 2e-3)
         off = math.log(spec.lr / self.best(spec))
         return math.log(16) * (1 - known) + 0.02 * off**2 + noise
 
     def curve(self, spec):
-        told = [{"step": 0, "test_nll": 2.8}, {"step": spec.steps, "test_nll": self.nll(spec)}]
-        return told if spec.objective == "sft" else super().curve(spec)
+        taught = [{"step": 0, "test_nll": 2.8}, {"step": spec.steps, "test_nll": self.nll(spec)}]
+        return taught if spec.objective == "sft" else super().curve(spec)
 
     def more(self, spec):
         if spec.objective == "sft":
@@ -83,7 +83,7 @@ def test_rank_1_behaves_as_its_capacity_says(ask):
     assert {k: v["outcome"] for k, v in found.items()} == {
         ("tie", "64"): "SUPPORTED",
         ("behind", "4096"): "SUPPORTED",
-        ("told", "64"): "SUPPORTED",
+        ("taught", "64"): "SUPPORTED",
         ("one_bit", "64"): "REFUTED",
         ("one_bit", "4096"): "REFUTED",
         ("ratio", "64"): "REFUTED",  # planted: 4
@@ -92,31 +92,31 @@ def test_rank_1_behaves_as_its_capacity_says(ask):
         ("wider", "4096"): "SUPPORTED",
     }
     assert found["behind", "4096"]["estimate"]["value"] == pytest.approx(-30, abs=0.5)
-    assert found["told", "64"]["estimate"]["value"] == pytest.approx(-1, abs=0.3)
+    assert found["taught", "64"]["estimate"]["value"] == pytest.approx(-1, abs=0.3)
     small, large = out["cells"]
     assert small["load"] == pytest.approx(4 * 64 / (2 * 5232)) and large["load"] > 1
     bits = 4096 * bits_learned(0.6, 16)
     assert large["bits"]["0"]["value"] == pytest.approx(bits, rel=0.02)
     assert large["bits_per_episode"]["0"]["value"] == pytest.approx(bits / 65536, rel=0.02)
-    assert large["told_bits"]["1"]["value"] == pytest.approx(0.97 * 16384, rel=0.01)
+    assert large["taught_bits"]["1"]["value"] == pytest.approx(0.97 * 16384, rel=0.01)
 
 
 def test_rank_1_behaves_otherwise(ask):
     world = Bandit({64: 0.9, 4096: 0.6}, {64: 0.1, 4096: 0.0}, 0.5, (0.016, 0.04), bits=1.0)
     out, _ = ask("rl_bits", world, *GRIDS)
     found = {k: v["outcome"] for k, v in outcomes(out).items()}
-    for claim in (("tie", "64"), ("behind", "4096"), ("told", "64"), ("wider", "64")):
+    for claim in (("tie", "64"), ("behind", "4096"), ("taught", "64"), ("wider", "64")):
         assert found[claim] == "REFUTED"
     assert found["one_bit", "64"] == "SUPPORTED"
 
 
 def test_without_rank_1_or_the_control_claims_stay_open(ask):
     world = Bandit({64: 0.9}, {64: 0.0}, 0.97, (0.04, 0.016))
-    removed = ("~sweep.arms.told_lora", "~sweep.arms.told_fullft")
+    removed = ("~sweep.arms.taught_lora", "~sweep.arms.taught_fullft")
     full, lora = cells(FULL, None, [64]), cells(LORA, [1], [64])
     grids = f"sweep.at.smoke.fullft={full}", f"sweep.at.smoke.lora={lora}"
     out, found = ask("rl_bits", world, *grids, *removed)
-    assert found["told"]["outcome"] == "UNDECIDED" and "by cross-entropy" in str(found["told"])
+    assert found["taught"]["outcome"] == "UNDECIDED" and "by cross-entropy" in str(found["taught"])
     assert found["tie"]["outcome"] == "SUPPORTED"
     for claim in ("behind", "ratio"):  # no cell beyond, and no other rank
         assert found[claim]["group"] == "no cell"
