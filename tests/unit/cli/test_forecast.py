@@ -68,7 +68,7 @@ def test_a_users_own_card_is_a_file_and_text_says_what_the_plan_rests_on(
     ):
         assert words in out
     row = next(line for line in out.splitlines() if line.startswith("batch_size "))
-    assert row.split()[1:4] == ["256", "232", "16"]
+    assert row.split()[1:4] == ["256", "256", "224"]
 
 
 def test_a_card_that_is_too_small_says_what_would_fit(command, nowhere):

@@ -130,7 +130,7 @@ def test_an_unreadable_row_is_named_before_anything_starts(command, tmp_path):
         "--config-dir",
         tmp_path / "mine",
         "dataset=mine",
-        "model=smollm2-135m",
+        "model=tiny64",
         "method.rank=4",
         f"exec.data_dir=[{tmp_path}]",
     )
