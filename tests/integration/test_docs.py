@@ -36,7 +36,7 @@ SMOKE = ("+sweep=lr_ratio", "scale=smoke")
 def documented(page):
     """List (package, arguments) of every command in a page's bash blocks."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
-    found = [m for block in blocks for m in COMMAND.finditer(block)]
+    found = [m for block in blocks for m in COMMAND.finditer(block.replace("\\\n", " "))]
     return [(m[1], shlex.split(m[2], comments=True)) for m in found]
 
 
