@@ -28,6 +28,7 @@ MAY_REFUSE = {
     "action=extend": "nothing would decide more at smoke",
     "action=qualify": "a task of eight updates is not fit",
     "action=cancel": "no cluster is there",
+    "action=fetch": "the hub may be out of reach",
 }
 COMMAND = re.compile(r"^python -m (lorasweep|analysis)\b(.*)$", re.MULTILINE)
 SMOKE = ("+sweep=lr_ratio", "scale=smoke")
