@@ -13,8 +13,18 @@ from analysis.runs.metric import as_losses
 
 SHARED = ("__init__", "base", "registry")
 """Modules of this package that are not questions."""
-ONE_TASK = ("compute", "rank", "short_runs")
-"""Questions whose `analyse` answers for one model and data set; the others sort them themselves."""
+TASK = ("model", "dataset")
+ONE_OF = {
+    "batch_size": TASK,
+    "capacity": ("model",),
+    "compute": TASK,
+    "invariance": TASK,
+    "rank": TASK,
+    "recipes": ("model",),
+    "short_runs": TASK,
+}
+"""Questions whose `analyse` takes all runs to be of one model, or of one model and data set. The
+others sort them themselves."""
 ROOM = "question"
 """The module of a question that is a folder."""
 
@@ -59,7 +69,7 @@ def question_named(name: str) -> Question:
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Fit and judge a sweep's runs with the analysis that its question names.
 
-    One that answers for a single model and data set is asked for each of those in the table.
+    One that takes all runs to be of one model or task is asked for each of those in the table.
 
     Args:
         table: one row per run; a metric of which more is better becomes a loss here.
@@ -71,11 +81,11 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     """
     table = as_losses(table)
     module = question_named(question["analysis"])
-    tasks = {
-        f"{model} on {dataset}": runs
-        for (model, dataset), runs in table.groupby(["model", "dataset"], sort=False)
+    unit = ONE_OF.get(question["analysis"])
+    tasks = unit and {
+        " on ".join(names): runs for names, runs in table.groupby(list(unit), sort=False)
     }
-    if len(tasks) < 2 or question["analysis"] not in ONE_TASK:
+    if not tasks or len(tasks) < 2:
         return module.analyse(table, question, kept)
     found = {name: module.analyse(runs, question, kept) for name, runs in tasks.items()}
     return _joined(found, question)

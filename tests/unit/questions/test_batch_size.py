@@ -41,6 +41,20 @@ def test_batch_penalty(ask, b, outcome):
     assert "batches of 4 to 64 after 8 to 128 updates" in out["read"]["batch_effect"]
 
 
+def test_each_model_has_an_effect_of_its_own(ask):
+    """Nothing on one base, a penalty on the other: together they would be neither."""
+    b = {"tiny64": -0.1, "tiny64-s1": 0.0}
+    out, _ = ask(
+        "batch_size",
+        World(lambda s: 0.9 * math.exp(b[s.model.name] * math.log2(s.batch_size / 4)), falls=falls),
+        f"sweep.at.smoke.fullft={cells(FULL)}",
+        f"sweep.at.smoke.lora={cells(LORA)}",
+        "sweep.at.smoke.model=[tiny64,tiny64-s1]",
+    )
+    found = {v["group"].split()[0]: v for v in out["verdicts"] if v["claim"] == "penalty"}
+    assert {m: v["estimate"]["value"] for m, v in found.items()} == pytest.approx(b, abs=0.02)
+
+
 def test_runs_of_two_lengths_of_one_batch_are_judged_together(ask):
     """Best rates fall with updates: at 16 only the short runs reach them, which are tuned for it."""
     long = cells("[2e-4,4e-4,8e-4,1.6e-3,3.2e-3]", {4: 64, 16: 64})
