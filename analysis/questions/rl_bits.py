@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, Verdict, exp_of, number, rate, with_interval
+from analysis.inference.estimate import Estimate, Verdict, exp_of, number, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, losses_at_best, over_seeds, values_at_best
 from analysis.measures.ratio import ratio_of
@@ -38,7 +38,7 @@ from analysis.questions.base import (
     lora_of,
     pooled_over,
 )
-from analysis.questions.rl.rewards import POINTS, points_behind, rewards_at_best, wider
+from analysis.questions.rl.rewards import HEAD, HOW, compared, points_behind, wider
 from analysis.runs.lr_curves import lr_curves, runs_of
 from analysis.runs.table import TableError
 
@@ -227,31 +227,12 @@ def _taught(cell: Cell) -> tuple[Estimate, list[Gate]]:
 
 
 def _rewards(cells: Sequence[Cell]) -> Section:
-    rows: Rows = [
-        [
-            *("contexts", "load of rank 1", "curve", "best LR [95%]"),
-            *("reward, points [95%]", "behind FullFT, points [95%]"),
-            *("ratio of best rates [95%]", "good rates", "range over FullFT's [95%]"),
-        ]
-    ]
+    rows: Rows = [["contexts", "load of rank 1", *HEAD]]
     for c in cells:
-        for o, reward in zip(c.optima, rewards_at_best(c.optima)):
-            band = o.band(2 / POINTS)
-            row = [str(c.contexts), number(c.load), o.curve.name, with_interval(o.best_lr, rate)]
-            row += [with_interval(over_seeds(reward))]
-            good = "-" if band is None else " to ".join(map(rate, band))
-            if o is c.full or c.full is None:
-                rows.append([*row, "-", "-", good, "-"])
-                continue
-            behind = with_interval(over_seeds(c.behind[int(o.curve.key["rank"])]))
-            ratio = with_interval(ratio_of([o], c.full))
-            rows.append([*row, behind, ratio, good, with_interval(wider(o, c.full)[0])])
-    text = [
-        "Load: bits of the labels over 2 bits for each parameter of rank 1. Good rates: those "
-        "whose fitted reward is within 2 points of the best one. Ranges are compared in doublings "
-        "of the rate, where all rates have three seeds."
-    ]
-    return Section("Rewards", rows, text)
+        shown = compared(c.full, c.lora, c.behind)
+        rows += [[str(c.contexts), number(c.load), *row] for row in shown]
+    load = "Load: bits of the labels over 2 bits for each parameter of rank 1."
+    return Section("Rewards", rows, [f"{load} {HOW}"])
 
 
 def _bits(cells: Sequence[Cell]) -> Section:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, Verdict, rate, with_interval
+from analysis.inference.estimate import Estimate, Verdict
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.efficiency import at_best, rho
@@ -36,7 +36,7 @@ from analysis.questions.base import (
     lora_of,
     pooled_over,
 )
-from analysis.questions.rl.rewards import POINTS, points_behind, rewards_at_best, wider
+from analysis.questions.rl.rewards import HEAD, HOW, compared, points_behind, wider
 from analysis.runs.learning_curves import Points
 from analysis.runs.lr_curves import lr_curves, runs_of
 
@@ -147,34 +147,15 @@ def _task_gates(*optima: Optimum) -> list[Gate]:
 
 
 def _section(group: str, cell: Cell, figure: str) -> Section:
-    head = ["curve", "best LR [95%]", "reward, points [95%]", "behind FullFT, points [95%]"]
-    rows: Rows = [[*head, "ratio of best rates [95%]", "good rates", "range over FullFT's [95%]"]]
-    for o, reward in zip(cell.optima, rewards_at_best(cell.optima)):
-        row = [o.curve.name, with_interval(o.best_lr, rate), with_interval(over_seeds(reward))]
-        if o is cell.full or cell.full is None:
-            rows.append([*row, "-", "-", _good(o), "-"])
-            continue
-        behind = over_seeds(cell.behind[int(o.curve.key["rank"])])
-        range_ratio, _gates = wider(o, cell.full)
-        ratio = with_interval(ratio_of([o], cell.full))
-        rows.append([*row, with_interval(behind), ratio, _good(o), with_interval(range_ratio)])
+    rows: Rows = [list(HEAD), *compared(cell.full, cell.lora, cell.behind)]
     series = [
         _learning("FullFT" if rank == 0 else f"rank {rank}", curve, cell.answers)
         for rank, curve in cell.curves.items()
         if curve.best
     ]
     panel = Panel("each at its own best rate", "episodes", "held-out reward", series, log_x=True)
-    text = [
-        "Good rates: those whose fitted reward is within 2 points of the best one. Ranges are "
-        "compared in doublings of the rate."
-    ]
     caption = "reward over episodes by rank"
-    return Section(f"Rewards, {group}", rows, text, figure, [panel], caption)
-
-
-def _good(o: Optimum) -> str:
-    band = o.band(2 / POINTS)
-    return "-" if band is None else " to ".join(map(rate, band))
+    return Section(f"Rewards, {group}", rows, [HOW], figure, [panel], caption)
 
 
 def _learning(label: str, curve: AtBest[Points], answers: int) -> Series:

@@ -1,13 +1,14 @@
 """Compare rewards at best rates, and ranges of good rates. Points are hundredths of reward."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from analysis.inference.estimate import Estimate, exp_of
+from analysis.inference.estimate import Estimate, exp_of, rate, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import from_sample
-from analysis.measures.at_best import AtBest, losses_at_best
+from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
+from analysis.measures.ratio import ratio_of
 from analysis.optimum.optimum import Optimum
 
 POINTS = 100
@@ -92,3 +93,34 @@ def _grid(o: Optimum, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     found = {(a, int(s)): y for a, s, y in zip(o.curve.x, o.curve.seed, o.curve.y)}
     reward = -np.array([[found[a, s] for s in seeds] for a in x])
     return x, np.nan_to_num(reward, nan=0.0)
+
+
+HEAD = (
+    *("curve", "best LR [95%]", "reward, points [95%]", "behind FullFT, points [95%]"),
+    *("ratio of best rates [95%]", "good rates", "range over FullFT's [95%]"),
+)
+HOW = (
+    "Good rates: those whose fitted reward is within 2 points of the best one. Ranges are compared "
+    f"in doublings of the rate, where all rates have {MIN_SEEDS} seeds."
+)
+
+
+def compared(
+    full: Optimum | None, lora: Mapping[int, Optimum], behind: Mapping[int, AtBest[float]]
+) -> list[list[str]]:
+    """Return a row of HEAD for each curve, full fine-tuning's first.
+
+    `lora`, `behind`: by rank; `behind` as from `points_behind`.
+    """
+    curves = [*([] if full is None else [(0, full)]), *lora.items()]
+    rows = []
+    for (rank, o), reward in zip(curves, rewards_at_best([o for _, o in curves])):
+        band = o.band(GOOD)
+        good = "-" if band is None else " to ".join(map(rate, band))
+        row = [o.curve.name, with_interval(o.best_lr, rate), with_interval(over_seeds(reward))]
+        if o is full or full is None:
+            rows.append([*row, "-", "-", good, "-"])
+            continue
+        points, ratio = with_interval(over_seeds(behind[rank])), with_interval(ratio_of([o], full))
+        rows.append([*row, points, ratio, good, with_interval(wider(o, full)[0])])
+    return rows
