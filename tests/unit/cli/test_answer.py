@@ -26,7 +26,7 @@ UNKNOWN = {
     "rank": ["faster"],
     "regime": ["nothing", "real"],
     "rl": ["wider", "progress"],
-    "rl_bits": ["taught", "wider"],
+    "rl_bits": ["taught", "one_bit", "wider"],
 }
 """Claims of which no data were run at tiny, so that no spread over seeds is known."""
 
