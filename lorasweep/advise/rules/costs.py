@@ -15,7 +15,6 @@ from lorasweep.errors import unknown
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.gpu.load import Load, load_of
-from lorasweep.plan.gpu.memory import memory_parts
 from lorasweep.plan.gpu.placement import (
     MEMORY_ERROR,
     MOST_GPUS,
@@ -174,8 +173,8 @@ def _method(rank: int) -> Method:
 
 
 @lru_cache(maxsize=4096)
-def _fewest(at: _Where, rank: int) -> Placement | Misfit:
-    """Place one method on the fewest GPUs that hold it."""
+def _place(at: _Where, rank: int, gpus: int | None) -> Placement | Misfit:
+    """Place one method on a number of GPUs; None: on the fewest that hold it."""
     dataset = DatasetSpec(
         name="customer", source="jsonl", location="customer", max_length=at.max_length
     )
@@ -186,29 +185,21 @@ def _fewest(at: _Where, rank: int) -> Placement | Misfit:
         batch_size=at.batch_size,
         precision="bf16",
     )
-    return place([spec], at.machine.hardware)
+    return place([spec], at.machine.hardware, gpus=gpus)
 
 
 def _placed(at: _Where, rank: int, at_hand: int | None, row_tokens: float) -> Placed:
     """Place one method on all GPUs at hand, if they hold it, else on the fewest that do."""
-    found = _fewest(at, rank)
+    found = _place(at, rank, None)
     if isinstance(found, Misfit):
         return Placed(None, None, None, f"{found.why}. Give {found.remedy}")
-    layout = found.layout
-    while 2 * layout.gpus <= (at_hand or 1) and at.batch_size % (2 * layout.gpus) == 0:
-        share = at.batch_size // (2 * layout.gpus)
-        rows = max(r for r in range(1, min(layout.rows, share) + 1) if share % r == 0)
-        layout = replace(layout, gpus=2 * layout.gpus, rows=rows, accumulation=share // rows)
-    load = _load(at.model, rank)
-    parts = step_parts(load, layout, row_tokens, at.machine.hardware)
-    peak = found.memory_gib
-    if layout != found.layout:
-        peak = sum(memory_parts(load, layout, at.max_length, start_bytes=START).values()) / 2**30
-    return Placed(layout.gpus, peak, step_seconds(parts))
-
-
-START = 2
-"""Bytes a weight kept to measure how far full fine-tuning moved it, as place() counts them."""
+    gpus = found.layout.gpus
+    while 2 * gpus <= (at_hand or 1) and at.batch_size % (2 * gpus) == 0:
+        gpus *= 2
+    found = _place(at, rank, gpus)
+    assert isinstance(found, Placement)  # it fits on fewer
+    parts = step_parts(_load(at.model, rank), found.layout, row_tokens, at.machine.hardware)
+    return Placed(gpus, found.memory_gib, step_seconds(parts))
 
 
 @lru_cache(maxsize=1024)
