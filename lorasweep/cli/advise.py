@@ -1,7 +1,6 @@
 """LoRA or full fine-tuning for a table of customers: reads it, prints the answers, writes pages."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,6 +117,4 @@ def _table(found: Sequence[Advice | Failed]) -> list[str]:
 
 def _errors(found: Sequence[Advice | Failed]) -> list[str]:
     lines = [f"error in {a.error}" for a in found if isinstance(a, Failed)]
-    if not sys.stdout.isatty() or not lines:
-        return lines
-    return [*lines, ""]
+    return [*lines, ""] if lines else []
