@@ -92,9 +92,10 @@ def page() -> str:
         "Each row is judged without its own source in the rules, and without this project's own "
         "answers. What the rules take from others is in `lorasweep/advise/published.yaml`; these "
         "rows are in `lorasweep/bench/outcomes.yaml`. They were chosen before the adviser was "
-        "held against them. The rules of method and rank were not changed after; the interval of "
-        "the rate was: it was the sources' disagreement alone, and 7 of 10 best rates lay outside, "
-        f"so it now reaches a factor {STEP:g} further each way. Each row is one team's runs, most "
+        "held against them, though no commit shows it. The rules of method and rank were not "
+        "changed after; the interval of the rate was: it was the sources' disagreement alone, and "
+        f"7 of 10 best rates lay outside, so it now reaches a factor {STEP:g} further each way, of "
+        "which these rows are no test. Each row is one team's runs, most "
         "of them of one seed.",
         "",
         "## Does LoRA keep up?",
