@@ -45,10 +45,10 @@ class Example:
 class Rewards:
     """How the answers to the prompts of a data set are rewarded."""
 
-    of: Callable[[Example, np.ndarray], float | None]
-    """(row, tokens of an answer with its end token) -> reward from 0 to 1; None: unreadable."""
-    end_tokens: tuple[int, ...]
-    """Tokens that end an answer."""
+    of: Callable[[Sequence[tuple[Example, np.ndarray]]], list[float | None]]
+    """(row, tokens of an answer with its end) of many -> rewards from 0 to 1; None: unreadable."""
+    ends: tuple[tuple[int, ...], ...]
+    """Sequences of tokens, each of which ends an answer."""
     exact: bool = False
     """Whether only the row's own answer is rewarded, with 1. Its probability is then the expected
     reward."""

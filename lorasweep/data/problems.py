@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from lorasweep.data import fields
 from lorasweep.data.load import sources_of
-from lorasweep.data.rewards import boxed, marked
 from lorasweep.data.text import parts_of
+from lorasweep.data.verifiers.reading import boxed, marked
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 

@@ -4,25 +4,26 @@ Refuses to know who samples. An answer is right (1) or wrong (0); one that canno
 and counted apart.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lorasweep.data.examples import CHUNK, Data, Example, Rewards
+from lorasweep.data.verifiers import math_checks
+from lorasweep.data.verifiers.reading import boxed, integer
 from lorasweep.errors import DataError
-from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.dataset import VERIFIERS, DatasetSpec
 
 SYNTHETIC = ("bandit", "words")
 """Generators whose answers can be verified."""
-BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-NUMBER = re.compile(r"([-+]?\d+)(\.0*)?")
+TURN = "User:"
+"""What follows an answer in the form of a conversation (`render.role_colon`), and so ends it."""
 
 
-def same_tokens(row: Example, answer: np.ndarray) -> float:
-    """Reward exactly the row's own answer, its end token included."""
-    return float(answer.tolist() == answer_of(row).tolist())  # of few tokens, the fastest way
+def same_tokens(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
+    """Reward exactly the rows' own answers, their end tokens included."""
+    return [float(answer.tolist() == answer_of(row).tolist()) for row, answer in pairs]
 
 
 def prompt_of(row: Example) -> np.ndarray:
@@ -35,62 +36,44 @@ def answer_of(row: Example) -> np.ndarray:
     return row.tokens[row.loss]
 
 
-def integer(text: str) -> int | None:
-    """Return the number that a solution ends in, behind its last '####' or in its last box.
-
-    Commas, dollar signs, spaces and a final full stop do not count. None: there is no whole number.
-    """
-    found = marked(text) or boxed(text) or ""
-    number = NUMBER.fullmatch(re.sub(r"[,$\s]|\\\$", "", found).removesuffix("."))
-    return int(number[1]) if number else None
-
-
-def marked(solution: str) -> str | None:
-    """Return what stands behind the last '####', without the commas of numbers: GSM8K's form.
-
-    None if there is no mark.
-    """
-    _, mark, rest = solution.rpartition("####")
-    lines = rest.strip().splitlines()
-    return lines[0].strip().replace(",", "") if mark and lines else None
-
-
-def boxed(solution: str) -> str | None:
-    r"""Return the content of the last \boxed{...}, or the word behind \boxed: MATH's form.
-
-    None if there is no box, or if its braces do not match.
-    """
-    found = list(BOX.finditer(solution))
-    if not found:
-        return None
-    rest = solution[found[-1].end() :]
-    if not rest.startswith("{"):
-        word = re.match(r"[^\s$]+", rest)
-        return word.group() if word else None
-    depth = 0
-    for brace in re.finditer(r"(?<!\\)[{}]", rest):  # not \{ and \}, which are signs of a set
-        depth += 1 if brace.group() == "{" else -1
-        if depth == 0:
-            return rest[1 : brace.start()].strip()
-    return None
-
-
-READERS: dict[str, Callable[[str], Any]] = {"integer": integer}
-"""By name, as `verifier` in a dataset file: what reads the result out of a solution."""
-
-
 def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
-    """Reward answers with the result of the row's own, as `spec.verifier` reads both."""
-    read = READERS[spec.verifier]
+    """Reward answers that have the result of the row's own, as `spec.verifier` reads both."""
+    ends: list[tuple[int, ...]] = [(tokenizer.eos_token_id,)]
+    if spec.render == "role_colon":
+        ends.append(tuple(tokenizer(TURN, add_special_tokens=False).input_ids))
 
-    def result(tokens: np.ndarray) -> Any:
-        return read(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+    def text(tokens: np.ndarray) -> str:
+        ids = tokens.tolist()
+        own = next((ids[: -len(e)] for e in ends if tuple(ids[-len(e) :]) == e), ids)
+        return tokenizer.decode(own, skip_special_tokens=True).strip()
 
-    def reward(row: Example, answer: np.ndarray) -> float | None:
-        found = result(answer)
-        return None if found is None else float(found == result(answer_of(row)))
+    def of_all(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
+        texts = [(text(answer_of(row)), text(answer)) for row, answer in pairs]
+        if spec.verifier == "integer":
+            return [_same(integer(gold), integer(answer)) for gold, answer in texts]
+        return _of_math(texts, whole_completion=bool(spec.answer_field))
 
-    return Rewards(reward, (tokenizer.eos_token_id,))
+    return Rewards(of_all, tuple(ends))
+
+
+def _same(gold: int | None, answer: int | None) -> float | None:
+    return None if answer is None else float(answer == gold)
+
+
+def _of_math(texts: Sequence[tuple[str, str]], whole_completion: bool) -> list[float | None]:
+    """Compare the last boxes of answers with those of the gold solutions, or with whole ones."""
+    found: list[float | None] = [None] * len(texts)
+    readable = {}
+    for k, (gold, answer) in enumerate(texts):
+        wanted = gold if whole_completion else boxed(gold)
+        # a gold answer need not stand in a box if it is all that the row has
+        given = gold if whole_completion and answer == gold else boxed(answer)
+        if wanted is not None and given is not None:
+            readable[k] = (wanted, given)
+    found_of = math_checks.check(list(readable.values()))
+    for k, verdict in zip(readable, found_of, strict=True):
+        found[k] = verdict
+    return found
 
 
 def check_available(spec: DatasetSpec) -> None:
@@ -104,8 +87,10 @@ def check_available(spec: DatasetSpec) -> None:
         raise DataError(
             f"dataset {spec.name!r} has no verifier, so its answers cannot be rewarded. Choose one "
             f"that has (synthetic: {', '.join(SYNTHETIC)}; text: set verifier, one of "
-            f"{', '.join(READERS)}, in its file), or set objective=sft."
+            f"{', '.join(filter(None, VERIFIERS))}, in its file), or set objective=sft."
         )
+    if spec.verifier == "math":
+        math_checks.check_installed()
     if spec.mask != "completion":
         raise DataError(
             f"dataset {spec.name!r}: mask={spec.mask} does not say where an answer starts. Set "
@@ -138,9 +123,10 @@ def _check(
                 f"{max_new_tokens} is more than max_length={spec.max_length}. Raise "
                 "dataset.max_length, lower max_new_tokens, or remove the row."
             )
-        if rewards.of(row, answer_of(row)) != 1.0:
+    for k, found in enumerate(rewards.of([(row, answer_of(row)) for row in rows])):
+        if found != 1.0:
             raise DataError(
                 f"{where} {k}: its own gold answer cannot be read or is not rewarded "
-                f"(verifier={spec.verifier or 'exact'}, {len(answer_of(row))} tokens). Correct the "
-                "row, raise dataset.max_length so that it is not cut, or set too_long=skip."
+                f"(verifier={spec.verifier or 'exact'}, {len(answer_of(rows[k]))} tokens). Correct "
+                "the row, raise dataset.max_length so that it is not cut, or set too_long=skip."
             )

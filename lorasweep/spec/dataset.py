@@ -12,7 +12,7 @@ MASKS = ("completion", "last_assistant", "all")
 RENDERS = ("role_colon", "role_eos", "chat_template")
 FIRST_RENDER = "role_eos"
 """The only form of messages before `render` was a setting."""
-VERIFIERS = ("", "integer")
+VERIFIERS = ("", "integer", "math")
 OF_TEXT = ("render", "too_long", "unseen_prompts", "answer_field", "verifier")
 """Fields that say how text is read; generators draw tokens."""
 TOO_LONG = ("cut", "cut_or_skip", "skip")
@@ -88,8 +88,9 @@ class DatasetSpec(Value):
     """Column of the gold answer; empty: it stands in the completion, behind '####' or boxed."""
     verifier: str = field(default="", metadata={"added": ""})
     """What decides whether a sampled answer is right. integer: the whole number behind the last
-    '####' or in the last box is that of the completion (GSM8K). Empty: nothing; generators bring
-    their own."""
+    '####' or in the last box is that of the completion (GSM8K). math: the content of the last box
+    is equal to that of the completion, or to the completion if that is the answer_field, as
+    math-verify reads both (MATH, DeepMath). Empty: nothing; generators bring their own."""
 
     def problems(self) -> Iterator[str]:
         where = f"dataset {self.name!r}: "
@@ -110,16 +111,7 @@ class DatasetSpec(Value):
                     f"{where}{f.key}={getattr(self, f.name)!r} has no effect with "
                     "source=synthetic. Leave it out."
                 )
-        if self.test_location and (self.source != "hub" or self.holdout):
-            yield (
-                f"{where}test_location={self.test_location!r}: only for source=hub without a "
-                "holdout. Leave it out."
-            )
-        if self.test_revision and not self.test_location:
-            yield (
-                f"{where}test_revision={self.test_revision!r}: there is no test_location, so "
-                "revision pins both splits. Leave it out."
-            )
+        yield from self._problems_of_text(where)
         if not self.location:
             yield (
                 f"{where}location is missing. Set it to a hub name, a generator, or a folder under "
@@ -150,3 +142,20 @@ class DatasetSpec(Value):
                 yield f"{where}{name}=true: only the generator dialect can. Set it to false."
         if self.n_train is not None and self.n_train < 1:
             yield f"{where}n_train={self.n_train}: expected at least 1 row, or null for all."
+
+    def _problems_of_text(self, where: str) -> Iterator[str]:
+        if self.verifier and self.answer_field not in ("", self.completion_field):
+            yield (
+                f"{where}verifier={self.verifier} reads the gold answer out of the completion. Set "
+                f"completion_field={self.answer_field}, which is answer_field, or leave that out."
+            )
+        if self.test_location and (self.source != "hub" or self.holdout):
+            yield (
+                f"{where}test_location={self.test_location!r}: only for source=hub without a "
+                "holdout. Leave it out."
+            )
+        if self.test_revision and not self.test_location:
+            yield (
+                f"{where}test_revision={self.test_revision!r}: there is no test_location, so "
+                "revision pins both splits. Leave it out."
+            )

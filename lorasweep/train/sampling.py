@@ -26,14 +26,14 @@ class Answers:
     """What one member sampled: P * G answers, prompt by prompt."""
 
     tokens: list[np.ndarray]
-    """Of each answer, its end token included."""
+    """Of each answer, its end included."""
     log_p: list[np.ndarray]
     """Of each of these tokens, in nats, under the policy that drew it."""
     entropy: float
     """Mean entropy of the distributions that the tokens were drawn from, in nats."""
     largest_logit: float
     ended: np.ndarray
-    """bool [P * G]: whether it has an end token; False: it was cut off."""
+    """bool [P * G]: whether it has an end; False: it was cut off."""
 
 
 ROWS = 1024
@@ -45,7 +45,7 @@ def sample(
     model: "nn.Module",
     prompts: Sequence[Sequence[np.ndarray]],
     uniforms_NAL: np.ndarray,
-    end_tokens: Sequence[int],
+    ends: Sequence[Sequence[int]],
     precision: str,
 ) -> list[Answers]:
     """Sample answers at temperature 1 to the prompts of each member, as many for each member.
@@ -54,7 +54,8 @@ def sample(
         prompts: token ids, for each member and prompt.
         uniforms_NAL: float64 in [0, 1), [N, P * G, most tokens of an answer]; number t decides
             token t of an answer.
-        end_tokens: tokens that end an answer; none: all answers have the most tokens.
+        ends: sequences of tokens, each of which ends an answer; none: all answers have the most
+            tokens.
     """
     group = uniforms_NAL.shape[1] // len(prompts[0])
     size = max(1, ROWS // group)
@@ -63,7 +64,7 @@ def sample(
             model,
             [own[k : k + size] for own in prompts],
             uniforms_NAL[:, k * group : (k + size) * group],
-            end_tokens,
+            ends,
             precision,
         )
         for k in range(0, len(prompts[0]), size)
@@ -75,13 +76,13 @@ def _together(
     model: "nn.Module",
     prompts: Sequence[Sequence[np.ndarray]],
     uniforms_NAL: np.ndarray,
-    end_tokens: Sequence[int],
+    ends: Sequence[Sequence[int]],
     precision: str,
 ) -> list[Answers]:
     n, answers, most = uniforms_NAL.shape
     group = answers // len(prompts[0])
     device = next(model.parameters()).device
-    draw = _Draw(torch.from_numpy(uniforms_NAL).reshape(n * answers, most).to(device), end_tokens)
+    draw = _Draw(torch.from_numpy(uniforms_NAL).reshape(n * answers, most).to(device), ends)
     tokens, mask = _padded_left([p for own in prompts for p in own], device)
     step = _Steps(model, precision, tokens, mask, group, most > 1)
     alive_R = draw.first(step.logits)
@@ -189,9 +190,9 @@ class _Steps:
 class _Draw:
     """The tokens that are drawn, with their log-probabilities."""
 
-    def __init__(self, uniforms_RL: torch.Tensor, end_tokens: Sequence[int]) -> None:
+    def __init__(self, uniforms_RL: torch.Tensor, ends: Sequence[Sequence[int]]) -> None:
         self._uniforms, device = uniforms_RL, uniforms_RL.device
-        self._ends = torch.tensor(list(end_tokens), dtype=torch.int64, device=device)
+        self._ends = [torch.tensor(list(end), device=device) for end in ends]
         rows, most = uniforms_RL.shape
         self.tokens = torch.zeros(rows, most, dtype=torch.int64, device=device)
         self._log_p = torch.zeros(rows, most, dtype=torch.float64, device=device)
@@ -230,7 +231,11 @@ class _Draw:
         drawn = token.flatten()
         self.tokens[at, t] = drawn[alive]
         self._length[at] = t + 1
-        ended = torch.isin(drawn, self._ends) & alive
+        ended = torch.zeros_like(alive)
+        for end in self._ends:
+            if t + 1 >= len(end):
+                last = self.tokens[index, t + 1 - len(end) : t + 1]
+                ended |= alive & (last == end).all(1)
         self._ended[index[ended]] = True
         return alive & ~ended
 

@@ -43,7 +43,7 @@ def test_one_update_has_the_gradient_of_trls_grpo(tmp_path):
 
     def reward(prompts, completions, completion_ids, **_):
         found = [
-            loaded.rewards.of(rows[p], np.array(ids, dtype=np.int32))
+            loaded.rewards.of([(rows[p], np.array(ids, dtype=np.int32))])[0]
             for p, ids in zip(prompts, completion_ids)
         ]
         seen.extend(zip(prompts, completion_ids, found))

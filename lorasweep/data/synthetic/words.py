@@ -52,7 +52,7 @@ def load(spec: DatasetSpec) -> Data:
         train=generated(spec, spec.train_split, _draw),
         test=_draw(stream("data", spec.name, spec.test_split), spec.n_test),
         n_train=spec.n_train,
-        rewards=Rewards(same_tokens, (ALPHABET.index("\n"),), exact=True),
+        rewards=Rewards(same_tokens, ((ALPHABET.index("\n"),),), exact=True),
     )
     return dataclasses.replace(data, sha256=of_generator(data, ", ".join(WORDS)))
 

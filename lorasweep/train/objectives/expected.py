@@ -33,8 +33,8 @@ def measure(
     max_new_tokens: int,
     precision: str,
     join_rows: bool = False,
-) -> list[tuple[float, float]]:
-    """Return the mean reward of each member on its rows, and its standard error over the rows.
+) -> list[tuple[float, float, float]]:
+    """Return each member's mean reward on its rows, its standard error, and the share unreadable.
 
     Where only the row's own answer is rewarded, the reward of a row is that answer's probability:
     the expected reward of the policy. Elsewhere it is that of one answer, drawn with the same
@@ -42,9 +42,13 @@ def measure(
     """
     if all(r.exact for r in rewards_N):
         values_N = _probabilities(model, rows_N, precision, join_rows)
-    else:
-        values_N = _sampled(model, rows_N, rewards_N, max_new_tokens, precision)
-    return [(float(v.mean()), standard_error(v)) for v in values_N]
+        return [(float(v.mean()), standard_error(v), 0.0) for v in values_N]
+    found_N = _sampled(model, rows_N, rewards_N, max_new_tokens, precision)
+    found = []
+    for own in found_N:
+        values = np.array([v or 0.0 for v in own])
+        found.append((float(values.mean()), standard_error(values), own.count(None) / len(own)))
+    return found
 
 
 def _probabilities(
@@ -74,16 +78,16 @@ def _sampled(
     rewards_N: Sequence[Rewards],
     most: int,
     precision: str,
-) -> list[np.ndarray]:
-    """Return the reward of one answer to each row's prompt."""
+) -> list[list[float | None]]:
+    """Return the reward of one answer to each row's prompt; None: it cannot be read."""
     count = max(map(len, rows_N))
     uniforms = stream("sample", "held out").random((count, most))
     # a member with fewer rows repeats its own, which do not count
     prompts_N = [[prompt_of(rows[i % len(rows)]) for i in range(count)] for rows in rows_N]
     uniforms_NPL = np.repeat(uniforms[None], len(rows_N), 0)
-    answers_N = sample(model, prompts_N, uniforms_NPL, rewards_N[0].end_tokens, precision)
+    answers_N = sample(model, prompts_N, uniforms_NPL, rewards_N[0].ends, precision)
     return [
-        np.array([rewards.of(row, t) or 0.0 for row, t in zip(rows, answers.tokens)])
+        rewards.of(list(zip(rows, answers.tokens)))
         for rows, rewards, answers in zip(rows_N, rewards_N, answers_N)
     ]
 

@@ -142,7 +142,7 @@ class PolicyGradient:
         shape = (first.batch_size, first.max_new_tokens)
         uniforms_NAL = np.stack([stream("sample", m.seed, step).random(shape) for m in members])
         prompts_N = [[prompt_of(row) for row in rows] for rows in rows_N]
-        ends = self._data[first.id].rewards.end_tokens
+        ends = self._data[first.id].rewards.ends
         found = sample(model, prompts_N, uniforms_NAL, ends, self._precision)
         seconds = time.perf_counter() - started
         self._sampled_per_s = sum(len(t) for own in found for t in own.tokens) / seconds
@@ -223,7 +223,8 @@ class PolicyGradient:
         """Return each member's held-out reward with its standard error.
 
         Where only the row's own answer is right, the reward is the expected one, exactly: the
-        probability of that answer. Elsewhere that of one sampled answer a prompt. With a known
+        probability of that answer. Elsewhere that of one sampled answer a prompt, with the share of
+        those that could not be read, which count as wrong. With a known
         number of choices also what was learned, in bits, and bits an answer. At the end of training
         also the reward on the rows of the earlier evaluations.
         """
@@ -256,7 +257,13 @@ class PolicyGradient:
         most = members[0].max_new_tokens
         means = measure(model, rows, rewards, most, self._precision, self._join_rows)
         name = self.metric.name
-        return [{name: mean, f"{name}_se": se} for mean, se in means]
+        return [
+            {
+                **{name: mean, f"{name}_se": se},
+                **({} if own.exact else {f"{name}_unread": unread}),
+            }
+            for own, (mean, se, unread) in zip(rewards, means)
+        ]
 
     def at_end(self, model: "nn.Module", members: Sequence[RunSpec]) -> list[Record]:
         """Return nothing more."""

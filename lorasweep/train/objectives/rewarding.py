@@ -23,7 +23,7 @@ def rewarded(
 
     `reward` is their mean, with its standard error over prompts, because answers to one prompt are
     alike. `flat_groups`: share of groups whose rewards are all equal. `entropy` in nats a token;
-    `cut_off`: share of answers without an end token; `unread`: of those that could not be read.
+    `cut_off`: share of answers without an end; `unread`: of those that could not be read.
     """
     size = len(answers.tokens) // len(rows)
     given = _of_all(rows, answers, rewards, size)
@@ -38,7 +38,7 @@ def rewarded(
         "flat_groups": float((reward_PG == reward_PG[:, :1]).all(1).mean()),
         "entropy": answers.entropy,
         "answer_tokens": float(np.mean([len(t) for t in answers.tokens])),
-        "cut_off": float(np.mean(~answers.ended)) if rewards.end_tokens else 0.0,
+        "cut_off": float(np.mean(~answers.ended)) if rewards.ends else 0.0,
         "unread": given.count(None) / len(given),
     }
 
@@ -47,15 +47,11 @@ def _of_all(
     rows: Sequence[Example], answers: Answers, rewards: Rewards, size: int
 ) -> list[float | None]:
     """Reward every answer; equal answers to one prompt are looked at once."""
-    found: list[float | None] = []
-    for k, row in enumerate(rows):
-        known: dict[bytes, float | None] = {}
-        for tokens in answers.tokens[k * size : (k + 1) * size]:
-            key = tokens.tobytes()
-            if key not in known:
-                known[key] = rewards.of(row, tokens)
-            found.append(known[key])
-    return found
+    keys = [(k // size, tokens.tobytes()) for k, tokens in enumerate(answers.tokens)]
+    first = dict(zip(keys, answers.tokens))
+    given = rewards.of([(rows[k], tokens) for (k, _), tokens in first.items()])
+    found = dict(zip(first, given, strict=True))
+    return [found[key] for key in keys]
 
 
 def standard_error(values: np.ndarray) -> float:

@@ -8,7 +8,8 @@ import pytest
 from lorasweep.config.preflight import check_available
 from lorasweep.data import load as data
 from lorasweep.data import rewards
-from lorasweep.data.rewards import answer_of, integer, prompt_of
+from lorasweep.data.rewards import answer_of, prompt_of
+from lorasweep.data.verifiers.reading import integer
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from tests.unit.data.test_data import jsonl
@@ -35,7 +36,8 @@ def test_every_context_has_one_hidden_label_of_sixteen_and_comes_once_an_epoch()
     other = data.load(dataset("bandit", generator_params={"set": 1}), [])
     assert other.sha256 != fewer.sha256
     of = loaded.rewards.of
-    assert sum(of(rows[0], np.array([a])) for a in range(48)) == of(rows[0], labels[:1]) == 1.0
+    assert sum(of([(rows[0], np.array([a])) for a in range(48)])) == 1.0
+    assert of([(rows[0], labels[:1])]) == [1.0]
 
 
 def test_a_word_is_answered_by_its_skill_and_ends_its_line():
@@ -46,8 +48,8 @@ def test_a_word_is_answered_by_its_skill_and_ends_its_line():
         answer = "".join(text[t] for t in answer_of(row))
         skill = {"cort": sorted(letters), "sverse": letters[::-1], "sopy": letters}[word]
         assert answer == "".join(skill) + "\n" and len(letters) in (4, 5)
-        assert loaded.rewards.of(row, answer_of(row)) == 1.0
-        assert loaded.rewards.of(row, answer_of(row)[:-1]) == 0.0  # without its end
+        given = [(row, answer_of(row)), (row, answer_of(row)[:-1])]  # with and without its end
+        assert loaded.rewards.of(given) == [1.0, 0.0]
     rewards.check_rows(dataset("words"), loaded, 6)
 
 
@@ -75,7 +77,7 @@ def test_text_is_rewarded_by_its_number_and_a_gold_answer_must_be_readable(tmp_p
     row = loaded.test[1]
 
     def of(text):
-        return loaded.rewards.of(row, np.array(list(text.encode())))
+        return loaded.rewards.of([(row, np.array(list(text.encode())))])[0]
 
     assert (of("#### 1000"), of("#### 1"), of("one")) == (1.0, 0.0, None)
     spec = dataclasses.replace(tiny_spec().dataset, verifier="integer", max_length=64)

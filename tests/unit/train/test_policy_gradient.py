@@ -81,7 +81,7 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(
     for a in range(vocab):
         for b in range(vocab):
             pair = [np.array([a]), np.array([b])]
-            rewards = np.array([[loaded.rewards.of(row, t) for t in pair]])
+            rewards = np.array([loaded.rewards.of([(row, t) for t in pair])])
             for token, own in zip(pair, advantages(rewards, "none")[0]):
                 likely = math.exp(at[a] + at[b])
                 answers.append(Answer(token, at[token], own * likely / 2))
@@ -148,7 +148,7 @@ def test_a_sampled_update_has_the_gradient_written_down_by_hand(worlds, options,
     n = spec.batch_size // spec.group_size
     given = loaded.train(spec.seed, 3 * n, n)
     answers = kept[0].tokens
-    rewards = [loaded.rewards.of(given[k // spec.group_size], t) for k, t in enumerate(answers)]
+    rewards = loaded.rewards.of([(given[k // spec.group_size], t) for k, t in enumerate(answers)])
     assert 0 < sum(rewards) < len(rewards)
     flat = objective._runs[spec.id].last["flat_groups"]
     assert 0 < flat < 1 and (rows is None) == (len(batches) == 1)
@@ -268,15 +268,15 @@ def test_the_expected_reward_is_the_mean_of_samples(worlds):
     spec, base, _ = worlds["words"]
     _, _, loaded = world("words", dataset=dataclasses.replace(spec.dataset, n_test=512))
     rows = [loaded.test]
-    ((exact, exact_se),) = measure(base.model, rows, [loaded.rewards], 6, "fp64")
+    ((exact, exact_se, _),) = measure(base.model, rows, [loaded.rewards], 6, "fp64")
     sampled = dataclasses.replace(loaded.rewards, exact=False)
-    ((mean, se),) = measure(base.model, rows, [sampled], 6, "fp64")
+    ((mean, se, _),) = measure(base.model, rows, [sampled], 6, "fp64")
     assert 0.02 < exact < 0.2 and exact_se < se
     assert abs(mean - exact) < 4 * se
 
 
 def constant(rewards, value):
-    return dataclasses.replace(rewards, of=lambda row, answer: value, exact=False)
+    return dataclasses.replace(rewards, of=lambda pairs: [value] * len(pairs), exact=False)
 
 
 def test_a_collapse_is_a_result(worlds):

@@ -1,0 +1,150 @@
+"""Compare mathematical answers in processes of their own, each check with a hard time limit.
+
+math-verify limits its time by a signal that works in the main thread only, and not inside a call
+into C; whoever ignores that gets rewards of 0, or waits for ever. Here the process is ended.
+"""
+
+import importlib.util
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from lorasweep.errors import DataError
+
+LIMIT_S = 10.0
+"""Longest time of a check; math-verify's own limits are 5 s to read and 5 s to compare. A slower
+machine reads fewer answers in that time."""
+START_S = 120.0
+"""Longest time until a process has imported math-verify, which takes 1 to 3 s."""
+MOST_PROCESSES = 8
+MOST_KNOWN = 1 << 18
+"""Verdicts that are kept."""
+VERDICTS = {"right": 1.0, "wrong": 0.0, "unread": None}
+
+
+def check_installed() -> None:
+    """Check that math-verify can be imported.
+
+    Raises:
+        DataError: it cannot.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise DataError(
+            "verifier=math needs the package math-verify, which is not installed. Run "
+            "`pip install 'lorasweep[rl]'`."
+        )
+
+
+class MathChecks:
+    """A few processes that check answers. They end with this one."""
+
+    def __init__(self, processes: int, limit_s: float = LIMIT_S) -> None:
+        """Prepare; a process is started when it is first needed."""
+        self._threads = ThreadPoolExecutor(processes)
+        self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        for _ in range(processes):
+            self._free.put(_Worker(limit_s))
+        self._known: dict[tuple[str, str], float | None] = {}
+
+    def check(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        """Return for each (gold answer, answer) 1, 0, or None if one of them cannot be read.
+
+        One that takes too long cannot be read, nor can one that ends the process.
+
+        Raises:
+            DataError: no process can be started.
+        """
+        new = [p for p in dict.fromkeys(pairs) if p not in self._known]
+        known = {p: self._known[p] for p in pairs if p in self._known}
+        known.update(zip(new, self._threads.map(self._checked, new)))
+        if len(self._known) > MOST_KNOWN:
+            self._known.clear()
+        self._known.update(known)
+        return [known[p] for p in pairs]
+
+    def _checked(self, pair: tuple[str, str]) -> float | None:
+        worker = self._free.get()
+        try:
+            return VERDICTS.get(worker.answer(json.dumps(pair)))
+        finally:
+            self._free.put(worker)
+
+
+@cache
+def _checks_of(process: int) -> MathChecks:
+    here = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(process)) if here else os.cpu_count() or 1
+    return MathChecks(min(MOST_PROCESSES, cores))
+
+
+def check(pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+    """Check pairs with the processes that all data sets of this process share: see `MathChecks`."""
+    return _checks_of(os.getpid()).check(pairs)
+
+
+class _Worker:
+    """One process, started again after each end."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], object] = lambda: None
+
+    def answer(self, question: str) -> str:
+        """Return the process's line on a question; empty if it took too long or ended twice."""
+        for _ in range(2):  # it may have been ended by others, such as a system out of memory
+            process = self._process or self._start()
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):
+                process.stdin.write(f"{question}\n".encode())
+                process.stdin.flush()
+            found = _line(process, self._limit_s)
+            if found:
+                return found
+            self._stop()
+            if found is None:
+                break
+        return ""
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        program = str(Path(__file__).with_name("math_worker.py"))
+        command = [sys.executable, "-P", program, str(int(2 * self._limit_s) + 1)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        self._process = process
+        self._end = weakref.finalize(self, _kill, process)  # at the latest when this process ends
+        if _line(process, START_S) != "ready":
+            self._stop()
+            raise DataError(
+                "the process that verifies answers does not start. "
+                f"`{' '.join(command)}` shows why."
+            )
+        return process
+
+    def _stop(self) -> None:
+        self._process = None
+        self._end()
+
+
+def _line(process: "subprocess.Popen[bytes]", limit_s: float) -> str | None:
+    """Return the next line of a process; empty if it has ended, None if none comes in time.
+
+    It writes a short line at a time, so the pipe holds a whole one or none.
+    """
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], limit_s)
+    return process.stdout.readline().decode().strip() if ready else None
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.communicate()

@@ -1,0 +1,57 @@
+"""Compare mathematical answers by math-verify; run as a program, by `math_checks`.
+
+Reads a line a pair, a JSON list of the gold answer and the answer, in LaTeX as they stand in a box.
+Writes a line for each: right, wrong, or unread if one of them cannot be read. Says `ready` first.
+It may hang or run out of memory at any pair: its parent ends it then, and where that is gone, an
+alarm does. So it imports nothing of lorasweep and starts as fast as math-verify does.
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from functools import lru_cache
+from typing import Any
+
+from math_verify import parse, verify
+
+MEMORY_BYTES = 4 << 30
+"""Address space of this process: a tower of powers would take all that there is."""
+
+
+@lru_cache(1 << 16)
+def read(answer: str) -> Any:
+    """Return what math-verify makes of the content of a box; empty if it can read nothing."""
+    return parse(f"$\\boxed{{{answer}}}$", parsing_timeout=None)
+
+
+def judge(gold: str, answer: str) -> str:
+    """Return right, wrong or unread. The order matters: `verify` is not symmetric."""
+    try:
+        wanted, found = read(gold), read(answer)
+        if not wanted or not found:
+            return "unread"
+        same = gold == answer or verify(wanted, found, timeout_seconds=None)
+    except (MemoryError, RecursionError):
+        return "unread"
+    return "right" if same else "wrong"
+
+
+def main(limit_s: int) -> None:
+    """Answer until standard input ends. A pair that takes over `limit_s` ends the process."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    logging.disable()  # math-verify warns at every call that it has no time limit of its own
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        signal.alarm(limit_s)  # without a handler: the kernel ends the process
+        verdict = judge(*json.loads(line))
+        signal.alarm(0)
+        print(verdict, file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
