@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorasweep.cli import answer
 from lorasweep.cli.verify import (
@@ -19,11 +20,16 @@ from lorasweep.launch.trainer import Trainer
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan.same_data import refuse_extending
+from lorasweep.spec.run import RunSpec
 from lorasweep.store import looks
+from lorasweep.store.checkpoint import weights_of
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names
 from lorasweep.sweep.request import Request, question
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def export(request: Request, store: RunStore, points: list[Point]) -> int:
@@ -69,8 +75,6 @@ def adapter(request: Request, store: RunStore, points: Sequence[Point], trainer:
     Raises:
         TrainingError: it ends elsewhere than the recorded run, by more than the noise.
     """
-    from lorasweep.methods.stacked.peft_export import save_peft
-
     if not request.run or not request.out:
         raise SpecError("action=adapter needs run=RUN_ID and out=FOLDER.")
     if (store.result(request.run) or {}).get("state") != "done":
@@ -95,13 +99,7 @@ def adapter(request: Request, store: RunStore, points: Sequence[Point], trainer:
             f"run {spec.id} {outcome}. More than {bound:.1e} is beyond the noise, so no adapter "
             f"was written. What differs: {why}. {accept}Or train where the run was trained."
         )
-    weights = {
-        k.removeprefix("param/"): v for k, v in state["tensors"].items() if k.startswith("param/")
-    }
-    base, commit = spec.model.location or spec.model.name, final.get("base_commit")
-    of_experts = spec.model.n_experts, spec.method.scaling_of_experts(spec.model)
-    scalings = spec.method.scaling, *of_experts
-    save_peft(Path(request.out), weights, spec.method.rank, base, commit, *scalings)
+    write_adapter(Path(request.out), spec, weights_of(state), final.get("base_commit"))
     print(outcome + (f"; what differs: {why}" if comparison.difference else ""))
     print(
         f"adapter of run {request.run} saved to {request.out}: load it with "
@@ -110,6 +108,19 @@ def adapter(request: Request, store: RunStore, points: Sequence[Point], trainer:
     if spec.model.tied and "unembedding" in spec.method.target_layers():
         print("its unembedding is tied to the embedding: use the adapter as it is, never merge it")
     return 0
+
+
+def write_adapter(
+    folder: Path, spec: RunSpec, weights: "dict[str, Tensor]", commit: str | None
+) -> None:
+    """Write what a LoRA run trained as a folder that PEFT loads; `commit`: that of its base."""
+    from lorasweep.methods.stacked.peft_export import save_peft
+
+    assert isinstance(spec.method, LoRA)
+    base = spec.model.location or spec.model.name
+    of_experts = spec.model.n_experts, spec.method.scaling_of_experts(spec.model)
+    scalings = spec.method.scaling, *of_experts
+    save_peft(folder, weights, spec.method.rank, base, commit, *scalings)
 
 
 def verify(request: Request, store: RunStore, points: list[Point]) -> int:

@@ -65,6 +65,8 @@ class Data:
     test: Sequence[Example]
     n_train: int | None
     """Rows in the training split; None: unlimited (generated)."""
+    validation: Sequence[Example] = ()
+    """Held-out examples that choose between runs; those of `test` then choose nothing."""
     retain: Sequence[Example] = ()
     """Held-out examples of the pretraining data, to measure what fine-tuning forgets."""
     entropy_floor_nats: float | None = None

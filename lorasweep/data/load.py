@@ -41,10 +41,19 @@ def load(
         )
     source, held_out = sources_of(spec, data_dirs)
     train = text.examples(spec, spec.train_split, source, tokenizer, spec.n_train, cache)
-    test = text.examples(spec, spec.test_split, held_out, tokenizer, spec.n_test, cache)
+    first = spec.n_validation
+    test = text.examples(spec, spec.test_split, held_out, tokenizer, first + spec.n_test, cache)
+    if len(test) <= first:
+        raise DataError(
+            f"dataset {spec.name!r}: {len(test)} held-out rows can be used (too_long="
+            f"{spec.too_long}, max_length={spec.max_length}), and n_validation={first} of them "
+            "choose between runs, so none is left to test on. Hold more rows out, or set a smaller "
+            "n_validation."
+        )
     return Data(
         train=shuffled(spec, train),
-        test=list(test),
+        test=test[first:],
+        validation=test[:first],
         n_train=len(train),
         sha256=fingerprint(train.sha256, test.sha256),
         commit=source.commit,
@@ -61,8 +70,7 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
     if spec.source == "hub":
         train, held_out = (hub.source_of(spec, part) for part in (False, True))
     else:
-        splits = (spec.train_split, spec.test_split)
-        train, held_out = (sources.of_jsonl(spec, split, data_dirs) for split in splits)
+        train, held_out = (sources.of_jsonl(spec, part, data_dirs) for part in (False, True))
     if not spec.unseen_prompts:
         return train, held_out
 
@@ -89,7 +97,7 @@ def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
     if spec.source == "synthetic":
         _generator(spec.location).check(spec)
     elif spec.source == "jsonl":
-        for split in (spec.train_split, spec.test_split):
+        for split in {spec.train_split, spec.train_split if spec.holdout else spec.test_split}:
             text.check_jsonl(spec, split, data_dirs)
     else:
         sources_of(spec, data_dirs)

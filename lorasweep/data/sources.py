@@ -12,6 +12,7 @@ from typing import Any
 
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.streams import stream
 
 Row = tuple[str, Any]
 """Where the row is, for messages, and its content."""
@@ -29,14 +30,40 @@ class Source:
     rows: Callable[[], Iterator[Row]]
 
 
-def of_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> Source:
-    """Find the file of a split. Reads no row.
+def of_jsonl(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Source:
+    """Find the file of the training rows or of the held-out ones. Reads no row.
 
     Raises:
         DataError: it is missing, or not the pinned one.
     """
-    path, digest = find_jsonl(spec, split, data_dirs)
-    return Source(digest, None, lambda: jsonl_rows(path))
+    n = spec.holdout
+    path, digest = find_jsonl(
+        spec, spec.test_split if held_out and not n else spec.train_split, data_dirs
+    )
+    if not n:
+        return Source(digest, None, lambda: jsonl_rows(path))
+
+    def rows() -> Iterator[Row]:
+        given = list(jsonl_rows(path))
+        check_holdout(spec, path, len(given))
+        # the same rows for every number of held-out ones: with fewer, the others are trained on
+        order = stream("holdout", 0).permutation(len(given))
+        yield from (given[k] for k in (order[:n] if held_out else order[n:]))
+
+    return Source(f"{digest} {'first' if held_out else 'without the first'} {n}", None, rows)
+
+
+def check_holdout(spec: DatasetSpec, path: Path, n_rows: int) -> None:
+    """Check that rows are left to train on.
+
+    Raises:
+        DataError: all of them are held out.
+    """
+    if spec.holdout and n_rows <= spec.holdout:
+        raise DataError(
+            f"dataset {spec.name!r}: {path} has {n_rows} rows, expected more than {spec.holdout} "
+            "(holdout). Add rows, or hold fewer out."
+        )
 
 
 def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple[Path, str]:
@@ -54,8 +81,13 @@ def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple
             f"dataset {spec.name!r}: no file {' or '.join(map(str, tried))}. Put it there, or set "
             f"exec.data_dir=[FOLDER] for FOLDER/{spec.location}/{split}.jsonl."
         )
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"dataset {spec.name!r}: {path} cannot be read ({error.strerror}). Make it readable."
+        ) from None
     if spec.revision.startswith("sha256:"):
         wanted = dict(part.split("=") for part in spec.revision[7:].split(",")).get(split)
         if wanted and wanted != digest[:16]:

@@ -33,6 +33,7 @@ NOT_IN_ROWS = (
     "n_train",
     "n_test",
     "n_test_curve",
+    "n_validation",
     "answer_field",
     "verifier",
 )
@@ -88,8 +89,8 @@ def check_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> None
         DataError: a row cannot be used; the message names file and line.
     """
     path, _ = sources.find_jsonl(spec, split, data_dirs)
-    for where, row in sources.jsonl_rows(path):
-        fields.messages_of(spec, row, where)
+    checked = (fields.messages_of(spec, row, where) for where, row in sources.jsonl_rows(path))
+    sources.check_holdout(spec, path, sum(1 for _ in checked))
 
 
 def _tokenizer_sha256(tokenizer: Any) -> str | None:

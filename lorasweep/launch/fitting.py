@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorasweep.errors import DataError, ModelError, SpecError, StoreError
 from lorasweep.launch.out_of_memory import (
     does_not_fit,
     free_memory,
@@ -16,11 +17,14 @@ from lorasweep.launch.out_of_memory import (
 )
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.session import Session, leave_to_new_owner
-from lorasweep.launch.trainer import Report, Trainer
+from lorasweep.launch.trainer import Report, Trainer, UnusableData
 from lorasweep.plan.packing import pack_key
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import RunStore
+
+OF_ALL = (Stopped, SpecError, ModelError, StoreError, OSError)
+"""Errors that are no data set's: of the command, the base, the run folder, the machine."""
 
 
 @dataclass
@@ -41,7 +45,8 @@ class Limits:
 
     def of(self, spec: RunSpec) -> Limit:
         """Return the limit of runs like `spec`, to be read and lowered."""
-        return self._known.setdefault(pack_key(spec), Limit())
+        key = (pack_key(spec), spec.dataset.max_length)
+        return self._known.setdefault(key, Limit())
 
 
 @dataclass
@@ -75,8 +80,15 @@ class Fitting:
                 continue
             session = Session(part, self.attempts, self.exec, self.store, planned_rows, limit.rows)
             rows = session.rows
-            outcome = self._attempt(session)
-            del session
+            try:
+                outcome = self._attempt(session)
+            except Exception as error:
+                if not self.exec.skip_broken_data or isinstance(error, OF_ALL):
+                    raise
+                parts = [*self._apart(part, error), *parts]
+                outcome = None
+            finally:
+                del session
             if outcome is None:
                 continue
             free_memory()
@@ -89,10 +101,39 @@ class Fitting:
                 limit.members = -(-len(part) // 2)
                 instead = f"packs of {limit.members}"
             else:
-                self._fail(part[0], *outcome)
+                asked, trace = outcome
+                self._fail(part[0], does_not_fit(part[0], asked), trace)
                 continue
             self._say(part, rows, *outcome, instead)
             parts.insert(0, part)
+
+    def _apart(self, part: list[RunSpec], error: Exception) -> list[list[RunSpec]]:
+        """Fail the runs whose data are to blame; return the others, in parts to be trained apart.
+
+        Where that is not known, halves are tried, and nobody's log gets a text that may quote rows
+        of another one's data.
+        """
+        if isinstance(error, UnusableData):
+            for spec in part:
+                if spec.id in error.causes:
+                    self._fail(spec, error.causes[spec.id])
+            return [part]
+        datasets = list(dict.fromkeys(s.dataset.canonical for s in part))
+        if len(datasets) == 1:
+            cause = str(error)
+            if not isinstance(error, DataError):
+                cause = f"{type(error).__name__}: {cause}"
+            for spec in part:
+                self._fail(spec, cause, "".join(traceback.format_exception(error)))
+            return []
+        text = "the training of this pack failed: half of its data sets are trained apart"
+        for rid in self.attempts.keys() & {s.id for s in part}:
+            self.store.log(rid, self.attempts[rid], text)
+        first = datasets[: len(datasets) // 2]
+        halves: tuple[list[RunSpec], list[RunSpec]] = ([], [])
+        for spec in part:
+            halves[spec.dataset.canonical not in first].append(spec)
+        return list(halves)
 
     def _is_mine(self, rid: str) -> bool:
         """Return whether a run is still to be trained here."""
@@ -123,9 +164,10 @@ class Fitting:
                 self.store.log(spec.id, self.attempts[spec.id], f"{trace}{text}")
         self.report({"note": text})
 
-    def _fail(self, spec: RunSpec, asked: str, trace: str) -> None:
-        cause = does_not_fit(spec, asked)
-        n = self.attempts.pop(spec.id)
-        self.store.log(spec.id, n, trace)
+    def _fail(self, spec: RunSpec, cause: str, trace: str = "") -> None:
+        n = self.attempts.pop(spec.id, None)
+        if n is None:
+            return  # another process took over
+        self.store.log(spec.id, n, trace or cause)
         self.store.write_end(spec.id, n, "failed", cause)
         self.report({"run": spec.id, "ended": "failed", "cause": cause})

@@ -197,8 +197,12 @@ class Session:
         return True
 
     def _finish(self, event: Event, report: Report) -> None:
+        keeps = self.exec.keep_weights and any(s == "done" for s, _ in event.ended.values())
+        states = event.snapshot() if keeps else {}
         for i, (state, measures) in event.ended.items():
             if i in self.live and self._still_mine(i):
+                if state == "done" and states:
+                    checkpoint.save_weights(self.store.folder(i), states[i])
                 self.store.finish(i, state, {**measures, **self._circumstances(i)})
                 metric = metric_of(measures)
                 outcome = {"measure": metric.label, "value": metric.value(measures)}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lorasweep.errors import ModelError
+from lorasweep.errors import DataError, ModelError
 from lorasweep.launch.data_identity import check_same_data
 from lorasweep.launch.out_of_memory import is_out_of_memory
 from lorasweep.launch.process import StopFlag, Stopped
@@ -28,6 +28,15 @@ TOKENS = ".tokens"
 Report = Callable[[dict[str, Any]], None]
 """Receives events: {run, ended, ...} at the end of a run, {runs, step} after an update, {note} for
 what the user should read."""
+
+
+class UnusableData(DataError):
+    """Data sets of a pack that cannot be used; the other runs can be trained without them."""
+
+    def __init__(self, causes: dict[str, str]) -> None:
+        """Hold the cause of each run, by its id."""
+        super().__init__(next(iter(causes.values())))
+        self.causes = causes
 
 
 class Trainer(Protocol):
@@ -63,10 +72,23 @@ class TorchTrainer:
         if exec_.threads:
             torch.set_num_threads(exec_.threads)
         base = self._load_base(pack[0], exec_)
-        data = {spec.id: self._load_data(spec, exec_, base) for spec in pack}
+        data = self._data_of(pack, exec_, base)
         if base.mesh.size > 1:
             self._base = None  # a model that was spread over processes cannot be used again
         yield from finetune(pack, base, data, exec_.micro_batch_size, resume, exec_.join_rows)
+
+    def _data_of(self, pack: list[RunSpec], exec_: Exec, base: "Base") -> dict[str, Any]:
+        data, causes = {}, {}
+        for spec in pack:
+            try:
+                data[spec.id] = self._load_data(spec, exec_, base)
+            except DataError as error:
+                if not exec_.skip_broken_data:
+                    raise
+                causes[spec.id] = str(error)
+        if causes:
+            raise UnusableData(causes)
+        return data
 
     def _load_data(self, spec: RunSpec, exec_: Exec, base: "Base") -> Any:
         from lorasweep.data.load import load

@@ -1,5 +1,6 @@
 """Decide which runs train together: packs, their sizes, and the number of workers."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,12 +78,14 @@ def micro_batch(
 def pack_key(spec: RunSpec) -> tuple[Any, ...]:
     """Return what the runs of one pack have in common.
 
-    They differ only in lr, seed, steps and the method's packed fields.
+    They differ only in lr, seed, steps, the method's packed fields and, where answers are given and
+    not sampled, in their data sets. Losses over true distributions are taken of all or of none.
     """
     apart = (*spec.method.PACKED_FIELDS, "model", "dataset", "method", "lr", "seed", "steps")
     method = tuple(v for k, v in spec.method.values() if k not in apart)
     rest = tuple(v for k, v in spec.values() if k not in apart)
-    return (spec.model.canonical, spec.dataset.canonical, method, rest)
+    data = spec.dataset.exact_loss if spec.objective == "sft" else spec.dataset.canonical
+    return (spec.model.canonical, data, method, rest)
 
 
 def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: ThroughputTable) -> int:
@@ -131,8 +134,8 @@ def make_packs(
 ) -> list[Pack]:
     """Group runs into packs, longest first.
 
-    Runs with a checkpoint keep their pack, so that they continue bit for bit. Ranks are mixed only
-    if a rank alone fills less than half a pack.
+    Runs with a checkpoint keep their pack, so that they continue bit for bit. Ranks and data sets
+    are mixed only if one alone fills less than half a pack.
     """
     groups: dict[tuple[Any, ...], list[Point]] = {}
     resumed: dict[tuple[str, ...], list[Point]] = {}
@@ -142,7 +145,8 @@ def make_packs(
         if layout and exec_.world_size == 1:
             resumed.setdefault(layout, []).append(p)
         else:
-            groups.setdefault((pack_key(p.spec), _rank(p)), []).append(p)
+            apart = (p.spec.dataset.canonical, _rank(p))
+            groups.setdefault((pack_key(p.spec), apart), []).append(p)
     chunks = [sorted(runs, key=lambda p: layout.index(p.id)) for layout, runs in resumed.items()]
     total = sum(run_flops(p.spec) for p in todo)
 
@@ -155,18 +159,29 @@ def make_packs(
     for (key, _), runs in groups.items():
         size = pack_size(runs[0].spec, exec_, hardware, known)
         if 2 * len(runs) < size:
-            small.setdefault(key, []).extend(runs)
+            small.setdefault((key, size), []).extend(runs)
         else:
             chunks += shared_out(runs, size)
-    for runs in small.values():
-        runs.sort(key=_rank)  # members of one rank must be neighbours in a pack
-        chunks += shared_out(runs, pack_size(runs[-1].spec, exec_, hardware, known))
+    for (_, size), runs in small.items():
+        # members of one rank must be neighbours in a pack; of rows and runs of one length, fewer
+        # are padded and the pack stays full longer
+        runs.sort(key=lambda p: (_rank(p), mean_length(p.spec), p.spec.steps))
+        chunks += shared_out(runs, size)
     packs = (_pack(c, exec_, hardware, known) for c in chunks)
     return sorted(packs, key=lambda pack: -pack.flops)
 
 
 def _rank(point: Point) -> int:
     return getattr(point.spec.method, "rank", 0)
+
+
+def _largest(points: Sequence[Point]) -> RunSpec:
+    """Return a run that takes no less memory than any of a pack: largest rank, longest rows."""
+    spec = max(points, key=_rank).spec
+    longest = max((p.spec for p in points), key=mean_length)
+    if mean_length(longest) == mean_length(spec):
+        return spec
+    return dataclasses.replace(spec, dataset=longest.dataset)
 
 
 def _size_for_all_workers(
@@ -188,7 +203,7 @@ def _equal_parts(runs: list[Point], size: int) -> list[list[Point]]:
 
 
 def _pack(points: list[Point], exec_: Exec, hardware: Hardware, known: ThroughputTable) -> Pack:
-    spec, n = points[-1].spec, len(points)  # of the largest rank
+    spec, n = _largest(points), len(points)
     found, seconds = known.of(spec), None
     if found is not None:
         with_evaluations = (p.spec.steps * run_flops(p.spec) / train_flops(p.spec) for p in points)

@@ -57,8 +57,8 @@ class DatasetSpec(Value):
     generator_params: dict[str, float] = field(default_factory=dict, metadata={"key": "knobs"})
     """Settings of a synthetic generator."""
     holdout: int = field(default=0, metadata={"added": 0})
-    """Rows held out from the training split of a hub data set that has no test split: the first
-    rows after a shuffle. 0: use test_split."""
+    """Rows held out from the training split of a data set that has no test split: the first rows
+    after a shuffle. 0: use test_split."""
     n_retain: int = field(default=0, metadata={"added": 0})
     """Rows of pretraining data (for facts: of facts that are never trained) that are evaluated once
     at the end, to measure forgetting."""
@@ -86,6 +86,9 @@ class DatasetSpec(Value):
     """Whether training rows that have the prompt of a held-out row are left out."""
     answer_field: str = field(default="", metadata={"added": ""})
     """Column of the gold answer; empty: it stands in the completion, behind '####' or boxed."""
+    n_validation: int = field(default=0, metadata={"added": 0})
+    """Held-out rows, the first ones, that choose between runs: evaluated before the end instead of
+    the first n_test_curve, and once more at the end. The n_test rows behind them choose nothing."""
     verifier: str = field(default="", metadata={"added": ""})
     """What decides whether a sampled answer is right. integer: the whole number behind the last
     '####' or in the last box is that of the completion (GSM8K). math: the content of the last box
@@ -119,17 +122,7 @@ class DatasetSpec(Value):
             )
         if self.max_length < 4:
             yield f"{where}max_length={self.max_length}: expected at least 4 tokens."
-        if self.n_test < 1:
-            yield f"{where}n_test={self.n_test}: expected at least 1 row."
-        if not 1 <= self.n_test_curve <= self.n_test:
-            yield (
-                f"{where}n_test_curve={self.n_test_curve}: expected 1 to n_test={self.n_test} rows."
-            )
-        if self.holdout != 0 and (self.source != "hub" or self.holdout < self.n_test):
-            yield (
-                f"{where}holdout={self.holdout}: expected 0, or for source=hub at least "
-                f"n_test={self.n_test} rows."
-            )
+        yield from self._problems_of_held_out_rows(where)
         if self.n_retain < 0:
             yield f"{where}n_retain={self.n_retain}: expected 0 or more rows."
         if self.n_retain and self.source != "synthetic":
@@ -158,4 +151,23 @@ class DatasetSpec(Value):
             yield (
                 f"{where}test_revision={self.test_revision!r}: there is no test_location, so "
                 "revision pins both splits. Leave it out."
+            )
+
+    def _problems_of_held_out_rows(self, where: str) -> Iterator[str]:
+        if self.n_test < 1:
+            yield f"{where}n_test={self.n_test}: expected at least 1 row."
+        if not 1 <= self.n_test_curve <= self.n_test:
+            yield (
+                f"{where}n_test_curve={self.n_test_curve}: expected 1 to n_test={self.n_test} rows."
+            )
+        if self.n_validation < 0 or (self.n_validation and self.source == "synthetic"):
+            yield (
+                f"{where}n_validation={self.n_validation}: expected 0 or more rows, and 0 with "
+                "source=synthetic."
+            )
+        held_out = self.n_validation + self.n_test
+        if self.holdout != 0 and (self.source == "synthetic" or self.holdout < held_out):
+            yield (
+                f"{where}holdout={self.holdout}: expected 0, or for source=hub and source=jsonl at "
+                f"least n_validation + n_test = {held_out} rows."
             )

@@ -44,6 +44,11 @@ class Exec:
     verified on a GPU yet; on a CPU compiling takes minutes."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints."""
+    keep_weights: bool = False
+    """Keep the trained weights of a finished run in its folder: of adapters, by one process."""
+    skip_broken_data: bool = False
+    """Data sets are of different owners: one that cannot be used fails its own runs, and the others
+    of their packs go on. False: it stops the command, so that nothing has to be tried again."""
     retry: bool = False
     """Try failed runs again."""
     max_attempts: int = 5

@@ -147,6 +147,11 @@ class RunSpec(Value):
                 f"train_version={self.train_version}: this lorasweep has version {TRAIN_VERSION}. "
                 "Leave train_version out, or install the lorasweep that trained the run."
             )
+        if self.dataset.n_validation and self.objective != "sft":
+            yield (
+                f"dataset.n_validation={self.dataset.n_validation} has no effect with objective="
+                f"{self.objective}. Set it to 0."
+            )
         yield from filter(None, (self.model.problem, self.dataset.problem))
 
 

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 SLOTS = ("a", "b")
 
 
+PARAM = "param/"
+"""What the names of trained tensors begin with in a state; the others are an optimizer's."""
+WEIGHTS = "weights.safetensors"
+"""File in the folder of a finished run with what it trained, if that was to be kept."""
 FILES = "files"
 """Key in the description of a checkpoint of several processes: the SHA-256 of each file by name."""
 
@@ -74,6 +78,30 @@ def _save_file(tensors: dict[str, "Tensor"], path: Path) -> None:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
     files.sync(path)
+
+
+def weights_of(state: State) -> dict[str, "Tensor"]:
+    """Return the trained tensors of a state, by name."""
+    named = state["tensors"].items()
+    return {k.removeprefix(PARAM): v for k, v in named if k.startswith(PARAM)}
+
+
+def save_weights(run: Path, state: State) -> None:
+    """Keep the trained tensors of a state in a run's folder, all of them or none."""
+    partial = run / f".{WEIGHTS}.{os.getpid()}"
+    try:
+        _save_file(weights_of(state), partial)
+        os.replace(partial, run / WEIGHTS)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_weights(run: Path) -> dict[str, "Tensor"] | None:
+    """Return what `save_weights` kept; None if it is not there."""
+    from safetensors.torch import load_file
+
+    path = run / WEIGHTS
+    return files.patiently(path, lambda: load_file(path) if path.exists() else None)
 
 
 def keep_only(folder: Path, step: int | None) -> None:

@@ -135,14 +135,16 @@ class SupervisedFineTuning:
         For text its bits per byte; with exact_loss its parts; `code_nats`, the summed train NLL of
         all updates so far, each measured before the update: the length of a prequential code of the
         training data (Dawid 1984). At the end of training also `test_nll_curve`, the NLL on the
-        rows of the earlier evaluations, so that a learning curve can be read to its end.
+        rows of the earlier evaluations, so that a learning curve can be read to its end. Where
+        there are validation rows, these are the rows of the earlier evaluations.
         """
         tests = [self._data[m.id].test for m in members]
-        firsts = [t[: m.dataset.n_test_curve] for m, t in zip(members, tests)]
+        validations = [self._data[m.id].validation for m in members]
+        firsts = [v or t[: m.dataset.n_test_curve] for m, v, t in zip(members, validations, tests)]
         rows = tests if final else firsts
         found = self._measure(model, rows)
         at_first = found
-        if final and any(len(f) < len(t) for f, t in zip(firsts, tests)):
+        if final and (any(validations) or any(len(f) < len(t) for f, t in zip(firsts, tests))):
             at_first = self._measure(model, firsts)
         for member, test, measures, first in zip(members, tests, found, at_first):
             bytes_per_token = _bytes_per_token(test)

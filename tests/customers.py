@@ -1,0 +1,37 @@
+"""A small base that reads text, and customers' rows to fine-tune it on."""
+
+import json
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lorasweep.advise.customer import Customer
+from lorasweep.advise.shapes import shape_of
+from tests.bpe import llama_like
+
+
+def make_base(folder):
+    """Write a Llama with random weights and a tokenizer; returns the folder."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    tokenizer = llama_like()
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(**shape, **heads, **ends, vocab_size=400, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def model_of(base):
+    """The base's ModelSpec, as the adviser reads it."""
+    return shape_of(Customer("any", str(base / "config.json"), "sft"), {})
+
+
+def write_rows(path, count, answer, question="How many? {k}", start=0):
+    """Write rows with two columns; `answer` and `question` are templates of the row's number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = range(start, start + count)
+    rows = [{"prompt": question.format(k=k), "completion": answer.format(k=k)} for k in numbers]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
