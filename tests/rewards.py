@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from analysis.report.study import page
+from analysis.report.study.answers import parts_of
 from lorasweep.spec.metric import METRICS
 from lorasweep.train.progress import eval_steps
 
@@ -35,3 +37,9 @@ class Rewards:
     def more(self, spec):
         named = {"metric": dataclasses.asdict(METRICS["policy_gradient"])}
         return {**named, "test_reward": self.reward(spec, spec.steps), **self.also(spec)}
+
+
+def study_of(folder):
+    """The report in a test's folder, and the page of answers that shows it."""
+    (made,) = (folder / "reports").iterdir()
+    return (made / "report.md").read_text(), page.page(parts_of([folder / "reports"]), folder)

@@ -266,18 +266,18 @@ def n_rates(curve: LrCurve) -> int:
 
 
 def pools(curves: Sequence[LrCurve]) -> list[list[int]]:
-    """Group curves that share one noise level: those of one model and data set.
+    """Group curves that share one noise level: those of one model, data set and metric.
 
-    All groups with fewer than MIN_DF degrees of freedom are merged into one.
+    All groups of a metric with fewer than MIN_DF degrees of freedom are merged into one.
     """
     groups: dict[tuple, list[int]] = {}
     for k, c in enumerate(curves):
-        groups.setdefault((c.key.get("model"), c.key.get("dataset")), []).append(k)
-    rich, poor = [], []
-    for members in groups.values():
+        groups.setdefault((c.shown, c.key.get("model"), c.key.get("dataset")), []).append(k)
+    found: dict[tuple, list[int]] = {}
+    for (metric, *rest), members in groups.items():
         df = sum(_df(curves[k]) for k in members)
-        rich.append(members) if df >= MIN_DF else poor.extend(members)
-    return [*rich, *([poor] if poor else [])] or [[]]
+        found.setdefault((metric, *(rest if df >= MIN_DF else ())), []).extend(members)
+    return list(found.values()) or [[]]
 
 
 def _df(curve: LrCurve) -> int:

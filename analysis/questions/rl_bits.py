@@ -38,7 +38,19 @@ from analysis.questions.base import (
     lora_of,
     pooled_over,
 )
-from analysis.questions.rl.rewards import HEAD, HOW, compared, points_behind, wider
+from analysis.questions.rl.rewards import (
+    BARS,
+    CAPTION,
+    HEAD,
+    HOW,
+    Curves,
+    compared,
+    learning_at_best,
+    name_of,
+    points_behind,
+    progress,
+    wider,
+)
 from analysis.runs.lr_curves import lr_curves, runs_of
 from analysis.runs.table import TableError
 
@@ -51,6 +63,8 @@ LOG_ESTIMANDS = (EPISODE, RATIO, RANGE)
 ACTIONS, LABEL_BITS = 16, 4
 """Labels to choose from, and their bits (lorasweep/data/synthetic/bandit.py)."""
 NO_CELL = "no cell"
+TAUGHT_STYLE = "+--"
+"""Of lines in the figure: labels learned by cross-entropy."""
 Bits = dict[int, Estimate]
 """By rank, 0 for full fine-tuning."""
 
@@ -67,6 +81,7 @@ class Cell:
     """By rank; 0: full fine-tuning."""
     behind: dict[int, AtBest[float]]
     """LoRA's reward minus full fine-tuning's by rank, in points."""
+    curves: Curves
     bits: Bits
     """Learned from rewards: the least information that reaches the reward."""
     taught_bits: Bits
@@ -84,8 +99,8 @@ class Cell:
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Judge every claim at each number of contexts that it is about."""
-    optima = fit_all(lr_curves(table))
-    cells = _cells(table, optima)
+    cells = _cells(table, fit_all(lr_curves(table)))
+    optima = [o for c in cells for o in (*c.optima, *c.taught.values())]
     verdicts: list[Verdict] = []
     members: dict[str, list[Optimum]] = {}
     unasked = set(ESTIMANDS)
@@ -155,8 +170,10 @@ def _cell(table: pd.DataFrame, contexts: int, optima: Sequence[Optimum]) -> Cell
         r: over_seeds(v.map(lambda nll: LABEL_BITS * contexts * known_share(nll)))
         for r, v in shares.items()
     }
-    by_rank = dict(zip(lora, behind))
-    return Cell(contexts, group, full, lora, taught, by_rank, bits, taught_bits, episode, load)
+    by_rank, curves = dict(zip(lora, behind)), learning_at_best(table, known) if known else {}
+    return Cell(
+        *(contexts, group, full, lora, taught, by_rank, curves, bits, taught_bits, episode, load)
+    )
 
 
 def _is_rewarded(o: Optimum) -> bool:
@@ -232,7 +249,9 @@ def _rewards(cells: Sequence[Cell]) -> Section:
         shown = compared(c.full, c.lora, c.behind)
         rows += [[str(c.contexts), number(c.load), *row] for row in shown]
     load = "Load: bits of the labels over 2 bits for each parameter of rank 1."
-    return Section("Rewards", rows, [f"{load} {HOW}"])
+    run = [c for c in cells if c.optima]
+    panels = [progress(f"{c.contexts} contexts", c.curves, c.optima[0].curve) for c in run]
+    return Section("Rewards", rows, [f"{load} {HOW} {BARS}"], "rewards.png", panels, CAPTION)
 
 
 def _bits(cells: Sequence[Cell]) -> Section:
@@ -248,8 +267,11 @@ def _bits(cells: Sequence[Cell]) -> Section:
         for rank in sorted(c.bits.keys() | c.taught_bits.keys()):
             name = f"lora r{rank}" if rank else "fullft"
             row = [str(c.contexts), str(LABEL_BITS * c.contexts), name]
-            found = (c.bits.get(rank), c.episode.get(rank), c.taught_bits.get(rank))
-            rows.append([*row, *(with_interval(e or Estimate(None)) for e in found)])
+            nothing = Estimate(None)
+            gained, taught = (
+                with_interval(of.get(rank, nothing), _whole) for of in (c.bits, c.taught_bits)
+            )
+            rows.append([*row, gained, with_interval(c.episode.get(rank, nothing)), taught])
     text = [
         "From rewards: the least information about the labels that reaches the mean reward (the "
         "rate-distortion function of a uniform source), so a lower bound. By cross-entropy: the "
@@ -259,25 +281,30 @@ def _bits(cells: Sequence[Cell]) -> Section:
     return Section("Bits", rows, text, "bits.png", [_panel(cells, needed)], "bits gained")
 
 
-def _panel(cells: Sequence[Cell], needed: Sequence[float]) -> Panel:
-    def line(label: str, of: Callable[[Cell], Bits], rank: int, style: str) -> Series:
-        mine = [(x, of(c)[rank]) for x, c in zip(needed, cells) if rank in of(c)]
-        return Series.of(label, [x for x, _ in mine], [e for _, e in mine], style=style)
+def _whole(value: float | None) -> str:
+    return number(value) if value is None else f"{value:,.0f}"
 
-    ranks = sorted({r for c in cells for r in c.bits})
-    series = [line(f"rank {r}" if r else "FullFT", lambda c: c.bits, r, "o-") for r in ranks]
+
+def _panel(cells: Sequence[Cell], needed: Sequence[float]) -> Panel:
+    """Draw bits gained over bits needed; a rank has one colour, from rewards and taught."""
+
+    def line(of: Callable[[Cell], Bits], rank: int, **look: Any) -> Series:
+        mine = [(x, of(c)[rank]) for x, c in zip(needed, cells) if rank in of(c)]
+        label = name_of(rank) + (", taught" if look["style"] == TAUGHT_STYLE else "")
+        return Series.of(
+            label, [x for x, _ in mine], [e for _, e in mine], colour=ranks.index(rank), **look
+        )
+
+    ranks = sorted({r for c in cells for r in c.bits.keys() | c.taught_bits.keys()})
+    series = [line(lambda c: c.bits, r, style="o-") for r in ranks]
     taught = sorted({r for c in cells for r in c.taught_bits})
-    series += [
-        line(f"{f'rank {r}' if r else 'FullFT'}, taught", lambda c: c.taught_bits, r, "s--")
-        for r in taught
-    ]
+    series += [line(lambda c: c.taught_bits, r, style=TAUGHT_STYLE, size=8) for r in taught]
     series.append(Series("all of them", list(needed), list(needed), style=":", colour="grey"))
     room = [LABEL_BITS * c.contexts / c.load for c in cells if c.load]
-    lines = {"2 bits a parameter of rank 1": float(np.mean(room))} if room else {}
+    lines = {"capacity of rank 1, 2 bits a parameter": float(np.mean(room))} if room else {}
+    x, y = "bits needed: those of the labels", "bits gained"
     title = "each at its own best rate"
-    return Panel(
-        title, "bits of the labels", "bits gained", series, log_x=True, log_y=True, lines=lines
-    )
+    return Panel(title, x, y, series, log_x=True, log_y=True, lines=lines)
 
 
 def _plain(c: Cell) -> dict[str, Any]:

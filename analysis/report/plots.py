@@ -191,6 +191,10 @@ def _scales(ax: Axes, panel: Panel) -> None:
         ax.set_ylim(*panel.y_range)
 
 
+PLAIN = 1e5
+"""Numbers from 1 up to this are written out at the ticks of a logarithmic axis."""
+
+
 def _ticks(ax: Axes, panel: Panel) -> None:
     low, high = ax.get_ylim()
     if ax.get_yscale() == "log" and high < 100 * low:
@@ -200,6 +204,8 @@ def _ticks(ax: Axes, panel: Panel) -> None:
             subs = (2, 3, 5, 7) if high < 20 * low else (2, 5)
             ax.yaxis.set_minor_locator(LogLocator(subs=subs))
         ax.yaxis.set_minor_formatter(_plain_number)
+    elif ax.get_yscale() == "log" and low >= 1 and high < PLAIN:
+        ax.yaxis.set_major_formatter(_plain_number)
     if panel.ticks is not None:
         ax.set_xticks([v for v, _ in panel.ticks], [t for _, t in panel.ticks])
         ax.xaxis.set_minor_locator(NullLocator())

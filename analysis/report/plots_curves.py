@@ -17,30 +17,34 @@ from analysis.optimum.optimum import Optimum
 from analysis.report.plots import COLOURS, MARKERS, arrows, drawn, grid_of
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import full_names, runs_of, title
+from analysis.runs.metric import Shown
 
 BELOW = {"frameon": False, "fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
 """A legend below its axes."""
-LOSS = "test NLL (nats), seeds at their mean"
 
 
 def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:
-    """Draw NLL over learning rate with fits, optima and intervals, one panel per group.
+    """Draw the metric over learning rate with fits, optima and intervals, one panel per group.
 
     As in the fits, the seeds of a curve are moved to their mean: they may differ more than rates.
-    Diverged runs are crosses at the top. A bound of an optimum is an arrow. Groups of one model and
-    data set have the same axes.
+    Diverged runs are crosses at the worse end. A bound of an optimum is an arrow. Groups of one
+    model and data set have the same axes, and all rewards.
     """
     groups = _groups(optima)
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
     rows, columns, size = _layout(groups)
     with drawn(path, inputs, rows, columns, size, 150, len(groups)) as (fig, axes):
         for ax, members in zip(axes, groups.values()):
-            top = _top([o for o in optima if _task(o) == _task(members[0])])
+            top = _top([o for o in optima if _scale(o) == _scale(members[0])])
             for k, o in enumerate(members):
                 colour, again = _look(k)
                 marker = MARKERS[(colour + again) % len(MARKERS)]
                 _fitted(ax, o, names[id(o)], COLOURS[colour], marker, top)
-            ax.set(xscale="log", xlabel="learning rate", ylabel=LOSS)
+            ax.set(
+                xscale="log",
+                xlabel="learning rate",
+                ylabel=f"{_shown(members).label}, seeds at their mean",
+            )
             ax.set_title(title(members[0].curve), fontsize=10)
             ax.set_ylim(top=top[1])
             ax.xaxis.set_minor_formatter(NullFormatter())
@@ -58,19 +62,30 @@ def _look(k: int) -> tuple[int, int]:
     return (0, 0) if k == 0 else (1 + colour, again)
 
 
-def _task(o: Optimum) -> tuple[Any, Any]:
-    return o.curve.key["model"], o.curve.key["dataset"]
+def _shown(members: Sequence[Optimum]) -> Shown:
+    return members[0].curve.shown
+
+
+def _scale(o: Optimum) -> tuple[Any, ...]:
+    """Return what panels with the same axes agree in: rewards compare across data sets."""
+    key, shown = o.curve.key, o.curve.shown
+    return (shown, key["model"]) if shown.sign < 0 else (shown, key["model"], key["dataset"])
 
 
 def _same_axes(axes: Sequence[Axes], groups: dict[str, list[Optimum]]) -> None:
-    """Give the panels of one model and data set the same limits."""
-    alike: dict[tuple[Any, Any], list[Axes]] = {}
+    """Give comparable panels the same limits, and show each loss as the metric it was made of."""
+    alike: dict[tuple[Any, ...], list[Axes]] = {}
     for ax, members in zip(axes, groups.values()):
-        alike.setdefault(_task(members[0]), []).append(ax)
-    for mine in alike.values():
+        alike.setdefault(_scale(members[0]), []).append(ax)
+    for (metric, *_), mine in alike.items():
         x, y = (list(zip(*v)) for v in zip(*((a.get_xlim(), a.get_ylim()) for a in mine)))
+        low, high = min(y[0]), max(y[1])
+        room = 0.02 * (high - low) if len(mine) > 1 else 0.0
         for ax in mine:
-            ax.set(xlim=(min(x[0]), max(x[1])), ylim=(min(y[0]), max(y[1])))
+            ax.set(xlim=(min(x[0]), max(x[1])), ylim=(low - room, high))
+            if metric.sign < 0:
+                ax.invert_yaxis()
+                ax.yaxis.set_major_formatter(lambda loss, _: f"{0.0 - loss:g}")
 
 
 def _groups(optima: Sequence[Optimum]) -> dict[str, list[Optimum]]:
@@ -136,7 +151,7 @@ def _best(ax: Axes, e: Estimate, height: float, colour: str) -> None:
 
 
 def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:
-    """Draw held-out NLL over updates, one panel per group.
+    """Draw the held-out metric over updates, one panel per group.
 
     Every run is a thin line; the run at each curve's best tried rate is thick.
     """
@@ -153,16 +168,19 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
             limit = np.nanmax([o.curve.nll_start for o in members])
             if np.isfinite(limit):
                 ax.axhline(limit, color="grey", lw=0.8, ls=":", label="before training")
-                ax.set_ylim(top=limit * 1.05)
-            ax.set(xscale="log", xlabel="updates", ylabel="held-out NLL (nats per token)")
+                if _shown(members).sign > 0:  # a reward has its own limits
+                    ax.set_ylim(top=limit * 1.05)
+            ax.set(xscale="log", xlabel="updates", ylabel=_shown(members).label)
             ax.set_title(title(members[0].curve), fontsize=10)
             ax.legend(**BELOW)
         _same_axes(axes, groups)
         fig.suptitle(
             "thin: every run; thick: best tried rate (the last evaluation uses more held-out rows)",
             fontsize=9,
+            y=1 - 0.08 / size[1],
+            va="top",
         )
-        fig.tight_layout()
+        fig.tight_layout(rect=(0, 0, 1, 1 - 0.3 / size[1]))
 
 
 def _learned(

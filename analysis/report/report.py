@@ -19,7 +19,7 @@ from analysis.report import plots, plots_curves, report_page
 from analysis.report.interactive import page
 from analysis.report.text import aligned, plain, text_hash
 from analysis.runs.learning_curves import by_run
-from analysis.runs.metric import as_losses, shown
+from analysis.runs.metric import as_losses
 
 NOT_JUDGED = ("says", "whose", "measure", "beside", "sd", "units", "underpowered", "better")
 """Fields of a claim that hold its wording, or what is known of its spread. They may change without
@@ -48,19 +48,16 @@ def judge_and_report(
     table.drop(columns=["spec", "result"], errors="ignore").to_csv(
         folder / "table.csv", index=False
     )
-    losses, (metric, sign) = as_losses(table), shown(table)
-    results = write_answer(found, losses, question, folder)
+    results = write_answer(found, table, question, folder)
     title = f"{question['name']} at scale {question['scale']}: {question['question']}"
     page.write(
         folder / "report.html",
         title,
-        losses,
+        as_losses(table),
         found.optima,
         found.ratios,
         found.verdicts,
         WITHIN,
-        metric,
-        sign,
     )
     if as_json:
         return json.dumps({**results, "report": str(folder / "report.md")})
@@ -74,13 +71,17 @@ def write_answer(
     results = results_of(found, question, table)
     text = json.dumps(results, indent=1) + "\n"
     (folder / "results.json").write_text(text)
-    draw(found, table, folder, inputs_hash(table, text))
+    draw(found, as_losses(table), folder, inputs_hash(table, text))
     (folder / "report.md").write_text(render(found, question, table))
     return results
 
 
 def draw(found: Analysis, table: pd.DataFrame, folder: Path, inputs: str) -> None:
-    """Draw all figures of a report, each with the hash of its inputs."""
+    """Draw all figures of a report, each with the hash of its inputs.
+
+    Args:
+        table: the runs, their metrics as losses.
+    """
     for section in found.sections:
         if section.panels:
             plots.panels(section.panels, folder / section.figure, inputs)

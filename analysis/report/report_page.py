@@ -13,6 +13,7 @@ from analysis.optimum.optimum import WITHIN, Optimum
 from analysis.questions.base import Analysis, Section
 from analysis.report.text import markdown as table_of
 from analysis.runs.lr_curves import LrCurve, full_names
+from analysis.runs.metric import NLL
 from analysis.runs.names import in_words
 
 PRIMARY = "Primary claims are corrected for multiplicity within this report (Holm)."
@@ -53,7 +54,8 @@ def markdown(
         out += _section(section)
     if found.optima:
         out += ["## Optima", "", *table_of(optima_rows(found.optima)), ""]
-        out += ["![LR against NLL](lr_nll.png)", "", *_noise(found.optima)]
+        metrics = " or ".join(dict.fromkeys(o.curve.shown.name for o in found.optima))
+        out += [f"![LR against {metrics}](lr_nll.png)", "", *_noise(found.optima)]
     if has_curves:
         out += ["## Learning curves", "", "![learning curves](learning.png)", ""]
     out += _conditions([o.curve for o in found.optima], table)
@@ -97,7 +99,10 @@ def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[
 
 def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
     """Return one row per curve, after the head: the optimum, the low-regret band, the best loss."""
-    head = ["curve", "model and data", "best LR [95%]", f"within {WITHIN:g} nats", "best NLL"]
+    metrics = list(dict.fromkeys(o.curve.shown for o in optima)) or [NLL]
+    unit = metrics[0].unit if len(metrics) == 1 else ""
+    best = " or ".join(m.name for m in metrics)
+    head = ["curve", "model and data", "best LR [95%]", f"within {WITHIN:g}{unit}", f"best {best}"]
     names = full_names([o.curve for o in optima])
     return [
         [*head, "runs", "not fitted", "flags"],
@@ -107,7 +112,7 @@ def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
                 o.curve.group,
                 with_interval(o.best_lr, rate),
                 band_text(o.band(WITHIN)),
-                number(o.best_nll, 5),
+                number(as_shown(o, o.best_nll), 5),
                 str(len(o.curve.x)),
                 str(int((~o.curve.usable).sum())),
                 ", ".join(o.flags) or "-",
@@ -115,6 +120,11 @@ def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
             for o, name in zip(optima, names)
         ),
     ]
+
+
+def as_shown(o: Optimum, loss: float | None) -> float | None:
+    """Return a loss of a curve as the metric that it was made of."""
+    return None if loss is None else o.curve.shown.sign * loss
 
 
 def band_text(band: Sequence[float] | None) -> str:
@@ -132,16 +142,18 @@ def _section(section: Section) -> list[str]:
 
 
 def _noise(optima: Sequence[Optimum]) -> list[str]:
-    pooled = next((o.pooled for o in optima if o.pooled is not None), None)
-    if pooled is None:
-        return []
-    return [
-        f"Noise of one run, pooled over the sweep: {pooled.noise:.2g} nats at the optimum, "
-        f"{pooled.df} degrees of freedom. Model error of the curvature: "
-        f"{100 * pooled.misfit:.0f}%. Crosses at the top are runs that were not fitted: they "
-        "diverged, ended no better than the untrained model, or lie beyond such a rate.",
-        "",
-    ]
+    """Describe the noise of the first curve of each metric, and where runs without a fit lie."""
+    out = []
+    for metric, o in {o.curve.shown: o for o in reversed(optima) if o.pooled is not None}.items():
+        what, side = (metric.unit, "top") if metric.sign > 0 else (f" of {metric.name}", "bottom")
+        out += [
+            f"Noise of one run, pooled over the sweep: {o.pooled.noise:.2g}{what} at the optimum, "
+            f"{o.pooled.df} degrees of freedom. Model error of the curvature: "
+            f"{100 * o.pooled.misfit:.0f}%. Crosses at the {side} are runs that were not fitted: "
+            "they diverged, ended no better than the untrained model, or lie beyond such a rate.",
+            "",
+        ]
+    return out
 
 
 def _conditions(curves: Sequence[LrCurve], table: pd.DataFrame) -> list[str]:
@@ -155,9 +167,10 @@ def _conditions(curves: Sequence[LrCurve], table: pd.DataFrame) -> list[str]:
         "- LoRA's initialisation, unless stated otherwise: A uniform in +-1/sqrt(d_in), B zero; "
         "one learning rate for both; AdamW"
     )
-    for where, c in {f"{c.key['model']} on {c.key['dataset']}": c for c in curves}.items():
-        start, floor = number(c.nll_start, 5), number(c.floor, 5)
-        out.append(f"- {where}: NLL before training {start}, floor of the task {floor}")
+    for (where, metric), c in {(_place(c), c.shown): c for c in curves}.items():
+        start, floor = number(metric.sign * c.nll_start, 5), number(c.floor, 5)
+        of_task = f", floor of the task {floor}" if metric.sign > 0 else ""
+        out.append(f"- {where}: {metric.name} before training {start}{of_task}")
     rows = held_out(table)
     if rows:
         out.append(f"- held-out rows: {rows}")
@@ -171,6 +184,10 @@ def _conditions(curves: Sequence[LrCurve], table: pd.DataFrame) -> list[str]:
         ]
         out.append(f"- data, sha256: {', '.join(shown)}")
     return out
+
+
+def _place(c: LrCurve) -> str:
+    return f"{c.key['model']} on {c.key['dataset']}"
 
 
 def held_out(table: pd.DataFrame) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.runs.metric import NLL, Shown, shown
 from analysis.runs.names import in_words
 from analysis.runs.table import CURVE_KEYS, CUT_FROM, GROUP_KEYS, check
 
@@ -40,6 +41,8 @@ class LrCurve:
     """NLL of the generator that wrote the data, the lowest possible loss; NaN if unknown."""
     cut_from: int | None = None
     """Updates of the whole runs, if the curve is of their first ones."""
+    shown: Shown = NLL
+    """How its loss is shown."""
 
     @property
     def name(self) -> str:
@@ -88,6 +91,8 @@ def title(curve: LrCurve, length: bool = True) -> str:
         length: say how many updates the runs have.
     """
     words = [f"{curve.key['model']} on {in_words(str(curve.key['dataset']))}"]
+    if _known(curve.key.get("objective")):
+        words.append(str(curve.key["objective"]).replace("_", " "))
     if _known(curve.key.get("batch_size")):
         words.append(f"batch {int(curve.key['batch_size'])}")
     if length and _known(curve.key.get("steps")):
@@ -131,6 +136,7 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
         nll_start=_mean(start),
         floor=_mean(_floats(part, "floor_nats")),
         cut_from=_cut_from(part),
+        shown=shown(part),
     )
 
 
@@ -171,7 +177,7 @@ def full_names(curves: Sequence[LrCurve]) -> list[str]:
     keys = [k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, *IN_NAME)]
     lora = [c for c in curves if c.key["method"] == "lora"]
     full = [c for c in curves if c.key["method"] == "fullft"]
-    of_lora = [k for k in keys if len({str(c.key[k]) for c in lora}) > 1]
+    of_lora = [k for k in keys if _differ(k, lora)]
     scopes = {(c.key.get("scope"), c.key.get("layers")) for c in full}
     of_full = ["scope", "layers"] if len(scopes) > 1 else []
     return [
@@ -187,6 +193,14 @@ def full_names(curves: Sequence[LrCurve]) -> list[str]:
         )
         for c in curves
     ]
+
+
+def _differ(key: str, curves: Sequence[LrCurve]) -> bool:
+    """Return whether curves of one objective differ in a setting; other objectives have others."""
+    found: dict[str, set[str]] = {}
+    for c in curves:
+        found.setdefault(str(c.key.get("objective")), set()).add(str(c.key[key]))
+    return any(len(values) > 1 for values in found.values())
 
 
 def _setting(key: str, value: Any) -> str:

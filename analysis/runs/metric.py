@@ -4,6 +4,7 @@ Results name their metric and its direction if it is not the held-out NLL.
 """
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,30 @@ from analysis.runs.table import TableError
 
 LOSS, START = "test_nll", "nll_start"
 """Columns of a table that hold the loss of a run, and of the model before training."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a loss is shown: the metric's name, and the sign that turns the loss back into it."""
+
+    label: str = "test NLL (nats per token)"
+    sign: int = 1
+    """-1 if higher is better."""
+    name: str = "NLL"
+    """The metric in one word."""
+    unit: str = " nats"
+
+
+NLL = Shown()
+
+
+def shown(runs: pd.DataFrame) -> Shown:
+    """Return how the metric of runs that share one is shown."""
+    if "metric" not in runs.columns or runs["metric"].isna().all():
+        return NLL
+    metric = json.loads(runs.dropna(subset="metric")["result"].iloc[0])["metric"]
+    name = metric["label"].split()[-1]
+    return Shown(metric["label"], -1 if metric["higher_is_better"] else 1, name, "")
 
 
 def as_losses(table: pd.DataFrame) -> pd.DataFrame:
@@ -28,20 +53,6 @@ def as_losses(table: pd.DataFrame) -> pd.DataFrame:
     _check_groups(table)
     rows = [_as_loss(row) for row in table.to_dict("records")]
     return pd.DataFrame(rows, index=table.index)
-
-
-def shown(table: pd.DataFrame) -> tuple[str, int]:
-    """Return the metric's name in figures, and -1 if more is better, from a table of raw runs.
-
-    Of runs with several metrics their losses are shown.
-    """
-    named = table.dropna(subset="metric") if "metric" in table.columns else table[:0]
-    if not len(named):
-        return "test NLL (nats per token)", 1
-    if table["metric"].fillna(LOSS).nunique() > 1:
-        return "loss (a reward's negative)", 1
-    metric = json.loads(named["result"].iloc[0])["metric"]
-    return metric["label"], -1 if metric["higher_is_better"] else 1
 
 
 def _as_loss(row: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ They take a Reading and return plain values and lines of text; they read no file
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,18 @@ from analysis.optimum.optimum import WITHIN, Optimum
 from analysis.report.interactive import page
 from analysis.report.text import aligned, plain
 from analysis.runs.lr_curves import LrCurve, lr_curves
+from analysis.runs.metric import LOSS, NLL, Shown
 from analysis.runs.reading import Reading
 from analysis.runs.table import TableError
 
 
 def optima_of(reading: Reading, share: bool = False) -> list[Optimum]:
     """Fit every curve of a table, with noise and misfit pooled over the table."""
-    return fit_all(lr_curves(reading.table), share=share)
+    shown = (
+        NLL if reading.metric == LOSS else Shown(reading.metric, reading.sign, reading.metric, "")
+    )
+    curves = [replace(c, shown=shown) for c in lr_curves(reading.table)]
+    return fit_all(curves, share=share)
 
 
 def fit(reading: Reading, within: float = WITHIN, share: bool = False) -> list[dict[str, Any]]:
@@ -269,7 +275,6 @@ def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = Fal
         for group, lora, full in arms_of(optima)
         for o in lora
     ]
-    metric = "test NLL (nats per token)" if reading.metric == "test_nll" else reading.metric
     page.write(
         path,
         f"{path.stem}: {len(reading.table)} runs",
@@ -278,6 +283,4 @@ def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = Fal
         ratios,
         (),
         within,
-        metric,
-        reading.sign,
     )

@@ -11,23 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, over_seeds
-from analysis.measures.efficiency import at_best, rho
+from analysis.measures.efficiency import rho
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
     Analysis,
     Measured,
-    Panel,
     Rows,
     Section,
-    Series,
     correct,
     fewest_seeds,
     full_of,
@@ -36,9 +33,19 @@ from analysis.questions.base import (
     lora_of,
     pooled_over,
 )
-from analysis.questions.rl.rewards import HEAD, HOW, compared, points_behind, wider
-from analysis.runs.learning_curves import Points
-from analysis.runs.lr_curves import lr_curves, runs_of
+from analysis.questions.rl.rewards import (
+    BARS,
+    CAPTION,
+    HEAD,
+    HOW,
+    Curves,
+    compared,
+    learning_at_best,
+    points_behind,
+    progress,
+    wider,
+)
+from analysis.runs.lr_curves import lr_curves
 
 ESTIMANDS = ("points_rank_1", "points_top_rank", "lr_ratio", "good_range_ratio", "rho_rank_1")
 LOG_ESTIMANDS = ("lr_ratio", "good_range_ratio", "rho_rank_1")
@@ -55,10 +62,7 @@ class Cell:
     """By rank."""
     behind: dict[int, AtBest[float]]
     """LoRA's reward minus full fine-tuning's by rank, in points."""
-    curves: dict[int, AtBest[Points]]
-    """Learning curves at the best rates, of losses, by rank; 0: full fine-tuning."""
-    answers: int
-    """Sampled in an update."""
+    curves: Curves
 
     @property
     def optima(self) -> list[Optimum]:
@@ -94,11 +98,8 @@ def _cell(table: pd.DataFrame, optima: list[Optimum]) -> Cell:
     full = full_of(optima)
     lora = {int(o.curve.key["rank"]): o for o in lora_of(optima)}
     behind = [] if full is None else points_behind(full, list(lora.values()))
-    used = {0: full, **lora} if full is not None else dict(lora)
-    known = {r: o for r, o in used.items() if o is not None}
-    runs = pd.concat([runs_of(table, o.curve) for o in known.values()])
-    curves = dict(zip(known, at_best(runs, list(known.values()))))
-    return Cell(full, lora, dict(zip(lora, behind)), curves, int(runs["batch_size"].iloc[0]))
+    known = {0: full, **lora} if full is not None else lora
+    return Cell(full, lora, dict(zip(lora, behind)), learning_at_best(table, known))
 
 
 # ---------------------------------------------------------------- estimands
@@ -148,19 +149,7 @@ def _task_gates(*optima: Optimum) -> list[Gate]:
 
 def _section(group: str, cell: Cell, figure: str) -> Section:
     rows: Rows = [list(HEAD), *compared(cell.full, cell.lora, cell.behind)]
-    series = [
-        _learning("FullFT" if rank == 0 else f"rank {rank}", curve, cell.answers)
-        for rank, curve in cell.curves.items()
-        if curve.best
-    ]
-    panel = Panel("each at its own best rate", "episodes", "held-out reward", series, log_x=True)
-    caption = "reward over episodes by rank"
-    return Section(f"Rewards, {group}", rows, [HOW], figure, [panel], caption)
-
-
-def _learning(label: str, curve: AtBest[Points], answers: int) -> Series:
-    """Average the learning curves of the seeds, as rewards over sampled answers."""
-    of_seeds = [dict(points) for points in curve.best.values()]
-    steps = sorted(set.intersection(*map(set, of_seeds)))
-    y = [-float(np.mean([points[s] for points in of_seeds])) for s in steps]
-    return Series(label, [s * answers for s in steps], y)
+    one = cell.optima[0].curve
+    panel = progress(f"{one.key['model']} on {one.key['dataset']}", cell.curves, one)
+    text = [f"{HOW} {BARS}"]
+    return Section(f"Rewards, {group}", rows, text, figure, [panel], CAPTION)

@@ -3,13 +3,18 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 
 from analysis.inference.estimate import Estimate, exp_of, rate, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import from_sample
 from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
+from analysis.measures.efficiency import at_best
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.optimum import Optimum
+from analysis.questions.base import Panel, Series
+from analysis.runs.learning_curves import Points
+from analysis.runs.lr_curves import LrCurve, runs_of
 
 POINTS = 100
 GOOD = 0.02
@@ -95,10 +100,45 @@ def _grid(o: Optimum, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     return x, np.nan_to_num(reward, nan=0.0)
 
 
+Curves = dict[int, AtBest[Points]]
+"""Learning curves at the best rates, of losses, by rank; 0: full fine-tuning."""
+
+
+def learning_at_best(table: pd.DataFrame, optima: Mapping[int, Optimum]) -> Curves:
+    """Return each curve's learning curves by seed at its best rate; `optima` by rank."""
+    runs = pd.concat([runs_of(table, o.curve) for o in optima.values()])
+    return dict(zip(optima, at_best(runs, list(optima.values()))))
+
+
+def progress(title: str, curves: Curves, one: LrCurve) -> Panel:
+    """Return rewards over episodes, the mean over seeds with its interval, by rank.
+
+    Args:
+        title: what the curves are of.
+        one: any of the lr curves, all of which have the same base and answers an update.
+    """
+    answers, start, series = int(one.key["batch_size"]), -one.nll_start, []
+    for rank, curve in curves.items():
+        of_seeds = [dict(points) for points in curve.best.values()]
+        steps = sorted(set.intersection(*map(set, of_seeds))) if of_seeds else []
+        means = [from_sample([-points[s] for points in of_seeds]) for s in steps]
+        series.append(Series.of(name_of(rank), [s * answers for s in steps], means, size=4))
+    lines = {"before training": start} if np.isfinite(start) else {}
+    title = f"{title}, each at its own best rate"
+    return Panel(title, "episodes", "held-out reward", series, log_x=True, lines=lines)
+
+
+def name_of(rank: int) -> str:
+    """Name a curve in a legend; 0: full fine-tuning."""
+    return f"rank {rank}" if rank else "FullFT"
+
+
 HEAD = (
     *("curve", "best LR [95%]", "reward, points [95%]", "behind FullFT, points [95%]"),
     *("ratio of best rates [95%]", "good rates", "range over FullFT's [95%]"),
 )
+CAPTION = "reward over episodes by rank"
+BARS = "In the figure, bars are intervals over seeds; an episode is a sampled answer."
 HOW = (
     "Good rates: those whose fitted reward is within 2 points of the best one. Ranges are compared "
     f"in doublings of the rate, where all rates have {MIN_SEEDS} seeds."

@@ -61,16 +61,13 @@ def write(
     ratios: Sequence[tuple[str, str, Estimate]] = (),
     verdicts: Sequence[Verdict] = (),
     within: float = 0.01,
-    metric: str = "test NLL (nats per token)",
-    sign: int = 1,
 ) -> None:
     """Write the report.
 
     Args:
-        table: the runs to which the optima were fitted, one per row.
+        table: the runs to which the optima were fitted, one per row, their metric as a loss.
         ratios: (group, name, LoRA / FullFT) for the forest plot.
         within: extra loss allowed in the low-regret band.
-        sign: -1 if higher is better: the table then holds the negative of the metric.
     """
     where = {_key(o.curve.key): k for k, o in enumerate(optima)}
     used = {k: _used(o) for k, o in enumerate(optima)}
@@ -81,11 +78,10 @@ def write(
     }
     data = {
         "title": title,
-        "metric": metric,
         "within": within,
-        "curves": [_curve(o, within, sign) for o in optima],
+        "curves": [_curve(o, within) for o in optima],
         "runs": [
-            _run(row, points.get(run, []), where, used, sign)
+            _run(row, points.get(run, []), where, used, optima)
             for run, row in zip(table.index, table.to_dict("records"))
         ],
         "ratios": [
@@ -132,8 +128,8 @@ def _json(value: Any) -> str:
     )
 
 
-def _curve(o: Optimum, within: float, sign: int) -> dict[str, Any]:
-    key, e, band = o.curve.key, o.best_lr, o.band(within)
+def _curve(o: Optimum, within: float) -> dict[str, Any]:
+    key, e, band, sign = o.curve.key, o.best_lr, o.band(within), o.curve.shown.sign
     x = o.curve.x[o.curve.usable]
     fit = None
     if o.shape is not None and len(x):
@@ -146,6 +142,8 @@ def _curve(o: Optimum, within: float, sign: int) -> dict[str, Any]:
     return {
         "name": o.curve.name,
         "group": o.curve.group,
+        "metric": o.curve.shown.label,
+        "sign": sign,
         "model": str(key["model"]),
         "rank": _plain(key.get("rank")),
         "method": str(key["method"]),
@@ -174,9 +172,10 @@ def _run(
     points: list[list[float]],
     where: dict[tuple, int],
     used: dict[int, set[float]],
-    sign: int,
+    optima: Sequence[Optimum],
 ) -> dict[str, Any]:
     curve = where.get(_key({k: row[k] for k in CURVE_KEYS if k in row}))
+    sign = 1 if curve is None else optima[curve].curve.shown.sign
     nll = _plain(row.get("test_nll"))
     fitted = (
         curve is not None
@@ -194,7 +193,7 @@ def _run(
         "status": str(row["status"]),
         "nll": None if nll is None else sign * nll,
         "fitted": fitted,
-        "learned": points,
+        "learned": [[step, sign * value] for step, value in points],
         "details": {k: _plain(row[k]) for k in shown if _plain(row[k]) is not None},
     }
 

@@ -41,6 +41,7 @@ function shown() {
   const at = DATA.curves.map((c, k) => keep(c) ? k : -1).filter(k => k >= 0), set = new Set(at);
   return { at, runs: DATA.runs.filter(r => set.has(r.curve)) };
 }
+const metric = at => esc([...new Set(at.map(k => DATA.curves[k].metric))].join(" or "));
 const look = k => ({ color: COLOURS[k % COLOURS.length], symbol: SYMBOLS[k % SYMBOLS.length] });
 
 function lrPlot(at, runs) {
@@ -48,7 +49,7 @@ function lrPlot(at, runs) {
   runs.forEach(r => byCurve.get(r.curve).push(r));
   const good = runs.filter(r => r.fitted && there(r.nll)).map(r => r.nll);
   const low = good.reduce((a, b) => Math.min(a, b), Infinity), high = good.reduce((a, b) => Math.max(a, b), -Infinity);
-  const span = Math.max(high - low, 1e-9), top = high + 0.07 * span;
+  const sign = at.length && DATA.curves[at[0]].sign, span = Math.max(high - low, 1e-9), worst = sign < 0 ? low - 0.07 * span : high + 0.07 * span;
   const traces = [];
   let nBad = 0;
   for (const k of at) {
@@ -56,13 +57,13 @@ function lrPlot(at, runs) {
     const ok = mine.filter(r => r.fitted && there(r.nll)), bad = mine.filter(r => !(r.fitted && there(r.nll)));
     const hover = r => `${legend}<br>lr ${rate(r.lr)}, seed ${esc(r.seed)}<br>${there(r.nll) ? short(r.nll, 5) : esc(r.status)}`;
     traces.push({ type: "scatter", mode: "markers", name: legend, legendgroup: String(k), x: ok.map(r => r.lr), y: ok.map(r => r.nll), customdata: ok.map(r => r.index), text: ok.map(hover), hoverinfo: "text", marker: { color, symbol, size: 7, opacity: 0.8 } });
-    if (bad.length) { nBad += bad.length; traces.push({ type: "scatter", mode: "markers", showlegend: false, legendgroup: String(k), x: bad.map(r => r.lr), y: bad.map(() => top), customdata: bad.map(r => r.index), text: bad.map(hover), hoverinfo: "text", marker: { color, symbol: "x", size: 8 } }); }
-    if (c.fit) traces.push({ type: "scatter", mode: "lines", showlegend: false, legendgroup: String(k), x: c.fit.lr, y: c.fit.nll.map(v => v > top ? null : v), hoverinfo: "skip", line: { color, width: 1.6 } });
+    if (bad.length) { nBad += bad.length; traces.push({ type: "scatter", mode: "markers", showlegend: false, legendgroup: String(k), x: bad.map(r => r.lr), y: bad.map(() => worst), customdata: bad.map(r => r.index), text: bad.map(hover), hoverinfo: "text", marker: { color, symbol: "x", size: 8 } }); }
+    if (c.fit) traces.push({ type: "scatter", mode: "lines", showlegend: false, legendgroup: String(k), x: c.fit.lr, y: c.fit.nll.map(v => sign * v > sign * worst ? null : v), hoverinfo: "skip", line: { color, width: 1.6 } });
     if (there(c.best_lr) && there(c.best_nll)) traces.push({ type: "scatter", mode: "markers", showlegend: false, legendgroup: String(k), x: [c.best_lr], y: [c.best_nll], hoverinfo: "text", text: [`${legend}<br>best lr ${rate(c.best_lr)} [${rate(c.low)}, ${rate(c.high)}]`], marker: { color, symbol: "line-ns-open", size: 16, line: { width: 2.5, color } }, error_x: there(c.low) ? { type: "data", symmetric: false, array: [c.high - c.best_lr], arrayminus: [c.best_lr - c.low], color, thickness: 1.6, width: 5 } : undefined });
     if (c.band && there(c.best_nll)) traces.push({ type: "scatter", mode: "lines", showlegend: false, legendgroup: String(k), x: c.band, y: [c.best_nll, c.best_nll], hoverinfo: "text", text: `${legend}: within ${DATA.within} of the best from ${rate(c.band[0])} to ${rate(c.band[1])}`, line: { color, width: 9 }, opacity: 0.22 });
   }
-  $("lr-note").textContent = `Lines: fits. Bars: 95% intervals of the optimum. Pale strips: rates within ${DATA.within} of the best. ` + (nBad ? `Crosses on the top line: ${nBad} runs that diverged or are no part of the fit. ` : "") + "Click a point for its run.";
-  return Plotly.react("lr-plot", traces, layout({ height: 520, xaxis: axis("learning rate", { type: "log", exponentformat: "e" }), yaxis: axis(esc(DATA.metric)) }), config).then(pickable);
+  $("lr-note").textContent = `Lines: fits. Bars: 95% intervals of the optimum. Pale strips: rates within ${DATA.within} of the best. ` + (nBad ? `Crosses on the ${sign < 0 ? "lowest" : "top"} line: ${nBad} runs that diverged or are no part of the fit. ` : "") + "Click a point for its run.";
+  return Plotly.react("lr-plot", traces, layout({ height: 520, xaxis: axis("learning rate", { type: "log", exponentformat: "e" }), yaxis: axis(metric(at)) }), config).then(pickable);
 }
 
 function forestPlot(at) {
@@ -85,7 +86,7 @@ function learningPlot(at, runs) {
   $("learning-section").hidden = !curved.length;
   if (!curved.length) return Promise.resolve();
   const best = new Map();
-  curved.forEach(r => { const b = best.get(r.curve); if (there(r.nll) && r.fitted && (!b || r.nll < b.nll)) best.set(r.curve, r); });
+  curved.forEach(r => { const b = best.get(r.curve); if (there(r.nll) && r.fitted && (!b || DATA.curves[r.curve].sign * (r.nll - b.nll) < 0)) best.set(r.curve, r); });
   const thin = curved.length > MAX_LINES ? curved.filter((_, k) => k % Math.ceil(curved.length / MAX_LINES) === 0) : curved;
   const traces = [];
   for (const k of at) {
@@ -96,7 +97,7 @@ function learningPlot(at, runs) {
     if (b) traces.push({ type: "scatter", mode: "lines+markers", name: esc(`${name(DATA.curves[k])}, lr ${rate(b.lr)}`), legendgroup: String(k), x: b.learned.map(p => p[0]), y: b.learned.map(p => p[1]), customdata: b.learned.map(() => b.index), hovertemplate: "step %{x}: %{y:.4f}<extra></extra>", line: { color, width: 2.4 }, marker: { color, size: 4 } });
   }
   $("learning-note").textContent = `Thick: the best run of each curve. Thin: ${thin.length} of ${curved.length} runs.`;
-  return Plotly.react("learning-plot", traces, layout({ height: 460, xaxis: axis("step", { type: "log" }), yaxis: axis("held-out NLL (nats per token)") }), config).then(pickable);
+  return Plotly.react("learning-plot", traces, layout({ height: 460, xaxis: axis("step", { type: "log" }), yaxis: axis(metric(at)) }), config).then(pickable);
 }
 
 function pickable(plot) {

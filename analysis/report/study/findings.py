@@ -1,4 +1,4 @@
-"""What was found, in seven sentences at most; every number is picked from an answer by its claim.
+"""What was found, in nine sentences at most; every number is picked from an answer by its claim.
 
 A sentence without an answer is left out. Its wording follows from the verdicts, so that a verdict
 that turns changes the sentence.
@@ -30,10 +30,8 @@ NOTHING_GIVEN_UP = {
 
 def sentences(parts: Sequence[Part]) -> list[str]:
     """Return the sentences, the one about the regime first."""
-    made = [
-        write(parts) for write in (_regime, _boundary, _rates, _speed, _batches, _layers, _compute)
-    ]
-    return [text for text in made if text]
+    first = (_regime, _boundary, _rates, _speed, _batches, _layers)
+    return [text for write in (*first, _rewards, _bits, _compute) if (text := write(parts))]
 
 
 def found(parts: Sequence[Part], sweep: str, claim: str) -> Found:
@@ -167,6 +165,40 @@ def _layers(parts: Sequence[Part]) -> str:
     )
 
 
+def _rewards(parts: Sequence[Part]) -> str:
+    said = _of_claim(
+        found(parts, "rl", "rank_1"),
+        "From rewards rank 1 learns as much as full fine-tuning",
+        "From rewards rank 1 does not learn as much as full fine-tuning",
+        "From rewards rank 1 learns as much as full fine-tuning in places only",
+        "Whether rank 1 learns as much from rewards as full fine-tuning stays open",
+        "at the end its reward differed by {}",
+        _signed,
+        " points",
+    )
+    top = found(parts, "rl", "top_rank")
+    ends = f" The highest rank's differed by {_by_setting(top, _signed, ' points')}." if top else ""
+    return said and said + ends
+
+
+def _bits(parts: Sequence[Part]) -> str:
+    said = _of_claim(
+        found(parts, "rl_bits", "tie"),
+        "Rank 1 learns what rewards tell where it has room for it",
+        "Room for what rewards tell does not make rank 1 learn it",
+        "Room for what rewards tell makes rank 1 learn it in places only",
+        "Whether rank 1 learns what rewards tell wherever it has room for it stays open",
+        "of labels that fit it at 2 bits a parameter, its reward differed from that of full "
+        "fine-tuning by {}",
+        _signed,
+        " points",
+    )
+    taught = found(parts, "rl_bits", "taught")
+    share = _by_setting(taught, _signed, "%") if taught else ""
+    end = f" Taught them, its share of their bits differed by {share}." if share else ""
+    return said and said + end
+
+
 def _compute(parts: Sequence[Part]) -> str:
     return _of_claim(
         found(parts, "compute", "flops_to_loss"),
@@ -231,6 +263,10 @@ def _in_percent(v: Verdict) -> Verdict:
     share = v.estimate.value
     percent = None if share is None else 100 * share
     return replace(v, estimate=replace(v.estimate, value=percent))
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}"
 
 
 def _percent(value: float) -> str:

@@ -25,8 +25,10 @@ SETTINGS = """\
 **On a real model** means SmolLM2 with 135 million parameters and word problems. An answer over
 data of several kinds stands with the hardest of them. The bases tiny64 and tiny128 are small
 Llamas with these hidden sizes, pretrained on the synthetic language; tiny64-s1 is tiny64 from
-another seed, tiny64-experts has 8 experts of which 2 are active. What was found holds for these
-models, tasks and lengths of runs."""
+another seed, tiny64-experts has 8 experts of which 2 are active. Two more are tiny64 with another
+schooling: tiny64-skilled has practised exercises (copying, reversing, sorting, sums), which
+rewards then ask for under new words; tiny64-knows has learned facts by heart, and guesses nothing
+else. What was found holds for these models, tasks and lengths of runs."""
 MAP_CAPTION = """\
 Every point is one rank on one data set, LoRA and full fine-tuning each at its own best learning
 rate. Regret is LoRA's final held-out loss minus full fine-tuning's, in percent of what full
@@ -54,8 +56,8 @@ LEDGER = """\
 Every sentence of the study and of its popular summaries, with its verdicts: how many answers of
 how many, and at which scale (`tiny`: small Llamas on a CPU, `small`: the real model)."""
 NOT_TESTED = """\
-Reinforcement learning, layers in mixtures of experts, models beyond 135M parameters, high
-ranks, long runs and GPUs. Rates in runs that others published:
+Reinforcement learning of a real model, layers in mixtures of experts, models beyond 135M
+parameters, high ranks, long runs and GPUs. Rates in runs that others published:
 [public_evidence.md](public_evidence.md)."""
 """Only for the page of the kept answers."""
 HOW_TO_READ = f"""\

@@ -1,12 +1,13 @@
 """`rl` on planted rewards: points behind, best rates, ranges of good rates, episodes needed."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 
 from analysis.questions.rl.rewards import good_range
-from tests.rewards import START, Rewards
+from tests.rewards import START, Rewards, study_of
 
 RATES = (
     "sweep.at.smoke.lr_fullft=${around:1e-4,5,2}",
@@ -39,7 +40,7 @@ def world(rho, ratio, full_bend, lora_bend, noise=1e-3):
         (1.0, 10, (0.016, 0.04), ("SUPPORTED", "SUPPORTED", "SUPPORTED", "REFUTED", "SUPPORTED")),
     ],
 )
-def test_planted_differences_come_back(ask, rho, ratio, bends, outcomes):
+def test_planted_differences_come_back(ask, rho, ratio, bends, outcomes, tmp_path):
     rates = [r % f"{ratio * 1e-4:g}" if "%" in r else r for r in RATES]
     out, found = ask("rl", world(rho, ratio, *bends), *rates, report=rho < 1)
     claims = ("rank_1", "top_rank", "ratio", "wider", "progress")
@@ -52,6 +53,14 @@ def test_planted_differences_come_back(ask, rho, ratio, bends, outcomes):
     assert found["wider"]["estimate"]["value"] == pytest.approx(wider, rel=0.2)
     (behind,) = out["points_behind"].values()
     assert set(behind) == {"1", "8"}
+    if rho < 1:  # with a report
+        report, study = study_of(tmp_path)
+        assert "| best reward |" in report and "within 0.01 |" in report
+        assert "reward before training 0.1" in report and "NLL" not in report
+        assert "rank 1 does not learn as much as full fine-tuning**: at the end its" in study
+        assert re.search(r"The highest rank's differed by [+-]0\.\d points", study)
+        assert re.search(r"rank 1 reaches full fine-tuning's accuracy \|.*REFUTED", study)
+        assert "tiny64-skilled has practised exercises" in study
 
 
 @pytest.mark.slow

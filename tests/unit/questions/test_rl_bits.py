@@ -8,7 +8,7 @@ import pytest
 
 from analysis.questions.rl_bits import known_share
 from lorasweep.train.objectives.expected import bits_learned
-from tests.rewards import Rewards
+from tests.rewards import Rewards, study_of
 
 pytestmark = pytest.mark.slow  # fits a dozen curves
 
@@ -76,7 +76,7 @@ def outcomes(out):
     return found
 
 
-def test_rank_1_behaves_as_its_capacity_says(ask):
+def test_rank_1_behaves_as_its_capacity_says(ask, tmp_path):
     world = Bandit({64: 0.9, 4096: 0.6}, {64: 0.0, 4096: 0.3}, 0.97, (0.04, 0.016))
     out, _ = ask("rl_bits", world, *GRIDS, report=True)
     found = outcomes(out)
@@ -99,6 +99,12 @@ def test_rank_1_behaves_as_its_capacity_says(ask):
     assert large["bits"]["0"]["value"] == pytest.approx(bits, rel=0.02)
     assert large["bits_per_episode"]["0"]["value"] == pytest.approx(bits / 65536, rel=0.02)
     assert large["taught_bits"]["1"]["value"] == pytest.approx(0.97 * 16384, rel=0.01)
+    assert [name for name, _ in out["figures"]] == ["rewards.png", "bits.png"]
+    report, study = study_of(tmp_path)
+    assert "| best reward or NLL |" in report and "group_size" not in report
+    assert "of reward at the optimum" in report and "nats at the optimum" in report
+    assert "**Rank 1 learns what rewards tell where it has room for it**" in study
+    assert "Taught them, its share of their bits differed by -1.0% beyond" in study
 
 
 def test_rank_1_behaves_otherwise(ask):

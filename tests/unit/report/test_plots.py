@@ -125,6 +125,33 @@ def test_a_figure_of_cut_runs_shows_them_and_says_of_what_they_are_the_beginning
     assert whole == "m on dialect (no new rules), batch 4, 16 updates"
 
 
+def test_rewards_are_drawn_as_rewards_upwards_and_on_one_scale(drawn):
+    """A loss of -0.4 is a reward of 0.4; data sets of rewards share their axes, those of losses not."""
+    metric = {"name": "test_reward", "higher_is_better": True, "label": "held-out reward"}
+    found = []
+    for name, height in (("a", 0.4), ("b", 0.8), ("c", None)):
+        table = runs().assign(dataset=name, objective="policy_gradient" if height else None)
+        if height:
+            table["test_nll"] = table["test_nll"] - table["test_nll"].min() - height
+            kept = json.dumps({"metric": metric, "curve": [{"step": 1, "test_nll": -height}]})
+            table = table.assign(metric="test_reward", nll_start=-0.1, result=kept)
+        found.append(table)
+    table = pd.concat(found, ignore_index=True)
+    optima = fit_all(lr_curves(table))
+    for draw in (
+        lambda path: plots_curves.lr_against_nll(optima, path),
+        lambda path: plots_curves.learning(table, optima, path),
+    ):
+        axes = drawn(draw).axes
+        of = {ax.get_title().split()[2].strip(","): ax for ax in axes if ax.get_title()}
+        one, other, loss = (of[name] for name in "abc")
+        assert one.yaxis_inverted() and other.yaxis_inverted() and not loss.yaxis_inverted()
+        assert one.get_ylim() == other.get_ylim() != loss.get_ylim()
+        assert one.get_ylabel().startswith("held-out reward") and "nats" in loss.get_ylabel()
+        assert one.yaxis.get_major_formatter()(-0.4) == "0.4"
+        assert "policy gradient" in one.get_title()
+
+
 def test_an_optimum_at_an_edge_is_an_arrow_and_its_legend_a_bound(drawn):
     table = runs()
     table["test_nll"] = 3 - 0.1 * np.log(table["lr"] / 1e-4)  # falls up to the highest rate

@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 
 from analysis.optimum.fit import fit_all
+from analysis.optimum.likelihood import pools
 from analysis.questions.registry import analyse
 from analysis.runs.learning_curves import learning_curves
 from analysis.runs.lr_curves import lr_curves
-from analysis.runs.metric import as_losses, shown
+from analysis.runs.metric import NLL, Shown, as_losses, shown
 from analysis.runs.table import TableError
 from lorasweep.spec.metric import METRICS
 from lorasweep.store.table import table_row
@@ -38,7 +39,7 @@ def test_the_best_rate_is_that_of_the_highest_reward():
     losses = as_losses(raw)
     assert (losses["test_nll"] == -raw["test_reward"]).all()
     assert (losses["nll_start"] == -0.1).all()
-    assert shown(raw) == ("held-out reward", -1)
+    assert shown(raw) == shown(losses) == Shown("held-out reward", -1, "reward", "")
     curve = learning_curves(losses)
     assert curve["test_nll"].tolist()[:2] == [-0.1, -raw["test_reward"].iloc[0]]
     again = as_losses(losses)  # what is a loss already stays one
@@ -50,7 +51,7 @@ def test_the_best_rate_is_that_of_the_highest_reward():
 
 def test_a_table_of_nlls_is_left_as_it_is_and_metrics_are_never_mixed():
     nlls = pd.DataFrame([row(lr, 1.0, METRICS["sft"]) for lr in (1e-3, 2e-3)])
-    assert as_losses(nlls) is nlls and shown(nlls)[1] == 1
+    assert as_losses(nlls) is nlls and shown(nlls) == NLL
     mixed = pd.DataFrame([row(1e-3, 1.0, METRICS["sft"]), row(2e-3, 0.5)])
     with pytest.raises(TableError, match=r"test_nll, test_reward.*Analyse them apart"):
         as_losses(mixed)
@@ -74,5 +75,6 @@ def test_the_same_data_learned_by_reward_and_by_cross_entropy_are_two_groups():
     table = pd.DataFrame(both)
     curves = lr_curves(as_losses(table))
     assert sorted(c.y.mean() for c in curves) == [-0.5, 1.0]
-    assert len({c.group for c in curves}) == 2 and shown(table)[1] == 1
+    assert len({c.group for c in curves}) == 2 and {c.shown.sign for c in curves} == {1, -1}
+    assert [len(pool) for pool in pools(curves)] == [1, 1]  # no noise in common
     assert any("policy gradient" in c.group for c in curves)
