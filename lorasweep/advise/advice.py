@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorasweep.advise.customer import Customer, RowError, customer_of
+from lorasweep.advise.information import Information
 from lorasweep.advise.kept import Kept
 from lorasweep.advise.published import Published, published
 from lorasweep.advise.rules.batches import Batches, batches_of
@@ -34,6 +35,8 @@ class Known:
     published: Published = field(default_factory=published)
     hardware: Hardware | None = None
     """For rows that name none."""
+    information: Information = field(default_factory=dict)
+    """What was measured in customers' data."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def advise(c: Customer, known: Known, where: str = "customer") -> Advice:
     model = shape_of(c, known.models)
     _check_plan(c, model)
     hardware = hardware_of(c, known.machines, known.hardware)
-    work = workload_of(c, known.published, trace)
+    work = workload_of(c, model.name, known.information, known.published, trace)
     choice = choose(c, model, work, known.kept, known.published, trace)
     shared = (choice.rank, work, known.kept, known.published)
     lora = rate_of(c, model, "lora", *shared, trace)

@@ -10,6 +10,7 @@ from lorasweep.advise.advice import Advice
 from lorasweep.advise.rules.capacity import ranks_of
 from lorasweep.advise.rules.rates import law_rate
 from lorasweep.advise.shapes import family_of
+from lorasweep.data import own
 from lorasweep.errors import SpecError
 
 FOLDER = "settle"
@@ -54,6 +55,11 @@ def write(advice: Advice, folder: Path) -> list[str]:
     lines = [f"wrote {folder / path}" for path in files]
     if c.data is None:
         lines.append(f"put the rows in DATA_DIR/{name}/train.jsonl and test.jsonl (exec.data_dir)")
+    elif not own.path_of(c.data).with_name("test.jsonl").is_file():
+        lines.append(
+            f"put held-out rows in test.jsonl beside {own.path_of(c.data)}, and write this again: "
+            "without them the sweep would be judged on the rows it trains on"
+        )
     command = f"python -m lorasweep --config-dir {folder} +sweep={name} precision=bf16"
     return [
         *lines,
@@ -127,21 +133,14 @@ def middle_rates(advice: Advice) -> tuple[float, float]:
 
 
 def _dataset(advice: Advice, name: str) -> dict[str, Any]:
-    data = advice.customer.data
-    folder = Path(data).expanduser().absolute() if data else None
-    if folder is not None and folder.is_file():
-        folder = folder.parent
-    return {
-        "name": name,
-        "source": "jsonl",
-        "location": str(folder) if folder else name,
-        "format": "messages",
-        "mask": "last_assistant",
-        "max_length": advice.work.max_length,
-        "too_long": "cut_or_skip",
-        "n_test": 512,
-        "n_test_curve": 64,
-    }
+    """Describe the customer's rows: their own form, or messages where no file was named."""
+    c = advice.customer
+    kept = {"max_length": advice.work.max_length, "n_test": 512, "n_test_curve": 64}
+    if c.data is None:
+        form = {"format": "messages", "mask": "last_assistant", "too_long": "cut_or_skip"}
+        return {"name": name, "source": "jsonl", "location": name, **form, **kept}
+    values = own.dataset_of(c.data, name).plain()
+    return {k: v for k, v in {**values, **kept}.items() if v not in ({}, "", None)}
 
 
 def _model(advice: Advice, name: str) -> dict[str, Any]:

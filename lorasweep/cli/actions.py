@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli import advise, answer, cluster, finished_runs, status, study
+from lorasweep.cli import answer, cluster, finished_runs, status, study
+from lorasweep.cli.customers import advise, measure
 from lorasweep.cli.plans import forecast, plan_text
 from lorasweep.cli.points import all_points, qualifying
 from lorasweep.cli.progress import Display
@@ -39,8 +40,8 @@ from lorasweep.sweep.trained import trained_plain, trained_text
 
 STOPPED = 130
 """Exit status after Ctrl-C."""
-OF_TABLES = {"import": finished_runs.import_, "advise": advise.show}
-"""Actions that are about a table and not about runs of this store."""
+OF_TABLES = {"import": finished_runs.import_, "advise": advise.show, "measure": measure.show}
+"""Actions that are about a table or a file of rows and not about runs that were asked for."""
 OUTLOOK_RUNS = 2000
 """Number of runs above which action=plan does not say what claims can be decided. Loading the
 analysis takes a second, longer than planning; the start of the runs says it."""

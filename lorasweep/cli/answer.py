@@ -200,3 +200,26 @@ def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
     path = reports / title / "study.md"
     page.write(parts, path)
     return ["", *aligned(answers.rows_of(parts)), "", f"page: {path}"]
+
+
+def code_length(
+    base: Sequence[float], code: Sequence[float], tokens: Sequence[int], left: int | None
+) -> list[dict[str, float | None]]:
+    """Return the nats of all rows, as the base is and learned along, each value, low and high.
+
+    Args:
+        base: nats of each batch that was measured, as the base is.
+        code: nats of each batch before it was learned.
+        tokens: loss tokens of each batch.
+        left: loss tokens of the other rows; None: there is no end of them, and nothing is said.
+    """
+    import numpy as np
+
+    from analysis.inference.code_length import of_all
+
+    if left is None:
+        return [dict.fromkeys(("value", "low", "high")) for _ in range(2)]
+    found = of_all(np.array(base), np.array(code), np.array(tokens, dtype=float), left)
+    return [
+        {"value": e.value, "low": e.low, "high": e.high} for e in (found.as_is, found.prequential)
+    ]

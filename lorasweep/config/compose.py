@@ -44,7 +44,7 @@ from lorasweep.sweep.request import HASH_DIGITS, Request, runs_hash
 REQUEST_KEYS = (
     *("action", "format", "mirror", "table", "run", "out"),
     *("sample", "max_difference", "watch", "prune"),
-    *("customers", "customer", "why", "write_sweep"),
+    *("customers", "customer", "why", "write_sweep", "data", "rates"),
 )
 """Settings of the command itself, which a request keeps as they are."""
 NO_SCALE = re.compile(r"Interpolation key 'sweep\.at\.(\w+)\.")

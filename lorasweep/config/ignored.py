@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.folders import conf_dir
+from lorasweep.config.schema import Config
 from lorasweep.errors import SpecError
 from lorasweep.sweep.grid import fields_of
 from lorasweep.sweep.question import Sweep
@@ -95,14 +96,22 @@ def refuse_shadows(user_folders: list[Path]) -> None:
 
 
 def refuse_advice(config: Any, sweep_name: str | None) -> None:
-    """Refuse settings of action=advise with another action, and a sweep with it.
+    """Refuse settings of action=advise and measure with another action, and a sweep with them.
 
     Raises:
         SpecError: there is one.
     """
+    about = {"advise": "customers", "measure": "one model and one data set"}.get(config.action)
+    if about and sweep_name is not None:
+        raise SpecError(f"action={config.action} is about {about}. Leave +sweep={sweep_name} out.")
+    if config.data and config.action != "measure":
+        raise SpecError(
+            "data is only for action=measure. Add it, or leave data out (of a customer: "
+            "+customer.data)."
+        )
+    if config.rates != Config.rates and config.action != "measure":
+        raise SpecError("rates is only for action=measure. Add it, or leave rates out.")
     if config.action == "advise":
-        if sweep_name is not None:
-            raise SpecError(f"action=advise is about customers. Leave +sweep={sweep_name} out.")
         return
     for name in ("customers", "customer", "why", "write_sweep"):
         if getattr(config, name):

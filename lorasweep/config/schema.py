@@ -33,6 +33,7 @@ ACTIONS = (
     "layers",
     "fetch",
     "advise",
+    "measure",
 )
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
@@ -108,6 +109,8 @@ class Config:
     customer: dict[str, Any] = field(default_factory=dict)
     why: str = ""
     write_sweep: str = ""
+    data: str = ""
+    rates: int = 3
     scale: Scale = field(default_factory=Scale)
     cluster: writable(Cluster) = field(default_factory=writable(Cluster))  # type: ignore[valid-type]
     exec: writable(Exec) = field(default_factory=writable(Exec))  # type: ignore[valid-type]

@@ -20,11 +20,15 @@ from lorasweep.store.checkpoint import State
 from lorasweep.train.events import Event
 
 if TYPE_CHECKING:
+    from lorasweep.data.examples import Data
     from lorasweep.models.load import Base
     from lorasweep.models.sharding import Mesh
+    from lorasweep.train.first_pass import Batch
 
 TOKENS = ".tokens"
 """Folder in the run folder with tokenized text, which all workers share."""
+EVAL_ROWS = 4
+"""Rows of a forward pass without gradients where none are set: few, for the memory of logits."""
 Report = Callable[[dict[str, Any]], None]
 """Receives events: {run, ended, ...} at the end of a run, {runs, step} after an update, {note} for
 what the user should read."""
@@ -89,6 +93,23 @@ class TorchTrainer:
         if causes:
             raise UnusableData(causes)
         return data
+
+    def data(self, spec: RunSpec, exec_: Exec) -> "Data":
+        """Load the rows of a run, and its base for the tokenizer."""
+        data: Data = self._load_data(spec, exec_, self._load_base(spec, exec_))
+        return data
+
+    def first_pass(self, spec: RunSpec, exec_: Exec) -> "list[Batch]":
+        """Return the loss of every batch of a run under its base, which learns nothing."""
+        import torch
+
+        from lorasweep.train.first_pass import first_pass
+
+        if exec_.threads:
+            torch.set_num_threads(exec_.threads)
+        base = self._load_base(spec, exec_)
+        rows = exec_.micro_batch_size or EVAL_ROWS
+        return first_pass(spec, base, self._load_data(spec, exec_, base), rows)
 
     def _load_data(self, spec: RunSpec, exec_: Exec, base: "Base") -> Any:
         from lorasweep.data.load import load

@@ -62,6 +62,10 @@ class Request:
     """action=advise: the customer whose reasons are shown."""
     write_sweep: str = ""
     """action=advise: the customer whose sweep is written."""
+    data: str = ""
+    """action=measure: a file of rows, in place of a data set."""
+    rates: int = 3
+    """action=measure: learning rates that are tried, around lr."""
     folders: list[str] = field(default_factory=list)
     """Folders of configuration, the user's first."""
 

@@ -29,6 +29,8 @@ MAY_REFUSE = {
     "action=qualify": "a task of eight updates is not fit",
     "action=cancel": "no cluster is there",
     "action=fetch": "the hub may be out of reach",
+    "action=measure": "the file and the weights are not there",
+    "customers=customers.csv": "the file is not there",
 }
 COMMAND = re.compile(r"^python -m (lorasweep|analysis)\b(.*)$", re.MULTILINE)
 SMOKE = ("+sweep=lr_ratio", "scale=smoke")
@@ -43,7 +45,7 @@ def documented(page):
 
 def tried(args):
     """Return the arguments with which a documented command of lorasweep is tried."""
-    if not args or {"--help", "action=import", "action=advise"} & set(args):
+    if not args or {"--help", "action=import", "action=advise", "action=measure"} & set(args):
         return args
     large = ("cluster=", "sweep.", "+sweep.", "model=", "hardware=")
     args = [a for a in args if not a.startswith("scale=")]

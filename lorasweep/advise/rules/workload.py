@@ -1,13 +1,14 @@
 """What a customer trains on: rows, tokens, updates and lengths, stated or assumed; and its bits."""
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from lorasweep.advise.customer import GROUP, Customer, RowError
+from lorasweep.advise.information import Information, Measured
 from lorasweep.advise.published import Published
 from lorasweep.advise.trace import Sure, Trace
+from lorasweep.data import own
+from lorasweep.errors import DataError
 from lorasweep.plan.flops import TEXT_FILL
 
 BATCH = {"sft": 32, "rl": 512}
@@ -18,6 +19,9 @@ SMALLEST = 8
 UPDATES = {"sft": 100, "rl": 50}
 """Least updates. 100: tinker-cookbook's docs/sl-hyperparams.mdx, which asks for 1,000 where
 possible. 50: GRPO runs that reached full fine-tuning's plateau (zhu)."""
+BYTES_PER_TOKEN = 4.0
+"""UTF-8 bytes of a token of English: OpenAI, help.openai.com, "What are tokens and how to count
+them?". Other languages and code have fewer."""
 LENGTH = 1024
 """Tokens of the longest row where nothing is stated: as conf/dataset/tulu3.yaml."""
 
@@ -44,20 +48,41 @@ class Workload:
     bits_high: float | None
 
 
-def workload_of(c: Customer, published: Published, trace: Trace) -> Workload:
+@dataclass(frozen=True)
+class Data:
+    """A customer's file of rows."""
+
+    counted: own.Counted
+    measured: Measured | None
+    """What action=measure found in it, under the customer's model."""
+
+
+def workload_of(
+    c: Customer, model: str, information: Information, published: Published, trace: Trace
+) -> Workload:
     """Return what a customer trains on, with a reason for whatever was not stated.
 
     Raises:
         RowError: the data that the row names are not there or cannot be read.
     """
-    tokens, row_tokens, length = _lengths(c, trace)
-    examples = _examples(c, trace)
+    data = _data(c, model, information)
+    tokens, row_tokens, length = _lengths(c, data, trace)
+    examples = _examples(c, data, trace)
     batch = c.batch_size or _batch(c, examples, published, trace)
     rows = _rows(c, examples, batch)
     if c.task == "sft" and examples is None and rows is not None:
         examples = rows / (c.epochs or 1.0)
     steps = c.steps or (None if rows is None else max(1, math.ceil(rows / batch)))
-    bits = _bits(c, examples, rows, tokens, published, trace)
+    found = data.measured if data and c.task == "sft" else None
+    if found is not None:
+        bits: tuple[float | None, ...] = _measured_bits(found, trace)
+    else:
+        bits = _bits(c, examples, rows, tokens, published, trace)
+    if data and c.task == "sft" and found is None:
+        trace.warn(
+            "bits of the data are stated, not measured. Where the model is: python -m lorasweep "
+            f"action=measure model={model} data={c.data}"
+        )
     return Workload(examples, tokens, row_tokens, length, batch, steps, rows, *bits)
 
 
@@ -80,23 +105,26 @@ def _batch(c: Customer, examples: float | None, published: Published, trace: Tra
     )
 
 
-def _examples(c: Customer, trace: Trace) -> float | None:
+def _data(c: Customer, model: str, information: Information) -> Data | None:
+    """Count the rows of the file that a customer names, and look up what was measured in it."""
     if c.data is None:
-        return c.examples
-    path = Path(c.data).expanduser()
-    path = path / "train.jsonl" if path.is_dir() else path
+        return None
     try:
-        with path.open() as lines:
-            found = sum(1 for line in lines if json.loads(line or "null") is not None)
-    except FileNotFoundError:
-        raise RowError([f"column data: no file {path}."]) from None
-    except (OSError, ValueError) as error:
-        raise RowError([f"column data: {path} is not JSON Lines: {error}"]) from None
+        counted = own.count(c.data)
+    except (DataError, OSError) as error:
+        raise RowError([f"column data: {error}"]) from None
+    return Data(counted, information.get((counted.sha256[: own.DIGITS], model)))
+
+
+def _examples(c: Customer, data: Data | None, trace: Trace) -> float | None:
+    if data is None:
+        return c.examples
+    found = data.counted.rows
     if c.examples is not None and c.examples != found:
         raise RowError(
-            [f"columns examples and data: {c.examples:,} stated, and {path} has {found:,} rows."]
+            [f"columns examples and data: {c.examples:,} stated, and {c.data} has {found:,} rows."]
         )
-    return float(trace.note("examples", found, f"rows of {path}", "counted", Sure.EXACT))
+    return float(trace.note("examples", found, f"rows of {c.data}", "counted", Sure.EXACT))
 
 
 def _rows(c: Customer, examples: float | None, batch: int) -> float | None:
@@ -109,9 +137,32 @@ def _rows(c: Customer, examples: float | None, batch: int) -> float | None:
     return examples * (c.epochs or 1.0) * (GROUP if c.task == "rl" else 1)
 
 
-def _lengths(c: Customer, trace: Trace) -> tuple[float, float, int]:
+def _tokens_of(data: Data, trace: Trace) -> float:
+    """Return the mean loss tokens of a row of a file: as measured, or from its bytes."""
+    if data.measured is not None:
+        tokens, where = data.measured.tokens_per_example, data.measured.where
+        return float(
+            trace.note("tokens_per_example", tokens, "tokens / rows", where, Sure.MEASURED)
+        )
+    counted = data.counted
+    return float(
+        trace.note(
+            "tokens_per_example",
+            counted.answer_bytes / BYTES_PER_TOKEN / counted.rows,
+            f"bytes of the answers / {BYTES_PER_TOKEN:g} / rows: no tokenizer is loaded here",
+            "OpenAI's rule of four letters a token of English",
+            Sure.ASSUMED,
+            answer_bytes=counted.answer_bytes,
+            rows=counted.rows,
+        )
+    )
+
+
+def _lengths(c: Customer, data: Data | None, trace: Trace) -> tuple[float, float, int]:
     """Return the mean tokens that bear loss, the mean tokens computed, and the longest row."""
     length, tokens = c.max_length, c.tokens_per_example
+    if tokens is None and data is not None:
+        tokens = _tokens_of(data, trace)
     if length is None:
         wanted = LENGTH if tokens is None else _rounded(tokens / TEXT_FILL)
         length = trace.note(
@@ -144,6 +195,20 @@ def _rounded(tokens: float) -> int:
     """Return the next of 2^k and 1.5 x 2^k: few lengths, so that rows share their placement."""
     k = math.floor(math.log2(max(64.0, tokens - 1e-9)))
     return next(n for n in (2**k, 3 * 2 ** (k - 1), 2 ** (k + 1)) if n >= tokens)
+
+
+def _measured_bits(found: Measured, trace: Trace) -> tuple[float, float, float]:
+    """Return what was measured in a file of rows, with its interval."""
+    trace.note(
+        "bits",
+        found.bits,
+        "summed log-loss of a first pass, of each batch before it is learned, over all rows",
+        found.where,
+        Sure.MEASURED,
+        lowest=found.low,
+        highest=found.high,
+    )
+    return found.bits, found.low, found.high
 
 
 def _bits(

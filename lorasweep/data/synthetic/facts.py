@@ -9,6 +9,7 @@ trained.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -112,9 +113,15 @@ def load(spec: DatasetSpec) -> Data:
         n_train=count // row,
         retain=_rows(keys[count:], values[count:], spec),
         entropy_floor_nats=0.0,
+        bits=None if params["fresh"] or spec.mask == "all" else lambda n: _bits(count, n),
     )
     distribution = (f"fresh {params['fresh']}", keys[:count], values[:count])
     return dataclasses.replace(data, sha256=of_generator(data, *distribution))
+
+
+def _bits(count: int, n_tokens: int) -> dict[str, float]:
+    """Return what the values of the facts seen in `n_tokens` loss tokens tell, in bits."""
+    return {"generator": min(count, n_tokens // VALUE) * VALUE * math.log2(VALUES)}
 
 
 def _rows(keys: np.ndarray, values: np.ndarray, spec: DatasetSpec) -> list[Example]:

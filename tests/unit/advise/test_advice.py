@@ -1,14 +1,18 @@
 """The whole answer: every column counts, every number is traced, habits are flagged, pages are safe."""
 
+import dataclasses
 import json
 import time
 
 import pytest
+import yaml
 
-from lorasweep.advise import page, settle
+from lorasweep.advise import information, page, settle
 from lorasweep.advise.advice import KEYS, Failed, answers, totals
 from lorasweep.advise.customer import COLUMNS
 from lorasweep.advise.table import Row
+from lorasweep.advise.trace import Sure
+from lorasweep.data import own
 from lorasweep.errors import SpecError
 from tests.unit.advise.world import advice, known
 
@@ -74,23 +78,76 @@ def test_every_column_but_the_name_moves_an_answer(column):
     assert said(**base) != said(**{**base, **MOVES[column]})
 
 
-def test_data_are_counted_instead_of_stated(tmp_path):
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x" * 800}]
+
+
+@pytest.fixture
+def rows_file(tmp_path):
     path = tmp_path / "train.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": k}) for k in range(7)) + "\n")
-    counted = said(data=str(tmp_path), examples=None, batch_size=None)
-    assert counted["bits"] == 7 * 200 and counted == said(
-        data=str(path), examples=None, batch_size=None
-    )
+    path.write_text((json.dumps({"messages": CHAT}) + "\n") * 7)
+    return path
+
+
+def test_data_are_counted_instead_of_stated(rows_file):
+    free = {"examples": None, "batch_size": None}
+    counted = said(data=str(rows_file), **free)
+    assert counted["bits"] == 7 * 200
+    assert {**counted, "warnings": []} == {
+        **said(data=str(rows_file.parent), **free),
+        "warnings": [],
+    }
     assert said(examples=9, batch_size=None) != counted
+    found = advice(**{**SFT, **free, "data": str(rows_file), "tokens_per_example": ""})
+    assert found.work.tokens == 800 / 4
+    assert found.trace.reasons["tokens_per_example"].sure is Sure.ASSUMED
     rows = [
-        Row("row 2", {**SFT, "data": str(path), "examples": 9}),
+        Row("row 2", {**SFT, "data": str(rows_file), "examples": 9}),
         Row("row 3", {**SFT, "data": "no", "name": "b"}),
     ]
     (two, gone) = answers(rows, known())
-    assert "9 stated" in two.error and "has 7 rows" in two.error and "no file no" in gone.error
-    path.write_text("not json\n")
+    assert "9 stated" in two.error and "has 7 rows" in two.error and "column data: " in gone.error
+    rows_file.write_text("not json\n")
     (broken,) = answers(rows[:1], known())
-    assert "is not JSON Lines" in broken.error
+    assert "train.jsonl:1: not a JSON row" in broken.error
+
+
+def measured(folder, sha256, model="mine", **whole):
+    """A file as action=measure writes it: three rows of seven were measured."""
+    values = {"value": 9000.0, "low": 8000.0, "high": 10_000.0, **whole}
+    found = {
+        "model": model,
+        "rows_sha256": sha256,
+        "rows": {"measured": 3, "all": 7},
+        "loss_tokens": {"measured": 300, "all": 770},
+        "prequential": {"bits": {"all": values}},
+    }
+    (folder / "information").mkdir(exist_ok=True)
+    (folder / f"information/{model}.json").write_text(json.dumps(found))
+
+
+def test_what_was_measured_of_the_data_and_the_model_is_taken(rows_file, tmp_path):
+    columns = {"examples": "", "tokens_per_example": "", "data": str(rows_file)}
+
+    def answer():
+        world = dataclasses.replace(
+            known(), information=information.read([tmp_path / "no", tmp_path])
+        )
+        return advice(world, **{**SFT, **columns})
+
+    command = f"action=measure model=mine data={rows_file}"
+    assert any(command in text for text in answer().trace.warnings)
+    sha256 = own.count(str(rows_file)).sha256[: own.DIGITS]
+    measured(tmp_path, sha256, model="another")
+    measured(tmp_path, "0" * 16)
+    assert any(command in text for text in answer().trace.warnings)
+    measured(tmp_path, sha256, value=None)
+    assert any(command in text for text in answer().trace.warnings)
+    measured(tmp_path, sha256)
+    found = answer()
+    assert (found.work.bits, found.work.bits_low, found.work.bits_high) == (9000, 8000, 10_000)
+    assert found.work.tokens == 110 and not any(command in text for text in found.trace.warnings)
+    reason = found.trace.reasons["bits"]
+    assert reason.sure is Sure.MEASURED and "3 of 7 rows" in reason.source
 
 
 def test_the_name_moves_nothing():
@@ -233,3 +290,15 @@ def test_a_thousand_rows_take_about_a_second():
 def test_no_sweep_is_written_for_reinforcement_learning(tmp_path):
     with pytest.raises(SpecError, match="not written yet"):
         settle.write(advice(task="rl", episodes=100), tmp_path)
+
+
+def test_a_written_sweep_reads_the_customers_own_form(tmp_path):
+    path = tmp_path / "support.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n')
+    answer = advice(data=str(path), tokens_per_example=9)
+    lines = settle.write(answer, tmp_path / "settle")
+    written = yaml.safe_load((tmp_path / "settle/dataset/settle_acme.yaml").read_text())
+    assert written["prompt_field"] == "question" and written["train_split"] == "support"
+    assert any("put held-out rows in test.jsonl beside" in line for line in lines)
+    path.with_name("test.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    assert not any("held-out" in line for line in settle.write(answer, tmp_path / "settle"))

@@ -54,6 +54,13 @@ def test_fresh_rows_never_come_again_and_the_others_are_as_without_them():
     assert all((a.tokens == b.tokens).all() for a, b in zip(rows[70:90], mixed.train(0, 70, 20)))
 
 
+def test_what_is_seen_of_the_facts_is_known_in_bits():
+    loaded = data.load(facts(generator_params={"facts": 24}), [])
+    for seen in (10, 24, 100):
+        assert loaded.bits(4 * seen) == {"generator": 16 * min(seen, 24)}
+    assert data.load(facts(generator_params={"facts": 24, "fresh": 0.25}), []).bits is None
+
+
 def test_an_untrained_values_entropy_is_16_bits():
     spec = facts(generator_params={"facts": 8192}, n_test=1024)
     values = np.concatenate([e.tokens[e.loss] for e in data.load(spec, []).test])

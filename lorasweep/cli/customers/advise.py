@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorasweep.advise import kept, page, settle, table
+from lorasweep.advise import information, kept, page, settle, table
 from lorasweep.advise.advice import Advice, Failed, Known, answers
 from lorasweep.cli.answer import KEPT
 from lorasweep.config import catalogue
@@ -46,6 +46,7 @@ def known(request: Request) -> Known:
         machines=catalogue.machines(folders),
         kept=kept.read(KEPT, catalogue.widths(folders)),
         hardware=hardware_of(request) if request.hardware else None,
+        information=information.read([Path(request.exec.reports_dir), KEPT]),
     )
 
 

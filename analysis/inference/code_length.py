@@ -1,0 +1,142 @@
+"""What a first pass over data costs, from its first part: the summed log-loss of all rows.
+
+Losses come in batches of rows in random order: as the base is, and along a run that learns from
+each batch after its loss is taken (a prequential code, Dawid 1984).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from analysis.inference.estimate import LEVEL, N_DRAWS, Estimate
+
+FITTED = 8
+"""The line is fitted to the rows after the first 1 / FITTED of those measured: what is learned at
+once (the form of an answer) says little of what comes later."""
+STEEPER = 1.25
+"""The line may go on this much steeper: in falls that began late its slope still grows."""
+LATE = 4
+"""The level that is reached is that of the last 1 / LATE of the rows measured."""
+FEWEST = 24
+"""Batches below which nothing is said of further rows: their scatter would not be known."""
+
+
+@dataclass(frozen=True)
+class CodeLength:
+    """Nats of all rows; without an interval where every row was measured, or too few were."""
+
+    as_is: Estimate
+    prequential: Estimate
+
+
+def of_all(
+    base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float, seed: int = 0
+) -> CodeLength:
+    """Return what all rows cost as the base is, and when each is learned after it is coded.
+
+    Rows are in random order, so further rows cost the base what those measured cost, with the
+    scatter of its batches. Of the base's loss the run leaves a share that falls as it learns. Over
+    the logarithm of the rows, ln(share) is taken to fall, and no more than STEEPER times as fast
+    as on average since the first 1 / FITTED of the rows: so further rows cost at least what a
+    straight line says, and at most what the last 1 / LATE of the rows did. The interval reaches
+    from the low end of the one to the high end of the other; the value is midway between the two.
+
+    Args:
+        base: nats of each batch as the base is.
+        code: nats of each batch along the run, in its order.
+        tokens: loss tokens of each batch.
+        left: loss tokens of the rows that were not measured.
+        seed: of the draws.
+    """
+    n, coded = len(tokens), float(code.sum())
+    first = float(base.sum())
+    if left <= 0:
+        return CodeLength(_exact(first, n), _exact(coded, n))
+    if n < FEWEST:
+        return CodeLength(Estimate(None, n=n), Estimate(None, n=n))
+    rng = np.random.default_rng(seed)
+    at = np.cumsum(tokens)
+    rest = left * _per_token(base, tokens, left, rng)
+    low_share, line = _line(base, code, tokens, at, left, rng)
+    high_share, level = _level(base, code, tokens, at, left, rng)
+    tail = (1 - LEVEL) / 2
+    low = coded + float(np.quantile(rest * np.minimum(low_share, high_share), tail))
+    high = coded + float(np.quantile(rest * high_share, 1 - tail))
+    mean = left * first / float(tokens.sum())
+    value = coded + mean * (min(line, level) + level) / 2
+    ends = np.quantile(first + rest, [tail, 1 - tail])
+    as_is = Estimate(first + mean, float(ends[0]), float(ends[1]), n)
+    return CodeLength(as_is, Estimate(value, min(low, value), max(high, value), n))
+
+
+def _exact(nats: float, n: int) -> Estimate:
+    return Estimate(nats, nats, nats, n)
+
+
+def _scatter(part: np.ndarray, whole: np.ndarray, left: float, unit: float) -> tuple[float, int]:
+    """Return the standard error of part / whole summed over batches, and its degrees of freedom.
+
+    For further rows as well: those of `left`, in the unit of `unit` a batch, scatter themselves.
+    """
+    n = len(part)
+    ratio = part.sum() / whole.sum()
+    each = (part - ratio * whole) / whole.mean()
+    spread = float(np.sqrt((each**2).sum() / (n - 1)))
+    return spread * math.sqrt(1 / n + unit / left), n - 1
+
+
+def _per_token(
+    base: np.ndarray, tokens: np.ndarray, left: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw the base's loss of further rows, nats a token."""
+    error, degrees = _scatter(base, tokens, left, float(tokens.mean()))
+    return base.sum() / tokens.sum() + error * rng.standard_t(degrees, N_DRAWS)
+
+
+def _level(
+    base: np.ndarray,
+    code: np.ndarray,
+    tokens: np.ndarray,
+    at: np.ndarray,
+    left: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, float]:
+    """Draw the share of the base's loss that the last rows left, and return its mean."""
+    late = at >= (1 - 1 / LATE) * tokens.sum()
+    error, degrees = _scatter(code[late], base[late], left, float(tokens.mean()))
+    level = float(code[late].sum() / base[late].sum())
+    return level + error * rng.standard_t(degrees, N_DRAWS), level
+
+
+def _line(
+    base: np.ndarray,
+    code: np.ndarray,
+    tokens: np.ndarray,
+    at: np.ndarray,
+    left: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, float]:
+    """Draw the mean share over further rows if the straight line goes on, and return its middle."""
+    total = float(tokens.sum())
+    used = at >= total / FITTED
+    x = np.log(at[used] / total)
+    share = np.maximum(code[used] / base[used], 1e-12)
+    found = stats.linregress(x, np.log(share))
+    residual = np.log(share) - found.intercept - found.slope * x
+    degrees = len(x) - 2
+    spread = math.sqrt(float((residual**2).sum()) / degrees)
+    wide = float(((x - x.mean()) ** 2).sum())
+    t = rng.standard_t(degrees, (2, N_DRAWS))
+    middle = float(np.log(share).mean()) + spread / math.sqrt(len(x)) * t[0]
+    slope = STEEPER * np.minimum(0.0, found.slope + spread / math.sqrt(wide) * t[1])
+    ends = np.log1p(left / total)
+    ahead = (np.arange(64) + 0.5) / 64 * ends  # midpoints in ln(rows), weighted by the rows there
+    weight = np.exp(ahead) / np.exp(ahead).sum()
+    # the mean of the logarithm lies below the logarithm of the mean by half the variance
+    middle += spread**2 / 2
+    drawn = np.exp(middle[:, None] + slope[:, None] * (ahead - x.mean())) @ weight
+    slope_ = min(0.0, float(found.slope))
+    line = np.exp(np.log(share).mean() + spread**2 / 2 + slope_ * (ahead - x.mean())) @ weight
+    return drawn, float(line)

@@ -1,0 +1,65 @@
+"""`action=measure` as it is typed: known information comes out, and the adviser takes what was found."""
+
+import json
+
+import pytest
+
+from tests.world import cli
+
+FACTS = (
+    *("action=measure", "model=tiny64-facts", "dataset=facts", "method.rank=8", "batch_size=4"),
+    *("dataset.knobs.facts=1024", "rates=2", "steps=24", "exec.threads=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("measure")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return json.loads(cli(*FACTS, "format=json", cwd=folder).stdout)
+
+
+def test_facts_come_out_at_16_bits_each(found):
+    known = 24 * 4 * 8 * 16
+    assert found["known"]["bits"] == {"generator": known}
+    for name in ("as_is", "prequential"):
+        bits, nats = found[name]["bits"], found[name]["nats"]
+        assert bits["measured"] == pytest.approx(known, rel=0.1)
+        assert bits["measured"] == pytest.approx(nats["measured"] / 0.6931471805599453)
+        assert bits["per_token"] == pytest.approx(4, rel=0.1)
+        assert bits["per_example"] == pytest.approx(128, rel=0.1)
+        assert bits["all"]["low"] <= bits["all"]["value"] <= bits["all"]["high"]
+        assert bits["all"]["value"] == pytest.approx(1024 * 16, rel=0.1)
+    assert found["rows"] == {"measured": 96, "all": 128}
+
+
+def test_the_code_is_what_the_training_recorded(folder, found):
+    for run in found["runs"]:
+        result = json.loads((folder / "runs" / run["run"] / "result.json").read_text())
+        whole = result.get("result", result)
+        assert run["nats"] == pytest.approx(whole["code_nats"], rel=1e-9)
+
+
+def test_more_rows_than_there_are_end_the_pass(folder):
+    done = cli(*FACTS[:-2], "steps=1000", "exec.threads=1", cwd=folder)
+    assert "steps=32" in done.stderr and "128 of 128 rows" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["+sweep=rank"], "is about one model and one data set"),
+        (["data=no.jsonl"], "no file"),
+        (["rates=0"], "expected 1 to 9 rates"),
+        (["cluster=slurm"], "srun python -m lorasweep action=measure"),
+        (["customers=c.csv"], "customers is only for action=advise"),
+        (["dataset=facts", "model=tiny64-facts", "batch_size=1000"], "has 64 rows"),
+    ],
+)
+def test_wrong_requests_say_what_to_type(command, arguments, says):
+    done = command("action=measure", *arguments)
+    assert done.returncode == 2 and says in done.stderr
+    assert "data is only for action=measure" in command("data=x").stderr
