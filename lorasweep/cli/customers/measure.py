@@ -104,6 +104,7 @@ def _spec(request: Request) -> RunSpec:
         n_test=held_out,
         n_test_curve=min(dataset.n_test_curve, held_out, CURVE),
         n_retain=0,
+        n_validation=0,
         exact_loss=False,
     )
     return dataclasses.replace(spec, dataset=dataset)
