@@ -15,19 +15,18 @@ from lorasweep.launch import local
 from lorasweep.store import claims
 from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
+from tests.rewarded import SIZES
 from tests.world import ROOT, cli, compose_request
 
 pytestmark = pytest.mark.slow
 
 SWEEP = ("+sweep=lr_ratio", "scale=smoke")
 
-LONG = (
-    "scale=smoke",
-    "steps=120",
-    "batch_size=8",
-    "exec.checkpoint_s=0.3",
-    "exec.workers=1",
-    "exec.threads=1",
+ALONE = ("scale=smoke", "exec.checkpoint_s=0.3", "exec.workers=1", "exec.threads=1")
+LONG = (*ALONE, "steps=120", "batch_size=8")
+REWARDED = (
+    *(*ALONE, "steps=40", "dataset=words", *SIZES["words"], "objective=policy_gradient"),
+    *("method=lora", "method.rank=8", "lr=6e-4"),
 )
 
 
@@ -59,11 +58,14 @@ def wait_for(condition, timeout=240):
     pytest.fail("waited in vain")
 
 
+MEASURES = ("train_nll", "test_nll", "surrogate", "reward", "entropy", "test_reward")
+
+
 def kept(cwd):
-    """Run id -> {step: (train_nll, test_nll)} of a store."""
+    """Run id -> {step: MEASURES, None for those of other objectives} of a store."""
     store = RunStore(Path(cwd) / "runs")
     return {
-        i: {r["step"]: (r["train_nll"], r.get("test_nll")) for r in store.records(i)}
+        i: {r["step"]: tuple(map(r.get, MEASURES)) for r in store.records(i)}
         for i in store.existing()
     }
 
@@ -74,35 +76,34 @@ def furthest(cwd):
 
 
 @pytest.mark.parametrize(
-    "arm",
+    ("arm", "runs", "kills"),
     [
-        ("method=fullft", "lr=1e-3"),
-        ("+sweep=lr_ratio", "~sweep.arms.fullft", "exec.pack_size=3"),
+        ((*LONG, "method=fullft", "lr=1e-3"), 1, (15, 60)),
+        ((*LONG, "+sweep=lr_ratio", "~sweep.arms.fullft", "exec.pack_size=3"), 3, (15, 60)),
+        (REWARDED, 1, (8, 24)),
     ],
-    ids=["fullft", "pack of lora"],
+    ids=["fullft", "pack of lora", "rewarded"],
 )
-def test_killed_with_kill_9_it_goes_on_with_the_same_bits(tmp_path, arm):
+def test_killed_with_kill_9_it_goes_on_with_the_same_bits(tmp_path, arm, runs, kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    cli(*LONG, *arm, cwd=whole)
-    for at in (15, 60):  # twice, at different steps
-        process = start(*LONG, *arm, cwd=killed)
+    cli(*arm, cwd=whole)
+    for at in kills:  # twice, at different steps
+        process = start(*arm, cwd=killed)
         wait_for(lambda at=at: max(furthest(killed), default=0) >= at)
         assert list((killed / "runs").glob("*/checkpoint/*.json"))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert not list((killed / "runs").glob("*/result.json"))
-    cli(*LONG, *arm, cwd=killed)
+    cli(*arm, cwd=killed)
     a, b = kept(whole), kept(killed)
-    assert a.keys() == b.keys() and len(a) == (1 if "fullft" in arm[0] else 3)
+    assert a.keys() == b.keys() and len(a) == runs
     for rid in a:
         assert a[rid] == b[rid]  # bit for bit, every step once
         results = [RunStore(w / "runs").result(rid) for w in (whole, killed)]
-        assert (
-            results[0]["test_nll"] == results[1]["test_nll"]
-            and results[0]["curve"] == results[1]["curve"]
-        )
+        for key in ("test_nll", "test_reward", "best_reward", "curve"):
+            assert results[0].get(key) == results[1].get(key)
         attempts = sorted((killed / "runs" / rid / "attempts").iterdir())
         assert len(attempts) == 3
         assert json.loads((attempts[-1] / "env.json").read_text())["resumed_from_step"] > 0
