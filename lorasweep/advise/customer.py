@@ -182,7 +182,7 @@ def _text(column: str, text: str) -> str:
         try:
             parse_layers(text)
         except SpecError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(str(error).replace("method.", "")) from None
     return text
 
 

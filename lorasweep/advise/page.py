@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.advise.advice import Advice, Failed, totals
-from lorasweep.advise.trace import Reason, shown
+from lorasweep.advise.trace import Reason, Sure, shown
 from lorasweep.plan.gpu.placement import MEMORY_ERROR, SPEED_ERROR
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -42,8 +42,8 @@ def cells(advice: Advice | Failed) -> list[str]:
         f"{p['batch_size_max']:,}",
         _short(p["load"]),
         f"{p['gpus'] or '?'} x {p['gpu']}",
-        _short(p["hours"]),
-        _short(p["cost_usd"]),
+        _amount(p["hours"]),
+        _amount(p["cost_usd"]),
         _short(p["peak_gib_lora"]),
         _short(p["peak_gib_full"]),
         str(len(p["warnings"])),
@@ -52,6 +52,11 @@ def cells(advice: Advice | Failed) -> list[str]:
 
 def _short(value: float | None) -> str:
     return "?" if value is None else shown(float(value))
+
+
+def _amount(value: float | None) -> str:
+    """Return hours or dollars as people count them."""
+    return "<0.01" if value is not None and value < 0.01 else _short(value)
 
 
 def summary_lines(found: Sequence[Advice | Failed]) -> list[str]:
@@ -123,7 +128,7 @@ def _portfolio(t: Mapping[str, Any]) -> Iterable[str]:
     yield f'<p class="note">{escape(comparable_text(t))}. All as advised: '
     yield f'${t["cost_usd"]:,.0f}.</p><div class="bars">'
     choices = (
-        ("as advised", t["cost_usd_of_these"], "open", "$"),
+        ("as advised", t["cost_usd_of_these"], "advised", "$"),
         ("LoRA for all", t["cost_usd_lora"], "lora", "$"),
         ("full for all", t["cost_usd_full"], "full", "$"),
     )
@@ -203,7 +208,7 @@ def _card(k: int, a: Advice) -> Iterable[str]:
         "adapters": adapters,
         "learning rate": rate,
         "batch and length": f"{steps}at least {p['steps_min']}",
-        "load": f"{_short(p['load'])} from {_short(p['bits'])} bits",
+        "load": f"{_short(p['load'])} from {_short(p['bits'])} bits{_measured(a)}",
         "LoRA": _arm(p, "lora"),
         "full fine-tuning": _arm(p, "full"),
         "operations": f"LoRA's update takes {p['flops_ratio']:.2f} times full fine-tuning's",
@@ -219,6 +224,11 @@ def _card(k: int, a: Advice) -> Iterable[str]:
     reasons = "".join(f"<li>{escape(_reason(r))}</li>" for r in a.trace.reasons.values())
     yield "<details><summary>formulas and inputs</summary>"
     yield f"<ul>{reasons}</ul></details></section>"
+
+
+def _measured(a: Advice) -> str:
+    bits = a.trace.reasons.get("bits")
+    return ", measured in the data" if bits and bits.sure is Sure.MEASURED else ""
 
 
 def _reason(r: Reason) -> str:
@@ -243,6 +253,6 @@ def _arm(p: Mapping[str, Any], name: str) -> str:
     more = "" if p[f"fits_{name}"] else " (more than are at hand)"
     return (
         f"{p[f'gpus_{name}']} x {p['gpu']}{more}, {_short(p[f'peak_gib_{name}'])} GiB each; "
-        f"{_short(p[f'hours_{name}'])} hours, ${_short(p[f'cost_usd_{name}'])}; served in "
+        f"{_amount(p[f'hours_{name}'])} hours, {_amount(p[f'cost_usd_{name}'])} dollars; served in "
         f"{_short(p[f'serving_gib_{name}'])} GiB"
     )

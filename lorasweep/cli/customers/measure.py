@@ -98,15 +98,11 @@ def _spec(request: Request) -> RunSpec:
             "episode, and nothing is to be measured. Leave objective out."
         )
     dataset = own.dataset_of(request.data) if request.data else spec.dataset
-    held_out = min(dataset.n_test, HELD_OUT)
-    dataset = dataclasses.replace(
-        dataset,
-        n_test=held_out,
-        n_test_curve=min(dataset.n_test_curve, held_out, CURVE),
-        n_retain=0,
-        n_validation=0,
-        exact_loss=False,
-    )
+    dataset = dataclasses.replace(dataset, n_retain=0, n_validation=0)
+    if dataset.source != "synthetic":  # of generated rows the held-out ones say the entropy
+        held_out = min(dataset.n_test, HELD_OUT)
+        curve = min(dataset.n_test_curve, held_out, CURVE)
+        dataset = dataclasses.replace(dataset, n_test=held_out, n_test_curve=curve)
     return dataclasses.replace(spec, dataset=dataset)
 
 
