@@ -7,10 +7,12 @@ from typing import Any
 import yaml
 
 from lorasweep.advise.advice import Advice
+from lorasweep.advise.customer import GROUP
 from lorasweep.advise.rules.capacity import ranks_of
 from lorasweep.advise.rules.rates import law_rate
 from lorasweep.advise.shapes import family_of
 from lorasweep.data import own
+from lorasweep.data.verifiers import reading
 from lorasweep.errors import SpecError
 
 FOLDER = "settle"
@@ -19,6 +21,10 @@ STEPS = 1000
 RATES, APART = 5, 2
 ALLOWED = 5.0
 """What LoRA may give up in the claim, percent of the gain: the analysis has this one limit."""
+POINTS = 3
+"""Hundredths of the reward that count as no difference, as in sweeps/rl.yaml."""
+RL_FACTOR = 3.0
+"""Between the middle rates in reinforcement learning: public sweeps say 2 to 4 (zhu)."""
 FACTOR = 10.0
 """Between LoRA's and full fine-tuning's middle rates, where no law knows the model's family."""
 
@@ -32,18 +38,17 @@ def write(advice: Advice, folder: Path) -> list[str]:
     """Write the sweep of a customer below `folder`; return what was written and what to type.
 
     Raises:
-        SpecError: the customer's task is not trained here, or the files cannot be written.
+        SpecError: nothing verifies the answers in a customer's rows, or the files cannot be
+            written.
     """
     c = advice.customer
-    if c.task != "sft":
-        raise SpecError(
-            f"write_sweep={c.name}: sweeps of reinforcement learning are not written yet. Ask "
-            "for a "
-            "customer with task=sft."
-        )
     name = f"settle_{plain_name(c.name)}"
-    files = {f"sweep/{name}.yaml": "# @package sweep\n" + _text(_sweep(advice, name))}
-    files[f"dataset/{name}.yaml"] = _text(_dataset(advice, name))
+    rewarded = c.task == "rl"
+    sweep, dataset = _sweep(advice, name), _dataset(advice, name)
+    if rewarded:
+        sweep, dataset = _of_rewards(advice, sweep), _verified(advice, dataset)
+    files = {f"sweep/{name}.yaml": "# @package sweep\n" + _text(sweep)}
+    files[f"dataset/{name}.yaml"] = _text(dataset)
     if not advice.in_catalogue:
         files[f"model/{name}.yaml"] = _text(_model(advice, name))
     try:
@@ -59,6 +64,11 @@ def write(advice: Advice, folder: Path) -> list[str]:
         lines.append(
             f"put held-out rows in test.jsonl beside {own.path_of(c.data)}, and write this again: "
             "without them the sweep would be judged on the rows it trains on"
+        )
+    if rewarded:
+        lines.append(
+            f"answers are read by verifier: {dataset['verifier']}. The plan does not count the "
+            "time of sampling them"
         )
     command = f"python -m lorasweep --config-dir {folder} +sweep={name} precision=bf16"
     return [
@@ -123,8 +133,59 @@ def _sweep(advice: Advice, name: str) -> dict[str, Any]:
     }
 
 
+def _of_rewards(advice: Advice, sweep: dict[str, Any]) -> dict[str, Any]:
+    """Return the sweep for sampled answers that are rewarded: judged in points of the reward."""
+    claims = {
+        "no_regret": {
+            "says": "at the highest rank LoRA reaches full fine-tuning's reward",
+            "whose": "ours",
+            "measure": "reward(highest rank) - reward(full fine-tuning), points",
+            "estimand": "points_top_rank",
+            "expected": 0,
+            "margin": [-POINTS, POINTS],
+            "better": "higher",
+            "primary": True,
+        },
+        "order": sweep["claims"]["order"],
+    }
+    axes = {
+        **sweep["axes"],
+        "objective": ["policy_gradient"],
+        "batch_size": [max(GROUP, advice.work.batch_size // GROUP * GROUP)],
+        "group_size": [GROUP],
+        "max_new_tokens": [advice.work.max_length // 2],
+    }
+    return {**sweep, "claims": claims, "axes": axes, "analysis": "rl"}
+
+
+def _verified(advice: Advice, dataset: dict[str, Any]) -> dict[str, Any]:
+    """Return the data set with what verifies its answers, as the customer's first row has them.
+
+    Raises:
+        SpecError: nothing does.
+    """
+    c = advice.customer
+    form = {"format": "prompt_completion", "mask": "completion", "too_long": "skip"}
+    if c.data is None:
+        return {**dataset, **form, "verifier": "math"}
+    spec = own.dataset_of(c.data)
+    gold = own.first_answer(spec, c.data)
+    verifier = "integer" if reading.integer(gold) is not None else "math"
+    if spec.format != form["format"] or (verifier == "math" and reading.boxed(gold) is None):
+        raise SpecError(
+            f"write_sweep={c.name}: nothing verifies the answers in {c.data}. Expected two "
+            "columns, such as prompt and completion, and completions that end in a whole number "
+            "behind '####' or in a result in \\boxed{}."
+        )
+    return {**dataset, **form, "verifier": verifier}
+
+
 def middle_rates(advice: Advice) -> tuple[float, float]:
     """Return the middle rates of LoRA and of full fine-tuning."""
+    if advice.customer.task == "rl":
+        rate = advice.rate.rate
+        full = advice.choice.method == "full"
+        return (RL_FACTOR * rate, rate) if full else (rate, rate / RL_FACTOR)
     family = family_of(advice.model)
     law = law_rate(advice.published, family, advice.model.hidden_size, "full") if family else None
     if advice.choice.method == "full":

@@ -93,6 +93,13 @@ def count(given: str) -> Counted:
     return Counted(rows, answers, _sha256(path))
 
 
+def first_answer(spec: DatasetSpec, given: str) -> str:
+    """Return the last answer of a file's first row; empty if it has none."""
+    where, row = next(sources.jsonl_rows(path_of(given)))
+    said = [text for role, text in fields.messages_of(spec, row, where) if role == "assistant"]
+    return said[-1] if said else ""
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -287,9 +287,31 @@ def test_a_thousand_rows_take_about_a_second():
     assert not [a for a in found if isinstance(a, Failed)]
 
 
-def test_no_sweep_is_written_for_reinforcement_learning(tmp_path):
-    with pytest.raises(SpecError, match="not written yet"):
-        settle.write(advice(task="rl", episodes=100), tmp_path)
+def rewarded(tmp_path, answer):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"question": "1 + 1?", "answer": answer}) + "\n")
+    path.with_name("test.jsonl").write_text(path.read_text())
+    return advice(task="rl", episodes=4000, data=str(path), tokens_per_example=200)
+
+
+@pytest.mark.parametrize(
+    ("answer", "verifier"), [("so #### 2", "integer"), (r"so \boxed{\frac{4}{2}}", "math")]
+)
+def test_a_sweep_for_reinforcement_learning_names_what_verifies_the_answers(
+    tmp_path, answer, verifier
+):
+    lines = settle.write(rewarded(tmp_path, answer), tmp_path / "settle")
+    written = yaml.safe_load((tmp_path / "settle/dataset/settle_acme.yaml").read_text())
+    assert (written["verifier"], written["mask"]) == (verifier, "completion")
+    sweep = yaml.safe_load((tmp_path / "settle/sweep/settle_acme.yaml").read_text())
+    axes = sweep["axes"]
+    assert axes["batch_size"][0] % axes["group_size"][0] == 0 and sweep["analysis"] == "rl"
+    assert any(f"verifier: {verifier}" in line for line in lines)
+
+
+def test_no_sweep_is_written_where_nothing_verifies_the_answers(tmp_path):
+    with pytest.raises(SpecError, match="nothing verifies the answers"):
+        settle.write(rewarded(tmp_path, "two"), tmp_path)
 
 
 def test_a_written_sweep_reads_the_customers_own_form(tmp_path):

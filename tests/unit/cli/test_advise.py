@@ -97,3 +97,17 @@ def test_a_written_sweep_composes_and_is_planned(command, tmp_path, model):
     assert plan.returncode == 0, plan.stderr
     found = json.loads(plan.stdout)["total"]
     assert found["runs"] == 3 * 5 + 3 * 3 * 2 and found["cost_usd"] > 0
+
+
+def test_a_written_sweep_of_reinforcement_learning_composes(command, tmp_path):
+    done = command(
+        "action=advise", "+customer.model=llama-3.2-1b", "+customer.task=rl",
+        "+customer.examples=2000", "write_sweep=customer",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kinds = command(
+        "--config-dir", tmp_path / "settle", "+sweep=settle_customer", "precision=bf16",
+        "action=layers", "format=json",
+    )  # fmt: skip
+    assert kinds.returncode == 0, kinds.stderr
+    assert len(json.loads(kinds.stdout)["kinds"]) >= 2
