@@ -144,6 +144,8 @@ def render(bench: Bench) -> str:
         "all on one machine. The baselines train a sample of the runs of each arm, scaled up to "
         "all; lorasweep trains all of them, and its start, calibration and loading count.",
         "",
+        "Rewarded runs against TRL's GRPO trainer: [rewards.md](rewards.md).",
+        "",
         "## Whole grids",
         "",
         *summary(bench),

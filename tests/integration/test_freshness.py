@@ -19,6 +19,7 @@ from analysis.report.plots import INPUTS
 from analysis.report.study import answers, page
 from analysis.report.text import text_hash
 from analysis.runs.table import read
+from analysis.validation import rewards
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
@@ -160,11 +161,19 @@ def _inputs(path):
         return image.info.get(INPUTS)
 
 
-@pytest.mark.parametrize("name", ["calibration", "bench"])
-def test_figures_of_the_validation_were_drawn_from_its_numbers(name):
-    inputs = text_hash((KEPT / name / f"{name}.json").read_text())
-    figures = list((KEPT / name).glob("*.png"))
+@pytest.mark.parametrize(
+    ("name", "numbers"), [("calibration", "calibration"), ("bench", "bench"), ("bench", "rewards")]
+)
+def test_figures_of_the_validation_were_drawn_from_its_numbers(name, numbers):
+    inputs = text_hash((KEPT / name / f"{numbers}.json").read_text())
+    apart = {KEPT / "bench" / "rewards.png"}
+    figures = apart if numbers == "rewards" else set((KEPT / name).glob("*.png")) - apart
     assert figures and {_inputs(p) for p in figures} == {inputs}
+
+
+def test_the_page_of_rewarded_runs_is_rendered_from_its_numbers():
+    content = _json(KEPT / "bench" / "rewards.json")
+    assert rewards.page(content) == (KEPT / "bench" / "rewards.md").read_text()
 
 
 def test_figures_of_the_page_over_all_answers_were_drawn_from_the_kept_answers():
