@@ -31,10 +31,11 @@ def check_available(request: Request) -> None:
     for spec in {(s.dataset.name, s.objective): s for s in specs}.values():
         if METRICS[spec.objective].higher_is_better:
             rewards.check_available(spec.dataset)
-    if request.exec.world_size > 1 and any(s.objective != "sft" for s in specs):
+    if request.exec.world_size > 1 and any(s.kl_weight for s in specs):
         raise SpecError(
-            f"exec.world_size={request.exec.world_size}: a run that samples answers trains in one "
-            "process. Set exec.world_size=1, or objective=sft."
+            f"exec.world_size={request.exec.world_size} with kl_weight: that compares with the "
+            "base, of which a run on several processes keeps no copy. Set exec.world_size=1, or "
+            "kl_weight=0."
         )
     for dataset in {s.dataset.name: s.dataset for s in specs}.values():
         data.check_available(dataset, request.exec.data_dir)

@@ -10,7 +10,8 @@ because FSDP2 reduces the gradients of what it has split only.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -199,6 +200,25 @@ def blocks(model: Any) -> list[nn.Module]:
             "spread over processes. Train it in one: exec.world_size=1."
         )
     return found
+
+
+@contextmanager
+def layers_together(model: Any) -> Iterator[None]:
+    """Keep the layers of a spread model together once they are, over many forward passes.
+
+    So drawing a token sends nothing, and processes may draw different numbers of tokens. To be used
+    inside `Mesh.run`. A model of one process stays as it is.
+    """
+    names = {f"FSDP{name}" for name in model._no_split_modules or ()}  # as fully_shard names them
+    layers = [part for part in _split(model) if type(part).__name__ in names]
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True, recurse=False)
+            layer.reshard()
 
 
 def compute_again(model: nn.Module) -> None:

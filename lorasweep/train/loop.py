@@ -45,7 +45,7 @@ def train(
     counts = ExpertTokens(model)
     try:
         if mesh.size > 1:  # the whole base may not fit; a run alone starts as the base here, too
-            mesh = shard(model, trainables, mesh, pack[0].precision)
+            mesh = base.mesh = shard(model, trainables, mesh, pack[0].precision)
             at_start = mesh.run(objective.start, base, members)
         device = next(model.parameters()).device
         passes = backend(model, mesh.size)

@@ -9,13 +9,14 @@ of members and prompts, T tokens of the longest prompt, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lorasweep.models.precision import autocast
+from lorasweep.models.precision import COMPUTE_DTYPES, autocast
+from lorasweep.models.sharding import Mesh, layers_together
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +38,10 @@ class Answers:
 
 
 ROWS = 1024
-"""Answers of a member that are sampled at once. It does not depend on the size of the pack."""
+"""Most answers of a member that are sampled at once."""
+CACHE_SHARE = 0.3
+"""Share of a GPU's memory for the keys and values of all answers at once. Of the whole memory, not
+of what is free, so that a run that is resumed draws as many at once as before."""
 
 
 @torch.no_grad()
@@ -47,18 +51,22 @@ def sample(
     uniforms_NAL: np.ndarray,
     ends: Sequence[Sequence[int]],
     precision: str,
+    mesh: Mesh | None = None,
 ) -> list[Answers]:
     """Sample answers at temperature 1 to the prompts of each member, as many for each member.
+
+    Of several processes each takes a share of the prompts, and all return all answers.
 
     Args:
         prompts: token ids, for each member and prompt.
         uniforms_NAL: float64 in [0, 1), [N, P * G, most tokens of an answer]; number t decides
             token t of an answer.
-        ends: sequences of tokens, each of which ends an answer; none: all answers have the most
-            tokens.
+        ends: sequences of tokens, each of which ends an answer; none: all have the most tokens.
     """
     group = uniforms_NAL.shape[1] // len(prompts[0])
-    size = max(1, ROWS // group)
+    if mesh is not None and mesh.size > 1:
+        return _shared(model, prompts, uniforms_NAL, ends, precision, mesh)
+    size = max(1, _at_once(model, prompts, uniforms_NAL.shape[2], precision) // group)
     parts = [
         _together(
             model,
@@ -70,6 +78,48 @@ def sample(
         for k in range(0, len(prompts[0]), size)
     ]
     return [_joined(own) for own in zip(*parts)]
+
+
+def _at_once(model: Any, prompts: Sequence[Sequence[np.ndarray]], most: int, precision: str) -> int:
+    """Return how many answers of a member are sampled at once; on a GPU, as its memory allows."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return ROWS
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    word = COMPUTE_DTYPES[precision].itemsize
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * word
+    longest = max(len(p) for own in prompts for p in own) + most
+    room = CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return min(ROWS, int(room / (len(prompts) * longest * token)))
+
+
+def _shared(
+    model: "nn.Module",
+    prompts: Sequence[Sequence[np.ndarray]],
+    uniforms_NAL: np.ndarray,
+    ends: Sequence[Sequence[int]],
+    precision: str,
+    mesh: Mesh,
+) -> list[Answers]:
+    """Sample every size-th prompt of one member in each process; a repetition does not count."""
+    (own,), group = prompts, uniforms_NAL.shape[1] // len(prompts[0])
+    mine = [k % len(own) for k in mesh.turns(len(own))]
+    uniforms = uniforms_NAL.reshape(len(own), group, -1)[mine].reshape(1, len(mine) * group, -1)
+    with layers_together(model):
+        (found,) = sample(model, [[own[k] for k in mine]], uniforms, ends, precision)
+    parts = mesh.gather(found)
+    firsts = [(k % mesh.size, k // mesh.size * group) for k in range(len(own))]
+    where = [(process, first + i) for process, first in firsts for i in range(group)]
+    joined = _joined(parts)
+    return [
+        replace(
+            joined,
+            tokens=[parts[p].tokens[a] for p, a in where],
+            log_p=[parts[p].log_p[a] for p, a in where],
+            ended=np.array([parts[p].ended[a] for p, a in where]),
+        )
+    ]
 
 
 def _together(

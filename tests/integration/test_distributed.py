@@ -40,6 +40,16 @@ KINDS = {
         "method.layers=attention+mlp+unembedding+router",
     ),
     "experts": (*EXPERTS, "method=fullft", "lr=1e-3"),
+    "rewards": (  # 21 prompts of 8 answers: a process repeats one, which does not count
+        *("model=tiny64-skilled", "dataset=words", "objective=policy_gradient", "batch_size=168"),
+        *(
+            "group_size=8",
+            "max_new_tokens=6",
+            "method=fullft",
+            "lr=1e-3",
+            "exec.micro_batch_size=24",
+        ),
+    ),
 }
 
 
@@ -80,15 +90,20 @@ MEASURES = (
     "spectra",
     "code_nats",
 )
+OF_REWARDS = (
+    *("reward", "reward_se", "test_reward", "reward_start", "surrogate", "answer_tokens"),
+    *("grad_norm", "norm_delta", "tokens", "flat_groups", "cut_off", "curve", "spectra"),
+)
 
 
 def test_two_processes_make_the_update_of_one_in_float64(tmp_path):
     """Of adapters, of all weights, and of experts: loss, gradient and change of every matrix."""
     one, two = trained(tmp_path / "one", 1), trained(tmp_path / "two", 2)
     for kind in KINDS:
-        for name in MEASURES:
+        for name in OF_REWARDS if kind == "rewards" else MEASURES:
             assert same(one[kind][name], two[kind][name]), (kind, name)
-        assert one[kind]["grad_norm"] > 0.5 and two[kind]["train_nll"] != two[kind]["test_nll"]
+        assert one[kind]["grad_norm"] > 0.03
+        assert kind == "rewards" or two[kind]["train_nll"] != two[kind]["test_nll"]
         assert one[kind].get("expert_tokens") == two[kind].get("expert_tokens")
         assert two[kind]["backend"] == "transformers on cpu, 2 processes"
     assert one["adapters"]["backend"] == "cpu_llama on cpu"

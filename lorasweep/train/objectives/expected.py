@@ -13,6 +13,7 @@ import torch
 from lorasweep.data.batches import eval_batches, merge
 from lorasweep.data.examples import Example, Rewards
 from lorasweep.data.rewards import prompt_of
+from lorasweep.models.sharding import Mesh
 from lorasweep.spec.streams import stream
 from lorasweep.train.objectives.nll import token_log_p
 from lorasweep.train.objectives.rewarding import standard_error
@@ -33,6 +34,7 @@ def measure(
     max_new_tokens: int,
     precision: str,
     join_rows: bool = False,
+    mesh: Mesh | None = None,
 ) -> list[tuple[float, float, float]]:
     """Return each member's mean reward on its rows, its standard error, and the share unreadable.
 
@@ -43,7 +45,7 @@ def measure(
     if all(r.exact for r in rewards_N):
         values_N = _probabilities(model, rows_N, precision, join_rows)
         return [(float(v.mean()), standard_error(v), 0.0) for v in values_N]
-    found_N = _sampled(model, rows_N, rewards_N, max_new_tokens, precision)
+    found_N = _sampled(model, rows_N, rewards_N, max_new_tokens, precision, mesh)
     found = []
     for own in found_N:
         values = np.array([v or 0.0 for v in own])
@@ -78,6 +80,7 @@ def _sampled(
     rewards_N: Sequence[Rewards],
     most: int,
     precision: str,
+    mesh: Mesh | None,
 ) -> list[list[float | None]]:
     """Return the reward of one answer to each row's prompt; None: it cannot be read."""
     count = max(map(len, rows_N))
@@ -85,7 +88,7 @@ def _sampled(
     # a member with fewer rows repeats its own, which do not count
     prompts_N = [[prompt_of(rows[i % len(rows)]) for i in range(count)] for rows in rows_N]
     uniforms_NPL = np.repeat(uniforms[None], len(rows_N), 0)
-    answers_N = sample(model, prompts_N, uniforms_NPL, rewards_N[0].ends, precision)
+    answers_N = sample(model, prompts_N, uniforms_NPL, rewards_N[0].ends, precision, mesh)
     return [
         rewards.of(list(zip(rows, answers.tokens)))
         for rows, rewards, answers in zip(rows_N, rewards_N, answers_N)

@@ -12,6 +12,7 @@ Shapes: N members, M positions per member, G answers to a prompt.
 """
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lorasweep.data.examples import Data, Example
+from lorasweep.data.examples import Data, Example, Rewards
 from lorasweep.data.rewards import check_available, check_rows, prompt_of
-from lorasweep.errors import ModelError, SpecError
+from lorasweep.errors import ModelError
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.head import check_rows_stay_apart
+from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
@@ -75,6 +77,7 @@ class PolicyGradient:
         self._members: Sequence[RunSpec] = ()
         self._sampled_per_s = math.nan
         self._gap_NK: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._mesh = Mesh()
 
     def start(self, base: "Base", members: Sequence[RunSpec]) -> list[Record]:
         """Check the data, and measure the base's reward on each data set, once.
@@ -82,11 +85,7 @@ class PolicyGradient:
         Raises:
             DataError: an answer cannot be rewarded, or a prompt leaves no room for one.
         """
-        if base.mesh.size > 1:
-            raise SpecError(
-                f"{base.mesh.size} processes: a run that samples answers trains in one. Set "
-                "exec.world_size=1, or objective=sft."
-            )
+        self._mesh = mesh = base.mesh
         if self._join_rows and cpu_llama_for(base.model) is None:
             check_rows_stay_apart(base.model)
         found = []
@@ -94,8 +93,9 @@ class PolicyGradient:
             data = self._data[member.id]
             key = f"{member.dataset.canonical}/{self._precision}/{member.max_new_tokens}/reward"
             if key not in base.at_start:
-                check_available(member.dataset)
-                check_rows(member.dataset, data, member.max_new_tokens)
+                if mesh.rank == 0:  # the others wait for it, and end with it
+                    check_available(member.dataset)
+                    check_rows(member.dataset, data, member.max_new_tokens)
                 base.at_start[key] = self._measure(base.model, [member], [data.test])[0]
             found.append(dict(base.at_start[key]))
             self._runs[member.id].reward_start = found[-1][self.metric.name]
@@ -116,7 +116,7 @@ class PolicyGradient:
         for member, rows, answers in zip(
             members, rows_N, self._sampled(model, step, members, rows_N)
         ):
-            run, rewards = self._runs[member.id], self._data[member.id].rewards
+            run, rewards = self._runs[member.id], self._rewards_of(member)
             groups, record = rewarded(rows, answers, rewards, member.reward_scale)
             run.note({**record, "largest_logit": answers.largest_logit}, member.batch_size)
             groups_N.append(groups)
@@ -127,8 +127,9 @@ class PolicyGradient:
         if not any(kept_N):
             kept_N[0] = groups_N[0][:1]  # an update without any gradient is an update all the same
         first = members[0]  # what follows is the same for all members of a pack
-        most = self._micro_batch_size or first.batch_size
-        return lay_out(kept_N, most, first.batch_size, self._join_rows)
+        share = -(-first.batch_size // self._mesh.size)
+        most = min(self._micro_batch_size or share, share)
+        return lay_out(kept_N, most, first.batch_size, self._join_rows, self._mesh.size)
 
     def _sampled(
         self,
@@ -143,10 +144,25 @@ class PolicyGradient:
         uniforms_NAL = np.stack([stream("sample", m.seed, step).random(shape) for m in members])
         prompts_N = [[prompt_of(row) for row in rows] for rows in rows_N]
         ends = self._data[first.id].rewards.ends
-        found = sample(model, prompts_N, uniforms_NAL, ends, self._precision)
+        found = self._mesh.run(
+            sample, model, prompts_N, uniforms_NAL, ends, self._precision, self._mesh
+        )
         seconds = time.perf_counter() - started
         self._sampled_per_s = sum(len(t) for own in found for t in own.tokens) / seconds
         return found
+
+    def _rewards_of(self, member: RunSpec) -> Rewards:
+        """Return how a member's answers are rewarded, by one process for all.
+
+        A verifier with a time limit need not decide alike in each of them.
+        """
+        rewards, mesh = self._data[member.id].rewards, self._mesh
+        if mesh.size == 1:
+            return rewards
+        first = mesh.rank == 0
+        return dataclasses.replace(
+            rewards, of=lambda pairs: mesh.broadcast(rewards.of(pairs) if first else None)
+        )
 
     def weights(self, batch: Rollouts) -> torch.Tensor:
         """Return the number of answers that each member's loss is divided by, [N]."""
@@ -198,6 +214,7 @@ class PolicyGradient:
             DataError: no answer of the first updates was rewarded, or every one.
         """
         kl_N, count_N = (sum(x.double() for x in xs) for xs in zip(*self._gap_NK))
+        self._mesh.sum_(kl_N, count_N)
         kls = (kl_N / count_N.clamp(min=1)).tolist()
         for member in self._members:
             self._runs[member.id].check(member)
@@ -253,9 +270,9 @@ class PolicyGradient:
     def _measure(
         self, model: "nn.Module", members: Sequence[RunSpec], rows: Sequence[Sequence[Example]]
     ) -> list[Record]:
-        rewards = [self._data[m.id].rewards for m in members]
+        rewards = [self._rewards_of(m) for m in members]
         most = members[0].max_new_tokens
-        means = measure(model, rows, rewards, most, self._precision, self._join_rows)
+        means = measure(model, rows, rewards, most, self._precision, self._join_rows, self._mesh)
         name = self.metric.name
         return [
             {

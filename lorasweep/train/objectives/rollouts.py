@@ -58,9 +58,13 @@ class Rollouts:
 
 
 def lay_out(
-    groups_N: Sequence[Sequence[Group]], rows: int, episodes: int, join_rows: bool
+    groups_N: Sequence[Sequence[Group]],
+    rows: int,
+    episodes: int,
+    join_rows: bool,
+    processes: int = 1,
 ) -> list[Rollouts]:
-    """Return micro-batches of at most about `rows` answers a member.
+    """Return micro-batches of at most about `rows` answers a member, as many for each process.
 
     `groups_N`: the groups of each member that have a gradient; a member without any takes part with
     no weight. `episodes`: answers of a member in the update.
@@ -77,6 +81,8 @@ def lay_out(
             for parts in parts_N
         ]
         micro_batches.append(_merged(own, episodes if k == 0 else 0))
+    while len(micro_batches) % processes:
+        micro_batches.append(_without_signal(some, join_rows))
     return micro_batches
 
 
@@ -102,6 +108,13 @@ def _without_weight(groups: Sequence[Group], join_rows: bool) -> Rollouts:
     found = _collate(groups[:1], join_rows)
     nothing = np.zeros_like(found.batch.weight_NM)
     batch = dataclasses.replace(found.batch, weight_NM=nothing, tokens_N=(0,))
+    return dataclasses.replace(found, batch=batch, advantage_NM=np.zeros_like(found.advantage_NM))
+
+
+def _without_signal(groups: Sequence[Group], join_rows: bool) -> Rollouts:
+    """Return a micro-batch of one member for a process that has none: it has no gradient."""
+    found = _collate(groups[:1], join_rows)
+    batch = dataclasses.replace(found.batch, tokens_N=(0,))
     return dataclasses.replace(found, batch=batch, advantage_NM=np.zeros_like(found.advantage_NM))
 
 

@@ -121,7 +121,8 @@ def test_what_cannot_be_rewarded_is_refused_before_anything_starts(compose):
         check_available(compose(*facts, *SIZES))
     with pytest.raises(DataError, match="mask=all does not say"):
         check_available(compose(*RL, *SIZES, "dataset.mask=all"))
-    with pytest.raises(SpecError, match=r"exec.world_size=2"):
-        check_available(compose(*RL, *SIZES, "exec.world_size=2"))
+    check_available(compose(*RL, *SIZES, "exec.world_size=2"))
+    with pytest.raises(SpecError, match=r"exec.world_size=2 with kl_weight"):
+        check_available(compose(*RL, *SIZES, "exec.world_size=2", "kl_weight=0.1"))
     with pytest.raises(DataError, match=r"knobs.contexts=0"):
         check_available(compose(*RL, *SIZES, "dataset.knobs.contexts=0"))
