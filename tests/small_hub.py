@@ -53,9 +53,11 @@ def make(folder, models, datasets):
             base.save_pretrained(made[family], max_shard_size="2MB")  # so that there is an index
             (qwen_like if model.qk_norm else llama_like)().save_pretrained(made[family])
         (repository / model.revision).symlink_to(made[family], target_is_directory=True)
-    rows = {"tulu": [tulu(k) for k in range(TULU)], "open": [thought(k) for k in range(THOUGHTS)]}
-    for location, revision in {(d.location, d.revision) for d in datasets if d.source == "hub"}:
-        _download(folder, location, revision, rows["tulu" if "tulu" in location else "open"])
+    wanted = {(d.location, d.config, d.revision) for d in datasets if d.source == "hub"}
+    wanted |= {(d.test_location, "", d.test_revision) for d in datasets if d.test_location}
+    for location, configs, revision in sorted(wanted):
+        for config in configs.split("+"):
+            _download(folder, location, config or "default", revision, ROWS[location]())
     return {
         "HF_HUB_CACHE": str(folder / "hub"),
         "HF_DATASETS_CACHE": str(folder / "datasets"),
@@ -78,24 +80,60 @@ def thought(question, k=0):
     return {**row, "conversations": conversations}
 
 
-def _download(folder, location, revision, rows):
+def problem(k):
+    """A row of MATH, and of MATH-500."""
+    said = f"It is late.\nSo $x = \\boxed{{\\frac{{{k}}}{{7}}}}$"
+    about = {"level": "Level 1", "type": "made", "subject": "made", "answer": f"{k}"}
+    return {"problem": f"How many {k}?", "solution": said, **about}
+
+
+def deep(k):
+    """A row of DeepMath."""
+    said = {f"r1_solution_{i}": f"Yes {i}" for i in (1, 2, 3)}
+    about = {"difficulty": 5.0, "topic": "made"}
+    return {"question": f"So {k}?", "final_answer": f"\\sqrt{{{k}}}", **about, **said}
+
+
+def school(k):
+    """A row of GSM8K."""
+    return {"question": f"So {k}?", "answer": f"It is <<2*3=6>>6.\n#### {k},000"}
+
+
+def _both(row, number):
+    return {"train": [row(k) for k in range(number)], "test": [row(k) for k in range(20)]}
+
+
+ROWS = {
+    "allenai/tulu-3-sft-mixture": lambda: {"train": [tulu(k) for k in range(TULU)]},
+    "open-thoughts/OpenThoughts3-1.2M": lambda: {"train": [thought(k) for k in range(THOUGHTS)]},
+    "EleutherAI/hendrycks_math": lambda: _both(problem, 24),
+    "HuggingFaceH4/MATH-500": lambda: {"test": [problem(k) for k in range(20)]},
+    "openai/gsm8k": lambda: _both(school, 24),
+    "zwhe99/DeepMath-103K": lambda: {"train": [deep(k) for k in range(THOUGHTS)]},
+}
+"""Of each data set, by split; those with more than one configuration have the same in each."""
+
+
+def _download(folder, location, config, revision, splits):
     """Leave what `datasets` leaves of a data set that was downloaded and read."""
     import datasets
     from datasets.naming import camelcase_to_snakecase
 
     owner, _, name = location.partition("/")
     snake = camelcase_to_snakecase(name)
-    path = folder / f"{snake}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {split: folder / f"{snake}-{config}-{split}.jsonl" for split in splits}
+    for split, path in files.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in splits[split]))
+    named = {split: str(path) for split, path in files.items()}
     builder = datasets.load_dataset_builder(
-        "json", data_files={"train": str(path)}, cache_dir=str(folder / "json")
+        "json", data_files=named, cache_dir=str(folder / "json")
     )
     builder.download_and_prepare()
-    kept = folder / f"datasets/{owner}___{snake}/default/0.0.0/{revision}"
+    kept = folder / f"datasets/{owner}___{snake}/{config}/0.0.0/{revision}"
     kept.parent.mkdir(parents=True)
     os.rename(builder.cache_dir, kept)
     for file in kept.glob("json-*"):
         file.rename(file.with_name(file.name.replace("json-", f"{snake}-", 1)))
     info = kept / "dataset_info.json"
-    described = {**json.loads(info.read_text()), "config_name": "default", "dataset_name": snake}
+    described = {**json.loads(info.read_text()), "config_name": config, "dataset_name": snake}
     info.write_text(json.dumps(described))

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 
-from lorasweep.plan.flops import mean_length
+from lorasweep.plan.flops import evaluated_answers, mean_length
 from lorasweep.plan.gpu.load import load_of
 from lorasweep.plan.gpu.memory import Layout, memory_parts
+from lorasweep.plan.gpu.sampling import DRAW_PEAK_BYTES, ROWS, cache_bytes
 from lorasweep.plan.gpu.time import WORD_BYTES
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.run import RunSpec
@@ -72,7 +73,16 @@ def pack_bytes(
     chunk = 5 * master * tokens * model.vocab_size
     logits = min(CHUNK_BYTES, chunk)
     layer *= 1 if whole or hardware.gpus else FRAGMENTATION
-    return PROCESS_BYTES + weights + trained + model.n_layers * layer + logits
+    learning = model.n_layers * layer + logits
+    return PROCESS_BYTES + weights + trained + max(learning, _sampling_bytes(members, spec))
+
+
+def _sampling_bytes(members: int, spec: RunSpec) -> float:
+    """Return the bytes of sampling on a CPU: keys and values, and what draws a token."""
+    answers = max([spec.batch_size, *evaluated_answers(spec)]) if spec.max_new_tokens else 0
+    rows = members * min(ROWS, answers)
+    token = cache_bytes(spec.model, WORD_BYTES[spec.precision])
+    return rows * (spec.dataset.max_length * token + DRAW_PEAK_BYTES * spec.model.vocab_size)
 
 
 def checkpoint_bytes(specs: Iterable[RunSpec]) -> float:

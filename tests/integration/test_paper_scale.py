@@ -141,17 +141,18 @@ def shrunken(specs):
     rows = {"n_test": 16, "n_test_curve": 8}
     return [
         dataclasses.replace(
-            s, model=shapes[s.model], dataset=dataclasses.replace(s.dataset, **rows)
+            s,
+            model=shapes[s.model],
+            dataset=dataclasses.replace(s.dataset, **rows),
+            # some answers of a few tokens, where the study's have thousands
+            **({"batch_size": 3 * s.group_size, "max_new_tokens": 8} if s.group_size else {}),
         )
         for s in specs
     ]
 
 
-@pytest.mark.nightly
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize("processes", [1, 2])
-def test_every_sweep_trains_two_updates_shrunken(runs, processes, tmp_path, monkeypatch):
-    specs = shrunken(one_of_each(runs))
+def trained(specs, tmp_path, monkeypatch, processes=1):
+    """The results of runs that train from a hub's cache, started as a sweep is."""
     env = small_hub.make(tmp_path, {s.model: 0 for s in specs}, {s.dataset: 0 for s in specs})
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -166,3 +167,21 @@ def test_every_sweep_trains_two_updates_shrunken(runs, processes, tmp_path, monk
     for spec in specs:
         result = store.result(spec.id)
         assert result["steps_done"] == 2 and result["state"] == "done", (spec, result["state"])
+    return [store.result(s.id) for s in specs]
+
+
+def test_a_rewarded_run_trains_from_the_hubs_cache(tmp_path, monkeypatch):
+    """MATH, whose rows are in two places and whose answers a process of its own verifies."""
+    rl = compose_request(["+sweep=rl", "scale=paper"]).points
+    spec = next(p.spec for p in rl if p.arm == "lora" and p.spec.dataset.name == "math_reward")
+    (result,) = trained(shrunken([dataclasses.replace(spec, steps=2)]), tmp_path, monkeypatch)
+    assert result["metric"]["name"] == "test_reward" and result["answers"] == 2 * 3 * 32
+    assert result["test_reward_unread"] > 0.9 and result["cut_off"] > 0.9
+    assert result["n_train"] == 7 * 4  # without the held-out problems
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_sweep_trains_two_updates_shrunken(runs, processes, tmp_path, monkeypatch):
+    trained(shrunken(one_of_each(runs)), tmp_path, monkeypatch, processes)

@@ -127,6 +127,7 @@ def _plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
         "tokens_s": _ends([w.tokens / w.seconds / w.layout.gpus for w in wheres]),
         "gpu_hours": found.gpu_hours,
         "gpu_hours_by_formulas_alone": found.expert_hours,
+        "gpu_hours_of_sampling": found.sampling_hours,
         "days": _days(found),
         "cost_usd": _cost(found.gpu_hours, found.hardware),
         "fits": not found.misfits(),
@@ -255,4 +256,16 @@ def _basis_lines(total: Forecast) -> list[str]:
         f"products reach ({TRAINING_SHARE:g}). Models with experts "
         f"({total.expert_hours:,.0f} GPU-hours) and the memory of full fine-tuning rest on "
         "formulas alone.",
+        *_sampling_lines(total),
+    ]
+
+
+def _sampling_lines(total: Forecast) -> list[str]:
+    """Return what sampling answers takes; nothing where none are."""
+    if not total.sampling_hours:
+        return []
+    return [
+        f"sampling answers takes {total.sampling_hours:,.0f} of the GPU-hours, by formulas alone: "
+        "through transformers' forward pass, a token of all answers at a time, mostly bound by "
+        "the launch of its kernels. A serving engine would take less; none is used."
     ]

@@ -105,6 +105,14 @@ class Forecast:
         return sum(hours_of(kind, where, n) for kind, where, n in placed)
 
     @property
+    def sampling_hours(self) -> float:
+        """Those of sampling answers, which no published measurement covers."""
+        return sum(
+            hours_of(kind, where, n) * where.sampling_s / where.seconds
+            for kind, where, n in self.placed()
+        )
+
+    @property
     def tokens(self) -> float:
         """Tokens that they train on."""
         return sum(n * where.tokens / kind.members for kind, where, n in self.placed())

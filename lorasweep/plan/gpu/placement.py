@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lorasweep.plan.flops import mean_length, run_flops, train_flops
+from lorasweep.plan.flops import evaluated_answers, mean_length, run_flops, train_flops
 from lorasweep.plan.gpu.load import Load, load_of
 from lorasweep.plan.gpu.memory import Layout, memory_parts
+from lorasweep.plan.gpu.sampling import evaluation_s, sampling_memory, sampling_s
 from lorasweep.plan.gpu.time import WORD_BYTES, step_parts, step_seconds
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.run import RunSpec
@@ -36,6 +37,8 @@ class Placement:
     """Expected seconds of the pack, evaluations included."""
     tokens: float
     """Tokens that it trains on."""
+    sampling_s: float = 0.0
+    """Seconds of `seconds` in which answers are sampled."""
 
     @property
     def gpu_hours(self) -> float:
@@ -80,7 +83,7 @@ def place(
     numbers = [gpus] if gpus else _numbers(spec.batch_size, most_gpus)
     for n in numbers:
         one_row = [Layout(n, 1, again, joined=join_rows) for again in checkpointing]
-        layouts = [_layout(load, specs, layout, room, rows) for layout in one_row]
+        layouts = [_layout(load, specs, layout, room, rows, hardware) for layout in one_row]
         found = [_placement(load, specs, lay, hardware) for lay in layouts if lay is not None]
         if found:
             return min(found, key=lambda p: p.step_s)
@@ -106,6 +109,7 @@ def _layout(
     one_row: Layout,
     room: float,
     asked: int | None,
+    hardware: Hardware,
 ) -> Layout | None:
     """Return the largest forward pass that fits into `room` bytes; None if none does."""
     spec, members = specs[-1], len(specs)
@@ -114,16 +118,19 @@ def _layout(
     divisors = (n for n in range(min(share, most), 0, -1) if share % n == 0)
     for rows in divisors if asked is None else [min(asked, share)]:
         layout = replace(one_row, rows=rows, accumulation=-(-share // rows))
-        if sum(_memory(load, spec, layout, members).values()) <= room:
+        if sum(_memory(load, spec, layout, members, hardware).values()) <= room:
             return layout
     return None
 
 
-def _memory(load: Load, spec: RunSpec, layout: Layout, members: int) -> dict[str, float]:
+def _memory(
+    load: Load, spec: RunSpec, layout: Layout, members: int, hardware: Hardware
+) -> dict[str, float]:
+    """Return the parts of the peak: that of learning, or of sampling if it is higher."""
     length = spec.dataset.max_length  # rows of a forward pass are padded to the longest
     exact = spec.precision == "fp64"
     held = 2 if spec.model.weights_dtype == spec.precision == "bf16" else 8 if exact else 4
-    return memory_parts(
+    learning = memory_parts(
         load,
         layout,
         length,
@@ -133,25 +140,39 @@ def _memory(load: Load, spec: RunSpec, layout: Layout, members: int) -> dict[str
         frozen_bytes=held,
         start_bytes=held,
     )
+    if not spec.max_new_tokens:
+        return learning
+    sampling = sampling_memory(load, spec, hardware, members, layout.gpus, held)
+    return max(learning, sampling, key=lambda parts: sum(parts.values()))
 
 
 def _placement(
     load: Load, specs: Sequence[RunSpec], layout: Layout, hardware: Hardware
 ) -> Placement:
     spec, members = specs[-1], len(specs)
-    memory = _memory(load, spec, layout, members)
-    length = mean_length(spec)
+    memory = _memory(load, spec, layout, members, hardware)
+    length, gpus = mean_length(spec), layout.gpus
     step = step_parts(load, layout, length, hardware, spec.precision, members)
     step_s = step_seconds(step)
     updates = [s.steps * run_flops(s) / train_flops(s) for s in specs]
+    sampled = evaluated = 0.0
+    if spec.max_new_tokens:
+        shape = (spec.batch_size, spec.group_size)
+        step["sampling"] = sampling_s(load, spec, hardware, members, gpus, *shape)
+        step_s += step["sampling"]
+        sampled = step["sampling"] * sum(s.steps for s in specs) / members
+    if evaluated_answers(spec):
+        updates = [float(s.steps) for s in specs]
+        evaluated = evaluation_s(load, spec, hardware, members, gpus)
     return Placement(
         layout=layout,
         memory_gib=sum(memory.values()) / 2**30,
         memory=memory,
         step_s=step_s,
         step=step,
-        seconds=step_s * sum(updates) / members,
+        seconds=step_s * sum(updates) / members + evaluated,
         tokens=float(sum(s.steps * s.batch_size * length for s in specs)),
+        sampling_s=sampled + evaluated,
     )
 
 
@@ -166,7 +187,7 @@ def _misfit(
 ) -> Misfit:
     """Say what is missing with the layout that takes least."""
     spec, gpus = specs[-1], tried.gpus
-    memory = _memory(load, spec, tried, len(specs))
+    memory = _memory(load, spec, tried, len(specs), hardware)
     need = sum(memory.values()) * (1 + MEMORY_ERROR) / 2**30
     largest = max(memory, key=lambda name: memory[name])
     why = (
@@ -188,5 +209,11 @@ def _misfit(
     return Misfit(why, remedy)
 
 
-PER_TOKEN = ("activations", "gradients of activations", "attention masks", "logits")
+PER_TOKEN = (
+    "keys and values",
+    "activations",
+    "gradients of activations",
+    "attention masks",
+    "logits",
+)
 """Components of memory that shorter rows make smaller."""
