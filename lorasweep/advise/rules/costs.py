@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from lorasweep.advise.customer import Customer, RowError
+from lorasweep.advise.customer import GROUP, Customer, RowError
 from lorasweep.advise.rules.capacity import LAYERS, trained
 from lorasweep.advise.rules.workload import Workload
 from lorasweep.advise.shapes import bf16
@@ -23,6 +23,7 @@ from lorasweep.plan.gpu.placement import (
     Placement,
     place,
 )
+from lorasweep.plan.gpu.sampling import served_s
 from lorasweep.plan.gpu.time import step_parts, step_seconds
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.dataset import DatasetSpec
@@ -112,7 +113,8 @@ def costs_of(
 ) -> Costs:
     """Return what both methods cost, LoRA at this rank."""
     at = _Where(bf16(model), work.batch_size, work.max_length, _Machine(hardware))
-    lora, full = (_placed(at, r, c.gpus, work.row_tokens) for r in (rank, 0))
+    placed = (_placed(at, r, c.gpus, work.row_tokens) for r in (rank, 0))
+    lora, full = (_with_sampling(p, c, at, work) for p in placed)
     n_lora, n_full = trained(model, rank), model.n_params
     base = WORD * model.n_params / 2**30
     adapter = WORD * n_lora / 2**30
@@ -202,6 +204,17 @@ def _placed(at: _Where, rank: int, at_hand: int | None, row_tokens: float) -> Pl
     return Placed(gpus, found.memory_gib, step_seconds(parts))
 
 
+def _with_sampling(placed: Placed, c: Customer, at: _Where, work: Workload) -> Placed:
+    """Add what a serving engine on the same GPUs needs to sample an update's answers in RL."""
+    if c.task != "rl" or placed.gpus is None or placed.step_s is None:
+        return placed
+    group = min(GROUP, work.batch_size)
+    lengths = (work.row_tokens - work.tokens, work.tokens)
+    machine = at.machine.hardware
+    sampled = served_s(at.model, machine, placed.gpus, work.batch_size, group, *lengths)
+    return replace(placed, step_s=placed.step_s + sampled)
+
+
 @lru_cache(maxsize=1024)
 def _load(model: ModelSpec, rank: int) -> Load:
     return load_of(model, _method(rank))
@@ -234,7 +247,7 @@ def _note(
             arm.hours,
             "updates x seconds of an update: products, attention, activations, optimizer and "
             f"communication; +-{SPEED_ERROR:.0%}"
-            + (", without sampling" if c.task == "rl" else ""),
+            + ("; and sampling by a serving engine, at best" if c.task == "rl" else ""),
             f"lorasweep.plan.gpu.time; {data_sheet}",
             Sure.PLANNED,
             updates=work.steps,
@@ -288,4 +301,7 @@ def _warn(c: Customer, work: Workload, found: Costs, trace: Trace) -> None:
                 f"LoRA is not faster here: {a / b:.2f} times full fine-tuning's GPU time an update"
             )
     if c.task == "rl" and (lora or full):
-        trace.warn("hours and dollars are of the updates alone; sampling comes on top")
+        trace.warn(
+            "hours and dollars contain sampling as a serving engine does it at best, on the same "
+            "GPUs: weights, keys and values read once a token"
+        )

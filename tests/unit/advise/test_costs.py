@@ -6,6 +6,7 @@ import pytest
 
 from lorasweep.advise.rules.costs import NOT_FASTER
 from lorasweep.plan.gpu.placement import Placement, place
+from lorasweep.plan.gpu.sampling import served_s
 from tests.unit.advise.world import advice, known
 
 
@@ -74,10 +75,35 @@ def test_what_fits_nowhere_is_said_with_a_remedy():
     assert any("full fine-tuning does not fit" in w and "Give" in w for w in a.trace.warnings)
 
 
-def test_sampling_is_not_in_the_price_of_reinforcement_learning():
-    assert any(
-        "sampling comes on top" in w for w in advice(task="rl", episodes=1000).trace.warnings
-    )
+def test_sampling_is_in_the_price_of_reinforcement_learning():
+    """By a serving engine on the same GPUs; the longer the answers, the more it takes."""
+    shape = {"max_length": 2048, "batch_size": 512}
+    rl = {"task": "rl", "episodes": 51_200}
+    long = advice(tokens_per_example=512, **rl, **shape)
+    short = advice(tokens_per_example=64, **rl, **shape)
+    given = advice(tokens_per_example=512, examples=51_200, **shape)
+    h100, rest = known().machines["h100"](), 0.4 * 2048 - 512
+    mine, its = long.costs.full, given.costs.full
+    sampled = served_s(long.model, h100, mine.placed.gpus, 512, 16, rest, 512)
+    assert mine.placed.step_s == pytest.approx(its.placed.step_s + sampled)
+    assert mine.hours == pytest.approx(mine.placed.step_s / 36)
+    assert short.costs.full.hours < mine.hours and short.costs.lora.hours < long.costs.lora.hours
+    assert any("contain sampling" in w for w in long.trace.warnings)
+
+
+def test_a_serving_engine_reads_weights_keys_and_values_once_a_token():
+    model, h100 = advice(examples=10_000).model, known().machines["h100"]()
+    weights, cache = 2 * 7_504_658_432, 2 * 32 * 8 * 128 * 2
+    one = served_s(model, h100, 1, 1, 1, 0, 100)
+    assert one == pytest.approx(100 * (weights + cache * 50) / 3.35e12, rel=1e-6)
+    room = 0.9 * 79.6 * 2**30 - 2 * 8_030_261_248
+    rows = room / (cache * 8_192)  # at once; a finished answer makes room
+    found = served_s(model, h100, 1, 2048, 16, 0, 8_192)
+    token = (weights + rows * cache * 4_096) / 3.35e12
+    assert found == pytest.approx(2048 / rows * 8_192 * token, rel=1e-6)
+    assert served_s(model, h100, 8, 2048, 16, 0, 8_192) < found / 7
+    small = dataclasses.replace(h100, gpu_memory_gib=16.0)
+    assert served_s(model, small, 1, 8, 8, 0, 64) == float("inf")
 
 
 def test_hardware_of_the_command_line_is_for_rows_that_name_none():
