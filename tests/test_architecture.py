@@ -31,7 +31,7 @@ ORDER = {
         ["tracking"],
         ["plan"],
         ["models", "advise"],
-        ["train"],
+        ["train", "fleet"],
         ["launch"],
         ["config"],
         ["cli"],

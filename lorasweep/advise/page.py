@@ -50,6 +50,11 @@ def cells(advice: Advice | Failed) -> list[str]:
     ]
 
 
+def printable(text: str) -> str:
+    """Return text as a terminal may show it: without control characters."""
+    return "".join(ch if ch.isprintable() else "?" for ch in text)
+
+
 def _short(value: float | None) -> str:
     return "?" if value is None else shown(float(value))
 
@@ -84,11 +89,11 @@ def markdown(found: Sequence[Advice | Failed], title: str) -> str:
         said = [a.error] if isinstance(a, Failed) else a.trace.warnings
         if said:
             name = a.name or a.where
-            lines += [f"- **{_plain(name)}**", *(f"  - {_plain(text)}" for text in said)]
+            lines += [f"- **{plain_text(name)}**", *(f"  - {plain_text(text)}" for text in said)]
     return "\n".join(lines) + "\n"
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Escape what Markdown would render, in text that customers wrote."""
     for mark in "\\`*_[]|":
         text = text.replace(mark, "\\" + mark)
@@ -96,7 +101,7 @@ def _plain(text: str) -> str:
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(_plain(c) for c in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(plain_text(c) for c in row) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("---:" if h in NUMBERS else "---" for h in HEAD) + "|")
     return lines
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.cli import answer, cluster, finished_runs, status, study
-from lorasweep.cli.customers import advise, measure
+from lorasweep.cli.customers import advise, fleet, measure
 from lorasweep.cli.plans import forecast, plan_text
 from lorasweep.cli.points import all_points, qualifying
 from lorasweep.cli.progress import Display
@@ -64,6 +64,8 @@ def act(
         return finished_runs.export(request, store, points)
     if action in OF_TABLES:
         return OF_TABLES[action](request)
+    if request.customers:
+        return fleet.show(request, store, lambda runs: act(runs, trainer))
     if action == "adapter":
         return finished_runs.adapter(
             request,
@@ -229,9 +231,9 @@ def _end(request: Request, store: RunStore, points: list[Point]) -> int:
         from lorasweep.tracking.wandb import mirror
 
         mirror(points, store, request.sweep_name or "single")
-    if request.sweep is None:
+    if request.sweep_name is None:
         _print_single(request, store, points[0])
-    else:
+    elif request.sweep is not None:  # without one its runs are customers', who are told elsewhere
         _answer(request, store, points)
     return 1 if failed or killed else 0
 

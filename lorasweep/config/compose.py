@@ -27,6 +27,7 @@ from lorasweep.config.ignored import (
 )
 from lorasweep.config.schema import ACTIONS, FORMATS, MIRRORS, Config, writable
 from lorasweep.errors import NotAtScale, SpecError, unknown
+from lorasweep.fleet.members import rates_of
 from lorasweep.launch.slurm.resources import check as check_cluster
 from lorasweep.launch.slurm.resources import check_pack_size
 from lorasweep.methods.registry import method_classes, spec_from
@@ -44,7 +45,7 @@ from lorasweep.sweep.request import HASH_DIGITS, Request, runs_hash
 REQUEST_KEYS = (
     *("action", "format", "mirror", "table", "run", "out"),
     *("sample", "max_difference", "watch", "prune"),
-    *("customers", "customer", "why", "write_sweep", "data", "rates"),
+    *("customers", "customer", "why", "write_sweep", "data", "rates", "instead_of_full"),
 )
 """Settings of the command itself, which a request keeps as they are."""
 NO_SCALE = re.compile(r"Interpolation key 'sweep\.at\.(\w+)\.")
@@ -121,6 +122,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     refuse_advice(config, sweep_name)
     common = {
         **{name: getattr(config, name) for name in REQUEST_KEYS},
+        "rates": rates_of(config.rates),
         "scale": config.scale.name,
         "exec": exec_,
         "cluster": cluster,
@@ -165,7 +167,8 @@ def _single(config: Config, run: RunSpec) -> list[Point]:
         )
     if config.action in ("export", "import", "adapter", "extend", "qualify", "advise"):
         return []
-    validate(run)
+    if not config.customers:  # each customer's runs are made of it
+        validate(run)
     return [Point(run.method.name, run)]
 
 

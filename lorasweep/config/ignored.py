@@ -13,7 +13,6 @@ from lorasweep.errors import SpecError
 from lorasweep.sweep.grid import fields_of
 from lorasweep.sweep.question import Sweep
 
-
 def refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
     """Refuse values on the command line that the sweep's axes replace.
 
@@ -96,23 +95,34 @@ def refuse_shadows(user_folders: list[Path]) -> None:
 
 
 def refuse_advice(config: Any, sweep_name: str | None) -> None:
-    """Refuse settings of action=advise and measure with another action, and a sweep with them.
+    """Refuse settings of customers with actions that do not read them, and a sweep with them.
 
     Raises:
         SpecError: there is one.
     """
-    about = {"advise": "customers", "measure": "one model and one data set"}.get(config.action)
-    if about and sweep_name is not None:
-        raise SpecError(f"action={config.action} is about {about}. Leave +sweep={sweep_name} out.")
+    about = {"measure": "one model and one data set", "advise": "customers", "fleet": "customers"}
+    what = about.get(config.action, "customers" if config.customers else "")
+    if what and sweep_name is not None:
+        raise SpecError(f"action={config.action} is about {what}. Leave +sweep={sweep_name} out.")
     if config.data and config.action != "measure":
         raise SpecError(
             "data is only for action=measure. Add it, or leave data out (of a customer: "
             "+customer.data)."
         )
-    if config.rates != Config.rates and config.action != "measure":
-        raise SpecError("rates is only for action=measure. Add it, or leave rates out.")
-    if config.action == "advise":
-        return
+    of_fleet = ("fleet", *(("plan", "status") if config.customers else ()))
+    if config.rates != Config.rates and config.action not in ("measure", *of_fleet):
+        raise SpecError(
+            "rates is only for action=measure and action=fleet. Add one, or leave rates out."
+        )
+    if config.instead_of_full and config.action not in of_fleet:
+        raise SpecError("instead_of_full is only for action=fleet. Add it, or leave it out.")
+    if config.action == "fleet" and not config.customers:
+        raise SpecError(
+            "action=fleet trains an adapter for each row of a table. Add customers=FILE (CSV or "
+            "YAML, with the columns name, model, task and data)."
+        )
     for name in ("customers", "customer", "why", "write_sweep"):
-        if getattr(config, name):
+        if getattr(config, name) and config.action != "advise":
+            if name == "customers" and config.action in of_fleet:
+                continue
             raise SpecError(f"{name} is only for action=advise. Add it, or leave {name} out.")

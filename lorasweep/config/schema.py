@@ -34,6 +34,7 @@ ACTIONS = (
     "fetch",
     "advise",
     "measure",
+    "fleet",
 )
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
@@ -110,7 +111,8 @@ class Config:
     why: str = ""
     write_sweep: str = ""
     data: str = ""
-    rates: int = 3
+    rates: int | str = 3
+    instead_of_full: str = ""
     scale: Scale = field(default_factory=Scale)
     cluster: writable(Cluster) = field(default_factory=writable(Cluster))  # type: ignore[valid-type]
     exec: writable(Exec) = field(default_factory=writable(Exec))  # type: ignore[valid-type]

@@ -113,6 +113,24 @@ def load(
     return Base(model, tokenizer, digest, commit=commit, mesh=mesh)
 
 
+def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
+    """Load a model's tokenizer without its weights; None if it has none.
+
+    Raises:
+        ModelError: the model cannot be found.
+    """
+    import transformers
+
+    if not check_available(spec, models_dirs):
+        return None
+    if spec.source == "hub":
+        return transformers.AutoTokenizer.from_pretrained(
+            spec.location, revision=spec.revision or None
+        )
+    folder = _converted(spec, models_dirs) if spec.source == "gguf" else find(spec, models_dirs)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
 def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | None]:
     """Read a model and its tokenizer from where they are; from the hub also the commit."""
     tokenizer, commit = None, None

@@ -55,7 +55,10 @@ class Request:
     """The options that changed them, as typed."""
 
     customers: str = ""
-    """action=advise: a table of customers."""
+    """A table of customers, for action=advise and action=fleet, and for plan and status of a fleet.
+    """
+    instead_of_full: str = ""
+    """action=fleet: lora trains it for customers for whom the adviser says full fine-tuning."""
     customer: dict[str, Any] = field(default_factory=dict)
     """action=advise: one customer, by column."""
     why: str = ""
@@ -65,7 +68,8 @@ class Request:
     data: str = ""
     """action=measure: a file of rows, in place of a data set."""
     rates: int = 3
-    """action=measure: learning rates that are tried, around lr."""
+    """Learning rates that are tried: action=measure: around lr; action=fleet: around the advised
+    one, which 1 is."""
     folders: list[str] = field(default_factory=list)
     """Folders of configuration, the user's first."""
 

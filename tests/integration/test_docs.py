@@ -15,6 +15,7 @@ from analysis.__main__ import main as analysis
 from analysis.report import front_page
 from analysis.report.study import answers
 from analysis.report.study import page as study_page
+from tests.customers import make_base, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
@@ -65,6 +66,11 @@ def test_every_documented_command_runs(command, tmp_path, capsys, monkeypatch):
         (tmp_path / name).write_text(body)
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "customers.csv", tmp_path / "docs")
+    write_rows(tmp_path / "dental.jsonl", 24, "Yes {k}")
+    config = make_base(tmp_path / "base") / "config.json"
+    (tmp_path / "customers.csv").write_text(
+        f"name,model,task,data\ndental-notes,{config},sft,dental.jsonl\n"
+    )
     assert command(*SMOKE).returncode == 0
     assert command(*SMOKE, "action=export", "table=runs.parquet").returncode == 0
     monkeypatch.setenv("WANDB_MODE", "offline")

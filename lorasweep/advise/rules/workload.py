@@ -164,7 +164,7 @@ def _lengths(c: Customer, data: Data | None, trace: Trace) -> tuple[float, float
     if tokens is None and data is not None:
         tokens = _tokens_of(data, trace)
     if length is None:
-        wanted = LENGTH if tokens is None else _rounded(tokens / TEXT_FILL)
+        wanted = LENGTH if tokens is None else rounded(tokens / TEXT_FILL)
         length = trace.note(
             "max_length",
             wanted,
@@ -191,7 +191,7 @@ def _lengths(c: Customer, data: Data | None, trace: Trace) -> tuple[float, float
     return tokens, max(tokens, TEXT_FILL * length), length
 
 
-def _rounded(tokens: float) -> int:
+def rounded(tokens: float) -> int:
     """Return the next of 2^k and 1.5 x 2^k: few lengths, so that rows share their placement."""
     k = math.floor(math.log2(max(64.0, tokens - 1e-9)))
     return next(n for n in (2**k, 3 * 2 ** (k - 1), 2 ** (k + 1)) if n >= tokens)

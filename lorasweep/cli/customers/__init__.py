@@ -1,4 +1,4 @@
-"""What is asked for customers: advice for a table of them, and the information in their data.
+"""What is asked for customers: advice for a table of them, the information in their data, adapters.
 
 Refuses to know how advice is found and how runs are trained.
 """

@@ -105,7 +105,7 @@ def _write(path: Path, found: Sequence[Advice | Failed], title: str) -> None:
 
 def _table(found: Sequence[Advice | Failed]) -> list[str]:
     rows = [list(page.HEAD), *(page.cells(a) for a in found)]
-    rows = [["".join(ch if ch.isprintable() else "?" for ch in c)[:WIDTH] for c in r] for r in rows]
+    rows = [[page.printable(c)[:WIDTH] for c in r] for r in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

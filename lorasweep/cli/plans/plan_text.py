@@ -69,7 +69,9 @@ def _head(request: Request, now: Plan, values: dict[str, Any]) -> str:
     runs, cost = values["runs"], values["cost"]
     name = "single run"
     if request.sweep_name:
-        name = f"sweep {request.sweep_name}, scale {request.scale}"
+        name = request.sweep_name
+        if request.sweep:
+            name = f"sweep {name}, scale {request.scale}"
     if now.hardware.name != detect.NAME:
         name += f", on {now.hardware.name}"
     states = ", ".join(f"{n} {s}" for s, n in now.counts().items())

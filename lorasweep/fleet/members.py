@@ -1,0 +1,182 @@
+"""Which runs a customer's adapter is chosen from: those of the advice, or what is wrong with it."""
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorasweep.advise import settle
+from lorasweep.advise.advice import Advice, Failed, Known, answers
+from lorasweep.advise.customer import RowError, customer_of
+from lorasweep.advise.rules.rates import ALPHA
+from lorasweep.advise.shapes import shape_of
+from lorasweep.advise.table import Row
+from lorasweep.errors import DataError, SpecError
+from lorasweep.fleet.rows import Rows, rows_of, with_lengths
+from lorasweep.methods.lora import LoRA
+from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.run import RunSpec, validate
+from lorasweep.sweep.grid import Point, around
+
+ADVISED = "advised"
+APART = 3.0
+"""Factor between the rates that are tried: a rate between two is within 1.7 of one of them, and the
+rates of public grids are as far apart (rules/rates.py, STEP)."""
+MOST_RATES = 9
+INSTEAD = ("", "lora")
+SAFE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A customer whose adapter can be trained."""
+
+    folder: str
+    """Its name, safe as the name of a folder; also of its data set and in what is printed."""
+    advice: Advice
+    rows: Rows
+    points: list[Point]
+    """A run for each rate, lowest first."""
+
+    @property
+    def name(self) -> str:
+        """The customer's name as it stands in the table."""
+        return self.advice.name
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all customers' runs share."""
+
+    base: RunSpec
+    """Its model, data set, rank, alpha, rate, batch and updates are replaced."""
+    rates: int
+    """How many are tried around the advised one; 1: the advised one."""
+    instead_of_full: str
+    """lora: LoRA is trained although the adviser says full fine-tuning."""
+    tokenizer_of: Callable[[ModelSpec], Any]
+    data_dirs: Sequence[str]
+
+
+def rates_of(value: int | str) -> int:
+    """Return how many rates are tried.
+
+    Raises:
+        SpecError: it is neither a number nor 'advised'.
+    """
+    if isinstance(value, str) and value != ADVISED:
+        raise SpecError(f"rates={value!r}. Expected a number, or for a fleet {ADVISED}.")
+    return 1 if isinstance(value, str) else value
+
+
+def folder_of(name: str) -> str:
+    """Return a name that is safe as a folder's on any file system, another for each customer."""
+    if SAFE.fullmatch(name):
+        return name
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{settle.plain_name(name)[:48]}-{digest}"
+
+
+def members_of(rows: Iterable[Row], known: Known, setup: Setup) -> list[Member | Failed]:
+    """Return each customer's runs, or what is wrong: one that is wrong stops no other."""
+    read: dict[str, Rows] = {}
+    filled = [_with_data(row, known, setup, read) for row in rows]
+    found: list[Member | Failed] = []
+    for a in answers(filled, known):
+        if isinstance(a, Failed):
+            found.append(a)
+            continue
+        try:
+            found.append(_member(a, read[a.where], setup))
+        except (RowError, SpecError) as error:
+            problems = error.problems if isinstance(error, RowError) else [str(error)]
+            found.append(Failed(a.where, a.name, problems))
+    return found
+
+
+def _with_data(row: Row, known: Known, setup: Setup, read: dict[str, Rows]) -> Row:
+    """Read and tokenize a customer's rows; fill in what the adviser would assume of them."""
+    if row.problem:
+        return row
+    try:
+        c = customer_of(row.values)
+        model = shape_of(c, known.models)
+    except RowError:
+        return row  # the adviser says the same
+    if c.task != "sft":
+        return row._replace(problem=f"column task: a fleet is trained on answers, not by {c.task}.")
+    if c.data is None:
+        return row._replace(
+            problem="column data: missing. It holds a .jsonl file, or a folder with train.jsonl."
+        )
+    tokenizer = setup.tokenizer_of(model)
+    try:
+        rows = rows_of(folder_of(c.name), c.data, setup.base.dataset)
+        rows, tokens = with_lengths(rows, tokenizer, c.max_length, setup.data_dirs)
+    except DataError as error:
+        return row._replace(problem=f"column data: {error}")
+    read[row.where] = rows
+    given = {"max_length": rows.dataset.max_length, "tokens_per_example": round(tokens, 1)}
+    stated = {k: v for k, v in row.values.items() if v is not None and str(v).strip()}
+    return row._replace(values={**given, **stated})
+
+
+def _member(advice: Advice, rows: Rows, setup: Setup) -> Member:
+    """Make a customer's runs.
+
+    Raises:
+        RowError, SpecError: they cannot be trained.
+    """
+    choice, work, c = advice.choice, advice.work, advice.customer
+    if choice.method == "full" and setup.instead_of_full != "lora":
+        raise RowError(
+            [
+                f"the adviser says full fine-tuning: {choice.why}. Add instead_of_full=lora to "
+                f"train LoRA of rank {choice.rank} all the same; its card will say so."
+            ]
+        )
+    base, folder = setup.base, folder_of(advice.name)
+    advised: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA}
+    method = dataclasses.replace(base.method, **advised)
+    steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / work.batch_size))
+    rate = settle.middle_rates(advice)[0]
+    spec = dataclasses.replace(
+        base,
+        model=advice.model,
+        dataset=rows.dataset,
+        method=method,
+        batch_size=work.batch_size,
+        steps=steps,
+        lr=rate,
+    )
+    tried = setup.rates if rows.held_out else 1
+    rates = [rate] if tried == 1 else around(rate, tried, APART)
+    points = [Point(folder, dataclasses.replace(spec, lr=lr)) for lr in rates]
+    for point in points:
+        validate(point.spec)
+    return Member(folder, advice, rows, points)
+
+
+def check(setup: Setup) -> None:
+    """Check what all customers share.
+
+    Raises:
+        SpecError: adapters cannot be trained with it.
+    """
+    if not isinstance(setup.base.method, LoRA) or setup.base.objective != "sft":
+        raise SpecError(
+            f"method={setup.base.method.name} objective={setup.base.objective}: a fleet trains "
+            "adapters on given answers. Set method=lora and objective=sft."
+        )
+    if setup.rates != 1 and not 3 <= setup.rates <= MOST_RATES:
+        raise SpecError(
+            f"rates={setup.rates}. Expected {ADVISED}, or how many rates are tried around the "
+            f"advised one: 3 to {MOST_RATES}."
+        )
+    if setup.instead_of_full not in INSTEAD:
+        raise SpecError(
+            f"instead_of_full={setup.instead_of_full!r}. Allowed: lora, or leave it out."
+        )

@@ -1,0 +1,138 @@
+"""What became of a customer: the rate that validation rows chose, and the gain on test rows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorasweep.advise.advice import Failed
+from lorasweep.advise.rules.capacity import FULL, ROOM
+from lorasweep.fleet.members import Member
+from lorasweep.spec.run import RunSpec
+from lorasweep.store.run_store import FINAL, RunStore
+
+CHOSEN_BY = "test_nll_curve"
+"""Key of a result: the held-out loss at the end on the rows that choose."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One rate."""
+
+    lr: float
+    run: str
+    state: str
+    validation: float | None
+    """Loss at the end in nats per token, on the rows that choose; None if it has none."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A customer, when nothing is trained any more."""
+
+    member: Member
+    tried: list[Tried]
+    spec: RunSpec | None
+    """The chosen run; None: no rate is to be chosen from."""
+    result: dict[str, Any]
+    """Its result; empty without one."""
+    problem: str
+    """Why there is no adapter; empty if there is one."""
+
+    @property
+    def name(self) -> str:
+        """The customer's name."""
+        return self.member.name
+
+    @property
+    def gain(self) -> float | None:
+        """Nats per token that training took off the loss of rows that were held out."""
+        if self.spec is None or not self.member.rows.held_out:
+            return None
+        return self.result["nll_start"] - self.result["test_nll"]
+
+    @property
+    def edge(self) -> str:
+        """Where the chosen rate is among those tried: lowest, highest, or '' in between."""
+        rates = [t.lr for t in self.tried]
+        if self.spec is None or len(rates) == 1:
+            return ""
+        return {rates[0]: "lowest", rates[-1]: "highest"}.get(self.spec.lr, "")
+
+    @property
+    def room(self) -> str:
+        """Whether the data are too few or too many for the rank, by the adviser's count of bits."""
+        load = self.member.advice.choice.load
+        if not self.member.rows.held_out:
+            return "too few rows to hold any out"
+        if load is None or load <= ROOM:
+            return ""
+        return "more than the rank holds" if load > FULL else "little room in the rank"
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON values: what the card says."""
+        m, advice, found = self.member, self.member.advice, self.result
+        data, choice = m.rows.dataset, advice.choice
+        return {
+            "name": m.name,
+            "folder": m.folder,
+            "error": self.problem or None,
+            "base": advice.model.location or advice.model.name,
+            "run": self.spec.id if self.spec else None,
+            "lr": self.spec.lr if self.spec else None,
+            "tried": [vars(t) for t in self.tried],
+            "edge": self.edge,
+            "rank": choice.rank,
+            "alpha": m.points[0].spec.method.plain()["alpha"],
+            "layers": m.points[0].spec.method.plain()["layers"],
+            "tied": advice.model.tied and "unembedding" in m.points[0].spec.method.target_layers(),
+            "data": f"{data.location}/{data.train_split}.jsonl",
+            "revision": data.revision,
+            "n_train": found.get("n_train", m.rows.n_train),
+            "n_validation": data.n_validation,
+            "n_test": found.get("n_test", data.n_test) if m.rows.held_out else 0,
+            "steps": m.points[0].spec.steps,
+            "batch_size": m.points[0].spec.batch_size,
+            "max_length": data.max_length,
+            "loss_before": found.get("nll_start"),
+            "loss_after": found.get("test_nll"),
+            "gain": self.gain,
+            "tokens": found.get("tokens"),
+            "seconds": found.get("wall_s"),
+            "room": self.room,
+            "advised": choice.method,
+            "advised_why": choice.why,
+            "advised_lr": advice.rate.source,
+            "warnings": advice.trace.warnings,
+        }
+
+
+def outcome_of(member: Member, store: RunStore) -> Outcome:
+    """Choose a customer's rate: of the lowest loss on validation rows, the lower of equal ones."""
+    states = store.states(p.id for p in member.points)
+    tried, found = [], []
+    for p in member.points:
+        result = store.result(p.id) or {}
+        loss = result.get(CHOSEN_BY) if states[p.id] == "done" else None
+        tried.append(Tried(p.spec.lr, p.id, states[p.id], loss))
+        if loss is not None:
+            found.append((loss, p.spec.lr, p.spec, result))
+    open_ = [t for t in tried if t.state not in FINAL]
+    if open_ or not found:
+        return Outcome(member, tried, None, {}, _problem(tried, open_, store))
+    _, _, spec, result = min(found, key=lambda f: f[:2])
+    return Outcome(member, tried, spec, result, "")
+
+
+def _problem(tried: list[Tried], open_: list[Tried], store: RunStore) -> str:
+    failed = next((t for t in open_ if t.state == "failed"), None)
+    if failed is not None:
+        return f"{store.failure(failed.run)} (run {failed.run}; try again: exec.retry=true)"
+    if open_:
+        return f"not trained yet: {len(open_)} of {len(tried)} runs"
+    return f"every rate diverged: {', '.join(f'{t.lr:g}' for t in tried)}"
+
+
+def plain_of(found: "Outcome | Failed") -> dict[str, Any]:
+    """Return a customer as JSON values, also one that could not be planned."""
+    if isinstance(found, Outcome):
+        return found.plain()
+    return {"name": found.name, "folder": None, "error": found.error}

@@ -1,0 +1,174 @@
+"""What people read: the card beside an adapter, and the page over all customers.
+
+Names and error texts are customers': they are escaped in both.
+"""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+import yaml
+
+from lorasweep.advise.advice import Failed
+from lorasweep.advise.page import TEMPLATE, plain_text
+from lorasweep.advise.trace import shown
+from lorasweep.fleet.outcome import Outcome, plain_of
+
+HEAD = (
+    *("customer", "rank", "rate", "of", "rows", "held out", "before", "after", "gain"),
+    "to know",
+)
+NUMBERS = ("rank", "rate", "of", "rows", "held out", "before", "after", "gain")
+
+
+def card(outcome: Outcome) -> str:
+    """Return the card of an adapter, in Markdown with the head that model hubs read."""
+    p = outcome.plain()
+    head = {"base_model": p["base"], "library_name": "peft", "tags": ["lora"]}
+    lines = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {plain_text(p['name'])}", ""]
+    lines += [f"- **{name}:** {plain_text(text)}" for name, text in _facts(outcome)]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(outcome: Outcome) -> Iterable[tuple[str, str]]:
+    """Yield what there is to say of a trained adapter."""
+    p = outcome.plain()
+    yield "adapter", f"LoRA of rank {p['rank']}, alpha {p['alpha']:g}, on {p['layers']} matrices"
+    yield "base", p["base"]
+    yield "trained on", f"{p['n_train']:,} rows of {p['data']} ({p['revision']})"
+    yield (
+        "training",
+        f"{p['steps']:,} updates of {p['batch_size']} rows, {p['tokens'] or 0:,} tokens, "
+        f"{p['seconds'] or 0:,.1f} s",
+    )
+    yield "learning rate", _rate(outcome)
+    before, after = shown(p["loss_before"]), shown(p["loss_after"])
+    if outcome.gain is None:
+        yield (
+            "loss",
+            f"{before} nats a token before, {after} after, on the training rows themselves: with "
+            f"{p['n_train']} rows none was held out, so nothing is known of the gain on others",
+        )
+    else:
+        yield (
+            "held-out loss",
+            f"{before} nats a token before, {after} after, on {p['n_test']} rows that were neither "
+            f"trained on nor chose anything: a gain of {outcome.gain:.3g}",
+        )
+    method = {"lora": "LoRA", "full": "full fine-tuning", "open": "open"}[p["advised"]]
+    forced = ". LoRA was asked for all the same" if p["advised"] == "full" else ""
+    yield "the adviser said", f"{method}: {p['advised_why']}{forced}"
+    if p["room"]:
+        yield "room", p["room"]
+    if p["tied"]:
+        yield "use", "as it is, never merged: the unembedding it changes is tied to the embedding"
+    for text in p["warnings"]:
+        yield "warning", text
+
+
+def _rate(outcome: Outcome) -> str:
+    p = outcome.plain()
+    if len(outcome.tried) == 1:
+        return f"{p['lr']:g}, the advised one; no other was tried ({p['advised_lr']})"
+    tried = ", ".join(f"{t.lr:g} {_loss(t.validation)}" for t in outcome.tried)
+    edge = f"; it is the {p['edge']} one, so the best may lie beyond" if p["edge"] else ""
+    return (
+        f"{p['lr']:g}, the lowest loss on {p['n_validation']} rows that were not trained on: "
+        f"{tried}{edge}. They lie around the advised rate ({p['advised_lr']})"
+    )
+
+
+def _loss(value: float | None) -> str:
+    return "diverged" if value is None else f"{value:.4f}"
+
+
+def cells(found: "Outcome | Failed") -> list[str]:
+    """Return the row of a table, under HEAD."""
+    p = plain_of(found)
+    if not isinstance(found, Outcome) or found.spec is None:
+        return [p["name"] or "?", *[""] * (len(HEAD) - 2), p["error"]]
+    notes = [n for n in (found.room, found.edge and f"{found.edge} rate") if n]
+    if found.gain is not None and found.gain <= 0:
+        notes.append("no gain")
+    if p["advised"] == "full":
+        notes.append("the adviser says full fine-tuning")
+    return [
+        p["name"],
+        str(p["rank"]),
+        f"{p['lr']:g}",
+        str(len(found.tried)),
+        f"{p['n_train']:,}",
+        f"{p['n_validation']} + {p['n_test']}" if found.member.rows.held_out else "none",
+        f"{p['loss_before']:.3f}",
+        f"{p['loss_after']:.3f}",
+        "?" if found.gain is None else f"{found.gain:+.3f}",
+        ", ".join(notes),
+    ]
+
+
+def summary_lines(found: Sequence["Outcome | Failed"]) -> list[str]:
+    """Return who gained, who did not, and whose rate or rank is in question."""
+    trained = [o for o in found if isinstance(o, Outcome) and o.spec is not None]
+    gained = [o for o in trained if o.gain is not None and o.gain > 0]
+    groups = {
+        "gained on rows that chose nothing": gained,
+        "did not gain": [o for o in trained if o.gain is not None and o.gain <= 0],
+        "unknown, as no row was held out": [o for o in trained if o.gain is None],
+        "best rate at the edge of those tried": [o for o in trained if o.edge],
+        "more data than the rank has room for": [
+            o for o in trained if o.room and o.member.rows.held_out
+        ],
+    }
+    lines = [
+        f"{len(found)} customers: {len(trained)} adapters, {len(found) - len(trained)} without"
+    ]
+    return lines + [f"{len(g)} {says}" for says, g in groups.items() if g]
+
+
+def page(found: Sequence["Outcome | Failed"], title: str) -> str:
+    """Return the page in HTML: one file, without scripts, and every name escaped."""
+    body = [f"<h1>{escape(title)}</h1>"]
+    body += [f"<p>{escape(line)}</p>" for line in summary_lines(found)]
+    body.append(
+        '<p class="note">Losses are nats a token on held-out rows. The rate with the lowest loss '
+        "on the first of them (held out, left) was chosen; before, after and gain are of the "
+        "others. With few rows they are noisy.</p>"
+    )
+    body += _table(found)
+    for k, outcome in enumerate(found):
+        if isinstance(outcome, Outcome) and outcome.spec is not None:
+            facts = "".join(
+                f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _facts(outcome)
+            )
+            body.append(
+                f'<section class="card" id="c{k}"><h3>{escape(outcome.name)}</h3><dl>{facts}</dl>'
+                f'<p class="note">folder {escape(outcome.member.folder)}, run '
+                f"{escape(outcome.spec.id)}</p></section>"
+            )
+        else:
+            p = plain_of(outcome)
+            body.append(
+                f'<section class="card" id="c{k}"><h3>{escape(p["name"] or "?")}: <span '
+                f'class="error">no adapter</span></h3><p>{escape(p["error"])}</p></section>'
+            )
+    text = TEMPLATE.read_text().replace("LoRA or full fine-tuning", "Customers' adapters", 1)
+    return text.replace("<!--BODY-->", "\n".join(body))
+
+
+def _table(found: Sequence["Outcome | Failed"]) -> Iterable[str]:
+    def cell(head: str, text: str) -> str:
+        return f'<td class="n">{text}</td>' if head in NUMBERS else f"<td>{text}</td>"
+
+    yield '<div class="table"><table><tr>'
+    yield "".join(f'<th class="n">{h}</th>' if h in NUMBERS else f"<th>{h}</th>" for h in HEAD)
+    yield "</tr>"
+    for k, outcome in enumerate(found):
+        name, *rest = map(escape, cells(outcome))
+        yield f'<tr><td><a href="#c{k}">{name}</a></td>'
+        yield "".join(cell(h, text) for h, text in zip(HEAD[1:], rest, strict=True)) + "</tr>"
+    yield "</table></div>"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a page or a card; text that UTF-8 cannot hold is written with question marks."""
+    path.write_text(text, encoding="utf-8", errors="replace")

@@ -1,0 +1,313 @@
+"""`action=fleet` from a table to folders that PEFT loads: trained once, changed, stopped, broken."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorasweep.cli.actions import act
+from lorasweep.cli.customers import fleet
+from lorasweep.errors import SpecError
+from lorasweep.fleet.outcome import Outcome, Tried
+from lorasweep.launch.process import Stopped
+from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.store.run_store import RunStore
+from tests.customers import make_base, write_rows
+
+SECRET = "zanzibar 7351"
+HOSTILE = '<img src=x onerror=alert(1)>/../"x"'
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return [make_base(tmp_path_factory.mktemp(name)) for name in ("one", "two")]
+
+
+@pytest.fixture
+def world(bases, tmp_path, monkeypatch, compose):
+    """`write(**changes)` writes a table with five customers on two bases; `run(...)` acts on it."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "ann.jsonl", 40, "357 in all {k}")
+    write_rows(tmp_path / "bob.jsonl", 25, "No! {k}", question="Is it late? {k}")
+    write_rows(tmp_path / "tiny.jsonl", 5, "Yes {k}")
+    write_rows(tmp_path / "owner/train.jsonl", 30, f"{SECRET} {{k}}")
+    write_rows(tmp_path / "owner/test.jsonl", 9, f"{SECRET} {{k}}", start=100)
+    rows = {
+        "ann": (bases[0], "ann.jsonl", 4),
+        "bob": (bases[0], "bob.jsonl", 3),
+        "few": (bases[0], "tiny.jsonl", 1),
+        HOSTILE: (bases[0], "owner", 2),
+        "eve": (bases[1], "ann.jsonl", 2),
+    }
+
+    class World:
+        folder = tmp_path / "reports/fleet-customers"
+
+        def write(self, **more):
+            table = [
+                {"name": n, "model": str(b / "config.json"), "task": "sft", "data": d, "epochs": e}
+                for n, (b, d, e) in {**rows, **more}.items()
+                if b is not None
+            ]
+            (tmp_path / "customers.yaml").write_text(json.dumps(table))
+
+        def run(self, *more, trainer=None):
+            request = compose("action=fleet", "customers=customers.yaml", "exec.workers=1", *more)
+            self.store = RunStore(request.exec.runs_dir)
+            self.request = request
+            return act(request, trainer or TorchTrainer())
+
+        def facts(self, name):
+            return json.loads((self.folder / name / "facts.json").read_text())
+
+        def runs(self):
+            return {i: self.store.result(i) for i in self.store.existing()}
+
+    made = World()
+    made.write()
+    return made
+
+
+class Counting(TorchTrainer):
+    """The real trainer, which notes what it was asked for; it stops or breaks at an update."""
+
+    def __init__(self, stop_at=None):
+        super().__init__()
+        self.asked, self.stop_at = [], stop_at
+
+    def __call__(self, pack, exec_, resume):
+        self.asked += [(s.dataset.name, s.lr, bool(resume)) for s in pack]
+        for event in super().__call__(pack, exec_, resume):
+            yield event
+            if event.step == self.stop_at:
+                raise Stopped
+
+
+def test_a_table_becomes_folders_and_asked_again_only_what_changed_is_trained(
+    world, tmp_path, capsys
+):
+    trainer = Counting()
+    assert world.run(trainer=trainer) == 0
+    assert len(trainer.asked) == 13  # three rates for four customers, one for the few rows
+    printed = capsys.readouterr().out
+    assert "5 customers: 5 adapters, 0 without" in printed and "too few rows" in printed
+    ann = world.facts("ann")
+    losses = {t["lr"]: t["validation"] for t in ann["tried"]}
+    assert ann["lr"] == min(losses, key=lambda lr: (losses[lr], lr)) and len(losses) == 3
+    chosen = world.store.result(ann["run"])
+    assert ann["gain"] == chosen["nll_start"] - chosen["test_nll"] > 0
+    assert (ann["n_train"], ann["n_validation"], ann["n_test"]) == (32, 4, 4)
+    few = world.facts("few")
+    assert (
+        few["gain"] is None
+        and "nothing is known of the gain" in (world.folder / "few/README.md").read_text()
+    )
+    # weights are kept of what was chosen, and of nothing else
+    kept = {p.parent.name for p in world.store.root.glob("*/weights.safetensors")}
+    facts = [json.loads(p.read_text()) for p in world.folder.glob("*/facts.json")]
+    assert kept == {f["run"] for f in facts} and len(facts) == 5
+
+    before = {p: p.stat().st_mtime_ns for p in world.folder.glob("*/*")}
+    again = Counting()
+    assert world.run(trainer=again) == 0 and not again.asked
+    assert {p: p.stat().st_mtime_ns for p in world.folder.glob("*/*")} == before
+
+    write_rows(tmp_path / "bob.jsonl", 25, "Yes! {k}", question="Is it late? {k}")
+    world.write(zoe=(None, None, None))
+    changed = Counting()
+    assert world.run(trainer=changed) == 0
+    assert {name for name, _, _ in changed.asked} == {"bob"} and len(changed.asked) == 3
+    untouched = {p for p, t in before.items() if p.stat().st_mtime_ns == t}
+    assert before.keys() - untouched == {p for p in before if p.parent.name == "bob"}
+
+
+def test_a_stopped_fleet_goes_on_in_its_company_to_the_same_adapters(world, tmp_path, compose):
+    assert world.run("precision=fp64", "exec.reports_dir=whole", "exec.runs_dir=whole_runs") == 0
+    stopping = Counting(stop_at=4)
+    settings = ("precision=fp64", "exec.checkpoint_s=0")
+    assert world.run(*settings, trainer=stopping) == 130
+    assert not world.folder.exists()
+    rest = Counting()
+    assert world.run(*settings, trainer=rest) == 0
+    assert any(resumed for _, _, resumed in rest.asked)
+    for path in (tmp_path / "whole/fleet-customers").glob("*/adapter_model.safetensors"):
+        a, b = load_file(path), load_file(world.folder / path.parent.name / path.name)
+        assert all(torch.equal(a[n], b[n]) for n in a)
+    results = [r for r in world.runs().values() if r]
+    assert not any(r["resumed_in_other_company"] for r in results)
+
+
+def test_nothing_of_one_customers_rows_is_in_what_others_get(world, tmp_path):
+    """Folders, run folders with logs and records, and errors; the page escapes their names."""
+    write_rows(tmp_path / "loud.jsonl", 30, "Yes")
+    with (tmp_path / "loud.jsonl").open("a") as rows:
+        rows.write(f'{{"prompt": "{SECRET}"\n')
+    base = str(next(iter(json.loads((tmp_path / "customers.yaml").read_text())))["model"])
+    table = json.loads((tmp_path / "customers.yaml").read_text())
+    row = {"model": base, "task": "sft", "epochs": 1}
+    table += [
+        {"name": "loud", "data": "loud.jsonl", **row},
+        {"name": "ann", "data": "owner", **row},
+    ]
+    (tmp_path / "customers.yaml").write_text(json.dumps(table))
+    assert world.run() == 1
+    (owner,) = [p for p in world.folder.iterdir() if p.name.startswith("img_src")]
+    for path in [p for p in tmp_path.rglob("*") if p.is_file() and "owner" not in p.parts]:
+        if path.name in ("loud.jsonl",) or ".tokens" in path.parts:
+            continue
+        assert SECRET.encode() not in path.read_bytes(), path
+    others = [p for p in world.folder.iterdir() if p.is_dir() and p != owner]
+    assert len(others) == 4
+    for path in [q for p in others for q in p.iterdir()]:
+        assert b"onerror" not in path.read_bytes() and b"owner" not in path.read_bytes()
+    page = (world.folder / "index.html").read_text()
+    assert "<img" not in page and "&lt;img src=x onerror" in page and "<script" not in page
+    assert "http" not in page.split("<main>")[1] and "loud.jsonl:31: not a JSON row" in page
+    card = (owner / "README.md").read_text()
+    assert "<img" not in card and "rows of owner/train.jsonl" in card
+
+
+def test_data_that_break_between_plan_and_training_fail_their_customer_alone(world, tmp_path):
+    class Breaking(TorchTrainer):
+        def _load_data(self, spec, exec_, base):
+            if spec.dataset.name == "bob":
+                (tmp_path / "bob.jsonl").write_text("{")
+            return super()._load_data(spec, exec_, base)
+
+    assert world.run(trainer=Breaking()) == 1
+    assert {p.name for p in world.folder.iterdir() if p.is_dir()} >= {"ann", "few", "eve"}
+    assert not (world.folder / "bob").exists()
+    assert "but the revision" in (world.folder / "index.html").read_text()
+
+
+def test_plan_and_status_are_of_the_customers(world, tmp_path, capsys, compose):
+    request = compose("action=plan", "customers=customers.yaml", "format=json", "rates=advised")
+    assert act(request) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["runs"]["total"] == 5 and found["cost"]["packs"] == 2  # a pack a base
+    assert act(dataclasses.replace(request, action="status")) == 0
+    arms = json.loads(capsys.readouterr().out)["arms"]
+    assert {"ann", "bob", "few", "eve"} < {a["arm"] for a in arms}
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["rates=2"], "3 to 9"),
+        (["method=fullft"], "method=lora"),
+        (["cluster=slurm"], "on this machine"),
+        (["exec.world_size=2"], "on this machine"),
+        (["instead_of_full=yes"], "Allowed: lora"),
+    ],
+)
+def test_what_a_fleet_does_not_do_is_refused_before_it_reads_rows(world, options, says):
+    with pytest.raises(SpecError, match=says):
+        world.run(*options)
+
+
+def test_settings_of_fleets_are_refused_elsewhere(compose):
+    for options, says in (
+        (["action=fleet"], "customers=FILE"),
+        (["rates=5"], "only for action=measure and action=fleet"),
+        (["action=export", "customers=a.csv"], "only for action=advise"),
+        (["action=fleet", "customers=a.csv", "+sweep=lr_ratio"], "Leave"),
+    ):
+        with pytest.raises(SpecError, match=says):
+            compose(*options)
+
+
+def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(world, capsys):
+    world.run("rates=3")
+    request = dataclasses.replace(world.request, points=world.request.points)
+    member = next(m for m in fleet._members(request) if m.name == "ann")
+    store, ids = world.store, [p.id for p in member.points]
+
+    class Planted:
+        def __init__(self, losses):
+            self.losses = dict(zip(ids, losses))
+
+        def states(self, given):
+            return {i: "diverged" if self.losses[i] is None else "done" for i in given}
+
+        def result(self, rid):
+            return {**store.result(rid), "test_nll_curve": self.losses[rid], "test_nll": 9.0}
+
+    for losses, chosen, edge in (
+        ([1.0, 1.0, 2.0], 0, "lowest"),
+        ([None, 2.0, 2.0], 1, ""),
+        ([3.0, None, 2.0], 2, "highest"),
+    ):
+        found = fleet.outcome_of(member, Planted(losses))
+        assert found.spec.id == ids[chosen] and found.edge == edge and found.gain < 0
+        assert [t.validation for t in found.tried] == losses
+    none = fleet.outcome_of(member, Planted([None] * 3))
+    assert isinstance(none, Outcome) and none.spec is None and "every rate diverged" in none.problem
+    assert isinstance(none.tried[0], Tried)
+
+
+def test_adapters_load_and_are_switched_on_one_base(world, bases):
+    """Each gives its customer's answer, alone and beside the others."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    world.run("rates=advised")
+    tokenizer = AutoTokenizer.from_pretrained(bases[0])
+    ids = tokenizer("How many? 3\n", return_tensors="pt", add_special_tokens=False)
+
+    def fresh():
+        return AutoModelForCausalLM.from_pretrained(bases[0], dtype=torch.float32).eval()
+
+    def logits(model):
+        with torch.no_grad():
+            return model(**ids).logits
+
+    alone = {}
+    for name in ("ann", "bob", "few"):
+        model = PeftModel.from_pretrained(fresh(), world.folder / name)
+        alone[name] = logits(model)
+        assert (
+            model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1]
+            > ids.input_ids.shape[1]
+        )
+    assert not torch.allclose(alone["ann"], alone["bob"], atol=1e-4)
+    served = PeftModel.from_pretrained(fresh(), world.folder / "ann", adapter_name="ann")
+    for name in ("bob", "few"):
+        served.load_adapter(world.folder / name, adapter_name=name)
+    for name in ("few", "ann", "bob", "ann"):
+        served.set_adapter(name)
+        assert torch.allclose(logits(served), alone[name], atol=1e-5)
+
+
+def test_adapters_are_switched_by_transformers(world, bases, monkeypatch):
+    """Its own integration, without PEFT's wrapper. Its check of PEFT's version is left out: version
+    5.24 asks for a PEFT that was not published when this was written."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import peft as integration
+
+    monkeypatch.setattr(integration, "check_peft_version", lambda **_: None)
+    from peft import PeftModel
+
+    world.run("rates=advised")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model = AutoModelForCausalLM.from_pretrained(bases[0], dtype=torch.float32).eval()
+    for name in ("ann", "bob"):
+        model.load_adapter(str(world.folder / name), adapter_name=name)
+    for name in ("ann", "bob"):
+        other = AutoModelForCausalLM.from_pretrained(bases[0], dtype=torch.float32).eval()
+        alone = PeftModel.from_pretrained(other, world.folder / name)
+        model.set_adapter(name)
+        with torch.no_grad():
+            assert torch.allclose(model(ids).logits, alone(ids).logits, atol=1e-5)
+
+
+def test_a_mirror_has_a_run_a_customer(world, monkeypatch):
+    copied = []
+    monkeypatch.setattr(
+        "lorasweep.tracking.wandb.mirror",
+        lambda points, store, group: copied.append((points, group)),
+    )
+    assert world.run("mirror=wandb", "rates=advised") == 0
+    ((points, group),) = copied
+    assert group == "fleet-customers" and len({p.arm for p in points}) == len(points) == 5
