@@ -42,6 +42,8 @@ STOPPED = 130
 """Exit status after Ctrl-C."""
 OF_TABLES = {"import": finished_runs.import_, "advise": advise.show, "measure": measure.show}
 """Actions that are about a table or a file of rows and not about runs that were asked for."""
+OF_RUNS = {"verify": finished_runs.verify, "extend": finished_runs.extend}
+"""Actions on the finished runs of a sweep."""
 OUTLOOK_RUNS = 2000
 """Number of runs above which action=plan does not say what claims can be decided. Loading the
 analysis takes a second, longer than planning; the start of the runs says it."""
@@ -85,14 +87,12 @@ def act(
         return study.each(
             request, lambda part: act(part, trainer), lambda part: _check(part, store)
         )
-    if action == "verify":
-        return finished_runs.verify(request, store, all_points(request, store))
+    if action in OF_RUNS:
+        return OF_RUNS[action](request, store, all_points(request, store))
     if action == "plan":
         return _plan(request, store)
     if action == "layers":
         return _layers(request)
-    if action == "extend":
-        return finished_runs.extend(request, store, all_points(request, store))
     if action == "status":
         return status.show(request, store, lambda: all_points(request, store))
     if action == "measure_packs":

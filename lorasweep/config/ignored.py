@@ -13,6 +13,7 @@ from lorasweep.errors import SpecError
 from lorasweep.sweep.grid import fields_of
 from lorasweep.sweep.question import Sweep
 
+
 def refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
     """Refuse values on the command line that the sweep's axes replace.
 

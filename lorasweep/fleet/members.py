@@ -116,7 +116,7 @@ def _with_data(row: Row, known: Known, setup: Setup, read: dict[str, Rows]) -> R
     try:
         rows = rows_of(folder_of(c.name), c.data, setup.base.dataset)
         rows, tokens = with_lengths(rows, tokenizer, c.max_length, setup.data_dirs)
-    except DataError as error:
+    except (DataError, OSError) as error:
         return row._replace(problem=f"column data: {error}")
     read[row.where] = rows
     given = {"max_length": rows.dataset.max_length, "tokens_per_example": round(tokens, 1)}
