@@ -111,9 +111,8 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     refuse_shadows([Path(s.path) for s in sources if s.provider == "command-line"])
     unresolved = copy.deepcopy(cfg)
     config = _object(cfg)
-    _one_of("action", config.action, ACTIONS)
-    _one_of("format", config.format, FORMATS)
-    _one_of("mirror", config.mirror, MIRRORS)
+    for name, allowed in (("action", ACTIONS), ("format", FORMATS), ("mirror", MIRRORS)):
+        _one_of(name, getattr(config, name), allowed)
     exec_ = exec_of(dataclasses.asdict(config.exec))
     cluster = Cluster(**dataclasses.asdict(config.cluster))
     check_cluster(cluster)
