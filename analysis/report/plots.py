@@ -210,6 +210,10 @@ def _ticks(ax: Axes, panel: Panel) -> None:
         ax.set_xticks([v for v, _ in panel.ticks], [t for _, t in panel.ticks])
         ax.xaxis.set_minor_locator(NullLocator())
     elif ax.get_xscale() == "log":
+        left, right = ax.get_xlim()
+        if right < 10 * left:  # otherwise labelled in powers of ten, over each other
+            ax.xaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5, 7)))
+            ax.xaxis.set_minor_formatter(_plain_number)
         ax.xaxis.set_major_formatter(_plain_number)
 
 

@@ -20,12 +20,8 @@ EIGHTH = 8
 """The claims of `regime` are about ranks of this fraction of the width."""
 
 
-NOTHING_GIVEN_UP = {
-    ("batch_size", "below_256"): (256, "SUPPORTED"),
-    ("large_batches", "at_512"): (512, "REFUTED"),
-    ("large_batches", "at_1024"): (1024, "REFUTED"),
-}
-"""Claims about one batch size, and the outcome by which LoRA gave up nothing at it."""
+GIVEN_UP = {"at_32": (32, "REFUTED"), "at_512": (512, "SUPPORTED"), "at_1024": (1024, "SUPPORTED")}
+"""Claims of `large_batches`: the batch, and the outcome by which LoRA falls behind at it."""
 
 
 def sentences(parts: Sequence[Part]) -> list[str]:
@@ -138,17 +134,21 @@ def _batches(parts: Sequence[Part]) -> str:
         "with each doubling, its speed over full fine-tuning's changed by {}",
         _change,
     )
-    free = [
-        batch
-        for (sweep, claim), (batch, outcome) in NOTHING_GIVEN_UP.items()
-        for part, v in found(parts, sweep, claim)
-        if v.outcome == outcome and part.setting(v.group) == Setting.IN_REGIME
-    ]
-    if said and free:
+    free = [(p, v) for p, v in found(parts, "batch_size", "below_256") if v.outcome == "SUPPORTED"]
+    if said and any(p.setting(v.group) == Setting.IN_REGIME for p, v in free):
         said += (
-            f" Yet after equally many examples in batches of {max(free):,} its highest rank gave up"
-            f" nothing {WORDS[Setting.IN_REGIME]}."
+            " Yet after equally many examples in batches of 256 its highest rank gave up nothing"
+            f" {WORDS[Setting.IN_REGIME]}."
         )
+    behind = {
+        f"{batch:,}": v.group.split(" on ")[0]
+        for claim, (batch, outcome) in GIVEN_UP.items()
+        for _, v in found(parts, "large_batches", claim)
+        if v.outcome == outcome
+    }
+    if said and behind:
+        bases = _listed(list(dict.fromkeys(behind.values())))
+        said += f" An eighth of {bases}'s width fell behind in batches of {_listed(list(behind))}."
     return said
 
 

@@ -363,6 +363,28 @@ def test_sentences_follow_the_verdicts_and_are_left_out_without_an_answer(tmp_pa
     assert findings.sentences([]) == []
 
 
+def test_the_sentence_about_batches_says_at_which_lora_falls_behind(tmp_path):
+    def said(below_256, at_32, at_512):
+        rules = (dialect(knobs=RULES),)
+        made = [verdict(-0.05, outcome="UNDECIDED", claim="penalty")]
+        made += [verdict(0.0, outcome=below_256, claim="below_256")]
+        small = answer(tmp_path, *made, sweep="batch_size", data=rules)
+        group = "b on dialect, batch 32, steps 8"
+        made = [verdict(0.01, outcome=at_32, claim="at_32", group=group)]
+        made += [verdict(0.01, outcome=at_512, claim="at_512", group=group)]
+        (sentence,) = findings.sentences(
+            [small, answer(tmp_path, *made, sweep="large_batches", data=rules)]
+        )
+        return sentence
+
+    text = said("SUPPORTED", "REFUTED", "SUPPORTED")
+    assert "in batches of 256 its highest rank gave up nothing in the regime" in text
+    assert text.endswith("An eighth of b's width fell behind in batches of 32 and 512.")
+    text = said("UNDECIDED", "SUPPORTED", "SUPPORTED")
+    assert "gave up nothing" not in text and text.endswith("fell behind in batches of 512.")
+    assert "fell behind" not in said("SUPPORTED", "SUPPORTED", "REFUTED")
+
+
 def test_the_smallest_rank_without_regret_is_a_range_over_the_data_sets(tmp_path):
     def needed(*ranges):
         cells = [cell(f"b, {k}", needed=r) for k, r in enumerate(ranges)]
