@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 RATIO_BOUND = 1e-3
 """Largest distance from 1 of p_learner / p_sampler in fp32: they are the same policy, so a larger
-one is a mistake and not rounding."""
+one is a mistake, or a run that has broken down."""
 ROUNDING = 1e-5
 """Of the largest logit, which rounding may change a log-probability by: about 100 steps of fp32."""
 
@@ -172,7 +172,7 @@ class PolicyGradient:
         """Return the summed loss of each member, [N].
 
         Raises:
-            ModelError: in fp32 the learner is not the policy that sampled.
+            ModelError: in fp32 the learner is not the policy that sampled the first answers.
         """
         first = self._members[0]
         log_p_NM = token_log_p(model, batch.batch, self._precision)
@@ -190,13 +190,21 @@ class PolicyGradient:
         return loss_NM.sum(1)
 
     def _check_ratios(self, gap_NM: torch.Tensor, weight_NM: torch.Tensor) -> None:
-        """Note the KL from sampler to learner, and check that both are one policy."""
+        """Note the KL from sampler to learner, and check that both are one policy.
+
+        In a run's first update, of the base's weights, two policies are a mistake. Later they are a
+        run that has broken down: its weights have grown until rounding decides.
+        """
         self._gap_NK.append((-gap_NM.sum(1), weight_NM.sum(1)))
         if self._precision == "bf16":
             return
         for m, worst in zip(self._members, gap_NM.abs().amax(1).expm1().tolist()):
             bound = max(RATIO_BOUND, ROUNDING * self._runs[m.id].last["largest_logit"])
-            if worst > bound:  # False for NaN, which is a divergence
+            if not worst > bound:  # NaN is a divergence
+                continue
+            if self._runs[m.id].answers > m.batch_size:
+                self._runs[m.id].beyond_fp32 = True
+            else:
                 raise ModelError(
                     f"run {m.id}: the learner's probability of a sampled token is {worst:.2g} off "
                     f"the sampler's (bound {bound:.2g}), so they are not the same policy. "
@@ -229,8 +237,8 @@ class PolicyGradient:
         ]
 
     def diverged(self, run: str, loss: float) -> bool:
-        """Return whether the run has collapsed. Its loss is near 0 at any reward."""
-        return self._runs[run].collapsed
+        """Return whether the run has broken down. Its loss is near 0 at any reward."""
+        return self._runs[run].broken
 
     # ---------------------------------------------------------------- evaluation
 

@@ -30,11 +30,18 @@ class Signal:
     """Highest held-out reward so far."""
     last: Record = field(default_factory=dict)
     """What is recorded of the present update."""
+    beyond_fp32: bool = False
+    """Whether weights have grown until fp32 gives one token two probabilities."""
 
     @property
     def collapsed(self) -> bool:
         """Whether the run has lost what the base could do."""
         return self.below >= COLLAPSED_PATIENCE
+
+    @property
+    def broken(self) -> bool:
+        """Whether there is no use in going on."""
+        return self.collapsed or self.beyond_fp32
 
     def note(self, record: Record, answers: int) -> None:
         """Take up an update's record of so many answers."""

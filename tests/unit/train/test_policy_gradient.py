@@ -279,13 +279,18 @@ def constant(rewards, value):
     return dataclasses.replace(rewards, of=lambda pairs: [value] * len(pairs), exact=False)
 
 
+def end_of(spec, base, loaded):
+    """How a run ends, and its result."""
+    ended = {}
+    for event in finetune([spec], base, loaded):
+        ended |= event.ended
+    return ended[spec.id]
+
+
 def test_a_collapse_is_a_result(worlds):
     spec, base, loaded = worlds["words"]
     wild = dataclasses.replace(spec, lr=1.0, steps=40, batch_size=64)
-    ended = {}
-    for event in finetune([wild], base, loaded):
-        ended |= event.ended
-    state, result = ended[wild.id]
+    state, result = end_of(wild, base, loaded)
     assert state == "diverged" and result["collapsed"] and 8 <= result["steps_done"] < 40
     assert result["reward"] < result["reward_start"] / 2
 
@@ -327,6 +332,25 @@ def test_a_learner_that_is_not_the_sampler_is_refused(worlds, monkeypatch):
     monkeypatch.setattr(policy_gradient, "sample", another)
     with pytest.raises(ModelError, match="not the same policy"):
         run([spec], base, loaded)
+
+
+def test_a_run_whose_probabilities_are_lost_to_rounding_has_broken_down(worlds, monkeypatch):
+    """Seen at too high a rate: the same weights give a token two probabilities, 0.2% apart."""
+    spec, base, loaded = worlds["words"]
+    sampled, updates = policy_gradient.sample, []
+
+    def rounded(*args):
+        updates.append(len(updates))
+        off = 0.002 if len(updates) > 2 else 0.0
+        return [
+            Answers(a.tokens, [x + off for x in a.log_p], *dataclasses.astuple(a)[2:])
+            for a in sampled(*args)
+        ]
+
+    monkeypatch.setattr(policy_gradient, "sample", rounded)
+    long = dataclasses.replace(spec, steps=8)
+    state, result = end_of(long, base, loaded)
+    assert state == "diverged" and result["steps_done"] == 3 and not result["collapsed"]
 
 
 def test_prompts_that_leave_no_room_are_refused_before_training(worlds):
