@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict, exp_of, number, with_interval
 from analysis.inference.gates import Gate, GateCode
-from analysis.measures.at_best import AtBest, losses_at_best, over_seeds, values_at_best
+from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import BITS_PER_PARAMETER
 from analysis.optimum.fit import fit_all
@@ -45,12 +45,13 @@ from analysis.questions.rl.rewards import (
     HOW,
     Curves,
     compared,
-    learning_at_best,
+    learning_at_stable,
     name_of,
     points_behind,
     progress,
     wider,
 )
+from analysis.questions.rl.stable import gates_on_stable, values_at_stable
 from analysis.runs.lr_curves import lr_curves, runs_of
 from analysis.runs.table import TableError
 
@@ -156,7 +157,7 @@ def _cell(table: pd.DataFrame, contexts: int, optima: Sequence[Optimum]) -> Cell
     lora = {int(o.curve.key["rank"]): o for o in lora_of(rewarded)}
     behind = [] if full is None else points_behind(full, list(lora.values()))
     known = {**({0: full} if full is not None else {}), **lora}
-    learned = values_at_best(table, list(known.values()), _learned)
+    learned = [values_at_stable(table, o.curve, _learned) for o in known.values()]
     answers = {r: _answers(table, o) for r, o in known.items()}
     episode = {r: exp_of(over_seeds(_log_bits(v))) for r, v in zip(known, learned)}
     load = None
@@ -170,7 +171,7 @@ def _cell(table: pd.DataFrame, contexts: int, optima: Sequence[Optimum]) -> Cell
         r: over_seeds(v.map(lambda nll: LABEL_BITS * contexts * known_share(nll)))
         for r, v in shares.items()
     }
-    by_rank, curves = dict(zip(lora, behind)), learning_at_best(table, known) if known else {}
+    by_rank, curves = dict(zip(lora, behind)), learning_at_stable(table, known) if known else {}
     return Cell(
         *(contexts, group, full, lora, taught, by_rank, curves, bits, taught_bits, episode, load)
     )
@@ -214,10 +215,10 @@ def _measured(cell: Cell) -> Measured:
     if full is None or one is None or cell.load is None:
         absent = [Gate(GateCode.MISSING, "fullft" if full is None else "lora r1")]
         return {BELOW: (Estimate(None), absent)}
-    at_both = gates_on([full, one])
+    at_both = gates_on_stable([full.curve, one.curve])
     points = over_seeds(cell.behind[1], pooled_over(cell.behind.values()))
     found: Measured = {BELOW if cell.load < 1 else BEYOND: (points, at_both)}
-    found[EPISODE] = cell.episode[0], gates_on([full])
+    found[EPISODE] = cell.episode[0], gates_on_stable([full.curve])
     if cell.load < 1:
         found[TAUGHT] = _taught(cell)
     top = max(cell.lora)
@@ -303,7 +304,7 @@ def _panel(cells: Sequence[Cell], needed: Sequence[float]) -> Panel:
     room = [LABEL_BITS * c.contexts / c.load for c in cells if c.load]
     lines = {"capacity of rank 1, 2 bits a parameter": float(np.mean(room))} if room else {}
     x, y = "bits needed: those of the labels", "bits gained"
-    title = "each at its own best rate"
+    title = "each at its best stable rate"
     return Panel(title, x, y, series, log_x=True, log_y=True, lines=lines)
 
 

@@ -1,8 +1,8 @@
 """Question: does rank 1 match full fine-tuning where answers are sampled and rewarded.
 
-Each curve is at its own best rate, and rewards are paired by seed: one seed sees the same prompts
-and random numbers in every arm. Points are hundredths of the held-out reward, which is the share of
-right answers.
+Each curve is at its own best stable rate, and rewards are paired by seed: one seed sees the same
+prompts and random numbers in every arm. Points are hundredths of the held-out reward, which is the
+share of right answers.
 """
 
 import math
@@ -40,11 +40,12 @@ from analysis.questions.rl.rewards import (
     HOW,
     Curves,
     compared,
-    learning_at_best,
+    learning_at_stable,
     points_behind,
     progress,
     wider,
 )
+from analysis.questions.rl.stable import gates_on_stable
 from analysis.runs.lr_curves import lr_curves
 
 ESTIMANDS = ("points_rank_1", "points_top_rank", "lr_ratio", "good_range_ratio", "rho_rank_1")
@@ -99,7 +100,7 @@ def _cell(table: pd.DataFrame, optima: list[Optimum]) -> Cell:
     lora = {int(o.curve.key["rank"]): o for o in lora_of(optima)}
     behind = [] if full is None else points_behind(full, list(lora.values()))
     known = {0: full, **lora} if full is not None else lora
-    return Cell(full, lora, dict(zip(lora, behind)), learning_at_best(table, known))
+    return Cell(full, lora, dict(zip(lora, behind)), learning_at_stable(table, known))
 
 
 # ---------------------------------------------------------------- estimands
@@ -116,19 +117,28 @@ def _measured(cell: Cell) -> Measured:
         if mine is None or full is None:
             missing = "fullft" if full is None else f"lora r{rank}" if rank else "lora"
             return Estimate(None), [Gate(GateCode.MISSING, missing)]
-        estimate, gates = measure(mine, full)
-        return estimate, [*gates_on([full, mine]), *gates]
+        return measure(mine, full)
 
     def points(mine: Optimum, its: Optimum) -> tuple[Estimate, list[Gate]]:
-        rank = int(mine.curve.key["rank"])
-        return over_seeds(cell.behind[rank], pooled), _task_gates(its, mine)
+        behind = over_seeds(cell.behind[int(mine.curve.key["rank"])], pooled)
+        return behind, [*gates_on_stable([its.curve, mine.curve]), *_task_gates(its, mine)]
+
+    def ratio(mine: Optimum, its: Optimum) -> tuple[Estimate, list[Gate]]:
+        return ratio_of([mine], its), gates_on([its, mine])
+
+    def wider_range(mine: Optimum, its: Optimum) -> tuple[Estimate, list[Gate]]:
+        estimate, gates = wider(mine, its)
+        return estimate, [*gates_on([its, mine]), *gates]
+
+    def speed(mine: Optimum, its: Optimum) -> tuple[Estimate, list[Gate]]:
+        return rho(cell.curves[1], cell.curves[0]), gates_on_stable([its.curve, mine.curve])
 
     return {
         "points_rank_1": judged(1, points),
         "points_top_rank": judged(top, points),
-        "lr_ratio": judged(top, lambda mine, its: (ratio_of([mine], its), [])),
-        "good_range_ratio": judged(top, wider),
-        "rho_rank_1": judged(1, lambda mine, its: (rho(cell.curves[1], cell.curves[0]), [])),
+        "lr_ratio": judged(top, ratio),
+        "good_range_ratio": judged(top, wider_range),
+        "rho_rank_1": judged(1, speed),
     }
 
 

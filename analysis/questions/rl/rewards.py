@@ -1,6 +1,10 @@
-"""Compare rewards at best rates, and ranges of good rates. Points are hundredths of reward."""
+"""Compare rewards at the best stable rates, and ranges of good rates.
+
+Points are hundredths of reward.
+"""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,12 +12,12 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, exp_of, rate, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import from_sample
-from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
-from analysis.measures.efficiency import at_best
+from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import Panel, Series
-from analysis.runs.learning_curves import Points
+from analysis.questions.rl.stable import stable, values_at_stable
+from analysis.runs.learning_curves import Points, by_run, same_rows
 from analysis.runs.lr_curves import LrCurve, runs_of
 
 POINTS = 100
@@ -21,18 +25,19 @@ GOOD = 0.02
 """Reward below the best one within which a rate is good."""
 
 
-def rewards_at_best(optima: Sequence[Optimum]) -> list[AtBest[float]]:
-    """Return each curve's rewards by seed, in points, at its best rate and likely rates."""
-    return [losses.map(lambda v: -POINTS * v) for losses in losses_at_best(optima)]
+def reward_of(o: Optimum) -> AtBest[float]:
+    """Return a curve's rewards at its best stable rate, in points: pseudo-values by seed."""
+    found = stable(o.curve)
+    return AtBest({}) if found is None else found.loss.map(lambda v: -POINTS * v)
 
 
 def points_behind(full: Optimum, lora: Sequence[Optimum]) -> list[AtBest[float]]:
     """Return each LoRA curve's reward minus full fine-tuning's by seed, in points.
 
-    Each is at its own best rate; below 0 LoRA is behind.
+    Each is at its own best stable rate; below 0 LoRA is behind.
     """
-    its, *mine = rewards_at_best([full, *lora])
-    return [m.paired(its, lambda a, b: a - b) for m in mine]
+    its = reward_of(full)
+    return [reward_of(o).paired(its, lambda a, b: a - b) for o in lora]
 
 
 def good_range(x: np.ndarray, reward: np.ndarray) -> tuple[float, float, bool]:
@@ -101,13 +106,20 @@ def _grid(o: Optimum, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 Curves = dict[int, AtBest[Points]]
-"""Learning curves at the best rates, of losses, by rank; 0: full fine-tuning."""
+"""Learning curves at the best stable rates, of losses, by rank; 0: full fine-tuning."""
 
 
-def learning_at_best(table: pd.DataFrame, optima: Mapping[int, Optimum]) -> Curves:
-    """Return each curve's learning curves by seed at its best rate; `optima` by rank."""
-    runs = pd.concat([runs_of(table, o.curve) for o in optima.values()])
-    return dict(zip(optima, at_best(runs, list(optima.values()))))
+def learning_at_stable(table: pd.DataFrame, optima: Mapping[int, Optimum]) -> Curves:
+    """Return each curve's learning curves by seed at its best stable rate; `optima` by rank."""
+    learned = by_run(pd.concat([runs_of(table, o.curve) for o in optima.values()]))
+
+    def read(run: pd.Series) -> dict[Any, float]:
+        return dict(same_rows(learned.get(run.name)))
+
+    return {
+        rank: values_at_stable(table, o.curve, read).map(lambda points: sorted(points.items()))
+        for rank, o in optima.items()
+    }
 
 
 def progress(title: str, curves: Curves, one: LrCurve) -> Panel:
@@ -124,7 +136,7 @@ def progress(title: str, curves: Curves, one: LrCurve) -> Panel:
         means = [from_sample([-points[s] for points in of_seeds]) for s in steps]
         series.append(Series.of(name_of(rank), [s * answers for s in steps], means, size=4))
     lines = {"before training": start} if np.isfinite(start) else {}
-    title = f"{title}, each at its own best rate"
+    title = f"{title}, each at its best stable rate"
     return Panel(title, "episodes", "held-out reward", series, log_x=True, lines=lines)
 
 
@@ -140,8 +152,10 @@ HEAD = (
 CAPTION = "reward over episodes by rank"
 BARS = "In the figure, bars are intervals over seeds; an episode is a sampled answer."
 HOW = (
-    "Good rates: those whose fitted reward is within 2 points of the best one. Ranges are compared "
-    f"in doublings of the rate, where all rates have {MIN_SEEDS} seeds."
+    "Rewards are at the best of the rates at which no run collapses, by a parabola through it and "
+    "the rates around it. Good rates: those whose fitted reward is within 2 points of the best "
+    "one. Ranges are compared in doublings of the rate, where all rates have "
+    f"{MIN_SEEDS} seeds."
 )
 
 
@@ -154,8 +168,8 @@ def compared(
     """
     curves = [*([] if full is None else [(0, full)]), *lora.items()]
     rows = []
-    for (rank, o), reward in zip(curves, rewards_at_best([o for _, o in curves])):
-        band = o.band(GOOD)
+    for rank, o in curves:
+        reward, band = reward_of(o), o.band(GOOD)
         good = "-" if band is None else " to ".join(map(rate, band))
         row = [o.curve.name, with_interval(o.best_lr, rate), with_interval(over_seeds(reward))]
         if o is full or full is None:
