@@ -224,6 +224,8 @@ class PolicyGradient:
         kl_N, count_N = (sum(x.double() for x in xs) for xs in zip(*self._gap_NK))
         self._mesh.sum_(kl_N, count_N)
         kls = (kl_N / count_N.clamp(min=1)).tolist()
+        for run in (self._runs[member.id] for member in self._members):
+            run.beyond_fp32 = self._mesh.any(run.beyond_fp32)
         for member in self._members:
             self._runs[member.id].check(member)
         return [
