@@ -23,7 +23,6 @@ import torch
 
 from lorasweep.data.examples import Data, Example, Rewards
 from lorasweep.data.rewards import check_available, check_rows, prompt_of
-from lorasweep.errors import ModelError
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.head import check_rows_stay_apart
 from lorasweep.models.sharding import Mesh
@@ -45,12 +44,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lorasweep.models.load import Base
-
-RATIO_BOUND = 1e-3
-"""Largest distance from 1 of p_learner / p_sampler in fp32: they are the same policy, so a larger
-one is a mistake, or a run that has broken down."""
-ROUNDING = 1e-5
-"""Of the largest logit, which rounding may change a log-probability by: about 100 steps of fp32."""
 
 
 class PolicyGradient:
@@ -190,27 +183,11 @@ class PolicyGradient:
         return loss_NM.sum(1)
 
     def _check_ratios(self, gap_NM: torch.Tensor, weight_NM: torch.Tensor) -> None:
-        """Note the KL from sampler to learner, and check that both are one policy.
-
-        In a run's first update, of the base's weights, two policies are a mistake. Later they are a
-        run that has broken down: its weights have grown until rounding decides.
-        """
+        """Note the KL from sampler to learner, and check that both are one policy."""
         self._gap_NK.append((-gap_NM.sum(1), weight_NM.sum(1)))
-        if self._precision == "bf16":
-            return
-        for m, worst in zip(self._members, gap_NM.abs().amax(1).expm1().tolist()):
-            bound = max(RATIO_BOUND, ROUNDING * self._runs[m.id].last["largest_logit"])
-            if not worst > bound:  # NaN is a divergence
-                continue
-            if self._runs[m.id].answers > m.batch_size:
-                self._runs[m.id].beyond_fp32 = True
-            else:
-                raise ModelError(
-                    f"run {m.id}: the learner's probability of a sampled token is {worst:.2g} off "
-                    f"the sampler's (bound {bound:.2g}), so they are not the same policy. "
-                    f"{m.model.name!r} computes something else with a cache than without: set "
-                    "objective=sft for it, or choose another model."
-                )
+        if self._precision != "bf16":
+            for member, off in zip(self._members, gap_NM.abs().amax(1).expm1().tolist()):
+                self._runs[member.id].check_sampler(member, off)
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
         """Return what is recorded of this update.

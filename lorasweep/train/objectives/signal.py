@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorasweep.errors import DataError
+from lorasweep.errors import DataError, ModelError
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Record
 
@@ -13,6 +13,11 @@ COLLAPSED_SHARE, COLLAPSED_PATIENCE = 0.5, 8
 for so many updates in a row. Assumption, not tuned."""
 FIRST_UPDATES = 8
 """After so many updates without a single reward, or without a single miss, a run is stopped."""
+RATIO_BOUND = 1e-3
+"""Largest distance from 1 of p_learner / p_sampler in fp32: they are the same policy, so a larger
+one is a mistake, or a run that has broken down."""
+ROUNDING = 1e-5
+"""Of the largest logit, which rounding may change a log-probability by: about 100 steps of fp32."""
 
 
 @dataclass
@@ -68,6 +73,31 @@ class Signal:
             f"run {member.id}: {which} answer of the first {self.answers} was rewarded on dataset "
             f"{member.dataset.name!r}, so there is nothing to learn from. The base's held-out "
             f"reward is {self.reward_start:.3g}. Choose {remedy}."
+        )
+
+    def check_sampler(self, member: RunSpec, off: float) -> None:
+        """Check that the learner is the policy that sampled.
+
+        In a run's first update, of the base's weights, two policies are a mistake. Later they are a
+        run that has broken down: its weights have grown until rounding decides.
+
+        Args:
+            off: largest distance from 1 of p_learner / p_sampler; NaN is a divergence.
+
+        Raises:
+            ModelError: they are two policies in the first update.
+        """
+        bound = max(RATIO_BOUND, ROUNDING * self.last["largest_logit"])
+        if not off > bound:
+            return
+        self.beyond_fp32 = True
+        if self.answers > member.batch_size:
+            return
+        raise ModelError(
+            f"run {member.id}: the learner's probability of a sampled token is {off:.2g} off the "
+            f"sampler's (bound {bound:.2g}), so they are not the same policy. "
+            f"{member.model.name!r} computes something else with a cache than without: set "
+            "objective=sft for it, or choose another model."
         )
 
     def state(self) -> dict[str, Any]:
