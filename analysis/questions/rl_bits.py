@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict, exp_of, number, with_interval
 from analysis.inference.gates import Gate, GateCode
-from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
+from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import BITS_PER_PARAMETER
 from analysis.optimum.fit import fit_all
@@ -51,7 +51,7 @@ from analysis.questions.rl.rewards import (
     progress,
     wider,
 )
-from analysis.questions.rl.stable import gates_on_stable, values_at_stable
+from analysis.questions.rl.stable import gates_on_stable, stable, values_at_stable
 from analysis.runs.lr_curves import lr_curves, runs_of
 from analysis.runs.table import TableError
 
@@ -63,6 +63,8 @@ ESTIMANDS = (BELOW, BEYOND, TAUGHT, EPISODE, RATIO, RANGE)
 LOG_ESTIMANDS = (EPISODE, RATIO, RANGE)
 ACTIONS, LABEL_BITS = 16, 4
 """Labels to choose from, and their bits (lorasweep/data/synthetic/bandit.py)."""
+ALL = 0.99
+"""Share of the labels' bits of which nothing more can be gained at rates beyond those tried."""
 NO_CELL = "no cell"
 TAUGHT_STYLE = "+--"
 """Of lines in the figure: labels learned by cross-entropy."""
@@ -166,10 +168,9 @@ def _cell(table: pd.DataFrame, contexts: int, optima: Sequence[Optimum]) -> Cell
         load = LABEL_BITS * contexts / (BITS_PER_PARAMETER * size)
     group = next(iter(rewarded or optima)).curve.group
     bits = {r: _scaled(e, answers[r]) for r, e in episode.items()}
-    shares = dict(zip(taught, losses_at_best(list(taught.values()))))
     taught_bits = {
-        r: over_seeds(v.map(lambda nll: LABEL_BITS * contexts * known_share(nll)))
-        for r, v in shares.items()
+        r: over_seeds(_known(o).map(lambda share: LABEL_BITS * contexts * share))
+        for r, o in taught.items()
     }
     by_rank, curves = dict(zip(lora, behind)), learning_at_stable(table, known) if known else {}
     return Cell(
@@ -237,8 +238,19 @@ def _taught(cell: Cell) -> tuple[Estimate, list[Gate]]:
     if full is None or one is None:
         missing = "full fine-tuning" if full is None else "rank 1"
         return Estimate(None), [Gate(GateCode.MISSING, f"{missing} by cross-entropy")]
-    its, mine = (v.map(lambda nll: 100 * known_share(nll)) for v in losses_at_best([full, one]))
-    return over_seeds(mine.paired(its, lambda a, b: a - b)), gates_on([full, one])
+    behind = _known(one).paired(_known(full), lambda a, b: 100 * (a - b))
+    learning = [o.curve for o in (full, one) if not (over_seeds(_known(o)).value or 0) > ALL]
+    seeds = [g for g in gates_on_stable([full.curve, one.curve]) if g.code == GateCode.FEW_SEEDS]
+    return over_seeds(behind), [*seeds, *(g for g in gates_on_stable(learning) if g not in seeds)]
+
+
+def _known(o: Optimum) -> AtBest[float]:
+    """Return the share of the labels' bits that is known at the best stable rate, by seed.
+
+    It is 1 where the parabola is below a loss of 0.
+    """
+    found = stable(o.curve)
+    return AtBest({}) if found is None else found.loss.map(lambda nll: min(1, known_share(nll)))
 
 
 # ---------------------------------------------------------------- the report
@@ -251,7 +263,8 @@ def _rewards(cells: Sequence[Cell]) -> Section:
         rows += [[str(c.contexts), number(c.load), *row] for row in shown]
     load = "Load: bits of the labels over 2 bits for each parameter of rank 1."
     run = [c for c in cells if c.optima]
-    panels = [progress(f"{c.contexts} contexts", c.curves, c.optima[0].curve) for c in run]
+    ranks = sorted({r for c in run for r in c.curves})
+    panels = [progress(f"{c.contexts} contexts", c.curves, c.optima[0].curve, ranks) for c in run]
     return Section("Rewards", rows, [f"{load} {HOW} {BARS}"], "rewards.png", panels, CAPTION)
 
 

@@ -160,6 +160,8 @@ def _task_gates(*optima: Optimum) -> list[Gate]:
 def _section(group: str, cell: Cell, figure: str) -> Section:
     rows: Rows = [list(HEAD), *compared(cell.full, cell.lora, cell.behind)]
     one = cell.optima[0].curve
-    panel = progress(f"{one.key['model']} on {one.key['dataset']}", cell.curves, one)
+    panel = progress(
+        f"{one.key['model']} on {one.key['dataset']}", cell.curves, one, sorted(cell.curves)
+    )
     text = [f"{HOW} {BARS}"]
     return Section(f"Rewards, {group}", rows, text, figure, [panel], CAPTION)

@@ -122,19 +122,21 @@ def learning_at_stable(table: pd.DataFrame, optima: Mapping[int, Optimum]) -> Cu
     }
 
 
-def progress(title: str, curves: Curves, one: LrCurve) -> Panel:
+def progress(title: str, curves: Curves, one: LrCurve, ranks: Sequence[int]) -> Panel:
     """Return rewards over episodes, the mean over seeds with its interval, by rank.
 
     Args:
         title: what the curves are of.
         one: any of the lr curves, all of which have the same base and answers an update.
+        ranks: of all panels that are shown together, so that a rank has one colour; 0 is first.
     """
     answers, start, series = int(one.key["batch_size"]), -one.nll_start, []
     for rank, curve in curves.items():
         of_seeds = [dict(points) for points in curve.best.values()]
         steps = sorted(set.intersection(*map(set, of_seeds))) if of_seeds else []
         means = [from_sample([-points[s] for points in of_seeds]) for s in steps]
-        series.append(Series.of(name_of(rank), [s * answers for s in steps], means, size=4))
+        look = {"size": 4, "colour": ranks.index(rank)}
+        series.append(Series.of(name_of(rank), [s * answers for s in steps], means, **look))
     lines = {"before training": start} if np.isfinite(start) else {}
     title = f"{title}, each at its best stable rate"
     return Panel(title, "episodes", "held-out reward", series, log_x=True, lines=lines)

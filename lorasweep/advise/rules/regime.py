@@ -73,6 +73,8 @@ def conditions_of(case: Case, kept: Kept, published: Published) -> list[Conditio
     else:
         capacity = "unknown", f"load of rank {rank} between {low:.2g} and {high:.2g}"
     regime = kept.about("regime", "low", "fits", "beyond")
+    if c.task == "rl":
+        regime = kept.about("rl", "rank_1", "top_rank") + kept.about("rl_bits", "tie", "behind")
     weak, once = Sure.WEAK, Sure.ONCE
     return [
         Condition("room for what is new", *capacity, _lines(regime), weak if regime else once),

@@ -216,6 +216,8 @@ def test_conditions_are_met_missed_or_unknown():
     assert states(**bad) == ["missed"] * 5
     assert states() == ["unknown", "met", "unknown", "met", "unknown"]
     assert all(c.evidence for c in advice(**good).conditions[:4])
+    rewarded = advice(task="rl", episodes=10_000).conditions[0]
+    assert "rl_bits" in " ".join(rewarded.evidence) and "regime" not in " ".join(rewarded.evidence)
 
 
 def test_a_plan_that_the_model_cannot_have_is_an_error_of_the_row():
