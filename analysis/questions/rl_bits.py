@@ -51,7 +51,8 @@ from analysis.questions.rl.rewards import (
     progress,
     wider,
 )
-from analysis.questions.rl.stable import gates_on_stable, stable, values_at_stable
+from analysis.questions.rl.stable import gates_on_stable, values_at_stable
+from analysis.questions.rl.taught import LABEL_BITS, behind_if_taught, share_known
 from analysis.runs.lr_curves import lr_curves, runs_of
 from analysis.runs.table import TableError
 
@@ -61,10 +62,6 @@ EPISODE = "bits_per_episode"
 RATIO, RANGE = "lr_ratio", "good_range_ratio"
 ESTIMANDS = (BELOW, BEYOND, TAUGHT, EPISODE, RATIO, RANGE)
 LOG_ESTIMANDS = (EPISODE, RATIO, RANGE)
-ACTIONS, LABEL_BITS = 16, 4
-"""Labels to choose from, and their bits (lorasweep/data/synthetic/bandit.py)."""
-ALL = 0.99
-"""Share of the labels' bits of which nothing more can be gained at rates beyond those tried."""
 NO_CELL = "no cell"
 TAUGHT_STYLE = "+--"
 """Of lines in the figure: labels learned by cross-entropy."""
@@ -169,7 +166,7 @@ def _cell(table: pd.DataFrame, contexts: int, optima: Sequence[Optimum]) -> Cell
     group = next(iter(rewarded or optima)).curve.group
     bits = {r: _scaled(e, answers[r]) for r, e in episode.items()}
     taught_bits = {
-        r: over_seeds(_known(o).map(lambda share: LABEL_BITS * contexts * share))
+        r: over_seeds(share_known(o).map(lambda share: LABEL_BITS * contexts * share))
         for r, o in taught.items()
     }
     by_rank, curves = dict(zip(lora, behind)), learning_at_stable(table, known) if known else {}
@@ -180,11 +177,6 @@ def _cell(table: pd.DataFrame, contexts: int, optima: Sequence[Optimum]) -> Cell
 
 def _is_rewarded(o: Optimum) -> bool:
     return o.curve.key.get("objective") == "policy_gradient"
-
-
-def known_share(nll: float) -> float:
-    """Return the share of a label's bits that is known, from its NLL in nats."""
-    return 1 - nll / math.log(ACTIONS)
 
 
 def _learned(run: pd.Series) -> dict[str, float]:
@@ -221,7 +213,7 @@ def _measured(cell: Cell) -> Measured:
     found: Measured = {BELOW if cell.load < 1 else BEYOND: (points, at_both)}
     found[EPISODE] = cell.episode[0], gates_on_stable([full.curve])
     if cell.load < 1:
-        found[TAUGHT] = _taught(cell)
+        found[TAUGHT] = behind_if_taught(cell.taught.get(0), cell.taught.get(1))
     top = max(cell.lora)
     if top > 1:
         high = cell.lora[top]
@@ -230,27 +222,6 @@ def _measured(cell: Cell) -> Measured:
         range_ratio, stops = wider(high, full)
         found[RANGE] = range_ratio, [*gates, *stops]
     return found
-
-
-def _taught(cell: Cell) -> tuple[Estimate, list[Gate]]:
-    """Return the percent of the labels that rank 1 knows if taught, minus full fine-tuning's."""
-    full, one = cell.taught.get(0), cell.taught.get(1)
-    if full is None or one is None:
-        missing = "full fine-tuning" if full is None else "rank 1"
-        return Estimate(None), [Gate(GateCode.MISSING, f"{missing} by cross-entropy")]
-    behind = _known(one).paired(_known(full), lambda a, b: 100 * (a - b))
-    learning = [o.curve for o in (full, one) if not (over_seeds(_known(o)).value or 0) > ALL]
-    seeds = [g for g in gates_on_stable([full.curve, one.curve]) if g.code == GateCode.FEW_SEEDS]
-    return over_seeds(behind), [*seeds, *(g for g in gates_on_stable(learning) if g not in seeds)]
-
-
-def _known(o: Optimum) -> AtBest[float]:
-    """Return the share of the labels' bits that is known at the best stable rate, by seed.
-
-    It is 1 where the parabola is below a loss of 0.
-    """
-    found = stable(o.curve)
-    return AtBest({}) if found is None else found.loss.map(lambda nll: min(1, known_share(nll)))
 
 
 # ---------------------------------------------------------------- the report

@@ -12,7 +12,8 @@ from tests.rewards import START, Rewards, study_of
 RATES = (
     "sweep.at.smoke.lr_fullft=${around:1e-4,5,2}",
     "sweep.at.smoke.lr_lora=${around:%s,5,2}",
-    "sweep.at.smoke.steps=64",
+    "sweep.at.smoke.tasks=[{model:tiny64-skilled,dataset:words,batch_size:64,group_size:8,max_new_tokens:6,steps:64}]",
+    "sweep.at.smoke.fresh_lrs=5",
 )
 
 
