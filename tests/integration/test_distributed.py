@@ -171,6 +171,7 @@ def test_killed_it_goes_on_with_fewer_processes_from_where_it_was(tmp_path, size
     store = RunStore(tmp_path / "whole")
     (rid,) = store.existing()
     whole = {r["step"]: (r["train_nll"], r.get("test_nll")) for r in store.records(rid)}
+    records = {step: values[:2] for step, values in records.items()}
     assert sorted(records) == list(range(1, steps + 1))
     assert same(records, whole, 1e-9) and same(
         result["spectra"], store.result(rid)["spectra"], 1e-7

@@ -19,6 +19,7 @@ def nowhere(monkeypatch):
 
     for name in ("this_machine", "cores", "memory_bytes", "gpus", "fast_bf16"):
         monkeypatch.setattr(detect, name, refuse)
+    monkeypatch.delenv("SLURM_CONF", raising=False)  # of the cluster that other tests started
 
 
 def test_the_study_is_planned_without_weights_and_without_a_look_at_this_machine(command, nowhere):
