@@ -97,7 +97,8 @@ def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
     if spec.source == "synthetic":
         _generator(spec.location).check(spec)
     elif spec.source == "jsonl":
-        for split in {spec.train_split, spec.train_split if spec.holdout else spec.test_split}:
+        held_out = spec.train_split if spec.holdout else spec.test_split
+        for split in dict.fromkeys((spec.train_split, held_out)):
             text.check_jsonl(spec, split, data_dirs)
     else:
         sources_of(spec, data_dirs)

@@ -136,7 +136,7 @@ def test_an_unreadable_row_is_named_before_anything_starts(command, tmp_path):
     )
     assert (
         done.returncode == 2
-        and "test.jsonl:2: not a JSON row" in done.stderr  # held-out rows are read first
+        and "train.jsonl:2: not a JSON row" in done.stderr
         and "Traceback" not in done.stderr
     )
     assert not list((tmp_path / "runs").glob("*/spec.json"))
