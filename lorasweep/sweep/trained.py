@@ -7,6 +7,7 @@ from typing import Any
 
 from lorasweep.spec.method import Method
 from lorasweep.spec.model import LAYER_SETS, ROUTER, Matrix, ModelSpec
+from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
 
 REST = "embedding, norms"
@@ -74,17 +75,12 @@ def _table(model: ModelSpec, method: Method) -> str:
         rows.append((f.layer_set, shown, ", ".join(f.shapes), ranks, trained, f"{f.weights:,}"))
     total = f"{method.n_trainable(model):,}"
     rows.append(("total", "", "", "", total, f"{model.n_params:,}"))
-    widths = [max(len(r[k]) for r in rows) for k in range(len(HEAD))]
-    number = (1, 3, 4, 5)
-    lines = [
-        "  ".join(
-            c.rjust(w) if k in number else c.ljust(w) for k, (c, w) in enumerate(zip(r, widths))
-        )
-        for r in rows
-    ]
     fields = ", ".join(f"{k}={v}" for k, v in method.plain().items() if k != "name")
     return "\n".join(
-        [f"{method.name} on {model.name} ({fields})", *(f"  {x.rstrip()}" for x in lines)]
+        [
+            f"{method.name} on {model.name} ({fields})",
+            *(f"  {line}" for line in aligned(rows, numbers=(1, 3, 4, 5))),
+        ]
     )
 
 

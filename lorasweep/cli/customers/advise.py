@@ -10,6 +10,7 @@ from lorasweep.cli.answer import KEPT
 from lorasweep.config import catalogue
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch.slurm.planning import hardware_of
+from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.request import Request
 
 WIDTH = 34
@@ -106,14 +107,7 @@ def _write(path: Path, found: Sequence[Advice | Failed], title: str) -> None:
 def _table(found: Sequence[Advice | Failed]) -> list[str]:
     rows = [list(page.HEAD), *(page.cells(a) for a in found)]
     rows = [[page.printable(c)[:WIDTH] for c in r] for r in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            c.rjust(w) if h in page.NUMBERS else c.ljust(w)
-            for h, c, w in zip(page.HEAD, row, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned(rows, [page.HEAD.index(h) for h in page.NUMBERS])
 
 
 def _errors(found: Sequence[Advice | Failed]) -> list[str]:

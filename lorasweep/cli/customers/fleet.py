@@ -22,6 +22,7 @@ from lorasweep.fleet.outcome import Outcome, outcome_of, plain_of
 from lorasweep.spec.model import ModelSpec
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 
@@ -168,11 +169,4 @@ def _table(outcomes: Sequence[Outcome | Failed]) -> list[str]:
     rows = [list(pages.HEAD), *(pages.cells(o) for o in outcomes)]
     last = len(pages.HEAD) - 1
     rows = [[printable(c)[: None if k == last else WIDTH] for k, c in enumerate(r)] for r in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            c.rjust(w) if h in pages.NUMBERS else c.ljust(w)
-            for h, c, w in zip(pages.HEAD, row, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned(rows, [pages.HEAD.index(h) for h in pages.NUMBERS])

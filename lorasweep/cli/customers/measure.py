@@ -24,6 +24,7 @@ from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 
@@ -237,14 +238,13 @@ def _lines(found: dict[str, Any], path: Path) -> list[str]:
     of_tokens = "" if tokens["all"] is None else f" of {tokens['all']:,}"
     head = ["", "", "a token", "an example", "these rows", "all rows [95%]"]
     table = [head, *(_row(found, name, unit) for name in NAMES for unit in ("bits", "nats"))]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     settings = found["settings"]
     tried = ", ".join(f"{run['lr']:.3g} {run['nats'] / math.log(2):,.0f}" for run in found["runs"])
     lines = [
         f"{found['dataset']} under {found['model']}: {rows['measured']:,}{of} rows, "
         f"{tokens['measured']:,}{of_tokens} tokens that bear loss",
         "",
-        *("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in table),
+        *aligned(table),
         "",
         f"learned along: {settings['method']['name']} at {settings['lr']:.3g}, batches of "
         f"{settings['batch_size']}. Bits at each rate: {tried}"

@@ -14,6 +14,7 @@ from lorasweep.plan.gpu.placement import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.gpu.time import TRAINING_SHARE
 from lorasweep.plan.hardware import Hardware
 from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
 
@@ -178,7 +179,7 @@ def _text(
         rows = rows[:1]
     name = request.sweep_name or "run"
     lines = [f"{name}, scale {request.scale}, on {hardware.gpus} x {hardware.gpu_name}", ""]
-    lines += _aligned([HEAD, *rows])
+    lines += aligned([HEAD, *rows], range(1, len(HEAD)))
     points = [p for part in request.parts or [request] for p in part.points]
     lines += ["", *_left_lines(found[-1]), *unpinned_lines(points), *_basis_lines(found[-1])]
     priced = [
@@ -216,14 +217,6 @@ def _range(ends: Sequence[float] | None) -> str:
         return "-"
     low, high = (f"{value:,.0f}" for value in ends)
     return low if low == high else f"{low} to {high}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return [
-        "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
 
 
 def _left_lines(total: Forecast) -> list[str]:
