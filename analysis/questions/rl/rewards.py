@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.inference.censored import pseudo_values
 from analysis.inference.estimate import Estimate, exp_of, rate, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import from_sample
@@ -71,7 +72,7 @@ def wider(lora: Optimum, full: Optimum) -> tuple[Estimate, list[Gate]]:
 
     A range is that of the mean reward over the seeds that ran at all rates of both curves. The
     interval is the jackknife's over these seeds, of the logarithm: Student's, of the pseudo-values
-    n t - (n - 1) t_without (Tukey, Ann. Math. Stat. 29, 1958, p. 614; Miller, Biometrika 61, 1974).
+    (Miller, Biometrika 61, 1974).
     """
     seeds = sorted(_complete(lora) & _complete(full))
     if len(seeds) < MIN_SEEDS:
@@ -85,8 +86,7 @@ def wider(lora: Optimum, full: Optimum) -> tuple[Estimate, list[Gate]]:
     every = list(range(len(seeds)))
     whole, goes_on = log_ratio(every)
     rest = [log_ratio([k for k in every if k != s])[0] for s in every]
-    n = len(seeds)
-    estimate = exp_of(from_sample([n * whole - (n - 1) * r for r in rest]))
+    estimate = exp_of(from_sample(pseudo_values(whole, rest)))
     open_gate = Gate(GateCode.FLAGGED, place="range of good rates: ", flags=("at_edge",))
     return estimate, [open_gate] if goes_on else []
 

@@ -4,8 +4,7 @@ A reward is often nearly flat up to the rate at which the first runs collapse. T
 only bounded, although the reward that can be had is known. So it is the top of a parabola in
 ln(rate) through the mean rewards of the best stable rate and its neighbours, and at most at their
 ends. The best of several noisy means would look better than it is. Each seed's share is its
-jackknife pseudo-value, n t - (n - 1) t_without (Tukey, Ann. Math. Stat. 29, 1958, p. 614; Miller,
-Biometrika 61, 1974), whose mean and spread over seeds give the interval.
+jackknife pseudo-value; their mean and spread give the interval (Miller, Biometrika 61, 1974).
 """
 
 import math
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.inference.censored import pseudo_values
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.measures.at_best import AtBest
 from analysis.runs.lr_curves import LrCurve, runs_of
@@ -50,7 +50,7 @@ def stable(curve: LrCurve) -> Stable | None:
     at, lowest = _bottom(x, y.mean(1))
     n = len(seeds)
     rest = [_bottom(x, np.delete(y, k, 1).mean(1))[1] for k in range(n)] if n > 1 else [lowest]
-    by_seed = {s: n * lowest - (n - 1) * r for s, r in zip(seeds, rest)}
+    by_seed = dict(zip(seeds, pseudo_values(lowest, rest)))
     return Stable(float(x[np.abs(x - at).argmin()]), AtBest(by_seed))
 
 
