@@ -37,7 +37,7 @@ def evaluated_answers(spec: RunSpec) -> list[int]:
     if not spec.max_new_tokens or spec.dataset.source == "synthetic":
         return []
     few, every = spec.dataset.n_test_curve, spec.dataset.n_test
-    return [every, *[few] * CURVE_POINTS, every, few]
+    return [every, *[few] * CURVE_POINTS, every, few] if few else [every, every]
 
 
 def sampling_flops(spec: RunSpec, answers: int, prompts: int) -> float:
@@ -61,5 +61,6 @@ def run_flops(spec: RunSpec) -> float:
     """Estimate the operations of a run: its updates, and the evaluations on held-out rows."""
     if sampled := sum(evaluated_answers(spec)):
         return train_flops(spec) + sampling_flops(spec, sampled, sampled)
-    rows = spec.dataset.n_test + CURVE_POINTS * spec.dataset.n_test_curve
+    d = spec.dataset
+    rows = d.n_test + d.n_validation + CURVE_POINTS * d.n_test_curve
     return train_flops(spec) + 2.0 * spec.model.n_active_params * mean_length(spec) * rows

@@ -53,7 +53,8 @@ class DatasetSpec(Value):
     n_test: int = 1024
     """Held-out rows evaluated at the end."""
     n_test_curve: int = 256
-    """The first of these rows, which are also evaluated at log-spaced steps before the end."""
+    """The first of these rows, which are also evaluated at log-spaced steps before the end; 0: no
+    rows are, and nothing is measured between start and end."""
     generator_params: dict[str, float] = field(default_factory=dict, metadata={"key": "knobs"})
     """Settings of a synthetic generator."""
     holdout: int = field(default=0, metadata={"added": 0})
@@ -88,7 +89,8 @@ class DatasetSpec(Value):
     """Column of the gold answer; empty: it stands in the completion, behind '####' or boxed."""
     n_validation: int = field(default=0, metadata={"added": 0})
     """Held-out rows, the first ones, that choose between runs: evaluated before the end instead of
-    the first n_test_curve, and once more at the end. The n_test rows behind them choose nothing."""
+    the first n_test_curve (unless that is 0), and at the end. The n_test rows behind them choose
+    nothing."""
     verifier: str = field(default="", metadata={"added": ""})
     """What decides whether a sampled answer is right. integer: the whole number behind the last
     '####' or in the last box is that of the completion (GSM8K). math: the content of the last box
@@ -156,9 +158,9 @@ class DatasetSpec(Value):
     def _problems_of_held_out_rows(self, where: str) -> Iterator[str]:
         if self.n_test < 1:
             yield f"{where}n_test={self.n_test}: expected at least 1 row."
-        if not 1 <= self.n_test_curve <= self.n_test:
+        if not 0 <= self.n_test_curve <= self.n_test:
             yield (
-                f"{where}n_test_curve={self.n_test_curve}: expected 1 to n_test={self.n_test} rows."
+                f"{where}n_test_curve={self.n_test_curve}: expected 0 to n_test={self.n_test} rows."
             )
         if self.n_validation < 0 or (self.n_validation and self.source == "synthetic"):
             yield (

@@ -51,7 +51,7 @@ def train(
         passes = backend(model, mesh.size)
         optimizer = AdamW.start(trainables, pack, mesh)
         progress = {m.id: Progress.start(measures) for m, measures in zip(members, at_start)}
-        evaluations = {m.id: set(eval_steps(m.steps)) for m in members}
+        evaluations = {m.id: set(eval_steps(m.steps, m.dataset.n_test_curve > 0)) for m in members}
         first_step = step = _resume(resume, members, optimizer, progress, objective)
 
         # ---------------------------------------------------------------- loop

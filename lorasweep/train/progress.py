@@ -8,12 +8,16 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.train.events import Record
 
 
-def eval_steps(steps: int) -> list[int]:
+def eval_steps(steps: int, curve: bool = True) -> list[int]:
     """List the steps with a held-out evaluation, log-spaced: 1, 2, 3, 4, 6, 8, 12, ..., last.
+
+    Without a learning curve only the last.
 
     Except for the last step, a shorter run has the first entries of a longer one. So a run at a
     constant learning rate also contains the results of all shorter runs.
     """
+    if not curve:
+        return [steps]
     powers = [2**k for k in range(steps.bit_length() + 1)]
     return sorted({s for s in (*powers, *(3 * p // 2 for p in powers[1:])) if s < steps} | {steps})
 

@@ -233,7 +233,7 @@ class PolicyGradient:
         also the reward on the rows of the earlier evaluations.
         """
         tests = [self._data[m.id].test for m in members]
-        firsts = [t[: m.dataset.n_test_curve] for m, t in zip(members, tests)]
+        firsts = [t[: m.dataset.n_test_curve or None] for m, t in zip(members, tests)]
         rows = tests if final else firsts
         found = self._measure(model, members, rows)
         name = self.metric.name
@@ -247,7 +247,9 @@ class PolicyGradient:
             run, data = self._runs[m.id], self._data[m.id]
             step = run.answers // m.batch_size
             # measured for the sake of another member of the pack, it does not count
-            if step in eval_steps(m.steps) and final == (step == m.steps):
+            if step in eval_steps(m.steps, m.dataset.n_test_curve > 0) and final == (
+                step == m.steps
+            ):
                 run.best = max(run.best, measures[name])
             if data.rewards.choices and data.n_train:
                 bits = data.n_train * bits_learned(measures[name], data.rewards.choices)

@@ -140,7 +140,9 @@ class SupervisedFineTuning:
         """
         tests = [self._data[m.id].test for m in members]
         validations = [self._data[m.id].validation for m in members]
-        firsts = [v or t[: m.dataset.n_test_curve] for m, v, t in zip(members, validations, tests)]
+        firsts = [
+            v or t[: m.dataset.n_test_curve or None] for m, v, t in zip(members, validations, tests)
+        ]
         rows = tests if final else firsts
         found = self._measure(model, rows)
         at_first = found

@@ -129,3 +129,4 @@ def test_eval_steps_of_a_short_run_begin_those_of_a_long_one():
     assert eval_steps(8) == [1, 2, 3, 4, 6, 8]
     assert set(eval_steps(30)[:-1]) <= set(eval_steps(1000))
     assert eval_steps(1) == [1]
+    assert eval_steps(30, curve=False) == [30]

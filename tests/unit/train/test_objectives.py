@@ -232,3 +232,18 @@ def test_members_measure_their_own_held_out_rows_and_what_they_retain(world):
             value = alone[member.id].get(name)
             assert together[member.id].get(name) == (value and pytest.approx(value, abs=1e-9))
     assert "retain_nll" in together[pack[1].id] and "retain_nll" not in together[pack[0].id]
+
+
+def test_without_rows_for_a_curve_runs_are_measured_at_start_and_end_alone(world):
+    """And end as they do with one: measuring changes nothing."""
+    spec, base = world
+    with_curve = dataclasses.replace(spec, steps=6)
+    without = dataclasses.replace(
+        with_curve, dataset=dataclasses.replace(spec.dataset, n_test_curve=0)
+    )
+    rows = data.load(spec.dataset, [])
+    (a, b), _ = zip(*(run(finetune([s], base, rows)) for s in (with_curve, without)))
+    (a,), (b,) = a.values(), b.values()
+    assert [p["step"] for p in a["curve"]] == [0, 1, 2, 3, 4, 6]
+    assert [p["step"] for p in b["curve"]] == [0, 6]
+    assert a["test_nll"] == b["test_nll"] == b["test_nll_curve"]
