@@ -23,7 +23,7 @@ from lorasweep.train.finetune import finetune
 
 CASES = (("tiny", 16), ("small", 8))
 """Scale and batch size."""
-STEPS = 3
+STEPS = 2
 
 
 def measure(
@@ -67,7 +67,7 @@ def main(
     keep_freed_memory()  # as workers do
     idle = _resident_peak()
     spec = compose_request(at(scale)).points[0].spec
-    few = dataclasses.replace(spec.dataset, n_test=16, n_test_curve=4)
+    few = dataclasses.replace(spec.dataset, n_test=4, n_test_curve=4)
     arm = FullFT() if method == "fullft" else LoRA(rank=RANK)
     spec = dataclasses.replace(spec, dataset=few, method=arm, batch_size=batch, steps=STEPS)
     pretrain.ensure(spec.model, models_dirs)

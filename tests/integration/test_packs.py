@@ -94,7 +94,7 @@ def real(*case, also=()):
         ("tiny", "lora", 4, 16),
         ("tiny", "fullft", 16, 1),
         real("small", "lora", 8, 1, also=[pytest.mark.nightly]),
-        real("small", "lora", 2, 4),
+        real("small", "lora", 2, 2),
         real("small", "fullft", 4, 1, also=[pytest.mark.nightly]),
     ],
 )

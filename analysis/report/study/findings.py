@@ -5,7 +5,7 @@ that turns changes the sentence.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from analysis.inference.estimate import Verdict, number, with_interval
@@ -15,6 +15,8 @@ from analysis.report.study.setting import WORDS, Setting
 
 Found = list[tuple[Part, Verdict]]
 FULL = " times full fine-tuning's"
+REWARDED = {**WORDS, Setting.BEYOND: "on generated tasks"}
+"""Where rewards were had: the regime is one of texts with their answers."""
 GAIN = " of the gain"
 EIGHTH = 8
 """The claims of `regime` are about ranks of this fraction of the width."""
@@ -175,10 +177,13 @@ def _rewards(parts: Sequence[Part]) -> str:
         "at the end its reward differed by {}",
         _signed,
         " points",
+        REWARDED,
     )
     top = found(parts, "rl", "top_rank")
-    ends = f" The highest rank's differed by {_by_setting(top, _signed, ' points')}." if top else ""
-    return said and said + ends
+    if not (said and top):
+        return said
+    ends = _by_setting(top, _signed, " points", REWARDED)
+    return f"{said} The highest rank's differed by {ends}."
 
 
 def _bits(parts: Sequence[Part]) -> str:
@@ -192,9 +197,10 @@ def _bits(parts: Sequence[Part]) -> str:
         "fine-tuning by {}",
         _signed,
         " points",
+        REWARDED,
     )
     taught = found(parts, "rl_bits", "taught")
-    share = _by_setting(taught, _signed, "%") if taught else ""
+    share = _by_setting(taught, _signed, "%", REWARDED) if taught else ""
     end = f" Taught them, its share of their bits differed by {share}." if share else ""
     return said and said + end
 
@@ -233,12 +239,13 @@ def _of_claim(
     said: str,
     shown: Callable[[float], str] = number,
     unit: str = "",
+    words: Mapping[Setting, str] = WORDS,
 ) -> str:
     """Return a sentence about one claim; `said` has a place for the values by setting."""
     if not verdicts:
         return ""
     lead = _lead(verdicts, yes, no, partly, undecided)
-    return f"{lead}: {said.format(_by_setting(verdicts, shown, unit))}{_end(verdicts)}"
+    return f"{lead}: {said.format(_by_setting(verdicts, shown, unit, words))}{_end(verdicts)}"
 
 
 def _count(verdicts: Found, outcome: str) -> int:
@@ -273,12 +280,17 @@ def _percent(value: float) -> str:
     return f"{value:.0f}%"
 
 
-def _by_setting(verdicts: Found, shown: Callable[[float], str] = number, unit: str = "") -> str:
+def _by_setting(
+    verdicts: Found,
+    shown: Callable[[float], str] = number,
+    unit: str = "",
+    words: Mapping[Setting, str] = WORDS,
+) -> str:
     """Give the range of the values in each setting."""
     values: dict[Setting, list[float | None]] = {}
     for part, v in verdicts:
         values.setdefault(part.setting(v.group), []).append(v.estimate.value)
-    return _listed([f"{_span(values[s], shown)}{unit} {WORDS[s]}" for s in Setting if s in values])
+    return _listed([f"{_span(values[s], shown)}{unit} {words[s]}" for s in Setting if s in values])
 
 
 def _listed(words: Sequence[str]) -> str:
