@@ -237,6 +237,12 @@ def claims_about(question: dict[str, Any], estimand: str) -> dict[str, Any]:
     return {**question, "claims": claims}
 
 
+def claims_on(question: dict[str, Any], model: str) -> dict[str, Any]:
+    """Return the question with only the claims that are asked of a base model."""
+    claims = {k: v for k, v in question["claims"].items() if model not in v.get("not_on", ())}
+    return {**question, "claims": claims}
+
+
 def judge_claims(
     question: dict[str, Any],
     measured: Measured,

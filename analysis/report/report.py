@@ -106,7 +106,7 @@ def question_hash(question: dict[str, Any]) -> str:
     """Hash the claims and their margins, as proof that they were not changed after the runs."""
     rounds = int(question.get("rounds", 1))
     claims: Any = {
-        name: {k: v for k, v in claim.items() if k not in NOT_JUDGED}
+        name: {k: v for k, v in claim.items() if k not in NOT_JUDGED and (k != "not_on" or v)}
         for name, claim in question["claims"].items()
     }
     asked = claims if rounds == 1 else {"claims": claims, "rounds": rounds}

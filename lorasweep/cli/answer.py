@@ -44,6 +44,11 @@ def check_claims(sweep: Sweep | None) -> None:
                 f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. "
                 "Expected a margin above 0."
             )
+        if claim.not_on and not getattr(module, "BY_BASE", False):
+            raise SpecError(
+                f"claim {name!r}: not_on={claim.not_on}, but analysis {sweep.analysis!r} cannot "
+                "leave out bases. Remove it, or leave the bases out of the sweep."
+            )
 
 
 def outlooks(points: Sequence[Point], sweep: Sweep | None, scale: str) -> "list[Outlook]":

@@ -132,7 +132,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     if sweep_name is None:
         return Request(**common, sweep_name=None, sweep=None, points=_single(config, base))
     sweep = config.sweep
-    check_sweep(sweep_name, sweep)
+    check_sweep(sweep_name, sweep, option_names("model"))
     if sweep.parts:
         rest = [
             o for o in overrides if o != f"+sweep={sweep_name}" and not o.startswith("sweep.parts=")

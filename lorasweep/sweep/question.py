@@ -4,11 +4,11 @@ Each is one file in `sweeps/`. Field names are the keys of these files.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorasweep.errors import SpecError
+from lorasweep.errors import SpecError, unknown
 from lorasweep.spec.metric import METRICS
 
 CLAIMANTS = ("study", "popular", "ours")
@@ -36,6 +36,8 @@ class Claim:
     better: str = ""
     """The direction of the metric that the claim's words take for granted, lower or higher; empty:
     it stands in either. Not hashed."""
+    not_on: list[str] = field(default_factory=list)
+    """Base models of whose runs the claim is not asked. Empty: it is asked of all."""
     primary: bool = False
     rivals: dict[str, float] = field(default_factory=dict)
     """Other published values, by name."""
@@ -101,17 +103,20 @@ class Sweep:
     """Sweeps that run one after another, instead of arms of its own. Used by +sweep=study."""
 
 
-def check_sweep(name: str, sweep: Sweep) -> None:
+def check_sweep(name: str, sweep: Sweep, models: Sequence[str] = ()) -> None:
     """Check that a sweep is complete: a question, claims with margins, arms, no empty axis.
+
+    Args:
+        models: those that claims can leave out; empty: not checked.
 
     Raises:
         SpecError: it is not.
     """
-    for problem in _problems(sweep):
+    for problem in _problems(sweep, models):
         raise SpecError(f"sweep {name!r}{problem}")
 
 
-def _problems(sweep: Sweep) -> Iterator[str]:
+def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
     """Yield what is wrong, each as the rest of a sentence that starts with the sweep's name."""
     if not sweep.question:
         yield " has no question. Write `question: ...` at the top of its file."
@@ -128,6 +133,9 @@ def _problems(sweep: Sweep) -> Iterator[str]:
             yield f", claim {key!r}: margin={claim.margin}. Expected [low, high] with low < high."
         if claim.better not in DIRECTIONS:
             yield f", claim {key!r}: better={claim.better!r}. Allowed: lower, higher, or leave out."
+        for base in claim.not_on:
+            if models and base not in models:
+                yield f", claim {key!r}, not_on: {unknown('model', base, models)}"
         yield from _power_problems(key, claim)
     if not 1 <= sweep.rounds <= MAX_ROUNDS:
         yield f": rounds={sweep.rounds}. Expected 1 to {MAX_ROUNDS}."

@@ -25,6 +25,7 @@ from analysis.questions.base import (
     Measured,
     Rows,
     Section,
+    claims_on,
     correct,
     fewest_seeds,
     full_of,
@@ -50,6 +51,8 @@ from analysis.runs.lr_curves import lr_curves
 
 ESTIMANDS = ("points_rank_1", "points_top_rank", "lr_ratio", "good_range_ratio", "rho_rank_1")
 LOG_ESTIMANDS = ("lr_ratio", "good_range_ratio", "rho_rank_1")
+BY_BASE = True
+"""A claim may leave out base models (`not_on`)."""
 START, MOST = (0.05, 0.4), 0.9
 """Rewards of a task that can tell methods apart: before training, and the highest at the end."""
 
@@ -72,7 +75,7 @@ class Cell:
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge every claim on each model and data set."""
+    """Judge every claim on each model and data set of which it is asked."""
     optima = fit_all(lr_curves(table))
     verdicts: list[Verdict] = []
     members: dict[str, list[Optimum]] = {}
@@ -83,7 +86,8 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         cell = _cell(table, [o for o in optima if o.curve.group == group])
         members[group] = cell.optima
         seeds = fewest_seeds(cell.optima)
-        verdicts += judge_claims(question, _measured(cell), LOG_ESTIMANDS, group, seeds)
+        asked = claims_on(question, cell.optima[0].curve.key["model"])
+        verdicts += judge_claims(asked, _measured(cell), LOG_ESTIMANDS, group, seeds)
         figure = f"rewards_{len(sections) + 1}.png" if sections else "rewards.png"
         sections.append(_section(group, cell, figure))
         if cell.full is not None:

@@ -25,10 +25,11 @@ SETTINGS = """\
 **On a real model** means SmolLM2 with 135 million parameters and word problems. An answer over
 data of several kinds stands with the hardest of them. The bases tiny64 and tiny128 are small
 Llamas with these hidden sizes, pretrained on the synthetic language; tiny64-s1 is tiny64 from
-another seed, tiny64-experts has 8 experts of which 2 are active. Two more are tiny64 with another
+another seed, tiny64-experts has 8 experts of which 2 are active. Three more are tiny64 with another
 schooling: tiny64-skilled has practised exercises (copying, reversing, sorting, sums), which
-rewards then ask for under new words; tiny64-knows has learned facts by heart, and guesses nothing
-else. What was found holds for these models, tasks and lengths of runs."""
+rewards then ask for under new words, and tiny64-skills easier ones for longer; tiny64-knows has
+learned facts by heart, and guesses nothing else. What was found holds for these models, tasks and
+lengths of runs."""
 MAP_CAPTION = """\
 Every point is one rank on one data set, LoRA and full fine-tuning each at its own best learning
 rate. Regret is LoRA's final held-out loss minus full fine-tuning's, in percent of what full

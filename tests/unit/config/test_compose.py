@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from lorasweep.cli.answer import check_claims
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
 from lorasweep.plan import detect
@@ -191,6 +192,17 @@ def test_a_claim_that_contradicts_the_metrics_direction_is_refused(compose):
         compose("+sweep=lr_ratio", "scale=smoke", f"{claim}=higher")
     with pytest.raises(SpecError, match=r"better='more'. Allowed: lower, higher"):
         compose("+sweep=lr_ratio", "scale=smoke", f"{claim}=more")
+
+
+def test_a_claim_leaves_out_bases_that_are_known_and_only_where_they_are_judged_apart(compose):
+    left_out = "sweep.claims.%s.not_on=[%s]"
+    with pytest.raises(
+        SpecError, match=r"'rank_1', not_on: model 'tiny46' not found. Did you mean"
+    ):
+        compose("+sweep=rl", "scale=smoke", left_out % ("rank_1", "tiny46"))
+    whole = compose("+sweep=lr_ratio", "scale=smoke", left_out % ("ratio", "tiny64"))
+    with pytest.raises(SpecError, match=r"analysis 'lr_ratio' cannot leave out bases"):
+        check_claims(whole.sweep)
 
 
 def test_expand_drops_duplicates():

@@ -73,6 +73,31 @@ def test_a_task_that_is_nearly_solved_decides_nothing(ask):
 
 
 @pytest.mark.slow
+def test_of_the_base_that_solves_the_task_only_progress_is_asked(ask):
+    """Planted: rank 1 gives up 12 points on the one base, and makes half of the progress on the other."""
+    first, second = "tiny64-skilled", "tiny64-skills"
+
+    def top(spec, step):
+        alone = spec.method.name == "lora" and spec.method.rank == 1
+        if spec.model.name == second:
+            return START + 0.13 * math.log2(1 + (0.5 if alone else 1) * step)  # .88 at 64
+        return START + 0.06 * math.log2(1 + step) - 0.12 * alone * step / spec.steps
+
+    two = Rewards(top, lambda s: 1e-4 * (4 if s.method.name == "lora" else 1), lambda s: 0.03)
+    task = "{model:%s,dataset:words,batch_size:64,group_size:8,max_new_tokens:6,steps:64}"
+    tasks = f"sweep.at.smoke.tasks=[{task % first},{task % second}]"
+    rates = [r % "4e-4" if "%" in r else r for r in RATES if "tasks" not in r]
+    out, _found = ask("rl", two, tasks, *rates)
+    judged = {(v["claim"], v["group"].split(" on ")[0]): v for v in out["verdicts"]}
+    of_rewards = ("rank_1", "top_rank", "ratio", "wider")
+    assert set(judged) == {*((c, first) for c in (*of_rewards, "progress")), ("progress", second)}
+    assert judged["rank_1", first]["outcome"] == "REFUTED"
+    assert judged["rank_1", first]["estimate"]["value"] == pytest.approx(-12, abs=0.5)
+    assert judged["progress", second]["outcome"] == "REFUTED"
+    assert judged["progress", second]["estimate"]["value"] == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.slow
 def test_without_rank_1_the_claims_about_it_stay_open(ask):
     rates = [r % "2e-4" if "%" in r else r for r in RATES]
     _out, found = ask("rl", world(1, 2, 0.03, 0.03), *rates, "sweep.at.smoke.ranks=[8]")
