@@ -105,7 +105,7 @@ def loop(model: torch.nn.Module, data: Data, spec: RunSpec) -> None:
     model.eval()
 
 
-def sft(model: torch.nn.Module, data: Data, spec: RunSpec, tokenizer: Any) -> None:
+def sft(model: Any, data: Data, spec: RunSpec, tokenizer: Any) -> None:
     """Train with TRL's SFTTrainer on tokenized rows, without logging, saving, decay or clipping."""
     import datasets
     from trl import SFTConfig, SFTTrainer

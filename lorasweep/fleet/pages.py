@@ -14,11 +14,10 @@ from lorasweep.advise.page import TEMPLATE, plain_text
 from lorasweep.advise.trace import shown
 from lorasweep.fleet.outcome import Outcome, plain_of
 
-HEAD = (
-    *("customer", "rank", "rate", "of", "rows", "held out", "before", "after", "gain"),
-    "to know",
-)
-NUMBERS = ("rank", "rate", "of", "rows", "held out", "before", "after", "gain")
+NUMBERS = ("gain", "before", "after", "rate", "of", "rows", "held out", "rank")
+HEAD = ("customer", *NUMBERS, "to know")
+NAMED = 12
+"""Customers of a group that the page names; the table has all."""
 
 
 def card(outcome: Outcome) -> str:
@@ -94,41 +93,50 @@ def cells(found: "Outcome | Failed") -> list[str]:
         notes.append("the adviser says full fine-tuning")
     return [
         p["name"],
-        str(p["rank"]),
+        "?" if found.gain is None else f"{found.gain:+.3f}",
+        f"{p['loss_before']:.3f}",
+        f"{p['loss_after']:.3f}",
         f"{p['lr']:g}",
         str(len(found.tried)),
         f"{p['n_train']:,}",
         f"{p['n_validation']} + {p['n_test']}" if found.member.rows.held_out else "none",
-        f"{p['loss_before']:.3f}",
-        f"{p['loss_after']:.3f}",
-        "?" if found.gain is None else f"{found.gain:+.3f}",
+        str(p["rank"]),
         ", ".join(notes),
     ]
 
 
-def summary_lines(found: Sequence["Outcome | Failed"]) -> list[str]:
-    """Return who gained, who did not, and whose rate or rank is in question."""
-    trained = [o for o in found if isinstance(o, Outcome) and o.spec is not None]
-    gained = [o for o in trained if o.gain is not None and o.gain > 0]
+def _groups(found: Sequence["Outcome | Failed"]) -> dict[str, list[int]]:
+    """Return who gained, who did not, and whose rate or rank is in question, by place in `found`.
+
+    Groups without anybody are left out.
+    """
+    trained = {k: o for k, o in enumerate(found) if isinstance(o, Outcome) and o.spec is not None}
+    gains = {k: o.gain for k, o in trained.items()}
     groups = {
-        "gained on rows that chose nothing": gained,
-        "did not gain": [o for o in trained if o.gain is not None and o.gain <= 0],
-        "unknown, as no row was held out": [o for o in trained if o.gain is None],
-        "best rate at the edge of those tried": [o for o in trained if o.edge],
+        "without an adapter": [k for k in range(len(found)) if k not in trained],
+        "gained on rows that chose nothing": [k for k, g in gains.items() if g and g > 0],
+        "did not gain": [k for k, g in gains.items() if g is not None and g <= 0],
+        "unknown, as no row was held out": [k for k, g in gains.items() if g is None],
+        "best rate at the edge of those tried": [k for k, o in trained.items() if o.edge],
         "more data than the rank has room for": [
-            o for o in trained if o.room and o.member.rows.held_out
+            k for k, o in trained.items() if o.room and o.member.rows.held_out
         ],
     }
-    lines = [
-        f"{len(found)} customers: {len(trained)} adapters, {len(found) - len(trained)} without"
-    ]
-    return lines + [f"{len(g)} {says}" for says, g in groups.items() if g]
+    return {says: group for says, group in groups.items() if group}
+
+
+def summary_lines(found: Sequence["Outcome | Failed"]) -> list[str]:
+    """Return how many gained, how many did not, and whose rate or rank is in question."""
+    groups = _groups(found)
+    adapters = len(found) - len(groups.pop("without an adapter", ()))
+    lines = [f"{len(found)} customers: {adapters} adapters, {len(found) - adapters} without"]
+    return lines + [f"{len(g)} {says}" for says, g in groups.items()]
 
 
 def page(found: Sequence["Outcome | Failed"], title: str) -> str:
     """Return the page in HTML: one file, without scripts, and every name escaped."""
     body = [f"<h1>{escape(title)}</h1>"]
-    body += [f"<p>{escape(line)}</p>" for line in summary_lines(found)]
+    body += [f"<p>{escape(summary_lines(found)[0])}</p>", "<ul>", *_named(found), "</ul>"]
     body.append(
         '<p class="note">Losses are nats a token on held-out rows. The rate with the lowest loss '
         "on the first of them (held out, left) was chosen; before, after and gain are of the "
@@ -153,6 +161,19 @@ def page(found: Sequence["Outcome | Failed"], title: str) -> str:
             )
     text = TEMPLATE.read_text().replace("LoRA or full fine-tuning", "Customers' adapters", 1)
     return text.replace("<!--BODY-->", "\n".join(body))
+
+
+def _named(found: Sequence["Outcome | Failed"]) -> Iterable[str]:
+    """Yield each group with the names of its first customers, unless all or most belong to it."""
+    for says, group in _groups(found).items():
+        names = [
+            f'<a href="#c{k}">{escape(plain_of(found[k])["name"] or "?")}</a>'
+            for k in group[:NAMED]
+        ]
+        if len(group) > NAMED:
+            names.append(f"and {len(group) - NAMED} more")
+        few = 2 * len(group) <= len(found)
+        yield f"<li>{len(group)} {escape(says)}{': ' + ', '.join(names) if few else ''}</li>"
 
 
 def _table(found: Sequence["Outcome | Failed"]) -> Iterable[str]:
