@@ -228,7 +228,12 @@ def answers(rows: Iterable[Row], known: Known) -> list[Advice | Failed]:
             c = customer_of(row.values)
             seen[c.name] += 1
             if seen[c.name] > 1:
-                raise RowError([f"column name: {c.name!r} stands in the table before."])
+                raise RowError(
+                    [
+                        f"column name: {c.name!r} stands in the table before. Give each customer "
+                        "a name of its own."
+                    ]
+                )
             found.append(advise(c, known, row.where))
         except RowError as error:
             found.append(Failed(row.where, name, error.problems))

@@ -6,28 +6,26 @@ Ties planning, launching and the analysis together. Refuses to know torch (the w
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lorasweep.cli import answer, cluster, finished_runs, status, study
 from lorasweep.cli.customers import advise, fleet, measure
-from lorasweep.cli.plans import forecast, plan_text
+from lorasweep.cli.plans import forecast, plan, plan_text
 from lorasweep.cli.points import all_points, qualifying
 from lorasweep.cli.progress import Display
 from lorasweep.config.preflight import check_available, fetch
 from lorasweep.errors import SpecError
 from lorasweep.launch import local
 from lorasweep.launch.distributed import check_world_size
-from lorasweep.launch.measure_packs import measure_packs
 from lorasweep.launch.process import Stopped
-from lorasweep.launch.slurm import planning
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.slurm.running import RunningJobs
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.plan import detect
-from lorasweep.plan.estimate import make_plan, summary
+from lorasweep.plan.estimate import make_plan
 from lorasweep.plan.gpu.limits import refuse_unfit, settings_of, within_limit
 from lorasweep.plan.same_data import refuse_mixing
 from lorasweep.spec.metric import metric_of
@@ -36,7 +34,6 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names
 from lorasweep.sweep.request import Request, question
-from lorasweep.sweep.trained import trained_plain, trained_text
 
 STOPPED = 130
 """Exit status after Ctrl-C."""
@@ -44,9 +41,6 @@ OF_TABLES = {"import": finished_runs.import_, "advise": advise.show, "measure": 
 """Actions that are about a table or a file of rows and not about runs that were asked for."""
 OF_RUNS = {"verify": finished_runs.verify, "extend": finished_runs.extend}
 """Actions on the finished runs of a sweep."""
-OUTLOOK_RUNS = 2000
-"""Number of runs above which action=plan does not say what claims can be decided. Loading the
-analysis takes a second, longer than planning; the start of the runs says it."""
 
 
 def act(
@@ -67,7 +61,7 @@ def act(
     if action in OF_TABLES:
         return OF_TABLES[action](request)
     if request.customers:
-        return fleet.show(request, store, lambda runs: act(runs, trainer))
+        return fleet.show(request, store, lambda runs: _of_runs(runs, store, trainer, follow))
     if action == "adapter":
         return finished_runs.adapter(
             request,
@@ -75,6 +69,17 @@ def act(
             all_points(request, store) if request.sweep and not request.parts else [],
             trainer_named(trainer) if trainer is None or isinstance(trainer, str) else trainer,
         )
+    return _of_runs(request, store, trainer, follow)
+
+
+def _of_runs(
+    request: Request,
+    store: RunStore,
+    trainer: Trainer | str | None,
+    follow: dict[str, Any] | None,
+) -> int:
+    """Do an action on the runs of a request: a single one, a sweep's, or those of customers."""
+    action = request.action
     if action == "fetch":
         fetch((p.spec for part in request.parts or [request] for p in part.points), print)
         return 0
@@ -90,13 +95,13 @@ def act(
     if action in OF_RUNS:
         return OF_RUNS[action](request, store, all_points(request, store))
     if action == "plan":
-        return _plan(request, store)
+        return plan.show(request, store)
     if action == "layers":
-        return _layers(request)
+        return plan.layers(request)
     if action == "status":
         return status.show(request, store, lambda: all_points(request, store))
     if action == "measure_packs":
-        return _measure_packs(request, store)
+        return plan.measure(request, store, _notify(request))
     if action == "cancel":
         return cluster.cancel_jobs(request, store, _notify(request))
     if action == "qualify" and (request.sweep is None or request.cluster.kind == "slurm"):
@@ -210,8 +215,26 @@ def _run_on_cluster(
 
 def _end(request: Request, store: RunStore, points: list[Point]) -> int:
     """Print failures, copy to W&B if requested, and answer, when nothing is left to do."""
-    names, states = run_names(points), store.states(p.id for p in points)
-    failed = [p.id for p in points if states[p.id] == "failed"]
+    states = store.states(p.id for p in points)
+    failed, killed = ([i for i, s in states.items() if s == x] for x in ("failed", "interrupted"))
+    if request.customers:  # who are told and mirrored elsewhere
+        return 1 if failed or killed else 0
+    _print_failures(points, failed, killed, store)
+    if request.mirror == "wandb":
+        from lorasweep.tracking.wandb import mirror
+
+        mirror(points, store, request.sweep_name or "single")
+    if request.sweep_name is None:
+        _print_single(request, store, points[0])
+    else:
+        _answer(request, store, points)
+    return 1 if failed or killed else 0
+
+
+def _print_failures(
+    points: Sequence[Point], failed: Sequence[str], killed: Sequence[str], store: RunStore
+) -> None:
+    names = run_names(points)
     for i in failed:
         log = f"{store.folder(i)}/attempts/{store.last_attempt(i)}/log.txt"
         print(
@@ -219,7 +242,6 @@ def _end(request: Request, store: RunStore, points: list[Point]) -> int:
             "Try again: exec.retry=true",
             file=sys.stderr,
         )
-    killed = [p.id for p in points if states[p.id] == "interrupted"]
     for i in killed:
         print(
             f"run {i} ({names[i]}) did not finish: its process was killed {store.failures(i)} "
@@ -227,15 +249,6 @@ def _end(request: Request, store: RunStore, points: list[Point]) -> int:
             "exec.micro_batch_size, and a larger exec.max_attempts.",
             file=sys.stderr,
         )
-    if request.mirror == "wandb":
-        from lorasweep.tracking.wandb import mirror
-
-        mirror(points, store, request.sweep_name or "single")
-    if request.sweep_name is None:
-        _print_single(request, store, points[0])
-    elif request.sweep is not None:  # without one its runs are customers', who are told elsewhere
-        _answer(request, store, points)
-    return 1 if failed or killed else 0
 
 
 def _answer(request: Request, store: RunStore, points: list[Point]) -> None:
@@ -268,51 +281,3 @@ def _print_single(request: Request, store: RunStore, point: Point) -> None:
         measure = f", {metric.label} {value:.4f} (from {start:.4f})"
     name = run_names([point])[point.id]
     print(f"run {point.id} ({name}): {result['state']}{measure}. Folder: {store.folder(point.id)}")
-
-
-# ---------------------------------------------------------------- plan
-
-
-def _plan(request: Request, store: RunStore) -> int:
-    """Print what would run and what it costs; start nothing."""
-    points = all_points(request, store)
-    refuse_mixing(points, store, request.exec)
-    now = make_plan(points, store, request.exec, hardware_of(request))
-    difference = planning.difference(request, store, now)
-    outlooks = []
-    if len(now.points) <= OUTLOOK_RUNS:
-        outlooks = answer.outlooks(request.points, request.sweep, request.scale)
-    if request.format == "json":
-        name = {"sweep": request.sweep_name, "scale": request.scale}
-        claims = {"claims": [found.plain() for found in outlooks]} if outlooks else {}
-        print(json.dumps({**name, **summary(now), **difference, **claims}))
-        return 0
-    lines = [plan_text.plan_text(request, now), *plan_text.queue_lines(difference)]
-    print("\n".join([*lines, *(found.line() for found in outlooks)]))
-    return 0
-
-
-def _layers(request: Request) -> int:
-    """Print what each kind of run trains, by layer set."""
-    if request.format == "json":
-        print(json.dumps({"sweep": request.sweep_name, "kinds": trained_plain(request.points)}))
-    else:
-        print(trained_text(request.points))
-    return 0
-
-
-def _measure_packs(request: Request, store: RunStore) -> int:
-    """Measure the kinds of missing runs on this machine, and print the plan."""
-    if request.cluster.kind == "slurm":
-        raise SpecError(
-            "action=measure_packs measures the machine it runs on. On a cluster, run it inside a "
-            "job, with cluster=local: srun python -m lorasweep ... action=measure_packs"
-        )
-    store.prepare()
-    check_available(request)
-    points = all_points(request, store)
-    states = store.states(p.id for p in points)
-    missing = [p.spec for p in points if states[p.id] == "missing"]
-    if missing:
-        measure_packs(missing, store, request.exec, detect.this_machine(), _notify(request))
-    return _plan(request, store)

@@ -111,13 +111,20 @@ def adapter(request: Request, store: RunStore, points: Sequence[Point], trainer:
 
 
 def write_adapter(
-    folder: Path, spec: RunSpec, weights: "dict[str, Tensor]", commit: str | None
+    folder: Path,
+    spec: RunSpec,
+    weights: "dict[str, Tensor]",
+    commit: str | None,
+    base: str | None = None,
 ) -> None:
-    """Write what a LoRA run trained as a folder that PEFT loads; `commit`: that of its base."""
+    """Write what a LoRA run trained as a folder that PEFT loads.
+
+    `commit`: that of its base. `base`: what the folder calls it; None: where it was loaded from.
+    """
     from lorasweep.methods.stacked.peft_export import save_peft
 
     assert isinstance(spec.method, LoRA)
-    base = spec.model.location or spec.model.name
+    base = base or spec.model.location or spec.model.name
     of_experts = spec.model.n_experts, spec.method.scaling_of_experts(spec.model)
     scalings = spec.method.scaling, *of_experts
     save_peft(folder, weights, spec.method.rank, base, commit, *scalings)

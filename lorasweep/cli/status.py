@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.cli.status_text import status_text
+from lorasweep.fleet.members import Member, planned
+from lorasweep.fleet.outcome import counts, outcome_of
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan import detect
@@ -54,6 +56,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     return {
         "sweep": request.sweep_name,
         "scale": request.scale,
+        "customers": _customers(request, store),
         "runs": {"total": len(now.points), "todo": len(now.todo), **Counter(states.values())},
         "arms": _arms(now.points, states, top, names, entries),
         "best": _plain_best(min(top.values(), default=(math.inf, "")), names, entries),
@@ -72,6 +75,14 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
         "slurm": queue.unavailable,
         "unrecorded": len(queue.strays),
     }
+
+
+def _customers(request: Request, store: RunStore) -> dict[str, int] | None:
+    """Count a fleet's customers by what became of them; None for other requests."""
+    if not request.members:
+        return None
+    fleet = planned(request.members, request.points)
+    return counts(outcome_of(m, store) if isinstance(m, Member) else m for m in fleet)
 
 
 def _jobs(queue: Queue, ids: set[str], entries: dict[str, Entry]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from lorasweep.cli.progress import duration
+from lorasweep.fleet.outcome import counts_line
 from lorasweep.sweep.request import Request
 
 COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "missing")
@@ -20,10 +21,13 @@ def status_text(request: Request, status: dict[str, Any]) -> str:
     lines = [
         f"{request.sweep_name or 'single run'} at scale {request.scale}: {counts}; {left}{rate}"
     ]
+    if status["customers"]:
+        lines.append(f"  {counts_line(status['customers'])}")
     shown = [s for s in COLUMNS if runs.get(s)]
-    width = max(len(a["arm"]) for a in status["arms"])
+    label = "customer" if status["customers"] else "arm"
+    width = max(len(label), *(len(a["arm"]) for a in status["arms"]))
     heads = "".join(f"{s:>{_width(s)}}" for s in shown)
-    lines.append(f"  {'arm':{width}}  runs  {heads}  best")
+    lines.append(f"  {label:{width}}  runs  {heads}  best")
     for a in status["arms"]:
         best = "" if a["best"] is None else _best(a["best"])
         cells = "".join(f"{a.get(s, 0):{_width(s)}}" for s in shown)

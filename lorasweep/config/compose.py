@@ -159,10 +159,10 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
 
 def _single(config: Config, run: RunSpec) -> list[Point]:
     """Return the run of a command without a sweep; none for actions on the whole store."""
-    if config.prune:
+    if config.prune and not config.customers:
         raise SpecError(
             "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
-            "+sweep=NAME."
+            "+sweep=NAME, or customers=FILE."
         )
     if config.action in ("export", "import", "adapter", "extend", "qualify", "advise"):
         return []

@@ -13,6 +13,9 @@ from lorasweep.errors import SpecError
 from lorasweep.sweep.grid import fields_of
 from lorasweep.sweep.question import Sweep
 
+OF_CUSTOMERS = ("plan", "status", "cancel", "fetch", "measure_packs")
+"""Actions that customers=FILE makes about a fleet."""
+
 
 def refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
     """Refuse values on the command line that the sweep's axes replace.
@@ -110,7 +113,7 @@ def refuse_advice(config: Any, sweep_name: str | None) -> None:
             "data is only for action=measure. Add it, or leave data out (of a customer: "
             "+customer.data)."
         )
-    of_fleet = ("fleet", *(("plan", "status") if config.customers else ()))
+    of_fleet = ("fleet", *(OF_CUSTOMERS if config.customers else ()))
     if config.rates != Config.rates and config.action not in ("measure", *of_fleet):
         raise SpecError(
             "rates is only for action=measure and action=fleet. Add one, or leave rates out."

@@ -92,9 +92,10 @@ def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple
         wanted = dict(part.split("=") for part in spec.revision[7:].split(",")).get(split)
         if wanted and wanted != digest[:16]:
             raise DataError(
-                f"dataset {spec.name!r}: {path} has sha256 {digest[:16]}..., but the revision in "
-                f"conf/dataset pins {wanted}. Get the pinned file, or write your own dataset file "
-                "with another name and revision."
+                f"dataset {spec.name!r}: {path} has sha256 {digest[:16]}..., but the revision "
+                f"pins {wanted}. Get the pinned file, or write your own dataset file with another "
+                "name and revision (of a customer's rows: run the command again, which pins what "
+                "is there now)."
             )
     return path, digest
 

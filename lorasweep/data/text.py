@@ -61,13 +61,20 @@ def examples(
         given = source.rows()
         if spec.too_long == "cut":
             given = itertools.islice(given, limit)  # rows beyond need not be readable
+        first = list(itertools.islice(given, 1))
+        given = itertools.chain(first, given)
         usable = (e for e in _tokenized(spec, given, tokenizer) if e is not None)
         found = Rows.of(itertools.islice(usable, limit))
-        if not found:
+        if not found and first:
             raise DataError(
                 f"dataset {spec.name!r}, split {split!r}: no rows (too_long={spec.too_long}, "
-                f"max_length={spec.max_length}, unseen_prompts={spec.unseen_prompts}). Set "
-                "train_split and test_split to splits that have rows."
+                f"max_length={spec.max_length}) that can be used: all are longer. Raise "
+                "max_length."
+            )
+        if not found:
+            raise DataError(
+                f"dataset {spec.name!r}, split {split!r}: no rows (unseen_prompts="
+                f"{spec.unseen_prompts}). Set train_split and test_split to splits that have rows."
             )
         return found
 
@@ -137,10 +144,14 @@ def _example(
     if not mask.any():
         if cut and spec.too_long == "cut_or_skip":
             return None
+        remedy = "raise max_length, change the mask, or set too_long=cut_or_skip"
         raise DataError(
-            f"{where}: no token counts in the loss (mask={spec.mask}, {len(ids)} tokens, "
-            f"max_length={spec.max_length}). Remove the row, raise max_length, change the mask, or "
-            "set too_long=cut_or_skip."
+            f"{where}: no token counts in the loss (mask={spec.mask}, {len(ids)} tokens"
+            + (
+                f", max_length={spec.max_length}). Remove the row, {remedy}."
+                if cut
+                else "). Remove the row, add an answer, or change the mask."
+            )
         )
     if cut:  # count the bytes of the part that was kept, so that bits per byte are right
         kept = [t for t, m in zip(tokens, mask) if m]

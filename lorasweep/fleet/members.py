@@ -14,7 +14,7 @@ from lorasweep.advise.customer import RowError, customer_of
 from lorasweep.advise.rules.rates import ALPHA
 from lorasweep.advise.shapes import shape_of
 from lorasweep.advise.table import Row
-from lorasweep.errors import DataError, SpecError
+from lorasweep.errors import DataError, ModelError, SpecError
 from lorasweep.fleet.rows import Rows, rows_of, with_lengths
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.model import ModelSpec
@@ -31,20 +31,39 @@ SAFE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
+class Advised:
+    """What the adviser said, as far as a card repeats it."""
+
+    method: str
+    """lora, full or open."""
+    why: str
+    rank: int
+    load: float | None
+    """Bits of the data over what the rank has room for."""
+    lr_source: str
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
 class Member:
     """A customer whose adapter can be trained."""
 
+    where: str
+    """Where people find its row, such as 'row 3'."""
+    name: str
+    """As it stands in the table."""
     folder: str
     """Its name, safe as the name of a folder; also of its data set and in what is printed."""
-    advice: Advice
+    advised: Advised
     rows: Rows
     points: list[Point]
     """A run for each rate, lowest first."""
 
-    @property
-    def name(self) -> str:
-        """The customer's name as it stands in the table."""
-        return self.advice.name
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON values, for `planned`; its runs are kept elsewhere."""
+        rows = {k: v for k, v in vars(self.rows).items() if k != "dataset"}
+        names = {"where": self.where, "name": self.name, "folder": self.folder}
+        return {**names, "advised": dataclasses.asdict(self.advised), "rows": rows}
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ class Setup:
     instead_of_full: str
     """lora: LoRA is trained although the adviser says full fine-tuning."""
     tokenizer_of: Callable[[ModelSpec], Any]
+    """Raises a ModelError where a base cannot be had."""
     data_dirs: Sequence[str]
 
 
@@ -97,6 +117,28 @@ def members_of(rows: Iterable[Row], known: Known, setup: Setup) -> list[Member |
     return found
 
 
+def fleet_plain(found: Sequence[Member | Failed]) -> list[dict[str, Any]]:
+    """Return a fleet as JSON values."""
+    return [m.plain() if isinstance(m, Member) else dataclasses.asdict(m) for m in found]
+
+
+def planned(fleet: Iterable[dict[str, Any]], points: Iterable[Point]) -> list[Member | Failed]:
+    """Rebuild a fleet from the values of `fleet_plain` and the runs of all its members."""
+    runs: dict[str, list[Point]] = {}
+    for p in points:
+        runs.setdefault(p.arm, []).append(p)
+    return [
+        _rebuilt(values, runs[values["folder"]]) if "folder" in values else Failed(**values)
+        for values in fleet
+    ]
+
+
+def _rebuilt(values: dict[str, Any], points: list[Point]) -> Member:
+    rows = Rows(dataset=points[0].spec.dataset, **values["rows"])
+    changes = {"advised": Advised(**values["advised"]), "rows": rows, "points": points}
+    return Member(**{**values, **changes})
+
+
 def _with_data(row: Row, known: Known, setup: Setup, read: dict[str, Rows]) -> Row:
     """Read and tokenize a customer's rows; fill in what the adviser would assume of them."""
     if row.problem:
@@ -112,7 +154,10 @@ def _with_data(row: Row, known: Known, setup: Setup, read: dict[str, Rows]) -> R
         return row._replace(
             problem="column data: missing. It holds a .jsonl file, or a folder with train.jsonl."
         )
-    tokenizer = setup.tokenizer_of(model)
+    try:
+        tokenizer = setup.tokenizer_of(model)
+    except ModelError as error:
+        return row._replace(problem=f"column model: {error}")
     try:
         rows = rows_of(folder_of(c.name), c.data, setup.base.dataset)
         rows, tokens = with_lengths(rows, tokenizer, c.max_length, setup.data_dirs)
@@ -139,8 +184,8 @@ def _member(advice: Advice, rows: Rows, setup: Setup) -> Member:
             ]
         )
     base, folder = setup.base, folder_of(advice.name)
-    advised: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA}
-    method = dataclasses.replace(base.method, **advised)
+    size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA}
+    method = dataclasses.replace(base.method, **size)
     steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / work.batch_size))
     rate = settle.middle_rates(advice)[0]
     spec = dataclasses.replace(
@@ -157,7 +202,9 @@ def _member(advice: Advice, rows: Rows, setup: Setup) -> Member:
     points = [Point(folder, dataclasses.replace(spec, lr=lr)) for lr in rates]
     for point in points:
         validate(point.spec)
-    return Member(folder, advice, rows, points)
+    source, warnings = advice.rate.source, advice.trace.warnings
+    advised = Advised(choice.method, choice.why, choice.rank, choice.load, source, warnings)
+    return Member(advice.where, advice.name, folder, advised, rows, points)
 
 
 def check(setup: Setup) -> None:

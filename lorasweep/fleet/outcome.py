@@ -1,6 +1,8 @@
 """What became of a customer: the rate that validation rows chose, and the gain on test rows."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lorasweep.advise.advice import Failed
@@ -43,6 +45,21 @@ class Outcome:
         return self.member.name
 
     @property
+    def base(self) -> str:
+        """What others call the base: its name on the hub, or that of a folder, without its path."""
+        model = self.member.points[0].spec.model
+        return model.location if model.source == "hub" else model.name
+
+    @property
+    def open(self) -> bool:
+        """Whether runs are still to be trained, and none failed."""
+        return (
+            not self.spec
+            and {t.state for t in self.tried}.isdisjoint({"failed"})
+            and any(t.state not in FINAL for t in self.tried)
+        )
+
+    @property
     def gain(self) -> float | None:
         """Nats per token that training took off the loss of rows that were held out."""
         if self.spec is None or not self.member.rows.held_out:
@@ -60,7 +77,7 @@ class Outcome:
     @property
     def room(self) -> str:
         """Whether the data are too few or too many for the rank, by the adviser's count of bits."""
-        load = self.member.advice.choice.load
+        load = self.member.advised.load
         if not self.member.rows.held_out:
             return "too few rows to hold any out"
         if load is None or load <= ROOM:
@@ -69,22 +86,22 @@ class Outcome:
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON values: what the card says."""
-        m, advice, found = self.member, self.member.advice, self.result
-        data, choice = m.rows.dataset, advice.choice
+        m, advised, found = self.member, self.member.advised, self.result
+        data, model = m.rows.dataset, m.points[0].spec.model
         return {
             "name": m.name,
             "folder": m.folder,
             "error": self.problem or None,
-            "base": advice.model.location or advice.model.name,
+            "base": self.base,
             "run": self.spec.id if self.spec else None,
             "lr": self.spec.lr if self.spec else None,
             "tried": [vars(t) for t in self.tried],
             "edge": self.edge,
-            "rank": choice.rank,
+            "rank": advised.rank,
             "alpha": m.points[0].spec.method.plain()["alpha"],
             "layers": m.points[0].spec.method.plain()["layers"],
-            "tied": advice.model.tied and "unembedding" in m.points[0].spec.method.target_layers(),
-            "data": f"{data.location}/{data.train_split}.jsonl",
+            "tied": model.tied and "unembedding" in m.points[0].spec.method.target_layers(),
+            "data": f"{Path(data.location).name}/{data.train_split}.jsonl".lstrip("/"),
             "revision": data.revision,
             "n_train": found.get("n_train", m.rows.n_train),
             "n_validation": data.n_validation,
@@ -98,10 +115,10 @@ class Outcome:
             "tokens": found.get("tokens"),
             "seconds": found.get("wall_s"),
             "room": self.room,
-            "advised": choice.method,
-            "advised_why": choice.why,
-            "advised_lr": advice.rate.source,
-            "warnings": advice.trace.warnings,
+            "advised": advised.method,
+            "advised_why": advised.why,
+            "advised_lr": advised.lr_source,
+            "warnings": advised.warnings,
         }
 
 
@@ -126,9 +143,32 @@ def _problem(tried: list[Tried], open_: list[Tried], store: RunStore) -> str:
     failed = next((t for t in open_ if t.state == "failed"), None)
     if failed is not None:
         return f"{store.failure(failed.run)} (run {failed.run}; try again: exec.retry=true)"
+    killed = max((store.failures(t.run) for t in open_), default=0)
+    if killed:
+        return (
+            f"not trained yet: {len(open_)} of {len(tried)} runs; a process that trained one was "
+            f"killed, {killed} times (out of memory? Try fewer exec.workers)"
+        )
     if open_:
         return f"not trained yet: {len(open_)} of {len(tried)} runs"
     return f"every rate diverged: {', '.join(f'{t.lr:g}' for t in tried)}"
+
+
+def counts(found: "Iterable[Outcome | Failed]") -> dict[str, int]:
+    """Count customers: all, those with an adapter, not trained yet, and with an error."""
+    given = list(found)
+    trained = sum(isinstance(o, Outcome) and o.spec is not None for o in given)
+    open_ = sum(isinstance(o, Outcome) and o.open for o in given)
+    errors = len(given) - trained - open_
+    return {"customers": len(given), "adapters": trained, "open": open_, "errors": errors}
+
+
+def counts_line(values: Mapping[str, int]) -> str:
+    """Return the counts of customers in words."""
+    return (
+        f"{values['customers']} customers: {values['adapters']} adapters, {values['open']} not "
+        f"trained yet, {values['errors']} with errors"
+    )
 
 
 def plain_of(found: "Outcome | Failed") -> dict[str, Any]:

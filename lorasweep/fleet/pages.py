@@ -3,16 +3,18 @@
 Names and error texts are customers': they are escaped in both.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from lorasweep.advise.advice import Failed
 from lorasweep.advise.page import TEMPLATE, plain_text
 from lorasweep.advise.trace import shown
-from lorasweep.fleet.outcome import Outcome, plain_of
+from lorasweep.fleet.members import folder_of
+from lorasweep.fleet.outcome import Outcome, counts, counts_line, plain_of
 
 NUMBERS = ("gain", "before", "after", "rate", "of", "rows", "held out", "rank")
 HEAD = ("customer", *NUMBERS, "to know")
@@ -33,7 +35,7 @@ def _facts(outcome: Outcome) -> Iterable[tuple[str, str]]:
     """Yield what there is to say of a trained adapter."""
     p = outcome.plain()
     yield "adapter", f"LoRA of rank {p['rank']}, alpha {p['alpha']:g}, on {p['layers']} matrices"
-    yield "base", p["base"]
+    yield "base", _base(outcome)
     yield "trained on", f"{p['n_train']:,} rows of {p['data']} ({p['revision']})"
     yield (
         "training",
@@ -63,6 +65,15 @@ def _facts(outcome: Outcome) -> Iterable[tuple[str, str]]:
         yield "use", "as it is, never merged: the unembedding it changes is tied to the embedding"
     for text in p["warnings"]:
         yield "warning", text
+
+
+def _base(outcome: Outcome) -> str:
+    model = outcome.member.points[0].spec.model
+    load = "load it, then peft.PeftModel.from_pretrained(base, this folder)"
+    if model.source == "hub":
+        return f"{outcome.base}: {load}"
+    shape = f"{model.n_layers} layers, {model.hidden_size:,} wide, {model.vocab_size:,} tokens"
+    return f"{outcome.base} ({shape}), a copy of your own as it is not on the hub: {load}"
 
 
 def _rate(outcome: Outcome) -> str:
@@ -128,13 +139,20 @@ def _groups(found: Sequence["Outcome | Failed"]) -> dict[str, list[int]]:
 def summary_lines(found: Sequence["Outcome | Failed"]) -> list[str]:
     """Return how many gained, how many did not, and whose rate or rank is in question."""
     groups = _groups(found)
-    adapters = len(found) - len(groups.pop("without an adapter", ()))
-    lines = [f"{len(found)} customers: {adapters} adapters, {len(found) - adapters} without"]
-    return lines + [f"{len(g)} {says}" for says, g in groups.items()]
+    groups.pop("without an adapter", None)
+    return [counts_line(counts(found)), *(f"{len(g)} {says}" for says, g in groups.items())]
 
 
-def page(found: Sequence["Outcome | Failed"], title: str) -> str:
-    """Return the page in HTML: one file, without scripts, and every name escaped."""
+def page(
+    found: Sequence["Outcome | Failed"], title: str, earlier: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Return the page in HTML: one file, without scripts, and every name escaped.
+
+    Args:
+        found: what became of each customer.
+        title: the table's name.
+        earlier: the facts of adapters that are not of this table's state, by folder.
+    """
     body = [f"<h1>{escape(title)}</h1>"]
     body += [f"<p>{escape(summary_lines(found)[0])}</p>", "<ul>", *_named(found), "</ul>"]
     body.append(
@@ -143,6 +161,7 @@ def page(found: Sequence["Outcome | Failed"], title: str) -> str:
         "others. With few rows they are noisy.</p>"
     )
     body += _table(found)
+    body += _gone(found, earlier)
     for k, outcome in enumerate(found):
         if isinstance(outcome, Outcome) and outcome.spec is not None:
             facts = "".join(
@@ -155,9 +174,10 @@ def page(found: Sequence["Outcome | Failed"], title: str) -> str:
             )
         else:
             p = plain_of(outcome)
+            stays = _stays(earlier.get(folder_of(outcome.name)))
             body.append(
                 f'<section class="card" id="c{k}"><h3>{escape(p["name"] or "?")}: <span '
-                f'class="error">no adapter</span></h3><p>{escape(p["error"])}</p></section>'
+                f'class="error">no adapter</span></h3><p>{escape(p["error"])}</p>{stays}</section>'
             )
     text = TEMPLATE.read_text().replace("LoRA or full fine-tuning", "Customers' adapters", 1)
     return text.replace("<!--BODY-->", "\n".join(body))
@@ -174,6 +194,29 @@ def _named(found: Sequence["Outcome | Failed"]) -> Iterable[str]:
             names.append(f"and {len(group) - NAMED} more")
         few = 2 * len(group) <= len(found)
         yield f"<li>{len(group)} {escape(says)}{': ' + ', '.join(names) if few else ''}</li>"
+
+
+def _stays(facts: Mapping[str, Any] | None) -> str:
+    """Say that a customer's folder holds what an earlier state left; nothing without one."""
+    if facts is None:
+        return ""
+    return (
+        "<p>Its folder holds an earlier adapter, of another state of its data or settings: run "
+        f"{escape(str(facts.get('run')))}, on {escape(str(facts.get('n_train')))} rows.</p>"
+    )
+
+
+def _gone(
+    found: Sequence["Outcome | Failed"], earlier: Mapping[str, Mapping[str, Any]]
+) -> Iterable[str]:
+    """Yield which folders are of customers that are no longer in the table."""
+    names = {folder_of(o.name) for o in found}
+    gone = [str(facts.get("name")) for folder, facts in earlier.items() if folder not in names]
+    if gone:
+        yield (
+            "<p>No longer in the table, with a folder that stays until you delete it: "
+            f"{escape(', '.join(gone))}.</p>"
+        )
 
 
 def _table(found: Sequence["Outcome | Failed"]) -> Iterable[str]:

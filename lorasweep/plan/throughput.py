@@ -61,21 +61,27 @@ class Throughput:
 
 
 def shape_of(spec: RunSpec) -> Shape:
-    """Return what determines the time of a step: all but learning rates, seeds and step count."""
+    """Return what determines the time of a step: all but learning rates, seeds and step count.
+
+    Of rows of text a plan knows no more than max_length, so data sets of one length count as one:
+    those of a hundred customers are a few shapes.
+    """
     method = spec.method
     layers, scope, rank = (getattr(method, name, None) for name in ("layers", "scope", "rank"))
     fields = [method.name, layers, scope, rank, spec.batch_size, spec.precision]
     if spec.objective != "sft":  # not named in what was measured before there was another
         fields += [spec.objective, spec.group_size, spec.max_new_tokens]
-    return (spec.model.canonical, spec.dataset.canonical, *fields)
+    data = spec.dataset
+    rows = data.canonical if data.source == "synthetic" else data.max_length
+    return (spec.model.canonical, rows, *fields)
 
 
 def measured_path(root: Path, spec: RunSpec, hardware: Hardware, exec_: Exec) -> Path:
     """Return the file for measurements of this shape on this hardware and software."""
-    model, dataset, *fields = shape_of(spec)
+    model, rows, *fields = shape_of(spec)
     machine = [hardware.processor, hardware.cores, [hardware.gpu_name] * hardware.gpus]
     where = [*machine, *_software(), exec_.micro_batch_size, exec_.compile]
-    text = json.dumps([model, dataset, fields, where])
+    text = json.dumps([model, rows, fields, where])
     return root / ".calibration" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 

@@ -57,6 +57,8 @@ class Request:
     customers: str = ""
     """A table of customers, for action=advise and action=fleet, and for plan and status of a fleet.
     """
+    members: list[dict[str, Any]] = field(default_factory=list)
+    """action=fleet: the customers whose runs these are, as they were planned."""
     instead_of_full: str = ""
     """action=fleet: lora trains it for customers for whom the adviser says full fine-tuning."""
     customer: dict[str, Any] = field(default_factory=dict)

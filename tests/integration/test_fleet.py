@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from lorasweep.errors import SpecError
 from lorasweep.fleet.outcome import Outcome, Tried
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.plan import detect
+from lorasweep.plan.flops import run_flops, train_flops
+from lorasweep.plan.throughput import measured_path
 from lorasweep.store.run_store import RunStore
 from tests.customers import make_base, write_rows
 
@@ -92,7 +96,10 @@ def test_a_table_becomes_folders_and_asked_again_only_what_changed_is_trained(
     assert world.run(trainer=trainer) == 0
     assert len(trainer.asked) == 13  # three rates for four customers, one for the few rows
     printed = capsys.readouterr().out
-    assert "5 customers: 5 adapters, 0 without" in printed and "too few rows" in printed
+    assert (
+        "5 customers: 5 adapters, 0 not trained yet, 0 with errors" in printed
+        and "too few rows" in printed
+    )
     ann = world.facts("ann")
     losses = {t["lr"]: t["validation"] for t in ann["tried"]}
     assert ann["lr"] == min(losses, key=lambda lr: (losses[lr], lr)) and len(losses) == 3
@@ -188,8 +195,78 @@ def test_plan_and_status_are_of_the_customers(world, tmp_path, capsys, compose):
     found = json.loads(capsys.readouterr().out)
     assert found["runs"]["total"] == 5 and found["cost"]["packs"] == 2  # a pack a base
     assert act(dataclasses.replace(request, action="status")) == 0
-    arms = json.loads(capsys.readouterr().out)["arms"]
-    assert {"ann", "bob", "few", "eve"} < {a["arm"] for a in arms}
+    shown = json.loads(capsys.readouterr().out)
+    assert {"ann", "bob", "few", "eve"} < {a["arm"] for a in shown["arms"]}
+    assert shown["customers"] == found["fleet"]["customers"]
+    assert found["fleet"]["customers"] == {"customers": 5, "adapters": 0, "open": 5, "errors": 0}
+
+
+def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
+    """By planted times of a step: 0.3 s alone, 0.1 s a run in packs of four."""
+    options = ("customers=customers.yaml", "rates=advised", "exec.workers=1")
+    request = compose("action=plan", *options)
+    assert act(request) == 0
+    untimed = capsys.readouterr().out
+    assert "5 customers: 0 adapters, 5 not trained yet, 0 with errors" in untimed
+    assert "alone is not known" in untimed and "action=measure_packs" in untimed
+    runs = fleet._request_of(request, fleet._members(request))
+    for point in runs.points:
+        machine, exec_ = detect.this_machine(), runs.exec
+        path = measured_path(Path(exec_.runs_dir), point.spec, machine, exec_)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"step_s": {"1": 0.3, "4": 0.1}}))
+    assert act(dataclasses.replace(request, format="json")) == 0
+    found = json.loads(capsys.readouterr().out)["fleet"]
+    four, one = found["bases"]
+    assert (four["customers"], four["packs"]) == (4, 1) and four["ratio"] == pytest.approx(3)
+    assert (one["customers"], one["packs"]) == (1, 1) and one["ratio"] == pytest.approx(1)
+    whole, steps = found["total"], sum(p.spec.steps for p in runs.points)
+    evaluated = sum(p.spec.steps * run_flops(p.spec) / train_flops(p.spec) for p in runs.points)
+    assert whole["alone_s"] == pytest.approx(0.3 * evaluated) and evaluated > steps
+    assert whole["together_s"] == four["together_s"] + one["together_s"] < whole["alone_s"]
+    assert act(compose("action=plan", "hardware=h100", "precision=bf16", *options)) == 0
+    on_gpus = capsys.readouterr().out
+    assert "in time of one GPU" in on_gpus and "by the times of steps" in on_gpus
+
+
+def test_what_has_no_adapter_now_keeps_the_folder_that_it_has(world, tmp_path):
+    """A customer whose new rows break, and one that leaves the table; the page says so."""
+    assert world.run("rates=advised") == 0
+    (tmp_path / "bob.jsonl").write_text("{")
+    world.write(few=(None, None, None))
+    assert world.run("rates=advised") == 1
+    page = (world.folder / "index.html").read_text()
+    assert "4 customers: 3 adapters, 0 not trained yet, 1 with errors" in page
+    assert (
+        "holds an earlier adapter, of another state" in page and world.facts("bob")["run"] in page
+    )
+    assert "No longer in the table, with a folder that stays until you delete it: few." in page
+    assert (world.folder / "few/adapter_model.safetensors").is_file()
+
+
+def test_what_is_wrong_with_a_row_is_said_once_and_a_base_is_its_customers_matter(
+    world, tmp_path, capsys
+):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/config.json").write_text(
+        (Path(json.loads((tmp_path / "customers.yaml").read_text())[0]["model"])).read_text()
+    )
+    world.write(lost=(tmp_path / "half", "ann.jsonl", 1), gone=(tmp_path / "half", "no.jsonl", 1))
+    assert world.run("rates=advised") == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("no model.safetensors") == 2 and "no model" not in printed.out
+    assert "entry 6: see above" in printed.out
+    assert "7 customers: 5 adapters, 0 not trained yet, 2 with errors" in printed.out
+
+
+def test_what_a_customer_gets_names_no_folder_of_the_machine(world, tmp_path):
+    world.run("rates=advised")
+    for path in world.folder.glob("*/*"):
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+        assert b"pytest-of" not in path.read_bytes(), path
+    config = json.loads((world.folder / "ann/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == world.facts("ann")["base"]
+    assert "a copy of your own" in (world.folder / "ann/README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -197,8 +274,7 @@ def test_plan_and_status_are_of_the_customers(world, tmp_path, capsys, compose):
     [
         (["rates=2"], "3 to 9"),
         (["method=fullft"], "method=lora"),
-        (["cluster=slurm"], "on this machine"),
-        (["exec.world_size=2"], "on this machine"),
+        (["exec.world_size=2"], "in one process"),
         (["instead_of_full=yes"], "Allowed: lora"),
     ],
 )

@@ -1,4 +1,4 @@
 """What action=plan prints: for this machine, and for given GPUs.
 
-Refuses to start anything.
+Refuses to start anything but the measurement of packs.
 """

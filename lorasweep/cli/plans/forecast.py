@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorasweep.cli import answer
+from lorasweep.cli.plans import of_fleet
 from lorasweep.cli.plans.plan_text import queue_lines, unpinned_lines
 from lorasweep.plan.gpu.forecast import Forecast, Forecaster, hours_of
 from lorasweep.plan.gpu.placement import MEMORY_ERROR, SPEED_ERROR
@@ -35,14 +36,20 @@ def show(request: Request, store: RunStore, hardware: Hardware, queue: dict[str,
     total = planner.total(parts)
     prices = [_prices(part, found) for part, found in zip(asked, parts, strict=True)]
     work = request.cluster.work_max
+    fleet = {"fleet": of_fleet.on_gpus(request, store, hardware)} if request.members else {}
     if request.format == "json":
         sweeps = [{**_plain(p, work), "claims": c} for p, c in zip(parts, prices, strict=True)]
         machine = {name: getattr(hardware, name) for name in ("name", "gpus", "price_per_gpu_h")}
         errors = {"memory": MEMORY_ERROR, "speed": SPEED_ERROR}
         both = {"hardware": machine, "error": errors, "scale": request.scale}
-        print(json.dumps({**both, "sweeps": sweeps, "total": _plain(total, work), **queue}))
+        print(
+            json.dumps({**both, "sweeps": sweeps, "total": _plain(total, work), **queue, **fleet})
+        )
         return 0
-    print("\n".join([*_text(request, hardware, [*parts, total], prices), *queue_lines(queue)]))
+    lines = [*_text(request, hardware, [*parts, total], prices), *queue_lines(queue)]
+    if request.members:
+        lines += ["", *of_fleet.lines(fleet["fleet"], "in time of one GPU")]
+    print("\n".join(lines))
     return 0
 
 

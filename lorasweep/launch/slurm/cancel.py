@@ -16,7 +16,7 @@ def removed(
     queue: Queue, request: Request, points: Sequence[Point], store: RunStore
 ) -> dict[str, list[str]]:
     """List, by submission, queued runs that are no longer part of this sweep and not started."""
-    if request.sweep is None:
+    if request.sweep_name is None:
         return {}
     wanted = {p.id for p in points}
     found: dict[str, list[str]] = {}

@@ -162,7 +162,8 @@ class Forecaster:
             SpecError: the hardware's file has no speed for its precision.
         """
         trained = spec.method.n_trainable(spec.model)  # experts share a rank in more than one way
-        key = (*shape_of(spec), spec.steps, spec.schedule, trained)
+        rows = spec.dataset.canonical  # how many are evaluated, too
+        key = (*shape_of(spec), rows, spec.steps, spec.schedule, trained)
         if key not in self._kinds:
             self._kinds[key] = self._placed(spec)
         return self._kinds[key]

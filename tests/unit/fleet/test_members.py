@@ -145,7 +145,7 @@ def test_customers_become_runs_and_wrong_ones_stop_no_other(base, tmp_path):
     )
     spec = member.points[0].spec
     assert (spec.batch_size, spec.steps) == (8, 16) and spec.dataset.n_validation == 4
-    assert spec.method.rank == member.advice.choice.rank and spec.method.alpha == 32
+    assert spec.method.rank == member.advised.rank and spec.method.alpha == 32
     assert len(small.points) == 1 and not small.rows.held_out
     wrong = [f.error for f in found[2:]]
     assert all(isinstance(f, Failed) for f in found[2:])
@@ -175,7 +175,7 @@ def test_full_is_an_error_unless_lora_is_asked_for(base, tmp_path):
     (refused,) = plan([row])
     assert "the adviser says full" in refused.error and "instead_of_full=lora" in refused.error
     (asked,) = plan([row], instead="lora")
-    assert asked.advice.choice.method == "full" and asked.points[0].spec.method.name == "lora"
+    assert asked.advised.method == "full" and asked.points[0].spec.method.name == "lora"
     with pytest.raises(SpecError, match="Allowed: lora"):
         plan([row], instead="yes")
 
