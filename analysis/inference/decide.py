@@ -70,7 +70,10 @@ def judge(
     elif low <= estimate.low and estimate.high <= high:
         outcome, why = "SUPPORTED", f"{shown} lies inside the margin"
     elif estimate.high < low or estimate.low > high:
+        above = estimate.low > high
+        better = claim.get("better") == ("higher" if above else "lower")
         outcome, why = "REFUTED", f"{shown} and the margin do not meet"
+        why += ": it is on the better side" if better else ""
     else:
         why = f"{shown} crosses the margin's edge"
     if outcome == "UNDECIDED":

@@ -27,6 +27,16 @@ def test_looks_are_judged_at_pococks_levels():
         look_level(6)
 
 
+@pytest.mark.parametrize(
+    "better, centre, said",
+    [("higher", 40, True), ("higher", 2, False), ("lower", 2, True), ("lower", 40, False)],
+)
+def test_a_refutation_on_the_better_side_says_so(better, centre, said):
+    estimate = from_draws(np.exp(draws(math.log(centre), 0.05, 2)), 9)
+    found = judge("r", {**CLAIM, "better": better}, "g", estimate, [], 5, True)
+    assert found.outcome == "REFUTED" and ("better side" in found.why) == said
+
+
 def test_three_looks_at_the_margins_edge_err_in_five_percent():
     """Truth outside the margin at its edge, error shrinking from look to look: support in any of
     them stays rare."""
