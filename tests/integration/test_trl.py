@@ -1,5 +1,5 @@
 """Against the trainer that most people use: one update of TRL's GRPO, set to the same loss, has our
-gradient up to its constant. Needs the extra `bench`."""
+gradient up to its constant."""
 
 import dataclasses
 
@@ -20,7 +20,6 @@ GROUP, PROMPTS, MOST = 8, 16, 8
 
 @pytest.mark.slow
 def test_one_update_has_the_gradient_of_trls_grpo(tmp_path):
-    pytest.importorskip("trl")
     from transformers import TrainerCallback
 
     spec, base, loaded = world("words", method=FullFT())
