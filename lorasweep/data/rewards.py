@@ -115,14 +115,16 @@ def check_rows(spec: DatasetSpec, data: Data, max_new_tokens: int) -> None:
 def _check(
     where: str, spec: DatasetSpec, rows: Sequence[Example], rewards: Rewards, max_new_tokens: int
 ) -> None:
-    for k, row in enumerate(rows):
-        length = len(prompt_of(row))
-        if length + max_new_tokens > spec.max_length:
-            raise DataError(
-                f"{where} {k}: its prompt has {length} tokens, which with max_new_tokens="
-                f"{max_new_tokens} is more than max_length={spec.max_length}. Raise "
-                "dataset.max_length, lower max_new_tokens, or remove the row."
-            )
+    lengths = [len(prompt_of(row)) for row in rows]
+    longest = max(lengths, default=0)
+    if longest + max_new_tokens > spec.max_length:
+        room = spec.max_length - longest
+        less = f", or max_new_tokens={room} at most" if room > 0 else ""
+        raise DataError(
+            f"{where} {lengths.index(longest)}: its prompt, the longest, has {longest} tokens, "
+            f"which with max_new_tokens={max_new_tokens} is more than max_length={spec.max_length}."
+            f" Set dataset.max_length={longest + max_new_tokens}{less}."
+        )
     for k, found in enumerate(rewards.of([(row, answer_of(row)) for row in rows])):
         if found != 1.0:
             raise DataError(

@@ -181,7 +181,8 @@ def coerce(value: Any, kind: Any, where: str, name: str) -> Any:
 
 def not_allowed(name: str, value: str, allowed: tuple[str, ...]) -> str:
     """Write the message for a setting that has none of its allowed values."""
-    return f"{name}={value!r}. Allowed: {', '.join(allowed)}."
+    end = ", or leave it out" if "" in allowed else ""
+    return f"{name}={value!r}. Allowed: {', '.join(filter(None, allowed))}{end}."
 
 
 def build(cls: type[V], values: dict[str, Any]) -> V:
