@@ -23,7 +23,6 @@ SCALES = sorted(p.stem for p in (ROOT / "conf" / "scale").glob("*.yaml"))
 MODELS = sorted(p.stem for p in (ROOT / "conf" / "model").glob("*.yaml"))
 NOT_ASKED = {
     ("experts", "small"): "no small real model with experts",
-    ("rl", "small"): "not yet",
     ("rl_bits", "small"): "a bandit is made for the small bases",
     ("rl_bits", "paper"): "the same",
     ("large_batches", "small"): "hours for one run",
