@@ -5,6 +5,7 @@ same `layers` would adapt: the control that separates parametrisation from locat
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -118,6 +119,9 @@ class _WholeModel:
 
     def keep(self, members: list[int]) -> dict[str, tuple[str, list[int]]]:
         raise SpecError("a full fine-tuning pack has one member and cannot be compacted")
+
+    def only(self, members: list[int]) -> AbstractContextManager[None]:
+        return nullcontext()  # there is one
 
     def norms(self) -> list[dict[str, float]]:
         import torch

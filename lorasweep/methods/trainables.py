@@ -1,6 +1,7 @@
 """The interface between a method and the training loop: what it is handed, and what it trains."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Union
 
@@ -72,6 +73,12 @@ class Trainables(Parameters, Protocol):
 
     def spread(self) -> None:
         """Take up the parameters of a model that was spread over processes, before any update."""
+
+    def only(self, members: list[int]) -> AbstractContextManager[None]:
+        """Let the model and what follows be those of some members meanwhile, without gradient.
+
+        `members`: increasing indices into the current order.
+        """
 
     def norms(self) -> list[dict[str, float]]:
         """Return the norms to record, one dict per member."""

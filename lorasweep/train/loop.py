@@ -111,20 +111,23 @@ def train(
             due = {m.id for m in members if step in evaluations[m.id]} - diverged
             weight_norms = trainables.norms() if due else []
             for final, runs in ((True, due & last), (False, due - last)):
-                if not runs:
+                at, some = _of(runs, members)
+                if not some:
                     continue
-                found = mesh.run(objective.evaluate, model, members, final)
-                for m, norm, evaluation in zip(members, weight_norms, found):
-                    if m.id not in runs:
-                        continue
-                    measured[m.id] = {**evaluation.measures, **norm}
+                with trainables.only(at):
+                    found = mesh.run(objective.evaluate, model, some, final)
+                for k, m, evaluation in zip(at, some, found):
+                    measured[m.id] = {**evaluation.measures, **weight_norms[k]}
                     records[m.id] |= {**measured[m.id], "test_items": evaluation.n_items}
                     progress[m.id].point(records[m.id], tuple(measured[m.id]))
                     if not math.isfinite(evaluation.measures[metric.name]):
                         diverged.add(m.id)
-            done = last - diverged
-            more = mesh.run(objective.at_end, model, members) if done else []
-            spectra = trainables.spectra() if done else []
+            at, done = _of(last - diverged, members)
+            if done:
+                with trainables.only(at):
+                    more = mesh.run(objective.at_end, model, done)
+                    for m, found_more, spectra in zip(done, more, trainables.spectra()):
+                        measured[m.id] |= {**found_more, "spectra": spectra}
             ended: dict[str, tuple[str, Record]] = {}
             for k, m in enumerate(members):
                 if m.id not in diverged | last:
@@ -141,10 +144,9 @@ def train(
                     "base_sha256": base.sha256,
                     **({"base_commit": base.commit} if base.commit else {}),
                 }
-                if m.id in done:
-                    result |= {**measured[m.id], **more[k], "spectra": spectra[k]}
-                    result["step_s"] = progress[m.id].median_step_s()
-                ended[m.id] = ("done" if m.id in done else "diverged", result)
+                if m in done:
+                    result |= {**measured[m.id], "step_s": progress[m.id].median_step_s()}
+                ended[m.id] = ("done" if m in done else "diverged", result)
 
             def snapshot(step: int = step, members: list[RunSpec] = members) -> dict[str, State]:
                 layout = [m.id for m in members]
@@ -174,6 +176,12 @@ def train(
     finally:
         counts.close()
         trainables.detach()
+
+
+def _of(runs: set[str], members: Sequence[RunSpec]) -> tuple[list[int], list[RunSpec]]:
+    """Return which members these runs are, by index and by spec."""
+    at = [k for k, m in enumerate(members) if m.id in runs]
+    return at, [members[k] for k in at]
 
 
 def _resume(

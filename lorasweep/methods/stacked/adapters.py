@@ -4,7 +4,8 @@ Knows tensors; refuses to know the training loop and any field of LoRA but those
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -144,6 +145,20 @@ class StackedAdapters:
         self._methods = [self._methods[m] for m in members]
         self._named = self._names()
         return renamed
+
+    @contextmanager
+    def only(self, members: list[int]) -> Iterator[None]:
+        if len(members) == len(self._methods):
+            yield
+            return
+        whole = {f: (f.ranks, f.A, f.B, f.scaling_N) for f in self._factors.values()}
+        try:
+            for factors in whole:
+                factors.keep(members)
+            yield
+        finally:
+            for f, held in whole.items():
+                f.ranks, f.A, f.B, f.scaling_N = held
 
     @torch.no_grad()
     def norms(self) -> list[dict[str, float]]:

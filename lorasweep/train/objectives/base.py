@@ -50,7 +50,10 @@ class Evaluation:
 
 
 class Objective(Protocol[BatchT]):
-    """What is optimised, and how it is measured. `members` are always those still in the pack.
+    """What is optimised, and how it is measured.
+
+    `members` are those still in the pack, and where something is measured, those that it is
+    measured of.
 
     An update calls batches, then for each batch loss and its gradient, divided by the member's
     weight in the whole update. So a mean over tokens does not depend on the micro-batches.
@@ -92,10 +95,13 @@ class Objective(Protocol[BatchT]):
     def evaluate(
         self, model: "nn.Module", members: Sequence[RunSpec], final: bool
     ) -> list[Evaluation]:
-        """Measure every member on held-out items: on all of them if `final`, else on a part."""
+        """Measure these members on held-out items: on all of them if `final`, else on a part.
+
+        The model has these members only, and in `at_end` those that have finished.
+        """
 
     def at_end(self, model: "nn.Module", members: Sequence[RunSpec]) -> list[Record]:
-        """Return additional measures of each member. Called only when a member has finished."""
+        """Return additional measures of members that have finished."""
 
     def facts(self, member: RunSpec) -> Record:
         """Return what every result of this member contains, finished or diverged."""

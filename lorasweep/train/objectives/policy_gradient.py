@@ -37,7 +37,6 @@ from lorasweep.train.objectives.rewarding import rewarded
 from lorasweep.train.objectives.rollouts import Rollouts, lay_out
 from lorasweep.train.objectives.signal import Signal
 from lorasweep.train.objectives.surrogate import surrogate
-from lorasweep.train.progress import eval_steps
 from lorasweep.train.sampling import Answers, sample
 
 if TYPE_CHECKING:
@@ -245,12 +244,7 @@ class PolicyGradient:
                 measures[f"{name}_curve"] = first[name]
         for m, measures in zip(members, found):
             run, data = self._runs[m.id], self._data[m.id]
-            step = run.answers // m.batch_size
-            # measured for the sake of another member of the pack, it does not count
-            if step in eval_steps(m.steps, m.dataset.n_test_curve > 0) and final == (
-                step == m.steps
-            ):
-                run.best = max(run.best, measures[name])
+            run.best = max(run.best, measures[name])
             if data.rewards.choices and data.n_train:
                 bits = data.n_train * bits_learned(measures[name], data.rewards.choices)
                 measures |= {"bits": bits, "bits_per_answer": bits / run.answers}

@@ -10,6 +10,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.streams import stream
 from lorasweep.train.finetune import finetune
+from lorasweep.train.objectives import held_out
 from lorasweep.train.objectives.nll import nll_sums
 from tests.training import copied, run, worst
 from tests.world import tiny_spec
@@ -86,6 +87,32 @@ def test_validation_rows_are_measured_on_the_way_and_test_rows_only_at_the_end(w
     last, changed = first[member.id][-1], second[member.id][-1]
     assert last["test_nll"] != changed["test_nll"]
     assert last["test_nll_curve"] == changed["test_nll_curve"]
+
+
+def test_a_member_is_measured_when_it_is_due_and_not_for_anothers_sake(world, monkeypatch):
+    """Rows of held-out passes, from the fourth update on: those of the members that are due."""
+    spec, base = world
+    pack, data = everyone(spec)
+    base.at_start.clear()
+    measured = []
+
+    def watched(model, batches, precision, mesh=None):
+        measured.append(len(batches))
+        return held_out.evaluate(model, batches, precision, mesh)
+
+    monkeypatch.setattr("lorasweep.train.objectives.sft.evaluate", watched)
+    passes = {}
+    for event in finetune(pack, base, data):
+        passes[event.step], measured = measured, []
+    # the end of a run: its test rows, then its validation rows
+    assert {s: n for s, n in passes.items() if s > 3} == {
+        4: [3],
+        5: [],
+        6: [1, 1, 2],
+        7: [1, 1],
+        8: [1],
+        9: [1, 1],
+    }
 
 
 def test_a_pack_goes_on_in_its_company_bit_for_bit(world):
