@@ -11,7 +11,7 @@ from analysis.questions.registry import analyse
 from analysis.report.report import results_of
 from lorasweep.cli import answer
 from lorasweep.cli.actions import act
-from lorasweep.train.progress import eval_steps
+from lorasweep.spec.evaluations import eval_steps
 
 FULL_BEST = 1.3e-3
 """Best rate of full fine-tuning in a `Valley`: off the grid."""

@@ -7,8 +7,8 @@ import numpy as np
 
 from analysis.report.study import page
 from analysis.report.study.answers import parts_of
+from lorasweep.spec.evaluations import eval_steps
 from lorasweep.spec.metric import METRICS
-from lorasweep.train.progress import eval_steps
 
 START = 0.1
 

@@ -1,5 +1,7 @@
 """Train small packs in tests: the last state of each member, its records, and how far two states are."""
 
+import copy
+
 from lorasweep.models.targets import find_targets
 from lorasweep.train.finetune import finetune
 
@@ -7,7 +9,10 @@ from lorasweep.train.finetune import finetune
 def copied(snapshot):
     """A snapshot that later updates do not change."""
     return {
-        i: {"tensors": {n: t.clone() for n, t in s["tensors"].items()}, "meta": dict(s["meta"])}
+        i: {
+            "tensors": {n: t.clone() for n, t in s["tensors"].items()},
+            "meta": copy.deepcopy(s["meta"]),
+        }
         for i, s in snapshot.items()
     }
 

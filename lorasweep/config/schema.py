@@ -140,3 +140,4 @@ class Config:
     ratio_level: str = "token"
     clip_ratio: float | None = None
     kl_weight: float = 0.0
+    early_stopping: int = 0

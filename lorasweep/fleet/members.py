@@ -17,6 +17,7 @@ from lorasweep.advise.table import Row
 from lorasweep.errors import DataError, ModelError, SpecError
 from lorasweep.fleet.rows import Rows, rows_of, with_lengths
 from lorasweep.methods.lora import LoRA
+from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate
 from lorasweep.sweep.grid import Point, around
@@ -58,11 +59,13 @@ class Member:
     rows: Rows
     points: list[Point]
     """A run for each rate, lowest first."""
+    not_early: str = ""
+    """Why early stopping was asked for and is left out."""
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON values, for `planned`; its runs are kept elsewhere."""
         rows = {k: v for k, v in vars(self.rows).items() if k != "dataset"}
-        names = {"where": self.where, "name": self.name, "folder": self.folder}
+        names = {k: getattr(self, k) for k in ("where", "name", "folder", "not_early")}
         return {**names, "advised": dataclasses.asdict(self.advised), "rows": rows}
 
 
@@ -188,6 +191,8 @@ def _member(advice: Advice, rows: Rows, setup: Setup) -> Member:
     method = dataclasses.replace(base.method, **size)
     steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / work.batch_size))
     rate = settle.middle_rates(advice)[0]
+    patience = base.early_stopping
+    not_early = why_not_early(patience, steps, rows.dataset.n_validation) if patience else ""
     spec = dataclasses.replace(
         base,
         model=advice.model,
@@ -196,6 +201,7 @@ def _member(advice: Advice, rows: Rows, setup: Setup) -> Member:
         batch_size=work.batch_size,
         steps=steps,
         lr=rate,
+        early_stopping=0 if not_early else patience,
     )
     tried = setup.rates if rows.held_out else 1
     rates = [rate] if tried == 1 else around(rate, tried, APART)
@@ -204,7 +210,7 @@ def _member(advice: Advice, rows: Rows, setup: Setup) -> Member:
         validate(point.spec)
     source, warnings = advice.rate.source, advice.trace.warnings
     advised = Advised(choice.method, choice.why, choice.rank, choice.load, source, warnings)
-    return Member(advice.where, advice.name, folder, advised, rows, points)
+    return Member(advice.where, advice.name, folder, advised, rows, points, not_early)
 
 
 def check(setup: Setup) -> None:
@@ -222,6 +228,11 @@ def check(setup: Setup) -> None:
         raise SpecError(
             f"rates={setup.rates}. Expected {ADVISED}, or how many rates are tried around the "
             f"advised one: 3 to {MOST_RATES}."
+        )
+    if setup.base.early_stopping < 0:
+        raise SpecError(
+            f"early_stopping={setup.base.early_stopping}. Expected 0 (off), or after how many "
+            "evaluations in a row that are no better a run ends: 2 or 3."
         )
     if setup.instead_of_full not in INSTEAD:
         raise SpecError(

@@ -84,6 +84,29 @@ class Outcome:
             return ""
         return "more than the rank holds" if load > FULL else "little room in the rank"
 
+    @property
+    def stopping(self) -> str:
+        """Where and why training ended; empty if it was to make all its updates."""
+        patience, steps = (
+            self.member.points[0].spec.early_stopping,
+            self.member.points[0].spec.steps,
+        )
+        if not patience:
+            why = self.member.not_early
+            return f"left out, so it made all {steps} updates: {why}" if why else ""
+        done, best = self.result.get("steps_done"), self.result.get("best_step")
+        if done is None:
+            return ""
+        if done < steps:
+            worse = (
+                f"{patience} evaluations in a row were" if patience > 1 else "one evaluation was"
+            )
+            return (
+                f"ended after update {done} of {steps}, as {worse} no better than the one after "
+                f"update {best}, whose weights these are"
+            )
+        return f"made all {steps} updates; the weights are those after update {best}, the best"
+
     def plain(self) -> dict[str, Any]:
         """Return it as JSON values: what the card says."""
         m, advised, found = self.member, self.member.advised, self.result
@@ -107,6 +130,9 @@ class Outcome:
             "n_validation": data.n_validation,
             "n_test": found.get("n_test", data.n_test) if m.rows.held_out else 0,
             "steps": m.points[0].spec.steps,
+            "steps_done": found.get("steps_done"),
+            "best_step": found.get("best_step"),
+            "early_stopping": self.stopping,
             "batch_size": m.points[0].spec.batch_size,
             "max_length": data.max_length,
             "loss_before": found.get("nll_start"),

@@ -39,9 +39,11 @@ def _facts(outcome: Outcome) -> Iterable[tuple[str, str]]:
     yield "trained on", f"{p['n_train']:,} rows of {p['data']} ({p['revision']})"
     yield (
         "training",
-        f"{p['steps']:,} updates of {p['batch_size']} rows, {p['tokens'] or 0:,} tokens, "
-        f"{p['seconds'] or 0:,.1f} s",
+        f"{p['steps_done'] or p['steps']:,} updates of {p['batch_size']} rows, "
+        f"{p['tokens'] or 0:,} tokens, {p['seconds'] or 0:,.1f} s",
     )
+    if p["early_stopping"]:
+        yield "early stopping", p["early_stopping"]
     yield "learning rate", _rate(outcome)
     before, after = shown(p["loss_before"]), shown(p["loss_after"])
     if outcome.gain is None:
@@ -98,6 +100,8 @@ def cells(found: "Outcome | Failed") -> list[str]:
     if not isinstance(found, Outcome) or found.spec is None:
         return [p["name"] or "?", *[""] * (len(HEAD) - 2), p["error"]]
     notes = [n for n in (found.room, found.edge and f"{found.edge} rate") if n]
+    if (p["steps_done"] or p["steps"]) < p["steps"]:
+        notes.append(f"ended early, after {p['steps_done']} of {p['steps']} updates")
     if found.gain is not None and found.gain <= 0:
         notes.append("no gain")
     if p["advised"] == "full":

@@ -13,8 +13,9 @@ from lorasweep.spec.run import RunSpec
 TEXT_PEAK = 1.2
 """Tokens of the longest batch of text rows divided by the mean. Measured on GSM8K, batches of 8
 (LOG.md)."""
-SLOT_BYTES = 12
-"""Bytes per trained parameter in a checkpoint: fp32 weight and two moments."""
+SLOT_BYTES, BEST_BYTES = 12, 4
+"""Bytes per trained parameter in a checkpoint: fp32 weight and two moments; with early stopping
+also the best weight."""
 SLOTS = 2
 """Checkpoints kept per run (store/checkpoint.py)."""
 PROCESS_BYTES = 450 * 2**20
@@ -41,7 +42,8 @@ def pack_bytes(
 
     In bf16 on a GPU: see gpu/memory.py. Else, base: its weights, in bf16 if they are published so
     and computed so, and bf16 copies of weights that are not. Each member: parameter, gradient and
-    two moments of 4 bytes each; full fine-tuning keeps the base to start from. Activations: what
+    two moments of 4 bytes each, and with early stopping the best parameter; full fine-tuning keeps
+    the base to start from. Activations: what
     the hand-written decoder keeps for the backward pass. `micro_batch_size`: rows per member and
     forward pass; None: the whole batch.
     """
@@ -58,14 +60,16 @@ def pack_bytes(
         longest = round(tokens / (members * rows))
         frozen = held + (2 if held > word else 0)  # a copy in bf16
         parts = memory_parts(load, layout, longest, members, frozen_bytes=frozen, start_bytes=held)
-        return sum(parts.values())
+        best = parts["trained weights"] if spec.early_stopping else 0.0
+        return sum(parts.values()) + best
     copies = 0  # bytes for each weight of a product
     if word == 2 and (whole or held > word):
         copies += 2
     if word == 2 and not whole:
         copies += 2  # frozen weights are also kept transposed
     weights = model.n_params * held + model.n_matmul_params * copies
-    trained = members * spec.method.n_trainable(model) * 4 * master
+    words = 5 if spec.early_stopping else 4
+    trained = members * spec.method.n_trainable(model) * words * master
     h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
     scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)
     layer = tokens * (2 * h * master + word * (4 * h + 2 * kv + 4 * f + scores))
@@ -87,4 +91,7 @@ def _sampling_bytes(members: int, spec: RunSpec) -> float:
 
 def checkpoint_bytes(specs: Iterable[RunSpec]) -> float:
     """Return the disk space, in bytes, of the checkpoints of these runs while they train."""
-    return SLOTS * SLOT_BYTES * sum(s.method.n_trainable(s.model) for s in specs)
+    return SLOTS * sum(
+        (SLOT_BYTES + (BEST_BYTES if s.early_stopping else 0)) * s.method.n_trainable(s.model)
+        for s in specs
+    )

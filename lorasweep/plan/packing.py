@@ -75,13 +75,18 @@ def micro_batch(
     return rows
 
 
+ALONE = ("model", "dataset", "method", "lr", "seed", "steps", "early_stopping")
+"""Fields that members of a pack have of their own, or that are compared apart."""
+
+
 def pack_key(spec: RunSpec) -> tuple[Any, ...]:
     """Return what the runs of one pack have in common.
 
-    They differ only in lr, seed, steps, the method's packed fields and, where answers are given and
-    not sampled, in their data sets. Losses over true distributions are taken of all or of none.
+    They differ only in lr, seed, steps, early stopping, the method's packed fields and, where
+    answers are given and not sampled, in their data sets. Losses over true distributions are taken
+    of all or of none.
     """
-    apart = (*spec.method.PACKED_FIELDS, "model", "dataset", "method", "lr", "seed", "steps")
+    apart = (*spec.method.PACKED_FIELDS, *ALONE)
     method = tuple(v for k, v in spec.method.values() if k not in apart)
     rest = tuple(v for k, v in spec.values() if k not in apart)
     data = spec.dataset.exact_loss if spec.objective == "sft" else spec.dataset.canonical
@@ -176,12 +181,18 @@ def _rank(point: Point) -> int:
 
 
 def _largest(points: Sequence[Point]) -> RunSpec:
-    """Return a run that takes no less memory than any of a pack: largest rank, longest rows."""
+    """Return a run that takes no less memory than any of a pack.
+
+    Of the largest rank, with the longest rows, with early stopping if one has it.
+    """
     spec = max(points, key=_rank).spec
     longest = max((p.spec for p in points), key=mean_length)
-    if mean_length(longest) == mean_length(spec):
+    if mean_length(longest) != mean_length(spec):
+        spec = dataclasses.replace(spec, dataset=longest.dataset)
+    patience = max(p.spec.early_stopping for p in points)
+    if patience == spec.early_stopping:
         return spec
-    return dataclasses.replace(spec, dataset=longest.dataset)
+    return dataclasses.replace(spec, early_stopping=patience)
 
 
 def _size_for_all_workers(

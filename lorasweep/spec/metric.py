@@ -14,6 +14,11 @@ class Metric:
     label: str = "test NLL"
     """Name shown in tables and figures."""
 
+    @property
+    def on_part(self) -> str:
+        """Key of its value at the end on the items of the evaluations before the end."""
+        return f"{self.name}_curve"
+
     def value(self, result: Mapping[str, Any]) -> float | None:
         """Return the metric's value in a result; None if it is missing, as for a diverged run."""
         return result.get(self.name)

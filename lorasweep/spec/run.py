@@ -21,6 +21,7 @@ from lorasweep.spec.canonical import (
     not_allowed,
 )
 from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import Method
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.model import ModelSpec
@@ -89,6 +90,10 @@ class RunSpec(Value):
     batch the ratio is 1 but for rounding, so this is for samplers of less precision."""
     kl_weight: float = later(0.0)
     """Weight of the KL from the base in the loss, by the estimator of arXiv 2402.03300, eq. 4."""
+    early_stopping: int = later(0)
+    """sft: a run ends after this many evaluations in a row that are no better than its best one, on
+    the data set's validation rows, and leaves behind what it was at that one. 0: it makes all its
+    updates, and leaves behind what it is after the last."""
     train_version: int = TRAIN_VERSION
 
     def __post_init__(self) -> None:
@@ -104,6 +109,11 @@ class RunSpec(Value):
     def draw(self) -> int | None:
         """Number of the data set's draw; None if all seeds share one."""
         return self.seed if self.dataset.draw_by_seed else None
+
+    @property
+    def has_curve(self) -> bool:
+        """Whether anything is measured between start and end."""
+        return self.dataset.n_test_curve > 0 or self.early_stopping > 0
 
     def problems(self) -> Iterator[str]:
         """Yield what makes this run untrainable."""
@@ -147,6 +157,7 @@ class RunSpec(Value):
                 f"train_version={self.train_version}: this lorasweep has version {TRAIN_VERSION}. "
                 "Leave train_version out, or install the lorasweep that trained the run."
             )
+        yield from _of_early_stopping(self)
         if self.dataset.n_validation and self.objective != "sft":
             yield (
                 f"dataset.n_validation={self.dataset.n_validation} has no effect with objective="
@@ -178,6 +189,23 @@ def _of_rewards(spec: RunSpec) -> Iterator[str]:
         yield f"clip_ratio={spec.clip_ratio}: expected a number above 0, or null for no clipping."
     if spec.kl_weight < 0:
         yield f"kl_weight={spec.kl_weight}: expected 0 or more."
+
+
+def _of_early_stopping(spec: RunSpec) -> Iterator[str]:
+    """Yield what is wrong with ending a run by its held-out loss."""
+    n = spec.early_stopping
+    if n < 0:
+        yield f"early_stopping={n}: expected 0 (off), or a number of evaluations."
+    elif n and spec.objective != "sft":
+        yield (
+            f"early_stopping={n} with objective={spec.objective}: no prompts are held out that "
+            "choose between runs, and rewards of few answers are noisy. Set it to 0."
+        )
+    elif n and (why := why_not_early(n, spec.steps, spec.dataset.n_validation)):
+        yield (
+            f"early_stopping={n} with dataset.n_validation={spec.dataset.n_validation} and steps="
+            f"{spec.steps}: {why}. Set it to 0, or give more."
+        )
 
 
 def _unused(spec: RunSpec) -> Iterator[str]:

@@ -17,12 +17,15 @@ from lorasweep.models.experts import ExpertTokens
 from lorasweep.models.load import Base
 from lorasweep.models.sharding import guard, shard
 from lorasweep.models.targets import find_targets
+from lorasweep.spec.evaluations import eval_steps
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
+from lorasweep.train.early_stopping import end_early, return_to_best
+from lorasweep.train.evaluator import Evaluator
 from lorasweep.train.events import Event, Record
 from lorasweep.train.objectives.base import BatchT, Objective
 from lorasweep.train.optim import AdamW
-from lorasweep.train.progress import Progress, eval_steps, gradient_shares
+from lorasweep.train.progress import Progress, gradient_shares
 
 
 def train(
@@ -50,8 +53,9 @@ def train(
         device = next(model.parameters()).device
         passes = backend(model, mesh.size)
         optimizer = AdamW.start(trainables, pack, mesh)
+        evaluator = Evaluator(model, objective, trainables, mesh)
         progress = {m.id: Progress.start(measures) for m, measures in zip(members, at_start)}
-        evaluations = {m.id: set(eval_steps(m.steps, m.dataset.n_test_curve > 0)) for m in members}
+        evaluations = {m.id: set(eval_steps(m.steps, m.has_curve)) for m in members}
         first_step = step = _resume(resume, members, optimizer, progress, objective)
 
         # ---------------------------------------------------------------- loop
@@ -109,25 +113,20 @@ def train(
             # ------------------------------------------------------------ held-out measures
             measured: dict[str, Record] = {}
             due = {m.id for m in members if step in evaluations[m.id]} - diverged
-            weight_norms = trainables.norms() if due else []
             for final, runs in ((True, due & last), (False, due - last)):
-                at, some = _of(runs, members)
-                if not some:
-                    continue
-                with trainables.only(at):
-                    found = mesh.run(objective.evaluate, model, some, final)
-                for k, m, evaluation in zip(at, some, found):
-                    measured[m.id] = {**evaluation.measures, **weight_norms[k]}
-                    records[m.id] |= {**measured[m.id], "test_items": evaluation.n_items}
-                    progress[m.id].point(records[m.id], tuple(measured[m.id]))
-                    if not math.isfinite(evaluation.measures[metric.name]):
-                        diverged.add(m.id)
-            at, done = _of(last - diverged, members)
-            if done:
-                with trainables.only(at):
-                    more = mesh.run(objective.at_end, model, done)
-                    for m, found_more, spectra in zip(done, more, trainables.spectra()):
-                        measured[m.id] |= {**found_more, "spectra": spectra}
+                for run, (measures, n_items) in evaluator.measure(members, runs, final).items():
+                    measured[run] = measures
+                    records[run] |= {**measures, "test_items": n_items}
+                    progress[run].point(records[run], tuple(measures))
+                    if not math.isfinite(measures[metric.name]):
+                        diverged.add(run)
+            last |= end_early(step, members, due - diverged, progress, optimizer, metric)
+            back = return_to_best(step, members, last - diverged, progress, optimizer)
+            for run, (measures, _) in evaluator.measure(members, back, True).items():
+                measured[run] = measures
+            done = last - diverged
+            for run, found in evaluator.at_end(members, done).items():
+                measured[run] |= found
             ended: dict[str, tuple[str, Record]] = {}
             for k, m in enumerate(members):
                 if m.id not in diverged | last:
@@ -144,9 +143,10 @@ def train(
                     "base_sha256": base.sha256,
                     **({"base_commit": base.commit} if base.commit else {}),
                 }
-                if m in done:
-                    result |= {**measured[m.id], "step_s": progress[m.id].median_step_s()}
-                ended[m.id] = ("done" if m in done else "diverged", result)
+                if m.id in done:
+                    result |= {**measured[m.id], **progress[m.id].of_best()}
+                    result["step_s"] = progress[m.id].median_step_s()
+                ended[m.id] = ("done" if m.id in done else "diverged", result)
 
             def snapshot(step: int = step, members: list[RunSpec] = members) -> dict[str, State]:
                 layout = [m.id for m in members]
@@ -176,12 +176,6 @@ def train(
     finally:
         counts.close()
         trainables.detach()
-
-
-def _of(runs: set[str], members: Sequence[RunSpec]) -> tuple[list[int], list[RunSpec]]:
-    """Return which members these runs are, by index and by spec."""
-    at = [k for k, m in enumerate(members) if m.id in runs]
-    return at, [members[k] for k in at]
 
 
 def _resume(

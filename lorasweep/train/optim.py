@@ -79,6 +79,8 @@ class AdamW:
     ratios: dict[str, torch.Tensor]
     """Learning rate factors of the members that each tensor holds, [n, 1, 1], on its device."""
     mesh: Mesh = field(default_factory=Mesh)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What the members were at their best evaluation; empty if no run may end early."""
 
     @classmethod
     def start(
@@ -88,18 +90,41 @@ class AdamW:
         params = trainables.parameters()
         m, v = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
         ratios = _ratios(trainables, params)
-        return cls(trainables, list(specs), params, m, v, ratios, mesh or Mesh())
+        best = {}
+        if any(s.early_stopping for s in specs):
+            best = {n: torch.zeros_like(p) for n, p in params.items()}
+        return cls(trainables, list(specs), params, m, v, ratios, mesh or Mesh(), best)
 
     def keep(self, members: list[int]) -> None:
         """Drop the parameters and moments of all members but `members` (increasing indices)."""
         came_from = self.trainables.keep(members)
         self.specs = [self.specs[i] for i in members]
         self.params = self.trainables.parameters()
-        self.exp_avg, self.exp_avg_sq = (
-            {new: moment[old][rows].clone() for new, (old, rows) in came_from.items()}
-            for moment in (self.exp_avg, self.exp_avg_sq)
+        self.exp_avg, self.exp_avg_sq, self.best = (
+            {new: held[old][rows].clone() for new, (old, rows) in came_from.items() if held}
+            for held in (self.exp_avg, self.exp_avg_sq, self.best)
         )
         self.ratios = _ratios(self.trainables, self.params)
+
+    def keep_best(self, members: list[int]) -> None:
+        """Keep what these members are now as their best."""
+        self._copy(self.params, self.best, members)
+
+    def back_to_best(self, members: list[int]) -> None:
+        """Make these members again what they were at their best."""
+        self._copy(self.best, self.params, members)
+
+    @torch.no_grad()
+    def _copy(
+        self, old: dict[str, torch.Tensor], new: dict[str, torch.Tensor], members: list[int]
+    ) -> None:
+        for name in self.params if members else ():
+            held = self.trainables.part_of(name)[1]
+            rows = [k - held.start for k in members if held.start <= k < held.stop]
+            if not self.trainables.stacked or len(rows) == held.stop - held.start:
+                local(new[name]).copy_(local(old[name]))
+            elif rows:
+                local(new[name])[rows] = local(old[name])[rows]
 
     @torch.no_grad()
     def grad_norms(self) -> list[float]:
@@ -203,12 +228,15 @@ class AdamW:
         torch.autograd.graph.increment_version(params)
 
     def member_tensors(self, k: int) -> dict[str, torch.Tensor]:
-        """Return views of member k's weights ('param/NAME') and moments ('m/NAME', 'v/NAME')."""
+        """Return views of member k's weights ('param/NAME') and moments ('m/NAME', 'v/NAME').
+
+        With early stopping also of its best weights ('best/NAME').
+        """
         tensors: dict[str, torch.Tensor] = {}
         for name, p in self.params.items():
             of_member, members = self.trainables.part_of(name)
             if k in range(members.start, members.stop):
-                for kind, whole in self._kinds(name, p):
+                for kind, whole in self._kinds(name, p, self.specs[k]):
                     stacked = self.trainables.stacked
                     tensors[f"{kind}/{of_member}"] = whole[k - members.start] if stacked else whole
         return tensors
@@ -228,9 +256,11 @@ class AdamW:
                 tensor.copy_(state["tensors"][name])
         return steps.pop()
 
-    def _kinds(self, name: str, p: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-        moments = ("m", self.exp_avg[name]), ("v", self.exp_avg_sq[name])
-        return [("param", p.detach()), *moments]
+    def _kinds(self, name: str, p: torch.Tensor, spec: RunSpec) -> list[tuple[str, torch.Tensor]]:
+        held = {"m": self.exp_avg, "v": self.exp_avg_sq}
+        if spec.early_stopping:
+            held["best"] = self.best
+        return [("param", p.detach()), *((kind, own[name]) for kind, own in held.items())]
 
     def _moments(self, moments: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         return [local(moments[name]) for name in self.params]

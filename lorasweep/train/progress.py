@@ -1,25 +1,12 @@
 """Keep the progress of a run: its learning curve, tokens and step times."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
+from lorasweep.spec.evaluations import Best
 from lorasweep.spec.model import ModelSpec
 from lorasweep.train.events import Record
-
-
-def eval_steps(steps: int, curve: bool = True) -> list[int]:
-    """List the steps with a held-out evaluation, log-spaced: 1, 2, 3, 4, 6, 8, 12, ..., last.
-
-    Without a learning curve only the last.
-
-    Except for the last step, a shorter run has the first entries of a longer one. So a run at a
-    constant learning rate also contains the results of all shorter runs.
-    """
-    if not curve:
-        return [steps]
-    powers = [2**k for k in range(steps.bit_length() + 1)]
-    return sorted({s for s in (*powers, *(3 * p // 2 for p in powers[1:])) if s < steps} | {steps})
 
 
 @dataclass
@@ -33,6 +20,8 @@ class Progress:
     """Seconds of each update in this attempt: the time of the pack divided by its members."""
     expert_tokens: list[list[int]] = field(default_factory=list)
     """Training tokens of each expert, by layer; empty without experts."""
+    best: Best = field(default_factory=Best)
+    """Of a run that may end early."""
 
     @classmethod
     def start(cls, measures: Record) -> "Progress":
@@ -43,14 +32,20 @@ class Progress:
         """Restore the values of a checkpoint."""
         self.curve, self.tokens = list(meta["curve"]), meta["tokens"]
         self.expert_tokens = meta.get("expert_tokens", [])
+        self.best = Best(*meta.get("best", ()))
 
     def state(self) -> dict[str, Any]:
         """Return the values for a checkpoint."""
-        return {"curve": self.curve, "tokens": self.tokens, **self.of_experts()}
+        best = {"best": astuple(self.best)} if self.best.step else {}
+        return {"curve": self.curve, "tokens": self.tokens, **best, **self.of_experts()}
 
     def of_experts(self) -> dict[str, list[list[int]]]:
         """Return the tokens of each expert for a result; nothing without experts."""
         return {"expert_tokens": self.expert_tokens} if self.expert_tokens else {}
+
+    def of_best(self) -> dict[str, int]:
+        """Return the update whose weights are left behind for a result, with early stopping."""
+        return {"best_step": self.best.step} if self.best.step else {}
 
     def add(self, n_tokens: int, seconds: float, of_experts: list[list[int]]) -> None:
         """Count an update; `of_experts`: its tokens by layer and expert."""

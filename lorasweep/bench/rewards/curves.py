@@ -21,9 +21,9 @@ from lorasweep.data.examples import Data
 from lorasweep.data.load import load as load_data
 from lorasweep.models.load import Base
 from lorasweep.models.load import load as load_model
+from lorasweep.spec.evaluations import eval_steps
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.finetune import finetune
-from lorasweep.train.progress import eval_steps
 
 SEEDS = (200, 201, 202, 203, 204)
 """Not those of the sweep."""

@@ -163,7 +163,8 @@ class Forecaster:
         """
         trained = spec.method.n_trainable(spec.model)  # experts share a rank in more than one way
         rows = spec.dataset.canonical  # how many are evaluated, too
-        key = (*shape_of(spec), rows, spec.steps, spec.schedule, trained)
+        early = spec.early_stopping > 0
+        key = (*shape_of(spec), rows, early, spec.steps, spec.schedule, trained)
         if key not in self._kinds:
             self._kinds[key] = self._placed(spec)
         return self._kinds[key]

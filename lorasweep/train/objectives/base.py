@@ -109,7 +109,7 @@ class Objective(Protocol[BatchT]):
     def state(self, run: str) -> dict[str, Any]:
         """Return a run's state for its checkpoint, as JSON values.
 
-        The keys step, layout, curve and tokens are reserved for the loop.
+        The keys step, layout, curve, tokens and best are reserved for the loop.
         """
 
     def load_state(self, run: str, state: dict[str, Any]) -> None:

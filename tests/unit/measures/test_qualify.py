@@ -9,8 +9,8 @@ import pytest
 from analysis.measures.qualify import qualify, stalled, verdict
 from analysis.runs.prefixes import at_step, while_unsolved
 from analysis.runs.task import task_problems
+from lorasweep.spec.evaluations import eval_steps
 from lorasweep.store.table import load_runs
-from lorasweep.train.progress import eval_steps
 from tests.planted import GAIN, START
 
 pytestmark = pytest.mark.slow  # fits hundreds of curves

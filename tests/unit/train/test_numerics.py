@@ -12,10 +12,10 @@ from lorasweep.data.examples import Example
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
+from lorasweep.spec.evaluations import eval_steps
 from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives.nll import nll_sums
 from lorasweep.train.optim import AdamW, OneRun
-from lorasweep.train.progress import eval_steps
 from tests.training import run, state_at, worst
 from tests.world import tiny_spec
 

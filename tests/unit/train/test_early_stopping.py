@@ -1,0 +1,200 @@
+"""A member that ends by its held-out loss: as alone, resumed, beside others, and what it leaves."""
+
+import dataclasses
+
+import pytest
+
+from lorasweep.data.examples import Data, shuffled
+from lorasweep.errors import SpecError
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.models import load as models
+from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.memory import checkpoint_bytes, pack_bytes
+from lorasweep.plan.packing import pack_key
+from lorasweep.spec.evaluations import Best, eval_steps, why_not_early
+from lorasweep.spec.run import validate
+from lorasweep.train.finetune import finetune
+from tests.training import copied, worst
+from tests.unit.train.test_packs_of_data import rows_of
+from tests.world import tiny_spec
+
+
+@pytest.fixture(scope="module")
+def world():
+    spec = tiny_spec(precision="fp64", method=LoRA(rank=4), batch_size=4)
+    return spec, models.load(spec.model, ["/nonexistent"], "fp64")
+
+
+def customer(spec, name, longest, steps, patience=2, rate=1e-2, train=6):
+    """A run on few rows of noise, which it can only learn by heart; rows of its own are held out."""
+    dataset = dataclasses.replace(
+        spec.dataset,
+        name=name,
+        source="jsonl",
+        location=name,
+        format="prompt_completion",
+        generator_params={},
+        holdout=20,
+        n_validation=8,
+        n_test=12,
+        n_test_curve=0,
+    )
+    data = Data(
+        shuffled(dataset, rows_of(name, train, longest, "train")),
+        rows_of(name, 12, longest, "test"),
+        train,
+        validation=rows_of(name, 8, longest, "validation"),
+    )
+    changes = {"dataset": dataset, "steps": steps, "lr": rate, "early_stopping": patience}
+    return dataclasses.replace(spec, **changes), data
+
+
+def trained(pack, data, base, resume=None, stop_at=None):
+    """The results, the states that are left behind, and the snapshot after `stop_at`."""
+    base.at_start.clear()
+    results, states, middle = {}, {}, {}
+    for event in finetune(pack, base, data, resume=resume):
+        snapshot = copied(event.snapshot())
+        if event.step == stop_at:
+            middle = snapshot
+        for run, (state, result) in event.ended.items():
+            assert state == "done"
+            results[run], states[run] = result, snapshot[run]
+    return results, states, middle
+
+
+def measures(result):
+    """What a result says, without times."""
+    return {k: v for k, v in result.items() if not k.endswith("_s")}
+
+
+@pytest.fixture(scope="module")
+def pack(world):
+    """Two that overfit, one of them patient; one that only learns; one that makes all its updates."""
+    spec, _ = world
+    made = [
+        customer(spec, "hasty", 30, 48, patience=1),
+        customer(spec, "patient", 60, 64, patience=3, rate=5e-3),
+        customer(spec, "slow", 20, 24, rate=1e-4, train=40),
+        customer(spec, "all", 40, 40, patience=0),
+    ]
+    return [s for s, _ in made], {s.id: d for s, d in made}
+
+
+@pytest.fixture(scope="module")
+def together(world, pack):
+    return trained(*pack, world[1], stop_at=5)
+
+
+def test_each_stops_where_it_would_alone_and_leaves_the_same(world, pack, together):
+    runs, data = pack
+    results, states, _ = together
+    assert results[runs[0].id]["steps_done"] < results[runs[1].id]["steps_done"] < 64
+    assert results[runs[2].id]["steps_done"] == 24 and results[runs[3].id]["steps_done"] == 40
+    for run in runs:
+        own, alone, _ = trained([run], data, world[1])
+        assert worst(alone[run.id], states[run.id]) < 1e-9
+        ours, theirs = results[run.id], own[run.id]
+        for name in ("steps_done", "best_step", "tokens"):
+            assert ours.get(name) == theirs.get(name)
+        for name in ("test_nll", "test_nll_curve", "train_nll", "norm_b", "code_nats"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-9)
+
+
+def test_what_is_left_is_the_best_evaluation(pack, together):
+    results = together[0]
+    for run in pack[0]:
+        found = results[run.id]
+        losses = {p["step"]: p.get("test_nll_curve", p["test_nll"]) for p in found["curve"][1:]}
+        if not run.early_stopping:
+            assert "best_step" not in found and losses == {run.steps: found["test_nll_curve"]}
+            continue
+        assert found["best_step"] == min(losses, key=losses.get)
+        assert found["test_nll_curve"] == pytest.approx(min(losses.values()), abs=1e-12)
+        evaluated = list(losses)
+        since = len(evaluated) - 1 - evaluated.index(found["best_step"])
+        early = found["steps_done"] < run.steps
+        assert early == (since == run.early_stopping) and evaluated == [
+            s for s in eval_steps(run.steps) if s <= found["steps_done"]
+        ]
+        assert "test_nll_curve" in found["curve"][-1]
+
+
+def test_it_goes_on_after_a_kill_to_the_same_bits(world, pack, together):
+    """From a checkpoint between its best evaluation and its end."""
+    runs, data = pack
+    results, states, middle = together
+    rest = [s for s in runs if s.id in middle]
+    assert any(0 < results[s.id].get("best_step", 0) < 5 for s in rest)
+    again, left, _ = trained(rest, data, world[1], resume=middle)
+    for run in rest:
+        assert measures(again[run.id]) == measures(results[run.id])
+        tensors = left[run.id]["tensors"]
+        assert all(t.equal(tensors[n]) for n, t in states[run.id]["tensors"].items())
+
+
+def test_others_go_on_bit_for_bit_when_one_has_stopped(world, pack, together):
+    """As if the caller had dropped it."""
+    runs, data = pack
+    results, states, _ = together
+    endless = [dataclasses.replace(s, early_stopping=0) for s in runs]
+    of = dict(zip((s.id for s in endless), runs))
+    world[1].at_start.clear()
+    last = {}
+    for event in finetune(endless, world[1], {i: data[s.id] for i, s in of.items()}):
+        last |= copied(event.snapshot())
+        event.dropped |= {
+            i for i, s in of.items() if results[s.id]["steps_done"] == event.step
+        } - event.ended.keys()
+    tensors = states[runs[3].id]["tensors"]
+    assert all(tensors[n].equal(t) for n, t in last[endless[3].id]["tensors"].items())
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=8), FullFT()], ids=["lora", "fullft"])
+def test_a_customer_that_overfits_is_not_worse_for_it(world, method):
+    spec, base = world
+    rate = 1e-2 if method.name == "lora" else 2e-3
+    run, data = customer(dataclasses.replace(spec, method=method), "noisy", 30, 48, rate=rate)
+    stopped, _, _ = trained([run], {run.id: data}, base)
+    endless = dataclasses.replace(run, early_stopping=0)
+    whole, _, _ = trained([endless], {endless.id: data}, base)
+    early, late = stopped[run.id], whole[endless.id]
+    assert early["steps_done"] < 48 and early["test_nll"] < late["test_nll"] - 0.1
+    assert late["train_nll"] < early["test_nll"] - 0.5  # it does learn its rows by heart
+    assert stopped[run.id]["tokens"] < whole[endless.id]["tokens"]
+
+
+def test_what_it_takes_is_planned(world):
+    spec, _ = world
+    run, _ = customer(spec, "any", 30, 48)
+    endless = dataclasses.replace(run, early_stopping=0)
+    assert pack_key(run) == pack_key(endless) and run.id != endless.id
+    machine = Hardware(name="any", cores=2, memory_gib=8.0)
+    more = pack_bytes(4, run, machine) - pack_bytes(4, endless, machine)
+    trained_ = run.method.n_trainable(run.model)
+    assert more == 4 * 8 * trained_
+    assert checkpoint_bytes([run]) - checkpoint_bytes([endless]) == 2 * 4 * trained_
+
+
+def test_wrong_input_is_refused(world):
+    spec, _ = world
+    run, _ = customer(spec, "any", 30, 48)
+    validate(run)
+    few = dataclasses.replace(run.dataset, n_validation=3)
+    for changes, says in (
+        ({"early_stopping": -1}, "expected 0"),
+        ({"early_stopping": 2, "dataset": few}, "4 are the fewest"),
+        ({"early_stopping": 2, "dataset": spec.dataset}, "0 held-out rows"),
+        ({"early_stopping": 3, "steps": 4}, "4 evaluations"),
+        ({"objective": "policy_gradient", "group_size": 2, "max_new_tokens": 4}, "rewards"),
+    ):
+        problems = " ".join(dataclasses.replace(run, **changes).problems())
+        assert says in problems, problems
+    with pytest.raises(SpecError, match="early_stopping"):
+        validate(dataclasses.replace(run, early_stopping=10))
+    assert why_not_early(2, 4, 4) == "" and why_not_early(3, 4, 4)
+    best = Best()
+    for step, loss in enumerate([3.0, 2.0, 2.0, float("nan"), 2.5], 1):
+        best.note(step, loss)
+    assert (best.step, best.loss, best.worse) == (2, 2.0, 3)
