@@ -146,6 +146,36 @@ def test_a_stopped_fleet_goes_on_in_its_company_to_the_same_adapters(world, tmp_
     assert not any(r["resumed_in_other_company"] for r in results)
 
 
+def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_where_it_would_have(
+    world, tmp_path
+):
+    """One's held-out rows are of another kind, so that they get worse while it learns; another has
+    too few rows to hold any out."""
+    write_rows(tmp_path / "odd/train.jsonl", 20, "aaaa bbbb {k}")
+    write_rows(tmp_path / "odd/test.jsonl", 16, "zz", start=100)
+    table = json.loads((tmp_path / "customers.yaml").read_text())
+    table = [{**table[0], "data": "odd", "epochs": 39}, table[2]]
+    (tmp_path / "customers.yaml").write_text(json.dumps(table))
+    settings = ("precision=fp64", "early_stopping=2")
+    whole = (*settings, "exec.reports_dir=whole", "exec.runs_dir=whole_runs")
+    assert world.run(*whole) == 0
+    assert world.run(*settings, "exec.checkpoint_s=0", trainer=Counting(stop_at=5)) == 130
+    assert world.run(*settings, "exec.checkpoint_s=0") == 0
+    for path in (tmp_path / "whole/fleet-customers").glob("*/adapter_model.safetensors"):
+        a, b = load_file(path), load_file(world.folder / path.parent.name / path.name)
+        assert all(torch.equal(a[n], b[n]) for n in a)
+    ann, few = world.facts("ann"), world.facts("few")
+    assert ann["steps_done"] < ann["steps"] and ann["best_step"] < ann["steps_done"]
+    said = f"ended after update {ann['steps_done']} of {ann['steps']}, as 2 evaluations in a row"
+    assert said in (world.folder / "ann/README.md").read_text()
+    page = (world.folder / "index.html").read_text()
+    assert (
+        said in page and f"ended early, after {ann['steps_done']} of {ann['steps']} updates" in page
+    )
+    assert few["early_stopping"].startswith("left out") and "best_step" in few
+    assert "4 are the fewest" in (world.folder / "few/README.md").read_text()
+
+
 def test_nothing_of_one_customers_rows_is_in_what_others_get(world, tmp_path):
     """Folders, run folders with logs and records, and errors; the page escapes their names."""
     write_rows(tmp_path / "loud.jsonl", 30, "Yes")
@@ -276,6 +306,8 @@ def test_what_a_customer_gets_names_no_folder_of_the_machine(world, tmp_path):
         (["method=fullft"], "method=lora"),
         (["exec.world_size=2"], "in one process"),
         (["instead_of_full=yes"], "Allowed: lora"),
+        (["early_stopping=-1"], "early_stopping=-1. Expected 0"),
+        (["early_stopping=2", "objective=policy_gradient"], "objective=sft"),
     ],
 )
 def test_what_a_fleet_does_not_do_is_refused_before_it_reads_rows(world, options, says):
