@@ -154,9 +154,9 @@ def eval_batches(
 ) -> list[Batch]:
     """Group examples of similar length into batches of about `n_tokens` padded tokens at most.
 
-    The order is fixed.
+    The order is that of `by_length`.
     """
-    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
+    order = by_length(examples)
     batches: list[Batch] = []
     group: list[int] = []
     total = 0
@@ -169,6 +169,11 @@ def eval_batches(
         total += length
     batches.append(collate([examples[j] for j in group], join_rows))
     return batches
+
+
+def by_length(examples: Sequence[Example]) -> list[int]:
+    """Return the numbers of examples in the order in which they are evaluated."""
+    return sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
 
 
 def _up(count: int) -> int:

@@ -1,5 +1,6 @@
 """What became of a customer: the rate that validation rows chose, and the gain on test rows."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from lorasweep.store.run_store import FINAL, RunStore
 
 CHOSEN_BY = "test_nll_curve"
 """Key of a result: the held-out loss at the end on the rows that choose."""
+
+VERDICTS = GAINED, WORSE, UNKNOWN = "gained", "got worse", "not known"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,26 @@ class Outcome:
         if self.spec is None or not self.member.rows.held_out:
             return None
         return self.result["nll_start"] - self.result["test_nll"]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95% interval of the gain in nats per token; None if it is not known.
+
+        By Student's t over held-out rows (gain_se in train/objectives/held_out.py).
+        """
+        gain, error = self.gain, self.result.get("gain_se")
+        if gain is None or error is None:
+            return None
+        from scipy.special import stdtrit  # takes a moment to load
+
+        half = float(stdtrit(self.result["n_test"] - 1, 0.975)) * error
+        return gain - half, gain + half
+
+    @property
+    def verdict(self) -> str:
+        """Whether it gained by what its interval says: one of VERDICTS."""
+        low, high = self.interval or (-math.inf, math.inf)
+        return GAINED if low > 0 else WORSE if high < 0 else UNKNOWN
 
     @property
     def edge(self) -> str:
@@ -138,6 +161,9 @@ class Outcome:
             "loss_before": found.get("nll_start"),
             "loss_after": found.get("test_nll"),
             "gain": self.gain,
+            "gain_se": found.get("gain_se"),
+            "gain_interval": self.interval,
+            "gained": None if self.spec is None else self.verdict,
             "tokens": found.get("tokens"),
             "seconds": found.get("wall_s"),
             "room": self.room,

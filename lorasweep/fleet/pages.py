@@ -14,7 +14,15 @@ from lorasweep.advise.advice import Failed
 from lorasweep.advise.page import TEMPLATE, plain_text
 from lorasweep.advise.trace import shown
 from lorasweep.fleet.members import folder_of
-from lorasweep.fleet.outcome import Outcome, counts, counts_line, plain_of
+from lorasweep.fleet.outcome import (
+    GAINED,
+    UNKNOWN,
+    WORSE,
+    Outcome,
+    counts,
+    counts_line,
+    plain_of,
+)
 
 NUMBERS = ("gain", "before", "after", "rate", "of", "rows", "held out", "rank")
 HEAD = ("customer", *NUMBERS, "to know")
@@ -56,7 +64,7 @@ def _facts(outcome: Outcome) -> Iterable[tuple[str, str]]:
         yield (
             "held-out loss",
             f"{before} nats a token before, {after} after, on {p['n_test']} rows that were neither "
-            f"trained on nor chose anything: a gain of {outcome.gain:.3g}",
+            f"trained on nor chose anything: a gain of {outcome.gain:.3g}{_interval(outcome)}",
         )
     method = {"lora": "LoRA", "full": "full fine-tuning", "open": "open"}[p["advised"]]
     forced = ". LoRA was asked for all the same" if p["advised"] == "full" else ""
@@ -90,6 +98,14 @@ def _rate(outcome: Outcome) -> str:
     )
 
 
+def _interval(outcome: Outcome) -> str:
+    if outcome.interval is None:
+        return ""
+    low, high = outcome.interval
+    says = {UNKNOWN: ", so whether it gained is not known"}.get(outcome.verdict, "")
+    return f", 95% interval {low:.3g} to {high:.3g} (Student's t over rows){says}"
+
+
 def _loss(value: float | None) -> str:
     return "diverged" if value is None else f"{value:.4f}"
 
@@ -102,13 +118,13 @@ def cells(found: "Outcome | Failed") -> list[str]:
     notes = [n for n in (found.room, found.edge and f"{found.edge} rate") if n]
     if (p["steps_done"] or p["steps"]) < p["steps"]:
         notes.append(f"ended early, after {p['steps_done']} of {p['steps']} updates")
-    if found.gain is not None and found.gain <= 0:
-        notes.append("no gain")
+    if found.gain is not None and found.verdict != GAINED:
+        notes.append(found.verdict if found.verdict == WORSE else "whether it gained is not known")
     if p["advised"] == "full":
         notes.append("the adviser says full fine-tuning")
     return [
         p["name"],
-        "?" if found.gain is None else f"{found.gain:+.3f}",
+        _gain(found),
         f"{p['loss_before']:.3f}",
         f"{p['loss_after']:.3f}",
         f"{p['lr']:g}",
@@ -120,18 +136,32 @@ def cells(found: "Outcome | Failed") -> list[str]:
     ]
 
 
+def _gain(outcome: Outcome) -> str:
+    """Return the gain and half its interval."""
+    if outcome.gain is None:
+        return "?"
+    if outcome.interval is None:
+        return f"{outcome.gain:+.3f}"
+    return f"{outcome.gain:+.3f} ± {outcome.interval[1] - outcome.gain:.3f}"
+
+
 def _groups(found: Sequence["Outcome | Failed"]) -> dict[str, list[int]]:
     """Return who gained, who did not, and whose rate or rank is in question, by place in `found`.
 
     Groups without anybody are left out.
     """
     trained = {k: o for k, o in enumerate(found) if isinstance(o, Outcome) and o.spec is not None}
-    gains = {k: o.gain for k, o in trained.items()}
+    measured = {k: o.verdict for k, o in trained.items() if o.gain is not None}
+
+    def of(verdict: str) -> list[int]:
+        return [k for k, v in measured.items() if v == verdict]
+
     groups = {
         "without an adapter": [k for k in range(len(found)) if k not in trained],
-        "gained on rows that chose nothing": [k for k, g in gains.items() if g and g > 0],
-        "did not gain": [k for k, g in gains.items() if g is not None and g <= 0],
-        "unknown, as no row was held out": [k for k, g in gains.items() if g is None],
+        "gained, by rows that chose nothing": of(GAINED),
+        "got worse, by rows that chose nothing": of(WORSE),
+        "not known: the interval of the gain holds 0, or there is none": of(UNKNOWN),
+        "not known, as no row was held out": [k for k in trained if k not in measured],
         "best rate at the edge of those tried": [k for k, o in trained.items() if o.edge],
         "more data than the rank has room for": [
             k for k, o in trained.items() if o.room and o.member.rows.held_out
@@ -162,7 +192,8 @@ def page(
     body.append(
         '<p class="note">Losses are nats a token on held-out rows. The rate with the lowest loss '
         "on the first of them (held out, left) was chosen; before, after and gain are of the "
-        "others. With few rows they are noisy.</p>"
+        "others. Beside a gain is half its 95% interval, over rows: of 20 customers that gain "
+        "nothing, one is expected to seem to gain or to lose.</p>"
     )
     body += _table(found)
     body += _gone(found, earlier)

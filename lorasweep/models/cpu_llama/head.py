@@ -41,11 +41,7 @@ class HeadNll(torch.autograd.Function):
         dh = torch.empty_like(h_NMH) if need else None
         whole = None
         grads: list[torch.Tensor] = []
-        # In fp32 the chunk size does not depend on the pack, so that a member's sums round in the
-        # same way in every pack. In bf16 rounding is coarser than that, and a chunk that fits the
-        # cache is faster.
-        share = LOGITS // n if h.dtype == torch.bfloat16 else LOGITS
-        rows = max(PAD_TO, share // vocab // PAD_TO * PAD_TO)
+        rows = _chunk_rows(h, vocab)
         for c in range(0, m, rows):
             part = h[:, c : c + rows].contiguous()
             logits, low = group.forward(part)
@@ -125,7 +121,17 @@ def _chunks(
     h_NMH: torch.Tensor, group: Group, targets_NM: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the hidden states in the compute type, and their targets [N, m, 1], by chunks of M."""
-    rows = max(PAD_TO, LOGITS // group.w_OH.shape[0] // PAD_TO * PAD_TO)
-    for c in range(0, h_NMH.shape[1], rows):
-        part = h_NMH[:, c : c + rows].to(group.dtype).contiguous()
-        yield part, targets_NM[:, c : c + rows, None]
+    h = h_NMH.to(group.dtype)
+    rows = _chunk_rows(h, group.w_OH.shape[0])
+    for c in range(0, h.shape[1], rows):
+        yield h[:, c : c + rows].contiguous(), targets_NM[:, c : c + rows, None]
+
+
+def _chunk_rows(h_NMH: torch.Tensor, vocab: int) -> int:
+    """Return the positions of a member whose logits are computed at once.
+
+    In fp32 it does not depend on the pack, so that a member's sums round in the same way in every
+    pack. In bf16 rounding is coarser than that, and a chunk that fits the cache is faster.
+    """
+    share = LOGITS // h_NMH.shape[0] if h_NMH.dtype == torch.bfloat16 else LOGITS
+    return max(PAD_TO, share // vocab // PAD_TO * PAD_TO)

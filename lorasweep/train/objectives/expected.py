@@ -1,6 +1,6 @@
 """Held-out reward of every member: the expected one where it can be enumerated, else of samples.
 
-Shapes: N members, M positions per member.
+Shapes: N members.
 """
 
 import math
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lorasweep.data.batches import eval_batches, merge
+from lorasweep.data.batches import eval_batches
 from lorasweep.data.examples import Example, Rewards
 from lorasweep.data.rewards import prompt_of
 from lorasweep.models.sharding import Mesh
 from lorasweep.spec.streams import stream
-from lorasweep.train.objectives.nll import token_log_p
+from lorasweep.train.objectives.held_out import row_nlls
 from lorasweep.train.objectives.rewarding import standard_error
 from lorasweep.train.sampling import sample
 
@@ -43,7 +43,8 @@ def measure(
     random numbers in every run and at every step.
     """
     if all(r.exact for r in rewards_N):
-        values_N = _probabilities(model, rows_N, precision, join_rows)
+        batches_N = [eval_batches(rows, EVAL_TOKENS, join_rows) for rows in rows_N]
+        values_N = [np.exp(-nll) for nll in row_nlls(model, rows_N, batches_N, precision)]
         return [(float(v.mean()), standard_error(v), 0.0) for v in values_N]
     found_N = _sampled(model, rows_N, rewards_N, max_new_tokens, precision, mesh)
     found = []
@@ -51,27 +52,6 @@ def measure(
         values = np.array([v or 0.0 for v in own])
         found.append((float(values.mean()), standard_error(values), own.count(None) / len(own)))
     return found
-
-
-def _probabilities(
-    model: "nn.Module", rows_N: Sequence[Sequence[Example]], precision: str, join_rows: bool
-) -> list[np.ndarray]:
-    """Return the probability of each row's own answer, in the order of their lengths."""
-    batches_N = [eval_batches(rows, EVAL_TOKENS, join_rows) for rows in rows_N]
-    found: list[list[np.ndarray]] = [[] for _ in rows_N]
-    for k in range(max(map(len, batches_N))):
-        merged = merge([own[k % len(own)] for own in batches_N])
-        log_p_NM = token_log_p(model, merged, precision).double().cpu().numpy()
-        for n, own in enumerate(batches_N):
-            if k < len(own):
-                found[n].append(log_p_NM[n, : own[k].n_loss])
-    values = []
-    for rows, log_p in zip(rows_N, found):
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens), i))
-        lengths = [int(rows[i].loss.sum()) for i in order]
-        starts = np.cumsum([0, *lengths[:-1]])
-        values.append(np.exp(np.add.reduceat(np.concatenate(log_p), starts)))
-    return values
 
 
 def _sampled(

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lorasweep.data.batches import Batch, merge
+from lorasweep.data.batches import Batch, by_length, merge
 from lorasweep.data.examples import Example
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.precision import COMPUTE_DTYPES, autocast
 from lorasweep.models.sharding import Mesh
 from lorasweep.train.events import Record
-from lorasweep.train.objectives.nll import inputs, nll_sums
+from lorasweep.train.objectives.nll import inputs, nll_sums, token_log_p
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +48,52 @@ def evaluate(
     mesh.sum_(total)
     n_loss = torch.tensor([sum(b.n_loss for b in own) for own in batches], device=device)
     return (total / n_loss).tolist()
+
+
+@torch.no_grad()
+def row_nlls(
+    model: "nn.Module",
+    rows_N: Sequence[Sequence[Example]],
+    batches_N: Sequence[list[Batch]],
+    precision: str,
+    mesh: Mesh | None = None,
+) -> list[np.ndarray]:
+    """Return the summed NLL in nats of each row of each member, in the order of `by_length`.
+
+    `batches_N`: the rows, as `eval_batches` lays them out. Several processes share the batches.
+    """
+    mesh = mesh or Mesh()
+    counts_N = [[int(rows[i].loss.sum()) for i in by_length(rows)] for rows in rows_N]
+    ends_N = [np.cumsum([len(b.lengths[0]) for b in own]) for own in batches_N]
+    found_N = [torch.zeros(len(rows), dtype=torch.float64) for rows in rows_N]
+    for k in mesh.turns(max(map(len, batches_N))):
+        merged = merge([own[k % len(own)] for own in batches_N])
+        log_p_NM = token_log_p(model, merged, precision).double().cpu().numpy()
+        for n, own in enumerate(batches_N):
+            if k < len(own):
+                rows = slice(ends_N[n][k] - len(own[k].lengths[0]), ends_N[n][k])
+                starts = np.cumsum([0, *counts_N[n][rows][:-1]])
+                sums = np.add.reduceat(log_p_NM[n, : own[k].n_loss], starts)
+                found_N[n][rows] = torch.from_numpy(-sums)
+    mesh.sum_(*found_N)
+    return [found.numpy() for found in found_N]
+
+
+def gain_se(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> float:
+    """Return the standard error of a gain in nats per token: of sum(before - after) / sum(tokens).
+
+    `before`, `after`, `tokens` [rows]: a row's summed NLL under the base and under the adapter,
+    and its loss tokens. Rows are the unit that is drawn, and both models read the same ones, so
+    their differences are what varies (Miller, arXiv 2411.00640, section 3). A ratio of two sums
+    over rows is not a mean: its jackknife over rows (Cochran, Sampling Techniques, 3rd ed., 6.17).
+    NaN for fewer than two rows.
+    """
+    n, total = len(tokens), tokens.sum()
+    if n < 2:
+        return math.nan
+    differences = before - after
+    left_out = (differences.sum() - differences) / (total - tokens)
+    return float(np.sqrt((n - 1) * left_out.var()))
 
 
 @torch.no_grad()

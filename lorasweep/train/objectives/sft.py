@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from lorasweep.data.batches import Batch, collate, eval_batches, merge
+from lorasweep.data.batches import Batch, by_length, collate, eval_batches, merge
 from lorasweep.data.examples import Data, Example
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.head import check_rows_stay_apart
@@ -20,7 +21,13 @@ from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Record
 from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, refuse_other_data
-from lorasweep.train.objectives.held_out import evaluate, evaluate_exact, floors
+from lorasweep.train.objectives.held_out import (
+    evaluate,
+    evaluate_exact,
+    floors,
+    gain_se,
+    row_nlls,
+)
 from lorasweep.train.objectives.nll import nll_sums
 
 if TYPE_CHECKING:
@@ -32,6 +39,8 @@ DIVERGED_NLL_FACTOR = 1.5
 """A run has diverged if its train NLL is above this multiple of its held-out NLL at step 0 for
 DIVERGED_PATIENCE updates in a row. Relative, because an absolute bound would mean something else
 for every model."""
+ROWS = "rows"
+"""Key of the summed NLL of each row among measures, which is not recorded."""
 DIVERGED_PATIENCE = 8
 """Assumption, not tuned."""
 EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
@@ -60,6 +69,7 @@ class SupervisedFineTuning:
         self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
         self._join_rows = join_rows
         self._start: dict[str, Record] = {}
+        self._start_rows: dict[str, np.ndarray | None] = {}
         self._retain_start: dict[str, float] = {}
         self._updates_above = dict.fromkeys(data, 0)
         self._unknown_start: set[str] = set()
@@ -81,8 +91,11 @@ class SupervisedFineTuning:
             key = f"{member.dataset.canonical}/{member.draw}/{self._precision}"
             for name, examples in ((key, data.test), (f"{key}/retain", data.retain)):
                 if examples and name not in base.at_start:
-                    base.at_start[name] = self._measure(base.model, [examples])[0]
-            self._start[member.id] = base.at_start[key]
+                    by_row = name == key and bool(data.validation)
+                    base.at_start[name] = self._measure(base.model, [examples], [by_row])[0]
+            found = dict(base.at_start[key])
+            self._start_rows[member.id] = found.pop(ROWS, None)
+            self._start[member.id] = found
             if data.retain:
                 self._retain_start[member.id] = base.at_start[f"{key}/retain"][self.metric.name]
         return [self._start[m.id] for m in members]
@@ -136,7 +149,8 @@ class SupervisedFineTuning:
         all updates so far, each measured before the update: the length of a prequential code of the
         training data (Dawid 1984). At the end of training also `test_nll_curve`, the NLL on the
         rows of the earlier evaluations, so that a learning curve can be read to its end. Where
-        there are validation rows, these are the rows of the earlier evaluations.
+        there are validation rows, these are the rows of the earlier evaluations; the others choose
+        nothing, and at the end the standard error of the gain on them is told (`gain_se`).
         """
         tests = [self._data[m.id].test for m in members]
         validations = [self._data[m.id].validation for m in members]
@@ -144,26 +158,46 @@ class SupervisedFineTuning:
             v or t[: m.dataset.n_test_curve or None] for m, v, t in zip(members, validations, tests)
         ]
         rows = tests if final else firsts
-        found = self._measure(model, rows)
+        found = self._measure(model, rows, [final and bool(v) for v in validations])
         at_first = found
         if final and (any(validations) or any(len(f) < len(t) for f, t in zip(firsts, tests))):
-            at_first = self._measure(model, firsts)
+            at_first = self._measure(model, firsts, [False] * len(firsts))
         for member, test, measures, first in zip(members, tests, found, at_first):
             bytes_per_token = _bytes_per_token(test)
             if bytes_per_token is not None:
                 measures["test_bpb"] = measures[self.metric.name] / math.log(2) / bytes_per_token
             if final:
-                measures[f"{self.metric.name}_curve"] = first[self.metric.name]
+                measures[self.metric.on_part] = first[self.metric.name]
+            after, before = measures.pop(ROWS, None), self._start_rows[member.id]
+            if after is not None and before is not None:
+                measures["gain_se"] = gain_se(before, after, _loss_tokens(test))
             measures["code_nats"] = self._code_nats[member.id]
         return [Evaluation(m, len(r)) for m, r in zip(found, rows)]
 
-    def _measure(self, model: "nn.Module", rows: Sequence[Sequence[Example]]) -> list[Record]:
-        """Return the NLL of each member on its rows, over true distributions if all have them."""
+    def _measure(
+        self, model: "nn.Module", rows: Sequence[Sequence[Example]], by_row: Sequence[bool]
+    ) -> list[Record]:
+        """Return the NLL of each member on its rows, over true distributions if all have them.
+
+        `by_row`: of which members also the summed NLL of each row, ROWS, is wanted.
+        """
         batches = [self._batched(r) for r in rows]
         if all(b.truth is not None for own in batches for b in own):
             return evaluate_exact(model, batches, self._precision, self.metric.name, self._mesh)
-        nlls = evaluate(model, batches, self._precision, self._mesh)
-        return [{self.metric.name: nll} for nll in nlls]
+        # whether a loss is summed by rows, which rounds in another way, depends on no other member
+        sums: Sequence[np.ndarray] = ()
+        nlls: Sequence[float] = ()
+        if any(by_row):
+            sums = row_nlls(model, rows, batches, self._precision, self._mesh)
+        if not all(by_row):
+            nlls = evaluate(model, batches, self._precision, self._mesh)
+        name = self.metric.name
+        return [
+            {name: float(sums[k].sum() / _loss_tokens(own).sum()), ROWS: sums[k]}
+            if wanted
+            else {name: nlls[k]}
+            for k, (own, wanted) in enumerate(zip(rows, by_row, strict=True))
+        ]
 
     def at_end(self, model: "nn.Module", members: Sequence[RunSpec]) -> list[Record]:
         """Measure what is left of the pretraining task, where the data set has rows of it."""
@@ -225,6 +259,11 @@ class SupervisedFineTuning:
         if key not in self._held_out:
             self._held_out[key] = eval_batches(examples, self._eval_tokens, self._join_rows)
         return self._held_out[key]
+
+
+def _loss_tokens(examples: Sequence[Example]) -> np.ndarray:
+    """Count the loss tokens of each row, in the order in which rows are evaluated."""
+    return np.array([int(examples[i].loss.sum()) for i in by_length(examples)])
 
 
 def _bytes_per_token(examples: Sequence[Example]) -> float | None:

@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import stdtrit
 
 from lorasweep.data import examples
 from lorasweep.data import load as data
-from lorasweep.data.batches import eval_batches
+from lorasweep.data.batches import by_length, eval_batches
 from lorasweep.models import load as models
 from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives import held_out
@@ -130,3 +131,45 @@ def test_the_sampled_loss_of_the_same_rows_is_near_the_exact_one(base):
     exact = held_out.evaluate_exact(base.model, [eval_batches(rows, 512)], "fp64", NAME)[0][NAME]
     sampled = held_out.evaluate(base.model, [eval_batches(rows, 512)], "fp64")[0]
     assert sampled == pytest.approx(exact, abs=0.25) and sampled != exact
+
+
+def test_losses_of_rows_are_those_of_each_row_alone_and_add_up(base):
+    """Members with ragged rows of their own, in several batches; one has more than the other."""
+    rng = np.random.default_rng(3)
+
+    def rows(count):
+        tokens = [rng.integers(0, 32, n).astype(np.int32) for n in rng.integers(4, 40, count)]
+        return [examples.Example(t, np.arange(len(t)) > len(t) // 2) for t in tokens]
+
+    both = [rows(9), rows(3)]
+    found = held_out.row_nlls(base.model, both, [eval_batches(r, 64) for r in both], "fp64")
+    for own, sums in zip(both, found):
+        ordered = [own[i] for i in by_length(own)]
+        for row, nll in zip(ordered, sums, strict=True):
+            (alone,) = held_out.evaluate(base.model, [eval_batches([row], 64)], "fp64")
+            assert nll == pytest.approx(alone * row.loss.sum(), abs=1e-9)
+        (mean,) = held_out.evaluate(base.model, [eval_batches(own, 64)], "fp64")
+        assert sums.sum() / sum(r.loss.sum() for r in own) == pytest.approx(mean, abs=1e-9)
+
+
+def test_the_error_of_a_gain_is_that_of_a_mean_where_rows_are_alike():
+    before, after = np.array([3.0, 5.0, 4.0, 8.0]), np.array([2.0, 5.5, 1.0, 4.0])
+    mean = (before - after) / 10
+    found = held_out.gain_se(before, after, np.full(4, 10))
+    assert found == pytest.approx(mean.std(ddof=1) / 2, abs=1e-15)
+    assert held_out.gain_se(before, before, np.array([1, 2, 3, 4])) == 0
+    assert math.isnan(held_out.gain_se(before[:1], after[:1], np.array([3])))
+
+
+@pytest.mark.parametrize("n, least", [(4, 0.90), (12, 0.90), (60, 0.92)])
+def test_an_interval_of_student_holds_the_gain(n, least):
+    """2,000 fleets of one: rows of unequal lengths, whose gains are skewed and differ by row."""
+    rng, holds = np.random.default_rng(n), 0
+    for _ in range(2000):
+        tokens = np.maximum(1, np.round(np.exp(rng.normal(3.5, 0.5, n))))
+        gains = tokens * (0.1 + 0.1 * (rng.gamma(2, 1, n) - 2) / np.sqrt(2))
+        gains += np.sqrt(tokens) * rng.normal(0, 0.3, n)
+        before = rng.gamma(9, 1, n) * tokens
+        half = stdtrit(n - 1, 0.975) * held_out.gain_se(before, before - gains, tokens)
+        holds += abs(gains.sum() / tokens.sum() - 0.1) <= half
+    assert least < holds / 2000 < 0.97

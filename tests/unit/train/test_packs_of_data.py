@@ -69,7 +69,14 @@ def test_each_is_trained_and_measured_as_alone_and_leaves_when_it_is_done(world,
         assert worst(alone[member.id], together[member.id]) < 1e-9
         assert len(records[member.id]) == len(own[member.id]) == member.steps
         for ours, theirs in zip(records[member.id], own[member.id]):
-            for name in ("train_nll", "test_nll", "test_nll_curve", "grad_norm", "tokens"):
+            for name in (
+                "train_nll",
+                "test_nll",
+                "test_nll_curve",
+                "gain_se",
+                "grad_norm",
+                "tokens",
+            ):
                 assert (name in ours) == (name in theirs)
                 assert ours.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), abs=1e-9)
 
