@@ -4,8 +4,9 @@ Needs a tokenizer for text; needs no torch.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from lorasweep.data import fields, hub, rewards, sources, text
 from lorasweep.data.examples import Data, shuffled
@@ -14,6 +15,8 @@ from lorasweep.data.sources import Row, Source
 from lorasweep.data.synthetic import bandit, dialect, facts, skills, words
 from lorasweep.errors import DataError, unknown
 from lorasweep.spec.dataset import DatasetSpec
+
+T = TypeVar("T")
 
 
 def load(
@@ -67,21 +70,78 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
     Raises:
         DataError: they are missing, or not the pinned ones.
     """
-    if spec.source == "hub":
-        train, held_out = (hub.source_of(spec, part) for part in (False, True))
+    if spec.unseen_rows and spec.holdout:
+        whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
+        train, held_out = (
+            dataclasses.replace(
+                whole,
+                identity=f"{whole.identity} {what} {spec.holdout} that differ",
+                rows=partial(_apart, spec, whole, first),
+            )
+            for first, what in ((False, "without the first"), (True, "first"))
+        )
     else:
-        train, held_out = (sources.of_jsonl(spec, part, data_dirs) for part in (False, True))
-    if not spec.unseen_prompts:
-        return train, held_out
+        train, held_out = (_found(spec, part, data_dirs) for part in (False, True))
+    if spec.unseen_rows and not spec.holdout:
+        held_out = dataclasses.replace(
+            held_out,
+            identity=f"{held_out.identity} without repetitions",
+            rows=partial(_once, spec, held_out),
+        )
+        train = _without(spec, train, held_out, fields.messages_of, "rows")
+    if spec.unseen_prompts:
+        train = _without(spec, train, held_out, fields.opening, "prompts")
+    return train, held_out
+
+
+def _found(spec: DatasetSpec, part: bool, data_dirs: Sequence[str]) -> Source:
+    if spec.source == "hub":
+        return hub.source_of(spec, part)
+    return sources.of_jsonl(spec, part, data_dirs)
+
+
+def held_out(says: Sequence[T], n: int) -> list[T]:
+    """Return which `n` rows are held out by what they say, drawn from those that differ."""
+    distinct = list(dict.fromkeys(says))
+    return [distinct[k] for k in sources.holdout_order(len(distinct))[:n]]
+
+
+def _apart(spec: DatasetSpec, source: Source, first: bool) -> Iterator[Row]:
+    """Yield the rows that are held out, each once, or all that say nothing of what these say."""
+    given = list(source.rows())
+    says = [tuple(fields.messages_of(spec, row, where)) for where, row in given]
+    held = held_out(says, spec.holdout)
+    if first:
+        at = {said: k for k, said in reversed(list(enumerate(says)))}
+        yield from (given[at[said]] for said in held)
+    else:
+        seen = set(held)
+        yield from (row for row, said in zip(given, says) if said not in seen)
+
+
+def _once(spec: DatasetSpec, source: Source) -> Iterator[Row]:
+    """Yield rows but those that say the same as one before."""
+    seen = set()
+    for where, row in source.rows():
+        says = tuple(fields.messages_of(spec, row, where))
+        if says not in seen:
+            seen.add(says)
+            yield where, row
+
+
+def _without(
+    spec: DatasetSpec, train: Source, held_out: Source, part: Callable[..., Any], name: str
+) -> Source:
+    """Leave out training rows of which a part, such as the prompt, is that of a held-out one."""
 
     def rows() -> Iterator[Row]:
-        seen = {fields.opening(spec, row, where) for where, row in held_out.rows()}
+        seen = {tuple(part(spec, row, where)) for where, row in held_out.rows()}
         for where, row in train.rows():
-            if fields.opening(spec, row, where) not in seen:
+            if tuple(part(spec, row, where)) not in seen:
                 yield where, row
 
-    identity = f"{train.identity} without the prompts of {held_out.identity}"
-    return dataclasses.replace(train, identity=identity, rows=rows), held_out
+    identity = f"{train.identity} without the {name} of {held_out.identity}"
+    return dataclasses.replace(train, identity=identity, rows=rows)
 
 
 def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
@@ -46,11 +48,18 @@ def of_jsonl(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sou
     def rows() -> Iterator[Row]:
         given = list(jsonl_rows(path))
         check_holdout(spec, path, len(given))
-        # the same rows for every number of held-out ones: with fewer, the others are trained on
-        order = stream("holdout", 0).permutation(len(given))
+        order = holdout_order(len(given))
         yield from (given[k] for k in (order[:n] if held_out else order[n:]))
 
     return Source(f"{digest} {'first' if held_out else 'without the first'} {n}", None, rows)
+
+
+def holdout_order(n_rows: int) -> np.ndarray:
+    """Return the order of rows of which the first are held out.
+
+    The same for every number of held-out ones: with fewer, the others are trained on.
+    """
+    return stream("holdout", 0).permutation(n_rows)
 
 
 def check_holdout(spec: DatasetSpec, path: Path, n_rows: int) -> None:

@@ -34,10 +34,12 @@ NOT_IN_ROWS = (
     "n_test",
     "n_test_curve",
     "n_validation",
+    "unseen_rows",
     "answer_field",
     "verifier",
 )
-"""Fields that change no row. What a revision stands for is in the source's identity."""
+"""Fields that change no row, or do so in the source: its identity says what a revision stands for
+and which rows are left out."""
 DATE = "26 Jul 2024"
 """Told to chat templates that write a date. Llama's write this one where they cannot know the day;
 else the rows would change with it."""

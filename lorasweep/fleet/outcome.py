@@ -150,6 +150,7 @@ class Outcome:
             "data": f"{Path(data.location).name}/{data.train_split}.jsonl".lstrip("/"),
             "revision": data.revision,
             "n_train": found.get("n_train", m.rows.n_train),
+            "n_repeated": m.rows.repeated,
             "n_validation": data.n_validation,
             "n_test": found.get("n_test", data.n_test) if m.rows.held_out else 0,
             "steps": m.points[0].spec.steps,

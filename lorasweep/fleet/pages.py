@@ -45,6 +45,9 @@ def _facts(outcome: Outcome) -> Iterable[tuple[str, str]]:
     yield "adapter", f"LoRA of rank {p['rank']}, alpha {p['alpha']:g}, on {p['layers']} matrices"
     yield "base", _base(outcome)
     yield "trained on", f"{p['n_train']:,} rows of {p['data']} ({p['revision']})"
+    if p["n_repeated"]:
+        split = "; what is held out is trained on nowhere" if outcome.member.rows.held_out else ""
+        yield "repetitions", f"{p['n_repeated']:,} rows say the same as another one{split}"
     yield (
         "training",
         f"{p['steps_done'] or p['steps']:,} updates of {p['batch_size']} rows, "

@@ -13,6 +13,7 @@ import numpy as np
 
 from lorasweep.advise.rules.workload import rounded
 from lorasweep.data import fields, load, own, sources, text
+from lorasweep.data.render import Message
 from lorasweep.errors import DataError
 from lorasweep.plan.flops import TEXT_FILL
 from lorasweep.spec.dataset import DatasetSpec
@@ -22,6 +23,8 @@ FEWEST = 20
 of what there is to learn from. A convention."""
 SHARE, LEAST, MOST = 10, 4, 128
 """One row in SHARE chooses the rate, and as many report: at least LEAST, at most MOST."""
+Says = tuple[Message, ...]
+"""What a row says: its messages, or its prompt and completion."""
 LONGEST = 131_072
 """Tokens of a row that are looked at where no max_length is stated: no public row is as long."""
 
@@ -34,6 +37,8 @@ class Rows:
     n_train: int
     held_out: bool
     """False: too few rows to hold any out, so what is measured is measured on training rows."""
+    repeated: int = 0
+    """Rows that say the same as one before them, in either file."""
 
 
 def rows_of(name: str, data: str, form: DatasetSpec) -> Rows:
@@ -57,39 +62,55 @@ def rows_of(name: str, data: str, form: DatasetSpec) -> Rows:
         render=form.render,
         revision="",
     )
-    given = list(sources.jsonl_rows(folder / f"{split}.jsonl"))
-    tested = path.is_dir() and (folder / "test.jsonl").is_file()
-    for where, row in [*given, *(sources.jsonl_rows(folder / "test.jsonl") if tested else ())]:
-        fields.messages_of(spec, row, where)
-    return _held_out(spec, len(given), folder if tested else None)
+    test = folder / "test.jsonl"
+    tested = sources.jsonl_rows(test) if path.is_dir() and test.is_file() else None
+    says, says_tested = (
+        [tuple(fields.messages_of(spec, row, where)) for where, row in rows]
+        for rows in (sources.jsonl_rows(folder / f"{split}.jsonl"), tested or ())
+    )
+    return _held_out(spec, says, says_tested, test if tested is not None else None)
 
 
-def _held_out(spec: DatasetSpec, n_rows: int, folder: Path | None) -> Rows:
-    """Divide the rows; `folder`: where a test.jsonl is."""
-    files = [spec.train_split]
+def _held_out(
+    spec: DatasetSpec, says: Sequence[Says], tested: Sequence[Says], test: Path | None
+) -> Rows:
+    """Divide rows by what they say: what is held out once is trained on nowhere.
+
+    `tested`: rows of the file `test`, if there is one.
+    """
+    files, distinct = [spec.train_split], list(dict.fromkeys(tested if test else says))
     changes: dict[str, Any]
-    n_train = n_rows
-    if folder is not None:
-        n = sum(1 for _ in sources.jsonl_rows(folder / "test.jsonl"))
+    held: set[Says] = set()
+    if test is not None:
+        n = len(distinct)
         if n < 2:
             raise DataError(
-                f"{folder / 'test.jsonl'} has {n} rows. Expected at least 2: some choose the rate, "
+                f"{test} has {n} rows that differ. Expected at least 2: some choose the rate, "
                 "the others report. Add rows, or remove the file: training rows are then held out."
             )
         files.append("test")
         first = min(n // 2, MOST)
         changes = {"test_split": "test", "n_validation": first, "n_test": n - first}
-    elif n_rows < FEWEST:
-        changes = {"n_test": n_rows}
+        held = set(distinct)
+    elif len(distinct) < FEWEST:
+        changes = {"n_test": len(says)}
     else:
-        each = max(LEAST, min(n_rows // SHARE, MOST))
+        each = max(LEAST, min(len(distinct) // SHARE, MOST))
         changes = {"holdout": 2 * each, "n_validation": each, "n_test": each}
-        n_train -= 2 * each
+        held = set(load.held_out(says, 2 * each))
+    repeated = len(says) + len(tested) - len({*says, *tested})
     # few updates on few rows: learning curves that nobody reads would cost as much as the training
-    spec = dataclasses.replace(spec, **changes, n_test_curve=0)
+    changes |= {"n_test_curve": 0, "unseen_rows": bool(held) and repeated > 0}
+    spec = dataclasses.replace(spec, **changes)
     pins = [f"{f}={sources.find_jsonl(spec, f, ['.'])[1][:16]}" for f in dict.fromkeys(files)]
     spec = dataclasses.replace(spec, revision="sha256:" + ",".join(pins))
-    return Rows(spec, n_train, spec.n_validation > 0)
+    n_train = sum(row not in held for row in says)
+    if not n_train:
+        raise DataError(
+            f"every row of {spec.train_split}.jsonl stands in {test}, too. Add rows to train on, "
+            "or remove the file of held-out rows."
+        )
+    return Rows(spec, n_train, spec.n_validation > 0, repeated)
 
 
 def with_lengths(

@@ -13,7 +13,7 @@ RENDERS = ("role_colon", "role_eos", "chat_template")
 FIRST_RENDER = "role_eos"
 """The only form of messages before `render` was a setting."""
 VERIFIERS = ("", "integer", "math")
-OF_TEXT = ("render", "too_long", "unseen_prompts", "answer_field", "verifier")
+OF_TEXT = ("render", "too_long", "unseen_prompts", "unseen_rows", "answer_field", "verifier")
 """Fields that say how text is read; generators draw tokens."""
 TOO_LONG = ("cut", "cut_or_skip", "skip")
 FIRST_TOO_LONG = "cut"
@@ -85,6 +85,10 @@ class DatasetSpec(Value):
     """The revision of test_location."""
     unseen_prompts: bool = field(default=False, metadata={"added": False})
     """Whether training rows that have the prompt of a held-out row are left out."""
+    unseen_rows: bool = field(default=False, metadata={"added": False})
+    """Whether held-out rows that say the same count once, and training rows that say the same as a
+    held-out one are left out; a holdout is drawn from rows that differ. What they say are their
+    messages, or prompt and completion."""
     answer_field: str = field(default="", metadata={"added": ""})
     """Column of the gold answer; empty: it stands in the completion, behind '####' or boxed."""
     n_validation: int = field(default=0, metadata={"added": 0})

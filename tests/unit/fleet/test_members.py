@@ -1,6 +1,7 @@
 """A table of customers becomes runs: which rows are held out, which rates are tried, and what is
 wrong with whom."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from lorasweep.advise.advice import Failed, Known
 from lorasweep.advise.table import Row
 from lorasweep.config import catalogue
 from lorasweep.config.folders import conf_dir
+from lorasweep.data import fields, load
 from lorasweep.errors import DataError, SpecError
 from lorasweep.fleet.members import Setup, check, folder_of, members_of, rates_of
 from lorasweep.fleet.rows import rows_of, with_lengths
@@ -59,6 +61,56 @@ def test_rows_of_a_test_file_are_held_out_instead(form, tmp_path):
     assert found.dataset.holdout == 0 and found.dataset.revision.count("=") == 2
     write_rows(tmp_path / "test.jsonl", 1, "No")
     with pytest.raises(DataError, match="Expected at least 2"):
+        rows_of("any", str(tmp_path), form)
+
+
+def split(spec):
+    """What the rows say that are trained on, and the held-out ones."""
+    return [
+        [tuple(fields.messages_of(spec, row, where)) for where, row in source.rows()]
+        for source in load.sources_of(spec, ["."])
+    ]
+
+
+def test_rows_that_say_the_same_are_on_one_side(form, tmp_path):
+    """Some stand there up to forty times, with other columns that differ."""
+    path = tmp_path / "my.jsonl"
+    says = [k for k in range(40) for _ in range(40 if k == 3 else 1 + k % 3)]
+    rows = [{"id": n, "prompt": f"How many? {k}", "completion": "Yes"} for n, k in enumerate(says)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = rows_of("any", str(path), form)
+    train, held = split(found.dataset)
+    assert found.repeated == len(rows) - 40 and found.dataset.unseen_rows
+    assert len(held) == len(set(held)) == 8 == found.dataset.n_validation + found.dataset.n_test
+    assert not set(train) & set(held) and len(set(train)) == 32
+    assert (
+        found.n_train
+        == len(train)
+        == sum(says.count(k) for k in range(40))
+        - sum(says.count(int(said[0][1].split()[-1])) for said in held)
+    )
+    data = load.load(dataclasses.replace(found.dataset, max_length=64), ["."], llama_like())
+    assert (data.n_train, len(data.validation), len(data.test)) == (len(train), 4, 4)
+    # without repetitions nothing is different from before there was a rule for them
+    plain = rows_of("any", str(write_rows(tmp_path / "plain.jsonl", 40, "Yes {k}")), form)
+    assert not plain.dataset.unseen_rows and plain.repeated == 0
+    # of few that differ none is held out, however often they stand there
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:6]) * 9)
+    few = rows_of("any", str(path), form)
+    assert not few.held_out and few.n_train == 54 and not few.dataset.unseen_rows
+
+
+def test_rows_of_a_test_file_are_not_trained_on(form, tmp_path):
+    write_rows(tmp_path / "train.jsonl", 9, "Yes {k}")
+    write_rows(tmp_path / "test.jsonl", 8, "Yes {k}", start=5)
+    with (tmp_path / "test.jsonl").open("a") as more:
+        more.write((tmp_path / "test.jsonl").read_text())
+    found = rows_of("any", str(tmp_path), form)
+    train, held = split(found.dataset)
+    assert (found.n_train, found.repeated, len(train), len(held)) == (5, 12, 5, 8)
+    assert (found.dataset.n_validation, found.dataset.n_test) == (4, 4)
+    (tmp_path / "train.jsonl").write_text((tmp_path / "test.jsonl").read_text())
+    with pytest.raises(DataError, match="Add rows to train on"):
         rows_of("any", str(tmp_path), form)
 
 

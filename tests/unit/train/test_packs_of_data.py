@@ -10,7 +10,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.streams import stream
 from lorasweep.train.finetune import finetune
-from lorasweep.train.objectives import held_out
+from lorasweep.train.objectives import held_out, sft
 from lorasweep.train.objectives.nll import nll_sums
 from tests.training import copied, run, worst
 from tests.world import tiny_spec
@@ -103,11 +103,15 @@ def test_a_member_is_measured_when_it_is_due_and_not_for_anothers_sake(world, mo
     base.at_start.clear()
     measured = []
 
-    def watched(model, batches, precision, mesh=None):
-        measured.append(len(batches))
-        return held_out.evaluate(model, batches, precision, mesh)
+    def watched(function):
+        def measure(model, rows, *more):
+            measured.append(len(rows))
+            return function(model, rows, *more)
 
-    monkeypatch.setattr("lorasweep.train.objectives.sft.evaluate", watched)
+        return measure
+
+    for name in ("evaluate", "row_nlls"):
+        monkeypatch.setattr(sft, name, watched(getattr(held_out, name)))
     passes = {}
     for event in finetune(pack, base, data):
         passes[event.step], measured = measured, []
