@@ -105,6 +105,9 @@ def test_a_table_becomes_folders_and_asked_again_only_what_changed_is_trained(
     assert ann["lr"] == min(losses, key=lambda lr: (losses[lr], lr)) and len(losses) == 3
     chosen = world.store.result(ann["run"])
     assert ann["gain"] == chosen["nll_start"] - chosen["test_nll"] > 0
+    low, high = ann["gain_interval"]
+    assert low < ann["gain"] < high and ann["gained"] == ("gained" if low > 0 else "not known")
+    assert f"{ann['gain']:+.3f} ± {high - ann['gain']:.3f}" in printed
     assert (ann["n_train"], ann["n_validation"], ann["n_test"]) == (32, 4, 4)
     few = world.facts("few")
     assert (
@@ -350,6 +353,20 @@ def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(wor
         found = fleet.outcome_of(member, Planted(losses))
         assert found.spec.id == ids[chosen] and found.edge == edge and found.gain < 0
         assert [t.validation for t in found.tried] == losses
+    for start, error, says in (
+        (9.5, 0.1, "gained"),
+        (9.2, 0.1, "not known"),
+        (8.5, 0.1, "got worse"),
+        (8.5, None, "not known"),
+    ):
+        # 4 rows: Student's t of 3 degrees of freedom is 3.18
+        result = {"nll_start": start, "test_nll": 9.0, "gain_se": error, "n_test": 4}
+        judged = dataclasses.replace(found, result=found.result | result)
+        assert judged.verdict == says
+        if error:
+            assert judged.interval == pytest.approx(
+                (start - 9 - 0.318, start - 9 + 0.318), abs=1e-3
+            )
     none = fleet.outcome_of(member, Planted([None] * 3))
     assert isinstance(none, Outcome) and none.spec is None and "every rate diverged" in none.problem
     assert isinstance(none.tried[0], Tried)
