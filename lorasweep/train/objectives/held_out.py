@@ -85,8 +85,8 @@ def gain_se(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> float:
     `before`, `after`, `tokens` [rows]: a row's summed NLL under the base and under the adapter,
     and its loss tokens. Rows are the unit that is drawn, and both models read the same ones, so
     their differences are what varies (Miller, arXiv 2411.00640, section 3). A ratio of two sums
-    over rows is not a mean: its jackknife over rows (Cochran, Sampling Techniques, 3rd ed., chapter 6).
-    NaN for fewer than two rows.
+    over rows is not a mean: its jackknife over rows (Cochran, Sampling Techniques, 3rd ed.,
+    chapter 6). NaN for fewer than two rows.
     """
     n, total = len(tokens), tokens.sum()
     if n < 2:
