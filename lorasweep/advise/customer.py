@@ -56,7 +56,7 @@ COLUMNS = {
     "tokens_per_example": Column(float, 1, says="mean tokens of a row that bear loss"),
     "bits_per_token": Column(float, 1e-6, 20, "what a token of them tells"),
     "max_length": Column(int, 4, says="tokens of the longest row"),
-    "data": Column(str, says="folder with train.jsonl, or a .jsonl file"),
+    "data": Column(str, says="folder with train.jsonl, a .jsonl file, or a hub name"),
     "epochs": Column(float, 1e-6, 1e6, "passes over the rows"),
     "batch_size": Column(int, 1, 1e7, "rows of an update; in RL, episodes"),
     "steps": Column(int, 1, 1e9, "updates"),

@@ -60,7 +60,7 @@ def write(advice: Advice, folder: Path) -> list[str]:
     lines = [f"wrote {folder / path}" for path in files]
     if c.data is None:
         lines.append(f"put the rows in DATA_DIR/{name}/train.jsonl and test.jsonl (exec.data_dir)")
-    elif not own.path_of(c.data).with_name("test.jsonl").is_file():
+    elif not own.is_on_hub(c.data) and not own.path_of(c.data).with_name("test.jsonl").is_file():
         lines.append(
             f"put held-out rows in test.jsonl beside {own.path_of(c.data)}, and write this again: "
             "without them the sweep would be judged on the rows it trains on"

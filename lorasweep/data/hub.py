@@ -50,6 +50,20 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
     )
 
 
+def contents(spec: DatasetSpec) -> tuple[list[str], dict[str, int], str]:
+    """Download a data set of which no splits and columns are known yet.
+
+    Returns its columns, the number of rows of each split, and the commit that they are from.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    place = _place(spec, False)
+    builder = _builder(spec, place, spec.config)
+    rows = _counts(spec, place, builder)
+    return list(builder.info.features), rows, builder.hash if is_commit(builder.hash) else ""
+
+
 def fetch(spec: DatasetSpec) -> int:
     """Download the rows of both splits and make them ready to read; return their number.
 
@@ -158,13 +172,17 @@ def _rows(
 
 def _prepared(spec: DatasetSpec, place: _Place, builder: Any) -> dict[str, int]:
     """Download and read the rows, unless they are in the cache; return their number by split."""
-    try:
-        builder.download_and_prepare()
-        known = {name: split.num_examples for name, split in builder.info.splits.items()}
-    except Exception as error:
-        raise _unavailable(spec, place, error) from error
+    known = _counts(spec, place, builder)
     _check_splits(spec, place, known)
     return known
+
+
+def _counts(spec: DatasetSpec, place: _Place, builder: Any) -> dict[str, int]:
+    try:
+        builder.download_and_prepare()
+        return {name: split.num_examples for name, split in builder.info.splits.items()}
+    except Exception as error:
+        raise _unavailable(spec, place, error) from error
 
 
 def _unavailable(spec: DatasetSpec, place: _Place, error: Exception) -> DataError:

@@ -1,13 +1,15 @@
-"""Somebody's own file of rows as a data set: JSON Lines in one of the usual forms.
+"""Somebody's own rows as a data set: JSON Lines, or a name on the hub, in one of the usual forms.
 
-Tells the form from the first row. Refuses to know tokenizers.
+Tells the form from the first row, or from the columns. Refuses to know tokenizers.
 """
 
+import dataclasses
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorasweep.data import fields, sources
+from lorasweep.data import fields, hub, sources
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 
@@ -20,6 +22,10 @@ PAIRS = (
     ("input", "output"),
 )
 """Names of two columns, what is asked and what is answered, the first that are there."""
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w.-]+))?")
+"""A data set of the hub: owner/name, and if need be :configuration and @revision."""
+HELD_OUT = ("test", "validation")
+"""Splits of the hub that are held out, the first that is there."""
 DIGITS = 16
 """Hexadecimal digits of a file's SHA-256 that name it, as in a revision."""
 
@@ -33,6 +39,47 @@ class Counted(NamedTuple):
     sha256: str
 
 
+def is_on_hub(given: str) -> bool:
+    """Return whether rows are named by a data set of the hub: nothing local has that name."""
+    local = given.startswith(("/", ".", "~")) or given.endswith(".jsonl")
+    return not local and bool(HUB_NAME.fullmatch(given)) and not Path(given).exists()
+
+
+def on_hub(given: str, name: str = "") -> DatasetSpec:
+    """Describe a data set of the hub, pinned to the commit found there.
+
+    Downloads it, unless it is in the cache.
+
+    Raises:
+        DataError: it cannot be had, or its columns have none of the usual forms.
+    """
+    match = HUB_NAME.fullmatch(given)
+    assert match is not None
+    location, config, revision = (part or "" for part in match.groups())
+    plain = f"{location}-{config}" if config else location
+    spec = DatasetSpec(
+        name=name or plain.replace("/", "-"),
+        source="hub",
+        location=location,
+        config=config,
+        revision=revision,
+        max_length=1024,
+        too_long="cut_or_skip",
+    )
+    try:
+        columns, rows, commit = hub.contents(spec)
+    except DataError as error:
+        raise DataError(
+            f"no file or folder {Path(given).absolute()}, and as a data set of the hub (owner/name"
+            f":configuration@revision): {error}"
+        ) from error
+    train = "train" if "train" in rows else next(iter(rows))
+    test = next((split for split in HELD_OUT if split in rows and split != train), train)
+    form = _form(f"{given}[{train}]", dict.fromkeys(columns))
+    changes = {"revision": commit or revision, "train_split": train, "test_split": test, **form}
+    return dataclasses.replace(spec, **changes)
+
+
 def path_of(given: str) -> Path:
     """Return the file of rows: a .jsonl file, or train.jsonl in a folder.
 
@@ -42,14 +89,17 @@ def path_of(given: str) -> Path:
     path = Path(given).expanduser().absolute()
     path = path / "train.jsonl" if path.is_dir() else path
     if not path.is_file():
-        raise DataError(f"no file {path}. Expected a .jsonl file, or a folder with train.jsonl.")
+        raise DataError(
+            f"no file {path}. Expected a .jsonl file, a folder with train.jsonl, or a data set of "
+            "the hub as owner/name."
+        )
     if path.suffix != ".jsonl":
         raise DataError(f"{path} does not end on .jsonl. Expected JSON Lines in such a file.")
     return path
 
 
 def dataset_of(given: str, name: str = "") -> DatasetSpec:
-    """Describe a file of rows as a data set, of long rows what fits.
+    """Describe a file of rows, or a data set of the hub, as a data set; of long rows what fits.
 
     Held-out rows are those of test.jsonl beside it, or the file's own if there is none. The content
     is pinned; `name`: of the data set, where it is not to be that of the file and its content.
@@ -57,6 +107,8 @@ def dataset_of(given: str, name: str = "") -> DatasetSpec:
     Raises:
         DataError: the file is not there, or its first row has none of the usual forms.
     """
+    if is_on_hub(given):
+        return on_hub(given, name)
     path = path_of(given)
     digest = _sha256(path)[:DIGITS]
     found = next(sources.jsonl_rows(path), None)
@@ -94,8 +146,12 @@ def count(given: str) -> Counted:
 
 
 def first_answer(spec: DatasetSpec, given: str) -> str:
-    """Return the last answer of a file's first row; empty if it has none."""
-    where, row = next(sources.jsonl_rows(path_of(given)))
+    """Return the last answer of the first row; empty if it has none."""
+    if spec.source == "hub":
+        rows = hub.source_of(spec, False).rows()
+    else:
+        rows = sources.jsonl_rows(path_of(given))
+    where, row = next(rows)
     said = [text for role, text in fields.messages_of(spec, row, where) if role == "assistant"]
     return said[-1] if said else ""
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lorasweep.advise import settle
@@ -155,7 +156,8 @@ def _with_data(row: Row, known: Known, setup: Setup, read: dict[str, Rows]) -> R
         return row._replace(problem=f"column task: a fleet is trained on answers, not by {c.task}.")
     if c.data is None:
         return row._replace(
-            problem="column data: missing. It holds a .jsonl file, or a folder with train.jsonl."
+            problem="column data: missing. It holds a .jsonl file, a folder with train.jsonl, or a "
+            "data set of the hub as owner/name."
         )
     try:
         tokenizer = setup.tokenizer_of(model)
@@ -169,6 +171,9 @@ def _with_data(row: Row, known: Known, setup: Setup, read: dict[str, Rows]) -> R
     read[row.where] = rows
     given = {"max_length": rows.dataset.max_length, "tokens_per_example": round(tokens, 1)}
     stated = {k: v for k, v in row.values.items() if v is not None and str(v).strip()}
+    if rows.dataset.source == "hub":  # counted here, as the adviser asks no network
+        given["examples"] = rows.n_train
+        stated.pop("data")
     return row._replace(values={**given, **stated})
 
 
@@ -209,6 +214,8 @@ def _member(advice: Advice, rows: Rows, setup: Setup) -> Member:
     for point in points:
         validate(point.spec)
     source, warnings = advice.rate.source, advice.trace.warnings
+    if c.data is not None:  # a card names no folder of this machine
+        warnings = [text.replace(c.data, Path(c.data).name) for text in warnings]
     advised = Advised(choice.method, choice.why, choice.rank, choice.load, source, warnings)
     return Member(advice.where, advice.name, folder, advised, rows, points, not_early)
 

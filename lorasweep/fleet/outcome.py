@@ -54,6 +54,14 @@ class Outcome:
         return model.location if model.source == "hub" else model.name
 
     @property
+    def _data(self) -> str:
+        """Where the rows are from: a name on the hub, or a file without the path of its folder."""
+        data = self.member.rows.dataset
+        if data.source == "hub":
+            return f"{data.location}{f':{data.config}' if data.config else ''}"
+        return f"{Path(data.location).name}/{data.train_split}.jsonl".lstrip("/")
+
+    @property
     def open(self) -> bool:
         """Whether runs are still to be trained, and none failed."""
         return (
@@ -147,7 +155,7 @@ class Outcome:
             "alpha": m.points[0].spec.method.plain()["alpha"],
             "layers": m.points[0].spec.method.plain()["layers"],
             "tied": model.tied and "unembedding" in m.points[0].spec.method.target_layers(),
-            "data": f"{Path(data.location).name}/{data.train_split}.jsonl".lstrip("/"),
+            "data": self._data,
             "revision": data.revision,
             "n_train": found.get("n_train", m.rows.n_train),
             "n_repeated": m.rows.repeated,

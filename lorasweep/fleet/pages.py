@@ -33,7 +33,9 @@ NAMED = 12
 def card(outcome: Outcome) -> str:
     """Return the card of an adapter, in Markdown with the head that model hubs read."""
     p = outcome.plain()
-    head = {"base_model": p["base"], "library_name": "peft", "tags": ["lora"]}
+    on_hub = outcome.member.points[0].spec.model.source == "hub"  # else hubs would link to another
+    head = {"base_model": p["base"]} if on_hub else {}
+    head |= {"library_name": "peft", "tags": ["lora"]}
     lines = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {plain_text(p['name'])}", ""]
     lines += [f"- **{name}:** {plain_text(text)}" for name, text in _facts(outcome)]
     return "\n".join(lines) + "\n"

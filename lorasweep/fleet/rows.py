@@ -4,7 +4,7 @@ Refuses to know models and rates.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,13 @@ def rows_of(name: str, data: str, form: DatasetSpec) -> Rows:
     """Find a customer's rows and check that each can be read.
 
     `form`: a data set whose settings say how text is rendered. Rows that are held out come from
-    test.jsonl beside train.jsonl; without one, from the training rows.
+    test.jsonl beside train.jsonl, or a split of the hub; without one, from the training rows.
 
     Raises:
         DataError: there are none, or one cannot be read.
     """
+    if own.is_on_hub(data):
+        return _of_hub(name, data, form)
     spec, path = own.dataset_of(data, name), Path(data).expanduser()
     folder, split = (path, "train") if path.is_dir() else (path.parent, path.stem)
     if set("=,") & set(split):
@@ -57,40 +59,54 @@ def rows_of(name: str, data: str, form: DatasetSpec) -> Rows:
     spec = dataclasses.replace(
         spec,
         location=str(folder),
-        test_split=split,
         template=form.template,
         render=form.render,
         revision="",
     )
     test = folder / "test.jsonl"
-    tested = sources.jsonl_rows(test) if path.is_dir() and test.is_file() else None
-    says, says_tested = (
-        [tuple(fields.messages_of(spec, row, where)) for where, row in rows]
-        for rows in (sources.jsonl_rows(folder / f"{split}.jsonl"), tested or ())
-    )
-    return _held_out(spec, says, says_tested, test if tested is not None else None)
+    there = path.is_dir() and test.is_file()
+    spec = dataclasses.replace(spec, test_split="test" if there else split)
+    says = _says(spec, sources.jsonl_rows(folder / f"{split}.jsonl"))
+    tested = _says(spec, sources.jsonl_rows(test)) if there else None
+    rows = _held_out(spec, says, tested, str(test))
+    files = dict.fromkeys((spec.train_split, spec.test_split))
+    pins = [f"{f}={sources.find_jsonl(spec, f, ['.'])[1][:16]}" for f in files]
+    pinned = dataclasses.replace(rows.dataset, revision="sha256:" + ",".join(pins))
+    return dataclasses.replace(rows, dataset=pinned)
+
+
+def _of_hub(name: str, data: str, form: DatasetSpec) -> Rows:
+    spec = own.on_hub(data, name)
+    spec = dataclasses.replace(spec, template=form.template, render=form.render)
+    train, test = (source.rows() for source in load.sources_of(spec, []))
+    there = spec.test_split != spec.train_split
+    tested = _says(spec, test) if there else None
+    return _held_out(spec, _says(spec, train), tested, f"{data}[{spec.test_split}]")
+
+
+def _says(spec: DatasetSpec, rows: Iterable[tuple[str, Any]]) -> list[Says]:
+    return [tuple(fields.messages_of(spec, row, where)) for where, row in rows]
 
 
 def _held_out(
-    spec: DatasetSpec, says: Sequence[Says], tested: Sequence[Says], test: Path | None
+    spec: DatasetSpec, says: Sequence[Says], tested: Sequence[Says] | None, test: str
 ) -> Rows:
     """Divide rows by what they say: what is held out once is trained on nowhere.
 
-    `tested`: rows of the file `test`, if there is one.
+    `tested`: rows of a file or split of their own, `test`; None: there is none.
     """
-    files, distinct = [spec.train_split], list(dict.fromkeys(tested if test else says))
+    distinct = list(dict.fromkeys(says if tested is None else tested))
     changes: dict[str, Any]
     held: set[Says] = set()
-    if test is not None:
+    if tested is not None:
         n = len(distinct)
         if n < 2:
             raise DataError(
                 f"{test} has {n} rows that differ. Expected at least 2: some choose the rate, "
-                "the others report. Add rows, or remove the file: training rows are then held out."
+                "the others report. Add rows, or remove them: training rows are then held out."
             )
-        files.append("test")
         first = min(n // 2, MOST)
-        changes = {"test_split": "test", "n_validation": first, "n_test": n - first}
+        changes = {"n_validation": first, "n_test": n - first}
         held = set(distinct)
     elif len(distinct) < FEWEST:
         changes = {"n_test": len(says)}
@@ -98,17 +114,16 @@ def _held_out(
         each = max(LEAST, min(len(distinct) // SHARE, MOST))
         changes = {"holdout": 2 * each, "n_validation": each, "n_test": each}
         held = set(load.held_out(says, 2 * each))
-    repeated = len(says) + len(tested) - len({*says, *tested})
+    both = [*says, *(tested or ())]
+    repeated = len(both) - len(set(both))
     # few updates on few rows: learning curves that nobody reads would cost as much as the training
     changes |= {"n_test_curve": 0, "unseen_rows": bool(held) and repeated > 0}
     spec = dataclasses.replace(spec, **changes)
-    pins = [f"{f}={sources.find_jsonl(spec, f, ['.'])[1][:16]}" for f in dict.fromkeys(files)]
-    spec = dataclasses.replace(spec, revision="sha256:" + ",".join(pins))
     n_train = sum(row not in held for row in says)
     if not n_train:
         raise DataError(
-            f"every row of {spec.train_split}.jsonl stands in {test}, too. Add rows to train on, "
-            "or remove the file of held-out rows."
+            f"every row of {spec.train_split} stands in {test}, too. Add rows to train on, or "
+            "remove the held-out rows."
         )
     return Rows(spec, n_train, spec.n_validation > 0, repeated)
 
@@ -128,6 +143,10 @@ def with_lengths(
     train, held_out = load.sources_of(spec, data_dirs)
     found = text.examples(spec, spec.train_split, train, tokenizer, None, "")
     tested = text.examples(spec, spec.test_split, held_out, tokenizer, None, "")
+    if not found.n_bytes.any():
+        raise DataError(
+            f"every answer is empty, in all {len(found)} rows that are trained on. Fill them in."
+        )
     lengths = np.diff(np.concatenate([[0], found.ends]))
     if max_length is None:
         longest = max(int(lengths.max()), int(np.diff(np.concatenate([[0], tested.ends])).max()))

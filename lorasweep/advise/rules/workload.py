@@ -65,7 +65,7 @@ def workload_of(
     Raises:
         RowError: the data that the row names are not there or cannot be read.
     """
-    data = _data(c, model, information)
+    data = _data(c, model, information, trace)
     tokens, row_tokens, length = _lengths(c, data, trace)
     examples = _examples(c, data, trace)
     batch = c.batch_size or _batch(c, examples, published, trace)
@@ -105,9 +105,15 @@ def _batch(c: Customer, examples: float | None, published: Published, trace: Tra
     )
 
 
-def _data(c: Customer, model: str, information: Information) -> Data | None:
+def _data(c: Customer, model: str, information: Information, trace: Trace) -> Data | None:
     """Count the rows of the file that a customer names, and look up what was measured in it."""
     if c.data is None:
+        return None
+    if own.is_on_hub(c.data):
+        trace.warn(
+            f"{c.data} is no file or folder here, so it is taken for a data set of the hub, whose "
+            "rows are not counted: state examples and tokens_per_example"
+        )
         return None
     try:
         counted = own.count(c.data)

@@ -267,8 +267,8 @@ def _loss_tokens(examples: Sequence[Example]) -> np.ndarray:
 
 
 def _bytes_per_token(examples: Sequence[Example]) -> float | None:
-    """Return UTF-8 bytes per loss token; None if the tokens are not text."""
+    """Return UTF-8 bytes per loss token; None if the tokens are not text or the text is empty."""
     n_bytes = [e.n_bytes for e in examples if e.n_bytes is not None]
     if len(n_bytes) < len(examples):
         return None
-    return sum(n_bytes) / sum(int(e.loss.sum()) for e in examples)
+    return sum(n_bytes) / sum(int(e.loss.sum()) for e in examples) or None
