@@ -97,9 +97,11 @@ def test_validation_rows_are_measured_on_the_way_and_test_rows_only_at_the_end(w
 
 
 def test_a_member_is_measured_when_it_is_due_and_not_for_anothers_sake(world, monkeypatch):
-    """Rows of held-out passes, from the fourth update on: those of the members that are due."""
+    """Members of held-out passes, from the fourth update on: those that are due, of one data set."""
     spec, base = world
     pack, data = everyone(spec)
+    twin = dataclasses.replace(pack[2], lr=2 * pack[2].lr)
+    pack, data = [*pack, twin], {**data, twin.id: data[pack[2].id]}
     base.at_start.clear()
     measured = []
 
@@ -117,9 +119,9 @@ def test_a_member_is_measured_when_it_is_due_and_not_for_anothers_sake(world, mo
         passes[event.step], measured = measured, []
     # the end of a run: its test rows, then its validation rows
     assert {s: n for s, n in passes.items() if s > 3} == {
-        4: [3],
+        4: [1, 2, 1],
         5: [],
-        6: [1, 1, 2],
+        6: [2, 2, 1, 1],
         7: [1, 1],
         8: [1],
         9: [1, 1],
