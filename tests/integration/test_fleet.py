@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from lorasweep.plan.throughput import measured_path
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from tests.customers import make_base, write_rows
+from tests.integration.test_interruptions import start, wait_for
 
 SECRET = "zanzibar 7351"
 HOSTILE = '<img src=x onerror=alert(1)>/../"x"'
@@ -187,6 +191,57 @@ def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_where_it_would_
     )
     assert few["early_stopping"].startswith("left out") and "best_step" in few
     assert "4 are the fewest" in (world.folder / "few/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_early_stopping_survives_a_kill(world, tmp_path):
+    """A command killed with -9 between the best evaluation of a run and its end, and asked again:
+    weights, results and what was decided are the same, bit for bit."""
+    write_rows(tmp_path / "odd/train.jsonl", 20, "aaaa bbbb {k}")
+    write_rows(tmp_path / "odd/test.jsonl", 16, "zz", start=100)
+    table = json.loads((tmp_path / "customers.yaml").read_text())
+    (tmp_path / "customers.yaml").write_text(
+        json.dumps([{**table[0], "data": "odd", "epochs": 39}])
+    )
+    # one rate: of several, one may end before the kill, and the others are then not in its company
+    settings = ("action=fleet", "customers=customers.yaml", "early_stopping=3", "rates=advised")
+    one = ("exec.workers=1", "exec.threads=1", "exec.checkpoint_s=0.01")
+
+    def results():
+        store = RunStore(tmp_path / "runs")
+        return {i: store.result(i) for i in store.existing()}
+
+    def best_is_behind():
+        for run in (tmp_path / "runs").glob("[0-9a-f]*/checkpoint"):
+            meta = max(
+                (json.loads(p.read_text()) for p in run.glob("?.json")),
+                key=lambda m: m["step"],
+                default={},
+            )
+            if 0 < meta.get("best", (0, 0))[1] < meta.get("step", 0):
+                return True
+        return False
+
+    killed = start(*settings, *one, cwd=tmp_path)
+    wait_for(best_is_behind)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert None in results().values()
+    again = start(*settings, *one, cwd=tmp_path)
+    assert again.wait(240) == 0, again.stderr.read()
+    resumed = results()
+    shutil.move(tmp_path / "runs", tmp_path / "killed")
+    whole = start(*settings, *one, cwd=tmp_path)
+    assert whole.wait(240) == 0, whole.stderr.read()
+    for rid, result in results().items():
+        timed = ("wall_s", "step_s", "attempt")
+        a, b = ({k: v for k, v in r.items() if k not in timed} for r in (result, resumed[rid]))
+        assert a == b and a["best_step"] < a["steps_done"] and resumed[rid]["attempt"] == 2
+    kept = {p.parent.name: p for p in (tmp_path / "killed").glob("*/weights.safetensors")}
+    assert len(kept) == 1
+    for rid, path in kept.items():
+        a, b = load_file(path), load_file(tmp_path / "runs" / rid / path.name)
+        assert all(torch.equal(a[n], b[n]) for n in a)
 
 
 def test_nothing_of_one_customers_rows_is_in_what_others_get(world, tmp_path):
@@ -364,20 +419,18 @@ def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(wor
         found = fleet.outcome_of(member, Planted(losses))
         assert found.spec.id == ids[chosen] and found.edge == edge and found.gain < 0
         assert [t.validation for t in found.tried] == losses
-    for start, error, says in (
+    for before, error, says in (
         (9.5, 0.1, "gained"),
         (9.2, 0.1, "not known"),
         (8.5, 0.1, "got worse"),
         (8.5, None, "not known"),
     ):
         # 4 rows: Student's t of 3 degrees of freedom is 3.18
-        result = {"nll_start": start, "test_nll": 9.0, "gain_se": error, "n_test": 4}
+        result = {"nll_start": before, "test_nll": 9.0, "gain_se": error, "n_test": 4}
         judged = dataclasses.replace(found, result=found.result | result)
         assert judged.verdict == says
         if error:
-            assert judged.interval == pytest.approx(
-                (start - 9 - 0.318, start - 9 + 0.318), abs=1e-3
-            )
+            assert judged.interval == pytest.approx((before - 9.318, before - 8.682), abs=1e-3)
     none = fleet.outcome_of(member, Planted([None] * 3))
     assert isinstance(none, Outcome) and none.spec is None and "every rate diverged" in none.problem
     assert isinstance(none.tried[0], Tried)
