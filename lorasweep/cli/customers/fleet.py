@@ -131,7 +131,8 @@ def _tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
     """Return a look-up of tokenizers that raises what is wrong with a base; each is tried once."""
     from lorasweep.models import load
 
-    dirs, fetched = request.exec.models_dir, request.cluster.kind == "slurm"
+    dirs = request.exec.models_dir
+    fetched = request.cluster.kind == "slurm" and request.action != "fetch"
 
     @cache
     def look(model: ModelSpec) -> Any:
