@@ -12,7 +12,15 @@ from lorasweep.config import catalogue
 from lorasweep.config.folders import conf_dir
 from lorasweep.data import fields, load
 from lorasweep.errors import DataError, SpecError
-from lorasweep.fleet.members import Setup, check, folder_of, members_of, rates_of
+from lorasweep.fleet.members import (
+    Setup,
+    check,
+    fleet_plain,
+    folder_of,
+    members_of,
+    planned,
+    rates_of,
+)
 from lorasweep.fleet.rows import rows_of, with_lengths
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -218,6 +226,30 @@ def test_customers_become_runs_and_wrong_ones_stop_no_other(base, tmp_path):
         assert says in text, text
     (one,) = plan([{"name": "good", **row, "data": str(good)}], rates=1)
     assert len(one.points) == 1
+
+
+def test_early_stopping_is_left_out_where_it_could_do_nothing_and_survives_json(base, tmp_path):
+    row = {"model": str(base / "config.json"), "task": "sft"}
+    table = [
+        {"name": name, **row, "data": str(write_rows(tmp_path / f"{name}.jsonl", n, "Yes {k}"))}
+        | more
+        for name, n, more in (
+            ("good", 40, {"epochs": 4}),
+            ("few", 4, {}),
+            ("short", 40, {"steps": 3}),
+            ("wrong", 40, {"task": "rl"}),
+        )
+    ]
+    found = plan(table, early_stopping=2)
+    good, few, short, _ = found
+    assert {p.spec.early_stopping for p in good.points} == {2} and not good.not_early
+    assert {p.spec.early_stopping for m in (few, short) for p in m.points} == {0}
+    assert "4 are the fewest" in few.not_early and "3 updates" in short.not_early
+    values = json.loads(json.dumps(fleet_plain(found)))
+    runs = [p for m in found[:3] for p in m.points]
+    assert planned(values, runs) == found
+    with pytest.raises(SpecError, match="early_stopping=-1"):
+        plan(table, early_stopping=-1)
 
 
 def test_full_is_an_error_unless_lora_is_asked_for(base, tmp_path):
