@@ -4,16 +4,29 @@ A sentence without an answer is left out. Its wording follows from the verdicts,
 that turns changes the sentence.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
-from analysis.inference.estimate import Verdict, number, with_interval
-from analysis.report.study.answers import FIRST_STUDY, Part
+from analysis.inference.estimate import number, with_interval
+from analysis.report.study.answers import Part
 from analysis.report.study.load_map import REGIME
 from analysis.report.study.setting import WORDS, Setting
+from analysis.report.study.wording import (
+    Found,
+    by_setting,
+    change,
+    count,
+    end,
+    found,
+    in_percent,
+    lead,
+    listed,
+    of_claim,
+    percent,
+    sets,
+    signed,
+    span,
+)
 
-Found = list[tuple[Part, Verdict]]
 FULL = " times full fine-tuning's"
 REWARDED = {**WORDS, Setting.BEYOND: "on generated tasks"}
 """Where rewards were had: the regime is one of texts with their answers."""
@@ -32,22 +45,11 @@ def sentences(parts: Sequence[Part]) -> list[str]:
     return [text for write in (*first, _rewards, _bits, _compute) if (text := write(parts))]
 
 
-def found(parts: Sequence[Part], sweep: str, claim: str) -> Found:
-    """Return a claim's verdicts that have a value; those by task where there are tasks."""
-    return [
-        (part, v)
-        for part in parts
-        if part.results["sweep"] == sweep
-        for v in part.single
-        if v.claim == claim and v.estimate.value is not None
-    ]
-
-
 def _regime(parts: Sequence[Part]) -> str:
     low, behind = found(parts, REGIME, "low"), found(parts, REGIME, "beyond")
     if not low:
         return ""
-    lead = _lead(
+    start = lead(
         low,
         "LoRA without regret is real where little is new",
         "LoRA without regret is not to be had even where little is new",
@@ -55,19 +57,19 @@ def _regime(parts: Sequence[Part]) -> str:
         "Whether there is LoRA without regret where little is new stays open",
     )
     said = (
-        f"{lead}: on {_sets(low)} in which only rules are new, a rank of an eighth of the width "
+        f"{start}: on {sets(low)} in which only rules are new, a rank of an eighth of the width "
         f"gave up {_regret(low)} of what full fine-tuning gains"
     )
     if behind:
-        said += f", and {_regret(behind)} on {_sets(behind)} with lists to memorise"
-    return said + _end([*low, *behind])
+        said += f", and {_regret(behind)} on {sets(behind)} with lists to memorise"
+    return said + end([*low, *behind])
 
 
 def _boundary(parts: Sequence[Part]) -> str:
     fits = found(parts, REGIME, "fits")
     if not fits:
         return ""
-    lead = _lead(
+    start = lead(
         fits,
         "It ends where the adapter is full",
         "Counting bits does not say where it ends",
@@ -75,9 +77,9 @@ def _boundary(parts: Sequence[Part]) -> str:
         "Whether counting bits says where it ends stays open",
     )
     return (
-        f"{lead}: the smallest rank with room for what is new, at the study's 2 bits a parameter, "
-        f"gave up nothing on {_count(fits, 'SUPPORTED')} of {len(fits)} data sets; "
-        f"{_needed(parts, {v.group for _, v in fits})}{_law(parts)}{_end(fits)}"
+        f"{start}: the smallest rank with room for what is new, at the study's 2 bits a parameter, "
+        f"gave up nothing on {count(fits, 'SUPPORTED')} of {len(fits)} data sets; "
+        f"{_needed(parts, {v.group for _, v in fits})}{_law(parts)}{end(fits)}"
     )
 
 
@@ -97,24 +99,24 @@ def _law(parts: Sequence[Part]) -> str:
 def _rates(parts: Sequence[Part]) -> str:
     ratio, order = found(parts, "lr_ratio", "ratio"), found(parts, "lr_ratio", "order")
     shares = found(parts, "recipes", "ten_times")
-    cost = found(parts, "lr_ratio", "ten_times") + [(p, _in_percent(v)) for p, v in shares]
+    cost = found(parts, "lr_ratio", "ten_times") + [(p, in_percent(v)) for p, v in shares]
     if not ratio or not order:
         return ""
-    lead = _lead(
+    start = lead(
         order,
         "LoRA wants about ten times full fine-tuning's learning rate",
         "LoRA does not want ten times full fine-tuning's learning rate",
         "Ten times full fine-tuning's learning rate is right in places only",
         "Whether LoRA wants ten times full fine-tuning's learning rate stays open",
     )
-    said = f"{lead}: the ratio of the best rates was {_by_setting(ratio)}"
+    said = f"{start}: the ratio of the best rates was {by_setting(ratio)}"
     if cost:
-        said += f"; taken at its word, the rule cost {_by_setting(cost, _percent, GAIN)}"
-    return said + _end([*ratio, *cost])
+        said += f"; taken at its word, the rule cost {by_setting(cost, percent, GAIN)}"
+    return said + end([*ratio, *cost])
 
 
 def _speed(parts: Sequence[Part]) -> str:
-    return _of_claim(
+    return of_claim(
         found(parts, "rank", "parity"),
         "At its highest rank LoRA keeps full fine-tuning's pace",
         "Even at its highest rank LoRA does not keep full fine-tuning's pace",
@@ -127,14 +129,14 @@ def _speed(parts: Sequence[Part]) -> str:
 
 
 def _batches(parts: Sequence[Part]) -> str:
-    said = _of_claim(
+    said = of_claim(
         found(parts, "batch_size", "penalty"),
         "Large batches hurt LoRA more than full fine-tuning",
         "Large batches did not hurt LoRA more than full fine-tuning",
         "Large batches hurt LoRA more than full fine-tuning in places only",
         "Whether large batches hurt LoRA more than full fine-tuning stays open",
         "with each doubling, its speed over full fine-tuning's changed by {}",
-        _change,
+        change,
     )
     free = [(p, v) for p, v in found(parts, "batch_size", "below_256") if v.outcome == "SUPPORTED"]
     if said and any(p.setting(v.group) == Setting.IN_REGIME for p, v in free):
@@ -149,45 +151,45 @@ def _batches(parts: Sequence[Part]) -> str:
         if v.outcome == outcome
     }
     if said and behind:
-        bases = _listed(list(dict.fromkeys(behind.values())))
-        said += f" An eighth of {bases}'s width fell behind in batches of {_listed(list(behind))}."
+        bases = listed(list(dict.fromkeys(behind.values())))
+        said += f" An eighth of {bases}'s width fell behind in batches of {listed(list(behind))}."
     return said
 
 
 def _layers(parts: Sequence[Part]) -> str:
     worse = found(parts, "layers", "attention_worse")
-    return _of_claim(
+    return of_claim(
         worse,
         "Attention alone is the slower place for adapters",
         "Attention alone is not the slower place for adapters",
         f"Attention alone was clearly the slower place for adapters on "
-        f"{_count(worse, 'SUPPORTED')} of {len(worse)} tasks",
+        f"{count(worse, 'SUPPORTED')} of {len(worse)} tasks",
         "Whether attention alone is the slower place for adapters stays open",
         "at equal parameters, its speed over that of the MLP alone was {}",
     )
 
 
 def _rewards(parts: Sequence[Part]) -> str:
-    said = _of_claim(
+    said = of_claim(
         found(parts, "rl", "rank_1"),
         "From rewards rank 1 learns as much as full fine-tuning",
         "From rewards rank 1 does not learn as much as full fine-tuning",
         "From rewards rank 1 learns as much as full fine-tuning in places only",
         "Whether rank 1 learns as much from rewards as full fine-tuning stays open",
         "at the end its reward differed by {}",
-        _signed,
+        signed,
         " points",
         REWARDED,
     )
     top = found(parts, "rl", "top_rank")
     if not (said and top):
         return said
-    ends = _by_setting(top, _signed, " points", REWARDED)
+    ends = by_setting(top, signed, " points", REWARDED)
     return f"{said} The highest rank's differed by {ends}."
 
 
 def _bits(parts: Sequence[Part]) -> str:
-    said = _of_claim(
+    said = of_claim(
         found(parts, "rl_bits", "tie"),
         "Rank 1 learns what rewards tell where it has room for it",
         "Room for what rewards tell does not make rank 1 learn it",
@@ -195,18 +197,18 @@ def _bits(parts: Sequence[Part]) -> str:
         "Whether rank 1 learns what rewards tell wherever it has room for it stays open",
         "of labels that fit it at 2 bits a parameter, its reward differed from that of full "
         "fine-tuning by {}",
-        _signed,
+        signed,
         " points",
         REWARDED,
     )
     taught = found(parts, "rl_bits", "taught")
-    share = _by_setting(taught, _signed, "%", REWARDED) if taught else ""
-    end = f" Taught them, its share of their bits differed by {share}." if share else ""
-    return said and said + end
+    share = by_setting(taught, signed, "%", REWARDED) if taught else ""
+    taught_end = f" Taught them, its share of their bits differed by {share}." if share else ""
+    return said and said + taught_end
 
 
 def _compute(parts: Sequence[Part]) -> str:
-    return _of_claim(
+    return of_claim(
         found(parts, "compute", "flops_to_loss"),
         "LoRA saves a third of the work",
         "LoRA does not save a third of the work",
@@ -220,89 +222,6 @@ def _compute(parts: Sequence[Part]) -> str:
 # ---------------------------------------------------------------- words and numbers
 
 
-def _lead(verdicts: Found, yes: str, no: str, partly: str, undecided: str) -> str:
-    """Choose the start of a sentence by the outcomes, and emphasise it.
-
-    "No" needs a refutation and no support; support beside anything else holds in places.
-    """
-    n, held = len(verdicts), _count(verdicts, "SUPPORTED")
-    none = no if _count(verdicts, "REFUTED") else undecided
-    return f"**{yes if held == n else partly if held else none}**"
-
-
-def _of_claim(
-    verdicts: Found,
-    yes: str,
-    no: str,
-    partly: str,
-    undecided: str,
-    said: str,
-    shown: Callable[[float], str] = number,
-    unit: str = "",
-    words: Mapping[Setting, str] = WORDS,
-) -> str:
-    """Return a sentence about one claim; `said` has a place for the values by setting."""
-    if not verdicts:
-        return ""
-    lead = _lead(verdicts, yes, no, partly, undecided)
-    return f"{lead}: {said.format(_by_setting(verdicts, shown, unit, words))}{_end(verdicts)}"
-
-
-def _count(verdicts: Found, outcome: str) -> int:
-    return sum(v.outcome == outcome for _, v in verdicts)
-
-
-def _sets(verdicts: Found) -> str:
-    return "one data set" if len(verdicts) == 1 else f"{len(verdicts)} data sets"
-
-
-def _end(verdicts: Found) -> str:
-    """End a sentence, with the mark of the first study if all that it says is from there."""
-    return f" ({FIRST_STUDY})." if all(part.first_study for part, _ in verdicts) else "."
-
-
-def _change(slope: float) -> str:
-    """Return the change of a ratio in percent, from a slope of its logarithm."""
-    return f"{100 * math.expm1(slope):+.0f}%"
-
-
-def _in_percent(v: Verdict) -> Verdict:
-    share = v.estimate.value
-    percent = None if share is None else 100 * share
-    return replace(v, estimate=replace(v.estimate, value=percent))
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.1f}"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.0f}%"
-
-
-def _by_setting(
-    verdicts: Found,
-    shown: Callable[[float], str] = number,
-    unit: str = "",
-    words: Mapping[Setting, str] = WORDS,
-) -> str:
-    """Give the range of the values in each setting."""
-    values: dict[Setting, list[float | None]] = {}
-    for part, v in verdicts:
-        values.setdefault(part.setting(v.group), []).append(v.estimate.value)
-    return _listed([f"{_span(values[s], shown)}{unit} {words[s]}" for s in Setting if s in values])
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def _span(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
-    known = [v for v in values if v is not None]
-    texts = sorted({shown(min(known)), shown(max(known))}, key=lambda t: float(t.rstrip("%")))
-    return " to ".join(texts)
-
-
 def _regret(verdicts: Found) -> str:
     """Return the regrets in percent of the gain at the rank that the verdicts are about."""
     values: list[float | None] = []
@@ -312,7 +231,7 @@ def _regret(verdicts: Found) -> str:
             ranks = [r for r in cell["ranks"] if r["rank"] >= width / EIGHTH]
             if cell["cell"] == v.group and ranks:
                 values.append(ranks[0]["regret_percent"]["value"])
-    return _span(values, lambda p: f"{p:.1f}%")
+    return span(values, lambda p: f"{p:.1f}%")
 
 
 def _needed(parts: Sequence[Part], groups: set[str]) -> str:
