@@ -146,10 +146,13 @@ def _noise(optima: Sequence[Optimum]) -> list[str]:
     out = []
     for metric, o in {o.curve.shown: o for o in reversed(optima) if o.pooled is not None}.items():
         what, side = (metric.unit, "top") if metric.sign > 0 else (f" of {metric.name}", "bottom")
-        out += [
+        noise = (
             f"Noise of one run, pooled over the sweep: {o.pooled.noise:.2g}{what} at the optimum, "
             f"{o.pooled.df} degrees of freedom. Model error of the curvature: "
-            f"{100 * o.pooled.misfit:.0f}%. Crosses at the {side} are runs that were not fitted: "
+            f"{100 * o.pooled.misfit:.0f}%. "
+        )
+        out += [
+            f"{noise if o.pooled.df else ''}Crosses at the {side} are runs that were not fitted: "
             "they diverged, ended no better than the untrained model, or lie beyond such a rate.",
             "",
         ]
