@@ -12,13 +12,13 @@ Found = list[tuple[Part, Verdict]]
 
 
 def found(parts: Sequence[Part], sweep: str, claim: str) -> Found:
-    """Return a claim's verdicts that have a value; those by task where there are tasks."""
+    """Return a claim's verdicts whose value has an interval; by task where there are tasks."""
     return [
         (part, v)
         for part in parts
         if part.results["sweep"] == sweep
         for v in part.single
-        if v.claim == claim and v.estimate.value is not None
+        if v.claim == claim and v.estimate.value is not None and v.estimate.has_interval()
     ]
 
 

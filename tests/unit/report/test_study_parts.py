@@ -361,6 +361,8 @@ def test_sentences_follow_the_verdicts_and_are_left_out_without_an_answer(tmp_pa
     assert "on some data" in first("SUPPORTED", "UNDECIDED")
     assert "stays open" in first("UNDECIDED")
     assert findings.sentences([]) == []
+    one_seed = verdict(2.0, outcome="UNDECIDED", claim="rank_1", estimate=Estimate(2.0))
+    assert findings.sentences([answer(tmp_path, one_seed, sweep="rl")]) == []
 
 
 def test_the_sentence_about_batches_says_at_which_lora_falls_behind(tmp_path):
