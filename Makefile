@@ -59,6 +59,8 @@ bench: weights data/gsm8k/train.jsonl ## measure on an idle machine, and write a
 	$(BIN)/python -m analysis.validation.bench
 	$(BIN)/python -m lorasweep.bench.rewards analysis/results/bench/rewards.json
 	$(BIN)/python -m analysis.validation.rewards
+	$(BIN)/python -m lorasweep.bench.fleet analysis/results/bench/fleet.json
+	$(BIN)/python -m analysis.validation.fleet
 
 calibrate: $(VENV)/.installed ## fit and judge simulated sweeps (about forty minutes on two cores), and write their page
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.validation.calibration --cases $(or $(CASES),500)

@@ -1,0 +1,98 @@
+"""Render fleet.json of the benchmark as a page, and the summary in docs/fleet.md.
+
+    python -m analysis.validation.fleet
+
+Measures nothing: every number comes from the file that `python -m lorasweep.bench.fleet` wrote.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from analysis.report.text import markdown, with_block
+
+PROJECT = Path(__file__).resolve().parents[2]
+FOLDER = PROJECT / "analysis" / "results" / "bench"
+BEGIN, END = (
+    "<!-- fleet: made by `python -m analysis.validation.fleet` -->",
+    "<!-- end of fleet -->",
+)
+MODELS = {"smollm2": "SmolLM2-135M, bf16", "tiny128": "tiny128, fp32"}
+
+
+def summary(content: dict[str, Any]) -> list[str]:
+    """Render the table of whole fleets against the baselines."""
+    head = "customers|runs|lorasweep|a TRL process a customer|a warm PEFT loop|asked again"
+    rows = [
+        [
+            f"{c['customers']} on {says}",
+            str(c["runs"]),
+            f"{c['whole_s']:.0f} s",
+            f"{c['process_a_customer']['whole_s']:.0f} s: **{c['vs_process_a_customer']:.1f}x**",
+            f"{c['warm_peft']['whole_s']:.0f} s: **{c['vs_warm_peft']:.1f}x**",
+            f"{c['again_s']:.0f} s",
+        ]
+        for c, says in _cases(content)
+    ]
+    return markdown([head.split("|"), *rows])
+
+
+def page(content: dict[str, Any]) -> str:
+    """Render the page."""
+    here = content["machine"]
+    packages = ", ".join(f"{k} {v}" for k, v in here["packages"].items())
+    parts = [["customers", "how", "customers timed", "start", "updates", "evaluations", "in all"]]
+    memory = [["customers", "packs of", "workers' peaks together", "planned"]]
+    for c, says in _cases(content):
+        for key, how in (("process_a_customer", "TRL, a process"), ("warm_peft", "PEFT, warm")):
+            b = c[key]
+            seconds = (f"{b[k]:.1f} s" for k in ("start_s", "train_s", "eval_s", "customer_s"))
+            parts.append([says, how, str(b["sampled"]), *seconds])
+        sizes = f"{min(c['packs'])} to {max(c['packs'])} runs"
+        memory.append([says, sizes, *(_gib(c[k]) for k in ("peak_bytes", "planned_bytes"))])
+    return "\n".join(
+        [
+            "# Fleets",
+            "",
+            f"{here['cores']} cores, {here['processor']}, no GPU; {packages}. Made by `python -m "
+            "lorasweep.bench.fleet`, all on one machine in one go. Customers have 20 to 400 rows "
+            "(half of them short rows of GSM8K, half copying, sorting and sums as text; "
+            "on tiny128 sequences of eight dialects, of lengths that differ), batches of 1, 2 or 4 "
+            "and 4 to 8 updates (tiny128: 8 to 32), three rates each. lorasweep is timed whole, "
+            "from the start of the command to adapters, cards and page. The baselines train the "
+            "same rows in the same order at the same rates, choose by the same validation rows and "
+            "measure test rows before and after; a sample of customers is timed and reckoned up by "
+            "tokens.",
+            "",
+            *summary(content),
+            "",
+            "Seconds a customer of the baselines (start once a process):",
+            "",
+            *markdown(parts),
+            "",
+            "Memory, resident:",
+            "",
+            *markdown(memory),
+            "",
+        ]
+    )
+
+
+def _cases(content: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    return [(content[key], says) for key, says in MODELS.items() if key in content]
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"
+
+
+def main() -> None:
+    """Write fleet.md next to fleet.json, and the summary in docs/fleet.md."""
+    content = json.loads((FOLDER / "fleet.json").read_text())
+    (FOLDER / "fleet.md").write_text(page(content))
+    document = PROJECT / "docs" / "fleet.md"
+    document.write_text(with_block(document.read_text(), BEGIN, END, summary(content)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Time fleets against one TRL process a customer and a warm PEFT loop, and look at their memory.
+
+    python -m lorasweep.bench.fleet OUT.json [part ...]
+
+Needs the extra `bench`; `smollm2` also needs the weights and GSM8K. Other parts stay in the file.
+The fleet is timed whole, from process start to the last adapter and the page. Of the customers a
+sample is trained by the baselines, spread evenly over the table, and reckoned up: start-up by the
+number of processes, the rest by the tokens that are trained on and evaluated.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorasweep.bench.__main__ import exec_values
+from lorasweep.bench.fleet import customers
+from lorasweep.bench.overhead import command
+from lorasweep.cli.customers import fleet
+from lorasweep.config.compose import compose_request
+from lorasweep.data.load import load as load_data
+from lorasweep.fleet.members import Member
+from lorasweep.launch.workers import WAIT_POLICY
+from lorasweep.models.load import tokenizer_of
+from lorasweep.plan import detect
+from lorasweep.store import files
+from lorasweep.store.run_store import RunStore
+from lorasweep.tracking import provenance
+
+Log = Callable[[str], None]
+WORKER = "lorasweep.launch.worker"
+WATCH_S = 0.5
+
+
+class Case(NamedTuple):
+    """A fleet to time."""
+
+    model: str
+    customers: int
+    """How many."""
+    updates: tuple[int, int]
+    """Fewest and most of a run."""
+    options: tuple[str, ...]
+    """Of the command."""
+    processes: int
+    """Customers that get a TRL process."""
+    looped: int
+    """Customers that the warm loop trains; one more before them warms it up."""
+
+
+CASES = {
+    "tiny128": Case("tiny128", 200, (8, 32), ('dataset.template="{prompt}"',), 6, 24),
+    "smollm2": Case("smollm2-135m-instruct", 100, (3, 6), ("precision=bf16",), 5, 12),
+}
+
+
+class Watch:
+    """Note the peak resident memory of the workers on this machine while the block runs."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.peaks: dict[str, int] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(WATCH_S):
+            for folder in Path("/proc").glob("[0-9]*"):
+                with suppress(OSError):  # a process may end meanwhile
+                    if not self._mine(folder):
+                        continue
+                    lines = (folder / "status").read_text().splitlines()
+                    peak = next((x for x in lines if x.startswith("VmHWM")), "VmHWM 0")
+                    self.peaks[folder.name] = int(peak.split()[1]) * 1024
+
+    def _mine(self, folder: Path) -> bool:
+        """Return whether it is a worker of a command that this process has started."""
+        if WORKER.encode() not in (folder / "cmdline").read_bytes():
+            return False
+        parent = Path("/proc") / _parent(folder)
+        return _parent(parent) == str(os.getpid())
+
+
+def _parent(folder: Path) -> str:
+    return (folder / "stat").read_text().rpartition(")")[2].split()[1]
+
+
+def measure(case: Case, log: Log) -> dict[str, Any]:
+    """Time a fleet and its baselines; return seconds, ratios, and memory in bytes."""
+    values = exec_values()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        asked = _asked(case, values, folder)
+        found = _fleet(asked, folder, log)
+        members = _members(asked)
+        tokens = [_tokens(m, values) for m in members]
+        chosen = _spread(tokens, case.processes)
+        alone = [_baseline("trl", [members[k]], values, folder) for k in chosen]
+        processes = _reckoned(
+            [r for rows in alone for r in rows], [tokens[k] for k in chosen], tokens, len(members)
+        )
+        log(f"one TRL process a customer: {processes['whole_s']:.0f} s, from {len(chosen)}")
+        chosen = _spread(tokens, case.looped)
+        rows = _baseline(
+            "loop", [members[chosen[0]], *(members[k] for k in chosen)], values, folder
+        )
+        rows[1]["start_s"] = rows[0]["start_s"]
+        warm = _reckoned(rows[1:], [tokens[k] for k in chosen], tokens, 1)
+        log(f"a warm PEFT loop: {warm['whole_s']:.0f} s, from {len(chosen)}")
+    whole = found["whole_s"]
+    found |= {
+        "tokens": sum(tokens),
+        "process_a_customer": processes,
+        "warm_peft": warm,
+        "vs_process_a_customer": processes["whole_s"] / whole,
+        "vs_warm_peft": warm["whole_s"] / whole,
+    }
+    log(
+        f"{case.customers} customers on {case.model}: {whole:.0f} s, "
+        f"{found['vs_process_a_customer']:.1f} times faster than one process a customer, "
+        f"{found['vs_warm_peft']:.2f} times than a warm loop"
+    )
+    return found
+
+
+def _asked(case: Case, values: dict[str, Any], folder: Path) -> list[str]:
+    """Write rows and table, and for a base of symbols its folder; return the command's options."""
+    model, rows = case.model, None
+    spec = compose_request([f"model={model}"]).points[0].spec.model
+    if spec.source == "recipe":
+        model = str(customers.write_base(spec, values["models_dir"], folder / case.model))
+    else:
+        rows = customers.gsm8k(values["data_dir"])
+    table = customers.write_table(folder, model, case.customers, case.updates, rows)
+    dirs = ",".join([*values["models_dir"], "/"])
+    return [f"customers={table}", f"exec.models_dir=[{dirs}]", *case.options]
+
+
+def _members(asked: Sequence[str]) -> list[Member]:
+    found = fleet._members(compose_request(["action=fleet", *asked]))
+    members = [m for m in found if isinstance(m, Member)]
+    if len(members) < len(found):
+        raise RuntimeError(f"customers that cannot be planned: {len(found) - len(members)}")
+    return members
+
+
+def _fleet(asked: Sequence[str], folder: Path, log: Log) -> dict[str, Any]:
+    """Train the fleet by its command, from an empty store."""
+    runs, options = folder / "runs", ["action=fleet", *asked, f"out={folder / 'fleet'}"]
+    plan = command("action=plan", *asked, runs_dir=runs)[1]
+    found: Any  # a list, one of each customer
+    with Watch() as watch:
+        whole_s, found = command(*options, runs_dir=runs)
+    again_s, _ = command(*options, runs_dir=runs)
+    store = RunStore(runs)
+    packs = {tuple(store.env(i)["pack"]) for i in store.existing()}
+    gains = [c["gain"] for c in found if c["gain"] is not None]
+    log(f"the fleet: {whole_s:.0f} s in {len(packs)} packs, asked again {again_s:.1f} s")
+    return {
+        "customers": len(found),
+        "runs": sum(len(c["tried"]) for c in found),
+        "whole_s": whole_s,
+        "again_s": again_s,
+        "packs": sorted(map(len, packs), reverse=True),
+        "gained": sum(g > 0 for g in gains),
+        "peak_bytes": sum(watch.peaks.values()),
+        "planned_bytes": round(plan["cost"]["memory_gib"] * 2**30),
+    }
+
+
+def _tokens(member: Member, values: dict[str, Any]) -> int:
+    """Return the tokens of a customer that a baseline passes through its model.
+
+    Those of an update count three times, for its backward pass.
+    """
+    spec = member.points[0].spec
+    tokenizer = tokenizer_of(spec.model, [*values["models_dir"], "/"])
+    data = load_data(spec.dataset, values["data_dir"], tokenizer)
+
+    def of(rows: Any) -> int:
+        return sum(len(e.tokens) for e in rows)
+
+    trained = of(data.train(spec.seed, 0, spec.steps * spec.batch_size))
+    tried = len(member.points)
+    return tried * (3 * trained + of(data.validation)) + 2 * of(data.test)
+
+
+def _spread(tokens: Sequence[int], count: int) -> list[int]:
+    """Choose `count` customers with the quantiles of the tokens."""
+    order = sorted(range(len(tokens)), key=lambda k: tokens[k])
+    return [order[int((i + 0.5) * len(order) / count)] for i in range(count)]
+
+
+def _baseline(
+    kind: str, members: Sequence[Member], values: dict[str, Any], folder: Path
+) -> list[dict[str, Any]]:
+    """Train some customers in one process of a baseline; return its rows.
+
+    Its time until it is ready stands in the first, and what is left of its wall time, too.
+    """
+    job = {
+        "customers": [[p.spec.plain() for p in m.points] for m in members],
+        "exec": {**values, "models_dir": [*values["models_dir"], "/"]},
+        "out": str(folder / kind),
+    }
+    path = folder / "job.json"
+    path.write_text(json.dumps(job))
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "lorasweep.bench.fleet.baseline", kind, str(path)],
+        text=True,
+        capture_output=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": str(detect.cores()), **WAIT_POLICY},
+    )
+    wall = time.perf_counter() - started
+    rows = [json.loads(x) for x in done.stdout.splitlines() if x.startswith('{"train_s"')]
+    if len(rows) != len(members):
+        raise RuntimeError(f"{len(rows)} of {len(members)} customers:\n{done.stderr[-2000:]}")
+    rows[0]["start_s"] = wall - sum(r["customer_s"] for r in rows)
+    return rows
+
+
+def _reckoned(
+    rows: Sequence[dict[str, Any]], own: Sequence[int], tokens: Sequence[int], starts: int
+) -> dict[str, Any]:
+    """Reckon a sample up: `starts` processes, and the customers' seconds by their tokens."""
+    begun = [r["start_s"] for r in rows if r["start_s"]]
+    start_s = sum(begun) / len(begun)
+    trained_s = sum(r["customer_s"] for r in rows) * sum(tokens) / sum(own)
+    parts = {k: sum(r[k] for r in rows) / len(rows) for k in ("train_s", "eval_s", "customer_s")}
+    whole_s = starts * start_s + trained_s
+    return {"sampled": len(rows), "start_s": start_s, **parts, "whole_s": whole_s}
+
+
+def main(out: str, wanted: list[str]) -> None:
+    """Measure the parts in `wanted` and write the file."""
+    path, started = Path(out), time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.loads(path.read_text()) if path.is_file() and wanted else {}
+
+    def log(text: str) -> None:
+        print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)
+
+    for part in wanted or CASES:
+        content[part] = measure(CASES[part], log)
+        packages = ("torch", "transformers", "peft", "trl")
+        content["machine"] = {
+            "processor": provenance.processor(),
+            "cores": detect.cores(),
+            "packages": {name: metadata.version(name) for name in packages},
+        }
+        files.write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

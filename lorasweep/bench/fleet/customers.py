@@ -1,0 +1,120 @@
+"""Customers to time a fleet with: their rows, their table, and a small base that reads their text.
+
+Rows are drawn by fixed random streams, so a table made again is the same.
+"""
+
+import csv
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorasweep.data.synthetic import dialect, skills
+from lorasweep.models import load as models
+from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.streams import stream
+from lorasweep.train import pretrain
+
+FEWEST, MOST = 20, 400
+"""Rows of a customer, log-uniform between them."""
+BATCHES = (1, 2, 4)
+LONGEST_TEXT = 300
+"""Letters of the longest row that is taken from GSM8K: an update of them takes a second or less."""
+SYMBOLS = "abcdefghijklmnopqrstuvwxyz012345"
+DIALECTS = 8
+DIALECT = {"rule_shift": 0.25, "shift_rank": 2.0}
+"""Of conf/scale/tiny.yaml."""
+Row = dict[str, str]
+
+
+def write_table(
+    folder: Path, model: str, count: int, updates: tuple[int, int], rows: Sequence[Row] | None
+) -> Path:
+    """Write `count` customers' rows and their table; return its path.
+
+    Args:
+        folder: of the table; rows go into data/ in it.
+        model: their base, as it stands in the table.
+        count: customers.
+        updates: fewest and most of a run.
+        rows: every second customer's are a selection of them; None: all are of dialects.
+    """
+    (folder / "data").mkdir(parents=True)
+    path = folder / "customers.csv"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["name", "model", "task", "data", "batch_size", "steps"])
+        for k in range(count):
+            rng = stream("bench", "customer", k)
+            n = round(float(np.exp(rng.uniform(np.log(FEWEST), np.log(MOST)))))
+            if rows is None:
+                mine = _dialect(rng, n, k)
+            elif k % 2:
+                mine = _skills(rng, n, 1 + k % 3)
+            else:
+                mine = [rows[int(i)] for i in rng.choice(len(rows), n, replace=False)]
+            data = folder / "data" / f"customer-{k:03d}.jsonl"
+            data.write_text("".join(json.dumps(row) + "\n" for row in mine))
+            steps = int(rng.integers(updates[0], updates[1] + 1))
+            size = BATCHES[int(rng.integers(len(BATCHES)))]
+            table.writerow([data.stem, model, "sft", str(data), size, steps])
+    return path
+
+
+def gsm8k(data_dirs: Sequence[str]) -> list[Row]:
+    """Return the short rows of GSM8K's training split.
+
+    Raises:
+        FileNotFoundError: it is in none of `data_dirs`.
+    """
+    tried = [Path(d) / "gsm8k" / "train.jsonl" for d in data_dirs]
+    found = next((p for p in tried if p.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"no GSM8K at {' or '.join(map(str, tried))}. Type `make data/gsm8k/train.jsonl`."
+        )
+    rows = [json.loads(line) for line in found.read_text().splitlines()]
+    return [r for r in rows if len(r["question"]) + len(r["answer"]) <= LONGEST_TEXT]
+
+
+def write_base(spec: ModelSpec, models_dirs: Sequence[str], folder: Path) -> Path:
+    """Write a base of symbols as a folder of transformers', with a letter for each symbol.
+
+    Returns its config.json. The first symbol ends a text.
+    """
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    pretrain.ensure(spec, list(models_dirs))
+    model: Any = models.load(spec, models_dirs).model
+    inner = Tokenizer(WordLevel({s: i for i, s in enumerate(SYMBOLS)}, unk_token=SYMBOLS[0]))
+    inner.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=SYMBOLS[0])
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder / "config.json"
+
+
+def _skills(rng: np.random.Generator, count: int, difficulty: int) -> list[Row]:
+    rows = (skills.instance(rng, difficulty) for _ in range(count))
+    return [{"prompt": prompt, "completion": answer} for prompt, answer in rows]
+
+
+def _dialect(rng: np.random.Generator, count: int, k: int) -> list[Row]:
+    """Draw sequences of lengths that differ between customers, and between rows."""
+    longest = int(rng.integers(24, 65))
+    tokens = dialect.sample(_table(k % DIALECTS), rng, count, longest)
+    texts = ["".join(SYMBOLS[t] for t in row) for row in tokens]
+    lengths = rng.integers(longest // 2, longest + 1, size=count)
+    return [{"prompt": t[:3], "completion": t[3:n]} for t, n in zip(texts, lengths)]
+
+
+@cache
+def _table(number: int) -> np.ndarray:
+    return dialect.transition(DIALECT, "bench", number)
