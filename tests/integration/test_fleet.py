@@ -307,7 +307,7 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
     untimed = capsys.readouterr().out
     assert "5 customers: 0 adapters, 5 not trained yet, 0 with errors" in untimed
     assert "alone is not known" in untimed and "action=measure_packs" in untimed
-    runs = fleet._request_of(request, fleet._members(request))
+    runs = fleet._request_of(request, fleet.members_asked_for(request))
     for point in runs.points:
         machine, exec_ = detect.this_machine(), runs.exec
         path = measured_path(Path(exec_.runs_dir), point.spec, machine, exec_)
@@ -398,7 +398,7 @@ def test_settings_of_fleets_are_refused_elsewhere(compose):
 def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(world, capsys):
     world.run("rates=3")
     request = dataclasses.replace(world.request, points=world.request.points)
-    member = next(m for m in fleet._members(request) if m.name == "ann")
+    member = next(m for m in fleet.members_asked_for(request) if m.name == "ann")
     store, ids = world.store, [p.id for p in member.points]
 
     class Planted:

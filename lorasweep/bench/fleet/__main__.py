@@ -155,7 +155,7 @@ def _asked(case: Case, values: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _members(asked: Sequence[str]) -> list[Member]:
-    found = fleet._members(compose_request(["action=fleet", *asked]))
+    found = fleet.members_asked_for(compose_request(["action=fleet", *asked]))
     members = [m for m in found if isinstance(m, Member)]
     if len(members) < len(found):
         raise RuntimeError(f"customers that cannot be planned: {len(found) - len(members)}")

@@ -43,7 +43,7 @@ def show(request: Request, store: RunStore, act: Callable[[Request], int]) -> in
     if request.members:  # in the job that follows: as planned when it was asked for
         found, runs = planned(request.members, request.points), request
     else:
-        found = _members(request)
+        found = members_asked_for(request)
         runs = _request_of(request, found)
     wrong = [f for f in found if isinstance(f, Failed)]
     for failed in wrong:
@@ -92,7 +92,12 @@ def _waiting(runs: Request, outcomes: Sequence[Outcome | Failed], store: RunStor
     return sum(all(t.run in there or t.state == "running" for t in tried) for tried in open_)
 
 
-def _members(request: Request) -> list[Member | Failed]:
+def members_asked_for(request: Request) -> list[Member | Failed]:
+    """Return the customers of the table that a request names: their runs, or what is wrong.
+
+    Raises:
+        SpecError: no fleet can be trained so, or the table cannot be read.
+    """
     if request.exec.world_size > 1:
         raise SpecError("a fleet trains each pack in one process. Leave exec.world_size out.")
     setup = Setup(
