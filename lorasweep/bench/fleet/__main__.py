@@ -10,6 +10,7 @@ number of processes, the rest by the tokens that are trained on and evaluated.
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,7 @@ class Case(NamedTuple):
 
 CASES = {
     "tiny128": Case("tiny128", 200, (8, 32), ('dataset.template="{prompt}"',), 6, 24),
-    "smollm2": Case("smollm2-135m-instruct", 100, (3, 6), ("precision=bf16",), 4, 10),
+    "smollm2": Case("smollm2-135m-instruct", 100, (2, 4), ("precision=bf16",), 3, 8),
 }
 
 
@@ -120,7 +121,7 @@ def measure(case: Case, log: Log) -> dict[str, Any]:
         rows = _baseline(
             "loop", [members[chosen[0]], *(members[k] for k in chosen)], values, folder
         )
-        rows[1]["start_s"] = rows[0]["start_s"]
+        rows[1] |= {k: rows[0][k] for k in ("start_s", "start_cpu_s")}
         warm = _reckoned(rows[1:], [tokens[k] for k in chosen], tokens, 1)
         log(f"a warm PEFT loop: {warm['whole_s']:.0f} s, from {len(chosen)}")
         found = _fleet(asked, folder, log)
@@ -131,6 +132,8 @@ def measure(case: Case, log: Log) -> dict[str, Any]:
         "warm_peft": warm,
         "vs_process_a_customer": processes["whole_s"] / whole,
         "vs_warm_peft": warm["whole_s"] / whole,
+        "cpu_vs_process_a_customer": processes["cpu_s"] / found["cpu_s"],
+        "cpu_vs_warm_peft": warm["cpu_s"] / found["cpu_s"],
     }
     log(
         f"{case.customers} customers on {case.model}: {whole:.0f} s, "
@@ -165,8 +168,10 @@ def _fleet(asked: Sequence[str], folder: Path, log: Log) -> dict[str, Any]:
     """Train the fleet by its command, from an empty store."""
     runs, options = folder / "runs", ["action=fleet", *asked, f"out={folder / 'fleet'}"]
     _, plan = _command(["action=plan", *asked], runs)
+    before = _cpu_s()
     with Watch() as watch:
         whole_s, found = _command(options, runs)
+    cpu_s = _cpu_s() - before
     again_s, _ = _command(options, runs)
     store = RunStore(runs)
     packs = {tuple(store.env(i)["pack"]) for i in store.existing()}
@@ -177,11 +182,18 @@ def _fleet(asked: Sequence[str], folder: Path, log: Log) -> dict[str, Any]:
         "gained": sum((c.get("gain") or 0.0) > 0 for c in found),
         "runs": sum(len(c.get("tried", ())) for c in found),
         "whole_s": whole_s,
+        "cpu_s": cpu_s,
         "again_s": again_s,
         "packs": sorted(map(len, packs), reverse=True),
         "peak_bytes": sum(watch.peaks.values()),
         "planned_bytes": round(plan["cost"]["memory_gib"] * 2**30),
     }
+
+
+def _cpu_s() -> float:
+    """Return the processor seconds of all processes that were started from here and have ended."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def _command(options: Sequence[str], runs: Path) -> tuple[float, Any]:
@@ -258,12 +270,16 @@ def _reckoned(
     rows: Sequence[dict[str, Any]], own: Sequence[int], tokens: Sequence[int], starts: int
 ) -> dict[str, Any]:
     """Reckon a sample up: `starts` processes, and the customers' seconds by their tokens."""
-    begun = [r["start_s"] for r in rows if r["start_s"]]
-    start_s = sum(begun) / len(begun)
-    trained_s = sum(r["customer_s"] for r in rows) * sum(tokens) / sum(own)
-    parts = {k: sum(r[k] for r in rows) / len(rows) for k in ("train_s", "eval_s", "customer_s")}
-    whole_s = starts * start_s + trained_s
-    return {"sampled": len(rows), "start_s": start_s, **parts, "whole_s": whole_s}
+    n, share = len(rows), sum(tokens) / sum(own)
+    begun = sum(r["start_s"] > 0 for r in rows)
+    found: dict[str, Any] = {"sampled": n}
+    for whole, start, each in (
+        ("whole_s", "start_s", "customer_s"),
+        ("cpu_s", "start_cpu_s", "customer_cpu_s"),
+    ):
+        found[start] = sum(r[start] for r in rows) / begun
+        found[whole] = starts * found[start] + sum(r[each] for r in rows) * share
+    return found | {k: sum(r[k] for r in rows) / n for k in ("train_s", "eval_s", "customer_s")}
 
 
 def main(out: str, wanted: list[str]) -> None:

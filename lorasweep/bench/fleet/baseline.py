@@ -132,9 +132,9 @@ def main(kind: str, job_path: str) -> None:
     tokenizer = base.tokenizer or symbols(first.model.vocab_size)
     model: Any = None
     method = None
-    start_s = time.perf_counter() - START
+    start_s, start_cpu_s = time.perf_counter() - START, time.process_time()
     for runs in customers:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         data = load_data(runs[0].dataset, exec_.data_dir, base.tokenizer)
         if runs[0].method != method:
             plain = base.model if model is None else model.unload()
@@ -142,8 +142,9 @@ def main(kind: str, job_path: str) -> None:
         row = customer(model, runs, data, kind, tokenizer)
         model.save_pretrained(f"{job['out']}/{runs[0].dataset.name}")
         row |= {"start_s": start_s, "customer_s": time.perf_counter() - started}
+        row |= {"start_cpu_s": start_cpu_s, "customer_cpu_s": time.process_time() - cpu}
         print(json.dumps(row), flush=True)
-        start_s = 0.0
+        start_s = start_cpu_s = 0.0
 
 
 if __name__ == "__main__":
