@@ -37,13 +37,14 @@ def test_a_sample_is_spread_over_the_tokens_and_reckoned_up_by_them():
     assert bench._spread(tokens, 5) == [1, 3, 4, 2, 0] and bench._spread(tokens, 1) == [4]
     times = {"train_s": 1.0, "eval_s": 1.0}
     rows = [
-        {"start_s": 5.0, "customer_s": 2.0, **times},
-        {"start_s": 7.0, "customer_s": 4.0, **times},
+        {"start_s": s, "start_cpu_s": 2 * s, "customer_s": c, "customer_cpu_s": 2 * c, **times}
+        for s, c in ((5.0, 2.0), (7.0, 4.0))
     ]
     found = bench._reckoned(rows, [20, 40], tokens, 5)
     assert found["whole_s"] == pytest.approx(5 * 6.0 + 6.0 * 150 / 60)
-    warm = bench._reckoned([rows[0], {**rows[1], "start_s": 0.0}], [20, 40], tokens, 1)
-    assert warm["whole_s"] == pytest.approx(5.0 + 15.0)
+    assert found["cpu_s"] == pytest.approx(2 * found["whole_s"])
+    rows[1] |= {"start_s": 0.0, "start_cpu_s": 0.0}
+    assert bench._reckoned(rows, [20, 40], tokens, 1)["whole_s"] == pytest.approx(5.0 + 15.0)
 
 
 def test_the_loop_starts_from_the_same_loss_and_keeps_the_best_rate(tmp_path):
@@ -67,15 +68,32 @@ def test_the_loop_starts_from_the_same_loss_and_keeps_the_best_rate(tmp_path):
 def test_the_page_has_every_figure():
     part = {"sampled": 5, "start_s": 8.0, "train_s": 30.0, "eval_s": 4.0, "customer_s": 34.0}
     case = {
-        **{"customers": 100, "runs": 300, "whole_s": 400.0, "again_s": 5.0, "packs": [6, 12]},
+        **{
+            "customers": 100,
+            "runs": 300,
+            "whole_s": 400.0,
+            "cpu_s": 750.0,
+            "adapters": 100,
+            "again_s": 5.0,
+            "packs": [6, 12],
+        },
         **{"peak_bytes": 5 * 2**30, "planned_bytes": 6 * 2**30},
         **{
-            "process_a_customer": {**part, "whole_s": 4000.0},
-            "warm_peft": {**part, "whole_s": 800},
+            "process_a_customer": {**part, "whole_s": 4000.0, "cpu_s": 7000.0},
+            "warm_peft": {**part, "whole_s": 800.0, "cpu_s": 1500.0},
         },
         **{"vs_process_a_customer": 10.0, "vs_warm_peft": 2.0},
+        **{"cpu_vs_process_a_customer": 9.0, "cpu_vs_warm_peft": 1.9},
     }
     machine = {"cores": 2, "processor": "any", "packages": {"trl": "1"}}
     text = page.page({"smollm2": case, "machine": machine})
-    for said in ("4000 s: **10.0x**", "800 s: **2.0x**", "5.0 GiB", "6.0 GiB", "6 to 12 runs"):
+    for said in (
+        "4000 s: **10.0x**",
+        "800 s: **2.0x**",
+        "5.0 GiB",
+        "6.0 GiB",
+        "6 to 12 runs",
+        "9.0x",
+        "1.9x",
+    ):
         assert said in text
