@@ -17,7 +17,7 @@ BEGIN, END = (
     "<!-- fleet: made by `python -m analysis.validation.fleet` -->",
     "<!-- end of fleet -->",
 )
-MODELS = {"smollm2": "SmolLM2-135M, bf16", "tiny128": "tiny128, fp32"}
+MODELS = {"smollm2": "SmolLM2-135M, fp32", "tiny128": "tiny128, fp32"}
 
 
 def summary(content: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Time fleets against one TRL process a customer and a warm PEFT loop, and look at their memory.
 
-    python -m lorasweep.bench.fleet OUT.json [part ...]
+    python -m lorasweep.bench.fleet OUT.json [part[:customers] ...]
 
 Needs the extra `bench`; `smollm2` also needs the weights and GSM8K. Other parts stay in the file.
 The fleet is timed whole, from process start to the last adapter and the page. Of the customers a
@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
 CASES = {
     "tiny128": Case("tiny128", 200, (8, 32), ('dataset.template="{prompt}"',), 6, 24),
-    "smollm2": Case("smollm2-135m-instruct", 100, (2, 4), ("precision=bf16",), 3, 8),
+    "smollm2": Case("smollm2-135m-instruct", 100, (2, 4), (), 3, 8),
 }
 
 
@@ -292,7 +292,9 @@ def main(out: str, wanted: list[str]) -> None:
         print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)
 
     for part in wanted or CASES:
-        content[part] = measure(CASES[part], log)
+        name, _, count = part.partition(":")
+        case = CASES[name]
+        content[name] = measure(case._replace(customers=int(count or case.customers)), log)
         packages = ("torch", "transformers", "peft", "trl")
         content["machine"] = {
             "processor": provenance.processor(),
