@@ -90,10 +90,17 @@ def test_the_page_has_every_figure():
     for said in (
         "4000 s: **10.0x**",
         "800 s: **2.0x**",
-        "5.0 GiB",
-        "6.0 GiB",
+        "5.00 GiB",
+        "6.00 GiB",
         "6 to 12 runs",
         "9.0x",
         "1.9x",
     ):
         assert said in text
+
+
+def test_the_kept_page_and_the_document_are_made_from_the_kept_figures():
+    content = json.loads((page.FOLDER / "fleet.json").read_text())
+    assert (page.FOLDER / "fleet.md").read_text() == page.page(content)
+    text = (page.PROJECT / "docs" / "fleet.md").read_text()
+    assert page.with_block(text, page.BEGIN, page.END, page.summary(content)) == text
