@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.inference.estimate import LEVEL, Estimate, Verdict, from_draws
+from analysis.inference.estimate import BETTER, LEVEL, Estimate, Verdict, from_draws
 from analysis.inference.gates import MIN_SEEDS, Gate, remedy
 from analysis.inference.spread import MAX_NEEDED, SEEDS, Spread, needed
 
@@ -73,7 +73,7 @@ def judge(
         above = estimate.low > high
         better = claim.get("better") == ("higher" if above else "lower")
         outcome, why = "REFUTED", f"{shown} and the margin do not meet"
-        why += ": it is on the better side" if better else ""
+        why += f": {BETTER}" if better else ""
     else:
         why = f"{shown} crosses the margin's edge"
     if outcome == "UNDECIDED":

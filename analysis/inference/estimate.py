@@ -94,6 +94,10 @@ def exactly(value: float, n: int = 1) -> Estimate:
     return Estimate(value, value, value, n, draws=np.full(N_DRAWS, value))
 
 
+BETTER = "it is on the better side"
+"""End of the reason of a refutation by a result that is better than claimed."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """SUPPORTED, REFUTED or UNDECIDED, with the reason and what would decide it."""
@@ -116,6 +120,11 @@ class Verdict:
     """What forbids a decision."""
     missing: int | None = None
     """How many more units decide it; None if that is unknown or too many. Not written."""
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the claim is refuted since what was measured is better than it says."""
+        return self.why.endswith(BETTER)
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON, without the missing units."""

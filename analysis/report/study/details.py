@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.inference.estimate import Verdict, with_interval
+from analysis.inference.estimate import BETTER, Verdict, with_interval
 from analysis.report.study.answers import Part, rows_of, within
 from analysis.report.study.pooled import Pooled
 from analysis.report.text import markdown
@@ -65,7 +65,7 @@ def _answer(part: Part, folder: Path) -> list[str]:
 def verdict(part: Part, v: Verdict) -> str:
     """Render one verdict as an item of a list, with what has to be said beside it."""
     where = f" ({v.group})" if len({w.group for w in part.verdicts}) > 1 else ""
-    rest = f"; {v.why}" if v.outcome == "UNDECIDED" else ""
+    rest = f"; {v.why}" if v.outcome == "UNDECIDED" else f"; {BETTER}" if v.is_better else ""
     rest += f"; needs {v.needed}" if v.outcome == "UNDECIDED" and v.needed else ""
     measured = f"measured {with_interval(v.estimate)}, margin {within(v)}"
     notes = [part.read(v), *(part.word(v.claim, k) for k in ("measure", "beside"))]

@@ -16,7 +16,7 @@ from analysis.report.study.setting import WORDS, Setting
 from analysis.report.text import markdown
 
 SENTENCES = Path(__file__).with_suffix(".yaml")
-OUTCOMES = ("SUPPORTED", "REFUTED", "UNDECIDED")
+OUTCOMES = ("SUPPORTED", "REFUTED", BETTER := "REFUTED, being better", "UNDECIDED")
 NOT_TESTED = "not tested"
 OTHERS = "Other questions"
 
@@ -72,7 +72,8 @@ def _cells(parts: Sequence[Part], sentence: Sentence) -> list[str]:
     for part in parts:
         for v in part.single:
             if _name(part, v) in sentence.claims:
-                by_setting.setdefault(part.setting(v.group), []).append((part, v.outcome))
+                outcome = BETTER if v.is_better else v.outcome
+                by_setting.setdefault(part.setting(v.group), []).append((part, outcome))
     if not by_setting:
         return [NOT_TESTED, *("" for _ in list(Setting)[1:])]
     return [_cell(by_setting.get(setting, [])) for setting in Setting]
