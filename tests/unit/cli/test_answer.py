@@ -25,7 +25,7 @@ def test_a_single_run_does_not_load_the_analysis(compose, monkeypatch):
 UNKNOWN = {
     "rank": ["faster"],
     "regime": ["nothing", "real"],
-    "rl": ["wider", "progress"],
+    "rl": ["wider"],
     "rl_bits": ["taught", "one_bit", "wider"],
 }
 """Claims of which no data were run at tiny, so that no spread over seeds is known."""
