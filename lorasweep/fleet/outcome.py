@@ -110,7 +110,7 @@ class Outcome:
         """Whether the data are too few or too many for the rank, by the adviser's count of bits."""
         load = self.member.advised.load
         if not self.member.rows.held_out:
-            return "too few rows to hold any out"
+            return "too few different rows to hold any out"
         if load is None or load <= ROOM:
             return ""
         return "more than the rank holds" if load > FULL else "little room in the rank"

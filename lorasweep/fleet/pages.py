@@ -26,6 +26,7 @@ from lorasweep.fleet.outcome import (
 
 NUMBERS = ("gain", "before", "after", "rate", "of", "rows", "held out", "rank")
 HEAD = ("customer", *NUMBERS, "to know")
+WRAPS = ' style="white-space: normal; min-width: 16em"'
 NAMED = 12
 """Customers of a group that the page names; the table has all."""
 
@@ -261,7 +262,8 @@ def _gone(
 
 def _table(found: Sequence["Outcome | Failed"]) -> Iterable[str]:
     def cell(head: str, text: str) -> str:
-        return f'<td class="n">{text}</td>' if head in NUMBERS else f"<td>{text}</td>"
+        # a whole error may stand in the last column: it wraps
+        return f'<td class="n">{text}</td>' if head in NUMBERS else f"<td{WRAPS}>{text}</td>"
 
     yield '<div class="table"><table><tr>'
     yield "".join(f'<th class="n">{h}</th>' if h in NUMBERS else f"<th>{h}</th>" for h in HEAD)

@@ -112,7 +112,7 @@ def test_a_table_becomes_folders_and_asked_again_only_what_changed_is_trained(
     printed = capsys.readouterr().out
     assert (
         "5 customers: 5 adapters, 0 not trained yet, 0 with errors" in printed
-        and "too few rows" in printed
+        and "too few different rows" in printed
     )
     ann = world.facts("ann")
     losses = {t["lr"]: t["validation"] for t in ann["tried"]}
