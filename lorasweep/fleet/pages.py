@@ -64,7 +64,8 @@ def _facts(outcome: Outcome) -> Iterable[tuple[str, str]]:
         yield (
             "loss",
             f"{before} nats a token before, {after} after, on the training rows themselves: with "
-            f"{p['n_train']} rows none was held out, so nothing is known of the gain on others",
+            f"{p['n_train'] - p['n_repeated']} different rows none was held out, so nothing is "
+            "known of the gain on others",
         )
     else:
         yield (
