@@ -438,7 +438,7 @@ def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(wor
 
 def test_a_base_of_more_than_one_gpu_is_its_customers_error(world):
     request = world.compose("hardware=h100", "action=plan")
-    member = next(m for m in fleet._members(request) if isinstance(m, Member))
+    member = next(m for m in fleet.members_asked_for(request) if isinstance(m, Member))
     planner = Forecaster(hardware_of(request), request.exec)
     assert fleet._on_one_gpu(member, planner) is member
     spec = member.points[0].spec

@@ -82,7 +82,9 @@ def test_text_is_rewarded_by_its_number_and_a_gold_answer_must_be_readable(tmp_p
     assert (of("#### 1000"), of("#### 1"), of("one")) == (1.0, 0.0, None)
     spec = dataclasses.replace(tiny_spec().dataset, verifier="integer", max_length=64)
     rewards.check_rows(spec, loaded, 16)
-    with pytest.raises(DataError, match=r"held-out row 0: its prompt has 3 tokens.*Raise"):
+    with pytest.raises(
+        DataError, match=r"row 0: its prompt, the longest, has 3 tokens.*Set dataset.max_length=65"
+    ):
         rewards.check_rows(spec, loaded, 62)
     unread = jsonl(tmp_path, [*rows, {"prompt": "p", "completion": "many"}], verifier="integer")
     with pytest.raises(DataError, match=r"row 4: its own gold answer cannot be read"):
