@@ -65,8 +65,8 @@ def page(content: dict[str, Any]) -> str:
             "# Fleets",
             "",
             f"{here['cores']} cores, {here['processor']}, no GPU; {packages}. Made by `python -m "
-            "lorasweep.bench.fleet`, all on one machine, each row in one go. Customers have 20 to 400 rows, "
-            "batches of 1, 2 or 4, and three rates each. "
+            "lorasweep.bench.fleet`, all on one machine, each row in one go. Customers have 20 to "
+            "400 rows, batches of 1, 2 or 4, and three rates each. "
             + " ".join(says for key, says in ROWS.items() if key in content)
             + " lorasweep is timed whole, from the start of the command to adapters, cards and "
             "page. The baselines train the same rows in the same order at the same rates, choose "
