@@ -217,7 +217,7 @@ def _end(request: Request, store: RunStore, points: list[Point]) -> int:
     """Print failures, copy to W&B if requested, and answer, when nothing is left to do."""
     states = store.states(p.id for p in points)
     failed, killed = ([i for i, s in states.items() if s == x] for x in ("failed", "interrupted"))
-    if request.customers:  # who are told and mirrored elsewhere
+    if request.customers:  # their outcomes are printed and mirrored elsewhere
         return 1 if failed or killed else 0
     _print_failures(points, failed, killed, store)
     if request.mirror == "wandb":

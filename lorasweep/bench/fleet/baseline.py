@@ -22,7 +22,7 @@ from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 
-from lorasweep.bench.baseline import adapted, padded_batch, sft, symbols  # noqa: E402
+from lorasweep.bench.baseline import adapted, loop, padded_batch, sft, symbols  # noqa: E402
 from lorasweep.data.examples import Data, Example  # noqa: E402
 from lorasweep.data.load import load as load_data  # noqa: E402
 from lorasweep.methods.registry import spec_from  # noqa: E402
@@ -46,28 +46,6 @@ def nll(model: Any, examples: Sequence[Example], precision: str) -> float:
             total += float(model(**batch).loss) * n
         count += n
     return total / count
-
-
-def loop(model: Any, data: Data, spec: RunSpec) -> None:
-    """Train with a plain loop; the fused optimizer is the fastest that torch has."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=spec.lr,
-        betas=(spec.beta1, spec.beta2),
-        eps=spec.eps,
-        weight_decay=0,
-        fused=True,
-    )
-    model.train()
-    for step in range(spec.steps):
-        batch = padded_batch(data.train(spec.seed, step * spec.batch_size, spec.batch_size))
-        with torch.autocast("cpu", torch.bfloat16, enabled=spec.precision == "bf16"):
-            loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
 
 
 def again(model: Any) -> None:
@@ -104,7 +82,7 @@ def customer(
         if kind == "trl":
             sft(model, data, spec, tokenizer)
         else:
-            loop(model, data, spec)
+            loop(model, data, spec, fused=True)
         since("train_s")
         loss = nll(model, data.validation, spec.precision) if data.validation else 0.0
         if loss < best:

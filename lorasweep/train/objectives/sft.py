@@ -150,7 +150,7 @@ class SupervisedFineTuning:
         training data (Dawid 1984). At the end of training also `test_nll_curve`, the NLL on the
         rows of the earlier evaluations, so that a learning curve can be read to its end. Where
         there are validation rows, these are the rows of the earlier evaluations; the others choose
-        nothing, and at the end the standard error of the gain on them is told (`gain_se`).
+        nothing, and at the end the standard error of the gain on them is recorded (`gain_se`).
         """
         tests = [self._data[m.id].test for m in members]
         validations = [self._data[m.id].validation for m in members]
