@@ -15,14 +15,14 @@ from lorasweep.plan.packing import pack_key
 from lorasweep.spec.evaluations import Best, eval_steps, why_not_early
 from lorasweep.spec.run import validate
 from lorasweep.train.finetune import finetune
-from tests.training import copied, worst
+from tests.training import EPS, ROUNDING, copied, moved, worst
 from tests.unit.train.test_packs_of_data import rows_of
 from tests.world import tiny_spec
 
 
 @pytest.fixture(scope="module")
 def world():
-    spec = tiny_spec(precision="fp64", method=LoRA(rank=4), batch_size=4)
+    spec = tiny_spec(precision="fp64", method=LoRA(rank=4), batch_size=4, eps=EPS)
     return spec, models.load(spec.model, ["/nonexistent"], "fp64")
 
 
@@ -50,14 +50,14 @@ def customer(spec, name, longest, steps, patience=2, rate=1e-2, train=6):
     return dataclasses.replace(spec, **changes), data
 
 
-def trained(pack, data, base, resume=None, stop_at=None):
-    """The results, the states that are left behind, and the snapshot after `stop_at`."""
+def trained(pack, data, base, resume=None):
+    """The results, the states that are left behind, and the snapshots after 5 and 10 updates."""
     base.at_start.clear()
     results, states, middle = {}, {}, {}
     for event in finetune(pack, base, data, resume=resume):
         snapshot = copied(event.snapshot())
-        if event.step == stop_at:
-            middle = snapshot
+        if event.step in (5, 10):
+            middle[event.step] = snapshot
         for run, (state, result) in event.ended.items():
             assert state == "done"
             results[run], states[run] = result, snapshot[run]
@@ -84,22 +84,47 @@ def pack(world):
 
 @pytest.fixture(scope="module")
 def together(world, pack):
-    return trained(*pack, world[1], stop_at=5)
+    return trained(*pack, world[1])
 
 
+NUMBERS = ("test_nll", "test_nll_curve", "train_nll", "norm_b", "code_nats")
+
+
+def numbers_apart(a, b):
+    """The largest relative difference between two results' numbers, those of the curve included."""
+    pairs = [(a[name], b[name]) for name in NUMBERS]
+    pairs += [(p["test_nll"], q["test_nll"]) for p, q in zip(a["curve"], b["curve"], strict=True)]
+    return max(abs(x - y) / abs(y) for x, y in pairs)
+
+
+@pytest.mark.numerics
 def test_each_stops_where_it_would_alone_and_leaves_the_same(world, pack, together):
+    """Over ten updates to rounding. At the end, after up to 40 updates at 1e-2, as close as the run
+    alone is to itself on moved weights (1e-7 here): more cannot be had on any two processors. Where
+    each stops does not hang on that: evaluations differ by far more."""
     runs, data = pack
-    results, states, _ = together
+    results, states, middle = together
     assert results[runs[0].id]["steps_done"] < results[runs[1].id]["steps_done"] < 64
     assert results[runs[2].id]["steps_done"] == 24 and results[runs[3].id]["steps_done"] == 40
     for run in runs:
-        own, alone, _ = trained([run], data, world[1])
-        assert worst(alone[run.id], states[run.id]) < 1e-9
-        ours, theirs = results[run.id], own[run.id]
+        own, alone, at = trained([run], data, world[1])
+        other, away, other_at = trained([run], data, moved(world[1]))
+        if run.id in middle.get(10, ()):
+            for found in (at, other_at):
+                assert worst(found[10][run.id], middle[10][run.id]) < ROUNDING[10]
+        ours, theirs, elsewhere = results[run.id], own[run.id], other[run.id]
         for name in ("steps_done", "best_step", "tokens"):
-            assert ours.get(name) == theirs.get(name)
-        for name in ("test_nll", "test_nll_curve", "train_nll", "norm_b", "code_nats"):
-            assert ours[name] == pytest.approx(theirs[name], abs=1e-9)
+            assert ours.get(name) == theirs.get(name) == elsewhere.get(name)
+        tensors, numbers = worst(away[run.id], alone[run.id]), numbers_apart(elsewhere, theirs)
+        for spread, found in (
+            (tensors, worst(alone[run.id], states[run.id])),
+            (numbers, numbers_apart(theirs, ours)),
+        ):
+            bound = max(100 * spread, ROUNDING[1])
+            assert found <= bound < 1e-3
+        if run.early_stopping:
+            losses = sorted(p.get("test_nll_curve", p["test_nll"]) for p in ours["curve"][1:])
+            assert losses[1] - losses[0] > 100 * bound * losses[0]
 
 
 def test_what_is_left_is_the_best_evaluation(pack, together):
@@ -125,9 +150,9 @@ def test_it_goes_on_after_a_kill_to_the_same_bits(world, pack, together):
     """From a checkpoint between its best evaluation and its end."""
     runs, data = pack
     results, states, middle = together
-    rest = [s for s in runs if s.id in middle]
+    rest = [s for s in runs if s.id in middle[5]]
     assert any(0 < results[s.id].get("best_step", 0) < 5 for s in rest)
-    again, left, _ = trained(rest, data, world[1], resume=middle)
+    again, left, _ = trained(rest, data, world[1], resume=middle[5])
     for run in rest:
         assert measures(again[run.id]) == measures(results[run.id])
         tensors = left[run.id]["tensors"]

@@ -14,6 +14,7 @@ from lorasweep.data.batches import by_length, eval_batches
 from lorasweep.models import load as models
 from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives import held_out
+from tests.training import ROUNDING
 from tests.world import tiny_spec
 
 NAME = "test_nll"
@@ -35,6 +36,7 @@ def dataset(**changes):
     )
 
 
+@pytest.mark.numerics
 def test_both_passes_give_the_sum_by_hand(base, monkeypatch, norms_in_float64):
     test = data.load(dataset(), []).test
     batches = [eval_batches(test, 256)]
@@ -54,8 +56,8 @@ def test_both_passes_give_the_sum_by_hand(base, monkeypatch, norms_in_float64):
         f"{NAME}_unchanged": by_hand[~changed].mean(),
     }
     for name, value in wanted.items():
-        assert fast[name] == pytest.approx(float(value), abs=1e-9)
-        assert other[name] == pytest.approx(float(value), abs=1e-9)
+        assert fast[name] == pytest.approx(float(value), rel=ROUNDING[1])
+        assert other[name] == pytest.approx(float(value), rel=ROUNDING[1])
 
 
 def test_members_with_other_draws_and_sizes_come_out_as_alone(base):
@@ -67,7 +69,7 @@ def test_members_with_other_draws_and_sizes_come_out_as_alone(base):
     alone = [held_out.evaluate_exact(base.model, [s], "fp64", NAME)[0] for s in sets]
     assert together[0] != together[1]
     for a, b in zip(together, alone):
-        assert a == pytest.approx(b, abs=1e-9)
+        assert a == pytest.approx(b, rel=ROUNDING[1])
 
 
 def test_a_part_without_contexts_is_nan(base):
@@ -147,9 +149,11 @@ def test_losses_of_rows_are_those_of_each_row_alone_and_add_up(base):
         ordered = [own[i] for i in by_length(own)]
         for row, nll in zip(ordered, sums, strict=True):
             (alone,) = held_out.evaluate(base.model, [eval_batches([row], 64)], "fp64")
-            assert nll == pytest.approx(alone * row.loss.sum(), abs=1e-9)
+            assert nll == pytest.approx(alone * row.loss.sum(), rel=ROUNDING[1])
         (mean,) = held_out.evaluate(base.model, [eval_batches(own, 64)], "fp64")
-        assert sums.sum() / sum(r.loss.sum() for r in own) == pytest.approx(mean, abs=1e-9)
+        assert sums.sum() / sum(r.loss.sum() for r in own) == pytest.approx(
+            mean, rel=ROUNDING[1]
+        )
 
 
 def test_the_error_of_a_gain_is_that_of_a_mean_where_rows_are_alike():

@@ -1,5 +1,5 @@
-"""Packs are the runs alone, to rounding: step by step, over whole trajectories, and on models of
-other families."""
+"""Packs are the runs alone, to rounding: step by step, over ten updates, and on models of other
+families."""
 
 import dataclasses
 import statistics
@@ -16,7 +16,7 @@ from lorasweep.models import load as models
 from lorasweep.spec.streams import stream
 from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives import nll
-from tests.training import copied, run, worst
+from tests.training import EPS, ROUNDING, copied, moved, run, worst
 from tests.world import tiny_spec
 
 
@@ -36,7 +36,9 @@ def ragged(vocab=32, longest=60):
 
 @pytest.fixture(scope="module")
 def world():
-    spec = tiny_spec(precision="fp64", method=LoRA(rank=4), lr=2e-3, steps=12, batch_size=2)
+    spec = tiny_spec(
+        precision="fp64", method=LoRA(rank=4), lr=2e-3, steps=10, batch_size=2, eps=EPS
+    )
     spec = dataclasses.replace(
         spec, dataset=dataclasses.replace(spec.dataset, n_test=8, n_test_curve=8)
     )
@@ -62,7 +64,8 @@ def losses(records, name="train_nll"):
     return np.array([r[name] for r in records if name in r])
 
 
-def test_one_step_in_a_pack_is_one_step_alone(world):
+@pytest.mark.numerics
+def test_one_step_in_a_pack_is_one_step_alone(world, other_weights):
     """From the same state, at three points of a run: gradient, moments and update.
 
     Catches what mixes members up (a rate, an alpha, a data order, moments or a bias correction of
@@ -71,7 +74,7 @@ def test_one_step_in_a_pack_is_one_step_alone(world):
     """
     spec, base, rows = world
     # the pack is attached to `base` meanwhile
-    other = models.load(spec.model, ["/nonexistent"], "fp64")
+    other = other_weights(models.load(spec.model, ["/nonexistent"], "fp64"))
     pack = mixed(spec, 16, wild=(0.12,))
     checked = {2: pack, 5: pack[::5], 8: pack[::5]}  # at update 2 all, then one of each rank
     before, wild = {}, []
@@ -81,11 +84,9 @@ def test_one_step_in_a_pack_is_one_step_alone(world):
         for member in checked.get(event.step, ()):
             resume = {member.id: before[member.id]}
             alone = next(iter(finetune([member], other, rows, resume=resume))).snapshot()
-            for name, tensor in after[member.id]["tensors"].items():
-                # gradients of a wild member may be of order 1000
-                scale = max(1.0, float(tensor.abs().max()))
-                difference = float((alone[member.id]["tensors"][name] - tensor).abs().max())
-                assert difference <= 1e-9 * scale, (event.step, name)
+            # beyond the edge of stability a gradient amplifies rounding, too
+            bound = ROUNDING[10] if member is pack[0] else ROUNDING[1]
+            assert worst(alone[member.id], after[member.id]) < bound, (event.step, member.lr)
         if event.step == max(checked):
             break
         before = after
@@ -105,7 +106,7 @@ def test_a_run_that_the_caller_drops_is_trained_no_further(world):
             last = copied(event.snapshot())
     assert [trained[s.id][-1] for s in pack] == [6, 2, 6] and pack[1].id not in last
     alone, _ = run([pack[2]], base, rows)
-    assert worst(alone[pack[2].id], last[pack[2].id]) < 1e-9
+    assert worst(alone[pack[2].id], last[pack[2].id]) < ROUNDING[10]
     events = []
     for event in finetune([dataclasses.replace(spec, method=FullFT(), lr=1e-3)], base, rows):
         events.append(event)
@@ -114,11 +115,13 @@ def test_a_run_that_the_caller_drops_is_trained_no_further(world):
 
 
 @pytest.mark.slow
+@pytest.mark.numerics
 @pytest.mark.parametrize("text", [False, True], ids=["equal rows", "ragged rows"])
-def test_whole_trajectories_agree_in_float64_below_the_edge(world, text):
+def test_ten_updates_of_a_pack_are_those_of_its_runs_alone(world, text):
     """One pack of sixteen: four ranks, three data orders, so that with ragged rows the members'
-    widths in the pack are not their own; one ends early. Some members are run alone; two go on from
-    its fifth update as a pack of their own. With decay and clipping, which are each member's own."""
+    widths in the pack are not their own; one ends early. Some members are run alone, on the same
+    weights and on moved ones; two go on from its fifth update as a pack of their own. With decay
+    and clipping, which are each member's own."""
     spec, base, rows = world
     rows = ragged() if text else rows
     pack = mixed(dataclasses.replace(spec, weight_decay=0.1, clip_norm=0.5), 16)
@@ -129,13 +132,14 @@ def test_whole_trajectories_agree_in_float64_below_the_edge(world, text):
             middle = copied(event.snapshot())
         if event.ended:
             together |= copied(event.snapshot())
-    for member in pack[::5]:
-        alone, _ = run([member], base, rows)
-        assert worst(alone[member.id], together[member.id]) < 1e-9
-    some = pack[6:10:3]
-    rest, _ = run(some, base, rows, resume={s.id: middle[s.id] for s in some})
-    for member in some:
-        assert worst(rest[member.id], together[member.id]) < 1e-9
+    for weights in (base, moved(base)):
+        for member in pack[::5]:
+            alone, _ = run([member], weights, rows)
+            assert worst(alone[member.id], together[member.id]) < ROUNDING[10]
+        some = pack[6:10:3]
+        rest, _ = run(some, weights, rows, resume={s.id: middle[s.id] for s in some})
+        for member in some:
+            assert worst(rest[member.id], together[member.id]) < ROUNDING[10]
 
 
 @pytest.mark.slow
@@ -163,13 +167,14 @@ def test_in_float32_packing_is_far_within_the_noise_between_seeds():
 # ---------------------------------------------------------------- both ways to compute a forward
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     "methods",
     [[LoRA(rank=2), LoRA(rank=2, alpha=8.0), LoRA(rank=8)], [FullFT()]],
     ids=["lora", "fullft"],
 )
 def test_our_passes_are_transformers_own_on_ragged_rows(
-    world, norms_in_float64, monkeypatch, methods
+    world, norms_in_float64, monkeypatch, methods, other_weights
 ):
     spec, base, _ = world
     pack = [
@@ -177,9 +182,9 @@ def test_our_passes_are_transformers_own_on_ragged_rows(
     ]
     ours, _ = run(pack, base, ragged())
     monkeypatch.setattr(nll, "cpu_llama_for", lambda model: None)
-    theirs, _ = run(pack, base, ragged())
+    theirs, _ = run(pack, other_weights(base), ragged())
     for i, state in ours.items():
-        assert worst(state, theirs[i]) < 1e-9
+        assert worst(state, theirs[i]) < ROUNDING[10]
 
 
 def qwen3(spec):
@@ -209,14 +214,15 @@ def qwen3(spec):
     )
 
 
-def test_a_pack_on_another_family_is_its_runs_alone(world, norms_in_float64):
+@pytest.mark.numerics
+def test_a_pack_on_another_family_is_its_runs_alone(world, norms_in_float64, other_weights):
     """Ragged rows: members of unequal length must not be cut at the wrong place."""
     spec, base = qwen3(dataclasses.replace(world[0], steps=4, batch_size=3))
     pack = mixed(spec, 5)
     together, _ = run(pack, base, ragged(longest=40), micro_batch_size=2)
     for member in pack[::2]:
-        alone, _ = run([member], base, ragged(longest=40))
-        assert worst(alone[member.id], together[member.id]) < 1e-9
+        alone, _ = run([member], other_weights(base), ragged(longest=40))
+        assert worst(alone[member.id], together[member.id]) < ROUNDING[10]
 
 
 @pytest.mark.gpu
@@ -240,11 +246,11 @@ def test_on_a_gpu_it_is_the_cpus_run(method):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_pack_on_a_gpu_is_its_runs_alone():
-    spec = tiny_spec(steps=20, lr=1e-3, precision="fp64")
+def test_a_pack_on_a_gpu_is_its_runs_alone(norms_in_float64):
+    spec = tiny_spec(steps=10, lr=1e-3, precision="fp64", eps=EPS)
     base, rows = models.load(spec.model, ["/nonexistent"], "fp64"), ragged()
     pack = mixed(spec, 8)
     together, _ = run(pack, base, rows)
     for member in pack[::3]:
         alone, _ = run([member], base, rows)
-        assert worst(alone[member.id], together[member.id]) < 1e-6
+        assert worst(alone[member.id], together[member.id]) < ROUNDING[10]

@@ -21,7 +21,7 @@ from lorasweep.train.objectives.rollouts import Answer, Group, lay_out
 from lorasweep.train.objectives.surrogate import advantages, surrogate
 from lorasweep.train.sampling import Answers
 from tests.rewarded import rewarded_spec, world
-from tests.training import attached, copied, run, state_at, worst
+from tests.training import EPS, ROUNDING, attached, copied, run, state_at, worst
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
 
@@ -58,6 +58,7 @@ def objective_of(spec, base, loaded):
     return objective
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("passes", ["cpu_llama", "transformers"])
 def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(
     worlds, passes, monkeypatch, attach
@@ -116,6 +117,7 @@ def by_hand(model, spec, base_log_p, rows, answers, rewards):
     return total / len(answers)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     "options",
     [
@@ -183,10 +185,12 @@ def test_a_clipped_ratio_stops_the_gradient_only_on_the_side_that_it_went_too_fa
 # ---------------------------------------------------------------- packs
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("name", ["bandit", "words"])
-def test_a_member_of_a_pack_is_the_run_alone(worlds, name):
-    """Mixed ranks, rates and seeds, over whole trajectories in float64, where no draw flips."""
+def test_a_member_of_a_pack_is_the_run_alone(worlds, name, other_weights):
+    """Mixed ranks, rates and seeds, over six updates in float64, where no draw flips."""
     spec, base, loaded = worlds[name]
+    spec = dataclasses.replace(spec, eps=EPS)
     pack = [
         dataclasses.replace(spec, seed=k % 2, lr=1e-3 * (1 + k), method=LoRA(rank=r))
         for k, r in enumerate((1, 4, 4))
@@ -194,16 +198,17 @@ def test_a_member_of_a_pack_is_the_run_alone(worlds, name):
     pack[1] = dataclasses.replace(pack[1], steps=4)  # one ends early
     together, records = run(pack, base, loaded)
     for member in (pack[0], pack[2]):
-        alone, own = run([member], base, loaded)
-        assert worst(alone[member.id], together[member.id]) < 1e-9
+        alone, own = run([member], other_weights(base), loaded)
+        assert worst(alone[member.id], together[member.id]) < ROUNDING[10]
         for ours, theirs in zip(own[member.id], records[member.id], strict=True):
             for key in ("reward", "flat_groups", "answer_tokens", "cut_off"):
                 assert ours[key] == theirs[key], key
-            assert ours["entropy"] == pytest.approx(theirs["entropy"], abs=1e-9)
+            assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=ROUNDING[10])
             if "test_reward" in ours:
-                assert ours["test_reward"] == pytest.approx(theirs["test_reward"], abs=1e-9)
+                wanted = pytest.approx(theirs["test_reward"], rel=ROUNDING[10])
+                assert ours["test_reward"] == wanted
         assert alone[member.id]["meta"]["best_reward"] == pytest.approx(
-            together[member.id]["meta"]["best_reward"], abs=1e-9
+            together[member.id]["meta"]["best_reward"], rel=ROUNDING[10]
         )
 
 
