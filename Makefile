@@ -37,7 +37,7 @@ data/gsm8k/train.jsonl: | $(VENV)/.installed ## GSM8K as JSON Lines, from the hu
 	mkdir -p data/gsm8k
 	$(BIN)/python -c "import datasets; [datasets.load_dataset('openai/gsm8k', 'main', split=s).to_json(f'data/gsm8k/{s}.jsonl') for s in ('test', 'train')]"
 
-test: lint ## run lint and all tests, in two processes
+test: lint ## run lint and all tests in two processes, the numerical ones also with kernels of other processors
 	$(BIN)/python -m pytest $(PARALLEL) -m "not nightly"
 
 test-fast: $(VENV)/.installed ## the tests that train nothing or a few steps (about a minute)

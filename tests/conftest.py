@@ -26,6 +26,13 @@ from lorasweep.train.events import Event  # noqa: E402
 from tests.world import compose_request  # noqa: E402
 
 
+def pytest_report_header():
+    """Say which of its sets of kernels torch uses (tests/test_processors.py)."""
+    import torch
+
+    return f"kernels: {torch.backends.cpu.get_cpu_capability()}"
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say so, above the closing line, when the suite has become too slow to be run often."""
     minutes = (time.monotonic() - _STARTED) / 60
@@ -34,13 +41,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.line(f"{minutes:.0f} minutes; the suite is meant to take {SUITE_MINUTES}.")
 
 
-@pytest.fixture(params=["same weights", "moved weights"])
+@pytest.fixture(params=["unmoved", "moved"])
 def other_weights(request):
     """Return a base as it is, and with weights moved by one unit in the last place, as the second
     side of a comparison: what holds by luck of one processor's rounding fails on moved weights."""
     from tests.training import moved
 
-    return moved if request.param == "moved weights" else lambda base: base
+    return moved if request.param == "moved" else lambda base: base
 
 
 @pytest.fixture

@@ -151,9 +151,7 @@ def test_losses_of_rows_are_those_of_each_row_alone_and_add_up(base):
             (alone,) = held_out.evaluate(base.model, [eval_batches([row], 64)], "fp64")
             assert nll == pytest.approx(alone * row.loss.sum(), rel=ROUNDING[1])
         (mean,) = held_out.evaluate(base.model, [eval_batches(own, 64)], "fp64")
-        assert sums.sum() / sum(r.loss.sum() for r in own) == pytest.approx(
-            mean, rel=ROUNDING[1]
-        )
+        assert sums.sum() / sum(r.loss.sum() for r in own) == pytest.approx(mean, rel=ROUNDING[1])
 
 
 def test_the_error_of_a_gain_is_that_of_a_mean_where_rows_are_alike():

@@ -63,7 +63,6 @@ def batch_of(members, join_rows, changed=0):
     return merge(parts)
 
 
-@pytest.mark.numerics
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Qwen3Moe"])
 @pytest.mark.parametrize("methods", [LORA, [FullFT()]], ids=["lora", "fullft"])
@@ -105,7 +104,6 @@ def test_a_model_that_does_not_keep_rows_apart_is_refused(monkeypatch):
         check_rows_stay_apart(model)
 
 
-@pytest.mark.numerics
 def test_exec_join_rows_reaches_training_and_evaluation(monkeypatch, tmp_path, norms_in_float64):
     """A run of the shipped base: the same losses, in one sequence a forward pass."""
     changes = {"batch_size": 3, "precision": "fp64", "method": LoRA(rank=2), "lr": 1e-2, "eps": EPS}

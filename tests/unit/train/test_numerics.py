@@ -26,9 +26,10 @@ def world():
     return spec, models.load(spec.model, ["/nonexistent"], "fp64"), data.load(spec.dataset, [])
 
 
-pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("norms_in_float64")]
+pytestmark = pytest.mark.usefixtures("norms_in_float64")
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("method", [LoRA(rank=4), FullFT()])
 def test_micro_batches_change_nothing(world, method, other_weights):
     spec, base, dataset = world
@@ -80,6 +81,7 @@ def test_adamw_equals_torch_with_decay_and_clipping():
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.numerics
 def test_full_fine_tuning_equals_torch_over_a_whole_run(world, other_weights):
     """Against a plain loop of transformers' forward and torch.optim.AdamW: stale copies of weights
     would show."""
@@ -107,6 +109,7 @@ def test_full_fine_tuning_equals_torch_over_a_whole_run(world, other_weights):
         assert apart(p, states[spec.id]["tensors"][f"param/{name}"]) < ROUNDING[10], name
 
 
+@pytest.mark.numerics
 def test_loss_is_torch_cross_entropy_over_loss_bearing_tokens(world):
     _spec, base, _dataset = world
     examples = [

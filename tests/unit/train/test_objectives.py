@@ -169,7 +169,6 @@ def test_an_objective_that_samples_and_wants_more_trains_through_the_same_loop(w
     assert rewards(other[pack[0].id]) != rewards(fast)
 
 
-@pytest.mark.numerics
 @pytest.mark.parametrize("passes", ["cpu_llama", "transformers"])
 def test_members_of_a_pack_may_have_data_of_their_own(
     world, passes, monkeypatch, norms_in_float64, other_weights

@@ -115,16 +115,19 @@ def test_a_run_that_the_caller_drops_is_trained_no_further(world):
 
 
 @pytest.mark.slow
-@pytest.mark.numerics
-@pytest.mark.parametrize("text", [False, True], ids=["equal rows", "ragged rows"])
+@pytest.mark.parametrize(
+    "text",
+    [False, pytest.param(True, marks=pytest.mark.numerics)],
+    ids=["equal rows", "ragged rows"],
+)
 def test_ten_updates_of_a_pack_are_those_of_its_runs_alone(world, text):
-    """One pack of sixteen: four ranks, three data orders, so that with ragged rows the members'
+    """One pack of eight: four ranks, three data orders, so that with ragged rows the members'
     widths in the pack are not their own; one ends early. Some members are run alone, on the same
     weights and on moved ones; two go on from its fifth update as a pack of their own. With decay
     and clipping, which are each member's own."""
     spec, base, rows = world
-    rows = ragged() if text else rows
-    pack = mixed(dataclasses.replace(spec, weight_decay=0.1, clip_norm=0.5), 16)
+    rows = ragged(longest=40) if text else rows
+    pack = mixed(dataclasses.replace(spec, weight_decay=0.1, clip_norm=0.5), 8)
     pack[5] = dataclasses.replace(pack[5], steps=8)
     together, middle = {}, {}
     for event in finetune(pack, base, rows):
@@ -136,7 +139,7 @@ def test_ten_updates_of_a_pack_are_those_of_its_runs_alone(world, text):
         for member in pack[::5]:
             alone, _ = run([member], weights, rows)
             assert worst(alone[member.id], together[member.id]) < ROUNDING[10]
-        some = pack[6:10:3]
+        some = pack[3:7:3]
         rest, _ = run(some, weights, rows, resume={s.id: middle[s.id] for s in some})
         for member in some:
             assert worst(rest[member.id], together[member.id]) < ROUNDING[10]

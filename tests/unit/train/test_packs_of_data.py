@@ -57,8 +57,7 @@ def everyone(spec, **how):
     return [s for s, _ in made], {s.id: d for s, d in made}
 
 
-@pytest.mark.numerics
-@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("rows", [pytest.param(None, marks=pytest.mark.numerics), 3])
 def test_each_is_trained_and_measured_as_alone_and_leaves_when_it_is_done(
     world, rows, other_weights
 ):
@@ -81,9 +80,7 @@ def test_each_is_trained_and_measured_as_alone_and_leaves_when_it_is_done(
                 "tokens",
             ):
                 assert (name in ours) == (name in theirs)
-                assert ours.get(name, 0.0) == pytest.approx(
-                    theirs.get(name, 0.0), rel=ROUNDING[10]
-                )
+                assert ours.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=ROUNDING[10])
 
 
 def test_validation_rows_are_measured_on_the_way_and_test_rows_only_at_the_end(world):

@@ -58,7 +58,6 @@ def objective_of(spec, base, loaded):
     return objective
 
 
-@pytest.mark.numerics
 @pytest.mark.parametrize("passes", ["cpu_llama", "transformers"])
 def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(
     worlds, passes, monkeypatch, attach
@@ -117,7 +116,6 @@ def by_hand(model, spec, base_log_p, rows, answers, rewards):
     return total / len(answers)
 
 
-@pytest.mark.numerics
 @pytest.mark.parametrize(
     "options",
     [
@@ -185,8 +183,7 @@ def test_a_clipped_ratio_stops_the_gradient_only_on_the_side_that_it_went_too_fa
 # ---------------------------------------------------------------- packs
 
 
-@pytest.mark.numerics
-@pytest.mark.parametrize("name", ["bandit", "words"])
+@pytest.mark.parametrize("name", [pytest.param("bandit", marks=pytest.mark.numerics), "words"])
 def test_a_member_of_a_pack_is_the_run_alone(worlds, name, other_weights):
     """Mixed ranks, rates and seeds, over six updates in float64, where no draw flips."""
     spec, base, loaded = worlds[name]

@@ -1,0 +1,45 @@
+"""The numerical tests once more with the kernels that other processors choose: each set in a process
+of its own, since torch and MKL read these variables when they start."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.world import ROOT
+
+KERNELS = {
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"},
+    "DEFAULT": {"ATEN_CPU_CAPABILITY": "default"},
+}
+"""torch's name of a set of kernels: what chooses it."""
+ROOMS = ("tests/unit/train", "tests/unit/methods")
+FEWEST = 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="this processor has no AVX2, so it has one set of kernels",
+)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_numerical_tests_pass_with_other_kernels(kernels):
+    """On moved weights alone: the tests themselves, run with this processor's kernels, have both."""
+    options = ("-m", "numerics", "-k", "not unmoved", "-p", "no:cacheprovider", "--durations=0")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *ROOMS],
+        cwd=ROOT,
+        env={
+            **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
+            **KERNELS[kernels],
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert f"kernels: {kernels}\n" in done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= FEWEST
