@@ -50,6 +50,10 @@ def markdown(
     out += ["## Verdicts", "", *table_of(verdict_rows(found.verdicts, question)), ""]
     if any(v.primary for v in found.verdicts):
         out += [PRIMARY, ""]
+    if added := added_after(question):
+        looks = f"{question['rounds']} looks, {_level(question)}"
+        out += [f"Runs were added after a look, so intervals are those of {looks}:", ""]
+        out += [*(f"- {line}" for line in added), ""]
     for section in found.sections:
         out += _section(section)
     if found.optima:
@@ -69,6 +73,16 @@ def markdown(
     return in_words("\n".join(out) + "\n")
 
 
+def added_after(question: dict[str, Any]) -> list[str]:
+    """Return one line for each arm to which runs were added after a look: what, and why."""
+    return [f"arm {a['arm']}: {a['what']}; {a['why']}" for a in question.get("added_after", ())]
+
+
+def _level(question: dict[str, Any]) -> str:
+    """Return the level of a question's intervals, in percent."""
+    return f"{100 * look_level(int(question.get('rounds', 1))):.3g}%"
+
+
 def command_of(question: dict[str, Any]) -> str:
     """Return the command that asks a question, with the options that changed its runs."""
     words = [f"+sweep={question['name']}", f"scale={question['scale']}"]
@@ -77,8 +91,8 @@ def command_of(question: dict[str, Any]) -> str:
 
 def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[list[str]]:
     """Return one row per verdict, after the head."""
-    percent = f"{100 * look_level(int(question.get('rounds', 1))):.3g}%"
-    head = ["claim", "model and data", "verdict", f"measured [{percent}]", "expected", "margin"]
+    level = _level(question)
+    head = ["claim", "model and data", "verdict", f"measured [{level}]", "expected", "margin"]
     return [
         [*head, "why", "needed"],
         *(

@@ -14,7 +14,7 @@ from typing import Any
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.sweep.grid import Point
-from lorasweep.sweep.question import Claim, Replicates, Sweep
+from lorasweep.sweep.question import Claim, Replicates, Sweep, added_after
 
 HASH_DIGITS = 6
 """Hexadecimal digits of the hash in a title: enough for the few requests that share a folder."""
@@ -141,5 +141,6 @@ def question(request: Request) -> dict[str, Any]:
         "how": sweep["how"],
         "claims": sweep["claims"],
         "rounds": sweep["rounds"],
+        "added_after": added_after(request.sweep, request.scale),
         "analysis": sweep["analysis"],
     }

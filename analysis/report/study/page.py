@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.report import plots, plots_study
+from analysis.report.report_page import added_after
 from analysis.report.study import details, rates, speed
 from analysis.report.study.answers import FIRST_STUDY, Part, parts_of
 from analysis.report.study.findings import sentences
@@ -102,6 +103,11 @@ Six of eight data sets of the first question are trained."""
 """Only for the page of the kept answers."""
 
 
+ADDED = """\
+These runs were added after a look. Their sweeps are judged at the level of two looks, so their
+intervals are wider than 95%:"""
+
+
 def write(parts: Sequence[Part], path: Path, kept: bool = False) -> None:
     """Write the page and, beside it, its figures; see `page`."""
     folder, inputs = path.parent, inputs_hash(parts)
@@ -156,7 +162,7 @@ def page(parts: Sequence[Part], folder: Path, kept: bool = False) -> str:
         out += ["## What was not tested", "", NOT_TESTED, ""]
     out += ["## How to read it", "", HOW_TO_READ, ""]
     if kept:
-        out += ["## What changed after a look", "", CHANGED, ""]
+        out += ["## What changed after a look", "", CHANGED, "", *_added(parts)]
     out += ["## Details", ""]
     out += _folded("Best learning rates", rates.best_rates(parts))
     out += _folded("Questions, verdicts, figures", details.questions(parts, over_bases, folder))
@@ -173,6 +179,12 @@ def _study(parts: Sequence[Part]) -> list[str]:
         f"{len(claims)} claims, {runs:,} runs, all of them in the tables next to this page.",
         "",
     ]
+
+
+def _added(parts: Sequence[Part]) -> list[str]:
+    """List the runs that were added after a look, sweep by sweep."""
+    lines = [f"- `{p.name}`, {line}" for p in parts for line in added_after(p.question)]
+    return [ADDED, "", *lines, ""] if lines else []
 
 
 def _figure(title: str, name: str, alt: str, caption: str) -> list[str]:

@@ -308,6 +308,16 @@ def test_regret_is_drawn_over_multiples_of_full_fine_tunings_best_rate(tmp_path)
     assert not rates.has_curves([answer(tmp_path, sweep="rank", curves=curves)])
 
 
+def test_the_page_lists_the_runs_that_were_added_after_a_look(tmp_path):
+    part = answer(tmp_path, verdict(0.5), sweep="rank")
+    added = {"arm": "lora", "what": "learning rate 1e-3", "why": "four were left"}
+    part.question["added_after"] = [added]
+    text = page.page([part], tmp_path, kept=True)
+    assert "- `rank-tiny`, arm lora: learning rate 1e-3; four were left" in text
+    part.question["added_after"] = []
+    assert "added after a look. Their sweeps" not in page.page([part], tmp_path, kept=True)
+
+
 # ---------------------------------------------------------------- the ledger
 
 
