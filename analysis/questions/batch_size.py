@@ -81,6 +81,16 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     ]
     measures = {
         "batch_effect": {str(r): e.plain() for r, e in effects.items()},
+        "regrets": [
+            {
+                "batch_size": batch,
+                "updates": examples // batch,
+                "rank": g.rank,
+                "regret_percent": g.percent().plain(),
+            }
+            for batch, of_ranks in gaps.items()
+            for g in of_ranks
+        ],
         "read": _read(prefixes, effects, examples),
     }
     return Analysis(optima, correct(verdicts, question), sections, measures, {group: optima})
