@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.inference.decide import at_level, look_level
 from analysis.inference.estimate import Estimate, Verdict, number, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import over_seeds
@@ -77,7 +78,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         asked = claims_about(question, estimand)
         verdicts += judge_claims(asked, nothing, LOG_ESTIMANDS, "no cell")
     measures = {
-        "cells": [_plain(c) for c in cells],
+        "cells": [_plain(c, look_level(int(question.get("rounds", 1)))) for c in cells],
         "read": {
             "over_allowed_low": f"rank of {1 / EIGHTH:g} of the width",
             "gap_growth": f"smallest rank, update {FIRST} to the last",
@@ -165,7 +166,8 @@ def _needed(cell: Cell) -> Needed:
     )
 
 
-def _plain(cell: Cell) -> dict[str, Any]:
+def _plain(cell: Cell, level: float) -> dict[str, Any]:
+    """Return plain values; regrets with the interval at which verdicts are given."""
     needed = _needed(cell)
     return {
         "cell": cell.name,
@@ -183,7 +185,7 @@ def _plain(cell: Cell) -> dict[str, Any]:
                 "gain_nats": mean_of(g.gain) if g.gain.best else None,
                 "gap_nats": g.mean().plain(),
                 "parts_nats": {k: mean_of(v) for k, v in cell.parts[r].items()},
-                "regret_percent": g.percent().plain(),
+                "regret_percent": at_level(g.percent(), level).plain(),
                 "gap_nats_first": cell.first[r].mean().plain() if r in cell.first else None,
             }
             for r, g in cell.last.items()

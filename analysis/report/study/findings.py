@@ -113,10 +113,10 @@ def _percent(e: Estimate) -> str:
 def _room(parts: Sequence[Part]) -> str:
     """Say at which loads the needed rank is, by every count; of cells of one base and length."""
     cells = [c for c in cells_with_bits(parts) if c["rank_interpolated"]["value"] is not None]
-    places = {(c["cell"].partition(",")[0], c["updates"]) for c in cells}
-    if len(places) != 1 or len(cells) < 2:
+    lengths = {(c["cell"].partition(",")[0], c["updates"]) for c in cells}
+    if len(lengths) != 1 or len(cells) < 2:
         return ""
-    ((base, updates),) = places
+    ((base, updates),) = lengths
     spans = {
         count: [v for c in cells if (v := c["loads_needed"][count]["value"]) is not None]
         for count in COUNTS

@@ -30,17 +30,14 @@ rewards then ask for under new words, and tiny64-skills easier ones for longer; 
 learned facts by heart, and guesses nothing else. What was found holds for these models, tasks and
 lengths of runs."""
 REGRET_CAPTION = """\
-A line a condition: a base, what is new in its data, the updates and the rows of each. LoRA and full
-fine-tuning are each at their own best learning rate. Regret is LoRA's final held-out loss minus
-full fine-tuning's, in percent of what full fine-tuning gains; up to 5% counts as none. Open
-triangles are values below the axis."""
+A line a condition: a base, what is new in its data, the updates and the rows of each. Regret is
+LoRA's final held-out loss minus full fine-tuning's, each at its own best learning rate, in percent
+of what full fine-tuning gains; up to 5% counts as none. Open triangles lie below the axis."""
 ROOM = """\
-Bits of the training rows by three counts. The generator's: the free numbers of what is new. The
-first pass, the study's count: the summed loss of full fine-tuning over these rows, each before it
-is learned from. Above its entropy: without what no model can learn away; this count was chosen
-after a look. Load is bits over 2 bits for each trained parameter, here of the needed rank, which is
-interpolated between the ranks tried and has a regret of 5%. The loads of all ranks tried stand
-under Details."""
+Bits of the training rows: the generator counts the free numbers of what is new; the first pass (the
+study's count) is full fine-tuning's summed loss, each row before it is learned from; above its
+entropy, chosen after a look, is without what no model can learn away. Load is bits over 2 bits a
+trained parameter, here of the needed rank, which has a regret of 5%; of other ranks: in Details."""
 FOREST_CAPTION = """\
 One row a claim of the study, one symbol an answer: a base, or a task where a claim has tasks.
 Values are in units of the claim's margin, which was fixed before the runs: 0 is the claim's

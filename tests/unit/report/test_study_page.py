@@ -61,7 +61,7 @@ def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(repor
 def test_the_kept_page_can_be_read_at_once():
     text = page.page(answers.parts_of([KEPT]), KEPT, kept=True)
     before, details = text.split("## Details")
-    assert len(before.splitlines()) <= 250
+    assert len(before.splitlines()) <= 260  # with the table of bits by three counts
     assert details.count("<details>") == details.count("</details>") > 3
     assert text.count("\n# ") == 0 and "rule_shift" not in text
 
