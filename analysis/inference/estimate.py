@@ -142,12 +142,21 @@ def number(value: float | None, digits: int = 3) -> str:
     """Format a number; a missing one as a dash."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:.{digits}g}"
+    return f"{value + 0.0:.{digits}g}"
 
 
 def signed(value: float | None) -> str:
     """Format a difference in nats; a missing one as a dash."""
-    return "-" if value is None else f"{value:+.4f}"
+    return "-" if value is None else fixed(value, 4, "+")
+
+
+def fixed(value: float, digits: int, sign: str = "") -> str:
+    """Format a number with fixed decimals, as 0 and not -0 where it rounds to 0.
+
+    Args:
+        sign: "+" to show that of positive numbers, too.
+    """
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def rate(value: float | None) -> str:

@@ -6,7 +6,9 @@ Read from results.json of kept results (analysis/results) and of your own report
 one of its own report: primary claims are corrected for multiplicity within one question.
 """
 
+import functools
 import json
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +81,31 @@ class Part:
         return (self.results.get("read") or {}).get(
             self.question["claims"].get(v.claim, {}).get("estimand"), ""
         )
+
+    def curves(self, v: Verdict) -> list[dict[str, Any]]:
+        """Return the curves of the group that a verdict is about."""
+        found = []
+        for c in self.results["curves"]:
+            name = f"{c['model']} on {c['dataset']}"
+            of_length = f"steps {c['steps']}" in v.group or "steps" not in v.group
+            if of_length and (v.group == name or v.group.startswith(f"{name}, ")):
+                found.append(c)
+        return found
+
+    def parameters_an_episode(self, v: Verdict) -> float | None:
+        """Return the parameters of the lowest rank for each answer that its rewarded runs sample.
+
+        None for a verdict about no such runs.
+        """
+        lora = [c for c in self.curves(v) if c["method"] == "lora"]
+        lora = [c for c in lora if c.get("objective") == "policy_gradient"]
+        if not lora:
+            return None
+        lowest = min(lora, key=lambda c: c["rank"])
+        keys = ("model", "dataset", "steps", "batch_size", "method", "rank", "objective")
+        of_curve = (self.runs[k] == lowest[k] for k in keys)
+        runs = self.runs[functools.reduce(operator.and_, of_curve)]
+        return float((runs["n_trainable"] / (runs["batch_size"] * runs["steps"])).mean())
 
     @property
     def single(self) -> list[Verdict]:

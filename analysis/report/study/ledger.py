@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from analysis.inference.estimate import Verdict
+from analysis.inference.estimate import AT_LEAST, Verdict
 from analysis.report.study.answers import Part
 from analysis.report.study.setting import WORDS, Setting
 from analysis.report.text import markdown
@@ -28,12 +28,20 @@ class Sentence:
     says: str
     claims: tuple[str, ...]
     """`sweep: claim` of all that judge it; empty: no sweep asks it."""
+    note: str = ""
+    """What else has to be known of it."""
+    episodes: bool = False
+    """The study says so of more parameters than episodes: show how many there were."""
+    at_most: bool = False
+    """It states an upper bound: of its claim's margin only the upper end counts."""
 
 
 def sentences() -> dict[str, list[Sentence]]:
     """Read the sentences of the study and its summaries, by where they come from."""
     return {
-        block["from"]: [Sentence(s["says"], _claims(s.get("claim"))) for s in block["sentences"]]
+        block["from"]: [
+            Sentence(**{"claims": _claims(s.pop("claim", None)), **s}) for s in block["sentences"]
+        ]
         for block in yaml.safe_load(SENTENCES.read_text())
     }
 
@@ -54,7 +62,7 @@ def ledger(parts: Sequence[Part]) -> list[str]:
     rows = [["sentence", *WORDS.values()]]
     for title, block in blocks.items():
         rows += [[f"**{title}**", *("" for _ in Setting)]] if block else []
-        rows += [[s.says, *_cells(parts, s)] for s in block]
+        rows += [[f"{s.says} ({s.note})" if s.note else s.says, *_cells(parts, s)] for s in block]
     return markdown(rows)
 
 
@@ -69,14 +77,36 @@ def _name(part: Part, v: Verdict) -> str:
 def _cells(parts: Sequence[Part], sentence: Sentence) -> list[str]:
     """Return what was found in each setting, or that nothing was."""
     by_setting: dict[Setting, list[tuple[Part, str]]] = {}
+    conditions: dict[Setting, list[float]] = {}
     for part in parts:
         for v in part.single:
             if _name(part, v) in sentence.claims:
                 outcome = BETTER if v.is_better else v.outcome
-                by_setting.setdefault(part.setting(v.group), []).append((part, outcome))
+                outcome = _at_most(v) if sentence.at_most else outcome
+                setting = part.setting(v.group)
+                by_setting.setdefault(setting, []).append((part, outcome))
+                if sentence.episodes and (ratio := part.parameters_an_episode(v)) is not None:
+                    conditions.setdefault(setting, []).append(ratio)
     if not by_setting:
         return [NOT_TESTED, *("" for _ in list(Setting)[1:])]
-    return [_cell(by_setting.get(setting, [])) for setting in Setting]
+    return [_cell(by_setting.get(s, [])) + _condition(conditions.get(s, [])) for s in Setting]
+
+
+def _condition(ratios: Sequence[float]) -> str:
+    """Say how many parameters there were for each episode; empty without any."""
+    if not ratios:
+        return ""
+    shown = (f"{float(f'{v:.2g}'):,g}" for v in (min(ratios), max(ratios)))
+    return f"<br>at {' to '.join(dict.fromkeys(shown))} parameters an episode"
+
+
+def _at_most(v: Verdict) -> str:
+    """Judge a claim by the upper end of its margin alone."""
+    e = v.estimate
+    if v.gates or e.low is None or e.high is None or AT_LEAST in e.flags:
+        return "UNDECIDED"
+    most = v.margin[1]
+    return "SUPPORTED" if e.high <= most else "REFUTED" if e.low > most else "UNDECIDED"
 
 
 def _cell(found: Sequence[tuple[Part, str]]) -> str:
