@@ -1,7 +1,7 @@
-"""What was found, in nine sentences at most; every number is picked from an answer by its claim.
+"""What was found, in nine sentences at most, and what is withdrawn.
 
-A sentence without an answer is left out. Its wording follows from the verdicts, so that a verdict
-that turns changes the sentence.
+Every number is picked from an answer by its claim. A sentence without an answer is left out. Its
+wording follows from the verdicts, so that a verdict that turns changes the sentence.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,14 @@ GIVEN_UP = {"at_32": (32, "REFUTED"), "at_512": (512, "SUPPORTED"), "at_1024": (
 def sentences(parts: Sequence[Part]) -> list[str]:
     """Return the sentences, the one about the regime first."""
     first = (_regime, _boundary, _rates, _speed, _batches, _layers)
-    return [text for write in (*first, _rewards, _bits, _compute) if (text := write(parts))]
+    texts = [text for write in (*first, _rewards, _bits, _compute) if (text := write(parts))]
+    return texts + _withdrawn(parts)
+
+
+def _withdrawn(parts: Sequence[Part]) -> list[str]:
+    """Say which answers are withdrawn and why, one sentence for each sweep."""
+    why = {p.results["sweep"]: p.question["withdrawn"] for p in parts if p.withdrawn}
+    return [f"**The answer of `{sweep}` is withdrawn**: {text}." for sweep, text in why.items()]
 
 
 def _regime(parts: Sequence[Part]) -> str:
@@ -185,7 +192,7 @@ def _rewards(parts: Sequence[Part]) -> str:
     if not (said and top):
         return said
     ends = by_setting(top, signed, " points", REWARDED)
-    return f"{said} The highest rank's differed by {ends}."
+    return f"{said} The highest rank's differed by {ends}{end(top)}"
 
 
 def _bits(parts: Sequence[Part]) -> str:

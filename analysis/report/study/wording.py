@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from analysis.inference.estimate import Verdict, number
+from analysis.inference.estimate import EXPLORATORY, Verdict, number
 from analysis.report.study.answers import FIRST_STUDY, Part
 from analysis.report.study.setting import WORDS, Setting
 
@@ -12,13 +12,17 @@ Found = list[tuple[Part, Verdict]]
 
 
 def found(parts: Sequence[Part], sweep: str, claim: str) -> Found:
-    """Return a claim's verdicts whose value has an interval; by task where there are tasks."""
+    """Return a claim's verdicts whose value has an interval; by task where there are tasks.
+
+    Withdrawn ones are left out.
+    """
     return [
         (part, v)
         for part in parts
         if part.results["sweep"] == sweep
         for v in part.single
         if v.claim == claim and v.estimate.value is not None and v.estimate.has_interval()
+        if not v.is_withdrawn
     ]
 
 
@@ -61,8 +65,10 @@ def sets(verdicts: Found) -> str:
 
 
 def end(verdicts: Found) -> str:
-    """End a sentence, with the mark of the first study if all that it says is from there."""
-    return f" ({FIRST_STUDY})." if all(part.first_study for part, _ in verdicts) else "."
+    """End a sentence, with the mark of all that it says: of the first study, or exploratory."""
+    if all(part.first_study for part, _ in verdicts):
+        return f" ({FIRST_STUDY})."
+    return f" ({EXPLORATORY})." if all(v.exploratory for _, v in verdicts) else "."
 
 
 def change(slope: float) -> str:

@@ -14,6 +14,7 @@ from lorasweep.plan.estimate import make_plan
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import expand, geom
 from lorasweep.sweep.question import Claim, Sweep, check_sweep
+from lorasweep.sweep.request import question
 from tests.world import ROOT, tiny_spec
 
 SWEEPS = sorted(
@@ -181,6 +182,18 @@ def test_a_sweep_must_ask_and_state_its_margin():
 def test_what_is_stated_of_a_claims_power_is_checked(stated):
     claim = Claim(margin=[0, 1], **stated)
     with pytest.raises(SpecError, match=f"claim 'c': {next(iter(stated))}="):
+        check_sweep("x", Sweep(question="?", claims={"c": claim}, arms={"a": {"method": "lora"}}))
+
+
+def test_an_answer_may_be_withdrawn_and_a_claim_exploratory_at_a_scale(compose):
+    asked = question(compose("+sweep=rl_bits", "scale=smoke"))
+    assert "unembedding" in asked["withdrawn"]
+    asked = question(compose("+sweep=rl", "scale=smoke"))
+    assert asked["withdrawn"] == "" and set(asked["claims"]["rank_1"]["exploratory"]) == {
+        *("tiny", "small")
+    }
+    claim = Claim(margin=[0, 1], exploratory={"tiny": ""})
+    with pytest.raises(SpecError, match="claim 'c': exploratory="):
         check_sweep("x", Sweep(question="?", claims={"c": claim}, arms={"a": {"method": "lora"}}))
 
 

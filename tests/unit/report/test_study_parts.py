@@ -17,7 +17,7 @@ from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
 from analysis.inference.gates import Gate, GateCode
 from analysis.report import plots_study
 from analysis.report.study import details, findings, forest, ledger, load_map, page, rates
-from analysis.report.study.answers import NO_CELL, Part
+from analysis.report.study.answers import NO_CELL, Part, rows_of
 from analysis.report.study.pooled import pooled
 from analysis.report.study.setting import Setting, setting_of
 
@@ -398,3 +398,34 @@ def test_the_smallest_rank_without_regret_is_a_range_over_the_data_sets(tmp_path
     assert needed((1.0, 8.0), (4.0, 16.0)) == "it took a rank above 1 and of at most 16."
     assert needed((0.0, 4.0)) == "it took a rank of at most 4."
     assert "on some data above every rank tried" in needed((1.0, 8.0), (32.0, None))
+
+
+# ---------------------------------------------------------------- exploratory and withdrawn
+
+
+def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(tmp_path):
+    made = verdict(-9.0, claim="rank_1", exploratory="the rule was written later")
+    explores = answer(tmp_path, made, verdict(-8.0, claim="rank_1"), sweep="rl", data=(FACTS,))
+    gone = Gate(GateCode.WITHDRAWN, "an arm is missing")
+    away = verdict(-20.0, claim="tie", outcome="UNDECIDED", gates=(gone,))
+    withdrawn = answer(tmp_path, away, sweep="rl_bits", data=(FACTS,))
+    withdrawn.question["withdrawn"] = "an arm is missing"
+    parts = [explores, withdrawn]
+    shown = [r[4] for r in rows_of(parts)[1:]]
+    assert shown == ["REFUTED (exploratory)", "REFUTED", "WITHDRAWN"]
+    lines = ledger.ledger(parts)
+    (line,) = [text for text in lines if "rank 1 reaches full fine-tuning's accuracy" in text]
+    assert "**REFUTED** at `tiny`<br>**REFUTED** at `tiny` (exploratory)" in line
+    (line,) = [text for text in lines if "it ties with full fine-tuning" in text]
+    assert "**WITHDRAWN** at `tiny`" in line and "UNDECIDED" not in line
+    item = details.verdict(explores, made)
+    assert "**REFUTED (exploratory)**" in item and "the rule was written later" in item
+    said = findings.sentences(parts)
+    assert said[-1] == "**The answer of `rl_bits` is withdrawn**: an arm is missing."
+    assert not any("-20" in text for text in said)
+    (alone, _) = findings.sentences([answer(tmp_path, made, sweep="rl", data=(FACTS,)), withdrawn])
+    assert "-9.0 points on generated tasks (exploratory)." in alone
+    (row,) = forest.rows_of(parts, [])  # no withdrawn number is in the figure
+    assert [m.explores for marks in row.marks.values() for m in marks] == [True, False]
+    text = page.page(parts, tmp_path)
+    assert "**WITHDRAWN**: an arm is missing." in text
