@@ -30,7 +30,7 @@ LABELS = {
 }
 TONES = {Setting.IN_REGIME: COLOURS[1], Setting.BEYOND: COLOURS[2], Setting.REAL: COLOURS[4]}
 PALE = 0.6
-"""How much of its colour is left to what the first study measured."""
+"""How much of its colour is left to what does not confirm."""
 
 
 def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
@@ -69,7 +69,7 @@ def _claim(ax: Axes, row: Row, setting: Setting, top: float, height: float) -> N
 
 
 def _mark(ax: Axes, mark: Mark, y: float, colour: str) -> None:
-    colour = _paler(colour) if mark.first_study else colour
+    colour = _paler(colour) if mark.explores else colour
     low, high, value = (min(max(x, -EDGE), EDGE) for x in (mark.low, mark.high, mark.value))
     if math.isfinite(mark.low):
         ax.plot([low, high], [y, y], color=colour, lw=1.3)
@@ -98,7 +98,7 @@ def _keys() -> list[Line2D]:
         Line2D([], [], label=label, **_symbol(outcome, COLOURS[0]))
         for outcome, label in LABELS.items()
     ]
-    return [*keys, Line2D([], [], lw=3, label="pale: first study", color=_paler(COLOURS[0]))]
+    return [*keys, Line2D([], [], lw=3, label="pale: exploratory", color=_paler(COLOURS[0]))]
 
 
 def _paler(colour: str) -> str:

@@ -35,11 +35,13 @@ class Verdict:
     group: str
     outcome: str
     found: Interval | None
+    exploratory: bool = False
 
     @property
     def line(self) -> str:
         """The verdict as text."""
-        found = f" {self.found.text()}" if self.found else ""
+        found = " (exploratory)" if self.exploratory else ""
+        found += f" {self.found.text()}" if self.found else ""
         return f"{self.sweep}: {self.claim} {self.outcome}{found} at {self.scale} ({self.group})"
 
 
@@ -122,10 +124,13 @@ def _interval(found: dict[str, Any] | None) -> Interval | None:
 
 
 def _verdicts(answer: dict[str, Any]) -> Iterable[Verdict]:
+    """Yield an answer's verdicts but those that are withdrawn."""
     for v in answer["verdicts"]:
+        if any(gate["code"] == "WITHDRAWN" for gate in v.get("gates", ())):
+            continue
         found = _interval(v["estimate"])
         where = (answer["sweep"], answer["scale"], v["claim"], v["group"])
-        yield Verdict(*where, v["outcome"], found)
+        yield Verdict(*where, v["outcome"], found, bool(v.get("exploratory")))
 
 
 def _points(answer: dict[str, Any]) -> Iterable[MapPoint]:

@@ -54,6 +54,10 @@ class Claim:
     """True, or a list of scales: the sweep is known to have too few seeds for the claim there. Not
     hashed."""
 
+    exploratory: dict[str, str] = field(default_factory=dict)
+    """{scale: why}: verdicts there explore and do not confirm, because what they rest on was
+    changed after their runs had been seen. Shown with every verdict. Not hashed."""
+
     def at(self, scale: str) -> "Power":
         """Return what is stated of the claim's power at a scale."""
         sd, units = (v.get(scale) if isinstance(v, dict) else v for v in (self.sd, self.units))
@@ -89,6 +93,9 @@ class Sweep:
     source: str = ""
     how: str = ""
     """How it is measured and what that leaves open. Shown with the answer."""
+    withdrawn: str = ""
+    """Why the answer does not count, to be read after "withdrawn:"; empty: it counts. Every verdict
+    is then UNDECIDED and shown as withdrawn, whatever was measured. Not hashed."""
     claims: dict[str, Claim] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
     """Axes of all arms: name -> list of values."""
@@ -152,6 +159,11 @@ def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
         for base in claim.not_on:
             if models and base not in models:
                 yield f", claim {key!r}, not_on: {unknown('model', base, models)}"
+        if not all(claim.exploratory.values()):
+            yield (
+                f", claim {key!r}: exploratory={claim.exploratory}. Say why, as {{scale: why}}, or "
+                "leave the scale out."
+            )
         yield from _power_problems(key, claim)
     if not 1 <= sweep.rounds <= MAX_ROUNDS:
         yield f": rounds={sweep.rounds}. Expected 1 to {MAX_ROUNDS}."

@@ -139,6 +139,7 @@ def question(request: Request) -> dict[str, Any]:
         "question": sweep["question"],
         "source": sweep["source"],
         "how": sweep["how"],
+        "withdrawn": sweep["withdrawn"],
         "claims": sweep["claims"],
         "rounds": sweep["rounds"],
         "added_after": added_after(request.sweep, request.scale),

@@ -117,6 +117,11 @@ class Part:
         return setting_of(self.runs, group)
 
     @property
+    def withdrawn(self) -> bool:
+        """Whether the sweep's file says that this answer does not count."""
+        return bool(self.question.get("withdrawn"))
+
+    @property
     def first_study(self) -> bool:
         """Whether any of its runs has a seed of the first study, which makes it exploratory."""
         return not len(self.runs) or bool((self.runs["seed"] < FRESH_SEEDS).any())
@@ -250,7 +255,7 @@ def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
                     part.results["scale"],
                     f"{v.expected:g}, within {within(v)}",
                     with_interval(v.estimate),
-                    part.marked(v.outcome),
+                    part.marked(v.shown),
                     str(part.results.get("runs", "-")),
                     v.needed or "-",
                 ]

@@ -1,7 +1,8 @@
-"""What was found, in eight findings at most; every number is picked from an answer by its claim.
+"""What was found, in eight findings at most, and which answers are withdrawn.
 
-A finding without an answer is left out. Its wording follows from the verdicts, so that a verdict
-that turns changes it. Answers that differ in base, rank or length are never in one sentence.
+Every number is picked from an answer by its claim. A finding without an answer is left out. Its
+wording follows from the verdicts, so that a verdict that turns changes it. Answers that differ in
+base, rank or length are never in one sentence.
 """
 
 import itertools
@@ -42,7 +43,14 @@ EIGHTH = 8
 def sentences(parts: Sequence[Part]) -> list[str]:
     """Return the findings, the one about the regime first."""
     first = (_regime, _room, _rates, _speed, _batches, _layers)
-    return [text for write in (*first, _rewards, _compute) if (text := write(parts))]
+    texts = [text for write in (*first, _rewards, _compute) if (text := write(parts))]
+    return texts + _withdrawn(parts)
+
+
+def _withdrawn(parts: Sequence[Part]) -> list[str]:
+    """Say which answers are withdrawn and why, one sentence for each sweep."""
+    why = {p.results["sweep"]: p.question["withdrawn"] for p in parts if p.withdrawn}
+    return [f"**The answer of `{sweep}` is withdrawn**: {text}." for sweep, text in why.items()]
 
 
 # ---------------------------------------------------------------- regret over rank

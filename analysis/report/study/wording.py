@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from analysis.inference.estimate import Estimate, Verdict, fixed
+from analysis.inference.estimate import EXPLORATORY, Estimate, Verdict, fixed
 from analysis.report.study.answers import Part
 from analysis.report.study.setting import Setting
 
@@ -13,7 +13,8 @@ Found = list[tuple[Part, Verdict]]
 def found(parts: Sequence[Part], sweep: str, claim: str) -> Found:
     """Return a claim's verdicts whose value has an interval; by task where there are tasks.
 
-    Those of the first study count on a real model, or where there are no others.
+    Withdrawn ones are left out. Those of the first study count on a real model, or where there are
+    no others.
     """
     known = [
         (part, v)
@@ -21,6 +22,8 @@ def found(parts: Sequence[Part], sweep: str, claim: str) -> Found:
         if part.results["sweep"] == sweep
         for v in part.single
         if v.claim == claim and v.estimate.value is not None and v.estimate.has_interval()
+        if not v.is_withdrawn
+        if not v.is_withdrawn
     ]
     fresh = [
         (part, v)
@@ -68,7 +71,8 @@ def each(
     for part, v in verdicts:
         start = f"On {where(part, v, ranks)} it was" if out else said
         place = "" if out else f" on {where(part, v, ranks)}"
-        out.append(part.marked(f"{start} {show(v.estimate)}{place}") + ".")
+        mark = f" ({EXPLORATORY})" if v.exploratory else ""
+        out.append(part.marked(f"{start} {show(v.estimate)}{place}{mark}") + ".")
     return " ".join(out)
 
 

@@ -1,11 +1,12 @@
 """The rules against certified answers: published counts, planted maps, identities."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 
-from lorasweep.advise.kept import Interval, Kept, MapPoint
+from lorasweep.advise.kept import Interval, Kept, MapPoint, read
 from lorasweep.advise.published import published
 from lorasweep.advise.rules import batches, capacity, rates
 from lorasweep.advise.trace import Sure
@@ -234,3 +235,18 @@ def test_every_entry_names_a_source_that_is_described():
     ):
         assert {e["source"] for e in values[name]} <= values["sources"].keys()
     assert {values["law"]["source"], values["best_rates"]["source"]} <= values["sources"].keys()
+
+
+def test_withdrawn_verdicts_are_not_cited_and_exploratory_ones_say_so(tmp_path):
+    e = {"value": -9.0, "low": -12.0, "high": -6.0}
+    one = {"claim": "rank_1", "group": "b on words", "outcome": "REFUTED", "estimate": e}
+    gone = [{"code": "WITHDRAWN", "subject": "an arm is missing", "place": "", "flags": []}]
+    verdicts = [
+        {**one, "exploratory": "the rule was written later", "gates": []},
+        {**one, "claim": "tie", "outcome": "UNDECIDED", "gates": gone},
+    ]
+    (tmp_path / "rl-tiny").mkdir()
+    answer = {"sweep": "rl", "scale": "tiny", "verdicts": verdicts}
+    (tmp_path / "rl-tiny" / "results.json").write_text(json.dumps(answer))
+    (found,) = read(tmp_path, {}).verdicts
+    assert found.line == "rl: rank_1 REFUTED (exploratory) -9 [-12, -6] at tiny (b on words)"

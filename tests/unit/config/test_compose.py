@@ -223,6 +223,18 @@ def test_no_shipped_sweep_says_that_runs_were_added_and_judges_as_if_they_were_p
             assert int(yaml.safe_load(text).get("rounds", 1)) >= 2, path.name
 
 
+def test_an_answer_may_be_withdrawn_and_a_claim_exploratory_at_a_scale(compose):
+    asked = question(compose("+sweep=rl_bits", "scale=smoke"))
+    assert "unembedding" in asked["withdrawn"]
+    asked = question(compose("+sweep=rl", "scale=smoke"))
+    assert asked["withdrawn"] == "" and set(asked["claims"]["rank_1"]["exploratory"]) == {
+        *("tiny", "small")
+    }
+    claim = Claim(margin=[0, 1], exploratory={"tiny": ""})
+    with pytest.raises(SpecError, match="claim 'c': exploratory="):
+        check_sweep("x", Sweep(question="?", claims={"c": claim}, arms={"a": {"method": "lora"}}))
+
+
 def test_a_claim_that_contradicts_the_metrics_direction_is_refused(compose):
     claim = "sweep.claims.ratio.better"
     assert compose("+sweep=lr_ratio", "scale=smoke", f"{claim}=lower").points

@@ -18,7 +18,7 @@ from analysis.inference.gates import Gate, GateCode
 from analysis.measures.regret import COUNTS
 from analysis.report import plots_study
 from analysis.report.study import by_rank, details, findings, forest, ledger, page, rates, wording
-from analysis.report.study.answers import NO_CELL, Part
+from analysis.report.study.answers import NO_CELL, Part, rows_of
 from analysis.report.study.pooled import pooled
 from analysis.report.study.setting import Setting, setting_of
 
@@ -555,3 +555,34 @@ def test_nothing_is_shown_as_minus_zero():
     assert shown == "+0.0% [-0.2, +0.1]"
     assert wording.percent(-0.01) == "0.0" and wording.change(-1e-5) == "+0.0"
     assert number(-0.0) == "0" and fixed(-0.00001, 4, "+") == "+0.0000"
+
+
+# ---------------------------------------------------------------- exploratory and withdrawn
+
+
+def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(tmp_path):
+    made = verdict(-9.0, claim="rank_1", exploratory="the rule was written later")
+    explores = answer(tmp_path, made, verdict(-8.0, claim="rank_1"), sweep="rl", data=(FACTS,))
+    gone = Gate(GateCode.WITHDRAWN, "an arm is missing")
+    away = verdict(-20.0, claim="tie", outcome="UNDECIDED", gates=(gone,))
+    withdrawn = answer(tmp_path, away, sweep="rl_bits", data=(FACTS,))
+    withdrawn.question["withdrawn"] = "an arm is missing"
+    parts = [explores, withdrawn]
+    shown = [r[4] for r in rows_of(parts)[1:]]
+    assert shown == ["REFUTED (exploratory)", "REFUTED", "WITHDRAWN"]
+    lines = ledger.ledger(parts)
+    (line,) = [text for text in lines if "rank 1 reaches full fine-tuning's accuracy" in text]
+    assert "**REFUTED** at `tiny`<br>**REFUTED** at `tiny` (exploratory)" in line
+    (line,) = [text for text in lines if "it ties with full fine-tuning" in text]
+    assert "**WITHDRAWN** at `tiny`" in line and "UNDECIDED" not in line
+    item = details.verdict(explores, made)
+    assert "**REFUTED (exploratory)**" in item and "the rule was written later" in item
+    said = findings.sentences(parts)
+    assert said[-1] == "**The answer of `rl_bits` is withdrawn**: an arm is missing."
+    assert not any("-20" in text for text in said)
+    (alone, _) = findings.sentences([answer(tmp_path, made, sweep="rl", data=(FACTS,)), withdrawn])
+    assert "was -9.0 points [-9.1, -8.9] on b on dialect (exploratory)." in alone
+    (row,) = forest.rows_of(parts, [])  # no withdrawn number is in the figure
+    assert [m.explores for marks in row.marks.values() for m in marks] == [True, False]
+    text = page.page(parts, tmp_path)
+    assert "**WITHDRAWN**: an arm is missing." in text
