@@ -73,6 +73,24 @@ def test_the_smallest_rank_with_room_at_the_high_end_of_the_bits():
     assert advice(examples=10).choice.rank == 16  # smaller ranks were worse in public even so
 
 
+def test_bits_are_those_of_the_rows_that_are_trained_on():
+    """A hundred updates of 32 rows see 3,200 rows, of however many there are."""
+    few, many = (
+        advice(examples=3200, steps=100, batch_size=32),
+        advice(examples=1_000_000, steps=100, batch_size=32),
+    )
+    assert few.work.bits == 3200 * few.work.tokens
+    for a in (few, many):
+        assert (a.choice.method, a.choice.rank, a.work.bits) == ("lora", 16, few.work.bits)
+        assert (a.work.bits_high, a.choice.load) == (few.work.bits_high, few.choice.load)
+    formulas = [a.trace.reasons["bits"].formula for a in (few, many)]
+    assert formulas[0].startswith("examples x tokens_per_example")
+    assert formulas[1].startswith("rows trained on (3,200 of 1,000,000 examples) x tokens")
+    # further epochs add nothing, and half an epoch sees half of the rows
+    assert advice(examples=3200, epochs=3).work.bits == few.work.bits
+    assert advice(examples=3200, epochs=0.5).work.bits == few.work.bits / 2
+
+
 def test_method_goes_from_lora_over_open_to_full_as_the_data_grow():
     found = [advice(examples=10**k, tokens_per_example=1000).choice.method for k in range(3, 10)]
     assert found == ["lora"] * 3 + ["open"] + ["full"] * 3
