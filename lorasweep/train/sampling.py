@@ -201,9 +201,9 @@ def _cache_argument(model: Any) -> str:
 def _new_cache(model: Any, precision: str) -> Any:
     """Return an empty cache of transformers that holds numbers in the type of the products.
 
-    Under autocast rotated keys are fp32, and transformers' cache gives values the type of the keys.
-    Attention rounds both to bf16 at every token, so to round keys when they are stored changes no
-    number and halves the cache.
+    Under autocast rotated keys are fp32, and before transformers 5.24 values take the type of the
+    keys. Attention rounds both to bf16 at every token, so to round keys when they are stored
+    changes no number, and the cache is half as large (from 5.24 on two thirds).
     """
     from transformers import DynamicCache
 

@@ -141,8 +141,9 @@ def test_keys_are_cached_in_bf16_and_change_no_number(attention, equal, monkeypa
     assert {t.dtype for t in held} == {torch.bfloat16}
     tokens = 2 * 3 * 2 * (max(lengths) + 5 - 1)  # the last one drawn is never read
     assert sum(t.nbytes for t in held) == tokens * cache_bytes(spec.model, 2)
-    # values take the type of the first keys, so transformers' own cache is twice as large
-    assert sum(t.nbytes for t in wide) == 2 * tokens * cache_bytes(spec.model, 2)
+    # transformers' own: keys in fp32, and before 5.24 values in the type of the keys
+    larger = sum(t.nbytes for t in wide) / sum(t.nbytes for t in held)
+    assert larger == (1.5 if {t.dtype for t in wide} > {torch.float32} else 2)
     for one, other in zip(ours, theirs, strict=True):
         assert [t.tolist() for t in one.tokens] == [t.tolist() for t in other.tokens]
         assert [x.tolist() for x in one.log_p] == [x.tolist() for x in other.log_p]
