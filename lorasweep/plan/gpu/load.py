@@ -52,10 +52,13 @@ class Load:
     @property
     def outer_trained(self) -> float:
         """Trained weights of the base outside the layers."""
-        if self.norms_trained or not self.whole:
-            return self.outer_params if self.whole else 0.0
-        head = self.model.hidden_size * self.model.vocab_size
-        return float(head) if self.inputs & set(self.model.unembedding) else 0.0
+        return self.outer_params if self.norms_trained else self.head_trained
+
+    @property
+    def head_trained(self) -> float:
+        """Trained weights of the unembedding, whether or not it is tied to the embedding."""
+        trained = self.whole and not self.inputs.isdisjoint(self.model.unembedding)
+        return float(trained * self.model.hidden_size * self.model.vocab_size)
 
 
 def load_of(model: ModelSpec, method: Method) -> Load:

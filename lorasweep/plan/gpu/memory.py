@@ -89,6 +89,11 @@ def memory_parts(
         "logits": word / 2 * LOGIT_BYTES * logits,
         "copies and buffers": _buffers(load, layout, members, states, word, frozen_bytes),
     }
+    if n > 1:
+        # the embedding's gradient comes last, when activations have left their room to it
+        left = parts["activations"] + parts["attention masks"] + parts["logits"]
+        embedding = gradient * (load.outer_trained - load.head_trained)
+        parts["copies and buffers"] += max(0.0, embedding - left)
     if process:
         parts["process"] = PROCESS_BYTES + (NCCL_BYTES if n > 1 else 0)
     return parts
@@ -121,7 +126,7 @@ def _buffers(
 
     Alone, a product has a copy of every weight that is wider than it; of frozen weights and of
     adapters only in layers that are kept. Sharded, two layers are whole at a time, and what is
-    outside the layers all the time, at the end of a backward pass with its gradient.
+    outside the layers all the time, in the backward pass with the unembedding's gradient.
     """
     model, (weight, gradient, _) = load.model, STATE_BYTES[states]
     adapters = 0 if load.whole else members * load.trained
@@ -131,7 +136,7 @@ def _buffers(
         copies = trained * (weight > word)
         live = 1 / model.n_layers if layout.checkpointing else 1
         return word * (copies + live * (frozen + adapters * (weight > word)))
-    outer = outer_bytes(load, weight, frozen_bytes) + gradient * load.outer_trained
+    outer = outer_bytes(load, weight, frozen_bytes) + gradient * load.head_trained
     added = adapters / model.n_layers
     changed = load.layer_params if load.whole else added
     return outer + 2 * word * (load.layer_params + added) + (word + gradient) * changed
