@@ -8,6 +8,7 @@ Shapes: N members, P prompts of a member, G answers to a prompt, R = N * P * G a
 of members and prompts, T tokens of the longest prompt, V vocabulary.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lorasweep.errors import ModelError
 from lorasweep.models.precision import COMPUTE_DTYPES, autocast
 from lorasweep.models.sharding import Mesh, layers_together
 
@@ -172,6 +174,56 @@ def _padded_left(
     return torch.from_numpy(tokens).to(device), None if equal else torch.from_numpy(mask).to(device)
 
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""Names of a forward pass's argument for keys and values: from transformers 5.24 on, and before."""
+
+
+def _cache_argument(model: Any) -> str:
+    """Return the name under which the model's forward pass takes keys and values.
+
+    A name that it does not take would be passed on unused, and every token be drawn as if it were
+    the first of its row.
+
+    Raises:
+        ModelError: it takes neither of the known ones.
+    """
+    taken = inspect.signature(model.forward).parameters
+    for name in CACHE_ARGUMENTS:
+        if name in taken:
+            return name
+    raise ModelError(
+        f"{type(model).__name__}.forward takes no cache of keys and values: none of its arguments "
+        f"is named {' or '.join(CACHE_ARGUMENTS)}, so answers cannot be sampled. Use "
+        "objective=sft, or another model."
+    )
+
+
+def _new_cache(model: Any, precision: str) -> Any:
+    """Return an empty cache of transformers that holds numbers in the type of the products.
+
+    Under autocast rotated keys are fp32, and before transformers 5.24 values take the type of the
+    keys. Attention rounds both to bf16 at every token, so to round keys when they are stored
+    changes no number, and the cache is half as large (from 5.24 on two thirds).
+    """
+    from transformers import DynamicCache
+
+    dtype = COMPUTE_DTYPES[precision]
+
+    class Cache(DynamicCache):
+        def update(
+            self,
+            key_states: torch.Tensor,
+            value_states: torch.Tensor,
+            layer_idx: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = key_states.to(dtype), value_states.to(dtype)
+            return super().update(keys, values, layer_idx, *args, **kwargs)
+
+    return Cache(config=model.config)
+
+
 class _Steps:
     """The forward passes: the prompts once, then one token of every answer at a time."""
 
@@ -185,10 +237,9 @@ class _Steps:
         more: bool,
     ) -> None:
         """Read the prompts; `more`: answers may have more than one token."""
-        from transformers import DynamicCache
-
         self._model, self._precision = model, precision
-        self._mask, self._cache = mask, DynamicCache(config=model.config) if more else None
+        self._mask, self._cache = mask, _new_cache(model, precision) if more else None
+        self._name = _cache_argument(model)
         self._length = tokens.shape[1]
         at = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
         self._next_at = None if at is None else at[:, -1:].repeat_interleave(group, 0) + 1
@@ -205,9 +256,9 @@ class _Steps:
                 input_ids=tokens,
                 attention_mask=self._mask,
                 position_ids=at,
-                cache=self._cache,
                 use_cache=self._cache is not None,
                 logits_to_keep=1,
+                **{self._name: self._cache},
             ).logits[:, -1]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
