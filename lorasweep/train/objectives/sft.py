@@ -7,6 +7,7 @@ Shapes: N members.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,18 +36,45 @@ if TYPE_CHECKING:
 
     from lorasweep.models.load import Base
 
-DIVERGED_NLL_FACTOR = 1.5
-"""A run has diverged if its train NLL is above this multiple of its held-out NLL at step 0 for
-DIVERGED_PATIENCE updates in a row. Relative, because an absolute bound would mean something else
-for every model."""
+DIVERGED_NLL_FACTOR, DIVERGED_PATIENCE = 1.5, 8
+"""See Divergence. Assumptions, not tuned."""
 ROWS = "rows"
 """Key of the summed NLL of each row among measures, which is not recorded."""
-DIVERGED_PATIENCE = 8
-"""Assumption, not tuned."""
 EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
 """Padded tokens per evaluation forward: per member on a CPU, of all members on a GPU. On a CPU it
 does not depend on the pack size, so that held-out losses are summed over the same rows in every
 pack."""
+
+
+@dataclass
+class Divergence:
+    """Judge from a run's train NLLs, update by update, whether it has diverged.
+
+    It has if its NLL is above DIVERGED_NLL_FACTOR times the base's for DIVERGED_PATIENCE updates in
+    a row. Relative, because an absolute bound would mean something else for every model.
+
+    The base's NLL is the larger of two that no update has changed yet: of the first update's rows,
+    whose loss is taken before the weights change, and of the held-out rows. The first makes rows
+    that are harder than the held-out ones no divergence. Later losses cannot be the reference: a
+    learning rate that is far too high shows in the second one, and a mean over a few would hide it.
+    The held-out rows stand in where the first batch is small and happens to be easy. What an excess
+    of caution costs is time; a false call costs the run.
+    """
+
+    held_out: float
+    """NLL of the held-out rows before training."""
+    first: float | None = None
+    """NLL of the first update; None before it."""
+    above: int = 0
+    """Updates in a row above the bound."""
+
+    def note(self, nll: float) -> bool:
+        """Take up an update's train NLL; return whether the run has diverged."""
+        if self.first is None:
+            self.first = nll
+        bound = DIVERGED_NLL_FACTOR * max(self.held_out, self.first)
+        self.above = self.above + 1 if nll > bound else 0
+        return self.above >= DIVERGED_PATIENCE
 
 
 class SupervisedFineTuning:
@@ -71,7 +99,7 @@ class SupervisedFineTuning:
         self._start: dict[str, Record] = {}
         self._start_rows: dict[str, np.ndarray | None] = {}
         self._retain_start: dict[str, float] = {}
-        self._updates_above = dict.fromkeys(data, 0)
+        self._divergence: dict[str, Divergence] = {}
         self._unknown_start: set[str] = set()
         self._code_nats = dict.fromkeys(data, 0.0)
         self._n_loss: dict[str, int] = {}
@@ -96,6 +124,7 @@ class SupervisedFineTuning:
             found = dict(base.at_start[key])
             self._start_rows[member.id] = found.pop(ROWS, None)
             self._start[member.id] = found
+            self._divergence[member.id] = Divergence(found[self.metric.name])
             if data.retain:
                 self._retain_start[member.id] = base.at_start[f"{key}/retain"][self.metric.name]
         return [self._start[m.id] for m in members]
@@ -134,11 +163,9 @@ class SupervisedFineTuning:
         return [{"train_nll": nll} for nll in losses]
 
     def diverged(self, run: str, loss: float) -> bool:
-        """Count updates in a row whose loss is far above the loss before training."""
+        """Add to the code length, and judge the loss: see Divergence."""
         self._code_nats[run] += loss * self._n_loss[run]
-        above = loss > DIVERGED_NLL_FACTOR * self._start[run][self.metric.name]
-        self._updates_above[run] = self._updates_above[run] + 1 if above else 0
-        return self._updates_above[run] >= DIVERGED_PATIENCE
+        return self._divergence[run].note(loss)
 
     def evaluate(
         self, model: "nn.Module", members: Sequence[RunSpec], final: bool
@@ -232,21 +259,30 @@ class SupervisedFineTuning:
         }
 
     def state(self, run: str) -> dict[str, Any]:
-        """Return the updates above the divergence bound, the code length, and the fingerprint."""
+        """Return what divergence is judged by, the code length, and the fingerprint."""
         known = run not in self._unknown_start
         sha256 = {DATA_SHA256: self._data[run].sha256} if known else {}
-        return {"above": self._updates_above[run], "code_nats": self._code_nats[run], **sha256}
+        judged = self._divergence[run]
+        return {
+            "above": judged.above,
+            "first_nll": judged.first,
+            "code_nats": self._code_nats[run],
+            **sha256,
+        }
 
     def load_state(self, run: str, state: dict[str, Any]) -> None:
         """Restore the values of `state`, and check the data.
 
         A checkpoint from before fingerprints does not tell its data: the result will not, either.
-        One from before code lengths has none.
+        One from before code lengths has none. One from before divergence rule 2 has no first NLL:
+        the next update's stands for it, and updates above the old bound are not counted.
 
         Raises:
             DataError: the run was started on other data.
         """
-        self._updates_above[run] = state["above"]
+        judged = self._divergence[run]
+        judged.first = state.get("first_nll")
+        judged.above = 0 if judged.first is None else state["above"]
         self._code_nats[run] = state.get("code_nats", math.nan)
         if DATA_SHA256 not in state:
             self._unknown_start.add(run)
