@@ -20,13 +20,14 @@ from lorasweep.models.head import check_rows_stay_apart
 from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
-from lorasweep.train.events import Record
+from lorasweep.train.events import EVALUATION, Record, phase
 from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, refuse_other_data
 from lorasweep.train.objectives.held_out import (
     evaluate,
     evaluate_exact,
     floors,
     gain_se,
+    more_than_a_row,
     row_nlls,
 )
 from lorasweep.train.objectives.nll import nll_sums
@@ -88,11 +89,13 @@ class SupervisedFineTuning:
         precision: str,
         micro_batch_size: int | None = None,
         join_rows: bool = False,
+        forward_parts: int = 1,
     ) -> None:
         """Set up the objective.
 
         `data`: run id -> the run's data set; runs may share one. `micro_batch_size`: sequences per
-        member and forward pass; None: all of an update. `join_rows`: see Exec.
+        member and forward pass; None: all of an update. `join_rows`, `forward_parts`: see
+        Exec.
         """
         self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
         self._join_rows = join_rows
@@ -103,7 +106,8 @@ class SupervisedFineTuning:
         self._unknown_start: set[str] = set()
         self._code_nats = dict.fromkeys(data, 0.0)
         self._n_loss: dict[str, int] = {}
-        self._eval_tokens = EVAL_TOKENS
+        self._forward_parts = forward_parts
+        self._eval_tokens = max(1, EVAL_TOKENS // forward_parts)
         self._mesh = Mesh()
         self._held_out: dict[tuple[int, ...], list[Batch]] = {}
 
@@ -113,7 +117,7 @@ class SupervisedFineTuning:
         if self._join_rows and cpu_llama_for(base.model) is None:
             check_rows_stay_apart(base.model)
         if next(base.model.parameters()).device.type != "cpu":
-            self._eval_tokens = max(1, GPU_EVAL_TOKENS // len(members))
+            self._eval_tokens = max(1, GPU_EVAL_TOKENS // len(members) // self._forward_parts)
         for member in members:
             data = self._data[member.id]
             key = f"{member.dataset.canonical}/{member.draw}/{self._precision}"
@@ -209,6 +213,16 @@ class SupervisedFineTuning:
         `by_row`: of which members also the summed NLL of each row, ROWS, is wanted.
         """
         batches = [self._batched(r) for r in rows]
+        with phase(EVALUATION, more_than_a_row(batches)):
+            return self._measure_batches(model, rows, batches, by_row)
+
+    def _measure_batches(
+        self,
+        model: "nn.Module",
+        rows: Sequence[Sequence[Example]],
+        batches: Sequence[list[Batch]],
+        by_row: Sequence[bool],
+    ) -> list[Record]:
         if all(b.truth is not None for own in batches for b in own):
             return evaluate_exact(model, batches, self._precision, self.metric.name, self._mesh)
         # whether a loss is summed by rows, which rounds in another way, depends on no other member
@@ -234,7 +248,8 @@ class SupervisedFineTuning:
             return [{} for _ in members]
         # a forward pass has rows of every member: one without any gets another's, uncounted
         batches = [self._batched(own or some) for own in rows]
-        nlls = evaluate(model, batches, self._precision, self._mesh)
+        with phase(EVALUATION, more_than_a_row(batches)):
+            nlls = evaluate(model, batches, self._precision, self._mesh)
         return [
             {"retain_nll": nll, "retain_start": self._retain_start[m.id]} if own else {}
             for m, own, nll in zip(members, rows, nlls)
