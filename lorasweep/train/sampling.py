@@ -19,6 +19,7 @@ import torch
 from lorasweep.errors import ModelError
 from lorasweep.models.precision import COMPUTE_DTYPES, autocast
 from lorasweep.models.sharding import Mesh, layers_together
+from lorasweep.train.events import SAMPLING, phase
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,6 +55,7 @@ def sample(
     ends: Sequence[Sequence[int]],
     precision: str,
     mesh: Mesh | None = None,
+    forward_parts: int = 1,
 ) -> list[Answers]:
     """Sample answers at temperature 1 to the prompts of each member, as many for each member.
 
@@ -64,21 +66,24 @@ def sample(
         uniforms_NAL: float64 in [0, 1), [N, P * G, most tokens of an answer]; number t decides
             token t of an answer.
         ends: sequences of tokens, each of which ends an answer; none: all have the most tokens.
+        forward_parts: see Exec.
     """
     group = uniforms_NAL.shape[1] // len(prompts[0])
     if mesh is not None and mesh.size > 1:
-        return _shared(model, prompts, uniforms_NAL, ends, precision, mesh)
-    size = max(1, _at_once(model, prompts, uniforms_NAL.shape[2], precision) // group)
-    parts = [
-        _together(
-            model,
-            [own[k : k + size] for own in prompts],
-            uniforms_NAL[:, k * group : (k + size) * group],
-            ends,
-            precision,
-        )
-        for k in range(0, len(prompts[0]), size)
-    ]
+        return _shared(model, prompts, uniforms_NAL, ends, precision, mesh, forward_parts)
+    most = min(_at_once(model, prompts, uniforms_NAL.shape[2], precision), uniforms_NAL.shape[1])
+    size = max(1, most // forward_parts // group)
+    with phase(SAMPLING, divisible=size > 1):
+        parts = [
+            _together(
+                model,
+                [own[k : k + size] for own in prompts],
+                uniforms_NAL[:, k * group : (k + size) * group],
+                ends,
+                precision,
+            )
+            for k in range(0, len(prompts[0]), size)
+        ]
     return [_joined(own) for own in zip(*parts)]
 
 
@@ -103,13 +108,15 @@ def _shared(
     ends: Sequence[Sequence[int]],
     precision: str,
     mesh: Mesh,
+    forward_parts: int,
 ) -> list[Answers]:
     """Sample every size-th prompt of one member in each process; a repetition does not count."""
     (own,), group = prompts, uniforms_NAL.shape[1] // len(prompts[0])
     mine = [k % len(own) for k in mesh.turns(len(own))]
     uniforms = uniforms_NAL.reshape(len(own), group, -1)[mine].reshape(1, len(mine) * group, -1)
     with layers_together(model):
-        (found,) = sample(model, [[own[k] for k in mine]], uniforms, ends, precision)
+        mine_ = [[own[k] for k in mine]]
+        (found,) = sample(model, mine_, uniforms, ends, precision, None, forward_parts)
     parts = mesh.gather(found)
     firsts = [(k % mesh.size, k // mesh.size * group) for k in range(len(own))]
     where = [(process, first + i) for process, first in firsts for i in range(group)]
