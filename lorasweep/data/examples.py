@@ -54,6 +54,9 @@ class Rewards:
     reward."""
     choices: int = 0
     """Of how many equally likely answers the row's was drawn; 0: not known."""
+    of_gold: Callable[[Sequence[Example]], list[float | None]] | None = None
+    """Rows -> the rewards of their own answers, where those lack what a sampled one must have, such
+    as a box. None: they are rewarded as sampled ones are."""
 
 
 @dataclass(frozen=True)

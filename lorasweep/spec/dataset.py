@@ -99,7 +99,8 @@ class DatasetSpec(Value):
     """What decides whether a sampled answer is right. integer: the whole number behind the last
     '####' or in the last box is that of the completion (GSM8K). math: the content of the last box
     is equal to that of the completion, or to the completion if that is the answer_field, as
-    math-verify reads both (MATH, DeepMath). Empty: nothing; generators bring their own."""
+    math-verify reads both (MATH, DeepMath); an answer without a box is unread. Empty:
+    nothing; generators bring their own."""
 
     def problems(self) -> Iterator[str]:
         where = f"dataset {self.name!r}: "

@@ -50,6 +50,11 @@ def evaluate(
     return (total / n_loss).tolist()
 
 
+def more_than_a_row(batches_N: Sequence[list[Batch]]) -> bool:
+    """Return whether a forward pass holds several rows of a member, so that it can hold fewer."""
+    return any(len(batch.lengths[0]) > 1 for own in batches_N for batch in own)
+
+
 @torch.no_grad()
 def row_nlls(
     model: "nn.Module",
