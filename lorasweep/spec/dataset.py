@@ -45,7 +45,8 @@ class DatasetSpec(Value):
     template: str = "{prompt}\n"
     """Text put before the completion; {prompt} is the row's prompt."""
     mask: str = "completion"
-    """Tokens that count in the loss: the completion, the last assistant message, or all."""
+    """Tokens that count in the loss: the completion, the last assistant message, or all. A message
+    with "weight": 0 does not count, one with "weight": 1 does."""
     max_length: int = 512
     """Tokens; what happens to a longer row is `too_long`."""
     n_train: int | None = None
