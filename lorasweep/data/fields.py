@@ -78,6 +78,22 @@ def opening(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
     return tuple(messages[: roles.index("assistant")] if "assistant" in roles else messages)
 
 
+def prompt_of(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
+    """Return a row's prompt: the messages before the first one in the loss.
+
+    Training on a row teaches the answers in its loss, each given all that stands before it. So two
+    rows of which one teaches what the other asks share the messages before such an answer: of a
+    conversation with its last answer in the loss, all that was said before, and not the first
+    question alone, which says little of the last one. Where all answers are in the loss, rows that
+    share what stands before any of them also share what stands before the first.
+
+    Raises:
+        DataError: the row has not the columns of the format; the message names file and line.
+    """
+    messages, learned = messages_of(spec, row, where), in_loss(spec, row, where)
+    return tuple(messages[: learned.index(True)] if True in learned else messages)
+
+
 def text_of(row: Any, name: str, where: str) -> str:
     """Return the text in a row's column.
 
