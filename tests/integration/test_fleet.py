@@ -544,10 +544,10 @@ def test_a_fleet_from_before_its_folder_kept_rules_goes_on_by_those_of_then(
     kept.unlink()
     again = Counting()
     assert world.run(*settings, "scale=small", trainer=again) == 0 and not again.asked
-    assert "it goes on with the prompt form of scale=small" in capsys.readouterr().err
+    assert "It keeps the prompt form of scale=small" in capsys.readouterr().err
     assert json.loads(kept.read_text()) == rules and set(world.runs()) == runs
     assert world.run(*settings, "scale=tiny", trainer=again) == 0 and not again.asked
-    assert "goes on with" not in capsys.readouterr().err
+    assert "It keeps" not in capsys.readouterr().err
     # the card says which form, and where the interval is not over prompts
     card = (world.folder / "bob/README.md").read_text()
     assert "**prompt form:** 'Question: {prompt}\\\\nAnswer: '; in the loss: every answer" in card

@@ -142,9 +142,9 @@ def _decided(request: Request) -> tuple[Rules, list[Member | Failed]]:
     if (_ids(then) - _ids(found)).isdisjoint(there):
         return rules, found
     print(
-        "runs of this fleet are there from before its folder kept how rows are read: it goes on "
-        f"with the prompt form of scale={request.scale}, and rows that share a prompt may be on "
-        "both sides. For a fleet by the rules of today: exec.runs_dir=DIR out=DIR.",
+        "This fleet was trained before its folder recorded how rows are read. It keeps the prompt "
+        f"form of scale={request.scale}, and held-out rows may share prompts with training rows. "
+        "To train it by today's rules, add exec.runs_dir=DIR out=DIR.",
         file=sys.stderr,
     )
     return past, then

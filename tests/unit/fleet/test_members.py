@@ -469,3 +469,20 @@ def test_the_form_is_the_bases_chat_template_else_plain_unless_it_is_named(tmp_p
         f"<user>{{user 1}}{eos}<assistant>{{assistant 1}}{eos}<user>{{user 2}}{eos}<assistant>"
         f"[{{assistant 2}}{eos}]"
     )
+
+
+def test_rows_that_are_too_long_move_no_prompt_to_two_sides(tmp_path, monkeypatch):
+    """Of each prompt some answers are longer than max_length, and left out."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": f"How many? {k // 4}", "completion": "Yes " * (40 if k % 3 == 0 else 2) + f"{k}"}
+        for k in range(120)
+    ]
+    path = tmp_path / "my.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = dataclasses.replace(read(path).dataset, too_long="skip", max_length=32)
+    data = load.load(spec, ["."], llama_like())
+    parts = (data.train(0, 0, data.n_train), data.validation, data.test)
+    train, validation, test = ({tuple(e.tokens[~e.loss]) for e in part} for part in parts)
+    assert not (validation & test or train & (validation | test)) and validation and test
+    assert len(data.validation) + len(data.test) < spec.holdout
