@@ -86,6 +86,16 @@ class Data:
     """Number of training tokens -> bits of what is new in them, by measure; None: not known."""
 
 
+def prompts_of(rows: Sequence[Example]) -> list[int]:
+    """Return the number of each row's prompt, the tokens before the first one in the loss."""
+    numbers: dict[bytes, int] = {}
+    found = []
+    for e in rows:
+        prompt = e.tokens[: int(e.loss.argmax())].tobytes()
+        found.append(numbers.setdefault(prompt, len(numbers)))
+    return found
+
+
 def shuffled(
     spec: DatasetSpec, rows: Sequence[Example]
 ) -> Callable[[int, int, int], list[Example]]:

@@ -74,6 +74,9 @@ class Request:
     one, which 1 is."""
     folders: list[str] = field(default_factory=list)
     """Folders of configuration, the user's first."""
+    given: list[str] = field(default_factory=list)
+    """Settings that stand on the command line, by key: others have a value of their scale or file.
+    """
 
     @property
     def title(self) -> str:

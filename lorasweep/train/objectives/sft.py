@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lorasweep.data.batches import Batch, by_length, collate, eval_batches, merge
-from lorasweep.data.examples import Data, Example
+from lorasweep.data.examples import Data, Example, prompts_of
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.head import check_rows_stay_apart
 from lorasweep.models.sharding import Mesh
@@ -201,7 +201,8 @@ class SupervisedFineTuning:
                 measures[self.metric.on_part] = first[self.metric.name]
             after, before = measures.pop(ROWS, None), self._start_rows[member.id]
             if after is not None and before is not None:
-                measures["gain_se"] = gain_se(before, after, _loss_tokens(test))
+                prompts = _prompts(member, test)
+                measures["gain_se"] = gain_se(before, after, _loss_tokens(test), prompts)
             measures["code_nats"] = self._code_nats[member.id]
         return [Evaluation(m, len(r)) for m, r in zip(found, rows)]
 
@@ -262,10 +263,12 @@ class SupervisedFineTuning:
         """
         data = self._data[member.id]
         bits = data.bits(member.steps * self._n_loss[member.id]) if data.bits else {}
+        prompts = _prompts(member, data.test)
         return {
             "nll_start": self._start[member.id][self.metric.name],
             "floor_nats": data.entropy_floor_nats,
             "n_test": len(data.test),
+            **({"n_test_prompts": len(set(prompts))} if prompts else {}),
             "n_train": data.n_train,
             DATA_SHA256: None if member.id in self._unknown_start else data.sha256,
             **({"data_commit": data.commit} if data.commit else {}),
@@ -315,6 +318,13 @@ class SupervisedFineTuning:
 def _loss_tokens(examples: Sequence[Example]) -> np.ndarray:
     """Count the loss tokens of each row, in the order in which rows are evaluated."""
     return np.array([int(examples[i].loss.sum()) for i in by_length(examples)])
+
+
+def _prompts(member: RunSpec, examples: Sequence[Example]) -> list[int] | None:
+    """Return the number of each row's prompt, as rows are evaluated; None if not held out by it."""
+    if member.dataset.held_out_by != "prompt":
+        return None
+    return prompts_of([examples[i] for i in by_length(examples)])
 
 
 def _bytes_per_token(examples: Sequence[Example]) -> float | None:
