@@ -100,11 +100,11 @@ def _analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None) -
 def _marked(v: Verdict, question: dict[str, Any]) -> Verdict:
     """Return a verdict that says what the sweep's file says of it: exploratory, or withdrawn.
 
-    A withdrawn one is UNDECIDED, whatever was measured.
+    A withdrawn one is UNDECIDED, whatever was measured; a claim that `stands` is not withdrawn.
     """
     why = question["claims"][v.claim].get("exploratory") or {}
     v = dataclasses.replace(v, exploratory=why.get(question.get("scale"), ""))
-    if not question.get("withdrawn"):
+    if not question.get("withdrawn") or question["claims"][v.claim].get("stands"):
         return v
     gates = (Gate(GateCode.WITHDRAWN, question["withdrawn"]), *v.gates)
     sentences = "; ".join(g.sentence for g in gates)

@@ -23,7 +23,7 @@ from analysis.runs.metric import as_losses
 
 NOT_JUDGED = (
     *("says", "whose", "measure", "beside", "sd", "units", "underpowered", "better"),
-    "exploratory",
+    *("exploratory", "stands"),
 )
 """Fields of a claim that hold its wording, or what is known of its spread. They may change without
 changing the claim, so they are left out of its hash."""

@@ -57,6 +57,9 @@ class Claim:
     exploratory: dict[str, str] = field(default_factory=dict)
     """{scale: why}: verdicts there explore and do not confirm, because what they rest on was
     changed after their runs had been seen. Shown with every verdict. Not hashed."""
+    stands: bool = False
+    """The claim is judged although the answer is withdrawn, as the reason does not concern it. Not
+    hashed."""
 
     def at(self, scale: str) -> "Power":
         """Return what is stated of the claim's power at a scale."""
@@ -94,8 +97,9 @@ class Sweep:
     how: str = ""
     """How it is measured and what that leaves open. Shown with the answer."""
     withdrawn: str = ""
-    """Why the answer does not count, to be read after "withdrawn:"; empty: it counts. Every verdict
-    is then UNDECIDED and shown as withdrawn, whatever was measured. Not hashed."""
+    """Why the answer does not count, to be read after "withdrawn:"; empty: it counts. Verdicts are
+    then UNDECIDED and shown as withdrawn, whatever was measured, but those on claims that stand.
+    Not hashed."""
     claims: dict[str, Claim] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
     """Axes of all arms: name -> list of values."""

@@ -140,6 +140,9 @@ def test_what_a_sweeps_file_says_of_its_answer_is_in_the_verdicts(reports):
     assert next_runs.suggest(found) == []  # more seeds do not bring it back
     text = report.render(found, asked, table)
     assert "**WITHDRAWN**: an arm is missing." in text and "**REFUTED" not in text
+    asked["claims"][first]["stands"] = True
+    again = {v.claim: v.shown for v in analyse(table, asked).verdicts}
+    assert again.pop(first) == f"{outcome} (exploratory)" and set(again.values()) == {"WITHDRAWN"}
     assert question_hash(asked) == plain_hash(folder)
 
 
