@@ -10,7 +10,7 @@ from lorasweep.advise.shapes import shape_of
 from tests.bpe import llama_like
 
 
-def make_base(folder):
+def make_base(folder, dtype=torch.bfloat16):
     """Write a Llama with random weights and a tokenizer; returns the folder."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -18,7 +18,7 @@ def make_base(folder):
     tokenizer = llama_like()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(**shape, **heads, **ends, vocab_size=400, tie_word_embeddings=True)
-    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -36,6 +36,13 @@ def look_level(rounds: int) -> float:
     return 1 - POCOCK[rounds]
 
 
+def at_level(e: Estimate, level: float) -> Estimate:
+    """Return an estimate with the interval of a level; unchanged if it has no draws."""
+    if e.draws is None or level == e.level:
+        return e
+    return from_draws(e.draws, e.n, level, e.flags, e.spread)
+
+
 def judge(
     name: str,
     claim: dict[str, Any],
@@ -58,9 +65,8 @@ def judge(
     low, high = (float(v) for v in claim["margin"])
     outcome, why, remedied, p, missing = "UNDECIDED", "", "", None, None
     unread = [] if gates else [f for f in estimate.flags if f in NO_INTERVAL]
+    estimate = at_level(estimate, level)
     if (draws := estimate.draws) is not None:
-        if level != estimate.level:
-            estimate = from_draws(draws, estimate.n, level, estimate.flags, estimate.spread)
         p = p_value(draws, low, high)
     shown = f"the {100 * level:.3g}% interval"
     if gates:

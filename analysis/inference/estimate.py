@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.inference.gates import Gate
+from analysis.inference.gates import Gate, GateCode
 from analysis.inference.spread import Spread
 
 N_DRAWS = 4000
@@ -98,6 +98,11 @@ BETTER = "it is on the better side"
 """End of the reason of a refutation by a result that is better than claimed."""
 
 
+EXPLORATORY, WITHDRAWN = "exploratory", "WITHDRAWN"
+"""How a verdict that does not confirm is marked, and what stands in place of one that does not
+count."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """SUPPORTED, REFUTED or UNDECIDED, with the reason and what would decide it."""
@@ -118,6 +123,8 @@ class Verdict:
     """The smallest significance level at which it would be decided; None without draws."""
     gates: tuple[Gate, ...] = ()
     """What forbids a decision."""
+    exploratory: str = ""
+    """Why it explores and does not confirm; empty: it confirms."""
     missing: int | None = None
     """How many more units decide it; None if that is unknown or too many. Not written."""
 
@@ -125,6 +132,18 @@ class Verdict:
     def is_better(self) -> bool:
         """Whether the claim is refuted since what was measured is better than it says."""
         return self.why.endswith(BETTER)
+
+    @property
+    def is_withdrawn(self) -> bool:
+        """Whether the sweep's file says that the answer does not count."""
+        return any(g.code == GateCode.WITHDRAWN for g in self.gates)
+
+    @property
+    def shown(self) -> str:
+        """The outcome as people read it: withdrawn or exploratory where it is."""
+        if self.is_withdrawn:
+            return WITHDRAWN
+        return f"{self.outcome} ({EXPLORATORY})" if self.exploratory else self.outcome
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON, without the missing units."""
@@ -142,12 +161,21 @@ def number(value: float | None, digits: int = 3) -> str:
     """Format a number; a missing one as a dash."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:.{digits}g}"
+    return f"{value + 0.0:.{digits}g}"
 
 
 def signed(value: float | None) -> str:
     """Format a difference in nats; a missing one as a dash."""
-    return "-" if value is None else f"{value:+.4f}"
+    return "-" if value is None else fixed(value, 4, "+")
+
+
+def fixed(value: float, digits: int, sign: str = "") -> str:
+    """Format a number with fixed decimals, as 0 and not -0 where it rounds to 0.
+
+    Args:
+        sign: "+" to show that of positive numbers, too.
+    """
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def rate(value: float | None) -> str:

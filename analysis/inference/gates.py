@@ -40,6 +40,7 @@ class GateCode(StrEnum):
     NO_CELL = "no cell that the claim is about was run"
     NO_LAW = "too few cells whose needed rank lies inside the ranks tried"
     NO_ADVANTAGE = "LoRA is not better here, so there is no advantage to place"
+    WITHDRAWN = "withdrawn: {0}"
     NO_ORDER = "rank(s) {0} have left at the first evaluation: their order is not resolved"
 
 
@@ -80,6 +81,7 @@ def gate_of(plain: dict[str, Any]) -> Gate:
 
 
 REMEDIES: dict[str, str] = {
+    GateCode.WITHDRAWN: "other runs: the reason says which",
     "unread_at_likely_rates": "more learning rates around the best one",
     "one_rank_departs": "longer runs, or ranks of which two depart within them",
     GateCode.NOT_REACHED: "longer runs, or higher ranks",

@@ -26,7 +26,7 @@ MAX_NEW_SEEDS = 5
 """At most this many new seeds are suggested for one curve at a time."""
 N_AROUND = 3
 """Number of rates around the best one that get new seeds."""
-HOPELESS = {GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING}
+HOPELESS = {GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING, GateCode.WITHDRAWN}
 """Gates that no run of the grid opens."""
 
 

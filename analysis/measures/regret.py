@@ -25,8 +25,18 @@ ALLOWED = 0.05
 """LoRA gives up nothing if it loses less than this share of what full fine-tuning gains."""
 BITS_PER_PARAMETER = 2.0
 """Capacity of LoRA in the study, bits per trained parameter."""
-BITS = "bits_generator"
-"""The measure of what is new that loads are in, as a key of results."""
+GENERATOR, FIRST_PASS, ABOVE_FLOOR = "generator", "first_pass", "above_floor"
+COUNTS = {
+    GENERATOR: "the generator's count",
+    FIRST_PASS: "the first pass",
+    ABOVE_FLOOR: "the first pass above its entropy",
+}
+"""How the bits of a data set are counted. The generator's: the free numbers of what is new. The
+first pass (the study's): the summed loss of full fine-tuning over the training rows, each before it
+is learned from: the length of a prequential code (Dawid 1984). Above its entropy: without the
+entropy of these rows, which no model can learn away."""
+UNSCORED = 3
+"""Symbols at the start of a generated row without a full context, which bear no loss."""
 PARTS = ("changed", "unchanged")
 
 
@@ -85,7 +95,7 @@ class Gap:
     gain: AtBest[float]
     """What full fine-tuning gains over the base, in nats, by seed."""
     load: float | None
-    """Bits of what is new over the capacity at BITS_PER_PARAMETER; None if they are not known."""
+    """The generator's bits over the capacity at BITS_PER_PARAMETER; None if they are not known."""
     pooled: PooledVariance | None = None
     """Variance over seeds of the gap, pooled over the ranks of a cell."""
 
@@ -198,24 +208,62 @@ def starts_of(table: pd.DataFrame) -> dict[int, float]:
     return {int(s): float(v.mean()) for s, v in table.groupby("seed")["nll_start"]}
 
 
-def bits_of(table: pd.DataFrame) -> dict[str, float]:
-    """Return how much is new by each measure that results have, in bits: means over runs."""
-    results = [json.loads(text) for text in table["result"]]
-    found = {}
-    for key in (BITS, "bits_learnable"):
-        known = [r[key] for r in results if r.get(key) is not None]
-        if known:
-            found[key] = float(np.mean(known))
+def bits_of(table: pd.DataFrame, full: Optimum) -> dict[str, float]:
+    """Return the bits of a data set by every one of COUNTS that is known, as means over seeds.
+
+    Args:
+        table: the runs of one data set.
+        full: full fine-tuning on it, which codes the rows at its best rate whatever the arm that is
+            judged, or the load would depend on that arm.
+    """
+    found = {} if (known := _generator_bits(table)) is None else {GENERATOR: known}
+    (codes,) = at_best.values_at_best(table, [full], _code_bits)
+    for count in (FIRST_PASS, ABOVE_FLOOR):
+        by_seed = [v[count] for v in codes.best.values() if count in v]
+        if by_seed:
+            found[count] = float(np.mean(by_seed))
     return found
 
 
+def _generator_bits(table: pd.DataFrame) -> float | None:
+    known = [
+        bits for r in table["result"] if (bits := json.loads(r).get("bits_generator")) is not None
+    ]
+    return float(np.mean(known)) if known else None
+
+
+def _code_bits(run: pd.Series) -> dict[str, float]:
+    """Return the bits of a run's first pass over its rows; empty if they were not recorded.
+
+    The entropy per token is that of the held-out rows, so only generated data have one.
+    """
+    result, data = json.loads(run["result"]), json.loads(run["spec"])["dataset"]
+    seen = int(run["batch_size"]) * int(run["steps"])
+    rows = min(seen, int(result.get("n_train") or seen))
+    points = [*result.get("curve", ()), {**result, "examples": seen}]
+    nats = next(
+        (p["code_nats"] for p in points if p.get("examples") == rows and "code_nats" in p), None
+    )
+    if nats is None or not math.isfinite(nats):
+        return {}
+    found = {FIRST_PASS: nats / math.log(2)}
+    floor = result.get("floor_nats")
+    if floor is not None and novelty_of(data) is not None:
+        tokens = rows * (int(data["max_length"]) - UNSCORED)
+        found[ABOVE_FLOOR] = (nats - tokens * floor) / math.log(2)
+    return found
+
+
+def loads_of(table: pd.DataFrame, o: Optimum, bits: Mapping[str, float]) -> dict[str, float]:
+    """Return bits over the capacity of a curve's adapter, at BITS_PER_PARAMETER, by count."""
+    capacity = BITS_PER_PARAMETER * float(runs_of(table, o.curve)["n_trainable"].mean())
+    return {count: value / capacity for count, value in bits.items()}
+
+
 def load_of(table: pd.DataFrame, o: Optimum) -> float | None:
-    """Return the bits of what is new over the capacity of a curve's adapter; None if not known."""
-    runs = runs_of(table, o.curve)
-    bits = bits_of(runs).get(BITS)
-    if bits is None:
-        return None
-    return bits / (BITS_PER_PARAMETER * float(runs["n_trainable"].mean()))
+    """Return a curve's load by the generator's bits; None if they are not known."""
+    bits = _generator_bits(runs_of(table, o.curve))
+    return None if bits is None else loads_of(table, o, {GENERATOR: bits})[GENERATOR]
 
 
 def growth(first: Gap, last: Gap) -> Estimate:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.inference.decide import at_level, look_level
 from analysis.inference.estimate import Estimate, number, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.batch_effect import (
@@ -79,8 +80,19 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
             caption="step efficiency over updates by batch, and regret over the batch",
         ),
     ]
+    level = look_level(int(question.get("rounds", 1)))
     measures = {
         "batch_effect": {str(r): e.plain() for r, e in effects.items()},
+        "regrets": [
+            {
+                "batch_size": batch,
+                "updates": examples // batch,
+                "rank": g.rank,
+                "regret_percent": at_level(g.percent(), level).plain(),
+            }
+            for batch, of_ranks in gaps.items()
+            for g in of_ranks
+        ],
         "read": _read(prefixes, effects, examples),
     }
     return Analysis(optima, correct(verdicts, question), sections, measures, {group: optima})

@@ -8,6 +8,8 @@ from typing import Any, Protocol, cast
 
 import pandas as pd
 
+from analysis.inference.estimate import Verdict
+from analysis.inference.gates import Gate, GateCode, remedy
 from analysis.questions.base import Analysis, correct
 from analysis.runs.metric import as_losses
 
@@ -79,7 +81,11 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     Raises:
         UnknownQuestion: there is no such analysis.
     """
-    table = as_losses(table)
+    found = _analyse(as_losses(table), question, kept)
+    return dataclasses.replace(found, verdicts=[_marked(v, question) for v in found.verdicts])
+
+
+def _analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None) -> Analysis:
     module = question_named(question["analysis"])
     unit = ONE_OF.get(question["analysis"])
     tasks = unit and {
@@ -89,6 +95,22 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         return module.analyse(table, question, kept)
     found = {name: module.analyse(runs, question, kept) for name, runs in tasks.items()}
     return _joined(found, question)
+
+
+def _marked(v: Verdict, question: dict[str, Any]) -> Verdict:
+    """Return a verdict that says what the sweep's file says of it: exploratory, or withdrawn.
+
+    A withdrawn one is UNDECIDED, whatever was measured; a claim that `stands` is not withdrawn.
+    """
+    why = question["claims"][v.claim].get("exploratory") or {}
+    v = dataclasses.replace(v, exploratory=why.get(question.get("scale"), ""))
+    if not question.get("withdrawn") or question["claims"][v.claim].get("stands"):
+        return v
+    gates = (Gate(GateCode.WITHDRAWN, question["withdrawn"]), *v.gates)
+    sentences = "; ".join(g.sentence for g in gates)
+    return dataclasses.replace(
+        v, outcome="UNDECIDED", why=sentences, gates=gates, needed=remedy(gates), missing=None
+    )
 
 
 def _joined(found: dict[str, Analysis], question: dict[str, Any]) -> Analysis:

@@ -92,9 +92,14 @@ class Cell:
     """The labels' bits over what rank 1 holds at BITS_PER_PARAMETER; None without rank 1."""
 
     @property
+    def by_rank(self) -> dict[int, Optimum]:
+        """The curves of rewarded runs by rank; 0: full fine-tuning, which is first."""
+        return {**({0: self.full} if self.full is not None else {}), **self.lora}
+
+    @property
     def optima(self) -> list[Optimum]:
         """The curves of rewarded runs, full fine-tuning first."""
-        return [o for o in (self.full, *self.lora.values()) if o is not None]
+        return list(self.by_rank.values())
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
@@ -235,7 +240,12 @@ def _rewards(cells: Sequence[Cell]) -> Section:
     load = "Load: bits of the labels over 2 bits for each parameter of rank 1."
     run = [c for c in cells if c.optima]
     ranks = sorted({r for c in run for r in c.curves})
-    panels = [progress(f"{c.contexts} contexts", c.curves, c.optima[0].curve, ranks) for c in run]
+    panels = [
+        progress(
+            f"{c.contexts} contexts", c.curves, {r: o.curve for r, o in c.by_rank.items()}, ranks
+        )
+        for c in run
+    ]
     return Section("Rewards", rows, [f"{load} {HOW} {BARS}"], "rewards.png", panels, CAPTION)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.report.study.answers import Part, parts_of
+from analysis.report.study.by_rank import lines_of
 from analysis.report.study.findings import sentences
-from analysis.report.study.load_map import points_of
-from analysis.report.study.page import FOREST, MAP
+from analysis.report.study.page import FOREST, REGRET
 from analysis.report.text import with_block
 
 BEGIN, END = "<!-- answers: made by `python -m analysis study` -->", "<!-- end of answers -->"
@@ -19,8 +19,8 @@ def block(parts: Sequence[Part], root: str) -> list[str]:
     """Return the lines of the front page's block; links to figures begin with root."""
     out = [f"{k}. {sentence}" for k, sentence in enumerate(sentences(parts), 1)]
     figure = (
-        f"![regret over how much is new, by rank]({root}{MAP})"
-        if points_of(parts)
+        f"![regret over rank, by condition]({root}{REGRET})"
+        if lines_of(parts)
         else f"![the study's claims in units of their margins]({root}{FOREST})"
     )
     return [*out, "", figure]

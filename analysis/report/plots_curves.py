@@ -27,7 +27,8 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
     """Draw the metric over learning rate with fits, optima and intervals, one panel per group.
 
     As in the fits, the seeds of a curve are moved to their mean: they may differ more than rates.
-    Diverged runs are crosses at the worse end. A bound of an optimum is an arrow. Groups of one
+    Diverged and collapsed runs are crosses at the worse end. A fitted line ends before the first
+    rate with one; the runs left there are hollow. A bound of an optimum is an arrow. Groups of one
     model and data set have the same axes, and all rewards.
     """
     groups = _groups(optima)
@@ -122,11 +123,15 @@ def _fitted(
     elif o.flags:
         label += f": {o.flags[-1].replace('_', ' ')}"
     x, y = without_shifts(c)
-    ax.plot(np.exp(x), y, marker, color=colour, ms=5, alpha=0.8, label=label)
+    rates = np.exp(c.unbroken)
+    plain = np.isin(x, c.unbroken)
+    look: dict[str, Any] = {"color": colour, "ms": 5, "alpha": 0.8}
+    ax.plot(np.exp(x[plain]), y[plain], marker, label=label, **look)
+    ax.plot(np.exp(x[~plain]), y[~plain], marker, mfc="none", **look)
     bad = ~c.usable
     ax.plot(lr[bad], np.full(bad.sum(), top[0]), "x", color=colour, ms=7, mew=2)
-    if c.usable.sum() > 1:
-        span = np.geomspace(lr[c.usable].min(), lr[c.usable].max(), 200)
+    if len(rates) > 1:
+        span = np.geomspace(rates[0], rates[-1], 200)
         fitted = o.predict(span)
         if fitted is not None:
             shown = fitted <= top[1]

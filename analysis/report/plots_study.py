@@ -1,4 +1,4 @@
-"""Figures of the page over all answers: claims in units of their margins, the map, the rates."""
+"""Figures of the page over all answers: claims in units of margins, regret over rank, rates."""
 
 import itertools
 import math
@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.lines import Line2D
 
-from analysis.measures.regret import ALLOWED, BITS_PER_PARAMETER
+from analysis.measures.regret import ALLOWED
 from analysis.report.plots import COLOURS, MARKERS, drawn
+from analysis.report.study.by_rank import Line
 from analysis.report.study.forest import Mark, Row
-from analysis.report.study.load_map import Boundary, Point
 from analysis.report.study.rates import RateCurve
 from analysis.report.study.setting import WORDS, Setting
 
@@ -30,7 +30,7 @@ LABELS = {
 }
 TONES = {Setting.IN_REGIME: COLOURS[1], Setting.BEYOND: COLOURS[2], Setting.REAL: COLOURS[4]}
 PALE = 0.6
-"""How much of its colour is left to what the first study measured."""
+"""How much of its colour is left to what does not confirm."""
 
 
 def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
@@ -69,7 +69,7 @@ def _claim(ax: Axes, row: Row, setting: Setting, top: float, height: float) -> N
 
 
 def _mark(ax: Axes, mark: Mark, y: float, colour: str) -> None:
-    colour = _paler(colour) if mark.first_study else colour
+    colour = _paler(colour) if mark.explores else colour
     low, high, value = (min(max(x, -EDGE), EDGE) for x in (mark.low, mark.high, mark.value))
     if math.isfinite(mark.low):
         ax.plot([low, high], [y, y], color=colour, lw=1.3)
@@ -98,7 +98,7 @@ def _keys() -> list[Line2D]:
         Line2D([], [], label=label, **_symbol(outcome, COLOURS[0]))
         for outcome, label in LABELS.items()
     ]
-    return [*keys, Line2D([], [], lw=3, label="pale: first study", color=_paler(COLOURS[0]))]
+    return [*keys, Line2D([], [], lw=3, label="pale: exploratory", color=_paler(COLOURS[0]))]
 
 
 def _paler(colour: str) -> str:
@@ -106,63 +106,51 @@ def _paler(colour: str) -> str:
     return to_hex((red, green, blue))
 
 
-LINEAR = 10.0
-"""Percent of the gain up to which the map's axis is linear."""
+LOWEST = 0.1
+"""Percent of the gain at which the figure of regret over rank ends; what lies lower, 0 included, is
+drawn there, as an arrow."""
 
 
-def load_map(
-    points: Sequence[Point], boundary: Boundary | None, path: Path, inputs: str = ""
-) -> None:
-    """Draw regret over load, a colour per rank and a symbol per base, and where the regime ends."""
-    ranks, bases = ({getattr(p, k): None for p in points} for k in ("rank", "base"))
-    with drawn(path, inputs, 1, 1, (8.0, 4.8), 110) as (fig, (ax,)):
-        ax.axhspan(
-            -100,
-            100 * ALLOWED,
-            color=MARGIN,
-            alpha=0.13,
-            lw=0,
-            label=f"gives up under {ALLOWED:.0%}",
-        )
-        ax.axhline(0, color=COLOURS[0], lw=1.2, label="full fine-tuning")
-        if boundary is not None:
-            label = (
-                "the regime ends in here" if boundary.clean else "some keep up, some fall behind"
-            )
-            ax.axvspan(boundary.low, boundary.high, color="0.5", alpha=0.15, lw=0, label=label)
-        for (k, rank), (b, base) in itertools.product(enumerate(ranks, 1), enumerate(bases)):
-            mine = [p for p in points if (p.rank, p.base) == (rank, base)]
-            if mine:
-                _loads(ax, mine, COLOURS[k % len(COLOURS)], MARKERS[b % len(MARKERS)])
-        for k, rank in enumerate(ranks, 1):
-            ax.plot([], [], "o-", color=COLOURS[k % len(COLOURS)], label=f"rank {rank}")
-        for b, base in enumerate(bases if len(bases) > 1 else ()):
-            ax.plot([], [], MARKERS[b % len(MARKERS)], color="0.4", label=base)
-        values = [v for p in points for v in (p.regret.low, p.regret.value, p.regret.high)]
-        low, high = (f(v for v in values if v is not None) for f in (min, max))
-        # Linear where it matters whether LoRA keeps up, logarithmic beyond.
-        ax.set_yscale("symlog", linthresh=LINEAR)
-        ax.set_ylim(min(low - 1, -2), max(high, LINEAR) * 1.15)
-        ticks = [t for t in (-10, -5, 0, 5, 10, 20, 50, 100, 200, 500) if low - 1 < t < high * 1.15]
-        ax.set_yticks(ticks, [f"{t}" for t in ticks])
-        ax.set_xscale("log")
-        ax.set_xlabel(
-            f"load: bits of what is new / ({BITS_PER_PARAMETER:g} bits x trained parameters)"
-        )
+APART = 0.015
+"""Distance of two lines at one rank, as a share of it, so that intervals can be told apart."""
+
+
+def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> None:
+    """Draw a line a condition over two logarithmic axes; a symbol a base, a colour a data set."""
+    bases = list(dict.fromkeys(line.base for line in lines))
+    ranks = sorted({rank for line in lines for rank in line.regrets})
+    with drawn(path, inputs, 1, 1, (8.0, 6.0), 110) as (fig, (ax,)):
+        limit = 100 * ALLOWED
+        ax.axhspan(LOWEST, limit, color=MARGIN, alpha=0.13, lw=0, label=f"up to {limit:g}%: none")
+        for k, line in enumerate(lines, 1):
+            marker = MARKERS[bases.index(line.base) % len(MARKERS)]
+            shift = 1 + APART * (k - (len(lines) + 1) / 2)
+            _over_rank(ax, line, shift, COLOURS[k % len(COLOURS)], marker)
+        ax.set(xscale="log", yscale="log")
+        highest = max(e.high or float(e.value or 0) for x in lines for e in x.regrets.values())
+        ax.set_ylim(0.8 * LOWEST, 1.3 * max(highest, limit))
+        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if t < 1.3 * highest]
+        ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        ax.set_xticks(ranks, [str(r) for r in ranks])
+        ax.minorticks_off()
+        ax.set_xlabel("rank")
         ax.set_ylabel("regret, % of full fine-tuning's gain")
-        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13))
         fig.tight_layout()
 
 
-def _loads(ax: Axes, points: Sequence[Point], colour: str, marker: str) -> None:
-    x, y = [p.load for p in points], [float(p.regret.value or 0.0) for p in points]
-    reach = [
-        (v - e.low, e.high - v) if e.low is not None and e.high is not None else (0.0, 0.0)
-        for v, e in zip(y, (p.regret for p in points))
-    ]
-    bars = [[max(low, 0.0) for low, _ in reach], [max(high, 0.0) for _, high in reach]]
-    ax.errorbar(x, y, yerr=bars, fmt=marker, color=colour, ms=6, capsize=3, lw=1.2)
-    ax.plot(x, y, "-", color=colour, lw=0.8, alpha=0.5)
+def _over_rank(ax: Axes, line: Line, shift: float, colour: str, marker: str) -> None:
+    """Draw one condition; of a regret below the axis the upper end of its interval is seen."""
+    known = [(rank * shift, e, float(e.value or 0.0)) for rank, e in line.regrets.items()]
+    for x, e, value in known:
+        low, high = (
+            max(v if end is None else end, LOWEST) for v, end in ((value, e.low), (value, e.high))
+        )
+        ax.plot([x, x], [low, high], "-_", color=colour, lw=1.2, ms=6)
+    shown = [(x, v) for x, _, v in known if v >= LOWEST]
+    below = [x for x, _, v in known if v < LOWEST]
+    ax.plot(*zip(*shown), f"{marker}-", color=colour, ms=6, lw=1.2, label=line.name)
+    ax.plot(below, [LOWEST] * len(below), "v", mfc="white", mec=colour, ms=7, ls="none")
 
 
 TEN = 10.0

@@ -21,7 +21,10 @@ from analysis.report.text import aligned, plain, text_hash
 from analysis.runs.learning_curves import by_run
 from analysis.runs.metric import as_losses
 
-NOT_JUDGED = ("says", "whose", "measure", "beside", "sd", "units", "underpowered", "better")
+NOT_JUDGED = (
+    *("says", "whose", "measure", "beside", "sd", "units", "underpowered", "better"),
+    *("exploratory", "stands"),
+)
 """Fields of a claim that hold its wording, or what is known of its spread. They may change without
 changing the claim, so they are left out of its hash."""
 
@@ -131,7 +134,7 @@ def _verdict_line(v: Verdict) -> str:
     measured, (low, high) = with_interval(v.estimate), v.margin
     primary = " (primary)" if v.primary else ""
     line = (
-        f"{v.outcome}: {v.claim} ({v.group}) {measured}, expected {v.expected:g} within "
+        f"{v.shown}: {v.claim} ({v.group}) {measured}, expected {v.expected:g} within "
         f"[{low:g}, {high:g}]{primary}: {v.why}"
     )
     return line + (f". Needed: {v.needed}" if v.needed else "")

@@ -8,7 +8,14 @@ from typing import Any
 import pandas as pd
 
 from analysis.inference.decide import look_level
-from analysis.inference.estimate import Verdict, number, rate, with_interval
+from analysis.inference.estimate import (
+    EXPLORATORY,
+    WITHDRAWN,
+    Verdict,
+    number,
+    rate,
+    with_interval,
+)
 from analysis.optimum.optimum import WITHIN, Optimum
 from analysis.questions.base import Analysis, Section
 from analysis.report.text import markdown as table_of
@@ -47,9 +54,14 @@ def markdown(
     out = [f"# {name} at scale {scale}", "", f"**{question['question']}**", ""]
     if question["source"]:
         out += [f"Source of the claim: {question['source']}.", ""]
-    out += ["## Verdicts", "", *table_of(verdict_rows(found.verdicts, question)), ""]
+    out += ["## Verdicts", "", *_notes(found.verdicts, question)]
+    out += [*table_of(verdict_rows(found.verdicts, question)), ""]
     if any(v.primary for v in found.verdicts):
         out += [PRIMARY, ""]
+    if added := added_after(question):
+        looks = f"{question['rounds']} looks, {_level(question)}"
+        out += [f"Runs were added after a look, so intervals are those of {looks}:", ""]
+        out += [*(f"- {line}" for line in added), ""]
     for section in found.sections:
         out += _section(section)
     if found.optima:
@@ -69,6 +81,30 @@ def markdown(
     return in_words("\n".join(out) + "\n")
 
 
+def added_after(question: dict[str, Any]) -> list[str]:
+    """Return one line for each arm to which runs were added after a look: what, and why."""
+    return [f"arm {a['arm']}: {a['what']}; {a['why']}" for a in question.get("added_after", ())]
+
+
+def _level(question: dict[str, Any]) -> str:
+    """Return the level of a question's intervals, in percent."""
+    return f"{100 * look_level(int(question.get('rounds', 1))):.3g}%"
+
+
+def _notes(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[str]:
+    """Say why the answer is withdrawn, and why verdicts are exploratory."""
+    out = []
+    if question.get("withdrawn"):
+        out += [f"**{WITHDRAWN}**: {question['withdrawn']}.", ""]
+    of_why: dict[str, list[str]] = {}
+    for v in verdicts:
+        if v.exploratory and v.claim not in of_why.setdefault(v.exploratory, []):
+            of_why[v.exploratory].append(v.claim)
+    for why, claims in of_why.items():
+        out += [f"**{EXPLORATORY.capitalize()}** ({', '.join(claims)}): {why}.", ""]
+    return out
+
+
 def command_of(question: dict[str, Any]) -> str:
     """Return the command that asks a question, with the options that changed its runs."""
     words = [f"+sweep={question['name']}", f"scale={question['scale']}"]
@@ -77,19 +113,19 @@ def command_of(question: dict[str, Any]) -> str:
 
 def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[list[str]]:
     """Return one row per verdict, after the head."""
-    percent = f"{100 * look_level(int(question.get('rounds', 1))):.3g}%"
-    head = ["claim", "model and data", "verdict", f"measured [{percent}]", "expected", "margin"]
+    level = _level(question)
+    head = ["claim", "model and data", "verdict", f"measured [{level}]", "expected", "margin"]
     return [
         [*head, "why", "needed"],
         *(
             [
                 v.claim + (" (primary)" if v.primary else ""),
                 v.group,
-                f"**{v.outcome}**",
+                f"**{v.shown}**",
                 with_interval(v.estimate),
                 f"{v.expected:g}",
                 f"[{v.margin[0]:g}, {v.margin[1]:g}]",
-                v.why,
+                "see above" if v.is_withdrawn else v.why,
                 v.needed or "-",
             ]
             for v in verdicts
@@ -146,6 +182,7 @@ def _noise(optima: Sequence[Optimum]) -> list[str]:
     out = []
     for metric, o in {o.curve.shown: o for o in reversed(optima) if o.pooled is not None}.items():
         what, side = (metric.unit, "top") if metric.sign > 0 else (f" of {metric.name}", "bottom")
+        broke = "they diverged, " if metric.sign > 0 else "they collapsed, "
         noise = (
             f"Noise of one run, pooled over the sweep: {o.pooled.noise:.2g}{what} at the optimum, "
             f"{o.pooled.df} degrees of freedom. Model error of the curvature: "
@@ -153,7 +190,8 @@ def _noise(optima: Sequence[Optimum]) -> list[str]:
         )
         out += [
             f"{noise if o.pooled.df else ''}Crosses at the {side} are runs that were not fitted: "
-            "they diverged, ended no better than the untrained model, or lie beyond such a rate.",
+            f"{broke}ended no better than the untrained model, or lie beyond such a rate. A line "
+            "ends before the first rate with one of them; runs left there are hollow.",
             "",
         ]
     return out

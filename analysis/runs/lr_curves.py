@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.runs.metric import NLL, Shown, shown
+from analysis.runs.metric import NLL, Shown, collapsed, shown
 from analysis.runs.names import in_words
 from analysis.runs.table import CURVE_KEYS, CUT_FROM, GROUP_KEYS, check
 
@@ -27,7 +27,7 @@ class LrCurve:
     x: np.ndarray
     """ln(lr)."""
     y: np.ndarray
-    """Held-out NLL in nats; NaN where the run did not finish."""
+    """Held-out NLL in nats; NaN where the run did not finish, or its reward collapsed."""
     seed: np.ndarray
     block: np.ndarray
     """Block of each run. Runs of one block share a shift of the loss: usually those of one seed,
@@ -53,6 +53,24 @@ class LrCurve:
             return name
         parts = [experts, "shared" if self.key["expert_outer"] == "shared" else ""]
         return f"{name} (experts: {', '.join(filter(None, parts))})"
+
+    @property
+    def broke_down(self) -> np.ndarray:
+        """Which runs diverged, collapsed, or ended no better than the untrained model."""
+        return ~np.isfinite(self.y) | (self.y >= self.nll_start)
+
+    @property
+    def unbroken(self) -> np.ndarray:
+        """ln of the rates at which all runs are fitted, rising, up to the first that has others.
+
+        A line over rates is drawn along these alone: beyond, the runs that are left are no plain
+        sample.
+        """
+        rates = np.unique(self.x)
+        whole = np.array([bool(self.usable[self.x == v].all()) for v in rates], bool)
+        first = int(whole.argmax()) if whole.any() else len(rates)
+        rest = whole[first:]
+        return rates[first:][: len(rest) if rest.all() else int(rest.argmin())]
 
     @property
     def variant(self) -> str:
@@ -117,7 +135,7 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
     block = "block" if "block" in part else "seed"
     y = part["test_nll"].astype(float).to_numpy()
     start = _floats(part, "nll_start")
-    done = (part["status"] == "done").to_numpy() & np.isfinite(y)
+    done = (part["status"] == "done").to_numpy() & np.isfinite(y) & ~collapsed(part).to_numpy()
     usable = done & ~(y >= start)  # a NaN start compares False: the point stays usable
     lr = part["lr"].astype(float).to_numpy()
     whole = [v for v in np.unique(lr) if usable[lr == v].all()]

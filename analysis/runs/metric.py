@@ -13,6 +13,12 @@ from analysis.runs.table import TableError
 
 LOSS, START = "test_nll", "nll_start"
 """Columns of a table that hold the loss of a run, and of the model before training."""
+COLLAPSED = "collapsed"
+"""Column that `as_losses` adds for rewarded runs: whether a run collapsed."""
+COLLAPSED_SHARE = 0.5
+"""A rewarded run has collapsed if its last held-out reward is below this share of its own best one.
+In the runs of `rl` nothing lies near it: what was stopped in training had kept at most 0.30 of its
+best reward, and what ended had kept at least 0.75."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ def as_losses(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table with each run's metric as a loss, in all columns and its learning curve.
 
     A metric of which more is better is negated; `test_nll` and `nll_start` then hold the negative.
-    A table whose results name no metric comes back as it is.
+    A run of which more is better also says whether it has collapsed. A table whose results name no
+    metric comes back as it is.
 
     Raises:
         TableError: runs that are compared have different metrics.
@@ -71,7 +78,27 @@ def _as_loss(row: dict[str, Any]) -> dict[str, Any]:
     start = curve[0].get(LOSS) if curve else None
     of_start = {} if start is None else {START: start}
     row = {**row, LOSS: changed.get(LOSS), **of_start}
+    if metric["higher_is_better"]:
+        row[COLLAPSED] = row["status"] == "diverged" or _lost_its_best(curve)
     return {**row, "result": json.dumps({**changed, **of_start}, sort_keys=True)}
+
+
+def _lost_its_best(curve: list[dict[str, Any]]) -> bool:
+    """Return whether a reward ended below COLLAPSED_SHARE of its best, on the same held-out rows.
+
+    Args:
+        curve: evaluations as losses. The last one may be on more rows, and then has the loss on
+            those of the others, too.
+    """
+    rewards = [-p.get(f"{LOSS}_curve", p[LOSS]) for p in curve if p.get(LOSS) is not None]
+    return bool(rewards) and rewards[-1] < COLLAPSED_SHARE * max(rewards)
+
+
+def collapsed(runs: pd.DataFrame) -> pd.Series:
+    """Return for each run of a table of losses whether its reward collapsed; False without one."""
+    if COLLAPSED not in runs.columns:
+        return pd.Series(False, runs.index)
+    return runs[COLLAPSED].eq(True)
 
 
 def _check_groups(table: pd.DataFrame) -> None:

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+FIRST_PASS = "first_pass"
+"""Key of the loads of kept answers, and of the count of bits that they are made of."""
+
 
 class Interval(NamedTuple):
     """A value with its 95% interval; None: no bound is known."""
@@ -35,11 +38,13 @@ class Verdict:
     group: str
     outcome: str
     found: Interval | None
+    exploratory: bool = False
 
     @property
     def line(self) -> str:
         """The verdict as text."""
-        found = f" {self.found.text()}" if self.found else ""
+        found = " (exploratory)" if self.exploratory else ""
+        found += f" {self.found.text()}" if self.found else ""
         return f"{self.sweep}: {self.claim} {self.outcome}{found} at {self.scale} ({self.group})"
 
 
@@ -50,6 +55,7 @@ class MapPoint:
     model: str
     rank: int
     load: float
+    """By FIRST_PASS, as customers' bits are counted: what a first pass over the rows costs."""
     regret: Interval
     """Percent of full fine-tuning's gain."""
 
@@ -122,10 +128,13 @@ def _interval(found: dict[str, Any] | None) -> Interval | None:
 
 
 def _verdicts(answer: dict[str, Any]) -> Iterable[Verdict]:
+    """Yield an answer's verdicts but those that are withdrawn."""
     for v in answer["verdicts"]:
+        if any(gate["code"] == "WITHDRAWN" for gate in v.get("gates", ())):
+            continue
         found = _interval(v["estimate"])
         where = (answer["sweep"], answer["scale"], v["claim"], v["group"])
-        yield Verdict(*where, v["outcome"], found)
+        yield Verdict(*where, v["outcome"], found, bool(v.get("exploratory")))
 
 
 def _points(answer: dict[str, Any]) -> Iterable[MapPoint]:
@@ -133,8 +142,9 @@ def _points(answer: dict[str, Any]) -> Iterable[MapPoint]:
         model = cell["cell"].partition(",")[0]
         for r in cell["ranks"]:
             regret = _interval(r["regret_percent"])
-            if r["load"] and regret is not None and regret.low is not None:
-                yield MapPoint(model, int(r["rank"]), r["load"], regret)
+            load = (r.get("loads") or {}).get(FIRST_PASS)
+            if load and regret is not None and regret.low is not None:
+                yield MapPoint(model, int(r["rank"]), load, regret)
 
 
 def _optima(answer: dict[str, Any]) -> Iterable[Optimum]:

@@ -9,6 +9,7 @@ from typing import Any
 from lorasweep.advise.customer import SHAPE, Customer, RowError
 from lorasweep.errors import SpecError, unknown
 from lorasweep.spec.model import ModelSpec
+from lorasweep.store.files import safetensors_header
 
 NEEDED = tuple(c for c in SHAPE if c not in ("tied", "n_experts", "n_active_experts"))
 CONFIG_KEYS = {
@@ -94,14 +95,31 @@ def _of_config(path: Path) -> ModelSpec:
         names = ", ".join(" or ".join(CONFIG_KEYS.get(n, (n,))) for n in missing)
         raise RowError([f"column model: {path} lacks {names}."])
     folder = path.absolute().parent
+    where = {"source": "folder", "location": str(folder)}
     qwen3 = "qwen3" in str(config.get("model_type", ""))
-    return _build(folder.name, stated, source="folder", location=str(folder), qk_norm=qwen3)
+    dtype = _weights_dtype(folder, config)
+    return _build(folder.name, stated, **where, qk_norm=qwen3, weights_dtype=dtype)
+
+
+def _weights_dtype(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the type of a model's weights, as its config.json says, else its files of weights.
+
+    What is neither there nor stated is taken for bf16, in which models are published.
+    """
+    stated = config.get("dtype") or config.get("torch_dtype")
+    if stated is not None:
+        return "bf16" if "bfloat16" in str(stated) else "fp32"
+    headers = [safetensors_header(path) for path in sorted(folder.glob("model*.safetensors"))]
+    tensors = [t for header in headers if header for t in header[0].values()]
+    # norms are often kept finer; matrices are what is held in bf16
+    finer = any(len(t["shape"]) > 1 and t["dtype"] != "BF16" for t in tensors)
+    return "fp32" if finer else "bf16"
 
 
 def _build(name: str, stated: Mapping[str, Any], **more: Any) -> ModelSpec:
-    where = {"source": "hub", "location": name, **more}
+    where = {"source": "hub", "location": name, "weights_dtype": "bf16", **more}
     try:
-        model = ModelSpec(name=name, weights_dtype="bf16", **where, **stated)
+        model = ModelSpec(name=name, **where, **stated)
     except SpecError as error:
         raise RowError([f"column model: {error}"]) from None
     if model.problem:

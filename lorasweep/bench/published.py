@@ -32,6 +32,9 @@ CARDS = ("a100", "a100-40", "h100", "h200")
 FEWEST_TOKENS = 2048
 """Tokens a forward pass and GPU from which on the speed is that of the card; fewer wait for the
 processor, whose speed no source states."""
+STREAM = 2
+"""Bytes of a number of the residual stream: the sources hold or gather all weights in bf16, so the
+stream is bf16, too. Ours is fp32 (plan/gpu/load.py)."""
 GB = 1e9 / 2**30
 
 
@@ -178,6 +181,7 @@ def memory_of(row: Row) -> float:
         _layout(row),
         row.length or 0,
         states=row.states,
+        stream=STREAM,
         whole_logits=row.loss == "whole",
         process=not row.allocator,
     )
@@ -190,7 +194,13 @@ def _parts(row: int) -> dict[str, float]:
     r = rows()[row]
     assert r.length is not None and r.card is not None
     return step_parts(
-        load_of_row(r), _layout(r), r.length, card(r.card), states=r.states, share=1.0
+        load_of_row(r),
+        _layout(r),
+        r.length,
+        card(r.card),
+        states=r.states,
+        stream=STREAM,
+        share=1.0,
     )
 
 

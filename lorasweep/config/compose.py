@@ -127,6 +127,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
         "cluster": cluster,
         "hardware": _hardware(config),
         "folders": [s.path for s in sources if s.schema == "file"],
+        "given": [text.lstrip("+~").partition("=")[0] for text in overrides],
     }
     base = _run_spec(config)
     if sweep_name is None:

@@ -11,7 +11,7 @@ from lorasweep.config.folders import conf_dir
 from lorasweep.config.schema import Config
 from lorasweep.errors import SpecError
 from lorasweep.sweep.grid import fields_of
-from lorasweep.sweep.question import Sweep
+from lorasweep.sweep.question import Sweep, axes_of
 
 OF_CUSTOMERS = ("plan", "status", "cancel", "fetch", "measure_packs")
 """Actions that customers=FILE makes about a fleet."""
@@ -26,7 +26,7 @@ def refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
     for text in overrides:
         key = text.lstrip("+~").partition("=")[0]
         axis = key.removeprefix("method.")
-        arms = [arm for arm, axes in sweep.arms.items() if axis in fields_of(axes)]
+        arms = [arm for arm, axes in sweep.arms.items() if axis in fields_of(axes_of(axes))]
         shared = axis in fields_of(sweep.axes)
         in_arms = bool(arms) and not key.startswith(("sweep.", "scale."))
         if key != "method" and not shared and not in_arms:

@@ -54,6 +54,9 @@ class Rewards:
     reward."""
     choices: int = 0
     """Of how many equally likely answers the row's was drawn; 0: not known."""
+    of_gold: Callable[[Sequence[Example]], list[float | None]] | None = None
+    """Rows -> the rewards of their own answers, where those lack what a sampled one must have, such
+    as a box. None: they are rewarded as sampled ones are."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,16 @@ class Data:
     """How sampled answers are rewarded; None: nothing verifies them."""
     bits: Callable[[int], dict[str, float]] | None = None
     """Number of training tokens -> bits of what is new in them, by measure; None: not known."""
+
+
+def prompts_of(rows: Sequence[Example]) -> list[int]:
+    """Return the number of each row's prompt, the tokens before the first one in the loss."""
+    numbers: dict[bytes, int] = {}
+    found = []
+    for e in rows:
+        prompt = e.tokens[: int(e.loss.argmax())].tobytes()
+        found.append(numbers.setdefault(prompt, len(numbers)))
+    return found
 
 
 def shuffled(

@@ -5,12 +5,14 @@ Knows the formats of rows. Refuses to know where rows are from and how they beco
 
 from typing import Any
 
-from lorasweep.data.render import Message
+from lorasweep.data.render import Message, counted
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 
 LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 """Formats whose column, of their name, is a list of messages; the keys of speaker and text."""
+WEIGHT = "weight"
+"""Key of a message that says whether it is learned, 0 or 1, as in OpenAI's chat files."""
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -39,9 +41,20 @@ def messages_of(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
         DataError: the row has not the columns of the format; the message names file and line.
     """
     if spec.format in LISTS:
-        return _listed(spec.format, row, where)
+        return _listed(spec, row, where)
     prompt, completion = prompt_and_completion(spec, row, where)
     return [("user", prompt), ("assistant", completion)]
+
+
+def in_loss(spec: DatasetSpec, row: Any, where: str) -> list[bool]:
+    """Return for each of a row's messages whether it is in the loss, by its weight and the mask.
+
+    Raises:
+        DataError: the row has not the columns of the format, or a weight is neither 0 nor 1.
+    """
+    messages = messages_of(spec, row, where)
+    listed = row[spec.format] if spec.format in LISTS else [{}] * len(messages)
+    return counted(messages, [_weight(m) for m in listed], spec.mask)
 
 
 def prompt_and_completion(spec: DatasetSpec, row: Any, where: str) -> tuple[str, str]:
@@ -65,6 +78,22 @@ def opening(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
     return tuple(messages[: roles.index("assistant")] if "assistant" in roles else messages)
 
 
+def prompt_of(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
+    """Return a row's prompt: the messages before the first one in the loss.
+
+    Training on a row teaches the answers in its loss, each given all that stands before it. So two
+    rows of which one teaches what the other asks share the messages before such an answer: of a
+    conversation with its last answer in the loss, all that was said before, and not the first
+    question alone, which says little of the last one. Where all answers are in the loss, rows that
+    share what stands before any of them also share what stands before the first.
+
+    Raises:
+        DataError: the row has not the columns of the format; the message names file and line.
+    """
+    messages, learned = messages_of(spec, row, where), in_loss(spec, row, where)
+    return tuple(messages[: learned.index(True)] if True in learned else messages)
+
+
 def text_of(row: Any, name: str, where: str) -> str:
     """Return the text in a row's column.
 
@@ -80,7 +109,8 @@ def text_of(row: Any, name: str, where: str) -> str:
     return row[name]
 
 
-def _listed(name: str, row: Any, where: str) -> list[Message]:
+def _listed(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
+    name = spec.format
     speaker, content = LISTS[name]
     messages = row.get(name) if isinstance(row, dict) else None
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
@@ -89,12 +119,34 @@ def _listed(name: str, row: Any, where: str) -> list[Message]:
             "the row, or set another format."
         )
     found = [(text_of(m, speaker, where), text_of(m, content, where)) for m in messages]
-    if name == "messages":
-        return found
-    strange = next((who for who, _ in found if who not in SPEAKERS), None)
-    if strange is not None:
+    if name == "conversations":
+        strange = next((who for who, _ in found if who not in SPEAKERS), None)
+        if strange is not None:
+            raise DataError(
+                f"{where}: a message is from {strange!r}. Allowed: {', '.join(SPEAKERS)}. Correct "
+                "the row, or write it as format=messages."
+            )
+        found = [(SPEAKERS[who], text) for who, text in found]
+    for k, (message, (role, _)) in enumerate(zip(messages, found)):
+        _check_weight(spec, f"{where}: {name}[{k}].{WEIGHT}", role, message)
+    return found
+
+
+def _weight(message: dict[str, Any]) -> int | None:
+    """Return 0 or 1; None for a message without a weight, of which a table's column is null."""
+    weight = message.get(WEIGHT)
+    return None if weight is None else int(weight)
+
+
+def _check_weight(spec: DatasetSpec, field: str, role: str, message: dict[str, Any]) -> None:
+    weight = message.get(WEIGHT)
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise DataError(
-            f"{where}: a message is from {strange!r}. Allowed: {', '.join(SPEAKERS)}. Correct the "
-            "row, or write it as format=messages."
+            f"{field} is {weight!r}. Allowed: 0 (the answer is not learned), 1 (it is), or no "
+            f"{WEIGHT}. Correct the row."
         )
-    return [(SPEAKERS[who], text) for who, text in found]
+    if weight == 1 and role != "assistant" and spec.mask != "all":
+        raise DataError(
+            f"{field} is 1 on a message of role {role!r}. With mask={spec.mask} only answers of "
+            f"the assistant are learned. Remove the {WEIGHT}, or set mask=all."
+        )

@@ -43,11 +43,10 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
     for builder in builders:
         _check_described(spec, place, builder)
     commit = "+".join(dict.fromkeys(builder.hash for builder in builders))
-    return Source(
-        f"{place.location}/{'+'.join(place.configs)}@{commit}",
-        commit,
-        lambda: _rows(spec, held_out, place, builders),
-    )
+    identity = f"{place.location}/{'+'.join(place.configs)}@{commit}[{place.split}]"
+    if spec.holdout:
+        identity += f" {'first' if held_out else 'without the first'} {spec.holdout} shuffled"
+    return Source(identity, commit, lambda: _rows(spec, held_out, place, builders))
 
 
 def contents(spec: DatasetSpec) -> tuple[list[str], dict[str, int], str]:

@@ -4,12 +4,12 @@ Needs a tokenizer for text; needs no torch.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from lorasweep.data import fields, hub, rewards, sources, text
-from lorasweep.data.examples import Data, shuffled
+from lorasweep.data.examples import Data, prompts_of, shuffled
 from lorasweep.data.fingerprint import fingerprint
 from lorasweep.data.sources import Row, Source
 from lorasweep.data.synthetic import bandit, dialect, facts, skills, words
@@ -17,6 +17,9 @@ from lorasweep.errors import DataError, unknown
 from lorasweep.spec.dataset import DatasetSpec
 
 T = TypeVar("T")
+OF_A_PROMPT = 8
+"""Held-out rows of one prompt that are evaluated, with held_out_by=prompt: further answers to the
+same prompt say little more of what was learned."""
 
 
 def load(
@@ -53,6 +56,10 @@ def load(
             "choose between runs, so none is left to test on. Hold more rows out, or set a smaller "
             "n_validation."
         )
+    if spec.held_out_by == "prompt" and first:  # rows that were too long may have moved the border
+        prompts = prompts_of(test)
+        while first < len(test) - 1 and prompts[first] == prompts[first - 1]:
+            first += 1
     return Data(
         train=shuffled(spec, train),
         test=test[first:],
@@ -70,6 +77,8 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
     Raises:
         DataError: they are missing, or not the pinned ones.
     """
+    if spec.held_out_by:
+        return _divided(spec, data_dirs)
     if spec.unseen_rows and spec.holdout:
         whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
         train, held_out = (
@@ -98,6 +107,57 @@ def _found(spec: DatasetSpec, part: bool, data_dirs: Sequence[str]) -> Source:
     if spec.source == "hub":
         return hub.source_of(spec, part)
     return sources.of_jsonl(spec, part, data_dirs)
+
+
+def _divided(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Source]:
+    """Find rows that are held out in a shuffled order, and training rows that share no unit."""
+    whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
+    pool = whole if spec.holdout else _found(spec, True, data_dirs)
+
+    def tested() -> tuple[list[Row], list[Hashable]]:
+        given = list(pool.rows())
+        units = [unit_of(spec, row, where) for where, row in given]
+        says = [tuple(fields.messages_of(spec, row, where)) for where, row in given]
+        order = [k for rows in divided(units, says) for k in rows][: spec.holdout or None]
+        held = [units[k] for k in order] if spec.holdout else units
+        return [given[k] for k in order], held
+
+    def trained() -> Iterator[Row]:
+        held = set(tested()[1])
+        for where, row in whole.rows():
+            if unit_of(spec, row, where) not in held:
+                yield where, row
+
+    part = f"{spec.holdout or 'all'} of {pool.identity} by {spec.held_out_by}"
+    return (
+        dataclasses.replace(whole, identity=f"{whole.identity} without {part}", rows=trained),
+        dataclasses.replace(pool, identity=part, rows=lambda: iter(tested()[0])),
+    )
+
+
+def unit_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
+    """Return what rows have in common that are never on both sides, with held_out_by.
+
+    Raises:
+        DataError: the row has not the columns of the format; the message names file and line.
+    """
+    if spec.held_out_by == "prompt":
+        return fields.prompt_of(spec, row, where)
+    return tuple(fields.messages_of(spec, row, where))
+
+
+def divided(units: Sequence[Hashable], says: Sequence[Hashable]) -> list[list[int]]:
+    """Return the rows that may be held out, unit by unit, in the order in which units are.
+
+    Of rows that say the same the first one counts, and of a unit at most OF_A_PROMPT rows.
+    """
+    rows: dict[Hashable, list[int]] = {}
+    first = {said: k for k, said in reversed(list(enumerate(says)))}
+    for k, (unit, said) in enumerate(zip(units, says, strict=True)):
+        if first[said] == k:
+            rows.setdefault(unit, []).append(k)
+    found = list(rows.values())
+    return [found[k][:OF_A_PROMPT] for k in sources.holdout_order(len(found))]
 
 
 def held_out(says: Sequence[T], n: int) -> list[T]:

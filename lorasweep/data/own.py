@@ -35,7 +35,8 @@ class Counted(NamedTuple):
 
     rows: int
     answer_bytes: int
-    """UTF-8 bytes of what bears loss: completions, or last answers of a conversation."""
+    """UTF-8 bytes of what bears loss: completions, or answers of a conversation (`fields.in_loss`).
+    """
     sha256: str
 
 
@@ -139,9 +140,9 @@ def count(given: str) -> Counted:
     path = path_of(given)
     rows = answers = 0
     for where, row in sources.jsonl_rows(path):
-        said = [text for role, text in fields.messages_of(spec, row, where) if role == "assistant"]
+        said = zip(fields.messages_of(spec, row, where), fields.in_loss(spec, row, where))
         rows += 1
-        answers += len(said[-1].encode()) if said else 0
+        answers += sum(len(text.encode()) for (_, text), learned in said if learned)
     return Counted(rows, answers, _sha256(path))
 
 

@@ -5,6 +5,7 @@ and counted apart.
 """
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -47,16 +48,26 @@ def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
         own = next((ids[: -len(e)] for e in ends if tuple(ids[-len(e) :]) == e), ids)
         return tokenizer.decode(own, skip_special_tokens=True).strip()
 
-    def of_all(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
-        texts = [(text(answer_of(row)), text(answer)) for row, answer in pairs]
+    # a gold answer need not stand in a box if it is all that the row has; a sampled one must
+    whole_completion = bool(spec.answer_field)
+
+    def of_texts(texts: Sequence[tuple[str, str]]) -> list[float | None]:
         if spec.verifier == "integer":
             return [_same(integer(gold), integer(answer)) for gold, answer in texts]
-        return _of_math(texts, whole_completion=bool(spec.answer_field))
+        return _of_math(texts, whole_completion)
 
-    return Rewards(of_all, tuple(ends))
+    def of_all(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
+        return of_texts([(text(answer_of(row)), text(answer)) for row, answer in pairs])
+
+    def of_gold(rows: Sequence[Example]) -> list[float | None]:
+        own = [text(answer_of(row)) for row in rows]
+        in_box = spec.verifier == "math" and whole_completion
+        return of_texts([(gold, f"\\boxed{{{gold}}}" if in_box else gold) for gold in own])
+
+    return Rewards(of_all, tuple(ends), of_gold=of_gold)
 
 
-def _same(gold: int | None, answer: int | None) -> float | None:
+def _same(gold: Decimal | None, answer: Decimal | None) -> float | None:
     return None if answer is None else float(answer == gold)
 
 
@@ -65,9 +76,7 @@ def _of_math(texts: Sequence[tuple[str, str]], whole_completion: bool) -> list[f
     found: list[float | None] = [None] * len(texts)
     readable = {}
     for k, (gold, answer) in enumerate(texts):
-        wanted = gold if whole_completion else boxed(gold)
-        # a gold answer need not stand in a box if it is all that the row has
-        given = gold if whole_completion and answer == gold else boxed(answer)
+        wanted, given = gold if whole_completion else boxed(gold), boxed(answer)
         if wanted is not None and given is not None:
             readable[k] = (wanted, given)
     found_of = math_checks.check(list(readable.values()))
@@ -125,7 +134,8 @@ def _check(
             f"which with max_new_tokens={max_new_tokens} is more than max_length={spec.max_length}."
             f" Set dataset.max_length={longest + max_new_tokens}{less}."
         )
-    for k, found in enumerate(rewards.of([(row, answer_of(row)) for row in rows])):
+    of_gold = rewards.of_gold or (lambda own: rewards.of([(r, answer_of(r)) for r in own]))
+    for k, found in enumerate(of_gold(rows)):
         if found != 1.0:
             raise DataError(
                 f"{where} {k}: its own gold answer cannot be read or is not rewarded "

@@ -25,8 +25,9 @@ class Source:
     """The rows of one split, which are read when `rows` is called."""
 
     identity: str
-    """Names the content: the SHA-256 of a file, or a name on the hub with the commit found there.
-    """
+    """Names the rows: the SHA-256 of a file, or a name on the hub with the commit found there and
+    the split; and which of these rows, where they are a part. Kept tokens go by it, so two sources
+    with different rows never have the same identity."""
     commit: str | None
     """Commit of the hub that the rows are from; None for a local file."""
     rows: Callable[[], Iterator[Row]]

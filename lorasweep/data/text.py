@@ -24,7 +24,7 @@ from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 
 TOGETHER = 256
 """Rows whose parts are given to the tokenizer in one call, which is faster than one by one."""
-VERSION = 1
+VERSION = 2
 """Raised when the same rows are tokenized in another way, so that kept files are made again."""
 NOT_IN_ROWS = (
     "name",
@@ -152,7 +152,8 @@ def _example(
             + (
                 f", max_length={spec.max_length}). Remove the row, {remedy}."
                 if cut
-                else "). Remove the row, add an answer, or change the mask."
+                else "). Remove the row, add an answer, change the mask, or set the weight of an "
+                "answer to 1."
             )
         )
     if cut:  # count the bytes of the part that was kept, so that bits per byte are right
@@ -171,9 +172,10 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
     if spec.format == "prompt_completion" and spec.render == FIRST_RENDER:
         prompt, completion = fields.prompt_and_completion(spec, row, where)
         return [Part(prompt, spec.mask == "all"), Part(completion, True, eos=True)]
-    messages = fields.messages_of(spec, row, where)
+    messages, heads = fields.messages_of(spec, row, where), spec.mask == "all"
+    in_loss = fields.in_loss(spec, row, where)
     if spec.render != "chat_template":
-        return RENDERERS[spec.render](messages, spec.mask, tokenizer.bos_token)
+        return RENDERERS[spec.render](messages, in_loss, heads, tokenizer.bos_token)
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"dataset {spec.name!r}: render=chat_template, but the tokenizer has none. Choose an "
@@ -187,7 +189,7 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
         )
 
     try:
-        return chat_template(messages, spec.mask, apply, tokenizer.eos_token or "")
+        return chat_template(messages, in_loss, heads, apply, tokenizer.eos_token or "")
     except Exception as error:  # templates raise what they like
         raise DataError(
             f"{where}: the tokenizer's chat template does not take the row with mask={spec.mask} "

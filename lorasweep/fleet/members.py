@@ -5,7 +5,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lorasweep.advise.rules.rates import ALPHA
 from lorasweep.advise.shapes import shape_of
 from lorasweep.advise.table import Row
 from lorasweep.errors import DataError, ModelError, SpecError
-from lorasweep.fleet.rows import Rows, rows_of, with_lengths
+from lorasweep.fleet.rows import Rows, Rules, rows_of, with_lengths
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.model import ModelSpec
@@ -75,7 +75,7 @@ class Setup:
     """What all customers' runs share."""
 
     base: RunSpec
-    """Its model, data set, rank, alpha, rate, batch and updates are replaced."""
+    """Its model, data set, rank, alpha, layers, rate, batch and updates are replaced."""
     rates: int
     """How many are tried around the advised one; 1: the advised one."""
     instead_of_full: str
@@ -83,6 +83,7 @@ class Setup:
     tokenizer_of: Callable[[ModelSpec], Any]
     """Raises a ModelError where a base cannot be had."""
     data_dirs: Sequence[str]
+    rules: Rules = field(default_factory=Rules)
 
 
 def rates_of(value: int | str) -> int:
@@ -164,7 +165,7 @@ def _with_data(row: Row, known: Known, setup: Setup, read: dict[str, Rows]) -> R
     except ModelError as error:
         return row._replace(problem=f"column model: {error}")
     try:
-        rows = rows_of(folder_of(c.name), c.data, setup.base.dataset)
+        rows = rows_of(folder_of(c.name), c.data, setup.rules, tokenizer)
         rows, tokens = with_lengths(rows, tokenizer, c.max_length, setup.data_dirs)
     except (DataError, OSError) as error:
         return row._replace(problem=f"column data: {error}")
@@ -192,7 +193,7 @@ def _member(advice: Advice, rows: Rows, setup: Setup) -> Member:
             ]
         )
     base, folder = setup.base, folder_of(advice.name)
-    size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA}
+    size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": setup.rules.layers}
     method = dataclasses.replace(base.method, **size)
     steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / work.batch_size))
     rate = settle.middle_rates(advice)[0]

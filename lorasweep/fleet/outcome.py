@@ -81,14 +81,16 @@ class Outcome:
     def interval(self) -> tuple[float, float] | None:
         """95% interval of the gain in nats per token; None if it is not known.
 
-        By Student's t over held-out rows (gain_se in train/objectives/held_out.py).
+        By Student's t over the prompts of test rows, or over test rows where they are not divided
+        by prompt (gain_se in train/objectives/held_out.py).
         """
         gain, error = self.gain, self.result.get("gain_se")
         if gain is None or error is None:
             return None
         from scipy.special import stdtrit  # takes a moment to load
 
-        half = float(stdtrit(self.result["n_test"] - 1, 0.975)) * error
+        n = self.result.get("n_test_prompts", self.result["n_test"])
+        half = float(stdtrit(n - 1, 0.975)) * error
         return gain - half, gain + half
 
     @property
@@ -159,8 +161,17 @@ class Outcome:
             "revision": data.revision,
             "n_train": found.get("n_train", m.rows.n_train),
             "n_repeated": m.rows.repeated,
+            "n_same_prompt": m.rows.same_prompt,
+            "n_left_out": m.rows.left_out,
+            "prompts_shared": m.rows.shared,
             "n_validation": data.n_validation,
             "n_test": found.get("n_test", data.n_test) if m.rows.held_out else 0,
+            "n_test_prompts": found.get("n_test_prompts"),
+            "template": data.template if data.format == "prompt_completion" else None,
+            "render": data.render,
+            "mask": data.mask,
+            "end": m.rows.end,
+            "example": [{"text": text, "in_loss": in_loss} for text, in_loss in m.rows.example],
             "steps": m.points[0].spec.steps,
             "steps_done": found.get("steps_done"),
             "best_step": found.get("best_step"),

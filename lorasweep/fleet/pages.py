@@ -23,6 +23,8 @@ from lorasweep.fleet.outcome import (
     counts_line,
     plain_of,
 )
+from lorasweep.fleet.rows import BY_PROMPT
+from lorasweep.spec.dataset import FIRST_RENDER
 
 NUMBERS = ("gain", "before", "after", "rate", "of", "rows", "held out", "rank")
 HEAD = ("customer", *NUMBERS, "to know")
@@ -51,6 +53,15 @@ def _facts(outcome: Outcome) -> Iterable[tuple[str, str]]:
     if p["n_repeated"]:
         split = "; what is held out is trained on nowhere" if outcome.member.rows.held_out else ""
         yield "repetitions", f"{p['n_repeated']:,} rows say the same as another one{split}"
+    if p["n_same_prompt"]:
+        yield "prompts", _prompts(outcome)
+    if p["n_left_out"]:
+        what = "row" if outcome.member.rows.dataset.held_out_by != BY_PROMPT else "prompt"
+        yield "left out", f"{p['n_left_out']:,} training rows, whose {what} is held out"
+    yield "prompt form", _form(outcome)
+    if p["example"]:
+        written = "".join(f"⟦{e['text']}⟧" if e["in_loss"] else e["text"] for e in p["example"])
+        yield "example", f"{written.replace(chr(10), '⏎')} (learned is what stands in ⟦ ⟧)"
     yield (
         "training",
         f"{p['steps_done'] or p['steps']:,} updates of {p['batch_size']} rows, "
@@ -71,7 +82,8 @@ def _facts(outcome: Outcome) -> Iterable[tuple[str, str]]:
         yield (
             "held-out loss",
             f"{before} nats a token before, {after} after, on {p['n_test']} rows that were neither "
-            f"trained on nor chose anything: a gain of {outcome.gain:.3g}{_interval(outcome)}",
+            f"trained on nor chose anything{_of_prompts(outcome)}: a gain of "
+            f"{outcome.gain:.3g}{_interval(outcome)}",
         )
     method = {"lora": "LoRA", "full": "full fine-tuning", "open": "open"}[p["advised"]]
     forced = ". LoRA was asked for all the same" if p["advised"] == "full" else ""
@@ -82,6 +94,48 @@ def _facts(outcome: Outcome) -> Iterable[tuple[str, str]]:
         yield "use", "as it is, never merged: the unembedding it changes is tied to the embedding"
     for text in p["warnings"]:
         yield "warning", text
+
+
+def _prompts(outcome: Outcome) -> str:
+    """Say how many rows share a prompt, and on which sides of the division they may be."""
+    p = outcome.plain()
+    says = f"{p['n_same_prompt']:,} rows have the prompt of another one, and another answer"
+    if not outcome.member.rows.held_out:
+        return says
+    if not p["prompts_shared"]:
+        return f"{says}; no prompt is both held out and trained on"
+    return (
+        f"{says}; rows were divided without regard to it, so the gain is that on other answers, to "
+        "prompts that may have been trained on"
+    )
+
+
+def _of_prompts(outcome: Outcome) -> str:
+    n = outcome.plain()["n_test_prompts"]
+    return "" if n is None else f" ({n:,} prompts)"
+
+
+MASKS = {
+    "completion": "every answer",
+    "last_assistant": "the last answer of a conversation",
+    "all": "all text",
+}
+
+
+def _form(outcome: Outcome) -> str:
+    """Say how a prompt is written, for those who are to write it so to the adapter."""
+    p = outcome.plain()
+    forms = {
+        "chat_template": "the chat template of the base",
+        "role_eos": "'Role: ' before each message",
+        "role_colon": "'Role:' before each message",
+    }
+    form = forms[p["render"]]
+    if p["template"] is not None:
+        plain = p["render"] == FIRST_RENDER
+        form = f"{p['template']!r}" if plain else f"{form}, with {p['template']!r} as the message"
+    end = f"; an answer ends with {p['end']!r}" if p["end"] else ""
+    return f"{form}; in the loss: {MASKS[p['mask']]}{end}"
 
 
 def _base(outcome: Outcome) -> str:
@@ -110,7 +164,8 @@ def _interval(outcome: Outcome) -> str:
         return ""
     low, high = outcome.interval
     says = {UNKNOWN: ", so whether it gained is not known"}.get(outcome.verdict, "")
-    return f", 95% interval {low:.3g} to {high:.3g} (Student's t over rows){says}"
+    over = "rows" if outcome.plain()["n_test_prompts"] is None else "prompts"
+    return f", 95% interval {low:.3g} to {high:.3g} (Student's t over {over}){says}"
 
 
 def _loss(value: float | None) -> str:
@@ -199,7 +254,7 @@ def page(
     body.append(
         '<p class="note">Losses are nats a token on held-out rows. The rate with the lowest loss '
         "on the first of them (held out, left) was chosen; before, after and gain are of the "
-        "others. Beside a gain is half its 95% interval, over rows: of 20 customers that gain "
+        "others. Beside a gain is half its 95% interval: of 20 customers that gain "
         "nothing, one is expected to seem to gain or to lose.</p>"
     )
     body += _table(found)

@@ -25,7 +25,7 @@ from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
-from lorasweep.train.events import Event
+from lorasweep.train.events import Event, phase_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,7 +183,9 @@ def _with_others(spec: RunSpec, exec_: Exec) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             rows = exec_.rows_of(spec.batch_size)
-            raise OutOfMemoryTogether(spec.id, rows, request(error)) from None
+            raise OutOfMemoryTogether(
+                spec.id, exec_, rows, request(error), phase_of(error)
+            ) from None
         if isinstance(error, RuntimeError) and any(c in str(error) for c in COMMUNICATION):
             print(f"another process of this run is gone: {error}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)

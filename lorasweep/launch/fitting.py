@@ -1,11 +1,11 @@
-"""Train a claimed pack in the memory there is: smaller micro-batches, then smaller packs.
+"""Train a claimed pack in the memory there is: less at once, then smaller packs.
 
 Knows sessions and errors of memory. Refuses to know how anything is trained.
 """
 
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorasweep.errors import DataError, ModelError, SpecError, StoreError
 from lorasweep.launch.out_of_memory import (
@@ -22,6 +22,7 @@ from lorasweep.plan.packing import pack_key
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import RunStore
+from lorasweep.train.events import LEARNING, Phase, phase_of
 
 OF_ALL = (Stopped, SpecError, ModelError, StoreError, OSError)
 """Errors that are no data set's: of the command, the base, the run folder, the machine."""
@@ -35,6 +36,32 @@ class Limit:
     """Rows per member and forward pass."""
     members: int | None = None
     """Runs of a pack."""
+    forward_parts: int = 1
+    """See Exec."""
+
+    def lower(self, rows: int, runs: int, forward_parts: int, phase: Phase) -> str:
+        """Lower the limit where memory ran out; return what is tried instead, empty if nothing is.
+
+        In learning the rows of a forward pass are halved, in sampling and evaluation what these
+        hold at once: neither makes the other phases slower. Where a phase holds one row of each
+        run, the pack is halved.
+
+        Args:
+            rows: of a run in a forward pass of the learner.
+            runs: of the pack.
+            forward_parts: see Exec.
+            phase: in which memory ran out, with these sizes.
+        """
+        if phase.name == LEARNING and rows > 1:
+            self.rows = rows // 2
+            return f"{self.rows} of each"
+        if phase.divisible:
+            self.forward_parts = 2 * forward_parts
+            return f"1/{self.forward_parts} of the usual at once in sampling and evaluation"
+        if runs > 1:
+            self.members = -(-runs // 2)
+            return f"packs of {self.members}"
+        return ""
 
 
 class Limits:
@@ -64,8 +91,9 @@ class Fitting:
     def train(self, members: Sequence[RunSpec], planned_rows: int | None, limit: Limit) -> None:
         """Train `members` to the end, each attempt from the latest checkpoint.
 
-        Out of memory halves the micro-batch, at one row the pack, whose halves train one after the
-        other. One run alone with one row that does not fit has failed. `limit` is lowered.
+        Out of memory halves what its phase holds at once, at one row the pack, whose halves train
+        one after the other. One run alone with one row that does not fit has failed. `limit` is
+        lowered.
 
         Raises:
             Stopped: a stop was asked for; checkpoints are written.
@@ -78,8 +106,10 @@ class Fitting:
             if limit.members is not None and len(part) > limit.members:
                 parts = [part[: limit.members], part[limit.members :], *parts]
                 continue
-            session = Session(part, self.attempts, self.exec, self.store, planned_rows, limit.rows)
-            rows = session.rows
+            share = max(self.exec.forward_parts, limit.forward_parts)
+            exec_ = replace(self.exec, forward_parts=share)
+            session = Session(part, self.attempts, exec_, self.store, planned_rows, limit.rows)
+            rows, share = session.rows, session.exec.forward_parts
             try:
                 outcome = self._attempt(session)
             except Exception as error:
@@ -94,17 +124,13 @@ class Fitting:
             free_memory()
             if self.stop.set:
                 raise Stopped
-            if rows > 1:
-                limit.rows = rows // 2
-                instead = f"{limit.rows} of each"
-            elif len(part) > 1:
-                limit.members = -(-len(part) // 2)
-                instead = f"packs of {limit.members}"
-            else:
-                asked, trace = outcome
+            asked, trace, phase = outcome
+            instead = limit.lower(rows, len(part), share, phase)
+            if not instead:
                 self._fail(part[0], does_not_fit(part[0], asked), trace)
                 continue
-            self._say(part, rows, *outcome, instead)
+            text = goes_on(part[0], len(part), rows, asked, instead, phase.name)
+            self._say(part, trace, text)
             parts.insert(0, part)
 
     def _apart(self, part: list[RunSpec], error: Exception) -> list[list[RunSpec]]:
@@ -144,8 +170,8 @@ class Fitting:
         leave_to_new_owner(rid, self.attempts, self.store)
         return False
 
-    def _attempt(self, session: Session) -> tuple[str, str] | None:
-        """Train; return the request that did not fit and the traceback, None if all fitted.
+    def _attempt(self, session: Session) -> tuple[str, str, Phase] | None:
+        """Train; return the request that did not fit, the traceback and the phase, None if all did.
 
         The error itself is dropped here, because its frames hold the tensors of the attempt.
         """
@@ -154,11 +180,10 @@ class Fitting:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return request(error), traceback.format_exc()
+            return request(error), traceback.format_exc(), phase_of(error)
         return None
 
-    def _say(self, part: list[RunSpec], rows: int, asked: str, trace: str, instead: str) -> None:
-        text = goes_on(part[0], len(part), rows, asked, instead)
+    def _say(self, part: list[RunSpec], trace: str, text: str) -> None:
         for spec in part:
             if spec.id in self.attempts:
                 self.store.log(spec.id, self.attempts[spec.id], f"{trace}{text}")

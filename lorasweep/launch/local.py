@@ -29,6 +29,7 @@ from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
+from lorasweep.train.events import Phase
 
 POLL_S = 0.5
 """Seconds between checks of runs that another process works on."""
@@ -137,16 +138,17 @@ def _run_workers(
 def _take_less(
     spec: RunSpec, event: Event, exec_: Exec, store: RunStore, limits: Limits, report: Report
 ) -> None:
-    """Halve the rows of a run that did not fit into the memory of one of its processes.
+    """Let a run that did not fit into the memory of one of its processes hold less at once.
 
-    With one row it has failed. Its processes are gone, so its attempt is ended here.
+    Where it cannot it has failed. Its processes are gone, so its attempt is ended here.
     """
     limit, rows, n = limits.of(spec), event["rows"], store.last_attempt(spec.id)
     if n is None or store.state(spec.id) != "interrupted" or not store.owns(spec.id, n):
         return  # somebody else has it now
-    if rows > 1:
-        limit.rows = rows // 2
-        text = goes_on(spec, 1, rows, event["asked"], f"{limit.rows} of each")
+    phase = Phase(event["phase"], event["divisible"])
+    instead = limit.lower(rows, 1, event["forward_parts"], phase)
+    if instead:
+        text = goes_on(spec, 1, rows, event["asked"], instead, phase.name)
         store.log(spec.id, n, text)
         store.write_end(spec.id, n, "stopped", text)
         report({"note": text})
@@ -165,6 +167,7 @@ def _write_job(
             "runs": [p.spec.plain() for p in pack.points],
             "micro_batch_size": pack.micro_batch_size,
             "most_rows": limits.of(pack.points[0].spec).rows,
+            "forward_parts": limits.of(pack.points[0].spec).forward_parts,
         }
         for pack in plan.packs
     ]

@@ -9,14 +9,22 @@ import re
 import sys
 
 from lorasweep.errors import ModelError
+from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
+from lorasweep.train.events import LEARNING, Phase
 
 ALLOCATOR_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "Cuda failure 2 'out of memory'",
+    "Cuda failure 'out of memory'",
 )
-"""torch raises these as plain RuntimeErrors."""
+"""Parts of messages, which torch raises as RuntimeErrors: of the allocator for CPUs, and of
+libraries that take memory without torch's allocator; the last two are NCCL's."""
 REQUEST = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
 
 
@@ -36,10 +44,12 @@ class OutOfMemoryTogether(ModelError):
     All have to be started again, with fewer rows.
     """
 
-    def __init__(self, run: str, rows: int, asked: str) -> None:
+    def __init__(self, run: str, exec_: Exec, rows: int, asked: str, phase: Phase) -> None:
         """Set up; `asked`: the request that did not fit, as `request` returns it."""
         super().__init__(f"out of memory{_asked(asked)} in one of the processes of a run")
         self.run, self.rows, self.asked = run, rows, asked
+        self.forward_parts = exec_.forward_parts
+        self.phase, self.divisible = phase.name, phase.divisible
 
 
 def _asked(size: str) -> str:
@@ -60,11 +70,16 @@ def does_not_fit(spec: RunSpec, asked: str, world_size: int = 1) -> str:
     )
 
 
-def goes_on(spec: RunSpec, n_runs: int, rows: int, asked: str, instead: str) -> str:
+def goes_on(
+    spec: RunSpec, n_runs: int, rows: int, asked: str, instead: str, phase: str = LEARNING
+) -> str:
     """Say that `rows` rows of each of `n_runs` runs do not fit, and what is tried instead."""
+    where, held = "", f" with {rows} row(s) of each at a time"
+    if phase != LEARNING:
+        where, held = f" in {phase}", ""
     return (
-        f"out of memory{_asked(asked)}: {n_runs} run(s) of {spec.model.name} with {rows} row(s) "
-        f"of each at a time do not fit. Going on from the last checkpoint with {instead}."
+        f"out of memory{where}{_asked(asked)}: {n_runs} run(s) of {spec.model.name}{held} "
+        f"do not fit. Going on from the last checkpoint with {instead}."
     )
 
 

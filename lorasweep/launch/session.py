@@ -31,10 +31,11 @@ LOOK_S = 5.0
 system each costs a round trip a run, about a millisecond, so neither is done at every update. A
 process that is alive loses a claim only after SILENCE_S, so a few seconds of training more are
 little."""
-ROWS, PROCESSES = "micro_batch_size", "processes"
+ROWS, PROCESSES, PARTS = "micro_batch_size", "processes", "forward_parts"
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
-"""Key in env.json and result.json: the run was resumed in another pack, with another micro-batch
-or on another number of processes. The name is old, because kept results have it."""
+"""Key in env.json and result.json: the run was resumed in another pack, with another micro-batch,
+another part of sampling and evaluation at once, or on another number of processes. The name is old,
+because kept results have it."""
 
 
 def _resume(ids: Sequence[str], store: RunStore) -> dict[str, State] | None:
@@ -106,11 +107,14 @@ class Session:
             return dataclasses.replace(exec_, micro_batch_size=_at_most(most_rows, rows))
         metas = [self.states[i]["meta"] for i in self.ids]
         rows = _at_most(most_rows, exec_.micro_batch_size or metas[0][ROWS])
-        before = (metas[0][ROWS], metas[0].get(PROCESSES, 1))
-        self.different_pack = (rows, exec_.world_size) != before or any(
+        before = (metas[0][ROWS], metas[0].get(PROCESSES, 1), metas[0].get(PARTS, 1))
+        parts = max(exec_.forward_parts, before[2])
+        self.different_pack = (rows, exec_.world_size, parts) != before or any(
             m["layout"] != self.ids or m.get(RESUMED_WITH_DIFFERENT_PACK) for m in metas
         )
-        return dataclasses.replace(exec_, threads=metas[0]["threads"], micro_batch_size=rows)
+        return dataclasses.replace(
+            exec_, threads=metas[0]["threads"], micro_batch_size=rows, forward_parts=parts
+        )
 
     def run(self, trainer: Trainer, report: Report, stop: StopFlag) -> None:
         """Train, and record what is measured. Runs that other processes took over are dropped.
@@ -161,6 +165,7 @@ class Session:
             "gpu": next((gpu.name for gpu in detect.gpus()), None),
             "compile": self.exec.compile,
             PROCESSES: self.exec.world_size,
+            PARTS: self.exec.forward_parts,
             "resumed_from_step": self.states[self.ids[0]]["meta"]["step"] if self.states else None,
             RESUMED_WITH_DIFFERENT_PACK: self.different_pack,
             **more,
@@ -234,6 +239,7 @@ class Session:
                 "threads": self.exec.threads,
                 ROWS: self.exec.micro_batch_size,
                 PROCESSES: self.exec.world_size,
+                PARTS: self.exec.forward_parts,
                 RESUMED_WITH_DIFFERENT_PACK: self.different_pack,
                 "wall_s": self.wall_s[i],
             }

@@ -79,7 +79,8 @@ class TorchTrainer:
         data = self._data_of(pack, exec_, base)
         if base.mesh.size > 1:
             self._base = None  # a model that was spread over processes cannot be used again
-        yield from finetune(pack, base, data, exec_.micro_batch_size, resume, exec_.join_rows)
+        how = (exec_.micro_batch_size, resume, exec_.join_rows, exec_.forward_parts)
+        yield from finetune(pack, base, data, *how)
 
     def _data_of(self, pack: list[RunSpec], exec_: Exec, base: "Base") -> dict[str, Any]:
         data, causes = {}, {}

@@ -8,7 +8,8 @@ torchrun sets in the environment (RANK, MASTER_ADDR, ...) names them, or Slurm (
 The job file lies in the run folder, where others may write, and names the trainer to import: it is
 refused unless it has the given SHA-256.
 
-    {"packs": [{"runs": [spec, ...], "micro_batch_size": n, "most_rows": n or null}, ...],
+    {"packs": [{"runs": [spec, ...], "micro_batch_size": n, "most_rows": n or null,
+                "forward_parts": n}, ...],
      "exec": {...},
      "dead": {run id: attempt}, "trainer": null or "package.module:object",
      "skip": null or a file of run ids not to start}
@@ -123,8 +124,10 @@ def _run(
         specs = [s for s in map(spec_from, pack["runs"]) if s.id not in unwanted]
         if specs:
             rows = pack["micro_batch_size"]
+            limit = limits.of(specs[0])
             if pack["most_rows"] is not None:
-                limits.of(specs[0]).rows = pack["most_rows"]
+                limit.rows = pack["most_rows"]
+            limit.forward_parts = max(limit.forward_parts, pack["forward_parts"])
             execute(specs, exec_, store, trainer, report, stop, rows, limits)
         if stop.set:
             raise Stopped

@@ -5,12 +5,12 @@ no torch.
 """
 
 import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from lorasweep.errors import ModelError
 from lorasweep.spec.model import ModelSpec
+from lorasweep.store.files import safetensors_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -109,10 +109,13 @@ def _missing(folder: Path) -> Iterator[str]:
 def _damaged(folder: Path) -> Iterator[str]:
     """Say which files of weights are not as long as their headers say."""
     for path in (folder / name for name in _weights(folder)):
-        if path.is_file() and (size := path.stat().st_size) != (said := _whole_size(path)):
+        if not path.is_file():
+            continue
+        size, header = path.stat().st_size, safetensors_header(path)
+        if header is None or size != header[1]:
             yield (
                 f"an incomplete file of weights: {path} has {size:,} bytes, "
-                + (f"and its header says {said:,}" if said else "and no readable header")
+                + (f"and its header says {header[1]:,}" if header else "and no readable header")
             )
 
 
@@ -124,22 +127,6 @@ def _weights(folder: Path) -> list[str]:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError):
         return [SINGLE]  # an index that cannot be read: as if there were none
-
-
-def _whole_size(path: Path) -> int | None:
-    """Return the size that a safetensors file's header says; None if it has none.
-
-    The file is 8 bytes with the header's length, the header (JSON), and the tensors
-    (github.com/huggingface/safetensors, "Format").
-    """
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 1 << 28)))
-        ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return 8 + length + max(ends, default=0)
 
 
 def _unavailable(spec: ModelSpec, error: Exception) -> ModelError:

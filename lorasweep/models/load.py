@@ -284,9 +284,16 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
         wrong += [f"weights_dtype is fp32 ({finer[0]}), described as bf16"] if finer else []
     if wrong:
         raise ModelError(
-            f"model {spec.name!r} differs from its file in conf/model: {'; '.join(wrong)}. Correct "
-            "the file, or get the weights that it describes."
+            f"model {spec.name!r} differs from its {_description(spec)}: {'; '.join(wrong)}. "
+            "Correct the file, or get the weights that it describes."
         )
+
+
+def _description(spec: ModelSpec) -> str:
+    """Name the file that a model's shape and type are from."""
+    # a customer's model is described by its folder, whose whole path is its location
+    alone = spec.source == "folder" and Path(spec.location).is_absolute()
+    return f"{spec.location}/config.json" if alone else "file in conf/model"
 
 
 def weights_sha256(model: Any) -> str:

@@ -58,8 +58,7 @@ def pack_bytes(
         load = load_of(model, spec.method)
         layout = Layout(processes, rows, checkpointing, joined=join_rows)
         longest = round(tokens / (members * rows))
-        frozen = held + (2 if held > word else 0)  # a copy in bf16
-        parts = memory_parts(load, layout, longest, members, frozen_bytes=frozen, start_bytes=held)
+        parts = memory_parts(load, layout, longest, members, frozen_bytes=held, start_bytes=held)
         best = parts["trained weights"] if spec.early_stopping else 0.0
         return sum(parts.values()) + best
     copies = 0  # bytes for each weight of a product

@@ -13,7 +13,16 @@ RENDERS = ("role_colon", "role_eos", "chat_template")
 FIRST_RENDER = "role_eos"
 """The only form of messages before `render` was a setting."""
 VERIFIERS = ("", "integer", "math")
-OF_TEXT = ("render", "too_long", "unseen_prompts", "unseen_rows", "answer_field", "verifier")
+HELD_OUT_BY = ("", "prompt", "row")
+OF_TEXT = (
+    "render",
+    "too_long",
+    "unseen_prompts",
+    "unseen_rows",
+    "answer_field",
+    "verifier",
+    "held_out_by",
+)
 """Fields that say how text is read; generators draw tokens."""
 TOO_LONG = ("cut", "cut_or_skip", "skip")
 FIRST_TOO_LONG = "cut"
@@ -45,7 +54,8 @@ class DatasetSpec(Value):
     template: str = "{prompt}\n"
     """Text put before the completion; {prompt} is the row's prompt."""
     mask: str = "completion"
-    """Tokens that count in the loss: the completion, the last assistant message, or all."""
+    """Tokens that count in the loss: the completion, the last assistant message, or all. A message
+    with "weight": 0 does not count, one with "weight": 1 does."""
     max_length: int = 512
     """Tokens; what happens to a longer row is `too_long`."""
     n_train: int | None = None
@@ -99,7 +109,15 @@ class DatasetSpec(Value):
     """What decides whether a sampled answer is right. integer: the whole number behind the last
     '####' or in the last box is that of the completion (GSM8K). math: the content of the last box
     is equal to that of the completion, or to the completion if that is the answer_field, as
-    math-verify reads both (MATH, DeepMath). Empty: nothing; generators bring their own."""
+    math-verify reads both (MATH, DeepMath); an answer without a box is unread. Empty:
+    nothing; generators bring their own."""
+
+    held_out_by: str = field(default="", metadata={"added": ""})
+    """How rows are held out. prompt: rows with the same prompt (the messages before the first one
+    in the loss) are all training rows, all validation rows or all test rows, and the error of a
+    gain is taken over prompts. row: the same of rows that say the same. Both hold out in a shuffled
+    order, of a test split too, and leave out training rows with a held-out prompt or row. Empty:
+    by rows, and a test split in its own order, as before this was a setting."""
 
     def problems(self) -> Iterator[str]:
         where = f"dataset {self.name!r}: "
@@ -110,6 +128,7 @@ class DatasetSpec(Value):
             "render": RENDERS,
             "too_long": TOO_LONG,
             "verifier": VERIFIERS,
+            "held_out_by": HELD_OUT_BY,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -160,6 +179,16 @@ class DatasetSpec(Value):
             )
 
     def _problems_of_held_out_rows(self, where: str) -> Iterator[str]:
+        for name in ("unseen_rows", "unseen_prompts"):
+            if self.held_out_by and getattr(self, name):
+                yield (
+                    f"{where}{name}=true: held_out_by={self.held_out_by} implies it. Leave it out."
+                )
+        if self.held_out_by == "prompt" and self.mask == "all":
+            yield (
+                f"{where}held_out_by=prompt: with mask=all every token is learned, so rows have no "
+                "prompt. Set held_out_by=row, or another mask."
+            )
         if self.n_test < 1:
             yield f"{where}n_test={self.n_test}: expected at least 1 row."
         if not 0 <= self.n_test_curve <= self.n_test:

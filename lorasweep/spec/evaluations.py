@@ -4,11 +4,20 @@ Standard library only.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 FEWEST_ROWS = 4
 """Held-out rows below which no run is ended by their loss: as many as a customer's part has at
 least (fleet/rows.py). A convention."""
+
+EARLY_STOPPING_RULE = 2
+"""Version of the rule by which runs end early, which their results record. Results without one were
+judged by rule 1, which counted every evaluation."""
+HEAD = 10
+"""Patience begins after one part in so many of a run's updates. Evaluations are log-spaced, so the
+first ones are an update or two apart, and at a high learning rate the loss rises in the first
+updates before it falls. A convention."""
 
 
 def eval_steps(steps: int, curve: bool = True) -> list[int]:
@@ -34,12 +43,23 @@ def why_not_early(patience: int, steps: int, rows: int) -> str:
     if rows < FEWEST_ROWS:
         return f"{rows} held-out rows choose between runs, and {FEWEST_ROWS} are the fewest"
     measured = eval_steps(steps)
-    if len(measured) <= patience + 1:
+    counted = no_better(measured[0], measured, steps)
+    if counted <= patience:
         return (
-            f"{steps} updates have {len(measured)} evaluations, of which the last ends the run "
-            "anyway"
+            f"of the {len(measured)} evaluations of {steps} updates at most {counted} count "
+            f"against a run (not the first, and none before {steps}/{HEAD} updates), and the last "
+            "of them ends it anyway"
         )
     return ""
+
+
+def no_better(best: int, evaluated: Iterable[int], steps: int) -> int:
+    """Count the evaluations since the best one, without those in the head of a run.
+
+    `best`: the update of the best evaluation. `evaluated`: the updates of all so far. `steps`: the
+    run's length.
+    """
+    return sum(step > best and HEAD * step >= steps for step in evaluated)
 
 
 @dataclass
@@ -50,12 +70,8 @@ class Best:
     """The metric, lower being better."""
     step: int = 0
     """0: there was none yet."""
-    worse: int = 0
-    """Evaluations since."""
 
     def note(self, step: int, loss: float) -> None:
         """Take up an evaluation. Of equal ones the first is the best."""
         if loss < self.loss:
-            self.loss, self.step, self.worse = loss, step, 0
-        else:
-            self.worse += 1
+            self.loss, self.step = loss, step

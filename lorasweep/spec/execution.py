@@ -25,6 +25,9 @@ class Exec:
     max_gpus: int | None = None
     """GPUs that one run may take, at most. A plan prices runs that need more apart, and they are
     left out. None: no limit."""
+    forward_parts: int = 1
+    """Sampling and evaluation hold one part in so many of what they usually hold at once. More than
+    one: less memory there, none in the backward pass. It is doubled where their memory runs out."""
     join_rows: bool = False
     """Lay a forward pass's rows end to end in one sequence per pack member, without attention from
     one to another, instead of padding each to the longest. For long rows of different lengths.
@@ -62,6 +65,8 @@ class Exec:
         """Yield the settings that are wrong on any machine."""
         if self.max_attempts < 1:
             yield f"exec.max_attempts={self.max_attempts}: expected at least 1."
+        if self.forward_parts < 1:
+            yield f"exec.forward_parts={self.forward_parts}: expected at least 1."
         for name in (
             "workers",
             "threads",

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import stat
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -63,6 +64,24 @@ def read_json(path: Path) -> Any:
         return None if content is None else json.loads(content)
     except ValueError:
         return None
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int] | None:
+    """Return what a safetensors file says of its tensors, and the size it should have.
+
+    By name: dtype, shape and data_offsets. None if it has no such header. The file is 8 bytes with
+    the header's length, the header (JSON), and the tensors (github.com/huggingface/safetensors,
+    "Format").
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 1 << 28)))
+        header.pop("__metadata__", None)
+        ends = [tensor["data_offsets"][1] for tensor in header.values()]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+    return header, 8 + length + max(ends, default=0)
 
 
 def names(folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from lorasweep.methods.registry import method_class
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate, with_axes
-from lorasweep.sweep.question import Sweep
+from lorasweep.sweep.question import Sweep, axes_of
 
 MAX_RUNS = 100_000
 MAX_PROBLEMS = 5
@@ -83,7 +83,7 @@ def expand(
         start = base
         if type(base.method) is not cls:
             start = dataclasses.replace(base, method=cls())
-        found = assignments({k: v for k, v in {**sweep.axes, **axes}.items() if k != "method"})
+        found = assignments({**sweep.axes, **axes_of(axes)})
         if len(found) > MAX_RUNS:
             raise SpecError(
                 f"arm {arm!r} has {len(found)} runs; the limit is {MAX_RUNS}. Give an axis fewer "

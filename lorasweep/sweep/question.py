@@ -13,6 +13,8 @@ from lorasweep.spec.metric import METRICS
 
 CLAIMANTS = ("study", "popular", "ours")
 MAX_ROUNDS = 5
+ADDED_AFTER = "added_after"
+"""Key beside an arm's axes: what was added to its runs after a look at them, and why."""
 DIRECTIONS = ("", "lower", "higher")
 
 
@@ -52,6 +54,13 @@ class Claim:
     """True, or a list of scales: the sweep is known to have too few seeds for the claim there. Not
     hashed."""
 
+    exploratory: dict[str, str] = field(default_factory=dict)
+    """{scale: why}: verdicts there explore and do not confirm, because what they rest on was
+    changed after their runs had been seen. Shown with every verdict. Not hashed."""
+    stands: bool = False
+    """The claim is judged although the answer is withdrawn, as the reason does not concern it. Not
+    hashed."""
+
     def at(self, scale: str) -> "Power":
         """Return what is stated of the claim's power at a scale."""
         sd, units = (v.get(scale) if isinstance(v, dict) else v for v in (self.sd, self.units))
@@ -87,11 +96,18 @@ class Sweep:
     source: str = ""
     how: str = ""
     """How it is measured and what that leaves open. Shown with the answer."""
+    withdrawn: str = ""
+    """Why the answer does not count, to be read after "withdrawn:"; empty: it counts. Verdicts are
+    then UNDECIDED and shown as withdrawn, whatever was measured, but those on claims that stand.
+    Not hashed."""
     claims: dict[str, Claim] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
     """Axes of all arms: name -> list of values."""
     arms: dict[str, Any] = field(default_factory=dict)
-    """Arm name -> {method: name, axis: list or value, ...}."""
+    """Arm name -> {method: name, axis: list or value, ..., added_after: {scale: {what, why}}}.
+
+    `added_after` says which runs were added after a look, and why; the sweep then plans two rounds
+    or more, so that its verdicts are judged at the level of two looks."""
     second: Replicates = field(default_factory=Replicates)
     rounds: int = 1
     """Planned looks at the answer, 1 to 5. More looks mean a stricter level for each, so that the
@@ -101,6 +117,17 @@ class Sweep:
     """Scale name -> values for arms and axes, used as ${sweep.at.${scale.at}.ranks}. Not hashed."""
     parts: list[str] = field(default_factory=list)
     """Sweeps that run one after another, instead of arms of its own. Used by +sweep=study."""
+
+
+def axes_of(arm: dict[str, Any]) -> dict[str, Any]:
+    """Return the axes of an arm: what it states but for its method and what was added to it."""
+    return {k: v for k, v in arm.items() if k not in ("method", ADDED_AFTER)}
+
+
+def added_after(sweep: Sweep, scale: str) -> list[dict[str, str]]:
+    """List what was added to the arms' runs after a look: arm, what and why, at one scale."""
+    stated = ((arm, (v.get(ADDED_AFTER) or {}).get(scale)) for arm, v in sweep.arms.items())
+    return [{"arm": arm, **said} for arm, said in stated if said]
 
 
 def check_sweep(name: str, sweep: Sweep, models: Sequence[str] = ()) -> None:
@@ -136,6 +163,11 @@ def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
         for base in claim.not_on:
             if models and base not in models:
                 yield f", claim {key!r}, not_on: {unknown('model', base, models)}"
+        if not all(claim.exploratory.values()):
+            yield (
+                f", claim {key!r}: exploratory={claim.exploratory}. Say why, as {{scale: why}}, or "
+                "leave the scale out."
+            )
         yield from _power_problems(key, claim)
     if not 1 <= sweep.rounds <= MAX_ROUNDS:
         yield f": rounds={sweep.rounds}. Expected 1 to {MAX_ROUNDS}."
@@ -144,6 +176,8 @@ def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
     for arm, axes in sweep.arms.items():
         if not isinstance(axes, dict) or "method" not in axes:
             yield f", arm {arm!r}: has no method. Write `method: lora` below it."
+        elif axes.get(ADDED_AFTER):
+            yield from _added_problems(arm, axes[ADDED_AFTER], sweep.rounds)
     for arm in sweep.second.arms:
         if arm not in sweep.arms:
             yield (
@@ -190,5 +224,20 @@ def _power_problems(key: str, claim: Claim) -> Iterator[str]:
 def _all_axes(sweep: Sweep) -> Iterator[tuple[str, Any]]:
     yield from sweep.axes.items()
     for arm, axes in sweep.arms.items():
-        for axis, values in axes.items():
+        for axis, values in axes_of(axes).items():
             yield f"arms.{arm}.{axis}", values
+
+
+def _added_problems(arm: str, stated: Any, rounds: int) -> Iterator[str]:
+    by_scale = stated.values() if isinstance(stated, dict) else [None]
+    for said in by_scale:
+        if not isinstance(said, dict) or {k for k, v in said.items() if v} != {"what", "why"}:
+            yield (
+                f", arm {arm!r}: {ADDED_AFTER}={stated}. Expected {{scale: {{what: ..., why: "
+                "...}}}: which runs were added after a look, and why."
+            )
+    if rounds < 2:
+        yield (
+            f", arm {arm!r}: has runs that were added after a look, but rounds={rounds}. Write "
+            "`rounds: 2`, or the number of looks, so that its verdicts are judged at that level."
+        )

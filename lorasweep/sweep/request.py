@@ -14,7 +14,7 @@ from typing import Any
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.sweep.grid import Point
-from lorasweep.sweep.question import Claim, Replicates, Sweep
+from lorasweep.sweep.question import Claim, Replicates, Sweep, added_after
 
 HASH_DIGITS = 6
 """Hexadecimal digits of the hash in a title: enough for the few requests that share a folder."""
@@ -74,6 +74,9 @@ class Request:
     one, which 1 is."""
     folders: list[str] = field(default_factory=list)
     """Folders of configuration, the user's first."""
+    given: list[str] = field(default_factory=list)
+    """Settings that stand on the command line, by key: others have a value of their scale or file.
+    """
 
     @property
     def title(self) -> str:
@@ -139,7 +142,9 @@ def question(request: Request) -> dict[str, Any]:
         "question": sweep["question"],
         "source": sweep["source"],
         "how": sweep["how"],
+        "withdrawn": sweep["withdrawn"],
         "claims": sweep["claims"],
         "rounds": sweep["rounds"],
+        "added_after": added_after(request.sweep, request.scale),
         "analysis": sweep["analysis"],
     }

@@ -5,6 +5,7 @@ The evaluations are those that a run has anyway, on the rows that choose between
 
 from collections.abc import Mapping, Sequence
 
+from lorasweep.spec.evaluations import no_better
 from lorasweep.spec.metric import Metric
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.optim import AdamW
@@ -30,11 +31,16 @@ def end_early(
         progress[m.id].best.note(step, loss)
     better = {m.id for m in watched if progress[m.id].best.step == step}
     optimizer.keep_best([k for k, m in enumerate(members) if m.id in better])
-    ending = [m for m in watched if progress[m.id].best.worse >= m.early_stopping]
+    ending = [m for m in watched if _since_best(m, progress[m.id]) >= m.early_stopping]
     for m in ending:  # a learning curve ends with what it says of the rows of its other points
         point = progress[m.id].curve[-1]
         point.setdefault(metric.on_part, point[metric.name])
     return {m.id for m in ending}
+
+
+def _since_best(member: RunSpec, progress: Progress) -> int:
+    evaluated = [point["step"] for point in progress.curve[1:]]
+    return no_better(progress.best.step, evaluated, member.steps)
 
 
 def return_to_best(

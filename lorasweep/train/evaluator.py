@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lorasweep.methods.trainables import Trainables
 from lorasweep.models.sharding import Mesh
 from lorasweep.spec.run import RunSpec
-from lorasweep.train.events import Record
+from lorasweep.train.events import EVALUATION, Record, phase
 from lorasweep.train.objectives.base import Objective
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Evaluator:
         norms = self.trainables.norms() if runs else []
         for at in self._together(members, runs):
             some = [members[k] for k in at]
-            with self.trainables.only(at):
+            with phase(EVALUATION), self.trainables.only(at):
                 found = self.mesh.run(self.objective.evaluate, self.model, some, final)
             for k, m, e in zip(at, some, found):
                 measured[m.id] = {**e.measures, **norms[k]}, e.n_items
@@ -60,7 +60,7 @@ class Evaluator:
         if not at:
             return {}
         some = [members[k] for k in at]
-        with self.trainables.only(at):
+        with phase(EVALUATION), self.trainables.only(at):
             more = self.mesh.run(self.objective.at_end, self.model, some)
             spectra = self.trainables.spectra()
         return {m.id: {**a, "spectra": b} for m, a, b in zip(some, more, spectra)}

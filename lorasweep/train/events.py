@@ -1,12 +1,43 @@
-"""What a trainer reports: one Event per update. Standard library only."""
+"""What a trainer reports: one Event per update, and the phase of an error.
 
-from collections.abc import Callable
+Standard library only.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from lorasweep.store.checkpoint import State
 
 Record = dict[str, Any]
+LEARNING, SAMPLING, EVALUATION = "learning", "sampling", "evaluation"
+"""Phases of training."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What was done when an error was raised."""
+
+    name: str = LEARNING
+    divisible: bool = False
+    """Whether Exec.forward_parts can make the phase hold less at once."""
+
+
+@contextmanager
+def phase(name: str, divisible: bool = False) -> Iterator[None]:
+    """Mark errors with the phase that they are raised in; of nested phases the inner one counts."""
+    try:
+        yield
+    except Exception as error:
+        error.__dict__.setdefault("phase", Phase(name, divisible))
+        raise
+
+
+def phase_of(error: BaseException) -> Phase:
+    """Return the phase that an error was raised in; it is learning where none was marked."""
+    found = getattr(error, "phase", None)
+    return found if isinstance(found, Phase) else Phase()
 
 
 @dataclass

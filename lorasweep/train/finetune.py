@@ -26,15 +26,16 @@ def finetune(
     micro_batch_size: int | None = None,
     resume: dict[str, State] | None = None,
     join_rows: bool = False,
+    forward_parts: int = 1,
 ) -> Iterator[Event]:
     """Train the runs of `pack` together and yield an Event per update.
 
     `data`: one data set for all, or run id -> data set. `micro_batch_size`: sequences per member
     and forward pass of the learner; None: all of an update. `resume`: run id -> state from an
-    event's snapshot(). `join_rows`: see Exec.
+    event's snapshot(). `join_rows`, `forward_parts`: see Exec.
     """
     by_run = {s.id: data for s in pack} if isinstance(data, Data) else data
     objective = OBJECTIVES[pack[0].objective](
-        by_run, pack[0].precision, micro_batch_size, join_rows
+        by_run, pack[0].precision, micro_batch_size, join_rows, forward_parts
     )
     return train(pack, base, objective, resume)

@@ -23,7 +23,7 @@ from lorasweep.store.checkpoint import State
 from lorasweep.train.early_stopping import end_early, return_to_best
 from lorasweep.train.evaluator import Evaluator
 from lorasweep.train.events import Event, Record
-from lorasweep.train.objectives.base import BatchT, Objective
+from lorasweep.train.objectives.base import DIVERGENCE_RULE, BatchT, Objective
 from lorasweep.train.optim import AdamW
 from lorasweep.train.progress import Progress, gradient_shares
 
@@ -141,6 +141,7 @@ def train(
                     "curve": progress[m.id].curve,
                     **progress[m.id].of_experts(),
                     "base_sha256": base.sha256,
+                    "divergence_rule": DIVERGENCE_RULE,
                     **({"base_commit": base.commit} if base.commit else {}),
                 }
                 if m.id in done:

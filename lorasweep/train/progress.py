@@ -4,7 +4,7 @@ import math
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
-from lorasweep.spec.evaluations import Best
+from lorasweep.spec.evaluations import EARLY_STOPPING_RULE, Best
 from lorasweep.spec.model import ModelSpec
 from lorasweep.train.events import Record
 
@@ -32,7 +32,7 @@ class Progress:
         """Restore the values of a checkpoint."""
         self.curve, self.tokens = list(meta["curve"]), meta["tokens"]
         self.expert_tokens = meta.get("expert_tokens", [])
-        self.best = Best(*meta.get("best", ()))
+        self.best = Best(*meta.get("best", ())[:2])  # an older one has a third value
 
     def state(self) -> dict[str, Any]:
         """Return the values for a checkpoint."""
@@ -44,8 +44,10 @@ class Progress:
         return {"expert_tokens": self.expert_tokens} if self.expert_tokens else {}
 
     def of_best(self) -> dict[str, int]:
-        """Return the update whose weights are left behind for a result, with early stopping."""
-        return {"best_step": self.best.step} if self.best.step else {}
+        """Return what a result says of early stopping: the update whose weights are left behind."""
+        if not self.best.step:
+            return {}
+        return {"best_step": self.best.step, "early_stopping_rule": EARLY_STOPPING_RULE}
 
     def add(self, n_tokens: int, seconds: float, of_experts: list[list[int]]) -> None:
         """Count an update; `of_experts`: its tokens by layer and expert."""

@@ -8,6 +8,7 @@ Shapes: N members, P prompts of a member, G answers to a prompt, R = N * P * G a
 of members and prompts, T tokens of the longest prompt, V vocabulary.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lorasweep.errors import ModelError
 from lorasweep.models.precision import COMPUTE_DTYPES, autocast
 from lorasweep.models.sharding import Mesh, layers_together
+from lorasweep.train.events import SAMPLING, phase
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +55,7 @@ def sample(
     ends: Sequence[Sequence[int]],
     precision: str,
     mesh: Mesh | None = None,
+    forward_parts: int = 1,
 ) -> list[Answers]:
     """Sample answers at temperature 1 to the prompts of each member, as many for each member.
 
@@ -62,21 +66,24 @@ def sample(
         uniforms_NAL: float64 in [0, 1), [N, P * G, most tokens of an answer]; number t decides
             token t of an answer.
         ends: sequences of tokens, each of which ends an answer; none: all have the most tokens.
+        forward_parts: see Exec.
     """
     group = uniforms_NAL.shape[1] // len(prompts[0])
     if mesh is not None and mesh.size > 1:
-        return _shared(model, prompts, uniforms_NAL, ends, precision, mesh)
-    size = max(1, _at_once(model, prompts, uniforms_NAL.shape[2], precision) // group)
-    parts = [
-        _together(
-            model,
-            [own[k : k + size] for own in prompts],
-            uniforms_NAL[:, k * group : (k + size) * group],
-            ends,
-            precision,
-        )
-        for k in range(0, len(prompts[0]), size)
-    ]
+        return _shared(model, prompts, uniforms_NAL, ends, precision, mesh, forward_parts)
+    most = min(_at_once(model, prompts, uniforms_NAL.shape[2], precision), uniforms_NAL.shape[1])
+    size = max(1, most // forward_parts // group)
+    with phase(SAMPLING, divisible=size > 1):
+        parts = [
+            _together(
+                model,
+                [own[k : k + size] for own in prompts],
+                uniforms_NAL[:, k * group : (k + size) * group],
+                ends,
+                precision,
+            )
+            for k in range(0, len(prompts[0]), size)
+        ]
     return [_joined(own) for own in zip(*parts)]
 
 
@@ -101,13 +108,15 @@ def _shared(
     ends: Sequence[Sequence[int]],
     precision: str,
     mesh: Mesh,
+    forward_parts: int,
 ) -> list[Answers]:
     """Sample every size-th prompt of one member in each process; a repetition does not count."""
     (own,), group = prompts, uniforms_NAL.shape[1] // len(prompts[0])
     mine = [k % len(own) for k in mesh.turns(len(own))]
     uniforms = uniforms_NAL.reshape(len(own), group, -1)[mine].reshape(1, len(mine) * group, -1)
     with layers_together(model):
-        (found,) = sample(model, [[own[k] for k in mine]], uniforms, ends, precision)
+        mine_ = [[own[k] for k in mine]]
+        (found,) = sample(model, mine_, uniforms, ends, precision, None, forward_parts)
     parts = mesh.gather(found)
     firsts = [(k % mesh.size, k // mesh.size * group) for k in range(len(own))]
     where = [(process, first + i) for process, first in firsts for i in range(group)]
@@ -172,6 +181,56 @@ def _padded_left(
     return torch.from_numpy(tokens).to(device), None if equal else torch.from_numpy(mask).to(device)
 
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""Names of a forward pass's argument for keys and values: from transformers 5.24 on, and before."""
+
+
+def _cache_argument(model: Any) -> str:
+    """Return the name under which the model's forward pass takes keys and values.
+
+    A name that it does not take would be passed on unused, and every token be drawn as if it were
+    the first of its row.
+
+    Raises:
+        ModelError: it takes neither of the known ones.
+    """
+    taken = inspect.signature(model.forward).parameters
+    for name in CACHE_ARGUMENTS:
+        if name in taken:
+            return name
+    raise ModelError(
+        f"{type(model).__name__}.forward takes no cache of keys and values: none of its arguments "
+        f"is named {' or '.join(CACHE_ARGUMENTS)}, so answers cannot be sampled. Use "
+        "objective=sft, or another model."
+    )
+
+
+def _new_cache(model: Any, precision: str) -> Any:
+    """Return an empty cache of transformers that holds numbers in the type of the products.
+
+    Under autocast rotated keys are fp32, and before transformers 5.24 values take the type of the
+    keys. Attention rounds both to bf16 at every token, so to round keys when they are stored
+    changes no number, and the cache is half as large (from 5.24 on two thirds).
+    """
+    from transformers import DynamicCache
+
+    dtype = COMPUTE_DTYPES[precision]
+
+    class Cache(DynamicCache):
+        def update(
+            self,
+            key_states: torch.Tensor,
+            value_states: torch.Tensor,
+            layer_idx: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = key_states.to(dtype), value_states.to(dtype)
+            return super().update(keys, values, layer_idx, *args, **kwargs)
+
+    return Cache(config=model.config)
+
+
 class _Steps:
     """The forward passes: the prompts once, then one token of every answer at a time."""
 
@@ -185,10 +244,9 @@ class _Steps:
         more: bool,
     ) -> None:
         """Read the prompts; `more`: answers may have more than one token."""
-        from transformers import DynamicCache
-
         self._model, self._precision = model, precision
-        self._mask, self._cache = mask, DynamicCache(config=model.config) if more else None
+        self._mask, self._cache = mask, _new_cache(model, precision) if more else None
+        self._name = _cache_argument(model)
         self._length = tokens.shape[1]
         at = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
         self._next_at = None if at is None else at[:, -1:].repeat_interleave(group, 0) + 1
@@ -205,9 +263,9 @@ class _Steps:
                 input_ids=tokens,
                 attention_mask=self._mask,
                 position_ids=at,
-                cache=self._cache,
                 use_cache=self._cache is not None,
                 logits_to_keep=1,
+                **{self._name: self._cache},
             ).logits[:, -1]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -5,18 +5,16 @@ import json
 import os
 import shutil
 import signal
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
-from packaging.version import Version
 from safetensors.torch import load_file
 
 from lorasweep.cli.actions import act
 from lorasweep.cli.customers import fleet
 from lorasweep.config.compose import shipped_model
-from lorasweep.errors import SpecError
+from lorasweep.errors import ModelError, SpecError
 from lorasweep.fleet.members import Member
 from lorasweep.fleet.outcome import Outcome, Tried
 from lorasweep.launch.process import Stopped
@@ -152,7 +150,7 @@ def test_a_stopped_fleet_goes_on_in_its_company_to_the_same_adapters(world, tmp_
     stopping = Counting(stop_at=4)
     settings = ("precision=fp64", "exec.checkpoint_s=0")
     assert world.run(*settings, trainer=stopping) == 130
-    assert not world.folder.exists()
+    assert [p.name for p in world.folder.iterdir()] == ["fleet.json"]
     rest = Counting()
     assert world.run(*settings, trainer=rest) == 0
     assert any(resumed for _, _, resumed in rest.asked)
@@ -482,15 +480,10 @@ def test_adapters_load_and_are_switched_on_one_base(world, bases):
         assert torch.allclose(logits(served), alone[name], atol=1e-5)
 
 
-def test_adapters_are_switched_by_transformers(world, bases, monkeypatch):
-    """Its own integration, without PEFT's wrapper. Its check of PEFT's version is left out where
-    the newest PEFT there is would fail it: transformers 5.24 asks for 0.22, 0.21.2 is the newest."""
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import peft as integration
-
-    if Version(metadata.version("peft")) < Version(integration.MIN_PEFT_VERSION):
-        monkeypatch.setattr(integration, "check_peft_version", lambda **_: None)
+def test_adapters_are_switched_by_transformers(world, bases):
+    """Its own integration, without PEFT's wrapper."""
     from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
     world.run("rates=advised")
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -505,6 +498,18 @@ def test_adapters_are_switched_by_transformers(world, bases, monkeypatch):
             assert torch.allclose(model(ids).logits, alone(ids).logits, atol=1e-5)
 
 
+def test_a_base_in_fp32_is_read_from_its_folder_and_trained(world, tmp_path, capsys):
+    folder = make_base(tmp_path / "exact", torch.float32)
+    for path in (folder, folder / "config.json"):
+        table = [{"name": "ann", "model": str(path), "task": "sft", "data": "ann.jsonl"}]
+        (tmp_path / "customers.yaml").write_text(json.dumps(table))
+        assert world.run("rates=advised", "precision=bf16") == 0, capsys.readouterr().err
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    with pytest.raises(ModelError, match=r"differs from its .*exact/config.json: weights_dtype is"):
+        world.run("rates=advised", "precision=bf16")
+
+
 def test_a_mirror_has_a_run_a_customer(world, monkeypatch):
     copied = []
     monkeypatch.setattr(
@@ -514,3 +519,91 @@ def test_a_mirror_has_a_run_a_customer(world, monkeypatch):
     assert world.run("mirror=wandb", "rates=advised") == 0
     ((points, group),) = copied
     assert group == "fleet-customers" and len({p.arm for p in points}) == len(points) == 5
+
+
+def test_a_fleet_from_before_its_folder_kept_rules_goes_on_by_those_of_then(
+    world, tmp_path, capsys
+):
+    """Its runs have the ids of then (tests/unit/fleet/test_members.py), and its folder says nothing:
+    nothing is trained anew, and the form of its scale is kept from then on."""
+    of_scale = {"template": "Question: {prompt}\nAnswer: ", "render": "role_eos"}
+    rules = {**of_scale, "mask": None, "split": "row", "layers": "attention+mlp+unembedding"}
+    world.folder.mkdir(parents=True)
+    kept = world.folder / "fleet.json"
+    kept.write_text(json.dumps(rules))
+    settings = ("precision=fp32", "rates=advised")
+    assert world.run(*settings) == 0
+    runs = set(world.runs())
+    kept.unlink()
+    again = Counting()
+    assert world.run(*settings, "scale=small", trainer=again) == 0 and not again.asked
+    assert "It keeps the prompt form of scale=small" in capsys.readouterr().err
+    assert json.loads(kept.read_text()) == rules and set(world.runs()) == runs
+    assert world.run(*settings, "scale=tiny", trainer=again) == 0 and not again.asked
+    assert "It keeps" not in capsys.readouterr().err
+    # the card says which form, and where the interval is not over prompts
+    card = (world.folder / "bob/README.md").read_text()
+    assert "**prompt form:** 'Question: {prompt}\\\\nAnswer: '; in the loss: every answer" in card
+    # in another folder for runs there is nothing to keep
+    fresh = Counting()
+    new = ("exec.runs_dir=new_runs", "exec.reports_dir=new", "scale=small")
+    assert world.run(*settings, *new, trainer=fresh) == 0 and len(fresh.asked) == 5
+    found = json.loads((tmp_path / "new/fleet-customers/bob/facts.json").read_text())
+    assert found["template"] == "{prompt}\n" and not {found["run"]} & runs
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_the_form_is_the_bases_and_never_the_scales_and_one_that_is_named_is_kept(
+    world, bases, tmp_path
+):
+    instruct = shutil.copytree(bases[0], tmp_path / "instruct")
+    (instruct / "chat_template.jinja").write_text(TEMPLATE)
+    world.write(chat=(instruct, "ann.jsonl", 1), **{HOSTILE: (None, None, None)})
+    settings = ("precision=fp32", "rates=advised")
+    assert world.run(*settings, "scale=small") == 0
+    chat, ann = world.facts("chat"), world.facts("ann")
+    eos = "<|end_of_text|>"
+    assert (chat["render"], chat["template"], chat["end"]) == ("chat_template", "{prompt}", eos)
+    assert chat["example"] == [
+        {"text": f"<user>{{prompt}}{eos}<assistant>", "in_loss": False},
+        {"text": f"{{completion}}{eos}", "in_loss": True},
+    ]
+    assert (ann["render"], ann["template"], ann["mask"]) == ("role_eos", "{prompt}\n", "completion")
+    card = (world.folder / "chat/README.md").read_text()
+    assert "the chat template of the base, with '{prompt}' as the message" in card
+    assert (
+        "⟦{completion}&lt;" in card and "⟦{completion}" in (world.folder / "index.html").read_text()
+    )
+    again = Counting()
+    assert world.run(*settings, "scale=tiny", trainer=again) == 0 and not again.asked
+    named = ("dataset.template='Q: {prompt} A: '",)
+    assert world.run(*settings, *named, trainer=again) == 0 and len(again.asked) == 5
+    for _ in range(2):  # named once, it is kept
+        facts = world.facts("chat")
+        assert (facts["render"], facts["template"]) == ("role_eos", "Q: {prompt} A: ")
+        assert world.run(*settings, trainer=again) == 0 and len(again.asked) == 5
+    with pytest.raises(SpecError, match=r"dataset.n_test has no effect in a fleet.*Allowed"):
+        world.run(*settings, "dataset.n_test=9")
+    (world.folder / "fleet.json").write_text('{"split": "coin"}')
+    with pytest.raises(SpecError, match=r"is not known.*out=DIR"):
+        world.run(*settings)
+
+
+def test_the_card_says_how_many_rows_share_prompts_and_the_interval_is_over_prompts(
+    world, tmp_path
+):
+    rows = [{"prompt": f"How many? {k % 40}", "completion": f"Yes {k}"} for k in range(200)]
+    (tmp_path / "bob.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert world.run("rates=advised") == 0
+    bob = world.facts("bob")
+    assert (bob["n_same_prompt"], bob["n_test"], bob["n_test_prompts"]) == (160, 20, 4)
+    # 4 prompts: Student's t of 3 degrees of freedom is 3.182
+    assert bob["gain_interval"][1] - bob["gain"] == pytest.approx(3.182 * bob["gain_se"], rel=1e-3)
+    card = (world.folder / "bob/README.md").read_text()
+    assert "160 rows have the prompt of another one, and another answer; no prompt is both" in card
+    assert "(4 prompts): a gain of" in card and "(Student's t over prompts)" in card

@@ -66,6 +66,9 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     measures = {
         "attention_over_mlp": {c.task.name: c.worse.plain() for c in used},
         "mlp_over_both": {c.task.name: c.both.plain() for c in used},
+        "ranks": {
+            c.task.name: {a.layers: a.rank for a in c.pair} for c in used if c.pair is not None
+        },
         "gradient_share": {t.name: {a.layers: a.share for a in t.lora} for t in tasks},
     }
     optima = [a.optimum for t in tasks for a in t.arms]

@@ -1,4 +1,4 @@
-"""Where LoRA gives up nothing: the cells of known novelty, the law of the needed rank, verdicts.
+"""Where LoRA has no regret: data of known novelty, regret over rank, room by three counts.
 
 Knows no other question.
 """

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import pandas as pd
 
-from analysis.measures.at_best import AtBest
-from analysis.measures.laws.rank_law import change_of_needed, rank_needed_by_seed
+from analysis.inference.estimate import Estimate
+from analysis.measures.at_best import AtBest, over_seeds
+from analysis.measures.needed_rank import change_of_needed, rank_needed_by_seed
 from analysis.measures.regret import (
     Gap,
     Novelty,
     bits_of,
     controls_of,
     gaps_of,
+    loads_of,
     novelty_of,
     parts_at_best,
 )
@@ -32,8 +35,7 @@ FIRST = 64
 EIGHTH = 8
 """The study's ranks end at an eighth of the hidden size."""
 FITTING = 0.5
-"""A rank of this load or less holds what is new by the study's capacity, with a factor 2 to spare.
-"""
+"""A rank of this load or less has room for what is new, with a factor 2 to spare."""
 Gaps = dict[int, Gap]
 
 
@@ -45,6 +47,7 @@ class Cell:
     model: str
     novelty: Novelty | None
     """None for real data, of which the information is not known."""
+    batch_size: int
     steps: int
     eighth: int
     """The smallest rank tried of an eighth of the hidden size or more; if none is, the highest."""
@@ -60,19 +63,21 @@ class Cell:
     """By rank: what the changed and the unchanged contexts add to the gap, in nats."""
     optima: list[Optimum]
     bits: dict[str, float]
-    """How much is new by each measure, in bits; empty where it is not known."""
+    """Of the data set, by each count that is known."""
+    loads: dict[int, dict[str, float]]
+    """By rank and count."""
     controls: list[Gap]
     """Full fine-tuning of some matrices alone against that of everything."""
 
     @property
     def fitting(self) -> int | None:
-        """The smallest rank that holds what is new by the study's capacity; None without one."""
+        """The smallest rank with room for what is new by the generator's bits; None without one."""
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load <= FITTING]
         return min(ranks, default=None)
 
     @property
     def overfull(self) -> int | None:
-        """The largest rank that cannot hold what is new by that capacity; None without one."""
+        """The largest rank without room for what is new by that count; None without one."""
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load > 1]
         return max(ranks, default=None)
 
@@ -80,6 +85,25 @@ class Cell:
     def needed(self) -> AtBest[float]:
         """log2 of the rank that is needed, by seed."""
         return _needed(self.last)
+
+    @cached_property
+    def rank_needed(self) -> Estimate:
+        """The needed rank, over seeds; no value if it is outside the ranks tried in a seed."""
+        values = list(self.needed.best.values())
+        if not values or not all(map(math.isfinite, values)):
+            return Estimate(None)
+        e = over_seeds(self.needed)
+        low, value, high = (None if v is None else 2**v for v in (e.low, e.value, e.high))
+        return Estimate(value, low, high, e.n, e.flags)
+
+    def load_needed(self, count: str) -> Estimate:
+        """Return the load of the needed rank, whose parameters are in proportion to it."""
+        e, loads = self.rank_needed, {r: v[count] for r, v in self.loads.items() if count in v}
+        if not loads:
+            return Estimate(None)
+        of_rank_1 = float(np.mean([r * load for r, load in loads.items()]))
+        low, value, high = (None if v is None else of_rank_1 / v for v in (e.high, e.value, e.low))
+        return Estimate(value, low, high, e.n, e.flags)
 
     @cached_property
     def needed_over_updates(self) -> AtBest[float] | None:
@@ -111,11 +135,13 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
             again = _by_rank(gaps_of(same, fit_all(lr_curves(same))))
         wanted = int(runs["hidden_size"].iloc[0]) / EIGHTH
         novelty = novelty_of(json.loads(runs["spec"].iloc[0])["dataset"])
+        bits = bits_of(runs, next(iter(last.values())).full) if last else {}
         found.append(
             Cell(
                 name=f"{runs['model'].iloc[0]}, {novelty.name if novelty else _data(runs)}",
                 model=str(runs["model"].iloc[0]),
                 novelty=novelty,
+                batch_size=int(runs["batch_size"].iloc[0]),
                 steps=steps,
                 eighth=min((r for r in last if r >= wanted), default=max(last, default=0)),
                 reaches_eighth=max(last, default=0) >= wanted,
@@ -124,7 +150,8 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
                 last_on_first_rows=again,
                 parts={r: parts_at_best(runs, g) for r, g in last.items()},
                 optima=optima,
-                bits=bits_of(runs),
+                bits=bits,
+                loads={r: loads_of(runs, g.lora, bits) for r, g in last.items()},
                 controls=controls_of(runs, optima),
             )
         )

@@ -1,4 +1,4 @@
-"""Question: does LoRA give up nothing while little is new in the data, and where does that end.
+"""Question: has LoRA no regret while little is new in the data, and where does that end.
 
 A cell is a data set with a known amount of what is new, on one base. In every cell each rank is
 compared with full fine-tuning, both at their own best rates, after the last update and after FIRST
@@ -12,12 +12,15 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.inference.decide import at_level, look_level
 from analysis.inference.estimate import Estimate, Verdict, number, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import over_seeds
+from analysis.measures.needed_rank import sum_of
 from analysis.measures.regret import (
     ALLOWED,
     BITS_PER_PARAMETER,
+    COUNTS,
     PARTS,
     Needed,
     growth,
@@ -40,8 +43,6 @@ from analysis.questions.base import (
     judge_claims,
 )
 from analysis.questions.regime.cells import EIGHTH, FIRST, Cell, cells_of
-from analysis.questions.regime.law import ESTIMANDS as LAW_ESTIMANDS
-from analysis.questions.regime.law import law_section, measured_laws
 
 ESTIMANDS = (
     "over_allowed_low",
@@ -54,18 +55,18 @@ ESTIMANDS = (
     "gap_matrices",
     "unchanged_minus_changed",
     "over_allowed_real",
-    *LAW_ESTIMANDS,
+    "rank_by_updates",
 )
 LOG_ESTIMANDS: tuple[str, ...] = ()
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge every claim in the cells that it is about, and draw the map."""
+    """Judge every claim in the cells that it is about, and draw regret over rank."""
     cells = cells_of(table)
     verdicts: list[Verdict] = []
     members: dict[str, list[Optimum]] = {}
     open_claims = set(ESTIMANDS)
-    found = {c.name: _measured(c) for c in cells} | measured_laws(cells)
+    found = {c.name: _measured(c) for c in cells} | _needed_over_updates(cells)
     for name, (measured, members[name]) in found.items():
         seeds = fewest_seeds(members[name])
         for estimand in measured:
@@ -77,13 +78,13 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         asked = claims_about(question, estimand)
         verdicts += judge_claims(asked, nothing, LOG_ESTIMANDS, "no cell")
     measures = {
-        "cells": [_plain(c) for c in cells],
+        "cells": [_plain(c, look_level(int(question.get("rounds", 1)))) for c in cells],
         "read": {
             "over_allowed_low": f"rank of {1 / EIGHTH:g} of the width",
             "gap_growth": f"smallest rank, update {FIRST} to the last",
         },
     }
-    sections = [_map(cells), law_section(cells), _over_updates(cells), _by_context(cells)]
+    sections = [_over_rank(cells), _room(cells), _over_updates(cells), _by_context(cells)]
     sections += _controls(cells)
     optima = [o for c in cells for o in c.optima]
     return Analysis(optima, correct(verdicts, question), sections, measures, members)
@@ -139,6 +140,25 @@ def _measured(cell: Cell) -> tuple[Measured, list[Optimum]]:
     return measured, distinct(used)
 
 
+def _needed_over_updates(cells: Sequence[Cell]) -> dict[str, tuple[Measured, list[Optimum]]]:
+    """Return how the needed rank changes with training, by base: the mean over its cells."""
+    by_model: dict[str, list[Cell]] = {}
+    for c in cells:
+        if c.novelty is not None and not c.novelty.nothing and c.last:
+            by_model.setdefault(c.model, []).append(c)
+    found: dict[str, tuple[Measured, list[Optimum]]] = {}
+    for model, mine in by_model.items():
+        shown = [n for c in mine if (n := c.needed_over_updates) is not None]
+        total = sum_of(shown)
+        measured: Measured = {"rank_by_updates": (Estimate(None), [Gate(GateCode.NO_LAW)])}
+        if total is not None:
+            share = 1 / len(shown)
+            measured = {"rank_by_updates": (over_seeds(total.map(share.__mul__)), [])}
+        gaps = [g for c in mine for g in c.last.values()]
+        found[f"{model}, all cells"] = measured, distinct(o for g in gaps for o in (g.lora, g.full))
+    return found
+
+
 def _needed(cell: Cell) -> Needed:
     """Return the smallest rank with no regret; a rank that must not be judged tells nothing."""
     return rank_needed(
@@ -146,20 +166,26 @@ def _needed(cell: Cell) -> Needed:
     )
 
 
-def _plain(cell: Cell) -> dict[str, Any]:
+def _plain(cell: Cell, level: float) -> dict[str, Any]:
+    """Return plain values; regrets with the interval at which verdicts are given."""
     needed = _needed(cell)
     return {
         "cell": cell.name,
+        "batch_size": cell.batch_size,
         "updates": cell.steps,
+        "bits": cell.bits,
+        "rank_interpolated": cell.rank_needed.plain(),
+        "loads_needed": {k: cell.load_needed(k).plain() for k in COUNTS},
         "rank_needed": [needed.above, None if math.isinf(needed.up_to) else needed.up_to],
         "ranks": [
             {
                 "rank": r,
                 "load": g.load,
+                "loads": cell.loads[r],
                 "gain_nats": mean_of(g.gain) if g.gain.best else None,
                 "gap_nats": g.mean().plain(),
                 "parts_nats": {k: mean_of(v) for k, v in cell.parts[r].items()},
-                "regret_percent": g.percent().plain(),
+                "regret_percent": at_level(g.percent(), level).plain(),
                 "gap_nats_first": cell.first[r].mean().plain() if r in cell.first else None,
             }
             for r, g in cell.last.items()
@@ -167,46 +193,92 @@ def _plain(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _map(cells: Sequence[Cell]) -> Section:
-    rows: Rows = [
-        ["cell", "updates", "rank", "load", "gain of FullFT", "regret, % of the gain [95%]"]
-    ]
+def _over_rank(cells: Sequence[Cell]) -> Section:
+    rows: Rows = [["cell", "updates", "rank", "gain of FullFT", "regret, % of the gain [95%]"]]
     for cell in cells:
         for r, g in cell.last.items():
-            gain, load = number(mean_of(g.gain)), number(g.load)
-            rows.append(
-                [cell.name, str(cell.steps), str(r), load, gain, with_interval(g.percent())]
-            )
+            gain = number(mean_of(g.gain))
+            rows.append([cell.name, str(cell.steps), str(r), gain, with_interval(g.percent())])
     text = [
-        f"Load: bits of what is new over {BITS_PER_PARAMETER:g} bits for each trained parameter. "
         f"Regret: LoRA's loss minus full fine-tuning's at the last update, in percent of what full "
         f"fine-tuning gains; up to {ALLOWED:.0%} counts as none.",
-        *(
-            f"{c.name}: the smallest rank with no regret is {needed}."
-            for c in cells
-            if str(needed := _needed(c)) != "-"
-        ),
+        *(f"{c.name}: {said}." for c in cells if (said := _needed_text(c))),
     ]
-    caption = "regret against load, by rank"
-    return Section("The map", rows, text, "map.png", [_map_panel(cells)], caption)
+    panels = [_regret_panel(cells)]
+    return Section("Regret over rank", rows, text, "regret.png", panels, "regret over rank")
 
 
-def _map_panel(cells: Sequence[Cell]) -> Panel:
-    ranks = sorted({r for c in cells for r in c.last})
+def _needed_text(cell: Cell) -> str:
+    """Say which rank is needed, as a range of ranks tried and interpolated; empty if unknown."""
+    if str(needed := _needed(cell)) == "-":
+        return ""
+    said = f"the smallest rank with no regret is {needed}"
+    return (
+        said
+        if (e := cell.rank_needed).value is None
+        else f"{said}; interpolated {with_interval(e)}"
+    )
+
+
+LINEAR = 1.0
+"""Percent of the gain below which the axis is linear, so that 0 and less have a place."""
+
+
+def _regret_panel(cells: Sequence[Cell]) -> Panel:
+    """Draw a line a cell; where nothing is new there is hardly a gain to take a share of."""
     series = []
-    for k, rank in enumerate(ranks, 1):
-        gaps = [c.last[rank] for c in cells if rank in c.last and c.last[rank].load]
-        gaps.sort(key=lambda g: g.load or 0.0)
-        loads = [g.load or 0.0 for g in gaps]
-        series.append(Series.of(f"rank {rank}", loads, [g.percent() for g in gaps], colour=k))
+    for cell in cells:
+        if cell.novelty is not None and cell.novelty.nothing:
+            continue
+        known = {r: e for r, g in cell.last.items() if (e := g.percent()).value is not None}
+        if known:
+            name = f"{cell.name}, {cell.steps} updates"
+            series.append(Series.of(name, list(known), list(known.values())))
+    ranks = sorted({int(r) for s in series for r in s.x})
+    lows = [v for s in series for v in s.low if v is not None]
     return Panel(
-        "each point is one data set; each rank and full fine-tuning at their best rates",
-        f"bits of what is new / ({BITS_PER_PARAMETER:g} bits x trained parameters)",
+        "each rank and full fine-tuning at their best rates",
+        "rank",
         "regret, % of full fine-tuning's gain",
         series,
         log_x=True,
-        band=(0.0, 100 * ALLOWED),
+        log_y=True,
+        linear_below=LINEAR,
+        lines={f"counts as none: {ALLOWED:.0%}": 100 * ALLOWED},
+        ticks=[(float(r), str(r)) for r in ranks],
+        y_range=(1.5 * min([-LINEAR, *lows]), None),
     )
+
+
+def _room(cells: Sequence[Cell]) -> Section:
+    """Show the bits of each cell and the load of each rank, by every count."""
+    head = [f"load by {words}" for words in COUNTS.values()]
+    rows: Rows = [["cell", "updates", "rank", *head, "regret, % of the gain [95%]"]]
+    for cell in cells:
+        for r, g in cell.last.items():
+            loads = [number(cell.loads[r].get(count)) for count in COUNTS]
+            rows.append([cell.name, str(cell.steps), str(r), *loads, with_interval(g.percent())])
+        if (rank := cell.rank_needed).value is not None:
+            loads = [with_interval(cell.load_needed(count)) for count in COUNTS]
+            rows.append(
+                [cell.name, str(cell.steps), number(rank.value), *loads, f"{100 * ALLOWED:g}"]
+            )
+    text = [
+        f"Load: bits over {BITS_PER_PARAMETER:g} bits for each trained parameter. The generator's "
+        "bits are the free numbers of what is new, and the fewest that could do. The first pass, "
+        "the study's count, is the summed loss of full fine-tuning over the training rows, each "
+        "before it is learned from: the most. Its entropy cannot be learned away; what lies above "
+        "it was the price of learning. The last line of each data set is at the interpolated rank "
+        f"that has a regret of {ALLOWED:.0%}.",
+        *(f"{c.name}: {_bits_text(c)}." for c in cells if c.bits),
+    ]
+    return Section("Room for what is new", rows, text)
+
+
+def _bits_text(cell: Cell) -> str:
+    rows = cell.batch_size * cell.steps
+    counted = ", ".join(f"{w} {cell.bits[c]:,.0f}" for c, w in COUNTS.items() if c in cell.bits)
+    return f"bits of {rows:,} rows: {counted}"
 
 
 def _over_updates(cells: Sequence[Cell]) -> Section:
@@ -261,7 +333,7 @@ def _controls(cells: Sequence[Cell]) -> list[Section]:
         for g in c.controls
     ]
     text = [
-        "Full fine-tuning of the matrices that LoRA adapts, and nothing else: what it gives up, "
-        "LoRA gives up by its place and not by its rank."
+        "Full fine-tuning of the matrices that LoRA adapts, and nothing else: its regret is due to "
+        "which matrices are trained, not to the rank."
     ]
     return [Section("Controls", rows, text)] if len(rows) > 1 else []

@@ -69,9 +69,14 @@ class Cell:
     curves: Curves
 
     @property
+    def by_rank(self) -> dict[int, Optimum]:
+        """All curves by rank; 0: full fine-tuning, which is first."""
+        return {**({0: self.full} if self.full is not None else {}), **self.lora}
+
+    @property
     def optima(self) -> list[Optimum]:
         """All curves, full fine-tuning first."""
-        return [o for o in (self.full, *self.lora.values()) if o is not None]
+        return list(self.by_rank.values())
 
 
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
@@ -164,8 +169,8 @@ def _task_gates(*optima: Optimum) -> list[Gate]:
 def _section(group: str, cell: Cell, figure: str) -> Section:
     rows: Rows = [list(HEAD), *compared(cell.full, cell.lora, cell.behind)]
     one = cell.optima[0].curve
-    panel = progress(
-        f"{one.key['model']} on {one.key['dataset']}", cell.curves, one, sorted(cell.curves)
-    )
+    title = f"{one.key['model']} on {one.key['dataset']}"
+    lr = {rank: o.curve for rank, o in cell.by_rank.items()}
+    panel = progress(title, cell.curves, lr, sorted(cell.curves))
     text = [f"{HOW} {BARS}"]
     return Section(f"Rewards, {group}", rows, text, figure, [panel], CAPTION)

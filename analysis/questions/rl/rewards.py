@@ -17,9 +17,15 @@ from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import Panel, Series
-from analysis.questions.rl.stable import stable, values_at_stable
+from analysis.questions.rl.stable import (
+    MAX_COLLAPSED,
+    collapsed_at_best,
+    stable,
+    values_at_stable,
+)
 from analysis.runs.learning_curves import Points, by_run, same_rows
 from analysis.runs.lr_curves import LrCurve, runs_of
+from analysis.runs.metric import COLLAPSED_SHARE
 
 POINTS = 100
 GOOD = 0.02
@@ -27,7 +33,7 @@ GOOD = 0.02
 
 
 def reward_of(o: Optimum) -> AtBest[float]:
-    """Return a curve's rewards at its best stable rate, in points: pseudo-values by seed."""
+    """Return a curve's rewards at its best stable rate, in points, by seed."""
     found = stable(o.curve)
     return AtBest({}) if found is None else found.loss.map(lambda v: -POINTS * v)
 
@@ -122,21 +128,26 @@ def learning_at_stable(table: pd.DataFrame, optima: Mapping[int, Optimum]) -> Cu
     }
 
 
-def progress(title: str, curves: Curves, one: LrCurve, ranks: Sequence[int]) -> Panel:
+def progress(title: str, curves: Curves, lr: Mapping[int, LrCurve], ranks: Sequence[int]) -> Panel:
     """Return rewards over episodes, the mean over seeds with its interval, by rank.
+
+    The means are over the runs that did not collapse; the legend counts the others.
 
     Args:
         title: what the curves are of.
-        one: any of the lr curves, all of which have the same base and answers an update.
+        lr: the lr curves by rank, all of which have the same base and answers an update.
         ranks: of all panels that are shown together, so that a rank has one colour; 0 is first.
     """
+    one = next(iter(lr.values()))
     answers, start, series = int(one.key["batch_size"]), -one.nll_start, []
     for rank, curve in curves.items():
         of_seeds = [dict(points) for points in curve.best.values()]
         steps = sorted(set.intersection(*map(set, of_seeds))) if of_seeds else []
         means = [from_sample([-points[s] for points in of_seeds]) for s in steps]
         look = {"size": 4, "colour": ranks.index(rank)}
-        series.append(Series.of(name_of(rank), [s * answers for s in steps], means, **look))
+        lost, n = collapsed_at_best(lr[rank])
+        name = name_of(rank) + (f" (without {lost} of {n} runs: collapsed)" if lost else "")
+        series.append(Series.of(name, [s * answers for s in steps], means, **look))
     lines = {"before training": start} if np.isfinite(start) else {}
     title = f"{title}, each at its best stable rate"
     return Panel(title, "episodes", "held-out reward", series, log_x=True, lines=lines)
@@ -148,15 +159,19 @@ def name_of(rank: int) -> str:
 
 
 HEAD = (
-    *("curve", "best LR [95%]", "reward, points [95%]", "behind FullFT, points [95%]"),
+    *("curve", "best LR [95%]", "reward, points [95%]", "collapsed there"),
+    *("behind FullFT, points [95%]",),
     *("ratio of best rates [95%]", "good rates", "range over FullFT's [95%]"),
 )
 CAPTION = "reward over episodes by rank"
 BARS = "In the figure, bars are intervals over seeds; an episode is a sampled answer."
 HOW = (
-    "Rewards are at the best of the rates at which no run collapses, by a parabola through it and "
-    "the rates around it. Good rates: those whose fitted reward is within 2 points of the best "
-    "one. Ranges are compared in doublings of the rate, where all rates have "
+    "Rewards are at the best stable rate, by a parabola through it and the stable rates around it. "
+    f"A rate is stable if at most {100 * MAX_COLLAPSED:.0f}% of its runs collapse: they were "
+    f"stopped in training, or ended below {100 * COLLAPSED_SHARE:.0f}% of their own best reward. "
+    "Means are over the other runs. The choice of the rate is part of the interval: all of it is "
+    "done again on resampled seeds. Good rates: those whose fitted reward is within 2 points of "
+    "the best one. Ranges are compared in doublings of the rate, where all rates have "
     f"{MIN_SEEDS} seeds."
 )
 
@@ -174,6 +189,7 @@ def compared(
         reward, band = reward_of(o), o.band(GOOD)
         good = "-" if band is None else " to ".join(map(rate, band))
         row = [o.curve.name, with_interval(o.best_lr, rate), with_interval(over_seeds(reward))]
+        row.append("{} of {}".format(*collapsed_at_best(o.curve)))
         if o is full or full is None:
             rows.append([*row, "-", "-", good, "-"])
             continue

@@ -96,7 +96,8 @@ def write(
 def _verdict(v: Verdict) -> dict[str, Any]:
     e = v.estimate
     return {
-        **{k: getattr(v, k) for k in ("claim", "group", "outcome", "why", "needed")},
+        **{k: getattr(v, k) for k in ("claim", "group", "why", "needed")},
+        "outcome": v.shown,
         **{k: getattr(e, k) for k in ("value", "low", "high")},
         "margin": list(v.margin),
     }
@@ -130,7 +131,7 @@ def _json(value: Any) -> str:
 
 def _curve(o: Optimum, within: float) -> dict[str, Any]:
     key, e, band, sign = o.curve.key, o.best_lr, o.band(within), o.curve.shown.sign
-    x = o.curve.x[o.curve.usable]
+    x = o.curve.unbroken
     fit = None
     if o.shape is not None and len(x):
         lr = np.exp(np.linspace(x.min(), x.max(), _FIT_POINTS))

@@ -6,7 +6,9 @@ Read from results.json of kept results (analysis/results) and of your own report
 one of its own report: primary claims are corrected for multiplicity within one question.
 """
 
+import functools
 import json
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,6 +82,31 @@ class Part:
             self.question["claims"].get(v.claim, {}).get("estimand"), ""
         )
 
+    def curves(self, v: Verdict) -> list[dict[str, Any]]:
+        """Return the curves of the group that a verdict is about."""
+        found = []
+        for c in self.results["curves"]:
+            name = f"{c['model']} on {c['dataset']}"
+            of_length = f"steps {c['steps']}" in v.group or "steps" not in v.group
+            if of_length and (v.group == name or v.group.startswith(f"{name}, ")):
+                found.append(c)
+        return found
+
+    def parameters_an_episode(self, v: Verdict) -> float | None:
+        """Return the parameters of the lowest rank for each answer that its rewarded runs sample.
+
+        None for a verdict about no such runs.
+        """
+        lora = [c for c in self.curves(v) if c["method"] == "lora"]
+        lora = [c for c in lora if c.get("objective") == "policy_gradient"]
+        if not lora:
+            return None
+        lowest = min(lora, key=lambda c: c["rank"])
+        keys = ("model", "dataset", "steps", "batch_size", "method", "rank", "objective")
+        of_curve = (self.runs[k] == lowest[k] for k in keys)
+        runs = self.runs[functools.reduce(operator.and_, of_curve)]
+        return float((runs["n_trainable"] / (runs["batch_size"] * runs["steps"])).mean())
+
     @property
     def single(self) -> list[Verdict]:
         """Return the verdicts on what was run."""
@@ -88,6 +115,11 @@ class Part:
     def setting(self, group: str) -> Setting:
         """Return where a verdict's group was measured: in the regime, beyond it, or for real."""
         return setting_of(self.runs, group)
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether the sweep's file says that this answer does not count."""
+        return bool(self.question.get("withdrawn"))
 
     @property
     def first_study(self) -> bool:
@@ -223,7 +255,7 @@ def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
                     part.results["scale"],
                     f"{v.expected:g}, within {within(v)}",
                     with_interval(v.estimate),
-                    part.marked(v.outcome),
+                    part.marked(v.shown),
                     str(part.results.get("runs", "-")),
                     v.needed or "-",
                 ]

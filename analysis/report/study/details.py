@@ -4,7 +4,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.inference.estimate import BETTER, Verdict, with_interval
+from analysis.inference.estimate import (
+    BETTER,
+    EXPLORATORY,
+    WITHDRAWN,
+    Verdict,
+    with_interval,
+)
 from analysis.report.study.answers import Part, rows_of, within
 from analysis.report.study.pooled import Pooled
 from analysis.report.text import markdown
@@ -24,6 +30,7 @@ def questions(parts: Sequence[Part], over_bases: Sequence[Pooled], folder: Path)
         question = mine[0].question
         source = f"Source of the claim: {question['source']}. {question.get('how', '')}".strip()
         out += [f"### {text}", "", source, ""]
+        out += [f"**{WITHDRAWN}**: {why}.", ""] if (why := question.get("withdrawn")) else []
         sweep = mine[0].results["sweep"]
         pools = [p for p in over_bases if p.one[0].results["sweep"] == sweep]
         out += [*map(_average, pools), ""] if pools else []
@@ -65,12 +72,14 @@ def _answer(part: Part, folder: Path) -> list[str]:
 def verdict(part: Part, v: Verdict) -> str:
     """Render one verdict as an item of a list, with what has to be said beside it."""
     where = f" ({v.group})" if len({w.group for w in part.verdicts}) > 1 else ""
-    rest = f"; {v.why}" if v.outcome == "UNDECIDED" else f"; {BETTER}" if v.is_better else ""
-    rest += f"; needs {v.needed}" if v.outcome == "UNDECIDED" and v.needed else ""
+    is_open = v.outcome == "UNDECIDED" and not v.is_withdrawn
+    rest = f"; {v.why}" if is_open else f"; {BETTER}" if v.is_better else ""
+    rest += f"; needs {v.needed}" if is_open and v.needed else ""
+    rest += f"; {EXPLORATORY}: {v.exploratory}" if v.exploratory else ""
     measured = f"measured {with_interval(v.estimate)}, margin {within(v)}"
     notes = [part.read(v), *(part.word(v.claim, k) for k in ("measure", "beside"))]
     beside = "; ".join(filter(None, notes))
-    return f"- **{v.outcome}**: {part.says(v.claim)}{where}; {measured}{rest}." + (
+    return f"- **{v.shown}**: {part.says(v.claim)}{where}; {measured}{rest}." + (
         f" *{beside}*" if beside else ""
     )
 

@@ -1,158 +1,212 @@
-"""What was found, in nine sentences at most; every number is picked from an answer by its claim.
+"""What was found, in eight findings at most, and which answers are withdrawn.
 
-A sentence without an answer is left out. Its wording follows from the verdicts, so that a verdict
-that turns changes the sentence.
+Every number is picked from an answer by its claim. A finding without an answer is left out. Its
+wording follows from the verdicts, so that a verdict that turns changes it. Answers that differ in
+base, rank or length are never in one sentence.
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
-from analysis.inference.estimate import number, with_interval
-from analysis.report.study.answers import Part
-from analysis.report.study.load_map import REGIME
-from analysis.report.study.setting import WORDS, Setting
+from analysis.inference.estimate import Estimate, Verdict, number
+from analysis.measures.regret import ALLOWED, COUNTS
+from analysis.report.study.answers import Part, estimate_of
+from analysis.report.study.by_rank import (
+    BATCHES,
+    CONTROL,
+    REGIME,
+    cells_with_bits,
+    controls_of,
+)
 from analysis.report.study.wording import (
     Found,
-    by_setting,
     change,
     count,
-    end,
+    each,
     found,
-    in_percent,
     lead,
     listed,
+    lowest_rank,
     of_claim,
     percent,
-    sets,
     signed,
-    span,
+    where,
+    with_unit,
 )
 
 FULL = " times full fine-tuning's"
-REWARDED = {**WORDS, Setting.BEYOND: "on generated tasks"}
-"""Where rewards were had: the regime is one of texts with their answers."""
-GAIN = " of the gain"
 EIGHTH = 8
 """The claims of `regime` are about ranks of this fraction of the width."""
 
 
-GIVEN_UP = {"at_32": (32, "REFUTED"), "at_512": (512, "SUPPORTED"), "at_1024": (1024, "SUPPORTED")}
-"""Claims of `large_batches`: the batch, and the outcome by which LoRA falls behind at it."""
-
-
 def sentences(parts: Sequence[Part]) -> list[str]:
-    """Return the sentences, the one about the regime first."""
-    first = (_regime, _boundary, _rates, _speed, _batches, _layers)
-    return [text for write in (*first, _rewards, _bits, _compute) if (text := write(parts))]
+    """Return the findings, the one about the regime first."""
+    first = (_regime, _room, _rates, _speed, _batches, _layers)
+    texts = [text for write in (*first, _rewards, _compute) if (text := write(parts))]
+    return texts + _withdrawn(parts)
+
+
+def _withdrawn(parts: Sequence[Part]) -> list[str]:
+    """Say which answers are withdrawn and why, one sentence for each sweep."""
+    why = {p.results["sweep"]: p.question["withdrawn"] for p in parts if p.withdrawn}
+    return [f"**The answer of `{sweep}` is withdrawn**: {text}." for sweep, text in why.items()]
+
+
+# ---------------------------------------------------------------- regret over rank
 
 
 def _regime(parts: Sequence[Part]) -> str:
-    low, behind = found(parts, REGIME, "low"), found(parts, REGIME, "beyond")
+    low, beyond = found(parts, REGIME, "low"), found(parts, REGIME, "beyond")
     if not low:
         return ""
-    start = lead(
-        low,
-        "LoRA without regret is real where little is new",
-        "LoRA without regret is not to be had even where little is new",
-        "LoRA without regret is real on some data in which little is new",
-        "Whether there is LoRA without regret where little is new stays open",
-    )
-    said = (
-        f"{start}: on {sets(low)} in which only rules are new, a rank of an eighth of the width "
-        f"gave up {_regret(low)} of what full fine-tuning gains"
-    )
-    if behind:
-        said += f", and {_regret(behind)} on {sets(behind)} with lists to memorise"
-    return said + end([*low, *behind])
+    controls = [(c, p) for c, p in controls_of(parts) if _is_eighth(p, max(c.regrets))]
+    judged = [*low, *(found([p for _, p in controls], BATCHES, f"at_{CONTROL}"))]
+    said = [
+        lead(
+            judged,
+            "Where only rules are new, a rank of an eighth of the width has no regret",
+            "Where only rules are new, a rank of an eighth of the width has regret",
+            "Where only rules are new, a rank of an eighth of the width has no regret on some "
+            "bases and data sets",
+            "Whether a rank of an eighth of the width has regret where only rules are new is open",
+        ),
+        *_regrets(low),
+        *(
+            f"On {line.base} (rank {rank}, {line.updates} updates of {line.batch_size}) it was "
+            f"{_percent(line.regrets[rank])}"
+            for line, _ in controls
+            for rank in [max(line.regrets)]
+        ),
+        *_regrets(beyond, ", where lists are new too,"),
+    ]
+    return ". ".join(said) + "."
 
 
-def _boundary(parts: Sequence[Part]) -> str:
-    fits = found(parts, REGIME, "fits")
-    if not fits:
+def _is_eighth(part: Part, rank: int) -> bool:
+    return rank * EIGHTH == part.runs["hidden_size"].max()
+
+
+def _regrets(verdicts: Found, also: str = "") -> list[str]:
+    """Return a sentence for each base, rank and length, with the regret on each data set."""
+    by_place: dict[str, list[str]] = {}
+    for part, v in verdicts:
+        cell, row = _at_eighth(part, v)
+        if row is not None:
+            rows = f" of {cell['batch_size']}" if cell.get("batch_size") else ""
+            base = cell["cell"].partition(",")[0]
+            place = f"{base} (rank {row['rank']}, {cell['updates']} updates{rows})"
+            regret = estimate_of(row["regret_percent"])
+            by_place.setdefault(part.marked(place), []).append(_percent(regret))
+    start = "Its regret" if not also else "Regret"
+    return [
+        f"{start} on {place}{also} was {listed(values)} of full fine-tuning's gain"
+        for place, values in by_place.items()
+    ]
+
+
+def _at_eighth(part: Part, v: Verdict) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return a verdict's cell, and in it the smallest rank of an eighth of the width or more."""
+    width = part.runs["hidden_size"].max()
+    cells: list[dict[str, Any]] = part.results["cells"]
+    cell = next((c for c in cells if c["cell"] == v.group), {})
+    ranks = [r for r in cell.get("ranks", ()) if r["rank"] >= width / EIGHTH]
+    return cell, ranks[0] if ranks else None
+
+
+def _percent(e: Estimate) -> str:
+    return with_unit(percent, "%")(e) if e.has_interval() else f"{percent(e.value or 0.0)}%"
+
+
+def _room(parts: Sequence[Part]) -> str:
+    """Say at which loads the needed rank is, by every count; of cells of one base and length."""
+    cells = [c for c in cells_with_bits(parts) if c["rank_interpolated"]["value"] is not None]
+    lengths = {(c["cell"].partition(",")[0], c["updates"]) for c in cells}
+    if len(lengths) != 1 or len(cells) < 2:
         return ""
-    start = lead(
-        fits,
-        "It ends where the adapter is full",
-        "Counting bits does not say where it ends",
-        "Counting bits says only in places where it ends",
-        "Whether counting bits says where it ends stays open",
-    )
-    return (
-        f"{start}: the smallest rank with room for what is new, at the study's 2 bits a parameter, "
-        f"gave up nothing on {count(fits, 'SUPPORTED')} of {len(fits)} data sets; "
-        f"{_needed(parts, {v.group for _, v in fits})}{_law(parts)}{end(fits)}"
-    )
-
-
-def _law(parts: Sequence[Part]) -> str:
-    """Say with which power of the bits the needed rank grew; empty without an interval."""
-    laws = [v.estimate for _, v in found(parts, REGIME, "needs_bits") if v.estimate.has_interval()]
-    if not laws:
+    ((base, updates),) = lengths
+    spans = {
+        count: [v for c in cells if (v := c["loads_needed"][count]["value"]) is not None]
+        for count in COUNTS
+    }
+    spans = {count: values for count, values in spans.items() if values}
+    if set(spans) != set(COUNTS):
         return ""
-    shown = " and ".join(with_interval(e, lambda value: number(value, 2)) for e in laws)
+    ends = sorted((min(values), max(values)) for values in spans.values())
+    apart = all(low > high for (_, high), (low, _) in itertools.pairwise(ends))
+    ranks = [c["rank_interpolated"]["value"] for c in cells]
+    loads = [f"{_span(values)} by {COUNTS[count]}" for count, values in spans.items()]
     return (
-        f"; where only rules are new, that rank grew as the bits to the power {shown}, and not 1"
-        if all(high < 1 for e in laws for _, high in [e.interval])
-        else f"; where only rules are new, that rank grew as the bits to the power {shown}"
+        f"**Whether an adapter has room for the data {'depends' if apart else 'hardly depends'} on "
+        f"how bits are counted**. On {base} after {updates} updates a regret of {100 * ALLOWED:g}% "
+        f"takes ranks of {_span(ranks)}, on {len(cells)} data sets. At 2 bits a parameter their "
+        f"load is {listed(loads)}; the last count was chosen after a look."
     )
+
+
+def _span(values: Sequence[float]) -> str:
+    return " to ".join(dict.fromkeys(number(v, 2) for v in (min(values), max(values))))
+
+
+# ---------------------------------------------------------------- the other findings
 
 
 def _rates(parts: Sequence[Part]) -> str:
     ratio, order = found(parts, "lr_ratio", "ratio"), found(parts, "lr_ratio", "order")
-    shares = found(parts, "recipes", "ten_times")
-    cost = found(parts, "lr_ratio", "ten_times") + [(p, in_percent(v)) for p, v in shares]
     if not ratio or not order:
         return ""
     start = lead(
         order,
-        "LoRA wants about ten times full fine-tuning's learning rate",
-        "LoRA does not want ten times full fine-tuning's learning rate",
-        "Ten times full fine-tuning's learning rate is right in places only",
-        "Whether LoRA wants ten times full fine-tuning's learning rate stays open",
+        "LoRA's best learning rate is of the order of ten times full fine-tuning's",
+        "LoRA's best learning rate is not of the order of ten times full fine-tuning's",
+        "LoRA's best learning rate is of the order of ten times full fine-tuning's in some "
+        "settings only",
+        "Whether LoRA's best learning rate is of the order of ten times full fine-tuning's is open",
     )
-    said = f"{start}: the ratio of the best rates was {by_setting(ratio)}"
-    if cost:
-        said += f"; taken at its word, the rule cost {by_setting(cost, percent, GAIN)}"
-    return said + end([*ratio, *cost])
+    said = f"{start}. {each(ratio, 'The ratio was', with_unit(number))}"
+    cost = found(parts, "lr_ratio", "ten_times")
+    show = with_unit(percent, "% of the gain")
+    return said + (f" {each(cost, 'Regret at exactly ten times was', show)}" if cost else "")
 
 
 def _speed(parts: Sequence[Part]) -> str:
+    def updates(e: Estimate) -> str:
+        return with_unit(number, FULL)(_inverse(e))
+
     return of_claim(
         found(parts, "rank", "parity"),
-        "At its highest rank LoRA keeps full fine-tuning's pace",
-        "Even at its highest rank LoRA does not keep full fine-tuning's pace",
-        "At its highest rank LoRA keeps full fine-tuning's pace in places only",
-        "Whether LoRA keeps full fine-tuning's pace stays open",
-        "counted in updates to one loss, it took {}",
-        lambda v: number(1 / v),
-        FULL,
+        "LoRA's highest rank learns as fast as full fine-tuning",
+        "Even LoRA's highest rank learns more slowly than full fine-tuning",
+        "LoRA's highest rank learns as fast as full fine-tuning in some settings only",
+        "Whether LoRA's highest rank learns as fast as full fine-tuning is open",
+        "The number of updates to the same loss was",
+        updates,
     )
+
+
+def _inverse(e: Estimate) -> Estimate:
+    low, value, high = (None if v is None else 1 / v for v in (e.high, e.value, e.low))
+    return Estimate(value, low, high, e.n)
 
 
 def _batches(parts: Sequence[Part]) -> str:
     said = of_claim(
         found(parts, "batch_size", "penalty"),
-        "Large batches hurt LoRA more than full fine-tuning",
-        "Large batches did not hurt LoRA more than full fine-tuning",
-        "Large batches hurt LoRA more than full fine-tuning in places only",
-        "Whether large batches hurt LoRA more than full fine-tuning stays open",
-        "with each doubling, its speed over full fine-tuning's changed by {}",
-        change,
+        "Large batches slow LoRA more than full fine-tuning",
+        "Large batches do not slow LoRA more than full fine-tuning",
+        "Large batches slow LoRA more than full fine-tuning in some settings only",
+        "Whether large batches slow LoRA more than full fine-tuning is open",
+        "The change of LoRA's speed over full fine-tuning's with each doubling was",
+        with_unit(change, "%"),
     )
-    free = [(p, v) for p, v in found(parts, "batch_size", "below_256") if v.outcome == "SUPPORTED"]
-    if said and any(p.setting(v.group) == Setting.IN_REGIME for p, v in free):
+    control = found(parts, BATCHES, f"at_{CONTROL}")
+    if said and control and count(control, "SUPPORTED") < len(control):
+        bases = listed([where(p, v).partition(" (")[0] for p, v in control])
+        has = "has" if count(control, "REFUTED") else "may have"
         said += (
-            " Yet after equally many examples in batches of 256 its highest rank gave up nothing"
-            f" {WORDS[Setting.IN_REGIME]}."
+            f" Batches of 512 and more on {bases} say nothing of it: their control, a batch of "
+            f"{CONTROL}, {has} regret as well."
         )
-    behind = {
-        f"{batch:,}": v.group.split(" on ")[0]
-        for claim, (batch, outcome) in GIVEN_UP.items()
-        for _, v in found(parts, "large_batches", claim)
-        if v.outcome == outcome
-    }
-    if said and behind:
-        bases = listed(list(dict.fromkeys(behind.values())))
-        said += f" An eighth of {bases}'s width fell behind in batches of {listed(list(behind))}."
     return said
 
 
@@ -160,51 +214,46 @@ def _layers(parts: Sequence[Part]) -> str:
     worse = found(parts, "layers", "attention_worse")
     return of_claim(
         worse,
-        "Attention alone is the slower place for adapters",
-        "Attention alone is not the slower place for adapters",
-        f"Attention alone was clearly the slower place for adapters on "
+        "Adapters on attention alone learn more slowly than on the MLP alone",
+        "Adapters on attention alone do not learn more slowly than on the MLP alone",
+        f"Adapters on attention alone learn more slowly than on the MLP alone on "
         f"{count(worse, 'SUPPORTED')} of {len(worse)} tasks",
-        "Whether attention alone is the slower place for adapters stays open",
-        "at equal parameters, its speed over that of the MLP alone was {}",
+        "Whether adapters on attention alone learn more slowly than on the MLP alone is open",
+        "At equal parameters the speed of the one over the other was",
+        with_unit(number),
+        _of_equal_parameters,
     )
+
+
+def _of_equal_parameters(part: Part, v: Verdict) -> str:
+    """Name the ranks of attention and MLP that have equally many parameters."""
+    ranks = (part.results.get("ranks") or {}).get(v.group)
+    return listed([f"{k} at rank {r}" for k, r in ranks.items()]) if ranks else "all ranks"
 
 
 def _rewards(parts: Sequence[Part]) -> str:
+    points = with_unit(signed, " points")
+    one = found(parts, "rl", "rank_1")
     said = of_claim(
-        found(parts, "rl", "rank_1"),
+        one,
         "From rewards rank 1 learns as much as full fine-tuning",
         "From rewards rank 1 does not learn as much as full fine-tuning",
-        "From rewards rank 1 learns as much as full fine-tuning in places only",
-        "Whether rank 1 learns as much from rewards as full fine-tuning stays open",
-        "at the end its reward differed by {}",
-        signed,
-        " points",
-        REWARDED,
+        "From rewards rank 1 learns as much as full fine-tuning in some settings only",
+        "Whether rank 1 learns as much from rewards as full fine-tuning is open",
+        "The difference of the final reward was",
+        points,
+        lowest_rank,
     )
     top = found(parts, "rl", "top_rank")
-    if not (said and top):
-        return said
-    ends = by_setting(top, signed, " points", REWARDED)
-    return f"{said} The highest rank's differed by {ends}."
-
-
-def _bits(parts: Sequence[Part]) -> str:
-    said = of_claim(
-        found(parts, "rl_bits", "tie"),
-        "Rank 1 learns what rewards tell where it has room for it",
-        "Room for what rewards tell does not make rank 1 learn it",
-        "Room for what rewards tell makes rank 1 learn it in places only",
-        "Whether rank 1 learns what rewards tell wherever it has room for it stays open",
-        "of labels that fit it at 2 bits a parameter, its reward differed from that of full "
-        "fine-tuning by {}",
-        signed,
-        " points",
-        REWARDED,
-    )
-    taught = found(parts, "rl_bits", "taught")
-    share = by_setting(taught, signed, "%", REWARDED) if taught else ""
-    taught_end = f" Taught them, its share of their bits differed by {share}." if share else ""
-    return said and said + taught_end
+    if said and top:
+        said += f" {each(top, 'The difference was', points)}"
+    few = [r for p, v in one if (r := p.parameters_an_episode(v)) is not None and r < 1]
+    if few:
+        said += (
+            " The study says so of more parameters than episodes; here rank 1 has "
+            f"{_span(few)} parameters an episode."
+        )
+    return said
 
 
 def _compute(parts: Sequence[Part]) -> str:
@@ -212,39 +261,8 @@ def _compute(parts: Sequence[Part]) -> str:
         found(parts, "compute", "flops_to_loss"),
         "LoRA saves a third of the work",
         "LoRA does not save a third of the work",
-        "LoRA saves a third of the work in places only",
-        "Whether LoRA saves a third of the work stays open",
-        "counted in operations to one loss, it took {}",
-        unit=FULL,
+        "LoRA saves a third of the work in some settings only",
+        "Whether LoRA saves a third of the work is open",
+        "The number of operations to the same loss was",
+        with_unit(number, FULL),
     )
-
-
-# ---------------------------------------------------------------- words and numbers
-
-
-def _regret(verdicts: Found) -> str:
-    """Return the regrets in percent of the gain at the rank that the verdicts are about."""
-    values: list[float | None] = []
-    for part, v in verdicts:
-        width = part.runs["hidden_size"].max()
-        for cell in part.results["cells"]:
-            ranks = [r for r in cell["ranks"] if r["rank"] >= width / EIGHTH]
-            if cell["cell"] == v.group and ranks:
-                values.append(ranks[0]["regret_percent"]["value"])
-    return span(values, lambda p: f"{p:.1f}%")
-
-
-def _needed(parts: Sequence[Part], groups: set[str]) -> str:
-    """Say in which range the smallest rank that gives up nothing lies, over the data sets."""
-    needed = [
-        cell["rank_needed"]
-        for part in parts
-        if part.results["sweep"] == REGIME
-        for cell in part.results["cells"]
-        if cell["cell"] in groups
-    ]
-    low = min(above for above, _ in needed)
-    if any(up_to is None for _, up_to in needed):
-        return f"it took a rank above {low:g}, and on some data above every rank tried"
-    high = max(up_to for _, up_to in needed)
-    return f"it took a rank {f'above {low:g} and ' if low else ''}of at most {high:g}"

@@ -72,7 +72,8 @@ class Mark:
     """Ends of the interval; infinite where there is none."""
     outcome: str
     """SUPPORTED, REFUTED or UNDECIDED; empty for a value over bases."""
-    first_study: bool
+    explores: bool
+    """Whether it is of the first study, or exploratory for another reason."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,14 @@ class Row:
 def rows_of(parts: Sequence[Part], over_bases: Sequence[Pooled], whose: str = "study") -> list[Row]:
     """Return a row per claim of one source that has a measured value, in the study's order.
 
-    Claims that say the same share a row, whichever question they belong to.
+    Claims that say the same share a row, whichever question they belong to. Withdrawn answers are
+    left out.
     """
     rows: dict[str, Row] = {}
     for part in parts:
         for v in part.single:
-            if (part.word(v.claim, "whose") or "ours") == whose and v.estimate.value is not None:
+            known = v.estimate.value is not None and not v.is_withdrawn
+            if known and (part.word(v.claim, "whose") or "ours") == whose:
                 _add(rows, part, v, v.estimate, v.outcome)
     for pool in over_bases:
         part, v = pool.one
@@ -106,5 +109,6 @@ def _add(rows: dict[str, Row], part: Part, v: Verdict, e: Estimate, outcome: str
     row = rows.setdefault(part.says(v.claim), Row(part.says(v.claim), scale.band, {}))
     low = -math.inf if e.low is None else scale.at(e.low)
     high = math.inf if e.high is None or AT_LEAST in e.flags else scale.at(e.high)
-    mark = Mark(scale.at(float(e.value or 0.0)), low, high, outcome, part.first_study)
+    explores = part.first_study or bool(v.exploratory)
+    mark = Mark(scale.at(float(e.value or 0.0)), low, high, outcome, explores)
     row.marks.setdefault(part.setting(v.group), []).append(mark)

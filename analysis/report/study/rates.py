@@ -84,10 +84,10 @@ def _with_rates(parts: Sequence[Part]) -> list[Part]:
 def _curve(lora: Optimum, full: Optimum, label: str) -> RateCurve | None:
     """Compare the losses of one rank with its lowest fitted one; None without a fit of both."""
     c, best, unit = lora.curve, lora.best_nll, full.best_lr.value
-    usable = c.x[c.usable]
-    if best is None or unit is None or not len(usable):
+    rates = c.unbroken
+    if best is None or unit is None or not len(rates):
         return None
-    lr = np.exp(np.linspace(usable.min(), usable.max(), 200))
+    lr = np.exp(np.linspace(rates[0], rates[-1], 200))
     fitted = lora.predict(lr)
     if fitted is None:
         return None

@@ -1,25 +1,36 @@
-"""How the findings are worded: verdicts as the start of a sentence, their values by setting."""
+"""How the findings are worded: verdicts as a first sentence, then a short one for each answer."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
-from analysis.inference.estimate import Verdict, number
-from analysis.report.study.answers import FIRST_STUDY, Part
-from analysis.report.study.setting import WORDS, Setting
+from analysis.inference.estimate import EXPLORATORY, Estimate, Verdict, fixed
+from analysis.report.study.answers import Part
+from analysis.report.study.setting import Setting
 
 Found = list[tuple[Part, Verdict]]
 
 
 def found(parts: Sequence[Part], sweep: str, claim: str) -> Found:
-    """Return a claim's verdicts whose value has an interval; by task where there are tasks."""
-    return [
+    """Return a claim's verdicts whose value has an interval; by task where there are tasks.
+
+    Withdrawn ones are left out. Those of the first study count on a real model, or where there are
+    no others.
+    """
+    known = [
         (part, v)
         for part in parts
         if part.results["sweep"] == sweep
         for v in part.single
         if v.claim == claim and v.estimate.value is not None and v.estimate.has_interval()
+        if not v.is_withdrawn
+        if not v.is_withdrawn
     ]
+    fresh = [
+        (part, v)
+        for part, v in known
+        if not part.first_study or part.setting(v.group) == Setting.REAL
+    ]
+    return sorted(fresh or known, key=lambda one: one[0].first_study)
 
 
 def lead(verdicts: Found, yes: str, no: str, partly: str, undecided: str) -> str:
@@ -39,15 +50,70 @@ def of_claim(
     partly: str,
     undecided: str,
     said: str,
-    shown: Callable[[float], str] = number,
-    unit: str = "",
-    words: Mapping[Setting, str] = WORDS,
+    show: Callable[[Estimate], str],
+    ranks: Callable[[Part, Verdict], str] | None = None,
 ) -> str:
-    """Return a sentence about one claim; `said` has a place for the values by setting."""
+    """Return a claim's outcome and a sentence for each answer; `said` begins the first of them."""
     if not verdicts:
         return ""
     start = lead(verdicts, yes, no, partly, undecided)
-    return f"{start}: {said.format(by_setting(verdicts, shown, unit, words))}{end(verdicts)}"
+    return f"{start}. {each(verdicts, said, show, ranks)}"
+
+
+def each(
+    verdicts: Found,
+    said: str,
+    show: Callable[[Estimate], str],
+    ranks: Callable[[Part, Verdict], str] | None = None,
+) -> str:
+    """Return a sentence for each answer, as they differ in base, rank or length."""
+    out: list[str] = []
+    for part, v in verdicts:
+        start = f"On {where(part, v, ranks)} it was" if out else said
+        place = "" if out else f" on {where(part, v, ranks)}"
+        mark = f" ({EXPLORATORY})" if v.exploratory else ""
+        out.append(part.marked(f"{start} {show(v.estimate)}{place}{mark}") + ".")
+    return " ".join(out)
+
+
+def where(part: Part, v: Verdict, ranks: Callable[[Part, Verdict], str] | None = None) -> str:
+    """Name the base, the data, the rank and the number of updates of a verdict."""
+    curves = part.curves(v)
+    if not curves:
+        return v.group
+    data = (
+        "only rules new"
+        if part.setting(v.group) == Setting.IN_REGIME
+        else str(curves[0]["dataset"]).partition("(")[0]
+    )
+    read = part.read(v).partition(";")[0]
+    if "update" not in read:
+        rank = ranks(part, v) if ranks else highest_rank(part, v)
+        read = f"{rank}, {int(curves[0]['steps'])} updates"
+    return f"{curves[0]['model']} ({data}; {read})"
+
+
+def highest_rank(part: Part, v: Verdict) -> str:
+    """Name the highest rank of a verdict's group."""
+    return f"rank {max(_ranks(part, v)):g}"
+
+
+def lowest_rank(part: Part, v: Verdict) -> str:
+    """Name the lowest rank of a verdict's group."""
+    return f"rank {min(_ranks(part, v)):g}"
+
+
+def _ranks(part: Part, v: Verdict) -> list[float]:
+    return [c["rank"] for c in part.curves(v) if c["rank"] is not None]
+
+
+def with_unit(show: Callable[[float], str], unit: str = "") -> Callable[[Estimate], str]:
+    """Return what shows an estimate as value, unit and interval."""
+
+    def text(e: Estimate) -> str:
+        return f"{show(e.value or 0.0)}{unit} [{show(e.low or 0.0)}, {show(e.high or 0.0)}]"
+
+    return text
 
 
 def count(verdicts: Found, outcome: str) -> int:
@@ -55,58 +121,21 @@ def count(verdicts: Found, outcome: str) -> int:
     return sum(v.outcome == outcome for _, v in verdicts)
 
 
-def sets(verdicts: Found) -> str:
-    """Say how many data sets verdicts are about, one each."""
-    return "one data set" if len(verdicts) == 1 else f"{len(verdicts)} data sets"
-
-
-def end(verdicts: Found) -> str:
-    """End a sentence, with the mark of the first study if all that it says is from there."""
-    return f" ({FIRST_STUDY})." if all(part.first_study for part, _ in verdicts) else "."
-
-
 def change(slope: float) -> str:
-    """Return the change of a ratio in percent, from a slope of its logarithm."""
-    return f"{100 * math.expm1(slope):+.0f}%"
-
-
-def in_percent(v: Verdict) -> Verdict:
-    """Return a verdict whose estimate is a share with its value in percent; None stays None."""
-    share = v.estimate.value
-    percent = None if share is None else 100 * share
-    return replace(v, estimate=replace(v.estimate, value=percent))
+    """Show the change of a ratio in percent, from a slope of its logarithm."""
+    return fixed(100 * math.expm1(slope), 1, "+")
 
 
 def signed(value: float) -> str:
     """Show a value with its sign and one decimal."""
-    return f"{value:+.1f}"
+    return fixed(value, 1, "+")
 
 
 def percent(value: float) -> str:
     """Show a value that is in percent."""
-    return f"{value:.0f}%"
-
-
-def by_setting(
-    verdicts: Found,
-    shown: Callable[[float], str] = number,
-    unit: str = "",
-    words: Mapping[Setting, str] = WORDS,
-) -> str:
-    """Give the range of the values in each setting."""
-    values: dict[Setting, list[float | None]] = {}
-    for part, v in verdicts:
-        values.setdefault(part.setting(v.group), []).append(v.estimate.value)
-    return listed([f"{span(values[s], shown)}{unit} {words[s]}" for s in Setting if s in values])
+    return fixed(value, 1)
 
 
 def listed(words: Sequence[str]) -> str:
     """Join words by commas and a last "and"."""
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def span(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
-    """Show the lowest and the highest value, or the one that they are."""
-    known = [v for v in values if v is not None]
-    texts = sorted({shown(min(known)), shown(max(known))}, key=lambda t: float(t.rstrip("%")))
-    return " to ".join(texts)

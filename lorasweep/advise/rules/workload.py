@@ -43,7 +43,7 @@ class Workload:
     rows: float | None
     """Rows trained on, each as often as it is; in RL, episodes."""
     bits: float | None
-    """What is new in the data; None: not known."""
+    """What is new in the rows trained on, each counted once; None: not known."""
     bits_low: float | None
     bits_high: float | None
 
@@ -74,8 +74,10 @@ def workload_of(
         examples = rows / (c.epochs or 1.0)
     steps = c.steps or (None if rows is None else max(1, math.ceil(rows / batch)))
     found = data.measured if data and c.task == "sft" else None
-    if found is not None:
-        bits: tuple[float | None, ...] = _measured_bits(found, trace)
+    if data and found is not None:
+        bits: tuple[float | None, ...] = _measured_bits(
+            found, data.counted.rows, _trained_rows(examples, rows), trace
+        )
     else:
         bits = _bits(c, examples, rows, tokens, published, trace)
     if data and c.task == "sft" and found is None:
@@ -203,18 +205,32 @@ def rounded(tokens: float) -> int:
     return next(n for n in (2**k, 3 * 2 ** (k - 1), 2 ** (k + 1)) if n >= tokens)
 
 
-def _measured_bits(found: Measured, trace: Trace) -> tuple[float, float, float]:
-    """Return what was measured in a file of rows, with its interval."""
+def _trained_rows(examples: float | None, rows: float | None) -> float | None:
+    """Return how many distinct rows are trained on; a run may end before it has seen them all."""
+    return examples if rows is None or examples is None else min(examples, rows)
+
+
+def _measured_bits(
+    found: Measured, of_file: int, trained: float | None, trace: Trace
+) -> tuple[float, float, float]:
+    """Return what was measured in a file of rows, with its interval, for the rows trained on."""
+    share = 1.0 if trained is None else trained / of_file
+    over = "over all rows"
+    if share < 1:
+        over = (
+            f"over the {trained:,.0f} rows trained on, at the mean of the {of_file:,} of the file"
+        )
+    bits, low, high = (share * value for value in (found.bits, found.low, found.high))
     trace.note(
         "bits",
-        found.bits,
-        "summed log-loss of a first pass, of each batch before it is learned, over all rows",
+        bits,
+        f"summed log-loss of a first pass, of each batch before it is learned, {over}",
         found.where,
         Sure.MEASURED,
-        lowest=found.low,
-        highest=found.high,
+        lowest=low,
+        highest=high,
     )
-    return found.bits, found.low, found.high
+    return bits, low, high
 
 
 def _bits(
@@ -242,12 +258,16 @@ def _bits(
     low, high = (
         (middle, middle) if c.bits_per_token else (min([middle, *known]), max([middle, *known]))
     )
-    if examples is None:
+    trained = _trained_rows(examples, rows)
+    if trained is None:
         return None, None, None
+    counted = "examples"
+    if examples is not None and trained < examples:
+        counted = f"rows trained on ({trained:,.0f} of {examples:,.0f} examples)"
     total = trace.note(
         "bits",
-        examples * tokens * middle,
-        "examples x tokens_per_example x bits_per_token: what a first pass costs, the most that "
+        trained * tokens * middle,
+        f"{counted} x tokens_per_example x bits_per_token: what a first pass costs, the most that "
         "there is to learn; further epochs add nothing",
         f"1 bit a token: {published.where('study')}; range: held-out losses of "
         + "; ".join(
@@ -258,6 +278,7 @@ def _bits(
         else "stated",
         Sure.ASSUMED,
         examples=examples,
+        rows_trained_on=trained,
         tokens_per_example=tokens,
         bits_per_token=middle,
         lowest=low,

@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
 CASES = {
     "tiny128": Case("tiny128", 200, (8, 32), ('dataset.template="{prompt}"',), 6, 24),
-    "smollm2": Case("smollm2-135m-instruct", 100, (2, 4), (), 3, 8),
+    "smollm2": Case("smollm2-135m-instruct", 100, (2, 4), ("dataset.render=role_eos",), 3, 8),
 }
 
 

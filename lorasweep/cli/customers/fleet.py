@@ -18,10 +18,12 @@ from lorasweep.errors import ModelError, SpecError
 from lorasweep.fleet import pages
 from lorasweep.fleet.members import Member, Setup, check, fleet_plain, members_of, planned
 from lorasweep.fleet.outcome import Outcome, outcome_of, plain_of
+from lorasweep.fleet.rows import BY_ROW, CHAT, PLAIN, Rules
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.plan.gpu.forecast import Forecaster
 from lorasweep.plan.gpu.placement import Misfit
+from lorasweep.spec.dataset import FIRST_RENDER
 from lorasweep.spec.model import ModelSpec
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.aligned import aligned
@@ -43,8 +45,10 @@ def show(request: Request, store: RunStore, act: Callable[[Request], int]) -> in
     if request.members:  # in the job that follows: as planned when it was asked for
         found, runs = planned(request.members, request.points), request
     else:
-        found = members_asked_for(request)
+        rules, found = _decided(request)
         runs = _request_of(request, found)
+        if runs.action == "run":
+            folders.write_rules(Path(runs.out), rules)
     wrong = [f for f in found if isinstance(f, Failed)]
     for failed in wrong:
         _say(failed.error)
@@ -98,16 +102,90 @@ def members_asked_for(request: Request) -> list[Member | Failed]:
     Raises:
         SpecError: no fleet can be trained so, or the table cannot be read.
     """
+    return _decided(request)[1]
+
+
+def _decided(request: Request) -> tuple[Rules, list[Member | Failed]]:
+    """Return by which rules rows are read, and the customers.
+
+    What stands on the command line comes first, then what the fleet's folder keeps. A fleet from
+    before folders kept them goes on by the rules of then, if a run is there that other rules would
+    train anew.
+
+    Raises:
+        SpecError: no fleet can be trained so, or the table cannot be read.
+    """
     if request.exec.world_size > 1:
         raise SpecError("a fleet trains each pack in one process. Leave exec.world_size out.")
+    spec = request.points[0].spec
     setup = Setup(
-        base=request.points[0].spec,
+        base=spec,
         rates=request.rates,
         instead_of_full=request.instead_of_full,
         tokenizer_of=_tokenizers(request),
         data_dirs=_data_dirs(request),
     )
     check(setup)
+    given = _given(request)
+    kept = folders.read_rules(Path(_out(request)))
+    if kept is not None:
+        rules = dataclasses.replace(kept, **given)
+        return rules, _members(request, dataclasses.replace(setup, rules=rules))
+    rules = dataclasses.replace(Rules(layers=spec.method.plain()["layers"]), **given)
+    found = _members(request, dataclasses.replace(setup, rules=rules))
+    there = set(RunStore(request.exec.runs_dir).existing())
+    if not there:
+        return rules, found
+    of_scale = {"template": spec.dataset.template, "render": spec.dataset.render}
+    past = dataclasses.replace(rules, **of_scale, split=BY_ROW)
+    then = _members(request, dataclasses.replace(setup, rules=past))
+    if (_ids(then) - _ids(found)).isdisjoint(there):
+        return rules, found
+    print(
+        "This fleet was trained before its folder recorded how rows are read. It keeps the prompt "
+        f"form of scale={request.scale}, and held-out rows may share prompts with training rows. "
+        "To train it by today's rules, add exec.runs_dir=DIR out=DIR.",
+        file=sys.stderr,
+    )
+    return past, then
+
+
+def _ids(found: Sequence[Member | Failed]) -> set[str]:
+    return {p.id for m in found if isinstance(m, Member) for p in m.points}
+
+
+READ = {"template", "render", "mask"}
+"""Fields of a data set that a fleet takes from the command line."""
+
+
+def _given(request: Request) -> dict[str, Any]:
+    """Return the rules that stand on the command line.
+
+    Raises:
+        SpecError: a setting of the data set would have no effect.
+    """
+    keys, spec = set(request.given), request.points[0].spec
+    asked = {k.removeprefix("dataset.") for k in keys if k.startswith("dataset.")}
+    if asked - READ:
+        raise SpecError(
+            f"dataset.{min(asked - READ)} has no effect in a fleet, whose rows the table names. "
+            f"Allowed: {', '.join(f'dataset.{name}' for name in sorted(READ))}; of one customer "
+            "the column max_length."
+        )
+    form = asked & {"template", "render"} | ({"template", "render"} if "dataset" in keys else set())
+    found: dict[str, Any] = {}
+    if form:
+        found["render"] = spec.dataset.render if "render" in form else FIRST_RENDER
+        by_default = PLAIN if found["render"] == FIRST_RENDER else CHAT
+        found["template"] = spec.dataset.template if "template" in form else by_default
+    if "mask" in asked:
+        found["mask"] = spec.dataset.mask
+    if "method.layers" in keys:
+        found["layers"] = spec.method.plain()["layers"]
+    return found
+
+
+def _members(request: Request, setup: Setup) -> list[Member | Failed]:
     rows = table.read(Path(request.customers).expanduser())
     found = members_of(rows, advise.known(request), setup)
     if not (request.hardware and hardware_of(request).has_speeds):
@@ -170,16 +248,25 @@ def _request_of(request: Request, found: Sequence[Member | Failed]) -> Request:
     exec_ = dataclasses.replace(
         request.exec, data_dir=_data_dirs(request), keep_weights=True, skip_broken_data=True
     )
-    name = "fleet-" + re.sub(r"[^\w.-]+", "_", Path(request.customers).stem)
     return dataclasses.replace(
         request,
         action="run" if request.action == "fleet" else request.action,
-        out=str(Path(request.out or Path(exec_.reports_dir) / name).expanduser().absolute()),
+        out=_out(request),
         exec=exec_,
         points=[p for m in found if isinstance(m, Member) for p in m.points],
-        sweep_name=name,
+        sweep_name=_name(request),
         members=fleet_plain(found),
     )
+
+
+def _name(request: Request) -> str:
+    return "fleet-" + re.sub(r"[^\w.-]+", "_", Path(request.customers).stem)
+
+
+def _out(request: Request) -> str:
+    """Return the fleet's folder."""
+    out = request.out or Path(request.exec.reports_dir) / _name(request)
+    return str(Path(out).expanduser().absolute())
 
 
 def _table(outcomes: Sequence[Outcome | Failed]) -> list[str]:

@@ -11,14 +11,51 @@ from typing import Any
 
 from lorasweep.advise.advice import Failed
 from lorasweep.cli.finished_runs import write_adapter
-from lorasweep.errors import ModelError
+from lorasweep.errors import ModelError, SpecError
 from lorasweep.fleet import pages
 from lorasweep.fleet.outcome import Outcome
+from lorasweep.fleet.rows import SPLITS, Rules
+from lorasweep.spec.method import parse_layers
 from lorasweep.store import checkpoint, files
 from lorasweep.store.run_store import RunStore
 
 ADAPTER = "adapter_model.safetensors"
 CARD, FACTS, PAGE = "README.md", "facts.json", "index.html"
+RULES = "fleet.json"
+"""How the fleet reads rows and what it adapts, as it was decided when it was first asked for."""
+
+
+def read_rules(folder: Path) -> Rules | None:
+    """Return the rules that a fleet's folder keeps; None if there are none.
+
+    Raises:
+        SpecError: they cannot be read.
+    """
+    path = folder / RULES
+    if not path.exists():
+        return None
+    try:
+        found = Rules(**json.loads(path.read_text()))
+        known = found.split in SPLITS and (found.render is None) == (found.template is None)
+        parse_layers(found.layers)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise SpecError(f"{path} cannot be read ({error}). {_REMEDY}") from None
+    if not known:
+        raise SpecError(f"{path}: {json.dumps(dataclasses.asdict(found))} is not known. {_REMEDY}")
+    return found
+
+
+_REMEDY = (
+    "It says how this fleet's rows are read. Get it back as it was, name another folder with "
+    "out=DIR, or delete it, and what is trained by other rules is trained anew."
+)
+
+
+def write_rules(folder: Path, rules: Rules) -> None:
+    """Keep the rules in a fleet's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(rules), indent=1)
+    files.write_atomic(folder / RULES, text.encode())
 
 
 def write(

@@ -1,19 +1,21 @@
 """Read the result out of the text of a solution."""
 
 import re
+from decimal import Decimal
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 NUMBER = re.compile(r"([-+]?\d+)(\.0*)?")
 
 
-def integer(text: str) -> int | None:
+def integer(text: str) -> Decimal | None:
     """Return the number that a solution ends in, behind its last '####' or in its last box.
 
     Commas, dollar signs, spaces and a final full stop do not count. None: there is no whole number.
+    It is a Decimal, exact for any number of digits: Python refuses to read an int of over 4,300.
     """
     found = marked(text) or boxed(text) or ""
     number = NUMBER.fullmatch(re.sub(r"[,$\s]|\\\$", "", found).removesuffix("."))
-    return int(number[1]) if number else None
+    return Decimal(number[1]) if number else None
 
 
 def marked(solution: str) -> str | None:

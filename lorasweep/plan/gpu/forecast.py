@@ -181,6 +181,9 @@ class Forecaster:
         how: dict[str, Any] = {"checkpointing": ways, "join_rows": self.exec.join_rows}
         alone = place([spec], self.hardware, rows, gpus=given, **how)
         left_out = isinstance(alone, Placement) and most is not None and alone.layout.gpus > most
+        if isinstance(alone, Placement):
+            # a pack is no reason to compute activations again: it would be slower than its runs
+            how["checkpointing"] = (alone.layout.checkpointing,)
         for size in reversed(GPU_SIZES) if self.exec.pack_size is None else [self.exec.pack_size]:
             tokens = size * spec.batch_size * mean_length(spec)
             if size == 1 or spec.method.MAX_PACK == 1 or isinstance(alone, Misfit):

@@ -28,6 +28,11 @@ class Load:
     """Names of the matrices whose inputs the backward pass needs: the trained or adapted ones."""
 
     @property
+    def norms_trained(self) -> bool:
+        """All weights of the base are trained, those of the norms too."""
+        return self.whole and self.trained == self.model.n_params
+
+    @property
     def recomputed_flops(self) -> float:
         """Operations a token of a second forward pass through the layers, for checkpointing."""
         head = self.model.hidden_size * self.model.vocab_size
@@ -44,6 +49,17 @@ class Load:
         """Weights outside the layers: embedding and unembedding."""
         return self.model.n_params - self.model.n_layers * self.layer_params
 
+    @property
+    def outer_trained(self) -> float:
+        """Trained weights of the base outside the layers."""
+        return self.outer_params if self.norms_trained else self.head_trained
+
+    @property
+    def head_trained(self) -> float:
+        """Trained weights of the unembedding, whether or not it is tied to the embedding."""
+        trained = self.whole and not self.inputs.isdisjoint(self.model.unembedding)
+        return float(trained * self.model.hidden_size * self.model.vocab_size)
+
 
 def load_of(model: ModelSpec, method: Method) -> Load:
     """Return what `method` asks on `model`."""
@@ -59,24 +75,39 @@ def load_of(model: ModelSpec, method: Method) -> Load:
     )
 
 
-def layer_bytes(load: Load) -> float:
+def layer_bytes(load: Load, word: int = 2, stream: int | None = None) -> float:
     """Return the bytes a token that one layer keeps for the backward pass without checkpointing.
 
-    Computed in bf16 with a fused attention kernel; norms keep their input in fp32. Of frozen
-    matrices no input is kept. What a layer of transformers' Llama keeps, read from its code:
-    two norms (4 h each, and their outputs where a matrix behind them needs its input), rotated
-    queries and keys, values, attention's output; gate, its activation, up, and their product where
-    the last matrix needs its input.
+    What a layer of transformers' Llama or Qwen3 keeps with a fused attention kernel, held to saved
+    tensors in tests/unit/plan/test_saved_tensors.py. Of frozen matrices no input is kept.
+
+    - Each of two norms: the input in fp32 at least, and if the weight is trained the normalised
+      input.
+    - Inputs of q, k, v and of gate, up: if the stream is wider than the products, each matrix makes
+      and keeps a cast of the norm's output; else they share it.
+    - Rotated queries and keys, values, and attention's output. Norms of queries and keys keep their
+      input in fp32 at least.
+    - gate, the activation of gate, up, and their product where the last matrix needs its input.
+
+    Args:
+        word: bytes of a number in products.
+        stream: bytes of a number of the residual stream; None: as autocast over weights of fp32
+            leaves it, which is fp32.
     """
     model, needs = load.model, load.inputs
-    h = model.hidden_size
+    stream, exact = stream or max(4, word), max(4, word)
+    h, active = model.hidden_size, model.n_active_experts
     q, kv = model.n_heads * model.head_size, model.n_kv_heads * model.head_size
-    gated = "gate_proj" in model.mlp
-    f = model.mlp_size * max(1, model.n_active_experts)
-    kept = 2 * 4 * h
-    kept += 2 * h * (bool(needs & QKV) + bool(needs & MLP_INPUTS))
-    kept += 2 * (2 * q + 2 * kv)
-    kept += 2 * f * ((3 if gated else 1) + ("down_proj" in needs))
+    f = model.mlp_size * max(1, active)
+    kept = 2 * exact * h + 2 * stream * h * load.norms_trained
+    mlp_inputs = frozenset() if model.n_experts else MLP_INPUTS
+    for inputs in (needs & QKV, needs & mlp_inputs):
+        kept += word * h * (len(inputs) if stream > word else bool(inputs))
+    kept += word * (2 * q + 2 * kv)
+    if model.qk_norm:
+        kept += (exact + word * load.norms_trained) * (q + kv)
+    kept += word * f * ((3 if "gate_proj" in model.mlp else 1) + ("down_proj" in needs))
     if model.n_experts:
-        kept += 2 * 2 * h * model.n_active_experts  # tokens sorted by expert, and their results
+        # results of each expert, its inputs if they are needed, and the router's
+        kept += word * h * (active * (1 + bool(needs & MLP_INPUTS)) + load.norms_trained)
     return float(kept)

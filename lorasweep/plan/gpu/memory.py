@@ -45,6 +45,7 @@ def memory_parts(
     word: int = 2,
     frozen_bytes: int = 2,
     start_bytes: int = 0,
+    stream: int | None = None,
     whole_logits: bool = False,
     process: bool = True,
 ) -> dict[str, float]:
@@ -58,6 +59,7 @@ def memory_parts(
         word: bytes of a number in products.
         frozen_bytes: bytes per frozen weight.
         start_bytes: bytes per trained weight of the base, if it is kept to measure the change.
+        stream: bytes of a number of the residual stream (see `layer_bytes`).
         whole_logits: the logits of all tokens at once instead of a chunk of them.
         process: include what a process holds before its first tensor.
     """
@@ -66,9 +68,12 @@ def memory_parts(
     weight, gradient, moments = STATE_BYTES[states]
     trained = members * load.trained / n
     frozen = model.n_params - load.trained if load.whole else model.n_params
-    kept, h = layer_bytes(load), model.hidden_size
-    stream = 2 * h * model.n_layers if layout.checkpointing else 0
+    kept, h, exact = layer_bytes(load, word, stream), model.hidden_size, max(4, word)
+    stream = stream or exact
+    inputs = stream * h * model.n_layers if layout.checkpointing else 0
     layers = 1 if layout.checkpointing else model.n_layers
+    # the last norm's input, its normalised input, and its output, which chunks of logits keep
+    last = exact * h + stream * h * (1 + load.norms_trained)
     logits = tokens * model.vocab_size
     if not whole_logits:
         logits = min(logits, max(CHUNK_LOGITS, members * layout.rows * model.vocab_size))
@@ -78,12 +83,17 @@ def memory_parts(
         "trained weights": weight * trained,
         "gradients": gradient * trained,
         "moments": moments * trained,
-        "activations": word / 2 * tokens * (stream + layers * kept + 4 * h),
+        "activations": tokens * (inputs + layers * kept + last),
         "gradients of activations": word / 2 * tokens * (4 * h + 4 * model.mlp_size),
         "attention masks": _masks(layout, row_tokens, members, layers, word),
         "logits": word / 2 * LOGIT_BYTES * logits,
-        "copies and buffers": _buffers(load, n, weight, gradient, word),
+        "copies and buffers": _buffers(load, layout, members, states, word, frozen_bytes),
     }
+    if n > 1:
+        # the embedding's gradient comes last, when activations have left their room to it
+        left = parts["activations"] + parts["attention masks"] + parts["logits"]
+        embedding = gradient * (load.outer_trained - load.head_trained)
+        parts["copies and buffers"] += max(0.0, embedding - left)
     if process:
         parts["process"] = PROCESS_BYTES + (NCCL_BYTES if n > 1 else 0)
     return parts
@@ -101,14 +111,32 @@ def _masks(layout: Layout, row_tokens: int, members: int, layers: int, word: int
     return float(members * (layout.rows * row_tokens) ** 2 * (1 + word * layers))
 
 
-def _buffers(load: Load, gpus: int, weight: int, gradient: int, word: int) -> float:
-    """Bytes of copies: trained weights as products take them, whole layers, gradients on their way.
+def outer_bytes(load: Load, weight: int, frozen_bytes: int) -> float:
+    """Return the bytes of the whole weights outside the layers, which every process of several has.
 
-    Alone, every trained weight of a product has a copy. Sharded, two layers are whole at a time,
-    and what is outside the layers all the time.
+    FSDP2 gathers them in their own type: the embedding's rows are read as they are.
     """
-    trained = load.trained if load.whole else 0
-    if gpus == 1:
-        return float(word * min(trained, load.model.n_matmul_params) if weight > word else 0)
-    whole = word * (2 * load.layer_params + load.outer_params)
-    return whole + (word + gradient) * load.layer_params * bool(trained)
+    return weight * load.outer_trained + frozen_bytes * (load.outer_params - load.outer_trained)
+
+
+def _buffers(
+    load: Load, layout: Layout, members: int, states: str, word: int, frozen_bytes: int
+) -> float:
+    """Bytes of copies: weights as products take them, whole layers, gradients on their way.
+
+    Alone, a product has a copy of every weight that is wider than it; of frozen weights and of
+    adapters only in layers that are kept. Sharded, two layers are whole at a time, and what is
+    outside the layers all the time, in the backward pass with the unembedding's gradient.
+    """
+    model, (weight, gradient, _) = load.model, STATE_BYTES[states]
+    adapters = 0 if load.whole else members * load.trained
+    if layout.gpus == 1:
+        trained = min(load.trained, model.n_matmul_params) if load.whole else 0
+        frozen = (model.n_matmul_params - trained) * (frozen_bytes > word)
+        copies = trained * (weight > word)
+        live = 1 / model.n_layers if layout.checkpointing else 1
+        return word * (copies + live * (frozen + adapters * (weight > word)))
+    outer = outer_bytes(load, weight, frozen_bytes) + gradient * load.head_trained
+    added = adapters / model.n_layers
+    changed = load.layer_params if load.whole else added
+    return outer + 2 * word * (load.layer_params + added) + (word + gradient) * changed

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lorasweep.plan.flops import answer_tokens, evaluated_answers, prompt_tokens
 from lorasweep.plan.gpu.load import Load
-from lorasweep.plan.gpu.memory import NCCL_BYTES, PROCESS_BYTES, STATE_BYTES
+from lorasweep.plan.gpu.memory import NCCL_BYTES, PROCESS_BYTES, STATE_BYTES, outer_bytes
 from lorasweep.plan.gpu.time import ADAPTER_KERNELS, KERNELS, LAUNCH_S, TRAINING_SHARE, WORD_BYTES
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.model import ModelSpec
@@ -78,13 +78,15 @@ def sampling_memory(
     rows = members * rounds_of(spec, hardware, members, gpus, spec.batch_size, spec.group_size).rows
     trained = members * load.trained / gpus
     frozen = model.n_params - load.trained if load.whole else model.n_params
-    whole = word * model.n_params if gpus > 1 else word * load.trained * load.whole
+    whole = float(word * load.trained * load.whole)
+    if gpus > 1:
+        whole = word * model.n_layers * load.layer_params + outer_bytes(load, weight, held)
     return {
         "frozen weights": held * frozen / gpus,
         "weights to start from": held * trained if load.whole else 0.0,
         "trained weights": weight * trained,
         "moments": moments * trained,
-        "copies and buffers": float(whole),
+        "copies and buffers": whole,
         "keys and values": rows * spec.dataset.max_length * cache_bytes(model, word),
         "logits": float(rows * model.vocab_size * DRAW_PEAK_BYTES),
         "process": PROCESS_BYTES + (NCCL_BYTES if gpus > 1 else 0),

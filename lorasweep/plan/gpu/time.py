@@ -39,6 +39,7 @@ def step_parts(
     members: int = 1,
     *,
     states: str = "fp32",
+    stream: int | None = None,
     share: float = TRAINING_SHARE,
 ) -> dict[str, float]:
     """Return the seconds of an update of all members by component, on each of its GPUs.
@@ -48,6 +49,7 @@ def step_parts(
     Args:
         row_tokens: mean tokens of a row.
         states: precision of what is trained.
+        stream: bytes of a number of the residual stream (`layer_bytes`).
         share: share of the attainable speed that products reach.
     """
     model, again = load.model, layout.checkpointing
@@ -61,12 +63,13 @@ def step_parts(
     word = WORD_BYTES[precision]
     scores = (7 + 2 * again) * q * row_tokens * model.n_layers
     flops = load.flops + again * load.recomputed_flops
-    moved = model.n_layers * layer_bytes(load) * (PASSES + again)
-    moved += 2 * LOGIT_BYTES * model.vocab_size
+    moved = 2.0 * LOGIT_BYTES * model.vocab_size
     for m in load.adapted:
         active = m.count * m.n_active / m.n_experts
         moved += active * m.d_in * (ADAPTER_IN + again * ADAPTER_AGAIN_IN)
         moved += active * m.d_out * (ADAPTER_OUT + again * ADAPTER_AGAIN_OUT)
+    moved *= word / 2
+    moved += model.n_layers * layer_bytes(load, word, stream) * (PASSES + again)
     state = sum(STATE_BYTES[states])
     kernels = KERNELS * model.n_layers + ADAPTER_KERNELS * sum(
         m.count / m.n_experts for m in load.adapted
@@ -74,7 +77,7 @@ def step_parts(
     return {
         "products": tokens * flops / (peak * hardware.attainable_share * share),
         "attention": tokens * scores / attention,
-        "activations": tokens * moved * word / 2 / bandwidth,
+        "activations": tokens * moved / bandwidth,
         "optimizer": 2 * state * members * load.trained / layout.gpus / bandwidth,
         "launch": layout.accumulation * kernels * (3 + again) * LAUNCH_S,
         "communication": layout.accumulation

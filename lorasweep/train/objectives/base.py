@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 DATA_SHA256 = "data_sha256"
 """Key of the data's fingerprint in results and checkpoints."""
+DIVERGENCE_RULE = 2
+"""Version of the rule by which runs are called diverged, which every result records. Results
+without one were judged by rule 1, which compared with the base on held-out rows only."""
 
 
 class MicroBatch(Protocol):

@@ -50,6 +50,11 @@ def evaluate(
     return (total / n_loss).tolist()
 
 
+def more_than_a_row(batches_N: Sequence[list[Batch]]) -> bool:
+    """Return whether a forward pass holds several rows of a member, so that it can hold fewer."""
+    return any(len(batch.lengths[0]) > 1 for own in batches_N for batch in own)
+
+
 @torch.no_grad()
 def row_nlls(
     model: "nn.Module",
@@ -79,20 +84,28 @@ def row_nlls(
     return [found.numpy() for found in found_N]
 
 
-def gain_se(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> float:
+def gain_se(
+    before: np.ndarray,
+    after: np.ndarray,
+    tokens: np.ndarray,
+    prompts: Sequence[int] | None = None,
+) -> float:
     """Return the standard error of a gain in nats per token: of sum(before - after) / sum(tokens).
 
     `before`, `after`, `tokens` [rows]: a row's summed NLL under the base and under the adapter,
-    and its loss tokens. Rows are the unit that is drawn, and both models read the same ones, so
-    their differences are what varies (Miller, arXiv 2411.00640, section 3). A ratio of two sums
-    over rows is not a mean: its jackknife over rows (Cochran, Sampling Techniques, 3rd ed.,
-    chapter 6). NaN for fewer than two rows.
+    and its loss tokens. `prompts` [rows]: the number of a row's prompt; None: each has its own.
+    Prompts are the unit that is drawn, and both models read the same rows, so their differences
+    are what varies (Miller, arXiv 2411.00640, on clustered errors and on paired differences). A
+    ratio of two sums over units is not a mean: its jackknife over units (Cochran, Sampling
+    Techniques, 3rd ed., chapter 6). NaN for fewer than two units.
     """
-    n, total = len(tokens), tokens.sum()
+    differences = before - after
+    if prompts is not None:
+        differences, tokens = (np.bincount(prompts, x) for x in (differences, tokens))
+    n = len(tokens)
     if n < 2:
         return math.nan
-    differences = before - after
-    left_out = (differences.sum() - differences) / (total - tokens)
+    left_out = (differences.sum() - differences) / (tokens.sum() - tokens)
     return float(np.sqrt((n - 1) * left_out.var()))
 
 

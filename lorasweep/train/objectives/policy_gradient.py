@@ -56,14 +56,16 @@ class PolicyGradient:
         precision: str,
         micro_batch_size: int | None = None,
         join_rows: bool = False,
+        forward_parts: int = 1,
     ) -> None:
         """Set up the objective.
 
         `data`: run id -> the run's data set; runs may share one. `micro_batch_size`: answers per
-        member and forward pass of the learner; None: all of an update. `join_rows`: see Exec.
+        member and forward pass of the learner; None: all of an update. `join_rows`,
+        `forward_parts`: see Exec.
         """
         self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
-        self._join_rows = join_rows
+        self._join_rows, self._forward_parts = join_rows, forward_parts
         self._runs = {run: Signal() for run in data}
         self._reference: nn.Module | None = None
         self._members: Sequence[RunSpec] = ()
@@ -137,7 +139,9 @@ class PolicyGradient:
         prompts_N = [[prompt_of(row) for row in rows] for rows in rows_N]
         ends = self._data[first.id].rewards.ends
         found = self._mesh.run(
-            sample, model, prompts_N, uniforms_NAL, ends, self._precision, self._mesh
+            sample,
+            *(model, prompts_N, uniforms_NAL, ends),
+            *(self._precision, self._mesh, self._forward_parts),
         )
         seconds = time.perf_counter() - started
         self._sampled_per_s = sum(len(t) for own in found for t in own.tokens) / seconds
@@ -255,7 +259,8 @@ class PolicyGradient:
     ) -> list[Record]:
         rewards = [self._rewards_of(m) for m in members]
         most = members[0].max_new_tokens
-        means = measure(model, rows, rewards, most, self._precision, self._join_rows, self._mesh)
+        how = (self._precision, self._join_rows, self._mesh, self._forward_parts)
+        means = measure(model, rows, rewards, most, *how)
         name = self.metric.name
         return [
             {

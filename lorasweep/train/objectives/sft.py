@@ -7,25 +7,27 @@ Shapes: N members.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lorasweep.data.batches import Batch, by_length, collate, eval_batches, merge
-from lorasweep.data.examples import Data, Example
+from lorasweep.data.examples import Data, Example, prompts_of
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.head import check_rows_stay_apart
 from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
-from lorasweep.train.events import Record
+from lorasweep.train.events import EVALUATION, Record, phase
 from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, refuse_other_data
 from lorasweep.train.objectives.held_out import (
     evaluate,
     evaluate_exact,
     floors,
     gain_se,
+    more_than_a_row,
     row_nlls,
 )
 from lorasweep.train.objectives.nll import nll_sums
@@ -35,18 +37,45 @@ if TYPE_CHECKING:
 
     from lorasweep.models.load import Base
 
-DIVERGED_NLL_FACTOR = 1.5
-"""A run has diverged if its train NLL is above this multiple of its held-out NLL at step 0 for
-DIVERGED_PATIENCE updates in a row. Relative, because an absolute bound would mean something else
-for every model."""
+DIVERGED_NLL_FACTOR, DIVERGED_PATIENCE = 1.5, 8
+"""See Divergence. Assumptions, not tuned."""
 ROWS = "rows"
 """Key of the summed NLL of each row among measures, which is not recorded."""
-DIVERGED_PATIENCE = 8
-"""Assumption, not tuned."""
 EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
 """Padded tokens per evaluation forward: per member on a CPU, of all members on a GPU. On a CPU it
 does not depend on the pack size, so that held-out losses are summed over the same rows in every
 pack."""
+
+
+@dataclass
+class Divergence:
+    """Judge from a run's train NLLs, update by update, whether it has diverged.
+
+    It has if its NLL is above DIVERGED_NLL_FACTOR times the base's for DIVERGED_PATIENCE updates in
+    a row. Relative, because an absolute bound would mean something else for every model.
+
+    The base's NLL is the larger of two that no update has changed yet: of the first update's rows,
+    whose loss is taken before the weights change, and of the held-out rows. The first makes rows
+    that are harder than the held-out ones no divergence. Later losses cannot be the reference: a
+    learning rate that is far too high shows in the second one, and a mean over a few would hide it.
+    The held-out rows stand in where the first batch is small and happens to be easy. What an excess
+    of caution costs is time; a false call costs the run.
+    """
+
+    held_out: float
+    """NLL of the held-out rows before training."""
+    first: float | None = None
+    """NLL of the first update; None before it."""
+    above: int = 0
+    """Updates in a row above the bound."""
+
+    def note(self, nll: float) -> bool:
+        """Take up an update's train NLL; return whether the run has diverged."""
+        if self.first is None:
+            self.first = nll
+        bound = DIVERGED_NLL_FACTOR * max(self.held_out, self.first)
+        self.above = self.above + 1 if nll > bound else 0
+        return self.above >= DIVERGED_PATIENCE
 
 
 class SupervisedFineTuning:
@@ -60,22 +89,25 @@ class SupervisedFineTuning:
         precision: str,
         micro_batch_size: int | None = None,
         join_rows: bool = False,
+        forward_parts: int = 1,
     ) -> None:
         """Set up the objective.
 
         `data`: run id -> the run's data set; runs may share one. `micro_batch_size`: sequences per
-        member and forward pass; None: all of an update. `join_rows`: see Exec.
+        member and forward pass; None: all of an update. `join_rows`, `forward_parts`: see
+        Exec.
         """
         self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
         self._join_rows = join_rows
         self._start: dict[str, Record] = {}
         self._start_rows: dict[str, np.ndarray | None] = {}
         self._retain_start: dict[str, float] = {}
-        self._updates_above = dict.fromkeys(data, 0)
+        self._divergence: dict[str, Divergence] = {}
         self._unknown_start: set[str] = set()
         self._code_nats = dict.fromkeys(data, 0.0)
         self._n_loss: dict[str, int] = {}
-        self._eval_tokens = EVAL_TOKENS
+        self._forward_parts = forward_parts
+        self._eval_tokens = max(1, EVAL_TOKENS // forward_parts)
         self._mesh = Mesh()
         self._held_out: dict[tuple[int, ...], list[Batch]] = {}
 
@@ -85,7 +117,7 @@ class SupervisedFineTuning:
         if self._join_rows and cpu_llama_for(base.model) is None:
             check_rows_stay_apart(base.model)
         if next(base.model.parameters()).device.type != "cpu":
-            self._eval_tokens = max(1, GPU_EVAL_TOKENS // len(members))
+            self._eval_tokens = max(1, GPU_EVAL_TOKENS // len(members) // self._forward_parts)
         for member in members:
             data = self._data[member.id]
             key = f"{member.dataset.canonical}/{member.draw}/{self._precision}"
@@ -96,6 +128,7 @@ class SupervisedFineTuning:
             found = dict(base.at_start[key])
             self._start_rows[member.id] = found.pop(ROWS, None)
             self._start[member.id] = found
+            self._divergence[member.id] = Divergence(found[self.metric.name])
             if data.retain:
                 self._retain_start[member.id] = base.at_start[f"{key}/retain"][self.metric.name]
         return [self._start[m.id] for m in members]
@@ -134,11 +167,9 @@ class SupervisedFineTuning:
         return [{"train_nll": nll} for nll in losses]
 
     def diverged(self, run: str, loss: float) -> bool:
-        """Count updates in a row whose loss is far above the loss before training."""
+        """Add to the code length, and judge the loss: see Divergence."""
         self._code_nats[run] += loss * self._n_loss[run]
-        above = loss > DIVERGED_NLL_FACTOR * self._start[run][self.metric.name]
-        self._updates_above[run] = self._updates_above[run] + 1 if above else 0
-        return self._updates_above[run] >= DIVERGED_PATIENCE
+        return self._divergence[run].note(loss)
 
     def evaluate(
         self, model: "nn.Module", members: Sequence[RunSpec], final: bool
@@ -170,7 +201,8 @@ class SupervisedFineTuning:
                 measures[self.metric.on_part] = first[self.metric.name]
             after, before = measures.pop(ROWS, None), self._start_rows[member.id]
             if after is not None and before is not None:
-                measures["gain_se"] = gain_se(before, after, _loss_tokens(test))
+                prompts = _prompts(member, test)
+                measures["gain_se"] = gain_se(before, after, _loss_tokens(test), prompts)
             measures["code_nats"] = self._code_nats[member.id]
         return [Evaluation(m, len(r)) for m, r in zip(found, rows)]
 
@@ -182,6 +214,16 @@ class SupervisedFineTuning:
         `by_row`: of which members also the summed NLL of each row, ROWS, is wanted.
         """
         batches = [self._batched(r) for r in rows]
+        with phase(EVALUATION, more_than_a_row(batches)):
+            return self._measure_batches(model, rows, batches, by_row)
+
+    def _measure_batches(
+        self,
+        model: "nn.Module",
+        rows: Sequence[Sequence[Example]],
+        batches: Sequence[list[Batch]],
+        by_row: Sequence[bool],
+    ) -> list[Record]:
         if all(b.truth is not None for own in batches for b in own):
             return evaluate_exact(model, batches, self._precision, self.metric.name, self._mesh)
         # whether a loss is summed by rows, which rounds in another way, depends on no other member
@@ -207,7 +249,8 @@ class SupervisedFineTuning:
             return [{} for _ in members]
         # a forward pass has rows of every member: one without any gets another's, uncounted
         batches = [self._batched(own or some) for own in rows]
-        nlls = evaluate(model, batches, self._precision, self._mesh)
+        with phase(EVALUATION, more_than_a_row(batches)):
+            nlls = evaluate(model, batches, self._precision, self._mesh)
         return [
             {"retain_nll": nll, "retain_start": self._retain_start[m.id]} if own else {}
             for m, own, nll in zip(members, rows, nlls)
@@ -220,10 +263,12 @@ class SupervisedFineTuning:
         """
         data = self._data[member.id]
         bits = data.bits(member.steps * self._n_loss[member.id]) if data.bits else {}
+        prompts = _prompts(member, data.test)
         return {
             "nll_start": self._start[member.id][self.metric.name],
             "floor_nats": data.entropy_floor_nats,
             "n_test": len(data.test),
+            **({"n_test_prompts": len(set(prompts))} if prompts else {}),
             "n_train": data.n_train,
             DATA_SHA256: None if member.id in self._unknown_start else data.sha256,
             **({"data_commit": data.commit} if data.commit else {}),
@@ -232,21 +277,30 @@ class SupervisedFineTuning:
         }
 
     def state(self, run: str) -> dict[str, Any]:
-        """Return the updates above the divergence bound, the code length, and the fingerprint."""
+        """Return what divergence is judged by, the code length, and the fingerprint."""
         known = run not in self._unknown_start
         sha256 = {DATA_SHA256: self._data[run].sha256} if known else {}
-        return {"above": self._updates_above[run], "code_nats": self._code_nats[run], **sha256}
+        judged = self._divergence[run]
+        return {
+            "above": judged.above,
+            "first_nll": judged.first,
+            "code_nats": self._code_nats[run],
+            **sha256,
+        }
 
     def load_state(self, run: str, state: dict[str, Any]) -> None:
         """Restore the values of `state`, and check the data.
 
         A checkpoint from before fingerprints does not tell its data: the result will not, either.
-        One from before code lengths has none.
+        One from before code lengths has none. One from before divergence rule 2 has no first NLL:
+        the next update's stands for it, and updates above the old bound are not counted.
 
         Raises:
             DataError: the run was started on other data.
         """
-        self._updates_above[run] = state["above"]
+        judged = self._divergence[run]
+        judged.first = state.get("first_nll")
+        judged.above = 0 if judged.first is None else state["above"]
         self._code_nats[run] = state.get("code_nats", math.nan)
         if DATA_SHA256 not in state:
             self._unknown_start.add(run)
@@ -264,6 +318,13 @@ class SupervisedFineTuning:
 def _loss_tokens(examples: Sequence[Example]) -> np.ndarray:
     """Count the loss tokens of each row, in the order in which rows are evaluated."""
     return np.array([int(examples[i].loss.sum()) for i in by_length(examples)])
+
+
+def _prompts(member: RunSpec, examples: Sequence[Example]) -> list[int] | None:
+    """Return the number of each row's prompt, as rows are evaluated; None if not held out by it."""
+    if member.dataset.held_out_by != "prompt":
+        return None
+    return prompts_of([examples[i] for i in by_length(examples)])
 
 
 def _bytes_per_token(examples: Sequence[Example]) -> float | None:

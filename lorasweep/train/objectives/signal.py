@@ -10,9 +10,10 @@ from lorasweep.train.events import Record
 
 COLLAPSED_SHARE, COLLAPSED_PATIENCE = 0.5, 8
 """A run has collapsed if the mean reward of its answers is below this share of the base's reward
-for so many updates in a row. Assumption, not tuned."""
+(`Signal.base_reward`) for so many updates in a row. Assumption, not tuned."""
 FIRST_UPDATES = 8
-"""After so many updates without a single reward, or without a single miss, a run is stopped."""
+"""After so many updates without a single reward, or without a single miss, a run is stopped. From
+their rewards comes the run's own measure of the base: see `Signal.base_reward`."""
 RATIO_BOUND = 1e-3
 """Largest distance from 1 of p_learner / p_sampler in fp32: they are the same policy, so a larger
 one is a mistake, or a run that has broken down."""
@@ -26,6 +27,8 @@ class Signal:
 
     reward_start: float = math.nan
     """The base's held-out reward."""
+    first_reward: float = -math.inf
+    """The highest mean reward of the first 1, 2, ..., FIRST_UPDATES updates."""
     below: int = 0
     """Updates in a row with a reward far below the base's."""
     answers: int = 0
@@ -37,6 +40,17 @@ class Signal:
     """What is recorded of the present update."""
     beyond_fp32: bool = False
     """Whether weights have grown until fp32 gives one token two probabilities."""
+
+    @property
+    def base_reward(self) -> float:
+        """The reward that a collapse is judged by: the smaller of two measures of the base.
+
+        They are its reward on held-out prompts, and `first_reward`. The second makes training
+        prompts that are harder than the held-out ones no collapse. The base itself drew the answers
+        of the first update only, so a mean over more is less noisy, and lower if the run collapses
+        in them: hence the highest of these means.
+        """
+        return min(self.reward_start, self.first_reward)
 
     @property
     def collapsed(self) -> bool:
@@ -53,7 +67,9 @@ class Signal:
         self.last = record
         self.answers += answers
         self.rewarded += record["reward"] * answers
-        is_below = record["reward"] < COLLAPSED_SHARE * self.reward_start
+        if self.answers <= FIRST_UPDATES * answers:
+            self.first_reward = max(self.first_reward, self.rewarded / self.answers)
+        is_below = record["reward"] < COLLAPSED_SHARE * self.base_reward
         self.below = self.below + 1 if is_below else 0
 
     def check(self, member: RunSpec) -> None:
@@ -102,16 +118,33 @@ class Signal:
 
     def state(self) -> dict[str, Any]:
         """Return the counts, as JSON values."""
-        counts = {"below": self.below, "answers": self.answers, "rewarded": self.rewarded}
-        return {**counts, "best_reward": self.best_known}
+        return {
+            "below": self.below,
+            "answers": self.answers,
+            "rewarded": self.rewarded,
+            "first_reward": _known(self.first_reward),
+            "best_reward": self.best_known,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore the values of `state`."""
-        self.below, self.answers = state["below"], state["answers"]
-        self.rewarded, best = state["rewarded"], state["best_reward"]
+        """Restore the values of `state`.
+
+        A checkpoint from before divergence rule 2 has no first rewards: the mean of all so far
+        stands for them, and updates below the old bound are not counted.
+        """
+        self.answers, self.rewarded = state["answers"], state["rewarded"]
+        self.below, best = state["below"], state["best_reward"]
         self.best = -math.inf if best is None else best
+        first = state.get("first_reward")
+        if "first_reward" not in state and self.answers:
+            first, self.below = self.rewarded / self.answers, 0
+        self.first_reward = -math.inf if first is None else first
 
     @property
     def best_known(self) -> float | None:
         """The highest held-out reward; None before the first evaluation."""
-        return self.best if math.isfinite(self.best) else None
+        return _known(self.best)
+
+
+def _known(reward: float) -> float | None:
+    return reward if math.isfinite(reward) else None

@@ -128,11 +128,11 @@ def measured(folder, sha256, model="mine", **whole):
 def test_what_was_measured_of_the_data_and_the_model_is_taken(rows_file, tmp_path):
     columns = {"examples": "", "tokens_per_example": "", "data": str(rows_file)}
 
-    def answer():
+    def answer(**more):
         world = dataclasses.replace(
             known(), information=information.read([tmp_path / "no", tmp_path])
         )
-        return advice(world, **{**SFT, **columns})
+        return advice(world, **{**SFT, **columns, **more})
 
     command = f"action=measure model=mine data={rows_file}"
     assert any(command in text for text in answer().trace.warnings)
@@ -148,6 +148,10 @@ def test_what_was_measured_of_the_data_and_the_model_is_taken(rows_file, tmp_pat
     assert found.work.tokens == 110 and not any(command in text for text in found.trace.warnings)
     reason = found.trace.reasons["bits"]
     assert reason.sure is Sure.MEASURED and "3 of 7 rows" in reason.source
+    assert "over all rows" in reason.formula
+    half = answer(epochs=0.5)
+    assert (half.work.bits, half.work.bits_low, half.work.bits_high) == (4500, 4000, 5000)
+    assert "rows trained on, at the mean of the" in half.trace.reasons["bits"].formula
 
 
 def test_the_name_moves_nothing():

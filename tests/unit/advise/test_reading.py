@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lorasweep.advise import table
 from lorasweep.advise.advice import Failed, answers
-from lorasweep.advise.customer import RowError, customer_of
+from lorasweep.advise.customer import Customer, RowError, customer_of
 from lorasweep.advise.shapes import shape_of
 from lorasweep.errors import SpecError
 from tests.unit.advise.world import known
@@ -196,3 +198,28 @@ def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):
         shape(model=str(path))
     with pytest.raises(RowError, match="no file"):
         shape(model=str(tmp_path / "gone.json"))
+
+
+@pytest.mark.parametrize(
+    "stated, stored, found",
+    [
+        ({"dtype": "float32"}, None, "fp32"),
+        ({"dtype": "bfloat16"}, None, "bf16"),
+        ({"torch_dtype": "float32"}, None, "fp32"),  # as transformers wrote it before 4.56
+        ({"torch_dtype": "float16"}, None, "fp32"),  # bf16 does not hold its values
+        ({"text_config": {"dtype": "float32"}}, None, "fp32"),
+        ({}, torch.float32, "fp32"),
+        ({"dtype": None}, torch.bfloat16, "bf16"),
+        ({}, None, "bf16"),  # the weights are elsewhere: as most are published
+    ],
+)
+def test_the_type_of_weights_is_read_from_the_models_folder(tmp_path, stated, stored, found):
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    config = {**shape, "intermediate_size": 16, **stated}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if stored is not None:
+        save_file(
+            {"a": torch.zeros(2, 2, dtype=stored), "norm": torch.zeros(2)},
+            tmp_path / "model-00001-of-00001.safetensors",
+        )
+    assert shape_of(Customer("any", str(tmp_path), "sft"), {}).weights_dtype == found

@@ -1,11 +1,12 @@
 """The rules against certified answers: published counts, planted maps, identities."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 
-from lorasweep.advise.kept import Interval, Kept, MapPoint
+from lorasweep.advise.kept import Interval, Kept, MapPoint, read
 from lorasweep.advise.published import published
 from lorasweep.advise.rules import batches, capacity, rates
 from lorasweep.advise.trace import Sure
@@ -73,6 +74,24 @@ def test_the_smallest_rank_with_room_at_the_high_end_of_the_bits():
     assert advice(examples=10).choice.rank == 16  # smaller ranks were worse in public even so
 
 
+def test_bits_are_those_of_the_rows_that_are_trained_on():
+    """A hundred updates of 32 rows see 3,200 rows, of however many there are."""
+    few, many = (
+        advice(examples=3200, steps=100, batch_size=32),
+        advice(examples=1_000_000, steps=100, batch_size=32),
+    )
+    assert few.work.bits == 3200 * few.work.tokens
+    for a in (few, many):
+        assert (a.choice.method, a.choice.rank, a.work.bits) == ("lora", 16, few.work.bits)
+        assert (a.work.bits_high, a.choice.load) == (few.work.bits_high, few.choice.load)
+    formulas = [a.trace.reasons["bits"].formula for a in (few, many)]
+    assert formulas[0].startswith("examples x tokens_per_example")
+    assert formulas[1].startswith("rows trained on (3,200 of 1,000,000 examples) x tokens")
+    # further epochs add nothing, and half an epoch sees half of the rows
+    assert advice(examples=3200, epochs=3).work.bits == few.work.bits
+    assert advice(examples=3200, epochs=0.5).work.bits == few.work.bits / 2
+
+
 def test_method_goes_from_lora_over_open_to_full_as_the_data_grow():
     found = [advice(examples=10**k, tokens_per_example=1000).choice.method for k in range(3, 10)]
     assert found == ["lora"] * 3 + ["open"] + ["full"] * 3
@@ -97,6 +116,19 @@ def point(rank, load, value):
 def mapped(*points):
     kept = Kept(points=points, hidden={"tiny128": 128})
     return dataclasses.replace(known(None), kept=kept)
+
+
+def test_kept_loads_are_by_the_first_pass_as_customers_bits_are(tmp_path):
+    """The generator's count is up to 1,300 times smaller; a load by it would pass for room."""
+    loads = {"generator": 0.0057, "first_pass": 7.5, "above_floor": 0.47}
+    regret = {"value": 5.0, "low": 4.0, "high": 6.0}
+    ranks = [{"rank": 4, "load": 0.0057, "loads": loads, "regret_percent": regret}]
+    answer = {"sweep": "regime", "scale": "tiny", "verdicts": [], "curves": []}
+    (tmp_path / "regime-tiny").mkdir()
+    text = json.dumps({**answer, "cells": [{"cell": "tiny128, rules", "ranks": ranks}]})
+    (tmp_path / "regime-tiny" / "results.json").write_text(text)
+    (point,) = read(tmp_path, {"tiny128": 128}).points
+    assert (point.model, point.rank, point.load) == ("tiny128", 4, 7.5)
 
 
 def test_a_planted_map_is_followed_where_it_covers_the_case_and_nowhere_else():
@@ -125,7 +157,8 @@ def test_a_planted_map_is_followed_where_it_covers_the_case_and_nowhere_else():
 
 
 def test_the_kept_map_covers_the_model_that_it_was_measured_on():
-    a = advice(model="tiny128", examples=4096, tokens_per_example=2, bits_per_token=0.2)
+    """The rows of a kept cell: 2.67 bits a token on the first pass."""
+    a = advice(model="tiny128", examples=4096, tokens_per_example=61, bits_per_token=2.67)
     assert (a.choice.by, a.choice.method) == ("map", "lora")
 
 
@@ -234,3 +267,18 @@ def test_every_entry_names_a_source_that_is_described():
     ):
         assert {e["source"] for e in values[name]} <= values["sources"].keys()
     assert {values["law"]["source"], values["best_rates"]["source"]} <= values["sources"].keys()
+
+
+def test_withdrawn_verdicts_are_not_cited_and_exploratory_ones_say_so(tmp_path):
+    e = {"value": -9.0, "low": -12.0, "high": -6.0}
+    one = {"claim": "rank_1", "group": "b on words", "outcome": "REFUTED", "estimate": e}
+    gone = [{"code": "WITHDRAWN", "subject": "an arm is missing", "place": "", "flags": []}]
+    verdicts = [
+        {**one, "exploratory": "the rule was written later", "gates": []},
+        {**one, "claim": "tie", "outcome": "UNDECIDED", "gates": gone},
+    ]
+    (tmp_path / "rl-tiny").mkdir()
+    answer = {"sweep": "rl", "scale": "tiny", "verdicts": verdicts}
+    (tmp_path / "rl-tiny" / "results.json").write_text(json.dumps(answer))
+    (found,) = read(tmp_path, {}).verdicts
+    assert found.line == "rl: rank_1 REFUTED (exploratory) -9 [-12, -6] at tiny (b on words)"

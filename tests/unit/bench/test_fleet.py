@@ -9,10 +9,9 @@ from lorasweep.advise import table
 from lorasweep.bench.fleet import __main__ as bench
 from lorasweep.bench.fleet import baseline, customers
 from lorasweep.data.load import load as load_data
-from lorasweep.fleet.rows import rows_of
+from lorasweep.fleet.rows import Rules, rows_of
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.finetune import finetune
 from tests.customers import make_base, model_of, write_rows
@@ -50,7 +49,8 @@ def test_a_sample_is_spread_over_the_tokens_and_reckoned_up_by_them():
 def test_the_loop_starts_from_the_same_loss_and_keeps_the_best_rate(tmp_path):
     peft = pytest.importorskip("peft")
     model = model_of(make_base(tmp_path / "base"))
-    rows = rows_of("ann", str(write_rows(tmp_path / "ann.jsonl", 30, "357 {k}")), DatasetSpec())
+    path = write_rows(tmp_path / "ann.jsonl", 30, "357 {k}")
+    rows = rows_of("ann", str(path), Rules(), None)
     spec = RunSpec(model=model, dataset=rows.dataset, method=LoRA(rank=4), batch_size=2, steps=3)
     specs = [RunSpec(**{**vars(spec), "lr": lr}) for lr in (1e-4, 1e-2)]
     base = models.load(model, ["/"])

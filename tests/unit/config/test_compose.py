@@ -2,9 +2,11 @@
 to type next."""
 
 import json
+import re
 import time
 
 import pytest
+import yaml
 
 from lorasweep.cli.answer import check_claims
 from lorasweep.config.preflight import check_available
@@ -14,6 +16,7 @@ from lorasweep.plan.estimate import make_plan
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import expand, geom
 from lorasweep.sweep.question import Claim, Sweep, check_sweep
+from lorasweep.sweep.request import question
 from tests.world import ROOT, tiny_spec
 
 SWEEPS = sorted(
@@ -181,6 +184,54 @@ def test_a_sweep_must_ask_and_state_its_margin():
 def test_what_is_stated_of_a_claims_power_is_checked(stated):
     claim = Claim(margin=[0, 1], **stated)
     with pytest.raises(SpecError, match=f"claim 'c': {next(iter(stated))}="):
+        check_sweep("x", Sweep(question="?", claims={"c": claim}, arms={"a": {"method": "lora"}}))
+
+
+def asked(rounds, added):
+    claims = {"c": Claim(margin=[0, 1])}
+    arm = {"method": "lora", "lr": [1e-3, 2e-3], "added_after": added}
+    return Sweep(question="?", claims=claims, arms={"a": arm}, rounds=rounds)
+
+
+def test_runs_that_were_added_after_a_look_need_two_rounds():
+    added = {"tiny": {"what": "learning rate 2e-3", "why": "four were left"}}
+    check_sweep("x", asked(2, added))
+    with pytest.raises(
+        SpecError, match=r"arm 'a': .*after a look, but rounds=1\. Write `rounds: 2`"
+    ):
+        check_sweep("x", asked(1, added))
+    for wrong in ("2e-3", {"tiny": "2e-3"}, {"tiny": {"what": "2e-3", "why": ""}}):
+        with pytest.raises(SpecError, match=r"Expected \{scale: \{what: \.\.\., why: \.\.\.\}\}"):
+            check_sweep("x", asked(2, wrong))
+
+
+def test_what_was_added_is_no_axis_and_is_kept_with_the_question(compose):
+    request = compose("+sweep=large_batches", "scale=tiny")
+    arms = [(a["arm"], a["what"].split(" at ")[0]) for a in question(request)["added_after"]]
+    assert arms == [("fullft", "learning rate 1.1e-3"), ("lora", "learning rate 4.5e-3")]
+    assert {1.1e-3, 4.5e-3} <= {p.spec.lr for p in request.points}
+    assert question(compose("+sweep=large_batches", "scale=smoke"))["added_after"] == []
+
+
+def test_no_shipped_sweep_says_that_runs_were_added_and_judges_as_if_they_were_planned():
+    """In words, beside `rounds: 1`."""
+    words = re.compile(r"added\b.*\b(after|when)\b.*\b(look|seen|decided)", re.IGNORECASE)
+    assert words.search("# 1e-3 was added after a look")
+    for path in (ROOT / "sweeps").glob("*.yaml"):
+        text = path.read_text()
+        if words.search(text):
+            assert int(yaml.safe_load(text).get("rounds", 1)) >= 2, path.name
+
+
+def test_an_answer_may_be_withdrawn_and_a_claim_exploratory_at_a_scale(compose):
+    asked = question(compose("+sweep=rl_bits", "scale=smoke"))
+    assert "unembedding" in asked["withdrawn"]
+    asked = question(compose("+sweep=rl", "scale=smoke"))
+    assert asked["withdrawn"] == "" and set(asked["claims"]["rank_1"]["exploratory"]) == {
+        *("tiny", "small")
+    }
+    claim = Claim(margin=[0, 1], exploratory={"tiny": ""})
+    with pytest.raises(SpecError, match="claim 'c': exploratory="):
         check_sweep("x", Sweep(question="?", claims={"c": claim}, arms={"a": {"method": "lora"}}))
 
 

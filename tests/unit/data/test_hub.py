@@ -8,6 +8,8 @@ import pytest
 
 from lorasweep.data import load as data
 from lorasweep.errors import DataError
+from lorasweep.spec.dataset import DatasetSpec
+from tests import small_hub
 from tests.bpe import qwen_like
 from tests.world import compose_request
 
@@ -67,3 +69,37 @@ def test_a_pinned_commit_that_is_not_there_is_never_replaced_by_another(hub, tmp
     hub(NEW, "No")
     with pytest.raises(DataError, match=f"is pinned to {OLD}.*holds {NEW}"):
         load(tmp_path / "kept", revision=OLD)
+
+
+def test_kept_tokens_of_training_rows_are_never_served_as_held_out_rows(tmp_path, monkeypatch):
+    """A holdout of one split, of which as many rows are trained on as are held out: each row says a
+    number of its own, so a shared row would be seen."""
+    import datasets
+
+    spec = DatasetSpec(
+        name="any",
+        source="hub",
+        location="allenai/tulu-3-sft-mixture",
+        revision=OLD,
+        train_split="train",
+        test_split="train",
+        format="messages",
+        n_train=10,
+        n_validation=4,
+        n_test=6,
+        n_test_curve=0,
+        holdout=10,
+    )
+    small_hub.make(tmp_path, [], [spec])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+    def rows(cache):
+        loaded = data.load(spec, [], qwen_like(), cache)
+        parts = (loaded.train(0, 0, 10), [*loaded.validation, *loaded.test])
+        return [[tuple(e.tokens) for e in part] for part in parts]
+
+    train, held_out = rows("")
+    assert len(set(train)) == len(set(held_out)) == 10 and not set(train) & set(held_out)
+    assert rows(str(tmp_path / "kept")) == [train, held_out]  # made
+    assert rows(str(tmp_path / "kept")) == [train, held_out]  # and mapped

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given as any_of
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from lorasweep.data import rewards
 from lorasweep.data.rewards import answer_of, prompt_of
@@ -17,6 +20,7 @@ from lorasweep.data.verifiers.math_checks import MathChecks
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from tests.bpe import llama_like
+from tests.unit.data.test_rewards import PIECES
 from tests.unit.data.test_study_data import load, problem, spec_of
 from tests.world import compose_request
 
@@ -54,6 +58,10 @@ def checks():
 @pytest.mark.parametrize(
     ("gold", "answer", "verdict"),
     [
+        ("7", "1e99999999999", 0.0),
+        ("7", "nan", 0.0),
+        ("7", r"\frac{1}{0}", 0.0),
+        ("7", "\u0663", 0.0),
         (r"\frac{1}{2}", "0.5", 1.0),
         (r"\frac{1}{2}", r"\dfrac12", 1.0),
         ("x^2+1", "1+x^2", 1.0),
@@ -69,6 +77,17 @@ def checks():
 )
 def test_answers_are_right_wrong_or_unread(checks, gold, answer, verdict):
     assert checks.check([(gold, answer)]) == [verdict]
+
+
+def test_numbers_of_very_many_digits_are_compared(checks):
+    digits = "9" * 4400
+    assert checks.check([("7", digits), (digits, digits), (digits, "7")]) == [0.0, 1.0, 0.0]
+
+
+@settings(max_examples=40, deadline=None)
+@any_of(answer=st.text() | st.lists(PIECES, max_size=8).map("".join))
+def test_no_answer_makes_a_check_raise(checks, answer):
+    assert checks.check([("7", answer)])[0] in (0.0, 1.0, None)
 
 
 def test_a_check_that_hangs_or_crashes_is_ended_and_the_next_one_is_right():
@@ -193,7 +212,8 @@ def test_the_gold_answer_of_deepmath_is_a_column_and_needs_no_box(hub):
     order = [llama_like().decode(answer_of(r)).removesuffix("User:").strip() for r in loaded.test]
     for row, gold in zip(loaded.test, order):
         box = rf"<think> </think> \boxed{{{gold}}}" + "\n\n"
-        assert given(loaded, row, box, r"\boxed{-123}", gold, "") == [1.0, 0.0, 1.0, None]
+        # a sampled answer needs one, also if it is the gold answer's very text
+        assert given(loaded, row, box, r"\boxed{-123}", gold, "") == [1.0, 0.0, None, None]
     empty = hub("none", {"default": {"train": [*rows, deep(9, " ")]}})
     spec = spec_of("deepmath_reward", empty, n_test=2, holdout=2)
     with pytest.raises(DataError, match=r"row \d+: its own gold answer cannot be read"):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lorasweep.data import fields, own
 from lorasweep.data import load as data
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
@@ -94,6 +95,126 @@ def test_chat_template_is_the_tokenizers_text_with_answers_and_their_end_in_the_
     assert text == whole and trained == text[1:]  # nothing predicts the first token
     text, _, _ = chat(tmp_path, CHAT, "last_assistant", messages=TURNS[:3])
     assert text.endswith(f"Yes, it is.{eos}")  # what follows the last answer is left out
+
+
+def weighted(*weights, turns=TURNS):
+    """The turns with a weight for each message; none where it is ...."""
+    return [m if w is ... else {**m, "weight": w} for m, w in zip(turns, weights)]
+
+
+@pytest.mark.parametrize(
+    "mask, weights, colon, eos",
+    [
+        (
+            "completion",
+            (..., 0, ..., ...),
+            "Assistant : _Yes , _it _is .// User : _So ? _ 3 4 5 // Assistant : [_No] [!//] [User] [:]",
+            "_ Yes , _it _is . <|endoftext|> User : _ S o ? _ 3 4 5 // Assistant : _ [No] [!] "
+            "[<|endoftext|>]",
+        ),
+        (
+            "completion",
+            (0, 1, ..., 0),
+            "Assistant : [_Yes] [,] [_it] [_is] [.//] User : _So ? _ 3 4 5 // Assistant : _No !// "
+            "User :",
+            "_ [Yes] [,] [_it] [_is] [.] [<|endoftext|>] User : _ S o ? _ 3 4 5 // Assistant : _ No "
+            "! <|endoftext|>",
+        ),
+        (
+            "last_assistant",  # the last one that is not left out
+            (..., ..., ..., 0),
+            "Assistant : [_Yes] [,] [_it] [_is] [.//] User : _So ? _ 3 4 5 // Assistant : _No !// "
+            "User :",
+            None,
+        ),
+        (
+            "last_assistant",  # and each one that is put in
+            (None, 1.0, None, None),
+            "Assistant : [_Yes] [,] [_it] [_is] [.//] User : _So ? _ 3 4 5 // Assistant : [_No] "
+            "[!//] [User] [:]",
+            None,
+        ),
+        (
+            "all",
+            (..., 0, 0, ...),
+            "[Assistant] [:] _Yes , _it _is .// [User] [:] _So ? _ 3 4 5 // [Assistant] [:] [_No] "
+            "[!//] [User] [:]",
+            None,
+        ),
+    ],
+)
+def test_a_message_of_weight_0_is_not_learned_and_one_of_weight_1_is(
+    tmp_path, mask, weights, colon, eos
+):
+    text, _ = tokens_of(tmp_path, qwen_like(), weighted(*weights), mask=mask)
+    assert text.endswith(colon)
+    if eos is not None:
+        text, _ = tokens_of(tmp_path, qwen_like(), weighted(*weights), mask=mask, render="role_eos")
+        assert text.endswith(f"Assistant : {eos}")
+
+
+@pytest.mark.parametrize("mask", ["completion", "last_assistant", "all"])
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (..., 0), (0, ...), (1, 1)])
+def test_weights_in_a_chat_template_are_those_of_the_texts_characters(tmp_path, mask, weights):
+    """Against a mask by places in the whole text: answers are found in it by their words, and each
+    token is looked up by the characters that it stands for."""
+    tokenizer = chatting(CHAT)
+    whole, eos = tokenizer.apply_chat_template(TURNS, tokenize=False), tokenizer.eos_token
+    by_default = {"completion": (1, 1), "last_assistant": (0, 1), "all": (1, 1)}[mask]
+    if mask == "last_assistant" and weights[1] == 0:
+        by_default = (1, 1)  # the first is then the last one that may be learned
+    learned = [d if w is ... else w for d, w in zip(by_default, weights)]
+    inside = [mask == "all"] * len(whole)
+    for answer, counts in zip(("Yes, it is.", "No!"), learned):
+        start = whole.index(answer)
+        span = slice(start, start + len(answer + eos))
+        inside[span] = [bool(counts)] * len(inside[span])
+    given = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    reference = [inside[start] for start, _ in given.offset_mapping]
+    reference[0] = False
+    _, row = tokens_of(
+        tmp_path,
+        tokenizer,
+        weighted(..., weights[0], ..., weights[1]),
+        mask=mask,
+        render="chat_template",
+    )
+    n = len(row.tokens)  # what follows the last answer in the loss is left out
+    assert row.tokens.tolist() == given.input_ids[:n] and row.loss.tolist() == reference[:n]
+    assert not any(reference[n:])
+
+
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+@pytest.mark.parametrize(
+    "k, weight, says",
+    [
+        (1, 0.5, r"\[1\].weight is 0.5. Allowed: 0 \(the answer is not learned\), 1"),
+        (3, True, r"\[3\].weight is True"),
+        (3, "1", r"\[3\].weight is '1'"),
+        (0, 1, r"\[0\].weight is 1 on a message of role 'user'. With mask=last_assistant only"),
+    ],
+)
+def test_other_weights_are_refused_with_row_and_field(tmp_path, form, k, weight, says):
+    keys = fields.LISTS[form]
+    names = {"user": "human", "assistant": "gpt"} if form == "conversations" else {}
+    turns = [dict(zip(keys, (names.get(m["role"], m["role"]), m["content"]))) for m in TURNS]
+    turns[k]["weight"] = weight
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "mine/train.jsonl"
+    path.write_text("".join(json.dumps({form: t}) + "\n" for t in (turns[1:3], turns)))
+    if k == 1:
+        path.write_text(json.dumps({form: turns}) + "\n")
+    with pytest.raises(DataError, match=rf"train.jsonl:{1 if k == 1 else 2}: {form}{says}"):
+        own.count(str(path))
+
+
+def test_only_answers_that_are_learned_count_as_such_and_a_row_without_one_is_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "mine/train.jsonl"
+    path.write_text(json.dumps({"messages": weighted(..., 1, ..., 0)}) + "\n")
+    assert own.count(str(path)).answer_bytes == len("Yes, it is.")
+    with pytest.raises(DataError, match=r"jsonl:1: no token counts.*set the weight of an answer"):
+        tokens_of(tmp_path, qwen_like(), weighted(..., 0, ..., 0))
 
 
 def test_a_template_that_rewrites_what_came_before_trains_the_last_answer_only(tmp_path):

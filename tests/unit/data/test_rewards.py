@@ -1,15 +1,18 @@
 """Data sets whose answers are rewarded: what is right, what cannot be read, and what is refused."""
 
 import dataclasses
+from decimal import Decimal
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorasweep.config.preflight import check_available
 from lorasweep.data import load as data
 from lorasweep.data import rewards
 from lorasweep.data.rewards import answer_of, prompt_of
-from lorasweep.data.verifiers.reading import integer
+from lorasweep.data.verifiers.reading import boxed, integer, marked
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from tests.unit.data.test_data import jsonl
@@ -65,10 +68,78 @@ def test_a_word_is_answered_by_its_skill_and_ends_its_line():
         ("seven", None),
         ("#### 7 apples", None),
         (r"\boxed{7", None),
+        ("#### -0", 0),
+        ("#### \u0663", 3),
+        ("#### \u00b2", None),
+        ("#### 1e9", None),
+        ("#### inf", None),
+        ("####\u2028", None),
     ],
 )
 def test_whole_numbers_are_read_exactly(text, number):
     assert integer(text) == number
+
+
+def test_long_and_deep_texts_are_read():
+    """int() refuses more than 4,300 digits."""
+    assert integer("#### " + "9" * 4400) == Decimal("9" * 4400)
+    assert integer(r"\boxed{" * 5000 + "7" + "}" * 5000) == 7
+    assert boxed(r"\boxed" + "{" * 5000 + "7" + "}" * 5000) == "{" * 4999 + "7" + "}" * 4999
+
+
+PIECES = st.sampled_from(
+    [
+        "#### ",
+        r"\boxed",
+        r"\fbox",
+        "{",
+        "}",
+        r"\{",
+        r"\frac",
+        "^",
+        "_",
+        "/",
+        "\\",
+        "$",
+        ",",
+        ".",
+        "-",
+        "\n",
+    ]
+    + [
+        "0",
+        "7",
+        "9" * 4301,
+        "1e999",
+        "inf",
+        "nan",
+        "\u0663",
+        "\u00b2",
+        "\u2028",
+        "\x00",
+        "\x85",
+        " ",
+    ]
+)
+"""What the texts of solutions are made of, and what trips readers of numbers."""
+
+
+@given(st.text() | st.lists(PIECES).map("".join))
+def test_no_text_makes_a_reader_raise(text):
+    for solution in (text, f"#### {text}", rf"\boxed{{{text}}}", rf"\boxed {text}"):
+        number, box, marked_ = integer(solution), boxed(solution), marked(solution)
+        assert number is None or number == number.to_integral_value()
+        assert all(isinstance(found, str | None) for found in (box, marked_))
+
+
+def test_an_answer_of_very_many_digits_is_wrong_and_right_if_it_is_the_gold_one(tmp_path):
+    digits = "7" * 4400
+    rows = [{"prompt": f"p{i}", "completion": f"#### {d}"} for i, d in enumerate(("5", digits))]
+    loaded = jsonl(tmp_path, rows * 2, verifier="integer", max_length=9000)
+    for row in loaded.test[:2]:
+        long = len(answer_of(row)) > 4400
+        said = [(row, np.array(list(f"#### {d}".encode()))) for d in ("5", digits, digits + "0")]
+        assert loaded.rewards.of(said) == [float(not long), float(long), 0.0]
 
 
 def test_text_is_rewarded_by_its_number_and_a_gold_answer_must_be_readable(tmp_path):

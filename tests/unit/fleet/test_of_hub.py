@@ -5,13 +5,12 @@ import pytest
 from lorasweep.advise.advice import Failed
 from lorasweep.data import load
 from lorasweep.errors import DataError
-from lorasweep.fleet.rows import rows_of, with_lengths
+from lorasweep.fleet.rows import Rules, rows_of, with_lengths
 from lorasweep.spec.dataset import DatasetSpec
 from tests import small_hub
 from tests.bpe import llama_like
 from tests.customers import make_base
 from tests.unit.fleet.test_members import plan
-from tests.world import compose_request
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 SCHOOL, TULU = "openai/gsm8k", "allenai/tulu-3-sft-mixture"
@@ -40,13 +39,12 @@ def offline(cache, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-@pytest.fixture
-def form():
-    return compose_request(["scale=smoke"]).points[0].spec.dataset
+def read(data):
+    return rows_of("any", data, Rules(), llama_like())
 
 
-def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps(form):
-    found, _ = with_lengths(rows_of("any", f"{SCHOOL}:main", form), llama_like(), None, [])
+def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps():
+    found, _ = with_lengths(read(f"{SCHOOL}:main"), llama_like(), None, [])
     spec = found.dataset
     assert (spec.source, spec.location, spec.config, spec.revision) == (
         "hub",
@@ -60,7 +58,7 @@ def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps(form):
     assert (data.n_train, len(data.validation), len(data.test)) == (4, 10, 10)
     assert data.commit == COMMIT
 
-    found = rows_of("any", f"{TULU}@{COMMIT}", form)
+    found = read(f"{TULU}@{COMMIT}")
     spec = found.dataset
     assert (spec.format, spec.mask, spec.test_split) == ("messages", "last_assistant", "train")
     assert (found.n_train, spec.n_validation, spec.holdout) == (880, 110, 220)
@@ -74,9 +72,9 @@ def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps(form):
         (f"{TULU}@{COMMIT[::-1]}", "is pinned to .* but the hub cannot be reached"),
     ],
 )
-def test_what_the_hub_does_not_give_is_named(form, data, says):
+def test_what_the_hub_does_not_give_is_named(data, says):
     with pytest.raises(DataError, match=says):
-        rows_of("any", data, form)
+        read(data)
 
 
 def test_a_customer_of_the_hub_is_planned_and_one_that_is_not_there_stops_no_other(tmp_path):

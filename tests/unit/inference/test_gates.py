@@ -124,6 +124,11 @@ GATES = [
         "a cell in which LoRA is better",
     ),
     (
+        Gate(GateCode.WITHDRAWN, "an arm is missing"),
+        "withdrawn: an arm is missing",
+        "other runs: the reason says which",
+    ),
+    (
         Gate(GateCode.NO_ORDER, "1, 2"),
         "rank(s) 1, 2 have left at the first evaluation: their order is not resolved",
         "a base that learns more slowly, or ranks nearer to full fine-tuning",
@@ -182,5 +187,5 @@ def test_runs_are_suggested_unless_no_run_of_the_grid_opens_the_gate(code):
         members={"g": fit_all(lr_curves(pd.DataFrame(rows)))},
         of_rates=False,
     )
-    hopeless = code in (GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING)
+    hopeless = code in (GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING, GateCode.WITHDRAWN)
     assert bool(suggest(found)) != hopeless

@@ -1,5 +1,6 @@
 """Out of memory: smaller micro-batches, then smaller packs, before any run has failed."""
 
+import dataclasses
 import errno
 import json
 import weakref
@@ -10,7 +11,7 @@ import torch
 from lorasweep.cli.progress import Display
 from lorasweep.errors import ModelError
 from lorasweep.launch import local, session
-from lorasweep.launch.fitting import Limits
+from lorasweep.launch.fitting import Limit, Limits
 from lorasweep.launch.out_of_memory import is_out_of_memory, request
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped
@@ -21,12 +22,19 @@ from lorasweep.models import load as models
 from lorasweep.spec.execution import Exec
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
-from lorasweep.train.events import Event
+from lorasweep.train import sampling
+from lorasweep.train.events import EVALUATION, LEARNING, SAMPLING, Event, phase
+from lorasweep.train.objectives import expected, sft
+from tests.rewarded import rewarded_spec
 from tests.world import tiny_spec
 
 STEPS = 6
 GPU_ERROR = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB"
+)
+NCCL_ERROR = (
+    "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+    "Last error:\nCuda failure 2 'out of memory'"
 )
 
 
@@ -173,6 +181,11 @@ def allocator_error():
         (allocator_error, f"{4e15 / 2**30:.2f} GiB"),
         (MemoryError, ""),
         (lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), ""),
+        (lambda: RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling"), ""),
+        (lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), ""),
+        (lambda: torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors", 2), ""),
+        (lambda: RuntimeError("CUDA error: out of memory"), ""),
+        (lambda: torch.distributed.DistBackendError(NCCL_ERROR), ""),
         (lambda: OSError(errno.ENOMEM, "Cannot allocate memory"), ""),
     ],
 )
@@ -181,7 +194,14 @@ def test_errors_of_memory_are_recognised(error, asked):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("size mismatch"), OSError(errno.ENOSPC, "full"), KeyError("x")]
+    "error",
+    [
+        RuntimeError("size mismatch"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("NCCL error: unhandled cuda error, Cuda failure 700 'illegal memory access'"),
+        OSError(errno.ENOSPC, "full"),
+        KeyError("x"),
+    ],
 )
 def test_other_errors_are_not(error):
     assert not is_out_of_memory(error)
@@ -211,8 +231,9 @@ def test_several_processes_start_again_with_half_the_rows_until_one_does_not_fit
     store, spec, limits, events = RunStore(tmp_path), specs_of(1)[0], Limits(), []
     exec_ = Exec(world_size=2)
 
-    def end(rows):
-        event = {"run": spec.id, "rows": rows, "asked": "2.50 GiB"}
+    def end(rows, **phase):
+        phase = {"phase": LEARNING, "divisible": False, "forward_parts": 1, **phase}
+        event = {"run": spec.id, "rows": rows, "asked": "2.50 GiB", **phase}
         local._take_less(spec, event, exec_, store, limits, events.append)
         return store.end(spec.id, store.last_attempt(spec.id))
 
@@ -225,12 +246,173 @@ def test_several_processes_start_again_with_half_the_rows_until_one_does_not_fit
     assert end(4)["state"] == "stopped" and limits.of(spec).rows == 2
     assert "with 4 row(s) of each at a time do not fit" in events[0]["note"]
     claimed_and_killed()
+    assert end(2, phase=SAMPLING, divisible=True, forward_parts=2)["state"] == "stopped"
+    assert limits.of(spec) == Limit(rows=2, forward_parts=4) and "in sampling" in events[1]["note"]
+    del events[1]
+    claimed_and_killed()
     cause = end(1)["cause"]
     assert store.state(spec.id) == "failed" and events[1]["cause"] == cause
     assert "alone, on 2 processes and one row" in cause and "(exec.world_size)" in cause
     other = specs_of(2)[1]
     store.claim(other)
-    local._take_less(
-        other, {"run": other.id, "rows": 1, "asked": ""}, exec_, store, limits, events.append
-    )
+    event = {"run": other.id, "rows": 1, "asked": ""}
+    local._take_less(other, event, exec_, store, limits, events.append)
     assert len(events) == 2 and store.state(other.id) == "running"  # somebody has it now
+
+
+# ---------------------------------------------------------------- phases
+
+
+class Full:
+    """A memory that holds `most` of what a phase asks for, counted in rows of all runs."""
+
+    def __init__(self, most):
+        self.most, self.asked = most, []
+
+    def take(self, rows):
+        self.asked.append(rows)
+        if rows > self.most:
+            raise torch.OutOfMemoryError(GPU_ERROR)
+
+
+class Watched:
+    """The real trainer; `tried` lists (runs, learner's rows, forward_parts) of each attempt."""
+
+    def __init__(self):
+        self.tried, self.trainer = [], TorchTrainer()
+
+    def __call__(self, pack, exec_, resume):
+        self.tried.append((len(pack), exec_.micro_batch_size, exec_.forward_parts))
+        yield from self.trainer(pack, exec_, resume)
+
+
+def finished(tmp_path, specs, monkeypatch, rows=8):
+    monkeypatch.setattr(session, "LOOK_S", 1e9)
+    store, trainer, limits = RunStore(tmp_path), Watched(), Limits()
+    exec_ = Exec(runs_dir=str(tmp_path), models_dir=[str(tmp_path)], checkpoint_s=1e9, threads=1)
+    events = []
+    execute(specs, exec_, store, trainer, events.append, StopFlag(), rows, limits)
+    states = {store.state(s.id) for s in specs}
+    notes = [e["note"] for e in events if "note" in e]
+    return trainer.tried, states, limits.of(specs[0]), notes
+
+
+def rewarded(count):
+    """Runs of 64 answers an update, 8 to a prompt."""
+    changes = {"steps": 2, "precision": "fp32", "batch_size": 64}
+    return [rewarded_spec("bandit", seed=k, **changes) for k in range(count)]
+
+
+def test_sampling_that_runs_out_draws_fewer_at_once_and_then_the_pack_is_halved(
+    tmp_path, monkeypatch
+):
+    """4 runs: 64, 32, 16, 8 answers of each; 8, of one prompt, are the fewest. 2 runs fit."""
+    memory, together = Full(most=2 * 8), sampling._together
+
+    def planted(model, prompts, uniforms_NAL, *rest):
+        memory.take(uniforms_NAL.shape[0] * uniforms_NAL.shape[1])
+        return together(model, prompts, uniforms_NAL, *rest)
+
+    monkeypatch.setattr(sampling, "_together", planted)
+    tried, states, limit, notes = finished(tmp_path, rewarded(4), monkeypatch)
+    assert states == {"done"}
+    assert tried == [(4, 8, 1), (4, 8, 2), (4, 8, 4), (4, 8, 8), (2, 8, 8), (2, 8, 8)]
+    assert limit == Limit(rows=None, members=2, forward_parts=8)
+    assert memory.asked[:4] == [256, 128, 64, 32] and set(memory.asked[4:]) == {16}
+    assert all(n.startswith("out of memory in sampling (asked for 2.50 GiB)") for n in notes)
+    assert "1/2 of the usual at once" in notes[0] and "packs of 2" in notes[3]
+
+
+def test_evaluation_that_runs_out_holds_less_at_once(tmp_path, monkeypatch):
+    """Half of what one run holds fits: once halved for the base, and again for two runs. The learner
+    keeps its rows."""
+    memory, row_nlls = Full(most=None), expected.row_nlls
+
+    def planted(model, rows_N, batches_N, precision):
+        memory.most = memory.most or len(batches_N[0][0].lengths[0]) // 2
+        memory.take(max(sum(len(b.lengths[0]) for b in bs) for bs in zip(*batches_N)))
+        return row_nlls(model, rows_N, batches_N, precision)
+
+    monkeypatch.setattr(expected, "EVAL_TOKENS", 1024)
+    monkeypatch.setattr(expected, "row_nlls", planted)
+    specs = [
+        dataclasses.replace(s, dataset=dataclasses.replace(s.dataset, n_test=512, n_test_curve=512))
+        for s in rewarded(2)
+    ]
+    tried, states, limit, notes = finished(tmp_path, specs, monkeypatch)
+    assert states == {"done"} and tried == [(2, 8, 1), (2, 8, 2), (2, 8, 4)]
+    assert limit.rows is None and limit.members is None
+    assert all(n.startswith("out of memory in evaluation") for n in notes)
+
+
+def test_evaluation_and_learning_that_run_out_keep_limits_of_their_own(tmp_path, monkeypatch):
+    learner, held_out = Full(most=2 * 2), Full(most=2 * 4)
+    nll_sums, evaluate = sft.nll_sums, sft.evaluate
+
+    def planted_learner(model, batch, precision):
+        learner.take(len(batch.lengths) * len(batch.lengths[0]))
+        return nll_sums(model, batch, precision)
+
+    def planted_evaluation(model, batches, *rest):
+        held_out.take(sum(max(len(b.lengths[0]) for b in own) for own in batches))
+        return evaluate(model, batches, *rest)
+
+    monkeypatch.setattr(sft, "nll_sums", planted_learner)
+    monkeypatch.setattr(sft, "evaluate", planted_evaluation)
+    short = dataclasses.replace(tiny_spec().dataset, n_test=16, max_length=64, exact_loss=False)
+    specs = specs_of(2, steps=2, dataset=short)
+    tried, states, limit, notes = finished(tmp_path, specs, monkeypatch)
+    assert states == {"done"} and limit.rows == 2 and limit.members is None
+    assert [n.split("(")[0].strip() for n in notes].count("out of memory") == 2  # 8, 4, 2 rows
+    parts = [t[2] for t in tried]
+    assert parts == sorted(parts) and parts[-1] == limit.forward_parts > 1
+    assert sum("in evaluation" in n for n in notes) == limit.forward_parts.bit_length() - 1
+    assert {t[1] for t in tried} == {8, 4, 2} and {t[0] for t in tried} == {2}
+
+
+@pytest.mark.parametrize(
+    ("name", "divisible", "tried"),
+    [
+        (LEARNING, False, [(4, 4, 1), (4, 2, 1), (4, 1, 1), (2, 1, 1), (1, 1, 1)]),
+        (SAMPLING, False, [(4, 4, 1), (2, 4, 1), (1, 4, 1)]),
+        (EVALUATION, True, [(4, 4, 1), (4, 4, 2), (4, 4, 4), (2, 4, 4), (1, 4, 4)]),
+    ],
+)
+def test_what_is_tried_in_each_phase(tmp_path, name, divisible, tried):
+    """Until a run alone, with the least at once, has failed."""
+    asked = []
+
+    def trainer(pack, exec_, resume):
+        asked.append((len(pack), exec_.micro_batch_size, exec_.forward_parts))
+        with phase(EVALUATION), phase(name, divisible and exec_.forward_parts < 4):
+            raise RuntimeError("CUDA error: out of memory")
+        yield
+
+    store, specs, limits = RunStore(tmp_path), specs_of(4), Limits()
+    run(store, specs, trainer, limits=limits)
+    assert list(dict.fromkeys(asked)) == tried
+    assert {store.state(s.id) for s in specs} == {"failed"}
+    assert limits.of(specs[0]).rows == (1 if name == LEARNING else None)
+
+
+def test_a_checkpoint_keeps_what_is_held_at_once(tmp_path, saves_each_update):
+    """A run that is resumed by another worker samples and evaluates as before."""
+    store, specs, stop, small = RunStore(tmp_path), specs_of(2), StopFlag(), Refusing(most=99)
+    asked = []
+
+    def trainer(pack, exec_, resume):
+        asked.append(exec_.forward_parts)
+        for event in small(pack, exec_, resume):
+            if event.step == 3 and exec_.forward_parts == 1:
+                with phase(SAMPLING, divisible=True):
+                    raise MemoryError
+            yield event
+
+    def stop_late(event):
+        stop.set = event.get("step") == 5
+
+    with pytest.raises(Stopped):
+        execute(specs, Exec(checkpoint_s=0), store, trainer, stop_late, stop, 4)
+    run(store, specs, trainer)
+    assert asked == [1, 2, 2]
+    assert all(store.result(s.id)["resumed_in_other_company"] for s in specs)

@@ -1,12 +1,24 @@
-"""The mesh: who takes which batches, and what the guard refuses. What it computes is held to one
-process in tests/integration/test_distributed.py."""
+"""The mesh: who takes which batches, what the guard refuses, and what a process holds whole. What it
+computes is held to one process in tests/integration/test_distributed.py."""
+
+import dataclasses
+import json
+import os
+import socket
 
 import pytest
 import torch
 
 from lorasweep.errors import TrainingError
-from lorasweep.models.sharding import Mesh, guard
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.models.precision import autocast, hold_in_bf16
+from lorasweep.models.sharding import Mesh, guard, shard
+from lorasweep.models.targets import find_targets
+from lorasweep.plan.gpu.load import load_of
+from lorasweep.plan.gpu.memory import Layout, memory_parts
 from lorasweep.train.optim import OneRun
+from tests.unit.plan.test_saved_tensors import LLAMA, transformers_model
 
 
 class Three(Mesh):
@@ -47,3 +59,72 @@ def test_the_guard_refuses_a_trained_tensor_that_is_not_split_and_processes_that
         guard(model, OneRun({}), mesh, [1.0])
     mesh.__class__.other = staticmethod(lambda value: value)
     guard(model, OneRun({}), mesh, [1.0, float("nan")])
+
+
+METHODS = {"full": FullFT(), "adapters": LoRA(rank=2, layers="attention+mlp")}
+OUTER = dataclasses.replace(LLAMA, hidden_size=64, mlp_size=128, vocab_size=4096)
+
+
+def _measure(rank, port, folder):
+    """In one of two processes: write the bytes of whole weights and gradients, by method and part."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    joined, found = Mesh.join(), {}
+    for name, method in METHODS.items():
+        bytes_of = found[name] = dict.fromkeys(("outer", "outer grads", "layer", "layer grads"), 0)
+        model = transformers_model(OUTER)
+        hold_in_bf16(model)
+        targets = find_targets(model, OUTER, method.target_layers())
+        mesh = shard(model, method.attach(model, targets, [method], [0]), joined, "bf16")
+
+        def note(part, weights, bytes_of=bytes_of):
+            for w in weights:
+                bytes_of[part] += w.nbytes
+                if w.requires_grad:
+                    w.register_hook(
+                        lambda g: bytes_of.update(
+                            {f"{part} grads": bytes_of[f"{part} grads"] + g.nbytes}
+                        )
+                    )
+
+        def loss(model, tokens, note=note):
+            inside = {id(p) for p in model.model.layers.parameters()}
+            note("outer", [p for p in model.parameters() if id(p) not in inside])
+            first = model.model.layers[0]
+            hook = first.register_forward_pre_hook(
+                lambda block, _: note("layer", block.parameters())
+            )
+            with autocast("bf16", tokens.device):
+                total = model(input_ids=tokens, use_cache=False).logits.float().sum()
+            hook.remove()
+            return total
+
+        mesh.run(loss, model, torch.zeros(1, 8, dtype=torch.int64)).backward()
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_plan_counts_what_a_process_of_several_holds_whole(tmp_path):
+    """A layer arrives in bf16. Embedding and unembedding arrive in their own type: fp32 where they
+    are trained, with gradients of fp32."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_measure, (port, tmp_path), nprocs=2)
+    found = json.loads((tmp_path / "found.json").read_text())
+    n_outer = 2 * 4096 * 64
+    assert found["full"]["outer"] == pytest.approx(4 * n_outer, rel=0.01)
+    assert found["full"]["outer grads"] == pytest.approx(4 * n_outer, rel=0.01)
+    assert found["adapters"]["outer"] == pytest.approx(2 * n_outer, rel=0.01)
+    assert found["adapters"]["outer grads"] == 0
+    for name, method in METHODS.items():
+        held = found[name]
+        # of no tokens, so that gradients have no room where activations were
+        planned = memory_parts(load_of(OUTER, method), Layout(2, 1, False), 0)
+        # two layers at a time, and of one of them gradients in bf16 that are reduced in fp32
+        reduced = 2 * held["layer grads"]
+        whole = held["outer"] + held["outer grads"] + 2 * held["layer"] + held["layer grads"]
+        assert planned["copies and buffers"] == pytest.approx(whole + reduced, rel=0.01)

@@ -47,13 +47,40 @@ def test_states_take_sixteen_bytes_a_trained_parameter_and_are_split():
 
 def test_a_layer_keeps_what_its_code_keeps():
     h, kv, f = 4096, 1024, 14336
-    assert layer_bytes(LLAMA) == 12 * h + 4 * (h + kv) + 8 * f
+    # two norms in fp32 with what their weights need, and a cast for each of five matrices
+    assert layer_bytes(LLAMA) == 2 * 8 * h + 5 * 2 * h + 4 * (h + kv) + 8 * f
     attention = load_of(LLAMA.model, LoRA(rank=1, layers="attention"))
-    assert layer_bytes(attention) == 10 * h + 4 * (h + kv) + 6 * f  # frozen inputs are not kept
+    # frozen inputs are not kept
+    assert layer_bytes(attention) == 2 * 4 * h + 3 * 2 * h + 4 * (h + kv) + 6 * f
+    # others hold the model in bf16: one input for three matrices, and one for two
+    assert layer_bytes(LLAMA, stream=2) == 2 * 6 * h + 2 * 2 * h + 4 * (h + kv) + 8 * f
     whole = memory_parts(LLAMA, Layout(1, 2, False), 1000)["activations"]
     again = memory_parts(LLAMA, Layout(1, 2, True), 1000)["activations"]
-    assert whole == 2000 * (32 * layer_bytes(LLAMA) + 4 * h)
-    assert again == 2000 * (32 * 2 * h + layer_bytes(LLAMA) + 4 * h)
+    assert whole == 2000 * (32 * layer_bytes(LLAMA) + 3 * 4 * h)
+    assert again == 2000 * (32 * 4 * h + layer_bytes(LLAMA) + 3 * 4 * h)
+
+
+def test_copies_are_of_what_products_take_in_another_type():
+    """Of Llama-3.1-8B: 6,979,321,856 weights in layers, 1,050,939,392 outside."""
+
+    def copies(load, gpus, **how):
+        return memory_parts(load, Layout(gpus, 1, False), 1024, **how)["copies and buffers"]
+
+    lora = load_of(LLAMA.model, LoRA(rank=256))
+    layer, outer = 6_979_321_856 / 32, 1_050_939_392
+    assert copies(LLAMA, 1) == 2 * 7_504_658_432
+    assert copies(lora, 1, members=2) == 2 * 2 * 704_970_752  # bf16 of the adapters
+    assert copies(lora, 1, frozen_bytes=4) == 2 * (7_504_658_432 + 704_970_752)
+    # embedding and unembedding in fp32; two layers, and one of gradients in bf16 and in fp32
+    held, head = 4 * outer + 4 * layer + 6 * layer, 128_256 * 4096
+    # the unembedding's gradient, and what of the embedding's does not fit where activations were
+    parts = memory_parts(LLAMA, Layout(4, 1, True), 64)
+    left = parts["activations"] + parts["logits"]
+    more = 4 * (outer - head) - left
+    assert more > 1e9 and parts["copies and buffers"] == pytest.approx(held + 4 * head + more)
+    assert copies(LLAMA, 4) == pytest.approx(held + 4 * head)
+    added = 704_970_752 / 32
+    assert copies(lora, 4) == pytest.approx(2 * outer + 4 * (layer + added) + 6 * added)
 
 
 def test_joined_rows_are_kept_apart_by_a_mask_in_every_layer_that_is_kept():

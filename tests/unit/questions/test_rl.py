@@ -56,7 +56,12 @@ def test_planted_differences_come_back(ask, rho, ratio, bends, outcomes, tmp_pat
     assert set(behind) == {"1", "8"}
     if rho < 1:  # with a report
         report, study = study_of(tmp_path)
-        assert "| best reward |" in report and "within 0.01 |" in report
+        assert "Exploratory" not in report  # planted runs at another scale confirm
+        assert (
+            re.search(r"\| 0 of \d+ \|", report)
+            and "| best reward |" in report
+            and "within 0.01 |" in report
+        )
         assert "reward before training 0.1" in report and "NLL" not in report
         assert "rank 1 does not learn as much as full fine-tuning**: at the end its" in study
         assert re.search(r"The highest rank's differed by [+-]0\.\d points", study)

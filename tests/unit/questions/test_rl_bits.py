@@ -23,7 +23,10 @@ def cells(rate, rank=None, contexts=(64, 4096)):
     return json.dumps(found).replace('"', "")
 
 
+COUNTS = "sweep.withdrawn="
+"""Judge the planted runs although the sweep's own answer is withdrawn."""
 GRIDS = (
+    COUNTS,
     *(f"sweep.at.smoke.fullft={cells(FULL)}", f"sweep.at.smoke.lora={cells(LORA, [1, 4])}"),
     *(f"sweep.at.smoke.taught_fullft={cells(FULL)}", f"sweep.at.smoke.taught_lora={cells(LORA)}"),
 )
@@ -118,7 +121,7 @@ def test_rank_1_behaves_otherwise(ask):
 
 def test_without_rank_1_or_the_control_claims_stay_open(ask):
     world = Bandit({64: 0.9}, {64: 0.0}, 0.97, (0.04, 0.016))
-    removed = ("~sweep.arms.taught_lora", "~sweep.arms.taught_fullft")
+    removed = (COUNTS, "~sweep.arms.taught_lora", "~sweep.arms.taught_fullft")
     full, lora = cells(FULL, None, [64]), cells(LORA, [1], [64])
     grids = f"sweep.at.smoke.fullft={full}", f"sweep.at.smoke.lora={lora}"
     out, found = ask("rl_bits", world, *grids, *removed)

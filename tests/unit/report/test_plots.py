@@ -160,3 +160,25 @@ def test_an_optimum_at_an_edge_is_an_arrow_and_its_legend_a_bound(drawn):
     found = [a for a in ax.get_children() if isinstance(a, Annotation)]
     assert len(found) == 2 and all(a.xyann == (plots.ARROW, 0) for a in found)
     assert all("best > " in t.get_text() for t in ax.get_legend().get_texts())
+
+
+def test_a_fitted_line_ends_before_the_first_rate_at_which_a_run_broke_down(drawn):
+    """One run of three at the fourth rate of six: the best rates are beyond it, and have no line."""
+    one = runs().query("method == 'lora'").drop_duplicates("lr").sort_values("lr")
+    rates = 1e-4 * 2.0 ** np.arange(6)
+    losses = [3.0, 2.6, 2.3, 2.1, 2.0, 2.05]
+    rows = [
+        {**one.iloc[0].to_dict(), "lr": lr, "seed": s, "test_nll": loss + 0.01 * s}
+        for lr, loss in zip(rates, losses)
+        for s in range(3)
+    ]
+    rows[3 * 3 + 1] |= {"status": "diverged", "test_nll": None}
+    optima = fit_all(lr_curves(pd.DataFrame(rows)))
+    assert np.exp(optima[0].curve.unbroken) == pytest.approx(rates[:3])
+    (ax,) = drawn(lambda path: plots_curves.lr_against_nll(optima, path)).axes
+    (fitted,) = [line for line in ax.lines if len(line.get_xdata()) == 200]
+    assert max(fitted.get_xdata()) == pytest.approx(rates[2])
+    hollow = [
+        x for line in ax.lines if line.get_markerfacecolor() == "none" for x in line.get_xdata()
+    ]
+    assert set(np.round(hollow, 8)) == set(np.round(rates[3:], 8))

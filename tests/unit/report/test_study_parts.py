@@ -1,5 +1,5 @@
 """What the page of all answers is made of, on planted answers: settings, averages over bases, units of
-margins, the boundary, rates, the ledger and the sentences."""
+margins, regret over rank, rates, the ledger and the findings."""
 
 import dataclasses
 import json
@@ -13,11 +13,12 @@ import yaml
 from scipy import stats
 
 from analysis.inference.decide import look_level
-from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
+from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, fixed, number
 from analysis.inference.gates import Gate, GateCode
+from analysis.measures.regret import COUNTS
 from analysis.report import plots_study
-from analysis.report.study import details, findings, forest, ledger, load_map, page, rates
-from analysis.report.study.answers import NO_CELL, Part
+from analysis.report.study import by_rank, details, findings, forest, ledger, page, rates, wording
+from analysis.report.study.answers import NO_CELL, Part, rows_of
 from analysis.report.study.pooled import pooled
 from analysis.report.study.setting import Setting, setting_of
 
@@ -236,45 +237,93 @@ def test_claims_that_say_the_same_share_a_row_and_averages_have_no_verdict(tmp_p
     assert (tmp_path / "forest.png").stat().st_size > 10_000
 
 
-# ---------------------------------------------------------------- the map
+# ---------------------------------------------------------------- regret over rank
 
 
-def cell(name, *ranks, needed=(1.0, 8.0)):
-    """Ranks as (rank, load, regret in percent)."""
+def plain(value, half=1.0):
+    return Estimate(value, value - half, value + half).plain()
+
+
+def cell(name, *ranks, rank=5.0, loads=(0.01, 6.0, 0.4), updates=256):
+    """Ranks as (rank, regret in percent); `loads` of the needed rank, by the three counts."""
+    by_count = dict(zip(COUNTS, loads))
     return {
         "cell": name,
-        "rank_needed": list(needed),
+        "batch_size": 16,
+        "updates": updates,
+        "bits": {count: 100 * load for count, load in by_count.items()},
+        "rank_interpolated": plain(rank),
+        "loads_needed": {count: plain(load, 0.1) for count, load in by_count.items()},
         "ranks": [
-            {"rank": r, "load": load, "regret_percent": Estimate(p, p - 1, p + 1).plain()}
-            for r, load, p in ranks
+            {"rank": r, "loads": by_count, "regret_percent": plain(percent)} for r, percent in ranks
         ],
     }
 
 
-def test_the_regime_ends_between_what_keeps_up_and_what_falls_behind(tmp_path):
-    def boundary(*regrets):
-        cells = [cell("b, x", *((1, load, p) for load, p in regrets))]
-        points = load_map.points_of([answer(tmp_path, sweep="regime", cells=cells)])
-        found = load_map.boundary_of(points)
-        plots_study.load_map(points, found, tmp_path / "map.png")
-        return found and (found.low, found.high, found.clean)
+def batches(folder, regret, outcome="REFUTED"):
+    """`large_batches` on another base: the control, and a batch of 512."""
+    made = [
+        verdict(0.01, outcome=o, claim=claim, group="c on dialect")
+        for claim, o in (("at_32", outcome), ("at_512", "SUPPORTED"))
+    ]
+    rows = [(32, 384, regret), (512, 24, 9.0)]
+    regrets = [
+        {"batch_size": b, "updates": n, "rank": 8, "regret_percent": plain(v, 2.5)}
+        for b, n, v in rows
+    ]
+    rules = (dialect(knobs=RULES),)
+    curves = [curve("c", rank=8.0, batch_size=32, steps=384)]
+    more = {"regrets": regrets, "curves": curves}
+    return answer(folder, *made, sweep="large_batches", base="c", data=rules, **more)
 
-    assert boundary((0.1, 0), (0.2, 1), (0.3, 5), (0.4, 20)) == (0.2, 0.4, True)
-    assert boundary((0.1, 0), (0.2, 9), (0.3, 1), (0.4, 20)) == (0.2, 0.3, False)
-    assert boundary((0.1, 0), (0.2, 1)) is None
-    assert boundary((0.0, 30), (0.1, 0), (0.2, 9)) == (0.1, 0.2, True)  # nothing new: no load
+
+def curve(model, dataset="dialect", **more):
+    found = {"model": model, "dataset": dataset, "method": "lora", "rank": 8.0, "steps": 256}
+    return {**found, "batch_size": 16, **more}
 
 
-def test_the_map_comes_first_where_the_regime_was_measured(tmp_path):
+def test_regret_is_drawn_a_line_a_condition_with_the_other_bases_control(tmp_path):
+    cells = [
+        cell("b, nothing new", (8, 30.0)),
+        cell("b, 8 symbols, change of rank 2", (1, 20.0), (8, 0.05)),
+    ]
+    regime = answer(tmp_path, sweep="regime", cells=cells)
+    lines = by_rank.lines_of([regime, batches(tmp_path, 7.8)])
+    assert [line.name for line in lines] == [
+        "b, 8 symbols, change of rank 2, 256 updates of 16",
+        "c, only rules new, 384 updates of 32",
+    ]
+    assert {r: e.value for r, e in lines[0].regrets.items()} == {1: 20.0, 8: 0.05}
+    assert {r: e.value for r, e in lines[1].regrets.items()} == {8: 7.8}
+    plots_study.regret_over_rank(lines, tmp_path / "regret.png")
+    assert (tmp_path / "regret.png").stat().st_size > 10_000
+
+
+def test_the_load_stands_there_by_all_three_counts(tmp_path):
+    cells = [cell("b, x", (1, 20.0), (8, 1.0))]
+    regime = answer(tmp_path, sweep="regime", cells=cells)
+    (row,) = by_rank.room([regime])[2:]
+    assert row == (
+        "| b, x | 256 | 5 [4, 6] | 1 | 600 | 40 | 0.01 [-0.09, 0.11] | 6 [5.9, 6.1] "
+        "| 0.4 [0.3, 0.5] |"
+    )
+    ranks = by_rank.loads([regime])[2:]
+    assert ranks[0] == "| b, x | 256 | 1 | 0.01 | 6 | 0.4 | 20 [19, 21] |"
+    # Answers from before the other counts were made show none.
+    del cells[0]["bits"]
+    assert by_rank.room([regime]) == by_rank.loads([regime]) == []
+
+
+def test_regret_over_rank_comes_first_where_the_regime_was_measured(tmp_path):
     def headings(*parts):
         return [x for x in page.page(parts, tmp_path, kept=True).splitlines() if x.startswith("#")]
 
     rest = ["Sentence by sentence", "What was not tested", "How to read it"]
     rest = [f"## {title}" for title in [*rest, "What changed after a look", "Details"]]
     low = verdict(-0.01, claim="low", group="b, x")
-    cells = [cell("b, x", (8, 0.1, 1.0))]
-    regime = answer(tmp_path, low, sweep="regime", cells=cells)
-    assert headings(regime)[1:-1] == ["## Where the regime ends", "## The claims", *rest]
+    regime = answer(tmp_path, low, sweep="regime", cells=[cell("b, x", (8, 1.0))])
+    first = ["## Regret over rank", "## Room for what is new", "## The claims"]
+    assert headings(regime)[1:-1] == [*first, *rest]
     assert headings(answer(tmp_path, verdict(0.5)))[1:-1] == ["## The claims", *rest]
 
 
@@ -308,6 +357,16 @@ def test_regret_is_drawn_over_multiples_of_full_fine_tunings_best_rate(tmp_path)
     assert not rates.has_curves([answer(tmp_path, sweep="rank", curves=curves)])
 
 
+def test_the_page_lists_the_runs_that_were_added_after_a_look(tmp_path):
+    part = answer(tmp_path, verdict(0.5), sweep="rank")
+    added = {"arm": "lora", "what": "learning rate 1e-3", "why": "four were left"}
+    part.question["added_after"] = [added]
+    text = page.page([part], tmp_path, kept=True)
+    assert "- `rank-tiny`, arm lora: learning rate 1e-3; four were left" in text
+    part.question["added_after"] = []
+    assert "added after a look. Their sweeps" not in page.page([part], tmp_path, kept=True)
+
+
 # ---------------------------------------------------------------- the ledger
 
 
@@ -339,62 +398,191 @@ def test_the_ledger_counts_outcomes_by_setting_and_names_the_scale(tmp_path):
     assert lines[-1].startswith("| C holds |  | **REFUTED** at `tiny` |")
 
 
-# ---------------------------------------------------------------- the sentences
+def test_a_sentence_that_states_a_bound_is_judged_by_the_upper_end_alone(tmp_path):
+    """0.002 bits an episode respect "at most about one bit", though they are far from one."""
+
+    def line(value, outcome, **changes):
+        v = verdict(
+            value,
+            value / 2,
+            claim="one_bit",
+            outcome=outcome,
+            margin=(0.5, 2.0),
+            log=True,
+            **changes,
+        )
+        lines = ledger.ledger([answer(tmp_path, v, sweep="rl_bits")])
+        return next(text for text in lines if "at most about one bit" in text)
+
+    assert "**SUPPORTED** at `tiny`" in line(0.002, "REFUTED")
+    assert "**REFUTED** at `tiny`" in line(8.0, "REFUTED")
+    assert "**UNDECIDED** at `tiny`" in line(2.1, "UNDECIDED")
+    gate = Gate(GateCode.FEW_SEEDS_AT_BEST, 1)
+    assert "**UNDECIDED** at `tiny`" in line(0.002, "UNDECIDED", gates=(gate,))
 
 
-def test_sentences_follow_the_verdicts_and_are_left_out_without_an_answer(tmp_path):
-    def first(*outcomes):
+def rewarded(folder, claims=("rank_1",), **changes):
+    """100 updates of 256 answers with 5,120 parameters of rank 1: 0.2 parameters an episode."""
+    group = "b on words, policy gradient, batch 256, steps 100"
+    made = [verdict(-8.6, 3.0, claim=c, group=group, **changes) for c in claims]
+    arms = [{"rank": r, "steps": 100, "batch_size": 256} for r in (1.0, 16.0)]
+    curves = [curve("b", "words", objective="policy_gradient", **a) for a in arms]
+    words = {"name": "words", "location": "skills", "source": "synthetic", "knobs": {}}
+    part = answer(folder, *made, sweep="rl", data=(words,), curves=curves)
+    rows = [
+        {
+            **c,
+            "n_trainable": 5120 * int(c["rank"]),
+            "seed": 100,
+            "hidden_size": 64,
+            "run_id": str(k),
+        }
+        for k, c in enumerate(curves)
+    ]
+    table = pd.DataFrame(rows).assign(spec=json.dumps({"dataset": words}))
+    table.to_parquet(part.folder / "table.parquet")
+    return part
+
+
+def test_the_studys_condition_on_rewards_stands_beside_the_verdict(tmp_path):
+    part = rewarded(tmp_path)
+    line = next(text for text in ledger.ledger([part]) if "rank 1 reaches full" in text)
+    assert "**REFUTED** at `tiny`<br>at 0.2 parameters an episode" in line
+    assert "the study: 8.6 parameters an episode" in line
+    (said,) = findings.sentences([part])
+    assert said.endswith("here rank 1 has 0.2 parameters an episode.")
+
+
+# ---------------------------------------------------------------- the findings
+
+
+def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
+    def first(*outcomes, control=None):
         made = [
             verdict(-0.01, outcome=o, claim="low", group=f"b, {k}") for k, o in enumerate(outcomes)
         ]
-        cells = [cell(f"b, {k}", (4, 0.1, 9.0), (8, 0.1, 2.0 + k)) for k in range(len(outcomes))]
-        part = answer(tmp_path, *made, sweep="regime", data=(dialect(knobs=RULES),), cells=cells)
-        (said,) = findings.sentences([part])
-        return said
+        cells = [cell(f"b, {k}", (4, 9.0), (8, 2.0 + k)) for k in range(len(outcomes))]
+        rules = (dialect(knobs=RULES),)
+        parts = [answer(tmp_path, *made, sweep="regime", data=rules, cells=cells)]
+        parts += [batches(tmp_path, 7.8, control)] if control else []
+        return findings.sentences(parts)[0]
 
     held = first("SUPPORTED", "SUPPORTED")
-    assert held.startswith("**LoRA without regret is real where little is new**")
-    # The rank of an eighth of the width of 64, over both data sets.
-    assert "on 2 data sets" in held and "gave up 2.0% to 3.0% of" in held
-    assert "first study" not in held
-    assert "not to be had" in first("REFUTED")
-    assert "on some data" in first("SUPPORTED", "UNDECIDED")
-    assert "stays open" in first("UNDECIDED")
+    # The rank of an eighth of the width of 64, with an interval on either data set.
+    assert held == (
+        "**Where only rules are new, a rank of an eighth of the width has no regret**. Its regret on b "
+        "(rank 8, 256 updates of 16) was 2.0% [1.0, 3.0] and 3.0% [2.0, 4.0] of full fine-tuning's gain."
+    )
+    # Another base of the same share of the width stands beside it, in a sentence of its own.
+    both = first("SUPPORTED", "SUPPORTED", control="REFUTED")
+    assert "has no regret on some bases and data sets**" in both
+    assert both.endswith(". On c (rank 8, 384 updates of 32) it was 7.8% [5.3, 10.3].")
+    assert "has regret**" in first("REFUTED")
+    assert "on some bases and data sets" in first("SUPPORTED", "UNDECIDED")
+    assert "is open**" in first("UNDECIDED")
     assert findings.sentences([]) == []
     one_seed = verdict(2.0, outcome="UNDECIDED", claim="rank_1", estimate=Estimate(2.0))
     assert findings.sentences([answer(tmp_path, one_seed, sweep="rl")]) == []
 
 
-def test_the_sentence_about_batches_says_at_which_lora_falls_behind(tmp_path):
-    def said(below_256, at_32, at_512):
+def test_room_is_told_by_all_counts_on_one_base_after_one_length(tmp_path):
+    def second(*cells):
+        low = [verdict(-0.01, claim="low", group=c["cell"]) for c in cells]
+        parts = [answer(tmp_path, *low, sweep="regime", cells=list(cells))]
+        return [x for x in findings.sentences(parts) if "room" in x]
+
+    cells = [cell("b, x", (8, 1.0)), cell("b, y", (8, 1.0), rank=14.0, loads=(0.2, 3.0, 0.5))]
+    (said,) = second(*cells)
+    assert said.startswith("**Whether an adapter has room for the data depends on how bits")
+    assert "On b after 256 updates a regret of 5% takes ranks of 5 to 14, on 2 data sets." in said
+    assert (
+        "0.01 to 0.2 by the generator's count, 3 to 6 by the first pass and 0.4 to 0.5 by the first "
+        "pass above its entropy"
+    ) in said
+    same = cell("b, z", (8, 1.0), loads=(0.4, 0.4, 0.4))
+    assert "hardly depends" in second(same, cells[0])[0]
+    assert second(cells[0]) == second(cells[0], cell("c, y", (8, 1.0))) == []
+    assert second(cells[0], cell("b, y", (8, 1.0), updates=64)) == []
+
+
+def test_answers_of_other_bases_ranks_or_lengths_share_no_sentence(tmp_path):
+    rules = (dialect(knobs=RULES),)
+    made = []
+    for base, value, scale, data, steps in (
+        ("b", 4.2, "tiny", rules, 128),
+        ("m", 12.7, "small", (GSM8K,), 30),
+        ("old", 3.0, "tiny_old", DIALECT, 100),
+    ):
+        name = data[0]["name"]
+        group = f"{base} on {name}, batch 16, steps {steps}"
+        verdicts = [verdict(value, claim=c, group=group) for c in ("ratio", "order")]
+        curves = [curve(base, name, rank=16.0, steps=steps)]
+        seeds = (100,) if base == "b" else (0,)
+        more = {"sweep": "lr_ratio", "scale": scale, "base": base, "seeds": seeds}
+        made.append(answer(tmp_path, *verdicts, data=data, curves=curves, **more))
+    (said,) = findings.sentences(made)
+    _, *rest = said.split(". ", 1)
+    # The exploratory answer counts on the real model, and not where there is a fresh one.
+    assert rest == [
+        "The ratio was 4.2 [4.1, 4.3] on b (only rules new; rank 16, 128 updates). On m (gsm8k; rank "
+        "16, 30 updates) it was 12.7 [12.6, 12.8] (first study)."
+    ]
+
+
+def test_batches_say_nothing_where_their_control_fails(tmp_path):
+    def said(outcome):
         rules = (dialect(knobs=RULES),)
-        made = [verdict(-0.05, outcome="UNDECIDED", claim="penalty")]
-        made += [verdict(0.0, outcome=below_256, claim="below_256")]
-        small = answer(tmp_path, *made, sweep="batch_size", data=rules)
-        group = "b on dialect, batch 32, steps 8"
-        made = [verdict(0.01, outcome=at_32, claim="at_32", group=group)]
-        made += [verdict(0.01, outcome=at_512, claim="at_512", group=group)]
-        (sentence,) = findings.sentences(
-            [small, answer(tmp_path, *made, sweep="large_batches", data=rules)]
-        )
+        penalty = verdict(-0.05, 0.02, outcome="UNDECIDED", claim="penalty")
+        read = {"batch_effect": "rank 16, batches of 4 to 256 after 8 to 256 updates; rank 1: -1"}
+        more = {"curves": [curve("b", rank=16.0)], "read": read}
+        small = answer(tmp_path, penalty, sweep="batch_size", data=rules, **more)
+        small.question["claims"]["penalty"]["estimand"] = "batch_effect"
+        (sentence,) = findings.sentences([small, batches(tmp_path, 7.8, outcome)])
         return sentence
 
-    text = said("SUPPORTED", "REFUTED", "SUPPORTED")
-    assert "in batches of 256 its highest rank gave up nothing in the regime" in text
-    assert text.endswith("An eighth of b's width fell behind in batches of 32 and 512.")
-    text = said("UNDECIDED", "SUPPORTED", "SUPPORTED")
-    assert "gave up nothing" not in text and text.endswith("fell behind in batches of 512.")
-    assert "fell behind" not in said("SUPPORTED", "SUPPORTED", "REFUTED")
+    assert "was -4.9% [-6.8, -3.0] on b (only rules new; rank 16, batches of 4 to 256 after" in (
+        said("SUPPORTED")
+    )
+    assert "control" not in said("SUPPORTED")
+    assert said("REFUTED").endswith(
+        "512 and more on c say nothing of it: their control, a batch of 32, has regret as well."
+    )
+    assert said("UNDECIDED").endswith("may have regret as well.")
 
 
-def test_the_smallest_rank_without_regret_is_a_range_over_the_data_sets(tmp_path):
-    def needed(*ranges):
-        cells = [cell(f"b, {k}", needed=r) for k, r in enumerate(ranges)]
-        made = [verdict(0.1, claim="fits", group=c["cell"]) for c in cells]
-        (said,) = findings.sentences([answer(tmp_path, *made, sweep="regime", cells=cells)])
-        assert said.startswith("**Counting bits does not say where it ends**")
-        return said.partition("; ")[2]
+def test_nothing_is_shown_as_minus_zero():
+    shown = wording.with_unit(wording.signed, "%")(Estimate(-0.04, -0.2, 0.1))
+    assert shown == "+0.0% [-0.2, +0.1]"
+    assert wording.percent(-0.01) == "0.0" and wording.change(-1e-5) == "+0.0"
+    assert number(-0.0) == "0" and fixed(-0.00001, 4, "+") == "+0.0000"
 
-    assert needed((1.0, 8.0), (4.0, 16.0)) == "it took a rank above 1 and of at most 16."
-    assert needed((0.0, 4.0)) == "it took a rank of at most 4."
-    assert "on some data above every rank tried" in needed((1.0, 8.0), (32.0, None))
+
+# ---------------------------------------------------------------- exploratory and withdrawn
+
+
+def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(tmp_path):
+    made = verdict(-9.0, claim="rank_1", exploratory="the rule was written later")
+    explores = answer(tmp_path, made, verdict(-8.0, claim="rank_1"), sweep="rl", data=(FACTS,))
+    gone = Gate(GateCode.WITHDRAWN, "an arm is missing")
+    away = verdict(-20.0, claim="tie", outcome="UNDECIDED", gates=(gone,))
+    withdrawn = answer(tmp_path, away, sweep="rl_bits", data=(FACTS,))
+    withdrawn.question["withdrawn"] = "an arm is missing"
+    parts = [explores, withdrawn]
+    shown = [r[4] for r in rows_of(parts)[1:]]
+    assert shown == ["REFUTED (exploratory)", "REFUTED", "WITHDRAWN"]
+    lines = ledger.ledger(parts)
+    (line,) = [text for text in lines if "rank 1 reaches full fine-tuning's accuracy" in text]
+    assert "**REFUTED** at `tiny`<br>**REFUTED** at `tiny` (exploratory)" in line
+    (line,) = [text for text in lines if "it ties with full fine-tuning" in text]
+    assert "**WITHDRAWN** at `tiny`" in line and "UNDECIDED" not in line
+    item = details.verdict(explores, made)
+    assert "**REFUTED (exploratory)**" in item and "the rule was written later" in item
+    said = findings.sentences(parts)
+    assert said[-1] == "**The answer of `rl_bits` is withdrawn**: an arm is missing."
+    assert not any("-20" in text for text in said)
+    (alone, _) = findings.sentences([answer(tmp_path, made, sweep="rl", data=(FACTS,)), withdrawn])
+    assert "was -9.0 points [-9.1, -8.9] on b on dialect (exploratory)." in alone
+    (row,) = forest.rows_of(parts, [])  # no withdrawn number is in the figure
+    assert [m.explores for marks in row.marks.values() for m in marks] == [True, False]
+    text = page.page(parts, tmp_path)
+    assert "**WITHDRAWN**: an arm is missing." in text

@@ -78,3 +78,28 @@ def test_the_same_data_learned_by_reward_and_by_cross_entropy_are_two_groups():
     assert len({c.group for c in curves}) == 2 and {c.shown.sign for c in curves} == {1, -1}
     assert [len(pool) for pool in pools(curves)] == [1, 1]  # no noise in common
     assert any("policy gradient" in c.group for c in curves)
+
+
+def test_a_run_has_collapsed_by_its_own_best_reward():
+    """0.5 is the limit: of the run's best reward on the same rows, and not of the base's."""
+
+    def run(lr, curve, last=None, state="done"):
+        spec = dataclasses.replace(tiny_spec(), lr=lr)
+        points = [{"step": k, "test_reward": r} for k, r in enumerate(curve)]
+        points[-1] |= {} if last is None else {"test_reward_curve": last}
+        result = {"run_id": spec.id, "state": state, "test_reward": curve[-1], "curve": points}
+        return table_row(spec.plain(), {**result, **REWARD.stored()})
+
+    cases = {
+        1e-3: ([0.1, 0.8, 0.41], None, "done", False),
+        2e-3: ([0.1, 0.8, 0.39], None, "done", True),  # although four times the base's reward
+        3e-3: ([0.1, 0.8, 0.39], 0.42, "done", False),  # on the rows of the others it kept more
+        4e-3: ([0.3, 0.2, 0.16], None, "done", False),
+        5e-3: ([0.1, 0.5, 0.45], None, "diverged", True),  # stopped in training
+    }
+    table = pd.DataFrame([run(lr, c, last, state) for lr, (c, last, state, _) in cases.items()])
+    losses = as_losses(table)
+    assert dict(zip(losses["lr"], losses["collapsed"])) == {k: v[3] for k, v in cases.items()}
+    (curve,) = lr_curves(losses)
+    assert np.isnan(curve.y).tolist() == [v[3] for v in cases.values()]
+    assert curve.broke_down.tolist() == [v[3] for v in cases.values()]

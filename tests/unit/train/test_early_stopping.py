@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from lorasweep.data import load as data_sets
 from lorasweep.data.examples import Data, shuffled
 from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
@@ -12,9 +13,10 @@ from lorasweep.models import load as models
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.memory import checkpoint_bytes, pack_bytes
 from lorasweep.plan.packing import pack_key
-from lorasweep.spec.evaluations import Best, eval_steps, why_not_early
+from lorasweep.spec.evaluations import Best, eval_steps, no_better, why_not_early
 from lorasweep.spec.run import validate
 from lorasweep.train.finetune import finetune
+from lorasweep.train.progress import Progress
 from tests.training import EPS, ROUNDING, copied, moved, worst
 from tests.unit.train.test_packs_of_data import rows_of
 from tests.world import tiny_spec
@@ -138,7 +140,8 @@ def test_what_is_left_is_the_best_evaluation(pack, together):
         assert found["best_step"] == min(losses, key=losses.get)
         assert found["test_nll_curve"] == pytest.approx(min(losses.values()), abs=1e-12)
         evaluated = list(losses)
-        since = len(evaluated) - 1 - evaluated.index(found["best_step"])
+        since = len([s for s in evaluated if s > found["best_step"] and s >= run.steps / 10])
+        assert found["early_stopping_rule"] == 2
         early = found["steps_done"] < run.steps
         assert early == (since == run.early_stopping) and evaluated == [
             s for s in eval_steps(run.steps) if s <= found["steps_done"]
@@ -211,7 +214,8 @@ def test_wrong_input_is_refused(world):
         ({"early_stopping": -1}, "expected 0"),
         ({"early_stopping": 2, "dataset": few}, "4 are the fewest"),
         ({"early_stopping": 2, "dataset": spec.dataset}, "0 held-out rows"),
-        ({"early_stopping": 3, "steps": 4}, "4 evaluations"),
+        ({"early_stopping": 3, "steps": 4}, "of the 4 evaluations of 4 updates at most 3 count"),
+        ({"early_stopping": 7, "steps": 128}, "before 128/10 updates"),
         ({"objective": "policy_gradient", "group_size": 2, "max_new_tokens": 4}, "rewards"),
     ):
         problems = " ".join(dataclasses.replace(run, **changes).problems())
@@ -219,7 +223,59 @@ def test_wrong_input_is_refused(world):
     with pytest.raises(SpecError, match="early_stopping"):
         validate(dataclasses.replace(run, early_stopping=10))
     assert why_not_early(2, 4, 4) == "" and why_not_early(3, 4, 4)
+    validate(dataclasses.replace(run, early_stopping=6, steps=128))
     best = Best()
     for step, loss in enumerate([3.0, 2.0, 2.0, float("nan"), 2.5], 1):
         best.note(step, loss)
-    assert (best.step, best.loss, best.worse) == (2, 2.0, 3)
+    assert (best.step, best.loss) == (2, 2.0)
+
+
+def end_of(losses, patience, steps):
+    """The update at which planted losses of evaluations end a run of `steps` updates."""
+    best, evaluated = Best(), []
+    for step, loss in zip(eval_steps(steps), losses):
+        evaluated.append(step)
+        best.note(step, loss)
+        if no_better(best.step, evaluated, steps) >= patience:
+            return step
+    return steps
+
+
+def test_patience_begins_after_a_tenth_of_the_updates():
+    """Updates 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128: 16 is the first that counts."""
+    assert eval_steps(128)[6:8] == [12, 16]
+    spike = [2.0, 2.5, 2.4, 2.3, 2.2, 2.1, 1.9, 1.5, 1.2, 1.0, 1.1, 1.2, 0.9, 0.8]
+    assert [end_of(spike, p, 128) for p in (1, 2, 3)] == [48, 64, 128]
+    hopeless = [1.0] + [2.0] * 13  # the best one is in the head, and is kept
+    assert [end_of(hopeless, p, 128) for p in (1, 2, 3)] == [16, 24, 32]
+    # 20 updates: 2 is a tenth. Up to 10 updates all but the first count, as they always did.
+    assert end_of([1.0, 2.0], 1, 20) == 2 and end_of([1.0, 2.0], 1, 21) == 21
+    assert end_of([1.0, 2.0, 3.0], 1, 21) == 3 and end_of([1.0, 2.0], 1, 10) == 2
+    for steps in range(2, 200):  # a patience that is allowed can end a run before its last update
+        for patience in range(1, 12):
+            ends = end_of([1.0] + [2.0] * 20, patience, steps) < steps
+            assert ends == (why_not_early(patience, steps, 4) == "")
+
+
+def test_a_high_learning_rate_does_not_end_in_its_first_updates(world):
+    """Its loss rises in the third update, at which it used to end; it keeps what it gains later."""
+    spec, base = world
+    rows = data_sets.load(dataclasses.replace(tiny_spec().dataset, n_test=144), [])
+    run, _ = customer(dataclasses.replace(spec, method=LoRA(rank=8)), "fast", 30, 128, patience=1)
+    run = dataclasses.replace(run, lr=2e-2, batch_size=8)
+    split = Data(rows.train, rows.test[128:], None, validation=rows.test[:128])
+    results, _, _ = trained([run], {run.id: split}, base)
+    found = results[run.id]
+    losses = {p["step"]: p.get("test_nll_curve", p["test_nll"]) for p in found["curve"]}
+    assert min(losses[1], losses[2]) < losses[3] and found["early_stopping_rule"] == 2
+    assert 12 <= found["best_step"] < found["steps_done"]
+    assert min(losses[1], losses[2]) > losses[0] > found["test_nll_curve"] + 0.03
+
+
+def test_an_old_checkpoint_goes_on_without_what_its_first_evaluations_counted():
+    progress = Progress.start({"test_nll": 3.0})
+    curve = [{"step": s, "test_nll": 3.0} for s in (0, 1, 2, 3)]
+    progress.load({"curve": curve, "tokens": 5, "best": [2.0, 1, 2]})
+    assert (progress.best.loss, progress.best.step) == (2.0, 1)
+    assert no_better(1, [p["step"] for p in progress.curve[1:]], 128) == 0
+    assert progress.state()["best"] == (2.0, 1)

@@ -175,3 +175,38 @@ def test_an_interval_of_student_holds_the_gain(n, least):
         half = stdtrit(n - 1, 0.975) * held_out.gain_se(before, before - gains, tokens)
         holds += abs(gains.sum() / tokens.sum() - 0.1) <= half
     assert least < holds / 2000 < 0.97
+
+
+def test_the_error_over_prompts_is_that_of_one_row_a_prompt():
+    """Rows of one prompt, put together into one row, are the same draw."""
+    rng = np.random.default_rng(0)
+    prompts = np.array([0, 1, 0, 2, 2, 2, 3])
+    before, after = rng.gamma(9, 1, 7), rng.gamma(8, 1, 7)
+    tokens = np.array([3, 5, 1, 2, 2, 9, 4])
+    joined = [np.array([x[prompts == k].sum() for k in range(4)]) for x in (before, after, tokens)]
+    found = held_out.gain_se(before, after, tokens, prompts)
+    assert found == pytest.approx(held_out.gain_se(*joined), rel=1e-12)
+    alone = held_out.gain_se(before, after, tokens, range(7))
+    assert alone == pytest.approx(held_out.gain_se(before, after, tokens), rel=1e-12)
+    assert math.isnan(held_out.gain_se(before, after, tokens, [0] * 7))
+
+
+@pytest.mark.parametrize("n, least", [(4, 0.90), (8, 0.89), (32, 0.91)])
+def test_an_interval_over_prompts_holds_the_gain_where_one_over_rows_does_not(n, least):
+    """2,000 fleets of one: prompts with one to eight answers, half of whose spread is theirs."""
+    rng, over_prompts, over_rows = np.random.default_rng(n), 0, 0
+    for _ in range(2000):
+        prompts = np.repeat(np.arange(n), rng.integers(1, 9, n))
+        rows = len(prompts)
+        tokens = np.maximum(1, np.round(np.exp(rng.normal(3.5, 0.5, rows))))
+        shared, alone = ((rng.gamma(2, 1, k) - 2) / 2 for k in (n, rows))
+        gains = tokens * (0.1 + 0.1 * (shared[prompts] + alone))
+        gains += np.sqrt(tokens) * rng.normal(0, 0.3, rows)
+        before = rng.gamma(9, 1, rows) * tokens
+        missed = abs(gains.sum() / tokens.sum() - 0.1)
+        for_prompts = held_out.gain_se(before, before - gains, tokens, prompts)
+        over_prompts += missed <= stdtrit(n - 1, 0.975) * for_prompts
+        over_rows += missed <= stdtrit(rows - 1, 0.975) * held_out.gain_se(
+            before, before - gains, tokens
+        )
+    assert least < over_prompts / 2000 < 0.97 and over_rows / 2000 < 0.82

@@ -366,7 +366,8 @@ def test_prompts_that_leave_no_room_are_refused_before_training(worlds):
 
 
 def test_snapshots_hold_what_the_objective_needs():
-    state = {"below": 3, "answers": 10, "rewarded": 2.0, "best_reward": None, "data_sha256": "x"}
+    state = {"below": 3, "answers": 10, "rewarded": 2.0, "first_reward": 0.25}
+    state |= {"best_reward": None, "data_sha256": "x"}
     spec = rewarded_spec("bandit")
 
     class Rows:

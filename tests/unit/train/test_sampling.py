@@ -5,9 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
+from lorasweep.errors import ModelError
 from lorasweep.methods.lora import LoRA
 from lorasweep.models.targets import find_targets
+from lorasweep.plan.gpu.sampling import cache_bytes
 from lorasweep.train import sampling
 from lorasweep.train.sampling import sample
 from tests.rewarded import world
@@ -107,3 +110,55 @@ def test_the_learner_in_float32_is_the_sampler_to_rounding():
         gaps.append(np.abs(own - drawn.log_p[k]).max())
     assert max(gaps) < 1e-5
     assert dataclasses.asdict(drawn)["largest_logit"] > 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal prompts", "ragged prompts"])
+def test_keys_are_cached_in_bf16_and_change_no_number(attention, equal, monkeypatch):
+    """Autocast leaves rotated keys in fp32, and attention rounds them: so it may be done before."""
+    spec, base, _ = world("words", precision="bf16")
+    trained, before = attached(spec, base, (0, 1)), base.model.config._attn_implementation
+    rng = np.random.default_rng(3)
+    lengths = [6] * 3 if equal else [3, 9, 6]
+    prompts = [[rng.integers(1, spec.model.vocab_size, size=n) for n in lengths] for _ in range(2)]
+    uniforms = rng.random((2, 3 * 2, 5))
+    caches, new_cache = [], sampling._new_cache
+
+    def draw(make):
+        monkeypatch.setattr(
+            sampling, "_new_cache", lambda *a: caches.append(make(*a)) or caches[-1]
+        )
+        return sample(base.model, prompts, uniforms, (), "bf16")
+
+    base.model.set_attn_implementation(attention)
+    try:
+        ours = draw(new_cache)
+        theirs = draw(lambda model, precision: DynamicCache(config=model.config))
+    finally:
+        base.model.set_attn_implementation(before)
+        trained.detach()
+    held, wide = ([t for x in c.layers for t in (x.keys, x.values)] for c in caches)
+    assert {t.dtype for t in held} == {torch.bfloat16}
+    tokens = 2 * 3 * 2 * (max(lengths) + 5 - 1)  # the last one drawn is never read
+    assert sum(t.nbytes for t in held) == tokens * cache_bytes(spec.model, 2)
+    # transformers' own: keys in fp32, and before 5.24 values in the type of the keys
+    larger = sum(t.nbytes for t in wide) / sum(t.nbytes for t in held)
+    assert larger == (1.5 if {t.dtype for t in wide} > {torch.float32} else 2)
+    for one, other in zip(ours, theirs, strict=True):
+        assert [t.tolist() for t in one.tokens] == [t.tolist() for t in other.tokens]
+        assert [x.tolist() for x in one.log_p] == [x.tolist() for x in other.log_p]
+        assert one.entropy == other.entropy and one.largest_logit == other.largest_logit
+
+
+def test_the_cache_is_passed_under_the_name_that_the_model_takes():
+    """transformers calls it `cache` from 5.24 on. What a forward pass does not name it ignores."""
+
+    class Model:
+        def __init__(self, forward):
+            self.forward = forward
+
+    assert sampling._cache_argument(Model(lambda input_ids, cache, **rest: None)) == "cache"
+    before = Model(lambda input_ids, past_key_values=None, **rest: None)
+    assert sampling._cache_argument(before) == "past_key_values"
+    with pytest.raises(ModelError, match=r"Model\.forward takes no cache of keys and values"):
+        sampling._cache_argument(Model(lambda input_ids, **rest: None))

@@ -1,0 +1,147 @@
+"""When a run is called diverged: compared with the base on its own first rows, not on others."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from lorasweep.data import load as data
+from lorasweep.data.examples import Data, Example, shuffled
+from lorasweep.methods.lora import LoRA
+from lorasweep.models import load as models
+from lorasweep.spec.streams import stream
+from lorasweep.train.finetune import finetune
+from lorasweep.train.objectives.sft import Divergence
+from lorasweep.train.objectives.signal import FIRST_UPDATES, Signal
+from tests.rewarded import world as rewarded_world
+from tests.training import copied
+from tests.world import tiny_spec
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A base, and a run whose training rows are noise, while its held-out rows are what it knows."""
+    spec = tiny_spec(precision="fp64", method=LoRA(rank=8), batch_size=8, lr=5e-3, steps=24)
+    base = models.load(spec.model, ["/nonexistent"], "fp64")
+    language = {"rule_shift": 0.0, "new_exceptions": 0.0}
+    spec = dataclasses.replace(
+        spec, dataset=dataclasses.replace(spec.dataset, generator_params=language)
+    )
+    known = data.load(spec.dataset, [])
+    rng = stream("noise", "train")
+    rows = [Example(rng.integers(0, 32, 24).astype(np.int32), np.arange(24) > 8) for _ in range(64)]
+    hard = Data(shuffled(spec.dataset, rows), known.test, 64)
+    return spec, base, known, hard
+
+
+def trained(spec, base, rows, resume=None, stop_at=None):
+    """How the run ended, its result, its train NLLs, and its state after update `stop_at`."""
+    base.at_start.clear()
+    losses, middle = [], None
+    for event in finetune([spec], base, rows, resume=resume):
+        losses.append(event.records[spec.id]["train_nll"])
+        if event.step == stop_at:
+            middle = copied(event.snapshot())
+        for state, result in event.ended.values():
+            return state, result, losses, middle
+    raise AssertionError("the run did not end")
+
+
+def test_rows_harder_than_the_held_out_ones_are_no_divergence(world):
+    spec, base, _, hard = world
+    state, result, losses, _ = trained(spec, base, hard)
+    assert state == "done" and result["steps_done"] == spec.steps
+    assert min(losses[:9]) > 1.5 * result["nll_start"]  # the first nine: what was called diverged
+    assert losses[-1] < losses[0] - 0.5 and result["divergence_rule"] == 2
+
+
+def test_a_learning_rate_far_too_high_on_hard_rows_is_found(world):
+    spec, base, _, hard = world
+    wild = dataclasses.replace(spec, lr=3.0)
+    state, result, losses, _ = trained(wild, base, hard)
+    assert state == "diverged" and result["divergence_rule"] == 2
+    assert min(losses[-8:]) > 1.5 * losses[0] and len(losses) < 14
+
+
+def test_it_is_found_at_the_update_at_which_it_was(world):
+    """Where training and held-out rows are alike, by the rule written out: 8 above 1.5 times."""
+    spec, base, known, _ = world
+    state, result, losses, _ = trained(dataclasses.replace(spec, lr=3.0), base, known)
+    above = [nll > 1.5 * result["nll_start"] for nll in losses]
+    was = next(k for k in range(8, len(above) + 1) if all(above[k - 8 : k]))
+    assert state == "diverged" and was <= len(losses) <= was + 1
+
+
+@pytest.mark.parametrize("rate", [5e-3, 3.0])
+def test_resumed_it_ends_as_uninterrupted_and_an_old_checkpoint_calls_nothing_falsely(world, rate):
+    spec, base, _, hard = world
+    spec = dataclasses.replace(spec, lr=rate)
+    state, _, losses, middle = trained(spec, base, hard, stop_at=5)
+    assert json.loads(json.dumps(middle[spec.id]["meta"]["first_nll"])) == losses[0]
+    again = trained(spec, base, hard, resume=middle)
+    assert again[0] == state and again[2] == losses[5:]
+    del middle[spec.id]["meta"]["first_nll"]  # as rule 1 wrote it, seven updates above its bound
+    middle[spec.id]["meta"]["above"] = 7
+    again = trained(spec, base, hard, resume=middle)
+    assert len(again[2]) >= 8 and (again[0] == "done" or rate == 3.0)
+
+
+def test_by_hand():
+    def judged(held_out, losses):
+        rule = Divergence(held_out)
+        return next((k for k, nll in enumerate(losses, 1) if rule.note(nll)), None)
+
+    assert judged(2.0, [2.0] + [3.1] * 8) == 9  # above 3 from the second update on
+    assert judged(2.0, [2.0] + [3.0] * 50) is None
+    assert judged(2.0, [2.0, *[9.0] * 7, 2.9, *[9.0] * 8]) == 17  # eight in a row
+    assert judged(2.0, [4.81, 4.7, 4.6, *[4.5] * 20, 4.03]) is None
+    assert judged(2.0, [4.0, *[6.1] * 8]) == 9
+    assert judged(2.0, [0.9] + [2.0] * 20) is None  # one easy batch is not what the base can do
+
+
+def rewards(signal, given, answers=32):
+    """The update after which the run has collapsed."""
+    for k, reward in enumerate(given, 1):
+        signal.note({"reward": reward}, answers)
+        if signal.collapsed:
+            return k
+    return None
+
+
+def test_prompts_harder_than_the_held_out_ones_are_no_collapse():
+    assert rewards(Signal(0.4), [0.15, 0.1, *[0.15, 0.2] * 10]) is None
+    assert rewards(Signal(0.4), [0.4, 0.3, *[0.1] * 8]) == 10
+    assert rewards(Signal(0.4), [0.15] * 12 + [0.05] * 8) == 20
+    assert rewards(Signal(0.4), [0.4, 0.1, *[0.0] * 20]) == 9  # in its first updates
+    # the first updates alone count: a run that has learned and falls back is no worse than the base
+    assert rewards(Signal(0.4), [0.15] * 8 + [0.9] * 20 + [0.1] * 20) is None
+
+
+def test_signals_are_resumed_and_those_of_old_checkpoints_call_nothing_falsely():
+    given = [0.15] * 5 + [0.16] * 7 + [0.05] * 8
+    whole, first, second = Signal(0.4), Signal(0.4), Signal(0.4)
+    assert rewards(whole, given) == 20 and rewards(first, given[:6]) is None
+    second.load(json.loads(json.dumps(first.state())))
+    assert rewards(second, given[6:]) == 14 and second.state() == whole.state()
+    old = {k: v for k, v in first.state().items() if k != "first_reward"}
+    third, fourth = Signal(0.4), Signal(0.4)
+    third.load({**old, "below": 6})  # as rule 1 counted them
+    assert rewards(third, given[6:12]) is None and rewards(third, given[12:]) == 8
+    fourth.load({"below": 0, "answers": 0, "rewarded": 0.0, "best_reward": None})
+    assert rewards(fourth, given) == 20
+    assert FIRST_UPDATES == 8
+
+
+def test_a_rewarded_run_on_harder_prompts_ends_done(norms_in_float64):
+    """The base is said to be better on held-out prompts than it is on the run's own."""
+    spec, base, loaded = rewarded_world("words")
+    spec = dataclasses.replace(spec, steps=12, lr=1e-5)
+    key = f"{spec.dataset.canonical}/{spec.precision}/{spec.max_new_tokens}/reward"
+    base.at_start[key] = {"test_reward": 0.9, "test_reward_se": 0.0}
+    ended = {}
+    for event in finetune([spec], base, loaded):
+        assert event.records[spec.id]["reward"] < 0.45
+        ended |= event.ended
+    state, result = ended[spec.id]
+    assert state == "done" and not result["collapsed"] and result["divergence_rule"] == 2
