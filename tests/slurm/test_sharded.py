@@ -9,7 +9,7 @@ import pytest
 
 from lorasweep.errors import ClusterError
 from lorasweep.store.run_store import RunStore
-from tests.integration.test_distributed import KINDS, MEASURES, SMALL, same
+from tests.integration.test_distributed import KINDS, MEASURES, SMALL, same, spread
 from tests.slurm.cluster import ALONE, ask, submitted, wait_for
 from tests.world import cli
 
@@ -72,7 +72,9 @@ def test_four_processes_on_two_nodes_are_killed_and_stopped_and_go_on(queue, tmp
         [(r["step"], r["train_nll"]) for r in s.records(rid)]
         for s in (store, RunStore(here / "runs"))
     ]
-    assert same(dict(records[0]), dict(records[1]), 1e-9) and len(records[0]) == 50
+    bound = 100 * spread(50)  # rounding grows over so many updates: see tests/training.py
+    assert bound <= 1e-4 and same(dict(records[0]), dict(records[1]), bound)
+    assert len(records[0]) == 50
 
 
 def last_process(job, rank):
