@@ -33,14 +33,17 @@ def found(parts: Sequence[Part], sweep: str, claim: str) -> Found:
     return sorted(fresh or known, key=lambda one: one[0].first_study)
 
 
-def lead(verdicts: Found, yes: str, no: str, partly: str, undecided: str) -> str:
+def lead(
+    verdicts: Found, yes: str, no: str, partly: str, undecided: str, condition: str = ""
+) -> str:
     """Choose the start of a sentence by the outcomes, and emphasise it.
 
     "No" needs a refutation and no support; support beside anything else holds in places.
+    `condition`: under which all of it was measured.
     """
     n, held = len(verdicts), count(verdicts, "SUPPORTED")
     none = no if count(verdicts, "REFUTED") else undecided
-    return f"**{yes if held == n else partly if held else none}**"
+    return f"**{yes if held == n else partly if held else none}{condition}**"
 
 
 def of_claim(
@@ -56,7 +59,9 @@ def of_claim(
     """Return a claim's outcome and a sentence for each answer; `said` begins the first of them."""
     if not verdicts:
         return ""
-    start = lead(verdicts, yes, no, partly, undecided)
+    in_regime = all(part.setting(v.group) == Setting.IN_REGIME for part, v in verdicts)
+    condition = ", where only rules are new" if in_regime else ""
+    start = lead(verdicts, yes, no, partly, undecided, condition)
     return f"{start}. {each(verdicts, said, show, ranks)}"
 
 

@@ -544,6 +544,7 @@ def test_batches_say_nothing_where_their_control_fails(tmp_path):
         said("SUPPORTED")
     )
     assert "control" not in said("SUPPORTED")
+    assert "is open, where only rules are new**" in said("SUPPORTED")
     assert said("REFUTED").endswith(
         "512 and more on c say nothing of it: their control, a batch of 32, has regret as well."
     )
