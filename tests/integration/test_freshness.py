@@ -202,7 +202,7 @@ def test_the_page_of_rewarded_runs_is_rendered_from_its_numbers():
 def test_figures_of_the_page_over_all_answers_were_drawn_from_the_kept_answers():
     text = (KEPT / "README.md").read_text()
     wanted = {
-        name for name in (page.MAP, page.FOREST, page.RATES, page.SPEED) if f"]({name})" in text
+        name for name in (page.REGRET, page.FOREST, page.RATES, page.SPEED) if f"]({name})" in text
     }
     kept_ones = {p.name for p in KEPT.glob("*.png")} - {"interactive.png"}
     assert wanted == kept_ones
