@@ -221,7 +221,8 @@ def test_conditions_are_met_missed_or_unknown():
     assert states() == ["unknown", "met", "unknown", "met", "unknown"]
     assert all(c.evidence for c in advice(**good).conditions[:4])
     rewarded = advice(task="rl", episodes=10_000).conditions[0]
-    assert "rl_bits" in " ".join(rewarded.evidence) and "regime" not in " ".join(rewarded.evidence)
+    cited = " ".join(rewarded.evidence)  # rl_bits is withdrawn
+    assert "rl: rank_1" in cited and "rl_bits" not in cited and "regime" not in cited
 
 
 def test_a_plan_that_the_model_cannot_have_is_an_error_of_the_row():

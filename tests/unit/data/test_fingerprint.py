@@ -10,7 +10,7 @@ from lorasweep.data.examples import Data
 from lorasweep.data.fingerprint import of_generator, rounded
 from lorasweep.data.synthetic import dialect, skills
 from lorasweep.errors import DataError
-from lorasweep.train.objectives.sft import SupervisedFineTuning
+from lorasweep.train.objectives.sft import Divergence, SupervisedFineTuning
 from tests.world import compose_request, tiny_spec
 
 SHIPPED = {
@@ -60,6 +60,7 @@ def test_a_run_goes_on_only_on_the_data_it_was_started_on():
         made = Data(lambda *_: [], [], None, sha256=sha256)
         found = SupervisedFineTuning({spec.id: made}, "fp32")
         found._start[spec.id] = {"test_nll": 3.0}
+        found._divergence[spec.id] = Divergence(3.0)
         return found
 
     spec = tiny_spec()
