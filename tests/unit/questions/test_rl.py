@@ -63,8 +63,9 @@ def test_planted_differences_come_back(ask, rho, ratio, bends, outcomes, tmp_pat
             and "within 0.01 |" in report
         )
         assert "reward before training 0.1" in report and "NLL" not in report
-        assert "rank 1 does not learn as much as full fine-tuning**: at the end its" in study
-        assert re.search(r"The highest rank's differed by [+-]0\.\d points", study)
+        assert "rank 1 does not learn as much as full fine-tuning**" in study
+        said = r"The difference was [+-]0\.\d points \[.*\] on tiny64-skilled \(words; rank 8, 64 updates\)"
+        assert re.search(said, study)
         assert re.search(r"rank 1 reaches full fine-tuning's accuracy \|.*REFUTED", study)
         assert "tiny64-skilled has practised exercises" in study
 

@@ -364,7 +364,7 @@ def test_the_page_lists_the_runs_that_were_added_after_a_look(tmp_path):
     text = page.page([part], tmp_path, kept=True)
     assert "- `rank-tiny`, arm lora: learning rate 1e-3; four were left" in text
     part.question["added_after"] = []
-    assert "added after a look. Their sweeps" not in page.page([part], tmp_path, kept=True)
+    assert "<summary>Runs that were added" not in page.page([part], tmp_path, kept=True)
 
 
 # ---------------------------------------------------------------- the ledger
