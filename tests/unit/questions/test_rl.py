@@ -66,7 +66,10 @@ def test_planted_differences_come_back(ask, rho, ratio, bends, outcomes, tmp_pat
         assert "rank 1 does not learn as much as full fine-tuning**" in study
         said = r"The difference was [+-]0\.\d points \[.*\] on tiny64-skilled \(words; rank 8, 64 updates\)"
         assert re.search(said, study)
-        assert re.search(r"rank 1 reaches full fine-tuning's accuracy \|.*REFUTED", study)
+        (line,) = [
+            text for text in study.splitlines() if "rank 1 reaches full" in text and "8.6" in text
+        ]
+        assert "REFUTED" in line and "parameters an episode" in line
         assert "tiny64-skilled has practised exercises" in study
 
 
