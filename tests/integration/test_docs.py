@@ -22,7 +22,7 @@ KEPT = ROOT / "analysis" / "results"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [
     *PAGES,
-    *(ROOT / name for name in ("slurm/README.md", "DECISIONS.md", "LOG.md")),
+    *(ROOT / name for name in ("slurm/README.md", "DECISIONS.md", "docs/log/README.md")),
     KEPT / "README.md",
 ]
 MAY_REFUSE = {
