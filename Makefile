@@ -7,7 +7,7 @@ SCALE ?= tiny
 # Tests that share a resource (a Slurm, a browser) are a group and run in one process.
 PARALLEL := -n $(or $(JOBS),2) --dist loadgroup
 
-.PHONY: help run small weights test test-fast lint nightly bench calibrate bases slurm-up slurm-down bench-slurm storm clean
+.PHONY: help run small weights test test-fast test-full lint nightly bench calibrate bases slurm-up slurm-down bench-slurm storm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -37,7 +37,10 @@ data/gsm8k/train.jsonl: | $(VENV)/.installed ## GSM8K as JSON Lines, from the hu
 	mkdir -p data/gsm8k
 	$(BIN)/python -c "import datasets; [datasets.load_dataset('openai/gsm8k', 'main', split=s).to_json(f'data/gsm8k/{s}.jsonl') for s in ('test', 'train')]"
 
-test: lint ## run lint and all tests in two processes, the numerical ones also with kernels of other processors
+test: lint ## run lint and the tests in two processes (eight minutes), with a Slurm and other processors' kernels
+	$(BIN)/python -m pytest $(PARALLEL) -m "not full and not nightly"
+
+test-full: lint ## run lint and all tests that take less than an hour together (forty minutes)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not nightly"
 
 test-fast: $(VENV)/.installed ## the tests that train nothing or a few steps (about a minute)

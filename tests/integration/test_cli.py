@@ -43,6 +43,7 @@ def test_a_single_run_can_be_saved_as_a_peft_adapter(tmp_path, command):
     assert config["r"] == 4 and (tmp_path / "adapter/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.full
 def test_an_installed_wheel_carries_its_configuration(tmp_path):
     """Built, installed without its dependencies into a folder of its own, used from a foreign
     current folder."""

@@ -191,6 +191,7 @@ def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_where_it_would_
     assert "4 are the fewest" in (world.folder / "few/README.md").read_text()
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_early_stopping_survives_a_kill(world, tmp_path):
     """A command killed with -9 between the best evaluation of a run and its end, and asked again:

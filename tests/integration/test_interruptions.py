@@ -79,8 +79,13 @@ def furthest(cwd):
     ("arm", "runs", "kills"),
     [
         ((*LONG, "method=fullft", "lr=1e-3"), 1, (15, 60)),
-        ((*LONG, "+sweep=lr_ratio", "~sweep.arms.fullft", "exec.pack_size=3"), 3, (15, 60)),
-        (REWARDED, 1, (8, 24)),
+        pytest.param(
+            (*LONG, "+sweep=lr_ratio", "~sweep.arms.fullft", "exec.pack_size=3"),
+            3,
+            (15, 60),
+            marks=pytest.mark.full,
+        ),
+        pytest.param(REWARDED, 1, (8, 24), marks=pytest.mark.full),
     ],
     ids=["fullft", "pack of lora", "rewarded"],
 )
@@ -109,6 +114,7 @@ def test_killed_with_kill_9_it_goes_on_with_the_same_bits(tmp_path, arm, runs, k
         assert json.loads((attempts[-1] / "env.json").read_text())["resumed_from_step"] > 0
 
 
+@pytest.mark.full
 def test_ctrl_c_stops_cleanly_and_the_next_command_goes_on_though_its_worker_is_killed(tmp_path):
     arguments = (*LONG, "method=lora", "method.rank=4", "lr=3e-3")
     process = start(*arguments, cwd=tmp_path)
@@ -133,6 +139,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_command_goes_on_though_its_worker_is_
     assert store.state(rid) == "done" and store.last_attempt(rid) == 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
     """Also where nobody reads their events any more: the runs are interrupted, not failed, and they

@@ -30,6 +30,7 @@ MIXED = (
 )
 
 
+@pytest.mark.full
 def test_a_pack_of_mixed_ranks_goes_on_with_a_different_pack_and_records_it(tmp_path):
     """In float64, over ten updates of the other pack: how numbers add up depends on the shape of a
     pack and on the processor, and training lets the differences grow."""

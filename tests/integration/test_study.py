@@ -8,7 +8,7 @@ import pytest
 from lorasweep.store.run_store import RunStore
 from tests.world import cli
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
+pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.xdist_group("study")]
 ALONE = ("scale=smoke", "exec.pack_size=1")
 
 

@@ -24,6 +24,7 @@ def finished(folder):
     return store, rid, {**store.result(rid), **store.records(rid)[-1]}
 
 
+@pytest.mark.full
 def test_two_processes_on_two_nodes_make_the_update_of_one(queue, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
