@@ -44,7 +44,7 @@ ALONE = (*FAST, "cluster.follow=false")
 """Without the job that follows: for tests that are not about it."""
 STEPS = "tests.slurm.trainers:steps"
 HELD = "tests.slurm.trainers:held"
-PATIENCE_S = 100
+PATIENCE_S = 400
 """How long a condition is waited for: it comes at once on an idle machine, and late on a busy one."""
 
 
