@@ -54,20 +54,16 @@ lint: $(VENV)/.installed ## check style, format and types
 nightly: weights storm ## the long versions (about seven hours): storm, bases made anew, a calibration
 	$(BIN)/python -m lorasweep.cli.bases --check
 	$(BIN)/python -m pytest $(PARALLEL)
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.validation.calibration --cases $(or $(CASES),500) --out build/calibration
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks calibration --cases $(or $(CASES),500) --out build/calibration
 
 bench: weights data/gsm8k/train.jsonl ## measure on an idle machine, and write analysis/results/bench and the README's table
 	$(BIN)/pip install --quiet -e '.[bench]'
-	$(BIN)/python -m lorasweep.bench analysis/results/bench/bench.json
-	$(BIN)/python -m analysis.validation.bench
-	$(BIN)/python -m lorasweep.bench.rewards analysis/results/bench/rewards.json
-	$(BIN)/python -m analysis.validation.rewards
-	$(BIN)/python -m lorasweep.bench.fleet analysis/results/bench/fleet.json
-	$(BIN)/python -m analysis.validation.fleet
+	$(BIN)/python -m benchmarks speed
+	$(BIN)/python -m benchmarks rewards
+	$(BIN)/python -m benchmarks fleet
 
 calibrate: $(VENV)/.installed ## fit and judge simulated sweeps (about forty minutes on two cores), and write their page
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.validation.calibration --cases $(or $(CASES),500)
-	$(BIN)/python -m analysis.validation.calibration_page
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks calibration --cases $(or $(CASES),500)
 
 bases: $(VENV)/.installed ## retrain the shipped base models from their recipes (about two hours)
 	$(BIN)/python -m lorasweep.cli.bases
@@ -79,7 +75,7 @@ slurm-down: ## stop that Slurm, and delete its files
 	@slurm/one_machine/stop.sh --wipe
 
 bench-slurm: $(VENV)/.installed ## measure the time that a cluster adds: on a login node, or after make slurm-up
-	$(BIN)/python -m lorasweep.bench.cluster analysis/results/bench/slurm.json
+	$(BIN)/python -m benchmarks cluster
 
 storm: $(VENV)/.installed ## run a sweep of 200 runs under preemptions, node failures and kills (twenty minutes)
 	$(BIN)/python -m tests.slurm.storm --minutes $(or $(MINUTES),20)

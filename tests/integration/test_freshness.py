@@ -20,7 +20,7 @@ from analysis.report.plots import INPUTS
 from analysis.report.study import answers, page
 from analysis.report.text import text_hash
 from analysis.runs.table import read
-from analysis.validation import rewards
+from benchmarks import rewards_page as rewards
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.bench import memory
+from benchmarks import memory
 from lorasweep.store.results import checksum
 from lorasweep.store.run_store import RunStore
 from tests.integration.test_interruptions import SWEEP, kept, start, wait_for

@@ -86,7 +86,7 @@ def test_more_jobs_than_an_array_may_have_are_several_arrays(queue, tmp_path):
         f"sweep.axes.seed={list(range(20))}",
         "exec.pack_size=20",
     )
-    nothing = "lorasweep.bench.overhead:nothing"
+    nothing = "benchmarks.overhead:nothing"
     output = ask(tmp_path, *sweep, *ALONE, "cluster.runs_per_job=20", trainer=nothing)
     assert "submitted 240 runs" in output
     assert submitted(tmp_path)[0].arrays == [5, 5, 2]
