@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from analysis.report.text import markdown
 from benchmarks.harness import RESULTS
 from lorasweep.advise.advice import Advice, Known, advise
 from lorasweep.advise.customer import customer_of
@@ -24,6 +25,10 @@ PAGE = RESULTS / "advice" / "README.md"
 OUTCOMES = Path(__file__).with_name("outcomes.yaml")
 SAYS = {"met": "close", "missed": "behind", "unknown": "open"}
 """What a rank is expected to come to, by the state of its room for what is new."""
+
+
+OUTCOME_HEAD = "source|setting|model|rank|published|adviser|load|verdict"
+RATE_HEAD = "source|model|task|method|published best|adviser|verdict"
 
 
 class Judged(NamedTuple):
@@ -106,11 +111,7 @@ def page() -> str:
         "says close where the load of that rank is surely at most 0.5, behind where it is surely "
         "above 1, else open. Lengths that are not stated are the adviser's assumption.",
         "",
-        "| source | setting | model | rank | published | adviser | load | verdict |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_outcome_row(j) for j in methods]
-    lines += [
+        *markdown([OUTCOME_HEAD.split("|"), *map(_outcome_row, methods)]),
         "",
         "## Best learning rates",
         "",
@@ -119,12 +120,14 @@ def page() -> str:
         "The sweep of tinker-cookbook has rates 2.5 to 3.3 apart, so its best rates are known to "
         "about a factor 2 each way.",
         "",
-        "| source | model | task | method | published best | adviser | verdict |",
-        "|---|---|---|---|---|---|---|",
+        *markdown([RATE_HEAD.split("|"), *map(_rate_row, found)]),
+        "",
+        "## Not judged",
+        "",
+        "How much was trained on is not stated.",
+        "",
+        *(f"- {e['what']}: {e['said']}" for e in read()["not_judged"]),
     ]
-    lines += [_rate_row(j) for j in found]
-    lines += ["", "## Not judged", "", "How much was trained on is not stated.", ""]
-    lines += [f"- {e['what']}: {e['said']}" for e in read()["not_judged"]]
     return "\n".join([*lines, *_sources(methods + found)]) + "\n"
 
 
@@ -141,21 +144,16 @@ def _shown(verdict: str) -> str:
     return f"**{verdict}**" if verdict == "miss" else verdict
 
 
-def _outcome_row(j: Judged) -> str:
+def _outcome_row(j: Judged) -> list[str]:
     e, c = j.entry, j.entry["customer"]
-    state = j.advice.conditions[0].why
-    return (
-        f"| {e['source']} | {e['what']} | {c['model']} | {c['rank']} | {e['came']}: {e['said']} | "
-        f"{j.says} | {state} | {_shown(j.verdict)} |"
-    )
+    setting = [e["source"], e["what"], c["model"], str(c["rank"]), f"{e['came']}: {e['said']}"]
+    return [*setting, j.says, j.advice.conditions[0].why, _shown(j.verdict)]
 
 
-def _rate_row(j: Judged) -> str:
+def _rate_row(j: Judged) -> list[str]:
     e, c = j.entry, j.entry["customer"]
-    return (
-        f"| {e['source']} | {c['model']} | {c['task']} | {e['method']} | {e['rate']:.2g} | "
-        f"{j.says} | {_shown(j.verdict)} |"
-    )
+    setting = [e["source"], c["model"], c["task"], e["method"], f"{e['rate']:.2g}"]
+    return [*setting, j.says, _shown(j.verdict)]
 
 
 def _sources(judged: list[Judged]) -> list[str]:

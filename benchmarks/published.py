@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import io
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from analysis.report.text import markdown
 from benchmarks.harness import RESULTS
 from lorasweep.config.folders import conf_dir
 from lorasweep.methods.fullft import FullFT
@@ -331,28 +333,27 @@ def page() -> str:
 
 
 def _summary(figure: str) -> list[str]:
-    found = _covered(figure)
-    errors = sorted(abs(c.error) for c in found if c.error is not None)
+    found, limit = _covered(figure), f"{TOLERANCE[figure]:.0%}"
+    errors = [abs(c.error) for c in found if c.error is not None]
     within = sum(c.within for c in found)
-    nine = nine_in_ten(figure)
-    sources = len({c.row.source for c in found})
-    lines = [
+    by_source: dict[str, list[Comparison]] = {}
+    for c in found:
+        by_source.setdefault(c.row.source, []).append(c)
+    rows = [["source", "rows", f"within {limit}", "median", "smallest", "largest"]]
+    for source, own in by_source.items():
+        signed = [c.error for c in own if c.error is not None]
+        ends = (f"{v:+.0%}" for v in (statistics.median(signed), min(signed), max(signed)))
+        rows.append([source, str(len(own)), str(sum(c.within for c in own)), *ends])
+    return [
         f"## {figure.capitalize()}",
         "",
-        f"{within} of {len(found)} covered rows ({within / len(found):.0%}) of {sources} sources "
-        f"are within {TOLERANCE[figure]:.0%}; median error {statistics.median(errors):.0%}, nine "
-        f"in ten within {nine:.0%}.",
+        f"{within} of {len(found)} covered rows ({within / len(found):.0%}) of {len(by_source)} "
+        f"sources are within {limit}; median error {statistics.median(errors):.0%}, nine "
+        f"in ten within {nine_in_ten(figure):.0%}.",
         "",
-        f"| source | rows | within {TOLERANCE[figure]:.0%} | median | smallest | largest |",
-        "|---|---|---|---|---|---|",
+        *markdown(rows),
+        "",
     ]
-    for source in dict.fromkeys(c.row.source for c in found):
-        own = [c for c in found if c.row.source == source]
-        signed = [c.error for c in own if c.error is not None]
-        values = (statistics.median(signed), min(signed), max(signed))
-        ends = " | ".join(f"{value:+.0%}" for value in values)
-        lines.append(f"| {source} | {len(own)} | {sum(c.within for c in own)} | {ends} |")
-    return [*lines, ""]
 
 
 def nine_in_ten(figure: str) -> float:
@@ -366,31 +367,20 @@ def _covered(figure: str) -> list[Comparison]:
 
 
 def _rows(figure: str) -> list[str]:
-    lines = [
-        f"### {figure.capitalize()}, {UNITS[figure]}",
-        "",
-        "| source | run | published | plan | error |",
-        "|---|---|---|---|---|",
-    ]
+    rows = [["source", "run", "published", "plan", "error"]]
     for c in _covered(figure):
         r = c.row
-        mark = "" if c.within else " **fails**"
-        lines.append(
-            f"| {r.source} | {r.model}, {r.method}, {r.gpus} x {r.card}, {r.rows} x {r.length:,} "
-            f"tokens, checkpointing {r.checkpointing} | {c.published:,.4g} | {c.predicted:,.4g} | "
-            f"{c.error:+.0%}{mark} |"
-        )
-    return [*lines, ""]
+        run = f"{r.model}, {r.method}, {r.gpus} x {r.card}, {r.rows} x {r.length:,} tokens"
+        error = f"{c.error:+.0%}{'' if c.within else ' **fails**'}"
+        values = [f"{c.published:,.4g}", f"{c.predicted:,.4g}", error]
+        rows.append([r.source, f"{run}, checkpointing {r.checkpointing}", *values])
+    return [f"### {figure.capitalize()}, {UNITS[figure]}", "", *markdown(rows), ""]
 
 
 def _not_covered() -> list[str]:
-    counts: dict[tuple[str, str], int] = {}
-    for c in comparisons():
-        if c.why_not:
-            key = (c.why_not, c.figure)
-            counts[key] = counts.get(key, 0) + 1
-    lines = ["## Not covered", "", "| why | figure | rows |", "|---|---|---|"]
-    return [*lines, *(f"| {why} | {figure} | {n} |" for (why, figure), n in counts.items()), ""]
+    counts = Counter((c.why_not, c.figure) for c in comparisons() if c.why_not)
+    rows = [[str(why), figure, str(n)] for (why, figure), n in counts.items()]
+    return ["## Not covered", "", *markdown([["why", "figure", "rows"], *rows]), ""]
 
 
 def _sources() -> list[str]:

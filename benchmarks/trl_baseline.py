@@ -128,6 +128,32 @@ def loop(model: torch.nn.Module, data: Data, spec: RunSpec, fused: bool | None =
     model.eval()
 
 
+def _options(spec: RunSpec, folder: str) -> dict[str, Any]:
+    """Return the options of both of TRL's trainers: AdamW as in `spec`, and updates only.
+
+    There is no schedule, clipping, logging or saving.
+    """
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": spec.batch_size,
+        "max_steps": spec.steps,
+        "learning_rate": spec.lr,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "adam_beta1": spec.beta1,
+        "adam_beta2": spec.beta2,
+        "adam_epsilon": spec.eps,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
 def sft(model: Any, data: Data, spec: RunSpec, tokenizer: Any) -> None:
     """Train with TRL's SFTTrainer on tokenized rows, without logging, saving, decay or clipping."""
     import datasets
@@ -141,25 +167,10 @@ def sft(model: Any, data: Data, spec: RunSpec, tokenizer: Any) -> None:
         }
     )
     config = SFTConfig(
-        output_dir="trl-out",
-        per_device_train_batch_size=spec.batch_size,
-        max_steps=spec.steps,
-        learning_rate=spec.lr,
-        lr_scheduler_type="constant",
-        adam_beta1=spec.beta1,
-        adam_beta2=spec.beta2,
-        adam_epsilon=spec.eps,
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        use_cpu=True,
+        **_options(spec, "trl-out"),
         bf16=spec.precision == "bf16",
-        gradient_checkpointing=False,
         completion_only_loss=True,
         packing=False,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
         train_sampling_strategy="sequential",
         max_length=None,
         eos_token=None,
@@ -323,9 +334,13 @@ def grpo_config(spec: RunSpec, folder: str) -> Any:
     """
     from trl import GRPOConfig
 
+    own = {
+        "seed": spec.seed,
+        "adam_epsilon": spec.eps / spec.max_new_tokens,
+        "weight_decay": spec.weight_decay,
+    }
     return GRPOConfig(
-        output_dir=folder,
-        seed=spec.seed,
+        **{**_options(spec, folder), **own},
         loss_type="dr_grpo",
         scale_rewards="none",
         beta=0.0,
@@ -335,25 +350,9 @@ def grpo_config(spec: RunSpec, folder: str) -> Any:
         temperature=1.0,
         top_p=1.0,
         top_k=0,
-        per_device_train_batch_size=spec.batch_size,
         steps_per_generation=1,
         shuffle_dataset=False,
-        max_steps=spec.steps,
-        learning_rate=spec.lr,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        adam_beta1=spec.beta1,
-        adam_beta2=spec.beta2,
-        adam_epsilon=spec.eps / spec.max_new_tokens,
-        weight_decay=spec.weight_decay,
-        max_grad_norm=0.0,
-        use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
     )
 
 

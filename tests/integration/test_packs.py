@@ -11,7 +11,8 @@ import pytest
 from benchmarks import memory
 from lorasweep.store.results import checksum
 from lorasweep.store.run_store import RunStore
-from tests.integration.test_interruptions import SWEEP, kept, start, wait_for
+from tests.integration.conftest import SMOKE
+from tests.integration.test_interruptions import kept, start, wait_for
 from tests.integration.test_smollm2 import WEIGHTS
 from tests.training import EPS, ROUNDING
 from tests.world import ROOT, cli
@@ -60,9 +61,9 @@ def test_a_pack_of_mixed_ranks_goes_on_with_a_different_pack_and_records_it(tmp_
             assert ours == theirs or theirs == pytest.approx(ours, rel=ROUNDING[10])
 
 
-def test_verify_finds_runs_equal_and_a_falsified_one(tmp_path, command):
-    assert command(*SWEEP, "exec.pack_size=3").returncode == 0
-    verify = (*SWEEP, "action=verify", "sample=2", "format=json")
+@pytest.mark.xdist_group("smoke")
+def test_verify_finds_runs_equal_and_a_falsified_one(smoke_copy, tmp_path, command):
+    verify = (*SMOKE, "action=verify", "sample=2", "format=json")
     found = json.loads(command(*verify).stdout)
     runs = found["runs"]
     assert len(runs) == 2 and found["differing"] == [] and runs[0]["pack_size"] == 3
