@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from analysis.report.text import markdown
-from benchmarks.harness import FIGURES, ROOT, with_block
+from benchmarks.harness import FIGURES, ROOT, render, table, with_block
 
 MODELS = {"smollm2": "SmolLM2-135M, fp32", "tiny128": "tiny128, fp32"}
 ROWS = {
@@ -52,34 +52,14 @@ def page(content: dict[str, Any]) -> str:
             parts.append([says, how, str(b["sampled"]), *seconds])
         sizes = f"{min(c['packs'])} to {max(c['packs'])} runs"
         memory.append([says, sizes, *(_gib(c[k]) for k in ("peak_bytes", "planned_bytes"))])
-    return "\n".join(
-        [
-            "# Fleets",
-            "",
-            f"{here['cores']} cores, {here['processor']}, no GPU; {packages}. Made by `python -m "
-            "benchmarks fleet`, all on one machine, each row in one go. Customers have 20 to "
-            "400 rows, batches of 1, 2 or 4, and three rates each. "
-            + " ".join(says for key, says in ROWS.items() if key in content)
-            + " lorasweep is timed whole, from the start of the command to adapters, cards and "
-            "page. The baselines train the same rows in the same order at the same rates, choose "
-            "by the same validation rows and measure test rows before and after; a sample of "
-            "customers is timed and reckoned up by tokens.",
-            "",
-            "Wall time with other programs on the machine, at higher priority than they had. "
-            "Processor seconds hardly depend on them, and count what a baseline leaves idle of "
-            "its two threads as saved.",
-            "",
-            *summary(content),
-            "",
-            "Seconds a customer of the baselines (start once a process):",
-            "",
-            *markdown(parts),
-            "",
-            "Memory, resident:",
-            "",
-            *markdown(memory),
-            "",
-        ]
+    return render(
+        "fleet",
+        machine=here,
+        packages=packages,
+        notes=" ".join(says for key, says in ROWS.items() if key in content),
+        summary="\n".join(summary(content)),
+        baselines=table(parts),
+        memory=table(memory),
     )
 
 

@@ -12,6 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
+from analysis.report.text import Rows, markdown
 from lorasweep.config.compose import compose_request
 from lorasweep.plan import detect
 from lorasweep.spec.execution import Exec
@@ -163,3 +166,16 @@ def with_block(text: str, name: str, lines: Sequence[str]) -> str:
         raise ValueError(f"no marker `<!-- {name}: ... -->`")
     end = text.index(f"<!-- end of {name} -->")
     return "\n".join([text[: begin.end()], *lines, text[end:]])
+
+
+def table(rows: Rows) -> str:
+    """Format rows as a Markdown table; the first row is the head."""
+    return "\n".join(markdown(rows))
+
+
+def render(name: str, **values: Any) -> str:
+    """Render a page from benchmarks/templates/NAME.md."""
+    loader = jinja2.FileSystemLoader(ROOT / "benchmarks" / "templates")
+    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    pages = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
+    return pages.get_template(f"{name}.md").render(**values)

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from analysis.report.text import markdown
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, render, table
 from lorasweep.advise.advice import Advice, Known, advise
 from lorasweep.advise.customer import customer_of
 from lorasweep.advise.rules.rates import STEP, Rate, rate_of
@@ -90,45 +89,19 @@ def _rate(advice: Advice, world: Known, method: str) -> Rate:
 
 def page() -> str:
     """Return the page in Markdown."""
-    methods, found = list(outcomes()), list(rates())
-    lines = [
-        "# The adviser against published outcomes",
-        "",
-        "Each row is judged without its own source in the rules, and without this project's own "
-        "answers. What the rules take from others is in `lorasweep/advise/published.yaml`; these "
-        "rows are in `benchmarks/outcomes.yaml`. They were chosen before the adviser was "
-        "held against them, though no commit shows it. The rules of method and rank were not "
-        "changed after; the interval of the rate was: it was the sources' disagreement alone, and "
-        f"7 of 10 best rates lay outside, so it now reaches a factor {STEP:g} further each way, of "
-        "which these rows are no test. Each row is one team's runs, most "
-        "of them of one seed.",
-        "",
-        "## Does LoRA keep up?",
-        "",
-        _count(methods),
-        "",
-        "Close: no worse, within what the source calls noise, or within 0.005 nats. The adviser "
-        "says close where the load of that rank is surely at most 0.5, behind where it is surely "
-        "above 1, else open. Lengths that are not stated are the adviser's assumption.",
-        "",
-        *markdown([OUTCOME_HEAD.split("|"), *map(_outcome_row, methods)]),
-        "",
-        "## Best learning rates",
-        "",
-        _count(found),
-        "",
-        "The sweep of tinker-cookbook has rates 2.5 to 3.3 apart, so its best rates are known to "
-        "about a factor 2 each way.",
-        "",
-        *markdown([RATE_HEAD.split("|"), *map(_rate_row, found)]),
-        "",
-        "## Not judged",
-        "",
-        "How much was trained on is not stated.",
-        "",
-        *(f"- {e['what']}: {e['said']}" for e in read()["not_judged"]),
-    ]
-    return "\n".join([*lines, *_sources(methods + found)]) + "\n"
+    judged, found = list(outcomes()), list(rates())
+    names = _known().published.values["sources"] | read()["sources"]
+    used = dict.fromkeys(j.entry["source"] for j in judged + found)
+    return render(
+        "outcomes",
+        step=STEP,
+        outcome_count=_count(judged),
+        outcomes=table([OUTCOME_HEAD.split("|"), *map(_outcome_row, judged)]),
+        rate_count=_count(found),
+        rates=table([RATE_HEAD.split("|"), *map(_rate_row, found)]),
+        not_judged=read()["not_judged"],
+        sources={key: names[key] for key in used},
+    )
 
 
 def _count(judged: list[Judged]) -> str:
@@ -154,13 +127,6 @@ def _rate_row(j: Judged) -> list[str]:
     e, c = j.entry, j.entry["customer"]
     setting = [e["source"], c["model"], c["task"], e["method"], f"{e['rate']:.2g}"]
     return [*setting, j.says, _shown(j.verdict)]
-
-
-def _sources(judged: list[Judged]) -> list[str]:
-    names = _known().published.values["sources"] | read()["sources"]
-    used = dict.fromkeys(j.entry["source"] for j in judged)
-    lines = ["", "## Sources", "", *(f"- {key}: {names[key]}" for key in used), ""]
-    return [*lines, "Command: `python -m benchmarks outcomes`"]
 
 
 def main(arguments: Sequence[str] = ()) -> None:

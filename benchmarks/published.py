@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
-from analysis.report.text import markdown
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, render
+from benchmarks.harness import table as markdown_table
 from lorasweep.config.folders import conf_dir
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -312,27 +312,18 @@ def table() -> str:
 
 def page() -> str:
     """Return the page in Markdown."""
-    lines = [
-        "# The plan against published measurements",
-        "",
-        "Peak memory and speed that others measured, and what the plan says for the same "
-        "settings. Which rows it covers was decided by their settings and committed before "
-        "anything was predicted. All constants are from formulas, data sheets or assumptions "
-        "named in the code, but one: the share of the attainable speed that the products of a "
-        "step reach, which is for every row the one that fits the *other* sources. The plan uses "
-        f"the one that fits all, {TRAINING_SHARE}. No covered row has the memory of full "
-        "fine-tuning, and one that of a sharded run: these rest on the formulas.",
-        "",
-    ]
-    for figure in TOLERANCE:
-        lines += _summary(figure)
-    lines += ["## All rows", "", "[table.csv](table.csv) has them, the rows not covered too.", ""]
-    for figure in TOLERANCE:
-        lines += _rows(figure)
-    return "\n".join([*lines, *_not_covered(), *_sources()])
+    return render(
+        "published",
+        share=TRAINING_SHARE,
+        units=UNITS,
+        summaries={figure: _summary(figure) for figure in TOLERANCE},
+        all_rows={figure: _rows(figure) for figure in TOLERANCE},
+        not_covered=_not_covered(),
+        sources=_table()["sources"],
+    )
 
 
-def _summary(figure: str) -> list[str]:
+def _summary(figure: str) -> str:
     found, limit = _covered(figure), f"{TOLERANCE[figure]:.0%}"
     errors = [abs(c.error) for c in found if c.error is not None]
     within = sum(c.within for c in found)
@@ -344,16 +335,11 @@ def _summary(figure: str) -> list[str]:
         signed = [c.error for c in own if c.error is not None]
         ends = (f"{v:+.0%}" for v in (statistics.median(signed), min(signed), max(signed)))
         rows.append([source, str(len(own)), str(sum(c.within for c in own)), *ends])
-    return [
-        f"## {figure.capitalize()}",
-        "",
+    return (
         f"{within} of {len(found)} covered rows ({within / len(found):.0%}) of {len(by_source)} "
         f"sources are within {limit}; median error {statistics.median(errors):.0%}, nine "
-        f"in ten within {nine_in_ten(figure):.0%}.",
-        "",
-        *markdown(rows),
-        "",
-    ]
+        f"in ten within {nine_in_ten(figure):.0%}.\n\n{markdown_table(rows)}"
+    )
 
 
 def nine_in_ten(figure: str) -> float:
@@ -366,7 +352,7 @@ def _covered(figure: str) -> list[Comparison]:
     return [c for c in comparisons() if c.figure == figure and c.predicted is not None]
 
 
-def _rows(figure: str) -> list[str]:
+def _rows(figure: str) -> str:
     rows = [["source", "run", "published", "plan", "error"]]
     for c in _covered(figure):
         r = c.row
@@ -374,19 +360,13 @@ def _rows(figure: str) -> list[str]:
         error = f"{c.error:+.0%}{'' if c.within else ' **fails**'}"
         values = [f"{c.published:,.4g}", f"{c.predicted:,.4g}", error]
         rows.append([r.source, f"{run}, checkpointing {r.checkpointing}", *values])
-    return [f"### {figure.capitalize()}, {UNITS[figure]}", "", *markdown(rows), ""]
+    return markdown_table(rows)
 
 
-def _not_covered() -> list[str]:
+def _not_covered() -> str:
     counts = Counter((c.why_not, c.figure) for c in comparisons() if c.why_not)
     rows = [[str(why), figure, str(n)] for (why, figure), n in counts.items()]
-    return ["## Not covered", "", *markdown([["why", "figure", "rows"], *rows]), ""]
-
-
-def _sources() -> list[str]:
-    sources = _table()["sources"]
-    lines = [f"- {name}: {entry['where']}" for name, entry in sources.items()]
-    return ["## Sources", "", *lines, ""]
+    return markdown_table([["why", "figure", "rows"], *rows])
 
 
 def main(arguments: Sequence[str] = ()) -> None:

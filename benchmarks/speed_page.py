@@ -9,7 +9,7 @@ from typing import Any
 from analysis.inference.estimate import number
 from analysis.report.text import markdown, text_hash
 from benchmarks import plots
-from benchmarks.harness import FIGURES, ROOT, with_block
+from benchmarks.harness import FIGURES, ROOT, render, with_block
 
 Bench = dict[str, Any]
 """The content of bench.json: measurements, by part."""
@@ -129,61 +129,15 @@ def _mib(n_bytes: float) -> str:
 
 def page(bench: Bench) -> str:
     """Render the whole page."""
-    here = bench["machine"]
-    lines = [
-        "# Benchmark",
-        "",
-        f"{here['cores']} cores, {here['processor']}, GPUs: {', '.join(here['gpus']) or 'none'}; "
-        f"torch {here['packages'].get('torch')}, Python {here['python']}. Made by `make bench`, "
-        "all on one machine. The baselines train a sample of the runs of each arm, scaled up to "
-        "all; lorasweep trains all of them, and its start, calibration and loading count.",
-        "",
-        "Rewarded runs against TRL's GRPO trainer: [rewards.md](rewards.md).",
-        "",
-        "## Whole grids",
-        "",
-        *summary(bench),
-        "",
-        "Where the baselines' time goes, a run (start once a process):",
-        "",
-        *_parts(bench),
-        "",
-        "## Milliseconds a step and run",
-        "",
-        "One thread, as a worker has.",
-        "",
-        *steps_table(bench),
-        "",
-        "![packing](packing.png)",
-        "",
-        "## Peak memory",
-        "",
-        "Resident, of a process of its own on one thread; idle: Python and its libraries alone. "
-        "Planned is the estimate of `action=plan`.",
-        "",
-        *_memory(bench),
-        "",
-        "## What a step's time goes into",
-        "",
-        "By the profiler, batch as in the last row of each model above.",
-        "",
-    ]
-    for model, methods in bench["parts"]["steps"]["profile"].items():
-        for method, shares in methods.items():
-            lines.append(
-                f"- {model}, {method}: "
-                + ", ".join(f"{what} {share:.0%}" for what, share in shares.items())
-            )
-    lines += [
-        "",
-        "## The harness itself",
-        "",
-        f"- planning 10,000 runs: {bench['plan_10k_s']:.2f} s, process start included",
-        f"- status of 10,000 finished runs: {bench['status_10k_s']:.2f} s beyond start-up",
-        f"- a run of a trainer that does nothing: {bench['noop_run_s'] * 1e3:.1f} ms",
-        "",
-    ]
-    return "\n".join(lines)
+    parts = bench["parts"]["steps"]
+    tables = {
+        "grids": summary(bench),
+        "baselines": _parts(bench),
+        "steps": steps_table(bench),
+        "memory": _memory(bench),
+    }
+    lines = {name: "\n".join(rows) for name, rows in tables.items()}
+    return render("speed", **{**bench, **lines}, profile=parts["profile"])
 
 
 def with_summary(text: str, bench: Bench) -> str:

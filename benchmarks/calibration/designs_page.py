@@ -23,33 +23,10 @@ HEAD = (
 )
 
 
-def section(rows: Sequence[Row]) -> list[str]:
-    """Render the section; empty if no design was simulated."""
-    if not rows:
-        return []
-    families = ", ".join(dict.fromkeys(r["family"] for r in rows))
-    first = rows[0]
-    lines = [
-        "## Runs for an interval",
-        "",
-        "Plain grids (every seed at all rates) against two stages (one seed at all rates, fresh "
-        "seeds around the best). Each sweep has full fine-tuning and one rank, whose seeds share "
-        f"batches; noise {first['noise']:g} nats; families {families}, {first['sweeps']} sweeps "
-        "each. Half-widths are medians over sweeps, one without an interval counting as "
-        "infinitely wide, and then means over families. False claims: the true ratio lies on an "
-        "end of the margin; true ones: it is 10. Gap: LoRA's loss minus full fine-tuning's, each "
-        "at its best rate; in two stages from the fresh seeds only. Plain grid's runs: of the one "
-        "of rates twice apart with an interval as wide, interpolated between the seeds tried; 14 "
-        "also where 14 have a narrower one, as with one seed there is none. True claims need "
-        "three seeds at the optimum, which a second stage at two rates (the best and the next) "
-        "often misses.",
-        "",
-    ]
-    for reach in dict.fromkeys(r["reach"] for r in rows):
-        mine = [r for r in rows if r["reach"] == reach]
-        lines += [f"Optima at most a factor {reach:g} from the middle rate:", ""]
-        lines += [*markdown(table(mine)), ""]
-    return lines
+def tables(rows: Sequence[Row]) -> dict[float, str]:
+    """Return the table of designs for each distance of the optima from the middle learning rate."""
+    reaches = dict.fromkeys(r["reach"] for r in rows)
+    return {v: "\n".join(markdown(table([r for r in rows if r["reach"] == v]))) for v in reaches}
 
 
 def table(rows: Sequence[Row]) -> Rows:

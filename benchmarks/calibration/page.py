@@ -14,7 +14,7 @@ from analysis.report.text import markdown, text_hash
 from benchmarks import plots
 from benchmarks.calibration import designs_page
 from benchmarks.calibration.generators import HELD_OUT, INSIDE, MARGIN
-from benchmarks.harness import RESULTS, ROOT, with_block
+from benchmarks.harness import RESULTS, ROOT, render, table, with_block
 
 FOLDER = RESULTS / "calibration"
 FINE = 2.0
@@ -119,64 +119,31 @@ def _met(met: bool) -> str:
 
 def page(study: Study) -> str:
     """Render the page."""
-    n_coverage = sum(r["cases"] for r in study["coverage"])
-    least = min(r["cases"] for r in study["coverage"])
-    judged = sum(r["cases"] for r in study["verdicts"])
-    out = [
-        "# How far the analysis can be trusted",
-        "",
-        f"{n_coverage:,} simulated curves in {len(study['coverage'])} cells (family x design x "
-        f"noise), at least {least:,} per cell, fitted like real ones in sweeps of four curves; "
-        f"{judged:,} simulated sweeps were judged. It took {study['minutes']:.0f} minutes. "
-        f"Families of shapes that belong to the fitted one: {', '.join(INSIDE)}; families not used "
-        f"to choose the model's constants (held out): {', '.join(HELD_OUT)}. The noise of a run is "
-        "1e-4 to 1e-2 nats, the curvature 0.02 to 0.3 nats per unit of ln(lr) squared. The true "
-        "optimum is the minimum of the generator's expected loss.",
-        "",
-        *markdown(targets(study)),
-        "",
-        "![coverage](coverage.png)",
-        "",
-        "## By family",
-        "",
-        f"Spacing of at most {FINE:g}. Coverage: intervals and bounds. Errors are median factors. "
-        "For comparison, on the same cases: the best rate of the grid (argmin), a parabola through "
-        "the five rates around it with a bootstrap over seeds, and one parabola through all points "
-        "(global).",
-        "",
-        *markdown(_family_rows(study)),
-        "",
-        "## By design",
-        "",
-        *markdown(_design_rows(study)),
-        "",
-        "## Verdicts",
-        "",
-        f"The claim is 'the ratio lies in {MARGIN[0]:g} to {MARGIN[1]:g}'. Each sweep has one full "
-        "fine-tuning curve and three ranks, with one seed over the grid and five more at the three "
-        "best rates.",
-        "",
-        *markdown(_verdict_rows(study)),
-        "",
-        "![verdicts](verdicts.png)",
-        "",
-        "## Flags",
-        "",
-        "An optimum at least 1.5 grid spacings inside the rates tried must get a value (or a bound "
-        "at a rate that diverged); one half a spacing or more outside must get a bound.",
-        "",
-        *markdown(_flag_rows(study)),
-        "",
-        "## Curvature shared between ranks",
-        "",
-        "Four ranks with fewer rates and two with seven, curvatures within 20%.",
-        "",
-        *markdown(_sharing_rows(study)),
-        "",
-        *designs_page.section(study.get("designs", ())),
-        "Command: `make calibrate`",
-    ]
-    return "\n".join(out) + "\n"
+    designs = study.get("designs", [])
+    sections = {
+        "targets": targets(study),
+        "families": _family_rows(study),
+        "designs": _design_rows(study),
+        "verdicts": _verdict_rows(study),
+        "flags": _flag_rows(study),
+        "sharing": _sharing_rows(study),
+    }
+    return render(
+        "calibration",
+        n_coverage=sum(r["cases"] for r in study["coverage"]),
+        n_cells=len(study["coverage"]),
+        least=min(r["cases"] for r in study["coverage"]),
+        judged=sum(r["cases"] for r in study["verdicts"]),
+        minutes=study["minutes"],
+        inside=", ".join(INSIDE),
+        held_out=", ".join(HELD_OUT),
+        fine=FINE,
+        margin=MARGIN,
+        intervals=designs,
+        interval_families=", ".join(dict.fromkeys(r["family"] for r in designs)),
+        interval_tables=designs_page.tables(designs),
+        **{name: table(rows) for name, rows in sections.items()},
+    )
 
 
 _COVERAGE = ("coverage", "coverage_value", "coverage_bound", "ratio_coverage")

@@ -121,9 +121,9 @@ def test_the_page_names_the_aim_and_the_share_of_runs():
     *_, first, second = designs_page.table(rows)
     assert (first[1], first[7], first[10]) == ("13", "17", "-")
     assert (second[1], second[7], second[10]) == ("20", "over 42", "42")
-    assert "Runs for an interval" in "\n".join(designs_page.section(rows))
+    assert list(designs_page.tables(rows)) == [2.0]
     rows[3] = row(LR_RATIO, None, None)
     assert designs_page.targets(rows)[0][2].startswith("half of the sweeps have none (5 rates")
     alone = [dict(r, reach=4.0) for r in rows if r["runs"] in (13, 21)]
     assert designs_page.table(alone)[-1][7] == "-"  # one plain grid is nothing to interpolate
-    assert designs_page.targets([]) == designs_page.section([]) == []
+    assert designs_page.targets([]) == [] and designs_page.tables([]) == {}

@@ -56,7 +56,7 @@ def test_the_page_says_where_two_sides_differ():
     }
     text = page.page(json.loads(json.dumps(content)))
     assert "| words | 4 | 9 | 2,000 | 3 | 1.5e+03 |" in text
-    assert "1 of them. Outside at 12." in text and "lorasweep 10 s, trl 40 s" in text
+    assert "1 of them" in text and "lorasweep 10 s, trl 40 s" in text
     one, difference = page.panels(content["curves"])
     assert [s.label for s in one.series] == ["lorasweep", "TRL's GRPO"]
     assert difference.series[0].high[1] == pytest.approx(-0.14 + 2 * rows[1]["error"])
