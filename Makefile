@@ -44,7 +44,7 @@ test-full: lint ## run lint and all tests that take less than an hour together (
 	$(BIN)/python -m pytest $(PARALLEL) -m "not nightly"
 
 test-fast: $(VENV)/.installed ## the tests that train nothing or a few steps (about a minute)
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not real and not gpu" tests/unit tests/test_architecture.py
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not full and not real and not gpu" tests/unit tests/test_architecture.py
 
 lint: $(VENV)/.installed ## check style, format and types
 	$(BIN)/ruff check .

@@ -91,7 +91,11 @@ def test_the_comparison_sees_a_word_and_a_number():
     assert differing({"a": 1.0}, {"b": 1.0}) and differing({"a": None}, {"a": 1.0})
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
+SLOW = re.compile(r"_(s1|128)$|^(batch_size|regime)-tiny$")
+ANSWERS = [pytest.param(f, marks=pytest.mark.full) if SLOW.search(f.name) else f for f in FOLDERS]
+
+
+@pytest.mark.parametrize("folder", ANSWERS, ids=lambda f: f.name)
 def test_kept_answers_are_what_their_tables_say_today(folder):
     table, question, analysis = fresh(folder)
     today = json.loads(json.dumps(report.results_of(analysis, question, table)))
