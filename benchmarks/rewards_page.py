@@ -54,9 +54,7 @@ def page(content: dict[str, Any]) -> str:
     ]
     compared = [r for r in updates if r["compared"]]
     outside = [str(r["update"]) for r in compared if not r["agree"]]
-    found = (
-        f"Outside at {', '.join(outside)}." if outside else "All do: the two sides agree."
-    )
+    found = f"Outside at {', '.join(outside)}." if outside else "All do: the two sides agree."
     packages = ", ".join(f"{k} {v}" for k, v in content["packages"].items())
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in c["seconds_a_run"].items())
     return render(
