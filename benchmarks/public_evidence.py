@@ -19,11 +19,10 @@ from scipy import stats
 from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.inference.meta import random_effects
 from analysis.measures.ratio import MIN_RANK
-from analysis.report.text import markdown
 from analysis.runs import reading
 from analysis.runs.lr_curves import lr_curves
 from analysis.tables import commands, laws
-from benchmarks.harness import RESULTS
+from benchmarks import harness
 
 DRIFT_MARGIN = 0.099
 """Largest allowed slope of ln(best LR) per doubling of the rank: a factor 2 over 7 doublings."""
@@ -37,62 +36,58 @@ RL_MODEL = "Qwen/Qwen3-1.7B"
 def render(tulu: Path, rl: Path) -> str:
     """Render the page."""
     sweep = reading.read(tulu)
-    out = [
-        "# What runs published by others decide",
-        "",
-        "Two tables made by others, put through `python -m analysis`. They have one seed each, so "
-        "no verdict is given: what is shown are optima, bounds and tests.",
-        "",
-    ]
-    out += [*_bounds(sweep), *_drift(sweep), *_law(sweep), *_rl(rl), *_made(sweep, tulu, rl)]
-    return "\n".join(out) + "\n"
+    return harness.render(
+        "public_evidence",
+        **_bounds(sweep),
+        **_drift(sweep),
+        **_law(sweep),
+        rl=_rl(rl),
+        rl_model=RL_MODEL,
+        broken=RL_BROKEN,
+        margin=DRIFT_MARGIN,
+        min_rank=MIN_RANK,
+        files=[tulu.name, rl.name],
+    )
 
 
-def _bounds(sweep: reading.Reading) -> list[str]:
-    alone, shared = commands.fit(sweep), commands.fit(sweep, share=True)
-    n = len(alone)
-
-    def count(rows: list[dict[str, Any]], *flags: str) -> int:
-        return sum(bool(set(flags) & set(r["flags"])) for r in rows)
+def _bounds(sweep: reading.Reading) -> dict[str, Any]:
+    """Return counts of curves, runs and bounds, and what the first table lacks."""
+    table, alone, shared = sweep.table, commands.fit(sweep), commands.fit(sweep, share=True)
 
     def counts(rows: list[dict[str, Any]]) -> list[str]:
         known = [r for r in rows if r["low"] is not None and r["best_lr"] is not None]
         width = float(np.median([r["high"] / r["low"] for r in known])) if known else math.nan
-        bound = sum(
-            r["best_lr"] is None and (r["low"] is not None or r["high"] is not None) for r in rows
-        )
-        return [
-            str(len(known)),
-            number(width),
-            str(bound),
-            str(sum(r["best_lr"] is None for r in rows) - bound),
-        ]
+        rest = [r for r in rows if r["best_lr"] is None]
+        bound = sum(r["low"] is not None or r["high"] is not None for r in rest)
+        return [str(len(known)), number(width), str(bound), str(len(rest) - bound)]
 
-    largest = _largest_survivor_best(sweep)
-    diverged = sweep.table[sweep.table["status"] == "diverged"]
-    top = float(sweep.table["lr"].max())
-    return [
-        "## How many published best rates are only bounds",
-        "",
-        f"{n} curves (a model at a rank) of {sweep.table['model'].nunique()} models; "
-        f"{len(sweep.table)} runs, of which {len(diverged)} diverged, "
-        f"{int((diverged['lr'] == top).sum())} of them at {top:g}. In {largest} of {n} curves the "
-        "best surviving rate is the largest that survived, so what is called the best rate is a "
-        f"lower bound; {count(alone, 'bounded_by_divergence')} curves are bounded above only by a "
-        "rate that diverged.",
-        "",
-        *markdown(
+    unknown: dict[int, list[bool]] = {}
+    for r in sorted(alone, key=lambda r: r["rank"]):
+        unknown.setdefault(r["rank"], []).append(r["best_lr"] is None)
+    diverged = table[table["status"] == "diverged"]
+    repeats = table[table.duplicated(["model", "rank", "lr"], keep=False)]
+    top = float(table["lr"].max())
+    return {
+        "n_curves": len(alone),
+        "n_models": table["model"].nunique(),
+        "n_runs": len(table),
+        "n_diverged": len(diverged),
+        "n_diverged_at_top": int((diverged["lr"] == top).sum()),
+        "top": top,
+        "n_largest": _largest_survivor_best(sweep),
+        "n_bounded": sum("bounded_by_divergence" in r["flags"] for r in alone),
+        "fits": harness.table(
             [
                 ["fit", "best LR with an interval", "median high / low", "a bound only", "nothing"],
                 ["each curve alone", *counts(alone)],
                 ["ranks of a model share their curvature (`--share`)", *counts(shared)],
             ]
         ),
-        "",
-        "Rates are a factor 2.5 to 3.3 apart and four to five survive: the intervals are wide "
-        "because the shape between such points is open, not because of noise.",
-        "",
-    ]
+        "arms": sorted(table["method"].unique()),
+        "unknown": "; ".join(f"r{k} {sum(v)} of {len(v)}" for k, v in unknown.items()),
+        "n_repeats": len(repeats),
+        "lowest": float((repeats["lr"] == table["lr"].min()).mean()),
+    }
 
 
 def _largest_survivor_best(sweep: reading.Reading) -> int:
@@ -106,12 +101,11 @@ def _largest_survivor_best(sweep: reading.Reading) -> int:
     return found
 
 
-def _drift(sweep: reading.Reading) -> list[str]:
+def _drift(sweep: reading.Reading) -> dict[str, Any]:
     rows = commands.drifts(sweep, share=True)
-    every, high = _moves(rows, 1), _moves(rows, MIN_RANK)
     known = [r for r in rows if r["slope"] is not None]
-    lines = [["model", "slope of ln LR a doubling [95%]", "p (no slope)", "p (ranks equal)"]]
-    lines += [
+    head = ["model", "slope of ln LR a doubling [95%]", "p (no slope)", "p (ranks equal)"]
+    slopes = [
         [
             r["group"].split(" on ")[0],
             with_interval(Estimate(r["slope"], r["low"], r["high"])),
@@ -121,49 +115,35 @@ def _drift(sweep: reading.Reading) -> list[str]:
         for r in known
     ]
     upper = dataclasses.replace(sweep, table=sweep.table[sweep.table["rank"] >= MIN_RANK])
-    pooled = [
-        *_pooled_slope(known, "all ranks"),
-        *_pooled_slope(
-            [r for r in commands.drifts(upper, share=True) if r["slope"] is not None],
-            f"ranks of {MIN_RANK} and more",
-        ),
-    ]
-    return [
-        "## Does the best rate move with the rank?",
-        "",
-        f"From the lowest to the highest rank of a model the best rate tried {every}. With ranks "
-        f"of {MIN_RANK} and more only, as the study's claim has it, it {high}. This rests on no "
-        "fit.",
-        "",
-        *([*markdown(lines), ""] if known else []),
-        *pooled,
-    ]
+    high = [r for r in commands.drifts(upper, share=True) if r["slope"] is not None]
+    parts = {"all ranks": known, f"ranks of {MIN_RANK} and more": high}
+    return {
+        "moves": _moves(rows, 1),
+        "moves_high": _moves(rows, MIN_RANK),
+        "slopes": harness.table([head, *slopes]) if known else "",
+        "pooled": [_pooled_slope(v, which) for which, v in parts.items() if len(v) > 1],
+    }
 
 
 def _moves(rows: Sequence[dict[str, Any]], least: int) -> str:
-    """Count the models in which the best rate tried rises, falls or stays the same with the rank.
+    """Count the models in which the best learning rate tried rises, falls or stays with the rank.
 
     From the lowest to the highest rank.
 
     Args:
         least: ignore ranks below this.
     """
-    up = down = same = 0
+    signs = []
     for r in rows:
         tried = [v for rank, v in zip(r["ranks"], r["best_tried"]) if v and rank >= least]
         if len(tried) > 1:
-            up, down, same = (
-                up + (tried[-1] > tried[0]),
-                down + (tried[-1] < tried[0]),
-                same + (tried[-1] == tried[0]),
-            )
+            signs.append(int(np.sign(tried[-1] - tried[0])))
+    up, down, same = (signs.count(sign) for sign in (1, -1, 0))
     p = float(stats.binomtest(up, up + down).pvalue) if up + down else 1.0
     return f"rises in {up} models, falls in {down} and stays in {same} (sign test: p {p:.2g})"
 
 
-def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> list[str]:
-    if len(known) < 2:
-        return []
+def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> dict[str, Any]:
     e = random_effects([r["slope"] for r in known], [(r["high"] - r["low"]) / 3.92 for r in known])
     if max(-e.low, e.high) <= DRIFT_MARGIN:
         verdict = "inside"
@@ -171,61 +151,41 @@ def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> list[str]:
         verdict = "outside"
     else:
         verdict = "across the edge of"
-    return [
-        f"Pooled over {e.k} models with two or more known optima, {which} (random effects): "
-        f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}] a doubling, spread between models {e.tau:.3f}. "
-        f"That is {verdict} the margin of {DRIFT_MARGIN} (a factor 2 over 7 doublings). Models "
-        "whose optimum lies too high to be bracketed are missing: a selection.",
-        "",
-    ]
+    numbers = {name: getattr(e, name) for name in ("k", "mean", "low", "high", "tau")}
+    return {"which": which, "verdict": verdict, **numbers}
 
 
-def _law(sweep: reading.Reading) -> list[str]:
+def _law(sweep: reading.Reading) -> dict[str, Any]:
     law = laws.law(sweep)
     costs = [c for c in law["published_regret"] if c["percent"] is not None]
-    worst = sorted(costs, key=lambda c: -c["percent"])[:3]
+    values = [c["percent"] for c in costs]
     head = "family|LR at hidden 2000 [95%]|exponent [95%]|models|regret of this law, %|flags"
-    lines = [head.split("|")]
+    rows = [head.split("|")]
     for v in law["by_loss"]:
         at, p = (Estimate(v[k]["value"], v[k]["low"], v[k]["high"]) for k in ("lr_at_2000", "p"))
-        lines.append(
-            [
-                v["family"],
-                with_interval(at, rate),
-                with_interval(p),
-                str(v["models"]),
-                number(v["regret_percent"]),
-                ", ".join(v["flags"]) or "-",
-            ]
-        )
-    values = [c["percent"] for c in costs]
-    above = sum(v > 0.5 for v in values)
-    largest = "; ".join(
-        f"{c['model']} {c['curve']} {number(c['percent'])}% at {rate(c['lr'])}" for c in worst
-    )
-    return [
-        "## The published formula of the rate",
-        "",
-        "LR = 5e-5 x 10 x (2000/hidden)^p with p 0.781 (Llama) and 0.0775 (Qwen). Over "
-        f"{len(costs)} curves of models whose hidden size is known, its regret against the best "
-        f"rate tried is {number(float(np.mean(values)))}% on average, "
-        f"{number(float(np.median(values)))}% in the median and {number(max(values))}% at most; "
-        f"{above} curves lie above the 0.5% that its authors claim. Largest: {largest}.",
-        "",
-        "The same law fitted to this table as the study fitted its own, by the least summed "
-        "interpolated loss:",
-        "",
-        *markdown(lines),
-        "",
-        f"{len(law['models_without_hidden_size'])} models without a published hidden size are left "
-        "out.",
-        "",
-    ]
+        fitted = [with_interval(at, rate), with_interval(p), str(v["models"])]
+        flags = ", ".join(v["flags"]) or "-"
+        rows.append([v["family"], *fitted, number(v["regret_percent"]), flags])
+    return {
+        "regrets": values,
+        "law": {
+            "mean": number(float(np.mean(values))),
+            "median": number(float(np.median(values))),
+            "most": number(max(values)),
+            "above": sum(v > 0.5 for v in values),
+            "largest": "; ".join(
+                f"{c['model']} {c['curve']} {number(c['percent'])}% at {rate(c['lr'])}"
+                for c in sorted(costs, key=lambda c: -c["percent"])[:3]
+            ),
+            "table": harness.table(rows),
+            "without": len(law["models_without_hidden_size"]),
+        },
+    }
 
 
-def _rl(path: Path) -> list[str]:
-    out = ["## Reinforcement learning: LoRA's rate over full fine-tuning's", ""]
+def _rl(path: Path) -> dict[str, Any]:
     rows = [["metric", "curve", "best LR [95%]", "accuracy there", "ratio [95%]", "flags"]]
+    ends = []
     for name, column in (
         ("best accuracy during the run", "best_eval_accuracy"),
         ("final accuracy", "final_eval_accuracy"),
@@ -234,83 +194,34 @@ def _rl(path: Path) -> list[str]:
         read = dataclasses.replace(read, table=read.table[read.table["model"] == RL_MODEL])
         ratios = {r["rank"]: r for r in commands.ratio(read)["ratios"]}
         for r in commands.fit(read):
-            e = ratios.get(r["rank"])
-            shown = "-" if e is None else with_interval(Estimate(e["ratio"], e["low"], e["high"]))
+            e, shown = ratios.get(r["rank"]), "-"
+            if e is not None:
+                shown = with_interval(Estimate(e["ratio"], e["low"], e["high"]))
+                ends += [] if e["high"] is None else [e["high"]]
             curve = "full fine-tuning" if r["rank"] is None else f"LoRA r{r['rank']}"
-            rows.append(
-                [
-                    name,
-                    curve,
-                    with_interval(Estimate(r["best_lr"], r["low"], r["high"]), rate),
-                    number(r["best_nll"]),
-                    shown,
-                    ", ".join(r["flags"]) or "-",
-                ]
-            )
-    out += [
-        f"{RL_MODEL}, GRPO, 50 steps, one seed; accuracy of {RL_BROKEN:g} and less counts as "
-        "diverged.",
-        "",
-        *markdown(rows),
-        "",
-    ]
-    high = [float(r[4].split("[")[1].split(",")[1].rstrip("]")) for r in rows[1:] if "[" in r[4]]
-    if high:
-        out += [
-            f"Highest upper end of the ratios: {number(max(high))}. "
-            + (
-                "10 lies outside all of them."
-                if max(high) < 10
-                else "10 is not excluded by all of them."
-            ),
-            "",
-        ]
+            best = with_interval(Estimate(r["best_lr"], r["low"], r["high"]), rate)
+            flags = ", ".join(r["flags"]) or "-"
+            rows.append([name, curve, best, number(r["best_nll"]), shown, flags])
     runs = reading.load(path)
     best, final = (
         runs[c].replace("", "nan").astype(float)
         for c in ("best_eval_accuracy", "final_eval_accuracy")
     )
-    late = int(((best >= 0.8 * best.max()) & (final < 0.1)).sum())
-    out += [
-        f"{late} of {len(runs)} runs of the table reached four fifths of the highest accuracy and "
-        "ended below 0.1 (late collapse): best and final accuracy rank rates differently, which is "
-        "why both are shown.",
-        "",
-    ]
-    return out
+    outside = max(ends, default=0.0) < 10
+    return {
+        "table": harness.table(rows),
+        "highest": number(max(ends)) if ends else "",
+        "excluded": f"10 {'lies outside' if outside else 'is not excluded by'} all of them.",
+        "late": int(((best >= 0.8 * best.max()) & (final < 0.1)).sum()),
+        "n_runs": len(runs),
+    }
 
 
-def _made(sweep: reading.Reading, tulu: Path, rl: Path) -> list[str]:
-    rows = commands.fit(sweep)
-    ranks = sorted({r["rank"] for r in rows})
-    unknown = "; ".join(
-        f"r{k} {sum(r['best_lr'] is None for r in rows if r['rank'] == k)} of "
-        f"{sum(r['rank'] == k for r in rows)}"
-        for k in ranks
-    )
-    repeats = sweep.table[sweep.table.duplicated(["model", "rank", "lr"], keep=False)]
-    arms = sorted(sweep.table["method"].unique())
-    lowest = float((repeats["lr"] == sweep.table["lr"].min()).mean())
-    return [
-        "## What these tables cannot decide",
-        "",
-        "- The ratio in supervised fine-tuning: the first table has the "
-        f"arm{'s' * (len(arms) > 1)} {', '.join(arms)} only.",
-        f"- The best rate of most curves. Without a known optimum, by rank: {unknown}.",
-        f"- Anything that needs the noise at the optimum: of {len(repeats)} repeated runs "
-        f"{100 * lowest:.0f}% are at the lowest rate.",
-        "",
-        f"Command: `python -m benchmarks public_evidence {tulu.name} {rl.name}`",
-    ]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Write the page from the two tables."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks public_evidence", description=__doc__
-    )
+    parser = argparse.ArgumentParser("python -m benchmarks public_evidence", description=__doc__)
     parser.add_argument("tulu3", type=Path)
     parser.add_argument("rl", type=Path)
-    parser.add_argument("--out", type=Path, default=RESULTS / "public_evidence.md")
-    args = parser.parse_args(argv)
-    args.out.write_text(render(args.tulu3, args.rl))
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "public_evidence.md")
+    options = parser.parse_args(arguments)
+    options.out.write_text(render(options.tulu3, options.rl))

@@ -1,5 +1,5 @@
-"""The numerical tests once more with the kernels that other processors choose: each set in a process
-of its own, since torch and MKL read these variables when they start."""
+"""The numerical tests once more with the kernels that other processors choose: each set in a new
+process, since torch and MKL read these variables when they start."""
 
 import os
 import re

@@ -1,6 +1,6 @@
 """Measure on simulated sweeps how often intervals contain the truth, also for simpler estimators.
 
-A cell is a family of shapes and a design; a case is a sweep of four curves with one shape.
+A condition is a family of shapes and a design; a case is a sweep of four curves with one shape.
 """
 
 import math
@@ -33,7 +33,7 @@ KINDS = (
 BATCH = 100
 """Number of sweeps fitted together."""
 WITH_BASELINES = 200
-"""Number of sweeps per cell to which the simpler estimators are applied as well."""
+"""Number of sweeps of a condition to which the simpler estimators are applied, too."""
 
 
 def covers(e: Estimate, truth: float) -> bool:
@@ -42,7 +42,7 @@ def covers(e: Estimate, truth: float) -> bool:
 
 
 def stream(*key: Any) -> np.random.Generator:
-    """Return a random stream for one cell; none was used to choose the model's constants."""
+    """Return a random stream for one condition; none was used to choose the model's constants."""
     return np.random.default_rng([77, *(int.from_bytes(str(k).encode()[:8], "big") for k in key)])
 
 
@@ -57,7 +57,7 @@ def middle(values: Sequence[float]) -> float | None:
 
 
 def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
-    """Fit one cell's sweeps; return how often answers contain the truth, and their errors."""
+    """Fit the sweeps of one condition; return how often answers contain the truth, and their errors."""
     rng = stream(
         "coverage", family, design.rates, design.factor, design.seeds, design.fresh, design.noise
     )
@@ -123,8 +123,8 @@ def _baselines(
 ) -> None:
     """Add the results of three simpler estimators to `rows`.
 
-    The best rate of the grid; a parabola through the five rates around it, with a bootstrap over
-    seeds; a least-squares parabola through all rates.
+    The best learning rate of the grid; a parabola through the five around it, with a bootstrap over
+    seeds; a least-squares parabola through all of them.
     """
     x = np.unique(curve.x[curve.usable])
     seeds = [s for s in np.unique(curve.seed) if (curve.usable & (curve.seed == s)).sum() == len(x)]
@@ -156,14 +156,14 @@ def _baselines(
 
 
 def _vertex(x: np.ndarray, y: np.ndarray, best: int) -> np.ndarray:
-    """Return the vertices of parabolas fitted to the five rates around the best one, [n].
+    """Return the vertices of parabolas fitted to the five learning rates around the best one, [n].
 
     NaN if a parabola opens downward.
 
     Args:
-        x: rates in ln(lr), [P].
+        x: learning rates in ln(lr), [P].
         y: losses, [n, P].
-        best: index of the best rate.
+        best: index of the best learning rate.
     """
     at = slice(max(0, best - 2), best + 3)
     if len(x[at]) < 3:

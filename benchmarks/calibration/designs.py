@@ -1,8 +1,8 @@
 """Count the runs that a design needs for an interval: plain grids against two stages.
 
-A plain grid runs every seed at all rates. A design in two stages, as the sweeps have it, runs one
-seed at all rates, and fresh seeds around the best rate only. Both are simulated with planted
-optima and fitted like real sweeps of full fine-tuning and one rank (as `lr_ratio` at tiny).
+A plain grid runs every seed at all learning rates. A design in two stages, as in the sweeps, runs
+one seed at all learning rates, and fresh seeds around the best one only. Both are simulated with
+known optima and fitted like real sweeps of full fine-tuning and one rank (as `lr_ratio` at tiny).
 """
 
 import math
@@ -38,15 +38,15 @@ OTHERS = (
     Design(7, 1.6, 1, 3, NOISE, 2, 3),
     Design(7, 1.6, 3, 0, NOISE, 2),
 )
-"""The equal-cost rule's, wider first stages, and a plain grid whose user knows the place better."""
+"""The equal-cost rule's, wider first stages, and a plain grid of a user who knows the optimum better."""
 WITH_GAPS = 60
-"""Number of sweeps per cell of which the gaps in loss are measured, which is slow."""
+"""Number of sweeps of a condition of which the gaps in loss are measured, which is slow."""
 NEAR, KNOWN, UNKNOWN = 1.25, 2.0, 4.0
-"""The optimum lies at most this factor from the middle of the rates, such as a neighbour's best."""
+"""The optimum lies at most this factor from the middle of the learning rates."""
 
 
 def designs_tried() -> Iterator[tuple[str, Design, float]]:
-    """Yield the cells' family, design, and how far off the middle the optimum lies at most."""
+    """Yield each condition: family, design, and the optimum's largest distance from the middle."""
     for family in FAMILIES:
         for design in (*PLAIN, REGIME, LR_RATIO, *OTHERS):
             yield family, design, KNOWN
@@ -111,8 +111,8 @@ def supported(ratio: Estimate, scale: float) -> bool:
 def _gaps(optima: Sequence[Optimum], staged: bool) -> list[Estimate]:
     """Return each rank's loss - full fine-tuning's at their best rates, paired by seed, in nats.
 
-    As `analysis.measures.ratio.gaps` has it: where fresh seeds are, the first one, which chose the
-    rates, does not count. In a plain grid all seeds chose them, and all count.
+    As in `analysis.measures.ratio.gaps`: where there are fresh seeds, the first seed, which selected
+    the learning rates, does not count. In a plain grid all seeds selected them, and all count.
     """
     full, *lora = losses_at_best(optima)
     chose = {0} if staged else set()

@@ -12,7 +12,7 @@ from benchmarks.calibration.designs import KNOWN, LR_RATIO, PLAIN, REGIME
 
 Row = dict[str, Any]
 OF = {"ratio": ("the ratio", LR_RATIO), "gap": ("the gap in loss", REGIME)}
-"""What sweeps measure, in words, and the design of the sweep that does."""
+"""What a sweep measures, in words, and the design of that sweep."""
 AIM = 0.5
 """Of the runs of a plain grid with the same interval."""
 LEAST_SEEDS = 2.0
@@ -62,7 +62,7 @@ def plain_seeds(width: float, plain: Sequence[Sequence[Row]], of: str) -> float:
 
     Args:
         width: half-width.
-        plain: cells of each plain grid, with more and more seeds.
+        plain: conditions of each plain grid, with more and more seeds.
         of: "ratio" or "gap".
     """
     if not math.isfinite(width) or len(plain) < 2:
@@ -107,7 +107,7 @@ def _target(designs: dict[str, list[Row]], of: str) -> list[str]:
 
 
 def _plain(designs: dict[str, list[Row]]) -> list[list[Row]]:
-    """Return the cells of the plain grids that others are counted in."""
+    """Return the conditions of the plain grids that other designs are compared with."""
     grids = {_name(d.__dict__) for d in PLAIN}
     return [cells for name, cells in designs.items() if name in grids]
 

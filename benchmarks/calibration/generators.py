@@ -14,7 +14,7 @@ from analysis.optimum.valley import linex
 from analysis.runs.lr_curves import LrCurve
 
 MARGIN = (7.1, 14.1)
-"""Of the claim that planted sweeps are judged by: the ratio is about 10."""
+"""Margin of the claim by which simulated sweeps are judged: the ratio is about 10."""
 Shape = Callable[[np.ndarray], np.ndarray]
 
 
@@ -85,8 +85,8 @@ FAMILIES: dict[str, Callable[[np.random.Generator], Shape]] = {
     "unequal": _linex,
     "collapse": _linex,
 }
-"""Families of shapes by name. `cliff`: every run above a rate 1.2 to 3 times the optimum diverges.
-`unequal`: the noise grows as lr^0.7. `collapse`: above a rate 3 to 12 times the optimum, the loss
+"""Families of shapes by name. `cliff`: every run above a learning rate 1.2 to 3 times the optimum diverges.
+`unequal`: the noise grows as lr^0.7. `collapse`: above a learning rate 3 to 12 times the optimum, the loss
 is 0.8 to 10 nats higher, but the run is not reported as diverged."""
 INSIDE = ("linex", "parabola")
 """Families that belong to the fitted one (LINEX)."""
@@ -100,11 +100,11 @@ class Design:
 
     rates: int
     factor: float
-    """Between neighbouring rates."""
+    """Between neighbouring learning rates."""
     seeds: int
     """Over the whole grid."""
     fresh: int = 0
-    """More seeds, around the best rate only."""
+    """More seeds, around the best learning rate only."""
     noise: float = 1e-3
     """Standard deviation of one run, in nats."""
     curves: int = 4
@@ -134,8 +134,8 @@ def plant(
             negative: beyond it.
         steep: range of the curvature at the optimum, in nats per unit of ln(lr) squared, drawn
             uniformly in its logarithm.
-        paired: a seed shifts the losses of all curves alike, as it does where arms share batches;
-            otherwise each curve's by a shift of its own.
+        paired: a seed shifts the losses of all curves by the same amount, as where arms share batches;
+            otherwise each curve by another one.
     """
     x = np.arange(design.rates) * math.log(design.factor) - 8.0
     step = math.log(design.factor)

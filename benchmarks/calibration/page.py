@@ -20,9 +20,9 @@ FOLDER = RESULTS / "calibration"
 FINE = 2.0
 """The targets for coverage apply up to this spacing of the rates, as a factor."""
 Row = dict[str, Any]
-"""One cell of the calibration."""
+"""Figures of one condition of the calibration."""
 Study = dict[str, Any]
-"""The content of calibration.json: lists of cells by kind, and how long it took."""
+"""The content of calibration.json: lists of conditions by kind, and how long it took."""
 HEAD = ["requirement", "target", "measured", "met"]
 
 
@@ -150,7 +150,7 @@ _COVERAGE = ("coverage", "coverage_value", "coverage_bound", "ratio_coverage")
 
 
 def _cell(cells: Sequence[Row], key: str) -> str:
-    """Format the mean of one number over cells."""
+    """Format the mean of one number over conditions."""
     value = _mean(cells, key)
     if key == "valued":
         return _percent(value, 0)

@@ -77,9 +77,9 @@ def verdicts(family: str, ratio: float, design: Design, cases: int) -> dict[str,
 
 
 def flags(family: str, where: str, cases: int) -> dict[str, Any]:
-    """Count how often the flags at the edge of the rates are right.
+    """Count how often the flags at the edge of the learning rates are right.
 
-    True optima lie at least 1.5 grid spacings inside the rates tried, or 0.5 to 1.5 beyond an end.
+    True optima lie at least 1.5 grid spacings inside the learning rates tried, or 0.5 to 1.5 beyond an end.
     """
     rng = stream("flags", family, where)
     design = Design(7, 2.0, 2, noise=1e-3)
@@ -131,7 +131,7 @@ def sharing(family: str, rates: int, factor: float, noise: float, cases: int) ->
 def _related(
     family: str, rates: int, factor: float, noise: float, rng: np.random.Generator
 ) -> tuple[list[LrCurve], np.ndarray]:
-    """Simulate six ranks of one shape, curvatures within 20%: two at seven rates, four at fewer."""
+    """Simulate six ranks of one shape, curvatures within 20%: two at seven learning rates, four at fewer."""
     steep = math.exp(rng.uniform(math.log(0.05), math.log(0.2)))
     curves, truths = plant(
         family,
@@ -153,7 +153,7 @@ def _related(
 
 
 def tasks(cases: int) -> list[tuple[Any, ...]]:
-    """List all cells of the calibration."""
+    """List all conditions of the calibration: a function and its arguments."""
     cells: list[tuple[Any, ...]] = [
         (coverage, f, dataclasses.replace(d, noise=s), cases)
         for f in FAMILIES
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the calibration and write its numbers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks calibration", description=__doc__)
     parser.add_argument(
-        "--cases", type=int, default=500, help="sweeps per cell, each with four optima"
+        "--cases", type=int, default=500, help="sweeps of a condition, each with four optima"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(

@@ -185,7 +185,7 @@ def spread(steps):
     ],
     ids=["2 to 1", "4 to 2 to 1"],
 )
-def test_killed_it_goes_on_with_fewer_processes_from_where_it_was(tmp_path, sizes, steps):
+def test_killed_it_resumes_with_fewer_processes(tmp_path, sizes, steps):
     result, records = killed_and_resumed(tmp_path, sizes, steps)
     cli(*LONG, f"steps={steps}", f"exec.runs_dir={tmp_path}/whole", cwd=tmp_path)
     store = RunStore(tmp_path / "whole")

@@ -503,11 +503,11 @@ def test_a_mirror_has_a_run_a_customer(world, monkeypatch):
     assert group == "fleet-customers" and len({p.arm for p in points}) == len(points) == 5
 
 
-def test_a_fleet_from_before_its_folder_kept_rules_goes_on_by_those_of_then(
+def test_a_fleet_whose_folder_kept_no_rules_resumes_by_the_rules_of_its_runs(
     world, tmp_path, capsys
 ):
-    """Its runs have the ids of then (tests/unit/fleet/test_members.py), and its folder says nothing:
-    nothing is trained anew, and the form of its scale is kept from then on."""
+    """Its runs keep their ids (tests/unit/fleet/test_members.py), although its folder names no rules:
+    nothing is trained again, and the prompt form of its scale is kept from then on."""
     of_scale = {"template": "Question: {prompt}\nAnswer: ", "render": "role_eos"}
     rules = {**of_scale, "mask": None, "split": "row", "layers": "attention+mlp+unembedding"}
     world.folder.mkdir(parents=True)

@@ -30,7 +30,7 @@ REWARDED = (
 
 
 def start(*args, cwd):
-    """Start the command in a process group of its own."""
+    """Start the command in a new process group."""
     return subprocess.Popen(
         [sys.executable, "-m", "lorasweep", *args],
         cwd=cwd,

@@ -25,8 +25,8 @@ def test_one_update_has_the_gradient_of_trls_grpo(tmp_path):
     spec, base, loaded = world("words", method=FullFT())
     model = base.model
     # of one length: TRL counts positions from the padding, whose rotations round differently
-    alike = [r for r in loaded.train(0, 0, 200) if len(prompt_of(r)) == 11][:PROMPTS]
-    rows = {trl.text_of(r): r for r in alike}
+    equal = [r for r in loaded.train(0, 0, 200) if len(prompt_of(r)) == 11][:PROMPTS]
+    rows = {trl.text_of(r): r for r in equal}
     seen, grads = [], []
     of = loaded.rewards.of
 

@@ -118,7 +118,7 @@ class Storm:
         part = self.random.choice(["cluster.partition=scavenge", "cluster.partition=main"])
         return start(self.cwd, *self.target.sweep, *CLUSTER, part, trainer=self.target.trainer)
 
-    def blow(self, seconds):
+    def disturb(self, seconds):
         """Disturb the sweep for `seconds`, and at least two rounds; then let it end."""
         started, runs = time.monotonic(), self.target.runs
         output = self.ask().communicate()[0]
@@ -155,15 +155,15 @@ class Seen:
 
 def compare(slurm, folder, target, seconds, seed=1):
     """Run the sweep uninterrupted, and in a storm; return what differs."""
-    calm, wild = Path(folder) / "calm", Path(folder) / "wild"
+    whole, wild = Path(folder) / "whole", Path(folder) / "wild"
     wild.mkdir()
-    (calm / "runs").mkdir(parents=True)
-    (calm / "runs" / GO).touch()
-    output = start(calm, *target.sweep, trainer=target.trainer).communicate()[0]
-    assert len(results(calm)) == target.runs, output
+    (whole / "runs").mkdir(parents=True)
+    (whole / "runs" / GO).touch()
+    output = start(whole, *target.sweep, trainer=target.trainer).communicate()[0]
+    assert len(results(whole)) == target.runs, output
     storm = Storm(slurm, wild, target, seed)
-    storm.blow(seconds)
-    a, b = curves(calm), curves(wild)
+    storm.disturb(seconds)
+    a, b = curves(whole), curves(wild)
     counts = Counter(map(len, attempts(wild).values()))
     different = sorted(rid for rid in a.keys() | b.keys() if a.get(rid) != b.get(rid))
     return Seen(

@@ -1,4 +1,4 @@
-"""What a cluster does to jobs: whatever it is, every run ends, once, with the curve of a calm run."""
+"""Jobs that a cluster interrupts: every run ends once, with the curve of an uninterrupted run."""
 
 import json
 import os
@@ -36,7 +36,7 @@ EIGHT_JOBS = (
     "exec.checkpoint_s=0.1",
 )
 SLOWLY = ("steps=1000", "exec.checkpoint_s=0.1")
-BLOWS = (
+HARMS = (
     "time limit",
     "preempted with grace",
     "preempted at once",
@@ -80,17 +80,17 @@ def test_a_submitted_sweep_is_preempted_requeued_and_answered(queue, tmp_path):
 
 
 @pytest.mark.full
-def test_eight_interrupted_jobs_go_on_with_the_same_curves(queue, tmp_path):
-    """One submission, one job a node, one kind of blow a job."""
-    calm, there = tmp_path / "calm", tmp_path / "there"
-    train_here(calm, *EIGHT_JOBS)
+def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
+    """One submission, one job a node, one kind of harm a job."""
+    whole, there = tmp_path / "whole", tmp_path / "there"
+    train_here(whole, *EIGHT_JOBS)
     with queue.closed():
         ask(there, *EIGHT_JOBS, *FAST, "cluster.runs_per_job=2", "cluster.warn_s=50", trainer=HELD)
         (sent,) = submitted(there)
         assert sent.arrays == [5, 3]
-        jobs = dict(zip(BLOWS, sent.jobs, strict=True))
+        jobs = dict(zip(HARMS, sent.jobs, strict=True))
         queue.update(f"jobid={jobs['preempted with grace']}", "partition=scavenge")
-    runs = dict(zip(BLOWS, sent.tasks, strict=True))
+    runs = dict(zip(HARMS, sent.tasks, strict=True))
     everything = [rid for pair in runs.values() for rid in pair]
     assert len(everything) == 16
     wait_for(lambda: all(_held_with_a_checkpoint(there, rid) for rid in everything))
@@ -101,8 +101,8 @@ def test_eight_interrupted_jobs_go_on_with_the_same_curves(queue, tmp_path):
     limit = queue.minutes_run(jobs["time limit"]) + 2
     queue.update(f"jobid={jobs['time limit']}", f"timelimit={limit}")
     queue.update(f"nodename={where[jobs['node failed']]}", "state=down", "reason=test")
-    for blow in ("preempted with grace", "preempted at once"):
-        node = where[jobs[blow]]
+    for harm in ("preempted with grace", "preempted at once"):
+        node = where[jobs[harm]]
         queue.command("sbatch", "-purgent", f"-w{node}", "-c2", "-o/dev/null", "--wrap", "true")
     queue.command("scontrol", "requeue", jobs["requeued"])
     queue.command("scancel", jobs["cancelled"])
@@ -116,17 +116,17 @@ def test_eight_interrupted_jobs_go_on_with_the_same_curves(queue, tmp_path):
     (there / "runs" / GO).touch()
     queue.drain()
 
-    assert len(results(there)) == 16 and curves(there) == curves(calm)
-    for blow, pair in runs.items():
+    assert len(results(there)) == 16 and curves(there) == curves(whole)
+    for harm, pair in runs.items():
         for rid in pair:
             ends = attempts(there)[rid]
-            assert len(ends) >= 2 and "failed" not in ends.values(), (blow, ends)
+            assert len(ends) >= 2 and "failed" not in ends.values(), (harm, ends)
             last = read_json(there / f"runs/{rid}/attempts/{max(ends)}/env.json")
-            assert (last["resumed_from_step"] or 0) >= FREE_STEPS, (blow, last)
+            assert (last["resumed_from_step"] or 0) >= FREE_STEPS, (harm, last)
             assert not (there / f"runs/{rid}/checkpoint").exists()
-    log = sent.log(BLOWS.index("time limit"))
+    log = sent.log(HARMS.index("time limit"))
     assert "stopped by SIGUSR2;" in log and "queued again" in log
-    lost = {rid for blow in ("cancelled", "job killed") for rid in runs[blow]}
+    lost = {rid for harm in ("cancelled", "job killed") for rid in runs[harm]}
     again = [rid for s in submitted(there)[1:] for task in s.tasks for rid in task]
     assert sorted(again) == sorted(lost)  # the job that followed sent what was lost, and no more
 
