@@ -7,7 +7,7 @@ SCALE ?= tiny
 # Tests that share a resource (a Slurm, a browser) are a group and run in one process.
 PARALLEL := -n $(or $(JOBS),2) --dist loadgroup
 
-.PHONY: help run small weights test test-fast lint nightly bench calibrate bases slurm-up slurm-down bench-slurm storm clean
+.PHONY: help run small weights test test-fast test-full lint nightly bench calibrate bases slurm-up slurm-down bench-slurm storm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -37,11 +37,14 @@ data/gsm8k/train.jsonl: | $(VENV)/.installed ## GSM8K as JSON Lines, from the hu
 	mkdir -p data/gsm8k
 	$(BIN)/python -c "import datasets; [datasets.load_dataset('openai/gsm8k', 'main', split=s).to_json(f'data/gsm8k/{s}.jsonl') for s in ('test', 'train')]"
 
-test: lint ## run lint and all tests in two processes, the numerical ones also with kernels of other processors
+test: lint ## run lint and the tests in two processes (eight minutes), with a Slurm and other processors' kernels
+	$(BIN)/python -m pytest $(PARALLEL) -m "not full and not nightly"
+
+test-full: lint ## run lint and all tests that take less than an hour together (forty minutes)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not nightly"
 
 test-fast: $(VENV)/.installed ## the tests that train nothing or a few steps (about a minute)
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not real and not gpu" tests/unit tests/test_architecture.py
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not full and not real and not gpu" tests/unit tests/test_architecture.py
 
 lint: $(VENV)/.installed ## check style, format and types
 	$(BIN)/ruff check .
@@ -51,20 +54,16 @@ lint: $(VENV)/.installed ## check style, format and types
 nightly: weights storm ## the long versions (about seven hours): storm, bases made anew, a calibration
 	$(BIN)/python -m lorasweep.cli.bases --check
 	$(BIN)/python -m pytest $(PARALLEL)
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.validation.calibration --cases $(or $(CASES),500) --out build/calibration
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks calibration --cases $(or $(CASES),500) --out build/calibration
 
 bench: weights data/gsm8k/train.jsonl ## measure on an idle machine, and write analysis/results/bench and the README's table
 	$(BIN)/pip install --quiet -e '.[bench]'
-	$(BIN)/python -m lorasweep.bench analysis/results/bench/bench.json
-	$(BIN)/python -m analysis.validation.bench
-	$(BIN)/python -m lorasweep.bench.rewards analysis/results/bench/rewards.json
-	$(BIN)/python -m analysis.validation.rewards
-	$(BIN)/python -m lorasweep.bench.fleet analysis/results/bench/fleet.json
-	$(BIN)/python -m analysis.validation.fleet
+	$(BIN)/python -m benchmarks speed
+	$(BIN)/python -m benchmarks rewards
+	$(BIN)/python -m benchmarks fleet
 
 calibrate: $(VENV)/.installed ## fit and judge simulated sweeps (about forty minutes on two cores), and write their page
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m analysis.validation.calibration --cases $(or $(CASES),500)
-	$(BIN)/python -m analysis.validation.calibration_page
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks calibration --cases $(or $(CASES),500)
 
 bases: $(VENV)/.installed ## retrain the shipped base models from their recipes (about two hours)
 	$(BIN)/python -m lorasweep.cli.bases
@@ -76,7 +75,7 @@ slurm-down: ## stop that Slurm, and delete its files
 	@slurm/one_machine/stop.sh --wipe
 
 bench-slurm: $(VENV)/.installed ## measure the time that a cluster adds: on a login node, or after make slurm-up
-	$(BIN)/python -m lorasweep.bench.cluster analysis/results/bench/slurm.json
+	$(BIN)/python -m benchmarks cluster
 
 storm: $(VENV)/.installed ## run a sweep of 200 runs under preemptions, node failures and kills (twenty minutes)
 	$(BIN)/python -m tests.slurm.storm --minutes $(or $(MINUTES),20)

@@ -7,6 +7,7 @@ alone (`if TYPE_CHECKING:`) do not count.
 """
 
 import ast
+import graphlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -87,35 +88,10 @@ def grouped(graph: Graph, group) -> Graph:
     return {name: reached - {name} for name, reached in found.items()}
 
 
-def circles(graph: Graph) -> list[list[str]]:
-    """Groups of nodes that all reach each other (strongly connected components), sorted."""
-    order: list[str] = []
-
-    def walk(start: str, edges: Graph, seen: set[str], out: list[str]) -> None:
-        stack = [(start, iter(sorted(edges.get(start, ()))))]
-        seen.add(start)
-        while stack:
-            node, rest = stack[-1]
-            following = next((n for n in rest if n not in seen), None)
-            if following is None:
-                out.append(node)
-                stack.pop()
-            else:
-                seen.add(following)
-                stack.append((following, iter(sorted(edges.get(following, ())))))
-
-    seen: set[str] = set()
-    for node in sorted(graph):
-        if node not in seen:
-            walk(node, graph, seen, order)
-    backwards: Graph = {}
-    for node, reached in graph.items():
-        for other in reached:
-            backwards.setdefault(other, set()).add(node)
-    found, seen = [], set()
-    for node in reversed(order):
-        if node not in seen:
-            group: list[str] = []
-            walk(node, backwards, seen, group)
-            found += [sorted(group)] if len(group) > 1 else []
-    return sorted(found)
+def circle(graph: Graph) -> list[str]:
+    """A circle of nodes, the first one also at the end; empty if there is none."""
+    try:
+        graphlib.TopologicalSorter({name: sorted(graph[name]) for name in sorted(graph)}).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []

@@ -1,6 +1,7 @@
-"""The rules of the house: which way rooms depend, who may import what, docstrings, words.
+"""Rules of the code: which way rooms depend, which packages they import, docstrings and names.
 
-A room is a folder of `lorasweep` or `analysis`. Every import counts (tests/imports.py).
+A room is a folder of `lorasweep` or `analysis`; `benchmarks` may import both, and only tests import
+it. Every import counts, wherever it stands (tests/imports.py).
 """
 
 import ast
@@ -10,12 +11,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from tests import imports
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = [p for house in ("lorasweep", "analysis") for p in sorted((ROOT / house).rglob("*.py"))]
+HOUSES = ("lorasweep", "analysis", "benchmarks")
+FILES = [p for house in HOUSES for p in sorted((ROOT / house).rglob("*.py"))]
 PATHS = {imports.module_name(p, ROOT): str(p.relative_to(ROOT)) for p in FILES}
 TREES = {module: ast.parse((ROOT / path).read_text()) for module, path in PATHS.items()}
 GRAPH = imports.graph_of(TREES)
@@ -35,7 +35,7 @@ ORDER = {
         ["launch"],
         ["config"],
         ["cli"],
-        ["bench", "__main__"],
+        ["__main__"],
     ],
     "analysis": [
         ["runs"],
@@ -45,7 +45,7 @@ ORDER = {
         ["questions"],
         ["report"],
         ["tables"],
-        ["validation", "__main__"],
+        ["__main__"],
     ],
 }
 RANK = {
@@ -55,11 +55,9 @@ RANK = {
     for room in rooms
 } | {"lorasweep": -1, "analysis": -1}
 DOOR = "lorasweep.cli.answer"  # the only module of lorasweep that reaches `analysis`
-STRANGERS = {
-    "lorasweep.train": r"lorasweep\.(store\.(?!checkpoint)|plan|tracking|sweep|methods\.(lora|fullft))\b"
-}
+NOT_IN_TRAIN = r"lorasweep\.(store\.(?!checkpoint)|plan|tracking|sweep|methods\.(lora|fullft))\b"
 
-TORCH = r"lorasweep/(train|models|methods|bench)/|lorasweep/launch/(trainer|measure_packs)\.py"
+TORCH = r"lorasweep/(train|models|methods)/|lorasweep/launch/(trainer|measure_packs)\.py"
 ONLY_IN = {
     "hydra": r"lorasweep/(config/.*|__main__)\.py",
     "omegaconf": r"lorasweep/(config/.*|__main__)\.py",
@@ -68,10 +66,10 @@ ONLY_IN = {
     "rich": r"lorasweep/cli/",
     "torch": TORCH,
     "transformers": TORCH,
-    "peft": r"lorasweep/bench/",
-    "trl": r"lorasweep/bench/",
-    "tokenizers": r"lorasweep/bench/",
-    "datasets": r"lorasweep/(data|bench)/",
+    "peft": "$",
+    "trl": "$",
+    "tokenizers": "$",
+    "datasets": r"lorasweep/data/",
     "safetensors": TORCH + r"|lorasweep/(methods|store|cli)/",
     "matplotlib": r"analysis/report/plots\w*\.py",
     "plotly": r"analysis/report/interactive/",
@@ -90,57 +88,42 @@ def room(module):
     return ".".join(module.split(".")[:2])
 
 
+def house(module):
+    return module.split(".")[0]
+
+
 def report(found):
     """Fail with all violations, one a line."""
     assert not found, "\n".join([f"{len(found)} found:", *sorted(found)])
 
 
-def test_every_room_is_in_the_order():
-    assert {room(m) for m in PATHS} <= RANK.keys()
-
-
 def test_rooms_depend_only_downwards():
-    upward = {
-        f"{module} -> {reached}"
-        for module, others in GRAPH.items()
-        for reached in others
-        if module.split(".")[0] == reached.split(".")[0]
-        and room(module) != room(reached)
-        and RANK[room(reached)] >= RANK[room(module)]
-    }
-    report(upward)
+    arrows = [(m, r) for m, others in GRAPH.items() for r in others if house(m) == house(r)]
+    inside = [(m, r) for m, r in arrows if room(m) != room(r) and house(m) != "benchmarks"]
+    assert {room(m) for m in PATHS if house(m) != "benchmarks"} <= RANK.keys()
+    report([f"{m} -> {r}" for m, r in inside if RANK[room(r)] >= RANK[room(m)]])
 
 
-def test_no_circles_of_files():
-    report([m for circle in imports.circles(GRAPH) for m in circle])
+def test_no_circles_of_files_or_folders():
+    assert imports.circle(GRAPH) == []
+    assert imports.circle(imports.grouped(GRAPH, room)) == []
 
 
-def test_no_circles_of_folders():
-    folders = imports.grouped(GRAPH, room)
-    report([r for circle in imports.circles(folders) for r in circle])
-
-
-def test_the_two_houses_meet_at_one_door():
+def test_the_packages_meet_at_one_module_and_know_no_benchmarks():
+    arrows = [(m, r) for m, others in GRAPH.items() for r in others if house(m) != house(r)]
     report(
         [
-            f"{module} -> {reached}"
-            for module, others in GRAPH.items()
-            for reached in others
-            if module.split(".")[0] != reached.split(".")[0]
-            and not (module == DOOR and reached.startswith("analysis."))
-        ],
+            f"{m} -> {r}"
+            for m, r in arrows
+            if house(m) != "benchmarks" and not (m == DOOR and house(r) == "analysis")
+        ]
     )
 
 
 def test_the_loop_knows_no_store_and_no_method():
-    report(
-        [
-            f"{module} -> {reached}"
-            for module, others in GRAPH.items()
-            for reached in others
-            if re.match(STRANGERS.get(room(module), "$"), reached)
-        ]
-    )
+    arrows = [(m, r) for m, others in GRAPH.items() for r in others]
+    in_train = [(m, r) for m, r in arrows if room(m) == "lorasweep.train"]
+    report([f"{m} -> {r}" for m, r in in_train if re.match(NOT_IN_TRAIN, r)])
     text = (ROOT / "lorasweep/train/loop.py").read_text()
     assert not re.search(r"['\"](lora|fullft|sft)['\"]", text)
 
@@ -148,6 +131,8 @@ def test_the_loop_knows_no_store_and_no_method():
 def test_packages_are_imported_only_where_they_belong():
     found = []
     for module, path in PATHS.items():
+        if house(module) == "benchmarks":
+            continue
         for package in imports.packages(TREES[module]) & ONLY_IN.keys():
             if not re.match(ONLY_IN[package], path):
                 found.append(f"{path}: {package}")
@@ -161,11 +146,10 @@ def test_packages_are_imported_only_where_they_belong():
     report(found)
 
 
-@pytest.mark.parametrize("house", ORDER)
-def test_importing_everything_but_the_training_side_imports_no_torch(house):
+def test_importing_everything_but_the_training_side_imports_no_torch():
     """In one process: what plans, launches, asks and answers starts in a second."""
-    heavy = r"lorasweep\.(train|models|bench|methods\.stacked)\b"
-    modules = [m for m in PATHS if m.startswith(house) and not re.match(heavy, m)]
+    heavy = r"lorasweep\.(train|models|methods\.stacked)\b|benchmarks\b"
+    modules = [m for m in PATHS if not re.match(heavy, m)]
     code = (
         f"import sys, importlib\nfor m in {sorted(modules)!r}: importlib.import_module(m)\n"
         "bad = {'torch', 'transformers', 'wandb', 'submitit'} & set(sys.modules)\n"
@@ -174,12 +158,9 @@ def test_importing_everything_but_the_training_side_imports_no_torch(house):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
-def test_modules_are_named_by_what_they_hold():
-    report([p for p in PATHS.values() if Path(p).stem in NOUNS_OF_NOTHING])
-
-
-def test_modules_and_public_names_say_what_they_do():
-    found = [module for module, tree in TREES.items() if not ast.get_docstring(tree)]
+def test_modules_and_public_names_are_described_and_named_by_what_they_hold():
+    found = [p for p in PATHS.values() if Path(p).stem in NOUNS_OF_NOTHING]
+    found += [module for module, tree in TREES.items() if not ast.get_docstring(tree)]
     for module, tree in TREES.items():
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
@@ -223,9 +204,9 @@ def test_names_are_standard_words():
     report(list(words.elements()))
 
 
-def test_the_graph_sees_every_kind_of_import_and_circle():
-    """The instrument itself, on planted files: a circle hidden in a function and in a string."""
-    trees = {
+def test_the_graph_sees_every_kind_of_import():
+    """Planted files: a circle hidden in a function, an f-string, a registry and a command."""
+    texts = {
         "a.top": "from a.low import x",
         "a.low": "def f():\n    import importlib\n    importlib.import_module(f'a.plug.{f}')",
         "a.plug.one": "REGISTRY = {'two': 'a.plug.two:make'}",
@@ -233,9 +214,10 @@ def test_the_graph_sees_every_kind_of_import_and_circle():
         "a.types": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from a.top import y",
         "a.free": "'a.top is only prose here'",
     }
-    graph = imports.graph_of({name: ast.parse(text) for name, text in trees.items()})
+    graph = imports.graph_of({name: ast.parse(text) for name, text in texts.items()})
     assert graph["a.low"] == {"a.plug.one", "a.plug.two"}
     assert graph["a.types"] == graph["a.free"] == set()
-    assert imports.circles(graph) == [["a.low", "a.plug.one", "a.plug.two", "a.top"]]
+    assert graph["a.plug.one"] == {"a.plug.two"}
+    assert set(imports.circle(graph)) >= {"a.low", "a.plug.two", "a.top"}
     rooms = imports.grouped(graph, lambda m: m.rpartition(".")[0])
-    assert imports.circles(rooms) == [["a", "a.plug"]]
+    assert set(imports.circle(rooms)) == {"a", "a.plug"}

@@ -1,5 +1,5 @@
-"""The numerical tests once more with the kernels that other processors choose: each set in a process
-of its own, since torch and MKL read these variables when they start."""
+"""The numerical tests once more with the kernels that other processors choose: each set in a new
+process, since torch and MKL read these variables when they start."""
 
 import os
 import re
@@ -11,13 +11,17 @@ import torch
 
 from tests.world import ROOT
 
+FULL = pytest.mark.full
 KERNELS = {
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"},
     "DEFAULT": {"ATEN_CPU_CAPABILITY": "default"},
 }
 """torch's name of a set of kernels: what chooses it."""
 ROOMS = ("tests/unit/train", "tests/unit/methods")
-FEWEST = 20
+LONG = "(ten_updates or stops_where_it_would or it_is_done)"
+"""Tests of many updates: the rest of them takes about twenty seconds a set."""
+PARTS = [pytest.param(f"not {LONG}", 15, id="short"), pytest.param(LONG, 3, id="long", marks=FULL)]
+"""Which tests, and how many there are at least."""
 
 
 @pytest.mark.slow
@@ -25,12 +29,13 @@ FEWEST = 20
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
     reason="this processor has no AVX2, so it has one set of kernels",
 )
+@pytest.mark.parametrize("part, fewest", PARTS)
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_numerical_tests_pass_with_other_kernels(kernels):
+def test_numerical_tests_pass_with_other_kernels(kernels, part, fewest):
     """On moved weights alone: the tests themselves, run with this processor's kernels, have both."""
-    options = ("-m", "numerics", "-k", "not unmoved", "-p", "no:cacheprovider", "--durations=0")
+    chosen = ("-m", "numerics", "-k", f"not unmoved and {part}")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *ROOMS],
+        [sys.executable, "-m", "pytest", *chosen, "-p", "no:cacheprovider", *ROOMS],
         cwd=ROOT,
         env={
             **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
@@ -42,4 +47,4 @@ def test_numerical_tests_pass_with_other_kernels(kernels):
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert f"kernels: {kernels}\n" in done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= FEWEST
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= fewest

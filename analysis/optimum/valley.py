@@ -15,7 +15,7 @@ and an interval does not shrink below the uncertainty of the shape, however smal
 remains the minimum, since w adds neither height nor slope there.
 
 tau (misfit) and sigma (noise of one run, in nats) are shared by the curves of a sweep and averaged
-over their posterior. Constants were chosen on the generators of analysis/validation/calibration.py
+over their posterior. Constants were chosen on the generators of benchmarks/calibration
 with other seeds than those of the kept calibration, which tests them.
 """
 

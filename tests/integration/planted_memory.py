@@ -16,7 +16,7 @@ ERROR = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capac
 ROOM = 1
 """Rows that fit."""
 BACKWARDS = 5
-"""Backward passes that succeed before, so that there is a checkpoint to go on from."""
+"""Backward passes that succeed before, so that there is a checkpoint to resume from."""
 
 
 def trainer(pack, exec_, resume):

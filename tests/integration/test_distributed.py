@@ -176,6 +176,7 @@ def spread(steps):
     return next(10.0**-k for k in range(15, 0, -1) if same(*found, 10.0**-k))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("sizes", "steps"),
     [
@@ -184,7 +185,7 @@ def spread(steps):
     ],
     ids=["2 to 1", "4 to 2 to 1"],
 )
-def test_killed_it_goes_on_with_fewer_processes_from_where_it_was(tmp_path, sizes, steps):
+def test_killed_it_resumes_with_fewer_processes(tmp_path, sizes, steps):
     result, records = killed_and_resumed(tmp_path, sizes, steps)
     cli(*LONG, f"steps={steps}", f"exec.runs_dir={tmp_path}/whole", cwd=tmp_path)
     store = RunStore(tmp_path / "whole")
@@ -200,6 +201,7 @@ def test_killed_it_goes_on_with_fewer_processes_from_where_it_was(tmp_path, size
     assert result["resumed_in_other_company"] and not store.result(rid)["resumed_in_other_company"]
 
 
+@pytest.mark.full
 def test_memory_that_runs_out_in_one_process_halves_the_rows_of_all(tmp_path):
     """The others wait in a collective meanwhile, so all are started again. Rows are joined, two and
     then one a forward pass; the run is that of one process, which lays its rows out otherwise."""

@@ -16,6 +16,7 @@ from analysis.report import front_page
 from analysis.report.study import answers
 from analysis.report.study import page as study_page
 from tests.customers import make_base, write_rows
+from tests.integration.conftest import SMOKE
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
@@ -34,7 +35,6 @@ MAY_REFUSE = {
     "customers=customers.csv": "the file is not there",
 }
 COMMAND = re.compile(r"^python -m (lorasweep|analysis)\b(.*)$", re.MULTILINE)
-SMOKE = ("+sweep=lr_ratio", "scale=smoke")
 
 
 def documented(page):
@@ -58,8 +58,34 @@ def tried(args):
     return [*args, "scale=smoke"]
 
 
+def commands():
+    """Every documented command once, as it is tried: (page, package, *arguments)."""
+    found = {}
+    for page in PAGES:
+        for package, args in documented(page):
+            args = tried(args) if package == "lorasweep" else args
+            found.setdefault((package, *args), (page.name, package, *args))
+    return list(found.values())
+
+
+LONG = (
+    "action=fleet",
+    "action=qualify",
+    "action=extend",
+    "action=verify",
+    "+sweep=study",
+    "mirror=",
+)
+
+
+def is_long(command):
+    return any(argument.startswith(LONG) for argument in command)
+
+
 @pytest.mark.slow
-def test_every_documented_command_runs(command, tmp_path, capsys, monkeypatch):
+@pytest.mark.xdist_group("smoke")
+@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_every_documented_command_runs(long, command, smoke_copy, tmp_path, capsys, monkeypatch):
     own = (ROOT / "docs" / "own.md").read_text()
     for name, body in re.findall(r"```yaml\n# (mine/\S+)\n(.*?)```", own, re.DOTALL):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -68,31 +94,23 @@ def test_every_documented_command_runs(command, tmp_path, capsys, monkeypatch):
     shutil.copy(ROOT / "docs" / "customers.csv", tmp_path / "docs")
     write_rows(tmp_path / "dental.jsonl", 24, "Yes {k}")
     config = make_base(tmp_path / "base") / "config.json"
-    (tmp_path / "customers.csv").write_text(
-        f"name,model,task,data\ndental-notes,{config},sft,dental.jsonl\n"
-    )
-    assert command(*SMOKE).returncode == 0
+    row = f"name,model,task,data\ndental-notes,{config},sft,dental.jsonl\n"
+    (tmp_path / "customers.csv").write_text(row)
     assert command(*SMOKE, "action=export", "table=runs.parquet").returncode == 0
     monkeypatch.setenv("WANDB_MODE", "offline")
-    seen, failed = set(), []
-    for page in PAGES:
-        for package, args in documented(page):
-            args = tried(args) if package == "lorasweep" else args
-            if (package, *args) in seen:
-                continue
-            seen.add((package, *args))
-            if package == "lorasweep":
-                done = command(*args)
-                code, said = done.returncode, done.stderr
-            else:
-                capsys.readouterr()
-                code = analysis(args)
-                said = capsys.readouterr().err
-            if code != 0 and not MAY_REFUSE.keys() & set(args):
-                failed.append(
-                    f"{page.name}: {package} {' '.join(args)}: exit {code}\n{said[-800:]}"
-                )
-    assert len(seen) > 20
+    wanted = [c for c in commands() if is_long(c) == long]
+    assert len(wanted) > 5
+    failed = []
+    for page, package, *args in wanted:
+        if package == "lorasweep":
+            done = command(*args)
+            code, said = done.returncode, done.stderr
+        else:
+            capsys.readouterr()
+            code = analysis(args)
+            said = capsys.readouterr().err
+        if code != 0 and not MAY_REFUSE.keys() & set(args):
+            failed.append(f"{page}: {package} {' '.join(args)}: exit {code}\n{said[-800:]}")
     assert not failed, "\n\n".join(failed)
 
 
@@ -116,9 +134,9 @@ def test_the_tree_names_every_room():
             assert (ROOT / path).exists(), path
             named.add(path)
         stack[depth:] = [entries[0].rstrip("/")]
-    for init in [*ROOT.glob("lorasweep/**/__init__.py"), *ROOT.glob("analysis/**/__init__.py")]:
-        room = str(init.parent.relative_to(ROOT))
-        assert room in named, room
+    for package in ("lorasweep", "analysis"):
+        for init in (ROOT / package).rglob("__init__.py"):
+            assert str(init.parent.relative_to(ROOT)) in named
 
 
 def test_the_front_page_is_short_and_its_findings_are_those_of_the_kept_results():

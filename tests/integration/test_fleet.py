@@ -86,6 +86,21 @@ def world(bases, tmp_path, monkeypatch, compose):
     return made
 
 
+def same_adapters(one, other):
+    """Whether two folders of adapters hold the same numbers, bit for bit."""
+    paths = list(one.glob("*/*.safetensors"))
+    assert paths
+    for path in paths:
+        a, b = load_file(path), load_file(other / path.relative_to(one))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    return True
+
+
+def set_table(folder, *rows):
+    """Write the table of customers as JSON, which is YAML, too."""
+    (folder / "customers.yaml").write_text(json.dumps(rows))
+
+
 class Counting(TorchTrainer):
     """The real trainer, which notes what it was asked for; it stops or breaks at an update."""
 
@@ -145,101 +160,83 @@ def test_a_table_becomes_folders_and_asked_again_only_what_changed_is_trained(
     assert before.keys() - untouched == {p for p in before if p.parent.name == "bob"}
 
 
-def test_a_stopped_fleet_goes_on_in_its_company_to_the_same_adapters(world, tmp_path, compose):
+def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world, tmp_path):
     assert world.run("precision=fp64", "exec.reports_dir=whole", "exec.runs_dir=whole_runs") == 0
-    stopping = Counting(stop_at=4)
     settings = ("precision=fp64", "exec.checkpoint_s=0")
-    assert world.run(*settings, trainer=stopping) == 130
+    assert world.run(*settings, trainer=Counting(stop_at=4)) == 130
     assert [p.name for p in world.folder.iterdir()] == ["fleet.json"]
     rest = Counting()
     assert world.run(*settings, trainer=rest) == 0
     assert any(resumed for _, _, resumed in rest.asked)
-    for path in (tmp_path / "whole/fleet-customers").glob("*/adapter_model.safetensors"):
-        a, b = load_file(path), load_file(world.folder / path.parent.name / path.name)
-        assert all(torch.equal(a[n], b[n]) for n in a)
-    results = [r for r in world.runs().values() if r]
-    assert not any(r["resumed_in_other_company"] for r in results)
+    assert same_adapters(tmp_path / "whole/fleet-customers", world.folder)
+    assert not any(r["resumed_in_other_company"] for r in world.runs().values() if r)
 
 
-def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_where_it_would_have(
-    world, tmp_path
-):
-    """One's held-out rows are of another kind, so that they get worse while it learns; another has
-    too few rows to hold any out."""
+@pytest.fixture
+def odd(world, tmp_path):
+    """A customer whose held-out rows are of another kind: their loss rises while it learns."""
     write_rows(tmp_path / "odd/train.jsonl", 20, "aaaa bbbb {k}")
     write_rows(tmp_path / "odd/test.jsonl", 16, "zz", start=100)
     table = json.loads((tmp_path / "customers.yaml").read_text())
-    table = [{**table[0], "data": "odd", "epochs": 39}, table[2]]
-    (tmp_path / "customers.yaml").write_text(json.dumps(table))
+    return {**table[0], "data": "odd", "epochs": 39}, table[2]
+
+
+def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_at_the_same_update(
+    world, odd, tmp_path
+):
+    """The second customer has too few rows to hold any out."""
+    set_table(tmp_path, *odd)
     settings = ("precision=fp64", "early_stopping=2")
-    whole = (*settings, "exec.reports_dir=whole", "exec.runs_dir=whole_runs")
-    assert world.run(*whole) == 0
+    assert world.run(*settings, "exec.reports_dir=whole", "exec.runs_dir=whole_runs") == 0
     assert world.run(*settings, "exec.checkpoint_s=0", trainer=Counting(stop_at=5)) == 130
     assert world.run(*settings, "exec.checkpoint_s=0") == 0
-    for path in (tmp_path / "whole/fleet-customers").glob("*/adapter_model.safetensors"):
-        a, b = load_file(path), load_file(world.folder / path.parent.name / path.name)
-        assert all(torch.equal(a[n], b[n]) for n in a)
+    assert same_adapters(tmp_path / "whole/fleet-customers", world.folder)
     ann, few = world.facts("ann"), world.facts("few")
     assert ann["steps_done"] < ann["steps"] and ann["best_step"] < ann["steps_done"]
     said = f"ended after update {ann['steps_done']} of {ann['steps']}, as 2 evaluations in a row"
-    assert said in (world.folder / "ann/README.md").read_text()
     page = (world.folder / "index.html").read_text()
-    assert (
-        said in page and f"ended early, after {ann['steps_done']} of {ann['steps']} updates" in page
-    )
+    assert said in (world.folder / "ann/README.md").read_text() and said in page
+    assert f"ended early, after {ann['steps_done']} of {ann['steps']} updates" in page
     assert few["early_stopping"].startswith("left out") and "best_step" in few
     assert "4 are the fewest" in (world.folder / "few/README.md").read_text()
 
 
 @pytest.mark.slow
-def test_early_stopping_survives_a_kill(world, tmp_path):
+@pytest.mark.full
+def test_early_stopping_survives_a_kill(odd, tmp_path):
     """A command killed with -9 between the best evaluation of a run and its end, and asked again:
     weights, results and what was decided are the same, bit for bit."""
-    write_rows(tmp_path / "odd/train.jsonl", 20, "aaaa bbbb {k}")
-    write_rows(tmp_path / "odd/test.jsonl", 16, "zz", start=100)
-    table = json.loads((tmp_path / "customers.yaml").read_text())
-    (tmp_path / "customers.yaml").write_text(
-        json.dumps([{**table[0], "data": "odd", "epochs": 39}])
-    )
-    # one rate: of several, one may end before the kill, and the others are then not in its company
-    settings = ("action=fleet", "customers=customers.yaml", "early_stopping=3", "rates=advised")
-    one = ("exec.workers=1", "exec.threads=1", "exec.checkpoint_s=0.01")
+    set_table(tmp_path, odd[0])
+    # one learning rate: of several, one may end before the kill, and the pack is then another
+    fleet = ("action=fleet", "customers=customers.yaml", "early_stopping=3", "rates=advised")
+    arguments = (*fleet, "exec.workers=1", "exec.threads=1", "exec.checkpoint_s=0.01")
 
-    def results():
-        store = RunStore(tmp_path / "runs")
-        return {i: store.result(i) for i in store.existing()}
+    def finished():
+        command = start(*arguments, cwd=tmp_path)
+        assert command.wait(240) == 0, command.stderr.read()
+        return RunStore(tmp_path / "runs")
 
     def best_is_behind():
         for run in (tmp_path / "runs").glob("[0-9a-f]*/checkpoint"):
-            meta = max(
-                (json.loads(p.read_text()) for p in run.glob("?.json")),
-                key=lambda m: m["step"],
-                default={},
-            )
-            if 0 < meta.get("best", (0, 0))[1] < meta.get("step", 0):
+            metas = [json.loads(p.read_text()) for p in run.glob("?.json")]
+            last = max(metas, key=lambda m: m["step"], default={})
+            if 0 < last.get("best", (0, 0))[1] < last.get("step", 0):
                 return True
         return False
 
-    killed = start(*settings, *one, cwd=tmp_path)
+    killed = start(*arguments, cwd=tmp_path)
     wait_for(best_is_behind)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    assert None in results().values()
-    again = start(*settings, *one, cwd=tmp_path)
-    assert again.wait(240) == 0, again.stderr.read()
-    resumed = results()
+    (rid,) = RunStore(tmp_path / "runs").existing()
+    assert RunStore(tmp_path / "runs").result(rid) is None
+    resumed = finished().result(rid)
     shutil.move(tmp_path / "runs", tmp_path / "killed")
-    whole = start(*settings, *one, cwd=tmp_path)
-    assert whole.wait(240) == 0, whole.stderr.read()
-    for rid, result in results().items():
-        timed = ("wall_s", "step_s", "attempt")
-        a, b = ({k: v for k, v in r.items() if k not in timed} for r in (result, resumed[rid]))
-        assert a == b and a["best_step"] < a["steps_done"] and resumed[rid]["attempt"] == 2
-    kept = {p.parent.name: p for p in (tmp_path / "killed").glob("*/weights.safetensors")}
-    assert len(kept) == 1
-    for rid, path in kept.items():
-        a, b = load_file(path), load_file(tmp_path / "runs" / rid / path.name)
-        assert all(torch.equal(a[n], b[n]) for n in a)
+    whole = finished().result(rid)
+    timed = ("wall_s", "step_s", "attempt")
+    a, b = ({k: v for k, v in r.items() if k not in timed} for r in (whole, resumed))
+    assert a == b and a["best_step"] < a["steps_done"] and resumed["attempt"] == 2
+    assert same_adapters(tmp_path / "killed", tmp_path / "runs")
 
 
 def test_nothing_of_one_customers_rows_is_in_what_others_get(world, tmp_path):
@@ -247,14 +244,12 @@ def test_nothing_of_one_customers_rows_is_in_what_others_get(world, tmp_path):
     write_rows(tmp_path / "loud.jsonl", 30, "Yes")
     with (tmp_path / "loud.jsonl").open("a") as rows:
         rows.write(f'{{"prompt": "{SECRET}"\n')
-    base = str(next(iter(json.loads((tmp_path / "customers.yaml").read_text())))["model"])
     table = json.loads((tmp_path / "customers.yaml").read_text())
-    row = {"model": base, "task": "sft", "epochs": 1}
-    table += [
-        {"name": "loud", "data": "loud.jsonl", **row},
-        {"name": "ann", "data": "owner", **row},
-    ]
-    (tmp_path / "customers.yaml").write_text(json.dumps(table))
+    row = {"model": table[0]["model"], "task": "sft", "epochs": 1}
+    loud, second = (
+        {"name": n, "data": d, **row} for n, d in (("loud", "loud.jsonl"), ("ann", "owner"))
+    )
+    set_table(tmp_path, *table, loud, second)
     assert world.run() == 1
     (owner,) = [p for p in world.folder.iterdir() if p.name.startswith("img_src")]
     for path in [p for p in tmp_path.rglob("*") if p.is_file() and "owner" not in p.parts]:
@@ -473,36 +468,23 @@ def test_adapters_load_and_are_switched_on_one_base(world, bases):
         )
     assert not torch.allclose(alone["ann"], alone["bob"], atol=1e-4)
     served = PeftModel.from_pretrained(fresh(), world.folder / "ann", adapter_name="ann")
+    plain = fresh()  # transformers' own integration, without PEFT's wrapper
+    plain.load_adapter(str(world.folder / "ann"), adapter_name="ann")
     for name in ("bob", "few"):
         served.load_adapter(world.folder / name, adapter_name=name)
+        plain.load_adapter(str(world.folder / name), adapter_name=name)
     for name in ("few", "ann", "bob", "ann"):
         served.set_adapter(name)
-        assert torch.allclose(logits(served), alone[name], atol=1e-5)
-
-
-def test_adapters_are_switched_by_transformers(world, bases):
-    """Its own integration, without PEFT's wrapper."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    world.run("rates=advised")
-    ids = torch.tensor([[5, 6, 7, 8]])
-    model = AutoModelForCausalLM.from_pretrained(bases[0], dtype=torch.float32).eval()
-    for name in ("ann", "bob"):
-        model.load_adapter(str(world.folder / name), adapter_name=name)
-    for name in ("ann", "bob"):
-        other = AutoModelForCausalLM.from_pretrained(bases[0], dtype=torch.float32).eval()
-        alone = PeftModel.from_pretrained(other, world.folder / name)
-        model.set_adapter(name)
-        with torch.no_grad():
-            assert torch.allclose(model(ids).logits, alone(ids).logits, atol=1e-5)
+        plain.set_adapter(name)
+        for model in (served, plain):
+            assert torch.allclose(logits(model), alone[name], atol=1e-5)
 
 
 def test_a_base_in_fp32_is_read_from_its_folder_and_trained(world, tmp_path, capsys):
     folder = make_base(tmp_path / "exact", torch.float32)
     for path in (folder, folder / "config.json"):
-        table = [{"name": "ann", "model": str(path), "task": "sft", "data": "ann.jsonl"}]
-        (tmp_path / "customers.yaml").write_text(json.dumps(table))
+        row = {"name": "ann", "model": str(path), "task": "sft", "data": "ann.jsonl"}
+        set_table(tmp_path, row)
         assert world.run("rates=advised", "precision=bf16") == 0, capsys.readouterr().err
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
@@ -521,11 +503,11 @@ def test_a_mirror_has_a_run_a_customer(world, monkeypatch):
     assert group == "fleet-customers" and len({p.arm for p in points}) == len(points) == 5
 
 
-def test_a_fleet_from_before_its_folder_kept_rules_goes_on_by_those_of_then(
+def test_a_fleet_whose_folder_kept_no_rules_resumes_by_the_rules_of_its_runs(
     world, tmp_path, capsys
 ):
-    """Its runs have the ids of then (tests/unit/fleet/test_members.py), and its folder says nothing:
-    nothing is trained anew, and the form of its scale is kept from then on."""
+    """Its runs keep their ids (tests/unit/fleet/test_members.py), although its folder names no rules:
+    nothing is trained again, and the prompt form of its scale is kept from then on."""
     of_scale = {"template": "Question: {prompt}\nAnswer: ", "render": "role_eos"}
     rules = {**of_scale, "mask": None, "split": "row", "layers": "attention+mlp+unembedding"}
     world.folder.mkdir(parents=True)

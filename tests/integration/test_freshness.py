@@ -20,7 +20,7 @@ from analysis.report.plots import INPUTS
 from analysis.report.study import answers, page
 from analysis.report.text import text_hash
 from analysis.runs.table import read
-from analysis.validation import rewards
+from benchmarks import rewards_page as rewards
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
@@ -91,7 +91,11 @@ def test_the_comparison_sees_a_word_and_a_number():
     assert differing({"a": 1.0}, {"b": 1.0}) and differing({"a": None}, {"a": 1.0})
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
+SLOW = re.compile(r"_(s1|128)$|^(batch_size|regime)-tiny$")
+ANSWERS = [pytest.param(f, marks=pytest.mark.full) if SLOW.search(f.name) else f for f in FOLDERS]
+
+
+@pytest.mark.parametrize("folder", ANSWERS, ids=lambda f: f.name)
 def test_kept_answers_are_what_their_tables_say_today(folder):
     table, question, analysis = fresh(folder)
     today = json.loads(json.dumps(report.results_of(analysis, question, table)))

@@ -1,5 +1,5 @@
-"""Commands and workers that are killed, stopped, or run into a full disk: nothing is lost and
-nothing is done twice."""
+"""Commands and workers that are killed, stopped, or run into a full disk: no update is lost or done
+twice."""
 
 import json
 import os
@@ -15,12 +15,11 @@ from lorasweep.launch import local
 from lorasweep.store import claims
 from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
+from tests.integration.conftest import SMOKE
 from tests.rewarded import SIZES
 from tests.world import ROOT, cli, compose_request
 
 pytestmark = pytest.mark.slow
-
-SWEEP = ("+sweep=lr_ratio", "scale=smoke")
 
 ALONE = ("scale=smoke", "exec.checkpoint_s=0.3", "exec.workers=1", "exec.threads=1")
 LONG = (*ALONE, "steps=120", "batch_size=8")
@@ -31,7 +30,7 @@ REWARDED = (
 
 
 def start(*args, cwd):
-    """Start the command in a process group of its own."""
+    """Start the command in a new process group."""
     return subprocess.Popen(
         [sys.executable, "-m", "lorasweep", *args],
         cwd=cwd,
@@ -75,21 +74,24 @@ def furthest(cwd):
     return [max(steps, default=0) for steps in kept(cwd).values()]
 
 
+PACK = (*LONG, "+sweep=lr_ratio", "~sweep.arms.fullft", "exec.pack_size=3")
+
+
 @pytest.mark.parametrize(
     ("arm", "runs", "kills"),
     [
-        ((*LONG, "method=fullft", "lr=1e-3"), 1, (15, 60)),
-        ((*LONG, "+sweep=lr_ratio", "~sweep.arms.fullft", "exec.pack_size=3"), 3, (15, 60)),
-        (REWARDED, 1, (8, 24)),
+        ((*LONG, "method=fullft", "lr=1e-3", "steps=60"), 1, (15,)),
+        pytest.param(PACK, 3, (15, 60), marks=pytest.mark.full),
+        pytest.param(REWARDED, 1, (8, 24), marks=pytest.mark.full),
     ],
     ids=["fullft", "pack of lora", "rewarded"],
 )
-def test_killed_with_kill_9_it_goes_on_with_the_same_bits(tmp_path, arm, runs, kills):
+def test_killed_with_kill_9_it_resumes_with_the_same_bits(tmp_path, arm, runs, kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
     cli(*arm, cwd=whole)
-    for at in kills:  # twice, at different steps
+    for at in kills:
         process = start(*arm, cwd=killed)
         wait_for(lambda at=at: max(furthest(killed), default=0) >= at)
         assert list((killed / "runs").glob("*/checkpoint/*.json"))
@@ -97,19 +99,17 @@ def test_killed_with_kill_9_it_goes_on_with_the_same_bits(tmp_path, arm, runs, k
         process.wait()
         assert not list((killed / "runs").glob("*/result.json"))
     cli(*arm, cwd=killed)
-    a, b = kept(whole), kept(killed)
-    assert a.keys() == b.keys() and len(a) == runs
-    for rid in a:
-        assert a[rid] == b[rid]  # bit for bit, every step once
-        results = [RunStore(w / "runs").result(rid) for w in (whole, killed)]
+    assert kept(whole) == kept(killed) and len(kept(whole)) == runs  # every step once
+    one, other = (RunStore(folder / "runs") for folder in (whole, killed))
+    for rid in one.existing():
         for key in ("test_nll", "test_reward", "best_reward", "curve"):
-            assert results[0].get(key) == results[1].get(key)
-        attempts = sorted((killed / "runs" / rid / "attempts").iterdir())
-        assert len(attempts) == 3
-        assert json.loads((attempts[-1] / "env.json").read_text())["resumed_from_step"] > 0
+            assert one.result(rid).get(key) == other.result(rid).get(key)
+        assert other.last_attempt(rid) == len(kills) + 1
+        assert other.env(rid)["resumed_from_step"] > 0
 
 
-def test_ctrl_c_stops_cleanly_and_the_next_command_goes_on_though_its_worker_is_killed(tmp_path):
+@pytest.mark.full
+def test_ctrl_c_stops_cleanly_and_the_next_command_resumes_though_its_worker_is_killed(tmp_path):
     arguments = (*LONG, "method=lora", "method.rank=4", "lr=3e-3")
     process = start(*arguments, cwd=tmp_path)
     wait_for(lambda: max(furthest(tmp_path), default=0) >= 10)
@@ -123,20 +123,20 @@ def test_ctrl_c_stops_cleanly_and_the_next_command_goes_on_though_its_worker_is_
     stopped_at = min(furthest(tmp_path))
     process = start(*arguments, cwd=tmp_path)
     wait_for(lambda: min(furthest(tmp_path)) >= stopped_at + 5)
-    attempt = tmp_path / "runs" / rid / "attempts/2"
-    assert json.loads((attempt / "env.json").read_text())["resumed_from_step"] == stopped_at
-    owner = json.loads((attempt / "owner.json").read_text())
-    assert owner["pid"] != process.pid
-    os.kill(owner["pid"], signal.SIGKILL)
+    assert store.env(rid)["resumed_from_step"] == stopped_at
+    worker = store.owner(rid, 2)["pid"]
+    assert worker != process.pid
+    os.kill(worker, signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode == 0
     assert store.state(rid) == "done" and store.last_attempt(rid) == 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
-    """Also where nobody reads their events any more: the runs are interrupted, not failed, and they
-    have a checkpoint of their last update."""
+    """Even if nobody reads their events any more. The runs are interrupted, not failed, and have a
+    checkpoint of their last update."""
     arguments = (*LONG, "method=lora", "method.rank=4", "lr=3e-3", "steps=400")
     process = start(*arguments, cwd=tmp_path)
     wait_for(lambda: max(furthest(tmp_path), default=0) >= 10)
@@ -150,7 +150,7 @@ def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
 
 
 def test_an_owner_found_dead_on_another_machine_is_replaced(tmp_path, monkeypatch):
-    """Workers have watched nobody: the command that did tells them."""
+    """The command has watched the owner, and tells its workers, which have not."""
     request = compose_request(
         ["scale=smoke", "method=lora", "method.rank=4", "lr=3e-3", f"exec.runs_dir={tmp_path}/runs"]
     )
@@ -167,7 +167,7 @@ def test_an_owner_found_dead_on_another_machine_is_replaced(tmp_path, monkeypatc
 
 
 def test_two_commands_at_once_share_the_runs(tmp_path):
-    one_by_one = (*SWEEP, "exec.pack_size=1", "exec.workers=1", "steps=30")
+    one_by_one = (*SMOKE, "exec.pack_size=1", "exec.workers=1", "steps=30")
     two = [start(*one_by_one, cwd=tmp_path) for _ in range(2)]
     answers = [p.communicate(timeout=300) for p in two]
     assert [p.returncode for p in two] == [0, 0], answers

@@ -1,5 +1,5 @@
 """A store, a table and answers written in November 2026, before the packages had sub-packages:
-today's code reads them alike."""
+today's code reads them as they were."""
 
 import json
 import shutil
@@ -85,7 +85,7 @@ def curve(result):
     return {p["step"]: p["test_nll"] for p in result["curve"]}
 
 
-def test_an_interrupted_run_goes_on_from_its_checkpoint(old, tmp_path):
+def test_an_interrupted_run_resumes_from_its_checkpoint(old, tmp_path):
     """From the first of its two checkpoints, so that the updates to the second can be compared."""
     folder = old.folder(INTERRUPTED)
     checkpoint.keep_only(folder / "checkpoint", FIRST)

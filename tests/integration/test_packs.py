@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.bench import memory
+from benchmarks import memory
 from lorasweep.store.results import checksum
 from lorasweep.store.run_store import RunStore
-from tests.integration.test_interruptions import SWEEP, kept, start, wait_for
+from tests.integration.conftest import SMOKE
+from tests.integration.test_interruptions import kept, start, wait_for
 from tests.integration.test_smollm2 import WEIGHTS
 from tests.training import EPS, ROUNDING
 from tests.world import ROOT, cli
@@ -30,7 +31,8 @@ MIXED = (
 )
 
 
-def test_a_pack_of_mixed_ranks_goes_on_with_a_different_pack_and_records_it(tmp_path):
+@pytest.mark.full
+def test_a_pack_of_mixed_ranks_resumes_in_a_different_pack_and_records_it(tmp_path):
     """In float64, over ten updates of the other pack: how numbers add up depends on the shape of a
     pack and on the processor, and training lets the differences grow."""
     long = (*MIXED, "precision=fp64", "steps=80", "batch_size=8", "exec.checkpoint_s=0.3")
@@ -59,9 +61,9 @@ def test_a_pack_of_mixed_ranks_goes_on_with_a_different_pack_and_records_it(tmp_
             assert ours == theirs or theirs == pytest.approx(ours, rel=ROUNDING[10])
 
 
-def test_verify_finds_runs_equal_and_a_falsified_one(tmp_path, command):
-    assert command(*SWEEP, "exec.pack_size=3").returncode == 0
-    verify = (*SWEEP, "action=verify", "sample=2", "format=json")
+@pytest.mark.xdist_group("smoke")
+def test_verify_finds_runs_equal_and_a_falsified_one(smoke_copy, tmp_path, command):
+    verify = (*SMOKE, "action=verify", "sample=2", "format=json")
     found = json.loads(command(*verify).stdout)
     runs = found["runs"]
     assert len(runs) == 2 and found["differing"] == [] and runs[0]["pack_size"] == 3
@@ -112,7 +114,7 @@ def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, 
 
 
 def test_packs_are_measured_when_asked_and_kept(tmp_path):
-    """In a process of its own; asked again, nothing is measured; a plan then says what was."""
+    """In a separate process; asked again, nothing is measured; a plan then shows the figures."""
     one = ("model=tiny64", "dataset=dialect_smoke", "method=lora", "batch_size=4")
     first = cli(*one, "action=measure_packs", cwd=tmp_path)
     again = cli(*one, "action=measure_packs", cwd=tmp_path)

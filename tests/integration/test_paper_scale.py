@@ -79,6 +79,7 @@ NARROW = {
 FEW_ROWS = ("dataset.n_test=16", "dataset.n_test_curve=8")
 
 
+@pytest.mark.full
 def test_a_dense_run_and_one_with_experts_train_from_the_hubs_cache(tmp_path):
     """By the study's files and one command, up to the answer."""
     names = ["llama-3.1-8b", "qwen3-30b-a3b-base"]
@@ -119,8 +120,8 @@ def one_of_each(runs):
         family = (type(small_hub.config_of(spec.model)), spec.model.tied)
         rows = (spec.dataset.name, spec.batch_size, spec.precision)
         found.setdefault((sweep, arm, *family, how, *rows), spec)
-    alike = [dataclasses.replace(s, lr=1e-4, seed=0, steps=2) for s in found.values()]
-    return list({s.id: s for s in alike}.values())
+    small = [dataclasses.replace(s, lr=1e-4, seed=0, steps=2) for s in found.values()]
+    return list({s.id: s for s in small}.values())
 
 
 def shrunken(specs):
@@ -171,7 +172,7 @@ def trained(specs, tmp_path, monkeypatch, processes=1):
 
 
 def test_a_rewarded_run_trains_from_the_hubs_cache(tmp_path, monkeypatch):
-    """MATH, whose rows are in two places and whose answers a process of its own verifies."""
+    """MATH, whose rows are in two places and whose answers a separate process verifies."""
     rl = compose_request(["+sweep=rl", "scale=paper"]).points
     spec = next(p.spec for p in rl if p.arm == "lora" and p.spec.dataset.name == "math_reward")
     (result,) = trained(shrunken([dataclasses.replace(spec, steps=2)]), tmp_path, monkeypatch)

@@ -8,7 +8,7 @@ import pytest
 from lorasweep.store.run_store import RunStore
 from tests.world import cli
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
+pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.xdist_group("study")]
 ALONE = ("scale=smoke", "exec.pack_size=1")
 
 
@@ -48,15 +48,15 @@ def test_asked_again_the_study_trains_nothing(place):
 
 
 def test_tasks_are_judged_first_from_a_few_runs(place):
-    told = json.loads(
+    judged = json.loads(
         cli("+sweep=rank", "action=qualify", "format=json", *ALONE, cwd=place, check=False).stdout
     )
-    assert told["qualified"].keys() == {"tiny64 on dialect_smoke, batch 4, steps 12"}
-    assert {c["name"] for c in told["checks"]} >= {
+    assert judged["qualified"].keys() == {"tiny64 on dialect_smoke, batch 4, steps 12"}
+    assert {c["name"] for c in judged["checks"]} >= {
         "to be learned",
         "not solved",
         "still learning, fullft",
     }
-    assert json.loads((place / "reports/qualify-rank-smoke.json").read_text()) == told
+    assert json.loads((place / "reports/qualify-rank-smoke.json").read_text()) == judged
     refused = cli("action=qualify", cwd=place, check=False)
     assert refused.returncode == 2 and "+sweep=NAME" in refused.stderr

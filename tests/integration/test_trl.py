@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep.bench.rewards import grpo
+from benchmarks import trl_baseline as trl
 from lorasweep.data.rewards import prompt_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.train.objectives.nll import token_log_p
@@ -25,14 +25,14 @@ def test_one_update_has_the_gradient_of_trls_grpo(tmp_path):
     spec, base, loaded = world("words", method=FullFT())
     model = base.model
     # of one length: TRL counts positions from the padding, whose rotations round differently
-    alike = [r for r in loaded.train(0, 0, 200) if len(prompt_of(r)) == 11][:PROMPTS]
-    rows = {grpo.text_of(r): r for r in alike}
+    equal = [r for r in loaded.train(0, 0, 200) if len(prompt_of(r)) == 11][:PROMPTS]
+    rows = {trl.text_of(r): r for r in equal}
     seen, grads = [], []
     of = loaded.rewards.of
 
     def noted(pairs):
         found = of(pairs)
-        seen.extend((grpo.text_of(row), t, r) for (row, t), r in zip(pairs, found))
+        seen.extend((trl.text_of(row), t, r) for (row, t), r in zip(pairs, found))
         return found
 
     loaded = dataclasses.replace(loaded, rewards=dataclasses.replace(loaded.rewards, of=noted))
@@ -44,7 +44,7 @@ def test_one_update_has_the_gradient_of_trls_grpo(tmp_path):
     sizes = {"batch_size": GROUP * PROMPTS, "group_size": GROUP, "max_new_tokens": MOST}
     one = dataclasses.replace(spec, **sizes, steps=1, lr=1e-9)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    grpo.trainer(one, model, loaded, list(rows), rows, str(tmp_path), [Keep()]).train()
+    trl.trainer(one, model, loaded, list(rows), rows, str(tmp_path), [Keep()]).train()
     model.load_state_dict(weights)  # the smallest of steps would move them
     model.eval()
     (theirs,) = grads

@@ -38,8 +38,8 @@ FAST = (
     "exec.threads=1",
     f"cluster.setup=['export LORASWEEP_HOST=$SLURMD_NODENAME PYTHONPATH={ROOT}']",
 )
-"""One job a node. Each simulated node is a machine of its own to the others: only Slurm can tell
-who lives there, as on a real cluster. Jobs find the trainers of `tests.slurm.trainers`."""
+"""One job a node. Each simulated node counts as another machine: only Slurm knows what runs there,
+as on a real cluster. Jobs find the trainers of `tests.slurm.trainers`."""
 ALONE = (*FAST, "cluster.follow=false")
 """Without the job that follows: for tests that are not about it."""
 STEPS = "tests.slurm.trainers:steps"
@@ -197,7 +197,7 @@ def environment(cwd):
 
 
 def start(cwd, *args, trainer=None, **more):
-    """Start a command as a process of its own, with its output in one pipe."""
+    """Start a command in a new process, with its output in one pipe."""
     return subprocess.Popen(
         command(*args, trainer=trainer),
         cwd=cwd,

@@ -1,10 +1,10 @@
-"""A storm over a sweep on a real Slurm: preemptions, requeues, node failures, kills of jobs and of
-the submitting command.
+"""A sweep on a real Slurm under preemptions, requeues, node failures, and kills of jobs and of the
+submitting command.
 
     python -m tests.slurm.storm --minutes 20      (make storm)
 
-Afterwards nothing is lost, doubled or different: every run's curve is compared with the one of an
-undisturbed local run.
+Afterwards every run's curve is compared with the one of an uninterrupted local run: none may be
+lost, trained twice or different.
 """
 
 import argparse
@@ -22,18 +22,15 @@ from tests.slurm.cluster import FAST, Slurm, attempts, curves, results, start
 from tests.slurm.trainers import GO
 
 GRID = (
-    "+sweep=lr_ratio",
-    "scale=smoke",
-    "sweep.arms.fullft.lr=${around:1e-3,4,2}",
-    "exec.threads=1",
-    "exec.pack_size=4",
+    *("+sweep=lr_ratio", "scale=smoke", "exec.threads=1", "exec.pack_size=4"),
+    *("sweep.arms.fullft.lr=${around:1e-3,4,2}", "sweep.arms.lora.lr=${around:3e-3,8,1.7}"),
 )
 CLUSTER = (*FAST, "cluster.runs_per_job=8", "exec.max_attempts=50")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A sweep to blow at, and its trainer; None: the real one."""
+    """The sweep that is disturbed, its number of runs, and its trainer; None: the real one."""
 
     sweep: tuple[str, ...]
     runs: int
@@ -42,61 +39,44 @@ class Target:
 
 REAL = Target(
     (
-        *GRID,
-        "steps=40",
-        "batch_size=4",
-        "sweep.arms.lora.rank=[2,8]",
-        "sweep.arms.lora.lr=${around:3e-3,8,1.7}",
-        "sweep.axes.seed=[0,1,2,3,4,5,6,7,8,9]",
-        "exec.checkpoint_s=0.5",
+        *(*GRID, "steps=40", "batch_size=4", "sweep.arms.lora.rank=[2,8]"),
+        *("sweep.axes.seed=[0,1,2,3,4,5,6,7,8,9]", "exec.checkpoint_s=0.5"),
     ),
     200,
     None,
 )
 """40 runs of full fine-tuning, 160 of LoRA."""
 QUICK = Target(
-    (
-        *GRID,
-        "steps=300",
-        "sweep.arms.lora.lr=${around:3e-3,8,1.7}",
-        "sweep.axes.seed=[0,1,2,3,4]",
-        "exec.checkpoint_s=0.1",
-    ),
+    (*GRID, "steps=300", "sweep.axes.seed=[0,1,2,3,4]", "exec.checkpoint_s=0.1"),
     60,
     "tests.slurm.trainers:slow",
 )
 """Slow while the storm lasts (a pack takes 6 to 60 s), so that some runs end in it on any machine
-and most do not; at once when it is over."""
+and most do not; fast when it is over."""
 
 
 class Storm:
-    """Does harm to one sweep's jobs, each kind once a round, in a seeded order."""
+    """Disturbs the jobs of one sweep in rounds, each kind once a round, in a seeded order."""
 
     def __init__(self, slurm, cwd, target, seed):
         self.slurm, self.cwd, self.target = slurm, Path(cwd), target
         self.random, self.round = random.Random(seed), []
         self.harms = (
-            self.preempt,
-            self.requeue,
-            self.node_down,
-            self.cancel,
-            self.kill_job,
-            self.kill_submitter,
+            *(self.preempt, self.requeue, self.node_down),
+            *(self.cancel, self.kill_job, self.kill_submitter),
         )
-        self.done = Counter(dict.fromkeys((h.__name__ for h in self.harms), 0))
+        self.done = Counter({harm.__name__: 0 for harm in self.harms})
 
     def step(self):
-        """Do the next harm; one that finds no victim does not count."""
-        if not self.round:
-            self.round = self.random.sample(self.harms, len(self.harms))
+        """Do the next harm of the round; one that finds nothing that runs does not count."""
+        self.round = self.round or self.random.sample(self.harms, len(self.harms))
         harm = self.round.pop()
-        with contextlib.suppress(IndexError):  # nothing runs at the moment
+        with contextlib.suppress(IndexError):
             harm()
             self.done[harm.__name__] += 1
 
     def preempt(self):
-        """Let an urgent job take a node; its victims get a grace time, or none, by their
-        partition."""
+        """Let an urgent job take a node; the partition decides on the grace time of its victims."""
         words = ("-p", "urgent", "-J", "urgent", "-c", "2", "-o", "/dev/null", "--wrap", "sleep 2")
         self.slurm.command("sbatch", *words, check=False)
 
@@ -127,7 +107,7 @@ class Storm:
             os.kill(self.random.choice(pids), signal.SIGKILL)
 
     def kill_submitter(self):
-        """Let a user ask for the sweep, and die at some moment of it."""
+        """Start the command that asks for the sweep, and kill it at a random moment."""
         process = self.ask()
         time.sleep(self.random.uniform(0.5, 4))
         process.kill()
@@ -136,13 +116,33 @@ class Storm:
     def ask(self):
         """Start the command that asks for the sweep."""
         part = self.random.choice(["cluster.partition=scavenge", "cluster.partition=main"])
-        target = self.target
-        return start(self.cwd, *target.sweep, *CLUSTER, part, trainer=target.trainer)
+        return start(self.cwd, *self.target.sweep, *CLUSTER, part, trainer=self.target.trainer)
+
+    def disturb(self, seconds):
+        """Disturb the sweep for `seconds`, and at least two rounds; then let it end."""
+        started, runs = time.monotonic(), self.target.runs
+        output = self.ask().communicate()[0]
+        while len(results(self.cwd)) < runs and (
+            time.monotonic() - started < seconds or min(self.done.values()) < 2
+        ):
+            self.step()
+            time.sleep(self.random.uniform(0.5, 3.0))
+        ended = f"{len(results(self.cwd))} of {runs} runs finished; {dict(self.done)}"
+        print(f"storm over after {time.monotonic() - started:.0f} s: {ended}", flush=True)
+        (self.cwd / "runs" / GO).touch()
+        for _ in range(4):  # asked for once more; the cluster does the rest
+            if len(results(self.cwd)) == runs:
+                break
+            output, since = self.ask().communicate()[0], time.monotonic()
+            while self.slurm.jobs() and time.monotonic() - since < 400:
+                time.sleep(0.5)
+        assert len(results(self.cwd)) == runs, f"never finished: {self.slurm.jobs()}\n{output}"
+        self.slurm.drain()
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a storm did, and what was there afterwards."""
+    """What a storm did, and what it left."""
 
     harm: dict[str, int]
     attempts: dict[int, int]
@@ -150,62 +150,29 @@ class Seen:
     wanted: int
     finished: int
     different: list[str]
-    """Runs whose curves are not those of the undisturbed sweep, or that one side lacks."""
+    """Runs whose curves are not those of the uninterrupted sweep, or that one side lacks."""
 
 
 def compare(slurm, folder, target, seconds, seed=1):
-    """Run the sweep undisturbed, and in a storm; return what differs."""
-    calm, wild = Path(folder) / "calm", Path(folder) / "wild"
-    calm.mkdir()
+    """Run the sweep uninterrupted, and in a storm; return what differs."""
+    whole, wild = Path(folder) / "whole", Path(folder) / "wild"
     wild.mkdir()
-    (calm / "runs").mkdir()
-    (calm / "runs" / GO).touch()
-    output = start(calm, *target.sweep, trainer=target.trainer).communicate()[0]
-    assert len(results(calm)) == target.runs, output
-    harm = blow(slurm, wild, target, seconds, seed)
-    a, b = curves(calm), curves(wild)
+    (whole / "runs").mkdir(parents=True)
+    (whole / "runs" / GO).touch()
+    output = start(whole, *target.sweep, trainer=target.trainer).communicate()[0]
+    assert len(results(whole)) == target.runs, output
+    storm = Storm(slurm, wild, target, seed)
+    storm.disturb(seconds)
+    a, b = curves(whole), curves(wild)
+    counts = Counter(map(len, attempts(wild).values()))
+    different = sorted(rid for rid in a.keys() | b.keys() if a.get(rid) != b.get(rid))
     return Seen(
-        harm,
-        dict(sorted(Counter(map(len, attempts(wild).values())).items())),
-        len(a),
-        len(results(wild)),
-        sorted(rid for rid in a.keys() | b.keys() if a.get(rid) != b.get(rid)),
+        dict(storm.done), dict(sorted(counts.items())), len(a), len(results(wild)), different
     )
-
-
-def blow(slurm, cwd, target, seconds, seed):
-    """Run the sweep in a storm of `seconds`, and of at least two rounds; then in calm to its end.
-
-    Returns how often each kind of harm was done.
-    """
-    storm = Storm(slurm, cwd, target, seed)
-    started = time.monotonic()
-    output = storm.ask().communicate()[0]
-    while len(results(cwd)) < target.runs and (
-        time.monotonic() - started < seconds or min(storm.done.values()) < 2
-    ):
-        storm.step()
-        time.sleep(storm.random.uniform(0.5, 3.0))
-    over = time.monotonic()
-    print(
-        f"storm over after {over - started:.0f} s: {len(results(cwd))} of {target.runs} runs "
-        f"finished; {dict(storm.done)}",
-        flush=True,
-    )
-    (Path(cwd) / "runs" / GO).touch()
-    asked = 0
-    while len(results(cwd)) < target.runs:  # asked for once more; the rest is the cluster's doing
-        assert asked < 4, f"never finished: {slurm.jobs()}\n{output}"
-        output, asked, since = storm.ask().communicate()[0], asked + 1, time.monotonic()
-        while slurm.jobs() and len(results(cwd)) < target.runs and time.monotonic() - since < 400:
-            time.sleep(0.5)
-    slurm.drain()
-    print(f"all finished {time.monotonic() - over:.0f} s later, asked {asked} time(s)", flush=True)
-    return dict(storm.done)
 
 
 def main():
-    """Blow at real training for some minutes; exit with 1 if a run is lost or different."""
+    """Disturb real training for some minutes; exit with 1 if a run is lost or different."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=1)
@@ -217,10 +184,7 @@ def main():
         finally:
             slurm.stop()
     print(f"attempts a run: {seen.attempts}")
-    print(
-        f"{seen.wanted} runs, {len(seen.different)} of them different from the undisturbed ones "
-        f"{seen.different}"
-    )
+    print(f"{seen.wanted} runs; different from the uninterrupted ones: {seen.different}")
     return 1 if seen.different or seen.wanted != REAL.runs else 0
 
 

@@ -30,6 +30,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.full
 def test_a_fleet_is_spread_over_jobs_and_collected_by_the_one_that_follows(queue, folder):
     here = (
         "exec.pack_size=3",
@@ -77,6 +78,7 @@ def test_a_fleet_is_spread_over_jobs_and_collected_by_the_one_that_follows(queue
     )
 
 
+@pytest.mark.full
 def test_runs_that_no_row_asks_for_are_pruned_and_a_fleet_is_cancelled(queue, folder):
     options = (*FLEET, *JOBS, "cluster.follow=false")
     with queue.closed():

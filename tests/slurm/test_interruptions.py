@@ -1,9 +1,11 @@
-"""What a cluster does to jobs: whatever it is, every run ends, once, with the curve of a calm run."""
+"""Jobs that a cluster interrupts: every run ends once, with the curve of an uninterrupted run."""
 
 import json
 import os
 import signal
 from pathlib import Path
+
+import pytest
 
 from tests.slurm import storm
 from tests.slurm.cluster import (
@@ -33,7 +35,8 @@ EIGHT_JOBS = (
     "exec.pack_size=2",
     "exec.checkpoint_s=0.1",
 )
-BLOWS = (
+SLOWLY = ("steps=1000", "exec.checkpoint_s=0.1")
+HARMS = (
     "time limit",
     "preempted with grace",
     "preempted at once",
@@ -45,17 +48,49 @@ BLOWS = (
 )
 
 
-def test_eight_interrupted_jobs_go_on_with_the_same_curves(queue, tmp_path):
-    """One submission, one job a node, one kind of blow a job."""
-    calm, there = tmp_path / "calm", tmp_path / "there"
-    train_here(calm, *EIGHT_JOBS)
+def test_a_submitted_sweep_is_preempted_requeued_and_answered(queue, tmp_path):
+    """Two jobs, one that a more urgent job preempts and one that Slurm queues again. The follow-up
+    job writes the same report as a local command."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    train_here(here, *SMOKE, *SLOWLY)
+    answer = ask(here, *SMOKE, *SLOWLY)
+    with queue.closed():
+        sent = ask(there, *SMOKE, *SLOWLY, *FAST, "cluster.runs_per_job=3", trainer=HELD)
+        assert "submitted 6 runs" in sent and "6 runs queued" in sent
+        (submission,) = submitted(there)
+        preempted, requeued = submission.jobs
+        queue.update(f"jobid={preempted}", "partition=scavenge")
+    started = wait_for(lambda: _one_with_a_checkpoint_of_each_job(there, submission))
+    node = queue.jobs()[preempted][1]
+    queue.command("sbatch", "-purgent", f"-w{node}", "-c2", "-o/dev/null", "--wrap", "true")
+    queue.command("scontrol", "requeue", requeued)
+    wait_for(lambda: all(_interrupted(there, rid) for rid in started))
+    (there / "runs" / GO).touch()
+    queue.drain()
+
+    assert len(results(there)) == 6
+    assert results(there) == results(here) and curves(there) == curves(here)
+    for rid in started:
+        assert set(attempts(there)[rid]) == {1, 2}
+        assert read_json(there / f"runs/{rid}/attempts/2/env.json")["resumed_from_step"] > 0
+    (report,) = (there / "reports").glob("lr_ratio-smoke-*/report.md")
+    assert report.read_text() == (here / report.relative_to(there)).read_text()
+    again = ask(there, *SMOKE, *SLOWLY, *FAST)
+    assert answer.splitlines()[0] in again and len(submitted(there)) == 1
+
+
+@pytest.mark.full
+def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
+    """One submission, one job a node, one kind of harm a job."""
+    whole, there = tmp_path / "whole", tmp_path / "there"
+    train_here(whole, *EIGHT_JOBS)
     with queue.closed():
         ask(there, *EIGHT_JOBS, *FAST, "cluster.runs_per_job=2", "cluster.warn_s=50", trainer=HELD)
         (sent,) = submitted(there)
         assert sent.arrays == [5, 3]
-        jobs = dict(zip(BLOWS, sent.jobs, strict=True))
+        jobs = dict(zip(HARMS, sent.jobs, strict=True))
         queue.update(f"jobid={jobs['preempted with grace']}", "partition=scavenge")
-    runs = dict(zip(BLOWS, sent.tasks, strict=True))
+    runs = dict(zip(HARMS, sent.tasks, strict=True))
     everything = [rid for pair in runs.values() for rid in pair]
     assert len(everything) == 16
     wait_for(lambda: all(_held_with_a_checkpoint(there, rid) for rid in everything))
@@ -66,8 +101,8 @@ def test_eight_interrupted_jobs_go_on_with_the_same_curves(queue, tmp_path):
     limit = queue.minutes_run(jobs["time limit"]) + 2
     queue.update(f"jobid={jobs['time limit']}", f"timelimit={limit}")
     queue.update(f"nodename={where[jobs['node failed']]}", "state=down", "reason=test")
-    for blow in ("preempted with grace", "preempted at once"):
-        node = where[jobs[blow]]
+    for harm in ("preempted with grace", "preempted at once"):
+        node = where[jobs[harm]]
         queue.command("sbatch", "-purgent", f"-w{node}", "-c2", "-o/dev/null", "--wrap", "true")
     queue.command("scontrol", "requeue", jobs["requeued"])
     queue.command("scancel", jobs["cancelled"])
@@ -81,19 +116,28 @@ def test_eight_interrupted_jobs_go_on_with_the_same_curves(queue, tmp_path):
     (there / "runs" / GO).touch()
     queue.drain()
 
-    assert len(results(there)) == 16 and curves(there) == curves(calm)
-    for blow, pair in runs.items():
+    assert len(results(there)) == 16 and curves(there) == curves(whole)
+    for harm, pair in runs.items():
         for rid in pair:
             ends = attempts(there)[rid]
-            assert len(ends) >= 2 and "failed" not in ends.values(), (blow, ends)
+            assert len(ends) >= 2 and "failed" not in ends.values(), (harm, ends)
             last = read_json(there / f"runs/{rid}/attempts/{max(ends)}/env.json")
-            assert (last["resumed_from_step"] or 0) >= FREE_STEPS, (blow, last)
+            assert (last["resumed_from_step"] or 0) >= FREE_STEPS, (harm, last)
             assert not (there / f"runs/{rid}/checkpoint").exists()
-    log = sent.log(BLOWS.index("time limit"))
+    log = sent.log(HARMS.index("time limit"))
     assert "stopped by SIGUSR2;" in log and "queued again" in log
-    lost = {rid for blow in ("cancelled", "job killed") for rid in runs[blow]}
+    lost = {rid for harm in ("cancelled", "job killed") for rid in runs[harm]}
     again = [rid for s in submitted(there)[1:] for task in s.tasks for rid in task]
     assert sorted(again) == sorted(lost)  # the job that followed sent what was lost, and no more
+
+
+def _one_with_a_checkpoint_of_each_job(cwd, submission):
+    """Return a run of each job; None while one has no checkpoint."""
+    found = [
+        next((rid for rid in task if _held_with_a_checkpoint(cwd, rid)), None)
+        for task in submission.tasks
+    ]
+    return None if None in found else found
 
 
 def _held_with_a_checkpoint(cwd, rid):
@@ -114,6 +158,7 @@ def _parent(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+@pytest.mark.full
 def test_in_a_storm_nothing_is_lost_doubled_or_different(queue, tmp_path):
     seed = int(os.environ.get("LORASWEEP_STORM_SEED", 1))
     seen = storm.compare(queue, tmp_path, storm.QUICK, seconds=45, seed=seed)
@@ -122,6 +167,7 @@ def test_in_a_storm_nothing_is_lost_doubled_or_different(queue, tmp_path):
     assert seen.finished == seen.wanted == 60 and seen.different == []
 
 
+@pytest.mark.full
 def test_a_job_killed_for_its_memory_says_so_and_more_memory_helps(queue, tmp_path):
     hungry = "tests.slurm.trainers:hungry"
     ask(tmp_path, *SMOKE, *ALONE, "cluster.mem_gib=0.25", trainer=hungry)
@@ -134,6 +180,7 @@ def test_a_job_killed_for_its_memory_says_so_and_more_memory_helps(queue, tmp_pa
     assert len(results(tmp_path)) == 6
 
 
+@pytest.mark.full
 def test_failed_runs_keep_their_cause_and_are_tried_again_up_to_a_bound(queue, tmp_path):
     """A trainer that fails every time: two attempts, the second by the job that follows."""
     bound = ("exec.retry=true", "exec.max_attempts=2")

@@ -24,6 +24,7 @@ def finished(folder):
     return store, rid, {**store.result(rid), **store.records(rid)[-1]}
 
 
+@pytest.mark.full
 def test_two_processes_on_two_nodes_make_the_update_of_one(queue, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
@@ -48,7 +49,7 @@ def test_two_processes_on_two_nodes_make_the_update_of_one(queue, tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
-def test_four_processes_on_two_nodes_are_killed_and_stopped_and_go_on(queue, tmp_path):
+def test_four_processes_on_two_nodes_are_killed_and_stopped_and_resume(queue, tmp_path):
     """A process of the second node is killed; then Slurm warns the job, which queues itself again.
     With two processes on each node, of two GPUs."""
     here, there = tmp_path / "here", tmp_path / "there"

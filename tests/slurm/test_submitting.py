@@ -51,6 +51,7 @@ act(compose_request(sys.argv[2:]), sys.argv[1])
 """
 
 
+@pytest.mark.full
 def test_a_command_killed_while_it_submits_is_put_right_by_the_next(queue, tmp_path):
     dying = {when: _start_dying(tmp_path / when.replace(" ", "_"), when) for when in DIES}
     outputs = {}
@@ -98,6 +99,7 @@ def test_two_users_who_ask_at_once_submit_one_sweep(queue, tmp_path):
     assert all(ends == {1: None} for ends in attempts(tmp_path).values())
 
 
+@pytest.mark.full
 def test_an_edited_sweep_submits_what_is_new_and_takes_back_what_is_gone(queue, tmp_path):
     with queue.closed():  # nothing starts for now
         ask(tmp_path, *SMOKE, *ALONE, "cluster.runs_per_job=1", "exec.pack_size=1")
@@ -111,6 +113,7 @@ def test_an_edited_sweep_submits_what_is_new_and_takes_back_what_is_gone(queue, 
     assert len(results(tmp_path)) == 2
 
 
+@pytest.mark.full
 def test_a_cancelled_sweep_leaves_the_queue_and_ends_when_asked_for_again(queue, tmp_path):
     with queue.closed():
         ask(tmp_path, *SMOKE, *FAST, "cluster.runs_per_job=3")
@@ -125,6 +128,7 @@ def test_a_cancelled_sweep_leaves_the_queue_and_ends_when_asked_for_again(queue,
     assert len(results(tmp_path)) == 6
 
 
+@pytest.mark.full
 def test_queued_jobs_run_the_code_as_it_was(queue, tmp_path):
     """The checkout is broken while the jobs wait."""
     clone = tmp_path / "clone"

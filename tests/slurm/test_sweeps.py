@@ -41,6 +41,7 @@ def trained(slurm, tmp_path_factory):
     return here, there, sent, answer
 
 
+@pytest.mark.full
 def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(trained):
     """The second stage is submitted, and the answer written, by the job that follows."""
     here, there, sent, answer = trained
@@ -58,6 +59,7 @@ def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(trained):
     assert "SLURM_CONF" not in text
 
 
+@pytest.mark.full
 def test_a_job_that_slurm_runs_twice_does_nothing_the_second_time(trained):
     _, there, _, _ = trained
     before = curves(there)
@@ -73,6 +75,7 @@ def test_a_job_that_slurm_runs_twice_does_nothing_the_second_time(trained):
     assert curves(there) == before
 
 
+@pytest.mark.full
 def test_more_jobs_than_an_array_may_have_are_several_arrays(queue, tmp_path):
     """A trainer that does nothing; MaxArraySize is 6, so 12 jobs need three arrays."""
     sweep = (
@@ -83,7 +86,7 @@ def test_more_jobs_than_an_array_may_have_are_several_arrays(queue, tmp_path):
         f"sweep.axes.seed={list(range(20))}",
         "exec.pack_size=20",
     )
-    nothing = "lorasweep.bench.overhead:nothing"
+    nothing = "benchmarks.overhead:nothing"
     output = ask(tmp_path, *sweep, *ALONE, "cluster.runs_per_job=20", trainer=nothing)
     assert "submitted 240 runs" in output
     assert submitted(tmp_path)[0].arrays == [5, 5, 2]
@@ -92,6 +95,7 @@ def test_more_jobs_than_an_array_may_have_are_several_arrays(queue, tmp_path):
     assert all(ends == {1: None} for ends in attempts(tmp_path).values())
 
 
+@pytest.mark.full
 def test_packs_side_by_side_have_a_gpu_each(queue, tmp_path):
     """Two fake GPUs a job: two workers, one GPU each."""
     two = ("cluster.gpus=2", "cluster.cpus=1", "exec.pack_size=1", "steps=200")
@@ -103,6 +107,7 @@ def test_packs_side_by_side_have_a_gpu_each(queue, tmp_path):
     assert len(envs) == 6 and {e["gpus"] for e in envs} == {"0", "1"}
 
 
+@pytest.mark.full
 def test_scripts_for_places_without_submitit(queue, tmp_path):
     output = ask(tmp_path, *SMOKE, *FAST, "cluster.submit=false", "cluster.runs_per_job=3")
     script = re.search(r"sbatch (\S+)", output)[1]

@@ -31,7 +31,9 @@ UNKNOWN = {
 """Claims of which no data were run at tiny, so that no spread over seeds is known."""
 
 
-@pytest.mark.parametrize("scale", ["tiny", "small", "tiny_beyond"])
+@pytest.mark.parametrize(
+    "scale", ["tiny", *(pytest.param(s, marks=pytest.mark.full) for s in ("small", "tiny_beyond"))]
+)
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_a_shipped_sweep_can_decide_its_claims_or_says_that_it_cannot(compose, sweep, scale):
     """Change `sweep.second.seeds`, the claim's `sd` where it was measured anew, or `underpowered`."""

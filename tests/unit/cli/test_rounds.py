@@ -48,6 +48,7 @@ def test_a_failed_run_is_named_kept_apart_and_tried_again_only_on_request(
     assert len(trainer.trained) == count + 1
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, capsys, fake_trainer):
     """An open claim, its suggested runs as round 2, and no fourth look."""
@@ -87,6 +88,7 @@ def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, ca
         act(extend, trainer)
 
 
+@pytest.mark.full
 def test_rounds_are_not_extended_under_other_margins(compose, fake_trainer):
     base = [
         "+sweep=lr_ratio",

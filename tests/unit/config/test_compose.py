@@ -35,7 +35,7 @@ DATASETS = sorted(p.stem for p in (ROOT / "conf" / "dataset").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
-    "scale", [s if s == "smoke" else pytest.param(s, marks=pytest.mark.slow) for s in SCALES]
+    "scale", [s if s == "smoke" else pytest.param(s, marks=pytest.mark.full) for s in SCALES]
 )
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_every_sweep_composes_at_every_scale(compose, sweep, scale):

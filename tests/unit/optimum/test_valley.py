@@ -16,7 +16,7 @@ from analysis.optimum.fit import fit_all, fit_sweeps
 from analysis.optimum.likelihood import gather, weights_of
 from analysis.optimum.posterior import weigh
 from analysis.runs.lr_curves import LrCurve, lr_curves
-from analysis.validation.generators import FAMILIES, Design, plant
+from benchmarks.calibration.generators import FAMILIES, Design, plant
 from tests.world import ROOT
 
 
@@ -158,7 +158,7 @@ def test_intervals_hold_planted_truths(family):
 
 
 def test_sharing_curvature_narrows_curves_of_few_rates():
-    from analysis.validation.calibration import sharing
+    from benchmarks.calibration.run import sharing
 
     told = sharing("linex", 4, 2.0, 1e-3, 12)
     assert told["shared"]["width"] < told["alone"]["width"]

@@ -188,7 +188,7 @@ def test_a_law_of_a_metric_that_is_better_when_higher(tmp_path, capsys):
 
 @needs_evidence
 def test_public_tables_give_what_the_kept_page_says():
-    from analysis.validation.public_evidence import render
+    from benchmarks.public_evidence import render
 
     page, kept = (
         render(EVIDENCE / "tulu3_lora_sweep.csv", EVIDENCE / "rl_grpo_runs.csv"),

@@ -99,6 +99,7 @@ def numbers_apart(a, b):
     return max(abs(x - y) / abs(y) for x, y in pairs)
 
 
+@pytest.mark.full
 @pytest.mark.numerics
 def test_each_stops_where_it_would_alone_and_leaves_the_same(world, pack, together):
     """Over ten updates to rounding. At the end, after up to 40 updates at 1e-2, as close as the run

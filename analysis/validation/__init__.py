@@ -1,4 +1,0 @@
-"""Validation of the analysis: simulated sweeps, public runs, and the benchmark's page.
-
-Nothing else imports it.
-"""

@@ -1,0 +1,1 @@
+"""Intervals and verdicts on simulated sweeps, fitted and judged exactly like real ones."""

@@ -1,0 +1,173 @@
+"""Measure on simulated sweeps how often intervals contain the truth, also for simpler estimators.
+
+A condition is a family of shapes and a design; a case is a sweep of four curves with one shape.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis.inference.estimate import Estimate
+from analysis.measures.ratio import ratio_of
+from analysis.optimum.fit import fit_sweeps
+from analysis.optimum.optimum import Optimum
+from analysis.runs.lr_curves import LrCurve
+from benchmarks.calibration.generators import Design, plant
+
+KINDS = (
+    "value",
+    "bound",
+    "empty",
+    "error",
+    "width",
+    "ratio",
+    "ratio_error",
+    "argmin",
+    "parabola",
+    "parabola_error",
+    "global",
+    "global_error",
+)
+BATCH = 100
+"""Number of sweeps fitted together."""
+WITH_BASELINES = 200
+"""Number of sweeps of a condition to which the simpler estimators are applied, too."""
+
+
+def covers(e: Estimate, truth: float) -> bool:
+    """Return whether an interval or bound contains the truth."""
+    return (e.low is None or e.low <= truth) and (e.high is None or truth <= e.high)
+
+
+def stream(*key: Any) -> np.random.Generator:
+    """Return a random stream for one condition; none was used to choose the model's constants."""
+    return np.random.default_rng([77, *(int.from_bytes(str(k).encode()[:8], "big") for k in key)])
+
+
+def share(hits: Sequence[float]) -> float | None:
+    """Return the share of hits; None for an empty list."""
+    return float(np.mean(hits)) if hits else None
+
+
+def middle(values: Sequence[float]) -> float | None:
+    """Return the median; None for an empty list."""
+    return float(np.median(values)) if values else None
+
+
+def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
+    """Fit the sweeps of one condition; return how often answers contain the truth, and their errors."""
+    rng = stream(
+        "coverage", family, design.rates, design.factor, design.seeds, design.fresh, design.noise
+    )
+    rows: dict[str, list[float]] = {k: [] for k in KINDS}
+    for start in range(0, cases, BATCH):
+        planted = [plant(family, design, rng) for _ in range(min(BATCH, cases - start))]
+        for (curves, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
+            for o, truth in zip(optima, truths):
+                _tally(rows, o, float(truth))
+            for o, truth in zip(optima[1:], truths[1:]):
+                r = ratio_of([o], optima[0])
+                if r.value is not None and r.has_interval():
+                    rows["ratio"].append(covers(r, math.exp(truth - truths[0])))
+                    rows["ratio_error"].append(abs(math.log(r.value) - (truth - truths[0])))
+            if start < WITH_BASELINES:
+                for c, truth in zip(curves, truths):
+                    _baselines(rows, c, float(truth), rng)
+    answers = rows["value"] + rows["bound"]  # a case without any answer is no success
+    return {
+        "family": family,
+        **design.__dict__,
+        "cases": design.curves * cases,
+        "sweeps": cases,
+        "coverage": share(answers),
+        "coverage_value": share(rows["value"]),
+        "coverage_bound": share(rows["bound"]),
+        "empty": len(rows["empty"]) / (design.curves * cases),
+        "valued": len(rows["value"]) / (design.curves * cases),
+        "error": _factor(rows["error"]),
+        "width": middle(rows["width"]),
+        "ratio_coverage": share(rows["ratio"]),
+        "ratio_cases": len(rows["ratio"]),
+        "ratio_error": _factor(rows["ratio_error"]),
+        "argmin_error": _factor(rows["argmin"]),
+        "parabola_coverage": share(rows["parabola"]),
+        "parabola_error": _factor(rows["parabola_error"]),
+        "global_coverage": share(rows["global"]),
+        "global_error": _factor(rows["global_error"]),
+    }
+
+
+def _tally(rows: dict[str, list[float]], o: Optimum, truth: float) -> None:
+    e = o.best_lr
+    if e.value is None and e.low is None and e.high is None:
+        rows["empty"].append(1.0)
+    elif e.value is None:
+        rows["bound"].append(covers(e, math.exp(truth)))
+    elif e.has_interval():
+        rows["value"].append(covers(e, math.exp(truth)))
+        low, high = e.interval
+        rows["width"].append(math.log(high / low))
+        rows["error"].append(abs(math.log(e.value) - truth))
+    else:
+        rows["error"].append(abs(math.log(e.value) - truth))
+
+
+def _factor(errors: Sequence[float]) -> float | None:
+    return float(np.exp(np.median(errors))) if errors else None
+
+
+def _baselines(
+    rows: dict[str, list[float]], curve: LrCurve, truth: float, rng: np.random.Generator
+) -> None:
+    """Add the results of three simpler estimators to `rows`.
+
+    The best learning rate of the grid; a parabola through the five around it, with a bootstrap over
+    seeds; a least-squares parabola through all of them.
+    """
+    x = np.unique(curve.x[curve.usable])
+    seeds = [s for s in np.unique(curve.seed) if (curve.usable & (curve.seed == s)).sum() == len(x)]
+    if not seeds or len(x) < 5:
+        return
+    y = np.array([curve.y[curve.usable & (curve.seed == s)] for s in seeds])
+    mean = y.mean(0)
+    best = int(np.argmin(mean))
+    rows["argmin"].append(abs(x[best] - truth))
+    vertex = _vertex(x, mean[None], best)[0]
+    if np.isfinite(vertex):
+        rows["parabola_error"].append(abs(vertex - truth))
+    if len(seeds) > 1:
+        drawn = _vertex(x, y[rng.integers(0, len(seeds), (200, len(seeds)))].mean(1), best)
+        low, high = (
+            np.nanquantile(drawn, [0.025, 0.975]) if np.isfinite(drawn).any() else (np.nan, np.nan)
+        )
+        rows["parabola"].append(low <= truth <= high)
+    (c2, c1, _), cov = np.polyfit(x - x.mean(), mean, 2, cov="unscaled" if len(x) < 6 else True)
+    if c2 > 0:
+        m = -c1 / (2 * c2)
+        error = math.sqrt(max(cov[1, 1] + 4 * m * m * cov[0, 0] + 4 * m * cov[0, 1], 0.0)) / (
+            2 * c2
+        )
+        rows["global_error"].append(abs(x.mean() + m - truth))
+        if len(x) >= 6:
+            # 2.3 is about Student's t at 4 degrees of freedom.
+            rows["global"].append(abs(x.mean() + m - truth) <= 2.3 * error)
+
+
+def _vertex(x: np.ndarray, y: np.ndarray, best: int) -> np.ndarray:
+    """Return the vertices of parabolas fitted to the five learning rates around the best one, [n].
+
+    NaN if a parabola opens downward.
+
+    Args:
+        x: learning rates in ln(lr), [P].
+        y: losses, [n, P].
+        best: index of the best learning rate.
+    """
+    at = slice(max(0, best - 2), best + 3)
+    if len(x[at]) < 3:
+        return np.full(len(y), np.nan)
+    c = np.polyfit(x[at] - x[best], y[:, at].T, 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(c[0] > 0, x[best] - c[1] / (2 * c[0]), np.nan)

@@ -1,0 +1,251 @@
+"""Render the calibration's page, its figures, and the summary in docs/answers.md.
+
+Everything comes from analysis/results/calibration/calibration.json.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis.inference.estimate import number
+from analysis.report.text import markdown, text_hash
+from benchmarks import plots
+from benchmarks.calibration import designs_page
+from benchmarks.calibration.generators import HELD_OUT, INSIDE, MARGIN
+from benchmarks.harness import RESULTS, ROOT, render, table, with_block
+
+FOLDER = RESULTS / "calibration"
+FINE = 2.0
+"""The targets for coverage apply up to this spacing of the rates, as a factor."""
+Row = dict[str, Any]
+"""Figures of one condition of the calibration."""
+Study = dict[str, Any]
+"""The content of calibration.json: lists of conditions by kind, and how long it took."""
+HEAD = ["requirement", "target", "measured", "met"]
+
+
+def _mean(rows: Sequence[Row], key: str, weight: str | None = None) -> float:
+    known = [r for r in rows if r.get(key) is not None]
+    if not known:
+        return float("nan")
+    w = [r[weight] for r in known] if weight else None
+    return float(np.average([r[key] for r in known], weights=w))
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return "-" if value != value else f"{100 * value:.{digits}f}%"
+
+
+def _fine(study: Study) -> list[Row]:
+    return [r for r in study["coverage"] if r["factor"] <= FINE]
+
+
+def _by(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    out: dict[Any, list[Row]] = {}
+    for r in rows:
+        out.setdefault(key(r), []).append(r)
+    return out
+
+
+def targets(study: Study) -> list[list[str]]:
+    """Compare the targets for the analysis with what the calibration measured.
+
+    Returns rows of name, target, measured, met, after the head.
+    """
+    rows = [HEAD, *_coverage_targets(study, "best_lr", "coverage")]
+    rows += [*_coverage_targets(study, "the ratio", "ratio_coverage"), _error_target(study)]
+    by_where = _by(study["flags"], lambda r: r["where"]).items()
+    right = min((_mean(cells, "right"), where) for where, cells in by_where)
+    edge = [r for r in study["verdicts"] if r["ratio"] in MARGIN]
+    most = max(r["supported"] for r in edge)
+    open_ = _mean([r for r in study["verdicts"] if r["ratio"] == 10.0], "undecided")
+    rows += [
+        [
+            "correct flags for optima at an edge or near divergence, worst case",
+            "at least 99%",
+            f"{_percent(right[0])} ({right[1]})",
+            _met(right[0] >= 0.99),
+        ],
+        [
+            "false claims (true value at the margin's edge) that are SUPPORTED",
+            "at most 2.5%",
+            f"{_percent(_mean(edge, 'supported'))}, at most {_percent(most)} in a cell",
+            _met(_mean(edge, "supported") <= 0.025),
+        ],
+        [
+            "true, precisely measured claims that are UNDECIDED",
+            "at most 20%",
+            _percent(open_),
+            _met(open_ <= 0.2),
+        ],
+    ]
+    return rows + designs_page.targets(study.get("designs", ()))
+
+
+def _coverage_targets(study: Study, of: str, key: str) -> list[list[str]]:
+    mean = _mean(_fine(study), key)
+    families = _by(_fine(study), lambda r: r["family"]).items()
+    worst = min((_mean(cells, key), family) for family, cells in families)
+    met = "no: too wide" if mean > 0.97 else _met(mean >= 0.94)
+    return [
+        [f"coverage of intervals of {of}, on average", "94 to 97%", _percent(mean), met],
+        [
+            "... in the worst family",
+            "at least 93%",
+            f"{_percent(worst[0])} ({worst[1]})",
+            _met(worst[0] >= 0.93),
+        ],
+    ]
+
+
+def _error_target(study: Study) -> list[str]:
+    design = (7, 2.0, 2, 0)
+    cells = [r for r in _fine(study) if (r["rates"], r["factor"], r["seeds"], r["fresh"]) == design]
+    errors = [r["error"] for r in cells if r["error"]]
+    middle = float(np.median(errors))
+    return [
+        "median error of best_lr, 7 rates a factor 2 apart, 2 seeds",
+        "below 1.1x",
+        f"{number(middle)}x, at most {number(max(errors))}x in a cell",
+        _met(middle < 1.1),
+    ]
+
+
+def _met(met: bool) -> str:
+    return "yes" if met else "**no**"
+
+
+def page(study: Study) -> str:
+    """Render the page."""
+    designs = study.get("designs", [])
+    sections = {
+        "targets": targets(study),
+        "families": _family_rows(study),
+        "designs": _design_rows(study),
+        "verdicts": _verdict_rows(study),
+        "flags": _flag_rows(study),
+        "sharing": _sharing_rows(study),
+    }
+    return render(
+        "calibration",
+        n_coverage=sum(r["cases"] for r in study["coverage"]),
+        n_cells=len(study["coverage"]),
+        least=min(r["cases"] for r in study["coverage"]),
+        judged=sum(r["cases"] for r in study["verdicts"]),
+        minutes=study["minutes"],
+        inside=", ".join(INSIDE),
+        held_out=", ".join(HELD_OUT),
+        fine=FINE,
+        margin=MARGIN,
+        intervals=designs,
+        interval_families=", ".join(dict.fromkeys(r["family"] for r in designs)),
+        interval_tables=designs_page.tables(designs),
+        **{name: table(rows) for name, rows in sections.items()},
+    )
+
+
+_COVERAGE = ("coverage", "coverage_value", "coverage_bound", "ratio_coverage")
+
+
+def _cell(cells: Sequence[Row], key: str) -> str:
+    """Format the mean of one number over conditions."""
+    value = _mean(cells, key)
+    if key == "valued":
+        return _percent(value, 0)
+    return _percent(value) if key.endswith("coverage") or key in _COVERAGE else number(value)
+
+
+def _family_rows(study: Study) -> list[list[str]]:
+    columns = {
+        "coverage": "coverage",
+        "of values": "coverage_value",
+        "of bounds": "coverage_bound",
+        "with a value": "valued",
+        "error": "error",
+        "ratio": "ratio_coverage",
+        "argmin error": "argmin_error",
+        "parabola coverage": "parabola_coverage",
+        "parabola error": "parabola_error",
+        "global coverage": "global_coverage",
+        "global error": "global_error",
+    }
+    rows = [["family", *columns]]
+    for f, cells in _by(_fine(study), lambda r: r["family"]).items():
+        mark = " (inside)" if f in INSIDE else " (held out)" if f in HELD_OUT else ""
+        rows.append([f + mark, *(_cell(cells, key) for key in columns.values())])
+    return rows
+
+
+def _design_rows(study: Study) -> list[list[str]]:
+    design = ("rates", "factor", "seeds", "fresh", "noise")
+    head = "rates|factor|seeds|fresh seeds|noise|coverage|worst family|with a value"
+    rows = [[*head.split("|"), "width (high / low)", "error", "ratio"]]
+    for key, cells in _by(study["coverage"], lambda r: tuple(r[k] for k in design)).items():
+        worst = min((r["coverage"], r["family"]) for r in cells if r["coverage"] is not None)
+        rows.append(
+            [
+                *(f"{v:g}" for v in key),
+                _cell(cells, "coverage"),
+                f"{_percent(worst[0])} ({worst[1]})",
+                _cell(cells, "valued"),
+                number(float(np.exp(_mean(cells, "width")))),
+                *(_cell(cells, k) for k in ("error", "ratio_coverage")),
+            ]
+        )
+    return rows
+
+
+def _verdict_rows(study: Study) -> list[list[str]]:
+    rows = [["true ratio", "noise", "SUPPORTED", "REFUTED", "UNDECIDED", "most SUPPORTED (family)"]]
+    for (ratio, noise), cells in sorted(
+        _by(study["verdicts"], lambda r: (r["ratio"], r["noise"])).items()
+    ):
+        most = max((r["supported"], r["family"]) for r in cells)
+        rows.append(
+            [
+                f"{ratio:g}",
+                f"{noise:g}",
+                *(_percent(_mean(cells, k)) for k in ("supported", "refuted", "undecided")),
+                f"{_percent(most[0])} ({most[1]})",
+            ]
+        )
+    return rows
+
+
+def _flag_rows(study: Study) -> list[list[str]]:
+    rows = [["family", "optimum", "flag right", "value or bound holds"]]
+    return rows + [
+        [r["family"], r["where"], _percent(r["right"]), _percent(r["holds"])]
+        for r in study["flags"]
+    ]
+
+
+def _sharing_rows(study: Study) -> list[list[str]]:
+    head = "family|rates|factor|noise|alone: answers|coverage|high / low|shared: answers"
+    rows = [[*head.split("|"), "coverage", "high / low"]]
+    for r in study["sharing"]:
+        cells = [r["family"], str(r["rates"]), f"{r['factor']:g}", f"{r['noise']:g}"]
+        for fit in (r["alone"], r["shared"]):
+            width = "-" if fit["width"] is None else number(float(np.exp(fit["width"])))
+            coverage = "-" if fit["coverage"] is None else _percent(fit["coverage"])
+            cells += [str(fit["answers"]), coverage, width]
+        rows.append(cells)
+    return rows
+
+
+def with_summary(text: str, study: Study) -> str:
+    """Replace the summary in a page."""
+    return with_block(text, "calibration", markdown(targets(study)))
+
+
+def write() -> None:
+    """Write the page, its figures and the summary in docs/answers.md."""
+    text = (FOLDER / "calibration.json").read_text()
+    study = json.loads(text)
+    (FOLDER / "README.md").write_text(page(study))
+    plots.coverage(_fine(study), FOLDER / "coverage.png", text_hash(text))
+    plots.verdict_shares(study["verdicts"], FOLDER / "verdicts.png", text_hash(text))
+    document = ROOT / "docs" / "answers.md"
+    document.write_text(with_summary(document.read_text(), study))

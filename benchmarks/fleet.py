@@ -1,0 +1,260 @@
+"""Time fleets against one TRL process a customer and a warm PEFT loop, and measure their memory.
+
+    python -m benchmarks fleet [--out FILE] [case[:customers] ...]
+
+Needs the extra `bench`; `smollm2` also needs the weights and GSM8K. Writes
+analysis/results/bench/fleet.json, and the page from it. The fleet is timed whole, from process
+start to the last adapter and the page. The baselines train a sample of the customers, spread evenly
+over the table, and the time of all is extrapolated: start-up by the number of processes, the rest
+by the tokens that are trained on and evaluated.
+"""
+
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import fleet_page, fleet_table, harness
+from benchmarks.harness import Figures, Log, command, cpu_s
+from lorasweep.cli.customers import fleet
+from lorasweep.config.compose import compose_request
+from lorasweep.data.load import load as load_data
+from lorasweep.fleet.members import Member
+from lorasweep.launch.workers import WAIT_POLICY
+from lorasweep.models.load import tokenizer_of
+from lorasweep.store.run_store import RunStore
+
+WORKER = "lorasweep.launch.worker"
+WATCH_S = 0.5
+
+
+class Case(NamedTuple):
+    """A fleet to time."""
+
+    model: str
+    customers: int
+    """How many."""
+    updates: tuple[int, int]
+    """Fewest and most of a run."""
+    options: tuple[str, ...]
+    """Of the command."""
+    processes: int
+    """Customers that get a TRL process."""
+    looped: int
+    """Customers that the warm loop trains; one more before them warms it up."""
+
+
+CASES = {
+    "tiny128": Case("tiny128", 200, (8, 32), ('dataset.template="{prompt}"',), 6, 24),
+    "smollm2": Case("smollm2-135m-instruct", 100, (2, 4), ("dataset.render=role_eos",), 3, 8),
+}
+
+
+class Watch:
+    """Note the peak resident memory of the workers on this machine while the block runs."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.peaks: dict[str, int] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(WATCH_S):
+            for folder in Path("/proc").glob("[0-9]*"):
+                with suppress(OSError):  # a process may end meanwhile
+                    if not self._mine(folder):
+                        continue
+                    lines = (folder / "status").read_text().splitlines()
+                    peak = next((x for x in lines if x.startswith("VmHWM")), "VmHWM 0")
+                    self.peaks[folder.name] = int(peak.split()[1]) * 1024
+
+    def _mine(self, folder: Path) -> bool:
+        """Return whether it is a worker of a command that this process has started."""
+        if WORKER.encode() not in (folder / "cmdline").read_bytes():
+            return False
+        parent = Path("/proc") / _parent(folder)
+        return _parent(parent) == str(os.getpid())
+
+
+def _parent(folder: Path) -> str:
+    return (folder / "stat").read_text().rpartition(")")[2].split()[1]
+
+
+def measure(case: Case, log: Log, customers: int = 0) -> Figures:
+    """Time a fleet and its baselines; return seconds, ratios, and memory in bytes.
+
+    Args:
+        customers: how many; 0: as many as the case has.
+    """
+    case = case._replace(customers=customers or case.customers)
+    values = harness.exec_values()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        asked = _asked(case, values, folder)
+        members = _members(asked)
+        tokens = [_tokens(m, values) for m in members]
+        chosen = spread(tokens, case.processes)
+        alone = [_baseline("trl", [members[k]], values, folder) for k in chosen]
+        processes = extrapolate(
+            [r for rows in alone for r in rows], [tokens[k] for k in chosen], tokens, len(members)
+        )
+        log(f"one TRL process a customer: {processes['whole_s']:.0f} s, from {len(chosen)}")
+        chosen = spread(tokens, case.looped)
+        rows = _baseline(
+            "loop", [members[chosen[0]], *(members[k] for k in chosen)], values, folder
+        )
+        rows[1] |= {k: rows[0][k] for k in ("start_s", "start_cpu_s")}
+        warm = extrapolate(rows[1:], [tokens[k] for k in chosen], tokens, 1)
+        log(f"a warm PEFT loop: {warm['whole_s']:.0f} s, from {len(chosen)}")
+        found = _fleet(asked, folder, log)
+    whole = found["whole_s"]
+    found |= {
+        "tokens": sum(tokens),
+        "process_a_customer": processes,
+        "warm_peft": warm,
+        "vs_process_a_customer": processes["whole_s"] / whole,
+        "vs_warm_peft": warm["whole_s"] / whole,
+        "cpu_vs_process_a_customer": processes["cpu_s"] / found["cpu_s"],
+        "cpu_vs_warm_peft": warm["cpu_s"] / found["cpu_s"],
+    }
+    log(
+        f"{case.customers} customers on {case.model}: {whole:.0f} s, "
+        f"{found['vs_process_a_customer']:.1f} times faster than one process a customer, "
+        f"{found['vs_warm_peft']:.2f} times than a warm loop"
+    )
+    return found
+
+
+def _asked(case: Case, values: dict[str, Any], folder: Path) -> list[str]:
+    """Write rows and table, and for a base of symbols its folder; return the command's options."""
+    model, rows = case.model, None
+    spec = compose_request([f"model={model}"]).points[0].spec.model
+    if spec.source == "recipe":
+        model = str(fleet_table.write_base(spec, values["models_dir"], folder / case.model))
+    else:
+        rows = fleet_table.gsm8k(values["data_dir"])
+    table = fleet_table.write_table(folder, model, case.customers, case.updates, rows)
+    dirs = ",".join([*values["models_dir"], "/"])
+    return [f"customers={table}", f"exec.models_dir=[{dirs}]", *case.options]
+
+
+def _members(asked: Sequence[str]) -> list[Member]:
+    found = fleet.members_asked_for(compose_request(["action=fleet", *asked]))
+    members = [m for m in found if isinstance(m, Member)]
+    if len(members) < len(found):
+        raise RuntimeError(f"customers that cannot be planned: {len(found) - len(members)}")
+    return members
+
+
+def _fleet(asked: Sequence[str], folder: Path, log: Log) -> Figures:
+    """Train the fleet by its command, from an empty store.
+
+    A customer without an adapter (exit status 1) is counted, not fatal.
+    """
+    runs, options = folder / "runs", ["action=fleet", *asked, f"out={folder / 'fleet'}"]
+    _, plan = command("action=plan", *asked, runs_dir=runs)
+    before = cpu_s()
+    with Watch() as watch:
+        whole_s, found = command(*options, runs_dir=runs, most_status=1)
+    spent_s = cpu_s() - before
+    again_s, _ = command(*options, runs_dir=runs, most_status=1)
+    store = RunStore(runs)
+    packs = {tuple(store.env(i)["pack"]) for i in store.existing()}
+    log(f"the fleet: {whole_s:.0f} s in {len(packs)} packs, asked again {again_s:.1f} s")
+    return {
+        "customers": len(found),
+        "adapters": sum(c["error"] is None for c in found),
+        "gained": sum((c.get("gain") or 0.0) > 0 for c in found),
+        "runs": sum(len(c.get("tried", ())) for c in found),
+        "whole_s": whole_s,
+        "cpu_s": spent_s,
+        "again_s": again_s,
+        "packs": sorted(map(len, packs), reverse=True),
+        "peak_bytes": sum(watch.peaks.values()),
+        "planned_bytes": round(plan["cost"]["memory_gib"] * 2**30),
+    }
+
+
+def _tokens(member: Member, values: dict[str, Any]) -> int:
+    """Return the tokens of a customer that a baseline passes through its model.
+
+    Those of an update count three times, for its backward pass.
+    """
+    spec = member.points[0].spec
+    tokenizer = tokenizer_of(spec.model, [*values["models_dir"], "/"])
+    data = load_data(spec.dataset, values["data_dir"], tokenizer)
+
+    def of(rows: Any) -> int:
+        return sum(len(e.tokens) for e in rows)
+
+    trained = of(data.train(spec.seed, 0, spec.steps * spec.batch_size))
+    tried = len(member.points)
+    return tried * (3 * trained + of(data.validation)) + 2 * of(data.test)
+
+
+def spread(tokens: Sequence[int], count: int) -> list[int]:
+    """Choose `count` customers with the quantiles of the tokens."""
+    order = sorted(range(len(tokens)), key=lambda k: tokens[k])
+    return [order[int((i + 0.5) * len(order) / count)] for i in range(count)]
+
+
+def _baseline(
+    kind: str, members: Sequence[Member], values: dict[str, Any], folder: Path
+) -> list[Figures]:
+    """Train some customers in one process of a baseline; return its rows.
+
+    The start of the process, and what is left of its wall time, count in the first row.
+    """
+    job = {
+        "jobs": [[p.spec.plain() for p in m.points] for m in members],
+        "exec": {**values, "models_dir": [*values["models_dir"], "/"]},
+        "out": str(folder / kind),
+    }
+    wall_s, rows = harness.baseline(kind, job, folder, **WAIT_POLICY)
+    rows[0]["start_s"] = wall_s - sum(r["job_s"] for r in rows)
+    return rows
+
+
+def extrapolate(
+    rows: Sequence[dict[str, Any]], own: Sequence[int], tokens: Sequence[int], starts: int
+) -> dict[str, Any]:
+    """Extrapolate from a sample: `starts` processes, and the customers' seconds by their tokens."""
+    n, share = len(rows), sum(tokens) / sum(own)
+    begun = sum(r["start_s"] > 0 for r in rows)
+    found: dict[str, Any] = {"sampled": n}
+    for whole, start, each in (
+        ("whole_s", "start_s", "job_s"),
+        ("cpu_s", "start_cpu_s", "job_cpu_s"),
+    ):
+        found[start] = sum(r[start] for r in rows) / begun
+        found[whole] = starts * found[start] + sum(r[each] for r in rows) * share
+    means = {k: sum(r[k] for r in rows) / n for k in ("train_s", "eval_s", "job_s")}
+    return found | {"customer_s": means.pop("job_s"), **means}
+
+
+def _record(content: Figures, part: str, figures: Any) -> None:
+    content[part] = figures
+    content["machine"] = harness.machine("torch", "transformers", "peft", "trl")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure the named cases, or all, and write the page."""
+    parts = {name: partial(measure, case) for name, case in CASES.items()}
+    harness.measure_parts("fleet.json", parts, arguments, _record)
+    if "--out" not in arguments:
+        fleet_page.write()

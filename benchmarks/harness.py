@@ -1,0 +1,181 @@
+"""What all benchmarks share: commands timed whole, timing in turns, files of figures, pages."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from analysis.report.text import Rows, markdown
+from lorasweep.config.compose import compose_request
+from lorasweep.plan import detect
+from lorasweep.spec.execution import Exec
+from lorasweep.store import files
+from lorasweep.tracking import provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "analysis" / "results"
+FIGURES = RESULTS / "bench"
+"""Folder of the files of figures and of their pages."""
+Log = Callable[[str], None]
+Figures = dict[str, Any]
+
+
+def log_since(started: float) -> Log:
+    """Return a function that prints a line with the seconds since `started`."""
+    return lambda text: print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)
+
+
+def measure_parts(
+    name: str,
+    parts: Mapping[str, Callable[[Log], Any]],
+    arguments: Sequence[str],
+    record: Callable[[Figures, str, Any], None],
+) -> None:
+    """Measure parts one after another, and write the file of figures after each.
+
+    Args:
+        name: of the file in analysis/results/bench.
+        parts: what measures each part.
+        arguments: of the command: `--out FILE` and names of parts. Without names all parts are
+            measured; with names the figures of the other parts stay in the file.
+        record: puts the figures of a part into the content of the file.
+    """
+    wanted, path = list(arguments), FIGURES / name
+    if "--out" in wanted:
+        at = wanted.index("--out")
+        path = Path(wanted[at + 1])
+        del wanted[at : at + 2]
+    unknown = [w for w in wanted if w.partition(":")[0] not in parts]
+    if unknown:
+        sys.exit(f"no part {', '.join(unknown)}. Allowed: {', '.join(parts)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.loads(path.read_text()) if path.is_file() and wanted else {}
+    log = log_since(time.perf_counter())
+    for part in wanted or parts:
+        key, _, size = part.partition(":")
+        measured = parts[key](log) if not size else parts[key](log, int(size))  # type: ignore[call-arg]
+        record(content, key, measured)
+        files.write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def machine(*packages: str) -> Figures:
+    """Describe this machine and the versions of some packages."""
+    versions = {name: metadata.version(name) for name in packages}
+    return {"processor": provenance.processor(), "cores": detect.cores(), "packages": versions}
+
+
+def exec_values() -> dict[str, Any]:
+    """Return the fields of an Exec with absolute paths, because baselines run in other folders."""
+    exec_ = compose_request(["scale=tiny"]).exec
+    absolute = {
+        k: [str(Path(d).resolve()) for d in getattr(exec_, k)] for k in ("models_dir", "data_dir")
+    }
+    return {**vars(Exec()), **absolute}
+
+
+def in_turns(turns: int, timed: Sequence[Callable[[], float]]) -> list[list[float]]:
+    """Call functions in turns, because the speed of a machine drifts; return each one's values.
+
+    The first turn does not count: it also allocates memory.
+    """
+    values = [[one() for one in timed] for _ in range(turns + 1)][1:]
+    return [list(column) for column in zip(*values)]
+
+
+def command(*arguments: str, runs_dir: Path, most_status: int = 0) -> tuple[float, Any]:
+    """Run a command line of lorasweep; return its seconds, process start included, and its JSON.
+
+    Args:
+        most_status: exit statuses up to this are no error.
+    """
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "lorasweep", *arguments, "format=json"],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "LORASWEEP_RUNS": str(runs_dir)},
+    )
+    if done.returncode > most_status or not done.stdout:
+        raise RuntimeError(f"status {done.returncode}:\n{done.stderr[-2000:]}")
+    seconds = time.perf_counter() - started
+    try:
+        return seconds, json.loads(done.stdout)
+    except json.JSONDecodeError:  # messages stand above the answer
+        return seconds, json.loads(done.stdout.splitlines()[-1])
+
+
+def baseline(
+    kind: str, job: Figures, folder: Path, **variables: str
+) -> tuple[float, list[Figures]]:
+    """Train a job with a baseline in a process that has all cores.
+
+    Args:
+        kind: trl or loop.
+        job: what benchmarks/trl_baseline.py reads.
+        folder: current folder of the process.
+        variables: more environment variables.
+
+    Returns the wall seconds of the process, and the row that it printed for each run or customer.
+    """
+    path = folder / "job.json"
+    path.write_text(json.dumps(job))
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.trl_baseline", kind, str(path)],
+        text=True,
+        capture_output=True,
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": str(detect.cores()),
+            **variables,
+        },
+    )
+    wall_s = time.perf_counter() - started
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"train_s"')]
+    wanted = len(job["jobs"])
+    if done.returncode or len(rows) != wanted:
+        raise RuntimeError(f"the baseline trained {len(rows)} of {wanted}:\n{done.stderr[-2000:]}")
+    return wall_s, rows
+
+
+def cpu_s() -> float:
+    """Return the processor seconds of all processes that were started from here and have ended."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+def with_block(text: str, name: str, lines: Sequence[str]) -> str:
+    """Replace the lines of a page between `<!-- NAME: ... -->` and `<!-- end of NAME -->`.
+
+    Raises:
+        ValueError: the page lacks one of these markers.
+    """
+    begin = re.search(rf"<!-- {name}: [^\n]*-->", text)
+    if begin is None:
+        raise ValueError(f"no marker `<!-- {name}: ... -->`")
+    end = text.index(f"<!-- end of {name} -->")
+    return "\n".join([text[: begin.end()], *lines, text[end:]])
+
+
+def table(rows: Rows) -> str:
+    """Format rows as a Markdown table; the first row is the head."""
+    return "\n".join(markdown(rows))
+
+
+def render(name: str, **values: Any) -> str:
+    """Render a page from benchmarks/templates/NAME.md."""
+    loader = jinja2.FileSystemLoader(ROOT / "benchmarks" / "templates")
+    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    pages = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
+    return pages.get_template(f"{name}.md").render(**values)

@@ -1,0 +1,135 @@
+"""Hold the adviser against outcomes that others published, and write the page.
+
+Each row is judged without its own source in the rules, and without the kept answers of this
+project, none of which is about these models.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from benchmarks.harness import RESULTS, render, table
+from lorasweep.advise.advice import Advice, Known, advise
+from lorasweep.advise.customer import customer_of
+from lorasweep.advise.rules.rates import STEP, Rate, rate_of
+from lorasweep.advise.trace import Trace
+from lorasweep.config import catalogue
+from lorasweep.config.folders import conf_dir
+
+PAGE = RESULTS / "advice" / "README.md"
+OUTCOMES = Path(__file__).with_name("outcomes.yaml")
+SAYS = {"met": "close", "missed": "behind", "unknown": "open"}
+"""What a rank is expected to come to, by the state of its room for what is new."""
+
+
+OUTCOME_HEAD = "source|setting|model|rank|published|adviser|load|verdict"
+RATE_HEAD = "source|model|task|method|published best|adviser|verdict"
+
+
+class Judged(NamedTuple):
+    """One published row and what the adviser says of it."""
+
+    entry: dict[str, Any]
+    advice: Advice
+    says: str
+    verdict: str
+    """hit, miss or open."""
+
+
+@cache
+def read() -> dict[str, Any]:
+    """Read outcomes.yaml."""
+    return yaml.safe_load(OUTCOMES.read_text())
+
+
+@cache
+def _known() -> Known:
+    folders = [conf_dir()]
+    return Known(catalogue.models(folders), catalogue.machines(folders))
+
+
+def _advice(entry: dict[str, Any]) -> tuple[Advice, Known]:
+    """Return the adviser's answer to a row, and what it knew: all but the row's source."""
+    world = replace(_known(), published=_known().published.without([entry["source"]]))
+    shape = read()["shapes"].get(entry["customer"]["model"], {})
+    c = customer_of({"name": entry["source"], **entry["customer"], **shape})
+    return advise(c, world), world
+
+
+def outcomes() -> Iterator[Judged]:
+    """Judge every published outcome of LoRA at a rank."""
+    for entry in read()["outcomes"]:
+        advice, _ = _advice(entry)
+        says = SAYS[advice.conditions[0].state]
+        verdict = "open" if says == "open" else "hit" if says == entry["came"] else "miss"
+        yield Judged(entry, advice, says, verdict)
+
+
+def rates() -> Iterator[Judged]:
+    """Judge every published best rate: whether it lies in the adviser's interval."""
+    for entry in read()["rates"]:
+        advice, world = _advice(entry)
+        found = _rate(advice, world, entry["method"])
+        verdict = "hit" if found.low <= entry["rate"] <= found.high else "miss"
+        says = f"{found.rate:.2g} ({found.low:.2g} to {found.high:.2g})"
+        yield Judged(entry, advice, says, verdict)
+
+
+def _rate(advice: Advice, world: Known, method: str) -> Rate:
+    shared = (advice.choice.rank, advice.work, world.kept, world.published, Trace())
+    return rate_of(advice.customer, advice.model, method, *shared)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page() -> str:
+    """Return the page in Markdown."""
+    judged, found = list(outcomes()), list(rates())
+    names = _known().published.values["sources"] | read()["sources"]
+    used = dict.fromkeys(j.entry["source"] for j in judged + found)
+    return render(
+        "outcomes",
+        step=STEP,
+        outcome_count=_count(judged),
+        outcomes=table([OUTCOME_HEAD.split("|"), *map(_outcome_row, judged)]),
+        rate_count=_count(found),
+        rates=table([RATE_HEAD.split("|"), *map(_rate_row, found)]),
+        not_judged=read()["not_judged"],
+        sources={key: names[key] for key in used},
+    )
+
+
+def _count(judged: list[Judged]) -> str:
+    counts = {v: sum(j.verdict == v for j in judged) for v in ("hit", "miss", "open")}
+    return (
+        f"Of {len(judged)} rows {counts['hit']} are hits, {counts['miss']} misses"
+        + (f", {counts['open']} left open" if counts["open"] else "")
+        + "."
+    )
+
+
+def _shown(verdict: str) -> str:
+    return f"**{verdict}**" if verdict == "miss" else verdict
+
+
+def _outcome_row(j: Judged) -> list[str]:
+    e, c = j.entry, j.entry["customer"]
+    setting = [e["source"], e["what"], c["model"], str(c["rank"]), f"{e['came']}: {e['said']}"]
+    return [*setting, j.says, j.advice.conditions[0].why, _shown(j.verdict)]
+
+
+def _rate_row(j: Judged) -> list[str]:
+    e, c = j.entry, j.entry["customer"]
+    setting = [e["source"], c["model"], c["task"], e["method"], f"{e['rate']:.2g}"]
+    return [*setting, j.says, _shown(j.verdict)]
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Write the page."""
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page())

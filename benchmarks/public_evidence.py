@@ -1,0 +1,227 @@
+"""Analyse runs published by others, and render analysis/results/public_evidence.md.
+
+    python -m benchmarks public_evidence TULU3_SWEEP.csv RL_RUNS.csv
+
+The first table: LoRA-only learning rate x rank sweeps of many models on Tulu3 (tinker-cookbook,
+Apache-2.0). The second: GRPO runs of LoRA and full fine-tuning (kenkuuu/lora-without-regret).
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from analysis.inference.estimate import Estimate, number, rate, with_interval
+from analysis.inference.meta import random_effects
+from analysis.measures.ratio import MIN_RANK
+from analysis.runs import reading
+from analysis.runs.lr_curves import lr_curves
+from analysis.tables import commands, laws
+from benchmarks import harness
+
+DRIFT_MARGIN = 0.099
+"""Largest allowed slope of ln(best LR) per doubling of the rank: a factor 2 over 7 doublings."""
+RL_NAMES = {"model_id": "model", "lora_rank": "rank", "n_grpo_steps": "steps"}
+RL_BROKEN = 0.2
+"""At most this accuracy: diverged. Full fine-tuning at its lowest rate learned nothing: 0.21."""
+RL_MODEL = "Qwen/Qwen3-1.7B"
+"""The only model of the RL table with both arms."""
+
+
+def render(tulu: Path, rl: Path) -> str:
+    """Render the page."""
+    sweep = reading.read(tulu)
+    return harness.render(
+        "public_evidence",
+        **_bounds(sweep),
+        **_drift(sweep),
+        **_law(sweep),
+        rl=_rl(rl),
+        rl_model=RL_MODEL,
+        broken=RL_BROKEN,
+        margin=DRIFT_MARGIN,
+        min_rank=MIN_RANK,
+        files=[tulu.name, rl.name],
+    )
+
+
+def _bounds(sweep: reading.Reading) -> dict[str, Any]:
+    """Return counts of curves, runs and bounds, and what the first table lacks."""
+    table, alone, shared = sweep.table, commands.fit(sweep), commands.fit(sweep, share=True)
+
+    def counts(rows: list[dict[str, Any]]) -> list[str]:
+        known = [r for r in rows if r["low"] is not None and r["best_lr"] is not None]
+        width = float(np.median([r["high"] / r["low"] for r in known])) if known else math.nan
+        rest = [r for r in rows if r["best_lr"] is None]
+        bound = sum(r["low"] is not None or r["high"] is not None for r in rest)
+        return [str(len(known)), number(width), str(bound), str(len(rest) - bound)]
+
+    unknown: dict[int, list[bool]] = {}
+    for r in sorted(alone, key=lambda r: r["rank"]):
+        unknown.setdefault(r["rank"], []).append(r["best_lr"] is None)
+    diverged = table[table["status"] == "diverged"]
+    repeats = table[table.duplicated(["model", "rank", "lr"], keep=False)]
+    top = float(table["lr"].max())
+    return {
+        "n_curves": len(alone),
+        "n_models": table["model"].nunique(),
+        "n_runs": len(table),
+        "n_diverged": len(diverged),
+        "n_diverged_at_top": int((diverged["lr"] == top).sum()),
+        "top": top,
+        "n_largest": _largest_survivor_best(sweep),
+        "n_bounded": sum("bounded_by_divergence" in r["flags"] for r in alone),
+        "fits": harness.table(
+            [
+                ["fit", "best LR with an interval", "median high / low", "a bound only", "nothing"],
+                ["each curve alone", *counts(alone)],
+                ["ranks of a model share their curvature (`--share`)", *counts(shared)],
+            ]
+        ),
+        "arms": sorted(table["method"].unique()),
+        "unknown": "; ".join(f"r{k} {sum(v)} of {len(v)}" for k, v in unknown.items()),
+        "n_repeats": len(repeats),
+        "lowest": float((repeats["lr"] == table["lr"].min()).mean()),
+    }
+
+
+def _largest_survivor_best(sweep: reading.Reading) -> int:
+    found = 0
+    for c in lr_curves(sweep.table):
+        x, y = c.x[c.usable], c.y[c.usable]
+        rates = np.unique(x)
+        if len(rates):
+            means = [y[x == v].mean() for v in rates]
+            found += int(np.argmin(means)) == len(rates) - 1
+    return found
+
+
+def _drift(sweep: reading.Reading) -> dict[str, Any]:
+    rows = commands.drifts(sweep, share=True)
+    known = [r for r in rows if r["slope"] is not None]
+    head = ["model", "slope of ln LR a doubling [95%]", "p (no slope)", "p (ranks equal)"]
+    slopes = [
+        [
+            r["group"].split(" on ")[0],
+            with_interval(Estimate(r["slope"], r["low"], r["high"])),
+            number(r["p_slope"], 2),
+            number(r["p_equal"], 2),
+        ]
+        for r in known
+    ]
+    upper = dataclasses.replace(sweep, table=sweep.table[sweep.table["rank"] >= MIN_RANK])
+    high = [r for r in commands.drifts(upper, share=True) if r["slope"] is not None]
+    parts = {"all ranks": known, f"ranks of {MIN_RANK} and more": high}
+    return {
+        "moves": _moves(rows, 1),
+        "moves_high": _moves(rows, MIN_RANK),
+        "slopes": harness.table([head, *slopes]) if known else "",
+        "pooled": [_pooled_slope(v, which) for which, v in parts.items() if len(v) > 1],
+    }
+
+
+def _moves(rows: Sequence[dict[str, Any]], least: int) -> str:
+    """Count the models in which the best learning rate tried rises, falls or stays with the rank.
+
+    From the lowest to the highest rank.
+
+    Args:
+        least: ignore ranks below this.
+    """
+    signs = []
+    for r in rows:
+        tried = [v for rank, v in zip(r["ranks"], r["best_tried"]) if v and rank >= least]
+        if len(tried) > 1:
+            signs.append(int(np.sign(tried[-1] - tried[0])))
+    up, down, same = (signs.count(sign) for sign in (1, -1, 0))
+    p = float(stats.binomtest(up, up + down).pvalue) if up + down else 1.0
+    return f"rises in {up} models, falls in {down} and stays in {same} (sign test: p {p:.2g})"
+
+
+def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> dict[str, Any]:
+    e = random_effects([r["slope"] for r in known], [(r["high"] - r["low"]) / 3.92 for r in known])
+    if max(-e.low, e.high) <= DRIFT_MARGIN:
+        verdict = "inside"
+    elif e.low > DRIFT_MARGIN or e.high < -DRIFT_MARGIN:
+        verdict = "outside"
+    else:
+        verdict = "across the edge of"
+    numbers = {name: getattr(e, name) for name in ("k", "mean", "low", "high", "tau")}
+    return {"which": which, "verdict": verdict, **numbers}
+
+
+def _law(sweep: reading.Reading) -> dict[str, Any]:
+    law = laws.law(sweep)
+    costs = [c for c in law["published_regret"] if c["percent"] is not None]
+    values = [c["percent"] for c in costs]
+    head = "family|LR at hidden 2000 [95%]|exponent [95%]|models|regret of this law, %|flags"
+    rows = [head.split("|")]
+    for v in law["by_loss"]:
+        at, p = (Estimate(v[k]["value"], v[k]["low"], v[k]["high"]) for k in ("lr_at_2000", "p"))
+        fitted = [with_interval(at, rate), with_interval(p), str(v["models"])]
+        flags = ", ".join(v["flags"]) or "-"
+        rows.append([v["family"], *fitted, number(v["regret_percent"]), flags])
+    return {
+        "regrets": values,
+        "law": {
+            "mean": number(float(np.mean(values))),
+            "median": number(float(np.median(values))),
+            "most": number(max(values)),
+            "above": sum(v > 0.5 for v in values),
+            "largest": "; ".join(
+                f"{c['model']} {c['curve']} {number(c['percent'])}% at {rate(c['lr'])}"
+                for c in sorted(costs, key=lambda c: -c["percent"])[:3]
+            ),
+            "table": harness.table(rows),
+            "without": len(law["models_without_hidden_size"]),
+        },
+    }
+
+
+def _rl(path: Path) -> dict[str, Any]:
+    rows = [["metric", "curve", "best LR [95%]", "accuracy there", "ratio [95%]", "flags"]]
+    ends = []
+    for name, column in (
+        ("best accuracy during the run", "best_eval_accuracy"),
+        ("final accuracy", "final_eval_accuracy"),
+    ):
+        read = reading.read(path, RL_NAMES, column, RL_BROKEN)
+        read = dataclasses.replace(read, table=read.table[read.table["model"] == RL_MODEL])
+        ratios = {r["rank"]: r for r in commands.ratio(read)["ratios"]}
+        for r in commands.fit(read):
+            e, shown = ratios.get(r["rank"]), "-"
+            if e is not None:
+                shown = with_interval(Estimate(e["ratio"], e["low"], e["high"]))
+                ends += [] if e["high"] is None else [e["high"]]
+            curve = "full fine-tuning" if r["rank"] is None else f"LoRA r{r['rank']}"
+            best = with_interval(Estimate(r["best_lr"], r["low"], r["high"]), rate)
+            flags = ", ".join(r["flags"]) or "-"
+            rows.append([name, curve, best, number(r["best_nll"]), shown, flags])
+    runs = reading.load(path)
+    best, final = (
+        runs[c].replace("", "nan").astype(float)
+        for c in ("best_eval_accuracy", "final_eval_accuracy")
+    )
+    outside = max(ends, default=0.0) < 10
+    return {
+        "table": harness.table(rows),
+        "highest": number(max(ends)) if ends else "",
+        "excluded": f"10 {'lies outside' if outside else 'is not excluded by'} all of them.",
+        "late": int(((best >= 0.8 * best.max()) & (final < 0.1)).sum()),
+        "n_runs": len(runs),
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the page from the two tables."""
+    parser = argparse.ArgumentParser("python -m benchmarks public_evidence", description=__doc__)
+    parser.add_argument("tulu3", type=Path)
+    parser.add_argument("rl", type=Path)
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "public_evidence.md")
+    options = parser.parse_args(arguments)
+    options.out.write_text(render(options.tulu3, options.rl))

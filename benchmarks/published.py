@@ -1,0 +1,376 @@
+"""Compare the plan's memory and speed with what others measured and published (published.yaml).
+
+Which rows the plan covers is decided by their settings alone (`not_covered`). The one constant of
+the plan that is fitted to such figures is, for each row, the one that fits the other sources.
+
+    python -m benchmarks published      writes analysis/results/plan/
+"""
+
+import csv
+import dataclasses
+import io
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.harness import RESULTS, render
+from benchmarks.harness import table as markdown_table
+from lorasweep.config.folders import conf_dir
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.plan.gpu.load import Load, load_of
+from lorasweep.plan.gpu.memory import Layout, memory_parts
+from lorasweep.plan.gpu.time import TRAINING_SHARE, step_parts, step_seconds
+from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.spec.canonical import build
+from lorasweep.spec.model import ModelSpec
+
+TABLE = Path(__file__).with_name("published.yaml")
+FOLDER = RESULTS / "plan"
+CARDS = ("a100", "a100-40", "h100", "h200")
+"""Cards whose peak, bandwidths and power are those of NVIDIA's data sheets."""
+FEWEST_TOKENS = 2048
+"""Tokens a forward pass and GPU from which on the speed is that of the card; fewer wait for the
+processor, whose speed no source states."""
+STREAM = 2
+"""Bytes of a number of the residual stream: the sources hold or gather all weights in bf16, so the
+stream is bf16, too. Ours is fp32 (plan/gpu/load.py)."""
+GB = 1e9 / 2**30
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published figure and its settings, as in published.yaml."""
+
+    source: str
+    model: str
+    method: str
+    precision: str
+    sharding: str
+    states: str
+    loss: str
+    checkpointing: str | None
+    card: str | None
+    gpus: int | None
+    length: int | None
+    """Tokens a row."""
+    rows: int | None
+    """Rows a forward pass and GPU."""
+    rank: int = 0
+    layers: str = "attention+mlp"
+    modules: list[str] = field(default_factory=list)
+    """Adapted matrices, if they are no layer set."""
+    memory_gib: float | None = None
+    tokens_s: float | None = None
+    offload: bool = False
+    allocator: bool = False
+    """Memory as torch's allocator counts it."""
+    ambiguous: bool = False
+    """Another row of the source states the same settings and another figure."""
+    measured: bool = True
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return yaml.safe_load(TABLE.read_text())
+
+
+@cache
+def rows() -> tuple[Row, ...]:
+    """Read all rows, memory in GiB and speed in tokens a second and GPU."""
+    found = []
+    for source, entry in _table()["sources"].items():
+        for row in entry["rows"]:
+            own = row if isinstance(row, dict) else dict(zip(entry["columns"], row, strict=True))
+            found.append(_row(source, {**entry["settings"], **own}))
+    return tuple(found)
+
+
+def _row(source: str, values: dict[str, Any]) -> Row:
+    together = values.pop("rows_an_iteration", None)
+    seconds, gb = values.pop("iteration_s", None), values.pop("gb", None)
+    if seconds is not None:
+        values["tokens_s"] = together * values["length"] / seconds
+    if gb is not None:
+        values["memory_gib"] = gb * GB
+    return Row(source, **values)
+
+
+def not_covered(row: Row, figure: str) -> str | None:
+    """Return why the plan does not claim to predict a `figure` of a row; None if it does.
+
+    `figure`: memory or speed. Decided by settings, before any prediction was made.
+    """
+    if not row.measured:
+        return "a rule of thumb, not measured"
+    if row.precision != "bf16":
+        return f"computed in {row.precision}, lorasweep in bf16"
+    if row.sharding == "other":
+        return "split by more than data, lorasweep by data alone"
+    if row.sharding == "deepspeed":
+        return "DeepSpeed's own states and buffers"
+    if row.offload:
+        return "states on the host"
+    if row.checkpointing not in ("none", "full"):
+        return "selective checkpointing" if row.checkpointing else "checkpointing not stated"
+    if row.ambiguous:
+        return "two figures for the settings stated"
+    if row.length is None or row.rows is None:
+        return "tokens a forward pass vary or are not stated"
+    if figure == "memory":
+        if row.states == "8bit":
+            return "moments of 8 bits"
+        return "FSDP1 keeps gradients of frozen weights" if row.sharding == "fsdp1" else None
+    if row.card not in CARDS:
+        return f"card {row.card} without a data sheet in the catalogue"
+    if row.length * row.rows < FEWEST_TOKENS:
+        return f"fewer than {FEWEST_TOKENS:,} tokens a forward pass"
+    return None
+
+
+# ---------------------------------------------------------------- predictions
+
+
+@cache
+def model_of(name: str) -> ModelSpec:
+    """Return the shape of a model of published.yaml or of conf/model."""
+    shapes = _table()["models"]
+    if name not in shapes:
+        return build(ModelSpec, yaml.safe_load((conf_dir() / f"model/{name}.yaml").read_text()))
+    hidden, layers, heads, kv_heads, head, mlp, vocabulary, tied, gated = shapes[name]
+    return ModelSpec(
+        name=name,
+        hidden_size=hidden,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_size=head,
+        mlp_size=mlp,
+        vocab_size=vocabulary,
+        tied=tied,
+        mlp=("gate_proj", "up_proj", "down_proj") if gated else ("up_proj", "down_proj"),
+    )
+
+
+@cache
+def card(name: str) -> Hardware:
+    """Return a card of CARDS."""
+    path = conf_dir() / f"hardware/{name.removesuffix('-40')}.yaml"
+    found = from_plain(yaml.safe_load(path.read_text()))
+    if name == "a100-40":  # the same chip with 40 GB, by its data sheet
+        found = dataclasses.replace(found, gpu_memory_gib=40.0, bandwidth_bytes_s=1.555e12)
+    return found
+
+
+def load_of_row(row: Row) -> Load:
+    """Return what a row's training asks of a GPU."""
+    model = model_of(row.model)
+    if row.method == "fullft":
+        return load_of(model, FullFT())
+    if not row.modules:
+        return load_of(model, LoRA(rank=row.rank, layers=row.layers))
+    few = dataclasses.replace(model, attention=tuple(row.modules))
+    load = load_of(few, LoRA(rank=row.rank, layers="attention"))
+    flops = 4.0 * model.n_active_params + 6.0 * load.trained
+    return dataclasses.replace(load, model=model, flops=flops)
+
+
+def _layout(row: Row) -> Layout:
+    assert row.gpus is not None and row.rows is not None
+    return Layout(row.gpus, row.rows, row.checkpointing == "full")
+
+
+def memory_of(row: Row) -> float:
+    """Predict the peak memory of one GPU in GiB."""
+    parts = memory_parts(
+        load_of_row(row),
+        _layout(row),
+        row.length or 0,
+        states=row.states,
+        stream=STREAM,
+        whole_logits=row.loss == "whole",
+        process=not row.allocator,
+    )
+    return sum(parts.values()) / 2**30
+
+
+@cache
+def _parts(row: int) -> dict[str, float]:
+    """Seconds of a row's forward and backward pass, its products at the attainable speed."""
+    r = rows()[row]
+    assert r.length is not None and r.card is not None
+    return step_parts(
+        load_of_row(r),
+        _layout(r),
+        r.length,
+        card(r.card),
+        states=r.states,
+        stream=STREAM,
+        share=1.0,
+    )
+
+
+def speed_of(row: int, share: float) -> float:
+    """Predict the tokens a second and GPU of rows()[row]."""
+    parts = _parts(row)
+    r = rows()[row]
+    seconds = step_seconds({**parts, "products": parts["products"] / share})
+    return (r.rows or 0) * (r.length or 0) / seconds
+
+
+def share_of(found: Iterable[int]) -> float:
+    """Fit the share of the attainable speed that products reach: the median over sources.
+
+    Of each source the median over its rows of the share at which the prediction would be exact.
+    """
+    by_source: dict[str, list[float]] = {}
+    for row in found:
+        r, parts = rows()[row], _parts(row)
+        rest = sum(s for name, s in parts.items() if name not in ("products", "launch"))
+        seconds = (r.rows or 0) * (r.length or 0) / (r.tokens_s or 1)
+        by_source.setdefault(r.source, []).append(parts["products"] / (seconds - rest))
+    return statistics.median(statistics.median(shares) for shares in by_source.values())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A published figure beside the plan's."""
+
+    row: Row
+    figure: str
+    published: float
+    predicted: float | None
+    """None: not covered."""
+    why_not: str | None = None
+
+    @property
+    def error(self) -> float | None:
+        """Relative error of the prediction."""
+        return None if self.predicted is None else self.predicted / self.published - 1
+
+    @property
+    def within(self) -> bool:
+        """Whether the error is within the tolerance of its figure."""
+        return self.error is not None and abs(self.error) <= TOLERANCE[self.figure]
+
+
+TOLERANCE = {"memory": 0.15, "speed": 0.25}
+
+
+@cache
+def comparisons() -> tuple[Comparison, ...]:
+    """Compare all published figures; the fitted share is that of the other sources."""
+    fast = [
+        k for k, r in enumerate(rows()) if r.tokens_s is not None and not not_covered(r, "speed")
+    ]
+    found = []
+    for k, row in enumerate(rows()):
+        if row.memory_gib is not None:
+            why = not_covered(row, "memory")
+            value = None if why else memory_of(row)
+            found.append(Comparison(row, "memory", row.memory_gib, value, why))
+        if row.tokens_s is not None:
+            why = not_covered(row, "speed")
+            others = [i for i in fast if rows()[i].source != row.source]
+            value = None if why else speed_of(k, share_of(others))
+            found.append(Comparison(row, "speed", row.tokens_s, value, why))
+    return tuple(found)
+
+
+def fitted_share() -> float:
+    """Return the share that fits all sources: the plan's TRAINING_SHARE."""
+    return share_of(
+        k for k, r in enumerate(rows()) if r.tokens_s is not None and not not_covered(r, "speed")
+    )
+
+
+# ---------------------------------------------------------------- the page
+
+UNITS = {"memory": "GiB a GPU", "speed": "tokens a second and GPU"}
+COLUMNS = ("source", "model", "method", "card", "gpus", "length", "rows", "checkpointing")
+
+
+def table() -> str:
+    """Return all rows as CSV: settings, published, predicted, error, why not covered."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*COLUMNS, "figure", "published", "predicted", "error", "not_covered"])
+    for c in comparisons():
+        predicted = "" if c.predicted is None else f"{c.predicted:.4g}"
+        error = "" if c.error is None else f"{c.error:.3f}"
+        settings = [getattr(c.row, name) for name in COLUMNS]
+        values = [c.figure, f"{c.published:.4g}", predicted, error, c.why_not or ""]
+        writer.writerow([*settings, *values])
+    return out.getvalue()
+
+
+def page() -> str:
+    """Return the page in Markdown."""
+    return render(
+        "published",
+        share=TRAINING_SHARE,
+        units=UNITS,
+        summaries={figure: _summary(figure) for figure in TOLERANCE},
+        all_rows={figure: _rows(figure) for figure in TOLERANCE},
+        not_covered=_not_covered(),
+        sources=_table()["sources"],
+    )
+
+
+def _summary(figure: str) -> str:
+    found, limit = _covered(figure), f"{TOLERANCE[figure]:.0%}"
+    errors = [abs(c.error) for c in found if c.error is not None]
+    within = sum(c.within for c in found)
+    by_source: dict[str, list[Comparison]] = {}
+    for c in found:
+        by_source.setdefault(c.row.source, []).append(c)
+    rows = [["source", "rows", f"within {limit}", "median", "smallest", "largest"]]
+    for source, own in by_source.items():
+        signed = [c.error for c in own if c.error is not None]
+        ends = (f"{v:+.0%}" for v in (statistics.median(signed), min(signed), max(signed)))
+        rows.append([source, str(len(own)), str(sum(c.within for c in own)), *ends])
+    return (
+        f"{within} of {len(found)} covered rows ({within / len(found):.0%}) of {len(by_source)} "
+        f"sources are within {limit}; median error {statistics.median(errors):.0%}, nine "
+        f"in ten within {nine_in_ten(figure):.0%}.\n\n{markdown_table(rows)}"
+    )
+
+
+def nine_in_ten(figure: str) -> float:
+    """Return the error that nine in ten covered rows stay below."""
+    errors = sorted(abs(c.error) for c in _covered(figure) if c.error is not None)
+    return errors[min(len(errors) - 1, round(0.9 * len(errors)))]
+
+
+def _covered(figure: str) -> list[Comparison]:
+    return [c for c in comparisons() if c.figure == figure and c.predicted is not None]
+
+
+def _rows(figure: str) -> str:
+    rows = [["source", "run", "published", "plan", "error"]]
+    for c in _covered(figure):
+        r = c.row
+        run = f"{r.model}, {r.method}, {r.gpus} x {r.card}, {r.rows} x {r.length:,} tokens"
+        error = f"{c.error:+.0%}{'' if c.within else ' **fails**'}"
+        values = [f"{c.published:,.4g}", f"{c.predicted:,.4g}", error]
+        rows.append([r.source, f"{run}, checkpointing {r.checkpointing}", *values])
+    return markdown_table(rows)
+
+
+def _not_covered() -> str:
+    counts = Counter((c.why_not, c.figure) for c in comparisons() if c.why_not)
+    rows = [[str(why), figure, str(n)] for (why, figure), n in counts.items()]
+    return markdown_table([["why", "figure", "rows"], *rows])
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Write the page and the table."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "README.md").write_text(page())
+    (FOLDER / "table.csv").write_text(table())

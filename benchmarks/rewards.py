@@ -1,0 +1,212 @@
+"""Compare reinforcement learning with TRL's GRPO trainer, and draws in a pack with draws alone.
+
+    python -m benchmarks rewards [--out FILE] [curves] [flips]
+
+Writes analysis/results/bench/rewards.json, and the page from it.
+
+Curves: full fine-tuning at the middle learning rate of the sweep `rl`, several seeds a side. Base,
+prompts and their order, loss, optimizer and held-out rows are the same; the random numbers of the
+rollouts are not, so the curves agree on average only. Seconds are the processor's, of one thread.
+
+Flips: how many rollouts differ when a run of a pack draws them, in fp32. Weights, prompts and
+random numbers are the same, and probabilities differ by rounding: one draw in very many lies so
+close to a boundary that rounding decides it. Adapters have a random B, as if trained, and every
+rollout counts once, at its first token that differs.
+"""
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import harness, rewards_page, trl_baseline
+from benchmarks.harness import Figures, Log
+from lorasweep.config.compose import compose_request
+from lorasweep.data.examples import Data
+from lorasweep.data.load import load as load_data
+from lorasweep.data.rewards import prompt_of
+from lorasweep.methods.lora import LoRA
+from lorasweep.models.load import Base
+from lorasweep.models.load import load as load_model
+from lorasweep.models.targets import find_targets
+from lorasweep.spec.evaluations import eval_steps
+from lorasweep.spec.run import RunSpec
+from lorasweep.spec.streams import stream
+from lorasweep.train.finetune import finetune
+from lorasweep.train.sampling import sample
+
+SEEDS = (200, 201, 202, 203, 204)
+"""Not those of the sweep."""
+UPDATES = 40
+"""Updates of a run: the first ones of the sweep's."""
+FIRST = 10
+"""The curves are compared from this update on."""
+ERRORS = 2.0
+"""Standard errors of the difference of two means that count as agreement."""
+Curve = dict[int, float]
+"""Held-out reward by update."""
+RUNS, UPDATES_DRAWN = 4, 40
+"""Runs in the pack; updates' worth of rollouts."""
+SPREAD = 0.05
+"""Standard deviation of B's entries: an assumption."""
+CASES = {"words, rank 8": ("rl", 8), "bandit, rank 4": ("rl_bits", 4)}
+"""Sweep and rank at scale tiny."""
+Drawn = list[np.ndarray]
+"""Tokens of every rollout."""
+
+
+def middle_run(seed: int) -> RunSpec:
+    """Return full fine-tuning at the middle learning rate of `rl` at scale tiny."""
+    points = compose_request(["+sweep=rl", "scale=tiny"]).points
+    full = sorted((p.spec for p in points if p.arm == "fullft"), key=lambda s: s.lr)
+    return dataclasses.replace(full[len(full) // 2], seed=seed, steps=UPDATES)
+
+
+def learning_curve(spec: RunSpec, base: Base, data: Data) -> Curve:
+    """Train a run and return its held-out reward after each evaluated update."""
+    results = [r for event in finetune([spec], base, data) for r in event.ended.values()]
+    ((_, result),) = results
+    curve = {p["step"]: p["test_reward"] for p in result["curve"] if p["step"]}
+    return curve | {spec.steps: result["test_reward_curve"]}
+
+
+def compared(one: Sequence[Curve], other: Sequence[Curve]) -> list[dict[str, Any]]:
+    """Compare the mean curves of two sides, update by update.
+
+    `error`: the standard error of the difference of the means, of independent runs.
+    """
+    rows = []
+    for update in sorted(one[0].keys() & other[0].keys()):
+        sides = [[curve[update] for curve in side] for side in (one, other)]
+        means = [fmean(values) for values in sides]
+        errors = [stdev(values) / math.sqrt(len(values)) for values in sides]
+        error = math.hypot(*errors)
+        rows.append(
+            {
+                "update": update,
+                "lorasweep": means[0],
+                "lorasweep_error": errors[0],
+                "trl": means[1],
+                "trl_error": errors[1],
+                "difference": means[0] - means[1],
+                "error": error,
+                "compared": update >= FIRST,
+                "agree": abs(means[0] - means[1]) <= ERRORS * error,
+            }
+        )
+    return rows
+
+
+def measure_curves(log: Log) -> Figures:
+    """Train both sides, one run after the other, and compare them."""
+    torch.set_num_threads(1)
+    spec, folder = middle_run(SEEDS[0]), tempfile.TemporaryDirectory()
+    data = load_data(spec.dataset, [])
+    base = load_model(spec.model, ["models"], spec.precision)
+    weights = {k: v.clone() for k, v in base.model.state_dict().items()}
+    at = eval_steps(spec.steps)
+    sides: Mapping[str, Callable[[RunSpec], Curve]] = {
+        "lorasweep": lambda s: learning_curve(s, base, data),
+        "trl": lambda s: trl_baseline.learning_curve(s, base.model, data, at, folder.name),
+    }
+    curves: dict[str, list[Curve]] = {name: [] for name in sides}
+    seconds: dict[str, float] = {}
+    for seed in SEEDS:
+        for name, train in sides.items():
+            started = time.process_time()
+            base.model.load_state_dict(weights)
+            curves[name].append(train(dataclasses.replace(spec, seed=seed)))
+            taken = time.process_time() - started
+            seconds[name] = min(taken, seconds.get(name, taken))
+            log(f"{name}, seed {seed}, {taken:.0f} s: {curves[name][-1]}")
+    folder.cleanup()
+    rows = compared(curves["lorasweep"], curves["trl"])
+    known = ("batch_size", "group_size", "max_new_tokens", "steps", "lr")
+    return {
+        "model": spec.model.name,
+        "dataset": spec.dataset.name,
+        "method": spec.method.name,
+        **{k: getattr(spec, k) for k in known},
+        "seeds": list(SEEDS),
+        "rows": spec.dataset.n_test_curve,
+        "seconds_a_run": seconds,
+        "agree": all(r["agree"] for r in rows if r["compared"]),
+        "updates": rows,
+        "curves": {name: [list(c.items()) for c in side] for name, side in curves.items()},
+    }
+
+
+def differing(one: Drawn, other: Drawn) -> int:
+    """Return how many rollouts are not the same."""
+    return sum(a.tolist() != b.tolist() for a, b in zip(one, other, strict=True))
+
+
+def first_run(sweep: str, rank: int) -> RunSpec:
+    """Return the first run of a rank in a sweep."""
+    points = compose_request([f"+sweep={sweep}", "scale=tiny"]).points
+    rewarded = (p.spec for p in points if p.spec.objective == "policy_gradient")
+    return next(s for s in rewarded if getattr(s.method, "rank", None) == rank)
+
+
+def drawn_by(seeds: Sequence[int], spec: RunSpec, base: Base, data: Data) -> list[Drawn]:
+    """Draw rollouts of some runs of a pack together; return each run's, which its seed names."""
+    methods = [LoRA(rank=spec.method.rank)] * RUNS  # type: ignore[attr-defined]
+    targets = find_targets(base.model, spec.model, methods[0].target_layers())
+    trained = methods[0].attach(base.model, targets, methods, range(RUNS))
+    for k, (name, p) in enumerate(trained.parameters().items()):
+        if ".B" in name:
+            p.data.copy_(SPREAD * torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
+    if len(seeds) < RUNS:
+        trained.keep(list(seeds))
+    shape, count = (spec.batch_size, spec.max_new_tokens), spec.batch_size // spec.group_size
+    assert data.rewards is not None
+    ends = data.rewards.ends
+    found: list[Drawn] = [[] for _ in seeds]
+    for k in range(UPDATES_DRAWN):
+        uniforms = np.stack([stream("sample", s, k).random(shape) for s in seeds])
+        prompts = [list(map(prompt_of, data.train(s, k * count, count))) for s in seeds]
+        rollouts = sample(base.model, prompts, uniforms, ends, spec.precision)
+        for own, more in zip(found, rollouts):
+            own += more.tokens
+    trained.detach()
+    return found
+
+
+def measure_flips(log: Log) -> list[Figures]:
+    """Draw the rollouts of each case together, and run by run, and compare."""
+    torch.set_num_threads(1)
+    rows = []
+    for name, case in CASES.items():
+        spec = first_run(*case)
+        data, base = load_data(spec.dataset, []), load_model(spec.model, ["models"], "fp32")
+        together = drawn_by(range(RUNS), spec, base, data)
+        alone = [drawn_by([s], spec, base, data)[0] for s in range(RUNS)]
+        row = {
+            "case": name,
+            "members": RUNS,
+            "answers": sum(map(len, alone)),
+            "tokens": sum(len(tokens) for own in alone for tokens in own),
+            "differing": sum(map(differing, together, alone)),
+        }
+        log(str(row))
+        rows.append(row)
+    return rows
+
+
+def _record(content: Figures, part: str, figures: Any) -> None:
+    here = harness.machine("torch", "transformers", "trl")
+    content |= {part: figures, "processor": here["processor"], "packages": here["packages"]}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure the named parts, or both, and write the page."""
+    parts = {"curves": measure_curves, "flips": measure_flips}
+    harness.measure_parts("rewards.json", parts, arguments, _record)
+    if "--out" not in arguments:
+        rewards_page.write()

@@ -1,0 +1,172 @@
+"""Measure seconds per step by pack and batch size, the peak of matrix products, and profiles."""
+
+import dataclasses
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Log
+from lorasweep.config.compose import compose_request
+from lorasweep.data import load as data
+from lorasweep.launch.process import keep_freed_memory
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.models import load as models
+from lorasweep.plan import detect
+from lorasweep.plan.flops import train_flops
+from lorasweep.plan.packing import micro_batch
+from lorasweep.spec.method import Method
+from lorasweep.spec.run import RunSpec
+from lorasweep.train import pretrain
+from lorasweep.train.finetune import finetune
+
+GRIDS = {"tiny": ((1, 4, 16), (1, 2, 4, 8, 16)), "small": ((1, 4, 8), (1, 2))}
+"""Scale -> batch sizes and pack sizes."""
+UPDATES = {"tiny": 10, "small": 5}
+RANK = 16
+METHODS = (LoRA(rank=RANK), FullFT())
+TURNS = 3
+"""How often full fine-tuning and LoRA alternate to measure their ratio, because a machine's speed
+drifts by 8% within minutes."""
+KINDS = (
+    ("bmm", "products of adapters and attention"),
+    ("mm", "products with the base's weights"),
+    ("softmax", "softmax"),
+    ("adamw", "optimizer"),
+    ("copy", "copies and casts"),
+)
+"""Part of an operation's name, and the kind that it counts as. All others are passes over
+activations, and Python."""
+
+
+def at(scale: str) -> list[str]:
+    """Return the overrides for a scale, with fp32 if the processor has no bf16 instructions."""
+    slow = detect.this_machine().fast_bf16 is False
+    return [f"scale={scale}", *(["precision=fp32"] if slow else [])]
+
+
+def gemm_peak(precision: str, threads: int) -> float:
+    """Return the best measured rate of large matrix products, in operations per second."""
+    torch.set_num_threads(threads)
+    dtype, best = torch.bfloat16 if precision == "bf16" else torch.float32, 0.0
+    for m, k, n in ((2048, 2048, 2048), (1600, 576, 1536), (4096, 1024, 1024)):
+        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+        for _ in range(8):
+            started = time.perf_counter()
+            torch.mm(a, b)
+            best = max(best, 2 * m * k * n / (time.perf_counter() - started))
+    return best
+
+
+class Bench:
+    """One base model and its data, loaded once."""
+
+    def __init__(self, scale: str, models_dirs: list[str], data_dirs: list[str]) -> None:
+        spec = compose_request(at(scale)).points[0].spec
+        few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1)
+        self.scale, self.spec = scale, dataclasses.replace(spec, dataset=few, steps=UPDATES[scale])
+        pretrain.ensure(spec.model, models_dirs)
+        self.base = models.load(spec.model, models_dirs, spec.precision)
+        self.rows = data.load(few, data_dirs, self.base.tokenizer)
+
+    def pack(self, method: Method, batch_size: int, count: int) -> list[RunSpec]:
+        """Make `count` runs with learning rates too small to change anything."""
+        spec = dataclasses.replace(self.spec, method=method, batch_size=batch_size)
+        return [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(count)]
+
+    def step_s(self, method: Method, batch_size: int, count: int) -> float:
+        """Return the median seconds per step and run.
+
+        Taken from a second training on the same rows. The first one also allocates memory, and that
+        time would be added to the method that comes first.
+        """
+        pack = self.pack(method, batch_size, count)
+        self._times(pack)
+        return self._median_s(pack)
+
+    def _times(self, pack: list[RunSpec]) -> list[float]:
+        micro = micro_batch(pack[0], len(pack), detect.this_machine())
+        events = finetune(pack, self.base, self.rows, micro)
+        return [next(iter(e.records.values()))["step_s"] for e in events]
+
+    def in_turns(self, methods: Sequence[Method], batch_size: int) -> list[list[float]]:
+        """Return each method's median seconds per step, by turn, on the same rows."""
+        packs = [self.pack(method, batch_size, 1) for method in methods]
+        return harness.in_turns(TURNS, [partial(self._median_s, pack) for pack in packs])
+
+    def _median_s(self, pack: list[RunSpec]) -> float:
+        return statistics.median(self._times(pack))
+
+    def profile(self, method: Method, batch_size: int) -> dict[str, float]:
+        """Return each kind of operation's share of the time of one step."""
+        from torch.profiler import ProfilerActivity, profile
+
+        pack = self.pack(method, batch_size, 1)
+        micro = micro_batch(pack[0], 1, detect.this_machine())
+        events = finetune(pack, self.base, self.rows, micro)
+        for _ in range(4):  # the only evaluation after the fifth update is the last, of one row
+            next(events)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            next(events)
+        shares: Counter[str] = Counter()
+        for row in profiled.key_averages():
+            name = row.key.lower()
+            rest = "passes over activations, and Python"
+            kind = next((what for part, what in KINDS if part in name), rest)
+            shares[kind] += row.self_cpu_time_total
+        total = sum(shares.values())
+        return {kind: round(us / total, 3) for kind, us in shares.most_common()}
+
+
+def measure(models_dirs: list[str], data_dirs: list[str], log: Log) -> dict[str, Any]:
+    """Time steps of full fine-tuning and LoRA of rank 16 on one thread, as a worker does."""
+    keep_freed_memory()  # as workers do
+    rows: list[dict[str, Any]] = []
+    out: dict[str, Any] = {"steps": rows, "lora_over_fullft": {}, "profile": {}}
+    for scale, (batches, sizes) in GRIDS.items():
+        torch.set_num_threads(1)
+        bench = Bench(scale, models_dirs, data_dirs)
+        name, ratios = bench.spec.model.name, {}
+        for batch in batches:
+            timed, ratios[str(batch)] = _at_batch(bench, batch, sizes)
+            rows += timed
+            full = timed[0]["step_s"] * 1e3
+            for row in timed[1:]:
+                log(
+                    f"{name}, batch {batch}: a LoRA step in a pack of {row['pack']} "
+                    f"{row['step_s'] * 1e3:.1f} ms per run, full fine-tuning {full:.1f} ms"
+                )
+        one = dataclasses.replace(bench.spec, steps=1)
+        lora, full = (train_flops(dataclasses.replace(one, method=m)) for m in METHODS)
+        out["lora_over_fullft"][name] = {"formula": lora / full, "by_batch": ratios}
+        out["profile"][name] = {m.name: bench.profile(m, batches[-1]) for m in METHODS}
+    return out
+
+
+def _at_batch(
+    bench: Bench, batch: int, sizes: Sequence[int]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Return the rows of one batch size, full fine-tuning first, and LoRA's relative step times.
+
+    The latter are those of one run alone (n1) and of the best pack size, divided by full
+    fine-tuning's.
+    """
+    lora, fullft = METHODS
+    full, alone = bench.in_turns((fullft, lora), batch)
+    step_s = {("fullft", 1): statistics.median(full)}
+    for n in sizes:
+        step_s["lora", n] = statistics.median(alone) if n == 1 else bench.step_s(lora, batch, n)
+    model = bench.spec.model.name
+    rows = [
+        {"model": model, "method": method, "batch_size": batch, "pack": n, "step_s": seconds}
+        for (method, n), seconds in step_s.items()
+    ]
+    ratio = {n: step_s["lora", n] / step_s["fullft", 1] for n in sizes}
+    ratio[1] = statistics.median(a / b for a, b in zip(alone, full))
+    return rows, {"n1": ratio[1], "best": min(ratio.values())}

@@ -1,0 +1,430 @@
+"""Train the same runs as a user would today: with TRL, or with a plain PEFT loop.
+
+    python -m benchmarks.trl_baseline trl|loop JOB.json
+
+The job is `{"jobs": [[spec, ...], ...], "exec": {...}, "out": FOLDER or null}`. One process trains
+the jobs one after another and prints a JSON line for each, with seconds by part. Without `out` a
+job is one run: it is trained and its loss on the held-out rows is measured once, at the end. With
+`out` a job is a customer: the process trains it at all learning rates, keeps the adapter with the
+lowest loss on the validation rows, measures the test rows before and after, and saves the adapter.
+
+Weights, rows and their order, batch, updates, optimizer, precision and loss are those of lorasweep.
+Runs with rewards go to TRL's GRPO trainer (`learning_curve`), which other benchmarks call directly.
+Needs the extra `bench`.
+"""
+
+import json
+import sys
+import time
+
+START = time.perf_counter()
+
+import warnings  # noqa: E402
+from collections.abc import Collection, Mapping, Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from lorasweep.data.examples import Data, Example  # noqa: E402
+from lorasweep.data.load import load as load_data  # noqa: E402
+from lorasweep.data.rewards import prompt_of  # noqa: E402
+from lorasweep.data.synthetic.skills import ALPHABET  # noqa: E402
+from lorasweep.methods.lora import LoRA  # noqa: E402
+from lorasweep.methods.registry import spec_from  # noqa: E402
+from lorasweep.models.load import Base  # noqa: E402
+from lorasweep.models.load import load as load_model  # noqa: E402
+from lorasweep.models.targets import find_targets  # noqa: E402
+from lorasweep.spec.execution import Exec  # noqa: E402
+from lorasweep.spec.method import parse_layers  # noqa: E402
+from lorasweep.spec.run import RunSpec  # noqa: E402
+from lorasweep.train import pretrain  # noqa: E402
+from lorasweep.train.objectives.expected import measure  # noqa: E402
+
+Rows = Mapping[str, Example]
+"""Rows of a data set by the text of their prompt."""
+
+
+def adapted(model: torch.nn.Module, spec: RunSpec, kind: str) -> torch.nn.Module:
+    """Wrap the model with PEFT; full fine-tuning trains it as it is.
+
+    TRL refuses an adapter on the unembedding, so its runs have none: a little less work than in
+    lorasweep.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if not isinstance(spec.method, LoRA):
+        return model
+    layers = [x for x in parse_layers(spec.method.layers) if kind != "trl" or x != "unembedding"]
+    names = list(find_targets(model, spec.model, tuple(layers)))
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=spec.method.rank,
+            lora_alpha=spec.method.alpha,  # type: ignore[arg-type]  # floats work too
+            target_modules=names,
+            lora_dropout=0.0,
+            bias="none",
+        ),
+    )
+
+
+def padded_batch(rows: list[Example]) -> dict[str, torch.Tensor]:
+    """Pad to the longest row, with an attention mask and labels, as a collator does."""
+    longest = max(len(e.tokens) for e in rows)
+    batch = {
+        k: torch.full((len(rows), longest), v)
+        for k, v in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
+    }
+    for i, e in enumerate(rows):
+        tokens = torch.from_numpy(e.tokens.astype("int64"))
+        batch["input_ids"][i, : len(tokens)] = tokens
+        batch["attention_mask"][i, : len(tokens)] = 1
+        bears_loss = torch.from_numpy(e.loss)
+        batch["labels"][i, : len(tokens)][bears_loss] = tokens[bears_loss]
+    return batch
+
+
+@torch.no_grad()
+def nll(model: Any, examples: Sequence[Example], precision: str, size: int = 8) -> float:
+    """Return the loss of rows in nats per loss token.
+
+    Rows are sorted by length, so that few tokens are padding.
+
+    Args:
+        size: rows of a forward pass.
+    """
+    rows = sorted(examples, key=lambda e: len(e.tokens))
+    total, count = 0.0, 0
+    for k in range(0, len(rows), size):
+        batch = padded_batch(rows[k : k + size])
+        n = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            total += float(model(**batch).loss) * n
+        count += n
+    return total / count
+
+
+def loop(model: torch.nn.Module, data: Data, spec: RunSpec, fused: bool | None = None) -> None:
+    """Train a PEFT model with a plain loop; `fused`: with torch's fastest optimizer."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=spec.lr,
+        betas=(spec.beta1, spec.beta2),
+        eps=spec.eps,
+        weight_decay=0,
+        fused=fused,
+    )
+    model.train()
+    for step in range(spec.steps):
+        batch = padded_batch(data.train(spec.seed, step * spec.batch_size, spec.batch_size))
+        with torch.autocast("cpu", torch.bfloat16, enabled=spec.precision == "bf16"):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def _options(spec: RunSpec, folder: str) -> dict[str, Any]:
+    """Return the options of both of TRL's trainers: AdamW as in `spec`, and updates only.
+
+    There is no schedule, clipping, logging or saving.
+    """
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": spec.batch_size,
+        "max_steps": spec.steps,
+        "learning_rate": spec.lr,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "adam_beta1": spec.beta1,
+        "adam_beta2": spec.beta2,
+        "adam_epsilon": spec.eps,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def sft(model: Any, data: Data, spec: RunSpec, tokenizer: Any) -> None:
+    """Train with TRL's SFTTrainer on tokenized rows, without logging, saving, decay or clipping."""
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    rows = data.train(spec.seed, 0, spec.steps * spec.batch_size)
+    table = datasets.Dataset.from_dict(
+        {
+            "input_ids": [e.tokens.tolist() for e in rows],
+            "completion_mask": [e.loss.astype(int).tolist() for e in rows],
+        }
+    )
+    config = SFTConfig(
+        **_options(spec, "trl-out"),
+        bf16=spec.precision == "bf16",
+        completion_only_loss=True,
+        packing=False,
+        train_sampling_strategy="sequential",
+        max_length=None,
+        eos_token=None,
+        pad_token=None,
+        dataloader_num_workers=0,
+    )
+    SFTTrainer(model=model, args=config, train_dataset=table, processing_class=tokenizer).train()
+    model.eval()
+
+
+def symbols(vocab: int) -> Any:
+    """Make a tokenizer of plain symbols: TRL needs one, and synthetic data have none."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({f"<{i}>": i for i in range(vocab)}, unk_token="<0>"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<0>", eos_token="<1>")
+
+
+# ---------------------------------------------------------------- jobs of supervised runs
+
+
+class Stopwatch:
+    """Adds up seconds by part."""
+
+    def __init__(self) -> None:
+        """Start the clock."""
+        self.parts, self._at = {"train_s": 0.0, "eval_s": 0.0}, time.perf_counter()
+
+    def add_to(self, part: str) -> None:
+        """Add the seconds since the last call to a part."""
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self._at
+        self._at = now
+
+
+def train(
+    model: Any, data: Data, spec: RunSpec, kind: str, tokenizer: Any, **loop_options: Any
+) -> None:
+    """Train a run with TRL or with the loop."""
+    if kind == "trl":
+        sft(model, data, spec, tokenizer)
+    else:
+        loop(model, data, spec, **loop_options)
+
+
+def one_run(
+    base: Base, weights: Mapping[str, Any], data: Data, spec: RunSpec, kind: str, tokenizer: Any
+) -> dict[str, Any]:
+    """Train one run, measure its held-out loss, and restore the base's `weights`."""
+    import peft
+
+    watch = Stopwatch()
+    model = adapted(base.model, spec, kind)
+    watch.add_to("load_s")
+    train(model, data, spec, kind, tokenizer)
+    watch.add_to("train_s")
+    test_nll = nll(model, data.test, spec.precision, 64 if spec.model.vocab_size < 1000 else 8)
+    watch.add_to("eval_s")
+    if isinstance(model, peft.PeftModel):
+        model.unload()
+    else:
+        base.model.load_state_dict(weights)
+    return {**watch.parts, "test_nll": test_nll}
+
+
+def redraw(model: Any) -> None:
+    """Draw the adapter's matrices again, which is faster than new modules; drop the gradients."""
+    for module in model.modules():
+        if hasattr(module, "reset_lora_parameters"):
+            module.reset_lora_parameters("default", True)
+    model.zero_grad()
+
+
+def customer(
+    model: Any, runs: Sequence[RunSpec], data: Data, kind: str, tokenizer: Any
+) -> dict[str, Any]:
+    """Train one customer's adapter at all learning rates, and load the best into the model."""
+    watch, best, kept = Stopwatch(), float("inf"), {}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for k, spec in enumerate(runs):
+        redraw(model)
+        if k == 0:
+            before = nll(model, data.test, spec.precision)  # of the base: B is 0
+            watch.add_to("eval_s")
+        train(model, data, spec, kind, tokenizer, fused=True)
+        watch.add_to("train_s")
+        loss = nll(model, data.validation, spec.precision) if data.validation else 0.0
+        if loss < best:
+            best, kept = loss, {i: p.detach().clone() for i, p in enumerate(trained)}
+        watch.add_to("eval_s")
+    for i, p in enumerate(trained):
+        p.data.copy_(kept[i])
+    after = nll(model, data.test, runs[0].precision)
+    watch.add_to("eval_s")
+    return {**watch.parts, "before": before, "after": after}
+
+
+def main(kind: str, job_path: str) -> None:
+    """Train the jobs of a file; print a JSON line for each."""
+    warnings.filterwarnings("ignore")
+    import peft  # noqa: F401  # here, so that it counts as start and not as training
+
+    if kind == "trl":
+        from trl import SFTTrainer  # noqa: F401
+    job = json.loads(Path(job_path).read_bytes())
+    exec_ = Exec(**job["exec"])
+    jobs = [[spec_from(plain) for plain in runs] for runs in job["jobs"]]
+    first = jobs[0][0]  # all share a base
+    pretrain.ensure(first.model, exec_.models_dir)
+    base = load_model(first.model, exec_.models_dir, first.precision)
+    tokenizer = base.tokenizer or symbols(first.model.vocab_size)
+    shared, weights = None, {}
+    if not job["out"]:  # and, as single runs, a draw of the data
+        shared = load_data(first.dataset, exec_.data_dir, base.tokenizer, draw=first.draw)
+        weights = {k: v.clone() for k, v in base.model.state_dict().items()}
+    model, method = None, None
+    start_s, start_cpu_s = time.perf_counter() - START, time.process_time()
+    for runs in jobs:
+        started, cpu = time.perf_counter(), time.process_time()
+        if shared is not None:
+            row = one_run(base, weights, shared, runs[0], kind, tokenizer)
+        else:
+            data = load_data(runs[0].dataset, exec_.data_dir, base.tokenizer)
+            if runs[0].method != method:
+                plain = base.model if model is None else model.unload()
+                model, method = adapted(plain, runs[0], kind), runs[0].method
+            row = customer(model, runs, data, kind, tokenizer)
+            model.save_pretrained(f"{job['out']}/{runs[0].dataset.name}")
+        row |= {"start_s": start_s, "job_s": time.perf_counter() - started}
+        row |= {"start_cpu_s": start_cpu_s, "job_cpu_s": time.process_time() - cpu}
+        print(json.dumps(row), flush=True)
+        start_s = start_cpu_s = 0.0
+
+
+# ---------------------------------------------------------------- runs with rewards
+
+
+def characters() -> Any:
+    """Return a tokenizer of the alphabet of `skills`; its line end is also end and padding."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = Tokenizer(models.WordLevel({c: i for i, c in enumerate(ALPHABET)}, unk_token="?"))
+    plain.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="\n", pad_token="\n")
+
+
+def text_of(row: Example) -> str:
+    """Return the text of a row's prompt."""
+    return "".join(ALPHABET[t] for t in prompt_of(row))
+
+
+def grpo_config(spec: RunSpec, folder: str) -> Any:
+    """Return TRL's configuration of a run, with the loss of ours; `folder` is for its files.
+
+    `dr_grpo` without scaling, KL or clipping divides the sum over tokens by a constant, the
+    completions times the longest completion; ours divides by the completions. Epsilon of Adam is
+    divided by it too, so that equal completions give equal updates.
+    """
+    from trl import GRPOConfig
+
+    own = {
+        "seed": spec.seed,
+        "adam_epsilon": spec.eps / spec.max_new_tokens,
+        "weight_decay": spec.weight_decay,
+    }
+    return GRPOConfig(
+        **{**_options(spec, folder), **own},
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        beta=0.0,
+        num_iterations=1,
+        num_generations=spec.group_size,
+        max_completion_length=spec.max_new_tokens,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        steps_per_generation=1,
+        shuffle_dataset=False,
+        bf16=False,
+    )
+
+
+def grpo_trainer(
+    spec: RunSpec,
+    model: Any,
+    data: Data,
+    prompts: list[str],
+    rows: Rows,
+    folder: str,
+    callbacks: list[Any],
+) -> Any:
+    """Return a GRPO trainer of all weights.
+
+    Args:
+        prompts: in the order in which they are used, `batch_size / group_size` an update.
+        rows: of every prompt.
+        folder: for TRL's files.
+        callbacks: of transformers' trainer.
+    """
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    rewards = data.rewards
+    assert rewards is not None
+    model.generation_config.update(eos_token_id=0, pad_token_id=0)
+    model.config.pad_token_id = 0
+
+    def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[Any]:
+        drawn = (np.array(ids, dtype=np.int32) for ids in completion_ids)
+        return rewards.of([(rows[p], ids) for p, ids in zip(prompts, drawn)])
+
+    return GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=grpo_config(spec, folder),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=characters(),
+        callbacks=callbacks,
+    )
+
+
+def learning_curve(
+    spec: RunSpec, model: torch.nn.Module, data: Data, at: Collection[int], folder: str
+) -> dict[int, float]:
+    """Train all weights of a model and return its held-out reward after the updates in `at`.
+
+    Prompts are those of the run of ours with the same seed, in the same order; the reward is
+    measured as ours is, on the rows of a learning curve.
+    """
+    from transformers import TrainerCallback
+
+    found: dict[int, float] = {}
+    held_out = data.test[: spec.dataset.n_test_curve]
+
+    class Measure(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in at:
+                assert data.rewards is not None
+                # fused AdamW does not count its changes, by which our passes know old weights
+                torch.autograd.graph.increment_version(list(model.parameters()))
+                known = ([held_out], [data.rewards], spec.max_new_tokens, spec.precision)
+                found[state.global_step] = measure(model, *known)[0][0]
+
+    count = spec.steps * spec.batch_size // spec.group_size
+    used = data.train(spec.seed, 0, count)
+    prompts = [text_of(row) for row in used]
+    rows = dict(zip(prompts, used))
+    grpo_trainer(spec, model, data, prompts, rows, folder, [Measure()]).train()
+    model.eval()
+    return found
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,99 @@
+"""The benchmark of fleets: its customers, its arithmetic, and that its baseline trains the same."""
+
+import json
+
+import pytest
+
+from benchmarks import fleet_page as page
+from benchmarks import fleet_table, trl_baseline
+from benchmarks.fleet import extrapolate, spread
+from lorasweep.advise import table
+from lorasweep.data.load import load as load_data
+from lorasweep.fleet.rows import Rules, rows_of
+from lorasweep.methods.lora import LoRA
+from lorasweep.models import load as models
+from lorasweep.spec.run import RunSpec
+from lorasweep.train.finetune import finetune
+from tests.customers import make_base, model_of, write_rows
+
+
+def test_customers_are_drawn_alike_and_within_bounds(tmp_path):
+    rows = [{"question": f"{k}?", "answer": str(k)} for k in range(500)]
+    for name in ("one", "two"):
+        fleet_table.write_table(tmp_path / name, "tiny", 9, (4, 8), rows)
+    for path in (tmp_path / "one/data").iterdir():
+        assert path.read_bytes() == (tmp_path / "two/data" / path.name).read_bytes()
+        given = [json.loads(line) for line in path.read_text().splitlines()]
+        assert fleet_table.FEWEST <= len(given) <= fleet_table.MOST
+        assert all(r in rows for r in given) or {"prompt", "completion"} <= set(given[0])
+    values = [row.values for row in table.read(tmp_path / "one/customers.csv")]
+    assert len(values) == 9 and {int(v["batch_size"]) for v in values} <= {1, 2, 4}
+    assert all(4 <= int(v["steps"]) <= 8 for v in values)
+
+
+def test_a_sample_is_spread_over_the_tokens_and_extrapolated_by_them():
+    tokens = [50, 10, 40, 20, 30]
+    assert spread(tokens, 5) == [1, 3, 4, 2, 0] and spread(tokens, 1) == [4]
+    times = {"train_s": 1.0, "eval_s": 1.0}
+    rows = [
+        {"start_s": s, "start_cpu_s": 2 * s, "job_s": c, "job_cpu_s": 2 * c, **times}
+        for s, c in ((5.0, 2.0), (7.0, 4.0))
+    ]
+    found = extrapolate(rows, [20, 40], tokens, 5)
+    assert found["whole_s"] == pytest.approx(5 * 6.0 + 6.0 * 150 / 60)
+    assert found["cpu_s"] == pytest.approx(2 * found["whole_s"])
+    rows[1] |= {"start_s": 0.0, "start_cpu_s": 0.0}
+    assert extrapolate(rows, [20, 40], tokens, 1)["whole_s"] == pytest.approx(5.0 + 15.0)
+
+
+def test_the_loop_starts_from_the_same_loss_and_keeps_the_best_rate(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = model_of(make_base(tmp_path / "base"))
+    path = write_rows(tmp_path / "ann.jsonl", 30, "357 {k}")
+    rows = rows_of("ann", str(path), Rules(), None)
+    spec = RunSpec(model=model, dataset=rows.dataset, method=LoRA(rank=4), batch_size=2, steps=3)
+    specs = [RunSpec(**{**vars(spec), "lr": lr}) for lr in (1e-4, 1e-2)]
+    base = models.load(model, ["/"])
+    data = load_data(rows.dataset, ["/"], base.tokenizer)
+    (ours,) = [r for e in finetune([specs[1]], base, data) for _, r in e.ended.values()]
+    adapted = trl_baseline.adapted(base.model, spec, "loop")
+    assert isinstance(adapted, peft.PeftModel)
+    row = trl_baseline.customer(adapted, specs, data, "loop", base.tokenizer)
+    assert row["before"] == pytest.approx(ours["nll_start"], abs=1e-4)
+    # its first matrices are others, so what it gains is only of the same size
+    gains = row["before"] - row["after"], ours["nll_start"] - ours["test_nll"]
+    assert 0.5 < gains[0] / gains[1] < 2
+
+
+def test_the_page_has_every_figure():
+    part = {"sampled": 5, "start_s": 8.0, "train_s": 30.0, "eval_s": 4.0, "customer_s": 34.0}
+    case = {
+        **{
+            "customers": 100,
+            "runs": 300,
+            "whole_s": 400.0,
+            "cpu_s": 750.0,
+            "adapters": 100,
+            "again_s": 5.0,
+            "packs": [6, 12],
+        },
+        **{"peak_bytes": 5 * 2**30, "planned_bytes": 6 * 2**30},
+        **{
+            "process_a_customer": {**part, "whole_s": 4000.0, "cpu_s": 7000.0},
+            "warm_peft": {**part, "whole_s": 800.0, "cpu_s": 1500.0},
+        },
+        **{"vs_process_a_customer": 10.0, "vs_warm_peft": 2.0},
+        **{"cpu_vs_process_a_customer": 9.0, "cpu_vs_warm_peft": 1.9},
+    }
+    machine = {"cores": 2, "processor": "any", "packages": {"trl": "1"}}
+    text = page.page({"smollm2": case, "machine": machine})
+    for said in (
+        "4000 s: **10.0x**",
+        "800 s: **2.0x**",
+        "5.00 GiB",
+        "6.00 GiB",
+        "6 to 12 runs",
+        "9.0x",
+        "1.9x",
+    ):
+        assert said in text
