@@ -38,7 +38,7 @@ def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
     heights = [max(2.4, 0.75 + max(map(len, r.marks.values()))) for r in rows]
     tops = list(itertools.accumulate(heights, initial=0.0))
     size = (9.0, 1.1 + 0.17 * tops[-1])
-    with drawn(path, inputs, 1, 3, size, 110, sharey=True) as (fig, axes):
+    with drawn(path, inputs, 1, 3, size, sharey=True) as (fig, axes):
         for ax, setting in zip(axes, Setting):
             for row, top, height in zip(rows, tops, heights):
                 _claim(ax, row, setting, top, height)
@@ -119,7 +119,7 @@ def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> Non
     """Draw a line a condition over two logarithmic axes; a symbol a base, a colour a data set."""
     bases = list(dict.fromkeys(line.base for line in lines))
     ranks = sorted({rank for line in lines for rank in line.regrets})
-    with drawn(path, inputs, 1, 1, (8.0, 6.0), 110) as (fig, (ax,)):
+    with drawn(path, inputs, 1, 1, (8.0, 6.0)) as (fig, (ax,)):
         limit = 100 * ALLOWED
         ax.axhspan(LOWEST, limit, color=MARGIN, alpha=0.13, lw=0, label=f"up to {limit:g}%: none")
         for k, line in enumerate(lines, 1):
@@ -160,7 +160,7 @@ HIGHEST = 40.0
 
 def rates(curves: Sequence[RateCurve], path: Path, inputs: str = "") -> None:
     """Draw what LoRA gives up over its rate, in multiples of full fine-tuning's best rate."""
-    with drawn(path, inputs, 1, 1, (8.0, 4.6), 110) as (fig, (ax,)):
+    with drawn(path, inputs, 1, 1, (8.0, 4.6)) as (fig, (ax,)):
         ax.axvline(TEN, color="0.3", lw=1.4, ls="--", label="10 times")
         for k, c in enumerate(curves, 1):
             colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]

@@ -20,6 +20,7 @@ from analysis.report.interactive import page
 from analysis.report.text import aligned, plain, text_hash
 from analysis.runs.learning_curves import by_run
 from analysis.runs.metric import as_losses
+from analysis.runs.table import write as write_table
 
 NOT_JUDGED = (
     *("says", "whose", "measure", "beside", "sd", "units", "underpowered", "better"),
@@ -38,7 +39,7 @@ def judge_and_report(
 ) -> str:
     """Judge the runs, write the report into `folder`, and return the answer for the terminal.
 
-    Writes report.md, report.html, figures, results.json, question.json, table.parquet, table.csv.
+    Writes report.md, report.html, figures, results.json, question.json and table.parquet.
 
     Args:
         as_json: return one JSON object instead of text.
@@ -47,10 +48,7 @@ def judge_and_report(
     found = analyse(table, question, kept)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "question.json").write_text(json.dumps(question, indent=1) + "\n")
-    table.to_parquet(folder / "table.parquet", index=False)
-    table.drop(columns=["spec", "result"], errors="ignore").to_csv(
-        folder / "table.csv", index=False
-    )
+    write_table(table, folder / "table.parquet")
     results = write_answer(found, table, question, folder)
     title = f"{question['name']} at scale {question['scale']}: {question['question']}"
     page.write(

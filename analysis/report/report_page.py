@@ -72,7 +72,7 @@ def markdown(
         out += ["## Learning curves", "", "![learning curves](learning.png)", ""]
     out += _conditions([o.curve for o in found.optima], table)
     out += [
-        f"- runs: {len(table)} in table.parquet and table.csv",
+        f"- runs: {len(table)} in table.parquet",
         f"- hash of claims and margins: {claims_hash}",
         f"- conclusions hold for scale {scale} only",
         "",

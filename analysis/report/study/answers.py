@@ -41,10 +41,6 @@ ORDER = (
     "recipes",
 )
 """The order of the study's questions; any others follow by name."""
-FRESH_SEEDS = 100
-"""Runs with seeds from here on were made after their sweep's file was committed, and no estimator
-was changed after they were seen."""
-FIRST_STUDY = "first study"
 NO_CELL = "no cell"
 """The group of a verdict on a claim of which no data set was run."""
 
@@ -122,13 +118,9 @@ class Part:
         return bool(self.question.get("withdrawn"))
 
     @property
-    def first_study(self) -> bool:
-        """Whether any of its runs has a seed of the first study, which makes it exploratory."""
-        return not len(self.runs) or bool((self.runs["seed"] < FRESH_SEEDS).any())
-
-    def marked(self, text: str) -> str:
-        """Add the mark of the first study to a text."""
-        return f"{text} ({FIRST_STUDY})" if self.first_study else text
+    def exploratory(self) -> bool:
+        """Whether all its verdicts are exploratory."""
+        return all(v.exploratory for v in self.verdicts)
 
     @cached_property
     def runs(self) -> pd.DataFrame:
@@ -255,7 +247,7 @@ def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
                     part.results["scale"],
                     f"{v.expected:g}, within {within(v)}",
                     with_interval(v.estimate),
-                    part.marked(v.shown),
+                    v.shown,
                     str(part.results.get("runs", "-")),
                     v.needed or "-",
                 ]

@@ -59,10 +59,10 @@ def _average(pool: Pooled) -> str:
 def _trained(part: Part, folder: Path) -> str:
     here = os.path.relpath(part.folder, folder)
     runs = part.results.get("runs", 0)
-    # The scales of the first study have changed since: its commands are in the history.
-    asks = "" if part.first_study else f", `{part.command}`"
-    links = f"([report]({here}/report.md), [table]({here}/table.csv){asks})"
-    return part.marked(f"{runs:,} runs, {part.trained} {links}")
+    # A sweep file may have changed since an early answer: its command is in the history.
+    asks = "" if "fingerprint_stamped" in part.question else f", `{part.command}`"
+    links = f"([report]({here}/report.md), [table]({here}/table.parquet){asks})"
+    return f"{runs:,} runs, {part.trained} {links}"
 
 
 def _answer(part: Part, folder: Path) -> list[str]:

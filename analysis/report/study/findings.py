@@ -97,7 +97,7 @@ def _regrets(verdicts: Found, also: str = "") -> list[str]:
             base = cell["cell"].partition(",")[0]
             place = f"{base} (rank {row['rank']}, {cell['updates']} updates{rows})"
             regret = estimate_of(row["regret_percent"])
-            by_place.setdefault(part.marked(place), []).append(_percent(regret))
+            by_place.setdefault(place, []).append(_percent(regret))
     start = "Its regret" if not also else "Regret"
     return [
         f"{start} on {place}{also} was {listed(values)} of full fine-tuning's gain"

@@ -73,7 +73,7 @@ class Mark:
     outcome: str
     """SUPPORTED, REFUTED or UNDECIDED; empty for a value over bases."""
     explores: bool
-    """Whether it is of the first study, or exploratory for another reason."""
+    """Whether the verdict is exploratory."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,6 @@ def _add(rows: dict[str, Row], part: Part, v: Verdict, e: Estimate, outcome: str
     row = rows.setdefault(part.says(v.claim), Row(part.says(v.claim), scale.band, {}))
     low = -math.inf if e.low is None else scale.at(e.low)
     high = math.inf if e.high is None or AT_LEAST in e.flags else scale.at(e.high)
-    explores = part.first_study or bool(v.exploratory)
+    explores = bool(v.exploratory)
     mark = Mark(scale.at(float(e.value or 0.0)), low, high, outcome, explores)
     row.marks.setdefault(part.setting(v.group), []).append(mark)

@@ -116,19 +116,19 @@ def _at_most(v: Verdict) -> str:
 def _cell(found: Sequence[tuple[Part, Verdict, str]]) -> str:
     """Count the outcomes of one sentence in one setting, with the scales that they hold for.
 
-    Those that confirm stand first, then the exploratory ones, then the first study's.
+    Confirmatory outcomes stand first, then the exploratory ones.
     """
-    by_mark: dict[tuple[bool, bool], list[tuple[Part, str]]] = {}
+    by_mark: dict[bool, list[tuple[Part, str]]] = {}
     for part, v, outcome in found:
-        by_mark.setdefault((part.first_study, _explores(v)), []).append((part, outcome))
+        by_mark.setdefault(_explores(v), []).append((part, outcome))
     lines = []
-    for (_, explores), mine in sorted(by_mark.items(), key=lambda item: item[0]):
+    for explores, mine in sorted(by_mark.items(), key=lambda item: item[0]):
         counts = Counter(outcome for _, outcome in mine)
         n = f" {{}} of {len(mine)}" if len(mine) > 1 else ""
         words = ", ".join(f"**{o}**{n.format(counts[o])}" for o in OUTCOMES if counts[o])
         scales = ", ".join(dict.fromkeys(f"`{_scale(part)}`" for part, _ in mine))
         mark = f" ({EXPLORATORY})" if explores else ""
-        lines.append(mine[0][0].marked(f"{words} at {scales}{mark}"))
+        lines.append(f"{words} at {scales}{mark}")
     return "<br>".join(lines)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from analysis.report import plots, plots_study
 from analysis.report.report_page import added_after
 from analysis.report.study import by_rank, details, rates, speed
-from analysis.report.study.answers import FIRST_STUDY, Part, parts_of
+from analysis.report.study.answers import Part, parts_of
 from analysis.report.study.findings import sentences
 from analysis.report.study.forest import rows_of
 from analysis.report.study.ledger import ledger
@@ -62,17 +62,15 @@ how many, and at which scale (`tiny`: small Llamas on a CPU, `small`: the real m
 NOT_TESTED = """\
 Reinforcement learning of a real model, layers in mixtures of experts, models beyond 135M
 parameters, high ranks, long runs and GPUs. Rates in runs that others published:
-[public_evidence.md](public_evidence.md)."""
+[public_evidence.md](public_evidence.md).
+
+An earlier, exploratory study is archived: [archive.md](archive.md) lists its verdicts."""
 """Only for the page of the kept answers."""
-HOW_TO_READ = f"""\
+HOW_TO_READ = """\
 - **A claim** is a sentence with a number and a margin. SUPPORTED: the measured interval lies
   inside the margin. REFUTED: the two do not overlap. UNDECIDED: everything else, and whenever
   the best rate is at an edge of the rates tried, there are too few seeds, or the task is
   unsuitable.
-- **"{FIRST_STUDY.capitalize()}"** marks answers from runs with seeds below 100. Some of their
-  estimators were changed after answers had been seen, so they explore. The others are of claims,
-  margins, rates and seeds that were committed before their runs; which of these claims were
-  stated when some of the runs had been seen is said below.
 - **"Exploratory"** marks single verdicts that rest on an estimator which was changed after their
   runs had been seen. They explore until the same question is asked of fresh seeds.
 - **WITHDRAWN** stands where an answer does not count, whatever was measured; the reason stands with
@@ -91,12 +89,9 @@ HOW_TO_READ = f"""\
   number."""
 CHANGED = """\
 Margins never changed. Runs that were added after a look are listed under Details; their sweeps are
-judged at the level of two looks. Of the first study, estimators changed for reasons other than a
-verdict ([DECISIONS](../../DECISIONS.md) D34, D41, D43 to D50, D63), and two claims were stated when
-their runs existed (D45, D50).
-Of the other answers, one estimator changed: the rewards of `rl` and `rl_bits` are read at the best
-of the stable rates, a rule that was written after runs of `rl` had been seen, and written again
-after a review (D96). The verdicts of `rl` that rest on it are exploratory.
+judged at the level of two looks. One estimator changed: the rewards of `rl` and
+`rl_bits` are read at the best of the stable rates, a rule that was written after runs
+of `rl` had been seen, and written again after a review (D96). The verdicts of `rl` that rest on it are exploratory.
 
 In `regime`, the claim about the needed rank over training was stated when one of its data sets had
 been seen (D74), and the one about ranks without room when all had been seen (D91). Two claims were

@@ -38,8 +38,8 @@ class Pooled:
 def pooled(parts: Sequence[Part]) -> list[Pooled]:
     """Pool every claim that has intervals on MIN_BASES bases of one scale and one setting.
 
-    Answers of one base are not averaged first: the one with the most runs stands for it. Fresh
-    seeds and those of the first study are never mixed.
+    Answers of one base are not averaged first: the one with the most runs stands for it.
+    Exploratory and confirmatory verdicts are never mixed.
     """
     found: dict[Key, dict[str, tuple[Part, Verdict]]] = {}
     for part in sorted(parts, key=lambda p: -int(p.results.get("runs", 0))):
@@ -48,7 +48,7 @@ def pooled(parts: Sequence[Part]) -> list[Pooled]:
             if claims.count(v.claim) == 1 and len(part.bases) == 1 and _has_spread(v):
                 scale = part.results["scale"].partition("_")[0]
                 sweep, setting = part.results["sweep"], part.setting(v.group)
-                key = (sweep, v.claim, scale, setting, part.first_study)
+                key = (sweep, v.claim, scale, setting, bool(v.exploratory))
                 mine, base = found.setdefault(key, {}), part.bases[0]
                 if base not in mine or (mine[base][1].gates and not v.gates):
                     mine[base] = (part, v)

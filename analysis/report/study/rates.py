@@ -53,7 +53,7 @@ def rate_curves(parts: Sequence[Part]) -> list[RateCurve]:
     Of answers on one base and setting, one of fresh seeds comes first, then the one of most runs.
     """
     chosen: dict[tuple[str, Setting], RateCurve] = {}
-    for part in sorted(_with_rates(parts), key=lambda p: (p.first_study, -p.results["runs"])):
+    for part in sorted(_with_rates(parts), key=lambda p: (p.exploratory, -p.results["runs"])):
         groups: dict[str, list[Optimum]] = {}
         for o in fit_all(lr_curves(part.runs)):
             groups.setdefault(o.curve.group, []).append(o)

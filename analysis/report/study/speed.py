@@ -24,7 +24,7 @@ def chosen(parts: Sequence[Part]) -> dict[Setting, Part]:
     """Return the answer of `rank` for each setting: of fresh seeds, then of the largest base."""
     mine = [p for p in parts if p.results["sweep"] == "rank" and _judged_to(p) >= 2 * EARLIEST]
     found: dict[Setting, Part] = {}
-    for part in sorted(mine, key=lambda p: (p.first_study, -p.size)):
+    for part in sorted(mine, key=lambda p: (p.exploratory, -p.size)):
         found.setdefault(part.setting(part.verdicts[0].group), part)
     return dict(sorted(found.items()))
 
@@ -46,7 +46,7 @@ def _panel(setting: Setting, part: Part) -> Panel:
         for k, (rank, mine) in enumerate(sorted(found.items()), 1)
     ]
     return Panel(
-        part.marked(f"{', '.join(part.bases)}, {WORDS[setting]}"),
+        f"{', '.join(part.bases)}, {WORDS[setting]}",
         "updates",
         "speed (rho)",
         series,

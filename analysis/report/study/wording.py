@@ -13,8 +13,7 @@ Found = list[tuple[Part, Verdict]]
 def found(parts: Sequence[Part], sweep: str, claim: str) -> Found:
     """Return a claim's verdicts whose value has an interval; by task where there are tasks.
 
-    Withdrawn ones are left out. Those of the first study count on a real model, or where there are
-    no others.
+    Withdrawn ones are left out. Answers that are exploratory as a whole come last.
     """
     known = [
         (part, v)
@@ -23,14 +22,8 @@ def found(parts: Sequence[Part], sweep: str, claim: str) -> Found:
         for v in part.single
         if v.claim == claim and v.estimate.value is not None and v.estimate.has_interval()
         if not v.is_withdrawn
-        if not v.is_withdrawn
     ]
-    fresh = [
-        (part, v)
-        for part, v in known
-        if not part.first_study or part.setting(v.group) == Setting.REAL
-    ]
-    return sorted(fresh or known, key=lambda one: one[0].first_study)
+    return sorted(known, key=lambda one: one[0].exploratory)
 
 
 def lead(
@@ -77,7 +70,7 @@ def each(
         start = f"On {where(part, v, ranks)} it was" if out else said
         place = "" if out else f" on {where(part, v, ranks)}"
         mark = f" ({EXPLORATORY})" if v.exploratory else ""
-        out.append(part.marked(f"{start} {show(v.estimate)}{place}{mark}") + ".")
+        out.append(f"{start} {show(v.estimate)}{place}{mark}.")
     return " ".join(out)
 
 

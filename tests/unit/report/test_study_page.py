@@ -32,7 +32,7 @@ def test_a_verdict_is_the_one_of_its_own_report(reports):
     assert sum(v.primary for v in part.verdicts) == 2
     assert {v.outcome for v in part.verdicts} == {"SUPPORTED"}
     flipped = page.page([part], reports, kept=True)
-    assert "**SUPPORTED** at `smoke` (first study)" in flipped
+    assert "**SUPPORTED** at `smoke`" in flipped
     assert "What was not tested" in flipped  # of the kept answers
     assert "What was not tested" not in page.page([part], reports)
 

@@ -74,7 +74,7 @@ def answer(
     return Part(at, results, {**asked, "analysis": sweep, "claims": says}, list(verdicts))
 
 
-# ---------------------------------------------------------------- settings, first study
+# ---------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,6 @@ def answer(
 def test_the_setting_follows_from_the_data_that_a_verdict_names(tmp_path, group, setting):
     part = answer(tmp_path, data=(dialect("low", RULES), dialect(), FACTS, GSM8K))
     assert setting_of(part.runs, group) is setting
-
-
-def test_seeds_say_whether_an_answer_is_of_the_first_study(tmp_path):
-    assert not answer(tmp_path, seeds=(100, 105)).first_study
-    mixed = answer(tmp_path, seeds=(99, 100), scale="mixed")
-    assert mixed.first_study and mixed.marked("REFUTED") == "REFUTED (first study)"
 
 
 # ---------------------------------------------------------------- averages over bases
@@ -151,7 +145,8 @@ def test_what_is_no_replicate_is_not_averaged(tmp_path):
         assert not pooled(bases(tmp_path, [*three[:2], dataclasses.replace(three[2], **change)]))
     last = three[2:]
     pair = bases(tmp_path, three[:2])
-    fresh = bases(tmp_path / "first", last, seeds=(0, 1))[0]
+    early = [dataclasses.replace(v, exploratory="early seeds") for v in last]
+    fresh = bases(tmp_path / "first", early)[0]
     low = bases(tmp_path / "low", last, data=(dialect(knobs=RULES),))[0]
     other = dataclasses.replace(low, results={**low.results, "scale": "small"})
     for part in (fresh, low, other):
@@ -390,7 +385,7 @@ def test_the_ledger_counts_outcomes_by_setting_and_names_the_scale(tmp_path):
     made = [verdict(0.5, outcome=o, claim="parity") for o in outcomes]
     lines = ledger.ledger([*bases(tmp_path, made, seeds=(0,)), answer(tmp_path, verdict(1.0))])
     line = next(text for text in lines if "High ranks learn as fast" in text)
-    counted = "**REFUTED** 2 of 3, **UNDECIDED** 1 of 3 at `tiny` (first study)"
+    counted = "**REFUTED** 2 of 3, **UNDECIDED** 1 of 3 at `tiny`"
     assert line.split(" | ")[1:] == ["", counted, " |"]
     untried = next(text for text in lines if "Start with rank 256" in text)
     assert untried.split(" | ")[1] == ledger.NOT_TESTED
@@ -511,21 +506,21 @@ def test_answers_of_other_bases_ranks_or_lengths_share_no_sentence(tmp_path):
     for base, value, scale, data, steps in (
         ("b", 4.2, "tiny", rules, 128),
         ("m", 12.7, "small", (GSM8K,), 30),
-        ("old", 3.0, "tiny_old", DIALECT, 100),
     ):
         name = data[0]["name"]
         group = f"{base} on {name}, batch 16, steps {steps}"
-        verdicts = [verdict(value, claim=c, group=group) for c in ("ratio", "order")]
+        why = "" if base == "b" else "early seeds"
+        verdicts = [
+            verdict(value, claim=c, group=group, exploratory=why) for c in ("ratio", "order")
+        ]
         curves = [curve(base, name, rank=16.0, steps=steps)]
-        seeds = (100,) if base == "b" else (0,)
-        more = {"sweep": "lr_ratio", "scale": scale, "base": base, "seeds": seeds}
+        more = {"sweep": "lr_ratio", "scale": scale, "base": base}
         made.append(answer(tmp_path, *verdicts, data=data, curves=curves, **more))
     (said,) = findings.sentences(made)
     _, *rest = said.split(". ", 1)
-    # The exploratory answer counts on the real model, and not where there is a fresh one.
     assert rest == [
         "The ratio was 4.2 [4.1, 4.3] on b (only rules new; rank 16, 128 updates). On m (gsm8k; rank "
-        "16, 30 updates) it was 12.7 [12.6, 12.8] (first study)."
+        "16, 30 updates) it was 12.7 [12.6, 12.8] (exploratory)."
     ]
 
 
