@@ -107,7 +107,7 @@ def test_kept_answers_are_what_their_tables_say_today(folder):
 def test_kept_questions_are_those_that_the_sweep_files_ask_today():
     """Claims, margins, rounds, and what was changed after a look; but those of early seeds."""
     compared = set()
-    for part in answers.parts_of([KEPT]):
+    for part in answers.read_answers([KEPT]):
         if "fingerprint_stamped" in part.question:
             continue
         name, scale = part.question["name"], part.question["scale"]
@@ -206,5 +206,5 @@ def test_figures_of_the_page_over_all_answers_were_drawn_from_the_kept_answers()
     }
     kept_ones = {p.name for p in KEPT.glob("*.png")} - {"interactive.png"}
     assert wanted == kept_ones
-    inputs = page.inputs_hash(answers.parts_of([KEPT]))
+    inputs = page.inputs_hash(answers.read_answers([KEPT]))
     assert {_inputs(KEPT / name) for name in wanted} == {inputs}

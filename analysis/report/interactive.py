@@ -1,13 +1,11 @@
-"""Write the interactive report.
+"""Write the interactive report: one HTML file with its data and its plotting library inside.
 
-Python collects the numbers; `report.js` draws and filters them. Everything from a table reaches the
-page as JSON data and is shown as text, never as markup.
+Python collects the numbers; `templates/report.js` draws and filters them. Text of a table reaches
+the page as JSON, and is shown as text, never as markup. The only user of plotly.
 """
 
 import importlib.resources
-import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,37 +15,16 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict
 from analysis.optimum.optimum import Optimum
+from analysis.report.text import rendered
 from analysis.runs.learning_curves import learning_curves
 from analysis.runs.table import CURVE_KEYS
 
 _FIT_POINTS = 80
 _DETAILS = (
-    "run_id",
-    "status",
-    "model",
-    "dataset",
-    "method",
-    "rank",
-    "alpha",
-    "layers",
-    "scope",
-    "batch_size",
-    "lr",
-    "seed",
-    "steps",
-    "schedule",
-    "precision",
-    "test_nll",
-    "test_bpb",
-    "nll_start",
-    "train_nll",
-    "n_trainable",
-    "norm_a",
-    "norm_b",
-    "norm_delta",
-    "wall_s",
-    "base_sha256",
-    "data_sha256",
+    *("run_id", "status", "model", "dataset", "method", "rank", "alpha", "layers", "scope"),
+    *("batch_size", "lr", "seed", "steps", "schedule", "precision", "test_nll", "test_bpb"),
+    *("nll_start", "train_nll", "n_trainable", "norm_a", "norm_b", "norm_delta", "wall_s"),
+    *("base_sha256", "data_sha256"),
 )
 """Columns shown first for a run, if the table has them; the others follow, except _LONG."""
 _LONG = ("spec", "result", "block")
@@ -70,7 +47,9 @@ def write(
         within: extra loss allowed in the low-regret band.
     """
     where = {_key(o.curve.key): k for k, o in enumerate(optima)}
-    used = {k: _used(o) for k, o in enumerate(optima)}
+    used = {
+        k: {round(float(v), 9) for v in o.curve.x[o.curve.usable]} for k, o in enumerate(optima)
+    }
     learned = learning_curves(table).query("step >= 1").dropna(subset="test_nll")
     points = {
         run: [list(p) for p in zip(c["step"].tolist(), c["test_nll"].tolist())]
@@ -88,45 +67,24 @@ def write(
             {"group": g, "name": n, "value": e.value, "low": e.low, "high": e.high}
             for g, n, e in ratios
         ],
-        "verdicts": [_verdict(v) for v in verdicts],
+        "verdicts": [
+            {
+                **{k: getattr(v, k) for k in ("claim", "group", "why", "needed")},
+                "outcome": v.shown,
+                **{k: getattr(v.estimate, k) for k in ("value", "low", "high")},
+                "margin": list(v.margin),
+            }
+            for v in verdicts
+        ],
     }
-    path.write_text(_filled(data))
-
-
-def _verdict(v: Verdict) -> dict[str, Any]:
-    e = v.estimate
-    return {
-        **{k: getattr(v, k) for k in ("claim", "group", "why", "needed")},
-        "outcome": v.shown,
-        **{k: getattr(e, k) for k in ("value", "low", "high")},
-        "margin": list(v.margin),
-    }
-
-
-def _filled(data: dict[str, Any]) -> str:
-    """Fill the page's template with its data, style, code and library."""
-    here = importlib.resources.files("analysis.report.interactive")
-    page = here.joinpath("report.html").read_text()
-    library = importlib.resources.files("plotly").joinpath("package_data/plotly.min.js").read_text()
-    parts = {
-        "STYLE": here.joinpath("report.css").read_text(),
-        "LIBRARY": library,
-        "DATA": _json(data),
-        "REPORT": here.joinpath("report.js").read_text(),
-    }
-    # A single pass, so that text from the table that looks like a placeholder is not replaced.
-    return re.sub(r"/\*(STYLE|LIBRARY|DATA|REPORT)\*/", lambda mark: parts[mark.group(1)], page)
-
-
-def _json(value: Any) -> str:
-    """Return JSON that is safe in a script element: it cannot end the element or open a comment."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return (
-        text.replace("<", "\\u003c")
-        .replace(">", "\\u003e")
-        .replace("&", "\\u0026")
-        .replace("\u2028", "\\u2028")
+    files = importlib.resources.files
+    library = files("plotly").joinpath("package_data/plotly.min.js").read_text()
+    style, code = (
+        files("analysis.report").joinpath("templates", name).read_text()
+        for name in ("report.css", "report.js")
     )
+    page = rendered("report.html", data=data, style=style, code=code, library=library)
+    path.write_text(page)
 
 
 def _curve(o: Optimum, within: float) -> dict[str, Any]:
@@ -161,11 +119,6 @@ def _curve(o: Optimum, within: float) -> dict[str, Any]:
 
 def _key(key: dict[str, Any]) -> tuple:
     return tuple(sorted((k, "" if v is None or v != v else str(v)) for k, v in key.items()))
-
-
-def _used(o: Optimum) -> set[float]:
-    """Return the fitted rates, ln(lr) rounded."""
-    return {round(float(v), 9) for v in o.curve.x[o.curve.usable]}
 
 
 def _run(
