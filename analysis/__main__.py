@@ -6,10 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from analysis.runs.reading import Reading
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "analysis" / "results"
@@ -20,14 +17,14 @@ SCALE_HELP = (
 )
 EPILOG = """commands
   fit FILE      best learning rate of every curve, with interval or bound and low-regret band
-  ratio FILE    LoRA's best rate divided by full fine-tuning's
-  drift FILE    how the best rate changes with the rank
-  law FILE      fit the rate as a power law of the hidden size, and the ratio as one of hidden
-                size and alpha
+  ratio FILE    LoRA's best learning rate divided by full fine-tuning's
+  drift FILE    how the best learning rate changes with the rank
+  law FILE      fit the learning rate as a power law of the hidden size, and the ratio as one of
+                hidden size and alpha
   html FILE     interactive page of curves, fits and runs, in one file (--out page.html)
   SWEEP         report of a sweep, from its kept table or from --table
   study         all claims in one table, from kept results and your own reports
-                (--write: render all that is kept again)
+                (--write: render all kept results again)
   suggest SWEEP the runs most likely to decide the open claims (action=extend adds them)
 
 examples
@@ -44,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if argv and argv[0] in ("fit", "ratio", "drift", "law", "html"):
-            return _runs(argv)
+            return _run_table_command(argv)
         if argv[:1] == ["study"]:
             return _study(argv[1:])
         return _sweep(argv[1:], suggest=True) if argv[:1] == ["suggest"] else _sweep(argv)
@@ -61,37 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------- a table of runs
 
 
-def _runs(argv: Sequence[str]) -> int:
-    args = _runs_parser(argv[0]).parse_args(argv)
-
-    from analysis.runs import reading
-    from analysis.runs.table import TableError
-    from analysis.tables import commands
-
-    if not args.within > 0:
-        raise TableError(
-            f"--within {args.within:g}: give a loss above 0, in the metric's units, "
-            "e.g. --within 0.01"
-        )
-    table = reading.read(args.file, _mapping(args.map), args.higher, args.broken)
-    for note in table.notes:
-        print(f"note: {note}", file=sys.stderr)
-    if args.command == "html":
-        out = args.out or args.file.with_suffix(".html")
-        commands.html(table, out, args.within, args.share)
-        print(f"page: {out}")
-        return 0
-    result, lines = _of_runs(args.command, table, args)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1) if args.json else "\n".join(lines))
-    return 0
-
-
-def _runs_parser(command: str) -> argparse.ArgumentParser:
+def _run_table_command(argv: Sequence[str]) -> int:
+    """Run `fit`, `ratio`, `drift`, `law` or `html` on a file."""
     parser = argparse.ArgumentParser(
-        prog=f"lorasweep-analysis {command}",
+        prog=f"lorasweep-analysis {argv[0]}",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -115,37 +85,47 @@ def _runs_parser(command: str) -> argparse.ArgumentParser:
     add("--share", action="store_true", help=share)
     add("--out", type=Path, help="write the JSON (or the page) here")
     add("--json", action="store_true", help="print JSON instead of text")
-    return parser
+    args = parser.parse_args(argv)
 
-
-def _mapping(pairs: Sequence[str]) -> dict[str, str]:
+    from analysis.runs import reading
     from analysis.runs.table import TableError
-
-    mapping = {}
-    for pair in pairs:
-        theirs, sign, name = pair.rpartition("=")
-        if not sign or not theirs or not name:
-            raise TableError(f"--map {pair}: write THEIR_COLUMN=OURS, e.g. --map learning_rate=lr")
-        mapping[theirs] = name
-    return mapping
-
-
-def _of_runs(command: str, reading: "Reading", args: argparse.Namespace) -> tuple[Any, list[str]]:
-    """Run a command on a table; return its result as plain values and as lines of text."""
     from analysis.tables import commands, laws
 
-    if command == "fit":
-        fits = commands.fit(reading, args.within, args.share)
-        return fits, commands.fit_lines(fits, args.within)
-    of: Any
-    lines_of: Any
-    of, lines_of = {
-        "ratio": (commands.ratio, commands.ratio_lines),
-        "drift": (commands.drifts, commands.drift_lines),
-        "law": (laws.law, laws.law_lines),
-    }[command]
-    result = of(reading, args.share)
-    return result, lines_of(result)
+    if not args.within > 0:
+        raise TableError(
+            f"--within {args.within:g}: give a loss above 0, in the metric's units, "
+            "e.g. --within 0.01"
+        )
+    mapping = {}
+    for pair in args.map:
+        theirs, _, name = pair.rpartition("=")
+        if not theirs or not name:
+            raise TableError(f"--map {pair}: write THEIR_COLUMN=OURS, e.g. --map learning_rate=lr")
+        mapping[theirs] = name
+    table = reading.read(args.file, mapping, args.higher, args.broken)
+    for note in table.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.command == "html":
+        out = args.out or args.file.with_suffix(".html")
+        commands.html(table, out, args.within, args.share)
+        print(f"page: {out}")
+        return 0
+    result: Any
+    if args.command == "fit":
+        result = commands.fit(table, args.within, args.share)
+        lines = commands.fit_lines(result, args.within)
+    elif args.command == "ratio":
+        lines = commands.ratio_lines(result := commands.ratio(table, args.share))
+    elif args.command == "drift":
+        lines = commands.drift_lines(result := commands.drifts(table, args.share))
+    else:
+        lines = laws.law_lines(result := laws.law(table, args.share))
+    text = json.dumps(result, indent=1)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n")
+    print(text if args.json else "\n".join(lines))
+    return 0
 
 
 # ---------------------------------------------------------------- the study's table
@@ -172,20 +152,17 @@ def _study(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
 
-    from analysis.report import front_page, kept
+    from analysis.report import kept
     from analysis.report.study import answers, page
     from analysis.report.text import aligned
 
     if args.write:
-        kept.render(KEPT)
-        page.write_kept(KEPT)
-        front = ROOT / "README.md"
-        front.write_text(front_page.readme(front.read_text(), KEPT))
+        kept.render_all(KEPT, ROOT / "README.md")
         return 0
-    parts = answers.parts_of([args.reports_dir, KEPT])
-    rows = answers.rows_of(parts)
+    found = answers.read_answers([args.reports_dir, KEPT])
+    rows = answers.rows_of(found)
     if args.out:
-        page.write(parts, args.out / "study.md")
+        page.write(found, args.out / "study.md")
     print(
         json.dumps([dict(zip(rows[0], r)) for r in rows[1:]], indent=1)
         if args.json

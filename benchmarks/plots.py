@@ -18,7 +18,7 @@ def packing(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
     """
     models = list(dict.fromkeys(r["model"] for r in rows))
     size = (4.4 * len(models), 3.8)
-    with drawn(path, inputs, 1, len(models), size, 150, sharey=True) as (fig, axes):
+    with drawn(path, inputs, 1, len(models), size, sharey=True) as (fig, axes):
         for ax, model in zip(axes, models):
             mine = [r for r in rows if r["model"] == model]
             batches = list(dict.fromkeys(r["batch_size"] for r in mine))
@@ -46,7 +46,7 @@ def coverage(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
     families = list(dict.fromkeys(r["family"] for r in rows))
     by_family = {f: [r for r in rows if r["family"] == f] for f in families}
     at = np.arange(len(families))
-    with drawn(path, inputs, 1, 1, (8.6, 4.6), 150) as (fig, (ax,)):
+    with drawn(path, inputs, 1, 1, (8.6, 4.6)) as (fig, (ax,)):
         ax.axhspan(94, 97, color=COLOURS[3], alpha=0.12, lw=0, label="asked on average: 94 to 97%")
         ax.axhline(93, color=COLOURS[3], lw=1, ls="--", label="asked in each family: 93%")
         noises = sorted({r["noise"] for r in rows})
@@ -78,7 +78,7 @@ def verdict_shares(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
     noises, ratios = (sorted({r[k] for r in rows}) for k in ("noise", "ratio"))
     at = np.arange(len(ratios))
     size = (4.6 * len(noises), 3.6)
-    with drawn(path, inputs, 1, len(noises), size, 150, sharey=True) as (fig, axes):
+    with drawn(path, inputs, 1, len(noises), size, sharey=True) as (fig, axes):
         for ax, noise in zip(axes, noises):
             base = np.zeros(len(ratios))
             here = [[r for r in rows if (r["ratio"], r["noise"]) == (v, noise)] for v in ratios]

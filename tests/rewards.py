@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from analysis.report.study import page
-from analysis.report.study.answers import parts_of
+from analysis.report.study.answers import read_answers
 from lorasweep.spec.evaluations import eval_steps
 from lorasweep.spec.metric import METRICS
 
@@ -42,4 +42,4 @@ class Rewards:
 def study_of(folder):
     """The report in a test's folder, and the page of answers that shows it."""
     (made,) = (folder / "reports").iterdir()
-    return (made / "report.md").read_text(), page.page(parts_of([folder / "reports"]), folder)
+    return (made / "report.md").read_text(), page.page(read_answers([folder / "reports"]), folder)

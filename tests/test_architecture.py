@@ -72,7 +72,7 @@ ONLY_IN = {
     "datasets": r"lorasweep/data/",
     "safetensors": TORCH + r"|lorasweep/(methods|store|cli)/",
     "matplotlib": r"analysis/report/plots\w*\.py",
-    "plotly": r"analysis/report/interactive/",
+    "plotly": r"analysis/report/interactive\.py",
     "IPython": r"analysis/report/notebook\.py",
 }
 STANDARD_LIBRARY_ONLY = r"lorasweep/(errors\.py|spec/(?!streams\.py)|sweep/)"

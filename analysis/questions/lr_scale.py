@@ -95,7 +95,7 @@ def elsewhere(models: Sequence[str], kept: Path | None) -> list[Elsewhere]:
     found = []
     for path in sorted(kept.glob("lr_ratio-*/results.json")) if kept else ():
         results = json.loads(path.read_text())
-        widths = pd.read_csv(path.parent / "table.csv", usecols=["model", "hidden_size"])
+        widths = pd.read_parquet(path.parent / "table.parquet", columns=["model", "hidden_size"])
         hidden = dict(widths.itertuples(index=False, name=None))
         lora = {r["group"]: results["curves"][r["at"]] for r in results["ratios"] if r["rank"]}
         for r in (r for r in results["ratios"] if r["rank"] is None):

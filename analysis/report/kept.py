@@ -1,8 +1,8 @@
-"""Render all kept answers again from their tables, each after those that it shows.
+"""Render everything that is kept again from its tables: answers, the study page, the findings.
 
     python -m analysis study --write
 
-Tables and questions are never touched: nothing is trained again.
+Tables and questions are never changed: nothing is trained again.
 """
 
 import json
@@ -11,6 +11,8 @@ from pathlib import Path
 
 from analysis.questions.registry import analyse, question_named
 from analysis.report.report import write_answer
+from analysis.report.study import page
+from analysis.report.study.answers import read_answers
 from analysis.runs.table import read
 
 
@@ -31,3 +33,10 @@ def render(kept: Path) -> None:
         for figure in folder.glob("*.png"):
             figure.unlink()
         write_answer(analyse(table, question, kept), table, question, folder)
+
+
+def render_all(kept: Path, front_page: Path) -> None:
+    """Render the kept answers, the page over them, and the findings in the project's README."""
+    render(kept)
+    page.write(read_answers([kept]), kept / "README.md", True)
+    front_page.write_text(page.readme(front_page.read_text(), kept))

@@ -1,7 +1,6 @@
 """Tables and figures of kept results, for the notebooks.
 
-They come from the functions that write the reports, so the notebooks contain no mathematics. Trains
-nothing.
+The functions that write the reports make them, so the notebooks contain no mathematics.
 """
 
 import json
@@ -16,8 +15,8 @@ from analysis.inference.estimate import rate
 from analysis.measures import next_runs
 from analysis.questions.base import Analysis
 from analysis.questions.registry import analyse
-from analysis.report import plots_curves, report_page
-from analysis.report.study.answers import parts_of, rows_of
+from analysis.report import plots_curves, report
+from analysis.report.study.answers import read_answers, rows_of
 from analysis.runs.table import read
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -57,12 +56,12 @@ def _frame(rows: Sequence[Sequence[str]]) -> pd.DataFrame:
 
 def optima(found: Analysis) -> pd.DataFrame:
     """Return one row per curve: the optimum, the low-regret band, the best loss."""
-    return _frame(report_page.optima_rows(found.optima))
+    return _frame(report.optima_rows(found.optima))
 
 
 def verdicts(found: Analysis, folder: Path) -> pd.DataFrame:
     """Return one row per claim."""
-    return _frame(report_page.verdict_rows(found.verdicts, _question(folder)))
+    return _frame(report.verdict_rows(found.verdicts, _question(folder)))
 
 
 def section(found: Analysis, title: str) -> pd.DataFrame:
@@ -92,18 +91,14 @@ def learning_curves(runs: pd.DataFrame, found: Analysis) -> Any:
 
 def study() -> pd.DataFrame:
     """Return one row per claim of every kept result."""
-    return _frame(rows_of(parts_of([RESULTS])))
+    return _frame(rows_of(read_answers([RESULTS])))
 
 
 def page(name: str) -> Any:
     """Show a kept page."""
-    return _markdown((RESULTS / name).read_text())
-
-
-def _markdown(text: str) -> Any:
     from IPython.display import Markdown
 
-    return Markdown(text)
+    return Markdown((RESULTS / name).read_text())
 
 
 def _shown(draw: Callable[[Path], None]) -> Any:

@@ -22,6 +22,7 @@ from analysis.questions.base import Panel, Series
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe & Ito's palette, distinguishable for colour-blind readers. Black is full fine-tuning."""
 MARKERS = "osD^vP*"
+DPI = 100
 INPUTS = "Inputs"
 """Name of the PNG text chunk with the hash of a figure's inputs."""
 _STYLE: dict[str, Any] = {
@@ -40,7 +41,6 @@ def drawn(
     rows: int,
     columns: int,
     size: tuple[float, float],
-    dpi: int,
     used: int | None = None,
     **options: Any,
 ) -> Iterator[tuple[Any, list[Axes]]]:
@@ -57,7 +57,13 @@ def drawn(
         for ax in axes.flat[used:] if used is not None else ():
             ax.axis("off")
         yield fig, list(axes.flat)
-        fig.savefig(path, dpi=dpi, metadata={INPUTS: inputs}, **options)
+        fig.savefig(
+            path,
+            dpi=DPI,
+            metadata={INPUTS: inputs},
+            pil_kwargs={"optimize": True},
+            **options,
+        )
         plt.close(fig)
 
 
@@ -74,7 +80,7 @@ def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
     """
     rows, columns = grid_of(len(parts))
     size = (4.8 * columns if columns > 1 else 7.2, 4.1 * rows)
-    with drawn(path, inputs, rows, columns, size, 130, len(parts), bbox_inches="tight") as (
+    with drawn(path, inputs, rows, columns, size, len(parts), bbox_inches="tight") as (
         fig,
         axes,
     ):

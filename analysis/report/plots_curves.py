@@ -34,7 +34,7 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
     groups = _groups(optima)
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
     rows, columns, size = _layout(groups)
-    with drawn(path, inputs, rows, columns, size, 150, len(groups)) as (fig, axes):
+    with drawn(path, inputs, rows, columns, size, len(groups)) as (fig, axes):
         for ax, members in zip(axes, groups.values()):
             top = _top([o for o in optima if _scale(o) == _scale(members[0])])
             for k, o in enumerate(members):
@@ -164,7 +164,7 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
     groups = _groups(optima)
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
     rows, columns, size = _layout(groups)
-    with drawn(path, inputs, rows, columns, size, 110, len(groups)) as (fig, axes):
+    with drawn(path, inputs, rows, columns, size, len(groups)) as (fig, axes):
         for ax, members in zip(axes, groups.values()):
             for k, o in enumerate(members):
                 colour, again = _look(k)

@@ -13,10 +13,8 @@ from matplotlib.lines import Line2D
 
 from analysis.measures.regret import ALLOWED
 from analysis.report.plots import COLOURS, MARKERS, drawn
-from analysis.report.study.by_rank import Line
-from analysis.report.study.forest import Mark, Row
-from analysis.report.study.rates import RateCurve
-from analysis.report.study.setting import WORDS, Setting
+from analysis.report.study.answers import WORDS, Setting
+from analysis.report.study.figures import Line, Mark, RateCurve, Row
 
 EDGE = 4.6
 """Values further from a claim than this many margins are drawn at the edge, as arrows."""
@@ -30,7 +28,7 @@ LABELS = {
 }
 TONES = {Setting.IN_REGIME: COLOURS[1], Setting.BEYOND: COLOURS[2], Setting.REAL: COLOURS[4]}
 PALE = 0.6
-"""How much of its colour is left to what does not confirm."""
+"""Share of the colour that exploratory verdicts keep."""
 
 
 def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
@@ -38,7 +36,7 @@ def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
     heights = [max(2.4, 0.75 + max(map(len, r.marks.values()))) for r in rows]
     tops = list(itertools.accumulate(heights, initial=0.0))
     size = (9.0, 1.1 + 0.17 * tops[-1])
-    with drawn(path, inputs, 1, 3, size, 110, sharey=True) as (fig, axes):
+    with drawn(path, inputs, 1, 3, size, sharey=True) as (fig, axes):
         for ax, setting in zip(axes, Setting):
             for row, top, height in zip(rows, tops, heights):
                 _claim(ax, row, setting, top, height)
@@ -69,7 +67,7 @@ def _claim(ax: Axes, row: Row, setting: Setting, top: float, height: float) -> N
 
 
 def _mark(ax: Axes, mark: Mark, y: float, colour: str) -> None:
-    colour = _paler(colour) if mark.explores else colour
+    colour = _paler(colour) if mark.exploratory else colour
     low, high, value = (min(max(x, -EDGE), EDGE) for x in (mark.low, mark.high, mark.value))
     if math.isfinite(mark.low):
         ax.plot([low, high], [y, y], color=colour, lw=1.3)
@@ -107,19 +105,16 @@ def _paler(colour: str) -> str:
 
 
 LOWEST = 0.1
-"""Percent of the gain at which the figure of regret over rank ends; what lies lower, 0 included, is
-drawn there, as an arrow."""
-
-
+"""Percent of the gain at which the figure of regret over rank ends; lower values are arrows."""
 APART = 0.015
 """Distance of two lines at one rank, as a share of it, so that intervals can be told apart."""
 
 
 def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> None:
-    """Draw a line a condition over two logarithmic axes; a symbol a base, a colour a data set."""
+    """Draw one line for each condition; the symbol is the base, the colour the data set."""
     bases = list(dict.fromkeys(line.base for line in lines))
     ranks = sorted({rank for line in lines for rank in line.regrets})
-    with drawn(path, inputs, 1, 1, (8.0, 6.0), 110) as (fig, (ax,)):
+    with drawn(path, inputs, 1, 1, (8.0, 6.0)) as (fig, (ax,)):
         limit = 100 * ALLOWED
         ax.axhspan(LOWEST, limit, color=MARGIN, alpha=0.13, lw=0, label=f"up to {limit:g}%: none")
         for k, line in enumerate(lines, 1):
@@ -140,7 +135,7 @@ def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> Non
 
 
 def _over_rank(ax: Axes, line: Line, shift: float, colour: str, marker: str) -> None:
-    """Draw one condition; of a regret below the axis the upper end of its interval is seen."""
+    """Draw one condition; a regret below the axis shows the upper end of its interval only."""
     known = [(rank * shift, e, float(e.value or 0.0)) for rank, e in line.regrets.items()]
     for x, e, value in known:
         low, high = (
@@ -159,8 +154,8 @@ HIGHEST = 40.0
 
 
 def rates(curves: Sequence[RateCurve], path: Path, inputs: str = "") -> None:
-    """Draw what LoRA gives up over its rate, in multiples of full fine-tuning's best rate."""
-    with drawn(path, inputs, 1, 1, (8.0, 4.6), 110) as (fig, (ax,)):
+    """Draw LoRA's regret over its learning rate, in multiples of full fine-tuning's best one."""
+    with drawn(path, inputs, 1, 1, (8.0, 4.6)) as (fig, (ax,)):
         ax.axvline(TEN, color="0.3", lw=1.4, ls="--", label="10 times")
         for k, c in enumerate(curves, 1):
             colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
@@ -171,8 +166,8 @@ def rates(curves: Sequence[RateCurve], path: Path, inputs: str = "") -> None:
         ax.set(xscale="log", ylim=(-2, HIGHEST), xlim=(0.4, 80))
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
-        ax.set_xlabel("LoRA's learning rate / full fine-tuning's best one")
-        ax.set_ylabel("regret, % of LoRA's gain at its best rate")
+        ax.set_xlabel("LoRA's learning rate / full fine-tuning's best learning rate")
+        ax.set_ylabel("regret, % of LoRA's gain at its best learning rate")
         ax.legend(
             frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2
         )

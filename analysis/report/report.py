@@ -1,4 +1,4 @@
-"""Turn a table and a question into a report with figures and machine-readable results.
+"""Turn a table of runs and a question into a report: text, figures, machine-readable results.
 
 One call writes everything from the same analysis. A question contributes sections; this module
 knows no particular claim.
@@ -6,20 +6,25 @@ knows no particular claim.
 
 import hashlib
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis.inference.estimate import Verdict, with_interval
+from analysis.inference.decide import look_level
+from analysis.inference.estimate import Verdict, number, rate, with_interval
 from analysis.optimum.optimum import WITHIN, Optimum
 from analysis.questions.base import Analysis
 from analysis.questions.registry import analyse
-from analysis.report import plots, plots_curves, report_page
-from analysis.report.interactive import page
-from analysis.report.text import aligned, plain, text_hash
+from analysis.report import interactive, plots, plots_curves
+from analysis.report.text import aligned, plain, rendered, text_hash
 from analysis.runs.learning_curves import by_run
-from analysis.runs.metric import as_losses
+from analysis.runs.lr_curves import full_names
+from analysis.runs.metric import NLL, as_losses
+from analysis.runs.names import in_words
+from analysis.runs.table import write
 
 NOT_JUDGED = (
     *("says", "whose", "measure", "beside", "sd", "units", "underpowered", "better"),
@@ -27,6 +32,17 @@ NOT_JUDGED = (
 )
 """Fields of a claim that hold its wording, or what is known of its spread. They may change without
 changing the claim, so they are left out of its hash."""
+CONDITIONS = {
+    "batch_size": "sequences per update",
+    "steps": "updates",
+    "schedule": "schedule",
+    "precision": "precision",
+    "alpha": "LoRA alpha",
+    "layers": "LoRA layer sets",
+    "hidden_size": "hidden size",
+    "seed": "seeds",
+}
+"""Columns of a table whose values a report lists."""
 
 
 def judge_and_report(
@@ -38,7 +54,7 @@ def judge_and_report(
 ) -> str:
     """Judge the runs, write the report into `folder`, and return the answer for the terminal.
 
-    Writes report.md, report.html, figures, results.json, question.json, table.parquet, table.csv.
+    Writes report.md, report.html, figures, results.json, question.json and table.parquet.
 
     Args:
         as_json: return one JSON object instead of text.
@@ -47,13 +63,10 @@ def judge_and_report(
     found = analyse(table, question, kept)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "question.json").write_text(json.dumps(question, indent=1) + "\n")
-    table.to_parquet(folder / "table.parquet", index=False)
-    table.drop(columns=["spec", "result"], errors="ignore").to_csv(
-        folder / "table.csv", index=False
-    )
+    write(table, folder / "table.parquet")
     results = write_answer(found, table, question, folder)
     title = f"{question['name']} at scale {question['scale']}: {question['question']}"
-    page.write(
+    interactive.write(
         folder / "report.html",
         title,
         as_losses(table),
@@ -64,44 +77,70 @@ def judge_and_report(
     )
     if as_json:
         return json.dumps({**results, "report": str(folder / "report.md")})
-    return terminal(found, question, folder)
+    out = [question["question"], ""]
+    if found.optima:
+        out += [*aligned(optima_rows(found.optima)), ""]
+    for section in found.sections:
+        if section.rows:
+            out += [section.title, *aligned(section.rows), ""]
+    out += [_verdict_line(v) for v in found.verdicts]
+    out += ["", f"report: {folder / 'report.html'} (interactive), {folder / 'report.md'}"]
+    return "\n".join(out)
 
 
 def write_answer(
     found: Analysis, table: pd.DataFrame, question: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """Write results.json, report.md and the figures; returns the results."""
+    """Write results.json, report.md and the figures; return the results."""
     results = results_of(found, question, table)
     text = json.dumps(results, indent=1) + "\n"
     (folder / "results.json").write_text(text)
-    draw(found, as_losses(table), folder, inputs_hash(table, text))
     (folder / "report.md").write_text(render(found, question, table))
-    return results
-
-
-def draw(found: Analysis, table: pd.DataFrame, folder: Path, inputs: str) -> None:
-    """Draw all figures of a report, each with the hash of its inputs.
-
-    Args:
-        table: the runs, their metrics as losses.
-    """
+    inputs = inputs_hash(table, text)
     for section in found.sections:
         if section.panels:
             plots.panels(section.panels, folder / section.figure, inputs)
     if found.optima:
+        losses = as_losses(table)
         plots_curves.lr_against_nll(found.optima, folder / "lr_nll.png", inputs)
-        if by_run(table):
-            plots_curves.learning(table, found.optima, folder / "learning.png", inputs)
+        if by_run(losses):
+            plots_curves.learning(losses, found.optima, folder / "learning.png", inputs)
+    return results
 
 
-def render(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> str:
-    """Return the text of report.md."""
-    has_curves = bool(found.optima) and bool(by_run(table))
-    return report_page.markdown(found, question, table, question_hash(question), has_curves)
+def results_of(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
+    """Return an analysis as plain values.
+
+    They contain no paths, so that kept results are the same on every machine.
+    """
+    figures = [[s.figure, s.caption or s.title] for s in found.sections if s.panels]
+    return {
+        "sweep": question["name"],
+        "scale": question["scale"],
+        "claims_hash": question_hash(question),
+        "runs": len(table),
+        "held_out": _held_out(table),
+        "figures": figures or ([["lr_nll.png", "LR against NLL"]] if found.optima else []),
+        "curves": [
+            {
+                **{k: plain(v) for k, v in o.curve.key.items()},
+                "n": o.best_lr.n,
+                "best_lr": o.best_lr.value,
+                "low": o.best_lr.low,
+                "high": o.best_lr.high,
+                "best_nll": o.best_nll,
+                "flags": list(o.flags),
+                "band": o.band(WITHIN),
+            }
+            for o in found.optima
+        ],
+        **found.measures,
+        "verdicts": [v.plain() for v in found.verdicts],
+    }
 
 
 def inputs_hash(table: pd.DataFrame, results: str) -> str:
-    """Hash what a report's figures are drawn from: the runs with their curves, and results.json."""
+    """Hash the inputs of a report's figures: the runs with their curves, and results.json."""
     return text_hash(table.to_csv(index=False) + results)
 
 
@@ -116,18 +155,50 @@ def question_hash(question: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def terminal(found: Analysis, question: dict[str, Any], folder: Path) -> str:
-    """Format the answer for the terminal."""
-    out = [question["question"], ""]
-    if found.optima:
-        out += [*aligned(report_page.optima_rows(found.optima)), ""]
-    for section in found.sections:
-        if section.rows:
-            out += [section.title, *aligned(section.rows), ""]
-    out += [_verdict_line(v) for v in found.verdicts]
-    return "\n".join(
-        [*out, "", f"report: {folder / 'report.html'} (interactive), {folder / 'report.md'}"]
+# ---------------------------------------------------------------- report.md
+
+
+def render(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> str:
+    """Return the text of report.md."""
+    exploratory: dict[str, dict[str, None]] = {}
+    for v in found.verdicts:
+        if v.exploratory:
+            exploratory.setdefault(v.exploratory, {})[v.claim] = None
+    text = rendered(
+        "report.md",
+        question={"source": "", "withdrawn": "", "rounds": 1, **question},
+        exploratory=exploratory,
+        verdicts=verdict_rows(found.verdicts, question),
+        has_primary=any(v.primary for v in found.verdicts),
+        added=added_after(question),
+        level=_level(question),
+        sections=found.sections,
+        optima=optima_rows(found.optima) if found.optima else None,
+        metrics=" or ".join(dict.fromkeys(o.curve.shown.name for o in found.optima)),
+        noise=_noise(found.optima),
+        has_curves=bool(found.optima) and bool(by_run(table)),
+        conditions=_conditions(found.optima, table),
+        runs=len(table),
+        claims_hash=question_hash(question),
+        command=command_of(question),
     )
+    return in_words(text)
+
+
+def added_after(question: dict[str, Any]) -> list[str]:
+    """Return one line for each arm to which runs were added after a look: what, and why."""
+    return [f"arm {a['arm']}: {a['what']}; {a['why']}" for a in question.get("added_after", ())]
+
+
+def command_of(question: dict[str, Any]) -> str:
+    """Return the command that asks a question, with the options that changed its runs."""
+    words = [f"+sweep={question['name']}", f"scale={question['scale']}"]
+    return shlex.join(["python", "-m", "lorasweep", *words, *question.get("changes", [])])
+
+
+def _level(question: dict[str, Any]) -> str:
+    """Return the level of a question's intervals, in percent."""
+    return f"{100 * look_level(int(question.get('rounds', 1))):.3g}%"
 
 
 def _verdict_line(v: Verdict) -> str:
@@ -140,33 +211,118 @@ def _verdict_line(v: Verdict) -> str:
     return line + (f". Needed: {v.needed}" if v.needed else "")
 
 
-def results_of(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
-    """Return an analysis as plain values.
+def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[list[str]]:
+    """Return one row per verdict, after the head."""
+    head = ["claim", "model and data", "verdict", f"measured [{_level(question)}]", "expected"]
+    return [
+        [*head, "margin", "why", "needed"],
+        *(
+            [
+                v.claim + (" (primary)" if v.primary else ""),
+                v.group,
+                f"**{v.shown}**",
+                with_interval(v.estimate),
+                f"{v.expected:g}",
+                f"[{v.margin[0]:g}, {v.margin[1]:g}]",
+                "see above" if v.is_withdrawn else v.why,
+                v.needed or "-",
+            ]
+            for v in verdicts
+        ),
+    ]
 
-    They contain no paths, so that kept results are the same on every machine.
+
+def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
+    """Return one row per curve, after the head: the optimum, the low-regret band, the best loss."""
+    metrics = list(dict.fromkeys(o.curve.shown for o in optima)) or [NLL]
+    unit = metrics[0].unit if len(metrics) == 1 else ""
+    best = " or ".join(m.name for m in metrics)
+    head = ["curve", "model and data", "best LR [95%]", f"within {WITHIN:g}{unit}", f"best {best}"]
+    return [
+        [*head, "runs", "not fitted", "flags"],
+        *(
+            [
+                name,
+                o.curve.group,
+                with_interval(o.best_lr, rate),
+                band_text(o.band(WITHIN)),
+                number(None if o.best_nll is None else o.curve.shown.sign * o.best_nll, 5),
+                str(len(o.curve.x)),
+                str(int((~o.curve.usable).sum())),
+                ", ".join(o.flags) or "-",
+            ]
+            for o, name in zip(optima, full_names([o.curve for o in optima]))
+        ),
+    ]
+
+
+def band_text(band: Sequence[float] | None) -> str:
+    """Format a band of learning rates."""
+    return "-" if not band else f"{rate(band[0])} to {rate(band[1])}"
+
+
+def _noise(optima: Sequence[Optimum]) -> list[str]:
+    """Describe the noise of the first curve of each metric, and the runs that were not fitted."""
+    out = []
+    for metric, o in {o.curve.shown: o for o in reversed(optima) if o.pooled is not None}.items():
+        what, side = (metric.unit, "top") if metric.sign > 0 else (f" of {metric.name}", "bottom")
+        broke = "diverged" if metric.sign > 0 else "collapsed"
+        noise = (
+            f"Noise of one run, pooled over the sweep: {o.pooled.noise:.2g}{what} at the optimum, "
+            f"{o.pooled.df} degrees of freedom. Model error of the curvature: "
+            f"{100 * o.pooled.misfit:.0f}%. "
+        )
+        out.append(
+            f"{noise if o.pooled.df else ''}Crosses at the {side} are runs that were not fitted: "
+            f"they {broke}, ended no better than the untrained model, or have a higher learning "
+            "rate than such a run. A fitted line ends before the first learning rate with such a "
+            "run; the other runs from there on are hollow symbols."
+        )
+    return out
+
+
+def _conditions(optima: Sequence[Optimum], table: pd.DataFrame) -> list[str]:
+    """List the conditions under which the numbers hold."""
+    out = []
+    for column, label in CONDITIONS.items():
+        if column in table:
+            values = sorted(str(v) for v in table[column].dropna().unique())
+            out.append(f"{label}: {', '.join(values)}")
+    out.append(
+        "LoRA's initialisation, unless stated otherwise: A uniform in +-1/sqrt(d_in), B zero; "
+        "one learning rate for both; AdamW"
+    )
+    where = "{model} on {dataset}"
+    tasks = {(where.format(**o.curve.key), o.curve.shown): o.curve for o in optima}
+    for (task, metric), c in tasks.items():
+        start, floor = number(metric.sign * c.nll_start, 5), number(c.floor, 5)
+        of_task = f", floor of the task {floor}" if metric.sign > 0 else ""
+        out.append(f"{task}: {metric.name} before training {start}{of_task}")
+    if rows := _held_out(table):
+        out.append(f"held-out rows: {rows}")
+    if "base_sha256" in table:
+        bases = table[["model", "base_sha256"]].dropna().drop_duplicates().values
+        out.append(f"base weights, sha256: {', '.join(f'{m} {sha[:12]}' for m, sha in bases)}")
+    if "data_sha256" in table:
+        seen = table[["model", "dataset", "data_sha256"]].dropna().drop_duplicates().values
+        if len(seen):
+            out.append("data, sha256: " + ", ".join(f"{d} for {m} {s[:12]}" for m, d, s in seen))
+    return out
+
+
+def _held_out(table: pd.DataFrame) -> str:
+    """Describe how many held-out rows the last evaluation and the earlier ones use.
+
+    They are the same rows in all runs. Empty if unknown.
     """
-    figures = [[s.figure, s.caption or s.title] for s in found.sections if s.panels]
-    return {
-        "sweep": question["name"],
-        "scale": question["scale"],
-        "claims_hash": question_hash(question),
-        "runs": len(table),
-        "held_out": report_page.held_out(table),
-        "figures": figures or ([["lr_nll.png", "LR against NLL"]] if found.optima else []),
-        "curves": [_curve(o) for o in found.optima],
-        **found.measures,
-        "verdicts": [v.plain() for v in found.verdicts],
-    }
-
-
-def _curve(o: Optimum) -> dict[str, Any]:
-    return {
-        **{k: plain(v) for k, v in o.curve.key.items()},
-        "n": o.best_lr.n,
-        "best_lr": o.best_lr.value,
-        "low": o.best_lr.low,
-        "high": o.best_lr.high,
-        "best_nll": o.best_nll,
-        "flags": list(o.flags),
-        "band": o.band(WITHIN),
-    }
+    if not {"spec", "result"} <= set(table.columns):
+        return ""
+    pairs = set()
+    for spec, result in zip(table["spec"], table["result"]):
+        dataset, n_test = json.loads(spec)["dataset"], json.loads(result).get("n_test")
+        if dataset["location"] != "facts" and n_test:  # facts are evaluated on the trained ones
+            pairs.add((n_test, min(dataset["n_test_curve"], n_test)))
+    if not pairs:
+        return ""
+    last, before = (" or ".join(f"{n:,}" for n in sorted(set(ns))) for ns in zip(*pairs))
+    return f"{last} at the end, {before} for learning curves"

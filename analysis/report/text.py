@@ -1,8 +1,11 @@
-"""Format rows of cells for a terminal or as a Markdown table; replace blocks of pages."""
+"""Text of reports: tables for a terminal or in Markdown, templates, and hashes of inputs."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 Rows = Sequence[Sequence[str]]
 
@@ -17,6 +20,26 @@ def markdown(rows: Rows) -> list[str]:
     """Format rows as a Markdown table; the first row is the head."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in r) + " |" for r in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def rendered(template: str, **values: Any) -> str:
+    """Fill a template of analysis/report/templates; values are escaped in .html templates only."""
+    return _environment().get_template(template).render(values)
+
+
+@functools.cache
+def _environment() -> Environment:
+    made = Environment(
+        loader=PackageLoader("analysis.report"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    made.filters["table"] = lambda rows: "\n".join(markdown(rows))
+    return made
 
 
 def with_block(text: str, begin: str, end: str, lines: Sequence[str]) -> str:

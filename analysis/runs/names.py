@@ -6,88 +6,56 @@ from collections.abc import Iterable
 
 NEEDED = ("model", "lr", "test_nll")
 OPTIONAL = (
-    "method",
-    "rank",
-    "status",
-    "dataset",
-    "batch_size",
-    "seed",
-    "hidden_size",
-    "layers",
-    "alpha",
-    "steps",
-    "nll_start",
-    "scope",
-    "schedule",
-    "precision",
+    *("method", "rank", "status", "dataset", "batch_size", "seed", "hidden_size", "layers"),
+    *("alpha", "steps", "nll_start", "scope", "schedule", "precision"),
 )
 ALIASES = {
-    "learning_rate": "lr",
-    "learningrate": "lr",
-    "peak_lr": "lr",
-    "max_lr": "lr",
-    "lora_r": "rank",
-    "lora_rank": "rank",
-    "r": "rank",
-    "eval_loss": "test_nll",
-    "test_loss": "test_nll",
-    "val_loss": "test_nll",
-    "valid_loss": "test_nll",
-    "validation_loss": "test_nll",
-    "loss": "test_nll",
-    "nll": "test_nll",
-    "eval_nll": "test_nll",
-    "model_id": "model",
-    "model_name": "model",
-    "base_model": "model",
-    "model_name_or_path": "model",
-    "state": "status",
-    "tuning": "method",
-    "peft_type": "method",
-    "lora_alpha": "alpha",
-    "bs": "batch_size",
-    "global_batch_size": "batch_size",
-    "max_steps": "steps",
-    "n_steps": "steps",
-    "random_seed": "seed",
-    "hidden": "hidden_size",
-    "width": "hidden_size",
-    "d_model": "hidden_size",
-    "target_modules": "layers",
-    "dataset_name": "dataset",
-    "task": "dataset",
+    theirs: name
+    for name, all_theirs in {
+        "lr": ("learning_rate", "learningrate", "peak_lr", "max_lr"),
+        "rank": ("lora_r", "lora_rank", "r"),
+        "test_nll": (
+            "eval_loss",
+            "test_loss",
+            "val_loss",
+            "valid_loss",
+            "validation_loss",
+            "loss",
+            "nll",
+            "eval_nll",
+        ),
+        "model": ("model_id", "model_name", "base_model", "model_name_or_path"),
+        "status": ("state",),
+        "method": ("tuning", "peft_type"),
+        "alpha": ("lora_alpha",),
+        "batch_size": ("bs", "global_batch_size"),
+        "steps": ("max_steps", "n_steps"),
+        "seed": ("random_seed",),
+        "hidden_size": ("hidden", "width", "d_model"),
+        "layers": ("target_modules",),
+        "dataset": ("dataset_name", "task"),
+    }.items()
+    for theirs in all_theirs
 }
 """Column names in use elsewhere: suggested in error messages, never mapped silently."""
 STATUS = {
-    "done": "done",
-    "finished": "done",
-    "completed": "done",
-    "complete": "done",
-    "success": "done",
-    "ok": "done",
-    "diverged": "diverged",
-    "nan": "diverged",
-    "inf": "diverged",
-    "failed": "failed",
-    "crashed": "failed",
-    "killed": "failed",
-    "preempted": "failed",
-    "running": "failed",
-    "stopped": "failed",
-    "cancelled": "failed",
+    **dict.fromkeys(("done", "finished", "completed", "complete", "success", "ok"), "done"),
+    **dict.fromkeys(("diverged", "nan", "inf"), "diverged"),
+    **dict.fromkeys(
+        ("failed", "crashed", "killed", "preempted", "running", "stopped", "cancelled"),
+        "failed",
+    ),
 }
 """Words for how a run ended, including W&B's. Failed runs are left out: a failure does not tell
 whether the learning rate was good."""
-METHODS = {
-    "full": "fullft",
-    "fft": "fullft",
-    "full_ft": "fullft",
-    "full-ft": "fullft",
-    "full_finetuning": "fullft",
-    "full-finetuning": "fullft",
-    "full fine-tuning": "fullft",
-    "sft_full": "fullft",
-}
+METHODS = dict.fromkeys(
+    (
+        *("full", "fft", "full_ft", "full-ft"),
+        *("full_finetuning", "full-finetuning", "full fine-tuning", "sft_full"),
+    ),
+    "fullft",
+)
+"""Other names of full fine-tuning."""
 
 
 def missing(column: str, names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Read other people's tables of runs; refuse a bad one with a message that names row and column.
 
-Knows file formats. Column names used elsewhere are in `names`, checks of cells in `cells`.
+Knows file formats and how cells are converted. Column names used elsewhere are in `names`. Rows are
+counted from 1, in column `_row`.
 """
 
 import json
@@ -10,18 +11,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.runs.cells import (
-    NUMBERS,
-    TEXTS,
-    check_values,
-    numbers,
-    texts,
-    with_methods,
-    with_seeds,
-    with_status,
-)
-from analysis.runs.names import NEEDED, OPTIONAL, did_you_mean, missing
+from analysis.runs.names import METHODS, NEEDED, OPTIONAL, STATUS, did_you_mean, missing
 from analysis.runs.table import TableError
+
+WHOLE = ("rank", "seed", "batch_size", "steps", "hidden_size")
+NUMBERS = (
+    *WHOLE,
+    *("lr", "test_nll", "alpha", "nll_start", "floor_nats", "init_scale", "lr_b_ratio"),
+    *("init_seed", "warmup_steps", "beta1", "beta2", "eps", "weight_decay", "clip_norm"),
+)
+TEXTS = ("layers", "scope", "scaling_by", "start", "schedule", "precision")
+EMPTY = {"", "none", "null", "-", "nan", "full", "n/a", "na"}
+MAX_RATE_SPAN = 1e6
+"""Learning rates that differ by more than this factor are taken to be in different units."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,8 @@ def load(path: Path) -> pd.DataFrame:
             table = pd.read_parquet(path)
         elif path.suffix in (".json", ".jsonl"):
             text = path.read_text()
-            rows = (
-                json.loads(text)
-                if text.lstrip().startswith("[")
-                else [json.loads(v) for v in text.splitlines() if v]
-            )
+            whole = text.lstrip().startswith("[")
+            rows = json.loads(text) if whole else [json.loads(v) for v in text.splitlines() if v]
             table = pd.json_normalize(rows)
         else:
             head = path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0]
@@ -68,11 +67,8 @@ def load(path: Path) -> pd.DataFrame:
         raise TableError(
             f"{path} cannot be read as a table: {str(error).splitlines()[0]}"
         ) from None
-    plain = {
-        c: str(c).removeprefix("config.").removeprefix("summary.").removeprefix("config/").strip()
-        for c in table.columns
-    }
-    table = table.rename(columns=plain)
+    prefixes = r"^config\.|^summary\.|^config/"
+    table.columns = table.columns.astype(str).str.replace(prefixes, "", regex=True).str.strip()
     for column in table.columns[[isinstance(t, pd.CategoricalDtype) for t in table.dtypes]]:
         table[column] = table[column].astype(object)
     return table
@@ -96,71 +92,258 @@ def read(
         TableError: a column is missing or misnamed, or a cell has an impossible value; the message
             names row and column.
     """
-    table = load(path)
-    table = _renamed(table, mapping or {}, higher)
+    table = _renamed(load(path), mapping or {}, higher)
     if not len(table):
         raise TableError(f"{path} has columns but no rows: there is nothing to fit.")
     table["_row"] = np.arange(1, len(table) + 1)
     notes: list[str] = []
     for column in [c for c in NUMBERS if c in table.columns]:
-        table[column] = numbers(table, column)
+        table[column] = _numbers(table, column)
     for column in [c for c in TEXTS if c in table.columns]:
-        table[column] = texts(table, column)
-    table = with_methods(table)
-    table = with_status(table, notes)
+        text = _words(table[column])
+        table[column] = text.where(text != "", np.nan)
+    table = _with_methods(table)
+    table = _with_status(table, notes)
     sign = -1 if higher else 1
-    check_values(table, higher)
+    _check_values(table, higher)
     table["test_nll"] = table["test_nll"] * sign
     if broken is not None:
         down = (table["status"] == "done") & (table["test_nll"] >= broken * sign)
         table.loc[down, "status"] = "diverged"
-    table = with_seeds(table, notes, sign)
+    table = _with_seeds(table, notes, sign)
     if "dataset" not in table.columns:
         table["dataset"] = "data"
     if not len(table):
         raise TableError(f"{path}: no finished or diverged run is left. " + " ".join(notes))
-    return Reading(
-        table.drop(columns="_row").reset_index(drop=True), notes, higher or "test_nll", sign
-    )
+    table = table.drop(columns="_row").reset_index(drop=True)
+    return Reading(table, notes, higher or "test_nll", sign)
+
+
+# ---------------------------------------------------------------- columns
 
 
 def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -> pd.DataFrame:
-    known = (*NEEDED, *OPTIONAL)
+    known, there = (*NEEDED, *OPTIONAL), list(table.columns)
     for theirs, column in mapping.items():
-        if theirs not in table.columns:
+        if theirs not in there:
             raise TableError(
                 f"--map {theirs}={column}: the file has no column {theirs!r}."
-                f"{did_you_mean(theirs, table.columns)} "
-                f"It has: {', '.join(map(str, table.columns))}."
+                f"{did_you_mean(theirs, there)} It has: {', '.join(there)}."
             )
         if column not in known:
             raise TableError(
                 f"--map {theirs}={column}: the analysis has no column {column!r}."
-                f"{did_you_mean(column, known)} "
-                f"Use one of: {', '.join(known)}."
+                f"{did_you_mean(column, known)} Use one of: {', '.join(known)}."
             )
     if higher is not None:
-        if higher not in table.columns:
+        if higher not in there:
             raise TableError(
                 f"--higher {higher}: the file has no column {higher!r}."
-                f"{did_you_mean(higher, table.columns)}"
+                f"{did_you_mean(higher, there)}"
             )
         mapping = {**mapping, higher: "test_nll"}
-    taken = [o for o in mapping.values() if o in table.columns and o not in mapping]
+    taken = [o for o in mapping.values() if o in there and o not in mapping]
     table = table.drop(columns=taken).rename(columns=mapping)
     if "status" not in table.columns and "State" in table.columns:  # as W&B exports it
         table = table.rename(columns={"State": "status"})
+    there = list(table.columns)
     for column in NEEDED:
-        if column not in table.columns:
-            raise TableError(missing(column, list(map(str, table.columns))))
-    if "method" not in table.columns and "rank" not in table.columns:
-        raise TableError(
-            missing("rank", list(map(str, table.columns)))
-            + " Without a rank, there must be a column method."
-        )
+        if column not in there:
+            raise TableError(missing(column, there))
+    if "method" not in there and "rank" not in there:
+        raise TableError(missing("rank", there) + " Without a rank, there must be a column method.")
     twice = [c for c in table.columns[table.columns.duplicated()] if c in known]
     if twice:
         raise TableError(
             f"two columns are called {twice[0]!r} after mapping. Drop one, or map only one of them."
         )
     return table.copy()
+
+
+def _with_methods(table: pd.DataFrame) -> pd.DataFrame:
+    """Fill in method and rank.
+
+    Without a method, a run with a rank is lora and one with an empty rank is full fine-tuning,
+    which has no rank, alpha or layers.
+    """
+    if "rank" not in table.columns:
+        table["rank"] = np.nan
+    if "method" not in table.columns:
+        table["method"] = ""
+    name = _words(table["method"]).str.lower().map(lambda v: METHODS.get(v, v))
+    table["method"] = name.where(name != "", np.where(table["rank"].isna(), "fullft", "lora"))
+    _refuse(
+        table,
+        (table["method"] == "lora") & table["rank"].isna(),
+        "rank",
+        "a lora run without a rank. Fill it in, or leave method empty if it is full fine-tuning.",
+    )
+    full = table["method"] == "fullft"
+    for column in [c for c in ("rank", "alpha", "layers") if c in table.columns]:
+        table[column] = table[column].where(~full)
+    return table
+
+
+def _with_status(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Reduce status to done or diverged, and drop failed and unfinished runs.
+
+    A failed run does not show whether its learning rate was good.
+    """
+    if "status" not in table.columns:
+        table["status"] = "done"
+    else:
+        word = _words(table["status"]).str.lower()
+        known = f"{{value}} is not known. Use one of {', '.join(STATUS)}."
+        _refuse(table.assign(status=word), ~word.isin([*STATUS, ""]), "status", known)
+        table["status"] = word.map(lambda v: STATUS.get(v, "done"))
+        empty = (table["status"] == "done") & table["test_nll"].isna() & (word != "")
+        ended = repr(next(iter(word[empty]), ""))
+        why = (
+            f"empty, although the run's status is {ended}. "
+            "Fill it in, or set status to diverged or failed."
+        )
+        _refuse(table, empty, "test_nll", why)
+    out = table["status"] == "failed"
+    if out.any():
+        notes.append(
+            f"{int(out.sum())} run(s) that failed or did not end are left out "
+            f"(row {_rows_of(table, out)})."
+        )
+    empty = (table["status"] == "done") & table["test_nll"].isna()
+    if empty.any():
+        notes.append(
+            f"{int(empty.sum())} run(s) without a value in column test_nll and without a status "
+            f"are left out (row {_rows_of(table, empty)}): it is unknown whether they diverged."
+        )
+    return table[~out & ~empty].copy()
+
+
+def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFrame:
+    """Assign seed numbers to repeats: runs of one configuration and learning rate.
+
+    Runs of one seed are taken to share their batches; without a seed column no two runs are.
+
+    Args:
+        sign: -1 if the table holds the negative of the metric.
+    """
+    not_keys = ("method", "rank", "status", "seed", "nll_start", "hidden_size")
+    others = [c for c in OPTIONAL if c in table.columns and c not in not_keys]
+    keys = ["model", "method", "rank", "lr", *others]
+    if "seed" not in table.columns or table["seed"].isna().all():
+        table["block"] = 0
+        table["seed"] = table.groupby(keys, dropna=False).cumcount()
+        return table
+    _refuse(
+        table,
+        table["seed"].isna(),
+        "seed",
+        "empty, though other rows have one. Fill it in, or drop the column: repeats are then "
+        "numbered as seeds.",
+    )
+    same = table.duplicated([*keys, "seed", "test_nll", "status"], keep="first")
+    if same.any():
+        notes.append(
+            f"{int(same.sum())} row(s) repeat another row and are left out "
+            f"(row {_rows_of(table, same)})."
+        )
+    table = table[~same].copy()
+    repeated = table.duplicated([*keys, "seed"], keep=False)
+    if not repeated.any():
+        return table
+    first = table[repeated].sort_values([*keys, "seed"])[["_row", "test_nll"]].values[:2]
+    (one, a), (two, b) = first
+    notes.append(
+        f"{int(repeated.sum())} rows have the settings and the seed of another row but a different "
+        f"result, such as rows {one:.0f} and {two:.0f} in column test_nll "
+        f"({sign * a:g}, {sign * b:g}): taken as repeats."
+    )
+    table["block"] = table["seed"].astype(int)
+    table["seed"] = table.groupby(keys, dropna=False).cumcount()
+    return table
+
+
+# ---------------------------------------------------------------- cells
+
+
+def _refuse(table: pd.DataFrame, bad: pd.Series, column: str, why: str) -> None:
+    """Raise TableError if `bad` holds in any row; the message names the first such rows.
+
+    `{value}` in `why` is replaced by the first offending value.
+    """
+    if bad.any():
+        value = table.loc[bad, column].iloc[0] if column in table.columns else ""
+        shown = f"{value:g}" if isinstance(value, float) else repr(value)
+        raise TableError(
+            f"row {_rows_of(table, bad)}, column {column}: {why.replace('{value}', shown)}"
+        )
+
+
+def _rows_of(table: pd.DataFrame, mask: pd.Series) -> str:
+    """List the numbers of the rows where a mask is true, five at most."""
+    rows = list(table.loc[mask, "_row"])
+    return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+
+
+def _numbers(table: pd.DataFrame, column: str) -> pd.Series:
+    """Return a column as floats, empty cells as NaN."""
+    cells = table[column]
+    if pd.api.types.is_numeric_dtype(cells) and not pd.api.types.is_bool_dtype(cells):
+        values = cells.astype(float)
+    else:
+        text = _words(cells)
+        empty = text.str.lower().isin(EMPTY)
+        values = pd.to_numeric(text.where(~empty), errors="coerce").astype(float)
+        why = "{value} is not a number. Write plain numbers, such as 3e-4 or 128, without units."
+        _refuse(table.assign(**{column: text}), values.isna() & ~empty, column, why)
+    if column in WHOLE:
+        odd = values.notna() & (values != values.round())
+        _refuse(table.assign(**{column: values}), odd, column, "{value} is not a whole number.")
+    return values
+
+
+def _words(cells: pd.Series) -> pd.Series:
+    return cells.map(lambda v: "" if v is None or v != v else str(v).strip())
+
+
+def _check_values(table: pd.DataFrame, higher: str | None) -> None:
+    """Raise TableError where a value is impossible or a column mixes units.
+
+    Args:
+        higher: the metric's name if higher is better, else None.
+    """
+    lr = table["lr"]
+    for bad, why in ((lr.isna(), "empty"), (~(lr > 0), "not above 0"), (np.isinf(lr), "infinite")):
+        _refuse(table, bad, "lr", f"{why}. Every run needs its learning rate.")
+    if (lr >= 1).any() or lr.max() / lr.min() > MAX_RATE_SPAN:
+        _refuse(
+            table,
+            table.index == lr.idxmax(),
+            "lr",
+            f"{{value}} next to {lr.min():g} looks like mixed units. Give every learning rate as "
+            "the optimizer's plain number.",
+        )
+    low = "{value} is below 1. Leave it empty for full fine-tuning."
+    _refuse(table, table["rank"] < 1, "rank", low)
+    done = table[table["status"] == "done"]
+    value = done["test_nll"]
+    _refuse(done, np.isinf(value), "test_nll", "infinite. Set status to diverged.")
+    if not higher:
+        _refuse(
+            done,
+            value == value[value < 0].min(),
+            "test_nll",
+            "{value} is below 0, but a loss in nats per token cannot be negative. If higher is "
+            "better, give the metric's column: --higher COLUMN.",
+        )
+    elif (
+        len(value)
+        and value.min() >= 0
+        and value.max() > 1.5
+        and (value <= 1).mean() > 0.2
+        and (value > 1.5).mean() > 0.2
+    ):
+        raise TableError(
+            f"row {table.at[value.idxmax(), '_row']}, column {higher}: {value.max():g} next to "
+            "values of at most 1 looks like mixed units (percent and fractions)."
+        )
+    _refuse(table, _words(table["model"]) == "", "model", "empty.")

@@ -9,33 +9,10 @@ GROUP_KEYS = ("model", "dataset", "objective", "batch_size", "steps")
 """Arms are compared only between runs that agree in these."""
 CURVE_KEYS = (
     *GROUP_KEYS,
-    "method",
-    "rank",
-    "alpha",
-    "layers",
-    "scope",
-    "scaling_by",
-    "init_scale",
-    "lr_b_ratio",
-    "start",
-    "init_seed",
-    "expert_rank",
-    "expert_alpha",
-    "expert_outer",
-    "schedule",
-    "warmup_steps",
-    "precision",
-    "beta1",
-    "beta2",
-    "eps",
-    "weight_decay",
-    "clip_norm",
-    "group_size",
-    "max_new_tokens",
-    "reward_scale",
-    "ratio_level",
-    "clip_ratio",
-    "kl_weight",
+    *("method", "rank", "alpha", "layers", "scope", "scaling_by", "init_scale", "lr_b_ratio"),
+    *("start", "init_seed", "expert_rank", "expert_alpha", "expert_outer", "schedule"),
+    *("warmup_steps", "precision", "beta1", "beta2", "eps", "weight_decay", "clip_norm"),
+    *("group_size", "max_new_tokens", "reward_scale", "ratio_level", "clip_ratio", "kl_weight"),
 )
 """Runs that agree in these form one lr curve: they differ only in lr and seed."""
 CUT_FROM = "cut_from_steps"
@@ -59,6 +36,11 @@ def read(path: Path) -> pd.DataFrame:
             f"no table {path}. Give a .parquet or .csv file with columns {', '.join(REQUIRED)}."
         )
     return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+
+
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Write a table of runs as parquet, compressed: results are long JSON texts that are alike."""
+    table.to_parquet(path, index=False, compression="zstd", compression_level=12)
 
 
 def check(table: pd.DataFrame) -> None:
@@ -96,50 +78,39 @@ def check(table: pd.DataFrame) -> None:
                     f"base weights (sha256 {shown}), which cannot share a curve. Retrain the "
                     "smaller part, or give each base its own model name."
                 )
-    if "data_sha256" in table.columns:
+    if "data_sha256" in table.columns and table["data_sha256"].notna().any():
         _check_data(table)
 
 
 def _check_data(table: pd.DataFrame) -> None:
-    """Check the fingerprints of the data.
-
-    A model and a data set have one; tokens are the model's. Within a curve none is mixed with an
-    unknown one, of a run from before results had it.
+    """Check that every run has the fingerprint of its data, and each model and data set one.
 
     Raises:
-        TableError: two are mixed.
+        TableError: a fingerprint is missing, or a model and data set have two.
     """
+    unknown = table["data_sha256"].isna()
+    if unknown.any():
+        raise TableError(
+            f"{int(unknown.sum())} of {len(table)} runs ({_some_runs(table[unknown])}) have no "
+            "fingerprint of their data (column data_sha256). Train them again in a fresh run "
+            "folder (exec.runs_dir=FOLDER), or drop these runs, or drop the column if the table "
+            "was not made by lorasweep."
+        )
     for (model, dataset), part in table.groupby(["model", "dataset"]):
         counts = part["data_sha256"].value_counts()
         if len(counts) > 1:
             shown = ", ".join(f"{sha[:8]} in {n} runs" for sha, n in counts.items())
+            fewest = part[part["data_sha256"] == counts.index[-1]]
             raise TableError(
                 f"the runs of {model!r} on {dataset!r} were trained on {len(counts)} different "
-                f"data sets of that name (sha256 {shown}; {_some_runs(part, counts.index[-1])}), "
+                f"data sets of that name (sha256 {shown}; {_some_runs(fewest)}), "
                 "which cannot share a curve. Train the smaller part again, or give each data set "
                 "its own name."
             )
-    unknown = table["data_sha256"].isna()
-    if unknown.all() or not unknown.any():
-        return
-    keys = [k for k in CURVE_KEYS if k in table.columns]
-    for _, part in table.groupby(keys, dropna=False):
-        n_unknown = int(part["data_sha256"].isna().sum())
-        if 0 < n_unknown < len(part):
-            first = part.iloc[0]
-            raise TableError(
-                f"{n_unknown} of {len(part)} runs of a curve ({first['method']} of "
-                f"{first['model']!r} on {first['dataset']!r}; {_some_runs(part, None)}) do not "
-                "tell on which data they were trained, and are never mixed with runs that do. "
-                "Train the whole curve anew in a fresh run folder (exec.runs_dir=FOLDER), or drop "
-                "either kind."
-            )
 
 
-def _some_runs(part: pd.DataFrame, sha256: str | None) -> str:
-    """Name up to three runs that have this fingerprint; None: those that have none."""
-    data = part["data_sha256"]
-    mine = part[data.isna() if sha256 is None else data == sha256]
-    by_id = "run_id" in part.columns
-    names = [str(v) for v in (mine["run_id"] if by_id else mine.index)]
+def _some_runs(runs: pd.DataFrame) -> str:
+    """Name up to three runs."""
+    by_id = "run_id" in runs.columns
+    names = [str(v) for v in (runs["run_id"] if by_id else runs.index)]
     return f"{'runs' if by_id else 'rows'} {', '.join(names[:3])}" + (", ..." * (len(names) > 3))

@@ -17,7 +17,7 @@ from analysis.measures.ratio import gaps, pool_ratios, ratio_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import lowest_loss, rate_means
 from analysis.optimum.optimum import WITHIN, Optimum
-from analysis.report.interactive import page
+from analysis.report import interactive
 from analysis.report.text import aligned, plain
 from analysis.runs.lr_curves import LrCurve, lr_curves
 from analysis.runs.metric import LOSS, NLL, Shown
@@ -275,7 +275,7 @@ def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = Fal
         for group, lora, full in arms_of(optima)
         for o in lora
     ]
-    page.write(
+    interactive.write(
         path,
         f"{path.stem}: {len(reading.table)} runs",
         reading.table,

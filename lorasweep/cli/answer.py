@@ -201,10 +201,10 @@ def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
     from analysis.report.study import answers, page
     from analysis.report.text import aligned
 
-    parts = answers.parts_of([reports], titles)
+    found = answers.read_answers([reports], titles)
     path = reports / title / "study.md"
-    page.write(parts, path)
-    return ["", *aligned(answers.rows_of(parts)), "", f"page: {path}"]
+    page.write(found, path)
+    return ["", *aligned(answers.rows_of(found)), "", f"page: {path}"]
 
 
 def code_length(

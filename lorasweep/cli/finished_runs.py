@@ -48,7 +48,7 @@ def export(request: Request, store: RunStore, points: list[Point]) -> int:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        table.to_parquet(path, index=False)
+        table.to_parquet(path, index=False, compression="zstd", compression_level=12)
     else:
         table.to_csv(path, index=False)
     print(f"{len(table)} runs written to {path}")

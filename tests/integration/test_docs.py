@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from analysis.__main__ import main as analysis
-from analysis.report import front_page
 from analysis.report.study import answers
 from analysis.report.study import page as study_page
 from tests.customers import make_base, write_rows
@@ -142,8 +141,8 @@ def test_the_tree_names_every_room():
 def test_the_front_page_is_short_and_its_findings_are_those_of_the_kept_results():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
-    assert front_page.readme(text, KEPT) == text
+    assert study_page.readme(text, KEPT) == text
     assert (KEPT / "README.md").read_text() == study_page.page(
-        answers.parts_of([KEPT]), KEPT, kept=True
+        answers.read_answers([KEPT]), KEPT, kept=True
     )
     assert "rule_shift=" not in (KEPT / "README.md").read_text()  # parameters are words

@@ -109,10 +109,10 @@ def test_kept_answers_are_what_their_tables_say_today(folder):
 
 
 def test_kept_questions_are_those_that_the_sweep_files_ask_today():
-    """Claims, margins, rounds, and what was changed after a look; but those of the first study."""
+    """Claims, margins, rounds, and what was changed after a look; but those of early seeds."""
     compared = set()
-    for part in answers.parts_of([KEPT]):
-        if part.first_study:
+    for part in answers.read_answers([KEPT]):
+        if "fingerprint_stamped" in part.question:
             continue
         name, scale = part.question["name"], part.question["scale"]
         sweep = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
@@ -156,7 +156,7 @@ def test_an_answer_that_shows_another_is_stale_once_that_one_changes(tmp_path):
         shutil.copytree(KEPT / name, tmp_path / name)
     for folder in set(KEPT.glob("lr_ratio-*")) - {KEPT / "lr_ratio-small"}:
         (tmp_path / folder.name).mkdir()
-        for shown in ("results.json", "table.csv"):
+        for shown in ("results.json", "table.parquet"):
             shutil.copy(folder / shown, tmp_path / folder.name / shown)
     other, mine = tmp_path / "lr_ratio-small", tmp_path / "lr_scale-tiny"
     assert kept.in_order(tmp_path) == [other, mine]
@@ -210,5 +210,5 @@ def test_figures_of_the_page_over_all_answers_were_drawn_from_the_kept_answers()
     }
     kept_ones = {p.name for p in KEPT.glob("*.png")} - {"interactive.png"}
     assert wanted == kept_ones
-    inputs = page.inputs_hash(answers.parts_of([KEPT]))
+    inputs = page.inputs_hash(answers.read_answers([KEPT]))
     assert {_inputs(KEPT / name) for name in wanted} == {inputs}

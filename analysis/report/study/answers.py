@@ -1,56 +1,61 @@
-"""Answers as they lie in their folders, and the table of every claim.
+"""Answers in their folders: read them, name where they were measured, average them over bases.
 
-    python -m analysis study [--out FOLDER] [--json]
-
-Read from results.json of kept results (analysis/results) and of your own reports. A verdict is the
-one of its own report: primary claims are corrected for multiplicity within one question.
+A verdict is the one of its own report: primary claims are corrected for multiplicity within one
+question, and nothing is judged again here.
 """
 
 import functools
 import json
+import math
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy import stats
 
+from analysis.inference.decide import scale_of
 from analysis.inference.design import FAR
-from analysis.inference.estimate import Estimate, Verdict, with_interval
+from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, exp_of, with_interval
 from analysis.inference.gates import gate_of
-from analysis.report.report_page import command_of
-from analysis.report.study.setting import Setting, setting_of
+from analysis.inference.meta import random_effects
+from analysis.measures.regret import novelty_of
 
 ORDER = (
-    "regime",
-    "lr_ratio",
-    "lr_scale",
-    "short_runs",
-    "rank",
-    "layers",
-    "experts",
-    "rl_bits",
-    "rl",
-    "batch_size",
-    "large_batches",
-    "capacity",
-    "invariance",
-    "compute",
-    "recipes",
+    *("regime", "lr_ratio", "lr_scale", "short_runs", "rank", "layers", "experts", "rl_bits", "rl"),
+    *("batch_size", "large_batches", "capacity", "invariance", "compute", "recipes"),
 )
 """The order of the study's questions; any others follow by name."""
-FRESH_SEEDS = 100
-"""Runs with seeds from here on were made after their sweep's file was committed, and no estimator
-was changed after they were seen."""
-FIRST_STUDY = "first study"
 NO_CELL = "no cell"
 """The group of a verdict on a claim of which no data set was run."""
+GENERATED = "synthetic"
+"""The source of a data set that is generated."""
+SPANS = {"rank": "LoRA rank", "batch_size": "batch", "steps": "updates"}
+
+
+class Setting(IntEnum):
+    """Where a verdict was measured; over several settings it counts for the hardest."""
+
+    IN_REGIME = 0
+    """Only rules of a synthetic language are new: few numbers to learn."""
+    BEYOND = 1
+    """Lists to memorise are new as well, or alone: exceptions, facts, exercises."""
+    REAL = 2
+    """A model and data that were not made by a program of this project."""
+
+
+WORDS = {
+    Setting.IN_REGIME: "in the regime",
+    Setting.BEYOND: "beyond the regime",
+    Setting.REAL: "on a real model",
+}
 
 
 @dataclass(frozen=True)
-class Part:
+class Answer:
     """One sweep's answer at one scale."""
 
     folder: Path
@@ -64,26 +69,25 @@ class Part:
         return self.folder.name
 
     @property
-    def command(self) -> str:
-        """The command that makes this answer."""
-        return command_of(self.question)
+    def sweep(self) -> str:
+        """Name of the sweep."""
+        return self.results["sweep"]
 
     def says(self, claim: str) -> str:
         """Return a claim's sentence."""
-        return self.question["claims"].get(claim, {}).get("says") or claim.replace("_", " ")
+        return self.word(claim, "says") or claim.replace("_", " ")
 
     def word(self, claim: str, kind: str) -> str:
-        """Return a claim's `whose`, `measure` or `beside` in the sweep's file; may be empty."""
+        """Return a claim's `says`, `whose`, `measure` or `beside`; may be empty."""
         return self.question["claims"].get(claim, {}).get(kind) or ""
 
     def read(self, v: Verdict) -> str:
         """Describe the rank and number of updates at which a claim was measured; may be empty."""
-        return (self.results.get("read") or {}).get(
-            self.question["claims"].get(v.claim, {}).get("estimand"), ""
-        )
+        estimand = self.question["claims"].get(v.claim, {}).get("estimand")
+        return (self.results.get("read") or {}).get(estimand, "")
 
     def curves(self, v: Verdict) -> list[dict[str, Any]]:
-        """Return the curves of the group that a verdict is about."""
+        """Return the curves of a verdict's group."""
         found = []
         for c in self.results["curves"]:
             name = f"{c['model']} on {c['dataset']}"
@@ -93,9 +97,9 @@ class Part:
         return found
 
     def parameters_an_episode(self, v: Verdict) -> float | None:
-        """Return the parameters of the lowest rank for each answer that its rewarded runs sample.
+        """Return the parameters of the lowest rank for each completion that its runs sample.
 
-        None for a verdict about no such runs.
+        None for a verdict that is not about rewarded runs of LoRA.
         """
         lora = [c for c in self.curves(v) if c["method"] == "lora"]
         lora = [c for c in lora if c.get("objective") == "policy_gradient"]
@@ -109,28 +113,38 @@ class Part:
 
     @property
     def single(self) -> list[Verdict]:
-        """Return the verdicts on what was run."""
+        """Verdicts on conditions that were run."""
         return [v for v in self.verdicts if v.group != NO_CELL]
 
+    @property
+    def exploratory(self) -> bool:
+        """Whether all its verdicts are exploratory."""
+        return all(v.exploratory for v in self.verdicts)
+
     def setting(self, group: str) -> Setting:
-        """Return where a verdict's group was measured: in the regime, beyond it, or for real."""
-        return setting_of(self.runs, group)
+        """Return the setting of a verdict's group; of all runs if the group names no data set.
 
-    @property
-    def withdrawn(self) -> bool:
-        """Whether the sweep's file says that this answer does not count."""
-        return bool(self.question.get("withdrawn"))
+        It is read from the data sets of the runs. A group of several tasks names each, with " and "
+        between them.
+        """
+        if not len(self.runs):
+            return Setting.BEYOND
+        found = [
+            setting
+            for model, (setting, names) in self._settings
+            for task in group.split(" and ")
+            if any(task == model + n or task.startswith(f"{model}{n},") for n in names)
+        ]
+        return max(found or [setting for _, (setting, _) in self._settings])
 
-    @property
-    def first_study(self) -> bool:
-        """Whether any of its runs has a seed of the first study, which makes it exploratory."""
-        return not len(self.runs) or bool((self.runs["seed"] < FRESH_SEEDS).any())
+    @functools.cached_property
+    def _settings(self) -> list[tuple[str, tuple[Setting, tuple[str, ...]]]]:
+        """The setting of each model and data set, and the names of the data set in groups."""
+        datasets = self.runs["spec"].map(lambda spec: json.dumps(json.loads(spec)["dataset"]))
+        known = set(zip(self.runs["model"], datasets))
+        return [(model, _setting_of(json.loads(dataset))) for model, dataset in known]
 
-    def marked(self, text: str) -> str:
-        """Add the mark of the first study to a text."""
-        return f"{text} ({FIRST_STUDY})" if self.first_study else text
-
-    @cached_property
+    @functools.cached_property
     def runs(self) -> pd.DataFrame:
         """The runs, as in its table; no rows if it has none."""
         path = self.folder / "table.parquet"
@@ -160,8 +174,7 @@ class Part:
         full = table[table["method"] == "fullft"]
         sizes = full.groupby("model")["n_trainable"].max() if "n_trainable" in full else {}
         models = [
-            f"{m} ({_millions(sizes[m])} parameters)" if m in sizes else m
-            for m in sorted(table["model"].unique())
+            f"{m} ({_millions(sizes[m])} parameters)" if m in sizes else m for m in self.bases
         ]
         names = f"{len(models)} bases" if len(models) > 3 else " and ".join(models)
         said = [f"{names} on {' and '.join(sorted(table['dataset'].unique()))}"]
@@ -172,12 +185,19 @@ class Part:
         ]
         ends = {int(c["steps"]) for c in self.results.get("curves") or [] if c.get("steps")}
         if table["steps"].nunique() == 1 and ends and max(ends) < table["steps"].max():
-            said[-1] += f" (judged after {max(ends)}, when the task was not over yet)"
+            said[-1] += f" (judged after {max(ends)}, before the task was solved)"
         rows = self.results.get("held_out")
         return ", ".join([*said, *([f"held-out rows {rows}"] if rows else [])])
 
 
-SPANS = {"rank": "LoRA rank", "batch_size": "batch", "steps": "updates"}
+def _setting_of(dataset: dict[str, Any]) -> tuple[Setting, tuple[str, ...]]:
+    """Return a data set's setting, and what follows the model's name in a verdict's group."""
+    novelty = novelty_of(dataset)
+    names = (f" on {dataset['name']}", f", {dataset['name']}")
+    if novelty is not None:
+        setting = Setting.IN_REGIME if novelty.low else Setting.BEYOND
+        return setting, (*names, f", {novelty.name}")
+    return (Setting.BEYOND if dataset["source"] == GENERATED else Setting.REAL), names
 
 
 def _millions(n: float) -> str:
@@ -189,13 +209,16 @@ def _span(values: pd.Series) -> str:
     return f"{low:,g}" if low == high else f"{low:,g} to {high:,g}"
 
 
-def parts_of(folders: Sequence[Path], names: Collection[str] | None = None) -> list[Part]:
+# ---------------------------------------------------------------- read
+
+
+def read_answers(folders: Sequence[Path], names: Collection[str] | None = None) -> list[Answer]:
     """Read all answers below folders, in the order of the study's questions.
 
     If two folders have an answer of the same name, the first one's is used. `names`: the answers
     to read; None: all.
     """
-    found: dict[str, Part] = {}
+    found: dict[str, Answer] = {}
     for root in folders:
         for path in sorted(root.glob("*/results.json")):
             if names is not None and path.parent.name not in names:
@@ -203,11 +226,11 @@ def parts_of(folders: Sequence[Path], names: Collection[str] | None = None) -> l
             results = json.loads(path.read_text())
             question = json.loads((path.parent / "question.json").read_text())
             verdicts = [_verdict(v) for v in results["verdicts"]]
-            found.setdefault(path.parent.name, Part(path.parent, results, question, verdicts))
+            found.setdefault(path.parent.name, Answer(path.parent, results, question, verdicts))
 
-    def place(part: Part) -> tuple[int, str, str]:
-        sweep = part.results["sweep"]
-        return (ORDER.index(sweep) if sweep in ORDER else len(ORDER), sweep, part.results["scale"])
+    def place(a: Answer) -> tuple[int, str, str]:
+        known = ORDER.index(a.sweep) if a.sweep in ORDER else len(ORDER)
+        return known, a.sweep, a.results["scale"]
 
     return sorted(found.values(), key=place)
 
@@ -218,7 +241,7 @@ def estimate_of(plain: dict[str, Any]) -> Estimate:
 
 
 def _verdict(plain: dict[str, Any]) -> Verdict:
-    """Read a verdict from results.json, of which older ones hold no gates."""
+    """Read a verdict from results.json; older ones hold no gates."""
     return Verdict(
         **{
             **plain,
@@ -232,31 +255,21 @@ def _verdict(plain: dict[str, Any]) -> Verdict:
 HEAD = ("claim", "scale", "expected", "measured [interval]", "verdict", "runs", "still needed")
 
 
-def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
-    """Return the table, one row per claim after the head.
-
-    Args:
-        words: give each claim's sentence, not only its name.
-    """
+def rows_of(answers: Sequence[Answer]) -> list[list[str]]:
+    """Return the table of all claims for a terminal, one row per claim after the head."""
     rows = [list(HEAD)]
-    for part in parts:
-        many = len({v.group for v in part.verdicts}) > 1
-        for v in part.verdicts:
+    for a in answers:
+        many = len({v.group for v in a.verdicts}) > 1
+        for v in a.verdicts:
             where = f", {v.group}" if many else ""
-            name = f"{part.results['sweep']}: {v.claim}"
-            if words:
-                marks = f"{part.word(v.claim, 'whose') or 'ours'}{', primary' if v.primary else ''}"
-                text = f"{part.says(v.claim)}{where} (`{name}`, {marks})"
-            else:
-                text = f"{name}{' (primary)' if v.primary else ''}{where}"
             rows.append(
                 [
-                    text,
-                    part.results["scale"],
+                    f"{a.sweep}: {v.claim}{' (primary)' if v.primary else ''}{where}",
+                    a.results["scale"],
                     f"{v.expected:g}, within {within(v)}",
                     with_interval(v.estimate),
-                    part.marked(v.shown),
-                    str(part.results.get("runs", "-")),
+                    v.shown,
+                    str(a.results.get("runs", "-")),
                     v.needed or "-",
                 ]
             )
@@ -266,10 +279,79 @@ def rows_of(parts: Sequence[Part], words: bool = False) -> list[list[str]]:
 def within(v: Verdict) -> str:
     """Return a claim's margin in words."""
     low, high = v.margin
-    return (
-        f"{low:g} and more"
-        if high >= FAR
-        else f"up to {high:g}"
-        if low <= -FAR
-        else f"{low:g} to {high:g}"
-    )
+    if high >= FAR:
+        return f"{low:g} and more"
+    return f"up to {high:g}" if low <= -FAR else f"{low:g} to {high:g}"
+
+
+# ---------------------------------------------------------------- averages over bases
+
+MIN_BASES = 3
+"""With two bases the interval of a random effect is Student's with one degree of freedom: too wide
+to be informative."""
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The average of one claim's estimates over bases."""
+
+    bases: tuple[str, ...]
+    estimate: Estimate
+    """Without a value if the bases that are not left out are too few."""
+    one: tuple[Answer, Verdict]
+    """One of the verdicts on these bases, with its answer."""
+    left_out: tuple[str, ...] = ()
+    """Bases on which a gate forbids every such verdict."""
+
+
+def pooled(answers: Sequence[Answer]) -> list[Pooled]:
+    """Average every claim that has intervals on MIN_BASES bases of one scale and one setting.
+
+    A random effect over bases: they are replicates of one question, and no single verdict changes.
+    An estimate that a gate forbids to judge, such as a best rate at an edge, is left out. Of
+    several answers on one base the one with the most runs counts. Exploratory and confirmatory
+    verdicts are never mixed.
+    """
+    found: dict[tuple, dict[str, tuple[Answer, Verdict]]] = {}
+    for a in sorted(answers, key=lambda a: -int(a.results.get("runs", 0))):
+        claims = [v.claim for v in a.verdicts]
+        for v in a.verdicts:
+            if claims.count(v.claim) == 1 and len(a.bases) == 1 and _has_spread(v):
+                scale, setting = a.results["scale"].partition("_")[0], a.setting(v.group)
+                key = (a.sweep, v.claim, scale, setting, bool(v.exploratory))
+                mine, base = found.setdefault(key, {}), a.bases[0]
+                if base not in mine or (mine[base][1].gates and not v.gates):
+                    mine[base] = (a, v)
+    return [_pool(mine) for mine in found.values() if len(mine) >= MIN_BASES]
+
+
+def _has_spread(v: Verdict) -> bool:
+    """Return whether a verdict has an interval of its value, not of a bound or a count."""
+    e, to = v.estimate, scale_of(v.log)
+    if e.value is None or not e.has_interval() or AT_LEAST in e.flags:
+        return False
+    low, high = map(to, e.interval)
+    return math.isfinite(low) and low < high
+
+
+def _pool(by_base: dict[str, tuple[Answer, Verdict]]) -> Pooled:
+    """Pool estimates at the widest of their levels, so that interim analyses stay paid for.
+
+    An interval's half-width counts as a Normal one. At few seeds it is Student's, so the single
+    errors are taken too large rather than too small.
+    """
+    judged = {base: one for base, one in by_base.items() if not one[1].gates}
+    left_out = tuple(sorted(by_base.keys() - judged.keys()))
+    bases, one = tuple(sorted(judged)), next(iter((judged or by_base).values()))
+    if len(judged) < MIN_BASES:
+        return Pooled(bases, Estimate(None), one, left_out)
+    values, errors = [], []
+    level = max(v.estimate.level for _, v in judged.values())
+    for _, v in judged.values():
+        to = scale_of(v.log)
+        low, high = map(to, v.estimate.interval)
+        values.append(to(float(v.estimate.value or 0.0)))
+        errors.append((high - low) / 2 / float(stats.norm.ppf(0.5 + v.estimate.level / 2)))
+    over = random_effects(values, errors, level)
+    estimate = Estimate(over.mean, over.low, over.high, over.k, level=level)
+    return Pooled(bases, exp_of(estimate) if one[1].log else estimate, one, left_out)

@@ -1,187 +1,283 @@
-"""What was found, in eight findings at most, and which answers are withdrawn.
+"""The findings of the study: at most eight, and the answers that are withdrawn.
 
-Every number is picked from an answer by its claim. A finding without an answer is left out. Its
-wording follows from the verdicts, so that a verdict that turns changes it. Answers that differ in
-base, rank or length are never in one sentence.
+Every number is picked from an answer by its claim, and the wording follows from the verdicts, so a
+changed verdict changes the sentence. A finding without an answer is left out. Each sentence is
+about one base, rank and length.
 """
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from analysis.inference.estimate import Estimate, Verdict, number
+from analysis.inference.estimate import EXPLORATORY, Estimate, Verdict, fixed, number
 from analysis.measures.regret import ALLOWED, COUNTS
-from analysis.report.study.answers import Part, estimate_of
-from analysis.report.study.by_rank import (
-    BATCHES,
-    CONTROL,
-    REGIME,
-    cells_with_bits,
-    controls_of,
-)
-from analysis.report.study.wording import (
-    Found,
-    change,
-    count,
-    each,
-    found,
-    lead,
-    listed,
-    lowest_rank,
-    of_claim,
-    percent,
-    signed,
-    where,
-    with_unit,
-)
+from analysis.report.study.answers import Answer, Setting, estimate_of
+from analysis.report.study.figures import BATCHES, CONTROL, REGIME, conditions_of, controls_of
 
 FULL = " times full fine-tuning's"
 EIGHTH = 8
 """The claims of `regime` are about ranks of this fraction of the width."""
+Found = list[tuple[Answer, Verdict]]
+Show = Callable[[Estimate], str]
 
 
-def sentences(parts: Sequence[Part]) -> list[str]:
+def sentences(answers: Sequence[Answer]) -> list[str]:
     """Return the findings, the one about the regime first."""
-    first = (_regime, _room, _rates, _speed, _batches, _layers)
-    texts = [text for write in (*first, _rewards, _compute) if (text := write(parts))]
-    return texts + _withdrawn(parts)
-
-
-def _withdrawn(parts: Sequence[Part]) -> list[str]:
-    """Say which answers are withdrawn and why, one sentence for each sweep."""
-    why = {p.results["sweep"]: p.question["withdrawn"] for p in parts if p.withdrawn}
-    return [f"**The answer of `{sweep}` is withdrawn**: {text}." for sweep, text in why.items()]
-
-
-# ---------------------------------------------------------------- regret over rank
-
-
-def _regime(parts: Sequence[Part]) -> str:
-    low, beyond = found(parts, REGIME, "low"), found(parts, REGIME, "beyond")
-    if not low:
-        return ""
-    controls = [(c, p) for c, p in controls_of(parts) if _is_eighth(p, max(c.regrets))]
-    judged = [*low, *(found([p for _, p in controls], BATCHES, f"at_{CONTROL}"))]
-    said = [
-        lead(
-            judged,
-            "Where only rules are new, a rank of an eighth of the width has no regret",
-            "Where only rules are new, a rank of an eighth of the width has regret",
-            "Where only rules are new, a rank of an eighth of the width has no regret on some "
-            "bases and data sets",
-            "Whether a rank of an eighth of the width has regret where only rules are new is open",
+    written = (
+        _regime(answers),
+        _room(answers),
+        _learning_rates(answers),
+        of_claim(
+            found(answers, "rank", "parity"),
+            "LoRA's highest rank learns as fast as full fine-tuning",
+            "Even LoRA's highest rank learns more slowly than full fine-tuning",
+            "The number of updates to the same loss was",
+            lambda e: with_unit(number, FULL)(_inverse(e)),
         ),
-        *_regrets(low),
-        *(
-            f"On {line.base} (rank {rank}, {line.updates} updates of {line.batch_size}) it was "
-            f"{_percent(line.regrets[rank])}"
-            for line, _ in controls
-            for rank in [max(line.regrets)]
+        _batches(answers),
+        _layers(answers),
+        _rewards(answers),
+        of_claim(
+            found(answers, "compute", "flops_to_loss"),
+            "LoRA saves a third of the work",
+            "LoRA does not save a third of the work",
+            "The number of operations to the same loss was",
+            with_unit(number, FULL),
         ),
-        *_regrets(beyond, ", where lists are new too,"),
-    ]
-    return ". ".join(said) + "."
-
-
-def _is_eighth(part: Part, rank: int) -> bool:
-    return rank * EIGHTH == part.runs["hidden_size"].max()
-
-
-def _regrets(verdicts: Found, also: str = "") -> list[str]:
-    """Return a sentence for each base, rank and length, with the regret on each data set."""
-    by_place: dict[str, list[str]] = {}
-    for part, v in verdicts:
-        cell, row = _at_eighth(part, v)
-        if row is not None:
-            rows = f" of {cell['batch_size']}" if cell.get("batch_size") else ""
-            base = cell["cell"].partition(",")[0]
-            place = f"{base} (rank {row['rank']}, {cell['updates']} updates{rows})"
-            regret = estimate_of(row["regret_percent"])
-            by_place.setdefault(part.marked(place), []).append(_percent(regret))
-    start = "Its regret" if not also else "Regret"
-    return [
-        f"{start} on {place}{also} was {listed(values)} of full fine-tuning's gain"
-        for place, values in by_place.items()
-    ]
-
-
-def _at_eighth(part: Part, v: Verdict) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return a verdict's cell, and in it the smallest rank of an eighth of the width or more."""
-    width = part.runs["hidden_size"].max()
-    cells: list[dict[str, Any]] = part.results["cells"]
-    cell = next((c for c in cells if c["cell"] == v.group), {})
-    ranks = [r for r in cell.get("ranks", ()) if r["rank"] >= width / EIGHTH]
-    return cell, ranks[0] if ranks else None
-
-
-def _percent(e: Estimate) -> str:
-    return with_unit(percent, "%")(e) if e.has_interval() else f"{percent(e.value or 0.0)}%"
-
-
-def _room(parts: Sequence[Part]) -> str:
-    """Say at which loads the needed rank is, by every count; of cells of one base and length."""
-    cells = [c for c in cells_with_bits(parts) if c["rank_interpolated"]["value"] is not None]
-    lengths = {(c["cell"].partition(",")[0], c["updates"]) for c in cells}
-    if len(lengths) != 1 or len(cells) < 2:
-        return ""
-    ((base, updates),) = lengths
-    spans = {
-        count: [v for c in cells if (v := c["loads_needed"][count]["value"]) is not None]
-        for count in COUNTS
-    }
-    spans = {count: values for count, values in spans.items() if values}
-    if set(spans) != set(COUNTS):
-        return ""
-    ends = sorted((min(values), max(values)) for values in spans.values())
-    apart = all(low > high for (_, high), (low, _) in itertools.pairwise(ends))
-    ranks = [c["rank_interpolated"]["value"] for c in cells]
-    loads = [f"{_span(values)} by {COUNTS[count]}" for count, values in spans.items()]
-    return (
-        f"**Whether an adapter has room for the data {'depends' if apart else 'hardly depends'} on "
-        f"how bits are counted**. On {base} after {updates} updates a regret of {100 * ALLOWED:g}% "
-        f"takes ranks of {_span(ranks)}, on {len(cells)} data sets. At 2 bits a parameter their "
-        f"load is {listed(loads)}; the last count was chosen after a look."
     )
+    withdrawn = {a.sweep: why for a in answers if (why := a.question.get("withdrawn"))}
+    return [text for text in written if text] + [
+        f"**The answer of `{sweep}` is withdrawn**: {why}." for sweep, why in withdrawn.items()
+    ]
+
+
+# ---------------------------------------------------------------- how a finding is worded
+
+
+def found(answers: Sequence[Answer], sweep: str, claim: str) -> Found:
+    """Return a claim's verdicts whose value has an interval; by task where there are tasks.
+
+    Withdrawn ones are left out. Answers that are exploratory as a whole come last.
+    """
+    known = [
+        (a, v)
+        for a in answers
+        if a.sweep == sweep
+        for v in a.single
+        if v.claim == claim and v.estimate.value is not None and v.estimate.has_interval()
+        if not v.is_withdrawn
+    ]
+    return sorted(known, key=lambda one: one[0].exploratory)
+
+
+def lead(verdicts: Found, yes: str, no: str, partly: str = "", condition: str = "") -> str:
+    """Return the start of a finding by the outcomes, emphasised.
+
+    Args:
+        yes: if all verdicts are SUPPORTED.
+        no: if some are REFUTED and none is SUPPORTED.
+        partly: if some are SUPPORTED and others are not; default: `yes` in some settings only.
+        condition: under which all of it was measured.
+    """
+    held = count(verdicts, "SUPPORTED")
+    if held == len(verdicts):
+        text = yes
+    elif held:
+        text = partly or f"{yes} in some settings only"
+    elif count(verdicts, "REFUTED"):
+        text = no
+    else:
+        start = yes if yes.startswith("LoRA") else yes[0].lower() + yes[1:]
+        text = f"It is undecided whether {start}"
+    return f"**{text}{condition}**"
+
+
+def of_claim(
+    verdicts: Found,
+    yes: str,
+    no: str,
+    said: str,
+    show: Show,
+    rank: Callable[[Sequence[float]], float] = max,
+    partly: str = "",
+) -> str:
+    """Return a claim's outcome and a sentence for each answer; `said` begins the first of them."""
+    if not verdicts:
+        return ""
+    in_regime = all(a.setting(v.group) == Setting.IN_REGIME for a, v in verdicts)
+    condition = ", where only rules are new" if in_regime else ""
+    return f"{lead(verdicts, yes, no, partly, condition)}. {each(verdicts, said, show, rank)}"
+
+
+def each(
+    verdicts: Found, said: str, show: Show, rank: Callable[[Sequence[float]], float] = max
+) -> str:
+    """Return a sentence for each answer, as they differ in base, rank or length."""
+    out: list[str] = []
+    for a, v in verdicts:
+        where = _where(a, v, rank)
+        mark = f" ({EXPLORATORY})" if v.exploratory else ""
+        text = f"On {where} it was {show(v.estimate)}" if out else f"{said} {show(v.estimate)}"
+        out.append(f"{text}{mark}." if out else f"{text} on {where}{mark}.")
+    return " ".join(out)
+
+
+def _where(a: Answer, v: Verdict, rank: Callable[[Sequence[float]], float]) -> str:
+    """Name the base, the data, the rank and the number of updates of a verdict."""
+    curves = a.curves(v)
+    if not curves:
+        return v.group
+    data = (
+        "only rules new"
+        if a.setting(v.group) == Setting.IN_REGIME
+        else str(curves[0]["dataset"]).partition("(")[0]
+    )
+    read = a.read(v).partition(";")[0]
+    if "update" not in read:
+        by_arm = (a.results.get("ranks") or {}).get(v.group) if a.sweep == "layers" else None
+        ranks = (
+            listed([f"{k} at rank {r}" for k, r in by_arm.items()])
+            if by_arm
+            else f"rank {rank([c['rank'] for c in curves if c['rank'] is not None]):g}"
+        )
+        read = f"{ranks}, {int(curves[0]['steps'])} updates"
+    return f"{curves[0]['model']} ({data}; {read})"
+
+
+def count(verdicts: Found, outcome: str) -> int:
+    """Count the verdicts with an outcome."""
+    return sum(v.outcome == outcome for _, v in verdicts)
+
+
+def with_unit(show: Callable[[float], str], unit: str = "") -> Show:
+    """Return a function that shows an estimate as value, unit and interval."""
+
+    def text(e: Estimate) -> str:
+        value = f"{show(e.value or 0.0)}{unit}"
+        ends = f" [{show(e.low or 0.0)}, {show(e.high or 0.0)}]"
+        return value + (ends if e.has_interval() else "")
+
+    return text
+
+
+def signed(value: float) -> str:
+    """Show a value with its sign and one decimal; never as -0.0."""
+    return fixed(value, 1, "+")
+
+
+def percent(value: float) -> str:
+    """Show a value that is in percent, with one decimal; never as -0.0."""
+    return fixed(value, 1)
+
+
+def change(slope: float) -> str:
+    """Show the change of a ratio in percent, from a slope of its logarithm."""
+    return signed(100 * math.expm1(slope))
+
+
+def listed(words: Sequence[str]) -> str:
+    """Join words by commas and a last "and"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _span(values: Sequence[float]) -> str:
     return " to ".join(dict.fromkeys(number(v, 2) for v in (min(values), max(values))))
 
 
-# ---------------------------------------------------------------- the other findings
+# ---------------------------------------------------------------- findings with more than one claim
 
 
-def _rates(parts: Sequence[Part]) -> str:
-    ratio, order = found(parts, "lr_ratio", "ratio"), found(parts, "lr_ratio", "order")
+def _regime(answers: Sequence[Answer]) -> str:
+    """Report the regret of ranks of an eighth of the width, by base, rank and length."""
+    low, beyond = found(answers, REGIME, "low"), found(answers, REGIME, "beyond")
+    if not low:
+        return ""
+    controls = [
+        (line, a)
+        for line, a in controls_of(answers)
+        if max(line.regrets) * EIGHTH == a.runs["hidden_size"].max()
+    ]
+    rank, new = "A rank of an eighth of the width has", "where only rules are new"
+    said = [
+        lead(
+            [*low, *found([a for _, a in controls], BATCHES, f"at_{CONTROL}")],
+            f"{rank} no regret {new}",
+            f"{rank} regret {new}",
+            f"{rank} no regret {new}, on some bases and data sets",
+        ),
+        *_regrets(low),
+    ]
+    for line, _ in controls:
+        top = max(line.regrets)
+        said.append(
+            f"On {line.base} (rank {top}, {line.updates} updates of {line.batch_size}) it was "
+            f"{with_unit(percent, '%')(line.regrets[top])}"
+        )
+    return ". ".join([*said, *_regrets(beyond, ", where lists are new too,")]) + "."
+
+
+def _regrets(verdicts: Found, also: str = "") -> list[str]:
+    """Return a sentence for each base, rank and length, with the regret on each data set."""
+    by_place: dict[str, list[str]] = {}
+    for a, v in verdicts:
+        conditions: list[dict[str, Any]] = a.results["cells"]
+        condition = next((c for c in conditions if c["cell"] == v.group), {})
+        width = a.runs["hidden_size"].max()
+        row = next((r for r in condition.get("ranks", ()) if r["rank"] >= width / EIGHTH), None)
+        if row is not None:
+            size = f" of {condition['batch_size']}" if condition.get("batch_size") else ""
+            base = condition["cell"].partition(",")[0]
+            place = f"{base} (rank {row['rank']}, {condition['updates']} updates{size})"
+            regret = with_unit(percent, "%")(estimate_of(row["regret_percent"]))
+            by_place.setdefault(place, []).append(regret)
+    start = "Regret" if also else "Its regret"
+    return [
+        f"{start} on {place}{also} was {listed(values)} of full fine-tuning's gain"
+        for place, values in by_place.items()
+    ]
+
+
+def _room(answers: Sequence[Answer]) -> str:
+    """Report the load of the needed rank by every count, of conditions of one base and length."""
+    known = [
+        c
+        for c in conditions_of(answers)
+        if c.get("bits") and c["rank_interpolated"]["value"] is not None
+    ]
+    lengths = {(c["cell"].partition(",")[0], c["updates"]) for c in known}
+    if len(lengths) != 1 or len(known) < 2:
+        return ""
+    ((base, updates),) = lengths
+    spans = {
+        kind: [v for c in known if (v := c["loads_needed"][kind]["value"]) is not None]
+        for kind in COUNTS
+    }
+    if not all(spans.values()):
+        return ""
+    ends = sorted((min(values), max(values)) for values in spans.values())
+    apart = all(low > high for (_, high), (low, _) in itertools.pairwise(ends))
+    loads = [f"{_span(values)} by {COUNTS[kind]}" for kind, values in spans.items()]
+    return (
+        f"**Whether the data fit an adapter {'depends' if apart else 'hardly depends'} on how bits "
+        f"are counted**. On {base} after {updates} updates a regret of {100 * ALLOWED:g}% takes "
+        f"ranks of {_span([c['rank_interpolated']['value'] for c in known])}, on {len(known)} data "
+        f"sets. At 2 bits a parameter their load is {listed(loads)}; the last count was chosen "
+        "after a look."
+    )
+
+
+def _learning_rates(answers: Sequence[Answer]) -> str:
+    ratio, order = found(answers, "lr_ratio", "ratio"), found(answers, "lr_ratio", "order")
     if not ratio or not order:
         return ""
-    start = lead(
-        order,
-        "LoRA's best learning rate is of the order of ten times full fine-tuning's",
-        "LoRA's best learning rate is not of the order of ten times full fine-tuning's",
-        "LoRA's best learning rate is of the order of ten times full fine-tuning's in some "
-        "settings only",
-        "Whether LoRA's best learning rate is of the order of ten times full fine-tuning's is open",
-    )
+    rates = "LoRA's best learning rate is"
+    ten = "of the order of ten times full fine-tuning's"
+    start = lead(order, f"{rates} {ten}", f"{rates} not {ten}")
     said = f"{start}. {each(ratio, 'The ratio was', with_unit(number))}"
-    cost = found(parts, "lr_ratio", "ten_times")
+    cost = found(answers, "lr_ratio", "ten_times")
     show = with_unit(percent, "% of the gain")
     return said + (f" {each(cost, 'Regret at exactly ten times was', show)}" if cost else "")
-
-
-def _speed(parts: Sequence[Part]) -> str:
-    def updates(e: Estimate) -> str:
-        return with_unit(number, FULL)(_inverse(e))
-
-    return of_claim(
-        found(parts, "rank", "parity"),
-        "LoRA's highest rank learns as fast as full fine-tuning",
-        "Even LoRA's highest rank learns more slowly than full fine-tuning",
-        "LoRA's highest rank learns as fast as full fine-tuning in some settings only",
-        "Whether LoRA's highest rank learns as fast as full fine-tuning is open",
-        "The number of updates to the same loss was",
-        updates,
-    )
 
 
 def _inverse(e: Estimate) -> Estimate:
@@ -189,80 +285,55 @@ def _inverse(e: Estimate) -> Estimate:
     return Estimate(value, low, high, e.n)
 
 
-def _batches(parts: Sequence[Part]) -> str:
+def _batches(answers: Sequence[Answer]) -> str:
     said = of_claim(
-        found(parts, "batch_size", "penalty"),
+        found(answers, "batch_size", "penalty"),
         "Large batches slow LoRA more than full fine-tuning",
         "Large batches do not slow LoRA more than full fine-tuning",
-        "Large batches slow LoRA more than full fine-tuning in some settings only",
-        "Whether large batches slow LoRA more than full fine-tuning is open",
-        "The change of LoRA's speed over full fine-tuning's with each doubling was",
+        "With each doubling LoRA's speed relative to full fine-tuning changed by",
         with_unit(change, "%"),
     )
-    control = found(parts, BATCHES, f"at_{CONTROL}")
+    control = found(answers, BATCHES, f"at_{CONTROL}")
     if said and control and count(control, "SUPPORTED") < len(control):
-        bases = listed([where(p, v).partition(" (")[0] for p, v in control])
+        bases = listed([_where(a, v, max).partition(" (")[0] for a, v in control])
         has = "has" if count(control, "REFUTED") else "may have"
         said += (
-            f" Batches of 512 and more on {bases} say nothing of it: their control, a batch of "
+            f" Batches of 512 and more on {bases} are no evidence: the control, a batch of "
             f"{CONTROL}, {has} regret as well."
         )
     return said
 
 
-def _layers(parts: Sequence[Part]) -> str:
-    worse = found(parts, "layers", "attention_worse")
+def _layers(answers: Sequence[Answer]) -> str:
+    worse = found(answers, "layers", "attention_worse")
+    alone, mlp = "Adapters on attention alone", "learn more slowly than on the MLP alone"
     return of_claim(
         worse,
-        "Adapters on attention alone learn more slowly than on the MLP alone",
-        "Adapters on attention alone do not learn more slowly than on the MLP alone",
-        f"Adapters on attention alone learn more slowly than on the MLP alone on "
-        f"{count(worse, 'SUPPORTED')} of {len(worse)} tasks",
-        "Whether adapters on attention alone learn more slowly than on the MLP alone is open",
-        "At equal parameters the speed of the one over the other was",
+        f"{alone} {mlp}",
+        f"{alone} do not {mlp}",
+        "At equal parameters the ratio of their speeds was",
         with_unit(number),
-        _of_equal_parameters,
+        partly=f"{alone} {mlp} on {count(worse, 'SUPPORTED')} of {len(worse)} tasks",
     )
 
 
-def _of_equal_parameters(part: Part, v: Verdict) -> str:
-    """Name the ranks of attention and MLP that have equally many parameters."""
-    ranks = (part.results.get("ranks") or {}).get(v.group)
-    return listed([f"{k} at rank {r}" for k, r in ranks.items()]) if ranks else "all ranks"
-
-
-def _rewards(parts: Sequence[Part]) -> str:
+def _rewards(answers: Sequence[Answer]) -> str:
     points = with_unit(signed, " points")
-    one = found(parts, "rl", "rank_1")
+    one, top = found(answers, "rl", "rank_1"), found(answers, "rl", "top_rank")
     said = of_claim(
         one,
-        "From rewards rank 1 learns as much as full fine-tuning",
-        "From rewards rank 1 does not learn as much as full fine-tuning",
-        "From rewards rank 1 learns as much as full fine-tuning in some settings only",
-        "Whether rank 1 learns as much from rewards as full fine-tuning is open",
+        "Rank 1 learns as much from rewards as full fine-tuning",
+        "Rank 1 does not learn as much from rewards as full fine-tuning",
         "The difference of the final reward was",
         points,
-        lowest_rank,
+        min,
     )
-    top = found(parts, "rl", "top_rank")
     if said and top:
         said += f" {each(top, 'The difference was', points)}"
-    few = [r for p, v in one if (r := p.parameters_an_episode(v)) is not None and r < 1]
+    few = [r for a, v in one if (r := a.parameters_an_episode(v)) is not None and r < 1]
     if few:
         said += (
-            " The study says so of more parameters than episodes; here rank 1 has "
+            " The study's claim is about more parameters than episodes; here rank 1 has "
             f"{_span(few)} parameters an episode."
         )
     return said
-
-
-def _compute(parts: Sequence[Part]) -> str:
-    return of_claim(
-        found(parts, "compute", "flops_to_loss"),
-        "LoRA saves a third of the work",
-        "LoRA does not save a third of the work",
-        "LoRA saves a third of the work in some settings only",
-        "Whether LoRA saves a third of the work is open",
-        "The number of operations to the same loss was",
-        with_unit(number, FULL),
-    )

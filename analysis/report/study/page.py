@@ -1,147 +1,82 @@
 """Write the pages over all answers: analysis/results/README.md, and a study's own page.
 
-First what was found, then the figures and the ledger; details are folded away. No measured number
-is typed by hand.
+First the findings, then the figures and the ledger, then one table for each question. The text is
+in `analysis/report/templates/study.md`; no measured number is typed by hand.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from analysis.inference.estimate import (
+    BETTER,
+    EXPLORATORY,
+    Estimate,
+    Verdict,
+    number,
+    rate,
+    signed,
+    with_interval,
+)
+from analysis.measures.regret import COUNTS
 from analysis.report import plots, plots_study
-from analysis.report.report_page import added_after
-from analysis.report.study import by_rank, details, rates, speed
-from analysis.report.study.answers import FIRST_STUDY, Part, parts_of
+from analysis.report.report import added_after, band_text, command_of
+from analysis.report.study import figures
+from analysis.report.study.answers import (
+    Answer,
+    Pooled,
+    estimate_of,
+    pooled,
+    read_answers,
+    within,
+)
 from analysis.report.study.findings import sentences
-from analysis.report.study.forest import rows_of
 from analysis.report.study.ledger import ledger
-from analysis.report.study.pooled import pooled
-from analysis.report.text import text_hash
+from analysis.report.text import Rows, rendered, text_hash, with_block
 from analysis.runs.names import in_words
 
 REGRET, FOREST, RATES, SPEED = "regret.png", "forest.png", "rates.png", "speed.png"
-SETTINGS = """\
-**In the regime** means here: only rules of a synthetic language change, which are few numbers.
-**Beyond the regime** lists are new as well, or are all there is: exceptions, facts, exercises.
-**On a real model** means SmolLM2 with 135 million parameters and word problems. An answer over
-data of several kinds stands with the hardest of them. The bases tiny64 and tiny128 are small
-Llamas with these hidden sizes, pretrained on the synthetic language; tiny64-s1 is tiny64 from
-another seed, tiny64-experts has 8 experts of which 2 are active. Three more are tiny64 with another
-schooling: tiny64-skilled has practised exercises (copying, reversing, sorting, sums), which
-rewards then ask for under new words, and tiny64-skills easier ones for longer; tiny64-knows has
-learned facts by heart, and guesses nothing else. What was found holds for these models, tasks and
-lengths of runs."""
-REGRET_CAPTION = """\
-A line a condition: a base, what is new in its data, the updates and the rows of each. Regret is
-LoRA's final held-out loss minus full fine-tuning's, each at its own best learning rate, in percent
-of what full fine-tuning gains; up to 5% counts as none. Open triangles lie below the axis."""
-ROOM = """\
-Bits of the training rows: the generator counts the free numbers of what is new; the first pass (the
-study's count) is full fine-tuning's summed loss, each row before it is learned from; above its
-entropy, chosen after a look, is without what no model can learn away. Load is bits over 2 bits a
-trained parameter, here of the needed rank, which has a regret of 5%; of other ranks: in Details."""
-FOREST_CAPTION = """\
-One row a claim of the study, one symbol an answer: a base, or a task where a claim has tasks.
-Values are in units of the claim's margin, which was fixed before the runs: 0 is the claim's
-value, green is the margin. A claim is supported if the whole interval lies in the green,
-refuted if none of it does; an open symbol away from the green is one that something else
-forbids to decide, such as too few seeds. Where one end of the margin is open, the green goes
-on. A unit is then the distance of the other end or, if the claim's value is that end, a factor
-of 2 (or 0.01 nats). Arrows leave the figure. Black symbols average over three bases or more."""
-RATES_CAPTION = """\
-The price of a wrong learning rate: LoRA's final loss above that at its best rate, in percent of
-what it gains there. Symbols are means over seeds, lines the fits that give the best rates; they
-end where runs begin to break down, or where no rate was tried. Alpha is 32, scaled as alpha /
-rank."""
-SPEED_CAPTION = """\
-Speed (rho) is the number of updates that full fine-tuning needs to reach a loss, divided by
-LoRA's, each at its best rate for that length: at 0.5, LoRA needs twice as many. Bars are
-intervals over seeds."""
-LEDGER = """\
-Every sentence of the study and of its popular summaries, with its verdicts: how many answers of
-how many, and at which scale (`tiny`: small Llamas on a CPU, `small`: the real model)."""
-NOT_TESTED = """\
-Reinforcement learning of a real model, layers in mixtures of experts, models beyond 135M
-parameters, high ranks, long runs and GPUs. Rates in runs that others published:
-[public_evidence.md](public_evidence.md)."""
-"""Only for the page of the kept answers."""
-HOW_TO_READ = f"""\
-- **A claim** is a sentence with a number and a margin. SUPPORTED: the measured interval lies
-  inside the margin. REFUTED: the two do not overlap. UNDECIDED: everything else, and whenever
-  the best rate is at an edge of the rates tried, there are too few seeds, or the task is
-  unsuitable.
-- **"{FIRST_STUDY.capitalize()}"** marks answers from runs with seeds below 100. Some of their
-  estimators were changed after answers had been seen, so they explore. The others are of claims,
-  margins, rates and seeds that were committed before their runs; which of these claims were
-  stated when some of the runs had been seen is said below.
-- **"Exploratory"** marks single verdicts that rest on an estimator which was changed after their
-  runs had been seen. They explore until the same question is asked of fresh seeds.
-- **WITHDRAWN** stands where an answer does not count, whatever was measured; the reason stands with
-  the question.
-- **Intervals** cover the spread over seeds and the uncertainty of each method's best learning
-  rate, at 95%, or more if the sweep was looked at more than once. Zero-width intervals mark
-  exact counts and maxima. All runs of a task are evaluated on the same rows; that sampling
-  error is not included.
-- **More than one claim.** Primary claims are corrected for multiplicity within one question
-  (Holm). Bases are replicates: where a claim has intervals on three or more of one scale, their
-  average by a random effect stands beside the single verdicts and changes none of them. Answers
-  that must not be judged (a best rate at an edge, too few seeds) are left out of it.
-- **Needs** is how many seeds (bases, layer sets) decide a claim in 80% of cases if the value
-  and the spread found are the true ones.
-- **Answers are not independent.** Questions share runs, and some claims are readings of one
-  number."""
-CHANGED = """\
-Margins never changed. Runs that were added after a look are listed under Details; their sweeps are
-judged at the level of two looks. Of the first study, estimators changed for reasons other than a
-verdict ([DECISIONS](../../DECISIONS.md) D34, D41, D43 to D50, D63), and two claims were stated when
-their runs existed (D45, D50).
-Of the other answers, one estimator changed: the rewards of `rl` and `rl_bits` are read at the best
-of the stable rates, a rule that was written after runs of `rl` had been seen, and written again
-after a review (D96). The verdicts of `rl` that rest on it are exploratory.
-
-In `regime`, the claim about the needed rank over training was stated when one of its data sets had
-been seen (D74), and the one about ranks without room when all had been seen (D91). Two claims were
-withdrawn after they had been judged: that the needed rank grows with the bits (SUPPORTED, exponent
-0.48 [0.35, 0.62]), and that at equal bits the rank of the change does not matter (SUPPORTED). Both
-rested on a power law through three data sets, by one count of bits of three. The first pass above
-its entropy was counted after a look. Six of eight data sets are trained; after the first, fresh
-seeds went to three rates instead of four.
-
-`rank`, `short_runs` and `compute` were asked of runs of `regime` when their final losses had been
-seen, so they explore too. Claims that were stated when their answers were known are marked
-exploratory. The study's bound on the bits of an episode is read from the upper end of a margin that
-was committed as a range."""
-"""Only for the page of the kept answers."""
+BEGIN, END = "<!-- answers: made by `python -m analysis study` -->", "<!-- end of answers -->"
+"""Markers of the findings on the project's front page."""
+RATES_HEAD = (
+    "base, data, batch, updates",
+    "method",
+    "best learning rate",
+    "regret under 0.01 nats",
+    "best NLL",
+    "ratio to full fine-tuning",
+    "regret at 10 times full fine-tuning's (nats)",
+    "regret at full fine-tuning's (nats)",
+)
+RULES = ("10 x FullFT's best LR", "FullFT's best LR")
+"""Rules of thumb, as named in an answer's ratios."""
 
 
-def write(parts: Sequence[Part], path: Path, kept: bool = False) -> None:
+def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
     """Write the page and, beside it, its figures; see `page`."""
-    folder, inputs = path.parent, inputs_hash(parts)
+    folder, inputs = path.parent, inputs_hash(answers)
     folder.mkdir(parents=True, exist_ok=True)
     for figure in (REGRET, FOREST, RATES, SPEED):
         (folder / figure).unlink(missing_ok=True)
-    if lines := by_rank.lines_of(parts):
+    if lines := figures.regret_lines(answers):
         plots_study.regret_over_rank(lines, folder / REGRET, inputs)
-    if rows := rows_of(parts, pooled(parts)):
+    if rows := figures.claim_rows(answers, pooled(answers)):
         plots_study.forest(rows, folder / FOREST, inputs)
-    if rates.has_curves(parts):
-        plots_study.rates(rates.rate_curves(parts), folder / RATES, inputs)
-    if speed.chosen(parts):
-        plots.panels(speed.panels(parts), folder / SPEED, inputs)
-    path.write_text(page(parts, folder, kept))
+    if figures.has_rate_curves(answers):
+        plots_study.rates(figures.rate_curves(answers), folder / RATES, inputs)
+    if figures.speed_answers(answers):
+        plots.panels(figures.speed_panels(answers), folder / SPEED, inputs)
+    path.write_text(page(answers, folder, kept))
 
 
-def write_kept(kept: Path) -> None:
-    """Write the page of the kept answers."""
-    write(parts_of([kept]), kept / "README.md", True)
+def inputs_hash(answers: Sequence[Answer]) -> str:
+    """Hash the inputs of the page's figures: the answers, and which runs they have."""
+    texts = [(a.folder / "results.json").read_text() for a in answers]
+    return text_hash("".join(texts) + "".join(sorted(i for a in answers for i in a.run_ids)))
 
 
-def inputs_hash(parts: Sequence[Part]) -> str:
-    """Hash what the page's figures are drawn from: the answers, and which runs they have."""
-    texts = [(p.folder / "results.json").read_text() for p in parts]
-    return text_hash("".join(texts) + "".join(sorted(i for p in parts for i in p.run_ids)))
-
-
-def page(parts: Sequence[Part], folder: Path, kept: bool = False) -> str:
+def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
     """Render the page of answers.
 
     Args:
@@ -149,58 +84,172 @@ def page(parts: Sequence[Part], folder: Path, kept: bool = False) -> str:
         kept: say what changed after a look and what was not tested; that is known of the kept
             answers only.
     """
-    over_bases = pooled(parts)
-    out = ["# When does LoRA match full fine-tuning?", ""]
-    for sentence in sentences(parts):
-        out += [sentence, ""]
-    out += [*_study(parts), SETTINGS, ""]
-    if by_rank.lines_of(parts):
-        out += _figure("Regret over rank", REGRET, "regret over rank, by condition", REGRET_CAPTION)
-    if room := by_rank.room(parts):
-        out += ["## Room for what is new", "", ROOM, "", *room, ""]
-    if rows_of(parts, over_bases):
-        out += _figure("The claims", FOREST, "the claims in units of margins", FOREST_CAPTION)
-    if rates.has_curves(parts):
-        out += _figure("Learning rates", RATES, "regret over LoRA's rate, by base", RATES_CAPTION)
-    if speed.chosen(parts):
-        out += _figure("Ranks", SPEED, "speed of each rank over updates", SPEED_CAPTION)
-    out += ["## Sentence by sentence", "", LEDGER, "", *ledger(parts), ""]
-    if kept:
-        out += ["## What was not tested", "", NOT_TESTED, ""]
-    out += ["## How to read it", "", HOW_TO_READ, ""]
-    if kept:
-        out += ["## What changed after a look", "", CHANGED, ""]
-    out += ["## Details", ""]
-    out += _folded("Runs that were added after a look", _added(parts) if kept else [])
-    out += _folded("Best learning rates", rates.best_rates(parts))
-    out += _folded("Load and regret of every rank", by_rank.loads(parts))
-    out += _folded("Questions, verdicts, figures", details.questions(parts, over_bases, folder))
-    out += _folded("Every verdict", details.table(parts))
-    return in_words("\n".join(out).rstrip() + "\n")
+    over_bases = pooled(answers)
+    text = rendered(
+        "study.md",
+        kept=kept,
+        findings=sentences(answers),
+        n_claims=len({(a.sweep, v.claim) for a in answers for v in a.single}),
+        n_runs=len(set().union(*(a.run_ids for a in answers))),
+        regret=REGRET if figures.regret_lines(answers) else "",
+        forest=FOREST if figures.claim_rows(answers, over_bases) else "",
+        rates=RATES if figures.has_rate_curves(answers) else "",
+        speed=SPEED if figures.speed_answers(answers) else "",
+        bits=bits_rows(answers),
+        loads=load_rows(answers),
+        ledger=ledger(answers),
+        added=[(a.name, line) for a in answers for line in added_after(a.question)],
+        best_rates=best_rates(answers),
+        questions=[_question(mine, over_bases, folder) for mine in _by_question(answers)],
+    )
+    return in_words(text)
 
 
-def _study(parts: Sequence[Part]) -> list[str]:
-    runs = len(set().union(*(p.run_ids for p in parts))) if parts else 0
-    claims = {(p.results["sweep"], v.claim) for p in parts for v in p.single}
-    return [
-        '"The study" is [LoRA Without Regret](https://thinkingmachines.ai/blog/lora). Its claims, '
-        "and popular ones about the same methods, were judged from runs made for them: "
-        f"{len(claims)} claims, {runs:,} runs, all of them in the tables next to this page.",
-        "",
+def readme(text: str, kept: Path) -> str:
+    """Return the project's README with its findings rendered again from the kept results."""
+    answers, root = read_answers([kept]), "analysis/results/"
+    lines = [f"{k}. {sentence}" for k, sentence in enumerate(sentences(answers), 1)]
+    figure = (
+        f"![regret over rank, by condition]({root}{REGRET})"
+        if figures.regret_lines(answers)
+        else f"![the study's claims in units of their margins]({root}{FOREST})"
+    )
+    return with_block(text, BEGIN, END, [*lines, "", figure])
+
+
+# ---------------------------------------------------------------- tables
+
+
+def bits_rows(answers: Sequence[Answer]) -> Rows:
+    """Return, for every condition, its bits and the load of the needed rank by every count.
+
+    After the head; empty without a condition whose bits are known.
+    """
+    head = ["data set", "updates", "needed rank [95%]"]
+    head += [f"{what} by {words}" for what in ("bits", "load") for words in COUNTS.values()]
+    rows = [head]
+    for c in _with_bits(answers):
+        bits = [c["bits"].get(count) for count in COUNTS]
+        loads = [with_interval(estimate_of(c["loads_needed"][count])) for count in COUNTS]
+        rank = with_interval(estimate_of(c["rank_interpolated"]))
+        shown = ["-" if b is None else f"{b:,.0f}" for b in bits]
+        rows.append([c["cell"], str(c["updates"]), rank, *shown, *loads])
+    return rows if len(rows) > 1 else []
+
+
+def load_rows(answers: Sequence[Answer]) -> Rows:
+    """Return the load of every rank by every count, with its regret, after the head."""
+    head = [f"load by {words}" for words in COUNTS.values()]
+    rows = [["data set", "updates", "rank", *head, "regret, % of the gain [95%]"]]
+    for c in _with_bits(answers):
+        for r in c["ranks"]:
+            loads = [number(r["loads"].get(count)) for count in COUNTS]
+            regret = with_interval(estimate_of(r["regret_percent"]))
+            rows.append([c["cell"], str(c["updates"]), str(r["rank"]), *loads, regret])
+    return rows if len(rows) > 1 else []
+
+
+def _with_bits(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    return [c for c in figures.conditions_of(answers) if c.get("bits")]
+
+
+def best_rates(answers: Sequence[Answer]) -> Rows:
+    """Return the best learning rates of all answers with ratios, the largest model first."""
+    rows = [list(RATES_HEAD)]
+    for a in sorted((a for a in answers if a.results.get("ratios")), key=lambda a: -a.size):
+        ratios = {(r["group"], r["rank"]): r for r in a.results["ratios"]}
+        for c in a.results["curves"]:
+            where = (c["model"], c["dataset"], c["batch_size"], c["steps"])
+            group = "{} on {}, batch {}, steps {}".format(*where)
+            lora = c["method"] == "lora"
+            r = ratios.get((group, c["rank"])) if lora else None
+            against = ["", "", ""]
+            if r is not None:
+                costs = [signed(r["regrets"].get(rule)) for rule in RULES]
+                against = [with_interval(estimate_of(r["ratio"])), *costs]
+            rows.append(
+                [
+                    f"{', '.join(map(str, where))} (`{a.results['scale']}`)",
+                    f"LoRA r{c['rank']:g}" if lora else "full fine-tuning",
+                    with_interval(Estimate(c["best_lr"], c["low"], c["high"]), rate),
+                    band_text(c["band"]),
+                    number(c["best_nll"], 4),
+                    *against,
+                ]
+            )
+    return rows if len(rows) > 1 else []
+
+
+# ---------------------------------------------------------------- one table a question
+
+
+def _by_question(answers: Sequence[Answer]) -> list[list[Answer]]:
+    found: dict[str, list[Answer]] = {}
+    for a in answers:
+        found.setdefault(a.question["question"], []).append(a)
+    return list(found.values())
+
+
+def _question(mine: Sequence[Answer], over_bases: Sequence[Pooled], folder: Path) -> dict[str, Any]:
+    """Return what the page shows of one question: its answers, averages, verdicts and figures."""
+    asked = mine[0].question
+    shown = []
+    for a in mine:
+        here = os.path.relpath(a.folder, folder)
+        # A sweep file may have changed since an early answer: its command is in the history.
+        command = "" if "fingerprint_stamped" in a.question else f", `{command_of(a.question)}`"
+        links = f"[report]({here}/report.md), [table]({here}/table.parquet){command}"
+        runs = f"{a.results.get('runs', 0):,} runs, {a.trained}"
+        shown.append(f"`{a.results['scale']}`: {runs} ({links})")
+    images = [
+        (caption[0].upper() + caption[1:], os.path.relpath(a.folder / name, folder))
+        for a in mine
+        for name, caption in a.results.get("figures") or []
+        if (a.folder / name).is_file()
     ]
+    return {
+        "title": asked["question"],
+        "source": f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(),
+        "withdrawn": asked.get("withdrawn"),
+        "answers": shown,
+        "averages": [_average(p) for p in over_bases if p.one[0].sweep == mine[0].sweep],
+        "verdicts": [
+            ["claim", "scale", "measured", "margin", "verdict", "notes"],
+            *(verdict_row(a, v) for a in mine for v in a.verdicts),
+        ],
+        "figures": images,
+    }
 
 
-def _added(parts: Sequence[Part]) -> list[str]:
-    """List the runs that were added after a look, sweep by sweep."""
-    return [f"- `{p.name}`, {line}" for p in parts for line in added_after(p.question)]
+def _average(pool: Pooled) -> str:
+    a, v = pool.one
+    gated = f"{len(pool.left_out)} not to be judged: {', '.join(pool.left_out)}"
+    if pool.estimate.value is None:
+        return f"No average over bases ({gated}): {a.says(v.claim)}"
+    without = f" ({gated})" if pool.left_out else ""
+    return (
+        f"Average over {', '.join(pool.bases)}{without}: {a.says(v.claim)}; "
+        f"{with_interval(pool.estimate)}, margin {within(v)}"
+    )
 
 
-def _figure(title: str, name: str, alt: str, caption: str) -> list[str]:
-    return [f"## {title}", "", f"![{alt}]({name})", "", caption, ""]
-
-
-def _folded(title: str, lines: Sequence[str]) -> list[str]:
-    """Fold lines away under a title; nothing without lines."""
-    if not lines:
-        return []
-    return [f"<details><summary>{title}</summary>", "", *lines, "", "</details>", ""]
+def verdict_row(a: Answer, v: Verdict) -> list[str]:
+    """Return one verdict as a row of its question's table, with all that qualifies it."""
+    where = f", {v.group}" if len({w.group for w in a.verdicts}) > 1 else ""
+    marks = f"{a.word(v.claim, 'whose') or 'ours'}{', primary' if v.primary else ''}"
+    is_open = v.outcome == "UNDECIDED" and not v.is_withdrawn
+    notes = [
+        v.why if is_open else BETTER if v.is_better else "",
+        f"needs {v.needed}" if is_open and v.needed else "",
+        f"{EXPLORATORY}: {v.exploratory}" if v.exploratory else "",
+        a.read(v),
+        *(a.word(v.claim, k) for k in ("measure", "beside")),
+    ]
+    return [
+        f"{a.says(v.claim)}{where} (`{v.claim}`, {marks})",
+        a.results["scale"],
+        with_interval(v.estimate),
+        within(v),
+        f"**{v.shown}**",
+        "; ".join(filter(None, notes)),
+    ]

@@ -35,13 +35,12 @@ def test_two_versions_of_a_data_set_are_never_mixed():
     lr_curves(two_arms("a" * 64, "b" * 64).assign(model=["m"] * 7 + ["n"] * 7))  # other tokens
 
 
-def test_unknown_data_are_judged_as_they_are_but_never_mixed_with_known_ones():
-    lr_curves(two_arms(None, None))
-    lr_curves(two_arms("a" * 64, None))  # a whole curve was made before results had a fingerprint
+def test_runs_without_a_fingerprint_of_their_data_are_refused():
     frame = two_arms("a" * 64, "a" * 64)
     frame.loc[[3, 4], "data_sha256"] = None
-    with pytest.raises(TableError, match=r"2 of 7 runs of a curve \(fullft .*; runs run3, run4\)"):
+    with pytest.raises(TableError, match=r"2 of 14 runs \(runs run3, run4\)"):
         lr_curves(frame)
+    lr_curves(frame.drop(columns="data_sha256"))  # anyone's table
 
 
 def test_a_missing_column_is_named():

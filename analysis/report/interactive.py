@@ -1,0 +1,162 @@
+"""Write the interactive report: one HTML file with its data and its plotting library inside.
+
+Python collects the numbers; `templates/report.js` draws and filters them. Text of a table reaches
+the page as JSON, and is shown as text, never as markup. The only user of plotly.
+"""
+
+import importlib.resources
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.estimate import Estimate, Verdict
+from analysis.optimum.optimum import Optimum
+from analysis.report.text import rendered
+from analysis.runs.learning_curves import learning_curves
+from analysis.runs.table import CURVE_KEYS
+
+_FIT_POINTS = 80
+_DETAILS = (
+    *("run_id", "status", "model", "dataset", "method", "rank", "alpha", "layers", "scope"),
+    *("batch_size", "lr", "seed", "steps", "schedule", "precision", "test_nll", "test_bpb"),
+    *("nll_start", "train_nll", "n_trainable", "norm_a", "norm_b", "norm_delta", "wall_s"),
+    *("base_sha256", "data_sha256"),
+)
+"""Columns shown first for a run, if the table has them; the others follow, except _LONG."""
+_LONG = ("spec", "result", "block")
+
+
+def write(
+    path: Path,
+    title: str,
+    table: pd.DataFrame,
+    optima: Sequence[Optimum],
+    ratios: Sequence[tuple[str, str, Estimate]] = (),
+    verdicts: Sequence[Verdict] = (),
+    within: float = 0.01,
+) -> None:
+    """Write the report.
+
+    Args:
+        table: the runs to which the optima were fitted, one per row, their metric as a loss.
+        ratios: (group, name, LoRA / FullFT) for the forest plot.
+        within: extra loss allowed in the low-regret band.
+    """
+    where = {_key(o.curve.key): k for k, o in enumerate(optima)}
+    used = {
+        k: {round(float(v), 9) for v in o.curve.x[o.curve.usable]} for k, o in enumerate(optima)
+    }
+    learned = learning_curves(table).query("step >= 1").dropna(subset="test_nll")
+    points = {
+        run: [list(p) for p in zip(c["step"].tolist(), c["test_nll"].tolist())]
+        for run, c in learned.groupby("run")
+    }
+    data = {
+        "title": title,
+        "within": within,
+        "curves": [_curve(o, within) for o in optima],
+        "runs": [
+            _run(row, points.get(run, []), where, used, optima)
+            for run, row in zip(table.index, table.to_dict("records"))
+        ],
+        "ratios": [
+            {"group": g, "name": n, "value": e.value, "low": e.low, "high": e.high}
+            for g, n, e in ratios
+        ],
+        "verdicts": [
+            {
+                **{k: getattr(v, k) for k in ("claim", "group", "why", "needed")},
+                "outcome": v.shown,
+                **{k: getattr(v.estimate, k) for k in ("value", "low", "high")},
+                "margin": list(v.margin),
+            }
+            for v in verdicts
+        ],
+    }
+    files = importlib.resources.files
+    library = files("plotly").joinpath("package_data/plotly.min.js").read_text()
+    style, code = (
+        files("analysis.report").joinpath("templates", name).read_text()
+        for name in ("report.css", "report.js")
+    )
+    page = rendered("report.html", data=data, style=style, code=code, library=library)
+    path.write_text(page)
+
+
+def _curve(o: Optimum, within: float) -> dict[str, Any]:
+    key, e, band, sign = o.curve.key, o.best_lr, o.band(within), o.curve.shown.sign
+    x = o.curve.unbroken
+    fit = None
+    if o.shape is not None and len(x):
+        lr = np.exp(np.linspace(x.min(), x.max(), _FIT_POINTS))
+        fit = {
+            "lr": [float(f"{v:.5g}") for v in lr],
+            "nll": [float(f"{sign * v:.6g}") for v in o.predict(lr)],
+        }
+    best = o.best_nll
+    return {
+        "name": o.curve.name,
+        "group": o.curve.group,
+        "metric": o.curve.shown.label,
+        "sign": sign,
+        "model": str(key["model"]),
+        "rank": _plain(key.get("rank")),
+        "method": str(key["method"]),
+        "batch_size": _plain(key.get("batch_size")),
+        "best_lr": e.value,
+        "low": e.low,
+        "high": e.high,
+        "best_nll": None if best is None or not math.isfinite(best) else sign * best,
+        "flags": list(o.flags),
+        "band": band,
+        "fit": fit,
+    }
+
+
+def _key(key: dict[str, Any]) -> tuple:
+    return tuple(sorted((k, "" if v is None or v != v else str(v)) for k, v in key.items()))
+
+
+def _run(
+    row: dict[str, Any],
+    points: list[list[float]],
+    where: dict[tuple, int],
+    used: dict[int, set[float]],
+    optima: Sequence[Optimum],
+) -> dict[str, Any]:
+    curve = where.get(_key({k: row[k] for k in CURVE_KEYS if k in row}))
+    sign = 1 if curve is None else optima[curve].curve.shown.sign
+    nll = _plain(row.get("test_nll"))
+    fitted = (
+        curve is not None
+        and row["status"] == "done"
+        and round(math.log(row["lr"]), 9) in used[curve]
+    )
+    shown = [
+        *(k for k in _DETAILS if k in row),
+        *(k for k in row if k not in _DETAILS and k not in _LONG),
+    ]
+    return {
+        "curve": curve,
+        "lr": float(row["lr"]),
+        "seed": _plain(row.get("seed")),
+        "status": str(row["status"]),
+        "nll": None if nll is None else sign * nll,
+        "fitted": fitted,
+        "learned": [[step, sign * value] for step, value in points],
+        "details": {k: _plain(row[k]) for k in shown if _plain(row[k]) is not None},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Convert a value for JSON; NaN, infinity and missing become None."""
+    if value is None or value is pd.NA or value != value:
+        return None
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, int | str | bool) else str(value)

@@ -1,0 +1,619 @@
+"""The page of all answers, on planted ones: settings, averages, figures, findings, ledger."""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from analysis.inference.decide import look_level
+from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, fixed, number
+from analysis.inference.gates import Gate, GateCode
+from analysis.measures import next_runs
+from analysis.measures.regret import COUNTS
+from analysis.questions.registry import analyse
+from analysis.report import plots_study, report
+from analysis.report.report import question_hash
+from analysis.report.study import answers, figures, findings, ledger, page
+from analysis.report.study.answers import NO_CELL, Answer, Setting, pooled, read_answers, rows_of
+from analysis.runs.table import read
+from lorasweep.sweep.request import question
+
+ROOT = Path(__file__).resolve().parents[3]
+KEPT = ROOT / "analysis" / "results"
+
+
+def dialect(name="dialect", **knobs):
+    return {"name": name, "location": "dialect", "source": "synthetic", "knobs": knobs}
+
+
+RULES = (dialect(rule_shift=0.25, new_exceptions=0),)
+LISTS = (dialect(rule_shift=0.5),)
+GSM8K = {"name": "gsm8k", "location": "gsm8k", "source": "jsonl", "knobs": {}}
+FACTS = {"name": "facts", "location": "facts", "source": "synthetic", "knobs": {}}
+
+
+def verdict(value, half=0.1, outcome="REFUTED", group="b on dialect", level=0.95, **changes):
+    e = Estimate(value, value - half, value + half, 5, level=level)
+    v = Verdict("c", group, outcome, e, 1.0, (0.9, 1.1), True, "", log=False)
+    return dataclasses.replace(v, **changes)
+
+
+def answer(
+    folder, *verdicts, sweep="rank", scale="tiny", base="b", seeds=(100, 101), data=LISTS, **more
+):
+    """An answer in its folder, with one run per seed and data set."""
+    at = folder / f"{sweep}-{scale}"
+    at.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "run_id": f"{scale}{seed}{d['name']}",
+            "model": base,
+            "seed": seed,
+            "hidden_size": 64,
+            **{"method": "lora", "rank": 8.0, "batch_size": 16, "steps": 256},
+            "dataset": d["name"],
+            "spec": json.dumps({"dataset": d}),
+        }
+        for seed in seeds
+        for d in data
+    ]
+    pd.DataFrame(rows).to_parquet(at / "table.parquet")
+    results = {"sweep": sweep, "scale": scale, "runs": len(rows), "curves": [], **more}
+    says = {v.claim: {"says": f"{v.claim} holds", "whose": "study"} for v in verdicts}
+    asked = {"name": sweep, "scale": scale, "question": f"{sweep}?", "source": "the study"}
+    return Answer(at, results, {**asked, "analysis": sweep, "claims": says}, list(verdicts))
+
+
+def curve(model, dataset="dialect", **more):
+    found = {"model": model, "dataset": dataset, "method": "lora", "rank": 8.0, "steps": 256}
+    return {**found, "batch_size": 16, **more}
+
+
+# ---------------------------------------------------------------- answers as they are kept
+
+
+def test_a_verdict_is_the_one_of_its_own_report(reports):
+    path = reports / "rank-smoke/results.json"
+    (kept,) = read_answers([reports])
+    rows = rows_of([kept])
+    assert rows[0] == list(answers.HEAD) and {r[0].split(":")[0] for r in rows[1:]} == {"rank"}
+    results = json.loads(path.read_text())
+    assert [v.plain() for v in kept.verdicts] == results["verdicts"]
+    assert any(v.gates for v in kept.verdicts)
+    for v in results["verdicts"]:
+        v["outcome"], v["p"] = "SUPPORTED", 0.04
+        del v["gates"]  # older answers have none
+    path.write_text(json.dumps(results))
+    (kept,) = read_answers([reports])
+    # The report has corrected its two primary claims; the page corrects nothing again.
+    assert sum(v.primary for v in kept.verdicts) == 2
+    assert {(v.outcome, v.gates) for v in kept.verdicts} == {("SUPPORTED", ())}
+    flipped = page.page([kept], reports, kept=True)
+    assert "**SUPPORTED** at `smoke`" in flipped
+    assert "What was not tested" in flipped  # of the kept answers
+    assert "What was not tested" not in page.page([kept], reports)
+
+
+def test_an_answer_of_the_same_name_in_the_first_folder_is_used(reports, tmp_path):
+    shutil.copytree(reports / "rank-smoke", tmp_path / "kept" / "rank-smoke")
+    found = read_answers([tmp_path / "kept", reports])
+    assert [a.folder for a in found] == [tmp_path / "kept" / "rank-smoke"]
+
+
+def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(reports, tmp_path):
+    (tmp_path / page.REGRET).write_bytes(b"of an answer that is gone")
+    page.write(read_answers([reports]), tmp_path / "study.md")
+    text = (tmp_path / "study.md").read_text()
+    for figure in (page.FOREST, page.SPEED):
+        assert f"]({figure})" in text and (tmp_path / figure).is_file()
+    assert page.REGRET not in text and not (tmp_path / page.REGRET).exists()
+    assert "reports/rank-smoke/report.md" in text
+
+
+def test_the_kept_page_can_be_read_at_once():
+    text = page.page(read_answers([KEPT]), KEPT, kept=True)
+    before, details = text.split("## Details")
+    assert len(before.splitlines()) <= 260 and len(details.splitlines()) <= 460
+    assert details.count("<details>") == details.count("</details>") > 3
+    assert text.count("\n# ") == 0 and "rule_shift" not in text
+
+
+def test_speed_is_measured_along_the_run_at_each_lengths_best_rate(reports):
+    """All ranks of the planted runs need 1 / 0.7 as many updates, whatever the length."""
+    (kept,) = read_answers([reports])
+    found = figures.speeds(kept.runs, 96)
+    assert found and all(set(mine) >= {16, 32, 64} for mine in found.values())
+    values = [e.value for mine in found.values() for e in mine.values()]
+    assert values == pytest.approx([0.7] * len(values), abs=0.05)
+    assert set(figures.speed_answers([kept])) == {Setting.BEYOND}
+
+
+def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose):
+    words = {"says": "other words", "measure": "metres", "beside": "the point"}
+    known = {"sd": {"smoke": 0.5}, "units": 7, "underpowered": True}
+    for name in answers.ORDER:
+        asked = question(compose(f"+sweep={name}", "scale=smoke"))
+        claims = asked["claims"]
+        assert asked["how"] and all(c["says"] and c["measure"] for c in claims.values()), name
+        first = next(iter(claims))
+        other = {**asked, "claims": {**claims, first: {**claims[first], **words, **known}}}
+        assert question_hash(other) == question_hash(asked)
+        other["claims"][first]["margin"] = [0.0, 1e9]
+        assert question_hash(other) != question_hash(asked)
+
+
+@pytest.mark.parametrize(
+    ("group", "setting"),
+    [
+        ("b on low, batch 16, steps 256", Setting.IN_REGIME),
+        ("b, 8 symbols, drawn anew", Setting.IN_REGIME),
+        ("b on dialect", Setting.BEYOND),
+        ("b, 16 symbols, drawn anew + 30% new exceptions", Setting.BEYOND),
+        ("b on facts", Setting.BEYOND),
+        ("b, gsm8k", Setting.REAL),
+        ("b on low, batch 16, steps 256 and b on facts, batch 16, steps 128", Setting.BEYOND),
+        ("all 4 tasks", Setting.REAL),  # names none: the hardest of all
+    ],
+)
+def test_the_setting_follows_from_the_data_that_a_verdict_names(tmp_path, group, setting):
+    low = dialect("low", rule_shift=0.25, new_exceptions=0)
+    assert answer(tmp_path, data=(low, *LISTS, FACTS, GSM8K)).setting(group) is setting
+
+
+# ---------------------------------------------------------------- averages over bases
+
+
+def bases(folder, verdicts, **changes):
+    return [
+        answer(
+            folder,
+            dataclasses.replace(v, group=f"b{k} on dialect"),
+            scale=f"tiny_{k}",
+            base=f"b{k}",
+            **changes,
+        )
+        for k, v in enumerate(verdicts)
+    ]
+
+
+def test_three_bases_are_averaged_at_the_level_of_their_looks(tmp_path):
+    level = look_level(3)
+    values = (0.5, 0.6, 0.7)
+    (pool,) = pooled(bases(tmp_path, [verdict(v, 0.01, level=level) for v in values]))
+    half = stats.t.ppf(0.5 + level / 2, 2) * np.std(values, ddof=1) / math.sqrt(3)
+    assert pool.bases == ("b0", "b1", "b2") and pool.estimate.level == level
+    assert pool.estimate.value == pytest.approx(0.6, abs=1e-3)
+    assert pool.estimate.low == pytest.approx(0.6 - half, rel=0.02)
+    # Ratios are averaged as logarithms.
+    ends = [Estimate(*np.exp([v, v - 0.01, v + 0.01])) for v in values]
+    (pool,) = pooled(bases(tmp_path, [verdict(1, log=True, estimate=e) for e in ends]))
+    assert math.log(pool.estimate.value) == pytest.approx(0.6, abs=1e-3)
+
+
+def test_what_is_no_replicate_is_not_averaged(tmp_path):
+    three = [verdict(v) for v in (0.5, 0.6, 0.7)]
+    assert len(pooled(bases(tmp_path, three))) == 1
+    assert not pooled(bases(tmp_path, three[:2]))
+    others = (
+        {"estimate": Estimate(0.7, 0.7, 0.7)},  # a count
+        {"estimate": Estimate(0.7, 0.6, 0.8, flags=(AT_LEAST,))},
+        {"estimate": Estimate(0.7)},
+        {"exploratory": "early seeds"},
+    )
+    for change in others:
+        assert not pooled(bases(tmp_path, [*three[:2], dataclasses.replace(three[2], **change)]))
+    pair = bases(tmp_path, three[:2])
+    low = bases(tmp_path / "low", three[2:], data=RULES)[0]
+    small = dataclasses.replace(low, results={**low.results, "scale": "small"})
+    assert not pooled([*pair, low]) and not pooled([*pair, small])
+
+
+def test_answers_that_must_not_be_judged_are_left_out_of_the_average(tmp_path):
+    gate = Gate(GateCode.FLAGGED, place="lora r8: ", flags=("at_edge",))
+    made = [verdict(v, 0.01) for v in (0.5, 0.6, 0.7)] + [verdict(9, gates=(gate,))]
+    four = bases(tmp_path, made)
+    (pool,) = pooled(four)
+    assert pool.estimate == pooled(four[:3])[0].estimate and pool.left_out == ("b3",)
+    assert "(1 not to be judged: b3): c holds; 0.6" in page.page(four, tmp_path)
+    # Too few are left: no average, and the page says why.
+    (none,) = pooled(four[1:])
+    assert none.estimate.value is None and none.left_out == ("b3",)
+    text = page.page(four[1:], tmp_path)
+    assert "No average over bases (1 not to be judged: b3): c holds" in text
+    (row,) = figures.claim_rows(four[1:], [none])
+    assert all(m.outcome for m in row.marks[Setting.BEYOND])
+    # Another answer of that base, with fewer runs and no gate, stands for it.
+    again = bases(tmp_path / "again", [verdict(0.8, 0.01)], seeds=(100,))[0]
+    again = dataclasses.replace(again, results={**again.results, "scale": "tiny_3"})
+    vars(again)["runs"] = four[3].runs
+    assert pooled([*four, again])[0].bases == ("b0", "b1", "b2", "b3")
+
+
+def test_the_average_over_bases_covers_a_planted_mean(tmp_path):
+    """Bases differ, and each has Student's interval over five seeds."""
+    rng, covered, n = np.random.default_rng(5), 0, 200
+    planted = bases(tmp_path, [verdict(0.0)] * 3)
+    for _ in range(n):
+        made = []
+        for a in planted:
+            seeds = rng.normal(0, 0.1) + rng.normal(0, 0.1, 5)
+            half = stats.t.ppf(0.975, 4) * seeds.std(ddof=1) / math.sqrt(5)
+            e = Estimate(seeds.mean(), seeds.mean() - half, seeds.mean() + half)
+            v = dataclasses.replace(a.verdicts[0], estimate=e)
+            made.append(dataclasses.replace(a, verdicts=[v]))
+            vars(made[-1])["runs"] = a.runs  # read once
+        e = pooled(made)[0].estimate
+        covered += e.low <= 0 <= e.high
+    assert covered >= 0.92 * n
+
+
+# ---------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize(
+    ("expected", "margin", "log", "value", "place", "band"),
+    [
+        (10, (5, 20), True, 20, 1, (-1, 1)),
+        (10, (5, 20), True, 2.5, -2, (-1, 1)),
+        (0, (-0.1, 0.1), False, 0.05, 0.5, (-1, 1)),
+        (0.7, (0, 0.9), True, 0.9, 1, (-math.inf, 1)),
+        (-0.1, (-2, -0.03), False, 0.04, 2, (-math.inf, 1)),
+        (1.5, (1, 100), True, 1, -1, (-1, math.inf)),
+        (1, (1, 1000), True, 0.25, -2, (0, math.inf)),  # a factor of 2 is the unit
+        (0, (-10, 0), False, 0.03, 3, (-math.inf, 0)),  # 0.01 nats are the unit
+        (1, (0.5, 1), False, 0.75, -0.5, (-1, 0)),  # a correlation: 1 is the most there is
+    ],
+)
+def test_values_are_placed_in_units_of_the_margin(expected, margin, log, value, place, band):
+    scale = figures.scale_for(verdict(value, expected=float(expected), margin=margin, log=log))
+    assert scale.at(value) == pytest.approx(place)
+    assert scale.band == pytest.approx(band)
+
+
+def test_claims_with_one_sentence_share_a_row_and_averages_have_no_verdict(tmp_path):
+    made = bases(tmp_path, [verdict(v) for v in (0.5, 0.6, 0.7)])
+    nothing = verdict(0.0, estimate=Estimate(None), group=NO_CELL)
+    made.append(answer(tmp_path, nothing, sweep="other"))
+    (row,) = figures.claim_rows(made, pooled(made))
+    assert [m.outcome for m in row.marks[Setting.BEYOND]] == ["REFUTED"] * 3 + [""]
+    assert row.marks[Setting.BEYOND][0].value == pytest.approx(-5)
+    plots_study.forest([row], tmp_path / "forest.png")
+    assert (tmp_path / "forest.png").stat().st_size > 5_000
+
+
+def plain(value, half=1.0):
+    return Estimate(value, value - half, value + half).plain()
+
+
+def condition(name, *ranks, rank=5.0, loads=(0.01, 6.0, 0.4), updates=256):
+    """Ranks as (rank, regret in percent); `loads` of the needed rank, by the three counts."""
+    by_count = dict(zip(COUNTS, loads))
+    return {
+        "cell": name,
+        "batch_size": 16,
+        "updates": updates,
+        "bits": {count: 100 * load for count, load in by_count.items()},
+        "rank_interpolated": plain(rank),
+        "loads_needed": {count: plain(load, 0.1) for count, load in by_count.items()},
+        "ranks": [
+            {"rank": r, "loads": by_count, "regret_percent": plain(percent)} for r, percent in ranks
+        ],
+    }
+
+
+def batches(folder, regret, outcome="REFUTED"):
+    """`large_batches` on another base: the control, and a batch of 512."""
+    made = [
+        verdict(0.01, outcome=o, claim=claim, group="c on dialect")
+        for claim, o in (("at_32", outcome), ("at_512", "SUPPORTED"))
+    ]
+    regrets = [
+        {"batch_size": b, "updates": n, "rank": 8, "regret_percent": plain(v, 2.5)}
+        for b, n, v in [(32, 384, regret), (512, 24, 9.0)]
+    ]
+    curves = [curve("c", rank=8.0, batch_size=32, steps=384)]
+    more = {"regrets": regrets, "curves": curves}
+    return answer(folder, *made, sweep="large_batches", base="c", data=RULES, **more)
+
+
+def test_regret_is_drawn_a_line_a_condition_with_the_other_bases_control(tmp_path):
+    cells = [
+        condition("b, nothing new", (8, 30.0)),
+        condition("b, 8 symbols, change of rank 2", (1, 20.0), (8, 0.05)),
+    ]
+    regime = answer(tmp_path, sweep="regime", cells=cells)
+    lines = figures.regret_lines([regime, batches(tmp_path, 7.8)])
+    values = {line.name: {r: e.value for r, e in line.regrets.items()} for line in lines}
+    assert values == {
+        "b, 8 symbols, change of rank 2, 256 updates of 16": {1: 20.0, 8: 0.05},
+        "c, only rules new, 384 updates of 32": {8: 7.8},
+    }
+    plots_study.regret_over_rank(lines, tmp_path / "regret.png")
+    assert (tmp_path / "regret.png").stat().st_size > 5_000
+
+
+def test_loads_are_shown_by_all_three_counts(tmp_path):
+    cells = [condition("b, x", (1, 20.0), (8, 1.0))]
+    regime = answer(tmp_path, sweep="regime", cells=cells)
+    (row,) = page.bits_rows([regime])[1:]
+    counts = ["1", "600", "40", "0.01 [-0.09, 0.11]", "6 [5.9, 6.1]", "0.4 [0.3, 0.5]"]
+    assert row == ["b, x", "256", "5 [4, 6]", *counts]
+    first = page.load_rows([regime])[1]
+    assert first == ["b, x", "256", "1", "0.01", "6", "0.4", "20 [19, 21]"]
+    # Answers from before the other counts were made show none.
+    del cells[0]["bits"]
+    assert page.bits_rows([regime]) == page.load_rows([regime]) == []
+
+
+def test_regret_is_drawn_over_multiples_of_full_fine_tunings_best_rate(tmp_path):
+    rng, rows = np.random.default_rng(3), []
+    arms = (("fullft", None, 1e-3, 2.0), ("lora", 4.0, 3e-3, 2.2), ("lora", 8.0, 5e-3, 2.1))
+    for method, rank, best, lowest in arms:
+        for k, seed in [*((k, 100) for k in range(-3, 4)), *((k, 101) for k in (-1, 0, 1))]:
+            nll = lowest + 0.05 * k**2 + rng.normal(0, 1e-3)
+            rows.append({"method": method, "rank": rank, "lr": best * 2.0**k, "seed": seed})
+            rows[-1] |= {"test_nll": nll, "run_id": str(len(rows))}
+    common = {"model": "b", "dataset": "dialect", "batch_size": 16, "steps": 100, "alpha": 32.0}
+    common |= {"status": "done", "nll_start": 3.1, "spec": json.dumps({"dataset": LISTS[0]})}
+    curves = [{"method": m, "best_lr": best} for m, _, best, _ in arms]
+    made = answer(tmp_path, sweep="lr_ratio", curves=curves)
+    pd.DataFrame(rows).assign(**common).to_parquet(made.folder / "table.parquet")
+    assert figures.has_rate_curves([made])
+    (found,) = figures.rate_curves([made])
+    assert found.label == "b, rank 8, beyond the regime"
+    # 10 times full fine-tuning's best rate is twice LoRA's: 0.05 of a gain of 1 nat.
+    at_ten = np.interp(10, found.fitted_times, found.fitted_percent)
+    assert at_ten == pytest.approx(5, abs=0.5) and found.fitted_percent.min() < 0.3
+    assert found.times[4] == pytest.approx(10, rel=0.03)
+    assert found.percent[4] == pytest.approx(5, abs=0.5)
+    plots_study.rates([found], tmp_path / "rates.png")
+    assert not figures.has_rate_curves([answer(tmp_path, sweep="rank", curves=curves)])
+
+
+def test_the_page_shows_only_the_sections_that_have_content(tmp_path):
+    def headings(*made):
+        return [x[3:] for x in page.page(made, tmp_path, kept=True).splitlines() if x[:3] == "## "]
+
+    rest = ["Sentence by sentence", "What was not tested", "How to read it"]
+    rest += ["What changed after a look", "Details"]
+    low = verdict(-0.01, claim="low", group="b, x")
+    regime = answer(tmp_path, low, sweep="regime", cells=[condition("b, x", (8, 1.0))])
+    assert headings(regime) == [
+        *("Regret over rank", "Capacity for what is new", "The claims"),
+        *rest,
+    ]
+    one = answer(tmp_path, verdict(0.5))
+    assert headings(one) == ["The claims", *rest]
+    added = {"arm": "lora", "what": "learning rate 1e-3", "why": "four were left"}
+    one.question["added_after"] = [added]
+    text = page.page([one], tmp_path, kept=True)
+    assert "- `rank-tiny`, arm lora: learning rate 1e-3; four were left" in text
+
+
+# ---------------------------------------------------------------- the ledger
+
+
+def outcomes_of(made, sentence):
+    (row,) = [r for r in ledger.ledger(made) if sentence in r[0]]
+    return row[1:]
+
+
+def test_every_claim_that_the_ledger_names_is_asked_by_a_sweep_or_was():
+    asked = {
+        (path.stem, claim)
+        for path in (ROOT / "sweeps").glob("*.yaml")
+        for claim in yaml.safe_load(path.read_text()).get("claims", {})
+    }
+    for path in KEPT.glob("*/question.json"):
+        kept = json.loads(path.read_text())
+        asked |= {(kept["name"], claim) for claim in kept["claims"]}
+    lines = [s for block in ledger.sentences().values() for s in block]
+    named = [c for s in lines for c in s.claims]
+    assert {tuple(c.split(": ")) for c in named} <= asked and len(named) == len(set(named))
+    assert len(lines) == len({s.says for s in lines}) > 60
+
+
+def test_the_ledger_counts_outcomes_by_setting_and_names_the_scale(tmp_path):
+    outcomes = ("REFUTED", "REFUTED", "UNDECIDED")
+    made = bases(tmp_path, [verdict(0.5, outcome=o, claim="parity") for o in outcomes])
+    made.append(answer(tmp_path, verdict(1.0)))
+    counted = "**REFUTED** 2 of 3, **UNDECIDED** 1 of 3 at `tiny`"
+    assert outcomes_of(made, "High ranks learn as fast") == ["", counted, ""]
+    assert outcomes_of(made, "Start with rank 256")[0] == ledger.NOT_TESTED
+    # A claim that no sentence names has a line of its own.
+    assert ledger.ledger(made)[-1] == ["C holds", "", "**REFUTED** at `tiny`", ""]
+
+
+@pytest.mark.parametrize(
+    ("value", "outcome", "gates", "shown"),
+    [
+        (0.002, "REFUTED", (), "SUPPORTED"),  # respects "at most one", though far from one
+        (8.0, "REFUTED", (), "REFUTED"),
+        (2.1, "UNDECIDED", (), "UNDECIDED"),
+        (0.002, "UNDECIDED", (Gate(GateCode.FEW_SEEDS_AT_BEST, 1),), "UNDECIDED"),
+    ],
+)
+def test_a_bound_is_judged_by_its_upper_end_alone(tmp_path, value, outcome, gates, shown):
+    claim = {"claim": "one_bit", "margin": (0.5, 2.0), "log": True}
+    v = verdict(value, value / 2, outcome=outcome, gates=gates, **claim)
+    made = [answer(tmp_path, v, sweep="rl_bits")]
+    assert f"**{shown}** at `tiny`" in "".join(outcomes_of(made, "at most about one bit"))
+
+
+def test_the_studys_condition_on_rewards_is_shown_with_the_verdict(tmp_path):
+    """100 updates of 256 completions, 5,120 parameters of rank 1: 0.2 parameters an episode."""
+    group = "b on words, policy gradient, batch 256, steps 100"
+    arms = [{"rank": r, "steps": 100, "batch_size": 256} for r in (1.0, 16.0)]
+    curves = [curve("b", "words", objective="policy_gradient", **a) for a in arms]
+    words = {"name": "words", "location": "skills", "source": "synthetic", "knobs": {}}
+    v = verdict(-8.6, 3.0, claim="rank_1", group=group)
+    made = answer(tmp_path, v, sweep="rl", data=(words,), curves=curves)
+    common = {"seed": 100, "hidden_size": 64, "spec": json.dumps({"dataset": words})}
+    rows = [{**c, **common, "n_trainable": 5120 * int(c["rank"])} for c in curves]
+    pd.DataFrame(rows).to_parquet(made.folder / "table.parquet")
+    (shown,) = filter(None, outcomes_of([made], "rank 1 reaches full"))
+    assert shown == "**REFUTED** at `tiny`<br>at 0.2 parameters an episode"
+    (said,) = findings.sentences([made])
+    assert said.endswith("here rank 1 has 0.2 parameters an episode.")
+
+
+# ---------------------------------------------------------------- the findings
+
+
+def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
+    def first(*outcomes, control=None):
+        made = [
+            verdict(-0.01, outcome=o, claim="low", group=f"b, {k}") for k, o in enumerate(outcomes)
+        ]
+        cells = [condition(f"b, {k}", (4, 9.0), (8, 2.0 + k)) for k in range(len(outcomes))]
+        parts = [answer(tmp_path, *made, sweep="regime", data=RULES, cells=cells)]
+        parts += [batches(tmp_path, 7.8, control)] if control else []
+        return findings.sentences(parts)[0]
+
+    held = first("SUPPORTED", "SUPPORTED")
+    # The rank of an eighth of the width of 64, with an interval on either data set.
+    assert "no regret where only rules are new**" in held
+    assert held.endswith(
+        "b (rank 8, 256 updates of 16) was 2.0% [1.0, 3.0] and 3.0% [2.0, 4.0] of full "
+        "fine-tuning's gain."
+    )
+    # Another base of the same share of the width has a sentence of its own.
+    both = first("SUPPORTED", "SUPPORTED", control="REFUTED")
+    assert "on some bases and data sets**" in both
+    assert both.endswith(". On c (rank 8, 384 updates of 32) it was 7.8% [5.3, 10.3].")
+    assert "has regret where" in first("REFUTED")
+    assert "on some bases and data sets" in first("SUPPORTED", "UNDECIDED")
+    assert "undecided" in first("UNDECIDED")
+    assert findings.sentences([]) == []
+    one_seed = verdict(2.0, outcome="UNDECIDED", claim="rank_1", estimate=Estimate(2.0))
+    assert findings.sentences([answer(tmp_path, one_seed, sweep="rl")]) == []
+
+
+def test_loads_are_compared_on_one_base_after_one_length(tmp_path):
+    def second(*cells):
+        low = [verdict(-0.01, claim="low", group=c["cell"]) for c in cells]
+        made = [answer(tmp_path, *low, sweep="regime", cells=list(cells))]
+        return [x for x in findings.sentences(made) if "bits are counted" in x]
+
+    one = condition("b, x", (8, 1.0))
+    (said,) = second(one, condition("b, y", (8, 1.0), rank=14.0, loads=(0.2, 3.0, 0.5)))
+    assert " depends on how bits" in said
+    assert "On b after 256 updates a regret of 5% takes ranks of 5 to 14, on 2 data sets." in said
+    assert "0.01 to 0.2 by the generator's count, 3 to 6 by the first pass and 0.4 to 0.5" in said
+    same = condition("b, z", (8, 1.0), loads=(0.4, 0.4, 0.4))
+    assert "hardly depends" in second(same, one)[0]
+    assert second(one) == second(one, condition("c, y", (8, 1.0))) == []
+    assert second(one, condition("b, y", (8, 1.0), updates=64)) == []
+
+
+def test_answers_of_other_bases_ranks_or_lengths_share_no_sentence(tmp_path):
+    made = []
+    for base, value, scale, data, steps in (
+        ("m", 12.7, "small", (GSM8K,), 30),
+        ("b", 4.2, "tiny", RULES, 128),
+    ):
+        name = data[0]["name"]
+        group = f"{base} on {name}, batch 16, steps {steps}"
+        why = "early seeds" if base == "m" else ""
+        verdicts = [
+            verdict(value, claim=c, group=group, exploratory=why) for c in ("ratio", "order")
+        ]
+        curves = [curve(base, name, rank=16.0, steps=steps)]
+        more = {"sweep": "lr_ratio", "scale": scale, "base": base}
+        made.append(answer(tmp_path, *verdicts, data=data, curves=curves, **more))
+    (said,) = findings.sentences(made)
+    assert said.split(". ", 1)[1] == (
+        "The ratio was 4.2 [4.1, 4.3] on b (only rules new; rank 16, 128 updates). On m (gsm8k; "
+        "rank 16, 30 updates) it was 12.7 [12.6, 12.8] (exploratory)."
+    )
+
+
+def test_batches_are_no_evidence_where_their_control_fails(tmp_path):
+    def said(outcome):
+        penalty = verdict(-0.05, 0.02, outcome="UNDECIDED", claim="penalty")
+        read = {"batch_effect": "rank 16, batches of 4 to 256 after 8 to 256 updates; rank 1: -1"}
+        more = {"curves": [curve("b", rank=16.0)], "read": read}
+        small = answer(tmp_path, penalty, sweep="batch_size", data=RULES, **more)
+        small.question["claims"]["penalty"]["estimand"] = "batch_effect"
+        (sentence,) = findings.sentences([small, batches(tmp_path, 7.8, outcome)])
+        return sentence
+
+    where = "on b (only rules new; rank 16, batches of 4 to 256 after"
+    assert f"-4.9% [-6.8, -3.0] {where}" in said("SUPPORTED")
+    assert "control" not in said("SUPPORTED")
+    assert said("REFUTED").endswith(
+        "on c are no evidence: the control, a batch of 32, has regret as well."
+    )
+    assert said("UNDECIDED").endswith("may have regret as well.")
+
+
+def test_nothing_is_shown_as_minus_zero():
+    shown = findings.with_unit(findings.signed, "%")(Estimate(-0.04, -0.2, 0.1))
+    assert shown == "+0.0% [-0.2, +0.1]"
+    assert findings.percent(-0.01) == "0.0" and findings.change(-1e-5) == "+0.0"
+    assert number(-0.0) == "0" and fixed(-0.00001, 4, "+") == "+0.0000"
+
+
+def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(tmp_path):
+    made = verdict(-9.0, claim="rank_1", exploratory="the rule was written later")
+    explores = answer(tmp_path, made, verdict(-8.0, claim="rank_1"), sweep="rl", data=(FACTS,))
+    gone = Gate(GateCode.WITHDRAWN, "an arm is missing")
+    away = verdict(-20.0, claim="tie", outcome="UNDECIDED", gates=(gone,))
+    withdrawn = answer(tmp_path, away, sweep="rl_bits", data=(FACTS,))
+    withdrawn.question["withdrawn"] = "an arm is missing"
+    both = [explores, withdrawn]
+    assert [r[4] for r in rows_of(both)[1:]] == ["REFUTED (exploratory)", "REFUTED", "WITHDRAWN"]
+    shown = "".join(outcomes_of(both, "rank 1 reaches full fine-tuning's accuracy"))
+    assert "**REFUTED** at `tiny`<br>**REFUTED** at `tiny` (exploratory)" in shown
+    shown = "".join(outcomes_of(both, "it ties with full fine-tuning"))
+    assert "**WITHDRAWN** at `tiny`" in shown and "UNDECIDED" not in shown
+    row = page.verdict_row(explores, made)
+    assert row[4] == "**REFUTED (exploratory)**" and "the rule was written later" in row[5]
+    said = findings.sentences(both)
+    assert "`rl_bits`" in said[-1] and "an arm is missing" in said[-1]
+    assert not any("-20" in text for text in said)
+    (alone, _) = findings.sentences([answer(tmp_path, made, sweep="rl", data=(FACTS,)), withdrawn])
+    assert "was -9.0 points [-9.1, -8.9] on b on dialect (exploratory)." in alone
+    (row,) = figures.claim_rows(both, [])  # no withdrawn number is in the figure
+    assert [m.exploratory for marks in row.marks.values() for m in marks] == [True, False]
+    assert "**WITHDRAWN**: an arm is missing." in page.page(both, tmp_path)
+
+
+def test_what_a_sweeps_file_says_of_its_answer_is_in_the_verdicts(reports):
+    """The same runs judged as they are, with an exploratory claim, and withdrawn."""
+    folder = reports / "rank-smoke"
+    table = read(folder / "table.parquet")
+    asked = json.loads((folder / "question.json").read_text())
+    as_asked = json.loads((folder / "results.json").read_text())["claims_hash"]
+    plain = analyse(table, asked)
+    assert not any(v.exploratory or v.is_withdrawn for v in plain.verdicts)
+    first = next(iter(asked["claims"]))
+    asked["claims"][first]["exploratory"] = {"smoke": "the rule came later", "tiny": "no"}
+    known = {v.claim: v for v in analyse(table, asked).verdicts}
+    assert {c for c, v in known.items() if v.exploratory} == {first}
+    assert known[first].plain()["exploratory"] == "the rule came later"
+    outcome = next(v.outcome for v in plain.verdicts if v.claim == first)
+    assert known[first].outcome == outcome and known[first].shown == f"{outcome} (exploratory)"
+    assert question_hash(asked) == as_asked
+    asked["withdrawn"] = "an arm is missing"
+    found = analyse(table, asked)
+    for v, as_judged in zip(found.verdicts, plain.verdicts):
+        assert v.outcome == "UNDECIDED" and v.shown == "WITHDRAWN"
+        assert v.plain()["why"].startswith("withdrawn: an arm is missing")
+        assert v.plain()["gates"][0]["code"] == "WITHDRAWN"
+        assert v.estimate.plain() == as_judged.estimate.plain()
+    assert {v.outcome for v in plain.verdicts} != {"UNDECIDED"}
+    assert next_runs.suggest(found) == []  # more seeds do not bring it back
+    text = report.render(found, asked, table)
+    assert "**WITHDRAWN**: an arm is missing." in text and "**REFUTED" not in text
+    asked["claims"][first]["stands"] = True
+    again = {v.claim: v.shown for v in analyse(table, asked).verdicts}
+    assert again.pop(first) == f"{outcome} (exploratory)" and set(again.values()) == {"WITHDRAWN"}
+    assert question_hash(asked) == as_asked
