@@ -30,8 +30,8 @@ from lorasweep.sweep.grid import Point
 LORA_GRID = (
     "+sweep=lr_ratio",
     "~sweep.arms.fullft",
-    "scale.ranks=[16]",
-    "sweep.second.seeds=[]",
+    "sweep.arms.lora.rank=[16]",
+    "sweep.replicate.seeds=[]",
     "sweep.arms.lora.lr=${around:3e-4,16,1.3}",
 )
 PLAIN_RUNS = 7 * 3

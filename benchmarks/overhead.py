@@ -26,7 +26,7 @@ GRID = (
     "sweep.arms.lora.lr=${around:3e-3,25,1.3}",
     "sweep.arms.lora.rank=[1,2,4,8,16]",
     f"sweep.axes.seed={list(range(80))}".replace(" ", ""),
-    "sweep.second.seeds=[]",
+    "sweep.replicate.seeds=[]",
 )
 """10,000 runs: 25 learning rates, 5 ranks, 80 seeds."""
 FINAL = {

@@ -53,7 +53,7 @@ class Valley:
 START, GAIN, CURVATURE, NOISE = 3.4, 0.14, 0.06, 4e-4
 FULL, LORA = 1.6e-3, 3.2e-3  # best rates of a World: on the grids of scale smoke
 FULL_LR, LORA_LR = "${around:1.6e-3,7,2}", "${around:3.2e-3,7,2}"
-GRIDS = (f"sweep.at.smoke.lr_fullft={FULL_LR}", f"sweep.at.smoke.lr_lora={LORA_LR}")
+GRIDS = (f"sweep.arms.fullft.lr={FULL_LR}", f"sweep.arms.lora.lr={LORA_LR}")
 
 
 class World:

@@ -100,8 +100,8 @@ def _sweep(advice: Advice, name: str) -> dict[str, Any]:
         ),
         "claims": {
             "no_regret": {
-                "says": "at the highest rank LoRA gives up nothing",
-                "whose": "ours",
+                "text": "at the highest rank LoRA gives up nothing",
+                "source": "ours",
                 "measure": f"loss(LoRA) - loss(full fine-tuning) - {ALLOWED:g}% of the gain, nats",
                 "estimand": "over_allowed_top_rank",
                 "expected": -0.01,
@@ -109,8 +109,8 @@ def _sweep(advice: Advice, name: str) -> dict[str, Any]:
                 "primary": True,
             },
             "order": {
-                "says": "LoRA's best rate is of the order of 10 times full fine-tuning's",
-                "whose": "study",
+                "text": "LoRA's best rate is of the order of 10 times full fine-tuning's",
+                "source": "study",
                 "measure": "best LoRA rate / best full fine-tuning rate",
                 "estimand": "lr_ratio",
                 "expected": 10,
@@ -128,7 +128,7 @@ def _sweep(advice: Advice, name: str) -> dict[str, Any]:
             "fullft": {"method": "fullft", "lr": around.format(full, RATES, APART)},
             "lora": {"method": "lora", "rank": ranks, "lr": around.format(lora, RATES, APART)},
         },
-        "second": {"seeds": [1, 2, 3], "n_lrs": 2},
+        "replicate": {"seeds": [1, 2, 3], "n_lrs": 2},
         "analysis": "lr_ratio",
     }
 
@@ -137,8 +137,8 @@ def _of_rewards(advice: Advice, sweep: dict[str, Any]) -> dict[str, Any]:
     """Return the sweep for sampled answers that are rewarded: judged in points of the reward."""
     claims = {
         "no_regret": {
-            "says": "at the highest rank LoRA reaches full fine-tuning's reward",
-            "whose": "ours",
+            "text": "at the highest rank LoRA reaches full fine-tuning's reward",
+            "source": "ours",
             "measure": "reward(highest rank) - reward(full fine-tuning), points",
             "estimand": "points_top_rank",
             "expected": 0,

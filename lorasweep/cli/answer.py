@@ -44,10 +44,11 @@ def check_claims(sweep: Sweep | None) -> None:
                 f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. "
                 "Expected a margin above 0."
             )
-        if claim.not_on and not getattr(module, "BY_BASE", False):
+        if claim.except_models and not getattr(module, "BY_BASE", False):
             raise SpecError(
-                f"claim {name!r}: not_on={claim.not_on}, but analysis {sweep.analysis!r} cannot "
-                "leave out bases. Remove it, or leave the bases out of the sweep."
+                f"claim {name!r}: except_models={claim.except_models}, but analysis "
+                f"{sweep.analysis!r} cannot leave out bases. Remove it, or leave the bases out of "
+                "the sweep."
             )
 
 
@@ -91,7 +92,7 @@ def _outlooks(
     from analysis.questions.registry import question_named
 
     ratios = question_named(sweep.analysis).LOG_ESTIMANDS
-    seeds = planned_seeds(points, sweep.second)
+    seeds = planned_seeds(points, sweep.replicate)
     return [
         outlook(
             name,

@@ -26,7 +26,7 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
 
 def _two_stages(request: Request, store: RunStore) -> list[Point]:
     points = list(request.points)
-    second = request.sweep.second if request.sweep else None
+    second = request.sweep.replicate if request.sweep else None
     if second is None or not second.seeds:
         return points
     results = {p.id: store.result(p.id) for p in points}

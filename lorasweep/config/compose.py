@@ -3,7 +3,6 @@
 Knows Hydra, the schema and the groups. Refuses to know torch: composing works on a login node.
 """
 
-import copy
 import dataclasses
 import hashlib
 import re
@@ -14,17 +13,14 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.folders import conf_dir, exec_of
-from lorasweep.config.ignored import (
-    refuse_advice,
-    refuse_overwritten,
-    refuse_shadows,
-    refuse_unread,
-)
+from lorasweep.config.ignored import refuse_advice, refuse_overwritten, refuse_shadows
+from lorasweep.config.loader import install, without_hydra
 from lorasweep.config.schema import ACTIONS, FORMATS, MIRRORS, Config, writable
 from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.fleet.members import rates_of
@@ -39,7 +35,7 @@ from lorasweep.spec.execution import Cluster
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate
 from lorasweep.sweep.grid import Point, around, expand, geom
-from lorasweep.sweep.question import Sweep, check_directions, check_sweep
+from lorasweep.sweep.question import check_directions, check_sweep
 from lorasweep.sweep.request import HASH_DIGITS, Request, runs_hash
 
 REQUEST_KEYS = (
@@ -48,7 +44,6 @@ REQUEST_KEYS = (
     *("customers", "customer", "why", "write_sweep", "data", "rates", "instead_of_full"),
 )
 """Settings of the command itself, which a request keeps as they are."""
-NO_SCALE = re.compile(r"Interpolation key 'sweep\.at\.(\w+)\.")
 SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTILINE)
 """Matches lines with which a sweep's file sets more than the sweep."""
 SELECT_FILES = ("+sweep=", "scale=")
@@ -58,10 +53,12 @@ CHANGE_NO_RUNS = (
     *("exec.", "+exec.", "cluster=", "cluster.", "+cluster.", "hardware=", "hardware."),
 )
 """Starts of overrides that change how runs are trained and shown, not which runs are asked for."""
+CHOOSE_PARTS = ("model=", "dataset=", "method=")
 
 
 def register() -> None:
-    """Register the schema, the methods and the resolvers with Hydra."""
+    """Register the schema, the methods, the resolvers and the loader of sweeps with Hydra."""
+    install()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for name, cls in method_classes().items():
@@ -80,7 +77,6 @@ def shipped_model(name: str) -> ModelSpec:
 def compose_request(overrides: Sequence[str]) -> Request:
     """Return the request of `python -m lorasweep OVERRIDES`, for other programs."""
     from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
     register()
@@ -89,10 +85,7 @@ def compose_request(overrides: Sequence[str]) -> Request:
         loader = GlobalHydra.instance().config_loader()
         cfg = loader.load_configuration("config", list(overrides), run_mode=RunMode.RUN)
         HydraConfig.instance().set_config(cfg)
-        cfg = copy.deepcopy(cfg)
-        with flag_override(cfg, ["struct", "readonly"], False):
-            del cfg["hydra"]
-        return request(cfg)
+        return request(without_hydra(cfg))
 
 
 def request(cfg: DictConfig, settings: Any = None) -> Request:
@@ -103,13 +96,12 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     Raises:
         SpecError: the configuration or any run of the sweep is not valid.
     """
-    alone, settings = settings is None, settings or HydraConfig.get()
-    if alone:
+    if settings is None:
+        settings = HydraConfig.get()
         _looked_up.clear()
     overrides = list(settings.overrides.task)
     sources = settings.runtime.config_sources
     refuse_shadows([Path(s.path) for s in sources if s.provider == "command-line"])
-    unresolved = copy.deepcopy(cfg)
     config = _object(cfg)
     for name, allowed in (("action", ACTIONS), ("format", FORMATS), ("mirror", MIRRORS)):
         _one_of(name, getattr(config, name), allowed)
@@ -148,14 +140,43 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
             changed=_changed_parts(parts, overrides),
         )
     refuse_overwritten(overrides, sweep_name, sweep)
-    if alone:  # a part of a sweep of sweeps need not read all that the others do
-        refuse_unread(overrides, sweep_name, unresolved)
-    if _sets_only_itself(sweep_name, sources):  # leave it out, as composing it takes longest
-        overrides = [o for o in overrides if not o.lstrip("+~").startswith(("sweep=", "sweep."))]
-    points = expand(base, sweep, _lookup("model", overrides), _lookup("dataset", overrides))
+    files: DictConfig = GlobalHydra.instance().config_loader().as_in_files  # type: ignore[attr-defined]
+    alone = _sets_only_itself(sweep_name, sources)
+    points = _expand(config, overrides, alone)
     check_directions(sweep_name, sweep, {p.spec.objective for p in points})
-    changes = _changed(points, sweep, settings.overrides.task)
-    return Request(**common, sweep_name=sweep_name, sweep=sweep, points=points, **changes)
+    request = Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
+    changes = [o for o in overrides if not o.startswith(CHANGE_NO_RUNS)]
+    asked = runs_hash(points, sweep)
+    if changes and asked != _hash_in_files(files, changes, overrides, alone):
+        request.changed, request.changes = asked, changes
+    return request
+
+
+def _expand(config: Config, overrides: Sequence[str], alone: bool) -> list[Point]:
+    """Expand the sweep of a configuration. `alone`: its file sets nothing but the sweep."""
+    files = [o for o in overrides if o.startswith(SELECT_FILES)]
+    if alone:  # leave it out, as composing it takes longest
+        files = [o for o in files if not o.startswith("+sweep=")]
+
+    def look_up(group: str) -> Callable[[str], Any]:
+        of_group = [o for o in overrides if o.lstrip("+~").startswith(f"{group}.")]
+        return _lookup(group, [*files, *of_group])
+
+    return expand(_run_spec(config), config.sweep, look_up("model"), look_up("dataset"))
+
+
+def _hash_in_files(
+    files: DictConfig, changes: Sequence[str], overrides: Sequence[str], alone: bool
+) -> str:
+    """Return the hash of the runs that the sweep's files ask for; empty if it is not known."""
+    if any(o.startswith(CHOOSE_PARTS) for o in changes):  # `files` holds these choices
+        return ""
+    try:
+        config = _object(files)
+        points = _expand(config, [o for o in overrides if o.startswith(SELECT_FILES)], alone)
+    except SpecError:  # complete only with the command line, as a sweep of any model
+        return ""
+    return runs_hash(points, config.sweep)
 
 
 def _single(config: Config, run: RunSpec) -> list[Point]:
@@ -170,25 +191,6 @@ def _single(config: Config, run: RunSpec) -> list[Point]:
     if not config.customers:  # each customer's runs are made of it
         validate(run)
     return [Point(run.method.name, run)]
-
-
-def _changed(points: list[Point], sweep: Sweep, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a Request's `changed` and `changes`; empty if the runs are those of the sweep's file.
-
-    The sweep is composed without the rest of the command line and its runs are compared.
-    """
-    changes = [o for o in overrides if not o.startswith(CHANGE_NO_RUNS)]
-    if not changes:
-        return {}
-    mine = {"changed": runs_hash(points, sweep), "changes": changes}
-    selects = [o for o in overrides if o.startswith(SELECT_FILES)]
-    try:
-        as_in_file = _composed(selects)
-    except SpecError:  # complete only with the rest of the command line, as a sweep of any model
-        return mine
-    assert as_in_file.sweep is not None
-    same = runs_hash(as_in_file.points, as_in_file.sweep) == mine["changed"]
-    return {} if same else mine
 
 
 def _changed_parts(parts: Sequence[Request], overrides: Sequence[str]) -> str:
@@ -215,10 +217,7 @@ def _part(overrides: list[str], name: str) -> list[Request]:
 def _composed(overrides: list[str]) -> Request:
     """Compose another request inside the running command, with the same folders of files."""
     cfg = hydra_compose("config", overrides=overrides, return_hydra_config=True)
-    settings = cfg.hydra
-    with flag_override(cfg, ["struct", "readonly"], False):
-        del cfg["hydra"]
-        return request(cfg, settings)
+    return request(without_hydra(cfg), cfg.hydra)
 
 
 def _object(cfg: DictConfig) -> Any:
@@ -231,14 +230,10 @@ def _object(cfg: DictConfig) -> Any:
                 "or set the key."
             )
         OmegaConf.resolve(cfg)
-        return OmegaConf.to_object(cfg)
+        found: Any = OmegaConf.to_object(cfg)
+        return Config(**found) if isinstance(found, dict) else found
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0]
-        scale, known = NO_SCALE.search(message), OmegaConf.select(cfg, "sweep.at") or {}
-        if scale and scale[1] not in known:
-            raise NotAtScale(
-                f"this sweep is not asked at scale {scale[1]!r}. Its file has: {', '.join(known)}."
-            ) from None
         raise SpecError(f"configuration: {message} (key {error.full_key or '?'})") from None
 
 
@@ -306,6 +301,4 @@ def _lookup(group: str, overrides: list[str]) -> Callable[[str], Any]:
 
 def option_names(group: str) -> list[str]:
     """List the options of a group, the shipped ones and those in the user's --config-dir."""
-    from hydra.core.global_hydra import GlobalHydra
-
     return sorted(GlobalHydra.instance().config_loader().get_group_options(group))

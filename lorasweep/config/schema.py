@@ -71,25 +71,11 @@ def _writable_type(kind: Any) -> Any:
 
 @dataclass
 class Scale:
-    """The size at which a question is answered."""
+    """The size at which a question is answered. Its file also sets the defaults of runs."""
 
     name: str = "???"
-    at: str = "${scale.name}"
-    """The entry of a sweep's `at` that this scale uses."""
-    base: str = ""
-    """The base model for a sweep's entry `tiny`: another size or another base seed."""
-    models: list[str] = field(default_factory=list)
-    datasets: list[str] = field(default_factory=list)
-    generator_params: list[dict[str, Any]] = field(default_factory=lambda: [{}])
-    """Settings of a synthetic data set, as values of the axis `knobs`; {}: those of its file."""
-    ranks: list[int] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
-    fresh_seeds: list[int] = field(default_factory=list)
-    """Seeds of the second stage; empty: no second stage."""
-    fresh_lrs: int = 3
-    """Number of learning rates around a curve's best that get fresh seeds in `lr_ratio`."""
-    lr_fullft: list[float] = field(default_factory=list)
-    lr_lora: list[float] = field(default_factory=list)
+    extends: str = ""
+    """Another scale: sweeps take its block first, then the block of this scale, if any."""
 
 
 @dataclass

@@ -1,14 +1,15 @@
-"""Examples, and the order in which they are seen.
+"""Loaded data: examples, the order in which they are seen, and the fingerprint of a data set.
 
-Refuses to know methods and learning rates: example i of (data set, split, seed) is the same in
-every arm.
+Example i of (data set, split, seed) is the same for every method and learning rate.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
@@ -23,7 +24,7 @@ class Truth:
     probabilities: np.ndarray
     """float32 [loss tokens, symbols]."""
     changed: np.ndarray
-    """bool [loss tokens]: whether it differs from that of the pretraining language."""
+    """bool [loss tokens]: whether it differs from the distribution of the pretraining language."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Rewards:
-    """How the answers to the prompts of a data set are rewarded."""
+    """How completions of the prompts of a data set are rewarded."""
 
     of: Callable[[Sequence[tuple[Example, np.ndarray]]], list[float | None]]
-    """(row, tokens of an answer with its end) of many -> rewards from 0 to 1; None: unreadable."""
+    """[(row, tokens of a completion with its end)] -> rewards from 0 to 1; None: unreadable."""
     ends: tuple[tuple[int, ...], ...]
-    """Sequences of tokens, each of which ends an answer."""
+    """Token sequences, each of which ends a completion."""
     exact: bool = False
-    """Whether only the row's own answer is rewarded, with 1. Its probability is then the expected
-    reward."""
+    """Whether only the gold answer of a row is rewarded, with 1. Its probability is then the
+    expected reward."""
     choices: int = 0
-    """Of how many equally likely answers the row's was drawn; 0: not known."""
+    """Number of equally likely answers that the gold answer was drawn from; 0: not known."""
     of_gold: Callable[[Sequence[Example]], list[float | None]] | None = None
-    """Rows -> the rewards of their own answers, where those lack what a sampled one must have, such
-    as a box. None: they are rewarded as sampled ones are."""
+    """Rows -> rewards of their gold answers, where these need not have the form that a completion
+    needs, such as a box. None: gold answers are rewarded like completions."""
 
 
 @dataclass(frozen=True)
@@ -69,31 +70,63 @@ class Data:
     n_train: int | None
     """Rows in the training split; None: unlimited (generated)."""
     validation: Sequence[Example] = ()
-    """Held-out examples that choose between runs; those of `test` then choose nothing."""
+    """Held-out examples that select between runs."""
     retain: Sequence[Example] = ()
     """Held-out examples of the pretraining data, to measure what fine-tuning forgets."""
     entropy_floor_nats: float | None = None
     """Mean -log p of the test tokens under the true generator, in nats: the lowest possible NLL.
     With exact_loss the mean entropy of their true distributions."""
     sha256: str | None = None
-    """Fingerprint of what is trained and tested on: equal for all seeds, and only for equal data.
-    """
+    """Fingerprint of training and test data: equal for all seeds, and only for equal data."""
     commit: str | None = None
     """Commit of the hub that the rows are from; None for other sources."""
     rewards: Rewards | None = None
     """How sampled answers are rewarded; None: nothing verifies them."""
     bits: Callable[[int], dict[str, float]] | None = None
-    """Number of training tokens -> bits of what is new in them, by measure; None: not known."""
+    """Number of training tokens -> bits of new information in them, by measure; None: not known."""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A synthetic data set. Each is one entry of `load.GENERATORS`."""
+
+    vocab: int
+    """Number of symbols."""
+    check: Callable[[DatasetSpec], None]
+    """Raises DataError for a parameter that is unknown or out of range."""
+    load: Callable[..., Data]
+    """(spec) -> data; with `draw_by_seed` also draw=number."""
+
+
+def parameters(spec: DatasetSpec, defaults: Mapping[str, float]) -> dict[str, float]:
+    """Return all parameters of a generator: those of the data set, and defaults for the rest.
+
+    Raises:
+        DataError: the data set sets one that the generator does not have.
+    """
+    for key in spec.generator_params:
+        if key not in defaults:
+            allowed = ", ".join(defaults) or f"none, generator {spec.location!r} has no parameters"
+            raise DataError(
+                f"dataset {spec.name!r}: generator_params.{key} is unknown. Allowed: {allowed}."
+            )
+    return {**defaults, **spec.generator_params}
+
+
+def prompt_of(row: Example) -> np.ndarray:
+    """Return the tokens before the first one in the loss."""
+    return row.tokens[: int(row.loss.argmax())]
+
+
+def answer_of(row: Example) -> np.ndarray:
+    """Return the tokens in the loss: of a row with one answer, the gold answer with its end."""
+    return row.tokens[row.loss]
 
 
 def prompts_of(rows: Sequence[Example]) -> list[int]:
-    """Return the number of each row's prompt, the tokens before the first one in the loss."""
+    """Return the number of each row's prompt, counting distinct prompts in order."""
     numbers: dict[bytes, int] = {}
-    found = []
-    for e in rows:
-        prompt = e.tokens[: int(e.loss.argmax())].tobytes()
-        found.append(numbers.setdefault(prompt, len(numbers)))
-    return found
+    return [numbers.setdefault(prompt_of(e).tobytes(), len(numbers)) for e in rows]
 
 
 def shuffled(
@@ -138,3 +171,40 @@ def generated(
         return picked
 
     return train
+
+
+def fingerprint(*parts: str | np.ndarray | Sequence[Example]) -> str:
+    """Return the SHA-256 of texts, of arrays, and of examples' token ids and loss masks."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for array in _arrays(part):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def of_generator(data: Data, *distribution: str | np.ndarray) -> str:
+    """Return the fingerprint of generated data.
+
+    It covers the distribution (parameters and tables; probabilities `rounded`), the held-out and
+    pretraining rows, and the first training rows of seed 0, which depend on the generator's code.
+    """
+    drawn = data.train(0, 0, min(CHUNK, data.n_train or CHUNK))
+    return fingerprint(*distribution, data.test, data.retain, drawn)
+
+
+def rounded(probabilities: np.ndarray) -> np.ndarray:
+    """Round to 3 digits (float16), because processors differ in the last digits of a product."""
+    return probabilities.astype("<f2")
+
+
+def _arrays(part: str | np.ndarray | Sequence[Example]) -> list[np.ndarray]:
+    if isinstance(part, str):
+        return [np.frombuffer(part.encode(), dtype=np.uint8)]
+    if isinstance(part, np.ndarray):
+        return [part]
+    lengths = np.array([len(e.tokens) for e in part], dtype="<i8")
+    if not len(part):
+        return [lengths]
+    tokens = np.concatenate([e.tokens for e in part]).astype("<i4")
+    return [lengths, tokens, np.concatenate([e.loss for e in part])]

@@ -1,18 +1,20 @@
-"""Read what a row of text says: its prompt, its completion, its messages.
+"""Read the content of a row of text: its prompt, its completion, its messages, and their masks.
 
-Knows the formats of rows. Refuses to know where rows are from and how they become tokens.
+Knows the formats of rows; knows neither where rows are from nor how they become tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from lorasweep.data.render import Message, counted
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 
+Message = tuple[str, str]
+"""Role and content."""
 LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
-"""Formats whose column, of their name, is a list of messages; the keys of speaker and text."""
+"""Formats with a list of messages in a column of that name: the keys of sender and text."""
 WEIGHT = "weight"
-"""Key of a message that says whether it is learned, 0 or 1, as in OpenAI's chat files."""
+"""Key of a message: whether it is learned, 0 or 1, as in OpenAI's chat files."""
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -20,7 +22,7 @@ SPEAKERS = {
     "assistant": "assistant",
     "system": "system",
 }
-"""Of conversations, and the roles that they are."""
+"""Senders in conversations -> roles."""
 
 
 def columns(spec: DatasetSpec) -> tuple[str, ...]:
@@ -57,6 +59,19 @@ def in_loss(spec: DatasetSpec, row: Any, where: str) -> list[bool]:
     return counted(messages, [_weight(m) for m in listed], spec.mask)
 
 
+def counted(messages: Sequence[Message], weights: Sequence[int | None], mask: str) -> list[bool]:
+    """Return for each message whether its content is in the loss.
+
+    A weight of 0 takes a message out, and a weight of 1 puts it in; without one (None) the mask
+    decides. The last assistant message is the last one whose weight is not 0.
+    """
+    answers = [i for i, (role, _) in enumerate(messages) if role == "assistant" and weights[i] != 0]
+    by_mask = {"all": range(len(messages)), "completion": answers, "last_assistant": answers[-1:]}
+    return [
+        i in by_mask[mask] if weight is None else weight == 1 for i, weight in enumerate(weights)
+    ]
+
+
 def prompt_and_completion(spec: DatasetSpec, row: Any, where: str) -> tuple[str, str]:
     """Return the prompt in its template and the completion of a row with two columns.
 
@@ -68,7 +83,7 @@ def prompt_and_completion(spec: DatasetSpec, row: Any, where: str) -> tuple[str,
 
 
 def opening(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
-    """Return what stands before a row's first answer: equal for rows with the same prompt.
+    """Return the messages before a row's first answer: equal for rows with the same prompt.
 
     Raises:
         DataError: the row has not the columns of the format; the message names file and line.
@@ -81,11 +96,9 @@ def opening(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
 def prompt_of(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
     """Return a row's prompt: the messages before the first one in the loss.
 
-    Training on a row teaches the answers in its loss, each given all that stands before it. So two
-    rows of which one teaches what the other asks share the messages before such an answer: of a
-    conversation with its last answer in the loss, all that was said before, and not the first
-    question alone, which says little of the last one. Where all answers are in the loss, rows that
-    share what stands before any of them also share what stands before the first.
+    If only the last answer of a conversation is in the loss, its prompt is the whole conversation
+    before that answer, not the first question alone. If all answers are in the loss, rows that
+    share the messages before any answer also share those before the first one.
 
     Raises:
         DataError: the row has not the columns of the format; the message names file and line.
@@ -133,7 +146,7 @@ def _listed(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
 
 
 def _weight(message: dict[str, Any]) -> int | None:
-    """Return 0 or 1; None for a message without a weight, of which a table's column is null."""
+    """Return 0 or 1; None for a message without a weight (in a table: null)."""
     weight = message.get(WEIGHT)
     return None if weight is None else int(weight)
 

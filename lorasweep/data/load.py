@@ -9,17 +9,18 @@ from functools import partial
 from typing import Any, TypeVar
 
 from lorasweep.data import fields, hub, rewards, sources, text
-from lorasweep.data.examples import Data, prompts_of, shuffled
-from lorasweep.data.fingerprint import fingerprint
+from lorasweep.data.examples import Data, Generator, fingerprint, prompts_of, shuffled
 from lorasweep.data.sources import Row, Source
-from lorasweep.data.synthetic import bandit, dialect, facts, skills, words
+from lorasweep.data.synthetic import dialect, facts, skills
 from lorasweep.errors import DataError, unknown
 from lorasweep.spec.dataset import DatasetSpec
 
 T = TypeVar("T")
+GENERATORS: dict[str, Generator] = dialect.GENERATORS | facts.GENERATORS | skills.GENERATORS
+"""Synthetic data sets, by the name that is the location of a data set."""
 OF_A_PROMPT = 8
-"""Held-out rows of one prompt that are evaluated, with held_out_by=prompt: further answers to the
-same prompt say little more of what was learned."""
+"""Evaluated held-out rows per prompt, at most, with held_out_by=prompt: further answers to the same
+prompt add little information."""
 
 
 def load(
@@ -31,8 +32,9 @@ def load(
 ) -> Data:
     """Load a data set. `tokenizer` is needed for text only.
 
-    `cache`: folder in which text is kept once it is tokenized; empty: it is kept in memory.
-    `draw`: with draw_by_seed the number of the draw, which is the run's seed.
+    Args:
+        cache: folder for tokenized text; empty: it stays in memory.
+        draw: with draw_by_seed, the number of the draw, which is the run's seed.
 
     Raises:
         DataError: the data set is missing or cannot be used.
@@ -53,7 +55,7 @@ def load(
         raise DataError(
             f"dataset {spec.name!r}: {len(test)} held-out rows can be used (too_long="
             f"{spec.too_long}, max_length={spec.max_length}), and n_validation={first} of them "
-            "choose between runs, so none is left to test on. Hold more rows out, or set a smaller "
+            "are validation rows, so no test row is left. Hold more rows out, or set a smaller "
             "n_validation."
         )
     if spec.held_out_by == "prompt" and first:  # rows that were too long may have moved the border
@@ -72,61 +74,51 @@ def load(
 
 
 def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Source]:
-    """Find the rows of a text data set that are trained on, and the held-out ones.
+    """Find the training rows and the held-out rows of a text data set.
 
     Raises:
         DataError: they are missing, or not the pinned ones.
     """
     if spec.held_out_by:
-        return _divided(spec, data_dirs)
+        return _held_out_by_unit(spec, data_dirs)
     if spec.unseen_rows and spec.holdout:
-        whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
-        train, held_out = (
-            dataclasses.replace(
-                whole,
-                identity=f"{whole.identity} {what} {spec.holdout} that differ",
-                rows=partial(_apart, spec, whole, first),
-            )
-            for first, what in ((False, "without the first"), (True, "first"))
-        )
+        train, held_out = _distinct_holdout(spec, data_dirs)
     else:
         train, held_out = (_found(spec, part, data_dirs) for part in (False, True))
     if spec.unseen_rows and not spec.holdout:
         held_out = dataclasses.replace(
             held_out,
             identity=f"{held_out.identity} without repetitions",
-            rows=partial(_once, spec, held_out),
+            rows=partial(_distinct, spec, held_out),
         )
-        train = _without(spec, train, held_out, fields.messages_of, "rows")
+        train = _without(spec, train, held_out, content_of, "rows")
     if spec.unseen_prompts:
         train = _without(spec, train, held_out, fields.opening, "prompts")
     return train, held_out
 
 
-def _found(spec: DatasetSpec, part: bool, data_dirs: Sequence[str]) -> Source:
+def _found(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Source:
     if spec.source == "hub":
-        return hub.source_of(spec, part)
-    return sources.of_jsonl(spec, part, data_dirs)
+        return hub.source_of(spec, held_out)
+    return sources.of_jsonl(spec, held_out, data_dirs)
 
 
-def _divided(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Source]:
-    """Find rows that are held out in a shuffled order, and training rows that share no unit."""
+def _held_out_by_unit(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Source]:
+    """Hold rows out in a shuffled order; leave out training rows that share a unit with them."""
     whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
     pool = whole if spec.holdout else _found(spec, True, data_dirs)
 
     def tested() -> tuple[list[Row], list[Hashable]]:
         given = list(pool.rows())
         units = [unit_of(spec, row, where) for where, row in given]
-        says = [tuple(fields.messages_of(spec, row, where)) for where, row in given]
-        order = [k for rows in divided(units, says) for k in rows][: spec.holdout or None]
+        contents = [content_of(spec, row, where) for where, row in given]
+        order = [k for rows in divided(units, contents) for k in rows][: spec.holdout or None]
         held = [units[k] for k in order] if spec.holdout else units
         return [given[k] for k in order], held
 
     def trained() -> Iterator[Row]:
         held = set(tested()[1])
-        for where, row in whole.rows():
-            if unit_of(spec, row, where) not in held:
-                yield where, row
+        yield from (r for r in whole.rows() if unit_of(spec, r[1], r[0]) not in held)
 
     part = f"{spec.holdout or 'all'} of {pool.identity} by {spec.held_out_by}"
     return (
@@ -135,81 +127,101 @@ def _divided(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sourc
     )
 
 
+def _distinct_holdout(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Source]:
+    """Hold out rows that differ in content; train on all rows with other contents."""
+    whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
+
+    def read() -> tuple[list[Row], list[Hashable], list[Hashable]]:
+        given = list(whole.rows())
+        contents = [content_of(spec, row, where) for where, row in given]
+        return given, contents, held_out(contents, spec.holdout)
+
+    def trained() -> Iterator[Row]:
+        given, contents, held = read()
+        seen = set(held)
+        yield from (row for row, content in zip(given, contents) if content not in seen)
+
+    def tested() -> Iterator[Row]:
+        given, contents, held = read()
+        first = {content: k for k, content in reversed(list(enumerate(contents)))}
+        yield from (given[first[content]] for content in held)
+
+    train, test = (
+        dataclasses.replace(
+            whole, identity=f"{whole.identity} {part} {spec.holdout} that differ", rows=rows
+        )
+        for part, rows in (("without the first", trained), ("first", tested))
+    )
+    return train, test
+
+
 def unit_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
-    """Return what rows have in common that are never on both sides, with held_out_by.
+    """Return the unit of held_out_by: rows that share one are never on both sides.
 
     Raises:
-        DataError: the row has not the columns of the format; the message names file and line.
+        DataError: a column of the format is missing; the message names file and line.
     """
     if spec.held_out_by == "prompt":
         return fields.prompt_of(spec, row, where)
+    return content_of(spec, row, where)
+
+
+def content_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
+    """Return all messages of a row, by which duplicates are found.
+
+    Raises:
+        DataError: a column of the format is missing; the message names file and line.
+    """
     return tuple(fields.messages_of(spec, row, where))
 
 
-def divided(units: Sequence[Hashable], says: Sequence[Hashable]) -> list[list[int]]:
-    """Return the rows that may be held out, unit by unit, in the order in which units are.
+def divided(units: Sequence[Hashable], contents: Sequence[Hashable]) -> list[list[int]]:
+    """Return the numbers of the rows that may be held out, by unit, in a shuffled order of units.
 
-    Of rows that say the same the first one counts, and of a unit at most OF_A_PROMPT rows.
+    Of rows with the same content only the first counts, and of a unit at most OF_A_PROMPT rows.
     """
     rows: dict[Hashable, list[int]] = {}
-    first = {said: k for k, said in reversed(list(enumerate(says)))}
-    for k, (unit, said) in enumerate(zip(units, says, strict=True)):
-        if first[said] == k:
+    first = {content: k for k, content in reversed(list(enumerate(contents)))}
+    for k, (unit, content) in enumerate(zip(units, contents, strict=True)):
+        if first[content] == k:
             rows.setdefault(unit, []).append(k)
     found = list(rows.values())
     return [found[k][:OF_A_PROMPT] for k in sources.holdout_order(len(found))]
 
 
-def held_out(says: Sequence[T], n: int) -> list[T]:
-    """Return which `n` rows are held out by what they say, drawn from those that differ."""
-    distinct = list(dict.fromkeys(says))
+def held_out(contents: Sequence[T], n: int) -> list[T]:
+    """Return the contents of the `n` held-out rows, drawn from the distinct ones."""
+    distinct = list(dict.fromkeys(contents))
     return [distinct[k] for k in sources.holdout_order(len(distinct))[:n]]
 
 
-def _apart(spec: DatasetSpec, source: Source, first: bool) -> Iterator[Row]:
-    """Yield the rows that are held out, each once, or all that say nothing of what these say."""
-    given = list(source.rows())
-    says = [tuple(fields.messages_of(spec, row, where)) for where, row in given]
-    held = held_out(says, spec.holdout)
-    if first:
-        at = {said: k for k, said in reversed(list(enumerate(says)))}
-        yield from (given[at[said]] for said in held)
-    else:
-        seen = set(held)
-        yield from (row for row, said in zip(given, says) if said not in seen)
-
-
-def _once(spec: DatasetSpec, source: Source) -> Iterator[Row]:
-    """Yield rows but those that say the same as one before."""
+def _distinct(spec: DatasetSpec, source: Source) -> Iterator[Row]:
     seen = set()
     for where, row in source.rows():
-        says = tuple(fields.messages_of(spec, row, where))
-        if says not in seen:
-            seen.add(says)
+        content = content_of(spec, row, where)
+        if content not in seen:
+            seen.add(content)
             yield where, row
 
 
 def _without(
     spec: DatasetSpec, train: Source, held_out: Source, part: Callable[..., Any], name: str
 ) -> Source:
-    """Leave out training rows of which a part, such as the prompt, is that of a held-out one."""
+    """Leave out training rows that share a part, such as the prompt, with a held-out row."""
 
     def rows() -> Iterator[Row]:
-        seen = {tuple(part(spec, row, where)) for where, row in held_out.rows()}
-        for where, row in train.rows():
-            if tuple(part(spec, row, where)) not in seen:
-                yield where, row
+        seen = {part(spec, row, where) for where, row in held_out.rows()}
+        yield from (r for r in train.rows() if part(spec, r[1], r[0]) not in seen)
 
     identity = f"{train.identity} without the {name} of {held_out.identity}"
     return dataclasses.replace(train, identity=identity, rows=rows)
 
 
 def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
-    """Check that a data set is there, and that its rows can be read.
+    """Check that a data set is there, and that its rows can be read. Needs no tokenizer.
 
-    Of local files every row is read. On the hub, access, splits and columns are looked up; rows are
-    not fetched. Needs no tokenizer. Whether each row has a loss token is checked when the split is
-    loaded.
+    Every row of local files is read. On the hub, access, splits and columns are checked without
+    fetching rows. Whether each row has a loss token is checked when the split is loaded.
 
     Raises:
         DataError: files are missing (the message tells how to get them) or a row is unreadable.
@@ -226,11 +238,10 @@ def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
 
 def generator_vocab(spec: DatasetSpec) -> int | None:
     """Return the number of symbols of a synthetic data set; None for text."""
-    return _generator(spec.location).VOCAB if spec.source == "synthetic" else None
+    return _generator(spec.location).vocab if spec.source == "synthetic" else None
 
 
-def _generator(name: str) -> Any:
-    known = {m.__name__.rpartition(".")[2]: m for m in (bandit, dialect, facts, skills, words)}
-    if name not in known:
-        raise DataError(unknown("synthetic data set", name, known))
-    return known[name]
+def _generator(name: str) -> Generator:
+    if name not in GENERATORS:
+        raise DataError(unknown("synthetic data set", name, GENERATORS))
+    return GENERATORS[name]

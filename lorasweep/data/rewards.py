@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lorasweep.data.examples import CHUNK, Data, Example, Rewards
+from lorasweep.data.examples import CHUNK, Data, Example, Rewards, answer_of, prompt_of
 from lorasweep.data.verifiers import math_checks
 from lorasweep.data.verifiers.reading import boxed, integer
 from lorasweep.errors import DataError
@@ -25,16 +25,6 @@ TURN = "User:"
 def same_tokens(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
     """Reward exactly the rows' own answers, their end tokens included."""
     return [float(answer.tolist() == answer_of(row).tolist()) for row, answer in pairs]
-
-
-def prompt_of(row: Example) -> np.ndarray:
-    """Return the tokens before a row's answer."""
-    return row.tokens[: int(np.argmax(row.loss))]
-
-
-def answer_of(row: Example) -> np.ndarray:
-    """Return the tokens of a row's own answer."""
-    return row.tokens[row.loss]
 
 
 def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:

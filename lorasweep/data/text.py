@@ -1,4 +1,4 @@
-"""Tokenize rows of text: prompts with completions, or messages.
+"""Render rows of text, prompts with completions or messages, and tokenize them.
 
 Every row is checked when the split is loaded, before a run starts. An unreadable row, or one
 without a loss token, is an error that names file and line.
@@ -8,15 +8,15 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lorasweep.data import fields, rows, sources
 from lorasweep.data.examples import Example
-from lorasweep.data.render import RENDERERS, Message, Part, chat_template
+from lorasweep.data.fields import Message
 from lorasweep.data.rows import Rows
 from lorasweep.data.sources import Row, Source
 from lorasweep.errors import DataError
@@ -38,22 +38,124 @@ NOT_IN_ROWS = (
     "answer_field",
     "verifier",
 )
-"""Fields that change no row, or do so in the source: its identity says what a revision stands for
-and which rows are left out."""
+"""Fields that change no row, or that the source's identity covers (revisions, left-out rows)."""
 DATE = "26 Jul 2024"
-"""Told to chat templates that write a date. Llama's write this one where they cannot know the day;
-else the rows would change with it."""
+"""Date for chat templates that write one, so that rows do not depend on the day. Llama's templates
+use this date by default."""
+
+
+class Part(NamedTuple):
+    """A piece of text that is tokenized separately, without special tokens.
+
+    Parts end where the loss starts or ends, so that the loss mask falls on token borders.
+    """
+
+    text: str
+    in_loss: bool
+    eos: bool = False
+    """Whether the end-of-sequence token follows, in the loss or not as the text."""
+
+
+def role_colon(
+    messages: Sequence[Message], in_loss: Sequence[bool], heads: bool, bos: str | None
+) -> list[Part]:
+    """Render as 'Role:' and ' content' with a blank line, the form of the study's base models.
+
+    The answer with its space and its blank line is in the loss; if it is the last message, so is
+    the 'User:' that ends sampling. As `RoleColonRenderer` in
+    github.com/thinking-machines-lab/tinker-cookbook.
+
+    Args:
+        in_loss: for each message, whether it is learned.
+        heads: whether 'Role:' is learned, too.
+        bos: text of the beginning-of-sequence token, which comes first if the tokenizer has one.
+    """
+    parts = [Part(bos, False)] if bos else []
+    for (role, content), learned in zip(messages, in_loss, strict=True):
+        parts.append(Part(f"{role.capitalize()}:", heads))
+        parts.append(Part(f" {content}\n\n", learned))
+    if messages and messages[-1][0] == "assistant":
+        parts.append(Part("User:", in_loss[-1]))
+    return parts
+
+
+def role_eos(
+    messages: Sequence[Message], in_loss: Sequence[bool], heads: bool, bos: str | None
+) -> list[Part]:
+    """Render as 'Role: ' and 'content'; the end-of-sequence token ends an answer.
+
+    Arguments as for `role_colon`. Other messages end with a blank line. There is no
+    beginning-of-sequence token.
+    """
+    parts: list[Part] = []
+    for (role, content), learned in zip(messages, in_loss, strict=True):
+        answer = role == "assistant"
+        parts.append(Part(f"{role.capitalize()}: ", heads))
+        parts.append(Part(content, learned, eos=answer))
+        if not answer:
+            parts.append(Part("\n\n", heads and learned))
+    return parts
+
+
+def chat_template(
+    messages: Sequence[Message],
+    in_loss: Sequence[bool],
+    heads: bool,
+    apply: Callable[[Sequence[Message], bool], str],
+    eos: str,
+) -> list[Part]:
+    """Render as a tokenizer's chat template does, for instruct models.
+
+    An answer is the text that the template adds for it, without line ends behind the
+    end-of-sequence token. Text after the last answer in the loss is left out, unless `heads`.
+
+    Args:
+        in_loss: for each message, whether it is learned.
+        heads: whether the text between messages is learned, too.
+        apply: (messages, whether an answer is to follow) -> text.
+        eos: text of the end-of-sequence token.
+
+    Raises:
+        ValueError: the template changes earlier text when messages are added.
+    """
+    parts: list[Part] = []
+    done = ""
+    for i, learned in enumerate(in_loss):
+        if learned == heads:  # the text around it is in the loss as it is: there is no border
+            continue
+        before = apply(messages[:i], messages[i][0] == "assistant")
+        after = apply(messages[: i + 1], False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise ValueError(f"message {i + 1} changes the text before it")
+        answer = after[len(before) :]
+        ended = bool(eos) and answer.rstrip("\n").endswith(eos)
+        said = answer.rstrip("\n").removesuffix(eos) if ended else answer
+        parts += [Part(before[len(done) :], heads), Part(said, learned, eos=ended)]
+        done = before + said + (eos if ended else "")
+    if heads:
+        whole = apply(messages, False)
+        if not whole.startswith(done):
+            raise ValueError("a message that is not learned is changed by what follows")
+        parts.append(Part(whole[len(done) :], True))
+    return parts
+
+
+RENDERERS: dict[
+    str, Callable[[Sequence[Message], Sequence[bool], bool, str | None], list[Part]]
+] = {
+    "role_colon": role_colon,
+    "role_eos": role_eos,
+}
+"""By name, as `render` in a dataset file; `chat_template` needs a tokenizer as well."""
 
 
 def examples(
     spec: DatasetSpec, split: str, source: Source, tokenizer: Any, limit: int | None, cache: str
 ) -> Rows:
-    """Tokenize the first `limit` rows of a split, or map them from `cache` if that was done before.
+    """Tokenize the first `limit` usable rows of a split, or map them from the folder `cache`.
 
-    Rows that `too_long` leaves out do not count.
-
-    Without a cache (empty), or for a tokenizer that cannot be named by its content (one not of the
-    `tokenizers` library), rows are tokenized in memory.
+    Rows are tokenized in memory if `cache` is empty, or if the tokenizer is not of the `tokenizers`
+    library, so that its content cannot be hashed.
 
     Raises:
         DataError: a row cannot be used; the message names file and line.
@@ -67,16 +169,16 @@ def examples(
         given = itertools.chain(first, given)
         usable = (e for e in _tokenized(spec, given, tokenizer) if e is not None)
         found = Rows.of(itertools.islice(usable, limit))
-        if not found and first:
-            raise DataError(
-                f"dataset {spec.name!r}, split {split!r}: no rows (too_long={spec.too_long}, "
-                f"max_length={spec.max_length}) that can be used: all are longer. Raise "
-                "max_length."
-            )
         if not found:
             raise DataError(
-                f"dataset {spec.name!r}, split {split!r}: no rows (unseen_prompts="
-                f"{spec.unseen_prompts}). Set train_split and test_split to splits that have rows."
+                f"dataset {spec.name!r}, split {split!r}: no rows "
+                + (
+                    f"can be used (too_long={spec.too_long}, max_length={spec.max_length}): all "
+                    "are longer. Raise max_length."
+                    if first
+                    else f"(unseen_prompts={spec.unseen_prompts}). Set train_split and test_split "
+                    "to splits that have rows."
+                )
             )
         return found
 
@@ -103,7 +205,7 @@ def check_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> None
 
 
 def _tokenizer_sha256(tokenizer: Any) -> str | None:
-    """Hash all that a tokenizer of the `tokenizers` library does; None for any other."""
+    """Hash the content of a tokenizer of the `tokenizers` library; None for any other."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -166,8 +268,8 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
     """Render a row as text.
 
     Raises:
-        DataError: the row has not the columns of its format, or the tokenizer's chat template does
-            not take it.
+        DataError: a column of the format is missing, or the tokenizer's chat template refuses the
+            row.
     """
     if spec.format == "prompt_completion" and spec.render == FIRST_RENDER:
         prompt, completion = fields.prompt_and_completion(spec, row, where)

@@ -14,7 +14,7 @@ import numpy as np
 
 from lorasweep.advise.rules.workload import rounded
 from lorasweep.data import fields, load, own, sources, text
-from lorasweep.data.render import Message
+from lorasweep.data.fields import Message
 from lorasweep.errors import DataError
 from lorasweep.plan.flops import TEXT_FILL
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec

@@ -39,7 +39,9 @@ class Field(NamedTuple):
 
     name: str
     key: str
-    """Its name in YAML and JSON."""
+    """Its name in YAML files and on the command line."""
+    stored: str
+    """Its name in the JSON that is hashed and kept."""
     kind: Any
     past: Any
     """For a field added after the first release: the value that reproduces the earlier behaviour.
@@ -57,27 +59,25 @@ def later(value: Any) -> Any:
 def _fields(cls: type) -> tuple[Field, ...]:
     """List the fields of a dataclass, in order.
 
-    Field metadata: `key` is the stored name if it differs from the Python name, `added` is the past
+    Field metadata: `key` and `stored` where they differ from the Python name; `added` is the past
     value.
     """
     hints = typing.get_type_hints(cls)
-    return tuple(
-        Field(
-            f.name,
-            f.metadata.get("key", f.name),
-            hints[f.name],
-            f.metadata.get("added", dataclasses.MISSING),
-        )
-        for f in dataclasses.fields(cls)
-    )
+    found = []
+    for f in dataclasses.fields(cls):
+        key = f.metadata.get("key", f.name)
+        stored = f.metadata.get("stored", key)
+        past = f.metadata.get("added", dataclasses.MISSING)
+        found.append(Field(f.name, key, stored, hints[f.name], past))
+    return tuple(found)
 
 
 def _sorted_fields(cls: type) -> tuple[Field, ...]:
-    return tuple(sorted(_fields(cls), key=lambda f: f.key))
+    return tuple(sorted(_fields(cls), key=lambda f: f.stored))
 
 
 fields: Callable[[type], tuple[Field, ...]] = cache(_fields)
-_by_key: Callable[[type], tuple[Field, ...]] = cache(_sorted_fields)
+_by_stored: Callable[[type], tuple[Field, ...]] = cache(_sorted_fields)
 
 
 class Value:
@@ -128,15 +128,15 @@ def canonical_text(value: Value) -> str:
     """
     pieces: list[str] = []
     group: dict[str, Any] = {}
-    for f in _by_key(type(value)):
+    for f in _by_stored(type(value)):
         one = getattr(value, f.name)
         if isinstance(one, Value):
             if group:
                 pieces.append(encode(group)[1:-1])
-            pieces.append(f'"{f.key}":{one.canonical}')
+            pieces.append(f'"{f.stored}":{one.canonical}')
             group = {}
         elif f.past is dataclasses.MISSING or one != f.past:
-            group[f.key] = one
+            group[f.stored] = one
     if group:
         pieces.append(encode(group)[1:-1])
     return "{" + ",".join(pieces) + "}"
@@ -186,12 +186,12 @@ def not_allowed(name: str, value: str, allowed: tuple[str, ...]) -> str:
 
 
 def build(cls: type[V], values: dict[str, Any]) -> V:
-    """Make a value from a dict with its JSON keys.
+    """Make a value from a dict with the keys of YAML files or of the stored JSON.
 
     Raises:
         SpecError: a key is unknown, or a value has the wrong type.
     """
-    known = {f.key: f for f in fields(cls)}
+    known = {k: f for f in fields(cls) for k in (f.key, f.stored)}
     given = {}
     for key, value in values.items():
         if key not in known:

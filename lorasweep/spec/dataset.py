@@ -65,7 +65,7 @@ class DatasetSpec(Value):
     n_test_curve: int = 256
     """The first of these rows, which are also evaluated at log-spaced steps before the end; 0: no
     rows are, and nothing is measured between start and end, unless a run may end early."""
-    generator_params: dict[str, float] = field(default_factory=dict, metadata={"key": "knobs"})
+    generator_params: dict[str, float] = field(default_factory=dict, metadata={"stored": "knobs"})
     """Settings of a synthetic generator."""
     holdout: int = field(default=0, metadata={"added": 0})
     """Rows held out from the training split of a data set that has no test split: the first rows

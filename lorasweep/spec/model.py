@@ -53,7 +53,7 @@ class Recipe(Value):
 
     dataset: str = "dialect"
     """Synthetic generator that the base is pretrained on."""
-    generator_params: dict[str, float] = field(default_factory=dict, metadata={"key": "knobs"})
+    generator_params: dict[str, float] = field(default_factory=dict, metadata={"stored": "knobs"})
     """Settings of that generator (the pretraining language)."""
     length: int = 64
     """Tokens per sequence."""

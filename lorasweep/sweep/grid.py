@@ -20,7 +20,7 @@ from lorasweep.sweep.question import Sweep, axes_of
 MAX_RUNS = 100_000
 MAX_PROBLEMS = 5
 """Largest number of problems in one message."""
-GENERATOR_PARAMS = "knobs"
+GENERATOR_PARAMS = "generator_params"
 """The axis whose values are mappings: settings of a synthetic data set."""
 Axes = dict[str, Any]
 
@@ -111,7 +111,8 @@ def assignments(axes: Axes) -> list[dict[str, Any]]:
 
     An axis is a list of values, or one value. A value that is a mapping sets more than one field,
     and is a product itself: `cell: [{steps: 800, lr: [1e-3, 2e-3]}, {steps: 200, lr: [2e-3]}]` has
-    three values. The exception is the axis `knobs`, which holds generator settings as mappings.
+    three values. The exception is the axis `generator_params`, whose
+    values are mappings.
     """
     size = math.prod(len(v) if isinstance(v, list) else 1 for v in axes.values())
     if size > MAX_RUNS:

@@ -1,8 +1,10 @@
 """A sweep as its file states it: a question, claims with margins, arms and axes.
 
-Each is one file in `sweeps/`. Field names are the keys of these files.
+Each is one file in `sweeps/`. Field names are the keys of these files; `stored` translates to the
+keys that are kept with answers, some of which are older.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,59 +13,72 @@ from typing import Any
 from lorasweep.errors import SpecError, unknown
 from lorasweep.spec.metric import METRICS
 
-CLAIMANTS = ("study", "popular", "ours")
+SOURCES = ("study", "popular", "ours")
 MAX_ROUNDS = 5
 ADDED_AFTER = "added_after"
-"""Key beside an arm's axes: what was added to its runs after a look at them, and why."""
+"""Key beside an arm's axes: which of its runs were added after an interim analysis, and why."""
 DIRECTIONS = ("", "lower", "higher")
+ALL_SCALES = "all"
+"""Key of `planning` that holds for every scale."""
+
+
+@dataclass
+class Planning:
+    """What the plan of a claim rests on, at one scale. From a pilot or an earlier answer."""
+
+    sd: float | None = None
+    """Standard deviation of the estimand between seeds (of its logarithm, if it is a ratio); 0 for
+    exact counts."""
+    units: int | None = None
+    """Number of units that the interval is over and `sd` is between, if they are not the seeds:
+    bases, runs of a fit."""
 
 
 @dataclass
 class Claim:
     """What is measured, what is expected, and with which margin. Stated before any run."""
 
-    says: str = ""
+    text: str = ""
     """The claim in words, as shown in tables. Not judged, so not hashed."""
-    whose: str = "ours"
+    source: str = "ours"
     """Who makes the claim: `study`, `popular` (summaries of the study, defaults of libraries, other
     papers) or `ours`. Not hashed."""
     measure: str = ""
     """What is measured, with its unit, as shown in tables. Not hashed."""
-    beside: str = ""
-    """Note shown with the verdict: where the claim is made, what else is known. Not hashed."""
+    note: str = ""
+    """Shown with the verdict: where the claim is made, what else is known. Not hashed."""
     estimand: str = ""
     expected: float = math.nan
     margin: list[float] = field(default_factory=list)
     """[low, high]: SUPPORTED if the 95% interval lies inside, REFUTED if it lies outside."""
     better: str = ""
-    """The direction of the metric that the claim's words take for granted, lower or higher; empty:
-    it stands in either. Not hashed."""
-    not_on: list[str] = field(default_factory=list)
-    """Base models of whose runs the claim is not asked. Empty: it is asked of all."""
+    """The direction of the metric that the claim assumes, lower or higher; empty: either. Not
+    hashed."""
+    except_models: list[str] = field(default_factory=list)
+    """Base models whose runs are left out of the claim."""
     primary: bool = False
-    rivals: dict[str, float] = field(default_factory=dict)
+    alternatives: dict[str, float] = field(default_factory=dict)
     """Other published values, by name."""
-    sd: Any = None
-    """Standard deviation of the estimand between seeds (of its logarithm, if it is a ratio): a
-    number, or {scale: number}. From a pilot or an earlier answer; 0 for exact counts. Says before
-    any run whether the claim can be decided. Not hashed."""
-    units: Any = None
-    """Number of units that the interval is over and `sd` is between, if they are not the seeds:
-    bases, runs of a fit. A number, or {scale: number}. Not hashed."""
+    planning: dict[str, Planning] = field(default_factory=dict)
+    """{scale: {sd, units}}, or {all: ...}. Tells before any run whether the claim can be decided.
+    Not hashed."""
     underpowered: Any = False
     """True, or a list of scales: the sweep is known to have too few seeds for the claim there. Not
     hashed."""
-
     exploratory: dict[str, str] = field(default_factory=dict)
-    """{scale: why}: verdicts there explore and do not confirm, because what they rest on was
-    changed after their runs had been seen. Shown with every verdict. Not hashed."""
-    stands: bool = False
-    """The claim is judged although the answer is withdrawn, as the reason does not concern it. Not
-    hashed."""
+    """{scale: why}: verdicts there explore and do not confirm, because the claim or its analysis
+    was changed after the runs had been seen. Shown with every verdict. Not hashed."""
+    not_withdrawn: bool = False
+    """The claim is judged although the answer is withdrawn, because the reason does not concern it.
+    Not hashed."""
 
     def at(self, scale: str) -> "Power":
         """Return what is stated of the claim's power at a scale."""
-        sd, units = (v.get(scale) if isinstance(v, dict) else v for v in (self.sd, self.units))
+        both = [self.planning.get(k, Planning()) for k in (scale, ALL_SCALES)]
+        sd, units = (
+            next((v for p in both if (v := getattr(p, name)) is not None), None)
+            for name in ("sd", "units")
+        )
         known = self.underpowered
         return Power(sd, units, scale in known if isinstance(known, list) else known)
 
@@ -79,7 +94,7 @@ class Power:
 
 @dataclass
 class Replicates:
-    """The second stage: fresh seeds at the learning rates around each curve's best."""
+    """The second stage: fresh seeds at the learning rates around each curve's optimum."""
 
     seeds: list[int] = field(default_factory=list)
     n_lrs: int = 3
@@ -97,37 +112,93 @@ class Sweep:
     how: str = ""
     """How it is measured and what that leaves open. Shown with the answer."""
     withdrawn: str = ""
-    """Why the answer does not count, to be read after "withdrawn:"; empty: it counts. Verdicts are
-    then UNDECIDED and shown as withdrawn, whatever was measured, but those on claims that stand.
-    Not hashed."""
+    """Why the answer does not count, to be read after "withdrawn:"; empty: it counts. All verdicts
+    are then UNDECIDED and shown as withdrawn, except those of claims with `not_withdrawn`. Not
+    hashed."""
+    analysis: str = ""
+    """File of analysis/questions that judges the claims."""
+    rounds: int = 1
+    """Planned interim analyses, 1 to 5. More of them mean a stricter level for each, so that the
+    total error rate stays 5%."""
     claims: dict[str, Claim] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
-    """Axes of all arms: name -> list of values."""
+    """Axes of all arms: name -> value or list of values."""
     arms: dict[str, Any] = field(default_factory=dict)
-    """Arm name -> {method: name, axis: list or value, ..., added_after: {scale: {what, why}}}.
+    """Arm name -> {method: name, axis: value or list, ..., added_after: {what, why}}.
 
-    `added_after` says which runs were added after a look, and why; the sweep then plans two rounds
-    or more, so that its verdicts are judged at the level of two looks."""
-    second: Replicates = field(default_factory=Replicates)
-    rounds: int = 1
-    """Planned looks at the answer, 1 to 5. More looks mean a stricter level for each, so that the
-    total error rate stays 5%."""
-    analysis: str = ""
-    at: dict[str, Any] = field(default_factory=dict)
-    """Scale name -> values for arms and axes, used as ${sweep.at.${scale.at}.ranks}. Not hashed."""
+    `added_after` says which runs were added after an interim analysis, and why; the sweep then
+    plans two rounds or more, so that its verdicts are judged at that level."""
+    replicate: Replicates = field(default_factory=Replicates)
+    scales: dict[str, Any] = field(default_factory=dict)
+    """Scale name -> {axes, arms, replicate}. The block of the chosen scale is merged over the keys
+    above, before the command line (config/loader.py). Empty: the sweep is the same at any scale."""
     parts: list[str] = field(default_factory=list)
     """Sweeps that run one after another, instead of arms of its own. Used by +sweep=study."""
 
 
+STORED_KEYS = {
+    "text": "says",
+    "source": "whose",
+    "note": "beside",
+    "except_models": "not_on",
+    "alternatives": "rivals",
+    "not_withdrawn": "stands",
+}
+"""Keys of a claim that have another name where answers are kept."""
+STORED_ORDER = (
+    *("says", "whose", "measure", "beside", "estimand", "expected", "margin", "better", "not_on"),
+    *("primary", "rivals", "sd", "units", "underpowered", "exploratory", "stands"),
+)
+
+
+def stored_claim(claim: Claim) -> dict[str, Any]:
+    """Return a claim with the keys that are kept with answers.
+
+    There `sd` and `units` are a number, or {scale: number}.
+    """
+    values = dataclasses.asdict(claim)
+    planning = values.pop("planning")
+    stored = {STORED_KEYS.get(k, k): v for k, v in values.items()}
+    for name in ("sd", "units"):
+        by_scale = {scale: p[name] for scale, p in planning.items() if p[name] is not None}
+        stored[name] = by_scale.get(ALL_SCALES, by_scale or None)
+    return {key: stored[key] for key in STORED_ORDER}
+
+
+def stored_sweep(sweep: Sweep) -> dict[str, Any]:
+    """Return a sweep as JSON values with the keys that are kept with requests."""
+    values = {**dataclasses.asdict(sweep), "second": dataclasses.asdict(sweep.replicate)}
+    del values["replicate"], values["scales"]
+    return {**values, "claims": {k: stored_claim(c) for k, c in sweep.claims.items()}}
+
+
+def sweep_from_stored(values: dict[str, Any]) -> Sweep:
+    """Rebuild a sweep from the values of `stored_sweep`, also those written by version 0.1."""
+    new_keys = {old: new for new, old in STORED_KEYS.items()}
+    claims = {}
+    for name, stored in values["claims"].items():
+        claim = {new_keys.get(k, k): v for k, v in stored.items()}
+        planning: dict[str, Planning] = {}
+        for key in ("sd", "units"):
+            stated = claim.pop(key, None)
+            by_scale = stated if isinstance(stated, dict) else {ALL_SCALES: stated}
+            for scale, value in by_scale.items():
+                if value is not None:
+                    setattr(planning.setdefault(scale, Planning()), key, value)
+        claims[name] = Claim(**claim, planning=planning)
+    rest = {k: v for k, v in values.items() if k not in ("claims", "second", "at")}
+    return Sweep(**rest, claims=claims, replicate=Replicates(**values["second"]))
+
+
 def axes_of(arm: dict[str, Any]) -> dict[str, Any]:
-    """Return the axes of an arm: what it states but for its method and what was added to it."""
+    """Return the axes of an arm: all its keys except the method and `added_after`."""
     return {k: v for k, v in arm.items() if k not in ("method", ADDED_AFTER)}
 
 
-def added_after(sweep: Sweep, scale: str) -> list[dict[str, str]]:
-    """List what was added to the arms' runs after a look: arm, what and why, at one scale."""
-    stated = ((arm, (v.get(ADDED_AFTER) or {}).get(scale)) for arm, v in sweep.arms.items())
-    return [{"arm": arm, **said} for arm, said in stated if said]
+def added_after(sweep: Sweep) -> list[dict[str, str]]:
+    """List the runs that were added after an interim analysis: arm, what and why."""
+    stated = ((arm, axes.get(ADDED_AFTER)) for arm, axes in sweep.arms.items())
+    return [{"arm": arm, **added} for arm, added in stated if added]
 
 
 def check_sweep(name: str, sweep: Sweep, models: Sequence[str] = ()) -> None:
@@ -144,7 +215,7 @@ def check_sweep(name: str, sweep: Sweep, models: Sequence[str] = ()) -> None:
 
 
 def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
-    """Yield what is wrong, each as the rest of a sentence that starts with the sweep's name."""
+    """Yield each problem as the rest of a sentence that starts with the sweep's name."""
     if not sweep.question:
         yield " has no question. Write `question: ...` at the top of its file."
     if sweep.parts:
@@ -154,21 +225,8 @@ def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
     if not sweep.claims:
         yield " has no claims. State at least one, with estimand and margin, before any run."
     for key, claim in sweep.claims.items():
-        if claim.whose not in CLAIMANTS:
-            yield f", claim {key!r}: whose={claim.whose!r}. Allowed: {', '.join(CLAIMANTS)}."
-        if len(claim.margin) != 2 or not claim.margin[0] < claim.margin[1]:
-            yield f", claim {key!r}: margin={claim.margin}. Expected [low, high] with low < high."
-        if claim.better not in DIRECTIONS:
-            yield f", claim {key!r}: better={claim.better!r}. Allowed: lower, higher, or leave out."
-        for base in claim.not_on:
-            if models and base not in models:
-                yield f", claim {key!r}, not_on: {unknown('model', base, models)}"
-        if not all(claim.exploratory.values()):
-            yield (
-                f", claim {key!r}: exploratory={claim.exploratory}. Say why, as {{scale: why}}, or "
-                "leave the scale out."
-            )
-        yield from _power_problems(key, claim)
+        for problem in _claim_problems(claim, models):
+            yield f", claim {key!r}{problem}"
     if not 1 <= sweep.rounds <= MAX_ROUNDS:
         yield f": rounds={sweep.rounds}. Expected 1 to {MAX_ROUNDS}."
     if not sweep.arms:
@@ -176,24 +234,61 @@ def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
     for arm, axes in sweep.arms.items():
         if not isinstance(axes, dict) or "method" not in axes:
             yield f", arm {arm!r}: has no method. Write `method: lora` below it."
-        elif axes.get(ADDED_AFTER):
-            yield from _added_problems(arm, axes[ADDED_AFTER], sweep.rounds)
-    for arm in sweep.second.arms:
+            continue
+        added = axes.get(ADDED_AFTER)
+        if not added:
+            continue
+        if not isinstance(added, dict) or {k for k, v in added.items() if v} != {"what", "why"}:
+            yield (
+                f", arm {arm!r}: {ADDED_AFTER}={added}. Expected {{what: ..., why: ...}}: which "
+                "runs were added after an interim analysis, and why."
+            )
+        if sweep.rounds < 2:
+            yield (
+                f", arm {arm!r}: has runs that were added after an interim analysis, but rounds="
+                f"{sweep.rounds}. Write `rounds: 2`, or the number of interim analyses."
+            )
+    for arm in sweep.replicate.arms:
         if arm not in sweep.arms:
             yield (
-                f": second.arms names {arm!r}, which is not an arm. Its arms: "
-                f"{', '.join(sweep.arms)}; sweep.second.arms=[] means all of them."
+                f": replicate.arms names {arm!r}, which is not an arm. Its arms: "
+                f"{', '.join(sweep.arms)}; sweep.replicate.arms=[] means all of them."
             )
-    for axis, values in _all_axes(sweep):
+    of_arms = {f"arms.{arm}.{k}": v for arm, a in sweep.arms.items() for k, v in axes_of(a).items()}
+    for axis, values in {**sweep.axes, **of_arms}.items():
         if isinstance(values, list) and not values:
             yield f": axis {axis!r} is empty, so the grid is empty. Give at least one value."
 
 
+def _claim_problems(claim: Claim, models: Sequence[str]) -> Iterator[str]:
+    if claim.source not in SOURCES:
+        yield f": source={claim.source!r}. Allowed: {', '.join(SOURCES)}."
+    if len(claim.margin) != 2 or not claim.margin[0] < claim.margin[1]:
+        yield f": margin={claim.margin}. Expected [low, high] with low < high."
+    if claim.better not in DIRECTIONS:
+        yield f": better={claim.better!r}. Allowed: lower, higher, or leave out."
+    for base in claim.except_models:
+        if models and base not in models:
+            yield f", except_models: {unknown('model', base, models)}"
+    if not all(claim.exploratory.values()):
+        yield (
+            f": exploratory={claim.exploratory}. Say why, as {{scale: why}}, or leave the scale "
+            "out."
+        )
+    for scale, planning in claim.planning.items():
+        for name, least in (("sd", 0), ("units", 1)):
+            value = getattr(planning, name)
+            if value is not None and not value >= least:
+                yield f": planning.{scale}.{name}={value}. Expected a number of at least {least}."
+    if not isinstance(claim.underpowered, bool | list):
+        yield f": underpowered={claim.underpowered}. Expected true or [scale, ...]."
+
+
 def check_directions(name: str, sweep: Sweep, objectives: Iterable[str]) -> None:
-    """Check that no claim takes another direction for better than the metric of the runs has.
+    """Check that every claim's `better` is the direction of the metric of the runs.
 
     Raises:
-        SpecError: one does.
+        SpecError: one is not.
     """
     for objective in objectives:
         metric = METRICS[objective]
@@ -206,38 +301,3 @@ def check_directions(name: str, sweep: Sweep, objectives: Iterable[str]) -> None
                     f"{direction} is better. State the claim the other way, or choose another "
                     "objective."
                 )
-
-
-def _power_problems(key: str, claim: Claim) -> Iterator[str]:
-    for name, least, kinds in (("sd", 0, int | float), ("units", 1, int)):
-        stated = getattr(claim, name)
-        values = stated.values() if isinstance(stated, dict) else [stated]
-        if stated is not None and not all(isinstance(v, kinds) and v >= least for v in values):
-            yield (
-                f", claim {key!r}: {name}={stated}. Expected a number of at least {least}, or "
-                "{scale: number}."
-            )
-    if not isinstance(claim.underpowered, bool | list):
-        yield f", claim {key!r}: underpowered={claim.underpowered}. Expected true or [scale, ...]."
-
-
-def _all_axes(sweep: Sweep) -> Iterator[tuple[str, Any]]:
-    yield from sweep.axes.items()
-    for arm, axes in sweep.arms.items():
-        for axis, values in axes_of(axes).items():
-            yield f"arms.{arm}.{axis}", values
-
-
-def _added_problems(arm: str, stated: Any, rounds: int) -> Iterator[str]:
-    by_scale = stated.values() if isinstance(stated, dict) else [None]
-    for said in by_scale:
-        if not isinstance(said, dict) or {k for k, v in said.items() if v} != {"what", "why"}:
-            yield (
-                f", arm {arm!r}: {ADDED_AFTER}={stated}. Expected {{scale: {{what: ..., why: "
-                "...}}}: which runs were added after a look, and why."
-            )
-    if rounds < 2:
-        yield (
-            f", arm {arm!r}: has runs that were added after a look, but rounds={rounds}. Write "
-            "`rounds: 2`, or the number of looks, so that its verdicts are judged at that level."
-        )

@@ -14,7 +14,7 @@ from typing import Any
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.sweep.grid import Point
-from lorasweep.sweep.question import Claim, Replicates, Sweep, added_after
+from lorasweep.sweep.question import Sweep, added_after, stored_sweep, sweep_from_stored
 
 HASH_DIGITS = 6
 """Hexadecimal digits of the hash in a title: enough for the few requests that share a folder."""
@@ -104,7 +104,7 @@ class Request:
         """Return the request as JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = {name: dataclasses.asdict(values[name]) for name in ("exec", "cluster")}
-        sweep = dataclasses.asdict(self.sweep) if self.sweep else None
+        sweep = stored_sweep(self.sweep) if self.sweep else None
         points = [{"arm": p.arm, "spec": p.spec.plain()} for p in self.points]
         del values["parts"]  # a job handles one sweep
         return {**values, **parts, "sweep": sweep, "points": points}
@@ -112,10 +112,7 @@ class Request:
 
 def from_plain(values: dict[str, Any]) -> Request:
     """Rebuild a request from the values of `Request.plain`."""
-    sweep = values["sweep"]
-    if sweep is not None:
-        claims = {name: Claim(**claim) for name, claim in sweep["claims"].items()}
-        sweep = Sweep(**{**sweep, "claims": claims, "second": Replicates(**sweep["second"])})
+    sweep = sweep_from_stored(values["sweep"]) if values["sweep"] else None
     points = [Point(p["arm"], spec_from(p["spec"])) for p in values["points"]]
     parts = {"exec": Exec(**values["exec"]), "cluster": Cluster(**values["cluster"])}
     return Request(**{**values, **parts, "sweep": sweep, "points": points})
@@ -127,24 +124,20 @@ def runs_hash(points: Sequence[Point], sweep: Sweep) -> str:
     Claims and margins are not part of it. They may not change after a look at the same runs, and
     another title would hide that they did (`store.looks`).
     """
-    asked = [sorted((p.arm, p.id) for p in points), dataclasses.asdict(sweep.second)]
+    asked = [sorted((p.arm, p.id) for p in points), dataclasses.asdict(sweep.replicate)]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def question(request: Request) -> dict[str, Any]:
     """Return what the analysis needs of the sweep, as JSON values that are kept with the report."""
     assert request.sweep is not None, "a single run asks no question"
-    sweep = dataclasses.asdict(request.sweep)
+    sweep = stored_sweep(request.sweep)
+    kept = ("question", "source", "how", "withdrawn", "claims", "rounds")
     return {
         "name": request.sweep_name,
         "scale": request.scale,
         "changes": request.changes,
-        "question": sweep["question"],
-        "source": sweep["source"],
-        "how": sweep["how"],
-        "withdrawn": sweep["withdrawn"],
-        "claims": sweep["claims"],
-        "rounds": sweep["rounds"],
-        "added_after": added_after(request.sweep, request.scale),
+        **{key: sweep[key] for key in kept},
+        "added_after": added_after(request.sweep),
         "analysis": sweep["analysis"],
     }

@@ -8,7 +8,7 @@ from tests.world import cli
 
 FACTS = (
     *("action=measure", "model=tiny64-facts", "dataset=facts", "method.rank=8", "batch_size=4"),
-    *("dataset.knobs.facts=1024", "rates=2", "steps=24", "exec.threads=1"),
+    *("dataset.generator_params.facts=1024", "rates=2", "steps=24", "exec.threads=1"),
 )
 
 

@@ -23,7 +23,7 @@ MIXED = (
     "+sweep=lr_ratio",
     "scale=smoke",
     "~sweep.arms.fullft",
-    "scale.ranks=[1,4]",
+    "sweep.arms.lora.rank=[1,4]",
     "sweep.arms.lora.lr=[1e-3,3e-3]",
     "exec.pack_size=8",
     "exec.workers=1",

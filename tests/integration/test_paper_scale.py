@@ -89,8 +89,8 @@ def test_a_dense_run_and_one_with_experts_train_from_the_hubs_cache(tmp_path):
     done = cli(
         "+sweep=lr_ratio",
         "scale=paper",
-        f"scale.models=[{','.join(names)}]",
-        *("scale.ranks=[64]", "scale.lr_lora=[3e-4]", "scale.fresh_seeds=[]"),
+        f"sweep.axes.model=[{','.join(names)}]",
+        *("sweep.arms.lora.rank=[64]", "sweep.arms.lora.lr=[3e-4]", "sweep.replicate.seeds=[]"),
         *("~sweep.arms.fullft", "steps=2", "batch_size=16", "exec.workers=1", *FEW_ROWS, *shape),
         cwd=tmp_path,
         env=env,

@@ -25,7 +25,7 @@ from tests.slurm.cluster import (
 from tests.slurm.trainers import GO
 from tests.world import ROOT, cli
 
-TWO_STAGES = (*SMOKE, "sweep.second.seeds=[1]", "sweep.second.n_lrs=2", "exec.threads=1")
+TWO_STAGES = (*SMOKE, "sweep.replicate.seeds=[1]", "sweep.replicate.n_lrs=2", "exec.threads=1")
 
 
 @pytest.fixture(scope="module")

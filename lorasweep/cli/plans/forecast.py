@@ -57,7 +57,7 @@ def _forecast(planner: Forecaster, request: Request, store: RunStore) -> Forecas
     """Forecast the unfinished runs of one sweep, or the single run."""
     states = store.states(p.id for p in request.points)
     missing = [p for p in request.points if states[p.id] not in FINAL]
-    second = request.sweep.second if request.sweep else Replicates()
+    second = request.sweep.replicate if request.sweep else Replicates()
     return planner.forecast(request.sweep_name or "run", missing, second)
 
 
@@ -72,7 +72,7 @@ def _prices(request: Request, found: Forecast) -> list[dict[str, Any]]:
     if request.sweep is None or not found.runs:
         return []
     first, second = found.stage_hours()
-    seeds, runs = len(request.sweep.second.seeds), len(found.runs)
+    seeds, runs = len(request.sweep.replicate.seeds), len(found.runs)
     prices = []
     for scale, outlook in answer.outlooks_of(request.points, request.sweep, request.scale):
         price: dict[str, Any] = {

@@ -39,8 +39,8 @@ def plan_text(request: Request, now: Plan) -> str:
             "  this processor has no bf16 instructions: an update takes about 50 times as long as "
             "in fp32; add precision=fp32 (other run ids), or use a processor or a GPU with bf16"
         )
-    if request.sweep and request.sweep.second.seeds:
-        second = request.sweep.second
+    if request.sweep and request.sweep.replicate.seeds:
+        second = request.sweep.replicate
         arms = f" of {', '.join(second.arms)}" if second.arms else ""
         lines.append(
             f"  second stage{arms}, when the first stage of a curve has finished: seeds "

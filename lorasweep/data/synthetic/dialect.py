@@ -5,9 +5,9 @@ the 32^3 contexts a memorised next symbol has probability mass 0.8. The base mod
 the language (rule_shift and new_exceptions 0). The dialect changes the feature rows of some symbols
 (a shared shift of the rules) and replaces some of the exceptions (a tail of facts).
 
-Two kinds of shift: with shift_rank 0 the rows are drawn anew; with shift_rank k a matrix of rank k
+Two kinds of shift: with shift_rank 0 the rows are drawn again; with shift_rank k a matrix of rank k
 is added to them, scaled so that the dialect differs from the language by shift_nats. The second
-tells how much is new (bits, rank of the change, contexts touched) apart from how far it is away.
+separates how much is new (bits, rank of the change, contexts touched) from its distance in nats.
 
 Shapes: V symbols; a table P_VVVV is P(next | a, b, c).
 """
@@ -19,8 +19,15 @@ from functools import cache
 
 import numpy as np
 
-from lorasweep.data.examples import Data, Example, Truth, generated
-from lorasweep.data.fingerprint import of_generator, rounded
+from lorasweep.data.examples import (
+    Data,
+    Example,
+    Generator,
+    Truth,
+    generated,
+    of_generator,
+    rounded,
+)
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
@@ -118,12 +125,12 @@ def transition(
     Raises:
         DataError: a parameter is unknown or out of range.
     """
-    return _table(_parts(_checked(params, where), draw))
+    return _table(parts_of(params, draw, where))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Parts:
-    """What a table is made of."""
+class Parts:
+    """The parameters and arrays that a table is made from. Shapes: F features."""
 
     k: dict[str, float]
     feats_VF: list[np.ndarray]
@@ -135,7 +142,13 @@ class _Parts:
     memorised_VVV: np.ndarray
 
 
-def _parts(k: dict[str, float], draw: int | None) -> _Parts:
+def parts_of(params: dict[str, float], draw: int | None = None, where: str = "dialect") -> Parts:
+    """Draw the parts of a dialect's table.
+
+    Raises:
+        DataError: a parameter is unknown or out of range.
+    """
+    k = _checked(params, where)
     rank, v, number = int(k["features"]), VOCAB, int(k["language"])
     old = stream("dialect", number, "language")
     new = stream("dialect", number, "dialect", *(() if draw is None else ("draw", draw)))
@@ -155,11 +168,11 @@ def _parts(k: dict[str, float], draw: int | None) -> _Parts:
     memorised = old.integers(v, size=(v, v, v))
     replaced = new.random((v, v, v)) < k["new_exceptions"]
     memorised = np.where(replaced, new.integers(v, size=(v, v, v)), memorised)
-    parts = _Parts(k, feats, out, zipf, is_exception, is_exception & replaced, memorised)
+    parts = Parts(k, feats, out, zipf, is_exception, is_exception & replaced, memorised)
     return _moved(parts, shifted, changes) if changes and len(shifted) else parts
 
 
-def _moved(parts: _Parts, shifted: np.ndarray, changes: Sequence[np.ndarray]) -> _Parts:
+def _moved(parts: Parts, shifted: np.ndarray, changes: Sequence[np.ndarray]) -> Parts:
     """Add the changes to the shifted rows, scaled to a distance of shift_nats.
 
     The KL grows about with the square of a small scale, so each step multiplies the scale by the
@@ -178,12 +191,12 @@ def _moved(parts: _Parts, shifted: np.ndarray, changes: Sequence[np.ndarray]) ->
             return moved
         scale = float(f"{scale * math.sqrt(wanted / got):.9g}")
     raise DataError(
-        f"knobs.shift_nats={wanted}: no scale of the change gives this distance. Allowed: about "
-        "0.01 to 1."
+        f"generator_params.shift_nats={wanted}: no scale of the change gives this distance. "
+        "Allowed: about 0.01 to 1."
     )
 
 
-def _table(parts: _Parts) -> np.ndarray:
+def _table(parts: Parts) -> np.ndarray:
     v, k = VOCAB, parts.k
     logits = np.einsum("bk,ck,kv->bcv", *parts.feats_VF, parts.out_FV) / np.sqrt(k["features"])
     logits = k["sharpness"] * logits + parts.zipf_V
@@ -216,8 +229,8 @@ def distance(dialect_VVVV: np.ndarray, language_VVVV: np.ndarray) -> float:
 @cache
 def _facts(params: tuple[tuple[str, float], ...], draw: int | None) -> tuple[int, int, np.ndarray]:
     """Return the free numbers of the shift, the exceptions, and the replaced ones' shares."""
-    k = _checked(dict(params), "dialect")
-    parts = _parts(k, draw)
+    parts = parts_of(dict(params), draw)
+    k = parts.k
     m, low, rank = round(k["rule_shift"] * VOCAB), int(k["shift_rank"]), int(k["features"])
     # a matrix [m, rank] of rank low has low (m + rank - low) free numbers; there are two of them
     low = min(low, m) if low else min(rank, m)
@@ -253,20 +266,20 @@ def bits(params: dict[str, float], n_tokens: int, draw: int | None = None) -> di
 def _checked(params: dict[str, float], where: str) -> dict[str, float]:
     for key in params:
         if key not in DEFAULTS:
-            raise DataError(f"{where}: knobs.{key} is unknown. Allowed: {', '.join(DEFAULTS)}.")
+            raise DataError(
+                f"{where}: generator_params.{key} is unknown. Allowed: {', '.join(DEFAULTS)}."
+            )
     k = {**DEFAULTS, **params}
-    for key in ("rule_shift", "new_exceptions", "exceptions", "mass"):
-        if not 0 <= k[key] <= 1:
-            raise DataError(f"{where}: knobs.{key}={k[key]}. Allowed: 0 to 1.")
-    if not 0 <= k["shift_rank"] <= k["features"] or k["shift_rank"] % 1:
-        raise DataError(
-            f"{where}: knobs.shift_rank={k['shift_rank']}. Allowed: a whole number from 0 to "
-            f"features={k['features']:g}."
-        )
-    if not k["shift_nats"] > 0:
-        raise DataError(f"{where}: knobs.shift_nats={k['shift_nats']}. Allowed: above 0.")
-    if k["features"] < 1:
-        raise DataError(f"{where}: knobs.features={k['features']}. Allowed: 1 or more.")
+    whole = f"a whole number from 0 to features={k['features']:g}"
+    shares = ("rule_shift", "new_exceptions", "exceptions", "mass")
+    for key, valid, allowed in (
+        *((key, 0 <= k[key] <= 1, "0 to 1") for key in shares),
+        ("shift_rank", 0 <= k["shift_rank"] <= k["features"] and not k["shift_rank"] % 1, whole),
+        ("shift_nats", k["shift_nats"] > 0, "above 0"),
+        ("features", k["features"] >= 1, "1 or more"),
+    ):
+        if not valid:
+            raise DataError(f"{where}: generator_params.{key}={k[key]:g}. Allowed: {allowed}.")
     return k
 
 
@@ -280,3 +293,6 @@ def sample(table: np.ndarray, rng: np.random.Generator, count: int, length: int)
         rows = cumulative[tokens[:, t - 3], tokens[:, t - 2], tokens[:, t - 1]]
         tokens[:, t] = (rng.random(count)[:, None] > rows).sum(-1)
     return tokens
+
+
+GENERATORS = {"dialect": Generator(VOCAB, check, load)}

@@ -1,11 +1,16 @@
-"""`facts`: random key-value pairs of exactly 16 bits each, to measure how much a method can store.
+"""Random keys with random values: `facts` to be stored, and a `bandit` to be learned from rewards.
 
-A key has three symbols, a value four symbols out of 16, drawn uniformly. The base model is
-pretrained on the same format, either with facts that never repeat (facts=0) or with a fixed set of
-facts among them (facts, set, fresh). Its NLL on the values of other facts is their entropy, ln 16
-per symbol, so every bit below that was stored by fine-tuning. Held-out rows are the trained facts
-themselves, because storage is what is measured. Rows of `n_retain` hold facts that are never
-trained.
+facts: pairs of exactly 16 bits each, to measure how much a method can store. A key has three
+symbols, a value four symbols out of 16, drawn uniformly. The base model is pretrained on the same
+format, either with facts that never repeat (facts=0) or with a fixed set of facts among them
+(facts, set, fresh). Its NLL on the values of other facts is their entropy, ln 16 per symbol, so
+every bit below that was stored by fine-tuning. Held-out rows are the trained facts themselves,
+because storage is measured. Rows of `n_retain` hold facts that are never trained.
+
+bandit: contexts with one hidden label each, out of 16, so 4 bits per context. A context is a key in
+the format of `facts`, and the label is its first value symbol. The base model knows the format, not
+the labels. The same rows teach the labels by cross-entropy, or by the reward of a sampled symbol.
+Held-out rows are the contexts themselves.
 """
 
 import dataclasses
@@ -13,8 +18,17 @@ import math
 
 import numpy as np
 
-from lorasweep.data.examples import Data, Example, generated
-from lorasweep.data.fingerprint import of_generator
+from lorasweep.data.examples import (
+    Data,
+    Example,
+    Generator,
+    Rewards,
+    generated,
+    of_generator,
+    parameters,
+    shuffled,
+)
+from lorasweep.data.rewards import same_tokens
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
@@ -24,48 +38,49 @@ VOCAB = 48
 KEY, VALUE = 3, 4
 FACT = 1 + KEY + VALUE
 """Symbols per fact: a separator, the key, the value."""
-DEFAULTS = {
+FACTS = {
     "facts": 512.0,  # number of facts to store; 0: new facts in every row
     "set": 0.0,  # seed of the set of facts
     # share of training rows with facts that never repeat, to pretrain a base that knows some facts
     "fresh": 0.0,
 }
+BANDIT = {
+    "contexts": 64.0,
+    "set": 0.0,  # seed of the contexts and their labels
+}
+BANDIT_LENGTH = 1 + KEY + 1
+"""Symbols of a row of `bandit`: a separator, the key, the label."""
 
 
-def check(spec: DatasetSpec) -> None:
+def check_facts(spec: DatasetSpec) -> None:
     """Check the generator parameters and the row length.
 
     Raises:
         DataError: one is unknown or out of range.
     """
-    where = f"dataset {spec.name!r}"
-    for key in spec.generator_params:
-        if key not in DEFAULTS:
-            raise DataError(f"{where}: knobs.{key} is unknown. Allowed: {', '.join(DEFAULTS)}.")
-    count = {**DEFAULTS, **spec.generator_params}["facts"]
-    row = spec.max_length // FACT
+    where, params = f"dataset {spec.name!r}: ", parameters(spec, FACTS)
+    count, fresh, row = params["facts"], params["fresh"], spec.max_length // FACT
     if spec.max_length % FACT:
         raise DataError(
-            f"{where}: max_length={spec.max_length}. Allowed: a multiple of {FACT} (symbols per "
+            f"{where}max_length={spec.max_length}. Allowed: a multiple of {FACT} (symbols per "
             "fact)."
         )
-    fresh = {**DEFAULTS, **spec.generator_params}["fresh"]
     if not 0 <= fresh <= 1:
-        raise DataError(f"{where}: knobs.fresh={fresh:g}. Allowed: 0 to 1.")
+        raise DataError(f"{where}generator_params.fresh={fresh:g}. Allowed: 0 to 1.")
     if count < 0 or count % row or count > KEYS**KEY // 2:
         raise DataError(
-            f"{where}: knobs.facts={count:g}. Allowed: 0, or a multiple of {row} (the facts per "
-            f"row) up to {KEYS**KEY // 2}."
+            f"{where}generator_params.facts={count:g}. Allowed: 0, or a multiple of {row} (the "
+            f"facts per row) up to {KEYS**KEY // 2}."
         )
 
 
-def load(spec: DatasetSpec) -> Data:
+def load_facts(spec: DatasetSpec) -> Data:
     """Make the facts and their rows.
 
     The loss covers the values, or with mask=all every symbol but the first.
     """
-    check(spec)
-    params = {**DEFAULTS, **spec.generator_params}
+    check_facts(spec)
+    params = parameters(spec, FACTS)
     count, row = int(params["facts"]), spec.max_length // FACT
     if not count:
 
@@ -82,7 +97,7 @@ def load(spec: DatasetSpec) -> Data:
         raise DataError(
             f"dataset {spec.name!r}: n_retain={spec.n_retain} leaves too few keys for {count} "
             f"facts. There are {KEYS**KEY} keys, and each row needs {row}: lower n_retain or "
-            "knobs.facts."
+            "generator_params.facts."
         )
     number = rng.permutation(KEYS**KEY)[: count + unseen]
     keys = VALUES + np.stack([number // KEYS**k % KEYS for k in range(KEY)], 1)
@@ -120,7 +135,7 @@ def load(spec: DatasetSpec) -> Data:
 
 
 def _bits(count: int, n_tokens: int) -> dict[str, float]:
-    """Return what the values of the facts seen in `n_tokens` loss tokens tell, in bits."""
+    """Return the information in the values of the facts seen in `n_tokens` loss tokens, in bits."""
     return {"generator": min(count, n_tokens // VALUE) * VALUE * math.log2(VALUES)}
 
 
@@ -131,3 +146,47 @@ def _rows(keys: np.ndarray, values: np.ndarray, spec: DatasetSpec) -> list[Examp
     if spec.mask == "all":
         loss = np.arange(spec.max_length) > 0
     return [Example(tokens=tokens, loss=loss) for tokens in facts.reshape(-1, spec.max_length)]
+
+
+def check_bandit(spec: DatasetSpec) -> None:
+    """Check the generator parameters and the row length.
+
+    Raises:
+        DataError: one is unknown or out of range.
+    """
+    where, contexts = f"dataset {spec.name!r}: ", parameters(spec, BANDIT)["contexts"]
+    if not 1 <= contexts <= KEYS**KEY or contexts % 1:
+        raise DataError(
+            f"{where}generator_params.contexts={contexts:g}. Allowed: a whole number from 1 to "
+            f"{KEYS**KEY}."
+        )
+    if spec.max_length < BANDIT_LENGTH:
+        raise DataError(f"{where}max_length={spec.max_length}. Allowed: {BANDIT_LENGTH} or more.")
+
+
+def load_bandit(spec: DatasetSpec) -> Data:
+    """Draw the contexts and their labels. The loss covers the label."""
+    check_bandit(spec)
+    params = parameters(spec, BANDIT)
+    count, rng = int(params["contexts"]), stream("bandit", int(params["set"]))
+    # one after the other from one stream: fewer contexts are the first of more
+    numbers = rng.permutation(KEYS**KEY)[:count]
+    keys = VALUES + np.stack([numbers // KEYS**k % KEYS for k in range(KEY)], 1)
+    labels = rng.integers(VALUES, size=KEYS**KEY)[:count]
+    tokens = np.concatenate([np.full((count, 1), SEPARATOR), keys, labels[:, None]], 1)
+    loss = np.arange(BANDIT_LENGTH) == BANDIT_LENGTH - 1
+    rows = [Example(row, loss) for row in tokens.astype(np.int32)]
+    data = Data(
+        shuffled(spec, rows),
+        rows[: spec.n_test],
+        n_train=count,
+        entropy_floor_nats=0.0,
+        rewards=Rewards(same_tokens, (), exact=True, choices=VALUES),
+    )
+    return dataclasses.replace(data, sha256=of_generator(data, tokens))
+
+
+GENERATORS = {
+    "facts": Generator(VOCAB, check_facts, load_facts),
+    "bandit": Generator(VOCAB, check_bandit, load_bandit),
+}

@@ -1,63 +1,91 @@
-"""`skills`: short symbolic tasks: copy, reverse, sort, addition, word problems.
+"""Short symbolic tasks in which each character is a token: `skills`, and `words` for rewards.
 
-Each character is a token. The base model is pretrained on easier instances in the same format
-(difficulty 1), so that fine-tuning (difficulty 2) teaches the skill and not the format.
+skills: copy, reverse, sort, addition, word problems. The base model is pretrained on easier
+instances in the same format (difficulty 1), so that fine-tuning (difficulty 2) teaches the skill
+and not the format.
+
+words: new words for old skills, to be learned from rewards. `cort` means sort, `sverse` reverse,
+`sopy` copy. The base model knows the skills under their old words (data set `skills`), so correct
+completions are rare at first but not impossible.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
-from lorasweep.data.examples import Data, Example, generated
-from lorasweep.data.fingerprint import of_generator
+from lorasweep.data.examples import (
+    Data,
+    Example,
+    Generator,
+    Rewards,
+    generated,
+    of_generator,
+    parameters,
+)
+from lorasweep.data.rewards import same_tokens
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789+-*=:>.?"
 VOCAB = 48  # the alphabet, rounded up; the extra symbols are never used
-DEFAULTS = {"difficulty": 2.0}
+SKILLS = {"difficulty": 2.0}
 _INDEX = {char: i for i, char in enumerate(ALPHABET)}
 _NAMES = ("ann", "bob", "eve", "tom", "sue", "max")
 _THINGS = ("nuts", "pens", "cups", "hats")
-
-
 LONGEST = 48
-"""Bound on the symbols of an instance (the longest seen has 46). A shorter max_length would cut
-answers off."""
+"""Bound on the symbols of an instance of `skills` (the longest seen has 46)."""
 DIFFICULTIES = (1, 2, 3)
+WORDS: dict[str, Callable[[list[str]], list[str]]] = {
+    "cort": sorted,
+    "sverse": lambda letters: letters[::-1],
+    "sopy": list,
+}
+LENGTHS = (4, 5)
+"""Letters of an instance of `words`."""
+LONGEST_WORDS = len("sverse ") + LENGTHS[-1] + len(">") + LENGTHS[-1] + len("\n")
 
 
-def check(spec: DatasetSpec) -> None:
+def check_skills(spec: DatasetSpec) -> None:
     """Check the generator parameters and the row length.
 
     Raises:
         DataError: one is unknown or out of range.
     """
-    for key in spec.generator_params:
-        if key not in DEFAULTS:
-            raise DataError(
-                f"dataset {spec.name!r}: knobs.{key} is unknown. Allowed: {', '.join(DEFAULTS)}."
-            )
-    difficulty = {**DEFAULTS, **spec.generator_params}["difficulty"]
+    difficulty = parameters(spec, SKILLS)["difficulty"]
     if difficulty not in DIFFICULTIES:
         raise DataError(
-            f"dataset {spec.name!r}: knobs.difficulty={difficulty:g}. Allowed: 1, 2, 3."
+            f"dataset {spec.name!r}: generator_params.difficulty={difficulty:g}. Allowed: 1, 2, 3."
         )
-    if spec.max_length < LONGEST:
+    _check_length(spec, LONGEST)
+
+
+def check_words(spec: DatasetSpec) -> None:
+    """Check that there are no generator parameters, and the row length.
+
+    Raises:
+        DataError: there is one, or rows would be cut.
+    """
+    parameters(spec, {})
+    _check_length(spec, LONGEST_WORDS)
+
+
+def _check_length(spec: DatasetSpec, longest: int) -> None:
+    if spec.max_length < longest:
         raise DataError(
-            f"dataset {spec.name!r}: max_length={spec.max_length} would cut answers "
-            f"off. Allowed: {LONGEST} or more."
+            f"dataset {spec.name!r}: max_length={spec.max_length} would cut answers off. Allowed: "
+            f"{longest} or more."
         )
 
 
-def load(spec: DatasetSpec) -> Data:
+def load_skills(spec: DatasetSpec) -> Data:
     """Make the task.
 
     The loss covers the answer and its line end, or with mask=all every symbol but the first.
     """
-    check(spec)
-    difficulty = int({**DEFAULTS, **spec.generator_params}["difficulty"])
+    check_skills(spec)
+    difficulty = int(parameters(spec, SKILLS)["difficulty"])
 
     def draw(rng: np.random.Generator, count: int, difficulty: int = difficulty) -> list[Example]:
         return [_example(*instance(rng, difficulty), spec) for _ in range(count)]
@@ -104,3 +132,33 @@ def _example(prompt: str, answer: str, spec: DatasetSpec) -> Example:
     tokens = encoded(f"{prompt}{answer}\n"[: spec.max_length])
     loss = np.arange(len(tokens)) >= (1 if spec.mask == "all" else len(prompt))
     return Example(tokens=tokens, loss=loss, n_bytes=int(loss.sum()))
+
+
+def load_words(spec: DatasetSpec) -> Data:
+    """Make the task of new words. The loss covers the answer and its line end."""
+    check_words(spec)
+    data = Data(
+        train=generated(spec, spec.train_split, _draw_words),
+        test=_draw_words(stream("data", spec.name, spec.test_split), spec.n_test),
+        n_train=spec.n_train,
+        rewards=Rewards(same_tokens, ((ALPHABET.index("\n"),),), exact=True),
+    )
+    return dataclasses.replace(data, sha256=of_generator(data, ", ".join(WORDS)))
+
+
+def _draw_words(rng: np.random.Generator, count: int) -> list[Example]:
+    rows = []
+    for _ in range(count):
+        word = tuple(WORDS)[int(rng.integers(len(WORDS)))]
+        size = LENGTHS[int(rng.integers(len(LENGTHS)))]
+        letters = [chr(97 + int(i)) for i in rng.integers(26, size=size)]
+        prompt, answer = f"{word} {''.join(letters)}>", "".join(WORDS[word](letters))
+        tokens = encoded(f"{prompt}{answer}\n")
+        rows.append(Example(tokens, np.arange(len(tokens)) >= len(prompt), len(answer) + 1))
+    return rows
+
+
+GENERATORS = {
+    "skills": Generator(VOCAB, check_skills, load_skills),
+    "words": Generator(VOCAB, check_words, load_words),
+}

@@ -36,7 +36,7 @@ UNKNOWN = {
 )
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_a_shipped_sweep_can_decide_its_claims_or_says_that_it_cannot(compose, sweep, scale):
-    """Change `sweep.second.seeds`, the claim's `sd` where it was measured anew, or `underpowered`."""
+    """Change `sweep.replicate.seeds`, the claim's `sd` where it was measured anew, or `underpowered`."""
     try:
         request = compose(f"+sweep={sweep}", f"scale={scale}")
     except NotAtScale:
@@ -51,19 +51,18 @@ def test_a_shipped_sweep_can_decide_its_claims_or_says_that_it_cannot(compose, s
 PLAN = (
     *("+sweep=lr_ratio", "scale=smoke", "action=plan", "sweep.rounds=1"),
     *(
-        "++sweep.claims.ratio.sd={smoke: 0.12, tiny: 9}",
-        "++sweep.claims.ratio.units=null",
+        "++sweep.claims.ratio.planning={smoke: {sd: 0.12}, tiny: {sd: 9}}",
         "++sweep.claims.ratio.underpowered=false",
     ),
 )
 
 
 def test_the_plan_holds_each_claims_expected_interval_against_its_margin(command):
-    enough = "sweep.second.seeds=[1,2,3,4,5]"
+    enough = "sweep.replicate.seeds=[1,2,3,4,5]"
     text = command(*PLAN, enough).stdout
     assert "claim ratio: expected interval 10 [8.82, 11.3] within [7.1, 14.1]: can decide" in text
     assert "claim ten_times: not known: no sd stated" in text
-    few = command(*PLAN, "sweep.second.seeds=[1,2]").stdout
+    few = command(*PLAN, "sweep.replicate.seeds=[1,2]").stdout
     assert "warning, claim ratio: " in few and "cannot decide: needs 4 seeds (planned 3)" in few
     claims = json.loads(command(*PLAN, enough, "format=json").stdout)["claims"]
     ratio, *_, parity = claims
@@ -78,8 +77,7 @@ def test_a_run_begins_with_a_warning_of_a_claim_that_it_cannot_decide(
     request = compose(
         "+sweep=lr_ratio",
         "scale=smoke",
-        "++sweep.claims.order.sd=0.9",
-        "++sweep.claims.order.units=null",
+        "++sweep.claims.order.planning={smoke: {sd: 0.9}}",
         f"++sweep.claims.order.underpowered={known}",
     )
     act(request, fake_trainer(lambda spec: 2.0 + spec.lr))

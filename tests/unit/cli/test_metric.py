@@ -13,7 +13,7 @@ REWARD = {"name": "reward", "higher_is_better": True, "label": "reward"}
 def test_the_highest_reward_is_the_best(compose, fake_trainer):
     """The NLLs of these runs would choose the other end of the rates."""
     rates = "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]"
-    request = compose("+sweep=lr_ratio", "scale=smoke", "scale.fresh_seeds=[7]", rates)
+    request = compose("+sweep=lr_ratio", "scale=smoke", "sweep.replicate.seeds=[7]", rates)
     store = RunStore(request.exec.runs_dir)
     trainer = fake_trainer(
         lambda s: 1 + s.lr, more=lambda s: {"metric": REWARD, "reward": 100 * s.lr}

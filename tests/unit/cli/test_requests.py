@@ -73,7 +73,7 @@ def test_help_shows_groups_and_how_to_change_a_grid(command, tmp_path):
 def test_a_users_sweep_and_model_come_in_by_config_dir(command, tmp_path):
     for folder in ("sweep", "model"):
         (tmp_path / "mine" / folder).mkdir(parents=True)
-    text = (ROOT / "sweeps/lr_ratio.yaml").read_text().replace("${scale.models}", "[narrow]")
+    text = (ROOT / "sweeps/lr_ratio.yaml").read_text().replace("model: tiny64,", "model: narrow,")
     (tmp_path / "mine/sweep/my_ratio.yaml").write_text(text)
     model = (
         (ROOT / "conf/model/tiny64.yaml")
@@ -105,7 +105,7 @@ def test_what_a_users_sweep_sets_beside_the_sweep_holds_for_models_and_data_on_i
 ):
     (tmp_path / "mine/sweep").mkdir(parents=True)
     ours = yaml.safe_load((ROOT / "sweeps/lr_ratio.yaml").read_text())
-    ours["axes"]["dataset"] = ["dialect_few"]
+    ours["scales"]["smoke"]["axes"]["dataset"] = ["dialect_few"]
     text = "# @package _global_\n" + yaml.safe_dump({"dataset": {"max_length": 32}, "sweep": ours})
     (tmp_path / "mine/sweep/short.yaml").write_text(text)
     arguments = ("--config-dir", tmp_path / "mine", "+sweep=short", "scale=smoke", "action=plan")

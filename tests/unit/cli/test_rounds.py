@@ -20,17 +20,17 @@ def no_report(monkeypatch):
 def test_the_second_stage_brings_fresh_seeds_at_the_three_best_rates(compose, fake_trainer):
     trainer = fake_trainer(Valley(3).nll)
     rates = "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]"
-    act(compose("+sweep=lr_ratio", "scale=smoke", "scale.fresh_seeds=[5,6]", rates), trainer)
+    act(compose("+sweep=lr_ratio", "scale=smoke", "sweep.replicate.seeds=[5,6]", rates), trainer)
     assert len(trainer.trained) == 5 + 3 + 2 * 3 * 2
 
 
 def test_fresh_seeds_go_only_to_the_arms_that_are_named(compose, fake_trainer):
     trainer = fake_trainer(Valley(3).nll)
-    arguments = ("+sweep=lr_ratio", "scale=smoke", "scale.fresh_seeds=[5,6]", "format=json")
-    act(compose(*arguments, "sweep.second.arms=[lora]"), trainer)
+    arguments = ("+sweep=lr_ratio", "scale=smoke", "sweep.replicate.seeds=[5,6]", "format=json")
+    act(compose(*arguments, "sweep.replicate.arms=[lora]"), trainer)
     assert len(trainer.trained) == 3 + 3 + 3 * 2  # two curves, then two seeds at LoRA's three rates
     with pytest.raises(SpecError, match=r"second\.arms names 'lorra'.*fullft"):
-        compose(*arguments, "sweep.second.arms=[lorra]")
+        compose(*arguments, "sweep.replicate.arms=[lorra]")
 
 
 def test_a_failed_run_is_named_kept_apart_and_tried_again_only_on_request(
@@ -56,9 +56,9 @@ def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, ca
     base = [
         "+sweep=lr_ratio",
         "scale=smoke",
-        "scale.ranks=[4,8]",
+        "sweep.arms.lora.rank=[4,8]",
         "format=json",
-        "scale.fresh_seeds=[1,2,3]",
+        "sweep.replicate.seeds=[1,2,3]",
         "sweep.rounds=3",
         *valley.rates(),
     ]
@@ -93,8 +93,8 @@ def test_rounds_are_not_extended_under_other_margins(compose, fake_trainer):
     base = [
         "+sweep=lr_ratio",
         "scale=smoke",
-        "scale.ranks=[4]",
-        "scale.fresh_seeds=[1,2]",
+        "sweep.arms.lora.rank=[4]",
+        "sweep.replicate.seeds=[1,2]",
         "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]",
         "sweep.arms.lora.lr=[3e-3,6e-3,1.2e-2,2.4e-2,4.8e-2]",
     ]

@@ -11,7 +11,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import import_table, load_runs
 
 SWEEP = ("+sweep=lr_ratio", "scale=smoke", "format=json")
-MORE = "scale.seeds=[0,1]"
+MORE = "sweep.axes.seed=[0,1]"
 ADVICE = r"would continue lr curves .*exec\.runs_dir=.*/runs-2"
 
 

@@ -20,7 +20,7 @@ def test_the_command_as_the_file_states_it_has_the_plain_title(compose):
         "sweep.axes.model=[tiny128]",
         "~sweep.arms.fullft",
         "model.tied=true",
-        "scale.fresh_seeds=[5,6]",
+        "sweep.replicate.seeds=[5,6]",
     ],
 )
 def test_a_command_line_that_changes_the_runs_changes_title_and_looks(compose, change, tmp_path):

@@ -178,7 +178,7 @@ def test_dialect_is_a_distribution_and_its_floor_is_its_entropy():
     )  # sampled against exact, over the same contexts
 
 
-def test_the_dialect_differs_from_its_language_by_its_knobs():
+def test_the_dialect_differs_from_its_language_by_its_parameters():
     language = dialect.transition({"rule_shift": 0.0, "new_exceptions": 0.0})
     assert np.array_equal(language, dialect.transition({"rule_shift": 0.0, "new_exceptions": 0.0}))
     changed = [
@@ -188,7 +188,7 @@ def test_the_dialect_differs_from_its_language_by_its_knobs():
         for s in (0.0, 0.25, 0.5)
     ]
     assert 0 < changed[0] < changed[1] < changed[2]
-    with pytest.raises(DataError, match="knob"):
+    with pytest.raises(DataError, match="generator_params"):
         dialect.transition({"shift": 0.5})
 
 

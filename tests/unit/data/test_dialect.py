@@ -40,8 +40,8 @@ def test_without_shifted_symbols_the_language_stays_as_it_is():
 
 @pytest.mark.parametrize(("m", "k"), CELLS)
 def test_the_change_has_the_rank_and_touches_the_symbols_that_were_asked(m, k):
-    changed = dialect._parts(dialect._checked(params(m, k), ""), draw=7)
-    before = dialect._parts(dialect._checked(params(0, 0), ""), draw=7)
+    changed = dialect.parts_of(params(m, k), draw=7)
+    before = dialect.parts_of(params(0, 0), draw=7)
     for new, old in zip(changed.feats_VF, before.feats_VF):
         change = new - old
         assert np.linalg.matrix_rank(change, tol=1e-9) == k
@@ -49,15 +49,15 @@ def test_the_change_has_the_rank_and_touches_the_symbols_that_were_asked(m, k):
 
 
 @pytest.mark.parametrize(
-    ("of_the_first_study", "total"),
+    ("old", "total"),
     [
         ({"rule_shift": 0.5, "new_exceptions": 0.3}, 13.638929920548115),
         ({"rule_shift": 0.25, "new_exceptions": 0.0, "language": 1.0}, 8.168247878034254),
     ],
 )
-def test_an_old_dialect_is_the_same_table(of_the_first_study, total):
+def test_an_old_dialect_is_the_same_table(old, total):
     """Weighted sums of the tables, made by the code that trained the first study's runs."""
-    table = dialect.transition(of_the_first_study)
+    table = dialect.transition(old)
     weights = np.cos(np.arange(table.size)).reshape(table.shape)
     assert float((table * weights).sum()) == pytest.approx(total, abs=1e-6)
 
@@ -74,7 +74,7 @@ def test_bits_are_those_of_the_free_numbers_and_of_the_exceptions():
     assert dialect.bits(params(8, 2), n)["generator"] == 2 * 2 * (8 + 8 - 2) / 2 * 20
     assert dialect.bits(params(8, 8), n)["generator"] == 2 * 8 * 8 / 2 * 20
     some = dialect.bits({"rule_shift": 0.0, "new_exceptions": 0.1}, n)
-    parts = dialect._parts(dialect._checked({"rule_shift": 0, "new_exceptions": 0.1}, ""), None)
+    parts = dialect.parts_of({"rule_shift": 0, "new_exceptions": 0.1})
     exceptions, replaced = int(parts.is_exception_VVV.sum()), int(parts.replaced_VVV.sum())
     which = math.log2(math.comb(exceptions, replaced))
     assert some["generator"] == pytest.approx(5 * replaced + which, rel=1e-9)

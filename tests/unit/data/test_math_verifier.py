@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from lorasweep.data import rewards
-from lorasweep.data.rewards import answer_of, prompt_of
+from lorasweep.data.examples import answer_of, prompt_of
 from lorasweep.data.verifiers import math_checks
 from lorasweep.data.verifiers.math_checks import MathChecks
 from lorasweep.errors import DataError, SpecError

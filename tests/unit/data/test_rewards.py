@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lorasweep.config.preflight import check_available
 from lorasweep.data import load as data
 from lorasweep.data import rewards
-from lorasweep.data.rewards import answer_of, prompt_of
+from lorasweep.data.examples import answer_of, prompt_of
 from lorasweep.data.verifiers.reading import boxed, integer, marked
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
@@ -78,6 +78,13 @@ def test_a_word_is_answered_by_its_skill_and_ends_its_line():
 )
 def test_whole_numbers_are_read_exactly(text, number):
     assert integer(text) == number
+
+
+def test_marks_and_boxes_are_read():
+    assert boxed(r"\boxed{1} or \boxed{\{2, 3\}}.") == r"\{2, 3\}"
+    assert boxed(r"so $\boxed 7$") == "7" and boxed(r"\fbox{a{b}c}") == "a{b}c"
+    assert boxed(r"\boxed{\frac{1}{2}") is None and boxed("none") is None
+    assert marked("a #### 1\n#### 2,000 \n") == "2000" and marked("none ####") is None
 
 
 def test_long_and_deep_texts_are_read():
@@ -197,5 +204,5 @@ def test_what_cannot_be_rewarded_is_refused_before_anything_starts(compose):
     check_available(compose(*RL, *SIZES, "exec.world_size=2"))
     with pytest.raises(SpecError, match=r"exec.world_size=2 with kl_weight"):
         check_available(compose(*RL, *SIZES, "exec.world_size=2", "kl_weight=0.1"))
-    with pytest.raises(DataError, match=r"knobs.contexts=0"):
-        check_available(compose(*RL, *SIZES, "dataset.knobs.contexts=0"))
+    with pytest.raises(DataError, match=r"generator_params.contexts=0"):
+        check_available(compose(*RL, *SIZES, "dataset.generator_params.contexts=0"))

@@ -9,8 +9,6 @@ from collections import Counter
 import pytest
 
 from lorasweep.data import load as data
-from lorasweep.data.problems import problems
-from lorasweep.data.verifiers.reading import boxed, marked
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from tests.bpe import llama_like, qwen_like
@@ -125,54 +123,17 @@ def test_math_trains_both_splits_of_all_subjects_without_the_held_out_problems(h
     assert loaded.n_train == 7 * 2 * 4 - 2 and len(loaded.test) == 2
     asked = [{shown(e)[0].split("How many")[2] for e in p} for p in (loaded.test, list_of(loaded))]
     assert len(asked[1]) == 54 and not asked[0] & asked[1]
-    found = list(problems(spec, [], True, qwen_like()))
-    assert [p.answer for p in found] == [r"\frac{01e}{2}", r"\frac{22r}{2}"]
-    assert found[0].prompt.endswith(
-        r"User: How many 01e? Write the final answer in \boxed{}.\n\nAssistant:".replace(
-            r"\n", "\n"
-        )
-    )
-    assert len(list(problems(spec, [], False, qwen_like()))) == 54
     text, trained = shown(loaded.test[0])
-    assert text == found[0].prompt + trained and trained == f" {found[0].solution}\n\nUser:"
+    ask = "How many 01e? Write the final answer in \\boxed{}."
+    assert text.endswith(f"User: {ask}\n\nAssistant:{trained}")
+    assert trained.endswith("\\boxed{\\frac{01e}{2}}$\n\nUser:")
 
 
-def test_deepmath_has_its_answers_in_a_column(hub):
-    rows = [
-        {
-            **{"question": f"So {k}?", "final_answer": f"{k}", "difficulty": 5.0, "topic": "made"},
-            **{f"r1_solution_{i}": f"Yes {i}" for i in (1, 2, 3)},
-        }
-        for k in range(9)
-    ]
-    spec = spec_of("deepmath", hub("deep", {"default": {"train": rows}}), n_test=2, holdout=2)
-    assert load(spec).n_train == 7
-    found = [p for held_out in (True, False) for p in problems(spec, [], held_out, qwen_like())]
-    assert sorted(p.answer for p in found) == [f"{k}" for k in range(9)]
-    assert {p.solution for p in found} == {"Yes 1"}
-    assert all(f"User: So {p.answer}? Write" in p.prompt for p in found)
-
-
-def test_gsm8k_has_its_answers_behind_a_mark(hub):
+def test_gsm8k_trains_the_whole_solution(hub):
     rows = [{"question": "So?", "answer": f"It is <<2*3=6>>6.\n#### {n}"} for n in ("6", "1,200")]
     path = hub("gsm8k", {"main": {"train": rows, "test": rows[:1]}})
-    spec = spec_of("gsm8k_boxed", path, n_test=1)
-    assert [p.answer for p in problems(spec, [], False, qwen_like())] == ["6", "1200"]
-    assert shown(load(spec).test[0])[1] == " It is <<2*3=6>>6.\n#### 6\n\nUser:"
-
-
-def test_gold_answers_are_found_or_refused(hub):
-    assert boxed(r"\boxed{1} or \boxed{\{2, 3\}}.") == r"\{2, 3\}"
-    assert boxed(r"so $\boxed 7$") == "7" and boxed(r"\fbox{a{b}c}") == "a{b}c"
-    assert boxed(r"\boxed{\frac{1}{2}") is None and boxed("none") is None
-    assert marked("a #### 1\n#### 2,000 \n") == "2000" and marked("none ####") is None
-    row = {**problem("1", "algebra"), "solution": "It is late."}
-    spec = spec_of("gsm8k_boxed", hub("open", {"main": {"train": [row], "test": [row]}}))
-    spec = dataclasses.replace(spec, prompt_field="problem", completion_field="solution", n_test=1)
-    with pytest.raises(DataError, match=r"open\[train\] row 0: no gold answer in 'solution'"):
-        list(problems(spec, [], False, qwen_like()))
-    with pytest.raises(DataError, match="format=messages has no gold answers"):
-        list(problems(spec_of("tulu3", "x"), [], False, qwen_like()))
+    loaded = load(spec_of("gsm8k_boxed", path, n_test=1))
+    assert shown(loaded.test[0])[1] == " It is <<2*3=6>>6.\n#### 6\n\nUser:"
 
 
 @pytest.mark.parametrize("described", [True, False])

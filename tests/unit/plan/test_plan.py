@@ -250,7 +250,7 @@ def test_bf16_on_a_processor_without_it_is_said_and_counted(compose, precision, 
 
 def test_the_same_runs_are_planned_differently_for_two_machines_of_the_catalogue(compose):
     base = ("+sweep=lr_ratio", "scale=small", "sweep.arms.lora.lr=${around:1e-3,32,1.05}")
-    large = (*base, "scale.models=[llama-3.1-8b]", "precision=bf16", "batch_size=1")
+    large = (*base, "sweep.axes.model=[llama-3.1-8b]", "precision=bf16", "batch_size=1")
     plans = {}
     for name in ("h200", "a100"):
         request = compose(*large, "action=plan", f"hardware={name}", "hardware.gpus=1")
@@ -308,11 +308,11 @@ def test_no_worker_is_left_without_a_pack(compose):
 def test_ranks_are_mixed_only_where_one_alone_fills_little_and_stand_together(compose):
     small = ("+sweep=lr_ratio", "scale=smoke", "~sweep.arms.fullft")
     lrs = "sweep.arms.lora.lr=[1e-3,2e-3]"
-    few = compose(*small, "scale.ranks=[1,2,4,8]", "exec.pack_size=16", lrs)
+    few = compose(*small, "sweep.arms.lora.rank=[1,2,4,8]", "exec.pack_size=16", lrs)
     (pack,) = planned(few)[0].packs
     assert [p.spec.method.rank for p in pack.points] == [1, 1, 2, 2, 4, 4, 8, 8]
     lrs = "sweep.arms.lora.lr=[1e-3,2e-3,3e-3]"
-    many = compose(*small, "scale.ranks=[1,8]", "exec.pack_size=4", lrs)
+    many = compose(*small, "sweep.arms.lora.rank=[1,8]", "exec.pack_size=4", lrs)
     packs = planned(many)[0].packs
     assert all(len({p.spec.method.rank for p in pack.points}) == 1 for pack in packs)
 

@@ -13,9 +13,7 @@ def ask(compose, capsys, fake_trainer, monkeypatch):
     """ask(sweep, world, *overrides): the answer as JSON, and its verdicts by claim."""
 
     def run(sweep, world, *overrides, report=False):
-        request = compose(
-            f"+sweep={sweep}", *SMOKE, "sweep.at.smoke.fresh_seeds=[1,2,3]", *overrides
-        )
+        request = compose(f"+sweep={sweep}", *SMOKE, "sweep.replicate.seeds=[1,2,3]", *overrides)
         trainer = fake_trainer(world.nll, start=START, curve=world.curve, more=world.more)
         with monkeypatch.context() as patch:
             if not report:
@@ -33,8 +31,8 @@ def ask_ratio(compose, capsys, fake_trainer, monkeypatch):
         request = compose(
             "+sweep=lr_ratio",
             *SMOKE,
-            "scale.ranks=[4,8,16]",
-            f"scale.fresh_seeds=[{','.join(map(str, seeds))}]",
+            "sweep.arms.lora.rank=[4,8,16]",
+            f"sweep.replicate.seeds=[{','.join(map(str, seeds))}]",
             *valley.rates(),
             *overrides,
         )

@@ -27,9 +27,9 @@ def test_batch_penalty(ask, b, outcome):
     out, found = ask(
         "batch_size",
         World(lambda s: 0.9 * math.exp(b * math.log2(s.batch_size / 4)), falls=falls),
-        f"sweep.at.smoke.fullft={cells(FULL)}",
-        f"sweep.at.smoke.lora={cells(LORA)}",
-        "sweep.at.smoke.ranks=[1,4]",
+        f"sweep.arms.fullft.size={cells(FULL)}",
+        f"sweep.arms.lora.size={cells(LORA)}",
+        "sweep.arms.lora.rank=[1,4]",
         report=outcome == "SUPPORTED",
     )
     assert found["penalty"]["outcome"] == outcome
@@ -47,9 +47,9 @@ def test_each_model_has_an_effect_of_its_own(ask):
     out, _ = ask(
         "batch_size",
         World(lambda s: 0.9 * math.exp(b[s.model.name] * math.log2(s.batch_size / 4)), falls=falls),
-        f"sweep.at.smoke.fullft={cells(FULL)}",
-        f"sweep.at.smoke.lora={cells(LORA)}",
-        "sweep.at.smoke.model=[tiny64,tiny64-s1]",
+        f"sweep.arms.fullft.size={cells(FULL)}",
+        f"sweep.arms.lora.size={cells(LORA)}",
+        "sweep.axes.model=[tiny64,tiny64-s1]",
     )
     found = {v["group"].split()[0]: v for v in out["verdicts"] if v["claim"] == "penalty"}
     assert {m: v["estimate"]["value"] for m, v in found.items()} == pytest.approx(b, abs=0.02)
@@ -63,8 +63,8 @@ def test_runs_of_two_lengths_of_one_batch_are_judged_together(ask):
     out, found = ask(
         "batch_size",
         World(best=lambda s, step: 6e-3 if step <= 16 else 8e-4),
-        f"sweep.at.smoke.fullft={both}",
-        f"sweep.at.smoke.lora={both}",
+        f"sweep.arms.fullft.size={both}",
+        f"sweep.arms.lora.size={both}",
     )
     assert found["penalty"]["estimate"]["value"] == pytest.approx(0, abs=0.03)
     assert "batches of 4 to 16 after 8 to 64 updates" in out["read"]["batch_effect"]
@@ -75,8 +75,8 @@ def test_every_batch_has_to_take_part(ask):
     _, found = ask(
         "batch_size",
         World(best=lambda s, step: 1e-2 if s.batch_size == 64 else 1.6e-3),
-        f"sweep.at.smoke.fullft={cells(FULL)}",
-        f"sweep.at.smoke.lora={cells(FULL)}",
+        f"sweep.arms.fullft.size={cells(FULL)}",
+        f"sweep.arms.lora.size={cells(FULL)}",
     )
     assert found["penalty"]["outcome"] == "UNDECIDED"
     assert found["penalty"]["why"].startswith("batch 64, ")

@@ -25,7 +25,7 @@ def test_capacity(ask, bits, outcome):
     _out, found = ask(
         "capacity",
         Facts(more=lambda s: {"retain_nll": 3.0, "retain_start": math.log(16)}),
-        "sweep.at.smoke.loads=[{knobs:{facts:512},steps:[200,400],lr:[5e-3,1e-2,2e-2]}]",
+        "sweep.arms.lora.load=[{generator_params:{facts:512},steps:[200,400],lr:[5e-3,1e-2,2e-2]}]",
         report=outcome == "SUPPORTED",
     )
     assert found["two_bits"]["outcome"] == outcome

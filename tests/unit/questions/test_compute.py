@@ -24,8 +24,8 @@ def test_compute(ask, rho, outcome):
         "compute",
         World(lambda s: rho, more=more),
         *GRIDS,
-        "sweep.at.smoke.ranks=[1]",
-        "sweep.at.smoke.steps=384",
+        "sweep.arms.lora.rank=[1]",
+        "sweep.axes.steps=384",
         report=outcome == "SUPPORTED",
     )
     assert found["seconds_a_step"]["outcome"] == "SUPPORTED"
@@ -44,9 +44,9 @@ def test_lora_has_the_best_rate_of_short_runs_as_well_where_both_count_to_one_lo
         "compute",
         World(lambda s: 1.0, best),
         *GRIDS,
-        "sweep.at.smoke.ranks=[1]",
-        "sweep.at.smoke.steps=384",
-        "sweep.second.n_lrs=7",
+        "sweep.arms.lora.rank=[1]",
+        "sweep.axes.steps=384",
+        "sweep.replicate.n_lrs=7",
     )
     steps = found["flops_to_loss"]["estimate"]["value"] / found["flops_a_step"]["estimate"]["value"]
     assert steps == pytest.approx(1.0, rel=0.08)
@@ -60,8 +60,8 @@ def test_the_length_at_which_lora_gets_to_the_loss(ask, rho, length):
         "compute",
         World(lambda s: rho),
         *GRIDS,
-        "sweep.at.smoke.ranks=[1]",
-        "sweep.at.smoke.steps=384",
+        "sweep.arms.lora.rank=[1]",
+        "sweep.axes.steps=384",
     )
     assert out["lengths"] == {"1": length}
     steps = found["flops_to_loss"]["estimate"]["value"] / found["flops_a_step"]["estimate"]["value"]
@@ -76,8 +76,8 @@ def test_times_of_a_busy_machine_decide_nothing(ask):
         "compute",
         World(lambda s: 1.0, more=more),
         *GRIDS,
-        "sweep.at.smoke.ranks=[1]",
-        "sweep.at.smoke.steps=384",
+        "sweep.arms.lora.rank=[1]",
+        "sweep.axes.steps=384",
     )
     assert (
         found["seconds_a_step"]["outcome"] == "UNDECIDED"

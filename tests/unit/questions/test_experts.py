@@ -14,7 +14,7 @@ from tests.planted import FULL, FULL_LR, GAIN, LORA, LORA_LR, World
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
-GRIDS = (f"sweep.at.smoke.lr_fullft={FULL_LR}", f"sweep.at.smoke.lr_lora={LORA_LR}")
+GRIDS = (f"sweep.arms.fullft.lr={FULL_LR}", f"sweep.arms.lora.lr={LORA_LR}")
 TOKENS = [[10, 20, 30, 40], [25, 25, 25, 25]]
 
 

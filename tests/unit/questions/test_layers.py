@@ -16,10 +16,10 @@ def test_layer_sets(ask, attention, outcome):
     lr = {
         "fullft": "[4e-4,8e-4,1.6e-3,3.2e-3,6.4e-3]",
         "lora": "[8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2]",
-        "lora_first": "[8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2]",
+        "unembedding": "[8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2]",
     }
     task = {
-        k: f"sweep.at.smoke.{k}=[{{model:tiny64,dataset:dialect,steps:96,lr:{v}}}]"
+        k: f"sweep.arms.{k}.task=[{{model:tiny64,dataset:dialect,steps:96,lr:{v}}}]"
         for k, v in lr.items()
     }
     world = World(lambda s: rho.get(s.method.layers, 0.9))
@@ -39,7 +39,7 @@ def test_layer_sets(ask, attention, outcome):
 def test_tasks_that_disagree_have_verdicts_of_their_own(ask):
     """Attention is slower on one base and faster on the other: no claim about both is supported."""
     bases = ("tiny64", "tiny64-s1")
-    rates = {"fullft": FULL_LR, "lora": LORA_LR, "lora_first": LORA_LR}
+    rates = {"fullft": FULL_LR, "lora": LORA_LR, "unembedding": LORA_LR}
     tasks = {
         k: ",".join(f'{{model:{b},dataset:dialect,steps:96,lr:"{v}"}}' for b in bases)
         for k, v in rates.items()
@@ -47,7 +47,7 @@ def test_tasks_that_disagree_have_verdicts_of_their_own(ask):
     slow = {"attention": 0.4, "mlp": 0.8, "attention+mlp": 0.82}
     fast = {"attention": 0.9, "mlp": 0.8, "attention+mlp": 0.82}
     world = World(lambda s: (slow if s.model.name == "tiny64" else fast).get(s.method.layers, 0.9))
-    asked = [f"sweep.at.smoke.{k}=[{v}]" for k, v in tasks.items()]
+    asked = [f"sweep.arms.{k}.task=[{v}]" for k, v in tasks.items()]
     out, found = ask("layers", world, *asked)
     outcomes = {
         v["group"].split()[0]: v["outcome"]

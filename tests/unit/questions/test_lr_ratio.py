@@ -110,7 +110,7 @@ def test_noise_leaves_it_undecided(ask_ratio):
     assert noisy["ratio"]["outcome"] == "UNDECIDED"
 
 
-ALL_RATES = "scale.fresh_lrs=7"
+ALL_RATES = "sweep.replicate.n_lrs=7"
 
 
 @pytest.mark.parametrize(("ratio", "outcome"), [(3, "REFUTED"), (10, "SUPPORTED")])

@@ -22,8 +22,8 @@ def test_the_law_of_the_ratio(ask, power, outcome):
     out, found = ask(
         "lr_scale",
         World(best=best, more=lambda s: more),
-        f"sweep.at.smoke.lora=[{lora}]",
-        "sweep.at.smoke.fullft=[{model:[tiny64-3m,tiny64,tiny64-s1,tiny128-3m,tiny128-4m,tiny256-3m],lr:[2e-4,4e-4,8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2]}]",
+        f"sweep.arms.lora.base=[{lora}]",
+        "sweep.arms.fullft.base=[{model:[tiny64-3m,tiny64,tiny64-s1,tiny128-3m,tiny128-4m,tiny256-3m],lr:[2e-4,4e-4,8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2]}]",
         report=outcome == "SUPPORTED",
     )
     assert found["hidden"]["outcome"] == outcome

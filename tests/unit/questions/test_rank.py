@@ -16,9 +16,9 @@ def test_rank_departures_and_parity(ask, top, outcome):
         "rank",
         World(lambda s: rho[s.method.rank]),
         *GRIDS,
-        "sweep.at.smoke.ranks=[1,4,8]",
-        "sweep.at.smoke.steps=384",
-        "sweep.at.smoke.lr_common.any=3.2e-3",
+        "sweep.arms.lora.rank=[1,4,8]",
+        "sweep.axes.steps=384",
+        "sweep.arms.common.lr=3.2e-3",
         report=outcome == "SUPPORTED",
     )
     assert found["parity"]["outcome"] == outcome, found["parity"]["why"]
@@ -39,9 +39,7 @@ def test_what_a_run_is_at_a_best_rate_that_was_not_tried_is_interpolated(ask):
     world = World(
         lambda s: {1: 0.2, 4: 0.8}[s.method.rank], best=lambda spec, step: between[spec.method.name]
     )
-    _, found = ask(
-        "rank", world, *GRIDS, "sweep.at.smoke.steps=384", "sweep.at.smoke.lr_common.any=3.2e-3"
-    )
+    _, found = ask("rank", world, *GRIDS, "sweep.axes.steps=384", "sweep.arms.common.lr=3.2e-3")
     assert found["parity"]["estimate"]["value"] == pytest.approx(0.8, rel=0.03)
 
 
@@ -50,8 +48,8 @@ def test_ranks_that_all_leave_at_once_have_no_order(ask):
         "rank",
         World(lambda s: 0.05 * s.method.rank),
         *GRIDS,
-        "sweep.at.smoke.steps=384",
-        "sweep.at.smoke.lr_common.any=3.2e-3",
+        "sweep.axes.steps=384",
+        "sweep.arms.common.lr=3.2e-3",
     )
     assert (
         found["order"]["outcome"] == "UNDECIDED"
@@ -59,9 +57,9 @@ def test_ranks_that_all_leave_at_once_have_no_order(ask):
     )
 
 
-AT = ("sweep.at.smoke.ranks=[1,4,8]", "sweep.at.smoke.steps=96", *GRIDS)
-SEEDS = ("sweep.at.smoke.all_seeds=[0,1,2]",)
-RULES = "sweep.axes.knobs=[{rule_shift:0.25,new_exceptions:0.0}]"
+AT = ("sweep.arms.lora.rank=[1,4,8]", "sweep.axes.steps=96", *GRIDS)
+SEEDS = ("sweep.arms.common.seed=[0,1,2]",)
+RULES = "+sweep.axes.generator_params=[{rule_shift:0.25,new_exceptions:0.0}]"
 
 
 @pytest.mark.parametrize(("slope", "outcome"), [(0.2, "SUPPORTED"), (-0.2, "REFUTED")])
@@ -106,7 +104,7 @@ def test_the_difference_of_two_ranks_grows_at_the_planted_slope(ask):
         return same(spec, step) + (0.02 * math.log2(step) if behind else 0.0)
 
     world.loss = loss
-    _, found = ask("rank", world, *AT, "sweep.at.smoke.lr_common.any=3.2e-3", *SEEDS)
+    _, found = ask("rank", world, *AT, "sweep.arms.common.lr=3.2e-3", *SEEDS)
     assert found["grows"]["outcome"] == "SUPPORTED", found["grows"]["why"]
     assert found["grows"]["estimate"]["value"] == pytest.approx(0.02, abs=1e-3)
 
@@ -118,10 +116,10 @@ def test_each_model_is_compared_with_full_fine_tuning_of_itself(ask):
         "rank",
         World(lambda s: {1: 0.1, 8: top[s.model.name]}[s.method.rank]),
         *GRIDS,
-        "sweep.at.smoke.model=[tiny64,tiny64-s1]",
-        "sweep.at.smoke.ranks=[1,8]",
-        "sweep.at.smoke.steps=384",
-        "sweep.at.smoke.lr_common.any=3.2e-3",
+        "sweep.axes.model=[tiny64,tiny64-s1]",
+        "sweep.arms.lora.rank=[1,8]",
+        "sweep.axes.steps=384",
+        "sweep.arms.common.lr=3.2e-3",
         report=True,
     )
     parity = {v["group"].split()[0]: v for v in out["verdicts"] if v["claim"] == "parity"}

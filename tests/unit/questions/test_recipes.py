@@ -24,12 +24,12 @@ def test_recipes(ask):
     _out, found = ask(
         "recipes",
         world,
-        *GRIDS,
-        "sweep.at.smoke.rank=8",
-        "sweep.at.smoke.few_ranks=[1,8]",
-        "sweep.at.smoke.alpha_2r=16",
-        "sweep.at.smoke.steps=96",
-        f"sweep.at.smoke.lr_few={LORA_LR}",
+        *(g.replace("arms.lora", "arms.tuned") for g in GRIDS),
+        "sweep.arms.tuned.rank=8",
+        "sweep.arms.small_data.rank=[1,8]",
+        "sweep.arms.alpha_2r.alpha=16",
+        "sweep.axes.steps=96",
+        f"sweep.arms.small_data.lr={LORA_LR}",
         report=True,
     )
     gain = GAIN * math.log2(97)
@@ -55,12 +55,12 @@ def test_forgetting_is_compared_where_both_have_learned_as_much(ask):
     _out, found = ask(
         "recipes",
         World(lambda s: rho, more=more),
-        *GRIDS,
-        "sweep.at.smoke.rank=8",
-        "sweep.at.smoke.few_ranks=[1,8]",
-        "sweep.at.smoke.alpha_2r=16",
-        "sweep.at.smoke.steps=96",
-        "sweep.at.smoke.all_seeds=[0,1,2,3]",
+        *(g.replace("arms.lora", "arms.tuned") for g in GRIDS),
+        "sweep.arms.tuned.rank=8",
+        "sweep.arms.small_data.rank=[1,8]",
+        "sweep.arms.alpha_2r.alpha=16",
+        "sweep.axes.steps=96",
+        "sweep.arms.fullft.seed=[0,1,2,3]",
     )
     assert found["retention"]["estimate"]["value"] == pytest.approx(1.0, rel=0.1)
     assert found["retention_equal"]["estimate"]["value"] == pytest.approx(2.0, rel=0.1)

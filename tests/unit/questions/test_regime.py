@@ -13,11 +13,13 @@ from tests.planted import CURVATURE, FULL, GAIN, LORA, World
 
 pytestmark = pytest.mark.slow  # fits hundreds of curves
 
-SHORT, LONGER = (f"{{steps:{n},knobs:{{rule_shift:0.25,shift_rank:2}}}}" for n in (12, 24))
+SHORT, LONGER = (
+    f"{{steps:{n},generator_params:{{rule_shift:0.25,shift_rank:2}}}}" for n in (12, 24)
+)
 LOW, BEYOND, NULL = (
-    "{steps:256,knobs:{rule_shift:0.25,shift_rank:2}}",
-    "{steps:256,knobs:{rule_shift:0.25,shift_rank:8,new_exceptions:0.3}}",
-    "{steps:256,knobs:{rule_shift:0.0}}",
+    "{steps:256,generator_params:{rule_shift:0.25,shift_rank:2}}",
+    "{steps:256,generator_params:{rule_shift:0.25,shift_rank:8,new_exceptions:0.3}}",
+    "{steps:256,generator_params:{rule_shift:0.0}}",
 )
 FULL_LRS, LORA_LRS = ([best * 2.0**k for k in range(-3, 4)] for best in (FULL, LORA))
 SHARE = 0.4
@@ -68,8 +70,8 @@ def ask_regime(ask, world, *cells, ranks="[1,8]", also=()):
     arms = []
     for arm, rates in (("fullft", FULL_LRS), ("lora", LORA_LRS)):
         shown = [f"{c[:-1]},lr:{rates}}}" for c in cells]
-        arms.append(f"sweep.at.smoke.{arm}=[{','.join(shown)}]")
-    return ask("regime", world, *arms, f"sweep.at.smoke.ranks={ranks}", *also)[0]
+        arms.append(f"sweep.arms.{arm}.cell=[{','.join(shown)}]")
+    return ask("regime", world, *arms, f"sweep.arms.lora.rank={ranks}", *also)[0]
 
 
 def test_the_boundary_comes_back_by_cell_and_rank(ask):
@@ -107,7 +109,7 @@ def test_full_fine_tuning_of_loras_matrices_is_a_control_and_no_rank(ask):
     world.rho = lambda spec: 1.0
     control = f"{LOW[:-1]},scope:matrices,lr:{FULL_LRS}}}"
     full = f"{LOW[:-1]},lr:{FULL_LRS}}}"
-    out = ask_regime(ask, world, LOW, also=[f"sweep.at.smoke.fullft=[{full},{control}]"])
+    out = ask_regime(ask, world, LOW, also=[f"sweep.arms.fullft.cell=[{full},{control}]"])
     low = "8 symbols, change of rank 2"
     assert verdicts(out, "same_matrices") == {low: "REFUTED"}
     (gap,) = [v["estimate"] for v in out["verdicts"] if v["claim"] == "same_matrices"]
@@ -209,7 +211,7 @@ def test_an_advantage_that_gets_smaller_is_no_growing_gap_and_a_sixteenth_no_eig
 
 
 def test_cells_of_other_lengths_are_told_apart_and_two_seeds_bound_no_rank(ask):
-    few = ["sweep.at.smoke.fresh_seeds=[1]"]
+    few = ["sweep.replicate.seeds=[1]"]
     out = ask_regime(ask, Cells(lambda r, s, e: 0.0), SHORT, LONGER, also=few)
     groups = {v["group"] for v in out["verdicts"]} - {"no cell", "tiny64, all cells"}
     assert sorted(g.rsplit(", ", 1)[1] for g in groups) == ["12 updates", "24 updates"]

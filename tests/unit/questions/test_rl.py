@@ -10,10 +10,10 @@ from analysis.questions.rl.rewards import good_range
 from tests.rewards import START, Rewards, study_of
 
 RATES = (
-    "sweep.at.smoke.lr_fullft=${around:1e-4,5,2}",
-    "sweep.at.smoke.lr_lora=${around:%s,5,2}",
-    "sweep.at.smoke.tasks=[{model:tiny64-skilled,dataset:words,batch_size:64,group_size:8,max_new_tokens:6,steps:64}]",
-    "sweep.at.smoke.fresh_lrs=5",
+    "sweep.arms.fullft.lr=${around:1e-4,5,2}",
+    "sweep.arms.lora.lr=${around:%s,5,2}",
+    "sweep.arms.fullft.task=[{model:tiny64-skilled,dataset:words,batch_size:64,group_size:8,max_new_tokens:6,steps:64}]",
+    "sweep.replicate.n_lrs=5",
 )
 
 
@@ -94,8 +94,8 @@ def test_of_the_base_that_solves_the_task_only_progress_is_asked(ask):
 
     two = Rewards(top, lambda s: 1e-4 * (4 if s.method.name == "lora" else 1), lambda s: 0.03)
     task = "{model:%s,dataset:words,batch_size:64,group_size:8,max_new_tokens:6,steps:64}"
-    tasks = f"sweep.at.smoke.tasks=[{task % first},{task % second}]"
-    rates = [r % "4e-4" if "%" in r else r for r in RATES if "tasks" not in r]
+    tasks = f"sweep.arms.fullft.task=[{task % first},{task % second}]"
+    rates = [r % "4e-4" if "%" in r else r for r in RATES if "task=" not in r]
     out, _found = ask("rl", two, tasks, *rates)
     judged = {(v["claim"], v["group"].split(" on ")[0]): v for v in out["verdicts"]}
     of_rewards = ("rank_1", "top_rank", "ratio", "wider")
@@ -109,7 +109,7 @@ def test_of_the_base_that_solves_the_task_only_progress_is_asked(ask):
 @pytest.mark.slow
 def test_without_rank_1_the_claims_about_it_stay_open(ask):
     rates = [r % "2e-4" if "%" in r else r for r in RATES]
-    _out, found = ask("rl", world(1, 2, 0.03, 0.03), *rates, "sweep.at.smoke.ranks=[8]")
+    _out, found = ask("rl", world(1, 2, 0.03, 0.03), *rates, "sweep.arms.lora.rank=[8]")
     assert "no curve of lora r1" in str(found["rank_1"])
     assert found["top_rank"]["outcome"] == "SUPPORTED"
 

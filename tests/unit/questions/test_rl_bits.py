@@ -19,7 +19,7 @@ def cells(rate, rank=None, contexts=(64, 4096)):
     ranks = {} if rank is None else {"rank": rank}
     rates = [float(f"{rate * 2.0**k:.3g}") for k in range(-2, 3)]
     common = {"steps": 64, "seed": [100, 101, 102, 103], "lr": rates, **ranks}
-    found = [{"knobs": {"contexts": n}, **common} for n in contexts]
+    found = [{"generator_params": {"contexts": n}, **common} for n in contexts]
     return json.dumps(found).replace('"', "")
 
 
@@ -27,8 +27,8 @@ COUNTS = "sweep.withdrawn="
 """Judge the planted runs although the sweep's own answer is withdrawn."""
 GRIDS = (
     COUNTS,
-    *(f"sweep.at.smoke.fullft={cells(FULL)}", f"sweep.at.smoke.lora={cells(LORA, [1, 4])}"),
-    *(f"sweep.at.smoke.taught_fullft={cells(FULL)}", f"sweep.at.smoke.taught_lora={cells(LORA)}"),
+    *(f"sweep.arms.fullft.cell={cells(FULL)}", f"sweep.arms.lora.cell={cells(LORA, [1, 4])}"),
+    *(f"sweep.arms.taught_fullft.cell={cells(FULL)}", f"sweep.arms.taught_lora.cell={cells(LORA)}"),
 )
 
 
@@ -123,13 +123,13 @@ def test_without_rank_1_or_the_control_claims_stay_open(ask):
     world = Bandit({64: 0.9}, {64: 0.0}, 0.97, (0.04, 0.016))
     removed = (COUNTS, "~sweep.arms.taught_lora", "~sweep.arms.taught_fullft")
     full, lora = cells(FULL, None, [64]), cells(LORA, [1], [64])
-    grids = f"sweep.at.smoke.fullft={full}", f"sweep.at.smoke.lora={lora}"
+    grids = f"sweep.arms.fullft.cell={full}", f"sweep.arms.lora.cell={lora}"
     out, found = ask("rl_bits", world, *grids, *removed)
     assert found["taught"]["outcome"] == "UNDECIDED" and "by cross-entropy" in str(found["taught"])
     assert found["tie"]["outcome"] == "SUPPORTED"
     for claim in ("behind", "ratio"):  # no cell beyond, and no other rank
         assert found[claim]["group"] == "no cell"
-    alone = f"sweep.at.smoke.lora={cells(LORA, [4], [64])}"
+    alone = f"sweep.arms.lora.cell={cells(LORA, [4], [64])}"
     out, verdicts = ask("rl_bits", world, grids[0], alone, *removed)
     assert {v["outcome"] for v in out["verdicts"]} == {"UNDECIDED"}
     assert "no curve of lora r1" in str(verdicts["tie"])

@@ -22,10 +22,10 @@ def test_short_runs_and_norms(ask, factor, outcome):
         "short_runs",
         World(best=best, more=more),
         *GRIDS,
-        "sweep.at.smoke.ranks=[4,8]",
-        "sweep.at.smoke.steps=384",
-        "sweep.second.n_lrs=5",
-        "sweep.at.smoke.all_seeds=[0,1,2,3]",
+        "sweep.arms.lora.rank=[4,8]",
+        "sweep.axes.steps=384",
+        "sweep.replicate.n_lrs=5",
+        "sweep.arms.fullft_more.seed=[0,1,2,3]",
         report=outcome == "SUPPORTED",
     )
     assert found["short_over_long"]["outcome"] == outcome

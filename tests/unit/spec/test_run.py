@@ -137,7 +137,7 @@ def test_stored_keys_are_those_of_the_configuration():
     assert "knobs" in plain["dataset"] and "knobs" in plain["model"]["recipe"]
     assert plain["method"]["start"] == "b" and spec_from(plain) == spec
     overrides = ["scale=smoke", "method=lora", "method.rank=1", "method.start=b"]
-    (point,) = compose_request([*overrides, "dataset.knobs.rule_shift=0.25"]).points
+    (point,) = compose_request([*overrides, "dataset.generator_params.rule_shift=0.25"]).points
     assert point.spec.method.random_factor == "b"
     assert point.spec.dataset.generator_params["rule_shift"] == 0.25
 

@@ -1,0 +1,113 @@
+"""Hydra's configuration loader with one more step: the block of a sweep for the chosen scale.
+
+A sweep file states what all scales share at its top, and a block for each scale below `scales`:
+
+    axes: {seed: 100}
+    arms: {lora: {method: lora}}
+    scales:
+      smoke: {arms: {lora: {rank: 4, lr: 5e-3}}}
+      tiny: {arms: {lora: {rank: [1, 16], lr: "${around:1.4e-3,5,2}"}}}
+
+The one rule: the block is merged over the top, mappings key by key, other values replaced. This is
+done after all files are read and before the command line is applied, so that `sweep.arms.lora.rank=
+[1,16]` and `~sweep.arms.fullft` change what the scale states. A scale with `extends: OTHER` (in
+conf/scale) takes the block of that scale, and then its own, if there is one.
+"""
+
+from typing import Any
+
+import hydra._internal.hydra as hydra_internal
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from omegaconf import DictConfig, OmegaConf
+
+from lorasweep.errors import NotAtScale, SpecError
+from lorasweep.sweep.question import Sweep
+
+RENAMED = {
+    "sweep": {
+        "second": "replicate",
+        "at": "scales",
+        "claims.*.says": "text",
+        "claims.*.whose": "source",
+        "claims.*.beside": "note",
+        "claims.*.not_on": "except_models",
+        "claims.*.rivals": "alternatives",
+        "claims.*.sd": "planning: {SCALE: {sd: ...}}",
+        "claims.*.units": "planning: {SCALE: {units: ...}}",
+        "claims.*.stands": "not_withdrawn",
+        "axes.knobs": "generator_params",
+    },
+    "dataset": {"knobs": "generator_params"},
+    "model": {"recipe.knobs": "generator_params"},
+}
+"""Keys of files written for version 0.1, by group, and what each is called now."""
+
+
+class ScaleLoader(ConfigLoaderImpl):
+    """Hydra 1.3's loader; `_compose_config_from_defaults_list` is the step before overrides."""
+
+    as_in_files: DictConfig
+    """The last configuration of a sweep as its files state it, without changes of single keys."""
+
+    def _load_single_config(self, default: Any, repo: Any) -> Any:
+        loaded = super()._load_single_config(default, repo)
+        group, _, name = str(default.config_path).partition("/")
+        if group in RENAMED:
+            _refuse_renamed(group, name, loaded.config)
+        return loaded
+
+    def _compose_config_from_defaults_list(self, defaults: Any, repo: Any) -> DictConfig:
+        cfg = super()._compose_config_from_defaults_list(defaults, repo)
+        if cfg.sweep.scales:
+            _merge_scale(cfg)
+        if cfg.sweep.arms:
+            self.as_in_files = without_hydra(cfg)
+        return cfg
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """Return a copy of a composed configuration without Hydra's own part."""
+    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+
+
+def install() -> None:
+    """Let Hydra use the loader of this module."""
+    hydra_internal.ConfigLoaderImpl = ScaleLoader  # type: ignore[misc]
+
+
+def _merge_scale(cfg: DictConfig) -> None:
+    blocks, scale = cfg.sweep.scales, cfg.scale
+    names = [name for name in (scale.extends, scale.name) if name in blocks]
+    if not names:
+        raise NotAtScale(
+            f"this sweep has no scale {scale.name!r}. Its file has: {', '.join(blocks)}."
+        )
+    values: Any = OmegaConf.to_container(cfg.sweep, resolve=False)
+    by_scale = values.pop("scales")
+    for name in names:
+        values = _merged(values, by_scale[name])
+    cfg.sweep = OmegaConf.merge(OmegaConf.structured(Sweep), values)
+
+
+def _merged(top: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
+    """Merge plain mappings. OmegaConf's merge would also merge into what `${...}` refers to."""
+    both = {k: _merged(top[k], v) for k, v in block.items() if _is_mapping(top.get(k), v)}
+    return {**top, **block, **both}
+
+
+def _is_mapping(*values: Any) -> bool:
+    return all(isinstance(v, dict) for v in values)
+
+
+def _refuse_renamed(group: str, name: str, config: DictConfig) -> None:
+    """Raise SpecError for a key of version 0.1 in the file of an option."""
+    values: Any = OmegaConf.to_container(config, resolve=False)
+    for old, new in RENAMED[group].items():
+        *path, key = old.split(".")
+        nodes = [values.get(group)]  # loaded configurations are below their package
+        for step in path:
+            found = [n for n in nodes if isinstance(n, dict)]
+            nodes = [v for n in found for k, v in n.items() if step in ("*", k)]
+        if any(isinstance(n, dict) and key in n for n in nodes):
+            where = ".".join([group, *path, key]).replace("*", "NAME")
+            raise SpecError(f"{group} {name!r}: {where} is now {new}. See docs/own.md.")
