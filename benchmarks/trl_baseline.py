@@ -40,7 +40,7 @@ from lorasweep.spec.execution import Exec  # noqa: E402
 from lorasweep.spec.method import parse_layers  # noqa: E402
 from lorasweep.spec.run import RunSpec  # noqa: E402
 from lorasweep.train import pretrain  # noqa: E402
-from lorasweep.train.objectives.expected import measure  # noqa: E402
+from lorasweep.train.objectives.rollouts import held_out_rewards  # noqa: E402
 
 Rows = Mapping[str, Example]
 """Rows of a data set by the text of their prompt."""
@@ -415,7 +415,7 @@ def learning_curve(
                 # fused AdamW does not count its changes, by which our passes know old weights
                 torch.autograd.graph.increment_version(list(model.parameters()))
                 known = ([held_out], [data.rewards], spec.max_new_tokens, spec.precision)
-                found[state.global_step] = measure(model, *known)[0][0]
+                found[state.global_step] = held_out_rewards(model, *known)[0][0]
 
     count = spec.steps * spec.batch_size // spec.group_size
     used = data.train(spec.seed, 0, count)

@@ -1,10 +1,10 @@
-"""Train small packs in tests, and say how far two states may differ on any processor.
+"""Train small packs in tests, and bound how far two states may differ on any processor.
 
 Processors add up in different orders, so two ways to compute one number differ in the last digits,
 and training lets differences grow: in float64 to 1e-13 after ten updates, to 1e-6 after forty at
 1e-2. So two runs are held equal over at most ten updates (`ROUNDING`), on the same weights and on
 weights `moved` by one unit in the last place, which stand for another processor. A longer run is
-held to the difference that moved weights make to it (`far_apart`).
+held to the difference that moved weights make to it.
 """
 
 import copy
@@ -12,17 +12,26 @@ import dataclasses
 
 import torch
 
+from lorasweep.data import load as data
+from lorasweep.methods.lora import LoRA
+from lorasweep.models import load as models
 from lorasweep.models.targets import find_targets
 from lorasweep.spec.streams import stream
 from lorasweep.train.finetune import finetune
+from tests.world import tiny_spec
 
 ROUNDING = {1: 1e-12, 10: 1e-10}
 """Updates: how far two float64 runs may be apart after as many, relative to each tensor's scale."""
-
-
 EPS = 1e-3
 """Adam's eps in such runs. An update is lr * m / (sqrt(v) + eps), so at 1e-8 a gradient entry that is
 zero but for rounding (1e-17) moves its weight by 1e-9 of the others' change, or by as much as they."""
+
+
+def small_world(**changes):
+    """A run in float64 on the shipped base with short sequences, its base and its rows."""
+    given = {"precision": "fp64", "method": LoRA(rank=4), "lr": 5e-3, "steps": 6, "eps": EPS}
+    spec = tiny_spec(**{**given, **changes})
+    return spec, models.load(spec.model, [], spec.precision), data.load(spec.dataset, [])
 
 
 def copied(snapshot):
@@ -37,7 +46,7 @@ def copied(snapshot):
 
 
 def run(pack, base, rows, **kwargs):
-    """Train to the end; the last state of each member, and its records."""
+    """Train to the end; the last state of each run, and its records."""
     states, records = {}, {}
     for event in finetune(pack, base, rows, **kwargs):
         if event.ended:
@@ -45,6 +54,14 @@ def run(pack, base, rows, **kwargs):
         for i, record in event.records.items():
             records.setdefault(i, []).append(record)
     return states, records
+
+
+def results(pack, base, rows, **kwargs):
+    """Train to the end; the result of each run."""
+    found = {}
+    for event in finetune(pack, base, rows, **kwargs):
+        found |= {i: result for i, (_, result) in event.ended.items()}
+    return [found[spec.id] for spec in pack]
 
 
 def state_at(step, pack, base, rows):
@@ -64,14 +81,13 @@ def moved(base, seed=0):
     with torch.no_grad():
         for name, p in model.named_parameters():
             up = torch.from_numpy(stream("moved", seed, name).random(tuple(p.shape)) < 0.5)
-            to = torch.where(up, torch.inf, -torch.inf).to(p)
-            p.copy_(torch.nextafter(p, to))
+            p.copy_(torch.nextafter(p, torch.where(up, torch.inf, -torch.inf).to(p)))
     return model
 
 
 def worst(a, b):
-    """The largest difference between two members' tensors (weights and moments), each relative to
-    the largest entry of its tensor."""
+    """The largest difference between two runs' tensors (weights and moments), each relative to the
+    largest entry of its tensor."""
     assert a["tensors"].keys() == b["tensors"].keys()
     return max(apart(a["tensors"][n].cpu(), t.cpu()) for n, t in b["tensors"].items())
 
@@ -84,6 +100,27 @@ def apart(a, b):
 
 
 def attached(method, model, shape, seed=0):
-    """One member of `method` on the model: its Trainables."""
-    targets = find_targets(model, shape, method.target_layers())
-    return method.attach(model, targets, [method], [seed])
+    """One run of `method` on the model: its Trainables."""
+    return pack_of([method], model, shape, [seed])
+
+
+def pack_of(methods, model, shape, seeds=None, perturb=0.0):
+    """The Trainables of a pack of methods; `perturb`: the size of noise added to their tensors."""
+    targets = find_targets(model, shape, methods[0].target_layers())
+    trainables = methods[0].attach(model, targets, methods, seeds or list(range(len(methods))))
+    if perturb:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in trainables.parameters().values():
+                p.add_(torch.randn(p.shape).to(p), alpha=perturb)  # the same in every type
+    return trainables
+
+
+def state_of(trainables, k=0):
+    """The tensors of run k by their names in its state."""
+    found = {}
+    for name, p in trainables.parameters().items():
+        in_state, runs = trainables.part_of(name)
+        if runs.start <= k < runs.stop:
+            found[in_state] = p[k - runs.start].detach()
+    return found

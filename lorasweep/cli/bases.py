@@ -43,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _remake(name: str, check: bool) -> bool:
     """Retrain one base; save it, or compare its loss with that of the shipped weights."""
-    from lorasweep.models.load import load
-    from lorasweep.models.recipe import SHIPPED, file_name
+    from lorasweep.models.load import SHIPPED, load, recipe_file_name
     from lorasweep.train import pretrain
 
     spec = shipped_model(name)
@@ -52,7 +51,7 @@ def _remake(name: str, check: bool) -> bool:
     model, nll = pretrain.pretrain(spec, _print_progress)
     print(f"{name}: NLL {nll:.4f}")
     if not check:
-        pretrain.save(model, SHIPPED / file_name(spec))
+        pretrain.save(model, SHIPPED / recipe_file_name(spec))
         return True
     shipped = load(spec, []).model.cpu()
     shipped_nll = pretrain.held_out_nll(shipped, pretrain.pretraining_data(spec.recipe))

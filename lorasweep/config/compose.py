@@ -26,7 +26,7 @@ from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.fleet.members import rates_of
 from lorasweep.launch.slurm.resources import check as check_cluster
 from lorasweep.launch.slurm.resources import check_pack_size
-from lorasweep.methods.registry import method_classes, spec_from
+from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import from_plain
 from lorasweep.spec.canonical import build
@@ -61,7 +61,7 @@ def register() -> None:
     install()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name, cls in method_classes().items():
+    for name, cls in METHODS.items():
         store.store(group="method", name=name, node=writable(cls))
     for name, function in (("geom", geom), ("around", around)):
         OmegaConf.register_new_resolver(

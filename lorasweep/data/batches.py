@@ -43,7 +43,7 @@ class Batch:
     """Whether models of any class get the rows end to end instead of padded to the longest."""
 
     @property
-    def laid_out(self) -> int:
+    def padded_tokens(self) -> int:
         """Tokens of one member, with padding."""
         return self.tokens_NX.shape[1]
 

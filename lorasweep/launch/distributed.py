@@ -127,11 +127,11 @@ class Leader:
         }
 
     def _write(self, run: str, tensors: "dict[str, Tensor]", folder: Path) -> dict[str, str]:
-        from lorasweep.models.sharded_tensors import write
+        from lorasweep.models.sharding import write_tensors
 
         with _with_others(*self._run):
             self._mesh.broadcast((WRITE, run, folder))
-            return write(folder, tensors, self._mesh)
+            return write_tensors(folder, tensors, self._mesh)
 
     def leave(self) -> None:
         """End a training that is not over, in all processes."""
@@ -155,12 +155,12 @@ def follow(trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
 
 
 def _follow(events: Iterator[Event], mesh: "Mesh", stop: StopFlag) -> None:
-    from lorasweep.models.sharded_tensors import write
+    from lorasweep.models.sharding import write_tensors
 
     for event in events:
         mesh.any(stop.set)
         while (word := mesh.broadcast())[0] == WRITE:
-            write(word[2], event.snapshot()[word[1]]["tensors"], mesh)
+            write_tensors(word[2], event.snapshot()[word[1]]["tensors"], mesh)
         if word[0] == END:
             break
         event.dropped |= word[1]

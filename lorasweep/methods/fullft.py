@@ -31,7 +31,7 @@ class FullFT(Method):
     layers: str = "all"
     """Layer sets trained under scope=matrices. Must stay 'all' under scope=all."""
     MAX_PACK: ClassVar[int | None] = 1
-    """Members' weights differ, so they cannot share a base."""
+    """Runs differ in all weights, so they cannot share a base."""
 
     def check(self, model: ModelSpec) -> None:
         if self.scope not in SCOPES:
@@ -101,9 +101,9 @@ class _WholeModel:
         self._start = {n: p.data for n, p in trained.items()}
         for n, p in trained.items():
             start = self._start[n]
-            _exchange(p, start.to(torch.promote_types(start.dtype, torch.float32), copy=True))
+            p.data = start.to(torch.promote_types(start.dtype, torch.float32), copy=True)
 
-    def spread(self) -> None:
+    def refresh(self) -> None:
         params = self.parameters()
         kept = {n: start.dtype for n, start in self._start.items()}
         self._start = {n: p.detach().to(kept[n], copy=True) for n, p in params.items()}
@@ -117,11 +117,11 @@ class _WholeModel:
     def lr_ratios(self, name: str) -> list[float]:
         return [1.0]
 
-    def keep(self, members: list[int]) -> dict[str, tuple[str, list[int]]]:
-        raise SpecError("a full fine-tuning pack has one member and cannot be compacted")
+    def keep(self, runs: list[int]) -> dict[str, tuple[str, list[int]]]:
+        raise SpecError("a full fine-tuning pack has one run and cannot be compacted")
 
-    def only(self, members: list[int]) -> AbstractContextManager[None]:
-        return nullcontext()  # there is one
+    def only(self, runs: list[int]) -> AbstractContextManager[None]:
+        return nullcontext()  # there is only one run
 
     def norms(self) -> list[dict[str, float]]:
         import torch
@@ -147,16 +147,5 @@ class _WholeModel:
         for name, p in self._base.named_parameters():
             p.grad = None
             if name in self._start:
-                _exchange(p, self._start[name])
+                p.data = self._start[name]
             p.requires_grad_(self._flags[name])
-
-
-def _exchange(p: "torch.Tensor", values: "torch.Tensor") -> None:
-    """Replace a parameter's values; copies of the old ones, kept by its version, become stale."""
-    import torch
-
-    p.data = values
-    torch.autograd.graph.increment_version([p])
-
-
-METHOD = FullFT

@@ -3,8 +3,8 @@
 Defaults follow the study: alpha 32 for every rank, A uniform in +-1/sqrt(d_in), B zero, one
 learning rate for both. The other fields test its claims about the parametrisation: a factor on the
 start of A, another learning rate for B, another power of the rank in the scaling, B random instead
-of A. Every expert of a layer has adapters of its own, for gate, up and down apart; public codes
-read their rank in three ways. What a pack trains is in `lorasweep.methods.stacked.adapters`.
+of A. Every expert of a layer has separate adapters for gate, up and down; public codes define their
+rank in three ways. The trained tensors of a pack are in `lorasweep.methods.stacked.adapters`.
 """
 
 import math
@@ -41,7 +41,7 @@ class LoRA(Method):
     layers: str = "all"
     """Layer sets joined by '+': attention, mlp, unembedding. 'all' means all three."""
     scaling_by: str = later("rank")
-    """What alpha is divided by: rank (the study), sqrt_rank (rsLoRA, arXiv 2312.03732), or none."""
+    """Divisor of alpha: rank (the study), sqrt_rank (rsLoRA, arXiv 2312.03732), or none."""
     init_scale: float = later(1.0)
     """Factor on the random start of A (of B under start=b)."""
     lr_b_ratio: float = later(1.0)
@@ -50,14 +50,13 @@ class LoRA(Method):
     random_factor: str = field(default="a", metadata={"added": "a", "key": "start"})
     """Factor that starts random, uniform in +-1/sqrt(its inputs). The other starts at zero."""
     init_seed: int = later(0)
-    """Seed of another random start on the same batches. It shows how much two adapters differ by
-    chance."""
+    """Seed of another random start on the same batches: how much do adapters differ by chance."""
     expert_rank: str = later("active")
     """Rank of an expert's adapter: rank / 'active' experts (the study; NeMo Automodel), rank /
     'all' experts (SkyRL, PEFT's documentation), or the 'whole' rank (Tinker)."""
     expert_alpha: float | None = later(None)
-    """Alpha of an expert's adapter, divided by its own rank. None: alpha, as in the codes that
-    divide the rank (NeMo Automodel, Megatron-Bridge); the study does not say."""
+    """Alpha of an expert's adapter, divided by the adapter's rank. None: alpha, as in the codes
+    that divide the rank (NeMo Automodel, Megatron-Bridge); the study does not say."""
     expert_outer: str = later("own")
     """Factor on the hidden side: each expert's 'own', or one 'shared' by a layer (Tinker)."""
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -74,7 +73,7 @@ class LoRA(Method):
 
     @property
     def scaling(self) -> float:
-        """Factor on B A x of a matrix that is no expert's."""
+        """Factor on B A x of a matrix outside experts."""
         return self._scaling(self.alpha, self.rank)
 
     def expert_scaling(self, rank: int) -> float:
@@ -93,7 +92,10 @@ class LoRA(Method):
 
     def expert_rank_of(self, n_experts: int, n_active: int) -> int:
         """Return the rank of an expert's adapter."""
-        return self.rank // {"active": n_active, "all": n_experts, "whole": 1}[self.expert_rank]
+        return self.rank // self._divisor(n_experts, n_active)
+
+    def _divisor(self, n_experts: int, n_active: int) -> int:
+        return {"active": n_active, "all": n_experts, "whole": 1}[self.expert_rank]
 
     def rank_of(self, matrix: Matrix) -> int:
         if matrix.n_experts == 1:
@@ -120,20 +122,19 @@ class LoRA(Method):
                 f"method.rank={self.rank}. Allowed on model {model.name!r} with layers "
                 f"{self.layers}: from 1 to {smallest}, the smallest side of an adapted matrix."
             )
-        if not 0 < self.alpha < 1e6:
-            raise SpecError(
-                f"method.alpha={self.alpha}: expected a number above 0 and below 1e6. "
-                "The study uses 32."
-            )
-        if self.scaling_by not in SCALINGS:
-            raise SpecError(not_allowed("method.scaling_by", self.scaling_by, SCALINGS))
-        if self.random_factor not in RANDOM_FACTORS:
-            raise SpecError(not_allowed("method.start", self.random_factor, RANDOM_FACTORS))
-        for name in ("init_scale", "lr_b_ratio"):
+        for name, value, allowed in (
+            ("scaling_by", self.scaling_by, SCALINGS),
+            ("start", self.random_factor, RANDOM_FACTORS),
+            ("expert_rank", self.expert_rank, EXPERT_RANKS),
+            ("expert_outer", self.expert_outer, EXPERT_OUTERS),
+        ):
+            if value not in allowed:
+                raise SpecError(not_allowed(f"method.{name}", value, allowed))
+        for name, studied in (("alpha", 32), ("init_scale", 1), ("lr_b_ratio", 1)):
             if not 0 < getattr(self, name) < 1e6:
                 raise SpecError(
                     f"method.{name}={getattr(self, name)}: expected a number above 0 and below "
-                    "1e6. The study uses 1."
+                    f"1e6. The study uses {studied}."
                 )
         if not 0 <= self.init_seed < 2**31:
             raise SpecError(
@@ -142,9 +143,6 @@ class LoRA(Method):
         self._check_experts(model, [m for m in matrices if m.n_experts > 1])
 
     def _check_experts(self, model: ModelSpec, experts: Sequence[Matrix]) -> None:
-        for name, allowed in (("expert_rank", EXPERT_RANKS), ("expert_outer", EXPERT_OUTERS)):
-            if getattr(self, name) not in allowed:
-                raise SpecError(not_allowed(f"method.{name}", getattr(self, name), allowed))
         if not experts:
             past = {f.name: f.metadata["added"] for f in fields(self) if "added" in f.metadata}
             for name in ("expert_rank", "expert_alpha", "expert_outer"):
@@ -160,7 +158,7 @@ class LoRA(Method):
                 f"method.expert_alpha={self.expert_alpha}: expected a number above 0 and below 1e6."
             )
         m = experts[0]
-        divisor = {"active": m.n_active, "all": m.n_experts, "whole": 1}[self.expert_rank]
+        divisor = self._divisor(m.n_experts, m.n_active)
         if self.rank % divisor:
             raise SpecError(
                 f"method.rank={self.rank} on model {model.name!r} with layers {self.layers}: every "
@@ -200,6 +198,3 @@ class LoRA(Method):
         from lorasweep.methods.stacked.adapters import StackedAdapters
 
         return StackedAdapters(base, targets, methods, seeds)
-
-
-METHOD = LoRA

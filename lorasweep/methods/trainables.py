@@ -1,4 +1,4 @@
-"""The interface between a method and the training loop: what it is handed, and what it trains."""
+"""The interface between a method and the training loop: its target modules and its parameters."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -19,12 +19,12 @@ class Experts:
 
     module: Any
     n_active: int
-    """How many of them a token passes through."""
+    """Experts that a token passes through."""
 
 
 @dataclass(frozen=True)
 class Router:
-    """What chooses the experts of a layer for each token: a module with `weight` [E, H]."""
+    """The router of a layer, which chooses each token's experts: a module with `weight` [E, H]."""
 
     module: Any
 
@@ -41,7 +41,7 @@ def weights_of(target: Target) -> "Iterator[torch.Tensor]":
 
 
 def whole(tensor: "torch.Tensor") -> "torch.Tensor":
-    """Put a tensor together that is split over processes, in all of them; others as they are."""
+    """Return a tensor that is split over processes as a whole, in all of them; others unchanged."""
     together = getattr(tensor, "full_tensor", None)
     return tensor if together is None else together()
 
@@ -50,19 +50,19 @@ class Parameters(Protocol):
     """The parameters of a pack, as the optimizer uses them."""
 
     stacked: bool
-    """True: the first axis of every tensor is the member. False: N = 1 without such an axis."""
+    """True: the first axis of every tensor is the run. False: N = 1 without such an axis."""
 
     def parameters(self) -> "dict[str, torch.Tensor]":
         """Return the tensors by name, in a fixed order."""
 
     def part_of(self, name: str) -> tuple[str, slice]:
-        """Return the tensor's name in one member's state, and the members that it holds."""
+        """Return the tensor's name in the state of one run, and the runs that it holds."""
 
     def lr_ratios(self, name: str) -> list[float]:
-        """Return the learning rate factor of each member that this (stacked) tensor holds."""
+        """Return the learning rate factor of each run that this (stacked) tensor holds."""
 
-    def keep(self, members: list[int]) -> "dict[str, tuple[str, list[int]]]":
-        """Drop all members but `members` (increasing indices into the current order).
+    def keep(self, runs: list[int]) -> "dict[str, tuple[str, list[int]]]":
+        """Drop all runs but `runs` (increasing indices into the current order).
 
         Returns for each new tensor the name of the old one, and the rows of it that were kept.
         """
@@ -71,20 +71,20 @@ class Parameters(Protocol):
 class Trainables(Parameters, Protocol):
     """The parameters of a pack, as the training loop uses them."""
 
-    def spread(self) -> None:
-        """Take up the parameters of a model that was spread over processes, before any update."""
+    def refresh(self) -> None:
+        """Read the model's parameters again, after it was spread over processes."""
 
-    def only(self, members: list[int]) -> AbstractContextManager[None]:
-        """Let the model and what follows be those of some members meanwhile, without gradient.
+    def only(self, runs: list[int]) -> AbstractContextManager[None]:
+        """Temporarily restrict the model and `norms`, `spectra` to some runs, without gradient.
 
-        `members`: increasing indices into the current order.
+        `runs`: increasing indices into the current order.
         """
 
     def norms(self) -> list[dict[str, float]]:
-        """Return the norms to record, one dict per member."""
+        """Return the norms to record, one dict per run."""
 
     def spectra(self) -> list[dict[str, dict[str, float]]]:
-        """Return the final spectral norms by matrix: {name: {delta, ...}}, one dict per member."""
+        """Return the final spectral norms by matrix: {name: {delta, ...}}, one dict per run."""
 
     def detach(self) -> None:
         """Restore the base model."""

@@ -1,7 +1,7 @@
-"""The files of a base model in the hub's cache or in a folder: are they there, and whole.
+"""Check that the files of a base model in the hub's cache or in a folder are there and complete.
 
-Reads names and headers only, so that what is missing is known before a job waits for a GPU. Needs
-no torch.
+Reads names and headers only, so that missing files are known before a job waits for a GPU. Needs no
+torch.
 """
 
 import json
@@ -17,21 +17,21 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Any of these files holds a tokenizer's vocabulary."""
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 UNWANTED = ["original/*"]
-"""Meta's own format, beside that of transformers."""
+"""Meta's own format, next to that of transformers."""
 
 
 def check_cached(spec: ModelSpec, needed: bool) -> Path | None:
-    """Check a model of the hub: that one may have it, and that what was downloaded is whole.
+    """Check that a model of the hub is accessible, and that its downloaded files are complete.
 
     Args:
         spec: a model with source=hub.
-        needed: all of it must be in the cache already; otherwise the first run downloads it.
+        needed: all files must be in the cache already; otherwise the first run downloads them.
 
     Returns:
-        The folder of its files in the cache; None if they will be downloaded.
+        The folder of the files in the cache; None if they will be downloaded.
 
     Raises:
-        ModelError: it cannot be had, or is incomplete; the message tells what to type.
+        ModelError: it is inaccessible or incomplete; the message says what to type.
     """
     from huggingface_hub import constants, hf_hub_download
 
@@ -57,15 +57,14 @@ def check_cached(spec: ModelSpec, needed: bool) -> Path | None:
 
 
 def check_folder(spec: ModelSpec, folder: Path) -> None:
-    """Check that the weights of a local model are whole.
+    """Check that the weights of a local model are complete.
 
     Raises:
         ModelError: they are not; the message names the file.
     """
     for problem in (*_damaged(folder), *_missing(folder)):
         raise ModelError(
-            f"model {spec.name!r}: {folder} has {problem}. Copy the files again from where they "
-            "came."
+            f"model {spec.name!r}: {folder} has {problem}. Copy the files again from their source."
         )
 
 
@@ -78,7 +77,7 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
     """Download a model of the hub, unless it is in the cache; return its folder and its bytes.
 
     Raises:
-        ModelError: it cannot be had.
+        ModelError: it is inaccessible.
     """
     from huggingface_hub import snapshot_download
 
@@ -97,7 +96,7 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
 
 
 def _missing(folder: Path) -> Iterator[str]:
-    """Say which files of weights are not there. Only safetensors are looked at."""
+    """Describe missing files of weights. Only safetensors are checked."""
     if list(folder.glob("pytorch_model*.bin*")):
         return
     names = _weights(folder)
@@ -107,7 +106,7 @@ def _missing(folder: Path) -> Iterator[str]:
 
 
 def _damaged(folder: Path) -> Iterator[str]:
-    """Say which files of weights are not as long as their headers say."""
+    """Describe files of weights whose length differs from their header."""
     for path in (folder / name for name in _weights(folder)):
         if not path.is_file():
             continue
@@ -126,7 +125,7 @@ def _weights(folder: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError):
-        return [SINGLE]  # an index that cannot be read: as if there were none
+        return [SINGLE]  # an unreadable index counts as none
 
 
 def _unavailable(spec: ModelSpec, error: Exception) -> ModelError:
@@ -149,11 +148,11 @@ def _unavailable(spec: ModelSpec, error: Exception) -> ModelError:
     elif isinstance(error, errors.EntryNotFoundError) and not isinstance(
         error, errors.LocalEntryNotFoundError
     ):
-        remedy = "It has no config.json, so it is no model of transformers. Correct model.location."
+        remedy = "It has no config.json, so transformers cannot load it. Correct model.location."
     else:
         remedy = (
             "It is not in the hub's cache (HF_HOME), and the hub cannot be reached (or "
             "HF_HUB_OFFLINE is set). Give the same command with action=fetch on a machine that "
             "reaches the hub, or use local weights: a model file with source=folder."
         )
-    return ModelError(f"model {spec.name!r}: cannot have {what} from the hub. {remedy}")
+    return ModelError(f"model {spec.name!r}: cannot get {what} from the hub. {remedy}")

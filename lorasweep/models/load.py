@@ -1,7 +1,7 @@
 """Find and load the weights of base models, and check their shape.
 
-Knows four sources: hub, folder, GGUF file, and recipe (which `lorasweep.train.pretrain` must have
-trained before). Refuses to know methods and data.
+Knows four sources: hub, folder, GGUF file, and recipe (a small model that
+`lorasweep.train.pretrain` trains; some come with the package). Refuses to know methods and data.
 """
 
 import copy
@@ -12,33 +12,47 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from lorasweep.errors import ModelError
 from lorasweep.models import hub
-from lorasweep.models.recipe import empty_model, file_name, find_weights
+from lorasweep.models.forward import (
+    MASTER_DTYPES,
+    are_bf16,
+    bf16_matrices,
+    hold_in_bf16,
+    norms_in_float64,
+)
 from lorasweep.models.sharding import Mesh
+from lorasweep.models.targets import use_grouped_experts
 from lorasweep.spec.model import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHIPPED = Path(__file__).parent / "bases"
+"""Weights of recipes that come with the package."""
 
 
 @dataclass
 class Base:
-    """A loaded base model. `sha256` of its weights shows that all runs of a curve share a base."""
+    """A loaded base model. The `sha256` of its weights proves that runs share a base."""
 
     model: Any
     tokenizer: Any
     sha256: str
     at_start: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Held-out measures before training, by data set, draw and precision. They are the same for
-    every run, so they are measured once."""
+    """Held-out measures before training, by data set, draw and precision; every run shares them."""
     commit: str | None = None
-    """Commit of the hub that the weights are from; None for other sources."""
+    """The hub's commit of the weights; None for other sources."""
     mesh: Mesh = field(default_factory=Mesh)
     """The processes that train on it."""
 
 
 def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> bool:
-    """Check that weights are there and whole, or that the hub gives them. Loads nothing.
+    """Check that weights are there and complete, or that the hub has them. Loads nothing.
 
     Args:
         spec: the model.
@@ -49,7 +63,7 @@ def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool =
         Whether there is a tokenizer. One that will be downloaded counts.
 
     Raises:
-        ModelError: they are not; the message tells how to get them.
+        ModelError: they are not there; the message says how to get them.
     """
     if spec.source == "hub":
         folder = hub.check_cached(spec, fetched)
@@ -67,7 +81,7 @@ def find(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     """Find the folder or file of a local model.
 
     Raises:
-        ModelError: it is missing; the message tells how to get it.
+        ModelError: it is missing; the message says how to get it.
     """
     tried = [Path(folder).expanduser() / spec.location for folder in models_dirs]
     for path in tried:
@@ -92,7 +106,6 @@ def load(
     Raises:
         ModelError: the weights are missing, or do not have the described shape.
     """
-    import torch
     import transformers
 
     mesh = mesh or Mesh()
@@ -104,7 +117,7 @@ def load(
         return Base(model, tokenizer, digest, commit=commit, mesh=mesh)
     model, tokenizer, commit = _read(spec, models_dirs)
     check_shape(model, spec)
-    config = copy.deepcopy(model.config)  # as others can build it from
+    config = copy.deepcopy(model.config)  # from which other processes build the model
     model = _prepared(model, spec, precision)
     if torch.cuda.is_available() and mesh.size == 1:
         model = model.cuda()
@@ -132,31 +145,32 @@ def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
 
 
 def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | None]:
-    """Read a model and its tokenizer from where they are; from the hub also the commit."""
-    tokenizer, commit = None, None
+    """Read a model and its tokenizer from their source; from the hub also the commit."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     if spec.source == "recipe":
-        model = _from_recipe(spec, models_dirs)
-    elif spec.source == "gguf":
-        folder = _converted(spec, models_dirs)
-        model, tokenizer = _from_transformers(str(folder), None)
-    elif spec.source == "folder":
-        model, tokenizer = _from_transformers(str(find(spec, models_dirs)), None)
-    else:
-        try:
+        return _from_recipe(spec, models_dirs), None, None
+    name, commit = spec.location, None
+    try:
+        if spec.source == "hub":
             commit = _commit_of(spec)
-            model, tokenizer = _from_transformers(spec.location, commit)
-        except OSError as error:
-            raise ModelError(
-                f"model {spec.name!r}: cannot load {spec.location!r} from the hub ({error}). "
-                "Check the network and access rights, or use local weights: a model file in "
-                "conf/model with source=folder."
-            ) from error
-    return model, tokenizer, commit
+        else:
+            local = _converted if spec.source == "gguf" else find
+            name = str(local(spec, models_dirs))
+        model = AutoModelForCausalLM.from_pretrained(name, revision=commit, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(name, revision=commit), commit
+    except OSError as error:
+        if spec.source != "hub":
+            raise
+        raise ModelError(
+            f"model {spec.name!r}: cannot load {spec.location!r} from the hub ({error}). Check the "
+            "network and access rights, or use local weights: a model file in conf/model with "
+            "source=folder."
+        ) from error
 
 
 def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
-    """Build a model as `load` does, but of transformers' config: tensors without values."""
-    import torch
+    """Build a model as `load` does, but from transformers' config: tensors without values."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -165,10 +179,7 @@ def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
 
 
 def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
-    """Give a model's tensors their types, and its passes the numerics of `precision`."""
-    from lorasweep.models.experts import use_grouped_experts
-    from lorasweep.models.precision import MASTER_DTYPES, hold_in_bf16, norms_in_float64
-
+    """Convert a model to the tensor types and the numerics of `precision`."""
     dtype = MASTER_DTYPES[precision]
     use_grouped_experts(model, spec)
     model = model.to(dtype).eval()
@@ -180,30 +191,6 @@ def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
     if precision == "fp64":
         norms_in_float64(model)
     return model
-
-
-def _from_recipe(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
-    from safetensors.torch import load_file
-
-    path = find_weights(spec, models_dirs)
-    if path is None:
-        raise ModelError(
-            f"model {spec.name!r}: no weights {file_name(spec)} in "
-            f"{', '.join(models_dirs) or 'any folder'}. Pretrain it first: "
-            "lorasweep.train.pretrain.ensure(spec, models_dirs)."
-        )
-    model = empty_model(spec)
-    state = {k: v.float() for k, v in load_file(path).items()}
-    model.load_state_dict(state, strict=not spec.tied)
-    return model
-
-
-def _from_transformers(name: str, revision: str | None) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(name, revision=revision)
 
 
 def _commit_of(spec: ModelSpec) -> str:
@@ -226,7 +213,6 @@ def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     transformers refuses to save a model that was loaded from GGUF, because it counts as quantised.
     So the weights are copied into a new model without the quantisation entry in its config.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = find(spec, models_dirs)
@@ -262,10 +248,8 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
     """Check that the loaded model has the shape and the weights that conf/model describes.
 
     Raises:
-        ModelError: it has not.
+        ModelError: it does not.
     """
-    from lorasweep.models.precision import are_bf16, bf16_matrices
-
     config = model.config
     got = {
         "hidden_size": config.hidden_size,
@@ -283,25 +267,90 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
         finer = [n for n, p in bf16_matrices(model).items() if not are_bf16(p.detach())]
         wrong += [f"weights_dtype is fp32 ({finer[0]}), described as bf16"] if finer else []
     if wrong:
+        # a customer's model is described by its folder, whose whole path is its location
+        alone = spec.source == "folder" and Path(spec.location).is_absolute()
+        described = f"{spec.location}/config.json" if alone else "file in conf/model"
         raise ModelError(
-            f"model {spec.name!r} differs from its {_description(spec)}: {'; '.join(wrong)}. "
-            "Correct the file, or get the weights that it describes."
+            f"model {spec.name!r} differs from its {described}: {'; '.join(wrong)}. Correct the "
+            "file, or get the weights that it describes."
         )
 
 
-def _description(spec: ModelSpec) -> str:
-    """Name the file that a model's shape and type are from."""
-    # a customer's model is described by its folder, whose whole path is its location
-    alone = spec.source == "folder" and Path(spec.location).is_absolute()
-    return f"{spec.location}/config.json" if alone else "file in conf/model"
-
-
 def weights_sha256(model: Any) -> str:
-    """Hash names, shapes and float32 values of all parameters, to compare two loaded models."""
-    import torch
-
+    """Hash names, shapes and float32 values of all parameters."""
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         digest.update(json.dumps([name, list(p.shape)]).encode())
         digest.update(p.detach().to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def recipe_file_name(spec: ModelSpec) -> str:
+    """Name the weights file of a recipe: model name and a hash of the recipe and the shape."""
+    fields = spec.plain()
+    for name in ("location", "revision", "attention", "mlp", "unembedding", "weights_dtype"):
+        fields.pop(name, None)
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return f"{spec.name}-{digest[:10]}.safetensors"
+
+
+def find_recipe_weights(spec: ModelSpec, models_dirs: Sequence[str]) -> Path | None:
+    """Find the weights of a recipe in the package or a models folder; None if there are none."""
+    folders = [SHIPPED, *(Path(d).expanduser() for d in models_dirs)]
+    paths = (folder / recipe_file_name(spec) for folder in folders)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def empty_model(spec: ModelSpec) -> "PreTrainedModel":
+    """Build an untrained model of the described shape, with transformers' random weights.
+
+    A Llama; with experts a Qwen3-MoE.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape: dict[str, Any] = {
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.mlp_size,
+        "num_hidden_layers": spec.n_layers,
+        "num_attention_heads": spec.n_heads,
+        "num_key_value_heads": spec.n_kv_heads,
+        "head_dim": spec.head_size,
+        "vocab_size": spec.vocab_size,
+        "tie_word_embeddings": spec.tied,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if not spec.n_experts:
+        return LlamaForCausalLM(LlamaConfig(**shape))
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **shape,
+            num_experts=spec.n_experts,
+            num_experts_per_tok=spec.n_active_experts,
+            moe_intermediate_size=spec.mlp_size,
+            norm_topk_prob=True,
+        )
+    )
+
+
+def _from_recipe(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
+    from safetensors.torch import load_file
+
+    path = find_recipe_weights(spec, models_dirs)
+    if path is None:
+        raise ModelError(
+            f"model {spec.name!r}: no weights {recipe_file_name(spec)} in "
+            f"{', '.join(models_dirs) or 'any folder'}. Pretrain it first: "
+            "lorasweep.train.pretrain.ensure(spec, models_dirs)."
+        )
+    model = empty_model(spec)
+    state = {k: v.float() for k, v in load_file(path).items()}
+    model.load_state_dict(state, strict=not spec.tied)
+    return model

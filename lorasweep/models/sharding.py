@@ -1,27 +1,34 @@
 """One run on several processes: the mesh that they form, and a model spread over it by FSDP2.
 
-The only file that knows of torch.distributed, with `sharded_tensors.py`. One process is a mesh of
-one, for which everything here does nothing. Refuses to know methods, objectives and the run folder.
+The only file that knows of torch.distributed. One process is a mesh of one, for which everything
+here does nothing. Refuses to know methods, objectives and the run folder.
 
-Every tensor of the model is split over all processes. A decoder layer is put together while it
-computes, what is outside the layers during a whole pass. Gradients are summed over the processes:
-the loss is already divided by the weight of the whole batch. Adapters must be attached before,
-because FSDP2 reduces the gradients of what it has split only.
+Every tensor of the model is split over all processes. A decoder layer is gathered while it
+computes, tensors outside the layers during a whole pass. Gradients are summed over the processes:
+the loss is already divided by the weight of the whole batch. Adapters must be attached before the
+split, because FSDP2 reduces the gradients of split tensors only.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
 from lorasweep.errors import ModelError, TrainingError
@@ -31,24 +38,24 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)
-"""How long a process waits for the others, e.g. while process 0 reads the weights. Whoever started
-the processes ends all of them as soon as one ends."""
+"""Time that a process waits for the others, e.g. while process 0 reads the weights. The launcher
+ends all processes as soon as one ends."""
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of a split tensor, which shares its memory; others as they are."""
+    """Return this process's part of a split tensor, as a view; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The processes that train a run together; by default this one alone."""
+    """The processes that train a run together; by default one."""
 
     rank: int = 0
     devices: DeviceMesh | None = None
     """None: one process."""
     entry: "_Entry | None" = None
-    """The model that is spread over it; None: none yet."""
+    """The model that is spread over the mesh; None: none yet."""
 
     @classmethod
     def join(cls) -> "Mesh":
@@ -81,9 +88,9 @@ class Mesh:
         return list(batches[self.rank :: self.size])
 
     def turns(self, n: int) -> range:
-        """Return this process's part of the numbers 0 to n - 1, as many as every process has.
+        """Return this process's share of the numbers 0 to n - 1; all shares have one size.
 
-        The last one may be n or more: then it is a repetition that does not count.
+        The last number may be n or more: then it is a repetition that does not count.
         """
         return range(self.rank, -(-n // self.size) * self.size, self.size)
 
@@ -127,9 +134,9 @@ class Mesh:
 
 
 class _Entry(nn.Module):
-    """The root that FSDP2 sees: whatever uses the model runs inside its forward pass.
+    """The root module of FSDP2: all code that uses the model runs inside its forward pass.
 
-    So parts of the model may be called on their own, several times.
+    So parts of the model may be called separately, several times.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -141,11 +148,11 @@ class _Entry(nn.Module):
 
 
 def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str) -> Mesh:
-    """Spread a model with what is attached to it over the mesh; return the mesh that runs it.
+    """Spread a model with its adapters over the mesh; return the mesh that runs it.
 
     Process 0 has the values, on the CPU; in the others tensors may be on the device 'meta'. Under
-    bf16 a layer's matrices are sent in bf16, which autocast would round them to anyway; vectors
-    stay as they are, and frozen ones are whole in every process.
+    bf16 a layer's matrices are sent in bf16, to which autocast would round them anyway; vectors
+    keep their type, and every process holds all frozen ones.
 
     Raises:
         ModelError: the number of processes does not fit the model.
@@ -181,13 +188,13 @@ def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str
     else:
         _move_whole(entry, mesh.device)
     _fill(model, whole, mesh)
-    trainables.spread()
+    trainables.refresh()
     guard(model, trainables, mesh, [])
     return Mesh(mesh.rank, mesh.devices, entry)
 
 
 def blocks(model: Any) -> list[nn.Module]:
-    """Return the model's layers, each of which is put together and computed again as a whole.
+    """Return the model's layers, each of which is gathered and recomputed as a whole.
 
     Raises:
         ModelError: transformers does not say which modules these are.
@@ -204,10 +211,10 @@ def blocks(model: Any) -> list[nn.Module]:
 
 @contextmanager
 def layers_together(model: Any) -> Iterator[None]:
-    """Keep the layers of a spread model together once they are, over many forward passes.
+    """Keep the layers of a spread model gathered over many forward passes, inside `Mesh.run`.
 
-    So drawing a token sends nothing, and processes may draw different numbers of tokens. To be used
-    inside `Mesh.run`. A model of one process stays as it is.
+    So drawing a token sends nothing, and processes may draw different numbers of tokens. Without
+    effect on the model of one process.
     """
     names = {f"FSDP{name}" for name in model._no_split_modules or ()}  # as fully_shard names them
     layers = [part for part in _split(model) if type(part).__name__ in names]
@@ -222,7 +229,7 @@ def layers_together(model: Any) -> Iterator[None]:
 
 
 def compute_again(model: nn.Module) -> None:
-    """Keep a layer's input only, and compute its activations again in the backward pass."""
+    """Keep only the input of each layer, and recompute its activations in the backward pass."""
     for block in blocks(model):
         forward = block.forward
 
@@ -244,7 +251,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """List the parameters that several modules have, as (module, name) each."""
+    """List the parameters that modules share, as (module, name) each."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -255,7 +262,8 @@ def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 def _placement(p: nn.Parameter, size: int) -> Shard | None:
     """Choose the axis along which a tensor is split; None: the first.
 
-    That of a stack of one member is of no use. FSDP2 asks that the size divides any other axis.
+    The first axis of a stack of one run cannot be split. FSDP2 requires that the size divides any
+    other axis.
     """
     if p.dim() < 3 or p.shape[0] > 1:
         return None
@@ -269,7 +277,7 @@ def _placement(p: nn.Parameter, size: int) -> Shard | None:
 
 
 def _move_whole(entry: nn.Module, device: torch.device) -> None:
-    """Move what is not split to the device, which FSDP2 does for what it splits."""
+    """Move tensors that are not split to the device; FSDP2 moves the others."""
     for _, tensor in _tensors(entry):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device)
@@ -293,12 +301,12 @@ def _fill(model: nn.Module, whole: dict[str, torch.Tensor], mesh: Mesh) -> None:
 
 
 def guard(model: nn.Module, trained: "Parameters", mesh: Mesh, measures: Sequence[float]) -> None:
-    """Check that all that is trained is split over the mesh, and what is not split is the same.
+    """Check that trained tensors are split over the mesh, and that all others are equal.
 
-    `measures`: what every process must have found equal, such as losses and gradient norms.
+    `measures`: numbers that must be equal in all processes, such as losses and gradient norms.
 
     Raises:
-        TrainingError: it is not.
+        TrainingError: they are not.
     """
     if not mesh.devices:
         return
@@ -318,3 +326,49 @@ def guard(model: nn.Module, trained: "Parameters", mesh: Mesh, measures: Sequenc
             f"{[other[1] for other in found]}. Their results would be worthless. Run the command "
             "again; if it happens again, train in one process: exec.world_size=1."
         )
+
+
+# ---------------------------------------------------------------- checkpoints
+# Each process writes one safetensors file. Any number of processes can read them, or the one file
+# that a single process writes.
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], mesh: Mesh) -> dict[str, str]:
+    """Write split tensors into an empty folder, in all processes at once.
+
+    Returns the SHA-256 of each file by name.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:  # not an Exception; what went wrong in the first process
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
+    sums = {}
+    for path in folder.glob(f"shard-{mesh.rank + 1:05d}-*"):
+        with open(path, "rb") as file:
+            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {name: digest for found in mesh.gather(sums) for name, digest in found.items()}
+
+
+@torch.no_grad()
+def read_tensors(path: Path, tensors: Mapping[str, torch.Tensor], mesh: Mesh) -> None:
+    """Read tensors in place, in all processes at once.
+
+    `path`: a folder of `write_tensors`, or one safetensors file with whole tensors.
+    """
+    if path.is_dir():
+        reader = HuggingFaceStorageReader(str(path))
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=mesh.size == 1)
+        return
+    with safe_open(path, framework="pt") as file:
+        for name, tensor in tensors.items():
+            part = file.get_slice(name)
+            if isinstance(tensor, DTensor):
+                shape, offset = compute_local_shape_and_global_offset(
+                    tensor.shape, tensor.device_mesh, tensor.placements
+                )
+                at = tuple(slice(o, o + n) for o, n in zip(offset, shape))
+                local(tensor).copy_(part[at] if 0 not in shape else local(tensor))
+            else:
+                tensor.copy_(part[:])

@@ -1,4 +1,4 @@
-"""What a trainer reports: one Event per update, and the phase of an error.
+"""The report of a trainer: one Event per update, and the phase of an error.
 
 Standard library only.
 """
@@ -17,7 +17,7 @@ LEARNING, SAMPLING, EVALUATION = "learning", "sampling", "evaluation"
 
 @dataclass(frozen=True)
 class Phase:
-    """What was done when an error was raised."""
+    """The phase of training in which an error was raised."""
 
     name: str = LEARNING
     divisible: bool = False
@@ -49,8 +49,8 @@ class Event:
     ended: dict[str, tuple[str, Record]]
     """Runs that ended: 'done' or 'diverged', and their results."""
     snapshot: Callable[[], dict[str, State]]
-    """Returns the state of every member still in the pack. Valid until the next event."""
+    """Returns the state of every run still in the pack. Valid until the next event."""
     backend: str = ""
-    """Implementation and device, such as 'cpu_llama on cpu'."""
+    """Implementation and device, such as 'transformers on cpu'."""
     dropped: set[str] = field(default_factory=set)
-    """Runs that the caller no longer wants, which it adds: the next update is made without them."""
+    """Run ids that the caller adds to drop these runs before the next update."""

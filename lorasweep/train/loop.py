@@ -3,29 +3,33 @@
 Knows a method by its Trainables, and what is optimised by its Objective. Refuses to know the store,
 the launcher and configuration files: it yields events, which the caller records.
 
-Shapes: N members of the pack.
+Shapes: N runs of the pack.
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasweep.models.backend import backend
-from lorasweep.models.experts import ExpertTokens
+from lorasweep.methods.trainables import Trainables
+from lorasweep.models.forward import backend
 from lorasweep.models.load import Base
-from lorasweep.models.sharding import guard, shard
-from lorasweep.models.targets import find_targets
-from lorasweep.spec.evaluations import eval_steps
+from lorasweep.models.sharding import Mesh, guard, shard
+from lorasweep.models.targets import ExpertTokens, find_targets
+from lorasweep.spec.evaluations import EARLY_STOPPING_RULE, Best, eval_steps, no_better
+from lorasweep.spec.metric import Metric
+from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
-from lorasweep.train.early_stopping import end_early, return_to_best
-from lorasweep.train.evaluator import Evaluator
-from lorasweep.train.events import Event, Record
+from lorasweep.train.events import EVALUATION, Event, Record, phase
 from lorasweep.train.objectives.base import DIVERGENCE_RULE, BatchT, Objective
 from lorasweep.train.optim import AdamW
-from lorasweep.train.progress import Progress, gradient_shares
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def train(
@@ -39,41 +43,46 @@ def train(
     `resume` maps every run id of the pack to its state from snapshot(), all at the same step.
     """
     # ---------------------------------------------------------------- setup
-    model, mesh, members = base.model, base.mesh, list(pack)
+    model, mesh, runs = base.model, base.mesh, list(pack)
     method, metric = pack[0].method, objective.metric
     # nothing is attached yet: all runs start as the base
-    at_start = objective.start(base, members) if mesh.size == 1 else []
+    at_start = objective.start(base, runs) if mesh.size == 1 else []
     targets = find_targets(model, pack[0].model, method.target_layers())
     trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
     counts = ExpertTokens(model)
     try:
         if mesh.size > 1:  # the whole base may not fit; a run alone starts as the base here, too
             mesh = base.mesh = shard(model, trainables, mesh, pack[0].precision)
-            at_start = mesh.run(objective.start, base, members)
+            at_start = mesh.run(objective.start, base, runs)
         device = next(model.parameters()).device
-        passes = backend(model, mesh.size)
+        computed_by = backend(model, mesh.size)
         optimizer = AdamW.start(trainables, pack, mesh)
         evaluator = Evaluator(model, objective, trainables, mesh)
-        progress = {m.id: Progress.start(measures) for m, measures in zip(members, at_start)}
-        evaluations = {m.id: set(eval_steps(m.steps, m.has_curve)) for m in members}
-        first_step = step = _resume(resume, members, optimizer, progress, objective)
+        progress = {run.id: Progress.start(measures) for run, measures in zip(runs, at_start)}
+        evaluations = {run.id: set(eval_steps(run.steps, run.has_curve)) for run in runs}
+        first_step = step = 0
+        if resume is not None:
+            for run in runs:
+                progress[run.id].load(resume[run.id]["meta"])
+                objective.load_state(run.id, resume[run.id]["meta"])
+            first_step = step = optimizer.load_runs([resume[run.id] for run in runs])
 
         # ---------------------------------------------------------------- loop
-        while members:
+        while runs:
             started = time.perf_counter()
-            batches = objective.batches(model, step, members)
+            batches = objective.batches(model, step, runs)
             weight_N = torch.stack([objective.weights(b) for b in batches]).sum(0)
             divisor_N = weight_N.to(device)
-            total_N = torch.zeros(len(members), dtype=torch.float64, device=device)
+            total_N = torch.zeros(len(runs), dtype=torch.float64, device=device)
             for batch in mesh.share(batches):
                 sums_N = mesh.run(objective.loss, model, batch)
                 (sums_N / divisor_N.to(sums_N)).sum().backward()
                 total_N += sums_N.detach()
             mesh.sum_(total_N)
             if step == 0:  # record the layer sets' shares of the first gradient
-                for m, squares in zip(members, optimizer.grad_squares()):
-                    shares = gradient_shares(squares, m.model)
-                    progress[m.id].curve[0]["grad_share"] = shares
+                for run, squares in zip(runs, optimizer.grad_squares()):
+                    shares = gradient_shares(squares, run.model)
+                    progress[run.id].curve[0]["grad_share"] = shares
             norms = optimizer.grad_norms()
             if step == first_step:
                 guard(model, trainables, mesh, [*total_N.tolist(), *norms])
@@ -82,96 +91,96 @@ def train(
             step += 1
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # otherwise only the kernel launches are timed
-            seconds = (time.perf_counter() - started) / len(members)
+            seconds = (time.perf_counter() - started) / len(runs)
 
             # ------------------------------------------------------------ records
             losses = (total_N / divisor_N.double()).tolist()
-            laid_out = sum(b.laid_out for b in batches)
+            n_padded = sum(b.padded_tokens for b in batches)
             records: dict[str, Record] = {}
             diverged = set()
             update = objective.metrics(losses)
-            of_experts = counts.take(len(members), mesh)
-            for k, m in enumerate(members):
+            expert_tokens = counts.take(len(runs), mesh)
+            for k, run in enumerate(runs):
                 n_tokens = sum(b.tokens_N[k] for b in batches)
-                progress[m.id].add(n_tokens, seconds, of_experts[k])
-                records[m.id] = {
+                progress[run.id].add(n_tokens, seconds, expert_tokens[k])
+                records[run.id] = {
                     "step": step,
-                    "examples": step * m.batch_size,
-                    "tokens": progress[m.id].tokens,
+                    "examples": step * run.batch_size,
+                    "tokens": progress[run.id].tokens,
                     **update[k],
                     "grad_norm": norms[k],
                     "step_s": seconds,
                     "tokens_per_s": n_tokens / seconds,
-                    "padding": 1 - n_tokens / laid_out,
+                    "padding": 1 - n_tokens / n_padded,
                 }
-                lost = objective.diverged(m.id, losses[k])
+                lost = objective.diverged(run.id, losses[k])
                 if lost or not math.isfinite(losses[k]) or not math.isfinite(norms[k]):
-                    records[m.id]["diverged"] = True
-                    diverged.add(m.id)
-            last = {m.id for m in members if step == m.steps}
+                    records[run.id]["diverged"] = True
+                    diverged.add(run.id)
+            last = {run.id for run in runs if step == run.steps}
 
             # ------------------------------------------------------------ held-out measures
             measured: dict[str, Record] = {}
-            due = {m.id for m in members if step in evaluations[m.id]} - diverged
-            for final, runs in ((True, due & last), (False, due - last)):
-                for run, (measures, n_items) in evaluator.measure(members, runs, final).items():
-                    measured[run] = measures
-                    records[run] |= {**measures, "test_items": n_items}
-                    progress[run].point(records[run], tuple(measures))
+            due = {run.id for run in runs if step in evaluations[run.id]} - diverged
+            for final, ids in ((True, due & last), (False, due - last)):
+                for i, (measures, n_items) in evaluator.measure(runs, ids, final).items():
+                    measured[i] = measures
+                    records[i] |= {**measures, "test_items": n_items}
+                    progress[i].point(records[i], tuple(measures))
                     if not math.isfinite(measures[metric.name]):
-                        diverged.add(run)
-            last |= end_early(step, members, due - diverged, progress, optimizer, metric)
-            back = return_to_best(step, members, last - diverged, progress, optimizer)
-            for run, (measures, _) in evaluator.measure(members, back, True).items():
-                measured[run] = measures
+                        diverged.add(i)
+            last |= stop_early(step, runs, due - diverged, progress, optimizer, metric)
+            restored = restore_best(step, runs, last - diverged, progress, optimizer)
+            for i, (measures, _) in evaluator.measure(runs, restored, True).items():
+                measured[i] = measures
             done = last - diverged
-            for run, found in evaluator.at_end(members, done).items():
-                measured[run] |= found
+            for i, found in evaluator.at_end(runs, done).items():
+                measured[i] |= found
             ended: dict[str, tuple[str, Record]] = {}
-            for k, m in enumerate(members):
-                if m.id not in diverged | last:
+            for k, run in enumerate(runs):
+                if run.id not in diverged | last:
                     continue
                 result = {
-                    **objective.facts(m),
+                    **objective.facts(run),
                     **metric.stored(),
-                    "backend": passes,
+                    "backend": computed_by,
                     "steps_done": step,
-                    "tokens": progress[m.id].tokens,
+                    "tokens": progress[run.id].tokens,
                     **update[k],
-                    "curve": progress[m.id].curve,
-                    **progress[m.id].of_experts(),
+                    "curve": progress[run.id].curve,
+                    **progress[run.id].expert_facts(),
                     "base_sha256": base.sha256,
                     "divergence_rule": DIVERGENCE_RULE,
                     **({"base_commit": base.commit} if base.commit else {}),
                 }
-                if m.id in done:
-                    result |= {**measured[m.id], **progress[m.id].of_best()}
-                    result["step_s"] = progress[m.id].median_step_s()
-                ended[m.id] = ("done" if m.id in done else "diverged", result)
+                if run.id in done:
+                    result |= {**measured[run.id], **progress[run.id].stopping_facts()}
+                    result["step_s"] = progress[run.id].median_step_s()
+                ended[run.id] = ("done" if run.id in done else "diverged", result)
 
-            def snapshot(step: int = step, members: list[RunSpec] = members) -> dict[str, State]:
-                layout = [m.id for m in members]
+            def snapshot(step: int = step, runs: list[RunSpec] = runs) -> dict[str, State]:
+                layout = [run.id for run in runs]
                 return {
-                    run: {
-                        "tensors": optimizer.member_tensors(k),
+                    i: {
+                        "tensors": optimizer.run_tensors(k),
                         "meta": {
                             "step": step,
                             "layout": layout,
-                            **progress[run].state(),
-                            **objective.state(run),
+                            **progress[i].state(),
+                            **objective.state(i),
                         },
                     }
-                    for k, run in enumerate(layout)
+                    for k, i in enumerate(layout)
                 }
 
-            event = Event(step, records, ended, snapshot, passes)
+            event = Event(step, records, ended, snapshot, computed_by)
             yield event
 
             # ------------------------------------------------------------ compaction
             gone = ended.keys() | event.dropped
-            stay = [k for k, m in enumerate(members) if m.id not in gone]
-            if len(stay) < len(members):
-                members = [members[k] for k in stay]
+            stay = [k for k, run in enumerate(runs) if run.id not in gone]
+            if len(stay) < len(runs):
+                runs = [runs[k] for k in stay]
                 if stay:
                     optimizer.keep(stay)
     finally:
@@ -179,17 +188,177 @@ def train(
         trainables.detach()
 
 
-def _resume(
-    states: dict[str, State] | None,
-    members: Sequence[RunSpec],
+# ---------------------------------------------------------------- parts of the loop
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures the runs of a pack on held-out items: only those that are due."""
+
+    model: "nn.Module"
+    objective: Objective[Any]
+    trainables: Trainables
+    mesh: Mesh
+
+    def measure(
+        self, runs: Sequence[RunSpec], ids: set[str], final: bool
+    ) -> dict[str, tuple[Record, int]]:
+        """Return the measures of the runs `ids` with their weight norms, and the number of items.
+
+        `runs`: all of the pack. `final`: on all held-out items, else on a part.
+        """
+        measured: dict[str, tuple[Record, int]] = {}
+        norms = self.trainables.norms() if ids else []
+        for at in self._together(runs, ids):
+            some = [runs[k] for k in at]
+            with phase(EVALUATION), self.trainables.only(at):
+                found = self.mesh.run(self.objective.evaluate, self.model, some, final)
+            for k, run, e in zip(at, some, found):
+                measured[run.id] = {**e.measures, **norms[k]}, e.n_items
+        return measured
+
+    def _together(self, runs: Sequence[RunSpec], ids: set[str]) -> list[list[int]]:
+        """Return the runs to measure, grouped by forward pass.
+
+        On a CPU runs of one data set: the held-out rows of others would be padded to the most and
+        longest (1.4 times the tokens of a hundred customers, LOG.md), and a larger pass is hardly
+        faster. On a GPU all. Assumption: there small passes cost more than padding.
+        """
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        groups: dict[str, list[int]] = {}
+        for k, run in enumerate(runs):
+            if run.id in ids:
+                groups.setdefault(run.dataset.canonical if on_cpu else "", []).append(k)
+        return list(groups.values())
+
+    def at_end(self, runs: Sequence[RunSpec], ids: set[str]) -> dict[str, Record]:
+        """Return the final measures of the finished runs `ids`, and their spectra."""
+        at = [k for k, run in enumerate(runs) if run.id in ids]
+        if not at:
+            return {}
+        some = [runs[k] for k in at]
+        with phase(EVALUATION), self.trainables.only(at):
+            more = self.mesh.run(self.objective.at_end, self.model, some)
+            spectra = self.trainables.spectra()
+        return {run.id: {**a, "spectra": b} for run, a, b in zip(some, more, spectra)}
+
+
+@dataclass
+class Progress:
+    """The loop's state of one run between updates."""
+
+    curve: list[Record]
+    """The learning curve: one point per evaluation, the first before training."""
+    tokens: int = 0
+    step_s: list[float] = field(default_factory=list)
+    """Seconds of each update in this attempt: the time of the pack divided by its runs."""
+    expert_tokens: list[list[int]] = field(default_factory=list)
+    """Training tokens of each expert, by layer; empty without experts."""
+    best: Best = field(default_factory=Best)
+    """The best evaluation of a run that may end early."""
+
+    @classmethod
+    def start(cls, measures: Record) -> "Progress":
+        """Start with the measures before training."""
+        return cls([{"step": 0, "examples": 0, "tokens": 0, **measures}])
+
+    def load(self, meta: dict[str, Any]) -> None:
+        """Restore the values of a checkpoint."""
+        self.curve, self.tokens = list(meta["curve"]), meta["tokens"]
+        self.expert_tokens = meta.get("expert_tokens", [])
+        self.best = Best(*meta.get("best", ())[:2])  # an older one has a third value
+
+    def state(self) -> dict[str, Any]:
+        """Return the values for a checkpoint."""
+        best = {"best": astuple(self.best)} if self.best.step else {}
+        return {"curve": self.curve, "tokens": self.tokens, **best, **self.expert_facts()}
+
+    def expert_facts(self) -> dict[str, list[list[int]]]:
+        """Return the tokens of each expert for a result; nothing without experts."""
+        return {"expert_tokens": self.expert_tokens} if self.expert_tokens else {}
+
+    def stopping_facts(self) -> dict[str, int]:
+        """Return a result's entries about early stopping: the update whose weights are kept."""
+        if not self.best.step:
+            return {}
+        return {"best_step": self.best.step, "early_stopping_rule": EARLY_STOPPING_RULE}
+
+    def add(self, n_tokens: int, seconds: float, expert_tokens: list[list[int]]) -> None:
+        """Count an update; `expert_tokens`: its tokens by layer and expert."""
+        self.tokens += n_tokens
+        self.step_s.append(seconds)
+        before = self.expert_tokens or [[0] * len(layer) for layer in expert_tokens]
+        self.expert_tokens = [
+            [a + b for a, b in zip(*layers)] for layers in zip(before, expert_tokens)
+        ]
+
+    def point(self, record: Record, measures: tuple[str, ...]) -> None:
+        """Add an evaluation to the learning curve."""
+        names = ("step", "examples", "tokens", *measures)
+        self.curve.append({name: record[name] for name in names})
+
+    def median_step_s(self) -> float:
+        """Return the median seconds of an update."""
+        return sorted(self.step_s)[len(self.step_s) // 2]
+
+
+def gradient_shares(squares: dict[str, float], model: ModelSpec) -> dict[str, float]:
+    """Return each layer set's share of the squared gradient; embedding and norms are 'rest'.
+
+    `squares`: parameter name -> its squared gradient norm. The shares are NaN if all are zero.
+    """
+    total = sum(squares.values())
+    found: dict[str, float] = {}
+    for name, value in squares.items():
+        layer_set = model.set_of(name)
+        share = value / total if total > 0 else math.nan
+        found[layer_set] = found.get(layer_set, 0.0) + share
+    return found
+
+
+def stop_early(
+    step: int,
+    runs: Sequence[RunSpec],
+    measured: set[str],
+    progress: Mapping[str, Progress],
     optimizer: AdamW,
-    progress: dict[str, Progress],
-    objective: Objective[BatchT],
-) -> int:
-    """Restore the members from their states, if there are any; return the updates already made."""
-    if states is None:
-        return 0
-    for m in members:
-        progress[m.id].load(states[m.id]["meta"])
-        objective.load_state(m.id, states[m.id]["meta"])
-    return optimizer.load_members([states[m.id] for m in members])
+    metric: Metric,
+) -> set[str]:
+    """Judge the evaluations at `step`, keep the weights of improved runs, return those that end.
+
+    `measured`: runs with an evaluation at `step`. Early stopping reads the validation rows, which
+    a run is evaluated on anyway.
+    """
+    watched = [run for run in runs if run.early_stopping and run.id in measured]
+    for run in watched:
+        point = progress[run.id].curve[-1]
+        loss = metric.loss(point.get(metric.on_part, point[metric.name]))
+        progress[run.id].best.note(step, loss)
+    better = {run.id for run in watched if progress[run.id].best.step == step}
+    optimizer.keep_best([k for k, run in enumerate(runs) if run.id in better])
+    ending = set()
+    for run in watched:
+        points = progress[run.id].curve[1:]
+        steps = [point["step"] for point in points]
+        if no_better(progress[run.id].best.step, steps, run.steps) >= run.early_stopping:
+            # the last point of a learning curve is on the rows of its other points, too
+            points[-1].setdefault(metric.on_part, points[-1][metric.name])
+            ending.add(run.id)
+    return ending
+
+
+def restore_best(
+    step: int,
+    runs: Sequence[RunSpec],
+    ending: set[str],
+    progress: Mapping[str, Progress],
+    optimizer: AdamW,
+) -> set[str]:
+    """Restore the best weights of runs that end after update `step`; return the restored runs."""
+    back = [
+        k
+        for k, run in enumerate(runs)
+        if run.early_stopping and run.id in ending and progress[run.id].best.step != step
+    ]
+    optimizer.restore_best(back)
+    return {runs[k].id for k in back}

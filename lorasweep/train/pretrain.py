@@ -1,7 +1,6 @@
 """Pretrain the small base models of recipes, and save their weights.
 
-Weights are saved in bf16 (half the size). The rounded weights are the base model everywhere.
-Refuses to know the command line and configuration files.
+Weights are saved in bf16, and these rounded weights are the base model everywhere.
 """
 
 import math
@@ -15,14 +14,11 @@ import torch
 from lorasweep.data.batches import collate, eval_batches
 from lorasweep.data.examples import Data
 from lorasweep.data.load import load as load_data
-from lorasweep.models.experts import use_grouped_experts
-from lorasweep.models.recipe import empty_model, file_name, find_weights
+from lorasweep.models.load import empty_model, find_recipe_weights, recipe_file_name
+from lorasweep.models.targets import use_grouped_experts
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec, Recipe
-from lorasweep.spec.run import RunSpec
-from lorasweep.train.objectives.held_out import evaluate
-from lorasweep.train.objectives.nll import nll_sums
-from lorasweep.train.optim import AdamW, OneRun
+from lorasweep.train.objectives.nll import evaluate, nll_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,9 +36,9 @@ def ensure(
     Call it before loading. Does nothing for models of other sources. `progress` is called with the
     number and the loss of each update, and may stop the training by an exception.
     """
-    if spec.source != "recipe" or find_weights(spec, models_dirs) is not None:
+    if spec.source != "recipe" or find_recipe_weights(spec, models_dirs) is not None:
         return
-    path = Path(models_dirs[0]).expanduser() / file_name(spec)
+    path = Path(models_dirs[0]).expanduser() / recipe_file_name(spec)
     print(f"pretraining base model {spec.name} once, from its recipe, into {path}", flush=True)
     model, _ = pretrain(spec, progress)
     save(model, path)
@@ -82,18 +78,22 @@ def updates(model: "PreTrainedModel", recipe: Recipe, data: Data) -> Iterator[tu
     """Train `model` in place; yield each update's number and its loss in nats per token.
 
     AdamW, gradients clipped to norm 1. Linear warm-up over 5% of the updates, then a cosine to a
-    tenth of the peak rate.
+    tenth of the peak learning rate.
     """
     model.train()
     warmup_steps = recipe.steps // 20
-    optimizer = AdamW.start(OneRun(dict(model.named_parameters())), [RunSpec(clip_norm=1.0)])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True
+    )
     for step in range(recipe.steps):
         batch = collate(data.train(recipe.seed, step * recipe.batch_size, recipe.batch_size))
         nll = nll_sums(model, batch, recipe.precision)[0] / batch.n_loss
         nll.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         warm = min(1.0, (step + 1) / (warmup_steps + 1))
         decay = 0.55 + 0.45 * math.cos(math.pi * step / recipe.steps)
-        optimizer.step(step, optimizer.grad_norms(), [recipe.lr * warm * decay])
+        optimizer.param_groups[0]["lr"] = recipe.lr * warm * decay
+        optimizer.step()
         optimizer.zero_grad()
         yield step, float(nll.detach())
     model.eval()

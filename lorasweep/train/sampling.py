@@ -1,11 +1,11 @@
-"""Sample answers from the policies of a pack: N members on one base, together, with a KV cache.
+"""Sample completions from the policies of a pack: N runs on one base, together, with a KV cache.
 
 Any causal model of transformers, with its own cache. A prompt is read once, whatever the number of
-its answers. Each answer has random numbers of its own, so what a member draws depends on the rest
+its completions. Each completion has its own random numbers, so what a run draws depends on the rest
 of its pack by rounding only.
 
-Shapes: N members, P prompts of a member, G answers to a prompt, R = N * P * G answers in the order
-of members and prompts, T tokens of the longest prompt, V vocabulary.
+Shapes: N runs of the pack, P prompts of a run, G completions of a prompt, R = N * P * G completions
+in the order of runs and prompts, T tokens of the longest prompt, V vocabulary.
 """
 
 import inspect
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lorasweep.errors import ModelError
-from lorasweep.models.precision import COMPUTE_DTYPES, autocast
+from lorasweep.models.forward import COMPUTE_DTYPES, autocast
 from lorasweep.models.sharding import Mesh, layers_together
 from lorasweep.train.events import SAMPLING, phase
 
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Answers:
-    """What one member sampled: P * G answers, prompt by prompt."""
+class Completions:
+    """The P * G completions that one run sampled, prompt by prompt."""
 
     tokens: list[np.ndarray]
-    """Of each answer, its end included."""
+    """Of each completion, its end included."""
     log_p: list[np.ndarray]
     """Of each of these tokens, in nats, under the policy that drew it."""
     entropy: float
     """Mean entropy of the distributions that the tokens were drawn from, in nats."""
     largest_logit: float
     ended: np.ndarray
-    """bool [P * G]: whether it has an end; False: it was cut off."""
+    """bool [P * G]: whether the completion has an end; False: it was cut off."""
 
 
 ROWS = 1024
-"""Most answers of a member that are sampled at once."""
+"""Most completions of a run that are sampled at once."""
 CACHE_SHARE = 0.3
-"""Share of a GPU's memory for the keys and values of all answers at once. Of the whole memory, not
-of what is free, so that a run that is resumed draws as many at once as before."""
+"""Share of a GPU's memory for the keys and values of all completions at once. Of the whole memory,
+not of the free memory, so that a resumed run draws as many at once as before."""
 
 
 @torch.no_grad()
@@ -56,16 +56,16 @@ def sample(
     precision: str,
     mesh: Mesh | None = None,
     forward_parts: int = 1,
-) -> list[Answers]:
-    """Sample answers at temperature 1 to the prompts of each member, as many for each member.
+) -> list[Completions]:
+    """Sample completions at temperature 1 of the prompts of each run, as many for each run.
 
-    Of several processes each takes a share of the prompts, and all return all answers.
+    Of several processes each takes a share of the prompts, and all return all completions.
 
     Args:
-        prompts: token ids, for each member and prompt.
-        uniforms_NAL: float64 in [0, 1), [N, P * G, most tokens of an answer]; number t decides
-            token t of an answer.
-        ends: sequences of tokens, each of which ends an answer; none: all have the most tokens.
+        prompts: token ids, for each run and prompt.
+        uniforms_NAL: float64 in [0, 1), [N, P * G, most tokens of a completion]; number t decides
+            token t of a completion.
+        ends: token sequences that end a completion; none: all have the most tokens.
         forward_parts: see Exec.
     """
     group = uniforms_NAL.shape[1] // len(prompts[0])
@@ -88,7 +88,7 @@ def sample(
 
 
 def _at_once(model: Any, prompts: Sequence[Sequence[np.ndarray]], most: int, precision: str) -> int:
-    """Return how many answers of a member are sampled at once; on a GPU, as its memory allows."""
+    """Return the completions of a run that are sampled at once; on a GPU, as its memory allows."""
     device = next(model.parameters()).device
     if device.type != "cuda":
         return ROWS
@@ -109,14 +109,14 @@ def _shared(
     precision: str,
     mesh: Mesh,
     forward_parts: int,
-) -> list[Answers]:
-    """Sample every size-th prompt of one member in each process; a repetition does not count."""
+) -> list[Completions]:
+    """Sample every size-th prompt of one run in each process; a repetition does not count."""
     (own,), group = prompts, uniforms_NAL.shape[1] // len(prompts[0])
     mine = [k % len(own) for k in mesh.turns(len(own))]
     uniforms = uniforms_NAL.reshape(len(own), group, -1)[mine].reshape(1, len(mine) * group, -1)
+    share = [[own[k] for k in mine]]
     with layers_together(model):
-        mine_ = [[own[k] for k in mine]]
-        (found,) = sample(model, mine_, uniforms, ends, precision, None, forward_parts)
+        (found,) = sample(model, share, uniforms, ends, precision, None, forward_parts)
     parts = mesh.gather(found)
     firsts = [(k % mesh.size, k // mesh.size * group) for k in range(len(own))]
     where = [(process, first + i) for process, first in firsts for i in range(group)]
@@ -137,11 +137,11 @@ def _together(
     uniforms_NAL: np.ndarray,
     ends: Sequence[Sequence[int]],
     precision: str,
-) -> list[Answers]:
-    n, answers, most = uniforms_NAL.shape
-    group = answers // len(prompts[0])
+) -> list[Completions]:
+    n, completions, most = uniforms_NAL.shape
+    group = completions // len(prompts[0])
     device = next(model.parameters()).device
-    draw = _Draw(torch.from_numpy(uniforms_NAL).reshape(n * answers, most).to(device), ends)
+    draw = _Draw(torch.from_numpy(uniforms_NAL).reshape(n * completions, most).to(device), ends)
     tokens, mask = _padded_left([p for own in prompts for p in own], device)
     step = _Steps(model, precision, tokens, mask, group, most > 1)
     alive_R = draw.first(step.logits)
@@ -150,15 +150,15 @@ def _together(
             break
         alive_R = step.without_ended(alive_R, n)
         alive_R = draw.next(step.next(draw.tokens[step.index, t - 1]), t, step.index, alive_R)
-    return draw.of_members(n)
+    return draw.of_runs(n)
 
 
-def _joined(parts: Sequence[Answers]) -> Answers:
-    """Join the answers of one member."""
+def _joined(parts: Sequence[Completions]) -> Completions:
+    """Join the completions of one run."""
     if len(parts) == 1:
         return parts[0]
     counts = [sum(map(len, p.tokens)) for p in parts]
-    return Answers(
+    return Completions(
         [t for p in parts for t in p.tokens],
         [x for p in parts for x in p.log_p],
         float(np.average([p.entropy for p in parts], weights=counts)),
@@ -200,7 +200,7 @@ def _cache_argument(model: Any) -> str:
             return name
     raise ModelError(
         f"{type(model).__name__}.forward takes no cache of keys and values: none of its arguments "
-        f"is named {' or '.join(CACHE_ARGUMENTS)}, so answers cannot be sampled. Use "
+        f"is named {' or '.join(CACHE_ARGUMENTS)}, so completions cannot be sampled. Use "
         "objective=sft, or another model."
     )
 
@@ -232,7 +232,7 @@ def _new_cache(model: Any, precision: str) -> Any:
 
 
 class _Steps:
-    """The forward passes: the prompts once, then one token of every answer at a time."""
+    """The forward passes: the prompts once, then one token of every completion at a time."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class _Steps:
         group: int,
         more: bool,
     ) -> None:
-        """Read the prompts; `more`: answers may have more than one token."""
+        """Read the prompts; `more`: completions may have more than one token."""
         self._model, self._precision = model, precision
         self._mask, self._cache = mask, _new_cache(model, precision) if more else None
         self._name = _cache_argument(model)
@@ -252,7 +252,7 @@ class _Steps:
         self._next_at = None if at is None else at[:, -1:].repeat_interleave(group, 0) + 1
         self.logits = self._forward(tokens, at)
         self.index = torch.arange(len(tokens) * group, device=tokens.device)
-        """Numbers of the answers that are still computed, in the order of the rows."""
+        """Numbers of the completions that are still computed, in the order of the rows."""
         if self._cache is not None:
             self._cache.batch_repeat_interleave(group)
             self._mask = None if mask is None else mask.repeat_interleave(group, 0)
@@ -270,7 +270,7 @@ class _Steps:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def next(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logits behind one more token of every answer."""
+        """Return the logits after one more token of every completion."""
         at = self._next_at
         if at is None:
             at = torch.full((len(tokens), 1), self._length, device=tokens.device)
@@ -281,7 +281,7 @@ class _Steps:
         return self._forward(tokens[:, None], at)
 
     def without_ended(self, alive_R: torch.Tensor, n: int) -> torch.Tensor:
-        """Leave out ended answers once half are; every member keeps the same number of rows."""
+        """Drop ended completions once half are; every run keeps the same number of rows."""
         alive_NA = alive_R.view(n, -1)
         keep = int(alive_NA.sum(1).max())
         if not 0 < 2 * keep <= alive_NA.shape[1]:
@@ -310,16 +310,16 @@ class _Draw:
         self._largest = torch.zeros(rows, dtype=torch.float64, device=device)
 
     def first(self, logits: torch.Tensor) -> torch.Tensor:
-        """Draw the first token of every answer; `logits` [N * P, V] are those of the prompts."""
+        """Draw the first token of every completion from the prompts' `logits` [N * P, V]."""
         every = torch.arange(len(self.tokens), device=logits.device)
         return self.next(logits, 0, every, torch.ones_like(self._ended))
 
     def next(
         self, logits: torch.Tensor, t: int, index: torch.Tensor, alive: torch.Tensor
     ) -> torch.Tensor:
-        """Draw token t of the answers `index` that are alive; return which of them go on.
+        """Draw token t of the completions `index` that are alive; return which of them continue.
 
-        Neighbours share a row of the logits if there are fewer rows than answers.
+        Neighbours share a row of the logits if there are fewer rows than completions.
         """
         rows = len(logits)
         log_p = torch.log_softmax(logits, -1)
@@ -347,30 +347,22 @@ class _Draw:
         self._ended[index[ended]] = True
         return alive & ~ended
 
-    def of_members(self, n: int) -> list[Answers]:
-        """Return the answers of each member."""
-        parts = (
+    def of_runs(self, n: int) -> list[Completions]:
+        """Return the completions of each of the n runs."""
+        tokens, log_p, entropy, length, ended, largest = (
             x.view(n, -1, *x.shape[1:]).cpu().numpy()
             for x in (
                 *(self.tokens, self._log_p, self._entropy),
                 *(self._length, self._ended, self._largest),
             )
         )
-        return [_answers(*own) for own in zip(*parts)]
-
-
-def _answers(
-    tokens: np.ndarray,
-    log_p: np.ndarray,
-    entropy: np.ndarray,
-    length: np.ndarray,
-    ended: np.ndarray,
-    largest: np.ndarray,
-) -> Answers:
-    return Answers(
-        [row[:k].astype(np.int32) for row, k in zip(tokens, length)],
-        [row[:k] for row, k in zip(log_p, length)],
-        float(entropy.sum() / length.sum()),
-        float(largest.max()),
-        ended,
-    )
+        return [
+            Completions(
+                [row[:m].astype(np.int32) for row, m in zip(tokens[k], length[k])],
+                [row[:m] for row, m in zip(log_p[k], length[k])],
+                float(entropy[k].sum() / length[k].sum()),
+                float(largest[k].max()),
+                ended[k],
+            )
+            for k in range(n)
+        ]

@@ -12,7 +12,6 @@ from lorasweep.cli import bases
 from lorasweep.config.compose import shipped_model
 from lorasweep.errors import ModelError
 from lorasweep.models import load as models
-from lorasweep.models import recipe
 from lorasweep.train import pretrain
 from tests.world import ROOT
 
@@ -33,7 +32,7 @@ def test_a_recipe_is_trained_once_and_cached_by_content(tmp_path, capsys):
     pretrain.ensure(short, folder)
     assert capsys.readouterr().out == ""
     other = dataclasses.replace(short, recipe=dataclasses.replace(short.recipe, seed=1))
-    assert recipe.file_name(other) != recipe.file_name(short)
+    assert models.recipe_file_name(other) != models.recipe_file_name(short)
     pretrain.ensure(other, folder)
     assert models.load(other, folder).sha256 != first.sha256
 
@@ -58,7 +57,7 @@ reached it."""
 @pytest.mark.parametrize("name", REACHED)
 def test_shipped_bases_belong_to_the_recipe_in_conf(name):
     spec = shipped_model(name)
-    assert (recipe.SHIPPED / recipe.file_name(spec)).is_file()
+    assert (models.SHIPPED / models.recipe_file_name(spec)).is_file()
     data = pretrain.pretraining_data(spec.recipe)
     nll = pretrain.held_out_nll(models.load(spec, []).model, data)
     assert nll == pytest.approx(REACHED[name], abs=1e-3)
@@ -66,8 +65,8 @@ def test_shipped_bases_belong_to_the_recipe_in_conf(name):
 
 def test_no_base_is_shipped_without_this_test():
     assert set(bases.NAMES) == REACHED.keys()
-    assert {p.name for p in recipe.SHIPPED.glob("*.safetensors")} == {
-        recipe.file_name(shipped_model(n)) for n in REACHED
+    assert {p.name for p in models.SHIPPED.glob("*.safetensors")} == {
+        models.recipe_file_name(shipped_model(n)) for n in REACHED
     }
 
 
@@ -84,7 +83,7 @@ def test_a_recipe_begins_as_the_shipped_base_was_made(name):
     spec = shipped_model(name)
     assert spec.recipe.steps // 20 < len(PREFIX[name]) - 20
     torch.manual_seed(spec.recipe.seed)
-    model, data = recipe.empty_model(spec), pretrain.pretraining_data(spec.recipe)
+    model, data = models.empty_model(spec), pretrain.pretraining_data(spec.recipe)
     made = itertools.islice(pretrain.updates(model, spec.recipe, data), len(PREFIX[name]))
     assert [nll for _, nll in made] == pytest.approx(PREFIX[name], abs=PREFIX_TOLERANCE)
 

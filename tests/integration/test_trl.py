@@ -11,8 +11,8 @@ from benchmarks import trl_baseline as trl
 from lorasweep.data.rewards import prompt_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.train.objectives.nll import token_log_p
-from lorasweep.train.objectives.rollouts import Answer, Group, lay_out
-from lorasweep.train.objectives.surrogate import advantages, surrogate
+from lorasweep.train.objectives.policy_gradient import surrogate
+from lorasweep.train.objectives.rollouts import Completion, Group, advantages, collate_rollouts
 from tests.rewarded import world
 
 GROUP, PROMPTS, MOST = 8, 16, 8
@@ -54,21 +54,21 @@ def test_one_update_has_the_gradient_of_trls_grpo(tmp_path):
     groups, advantage = [], advantages(given, "none").ravel()
     for k in range(0, len(seen), GROUP):
         drawn = [
-            Answer(np.array(ids), np.zeros(len(ids)), advantage[k + i])
+            Completion(np.array(ids), np.zeros(len(ids)), advantage[k + i])
             for i, (_, ids, _) in enumerate(seen[k : k + GROUP])
         ]
         groups.append(Group(prompt_of(rows[seen[k][0]]), drawn))
-    assert any(len(a.tokens) < MOST for g in groups for a in g.answers)
-    signal = [g for g in groups if any(a.advantage for a in g.answers)]
+    assert any(len(a.tokens) < MOST for g in groups for a in g.completions)
+    signal = [g for g in groups if any(a.advantage for a in g.completions)]
     assert len(signal) < PROMPTS
-    (batch,) = lay_out([signal], 10**6, len(seen), False)
+    (batch,) = collate_rollouts([signal], 10**6, len(seen), False)
     for p in model.parameters():
         p.requires_grad_(True).grad = None
     log_p = token_log_p(model, batch.batch, "fp64")
-    arrays = (batch.advantage_NM, batch.answer_NM, batch.batch.weight_NM)
-    advantage_NM, answer_NM, weight_NM = map(torch.from_numpy, arrays)
+    arrays = (batch.advantage_NM, batch.completion_NM, batch.batch.weight_NM)
+    advantage_NM, completion_NM, weight_NM = map(torch.from_numpy, arrays)
     gap = log_p - log_p.detach()  # the sampler is the learner
-    loss = surrogate(gap, advantage_NM.to(gap), answer_NM, weight_NM, "token", None)
+    loss = surrogate(gap, advantage_NM.to(gap), completion_NM, weight_NM, "token", None)
     (loss.sum() / batch.episodes).backward()
     ours = torch.cat([p.grad.flatten() for p in model.parameters()])
     # dr_grpo divides by the most tokens that the answers could have had together

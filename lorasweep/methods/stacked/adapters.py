@@ -1,6 +1,6 @@
-"""The trainables of a LoRA pack: which modules of the base are replaced, and how factors start.
+"""The trainables of a LoRA pack: the modules that replace those of the base, and how factors start.
 
-Knows tensors; refuses to know the training loop and any field of LoRA but those of an adapter.
+Refuses to know the training loop and any field of LoRA but those of an adapter.
 """
 
 import math
@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lorasweep.methods.stacked.experts import StackedExperts, StackedRouter
-from lorasweep.methods.stacked.factors import Factors
-from lorasweep.methods.stacked.linear import StackedLinear
+from lorasweep.methods.stacked.modules import (
+    Factors,
+    StackedExperts,
+    StackedLinear,
+    StackedRouter,
+)
 from lorasweep.methods.stacked.spectral import factor_norms
 from lorasweep.methods.trainables import Experts, Router, Target
 from lorasweep.spec.streams import stream
@@ -44,6 +47,8 @@ class StackedAdapters:
             n: t if isinstance(t, nn.Linear) else t.module for n, t in targets.items()
         }
         self._factors: dict[str, Factors] = {}
+        self._named: dict[str, tuple[nn.Parameter, str, slice]]
+        """Name -> tensor, its name in the state of one run, and the runs that it holds."""
         for p in base.parameters():
             p.requires_grad_(False)
         for name, target in targets.items():
@@ -51,16 +56,14 @@ class StackedAdapters:
                 factors = self._of_experts(name, target)
                 _replace(base, name, StackedExperts(target.module, **factors))
                 self._factors |= {f"{name}.{part}": f for part, f in factors.items()}
-                continue
-            wrapped = self._of_matrix(name, target)
-            _replace(base, name, wrapped)
-            self._factors[name] = wrapped
-        self._named = self._names()
+            else:
+                self._factors[name] = self._of_matrix(name, target)
+                _replace(base, name, self._factors[name])
+        self.refresh()
 
     def _of_matrix(self, name: str, target: nn.Linear | Router) -> StackedLinear | StackedRouter:
         weight = (target.module if isinstance(target, Router) else target).weight
-        ranks = [m.rank for m in self._methods]
-        scalings = [m.scaling for m in self._methods]
+        ranks, scalings = zip(*((m.rank, m.scaling) for m in self._methods))
         made = self._made(name, weight, (weight.shape[1], weight.shape[0]), ranks, scalings)
         if isinstance(target, Router):
             return StackedRouter(target.module, *made)
@@ -97,7 +100,7 @@ class StackedAdapters:
 
         `sides`: inputs and outputs of each matrix. `stacks`: how many matrices each factor is for.
         """
-        spans = _runs_of_equals(ranks)
+        spans = _equal_spans(ranks)
         master = torch.promote_types(weight.dtype, torch.float32)
         like = torch.empty(0, device=weight.device, dtype=master)
         a: list[torch.Tensor] = []
@@ -111,50 +114,42 @@ class StackedAdapters:
             b.append(nn.Parameter(torch.stack([x for _, x in drawn]).to(like)))
         return spans, a, b, torch.tensor(scalings, dtype=torch.float64).to(like)
 
-    def spread(self) -> None:
-        self._named = self._names()
+    def refresh(self) -> None:
+        self._named = {}
+        for name, module in self._factors.items():
+            for runs, a, b in zip(module.ranks, module.A, module.B):
+                self._named[f"{name}.A{runs.start}"] = (a, f"{name}.A", runs)
+                self._named[f"{name}.B{runs.start}"] = (b, f"{name}.B", runs)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return {name: p for name, (p, _, _) in self._named.items()}
 
     def part_of(self, name: str) -> tuple[str, slice]:
-        _, of_member, members = self._named[name]
-        return of_member, members
+        return self._named[name][1:]
 
     def lr_ratios(self, name: str) -> list[float]:
-        _, of_member, members = self._named[name]
-        if of_member.endswith(".B"):
-            return [m.lr_b_ratio for m in self._methods[members]]
-        return [1.0] * (members.stop - members.start)
+        _, in_state, runs = self._named[name]
+        return [m.lr_b_ratio if in_state.endswith(".B") else 1.0 for m in self._methods[runs]]
 
-    def _names(self) -> dict[str, tuple[nn.Parameter, str, slice]]:
-        """Map each name to (tensor, its name in one member's state, the members that it holds)."""
-        found = {}
-        for name, module in self._factors.items():
-            for members, a, b in zip(module.ranks, module.A, module.B):
-                found[f"{name}.A{members.start}"] = (a, f"{name}.A", members)
-                found[f"{name}.B{members.start}"] = (b, f"{name}.B", members)
-        return found
-
-    def keep(self, members: list[int]) -> dict[str, tuple[str, list[int]]]:
+    def keep(self, runs: list[int]) -> dict[str, tuple[str, list[int]]]:
         renamed = {
             f"{name}.{new}": (f"{name}.{old}", rows)
             for name, module in self._factors.items()
-            for new, (old, rows) in module.keep(members).items()
+            for new, (old, rows) in module.keep(runs).items()
         }
-        self._methods = [self._methods[m] for m in members]
-        self._named = self._names()
+        self._methods = [self._methods[m] for m in runs]
+        self.refresh()
         return renamed
 
     @contextmanager
-    def only(self, members: list[int]) -> Iterator[None]:
-        if len(members) == len(self._methods):
+    def only(self, runs: list[int]) -> Iterator[None]:
+        if len(runs) == len(self._methods):
             yield
             return
         whole = {f: (f.ranks, f.A, f.B, f.scaling_N) for f in self._factors.values()}
         try:
             for factors in whole:
-                factors.keep(members)
+                factors.keep(runs)
             yield
         finally:
             for f, held in whole.items():
@@ -162,7 +157,7 @@ class StackedAdapters:
 
     @torch.no_grad()
     def norms(self) -> list[dict[str, float]]:
-        """Return each member's Frobenius norms over all matrices: of A, of B, of scaling * B A.
+        """Return each run's Frobenius norms over all matrices: of A, of B, of scaling * B A.
 
         Computed on the device and copied to the host once.
         """
@@ -170,13 +165,13 @@ class StackedAdapters:
         sums = torch.zeros(3, len(some), dtype=torch.float64, device=some.device)
         for module in self._factors.values():
             scaling_N = module.scaling_N.double()
-            for members, p, q in module.of_matrices():
+            for runs, p, q in module.of_matrices():
                 a, b = p.double(), q.double()
-                sums[0, members] += a.square().sum((1, 2, 3))
-                sums[1, members] += b.square().sum((1, 2, 3))
+                sums[0, runs] += a.square().sum((1, 2, 3))
+                sums[1, runs] += b.square().sum((1, 2, 3))
                 # |BA|_F^2 = tr(B'B AA'): r x r products instead of an O x I matrix
                 squared = ((b.mT @ b) * (a @ a.mT)).sum((1, 2, 3))
-                sums[2, members] += scaling_N[members].square() * squared
+                sums[2, runs] += scaling_N[runs].square() * squared
         roots = sums.clamp_min(0).sqrt().T.tolist()
         return [dict(zip(("norm_a", "norm_b", "norm_delta"), root)) for root in roots]
 
@@ -191,10 +186,10 @@ class StackedAdapters:
             parts = [factor_norms(a, b) for _, a, b in module.of_matrices()]
             a, b, delta = map(torch.cat, zip(*parts))
             rows.append(torch.stack([a, b, delta * module.scaling_N.double()]))
-        of_member = torch.stack(rows).permute(2, 0, 1).tolist()
+        by_run = torch.stack(rows).permute(2, 0, 1).tolist()
         return [
             {name: dict(zip(("a", "b", "delta"), row)) for name, row in zip(self._factors, found)}
-            for found in of_member
+            for found in by_run
         ]
 
     def detach(self) -> None:
@@ -202,8 +197,8 @@ class StackedAdapters:
             _replace(self._base, name, module)
 
 
-def _runs_of_equals(values: Sequence[int]) -> list[slice]:
-    """Split into runs of equal neighbours: [4, 4, 16] -> [0:2], [2:3]."""
+def _equal_spans(values: Sequence[int]) -> list[slice]:
+    """Split into spans of equal neighbours: [4, 4, 16] -> [0:2], [2:3]."""
     starts = [i for i, v in enumerate(values) if i == 0 or v != values[i - 1]]
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(values)])]
 
@@ -217,11 +212,11 @@ def _start(
     stacks: tuple[int, int],
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one member's A [E r, I] and B [E O, r] in float64; E is in `stacks`, 1 for no stack.
+    """Draw one run's A [E r, I] and B [E O, r] in float64; E is in `stacks`, 1 for no stack.
 
     One of them is uniform in +-1/sqrt(its inputs), the other zero. A is drawn row by row, so the A
     of a smaller rank is the first rows of the A of a larger rank. Each matrix of a stack has a
-    stream of its own. On the device 'meta' nothing is drawn: a process that gets its values from
+    separate stream. On the device 'meta' nothing is drawn: a process that gets its values from
     another one need not.
     """
     (n_in, n_out), (of_a, of_b) = sides, stacks

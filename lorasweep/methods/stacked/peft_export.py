@@ -1,4 +1,4 @@
-"""Write one member's adapter in PEFT's format.
+"""Write one run's adapter in PEFT's format.
 
 Refuses to know how the tensors were trained.
 
@@ -31,7 +31,7 @@ def save_peft(
     n_experts: int = 0,
     expert_scaling: float = 0.0,
 ) -> None:
-    """Write one member as a folder that PeftModel loads.
+    """Write one run's adapter as a folder that PeftModel loads.
 
     `state`: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]; of experts
     '<experts>.gate_proj.A' and so on, as in Factors. `scaling`, `expert_scaling`: the factor on B A

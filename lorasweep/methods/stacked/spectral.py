@@ -39,9 +39,9 @@ def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
 def factor_norms(
     a_nErI: torch.Tensor, b_nEOr: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return |A|, |B| and |B A| of each member, [n] each, from products r x r.
+    """Return |A|, |B| and |B A| of each run, [n] each, from products r x r.
 
-    The E pairs of a member count as one block-diagonal matrix; E may be 1 in either factor, which
+    The E pairs of a run count as one block-diagonal matrix; E may be 1 in either factor, which
     all pairs then share. |B A|^2 is the largest eigenvalue of S (B'B) S' with A A' = S' S. Its
     relative error is about r * 1e-16 * (|A| |B| / |B A|)^2.
     """

@@ -1,85 +1,121 @@
-"""The NLL of a batch for every member of a pack, summed or token by token.
+"""NLL of the runs of a pack: summed for training, token by token, and on held-out rows.
 
-Shapes: N members, R rows, P positions, V vocabulary.
+Logits are computed at the loss positions only, and never more than a chunk of them at once.
+
+Shapes: N runs of the pack, R rows of all runs, T tokens of a row, P loss positions of a row, M loss
+positions of a run, L loss tokens of a run, V vocabulary.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lorasweep.data.batches import Batch, joined, padded
-from lorasweep.models.cpu_llama.model import cpu_llama_for
-from lorasweep.models.head import hidden_states, logits_of
-from lorasweep.models.precision import COMPUTE_DTYPES, autocast
+from lorasweep.data.batches import Batch, by_length, joined, merge, padded
+from lorasweep.data.examples import Example
+from lorasweep.models.forward import autocast, hidden_states, logits_of
+from lorasweep.models.sharding import Mesh
+from lorasweep.train.events import Record
 
 if TYPE_CHECKING:
     from torch import nn
 
 LOGITS, GPU_LOGITS = 1 << 24, 1 << 26
-"""Logits that transformers' passes compute at once. On a GPU that is half a thousand positions of a
+"""Logits computed at once on a CPU and on a GPU. On a GPU that is half a thousand positions of a
 vocabulary of 128,256 and about 1.3 GB with what the loss needs. Assumption: not measured on a GPU.
 """
+PARTS = ("", "_changed", "_unchanged")
+"""Endings of the measures of exact_loss: over all contexts, and by whether fine-tuning changes
+them."""
+
+
+class Inputs(NamedTuple):
+    """A batch on the model's device."""
+
+    tokens_RT: torch.Tensor
+    positions_RP: torch.Tensor
+    """Positions whose next token is predicted."""
+    targets_RP: torch.Tensor
+    weight_RP: torch.Tensor
+    """1 for a loss token, 0 for filler."""
+    position_ids_RT: torch.Tensor | None
+    """Position of each token in its row, where rows are joined; None for padded rows."""
+
+
+Measure = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From logits [R, p, V], targets [R, p] and weights [R, p] of a chunk of positions."""
 
 
 def nll_sums(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
-    """Return the summed NLL in nats of each member, [N], on the model's device.
+    """Return the summed NLL in nats of each run, [N], on the model's device."""
 
-    Logits are computed at the loss positions only, and never more than a chunk of them at once.
-    """
-    passes = cpu_llama_for(model)
-    if passes is not None:
-        return passes.nll_sums(batch, COMPUTE_DTYPES[precision])
-    device = next(model.parameters()).device
-    arrays, members = inputs(batch, device), len(batch.lengths)
-    parts = _by_chunks(model, arrays, precision, device, partial(_sums, members=members))
+    def sums(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        nll_RP = -_log_p(logits, targets, weight)
+        # the rows of a run are neighbours
+        return (nll_RP * weight.to(nll_RP.dtype)).view(len(batch.lengths), -1).sum(1)
+
+    parts = _by_chunks(model, inputs(model, batch), precision, sums)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def token_log_p(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
     """Return log p of each target in nats, [N, M], on the model's device; 0 at filler."""
+    given = inputs(model, batch)
+    log_p_RP = torch.cat(_by_chunks(model, given, precision, _log_p), 1)
+    real_NM = torch.from_numpy(batch.weight_NM > 0).to(log_p_RP.device)
+    # rows are in the order of the runs, and positions in the order of the rows
+    found = torch.zeros(real_NM.shape, dtype=log_p_RP.dtype, device=log_p_RP.device)
+    return found.masked_scatter(real_NM, log_p_RP[given.weight_RP > 0])
+
+
+def log_probabilities(model: "nn.Module", batch: Batch, precision: str) -> list[torch.Tensor]:
+    """Return log q of every symbol at each run's loss tokens, [L, V] each, in nats.
+
+    All of them are in memory at once: for small vocabularies only.
+    """
+    given = inputs(model, batch)
+    parts = _by_chunks(model, given, precision, lambda logits, *_: _wide(logits).log_softmax(-1))
+    log_q_NRPV = torch.cat(parts, 1).unflatten(0, (len(batch.lengths), -1))
+    real_NRP = (given.weight_RP > 0).unflatten(0, (len(batch.lengths), -1))
+    return [log_q[real] for log_q, real in zip(log_q_NRPV, real_NRP)]
+
+
+def inputs(model: "nn.Module", batch: Batch) -> Inputs:
+    """Move a batch to the model's device: its rows padded, or joined if the batch says so."""
     device = next(model.parameters()).device
-    real_NM = torch.from_numpy(batch.weight_NM > 0).to(device)
-    passes = cpu_llama_for(model)
-    if passes is not None:
-        return passes.token_log_p(batch, COMPUTE_DTYPES[precision]) * real_NM
-    arrays = inputs(batch, device)
-    log_p_RP = torch.cat(_by_chunks(model, arrays, precision, device, _log_p), 1)
-    # rows are in the order of the members, and positions in the order of the rows
-    found = torch.zeros(real_NM.shape, dtype=log_p_RP.dtype, device=device)
-    return found.masked_scatter(real_NM, log_p_RP[arrays[3] > 0])
+    arrays = joined(batch) if batch.join_rows else padded(batch)
+    tensors = [torch.from_numpy(a).to(device) for a in arrays]
+    return Inputs(*tensors) if batch.join_rows else Inputs(*tensors, None)
 
 
-def _by_chunks(
-    model: "nn.Module",
-    arrays: tuple[Any, ...],
-    precision: str,
-    device: torch.device,
-    measure: Callable[..., torch.Tensor],
-) -> list[torch.Tensor]:
-    """Return measure(logits [R, p, V], targets [R, p], weights [R, p]) of chunks of positions."""
-    tokens, positions, targets, weight, at = arrays
+def _by_chunks(model: Any, given: Inputs, precision: str, measure: Measure) -> list[torch.Tensor]:
+    """Return `measure` of each chunk of positions, with gradient."""
+    tokens, positions, targets, weight, position_ids = given
     rows, width = positions.shape
-    config: Any = model.config
-    most = LOGITS if device.type == "cpu" else GPU_LOGITS
-    step = max(1, most // (rows * config.get_text_config().vocab_size))
-    if step >= width:
-        with autocast(precision, device):
+    most = LOGITS if tokens.device.type == "cpu" else GPU_LOGITS
+    step = max(1, most // (rows * model.config.get_text_config().vocab_size))
+    with autocast(precision, tokens.device):
+        if step >= width:
             logits = model(
-                input_ids=tokens, position_ids=at, logits_to_keep=positions, use_cache=False
+                input_ids=tokens,
+                position_ids=position_ids,
+                logits_to_keep=positions,
+                use_cache=False,
             ).logits
+        else:
+            hidden = hidden_states(model, tokens, positions, position_ids)
+    if step >= width:
         return [measure(logits, targets, weight)]
 
     def part(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        with autocast(precision, device):
+        with autocast(precision, hidden.device):
             # contiguous: of a slice, a product would take one copy of the weight per row
             return measure(logits_of(model, hidden.contiguous()), targets, weight)
 
-    with autocast(precision, device):
-        hidden = hidden_states(model, tokens, positions, at)
     # the backward pass computes a chunk's logits again: kept, they would be whole after all
     return [
         checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -87,29 +123,154 @@ def _by_chunks(
     ]
 
 
-def inputs(batch: Batch, device: torch.device) -> tuple[Any, ...]:
-    """Return tokens [R, T], and loss positions, targets and weights [R, P], on the device.
-
-    The fifth is each token's position in its row, [R, T]; None for padded rows.
-    """
-    if batch.join_rows:
-        return tuple(torch.from_numpy(a).to(device) for a in joined(batch))
-    return *(torch.from_numpy(a).to(device) for a in padded(batch)), None
-
-
-def _sums(
-    logits_RPV: torch.Tensor, targets_RP: torch.Tensor, weight_RP: torch.Tensor, members: int
-) -> torch.Tensor:
-    """Return each member's summed cross-entropy, [N]; its rows are neighbours."""
-    nll_RP = -_log_p(logits_RPV, targets_RP, weight_RP)
-    return (nll_RP.flatten() * weight_RP.flatten().to(nll_RP.dtype)).view(members, -1).sum(1)
-
-
 def _log_p(
     logits_RPV: torch.Tensor, targets_RP: torch.Tensor, weight_RP: torch.Tensor
 ) -> torch.Tensor:
     """Return log p of each target, [R, P]."""
-    if logits_RPV.dtype in (torch.bfloat16, torch.float16):
-        logits_RPV = logits_RPV.float()
-    nll = F.cross_entropy(logits_RPV.flatten(0, 1), targets_RP.flatten(), reduction="none")
+    logits = _wide(logits_RPV).flatten(0, 1)
+    nll = F.cross_entropy(logits, targets_RP.flatten(), reduction="none")
     return -nll.view(targets_RP.shape)
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+# ---------------------------------------------------------------- held-out rows
+
+
+@torch.no_grad()
+def evaluate(
+    model: "nn.Module", batches_N: Sequence[list[Batch]], precision: str, mesh: Mesh | None = None
+) -> list[float]:
+    """Return each run's NLL in nats per loss token, from its list of held-out batches.
+
+    It is the summed NLL divided by the token count. A run with fewer batches than another repeats
+    its own; the repeats do not count. Several processes share the batches.
+    """
+    mesh = mesh or Mesh()
+    device = next(model.parameters()).device
+    total_N = torch.zeros(len(batches_N), dtype=torch.float64, device=device)
+    for k in mesh.turns(max(map(len, batches_N))):
+        merged = merge([own[k % len(own)] for own in batches_N])
+        sums_N = nll_sums(model, merged, precision).double()
+        if not all(k < len(own) for own in batches_N):
+            counts = torch.tensor([k < len(own) for own in batches_N], device=device)
+            sums_N = torch.where(counts, sums_N, 0.0)
+        total_N += sums_N
+    mesh.sum_(total_N)
+    n_loss_N = torch.tensor([sum(b.n_loss for b in own) for own in batches_N], device=device)
+    return (total_N / n_loss_N).tolist()
+
+
+def more_than_a_row(batches_N: Sequence[list[Batch]]) -> bool:
+    """Return whether a forward pass holds several rows of a run, so that it can hold fewer."""
+    return any(len(batch.lengths[0]) > 1 for own in batches_N for batch in own)
+
+
+@torch.no_grad()
+def row_nlls(
+    model: "nn.Module",
+    rows_N: Sequence[Sequence[Example]],
+    batches_N: Sequence[list[Batch]],
+    precision: str,
+    mesh: Mesh | None = None,
+) -> list[np.ndarray]:
+    """Return the summed NLL in nats of each row of each run, in the order of `by_length`.
+
+    `batches_N`: the rows, as `eval_batches` groups them. Several processes share the batches.
+    """
+    mesh = mesh or Mesh()
+    counts_N = [[int(rows[i].loss.sum()) for i in by_length(rows)] for rows in rows_N]
+    ends_N = [np.cumsum([len(b.lengths[0]) for b in own]) for own in batches_N]
+    found_N = [torch.zeros(len(rows), dtype=torch.float64) for rows in rows_N]
+    for k in mesh.turns(max(map(len, batches_N))):
+        merged = merge([own[k % len(own)] for own in batches_N])
+        log_p_NM = token_log_p(model, merged, precision).double().cpu().numpy()
+        for n, own in enumerate(batches_N):
+            if k < len(own):
+                rows = slice(ends_N[n][k] - len(own[k].lengths[0]), ends_N[n][k])
+                starts = np.cumsum([0, *counts_N[n][rows][:-1]])
+                sums = np.add.reduceat(log_p_NM[n, : own[k].n_loss], starts)
+                found_N[n][rows] = torch.from_numpy(-sums)
+    mesh.sum_(*found_N)
+    return [found.numpy() for found in found_N]
+
+
+def gain_se(
+    before: np.ndarray,
+    after: np.ndarray,
+    tokens: np.ndarray,
+    prompts: Sequence[int] | None = None,
+) -> float:
+    """Return the standard error of a gain in nats per token: of sum(before - after) / sum(tokens).
+
+    `before`, `after`, `tokens` [rows]: a row's summed NLL under the base and under the adapter,
+    and its loss tokens. `prompts` [rows]: the number of a row's prompt; None: each has its own.
+    Prompts are the unit that is drawn, and both models read the same rows, so their differences
+    are what varies (Miller, arXiv 2411.00640, on clustered errors and on paired differences). A
+    ratio of two sums over units is not a mean: its jackknife over units (Cochran, Sampling
+    Techniques, 3rd ed., chapter 6). NaN for fewer than two units.
+    """
+    differences = before - after
+    if prompts is not None:
+        differences, tokens = (np.bincount(prompts, x) for x in (differences, tokens))
+    n = len(tokens)
+    if n < 2:
+        return math.nan
+    left_out = (differences.sum() - differences) / (tokens.sum() - tokens)
+    return float(np.sqrt((n - 1) * left_out.var()))
+
+
+@torch.no_grad()
+def evaluate_exact(
+    model: "nn.Module",
+    batches_N: Sequence[list[Batch]],
+    precision: str,
+    name: str,
+    mesh: Mesh | None = None,
+) -> list[Record]:
+    """Return each run's expected NLL over the true distributions, by PARTS.
+
+    For each context it is -sum_v p(v) log q(v), whose mean over sampled symbols is the NLL that
+    `evaluate` returns. Keys are `name` with each ending of PARTS; NaN for a part without contexts.
+    """
+    mesh = mesh or Mesh()
+    sums = torch.zeros(len(batches_N), len(PARTS), dtype=torch.float64)
+    counts = torch.zeros(len(batches_N), len(PARTS), dtype=torch.float64)
+    for k in mesh.turns(max(map(len, batches_N))):
+        merged = merge([own[k % len(own)] for own in batches_N])
+        log_q_N = log_probabilities(model, merged, precision)
+        for n, (own, log_q) in enumerate(zip(batches_N, log_q_N)):
+            truth = own[k].truth if k < len(own) else None
+            if truth is None:
+                continue
+            true = torch.from_numpy(truth.probabilities).to(log_q)
+            nll_L = -(true * log_q).sum(-1).double().cpu()
+            changed_L = torch.from_numpy(truth.changed)
+            for part, chosen_L in enumerate((torch.ones_like(changed_L), changed_L, ~changed_L)):
+                sums[n, part] += nll_L[chosen_L].sum()
+                counts[n, part] += chosen_L.sum()
+    mesh.sum_(sums, counts)
+    means = (sums / counts).tolist()  # 0 / 0 is NaN
+    return [{f"{name}{end}": value for end, value in zip(PARTS, row)} for row in means]
+
+
+def floors(examples: Sequence[Example], name: str) -> Record:
+    """Return the lowest possible value of each measure of `evaluate_exact`.
+
+    Keys: `name` with each ending of PARTS but the first, in nats (the mean entropy of the true
+    distributions), and `changed_share`, the share of contexts that fine-tuning changes. Empty for
+    examples without a truth.
+    """
+    truths = [e.truth for e in examples if e.truth is not None]
+    if not truths:
+        return {}
+    p = np.concatenate([t.probabilities for t in truths]).astype(np.float64)
+    changed = np.concatenate([t.changed for t in truths])
+    # a probability below the range of float32 is 0 there, and adds nothing
+    entropies = -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
+    found = {"changed_share": float(changed.mean())}
+    for end, chosen in zip(PARTS[1:], (changed, ~changed)):
+        found[name + end] = float(entropies[chosen].mean()) if chosen.any() else math.nan
+    return found

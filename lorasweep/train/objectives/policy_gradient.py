@@ -1,14 +1,14 @@
-"""Policy gradient: sample answers, reward them, and raise the probability of the better ones.
+"""Policy gradient: sample completions, reward them, and raise the probability of the better ones.
 
-The loss of an answer is the sum over its tokens of -ratio * advantage. The advantage is its reward
-minus the mean of its group, the ratio p_learner / p_sampler: the `importance_sampling` loss of
-github.com/thinking-machines-lab/tinker-cookbook, which the study trained with. Its gradient is that
-of the expected reward (Williams 1992), times (G - 1) / G because the mean over G answers contains
-the answer itself. It is divided by the number of answers, so its scale does not depend on how many
-groups have equal rewards; those have no gradient and are not computed. Only tokens that the policy
-drew bear loss, the end token included.
+The loss of a completion is the sum over its tokens of -ratio * advantage. The advantage is its
+reward minus the mean of its group, the ratio p_learner / p_sampler: the `importance_sampling` loss
+of github.com/thinking-machines-lab/tinker-cookbook, which the study trained with. Its gradient is
+that of the expected reward (Williams 1992), times (G - 1) / G because the mean over G completions
+contains the completion itself. It is divided by the number of completions, so its scale does not
+depend on how many groups have equal rewards; those have no gradient and are not computed. Only
+tokens that the policy drew bear loss, the end token included.
 
-Shapes: N members, M positions per member, G answers to a prompt.
+Shapes: N runs of the pack, M positions per run, G completions of a prompt.
 """
 
 import copy
@@ -16,6 +16,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,21 +24,23 @@ import torch
 
 from lorasweep.data.examples import Data, Example, Rewards
 from lorasweep.data.rewards import check_available, check_rows, prompt_of
-from lorasweep.models.cpu_llama.model import cpu_llama_for
-from lorasweep.models.head import check_rows_stay_apart
+from lorasweep.errors import DataError, ModelError
+from lorasweep.models.forward import check_rows_stay_apart
 from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
 from lorasweep.train.events import Record
 from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, refuse_other_data
-from lorasweep.train.objectives.expected import bits_learned, measure
 from lorasweep.train.objectives.nll import token_log_p
-from lorasweep.train.objectives.rewarding import rewarded
-from lorasweep.train.objectives.rollouts import Rollouts, lay_out
-from lorasweep.train.objectives.signal import Signal
-from lorasweep.train.objectives.surrogate import surrogate
-from lorasweep.train.sampling import Answers, sample
+from lorasweep.train.objectives.rollouts import (
+    Rollouts,
+    bits_learned,
+    collate_rollouts,
+    held_out_rewards,
+    reward_groups,
+)
+from lorasweep.train.sampling import Completions, sample
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,8 +48,22 @@ if TYPE_CHECKING:
     from lorasweep.models.load import Base
 
 
+COLLAPSED_SHARE, COLLAPSED_PATIENCE = 0.5, 8
+"""A run has collapsed if its mean reward is below this share of the base's reward
+(`Signal.base_reward`) for so many updates in a row. Assumption, not tuned."""
+FIRST_UPDATES = 8
+"""A run whose first so many updates have no reward, or only full ones, is stopped. Their rewards
+also measure the base: see `Signal.base_reward`."""
+RATIO_BOUND = 1e-3
+"""Largest distance of p_learner / p_sampler from 1 in fp32: they are the same policy, so a larger
+one is a mistake, or a run that has broken down."""
+ROUNDING = 1e-5
+"""Share of the largest logit by which rounding may change a log-probability: about 100 steps of
+fp32."""
+
+
 class PolicyGradient:
-    """Reinforcement of sampled answers; each run has a data set that rewards them."""
+    """Policy gradient on sampled completions; each run has a data set that rewards them."""
 
     metric = METRICS["policy_gradient"]
 
@@ -60,82 +77,78 @@ class PolicyGradient:
     ) -> None:
         """Set up the objective.
 
-        `data`: run id -> the run's data set; runs may share one. `micro_batch_size`: answers per
-        member and forward pass of the learner; None: all of an update. `join_rows`,
+        `data`: run id -> the run's data set; runs may share one. `micro_batch_size`: completions
+        per run and forward pass of the learner; None: all of an update. `join_rows`,
         `forward_parts`: see Exec.
         """
         self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
         self._join_rows, self._forward_parts = join_rows, forward_parts
-        self._runs = {run: Signal() for run in data}
+        self._signals = {run_id: Signal() for run_id in data}
         self._reference: nn.Module | None = None
-        self._members: Sequence[RunSpec] = ()
+        self._pack: Sequence[RunSpec] = ()
+        """The runs of the present update."""
         self._sampled_per_s = math.nan
         self._gap_NK: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """For each micro-batch and run the summed log p_sampler - log p_learner, and its tokens."""
         self._mesh = Mesh()
 
-    def start(self, base: "Base", members: Sequence[RunSpec]) -> list[Record]:
+    def start(self, base: "Base", runs: Sequence[RunSpec]) -> list[Record]:
         """Check the data, and measure the base's reward on each data set, once.
 
         Raises:
-            DataError: an answer cannot be rewarded, or a prompt leaves no room for one.
+            DataError: a completion cannot be rewarded, or a prompt leaves no room for one.
         """
         self._mesh = mesh = base.mesh
-        if self._join_rows and cpu_llama_for(base.model) is None:
+        if self._join_rows:
             check_rows_stay_apart(base.model)
         found = []
-        for member in members:
-            data = self._data[member.id]
-            key = f"{member.dataset.canonical}/{self._precision}/{member.max_new_tokens}/reward"
+        for run in runs:
+            data = self._data[run.id]
+            key = f"{run.dataset.canonical}/{self._precision}/{run.max_new_tokens}/reward"
             if key not in base.at_start:
                 if mesh.rank == 0:  # the others wait for it, and end with it
-                    check_available(member.dataset)
-                    check_rows(member.dataset, data, member.max_new_tokens)
-                base.at_start[key] = self._measure(base.model, [member], [data.test])[0]
+                    check_available(run.dataset)
+                    check_rows(run.dataset, data, run.max_new_tokens)
+                base.at_start[key] = self._measure(base.model, [run], [data.test])[0]
             found.append(dict(base.at_start[key]))
-            self._runs[member.id].reward_start = found[-1][self.metric.name]
-        if any(m.kl_weight for m in members):
+            self._signals[run.id].reward_start = found[-1][self.metric.name]
+        if any(run.kl_weight for run in runs):
             self._reference = copy.deepcopy(base.model).requires_grad_(False)
         return found
 
     # ---------------------------------------------------------------- an update
 
-    def batches(self, model: "nn.Module", step: int, members: Sequence[RunSpec]) -> list[Rollouts]:
-        """Sample the answers of update `step` and return the learner's micro-batches."""
-        self._members, self._gap_NK = members, []
-        rows_N = [
-            self._data[m.id].train(m.seed, step * (n := m.batch_size // m.group_size), n)
-            for m in members
-        ]
+    def batches(self, model: "nn.Module", step: int, runs: Sequence[RunSpec]) -> list[Rollouts]:
+        """Sample the completions of update `step` and return the learner's micro-batches."""
+        self._pack, self._gap_NK = runs, []
+        first = runs[0]  # the shape of an update is the same for all runs of a pack
+        n_prompts = first.batch_size // first.group_size
+        rows_N = [self._data[r.id].train(r.seed, step * n_prompts, n_prompts) for r in runs]
         groups_N = []
-        for member, rows, answers in zip(
-            members, rows_N, self._sampled(model, step, members, rows_N)
-        ):
-            run, rewards = self._runs[member.id], self._rewards_of(member)
-            groups, record = rewarded(rows, answers, rewards, member.reward_scale)
-            run.note({**record, "largest_logit": answers.largest_logit}, member.batch_size)
+        for run, rows, completions in zip(runs, rows_N, self._sampled(model, step, rows_N)):
+            groups, record = reward_groups(
+                rows, completions, self._rewards_of(run), run.reward_scale
+            )
+            record["largest_logit"] = completions.largest_logit
+            self._signals[run.id].note(record, run.batch_size)
             groups_N.append(groups)
         kept_N = [
-            [g for g in groups if m.kl_weight or any(a.advantage for a in g.answers)]
-            for m, groups in zip(members, groups_N)
+            [g for g in groups if run.kl_weight or any(c.advantage for c in g.completions)]
+            for run, groups in zip(runs, groups_N)
         ]
         if not any(kept_N):
             kept_N[0] = groups_N[0][:1]  # an update without any gradient is an update all the same
-        first = members[0]  # what follows is the same for all members of a pack
         share = -(-first.batch_size // self._mesh.size)
         most = min(self._micro_batch_size or share, share)
-        return lay_out(kept_N, most, first.batch_size, self._join_rows, self._mesh.size)
+        return collate_rollouts(kept_N, most, first.batch_size, self._join_rows, self._mesh.size)
 
     def _sampled(
-        self,
-        model: "nn.Module",
-        step: int,
-        members: Sequence[RunSpec],
-        rows_N: Sequence[Sequence[Example]],
-    ) -> list[Answers]:
-        """Sample the answers of all members, and time it."""
-        started, first = time.perf_counter(), members[0]
+        self, model: "nn.Module", step: int, rows_N: Sequence[Sequence[Example]]
+    ) -> list[Completions]:
+        """Sample the completions of all runs, and time it."""
+        started, first = time.perf_counter(), self._pack[0]
         shape = (first.batch_size, first.max_new_tokens)
-        uniforms_NAL = np.stack([stream("sample", m.seed, step).random(shape) for m in members])
+        uniforms_NAL = np.stack([stream("sample", r.seed, step).random(shape) for r in self._pack])
         prompts_N = [[prompt_of(row) for row in rows] for rows in rows_N]
         ends = self._data[first.id].rewards.ends
         found = self._mesh.run(
@@ -147,12 +160,12 @@ class PolicyGradient:
         self._sampled_per_s = sum(len(t) for own in found for t in own.tokens) / seconds
         return found
 
-    def _rewards_of(self, member: RunSpec) -> Rewards:
-        """Return how a member's answers are rewarded, by one process for all.
+    def _rewards_of(self, run: RunSpec) -> Rewards:
+        """Return the rewards of a run; of several processes one computes them for all.
 
-        A verifier with a time limit need not decide alike in each of them.
+        A verifier with a time limit could decide differently in each of them.
         """
-        rewards, mesh = self._data[member.id].rewards, self._mesh
+        rewards, mesh = self._data[run.id].rewards, self._mesh
         if mesh.size == 1:
             return rewards
         first = mesh.rank == 0
@@ -161,23 +174,25 @@ class PolicyGradient:
         )
 
     def weights(self, batch: Rollouts) -> torch.Tensor:
-        """Return the number of answers that each member's loss is divided by, [N]."""
+        """Return the number of completions that each run's loss is divided by, [N]."""
         return torch.full((len(batch.tokens_N),), float(batch.episodes), dtype=torch.float64)
 
     def loss(self, model: "nn.Module", batch: Rollouts) -> torch.Tensor:
-        """Return the summed loss of each member, [N].
+        """Return the summed loss of each run, [N].
 
         Raises:
-            ModelError: in fp32 the learner is not the policy that sampled the first answers.
+            ModelError: in fp32 the learner is not the policy that sampled the first completions.
         """
-        first = self._members[0]
+        first = self._pack[0]
         log_p_NM = token_log_p(model, batch.batch, self._precision)
-        of_batch = (batch.sampler_NM, batch.advantage_NM, batch.batch.weight_NM)
-        sampler, advantage, weight = (torch.from_numpy(a).to(log_p_NM) for a in of_batch)
-        answer = torch.from_numpy(batch.answer_NM).to(log_p_NM.device)
+        arrays = (batch.sampler_NM, batch.advantage_NM, batch.batch.weight_NM)
+        sampler, advantage, weight = (torch.from_numpy(a).to(log_p_NM) for a in arrays)
+        completion = torch.from_numpy(batch.completion_NM).to(log_p_NM.device)
         gap_NM = log_p_NM - sampler
         self._check_ratios(gap_NM.detach() * weight, weight)
-        loss_NM = surrogate(gap_NM, advantage, answer, weight, first.ratio_level, first.clip_ratio)
+        loss_NM = surrogate(
+            gap_NM, advantage, completion, weight, first.ratio_level, first.clip_ratio
+        )
         if first.kl_weight:
             with torch.no_grad():
                 reference = token_log_p(self._reference, batch.batch, self._precision)
@@ -189,114 +204,269 @@ class PolicyGradient:
         """Note the KL from sampler to learner, and check that both are one policy."""
         self._gap_NK.append((-gap_NM.sum(1), weight_NM.sum(1)))
         if self._precision != "bf16":
-            for member, off in zip(self._members, gap_NM.abs().amax(1).expm1().tolist()):
-                self._runs[member.id].check_sampler(member, off)
+            for run, off in zip(self._pack, gap_NM.abs().amax(1).expm1().tolist()):
+                self._signals[run.id].check_sampler(run, off)
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
-        """Return what is recorded of this update.
+        """Return the record of this update.
 
         `surrogate`: the mean loss. `sampler_kl`: mean of log p_sampler - log p_learner, over the
-        tokens that bear loss. `sampled_tokens_per_s`: of the whole pack. The rest: `rewarded`.
+        tokens that bear loss. `sampled_tokens_per_s`: of the whole pack. The rest: reward_groups.
 
         Raises:
-            DataError: no answer of the first updates was rewarded, or every one.
+            DataError: no completion of the first updates was rewarded, or every one.
         """
         kl_N, count_N = (sum(x.double() for x in xs) for xs in zip(*self._gap_NK))
         self._mesh.sum_(kl_N, count_N)
         kls = (kl_N / count_N.clamp(min=1)).tolist()
-        for run in (self._runs[member.id] for member in self._members):
-            run.beyond_fp32 = self._mesh.any(run.beyond_fp32)
-        for member in self._members:
-            self._runs[member.id].check(member)
+        signals = [self._signals[run.id] for run in self._pack]
+        for signal in signals:
+            signal.beyond_fp32 = self._mesh.any(signal.beyond_fp32)
+        for run, signal in zip(self._pack, signals):
+            signal.check(run)
         return [
             {
                 "surrogate": loss,
-                **self._runs[member.id].last,
+                **signal.last,
                 "sampled_tokens_per_s": self._sampled_per_s,
                 "sampler_kl": kl,
             }
-            for member, loss, kl in zip(self._members, losses, kls)
+            for signal, loss, kl in zip(signals, losses, kls)
         ]
 
-    def diverged(self, run: str, loss: float) -> bool:
+    def diverged(self, run_id: str, loss: float) -> bool:
         """Return whether the run has broken down. Its loss is near 0 at any reward."""
-        return self._runs[run].broken
+        return self._signals[run_id].collapsed or self._signals[run_id].beyond_fp32
 
     # ---------------------------------------------------------------- evaluation
 
     def evaluate(
-        self, model: "nn.Module", members: Sequence[RunSpec], final: bool
+        self, model: "nn.Module", runs: Sequence[RunSpec], final: bool
     ) -> list[Evaluation]:
-        """Return each member's held-out reward with its standard error.
+        """Return each run's held-out reward with its standard error: see held_out_rewards.
 
-        Where only the row's own answer is right, the reward is the expected one, exactly: the
-        probability of that answer. Elsewhere that of one sampled answer a prompt, with the share of
-        those that could not be read, which count as wrong. With a known
-        number of choices also what was learned, in bits, and bits an answer. At the end of training
-        also the reward on the rows of the earlier evaluations.
+        Where rewards are sampled, also the share of completions that could not be read, which count
+        as wrong. With a known number of choices also the information learned, in bits, and bits per
+        completion. At the end of training also the reward on the rows of the earlier evaluations.
         """
-        tests = [self._data[m.id].test for m in members]
-        firsts = [t[: m.dataset.n_test_curve or None] for m, t in zip(members, tests)]
+        tests = [self._data[run.id].test for run in runs]
+        firsts = [t[: run.dataset.n_test_curve or None] for run, t in zip(runs, tests)]
         rows = tests if final else firsts
-        found = self._measure(model, members, rows)
+        found = self._measure(model, runs, rows)
         name = self.metric.name
         if final:
             again = found
             if any(len(f) < len(t) for f, t in zip(firsts, tests)):
-                again = self._measure(model, members, firsts)
+                again = self._measure(model, runs, firsts)
             for measures, first in zip(found, again):
-                measures[f"{name}_curve"] = first[name]
-        for m, measures in zip(members, found):
-            run, data = self._runs[m.id], self._data[m.id]
-            run.best = max(run.best, measures[name])
+                measures[self.metric.on_part] = first[name]
+        for run, measures in zip(runs, found):
+            signal, data = self._signals[run.id], self._data[run.id]
+            signal.best = max(signal.best, measures[name])
             if data.rewards.choices and data.n_train:
                 bits = data.n_train * bits_learned(measures[name], data.rewards.choices)
-                measures |= {"bits": bits, "bits_per_answer": bits / run.answers}
+                measures |= {"bits": bits, "bits_per_answer": bits / signal.completions}
         return [Evaluation(m, len(r)) for m, r in zip(found, rows)]
 
     def _measure(
-        self, model: "nn.Module", members: Sequence[RunSpec], rows: Sequence[Sequence[Example]]
+        self, model: "nn.Module", runs: Sequence[RunSpec], rows: Sequence[Sequence[Example]]
     ) -> list[Record]:
-        rewards = [self._rewards_of(m) for m in members]
-        most = members[0].max_new_tokens
+        rewards, most = [self._rewards_of(run) for run in runs], runs[0].max_new_tokens
         how = (self._precision, self._join_rows, self._mesh, self._forward_parts)
-        means = measure(model, rows, rewards, most, *how)
         name = self.metric.name
         return [
-            {
-                **{name: mean, f"{name}_se": se},
-                **({} if own.exact else {f"{name}_unread": unread}),
-            }
-            for own, (mean, se, unread) in zip(rewards, means)
+            {name: mean, f"{name}_se": se} | ({} if own.exact else {f"{name}_unread": unread})
+            for own, (mean, se, unread) in zip(
+                rewards, held_out_rewards(model, rows, rewards, most, *how)
+            )
         ]
 
-    def at_end(self, model: "nn.Module", members: Sequence[RunSpec]) -> list[Record]:
+    def at_end(self, model: "nn.Module", runs: Sequence[RunSpec]) -> list[Record]:
         """Return nothing more."""
-        return [{} for _ in members]
+        return [{} for _ in runs]
 
-    def facts(self, member: RunSpec) -> Record:
-        """Return the reward before training, the best one, and what was trained on."""
-        run, data = self._runs[member.id], self._data[member.id]
+    def facts(self, run: RunSpec) -> Record:
+        """Return the reward before training, the best one, and facts about the data set."""
+        signal, data = self._signals[run.id], self._data[run.id]
         return {
-            "reward_start": run.reward_start,
-            "best_reward": run.best_known,
-            "collapsed": run.collapsed,
-            "answers": run.answers,
+            "reward_start": signal.reward_start,
+            "best_reward": signal.best_known,
+            "collapsed": signal.collapsed,
+            "answers": signal.completions,
             "n_test": len(data.test),
             "n_train": data.n_train,
             DATA_SHA256: data.sha256,
             **({"data_commit": data.commit} if data.commit else {}),
         }
 
-    def state(self, run: str) -> dict[str, Any]:
+    def state(self, run_id: str) -> dict[str, Any]:
         """Return the counts of a run, its best reward, and the fingerprint of its data."""
-        return {**self._runs[run].state(), DATA_SHA256: self._data[run].sha256}
+        return {**self._signals[run_id].state(), DATA_SHA256: self._data[run_id].sha256}
 
-    def load_state(self, run: str, state: dict[str, Any]) -> None:
+    def load_state(self, run_id: str, state: dict[str, Any]) -> None:
         """Restore the values of `state`, and check the data.
 
         Raises:
             DataError: the run was started on other data.
         """
-        refuse_other_data(run, state[DATA_SHA256], self._data[run].sha256)
-        self._runs[run].load(state)
+        refuse_other_data(run_id, state[DATA_SHA256], self._data[run_id].sha256)
+        self._signals[run_id].load(state)
+
+
+# ---------------------------------------------------------------- parts
+
+
+@dataclass
+class Signal:
+    """The rewards of one run so far: is there something to learn, and has the run collapsed."""
+
+    reward_start: float = math.nan
+    """The base's held-out reward."""
+    first_reward: float = -math.inf
+    """The highest mean reward of the first 1, 2, ..., FIRST_UPDATES updates."""
+    below: int = 0
+    """Updates in a row with a reward far below the base's."""
+    completions: int = 0
+    rewarded: float = 0.0
+    """Sum of all rewards of these completions."""
+    best: float = -math.inf
+    """Highest held-out reward so far."""
+    last: Record = field(default_factory=dict)
+    """The record of the present update."""
+    beyond_fp32: bool = False
+    """Whether weights have grown until fp32 gives one token two probabilities."""
+
+    @property
+    def base_reward(self) -> float:
+        """The reward that a collapse is judged by: the smaller of two measures of the base.
+
+        They are its reward on held-out prompts, and `first_reward`, which covers training prompts
+        that are harder than the held-out ones. The base itself drew the completions of the first
+        update only, so a mean over more is less noisy, and lower if the run collapses in them:
+        hence the highest of these means.
+        """
+        return min(self.reward_start, self.first_reward)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the run is far worse than the base was."""
+        return self.below >= COLLAPSED_PATIENCE
+
+    @property
+    def best_known(self) -> float | None:
+        """The highest held-out reward; None before the first evaluation."""
+        return _finite(self.best)
+
+    def note(self, record: Record, completions: int) -> None:
+        """Add an update's record of so many completions."""
+        self.last = record
+        self.completions += completions
+        self.rewarded += record["reward"] * completions
+        if self.completions <= FIRST_UPDATES * completions:
+            self.first_reward = max(self.first_reward, self.rewarded / self.completions)
+        is_below = record["reward"] < COLLAPSED_SHARE * self.base_reward
+        self.below = self.below + 1 if is_below else 0
+
+    def check(self, run: RunSpec) -> None:
+        """Check, once after the first updates, that completions differ in their rewards.
+
+        Raises:
+            DataError: none was rewarded, or every one.
+        """
+        if self.completions != FIRST_UPDATES * run.batch_size:
+            return
+        if 0 < self.rewarded < self.completions:
+            return
+        which, remedy = "no", "easier data, or a base that is right at times"
+        if self.rewarded:
+            which, remedy = "every", "harder data"
+        raise DataError(
+            f"run {run.id}: {which} completion of the first {self.completions} was rewarded on "
+            f"dataset {run.dataset.name!r}, so there is nothing to learn from. The base's held-out "
+            f"reward is {self.reward_start:.3g}. Choose {remedy}."
+        )
+
+    def check_sampler(self, run: RunSpec, off: float) -> None:
+        """Check that the learner is the policy that sampled.
+
+        In a run's first update, with the base's weights, two policies are a mistake. Later they are
+        a run that has broken down: its weights have grown until rounding decides.
+
+        Args:
+            off: largest distance of p_learner / p_sampler from 1; NaN is a divergence.
+
+        Raises:
+            ModelError: they are two policies in the first update.
+        """
+        bound = max(RATIO_BOUND, ROUNDING * self.last["largest_logit"])
+        if not off > bound:
+            return
+        self.beyond_fp32 = True
+        if self.completions > run.batch_size:
+            return
+        raise ModelError(
+            f"run {run.id}: the learner's probability of a sampled token is {off:.2g} off the "
+            f"sampler's (bound {bound:.2g}), so they are not the same policy. "
+            f"{run.model.name!r} computes something else with a cache than without: set "
+            "objective=sft for it, or choose another model."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return the counts, as JSON values."""
+        return {
+            "below": self.below,
+            "answers": self.completions,
+            "rewarded": self.rewarded,
+            "first_reward": _finite(self.first_reward),
+            "best_reward": self.best_known,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore the values of `state`.
+
+        A checkpoint from before divergence rule 2 has no first rewards: the mean of all so far is
+        used, and updates below the old bound are not counted.
+        """
+        self.completions, self.rewarded = state["answers"], state["rewarded"]
+        self.below, best = state["below"], state["best_reward"]
+        self.best = -math.inf if best is None else best
+        first = state.get("first_reward")
+        if "first_reward" not in state and self.completions:
+            first, self.below = self.rewarded / self.completions, 0
+        self.first_reward = -math.inf if first is None else first
+
+
+def _finite(reward: float) -> float | None:
+    return reward if math.isfinite(reward) else None
+
+
+def surrogate(
+    gap_NM: torch.Tensor,
+    advantage_NM: torch.Tensor,
+    completion_NM: torch.Tensor,
+    weight_NM: torch.Tensor,
+    level: str,
+    clip: float | None,
+) -> torch.Tensor:
+    """Return the loss of each token, [N, M], whose gradient is the policy gradient.
+
+    Args:
+        gap_NM: log p_learner - log p_sampler of each token.
+        completion_NM: number of the completion that a token belongs to.
+        weight_NM: 1 for a token, 0 for filler.
+        level: 'sequence': a completion's tokens share one ratio, the geometric mean of theirs, and
+            its loss counts once (arXiv 2507.18071, eq. 5 and 7).
+    """
+    share_NM = weight_NM
+    if level == "sequence":
+        size = int(completion_NM.max()) + 1
+        empty = gap_NM.new_zeros(len(gap_NM), size)
+        lengths = empty.scatter_add(1, completion_NM, weight_NM).clamp(min=1)
+        means = empty.scatter_add(1, completion_NM, gap_NM * weight_NM) / lengths
+        gap_NM = means.gather(1, completion_NM)
+        share_NM = weight_NM / lengths.gather(1, completion_NM)
+    ratio = gap_NM.exp()
+    gain = ratio * advantage_NM
+    if clip is not None:
+        gain = torch.minimum(gain, ratio.clamp(1 - clip, 1 + clip) * advantage_NM)
+    return -gain * share_NM

@@ -1,23 +1,42 @@
-"""Lay sampled answers out for the learner: rows of tokens, and what each token's loss needs.
+"""Completions of prompts: their rewards, held out and in training, and their rows for the learner.
 
-Answers of a group that are alike up to their last token share a row, so one prompt with answers of
-one token is one row. A group whose advantages are all 0 has no gradient and is left out.
+Completions of a group that are equal up to their last token share a row, so one prompt with
+completions of one token is one row.
 
-Shapes: N members, M positions per member at which a token of an answer is predicted, S answers.
+Shapes: N runs of the pack, P prompts, G completions of each, M positions per run at which a token
+of a completion is predicted.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from lorasweep.data.batches import PAD_TO, Batch, merge
+from lorasweep.data.batches import PAD_TO, Batch, eval_batches, merge
+from lorasweep.data.examples import Example, Rewards
+from lorasweep.data.rewards import prompt_of
+from lorasweep.models.sharding import Mesh
+from lorasweep.spec.streams import stream
+from lorasweep.train.events import EVALUATION, Record, phase
+from lorasweep.train.objectives.nll import more_than_a_row, row_nlls
+from lorasweep.train.sampling import Completions, sample
+
+if TYPE_CHECKING:
+    from torch import nn
+
+EVAL_TOKENS = 4096
+"""Padded tokens per run and forward pass in evaluation. It does not depend on the pack size."""
+DEVIATION_EPS = 1e-4
+"""Added to a group's standard deviation: TRL's value (trl.GRPOTrainer)."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One sampled answer."""
+class Completion:
+    """One sampled completion."""
 
     tokens: np.ndarray
     log_p: np.ndarray
@@ -27,118 +46,221 @@ class Answer:
 
 @dataclass(frozen=True)
 class Group:
-    """The answers to one prompt."""
+    """The completions of one prompt."""
 
     prompt: np.ndarray
-    answers: list[Answer]
+    completions: list[Completion]
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """A part of an update's answers, for all members: the learner's MicroBatch."""
+    """A part of an update's completions, for all runs: the learner's MicroBatch."""
 
     batch: Batch
     sampler_NM: np.ndarray
     """log p of each token under the sampler; float64, 0 at filler."""
     advantage_NM: np.ndarray
-    answer_NM: np.ndarray
-    """Number of the answer that a token belongs to, within its member; int64, 0 at filler."""
+    completion_NM: np.ndarray
+    """Number of the completion that a token belongs to, within its run; int64, 0 at filler."""
     episodes: int
-    """Answers that a member's loss is divided by: its share of all that were sampled."""
+    """Completions that a run's loss is divided by: its share of all that were sampled."""
 
     @property
     def tokens_N(self) -> Sequence[int]:
-        """Tokens of each member, without padding."""
+        """Tokens of each run, without padding."""
         return self.batch.tokens_N
 
     @property
-    def laid_out(self) -> int:
-        """Tokens of one member, with padding."""
-        return self.batch.laid_out
+    def padded_tokens(self) -> int:
+        """Tokens of one run, with padding."""
+        return self.batch.padded_tokens
 
 
-def lay_out(
+# ---------------------------------------------------------------- rewards
+
+
+def reward_groups(
+    rows: Sequence[Example], completions: Completions, rewards: Rewards, scale: str
+) -> tuple[list[Group], Record]:
+    """Return a run's groups, one a row, and the record of its completions.
+
+    `reward` is their mean, with its standard error over prompts, because completions of one prompt
+    are alike. `flat_groups`: share of groups whose rewards are all equal. `entropy` in nats a
+    token; `cut_off`: share of completions without an end; `unread`: share that could not be read.
+    """
+    size = len(completions.tokens) // len(rows)
+    # equal completions of one prompt are rewarded once
+    keys = [(k // size, tokens.tobytes()) for k, tokens in enumerate(completions.tokens)]
+    first = dict(zip(keys, completions.tokens))
+    given = rewards.of([(rows[k], tokens) for (k, _), tokens in first.items()])
+    by_key = dict(zip(first, given, strict=True))
+    found = [by_key[key] for key in keys]
+    reward_PG = np.array([r or 0.0 for r in found]).reshape(-1, size)
+    advantage = advantages(reward_PG, scale).ravel().tolist()
+    drawn = list(map(Completion, completions.tokens, completions.log_p, advantage))
+    groups = [Group(prompt_of(row), drawn[k * size : (k + 1) * size]) for k, row in enumerate(rows)]
+    means = reward_PG.mean(1)
+    return groups, {
+        "reward": float(means.mean()),
+        "reward_se": standard_error(means),
+        "flat_groups": float((reward_PG == reward_PG[:, :1]).all(1).mean()),
+        "entropy": completions.entropy,
+        "answer_tokens": float(np.mean([len(t) for t in completions.tokens])),
+        "cut_off": float(np.mean(~completions.ended)) if rewards.ends else 0.0,
+        "unread": found.count(None) / len(found),
+    }
+
+
+def advantages(reward_PG: np.ndarray, scale: str) -> np.ndarray:
+    """Return each reward minus its group's mean, divided by the group's deviation if asked for.
+
+    The deviation is that of TRL and of the paper's code: with G - 1 (arXiv 2402.03300).
+    """
+    centred = reward_PG - reward_PG.mean(1, keepdims=True)
+    flat = (reward_PG == reward_PG[:, :1]).all(1)
+    centred[flat] = 0.0  # exactly, whatever the mean rounded to
+    if scale == "none":
+        return centred
+    return centred / (reward_PG.std(1, ddof=1, keepdims=True) + DEVIATION_EPS)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Return the standard error of a mean; NaN of a single value."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+@torch.no_grad()
+def held_out_rewards(
+    model: "nn.Module",
+    rows_N: Sequence[Sequence[Example]],
+    rewards_N: Sequence[Rewards],
+    max_new_tokens: int,
+    precision: str,
+    join_rows: bool = False,
+    mesh: Mesh | None = None,
+    forward_parts: int = 1,
+) -> list[tuple[float, float, float]]:
+    """Return each run's mean reward on its rows, its standard error, and the share unreadable.
+
+    Where only the row's own answer is rewarded, the reward of a row is that answer's probability:
+    the expected reward of the policy. Elsewhere it is that of one completion, drawn with the same
+    random numbers in every run and at every step. `forward_parts`: see Exec.
+    """
+    if all(r.exact for r in rewards_N):
+        most = max(1, EVAL_TOKENS // forward_parts)
+        batches_N = [eval_batches(rows, most, join_rows) for rows in rows_N]
+        with phase(EVALUATION, more_than_a_row(batches_N)):
+            values_N = [np.exp(-nll) for nll in row_nlls(model, rows_N, batches_N, precision)]
+        return [(float(v.mean()), standard_error(v), 0.0) for v in values_N]
+    count = max(map(len, rows_N))
+    uniforms = stream("sample", "held out").random((count, max_new_tokens))
+    # a run with fewer rows repeats its own, which do not count
+    prompts_N = [[prompt_of(rows[i % len(rows)]) for i in range(count)] for rows in rows_N]
+    uniforms_NPL = np.repeat(uniforms[None], len(rows_N), 0)
+    completions_N = sample(
+        model, prompts_N, uniforms_NPL, rewards_N[0].ends, precision, mesh, forward_parts
+    )
+    found = []
+    for rows, rewards, completions in zip(rows_N, rewards_N, completions_N):
+        own = rewards.of(list(zip(rows, completions.tokens)))
+        values = np.array([v or 0.0 for v in own])
+        found.append((float(values.mean()), standard_error(values), own.count(None) / len(own)))
+    return found
+
+
+def bits_learned(reward: float, choices: int) -> float:
+    """Return the least information about one label that reaches this expected reward, in bits.
+
+    The label is one of `choices` equally likely ones, and the reward is the probability of naming
+    it: the rate-distortion function of a uniform source under Hamming distortion (Cover & Thomas,
+    Elements of Information Theory, 2nd ed., problem 10.5). 0 at chance and below.
+    """
+    miss = 1 - reward
+    if miss >= 1 - 1 / choices:
+        return 0.0
+    entropy = sum(-p * math.log2(p) for p in (reward, miss) if p > 0)
+    return math.log2(choices) - entropy - miss * math.log2(choices - 1)
+
+
+# ---------------------------------------------------------------- rows for the learner
+
+
+def collate_rollouts(
     groups_N: Sequence[Sequence[Group]],
     rows: int,
     episodes: int,
     join_rows: bool,
     processes: int = 1,
 ) -> list[Rollouts]:
-    """Return micro-batches of at most about `rows` answers a member, as many for each process.
+    """Return micro-batches of at most about `rows` completions a run, as many for each process.
 
-    `groups_N`: the groups of each member that have a gradient; a member without any takes part with
-    no weight. `episodes`: answers of a member in the update.
+    `groups_N`: the groups of each run that have a gradient; a run without any takes part with no
+    weight. `episodes`: completions of a run in the update.
     """
     parts_N = [_parts(groups, rows) for groups in groups_N]
     some = next((parts[0] for parts in parts_N if parts), None)
     if some is None:
-        raise ValueError("no member has a group")
-    number = max(map(len, parts_N))
+        raise ValueError("no run has a group")
     micro_batches = []
-    for k in range(number):
+    for k in range(max(map(len, parts_N))):
         own = [
-            _collate(parts[k], join_rows) if k < len(parts) else _without_weight(some, join_rows)
+            _collate(parts[k], join_rows)
+            if k < len(parts)
+            else _without_signal(some, join_rows, weight=False)
             for parts in parts_N
         ]
         micro_batches.append(_merged(own, episodes if k == 0 else 0))
-    while len(micro_batches) % processes:
-        micro_batches.append(_without_signal(some, join_rows))
+    while len(micro_batches) % processes:  # a process without a micro-batch gets one
+        micro_batches.append(_without_signal(some, join_rows, weight=True))
     return micro_batches
 
 
 def _parts(groups: Sequence[Group], rows: int) -> list[list[Group]]:
-    """Split a member's groups into parts of at most `rows` answers, at least one group each."""
+    """Split a run's groups into parts of at most `rows` completions, at least one group each."""
+
+    def longest(group: Group) -> int:
+        return len(group.prompt) + max(len(c.tokens) for c in group.completions)
+
     parts: list[list[Group]] = []
     count = 0
-    for group in sorted(groups, key=_longest):
-        if not parts or count + len(group.answers) > rows:
+    for group in sorted(groups, key=longest):
+        if not parts or count + len(group.completions) > rows:
             parts.append([])
             count = 0
         parts[-1].append(group)
-        count += len(group.answers)
+        count += len(group.completions)
     return parts
 
 
-def _longest(group: Group) -> int:
-    return len(group.prompt) + max(len(a.tokens) for a in group.answers)
-
-
-def _without_weight(groups: Sequence[Group], join_rows: bool) -> Rollouts:
-    """Return a micro-batch that adds nothing to a member's loss."""
+def _without_signal(groups: Sequence[Group], join_rows: bool, weight: bool) -> Rollouts:
+    """Return a micro-batch of one run without advantages; `weight`: its tokens bear (no) loss."""
     found = _collate(groups[:1], join_rows)
-    nothing = np.zeros_like(found.batch.weight_NM)
-    batch = dataclasses.replace(found.batch, weight_NM=nothing, tokens_N=(0,))
-    return dataclasses.replace(found, batch=batch, advantage_NM=np.zeros_like(found.advantage_NM))
-
-
-def _without_signal(groups: Sequence[Group], join_rows: bool) -> Rollouts:
-    """Return a micro-batch of one member for a process that has none: it has no gradient."""
-    found = _collate(groups[:1], join_rows)
-    batch = dataclasses.replace(found.batch, tokens_N=(0,))
+    weight_NM = found.batch.weight_NM if weight else np.zeros_like(found.batch.weight_NM)
+    batch = dataclasses.replace(found.batch, weight_NM=weight_NM, tokens_N=(0,))
     return dataclasses.replace(found, batch=batch, advantage_NM=np.zeros_like(found.advantage_NM))
 
 
 def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
-    """Lay out the answers of one member."""
+    """Collate the completions of one run."""
     tokens: list[np.ndarray] = []
     firsts: list[int] = []
-    answers: list[Answer] = []
+    completions: list[Completion] = []
     lengths: list[int] = []
     n_tokens = at = 0
     for group in groups:
         # the last token is predicted, and nothing is predicted from it
-        sharing: dict[bytes, list[Answer]] = {}
-        for answer in group.answers:
-            sharing.setdefault(answer.tokens[:-1].tobytes(), []).append(answer)
+        sharing: dict[bytes, list[Completion]] = {}
+        for completion in group.completions:
+            sharing.setdefault(completion.tokens[:-1].tobytes(), []).append(completion)
         for own in sharing.values():
             row = np.concatenate([group.prompt, own[0].tokens[:-1]])
             firsts += [at + len(group.prompt) - 1] * len(own)
-            answers += own
+            completions += own
             lengths.append(-(-len(row) // PAD_TO) * PAD_TO)
             tokens.append(np.pad(row, (0, lengths[-1] - len(row))))
             n_tokens += len(row)
             at += lengths[-1]
-    sizes = np.array([len(a.tokens) for a in answers])
+    sizes = np.array([len(c.tokens) for c in completions])
     count = int(sizes.sum())
     within = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     width = -(-count // PAD_TO) * PAD_TO
@@ -150,22 +272,22 @@ def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
         np.concatenate(tokens).astype(np.int64)[None],
         (tuple(lengths),),
         wide(np.repeat(firsts, sizes) + within),
-        wide(np.concatenate([a.tokens for a in answers]).astype(np.int64)),
+        wide(np.concatenate([c.tokens for c in completions]).astype(np.int64)),
         wide(np.ones(count, dtype=np.float32)),
         (n_tokens,),
         join_rows=join_rows,
     )
     return Rollouts(
         batch,
-        wide(np.concatenate([a.log_p for a in answers])),
-        wide(np.repeat([a.advantage for a in answers], sizes)),
-        wide(np.repeat(range(len(answers)), sizes)),
+        wide(np.concatenate([c.log_p for c in completions])),
+        wide(np.repeat([c.advantage for c in completions], sizes)),
+        wide(np.repeat(range(len(completions)), sizes)),
         0,
     )
 
 
 def _merged(parts: Sequence[Rollouts], episodes: int) -> Rollouts:
-    """Stack the micro-batches of members, each filled up to the longest."""
+    """Stack the micro-batches of runs, each filled up to the longest."""
     batch = merge([p.batch for p in parts])
     width = batch.weight_NM.shape[1]
 
@@ -173,6 +295,5 @@ def _merged(parts: Sequence[Rollouts], episodes: int) -> Rollouts:
         rows = [getattr(p, name) for p in parts]
         return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]))) for r in rows])
 
-    return Rollouts(
-        batch, stacked("sampler_NM"), stacked("advantage_NM"), stacked("answer_NM"), episodes
-    )
+    names = ("sampler_NM", "advantage_NM", "completion_NM")
+    return Rollouts(batch, *(stacked(name) for name in names), episodes)

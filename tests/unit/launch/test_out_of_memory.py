@@ -24,7 +24,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.train import sampling
 from lorasweep.train.events import EVALUATION, LEARNING, SAMPLING, Event, phase
-from lorasweep.train.objectives import expected, sft
+from lorasweep.train.objectives import rollouts, sft
 from tests.rewarded import rewarded_spec
 from tests.world import tiny_spec
 
@@ -326,15 +326,15 @@ def test_sampling_that_runs_out_draws_fewer_at_once_and_then_the_pack_is_halved(
 def test_evaluation_that_runs_out_holds_less_at_once(tmp_path, monkeypatch):
     """Half of what one run holds fits: once halved for the base, and again for two runs. The learner
     keeps its rows."""
-    memory, row_nlls = Full(most=None), expected.row_nlls
+    memory, row_nlls = Full(most=None), rollouts.row_nlls
 
     def planted(model, rows_N, batches_N, precision):
         memory.most = memory.most or len(batches_N[0][0].lengths[0]) // 2
         memory.take(max(sum(len(b.lengths[0]) for b in bs) for bs in zip(*batches_N)))
         return row_nlls(model, rows_N, batches_N, precision)
 
-    monkeypatch.setattr(expected, "EVAL_TOKENS", 1024)
-    monkeypatch.setattr(expected, "row_nlls", planted)
+    monkeypatch.setattr(rollouts, "EVAL_TOKENS", 1024)
+    monkeypatch.setattr(rollouts, "row_nlls", planted)
     specs = [
         dataclasses.replace(s, dataset=dataclasses.replace(s.dataset, n_test=512, n_test_curve=512))
         for s in rewarded(2)

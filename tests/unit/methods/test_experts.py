@@ -13,17 +13,15 @@ from lorasweep.data.examples import Data, Example
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.methods.stacked.factors import Factors
+from lorasweep.methods.stacked.modules import Factors
 from lorasweep.methods.stacked.peft_export import save_peft
 from lorasweep.models import load as models
-from lorasweep.models.experts import use_grouped_experts
-from lorasweep.models.precision import autocast, hold_in_bf16
-from lorasweep.models.recipe import empty_model
-from lorasweep.models.targets import find_targets
+from lorasweep.models.forward import autocast, hold_in_bf16
+from lorasweep.models.load import empty_model
+from lorasweep.models.targets import find_targets, use_grouped_experts
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.streams import stream
-from lorasweep.train.optim import AdamW
-from tests.training import EPS, ROUNDING, apart, attached, moved, run, worst
+from tests.training import EPS, ROUNDING, apart, moved, pack_of, run, state_of, worst
 from tests.world import tiny_spec
 
 SHAPE = ModelSpec(
@@ -57,21 +55,12 @@ def moe(implementation="ours", seed=0):
     return model.eval()
 
 
-def perturbed(trainables):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in trainables.parameters().values():
-            p.add_(torch.randn(p.shape).to(p), alpha=0.2)  # the same in every type
-    return trainables
-
-
-def pack_of(model, methods):
-    targets = find_targets(model, SHAPE, methods[0].target_layers())
-    return methods[0].attach(model, targets, methods, list(range(len(methods))))
+def attached(methods, model):
+    return pack_of(methods, model, SHAPE, perturb=0.2)
 
 
 def merged(model, method, state):
-    """The base's weights with one member's adapters added, expert by expert."""
+    """The base's weights with one run's adapters added, expert by expert."""
     weights = {n: p.detach() for n, p in model.named_parameters()}
     rank = method.expert_rank_of(SHAPE.n_experts, SHAPE.n_active_experts)
     for name in {n.rpartition(".")[0] for n in state}:
@@ -108,10 +97,9 @@ READINGS = [
 @pytest.mark.parametrize("layers", ["mlp", "attention+mlp+unembedding+router"])
 def test_a_pack_is_a_loop_over_merged_experts(norms_in_float64, layers, outer, other_weights):
     """All readings of the rank in one pack; logits and every gradient, 1e-12."""
+    most = 4 if "router" in layers else 8
     methods = [
-        dataclasses.replace(m, layers=layers, expert_outer=outer, rank=min(m.rank, 4))
-        if "router" in layers
-        else dataclasses.replace(m, layers=layers, expert_outer=outer)
+        dataclasses.replace(m, layers=layers, expert_outer=outer, rank=min(m.rank, most))
         for m in READINGS
     ]
     for method in methods:
@@ -121,7 +109,7 @@ def test_a_pack_is_a_loop_over_merged_experts(norms_in_float64, layers, outer, o
     with torch.no_grad():
         start = model(input_ids=tokens).logits
         assert apart(start, reference(input_ids=tokens).logits) < ROUNDING[1]
-    trainables = perturbed(pack_of(model, methods))
+    trainables = attached(methods, model)
     params = trainables.parameters()
     mixed = torch.randn(len(methods), 21, SHAPE.vocab_size, dtype=torch.float64)
     logits = model(input_ids=tokens).logits.view_as(mixed)
@@ -129,10 +117,10 @@ def test_a_pack_is_a_loop_over_merged_experts(norms_in_float64, layers, outer, o
     for k, method in enumerate(methods):
         state, names = {}, {}
         for name, p in params.items():
-            short, members = trainables.part_of(name)
-            if members.start <= k < members.stop:
-                state[short] = p.detach()[k - members.start].clone().requires_grad_()
-                names[short] = (name, k - members.start)
+            short, runs = trainables.part_of(name)
+            if runs.start <= k < runs.stop:
+                state[short] = p.detach()[k - runs.start].clone().requires_grad_()
+                names[short] = (name, k - runs.start)
         assert sum(p.numel() for p in state.values()) == method.n_trainable(SHAPE)
         own = tokens.view(len(methods), 3, 7)[k]
         want = functional_call(reference, merged(reference, method, state), (own,)).logits
@@ -145,90 +133,6 @@ def test_a_pack_is_a_loop_over_merged_experts(norms_in_float64, layers, outer, o
     trainables.detach()
     with torch.no_grad():
         assert torch.equal(model(input_ids=tokens).logits, start)
-
-
-def in_peft_layout(state, rank):
-    """Factors of gate and up as one pair of twice the rank: A one above the other, B block-diagonal.
-
-    PEFT holds A as (expert, rank) rows and B as (rank, expert) columns, the expert fastest.
-    """
-    n = SHAPE.n_experts
-    found = {}
-    for experts in sorted({k.rsplit(".", 2)[0] for k in state}):
-        a, b = (
-            {
-                p: state[f"{experts}.{p}_proj.{w}"].unflatten(0, (n, -1))
-                for p in ("gate", "up", "down")
-            }
-            for w in "AB"
-        )
-        both = torch.zeros(n, 2 * SHAPE.mlp_size, 2 * rank, dtype=torch.float64)
-        both[:, : SHAPE.mlp_size, :rank], both[:, SHAPE.mlp_size :, rank:] = b["gate"], b["up"]
-        for where, one, other in (
-            (f"{experts}.base_layer", torch.cat([a["gate"], a["up"]], 1), both),
-            (experts, a["down"], b["down"]),
-        ):
-            found[f"{where}.lora_A"] = one.flatten(0, 1)
-            found[f"{where}.lora_B"] = other.permute(1, 2, 0).flatten(1)
-    return found
-
-
-def peft_model(method, weights):
-    from peft import LoraConfig, get_peft_model
-
-    rank = method.expert_rank_of(SHAPE.n_experts, SHAPE.n_active_experts)
-    scaling = method.expert_scaling(rank)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=scaling * rank,
-        target_modules=[],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        rank_pattern={"mlp.experts.gate_up_proj": 2 * rank},
-        alpha_pattern={"mlp.experts.gate_up_proj": scaling * 2 * rank},
-    )
-    return get_peft_model(weights(moe("eager")), config).double()
-
-
-@pytest.mark.numerics
-def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64, other_weights):
-    """PEFT's one pair for gate and up may mix them; where its B is block-diagonal, and stays so, it
-    is our two. Loss, gradients and one AdamW step, in float64."""
-    method = LoRA(rank=4, layers="mlp", expert_alpha=6.0)
-    rank, model, reference = 2, moe(), peft_model(method, other_weights)
-    trainables = perturbed(attached(method, model, SHAPE))
-    ours = trainables.parameters()
-    theirs = {
-        n.removeprefix("base_model.model.").removesuffix(".default.weight"): p
-        for n, p in reference.named_parameters()
-        if p.requires_grad
-    }
-
-    def state(what):
-        return in_peft_layout({trainables.part_of(n)[0]: what(p) for n, p in ours.items()}, rank)
-
-    with torch.no_grad():
-        start = state(lambda p: p.detach()[0])
-        assert start.keys() == theirs.keys()
-        for name, p in theirs.items():
-            p.copy_(start[name])
-    tokens = torch.randint(SHAPE.vocab_size, (4, 9))
-    losses = []
-    for m in (model, reference):
-        losses.append(m(input_ids=tokens, labels=tokens).loss)
-        losses[-1].backward()
-    assert apart(*losses) < ROUNDING[1]
-    gradients, ones = state(lambda p: p.grad[0]), state(lambda p: torch.ones_like(p)[0])
-    for name, p in theirs.items():
-        p.grad *= ones[name]  # keep gate and up apart
-        assert float(p.grad.abs().max()) > 0
-        assert apart(p.grad, gradients[name]) < ROUNDING[1], name
-    spec = tiny_spec(method=method, lr=1e-2, eps=EPS)
-    optimizer = AdamW.start(trainables, [spec])
-    optimizer.step(0, optimizer.grad_norms())
-    torch.optim.AdamW(theirs.values(), lr=1e-2, betas=(0.9, 0.95), eps=EPS, weight_decay=0).step()
-    after = state(lambda p: p.detach()[0])
-    for name, p in theirs.items():
-        assert apart(p, after[name]) < ROUNDING[1], name
 
 
 @pytest.mark.parametrize(
@@ -323,15 +227,15 @@ def test_packs_are_the_runs_alone(norms_in_float64):
         for k, m in enumerate(READINGS)
     ]
     together, records = run(pack, base, rows(), micro_batch_size=2)
-    for member in pack:
-        alone, own = run([member], base, rows())
-        other, _ = run([member], moved(base), rows())
+    for one in pack:
+        alone, own = run([one], base, rows())
+        other, _ = run([one], moved(base), rows())
         for found in (alone, other):
-            assert worst(found[member.id], together[member.id]) < ROUNDING[10]
-        counted = np.array(alone[member.id]["meta"]["expert_tokens"])
+            assert worst(found[one.id], together[one.id]) < ROUNDING[10]
+        counted = np.array(alone[one.id]["meta"]["expert_tokens"])
         assert counted.shape == (2, 4) and len(set(counted.sum(1))) == 1
-        assert counted.sum(1)[0] >= 2 * own[member.id][-1]["tokens"]
-        ours, last = records[member.id][-1], own[member.id][-1]
+        assert counted.sum(1)[0] >= 2 * own[one.id][-1]["tokens"]
+        ours, last = records[one.id][-1], own[one.id][-1]
         for name in ("test_nll", "train_nll", "norm_delta"):
             assert ours[name] == pytest.approx(last[name], rel=ROUNDING[10])
 
@@ -374,10 +278,8 @@ def test_full_fine_tuning_trains_the_stacks(norms_in_float64, method, other_weig
 def test_spectra_are_those_of_the_largest_expert():
     for outer in ("own", "shared"):
         model, method = moe(), LoRA(rank=4, layers="mlp", expert_outer=outer)
-        trainables = perturbed(attached(method, model, SHAPE))
-        state = {
-            trainables.part_of(n)[0]: p[0].detach() for n, p in trainables.parameters().items()
-        }
+        trainables = attached([method], model)
+        state = state_of(trainables)
         (spectrum,), (norm,) = trainables.spectra(), trainables.norms()
         base = {n: p.detach() for n, p in moe().named_parameters()}
         changed = merged(moe(), method, state)
@@ -399,7 +301,7 @@ def test_grouped_products_in_fp32_are_those_of_the_loop_in_float64(norms_in_floa
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
     tokens, found = torch.randint(SHAPE.vocab_size, (5, 3)), []
     for model in (moe(), moe().float()):
-        trainables = perturbed(pack_of(model, READINGS))
+        trainables = attached(READINGS, model)
         with torch.no_grad():
             for p in trainables.parameters().values():
                 p.copy_(p.float())  # the same numbers in both
@@ -424,7 +326,7 @@ def test_under_autocast_experts_are_computed_in_bf16_whatever_they_are_held_in()
     assert narrow.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
     tokens, found = torch.randint(SHAPE.vocab_size, (4, 8)), []
     for model in (wide, narrow):
-        trainables = perturbed(pack_of(model, READINGS[:2]))
+        trainables = attached(READINGS[:2], model)
         with autocast("bf16", torch.device("cpu")):
             logits = model(input_ids=tokens).logits
         logits.float().square().sum().backward()
@@ -447,8 +349,7 @@ def test_peft_computes_what_was_trained(tmp_path, norms_in_float64, outer):
         scaling_by="sqrt_rank",
     )
     model = moe().float()
-    trainables = perturbed(attached(method, model, SHAPE))
-    state = {trainables.part_of(n)[0]: p[0].detach() for n, p in trainables.parameters().items()}
+    state = state_of(attached([method], model))
     scalings = (method.scaling, 4, method.scaling_of_experts(SHAPE))
     assert scalings[2] == 6 / 2**0.5
     save_peft(tmp_path, state, 4, "nobody/small-experts", None, *scalings)
@@ -466,8 +367,7 @@ def test_peft_computes_what_was_trained(tmp_path, norms_in_float64, outer):
 
 def test_an_export_that_mixes_experts_up_writes_nothing(tmp_path, monkeypatch):
     method, model = LoRA(rank=4, layers="mlp"), moe()
-    trainables = perturbed(attached(method, model, SHAPE))
-    state = {trainables.part_of(n)[0]: p[0].detach() for n, p in trainables.parameters().items()}
+    state = state_of(attached([method], model))
     fastest = torch.Tensor.permute
     monkeypatch.setattr(torch.Tensor, "permute", lambda t, *dims: fastest(t, 1, 0, 2))
     with pytest.raises(ModelError, match=r"experts\.base_layer: in PEFT's layout expert 0 would"):

@@ -1,52 +1,52 @@
-"""LoRA against PEFT, in float64, at every update."""
+"""LoRA and full fine-tuning: LoRA against PEFT in float64 at every update, the start of each method,
+LoRA's further fields, and the measures of weights."""
 
+import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from lorasweep.data import load as data
-from lorasweep.data.batches import collate
+from lorasweep.data.batches import collate, eval_batches
+from lorasweep.errors import SpecError
+from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.models import load as models
-from lorasweep.train.objectives.nll import nll_sums
+from lorasweep.spec.run import validate
+from lorasweep.train.objectives.nll import evaluate, nll_sums
 from lorasweep.train.optim import AdamW
-from tests.training import EPS, ROUNDING, apart, attached
+from tests.training import EPS, ROUNDING, apart, attached, results, small_world
 from tests.world import tiny_spec
+
+pytestmark = pytest.mark.usefixtures("norms_in_float64")
 
 
 @pytest.fixture(scope="module")
 def world():
-    spec = tiny_spec(precision="fp64", method=LoRA(rank=4), lr=5e-3, steps=6, eps=EPS)
-    return spec, models.load(spec.model, ["/nonexistent"], "fp64"), data.load(spec.dataset, [])
-
-
-pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("norms_in_float64")]
+    return small_world(lr=8e-3)
 
 
 def peft_model(base, spec):
-    """The reference: PEFT's LoRA on the same base, A set to ours."""
-    import copy
-
+    """The reference: PEFT's LoRA on the same base."""
     from peft import LoraConfig, get_peft_model
 
     model = copy.deepcopy(base.model)
-    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     config = LoraConfig(
         r=spec.method.rank,
         lora_alpha=spec.method.alpha,
-        lora_dropout=0.0,
-        target_modules=names,
-        bias="none",
+        target_modules=[n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)],
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config).double()
 
 
+@pytest.mark.numerics
 def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world, other_weights):
-    """Same start, loss and gradients; one update from the same state, at each step, within 1e-12."""
+    """Same start, loss and gradients; one update from the same state, at each step, within 1e-12.
+    With weight decay and clipping."""
     spec, base, dataset = world
-    spec = dataclasses.replace(spec, steps=6, lr=8e-3)
+    spec = dataclasses.replace(spec, weight_decay=0.1, clip_norm=0.05)
     reference = peft_model(other_weights(base), spec)
     theirs = {n: p for n, p in reference.named_parameters() if p.requires_grad}
     trainables = attached(spec.method, base.model, spec.model, spec.seed)
@@ -59,22 +59,21 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world, other_weight
         assert set(pair.values()) == set(theirs)
         optimizer = AdamW.start(trainables, [spec])
         torch_optimizer = torch.optim.AdamW(
-            theirs.values(), lr=spec.lr, betas=(0.9, 0.95), eps=EPS, weight_decay=0
+            theirs.values(), lr=spec.lr, betas=(0.9, 0.95), eps=EPS, weight_decay=0.1
         )
         for step in range(spec.steps):
             with torch.no_grad():  # the same state on both sides
                 for n, p in ours.items():
                     theirs[pair[n]].copy_(p[0])
             batch = collate(dataset.train(spec.seed, step * 4, 4))
-            count = batch.n_loss
-            loss_a = nll_sums(base.model, batch, "fp64")[0] / count
-            loss_b = nll_sums(reference, batch, "fp64")[0] / count
-            loss_a.backward()
-            loss_b.backward()
-            assert apart(loss_a, loss_b) < ROUNDING[1]
+            losses = [nll_sums(m, batch, "fp64")[0] / batch.n_loss for m in (base.model, reference)]
+            for loss in losses:
+                loss.backward()
+            assert apart(*losses) < ROUNDING[1]
             for n, p in ours.items():
                 assert apart(p.grad[0], theirs[pair[n]].grad) < ROUNDING[1], (step, n)
             optimizer.step(step, optimizer.grad_norms())
+            assert torch.nn.utils.clip_grad_norm_(theirs.values(), 0.05) > 0.05
             torch_optimizer.step()
             for n, p in ours.items():
                 assert apart(p[0], theirs[pair[n]]) < ROUNDING[1], (step, n)
@@ -82,3 +81,127 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world, other_weight
             torch_optimizer.zero_grad()
     finally:
         trainables.detach()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(LoRA(rank=2, layers=x) for x in ("all", "attention", "mlp", "unembedding")),
+        LoRA(rank=1, layers="mlp+unembedding"),
+        FullFT(),
+        FullFT(scope="matrices", layers="mlp"),
+    ],
+)
+def test_a_method_starts_as_the_base_and_trains_all_that_it_counts(world, method):
+    """All gradients after two updates: B is zero before the first, so A's first gradient is too."""
+    spec, base, dataset = world
+    batches = [eval_batches(dataset.test, 4096)]
+    before = evaluate(base.model, batches, "fp64")
+    trainables = attached(method, base.model, spec.model)
+    try:
+        assert evaluate(base.model, batches, "fp64") == before
+        params = trainables.parameters()
+        assert sum(p.numel() for p in params.values()) == method.n_trainable(spec.model)
+        optimizer = AdamW.start(trainables, [dataclasses.replace(spec, method=method)])
+        for step in range(2):
+            batch = collate(dataset.train(0, step * 4, 4))
+            optimizer.zero_grad()
+            (nll_sums(base.model, batch, "fp64")[0] / batch.n_loss).backward()
+            if step == 0:
+                optimizer.step(0, optimizer.grad_norms())
+        assert all(float(p.grad.abs().max()) > 0 for p in params.values())
+        trained = {id(p) for p in params.values()}
+        assert all(not p.requires_grad for p in base.model.parameters() if id(p) not in trained)
+    finally:
+        trainables.detach()
+    assert evaluate(base.model, batches, "fp64") == before
+
+
+# ---------------------------------------------------------------- further fields
+
+
+@pytest.fixture(scope="module")
+def short(world):
+    spec, base, _ = world
+    rows = dataclasses.replace(spec.dataset, n_test=8, n_test_curve=8)
+    return dataclasses.replace(spec, dataset=rows, lr=2e-3, steps=4, eps=1e-30), base
+
+
+def trained(pack, base):
+    return results(pack, base, data.load(pack[0].dataset, []))
+
+
+def nlls(result):
+    return np.array([p["test_nll"] for p in result["curve"]])
+
+
+def test_twins_are_one_run_in_float64(short):
+    """Also inside a pack, whose runs may differ in the further fields."""
+    spec, base = short
+    twins = [
+        dataclasses.replace(
+            spec,
+            lr=2e-3 * p,
+            method=LoRA(rank=4, alpha=32 / (p * q), init_scale=p, lr_b_ratio=q / p),
+        )
+        for p, q in ((2.0, 1.0), (1.0, 2.0), (4.0, 0.5), (0.25, 2.0))
+    ]
+    alone = [trained([run], base)[0] for run in (spec, *twins)]
+    for other in (*alone[1:], *trained([spec, *twins], base)):
+        assert np.abs(nlls(alone[0]) - nlls(other)).max() <= 1e-9
+
+
+def test_rules_of_scaling_and_the_other_start(short):
+    spec, base = short
+    rules = ("rank", "sqrt_rank", "none")
+    assert [LoRA(rank=4, scaling_by=s).scaling for s in rules] == [8, 16, 32]
+    b = LoRA(rank=4, random_factor="b")
+    (final,) = trained(
+        [dataclasses.replace(spec, method=b, steps=8, dataset=tiny_spec().dataset)], base
+    )
+    assert final["norm_a"] > 0 and final["norm_b"] > 0
+    assert nlls(final)[-1] < final["nll_start"]
+    methods = [LoRA(rank=4, init_seed=k) for k in (0, 1)]
+    drawn = [trained([dataclasses.replace(spec, method=m)], base)[0]["test_nll"] for m in methods]
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "bad"),
+    [
+        ("scaling_by", {"scaling_by": "root"}),
+        ("start", {"random_factor": "c"}),
+        ("init_scale", {"init_scale": 0}),
+        ("lr_b_ratio", {"lr_b_ratio": -1}),
+        ("init_seed", {"init_seed": -1}),
+    ],
+)
+def test_bad_fields_are_refused(key, bad):
+    with pytest.raises(SpecError, match=rf"method\.{key}"):
+        validate(tiny_spec(method=LoRA(rank=4, **bad)))
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=4), FullFT()], ids=["lora", "fullft"])
+def test_norms_and_shares_of_the_gradient(short, method):
+    spec, base = short
+    (final,) = trained([dataclasses.replace(spec, method=method)], base)
+    share, norms = final["curve"][0]["grad_share"], final["spectra"]["lm_head"]
+    assert sum(share.values()) == pytest.approx(1) and ("rest" in share) == (method == FullFT())
+    assert set(share) >= {"attention", "mlp", "unembedding"}
+    if method == FullFT():
+        assert set(norms) == {"delta"}
+    else:
+        assert set(norms) == {"a", "b", "delta"}
+        assert 0 < norms["delta"] <= 8 * norms["a"] * norms["b"] * (1 + 1e-9)
+
+
+def test_retention_is_measured_on_the_pretraining_task(short):
+    spec, base = short
+    more = dataclasses.replace(spec.dataset, n_retain=16)
+    (final,) = trained([dataclasses.replace(spec, dataset=more)], base)
+    # the base knows its own language better than the dialect
+    assert final["retain_start"] < final["nll_start"]
+    assert final["retain_nll"] > final["retain_start"]
+    assert "retain_nll" not in trained([spec], base)[0]
+    with pytest.raises(SpecError, match="n_retain"):
+        validate(dataclasses.replace(spec, dataset=dataclasses.replace(more, source="jsonl")))

@@ -6,25 +6,21 @@ from collections import Counter
 import pytest
 import torch
 
-from lorasweep.data import load as data
 from lorasweep.data.batches import eval_batches
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.stacked.spectral import spectral_norm
-from lorasweep.models import load as models
-from lorasweep.models.targets import find_targets
 from lorasweep.train.finetune import finetune
-from lorasweep.train.objectives.held_out import evaluate
+from lorasweep.train.objectives.nll import evaluate
 from lorasweep.train.optim import AdamW
-from tests.world import tiny_spec
+from tests.training import pack_of, small_world, state_of
 
 TO_HOST = ("cpu", "item", "tolist", "numpy", "__float__", "__int__", "__bool__")
 
 
 @pytest.fixture(scope="module")
 def world():
-    spec = tiny_spec(steps=2)
-    return spec, models.load(spec.model, ["/nonexistent"]), data.load(spec.dataset, [])
+    return small_world(steps=2, precision="fp32")
 
 
 @pytest.fixture
@@ -44,19 +40,21 @@ def copies(monkeypatch):
     return counts
 
 
-def perturbed(pack, base):
-    """The pack's Trainables, their tensors random and with gradients."""
-    method = pack[0].method
-    targets = find_targets(base.model, pack[0].model, method.target_layers())
-    trainables = method.attach(
-        base.model, targets, [s.method for s in pack], [s.seed for s in pack]
-    )
-    torch.manual_seed(0)
-    with torch.no_grad():
+@pytest.fixture
+def perturbed(world):
+    """Attach a pack with random tensors and gradients until the test ends."""
+    made = []
+
+    def one(methods):
+        trainables = pack_of(methods, world[1].model, world[0].model, perturb=0.1)
+        made.append(trainables)
         for p in trainables.parameters().values():
-            p.add_(torch.randn_like(p), alpha=0.1)
             p.grad = torch.randn_like(p)
-    return trainables
+        return trainables
+
+    yield one
+    for trainables in made:
+        trainables.detach()
 
 
 def decomposed(matrix):
@@ -64,51 +62,39 @@ def decomposed(matrix):
 
 
 @pytest.mark.parametrize("ranks", [(4,), (2, 2, 8)])
-def test_adapters_equal_a_decomposition(world, copies, ranks):
-    spec, base, _ = world
+def test_adapters_equal_a_decomposition(world, copies, perturbed, ranks):
     methods = [LoRA(rank=r, alpha=8 + k, scaling_by="sqrt_rank") for k, r in enumerate(ranks)]
-    pack = [dataclasses.replace(spec, method=m) for m in methods]
-    trainables = perturbed(pack, base)
-    try:
-        norms, after_norms = trainables.norms(), copies.total()
-        spectra, after_spectra = trainables.spectra(), copies.total()
-        squares, after_squares = AdamW.start(trainables, pack).grad_squares(), copies.total()
-        assert (after_norms, after_spectra, after_squares) == (1, 2, 3), copies
-        of_member = [{} for _ in pack]
-        for name, p in trainables.parameters().items():
-            short, members = trainables.part_of(name)
-            for k, tensor, grad in zip(range(members.start, members.stop), p.detach(), p.grad):
-                of_member[k][short] = tensor
-                want = float(grad.double().square().sum())
-                assert squares[k][short] == pytest.approx(want, rel=1e-12)
-    finally:
-        trainables.detach()
-    for method, tensors, norm, spectrum in zip(methods, of_member, norms, spectra):
-        total = 0.0
-        assert len(spectrum) == len(tensors) / 2
-        for name, found in spectrum.items():
+    trainables = perturbed(methods)
+    pack = [dataclasses.replace(world[0], method=m) for m in methods]
+    norms, after_norms = trainables.norms(), copies.total()
+    spectra, after_spectra = trainables.spectra(), copies.total()
+    squares, after_squares = AdamW.start(trainables, pack).grad_squares(), copies.total()
+    assert (after_norms, after_spectra, after_squares) == (1, 2, 3), copies
+    for name, p in trainables.parameters().items():
+        short, runs = trainables.part_of(name)
+        for k, grad in zip(range(runs.start, runs.stop), p.grad):
+            want = float(grad.double().square().sum())
+            assert squares[k][short] == pytest.approx(want, rel=1e-12)
+    for k, method in enumerate(methods):
+        tensors, total = state_of(trainables, k), 0.0
+        assert len(spectra[k]) == len(tensors) / 2
+        for name, found in spectra[k].items():
             a, b = tensors[f"{name}.A"].double(), tensors[f"{name}.B"].double()
             largest, frobenius = decomposed(method.scaling * b @ a)
             want = {"a": decomposed(a)[0], "b": decomposed(b)[0], "delta": largest}
             assert found == pytest.approx(want, rel=1e-6), name
             total += frobenius**2
-        assert norm["norm_delta"] == pytest.approx(total**0.5, rel=1e-6)
+        assert norms[k]["norm_delta"] == pytest.approx(total**0.5, rel=1e-6)
 
 
-def test_full_fine_tuning_equals_a_decomposition(world, copies):
-    spec, base, _ = world
-    start = {n: p.detach().clone() for n, p in base.model.named_parameters()}
-    trainables = perturbed([dataclasses.replace(spec, method=FullFT())], base)
-    try:
-        (norm,), (spectrum,) = trainables.norms(), trainables.spectra()
-        assert copies.total() == 2, copies
-        deltas = {n: p.detach() - start[n] for n, p in trainables.parameters().items()}
-    finally:
-        trainables.detach()
-    assert norm["norm_delta"] == pytest.approx(
-        sum(decomposed(d[None] if d.dim() == 1 else d)[1] ** 2 for d in deltas.values()) ** 0.5,
-        rel=1e-6,
-    )
+def test_full_fine_tuning_equals_a_decomposition(world, copies, perturbed):
+    start = {n: p.detach().clone() for n, p in world[1].model.named_parameters()}
+    trainables = perturbed([FullFT()])
+    (norm,), (spectrum,) = trainables.norms(), trainables.spectra()
+    assert copies.total() == 2, copies
+    deltas = {n: p.detach() - start[n] for n, p in trainables.parameters().items()}
+    total = sum(float(d.double().square().sum()) for d in deltas.values())
+    assert norm["norm_delta"] == pytest.approx(total**0.5, rel=1e-6)
     for name, found in spectrum.items():
         want = decomposed(deltas[f"{name}.weight"])[0]
         assert found["delta"] == pytest.approx(want, rel=1e-6), name
@@ -126,18 +112,13 @@ def test_a_spectral_norm_where_digits_are_hard_to_keep(monkeypatch):
     assert float(spectral_norm(torch.zeros(3, 2))) == 0
 
 
-def test_a_member_that_broke_down_does_not_take_the_others_spectra(world):
-    spec, base, _ = world
-    pack = [dataclasses.replace(spec, method=LoRA(rank=4), seed=k) for k in range(2)]
-    trainables = perturbed(pack, base)
-    try:
-        alone = trainables.spectra()[1]
-        with torch.no_grad():
-            for p in trainables.parameters().values():
-                p[0] = torch.nan
-        broken, well = trainables.spectra()
-    finally:
-        trainables.detach()
+def test_a_run_that_broke_down_leaves_the_spectra_of_others(perturbed):
+    trainables = perturbed([LoRA(rank=4)] * 2)
+    alone = trainables.spectra()[1]
+    with torch.no_grad():
+        for p in trainables.parameters().values():
+            p[0] = torch.nan
+    broken, well = trainables.spectra()
     assert well == alone
     assert all(value != value for norms in broken.values() for value in norms.values())
 
@@ -150,7 +131,7 @@ def test_an_update_and_an_evaluation_copy_no_more_with_more_batches(world, copie
         for event in finetune([spec], base, rows, micro_batch_size=micro):
             if event.step == 1:
                 copies.clear()
-        counts.append(copies.total() - copies["__bool__"])  # of the hand-written CPU passes
+        counts.append(copies.total() - copies["__bool__"])  # of transformers' choice of a mask
     assert counts[0] == counts[1] > 0
     few, many = eval_batches(rows.test, 10**6), eval_batches(rows.test, 64)
     assert len(many) > len(few) == 1

@@ -14,10 +14,10 @@ from lorasweep.errors import TrainingError
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.lora import SCALINGS, LoRA
 from lorasweep.methods.stacked.peft_export import save_peft
-from lorasweep.models.recipe import empty_model
+from lorasweep.models.load import empty_model
 from lorasweep.spec.model import ModelSpec
 from lorasweep.store.run_store import RunStore
-from tests.training import attached
+from tests.training import attached, state_of
 
 
 def small(tied):
@@ -51,9 +51,8 @@ def test_peft_computes_the_logits_that_were_trained(tmp_path, scaling_by, tied, 
             for p in trainables.parameters().values():
                 p.normal_(0, 0.5)
             want = model(input_ids=tokens).logits
-        state = {trainables.part_of(n)[0]: p[0] for n, p in trainables.parameters().items()}
         folder = tmp_path / str(rank)
-        save_peft(folder, state, rank, "nobody/small", "abc", method.scaling)
+        save_peft(folder, state_of(trainables), rank, "nobody/small", "abc", method.scaling)
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["lora_alpha"] == method.scaling * rank  # a float is kept exactly
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).double()
@@ -63,35 +62,6 @@ def test_peft_computes_the_logits_that_were_trained(tmp_path, scaling_by, tied, 
         assert torch.allclose(got, want, rtol=0, atol=1e-6)  # PEFT holds adapters in fp32
         assert loaded.peft_config["default"].base_model_name_or_path == "nobody/small"
         assert loaded.peft_config["default"].revision == "abc"
-
-
-def test_an_adapter_written_before_still_loads(tmp_path):
-    """The file as it was written: an integer lora_alpha, no revision."""
-    from safetensors.torch import save_file
-
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
-    weights = {
-        f"{name}.lora_A.weight": torch.ones(2, 16),
-        f"{name}.lora_B.weight": torch.ones(16, 2),
-    }
-    save_file(weights, tmp_path / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "small",
-        "r": 2,
-        "lora_alpha": 32.0,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": ["q_proj"],
-        "inference_mode": True,
-        "use_rslora": False,
-    }
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    loaded = PeftModel.from_pretrained(empty_model(small(False)), tmp_path)
-    module = loaded.get_submodule(name)
-    assert module.scaling == {"default": 16.0}
-    assert torch.equal(module.lora_A["default"].weight, weights[f"{name}.lora_A.weight"])
 
 
 class Elsewhere:

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
 from lorasweep.data import load as data
 from lorasweep.data.batches import collate, merge
@@ -12,11 +13,10 @@ from lorasweep.errors import ModelError, SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.models.load import weights_sha256
-from lorasweep.models.precision import autocast, hold_in_bf16
-from lorasweep.models.recipe import empty_model
+from lorasweep.models.forward import autocast, hold_in_bf16
+from lorasweep.models.load import empty_model, weights_sha256
 from lorasweep.spec.run import validate
-from lorasweep.train.objectives import nll
+from lorasweep.train.objectives.nll import nll_sums
 from tests.training import attached, run
 from tests.world import compose_request, tiny_spec
 
@@ -25,22 +25,15 @@ from tests.world import compose_request, tiny_spec
 def world():
     """The shipped base, whose weights are bf16 numbers, held in fp32 and in bf16."""
     spec = tiny_spec(precision="bf16", method=LoRA(rank=4), lr=5e-3, steps=3)
-    model = dataclasses.replace(spec.model, weights_dtype="bf16")
-    wide = models.load(spec.model, ["/nonexistent"], "bf16")
-    narrow = models.load(model, ["/nonexistent"], "bf16")
+    wide, narrow = (
+        models.load(dataclasses.replace(spec.model, weights_dtype=dtype), [], "bf16")
+        for dtype in ("fp32", "bf16")
+    )
     return spec, wide, narrow, data.load(spec.dataset, [])
-
-
-@pytest.fixture(params=["cpu_llama", "transformers"])
-def passes(request, monkeypatch):
-    if request.param == "transformers":
-        monkeypatch.setattr(nll, "cpu_llama_for", lambda model: None)
 
 
 def of_family(family, tied):
     """A random model of bf16 numbers, held in fp32 and in bf16."""
-    import transformers
-
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         hidden_size=16,
@@ -62,22 +55,24 @@ def of_family(family, tied):
     return wide, narrow
 
 
+def linears_of(model):
+    return {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}
+
+
 def bytes_of(model):
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def test_matrices_are_bf16_and_the_base_is_the_same(world):
     spec, wide, narrow, _ = world
+    norms = {n: p for n, p in narrow.model.named_parameters() if "norm" in n}
     types = {n: p.dtype for n, p in narrow.model.named_parameters()}
-    norms = {n for n in types if "norm" in n}
-    assert {types[n] for n in norms} == {torch.float32}
-    assert {types[n] for n in types.keys() - norms} == {torch.bfloat16}
-    n_norms = sum(p.numel() for n, p in narrow.model.named_parameters() if n in norms)
+    assert all(t == (torch.float32 if n in norms else torch.bfloat16) for n, t in types.items())
+    n_norms = sum(p.numel() for p in norms.values())
     assert bytes_of(narrow.model) == 2 * (spec.model.n_params - n_norms) + 4 * n_norms
     assert wide.sha256 == narrow.sha256 == weights_sha256(narrow.model)
-    in_fp32 = dataclasses.replace(spec.model, weights_dtype="bf16")
-    base = models.load(in_fp32, ["/nonexistent"], "fp32")
-    assert {p.dtype for p in base.model.parameters()} == {torch.float32}
+    in_fp32 = models.load(dataclasses.replace(spec.model, weights_dtype="bf16"), [], "fp32")
+    assert {p.dtype for p in in_fp32.model.parameters()} == {torch.float32}
 
 
 def test_llama_8b_takes_the_bytes_that_a_plan_counts():
@@ -93,37 +88,31 @@ def test_llama_8b_takes_the_bytes_that_a_plan_counts():
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
-def test_logits_loss_and_gradients_have_the_same_bits(world, passes, family, tied):
-    spec, rows = world[0], world[3]
-    batch = merge([collate(rows.train(k, 0, 3)) for k in range(2)])
+def test_logits_loss_and_gradients_have_the_same_bits(world, family, tied):
+    batch = merge([collate(world[3].train(k, 0, 3)) for k in range(2)])
     found = []
     for model in of_family(family, tied):
         with torch.no_grad(), autocast("bf16", torch.device("cpu")):
             logits = model(input_ids=torch.from_numpy(batch.tokens_NX)).logits
-        linears = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}
         methods = [LoRA(rank=2), LoRA(rank=3)]
-        trainables = methods[0].attach(model, linears, methods, [0, 1])
-        params = trainables.parameters()
+        params = methods[0].attach(model, linears_of(model), methods, [0, 1]).parameters()
         torch.manual_seed(1)
         with torch.no_grad():
             for p in params.values():
                 assert p.dtype == torch.float32
                 p.add_(torch.randn_like(p), alpha=0.1)
-        sums = nll.nll_sums(model, batch, spec.precision)
+        sums = nll_sums(model, batch, "bf16")
         sums.sum().backward()
-        found.append(
-            {"logits": logits, "sums": sums.detach(), **{n: p.grad for n, p in params.items()}}
-        )
-    wide, narrow = found
-    assert len(wide) > 20 and all(torch.equal(wide[n], narrow[n]) for n in wide)
-    assert all(float(g.abs().max()) > 0 for g in narrow.values())
+        found.append([logits, sums.detach(), *(p.grad for p in params.values())])
+    assert len(found[0]) > 20 and all(map(torch.equal, *found))
+    assert all(float(g.abs().max()) > 0 for g in found[1])
 
 
 @pytest.mark.parametrize(
     "method", [LoRA(rank=4), FullFT(), FullFT(scope="matrices", layers="mlp")], ids=lambda m: m.name
 )
-def test_whole_runs_have_the_same_bits(world, passes, method):
-    """Full fine-tuning trains fp32 masters, of what it trains only, and puts the base back."""
+def test_whole_runs_have_the_same_bits(world, method):
+    """Full fine-tuning has fp32 masters of the trained matrices only, and restores the base."""
     spec, wide, narrow, rows = world
     spec = dataclasses.replace(spec, method=method, lr=1e-3)
     (a, records_a), (b, records_b) = (run([spec], base, rows) for base in (wide, narrow))
@@ -131,34 +120,25 @@ def test_whole_runs_have_the_same_bits(world, passes, method):
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, b[spec.id]["tensors"][name]), name
     for one, other in zip(records_a[spec.id], records_b[spec.id]):
-        assert [one[k] for k in ("train_nll", "grad_norm")] == [
-            other[k] for k in ("train_nll", "grad_norm")
-        ]
+        assert all(one[k] == other[k] for k in ("train_nll", "grad_norm"))
     last = [r[spec.id][-1]["test_nll"] for r in (records_a, records_b)]
     assert last[0] == last[1] != records_a[spec.id][0]["test_nll"]
     assert weights_sha256(narrow.model) == narrow.sha256
     assert narrow.model.lm_head.weight.dtype == torch.bfloat16
-
-
-def test_only_what_is_trained_becomes_fp32(world):
-    spec, _, narrow, _ = world
-    trainables = attached(FullFT(scope="matrices", layers="mlp"), narrow.model, spec.model)
-    try:
-        types = {n: p.dtype for n, p in narrow.model.named_parameters() if "norm" not in n}
-        trained = set(trainables.parameters())
-        assert {types[n] for n in trained} == {torch.float32}
-        assert {types[n] for n in types.keys() - trained} == {torch.bfloat16}
-    finally:
-        trainables.detach()
+    trainables = attached(method, narrow.model, spec.model)
+    types = {n: p.dtype for n, p in narrow.model.named_parameters() if "norm" not in n}
+    trained = trainables.parameters().keys()
+    trainables.detach()
+    wanted = {n: torch.float32 if n in trained else torch.bfloat16 for n in types}
+    assert types == wanted or method.name == "lora"  # its adapters are no part of the base
 
 
 def test_the_backward_pass_keeps_no_copies_of_frozen_matrices():
-    """Autocast's copies of fp32 matrices live until the backward pass; of bf16 ones there are none."""
-    rows = data.load(tiny_spec().dataset, [])
-    batch = collate(rows.train(0, 0, 3))
+    """Autocast's copies of fp32 matrices live until the backward pass; bf16 ones need none."""
+    batch = collate(data.load(tiny_spec().dataset, []).train(0, 0, 3))
     kept = []
     for model in of_family("Qwen3", False):
-        linears = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}
+        linears = linears_of(model)
         LoRA(rank=2).attach(model, linears, [LoRA(rank=2)], [0])
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         storages = {}
@@ -169,7 +149,7 @@ def test_the_backward_pass_keeps_no_copies_of_frozen_matrices():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = nll.nll_sums(model, batch, "bf16").sum()
+            loss = nll_sums(model, batch, "bf16").sum()
         kept.append(sum(s.nbytes() for s in storages.values()))
         del loss
     first = [f"model.layers.0.self_attn.{m}_proj" for m in "qkv"]  # their input needs no gradient
@@ -179,7 +159,7 @@ def test_the_backward_pass_keeps_no_copies_of_frozen_matrices():
 
 def test_weights_that_are_finer_than_described_are_refused(world):
     spec = world[0]
-    model = models.load(spec.model, ["/nonexistent"], "fp32").model
+    model = models.load(spec.model, [], "fp32").model
     described = dataclasses.replace(spec.model, weights_dtype="bf16")
     models.check_shape(model, described)
     with torch.no_grad():
@@ -187,10 +167,9 @@ def test_weights_that_are_finer_than_described_are_refused(world):
     models.check_shape(model, spec.model)
     with pytest.raises(ModelError, match=r"weights_dtype is fp32 \(lm_head\.weight\)"):
         models.check_shape(model, described)
+    unknown = dataclasses.replace(spec.model, weights_dtype="fp8")
     with pytest.raises(SpecError, match=r"weights_dtype='fp8'\. Allowed: fp32, bf16"):
-        validate(
-            dataclasses.replace(spec, model=dataclasses.replace(spec.model, weights_dtype="fp8"))
-        )
+        validate(dataclasses.replace(spec, model=unknown))
 
 
 def test_a_module_that_does_more_with_its_weight_keeps_it():

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,11 @@ import torch
 from lorasweep.errors import TrainingError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.models.precision import autocast, hold_in_bf16
+from lorasweep.models.forward import autocast, hold_in_bf16
 from lorasweep.models.sharding import Mesh, guard, shard
 from lorasweep.models.targets import find_targets
 from lorasweep.plan.gpu.load import load_of
 from lorasweep.plan.gpu.memory import Layout, memory_parts
-from lorasweep.train.optim import OneRun
 from tests.unit.plan.test_saved_tensors import LLAMA, transformers_model
 from tests.world import ROOT
 
@@ -52,17 +52,19 @@ def test_the_guard_refuses_a_trained_tensor_that_is_not_split_and_processes_that
     """The first is what happens to adapters that are attached to a model already split: its loss is
     right, and the gradients are those of one process."""
     model, mesh = torch.nn.Linear(2, 2), Three(devices=object())
-    trained = OneRun({"adapter": torch.zeros(2)})
+    none, trained = (
+        SimpleNamespace(parameters=lambda p=p: p) for p in ({}, {"adapter": torch.zeros(2)})
+    )
     with pytest.raises(TrainingError, match="adapter is trained but not spread"):
         guard(model, trained, mesh, [])
     mesh.__class__.other = staticmethod(lambda value: (value[0], [1.5]))
     with pytest.raises(TrainingError, match="differ in losses or gradients"):
-        guard(model, OneRun({}), mesh, [1.0])
+        guard(model, none, mesh, [1.0])
     mesh.__class__.other = staticmethod(lambda value: ({**value[0], "bias": (0.0, 1.0)}, value[1]))
     with pytest.raises(TrainingError, match="differ in bias"):
-        guard(model, OneRun({}), mesh, [1.0])
+        guard(model, none, mesh, [1.0])
     mesh.__class__.other = staticmethod(lambda value: value)
-    guard(model, OneRun({}), mesh, [1.0, float("nan")])
+    guard(model, none, mesh, [1.0, float("nan")])
 
 
 METHODS = {"full": FullFT(), "adapters": LoRA(rank=2, layers="attention+mlp")}

@@ -9,10 +9,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3Mo
 
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.models.experts import use_grouped_experts
-from lorasweep.models.precision import autocast
+from lorasweep.models.forward import autocast
 from lorasweep.models.sharding import compute_again
-from lorasweep.models.targets import find_targets
+from lorasweep.models.targets import find_targets, use_grouped_experts
 from lorasweep.plan.gpu.load import load_of
 from lorasweep.plan.gpu.memory import Layout, memory_parts
 from lorasweep.spec.model import ModelSpec

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from analysis.questions.rl.taught import known_share
-from lorasweep.train.objectives.expected import bits_learned
+from lorasweep.train.objectives.rollouts import bits_learned
 from tests.rewards import Rewards, study_of
 
 pytestmark = pytest.mark.slow  # fits a dozen curves

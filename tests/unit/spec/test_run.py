@@ -233,10 +233,10 @@ def test_axes_are_looked_up_in_method_then_spec():
 
 
 def test_no_method_field_has_the_name_of_a_spec_field():
-    from lorasweep.methods.registry import method_classes
+    from lorasweep.methods.registry import METHODS
 
     spec_fields = {f.name for f in dataclasses.fields(RunSpec)}
-    for cls in method_classes().values():
+    for cls in METHODS.values():
         assert not {f.name for f in dataclasses.fields(cls)} & spec_fields
 
 

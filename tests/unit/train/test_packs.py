@@ -1,5 +1,5 @@
-"""Packs are the runs alone, to rounding: step by step, over ten updates, and on models of other
-families."""
+"""A pack is its runs alone, to rounding: step by step, over ten updates, on models of other families,
+and with data sets of different rows, lengths, numbers and steps."""
 
 import dataclasses
 import statistics
@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep.data import load as data
-from lorasweep.data.examples import Data, Example
+from lorasweep.data import load as data_sets
+from lorasweep.data.examples import Data, Example, shuffled
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.streams import stream
 from lorasweep.train.finetune import finetune
-from lorasweep.train.objectives import nll
-from tests.training import EPS, ROUNDING, copied, moved, run, worst
+from lorasweep.train.objectives import nll, sft
+from tests.training import ROUNDING, copied, moved, run, small_world, worst
 from tests.world import tiny_spec
 
 
@@ -36,18 +36,13 @@ def ragged(vocab=32, longest=60):
 
 @pytest.fixture(scope="module")
 def world():
-    spec = tiny_spec(
-        precision="fp64", method=LoRA(rank=4), lr=2e-3, steps=10, batch_size=2, eps=EPS
-    )
-    spec = dataclasses.replace(
-        spec, dataset=dataclasses.replace(spec.dataset, n_test=8, n_test_curve=8)
-    )
-    return spec, models.load(spec.model, ["/nonexistent"], "fp64"), data.load(spec.dataset, [])
+    spec, base, rows = small_world(lr=2e-3, steps=10, batch_size=2)
+    few = dataclasses.replace(spec.dataset, n_test=8, n_test_curve=8)
+    return dataclasses.replace(spec, dataset=few), base, rows
 
 
 def mixed(spec, count, wild=()):
-    """`count` members that mix rates, ranks (equal ones together, as the planner lays them), alphas
-    and seeds."""
+    """`count` runs that mix learning rates, ranks (equal ones are neighbours), alphas and seeds."""
     ranks = sorted((1, 4, 8, 16)[k % 4] for k in range(count))
     return [
         dataclasses.replace(
@@ -68,25 +63,25 @@ def losses(records, name="train_nll"):
 def test_one_step_in_a_pack_is_one_step_alone(world, other_weights):
     """From the same state, at three points of a run: gradient, moments and update.
 
-    Catches what mixes members up (a rate, an alpha, a data order, moments or a bias correction of
-    another member), a loss divided by another count, and a member beyond the edge of stability that
+    Catches mixed-up runs (a learning rate, an alpha, a data order, moments or a bias correction of
+    another run), a loss divided by another count, and a run beyond the edge of stability that
     reaches its neighbours.
     """
     spec, base, rows = world
     # the pack is attached to `base` meanwhile
-    other = other_weights(models.load(spec.model, ["/nonexistent"], "fp64"))
+    other = other_weights(models.load(spec.model, [], "fp64"))
     pack = mixed(spec, 16, wild=(0.12,))
     checked = {2: pack, 5: pack[::5], 8: pack[::5]}  # at update 2 all, then one of each rank
     before, wild = {}, []
     for event in finetune(pack, base, rows):
         after = copied(event.snapshot())
         wild.append(event.records[pack[0].id]["train_nll"])
-        for member in checked.get(event.step, ()):
-            resume = {member.id: before[member.id]}
-            alone = next(iter(finetune([member], other, rows, resume=resume))).snapshot()
+        for one in checked.get(event.step, ()):
+            resume = {one.id: before[one.id]}
+            alone = next(iter(finetune([one], other, rows, resume=resume))).snapshot()
             # beyond the edge of stability a gradient amplifies rounding, too
-            bound = ROUNDING[10] if member is pack[0] else ROUNDING[1]
-            assert worst(alone[member.id], after[member.id]) < bound, (event.step, member.lr)
+            bound = ROUNDING[10] if one is pack[0] else ROUNDING[1]
+            assert worst(alone[one.id], after[one.id]) < bound, (event.step, one.lr)
         if event.step == max(checked):
             break
         before = after
@@ -121,10 +116,9 @@ def test_a_run_that_the_caller_drops_is_trained_no_further(world):
     ids=["equal rows", "ragged rows"],
 )
 def test_ten_updates_of_a_pack_are_those_of_its_runs_alone(world, text):
-    """One pack of eight: four ranks, three data orders, so that with ragged rows the members'
-    widths in the pack are not their own; one ends early. Some members are run alone, on the same
-    weights and on moved ones; two go on from its fifth update as a pack of their own. With decay
-    and clipping, which are each member's own."""
+    """One pack of eight with weight decay and clipping: four ranks, three data orders, so that
+    ragged rows have other widths in the pack; one ends early. Some runs are trained alone, on the
+    same weights and on moved ones; two resume from the fifth update as another pack."""
     spec, base, rows = world
     rows = ragged(longest=40) if text else rows
     pack = mixed(dataclasses.replace(spec, weight_decay=0.1, clip_norm=0.5), 8)
@@ -136,22 +130,21 @@ def test_ten_updates_of_a_pack_are_those_of_its_runs_alone(world, text):
         if event.ended:
             together |= copied(event.snapshot())
     for weights in (base, moved(base)):
-        for member in pack[::5]:
-            alone, _ = run([member], weights, rows)
-            assert worst(alone[member.id], together[member.id]) < ROUNDING[10]
+        for one in pack[::5]:
+            alone, _ = run([one], weights, rows)
+            assert worst(alone[one.id], together[one.id]) < ROUNDING[10]
         some = pack[3:7:3]
         rest, _ = run(some, weights, rows, resume={s.id: middle[s.id] for s in some})
-        for member in some:
-            assert worst(rest[member.id], together[member.id]) < ROUNDING[10]
+        for one in some:
+            assert worst(rest[one.id], together[one.id]) < ROUNDING[10]
 
 
 @pytest.mark.slow
 def test_in_float32_packing_is_far_within_the_noise_between_seeds():
-    """Sixteen members of four ranks and four seeds. Bits may differ: matrix products of another
-    shape may add up in another order, and which do depends on the processor. So the first losses
-    agree to rounding, and the final held-out loss to a twentieth of the noise between seeds."""
-    spec = tiny_spec(lr=3e-3, steps=20)
-    base, rows = models.load(spec.model, ["/nonexistent"]), data.load(spec.dataset, [])
+    """Sixteen runs of four ranks and four seeds. Bits may differ: matrix products of another shape
+    may add up in another order, and which do depends on the processor. So the first losses agree to
+    rounding, and the final held-out loss to a twentieth of the noise between seeds."""
+    spec, base, rows = small_world(lr=3e-3, steps=20, precision="fp32", eps=1e-8)
     pack = [
         dataclasses.replace(spec, method=LoRA(rank=r), seed=s)
         for r in (1, 4, 8, 16)
@@ -159,39 +152,16 @@ def test_in_float32_packing_is_far_within_the_noise_between_seeds():
     ]
     _, together = run(pack, base, rows)
     noise = statistics.stdev(losses(together[m.id], "test_nll")[-1] for m in pack[4:8])
-    for member in (pack[0], pack[5], pack[-1]):
-        own = run([member], base, rows)[1][member.id]
-        ours, theirs = losses(together[member.id]), losses(own)
+    for one in (pack[0], pack[5], pack[-1]):
+        alone = run([one], base, rows)[1][one.id]
+        ours, theirs = losses(together[one.id]), losses(alone)
         assert np.abs(ours[:5] - theirs[:5]).max() < 1e-5
-        final = losses(together[member.id], "test_nll")[-1] - losses(own, "test_nll")[-1]
+        final = losses(together[one.id], "test_nll")[-1] - losses(alone, "test_nll")[-1]
         assert abs(final) < noise / 20
 
 
-# ---------------------------------------------------------------- both ways to compute a forward
-
-
-@pytest.mark.numerics
-@pytest.mark.parametrize(
-    "methods",
-    [[LoRA(rank=2), LoRA(rank=2, alpha=8.0), LoRA(rank=8)], [FullFT()]],
-    ids=["lora", "fullft"],
-)
-def test_our_passes_are_transformers_own_on_ragged_rows(
-    world, norms_in_float64, monkeypatch, methods, other_weights
-):
-    spec, base, _ = world
-    pack = [
-        dataclasses.replace(spec, method=m, steps=3, lr=1e-3, seed=k) for k, m in enumerate(methods)
-    ]
-    ours, _ = run(pack, base, ragged())
-    monkeypatch.setattr(nll, "cpu_llama_for", lambda model: None)
-    theirs, _ = run(pack, other_weights(base), ragged())
-    for i, state in ours.items():
-        assert worst(state, theirs[i]) < ROUNDING[10]
-
-
 def qwen3(spec):
-    """A random Qwen3 of tiny64's shape: a family that has no passes of ours."""
+    """A random Qwen3 of tiny64's shape: another family than the shipped bases."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     m = spec.model
@@ -219,13 +189,167 @@ def qwen3(spec):
 
 @pytest.mark.numerics
 def test_a_pack_on_another_family_is_its_runs_alone(world, norms_in_float64, other_weights):
-    """Ragged rows: members of unequal length must not be cut at the wrong place."""
+    """Ragged rows: runs of unequal length must not be cut at the wrong place."""
     spec, base = qwen3(dataclasses.replace(world[0], steps=4, batch_size=3))
     pack = mixed(spec, 5)
     together, _ = run(pack, base, ragged(longest=40), micro_batch_size=2)
-    for member in pack[::2]:
-        alone, _ = run([member], other_weights(base), ragged(longest=40))
-        assert worst(alone[member.id], together[member.id]) < ROUNDING[10]
+    for one in pack[::2]:
+        alone, _ = run([one], other_weights(base), ragged(longest=40))
+        assert worst(alone[one.id], together[one.id]) < ROUNDING[10]
+
+
+# ---------------------------------------------------------------- data sets of their own
+
+CUSTOMERS = {"few": (5, 12, 3), "many": (40, 30, 9), "long": (12, 70, 6), "one": (1, 20, 7)}
+"""Name: training rows, longest row, steps."""
+SECRET = 31
+"""A symbol that only the rows of one customer hold."""
+
+
+def rows_of(name, count, longest, split):
+    rng = stream(name, split)
+    found = []
+    for _ in range(count):
+        tokens = rng.integers(0, SECRET, rng.integers(5, longest + 1)).astype(np.int32)
+        found.append(Example(tokens, np.arange(len(tokens)) > len(tokens) // 3))
+    return found
+
+
+def customer(spec, name):
+    """A customer's run, and its data."""
+    count, longest, steps = CUSTOMERS[name]
+    dataset = dataclasses.replace(spec.dataset, name=name, n_test=4, n_test_curve=2)
+    data = Data(
+        shuffled(dataset, rows_of(name, count, longest, "train")),
+        rows_of(name, 4, longest, "test"),
+        count,
+        validation=rows_of(name, 3, longest, "validation"),
+    )
+    rates = {"few": 1e-3, "many": 2e-3, "long": 4e-3, "one": 2e-3}
+    rank = 8 if name == "one" else 4
+    changes = {"dataset": dataset, "steps": steps, "lr": rates[name], "method": LoRA(rank=rank)}
+    return dataclasses.replace(spec, **changes), data
+
+
+@pytest.fixture(scope="module")
+def fleet():
+    spec, base, _ = small_world(batch_size=4)
+    made = [customer(spec, name) for name in CUSTOMERS]
+    return base, [s for s, _ in made], {s.id: d for s, d in made}
+
+
+@pytest.fixture
+def measured_anew(fleet):
+    fleet[0].at_start.clear()
+
+
+@pytest.mark.parametrize("rows", [pytest.param(None, marks=pytest.mark.numerics), 3])
+def test_each_data_set_trains_and_measures_as_alone_until_it_is_done(fleet, rows, other_weights):
+    base, pack, data = fleet
+    base.at_start.clear()
+    together, records = run(pack, base, data, micro_batch_size=rows)
+    for one in pack:
+        base.at_start.clear()
+        alone, own = run([one], other_weights(base), {one.id: data[one.id]})
+        assert worst(alone[one.id], together[one.id]) < ROUNDING[10]
+        assert len(records[one.id]) == len(own[one.id]) == one.steps
+        for ours, theirs in zip(records[one.id], own[one.id]):
+            assert ours.keys() == theirs.keys()
+            for name in (
+                "train_nll",
+                "test_nll",
+                "test_nll_curve",
+                "gain_se",
+                "grad_norm",
+                "tokens",
+            ):
+                assert ours.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=ROUNDING[10])
+
+
+def test_validation_rows_are_measured_during_training_and_test_rows_only_at_the_end(fleet):
+    base, pack, data = fleet
+    one, last = pack[1], []
+    for test in (data[one.id].test, rows_of("other", 4, 30, "test")):
+        base.at_start.clear()
+        _, records = run([one], base, {one.id: dataclasses.replace(data[one.id], test=test)})
+        last.append(records[one.id])
+    for a, b in zip(last[0][:-1], last[1][:-1]):
+        assert a.get("test_nll") == b.get("test_nll")
+    first, second = (records[-1] for records in last)
+    assert first["test_nll"] != second["test_nll"]
+    assert first["test_nll_curve"] == second["test_nll_curve"]
+
+
+def test_only_runs_that_are_due_are_measured(fleet, monkeypatch, measured_anew):
+    """Runs in held-out passes, from the fourth update on: those that are due, of one data set."""
+    base, pack, data = fleet
+    twin = dataclasses.replace(pack[2], lr=2 * pack[2].lr)
+    pack, data = [*pack, twin], {**data, twin.id: data[pack[2].id]}
+    measured = []
+
+    def watched(function):
+        def measure(model, rows, *more):
+            measured.append(len(rows))
+            return function(model, rows, *more)
+
+        return measure
+
+    for name in ("evaluate", "row_nlls"):
+        monkeypatch.setattr(sft, name, watched(getattr(nll, name)))
+    passes = {}
+    for event in finetune(pack, base, data):
+        passes[event.step], measured = measured, []
+    # the end of a run: its test rows, then its validation rows
+    ends = {7: [1, 1], 8: [1], 9: [1, 1]}
+    assert {s: n for s, n in passes.items() if s > 3} == {
+        4: [1, 2, 1],
+        5: [],
+        6: [2, 2, 1, 1],
+    } | ends
+
+
+def test_nothing_of_one_customers_rows_is_in_what_another_gets(fleet, monkeypatch):
+    """A symbol planted in one customer's rows: in no row of the batches that others are trained and
+    measured on, and with or without it, all that others get is the same, bit for bit."""
+    base, pack, data = fleet
+    owner, seen, sums = pack[2], [], nll.nll_sums
+    mine = data[owner.id]
+
+    def with_secret(examples):
+        return [dataclasses.replace(e, tokens=np.full_like(e.tokens, SECRET)) for e in examples]
+
+    def watched(model, batch, precision):
+        seen.append(batch)
+        return sums(model, batch, precision)
+
+    for module in (sft, nll):
+        monkeypatch.setattr(module, "nll_sums", watched)
+    planted = dataclasses.replace(
+        mine,
+        train=lambda *at: with_secret(mine.train(*at)),
+        test=with_secret(mine.test),
+        validation=with_secret(mine.validation),
+    )
+    found = []
+    for rows in (mine, planted):
+        base.at_start.clear()
+        seen.clear()
+        found.append(run(pack, base, {**data, owner.id: rows}))
+    (clean, clean_records), (states, records) = found
+    assert worst(clean[owner.id], states[owner.id]) > 0
+    timed = ("step_s", "tokens_per_s")
+    for one in pack[:2] + pack[3:]:
+        for name, tensor in states[one.id]["tensors"].items():
+            assert tensor.equal(clean[one.id]["tensors"][name])
+        for a, b in zip(records[one.id], clean_records[one.id]):
+            assert all(a[k] == b[k] for k in a.keys() | b.keys() if k not in timed)
+    holds = [(b.tokens_NX == SECRET).any(1) | (b.targets_NM == SECRET).any(1) for b in seen]
+    full = [h for h in holds if len(h) == len(pack)]
+    assert full and all(h.tolist() == [False, False, True, False] for h in full)
+    assert all(h.sum() <= 1 for h in holds)
+
+
+# ---------------------------------------------------------------- GPUs
 
 
 @pytest.mark.gpu
@@ -234,26 +358,25 @@ def test_a_pack_on_another_family_is_its_runs_alone(world, norms_in_float64, oth
 def test_on_a_gpu_it_is_the_cpus_run(method):
     """float64, the same curve as on the CPU; then bf16 autocast, near it."""
     spec = tiny_spec(method=method, steps=10, lr=1e-3, precision="fp64")
-    rows, curves = data.load(spec.dataset, []), {}
+    rows, curves = data_sets.load(spec.dataset, []), {}
     for device in ("cpu", "cuda"):
-        base = models.load(spec.model, ["/nonexistent"], "fp64")
+        base = models.load(spec.model, [], "fp64")
         base.model.to(device)
         curves[device] = run([spec], base, rows)[1][spec.id][-1]
     assert curves["cuda"]["test_nll"] == pytest.approx(
         curves["cpu"]["test_nll"], abs=1e-6
     )  # norms in float32
     low = dataclasses.replace(spec, precision="bf16")
-    got = run([low], models.load(low.model, ["/nonexistent"], "bf16"), rows)[1][low.id][-1]
+    got = run([low], models.load(low.model, [], "bf16"), rows)[1][low.id][-1]
     assert got["test_nll"] == pytest.approx(curves["cpu"]["test_nll"], abs=0.02)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_pack_on_a_gpu_is_its_runs_alone(norms_in_float64):
-    spec = tiny_spec(steps=10, lr=1e-3, precision="fp64", eps=EPS)
-    base, rows = models.load(spec.model, ["/nonexistent"], "fp64"), ragged()
-    pack = mixed(spec, 8)
+    spec, base, _ = small_world(steps=10, lr=1e-3)
+    pack, rows = mixed(spec, 8), ragged()
     together, _ = run(pack, base, rows)
-    for member in pack[::3]:
-        alone, _ = run([member], base, rows)
-        assert worst(alone[member.id], together[member.id]) < ROUNDING[10]
+    for one in pack[::3]:
+        alone, _ = run([one], base, rows)
+        assert worst(alone[one.id], together[one.id]) < ROUNDING[10]

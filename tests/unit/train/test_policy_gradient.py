@@ -1,6 +1,7 @@
 """The policy gradient: its mean is the gradient of the expected reward, a pack is its runs alone, and
 runs end as they should."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -14,14 +15,18 @@ from lorasweep.errors import DataError, ModelError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.train.finetune import finetune
-from lorasweep.train.objectives import nll, policy_gradient
-from lorasweep.train.objectives.expected import bits_learned, measure
-from lorasweep.train.objectives.policy_gradient import PolicyGradient
-from lorasweep.train.objectives.rollouts import Answer, Group, lay_out
-from lorasweep.train.objectives.surrogate import advantages, surrogate
-from lorasweep.train.sampling import Answers
-from tests.rewarded import rewarded_spec, world
-from tests.training import EPS, ROUNDING, attached, copied, run, state_at, worst
+from lorasweep.train.objectives import policy_gradient
+from lorasweep.train.objectives.policy_gradient import PolicyGradient, surrogate
+from lorasweep.train.objectives.rollouts import (
+    Completion,
+    Group,
+    advantages,
+    bits_learned,
+    collate_rollouts,
+    held_out_rewards,
+)
+from tests.rewarded import world
+from tests.training import EPS, ROUNDING, attached, run, state_at, worst
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
 
@@ -33,7 +38,7 @@ def worlds():
 
 @pytest.fixture
 def attach():
-    """Attach one member to a model until the test ends."""
+    """Attach one run to a model until the test ends."""
     made = []
 
     def one(method, base, spec):
@@ -49,26 +54,14 @@ def gradient(trained):
     return torch.cat([p.grad.flatten() for p in trained.parameters().values()])
 
 
-def objective_of(spec, base, loaded):
-    """An objective that has begun, as if it had just sampled."""
-    objective = PolicyGradient({spec.id: loaded}, spec.precision)
-    objective.start(base, [spec])
-    objective._members = [spec]
-    objective._runs[spec.id].last = {"largest_logit": 1.0}
-    return objective
-
-
-@pytest.mark.parametrize("passes", ["cpu_llama", "transformers"])
-def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(
-    worlds, passes, monkeypatch, attach
-):
+def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds, attach):
     """Every pair of symbols that a context's group of two may draw, each as likely as it is: through
     the rows and the loss that training uses. Half of the gradient, since (G - 1) / G = 1/2."""
     spec, base, loaded = worlds["bandit"]
-    if passes == "transformers":
-        monkeypatch.setattr(nll, "cpu_llama_for", lambda model: None)
     row, vocab = loaded.test[3], spec.model.vocab_size
-    objective = objective_of(spec, base, loaded)
+    objective = PolicyGradient({spec.id: loaded}, spec.precision)
+    objective.start(base, [spec])
+    objective.batches(base.model, 0, [spec])
     trained = attach(FullFT(), base, spec)
     tokens = torch.tensor(prompt_of(row)[None].astype(int))
     log_p = base.model(input_ids=tokens, use_cache=False).logits[0, -1].log_softmax(-1)
@@ -77,15 +70,15 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(
     for p in trained.parameters().values():
         p.grad = None
     at = log_p.detach().numpy()
-    answers = []
+    completions = []
     for a in range(vocab):
         for b in range(vocab):
             pair = [np.array([a]), np.array([b])]
             rewards = np.array([loaded.rewards.of([(row, t) for t in pair])])
             for token, own in zip(pair, advantages(rewards, "none")[0]):
                 likely = math.exp(at[a] + at[b])
-                answers.append(Answer(token, at[token], own * likely / 2))
-    (batch,) = lay_out([[Group(prompt_of(row), answers)]], 10**6, 1, False)
+                completions.append(Completion(token, at[token], own * likely / 2))
+    (batch,) = collate_rollouts([[Group(prompt_of(row), completions)]], 10**6, 1, False)
     assert batch.tokens_N == (4,)  # all of them share the prompt's row
     objective.loss(base.model, batch).sum().backward()
     found = -gradient(trained)
@@ -93,10 +86,10 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(
     assert float((found - exact / 2).norm()) < 1e-9 * float(exact.norm())
 
 
-def by_hand(model, spec, base_log_p, rows, answers, rewards):
-    """The gradient's loss, written down answer by answer; `spec` has the options."""
+def by_hand(model, spec, base_log_p, rows, completions, rewards):
+    """The gradient's loss, written down completion by completion; `spec` has the options."""
     total, size = 0.0, spec.group_size
-    for k, (tokens, reward) in enumerate(zip(answers, rewards)):
+    for k, (tokens, reward) in enumerate(zip(completions, rewards)):
         prompt, group = prompt_of(rows[k // size]), rewards[k // size * size :][:size]
         whole = torch.tensor(np.concatenate([prompt, tokens])[None].astype(int))
         log_ps = model(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
@@ -113,7 +106,7 @@ def by_hand(model, spec, base_log_p, rows, answers, rewards):
             away = base_log_p(whole)[len(prompt) - 1 : -1]
             away = away.gather(1, whole[0, len(prompt) :, None])[:, 0] - own
             total = total + spec.kl_weight * (away.exp() - away - 1).sum()
-    return total / len(answers)
+    return total / len(completions)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +123,12 @@ def by_hand(model, spec, base_log_p, rows, answers, rewards):
 @pytest.mark.parametrize("rows", [None, 16], ids=["whole", "micro-batches"])
 def test_a_sampled_update_has_the_gradient_written_down_by_hand(worlds, options, rows, attach):
     """Words of unequal length from a policy that has left the base, groups without a signal among
-    them; the learner's own rows, micro-batches and dropped groups against one answer at a time."""
+    them; the learner's own rows, micro-batches and dropped groups against one completion at a time."""
     spec, base, loaded = worlds["words"]
     spec = dataclasses.replace(spec, **options)
     objective = PolicyGradient({spec.id: loaded}, "fp64", rows)
     objective.start(base, [spec])
+    reference = copy.deepcopy(base.model)
     trained = attach(LoRA(rank=4), base, spec)
     for name, p in trained.parameters().items():
         if ".B" in name:
@@ -150,19 +144,19 @@ def test_a_sampled_update_has_the_gradient_written_down_by_hand(worlds, options,
     answers = kept[0].tokens
     rewards = loaded.rewards.of([(given[k // spec.group_size], t) for k, t in enumerate(answers)])
     assert 0 < sum(rewards) < len(rewards)
-    flat = objective._runs[spec.id].last["flat_groups"]
-    assert 0 < flat < 1 and (rows is None) == (len(batches) == 1)
+    assert (rows is None) == (len(batches) == 1)
     weight = torch.stack([objective.weights(b) for b in batches]).sum(0)
     assert weight.tolist() == [spec.batch_size]
     for batch in batches:
         (objective.loss(base.model, batch) / weight).sum().backward()
+    assert 0 < objective.metrics([0.0])[0]["flat_groups"] < 1
     ours = gradient(trained)
     for p in trained.parameters().values():
         p.grad = None
 
     def base_log_p(whole):
         with torch.no_grad():
-            return objective._reference(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
+            return reference(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
 
     by_hand(base.model, spec, base_log_p, given, answers, rewards).backward()
     theirs = gradient(trained)
@@ -184,7 +178,7 @@ def test_a_clipped_ratio_stops_the_gradient_only_on_the_side_that_it_went_too_fa
 
 
 @pytest.mark.parametrize("name", [pytest.param("bandit", marks=pytest.mark.numerics), "words"])
-def test_a_member_of_a_pack_is_the_run_alone(worlds, name, other_weights):
+def test_a_run_in_a_pack_is_the_run_alone(worlds, name, other_weights):
     """Mixed ranks, rates and seeds, over six updates in float64, where no draw flips."""
     spec, base, loaded = worlds[name]
     spec = dataclasses.replace(spec, eps=EPS)
@@ -194,30 +188,18 @@ def test_a_member_of_a_pack_is_the_run_alone(worlds, name, other_weights):
     ]
     pack[1] = dataclasses.replace(pack[1], steps=4)  # one ends early
     together, records = run(pack, base, loaded)
-    for member in (pack[0], pack[2]):
-        alone, own = run([member], other_weights(base), loaded)
-        assert worst(alone[member.id], together[member.id]) < ROUNDING[10]
-        for ours, theirs in zip(own[member.id], records[member.id], strict=True):
+    for one in (pack[0], pack[2]):
+        alone, own = run([one], other_weights(base), loaded)
+        assert worst(alone[one.id], together[one.id]) < ROUNDING[10]
+        for ours, theirs in zip(own[one.id], records[one.id], strict=True):
             for key in ("reward", "flat_groups", "answer_tokens", "cut_off"):
                 assert ours[key] == theirs[key], key
             assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=ROUNDING[10])
             if "test_reward" in ours:
                 wanted = pytest.approx(theirs["test_reward"], rel=ROUNDING[10])
                 assert ours["test_reward"] == wanted
-        assert alone[member.id]["meta"]["best_reward"] == pytest.approx(
-            together[member.id]["meta"]["best_reward"], rel=ROUNDING[10]
-        )
-
-
-def test_full_fine_tuning_and_lora_see_the_same_prompts_and_draw_the_same_first_answers(worlds):
-    spec, base, loaded = worlds["words"]
-    first = {}
-    for method in (FullFT(), LoRA(rank=1)):
-        own = dataclasses.replace(spec, method=method)
-        _, records = run([dataclasses.replace(own, steps=1)], base, loaded)
-        (first[method.name],) = next(iter(records.values()))
-    for key in ("reward", "answer_tokens", "flat_groups"):
-        assert first["fullft"][key] == first["lora"][key]
+        best, wanted = (x[one.id]["meta"]["best_reward"] for x in (alone, together))
+        assert best == pytest.approx(wanted, rel=ROUNDING[10])
 
 
 @pytest.mark.parametrize("name", ["bandit", "words"])
@@ -239,15 +221,20 @@ def test_a_resumed_run_ends_in_the_same_bits(worlds, name):
 # ---------------------------------------------------------------- how runs end
 
 
+def end_of(spec, base, loaded):
+    """How a run ends, and its result."""
+    ended = {}
+    for event in finetune([spec], base, loaded):
+        ended |= event.ended
+    return ended[spec.id]
+
+
 def test_it_learns_the_labels_and_records_what_it_learned(worlds):
     spec, base, loaded = worlds["bandit"]
     spec = dataclasses.replace(
         spec, method=FullFT(), lr=1e-3, steps=24, batch_size=512, precision="fp64"
     )
-    results = {}
-    for event in finetune([spec], base, loaded):
-        results |= {i: r for i, (_, r) in event.ended.items()}
-    (result,) = results.values()
+    _, result = end_of(spec, base, loaded)
     rewards = [point["test_reward"] for point in result["curve"]]
     assert rewards[0] == result["reward_start"] < 0.1 and rewards[-1] > 0.25
     assert result["best_reward"] == max(rewards[1:]) and result["answers"] == 24 * 512
@@ -270,23 +257,15 @@ def test_the_expected_reward_is_the_mean_of_samples(worlds):
     spec, base, _ = worlds["words"]
     _, _, loaded = world("words", dataset=dataclasses.replace(spec.dataset, n_test=512))
     rows = [loaded.test]
-    ((exact, exact_se, _),) = measure(base.model, rows, [loaded.rewards], 6, "fp64")
+    ((exact, exact_se, _),) = held_out_rewards(base.model, rows, [loaded.rewards], 6, "fp64")
     sampled = dataclasses.replace(loaded.rewards, exact=False)
-    ((mean, se, _),) = measure(base.model, rows, [sampled], 6, "fp64")
+    ((mean, se, _),) = held_out_rewards(base.model, rows, [sampled], 6, "fp64")
     assert 0.02 < exact < 0.2 and exact_se < se
     assert abs(mean - exact) < 4 * se
 
 
 def constant(rewards, value):
     return dataclasses.replace(rewards, of=lambda pairs: [value] * len(pairs), exact=False)
-
-
-def end_of(spec, base, loaded):
-    """How a run ends, and its result."""
-    ended = {}
-    for event in finetune([spec], base, loaded):
-        ended |= event.ended
-    return ended[spec.id]
 
 
 def test_a_collapse_is_a_result(worlds):
@@ -297,7 +276,9 @@ def test_a_collapse_is_a_result(worlds):
     assert result["reward"] < result["reward_start"] / 2
 
 
-@pytest.mark.parametrize(("value", "said"), [(0.0, "no answer.*easier"), (1.0, "every.*harder")])
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.0, "no completion.*easier"), (1.0, "every.*harder")]
+)
 def test_a_base_without_a_signal_is_said_after_the_first_updates(worlds, value, said, monkeypatch):
     spec, base, loaded = worlds["bandit"]
     base.at_start.clear()
@@ -311,47 +292,45 @@ def test_a_base_without_a_signal_is_said_after_the_first_updates(worlds, value, 
     base.at_start.clear()
 
 
-def test_unreadable_answers_are_counted_apart(worlds, monkeypatch):
+def test_unreadable_completions_are_counted_apart(worlds, monkeypatch):
     spec, base, loaded = worlds["bandit"]
     monkeypatch.setattr(policy_gradient, "check_rows", lambda *_: None)
     base.at_start.clear()
     silent = dataclasses.replace(loaded, rewards=constant(loaded.rewards, None))
-    _, records = run([dataclasses.replace(spec, steps=1)], base, silent)
-    assert records[dataclasses.replace(spec, steps=1).id][0]["unread"] == 1.0
+    one = dataclasses.replace(spec, steps=1)
+    assert run([one], base, silent)[1][one.id][0]["unread"] == 1.0
     base.at_start.clear()
 
 
-def test_a_learner_that_is_not_the_sampler_is_refused(worlds, monkeypatch):
-    spec, base, loaded = worlds["words"]
-    sampled = policy_gradient.sample
-
-    def another(*args):
-        return [
-            Answers(a.tokens, [x + 0.01 for x in a.log_p], *dataclasses.astuple(a)[2:])
-            for a in sampled(*args)
-        ]
-
-    monkeypatch.setattr(policy_gradient, "sample", another)
-    with pytest.raises(ModelError, match="not the same policy"):
-        run([spec], base, loaded)
-
-
-def test_a_run_whose_probabilities_are_lost_to_rounding_has_broken_down(worlds, monkeypatch):
-    """Seen at too high a rate: the same weights give a token two probabilities, 0.2% apart."""
-    spec, base, loaded = worlds["words"]
+@pytest.fixture
+def sampler_off_by(monkeypatch):
+    """Let the sampler report log-probabilities that are off by shift(number of the update)."""
     sampled, updates = policy_gradient.sample, []
 
-    def rounded(*args):
-        updates.append(len(updates))
-        off = 0.002 if len(updates) > 2 else 0.0
-        return [
-            Answers(a.tokens, [x + off for x in a.log_p], *dataclasses.astuple(a)[2:])
-            for a in sampled(*args)
-        ]
+    def plant(shift):
+        def shifted(*args):
+            updates.append(1)
+            off = shift(len(updates))
+            return [
+                dataclasses.replace(c, log_p=[x + off for x in c.log_p]) for c in sampled(*args)
+            ]
 
-    monkeypatch.setattr(policy_gradient, "sample", rounded)
-    long = dataclasses.replace(spec, steps=8)
-    state, result = end_of(long, base, loaded)
+        monkeypatch.setattr(policy_gradient, "sample", shifted)
+
+    return plant
+
+
+def test_a_learner_that_is_not_the_sampler_is_refused(worlds, sampler_off_by):
+    sampler_off_by(lambda update: 0.01)
+    with pytest.raises(ModelError, match="not the same policy"):
+        run([worlds["words"][0]], *worlds["words"][1:])
+
+
+def test_a_run_whose_probabilities_are_lost_to_rounding_has_broken_down(worlds, sampler_off_by):
+    """At too high a learning rate the same weights give a token two probabilities, 0.2% apart."""
+    spec, base, loaded = worlds["words"]
+    sampler_off_by(lambda update: 0.002 if update > 2 else 0.0)
+    state, result = end_of(dataclasses.replace(spec, steps=8), base, loaded)
     assert state == "diverged" and result["steps_done"] == 3 and not result["collapsed"]
 
 
@@ -359,20 +338,5 @@ def test_prompts_that_leave_no_room_are_refused_before_training(worlds):
     spec, base, loaded = worlds["words"]
     base.at_start.clear()
     long = dataclasses.replace(spec, max_new_tokens=20)
-    with pytest.raises(
-        DataError, match=r"max_length=24\. Set dataset.max_length=\d+, or max_new_tokens=\d+ at"
-    ):
+    with pytest.raises(DataError, match=r"max_length=24\. Set dataset.max_length=\d+, or max_new"):
         run([long], base, loaded)
-
-
-def test_snapshots_hold_what_the_objective_needs():
-    state = {"below": 3, "answers": 10, "rewarded": 2.0, "first_reward": 0.25}
-    state |= {"best_reward": None, "data_sha256": "x"}
-    spec = rewarded_spec("bandit")
-
-    class Rows:
-        sha256 = "x"
-
-    objective = PolicyGradient({spec.id: Rows()}, "fp32")
-    objective.load_state(spec.id, state)
-    assert objective.state(spec.id) == state and copied({}) == {}

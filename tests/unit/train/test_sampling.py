@@ -1,6 +1,7 @@
-"""Answers sampled with a cache are those that whole forward passes would give, member by member."""
+"""Completions sampled with a cache are those that whole forward passes would give, run by run."""
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ from transformers import DynamicCache
 
 from lorasweep.errors import ModelError
 from lorasweep.methods.lora import LoRA
-from lorasweep.models.targets import find_targets
 from lorasweep.plan.gpu.sampling import cache_bytes
 from lorasweep.train import sampling
 from lorasweep.train.sampling import sample
 from tests.rewarded import world
+from tests.training import pack_of
 from tests.unit.train.test_packs import qwen3
 from tests.world import tiny_spec
 
@@ -23,7 +24,7 @@ ENDS = ((0,), (5,), (3, 7))
 
 @torch.no_grad()
 def one_by_one(model, prompt, uniforms):
-    """Draw one answer with a whole forward pass for every token, of a model that holds one member."""
+    """Draw one completion with a whole forward pass for every token, of a model that holds one run."""
     tokens, log_ps = list(map(int, prompt)), []
     for u in uniforms:
         logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].double()
@@ -36,22 +37,16 @@ def one_by_one(model, prompt, uniforms):
     return tokens[len(prompt) :], log_ps
 
 
-def attached(spec, base, seeds):
-    """Members whose adapters do something: B is random."""
-    methods = [LoRA(rank=r) for r in sorted((1, 4, 4)[: len(seeds)])]
-    targets = find_targets(base.model, spec.model, methods[0].target_layers())
-    found = methods[0].attach(base.model, targets, methods, seeds)
-    for name, p in found.parameters().items():
-        if ".B" in name:
-            rng = torch.Generator().manual_seed(len(name) + int(p.numel()))
-            p.data.copy_(0.2 * torch.randn(p.shape, generator=rng, dtype=p.dtype))
-    return found
+def attached(spec, base, count):
+    """Runs whose adapters do something."""
+    methods = [LoRA(rank=r) for r in (1, 4, 4)[:count]]
+    return pack_of(methods, base.model, spec.model, perturb=0.05)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("equal", [True, False], ids=["equal prompts", "ragged prompts"])
-def test_a_pack_with_a_cache_draws_what_each_member_draws_alone_without(family, equal, monkeypatch):
-    """Members end their answers at different tokens, and ended rows are left out on the way."""
+def test_a_pack_with_a_cache_draws_what_each_run_draws_alone_without(family, equal, monkeypatch):
+    """Runs end their completions at different tokens, and ended rows are dropped on the way."""
     monkeypatch.setattr(sampling, "ROWS", 8)  # two rounds
     spec = tiny_spec(precision="fp64")
     if family == "qwen3":
@@ -63,7 +58,7 @@ def test_a_pack_with_a_cache_draws_what_each_member_draws_alone_without(family, 
     lengths = [5] * 4 if equal else [3, 9, 5, 4]
     prompts = [[rng.integers(1, vocab, size=n) for n in lengths] for _ in range(3)]
     uniforms = rng.random((3, 4 * 4, 7))
-    trained = attached(spec, base, (0, 1, 2))
+    trained = attached(spec, base, 3)
     together = sample(base.model, prompts, uniforms, ENDS, "fp64")
     for n in (2, 0):
         trained.keep([n])
@@ -73,7 +68,7 @@ def test_a_pack_with_a_cache_draws_what_each_member_draws_alone_without(family, 
             assert np.abs(together[n].log_p[k] - log_p).max() < 1e-10
             assert together[n].ended[k] == any(tuple(tokens[-len(e) :]) == e for e in ENDS)
         trained.detach()
-        trained = attached(spec, base, (0, 1, 2))
+        trained = attached(spec, base, 3)
     trained.detach()
     assert len({len(t) for own in together for t in own.tokens}) > 3
 
@@ -117,48 +112,58 @@ def test_the_learner_in_float32_is_the_sampler_to_rounding():
 def test_keys_are_cached_in_bf16_and_change_no_number(attention, equal, monkeypatch):
     """Autocast leaves rotated keys in fp32, and attention rounds them: so it may be done before."""
     spec, base, _ = world("words", precision="bf16")
-    trained, before = attached(spec, base, (0, 1)), base.model.config._attn_implementation
+    trained, before = attached(spec, base, 2), base.model.config._attn_implementation
     rng = np.random.default_rng(3)
     lengths = [6] * 3 if equal else [3, 9, 6]
     prompts = [[rng.integers(1, spec.model.vocab_size, size=n) for n in lengths] for _ in range(2)]
     uniforms = rng.random((2, 3 * 2, 5))
-    caches, new_cache = [], sampling._new_cache
+    update, held = DynamicCache.update, {}
 
-    def draw(make):
-        monkeypatch.setattr(
-            sampling, "_new_cache", lambda *a: caches.append(make(*a)) or caches[-1]
-        )
+    def draw(dtype):
+        def watched(cache, keys, values, layer, *args, **kwargs):
+            held[dtype, layer] = update(cache, keys, values, layer, *args, **kwargs)
+            return held[dtype, layer]
+
+        monkeypatch.setattr(DynamicCache, "update", watched)
+        monkeypatch.setitem(sampling.COMPUTE_DTYPES, "bf16", dtype)
         return sample(base.model, prompts, uniforms, (), "bf16")
 
     base.model.set_attn_implementation(attention)
     try:
-        ours = draw(new_cache)
-        theirs = draw(lambda model, precision: DynamicCache(config=model.config))
+        ours, theirs = draw(torch.bfloat16), draw(torch.float32)
     finally:
         base.model.set_attn_implementation(before)
         trained.detach()
-    held, wide = ([t for x in c.layers for t in (x.keys, x.values)] for c in caches)
-    assert {t.dtype for t in held} == {torch.bfloat16}
+    kept = [t for pair in held.values() for t in pair if t.dtype == torch.bfloat16]
+    assert len(kept) == len(held)  # half of all keys and values
     tokens = 2 * 3 * 2 * (max(lengths) + 5 - 1)  # the last one drawn is never read
-    assert sum(t.nbytes for t in held) == tokens * cache_bytes(spec.model, 2)
-    # transformers' own: keys in fp32, and before 5.24 values in the type of the keys
-    larger = sum(t.nbytes for t in wide) / sum(t.nbytes for t in held)
-    assert larger == (1.5 if {t.dtype for t in wide} > {torch.float32} else 2)
+    assert sum(t.nbytes for t in kept) == tokens * cache_bytes(spec.model, 2)
     for one, other in zip(ours, theirs, strict=True):
         assert [t.tolist() for t in one.tokens] == [t.tolist() for t in other.tokens]
         assert [x.tolist() for x in one.log_p] == [x.tolist() for x in other.log_p]
         assert one.entropy == other.entropy and one.largest_logit == other.largest_logit
 
 
-def test_the_cache_is_passed_under_the_name_that_the_model_takes():
-    """transformers calls it `cache` from 5.24 on. What a forward pass does not name it ignores."""
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "another"])
+def test_the_cache_is_passed_under_the_name_that_the_model_takes(name):
+    """transformers calls it `cache` from 5.24 on. A forward pass ignores unknown arguments."""
+    _, base, loaded = world("words")
+    model, forward, given = base.model, base.model.forward, []
 
-    class Model:
-        def __init__(self, forward):
-            self.forward = forward
+    def renamed(input_ids, **kwargs):
+        given.append(kwargs.pop(name, None))
+        return forward(input_ids=input_ids, past_key_values=given[-1], **kwargs)
 
-    assert sampling._cache_argument(Model(lambda input_ids, cache, **rest: None)) == "cache"
-    before = Model(lambda input_ids, past_key_values=None, **rest: None)
-    assert sampling._cache_argument(before) == "past_key_values"
-    with pytest.raises(ModelError, match=r"Model\.forward takes no cache of keys and values"):
-        sampling._cache_argument(Model(lambda input_ids, **rest: None))
+    keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+    renamed.__signature__ = inspect.Signature([keyword])
+    model.forward = renamed
+    prompts, uniforms = [[loaded.test[0].tokens[:5]]], np.full((1, 1, 3), 0.5)
+    try:
+        if name == "another":
+            with pytest.raises(ModelError, match="forward takes no cache of keys and values"):
+                sample(model, prompts, uniforms, (), "fp64")
+        else:
+            sample(model, prompts, uniforms, (), "fp64")
+            assert len(given) == 3 and all(isinstance(c, DynamicCache) for c in given)
+    finally:
+        del model.forward

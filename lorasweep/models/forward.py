@@ -1,0 +1,166 @@
+"""Forward passes of transformers' models: number types, and the two halves of a model.
+
+The first half computes hidden states, the second logits from them. The second is the model's own
+forward pass over given states, so softcaps, scalings and adapters of any family stay as they are.
+Refuses to know losses.
+
+Shapes: R rows, T tokens, P positions, H hidden, V vocabulary.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasweep.errors import ModelError
+
+MASTER_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+"""Type of the trained weights. bf16 means autocast over them, in every arm."""
+COMPUTE_DTYPES = {**MASTER_DTYPES, "bf16": torch.bfloat16}
+"""Type of activations and weight copies in matrix products."""
+EXPERT_STACKS = ("gate_up_proj", "down_proj")
+"""Parameters of a module of experts, [experts, outputs, inputs]."""
+ROUNDING = 0.03
+"""Share of the largest output: more than bf16 rounds, far less than another row's tokens change."""
+
+
+def backend(model: nn.Module, processes: int = 1) -> str:
+    """Name what computes a model, as results record it: 'transformers on cuda, 8 processes'.
+
+    Older results may also say 'cpu_llama on cpu': passes written by hand, which are gone.
+    """
+    more = f", {processes} processes" if processes > 1 else ""
+    return f"transformers on {next(model.parameters()).device.type}{more}"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which forward passes run."""
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def bf16_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the matrices that can be held in bf16 under autocast without a change of any number.
+
+    Autocast rounds the weight of an nn.Linear to bf16 anyway, and `experts_forward` rounds stacks
+    of experts. The rows of an nn.Embedding are read as they are, and `hold_in_bf16` widens them.
+    Modules derived from these may do other things with their weights, so a matrix that one of them
+    has stays as it is.
+    """
+    found: dict[str, nn.Parameter] = {}
+    others: set[int] = set()
+    for name, module in model.named_modules():
+        for kind, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            is_plain = kind == "weight" and type(module) in (nn.Linear, nn.Embedding)
+            if is_plain or (kind in EXPERT_STACKS and p.dim() == 3):
+                found[f"{name}.{kind}"] = p
+            else:
+                others.add(id(p))
+    return {name: p for name, p in found.items() if id(p) not in others}
+
+
+def hold_in_bf16(model: nn.Module) -> None:
+    """Hold the matrices of bf16_matrices in bf16. Their values must be bf16 numbers.
+
+    The residual stream stays in the type of the norms: embeddings are widened as they are read.
+    """
+    for p in bf16_matrices(model).values():
+        p.data = p.data.to(torch.bfloat16)
+    for module in model.modules():
+        if type(module) is nn.Embedding:
+            module.register_forward_hook(lambda module, args, out: out.float())
+
+
+def are_bf16(values: torch.Tensor) -> bool:
+    """Return whether all values are bf16 numbers."""
+    return all(torch.equal(part.to(torch.bfloat16).to(part), part) for part in values.split(8192))
+
+
+def norms_in_float64(model: nn.Module) -> None:
+    """Compute RMS norms in float64: transformers' go through float32 whatever their input."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = partial(_rms_norm, module)
+
+
+def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight * (x * scale)
+
+
+# ---------------------------------------------------------------- two halves
+
+
+def hidden_states(
+    model: Any,
+    tokens_RT: torch.Tensor,
+    positions_RP: torch.Tensor,
+    position_ids_RT: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the decoder's output at `positions_RP`, [R, P, H].
+
+    `position_ids_RT`: for several sequences in a row, see `lorasweep.data.batches.joined`.
+    """
+    states_RTH = model.base_model(
+        input_ids=tokens_RT, position_ids=position_ids_RT, use_cache=False
+    ).last_hidden_state
+    at = positions_RP[..., None].expand(-1, -1, states_RTH.shape[-1])
+    return states_RTH.gather(1, at)
+
+
+def logits_of(model: Any, hidden_RPH: torch.Tensor) -> torch.Tensor:
+    """Return the model's logits [R, P, V] for its decoder's output [R, P, H].
+
+    Raises:
+        ModelError: the model's forward pass does not call its decoder.
+    """
+    name = model.base_model_prefix
+    decoder, computed = getattr(model, name), _Computed(hidden_RPH)
+    setattr(model, name, computed)
+    try:
+        logits = model(inputs_embeds=hidden_RPH, use_cache=False).logits
+    finally:
+        setattr(model, name, decoder)
+    if not computed.called:
+        raise ModelError(
+            f"{type(model).__name__} does not compute logits from the output of its module "
+            f"{name!r}, so they cannot be computed in parts. Choose another model, or a smaller "
+            "exec.micro_batch_size."
+        )
+    return logits
+
+
+class _Computed(nn.Module):
+    """Stands in for a decoder and returns an output computed before."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden, self.called = hidden, False
+
+    def forward(self, **_: Any) -> Any:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        self.called = True
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)  # dense ones ask for less
+
+
+@torch.no_grad()
+def check_rows_stay_apart(model: Any) -> None:
+    """Check that in joined rows a token's output does not depend on another row's tokens.
+
+    Raises:
+        ModelError: it does: the model's attention does not read where rows start.
+    """
+    tokens_RT = torch.tensor([[1, 2, 3, 4, 5, 6], [4, 3, 2, 4, 5, 6]])  # the second row is the same
+    device = next(model.parameters()).device
+    position_ids_RT = torch.arange(3).repeat(2, 2).to(device)
+    second_RP = torch.tensor([[3, 4, 5]] * 2, device=device)
+    one, other = hidden_states(model, tokens_RT.to(device), second_RP, position_ids_RT).float()
+    if not torch.allclose(one, other, rtol=0.0, atol=ROUNDING * float(one.abs().max())):
+        raise ModelError(
+            f"{type(model).__name__} lets joined rows attend to each other with "
+            f"attn_implementation={model.config._attn_implementation!r}. Set exec.join_rows=false."
+        )

@@ -1,0 +1,240 @@
+"""Loss and gradients do not depend on how rows and positions are computed: logits in chunks, which are
+never whole in memory, and rows joined in one sequence."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lorasweep.data.batches import collate, merge
+from lorasweep.data.examples import Example
+from lorasweep.errors import ModelError
+from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.models.forward import check_rows_stay_apart, logits_of
+from lorasweep.plan.gpu import memory
+from lorasweep.spec.execution import Exec
+from lorasweep.train.objectives import nll
+from tests.training import EPS, ROUNDING
+from tests.world import tiny_spec
+
+VOCAB, LIMIT = 2048, 1 << 14
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": VOCAB,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+FAMILIES = {
+    # plain heads; one tied to the embedding with a softcap; two that scale their logits; experts
+    "Llama": {"tie_word_embeddings": False},
+    "Qwen3": {"tie_word_embeddings": False},
+    "Gemma2": {"tie_word_embeddings": True, "final_logit_softcapping": 0.5},
+    "Cohere": {"tie_word_embeddings": True, "logit_scale": 0.3},
+    "Granite": {"tie_word_embeddings": False, "logits_scaling": 3.0},
+    "Qwen3Moe": {
+        **{"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2},
+        "experts_implementation": "eager",  # the grouped product has no float64
+    },
+}
+LORA = [LoRA(rank=2, layers="attention"), LoRA(rank=3, layers="attention")]
+both_methods = pytest.mark.parametrize("methods", [LORA, [FullFT()]], ids=["lora", "fullft"])
+
+
+def model_of(family):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SHAPE, **FAMILIES[family])
+    return getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
+
+
+def batch_of(n_runs, lengths=(40, 17), join_rows=False, changed=0):
+    """Runs with rows of different lengths and numbers of loss tokens; `changed` changes all rows but
+    each run's second."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for k in range(n_runs):
+        rows = [rng.integers(VOCAB - 1, size=n + 5 * k).astype(np.int32) for n in lengths]
+        rows = [r + changed * (i != 1) for i, r in enumerate(rows)]
+        examples = [Example(r, np.arange(len(r)) >= 3 + k) for r in rows]
+        parts.append(collate(examples, join_rows))
+    return merge(parts)
+
+
+def attached(model, methods):
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    trainables = methods[0].attach(model, linears, methods, list(range(len(methods))))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in trainables.parameters().values():
+            p.add_(torch.randn_like(p), alpha=0.02)
+    return trainables
+
+
+def loss_and_gradients(model, trainables, batch):
+    sums = nll.nll_sums(model, batch, "fp64")
+    (sums * torch.arange(1.0, len(sums) + 1)).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in trainables.parameters().items()}
+    for p in trainables.parameters().values():
+        p.grad = None
+    return sums.detach(), gradients
+
+
+def assert_equal(found, wanted):
+    assert torch.allclose(found[0], wanted[0], rtol=1e-13, atol=0)
+    for name, gradient in wanted[1].items():
+        assert torch.allclose(found[1][name], gradient, rtol=1e-9, atol=1e-13), name
+    assert any(float(gradient.abs().max()) > 0 for gradient in wanted[1].values())
+
+
+# ---------------------------------------------------------------- chunks
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Cohere", "Granite"])
+@both_methods
+def test_loss_and_gradients_in_chunks_are_those_of_the_whole(monkeypatch, family, methods):
+    model, batch = model_of(family), batch_of(len(methods))
+    trainables = attached(model, methods)
+    whole = loss_and_gradients(model, trainables, batch)
+    log_p = nll.token_log_p(model, batch, "fp64").detach()
+    log_q = nll.log_probabilities(model, batch, "fp64")
+    monkeypatch.setattr(nll, "LOGITS", LIMIT)
+    assert_equal(loss_and_gradients(model, trainables, batch), whole)
+    with torch.no_grad():
+        assert torch.allclose(nll.nll_sums(model, batch, "fp64"), whole[0], rtol=1e-13, atol=0)
+    assert torch.allclose(nll.token_log_p(model, batch, "fp64"), log_p, rtol=1e-13, atol=0)
+    for one, other in zip(nll.log_probabilities(model, batch, "fp64"), log_q):
+        assert torch.allclose(one, other, rtol=1e-11, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return out
+
+
+@both_methods
+def test_logits_are_never_whole(monkeypatch, methods):
+    """Forward and backward, with and without gradients: nothing exceeds a chunk or a weight."""
+    model, batch = model_of("Qwen3"), batch_of(len(methods))
+    trainables = attached(model, methods)
+    sizes = {}
+    for limit in (1 << 24, LIMIT):
+        monkeypatch.setattr(nll, "LOGITS", limit)
+        with Largest() as largest:
+            loss_and_gradients(model, trainables, batch)
+            nll.evaluate(model, [[batch_of(1)]] * len(methods), "fp64")
+        sizes[limit] = largest.numel
+    whole = 2 * len(methods) * 37 * VOCAB
+    assert sizes[1 << 24] >= whole > 3 * sizes[LIMIT]
+    assert sizes[LIMIT] <= max(LIMIT, VOCAB * SHAPE["hidden_size"])
+    assert memory.CHUNK_LOGITS == nll.GPU_LOGITS  # the plan's
+
+
+def test_a_model_that_does_not_call_its_decoder_is_refused():
+    class Other(nn.Module):
+        base_model_prefix = "model"
+
+        def __init__(self):
+            super().__init__()
+            self.model, self.head = nn.Identity(), nn.Linear(4, 8)
+
+        def forward(self, inputs_embeds, use_cache):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(logits=self.head(inputs_embeds))
+
+    model = Other()
+    decoder = model.model
+    with pytest.raises(ModelError, match="smaller exec"):
+        logits_of(model, torch.zeros(1, 2, 4))
+    assert model.model is decoder
+
+
+# ---------------------------------------------------------------- joined rows
+
+LONG = (150, 70, 5)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Qwen3Moe"])
+@both_methods
+def test_loss_and_gradients_of_joined_rows_are_those_of_padded_rows(
+    monkeypatch, family, methods, chunked
+):
+    model, n = model_of(family), len(methods)
+    trainables = attached(model, methods)
+    if chunked:
+        monkeypatch.setattr(nll, "LOGITS", 1 << 17)
+    padded, joined = (batch_of(n, LONG, join) for join in (False, True))
+    wanted = loss_and_gradients(model, trainables, padded)
+    assert_equal(loss_and_gradients(model, trainables, joined), wanted)
+    a, b = (nll.log_probabilities(model, batch, "fp64") for batch in (padded, joined))
+    assert all(torch.allclose(x, y, rtol=1e-11, atol=1e-12) for x, y in zip(a, b))
+
+
+def test_a_model_that_does_not_keep_rows_apart_is_refused(monkeypatch):
+    from transformers import masking_utils
+
+    model = model_of("Qwen3")
+    check_rows_stay_apart(model)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    with pytest.raises(ModelError, match=r"attend to each other.*Set exec\.join_rows=false"):
+        check_rows_stay_apart(model)
+
+
+def test_exec_join_rows_reaches_training_and_evaluation(monkeypatch, tmp_path, norms_in_float64):
+    """A run of the shipped base: the same losses, in one sequence a forward pass."""
+    changes = {"batch_size": 3, "precision": "fp64", "method": LoRA(rank=2), "lr": 1e-2, "eps": EPS}
+    pack = [tiny_spec(steps=2, **changes)]
+    shapes, ended, inputs = {}, {}, nll.inputs
+
+    def watched(model, batch):
+        found = inputs(model, batch)
+        shapes.setdefault(join_rows, set()).add(len(found.tokens_RT))
+        return found
+
+    monkeypatch.setattr(nll, "inputs", watched)
+    for join_rows in (False, True):
+        exec_ = Exec(runs_dir=str(tmp_path), models_dir=[str(tmp_path)], join_rows=join_rows)
+        *_, last = TorchTrainer()(pack, exec_, None)
+        ended[join_rows] = last.ended[pack[0].id][1]
+    assert shapes[True] == {1} and 3 in shapes[False] and 1 not in shapes[False]
+    for name in ("test_nll", "code_nats", "nll_start"):
+        assert ended[True][name] == pytest.approx(ended[False][name], rel=ROUNDING[10]), name
+
+
+def test_padded_rows_need_no_mask_and_each_layer_keeps_a_mask_of_joined_rows():
+    """The plan counts these masks (plan/gpu/memory.py). Without one, attention takes its fast path."""
+    model, n_layers = model_of("Qwen3"), SHAPE["num_hidden_layers"]
+    for join_rows, expected in ((True, n_layers), (False, 0)):
+        batch, kept = batch_of(2, LONG, join_rows), set()
+        side = batch.padded_tokens if join_rows else max(max(x) for x in batch.lengths)
+        rows = 2 if join_rows else 2 * len(LONG)
+
+        def keep(tensor, entries=rows * side**2, kept=kept):
+            if tensor.untyped_storage().nbytes() == entries * tensor.element_size():
+                kept.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            nll.nll_sums(model, batch, "fp64").sum()
+        assert len(kept) == expected
