@@ -12,9 +12,9 @@ import dataclasses
 
 import torch
 
+from lorasweep.launch.trainer import finetune
 from lorasweep.models.targets import find_targets
 from lorasweep.spec.streams import stream
-from lorasweep.train.finetune import finetune
 
 ROUNDING = {1: 1e-12, 10: 1e-10}
 """Updates: how far two float64 runs may be apart after as many, relative to each tensor's scale."""

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorasweep.bench import memory
-from lorasweep.store.results import checksum
-from lorasweep.store.run_store import RunStore
+from lorasweep.store.run_store import RunStore, checksum
 from tests.integration.test_interruptions import SWEEP, kept, start, wait_for
 from tests.integration.test_smollm2 import WEIGHTS
 from tests.training import EPS, ROUNDING

@@ -19,11 +19,11 @@ from lorasweep.bench.rewards import grpo
 from lorasweep.config.compose import compose_request
 from lorasweep.data.examples import Data
 from lorasweep.data.load import load as load_data
+from lorasweep.launch.trainer import finetune
 from lorasweep.models.load import Base
 from lorasweep.models.load import load as load_model
 from lorasweep.spec.evaluations import eval_steps
 from lorasweep.spec.run import RunSpec
-from lorasweep.train.finetune import finetune
 
 SEEDS = (200, 201, 202, 203, 204)
 """Not those of the sweep."""

@@ -8,12 +8,12 @@ import torch
 
 from lorasweep.data import load as data
 from lorasweep.data.batches import eval_batches
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.stacked.spectral import spectral_norm
 from lorasweep.models import load as models
 from lorasweep.models.targets import find_targets
-from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives.held_out import evaluate
 from lorasweep.train.optim import AdamW
 from tests.world import tiny_spec

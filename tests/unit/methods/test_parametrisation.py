@@ -7,11 +7,11 @@ import pytest
 
 from lorasweep.data import load as data
 from lorasweep.errors import SpecError
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.run import validate
-from lorasweep.train.finetune import finetune
 from tests.world import tiny_spec
 
 

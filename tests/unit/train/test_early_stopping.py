@@ -7,6 +7,7 @@ import pytest
 from lorasweep.data import load as data_sets
 from lorasweep.data.examples import Data, shuffled
 from lorasweep.errors import SpecError
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
@@ -15,7 +16,6 @@ from lorasweep.plan.memory import checkpoint_bytes, pack_bytes
 from lorasweep.plan.packing import pack_key
 from lorasweep.spec.evaluations import Best, eval_steps, no_better, why_not_early
 from lorasweep.spec.run import validate
-from lorasweep.train.finetune import finetune
 from lorasweep.train.progress import Progress
 from tests.training import EPS, ROUNDING, copied, moved, worst
 from tests.unit.train.test_packs_of_data import rows_of

@@ -11,8 +11,8 @@ from scipy.special import stdtrit
 from lorasweep.data import examples
 from lorasweep.data import load as data
 from lorasweep.data.batches import by_length, eval_batches
+from lorasweep.launch.trainer import finetune
 from lorasweep.models import load as models
-from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives import held_out
 from tests.training import ROUNDING
 from tests.world import tiny_spec

@@ -9,11 +9,11 @@ import torch
 from lorasweep.data import load as data
 from lorasweep.data.batches import collate
 from lorasweep.data.examples import Example
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.evaluations import eval_steps
-from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives.nll import nll_sums
 from lorasweep.train.optim import AdamW, OneRun
 from tests.training import EPS, ROUNDING, apart, moved, run, state_at, worst

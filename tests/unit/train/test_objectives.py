@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from lorasweep.data import load as data
-from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.launch.trainer import TorchTrainer, finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.streams import stream
-from lorasweep.train.finetune import finetune
 from lorasweep.train.loop import train
 from lorasweep.train.objectives import nll
 from lorasweep.train.objectives.base import Evaluation

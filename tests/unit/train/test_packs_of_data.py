@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from lorasweep.data.examples import Data, Example, shuffled
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.streams import stream
-from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives import held_out, sft
 from lorasweep.train.objectives.nll import nll_sums
 from tests.training import EPS, ROUNDING, copied, run, worst
