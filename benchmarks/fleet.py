@@ -24,7 +24,7 @@ from lorasweep.cli.customers import fleet
 from lorasweep.config.compose import compose_request
 from lorasweep.data.load import load as load_data
 from lorasweep.fleet.members import Member
-from lorasweep.launch.workers import WAIT_POLICY
+from lorasweep.launch.process import WAIT_POLICY
 from lorasweep.models.load import tokenizer_of
 from lorasweep.store.run_store import RunStore
 

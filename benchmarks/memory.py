@@ -12,6 +12,7 @@ from benchmarks.steps import RANK, at
 from lorasweep.config.compose import compose_request
 from lorasweep.data import load as data
 from lorasweep.launch.process import keep_freed_memory
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
@@ -19,7 +20,6 @@ from lorasweep.plan import detect
 from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.packing import micro_batch
 from lorasweep.train import pretrain
-from lorasweep.train.finetune import finetune
 
 CASES = (("tiny", 16), ("small", 8))
 """Scale and batch size."""

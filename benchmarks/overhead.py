@@ -16,8 +16,7 @@ from lorasweep.launch.process import StopFlag
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
-from lorasweep.store.results import checksum
-from lorasweep.store.run_store import RunStore
+from lorasweep.store.run_store import RunStore, checksum
 from lorasweep.train.events import Event
 
 GRID = (

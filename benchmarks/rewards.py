@@ -31,6 +31,7 @@ from lorasweep.config.compose import compose_request
 from lorasweep.data.examples import Data
 from lorasweep.data.load import load as load_data
 from lorasweep.data.rewards import prompt_of
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models.load import Base
 from lorasweep.models.load import load as load_model
@@ -38,7 +39,6 @@ from lorasweep.models.targets import find_targets
 from lorasweep.spec.evaluations import eval_steps
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
-from lorasweep.train.finetune import finetune
 from lorasweep.train.sampling import sample
 
 SEEDS = (200, 201, 202, 203, 204)

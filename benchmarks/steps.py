@@ -15,6 +15,7 @@ from benchmarks.harness import Log
 from lorasweep.config.compose import compose_request
 from lorasweep.data import load as data
 from lorasweep.launch.process import keep_freed_memory
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
@@ -24,7 +25,6 @@ from lorasweep.plan.packing import micro_batch
 from lorasweep.spec.method import Method
 from lorasweep.spec.run import RunSpec
 from lorasweep.train import pretrain
-from lorasweep.train.finetune import finetune
 
 GRIDS = {"tiny": ((1, 4, 16), (1, 2, 4, 8, 16)), "small": ((1, 4, 8), (1, 2))}
 """Scale -> batch sizes and pack sizes."""

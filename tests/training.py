@@ -13,11 +13,11 @@ import dataclasses
 import torch
 
 from lorasweep.data import load as data
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.models.targets import find_targets
 from lorasweep.spec.streams import stream
-from lorasweep.train.finetune import finetune
 from tests.world import tiny_spec
 
 ROUNDING = {1: 1e-12, 10: 1e-10}

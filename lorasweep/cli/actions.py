@@ -21,8 +21,8 @@ from lorasweep.errors import SpecError
 from lorasweep.launch import local
 from lorasweep.launch.distributed import check_world_size
 from lorasweep.launch.process import Stopped
+from lorasweep.launch.slurm.client import RunningJobs
 from lorasweep.launch.slurm.planning import hardware_of
-from lorasweep.launch.slurm.running import RunningJobs
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import make_plan

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lorasweep.errors import GaveUp, SpecError
-from lorasweep.launch.slurm import cancel, planning
-from lorasweep.launch.slurm.following_job import MAX_IDLE, Following
-from lorasweep.launch.slurm.submit import Outcome, submit
+from lorasweep.launch.slurm import planning
+from lorasweep.launch.slurm.submit import MAX_IDLE, FollowUp, Outcome, cancel, submit
 from lorasweep.plan.estimate import make_plan
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
@@ -42,7 +41,7 @@ def submit_missing(
                 f"no run finished in {idle} rounds of jobs, so no more are submitted. "
                 "See the causes with action=status."
             )
-    done = submit(request, store, points, notify, Following(FOLLOW_COMMAND, trainer, idle))
+    done = submit(request, store, points, notify, FollowUp(FOLLOW_COMMAND, trainer, idle))
     if request.format == "json" and (done.waiting or done.n_submitted):
         print(json.dumps(_plain(done)))
         return True
@@ -134,7 +133,7 @@ def difference(
 
 def cancel_jobs(request: Request, store: RunStore, notify: Callable[[str], None]) -> int:
     """Cancel the sweep's jobs on the cluster. Local runs are stopped with Ctrl-C."""
-    n_jobs, n_runs = cancel.cancel(request, store, notify)
+    n_jobs, n_runs = cancel(request, store, notify)
     if request.format == "json":
         print(json.dumps({"jobs": n_jobs, "runs": n_runs}))
     elif n_jobs:

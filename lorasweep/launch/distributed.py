@@ -1,8 +1,8 @@
 """Several processes train one run: process 0 leads, the others follow.
 
 Process 0 owns the run folder and decides; what it decides, every process does at the same update.
-After each update it says whether to write a checkpoint, go on or end. A stop that was asked of any
-process is known to all before. Torch is imported inside functions.
+After each update it says whether to write a checkpoint, continue or end. A stop that was asked of
+any process is known to all before. Torch is imported inside functions.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasweep.errors import SpecError
-from lorasweep.launch.out_of_memory import OutOfMemoryTogether, is_out_of_memory, request
+from lorasweep.launch.out_of_memory import OutOfMemoryTogether, Shortage, is_out_of_memory
 from lorasweep.launch.process import StopFlag
 from lorasweep.launch.trainer import Trainer
 from lorasweep.methods.registry import spec_from
@@ -25,7 +25,7 @@ from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
-from lorasweep.train.events import Event, phase_of
+from lorasweep.train.events import Event
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,10 +56,18 @@ def check_world_size(
                 "process takes the same number of rows. Allowed for this batch: "
                 f"{', '.join(sizes)}."
             )
-        _check_sides(spec, size)
+        rank = getattr(spec.method, "rank", 0)  # every adapter's factors are split along a side
+        for m in load_of(spec.model, spec.method).adapted:
+            for side in (m.d_in, m.d_out):
+                if all(n % size for n in (side, rank, m.n_experts)):
+                    raise SpecError(
+                        f"exec.world_size={size} divides neither rank {rank} nor {side}, the sides "
+                        f"of an adapter of {spec.model.name}, so it cannot be split. Choose a "
+                        "number that divides the model's width, such as a power of 2."
+                    )
     gpus, workers = hardware.gpus, exec_.workers or 1
     if cluster.kind != "local" or not gpus or size * workers <= gpus:
-        return  # a cluster's nodes are looked at when jobs are planned
+        return  # a cluster's nodes are checked when jobs are planned
     fitting = f"exec.world_size=1 to {gpus // workers}"
     if size <= gpus and workers > 1:
         fitting += f", or exec.workers={gpus // size}"
@@ -69,21 +77,8 @@ def check_world_size(
     )
 
 
-def _check_sides(spec: RunSpec, size: int) -> None:
-    """Check that `size` divides a side of every adapter's factors, along which they are split."""
-    rank = getattr(spec.method, "rank", 0)
-    for m in load_of(spec.model, spec.method).adapted:
-        for side in (m.d_in, m.d_out):
-            if all(n % size for n in (side, rank, m.n_experts)):
-                raise SpecError(
-                    f"exec.world_size={size} divides neither rank {rank} nor {side}, the sides of "
-                    f"an adapter of {spec.model.name}, so it cannot be split. Choose a number that "
-                    "divides the model's width, such as a power of 2."
-                )
-
-
 class Leader:
-    """The trainer of process 0: trains like the one given, with the others."""
+    """The trainer of process 0: trains like the given trainer, with the other processes."""
 
     def __init__(self, trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
         self._trainer, self._mesh, self._stop = trainer, mesh, stop
@@ -103,12 +98,15 @@ class Leader:
     def _lead(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None
     ) -> Generator[Event, None, None]:
-        found = resume and {i: _reference(state) for i, state in resume.items()}
+        # without tensors: every process reads its part of them
+        states: dict[str, State] | None = resume and {
+            i: {"tensors": {}, "meta": s["meta"], "path": s["path"]} for i, s in resume.items()
+        }
         self._run = (pack[0], exec_)
         with _with_others(*self._run):
-            self._mesh.broadcast(([s.plain() for s in pack], dataclasses.asdict(exec_), found))
+            self._mesh.broadcast(([s.plain() for s in pack], dataclasses.asdict(exec_), states))
             self.broken = True
-            for event in self._trainer(pack, exec_, found):
+            for event in self._trainer(pack, exec_, states):
                 self._stop.set = self._mesh.any(self._stop.set)
                 event.snapshot = partial(self._states, event.snapshot)
                 try:
@@ -139,22 +137,23 @@ class Leader:
             self._events.close()
 
     def dismiss(self) -> None:
-        """Let the others end."""
+        """Let the other processes end."""
         self.leave()
         if not self.broken:
             self._mesh.broadcast(None)
 
 
 def follow(trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
-    """Train what process 0 says, until it says no more."""
+    """Train what process 0 orders, until it dismisses this process."""
     while (order := mesh.broadcast()) is not None:
         specs, settings, resume = order
         pack, exec_ = [spec_from(plain) for plain in specs], Exec(**settings)
         with _with_others(pack[0], exec_):
-            _follow(trainer(pack, exec_, resume), mesh, stop)
+            _follow_once(trainer(pack, exec_, resume), mesh, stop)
 
 
-def _follow(events: Iterator[Event], mesh: "Mesh", stop: StopFlag) -> None:
+def _follow_once(events: Iterator[Event], mesh: "Mesh", stop: StopFlag) -> None:
+    """Train one run. A function, so that nothing of it stays in memory."""
     from lorasweep.models.sharding import write_tensors
 
     for event in events:
@@ -164,11 +163,6 @@ def _follow(events: Iterator[Event], mesh: "Mesh", stop: StopFlag) -> None:
         if word[0] == END:
             break
         event.dropped |= word[1]
-
-
-def _reference(state: State) -> State:
-    """Return a state without its tensors: every process reads its part of them."""
-    return {"tensors": {}, "meta": state["meta"], "path": state["path"]}
 
 
 @contextmanager
@@ -183,9 +177,8 @@ def _with_others(spec: RunSpec, exec_: Exec) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             rows = exec_.rows_of(spec.batch_size)
-            raise OutOfMemoryTogether(
-                spec.id, exec_, rows, request(error), phase_of(error)
-            ) from None
+            shortage = Shortage.of(error, rows, exec_.forward_parts)
+            raise OutOfMemoryTogether(spec.id, shortage) from None
         if isinstance(error, RuntimeError) and any(c in str(error) for c in COMMUNICATION):
             print(f"another process of this run is gone: {error}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,27 +1,32 @@
 """Run packs on this machine, in worker processes that claim free runs until none are left.
 
-Knows processes and signals. A worker is `lorasweep.launch.worker` with a JSON job file. Two
-commands for the same sweep share its runs: each waits for the runs that the other has claimed.
+A worker is one process of `lorasweep.launch.worker` with a JSON job file, or exec.world_size
+processes that train each run together, here or on the nodes of a Slurm job. Two commands for the
+same sweep share its runs: each waits for the runs that the other has claimed.
 """
 
 import hashlib
 import json
 import math
 import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import StoreError, TrainingError
-from lorasweep.launch.fitting import Limits
-from lorasweep.launch.out_of_memory import does_not_fit, goes_on
+from lorasweep.launch.out_of_memory import Limits, Shortage
 from lorasweep.launch.pack import execute
-from lorasweep.launch.process import StopFlag, Stopped
-from lorasweep.launch.trainer import Trainer
+from lorasweep.launch.process import StopFlag, Stopped, worker_environment
+from lorasweep.launch.trainer import Report, Trainer
 from lorasweep.launch.worker import STOPPED, skipped
-from lorasweep.launch.workers import Event, Report, Workers
 from lorasweep.plan import detect
 from lorasweep.plan.estimate import Plan, make_plan
 from lorasweep.spec.execution import Exec
@@ -29,10 +34,15 @@ from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
-from lorasweep.train.events import Phase
 
 POLL_S = 0.5
 """Seconds between checks of runs that another process works on."""
+LAST_S = 20.0
+"""Seconds that the other processes of a worker may take to end after the first one."""
+SRUN_STOP = signal.SIGUSR2
+"""srun passes it on to all processes and waits for them; at SIGTERM it kills them at once."""
+SRUN_KILLED = 128
+"""srun's exit status is this plus the signal's number if a process was killed."""
 
 
 def run_points(
@@ -56,7 +66,9 @@ def run_points(
     Raises:
         Stopped: Ctrl-C, or a signal that stopped the workers.
     """
-    hardware, limits = detect.this_machine(), Limits()
+    hardware = detect.this_machine()
+    command = _Command(store, exec_, report, n_nodes)
+    in_workers = trainer is None or isinstance(trainer, str)
     tried: set[str] = set()
     quiet_since, held = time.monotonic(), None
     while True:
@@ -65,17 +77,17 @@ def run_points(
         mine = [p for p in plan.todo if plan.states[p.id] != "running"]
         others = {p.id for p in plan.todo if plan.states[p.id] == "running"}
         if mine:
-            if trainer is None or isinstance(trainer, str):
-                given = {"trainer": trainer, "skip": skip}
-                ended = _run_workers(plan, store, exec_, report, given, n_nodes, limits)
-                for event in ended:
-                    spec = next(p.spec for p in mine if p.id == event["run"])
-                    _take_less(spec, event, exec_, store, limits, report)
+            if in_workers:
+                command.run(plan, trainer=trainer, skip=skip)
             else:
                 for pack in plan.packs:
                     specs, rows = [p.spec for p in pack.points], pack.micro_batch_size
-                    execute(specs, exec_, store, trainer, report, StopFlag(), rows, limits)
-            tried |= _given_up([p.id for p in mine], store, exec_)
+                    execute(specs, exec_, store, trainer, report, StopFlag(), rows, command.limits)
+            # Not tried again: failed runs, and runs whose worker was killed too often.
+            states = store.states(p.id for p in mine)
+            tried |= {i for i, s in states.items() if s == "failed"}
+            killed = [i for i, s in states.items() if s == "interrupted"]
+            tried |= {i for i in killed if store.failures(i) >= exec_.max_attempts}
             quiet_since = time.monotonic()
         elif others:
             if others != held:
@@ -87,102 +99,252 @@ def run_points(
             return
 
 
-def _given_up(ids: list[str], store: RunStore, exec_: Exec) -> set[str]:
-    """Return the runs that this command does not try again.
+@dataclass
+class _Command:
+    """What stays the same while a command starts workers again and again."""
 
-    These are the failed ones, and runs whose worker was killed exec.max_attempts times.
-    """
-    states = store.states(ids)
-    failed = {i for i, s in states.items() if s == "failed"}
-    killed = {i for i, s in states.items() if s == "interrupted"}
-    return failed | {i for i in killed if store.failures(i) >= exec_.max_attempts}
+    store: RunStore
+    exec: Exec
+    report: Report
+    n_nodes: int
+
+    def __post_init__(self) -> None:
+        self.limits = Limits()
+
+    def run(self, plan: Plan, **settings: Any) -> None:
+        """Start the workers with one job file, report their events, and wait for all of them."""
+        path, sha256 = self._write_job(plan, settings)
+        log = path.with_suffix(".log")
+        workers = Workers(
+            [str(path), sha256], log, plan.threads, self.exec.world_size, self.n_nodes
+        )
+        try:
+            workers.start(min(plan.workers, len(plan.packs)), plan.workers)
+            error = workers.pass_on(self.report)
+            codes = workers.wait()
+        except KeyboardInterrupt:
+            workers.stop()
+            raise Stopped from None
+        if error:
+            raise TrainingError(error)
+        if STOPPED in codes:
+            raise Stopped
+        crashed = [c for c in codes if c != 0]
+        # A worker killed by a signal (code below 0) leaves interrupted runs, which are tried again.
+        if crashed and all(c > 0 for c in crashed) and not workers.shortages:
+            tail = log.read_text(errors="replace").splitlines()[-8:]
+            raise TrainingError("\n".join([f"a worker crashed. The end of its log, {log}:", *tail]))
+        path.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+        for rid, shortage in workers.shortages.items():
+            spec = next(p.spec for p in plan.todo if p.id == rid)
+            end_shortage(spec, shortage, self.exec, self.store, self.limits, self.report)
+
+    def _write_job(self, plan: Plan, settings: dict[str, Any]) -> tuple[Path, str]:
+        """Write the job file for the workers; return its path and SHA-256."""
+        packs = []
+        for pack in plan.packs:
+            limit = self.limits.of(pack.points[0].spec)
+            packs.append(
+                {
+                    "runs": [p.spec.plain() for p in pack.points],
+                    "micro_batch_size": pack.micro_batch_size,
+                    "most_rows": limit.rows,
+                    "forward_parts": limit.forward_parts,
+                }
+            )
+        # A worker has not watched other machines' heartbeats, so it gets the list of dead owners.
+        ended = [p.id for p in plan.todo if plan.states[p.id] == "interrupted"]
+        job = {
+            "packs": packs,
+            "exec": {**asdict(self.exec), "threads": plan.threads, "workers": plan.workers},
+            "dead": {i: self.store.last_attempt(i) for i in ended},
+            **settings,
+        }
+        content = json.dumps(job).encode()
+        path = self.store.root / ".jobs" / f"{os.getpid()}-{os.urandom(3).hex()}.json"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            files.write_atomic(path, content)
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be written ({error.strerror}). Free some space, then run the "
+                "command again."
+            ) from None
+        return path, hashlib.sha256(content).hexdigest()
 
 
-def _run_workers(
-    plan: Plan,
-    store: RunStore,
+def end_shortage(
+    spec: RunSpec,
+    shortage: Shortage,
     exec_: Exec,
-    report: Report,
-    settings: dict[str, Any],
-    n_nodes: int,
+    store: RunStore,
     limits: Limits,
-) -> list[Event]:
-    """Start the workers with one job file, report their events, and wait for all of them.
-
-    Returns what those reported whose memory ran out, each of several processes.
-    """
-    path, sha256 = _write_job(plan, store, exec_, settings, limits)
-    log = path.with_suffix(".log")
-    workers = Workers([str(path), sha256], log, plan.threads, exec_.world_size, n_nodes)
-    try:
-        workers.start(min(plan.workers, len(plan.packs)), plan.workers)
-        error = workers.pass_on(report)
-        codes = workers.wait()
-    except KeyboardInterrupt:
-        workers.stop()
-        raise Stopped from None
-    if error:
-        raise TrainingError(error)
-    if STOPPED in codes:
-        raise Stopped
-    crashed = [c for c in codes if c != 0]
-    # A worker killed by a signal (code below 0) leaves interrupted runs, which are tried again.
-    if crashed and all(c > 0 for c in crashed) and not workers.out_of_memory:
-        tail = log.read_text(errors="replace").splitlines()[-8:]
-        raise TrainingError("\n".join([f"a worker crashed. The end of its log, {log}:", *tail]))
-    path.unlink(missing_ok=True)
-    log.unlink(missing_ok=True)
-    return list(workers.out_of_memory.values())
-
-
-def _take_less(
-    spec: RunSpec, event: Event, exec_: Exec, store: RunStore, limits: Limits, report: Report
+    report: Report,
 ) -> None:
-    """Let a run that did not fit into the memory of one of its processes hold less at once.
+    """End the attempt at a run whose processes are gone because the memory of one ran out.
 
-    Where it cannot it has failed. Its processes are gone, so its attempt is ended here.
+    The next attempt holds less at once. If it cannot, the run has failed.
     """
-    limit, rows, n = limits.of(spec), event["rows"], store.last_attempt(spec.id)
+    n = store.last_attempt(spec.id)
     if n is None or store.state(spec.id) != "interrupted" or not store.owns(spec.id, n):
-        return  # somebody else has it now
-    phase = Phase(event["phase"], event["divisible"])
-    instead = limit.lower(rows, 1, event["forward_parts"], phase)
+        return  # another worker claimed it
+    instead = limits.of(spec).lower(shortage, 1)
     if instead:
-        text = goes_on(spec, 1, rows, event["asked"], instead, phase.name)
+        text = shortage.retry_text(spec, 1, instead)
         store.log(spec.id, n, text)
         store.write_end(spec.id, n, "stopped", text)
         report({"note": text})
-        return
-    cause = does_not_fit(spec, event["asked"], exec_.world_size)
-    store.write_end(spec.id, n, "failed", cause)
-    report({"run": spec.id, "ended": "failed", "cause": cause})
+    else:
+        cause = shortage.failure_text(spec, exec_.world_size)
+        store.write_end(spec.id, n, "failed", cause)
+        report({"run": spec.id, "ended": "failed", "cause": cause})
 
 
-def _write_job(
-    plan: Plan, store: RunStore, exec_: Exec, settings: dict[str, Any], limits: Limits
-) -> tuple[Path, str]:
-    """Write the job file for the workers; return its path and SHA-256."""
-    packs = [
-        {
-            "runs": [p.spec.plain() for p in pack.points],
-            "micro_batch_size": pack.micro_batch_size,
-            "most_rows": limits.of(pack.points[0].spec).rows,
-            "forward_parts": limits.of(pack.points[0].spec).forward_parts,
-        }
-        for pack in plan.packs
-    ]
-    # A worker has not watched the heartbeats of other machines, so it gets the list of dead owners.
-    dead = {p.id: store.last_attempt(p.id) for p in plan.todo if plan.states[p.id] == "interrupted"}
-    exec_values = {**asdict(exec_), "threads": plan.threads, "workers": plan.workers}
-    job = {"packs": packs, "exec": exec_values, "dead": dead, **settings}
-    content = json.dumps(job).encode()
-    path = store.root / ".jobs" / f"{os.getpid()}-{os.urandom(3).hex()}.json"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        files.write_atomic(path, content)
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be written ({error.strerror}). Free some space, then run the command "
-            "again."
-        ) from None
-    return path, hashlib.sha256(content).hexdigest()
+# ---------------------------------------------------------------- processes
+
+
+class Workers:
+    """Worker processes, all with the same job file."""
+
+    def __init__(
+        self, job: list[str], log: Path, threads: int, world_size: int, n_nodes: int = 1
+    ) -> None:
+        """Set up; `job`: the arguments of launch/worker but the last, `log`: for what it prints.
+
+        `n_nodes`: nodes of this Slurm job, over which the processes of a worker are spread.
+        """
+        self._job, self._log, self._world_size, self._nodes = job, log, world_size, n_nodes
+        self._environment = worker_environment(threads)
+        self._groups: list[list[subprocess.Popen]] = []
+        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.shortages: dict[str, Shortage] = {}
+        """Run id -> what a worker of several processes reported when its memory ran out."""
+
+    def start(self, number: int, shares: int) -> None:
+        """Start `number` workers, each on one of `shares` shares of the GPUs."""
+        with open(self._log, "ab") as errors:
+            for k in range(number):
+                before, environments = self._commands(devices_of(k, shares))
+                worker = [sys.executable, "-m", "lorasweep.launch.worker", *self._job, str(k)]
+                group: list[subprocess.Popen] = []
+                self._groups.append(group)
+                for more in environments:
+                    group.append(
+                        subprocess.Popen(
+                            [*before, *worker],
+                            stdout=subprocess.PIPE,
+                            stderr=errors,
+                            text=True,
+                            env={**self._environment, **more},
+                        )
+                    )
+        for group in self._groups:
+            for process in group:
+                arguments = (process, group, self._events)
+                threading.Thread(target=_read, args=arguments, daemon=True).start()
+
+    def _commands(self, devices: dict[str, str]) -> tuple[list[str], list[dict[str, str]]]:
+        """Return the prefix of a worker's command, and the environment of each process to start.
+
+        On several nodes srun starts the processes, the same number on each node, beside the job's
+        own task, so that a process that dies does not end the job. Each sees all GPUs of its node
+        and takes the one with the number LOCAL_RANK.
+        """
+        size = self._world_size
+        if self._nodes > 1:
+            srun = [
+                "srun",
+                "--overlap",
+                f"--nodes={self._nodes}",
+                f"--ntasks={size}",
+                f"--ntasks-per-node={size // self._nodes}",
+                "--distribution=block",
+                f"--wait={LAST_S:.0f}",
+                "--kill-on-bad-exit=0",
+                "--export=ALL",
+                "--unbuffered",
+            ]
+            return srun, [_address(socket.gethostname(), size)]
+        if size == 1:
+            return [], [devices]
+        shared = {**devices, **_address("127.0.0.1", size)}
+        return [], [{**shared, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(size)]
+
+    def pass_on(self, report: Callable[[dict[str, Any]], None]) -> str | None:
+        """Report events until every process has ended; return the last error event, or None."""
+        error, running = None, sum(map(len, self._groups))
+        while running:
+            event = self._events.get()
+            if event is None:
+                running -= 1
+            elif "error" in event:
+                error = event["error"]
+            elif "out_of_memory" in event:
+                self.shortages[event["run"]] = Shortage(**event["out_of_memory"])
+            else:
+                report(event)
+        return error
+
+    def wait(self) -> list[int]:
+        """Wait for all processes; return the exit status of each worker.
+
+        It is that of the first process, or, if this was killed because another one failed, the
+        other's; negative if a signal ended it.
+        """
+        codes = [[process.wait() for process in group] for group in self._groups]
+        if self._nodes > 1:
+            codes = [[SRUN_KILLED - c if c > SRUN_KILLED else c for c in group] for group in codes]
+        return [first if first >= 0 else max((first, *rest)) for first, *rest in codes]
+
+    def stop(self) -> None:
+        """Let each finish its update, write a checkpoint and exit; wait for all."""
+        for group in self._groups:
+            for process in group:
+                if process.poll() is None:
+                    process.send_signal(SRUN_STOP if self._nodes > 1 else signal.SIGTERM)
+        self.wait()
+
+
+def _address(host: str, world_size: int) -> dict[str, str]:
+    """Return torchrun's variables for the processes of a worker; `host`: where process 0 is."""
+    with socket.create_server(("", 0)) as probe:
+        port = probe.getsockname()[1]
+    return {"MASTER_ADDR": host, "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+
+
+def devices_of(worker: int, workers: int) -> dict[str, str]:
+    """Return the GPUs of a worker as an environment variable; empty without GPUs.
+
+    Each worker has its own GPUs; with more workers than GPUs, workers share them.
+    """
+    devices = detect.devices()
+    if not devices:
+        return {}
+    share = max(1, len(devices) // workers)
+    mine = [devices[(worker * share + i) % len(devices)] for i in range(share)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
+
+
+def _read(
+    process: subprocess.Popen,
+    group: list[subprocess.Popen],
+    events: "queue.Queue[dict[str, Any] | None]",
+) -> None:
+    """Put a process's events into the queue. After it ends, end the processes that wait for it."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            events.put(event)
+    code = process.wait()
+    first = process is group[0]
+    for other in group if code or first else ():
+        try:
+            other.wait(LAST_S if first else 0)
+        except subprocess.TimeoutExpired:
+            other.kill()
+    events.put(None)

@@ -10,6 +10,7 @@ request. The planner uses the results (plan/throughput.py).
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from lorasweep.errors import TrainingError
 from lorasweep.launch.out_of_memory import is_out_of_memory
-from lorasweep.launch.workers import worker_environment
+from lorasweep.launch.process import die_with_parent, keep_freed_memory, worker_environment
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
@@ -29,7 +31,7 @@ from lorasweep.plan.throughput import ThroughputTable, measured_path, shape_of
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
-from lorasweep.store.lock import Lock
+from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore
 
 BUDGET_S = 25.0
@@ -72,29 +74,24 @@ def measure_packs(
             return report("all kinds of run were measured on this machine before")
         bound = f"at most about {BUDGET_S * len(missing):.0f} s"
         report(f"measuring {len(missing)} kind(s) of run on this machine, once: {bound}")
-        _measure_in_process(missing, store, exec_)
+        path = store.root / ".calibration" / f"job-{os.getpid()}-{os.urandom(3).hex()}.json"
+        job = {
+            "exec": dataclasses.asdict(exec_),
+            "shapes": [{"spec": s.plain(), "path": str(p)} for p, s in missing.items()],
+        }
+        files.write_atomic(path, json.dumps(job).encode())
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "lorasweep.launch.measure_packs", str(path)],
+                env=worker_environment(threads=1),
+                text=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+        finally:
+            path.unlink(missing_ok=True)
     finally:
         lock.release()
-
-
-def _measure_in_process(shapes: dict[Path, RunSpec], store: RunStore, exec_: Exec) -> None:
-    job = {
-        "exec": dataclasses.asdict(exec_),
-        "shapes": [{"spec": s.plain(), "path": str(p)} for p, s in shapes.items()],
-    }
-    path = store.root / ".calibration" / f"job-{os.getpid()}-{os.urandom(3).hex()}.json"
-    files.write_atomic(path, json.dumps(job).encode())
-    command = [sys.executable, "-m", "lorasweep.launch.measure_packs", str(path)]
-    try:
-        done = subprocess.run(
-            command,
-            env=worker_environment(threads=1),
-            text=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-    finally:
-        path.unlink(missing_ok=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         raise TrainingError(
@@ -112,7 +109,6 @@ def measure(
     from lorasweep.data import load as data
     from lorasweep.models import load as models
     from lorasweep.train import pretrain
-    from lorasweep.train.finetune import finetune
 
     n_train = min(64, spec.dataset.n_train or 64)
     few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1, n_train=n_train)
@@ -126,7 +122,8 @@ def measure(
     left = budget_s
     for size in pack_sizes(hardware)[: 1 if spec.method.MAX_PACK == 1 else None]:
         micro = exec_.micro_batch_size or micro_batch(spec, size, hardware)
-        if size > 1 and _too_large(pack_bytes(size, spec, hardware, micro), hardware):
+        most = MEMORY_SHARE * (hardware.worker_gib or math.inf) * 2**30
+        if size > 1 and pack_bytes(size, spec, hardware, micro) > most:
             break
         started = time.monotonic()
         pack = [dataclasses.replace(spec, lr=NO_LR * (1 + k)) for k in range(size)]
@@ -146,15 +143,9 @@ def measure(
     return found
 
 
-def _too_large(pack: float, hardware: Hardware) -> bool:
-    return hardware.worker_gib is not None and pack > MEMORY_SHARE * hardware.worker_gib * 2**30
-
-
 def main(job_path: str) -> None:
     """Measure the shapes of a job file and save each result at once."""
     import torch
-
-    from lorasweep.launch.process import die_with_parent, keep_freed_memory
 
     die_with_parent()
     keep_freed_memory()

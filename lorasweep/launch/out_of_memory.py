@@ -1,4 +1,4 @@
-"""Recognise that memory ran out, say so, and free what a failed attempt held.
+"""Recognise that memory ran out, choose a smaller size, and free what a failed attempt held.
 
 Does not import torch.
 """
@@ -7,11 +7,12 @@ import errno
 import gc
 import re
 import sys
+from dataclasses import dataclass
 
 from lorasweep.errors import ModelError
-from lorasweep.spec.execution import Exec
+from lorasweep.plan.packing import pack_key
 from lorasweep.spec.run import RunSpec
-from lorasweep.train.events import LEARNING, Phase
+from lorasweep.train.events import LEARNING, phase_of
 
 ALLOCATOR_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -23,8 +24,8 @@ ALLOCATOR_MESSAGES = (
     "Cuda failure 2 'out of memory'",
     "Cuda failure 'out of memory'",
 )
-"""Parts of messages, which torch raises as RuntimeErrors: of the allocator for CPUs, and of
-libraries that take memory without torch's allocator; the last two are NCCL's."""
+"""Parts of messages that torch raises as RuntimeErrors: of the allocator for CPUs, and of libraries
+that take memory without torch's allocator; the last two are NCCL's."""
 REQUEST = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
 
 
@@ -38,62 +39,115 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(m in str(error) for m in ALLOCATOR_MESSAGES)
 
 
+@dataclass(frozen=True)
+class Shortage:
+    """Memory ran out: where, and with which sizes."""
+
+    rows: int
+    """Rows of a run in a forward pass of the learner."""
+    forward_parts: int
+    """See Exec."""
+    asked: str
+    """Size of the request that failed, such as '2.50 GiB'; empty if unknown."""
+    phase: str = LEARNING
+    divisible: bool = False
+    """Whether Exec.forward_parts can make the phase hold less at once."""
+
+    @classmethod
+    def of(cls, error: BaseException, rows: int, forward_parts: int) -> "Shortage":
+        """Read the size of the request and the phase from an error."""
+        found, asked = REQUEST.search(str(error)), ""
+        if found:
+            number, unit = found[1].split()
+            asked = f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else found[1]
+        phase = phase_of(error)
+        return cls(rows, forward_parts, asked, phase.name, phase.divisible)
+
+    def retry_text(self, spec: RunSpec, n_runs: int, instead: str) -> str:
+        """Say that `n_runs` runs like `spec` do not fit, and what is tried instead."""
+        learning = self.phase == LEARNING
+        where = "" if learning else f" in {self.phase}"
+        held = f" with {self.rows} row(s) of each at a time" if learning else ""
+        return (
+            f"out of memory{where}{_request(self.asked)}: {n_runs} run(s) of {spec.model.name}"
+            f"{held} do not fit. Resuming from the last checkpoint with {instead}."
+        )
+
+    def failure_text(self, spec: RunSpec, world_size: int = 1) -> str:
+        """Say that a run alone, one row at a time, does not fit, and what would help."""
+        processes, more = "", ""
+        if world_size > 1:
+            processes = f", on {world_size} processes"
+            more = "more processes (exec.world_size), exec.activation_checkpointing=true, "
+        return (
+            f"out of memory{_request(self.asked)}: {spec.model.name} with {spec.method.name} does "
+            f"not fit, alone{processes} and one row of at most {spec.dataset.max_length} tokens at "
+            f"a time. Choose {more}a smaller model=, a smaller dataset.max_length, or a device "
+            "with more memory (action=plan shows the expected memory), then add exec.retry=true."
+        )
+
+
+def _request(asked: str) -> str:
+    return f" (asked for {asked})" if asked else ""
+
+
 class OutOfMemoryTogether(ModelError):
     """Memory of one of the processes that train a run ran out; the others wait for it.
 
-    All have to be started again, with fewer rows.
+    All have to be started again, with less at once.
     """
 
-    def __init__(self, run: str, exec_: Exec, rows: int, asked: str, phase: Phase) -> None:
-        """Set up; `asked`: the request that did not fit, as `request` returns it."""
-        super().__init__(f"out of memory{_asked(asked)} in one of the processes of a run")
-        self.run, self.rows, self.asked = run, rows, asked
-        self.forward_parts = exec_.forward_parts
-        self.phase, self.divisible = phase.name, phase.divisible
+    def __init__(self, run: str, shortage: Shortage) -> None:
+        """Hold the id of the run, and what ran out."""
+        asked = _request(shortage.asked)
+        super().__init__(f"out of memory{asked} in one of the processes of a run")
+        self.run, self.shortage = run, shortage
 
 
-def _asked(size: str) -> str:
-    return f" (asked for {size})" if size else ""
+@dataclass
+class Limit:
+    """The largest size that may fit; None: no limit is known."""
 
+    rows: int | None = None
+    """Rows per run and forward pass."""
+    runs: int | None = None
+    """Runs of a pack."""
+    forward_parts: int = 1
+    """See Exec."""
 
-def does_not_fit(spec: RunSpec, asked: str, world_size: int = 1) -> str:
-    """Say that a run alone, one row at a time, does not fit, and what would help."""
-    processes, more = "", ""
-    if world_size > 1:
-        processes = f", on {world_size} processes"
-        more = "more of them (exec.world_size), exec.activation_checkpointing=true, "
-    return (
-        f"out of memory{_asked(asked)}: {spec.model.name} with {spec.method.name} does not fit, "
-        f"alone{processes} and one row of at most {spec.dataset.max_length} tokens at a time. "
-        f"Choose {more}a smaller model=, a smaller dataset.max_length, or a device with more "
-        "memory (action=plan says how much is expected), then add exec.retry=true."
-    )
+    def lower(self, shortage: Shortage, n_runs: int) -> str:
+        """Lower the limit where memory ran out; return what is tried instead, empty if nothing is.
 
-
-def goes_on(
-    spec: RunSpec, n_runs: int, rows: int, asked: str, instead: str, phase: str = LEARNING
-) -> str:
-    """Say that `rows` rows of each of `n_runs` runs do not fit, and what is tried instead."""
-    where, held = "", f" with {rows} row(s) of each at a time"
-    if phase != LEARNING:
-        where, held = f" in {phase}", ""
-    return (
-        f"out of memory{where}{_asked(asked)}: {n_runs} run(s) of {spec.model.name}{held} "
-        f"do not fit. Going on from the last checkpoint with {instead}."
-    )
-
-
-def request(error: BaseException) -> str:
-    """Return the size of the failed request, such as '2.50 GiB'; empty if the error has none."""
-    found = REQUEST.search(str(error))
-    if found is None:
+        In learning the rows of a forward pass are halved; in sampling and evaluation what they hold
+        at once: neither slows the other phases down. Where a phase holds one row of each run, the
+        pack of `n_runs` is halved.
+        """
+        if shortage.phase == LEARNING and shortage.rows > 1:
+            self.rows = shortage.rows // 2
+            return f"{self.rows} of each"
+        if shortage.divisible:
+            self.forward_parts = 2 * shortage.forward_parts
+            return f"1/{self.forward_parts} of the usual at once in sampling and evaluation"
+        if n_runs > 1:
+            self.runs = -(-n_runs // 2)
+            return f"packs of {self.runs}"
         return ""
-    number, unit = found[1].split()
-    return f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else found[1]
+
+
+class Limits:
+    """The limits that a worker has learnt: later packs of a kind start at a size that fits."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, Limit] = {}
+
+    def of(self, spec: RunSpec) -> Limit:
+        """Return the limit of runs like `spec`, to be read and lowered."""
+        key = (pack_key(spec), spec.dataset.max_length)
+        return self._known.setdefault(key, Limit())
 
 
 def free_memory() -> None:
-    """Free what nothing refers to any more, and give a device's cached memory back."""
+    """Free what nothing refers to any more, and return a device's cached memory."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():

@@ -1,26 +1,53 @@
-"""Train one pack on this machine: claim its runs, train them, record how each ended.
+"""Train one pack: claim its runs, train them in the memory there is, record how each ended.
 
-Knows claims and errors. Refuses to know how anything is trained.
+Read it from top to bottom: `execute` claims the runs and handles errors, `_Pack` trains in as many
+attempts as the memory needs, `_Attempt` trains once from the last checkpoint and records the events
+of the trainer. Refuses to know how anything is trained.
 """
 
+import dataclasses
 import errno
-import threading
+import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 from lorasweep.errors import DataError, ModelError, SpecError, StoreError
-from lorasweep.launch.fitting import Fitting, Limits
+from lorasweep.launch.out_of_memory import Limit, Limits, Shortage, free_memory, is_out_of_memory
 from lorasweep.launch.process import StopFlag, Stopped
-from lorasweep.launch.trainer import Report, Trainer
+from lorasweep.launch.trainer import Report, Trainer, UnusableData
+from lorasweep.plan import detect
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.spec.execution import Exec
+from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint
-from lorasweep.store.claims import HEARTBEAT_S
-from lorasweep.store.run_store import RunStore
+from lorasweep.store.checkpoint import State
+from lorasweep.store.claims import Heartbeat
+from lorasweep.store.run_store import Record, RunStore
+from lorasweep.tracking import provenance
+from lorasweep.train.events import Event
 
-Attempts = dict[str, int]
-"""Run id -> number of this process's attempt. A run that another process took over is removed."""
+CHECKPOINT_SHARE = 20
+"""Checkpoints are at least this many times their own cost apart, so they take at most 5% of the
+time."""
+LOOK_S = 5.0
+"""Seconds between checks of who owns the runs; new records are written then, too. On a network file
+system each costs a round trip a run, about a millisecond, so neither is done at every update. A
+process that is alive loses a claim only after SILENCE_S, so a few seconds of training more are
+little."""
+ROWS, PROCESSES, PARTS = "micro_batch_size", "processes", "forward_parts"
+RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
+"""Key in env.json and result.json: the run was resumed in a different pack, with another
+micro-batch, another part of sampling and evaluation at once, or on another number of processes. The
+name is old, because kept results have it."""
+NOT_OF_THE_DATA = (Stopped, SpecError, ModelError, StoreError, OSError)
+"""Errors that no data set causes: of the command, the base, the run folder, the machine."""
+
+
+# ---------------------------------------------------------------- claim
 
 
 def execute(
@@ -36,96 +63,373 @@ def execute(
     """Claim the free runs of a pack and train them to the end. Failures of runs are recorded.
 
     `micro_batch_size` is the plan's choice; exec.micro_batch_size and a checkpoint's value come
-    before it. `limits`: what earlier packs of this process learnt of the memory.
+    before it. `limits`: what earlier packs of this process learnt about the memory.
 
     Raises:
         Stopped: `stop` was set; checkpoints are written.
         StoreError: the disk is full, or a file of the run folder cannot be read now.
         SpecError, DataError, ModelError: something that the user must correct.
     """
-    attempts: Attempts = {}
-    beats = None
+    claimed = _Pack(exec_, store, trainer, report, stop)
+    heartbeat = None
     try:
-        _claim(pack, store, attempts)
-        if not attempts:
-            return
-        beats = _Heartbeats(store, attempts)
-        members = [s for s in pack if s.id in attempts]
-        fitting = Fitting(attempts, exec_, store, trainer, report, stop)
-        fitting.train(members, micro_batch_size, (limits or Limits()).of(members[0]))
+        runs = claimed.claim(pack)
+        if runs:
+            heartbeat = Heartbeat(claimed.folders)
+            claimed.train(runs, micro_batch_size, (limits or Limits()).of(runs[0]))
     except Stopped:
-        _end_all(store, attempts, "stopped", "asked to stop")
+        claimed.end_all("stopped", "asked to stop")
         raise
     except (SpecError, DataError, ModelError, StoreError) as error:  # reported once, for all runs
-        _end_all(store, attempts, "stopped", str(error))
+        claimed.end_all("stopped", str(error))
         raise
     except Exception as error:
-        cause = f"{type(error).__name__}: {error}"
+        cause, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _end_all(store, attempts, "stopped", cause, traceback.format_exc())
-            raise _disk_full(store, pack) from None
-        _end_all(store, attempts, "failed", cause, traceback.format_exc())
-        for rid in attempts:
-            if store.result(rid) is None:
-                report({"run": rid, "ended": "failed", "cause": cause})
+            claimed.end_all("stopped", cause, trace)
+            free, need = checkpoint.free_bytes(store.root), checkpoint_bytes(pack)
+            raise StoreError(
+                f"the disk of {store.root} is full ({free / 2**20:.0f} MiB free). The checkpoints "
+                f"of the {len(pack)} run(s) in training take up to {need / 2**20:.1f} MiB; "
+                "action=plan shows what the whole sweep needs. Finished runs are safe. Free some "
+                "space, then run the same command again: it resumes from the last checkpoints."
+            ) from None
+        claimed.end_all("failed", cause, trace)
     finally:
-        if beats is not None:
-            beats.stop()
+        if heartbeat is not None:
+            heartbeat.stop()
 
 
-def _claim(pack: Sequence[RunSpec], store: RunStore, attempts: Attempts) -> None:
-    for spec in pack:
-        n = store.claim(spec)
+@dataclass
+class _Pack:
+    """The runs of a pack that this process has claimed, and how they are trained."""
+
+    exec: Exec
+    store: RunStore
+    trainer: Trainer
+    report: Report
+    stop: StopFlag
+    attempts: dict[str, int] = field(default_factory=dict)
+    """Run id -> number of this process's attempt. Runs that failed, or that another worker claimed,
+    are removed."""
+
+    def claim(self, pack: Sequence[RunSpec]) -> list[RunSpec]:
+        """Claim the free runs and return them. Packs stay whole: without the first run, none."""
+        for spec in pack:
+            n = self.store.claim(spec)
+            if n is not None:
+                self.attempts[spec.id] = n
+            elif not self.attempts:
+                return []
+        return [s for s in pack if s.id in self.attempts]
+
+    def folders(self) -> list[Any]:
+        """Return the folders of the attempts, for their heartbeats."""
+        return [self.store.attempt(rid, n) for rid, n in list(self.attempts.items())]
+
+    def owns(self, rid: str) -> bool:
+        """Return whether a run is still this process's; if not, drop it and end the attempt."""
+        if rid not in self.attempts:
+            return False
+        owned = self.store.owns(rid, self.attempts[rid])
+        if not owned:
+            n = self.attempts.pop(rid)
+            self.store.write_end(rid, n, "stopped", "another process took over")
+        return owned
+
+    def log(self, spec: RunSpec, text: str) -> None:
+        """Write to a run's log, if this process still has the run."""
+        if spec.id in self.attempts:
+            self.store.log(spec.id, self.attempts[spec.id], text)
+
+    def fail(self, spec: RunSpec, cause: str, trace: str = "") -> None:
+        """Record that a run failed, if this process still has it."""
+        self.log(spec, trace or cause)
+        n = self.attempts.pop(spec.id, None)
         if n is not None:
-            attempts[spec.id] = n
-        elif not attempts:
-            return  # another worker has the first member, so it takes the pack: packs stay whole
+            self.store.write_end(spec.id, n, "failed", cause)
+            self.report({"run": spec.id, "ended": "failed", "cause": cause})
 
+    def end_all(self, state: str, cause: str, trace: str = "") -> None:
+        """End the attempts at all unfinished runs: 'stopped' or 'failed'."""
+        for rid, n in self.attempts.items():
+            try:
+                if self.store.result(rid) is not None:
+                    continue
+                if trace:
+                    self.store.log(rid, n, trace)
+                self.store.write_end(rid, n, state, cause)
+            except (OSError, StoreError):
+                continue  # without end.json the run counts as interrupted, which is fine
+            if state == "failed":
+                self.report({"run": rid, "ended": "failed", "cause": cause})
 
-def _disk_full(store: RunStore, pack: Sequence[RunSpec]) -> StoreError:
-    free = checkpoint.free_bytes(store.root) / 2**20
-    need = checkpoint_bytes(pack) / 2**20
-    return StoreError(
-        f"the disk of {store.root} is full ({free:.0f} MiB free). The checkpoints of the "
-        f"{len(pack)} run(s) in training take up to {need:.1f} MiB; action=plan shows what the "
-        "whole sweep needs. Finished runs are safe. Free some space, then run the same command "
-        "again: it continues from the last checkpoints."
-    )
+    # ------------------------------------------------------------ train within the memory
 
+    def train(self, runs: list[RunSpec], planned_rows: int | None, limit: Limit) -> None:
+        """Train the runs to the end, each attempt from the latest checkpoint.
 
-def _end_all(
-    store: RunStore, attempts: Attempts, state: str, cause: str, log_text: str = ""
-) -> None:
-    for rid, n in attempts.items():
+        Out of memory halves what the phase holds at once, and at one row the pack, whose halves are
+        trained one after the other. One run alone with one row that does not fit has failed.
+        `limit` is lowered.
+
+        Raises:
+            Stopped: a stop was asked for; checkpoints are written.
+        """
+        parts = [runs]
+        while parts:
+            part = parts.pop(0)
+            part = [s for s in part if self.store.result(s.id) is None and self.owns(s.id)]
+            if not part:
+                continue
+            if limit.runs is not None and len(part) > limit.runs:
+                parts = [part[: limit.runs], part[limit.runs :], *parts]
+                continue
+            try:
+                found = self._attempt(part, planned_rows, limit)
+            except Exception as error:
+                if not self.exec.skip_broken_data or isinstance(error, NOT_OF_THE_DATA):
+                    raise
+                parts = [*self._without_broken_data(part, error), *parts]
+                continue
+            if found is None:
+                continue
+            free_memory()
+            if self.stop.set:
+                raise Stopped
+            shortage, trace = found
+            instead = limit.lower(shortage, len(part))
+            if not instead:
+                self.fail(part[0], shortage.failure_text(part[0]), trace)
+                continue
+            text = shortage.retry_text(part[0], len(part), instead)
+            for spec in part:
+                self.log(spec, trace + text)
+            self.report({"note": text})
+            parts.insert(0, part)
+
+    def _attempt(
+        self, part: list[RunSpec], planned_rows: int | None, limit: Limit
+    ) -> tuple[Shortage, str] | None:
+        """Train; return what did not fit into the memory and the traceback, None if all did.
+
+        The attempt and its error are dropped here, because they hold tensors.
+        """
+        attempt = _Attempt(self, part, planned_rows, limit)
         try:
-            if store.result(rid) is None:
-                if log_text:
-                    store.log(rid, n, log_text)
-                store.write_end(rid, n, state, cause)
-        except (OSError, StoreError):
-            continue  # without end.json the run counts as interrupted, fine
+            attempt.run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            rows = attempt.exec.rows_of(part[0].batch_size)
+            shortage = Shortage.of(error, rows, attempt.exec.forward_parts)
+            return shortage, traceback.format_exc()
+        return None
+
+    def _without_broken_data(self, part: list[RunSpec], error: Exception) -> list[list[RunSpec]]:
+        """Fail the runs whose data caused an error; return the other runs in parts to be trained.
+
+        If the cause is unknown, each half of the data sets is tried, and no log gets a text that
+        may quote rows of another owner's data.
+        """
+        if isinstance(error, UnusableData):
+            for spec in part:
+                if spec.id in error.causes:
+                    self.fail(spec, error.causes[spec.id])
+            return [part]
+        datasets = list(dict.fromkeys(s.dataset.canonical for s in part))
+        if len(datasets) == 1:
+            cause = str(error)
+            if not isinstance(error, DataError):
+                cause = f"{type(error).__name__}: {cause}"
+            for spec in part:
+                self.fail(spec, cause, "".join(traceback.format_exception(error)))
+            return []
+        first = datasets[: len(datasets) // 2]
+        halves: tuple[list[RunSpec], list[RunSpec]] = ([], [])
+        for spec in part:
+            self.log(spec, "this pack failed: half of its data sets are trained separately")
+            halves[spec.dataset.canonical not in first].append(spec)
+        return list(halves)
 
 
-class _Heartbeats:
-    """A thread that writes the heartbeats of the claimed runs."""
+# ---------------------------------------------------------------- train once, and record
 
-    def __init__(self, store: RunStore, attempts: Attempts) -> None:
-        self._store, self._attempts = store, attempts
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._thread.start()
 
-    def _beat(self) -> None:
-        beat = 0
-        while not self._done.wait(HEARTBEAT_S if beat else 0):
-            beat += 1
-            for rid, n in list(self._attempts.items()):
-                try:
-                    self._store.heartbeat(rid, n, beat)
-                except OSError:
-                    continue  # the training meets the same error and reports it
+class _Attempt:
+    """Claimed runs that are trained from their latest common checkpoint, and what is recorded."""
 
-    def stop(self) -> None:
-        """Stop, and wait for the thread."""
-        self._done.set()
-        self._thread.join()
+    def __init__(
+        self, pack: _Pack, runs: list[RunSpec], planned_rows: int | None, limit: Limit
+    ) -> None:
+        """Load the latest common checkpoint of the runs, and cut their records back to it."""
+        self.pack, self.store, self.runs = pack, pack.store, runs
+        self.ids = [s.id for s in runs]
+        self.live = list(self.ids)
+        self.unwritten: dict[str, list[Record]] = {i: [] for i in self.ids}
+        self.states = self._load()
+        self.different_pack = False
+        self.exec = self._settings(planned_rows, limit)
+        self.wall_s = dict.fromkeys(self.ids, 0.0)
+        if self.states:
+            self.wall_s = {i: self.states[i]["meta"]["wall_s"] for i in self.ids}
+
+    def _load(self) -> dict[str, State] | None:
+        store, folders = self.store, {i: self.store.folder(i) / "checkpoint" for i in self.ids}
+        states = checkpoint.load_pack(folders)
+        if states and any(
+            states[i]["meta"]["records_size"] > store.records_size(i) for i in self.ids
+        ):
+            states = None  # a power failure lost records from before the checkpoint
+        for i in self.ids:
+            store.cut_records(i, states[i]["meta"]["records_size"] if states else 0)
+            checkpoint.keep_only(folders[i], states[i]["meta"]["step"] if states else None)
+        return states
+
+    def _settings(self, planned_rows: int | None, limit: Limit) -> Exec:
+        """Return the settings to train with: those of the checkpoint, unless given or too large."""
+        exec_ = self.pack.exec
+        metas = [self.states[i]["meta"] for i in self.ids] if self.states else []
+        rows = exec_.micro_batch_size or (metas[0][ROWS] if metas else planned_rows)
+        if limit.rows is not None:
+            rows = min(limit.rows, rows or limit.rows)
+        parts = max(exec_.forward_parts, limit.forward_parts)
+        if not metas:
+            return dataclasses.replace(exec_, micro_batch_size=rows, forward_parts=parts)
+        before = (metas[0][ROWS], metas[0].get(PROCESSES, 1), metas[0].get(PARTS, 1))
+        parts = max(parts, before[2])
+        self.different_pack = (rows, exec_.world_size, parts) != before or any(
+            m["layout"] != self.ids or m.get(RESUMED_WITH_DIFFERENT_PACK) for m in metas
+        )
+        threads = metas[0]["threads"]
+        return dataclasses.replace(
+            exec_, threads=threads, micro_batch_size=rows, forward_parts=parts
+        )
+
+    def run(self) -> None:
+        """Train, and record what is measured. Runs that other workers claimed are dropped.
+
+        Raises:
+            Stopped: a stop was asked for, and checkpoints are written.
+        """
+        self._write_env()
+        for spec in self.runs:
+            self.pack.log(
+                spec,
+                f"training {len(self.ids)} run(s) together; this one: {spec.method.name} "
+                f"lr={spec.lr:g} seed={spec.seed}",
+            )
+        try:
+            self._train()
+        except Exception:
+            with suppress(OSError, StoreError):  # the first error is the one to report
+                self._write_records()
+            raise
+
+    def _train(self) -> None:
+        report, stop = self.pack.report, self.pack.stop
+        saved_at = looked_at = counted_at = time.monotonic()
+        save_s = 0.0
+        for number, event in enumerate(self.pack.trainer(self.runs, self.exec, self.states)):
+            now = time.monotonic()
+            if number == 0:
+                self._write_env(backend=event.backend)
+            for i in self.live:
+                self.wall_s[i] += (now - counted_at) / len(self.live)  # its share of the pack's
+                self.unwritten[i].append(event.records[i])
+            counted_at = now
+            self._finish(event)
+            report({"runs": self.live, "step": event.step})
+            due = now - saved_at > max(self.exec.checkpoint_s, CHECKPOINT_SHARE * save_s)
+            if self.live and (due or stop.set):
+                self._save(event)
+                saved_at = looked_at = time.monotonic()
+                save_s = saved_at - now
+            elif number == 0 or now - looked_at > LOOK_S:
+                self._write_records()
+                looked_at = now
+            if not self.live:
+                return
+            if stop.set:
+                raise Stopped
+            event.dropped.update(set(event.records) - set(self.live))
+
+    def _write_env(self, **more: Any) -> None:
+        env = {
+            **provenance.environment(),
+            "pack": self.ids,
+            **self._circumstances(),
+            "gpu": next((gpu.name for gpu in detect.gpus()), None),
+            "compile": self.exec.compile,
+            "resumed_from_step": self.states[self.ids[0]]["meta"]["step"] if self.states else None,
+            **more,
+        }
+        for i in self.ids:
+            self.store.write_env(i, self.pack.attempts[i], env)
+
+    def _circumstances(self) -> dict[str, Any]:
+        """Return what env.json and a checkpoint keep of how the runs are computed."""
+        return {
+            "threads": self.exec.threads,
+            ROWS: self.exec.micro_batch_size,
+            PROCESSES: self.exec.world_size,
+            PARTS: self.exec.forward_parts,
+            RESUMED_WITH_DIFFERENT_PACK: self.different_pack,
+        }
+
+    def _write_records(self) -> None:
+        for i in list(self.live):
+            self._still_owned(i)
+
+    def _still_owned(self, i: str) -> bool:
+        """Write a live run's new records and return True, or drop it: another worker claimed it.
+
+        Called right before anything else is written for a run, because a new owner cuts the records
+        back to the checkpoint that it resumes from.
+        """
+        if not self.pack.owns(i):
+            self.live.remove(i)
+            return False
+        self.store.record(i, *self.unwritten[i])
+        self.unwritten[i] = []
+        return True
+
+    def _finish(self, event: Event) -> None:
+        keep = self.exec.keep_weights and any(s == "done" for s, _ in event.ended.values())
+        states = event.snapshot() if keep else {}
+        for i, (state, measures) in event.ended.items():
+            if i not in self.live or not self._still_owned(i):
+                continue
+            if state == "done" and states:
+                checkpoint.save_weights(self.store.folder(i), states[i])
+            spec = self.runs[self.ids.index(i)]
+            result = {
+                **measures,
+                "wall_s": self.wall_s[i],
+                "n_trainable": spec.method.n_trainable(spec.model),
+                "attempt": self.pack.attempts[i],
+                "pack_size": len(self.ids),
+                "threads": self.exec.threads,
+                RESUMED_WITH_DIFFERENT_PACK: self.different_pack,
+            }
+            self.store.finish(i, state, result)
+            metric = metric_of(measures)
+            outcome = {"measure": metric.label, "value": metric.value(measures)}
+            self.pack.report({"run": i, "ended": state, **outcome, "wall_s": self.wall_s[i]})
+        self.live = [i for i in self.live if i not in event.ended]
+
+    def _save(self, event: Event) -> None:
+        self._write_records()
+        layout, states = list(self.live), event.snapshot()
+        for i in layout:
+            if not self._still_owned(i):  # writing the others' checkpoints may have taken minutes
+                continue
+            self.store.sync_records(i)
+            meta = {
+                **states[i]["meta"],
+                "layout": layout,
+                "records_size": self.store.records_size(i),
+                **self._circumstances(),
+                "wall_s": self.wall_s[i],
+            }
+            checkpoint.save(self.store.folder(i) / "checkpoint", {**states[i], "meta": meta})

@@ -1,4 +1,4 @@
-"""Handle signals, and set options of the operating system for a worker process.
+"""A worker process and the operating system: signals, memory and environment.
 
 The system may refuse these options; nothing depends on them.
 """
@@ -8,9 +8,15 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 
 from lorasweep.store import claims
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Makes waiting OpenMP threads sleep. By default they spin, and block the core that the other
+thread needs: two training processes on two busy cores are then a hundred times slower (LOG.md)."""
 
 
 class Stopped(Exception):
@@ -62,3 +68,16 @@ def keep_freed_memory() -> None:
         return
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26), (-8, 1)):
         mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """Return the environment of a worker: this code, not the current folder's, and its threads."""
+    root = str(Path(__file__).resolve().parents[2])
+    return {
+        **WAIT_POLICY,
+        **os.environ,
+        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONSAFEPATH": "1",
+    }

@@ -1,21 +1,23 @@
-"""The interface of a trainer, and the real one.
+"""Load the base model and the data of a pack, and train it with the objective that its runs name.
 
 Torch is imported inside functions, so that launching starts without it.
 """
 
+import hashlib
 import importlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorasweep.errors import DataError, ModelError
-from lorasweep.launch.data_identity import check_same_data
 from lorasweep.launch.out_of_memory import is_out_of_memory
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
+from lorasweep.store import files
 from lorasweep.store.checkpoint import State
 from lorasweep.train.events import Event
 
@@ -27,11 +29,22 @@ if TYPE_CHECKING:
 
 TOKENS = ".tokens"
 """Folder in the run folder with tokenized text, which all workers share."""
+FINGERPRINTS = ".data"
+"""Folder in the run folder with a file for every model and data set."""
 EVAL_ROWS = 4
 """Rows of a forward pass without gradients where none are set: few, for the memory of logits."""
 Report = Callable[[dict[str, Any]], None]
 """Receives events: {run, ended, ...} at the end of a run, {runs, step} after an update, {note} for
 what the user should read."""
+
+
+class Trainer(Protocol):
+    """Trains the runs of a pack together and yields an event per update."""
+
+    def __call__(
+        self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
+    ) -> Iterator[Event]:
+        """Train from the start, or from the states of all runs."""
 
 
 class UnusableData(DataError):
@@ -43,20 +56,21 @@ class UnusableData(DataError):
         self.causes = causes
 
 
-class Trainer(Protocol):
-    """Trains the runs of a pack together and yields an event per update."""
-
-    def __call__(
-        self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
-    ) -> Iterator[Event]:
-        """Train from the start, or from the states of all members."""
+def trainer_named(
+    name: str | None, stop: StopFlag | None = None, mesh: "Mesh | None" = None
+) -> Trainer:
+    """Return the trainer named `name` (package.module:object); None: the real one."""
+    if name is None:
+        return TorchTrainer(stop, mesh)
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 class TorchTrainer:
-    """Trains packs with `lorasweep.train.finetune`. Keeps the loaded base and data for the next."""
+    """Trains packs, and keeps the loaded base and data for the next pack."""
 
     def __init__(self, stop: StopFlag | None = None, mesh: "Mesh | None" = None) -> None:
-        """Look at `stop` while a base model is pretrained. The caller looks at it during runs.
+        """Watch `stop` while a base model is pretrained. The caller watches it during runs.
 
         `mesh`: the processes that train together, each with such a trainer; None: this one alone.
         """
@@ -68,100 +82,143 @@ class TorchTrainer:
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
     ) -> Iterator[Event]:
-        """Train a pack; its members share base model and precision."""
-        import torch
-
-        from lorasweep.train.finetune import finetune
-
-        if exec_.threads:
-            torch.set_num_threads(exec_.threads)
+        """Train a pack; its runs share base model and precision."""
         base = self._load_base(pack[0], exec_)
-        data = self._data_of(pack, exec_, base)
-        if base.mesh.size > 1:
-            self._base = None  # a model that was spread over processes cannot be used again
-        how = (exec_.micro_batch_size, resume, exec_.join_rows, exec_.forward_parts)
-        yield from finetune(pack, base, data, *how)
-
-    def _data_of(self, pack: list[RunSpec], exec_: Exec, base: "Base") -> dict[str, Any]:
         data, causes = {}, {}
         for spec in pack:
             try:
-                data[spec.id] = self._load_data(spec, exec_, base)
+                data[spec.id] = self.data(spec, exec_, base)
             except DataError as error:
                 if not exec_.skip_broken_data:
                     raise
                 causes[spec.id] = str(error)
         if causes:
             raise UnusableData(causes)
-        return data
-
-    def data(self, spec: RunSpec, exec_: Exec) -> "Data":
-        """Load the rows of a run, and its base for the tokenizer."""
-        data: Data = self._load_data(spec, exec_, self._load_base(spec, exec_))
-        return data
+        if base.mesh.size > 1:
+            self._base = None  # a model that was spread over processes cannot be used again
+        rows = exec_.micro_batch_size
+        yield from finetune(pack, base, data, rows, resume, exec_.join_rows, exec_.forward_parts)
 
     def first_pass(self, spec: RunSpec, exec_: Exec) -> "list[Batch]":
-        """Return the loss of every batch of a run under its base, which learns nothing."""
-        import torch
-
+        """Return the loss of every batch of a run under the base model, without training."""
         from lorasweep.train.first_pass import first_pass
 
-        if exec_.threads:
-            torch.set_num_threads(exec_.threads)
         base = self._load_base(spec, exec_)
         rows = exec_.micro_batch_size or EVAL_ROWS
-        return first_pass(spec, base, self._load_data(spec, exec_, base), rows)
+        return first_pass(spec, base, self.data(spec, exec_, base), rows)
 
-    def _load_data(self, spec: RunSpec, exec_: Exec, base: "Base") -> Any:
+    def data(self, spec: RunSpec, exec_: Exec, base: "Base | None" = None) -> "Data":
+        """Load the rows of a run. `base` has the tokenizer; None: the run's base is loaded.
+
+        Raises:
+            DataError: the data cannot be used, or differ from those that the run folder knows.
+        """
         from lorasweep.data.load import load
 
+        base = base or self._load_base(spec, exec_)
         key = (spec.dataset, spec.draw)
         if key not in self._data:
             root = Path(exec_.runs_dir)
             cache = str(root / TOKENS)
             data = load(spec.dataset, exec_.data_dir, base.tokenizer, cache, spec.draw)
-            check_same_data(root, spec, data.sha256)
+            _check_same_data(root, spec, data.sha256)
             self._data[key] = data
         return self._data[key]
 
     def _load_base(self, spec: RunSpec, exec_: Exec) -> "Base":
+        import torch
+
         from lorasweep.models import load as models
         from lorasweep.models.sharding import compute_again
         from lorasweep.train import pretrain
 
+        if exec_.threads:
+            torch.set_num_threads(exec_.threads)
         key = (spec.model, spec.precision, exec_.compile, exec_.activation_checkpointing)
-        if self._base is None or self._base_key != key:
-            self._base, self._data = None, {}  # one base in memory at a time
-            if self._mesh is None or self._mesh.rank == 0:
-                pretrain.ensure(spec.model, exec_.models_dir, self._go_on)
-            try:
-                self._base = models.load(spec.model, exec_.models_dir, spec.precision, self._mesh)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise ModelError(
-                    f"model {spec.model.name!r}: its weights do not fit into the memory "
-                    f"({type(error).__name__}: {error}). Choose a smaller model=, or a device with "
-                    "more memory: action=plan says how much is expected."
-                ) from None
-            self._base_key = key
-            if exec_.activation_checkpointing:
-                compute_again(self._base.model)
-            if exec_.compile:
-                # without the unembedding, which is computed in chunks
-                self._base.model.base_model.compile(dynamic=True)
+        if self._base is not None and self._base_key == key:
+            return self._base
+        self._base, self._data = None, {}  # one base in memory at a time
+        if self._mesh is None or self._mesh.rank == 0:
+            pretrain.ensure(spec.model, exec_.models_dir, self._check_stop)
+        try:
+            self._base = models.load(spec.model, exec_.models_dir, spec.precision, self._mesh)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"model {spec.model.name!r}: its weights do not fit into the memory "
+                f"({type(error).__name__}: {error}). Choose a smaller model=, or a device with "
+                "more memory: action=plan shows the expected memory."
+            ) from None
+        self._base_key = key
+        if exec_.activation_checkpointing:
+            compute_again(self._base.model)
+        if exec_.compile:
+            # without the unembedding, which is computed in chunks
+            self._base.model.base_model.compile(dynamic=True)
         return self._base
 
-    def _go_on(self, step: int, nll: float) -> None:
+    def _check_stop(self, step: int, nll: float) -> None:
         if self._stop.set:
             raise Stopped
 
 
-def trainer_named(
-    name: str | None, stop: StopFlag | None = None, mesh: "Mesh | None" = None
-) -> Trainer:
-    """Return the trainer named `name` (package.module:object); None: the real one."""
-    if name is None:
-        return TorchTrainer(stop, mesh)
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def finetune(
+    pack: Sequence[RunSpec],
+    base: "Base",
+    data: "Data | Mapping[str, Data]",
+    micro_batch_size: int | None = None,
+    resume: dict[str, State] | None = None,
+    join_rows: bool = False,
+    forward_parts: int = 1,
+) -> Iterator[Event]:
+    """Train the runs of `pack` together with their objective, and yield an Event per update.
+
+    `data`: one data set for all, or run id -> data set. `micro_batch_size`: sequences per run and
+    forward pass of the learner; None: all of an update. `resume`: run id -> state from an event's
+    snapshot(). `join_rows`, `forward_parts`: see Exec.
+    """
+    from lorasweep.train.loop import train
+    from lorasweep.train.objectives.policy_gradient import PolicyGradient
+    from lorasweep.train.objectives.sft import SupervisedFineTuning
+
+    objectives = {"sft": SupervisedFineTuning, "policy_gradient": PolicyGradient}
+    by_run = data if isinstance(data, Mapping) else {s.id: data for s in pack}
+    objective = objectives[pack[0].objective](
+        by_run, pack[0].precision, micro_batch_size, join_rows, forward_parts
+    )
+    return train(pack, base, objective, resume)
+
+
+def _check_same_data(root: Path, spec: RunSpec, sha256: str | None) -> None:
+    """Record the fingerprint of a run's data, or compare it with the recorded one.
+
+    The analysis would refuse to judge the runs of two data sets under one name, but only after they
+    were trained. Does nothing outside a run folder, and for data without a fingerprint. In a folder
+    that this user may only read nothing is recorded, because no run of it is trained there.
+
+    Raises:
+        DataError: the data have changed.
+    """
+    if sha256 is None or not root.is_dir():
+        return
+    key = hashlib.sha256(f"{spec.model.canonical}{spec.dataset.canonical}".encode()).hexdigest()
+    path = root / FINGERPRINTS / f"{key[:16]}.json"
+    mine = {"model": spec.model.name, "dataset": spec.dataset.name, "data_sha256": sha256}
+    known = files.read_json(path)
+    if known is None:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            files.create_once(path, json.dumps(mine).encode())
+        except OSError as error:
+            if error.errno not in files.READ_ONLY:
+                raise
+        known = files.read_json(path) or mine  # another process may have been faster
+    before = known["data_sha256"]
+    if before != sha256:
+        raise DataError(
+            f"dataset {spec.dataset.name!r}: the data have changed since runs in {root} were "
+            f"trained on them (fingerprint {before[:12]} then, {sha256[:12]} now). Restore the old "
+            f"data, or use a new run folder (exec.runs_dir={root}-2), or give the new data another "
+            f"name. If no run was trained on the old data, delete {path}."
+        )

@@ -1,7 +1,7 @@
 """A worker process: train the free packs of a job file. Started by launch/local.
 
-With exec.world_size above one it is one of several processes that train each run together; what
-torchrun sets in the environment (RANK, MASTER_ADDR, ...) names them, or Slurm (`nodes`).
+With exec.world_size above one it is one of several processes that train each run together; their
+ranks come from torchrun's environment variables (RANK, MASTER_ADDR, ...) or from Slurm.
 
     python -m lorasweep.launch.worker JOB.json SHA256 [FIRST]
 
@@ -22,17 +22,16 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import LorasweepError
-from lorasweep.launch import nodes
 from lorasweep.launch.distributed import Leader, follow
-from lorasweep.launch.fitting import Limits
-from lorasweep.launch.out_of_memory import OutOfMemoryTogether
+from lorasweep.launch.out_of_memory import Limits, OutOfMemoryTogether
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped, die_with_parent, keep_freed_memory
-from lorasweep.launch.slurm.running import RunningJobs
+from lorasweep.launch.slurm.client import RunningJobs
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Exec
@@ -44,29 +43,8 @@ STOPPED, REFUSED, OUT_OF_MEMORY = 3, 4, 5
 memory of one of the processes of a run ran out, printed as an event."""
 REPORT_S = 0.3
 """Minimum seconds between progress reports. Ends of runs and notes are reported at once."""
-
-
-def skipped(path: str | None) -> set[str]:
-    """Read a file of run ids that must not be started; empty if there is no file."""
-    return set(files.read_json(Path(path)) or []) if path else set()
-
-
-class _Reporter:
-    """Prints events. If nobody reads them any more, it sets the stop flag."""
-
-    def __init__(self, stop: StopFlag) -> None:
-        self._stop = stop
-        self._last = 0.0
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        if event.keys().isdisjoint(("ended", "note")) and time.monotonic() - self._last <= REPORT_S:
-            return
-        self._last = time.monotonic()
-        try:
-            print(json.dumps(event), flush=True)
-        except OSError:  # the command that started this worker is gone, so stop cleanly
-            self._stop.set = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+SLURM_RANKS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
+"""torchrun's variables, and Slurm's with the same content."""
 
 
 def main(job_path: str, sha256: str, first: int = 0) -> int:
@@ -90,7 +68,8 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
     except Stopped:
         return STOPPED
     except OutOfMemoryTogether as error:
-        print(json.dumps({"out_of_memory": error.run, **vars(error)}), flush=True)
+        event = {"run": error.run, "out_of_memory": asdict(error.shortage)}
+        print(json.dumps(event), flush=True)
         return OUT_OF_MEMORY
     except LorasweepError as error:
         print(json.dumps({"error": str(error)}), flush=True)
@@ -99,10 +78,12 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
 
 
 def _run_together(job: dict[str, Any], first: int, store: RunStore, stop: StopFlag) -> None:
-    """Train with the other processes: process 0 as any worker does, the others as it says."""
+    """Train with the other processes: process 0 like any worker, the others as it orders."""
     from lorasweep.models.sharding import Mesh
 
-    nodes.take_rank()
+    for name, given in SLURM_RANKS.items():
+        if name not in os.environ:
+            os.environ[name] = os.environ[given]
     mesh = Mesh.join()
     trainer = trainer_named(job.get("trainer"), stop, mesh)
     if mesh.rank:
@@ -117,17 +98,17 @@ def _run_together(job: dict[str, Any], first: int, store: RunStore, stop: StopFl
 def _run(
     job: dict[str, Any], first: int, store: RunStore, trainer: Trainer, stop: StopFlag
 ) -> None:
-    exec_, report, limits = Exec(**job["exec"]), _Reporter(stop), Limits()
+    exec_, report, limits = Exec(**job["exec"]), Reporter(stop), Limits()
     packs = job["packs"]
     for pack in packs[first:] + packs[:first]:
         unwanted = skipped(job.get("skip"))
         specs = [s for s in map(spec_from, pack["runs"]) if s.id not in unwanted]
         if specs:
-            rows = pack["micro_batch_size"]
             limit = limits.of(specs[0])
             if pack["most_rows"] is not None:
                 limit.rows = pack["most_rows"]
             limit.forward_parts = max(limit.forward_parts, pack["forward_parts"])
+            rows = pack["micro_batch_size"]
             execute(specs, exec_, store, trainer, report, stop, rows, limits)
         if stop.set:
             raise Stopped
@@ -135,6 +116,30 @@ def _run(
             trainer.leave()
             if trainer.broken:
                 return  # a training failed, and is recorded; new processes train the other packs
+
+
+def skipped(path: str | None) -> set[str]:
+    """Read a file of run ids that must not be started; empty if there is no file."""
+    return set(files.read_json(Path(path)) or []) if path else set()
+
+
+class Reporter:
+    """Prints events as JSON lines. If nobody reads them any more, it sets the stop flag."""
+
+    def __init__(self, stop: StopFlag) -> None:
+        self._stop = stop
+        self._last = 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Print an event; progress is left out if something was printed within REPORT_S."""
+        if event.keys().isdisjoint(("ended", "note")) and time.monotonic() - self._last <= REPORT_S:
+            return
+        self._last = time.monotonic()
+        try:
+            print(json.dumps(event), flush=True)
+        except OSError:  # the command that started this worker is gone, so stop cleanly
+            self._stop.set = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

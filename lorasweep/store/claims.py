@@ -1,4 +1,4 @@
-"""Who works on a run: the owner of an attempt, and whether its process is still alive.
+"""Who works on a run or holds a lock, and whether that process is still alive.
 
 Clocks of two machines are never compared. On the same machine, boot id, process id and start time
 decide. On another machine the scheduler decides if the owner is one of its jobs; otherwise the
@@ -7,13 +7,17 @@ owner is alive if its heartbeat changes while this process watches.
 
 import json
 import os
+import shutil
 import socket
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from lorasweep.errors import StoreError
 from lorasweep.store import files
 
 HEARTBEAT_S = 15.0
@@ -21,6 +25,7 @@ HEARTBEAT_S = 15.0
 SILENCE_S = 90.0
 """Seconds (by our clock) without a new heartbeat after which an owner on another machine is dead.
 Longer than 60 s, the time for which NFS clients usually cache attributes."""
+LOCK_POLL_S = 0.2
 UNKNOWN = "unknown"
 JOB_VARIABLE = "LORASWEEP_JOB"
 """Environment variable set inside the jobs that we submit. Such a job ends with its process. An
@@ -28,7 +33,7 @@ interactive job outlives the command, so a running job does not prove that the c
 
 
 class RunningJobs(Protocol):
-    """What a scheduler knows about the jobs that own attempts (see launch/slurm/running)."""
+    """What a scheduler knows about the jobs that own attempts (see launch/slurm/client)."""
 
     def refresh(self) -> None:
         """Query all running jobs once."""
@@ -78,18 +83,14 @@ def start_time(pid: int) -> str:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return UNKNOWN if _exists(pid) else ""
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
+        except PermissionError:
+            pass
+        return UNKNOWN
     return "" if fields[0] in ("Z", "X") else fields[19]
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def this_process() -> dict[str, Any]:
@@ -133,14 +134,6 @@ def restarted(owner: dict[str, Any]) -> bool:
     return same and mine["restart"] > its["restart"]
 
 
-def _is_job_elsewhere(attempt: Path) -> bool:
-    try:
-        owner = read_owner(attempt)
-    except OSError:
-        return False
-    return bool(owner.get("slurm")) and owner.get("host") != host()
-
-
 class Liveness:
     """Decide whether owners are alive. Remembers other machines' heartbeats between calls."""
 
@@ -155,7 +148,13 @@ class Liveness:
 
         The owner of an attempt never changes, so each is read once.
         """
-        new = {a for a in attempts if a not in self._known and _is_job_elsewhere(a)}
+        new = set()
+        for attempt in attempts:
+            if attempt not in self._known:
+                with suppress(OSError):
+                    owner = read_owner(attempt)
+                    if owner.get("slurm") and owner.get("host") != host():
+                        new.add(attempt)
         self._known |= new
         if new and self._jobs:
             self._jobs.refresh()
@@ -211,3 +210,96 @@ class Liveness:
     def sure(self, attempt: Path) -> bool:
         """Return whether `alive` is certain: by a verdict, or by a heartbeat that has changed."""
         return self.verdict(attempt) is not None or self._seen.get(attempt, (b"", 0.0, False))[2]
+
+
+class Heartbeat:
+    """A thread that shows that this process is alive: a new number in each claimed folder."""
+
+    def __init__(self, folders: Callable[[], Iterable[Path]]) -> None:
+        """Start; `folders` returns the folders of the claims, which may change."""
+        self._folders, self._done = folders, threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._done.wait(HEARTBEAT_S if beat else 0):
+            beat += 1
+            for folder in self._folders():
+                with suppress(OSError):  # the work itself meets the same error and reports it
+                    (folder / "heartbeat").write_text(str(beat))
+
+    def stop(self) -> None:
+        """Stop, and wait for the thread."""
+        self._done.set()
+        self._thread.join()
+
+
+class Lock:
+    """A lock in a folder, between all processes that see it: the highest claim holds the lock.
+
+    The lock of a dead process is taken over.
+    """
+
+    def __init__(self, folder: Path, jobs: RunningJobs | None = None) -> None:
+        """Name the folder; `jobs` knows which holders are running jobs of a cluster."""
+        self._folder = folder
+        self._liveness = Liveness(jobs)
+        self._claim: Path | None = None
+
+    def acquire(self, wait_s: float, waiting: Callable[[str], None]) -> None:
+        """Take the lock, and wait for its holder if there is one.
+
+        `waiting` is called once, with a description of the holder.
+
+        Raises:
+            StoreError: the holder is still alive after `wait_s` seconds, or the folder cannot be
+                read now.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        end, announced = time.monotonic() + wait_s, False
+        while True:
+            last = files.highest_number(self._folder) or 0
+            held = self._folder / str(last)
+            released = files.status(held / "released") is not None
+            if last == 0 or released or not self._liveness.alive(held):
+                if self._try(last + 1):
+                    return
+                continue
+            try:
+                owner = read_owner(held)
+            except OSError as error:
+                holder = f"a process whose name cannot be read ({error.strerror})"
+            else:
+                if not owner:
+                    continue  # released in the meantime
+                holder = f"process {owner['pid']} on {owner['host']}"
+            if not announced:
+                waiting(holder)
+                announced = True
+            if time.monotonic() > end:
+                raise StoreError(
+                    f"{held} is held by {holder}, which is still running. Run the command again "
+                    "when it has ended."
+                )
+            time.sleep(LOCK_POLL_S)
+
+    def _try(self, number: int) -> bool:
+        claim = self._folder / str(number)
+        owner = json.dumps(this_process()).encode()
+        if not files.create_folder_once(claim, {"owner.json": owner}):
+            return False
+        if files.highest_number(self._folder) != number:
+            shutil.rmtree(claim)  # others took and released it meanwhile; a later one holds it
+            return False
+        self._claim, self._heartbeat = claim, Heartbeat(lambda: [claim])
+        return True
+
+    def release(self) -> None:
+        """Release the lock, and delete the claims of earlier holders."""
+        assert self._claim is not None, "release without acquire"
+        self._heartbeat.stop()
+        files.write_atomic(self._claim / "released", b"")
+        for name in files.names(self._folder):
+            if name.isdigit() and int(name) < int(self._claim.name):
+                shutil.rmtree(self._folder / name, ignore_errors=True)

@@ -89,6 +89,11 @@ def names(folder: Path) -> list[str]:
     return patiently(folder, lambda: os.listdir(folder)) or []
 
 
+def highest_number(folder: Path) -> int | None:
+    """Return the highest number among the names in a folder; None without numbers."""
+    return max((int(name) for name in names(folder) if name.isdigit()), default=None)
+
+
 def status(path: Path) -> os.stat_result | None:
     """Return a file's status; None if it is not there. Raises StoreError like `patiently`."""
     return patiently(path, lambda: os.stat(path))
@@ -104,7 +109,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         with suppress(OSError):
             os.unlink(partial)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def create_once(path: Path, content: bytes) -> bool:
@@ -117,7 +122,7 @@ def create_once(path: Path, content: bytes) -> bool:
         return False
     finally:
         os.unlink(partial)
-    sync_folder(path.parent)
+    sync(path.parent)
     return True
 
 
@@ -140,7 +145,7 @@ def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
             os.unlink(partial / name)
         os.rmdir(partial)
         return False
-    sync_folder(path.parent)
+    sync(path.parent)
     return True
 
 
@@ -193,7 +198,7 @@ def append(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content to the disk."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -208,11 +213,6 @@ def truncate(path: Path, size: int) -> None:
         os.ftruncate(fd, size)
     finally:
         os.close(fd)
-
-
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    sync(path)
 
 
 def _partial(path: Path) -> Path:

@@ -11,8 +11,7 @@ from typing import Any
 
 from lorasweep.errors import SpecError, StoreError
 from lorasweep.store import files
-from lorasweep.store.claims import SILENCE_S
-from lorasweep.store.lock import Lock
+from lorasweep.store.claims import SILENCE_S, Lock
 from lorasweep.sweep import looks
 from lorasweep.sweep.grid import Point
 

@@ -1,5 +1,6 @@
 """RunStore: one folder per run, the only place where the state of runs is kept.
 
+    <runs_dir>/store.json       train_version of the runs; two versions are never mixed
     <runs_dir>/<run_id>/
         spec.json       canonical spec
         metrics.jsonl   one record per line
@@ -10,7 +11,9 @@
 Knows files, claims and states. Refuses to know torch, and how anything is trained.
 """
 
+import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -18,14 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import StoreError
-from lorasweep.spec.run import RunSpec
-from lorasweep.store import claims, files, index, records, results, version
-from lorasweep.store.records import Record
+from lorasweep.spec.run import TRAIN_VERSION, RunSpec
+from lorasweep.store import claims, files, index
 
 STATES = ("missing", "running", "interrupted", "failed", "diverged", "done")
 """States of a run, computed from its folder and never stored. missing: not started. interrupted:
 started, but its process has ended. diverged: a result. failed: an accident."""
 FINAL = ("done", "diverged")
+Record = dict[str, Any]
+"""What one update measured: JSON values, at least `step`."""
+Result = dict[str, Any]
+"""How a run ended and what it measured: JSON values, at least `run_id` and `state`."""
+RECENT_BYTES = 2**14
+"""Bytes that `recent_records` reads; a record has about 250."""
 
 
 class RunStore:
@@ -51,13 +59,40 @@ class RunStore:
         """Create the folder and test that it is writable.
 
         Raises:
-            StoreError: it cannot be used.
+            StoreError: it cannot be written, is damaged, or belongs to another train_version.
         """
-        version.prepare(self.root)
+        mark = self.root / "store.json"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            files.share_as(self.root)
+            probe = self.root / f".probe.{os.getpid()}"
+            files.write_atomic(probe, b"")
+            probe.unlink()
+            files.create_once(mark, json.dumps({"train_version": TRAIN_VERSION}).encode())
+            version = json.loads(mark.read_bytes())["train_version"]
+        except OSError as error:
+            raise StoreError(
+                f"run folder {self.root} cannot be written ({error.strerror or error}). "
+                "Choose another: exec.runs_dir=FOLDER, or set LORASWEEP_RUNS."
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise StoreError(
+                f'{mark} is damaged. Replace its content by {{"train_version": {TRAIN_VERSION}}}.'
+            ) from None
+        if version != TRAIN_VERSION:
+            raise StoreError(
+                f"run folder {self.root} was written with train_version {version}; this lorasweep "
+                f"has version {TRAIN_VERSION}, and the two are never mixed. Use another folder: "
+                "exec.runs_dir=FOLDER."
+            )
 
     def folder(self, rid: str) -> Path:
         """Return the folder of a run; it need not exist."""
         return self.root / rid
+
+    def attempt(self, rid: str, n: int) -> Path:
+        """Return the folder of an attempt at a run; it need not exist."""
+        return self.folder(rid) / "attempts" / str(n)
 
     def existing(self) -> set[str]:
         """Return the ids that have a folder, from one directory scan."""
@@ -75,13 +110,13 @@ class RunStore:
 
     # ------------------------------------------------------------ reading
 
-    def result(self, rid: str) -> dict[str, Any] | None:
+    def result(self, rid: str) -> Result | None:
         """Return the result of a finished run; None if it is missing or damaged.
 
         Here and below, StoreError is raised where a file cannot be read now: then the state of the
         run is unknown, and it is neither free nor finished.
         """
-        return results.read(self.folder(rid))
+        return _checked(files.read(self._result_path(rid)))
 
     def state(self, rid: str) -> str:
         """Return the state of a run, from its folder alone."""
@@ -102,7 +137,7 @@ class RunStore:
         there = self.existing()
         over = self.finished(i for i in ids if i in there)
         begun = [(i, self.last_attempt(i)) for i in ids if i in there and i not in over]
-        self._liveness.prepare(self._attempt(i, n) for i, n in begun if n is not None)
+        self._liveness.prepare(self.attempt(i, n) for i, n in begun if n is not None)
         return {
             i: over[i].state if i in over else self.state(i) if i in there else "missing"
             for i in ids
@@ -117,21 +152,16 @@ class RunStore:
 
         Their owners are on other machines, and nothing here shows yet whether they are alive.
         """
-        last = {i: self.last_attempt(i) for i in ids}
-        return [
-            i
-            for i, n in last.items()
-            if n is not None and not self._liveness.sure(self._attempt(i, n))
-        ]
+        last = [(i, self.last_attempt(i)) for i in ids]
+        return [i for i, n in last if n is not None and not self._liveness.sure(self.attempt(i, n))]
 
     def last_attempt(self, rid: str) -> int | None:
         """Return the highest attempt number, or None. The owner of that attempt owns the run."""
-        found = files.names(self.folder(rid) / "attempts")
-        return max((int(name) for name in found if name.isdigit()), default=None)
+        return files.highest_number(self.folder(rid) / "attempts")
 
     def env(self, rid: str) -> dict[str, Any]:
         """Return where the last attempt ran; empty if that was not recorded (imported runs)."""
-        return files.read_json(self._attempt(rid, self.last_attempt(rid) or 0) / "env.json") or {}
+        return files.read_json(self.attempt(rid, self.last_attempt(rid) or 0) / "env.json") or {}
 
     def layout(self, rid: str) -> dict[str, Any]:
         """Return {threads, micro_batch_size} of a run's last attempt; empty if it was imported."""
@@ -148,22 +178,46 @@ class RunStore:
 
         None if it is still running or was killed.
         """
-        return files.read_json(self._attempt(rid, attempt) / "end.json")
+        return files.read_json(self.attempt(rid, attempt) / "end.json")
+
+    def failure(self, rid: str) -> str:
+        """Return the cause of the last attempt's failure; empty if there is none."""
+        end = self.end(rid, self.last_attempt(rid) or 0)
+        return end["cause"] if end else ""
 
     def owner(self, rid: str, attempt: int) -> dict[str, Any]:
         """Return the owner of an attempt; empty if it cannot be read."""
         try:
-            return claims.read_owner(self._attempt(rid, attempt))
+            return claims.read_owner(self.attempt(rid, attempt))
         except OSError:
             return {}
 
     def records(self, rid: str) -> list[Record]:
         """Return the records of a run, without an incomplete last line."""
-        return records.read(self.folder(rid))
+        return self._records_from(rid, 0)
 
     def recent_records(self, rid: str) -> list[Record]:
         """Return about the last 60 records of a run."""
-        return records.read_end(self.folder(rid))
+        return self._records_from(rid, max(0, self.records_size(rid) - RECENT_BYTES))
+
+    def _records_from(self, rid: str, start: int) -> list[Record]:
+        """Return the records from byte `start` on, without incomplete lines."""
+        path = self._records_path(rid)
+
+        def lines() -> list[bytes]:
+            with open(path, "rb") as file:
+                file.seek(start)
+                if start:
+                    file.readline()  # skip the rest of a line
+                return file.read().split(b"\n")
+
+        found = []
+        for line in (files.patiently(path, lines) or [])[:-1]:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break  # ignore everything after a damaged line
+        return found
 
     def spec(self, rid: str) -> dict[str, Any]:
         """Return the canonical spec of a run as a dict.
@@ -203,7 +257,7 @@ class RunStore:
                 self.write_end(rid, last, "stopped", "started again by Slurm")
         mine = 1 if last is None else last + 1
         owner = json.dumps(claims.this_process()).encode()
-        if not files.create_folder_once(self._attempt(rid, mine), {"owner.json": owner}):
+        if not files.create_folder_once(self.attempt(rid, mine), {"owner.json": owner}):
             return None
         try:
             if self.result(rid) is not None:  # finished between the first check and the claim
@@ -217,12 +271,13 @@ class RunStore:
 
     def _set_aside_damage(self, rid: str) -> None:
         """Rename a result with a wrong checksum; it is kept for inspection."""
-        path = self.folder(rid) / "result.json"
-        if results.damaged(self.folder(rid)):
+        path = self._result_path(rid)
+        content = files.read(path)
+        if content is not None and _checked(content) is None:
             os.replace(path, path.with_name(f"result.damaged-{os.urandom(3).hex()}.json"))
 
     def _alive(self, rid: str, attempt: int) -> bool:
-        return self._dead.get(rid) != attempt and self._liveness.alive(self._attempt(rid, attempt))
+        return self._dead.get(rid) != attempt and self._liveness.alive(self.attempt(rid, attempt))
 
     def owns(self, rid: str, attempt: int) -> bool:
         """Return whether `attempt` is still the latest.
@@ -234,45 +289,45 @@ class RunStore:
     def write_env(self, rid: str, attempt: int, env: dict[str, Any]) -> None:
         """Record where an attempt runs."""
         files.write_atomic(
-            self._attempt(rid, attempt) / "env.json", json.dumps(env, indent=1).encode()
+            self.attempt(rid, attempt) / "env.json", json.dumps(env, indent=1).encode()
         )
-
-    def heartbeat(self, rid: str, attempt: int, beat: int) -> None:
-        """Write a new heartbeat number, which shows that the attempt is alive."""
-        path = self._attempt(rid, attempt) / "heartbeat"
-        path.write_text(str(beat))
 
     def log(self, rid: str, attempt: int, text: str) -> None:
         """Append a line to an attempt's log."""
-        files.append(self._attempt(rid, attempt) / "log.txt", (text.rstrip() + "\n").encode())
+        files.append(self.attempt(rid, attempt) / "log.txt", (text.rstrip() + "\n").encode())
 
     def record(self, rid: str, *new: Record) -> None:
         """Append records, in one write. Values that are not finite are written as null."""
-        records.append(self.folder(rid), new)
+        if new:
+            text = "".join(_finite_json(record) + "\n" for record in new)
+            files.append(self._records_path(rid), text.encode())
 
     def records_size(self, rid: str) -> int:
         """Return the size of the records in bytes, which a checkpoint remembers."""
-        return records.size(self.folder(rid))
+        status = files.status(self._records_path(rid))
+        return status.st_size if status else 0
 
     def sync_records(self, rid: str) -> None:
         """Flush the records to the disk, before a checkpoint that depends on them is written."""
-        records.sync(self.folder(rid))
+        files.sync(self._records_path(rid))
 
     def cut_records(self, rid: str, size: int) -> None:
-        """Cut the records back to the size at a checkpoint."""
-        records.cut(self.folder(rid), size)
+        """Cut the records back to the size at a checkpoint; a missing file counts as empty."""
+        files.truncate(self._records_path(rid), size)
 
-    def finish(self, rid: str, state: str, result: dict[str, Any]) -> bool:
+    def finish(self, rid: str, state: str, result: Result) -> bool:
         """Write the result and delete the checkpoint; return whether this call wrote it."""
         if state not in FINAL:
             raise ValueError(f"a run ends as one of {FINAL}, got {state!r}")
-        if records.size(self.folder(rid)):
-            records.sync(self.folder(rid))
-        first = results.write_once(self.folder(rid), {"run_id": rid, "state": state, **result})
+        if self.records_size(rid):
+            self.sync_records(rid)
+        body = json.loads(_finite_json({"run_id": rid, "state": state, **result}))
+        content = json.dumps({"sha256": checksum(body), "result": body}).encode()
+        first = files.create_once(self._result_path(rid), content)
         shutil.rmtree(self.folder(rid) / "checkpoint", ignore_errors=True)
         return first
 
-    def put(self, spec: RunSpec, result: results.Result) -> bool:
+    def put(self, spec: RunSpec, result: Result) -> bool:
         """Store a finished run that was trained elsewhere; return whether it was new."""
         rid = spec.id
         if self.result(rid) is not None:
@@ -288,13 +343,40 @@ class RunStore:
         `state` is 'stopped' (it can be resumed) or 'failed' (an accident).
         """
         content = json.dumps({"state": state, "cause": cause}).encode()
-        files.write_atomic(self._attempt(rid, attempt) / "end.json", content)
+        files.write_atomic(self.attempt(rid, attempt) / "end.json", content)
 
-    def failure(self, rid: str) -> str:
-        """Return the cause of the last attempt's failure."""
-        last = self.last_attempt(rid)
-        end = self.end(rid, last) if last is not None else None
-        return end["cause"] if end else ""
+    def _result_path(self, rid: str) -> Path:
+        return self.folder(rid) / "result.json"
 
-    def _attempt(self, rid: str, n: int) -> Path:
-        return self.folder(rid) / "attempts" / str(n)
+    def _records_path(self, rid: str) -> Path:
+        return self.folder(rid) / "metrics.jsonl"
+
+
+def checksum(body: Result) -> str:
+    """Return the SHA-256 of a result's canonical JSON."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _checked(content: bytes | None) -> Result | None:
+    """Return the result in a file's content; None if there is none or its checksum is wrong."""
+    try:
+        wrapped = json.loads(content or b"")
+        body = wrapped["result"]
+        return body if wrapped["sha256"] == checksum(body) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _finite_json(value: dict[str, Any]) -> str:
+    """Return values as JSON; numbers that are not finite become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

@@ -10,12 +10,12 @@ from lorasweep.data import load as data
 from lorasweep.errors import SpecError
 from lorasweep.launch import local
 from lorasweep.launch.distributed import check_world_size
+from lorasweep.launch.trainer import finetune
 from lorasweep.models import load as models
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
-from lorasweep.train.finetune import finetune
 from tests.integration.test_interruptions import furthest, kept, start, wait_for
 from tests.training import EPS, ROUNDING, moved
 from tests.world import cli, compose_request

@@ -10,12 +10,12 @@ import pytest
 
 from analysis.questions.registry import analyse
 from lorasweep.data import load as data
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.registry import spec_from
 from lorasweep.models import load as models
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
-from lorasweep.train.finetune import finetune
 from tests.training import copied, moved, worst
 from tests.world import cli
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import memory
-from lorasweep.store.results import checksum
-from lorasweep.store.run_store import RunStore
+from lorasweep.store.run_store import RunStore, checksum
 from tests.integration.conftest import SMOKE
 from tests.integration.test_interruptions import kept, start, wait_for
 from tests.integration.test_smollm2 import WEIGHTS

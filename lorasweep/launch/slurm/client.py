@@ -7,16 +7,17 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from lorasweep.errors import ClusterError
+from lorasweep.errors import ClusterError, unknown
+from lorasweep.spec.execution import Cluster
 
 ENDED = frozenset(
-    (
+    [
         "BOOT_FAIL",
         "CANCELLED",
         "COMPLETED",
@@ -27,7 +28,7 @@ ENDED = frozenset(
         "PREEMPTED",
         "REVOKED",
         "TIMEOUT",
-    )
+    ]
 )
 """States of a job that will not run again. In any other state it may; a requeued job is PENDING."""
 STUCK = ("launch failed requeued held", "JobHoldMaxRequeue")
@@ -45,6 +46,8 @@ TRANSIENT_ERRORS = ("Unable to contact", "timed out", "Connection refused")
 PAUSES_S = (1.0, 5.0)
 TIMEOUT_S = 60
 """Seconds after which a controller that does not answer counts as down."""
+FRESH_S = 10.0
+"""Seconds for which `RunningJobs` reuses a query's result."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,12 @@ class Ended:
         return f"Slurm: {self.state} (exit {self.exit}{node}){hint}"
 
 
+def _batches(items: Iterable[str]) -> Iterator[list[str]]:
+    items = list(items)
+    for k in range(0, len(items), QUERY_BATCH):
+        yield items[k : k + QUERY_BATCH]
+
+
 def run(*command: str) -> str:
     """Run one of Slurm's commands and return its output.
 
@@ -147,11 +156,8 @@ def require() -> None:
         raise ClusterError(
             f"SLURM_CONF={conf}: there is no such file. Start that Slurm, or unset SLURM_CONF."
         )
-    lacking = [
-        c
-        for c in ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
-        if shutil.which(c) is None
-    ]
+    commands = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
+    lacking = [c for c in commands if shutil.which(c) is None]
     if lacking:
         raise ClusterError(
             f"no Slurm here ({', '.join(lacking)} not on the PATH). Run this command on the "
@@ -179,10 +185,9 @@ def queue(names: Sequence[str]) -> list[Job]:
     """Return the jobs and array tasks with these names, live or recently ended."""
     fields = "JobID:|,ArrayJobID:|,ArrayTaskID:|,State:|,Reason:|,RestartCnt:|,NodeList:|,Name:|"
     found = []
-    for k in range(0, len(names), QUERY_BATCH):
-        batch = ",".join(names[k : k + QUERY_BATCH])
-        listed = run("squeue", "-a", "-h", "-r", "-t", "all", "--name", batch, "-O", fields)
-        for line in listed.splitlines():
+    for batch in _batches(names):
+        asked = ("-t", "all", "--name", ",".join(batch), "-O", fields)
+        for line in run("squeue", "-a", "-h", "-r", *asked).splitlines():
             cells = (cell.strip() for cell in line.split("|")[:8])
             jid, array, task, state, reason, restarts, node, name = cells
             array = array if array.isdigit() else jid
@@ -196,13 +201,11 @@ def ended(jobs: Iterable[str]) -> dict[str, Ended]:
 
     Empty without accounting; incomplete while accounting is behind.
     """
-    jobs = sorted(set(jobs))
-    columns = "JobID,State,ExitCode,NodeList,ElapsedRaw"
     found: dict[str, Ended] = {}
-    for k in range(0, len(jobs), QUERY_BATCH):
-        batch = ",".join(jobs[k : k + QUERY_BATCH])
+    for batch in _batches(sorted(set(jobs))):
+        columns = "JobID,State,ExitCode,NodeList,ElapsedRaw"
         try:
-            listed = run("sacct", "-n", "-P", "-j", batch, "-o", columns)
+            listed = run("sacct", "-n", "-P", "-j", ",".join(batch), "-o", columns)
         except ClusterError:
             return found
         for line in listed.splitlines():
@@ -220,9 +223,8 @@ def by_number(jobs: Iterable[str]) -> dict[str, tuple[str, Ended]]:
     """Map job numbers (SLURM_JOB_ID) to their ids (12, 12_3) and how they ended."""
     jobs = sorted(set(jobs))
     labels: dict[str, str] = {}
-    for k in range(0, len(jobs), QUERY_BATCH):
-        batch = ",".join(jobs[k : k + QUERY_BATCH])
-        listed = run("sacct", "-n", "-X", "-P", "-j", batch, "-o", "JobIDRaw,JobID")
+    for batch in _batches(jobs):
+        listed = run("sacct", "-n", "-X", "-P", "-j", ",".join(batch), "-o", "JobIDRaw,JobID")
         labels |= dict(line.split("|")[:2] for line in listed.splitlines())
     ends = ended(labels.values())
     known = {raw: label for raw, label in labels.items() if label in ends and raw in jobs}
@@ -246,9 +248,9 @@ def cancel(jobs: Sequence[str]) -> str | None:
     Messages about jobs that have already ended are left out.
     """
     complaints = []
-    for k in range(0, len(jobs), QUERY_BATCH):
+    for batch in _batches(jobs):
         try:
-            run("scancel", *jobs[k : k + QUERY_BATCH])
+            run("scancel", *batch)
         except ClusterError as error:
             lines = str(error).splitlines()
             complaints += [x for x in lines if not any(words in x for words in ALREADY_ENDED)]
@@ -268,3 +270,139 @@ def hides_jobs() -> bool:
     Then a job of another user may be running although Slurm does not list it.
     """
     return "jobs" in setting("PrivateData").replace(" ", "").split(",") and os.geteuid() != 0
+
+
+# ---------------------------------------------------------------- partitions
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition. Each figure is the largest of any of its nodes."""
+
+    name: str
+    default: bool
+    cpus: int
+    memory_mib: int
+    gpus: int
+    time_min: float
+    """Time limit of jobs; inf: no limit."""
+    hosts: frozenset[str]
+    nodes: int = 1
+    """Number of its nodes."""
+
+
+def partitions() -> dict[str, Partition]:
+    """Return the partitions that are up, by name."""
+    fields = "Partition:|,CPUs:|,Memory:|,Gres:|,Time:|,NodeHost:|"
+    found: dict[str, Partition] = {}
+    for line in run("sinfo", "-a", "-h", "-N", "-O", fields).splitlines():
+        name, cpus, memory, gres, limit, host = (cell.strip() for cell in line.split("|")[:6])
+        name, default = name.rstrip("*"), name.endswith("*")
+        before = found.get(name, Partition(name, default, 0, 0, 0, 0.0, frozenset(), 0))
+        found[name] = replace(
+            before,
+            cpus=max(int(cpus), before.cpus),
+            memory_mib=max(int(memory), before.memory_mib),
+            gpus=max(_gpus(gres), before.gpus),
+            time_min=_minutes(limit),
+            hosts=before.hosts | {host},
+            nodes=before.nodes + 1,
+        )
+    return found
+
+
+def _gpus(gres: str) -> int:
+    """Count the GPUs in a node's GRES: gpu:2, gpu:a100:4(S:0-1), gpu:a:1,gpu:b:2."""
+    total = 0
+    for item in gres.split(","):
+        kind, *rest = item.partition("(")[0].split(":")
+        if kind == "gpu":
+            total += int(rest[-1]) if rest and rest[-1].isdigit() else 1
+    return total
+
+
+def _minutes(limit: str) -> float:
+    """Parse a time limit into minutes: minutes, h:m:s, d-h, d-h:m:s, infinite."""
+    if limit.lower() in ("infinite", "unlimited", "n/a"):
+        return float("inf")
+    days, _, rest = limit.rpartition("-")
+    parts = [float(x) for x in rest.split(":")]
+    if days:
+        hours, minutes, seconds = (*parts, 0.0, 0.0)[:3]
+    else:
+        hours, minutes, seconds = (0.0, *parts, 0.0)[:3] if len(parts) < 3 else parts
+    return float(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+
+
+def partition_of(cluster: Cluster, known: dict[str, Partition]) -> Partition:
+    """Return the partition that jobs go to.
+
+    Raises:
+        ClusterError: it does not exist, or there is no default; the message lists all partitions.
+    """
+    if cluster.partition is not None:
+        if cluster.partition not in known:
+            raise ClusterError(
+                unknown("partition", cluster.partition, known) + " Set cluster.partition."
+            )
+        return known[cluster.partition]
+    default = next((p for p in known.values() if p.default), None)
+    if default is None:
+        raise ClusterError(
+            "the cluster has no default partition. Set cluster.partition to one of: "
+            f"{', '.join(sorted(known))}."
+        )
+    return default
+
+
+# ---------------------------------------------------------------- owners of runs
+
+
+class RunningJobs:
+    """Knows which jobs are running, from one query for all (see `store.claims.RunningJobs`)."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, int] | None = None
+        self._asked = 0.0
+        self._dead: set[tuple[str, int]] = set()
+
+    def refresh(self) -> None:
+        """Query Slurm for the running jobs and their restart counts."""
+        states = "RUNNING,COMPLETING,STOPPED,SUSPENDED"
+        fields = "JobID:|,RestartCnt:|"
+        try:
+            listed = run("squeue", "-a", "-h", "-r", "-t", states, "-O", fields)
+        except ClusterError:
+            self._running = None
+            return
+        cells = (line.split("|") for line in listed.splitlines())
+        self._running = {c[0].strip(): int(c[1].strip() or 0) for c in cells}
+        self._asked = time.monotonic()
+
+    def __call__(
+        self, cluster: str, job: str, restart: int, known_before: bool = False
+    ) -> bool | None:
+        """Return whether a job is still running in its `restart`-th execution.
+
+        None if Slurm does not answer, hides it, or it belongs to another cluster. `known_before`:
+        the job was known before the last `refresh`, so if that did not list it, it has ended.
+        Otherwise it may have started since, and Slurm is queried again.
+        """
+        if (job, restart) in self._dead:
+            return False
+        try:
+            if cluster != setting("ClusterName"):
+                return None
+        except ClusterError:
+            return None
+        running = self._running if time.monotonic() - self._asked < FRESH_S else None
+        if running is None or not (running.get(job) == restart or known_before):
+            self.refresh()
+        if self._running is None:
+            return None
+        if self._running.get(job) == restart:
+            return True
+        if hides_jobs():
+            return None
+        self._dead.add((job, restart))
+        return False

@@ -22,10 +22,9 @@ from types import FrameType
 from typing import Any
 
 from lorasweep.errors import ClusterError, LorasweepError
-from lorasweep.launch import local, nodes
+from lorasweep.launch import local
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm import client, submissions
-from lorasweep.launch.slurm.running import RunningJobs
 from lorasweep.launch.worker import skipped
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Exec
@@ -98,7 +97,7 @@ def run(path: str) -> None:
 
 def _train(task: dict[str, Any]) -> None:
     exec_ = Exec(**task["exec"])
-    store = RunStore(exec_.runs_dir, jobs=RunningJobs())
+    store = RunStore(exec_.runs_dir, jobs=client.RunningJobs())
     files.share_as(store.root)
     specs = [spec_from(plain) for plain in task["runs"]]
     points = [Point(s.method.name, s) for s in specs]
@@ -112,7 +111,8 @@ def _train(task: dict[str, Any]) -> None:
         if "ended" in event or "note" in event:
             _print(json.dumps(event))
 
-    trainer, skip, n_nodes = task.get("trainer"), task["skip"], nodes.nodes_of_job()
+    trainer, skip = task.get("trainer"), task["skip"]
+    n_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
     local.run_points(left, store, exec_, report, trainer, PATIENCE_S, skip, n_nodes)
     counts = Counter(store.states(p.id for p in left).values())
     _print("over: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.errors import ClusterError
-from lorasweep.launch.slurm import cancel, partitions, resources, submissions
-from lorasweep.launch.slurm.partitions import Partition
+from lorasweep.launch.slurm import client, resources, submissions
+from lorasweep.launch.slurm.client import Partition
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan import detect
@@ -50,20 +50,28 @@ def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
     """Compare a plan with the queue: which runs to submit, and which are already in jobs."""
     states, covered, unknown = now.states, queue.covered(), queue.unknown_runs()
     waiting = [p for p in now.todo if states[p.id] != "running"]
-    free = [p for p in waiting if p.id not in covered and p.id not in unknown]
-    exhausted = [
-        p
-        for p in free
-        if states[p.id] == "interrupted" and store.failures(p.id) >= request.exec.max_attempts
-    ]
-    worn = {p.id for p in exhausted}
+    todo: list[Point] = []
+    exhausted: list[Point] = []
+    for p in waiting:
+        if p.id not in covered and p.id not in unknown:
+            killed = states[p.id] == "interrupted"
+            often = killed and store.failures(p.id) >= request.exec.max_attempts
+            (exhausted if often else todo).append(p)
+    removed: dict[str, list[str]] = {}
+    wanted = {p.id for p in now.points}
+    for s, k, _ in queue.live():
+        if request.sweep_name is not None and request.is_in_family(s.record["sweep"]):
+            left = set(s.tasks[k]) - wanted - s.withdrawn
+            not_started = [r for r in s.tasks[k] if r in left and store.state(r) == "missing"]
+            if not_started:
+                removed.setdefault(s.name, []).extend(not_started)
     return Work(
-        todo=[p for p in free if p.id not in worn],
+        todo=todo,
         queued=sum(p.id in covered for p in waiting),
         running=sum(s == "running" for s in states.values()),
         covered=any(p.id in covered for p in now.todo),
         exhausted=exhausted,
-        removed=cancel.removed(queue, request, now.points, store),
+        removed=removed,
         unknown_runs=sum(p.id in unknown for p in now.todo),
     )
 
@@ -107,13 +115,6 @@ def cluster_of(request: Request) -> Cluster:
     return dataclasses.replace(cluster, gpus=1)
 
 
-def _assumed(cluster: Cluster, precision: str, hardware: Hardware) -> float:
-    """Return the assumed operations per second of a worker: by the GPUs' file, if one is chosen."""
-    if hardware.has_speeds:
-        return assumed_flops(precision, hardware) / hardware.gpus
-    return resources.flops_per_s(cluster, ASSUMED_FLOPS_PER_CORE[precision])
-
-
 def jobs_of(
     request: Request, store: RunStore, todo: Sequence[Point], now: Plan, partition: Partition
 ) -> list[Jobs]:
@@ -122,43 +123,31 @@ def jobs_of(
     Raises:
         SpecError: runs that do not fit on any number of GPUs.
     """
-    cluster, hardware = cluster_of(request), now.hardware
+    cluster, hardware, precision = cluster_of(request), now.hardware, todo[0].spec.precision
     measured = measured_flops(now.points, now.states, store)
-    assumed = _assumed(cluster, todo[0].spec.precision, hardware)
+    if hardware.has_speeds:
+        assumed = assumed_flops(precision, hardware) / hardware.gpus
+    elif cluster.gpus:
+        assumed = resources.GPU_FLOPS
+    else:
+        assumed = ASSUMED_FLOPS_PER_CORE[precision] * cluster.cpus
     found: dict[tuple[int, int], list[Task]] = {}
     for chosen, points in settings_of(todo, hardware, request.exec):
-        size, exec_ = chosen.world_size, _in_job(chosen, cluster, partition)
+        size, threads = chosen.world_size, chosen.threads
+        if resources.nodes_of(size, resources.per_node(cluster, partition)) > 1:
+            threads = threads or cluster.cpus  # the job sees the cores of one node
+        workers = resources.workers_of(cluster, size)
+        exec_ = dataclasses.replace(chosen, workers=workers, threads=threads)
         packs = make_packs(points, now.states, store, exec_, hardware, now.throughputs)
         for task in resources.group(packs, cluster, measured or size * assumed, size):
             key = (size, resources.memory_class(task, cluster))
             found.setdefault(key, []).append(Task(task, exec_))
-    return [
-        Jobs(
-            tasks,
-            resources.resources_for(
-                [t.packs for t in tasks], cluster, measured or size * assumed, partition, size
-            ),
-        )
-        for (size, _), tasks in sorted(found.items())
-    ]
-
-
-def _in_job(exec_: Exec, cluster: Cluster, partition: Partition) -> Exec:
-    """Return the settings that a job trains with."""
-    size, threads = exec_.world_size, exec_.threads
-    if resources.nodes_of(size, resources.per_node(cluster, partition)) > 1:
-        threads = threads or cluster.cpus  # the job sees the cores of one node
-    workers = resources.workers_of(cluster, size)
-    return dataclasses.replace(exec_, workers=workers, threads=threads)
-
-
-def _partition(cluster: Cluster, hardware: Hardware) -> Partition:
-    """Return the partition that jobs would go to; where there is no Slurm, one of such nodes."""
-    try:
-        known = partitions.partitions()
-    except ClusterError:
-        return Partition("", True, 0, 0, hardware.gpus_per_node, float("inf"), frozenset())
-    return partitions.partition_of(cluster, known)
+    jobs = []
+    for (size, _), tasks in sorted(found.items()):
+        packs_of_tasks, flops_s = [t.packs for t in tasks], measured or size * assumed
+        needed = resources.resources_for(packs_of_tasks, cluster, flops_s, partition, size)
+        jobs.append(Jobs(tasks, needed))
+    return jobs
 
 
 def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
@@ -179,6 +168,13 @@ def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
     if queue.unavailable:
         change["unknown"] = queue.unavailable
     if cluster.kind == "slurm" and work.todo:
-        jobs = jobs_of(request, store, work.todo, now, _partition(cluster, now.hardware))
+        try:
+            known = client.partitions()
+        except ClusterError:  # no Slurm here
+            gpus = now.hardware.gpus_per_node
+            partition = Partition("", True, 0, 0, gpus, float("inf"), frozenset())
+        else:
+            partition = client.partition_of(cluster, known)
+        jobs = jobs_of(request, store, work.todo, now, partition)
         change["jobs"] = [{"jobs": len(j.tasks), **dataclasses.asdict(j.needed)} for j in jobs]
     return {"queue": change}

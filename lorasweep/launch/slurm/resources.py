@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorasweep.errors import ClusterError, unknown
-from lorasweep.launch.slurm.partitions import Partition
+from lorasweep.launch.slurm.client import Partition
 from lorasweep.plan.packing import Pack
 from lorasweep.spec.execution import Cluster, Exec
 
 KINDS = ("local", "slurm")
 RESERVED_OPTIONS = frozenset(
-    (
+    [
         "job-name",
         "array",
         "output",
@@ -23,7 +23,7 @@ RESERVED_OPTIONS = frozenset(
         "nodes",
         "ntasks-per-node",
         "requeue",
-    )
+    ]
 )
 """sbatch options that lorasweep sets itself, because records and jobs depend on them."""
 UNSAFE = re.compile(r"""['"`\\$;<>\x00-\x1f\x7f]""")
@@ -82,11 +82,6 @@ def nodes_of(world_size: int, gpus_per_node: int) -> int:
         for n in range(1, world_size + 1)
         if world_size % n == 0 and world_size // n <= gpus_per_node
     )
-
-
-def flops_per_s(cluster: Cluster, per_core: float) -> float:
-    """Return the assumed speed of a worker in floating-point operations per second."""
-    return GPU_FLOPS if cluster.gpus else per_core * cluster.cpus
 
 
 def per_node(cluster: Cluster, partition: Partition) -> int:

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import ClusterError
-from lorasweep.launch import guard, nodes
-from lorasweep.launch.slurm import job
+from lorasweep.launch.slurm import guard, job
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.launch.slurm.submissions import Array
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import files
 from lorasweep.store.claims import JOB_VARIABLE
+
+FIRST_NODE = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")
+"""srun's options for the job's own task: on the first node, beside the processes of runs."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Description:
 
     def srun(self) -> tuple[str, ...]:
         """Return srun's options for the job's command: one task, also on several nodes."""
-        return nodes.HERE if self.needed.nodes > 1 else ()
+        return FIRST_NODE if self.needed.nodes > 1 else ()
 
     def setup(self) -> list[str]:
         """Return the shell lines before the job's command.
@@ -77,14 +79,12 @@ class Description:
         python = f"export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 {JOB_VARIABLE}=1"
         # Some releases of Slurm do not pass the job's CPU cores on to its steps.
         srun = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
-        return [*self.cluster.setup, *self._guard(), python, srun, path]
-
-    def _guard(self) -> list[str]:
         manifest = guard.sha256(str(self.folder / guard.MANIFEST))
-        command = [sys.executable, "-I", "-c", Path(guard.__file__).read_text(encoding="utf-8")]
-        job = [str(self.folder), manifest, str(self.array.first)]
-        code = [str(self.code.folder), self.code.sha256]
-        return f"{shlex.join([*command, *job, *code])} || exit 1".splitlines()
+        check = [sys.executable, "-I", "-c", Path(guard.__file__).read_text(encoding="utf-8")]
+        check += [str(self.folder), manifest, str(self.array.first)]
+        check += [str(self.code.folder), self.code.sha256]
+        checked = f"{shlex.join(check)} || exit 1".splitlines()
+        return [*self.cluster.setup, *checked, python, srun, path]
 
 
 def submit(described: Description) -> str:
@@ -113,7 +113,10 @@ def submit(described: Description) -> str:
         try:
             jobs = executor.map_array(job.run, tasks)
         except (FailedJobError, FailedSubmissionError) as error:  # contains sbatch's message
-            raise ClusterError(f"Slurm refused the jobs: {_complaint(str(error))}") from None
+            text = str(error)
+            lines = [line.strip() for line in text.splitlines() if "error:" in line.lower()]
+            complaint = "; ".join(dict.fromkeys(lines)) or text.strip()
+            raise ClusterError(f"Slurm refused the jobs: {complaint}") from None
     return jobs[0].job_id.partition("_")[0]
 
 
@@ -143,21 +146,6 @@ def write_script(described: Description) -> Path:
     with files.own_only():
         files.write_atomic(path, "\n".join(lines).encode())
     return path
-
-
-def complete(folder: Path, array: Array, number: str) -> bool:
-    """Return whether submitit has written the files of all tasks of a submitted array.
-
-    A task without its file would fail.
-    """
-    labels = [number] if array.n == 1 else [f"{number}_{k}" for k in range(array.n)]
-    there = set(files.names(folder / "jobs"))
-    return all(f"{label}_submitted.pkl" in there for label in labels)
-
-
-def _complaint(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if "error:" in line.lower()]
-    return "; ".join(dict.fromkeys(lines)) or text.strip()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasweep.errors import ClusterError
-from lorasweep.launch import guard
+from lorasweep.launch.slurm import guard
 from lorasweep.store import files
 from lorasweep.tracking import provenance
 
@@ -84,7 +84,7 @@ def _copy(here: Path, root: Path) -> str:
         if not folder.is_dir():
             raise
         shutil.rmtree(partial)  # another command was faster, with the same content
-    files.sync_folder(root)
+    files.sync(root)
     return sha256
 
 

@@ -1,4 +1,4 @@
-"""Record what was submitted to a cluster, and match it with Slurm's queue.
+"""Record what was submitted to a cluster, and reconcile the records with Slurm's queue.
 
     <runs_dir>/.slurm/
         lock/                     one submitter at a time, of any user
@@ -13,7 +13,7 @@
                      ended.json       how its jobs ended, when all have ended
 
 Only its user writes a submission; all users of the run folder write notes, which earlier versions
-kept beside submission.json. Where a command died between submission.json and array-<c>.json, its
+kept next to submission.json. Where a command died between submission.json and array-<c>.json, its
 jobs are found by their names. Refuses to know submitit and planning.
 """
 
@@ -30,9 +30,8 @@ from typing import Any
 
 from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm import client
-from lorasweep.launch.slurm.running import RunningJobs
 from lorasweep.store import files
-from lorasweep.store.lock import Lock
+from lorasweep.store.claims import Lock
 
 GIVE_UP_S = 600.0
 """Seconds after a submission until missing accounting records are no longer expected, and abandoned
@@ -41,6 +40,8 @@ LOCK_S = 600.0
 """Seconds that a command waits for another one that is submitting."""
 FOLLOW = "follow"
 """`part` of the follow-up job's array."""
+Notify = Callable[[str], None]
+"""Shows the user a line of text."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,15 @@ class Submission:
     def log(self, label: str) -> Path:
         """Return the log file of a job (12, 12_3)."""
         return self.folder / "jobs" / f"{label}_0_log.out"
+
+    def complete(self, array: Array, number: str) -> bool:
+        """Return whether submitit has written the files of all tasks of a submitted array.
+
+        A task without its file would fail.
+        """
+        labels = [number] if array.n == 1 else [f"{number}_{k}" for k in range(array.n)]
+        there = set(files.names(self.folder / "jobs"))
+        return all(f"{label}_submitted.pkl" in there for label in labels)
 
 
 @dataclass
@@ -172,9 +182,7 @@ def write_record(
         "user": getpass.getuser(),
         "created_s": time.time(),
         "tasks": [list(t) for t in tasks],
-        "arrays": [
-            {k: v for k, v in asdict(a).items() if k not in ("job", "abandoned")} for a in arrays
-        ],
+        "arrays": [{k: getattr(a, k) for k in ("part", "name", "first", "n")} for a in arrays],
         **more,
     }
     files.write_atomic(folder / "submission.json", json.dumps(content).encode())
@@ -232,20 +240,14 @@ def look(runs_dir: Path) -> Queue:
     queue = Queue(open_, {}, {}, [])
     if not open_:
         return queue
+    me = getpass.getuser()
     try:
         here, private = client.setting("ClusterName"), client.hides_jobs()
-    except ClusterError as error:
-        queue.unavailable = str(error)
-        return queue
-    me = getpass.getuser()
-    queue.unknown_jobs = [
-        s for s in open_ if s.record["cluster"] != here or (private and s.record["user"] != me)
-    ]
-    open_ = queue.submissions = [s for s in open_ if s not in queue.unknown_jobs]
-    names = {a.name: (s, a) for s in open_ for a in s.arrays}
-    if not names:
-        return queue
-    try:
+        queue.unknown_jobs = [
+            s for s in open_ if s.record["cluster"] != here or (private and s.record["user"] != me)
+        ]
+        queue.submissions = [s for s in open_ if s not in queue.unknown_jobs]
+        names = {a.name: (s, a) for s in queue.submissions for a in s.arrays}
         jobs = client.queue(list(names))
     except ClusterError as error:
         queue.unavailable = str(error)
@@ -262,21 +264,10 @@ def look(runs_dir: Path) -> Queue:
     return queue
 
 
-def note_ends(queue: Queue) -> None:
-    """Record how jobs ended, for submissions without live jobs. The lock must be held."""
-    live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
-    names = {a.name: s.name for s in queue.submissions for a in s.arrays}
-    stray = {names[j.name] for j in queue.strays}
-    for s in list(queue.submissions):
-        settled = all(a.job or a.abandoned for a in s.arrays)
-        if settled and s.name not in live | stray and _note_end(s):
-            queue.submissions.remove(s)
-
-
 @contextmanager
-def locked(runs_dir: Path, notify: Callable[[str], None]) -> Iterator[None]:
+def locked(runs_dir: Path, notify: Notify) -> Iterator[None]:
     """Hold the lock of all submissions of a run folder."""
-    lock = Lock(home(runs_dir) / "lock", RunningJobs())
+    lock = Lock(home(runs_dir) / "lock", client.RunningJobs())
     lock.acquire(LOCK_S, lambda who: notify(f"waiting for {who}, which is submitting now"))
     try:
         yield
@@ -284,17 +275,77 @@ def locked(runs_dir: Path, notify: Callable[[str], None]) -> Iterator[None]:
         lock.release()
 
 
-def _note_end(submission: Submission) -> bool:
-    """Record how the jobs of a submission ended; return False if accounting is still behind."""
-    labels = [a.label(k) for a in submission.arrays if a.job for k in range(a.first, a.first + a.n)]
-    ends = client.ended(str(a.job) for a in submission.arrays if a.job)
-    young = time.time() - submission.record["created_s"] < GIVE_UP_S
-    if young and (len(ends) < len(labels) or any(a.abandoned for a in submission.arrays)):
+# ---------------------------------------------------------------- reconcile
+
+
+def reconcile(runs_dir: Path, notify: Notify) -> Queue:
+    """Reconcile the records with Slurm's queue, and return it. The lock must be held.
+
+    Needed when a command died while it was submitting, or when Slurm holds jobs after a node
+    failure. An array that reached Slurm completely is adopted. An incomplete one is cancelled, so
+    that its runs are submitted again.
+    """
+    queue = look(runs_dir)
+    if queue.unavailable:
+        return queue
+    strays = {j.name: j.array for j in queue.strays}
+    changed = False
+    for submission in queue.submissions:
+        for array in submission.arrays:
+            changed |= _settle(submission, array, strays, notify)
+    _note_ends(queue)
+    jobs = [*(j for _, _, j in queue.live()), *queue.follows.values()]
+    stuck = [j.label for j in jobs if j.stuck]
+    if stuck:
+        notify(f"released {len(stuck)} job(s) that Slurm held after a node failure")
+        client.release(stuck)
+    return look(runs_dir) if changed else queue
+
+
+def _settle(s: Submission, array: Array, strays: dict[str, str], notify: Notify) -> bool:
+    """Record what happened to an array without a recorded job; return whether that was open."""
+    if array.job is not None or (array.abandoned and array.name not in strays):
         return False
-    content = {label: asdict(end) for label, end in ends.items()}
-    with suppress(OSError):  # a full disk: it is queried again later
-        _write_note(submission.folder, "ended.json", content)
+    number = strays.get(array.name)
+    if number is None:
+        accounted = client.named(array.name)
+        number = accounted[0].partition("_")[0] if accounted else None
+    is_script = s.record["script"]
+    if number is not None and not array.abandoned and (is_script or s.complete(array, number)):
+        notify(f"adopted job {number} of {s.name}, from a command that died after submitting it")
+    elif number is not None:
+        notify(f"cancelled job {number} of {s.name}, from a command that died while submitting it")
+        denied = client.cancel([number])
+        if denied:
+            user = s.record["user"]
+            notify(f"  it could not be cancelled: it belongs to {user}, and will fail ({denied})")
+        number = None
+    elif is_script and time.time() - s.record["created_s"] < GIVE_UP_S:
+        return False  # its user may be about to submit it
+    else:
+        with suppress(PermissionError):  # another user's: its job would be cancelled
+            (s.folder / f"array-{array.part}.sh").unlink(missing_ok=True)  # planned again
+    note_array(s.folder, array.part, number)
     return True
+
+
+def _note_ends(queue: Queue) -> None:
+    """Record how jobs ended, for submissions without live jobs."""
+    live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
+    names = {a.name: s.name for s in queue.submissions for a in s.arrays}
+    live |= {names[j.name] for j in queue.strays}
+    for s in list(queue.submissions):
+        if s.name in live or not all(a.job or a.abandoned for a in s.arrays):
+            continue
+        n_jobs = sum(a.n for a in s.arrays if a.job)
+        ends = client.ended(str(a.job) for a in s.arrays if a.job)
+        young = time.time() - s.record["created_s"] < GIVE_UP_S
+        if young and (len(ends) < n_jobs or any(a.abandoned for a in s.arrays)):
+            continue  # accounting is still behind
+        content = {label: asdict(end) for label, end in ends.items()}
+        with suppress(OSError):  # a full disk: it is queried again later
+            _write_note(s.folder, "ended.json", content)
+        queue.submissions.remove(s)
 
 
 def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:

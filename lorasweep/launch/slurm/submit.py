@@ -1,4 +1,4 @@
-"""Submit the missing runs of a sweep to a cluster. Trains nothing.
+"""Submit the missing runs of a sweep to a cluster, and cancel queued runs. Trains nothing.
 
 Running the command twice submits nothing twice: a run is submitted only if it is not in a live job.
 One lock per run folder protects this decision, for all users. If a run is in two jobs all the same,
@@ -8,38 +8,55 @@ the first one that claims it trains it.
 import dataclasses
 import hashlib
 import json
+import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorasweep.errors import ClusterError
-from lorasweep.launch import guard
-from lorasweep.launch.slurm import (
-    cancel,
-    client,
-    following_job,
-    partitions,
-    planning,
-    preflight,
-    resources,
-    sbatch,
-    snapshot,
-    submissions,
-)
-from lorasweep.launch.slurm.following_job import Following
+from lorasweep.errors import ClusterError, StoreError
+from lorasweep.launch.slurm import client, guard, planning, resources, sbatch, snapshot, submissions
 from lorasweep.launch.slurm.planning import Jobs, Task, Work
-from lorasweep.launch.slurm.reconcile import Notify, reconcile
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.sbatch import Description
 from lorasweep.launch.slurm.snapshot import Snapshot
-from lorasweep.launch.slurm.submissions import FOLLOW, Array, Queue, Submission
-from lorasweep.plan.estimate import Plan, make_plan
-from lorasweep.store import files
+from lorasweep.launch.slurm.submissions import FOLLOW, Array, Notify, Queue, Submission
+from lorasweep.plan.estimate import make_plan
+from lorasweep.plan.memory import checkpoint_bytes
+from lorasweep.plan.packing import Pack
+from lorasweep.store import checkpoint, files
+from lorasweep.store.claims import SILENCE_S
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
+
+RUN_BYTES, STEP_BYTES = 40_000, 250
+"""Disk space of a finished run, and of the record of an update. Measured: 12 files, of which 9.3 kB
+are 40 records."""
+LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay", "squashfs")
+LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+WATCH_POLL_S = 2.0
+FOLLOW_GIB = 2.0
+"""Memory of the follow-up job, which plans, fits curves and draws figures. Assumption: a few times
+the memory of imports."""
+MAX_IDLE = 3
+"""Rounds without a finished run after which the follow-up job gives up. Otherwise it would submit
+jobs forever on a cluster where every job fails."""
+
+
+@dataclass(frozen=True)
+class FollowUp:
+    """A follow-up job, which submits what is still missing, and finally answers."""
+
+    command: Sequence[str]
+    """Arguments of Python, before the path of the task file."""
+    trainer: str | None = None
+    idle: int = 0
+    """Rounds without a finished run so far."""
+    finished: int = 0
+    """Number of finished runs when the job was submitted."""
 
 
 @dataclass
@@ -70,7 +87,7 @@ def submit(
     store: RunStore,
     points: Callable[[], list[Point]],
     notify: Notify,
-    following: Following,
+    follow_up: FollowUp,
 ) -> Outcome:
     """Submit the sweep's missing runs that are not in a live job.
 
@@ -81,45 +98,39 @@ def submit(
     """
     cluster = request.cluster
     client.require()
-    partition = partitions.partition_of(cluster, partitions.partitions())
+    partition = client.partition_of(cluster, client.partitions())
     if not cluster.shared:
-        preflight.check_visible(store.root, partition.hosts, preflight.mounts())
-    preflight.watch_others(store, points(), notify)
+        check_visible(store.root, partition.hosts, mounts())
+    watch_others(store, points(), notify)
     home = submissions.home(store.root)
     (home / "code").mkdir(parents=True, exist_ok=True)
     for shared in (home, home / "code"):
         files.protect_entries(shared)
     code = snapshot.take(home / "code")
     with submissions.locked(store.root, notify):
-        queue = reconcile(store.root, notify)
+        queue = submissions.reconcile(store.root, notify)
         if queue.unavailable:
             raise ClusterError(queue.unavailable)
         now = make_plan(points(), store, request.exec, planning.hardware_of(request))
-        work = planning.work_of(request, store, now, queue)
-        outcome = Outcome(work)
-        following = dataclasses.replace(following, finished=_finished(now))
+        outcome = Outcome(planning.work_of(request, store, now, queue))
+        work, ids = outcome.work, {p.id for p in request.points}
         if request.prune:
-            outcome.pruned = cancel.prune(queue, work.removed, notify)
-        wanted = cluster.follow and cluster.submit and not following_job.exists(queue, request)
+            outcome.pruned = _prune(queue, work.removed, notify)
+        jobs: list[Jobs] = []
         if work.todo:
             jobs = planning.jobs_of(request, store, work.todo, now, partition)
             for same in jobs:
                 resources.check_fits(same.needed, cluster, partition)
             at_once = sum(same.needed.workers for same in jobs) * cluster.parallel
-            packs = [pack for same in jobs for pack in same.packs]
-            preflight.check_disk(store.root, packs, at_once)
+            check_disk(store.root, [pack for same in jobs for pack in same.packs], at_once)
             notify(f"jobs run {snapshot.describe(code)}")
-            _submit(request, jobs, code, queue, outcome, following)
-        elif work.covered and wanted:
-            _submit(request, [], code, queue, outcome, following)
+        follows = cluster.follow and cluster.submit
+        covered = any(served >= ids for served, _ in _followers(queue, request))
+        if jobs or (work.covered and follows and not covered):
+            finished = sum(s in FINAL for s in now.states.values())
+            follow_up = dataclasses.replace(follow_up, finished=finished)
+            _submit(request, jobs, code, queue, outcome, follow_up)
         return outcome
-
-
-def _finished(now: Plan) -> int:
-    return sum(s in FINAL for s in now.states.values())
-
-
-# ---------------------------------------------------------------- submitting
 
 
 def _submit(
@@ -128,7 +139,7 @@ def _submit(
     code: Snapshot,
     queue: Queue,
     outcome: Outcome,
-    following: Following,
+    follow_up: FollowUp,
 ) -> None:
     """Record the submission, then submit its arrays and the follow-up job."""
     cluster = request.cluster
@@ -139,28 +150,16 @@ def _submit(
     follow = None
     if cluster.follow and cluster.submit:
         follow = Array(FOLLOW, f"{folder.name}-{FOLLOW}", len(tasks), 1)
-    with files.own_only():
-        _write_tasks(folder, request, tasks, following, follow is not None)
-        submissions.write_record(
-            folder,
-            request.title,
-            [p.id for p in request.points],
-            [[p.id for p in task.points] for task in tasks],
-            [*arrays, follow] if follow else arrays,
-            code=code.folder.name,
-            script=not cluster.submit,
-            cluster=client.setting("ClusterName"),
-            host=socket.gethostname(),
-        )
-    described = [Description(folder, array, each, cluster, code) for array, each in needed]
+    recorded = [*arrays, follow] if follow else arrays
+    write_submission(folder, request, tasks, recorded, follow_up, code)
+    described = [Description(folder, a, each, cluster, code) for a, each in needed]
     if not cluster.submit:
         outcome.scripts += map(sbatch.write_script, described)
         return
     numbers = _submit_arrays(described, follow, outcome)
     if follow:
-        outcome.refused = (
-            following_job.submit(request, folder, follow, code, queue, numbers) or outcome.refused
-        )
+        refused = _submit_follow_up(request, folder, follow, code, queue, numbers)
+        outcome.refused = refused or outcome.refused
     if numbers:
         taken = arrays[: len(numbers)]
         outcome.n_submitted += sum(
@@ -183,6 +182,65 @@ def _arrays(name: str, jobs: Sequence[Jobs]) -> list[tuple[Array, JobResources]]
             found.append((array, same.needed))
             first, left = first + array.n, left - array.n
     return found
+
+
+def write_submission(
+    folder: Path,
+    request: Request,
+    tasks: list[Task],
+    arrays: Sequence[Array],
+    follow_up: FollowUp,
+    code: Snapshot,
+) -> None:
+    """Write the file of each task and of the follow-up job, a manifest of them all, and the record.
+
+    Raises:
+        ClusterError: others could write them, whatever mode this process gives them.
+    """
+    sums: dict[str, str] = {}
+
+    def write(name: str, plain: Any) -> None:
+        # not flushed one by one: the submission is recorded later, an incomplete file is an error
+        content = json.dumps(plain).encode()
+        (folder / name).write_bytes(content)
+        sums[name] = hashlib.sha256(content).hexdigest()
+
+    with files.own_only():
+        for new in (folder, folder / "tasks", folder / "jobs"):
+            files.own_folder(new)
+        requeues = request.cluster.requeues
+        skip = str(submissions.note(folder, "withdrawn.json"))
+        common = {"requeues": requeues, "skip": skip, "trainer": follow_up.trainer}
+        for k, task in enumerate(tasks):
+            specs = [p.spec.plain() for p in task.points]
+            write(
+                f"tasks/{k}.json", {"runs": specs, "exec": dataclasses.asdict(task.exec), **common}
+            )
+        if any(a.part == FOLLOW for a in arrays):
+            again = {"action": "run", "format": "text", "watch": False, "prune": False}
+            write("request.json", {**request.plain(), **again})
+            last = {"follow": str(folder / "request.json"), "requeues": requeues}
+            write(f"tasks/{len(tasks)}.json", {**last, **dataclasses.asdict(follow_up)})
+        write(guard.MANIFEST, dict(sums))
+        files.sync(folder / "tasks")
+        manifest = folder / guard.MANIFEST
+        problem = guard.untrusted(map(str, (folder, folder / "tasks", manifest)))
+        if problem:
+            raise ClusterError(
+                f"{problem}, so others could make your jobs run their code. Choose a run folder on "
+                "a file system that keeps permissions: exec.runs_dir=FOLDER."
+            )
+        submissions.write_record(
+            folder,
+            request.title,
+            [p.id for p in request.points],
+            [[p.id for p in task.points] for task in tasks],
+            arrays,
+            code=code.folder.name,
+            script=not request.cluster.submit,
+            cluster=client.setting("ClusterName"),
+            host=socket.gethostname(),
+        )
 
 
 def _submit_arrays(
@@ -211,54 +269,180 @@ def _submit_arrays(
     return numbers
 
 
-def _write_tasks(
-    folder: Path,
+# ---------------------------------------------------------------- the follow-up job
+
+
+def _submit_follow_up(
     request: Request,
-    tasks: list[Task],
-    following: Following,
-    follow: bool,
-) -> None:
-    """Write the file of each task, that of the follow-up job, and a manifest of them all.
+    folder: Path,
+    follow: Array,
+    code: Snapshot,
+    queue: Queue,
+    numbers: Sequence[str],
+) -> str | None:
+    """Submit a follow-up job for these arrays and the sweep's other live jobs.
+
+    It replaces older follow-up jobs of the same runs, which are cancelled. Returns why Slurm
+    refused it, or None.
+    """
+    others = {
+        a.label(k)
+        for s, k, _ in queue.live()
+        if s.record["sweep"] == request.title
+        for a in s.arrays
+        if a.job and a.first <= k < a.first + a.n and a.part != FOLLOW
+    }
+    cluster = request.cluster
+    partition = cluster.follow_partition or cluster.partition
+    small = dataclasses.replace(cluster, gpus=0, partition=partition)
+    needed = JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
+    after = tuple(sorted({*numbers, *others}))
+    try:
+        number = sbatch.submit(Description(folder, follow, needed, small, code, after))
+    except ClusterError as error:
+        submissions.note_array(folder, FOLLOW, None)
+        return f"no follow-up job: {error}"
+    submissions.note_array(folder, FOLLOW, number)
+    ids = {p.id for p in request.points}
+    old = [j.id for served, j in _followers(queue, request) if served <= ids]
+    if old:
+        client.cancel(old)  # another user's cannot be cancelled, and does no harm
+    return None
+
+
+def _followers(queue: Queue, request: Request) -> list[tuple[set[str], client.Job]]:
+    """List this sweep's other live follow-up jobs, each with its runs."""
+    mine = os.environ.get("SLURM_JOB_ID")
+    served = {
+        s.name: set(s.record["asked"])
+        for s in queue.submissions
+        if s.record["sweep"] == request.title
+    }
+    jobs = [(n, j) for n, j in queue.follows.items() if j.live and j.id != mine]
+    return [(served[n], j) for n, j in jobs if n in served]
+
+
+# ---------------------------------------------------------------- cancel
+
+
+def _prune(queue: Queue, removed: dict[str, list[str]], notify: Notify) -> int:
+    """Withdraw queued runs, and cancel waiting tasks without other runs; return how many runs."""
+    empty = []
+    for s in [s for s in queue.submissions if s.name in removed]:
+        submissions.withdraw(s, removed[s.name])
+        waiting = [(k, j) for owner, k, j in queue.live() if owner is s and j.state == "PENDING"]
+        empty += [j.label for k, j in waiting if s.withdrawn >= set(s.tasks[k])]
+    if empty and (denied := client.cancel(empty)):
+        notify(f"some jobs could not be cancelled; they will find nothing to do ({denied})")
+    return sum(map(len, removed.values()))
+
+
+def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]:
+    """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs.
+
+    Finished runs are kept, and running ones write a checkpoint first. A submission belongs to the
+    sweep if it has the same name and runs in common: with another number of steps the same sweep
+    has other runs.
 
     Raises:
-        ClusterError: others could write them, whatever mode this process gives them.
+        ClusterError: there is no Slurm here, or some jobs belong to other users.
     """
-    for new in (folder, folder / "tasks", folder / "jobs"):
-        files.own_folder(new)
-    sums: dict[str, str] = {}
-    requeues = request.cluster.requeues
-    common = {
-        "requeues": requeues,
-        "skip": str(submissions.note(folder, "withdrawn.json")),
-        "trainer": following.trainer,
-    }
-    for k, task in enumerate(tasks):
-        specs = [p.spec.plain() for p in task.points]
-        plain = {"runs": specs, "exec": dataclasses.asdict(task.exec), **common}
-        _write(folder, f"tasks/{k}.json", plain, sums)
-    if follow:
-        again = {"action": "run", "format": "text", "watch": False, "prune": False}
-        _write(folder, "request.json", {**request.plain(), **again}, sums)
-        last = {
-            "follow": str(folder / "request.json"),
-            "requeues": requeues,
-            **dataclasses.asdict(following),
+    client.require()
+    if files.status(submissions.home(store.root)) is None:
+        return 0, 0
+    ids = {p.id for p in request.points}
+    with submissions.locked(store.root, notify):
+        queue = submissions.reconcile(store.root, notify)
+        mine = {
+            s.name: s
+            for s in queue.submissions
+            if s.record["sweep"] == request.title and not ids.isdisjoint(s.record["asked"])
         }
-        _write(folder, f"tasks/{len(tasks)}.json", last, sums)
-    _write(folder, guard.MANIFEST, dict(sums), sums)
-    files.sync_folder(folder / "tasks")
-    manifest = folder / guard.MANIFEST
-    problem = guard.foreign(map(str, (folder, manifest.parent / "tasks", manifest)))
-    if problem:
-        raise ClusterError(
-            f"{problem}, so others could make your jobs run their code. Choose a run folder on a "
-            "file system that keeps permissions: exec.runs_dir=FOLDER."
+        live = [(s, k, j) for s, k, j in queue.live() if s.name in mine]
+        follows = [j.label for n, j in queue.follows.items() if n in mine and j.live]
+        withdrawn = {r for s, _, _ in live for r in s.withdrawn}
+        runs = {r for s, k, _ in live for r in s.tasks[k]} - withdrawn
+        ending = [r for r in runs if store.state(r) not in FINAL]
+        labels = [*follows, *(j.label for _, _, j in live)]
+        denied = client.cancel(labels) if labels else None
+        if denied:
+            users = ", ".join(sorted({s.record["user"] for s in mine.values()}))
+            raise ClusterError(
+                f"some jobs could not be cancelled: {denied}. The jobs belong to {users}; each "
+                "user must run action=cancel for their own."
+            )
+        return len(live), len(ending)
+
+
+# ---------------------------------------------------------------- checks before submitting
+
+
+def mounts() -> list[tuple[str, str]]:
+    """List this machine's (mount point, type of file system); empty where the kernel hides them."""
+    try:
+        lines = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return []
+    return [(f[1].replace("\\040", " "), f[2]) for f in map(str.split, lines) if len(f) > 2]
+
+
+def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[str, str]]) -> None:
+    """Check that other machines can see the run folder.
+
+    Raises:
+        ClusterError: it is local to this machine, and a node is another machine.
+    """
+    if hosts <= {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}:
+        return
+    folder = folder.resolve()
+    above = [m for m in mounted if folder.is_relative_to(m[0])]
+    file_system = max(above, key=lambda m: len(m[0]), default=("/", ""))[1]
+    local = next((f for f in LOCAL_FOLDERS if folder.is_relative_to(f)), None)
+    if file_system in LOCAL_FILE_SYSTEMS:
+        why = f"it is a {file_system} of this machine"
+    elif local:
+        why = f"{local} is local to this machine"
+    else:
+        return
+    raise ClusterError(
+        f"run folder {folder}: {why}, so the nodes ({', '.join(sorted(hosts)[:3])}, ...) cannot "
+        "see it. Set exec.runs_dir=FOLDER (or LORASWEEP_RUNS) to a shared file system. If this one "
+        "is shared, set cluster.shared=true."
+    )
+
+
+def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
+    """Check that the disk has room for all results and the checkpoints of `at_once` packs.
+
+    Raises:
+        StoreError: it has not; the message gives the space needed.
+    """
+    checkpoints = sorted((checkpoint_bytes(p.spec for p in k.points) for k in packs), reverse=True)
+    results = sum(RUN_BYTES + STEP_BYTES * p.spec.steps for pack in packs for p in pack.points)
+    need = sum(checkpoints[:at_once]) + results
+    free = checkpoint.free_bytes(root)
+    if free < need:
+        raise StoreError(
+            f"the disk of {root} has {free / 2**30:.2f} GiB free, and this sweep needs up to "
+            f"{need / 2**30:.2f} GiB (results, and the checkpoints of runs that train together)."
+            " Free some space, choose exec.runs_dir=FOLDER, or lower cluster.parallel."
         )
 
 
-def _write(folder: Path, name: str, plain: Any, sums: dict[str, str]) -> None:
-    """Write a JSON file of the job folder, and add its SHA-256 to `sums`."""
-    # not flushed one by one: the submission is recorded later, and an incomplete file is an error
-    content = json.dumps(plain).encode()
-    (folder / name).write_bytes(content)
-    sums[name] = hashlib.sha256(content).hexdigest()
+def watch_others(store: RunStore, points: list[Point], notify: Notify) -> None:
+    """Watch the heartbeats of runs that other machines seem to train, until it is clear.
+
+    Only for owners that neither this machine nor Slurm knows: a dead one would keep its runs
+    forever.
+    """
+    running = [i for i, s in store.states(p.id for p in points).items() if s == "running"]
+    unsure = store.unsure(running)
+    if unsure:
+        notify(
+            f"watching {len(unsure)} run(s) that another machine seems to train, for at most "
+            f"{SILENCE_S + 1:.0f} s"
+        )
+    end = time.monotonic() + SILENCE_S + 1
+    while unsure and time.monotonic() < end:
+        time.sleep(WATCH_POLL_S)
+        unsure = store.unsure(i for i in unsure if store.state(i) == "running")

@@ -10,10 +10,10 @@ from benchmarks.fleet import extrapolate, spread
 from lorasweep.advise import table
 from lorasweep.data.load import load as load_data
 from lorasweep.fleet.rows import Rules, rows_of
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.run import RunSpec
-from lorasweep.train.finetune import finetune
 from tests.customers import make_base, model_of, write_rows
 
 

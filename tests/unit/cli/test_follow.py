@@ -51,7 +51,7 @@ def test_a_following_command_that_is_stopped_gives_its_lock_back_first(tmp_path)
     code = (
         "import sys, time; from pathlib import Path\n"
         "from lorasweep.launch.slurm.job import Signals\n"
-        "from lorasweep.store.lock import Lock\n"
+        "from lorasweep.store.claims import Lock\n"
         "Signals(); folder = Path(sys.argv[1]).parent; lock = Lock(folder / 'lock')\n"
         "lock.acquire(9, print); (folder / 'held').touch()\n"
         "try: time.sleep(60)\n"

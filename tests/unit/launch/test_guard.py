@@ -10,14 +10,13 @@ import subprocess
 import pytest
 
 from lorasweep.errors import ClusterError
-from lorasweep.launch import guard, worker
-from lorasweep.launch.slurm import resources, sbatch, snapshot, submissions, submit
-from lorasweep.launch.slurm.following_job import Following
+from lorasweep.launch import worker
+from lorasweep.launch.slurm import client, guard, resources, sbatch, snapshot, submissions, submit
 from lorasweep.launch.slurm.planning import Task
 from lorasweep.plan.packing import Pack
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import files
-from lorasweep.store.lock import Lock
+from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore
 from tests.world import compose_request
 
@@ -57,7 +56,7 @@ def request_():
 
 
 @pytest.fixture
-def described(shared, request_, code, tmp_path):
+def described(shared, request_, code, tmp_path, monkeypatch):
     """A submission of two jobs and one that follows, made as the command makes it."""
     home = submissions.home(shared.root)
     home.mkdir()
@@ -65,12 +64,12 @@ def described(shared, request_, code, tmp_path):
     folder = home / "sweep-1"
     parts = (request_.points[:3], request_.points[3:])
     tasks = [Task([Pack(part, 1, 0.0, None, 0.0)], request_.exec) for part in parts]
-    with files.own_only():
-        submit._write_tasks(folder, request_, tasks, Following(("-m", "lorasweep")), True)
-        arrays = [submissions.Array("0", "sweep-1-0", 0, 2)]
-        submissions.write_record(folder, "t", [], [], arrays)
     copy = shutil.copytree(code, tmp_path / "snapshot")
     taken = snapshot.Snapshot(copy, guard.digest(str(copy)))
+    arrays = [submissions.Array("0", "sweep-1-0", 0, 2), submissions.Array("follow", "f", 2, 1)]
+    monkeypatch.setattr(client, "setting", lambda name: "here")
+    follow_up = submit.FollowUp(("-m", "lorasweep"))
+    submit.write_submission(folder, request_, tasks, arrays, follow_up, taken)
     needed = resources.JobResources(1, 0, 1.0, 10, 1)
     return sbatch.Description(folder, arrays[0], needed, Cluster(kind="slurm"), taken)
 
@@ -204,9 +203,7 @@ def test_a_group_shares_the_notes_and_nothing_that_a_job_runs(described, shared,
             lock = Lock(home / "lock")
             lock.acquire(5, print)
             (found,) = submissions.read_all(shared.root)
-            assert (
-                found.arrays[0].job == "12" and sbatch.complete(found.folder, ARRAY, "9") is False
-            )
+            assert found.arrays[0].job == "12" and found.complete(ARRAY, "9") is False
             submissions.withdraw(found, ["x"])
             submissions.note_array(found.folder, "0", "13")
             lock.release()
@@ -242,7 +239,7 @@ def test_a_default_acl_of_the_group_does_not_open_a_job_folder(tmp_path):
     files.own_folder(tmp_path / "job")
     with files.own_only():
         (tmp_path / "job" / "x").write_text("")
-    assert guard.foreign([str(tmp_path / "job"), str(tmp_path / "job" / "x")]) is None
+    assert guard.untrusted([str(tmp_path / "job"), str(tmp_path / "job" / "x")]) is None
 
 
 def test_notes_of_earlier_versions_are_read_beside_the_submission(tmp_path):

@@ -5,7 +5,7 @@ import json
 from lorasweep.launch.slurm import (
     client,
 )
-from lorasweep.launch.slurm.running import RunningJobs
+from lorasweep.launch.slurm.client import RunningJobs
 from lorasweep.store import claims
 
 

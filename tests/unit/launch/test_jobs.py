@@ -9,11 +9,10 @@ import pytest
 from lorasweep.errors import ClusterError, SpecError
 from lorasweep.launch.slurm import (
     client,
-    partitions,
     planning,
     resources,
 )
-from lorasweep.launch.slurm.partitions import Partition
+from lorasweep.launch.slurm.client import Partition
 from lorasweep.plan.estimate import make_plan
 from lorasweep.plan.gpu.placement import Placement, place
 from lorasweep.spec.execution import Cluster
@@ -153,19 +152,19 @@ def test_runs_that_the_partition_cannot_hold_are_refused(compose, tmp_path):
 
 def test_partitions_are_known_by_name():
     with pytest.raises(ClusterError, match=r"partition 'gpx' not found\. Did you mean 'gpu'"):
-        partitions.partition_of(Cluster(partition="gpx"), {"gpu": GPUS})
-    assert partitions.partition_of(Cluster(), {"gpu": GPUS}) is GPUS
+        client.partition_of(Cluster(partition="gpx"), {"gpu": GPUS})
+    assert client.partition_of(Cluster(), {"gpu": GPUS}) is GPUS
 
 
 def test_what_sinfo_says_is_read(monkeypatch):
     said = "gpu*|64|512000|gpu:a100:8(S:0-1)|2-00:00:00|n1|\ngpu*|32|256000|gpu:4|2-00:00:00|n2|\nlong|64|9|(null)|infinite|n3|\n"
     monkeypatch.setattr(client, "run", lambda *command: said)
-    found = partitions.partitions()
+    found = client.partitions()
     assert found["gpu"] == Partition(
         "gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1", "n2"}), 2
     )
     assert found["long"].gpus == 0 and found["long"].time_min == float("inf")
-    assert [partitions._minutes(t) for t in ("30", "30:00", "1:30:00", "1-12", "1-00:30:00")] == [
+    assert [client._minutes(t) for t in ("30", "30:00", "1:30:00", "1-12", "1-00:30:00")] == [
         30,
         30,
         90,

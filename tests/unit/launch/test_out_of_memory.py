@@ -10,13 +10,13 @@ import torch
 
 from lorasweep.cli.progress import Display
 from lorasweep.errors import ModelError
-from lorasweep.launch import local, session
-from lorasweep.launch.fitting import Limit, Limits
-from lorasweep.launch.out_of_memory import is_out_of_memory, request
+from lorasweep.launch import local
+from lorasweep.launch import pack as packs
+from lorasweep.launch.out_of_memory import Limit, Limits, Shortage, is_out_of_memory
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.trainer import TorchTrainer
-from lorasweep.launch.worker import _Reporter
+from lorasweep.launch.worker import Reporter
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.execution import Exec
@@ -73,7 +73,7 @@ class Refusing:
 @pytest.fixture
 def saves_each_update(monkeypatch):
     """With checkpoint_s=0: whatever a checkpoint costs."""
-    monkeypatch.setattr(session, "CHECKPOINT_SHARE", 0)
+    monkeypatch.setattr(packs, "CHECKPOINT_SHARE", 0)
 
 
 def specs_of(count, **fields):
@@ -190,7 +190,7 @@ def allocator_error():
     ],
 )
 def test_errors_of_memory_are_recognised(error, asked):
-    assert is_out_of_memory(error()) and request(error()) == asked
+    assert is_out_of_memory(error()) and Shortage.of(error(), 1, 1).asked == asked
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_base_that_does_not_fit_is_said_once(monkeypatch):
 
 
 def test_the_terminal_shows_what_did_not_fit(capsys):
-    worker = _Reporter(StopFlag())
+    worker = Reporter(StopFlag())
     for event in ({"runs": [], "step": 1}, {"note": "first"}, {"note": "second"}):
         worker(event)
     assert {"note": "second"} in map(json.loads, capsys.readouterr().out.splitlines())
@@ -232,9 +232,8 @@ def test_several_processes_start_again_with_half_the_rows_until_one_does_not_fit
     exec_ = Exec(world_size=2)
 
     def end(rows, **phase):
-        phase = {"phase": LEARNING, "divisible": False, "forward_parts": 1, **phase}
-        event = {"run": spec.id, "rows": rows, "asked": "2.50 GiB", **phase}
-        local._take_less(spec, event, exec_, store, limits, events.append)
+        shortage = Shortage(**{"rows": rows, "forward_parts": 1, "asked": "2.50 GiB", **phase})
+        local.end_shortage(spec, shortage, exec_, store, limits, events.append)
         return store.end(spec.id, store.last_attempt(spec.id))
 
     def claimed_and_killed():
@@ -255,8 +254,7 @@ def test_several_processes_start_again_with_half_the_rows_until_one_does_not_fit
     assert "alone, on 2 processes and one row" in cause and "(exec.world_size)" in cause
     other = specs_of(2)[1]
     store.claim(other)
-    event = {"run": other.id, "rows": 1, "asked": ""}
-    local._take_less(other, event, exec_, store, limits, events.append)
+    local.end_shortage(other, Shortage(1, 1, ""), exec_, store, limits, events.append)
     assert len(events) == 2 and store.state(other.id) == "running"  # somebody has it now
 
 
@@ -287,7 +285,7 @@ class Watched:
 
 
 def finished(tmp_path, specs, monkeypatch, rows=8):
-    monkeypatch.setattr(session, "LOOK_S", 1e9)
+    monkeypatch.setattr(packs, "LOOK_S", 1e9)
     store, trainer, limits = RunStore(tmp_path), Watched(), Limits()
     exec_ = Exec(runs_dir=str(tmp_path), models_dir=[str(tmp_path)], checkpoint_s=1e9, threads=1)
     events = []
@@ -317,7 +315,7 @@ def test_sampling_that_runs_out_draws_fewer_at_once_and_then_the_pack_is_halved(
     tried, states, limit, notes = finished(tmp_path, rewarded(4), monkeypatch)
     assert states == {"done"}
     assert tried == [(4, 8, 1), (4, 8, 2), (4, 8, 4), (4, 8, 8), (2, 8, 8), (2, 8, 8)]
-    assert limit == Limit(rows=None, members=2, forward_parts=8)
+    assert limit == Limit(rows=None, runs=2, forward_parts=8)
     assert memory.asked[:4] == [256, 128, 64, 32] and set(memory.asked[4:]) == {16}
     assert all(n.startswith("out of memory in sampling (asked for 2.50 GiB)") for n in notes)
     assert "1/2 of the usual at once" in notes[0] and "packs of 2" in notes[3]
@@ -341,7 +339,7 @@ def test_evaluation_that_runs_out_holds_less_at_once(tmp_path, monkeypatch):
     ]
     tried, states, limit, notes = finished(tmp_path, specs, monkeypatch)
     assert states == {"done"} and tried == [(2, 8, 1), (2, 8, 2), (2, 8, 4)]
-    assert limit.rows is None and limit.members is None
+    assert limit.rows is None and limit.runs is None
     assert all(n.startswith("out of memory in evaluation") for n in notes)
 
 
@@ -362,7 +360,7 @@ def test_evaluation_and_learning_that_run_out_keep_limits_of_their_own(tmp_path,
     short = dataclasses.replace(tiny_spec().dataset, n_test=16, max_length=64, exact_loss=False)
     specs = specs_of(2, steps=2, dataset=short)
     tried, states, limit, notes = finished(tmp_path, specs, monkeypatch)
-    assert states == {"done"} and limit.rows == 2 and limit.members is None
+    assert states == {"done"} and limit.rows == 2 and limit.runs is None
     assert [n.split("(")[0].strip() for n in notes].count("out of memory") == 2  # 8, 4, 2 rows
     parts = [t[2] for t in tried]
     assert parts == sorted(parts) and parts[-1] == limit.forward_parts > 1

@@ -12,10 +12,9 @@ import threading
 import pytest
 import torch
 
-from lorasweep.launch import session, workers
-from lorasweep.launch.pack import execute
+from lorasweep.launch import pack, process
+from lorasweep.launch.pack import LOOK_S, execute
 from lorasweep.launch.process import StopFlag, Stopped
-from lorasweep.launch.session import LOOK_S
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.spec.execution import Exec
 from lorasweep.store import checkpoint, claims, files
@@ -29,9 +28,9 @@ SLOW = Exec(checkpoint_s=1e9)
 
 @pytest.fixture
 def clock(monkeypatch):
-    """[seconds]: the clock of the pack's session."""
+    """[seconds]: the clock of the pack's pack."""
     now = [0.0]
-    monkeypatch.setattr(session.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pack.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -132,7 +131,7 @@ def test_no_checkpoint_is_written_for_a_run_lost_while_the_others_were(
         if len(saved) == 1:
             take_over(store, ids[1])
 
-    monkeypatch.setattr(session.checkpoint, "save", slow_save)
+    monkeypatch.setattr(pack.checkpoint, "save", slow_save)
     stop = StopFlag()
     stop.set = True
     with pytest.raises(Stopped):
@@ -192,9 +191,9 @@ def test_a_stop_is_answered_after_the_update_and_a_failure_keeps_its_records(tmp
 
 def test_waiting_threads_of_a_worker_sleep_unless_the_user_wants_them_to_spin(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert workers.worker_environment(2)["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert process.worker_environment(2)["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert workers.worker_environment(2)["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert process.worker_environment(2)["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_a_stop_during_the_pretraining_of_a_base_is_answered_after_one_update(tmp_path):

@@ -28,7 +28,7 @@ def load(tmp_path):
             rows = [json.dumps({"question": f"So? {i}", "answer": answer}) for i in range(9)]
             (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join(rows))
         spec = tiny_spec(dataset=dataclasses.replace(data, **changes))
-        return TorchTrainer()._load_data(spec, exec_, base)
+        return TorchTrainer().data(spec, exec_, base)
 
     return run
 
@@ -42,7 +42,9 @@ def test_a_worker_finds_what_another_tokenized(load, tmp_path):
 
 def test_a_data_set_that_changed_is_refused_before_it_is_trained_on(load, tmp_path):
     load("Yes")
-    with pytest.raises(DataError, match=r"not the data that runs in .*exec\.runs_dir=.*/runs-2"):
+    with pytest.raises(
+        DataError, match=r"data have changed since runs in .*exec\.runs_dir=.*/runs-2"
+    ):
         load("No")
     load("No", name="mine")  # under a name of its own
     load("Yes")
@@ -62,7 +64,7 @@ def test_data_of_a_folder_that_is_only_read_are_checked_and_not_noted(load, tmp_
 
     def read_noted():
         load("Yes")
-        with pytest.raises(DataError, match="not the data"):
+        with pytest.raises(DataError, match="data have changed"):
             load("No")
 
     for path in (tmp_path / "gsm8k", tmp_path):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lorasweep.data.batches import eval_batches
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.stacked.spectral import spectral_norm
-from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives.nll import evaluate
 from lorasweep.train.optim import AdamW
 from tests.training import pack_of, small_world, state_of

@@ -427,7 +427,7 @@ def test_gpus_are_those_that_the_environment_leaves(wanted, indices):
 
 
 def test_one_worker_a_gpu(asked, monkeypatch):
-    from lorasweep.launch.workers import devices_of
+    from lorasweep.launch.local import devices_of
 
     monkeypatch.setattr(detect, "gpus", lambda: detect.visible(SMI, None))
     monkeypatch.setattr(detect, "cores", lambda: 16)

@@ -8,13 +8,13 @@ import threading
 import pytest
 
 from lorasweep.errors import StoreError
-from lorasweep.store.lock import Lock
+from lorasweep.store.claims import Lock
 from tests.world import ROOT
 
 
 def test_a_lock_has_one_holder_and_outlives_a_dead_one(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from lorasweep.store.lock import Lock\n"
+        "import sys, time; from pathlib import Path; from lorasweep.store.claims import Lock\n"
         "lock = Lock(Path(sys.argv[1]) / 'lock'); total = Path(sys.argv[1]) / 'n'\n"
         "for _ in range(20):\n"
         "    lock = Lock(Path(sys.argv[1]) / 'lock'); lock.acquire(60, lambda who: None)\n"

@@ -11,7 +11,7 @@ import pytest
 from lorasweep.cli.actions import act
 from lorasweep.errors import SpecError
 from lorasweep.store import claims, files
-from lorasweep.store.lock import Lock
+from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore
 
 

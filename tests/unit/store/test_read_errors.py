@@ -13,12 +13,12 @@ import torch
 from lorasweep.errors import StoreError
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped
-from lorasweep.launch.slurm import sbatch, submissions
-from lorasweep.launch.slurm.submissions import Array
+from lorasweep.launch.slurm import submissions
+from lorasweep.launch.slurm.submissions import Array, Submission
 from lorasweep.launch.worker import skipped
 from lorasweep.spec.execution import Exec
 from lorasweep.store import checkpoint, claims, files, looks
-from lorasweep.store.lock import Lock
+from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore
 from lorasweep.train.events import Event
 from tests.world import tiny_spec
@@ -140,7 +140,7 @@ READERS = {
     ),
     "ended.json": (lambda store, *_: submissions.read_all(store.root),),
     ".slurm": (lambda store, *_: submissions.read_all(store.root),),
-    "jobs": (lambda store, specs, folder, _: sbatch.complete(folder, ARRAY, "12"),),
+    "jobs": (lambda store, specs, folder, _: Submission(folder, {}, []).complete(ARRAY, "12"),),
     "looks.json": (
         lambda store, *_: looks.read(store.root / "looks.json"),
         lambda store, *_: looks.note_look(store.root / "looks.json", "x", 1),

@@ -16,7 +16,7 @@ import pytest
 
 from lorasweep.errors import StoreError
 from lorasweep.store import checkpoint, claims, files
-from lorasweep.store.lock import Lock
+from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore
 from tests.world import ROOT, tiny_spec
 

@@ -8,9 +8,9 @@ import pytest
 
 from lorasweep.data import load as data
 from lorasweep.data.examples import Data, Example, shuffled
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.streams import stream
-from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives.policy_gradient import FIRST_UPDATES, Signal
 from lorasweep.train.objectives.sft import Divergence
 from tests.rewarded import world as rewarded_world

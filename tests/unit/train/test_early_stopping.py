@@ -6,6 +6,7 @@ import pytest
 
 from lorasweep.data.examples import Data, shuffled
 from lorasweep.errors import SpecError
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.hardware import Hardware
@@ -13,7 +14,6 @@ from lorasweep.plan.memory import checkpoint_bytes, pack_bytes
 from lorasweep.plan.packing import pack_key
 from lorasweep.spec.evaluations import Best, eval_steps, no_better, why_not_early
 from lorasweep.spec.run import validate
-from lorasweep.train.finetune import finetune
 from lorasweep.train.loop import Progress
 from tests.training import ROUNDING, copied, moved, small_world, worst
 from tests.unit.train.test_packs import rows_of

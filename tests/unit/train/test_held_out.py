@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 from lorasweep.data import examples
 from lorasweep.data import load as data
 from lorasweep.data.batches import by_length, eval_batches
-from lorasweep.train.finetune import finetune
+from lorasweep.launch.trainer import finetune
 from lorasweep.train.objectives import nll
 from tests.training import ROUNDING, results, small_world, state_at
 from tests.world import tiny_spec

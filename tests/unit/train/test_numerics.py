@@ -9,9 +9,9 @@ import torch
 
 from lorasweep.data.batches import collate
 from lorasweep.data.examples import Example
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives.nll import nll_sums
 from tests.training import EPS, ROUNDING, apart, moved, run, small_world, state_at, worst
 

@@ -10,11 +10,11 @@ import torch
 
 from lorasweep.data import load as data_sets
 from lorasweep.data.examples import Data, Example, shuffled
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.streams import stream
-from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives import nll, sft
 from tests.training import ROUNDING, copied, moved, run, small_world, worst
 from tests.world import tiny_spec

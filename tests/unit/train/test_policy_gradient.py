@@ -12,9 +12,9 @@ import torch
 
 from lorasweep.data.rewards import answer_of, prompt_of
 from lorasweep.errors import DataError, ModelError
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.train.finetune import finetune
 from lorasweep.train.objectives import policy_gradient
 from lorasweep.train.objectives.policy_gradient import PolicyGradient, surrogate
 from lorasweep.train.objectives.rollouts import (

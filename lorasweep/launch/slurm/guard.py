@@ -42,8 +42,8 @@ def digest(folder: str) -> str:
     return digest_of({name: sha256(p) for name, p in names.items() if name != ABOUT})
 
 
-def foreign(paths: Iterable[str]) -> str | None:
-    """Say of the first of these files and folders that others could write why; None if none."""
+def untrusted(paths: Iterable[str]) -> str | None:
+    """Return why one of these files and folders is not trusted; None if all are."""
     for path in paths:
         found = os.lstat(path)
         if stat.S_ISLNK(found.st_mode):
@@ -56,23 +56,25 @@ def foreign(paths: Iterable[str]) -> str | None:
 
 
 def code_problem(folder: str, expected: str) -> str | None:
-    """Say what is wrong with a snapshot of the code; None if nothing is."""
-    problem = foreign((folder, *_below(folder)))
+    """Return what is wrong with a snapshot of the code; None if nothing is."""
+    problem = untrusted((folder, *_below(folder)))
     if problem is None and digest(folder) != expected:
         problem = f"the code in {folder} was changed after the snapshot was made"
     return problem
 
 
 def job_problem(folder: str, expected: str, task: int) -> str | None:
-    """Say what is wrong with a job folder, as far as job number `task` reads it; None if nothing.
+    """Return what is wrong with the files that job number `task` reads; None if nothing is.
 
     `expected`: the SHA-256 of its manifest.
     """
     manifest = os.path.join(folder, MANIFEST)
     jobs = os.path.join(folder, "jobs")
-    pickled = os.path.join(jobs, f"{_job_label()}_submitted.pkl")
+    array, index = map(os.environ.get, ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))
+    label = f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID", "")
+    pickled = os.path.join(jobs, f"{label}_submitted.pkl")
     paths = [folder, os.path.join(folder, "tasks"), jobs, manifest]
-    problem = foreign([*paths, *filter(os.path.lexists, [pickled])])
+    problem = untrusted([*paths, *filter(os.path.lexists, [pickled])])
     if problem is None and sha256(manifest) != expected:
         return f"{manifest} was changed after the job was submitted"
     if problem is not None:
@@ -83,17 +85,12 @@ def job_problem(folder: str, expected: str, task: int) -> str | None:
         path = os.path.join(folder, name)
         if not os.path.lexists(path):
             return f"{path} is not there"
-        problem = foreign([path])
+        problem = untrusted([path])
         if problem is None and sha256(path) != sums.get(name):
             problem = f"{path} was changed after the job was submitted"
         if problem is not None:
             return problem
     return None
-
-
-def _job_label() -> str:
-    array, task = map(os.environ.get, ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
 
 
 def _below(folder: str) -> Iterator[str]:
@@ -103,7 +100,7 @@ def _below(folder: str) -> Iterator[str]:
 
 
 def main(folder: str, manifest: str, first: str, code: str, code_sha256: str) -> None:
-    """Exit with status 1 and a message if the job must not go on."""
+    """Exit with status 1 and a message if the job must not run."""
     if not os.path.isdir(folder):
         node = os.environ.get("SLURMD_NODENAME", "?")
         sys.exit(
