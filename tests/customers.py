@@ -5,8 +5,7 @@ import json
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lorasweep.advise.customer import Customer
-from lorasweep.advise.shapes import shape_of
+from lorasweep.customers.read import Customer, shape_of
 from tests.bpe import llama_like
 
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lorasweep.advise.advice import Advice, Known, advise
-from lorasweep.advise.customer import customer_of
-from lorasweep.advise.rules.rates import STEP, Rate, rate_of
-from lorasweep.advise.trace import Trace
 from lorasweep.config import catalogue
 from lorasweep.config.folders import conf_dir
+from lorasweep.customers.advice import Advice, advise
+from lorasweep.customers.evidence import Case, Known
+from lorasweep.customers.read import customer_of
+from lorasweep.customers.rules.rates import STEP, Rate, rate_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "analysis" / "results" / "advice" / "README.md"
@@ -76,8 +76,8 @@ def rates() -> Iterator[Judged]:
 
 
 def _rate(advice: Advice, world: Known, method: str) -> Rate:
-    shared = (advice.choice.rank, advice.work, world.kept, world.published, Trace())
-    return rate_of(advice.customer, advice.model, method, *shared)
+    case = Case(advice.customer, advice.model, world)
+    return rate_of(case, method, advice.choice.rank, advice.work)
 
 
 # ---------------------------------------------------------------- the page
@@ -90,7 +90,8 @@ def page() -> str:
         "# The adviser against published outcomes",
         "",
         "Each row is judged without its own source in the rules, and without this project's own "
-        "answers. What the rules take from others is in `lorasweep/advise/published.yaml`; these "
+        "answers. What the rules take from others is in `lorasweep/customers/published.yaml`; "
+        "these "
         "rows are in `lorasweep/bench/outcomes.yaml`. They were chosen before the adviser was "
         "held against them, though no commit shows it. The rules of method and rank were not "
         "changed after; the interval of the rate was: it was the sources' disagreement alone, and "

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from analysis.validation import fleet as page
-from lorasweep.advise import table
 from lorasweep.bench.fleet import __main__ as bench
 from lorasweep.bench.fleet import baseline, customers
+from lorasweep.customers.read import read_customers
+from lorasweep.customers.rows import Rules, rows_of
 from lorasweep.data.load import load as load_data
-from lorasweep.fleet.rows import Rules, rows_of
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.run import RunSpec
@@ -26,9 +26,9 @@ def test_customers_are_drawn_alike_and_within_bounds(tmp_path):
         given = [json.loads(line) for line in path.read_text().splitlines()]
         assert customers.FEWEST <= len(given) <= customers.MOST
         assert all(r in rows for r in given) or {"prompt", "completion"} <= set(given[0])
-    values = [row.values for row in table.read(tmp_path / "one/customers.csv")]
-    assert len(values) == 9 and {int(v["batch_size"]) for v in values} <= {1, 2, 4}
-    assert all(4 <= int(v["steps"]) <= 8 for v in values)
+    values = read_customers(tmp_path / "one/customers.csv")
+    assert len(values) == 9 and {c.batch_size for c in values} <= {1, 2, 4}
+    assert all(4 <= c.steps <= 8 for c in values)
 
 
 def test_a_sample_is_spread_over_the_tokens_and_reckoned_up_by_them():

@@ -1,7 +1,7 @@
 """The adviser against published outcomes: the kept page is made from the rules as they are."""
 
-from lorasweep.advise.published import published
 from lorasweep.bench import outcomes_page
+from lorasweep.customers.evidence import published
 
 
 def test_the_kept_page_is_the_rules_and_shows_its_misses():
