@@ -34,7 +34,7 @@ from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.aligned import aligned
-from lorasweep.sweep.grid import Point
+from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.request import Request
 
 WIDTH = 34
@@ -149,7 +149,8 @@ def measure(request: Request) -> int:
     if spec.steps < asked:
         last = f"{data.n_train:,} rows last for {spec.steps} updates of {spec.batch_size}"
         print(f"{last}: steps={spec.steps}", file=sys.stderr)
-    specs = measuring.around(spec, request.rates)
+    rates = around(spec.lr, request.rates, measuring.APART)
+    specs = [dataclasses.replace(spec, lr=lr) for lr in rates]
     points = [Point(s.method.name, s) for s in specs]
     with Display(points, request.format == "json") as display:
         local.run_points(points, store, request.exec, display.event, trainer)

@@ -16,7 +16,6 @@ from lorasweep.customers.rules.workload import Workload, workload_of
 from lorasweep.errors import SpecError
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.method import parse_layers
-from lorasweep.spec.model import ModelSpec
 
 KEYS = (
     *("name", "method", "layers", "rank", "lr", "lr_low", "lr_high", "lr_source"),
@@ -29,13 +28,14 @@ SURE_OF = (
     *("method", "rank", "layers", "lr", "batch_size_max", "load", "hours_lora", "peak_gib_lora"),
 )
 """Fields reported with confidence and source."""
+OF_ARM = ("gpus", "fits", "peak_gib", "hours", "cost_usd", "serving_gib")
+"""Fields of both methods in an answer, as gpus_lora and gpus_full."""
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Case):
     """The answer to one customer."""
 
-    case: Case
     work: Workload
     choice: Choice
     rate: Rate
@@ -45,24 +45,9 @@ class Advice:
     conditions: list[Condition]
 
     @property
-    def customer(self) -> Customer:
-        """The row."""
-        return self.case.customer
-
-    @property
     def name(self) -> str:
         """The customer's name."""
-        return self.case.customer.name
-
-    @property
-    def model(self) -> ModelSpec:
-        """The base model."""
-        return self.case.model
-
-    @property
-    def trace(self) -> Trace:
-        """The reasons and warnings."""
-        return self.case.trace
+        return self.customer.name
 
     @property
     def in_catalogue(self) -> bool:
@@ -74,16 +59,7 @@ class Advice:
         costs, choice = self.costs, self.choice
         arms = {"lora": costs.lora, "full": costs.full}
         chosen = arms["full" if choice.method == "full" else "lora"]
-        both = {}
-        for name, arm in arms.items():
-            both |= {
-                f"gpus_{name}": arm.placed.gpus,
-                f"fits_{name}": arm.fits,
-                f"peak_gib_{name}": arm.placed.peak_gib,
-                f"hours_{name}": arm.hours,
-                f"cost_usd_{name}": arm.cost_usd,
-                f"serving_gib_{name}": arm.serving_gib,
-            }
+        both = {f"{key}_{name}": getattr(arm, key) for name, arm in arms.items() for key in OF_ARM}
         reasons = [r for name, r in self.trace.reasons.items() if name in SURE_OF]
         return {
             "name": self.name,
@@ -106,7 +82,7 @@ class Advice:
             "bits": self.work.bits,
             "load": choice.load,
             "gpu": costs.hardware.name,
-            "gpus": chosen.placed.gpus,
+            "gpus": chosen.gpus,
             "hours": chosen.hours,
             "cost_usd": chosen.cost_usd,
             "flops_ratio": costs.flops_ratio,
@@ -135,7 +111,7 @@ def advise(c: Customer, known: Known) -> Advice:
     Raises:
         RowError: the model, the hardware or the data are not known.
     """
-    case = Case(c, shape_of(c, known.models), known)
+    case = Case(c, shape_of(c, known.models), known, Trace())
     _check_plan(case)
     hardware = hardware_of(case)
     work = workload_of(case)
@@ -147,7 +123,16 @@ def advise(c: Customer, known: Known) -> Advice:
     found = Found(work, choice, lora, batches)
     for habit in habits_of(case, found):
         case.trace.warn(habit)
-    return Advice(case, work, choice, rate, batches, costs, conditions_of(case, found))
+    conditions = conditions_of(case, found)
+    return Advice(
+        **vars(case),
+        work=work,
+        choice=choice,
+        rate=rate,
+        batches=batches,
+        costs=costs,
+        conditions=conditions,
+    )
 
 
 def _check_plan(case: Case) -> None:
@@ -161,7 +146,7 @@ def _check_plan(case: Case) -> None:
         LoRA(rank=c.rank or smallest, layers=layers).check(model)
     except SpecError as error:
         text = str(error).replace("method.", "")
-        raise RowError([f"column {'rank' if c.rank else 'layers'}: {text}"]) from None
+        raise RowError(f"column {'rank' if c.rank else 'layers'}: {text}") from None
 
 
 def answers(customers: Iterable[Customer | Failed], known: Known) -> list[Advice | Failed]:

@@ -161,7 +161,7 @@ def middle_rates(advice: Advice) -> tuple[float, float]:
         return (RL_FACTOR * rate, rate) if full else (rate, rate / RL_FACTOR)
     if full:
         return FACTOR * rate, rate
-    family, published = family_of(advice.model), advice.case.published
+    family, published = family_of(advice.model), advice.published
     law = law_rate(published, family, advice.model.hidden_size, "full") if family else None
     return rate, law or rate / FACTOR
 

@@ -195,7 +195,6 @@ class Optimum(NamedTuple):
 
     model: str
     method: str
-    rank: int | None
     dataset: str
     scale: str
     rate: Interval
@@ -278,9 +277,8 @@ def _regrets(answer: dict[str, Any]) -> Iterator[MeasuredRegret]:
 def _optima(answer: dict[str, Any]) -> Iterator[Optimum]:
     for c in answer["curves"]:
         if c["best_lr"] is not None:
-            rank = None if c["rank"] is None else int(c["rank"])
             rate = Interval(c["best_lr"], c["low"], c["high"])
-            yield Optimum(c["model"], c["method"], rank, c["dataset"], answer["scale"], rate)
+            yield Optimum(c["model"], c["method"], c["dataset"], answer["scale"], rate)
 
 
 def _effects(answer: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -366,7 +364,7 @@ class Case:
     customer: Customer
     model: ModelSpec
     known: Known
-    trace: Trace = field(default_factory=Trace)
+    trace: Trace
 
     @property
     def kept(self) -> Kept:

@@ -89,12 +89,6 @@ def one_pass(spec: RunSpec, data: Data) -> RunSpec:
     return dataclasses.replace(spec, steps=steps)
 
 
-def around(spec: RunSpec, rates: int) -> list[RunSpec]:
-    """Return the run at so many learning rates around its own."""
-    powers = [k - (rates - 1) / 2 for k in range(rates)]
-    return [dataclasses.replace(spec, lr=APART**k * spec.lr) for k in powers]
-
-
 def codes_of(specs: Sequence[RunSpec], base: Sequence[Any], store: RunStore) -> list[Code]:
     """Return the codes of the runs that did not diverge.
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,44 @@ class Column(NamedTuple):
     says: str = ""
 
 
+def _of(kind: type, low: float, high: float, says: str, default: Any = None) -> Any:
+    """Declare a field of Customer that is a column."""
+    return field(default=default, metadata={"column": Column(kind, low, high, says)})
+
+
+INF = float("inf")
+
+
+@dataclass(frozen=True)
+class Customer:
+    """One row, with types. None: not stated."""
+
+    name: str = _of(str, 0, INF, "any name")
+    model: str = _of(str, 0, INF, "a name of conf/model or the hub, or a config.json")
+    task: str = _of(str, 0, INF, "sft or rl")
+    examples: int | None = _of(int, 1, INF, "rows; in RL, problems")
+    tokens_per_example: float | None = _of(float, 1, INF, "mean tokens of a row that bear loss")
+    bits_per_token: float | None = _of(float, 1e-6, 20, "information in such a token")
+    max_length: int | None = _of(int, 4, INF, "tokens of the longest row")
+    data: str | None = _of(str, 0, INF, "folder with train.jsonl, a .jsonl file, or a hub name")
+    epochs: float | None = _of(float, 1e-6, 1e6, "passes over the rows")
+    batch_size: int | None = _of(int, 1, 1e7, "rows of an update; in RL, episodes")
+    steps: int | None = _of(int, 1, 1e9, "updates")
+    episodes: int | None = _of(int, 1, INF, "samples in RL, all problems and passes")
+    hardware: str | None = _of(str, 0, INF, "a name of conf/hardware")
+    gpus: int | None = _of(int, 1, 512, "available GPUs")
+    price_per_gpu_h: float | None = _of(float, 1e-6, 1e4, "dollars")
+    adapters_served: int = _of(int, 1, 1e6, "adapters served at once on this model", 1)
+    max_regret: float = _of(float, 1e-6, 100, "regret of LoRA, % of full fine-tuning's gain", 2.0)
+    layers: str | None = _of(str, 0, INF, "planned: attention, mlp, unembedding, joined by +, all")
+    rank: int | None = _of(int, 1, 1e5, "planned")
+    lr: float | None = _of(float, 1e-12, 1e3, "planned, of LoRA")
+    shape: tuple[tuple[str, int | bool], ...] = ()
+    """Columns of SHAPE that were filled, by name."""
+    where: str = "customer"
+    """Its place in the table."""
+
+
 SHAPE = {
     "hidden_size": Column(int, 1, 1e6, "width"),
     "n_layers": Column(int, 1, 1e4, "layers"),
@@ -56,39 +94,17 @@ SHAPE = {
     "n_experts": Column(int, 0, 1e4, "experts of a layer"),
     "n_active_experts": Column(int, 0, 1e4, "experts that a token passes through"),
 }
-COLUMNS = {
-    "name": Column(str, says="any name"),
-    "model": Column(str, says="a name of conf/model or the hub, or a config.json"),
-    "task": Column(str, says="sft or rl"),
-    "examples": Column(int, 1, says="rows; in RL, problems"),
-    "tokens_per_example": Column(float, 1, says="mean tokens of a row that bear loss"),
-    "bits_per_token": Column(float, 1e-6, 20, "information in such a token"),
-    "max_length": Column(int, 4, says="tokens of the longest row"),
-    "data": Column(str, says="folder with train.jsonl, a .jsonl file, or a hub name"),
-    "epochs": Column(float, 1e-6, 1e6, "passes over the rows"),
-    "batch_size": Column(int, 1, 1e7, "rows of an update; in RL, episodes"),
-    "steps": Column(int, 1, 1e9, "updates"),
-    "episodes": Column(int, 1, says="samples in RL, all problems and passes"),
-    "hardware": Column(str, says="a name of conf/hardware"),
-    "gpus": Column(int, 1, 512, "available GPUs"),
-    "price_per_gpu_h": Column(float, 1e-6, 1e4, "dollars"),
-    "adapters_served": Column(int, 1, 1e6, "adapters served at once on this model"),
-    "max_regret": Column(float, 1e-6, 100, "accepted regret of LoRA, % of full fine-tuning's gain"),
-    "layers": Column(str, says="planned: attention, mlp, unembedding, joined by +, or all"),
-    "rank": Column(int, 1, 1e5, "planned"),
-    "lr": Column(float, 1e-12, 1e3, "planned, of LoRA"),
-    **SHAPE,
-}
+COLUMNS = {f.name: f.metadata["column"] for f in fields(Customer) if f.metadata} | SHAPE
 REQUIRED = ("name", "model", "task")
 
 
 class RowError(Exception):
-    """A row that is wrong: `problems`, one for each line."""
+    """A row that is wrong: `problems`, each a sentence with its column."""
 
-    def __init__(self, problems: list[str]) -> None:
+    def __init__(self, *problems: str) -> None:
         """Hold the problems of a row."""
         super().__init__("; ".join(problems))
-        self.problems = problems
+        self.problems = list(problems)
 
 
 class Row(NamedTuple):
@@ -99,36 +115,6 @@ class Row(NamedTuple):
     values: dict[str, Any]
     problem: str | None = None
     """Why it cannot be read as a row at all."""
-
-
-@dataclass(frozen=True)
-class Customer:
-    """One row, with types. None: not stated."""
-
-    name: str
-    model: str
-    task: str
-    examples: int | None = None
-    tokens_per_example: float | None = None
-    bits_per_token: float | None = None
-    max_length: int | None = None
-    data: str | None = None
-    epochs: float | None = None
-    batch_size: int | None = None
-    steps: int | None = None
-    episodes: int | None = None
-    hardware: str | None = None
-    gpus: int | None = None
-    price_per_gpu_h: float | None = None
-    adapters_served: int = 1
-    max_regret: float = 2.0
-    layers: str | None = None
-    rank: int | None = None
-    lr: float | None = None
-    shape: tuple[tuple[str, int | bool], ...] = ()
-    """Shape columns that were filled, by name."""
-    where: str = "customer"
-    """Its place in the table."""
 
 
 @dataclass(frozen=True)
@@ -242,12 +228,12 @@ def check_rows(rows: Iterable[Row]) -> list[Customer | Failed]:
     for row in rows:
         try:
             if row.problem:
-                raise RowError([row.problem])
+                raise RowError(row.problem)
             c = customer_of(row.values, row.where)
             seen[c.name] += 1
             if seen[c.name] > 1:
                 raise RowError(
-                    [f"column name: {c.name!r} was used by an earlier row. Use a unique name."]
+                    f"column name: {c.name!r} was used by an earlier row. Use a unique name."
                 )
             found.append(c)
         except RowError as error:
@@ -284,7 +270,7 @@ def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
         problems = list(_contradictions(customer))
         if not problems:
             return customer
-    raise RowError(problems)
+    raise RowError(*problems)
 
 
 def _value(column: str, raw: Any) -> Any:
@@ -399,28 +385,20 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
             return _build(c.model, stated)
         if stated:
             raise RowError(
-                [
-                    f"column model: {c.model!r} is not in the catalogue, and of its shape "
-                    f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing. Fill "
-                    "these columns, or give the path of its config.json as model."
-                ]
+                f"column model: {c.model!r} is not in the catalogue, and of its shape "
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing. Fill "
+                "these columns, or give the path of its config.json as model."
             )
         names = (name for name in models if "/" not in name)
         raise RowError(
-            [
-                f"column model: {unknown('model', c.model, names)} Or give the path of its "
-                f"config.json as model, or fill the columns {', '.join(NEEDED)}."
-            ]
+            f"column model: {unknown('model', c.model, names)} Or give the path of its "
+            f"config.json as model, or fill the columns {', '.join(NEEDED)}."
         )
     wrong = [n for n, v in stated.items() if getattr(model, n) != v]
     if wrong:
-        raise RowError(
-            [
-                f"column {n}: {stated[n]}, but {c.model} has {getattr(model, n)}. Leave it out, or "
-                "give the model another name."
-                for n in wrong
-            ]
-        )
+        remedy = "Leave it out, or give the model another name."
+        has = {n: f"{stated[n]}, but {c.model} has {getattr(model, n)}" for n in wrong}
+        raise RowError(*(f"column {n}: {text}. {remedy}" for n, text in has.items()))
     return model
 
 
@@ -428,11 +406,11 @@ def _of_config(path: Path) -> ModelSpec:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise RowError([f"column model: no file {path}."]) from None
+        raise RowError(f"column model: no file {path}.") from None
     except (OSError, ValueError) as error:
-        raise RowError([f"column model: {path} cannot be read: {error}"]) from None
+        raise RowError(f"column model: {path} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise RowError([f"column model: {path} is not the config.json of a model."])
+        raise RowError(f"column model: {path} is not the config.json of a model.")
     config = {**config, **config.get("text_config", {})}
     stated: dict[str, Any] = {}
     for name, keys in CONFIG_KEYS.items():
@@ -447,16 +425,11 @@ def _of_config(path: Path) -> ModelSpec:
     missing = [n for n in NEEDED if n not in stated]
     if missing:
         names = ", ".join(" or ".join(CONFIG_KEYS.get(n, (n,))) for n in missing)
-        raise RowError([f"column model: {path} lacks {names}."])
+        raise RowError(f"column model: {path} lacks {names}.")
     folder = path.absolute().parent
-    return _build(
-        folder.name,
-        stated,
-        source="folder",
-        location=str(folder),
-        qk_norm="qwen3" in str(config.get("model_type", "")),
-        weights_dtype=_weights_dtype(folder, config),
-    )
+    more = {"source": "folder", "location": str(folder)}
+    qwen3, dtype = "qwen3" in str(config.get("model_type", "")), _weights_dtype(folder, config)
+    return _build(folder.name, stated, **more, qk_norm=qwen3, weights_dtype=dtype)
 
 
 def _weights_dtype(folder: Path, config: Mapping[str, Any]) -> str:
@@ -479,7 +452,7 @@ def _build(name: str, stated: Mapping[str, Any], **more: Any) -> ModelSpec:
     try:
         model = ModelSpec(name=name, **where, **stated)
     except SpecError as error:
-        raise RowError([f"column model: {error}"]) from None
+        raise RowError(f"column model: {error}") from None
     if model.problem:
-        raise RowError([f"columns of the shape: {model.problem}"])
+        raise RowError(f"columns of the shape: {model.problem}")
     return model

@@ -1,6 +1,6 @@
-"""Where a customer's rows are, in which form, and which of them are held out.
+"""A customer's rows as a data set: their form, and which of them are validation and test rows.
 
-Refuses to know models and rates.
+Refuses to know models and learning rates.
 """
 
 import dataclasses
@@ -20,23 +20,23 @@ from lorasweep.plan.flops import TEXT_FILL
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 
 FEWEST = 20
-"""Rows below which none is held out: of fewer, four that choose and four that report would be most
-of what there is to learn from. A convention."""
+"""Rows below which none is held out: of fewer, four validation and four test rows would be most of
+the data. A convention."""
 SHARE, LEAST, MOST = 10, 4, 128
-"""One row in SHARE chooses the rate, and as many report: at least LEAST, at most MOST."""
+"""One row in SHARE is a validation row, and as many are test rows: at least LEAST, at most MOST."""
 LEFT = 0.5
 """Share of the training rows that must be left where rows are divided by prompt. A convention."""
 PLAIN, CHAT = "{prompt}\n", "{prompt}"
 """The template of a prompt as plain text, and as a user's message."""
 SPLITS = BY_PROMPT, BY_ROW = "prompt", "row"
-"""How held-out rows are divided from training rows. row: the past, before there was a choice; rows
-of a test file are divided in its own order."""
+"""How held-out rows are divided from training rows. row: the rule of earlier versions; rows of a
+test file are divided in the file's order."""
 EXAMPLES = 20
-"""Rows, the first ones, of which the shortest conversation shows the form of a prompt."""
-Says = tuple[Message, ...]
-"""What a row says: its messages, or its prompt and completion."""
+"""Of so many first rows the shortest conversation shows the form of a prompt."""
 LONGEST = 131_072
-"""Tokens of a row that are looked at where no max_length is stated: no public row is as long."""
+"""Tokens of a row that are read where no max_length is stated: no public row is as long."""
+Messages = tuple[Message, ...]
+"""A row's messages, or its prompt and completion."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Rules:
         return found if self.mask is None else {**found, "mask": self.mask}
 
 
-class Said(NamedTuple):
-    """A row, as far as dividing rows needs it."""
+class Text(NamedTuple):
+    """The text of a row, as far as dividing rows needs it."""
 
-    says: Says
-    prompt: Says
-    """Its messages before the first one in the loss."""
+    whole: Messages
+    prompt: Messages
+    """The messages before the first one in the loss."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,17 @@ class Rows:
     dataset: DatasetSpec
     n_train: int
     held_out: bool
-    """False: too few rows to hold any out, so what is measured is measured on training rows."""
+    """False: too few rows to hold any out, so losses are measured on training rows."""
     repeated: int = 0
-    """Rows that say the same as one before them, in either file."""
+    """Duplicates of an earlier row, in either file."""
     same_prompt: int = 0
-    """Rows that have the prompt of one before them, in either file, and say something else."""
+    """Rows with the prompt of an earlier row, in either file, and another answer."""
     left_out: int = 0
     """Training rows that are left out, as a test file or split has their prompt, or the row."""
     end: str = ""
-    """What ends an answer: the end token, or the text behind it."""
+    """The end of an answer: the end token, or the text behind it."""
     example: list[list[Any]] = field(default_factory=list)
-    """A row as it is rendered, with names in place of its texts: text, and whether it is in the
-    loss."""
+    """A rendered row with names in place of its texts: text, and whether it is in the loss."""
 
     @property
     def shared(self) -> bool:
@@ -99,17 +98,21 @@ class Rows:
 
 
 def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
-    """Find a customer's rows and check that each can be read.
+    """Find a customer's rows, check that each can be read, and divide them.
 
-    Rows that are held out come from test.jsonl beside train.jsonl, or a split of the hub; without
-    one, from the training rows. `tokenizer`: that of the base, which may have a chat template.
+    Held-out rows come from test.jsonl beside train.jsonl, or a split of the hub; without one, from
+    the training rows. `tokenizer`: that of the base, which may have a chat template.
 
     Raises:
         DataError: there are none, or one cannot be read.
     """
     form = rules.form(tokenizer)
     if own.is_on_hub(data):
-        return _of_hub(name, data, form, rules.split)
+        spec = dataclasses.replace(own.on_hub(data, name), **form)
+        train, held_out = (source.rows() for source in load.sources_of(spec, []))
+        tested = _texts(spec, held_out) if spec.test_split != spec.train_split else None
+        where = f"{data}[{spec.test_split}]"
+        return _divide(spec, _texts(spec, train), tested, where, rules.split)
     spec, path = own.dataset_of(data, name), Path(data).expanduser()
     folder, split = (path, "train") if path.is_dir() else (path.parent, path.stem)
     if set("=,") & set(split):
@@ -118,132 +121,113 @@ def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
     test = folder / "test.jsonl"
     there = path.is_dir() and test.is_file()
     spec = dataclasses.replace(spec, test_split="test" if there else split)
-    said = _said(spec, sources.jsonl_rows(folder / f"{split}.jsonl"))
-    tested = _said(spec, sources.jsonl_rows(test)) if there else None
-    rows = _held_out(spec, said, tested, str(test), rules.split)
+    rows = _texts(spec, sources.jsonl_rows(folder / f"{split}.jsonl"))
+    tested = _texts(spec, sources.jsonl_rows(test)) if there else None
+    found = _divide(spec, rows, tested, str(test), rules.split)
     files = dict.fromkeys((spec.train_split, spec.test_split))
     pins = [f"{f}={sources.find_jsonl(spec, f, ['.'])[1][:16]}" for f in files]
-    pinned = dataclasses.replace(rows.dataset, revision="sha256:" + ",".join(pins))
-    return dataclasses.replace(rows, dataset=pinned)
+    pinned = dataclasses.replace(found.dataset, revision="sha256:" + ",".join(pins))
+    return dataclasses.replace(found, dataset=pinned)
 
 
-def _of_hub(name: str, data: str, form: dict[str, Any], split: str) -> Rows:
-    spec = dataclasses.replace(own.on_hub(data, name), **form)
-    train, test = (source.rows() for source in load.sources_of(spec, []))
-    there = spec.test_split != spec.train_split
-    tested = _said(spec, test) if there else None
-    return _held_out(spec, _said(spec, train), tested, f"{data}[{spec.test_split}]", split)
-
-
-def _said(spec: DatasetSpec, rows: Iterable[tuple[str, Any]]) -> list[Said]:
+def _texts(spec: DatasetSpec, rows: Iterable[tuple[str, Any]]) -> list[Text]:
     found = []
     for where, row in rows:
-        says = tuple(fields.messages_of(spec, row, where))
+        whole = tuple(fields.messages_of(spec, row, where))
         # where all is learned, no text is a prompt
-        found.append(Said(says, says if spec.mask == "all" else fields.prompt_of(spec, row, where)))
+        prompt = whole if spec.mask == "all" else fields.prompt_of(spec, row, where)
+        found.append(Text(whole, prompt))
     return found
 
 
-def _held_out(
-    spec: DatasetSpec, said: Sequence[Said], tested: Sequence[Said] | None, test: str, split: str
+def _divide(
+    spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None, test: str, split: str
 ) -> Rows:
     """Divide rows into training, validation and test rows.
 
-    `tested`: rows of a file or split of their own, `test`; None: there is none.
+    `tested`: rows of a separate file or split, `test`; None: there is none.
     """
-    pool = said if tested is None else tested
-    both = [*said, *(tested or ())]
-    n_distinct, n_different = len({r.says for r in both}), len({r.says for r in pool})
-    repeated = len(both) - n_distinct
-    if tested is not None and n_different < 2:
+    pool, both = rows if tested is None else tested, [*rows, *(tested or ())]
+    n_unique, n_pool = len({r.whole for r in both}), len({r.whole for r in pool})
+    repeated, same_prompt = len(both) - n_unique, n_unique - len({r.prompt for r in both})
+    if tested is not None and n_pool < 2:
         raise DataError(
-            f"{test} has {n_different} rows that differ. Expected at least 2: some choose the "
-            "rate, the others report. Add rows, or remove them: training rows are then held out."
+            f"{test} has {n_pool} unique rows. Expected at least 2: validation rows choose the "
+            "learning rate, test rows measure the gain. Add rows, or remove them: training rows "
+            "are then held out."
         )
-    prompts_repeat = len({r.prompt for r in both}) < n_distinct
     # few updates on few rows: learning curves that nobody reads would cost as much as the training
     spec = dataclasses.replace(spec, n_test_curve=0)
-    if tested is None and n_different < FEWEST:
-        found = dataclasses.replace(spec, n_test=len(said)), len(said)
-    elif split == BY_ROW or (tested is None and not prompts_repeat):
-        found = _as_before(spec, said, tested, repeated > 0)
+    if tested is None and n_pool < FEWEST:
+        spec, n_train = dataclasses.replace(spec, n_test=len(rows)), len(rows)
+    elif split == BY_ROW or (tested is None and not same_prompt):
+        spec, n_train = _as_before(spec, rows, tested, repeated > 0)
     else:
-        found = _by_units(spec, said, tested)
-    spec, n_train = found
+        spec, n_train = _by_units(spec, rows, tested)
     if not n_train:
         raise DataError(
             f"every row of {spec.train_split} stands in {test}, too. Add rows to train on, or "
             "remove the held-out rows."
         )
-    left_out = len(said) - n_train if tested is not None else 0
-    same_prompt = n_distinct - len({r.prompt for r in both})
+    left_out = len(rows) - n_train if tested is not None else 0
     return Rows(spec, n_train, spec.n_validation > 0, repeated, same_prompt, left_out)
 
 
 def _as_before(
-    spec: DatasetSpec, said: Sequence[Said], tested: Sequence[Said] | None, repeated: bool
+    spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None, repeated: bool
 ) -> tuple[DatasetSpec, int]:
-    """Divide rows by what they say, as before they were divided by prompt: a row is on one side.
+    """Divide rows by their whole text, the rule of earlier versions: duplicates stay in one split.
 
     Where no prompt has two answers, and rows are held out of the training file, this is the
     division by prompt, row for row. Returns the data set and the number of training rows.
     """
-    says = [r.says for r in said]
+    texts = [r.whole for r in rows]
     if tested is not None:
-        held = {r.says for r in tested}
+        held = {r.whole for r in tested}
         first = min(len(held) // 2, MOST)
         changes: dict[str, Any] = {"n_validation": first, "n_test": len(held) - first}
     else:
-        each = max(LEAST, min(len(set(says)) // SHARE, MOST))
+        each = max(LEAST, min(len(set(texts)) // SHARE, MOST))
         changes = {"holdout": 2 * each, "n_validation": each, "n_test": each}
-        held = set(load.held_out(says, 2 * each))
+        held = set(load.held_out(texts, 2 * each))
     spec = dataclasses.replace(spec, **changes, unseen_rows=repeated)
-    return spec, sum(row not in held for row in says)
+    return spec, sum(row not in held for row in texts)
 
 
 def _by_units(
-    spec: DatasetSpec, said: Sequence[Said], tested: Sequence[Said] | None
+    spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None
 ) -> tuple[DatasetSpec, int]:
-    """Divide rows so that no prompt is on two sides, or no row where prompts are too few for that.
+    """Divide rows so that no prompt is in two splits, or no row where prompts are too few.
 
     Too few: fewer than FEWEST in rows of which some share one, or dividing by them would leave
     less than LEFT of the training rows. Returns the data set and the number of training rows.
     """
-    pool = said if tested is None else tested
-    found = spec, 0
+    pool = rows if tested is None else tested
     for by in SPLITS if spec.mask != "all" else (BY_ROW,):
-        units = [r.prompt if by == BY_PROMPT else r.says for r in pool]
-        rows = load.divided(units, [r.says for r in pool])
-        sizes = [len(unit) for unit in rows]
+        units = [r.prompt if by == BY_PROMPT else r.whole for r in pool]
+        groups = load.divided(units, [r.whole for r in pool])
+        sizes = [len(group) for group in groups]
         if tested is None:
-            each = max(LEAST, min(len(rows) // SHARE, MOST))
+            each = max(LEAST, min(len(groups) // SHARE, MOST))
             first = _fitting(sizes[:each])
             last = _fitting(sizes[first : first + each])
+            held = {units[k] for group in groups[: first + last] for k in group}
         else:
             first = _fitting(sizes[:-1], min(sum(sizes) // 2, MOST))
             last = _fitting(sizes[first:])
+            held = set(units)
         n_validation, n_test = sum(sizes[:first]), sum(sizes[first : first + last])
-        held = {units[k] for unit in rows[: first + last] for k in unit}
-        held = held if tested is None else set(units)
-        n_train = sum((r.prompt if by == BY_PROMPT else r.says) not in held for r in said)
-        found = (
-            dataclasses.replace(
-                spec,
-                held_out_by=by,
-                n_validation=n_validation,
-                n_test=n_test,
-                holdout=n_validation + n_test if tested is None else 0,
-            ),
-            n_train,
-        )
-        enough = len(rows) >= FEWEST or len(rows) == len({r.says for r in pool})
-        if enough and n_train >= LEFT * len(said):
+        holdout = n_validation + n_test if tested is None else 0
+        n_train = sum((r.prompt if by == BY_PROMPT else r.whole) not in held for r in rows)
+        enough = len(groups) >= FEWEST or len(groups) == len({r.whole for r in pool})
+        if enough and n_train >= LEFT * len(rows):
             break
-    return found
+    split = {"n_validation": n_validation, "n_test": n_test, "holdout": holdout}
+    return dataclasses.replace(spec, held_out_by=by, **split), n_train
 
 
 def _fitting(sizes: Sequence[int], most: int = MOST) -> int:
-    """Return how many units, from the first one, have at most so many rows together: at least 1."""
+    """Return how many units, from the first one, have at most so many rows in all: at least 1."""
     totals = list(itertools.accumulate(sizes))
     return max(1, sum(total <= most for total in totals))
 

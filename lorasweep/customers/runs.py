@@ -167,7 +167,7 @@ def build_runs(customers: Iterable[Customer | Failed], known: Known, setup: Setu
         try:
             found.append(c if isinstance(c, Failed) else _member(c, known, setup))
         except (RowError, SpecError) as error:
-            problems = error.problems if isinstance(error, RowError) else [str(error)]
+            problems = getattr(error, "problems", [str(error)])
             found.append(Failed(c.where, c.name, problems))
     return [
         Member(f.where, f.name, folder_of(f.name), f.error) if isinstance(f, Failed) else f
@@ -183,25 +183,23 @@ def _member(c: Customer, known: Known, setup: Setup) -> Member:
     """
     model = shape_of(c, known.models)
     if c.task != "sft":
-        raise RowError([f"column task: a fleet is trained on answers, not by {c.task}."])
+        raise RowError(f"column task: a fleet is trained on answers, not by {c.task}.")
     if c.data is None:
         raise RowError(
-            [
-                "column data: missing. It holds a .jsonl file, a folder with train.jsonl, or a "
-                "data set of the hub as owner/name."
-            ]
+            "column data: missing. It holds a .jsonl file, a folder with train.jsonl, or a "
+            "data set of the hub as owner/name."
         )
     try:
         tokenizer = setup.tokenizer_of(model)
     except ModelError as error:
-        raise RowError([f"column model: {error}"]) from None
+        raise RowError(f"column model: {error}") from None
     try:
         rows = rows_of(folder_of(c.name), c.data, setup.rules, tokenizer)
         rows, tokens = with_lengths(rows, tokenizer, c.max_length, setup.data_dirs)
     except (DataError, OSError) as error:
-        raise RowError([f"column data: {error}"]) from None
+        raise RowError(f"column data: {error}") from None
     if tokens < COLUMNS["tokens_per_example"].low:
-        raise RowError([f"column data: {tokens:.2g} tokens of a mean row bear loss. Expected 1."])
+        raise RowError(f"column data: {tokens:.2g} tokens of a mean row bear loss. Expected 1.")
     counted: dict[str, Any] = {
         "max_length": c.max_length or rows.dataset.max_length,
         "tokens_per_example": c.tokens_per_example or round(tokens, 1),
@@ -223,10 +221,8 @@ def _points(advice: Advice, rows: Rows, setup: Setup) -> tuple[list[Point], str]
     choice, work, c, base = advice.choice, advice.work, advice.customer, setup.base
     if choice.method == "full" and setup.instead_of_full != "lora":
         raise RowError(
-            [
-                f"the adviser says full fine-tuning: {choice.why}. Add instead_of_full=lora to "
-                f"train LoRA of rank {choice.rank} nevertheless; its card will say so."
-            ]
+            f"the adviser says full fine-tuning: {choice.why}. Add instead_of_full=lora to "
+            f"train LoRA of rank {choice.rank} nevertheless; its card will say so."
         )
     size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": setup.rules.layers}
     steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / work.batch_size))
@@ -256,13 +252,11 @@ def _check_one_gpu(spec: RunSpec, planner: Forecaster) -> None:
     """Refuse a base that takes more than one GPU: its adapter would not be kept."""
     place = planner.kind(spec).place
     if isinstance(place, Misfit):
-        raise RowError([f"{place.why}. It fits with {place.remedy}."])
+        raise RowError(f"{place.why}. It fits with {place.remedy}.")
     if place.layout.gpus > 1:
         raise RowError(
-            [
-                f"{spec.model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), and "
-                "a fleet trains on one each. Choose a smaller model, or larger GPUs (hardware=...)."
-            ]
+            f"{spec.model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), and "
+            "a fleet trains on one each. Choose a smaller model, or larger GPUs (hardware=...)."
         )
 
 

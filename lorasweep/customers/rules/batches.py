@@ -37,8 +37,7 @@ def batches_of(case: Case, work: Workload) -> Batches:
     """Return the largest batch and the least updates for a customer's data."""
     c, published, note = case.customer, case.published, case.trace.note
     least, rows, rewarded = UPDATES[c.task], work.rows, c.task == "rl"
-    why = "fewer updates leave the best learning rate unsettled: in the study it was 1.5 times "
-    why += "higher below 100"
+    why = "with fewer than 100 the study saw best learning rates 1.5 times higher"
     if rewarded:
         why = "shorter runs end before the plateau"
     source = published.where("zhu" if rewarded else "tinker_law")
@@ -56,17 +55,15 @@ def batches_of(case: Case, work: Workload) -> Batches:
     fits = [b for b in sizes if regret_of_batch(b, assumed, worst) <= c.max_regret]
     largest = max(fits) if effects else SAFE
     scales = ", ".join(f"{s} {e:+.3f}" for s, e in effects) or "no scale"
-    note(
-        "batch_size_max",
-        largest,
-        "largest power of two whose regret is at most max_regret: "
-        "100 x effect x log2(batch / 32) / ln(rows / batch); effect is the worst change of "
-        "ln(speed) per doubling in the kept results",
-        f"analysis/results: batch_size at {scales}. {published.where('study')}, figure 3, has no "
-        "numbers; no table of it is public",
-        Sure.WEAK,
-        rows=rows,
-        effect=worst,
-        max_regret=c.max_regret,
+    formula = (
+        "largest power of two whose regret is at most max_regret: 100 x effect x log2(batch / 32) "
+        "/ ln(rows / batch); effect is the worst change of ln(speed) per doubling in the kept "
+        "results"
     )
+    source = (
+        f"analysis/results: batch_size at {scales}. {published.where('study')}, figure 3, has no "
+        "numbers; no table of it is public"
+    )
+    inputs = {"rows": rows, "effect": worst, "max_regret": c.max_regret}
+    note("batch_size_max", largest, formula, source, Sure.WEAK, **inputs)
     return Batches(largest, least, worst)

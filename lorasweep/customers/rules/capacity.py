@@ -78,17 +78,12 @@ def choose(case: Case, work: Workload) -> Choice:
     if choice.by == BY_REGRET:
         sure, source = Sure.MEASURED, "analysis/results: regime, its measured regrets"
     note("method", choice.method, choice.why, source, sure, rule=RULES[choice.by])
-    note(
-        "load",
-        choice.load,
-        f"bits / ({BITS_PER_PARAMETER:g} x trained parameters of the rank)",
-        f"{published.where('study')}; {capacity}",
-        Sure.ASSUMED,
-        bits=work.bits,
-        lowest=load_at(work.bits_low, model, choice.rank),
-        highest=load_at(work.bits_high, model, choice.rank),
-        trained=trained(model, choice.rank),
-    )
+    low, high = (load_at(bits, model, choice.rank) for bits in (work.bits_low, work.bits_high))
+    inputs = {"bits": work.bits, "lowest": low, "highest": high}
+    inputs["trained"] = trained(model, choice.rank)
+    formula = f"bits / ({BITS_PER_PARAMETER:g} x trained parameters of the rank)"
+    source = f"{published.where('study')}; {capacity}"
+    note("load", choice.load, formula, source, Sure.ASSUMED, **inputs)
     _note_rank(case, choice)
     return choice
 
@@ -184,27 +179,20 @@ def _note_rank(case: Case, choice: Choice) -> None:
     )
     floors = published.entries("least_rank", task=case.customer.task)
     sources = dict.fromkeys(published.where(e["source"]) for e in floors)
-    case.trace.note(
-        "rank",
-        choice.rank,
-        f"{choice.why}; {more}. Loss above rank 128's in public, nats: {gaps or 'none known'}",
-        "; ".join(sources) or "the smallest standard rank",
-        Sure.ONCE,
-        ranks=list(ranks_of(model)),
-        width=model.hidden_size,
-    )
+    formula = f"{choice.why}; {more}. Loss above rank 128's in public, nats: {gaps or 'none known'}"
+    source = "; ".join(sources) or "the smallest standard rank"
+    inputs = {"ranks": list(ranks_of(model)), "width": model.hidden_size}
+    case.trace.note("rank", choice.rank, formula, source, Sure.ONCE, **inputs)
     experts = ""
     if model.n_experts:
         each = f"rank / {model.n_active_experts} active ones"
         experts = f", each of the {model.n_experts} experts with {each}"
-    case.trace.note(
-        "layers",
-        LAYERS,
-        f"attention, MLP and unembedding{experts}; a router stays frozen. PEFT's all-linear "
-        "leaves the unembedding out",
-        f"{published.where('study')}, figures 4 and 5",
-        Sure.PUBLISHED,
+    formula = (
+        f"attention, MLP and unembedding{experts}; a router stays frozen. PEFT's all-linear leaves "
+        "the unembedding out"
     )
+    source = f"{published.where('study')}, figures 4 and 5"
+    case.trace.note("layers", LAYERS, formula, source, Sure.PUBLISHED)
     if choice.rank < 8:
         case.trace.warn(
             f"rank {choice.rank} is served as rank 8, padded, or merged: servers take 8 and more"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lorasweep.customers.evidence import Case, Sure
 from lorasweep.customers.read import RowError
@@ -37,33 +37,32 @@ NOT_FASTER = 0.95
 
 
 @dataclass(frozen=True)
-class Placed:
-    """One method on given GPUs. None where it fits on no number of them."""
+class Arm:
+    """What one method costs a customer. None: it fits on no number of GPUs, or is not known."""
 
+    trained: int
+    """Parameters."""
     gpus: int | None
     """All available GPUs, or the fewest that hold it."""
+    fits: bool
+    """Whether the customer's GPUs hold it."""
+    why: str
+    """Why it fits nowhere, and what would help."""
     peak_gib: float | None
     """Expected peak of one GPU."""
     step_s: float | None
-    why: str = ""
-    """Why it fits nowhere, and what would help."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What one method costs a customer."""
-
-    placed: Placed
-    fits: bool
-    """Whether the customer's GPUs hold it."""
     hours: float | None
     """Wall time of the updates."""
-    gpu_hours: float | None
     cost_usd: float | None
     file_mib: float
     """What is shipped: an adapter, or the whole model."""
     serving_gib: float
     """Weights in memory to serve all of the customer's adapters, or copies."""
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Hours of all GPUs."""
+        return self.hours and self.gpus and self.hours * self.gpus
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,12 @@ def hardware_of(case: Case) -> Hardware:
         name = (c.hardware or HARDWARE).lower()
         if name not in known.machines:
             raise RowError(
-                [
-                    f"column hardware: {unknown('hardware', name, known.machines)} Your own card "
-                    "is a file in DIR/hardware with --config-dir DIR."
-                ]
+                f"column hardware: {unknown('hardware', name, known.machines)} Your own card "
+                "is a file in DIR/hardware with --config-dir DIR."
             )
         found = known.machines[name]()
     if not found.has_speeds:
-        raise RowError([f"column hardware: {found.name} has no GPU whose speed is known."])
+        raise RowError(f"column hardware: {found.name} has no GPU whose speed is known.")
     if c.price_per_gpu_h is not None:
         found = replace(found, price_per_gpu_h=c.price_per_gpu_h)
     return found
@@ -105,33 +102,38 @@ def hardware_of(case: Case) -> Hardware:
 
 def costs_of(case: Case, rank: int, work: Workload, hardware: Hardware) -> Costs:
     """Return what both methods cost, LoRA at this rank."""
-    c, model = case.customer, replace(case.model, weights_dtype="bf16")  # as frozen on GPUs
+    model = replace(case.model, weights_dtype="bf16")  # as frozen on GPUs
     at = _Where(model, work.batch_size, work.max_length, _Machine(hardware))
-    n_lora, n_full = trained(case.model, rank), case.model.n_params
-    adapter, base = (WORD * n / 2**30 for n in (n_lora, n_full))
-    served = base + c.adapters_served * adapter, c.adapters_served * base
-    lora, full = (
-        _arm(case, work, _placed(case, at, r, work), hardware, file, serving)
-        for r, file, serving in zip((rank, 0), (adapter, base), served, strict=True)
-    )
-    ratio = _method(rank).step_flops(case.model, 1) / _method(0).step_flops(case.model, 1)
+    lora, full = (_arm(case, at, r, work) for r in (rank, 0))
+    ratio = _method(rank).step_flops(model, 1) / _method(0).step_flops(model, 1)
     found = Costs(hardware, lora, full, ratio)
-    _note(case, work, found, n_lora, n_full)
+    _note(case, work, found)
     _warn(case, found)
     return found
 
 
-def _arm(
-    case: Case, work: Workload, placed: Placed, hardware: Hardware, file_gib: float, serving: float
-) -> Arm:
-    hours = gpu_hours = cost = None
-    if placed.step_s is not None and placed.gpus is not None and work.steps is not None:
-        hours = placed.step_s * work.steps / 3600
-        gpu_hours = hours * placed.gpus
-        if hardware.price_per_gpu_h is not None:
-            cost = gpu_hours * hardware.price_per_gpu_h
-    fits = placed.gpus is not None and placed.gpus <= (case.customer.gpus or MOST_GPUS)
-    return Arm(placed, fits, hours, gpu_hours, cost, file_gib * 1024, serving)
+def _arm(case: Case, at: "_Where", rank: int, work: Workload) -> Arm:
+    c, machine = case.customer, at.machine.hardware
+    base, n = case.model.n_params, trained(case.model, rank) if rank else case.model.n_params
+    served = base + c.adapters_served * n if rank else c.adapters_served * n
+    files = {"file_mib": WORD * n / 2**20, "serving_gib": WORD * served / 2**30}
+    found = _placed(at, rank, c.gpus)
+    if isinstance(found, Misfit):
+        why = f"{found.why}. Give {found.remedy}"
+        return Arm(n, None, False, why, None, None, None, None, **files)
+    gpus, layout = found.layout.gpus, found.layout
+    step_s = step_seconds(step_parts(_load(at.model, rank), layout, work.row_tokens, machine))
+    if c.task == "rl":  # a serving engine on the same GPUs samples an update's completions
+        group = min(GROUP, work.batch_size)
+        lengths = (work.row_tokens - work.tokens, work.tokens)
+        step_s += served_s(at.model, machine, gpus, work.batch_size, group, *lengths)
+    hours = cost = None
+    if work.steps is not None:
+        hours = step_s * work.steps / 3600
+        if machine.price_per_gpu_h is not None:
+            cost = hours * gpus * machine.price_per_gpu_h
+    fits = gpus <= (c.gpus or MOST_GPUS)
+    return Arm(n, gpus, fits, "", found.memory_gib, step_s, hours, cost, **files)
 
 
 # ---------------------------------------------------------------- where it fits
@@ -168,7 +170,7 @@ def _method(rank: int) -> Method:
 @lru_cache(maxsize=4096)
 def _place(at: _Where, rank: int, gpus: int | None) -> Placement | Misfit:
     """Place one method on a number of GPUs; None: on the fewest that hold it."""
-    where = {"name": "customer", "source": "jsonl", "location": "customer"}
+    where: dict[str, Any] = {"name": "customer", "source": "jsonl", "location": "customer"}
     dataset = DatasetSpec(**where, max_length=at.max_length)
     method, batch = _method(rank), at.batch_size
     spec = RunSpec(
@@ -182,97 +184,75 @@ def _load(model: ModelSpec, rank: int) -> Load:
     return load_of(model, _method(rank))
 
 
-def _placed(case: Case, at: _Where, rank: int, work: Workload) -> Placed:
-    """Place one method on all available GPUs, if they hold it, else on the fewest that do.
-
-    In RL an update includes what a serving engine on the same GPUs needs to sample its completions.
-    """
-    c, machine = case.customer, at.machine.hardware
+def _placed(at: _Where, rank: int, available: int | None) -> Placement | Misfit:
+    """Place one method on all available GPUs, if they hold it, else on the fewest that do."""
     found = _place(at, rank, None)
     if isinstance(found, Misfit):
-        return Placed(None, None, None, f"{found.why}. Give {found.remedy}")
+        return found
     gpus = found.layout.gpus
-    while 2 * gpus <= (c.gpus or 1) and at.batch_size % (2 * gpus) == 0:
+    while 2 * gpus <= (available or 1) and at.batch_size % (2 * gpus) == 0:
         gpus *= 2
-    found = _place(at, rank, gpus)
-    assert isinstance(found, Placement)  # it fits on fewer
-    step_s = step_seconds(step_parts(_load(at.model, rank), found.layout, work.row_tokens, machine))
-    if c.task == "rl":
-        group = min(GROUP, work.batch_size)
-        lengths = (work.row_tokens - work.tokens, work.tokens)
-        step_s += served_s(at.model, machine, gpus, work.batch_size, group, *lengths)
-    return Placed(gpus, found.memory_gib, step_s)
+    return _place(at, rank, gpus)
 
 
 # ---------------------------------------------------------------- reasons and warnings
 
 
-def _note(case: Case, work: Workload, found: Costs, n_lora: int, n_full: int) -> None:
+def _note(case: Case, work: Workload, found: Costs) -> None:
     note, card = case.trace.note, found.hardware.name
+    served = case.customer.adapters_served
     sampled = "; and sampling by a serving engine, at best" if case.customer.task == "rl" else ""
-    for name, arm, n in (("lora", found.lora, n_lora), ("full", found.full, n_full)):
-        note(
-            f"peak_gib_{name}",
-            arm.placed.peak_gib,
-            arm.placed.why
-            or "weights, gradients, moments, activations, logits and buffers of one of "
-            f"{arm.placed.gpus} GPU(s): all available, or the fewest that hold it with "
-            f"{MEMORY_ERROR:.0%} on top",
-            "lorasweep.plan.gpu.memory; analysis/results/plan compares it with published figures",
-            Sure.PLANNED if name == "lora" else Sure.ASSUMED,
-            trained=n,
-            rows_an_update=work.batch_size,
-            max_length=work.max_length,
+    for name, arm in (("lora", found.lora), ("full", found.full)):
+        lora = name == "lora"
+        memory = (
+            "weights, gradients, moments, activations, logits and buffers of one of "
+            f"{arm.gpus} GPU(s): all available, or the fewest that hold it with "
+            f"{MEMORY_ERROR:.0%} on top"
         )
-        note(
-            f"hours_{name}",
-            arm.hours,
+        time = (
             "updates x seconds of an update: products, attention, activations, optimizer and "
-            f"communication; +-{SPEED_ERROR:.0%}{sampled}",
-            f"lorasweep.plan.gpu.time; conf/hardware/{card}.yaml, data sheets",
-            Sure.PLANNED,
-            updates=work.steps,
-            seconds=arm.placed.step_s,
-            tokens_a_row=work.row_tokens,
-            gpus=arm.placed.gpus,
+            f"communication; +-{SPEED_ERROR:.0%}{sampled}"
         )
-        note(
-            f"cost_usd_{name}",
-            arm.cost_usd,
-            "hours x GPUs x price of a GPU and hour",
-            f"price of {card}: price_per_gpu_h of the row, or of conf/hardware",
-            Sure.PLANNED,
-            price_per_gpu_h=found.hardware.price_per_gpu_h,
+        shared = "one base and all adapters" if lora else "a copy of the model for each"
+        rows = {
+            "trained": arm.trained,
+            "rows_an_update": work.batch_size,
+            "max_length": work.max_length,
+        }
+        steps = {"updates": work.steps, "seconds": arm.step_s}
+        steps |= {"tokens_a_row": work.row_tokens, "gpus": arm.gpus}
+        price = {"price_per_gpu_h": found.hardware.price_per_gpu_h}
+        files = {"adapters_served": served, "mib_each": arm.file_mib}
+        source = (
+            "lorasweep.plan.gpu.memory; analysis/results/plan compares it with published figures"
         )
-        note(
-            f"serving_gib_{name}",
-            arm.serving_gib,
-            "one base and all adapters" if name == "lora" else "a copy of the model for each",
-            "2 bytes a weight, without the cache of keys and values",
-            Sure.EXACT,
-            adapters_served=case.customer.adapters_served,
-            mib_each=arm.file_mib,
-        )
-    note(
-        "flops_ratio",
-        found.flops_ratio,
+        sure = Sure.PLANNED if lora else Sure.ASSUMED
+        note(f"peak_gib_{name}", arm.peak_gib, arm.why or memory, source, sure, **rows)
+        source = f"lorasweep.plan.gpu.time; conf/hardware/{card}.yaml, data sheets"
+        note(f"hours_{name}", arm.hours, time, source, Sure.PLANNED, **steps)
+        formula = "hours x GPUs x price of a GPU and hour"
+        source = f"price of {card}: price_per_gpu_h of the row, or of conf/hardware"
+        note(f"cost_usd_{name}", arm.cost_usd, formula, source, Sure.PLANNED, **price)
+        source = "2 bytes a weight, without the cache of keys and values"
+        note(f"serving_gib_{name}", arm.serving_gib, shared, source, Sure.EXACT, **files)
+    formula = (
         "(4 x active weights + 6 x active adapter weights) / (6 x active weights); 2/3 + 2R/N on a "
-        "square matrix of width N at rank R",
-        "LoRA Without Regret (Thinking Machines, 2025), its count of operations",
-        Sure.EXACT,
+        "square matrix of width N at rank R"
     )
+    source = f"{case.published.where('study')}, its count of operations"
+    note("flops_ratio", found.flops_ratio, formula, source, Sure.EXACT)
 
 
 def _warn(case: Case, found: Costs) -> None:
     c, warn = case.customer, case.trace.warn
     for name, arm in (("LoRA", found.lora), ("full fine-tuning", found.full)):
-        if arm.placed.gpus is None:
-            warn(f"{name} does not fit: {arm.placed.why}")
+        if arm.gpus is None:
+            warn(f"{name} does not fit: {arm.why}")
         elif not arm.fits:
             available = f"{c.gpus} {'is' if c.gpus == 1 else 'are'} available"
-            warn(f"{name} takes {arm.placed.gpus} {found.hardware.name} GPUs, and {available}")
-    placed = (found.lora.placed, found.full.placed)
-    lora, full = (p.step_s * p.gpus if p.step_s and p.gpus else None for p in placed)
+            warn(f"{name} takes {arm.gpus} {found.hardware.name} GPUs, and {available}")
+    arms = (found.lora, found.full)
+    lora, full = (a.step_s * a.gpus if a.step_s and a.gpus else None for a in arms)
     if lora and full and lora > NOT_FASTER * full:
         times = f"{lora / full:.2f} times full fine-tuning's GPU time an update"
         warn(f"LoRA is not faster here: {times}")

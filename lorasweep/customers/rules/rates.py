@@ -75,17 +75,11 @@ def rate_of(case: Case, method: str, rank: int, work: Workload) -> Rate:
         )
     sources = "; ".join(found)
     keys = [k for k in published.values["sources"] if f"({k})" in sources]
-    case.trace.note(
-        "lr",
-        rate,
-        formula,
-        "; ".join(published.where(k) for k in keys) or "analysis/results: lr_ratio",
-        Sure.MEASURED if measured else Sure.ONCE,
-        low=low,
-        high=high,
-        sources=sources,
-        **({"alpha": ALPHA} if method == "lora" else {}),
-    )
+    source = "; ".join(published.where(k) for k in keys) or "analysis/results: lr_ratio"
+    inputs = {"low": low, "high": high, "sources": sources}
+    inputs |= {"alpha": ALPHA} if method == "lora" else {}
+    sure = Sure.MEASURED if measured else Sure.ONCE
+    case.trace.note("lr", rate, formula, source, sure, **inputs)
     _note_factor(case)
     return Rate(rate, low, high, sources)
 
@@ -126,12 +120,10 @@ def _note_factor(case: Case) -> None:
         for v in case.kept.about("lr_ratio", "ratio")
         if v.found
     )
-    case.trace.note(
-        "lr_factor",
-        10,
+    formula = (
         "best LoRA learning rate over best full fine-tuning learning rate at alpha 32 in SFT; 2 to "
         f"4 in RL (zhu). Measured here, and only for these models: {measured or 'nothing kept'}. "
-        f"Outdated: {case.published.values['outdated']}",
-        f"{case.published.where('study')}, its fit to 14 models: 9.8",
-        Sure.ONCE,
+        f"Outdated: {case.published.values['outdated']}"
     )
+    source = f"{case.published.where('study')}, its fit to 14 models: 9.8"
+    case.trace.note("lr_factor", 10, formula, source, Sure.ONCE)

@@ -70,12 +70,8 @@ def workload_of(case: Case) -> Workload:
     if data is not None:
         found = data.counted.rows
         if examples is not None and examples != found:
-            raise RowError(
-                [
-                    f"columns examples and data: {examples:,} stated, and {c.data} has {found:,} "
-                    "rows."
-                ]
-            )
+            stated = f"{examples:,} stated, and {c.data} has {found:,} rows"
+            raise RowError(f"columns examples and data: {stated}.")
         examples = float(found)
         case.trace.note("examples", found, f"rows of {c.data}", "counted", Sure.EXACT)
     batch = c.batch_size or _batch(case, examples)
@@ -113,7 +109,7 @@ def _data(case: Case) -> Data | None:
     try:
         counted = own.count(given)
     except (DataError, OSError) as error:
-        raise RowError([f"column data: {error}"]) from None
+        raise RowError(f"column data: {error}") from None
     key = (counted.sha256[: own.DIGITS], case.model.name)
     return Data(counted, case.known.information.get(key))
 
@@ -125,15 +121,12 @@ def _batch(case: Case, examples: float | None) -> int:
     while c.steps is None and rows is not None and batch > SMALLEST and rows / batch < few:
         batch //= 2
     what = "the one batch that the study names" if c.task == "sft" else "32 problems x 16 samples"
-    case.trace.note(
-        "batch_size",
-        batch,
+    formula = (
         f"not stated: {BATCH[c.task]}, {what}; halved down to {SMALLEST} while updates are fewer "
-        f"than {few}",
-        case.published.where("study" if c.task == "sft" else "tinker_rl"),
-        Sure.ASSUMED,
+        f"than {few}"
     )
-    return batch
+    source = case.published.where("study" if c.task == "sft" else "tinker_rl")
+    return int(case.trace.note("batch_size", batch, formula, source, Sure.ASSUMED))
 
 
 def _rows(case: Case, examples: float | None, batch: int) -> float | None:
@@ -157,37 +150,24 @@ def _lengths(case: Case, data: Data | None) -> tuple[float, float, int]:
     elif tokens is None and data is not None:
         counted = data.counted
         tokens = counted.answer_bytes / BYTES_PER_TOKEN / counted.rows
-        trace.note(
-            "tokens_per_example",
-            tokens,
-            f"bytes of the answers / {BYTES_PER_TOKEN:g} / rows: no tokenizer is loaded here",
-            "OpenAI's rule of four letters a token of English",
-            Sure.ASSUMED,
-            answer_bytes=counted.answer_bytes,
-            rows=counted.rows,
-        )
+        inputs = {"answer_bytes": counted.answer_bytes, "rows": counted.rows}
+        formula = f"bytes of the answers / {BYTES_PER_TOKEN:g} / rows: no tokenizer is loaded here"
+        source = "OpenAI's rule of four letters a token of English"
+        trace.note("tokens_per_example", tokens, formula, source, Sure.ASSUMED, **inputs)
     if length is None:
-        length = LENGTH if tokens is None else rounded(tokens / TEXT_FILL)
-        trace.note(
-            "max_length",
-            length,
-            f"not stated: tokens_per_example / {TEXT_FILL}, rounded up to 2^k or 1.5 x 2^k"
-            if tokens
-            else f"not stated: {LENGTH}",
-            "lorasweep.plan.flops.TEXT_FILL: mean length of text rows over the longest",
-            Sure.ASSUMED,
-            tokens_per_example=tokens,
-        )
+        length, formula = LENGTH, f"not stated: {LENGTH}"
+        if tokens is not None:
+            length = rounded(tokens / TEXT_FILL)
+            formula = (
+                f"not stated: tokens_per_example / {TEXT_FILL}, rounded up to 2^k or 1.5 x 2^k"
+            )
+        source = "lorasweep.plan.flops.TEXT_FILL: mean length of text rows over the longest"
+        trace.note("max_length", length, formula, source, Sure.ASSUMED, tokens_per_example=tokens)
     if tokens is None:
         tokens = TEXT_FILL * length
-        trace.note(
-            "tokens_per_example",
-            tokens,
-            f"not stated: all tokens of a row bear loss, {TEXT_FILL} x max_length",
-            "an upper bound for rows of that length",
-            Sure.ASSUMED,
-            max_length=length,
-        )
+        formula = f"not stated: all tokens of a row bear loss, {TEXT_FILL} x max_length"
+        source = "an upper bound for rows of that length"
+        trace.note("tokens_per_example", tokens, formula, source, Sure.ASSUMED, max_length=length)
         what = "load and time depend" if c.task == "sft" else "time depends"
         trace.warn(f"tokens_per_example is not stated; {tokens:,.0f} is assumed, and {what} on it")
     return tokens, max(tokens, TEXT_FILL * length), length
@@ -206,14 +186,9 @@ Bits = tuple[float | None, float | None, float | None]
 
 def _reward_bits(case: Case, episodes: float | None) -> Bits:
     if episodes is not None:
-        case.trace.note(
-            "bits",
-            episodes,
-            "episodes x 1 bit: the most that a reward can tell about the policy",
-            case.published.where("study"),
-            Sure.ONCE,
-            episodes=episodes,
-        )
+        formula = "episodes x 1 bit: the most that a reward can tell about the policy"
+        source = case.published.where("study")
+        case.trace.note("bits", episodes, formula, source, Sure.ONCE, episodes=episodes)
     return episodes, episodes, episodes
 
 
@@ -224,15 +199,8 @@ def _measured_bits(case: Case, found: Measured, of_file: int, trained: float | N
     if share < 1:
         over = f"over the {trained:,.0f} rows trained on, at the mean of the file's {of_file:,}"
     bits, low, high = (share * value for value in (found.bits, found.low, found.high))
-    case.trace.note(
-        "bits",
-        bits,
-        f"summed log-loss of a first pass, of each batch before the update on it, {over}",
-        found.where,
-        Sure.MEASURED,
-        lowest=low,
-        highest=high,
-    )
+    formula = f"summed log-loss of a first pass, of each batch before the update on it, {over}"
+    case.trace.note("bits", bits, formula, found.where, Sure.MEASURED, lowest=low, highest=high)
     return bits, low, high
 
 
@@ -250,20 +218,13 @@ def _stated_bits(case: Case, examples: float | None, trained: float | None, toke
     if examples is not None and trained < examples:
         counted = f"rows trained on ({trained:,.0f} of {examples:,.0f} examples)"
     losses = "; ".join(f"{e['data']} {e['nats'] / math.log(2):.2f}" for e in entries)
-    case.trace.note(
-        "bits",
-        total,
+    source = f"1 bit a token: {published.where('study')}; range: held-out losses of {losses}"
+    formula = (
         f"{counted} x tokens_per_example x bits_per_token: the code length of a first pass, the "
-        "most that there is to learn; further epochs add nothing",
-        "stated"
-        if stated
-        else f"1 bit a token: {published.where('study')}; range: held-out losses of {losses}",
-        Sure.ASSUMED,
-        examples=examples,
-        rows_trained_on=trained,
-        tokens_per_example=tokens,
-        bits_per_token=middle,
-        lowest=min(known),
-        highest=max(known),
+        "most that there is to learn; further epochs add nothing"
     )
+    inputs = {"examples": examples, "rows_trained_on": trained, "tokens_per_example": tokens}
+    inputs |= {"bits_per_token": middle, "lowest": min(known), "highest": max(known)}
+    source = "stated" if stated else source
+    case.trace.note("bits", total, formula, source, Sure.ASSUMED, **inputs)
     return total, low, high

@@ -28,9 +28,9 @@ def test_costs_are_those_of_the_plan_for_gpus():
     found = place([spec], known().machines["h100"]())
     assert isinstance(found, Placement)
     lora = a.costs.lora
-    assert lora.placed.peak_gib == pytest.approx(found.memory_gib)
-    assert lora.placed.step_s == pytest.approx(found.step_s, rel=1e-3)
-    assert lora.hours == pytest.approx(2000 * lora.placed.step_s / 3600)
+    assert lora.peak_gib == pytest.approx(found.memory_gib)
+    assert lora.step_s == pytest.approx(found.step_s, rel=1e-3)
+    assert lora.hours == pytest.approx(2000 * lora.step_s / 3600)
     assert lora.cost_usd == pytest.approx(lora.gpu_hours * 2.95)
 
 
@@ -45,14 +45,14 @@ def test_prices_files_and_serving_by_hand():
 
 def test_full_fine_tuning_takes_more_gpus_and_more_of_their_time():
     a = advice(examples=10_000, tokens_per_example=500)
-    assert (a.costs.lora.placed.gpus, a.costs.full.placed.gpus) == (1, 4)
+    assert (a.costs.lora.gpus, a.costs.full.gpus) == (1, 4)
     assert a.costs.full.gpu_hours > 1.3 * a.costs.lora.gpu_hours
     assert a.costs.flops_ratio == pytest.approx(0.672, abs=0.002)
 
 
 def test_all_gpus_at_hand_are_used_and_too_few_are_said():
     one, eight = advice(examples=10_000), advice(examples=10_000, gpus=8)
-    assert eight.costs.lora.placed.gpus == 8 == eight.costs.full.placed.gpus
+    assert eight.costs.lora.gpus == 8 == eight.costs.full.gpus
     assert eight.costs.lora.hours < one.costs.lora.hours / 4
     few = advice(examples=10_000, gpus=2)
     assert few.costs.lora.fits and not few.costs.full.fits
@@ -64,14 +64,14 @@ def test_all_gpus_at_hand_are_used_and_too_few_are_said():
 def test_where_lora_is_not_faster_it_says_so():
     """A model so small that launching kernels takes all the time."""
     a = advice(model="tiny128", examples=4096, tokens_per_example=20)
-    assert a.costs.lora.placed.step_s > NOT_FASTER * a.costs.full.placed.step_s
+    assert a.costs.lora.step_s > NOT_FASTER * a.costs.full.step_s
     assert any("LoRA is not faster here" in w for w in a.trace.warnings)
     assert not any("not faster" in w for w in advice(examples=10_000).trace.warnings)
 
 
 def test_what_fits_nowhere_is_said_with_a_remedy():
     a = advice(model="qwen3-235b-a22b-instruct-2507", examples=10_000, batch_size=2)
-    assert a.costs.full.placed.gpus is None and a.costs.full.cost_usd is None
+    assert a.costs.full.gpus is None and a.costs.full.cost_usd is None
     assert any("full fine-tuning does not fit" in w and "Give" in w for w in a.trace.warnings)
 
 
@@ -84,9 +84,9 @@ def test_sampling_is_in_the_price_of_reinforcement_learning():
     given = advice(tokens_per_example=512, examples=51_200, **shape)
     h100, rest = known().machines["h100"](), 0.4 * 2048 - 512
     mine, its = long.costs.full, given.costs.full
-    sampled = served_s(long.model, h100, mine.placed.gpus, 512, 16, rest, 512)
-    assert mine.placed.step_s == pytest.approx(its.placed.step_s + sampled)
-    assert mine.hours == pytest.approx(mine.placed.step_s / 36)
+    sampled = served_s(long.model, h100, mine.gpus, 512, 16, rest, 512)
+    assert mine.step_s == pytest.approx(its.step_s + sampled)
+    assert mine.hours == pytest.approx(mine.step_s / 36)
     assert short.costs.full.hours < mine.hours and short.costs.lora.hours < long.costs.lora.hours
     assert any("contain sampling" in w for w in long.trace.warnings)
 

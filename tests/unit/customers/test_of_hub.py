@@ -9,7 +9,7 @@ from lorasweep.spec.dataset import DatasetSpec
 from tests import small_hub
 from tests.bpe import llama_like
 from tests.customers import make_base
-from tests.unit.customers.test_members import plan
+from tests.unit.customers.test_runs import plan
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 SCHOOL, TULU = "openai/gsm8k", "allenai/tulu-3-sft-mixture"

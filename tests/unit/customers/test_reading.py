@@ -110,10 +110,9 @@ def test_tables_as_spreadsheets_write_them(tmp_path):
 def test_yaml_holds_a_list_and_an_entry_that_is_none_is_an_error_of_its_own(tmp_path):
     rows = read_customers(write(tmp_path / "c.yaml", "- {name: a, model: b, task: sft}\n- 3\n"))
     assert rows[0].name == "a" and rows[1].where == "entry 2" and rows[1].problems
-    with pytest.raises(SpecError, match="expected a list"):
-        read_customers(write(tmp_path / "d.yaml", "a: 3\n"))
-    with pytest.raises(SpecError, match="not valid YAML"):
-        read_customers(write(tmp_path / "e.yaml", "- {"))
+    for text, says in (("a: 3\n", "expected a list"), ("- {", "not valid YAML")):
+        with pytest.raises(SpecError, match=says):
+            read_customers(write(tmp_path / "d.yaml", text))
     with pytest.raises(SpecError, match="no such file"):
         read_customers(tmp_path / "f.csv")
 
@@ -141,15 +140,9 @@ def test_one_wrong_row_stops_no_other(tmp_path):
 # ---------------------------------------------------------------- shapes
 
 SHAPE = {
-    "hidden_size": 1024,
-    "n_layers": 28,
-    "n_heads": 16,
-    "n_kv_heads": 8,
-    "head_size": 128,
-    "mlp_size": 3072,
-    "vocab_size": 151936,
-    "tied": True,
-}
+    "hidden_size": 1024, "n_layers": 28, "n_heads": 16, "n_kv_heads": 8, "head_size": 128,
+    "mlp_size": 3072, "vocab_size": 151936, "tied": True,
+}  # fmt: skip
 
 
 def shape(**columns):
@@ -178,29 +171,20 @@ def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):
     path = tmp_path / "mine" / "config.json"
     path.parent.mkdir()
     config = {
-        "model_type": "qwen3_moe",
-        "hidden_size": 2048,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "vocab_size": 151936,
-        "num_experts": 128,
+        "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "moe_intermediate_size": 768, "vocab_size": 151936, "num_experts": 128,
         "num_experts_per_tok": 8,
-    }
+    }  # fmt: skip
     path.write_text(json.dumps(config))
     mine, shipped = shape(model=str(path)), shape(model="qwen3-30b-a3b")
     assert mine == shape(model=str(path.parent))
     assert (mine.n_params, mine.n_active_params) == (shipped.n_params, shipped.n_active_params)
     del config["vocab_size"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(RowError, match="lacks vocab_size"):
-        shape(model=str(path))
-    path.write_text("not json")
-    with pytest.raises(RowError, match="cannot be read"):
-        shape(model=str(path))
+    for text, says in ((json.dumps(config), "lacks vocab_size"), ("not json", "cannot be read")):
+        path.write_text(text)
+        with pytest.raises(RowError, match=says):
+            shape(model=str(path))
     with pytest.raises(RowError, match="no file"):
         shape(model=str(tmp_path / "gone.json"))
 

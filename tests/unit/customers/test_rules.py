@@ -6,7 +6,15 @@ import math
 
 import pytest
 
-from lorasweep.customers.evidence import Interval, Kept, MeasuredRegret, Sure, published, read_kept
+from lorasweep.customers.evidence import (
+    LISTS,
+    Interval,
+    Kept,
+    MeasuredRegret,
+    Sure,
+    published,
+    read_kept,
+)
 from lorasweep.customers.rules import batches, capacity, rates
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -31,18 +39,9 @@ def test_counts_are_those_that_were_published():
 def test_operations_are_two_thirds_and_twice_the_rank_over_the_width():
     """On a square matrix of width N at rank R: 2/3 + 2R/N."""
     n, r = 512, 32
-    square = ModelSpec(
-        name="square",
-        source="hub",
-        location="x",
-        hidden_size=n,
-        n_layers=1,
-        n_heads=8,
-        n_kv_heads=8,
-        head_size=64,
-        mlp_size=n,
-        vocab_size=n,
-    )
+    heads = {"n_layers": 1, "n_heads": 8, "n_kv_heads": 8, "head_size": 64}
+    widths = {"hidden_size": n, "mlp_size": n, "vocab_size": n}
+    square = ModelSpec(name="square", source="hub", location="x", **heads, **widths)
     ratio = LoRA(rank=r).step_flops(square, 1) / FullFT().step_flops(square, 1)
     assert ratio == pytest.approx(2 / 3 + 2 * r / n)
 
@@ -74,10 +73,7 @@ def test_the_smallest_rank_with_room_at_the_high_end_of_the_bits():
 
 def test_bits_are_those_of_the_rows_that_are_trained_on():
     """A hundred updates of 32 rows see 3,200 rows, of however many there are."""
-    few, many = (
-        advice(examples=3200, steps=100, batch_size=32),
-        advice(examples=1_000_000, steps=100, batch_size=32),
-    )
+    few, many = (advice(examples=n, steps=100, batch_size=32) for n in (3200, 1_000_000))
     assert few.work.bits == 3200 * few.work.tokens
     for a in (few, many):
         assert (a.choice.method, a.choice.rank, a.work.bits) == ("lora", 16, few.work.bits)
@@ -107,7 +103,7 @@ def test_ranks_end_at_an_eighth_of_the_width_and_suit_the_experts():
     assert capacity.ranks_of(models["qwen3-30b-a3b"]())[0] == 8
 
 
-def point(rank, load, value):
+def at_load(rank, load, value):
     return MeasuredRegret("tiny128", rank, load, Interval(value, value - 1, value + 1))
 
 
@@ -135,10 +131,10 @@ def test_a_planted_map_is_followed_where_it_covers_the_case_and_nowhere_else():
     load = 0.04
     bits = load * 2 * 8 * per_rank
     world = mapped(
-        point(8, load / 4, 1.0),
-        point(8, load * 4, 7.0),
-        point(4, load, 9.0),
-        point(4, 3 * load, 9.0),
+        at_load(8, load / 4, 1.0),
+        at_load(8, load * 4, 7.0),
+        at_load(4, load, 9.0),
+        at_load(4, 3 * load, 9.0),
     )
     columns = {"model": "tiny128", "examples": 1, "tokens_per_example": 1000}
     found = advice(world, **columns, bits_per_token=bits / 1000, max_regret=5.5)
@@ -163,17 +159,15 @@ def test_the_kept_map_covers_the_model_that_it_was_measured_on():
 # ---------------------------------------------------------------- rates
 
 
-def test_the_published_law_gives_its_published_rates():
+@pytest.mark.parametrize(
+    "family, hidden, rate",
+    [("llama", 4096, 2.86e-4), ("llama", 2048, 4.91e-4), ("qwen", 4096, 4.73e-4)],
+)
+def test_the_published_law_gives_its_published_rates(family, hidden, rate):
     """tinker-cookbook's get_lr: 2.86e-4 for Llama-3.1-8B, 4.91e-4 for 3.2-1B, 4.73e-4 for Qwen3-8B."""
-    for family, hidden, rate in (
-        ("llama", 4096, 2.86e-4),
-        ("llama", 2048, 4.91e-4),
-        ("qwen", 4096, 4.73e-4),
-    ):
-        assert rates.law_rate(published(), family, hidden, "lora") == pytest.approx(rate, rel=5e-3)
-        assert rates.law_rate(published(), family, hidden, "full") == pytest.approx(
-            rate / 10, rel=5e-3
-        )
+    for method, expected in (("lora", rate), ("full", rate / 10)):
+        found = rates.law_rate(published(), family, hidden, method)
+        assert found == pytest.approx(expected, rel=5e-3)
 
 
 def test_a_rate_measured_on_a_small_model_is_never_advice_for_another():
@@ -200,15 +194,8 @@ def test_the_interval_is_the_sources_disagreement_and_full_fine_tuning_has_its_o
     )
 
 
-MISTRAL = {
-    "hidden_size": 4096,
-    "n_layers": 32,
-    "n_heads": 32,
-    "n_kv_heads": 8,
-    "head_size": 128,
-    "mlp_size": 14336,
-    "vocab_size": 32000,
-}
+MISTRAL = {"hidden_size": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8}
+MISTRAL |= {"head_size": 128, "mlp_size": 14336, "vocab_size": 32000}
 
 
 def test_short_runs_may_want_a_higher_rate():
@@ -255,14 +242,7 @@ def test_sources_can_be_taken_out():
 
 def test_every_entry_names_a_source_that_is_described():
     values = published().values
-    for name in (
-        "bits_per_token",
-        "least_rank",
-        "rank_gaps",
-        "attention_gaps",
-        "low_rate_gaps",
-        "rates",
-    ):
+    for name in LISTS:
         assert {e["source"] for e in values[name]} <= values["sources"].keys()
     assert {values["law"]["source"], values["best_rates"]["source"]} <= values["sources"].keys()
 
