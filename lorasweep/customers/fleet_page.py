@@ -31,7 +31,7 @@ FORMS = {
 def card(outcome: Outcome) -> str:
     """Return the card of an adapter, in Markdown with the head that model hubs read."""
     on_hub = outcome.member.points[0].spec.model.source == "hub"  # else hubs would link to another
-    head = {"base_model": outcome.base} if on_hub else {}
+    head: dict[str, Any] = {"base_model": outcome.base} if on_hub else {}
     head |= {"library_name": "peft", "tags": ["lora"]}
     return render(
         "card.md",
@@ -202,7 +202,7 @@ def page(found: Sequence[Outcome], title: str, earlier: Mapping[str, Mapping[str
         earlier: the facts of adapters that are not of this table's state, by folder.
     """
     folders = {folder_of(o.name) for o in found}
-    cards = []
+    cards: list[dict[str, Any]] = []
     for o in found:
         if o.spec is None:
             cards.append({"error": o.problem, "earlier": earlier.get(folder_of(o.name))})

@@ -64,11 +64,16 @@ def plain_text(text: str) -> str:
     return escape(" ".join(text.split()), quote=False)
 
 
+def name_of(found: Advice | Failed) -> str:
+    """Return a customer's name, or the place of its row."""
+    return found.name or (found.where if isinstance(found, Failed) else "")
+
+
 def cells(advice: Advice | Failed) -> list[str]:
     """Return the row of a table, under HEAD."""
     p = plain_of(advice)
     if isinstance(advice, Failed):
-        return [advice.name or advice.where, "", "error", *[""] * (len(HEAD) - 3)]
+        return [name_of(advice), "", "error", *[""] * (len(HEAD) - 3)]
     return [
         p["name"],
         p["model"],
@@ -126,7 +131,7 @@ def markdown(found: Sequence[Advice | Failed], title: str) -> str:
         rules=["---:" if h in NUMBERS else "---" for h in HEAD],
         rows=[[plain_text(c) for c in cells(a)] for a in found],
         warnings=[
-            (plain_text(a.name or a.where), [plain_text(text) for text in said])
+            (plain_text(name_of(a)), [plain_text(text) for text in said])
             for a in found
             if (said := [a.error] if isinstance(a, Failed) else a.trace.warnings)
         ],
@@ -158,7 +163,7 @@ def html(found: Sequence[Advice | Failed], title: str) -> str:
 
 def _error_card(a: Failed) -> dict[str, Any]:
     note = f"{a.where} of the table"
-    return {"name": a.name or a.where, "kind": "error", "problems": a.problems, "note": note}
+    return {"name": name_of(a), "kind": "error", "problems": a.problems, "note": note}
 
 
 def _card(a: Advice) -> dict[str, Any]:

@@ -41,7 +41,8 @@ APART = 3.0
 """Factor between the learning rates that are tried: any other is within 1.7 of one of them, and
 those of public grids are as far apart (rules/rates.py, STEP)."""
 MOST_RATES = 9
-INSTEAD = ("", "lora")
+FORM = {"template", "render", "mask"}
+"""Fields of a data set that a fleet takes from the command line."""
 SAFE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 RULES = "fleet.json"
 """File of a fleet's folder: how the fleet reads rows and what it adapts, as first decided."""
@@ -154,7 +155,7 @@ class Setup:
                 f"early_stopping={base.early_stopping}. Expected 0 (off), or the number of "
                 "evaluations in a row without improvement after which a run ends: 2 or 3."
             )
-        if self.instead_of_full not in INSTEAD:
+        if self.instead_of_full not in ("", "lora"):
             raise SpecError(
                 f"instead_of_full={self.instead_of_full!r}. Allowed: lora, or leave it out."
             )
@@ -278,8 +279,8 @@ def fleet_of(
     if request.exec.world_size > 1:
         raise SpecError("a fleet trains each pack in one process. Leave exec.world_size out.")
     spec = request.points[0].spec
-    planner = Forecaster(known.hardware, request.exec) if _has_speeds(known) else None
-    tokenizers, dirs = _tokenizers(request), data_dirs(request)
+    hardware, tokenizers, dirs = known.hardware, _tokenizers(request), data_dirs(request)
+    planner = Forecaster(hardware, request.exec) if hardware and hardware.has_speeds else None
     setup = Setup(spec, request.rates, request.instead_of_full, tokenizers, dirs, planner)
 
     def members(rules: Rules) -> list[Member]:
@@ -307,14 +308,6 @@ def fleet_of(
     return past, then
 
 
-def _has_speeds(known: Known) -> bool:
-    return known.hardware is not None and known.hardware.has_speeds
-
-
-READ = {"template", "render", "mask"}
-"""Fields of a data set that a fleet takes from the command line."""
-
-
 def _given(request: Request) -> dict[str, Any]:
     """Return the rules that stand on the command line.
 
@@ -323,10 +316,10 @@ def _given(request: Request) -> dict[str, Any]:
     """
     keys, spec = set(request.given), request.points[0].spec
     asked = {k.removeprefix("dataset.") for k in keys if k.startswith("dataset.")}
-    if asked - READ:
+    if asked - FORM:
         raise SpecError(
-            f"dataset.{min(asked - READ)} has no effect in a fleet, whose rows the table names. "
-            f"Allowed: {', '.join(f'dataset.{name}' for name in sorted(READ))}; of one customer "
+            f"dataset.{min(asked - FORM)} has no effect in a fleet, whose rows the table names. "
+            f"Allowed: {', '.join(f'dataset.{name}' for name in sorted(FORM))}; of one customer "
             "the column max_length."
         )
     form = asked & {"template", "render"} | ({"template", "render"} if "dataset" in keys else set())
@@ -350,21 +343,20 @@ def _tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
     fetched = request.cluster.kind == "slurm" and request.action != "fetch"
 
     @cache
-    def look(model: ModelSpec) -> Any:
+    def look(model: ModelSpec) -> tuple[Any, str]:
         try:
             load.check_available(model, dirs, fetched)
-            found = load.tokenizer_of(model, dirs)
+            return load.tokenizer_of(model, dirs), (
+                f"model {model.name!r} has no tokenizer, and customers' rows are text. Put its "
+                "tokenizer's files beside the weights, or choose a model that reads text."
+            )
         except (ModelError, OSError, ValueError) as error:
-            return error
-        return found or ModelError(
-            f"model {model.name!r} has no tokenizer, and customers' rows are text. Put its "
-            "tokenizer's files beside the weights, or choose a model that reads text."
-        )
+            return None, str(error)
 
     def tokenizer_of(model: ModelSpec) -> Any:
-        found = look(model)
-        if isinstance(found, Exception):
-            raise found if isinstance(found, ModelError) else ModelError(str(found))
+        found, problem = look(model)
+        if not found:
+            raise ModelError(problem)
         return found
 
     return tokenizer_of
