@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from benchmarks.harness import RESULTS, render, table
-from lorasweep.advise.advice import Advice, Known, advise
-from lorasweep.advise.customer import customer_of
-from lorasweep.advise.rules.rates import STEP, Rate, rate_of
-from lorasweep.advise.trace import Trace
 from lorasweep.config import catalogue
 from lorasweep.config.folders import conf_dir
+from lorasweep.customers.advice import Advice, advise
+from lorasweep.customers.evidence import Case, Known, Trace
+from lorasweep.customers.read import customer_of
+from lorasweep.customers.rules.rates import STEP, Rate, rate_of
 
 PAGE = RESULTS / "advice" / "README.md"
 OUTCOMES = Path(__file__).with_name("outcomes.yaml")
@@ -80,8 +80,8 @@ def rates() -> Iterator[Judged]:
 
 
 def _rate(advice: Advice, world: Known, method: str) -> Rate:
-    shared = (advice.choice.rank, advice.work, world.kept, world.published, Trace())
-    return rate_of(advice.customer, advice.model, method, *shared)
+    case = Case(advice.customer, advice.model, world, Trace())
+    return rate_of(case, method, advice.choice.rank, advice.work)
 
 
 # ---------------------------------------------------------------- the page

@@ -5,8 +5,7 @@ import json
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lorasweep.advise.customer import Customer
-from lorasweep.advise.shapes import shape_of
+from lorasweep.customers.read import Customer, shape_of
 from tests.bpe import llama_like
 
 
@@ -30,8 +29,13 @@ def model_of(base):
 
 def write_rows(path, count, answer, question="How many? {k}", start=0):
     """Write rows with two columns; `answer` and `question` are templates of the row's number."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     numbers = range(start, start + count)
     rows = [{"prompt": question.format(k=k), "completion": answer.format(k=k)} for k in numbers]
+    return write_json(path, rows)
+
+
+def write_json(path, rows):
+    """Write rows as they are; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -11,8 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli import answer, cluster, finished_runs, status, study
-from lorasweep.cli.customers import advise, fleet, measure
+from lorasweep.cli import answer, cluster, customers, finished_runs, status, study
 from lorasweep.cli.plans import forecast, plan, plan_text
 from lorasweep.cli.points import all_points, qualifying
 from lorasweep.cli.progress import Display
@@ -37,7 +36,11 @@ from lorasweep.sweep.request import Request, question
 
 STOPPED = 130
 """Exit status after Ctrl-C."""
-OF_TABLES = {"import": finished_runs.import_, "advise": advise.show, "measure": measure.show}
+OF_TABLES = {
+    "import": finished_runs.import_,
+    "advise": customers.advise,
+    "measure": customers.measure,
+}
 """Actions that are about a table or a file of rows and not about runs that were asked for."""
 OF_RUNS = {"verify": finished_runs.verify, "extend": finished_runs.extend}
 """Actions on the finished runs of a sweep."""
@@ -61,7 +64,11 @@ def act(
     if action in OF_TABLES:
         return OF_TABLES[action](request)
     if request.customers:
-        return fleet.show(request, store, lambda runs: _of_runs(runs, store, trainer, follow))
+        runs = customers.plan_fleet(request)
+        if runs.action == "run":
+            return customers.fleet(runs, store, lambda r, s: _of_runs(r, s, trainer, follow))
+        code = _of_runs(runs, store, trainer, follow) if runs.points else 0
+        return max(code, int(any(m["problem"] for m in runs.members)))
     if action == "adapter":
         return finished_runs.adapter(
             request,

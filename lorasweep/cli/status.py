@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.cli.status_text import status_text
-from lorasweep.fleet.members import Member, planned
-from lorasweep.fleet.outcome import counts, outcome_of
+from lorasweep.customers.outcome import counts, outcome_of
+from lorasweep.customers.runs import planned
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan import detect
@@ -82,7 +82,7 @@ def _customers(request: Request, store: RunStore) -> dict[str, int] | None:
     if not request.members:
         return None
     fleet = planned(request.members, request.points)
-    return counts(outcome_of(m, store) if isinstance(m, Member) else m for m in fleet)
+    return counts(outcome_of(m, store) for m in fleet)
 
 
 def _jobs(queue: Queue, ids: set[str], entries: dict[str, Entry]) -> list[dict[str, Any]]:

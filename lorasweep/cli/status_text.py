@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from lorasweep.cli.progress import duration
-from lorasweep.fleet.outcome import counts_line
+from lorasweep.customers.outcome import counts_line
 from lorasweep.sweep.request import Request
 
 COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "missing")

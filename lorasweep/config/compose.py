@@ -23,7 +23,6 @@ from lorasweep.config.ignored import refuse_advice, refuse_overwritten, refuse_s
 from lorasweep.config.loader import install, without_hydra
 from lorasweep.config.schema import ACTIONS, FORMATS, MIRRORS, Config, writable
 from lorasweep.errors import NotAtScale, SpecError, unknown
-from lorasweep.fleet.members import rates_of
 from lorasweep.launch.slurm.resources import check as check_cluster
 from lorasweep.launch.slurm.resources import check_pack_size
 from lorasweep.methods.registry import METHODS, spec_from
@@ -113,7 +112,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     refuse_advice(config, sweep_name)
     common = {
         **{name: getattr(config, name) for name in REQUEST_KEYS},
-        "rates": rates_of(config.rates),
+        "rates": _rates(config.rates),
         "scale": config.scale.name,
         "exec": exec_,
         "cluster": cluster,
@@ -259,6 +258,13 @@ def _hardware(config: Config) -> dict[str, Any]:
             "cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
         )
     return config.hardware
+
+
+def _rates(value: int | str) -> int:
+    """Return how many learning rates are tried; `advised`, of a fleet, is one."""
+    if isinstance(value, str) and value != "advised":
+        raise SpecError(f"rates={value!r}. Expected a number, or for a fleet advised.")
+    return 1 if isinstance(value, str) else value
 
 
 def _sets_only_itself(sweep_name: str, sources: Iterable[Any]) -> bool:

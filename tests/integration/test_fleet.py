@@ -12,20 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from lorasweep.cli.actions import act
-from lorasweep.cli.customers import fleet
-from lorasweep.config.compose import shipped_model
+from lorasweep.cli.customers import members_of, plan_fleet
+from lorasweep.customers.outcome import outcome_of
 from lorasweep.errors import ModelError, SpecError
-from lorasweep.fleet.members import Member
-from lorasweep.fleet.outcome import Outcome, Tried
 from lorasweep.launch.process import Stopped
-from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.plan import detect
 from lorasweep.plan.flops import run_flops, train_flops
-from lorasweep.plan.gpu.forecast import Forecaster
 from lorasweep.plan.throughput import measured_path
 from lorasweep.store.run_store import RunStore
-from lorasweep.sweep.grid import Point
 from tests.customers import make_base, write_rows
 from tests.integration.test_interruptions import start, wait_for
 
@@ -300,7 +295,7 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
     untimed = capsys.readouterr().out
     assert "5 customers: 0 adapters, 5 not trained yet, 0 with errors" in untimed
     assert "alone is not known" in untimed and "action=measure_packs" in untimed
-    runs = fleet._request_of(request, fleet.members_asked_for(request))
+    runs = plan_fleet(request)
     for point in runs.points:
         machine, exec_ = detect.this_machine(), runs.exec
         path = measured_path(Path(exec_.runs_dir), point.spec, machine, exec_)
@@ -391,7 +386,7 @@ def test_settings_of_fleets_are_refused_elsewhere(compose):
 def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(world, capsys):
     world.run("rates=3")
     request = dataclasses.replace(world.request, points=world.request.points)
-    member = next(m for m in fleet.members_asked_for(request) if m.name == "ann")
+    member = next(m for m in members_of(plan_fleet(request)) if m.name == "ann")
     store, ids = world.store, [p.id for p in member.points]
 
     class Planted:
@@ -409,7 +404,7 @@ def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(wor
         ([None, 2.0, 2.0], 1, ""),
         ([3.0, None, 2.0], 2, "highest"),
     ):
-        found = fleet.outcome_of(member, Planted(losses))
+        found = outcome_of(member, Planted(losses))
         assert found.spec.id == ids[chosen] and found.edge == edge and found.gain < 0
         assert [t.validation for t in found.tried] == losses
     for before, error, says in (
@@ -424,22 +419,8 @@ def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(wor
         assert judged.verdict == says
         if error:
             assert judged.interval == pytest.approx((before - 9.318, before - 8.682), abs=1e-3)
-    none = fleet.outcome_of(member, Planted([None] * 3))
-    assert isinstance(none, Outcome) and none.spec is None and "every rate diverged" in none.problem
-    assert isinstance(none.tried[0], Tried)
-
-
-def test_a_base_of_more_than_one_gpu_is_its_customers_error(world):
-    request = world.compose("hardware=h100", "action=plan")
-    member = next(m for m in fleet.members_asked_for(request) if isinstance(m, Member))
-    planner = Forecaster(hardware_of(request), request.exec)
-    assert fleet._on_one_gpu(member, planner) is member
-    spec = member.points[0].spec
-    large = dataclasses.replace(spec, model=shipped_model("llama-3.1-70b"), precision="bf16")
-    refused = fleet._on_one_gpu(
-        dataclasses.replace(member, points=[Point(member.folder, large)]), planner
-    )
-    assert "llama-3.1-70b takes" in refused.error and refused.error.startswith(member.where)
+    none = outcome_of(member, Planted([None] * 3))
+    assert none.spec is None and "every learning rate diverged" in none.problem
 
 
 def test_adapters_load_and_are_switched_on_one_base(world, bases):

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lorasweep.cli.progress import duration
-from lorasweep.fleet.members import Member, planned
-from lorasweep.fleet.outcome import counts, counts_line, outcome_of
+from lorasweep.customers.outcome import counts, counts_line, outcome_of
+from lorasweep.customers.runs import planned
 from lorasweep.launch.measure_packs import BUDGET_S
 from lorasweep.plan.estimate import Plan
 from lorasweep.plan.flops import run_flops, train_flops
@@ -80,7 +80,7 @@ def lines(values: dict[str, Any], per: str) -> list[str]:
 def _whole(request: Request, store: RunStore, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the counts of customers, the rows, and their sum."""
     fleet = planned(request.members, request.points)
-    found = counts(outcome_of(m, store) if isinstance(m, Member) else m for m in fleet)
+    found = counts(outcome_of(m, store) for m in fleet)
     alone = [r["alone_s"] for r in rows]
     sums = {k: sum(r[k] for r in rows) for k in ("customers", "runs", "packs", "together_s")}
     total = {"base": "total", **sums, "alone_s": None if None in alone else sum(alone)}

@@ -7,9 +7,9 @@ import pytest
 from benchmarks import fleet_page as page
 from benchmarks import fleet_table, trl_baseline
 from benchmarks.fleet import extrapolate, spread
-from lorasweep.advise import table
+from lorasweep.customers.read import read_customers
+from lorasweep.customers.rows import Rules, rows_of
 from lorasweep.data.load import load as load_data
-from lorasweep.fleet.rows import Rules, rows_of
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
@@ -26,9 +26,9 @@ def test_customers_are_drawn_alike_and_within_bounds(tmp_path):
         given = [json.loads(line) for line in path.read_text().splitlines()]
         assert fleet_table.FEWEST <= len(given) <= fleet_table.MOST
         assert all(r in rows for r in given) or {"prompt", "completion"} <= set(given[0])
-    values = [row.values for row in table.read(tmp_path / "one/customers.csv")]
-    assert len(values) == 9 and {int(v["batch_size"]) for v in values} <= {1, 2, 4}
-    assert all(4 <= int(v["steps"]) <= 8 for v in values)
+    values = read_customers(tmp_path / "one/customers.csv")
+    assert len(values) == 9 and {c.batch_size for c in values} <= {1, 2, 4}
+    assert all(4 <= c.steps <= 8 for c in values)
 
 
 def test_a_sample_is_spread_over_the_tokens_and_extrapolated_by_them():

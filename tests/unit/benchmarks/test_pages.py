@@ -7,7 +7,7 @@ import pytest
 from benchmarks import fleet_page, outcomes, published, rewards_page, speed_page
 from benchmarks.calibration import page as calibration_page
 from benchmarks.harness import FIGURES, ROOT
-from lorasweep.advise.published import published as published_rules
+from lorasweep.customers.evidence import published as published_rules
 from lorasweep.plan.gpu.placement import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.gpu.time import TRAINING_SHARE
 

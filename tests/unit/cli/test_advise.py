@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from lorasweep.advise.advice import KEYS
+from lorasweep.customers.advice import KEYS
 
 TABLE = (
     "name,model,task,examples,tokens_per_example,hardware\n"

@@ -1,0 +1,253 @@
+"""The actions on customers: advice for a table, the information in their data, their adapters."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lorasweep.cli import answer
+from lorasweep.cli.finished_runs import write_adapter
+from lorasweep.cli.progress import Display
+from lorasweep.config import catalogue
+from lorasweep.config.preflight import check_available
+from lorasweep.customers import adapters, customer_sweep, fleet_page, pages
+from lorasweep.customers import measure as measuring
+from lorasweep.customers.advice import Advice, answers, plain_of
+from lorasweep.customers.evidence import INFORMATION, Known, read_information, read_kept
+from lorasweep.customers.outcome import Outcome, outcome_of
+from lorasweep.customers.read import Customer, Failed, Row, check_rows, expected, read_customers
+from lorasweep.customers.runs import (
+    Member,
+    data_dirs,
+    fleet_folder,
+    fleet_name,
+    fleet_of,
+    planned,
+    write_rules,
+)
+from lorasweep.errors import SpecError, unknown
+from lorasweep.launch import local
+from lorasweep.launch.slurm import submissions
+from lorasweep.launch.slurm.planning import hardware_of
+from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.store import files
+from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.sweep.aligned import aligned
+from lorasweep.sweep.grid import Point, around
+from lorasweep.sweep.request import Request
+
+WIDTH = 34
+"""Letters of a cell in a table of the terminal."""
+STOPPED = 130
+"""Exit status after Ctrl-C."""
+
+
+def known(request: Request) -> Known:
+    """Return what the rules rest on: the user's and the shipped models and cards, kept results."""
+    folders = [Path(folder) for folder in request.folders]
+    return Known(
+        models=catalogue.models(folders),
+        machines=catalogue.machines(folders),
+        kept=read_kept(answer.KEPT, catalogue.widths(folders)),
+        hardware=hardware_of(request) if request.hardware else None,
+        information=read_information([Path(request.exec.reports_dir), answer.KEPT]),
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> list[str]:
+    """Lay out a table for the terminal; the last column is not cut."""
+    cut = [[pages.printable(c)[:WIDTH] for c in r[:-1]] + [pages.printable(r[-1])] for r in rows]
+    return aligned([list(head), *cut], [head.index(h) for h in numbers])
+
+
+# ---------------------------------------------------------------- action=advise
+
+
+def advise(request: Request) -> int:
+    """Answer the customers of a request; return 1 if a row could not be answered."""
+    found = answers(_customers(request), known(request))
+    if request.why or request.write_sweep:
+        return _one(request, found)
+    title = Path(request.customers).stem if request.customers else "customer"
+    out = request.out
+    if not out and request.format != "json":
+        out = str(Path(request.exec.reports_dir) / f"advice-{title}.html")
+    if out:
+        _write(Path(out), found, title)
+    if request.format == "json":
+        print(json.dumps([plain_of(a) for a in found]))
+    else:
+        errors = [f"error in {a.error}" for a in found if isinstance(a, Failed)]
+        lines = _table(pages.HEAD, [pages.cells(a) for a in found], pages.NUMBERS)
+        lines += ["", *errors, *([""] if errors else []), *pages.summary_lines(found), pages.BASIS]
+        lines += [f"page: {out}. Reasons: why=NAME. A sweep that resolves it: write_sweep=NAME"]
+        print("\n".join(lines))
+    return 1 if any(isinstance(a, Failed) for a in found) else 0
+
+
+def _customers(request: Request) -> list[Customer | Failed]:
+    if bool(request.customers) == bool(request.customer):
+        raise SpecError(
+            "action=advise needs customers=FILE (CSV or YAML), or one customer by columns: "
+            "+customer.model=llama-3.1-8b +customer.task=sft +customer.examples=50000. "
+            + ("Give one of the two." if request.customers else expected())
+        )
+    if request.customers:
+        return read_customers(Path(request.customers))
+    return check_rows([Row("customer", {"name": "customer", **request.customer})])
+
+
+def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
+    """Print the reasons of one customer, or write the sweep that resolves the question."""
+    name = request.why or request.write_sweep
+    mine = next((a for a in found if name in (a.name, customer_sweep.plain_name(a.name))), None)
+    if mine is None:
+        names = unknown("customer", name, (a.name for a in found))
+        raise SpecError(f"{names} A name in small letters and underscores will do: big_co.")
+    if isinstance(mine, Failed):
+        raise SpecError(mine.error)
+    if request.write_sweep:
+        lines = customer_sweep.write(mine, Path(request.out or customer_sweep.FOLDER))
+    elif request.format == "json":
+        lines = [json.dumps([reason.plain() for reason in mine.trace.reasons.values()])]
+    else:
+        lines = [f"{mine.name}: {mine.model.name}, {mine.customer.task}", ""]
+        lines += [reason.line() for reason in mine.trace.reasons.values()]
+        lines += ["", "conditions under which LoRA has no regret"]
+        for c in mine.conditions:
+            lines += [f"  {c.state}: {c.name}: {c.why}. {c.sure.value}"]
+            lines += [f"      {line}" for line in c.evidence]
+        if mine.trace.warnings:
+            lines += ["", "warnings", *(f"  {text}" for text in mine.trace.warnings)]
+    print("\n".join(lines))
+    return 0
+
+
+def _write(path: Path, found: Sequence[Advice | Failed], title: str) -> None:
+    writers = {".html": pages.html, ".md": pages.markdown}
+    if path.suffix not in writers:
+        raise SpecError(f"out={path}: expected a file that ends in {' or '.join(writers)}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(writers[path.suffix](found, title))
+    except OSError as error:
+        raise SpecError(f"out={path}: {error}") from None
+
+
+# ---------------------------------------------------------------- action=measure
+
+
+def measure(request: Request) -> int:
+    """Measure the information in a data set, print it, and keep it for action=advise."""
+    store, spec = RunStore(request.exec.runs_dir), measuring.run_of(request)
+    check_available(dataclasses.replace(request, points=[Point(spec.method.name, spec)]))
+    store.prepare()
+    trainer = TorchTrainer()
+    data = trainer.data(spec, request.exec)
+    asked, spec = spec.steps, measuring.one_pass(spec, data)
+    if spec.steps < asked:
+        last = f"{data.n_train:,} rows last for {spec.steps} updates of {spec.batch_size}"
+        print(f"{last}: steps={spec.steps}", file=sys.stderr)
+    rates = around(spec.lr, request.rates, measuring.APART)
+    specs = [dataclasses.replace(spec, lr=lr) for lr in rates]
+    points = [Point(s.method.name, s) for s in specs]
+    with Display(points, request.format == "json") as display:
+        local.run_points(points, store, request.exec, display.event, trainer)
+    base = trainer.first_pass(spec, request.exec)
+    codes = measuring.codes_of(specs, base, store)
+    found = measuring.information(spec, data, codes, base, len(specs), answer.code_length)
+    found["rows_sha256"] = measuring.rows_sha256(spec, request.exec.data_dir)
+    folder = Path(request.exec.reports_dir) / INFORMATION
+    path = folder / f"{spec.dataset.name}-{spec.model.name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, json.dumps(found, indent=1).encode())
+    text = "\n".join(measuring.lines(found, path))
+    print(json.dumps(found) if request.format == "json" else text)
+    return 0
+
+
+# ---------------------------------------------------------------- action=fleet
+
+
+def plan_fleet(request: Request) -> Request:
+    """Return the request for the runs of all customers of a table: read, advise, build runs.
+
+    Prints what is wrong with which customer. For plan, status and the like of a fleet, too; a
+    follow-up job trains the runs as they were planned.
+
+    Raises:
+        SpecError: no fleet can be trained so, or the table cannot be read.
+    """
+    if request.members:
+        return request
+    customers = read_customers(Path(request.customers))
+    rules, members = fleet_of(request, customers, known(request))
+    for m in members:
+        if m.problem:
+            print(f"error in {pages.printable(m.problem)}", file=sys.stderr)
+    if request.action == "fleet":
+        write_rules(fleet_folder(request), rules)
+    dirs = data_dirs(request)
+    return dataclasses.replace(
+        request,
+        action="run" if request.action == "fleet" else request.action,
+        out=str(fleet_folder(request)),
+        exec=dataclasses.replace(
+            request.exec, data_dir=dirs, keep_weights=True, skip_broken_data=True
+        ),
+        points=[p for m in members for p in m.points],
+        sweep_name=fleet_name(request),
+        members=[m.plain() for m in members],
+    )
+
+
+def members_of(request: Request) -> list[Member]:
+    """Return the customers whose runs a planned request has."""
+    return planned(request.members, request.points)
+
+
+def fleet(request: Request, store: RunStore, train: Callable[[Request, RunStore], int]) -> int:
+    """Train an adapter for each customer of a table; return the exit status.
+
+    The status is 1 if a customer could not be planned or got no adapter; those whose runs wait in
+    jobs of a cluster do not count.
+
+    Args:
+        request: names the table, or holds the runs as planned.
+        store: keeps the runs.
+        train: trains the missing runs of a request, here or on a cluster; returns an exit status.
+    """
+    runs = plan_fleet(request)
+    if runs.points and train(runs, store) == STOPPED:
+        return STOPPED
+    outcomes = [outcome_of(member, store) for member in members_of(runs)]
+    waiting = _waiting(runs, outcomes, store)
+    folder, title = Path(runs.out), Path(runs.customers).stem
+    outcomes = adapters.export(outcomes, store, folder, title, write_adapter)
+    chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
+    if runs.mirror == "wandb":
+        from lorasweep.tracking.wandb import mirror
+
+        mirror(chosen, store, runs.sweep_name or "")
+    if runs.format != "json":
+        rows = [fleet_page.cells(o) for o in outcomes]
+        for row, o in zip(rows, outcomes, strict=True):
+            if o.member.problem:
+                row[-1] = f"{o.member.where}: see above"
+        lines = _table(fleet_page.HEAD, rows, fleet_page.NUMBERS)
+        print("\n".join([*lines, "", *fleet_page.summary_lines(outcomes)]))
+        print(f"adapters, cards and the page: {folder / adapters.PAGE}")
+    elif not waiting:
+        print(json.dumps([o.plain() for o in outcomes]))
+    return 0 if len(chosen) + waiting == len(outcomes) else 1
+
+
+def _waiting(runs: Request, outcomes: Sequence[Outcome], store: RunStore) -> int:
+    """Count the customers whose unfinished runs are all in jobs of a cluster."""
+    if runs.cluster.kind != "slurm":
+        return 0
+    queue = submissions.look(store.root)
+    there = queue.covered().keys() | queue.unknown_runs()
+    open_ = [[t for t in o.tried if t.state not in FINAL] for o in outcomes if o.open]
+    return sum(all(t.run in there or t.state == "running" for t in tried) for tried in open_)

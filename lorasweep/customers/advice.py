@@ -1,0 +1,189 @@
+"""The answer to one customer, and to a table of them."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorasweep.customers.evidence import Case, Known, Trace
+from lorasweep.customers.read import Customer, Failed, RowError, shape_of
+from lorasweep.customers.rules.batches import Batches, batches_of
+from lorasweep.customers.rules.capacity import LAYERS, Choice, choose
+from lorasweep.customers.rules.costs import Arm, Costs, costs_of, hardware_of
+from lorasweep.customers.rules.rates import ALPHA, Rate, rate_of
+from lorasweep.customers.rules.regime import Condition, Found, conditions_of, habits_of
+from lorasweep.customers.rules.workload import Workload, workload_of
+from lorasweep.errors import SpecError
+from lorasweep.methods.lora import LoRA
+from lorasweep.spec.method import parse_layers
+
+KEYS = (
+    *("name", "method", "layers", "rank", "lr", "lr_low", "lr_high", "lr_source"),
+    *("batch_size_max", "steps_min", "load", "gpu", "gpus", "peak_gib_lora", "peak_gib_full"),
+    *("flops_ratio", "hours", "cost_usd", "adapter_mib", "serving_gib", "regime", "warnings"),
+    *("evidence", "error"),
+)
+"""Keys that every answer has."""
+SURE_OF = (
+    *("method", "rank", "layers", "lr", "batch_size_max", "load", "hours_lora", "peak_gib_lora"),
+)
+"""Fields reported with confidence and source."""
+OF_ARM = ("gpus", "fits", "peak_gib", "hours", "cost_usd", "serving_gib")
+"""Fields of both methods in an answer, as gpus_lora and gpus_full."""
+
+
+@dataclass(frozen=True)
+class Advice(Case):
+    """The answer to one customer."""
+
+    work: Workload
+    choice: Choice
+    rate: Rate
+    """Of the chosen method; LoRA's where it is open."""
+    batches: Batches
+    costs: Costs
+    conditions: list[Condition]
+
+    @property
+    def name(self) -> str:
+        """The customer's name."""
+        return self.customer.name
+
+    @property
+    def in_catalogue(self) -> bool:
+        """Whether the model is described by a file of the configuration."""
+        return bool(self.model.revision or self.model.recipe)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the answer as JSON values."""
+        costs, choice = self.costs, self.choice
+        arms = {"lora": costs.lora, "full": costs.full}
+        chosen = arms["full" if choice.method == "full" else "lora"]
+        both = {f"{key}_{name}": getattr(arm, key) for name, arm in arms.items() for key in OF_ARM}
+        reasons = [r for name, r in self.trace.reasons.items() if name in SURE_OF]
+        return {
+            "name": self.name,
+            "model": self.model.name,
+            "task": self.customer.task,
+            "method": choice.method,
+            "by": choice.by,
+            "why": choice.why,
+            "layers": LAYERS,
+            "rank": choice.rank,
+            "alpha": ALPHA,
+            "lr": self.rate.rate,
+            "lr_low": self.rate.low,
+            "lr_high": self.rate.high,
+            "lr_source": self.rate.source,
+            "batch_size": self.work.batch_size,
+            "batch_size_max": self.batches.largest,
+            "steps": self.work.steps,
+            "steps_min": self.batches.steps_min,
+            "bits": self.work.bits,
+            "load": choice.load,
+            "gpu": costs.hardware.name,
+            "gpus": chosen.gpus,
+            "hours": chosen.hours,
+            "cost_usd": chosen.cost_usd,
+            "flops_ratio": costs.flops_ratio,
+            "adapter_mib": costs.lora.file_mib,
+            "model_gib": costs.full.file_mib / 1024,
+            "serving_gib": chosen.serving_gib,
+            **both,
+            "regime": [condition.plain() for condition in self.conditions],
+            "warnings": self.trace.warnings,
+            "evidence": list(dict.fromkeys(f"{r.name}: {r.source}" for r in reasons)),
+            "sure": {r.name: r.sure.name.lower() for r in reasons},
+            "error": None,
+        }
+
+
+def plain_of(found: Advice | Failed) -> dict[str, Any]:
+    """Return an answer as JSON values; a row that is wrong has the keys of KEYS."""
+    if isinstance(found, Advice):
+        return found.plain()
+    return {**dict.fromkeys(KEYS), "name": found.name, "warnings": [], "error": found.error}
+
+
+def advise(c: Customer, known: Known) -> Advice:
+    """Answer one customer.
+
+    Raises:
+        RowError: the model, the hardware or the data are not known.
+    """
+    case = Case(c, shape_of(c, known.models), known, Trace())
+    _check_plan(case)
+    hardware = hardware_of(case)
+    work = workload_of(case)
+    choice = choose(case, work)
+    lora = rate_of(case, "lora", choice.rank, work)
+    rate = rate_of(case, "full", choice.rank, work) if choice.method == "full" else lora
+    batches = batches_of(case, work)
+    costs = costs_of(case, choice.rank, work, hardware)
+    found = Found(work, choice, lora, batches)
+    for habit in habits_of(case, found):
+        case.trace.warn(habit)
+    conditions = conditions_of(case, found)
+    return Advice(
+        **vars(case),
+        work=work,
+        choice=choice,
+        rate=rate,
+        batches=batches,
+        costs=costs,
+        conditions=conditions,
+    )
+
+
+def _check_plan(case: Case) -> None:
+    """Refuse a planned rank or planned layers that the model cannot have."""
+    c, model = case.customer, case.model
+    if c.rank is None and c.layers is None:
+        return
+    layers = c.layers or LAYERS
+    smallest = max(1, model.n_active_experts) if "mlp" in parse_layers(layers) else 1
+    try:
+        LoRA(rank=c.rank or smallest, layers=layers).check(model)
+    except SpecError as error:
+        text = str(error).replace("method.", "")
+        raise RowError(f"column {'rank' if c.rank else 'layers'}: {text}") from None
+
+
+def answers(customers: Iterable[Customer | Failed], known: Known) -> list[Advice | Failed]:
+    """Answer every customer; one that cannot be answered does not affect the others."""
+    found: list[Advice | Failed] = []
+    for c in customers:
+        try:
+            found.append(c if isinstance(c, Failed) else advise(c, known))
+        except RowError as error:
+            found.append(Failed(c.where, c.name, error.problems))
+    return found
+
+
+def totals(found: Iterable[Advice | Failed]) -> Mapping[str, Any]:
+    """Sum a table up: how many of each method, and what each choice for everyone would cost."""
+    given = list(found)
+    good = [a for a in given if isinstance(a, Advice)]
+    counts = Counter(a.choice.method for a in good)
+    both = [a for a in good if None not in (a.costs.lora.cost_usd, a.costs.full.cost_usd)]
+
+    def chosen(a: Advice) -> Arm:
+        return a.costs.full if a.choice.method == "full" else a.costs.lora
+
+    def cost(arms: Iterable[Arm]) -> float:
+        return float(sum(arm.cost_usd or 0.0 for arm in arms))
+
+    bases = {a.model: a.costs.full.file_mib for a in good}
+    adapters = sum(a.customer.adapters_served * a.costs.lora.file_mib for a in good)
+    return {
+        "customers": len(given),
+        **{method: counts[method] for method in ("lora", "full", "open")},
+        "errors": len(given) - len(good),
+        "cost_usd": cost(chosen(a) for a in good),
+        "comparable": len(both),
+        "cost_usd_of_these": cost(chosen(a) for a in both),
+        "cost_usd_lora": cost(a.costs.lora for a in both),
+        "cost_usd_full": cost(a.costs.full for a in both),
+        "serving_gib_lora": (sum(bases.values()) + adapters) / 1024,
+        "serving_gib_full": sum(a.costs.full.serving_gib for a in good),
+    }

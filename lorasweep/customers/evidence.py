@@ -1,0 +1,377 @@
+"""What advice rests on: published figures, this project's kept results, measured data sets.
+
+Every number of an answer is noted with its formula, inputs, source and confidence. Kept results
+hold for the models they were measured on; each rule says how far it goes beyond them.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from lorasweep.customers.read import Customer, Models
+from lorasweep.plan.hardware import Hardware
+from lorasweep.spec.model import ModelSpec
+
+# ---------------------------------------------------------------- the trace of an answer
+
+
+class Sure(StrEnum):
+    """Confidence in a number, from highest to lowest."""
+
+    EXACT = "exact: counted from the shape"
+    MEASURED = "measured here, on this model"
+    PLANNED = "computed; nine in ten published figures lie within the stated error"
+    PUBLISHED = "published by more than one"
+    ONCE = "published once, or disputed"
+    WEAK = "measured here on small models only"
+    ASSUMED = "an assumption"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Where a number comes from."""
+
+    name: str
+    value: Any
+    formula: str
+    inputs: Mapping[str, Any]
+    source: str
+    sure: Sure
+
+    def line(self) -> str:
+        """Return the reason as text."""
+        given = ", ".join(f"{name} = {shown(value)}" for name, value in self.inputs.items())
+        return (
+            f"{self.name} = {shown(self.value)}\n    {self.formula}"
+            + (f"\n    with {given}" if given else "")
+            + f"\n    source: {self.source}\n    {self.sure.value}"
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Return the reason as JSON values."""
+        return {**vars(self), "inputs": dict(self.inputs), "sure": self.sure.name.lower()}
+
+
+@dataclass
+class Trace:
+    """The reasons of one answer, in the order in which they were found."""
+
+    reasons: dict[str, Reason] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def note(
+        self, name: str, value: Any, formula: str, source: str, sure: Sure, /, **inputs: Any
+    ) -> Any:
+        """Record where a number comes from, and return it."""
+        self.reasons[name] = Reason(name, value, formula, inputs, source, sure)
+        return value
+
+    def warn(self, text: str) -> None:
+        """Record a warning once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+
+def shown(value: Any) -> str:
+    """Format a value for people: three digits, thousands separated."""
+    if value is None:
+        return "not known"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if value and (abs(value) >= 1e9 or abs(value) < 1e-3):
+            return f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value))
+    return str(value)
+
+
+# ---------------------------------------------------------------- published figures
+
+LISTS = ("bits_per_token", "least_rank", "rank_gaps", "attention_gaps", "low_rate_gaps", "rates")
+SINGLE = ("law", "best_rates")
+
+
+@dataclass(frozen=True)
+class Published:
+    """The entries of published.yaml, each with its source."""
+
+    values: dict[str, Any]
+
+    def without(self, sources: Iterable[str]) -> "Published":
+        """Return the entries of all other sources."""
+        gone = set(sources)
+        kept = dict(self.values)
+        for name in LISTS:
+            kept[name] = [e for e in kept[name] if e["source"] not in gone]
+        for name in SINGLE:
+            if kept[name] is not None and kept[name]["source"] in gone:
+                kept[name] = None
+        return Published(kept)
+
+    def where(self, source: str) -> str:
+        """Return a source in words."""
+        return self.values["sources"][source]
+
+    def entries(self, name: str, **wanted: Any) -> list[dict[str, Any]]:
+        """List the entries of one kind that have the wanted values."""
+        return [e for e in self.values[name] if all(e.get(k) == v for k, v in wanted.items())]
+
+    def best_rate(self, location: str, rank: int) -> float | None:
+        """Return a model's best learning rate in the public sweep, at the rank nearest to this."""
+        table = self.values["best_rates"]
+        found = (table or {"models": {}})["models"].get(location)
+        return found[min(found, key=lambda r: abs(r - rank))] if found else None
+
+
+@cache
+def published() -> Published:
+    """Read published.yaml."""
+    return Published(yaml.safe_load(Path(__file__).with_name("published.yaml").read_text()))
+
+
+# ---------------------------------------------------------------- kept results
+
+FIRST_PASS = "first_pass"
+"""Key of the loads in kept results that count bits as a first pass over the rows does."""
+
+
+class Interval(NamedTuple):
+    """A value with its 95% interval; None: no bound is known."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def text(self) -> str:
+        """Format it for people."""
+        if self.low is None or self.high is None:
+            return f"{self.value:.3g} (no interval)"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+class Verdict(NamedTuple):
+    """One judged claim."""
+
+    sweep: str
+    scale: str
+    claim: str
+    group: str
+    outcome: str
+    found: Interval | None
+    exploratory: bool = False
+
+    @property
+    def line(self) -> str:
+        """The verdict as text."""
+        found = " (exploratory)" if self.exploratory else ""
+        found += f" {self.found.text()}" if self.found else ""
+        return f"{self.sweep}: {self.claim} {self.outcome}{found} at {self.scale} ({self.group})"
+
+
+class MeasuredRegret(NamedTuple):
+    """The regret of one rank at one load, from the sweep `regime`."""
+
+    model: str
+    rank: int
+    load: float
+    """Counted by FIRST_PASS, as customers' bits are."""
+    regret: Interval
+    """Percent of full fine-tuning's gain."""
+
+
+class Optimum(NamedTuple):
+    """The best learning rate of one curve."""
+
+    model: str
+    method: str
+    dataset: str
+    scale: str
+    rate: Interval
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the rules use of the kept results."""
+
+    verdicts: tuple[Verdict, ...] = ()
+    regrets: tuple[MeasuredRegret, ...] = ()
+    optima: tuple[Optimum, ...] = ()
+    batch_effects: tuple[tuple[str, float], ...] = ()
+    """Scale, and change of ln(LoRA's speed over full fine-tuning's) per doubling of the batch."""
+    hidden: dict[str, int] = field(default_factory=dict)
+    """Hidden size of the models that the results are about."""
+
+    def about(self, sweep: str, *claims: str) -> list[Verdict]:
+        """List the verdicts of some claims of a sweep."""
+        return [v for v in self.verdicts if v.sweep == sweep and v.claim in claims]
+
+    def covering(self, hidden: int) -> list[MeasuredRegret]:
+        """List the regrets at the measured width nearest to `hidden`; none outside those widths."""
+        widths = sorted({self.hidden[p.model] for p in self.regrets if p.model in self.hidden})
+        if not widths or not widths[0] <= hidden <= widths[-1]:
+            return []
+        nearest = min(widths, key=lambda w: abs(math.log(w / hidden)))
+        return [p for p in self.regrets if self.hidden.get(p.model) == nearest]
+
+
+def read_kept(folder: Path, hidden: dict[str, int]) -> Kept:
+    """Read the kept results; empty where there are none, as in an installed package.
+
+    Args:
+        folder: holds a folder for each answer, with results.json.
+        hidden: hidden size of each known model, by name.
+    """
+    answers = []
+    for path in sorted(folder.glob("*/results.json")):
+        try:
+            answers.append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue  # an answer that is being written, or is broken, says nothing
+    by_sweep: dict[str, list[dict[str, Any]]] = {}
+    for a in answers:
+        by_sweep.setdefault(a.get("sweep", ""), []).append(a)
+    return Kept(
+        verdicts=tuple(v for a in answers for v in _verdicts(a)),
+        regrets=tuple(r for a in by_sweep.get("regime", ()) for r in _regrets(a)),
+        optima=tuple(o for a in by_sweep.get("lr_ratio", ()) for o in _optima(a)),
+        batch_effects=tuple(e for a in by_sweep.get("batch_size", ()) for e in _effects(a)),
+        hidden=hidden,
+    )
+
+
+def _interval(found: dict[str, Any] | None) -> Interval | None:
+    if not found or found.get("value") is None:
+        return None
+    return Interval(found["value"], found.get("low"), found.get("high"))
+
+
+def _verdicts(answer: dict[str, Any]) -> Iterator[Verdict]:
+    for v in answer["verdicts"]:
+        if any(gate["code"] == "WITHDRAWN" for gate in v.get("gates", ())):
+            continue
+        where = (answer["sweep"], answer["scale"], v["claim"], v["group"], v["outcome"])
+        yield Verdict(*where, _interval(v["estimate"]), bool(v.get("exploratory")))
+
+
+def _regrets(answer: dict[str, Any]) -> Iterator[MeasuredRegret]:
+    for condition in answer["cells"]:
+        model = condition["cell"].partition(",")[0]
+        for r in condition["ranks"]:
+            regret = _interval(r["regret_percent"])
+            load = (r.get("loads") or {}).get(FIRST_PASS)
+            if load and regret is not None and regret.low is not None:
+                yield MeasuredRegret(model, int(r["rank"]), load, regret)
+
+
+def _optima(answer: dict[str, Any]) -> Iterator[Optimum]:
+    for c in answer["curves"]:
+        if c["best_lr"] is not None:
+            rate = Interval(c["best_lr"], c["low"], c["high"])
+            yield Optimum(c["model"], c["method"], c["dataset"], answer["scale"], rate)
+
+
+def _effects(answer: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the batch effect at the highest rank."""
+    by_rank = answer.get("batch_effect") or {}
+    found = [(int(r), e["value"]) for r, e in by_rank.items() if e["value"] is not None]
+    if found:
+        yield answer["scale"], max(found)[1]
+
+
+# ---------------------------------------------------------------- measured data sets
+
+INFORMATION = "information"
+"""Folder of measurements by action=measure, below the reports and the kept results."""
+
+
+class Measured(NamedTuple):
+    """The information in a file of rows under a model."""
+
+    tokens_per_example: float
+    bits: float
+    """Of all rows, by online coding during training."""
+    low: float
+    high: float
+    where: str
+    """The file of the measurement, and how many of the rows it covers."""
+
+
+Information = Mapping[tuple[str, str], Measured]
+"""(Digits that name the file of rows, model) -> what was measured."""
+
+
+def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], Measured]:
+    """Read the measurements; for one file and model the first folder counts.
+
+    Measurements of endless data or of too few rows say nothing of all rows, and are left out.
+    """
+    found: dict[tuple[str, str], Measured] = {}
+    for path in (p for folder in folders for p in sorted((folder / INFORMATION).glob("*.json"))):
+        try:
+            value = json.loads(path.read_text())
+            whole = value["prequential"]["bits"]["all"]
+            rows, tokens = value["rows"], value["loss_tokens"]
+            if whole["value"] is None or not value["rows_sha256"]:
+                continue
+            measured = Measured(
+                tokens["all"] / rows["all"],
+                whole["value"],
+                whole["low"],
+                whole["high"],
+                f"action=measure, {rows['measured']:,} of {rows['all']:,} rows ({path})",
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # being written, or broken: it says nothing
+        found.setdefault((value["rows_sha256"], value["model"]), measured)
+    return found
+
+
+# ---------------------------------------------------------------- what the rules are given
+
+Machines = Mapping[str, Callable[[], Hardware]]
+"""Name of conf/hardware -> reads its file."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the rules rest on: catalogues, kept results, published figures."""
+
+    models: Models
+    machines: Machines
+    kept: Kept = field(default_factory=Kept)
+    published: Published = field(default_factory=published)
+    hardware: Hardware | None = None
+    """For rows that name none."""
+    information: Information = field(default_factory=dict)
+    """What was measured in customers' data."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One customer as every rule is given it; the rules add to its trace."""
+
+    customer: Customer
+    model: ModelSpec
+    known: Known
+    trace: Trace
+
+    @property
+    def kept(self) -> Kept:
+        """The kept results."""
+        return self.known.kept
+
+    @property
+    def published(self) -> Published:
+        """The published figures."""
+        return self.known.published

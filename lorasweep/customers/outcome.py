@@ -1,0 +1,242 @@
+"""Choose each customer's learning rate on validation rows, and measure its gain on test rows."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasweep.customers.rules.capacity import FULL, ROOM
+from lorasweep.customers.runs import Member
+from lorasweep.spec.run import RunSpec
+from lorasweep.store.run_store import FINAL, RunStore
+
+CHOSEN_BY = "test_nll_curve"
+"""Key of a result: the final loss on validation rows."""
+VERDICTS = GAINED, WORSE, UNKNOWN = "gained", "got worse", "not known"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One learning rate."""
+
+    lr: float
+    run: str
+    state: str
+    validation: float | None
+    """Final loss in nats per token on validation rows; None if it has none."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A customer and the run that was chosen for it."""
+
+    member: Member
+    tried: list[Tried]
+    spec: RunSpec | None
+    """The chosen run; None: there is none to choose."""
+    result: dict[str, Any]
+    """Its result; empty without one."""
+    problem: str
+    """Why there is no adapter; empty if there is one."""
+
+    @property
+    def name(self) -> str:
+        """The customer's name."""
+        return self.member.name
+
+    @property
+    def base(self) -> str:
+        """The public name of the base: that of the hub, or of its folder, without its path."""
+        model = self.member.points[0].spec.model
+        return model.location if model.source == "hub" else model.name
+
+    @property
+    def open(self) -> bool:
+        """Whether runs are still to be trained, and none failed."""
+        states = {t.state for t in self.tried}
+        return not self.spec and "failed" not in states and not states <= set(FINAL)
+
+    @property
+    def gain(self) -> float | None:
+        """Decrease of the loss on test rows by training, in nats per token."""
+        if self.spec is None or not self.member.rows.held_out:
+            return None
+        return self.result["nll_start"] - self.result["test_nll"]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95% interval of the gain in nats per token; None if it is not known.
+
+        By Student's t over the prompts of test rows, or over test rows where they are not divided
+        by prompt (gain_se in train/objectives/held_out.py).
+        """
+        gain, error = self.gain, self.result.get("gain_se")
+        if gain is None or error is None:
+            return None
+        from scipy.special import stdtrit  # takes a moment to load
+
+        n = self.result.get("n_test_prompts", self.result["n_test"])
+        half = float(stdtrit(n - 1, 0.975)) * error
+        return gain - half, gain + half
+
+    @property
+    def verdict(self) -> str:
+        """Whether it gained, by the interval of the gain: one of VERDICTS."""
+        low, high = self.interval or (-math.inf, math.inf)
+        return GAINED if low > 0 else WORSE if high < 0 else UNKNOWN
+
+    @property
+    def edge(self) -> str:
+        """The chosen learning rate is the lowest or highest of those tried; '' in between."""
+        rates = [t.lr for t in self.tried]
+        if self.spec is None or len(rates) == 1:
+            return ""
+        return {rates[0]: "lowest", rates[-1]: "highest"}.get(self.spec.lr, "")
+
+    @property
+    def room(self) -> str:
+        """Whether the data are too few or too many for the rank, by the adviser's count of bits."""
+        load = self.member.advised.load
+        if not self.member.rows.held_out:
+            return "too few different rows to hold any out"
+        if load is None or load <= ROOM:
+            return ""
+        return "more than the rank holds" if load > FULL else "little room in the rank"
+
+    @property
+    def stopping(self) -> str:
+        """When and why training ended; empty if it was to make all its updates."""
+        spec = self.member.points[0].spec
+        patience, steps = spec.early_stopping, spec.steps
+        if not patience:
+            why = self.member.not_early
+            return f"left out, so it made all {steps} updates: {why}" if why else ""
+        done, best = self.result.get("steps_done"), self.result.get("best_step")
+        if done is None:
+            return ""
+        if done >= steps:
+            return f"made all {steps} updates; the weights are those after update {best}, the best"
+        worse = f"{patience} evaluations in a row were" if patience > 1 else "one evaluation was"
+        return (
+            f"ended after update {done} of {steps}, as {worse} no better than the one after update "
+            f"{best}; these are the weights of that update"
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON values: the content of the card.
+
+        A customer without runs has its name and the error only.
+        """
+        m, found = self.member, self.result
+        if m.problem:
+            return {"name": m.name, "folder": None, "error": m.problem}
+        first, advised, rows = m.points[0].spec, m.advised, m.rows
+        data, method = rows.dataset, first.method
+        if data.source == "hub":
+            source = f"{data.location}{f':{data.config}' if data.config else ''}"
+        else:  # without the path of its folder
+            source = f"{Path(data.location).name}/{data.train_split}.jsonl".lstrip("/")
+        return {
+            "name": m.name,
+            "folder": m.folder,
+            "error": self.problem or None,
+            "base": self.base,
+            "run": self.spec.id if self.spec else None,
+            "lr": self.spec.lr if self.spec else None,
+            "tried": [vars(t) for t in self.tried],
+            "edge": self.edge,
+            "rank": advised.rank,
+            "alpha": method.plain()["alpha"],
+            "layers": method.plain()["layers"],
+            "tied": first.model.tied and "unembedding" in method.target_layers(),
+            "data": source,
+            "revision": data.revision,
+            "n_train": found.get("n_train", rows.n_train),
+            "n_repeated": rows.repeated,
+            "n_same_prompt": rows.same_prompt,
+            "n_left_out": rows.left_out,
+            "prompts_shared": rows.shared,
+            "n_validation": data.n_validation,
+            "n_test": found.get("n_test", data.n_test) if rows.held_out else 0,
+            "n_test_prompts": found.get("n_test_prompts"),
+            "template": data.template if data.format == "prompt_completion" else None,
+            "render": data.render,
+            "mask": data.mask,
+            "end": rows.end,
+            "example": [{"text": text, "in_loss": in_loss} for text, in_loss in rows.example],
+            "steps": first.steps,
+            "steps_done": found.get("steps_done"),
+            "best_step": found.get("best_step"),
+            "early_stopping": self.stopping,
+            "batch_size": first.batch_size,
+            "max_length": data.max_length,
+            "loss_before": found.get("nll_start"),
+            "loss_after": found.get("test_nll"),
+            "gain": self.gain,
+            "gain_se": found.get("gain_se"),
+            "gain_interval": self.interval,
+            "gained": None if self.spec is None else self.verdict,
+            "tokens": found.get("tokens"),
+            "seconds": found.get("wall_s"),
+            "room": self.room,
+            "advised": advised.method,
+            "advised_why": advised.why,
+            "advised_lr": advised.lr_source,
+            "warnings": advised.warnings,
+        }
+
+
+def outcome_of(member: Member, store: RunStore) -> Outcome:
+    """Choose a customer's learning rate: lowest loss on validation rows, the lower of equal ones.
+
+    None is chosen before all its runs have ended.
+    """
+    if member.problem:
+        return Outcome(member, [], None, {}, member.problem)
+    states = store.states(p.id for p in member.points)
+    tried, found = [], []
+    for p in member.points:
+        result = store.result(p.id) or {}
+        loss = result.get(CHOSEN_BY) if states[p.id] == "done" else None
+        tried.append(Tried(p.spec.lr, p.id, states[p.id], loss))
+        if loss is not None:
+            found.append((loss, p.spec.lr, p.spec, result))
+    open_ = [t for t in tried if t.state not in FINAL]
+    if open_ or not found:
+        return Outcome(member, tried, None, {}, _problem(tried, open_, store))
+    _, _, spec, result = min(found, key=lambda f: f[:2])
+    return Outcome(member, tried, spec, result, "")
+
+
+def _problem(tried: list[Tried], open_: list[Tried], store: RunStore) -> str:
+    failed = next((t for t in open_ if t.state == "failed"), None)
+    if failed is not None:
+        return f"{store.failure(failed.run)} (run {failed.run}; try again: exec.retry=true)"
+    if not open_:
+        return f"every learning rate diverged: {', '.join(f'{t.lr:g}' for t in tried)}"
+    text = f"not trained yet: {len(open_)} of {len(tried)} runs"
+    killed = max(store.failures(t.run) for t in open_)
+    if killed:
+        text += (
+            f"; a process that trained one was killed, {killed} times (out of memory? Try fewer "
+            "exec.workers)"
+        )
+    return text
+
+
+def counts(found: Iterable[Outcome]) -> dict[str, int]:
+    """Count customers: all, those with an adapter, not trained yet, and with an error."""
+    given = list(found)
+    trained = sum(o.spec is not None for o in given)
+    open_ = sum(o.open for o in given)
+    errors = len(given) - trained - open_
+    return {"customers": len(given), "adapters": trained, "open": open_, "errors": errors}
+
+
+def counts_line(values: Mapping[str, int]) -> str:
+    """Return the counts of customers in words."""
+    return (
+        f"{values['customers']} customers: {values['adapters']} adapters, {values['open']} not "
+        f"trained yet, {values['errors']} with errors"
+    )

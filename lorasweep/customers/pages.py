@@ -1,0 +1,208 @@
+"""Advice for people: cells of a table, a page in Markdown, and one in HTML.
+
+Pages are templates in `templates/`. HTML is escaped by the template engine; Markdown is escaped
+here, because names and error texts are customers'.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lorasweep.customers.advice import Advice, plain_of, totals
+from lorasweep.customers.evidence import Reason, Sure, shown
+from lorasweep.customers.read import Failed
+from lorasweep.customers.rules.capacity import RULES
+from lorasweep.plan.gpu.placement import MEMORY_ERROR, SPEED_ERROR
+
+METHODS = {"lora": "LoRA", "full": "full", "open": "open"}
+HEAD = (
+    *("customer", "model", "method", "rank", "learning rate", "largest batch", "load", "GPUs"),
+    *("hours", "dollars", "GiB LoRA", "GiB full", "warnings"),
+)
+NUMBERS = (
+    *("rank", "largest batch", "load", "hours", "dollars", "GiB LoRA", "GiB full", "warnings"),
+)
+BASIS = (
+    "Memory and time are computed from shapes and data sheets: nine in ten published figures lie "
+    f"within {MEMORY_ERROR:.0%} and {SPEED_ERROR:.0%}. Method, rank and learning rate rest on "
+    "published rules, which disagree; measured regret covers only the small models it was measured "
+    "on. Load is the information in the data, in bits, over 2 bits for each trained parameter. "
+    "Open means undecided: run a sweep (write_sweep=NAME)."
+)
+
+
+@cache
+def _environment() -> Any:
+    import jinja2  # takes a moment to load
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """Render a file of `templates/`."""
+    return _environment().get_template(template).render(**values)
+
+
+def printable(text: str) -> str:
+    """Return text as a terminal may show it: without control characters."""
+    return "".join(ch if ch.isprintable() else "?" for ch in text)
+
+
+def plain_text(text: str) -> str:
+    """Escape what Markdown would render, in text that customers wrote."""
+    for mark in "\\`*_[]|":
+        text = text.replace(mark, "\\" + mark)
+    return escape(" ".join(text.split()), quote=False)
+
+
+def name_of(found: Advice | Failed) -> str:
+    """Return a customer's name, or the place of its row."""
+    return found.name or (found.where if isinstance(found, Failed) else "")
+
+
+def cells(advice: Advice | Failed) -> list[str]:
+    """Return the row of a table, under HEAD."""
+    p = plain_of(advice)
+    if isinstance(advice, Failed):
+        return [name_of(advice), "", "error", *[""] * (len(HEAD) - 3)]
+    return [
+        p["name"],
+        p["model"],
+        METHODS[p["method"]],
+        str(p["rank"]) if p["method"] != "full" else "-",
+        f"{p['lr']:.1e} ({p['lr_low']:.1e} to {p['lr_high']:.1e})",
+        f"{p['batch_size_max']:,}",
+        _short(p["load"]),
+        f"{p['gpus'] or '?'} x {p['gpu']}",
+        _amount(p["hours"]),
+        _amount(p["cost_usd"]),
+        _short(p["peak_gib_lora"]),
+        _short(p["peak_gib_full"]),
+        str(len(p["warnings"])),
+    ]
+
+
+def _short(value: float | None) -> str:
+    return "?" if value is None else shown(float(value))
+
+
+def _amount(value: float | None) -> str:
+    """Format hours or dollars."""
+    return "<0.01" if value is not None and value < 0.01 else _short(value)
+
+
+def summary_lines(found: Sequence[Advice | Failed]) -> list[str]:
+    """Return the sums over all customers."""
+    t = totals(found)
+    return [
+        f"{t['customers']} customers: {t['lora']} LoRA, {t['full']} full fine-tuning, "
+        f"{t['open']} open, {t['errors']} with errors",
+        f"training as advised: ${t['cost_usd']:,.0f}. {_comparable(t)}: as advised "
+        f"${t['cost_usd_of_these']:,.0f}, LoRA for all ${t['cost_usd_lora']:,.0f}, full "
+        f"fine-tuning for all ${t['cost_usd_full']:,.0f}",
+        f"serving: {t['serving_gib_lora']:,.0f} GiB as adapters on one base a model, "
+        f"{t['serving_gib_full']:,.0f} GiB as copies",
+    ]
+
+
+def _comparable(t: Mapping[str, Any]) -> str:
+    return (
+        f"The {t['comparable']} customers for whom both methods have a price (for the others the "
+        "length of training is not known, or a method fits nowhere)"
+    )
+
+
+def markdown(found: Sequence[Advice | Failed], title: str) -> str:
+    """Return the page in Markdown."""
+    return render(
+        "advice.md",
+        title=title,
+        lines=[*(f"- {line}" for line in summary_lines(found)), "", BASIS],
+        head=HEAD,
+        rules=["---:" if h in NUMBERS else "---" for h in HEAD],
+        rows=[[plain_text(c) for c in cells(a)] for a in found],
+        warnings=[
+            (plain_text(name_of(a)), [plain_text(text) for text in said])
+            for a in found
+            if (said := [a.error] if isinstance(a, Failed) else a.trace.warnings)
+        ],
+    )
+
+
+def html(found: Sequence[Advice | Failed], title: str) -> str:
+    """Return the page in HTML: one file, without scripts."""
+    t = totals(found)
+    good = [a for a in found if isinstance(a, Advice)]
+    numbers = {(r.name, r.source, r.sure.value) for a in good for r in a.trace.reasons.values()}
+    states = {(c.name, e, c.sure.value) for a in good for c in a.conditions for e in c.evidence}
+    return render(
+        "advice.html",
+        title=title,
+        basis=BASIS,
+        totals=t,
+        comparable=_comparable(t),
+        head=HEAD,
+        numbers=NUMBERS,
+        rows=[cells(a) for a in found],
+        cards=[_error_card(a) if isinstance(a, Failed) else _card(a) for a in found],
+        sources=[
+            ("Sources", [": ".join(e) for e in sorted(numbers)]),
+            ("Kept results", [": ".join(e) for e in sorted(states)]),
+        ],
+    )
+
+
+def _error_card(a: Failed) -> dict[str, Any]:
+    note = f"{a.where} of the table"
+    return {"name": name_of(a), "kind": "error", "problems": a.problems, "note": note}
+
+
+def _card(a: Advice) -> dict[str, Any]:
+    p = a.plain()
+    bits = a.trace.reasons.get("bits")
+    measured = ", measured in the data" if bits and bits.sure is Sure.MEASURED else ""
+    return {
+        "name": p["name"],
+        "kind": p["method"],
+        "note": f"{p['model']}, {p['task']}. {p['why']} (by {RULES[p['by']]})",
+        "facts": {
+            "adapters": f"{p['layers']} matrices at rank {p['rank']}, alpha {p['alpha']}, "
+            f"{p['adapter_mib']:,.0f} MiB",
+            "learning rate": f"{p['lr']:.2e}, {p['lr_low']:.1e} to {p['lr_high']:.1e}: "
+            f"{p['lr_source']}",
+            "batch and length": f"{p['batch_size']:,} rows, at most {p['batch_size_max']:,}; "
+            f"{shown(p['steps'])} updates, at least {p['steps_min']}",
+            "load": f"{_short(p['load'])} from {_short(p['bits'])} bits{measured}",
+            "LoRA": _arm(p, "lora"),
+            "full fine-tuning": _arm(p, "full"),
+            "operations": f"LoRA's update takes {p['flops_ratio']:.2f} times full fine-tuning's",
+        },
+        "conditions": [(c.state, f"{c.name}: {c.state}, {c.why}") for c in a.conditions],
+        "warnings": p["warnings"],
+        "reasons": [_reason(r) for r in a.trace.reasons.values()],
+    }
+
+
+def _reason(r: Reason) -> str:
+    given = ", ".join(f"{name} {shown(value)}" for name, value in r.inputs.items())
+    return f"{r.name} = {shown(r.value)}: {r.formula}" + (f" ({given})" if given else "")
+
+
+def _arm(p: Mapping[str, Any], name: str) -> str:
+    if p[f"gpus_{name}"] is None:
+        return "fits on no number of GPUs as planned"
+    more = "" if p[f"fits_{name}"] else " (more than are available)"
+    return (
+        f"{p[f'gpus_{name}']} x {p['gpu']}{more}, {_short(p[f'peak_gib_{name}'])} GiB each; "
+        f"{_amount(p[f'hours_{name}'])} hours, {_amount(p[f'cost_usd_{name}'])} dollars; served in "
+        f"{_short(p[f'serving_gib_{name}'])} GiB"
+    )

@@ -1,0 +1,458 @@
+"""Read customers: a CSV or YAML table, or columns of the command line, and each one's model.
+
+A row is checked as a whole, so that all its errors are reported at once, and a wrong row does not
+affect other customers. Cells of a CSV are text.
+"""
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from lorasweep.errors import SpecError, unknown
+from lorasweep.spec.method import parse_layers
+from lorasweep.spec.model import ModelSpec
+from lorasweep.store.files import safetensors_header
+
+TASKS = ("sft", "rl")
+LONGEST_EXAMPLE = 131_072
+"""Tokens of an example above which a row is refused: no public data set is that long."""
+MOST_TOKENS = 1e13
+"""Tokens in total above which a row is refused: more than base models are pretrained on."""
+SLACK = 0.1
+"""Share by which steps x batch size may differ from examples x epochs: a last batch, skipped rows.
+"""
+FORMULA = re.compile(r"^[=@\t\r]|^[+-](?![\d.])")
+"""Starts of cells that spreadsheets compute (OWASP, CSV injection)."""
+THOUSANDS = re.compile(r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$")
+YES, NO = ("true", "yes", "1"), ("false", "no", "0")
+
+
+class Column(NamedTuple):
+    """What a column holds, and its range."""
+
+    kind: type
+    low: float = 0.0
+    high: float = float("inf")
+    says: str = ""
+
+
+def _of(kind: type, low: float, high: float, says: str, default: Any = None) -> Any:
+    """Declare a field of Customer that is a column."""
+    return field(default=default, metadata={"column": Column(kind, low, high, says)})
+
+
+INF = float("inf")
+
+
+@dataclass(frozen=True)
+class Customer:
+    """One row, with types. None: not stated."""
+
+    name: str = _of(str, 0, INF, "any name")
+    model: str = _of(str, 0, INF, "a name of conf/model or the hub, or a config.json")
+    task: str = _of(str, 0, INF, "sft or rl")
+    examples: int | None = _of(int, 1, INF, "rows; in RL, problems")
+    tokens_per_example: float | None = _of(float, 1, INF, "mean tokens of a row that bear loss")
+    bits_per_token: float | None = _of(float, 1e-6, 20, "information in such a token")
+    max_length: int | None = _of(int, 4, INF, "tokens of the longest row")
+    data: str | None = _of(str, 0, INF, "folder with train.jsonl, a .jsonl file, or a hub name")
+    epochs: float | None = _of(float, 1e-6, 1e6, "passes over the rows")
+    batch_size: int | None = _of(int, 1, 1e7, "rows of an update; in RL, episodes")
+    steps: int | None = _of(int, 1, 1e9, "updates")
+    episodes: int | None = _of(int, 1, INF, "samples in RL, all problems and passes")
+    hardware: str | None = _of(str, 0, INF, "a name of conf/hardware")
+    gpus: int | None = _of(int, 1, 512, "available GPUs")
+    price_per_gpu_h: float | None = _of(float, 1e-6, 1e4, "dollars")
+    adapters_served: int = _of(int, 1, 1e6, "adapters served at once on this model", 1)
+    max_regret: float = _of(float, 1e-6, 100, "regret of LoRA, % of full fine-tuning's gain", 2.0)
+    layers: str | None = _of(str, 0, INF, "planned: attention, mlp, unembedding, joined by +, all")
+    rank: int | None = _of(int, 1, 1e5, "planned")
+    lr: float | None = _of(float, 1e-12, 1e3, "planned, of LoRA")
+    shape: tuple[tuple[str, int | bool], ...] = ()
+    """Columns of SHAPE that were filled, by name."""
+    where: str = "customer"
+    """Its place in the table."""
+
+
+SHAPE = {
+    "hidden_size": Column(int, 1, 1e6, "width"),
+    "n_layers": Column(int, 1, 1e4, "layers"),
+    "n_heads": Column(int, 1, 1e4, "heads"),
+    "n_kv_heads": Column(int, 1, 1e4, "key/value heads"),
+    "head_size": Column(int, 1, 1e4, "width of a head"),
+    "mlp_size": Column(int, 1, 1e6, "width of the MLP, of one expert if there are any"),
+    "vocab_size": Column(int, 2, 1e7, "vocabulary"),
+    "tied": Column(bool, says="embedding and unembedding are one matrix"),
+    "n_experts": Column(int, 0, 1e4, "experts of a layer"),
+    "n_active_experts": Column(int, 0, 1e4, "experts that a token passes through"),
+}
+COLUMNS = {f.name: f.metadata["column"] for f in fields(Customer) if f.metadata} | SHAPE
+REQUIRED = ("name", "model", "task")
+
+
+class RowError(Exception):
+    """A row that is wrong: `problems`, each a sentence with its column."""
+
+    def __init__(self, *problems: str) -> None:
+        """Hold the problems of a row."""
+        super().__init__("; ".join(problems))
+        self.problems = list(problems)
+
+
+class Row(NamedTuple):
+    """One row as it stands in the file."""
+
+    where: str
+    """Its place for people, such as 'row 3': in a CSV, the line of the file."""
+    values: dict[str, Any]
+    problem: str | None = None
+    """Why it cannot be read as a row at all."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A row that cannot be used."""
+
+    where: str
+    name: str
+    problems: list[str]
+
+    @property
+    def error(self) -> str:
+        """What is wrong, with the row."""
+        return f"{self.where}: " + " ".join(self.problems)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def read_customers(path: Path) -> list[Customer | Failed]:
+    """Read a table of customers.
+
+    Raises:
+        SpecError: the file is not there, is empty, is neither CSV nor YAML, or has a header with
+            columns that do not exist.
+    """
+    path = path.expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except FileNotFoundError:
+        raise SpecError(f"customers={path}: no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"customers={path}: cannot be read as text: {error}") from None
+    rows = _yaml(path, text) if path.suffix.lower() in (".yaml", ".yml") else _csv(path, text)
+    if not rows:
+        raise SpecError(f"customers={path}: no customers in it. {expected()}")
+    return check_rows(rows)
+
+
+def expected() -> str:
+    """Describe a table."""
+    optional = [c for c in COLUMNS if c not in REQUIRED]
+    return (
+        f"Expected a header with the columns {', '.join(REQUIRED)} and any of "
+        f"{', '.join(optional)}, and a row for each customer."
+    )
+
+
+def _csv(path: Path, text: str) -> list[Row]:
+    head = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=head.count)  # as spreadsheets of other languages write it
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    rows: list[Row] = []
+    header: list[str] | None = None
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                _check_header(path, header)
+                continue
+            problem = None
+            if any(cell.strip() for cell in cells[len(header) :]):
+                problem = f"{len(cells)} cells under {len(header)} columns. Quote commas."
+            values = dict(zip(header, cells, strict=False))
+            rows.append(Row(f"row {reader.line_num}", values, problem))
+    except csv.Error as error:
+        raise SpecError(f"customers={path}: row {reader.line_num}: {error}") from None
+    return rows
+
+
+def _check_header(path: Path, names: list[str]) -> None:
+    """Refuse a header that would be misread: a misspelt column would count as not stated."""
+    for name in names:
+        if name not in COLUMNS:
+            raise SpecError(f"customers={path}: {unknown('column', name, COLUMNS)}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    missing = [name for name in REQUIRED if name not in names]
+    if twice or missing:
+        what = f"column {twice[0]} twice" if twice else f"no column {', '.join(missing)}"
+        raise SpecError(f"customers={path}: {what}. {expected()}")
+
+
+def _yaml(path: Path, text: str) -> list[Row]:
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"customers={path}: not valid YAML: {error}") from None
+    if isinstance(found, dict) and set(found) == {"customers"}:
+        found = found["customers"]
+    if found is None:
+        return []
+    if not isinstance(found, list):
+        raise SpecError(f"customers={path}: expected a list with an entry for each customer.")
+    return [
+        Row(f"entry {k}", entry)
+        if isinstance(entry, dict)
+        else Row(f"entry {k}", {}, f"expected columns and values, got {entry!r}.")
+        for k, entry in enumerate(found, 1)
+    ]
+
+
+# ---------------------------------------------------------------- a row
+
+
+def check_rows(rows: Iterable[Row]) -> list[Customer | Failed]:
+    """Return each row's customer, or what is wrong with the row."""
+    found: list[Customer | Failed] = []
+    seen: Counter[str] = Counter()
+    for row in rows:
+        try:
+            if row.problem:
+                raise RowError(row.problem)
+            c = customer_of(row.values, row.where)
+            seen[c.name] += 1
+            if seen[c.name] > 1:
+                raise RowError(
+                    f"column name: {c.name!r} was used by an earlier row. Use a unique name."
+                )
+            found.append(c)
+        except RowError as error:
+            name = str(row.values.get("name") or "").strip()
+            found.append(Failed(row.where, name, error.problems))
+    return found
+
+
+def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
+    """Read one row.
+
+    Args:
+        row: values by column, as text or as YAML has them.
+        where: its place in the table.
+
+    Raises:
+        RowError: the row is wrong; all its problems, each with its column.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for column, raw in row.items():
+        if column not in COLUMNS:
+            problems.append(unknown("column", str(column), COLUMNS))
+        elif raw is not None and str(raw).strip() != "":
+            try:
+                values[column] = _value(column, raw)
+            except ValueError as error:
+                problems.append(f"column {column}: {error}")
+    missing = [c for c in REQUIRED if c not in values and str(row.get(c) or "").strip() == ""]
+    problems += [f"column {c}: missing. It holds {COLUMNS[c].says}." for c in missing]
+    if not problems:
+        shape = tuple((name, values.pop(name)) for name in SHAPE if name in values)
+        customer = Customer(**values, shape=shape, where=where)
+        problems = list(_contradictions(customer))
+        if not problems:
+            return customer
+    raise RowError(*problems)
+
+
+def _value(column: str, raw: Any) -> Any:
+    """Convert a cell; ValueError says what is wrong with it."""
+    kind, low, high, says = COLUMNS[column]
+    text = str(raw).strip()
+    if isinstance(raw, str) and FORMULA.match(raw):
+        raise ValueError(
+            f"{text!r} is a formula, not a value. Save the table with values (in a spreadsheet: "
+            "copy, paste special, values)."
+        )
+    if column == "task":
+        if text.lower() not in TASKS:
+            raise ValueError(unknown("task", text, TASKS))
+        return text.lower()
+    if column == "layers":
+        try:
+            parse_layers(text)
+        except SpecError as error:
+            raise ValueError(str(error).replace("method.", "")) from None
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in YES + NO:
+            raise ValueError(f"expected true or false, got {text!r}.")
+        return text.lower() in YES
+    if isinstance(raw, bool):
+        raise ValueError(f"expected a number ({says}), got {raw}.")
+    plain = text.replace(",", "") if THOUSANDS.match(text) else text
+    try:
+        number = float(plain)
+    except ValueError:
+        raise ValueError(
+            f"expected a number ({says}), got {text!r}. Write it out, as 50000 or 5e4."
+        ) from None
+    if kind is int and number % 1:
+        raise ValueError(f"expected a whole number ({says}), got {text!r}.")
+    if not low <= number <= high:
+        most = "" if high == float("inf") else f" and at most {high:g}"
+        raise ValueError(f"expected a number of at least {low:g}{most} ({says}), got {text!r}.")
+    return kind(number)
+
+
+def _contradictions(c: Customer) -> Iterator[str]:
+    """Yield fields that cannot be true together, and values that look like another column's."""
+    if c.task == "sft" and c.episodes is not None:
+        yield "column episodes: only with task=rl. Leave it out, or set task to rl."
+    tokens = c.tokens_per_example
+    if tokens is not None and tokens > LONGEST_EXAMPLE:
+        yield (
+            f"column tokens_per_example: {tokens:,.0f} tokens in one example? If that is the "
+            "total, divide it by the number of examples."
+        )
+    elif tokens is not None and c.max_length is not None and tokens > c.max_length:
+        yield (
+            f"columns tokens_per_example and max_length: a mean of {tokens:,.0f} tokens in rows of "
+            f"at most {c.max_length:,}. Correct one of them."
+        )
+    if c.examples is not None and tokens is not None and c.examples * tokens > MOST_TOKENS:
+        yield (
+            f"columns examples and tokens_per_example: {c.examples * tokens:.1e} tokens in all, "
+            "more than base models are pretrained on. Is one of them the total of tokens?"
+        )
+    if c.steps is None or c.batch_size is None:
+        return
+    trained, planned, names = c.steps * c.batch_size, None, "episodes"
+    if c.task == "rl" and c.episodes is not None:
+        planned = float(c.episodes)
+    elif c.task == "sft" and c.examples is not None and c.epochs is not None:
+        planned, names = c.examples * c.epochs, "examples x epochs"
+    if planned is not None and abs(trained - planned) > max(SLACK * planned, c.batch_size):
+        yield (
+            f"columns steps and batch_size: {c.steps:,} x {c.batch_size:,} = {trained:,}, but "
+            f"{names} = {planned:,.0f}. Leave one of them out, or correct it."
+        )
+
+
+# ---------------------------------------------------------------- the model
+
+NEEDED = tuple(c for c in SHAPE if c not in ("tied", "n_experts", "n_active_experts"))
+CONFIG_KEYS = {
+    "hidden_size": ("hidden_size",),
+    "n_layers": ("num_hidden_layers",),
+    "n_heads": ("num_attention_heads",),
+    "n_kv_heads": ("num_key_value_heads", "num_attention_heads"),
+    "mlp_size": ("moe_intermediate_size", "intermediate_size"),
+    "vocab_size": ("vocab_size",),
+    "n_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "n_active_experts": ("num_experts_per_tok",),
+}
+"""Field -> its names in a config.json of transformers; the first that is there counts."""
+Models = Mapping[str, Callable[[], ModelSpec]]
+"""Name -> reads its shape. Names of the catalogue and of the hub, in lower case."""
+
+
+def shape_of(c: Customer, models: Models) -> ModelSpec:
+    """Return a customer's model: from the catalogue, a config.json, or columns of the row.
+
+    Raises:
+        RowError: it is not known and the row does not say its shape, or says another one.
+    """
+    stated = dict(c.shape)
+    path = Path(c.model).expanduser()
+    config = path / "config.json" if path.is_dir() else path
+    if config.suffix == ".json":
+        model = _of_config(config)
+    elif c.model.lower() in models:
+        model = models[c.model.lower()]()
+    else:
+        missing = [n for n in NEEDED if n not in stated]
+        if not missing:
+            return _build(c.model, stated)
+        if stated:
+            raise RowError(
+                f"column model: {c.model!r} is not in the catalogue, and of its shape "
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing. Fill "
+                "these columns, or give the path of its config.json as model."
+            )
+        names = (name for name in models if "/" not in name)
+        raise RowError(
+            f"column model: {unknown('model', c.model, names)} Or give the path of its "
+            f"config.json as model, or fill the columns {', '.join(NEEDED)}."
+        )
+    wrong = [n for n, v in stated.items() if getattr(model, n) != v]
+    if wrong:
+        remedy = "Leave it out, or give the model another name."
+        has = {n: f"{stated[n]}, but {c.model} has {getattr(model, n)}" for n in wrong}
+        raise RowError(*(f"column {n}: {text}. {remedy}" for n, text in has.items()))
+    return model
+
+
+def _of_config(path: Path) -> ModelSpec:
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RowError(f"column model: no file {path}.") from None
+    except (OSError, ValueError) as error:
+        raise RowError(f"column model: {path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise RowError(f"column model: {path} is not the config.json of a model.")
+    config = {**config, **config.get("text_config", {})}
+    stated: dict[str, Any] = {}
+    for name, keys in CONFIG_KEYS.items():
+        found = next((config[k] for k in keys if config.get(k) is not None), None)
+        if found is not None:
+            stated[name] = found
+    if config.get("head_dim"):
+        stated["head_size"] = config["head_dim"]
+    elif stated.get("hidden_size") and stated.get("n_heads"):
+        stated["head_size"] = stated["hidden_size"] // stated["n_heads"]
+    stated["tied"] = bool(config.get("tie_word_embeddings", False))
+    missing = [n for n in NEEDED if n not in stated]
+    if missing:
+        names = ", ".join(" or ".join(CONFIG_KEYS.get(n, (n,))) for n in missing)
+        raise RowError(f"column model: {path} lacks {names}.")
+    folder = path.absolute().parent
+    more = {"source": "folder", "location": str(folder)}
+    qwen3, dtype = "qwen3" in str(config.get("model_type", "")), _weights_dtype(folder, config)
+    return _build(folder.name, stated, **more, qk_norm=qwen3, weights_dtype=dtype)
+
+
+def _weights_dtype(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the type of a model's weights from its config.json, else from its weight files.
+
+    Without either it is bf16, in which models are published.
+    """
+    stated = config.get("dtype") or config.get("torch_dtype")
+    if stated is not None:
+        return "bf16" if "bfloat16" in str(stated) else "fp32"
+    headers = [safetensors_header(path) for path in sorted(folder.glob("model*.safetensors"))]
+    tensors = [t for header in headers if header for t in header[0].values()]
+    # norms are often kept in fp32 beside matrices in bf16
+    fp32 = any(len(t["shape"]) > 1 and t["dtype"] != "BF16" for t in tensors)
+    return "fp32" if fp32 else "bf16"
+
+
+def _build(name: str, stated: Mapping[str, Any], **more: Any) -> ModelSpec:
+    where = {"source": "hub", "location": name, "weights_dtype": "bf16", **more}
+    try:
+        model = ModelSpec(name=name, **where, **stated)
+    except SpecError as error:
+        raise RowError(f"column model: {error}") from None
+    if model.problem:
+        raise RowError(f"columns of the shape: {model.problem}")
+    return model

@@ -1,0 +1,292 @@
+"""A customer's rows as a data set: their form, and which of them are validation and test rows.
+
+Refuses to know models and learning rates.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorasweep.customers.rules.workload import rounded
+from lorasweep.data import fields, load, own, sources, text
+from lorasweep.data.fields import Message
+from lorasweep.errors import DataError
+from lorasweep.plan.flops import TEXT_FILL
+from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
+
+FEWEST = 20
+"""Rows below which none is held out: of fewer, four validation and four test rows would be most of
+the data. A convention."""
+SHARE, LEAST, MOST = 10, 4, 128
+"""One row in SHARE is a validation row, and as many are test rows: at least LEAST, at most MOST."""
+LEFT = 0.5
+"""Share of the training rows that must be left where rows are divided by prompt. A convention."""
+PLAIN, CHAT = "{prompt}\n", "{prompt}"
+"""The template of a prompt as plain text, and as a user's message."""
+SPLITS = BY_PROMPT, BY_ROW = "prompt", "row"
+"""How held-out rows are divided from training rows. row: the rule of earlier versions; rows of a
+test file are divided in the file's order."""
+EXAMPLES = 20
+"""Of so many first rows the shortest conversation shows the form of a prompt."""
+LONGEST = 131_072
+"""Tokens of a row that are read where no max_length is stated: no public row is as long."""
+Messages = tuple[Message, ...]
+"""A row's messages, or its prompt and completion."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a fleet reads rows and what it adapts: decided once, and kept in its folder."""
+
+    template: str | None = None
+    render: str | None = None
+    """As in a data set; None, both: the base's chat template, or plain text where it has none."""
+    mask: str | None = None
+    """As in a data set; None: the completion, or the last answer of a conversation."""
+    split: str = BY_PROMPT
+    """One of SPLITS."""
+    layers: str = "all"
+    """Layer sets, as in a method."""
+
+    def form(self, tokenizer: Any) -> dict[str, Any]:
+        """Return the fields of a data set that say how text is rendered for a base."""
+        if self.render is not None and self.template is not None:
+            found: dict[str, Any] = {"render": self.render, "template": self.template}
+        elif getattr(tokenizer, "chat_template", None):
+            found = {"render": "chat_template", "template": CHAT}
+        else:
+            found = {"render": FIRST_RENDER, "template": PLAIN}
+        return found if self.mask is None else {**found, "mask": self.mask}
+
+
+class Text(NamedTuple):
+    """The text of a row, as far as dividing rows needs it."""
+
+    whole: Messages
+    prompt: Messages
+    """The messages before the first one in the loss."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A customer's rows as a data set, and how many there are for what."""
+
+    dataset: DatasetSpec
+    n_train: int
+    held_out: bool
+    """False: too few rows to hold any out, so losses are measured on training rows."""
+    repeated: int = 0
+    """Duplicates of an earlier row, in either file."""
+    same_prompt: int = 0
+    """Rows with the prompt of an earlier row, in either file, and another answer."""
+    left_out: int = 0
+    """Training rows that are left out, as a test file or split has their prompt, or the row."""
+    end: str = ""
+    """The end of an answer: the end token, or the text behind it."""
+    example: list[list[Any]] = field(default_factory=list)
+    """A rendered row with names in place of its texts: text, and whether it is in the loss."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether a prompt may be both trained on and held out."""
+        return self.held_out and self.same_prompt > 0 and self.dataset.held_out_by != BY_PROMPT
+
+
+def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
+    """Find a customer's rows, check that each can be read, and divide them.
+
+    Held-out rows come from test.jsonl beside train.jsonl, or a split of the hub; without one, from
+    the training rows. `tokenizer`: that of the base, which may have a chat template.
+
+    Raises:
+        DataError: there are none, or one cannot be read.
+    """
+    form = rules.form(tokenizer)
+    if own.is_on_hub(data):
+        spec = dataclasses.replace(own.on_hub(data, name), **form)
+        train, held_out = (source.rows() for source in load.sources_of(spec, []))
+        tested = _texts(spec, held_out) if spec.test_split != spec.train_split else None
+        where = f"{data}[{spec.test_split}]"
+        return _divide(spec, _texts(spec, train), tested, where, rules.split)
+    spec, path = own.dataset_of(data, name), Path(data).expanduser()
+    folder, split = (path, "train") if path.is_dir() else (path.parent, path.stem)
+    if set("=,") & set(split):
+        raise DataError(f"{path}: a name without '=' and ',' is expected. Rename the file.")
+    spec = dataclasses.replace(spec, location=str(folder), revision="", **form)
+    test = folder / "test.jsonl"
+    there = path.is_dir() and test.is_file()
+    spec = dataclasses.replace(spec, test_split="test" if there else split)
+    rows = _texts(spec, sources.jsonl_rows(folder / f"{split}.jsonl"))
+    tested = _texts(spec, sources.jsonl_rows(test)) if there else None
+    found = _divide(spec, rows, tested, str(test), rules.split)
+    files = dict.fromkeys((spec.train_split, spec.test_split))
+    pins = [f"{f}={sources.find_jsonl(spec, f, ['.'])[1][:16]}" for f in files]
+    pinned = dataclasses.replace(found.dataset, revision="sha256:" + ",".join(pins))
+    return dataclasses.replace(found, dataset=pinned)
+
+
+def _texts(spec: DatasetSpec, rows: Iterable[tuple[str, Any]]) -> list[Text]:
+    found = []
+    for where, row in rows:
+        whole = tuple(fields.messages_of(spec, row, where))
+        # where all is learned, no text is a prompt
+        prompt = whole if spec.mask == "all" else fields.prompt_of(spec, row, where)
+        found.append(Text(whole, prompt))
+    return found
+
+
+def _divide(
+    spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None, test: str, split: str
+) -> Rows:
+    """Divide rows into training, validation and test rows.
+
+    `tested`: rows of a separate file or split, `test`; None: there is none.
+    """
+    pool, both = rows if tested is None else tested, [*rows, *(tested or ())]
+    n_unique, n_pool = len({r.whole for r in both}), len({r.whole for r in pool})
+    repeated, same_prompt = len(both) - n_unique, n_unique - len({r.prompt for r in both})
+    if tested is not None and n_pool < 2:
+        raise DataError(
+            f"{test} has {n_pool} unique rows. Expected at least 2: validation rows choose the "
+            "learning rate, test rows measure the gain. Add rows, or remove them: training rows "
+            "are then held out."
+        )
+    # few updates on few rows: learning curves that nobody reads would cost as much as the training
+    spec = dataclasses.replace(spec, n_test_curve=0)
+    if tested is None and n_pool < FEWEST:
+        spec, n_train = dataclasses.replace(spec, n_test=len(rows)), len(rows)
+    elif split == BY_ROW or (tested is None and not same_prompt):
+        spec, n_train = _as_before(spec, rows, tested, repeated > 0)
+    else:
+        spec, n_train = _by_units(spec, rows, tested)
+    if not n_train:
+        raise DataError(
+            f"every row of {spec.train_split} stands in {test}, too. Add rows to train on, or "
+            "remove the held-out rows."
+        )
+    left_out = len(rows) - n_train if tested is not None else 0
+    return Rows(spec, n_train, spec.n_validation > 0, repeated, same_prompt, left_out)
+
+
+def _as_before(
+    spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None, repeated: bool
+) -> tuple[DatasetSpec, int]:
+    """Divide rows by their whole text, the rule of earlier versions: duplicates stay in one split.
+
+    Where no prompt has two answers, and rows are held out of the training file, this is the
+    division by prompt, row for row. Returns the data set and the number of training rows.
+    """
+    texts = [r.whole for r in rows]
+    if tested is not None:
+        held = {r.whole for r in tested}
+        first = min(len(held) // 2, MOST)
+        changes: dict[str, Any] = {"n_validation": first, "n_test": len(held) - first}
+    else:
+        each = max(LEAST, min(len(set(texts)) // SHARE, MOST))
+        changes = {"holdout": 2 * each, "n_validation": each, "n_test": each}
+        held = set(load.held_out(texts, 2 * each))
+    spec = dataclasses.replace(spec, **changes, unseen_rows=repeated)
+    return spec, sum(row not in held for row in texts)
+
+
+def _by_units(
+    spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None
+) -> tuple[DatasetSpec, int]:
+    """Divide rows so that no prompt is in two splits, or no row where prompts are too few.
+
+    Too few: fewer than FEWEST in rows of which some share one, or dividing by them would leave
+    less than LEFT of the training rows. Returns the data set and the number of training rows.
+    """
+    pool = rows if tested is None else tested
+    for by in SPLITS if spec.mask != "all" else (BY_ROW,):
+        units = [r.prompt if by == BY_PROMPT else r.whole for r in pool]
+        groups = load.divided(units, [r.whole for r in pool])
+        sizes = [len(group) for group in groups]
+        if tested is None:
+            each = max(LEAST, min(len(groups) // SHARE, MOST))
+            first = _fitting(sizes[:each])
+            last = _fitting(sizes[first : first + each])
+            held = {units[k] for group in groups[: first + last] for k in group}
+        else:
+            first = _fitting(sizes[:-1], min(sum(sizes) // 2, MOST))
+            last = _fitting(sizes[first:])
+            held = set(units)
+        n_validation, n_test = sum(sizes[:first]), sum(sizes[first : first + last])
+        holdout = n_validation + n_test if tested is None else 0
+        n_train = sum((r.prompt if by == BY_PROMPT else r.whole) not in held for r in rows)
+        enough = len(groups) >= FEWEST or len(groups) == len({r.whole for r in pool})
+        if enough and n_train >= LEFT * len(rows):
+            break
+    split = {"n_validation": n_validation, "n_test": n_test, "holdout": holdout}
+    return dataclasses.replace(spec, held_out_by=by, **split), n_train
+
+
+def _fitting(sizes: Sequence[int], most: int = MOST) -> int:
+    """Return how many units, from the first one, have at most so many rows in all: at least 1."""
+    totals = list(itertools.accumulate(sizes))
+    return max(1, sum(total <= most for total in totals))
+
+
+def with_lengths(
+    rows: Rows, tokenizer: Any, max_length: int | None, data_dirs: Sequence[str]
+) -> tuple[Rows, float]:
+    """Tokenize a customer's rows; return them with their max_length, and the mean loss tokens.
+
+    A max_length that is not stated is that of the longest row, and more where the plan's mean of
+    text rows (TEXT_FILL) would be below theirs; it cuts no row. With them comes a rendered example.
+
+    Raises:
+        DataError: a row has no token that bears loss, or none can be used.
+    """
+    spec = dataclasses.replace(rows.dataset, max_length=max_length or LONGEST)
+    train, held_out = load.sources_of(spec, data_dirs)
+    found = text.examples(spec, spec.train_split, train, tokenizer, None, "")
+    most = spec.n_validation + spec.n_test
+    tested = text.examples(spec, spec.test_split, held_out, tokenizer, most, "")
+    if not found.n_bytes.any():
+        raise DataError(
+            f"every answer is empty, in all {len(found)} rows that are trained on. Fill them in."
+        )
+    lengths = np.diff(np.concatenate([[0], found.ends]))
+    if max_length is None:
+        longest = max(int(lengths.max()), int(np.diff(np.concatenate([[0], tested.ends])).max()))
+        max_length = rounded(max(longest, float(lengths.mean()) / TEXT_FILL))
+    example, end = _rendered(spec, list(itertools.islice(train.rows(), EXAMPLES)), tokenizer)
+    spec = dataclasses.replace(spec, max_length=max_length)
+    rows = dataclasses.replace(rows, dataset=spec, end=end, example=example)
+    return rows, float(found.loss.sum()) / len(found)
+
+
+def _rendered(
+    spec: DatasetSpec, rows: Sequence[tuple[str, Any]], tokenizer: Any
+) -> tuple[list[list[Any]], str]:
+    """Render the shortest conversation of some rows with a name in place of each text.
+
+    So the form can be read on a card, which says nothing of what is in a customer's rows. Returns
+    the texts with whether each is in the loss, and what ends the last answer.
+    """
+    if spec.format in fields.LISTS:
+        content = fields.LISTS[spec.format][1]
+        where, row = min(rows, key=lambda r: len(r[1][spec.format]))
+        roles = [role for role, _ in fields.messages_of(spec, row, where)]
+        names = [f"{{{role} {roles[: k + 1].count(role)}}}" for k, role in enumerate(roles)]
+        turns = zip(row[spec.format], names, strict=True)
+        row = {spec.format: [{**turn, content: name} for turn, name in turns]}
+    else:
+        where, names = rows[0][0], ["{prompt}", "{completion}"]
+        row = {spec.prompt_field: names[0], spec.completion_field: names[1]}
+    found: list[list[Any]] = []
+    for part in text.parts_of(spec, row, where, tokenizer):
+        written = part.text + (tokenizer.eos_token if part.eos else "")
+        if found and found[-1][1] == part.in_loss:
+            found[-1][0] += written
+        elif written:
+            found.append([written, part.in_loss])
+    answer = next((written for written, in_loss in reversed(found) if in_loss), "")
+    last = max(names, key=lambda name: answer.rfind(name))
+    return found, answer.rpartition(last)[2] if last in answer else ""

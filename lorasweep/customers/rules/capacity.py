@@ -1,0 +1,199 @@
+"""Method, target modules and rank: from measured regret where it covers the case, else capacity."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+from lorasweep.customers.evidence import Case, Interval, MeasuredRegret, Sure
+from lorasweep.customers.rules.workload import Workload
+from lorasweep.errors import SpecError
+from lorasweep.methods.lora import LoRA
+from lorasweep.spec.model import ModelSpec
+
+BITS_PER_PARAMETER = 2.0
+"""Capacity in the study, from Allen-Zhu and Li, after about 1,000 exposures."""
+ROOM = 0.5
+"""Load up to which a rank has room: tinker-cookbook's rule, no fewer parameters than tokens that
+bear loss, at the study's 1 bit a token. After 100 exposures a parameter holds 1 bit and not 2."""
+FULL = 1.0
+"""Load from which the data exceed what a rank can hold by the study's count."""
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+"""The study's, and those that servers take."""
+WIDEST = 8
+"""Ranks up to an eighth of the width were compared with full fine-tuning in public; none above."""
+LAYERS = "all"
+BY_REGRET, BY_CAPACITY = "map", "capacity"
+"""Values of `by` in answers: the rule that chose."""
+RULES = {BY_REGRET: "measured regret", BY_CAPACITY: "capacity"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to train."""
+
+    method: str
+    """lora, full, or open."""
+    rank: int
+    """LoRA's rank: the recommended one, or the one to try."""
+    load: float | None
+    """Bits of the data over the capacity of that rank."""
+    by: str
+    """BY_REGRET or BY_CAPACITY."""
+    why: str
+
+
+@cache
+def ranks_of(model: ModelSpec) -> tuple[int, ...]:
+    """List the standard ranks that a model takes, up to an eighth of its width."""
+    found: list[int] = []
+    for rank in RANKS:
+        try:
+            LoRA(rank=rank, layers=LAYERS).check(model)
+        except SpecError:
+            continue
+        if rank <= max(1, model.hidden_size // WIDEST) or not found:
+            found.append(rank)
+    return tuple(found)
+
+
+@cache
+def trained(model: ModelSpec, rank: int, layers: str = LAYERS) -> int:
+    """Count LoRA's trained parameters; every expert has adapters of rank / active experts."""
+    return LoRA(rank=rank, layers=layers).n_trainable(model)
+
+
+def load_at(bits: float | None, model: ModelSpec, rank: int) -> float | None:
+    """Return bits over the capacity of a rank."""
+    return None if bits is None else bits / (BITS_PER_PARAMETER * trained(model, rank))
+
+
+def choose(case: Case, work: Workload) -> Choice:
+    """Choose the method, and LoRA's rank."""
+    choice = _by_regret(case, work) or _by_capacity(case, work)
+    model, published, note = case.model, case.published, case.trace.note
+    capacity = published.where("allen_zhu")
+    sure, source = Sure.ONCE, f"{capacity}; {published.where('primer')}"
+    if choice.by == BY_REGRET:
+        sure, source = Sure.MEASURED, "analysis/results: regime, its measured regrets"
+    note("method", choice.method, choice.why, source, sure, rule=RULES[choice.by])
+    low, high = (load_at(bits, model, choice.rank) for bits in (work.bits_low, work.bits_high))
+    inputs = {"bits": work.bits, "lowest": low, "highest": high}
+    inputs["trained"] = trained(model, choice.rank)
+    formula = f"bits / ({BITS_PER_PARAMETER:g} x trained parameters of the rank)"
+    source = f"{published.where('study')}; {capacity}"
+    note("load", choice.load, formula, source, Sure.ASSUMED, **inputs)
+    _note_rank(case, choice)
+    return choice
+
+
+def _by_capacity(case: Case, work: Workload) -> Choice:
+    model, task = case.model, case.customer.task
+    ranks = ranks_of(model)
+    least = max((e["rank"] for e in case.published.entries("least_rank", task=task)), default=1)
+    usable = [r for r in ranks if r >= least] or [ranks[-1]]
+    if work.bits is None:
+        holds = ROOM * BITS_PER_PARAMETER * trained(model, usable[0])
+        unit = "episodes" if task == "rl" else "tokens that bear loss, at 1 bit each"
+        room = f"Rank {usable[0]} has room for {holds:.2g} {unit}"
+        why = f"how much is trained on is not stated. {room}"
+        return Choice("open", usable[0], None, BY_CAPACITY, why)
+    roomy = [r for r in usable if (load_at(work.bits_high, model, r) or 0.0) <= ROOM]
+    rank = roomy[0] if roomy else usable[-1]
+    low = load_at(work.bits_low, model, rank) or 0.0
+    high = load_at(work.bits_high, model, rank) or 0.0
+    if roomy:
+        method = "lora"
+        why = (
+            f"rank {rank} is the smallest from {least} on whose load stays below {ROOM} at the "
+            "high end of the bits"
+        )
+    elif low > FULL:
+        method = "full"
+        why = (
+            f"even rank {rank}, the highest tried against full fine-tuning at this width, has a "
+            f"load of {low:.2g} or more: above {FULL:g}"
+        )
+    else:
+        method = "open"
+        why = (
+            f"rank {rank} has a load between {low:.2g} and {high:.2g}: neither surely below {ROOM} "
+            f"nor surely above {FULL:g}. Run the sweep"
+        )
+    return Choice(method, rank, load_at(work.bits, model, rank), BY_CAPACITY, why)
+
+
+def regret_at(points: Iterable[MeasuredRegret], load: float) -> Interval | None:
+    """Return a rank's regret at a load between those measured, in percent of the gain.
+
+    Between two loads each end is interpolated in the logarithm. None outside the loads measured.
+    """
+    for left, right in pairwise(sorted(points, key=lambda p: p.load)):
+        if left.load <= load <= right.load:
+            t = math.log(load / left.load) / math.log(right.load / left.load)
+            pairs = zip(left.regret, right.regret, strict=True)
+            return Interval(*((1 - t) * (a or 0.0) + t * (b or 0.0) for a, b in pairs))
+    return None
+
+
+def _by_regret(case: Case, work: Workload) -> Choice | None:
+    """Choose by measured regret; None where it does not cover the case."""
+    c, model = case.customer, case.model
+    points = case.kept.covering(model.hidden_size) if c.task == "sft" and work.bits else []
+    found: dict[int, Interval] = {}
+    for rank in sorted({p.rank for p in points}):
+        load = load_at(work.bits, model, rank)
+        regret = regret_at([p for p in points if p.rank == rank], load or 0.0)
+        if regret is not None:
+            found[rank] = regret
+    if not found:
+        return None
+    text = ", ".join(f"rank {r} {i.text()}" for r, i in found.items())
+    good = [r for r, i in found.items() if i.high is not None and i.high <= c.max_regret]
+    if good:
+        method, rank = "lora", good[0]
+        why = f"smallest rank with a regret of at most {c.max_regret:g}% of the gain, of {text}"
+    else:
+        rank = max(found)
+        low = found[rank].low
+        behind = low is not None and low > c.max_regret
+        method = "full" if behind else "open"
+        why = (
+            f"the highest rank measured has a regret {'above' if behind else 'perhaps above'} "
+            f"{c.max_regret:g}% of the gain: {text}"
+        )
+    return Choice(method, rank, load_at(work.bits, model, rank), BY_REGRET, why)
+
+
+def _note_rank(case: Case, choice: Choice) -> None:
+    model, published = case.model, case.published
+    larger = next((r for r in ranks_of(model) if r > choice.rank), None)
+    more = "no larger standard rank was tried at this width"
+    if larger is not None:
+        extra = trained(model, larger) - trained(model, choice.rank)
+        more = f"rank {larger} would add {2 * extra / 2**20:,.0f} MiB to each adapter in bf16"
+    gaps = ", ".join(
+        f"{e['model']} " + " ".join(f"r{r} +{g}" for r, g in e["gaps"].items())
+        for e in published.entries("rank_gaps")
+    )
+    floors = published.entries("least_rank", task=case.customer.task)
+    sources = dict.fromkeys(published.where(e["source"]) for e in floors)
+    formula = f"{choice.why}; {more}. Loss above rank 128's in public, nats: {gaps or 'none known'}"
+    source = "; ".join(sources) or "the smallest standard rank"
+    inputs = {"ranks": list(ranks_of(model)), "width": model.hidden_size}
+    case.trace.note("rank", choice.rank, formula, source, Sure.ONCE, **inputs)
+    experts = ""
+    if model.n_experts:
+        each = f"rank / {model.n_active_experts} active ones"
+        experts = f", each of the {model.n_experts} experts with {each}"
+    formula = (
+        f"attention, MLP and unembedding{experts}; a router stays frozen. PEFT's all-linear leaves "
+        "the unembedding out"
+    )
+    source = f"{published.where('study')}, figures 4 and 5"
+    case.trace.note("layers", LAYERS, formula, source, Sure.PUBLISHED)
+    if choice.rank < 8:
+        case.trace.warn(
+            f"rank {choice.rank} is served as rank 8, padded, or merged: servers take 8 and more"
+        )

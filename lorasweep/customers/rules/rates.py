@@ -1,0 +1,129 @@
+"""The learning rate with its interval: measured where this very model was, else published.
+
+The interval is the disagreement of the sources, and half a step of their grids each way. A ratio or
+learning rate measured on one size is never carried to another.
+"""
+
+import math
+from dataclasses import dataclass
+
+from lorasweep.customers.evidence import Case, Published, Sure
+from lorasweep.customers.rules.workload import Workload
+from lorasweep.spec.model import ModelSpec
+
+SHORT = 100
+"""Updates below which the study reports a ratio of about 15 instead of 10, which its authors call
+an anecdote."""
+SHORT_FACTOR = 1.5
+STEP = 1.8
+"""Factor by which a published best learning rate is uncertain each way: half a step, in the
+logarithm, of the coarsest public grid (learning rates 3.3 apart). Without it 7 of 10 best learning
+rates of sources that were held out lay outside the interval (analysis/results/advice)."""
+LAW_WIDTH = 2000
+ALPHA = 32
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate to start from."""
+
+    rate: float
+    low: float
+    high: float
+    source: str
+
+
+def family_of(model: ModelSpec) -> str | None:
+    """Return 'llama' or 'qwen', the families of the published law, or None."""
+    words = f"{model.name} {model.location}".lower()
+    return next((f for f in ("llama", "qwen") if f in words), None)
+
+
+def law_rate(published: Published, family: str, hidden: int, method: str) -> float | None:
+    """Return the learning rate of the published law; None if its source was taken out."""
+    law = published.values["law"]
+    if law is None:
+        return None
+    factor = law["factor"] if method == "lora" else 1
+    return float(law["base"] * factor * (LAW_WIDTH / hidden) ** law["exponents"][family])
+
+
+def rate_of(case: Case, method: str, rank: int, work: Workload) -> Rate:
+    """Return the learning rate of a method: lora (alpha 32, scaled by alpha / rank), or full."""
+    published = case.published
+    measured = _measured(case, method)
+    found = measured or _published(case, method, rank)
+    step = 1.0 if measured else STEP
+    low, high = min(found.values()) / step, max(found.values()) * step
+    middle = [v for name, v in found.items() if name.endswith(", best") or name.startswith("law")]
+    if not measured and len(middle) != 1:  # no law, or two families that disagree
+        middle = list(found.values())
+    rate = math.exp(sum(map(math.log, middle)) / len(middle))
+    formula = (
+        "the measured best learning rate"
+        if measured
+        else "the published law where one family is known, else the geometric mean; low and high "
+        "are the ends of the sources, half a step of their grids further"
+    )
+    few = work.steps is not None and work.steps < SHORT
+    if few and case.customer.task == "sft" and method == "lora" and not measured:
+        high *= SHORT_FACTOR
+        formula += f"; high times {SHORT_FACTOR:g} as the run is short"
+        case.trace.warn(
+            f"{work.steps} updates: below {SHORT} the study saw higher best learning rates (about "
+            f"{SHORT_FACTOR:g} times, an anecdote), so try {high:.2g} as well"
+        )
+    sources = "; ".join(found)
+    keys = [k for k in published.values["sources"] if f"({k})" in sources]
+    source = "; ".join(published.where(k) for k in keys) or "analysis/results: lr_ratio"
+    inputs = {"low": low, "high": high, "sources": sources}
+    inputs |= {"alpha": ALPHA} if method == "lora" else {}
+    sure = Sure.MEASURED if measured else Sure.ONCE
+    case.trace.note("lr", rate, formula, source, sure, **inputs)
+    _note_factor(case)
+    return Rate(rate, low, high, sources)
+
+
+def _measured(case: Case, method: str) -> dict[str, float]:
+    """Return the ends of the measured best learning rates of this very model; empty without any."""
+    arm = "fullft" if method == "full" else "lora"
+    found: dict[str, float] = {}
+    for o in case.kept.optima:
+        if case.customer.task == "sft" and o.model == case.model.name and o.method == arm:
+            where = f"lr_ratio at {o.scale} on {o.dataset}"
+            ends = {"low end": o.rate.low, "best": o.rate.value, "high end": o.rate.high}
+            found |= {f"{where}, {end}": v for end, v in ends.items() if v is not None}
+    return found
+
+
+def _published(case: Case, method: str, rank: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    task, model, published = case.customer.task, case.model, case.published
+    if task == "sft":
+        family = family_of(model)
+        for name in [family] if family else ["llama", "qwen"]:
+            law = law_rate(published, name, model.hidden_size, method)
+            if law is not None:
+                found[f"law of {name}s (tinker_law)"] = law
+        best = published.best_rate(model.location, rank) if method == "lora" else None
+        if best is not None:
+            found[f"best of this model near rank {rank} (tinker_sweep)"] = best
+    for e in published.entries("rates", task=task, method=method):
+        found[f"{e['what']} ({e['source']})"] = e["rate"]
+    return found
+
+
+def _note_factor(case: Case) -> None:
+    """Note the factor between LoRA's best learning rate and full fine-tuning's."""
+    measured = "; ".join(
+        f"{v.found.text()} on {v.group.partition(' ')[0]} ({v.outcome})"
+        for v in case.kept.about("lr_ratio", "ratio")
+        if v.found
+    )
+    formula = (
+        "best LoRA learning rate over best full fine-tuning learning rate at alpha 32 in SFT; 2 to "
+        f"4 in RL (zhu). Measured here, and only for these models: {measured or 'nothing kept'}. "
+        f"Outdated: {case.published.values['outdated']}"
+    )
+    source = f"{case.published.where('study')}, its fit to 14 models: 9.8"
+    case.trace.note("lr_factor", 10, formula, source, Sure.ONCE)

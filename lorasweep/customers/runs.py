@@ -1,0 +1,412 @@
+"""Build the runs that each customer's adapter is chosen from, or say what is wrong with a customer.
+
+Also decides by which rules a fleet reads rows: those on the command line, then those its folder
+keeps.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lorasweep.customers.advice import Advice, advise
+from lorasweep.customers.customer_sweep import middle_rates, plain_name
+from lorasweep.customers.evidence import Known
+from lorasweep.customers.read import COLUMNS, Customer, Failed, RowError, shape_of
+from lorasweep.customers.rows import BY_ROW, CHAT, PLAIN, SPLITS, Rows, Rules, rows_of, with_lengths
+from lorasweep.customers.rules.rates import ALPHA
+from lorasweep.errors import DataError, ModelError, SpecError
+from lorasweep.methods.lora import LoRA
+from lorasweep.plan.gpu.forecast import Forecaster
+from lorasweep.plan.gpu.placement import Misfit
+from lorasweep.spec.dataset import FIRST_RENDER
+from lorasweep.spec.evaluations import why_not_early
+from lorasweep.spec.method import parse_layers
+from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.run import RunSpec, validate
+from lorasweep.store import files
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.grid import Point, around
+from lorasweep.sweep.request import Request
+
+APART = 3.0
+"""Factor between the learning rates that are tried: any other is within 1.7 of one of them, and
+those of public grids are as far apart (rules/rates.py, STEP)."""
+MOST_RATES = 9
+FORM = {"template", "render", "mask"}
+"""Fields of a data set that a fleet takes from the command line."""
+SAFE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+RULES = "fleet.json"
+"""File of a fleet's folder: how the fleet reads rows and what it adapts, as first decided."""
+
+
+@dataclass(frozen=True)
+class Advised:
+    """The advice, as far as a card repeats it."""
+
+    method: str
+    """lora, full or open."""
+    why: str
+    rank: int
+    load: float | None
+    """Bits of the data over the capacity of the rank."""
+    lr_source: str
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A customer of a fleet with the runs that are trained for it, or with what is wrong."""
+
+    where: str
+    """Its place in the table, such as 'row 3'."""
+    name: str
+    folder: str
+    """Its name, safe as the name of a folder; also of its data set and in what is printed."""
+    problem: str = ""
+    """Why it has no runs. Then the fields below have no values."""
+    advised: Advised = None  # type: ignore[assignment]
+    rows: Rows = None  # type: ignore[assignment]
+    points: list[Point] = field(default_factory=list)
+    """A run for each learning rate, lowest first."""
+    not_early: str = ""
+    """Why early stopping was asked for and is left out."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON values without its runs, for `planned`."""
+        values = {**vars(self), "points": []}
+        if self.points:
+            values["advised"] = vars(self.advised)
+            values["rows"] = {k: v for k, v in vars(self.rows).items() if k != "dataset"}
+        return values
+
+
+def planned(fleet: Iterable[dict[str, Any]], points: Iterable[Point]) -> list[Member]:
+    """Rebuild a fleet from the values of `Member.plain` and the runs of all its members."""
+    runs: dict[str, list[Point]] = {}
+    for p in points:
+        runs.setdefault(p.arm, []).append(p)
+    found = []
+    for values in fleet:
+        mine = runs.get(values["folder"], [])
+        if values["advised"] is not None:
+            rows = Rows(dataset=mine[0].spec.dataset, **values["rows"])
+            advised = Advised(**values["advised"])
+            values = {**values, "advised": advised, "rows": rows, "points": mine}
+        found.append(Member(**values))
+    return found
+
+
+def folder_of(name: str) -> str:
+    """Return a name that is safe as a folder's on any file system, unique for each customer."""
+    if SAFE.fullmatch(name):
+        return name
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{plain_name(name)[:48]}-{digest}"
+
+
+# ---------------------------------------------------------------- customers to runs
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all customers' runs share."""
+
+    base: RunSpec
+    """Its model, data set, rank, alpha, layers, learning rate, batch and updates are replaced."""
+    rates: int
+    """Learning rates that are tried around the advised one; 1: the advised one only."""
+    instead_of_full: str
+    """lora: LoRA is trained although the adviser says full fine-tuning."""
+    tokenizer_of: Callable[[ModelSpec], Any]
+    """Raises a ModelError where a base cannot be had."""
+    data_dirs: Sequence[str]
+    planner: Forecaster | None = None
+    """Of the GPUs that train, if they are named: a base must fit on one of them."""
+    rules: Rules = field(default_factory=Rules)
+
+    def __post_init__(self) -> None:
+        """Check it.
+
+        Raises:
+            SpecError: adapters cannot be trained with it.
+        """
+        base = self.base
+        if not isinstance(base.method, LoRA) or base.objective != "sft":
+            raise SpecError(
+                f"method={base.method.name} objective={base.objective}: a fleet trains adapters on "
+                "given answers. Set method=lora and objective=sft."
+            )
+        if self.rates != 1 and not 3 <= self.rates <= MOST_RATES:
+            raise SpecError(
+                f"rates={self.rates}. Expected advised, or the number of learning rates around the "
+                f"advised one: 3 to {MOST_RATES}."
+            )
+        if base.early_stopping < 0:
+            raise SpecError(
+                f"early_stopping={base.early_stopping}. Expected 0 (off), or the number of "
+                "evaluations in a row without improvement after which a run ends: 2 or 3."
+            )
+        if self.instead_of_full not in ("", "lora"):
+            raise SpecError(
+                f"instead_of_full={self.instead_of_full!r}. Allowed: lora, or leave it out."
+            )
+
+
+def build_runs(customers: Iterable[Customer | Failed], known: Known, setup: Setup) -> list[Member]:
+    """Advise each customer and build its runs; one that is wrong does not affect the others."""
+    found = []
+    for c in customers:
+        try:
+            found.append(c if isinstance(c, Failed) else _member(c, known, setup))
+        except (RowError, SpecError) as error:
+            problems = getattr(error, "problems", [str(error)])
+            found.append(Failed(c.where, c.name, problems))
+    return [
+        Member(f.where, f.name, folder_of(f.name), f.error) if isinstance(f, Failed) else f
+        for f in found
+    ]
+
+
+def _member(c: Customer, known: Known, setup: Setup) -> Member:
+    """Read and tokenize a customer's rows, take advice, and make the runs.
+
+    Raises:
+        RowError, SpecError: they cannot be trained.
+    """
+    model = shape_of(c, known.models)
+    if c.task != "sft":
+        raise RowError(f"column task: a fleet is trained on answers, not by {c.task}.")
+    if c.data is None:
+        raise RowError(
+            "column data: missing. It holds a .jsonl file, a folder with train.jsonl, or a "
+            "data set of the hub as owner/name."
+        )
+    try:
+        tokenizer = setup.tokenizer_of(model)
+    except ModelError as error:
+        raise RowError(f"column model: {error}") from None
+    try:
+        rows = rows_of(folder_of(c.name), c.data, setup.rules, tokenizer)
+        rows, tokens = with_lengths(rows, tokenizer, c.max_length, setup.data_dirs)
+    except (DataError, OSError) as error:
+        raise RowError(f"column data: {error}") from None
+    if tokens < COLUMNS["tokens_per_example"].low:
+        raise RowError(f"column data: {tokens:.2g} tokens of a mean row bear loss. Expected 1.")
+    counted: dict[str, Any] = {
+        "max_length": c.max_length or rows.dataset.max_length,
+        "tokens_per_example": c.tokens_per_example or round(tokens, 1),
+    }
+    if rows.dataset.source == "hub":  # counted here, as the adviser does not use the network
+        counted |= {"examples": c.examples or rows.n_train, "data": None}
+    advice = advise(dataclasses.replace(c, **counted), known)
+    points, not_early = _points(advice, rows, setup)
+    warnings = advice.trace.warnings
+    if rows.dataset.source != "hub":  # a card names no folder of this machine
+        warnings = [text.replace(c.data, Path(c.data).name) for text in warnings]
+    choice, source = advice.choice, advice.rate.source
+    advised = Advised(choice.method, choice.why, choice.rank, choice.load, source, warnings)
+    return Member(c.where, c.name, folder_of(c.name), "", advised, rows, points, not_early)
+
+
+def _points(advice: Advice, rows: Rows, setup: Setup) -> tuple[list[Point], str]:
+    """Return a run for each learning rate, and why early stopping is left out if it is."""
+    choice, work, c, base = advice.choice, advice.work, advice.customer, setup.base
+    if choice.method == "full" and setup.instead_of_full != "lora":
+        raise RowError(
+            f"the adviser says full fine-tuning: {choice.why}. Add instead_of_full=lora to "
+            f"train LoRA of rank {choice.rank} nevertheless; its card will say so."
+        )
+    size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": setup.rules.layers}
+    steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / work.batch_size))
+    rate, patience = middle_rates(advice)[0], base.early_stopping
+    not_early = why_not_early(patience, steps, rows.dataset.n_validation) if patience else ""
+    spec = dataclasses.replace(
+        base,
+        model=advice.model,
+        dataset=rows.dataset,
+        method=dataclasses.replace(base.method, **size),
+        batch_size=work.batch_size,
+        steps=steps,
+        lr=rate,
+        early_stopping=0 if not_early else patience,
+    )
+    tried = setup.rates if rows.held_out else 1
+    rates = [rate] if tried == 1 else around(rate, tried, APART)
+    specs = [dataclasses.replace(spec, lr=lr) for lr in rates]
+    for spec in specs:
+        validate(spec)
+    if setup.planner is not None:
+        _check_one_gpu(specs[0], setup.planner)
+    return [Point(folder_of(c.name), spec) for spec in specs], not_early
+
+
+def _check_one_gpu(spec: RunSpec, planner: Forecaster) -> None:
+    """Refuse a base that takes more than one GPU: its adapter would not be kept."""
+    place = planner.kind(spec).place
+    if isinstance(place, Misfit):
+        raise RowError(f"{place.why}. It fits with {place.remedy}.")
+    if place.layout.gpus > 1:
+        raise RowError(
+            f"{spec.model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), and "
+            "a fleet trains on one each. Choose a smaller model, or larger GPUs (hardware=...)."
+        )
+
+
+# ---------------------------------------------------------------- a request's fleet
+
+
+def fleet_of(
+    request: Request, customers: Sequence[Customer | Failed], known: Known
+) -> tuple[Rules, list[Member]]:
+    """Return by which rules rows are read, and the customers with their runs.
+
+    Settings of the command line come first, then what the fleet's folder keeps. A fleet that was
+    trained before folders kept rules keeps the rules of that time, if runs exist that today's rules
+    would train again.
+
+    Raises:
+        SpecError: no fleet can be trained so.
+    """
+    if request.exec.world_size > 1:
+        raise SpecError("a fleet trains each pack in one process. Leave exec.world_size out.")
+    spec = request.points[0].spec
+    hardware, tokenizers, dirs = known.hardware, _tokenizers(request), data_dirs(request)
+    planner = Forecaster(hardware, request.exec) if hardware and hardware.has_speeds else None
+    setup = Setup(spec, request.rates, request.instead_of_full, tokenizers, dirs, planner)
+
+    def members(rules: Rules) -> list[Member]:
+        return build_runs(customers, known, dataclasses.replace(setup, rules=rules))
+
+    given = _given(request)
+    kept = read_rules(fleet_folder(request))
+    rules = dataclasses.replace(kept or Rules(layers=spec.method.plain()["layers"]), **given)
+    found = members(rules)
+    there = set() if kept else set(RunStore(request.exec.runs_dir).existing())
+    if not there:
+        return rules, found
+    of_scale = {"template": spec.dataset.template, "render": spec.dataset.render}
+    past = dataclasses.replace(rules, **of_scale, split=BY_ROW)
+    then = members(past)
+    now, before = ({p.id for m in fleet for p in m.points} for fleet in (found, then))
+    if (before - now).isdisjoint(there):
+        return rules, found
+    print(
+        "This fleet was trained before its folder recorded how rows are read. It keeps the prompt "
+        f"form of scale={request.scale}, and held-out rows may share prompts with training rows. "
+        "To train it by today's rules, add exec.runs_dir=DIR out=DIR.",
+        file=sys.stderr,
+    )
+    return past, then
+
+
+def _given(request: Request) -> dict[str, Any]:
+    """Return the rules that stand on the command line.
+
+    Raises:
+        SpecError: a setting of the data set would have no effect.
+    """
+    keys, spec = set(request.given), request.points[0].spec
+    asked = {k.removeprefix("dataset.") for k in keys if k.startswith("dataset.")}
+    if asked - FORM:
+        raise SpecError(
+            f"dataset.{min(asked - FORM)} has no effect in a fleet, whose rows the table names. "
+            f"Allowed: {', '.join(f'dataset.{name}' for name in sorted(FORM))}; of one customer "
+            "the column max_length."
+        )
+    form = asked & {"template", "render"} | ({"template", "render"} if "dataset" in keys else set())
+    found: dict[str, Any] = {}
+    if form:
+        found["render"] = spec.dataset.render if "render" in form else FIRST_RENDER
+        by_default = PLAIN if found["render"] == FIRST_RENDER else CHAT
+        found["template"] = spec.dataset.template if "template" in form else by_default
+    if "mask" in asked:
+        found["mask"] = spec.dataset.mask
+    if "method.layers" in keys:
+        found["layers"] = spec.method.plain()["layers"]
+    return found
+
+
+def _tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
+    """Return a look-up of tokenizers that raises what is wrong with a base; each is tried once."""
+    from lorasweep.models import load
+
+    dirs = request.exec.models_dir
+    fetched = request.cluster.kind == "slurm" and request.action != "fetch"
+
+    @cache
+    def look(model: ModelSpec) -> tuple[Any, str]:
+        try:
+            load.check_available(model, dirs, fetched)
+            return load.tokenizer_of(model, dirs), (
+                f"model {model.name!r} has no tokenizer, and customers' rows are text. Put its "
+                "tokenizer's files beside the weights, or choose a model that reads text."
+            )
+        except (ModelError, OSError, ValueError) as error:
+            return None, str(error)
+
+    def tokenizer_of(model: ModelSpec) -> Any:
+        found, problem = look(model)
+        if not found:
+            raise ModelError(problem)
+        return found
+
+    return tokenizer_of
+
+
+def data_dirs(request: Request) -> list[str]:
+    """Return where data are looked for: as the adviser does, first in the current folder."""
+    return [os.getcwd(), *request.exec.data_dir]
+
+
+def fleet_name(request: Request) -> str:
+    """Return the name of a table's fleet."""
+    return "fleet-" + re.sub(r"[^\w.-]+", "_", Path(request.customers).stem)
+
+
+def fleet_folder(request: Request) -> Path:
+    """Return the fleet's folder: out, or below the reports."""
+    out = request.out or Path(request.exec.reports_dir) / fleet_name(request)
+    return Path(out).expanduser().absolute()
+
+
+# ---------------------------------------------------------------- rules kept in a fleet's folder
+
+
+def read_rules(folder: Path) -> Rules | None:
+    """Return the rules that a fleet's folder keeps; None if there are none.
+
+    Raises:
+        SpecError: they cannot be read.
+    """
+    path = folder / RULES
+    if not path.exists():
+        return None
+    remedy = (
+        "It says how this fleet's rows are read. Get it back as it was, name another folder with "
+        "out=DIR, or delete it, and runs by other rules are trained again."
+    )
+    try:
+        found = Rules(**json.loads(path.read_text()))
+        known = found.split in SPLITS and (found.render is None) == (found.template is None)
+        parse_layers(found.layers)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise SpecError(f"{path} cannot be read ({error}). {remedy}") from None
+    if not known:
+        raise SpecError(f"{path}: {json.dumps(dataclasses.asdict(found))} is not known. {remedy}")
+    return found
+
+
+def write_rules(folder: Path, rules: Rules) -> None:
+    """Keep the rules in a fleet's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(rules), indent=1)
+    files.write_atomic(folder / RULES, text.encode())

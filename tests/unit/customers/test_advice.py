@@ -1,0 +1,263 @@
+"""The whole answer: every column counts, every number is traced, habits are flagged, pages are safe."""
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+
+from lorasweep.customers import customer_sweep, pages
+from lorasweep.customers.advice import KEYS, answers, plain_of, totals
+from lorasweep.customers.evidence import Sure, read_information
+from lorasweep.customers.read import COLUMNS, Row, check_rows
+from lorasweep.data import own
+from lorasweep.errors import SpecError
+from tests.customers import write_json
+from tests.unit.customers.world import advice, known
+
+SFT = {
+    "name": "acme", "model": "mine", "task": "sft", "examples": 20_000, "tokens_per_example": 200,
+    "bits_per_token": 1.0, "max_length": 1024, "batch_size": 64, "hardware": "h100", "gpus": 4,
+    "price_per_gpu_h": 2.0, "adapters_served": 3, "max_regret": 2, "layers": "all", "rank": 16,
+    "lr": 2e-4, "epochs": 1, "hidden_size": 1024, "n_layers": 28, "n_heads": 16, "n_kv_heads": 8,
+    "head_size": 128, "mlp_size": 3072, "vocab_size": 32_000, "tied": False,
+}  # fmt: skip
+MOVES = {
+    "model": "my-qwen", "task": "rl", "examples": 40_000, "tokens_per_example": 300,
+    "bits_per_token": 2.0, "max_length": 2048, "epochs": 2, "batch_size": 128, "steps": 300,
+    "episodes": 9000, "hardware": "a100", "gpus": 2, "price_per_gpu_h": 4.0, "adapters_served": 30,
+    "max_regret": 9, "layers": "attention", "rank": 64, "lr": 1e-5, "hidden_size": 2048,
+    "n_layers": 20, "n_heads": 8, "n_kv_heads": 4, "head_size": 64, "mlp_size": 2048,
+    "vocab_size": 64_000, "tied": True, "n_experts": 8, "n_active_experts": 4,
+}  # fmt: skip
+AGAINST = {
+    "episodes": {"task": "rl"},
+    "n_experts": {"n_experts": 16, "n_active_experts": 2},
+    "n_active_experts": {"n_experts": 8, "n_active_experts": 2},
+    "steps": {"epochs": None, "examples": None, "steps": 200},
+}
+"""The row that a change is compared with, where it is not SFT."""
+
+
+def said(**columns):
+    values = {k: v for k, v in {**SFT, **columns}.items() if v is not None}
+    found = advice(**values).plain()
+    return {k: v for k, v in found.items() if k not in ("name", "model", "task")}
+
+
+def answers_to(*rows):
+    """The answers to changes of SFT, named a, b, c, ... in rows 2, 3, 4, ..."""
+    changed = [{**SFT, "name": "abc"[k], **row} for k, row in enumerate(rows)]
+    return answers(check_rows([Row(f"row {k}", r) for k, r in enumerate(changed, 2)]), known())
+
+
+def test_every_column_is_tried():
+    assert MOVES.keys() | {"name", "data"} == COLUMNS.keys()
+
+
+@pytest.mark.parametrize("column", MOVES)
+def test_every_column_but_the_name_moves_an_answer(column):
+    base = AGAINST.get(column, {})
+    assert said(**base) != said(**{**base, column: MOVES[column]})
+
+
+def test_the_name_moves_nothing():
+    assert said(name="a") == said(name="b")
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x" * 800}]
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    return write_json(tmp_path / "train.jsonl", [{"messages": CHAT}] * 7)
+
+
+def test_data_are_counted_instead_of_stated(rows_file):
+    free = {"examples": None, "batch_size": None}
+    counted = said(data=str(rows_file), **free)
+    assert counted["bits"] == 7 * 200
+    in_folder = said(data=str(rows_file.parent), **free)
+    assert {**counted, "warnings": []} == {**in_folder, "warnings": []}
+    assert said(examples=9, batch_size=None) != counted
+    found = advice(**{**SFT, **free, "data": str(rows_file), "tokens_per_example": ""})
+    assert found.work.tokens == 800 / 4
+    assert found.trace.reasons["tokens_per_example"].sure is Sure.ASSUMED
+    other, gone = answers_to({"data": str(rows_file), "examples": 9}, {"data": "no"})
+    assert "9 stated" in other.error and "has 7 rows" in other.error
+    assert "column data: " in gone.error
+    rows_file.write_text("not json\n")
+    (broken,) = answers_to({"data": str(rows_file)})
+    assert "train.jsonl:1: not a JSON row" in broken.error
+
+
+def measured(folder, sha256, model="mine", **whole):
+    """A file as action=measure writes it: three rows of seven were measured."""
+    values = {"value": 9000.0, "low": 8000.0, "high": 10_000.0, **whole}
+    found = {
+        "model": model,
+        "rows_sha256": sha256,
+        "rows": {"measured": 3, "all": 7},
+        "loss_tokens": {"measured": 300, "all": 770},
+        "prequential": {"bits": {"all": values}},
+    }
+    write_json(folder / f"information/{model}.json", [found])
+
+
+def test_what_was_measured_of_the_data_and_the_model_is_taken(rows_file, tmp_path):
+    columns = {"examples": "", "tokens_per_example": "", "data": str(rows_file)}
+
+    def answer(**more):
+        information = read_information([tmp_path / "no", tmp_path])
+        world = dataclasses.replace(known(), information=information)
+        return advice(world, **{**SFT, **columns, **more})
+
+    def asks_to_measure():
+        command = f"action=measure model=mine data={rows_file}"
+        return any(command in text for text in answer().trace.warnings)
+
+    assert asks_to_measure()
+    sha256 = own.count(str(rows_file)).sha256[: own.DIGITS]
+    measured(tmp_path, sha256, model="another")
+    measured(tmp_path, "0" * 16)
+    assert asks_to_measure()
+    measured(tmp_path, sha256, value=None)
+    assert asks_to_measure()
+    measured(tmp_path, sha256)
+    found = answer()
+    assert (found.work.bits, found.work.bits_low, found.work.bits_high) == (9000, 8000, 10_000)
+    assert found.work.tokens == 110 and not asks_to_measure()
+    reason = found.trace.reasons["bits"]
+    assert reason.sure is Sure.MEASURED and "3 of 7 rows" in reason.source
+    half = answer(epochs=0.5)
+    assert (half.work.bits, half.work.bits_low, half.work.bits_high) == (4500, 4000, 5000)
+
+
+def test_answers_and_errors_have_the_promised_keys():
+    good, bad = map(plain_of, answers_to({}, {"model": ""}))
+    assert set(KEYS) <= good.keys() and good["error"] is None
+    assert set(KEYS) == bad.keys() and bad["error"].startswith("row 3: ")
+    json.dumps([good, bad], allow_nan=False)
+
+
+def test_every_number_has_a_formula_and_a_source():
+    reasons = advice(**SFT).trace.reasons
+    wanted = (
+        *("method", "load", "rank", "layers", "lr", "batch_size_max", "steps_min", "bits"),
+        *("peak_gib_lora", "peak_gib_full", "hours_lora", "hours_full", "cost_usd_lora"),
+        *("flops_ratio", "serving_gib_lora", "serving_gib_full", "lr_factor"),
+    )
+    assert set(wanted) <= reasons.keys()
+    assert all(r.formula and r.source and r.line() for r in reasons.values())
+
+
+# ---------------------------------------------------------------- habits and conditions
+
+
+@pytest.mark.parametrize(
+    "columns, says",
+    [
+        ({"layers": "attention"}, ("0.007 to 0.009 nats", "31% of the capacity")),
+        ({"rank": 64}, ("rank 64", "ask for rank 16")),
+        ({"rank": 256}, ("Rank 256 is 16 times",)),
+        ({"lr": 2e-5}, ("0.027 nats on meta-llama/Llama-3.1-8B", "recipes: original REFUTED")),
+        ({"batch_size": 512}, ("a batch of 512",)),
+        ({"rank": 4}, ("planned rank 4",)),
+        ({"task": "rl", "rank": 128}, ("collapsed",)),
+    ],
+)
+def test_each_wrong_habit_is_flagged_with_its_cost(columns, says):
+    plan = {"examples": 50_000, "tokens_per_example": 300}
+    warned = " | ".join(advice(**plan, **columns).trace.warnings)
+    assert all(text in warned for text in says), warned
+    good = advice(**plan, layers="all", rank=16, lr=3e-4, batch_size=32)
+    assert "habit" not in " ".join(good.trace.warnings)
+
+
+def test_conditions_are_met_missed_or_unknown():
+    def states(**columns):
+        return [c.state for c in advice(**columns).conditions]
+
+    good = {"examples": 50_000, "tokens_per_example": 300, "lr": 2.5e-4, "batch_size": 32}
+    good["rank"] = 16
+    bad = {"examples": 10**7, "tokens_per_example": 1000, "lr": 1e-2, "batch_size": 4096}
+    bad |= {"rank": 1, "layers": "attention", "steps": 10}
+    assert states(**good) == ["met"] * 5 and states(**bad) == ["missed"] * 5
+    assert states() == ["unknown", "met", "unknown", "met", "unknown"]
+    assert all(c.evidence for c in advice(**good).conditions[:4])
+    cited = " ".join(advice(task="rl", episodes=10_000).conditions[0].evidence)
+    assert "rl: rank_1" in cited and "regime" not in cited
+    assert "rl_bits" not in cited  # withdrawn
+
+
+def test_a_plan_that_the_model_cannot_have_is_an_error_of_the_row():
+    moe = {"model": "qwen3-30b-a3b", "task": "sft", "examples": 20_000}
+    rows = [{"name": "a", **moe, "rank": 3}, {"name": "b", **moe, "layers": "router"}]
+    odd, router = answers(check_rows([Row("row 2", r) for r in rows]), known())
+    assert "column rank: rank=3" in odd.error and "multiple of 8" in odd.error
+    assert not plain_of(router)["error"]
+    (dense,) = answers_to({"layers": "router", "rank": None})
+    assert "column layers" in dense.error and "no experts" in dense.error
+
+
+# ---------------------------------------------------------------- pages and sums
+
+HOSTILE = '<img src=x onerror="alert(1)">|`*_'
+
+
+def test_a_page_holds_no_markup_of_customers_and_no_script():
+    found = answers_to({"name": HOSTILE}, {"name": "<b>x</b>", "model": "<i>no</i>"})
+    text = pages.html(found, HOSTILE)
+    assert not [tag for tag in ("<img", "<b>x", "<i>no", "<script") if tag in text]
+    assert "&lt;img src=x onerror=&#34;alert(1)&#34;&gt;" in text
+    assert "default-src 'none'" in text and "src=" not in text.replace("src=x", "")
+    written = pages.markdown(found, "t")
+    assert "<img" not in written and "\\|" in written and "<b>" not in written
+
+
+def test_the_portfolio_counts_and_sums():
+    found = answers_to({}, {"examples": 10**9, "adapters_served": 1}, {"model": ""})
+    t = totals(found)
+    assert (t["customers"], t["lora"], t["full"], t["errors"]) == (3, 1, 1, 1)
+    a, b = found[:2]
+    assert t["cost_usd"] == pytest.approx(a.costs.lora.cost_usd + b.costs.full.cost_usd)
+    adapters = 3 * a.costs.lora.file_mib + b.costs.lora.file_mib
+    assert t["serving_gib_lora"] == pytest.approx((a.costs.full.file_mib + adapters) / 1024)
+
+
+# ---------------------------------------------------------------- sweeps of a customer
+
+
+def rewarded(tmp_path, answer):
+    path = write_json(tmp_path / "train.jsonl", [{"question": "1 + 1?", "answer": answer}])
+    path.with_name("test.jsonl").write_text(path.read_text())
+    return advice(task="rl", episodes=4000, data=str(path), tokens_per_example=200)
+
+
+@pytest.mark.parametrize(
+    ("answer", "verifier"), [("so #### 2", "integer"), (r"so \boxed{\frac{4}{2}}", "math")]
+)
+def test_a_sweep_of_reinforcement_learning_names_the_verifier(tmp_path, answer, verifier):
+    lines = customer_sweep.write(rewarded(tmp_path, answer), tmp_path / "settle")
+    written = yaml.safe_load((tmp_path / "settle/dataset/settle_acme.yaml").read_text())
+    assert (written["verifier"], written["mask"]) == (verifier, "completion")
+    sweep = yaml.safe_load((tmp_path / "settle/sweep/settle_acme.yaml").read_text())
+    axes = sweep["axes"]
+    assert axes["batch_size"][0] % axes["group_size"][0] == 0 and sweep["analysis"] == "rl"
+    assert any(f"verifier: {verifier}" in line for line in lines)
+
+
+def test_no_sweep_is_written_where_nothing_verifies_the_answers(tmp_path):
+    with pytest.raises(SpecError, match="nothing verifies the answers"):
+        customer_sweep.write(rewarded(tmp_path, "two"), tmp_path)
+
+
+def test_a_written_sweep_reads_the_customers_own_form(tmp_path):
+    path = write_json(tmp_path / "support.jsonl", [{"question": "a", "answer": "b"}])
+    answer = advice(data=str(path), tokens_per_example=9)
+    lines = customer_sweep.write(answer, tmp_path / "settle")
+    written = yaml.safe_load((tmp_path / "settle/dataset/settle_acme.yaml").read_text())
+    assert written["prompt_field"] == "question" and written["train_split"] == "support"
+    assert any("put held-out rows in test.jsonl beside" in line for line in lines)
+    path.with_name("test.jsonl").write_text(path.read_text())
+    assert not any("held-out" in t for t in customer_sweep.write(answer, tmp_path / "settle"))

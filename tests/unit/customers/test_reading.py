@@ -1,0 +1,214 @@
+"""Rows of customers: types, defaults, and every way in which a row can be wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lorasweep.customers.advice import answers
+from lorasweep.customers.read import (
+    Customer,
+    Failed,
+    RowError,
+    customer_of,
+    read_customers,
+    shape_of,
+)
+from lorasweep.errors import SpecError
+from tests.unit.customers.world import known
+
+ROW = {"name": "acme", "model": "qwen3-8b", "task": "sft"}
+
+
+def problems(**columns):
+    with pytest.raises(RowError) as found:
+        customer_of({**ROW, **columns})
+    return found.value.problems
+
+
+def test_the_first_three_columns_are_enough_and_cells_are_text():
+    c = customer_of({**ROW, "task": " SFT ", "examples": "50,000", "lr": "2e-4", "epochs": ""})
+    assert (c.task, c.examples, c.lr, c.epochs) == ("sft", 50_000, 2e-4, None)
+    assert (c.max_regret, c.adapters_served) == (2.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"model": ""}, "column model: missing"),
+        ({"task": "dpo"}, "column task: task 'dpo' not found"),
+        ({"examples": "many"}, "column examples: expected a number (rows"),
+        ({"examples": "50k"}, "Write it out, as 50000"),
+        ({"examples": "1.5"}, "a whole number"),
+        ({"examples": "0"}, "at least 1"),
+        ({"gpus": "100000"}, "at most 512"),
+        ({"layers": "atention"}, "unknown layer set"),
+        ({"tied": "maybe"}, "expected true or false"),
+        ({"examples": "=B2*2"}, "is a formula"),
+        ({"name": "@SUM(A1)"}, "is a formula"),
+        ({"name": "+cmd|' /C calc'!A0"}, "is a formula"),
+        ({"exmaples": "3"}, "Did you mean 'examples'?"),
+        ({"episodes": "100"}, "only with task=rl"),
+        ({"tokens_per_example": "40000000"}, "If that is the total"),
+        ({"examples": "9e9", "tokens_per_example": "9000"}, "Is one of them the total of tokens?"),
+        ({"tokens_per_example": "900", "max_length": "512"}, "tokens_per_example and max_length"),
+        (
+            {"examples": "1000", "epochs": "1", "batch_size": "10", "steps": "500"},
+            "500 x 10 = 5,000, but examples x epochs = 1,000",
+        ),
+        ({"task": "rl", "episodes": "9000", "batch_size": "10", "steps": "9"}, "but episodes"),
+    ],
+)
+def test_a_wrong_cell_is_named_with_its_column(columns, says):
+    assert says in " ".join(problems(**columns))
+
+
+def test_all_problems_of_a_row_come_at_once():
+    assert len(problems(examples="x", gpus="-1", lr="y")) == 3
+
+
+def test_a_number_may_have_a_sign_and_is_no_formula():
+    assert customer_of({**ROW, "lr": "+2e-4"}).lr == 2e-4
+
+
+# ---------------------------------------------------------------- tables
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "name,model,task\n", "name,model,task\n,,\n"])
+def test_a_table_without_customers_says_what_one_looks_like(tmp_path, text):
+    with pytest.raises(SpecError, match=r"no customers in it\. Expected a header"):
+        read_customers(write(tmp_path / "c.csv", text))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name,model,task,exampels\na,b,sft,3\n", "Did you mean 'examples'"),
+        ("name,model\na,b\n", "no column task"),
+        ("name,model,task,task\na,b,sft,sft\n", "column task twice"),
+        ('name,model,task\n"a,b,sft\n', "row 2"),
+    ],
+)
+def test_a_wrong_header_is_refused_since_all_rows_would_be_misread(tmp_path, text, says):
+    with pytest.raises(SpecError, match=says):
+        read_customers(write(tmp_path / "c.csv", text))
+
+
+def test_tables_as_spreadsheets_write_them(tmp_path):
+    text = "\ufeffname;model;task;examples\r\nacme;qwen3-8b;sft;10\r\n\r\n;;;\r\nb;c;rl;2\r\n"
+    rows = read_customers(write(tmp_path / "c.csv", text))
+    assert [r.where for r in rows] == ["row 2", "row 5"]
+    assert rows[0] == Customer("acme", "qwen3-8b", "sft", 10, where="row 2")
+
+
+def test_yaml_holds_a_list_and_an_entry_that_is_none_is_an_error_of_its_own(tmp_path):
+    rows = read_customers(write(tmp_path / "c.yaml", "- {name: a, model: b, task: sft}\n- 3\n"))
+    assert rows[0].name == "a" and rows[1].where == "entry 2" and rows[1].problems
+    for text, says in (("a: 3\n", "expected a list"), ("- {", "not valid YAML")):
+        with pytest.raises(SpecError, match=says):
+            read_customers(write(tmp_path / "d.yaml", text))
+    with pytest.raises(SpecError, match="no such file"):
+        read_customers(tmp_path / "f.csv")
+
+
+def test_one_wrong_row_stops_no_other(tmp_path):
+    text = (
+        "name,model,task,examples,hardware\n"
+        "a,qwen3-8b,sft,1000,\n"
+        "b,qwen9,sft,1000,\n"
+        "c,qwen3-8b,sft,1000,h1000\n"
+        "d,qwen3-8b,sft,1000,,,3\n"
+        "a,qwen3-8b,sft,1000,\n"
+        "e,qwen3-8b,rl,1000,a100\n"
+    )
+    found = answers(read_customers(write(tmp_path / "c.csv", text)), known())
+    assert [isinstance(a, Failed) for a in found] == [False, True, True, True, True, False]
+    says = [a.error for a in found if isinstance(a, Failed)]
+    assert says[0].startswith("row 3: column model: model 'qwen9' not found")
+    assert "hidden_size" in says[0] and "config.json" in says[0]
+    assert says[1].startswith("row 4: column hardware: hardware 'h1000' not found")
+    assert says[2].startswith("row 5: 7 cells under 5 columns")
+    assert says[3].startswith("row 6: column name: 'a' was used by an earlier row")
+
+
+# ---------------------------------------------------------------- shapes
+
+SHAPE = {
+    "hidden_size": 1024, "n_layers": 28, "n_heads": 16, "n_kv_heads": 8, "head_size": 128,
+    "mlp_size": 3072, "vocab_size": 151936, "tied": True,
+}  # fmt: skip
+
+
+def shape(**columns):
+    return shape_of(customer_of({**ROW, **columns}), known().models)
+
+
+def test_a_model_is_known_by_its_name_and_by_the_hubs():
+    assert shape(model="Qwen/Qwen3-8B") == shape(model="qwen3-8B") == shape(model="qwen3-8b")
+
+
+def test_columns_give_the_shape_of_a_model_that_is_not_known():
+    model = shape(model="qwen3-0.6b", **SHAPE)
+    assert model.n_params == pytest.approx(596e6, rel=0.01)  # 0.6B, as its card says
+    with pytest.raises(RowError, match="mlp_size, vocab_size are missing"):
+        shape(model="x", **{k: v for k, v in SHAPE.items() if k not in ("mlp_size", "vocab_size")})
+    with pytest.raises(RowError, match="n_heads=16 is not a multiple of n_kv_heads=5"):
+        shape(model="x", **{**SHAPE, "n_kv_heads": 5})
+
+
+def test_columns_that_contradict_a_known_model_are_refused():
+    with pytest.raises(RowError, match="column n_layers: 28, but qwen3-8b has 36"):
+        shape(n_layers=28)
+
+
+def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):
+    path = tmp_path / "mine" / "config.json"
+    path.parent.mkdir()
+    config = {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "moe_intermediate_size": 768, "vocab_size": 151936, "num_experts": 128,
+        "num_experts_per_tok": 8,
+    }  # fmt: skip
+    path.write_text(json.dumps(config))
+    mine, shipped = shape(model=str(path)), shape(model="qwen3-30b-a3b")
+    assert mine == shape(model=str(path.parent))
+    assert (mine.n_params, mine.n_active_params) == (shipped.n_params, shipped.n_active_params)
+    del config["vocab_size"]
+    for text, says in ((json.dumps(config), "lacks vocab_size"), ("not json", "cannot be read")):
+        path.write_text(text)
+        with pytest.raises(RowError, match=says):
+            shape(model=str(path))
+    with pytest.raises(RowError, match="no file"):
+        shape(model=str(tmp_path / "gone.json"))
+
+
+@pytest.mark.parametrize(
+    "stated, stored, found",
+    [
+        ({"dtype": "float32"}, None, "fp32"),
+        ({"dtype": "bfloat16"}, None, "bf16"),
+        ({"torch_dtype": "float32"}, None, "fp32"),  # as transformers wrote it before 4.56
+        ({"torch_dtype": "float16"}, None, "fp32"),  # bf16 does not hold its values
+        ({"text_config": {"dtype": "float32"}}, None, "fp32"),
+        ({}, torch.float32, "fp32"),
+        ({"dtype": None}, torch.bfloat16, "bf16"),
+        ({}, None, "bf16"),  # the weights are elsewhere: as most are published
+    ],
+)
+def test_the_type_of_weights_is_read_from_the_models_folder(tmp_path, stated, stored, found):
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    config = {**shape, "intermediate_size": 16, **stated}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if stored is not None:
+        save_file(
+            {"a": torch.zeros(2, 2, dtype=stored), "norm": torch.zeros(2)},
+            tmp_path / "model-00001-of-00001.safetensors",
+        )
+    assert shape_of(Customer("any", str(tmp_path), "sft"), {}).weights_dtype == found

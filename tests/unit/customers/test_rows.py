@@ -1,0 +1,246 @@
+"""A customer's rows: their form, and which of them are training, validation and test rows."""
+
+import copy
+import dataclasses
+
+import pytest
+
+from lorasweep.customers.rows import BY_ROW, Rules, rows_of, with_lengths
+from lorasweep.data import fields, load
+from lorasweep.errors import DataError
+from tests.bpe import llama_like
+from tests.customers import write_json, write_rows
+
+
+def read(path, rules=None, tokenizer=None):
+    """A customer's rows, by today's rules unless others are named."""
+    return rows_of("any", str(path), rules or Rules(), tokenizer or llama_like())
+
+
+def pair(prompt, completion, **more):
+    return {"prompt": prompt, "completion": completion, **more}
+
+
+def texts(spec):
+    """The texts of the rows that are trained on, and of the held-out ones."""
+    return [
+        [tuple(fields.messages_of(spec, row, where)) for where, row in source.rows()]
+        for source in load.sources_of(spec, ["."])
+    ]
+
+
+def prompts(spec, **changes):
+    """The prompts of the training, validation and test rows, as they are loaded."""
+    spec = dataclasses.replace(spec, **{"max_length": 64, **changes})
+    data = load.load(spec, ["."], llama_like())
+    parts = (data.train(0, 0, data.n_train), data.validation, data.test)
+    return [[llama_like().decode(e.tokens[~e.loss]) for e in part] for part in parts]
+
+
+@pytest.mark.parametrize(
+    "rows, held_out, train", [(19, 0, 19), (20, 4, 12), (200, 20, 160), (3000, 128, 2744)]
+)
+def test_a_tenth_is_validation_a_tenth_is_test_and_of_few_rows_none(
+    tmp_path, rows, held_out, train
+):
+    found = read(write_rows(tmp_path / "my.jsonl", rows, "Yes {k}"))
+    spec = found.dataset
+    assert (spec.n_validation, found.n_train, found.held_out) == (held_out, train, held_out > 0)
+    assert spec.holdout == 2 * held_out and spec.n_test == (held_out or rows)
+    assert (spec.train_split, spec.format, spec.mask) == ("my", "prompt_completion", "completion")
+    assert spec.problem is None
+
+
+def test_rows_of_a_test_file_are_held_out_instead(tmp_path):
+    write_rows(tmp_path / "train.jsonl", 7, "Yes")
+    write_rows(tmp_path / "test.jsonl", 5, "No")
+    found = read(tmp_path)
+    assert (found.n_train, found.dataset.n_validation, found.dataset.n_test) == (7, 2, 3)
+    assert found.dataset.holdout == 0 and found.dataset.revision.count("=") == 2
+    write_rows(tmp_path / "test.jsonl", 1, "No")
+    with pytest.raises(DataError, match="Expected at least 2"):
+        read(tmp_path)
+
+
+def test_duplicates_stay_in_one_split(tmp_path):
+    """Some rows repeat up to forty times, with different values in other columns."""
+    asked = [k for k in range(40) for _ in range(40 if k == 3 else 1 + k % 3)]
+    rows = [pair(f"How many? {k}", "Yes", id=n) for n, k in enumerate(asked)]
+    path = write_json(tmp_path / "my.jsonl", rows)
+    found = read(path)
+    train, held = texts(found.dataset)
+    assert found.repeated == len(rows) - 40 and found.dataset.unseen_rows
+    assert len(held) == len(set(held)) == 8 == found.dataset.n_validation + found.dataset.n_test
+    assert not set(train) & set(held) and len(set(train)) == 32
+    held_out = sum(asked.count(int(text[0][1].split()[-1])) for text in held)
+    assert found.n_train == len(train) == len(asked) - held_out
+    assert [len(p) for p in prompts(found.dataset)] == [len(train), 4, 4]
+    plain = read(write_rows(tmp_path / "plain.jsonl", 40, "Yes {k}"))
+    assert not plain.dataset.unseen_rows and plain.repeated == 0
+    # of few unique rows none is held out, however often they repeat
+    few = read(write_json(path, rows[:6] * 9))
+    assert not few.held_out and few.n_train == 54 and not few.dataset.unseen_rows
+
+
+def test_rows_of_a_test_file_are_not_trained_on(tmp_path):
+    write_rows(tmp_path / "train.jsonl", 9, "Yes {k}")
+    test = write_rows(tmp_path / "test.jsonl", 8, "Yes {k}", start=5)
+    test.write_text(2 * test.read_text())
+    found = read(tmp_path)
+    train, held = texts(found.dataset)
+    assert (found.n_train, found.repeated, len(train), len(held)) == (5, 12, 5, 8)
+    assert (found.dataset.n_validation, found.dataset.n_test) == (4, 4)
+    (tmp_path / "train.jsonl").write_text(test.read_text())
+    with pytest.raises(DataError, match="Add rows to train on"):
+        read(tmp_path)
+
+
+def test_changed_rows_are_another_data_set_and_messages_are_recognised(tmp_path):
+    path = write_rows(tmp_path / "my.jsonl", 30, "Yes")
+    before = read(path).dataset
+    assert read(path).dataset == before
+    assert read(write_rows(path, 30, "No")).dataset.canonical != before.canonical
+    found = read(write_json(path, [turns("So?", "No")])).dataset
+    assert (found.format, found.mask) == ("messages", "last_assistant")
+
+
+def test_the_longest_row_is_the_length_and_none_is_cut(tmp_path):
+    path = write_rows(tmp_path / "my.jsonl", 30, "Yes " * 70)
+    rows, tokens = with_lengths(read(path), llama_like(), None, ["."])
+    longest = max(len(llama_like()(f"How many? {k}\n" + "Yes " * 70).input_ids) for k in range(30))
+    assert longest - 1 <= rows.dataset.max_length <= 4 * longest
+    assert 0.4 * rows.dataset.max_length >= 0.5 * tokens
+    stated, _ = with_lengths(read(path), llama_like(), 48, ["."])
+    assert stated.dataset.max_length == 48
+
+
+# ---------------------------------------------------------------- rows that share prompts
+
+
+def test_no_prompt_is_in_two_splits(tmp_path):
+    """Two hundred rows of forty questions, each with five answers: by rows, all of the held-out
+    questions were trained on."""
+    rows = [pair(f"How many? {k % 40}", f"Yes {k}") for k in range(200)]
+    path = write_json(tmp_path / "my.jsonl", rows)
+    found = read(path)
+    train, validation, test = prompts(found.dataset)
+    assert (len(train), len(validation), len(test)) == (160, 20, 20)
+    assert [len(set(part)) for part in (train, validation, test)] == [32, 4, 4]
+    assert len({*train, *validation, *test}) == 40
+    assert (found.n_train, found.same_prompt, found.shared) == (160, 160, False)
+    by_row = read(path, Rules(split=BY_ROW))
+    train, _, test = prompts(by_row.dataset)
+    assert by_row.shared and not set(test) - set(train)
+
+
+def test_a_prompt_with_many_answers_is_held_out_as_a_whole_and_counts_with_a_few(tmp_path):
+    counts = [100 if k % 7 == 0 else 1 + k % 3 for k in range(60)]
+    rows = [
+        pair(f"How many? {k}", f"Yes {n}") for k, count in enumerate(counts) for n in range(count)
+    ]
+    train, validation, test = prompts(read(write_json(tmp_path / "my.jsonl", rows)).dataset)
+    held = {*validation, *test}
+    assert not set(train) & held and not set(validation) & set(test)
+    assert len(train) == len(rows) - sum(counts[int(p.split()[-1])] for p in held)
+    assert max(map([*validation, *test].count, held)) == load.OF_A_PROMPT
+    assert len(set(validation)) == len(set(test)) == 6
+
+
+def test_with_too_few_prompts_rows_are_divided_and_the_result_says_so(tmp_path):
+    rows = [pair("Write a note.", f"Yes {k}") for k in range(100)]
+    found = read(write_json(tmp_path / "train.jsonl", rows))
+    assert (found.n_train, found.dataset.n_test, found.dataset.held_out_by) == (80, 10, "row")
+    assert found.shared and found.same_prompt == 99
+    write_rows(tmp_path / "test.jsonl", 30, "No {k}", question="Write a note.")
+    found = read(tmp_path)
+    assert (found.n_train, found.dataset.n_validation, found.dataset.n_test) == (100, 15, 15)
+    assert found.shared and found.left_out == 0
+
+
+def test_a_test_file_sorted_by_topic_is_divided_over_topics_and_capped(tmp_path):
+    write_rows(tmp_path / "train.jsonl", 50, "Yes", question="How many? {k}")
+    topics = ("Is it late?", "So?")
+    write_json(
+        tmp_path / "test.jsonl", [pair(f"{t} {k}", "No") for t in topics for k in range(400)]
+    )
+    train, validation, test = prompts(read(tmp_path).dataset)
+    assert (len(train), len(validation), len(test)) == (50, 128, 128)
+    for part in (validation, test):
+        assert 40 < sum(prompt.startswith("So?") for prompt in part) < 90
+    assert not set(validation) & set(test)
+
+
+def test_training_rows_with_the_prompt_of_a_test_row_are_left_out(tmp_path):
+    write_rows(tmp_path / "train.jsonl", 50, "Yes")
+    write_rows(tmp_path / "test.jsonl", 30, "No", start=40)
+    found = read(tmp_path)
+    train, validation, test = prompts(found.dataset)
+    assert not set(train) & {*validation, *test} and len(train) == 40 == found.n_train
+    assert (found.left_out, found.same_prompt, found.shared) == (10, 10, False)
+
+
+def test_rows_that_are_too_long_move_no_prompt_to_two_splits(tmp_path, monkeypatch):
+    """Of each prompt some answers are longer than max_length, and left out."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        pair(f"How many? {k // 4}", "Yes " * (40 if k % 3 == 0 else 2) + f"{k}") for k in range(120)
+    ]
+    spec = read(write_json(tmp_path / "my.jsonl", rows)).dataset
+    train, validation, test = map(set, prompts(spec, too_long="skip", max_length=32))
+    assert not (validation & test or train & (validation | test)) and validation and test
+    data = load.load(dataclasses.replace(spec, too_long="skip", max_length=32), ["."], llama_like())
+    assert len(data.validation) + len(data.test) < spec.holdout
+
+
+# ---------------------------------------------------------------- conversations and forms
+
+
+def turns(*said, weights=()):
+    found = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
+    for message, weight in zip(found, weights):
+        if weight is not None:
+            message["weight"] = weight
+    return {"messages": found}
+
+
+def test_the_prompt_of_a_conversation_ends_before_the_first_learned_answer(tmp_path):
+    """With the last answer in the loss that is all before it: rows with one first question and
+    another last one share nothing that is learned. With all answers it is the first question."""
+    path = tmp_path / "my.jsonl"
+    write_json(path, [turns("So?", "Yes", f"How many? {k % 40}", f"No {k}") for k in range(200)])
+    by_last = read(path)
+    assert (by_last.same_prompt, by_last.n_train, by_last.shared) == (160, 160, False)
+    assert read(path, Rules(mask="completion")).same_prompt == 199
+    weighted = [
+        turns("So?", "Yes", f"Is it late? {k}", "No", weights=(None, k % 2, None, None))
+        for k in range(100)
+    ]
+    assert read(write_json(path, weighted)).same_prompt == 49  # whose first answer is learned
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_the_form_is_the_bases_chat_template_else_plain_unless_it_is_named(tmp_path):
+    path = write_rows(tmp_path / "my.jsonl", 30, "Yes {k}")
+    plain, chat = llama_like(), copy.deepcopy(llama_like())
+    chat.chat_template = CHAT
+    eos, bos = plain.eos_token, plain.bos_token
+
+    def shown(tokenizer, rules=None, data=path):
+        found, _ = with_lengths(read(data, rules, tokenizer), tokenizer, None, ["."])
+        parts = (f"[{text}]" if learned else text for text, learned in found.example)
+        return "".join(parts), found.end
+
+    assert shown(plain) == (f"{{prompt}}\n[{{completion}}{eos}]", eos)
+    assert shown(chat) == (f"<user>{{prompt}}{eos}<assistant>[{{completion}}{eos}]", eos)
+    named = Rules("Question: {prompt}\nAnswer: ", "role_eos")
+    assert shown(chat, named) == (f"Question: {{prompt}}\nAnswer: [{{completion}}{eos}]", eos)
+    text = f"{bos}User: {{prompt}}\n\nAssistant:[ {{completion}}\n\nUser:]"
+    assert shown(chat, Rules("{prompt}", "role_colon")) == (text, "\n\nUser:")
+    said = turns("So?", "secret", "How many?", "No", weights=(None, 0, None, None))
+    other = write_json(tmp_path / "chat.jsonl", [said] * 30)
+    assert shown(chat, Rules(mask="completion"), other)[0] == (
+        f"<user>{{user 1}}{eos}<assistant>{{assistant 1}}{eos}<user>{{user 2}}{eos}<assistant>"
+        f"[{{assistant 2}}{eos}]"
+    )

@@ -1,0 +1,262 @@
+"""The rules against certified answers: published counts, planted maps, identities."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from lorasweep.customers.evidence import (
+    LISTS,
+    Interval,
+    Kept,
+    MeasuredRegret,
+    Sure,
+    published,
+    read_kept,
+)
+from lorasweep.customers.rules import batches, capacity, rates
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.spec.model import ModelSpec
+from tests.unit.customers.world import advice, known
+
+LLAMA = known().models["llama-3.1-8b"]()
+
+
+# ---------------------------------------------------------------- capacity
+
+
+def test_counts_are_those_that_were_published():
+    """LoRA Without Regret's table, and tinker-cookbook's parameters per rank."""
+    assert capacity.trained(LLAMA, 1) == 1_769_472 + 851_968 + 132_352
+    assert capacity.trained(LLAMA, 256, "mlp+unembedding") == 486_866_944
+    qwen = known().models["qwen3-30b-a3b"]()
+    attention, unembedding = 835_584, 153_984  # experts: 128 x 48 x 3 x (2048 + 768) / 8 active
+    assert capacity.trained(qwen, 8) == 8 * (attention + unembedding + 6_488_064)
+
+
+def test_operations_are_two_thirds_and_twice_the_rank_over_the_width():
+    """On a square matrix of width N at rank R: 2/3 + 2R/N."""
+    n, r = 512, 32
+    heads = {"n_layers": 1, "n_heads": 8, "n_kv_heads": 8, "head_size": 64}
+    widths = {"hidden_size": n, "mlp_size": n, "vocab_size": n}
+    square = ModelSpec(name="square", source="hub", location="x", **heads, **widths)
+    ratio = LoRA(rank=r).step_flops(square, 1) / FullFT().step_flops(square, 1)
+    assert ratio == pytest.approx(2 / 3 + 2 * r / n)
+
+
+def test_the_studys_own_arithmetic_on_math():
+    """About 10,000 problems x 32 samples: 320,000 bits against 2.75M parameters of rank 1."""
+    a = advice(task="rl", examples=10_000, episodes=320_000)
+    assert (a.choice.method, a.choice.rank, a.work.bits) == ("lora", 1, 320_000)
+    assert a.choice.load == pytest.approx(320_000 / (2 * 2_753_792))
+
+
+def test_deepseek_r1s_episodes_fit_rank_one_only_just():
+    """5.3M episodes are 5.3M bits: above half of what rank 1 of an 8B model holds, so rank 2."""
+    a = advice(task="rl", episodes=5_324_800)
+    assert (a.choice.method, a.choice.rank) == ("lora", 2)
+
+
+def test_rl_without_episodes_takes_sixteen_samples_a_problem():
+    assert advice(task="rl", examples=1000, epochs=2).work.bits == 32_000
+
+
+def test_the_smallest_rank_with_room_at_the_high_end_of_the_bits():
+    a = advice(examples=200_000, tokens_per_example=500)
+    high = a.work.bits_high
+    loads = {r: high / (2 * capacity.trained(LLAMA, r)) for r in capacity.RANKS}
+    assert a.choice.rank == min(r for r, load in loads.items() if load <= 0.5) == 128
+    assert advice(examples=10).choice.rank == 16  # smaller ranks were worse in public even so
+
+
+def test_bits_are_those_of_the_rows_that_are_trained_on():
+    """A hundred updates of 32 rows see 3,200 rows, of however many there are."""
+    few, many = (advice(examples=n, steps=100, batch_size=32) for n in (3200, 1_000_000))
+    assert few.work.bits == 3200 * few.work.tokens
+    for a in (few, many):
+        assert (a.choice.method, a.choice.rank, a.work.bits) == ("lora", 16, few.work.bits)
+        assert (a.work.bits_high, a.choice.load) == (few.work.bits_high, few.choice.load)
+    formulas = [a.trace.reasons["bits"].formula for a in (few, many)]
+    assert formulas[0].startswith("examples x tokens_per_example")
+    assert formulas[1].startswith("rows trained on (3,200 of 1,000,000 examples) x tokens")
+    # further epochs add nothing, and half an epoch sees half of the rows
+    assert advice(examples=3200, epochs=3).work.bits == few.work.bits
+    assert advice(examples=3200, epochs=0.5).work.bits == few.work.bits / 2
+
+
+def test_method_goes_from_lora_over_open_to_full_as_the_data_grow():
+    found = [advice(examples=10**k, tokens_per_example=1000).choice.method for k in range(3, 10)]
+    assert found == ["lora"] * 3 + ["open"] + ["full"] * 3
+
+
+def test_without_any_size_the_question_is_open_and_says_what_a_rank_holds():
+    a = advice()
+    assert (a.choice.method, a.choice.load, a.costs.lora.hours) == ("open", None, None)
+    assert "Rank 16 has room for 4.4e+07 tokens" in a.choice.why
+
+
+def test_ranks_end_at_an_eighth_of_the_width_and_suit_the_experts():
+    models = known().models
+    assert capacity.ranks_of(models["llama-3.2-1b"]())[-1] == 256
+    assert capacity.ranks_of(models["qwen3-30b-a3b"]())[0] == 8
+
+
+def at_load(rank, load, value):
+    return MeasuredRegret("tiny128", rank, load, Interval(value, value - 1, value + 1))
+
+
+def mapped(*points):
+    kept = Kept(regrets=points, hidden={"tiny128": 128})
+    return dataclasses.replace(known(None), kept=kept)
+
+
+def test_kept_loads_are_by_the_first_pass_as_customers_bits_are(tmp_path):
+    """The generator's count is up to 1,300 times smaller; a load by it would pass for room."""
+    loads = {"generator": 0.0057, "first_pass": 7.5, "above_floor": 0.47}
+    regret = {"value": 5.0, "low": 4.0, "high": 6.0}
+    ranks = [{"rank": 4, "load": 0.0057, "loads": loads, "regret_percent": regret}]
+    answer = {"sweep": "regime", "scale": "tiny", "verdicts": [], "curves": []}
+    (tmp_path / "regime-tiny").mkdir()
+    text = json.dumps({**answer, "cells": [{"cell": "tiny128, rules", "ranks": ranks}]})
+    (tmp_path / "regime-tiny" / "results.json").write_text(text)
+    (point,) = read_kept(tmp_path, {"tiny128": 128}).regrets
+    assert (point.model, point.rank, point.load) == ("tiny128", 4, 7.5)
+
+
+def test_a_planted_map_is_followed_where_it_covers_the_case_and_nowhere_else():
+    """Regret 1% and 7% at loads a factor 16 apart: half-way in the logarithm it is 4%."""
+    per_rank = capacity.trained(known().models["tiny128"](), 1)
+    load = 0.04
+    bits = load * 2 * 8 * per_rank
+    world = mapped(
+        at_load(8, load / 4, 1.0),
+        at_load(8, load * 4, 7.0),
+        at_load(4, load, 9.0),
+        at_load(4, 3 * load, 9.0),
+    )
+    columns = {"model": "tiny128", "examples": 1, "tokens_per_example": 1000}
+    found = advice(world, **columns, bits_per_token=bits / 1000, max_regret=5.5)
+    assert (found.choice.by, found.choice.method, found.choice.rank) == ("map", "lora", 8)
+    assert "rank 8 4 [3, 5]" in found.choice.why and "rank 4 9 [8, 10]" in found.choice.why
+    assert found.trace.reasons["method"].sure is Sure.MEASURED
+    tight = advice(world, **columns, bits_per_token=bits / 1000, max_regret=2)
+    assert (tight.choice.method, tight.choice.by) == ("full", "map")
+    between = advice(world, **columns, bits_per_token=bits / 1000, max_regret=4)
+    assert (between.choice.method, between.choice.by) == ("open", "map")
+    outside = advice(world, **columns, bits_per_token=bits / 1000 * 1e-3)
+    assert outside.choice.by == "capacity"
+    assert advice(world, examples=1000).choice.by == "capacity"  # 8B is not on a map of width 128
+
+
+def test_the_kept_map_covers_the_model_that_it_was_measured_on():
+    """The rows of a kept cell: 2.67 bits a token on the first pass."""
+    a = advice(model="tiny128", examples=4096, tokens_per_example=61, bits_per_token=2.67)
+    assert (a.choice.by, a.choice.method) == ("map", "lora")
+
+
+# ---------------------------------------------------------------- rates
+
+
+@pytest.mark.parametrize(
+    "family, hidden, rate",
+    [("llama", 4096, 2.86e-4), ("llama", 2048, 4.91e-4), ("qwen", 4096, 4.73e-4)],
+)
+def test_the_published_law_gives_its_published_rates(family, hidden, rate):
+    """tinker-cookbook's get_lr: 2.86e-4 for Llama-3.1-8B, 4.91e-4 for 3.2-1B, 4.73e-4 for Qwen3-8B."""
+    for method, expected in (("lora", rate), ("full", rate / 10)):
+        found = rates.law_rate(published(), family, hidden, method)
+        assert found == pytest.approx(expected, rel=5e-3)
+
+
+def test_a_rate_measured_on_a_small_model_is_never_advice_for_another():
+    with_kept, without = advice(examples=50_000), advice(known(None), examples=50_000)
+    assert with_kept.rate == without.rate
+    assert with_kept.rate.rate == pytest.approx(2.86e-4, rel=5e-3)
+    assert with_kept.rate.low < with_kept.rate.rate < with_kept.rate.high
+    mine = advice(model="tiny128", examples=64, tokens_per_example=10)
+    assert "lr_ratio at tiny" in mine.rate.source and mine.rate.rate == pytest.approx(
+        1.83e-3, rel=0.02
+    )
+    other = advice(model="tiny64-knows", examples=4096)
+    assert "lr_ratio" not in other.rate.source
+
+
+def test_the_interval_is_the_sources_disagreement_and_full_fine_tuning_has_its_own():
+    full = advice(examples=10**8, tokens_per_example=1000)
+    assert full.choice.method == "full"
+    assert (full.rate.low, full.rate.high) == pytest.approx((2e-5 / 1.8, 1e-4 * 1.8))
+    unknown_family = advice(model="mistral-7b", examples=1000, **MISTRAL)
+    assert (
+        "law of llamas" in unknown_family.rate.source
+        and "law of qwens" in unknown_family.rate.source
+    )
+
+
+MISTRAL = {"hidden_size": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8}
+MISTRAL |= {"head_size": 128, "mlp_size": 14336, "vocab_size": 32000}
+
+
+def test_short_runs_may_want_a_higher_rate():
+    short, long = advice(examples=1000, steps=30), advice(examples=1000, steps=300)
+    assert short.rate.high == pytest.approx(1.5 * long.rate.high)
+    assert any("below 100 the study saw" in w for w in short.trace.warnings)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_the_cost_of_a_batch_is_a_known_line():
+    """Slower by exp(-0.1) for each of two doublings, over e^5 updates: 100 x 0.2 / 5 = 4%."""
+    assert batches.regret_of_batch(128, 128 * math.exp(5), -0.1) == pytest.approx(4.0)
+    assert batches.regret_of_batch(32, 1e6, -0.1) == batches.regret_of_batch(512, 1e6, 0.1) == 0
+
+
+def test_the_largest_batch_obeys_the_allowed_regret():
+    effects = Kept(batch_effects=(("tiny", -0.05), ("other", 0.02)))
+    world = dataclasses.replace(known(None), kept=effects)
+    for allowed in (1, 2, 5):
+        most = advice(world, examples=10**6, max_regret=allowed).batches.largest
+        assert batches.regret_of_batch(most, 1e6, -0.05) <= allowed
+        assert batches.regret_of_batch(2 * most, 1e6, -0.05) > allowed
+    assert advice(world, examples=100, max_regret=0.1).batches.largest == 32
+    assert advice(known(None), examples=10**6, max_regret=50).batches.largest == 32  # nothing kept
+
+
+def test_a_batch_that_is_not_stated_leaves_enough_updates():
+    assert advice(examples=1000).work.batch_size == 8
+    assert advice(examples=100_000).work.batch_size == 32
+
+
+# ---------------------------------------------------------------- published figures
+
+
+def test_sources_can_be_taken_out():
+    left = published().without(["zhu", "tinker_law"])
+    assert left.values["law"] is None and not left.entries("rates", source="zhu")
+    assert rates.law_rate(left, "llama", 4096, "lora") is None
+    world = dataclasses.replace(known(None), published=left)
+    assert "zhu" not in advice(world, examples=1000).rate.source
+
+
+def test_every_entry_names_a_source_that_is_described():
+    values = published().values
+    for name in LISTS:
+        assert {e["source"] for e in values[name]} <= values["sources"].keys()
+    assert {values["law"]["source"], values["best_rates"]["source"]} <= values["sources"].keys()
+
+
+def test_withdrawn_verdicts_are_not_cited_and_exploratory_ones_say_so(tmp_path):
+    e = {"value": -9.0, "low": -12.0, "high": -6.0}
+    one = {"claim": "rank_1", "group": "b on words", "outcome": "REFUTED", "estimate": e}
+    gone = [{"code": "WITHDRAWN", "subject": "an arm is missing", "place": "", "flags": []}]
+    verdicts = [
+        {**one, "exploratory": "the rule was written later", "gates": []},
+        {**one, "claim": "tie", "outcome": "UNDECIDED", "gates": gone},
+    ]
+    (tmp_path / "rl-tiny").mkdir()
+    answer = {"sweep": "rl", "scale": "tiny", "verdicts": verdicts}
+    (tmp_path / "rl-tiny" / "results.json").write_text(json.dumps(answer))
+    (found,) = read_kept(tmp_path, {}).verdicts
+    assert found.line == "rl: rank_1 REFUTED (exploratory) -9 [-12, -6] at tiny (b on words)"

@@ -1,0 +1,208 @@
+"""Customers become runs: which learning rates are tried, and what is wrong with whom."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorasweep.config import catalogue
+from lorasweep.config.folders import conf_dir
+from lorasweep.customers.evidence import Known
+from lorasweep.customers.read import Row, check_rows
+from lorasweep.customers.rows import BY_ROW, Rules
+from lorasweep.customers.runs import Setup, build_runs, folder_of, planned
+from lorasweep.errors import SpecError
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
+from lorasweep.plan.gpu.forecast import Forecaster
+from tests.bpe import llama_like
+from tests.customers import make_base, write_json, write_rows
+from tests.world import compose_request, tiny_spec
+
+CONF = [conf_dir()]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+def setup(spec, rates=3, instead="", **more):
+    return Setup(spec, rates, instead, lambda model: llama_like(), ["."], **more)
+
+
+def plan(rows, rates=3, instead="", planner=None, **fields):
+    shared = setup(tiny_spec(method=LoRA(rank=16), **fields), rates, instead, planner=planner)
+    known = Known(catalogue.models(CONF), catalogue.machines(CONF))
+    customers = check_rows([Row(f"row {k}", r) for k, r in enumerate(rows, 2)])
+    return build_runs(customers, known, shared)
+
+
+def test_one_name_one_folder_whatever_the_name(tmp_path):
+    names = ["acme", "Acme", "ACME", "../../etc", "a/b", "a b", "<script>", "", "é", "x" * 300]
+    names += ["..", "\ud800"]
+    folders = [folder_of(n) for n in names]
+    assert len(set(folders)) == len(names) and folders[0] == "acme"
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        assert (tmp_path / folder).parent == tmp_path and len(folder) <= 64 and folder.islower()
+
+
+def test_a_customer_becomes_a_run_for_each_learning_rate(base, tmp_path):
+    row = {"model": str(base / "config.json"), "task": "sft"}
+    good = {"name": "good", "data": str(write_rows(tmp_path / "good.jsonl", 40, "Yes {k}"))}
+    few = {"name": "few", "data": str(write_rows(tmp_path / "few.jsonl", 4, "Yes {k}"))}
+    member, small = plan([{**row, **good, "epochs": 4}, {**row, **few}])
+    low, middle, high = (p.spec.lr for p in member.points)
+    assert [low, high] == pytest.approx([middle / 3, 3 * middle], rel=0.01)
+    spec = member.points[0].spec
+    assert (spec.batch_size, spec.steps) == (8, 16) and spec.dataset.n_validation == 4
+    assert spec.method.rank == member.advised.rank and spec.method.alpha == 32
+    assert len(small.points) == 1 and not small.rows.held_out
+    (one,) = plan([{**row, **good}], rates=1)
+    assert len(one.points) == 1
+
+
+@pytest.mark.parametrize(
+    "columns, says",
+    [
+        ({"name": "good"}, "used by an earlier row"),
+        ({"data": "silent.jsonl", "max_length": 16}, "no rows"),
+        ({"data": "other.jsonl"}, "has the columns text"),
+        ({"data": "empty.jsonl"}, "has no rows"),
+        ({"data": "gone"}, "no file"),
+        ({"task": "rl"}, "not by rl"),
+        ({"data": ""}, "data: missing"),
+        ({"model": "gpt-9"}, "'gpt-9' not found"),
+    ],
+)
+def test_a_customer_that_is_wrong_does_not_affect_others(
+    base, tmp_path, monkeypatch, columns, says
+):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "good.jsonl", 40, "Yes {k}")
+    write_rows(tmp_path / "silent.jsonl", 40, "Yes {k}", question="How many? " * 40)
+    write_json(tmp_path / "other.jsonl", [{"text": "a"}])
+    write_json(tmp_path / "empty.jsonl", [])
+    good = {"name": "good", "model": str(base / "config.json"), "task": "sft", "data": "good.jsonl"}
+    first, wrong = plan([good, {**good, "name": "other", **columns}])
+    assert len(first.points) == 3 and not first.problem
+    assert says in wrong.problem and wrong.problem.startswith("row 3: ") and not wrong.points
+
+
+def test_early_stopping_is_left_out_where_it_could_do_nothing_and_survives_json(base, tmp_path):
+    row = {"model": str(base / "config.json"), "task": "sft"}
+    table = [
+        {"name": name, **row, "data": str(write_rows(tmp_path / f"{name}.jsonl", n, "Yes {k}"))}
+        | more
+        for name, n, more in (
+            ("good", 40, {"epochs": 4}),
+            ("few", 4, {}),
+            ("short", 40, {"steps": 3}),
+            ("wrong", 40, {"task": "rl"}),
+        )
+    ]
+    found = plan(table, early_stopping=2)
+    good, few, short, _ = found
+    assert {p.spec.early_stopping for p in good.points} == {2} and not good.not_early
+    assert {p.spec.early_stopping for m in (few, short) for p in m.points} == {0}
+    assert "4 are the fewest" in few.not_early and "3 updates" in short.not_early
+    values = json.loads(json.dumps([m.plain() for m in found]))
+    assert planned(values, [p for m in found for p in m.points]) == found
+
+
+def test_full_is_an_error_unless_lora_is_asked_for(base, tmp_path):
+    data = write_rows(tmp_path / "my.jsonl", 300, "Yes {k}")
+    row = {"name": "big", "model": str(base / "config.json"), "task": "sft", "data": str(data)}
+    row["bits_per_token"] = 20
+    (refused,) = plan([row])
+    assert "the adviser says full" in refused.problem and "instead_of_full=lora" in refused.problem
+    (asked,) = plan([row], instead="lora")
+    assert asked.advised.method == "full" and asked.points[0].spec.method.name == "lora"
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        *(({"rates": rates}, "3 to 9") for rates in (0, 2, 10, -3)),
+        ({"instead": "yes"}, "Allowed: lora"),
+        ({"early_stopping": -1}, "early_stopping=-1"),
+    ],
+)
+def test_settings_that_no_fleet_has_are_refused(settings, says):
+    with pytest.raises(SpecError, match=says):
+        plan([], **settings)
+
+
+def test_other_methods_are_refused():
+    with pytest.raises(SpecError, match="method=lora"):
+        setup(tiny_spec(method=FullFT()))
+
+
+def test_a_base_of_more_than_one_gpu_is_its_customers_error(base, tmp_path):
+    row = {"task": "sft", "data": str(write_rows(tmp_path / "my.jsonl", 40, "Yes {k}"))}
+    small = {"name": "small", "model": str(base / "config.json"), **row}
+    large = {"name": "large", "model": "llama-3.1-70b", **row}
+    planner = Forecaster(catalogue.machines(CONF)["h100"](), compose_request([]).exec)
+    fits, refused = plan([small, large], planner=planner, precision="bf16")
+    assert fits.points and "llama-3.1-70b takes" in refused.problem
+
+
+# ---------------------------------------------------------------- fleets of earlier versions
+
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden/fleet_ids.json").read_text())
+THEN = {
+    "tiny": ("{prompt}\n", "role_eos"),
+    "small": ("Question: {prompt}\nAnswer: ", "role_eos"),
+    "paper": ("{prompt}\n", "role_colon"),
+}
+"""The form of a prompt by scale, before it was the same at all of them."""
+
+
+@pytest.fixture
+def customers(tmp_path, monkeypatch):
+    """The table whose runs GOLDEN names: it was written by the code from before folders kept rules.
+
+    Forty rows, two hundred that share forty prompts, a test file, conversations, and few rows.
+    """
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("ann.jsonl"), 40, "357 in all {k}")
+    prompts = [f"Is it late? {k % 40}" for k in range(200)]
+    shared = [{"prompt": p, "completion": f"No! {k}"} for k, p in enumerate(prompts)]
+    write_json(Path("bob.jsonl"), shared)
+    write_rows(Path("own/train.jsonl"), 30, "Yes {k}")
+    write_rows(Path("own/test.jsonl"), 9, "Yes {k}", start=100)
+    turns = [
+        [{"role": "user", "content": f"So? {k}"}, {"role": "assistant", "content": f"No {k}"}]
+        for k in range(25)
+    ]
+    write_json(Path("chat.jsonl"), [{"messages": t} for t in turns])
+    write_rows(Path("few.jsonl"), 5, "Yes {k}")
+    row = {"model": "smollm2-135m", "task": "sft", "epochs": 2}
+    data = {n: f"{n}.jsonl" for n in ("ann", "bob", "chat", "few")} | {"own": "own"}
+    return check_rows([Row(n, {"name": n, "data": d, **row}) for n, d in data.items()])
+
+
+def ids(customers, scale, rules):
+    options = ["action=fleet", "customers=c.csv", f"scale={scale}", "precision=fp32"]
+    shared = setup(compose_request(options).points[0].spec, rules=rules)
+    known = Known(catalogue.models(CONF), catalogue.machines(CONF))
+    found = build_runs(customers, known, shared)
+    return {f"{scale}/{m.name}": [p.id for p in m.points] for m in found}
+
+
+def test_runs_by_the_rules_of_then_have_the_ids_of_then(customers):
+    found = {}
+    for scale, (template, render) in THEN.items():
+        found |= ids(customers, scale, Rules(template, render, split=BY_ROW))
+    assert found == GOLDEN
+
+
+def test_by_todays_rules_only_what_they_concern_has_another_id(customers):
+    """At scale tiny the plain form was that of then; rows that share prompts, and those of a test
+    file, are divided in another way."""
+    found = ids(customers, "tiny", Rules())
+    changed = {name for name in found if found[name] != GOLDEN[name]}
+    assert changed == {"tiny/bob", "tiny/own"}
+    for scale in ("small", "paper"):  # batch, updates and learning rate are the customer's
+        assert list(ids(customers, scale, Rules()).values()) == list(found.values())
