@@ -7,7 +7,7 @@ from typing import Any
 
 from lorasweep.advise.advice import Advice, Failed, totals
 from lorasweep.advise.trace import Reason, Sure, shown
-from lorasweep.plan.gpu.placement import MEMORY_ERROR, SPEED_ERROR
+from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 
 TEMPLATE = Path(__file__).with_name("page.html")
 METHODS = {"lora": "LoRA", "full": "full", "open": "open"}

@@ -19,10 +19,10 @@ import yaml
 from lorasweep.config.folders import conf_dir
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.gpu.load import Load, load_of
-from lorasweep.plan.gpu.memory import Layout, memory_parts
-from lorasweep.plan.gpu.time import step_parts, step_seconds
 from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.load import Load, load_of
+from lorasweep.plan.memory import Layout, memory_parts
+from lorasweep.plan.time import step_parts, step_seconds
 from lorasweep.spec.canonical import build
 from lorasweep.spec.model import ModelSpec
 

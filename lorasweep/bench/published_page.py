@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from lorasweep.bench.published import TABLE, TOLERANCE, Comparison, comparisons
-from lorasweep.plan.gpu.time import TRAINING_SHARE
+from lorasweep.plan.time import TRAINING_SHARE
 
 FOLDER = Path(__file__).resolve().parents[2] / "analysis" / "results" / "plan"
 UNITS = {"memory": "GiB a GPU", "speed": "tokens a second and GPU"}

@@ -18,14 +18,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
+from lorasweep.config.actions import Action, check_action
 from lorasweep.config.folders import conf_dir, exec_of
 from lorasweep.config.ignored import (
-    refuse_advice,
     refuse_overwritten,
     refuse_shadows,
     refuse_unread,
 )
-from lorasweep.config.schema import ACTIONS, FORMATS, MIRRORS, Config, writable
+from lorasweep.config.schema import FORMATS, MIRRORS, Config, writable
 from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.fleet.members import rates_of
 from lorasweep.launch.slurm.resources import check as check_cluster
@@ -60,8 +60,12 @@ CHANGE_NO_RUNS = (
 """Starts of overrides that change how runs are trained and shown, not which runs are asked for."""
 
 
-def register() -> None:
-    """Register the schema, the methods and the resolvers with Hydra."""
+def register(help_template: Callable[[], str] = str) -> None:
+    """Register the schema, the methods and the resolvers with Hydra.
+
+    `help_template` returns the page of --help, in which Hydra replaces $APP_CONFIG_GROUPS.
+    """
+    OmegaConf.register_new_resolver("help_template", help_template, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for name, cls in method_classes().items():
@@ -111,27 +115,27 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     refuse_shadows([Path(s.path) for s in sources if s.provider == "command-line"])
     unresolved = copy.deepcopy(cfg)
     config = _object(cfg)
-    for name, allowed in (("action", ACTIONS), ("format", FORMATS), ("mirror", MIRRORS)):
+    for name, allowed in (("format", FORMATS), ("mirror", MIRRORS)):
         _one_of(name, getattr(config, name), allowed)
     exec_ = exec_of(dataclasses.asdict(config.exec))
     cluster = Cluster(**dataclasses.asdict(config.cluster))
     check_cluster(cluster)
     check_pack_size(exec_, cluster)
     sweep_name = settings.runtime.choices.get("sweep")
-    refuse_advice(config, sweep_name)
+    action = check_action(config, sweep_name)
     common = {
         **{name: getattr(config, name) for name in REQUEST_KEYS},
         "rates": rates_of(config.rates),
         "scale": config.scale.name,
         "exec": exec_,
         "cluster": cluster,
-        "hardware": _hardware(config),
+        "hardware": _hardware(action, config),
         "folders": [s.path for s in sources if s.schema == "file"],
         "given": [text.lstrip("+~").partition("=")[0] for text in overrides],
     }
     base = _run_spec(config)
     if sweep_name is None:
-        return Request(**common, sweep_name=None, sweep=None, points=_single(config, base))
+        return Request(**common, sweep_name=None, sweep=None, points=_single(action, config, base))
     sweep = config.sweep
     check_sweep(sweep_name, sweep, option_names("model"))
     if sweep.parts:
@@ -158,14 +162,14 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     return Request(**common, sweep_name=sweep_name, sweep=sweep, points=points, **changes)
 
 
-def _single(config: Config, run: RunSpec) -> list[Point]:
+def _single(action: Action, config: Config, run: RunSpec) -> list[Point]:
     """Return the run of a command without a sweep; none for actions on the whole store."""
     if config.prune and not config.customers:
         raise SpecError(
             "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
             "+sweep=NAME, or customers=FILE."
         )
-    if config.action in ("export", "import", "adapter", "extend", "qualify", "advise"):
+    if not action.needs_run:
         return []
     if not config.customers:  # each customer's runs are made of it
         validate(run)
@@ -253,14 +257,14 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise SpecError(unknown(name, value, allowed))
 
 
-def _hardware(config: Config) -> dict[str, Any]:
+def _hardware(action: Action, config: Config) -> dict[str, Any]:
     """Check and return the chosen hardware; empty for this machine."""
     if config.hardware == {"name": detect.NAME}:
         return {}
     name = from_plain(config.hardware).name
-    if config.action not in ("plan", "advise") and config.cluster.kind != "slurm":
+    if "hardware" not in action.reads and config.cluster.kind != "slurm":
         raise SpecError(
-            f"hardware={name} with action={config.action}: only action=plan, action=advise and "
+            f"hardware={name} with action={action.name}: only action=plan, action=advise and "
             "cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
         )
     return config.hardware

@@ -23,7 +23,7 @@ from lorasweep.launch.trainer import Trainer
 from lorasweep.launch.worker import STOPPED, skipped
 from lorasweep.launch.workers import Event, Report, Workers
 from lorasweep.plan import detect
-from lorasweep.plan.estimate import Plan, make_plan
+from lorasweep.plan.plan import Plan, make_plan
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
@@ -44,6 +44,7 @@ def run_points(
     patience_s: float = math.inf,
     skip: str | None = None,
     n_nodes: int = 1,
+    plan: Plan | None = None,
 ) -> None:
     """Train every run of `points` until it is finished or has a recorded failure.
 
@@ -52,6 +53,7 @@ def run_points(
     `patience_s`: how long to wait without progress when only runs of other processes are left.
     `skip`: a file of run ids that must not be started.
     `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
+    `plan`: that of these points on this machine, if it was just made.
 
     Raises:
         Stopped: Ctrl-C, or a signal that stopped the workers.
@@ -61,18 +63,20 @@ def run_points(
     quiet_since, held = time.monotonic(), None
     while True:
         unwanted = skipped(skip) | tried
-        plan = make_plan([p for p in points if p.id not in unwanted], store, exec_, hardware)
-        mine = [p for p in plan.todo if plan.states[p.id] != "running"]
-        others = {p.id for p in plan.todo if plan.states[p.id] == "running"}
+        now, plan = plan, None
+        if now is None:
+            now = make_plan([p for p in points if p.id not in unwanted], store, exec_, hardware)
+        mine = [p for p in now.todo if now.states[p.id] != "running"]
+        others = {p.id for p in now.todo if now.states[p.id] == "running"}
         if mine:
             if trainer is None or isinstance(trainer, str):
                 given = {"trainer": trainer, "skip": skip}
-                ended = _run_workers(plan, store, exec_, report, given, n_nodes, limits)
+                ended = _run_workers(now, store, exec_, report, given, n_nodes, limits)
                 for event in ended:
                     spec = next(p.spec for p in mine if p.id == event["run"])
                     _take_less(spec, event, exec_, store, limits, report)
             else:
-                for pack in plan.packs:
+                for pack in now.packs:
                     specs, rows = [p.spec for p in pack.points], pack.micro_batch_size
                     execute(specs, exec_, store, trainer, report, StopFlag(), rows, limits)
             tried |= _given_up([p.id for p in mine], store, exec_)

@@ -21,8 +21,8 @@ from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.plan import detect
-from lorasweep.plan.flops import run_flops, train_flops
-from lorasweep.plan.gpu.forecast import Forecaster
+from lorasweep.plan.forecast import Forecaster
+from lorasweep.plan.load import run_flops, train_flops
 from lorasweep.plan.throughput import measured_path
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point

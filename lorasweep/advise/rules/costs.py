@@ -14,8 +14,9 @@ from lorasweep.advise.trace import Sure, Trace
 from lorasweep.errors import unknown
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.gpu.load import Load, load_of
-from lorasweep.plan.gpu.placement import (
+from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import Load, load_of
+from lorasweep.plan.placement import (
     MEMORY_ERROR,
     MOST_GPUS,
     SPEED_ERROR,
@@ -23,9 +24,7 @@ from lorasweep.plan.gpu.placement import (
     Placement,
     place,
 )
-from lorasweep.plan.gpu.sampling import served_s
-from lorasweep.plan.gpu.time import step_parts, step_seconds
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.time import served_s, step_parts, step_seconds
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method
 from lorasweep.spec.model import ModelSpec
@@ -236,7 +235,7 @@ def _note(
             f"{arm.placed.gpus} GPU(s): all at hand, or the fewest that hold it with "
             f"{MEMORY_ERROR:.0%} "
             "on top",
-            "lorasweep.plan.gpu.memory; analysis/results/plan says how published figures lie to it",
+            "lorasweep.plan.memory; analysis/results/plan says how published figures lie to it",
             Sure.PLANNED if name == "lora" else Sure.ASSUMED,
             trained=n,
             rows_an_update=work.batch_size,
@@ -248,7 +247,7 @@ def _note(
             "updates x seconds of an update: products, attention, activations, optimizer and "
             f"communication; +-{SPEED_ERROR:.0%}"
             + ("; and sampling by a serving engine, at best" if c.task == "rl" else ""),
-            f"lorasweep.plan.gpu.time; {data_sheet}",
+            f"lorasweep.plan.time; {data_sheet}",
             Sure.PLANNED,
             updates=work.steps,
             seconds=arm.placed.step_s,

@@ -9,7 +9,7 @@ from lorasweep.advise.published import Published
 from lorasweep.advise.trace import Sure, Trace
 from lorasweep.data import own
 from lorasweep.errors import DataError
-from lorasweep.plan.flops import TEXT_FILL
+from lorasweep.plan.load import TEXT_FILL
 
 BATCH = {"sft": 32, "rl": 512}
 """Rows of an update where none are stated. 32: the one batch size that the study names. RL, in
@@ -179,7 +179,7 @@ def _lengths(c: Customer, data: Data | None, trace: Trace) -> tuple[float, float
             f"not stated: tokens_per_example / {TEXT_FILL}, rounded up to 2^k or 1.5 x 2^k"
             if tokens
             else f"not stated: {LENGTH}",
-            "lorasweep.plan.flops.TEXT_FILL: mean length of text rows over the longest",
+            "lorasweep.plan.load.TEXT_FILL: mean length of text rows over the longest",
             Sure.ASSUMED,
             tokens_per_example=tokens,
         )

@@ -21,8 +21,8 @@ from lorasweep.fleet.outcome import Outcome, outcome_of, plain_of
 from lorasweep.fleet.rows import BY_ROW, CHAT, PLAIN, Rules
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.slurm.planning import hardware_of
-from lorasweep.plan.gpu.forecast import Forecaster
-from lorasweep.plan.gpu.placement import Misfit
+from lorasweep.plan.forecast import Forecaster
+from lorasweep.plan.placement import Misfit
 from lorasweep.spec.dataset import FIRST_RENDER
 from lorasweep.spec.model import ModelSpec
 from lorasweep.store.run_store import FINAL, RunStore

@@ -11,10 +11,11 @@ from lorasweep.launch.slurm.partitions import Partition
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan import detect
-from lorasweep.plan.estimate import ASSUMED_FLOPS_PER_CORE, Plan, assumed_flops, measured_flops
-from lorasweep.plan.gpu.limits import settings_of
+from lorasweep.plan.forecast import settings_of
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.packing import Pack, make_packs
+from lorasweep.plan.plan import Plan, measured_flops
+from lorasweep.plan.time import ASSUMED_FLOPS_PER_CORE, assumed_flops
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore

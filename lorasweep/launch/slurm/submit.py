@@ -35,7 +35,7 @@ from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.sbatch import Description
 from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.launch.slurm.submissions import FOLLOW, Array, Queue, Submission
-from lorasweep.plan.estimate import Plan, make_plan
+from lorasweep.plan.plan import Plan, make_plan
 from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point

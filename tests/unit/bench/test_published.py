@@ -4,8 +4,8 @@ import pytest
 
 from lorasweep.bench import published_page
 from lorasweep.bench.published import comparisons, fitted_share, not_covered, rows
-from lorasweep.plan.gpu.placement import MEMORY_ERROR, SPEED_ERROR
-from lorasweep.plan.gpu.time import TRAINING_SHARE
+from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
+from lorasweep.plan.time import TRAINING_SHARE
 
 
 def covered(figure):

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from lorasweep.cli import follow
-from lorasweep.cli.cluster import FOLLOW_COMMAND
+from lorasweep.cli import actions
+from lorasweep.cli.train import FOLLOW_COMMAND
 from lorasweep.errors import ClusterError, GaveUp, SpecError, StoreError
 from lorasweep.launch.slurm import job
 from tests.world import ROOT
@@ -40,9 +40,9 @@ def test_the_following_command_says_whether_another_try_may_help(
         if error:
             raise error
 
-    monkeypatch.setattr(follow, "act", act)
-    monkeypatch.setattr(follow, "Signals", lambda: None)
-    assert follow.main(str(tmp_path / "task.json")) == code
+    monkeypatch.setattr(actions, "act", act)
+    monkeypatch.setattr(actions, "Signals", lambda: None)
+    assert actions.follow_up(str(tmp_path / "task.json")) == code
     assert acted == [(asked.title, "a.b:c", 1)]
 
 

@@ -7,10 +7,15 @@ import pytest
 from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.gpu.forecast import Forecaster, hours_of
-from lorasweep.plan.gpu.limits import refuse_unfit, settings_of, within_limit
-from lorasweep.plan.gpu.placement import Misfit
+from lorasweep.plan.forecast import (
+    Forecaster,
+    hours_of,
+    refuse_unfit,
+    settings_of,
+    without_too_large,
+)
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.placement import Misfit
 from lorasweep.spec.execution import Exec
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Replicates
@@ -97,8 +102,8 @@ def test_runs_beyond_the_limit_are_left_out_and_others_must_fit_as_they_are_trai
     small = points("lora", LoRA(rank=16))
     large = points("lora", LoRA(rank=16), "llama-3.1-70b")
     full = points("fullft", FullFT())
-    assert within_limit([*small, *large], card(), Exec(max_gpus=1)) == small
-    assert within_limit([*small, *large], card(), Exec()) == [*small, *large]
+    assert without_too_large([*small, *large], card(), Exec(max_gpus=1)) == small
+    assert without_too_large([*small, *large], card(), Exec()) == [*small, *large]
     refuse_unfit(small, card(), Exec())
     with pytest.raises(SpecError, match=r"lora of llama-3.1-70b takes .* exec.world_size=4"):
         refuse_unfit(large, card(), Exec())

@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.estimate import make_plan
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.memory import pack_bytes
+from lorasweep.plan.plan import make_plan
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.store.run_store import RunStore

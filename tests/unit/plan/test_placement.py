@@ -9,10 +9,10 @@ from lorasweep.config.compose import shipped_model
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.gpu.load import layer_bytes, load_of
-from lorasweep.plan.gpu.memory import Layout, memory_parts
-from lorasweep.plan.gpu.placement import MEMORY_ERROR, Misfit, Placement, place
-from lorasweep.plan.gpu.time import TRAINING_SHARE, step_parts, step_seconds
+from lorasweep.plan.load import layer_bytes, load_of
+from lorasweep.plan.memory import Layout, memory_parts
+from lorasweep.plan.placement import MEMORY_ERROR, Misfit, Placement, place
+from lorasweep.plan.time import TRAINING_SHARE, step_parts, step_seconds
 from tests.world import compose_request
 
 

@@ -5,18 +5,18 @@ import json
 
 import pytest
 
-from lorasweep.cli.plans.plan_text import plan_text
+from lorasweep.cli.plan_text import plan_text
 from lorasweep.errors import SpecError
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
-from lorasweep.plan.estimate import RATED_RUNS, make_plan, measured_seconds
-from lorasweep.plan.flops import run_flops
 from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.load import run_flops
 from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.packing import MEMORY_SHARE, default_size, micro_batch
+from lorasweep.plan.plan import RATED_RUNS, make_plan, measured_seconds
 from lorasweep.plan.throughput import ThroughputTable, measured_path
 from lorasweep.store.run_store import RunStore
 from tests.world import ROOT, tiny_spec

@@ -13,8 +13,8 @@ from lorasweep.models.experts import use_grouped_experts
 from lorasweep.models.precision import autocast
 from lorasweep.models.sharding import compute_again
 from lorasweep.models.targets import find_targets
-from lorasweep.plan.gpu.load import load_of
-from lorasweep.plan.gpu.memory import Layout, memory_parts
+from lorasweep.plan.load import load_of
+from lorasweep.plan.memory import Layout, memory_parts
 from lorasweep.spec.model import ModelSpec
 
 LLAMA = ModelSpec(

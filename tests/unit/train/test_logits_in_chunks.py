@@ -15,7 +15,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models.cpu_llama import head
 from lorasweep.models.cpu_llama.model import cpu_llama_for
 from lorasweep.models.head import logits_of
-from lorasweep.plan.gpu import memory
+from lorasweep.plan import memory
 from lorasweep.train.objectives import nll
 
 VOCAB, LIMIT = 2048, 1 << 14

@@ -1,9 +1,10 @@
-"""What sweeps take on given GPUs: kinds of runs, where each is placed, and the sums.
+"""What sweeps take on GPUs with a data sheet: where each kind of run is placed, and the sums.
 
-For hardware whose speeds are known (`Hardware.has_speeds`). Runs that sweeps share count once in a
-total.
+Also, before runs start on such GPUs: how each is trained, which are left out, which are refused.
+Runs that sweeps share count once in a total.
 """
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorasweep.errors import SpecError
-from lorasweep.plan.flops import mean_length, run_flops
-from lorasweep.plan.gpu.placement import FORWARD_TOKENS, Misfit, Placement, place
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import mean_length, run_flops
 from lorasweep.plan.packing import GPU_SIZES
+from lorasweep.plan.placement import FORWARD_TOKENS, Misfit, Placement, place
 from lorasweep.plan.throughput import Shape, shape_of
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
@@ -24,7 +25,7 @@ from lorasweep.sweep.question import Replicates
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """Runs that cost alike: of one shape and length."""
+    """Runs of one shape and length, which cost the same."""
 
     spec: RunSpec
     members: int
@@ -40,6 +41,10 @@ class Kind:
         return f"{self.spec.method.name}{rank} of {self.spec.model.name}"
 
 
+Placed = tuple[Kind, Placement, int]
+"""A kind, its place, and its number of runs."""
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What runs take on some hardware."""
@@ -47,33 +52,29 @@ class Forecast:
     name: str
     hardware: Hardware
     runs: dict[str, Kind]
-    """Each run by its id; a run of the second stage by its curve, seed and place."""
+    """Each run by its id; a run of the second stage by its curve, seed and number."""
     first: frozenset[str] = frozenset()
-    """Those of the first stage."""
+    """Runs of the first stage."""
 
-    def counts(self) -> Counter[Kind]:
-        """Count the runs of each kind."""
-        return Counter(self.runs.values())
-
-    def placed(self) -> list[tuple[Kind, Placement, int]]:
-        """List the kinds that are trained, with their place and number of runs."""
+    def _with_place(self, left_out: bool) -> list[Placed]:
         return [
             (kind, kind.place, n)
-            for kind, n in self.counts().items()
-            if isinstance(kind.place, Placement) and not kind.left_out
+            for kind, n in Counter(self.runs.values()).items()
+            if isinstance(kind.place, Placement) and kind.left_out == left_out
         ]
 
-    def left_out(self) -> list[tuple[Kind, Placement, int]]:
+    def placed(self) -> list[Placed]:
+        """List the kinds that are trained."""
+        return self._with_place(left_out=False)
+
+    def left_out(self) -> list[Placed]:
         """List the kinds that need more GPUs than a run may take."""
-        return [
-            (kind, kind.place, n)
-            for kind, n in self.counts().items()
-            if isinstance(kind.place, Placement) and kind.left_out
-        ]
+        return self._with_place(left_out=True)
 
     def misfits(self) -> list[tuple[Kind, Misfit, int]]:
         """List the kinds that fit nowhere."""
-        return [(k, k.place, n) for k, n in self.counts().items() if isinstance(k.place, Misfit)]
+        counts = Counter(self.runs.values())
+        return [(k, k.place, n) for k, n in counts.items() if isinstance(k.place, Misfit)]
 
     @property
     def n_runs(self) -> int:
@@ -86,7 +87,7 @@ class Forecast:
         return sum(math.ceil(n / kind.members) for kind, _, n in self.placed())
 
     def jobs(self, work_max_min: float) -> int:
-        """Jobs of at most `work_max_min` minutes, or of one longer pack."""
+        """Count jobs of at most `work_max_min` minutes, or of one longer pack."""
         total = 0
         for kind, where, n in self.placed():
             each = max(1, int(60 * work_max_min / where.seconds))
@@ -96,17 +97,16 @@ class Forecast:
     @property
     def gpu_hours(self) -> float:
         """GPU-hours of the runs that are trained."""
-        return sum(hours_of(kind, where, n) for kind, where, n in self.placed())
+        return sum(hours_of(*entry) for entry in self.placed())
 
     @property
     def expert_hours(self) -> float:
-        """Those of models with experts, which no published measurement covers."""
-        placed = [entry for entry in self.placed() if entry[0].spec.model.n_experts]
-        return sum(hours_of(kind, where, n) for kind, where, n in placed)
+        """GPU-hours of models with experts, which no published measurement covers."""
+        return sum(hours_of(*entry) for entry in self.placed() if entry[0].spec.model.n_experts)
 
     @property
     def sampling_hours(self) -> float:
-        """Those of sampling answers, which no published measurement covers."""
+        """GPU-hours of sampling, which no published measurement covers."""
         return sum(
             hours_of(kind, where, n) * where.sampling_s / where.seconds
             for kind, where, n in self.placed()
@@ -114,12 +114,12 @@ class Forecast:
 
     @property
     def tokens(self) -> float:
-        """Tokens that they train on."""
+        """Tokens that the runs train on."""
         return sum(n * where.tokens / kind.members for kind, where, n in self.placed())
 
     @property
     def flops(self) -> float:
-        """Their operations."""
+        """Operations of the runs."""
         return sum(n * run_flops(kind.spec) for kind, _, n in self.placed())
 
     def stage_hours(self) -> tuple[float, float]:
@@ -129,7 +129,7 @@ class Forecast:
 
 
 def hours_of(kind: Kind, where: Placement, n: int) -> float:
-    """GPU-hours of `n` runs of a kind."""
+    """Return the GPU-hours of `n` runs of a kind."""
     return n * where.gpu_hours / kind.members
 
 
@@ -137,7 +137,7 @@ class Forecaster:
     """Places runs on some hardware. Each kind is placed once."""
 
     def __init__(self, hardware: Hardware, exec_: Exec) -> None:
-        """Prepare for `hardware`, which knows its speeds."""
+        """Prepare for `hardware`, whose speeds must be known (`Hardware.has_speeds`)."""
         self.hardware, self.exec = hardware, exec_
         self._kinds: dict[Shape, Kind] = {}
 
@@ -169,6 +169,10 @@ class Forecaster:
             self._kinds[key] = self._placed(spec)
         return self._kinds[key]
 
+    def kinds(self, points: Iterable[Point]) -> list[Kind]:
+        """List the kinds of runs, each once."""
+        return list(dict.fromkeys(self.kind(p.spec) for p in points))
+
     def _placed(self, spec: RunSpec) -> Kind:
         if spec.precision not in self.hardware.matmul_flops_s:
             raise SpecError(
@@ -180,17 +184,16 @@ class Forecaster:
         ways = (True,) if self.exec.activation_checkpointing else (False, True)
         how: dict[str, Any] = {"checkpointing": ways, "join_rows": self.exec.join_rows}
         alone = place([spec], self.hardware, rows, gpus=given, **how)
-        left_out = isinstance(alone, Placement) and most is not None and alone.layout.gpus > most
-        if isinstance(alone, Placement):
-            # a pack is no reason to compute activations again: it would be slower than its runs
-            how["checkpointing"] = (alone.layout.checkpointing,)
-        for size in reversed(GPU_SIZES) if self.exec.pack_size is None else [self.exec.pack_size]:
-            tokens = size * spec.batch_size * mean_length(spec)
-            if size == 1 or spec.method.MAX_PACK == 1 or isinstance(alone, Misfit):
-                break
-            if alone.layout.gpus > 1:
-                break  # several processes train one run at a time
-            if tokens > FORWARD_TOKENS and self.exec.pack_size is None:
+        if isinstance(alone, Misfit):
+            return Kind(spec, 1, alone, False)
+        left_out = most is not None and alone.layout.gpus > most
+        if spec.method.MAX_PACK == 1 or alone.layout.gpus > 1:
+            return Kind(spec, 1, alone, left_out)  # several processes train one run at a time
+        # a pack is no reason to compute activations again: it would be slower than its runs
+        how["checkpointing"] = (alone.layout.checkpointing,)
+        asked = self.exec.pack_size
+        for size in reversed(GPU_SIZES[1:]) if asked is None else [asked] if asked > 1 else []:
+            if asked is None and size * spec.batch_size * mean_length(spec) > FORWARD_TOKENS:
                 continue
             packed = place([spec] * size, self.hardware, rows, gpus=1, **how)
             if isinstance(packed, Placement):
@@ -201,14 +204,85 @@ class Forecaster:
 def _fresh(points: Sequence[Point], second: Replicates) -> Iterator[tuple[str, RunSpec]]:
     """Yield the runs of the second stage: each with a key, and a run that costs the same.
 
-    Which rates they get is not known before the first stage has finished; their number is.
+    Which learning rates they get is not known before the first stage has finished; their number is.
     """
     curves: dict[tuple[str, str], list[Point]] = {}
     for p in points:
         if not second.arms or p.arm in second.arms:
             curves.setdefault(curve_key(p), []).append(p)
     for (_, curve), runs in curves.items():
-        rates = len({p.spec.lr for p in runs})
+        n_lrs = len({p.spec.lr for p in runs})
         for seed in sorted(set(second.seeds) - {p.spec.seed for p in runs}):
-            for place_ in range(min(second.n_lrs, rates)):
-                yield f"{curve} {seed} {place_}", runs[0].spec
+            for number in range(min(second.n_lrs, n_lrs)):
+                yield f"{curve} {seed} {number}", runs[0].spec
+
+
+# ---------------------------------------------------------------- before runs start
+
+
+def without_too_large(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> list[Point]:
+    """Return the runs that need no more GPUs than exec.max_gpus."""
+    planner = Forecaster(hardware, exec_)
+    return [p for p in points if not planner.kind(p.spec).left_out]
+
+
+def settings_of(
+    points: Sequence[Point], hardware: Hardware, exec_: Exec
+) -> list[tuple[Exec, list[Point]]]:
+    """Group runs by the settings that the plan chooses for them; what the user set stays.
+
+    These are the number of processes, the size of packs, rows a forward pass, and whether
+    activations are computed again. Without the figures that `Hardware.has_speeds` asks for nothing
+    is chosen.
+
+    Raises:
+        SpecError: runs that fit on no number of GPUs; the message says which, and what would help.
+    """
+    if not hardware.has_speeds:
+        return [(exec_, list(points))]
+    planner = Forecaster(hardware, exec_)
+    _refuse(kind.place for kind in planner.kinds(points))
+    groups: dict[tuple[Any, ...], list[Point]] = {}
+    for point in points:
+        kind = planner.kind(point.spec)
+        assert isinstance(kind.place, Placement)
+        layout = kind.place.layout
+        key = (layout.gpus, kind.members, layout.rows, layout.checkpointing)
+        groups.setdefault(key, []).append(point)
+    names = ("world_size", "pack_size", "micro_batch_size", "activation_checkpointing")
+    found = [
+        (dataclasses.replace(exec_, **dict(zip(names, key, strict=True))), some)
+        for key, some in groups.items()
+    ]
+    _refuse(problem for chosen, _ in found for problem in chosen.problems())
+    return found
+
+
+def refuse_unfit(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> None:
+    """Check that every run fits as it is trained with these settings.
+
+    Raises:
+        SpecError: some do not; the message says which, and what would make them fit.
+    """
+    how: dict[str, Any] = {
+        "gpus": exec_.world_size,
+        "checkpointing": (exec_.activation_checkpointing,),
+        "join_rows": exec_.join_rows,
+    }
+    kinds = Forecaster(hardware, exec_).kinds(points)
+    _refuse(place([kind.spec], hardware, exec_.micro_batch_size, **how) for kind in kinds)
+
+
+def _refuse(problems: Iterable[Placement | Misfit | str]) -> None:
+    lines = [f"  {problem}" for problem in problems if not isinstance(problem, Placement)]
+    if lines:
+        raise SpecError(
+            "\n".join(
+                [
+                    "runs that cannot be trained with these settings, and nothing was started:",
+                    *lines,
+                    "  Or choose larger GPUs (hardware=...), or leave the runs out: "
+                    "exec.max_gpus=N, ~sweep.arms.NAME or sweep.axes.model=[...].",
+                ]
+            )
+        )

@@ -1,26 +1,26 @@
-"""Plan what is done, what is missing, and what it will cost. Starts nothing."""
+"""Plan what is done, what is missing, and what it will cost. Starts nothing.
+
+Also refuses to add runs to LR curves without a data fingerprint. Results hold a fingerprint of
+their data; those from before there was one do not. The analysis mixes no known fingerprint with an
+unknown one in a curve, so such runs would be trained in vain.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.plan.flops import run_flops
-from lorasweep.plan.gpu.time import TRAINING_SHARE
+from lorasweep.errors import StoreError
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import run_flops
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.plan.packing import Pack, make_packs, workers_and_threads
 from lorasweep.plan.throughput import ThroughputTable
+from lorasweep.plan.time import assumed_flops
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import FINAL, STATES, RunStore
-from lorasweep.sweep.grid import Point
+from lorasweep.sweep.grid import Point, curve_key
 
-ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2.5e11, "fp64": 2e10}
-"""Floating-point operations per second and core by precision, used until runs were measured.
-Assumption: what tiny128 (fp32) and SmolLM2-135M (bf16) reached on one core with matrix units
-(LOG.md)."""
-SLOW_BF16_FLOPS_PER_CORE = 7e8
-"""The same for bf16 on a processor without bf16 instructions. Measured on AVX2 (LOG.md)."""
 RATED_RUNS = 16
 """Number of finished runs of a method that its measured speed is computed from."""
 
@@ -152,16 +152,6 @@ def measured_seconds(
     return sum(run_flops(s) / rates.get((s.method.name, s.precision), overall) for s in todo)
 
 
-def assumed_flops(precision: str, hardware: Hardware) -> float:
-    """Return the assumed floating-point operations per second of the whole machine."""
-    if hardware.gpus and precision in hardware.matmul_flops_s:
-        share = TRAINING_SHARE * hardware.attainable_share
-        return share * hardware.matmul_flops_s[precision] * hardware.gpus
-    slow = precision == "bf16" and hardware.fast_bf16 is False
-    rate = SLOW_BF16_FLOPS_PER_CORE if slow else ASSUMED_FLOPS_PER_CORE[precision]
-    return rate * (hardware.cores or 1)
-
-
 def _seconds(
     points: list[Point],
     states: dict[str, str],
@@ -220,3 +210,48 @@ def summary(plan: Plan) -> dict[str, Any]:
     }
     runs = {"total": len(plan.points), "todo": len(plan.todo), **plan.counts()}
     return {"runs": runs, "arms": list(arms.values()), "packs": packs, "cost": cost}
+
+
+# ---------------------------------------------------------------- curves without a fingerprint
+
+
+def refuse_mixing(points: Sequence[Point], store: RunStore, exec_: Exec) -> None:
+    """Check that the missing runs of a sweep continue no curve of unknown data.
+
+    Raises:
+        StoreError: they do.
+    """
+    unknown = _of_unknown_data(points, store)
+    if unknown:
+        states = store.states(p.id for p in points)
+        _refuse(unknown, runs_to_do(list(points), states, store, exec_), store)
+
+
+def refuse_extending(points: Sequence[Point], more: Iterable[Point], store: RunStore) -> None:
+    """Check that `more` runs, of curves of `points`, continue no curve of unknown data.
+
+    Raises:
+        StoreError: they do.
+    """
+    _refuse(_of_unknown_data(points, store), more, store)
+
+
+def _of_unknown_data(points: Iterable[Point], store: RunStore) -> list[Point]:
+    by_id = {p.id: p for p in points}
+    finished = store.finished(by_id)
+    return [by_id[i] for i, entry in finished.items() if entry.data_sha256 is None]
+
+
+def _refuse(unknown: Sequence[Point], more: Iterable[Point], store: RunStore) -> None:
+    if not unknown:
+        return
+    curves = {curve_key(p) for p in unknown}
+    mixed = [p for p in more if curve_key(p) in curves]
+    if mixed:
+        raise StoreError(
+            f"{len(mixed)} runs to train would continue lr curves of finished runs without a data "
+            f"fingerprint ({len(unknown)} in {store.root}, such as {unknown[0].id}: trained before "
+            "results held one). The two are never mixed in one curve. Train all runs of the curves "
+            f"in a new run folder: exec.runs_dir={store.root}-2. To judge the finished runs, give "
+            "the command that asks for no more runs than these."
+        )
