@@ -69,10 +69,7 @@ def act(
 
 
 def _on_runs(
-    request: Request,
-    store: RunStore,
-    trainer: Trainer | str | None,
-    follow: dict[str, Any] | None,
+    request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
 ) -> int:
     """Call an action for the runs of a request, or for each part of a sweep of sweeps."""
     do = functions(trainer, follow)[request.action]

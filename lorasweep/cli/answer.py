@@ -187,9 +187,7 @@ def qualify(table: "pd.DataFrame") -> Qualification:
 
     checks = tasks.qualify(table)
     return Qualification(
-        tasks.verdict(checks),
-        [dataclasses.asdict(c) for c in checks],
-        aligned(tasks.rows(checks)),
+        tasks.verdict(checks), [dataclasses.asdict(c) for c in checks], aligned(tasks.rows(checks))
     )
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NO_FLOOR_NATS = 0.01
-"""Difference of the final NLL that counts as different if no setting has two seeds. Assumption:
+"""Difference of the final NLL that counts as different if no condition has two seeds. Assumption:
 seeds of the tiny sweep differ by about this (LOG.md)."""
 
 
@@ -93,73 +93,27 @@ class Comparison:
         return None if self.recorded is None or self.alone is None else self.alone - self.recorded
 
     def within(self, bound: float) -> bool:
-        """Return whether both trainings ended alike, with final metrics at most `bound` apart."""
+        """Return whether both ended in one state, with final metrics at most `bound` apart."""
         return self.same_state and (self.difference is None or abs(self.difference) <= bound)
 
 
-@dataclass(frozen=True)
-class Report:
-    """All comparisons, and the noise between seeds."""
-
-    comparisons: list[Comparison]
-    noise_floor: float | None
-    """Standard deviation of the final metric between the seeds of a cell, pooled over the sweep's
-    cells."""
-
-    def differing(self) -> list[Comparison]:
-        """Return the runs that ended differently, or differ by more than the noise."""
-        bound = largest_difference(self.noise_floor)
-        return [c for c in self.comparisons if not c.within(bound)]
-
-    def plain(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        rows = [{**asdict(c), "difference": c.difference} for c in self.comparisons]
-        return {
-            "runs": rows,
-            "noise_floor": self.noise_floor,
-            "differing": [c.run for c in self.differing()],
-        }
-
-
-def choose(points: Sequence[Point], store: RunStore, count: int) -> list[Point]:
-    """Draw `count` finished runs that were trained here, first those that shared a pack.
-
-    The draw is the same each time.
-    """
-    finished = []
-    for p in points:
-        result = store.result(p.id)
-        if result is not None and not result.get("imported"):
-            finished.append((result.get("pack_size", 1) == 1, stream("verify", p.id).random(), p))
-    if not finished:
-        raise SpecError(
-            f"no run of this sweep was trained to the end in {store.root}. Run the sweep first."
-        )
-    return [p for _, _, p in sorted(finished, key=lambda row: row[:2])[:count]]
-
-
 def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
-    """Pool the variance of the final measure between seeds over the cells with two or more seeds.
+    """Return the standard deviation of the final metric between seeds, pooled over conditions.
 
-    None if no setting has two seeds.
+    None if no condition has two seeds.
     """
-    cells: dict[tuple[Any, ...], list[float]] = {}
+    conditions: dict[tuple[Any, ...], list[float]] = {}
     for p in points:
         result = store.result(p.id) or {}
         if result.get("state") == "done":
             value = result[metric_of(result).name]
-            cells.setdefault((*curve_key(p), p.spec.lr), []).append(value)
-    repeated = [values for values in cells.values() if len(values) > 1]
+            conditions.setdefault((*curve_key(p), p.spec.lr), []).append(value)
+    repeated = [values for values in conditions.values() if len(values) > 1]
     degrees = sum(len(values) - 1 for values in repeated)
     if not degrees:
         return None
     squares = sum(statistics.variance(v) * (len(v) - 1) for v in repeated)
     return math.sqrt(squares / degrees)
-
-
-def largest_difference(floor: float | None) -> float:
-    """Return the largest difference of the final metric that counts as noise, from noise_floor."""
-    return NO_FLOOR_NATS if floor is None else floor
 
 
 def train_again(
@@ -179,7 +133,14 @@ def train_again(
     for event in trainer([spec], dataclasses.replace(exec_, **store.layout(spec.id)), None):
         if spec.id in event.ended:
             state, final = event.ended[spec.id]
-            _check_same_inputs(spec.id, before, final)
+            for key, what in (("data_sha256", "other data"), ("base_sha256", "another base")):
+                then, here = before.get(key), final.get(key)
+                if then and here and then != here:
+                    raise TrainingError(
+                        f"run {spec.id} was trained on {what} (fingerprint {then}) than is there "
+                        f"now ({here}), so it cannot be trained again. Get back what it was "
+                        "trained on."
+                    )
             at_end = event.snapshot()[spec.id]
     name = metric_of(before).name
     pairs = [(a[name], b[name]) for a, b in zip(before["curve"], final["curve"])]
@@ -190,16 +151,6 @@ def train_again(
     same = state == before["state"]
     comparison = Comparison(spec.id, before.get("pack_size"), recorded, alone, same, worst)
     return comparison, at_end, final
-
-
-def _check_same_inputs(rid: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    for key, what in (("data_sha256", "other data"), ("base_sha256", "another base")):
-        then, here = before.get(key), now.get(key)
-        if then and here and then != here:
-            raise TrainingError(
-                f"run {rid} was trained on {what} (fingerprint {then}) than is there now ({here}), "
-                "so it cannot be trained again. Get back what it was trained on."
-            )
 
 
 def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
@@ -229,24 +180,6 @@ def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
     if env.get("resumed_from_step"):
         found.append("the run was interrupted and resumed")
     return found
-
-
-def compare_alone(
-    points: Sequence[Point],
-    store: RunStore,
-    exec_: Exec,
-    count: int,
-    show: Callable[[Comparison], None],
-) -> Report:
-    """Retrain `count` runs alone, with the same threads and micro-batch, and compare."""
-    from lorasweep.launch.trainer import TorchTrainer
-
-    trainer, comparisons = TorchTrainer(), []
-    for p in choose(points, store, count):
-        comparison, _, _ = train_again(p.spec, store, exec_, trainer)
-        show(comparison)
-        comparisons.append(comparison)
-    return Report(comparisons, noise_floor(points, store))
 
 
 # ---------------------------------------------------------------- adapter, verify, extend
@@ -279,7 +212,8 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
     bound = request.max_difference
     if bound is None:
         points = all_points(request, store) if request.sweep and not request.parts else []
-        bound = largest_difference(noise_floor(points, store))
+        floor = noise_floor(points, store)
+        bound = NO_FLOOR_NATS if floor is None else floor
     causes = changed_circumstances(spec.id, store, final["backend"])
     why = "; ".join(causes) or "no recorded difference: threads, code edits and drivers remain"
     outcome = f"trained again: {_outcome(comparison)}"
@@ -322,27 +256,42 @@ def write_adapter(
 
 
 def verify(request: Request, store: RunStore) -> int:
-    """Train a sample of the finished runs again, alone; return 1 if a result differs."""
+    """Train a sample of the finished runs again, alone; return 1 if a result differs.
+
+    The sample is the same each time. Runs that shared a pack come first.
+    """
     if request.sample < 1:
         raise SpecError(f"sample={request.sample}: expected at least 1 run.")
     points, quiet = all_points(request, store), request.format == "json"
-    names = run_names(points)
-
-    def show(c: Comparison) -> None:
+    trained_here = []
+    for p in points:
+        result = store.result(p.id)
+        if result is not None and not result.get("imported"):
+            alone = result.get("pack_size", 1) == 1
+            trained_here.append((alone, stream("verify", p.id).random(), p.spec))
+    if not trained_here:
+        raise SpecError(
+            f"no run of this sweep was trained to the end in {store.root}. Run the sweep first."
+        )
+    sample = [spec for _, _, spec in sorted(trained_here, key=lambda row: row[:2])]
+    names, trainer, compared = run_names(points), trainer_named(None), []
+    for spec in sample[: request.sample]:
+        c, _, _ = train_again(spec, store, request.exec, trainer)
+        compared.append(c)
         if not quiet:
             print(f"{names[c.run]:32} {c.run}  pack of {c.pack_size}  {_outcome(c)}", flush=True)
-
-    report = compare_alone(points, store, request.exec, request.sample, show)
+    floor = noise_floor(points, store)
+    differing = [c.run for c in compared if not c.within(NO_FLOOR_NATS if floor is None else floor)]
     if quiet:
-        print(json.dumps(report.plain()))
-    else:
-        floor = report.noise_floor
-        noise = "no setting has two seeds"
-        if floor is not None:
-            noise = f"standard deviation between seeds {floor:.1e} nats"
-        gaps = [abs(c.difference) for c in report.comparisons if c.difference is not None]
-        print(f"largest difference {max(gaps, default=0.0):.1e} nats; {noise}")
-    return 1 if report.differing() else 0
+        rows = [{**asdict(c), "difference": c.difference} for c in compared]
+        print(json.dumps({"runs": rows, "noise_floor": floor, "differing": differing}))
+        return int(bool(differing))
+    noise = "no condition has two seeds"
+    if floor is not None:
+        noise = f"standard deviation between seeds {floor:.1e} nats"
+    gaps = [abs(c.difference) for c in compared if c.difference is not None]
+    print(f"largest difference {max(gaps, default=0.0):.1e} nats; {noise}")
+    return int(bool(differing))
 
 
 def _outcome(c: Comparison) -> str:

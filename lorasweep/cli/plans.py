@@ -204,7 +204,7 @@ def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
                 "gpu_hours": (hours := hours_of(kind, where, n)),
                 "cost_usd": cost(hours),
             }
-            for kind, where, n in found.left_out()
+            for kind, where, n in found.placed(left_out=True)
         ],
         "misfits": [
             {"kind": kind.label, "runs": n, "why": misfit.why, "remedy": misfit.remedy}

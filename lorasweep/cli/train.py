@@ -222,10 +222,7 @@ def _status(points: Sequence[Point], store: RunStore) -> int:
 
 
 def _train_on_cluster(
-    request: Request,
-    store: RunStore,
-    trainer: Trainer | str | None,
-    follow: dict[str, Any] | None,
+    request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
 ) -> Trained:
     """Submit what is missing, and say whether there is anything to wait for.
 

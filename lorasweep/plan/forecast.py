@@ -56,25 +56,21 @@ class Forecast:
     first: frozenset[str] = frozenset()
     """Runs of the first stage."""
 
-    def _with_place(self, left_out: bool) -> list[Placed]:
+    def counts(self) -> Counter[Kind]:
+        """Count the runs of each kind."""
+        return Counter(self.runs.values())
+
+    def placed(self, left_out: bool = False) -> list[Placed]:
+        """List the kinds that are trained, or those that need more GPUs than a run may take."""
         return [
             (kind, kind.place, n)
-            for kind, n in Counter(self.runs.values()).items()
+            for kind, n in self.counts().items()
             if isinstance(kind.place, Placement) and kind.left_out == left_out
         ]
 
-    def placed(self) -> list[Placed]:
-        """List the kinds that are trained."""
-        return self._with_place(left_out=False)
-
-    def left_out(self) -> list[Placed]:
-        """List the kinds that need more GPUs than a run may take."""
-        return self._with_place(left_out=True)
-
     def misfits(self) -> list[tuple[Kind, Misfit, int]]:
         """List the kinds that fit nowhere."""
-        counts = Counter(self.runs.values())
-        return [(k, k.place, n) for k, n in counts.items() if isinstance(k.place, Misfit)]
+        return [(k, k.place, n) for k, n in self.counts().items() if isinstance(k.place, Misfit)]
 
     @property
     def n_runs(self) -> int:
@@ -107,10 +103,7 @@ class Forecast:
     @property
     def sampling_hours(self) -> float:
         """GPU-hours of sampling, which no published measurement covers."""
-        return sum(
-            hours_of(kind, where, n) * where.sampling_s / where.seconds
-            for kind, where, n in self.placed()
-        )
+        return sum(hours_of(k, w, n) * w.sampling_s / w.seconds for k, w, n in self.placed())
 
     @property
     def tokens(self) -> float:

@@ -158,13 +158,7 @@ def _communication_s(load: Load, gpus: int, hardware: Hardware, states: str, wor
 
 
 def sampling_s(
-    load: Load,
-    spec: RunSpec,
-    hardware: Hardware,
-    members: int,
-    gpus: int,
-    answers: int,
-    group: int,
+    load: Load, spec: RunSpec, hardware: Hardware, members: int, gpus: int, answers: int, group: int
 ) -> float:
     """Return the seconds to draw `answers` completions of each of `members` runs, `group` a prompt.
 

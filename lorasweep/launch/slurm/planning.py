@@ -14,7 +14,7 @@ from lorasweep.plan import detect
 from lorasweep.plan.forecast import settings_of
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.packing import Pack, make_packs
-from lorasweep.plan.plan import Plan, measured_flops
+from lorasweep.plan.plan import Plan
 from lorasweep.plan.time import ASSUMED_FLOPS_PER_CORE, assumed_flops
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store import files
@@ -124,7 +124,7 @@ def jobs_of(
         SpecError: runs that do not fit on any number of GPUs.
     """
     cluster, hardware = cluster_of(request), now.hardware
-    measured = measured_flops(now.points, now.states, store)
+    measured = now.measured_flops_s
     assumed = _assumed(cluster, todo[0].spec.precision, hardware)
     found: dict[tuple[int, int], list[Task]] = {}
     for chosen, points in settings_of(todo, hardware, request.exec):

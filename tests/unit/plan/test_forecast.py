@@ -92,7 +92,7 @@ def test_runs_beyond_max_gpus_are_priced_apart():
     runs = points("lora", LoRA(rank=16)) + points("fullft", FullFT(), "llama-3.1-70b")
     all_of_them = planner().forecast("mine", runs, NONE)
     found = planner(max_gpus=16).forecast("mine", runs, NONE)
-    ((kind, where, n),) = found.left_out()
+    ((kind, where, n),) = found.placed(left_out=True)
     assert (kind.label, where.layout.gpus, n) == ("fullft of llama-3.1-70b", 32, 3)
     assert found.n_runs == 3 and not found.misfits()
     assert found.gpu_hours + hours_of(kind, where, n) == pytest.approx(all_of_them.gpu_hours)

@@ -120,8 +120,7 @@ def planned(spec, method, precision, checkpointing):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("shape", "precision"),
-    [*((shape, "bf16") for shape in SHAPES), ("grouped queries", "fp32")],
+    ("shape", "precision"), [*((shape, "bf16") for shape in SHAPES), ("grouped queries", "fp32")]
 )
 def test_the_plan_counts_what_a_layer_saves(shape, method, precision):
     """What it leaves out: logarithms of attention's sums, and what an adapter has of its rank."""
