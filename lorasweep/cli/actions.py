@@ -24,6 +24,9 @@ from lorasweep.sweep.request import Request, from_plain
 
 WHOLE_STUDY = ("export", "adapter", "fetch")
 """Actions on all runs of a sweep that consists of sweeps; the others are called for each part."""
+OF_PLANNED_RUNS = ("status", "cancel", "verify", "extend", "measure_packs", "layers")
+"""Actions without the runs that need more than exec.max_gpus GPUs. Training leaves them out, too.
+"""
 
 
 def functions(
@@ -72,9 +75,11 @@ def _on_runs(
     request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
 ) -> int:
     """Call an action for the runs of a request, or for each part of a sweep of sweeps."""
+    if request.customers and request.action == "run":  # the fleet reports them
+        return train.train_runs(request, store, trainer, follow)
     do = functions(trainer, follow)[request.action]
     on_gpus = bool(request.hardware) and hardware_of(request).has_speeds
-    if on_gpus and request.action not in ("plan", "fetch", "advise"):
+    if on_gpus and request.action in OF_PLANNED_RUNS:
         request = train.within_limit(request)
     if not request.parts or request.action in WHOLE_STUDY or (on_gpus and request.action == "plan"):
         return do(request, store)

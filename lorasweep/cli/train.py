@@ -181,6 +181,8 @@ def _train(
     trainer: Trainer | str | None,
     follow: dict[str, Any] | None = None,
 ) -> Trained:
+    if request.hardware and hardware_of(request).has_speeds:
+        request = within_limit(request)
     store.prepare()
     points = runs_of(request, store)
     check(request, store, points)

@@ -18,7 +18,7 @@ class Action:
     help: str
     """What it does, as shown by --help."""
     example: str = ""
-    """Settings shown beside the name by --help."""
+    """Settings shown after the name by --help."""
     reads: tuple[str, ...] = ()
     """Settings that only this action and some others read."""
     about: str = "the runs of a sweep or a single run"

@@ -28,7 +28,7 @@ class Kind:
     """Runs of one shape and length, which cost the same."""
 
     spec: RunSpec
-    members: int
+    pack_size: int
     """Runs that train together over one base."""
     place: Placement | Misfit
     left_out: bool
@@ -80,14 +80,14 @@ class Forecast:
     @property
     def packs(self) -> int:
         """Packs that they form."""
-        return sum(math.ceil(n / kind.members) for kind, _, n in self.placed())
+        return sum(math.ceil(n / kind.pack_size) for kind, _, n in self.placed())
 
     def jobs(self, work_max_min: float) -> int:
         """Count jobs of at most `work_max_min` minutes, or of one longer pack."""
         total = 0
         for kind, where, n in self.placed():
             each = max(1, int(60 * work_max_min / where.seconds))
-            total += math.ceil(math.ceil(n / kind.members) / each)
+            total += math.ceil(math.ceil(n / kind.pack_size) / each)
         return total
 
     @property
@@ -108,7 +108,7 @@ class Forecast:
     @property
     def tokens(self) -> float:
         """Tokens that the runs train on."""
-        return sum(n * where.tokens / kind.members for kind, where, n in self.placed())
+        return sum(n * where.tokens / kind.pack_size for kind, where, n in self.placed())
 
     @property
     def flops(self) -> float:
@@ -123,7 +123,7 @@ class Forecast:
 
 def hours_of(kind: Kind, where: Placement, n: int) -> float:
     """Return the GPU-hours of `n` runs of a kind."""
-    return n * where.gpu_hours / kind.members
+    return n * where.gpu_hours / kind.pack_size
 
 
 class Forecaster:
@@ -240,7 +240,7 @@ def settings_of(
         kind = planner.kind(point.spec)
         assert isinstance(kind.place, Placement)
         layout = kind.place.layout
-        key = (layout.gpus, kind.members, layout.rows, layout.checkpointing)
+        key = (layout.gpus, kind.pack_size, layout.rows, layout.checkpointing)
         groups.setdefault(key, []).append(point)
     names = ("world_size", "pack_size", "micro_batch_size", "activation_checkpointing")
     found = [

@@ -31,7 +31,7 @@ def mean_length(spec: RunSpec) -> int:
     return round(spec.dataset.max_length * _fill(spec))
 
 
-def answer_tokens(spec: RunSpec) -> float:
+def completion_tokens(spec: RunSpec) -> float:
     """Return the expected tokens of a sampled completion; 0 for runs that sample none."""
     return spec.max_new_tokens * _fill(spec)
 
@@ -41,7 +41,7 @@ def prompt_tokens(spec: RunSpec) -> float:
     return (spec.dataset.max_length - spec.max_new_tokens) * _fill(spec)
 
 
-def evaluated_answers(spec: RunSpec) -> list[int]:
+def evaluated_completions(spec: RunSpec) -> list[int]:
     """Return how many completions each evaluation of a run samples, one a prompt.
 
     Empty for generated data, where the probability of the one right answer is the reward. The first
@@ -56,7 +56,7 @@ def evaluated_answers(spec: RunSpec) -> list[int]:
 
 def sampling_flops(spec: RunSpec, answers: int, prompts: int) -> float:
     """Estimate the operations of sampling: a forward pass over prompts and completions."""
-    tokens = prompts * prompt_tokens(spec) + answers * answer_tokens(spec)
+    tokens = prompts * prompt_tokens(spec) + answers * completion_tokens(spec)
     return 2.0 * spec.model.n_active_params * tokens
 
 
@@ -70,7 +70,7 @@ def train_flops(spec: RunSpec) -> float:
 
 def run_flops(spec: RunSpec) -> float:
     """Estimate the operations of a run: its updates, and the evaluations on held-out rows."""
-    if sampled := sum(evaluated_answers(spec)):
+    if sampled := sum(evaluated_completions(spec)):
         return train_flops(spec) + sampling_flops(spec, sampled, sampled)
     d = spec.dataset
     few = (d.n_validation or d.n_test_curve) if spec.has_curve else 0

@@ -1,9 +1,9 @@
 """The peak memory of training, by component, and the disk space of checkpoints, from shapes alone.
 
-The state of training (weights, gradients, moments) is counted alike on all hardware. A GPU and a
-CPU differ in copies, activations, logits and what a process holds. Sharded runs on GPUs follow
-FSDP2: every tensor is split over all GPUs, a layer is put together while it computes, and the next
-one is on its way. Compared with published figures in analysis/results/plan/README.md.
+The state of training (weights, gradients, moments) is counted in the same way on all hardware. A
+GPU and a CPU differ in copies, activations, logits and what a process holds. Sharded runs on GPUs
+follow FSDP2: every tensor is split over all GPUs, a layer is put together while it computes, and
+the next one is on its way. Compared with published figures in analysis/results/plan/README.md.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from lorasweep.plan.load import (
     WORD_BYTES,
     Load,
     cache_bytes,
-    evaluated_answers,
+    evaluated_completions,
     layer_bytes,
     load_of,
     mean_length,
@@ -78,7 +78,7 @@ class Layout:
 
 
 def pack_bytes(
-    members: int,
+    n_runs: int,
     spec: RunSpec,
     hardware: Hardware,
     micro_batch_size: int | None = None,
@@ -86,19 +86,17 @@ def pack_bytes(
     checkpointing: bool = False,
     join_rows: bool = False,
 ) -> float:
-    """Estimate the peak memory, in bytes, of a process that trains `members` runs like `spec`.
+    """Estimate the peak memory, in bytes, of a process that trains `n_runs` runs like `spec`.
 
     `micro_batch_size`: rows per run and forward pass; None: the whole batch.
     """
     rows = min(micro_batch_size or spec.batch_size, spec.batch_size)
     layout = Layout(processes, rows, checkpointing, joined=join_rows)
-    return sum(pack_memory(members, spec, hardware, layout).values())
+    return sum(pack_memory(n_runs, spec, hardware, layout).values())
 
 
-def pack_memory(
-    members: int, spec: RunSpec, hardware: Hardware, layout: Layout
-) -> dict[str, float]:
-    """Return the peak bytes of a process that trains `members` runs like `spec`, by component.
+def pack_memory(n_runs: int, spec: RunSpec, hardware: Hardware, layout: Layout) -> dict[str, float]:
+    """Return the peak bytes of a process that trains `n_runs` runs like `spec`, by component.
 
     That of learning, or of sampling completions if it is higher.
     """
@@ -110,22 +108,22 @@ def pack_memory(
             load,
             layout,
             spec.dataset.max_length,  # rows of a forward pass are padded to the longest
-            members,
+            n_runs,
             states=states,
             word=word,
             frozen_bytes=held,
             start_bytes=held,
         )
     else:
-        parts = _cpu_memory(load, spec, layout, members, states, held)
+        parts = _cpu_memory(load, spec, layout, n_runs, states, held)
     if spec.early_stopping:
         parts["best weights"] = parts["trained weights"]
     if not spec.max_new_tokens:
         return parts
     if hardware.gpus:
-        sampling = sampling_memory(load, spec, hardware, members, layout.gpus, held)
+        sampling = sampling_memory(load, spec, hardware, n_runs, layout.gpus, held)
     else:
-        sampling = parts | {"activations": 0.0, **_cpu_sampling(spec, members, word)}
+        sampling = parts | {"activations": 0.0, **_cpu_sampling(spec, n_runs, word)}
     return max(parts, sampling, key=lambda found: sum(found.values()))
 
 
@@ -138,11 +136,11 @@ def checkpoint_bytes(specs: Iterable[RunSpec]) -> float:
 
 
 def _state(
-    load: Load, members: int, states: str, frozen_bytes: int, start_bytes: int, n: int = 1
+    load: Load, n_runs: int, states: str, frozen_bytes: int, start_bytes: int, n: int = 1
 ) -> dict[str, float]:
     """Return the bytes of weights and of what the optimizer keeps, split over `n` devices."""
     weight, gradient, moments = STATE_BYTES[states]
-    trained = members * load.trained / n
+    trained = n_runs * load.trained / n
     frozen = load.model.n_params - load.trained if load.whole else load.model.n_params
     return {
         "frozen weights": frozen_bytes * frozen / n,
@@ -157,12 +155,12 @@ def _state(
 
 
 def _cpu_memory(
-    load: Load, spec: RunSpec, layout: Layout, members: int, states: str, held: int
+    load: Load, spec: RunSpec, layout: Layout, n_runs: int, states: str, held: int
 ) -> dict[str, float]:
     """Return the peak bytes of learning on a CPU: what the hand-written passes keep."""
     model, word, length = load.model, WORD_BYTES[spec.precision], mean_length(spec)
     exact = STATE_BYTES[states][0]
-    tokens = members * layout.rows * length
+    tokens = n_runs * layout.rows * length
     tokens *= 1.0 if spec.dataset.source == "synthetic" else CPU_TEXT_PEAK
     copies = 0  # bytes for each weight of a product
     if word == 2 and (load.whole or held > word):
@@ -172,7 +170,7 @@ def _cpu_memory(
     h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
     scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)
     layer = 2 * h * exact + word * (4 * h + 2 * kv + 4 * f + scores)
-    return _state(load, members, states, held, held) | {
+    return _state(load, n_runs, states, held, held) | {
         "copies and buffers": float(copies * model.n_matmul_params),
         "activations": tokens * model.n_layers * layer * (1 if load.whole else CPU_FRAGMENTATION),
         # a chunk of logits, their logarithms, gradients and temporaries
@@ -181,8 +179,8 @@ def _cpu_memory(
     }
 
 
-def _cpu_sampling(spec: RunSpec, members: int, word: int) -> dict[str, float]:
-    rows = members * min(ROWS, max([spec.batch_size, *evaluated_answers(spec)]))
+def _cpu_sampling(spec: RunSpec, n_runs: int, word: int) -> dict[str, float]:
+    rows = n_runs * min(ROWS, max([spec.batch_size, *evaluated_completions(spec)]))
     return {
         "keys and values": rows * spec.dataset.max_length * cache_bytes(spec.model, word),
         "logits": float(rows * DRAW_PEAK_BYTES * spec.model.vocab_size),
@@ -196,7 +194,7 @@ def memory_parts(
     load: Load,
     layout: Layout,
     row_tokens: int,
-    members: int = 1,
+    n_runs: int = 1,
     *,
     states: str = "fp32",
     word: int = 2,
@@ -211,7 +209,7 @@ def memory_parts(
     Args:
         load: what one run asks.
         row_tokens: tokens of the longest row.
-        members: runs of the pack, which share a frozen base.
+        n_runs: runs of the pack, which share a frozen base.
         states: precision of what is trained.
         word: bytes of a number in products.
         frozen_bytes: bytes per frozen weight.
@@ -221,7 +219,7 @@ def memory_parts(
         process: include what a process holds before its first tensor.
     """
     model, n = load.model, layout.gpus
-    tokens = members * layout.rows * row_tokens
+    tokens = n_runs * layout.rows * row_tokens
     kept, h, exact = layer_bytes(load, word, stream), model.hidden_size, max(4, word)
     stream = stream or exact
     inputs = stream * h * model.n_layers if layout.checkpointing else 0
@@ -230,13 +228,13 @@ def memory_parts(
     last = exact * h + stream * h * (1 + load.norms_trained)
     logits = tokens * model.vocab_size
     if not whole_logits:
-        logits = min(logits, max(CHUNK_LOGITS, members * layout.rows * model.vocab_size))
-    parts = _state(load, members, states, frozen_bytes, start_bytes, n) | {
+        logits = min(logits, max(CHUNK_LOGITS, n_runs * layout.rows * model.vocab_size))
+    parts = _state(load, n_runs, states, frozen_bytes, start_bytes, n) | {
         "activations": tokens * (inputs + layers * kept + last),
         "gradients of activations": word / 2 * tokens * (4 * h + 4 * model.mlp_size),
-        "attention masks": _masks(layout, row_tokens, members, layers, word),
+        "attention masks": _masks(layout, row_tokens, n_runs, layers, word),
         "logits": word / 2 * LOGIT_BYTES * logits,
-        "copies and buffers": _buffers(load, layout, members, states, word, frozen_bytes),
+        "copies and buffers": _buffers(load, layout, n_runs, states, word, frozen_bytes),
     }
     if n > 1:
         # the embedding's gradient comes last, when activations have left their room to it
@@ -248,7 +246,7 @@ def memory_parts(
     return parts
 
 
-def _masks(layout: Layout, row_tokens: int, members: int, layers: int, word: int) -> float:
+def _masks(layout: Layout, row_tokens: int, n_runs: int, layers: int, word: int) -> float:
     """Bytes of the masks that keep joined rows apart; alone, a row needs none.
 
     transformers makes one of a byte an entry, and torch's attention one in the type of the products
@@ -257,7 +255,7 @@ def _masks(layout: Layout, row_tokens: int, members: int, layers: int, word: int
     """
     if not layout.joined or layout.rows == 1:
         return 0.0
-    return float(members * (layout.rows * row_tokens) ** 2 * (1 + word * layers))
+    return float(n_runs * (layout.rows * row_tokens) ** 2 * (1 + word * layers))
 
 
 def _outer_bytes(load: Load, weight: int, frozen_bytes: int) -> float:
@@ -269,7 +267,7 @@ def _outer_bytes(load: Load, weight: int, frozen_bytes: int) -> float:
 
 
 def _buffers(
-    load: Load, layout: Layout, members: int, states: str, word: int, frozen_bytes: int
+    load: Load, layout: Layout, n_runs: int, states: str, word: int, frozen_bytes: int
 ) -> float:
     """Bytes of copies: weights as products take them, whole layers, gradients on their way.
 
@@ -278,7 +276,7 @@ def _buffers(
     outside the layers all the time, in the backward pass with the unembedding's gradient.
     """
     model, (weight, gradient, _) = load.model, STATE_BYTES[states]
-    adapters = 0 if load.whole else members * load.trained
+    adapters = 0 if load.whole else n_runs * load.trained
     if layout.gpus == 1:
         trained = min(load.trained, model.n_matmul_params) if load.whole else 0
         frozen = (model.n_matmul_params - trained) * (frozen_bytes > word)
@@ -302,18 +300,18 @@ class Rounds:
 
 
 def rounds_of(
-    spec: RunSpec, hardware: Hardware, members: int, gpus: int, answers: int, group: int
+    spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int, answers: int, group: int
 ) -> Rounds:
-    """Return how `answers` completions of each of `members` runs are drawn; groups stay whole."""
+    """Return how `answers` completions of each of `n_runs` runs are drawn; groups stay whole."""
     each = cache_bytes(spec.model, WORD_BYTES[spec.precision]) * spec.dataset.max_length
     room = CACHE_SHARE * (hardware.gpu_memory_gib or 0) * 2**30
-    prompts = max(1, min(ROWS, int(room / (members * each))) // group)
+    prompts = max(1, min(ROWS, int(room / (n_runs * each))) // group)
     share = -(-(answers // group) // gpus)  # prompts of one GPU
     return Rounds(min(prompts, share) * group, -(-share // prompts))
 
 
 def sampling_memory(
-    load: Load, spec: RunSpec, hardware: Hardware, members: int, gpus: int, held: int
+    load: Load, spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int, held: int
 ) -> dict[str, float]:
     """Return the peak bytes of one GPU while completions are drawn, by component.
 
@@ -322,12 +320,12 @@ def sampling_memory(
     """
     model, word = load.model, WORD_BYTES[spec.precision]
     states = "fp64" if spec.precision == "fp64" else "fp32"
-    rows = members * rounds_of(spec, hardware, members, gpus, spec.batch_size, spec.group_size).rows
+    rows = n_runs * rounds_of(spec, hardware, n_runs, gpus, spec.batch_size, spec.group_size).rows
     whole = float(word * load.trained * load.whole)
     if gpus > 1:
         outer = _outer_bytes(load, STATE_BYTES[states][0], held)
         whole = word * model.n_layers * load.layer_params + outer
-    return _state(load, members, states, held, held, gpus) | {
+    return _state(load, n_runs, states, held, held, gpus) | {
         "gradients": 0.0,
         "copies and buffers": whole,
         "keys and values": rows * spec.dataset.max_length * cache_bytes(model, word),

@@ -55,7 +55,7 @@ def forward_tokens(hardware: Hardware) -> int:
 
 def micro_batch(
     spec: RunSpec,
-    members: int,
+    n_runs: int,
     hardware: Hardware,
     processes: int = 1,
     checkpointing: bool = False,
@@ -66,11 +66,11 @@ def micro_batch(
     On a GPU also no more than fit into its memory.
     """
     share = spec.batch_size // processes
-    rows = max(1, min(share, forward_tokens(hardware) // (members * mean_length(spec))))
+    rows = max(1, min(share, forward_tokens(hardware) // (n_runs * mean_length(spec))))
     if hardware.gpus and hardware.gpu_memory_gib is not None:
         room = MEMORY_SHARE * hardware.gpu_memory_gib * 2**30
         shared = (processes, checkpointing, join_rows)
-        while rows > 1 and pack_bytes(members, spec, hardware, rows, *shared) > room:
+        while rows > 1 and pack_bytes(n_runs, spec, hardware, rows, *shared) > room:
             rows //= 2
     return rows
 
@@ -120,13 +120,13 @@ def default_size(spec: RunSpec, exec_: Exec, hardware: Hardware) -> int:
     return max((n for n in sizes if _fits(n, spec, exec_, hardware)), default=1)
 
 
-def _fits(members: int, spec: RunSpec, exec_: Exec, hardware: Hardware) -> bool:
-    """Return whether a pack of `members` runs fits into the memory."""
+def _fits(n_runs: int, spec: RunSpec, exec_: Exec, hardware: Hardware) -> bool:
+    """Return whether a pack of `n_runs` runs fits into the memory."""
     if hardware.worker_gib is None:
         return True
-    rows = exec_.micro_batch_size or micro_batch(spec, members, hardware, join_rows=exec_.join_rows)
+    rows = exec_.micro_batch_size or micro_batch(spec, n_runs, hardware, join_rows=exec_.join_rows)
     bound = MEMORY_SHARE * hardware.worker_gib * 2**30
-    return pack_bytes(members, spec, hardware, rows, join_rows=exec_.join_rows) < bound
+    return pack_bytes(n_runs, spec, hardware, rows, join_rows=exec_.join_rows) < bound
 
 
 def make_packs(

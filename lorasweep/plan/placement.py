@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import evaluated_answers, load_of, mean_length, updates_with_evaluations
+from lorasweep.plan.load import (
+    evaluated_completions,
+    load_of,
+    mean_length,
+    updates_with_evaluations,
+)
 from lorasweep.plan.memory import Layout, pack_memory
 from lorasweep.plan.time import evaluation_s, sampling_s, step_parts, step_seconds
 from lorasweep.spec.run import RunSpec
@@ -115,39 +120,39 @@ def _largest_pass(
     specs: Sequence[RunSpec], one_row: Layout, asked: int | None, hardware: Hardware
 ) -> Layout | None:
     """Return the layout with the largest forward pass that fits; None if none does."""
-    spec, members = specs[-1], len(specs)
+    spec, n_runs = specs[-1], len(specs)
     room = (hardware.gpu_memory_gib or 0) * 2**30 / (1 + MEMORY_ERROR)
     share = spec.batch_size // one_row.gpus
-    most = max(1, FORWARD_TOKENS // (members * spec.dataset.max_length))
+    most = max(1, FORWARD_TOKENS // (n_runs * spec.dataset.max_length))
     divisors = (n for n in range(min(share, most), 0, -1) if share % n == 0)
     for rows in divisors if asked is None else [min(asked, share)]:
         layout = replace(one_row, rows=rows, accumulation=-(-share // rows))
-        if sum(pack_memory(members, spec, hardware, layout).values()) <= room:
+        if sum(pack_memory(n_runs, spec, hardware, layout).values()) <= room:
             return layout
     return None
 
 
 def _placement(specs: Sequence[RunSpec], layout: Layout, hardware: Hardware) -> Placement:
-    spec, members, gpus = specs[-1], len(specs), layout.gpus
+    spec, n_runs, gpus = specs[-1], len(specs), layout.gpus
     load, length = load_of(spec.model, spec.method), mean_length(spec)
-    step = step_parts(load, layout, length, hardware, spec.precision, members)
+    step = step_parts(load, layout, length, hardware, spec.precision, n_runs)
     step_s = step_seconds(step)
     updates = [updates_with_evaluations(s) for s in specs]
     sampled = evaluated = 0.0
     if spec.max_new_tokens:
         shape = (spec.batch_size, spec.group_size)
-        step["sampling"] = sampling_s(load, spec, hardware, members, gpus, *shape)
+        step["sampling"] = sampling_s(load, spec, hardware, n_runs, gpus, *shape)
         step_s += step["sampling"]
-        sampled = step["sampling"] * sum(s.steps for s in specs) / members
-    if evaluated_answers(spec):
+        sampled = step["sampling"] * sum(s.steps for s in specs) / n_runs
+    if evaluated_completions(spec):
         updates = [float(s.steps) for s in specs]
-        evaluated = evaluation_s(load, spec, hardware, members, gpus)
+        evaluated = evaluation_s(load, spec, hardware, n_runs, gpus)
     return Placement(
         layout=layout,
-        memory=pack_memory(members, spec, hardware, layout),
+        memory=pack_memory(n_runs, spec, hardware, layout),
         step=step,
         step_s=step_s,
-        seconds=step_s * sum(updates) / members + evaluated,
+        seconds=step_s * sum(updates) / n_runs + evaluated,
         tokens=float(sum(s.steps * s.batch_size * length for s in specs)),
         sampling_s=sampled + evaluated,
     )

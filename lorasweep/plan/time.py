@@ -16,9 +16,9 @@ from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import (
     WORD_BYTES,
     Load,
-    answer_tokens,
     cache_bytes,
-    evaluated_answers,
+    completion_tokens,
+    evaluated_completions,
     layer_bytes,
     prompt_tokens,
     read_params,
@@ -85,7 +85,7 @@ def step_parts(
     row_tokens: float,
     hardware: Hardware,
     precision: str = "bf16",
-    members: int = 1,
+    n_runs: int = 1,
     *,
     states: str = "fp32",
     stream: int | None = None,
@@ -102,7 +102,7 @@ def step_parts(
         share: share of the attainable speed that products reach.
     """
     model, again = load.model, layout.checkpointing
-    tokens = members * layout.rows * layout.accumulation * row_tokens
+    tokens = n_runs * layout.rows * layout.accumulation * row_tokens
     bandwidth = hardware.bandwidth_bytes_s or float("inf")
     fused = hardware.attention_flops_s if precision == "bf16" else None
     attention = fused or hardware.matmul_flops_s[precision] / 3
@@ -124,7 +124,7 @@ def step_parts(
         "products": tokens * flops / _products_flops_s(hardware, precision, share),
         "attention": tokens * scores / attention,
         "activations": tokens * moved / bandwidth,
-        "optimizer": 2 * state * members * load.trained / layout.gpus / bandwidth,
+        "optimizer": 2 * state * n_runs * load.trained / layout.gpus / bandwidth,
         "launch": layout.accumulation * kernels * (3 + again) * LAUNCH_S,
         "communication": layout.accumulation
         * _communication_s(load, layout.gpus, hardware, states, word),
@@ -158,20 +158,20 @@ def _communication_s(load: Load, gpus: int, hardware: Hardware, states: str, wor
 
 
 def sampling_s(
-    load: Load, spec: RunSpec, hardware: Hardware, members: int, gpus: int, answers: int, group: int
+    load: Load, spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int, answers: int, group: int
 ) -> float:
-    """Return the seconds to draw `answers` completions of each of `members` runs, `group` a prompt.
+    """Return the seconds to draw `answers` completions of each of `n_runs` runs, `group` a prompt.
 
     Some completion of a round has max_new_tokens; the others end before, and are left out then.
     """
     if not answers:
         return 0.0
     model, precision = load.model, spec.precision
-    word, found = WORD_BYTES[precision], rounds_of(spec, hardware, members, gpus, answers, group)
+    word, found = WORD_BYTES[precision], rounds_of(spec, hardware, n_runs, gpus, answers, group)
     bandwidth = hardware.bandwidth_bytes_s or float("inf")
     speed = _products_flops_s(hardware, precision)
-    rows = members * found.rows
-    prompt, answer = prompt_tokens(spec), answer_tokens(spec)
+    rows = n_runs * found.rows
+    prompt, answer = prompt_tokens(spec), completion_tokens(spec)
     alive = rows * answer / spec.max_new_tokens  # on average over the tokens of a round
     weights = float(word * read_params(model, alive))
     if load.whole and gpus == 1 and word == 2:
@@ -185,11 +185,11 @@ def sampling_s(
     return found.number * (prefill_s + spec.max_new_tokens * token_s)
 
 
-def evaluation_s(load: Load, spec: RunSpec, hardware: Hardware, members: int, gpus: int) -> float:
+def evaluation_s(load: Load, spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int) -> float:
     """Return the seconds to draw the completions of held-out prompts over a whole run."""
     return sum(
-        sampling_s(load, spec, hardware, members, gpus, answers, 1)
-        for answers in evaluated_answers(spec)
+        sampling_s(load, spec, hardware, n_runs, gpus, answers, 1)
+        for answers in evaluated_completions(spec)
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from lorasweep.plan import load as shapes
 from lorasweep.plan import memory, time
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import evaluated_answers, load_of, run_flops, train_flops
+from lorasweep.plan.load import evaluated_completions, load_of, run_flops, train_flops
 from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.placement import Placement, place
 from lorasweep.plan.time import LAUNCH_S, TRAINING_SHARE, step_seconds
@@ -36,10 +36,10 @@ def gsm8k(method="lora", **changes):
     return dataclasses.replace(spec, **changes)
 
 
-def seconds(spec, answers=None, gpus=1, members=1, group=16, hardware=None):
+def seconds(spec, answers=None, gpus=1, n_runs=1, group=16, hardware=None):
     load = load_of(spec.model, spec.method)
     answers = answers or spec.batch_size
-    return time.sampling_s(load, spec, hardware or card(), members, gpus, answers, group)
+    return time.sampling_s(load, spec, hardware or card(), n_runs, gpus, answers, group)
 
 
 def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
@@ -54,10 +54,10 @@ def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=card_bytes)
     )
-    for members in (1, 4):
-        prompts = [[np.zeros(768 - 256, dtype=int)]] * members
+    for n_runs in (1, 4):
+        prompts = [[np.zeros(768 - 256, dtype=int)]] * n_runs
         at_once = sampling._at_once(model, prompts, 256, "bf16")
-        rounds = memory.rounds_of(spec, card(), members, 1, 2048, 16)
+        rounds = memory.rounds_of(spec, card(), n_runs, 1, 2048, 16)
         assert rounds.rows == at_once // 16 * 16 > 0
         assert rounds.rows * rounds.number >= 2048
     assert sampling._at_once(model, [[np.zeros(2, dtype=int)]], 1, "bf16") == sampling.ROWS
@@ -119,7 +119,7 @@ def test_more_gpus_share_the_answers_and_a_pack_shares_the_weights():
     # 9 rounds of 15 prompts or fewer, and 3
     assert seconds(spec, gpus=1) / seconds(spec, gpus=4) == pytest.approx(3)
     few = gsm8k(batch_size=32)
-    assert seconds(few, members=4) < 1.1 * seconds(few)
+    assert seconds(few, n_runs=4) < 1.1 * seconds(few)
 
 
 def test_of_experts_those_that_are_hit_are_read():
@@ -136,12 +136,12 @@ def test_a_rewarded_run_samples_learns_and_is_evaluated():
     sampled = 2 * WEIGHTS * tokens
     learned = spec.method.step_flops(spec.model, 2048 * round(0.4 * 768))
     assert train_flops(spec) == pytest.approx(spec.steps * (sampled + learned))
-    assert evaluated_answers(spec) == [1319, *[256] * 8, 1319, 256]
+    assert evaluated_completions(spec) == [1319, *[256] * 8, 1319, 256]
     n = 2 * 1319 + 9 * 256
     evaluated = 2 * WEIGHTS * n * 0.4 * 768
     assert run_flops(spec) - train_flops(spec) == pytest.approx(evaluated, rel=1e-3)
     words = compose_request(["+sweep=rl", "scale=tiny"]).points[0].spec
-    assert evaluated_answers(words) == [] and run_flops(words) > train_flops(words)
+    assert evaluated_completions(words) == [] and run_flops(words) > train_flops(words)
     found = place([spec], card())
     rest = {k: v for k, v in found.step.items() if k != "sampling"}
     assert found.step_s == pytest.approx(step_seconds(rest) + found.step["sampling"])
