@@ -1,4 +1,4 @@
-"""What the unfinished runs of a fleet cost in packs, and what each run costs alone, by base."""
+"""What the unfinished runs of a fleet cost in packs and alone, by base; counts of customers."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +20,12 @@ from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
 
 HEAD = ("base", "customers", "runs", "packs", "together", "alone", "times")
+
+
+def customer_counts(request: Request, store: RunStore) -> dict[str, int]:
+    """Count a fleet's customers by outcome."""
+    fleet = planned(request.members, request.points)
+    return counts(outcome_of(m, store) if isinstance(m, Member) else m for m in fleet)
 
 
 def here(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:
@@ -86,13 +92,15 @@ def lines(values: dict[str, Any], per: str) -> list[str]:
 
 
 def _whole(request: Request, store: RunStore, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the counts of customers, the rows, and their sum."""
-    fleet = planned(request.members, request.points)
-    found = counts(outcome_of(m, store) if isinstance(m, Member) else m for m in fleet)
+    """Return the counts of customers, the rows, and the sum of the rows."""
     alone = [r["alone_s"] for r in rows]
     sums = {k: sum(r[k] for r in rows) for k in ("customers", "runs", "packs", "together_s")}
     total = {"base": "total", **sums, "alone_s": None if None in alone else sum(alone)}
-    return {"customers": found, "bases": rows, "total": _with_ratio(total)}
+    return {
+        "customers": customer_counts(request, store),
+        "bases": rows,
+        "total": _with_ratio(total),
+    }
 
 
 def _row(

@@ -11,10 +11,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lorasweep.cli import fleet_costs
 from lorasweep.cli.points import all_points
 from lorasweep.cli.progress import duration
-from lorasweep.fleet.members import Member, planned
-from lorasweep.fleet.outcome import counts, counts_line, outcome_of
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan import detect
@@ -85,7 +84,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     return {
         "sweep": request.sweep_name,
         "scale": request.scale,
-        "customers": _customers(request, store),
+        "customers": fleet_costs.customer_counts(request, store) if request.members else None,
         "runs": {"total": len(plan.points), "todo": len(plan.todo), **Counter(states.values())},
         "arms": [
             {"arm": a, "runs": c.total(), **c, "best": best_plain(best[a])}
@@ -105,14 +104,6 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
         "slurm": queue.unavailable,
         "unrecorded": len(queue.strays),
     }
-
-
-def _customers(request: Request, store: RunStore) -> dict[str, int] | None:
-    """Count a fleet's customers by outcome; None for other requests."""
-    if not request.members:
-        return None
-    fleet = planned(request.members, request.points)
-    return counts(outcome_of(m, store) if isinstance(m, Member) else m for m in fleet)
 
 
 def _jobs(queue: Queue, ids: set[str], entries: dict[str, Entry]) -> list[dict[str, Any]]:
@@ -220,7 +211,7 @@ def status_text(request: Request, status: dict[str, Any]) -> str:
         f"{duration(status['left_s'])} left{speed}"
     ]
     if status["customers"]:
-        lines.append(f"  {counts_line(status['customers'])}")
+        lines.append(f"  {fleet_costs.counts_line(status['customers'])}")
     table = [["customer" if status["customers"] else "arm", "runs", *columns, "best"]]
     for a in status["arms"]:
         best = a["best"]
