@@ -21,8 +21,8 @@ from lorasweep.cli.points import all_points
 from lorasweep.config.compose import compose_request
 from lorasweep.launch.local import run_points
 from lorasweep.plan import detect
-from lorasweep.plan.estimate import make_plan
-from lorasweep.plan.flops import run_flops
+from lorasweep.plan.load import run_flops
+from lorasweep.plan.plan import make_plan
 from lorasweep.spec.execution import Exec
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point

@@ -24,10 +24,10 @@ from benchmarks.harness import table as markdown_table
 from lorasweep.config.folders import conf_dir
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.gpu.load import Load, load_of
-from lorasweep.plan.gpu.memory import Layout, memory_parts
-from lorasweep.plan.gpu.time import TRAINING_SHARE, step_parts, step_seconds
 from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.load import Load, load_of
+from lorasweep.plan.memory import Layout, memory_parts
+from lorasweep.plan.time import TRAINING_SHARE, step_parts, step_seconds
 from lorasweep.spec.canonical import build
 from lorasweep.spec.model import ModelSpec
 

@@ -20,7 +20,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.plan import detect
-from lorasweep.plan.flops import train_flops
+from lorasweep.plan.load import train_flops
 from lorasweep.plan.packing import micro_batch
 from lorasweep.spec.method import Method
 from lorasweep.spec.run import RunSpec

@@ -21,14 +21,14 @@ def main() -> None:
     from lorasweep.config.folders import conf_dir
 
     if len(sys.argv) == 1:
-        from lorasweep.cli.front_page import front_page
+        from lorasweep.cli.help import front_page
 
         print(front_page(conf_dir()), end="")
         return
     if sys.argv[1] == "--follow" and len(sys.argv) == 3:  # in a follow-up job
-        from lorasweep.cli import follow
+        from lorasweep.cli.actions import follow_up
 
-        sys.exit(follow.main(sys.argv[2]))
+        sys.exit(follow_up(sys.argv[2]))
     if any(a in ("-m", "--multirun") for a in sys.argv[1:]):
         _fail(
             "-m (Hydra multirun) is not supported: use a sweep instead, +sweep=NAME. "
@@ -45,18 +45,14 @@ def _fail(message: str) -> NoReturn:
 def _run_hydra() -> None:
     import hydra
     from hydra.errors import HydraException
-    from omegaconf import DictConfig
     from yaml import YAMLError
 
+    from lorasweep.cli.help import help_template
     from lorasweep.config import compose
     from lorasweep.config.folders import conf_dir
 
-    compose.register()
-
-    @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-    def run(cfg: DictConfig) -> None:
-        _act(cfg)
-
+    compose.register(help_template)
+    main_of = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
     # SIGTERM acts like Ctrl-C: workers write a checkpoint, then stop
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # let errors reach the handlers below instead of Hydra's own printer
@@ -64,7 +60,7 @@ def _run_hydra() -> None:
     if Path(sys.argv[0]).name == "__main__.py":
         sys.argv[0] = "lorasweep"
     try:
-        run()
+        main_of(_act)()
     except HydraException as error:
         cause = error.__cause__
         _fail(str(error) if cause is None or str(cause) in str(error) else f"{error}\n{cause}")

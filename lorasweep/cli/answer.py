@@ -5,7 +5,7 @@ tables, plain values and paths; the caller decides where results are.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import SpecError, StoreError, unknown
 from lorasweep.sweep.grid import Point
-from lorasweep.sweep.question import Power, Sweep
+from lorasweep.sweep.question import Sweep
 from lorasweep.sweep.replicates import planned_seeds
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ def check_claims(sweep: Sweep | None) -> None:
             )
 
 
+SMALLER = ("small", "tiny")
+"""Scales whose spread between seeds stands in for that of a larger one."""
+
+
 def outlooks(points: Sequence[Point], sweep: Sweep | None, scale: str) -> "list[Outlook]":
     """Return for every claim whether the planned runs can decide it, before any training.
 
@@ -61,14 +65,7 @@ def outlooks(points: Sequence[Point], sweep: Sweep | None, scale: str) -> "list[
     Raises:
         SpecError: the sweep claims something that its analysis does not measure.
     """
-    if sweep is None:
-        return []
-    found = {name: claim.at(scale) for name, claim in sweep.claims.items()}
-    return _outlooks(points, sweep, found)
-
-
-SMALLER = ("small", "tiny")
-"""Scales whose spread between seeds stands in for that of a larger one."""
+    return [o for _, o in _outlooks(points, sweep, [scale])] if sweep else []
 
 
 def outlooks_of(points: Sequence[Point], sweep: Sweep, scale: str) -> "list[tuple[str, Outlook]]":
@@ -76,37 +73,34 @@ def outlooks_of(points: Sequence[Point], sweep: Sweep, scale: str) -> "list[tupl
 
     A claim without a spread at `scale` takes that of the largest smaller scale that states one.
     """
-    found, sources = {}, []
-    for name, claim in sweep.claims.items():
-        known = (s for s in (scale, *SMALLER) if claim.at(s).sd is not None)
-        sources.append(next(known, scale))
-        found[name] = claim.at(sources[-1])
-    return list(zip(sources, _outlooks(points, sweep, found), strict=True))
+    return _outlooks(points, sweep, [scale, *SMALLER])
 
 
 def _outlooks(
-    points: Sequence[Point], sweep: Sweep, stated: Mapping[str, Power]
-) -> "list[Outlook]":
+    points: Sequence[Point], sweep: Sweep, scales: Sequence[str]
+) -> "list[tuple[str, Outlook]]":
     check_claims(sweep)
     from analysis.inference.design import outlook
     from analysis.questions.registry import question_named
 
     ratios = question_named(sweep.analysis).LOG_ESTIMANDS
-    seeds = planned_seeds(points, sweep.replicate)
-    return [
-        outlook(
+    seeds, found = planned_seeds(points, sweep.replicate), []
+    for name, claim in sweep.claims.items():
+        source = next((s for s in scales if claim.at(s).sd is not None), scales[0])
+        stated = claim.at(source)
+        decides = outlook(
             name,
             claim.expected,
             claim.margin,
-            stated[name].sd,
-            stated[name].units or seeds,
+            stated.sd,
+            stated.units or seeds,
             rounds=sweep.rounds,
             log=claim.estimand in ratios,
-            units="units" if stated[name].units else "seeds",
-            underpowered=stated[name].underpowered,
+            units="units" if stated.units else "seeds",
+            underpowered=stated.underpowered,
         )
-        for name, claim in sweep.claims.items()
-    ]
+        found.append((source, decides))
+    return found
 
 
 def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json: bool) -> str:
@@ -187,11 +181,8 @@ def qualify(table: "pd.DataFrame") -> Qualification:
     from analysis.report.text import aligned
 
     checks = tasks.qualify(table)
-    return Qualification(
-        tasks.verdict(checks),
-        [dataclasses.asdict(c) for c in checks],
-        aligned(tasks.rows(checks)),
-    )
+    plain = [dataclasses.asdict(c) for c in checks]
+    return Qualification(tasks.verdict(checks), plain, aligned(tasks.rows(checks)))
 
 
 def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
@@ -211,13 +202,15 @@ def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
 def code_length(
     base: Sequence[float], code: Sequence[float], tokens: Sequence[int], left: int | None
 ) -> list[dict[str, float | None]]:
-    """Return the nats of all rows, as the base is and learned along, each value, low and high.
+    """Return the nats of all rows, under the base model and online during training.
+
+    Each has value, low and high.
 
     Args:
-        base: nats of each batch that was measured, as the base is.
-        code: nats of each batch before it was learned.
+        base: nats of each measured batch under the base model.
+        code: nats of each batch before it was trained on.
         tokens: loss tokens of each batch.
-        left: loss tokens of the other rows; None: there is no end of them, and nothing is said.
+        left: loss tokens of the other rows; None: there is no end of rows, and all values are None.
     """
     import numpy as np
 

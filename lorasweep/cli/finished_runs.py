@@ -1,47 +1,56 @@
-"""The actions on finished runs: export, import, adapter, verify, extend."""
+"""The actions on finished runs: export, import, adapter, verify, extend.
 
+Verify and adapter train finished runs again, alone, and compare the results with the noise between
+seeds. What a difference means for a claim is not judged here.
+"""
+
+import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasweep.cli import answer
-from lorasweep.cli.verify import (
-    Comparison,
-    changed_circumstances,
-    compare_alone,
-    largest_difference,
-    noise_floor,
-    train_again,
-)
+from lorasweep.cli.points import all_points
 from lorasweep.errors import SpecError, TrainingError
-from lorasweep.launch.trainer import Trainer
+from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
-from lorasweep.plan.same_data import refuse_extending
+from lorasweep.plan import detect
+from lorasweep.plan.plan import refuse_extending
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
+from lorasweep.spec.streams import stream
 from lorasweep.store import looks
-from lorasweep.store.checkpoint import weights_of
+from lorasweep.store.checkpoint import State, weights_of
 from lorasweep.store.run_store import RunStore
-from lorasweep.sweep.grid import Point
+from lorasweep.store.table import import_table, load_runs
+from lorasweep.sweep.grid import Point, curve_key
 from lorasweep.sweep.names import run_names
 from lorasweep.sweep.request import Request, question
+from lorasweep.tracking import provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+NO_FLOOR_NATS = 0.01
+"""Difference of the final NLL that counts as different if no condition has two seeds. Assumption:
+seeds of the tiny sweep differ by about this (LOG.md)."""
 
-def export(request: Request, store: RunStore, points: list[Point]) -> int:
+
+def export(request: Request, store: RunStore) -> int:
     """Write finished runs as a table: those of the sweep, or without a sweep all in the store."""
-    from lorasweep.store.table import load_runs
-
     path = Path(request.table)
     if path.suffix not in (".parquet", ".csv"):
         raise SpecError(
             f"table={request.table!r}: expected a file name that ends in .parquet or .csv."
         )
-    table = load_runs(store.root, [p.id for p in points] if request.sweep else None)
+    ids = [p.id for p in all_points(request, store)] if request.sweep else None
+    table = load_runs(store.root, ids)
     if table.empty:
         raise SpecError(
             f"no finished runs in {store.root}. Run the sweep first, or set exec.runs_dir."
@@ -55,22 +64,134 @@ def export(request: Request, store: RunStore, points: list[Point]) -> int:
     return 0
 
 
-def import_(request: Request) -> int:
+def import_(request: Request, store: RunStore) -> int:
     """Add the runs of an exported table to the store."""
-    from lorasweep.store.table import import_table
-
     new = import_table(request.exec.runs_dir, request.table)
     print(f"{new} runs imported into {request.exec.runs_dir}")
     return 0
 
 
-def adapter(request: Request, store: RunStore, points: Sequence[Point], trainer: Trainer) -> int:
+# ---------------------------------------------------------------- training again
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run: its recorded result, and its result when trained alone."""
+
+    run: str
+    pack_size: int | None
+    recorded: float | None
+    alone: float | None
+    same_state: bool
+    curve_difference: float | None
+    """Largest difference of the metric (held-out NLL: nats) over the steps where it was taken; None
+    if the run diverged."""
+
+    @property
+    def difference(self) -> float | None:
+        """Final metric alone minus recorded; None for a diverged run."""
+        return None if self.recorded is None or self.alone is None else self.alone - self.recorded
+
+    def within(self, bound: float) -> bool:
+        """Return whether both ended in one state, with final metrics at most `bound` apart."""
+        return self.same_state and (self.difference is None or abs(self.difference) <= bound)
+
+
+def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
+    """Return the standard deviation of the final metric between seeds, pooled over conditions.
+
+    None if no condition has two seeds.
+    """
+    conditions: dict[tuple[Any, ...], list[float]] = {}
+    for p in points:
+        result = store.result(p.id) or {}
+        if result.get("state") == "done":
+            value = result[metric_of(result).name]
+            conditions.setdefault((*curve_key(p), p.spec.lr), []).append(value)
+    repeated = [values for values in conditions.values() if len(values) > 1]
+    degrees = sum(len(values) - 1 for values in repeated)
+    if not degrees:
+        return None
+    squares = sum(statistics.variance(v) * (len(v) - 1) for v in repeated)
+    return math.sqrt(squares / degrees)
+
+
+def train_again(
+    spec: RunSpec, store: RunStore, exec_: Exec, trainer: Trainer
+) -> tuple[Comparison, State, dict[str, Any]]:
+    """Train a finished run again, alone, with the threads and micro-batch that it had.
+
+    Returns how it compares, its state at the end, and its result.
+
+    Raises:
+        TrainingError: the data or the base are others than those of the finished run.
+    """
+    before = store.result(spec.id) or {}
+    state = ""
+    final: dict[str, Any] = {}
+    at_end: State = {"tensors": {}, "meta": {}}
+    for event in trainer([spec], dataclasses.replace(exec_, **store.layout(spec.id)), None):
+        if spec.id in event.ended:
+            state, final = event.ended[spec.id]
+            for key, what in (("data_sha256", "other data"), ("base_sha256", "another base")):
+                then, here = before.get(key), final.get(key)
+                if then and here and then != here:
+                    raise TrainingError(
+                        f"run {spec.id} was trained on {what} (fingerprint {then}) than is there "
+                        f"now ({here}), so it cannot be trained again. Get back what it was "
+                        "trained on."
+                    )
+            at_end = event.snapshot()[spec.id]
+    name = metric_of(before).name
+    pairs = [(a[name], b[name]) for a, b in zip(before["curve"], final["curve"])]
+    gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
+    done = state == before["state"] == "done"
+    recorded, alone = (before[name], final[name]) if done else (None, None)
+    worst = max(gaps, default=None) if done else None
+    same = state == before["state"]
+    comparison = Comparison(spec.id, before.get("pack_size"), recorded, alone, same, worst)
+    return comparison, at_end, final
+
+
+def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
+    """List what differs between a run's recorded attempt and a training here, alone.
+
+    Each is a phrase, such as 'torch 2.9.0 then, 2.13.0 now'. `backend`: that of the training here.
+    """
+    env, result = store.env(rid), store.result(rid) or {}
+    if not env:
+        return ["the run was imported: where it was trained is not recorded here"]
+    here = provenance.environment()
+    pairs = {
+        "processor": (env["processor"], here["processor"]),
+        "GPU": (env.get("gpu"), next((gpu.name for gpu in detect.gpus()), None)),
+        "backend": (env.get("backend", backend), backend),
+        "lorasweep": (env["lorasweep"], here["lorasweep"]),
+    }
+    for name in ("torch", "transformers"):
+        pairs[name] = (env["packages"].get(name), here["packages"][name])
+    found = [
+        f"{name} {then or 'none'} then, {now or 'none'} now"
+        for name, (then, now) in pairs.items()
+        if then != now
+    ]
+    if result.get("pack_size", 1) > 1:
+        found.append(f"a pack of {result['pack_size']} runs then, alone now")
+    if env.get("resumed_from_step"):
+        found.append("the run was interrupted and resumed")
+    return found
+
+
+# ---------------------------------------------------------------- adapter, verify, extend
+
+
+def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
     """Save a finished LoRA run in PEFT's format.
 
     The weights of runs are not kept (a sweep has thousands), so the run is trained again, alone,
     with the same threads and micro-batch. The result is the same up to rounding; if the run was
-    trained alone on the same processor, it is the same bit for bit (tests). `points`: the runs
-    whose seeds show the noise.
+    trained alone on the same processor, it is the same bit for bit (tests). With a sweep, the noise
+    is that between the seeds of its runs.
 
     Raises:
         TrainingError: it ends elsewhere than the recorded run, by more than the noise.
@@ -85,12 +206,16 @@ def adapter(request: Request, store: RunStore, points: Sequence[Point], trainer:
     spec = spec_from(store.spec(request.run))
     if not isinstance(spec.method, LoRA):
         raise SpecError(f"a {spec.method.name} run has no adapter. Set run= to a LoRA run.")
+    if trainer is None or isinstance(trainer, str):
+        trainer = trainer_named(trainer)
     comparison, state, final = train_again(spec, store, request.exec, trainer)
     bound = request.max_difference
     if bound is None:
-        bound = largest_difference(noise_floor(points, store))
+        points = all_points(request, store) if request.sweep and not request.parts else []
+        floor = noise_floor(points, store)
+        bound = NO_FLOOR_NATS if floor is None else floor
     causes = changed_circumstances(spec.id, store, final["backend"])
-    why = "; ".join(causes) or "nothing of what is recorded: threads, code edits and drivers remain"
+    why = "; ".join(causes) or "no recorded difference: threads, code edits and drivers remain"
     outcome = f"trained again: {_outcome(comparison)}"
     if not comparison.within(bound):
         needed = math.ceil(100 * abs(comparison.difference or 0.0)) / 100
@@ -130,28 +255,43 @@ def write_adapter(
     save_peft(folder, weights, spec.method.rank, base, commit, *scalings)
 
 
-def verify(request: Request, store: RunStore, points: list[Point]) -> int:
-    """Train a sample of the finished runs again, alone; return 1 if a result differs."""
+def verify(request: Request, store: RunStore) -> int:
+    """Train a sample of the finished runs again, alone; return 1 if a result differs.
+
+    The sample is the same each time. Runs that shared a pack come first.
+    """
     if request.sample < 1:
         raise SpecError(f"sample={request.sample}: expected at least 1 run.")
-    quiet = request.format == "json"
-    names = run_names(points)
-
-    def show(c: Comparison) -> None:
+    points, quiet = all_points(request, store), request.format == "json"
+    trained_here = []
+    for p in points:
+        result = store.result(p.id)
+        if result is not None and not result.get("imported"):
+            alone = result.get("pack_size", 1) == 1
+            trained_here.append((alone, stream("verify", p.id).random(), p.spec))
+    if not trained_here:
+        raise SpecError(
+            f"no run of this sweep was trained to the end in {store.root}. Run the sweep first."
+        )
+    sample = [spec for _, _, spec in sorted(trained_here, key=lambda row: row[:2])]
+    names, trainer, compared = run_names(points), trainer_named(None), []
+    for spec in sample[: request.sample]:
+        c, _, _ = train_again(spec, store, request.exec, trainer)
+        compared.append(c)
         if not quiet:
             print(f"{names[c.run]:32} {c.run}  pack of {c.pack_size}  {_outcome(c)}", flush=True)
-
-    report = compare_alone(points, store, request.exec, request.sample, show)
+    floor = noise_floor(points, store)
+    differing = [c.run for c in compared if not c.within(NO_FLOOR_NATS if floor is None else floor)]
     if quiet:
-        print(json.dumps(report.plain()))
-    else:
-        floor = report.noise_floor
-        noise = "no setting has two seeds"
-        if floor is not None:
-            noise = f"standard deviation between seeds {floor:.1e} nats"
-        gaps = [abs(c.difference) for c in report.comparisons if c.difference is not None]
-        print(f"largest difference {max(gaps, default=0.0):.1e} nats; {noise}")
-    return 1 if report.differing() else 0
+        rows = [{**asdict(c), "difference": c.difference} for c in compared]
+        print(json.dumps({"runs": rows, "noise_floor": floor, "differing": differing}))
+        return int(bool(differing))
+    noise = "no condition has two seeds"
+    if floor is not None:
+        noise = f"standard deviation between seeds {floor:.1e} nats"
+    gaps = [abs(c.difference) for c in compared if c.difference is not None]
+    print(f"largest difference {max(gaps, default=0.0):.1e} nats; {noise}")
+    return int(bool(differing))
 
 
 def _outcome(c: Comparison) -> str:
@@ -162,12 +302,11 @@ def _outcome(c: Comparison) -> str:
     return f"recorded {c.recorded:.6f}, alone {c.alone:.6f}, difference {c.difference:+.1e} nats"
 
 
-def extend(request: Request, store: RunStore, points: list[Point]) -> int:
-    """Add the most useful runs to the sweep, as its next round. Starts nothing."""
-    from lorasweep.store.table import load_runs
-
+def extend(request: Request, store: RunStore) -> int:
+    """Add the runs that help most to decide claims, as the next round. Starts nothing."""
     if request.sweep is None:
         raise SpecError("action=extend needs a sweep: +sweep=NAME.")
+    points = all_points(request, store)
     missing = [p for p in points if not store.result(p.id)]
     if missing:
         raise SpecError(

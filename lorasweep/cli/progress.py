@@ -1,15 +1,17 @@
-"""Show progress in the terminal while runs train. No program reads it."""
+"""Show messages and progress in the terminal. No program reads them."""
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from lorasweep.plan.flops import run_flops
+from lorasweep.plan.load import run_flops
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names
+from lorasweep.sweep.request import Request
 
 
 def duration(seconds: float) -> str:
@@ -17,6 +19,13 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def notifier(request: Request) -> Callable[[str], None]:
+    """Return a function that prints progress messages on stderr; silent with format=json."""
+    if request.format == "json":
+        return lambda text: None
+    return lambda text: print(text, file=sys.stderr, flush=True)
 
 
 class Display:

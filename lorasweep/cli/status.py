@@ -1,4 +1,4 @@
-"""Show the status of a sweep: counts, rates, time left, jobs, the best so far. Only reads.
+"""Show the status of a sweep: counts, speed, time left, jobs, the best so far. Only reads.
 
 Works wherever the run folder is visible. With access to Slurm, it also shows jobs.
 """
@@ -8,81 +8,102 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli.status_text import status_text
-from lorasweep.customers.outcome import counts, outcome_of
-from lorasweep.customers.runs import planned
+from lorasweep.cli import fleet_costs
+from lorasweep.cli.points import all_points
+from lorasweep.cli.progress import duration
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan import detect
-from lorasweep.plan.estimate import Plan, make_plan
-from lorasweep.plan.flops import run_flops
+from lorasweep.plan.load import run_flops
+from lorasweep.plan.plan import Plan, make_plan
 from lorasweep.store.index import Entry
 from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names
 from lorasweep.sweep.request import Request
 
 OPEN_STATES = ("missing", "queued", "running", "interrupted")
 """States of unfinished runs. queued: missing or interrupted in the store, and in a live job."""
+COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "missing")
+SHOWN = 20
+"""Largest number of lines each for running runs, jobs and problems."""
+TAIL = 5
+"""Lines of a log that are part of a problem."""
 WATCH_S = 5.0
 WINDOW_S = 1800.0
-"""Rates count the runs that finished within this time before the latest one."""
+"""The speed counts the runs that finished within this time before the latest one."""
+
+
+def show(request: Request, store: RunStore) -> int:
+    """Print the status; with watch=true repeatedly, until nothing is left to do."""
+    while True:
+        values = status(request, store, all_points(request, store))
+        if request.watch and request.format != "json" and sys.stdout.isatty():
+            print("\033[2J\033[H", end="")
+        shown = json.dumps(values) if request.format == "json" else status_text(request, values)
+        print(shown, flush=True)
+        if not (request.watch and any(values["runs"].get(s) for s in OPEN_STATES)):
+            return 0
+        time.sleep(WATCH_S)
 
 
 def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, Any]:
     """Return the status of a sweep as JSON values."""
     queue = submissions.look(store.root)
-    now = make_plan(points, store, request.exec, detect.this_machine())
+    plan = make_plan(points, store, request.exec, detect.this_machine())
     covered = queue.covered()
     states = {
         i: "queued" if s in ("missing", "interrupted") and i in covered else s
-        for i, s in now.states.items()
+        for i, s in plan.states.items()
     }
     entries = store.finished(states)
-    top = {a: _best(now.points, entries, a) for a in dict.fromkeys(p.arm for p in now.points)}
-    at_hand = {
-        i for i, s in states.items() if s in ("running", "failed", "diverged", "interrupted")
-    }
-    names = run_names(now.points, at_hand | {i for _, i in top.values()})
-    running = {p.id: p for p in now.points if states[p.id] == "running"}
+    best = {a: _best(plan.points, entries, a) for a in dict.fromkeys(p.arm for p in plan.points)}
+    named = {i for i, s in states.items() if s in ("running", "failed", "diverged", "interrupted")}
+    names = run_names(plan.points, named | {i for _, i in best.values()})
+
+    def best_plain(found: tuple[float, str]) -> dict[str, Any] | None:
+        run = found[1]
+        if not run:
+            return None
+        e = entries[run]
+        return {"run": run, "name": names[run], "metric": e.metric, e.metric: e.value}
+
+    by_arm: dict[str, Counter[str]] = {arm: Counter() for arm in best}
+    for p in plan.points:
+        by_arm[p.arm][states[p.id]] += 1
+    running = {p.id: p for p in plan.points if states[p.id] == "running"}
     steps = {i: (store.recent_records(i) or [{"step": 0}])[-1]["step"] for i in running}
-    flops_left = now.flops - sum(
+    flops_left = plan.flops - sum(
         run_flops(p.spec) * steps[i] / p.spec.steps for i, p in running.items()
     )
+    mine = {s.name for s in queue.submissions if s.record["sweep"] == request.title}
     return {
         "sweep": request.sweep_name,
         "scale": request.scale,
-        "customers": _customers(request, store),
-        "runs": {"total": len(now.points), "todo": len(now.todo), **Counter(states.values())},
-        "arms": _arms(now.points, states, top, names, entries),
-        "best": _plain_best(min(top.values(), default=(math.inf, "")), names, entries),
-        "left_s": _left_s(now, flops_left, entries, queue),
+        "customers": fleet_costs.customer_counts(request, store) if request.members else None,
+        "runs": {"total": len(plan.points), "todo": len(plan.todo), **Counter(states.values())},
+        "arms": [
+            {"arm": a, "runs": c.total(), **c, "best": best_plain(best[a])}
+            for a, c in by_arm.items()
+        ],
+        "best": best_plain(min(best.values(), default=(math.inf, ""))),
+        "left_s": _left_s(plan, flops_left, entries, queue),
         "rate_per_h": _rate_per_h(entries),
-        "hours": _hours(request, now, entries, flops_left),
+        "hours": _hours(request, plan, entries, flops_left),
         "running": [
             {"run": i, "name": names[i], "step": steps[i], "steps": p.spec.steps}
             for i, p in running.items()
         ],
-        "problems": _problems(store, now.points, states, names),
-        "jobs": _jobs(queue, {p.id for p in now.points}, entries),
-        "follows": [
-            j.label for n, j in queue.follows.items() if j.live and _is_of(queue, n, request.title)
-        ],
+        "problems": _problems(store, plan.points, states, names),
+        "jobs": _jobs(queue, {p.id for p in plan.points}, entries),
+        "follows": [j.label for name, j in queue.follows.items() if j.live and name in mine],
         "slurm": queue.unavailable,
         "unrecorded": len(queue.strays),
     }
-
-
-def _customers(request: Request, store: RunStore) -> dict[str, int] | None:
-    """Count a fleet's customers by what became of them; None for other requests."""
-    if not request.members:
-        return None
-    fleet = planned(request.members, request.points)
-    return counts(outcome_of(m, store) for m in fleet)
 
 
 def _jobs(queue: Queue, ids: set[str], entries: dict[str, Entry]) -> list[dict[str, Any]]:
@@ -103,26 +124,6 @@ def _jobs(queue: Queue, ids: set[str], entries: dict[str, Entry]) -> list[dict[s
     ]
 
 
-def _is_of(queue: Queue, name: str, title: str) -> bool:
-    return any(s.name == name and s.record["sweep"] == title for s in queue.submissions)
-
-
-def _arms(
-    points: list[Point],
-    states: dict[str, str],
-    top: dict[str, tuple[float, str]],
-    names: dict[str, str],
-    entries: dict[str, Entry],
-) -> list[dict[str, Any]]:
-    counts: dict[str, Counter[str]] = {arm: Counter() for arm in top}
-    for p in points:
-        counts[p.arm][states[p.id]] += 1
-    return [
-        {"arm": a, "runs": c.total(), **c, "best": _plain_best(top[a], names, entries)}
-        for a, c in counts.items()
-    ]
-
-
 def _best(points: list[Point], entries: dict[str, Entry], arm: str) -> tuple[float, str]:
     """Return an arm's best final metric, signed so that lower is better, and its run.
 
@@ -136,16 +137,6 @@ def _best(points: list[Point], entries: dict[str, Entry], arm: str) -> tuple[flo
     )
 
 
-def _plain_best(
-    best: tuple[float, str], names: dict[str, str], entries: dict[str, Entry]
-) -> dict[str, Any] | None:
-    _, run = best
-    if not run:
-        return None
-    e = entries[run]
-    return {"run": run, "name": names[run], "metric": e.metric, e.metric: e.value}
-
-
 def _rate_per_h(entries: dict[str, Entry]) -> float | None:
     ends = sorted((e.mtime_ns / 1e9 for e in entries.values()), reverse=True)
     recent = [t for t in ends if ends[0] - t < WINDOW_S]
@@ -154,20 +145,20 @@ def _rate_per_h(entries: dict[str, Entry]) -> float | None:
     return 3600 * (len(recent) - 1) / (recent[0] - recent[-1])
 
 
-def _left_s(now: Plan, flops_left: float, entries: dict[str, Entry], queue: Queue) -> float:
-    """Estimate the time left: from the recent rate if jobs are live, else from the local plan."""
-    if not now.todo:
+def _left_s(plan: Plan, flops_left: float, entries: dict[str, Entry], queue: Queue) -> float:
+    """Estimate the time left: from the recent speed if jobs are live, else from the local plan."""
+    if not plan.todo:
         return 0.0
     rate = _rate_per_h(entries)
     if rate and queue.live():
-        done = [p for p in now.points if p.id in entries]
+        done = [p for p in plan.points if p.id in entries]
         mean = sum(run_flops(p.spec) for p in done) / len(done)
         return flops_left / mean / rate * 3600
-    return now.hours * 3600 * (flops_left / now.flops if now.flops else 0.0)
+    return plan.hours * 3600 * (flops_left / plan.flops if plan.flops else 0.0)
 
 
 def _hours(
-    request: Request, now: Plan, entries: dict[str, Entry], flops_left: float
+    request: Request, plan: Plan, entries: dict[str, Entry], flops_left: float
 ) -> dict[str, Any]:
     """Return the hours used by finished runs, and the hours left.
 
@@ -177,7 +168,7 @@ def _hours(
     used = sum((e.wall_s or 0.0) * (share or e.threads or 1) for e in entries.values()) / 3600
     left: float | None = 0.0
     if flops_left:
-        done = sum(run_flops(p.spec) for p in now.points if p.id in entries)
+        done = sum(run_flops(p.spec) for p in plan.points if p.id in entries)
         left = used * flops_left / done if done else None
     return {"of": "GPU" if share else "core", "used": used, "left": left}
 
@@ -185,6 +176,7 @@ def _hours(
 def _problems(
     store: RunStore, points: list[Point], states: dict[str, str], names: dict[str, str]
 ) -> list[dict[str, Any]]:
+    """Describe the runs that failed, diverged or were interrupted, with the end of their logs."""
     bad = [p.id for p in points if states[p.id] in ("failed", "diverged", "interrupted")]
     lost = [i for i in bad if states[i] == "interrupted" and not store.failure(i)]
     owners = {i: store.owner(i, store.last_attempt(i) or 0) for i in lost}
@@ -193,35 +185,93 @@ def _problems(
     for i in bad:
         log = store.folder(i) / "attempts" / str(store.last_attempt(i)) / "log.txt"
         cause = store.failure(i) or causes.get(i, "killed, cause unknown" if i in owners else "")
-        problems.append(
-            {
-                "run": i,
-                "name": names[i],
-                "state": states[i],
-                "cause": cause,
-                "log": str(log),
-                "tail": _tail(log),
-            }
-        )
+        problem = {"run": i, "name": names[i], "state": states[i], "cause": cause}
+        problems.append({**problem, "log": str(log), "tail": _tail(log)})
     return problems
 
 
-def _tail(path: Path, lines: int = 5) -> list[str]:
+def _tail(path: Path) -> list[str]:
     try:
-        return path.read_text(errors="replace").splitlines()[-lines:]
+        return path.read_text(errors="replace").splitlines()[-TAIL:]
     except OSError:
         return []
 
 
-def show(request: Request, store: RunStore, points: Callable[[], list[Point]]) -> int:
-    """Print the status; with watch=true repeatedly, until nothing is left to do."""
-    while True:
-        values = status(request, store, points())
-        if request.watch and request.format != "json" and sys.stdout.isatty():
-            print("\033[2J\033[H", end="")
-        shown = json.dumps(values) if request.format == "json" else status_text(request, values)
-        print(shown, flush=True)
-        open_ = any(values["runs"].get(s) for s in OPEN_STATES)
-        if not (request.watch and open_):
-            return 0
-        time.sleep(WATCH_S)
+# ---------------------------------------------------------------- text
+
+
+def status_text(request: Request, status: dict[str, Any]) -> str:
+    """Return a status as text for the terminal."""
+    runs, hours = status["runs"], status["hours"]
+    columns = [s for s in COLUMNS if runs.get(s)]
+    counts = ", ".join(f"{runs[s]} {s}" for s in columns)
+    speed = "" if status["rate_per_h"] is None else f"; {status['rate_per_h']:.0f} runs/h recently"
+    lines = [
+        f"{request.sweep_name or 'single run'} at scale {request.scale}: {counts}; about "
+        f"{duration(status['left_s'])} left{speed}"
+    ]
+    if status["customers"]:
+        lines.append(f"  {fleet_costs.counts_line(status['customers'])}")
+    table = [["customer" if status["customers"] else "arm", "runs", *columns, "best"]]
+    for a in status["arms"]:
+        best = a["best"]
+        shown = "" if best is None else f"{best[best['metric']]:.4f} ({best['name']})"
+        table.append([a["arm"], str(a["runs"]), *(str(a.get(s, 0)) for s in columns), shown])
+    lines += [f"  {line}" for line in aligned(table, range(1, len(columns) + 2))]
+    if hours["used"]:
+        left = "" if hours["left"] is None else f", about {hours['left']:.3g} left"
+        lines.append(f"  {hours['of']}-hours: {hours['used']:.3g} used{left}")
+    lines += _cut(
+        [
+            f"  running  {r['name']:32} {r['run']}  step {r['step']}/{r['steps']}"
+            for r in status["running"]
+        ]
+    )
+    lines += _job_lines(status)
+    lines += _cut([_problem_text(problem) for problem in status["problems"]])
+    if runs.get("failed"):
+        lines.append("  try failed runs again: exec.retry=true")
+    return "\n".join(lines)
+
+
+def _problem_text(problem: dict[str, Any]) -> str:
+    line = f"  {problem['state']:11} {problem['name']:32} {problem['run']}  {problem['cause']}"
+    if problem["state"] == "diverged":
+        return line
+    tail = (f"              | {text}" for text in problem["tail"][-2:])
+    return "\n".join([line, f"              log {problem['log']}", *tail])
+
+
+def _job_lines(status: dict[str, Any]) -> list[str]:
+    started = [j for j in status["jobs"] if j["state"] != "PENDING"]
+    waiting = [j for j in status["jobs"] if j["state"] == "PENDING"]
+    lines = []
+    if status["jobs"]:
+        lines.append(f"  jobs: {len(started)} running, {len(waiting)} waiting")
+        for j in started:
+            again = f", restart {j['restarts']}" if j["restarts"] else ""
+            over = f"{j['over']}/{j['runs']} runs finished{again}"
+            lines.append(f"    {j['job']:10} {j['state']:10} {j['node']:8} {over}  {j['log']}")
+        lines = [*lines[:1], *_cut(lines[1:])]
+        for reason, n in Counter(j["reason"] for j in waiting).items():
+            lines.append(f"    {n} waiting: {reason}")
+    if status["follows"]:
+        follows = ", ".join(status["follows"])
+        lines.append(
+            f"  follow-up job {follows}: it submits what is missing when the others end, and "
+            "finally writes the answer"
+        )
+    if status["slurm"]:
+        lines.append(f"  queued runs are not shown: {status['slurm']}")
+    if status["unrecorded"]:
+        lines.append(
+            f"  {status['unrecorded']} job(s) are from a command that died while submitting: run "
+            "the command again to adopt or cancel them"
+        )
+    return lines
+
+
+def _cut(lines: list[str]) -> list[str]:
+    if len(lines) <= SHOWN:
+        return lines
+    return [*lines[:SHOWN], f"    ... and {len(lines) - SHOWN} more (format=json lists all)"]

@@ -18,10 +18,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lorasweep.config.actions import Action, check_action
 from lorasweep.config.folders import conf_dir, exec_of
-from lorasweep.config.ignored import refuse_advice, refuse_overwritten, refuse_shadows
+from lorasweep.config.ignored import refuse_overwritten, refuse_shadows
 from lorasweep.config.loader import install, without_hydra
-from lorasweep.config.schema import ACTIONS, FORMATS, MIRRORS, Config, writable
+from lorasweep.config.schema import FORMATS, MIRRORS, Config, writable
 from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.launch.slurm.resources import check as check_cluster
 from lorasweep.launch.slurm.resources import check_pack_size
@@ -55,9 +56,13 @@ CHANGE_NO_RUNS = (
 CHOOSE_PARTS = ("model=", "dataset=", "method=")
 
 
-def register() -> None:
-    """Register the schema, the methods, the resolvers and the loader of sweeps with Hydra."""
+def register(help_template: Callable[[], str] = str) -> None:
+    """Register the schema, the methods, the resolvers and the loader of sweeps with Hydra.
+
+    `help_template` returns the page of --help, in which Hydra replaces $APP_CONFIG_GROUPS.
+    """
     install()
+    OmegaConf.register_new_resolver("help_template", help_template, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for name, cls in METHODS.items():
@@ -102,27 +107,27 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     sources = settings.runtime.config_sources
     refuse_shadows([Path(s.path) for s in sources if s.provider == "command-line"])
     config = _object(cfg)
-    for name, allowed in (("action", ACTIONS), ("format", FORMATS), ("mirror", MIRRORS)):
+    for name, allowed in (("format", FORMATS), ("mirror", MIRRORS)):
         _one_of(name, getattr(config, name), allowed)
     exec_ = exec_of(dataclasses.asdict(config.exec))
     cluster = Cluster(**dataclasses.asdict(config.cluster))
     check_cluster(cluster)
     check_pack_size(exec_, cluster)
     sweep_name = settings.runtime.choices.get("sweep")
-    refuse_advice(config, sweep_name)
+    action = check_action(config, sweep_name)
     common = {
         **{name: getattr(config, name) for name in REQUEST_KEYS},
         "rates": _rates(config.rates),
         "scale": config.scale.name,
         "exec": exec_,
         "cluster": cluster,
-        "hardware": _hardware(config),
+        "hardware": _hardware(action, config),
         "folders": [s.path for s in sources if s.schema == "file"],
         "given": [text.lstrip("+~").partition("=")[0] for text in overrides],
     }
     base = _run_spec(config)
     if sweep_name is None:
-        return Request(**common, sweep_name=None, sweep=None, points=_single(config, base))
+        return Request(**common, sweep_name=None, sweep=None, points=_single(action, config, base))
     sweep = config.sweep
     check_sweep(sweep_name, sweep, option_names("model"))
     if sweep.parts:
@@ -178,14 +183,14 @@ def _hash_in_files(
     return runs_hash(points, config.sweep)
 
 
-def _single(config: Config, run: RunSpec) -> list[Point]:
+def _single(action: Action, config: Config, run: RunSpec) -> list[Point]:
     """Return the run of a command without a sweep; none for actions on the whole store."""
     if config.prune and not config.customers:
         raise SpecError(
             "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
             "+sweep=NAME, or customers=FILE."
         )
-    if config.action in ("export", "import", "adapter", "extend", "qualify", "advise"):
+    if not action.needs_run:
         return []
     if not config.customers:  # each customer's runs are made of it
         validate(run)
@@ -247,14 +252,14 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise SpecError(unknown(name, value, allowed))
 
 
-def _hardware(config: Config) -> dict[str, Any]:
+def _hardware(action: Action, config: Config) -> dict[str, Any]:
     """Check and return the chosen hardware; empty for this machine."""
     if config.hardware == {"name": detect.NAME}:
         return {}
     name = from_plain(config.hardware).name
-    if config.action not in ("plan", "advise") and config.cluster.kind != "slurm":
+    if "hardware" not in action.reads and config.cluster.kind != "slurm":
         raise SpecError(
-            f"hardware={name} with action={config.action}: only action=plan, action=advise and "
+            f"hardware={name} with action={action.name}: only action=plan, action=advise and "
             "cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
         )
     return config.hardware

@@ -18,24 +18,6 @@ from lorasweep.spec.method import Method
 from lorasweep.spec.model import ModelSpec
 from lorasweep.sweep.question import Sweep
 
-ACTIONS = (
-    "run",
-    "plan",
-    "status",
-    "cancel",
-    "export",
-    "import",
-    "adapter",
-    "verify",
-    "extend",
-    "qualify",
-    "measure_packs",
-    "layers",
-    "fetch",
-    "advise",
-    "measure",
-    "fleet",
-)
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
 

@@ -14,7 +14,7 @@ from lorasweep.customers.advice import Advice, plain_of, totals
 from lorasweep.customers.evidence import Reason, Sure, shown
 from lorasweep.customers.read import Failed
 from lorasweep.customers.rules.capacity import RULES
-from lorasweep.plan.gpu.placement import MEMORY_ERROR, SPEED_ERROR
+from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 
 METHODS = {"lora": "LoRA", "full": "full", "open": "open"}
 HEAD = (

@@ -16,7 +16,7 @@ from lorasweep.customers.rules.workload import rounded
 from lorasweep.data import fields, load, own, sources, text
 from lorasweep.data.fields import Message
 from lorasweep.errors import DataError
-from lorasweep.plan.flops import TEXT_FILL
+from lorasweep.plan.load import TEXT_FILL
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 
 FEWEST = 20

@@ -25,8 +25,8 @@ from lorasweep.customers.rows import BY_ROW, CHAT, PLAIN, SPLITS, Rows, Rules, r
 from lorasweep.customers.rules.rates import ALPHA
 from lorasweep.errors import DataError, ModelError, SpecError
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.gpu.forecast import Forecaster
-from lorasweep.plan.gpu.placement import Misfit
+from lorasweep.plan.forecast import Forecaster
+from lorasweep.plan.placement import Misfit
 from lorasweep.spec.dataset import FIRST_RENDER
 from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import parse_layers

@@ -20,8 +20,8 @@ from lorasweep.launch.out_of_memory import OutOfMemoryTogether, Shortage, is_out
 from lorasweep.launch.process import StopFlag
 from lorasweep.launch.trainer import Trainer
 from lorasweep.methods.registry import spec_from
-from lorasweep.plan.gpu.load import load_of
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import load_of
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State

@@ -28,7 +28,7 @@ from lorasweep.launch.process import StopFlag, Stopped, worker_environment
 from lorasweep.launch.trainer import Report, Trainer
 from lorasweep.launch.worker import STOPPED, skipped
 from lorasweep.plan import detect
-from lorasweep.plan.estimate import Plan, make_plan
+from lorasweep.plan.plan import Plan, make_plan
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
@@ -54,6 +54,7 @@ def run_points(
     patience_s: float = math.inf,
     skip: str | None = None,
     n_nodes: int = 1,
+    plan: Plan | None = None,
 ) -> None:
     """Train every run of `points` until it is finished or has a recorded failure.
 
@@ -62,6 +63,7 @@ def run_points(
     `patience_s`: how long to wait without progress when only runs of other processes are left.
     `skip`: a file of run ids that must not be started.
     `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
+    `plan`: that of these points on this machine, if it was just made.
 
     Raises:
         Stopped: Ctrl-C, or a signal that stopped the workers.
@@ -73,14 +75,16 @@ def run_points(
     quiet_since, held = time.monotonic(), None
     while True:
         unwanted = skipped(skip) | tried
-        plan = make_plan([p for p in points if p.id not in unwanted], store, exec_, hardware)
-        mine = [p for p in plan.todo if plan.states[p.id] != "running"]
-        others = {p.id for p in plan.todo if plan.states[p.id] == "running"}
+        now, plan = plan, None
+        if now is None:
+            now = make_plan([p for p in points if p.id not in unwanted], store, exec_, hardware)
+        mine = [p for p in now.todo if now.states[p.id] != "running"]
+        others = {p.id for p in now.todo if now.states[p.id] == "running"}
         if mine:
             if in_workers:
-                command.run(plan, trainer=trainer, skip=skip)
+                command.run(now, trainer=trainer, skip=skip)
             else:
-                for pack in plan.packs:
+                for pack in now.packs:
                     specs, rows = [p.spec for p in pack.points], pack.micro_batch_size
                     execute(specs, exec_, store, trainer, report, StopFlag(), rows, command.limits)
             # Not tried again: failed runs, and runs whose worker was killed too often.

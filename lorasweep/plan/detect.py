@@ -1,7 +1,6 @@
-"""Detect the hardware that this process may use, without torch.
+"""Detect the hardware that this process may use, without torch: in a Slurm job, the job's share.
 
-Inside a Slurm job that is the job's share. The command line and jobs call this and pass the result
-on; the planner itself never does.
+The command line and jobs call this and pass the result on; the planner never does.
 """
 
 import csv
@@ -10,6 +9,7 @@ import shutil
 import subprocess
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 from lorasweep.plan.hardware import Hardware
@@ -45,10 +45,8 @@ def this_machine() -> Hardware:
 
 def cores() -> int:
     """Return the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        here = len(os.sched_getaffinity(0))
-    else:
-        here = os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    here = len(affinity(0)) if affinity else os.cpu_count() or 1
     given = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or here
     return max(1, min(here, int(given)))
 
@@ -61,8 +59,7 @@ def memory_bytes() -> int:
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         total = min(total, given or total)
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            return min(total, int(file.read()))
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (ValueError, OSError):
         return total
 
@@ -74,10 +71,10 @@ def fast_bf16() -> bool | None:
     against 40 to 60 GFLOP/s per core).
     """
     try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            lines = [line for line in file if line.startswith(("flags", "Features"))]
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
+    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
     flags = {flag for line in lines for flag in line.split()}
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}) if flags else None
 

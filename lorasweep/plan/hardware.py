@@ -1,7 +1,6 @@
 """Hardware as a plain value: what the planner needs of the machine that trains.
 
-Each file of `conf/hardware/` describes one machine; `detect.py` describes this one. Everything else
-in this room gets a `Hardware` as an argument.
+Each file of `conf/hardware/` describes one machine; `detect.py` describes this one.
 """
 
 from collections.abc import Iterator
@@ -12,15 +11,8 @@ from lorasweep.errors import SpecError
 from lorasweep.spec.canonical import Value, build
 
 POSITIVE = (
-    "cores",
-    "memory_gib",
-    "gpus_per_node",
-    "gpu_memory_gib",
-    "attainable_share",
-    "attention_flops_s",
-    "bandwidth_bytes_s",
-    "link_bytes_s",
-    "network_bytes_s",
+    *("cores", "memory_gib", "gpus_per_node", "gpu_memory_gib", "attainable_share"),
+    *("attention_flops_s", "bandwidth_bytes_s", "link_bytes_s", "network_bytes_s"),
     "price_per_gpu_h",
 )
 FOR_SPEED = ("matmul_flops_s", "bandwidth_bytes_s")
@@ -74,7 +66,7 @@ class Hardware(Value):
         return self.gpus > 0 and all(getattr(self, name) for name in FOR_SPEED)
 
     def problems(self) -> Iterator[str]:
-        """Yield numbers that mean nothing, and figures that a plan needs and are not there."""
+        """Yield what is wrong: numbers without a meaning, and figures that a plan needs."""
         if self.name == "???":
             yield "hardware.name is missing. Write `name: ...` at the top of its file."
         if self.gpus < 0:
@@ -85,12 +77,12 @@ class Hardware(Value):
             if value is not None and not value > 0:
                 yield f"hardware.{name}={value}: expected a number above 0."
         needed = ("gpu_memory_gib",) if self.gpus else ("cores", "memory_gib")
-        missing = [name for name in needed if getattr(self, name) is None]
+        missing = " and ".join(name for name in needed if getattr(self, name) is None)
         if missing:
             kind = f"{self.gpus} GPU(s)" if self.gpus else "no GPU"
             yield (
-                f"hardware {self.name!r} has {kind}, so a plan needs {' and '.join(missing)}. "
-                "Add the figure to its file in conf/hardware."
+                f"hardware {self.name!r} has {kind}, so a plan needs {missing}. Add the figure to "
+                "its file in conf/hardware."
             )
 
 
@@ -98,8 +90,8 @@ def from_plain(values: dict[str, Any]) -> Hardware:
     """Make a Hardware from the values of a file in conf/hardware.
 
     Raises:
-        SpecError: a field that does not exist, a value of another type or without a meaning, or a
-            machine that lacks the figures a plan needs.
+        SpecError: an unknown field, a value that is not valid, or a figure that a plan needs is
+            missing.
     """
     hardware = build(Hardware, values)
     if hardware.problem:

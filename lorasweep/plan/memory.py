@@ -1,36 +1,84 @@
-"""Estimate the memory and disk space of runs from shapes and hardware alone."""
+"""The peak memory of training, by component, and the disk space of checkpoints, from shapes alone.
+
+The state of training (weights, gradients, moments) is counted in the same way on all hardware. A
+GPU and a CPU differ in copies, activations, logits and what a process holds. Sharded runs on GPUs
+follow FSDP2: every tensor is split over all GPUs, a layer is put together while it computes, and
+the next one is on its way. Compared with published figures in analysis/results/plan/README.md.
+"""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from lorasweep.plan.flops import evaluated_answers, mean_length
-from lorasweep.plan.gpu.load import load_of
-from lorasweep.plan.gpu.memory import Layout, memory_parts
-from lorasweep.plan.gpu.sampling import DRAW_PEAK_BYTES, ROWS, cache_bytes
-from lorasweep.plan.gpu.time import WORD_BYTES
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import (
+    WORD_BYTES,
+    Load,
+    cache_bytes,
+    evaluated_completions,
+    layer_bytes,
+    load_of,
+    mean_length,
+)
 from lorasweep.spec.run import RunSpec
 
-TEXT_PEAK = 1.2
+STATE_BYTES = {"fp32": (4, 4, 8), "bf16": (2, 2, 4), "fp64": (8, 8, 16)}
+"""Bytes per trained parameter of weight, gradient and Adam's two moments."""
+
+# ---- a GPU
+PROCESS_BYTES, NCCL_BYTES = 0.8e9, 1.0e9
+"""CUDA's context and libraries on a GPU, and the buffers of communication. Assumption."""
+LOGIT_BYTES = 16
+"""Bytes per logit at the peak: bf16 logits and their gradient, and in fp32 the logits, their
+logarithms and the gradient."""
+CHUNK_LOGITS = 1 << 26
+"""Logits computed at once (train/objectives/nll.py, GPU_LOGITS)."""
+
+# ---- a CPU
+CPU_PROCESS_BYTES = 450 * 2**20
+"""Memory of a worker before weights: the interpreter, torch, transformers. Measured (LOG.md)."""
+CPU_TEXT_PEAK = 1.2
 """Tokens of the longest batch of text rows divided by the mean. Measured on GSM8K, batches of 8
 (LOG.md)."""
+CPU_FRAGMENTATION = 1.4
+"""Memory of adapters' activations divided by the bytes in use. Freed blocks are kept
+(launch/process.py), and not every new tensor fits into one. Measured on two processors: 1.2 to 1.8,
+varying from run to run (LOG.md)."""
+CPU_CHUNK_BYTES = 320 * 2**20
+"""Largest size of a chunk of the unembedding: logits, their logarithms and temporaries."""
+
+# ---- sampling (train/sampling.py)
+ROWS = 1024
+"""Most completions of a run that are sampled at once."""
+CACHE_SHARE = 0.3
+"""Share of a card's memory for the keys and values of the completions at once."""
+DRAW_PEAK_BYTES = 44
+"""Bytes held at once to draw a token, per entry of the vocabulary, of those in time.DRAW_BYTES."""
+
+# ---- checkpoints (store/checkpoint.py)
 SLOT_BYTES, BEST_BYTES = 12, 4
 """Bytes per trained parameter in a checkpoint: fp32 weight and two moments; with early stopping
 also the best weight."""
 SLOTS = 2
-"""Checkpoints kept per run (store/checkpoint.py)."""
-PROCESS_BYTES = 450 * 2**20
-"""Memory of a worker before weights: the interpreter, torch, transformers. Measured (LOG.md)."""
-FRAGMENTATION = 1.4
-"""Memory of adapters' activations on a CPU divided by the bytes in use. Freed blocks are kept
-(launch/process.py), and not every new tensor fits into one. Measured on two processors: 1.2 to 1.8,
-varying from run to run (LOG.md)."""
-CHUNK_BYTES = 320 * 2**20
-"""Largest size of a chunk of the unembedding: logits, their logarithms and temporaries
-(models/cpu_llama/head.py, LOGITS)."""
+"""Checkpoints kept per run."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a pack is spread over GPUs and cut into forward passes."""
+
+    gpus: int
+    rows: int
+    """Rows a forward pass, run and GPU."""
+    checkpointing: bool = False
+    """Activations inside layers are computed again in the backward pass."""
+    accumulation: int = 1
+    """Forward passes an update."""
+    joined: bool = False
+    """A run's rows lie end to end in one sequence (Exec.join_rows)."""
 
 
 def pack_bytes(
-    members: int,
+    n_runs: int,
     spec: RunSpec,
     hardware: Hardware,
     micro_batch_size: int | None = None,
@@ -38,54 +86,45 @@ def pack_bytes(
     checkpointing: bool = False,
     join_rows: bool = False,
 ) -> float:
-    """Estimate the peak memory, in bytes, of a process that trains `members` runs like `spec`.
+    """Estimate the peak memory, in bytes, of a process that trains `n_runs` runs like `spec`.
 
-    In bf16 on a GPU: see gpu/memory.py. Else, base: its weights, in bf16 if they are published so
-    and computed so, and bf16 copies of weights that are not. Each member: parameter, gradient and
-    two moments of 4 bytes each, and with early stopping the best parameter; full fine-tuning keeps
-    the base to start from. Activations: what
-    the hand-written decoder keeps for the backward pass. `micro_batch_size`: rows per member and
-    forward pass; None: the whole batch.
+    `micro_batch_size`: rows per run and forward pass; None: the whole batch.
     """
-    model, word = spec.model, WORD_BYTES[spec.precision]
-    master = 8 if spec.precision == "fp64" else 4
-    whole = spec.method.MAX_PACK == 1
     rows = min(micro_batch_size or spec.batch_size, spec.batch_size)
-    length = mean_length(spec)
-    tokens = members * rows * length * (1.0 if spec.dataset.source == "synthetic" else TEXT_PEAK)
-    held = 2 if model.weights_dtype == spec.precision == "bf16" else master
-    if hardware.gpus and word == 2:
-        load = load_of(model, spec.method)
-        layout = Layout(processes, rows, checkpointing, joined=join_rows)
-        longest = round(tokens / (members * rows))
-        parts = memory_parts(load, layout, longest, members, frozen_bytes=held, start_bytes=held)
-        best = parts["trained weights"] if spec.early_stopping else 0.0
-        return sum(parts.values()) + best
-    copies = 0  # bytes for each weight of a product
-    if word == 2 and (whole or held > word):
-        copies += 2
-    if word == 2 and not whole:
-        copies += 2  # frozen weights are also kept transposed
-    weights = model.n_params * held + model.n_matmul_params * copies
-    words = 5 if spec.early_stopping else 4
-    trained = members * spec.method.n_trainable(model) * words * master
-    h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
-    scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)
-    layer = tokens * (2 * h * master + word * (4 * h + 2 * kv + 4 * f + scores))
-    # a chunk of logits, their logarithms, gradients and temporaries
-    chunk = 5 * master * tokens * model.vocab_size
-    logits = min(CHUNK_BYTES, chunk)
-    layer *= 1 if whole or hardware.gpus else FRAGMENTATION
-    learning = model.n_layers * layer + logits
-    return PROCESS_BYTES + weights + trained + max(learning, _sampling_bytes(members, spec))
+    layout = Layout(processes, rows, checkpointing, joined=join_rows)
+    return sum(pack_memory(n_runs, spec, hardware, layout).values())
 
 
-def _sampling_bytes(members: int, spec: RunSpec) -> float:
-    """Return the bytes of sampling on a CPU: keys and values, and what draws a token."""
-    answers = max([spec.batch_size, *evaluated_answers(spec)]) if spec.max_new_tokens else 0
-    rows = members * min(ROWS, answers)
-    token = cache_bytes(spec.model, WORD_BYTES[spec.precision])
-    return rows * (spec.dataset.max_length * token + DRAW_PEAK_BYTES * spec.model.vocab_size)
+def pack_memory(n_runs: int, spec: RunSpec, hardware: Hardware, layout: Layout) -> dict[str, float]:
+    """Return the peak bytes of a process that trains `n_runs` runs like `spec`, by component.
+
+    That of learning, or of sampling completions if it is higher.
+    """
+    load, word = load_of(spec.model, spec.method), WORD_BYTES[spec.precision]
+    states = "fp64" if spec.precision == "fp64" else "fp32"
+    held = 2 if spec.model.weights_dtype == spec.precision == "bf16" else max(4, word)
+    if hardware.gpus:
+        parts = memory_parts(
+            load,
+            layout,
+            spec.dataset.max_length,  # rows of a forward pass are padded to the longest
+            n_runs,
+            states=states,
+            word=word,
+            frozen_bytes=held,
+            start_bytes=held,
+        )
+    else:
+        parts = _cpu_memory(load, spec, layout, n_runs, states, held)
+    if spec.early_stopping:
+        parts["best weights"] = parts["trained weights"]
+    if not spec.max_new_tokens:
+        return parts
+    if hardware.gpus:
+        sampling = sampling_memory(load, spec, hardware, n_runs, layout.gpus, held)
+    else:
+        sampling = parts | {"activations": 0.0, **_cpu_sampling(spec, n_runs, word)}
+    return max(parts, sampling, key=lambda found: sum(found.values()))
 
 
 def checkpoint_bytes(specs: Iterable[RunSpec]) -> float:
@@ -94,3 +133,202 @@ def checkpoint_bytes(specs: Iterable[RunSpec]) -> float:
         (SLOT_BYTES + (BEST_BYTES if s.early_stopping else 0)) * s.method.n_trainable(s.model)
         for s in specs
     )
+
+
+def _state(
+    load: Load, n_runs: int, states: str, frozen_bytes: int, start_bytes: int, n: int = 1
+) -> dict[str, float]:
+    """Return the bytes of weights and of what the optimizer keeps, split over `n` devices."""
+    weight, gradient, moments = STATE_BYTES[states]
+    trained = n_runs * load.trained / n
+    frozen = load.model.n_params - load.trained if load.whole else load.model.n_params
+    return {
+        "frozen weights": frozen_bytes * frozen / n,
+        "weights to start from": start_bytes * trained if load.whole else 0.0,
+        "trained weights": weight * trained,
+        "gradients": gradient * trained,
+        "moments": moments * trained,
+    }
+
+
+# ---------------------------------------------------------------- a CPU
+
+
+def _cpu_memory(
+    load: Load, spec: RunSpec, layout: Layout, n_runs: int, states: str, held: int
+) -> dict[str, float]:
+    """Return the peak bytes of learning on a CPU: what the hand-written passes keep."""
+    model, word, length = load.model, WORD_BYTES[spec.precision], mean_length(spec)
+    exact = STATE_BYTES[states][0]
+    tokens = n_runs * layout.rows * length
+    tokens *= 1.0 if spec.dataset.source == "synthetic" else CPU_TEXT_PEAK
+    copies = 0  # bytes for each weight of a product
+    if word == 2 and (load.whole or held > word):
+        copies += 2
+    if word == 2 and not load.whole:
+        copies += 2  # frozen weights are also kept transposed
+    h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
+    scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)
+    layer = 2 * h * exact + word * (4 * h + 2 * kv + 4 * f + scores)
+    return _state(load, n_runs, states, held, held) | {
+        "copies and buffers": float(copies * model.n_matmul_params),
+        "activations": tokens * model.n_layers * layer * (1 if load.whole else CPU_FRAGMENTATION),
+        # a chunk of logits, their logarithms, gradients and temporaries
+        "logits": min(CPU_CHUNK_BYTES, 5 * exact * tokens * model.vocab_size),
+        "process": float(CPU_PROCESS_BYTES),
+    }
+
+
+def _cpu_sampling(spec: RunSpec, n_runs: int, word: int) -> dict[str, float]:
+    rows = n_runs * min(ROWS, max([spec.batch_size, *evaluated_completions(spec)]))
+    return {
+        "keys and values": rows * spec.dataset.max_length * cache_bytes(spec.model, word),
+        "logits": float(rows * DRAW_PEAK_BYTES * spec.model.vocab_size),
+    }
+
+
+# ---------------------------------------------------------------- a GPU
+
+
+def memory_parts(
+    load: Load,
+    layout: Layout,
+    row_tokens: int,
+    n_runs: int = 1,
+    *,
+    states: str = "fp32",
+    word: int = 2,
+    frozen_bytes: int = 2,
+    start_bytes: int = 0,
+    stream: int | None = None,
+    whole_logits: bool = False,
+    process: bool = True,
+) -> dict[str, float]:
+    """Return the peak bytes of learning on one GPU by component.
+
+    Args:
+        load: what one run asks.
+        row_tokens: tokens of the longest row.
+        n_runs: runs of the pack, which share a frozen base.
+        states: precision of what is trained.
+        word: bytes of a number in products.
+        frozen_bytes: bytes per frozen weight.
+        start_bytes: bytes per trained weight of the base, if it is kept to measure the change.
+        stream: bytes of a number of the residual stream (see `layer_bytes`).
+        whole_logits: the logits of all tokens at once instead of a chunk of them.
+        process: include what a process holds before its first tensor.
+    """
+    model, n = load.model, layout.gpus
+    tokens = n_runs * layout.rows * row_tokens
+    kept, h, exact = layer_bytes(load, word, stream), model.hidden_size, max(4, word)
+    stream = stream or exact
+    inputs = stream * h * model.n_layers if layout.checkpointing else 0
+    layers = 1 if layout.checkpointing else model.n_layers
+    # the last norm's input, its normalised input, and its output, which chunks of logits keep
+    last = exact * h + stream * h * (1 + load.norms_trained)
+    logits = tokens * model.vocab_size
+    if not whole_logits:
+        logits = min(logits, max(CHUNK_LOGITS, n_runs * layout.rows * model.vocab_size))
+    parts = _state(load, n_runs, states, frozen_bytes, start_bytes, n) | {
+        "activations": tokens * (inputs + layers * kept + last),
+        "gradients of activations": word / 2 * tokens * (4 * h + 4 * model.mlp_size),
+        "attention masks": _masks(layout, row_tokens, n_runs, layers, word),
+        "logits": word / 2 * LOGIT_BYTES * logits,
+        "copies and buffers": _buffers(load, layout, n_runs, states, word, frozen_bytes),
+    }
+    if n > 1:
+        # the embedding's gradient comes last, when activations have left their room to it
+        left = parts["activations"] + parts["attention masks"] + parts["logits"]
+        embedding = STATE_BYTES[states][1] * (load.outer_trained - load.head_trained)
+        parts["copies and buffers"] += max(0.0, embedding - left)
+    if process:
+        parts["process"] = PROCESS_BYTES + (NCCL_BYTES if n > 1 else 0)
+    return parts
+
+
+def _masks(layout: Layout, row_tokens: int, n_runs: int, layers: int, word: int) -> float:
+    """Bytes of the masks that keep joined rows apart; alone, a row needs none.
+
+    transformers makes one of a byte an entry, and torch's attention one in the type of the products
+    at every call, which that layer keeps for its backward pass. Read from their code, and seen on a
+    CPU; its flash attention would need none.
+    """
+    if not layout.joined or layout.rows == 1:
+        return 0.0
+    return float(n_runs * (layout.rows * row_tokens) ** 2 * (1 + word * layers))
+
+
+def _outer_bytes(load: Load, weight: int, frozen_bytes: int) -> float:
+    """Return the bytes of the whole weights outside the layers, which every process of a run has.
+
+    FSDP2 gathers them in their own type: the embedding's rows are read as they are.
+    """
+    return weight * load.outer_trained + frozen_bytes * (load.outer_params - load.outer_trained)
+
+
+def _buffers(
+    load: Load, layout: Layout, n_runs: int, states: str, word: int, frozen_bytes: int
+) -> float:
+    """Bytes of copies: weights as products take them, whole layers, gradients on their way.
+
+    On one GPU, a product has a copy of every weight that is wider than it; of frozen weights and of
+    adapters only in layers that are kept. Sharded, two layers are whole at a time, and what is
+    outside the layers all the time, in the backward pass with the unembedding's gradient.
+    """
+    model, (weight, gradient, _) = load.model, STATE_BYTES[states]
+    adapters = 0 if load.whole else n_runs * load.trained
+    if layout.gpus == 1:
+        trained = min(load.trained, model.n_matmul_params) if load.whole else 0
+        frozen = (model.n_matmul_params - trained) * (frozen_bytes > word)
+        copies = trained * (weight > word)
+        live = 1 / model.n_layers if layout.checkpointing else 1
+        return word * (copies + live * (frozen + adapters * (weight > word)))
+    outer = _outer_bytes(load, weight, frozen_bytes) + gradient * load.head_trained
+    added = adapters / model.n_layers
+    changed = load.layer_params if load.whole else added
+    return outer + 2 * word * (load.layer_params + added) + (word + gradient) * changed
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How the completions of an update are drawn on one GPU."""
+
+    rows: int
+    """Completions of one run at once."""
+    number: int
+    """Rounds, one after another."""
+
+
+def rounds_of(
+    spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int, answers: int, group: int
+) -> Rounds:
+    """Return how `answers` completions of each of `n_runs` runs are drawn; groups stay whole."""
+    each = cache_bytes(spec.model, WORD_BYTES[spec.precision]) * spec.dataset.max_length
+    room = CACHE_SHARE * (hardware.gpu_memory_gib or 0) * 2**30
+    prompts = max(1, min(ROWS, int(room / (n_runs * each))) // group)
+    share = -(-(answers // group) // gpus)  # prompts of one GPU
+    return Rounds(min(prompts, share) * group, -(-share // prompts))
+
+
+def sampling_memory(
+    load: Load, spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int, held: int
+) -> dict[str, float]:
+    """Return the peak bytes of one GPU while completions are drawn, by component.
+
+    `held`: bytes per frozen weight of the base. A model on several GPUs is put together in each of
+    them, without its gradients.
+    """
+    model, word = load.model, WORD_BYTES[spec.precision]
+    states = "fp64" if spec.precision == "fp64" else "fp32"
+    rows = n_runs * rounds_of(spec, hardware, n_runs, gpus, spec.batch_size, spec.group_size).rows
+    whole = float(word * load.trained * load.whole)
+    if gpus > 1:
+        outer = _outer_bytes(load, STATE_BYTES[states][0], held)
+        whole = word * model.n_layers * load.layer_params + outer
+    return _state(load, n_runs, states, held, held, gpus) | {
+        "gradients": 0.0,
+        "copies and buffers": whole,
+        "keys and values": rows * spec.dataset.max_length * cache_bytes(model, word),
+        "logits": float(rows * model.vocab_size * DRAW_PEAK_BYTES),
+        "process": PROCESS_BYTES + (NCCL_BYTES if gpus > 1 else 0),
+    }

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.plan.flops import mean_length, run_flops, train_flops
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import mean_length, run_flops, updates_with_evaluations
 from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.throughput import ThroughputTable
 from lorasweep.spec.execution import Exec
@@ -19,8 +19,8 @@ SIZES = (1, 2, 4, 8, 16)
 """Pack sizes to choose from without GPUs."""
 GPU_SIZES = (*SIZES, 32, 64, 128)
 FORWARD_TOKENS = 4096
-"""Tokens per forward pass over all members. With more, activations leave the cache and nothing gets
-faster (LOG.md)."""
+"""Tokens per forward pass over a whole pack. With more, activations leave the cache and nothing
+gets faster (LOG.md)."""
 GPU_FORWARD_TOKENS = 65536
 """The same on a GPU. Assumption: not measured yet."""
 MEMORY_SHARE = 0.8
@@ -35,7 +35,7 @@ class Pack:
 
     points: list[Point]
     micro_batch_size: int
-    """Rows per member and forward pass."""
+    """Rows per run and forward pass."""
     flops: float
     seconds: float | None
     """Expected seconds on one worker; None: no step times of this shape are known."""
@@ -55,36 +55,36 @@ def forward_tokens(hardware: Hardware) -> int:
 
 def micro_batch(
     spec: RunSpec,
-    members: int,
+    n_runs: int,
     hardware: Hardware,
     processes: int = 1,
     checkpointing: bool = False,
     join_rows: bool = False,
 ) -> int:
-    """Return the rows per member, process and forward pass: at most forward_tokens(), at least one.
+    """Return the rows per run, process and forward pass: at most forward_tokens(), at least one.
 
     On a GPU also no more than fit into its memory.
     """
     share = spec.batch_size // processes
-    rows = max(1, min(share, forward_tokens(hardware) // (members * mean_length(spec))))
+    rows = max(1, min(share, forward_tokens(hardware) // (n_runs * mean_length(spec))))
     if hardware.gpus and hardware.gpu_memory_gib is not None:
         room = MEMORY_SHARE * hardware.gpu_memory_gib * 2**30
         shared = (processes, checkpointing, join_rows)
-        while rows > 1 and pack_bytes(members, spec, hardware, rows, *shared) > room:
+        while rows > 1 and pack_bytes(n_runs, spec, hardware, rows, *shared) > room:
             rows //= 2
     return rows
 
 
 ALONE = ("model", "dataset", "method", "lr", "seed", "steps", "early_stopping")
-"""Fields that members of a pack have of their own, or that are compared apart."""
+"""Fields that may differ between the runs of a pack, or that are compared apart."""
 
 
 def pack_key(spec: RunSpec) -> tuple[Any, ...]:
     """Return what the runs of one pack have in common.
 
-    They differ only in lr, seed, steps, early stopping, the method's packed fields and, where
-    answers are given and not sampled, in their data sets. Losses over true distributions are taken
-    of all or of none.
+    They differ only in lr, seed, steps, early stopping, the method's packed fields and, if no
+    completions are sampled, in their data sets. Losses over true distributions are computed for all
+    or for none.
     """
     apart = (*spec.method.PACKED_FIELDS, *ALONE)
     method = tuple(v for k, v in spec.method.values() if k not in apart)
@@ -120,13 +120,13 @@ def default_size(spec: RunSpec, exec_: Exec, hardware: Hardware) -> int:
     return max((n for n in sizes if _fits(n, spec, exec_, hardware)), default=1)
 
 
-def _fits(members: int, spec: RunSpec, exec_: Exec, hardware: Hardware) -> bool:
-    """Return whether a pack of `members` runs fits into the memory."""
+def _fits(n_runs: int, spec: RunSpec, exec_: Exec, hardware: Hardware) -> bool:
+    """Return whether a pack of `n_runs` runs fits into the memory."""
     if hardware.worker_gib is None:
         return True
-    rows = exec_.micro_batch_size or micro_batch(spec, members, hardware, join_rows=exec_.join_rows)
+    rows = exec_.micro_batch_size or micro_batch(spec, n_runs, hardware, join_rows=exec_.join_rows)
     bound = MEMORY_SHARE * hardware.worker_gib * 2**30
-    return pack_bytes(members, spec, hardware, rows, join_rows=exec_.join_rows) < bound
+    return pack_bytes(n_runs, spec, hardware, rows, join_rows=exec_.join_rows) < bound
 
 
 def make_packs(
@@ -154,11 +154,16 @@ def make_packs(
             groups.setdefault((pack_key(p.spec), apart), []).append(p)
     chunks = [sorted(runs, key=lambda p: layout.index(p.id)) for layout, runs in resumed.items()]
     total = sum(run_flops(p.spec) for p in todo)
+    all_workers = exec_.workers or hardware.gpus or hardware.cores or 1
 
-    def shared_out(runs: list[Point], size: int) -> list[list[Point]]:
+    def split(runs: list[Point], size: int) -> list[list[Point]]:
+        """Split into packs of nearly equal size, 7 and 7 instead of 8 and 6, for all workers."""
         if exec_.pack_size is None:
-            size = _size_for_all_workers(size, runs, total, exec_, hardware)
-        return _equal_parts(runs, size)
+            # these runs get the share of the workers that matches their share of the operations
+            share = all_workers * sum(run_flops(p.spec) for p in runs) / total
+            size = min(size, -(-len(runs) // max(1, int(share + 1e-9))))
+        size = -(-len(runs) // -(-len(runs) // size))
+        return [runs[k : k + size] for k in range(0, len(runs), size)]
 
     small: dict[tuple[Any, ...], list[Point]] = {}
     for (key, _), runs in groups.items():
@@ -166,12 +171,12 @@ def make_packs(
         if 2 * len(runs) < size:
             small.setdefault((key, size), []).extend(runs)
         else:
-            chunks += shared_out(runs, size)
+            chunks += split(runs, size)
     for (_, size), runs in small.items():
-        # members of one rank must be neighbours in a pack; of rows and runs of one length, fewer
+        # runs of one rank must be neighbours in a pack; with rows and runs of one length, fewer
         # are padded and the pack stays full longer
         runs.sort(key=lambda p: (_rank(p), mean_length(p.spec), p.spec.steps))
-        chunks += shared_out(runs, size)
+        chunks += split(runs, size)
     packs = (_pack(c, exec_, hardware, known) for c in chunks)
     return sorted(packs, key=lambda pack: -pack.flops)
 
@@ -180,45 +185,18 @@ def _rank(point: Point) -> int:
     return getattr(point.spec.method, "rank", 0)
 
 
-def _largest(points: Sequence[Point]) -> RunSpec:
-    """Return a run that takes no less memory than any of a pack.
-
-    Of the largest rank, with the longest rows, with early stopping if one has it.
-    """
-    spec = max(points, key=_rank).spec
+def _pack(points: list[Point], exec_: Exec, hardware: Hardware, known: ThroughputTable) -> Pack:
+    # memory is that of the largest rank, with the longest rows, with early stopping if one has it
+    spec, n = max(points, key=_rank).spec, len(points)
     longest = max((p.spec for p in points), key=mean_length)
     if mean_length(longest) != mean_length(spec):
         spec = dataclasses.replace(spec, dataset=longest.dataset)
     patience = max(p.spec.early_stopping for p in points)
-    if patience == spec.early_stopping:
-        return spec
-    return dataclasses.replace(spec, early_stopping=patience)
-
-
-def _size_for_all_workers(
-    size: int, runs: list[Point], total: float, exec_: Exec, hardware: Hardware
-) -> int:
-    """Return a pack size that leaves no worker idle.
-
-    `runs` get the share of the workers that matches their share of the operations.
-    """
-    workers = exec_.workers or hardware.gpus or hardware.cores or 1
-    mine = max(1, int(workers * sum(run_flops(p.spec) for p in runs) / total + 1e-9))
-    return min(size, -(-len(runs) // mine))
-
-
-def _equal_parts(runs: list[Point], size: int) -> list[list[Point]]:
-    """Split into packs of nearly equal size: 7 and 7, not 8 and 6."""
-    share = -(-len(runs) // -(-len(runs) // size))
-    return [runs[k : k + share] for k in range(0, len(runs), share)]
-
-
-def _pack(points: list[Point], exec_: Exec, hardware: Hardware, known: ThroughputTable) -> Pack:
-    spec, n = _largest(points), len(points)
+    if patience != spec.early_stopping:
+        spec = dataclasses.replace(spec, early_stopping=patience)
     found, seconds = known.of(spec), None
     if found is not None:
-        with_evaluations = (p.spec.steps * run_flops(p.spec) / train_flops(p.spec) for p in points)
-        seconds = found.at(n) * sum(with_evaluations)
+        seconds = found.at(n) * sum(updates_with_evaluations(p.spec) for p in points)
     shared = (exec_.world_size, exec_.activation_checkpointing, exec_.join_rows)
     rows = exec_.micro_batch_size or micro_batch(spec, n, hardware, *shared)
     flops = sum(run_flops(p.spec) for p in points)

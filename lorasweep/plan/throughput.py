@@ -4,7 +4,7 @@ Two sources, in this order:
 
 1. measurements by `action=measure_packs`, kept in RUNS/.calibration;
 2. step times that finished and running runs of this store recorded. They cover only the pack sizes
-   that occurred: no size is tried for the sake of a measurement.
+   that occurred.
 
 Reads files; trains nothing.
 """
@@ -63,8 +63,8 @@ class Throughput:
 def shape_of(spec: RunSpec) -> Shape:
     """Return what determines the time of a step: all but learning rates, seeds and step count.
 
-    Of rows of text a plan knows no more than max_length, so data sets of one length count as one:
-    those of a hundred customers are a few shapes.
+    Text data sets with the same max_length count as one, so that those of a hundred customers are a
+    few shapes.
     """
     method = spec.method
     layers, scope, rank = (getattr(method, name, None) for name in ("layers", "scope", "rank"))
@@ -173,19 +173,15 @@ def _comparable(env: dict[str, Any], hardware: Hardware, exec_: Exec) -> bool:
     a run, the same threads per worker, the micro-batch that the user set (if any), and the same
     pack from start to end.
     """
+    # threads per worker when every worker has a pack
+    share = (hardware.cores or 1) // hardware.gpus if hardware.gpus else 1
     return (
         bool(env)  # empty if the run was imported
         and hardware.processor is not None
         and (env.get("processor"), env.get("gpu")) == (hardware.processor, hardware.gpu_name)
         and env.get("compile", False) == exec_.compile
         and env.get("processes", 1) == exec_.world_size
-        and env.get("threads") == _threads(hardware, exec_)
+        and env.get("threads") == (exec_.threads or max(1, share))
         and exec_.micro_batch_size in (None, env.get("micro_batch_size"))
         and not env.get("resumed_in_other_company")
     )
-
-
-def _threads(hardware: Hardware, exec_: Exec) -> int:
-    """Return the threads per worker when every worker has a pack."""
-    share = (hardware.cores or 1) // hardware.gpus if hardware.gpus else 1
-    return exec_.threads or max(1, share)

@@ -18,7 +18,7 @@ from lorasweep.errors import ModelError, SpecError
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.plan import detect
-from lorasweep.plan.flops import run_flops, train_flops
+from lorasweep.plan.load import run_flops, train_flops
 from lorasweep.plan.throughput import measured_path
 from lorasweep.store.run_store import RunStore
 from tests.customers import make_base, write_rows

@@ -11,8 +11,9 @@ from lorasweep.customers.rules.workload import GROUP, Workload
 from lorasweep.errors import unknown
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.gpu.load import Load, load_of
-from lorasweep.plan.gpu.placement import (
+from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import Load, load_of
+from lorasweep.plan.placement import (
     MEMORY_ERROR,
     MOST_GPUS,
     SPEED_ERROR,
@@ -20,9 +21,7 @@ from lorasweep.plan.gpu.placement import (
     Placement,
     place,
 )
-from lorasweep.plan.gpu.sampling import served_s
-from lorasweep.plan.gpu.time import step_parts, step_seconds
-from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.time import served_s, step_parts, step_seconds
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method
 from lorasweep.spec.model import ModelSpec
@@ -223,12 +222,10 @@ def _note(case: Case, work: Workload, found: Costs) -> None:
         steps |= {"tokens_a_row": work.row_tokens, "gpus": arm.gpus}
         price = {"price_per_gpu_h": found.hardware.price_per_gpu_h}
         files = {"adapters_served": served, "mib_each": arm.file_mib}
-        source = (
-            "lorasweep.plan.gpu.memory; analysis/results/plan compares it with published figures"
-        )
+        source = "lorasweep.plan.memory; analysis/results/plan compares it with published figures"
         sure = Sure.PLANNED if lora else Sure.ASSUMED
         note(f"peak_gib_{name}", arm.peak_gib, arm.why or memory, source, sure, **rows)
-        source = f"lorasweep.plan.gpu.time; conf/hardware/{card}.yaml, data sheets"
+        source = f"lorasweep.plan.time; conf/hardware/{card}.yaml, data sheets"
         note(f"hours_{name}", arm.hours, time, source, Sure.PLANNED, **steps)
         formula = "hours x GPUs x price of a GPU and hour"
         source = f"price of {card}: price_per_gpu_h of the row, or of conf/hardware"

@@ -7,7 +7,7 @@ from lorasweep.customers.evidence import Case, Measured, Sure
 from lorasweep.customers.read import RowError
 from lorasweep.data import own
 from lorasweep.errors import DataError
-from lorasweep.plan.flops import TEXT_FILL
+from lorasweep.plan.load import TEXT_FILL
 
 GROUP = 16
 """Samples of a problem in RL where no episodes are stated: tinker-cookbook, recipes/rl_loop.py."""
@@ -161,7 +161,7 @@ def _lengths(case: Case, data: Data | None) -> tuple[float, float, int]:
             formula = (
                 f"not stated: tokens_per_example / {TEXT_FILL}, rounded up to 2^k or 1.5 x 2^k"
             )
-        source = "lorasweep.plan.flops.TEXT_FILL: mean length of text rows over the longest"
+        source = "lorasweep.plan.load.TEXT_FILL: mean length of text rows over the longest"
         trace.note("max_length", length, formula, source, Sure.ASSUMED, tokens_per_example=tokens)
     if tokens is None:
         tokens = TEXT_FILL * length

@@ -11,10 +11,11 @@ from lorasweep.launch.slurm.client import Partition
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan import detect
-from lorasweep.plan.estimate import ASSUMED_FLOPS_PER_CORE, Plan, assumed_flops, measured_flops
-from lorasweep.plan.gpu.limits import settings_of
+from lorasweep.plan.forecast import settings_of
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.packing import Pack, make_packs
+from lorasweep.plan.plan import Plan
+from lorasweep.plan.time import ASSUMED_FLOPS_PER_CORE, assumed_flops
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
@@ -124,7 +125,7 @@ def jobs_of(
         SpecError: runs that do not fit on any number of GPUs.
     """
     cluster, hardware, precision = cluster_of(request), now.hardware, todo[0].spec.precision
-    measured = measured_flops(now.points, now.states, store)
+    measured = now.measured_flops_s
     if hardware.has_speeds:
         assumed = assumed_flops(precision, hardware) / hardware.gpus
     elif cluster.gpus:

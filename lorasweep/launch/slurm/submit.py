@@ -23,9 +23,9 @@ from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.sbatch import Description
 from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.launch.slurm.submissions import FOLLOW, Array, Notify, Queue, Submission
-from lorasweep.plan.estimate import make_plan
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.plan.packing import Pack
+from lorasweep.plan.plan import make_plan
 from lorasweep.store import checkpoint, files
 from lorasweep.store.claims import SILENCE_S
 from lorasweep.store.run_store import FINAL, RunStore

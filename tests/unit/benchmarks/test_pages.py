@@ -8,8 +8,8 @@ from benchmarks import fleet_page, outcomes, published, rewards_page, speed_page
 from benchmarks.calibration import page as calibration_page
 from benchmarks.harness import FIGURES, ROOT
 from lorasweep.customers.evidence import published as published_rules
-from lorasweep.plan.gpu.placement import MEMORY_ERROR, SPEED_ERROR
-from lorasweep.plan.gpu.time import TRAINING_SHARE
+from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
+from lorasweep.plan.time import TRAINING_SHARE
 
 CASES = {
     "speed": (FIGURES / "bench.json", "README.md", speed_page, "usage"),

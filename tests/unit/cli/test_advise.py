@@ -23,9 +23,9 @@ def table(tmp_path):
 
 def test_a_table_is_answered_in_text_with_a_page(command, table, tmp_path):
     done = command("action=advise", f"customers={table}")
+    page = tmp_path / "reports/advice-customers.html"
     assert done.returncode == 0 and "2 customers: 2 LoRA" in done.stdout
-    page = (tmp_path / "reports/advice-customers.html").read_text()
-    assert "acme" in page and str(tmp_path / "reports/advice-customers.html") in done.stdout
+    assert "acme" in page.read_text() and str(page) in done.stdout
 
 
 def test_json_is_one_list_and_the_status_tells_of_wrong_rows(command, table):
@@ -40,10 +40,8 @@ def test_json_is_one_list_and_the_status_tells_of_wrong_rows(command, table):
 
 
 def test_one_customer_by_options_and_the_reasons_of_one(command, table):
-    one = command(
-        "action=advise", "+customer.model=qwen3-8b", "+customer.task=sft",
-        "+customer.examples=500", "format=json",
-    )  # fmt: skip
+    fields = ("model=qwen3-8b", "task=sft", "examples=500")
+    one = command("action=advise", *(f"+customer.{f}" for f in fields), "format=json")
     assert json.loads(one.stdout)[0]["model"] == "qwen3-8b"
     why = command("action=advise", f"customers={table}", "why=acme")
     assert why.returncode == 0 and "source: " in why.stdout and "lr_factor = 10" in why.stdout
@@ -51,18 +49,17 @@ def test_one_customer_by_options_and_the_reasons_of_one(command, table):
     assert typo.returncode == 2 and "Did you mean 'acme'" in typo.stderr
 
 
-def test_pages_go_where_they_are_asked_for(command, table, tmp_path):
+def test_pages_go_where_out_says(command, table, tmp_path):
     for name in ("page.html", "page.md"):
-        done = command(
-            "action=advise", f"customers={table}", f"out={tmp_path}/{name}", "format=json"
-        )
+        out = f"out={tmp_path}/{name}"
+        done = command("action=advise", f"customers={table}", out, "format=json")
         assert done.returncode == 0 and "acme" in (tmp_path / name).read_text()
     wrong = command("action=advise", f"customers={table}", "out=page.pdf")
     assert wrong.returncode == 2 and ".html or .md" in wrong.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "words"),
     [
         (["action=advise"], "needs customers=FILE"),
         (["action=advise", "customers=no.csv"], "no such file"),
@@ -71,9 +68,9 @@ def test_pages_go_where_they_are_asked_for(command, table, tmp_path):
         (["action=advise", "+sweep=rank", "customers=c.csv"], "Leave +sweep=rank out"),
     ],
 )
-def test_wrong_requests_say_what_to_type(command, arguments, says):
+def test_wrong_requests_are_refused(command, arguments, words):
     done = command(*arguments)
-    assert done.returncode == 2 and says in done.stderr
+    assert done.returncode == 2 and words in done.stderr
 
 
 SHAPE = (
@@ -90,24 +87,19 @@ def test_a_written_sweep_composes_and_is_planned(command, tmp_path, model):
     assert done.returncode == 0, done.stderr
     sweep = yaml.safe_load((tmp_path / "settle/sweep/settle_big_co.yaml").read_text())
     assert sweep["axes"]["steps"] == [1000] and sweep["arms"]["lora"]["rank"] == [32, 64]
-    plan = command(
-        "--config-dir", tmp_path / "settle", "+sweep=settle_big_co", "precision=bf16",
-        "action=plan", "hardware=h100", "format=json",
-    )  # fmt: skip
+    asked = ("--config-dir", tmp_path / "settle", "+sweep=settle_big_co", "precision=bf16")
+    plan = command(*asked, "action=plan", "hardware=h100", "format=json")
     assert plan.returncode == 0, plan.stderr
     found = json.loads(plan.stdout)["total"]
     assert found["runs"] == 3 * 5 + 3 * 3 * 2 and found["cost_usd"] > 0
 
 
 def test_a_written_sweep_of_reinforcement_learning_composes(command, tmp_path):
-    done = command(
-        "action=advise", "+customer.model=llama-3.2-1b", "+customer.task=rl",
-        "+customer.examples=2000", "write_sweep=customer",
-    )  # fmt: skip
+    fields = ("model=llama-3.2-1b", "task=rl", "examples=2000")
+    customer = (f"+customer.{f}" for f in fields)
+    done = command("action=advise", *customer, "write_sweep=customer")
     assert done.returncode == 0, done.stderr
-    kinds = command(
-        "--config-dir", tmp_path / "settle", "+sweep=settle_customer", "precision=bf16",
-        "action=layers", "format=json",
-    )  # fmt: skip
+    asked = ("--config-dir", tmp_path / "settle", "+sweep=settle_customer", "precision=bf16")
+    kinds = command(*asked, "action=layers", "format=json")
     assert kinds.returncode == 0, kinds.stderr
     assert len(json.loads(kinds.stdout)["kinds"]) >= 2

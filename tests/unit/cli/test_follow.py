@@ -1,4 +1,4 @@
-"""The command that a following job runs: its exit code says whether another try may help."""
+"""The command of a follow-up job: its exit status says whether another try may help."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from lorasweep.cli import follow
-from lorasweep.cli.cluster import FOLLOW_COMMAND
+from lorasweep.cli import actions
+from lorasweep.cli.train import FOLLOW_COMMAND
 from lorasweep.errors import ClusterError, GaveUp, SpecError, StoreError
 from lorasweep.launch.slurm import job
 from tests.world import ROOT
@@ -26,7 +26,7 @@ from tests.world import ROOT
         (SpecError("wrong"), 2),
     ],
 )
-def test_the_following_command_says_whether_another_try_may_help(
+def test_the_exit_status_says_whether_another_try_may_help(
     compose, tmp_path, monkeypatch, error, code
 ):
     asked = compose("+sweep=lr_ratio", "scale=smoke", "cluster=slurm")
@@ -40,13 +40,13 @@ def test_the_following_command_says_whether_another_try_may_help(
         if error:
             raise error
 
-    monkeypatch.setattr(follow, "act", act)
-    monkeypatch.setattr(follow, "Signals", lambda: None)
-    assert follow.main(str(tmp_path / "task.json")) == code
+    monkeypatch.setattr(actions, "act", act)
+    monkeypatch.setattr(actions, "Signals", lambda: None)
+    assert actions.follow_up(str(tmp_path / "task.json")) == code
     assert acted == [(asked.title, "a.b:c", 1)]
 
 
-def test_a_following_command_that_is_stopped_gives_its_lock_back_first(tmp_path):
+def test_a_follow_up_job_that_is_stopped_releases_its_lock_first(tmp_path):
     """It is not killed while it holds the lock, or between an sbatch and its record."""
     code = (
         "import sys, time; from pathlib import Path\n"
@@ -59,24 +59,17 @@ def test_a_following_command_that_is_stopped_gives_its_lock_back_first(tmp_path)
     )
     path = tmp_path / "task.json"
     path.write_text(json.dumps({"follow": "x", "command": ["-c", code], "requeues": 0}))
-    following = subprocess.Popen(
-        [sys.executable, "-m", "lorasweep.launch.slurm.job", str(path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    command = [sys.executable, "-m", "lorasweep.launch.slurm.job", str(path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    following = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     while not (tmp_path / "held").exists():
         assert following.poll() is None
         time.sleep(0.05)
     following.terminate()
-    said, _ = following.communicate(timeout=30)
-    assert following.returncode == 0 and "stopped by SIGTERM" in said
+    printed, _ = following.communicate(timeout=30)
+    assert following.returncode == 0 and "stopped by SIGTERM" in printed
     assert (tmp_path / "lock" / "1" / "released").exists()
 
 
-def test_the_following_command_takes_one_task_file():
-    """What is given to Python is what `python -m lorasweep` knows; without a file it is refused."""
+def test_the_command_of_a_follow_up_job_is_known_to_the_command_line():
     assert FOLLOW_COMMAND[-3:] == ("-m", "lorasweep", "--follow")
-    command = [sys.executable, *FOLLOW_COMMAND]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -1,9 +1,8 @@
 """A metric of which more is better: the second stage and the status take it so."""
 
+from lorasweep.cli.finished_runs import noise_floor
 from lorasweep.cli.points import all_points
-from lorasweep.cli.status import status
-from lorasweep.cli.status_text import status_text
-from lorasweep.cli.verify import noise_floor
+from lorasweep.cli.status import status, status_text
 from lorasweep.launch import local
 from lorasweep.store.run_store import RunStore
 

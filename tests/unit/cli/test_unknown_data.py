@@ -5,7 +5,7 @@ import pytest
 from lorasweep.cli import answer, finished_runs
 from lorasweep.cli.actions import act
 from lorasweep.cli.answer import NextRound
-from lorasweep.cli.verify import train_again
+from lorasweep.cli.finished_runs import train_again
 from lorasweep.errors import StoreError, TrainingError
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import import_table, load_runs
@@ -79,13 +79,13 @@ def test_no_round_is_added_to_kept_curves(old, compose, monkeypatch):
 
 def test_the_check_costs_little(compose, fake_trainer, monkeypatch):
     """Keys of curves are made only where a fingerprint is missing, results are read only once."""
-    from lorasweep.plan import same_data
+    from lorasweep.plan import plan
 
     trainer = fake_trainer(lambda spec: 2.0)
     assert act(compose(*SWEEP), trainer) == 0
     request = compose(*SWEEP, MORE)
-    monkeypatch.setattr(same_data, "curve_key", None)
-    same_data.refuse_mixing(request.points, RunStore(request.exec.runs_dir), request.exec)
+    monkeypatch.setattr(plan, "curve_key", None)
+    plan.refuse_mixing(request.points, RunStore(request.exec.runs_dir), request.exec)
 
 
 def test_a_run_is_not_trained_again_on_other_data(compose, trainer):

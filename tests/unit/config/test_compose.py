@@ -11,7 +11,7 @@ from lorasweep.cli.answer import check_claims
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
 from lorasweep.plan import detect
-from lorasweep.plan.estimate import make_plan
+from lorasweep.plan.plan import make_plan
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import expand, geom
 from lorasweep.sweep.question import Claim, Planning, Sweep, check_sweep

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from lorasweep.customers.rules.costs import NOT_FASTER
-from lorasweep.plan.gpu.placement import Placement, place
-from lorasweep.plan.gpu.sampling import served_s
+from lorasweep.plan.placement import Placement, place
+from lorasweep.plan.time import served_s
 from tests.unit.customers.world import advice, known
 
 

@@ -14,7 +14,7 @@ from lorasweep.customers.runs import Setup, build_runs, folder_of, planned
 from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.gpu.forecast import Forecaster
+from lorasweep.plan.forecast import Forecaster
 from tests.bpe import llama_like
 from tests.customers import make_base, write_json, write_rows
 from tests.world import compose_request, tiny_spec

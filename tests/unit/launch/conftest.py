@@ -3,7 +3,7 @@
 import pytest
 
 from lorasweep.plan import detect
-from lorasweep.plan.estimate import make_plan
+from lorasweep.plan.plan import make_plan
 from lorasweep.store.run_store import RunStore
 
 

@@ -13,8 +13,8 @@ from lorasweep.launch.slurm import (
     resources,
 )
 from lorasweep.launch.slurm.client import Partition
-from lorasweep.plan.estimate import make_plan
-from lorasweep.plan.gpu.placement import Placement, place
+from lorasweep.plan.placement import Placement, place
+from lorasweep.plan.plan import make_plan
 from lorasweep.spec.execution import Cluster
 from lorasweep.store.run_store import RunStore
 from tests.world import ROOT

@@ -93,7 +93,7 @@ def test_the_command_compares_with_the_recorded_loss(compose, tmp_path, capsys, 
         request = dataclasses.replace(
             asked, action="adapter", run=spec.id, out=str(folder), **settings
         )
-        assert finished_runs.adapter(request, store, [], Elsewhere(shift)) == 0
+        assert finished_runs.adapter(request, store, Elsewhere(shift)) == 0
         return capsys.readouterr().out
 
     assert "exactly the same" in save(0.0)

@@ -7,10 +7,15 @@ import pytest
 from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.gpu.forecast import Forecaster, hours_of
-from lorasweep.plan.gpu.limits import refuse_unfit, settings_of, within_limit
-from lorasweep.plan.gpu.placement import Misfit
+from lorasweep.plan.forecast import (
+    Forecaster,
+    hours_of,
+    refuse_unfit,
+    settings_of,
+    without_too_large,
+)
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.placement import Misfit
 from lorasweep.spec.execution import Exec
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Replicates
@@ -32,9 +37,13 @@ def planner(**settings):
     return Forecaster(card(), Exec(**settings))
 
 
+def forecast(runs, second=NONE, **settings):
+    return planner(**settings).forecast("mine", runs, second)
+
+
 def test_a_sweep_takes_what_its_runs_take_alone():
     runs = points("lora", LoRA(rank=16))
-    found = planner().forecast("mine", runs, NONE)
+    found = forecast(runs)
     ((kind, where, n),) = found.placed()
     assert (n, found.n_runs, found.packs, found.jobs(120)) == (3, 3, 3, 3)
     assert found.gpu_hours == pytest.approx(3 * where.seconds / 3600)
@@ -56,11 +65,11 @@ def test_ways_to_share_a_rank_among_experts_cost_apart():
 
 def test_fresh_seeds_of_the_second_stage_are_counted_once():
     runs = points("fullft", FullFT()) + points("lora", LoRA(rank=16), seeds=(0, 1))
-    found = planner().forecast("mine", runs, Replicates(seeds=[1, 2], n_lrs=2))
+    found = forecast(runs, Replicates(seeds=[1, 2], n_lrs=2))
     assert found.n_runs == 9 + 2 * 2 + 1 * 2  # the adapters have seed 1 at every rate already
     first, second = found.stage_hours()
     assert first + second == pytest.approx(found.gpu_hours) and second > 0
-    one_arm = planner().forecast("mine", runs, Replicates(seeds=[1, 2], n_lrs=9, arms=["fullft"]))
+    one_arm = forecast(runs, Replicates(seeds=[1, 2], n_lrs=9, arms=["fullft"]))
     assert one_arm.n_runs == 9 + 3 * 2
 
 
@@ -75,19 +84,19 @@ def test_runs_that_sweeps_share_count_once_in_a_total():
 
 
 def test_small_batches_train_in_packs_over_one_base():
-    found = planner().forecast("mine", points("lora", LoRA(rank=16), batch_size=8), NONE)
+    found = forecast(points("lora", LoRA(rank=16), batch_size=8))
     ((kind, where, _),) = found.placed()
-    assert kind.members > 1 and found.packs == 1
-    alone = planner(pack_size=1).forecast("mine", points("lora", LoRA(rank=16), batch_size=8), NONE)
+    assert kind.pack_size > 1 and found.packs == 1
+    alone = forecast(points("lora", LoRA(rank=16), batch_size=8), pack_size=1)
     assert alone.packs == 3 and alone.gpu_hours >= found.gpu_hours
     assert where.memory["frozen weights"] == alone.placed()[0][1].memory["frozen weights"]
 
 
 def test_runs_beyond_max_gpus_are_priced_apart():
     runs = points("lora", LoRA(rank=16)) + points("fullft", FullFT(), "llama-3.1-70b")
-    all_of_them = planner().forecast("mine", runs, NONE)
-    found = planner(max_gpus=16).forecast("mine", runs, NONE)
-    ((kind, where, n),) = found.left_out()
+    all_of_them = forecast(runs)
+    found = forecast(runs, max_gpus=16)
+    ((kind, where, n),) = found.placed(left_out=True)
     assert (kind.label, where.layout.gpus, n) == ("fullft of llama-3.1-70b", 32, 3)
     assert found.n_runs == 3 and not found.misfits()
     assert found.gpu_hours + hours_of(kind, where, n) == pytest.approx(all_of_them.gpu_hours)
@@ -97,8 +106,8 @@ def test_runs_beyond_the_limit_are_left_out_and_others_must_fit_as_they_are_trai
     small = points("lora", LoRA(rank=16))
     large = points("lora", LoRA(rank=16), "llama-3.1-70b")
     full = points("fullft", FullFT())
-    assert within_limit([*small, *large], card(), Exec(max_gpus=1)) == small
-    assert within_limit([*small, *large], card(), Exec()) == [*small, *large]
+    assert without_too_large([*small, *large], card(), Exec(max_gpus=1)) == small
+    assert without_too_large([*small, *large], card(), Exec()) == [*small, *large]
     refuse_unfit(small, card(), Exec())
     with pytest.raises(SpecError, match=r"lora of llama-3.1-70b takes .* exec.world_size=4"):
         refuse_unfit(large, card(), Exec())
@@ -125,7 +134,7 @@ def test_settings_are_the_plans_unless_the_user_set_them():
 
 def test_what_does_not_fit_is_told_and_an_unknown_precision_refused():
     runs = points("fullft", FullFT(), batch_size=3)
-    ((kind, misfit, n),) = planner().forecast("mine", runs, NONE).misfits()
+    ((kind, misfit, n),) = forecast(runs).misfits()
     assert isinstance(misfit, Misfit) and n == 3 and kind.label == "fullft of llama-3.1-8b"
     hardware = dataclasses.replace(card(), matmul_flops_s={"bf16": 1e14})
     with pytest.raises(SpecError, match=r"no speed in fp32\. Add matmul_flops_s\.fp32"):

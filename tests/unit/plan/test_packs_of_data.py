@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.estimate import make_plan
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.memory import pack_bytes
+from lorasweep.plan.plan import make_plan
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.store.run_store import RunStore
@@ -22,21 +22,10 @@ def runs(count, rates=3, lengths=(64,), steps=(8,), **changes):
     """`rates` runs of each of `count` customers."""
     found = []
     for k in range(count):
-        dataset = DatasetSpec(
-            name=f"c{k}",
-            source="jsonl",
-            location=f"c{k}",
-            max_length=lengths[k % len(lengths)],
-            n_test=4,
-            n_test_curve=4,
-        )
-        spec = tiny_spec(
-            dataset=dataset,
-            method=LoRA(rank=4),
-            batch_size=4,
-            steps=steps[k % len(steps)],
-            **changes,
-        )
+        rows = {"max_length": lengths[k % len(lengths)], "n_test": 4, "n_test_curve": 4}
+        dataset = DatasetSpec(name=f"c{k}", source="jsonl", location=f"c{k}", **rows)
+        fixed = {"method": LoRA(rank=4), "batch_size": 4, "steps": steps[k % len(steps)]}
+        spec = tiny_spec(dataset=dataset, **fixed, **changes)
         found += [Point(f"c{k}", dataclasses.replace(spec, lr=1e-3 * 2**j)) for j in range(rates)]
     return found
 
@@ -77,10 +66,7 @@ def test_the_memory_of_a_pack_is_that_of_its_longest_rows(tmp_path):
     ],
 )
 def test_other_batches_layers_and_sampled_answers_stay_apart(tmp_path, other):
-    points = runs(2)
-    if "objective" not in other:
-        points[3:] = [Point(p.arm, dataclasses.replace(p.spec, **other)) for p in points[3:]]
-    else:
-        points = [Point(p.arm, dataclasses.replace(p.spec, **other)) for p in points]
+    points, first = runs(2), 0 if "objective" in other else 3
+    points[first:] = [Point(p.arm, dataclasses.replace(p.spec, **other)) for p in points[first:]]
     packs = packs_of(points, tmp_path, pack_size=16)
     assert [len(p.points) for p in packs] == [3, 3]

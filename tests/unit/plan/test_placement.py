@@ -9,10 +9,10 @@ from lorasweep.config.compose import shipped_model
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.gpu.load import layer_bytes, load_of
-from lorasweep.plan.gpu.memory import Layout, memory_parts
-from lorasweep.plan.gpu.placement import MEMORY_ERROR, Misfit, Placement, place
-from lorasweep.plan.gpu.time import TRAINING_SHARE, step_parts, step_seconds
+from lorasweep.plan.load import layer_bytes, load_of
+from lorasweep.plan.memory import Layout, memory_parts
+from lorasweep.plan.placement import MEMORY_ERROR, Misfit, Placement, place
+from lorasweep.plan.time import TRAINING_SHARE, step_parts, step_seconds
 from tests.world import compose_request
 
 
@@ -40,7 +40,7 @@ def test_states_take_sixteen_bytes_a_trained_parameter_and_are_split():
         states = sum(parts[name] for name in ("trained weights", "gradients", "moments"))
         assert states == pytest.approx(16 * 8_030_261_248 / gpus) and parts["frozen weights"] == 0
     lora = load_of(shipped_model("llama-3.1-8b"), LoRA(rank=256))
-    parts = memory_parts(lora, Layout(1, 1, True), 1024, members=2)
+    parts = memory_parts(lora, Layout(1, 1, True), 1024, n_runs=2)
     assert parts["frozen weights"] == 2 * 8_030_261_248
     assert parts["moments"] == 2 * 8 * 704_970_752
 
@@ -69,7 +69,7 @@ def test_copies_are_of_what_products_take_in_another_type():
     lora = load_of(LLAMA.model, LoRA(rank=256))
     layer, outer = 6_979_321_856 / 32, 1_050_939_392
     assert copies(LLAMA, 1) == 2 * 7_504_658_432
-    assert copies(lora, 1, members=2) == 2 * 2 * 704_970_752  # bf16 of the adapters
+    assert copies(lora, 1, n_runs=2) == 2 * 2 * 704_970_752  # bf16 of the adapters
     assert copies(lora, 1, frozen_bytes=4) == 2 * (7_504_658_432 + 704_970_752)
     # embedding and unembedding in fp32; two layers, and one of gradients in bf16 and in fp32
     held, head = 4 * outer + 4 * layer + 6 * layer, 128_256 * 4096
@@ -86,7 +86,7 @@ def test_copies_are_of_what_products_take_in_another_type():
 def test_joined_rows_are_kept_apart_by_a_mask_in_every_layer_that_is_kept():
     def masks(rows, checkpointing, joined=True):
         layout = Layout(1, rows, checkpointing, joined=joined)
-        return memory_parts(LLAMA, layout, 1000, members=2)["attention masks"]
+        return memory_parts(LLAMA, layout, 1000, n_runs=2)["attention masks"]
 
     assert masks(4, False) == 2 * 4000**2 * (1 + 2 * 32) and masks(4, True) == 2 * 4000**2 * 3
     assert masks(1, False) == masks(4, False, joined=False) == 0  # one sequence needs none

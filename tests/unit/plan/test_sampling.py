@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep.plan.flops import evaluated_answers, run_flops, train_flops
-from lorasweep.plan.gpu import sampling as plan
-from lorasweep.plan.gpu.load import load_of
-from lorasweep.plan.gpu.placement import Placement, place
-from lorasweep.plan.gpu.time import LAUNCH_S, TRAINING_SHARE, step_seconds
+from lorasweep.plan import load as shapes
+from lorasweep.plan import memory, time
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import evaluated_completions, load_of, run_flops, train_flops
 from lorasweep.plan.memory import pack_bytes
+from lorasweep.plan.placement import Placement, place
+from lorasweep.plan.time import LAUNCH_S, TRAINING_SHARE, step_seconds
 from lorasweep.train import sampling
 from tests.unit.plan.test_placement import card
 from tests.world import compose_request
@@ -36,15 +36,15 @@ def gsm8k(method="lora", **changes):
     return dataclasses.replace(spec, **changes)
 
 
-def seconds(spec, answers=None, gpus=1, members=1, group=16, hardware=None):
+def seconds(spec, answers=None, gpus=1, n_runs=1, group=16, hardware=None):
     load = load_of(spec.model, spec.method)
     answers = answers or spec.batch_size
-    return plan.sampling_s(load, spec, hardware or card(), members, gpus, answers, group)
+    return time.sampling_s(load, spec, hardware or card(), n_runs, gpus, answers, group)
 
 
 def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
-    assert (plan.ROWS, plan.CACHE_SHARE) == (sampling.ROWS, sampling.CACHE_SHARE)
-    spec, memory = gsm8k(), card().gpu_memory_gib * 2**30
+    assert (memory.ROWS, memory.CACHE_SHARE) == (sampling.ROWS, sampling.CACHE_SHARE)
+    spec, card_bytes = gsm8k(), card().gpu_memory_gib * 2**30
     shape = {"num_hidden_layers": 32, "num_key_value_heads": 8, "hidden_size": 4096}
     config = SimpleNamespace(**shape, num_attention_heads=32)
     model = SimpleNamespace(
@@ -52,12 +52,12 @@ def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
         parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]),
     )
     monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory)
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=card_bytes)
     )
-    for members in (1, 4):
-        prompts = [[np.zeros(768 - 256, dtype=int)]] * members
+    for n_runs in (1, 4):
+        prompts = [[np.zeros(768 - 256, dtype=int)]] * n_runs
         at_once = sampling._at_once(model, prompts, 256, "bf16")
-        rounds = plan.rounds_of(spec, card(), members, 1, 2048, 16)
+        rounds = memory.rounds_of(spec, card(), n_runs, 1, 2048, 16)
         assert rounds.rows == at_once // 16 * 16 > 0
         assert rounds.rows * rounds.number >= 2048
     assert sampling._at_once(model, [[np.zeros(2, dtype=int)]], 1, "bf16") == sampling.ROWS
@@ -65,13 +65,13 @@ def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
 
 def test_keys_and_values_of_the_answers_at_once_are_part_of_the_peak():
     spec = gsm8k()
-    assert plan.cache_bytes(spec.model, 2) == 2 * 32 * 8 * 128 * 2
-    rows = plan.rounds_of(spec, card(), 1, 1, 2048, 16).rows
-    parts = plan.sampling_memory(load_of(spec.model, spec.method), spec, card(), 1, 1, 2)
+    assert shapes.cache_bytes(spec.model, 2) == 2 * 32 * 8 * 128 * 2
+    rows = memory.rounds_of(spec, card(), 1, 1, 2048, 16).rows
+    parts = memory.sampling_memory(load_of(spec.model, spec.method), spec, card(), 1, 1, 2)
     assert parts["keys and values"] == rows * 768 * 131_072 <= 0.3 * 79.6 * 2**30
     assert parts["frozen weights"] == 2 * 8_030_261_248
     full = gsm8k("fullft")
-    parts = plan.sampling_memory(load_of(full.model, full.method), full, card(), 1, 4, 2)
+    parts = memory.sampling_memory(load_of(full.model, full.method), full, card(), 1, 4, 2)
     # put together in each: layers in bf16, embedding and unembedding as they are trained
     assert parts["copies and buffers"] == 2 * 6_979_321_856 + 4 * 1_050_939_392
     assert parts["trained weights"] + parts["moments"] == 12 * 8_030_261_248 / 4
@@ -119,15 +119,15 @@ def test_more_gpus_share_the_answers_and_a_pack_shares_the_weights():
     # 9 rounds of 15 prompts or fewer, and 3
     assert seconds(spec, gpus=1) / seconds(spec, gpus=4) == pytest.approx(3)
     few = gsm8k(batch_size=32)
-    assert seconds(few, members=4) < 1.1 * seconds(few)
+    assert seconds(few, n_runs=4) < 1.1 * seconds(few)
 
 
 def test_of_experts_those_that_are_hit_are_read():
     spec = compose_request(["model=qwen3-30b-a3b-base", "scale=paper"]).points[0].spec
     model = spec.model
-    assert plan._read_params(model, 1) == pytest.approx(model.n_active_params)
-    assert plan._read_params(model, 1e4) == pytest.approx(model.n_matmul_params)
-    assert model.n_active_params < plan._read_params(model, 8) < model.n_matmul_params
+    assert shapes.read_params(model, 1) == pytest.approx(model.n_active_params)
+    assert shapes.read_params(model, 1e4) == pytest.approx(model.n_matmul_params)
+    assert model.n_active_params < shapes.read_params(model, 8) < model.n_matmul_params
 
 
 def test_a_rewarded_run_samples_learns_and_is_evaluated():
@@ -136,17 +136,17 @@ def test_a_rewarded_run_samples_learns_and_is_evaluated():
     sampled = 2 * WEIGHTS * tokens
     learned = spec.method.step_flops(spec.model, 2048 * round(0.4 * 768))
     assert train_flops(spec) == pytest.approx(spec.steps * (sampled + learned))
-    assert evaluated_answers(spec) == [1319, *[256] * 8, 1319, 256]
+    assert evaluated_completions(spec) == [1319, *[256] * 8, 1319, 256]
     n = 2 * 1319 + 9 * 256
     evaluated = 2 * WEIGHTS * n * 0.4 * 768
     assert run_flops(spec) - train_flops(spec) == pytest.approx(evaluated, rel=1e-3)
     words = compose_request(["+sweep=rl", "scale=tiny"]).points[0].spec
-    assert evaluated_answers(words) == [] and run_flops(words) > train_flops(words)
+    assert evaluated_completions(words) == [] and run_flops(words) > train_flops(words)
     found = place([spec], card())
     rest = {k: v for k, v in found.step.items() if k != "sampling"}
     assert found.step_s == pytest.approx(step_seconds(rest) + found.step["sampling"])
     load = load_of(spec.model, spec.method)
-    evaluation = plan.evaluation_s(load, spec, card(), 1, 1)
+    evaluation = time.evaluation_s(load, spec, card(), 1, 1)
     assert found.seconds == pytest.approx(spec.steps * found.step_s + evaluation)
     assert found.sampling_s == pytest.approx(spec.steps * found.step["sampling"] + evaluation)
     given = dataclasses.replace(spec, objective="sft", group_size=0, max_new_tokens=0)

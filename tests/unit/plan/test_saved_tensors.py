@@ -12,28 +12,21 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models.forward import autocast
 from lorasweep.models.sharding import compute_again
 from lorasweep.models.targets import find_targets, use_grouped_experts
-from lorasweep.plan.gpu.load import load_of
-from lorasweep.plan.gpu.memory import Layout, memory_parts
+from lorasweep.plan.load import WORD_BYTES, load_of
+from lorasweep.plan.memory import Layout, memory_parts
 from lorasweep.spec.model import ModelSpec
 
 LLAMA = ModelSpec(
-    name="small",
-    source="folder",
-    hidden_size=256,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=4,
-    head_size=64,
-    mlp_size=800,
-    vocab_size=64,
-)
+    name="small", source="folder", hidden_size=256, n_layers=2, n_heads=4, n_kv_heads=4,
+    head_size=64, mlp_size=800, vocab_size=64,
+)  # fmt: skip
+GROUPED = dataclasses.replace(LLAMA, n_kv_heads=2)
+QWEN = dataclasses.replace(GROUPED, qk_norm=True)
 SHAPES = {
     "llama": LLAMA,
-    "grouped queries": dataclasses.replace(LLAMA, n_kv_heads=2),
-    "qwen3": dataclasses.replace(LLAMA, n_kv_heads=2, qk_norm=True),
-    "experts": dataclasses.replace(
-        LLAMA, n_kv_heads=2, qk_norm=True, mlp_size=128, n_experts=4, n_active_experts=2
-    ),
+    "grouped queries": GROUPED,
+    "qwen3": QWEN,
+    "experts": dataclasses.replace(QWEN, mlp_size=128, n_experts=4, n_active_experts=2),
 }
 METHODS = {
     "lora": LoRA(rank=8),
@@ -48,24 +41,13 @@ ROWS = 2
 def transformers_model(spec):
     """Build a model of this shape, with weights of fp32."""
     kind = Qwen3MoeConfig if spec.n_experts else Qwen3Config if spec.qk_norm else LlamaConfig
-    config = kind(
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.mlp_size,
-        num_hidden_layers=spec.n_layers,
-        num_attention_heads=spec.n_heads,
-        num_key_value_heads=spec.n_kv_heads,
-        head_dim=spec.head_size,
-        vocab_size=spec.vocab_size,
-        **(
-            {
-                "moe_intermediate_size": spec.mlp_size,
-                "num_experts": spec.n_experts,
-                "num_experts_per_tok": spec.n_active_experts,
-            }
-            if spec.n_experts
-            else {}
-        ),
-    )
+    names = {"hidden_size": "hidden_size", "intermediate_size": "mlp_size", "head_dim": "head_size",
+             "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+             "num_key_value_heads": "n_kv_heads", "vocab_size": "vocab_size"}  # fmt: skip
+    if spec.n_experts:
+        names |= {"moe_intermediate_size": "mlp_size", "num_experts": "n_experts"}
+        names["num_experts_per_tok"] = "n_active_experts"
+    config = kind(**{theirs: getattr(spec, ours) for theirs, ours in names.items()})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     use_grouped_experts(model, spec)
     return model
@@ -99,10 +81,8 @@ def a_token_and_layer(spec, method, precision, checkpointing):
     found = {}
     for layers in (2, 3):
         deeper = dataclasses.replace(spec, n_layers=layers)
-        short, long = (
-            saved_bytes(deeper, method, precision, checkpointing, length) for length in (64, 128)
-        )
-        found[layers] = (long - short) / (64 * ROWS)
+        same = (deeper, method, precision, checkpointing)
+        found[layers] = (saved_bytes(*same, 128) - saved_bytes(*same, 64)) / (64 * ROWS)
     return found[3] - found[2]
 
 
@@ -111,26 +91,23 @@ def planned(spec, method, precision, checkpointing):
     found = {}
     for layers in (2, 3):
         load = load_of(dataclasses.replace(spec, n_layers=layers), method)
-        word = {"bf16": 2, "fp32": 4}[precision]
-        parts = memory_parts(load, Layout(1, ROWS, checkpointing), 64, word=word)
+        layout = Layout(1, ROWS, checkpointing)
+        parts = memory_parts(load, layout, 64, word=WORD_BYTES[precision])
         found[layers] = parts["activations"] / (64 * ROWS)
     return found[3] - found[2]
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("shape", "precision"),
-    [*((shape, "bf16") for shape in SHAPES), ("grouped queries", "fp32")],
+    ("shape", "precision"), [*((shape, "bf16") for shape in SHAPES), ("grouped queries", "fp32")]
 )
 def test_the_plan_counts_what_a_layer_saves(shape, method, precision):
     """What it leaves out: logarithms of attention's sums, and what an adapter has of its rank."""
     spec = SHAPES[shape]
     saved = a_token_and_layer(spec, METHODS[method], precision, False)
     assert planned(spec, METHODS[method], precision, False) == pytest.approx(saved, rel=0.03)
-    if (shape, precision) == (
-        "llama",
-        "bf16",
-    ):  # added up by hand, the row sums of attention and the ranks too
+    if (shape, precision) == ("llama", "bf16"):
+        # added up by hand, the row sums of attention and the ranks too
         assert {"lora": 13_192, "full": 15_128}.get(method, saved) == saved
 
 

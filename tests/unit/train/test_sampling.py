@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from lorasweep.errors import ModelError
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.gpu.sampling import cache_bytes
+from lorasweep.plan.load import cache_bytes
 from lorasweep.train import sampling
 from lorasweep.train.sampling import sample
 from tests.rewarded import world

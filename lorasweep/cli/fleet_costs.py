@@ -1,4 +1,4 @@
-"""What is left of a fleet costs together, in packs, and each run by itself, by base."""
+"""What the unfinished runs of a fleet cost in packs and alone, by base; counts of customers."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,10 +8,10 @@ from lorasweep.cli.progress import duration
 from lorasweep.customers.outcome import counts, counts_line, outcome_of
 from lorasweep.customers.runs import planned
 from lorasweep.launch.measure_packs import BUDGET_S
-from lorasweep.plan.estimate import Plan
-from lorasweep.plan.flops import run_flops, train_flops
-from lorasweep.plan.gpu.forecast import Forecaster
+from lorasweep.plan.forecast import Forecaster
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import run_flops, updates_with_evaluations
+from lorasweep.plan.plan import Plan
 from lorasweep.plan.throughput import ThroughputTable, shape_of
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.aligned import aligned
@@ -20,36 +20,39 @@ from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
 
 HEAD = ("base", "customers", "runs", "packs", "together", "alone", "times")
-PROCESSES = "; alone, starting a process and loading the base for each run come on top"
 
 
-def here(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
-    """Return what is left of a fleet costs on this machine, as JSON values.
+def customer_counts(request: Request, store: RunStore) -> dict[str, int]:
+    """Count a fleet's customers by outcome."""
+    fleet = planned(request.members, request.points)
+    return counts(outcome_of(m, store) for m in fleet)
+
+
+def here(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:
+    """Return what the unfinished runs of a fleet cost on this machine, as JSON values.
 
     `alone_s` is None where no step of runs like these was timed outside of a pack.
     """
-    known, wall = now.throughputs, now.hours * 3600
-    rows = []
-    for base, points in _by_base(now.todo).items():
-        mine = {p.id for p in points}
-        packs = [p for p in now.packs if p.points[0].id in mine]
+    known, rows = plan.throughputs, []
+    for base, points in _by_base(plan.todo).items():
+        ids = {p.id for p in points}
+        packs = [p for p in plan.packs if p.points[0].id in ids]
         sizes = {p.id: len(pack.points) for pack in packs for p in pack.points}
-        together = _sum(points, known, sizes, now.workers)
-        alone = _sum(points, known, {}, now.workers)
+        together = _timed_s(points, known, sizes, plan.workers)
+        alone = _timed_s(points, known, {}, plan.workers)
         if together is None:
-            together = wall * sum(run_flops(p.spec) for p in points) / now.flops
+            share = sum(run_flops(p.spec) for p in points) / plan.flops
+            together = plan.hours * 3600 * share
         rows.append(_row(base, points, len(packs), together, alone))
     timed = all(row["alone_s"] is not None for row in rows)
-    kinds = len({shape_of(p.spec) for p in now.todo})
-    return {**_whole(request, store, rows), "timed": timed, "kinds": kinds, "workers": now.workers}
+    kinds = len({shape_of(p.spec) for p in plan.todo})
+    return {**_whole(request, store, rows), "timed": timed, "kinds": kinds, "workers": plan.workers}
 
 
 def on_gpus(request: Request, store: RunStore, hardware: Hardware) -> dict[str, Any]:
-    """Return what is left of a fleet costs on GPUs, in seconds of one, as JSON values."""
-    exec_ = request.exec
-    packed, single = (
-        Forecaster(hardware, e) for e in (exec_, dataclasses.replace(exec_, pack_size=1))
-    )
+    """Return what the unfinished runs of a fleet cost in seconds of one GPU, as JSON values."""
+    packed = Forecaster(hardware, request.exec)
+    single = Forecaster(hardware, dataclasses.replace(request.exec, pack_size=1))
     states = store.states(p.id for p in request.points)
     rows = []
     for base, points in _by_base(p for p in request.points if states[p.id] not in FINAL).items():
@@ -61,30 +64,43 @@ def on_gpus(request: Request, store: RunStore, hardware: Hardware) -> dict[str, 
 
 
 def lines(values: dict[str, Any], per: str) -> list[str]:
-    """Return the costs as text; `per`: what the times are of."""
+    """Return the costs as text; `per`: what the times are of, such as 'on 2 worker(s)'."""
     found = [counts_line(values["customers"])]
     if not values["bases"]:
         return [*found, "nothing is left to train"]
     rows = [*values["bases"], *([values["total"]] if len(values["bases"]) > 1 else [])]
-    found += [f"what is left, {per}:", "", *aligned([HEAD, *map(_cells, rows)], range(1, 7)), ""]
+    cells = [
+        [
+            row["base"],
+            *(f"{row[k]:,}" for k in ("customers", "runs", "packs")),
+            duration(row["together_s"]),
+            "?" if row["alone_s"] is None else duration(row["alone_s"]),
+            "?" if row["ratio"] is None else f"{row['ratio']:.1f}",
+        ]
+        for row in rows
+    ]
+    found += [f"what is left, {per}:", "", *aligned([HEAD, *cells], range(1, 7)), ""]
     if values["timed"]:
-        return [*found, f"by the times of steps{PROCESSES}"]
+        end = "alone, starting a process and loading the base for each run come on top"
+        return [*found, f"by the times of steps; {end}"]
     return [
         *found,
-        f"together by the speed assumed of any run. What they take alone is not known, as no step "
-        f"of such runs was timed here: add action=measure_packs, which times {values['kinds']} "
-        f"kind(s) of run in at most {BUDGET_S * values['kinds']:.0f} s",
+        "together by the speed assumed of any run. The time alone is not known, as no step of such "
+        f"runs was timed here: add action=measure_packs, which times {values['kinds']} kind(s) of "
+        f"run in at most {BUDGET_S * values['kinds']:.0f} s",
     ]
 
 
 def _whole(request: Request, store: RunStore, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the counts of customers, the rows, and their sum."""
-    fleet = planned(request.members, request.points)
-    found = counts(outcome_of(m, store) for m in fleet)
+    """Return the counts of customers, the rows, and the sum of the rows."""
     alone = [r["alone_s"] for r in rows]
     sums = {k: sum(r[k] for r in rows) for k in ("customers", "runs", "packs", "together_s")}
     total = {"base": "total", **sums, "alone_s": None if None in alone else sum(alone)}
-    return {"customers": found, "bases": rows, "total": _with_ratio(total)}
+    return {
+        "customers": customer_counts(request, store),
+        "bases": rows,
+        "total": _with_ratio(total),
+    }
 
 
 def _row(
@@ -99,17 +115,6 @@ def _with_ratio(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "ratio": row["alone_s"] / row["together_s"] if known else None}
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    alone, ratio = row["alone_s"], row["ratio"]
-    return [
-        row["base"],
-        *(f"{row[k]:,}" for k in ("customers", "runs", "packs")),
-        duration(row["together_s"]),
-        "?" if alone is None else duration(alone),
-        "?" if ratio is None else f"{ratio:.1f}",
-    ]
-
-
 def _by_base(points: Iterable[Point]) -> dict[str, list[Point]]:
     """Return the runs of each base by its name; bases of one name are numbered."""
     found: dict[str, list[Point]] = {}
@@ -122,21 +127,17 @@ def _by_base(points: Iterable[Point]) -> dict[str, list[Point]]:
     return names
 
 
-def _sum(
-    points: Iterable[Point],
-    known: ThroughputTable,
-    sizes: Mapping[str, int],
-    workers: int,
+def _timed_s(
+    points: Iterable[Point], known: ThroughputTable, sizes: Mapping[str, int], workers: int
 ) -> float | None:
     """Return the seconds of runs on all workers, in packs of these sizes (alone without one).
 
-    None if they are not known.
+    None if their steps were not timed.
     """
     total = 0.0
     for p in points:
         found, size = known.of(p.spec), sizes.get(p.id, 1)
         if found is None or (size == 1 and 1 not in found.step_s):
             return None
-        with_evaluations = p.spec.steps * run_flops(p.spec) / train_flops(p.spec)
-        total += found.at(size) * with_evaluations
+        total += found.at(size) * updates_with_evaluations(p.spec)
     return total / workers

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lorasweep.plan.flops import evaluated_answers, mean_length, run_flops, train_flops
-from lorasweep.plan.gpu.load import Load, load_of
-from lorasweep.plan.gpu.memory import Layout, memory_parts
-from lorasweep.plan.gpu.sampling import evaluation_s, sampling_memory, sampling_s
-from lorasweep.plan.gpu.time import WORD_BYTES, step_parts, step_seconds
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import (
+    evaluated_completions,
+    load_of,
+    mean_length,
+    updates_with_evaluations,
+)
+from lorasweep.plan.memory import Layout, pack_memory
+from lorasweep.plan.time import evaluation_s, sampling_s, step_parts, step_seconds
 from lorasweep.spec.run import RunSpec
 
 MEMORY_ERROR, SPEED_ERROR = 0.17, 0.25
@@ -18,6 +21,14 @@ MOST_GPUS = 512
 """Largest number of GPUs tried for one run."""
 FORWARD_TOKENS = 32768
 """Most tokens of a forward pass and GPU: more gain nothing."""
+PER_TOKEN = (
+    "keys and values",
+    "activations",
+    "gradients of activations",
+    "attention masks",
+    "logits",
+)
+"""Components of memory that shorter rows make smaller."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +36,23 @@ class Placement:
     """Where a pack trains, and what it takes."""
 
     layout: Layout
-    memory_gib: float
-    """Expected peak of one GPU."""
     memory: dict[str, float]
-    """Its components, in bytes."""
-    step_s: float
-    """Expected seconds of an update of all members."""
+    """Expected peak of one GPU, in bytes by component."""
     step: dict[str, float]
-    """Its components, in seconds."""
+    """Expected seconds of an update of all runs in the pack, by component."""
+    step_s: float
+    """The same in all."""
     seconds: float
     """Expected seconds of the pack, evaluations included."""
     tokens: float
     """Tokens that it trains on."""
     sampling_s: float = 0.0
-    """Seconds of `seconds` in which answers are sampled."""
+    """Seconds of `seconds` in which completions are sampled."""
+
+    @property
+    def memory_gib(self) -> float:
+        """Expected peak of one GPU."""
+        return sum(self.memory.values()) / 2**30
 
     @property
     def gpu_hours(self) -> float:
@@ -52,6 +66,10 @@ class Misfit:
 
     why: str
     remedy: str
+
+    def __str__(self) -> str:
+        """Return both as two sentences."""
+        return f"{self.why}. It fits with {self.remedy}."
 
 
 def place(
@@ -71,123 +89,79 @@ def place(
     Args:
         specs: the pack's runs, of one shape but for their ranks.
         hardware: with the figures that `Hardware.has_speeds` asks for.
-        rows: rows a forward pass, member and GPU; None: chosen.
-        most_gpus: do not look further.
+        rows: rows a forward pass, run and GPU; None: chosen.
+        most_gpus: largest number of GPUs tried.
         gpus: this number of GPUs, which divides the batch; None: chosen.
         checkpointing: whether activations may be kept, computed again, or both.
         join_rows: rows of a forward pass lie end to end (see Exec).
     """
-    spec = specs[-1]
-    load = load_of(spec.model, spec.method)
-    room = (hardware.gpu_memory_gib or 0) * 2**30 / (1 + MEMORY_ERROR)
-    numbers = [gpus] if gpus else _numbers(spec.batch_size, most_gpus)
+    batch_size = specs[-1].batch_size
+    powers = (2**k for k in range(most_gpus.bit_length()))
+    numbers = [gpus] if gpus else [n for n in powers if n <= most_gpus and batch_size % n == 0]
     for n in numbers:
         one_row = [Layout(n, 1, again, joined=join_rows) for again in checkpointing]
-        layouts = [_layout(load, specs, layout, room, rows, hardware) for layout in one_row]
-        found = [_placement(load, specs, lay, hardware) for lay in layouts if lay is not None]
+        layouts = [_largest_pass(specs, layout, rows, hardware) for layout in one_row]
+        found = [_placement(specs, layout, hardware) for layout in layouts if layout is not None]
         if found:
             return min(found, key=lambda p: p.step_s)
     tried = Layout(numbers[-1], rows or 1, checkpointing[-1])
-    misfit = _misfit(load, specs, tried, hardware, most_gpus)
+    misfit = _misfit(specs, tried, hardware, most_gpus)
     if not gpus and not rows:
         return misfit
     other = place(specs, hardware, None, most_gpus, join_rows=join_rows)
     if isinstance(other, Misfit):
         return misfit
-    return Misfit(misfit.why, _settings_of(other.layout))
+    again = " exec.activation_checkpointing=true" if other.layout.checkpointing else ""
+    settings = f"exec.world_size={other.layout.gpus} exec.micro_batch_size={other.layout.rows}"
+    return Misfit(misfit.why, settings + again)
 
 
-def _numbers(batch_size: int, most: int) -> list[int]:
-    """Return the numbers of GPUs to try: powers of two that divide the batch."""
-    powers = (2**k for k in range(most.bit_length()))
-    return [n for n in powers if n <= most and batch_size % n == 0]
-
-
-def _layout(
-    load: Load,
-    specs: Sequence[RunSpec],
-    one_row: Layout,
-    room: float,
-    asked: int | None,
-    hardware: Hardware,
+def _largest_pass(
+    specs: Sequence[RunSpec], one_row: Layout, asked: int | None, hardware: Hardware
 ) -> Layout | None:
-    """Return the largest forward pass that fits into `room` bytes; None if none does."""
-    spec, members = specs[-1], len(specs)
+    """Return the layout with the largest forward pass that fits; None if none does."""
+    spec, n_runs = specs[-1], len(specs)
+    room = (hardware.gpu_memory_gib or 0) * 2**30 / (1 + MEMORY_ERROR)
     share = spec.batch_size // one_row.gpus
-    most = max(1, FORWARD_TOKENS // (members * spec.dataset.max_length))
+    most = max(1, FORWARD_TOKENS // (n_runs * spec.dataset.max_length))
     divisors = (n for n in range(min(share, most), 0, -1) if share % n == 0)
     for rows in divisors if asked is None else [min(asked, share)]:
         layout = replace(one_row, rows=rows, accumulation=-(-share // rows))
-        if sum(_memory(load, spec, layout, members, hardware).values()) <= room:
+        if sum(pack_memory(n_runs, spec, hardware, layout).values()) <= room:
             return layout
     return None
 
 
-def _memory(
-    load: Load, spec: RunSpec, layout: Layout, members: int, hardware: Hardware
-) -> dict[str, float]:
-    """Return the parts of the peak: that of learning, or of sampling if it is higher."""
-    length = spec.dataset.max_length  # rows of a forward pass are padded to the longest
-    exact = spec.precision == "fp64"
-    held = 2 if spec.model.weights_dtype == spec.precision == "bf16" else 8 if exact else 4
-    learning = memory_parts(
-        load,
-        layout,
-        length,
-        members,
-        states="fp64" if exact else "fp32",
-        word=WORD_BYTES[spec.precision],
-        frozen_bytes=held,
-        start_bytes=held,
-    )
-    if not spec.max_new_tokens:
-        return learning
-    sampling = sampling_memory(load, spec, hardware, members, layout.gpus, held)
-    return max(learning, sampling, key=lambda parts: sum(parts.values()))
-
-
-def _placement(
-    load: Load, specs: Sequence[RunSpec], layout: Layout, hardware: Hardware
-) -> Placement:
-    spec, members = specs[-1], len(specs)
-    memory = _memory(load, spec, layout, members, hardware)
-    length, gpus = mean_length(spec), layout.gpus
-    step = step_parts(load, layout, length, hardware, spec.precision, members)
+def _placement(specs: Sequence[RunSpec], layout: Layout, hardware: Hardware) -> Placement:
+    spec, n_runs, gpus = specs[-1], len(specs), layout.gpus
+    load, length = load_of(spec.model, spec.method), mean_length(spec)
+    step = step_parts(load, layout, length, hardware, spec.precision, n_runs)
     step_s = step_seconds(step)
-    updates = [s.steps * run_flops(s) / train_flops(s) for s in specs]
+    updates = [updates_with_evaluations(s) for s in specs]
     sampled = evaluated = 0.0
     if spec.max_new_tokens:
         shape = (spec.batch_size, spec.group_size)
-        step["sampling"] = sampling_s(load, spec, hardware, members, gpus, *shape)
+        step["sampling"] = sampling_s(load, spec, hardware, n_runs, gpus, *shape)
         step_s += step["sampling"]
-        sampled = step["sampling"] * sum(s.steps for s in specs) / members
-    if evaluated_answers(spec):
+        sampled = step["sampling"] * sum(s.steps for s in specs) / n_runs
+    if evaluated_completions(spec):
         updates = [float(s.steps) for s in specs]
-        evaluated = evaluation_s(load, spec, hardware, members, gpus)
+        evaluated = evaluation_s(load, spec, hardware, n_runs, gpus)
     return Placement(
         layout=layout,
-        memory_gib=sum(memory.values()) / 2**30,
-        memory=memory,
-        step_s=step_s,
+        memory=pack_memory(n_runs, spec, hardware, layout),
         step=step,
-        seconds=step_s * sum(updates) / members + evaluated,
+        step_s=step_s,
+        seconds=step_s * sum(updates) / n_runs + evaluated,
         tokens=float(sum(s.steps * s.batch_size * length for s in specs)),
         sampling_s=sampled + evaluated,
     )
 
 
-def _settings_of(layout: Layout) -> str:
-    """Return the settings that train as `layout` says."""
-    again = " exec.activation_checkpointing=true" if layout.checkpointing else ""
-    return f"exec.world_size={layout.gpus} exec.micro_batch_size={layout.rows}{again}"
-
-
-def _misfit(
-    load: Load, specs: Sequence[RunSpec], tried: Layout, hardware: Hardware, most_gpus: int
-) -> Misfit:
+def _misfit(specs: Sequence[RunSpec], tried: Layout, hardware: Hardware, most_gpus: int) -> Misfit:
     """Say what is missing with the layout that takes least."""
     spec, gpus = specs[-1], tried.gpus
-    memory = _memory(load, spec, tried, len(specs), hardware)
+    memory = pack_memory(len(specs), spec, hardware, tried)
     need = sum(memory.values()) * (1 + MEMORY_ERROR) / 2**30
     largest = max(memory, key=lambda name: memory[name])
     why = (
@@ -207,13 +181,3 @@ def _misfit(
     else:
         remedy = f"a GPU with {need:.0f} GiB, or a batch_size above {spec.batch_size}"
     return Misfit(why, remedy)
-
-
-PER_TOKEN = (
-    "keys and values",
-    "activations",
-    "gradients of activations",
-    "attention masks",
-    "logits",
-)
-"""Components of memory that shorter rows make smaller."""

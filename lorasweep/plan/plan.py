@@ -1,26 +1,26 @@
-"""Plan what is done, what is missing, and what it will cost. Starts nothing."""
+"""Plan what is done, what is missing, and what it will cost. Starts nothing.
+
+Also refuses to add runs to LR curves without a data fingerprint. Results hold a fingerprint of
+their data; those from before there was one do not. The analysis mixes no known fingerprint with an
+unknown one in a curve, so such runs would be trained in vain.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.plan.flops import run_flops
-from lorasweep.plan.gpu.time import TRAINING_SHARE
+from lorasweep.errors import StoreError
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import run_flops
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.plan.packing import Pack, make_packs, workers_and_threads
 from lorasweep.plan.throughput import ThroughputTable
+from lorasweep.plan.time import assumed_flops
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import FINAL, STATES, RunStore
-from lorasweep.sweep.grid import Point
+from lorasweep.sweep.grid import Point, curve_key
 
-ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2.5e11, "fp64": 2e10}
-"""Floating-point operations per second and core by precision, used until runs were measured.
-Assumption: what tiny128 (fp32) and SmolLM2-135M (bf16) reached on one core with matrix units
-(LOG.md)."""
-SLOW_BF16_FLOPS_PER_CORE = 7e8
-"""The same for bf16 on a processor without bf16 instructions. Measured on AVX2 (LOG.md)."""
 RATED_RUNS = 16
 """Number of finished runs of a method that its measured speed is computed from."""
 
@@ -40,6 +40,9 @@ class Plan:
     basis: str
     """Source of `hours`: 'measured' (finished runs of this store), 'calibrated' (step times of
     these shapes), or 'assumed'."""
+    measured_flops_s: float | None
+    """Floating-point operations per second of one worker; None: no run of this store has finished.
+    """
     checkpoint_gib: float
     """Disk space for the checkpoints of the packs that train at the same time."""
     memory_gib: float
@@ -61,15 +64,22 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
     points = list(points)
     states = store.states(p.id for p in points)
     todo = runs_to_do(points, states, store, exec_)
-    known = ThroughputTable(
-        store, hardware, exec_, [p for p in points if states[p.id] != "missing"]
-    )
+    begun = [p for p in points if states[p.id] != "missing"]
+    known = ThroughputTable(store, hardware, exec_, begun)
     free = [p for p in todo if states[p.id] != "running"]
     packs = make_packs(free, states, store, exec_, hardware, known)
     workers, threads = workers_and_threads(packs, exec_, hardware)
     flops = sum(run_flops(p.spec) for p in todo)
-    seconds, basis = _seconds(points, states, store, todo, packs, workers, hardware)
-    busiest = sorted(packs, key=lambda pack: -pack.memory_bytes)[:workers]
+    timed = timed_runs(points, states, store)
+    times = [pack.seconds for pack in packs if pack.seconds is not None]
+    if timed and hardware.processor is not None:  # they do not predict another machine
+        seconds, basis = measured_seconds((p.spec for p in todo), timed) / workers, "measured"
+    elif packs and len(times) == len(packs):
+        seconds, basis = max(sum(times) / workers, max(times)), "calibrated"
+    else:
+        precision = points[0].spec.precision if points else "fp32"
+        seconds, basis = flops / assumed_flops(precision, hardware), "assumed"
+    largest = sorted(packs, key=lambda pack: -pack.memory_bytes)[:workers]
     return Plan(
         points=points,
         states=states,
@@ -80,8 +90,9 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
         flops=flops,
         hours=seconds / 3600,
         basis=basis,
-        checkpoint_gib=checkpoint_bytes(p.spec for k in busiest for p in k.points) / 2**30,
-        memory_gib=sum(pack.memory_bytes for pack in busiest) / 2**30,
+        measured_flops_s=_flops_s([run for some in timed.values() for run in some]),
+        checkpoint_gib=checkpoint_bytes(p.spec for k in largest for p in k.points) / 2**30,
+        memory_gib=sum(pack.memory_bytes for pack in largest) / 2**30,
         hardware=hardware,
         throughputs=known,
     )
@@ -91,13 +102,13 @@ def runs_to_do(
     points: list[Point], states: dict[str, str], store: RunStore, exec_: Exec
 ) -> list[Point]:
     """Return the runs to train: those not finished; failed ones only with exec.retry."""
-    if not exec_.retry:
-        return [p for p in points if states[p.id] not in (*FINAL, "failed")]
 
-    def again(rid: str) -> bool:
-        return states[rid] != "failed" or store.failures(rid) < exec_.max_attempts
+    def wanted(rid: str) -> bool:
+        if states[rid] != "failed":
+            return states[rid] not in FINAL
+        return exec_.retry and store.failures(rid) < exec_.max_attempts
 
-    return [p for p in points if states[p.id] not in FINAL and again(p.id)]
+    return [p for p in points if wanted(p.id)]
 
 
 Timed = tuple[RunSpec, float]
@@ -124,20 +135,10 @@ def timed_runs(
     return found
 
 
-def rate_of(runs: Sequence[Timed]) -> float:
+def _flops_s(runs: Sequence[Timed]) -> float | None:
     """Return the floating-point operations per second of one worker, over all seconds of `runs`."""
-    return sum(run_flops(spec) for spec, _ in runs) / sum(seconds for _, seconds in runs)
-
-
-def measured_flops(
-    points: Sequence[Point], states: dict[str, str], store: RunStore
-) -> float | None:
-    """Return the floating-point operations per second of one worker, from finished runs.
-
-    None if no run of this store was trained here.
-    """
-    runs = [run for some in timed_runs(points, states, store).values() for run in some]
-    return rate_of(runs) if runs else None
+    seconds = sum(s for _, s in runs)
+    return sum(run_flops(spec) for spec, _ in runs) / seconds if runs else None
 
 
 def measured_seconds(
@@ -145,43 +146,12 @@ def measured_seconds(
 ) -> float:
     """Return the expected seconds of `todo` on one worker, each at the speed of its method.
 
-    What has no finished run of its method and precision goes at the speed of all.
+    Runs without a finished run of their method and precision go at the mean speed of all.
     """
-    overall = rate_of([run for some in timed.values() for run in some])
-    rates = {key: rate_of(some) for key, some in timed.items()}
-    return sum(run_flops(s) / rates.get((s.method.name, s.precision), overall) for s in todo)
-
-
-def assumed_flops(precision: str, hardware: Hardware) -> float:
-    """Return the assumed floating-point operations per second of the whole machine."""
-    if hardware.gpus and precision in hardware.matmul_flops_s:
-        share = TRAINING_SHARE * hardware.attainable_share
-        return share * hardware.matmul_flops_s[precision] * hardware.gpus
-    slow = precision == "bf16" and hardware.fast_bf16 is False
-    rate = SLOW_BF16_FLOPS_PER_CORE if slow else ASSUMED_FLOPS_PER_CORE[precision]
-    return rate * (hardware.cores or 1)
-
-
-def _seconds(
-    points: list[Point],
-    states: dict[str, str],
-    store: RunStore,
-    todo: list[Point],
-    packs: list[Pack],
-    workers: int,
-    hardware: Hardware,
-) -> tuple[float, str]:
-    """Return the expected seconds of what is left, and the basis of the estimate."""
-    here = hardware.processor is not None  # finished runs do not predict another machine
-    timed = timed_runs(points, states, store) if here else {}
-    if timed:
-        return measured_seconds((p.spec for p in todo), timed) / workers, "measured"
-    times = [pack.seconds for pack in packs if pack.seconds is not None]
-    if packs and len(times) == len(packs):
-        return max(sum(times) / workers, max(times)), "calibrated"
-    precision = points[0].spec.precision if points else "fp32"
-    flops = sum(run_flops(p.spec) for p in todo)
-    return flops / assumed_flops(precision, hardware), "assumed"
+    overall = _flops_s([run for some in timed.values() for run in some])
+    speeds = {key: _flops_s(some) for key, some in timed.items()}
+    found = ((s, speeds.get((s.method.name, s.precision)) or overall) for s in todo)
+    return sum(run_flops(spec) / speed for spec, speed in found if speed)
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -208,15 +178,54 @@ def summary(plan: Plan) -> dict[str, Any]:
         }
         for p in plan.packs
     ]
-    cost = {
-        "flops": plan.flops,
-        "hours": plan.hours,
-        "basis": plan.basis,
-        "packs": len(plan.packs),
-        "workers": plan.workers,
-        "threads": plan.threads,
-        "checkpoint_gib": plan.checkpoint_gib,
-        "memory_gib": plan.memory_gib,
-    }
+    cost: dict[str, Any] = {name: getattr(plan, name) for name in ("flops", "hours", "basis")}
+    cost["packs"] = len(plan.packs)
+    names = ("workers", "threads", "checkpoint_gib", "memory_gib")
+    cost |= {name: getattr(plan, name) for name in names}
     runs = {"total": len(plan.points), "todo": len(plan.todo), **plan.counts()}
     return {"runs": runs, "arms": list(arms.values()), "packs": packs, "cost": cost}
+
+
+# ---------------------------------------------------------------- curves without a fingerprint
+
+
+def refuse_mixing(points: Sequence[Point], store: RunStore, exec_: Exec) -> None:
+    """Check that the missing runs of a sweep continue no curve of unknown data.
+
+    Raises:
+        StoreError: they do.
+    """
+    unknown = _of_unknown_data(points, store)
+    if unknown:
+        states = store.states(p.id for p in points)
+        _refuse(unknown, runs_to_do(list(points), states, store, exec_), store)
+
+
+def refuse_extending(points: Sequence[Point], more: Iterable[Point], store: RunStore) -> None:
+    """Check that `more` runs, of curves of `points`, continue no curve of unknown data.
+
+    Raises:
+        StoreError: they do.
+    """
+    _refuse(_of_unknown_data(points, store), more, store)
+
+
+def _of_unknown_data(points: Iterable[Point], store: RunStore) -> list[Point]:
+    by_id = {p.id: p for p in points}
+    finished = store.finished(by_id)
+    return [by_id[i] for i, entry in finished.items() if entry.data_sha256 is None]
+
+
+def _refuse(unknown: Sequence[Point], more: Iterable[Point], store: RunStore) -> None:
+    if not unknown:
+        return
+    curves = {curve_key(p) for p in unknown}
+    mixed = [p for p in more if curve_key(p) in curves]
+    if mixed:
+        raise StoreError(
+            f"{len(mixed)} runs to train would continue lr curves of finished runs without a data "
+            f"fingerprint ({len(unknown)} in {store.root}, such as {unknown[0].id}: trained before "
+            "results held one). The two are never mixed in one curve. Train all runs of the curves "
+            f"in a new run folder: exec.runs_dir={store.root}-2. To judge the finished runs, give "
+            "the command that asks for no more runs than these."
+        )

@@ -1,0 +1,380 @@
+"""Train the runs of a request, here or by jobs of a cluster, and print the answer.
+
+The path of a sweep: plan, launch, judge, report.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasweep.cli import answer
+from lorasweep.cli.plan_text import plan_text, unpinned_lines
+from lorasweep.cli.points import all_points, qualifying
+from lorasweep.cli.progress import Display, notifier
+from lorasweep.config.preflight import check_available
+from lorasweep.errors import GaveUp, SpecError
+from lorasweep.launch import local
+from lorasweep.launch.distributed import check_world_size
+from lorasweep.launch.process import Stopped
+from lorasweep.launch.slurm.planning import hardware_of
+from lorasweep.launch.slurm.submit import MAX_IDLE, FollowUp, Outcome, cancel, submit
+from lorasweep.launch.trainer import Trainer
+from lorasweep.plan import detect
+from lorasweep.plan.forecast import refuse_unfit, settings_of, without_too_large
+from lorasweep.plan.plan import make_plan, refuse_mixing
+from lorasweep.spec.metric import metric_of
+from lorasweep.store import files, looks
+from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.store.table import load_runs
+from lorasweep.sweep.grid import Point
+from lorasweep.sweep.names import run_names
+from lorasweep.sweep.request import Request, question
+
+STOPPED = 130
+"""Exit status after Ctrl-C."""
+FOLLOW_COMMAND = ("-u", "-m", "lorasweep", "--follow")
+"""What a follow-up job gives to Python, before the path of its task file."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The runs of a request after training."""
+
+    points: list[Point]
+    """With the second stage, as far as it is known."""
+    status: int
+    """Exit status: 0, 1 if runs failed or were killed, STOPPED."""
+    waiting: bool = False
+    """Jobs of a cluster have not finished."""
+
+
+def run(
+    request: Request,
+    store: RunStore,
+    trainer: Trainer | str | None = None,
+    follow: dict[str, Any] | None = None,
+) -> int:
+    """Train what is missing, judge and report; on a cluster, submit it and report later."""
+    trained = _train(request, store, trainer, follow)
+    if trained.waiting or trained.status == STOPPED:
+        return trained.status
+    _print_failures(trained.points, store)
+    if request.mirror == "wandb":
+        from lorasweep.tracking.wandb import mirror
+
+        mirror(trained.points, store, request.sweep_name or "single")
+    if request.sweep_name is None:
+        _print_single(request, store, trained.points[0])
+    else:
+        _judge_and_report(request, store, trained.points)
+    return trained.status
+
+
+def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
+    """Train the runs that judge a sweep's tasks, print whether these qualify, and save that.
+
+    Returns 0 if all do, 1 if some do not.
+    """
+    if request.sweep is None or request.cluster.kind == "slurm":
+        raise SpecError(
+            "action=qualify judges the tasks of a sweep on this machine. Add +sweep=NAME and "
+            "cluster=local."
+        )
+    trained = _train(request, store, trainer)
+    if trained.status == STOPPED:
+        return STOPPED
+    finished = [p.id for p in trained.points if store.result(p.id)]
+    found = answer.qualify(load_runs(store.root, finished))
+    content = {
+        "sweep": request.sweep_name,
+        "scale": request.scale,
+        "qualified": found.verdict,
+        "checks": found.checks,
+    }
+    path = Path(request.exec.reports_dir) / f"qualify-{request.title}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    if request.format == "json":
+        print(json.dumps(content))
+    else:
+        print("\n".join(found.lines))
+        for group, ok in found.verdict.items():
+            print(f"{group}: {'qualifies' if ok else 'DOES NOT QUALIFY'}")
+        print(f"saved: {path}")
+    return 0 if all(found.verdict.values()) else 1
+
+
+def train_runs(
+    request: Request,
+    store: RunStore,
+    trainer: Trainer | str | None = None,
+    follow: dict[str, Any] | None = None,
+) -> int:
+    """Train the missing runs of a request, here or as jobs of a cluster.
+
+    Here it returns when every run has ended; on a cluster it submits what is missing and returns at
+    once. It prints neither an answer nor which runs failed.
+
+    Returns:
+        0: all ended, or wait in jobs. 1: some failed or were killed. STOPPED: the user stopped it.
+    """
+    return _train(request, store, trainer, follow).status
+
+
+# ---------------------------------------------------------------- before training
+
+
+def runs_of(request: Request, store: RunStore) -> list[Point]:
+    """Return the runs of this action: the sweep's, or for qualify those that judge its tasks."""
+    points = all_points(request, store)
+    return qualifying(points) if request.action == "qualify" else points
+
+
+def within_limit(request: Request) -> Request:
+    """Return the request without the runs that need more GPUs than one may take, and say so."""
+    kept = without_too_large(request.points, hardware_of(request), request.exec)
+    if len(kept) < len(request.points):
+        notifier(request)(
+            f"{len(request.points) - len(kept)} runs need more than "
+            f"exec.max_gpus={request.exec.max_gpus} GPUs and are left out"
+        )
+    if request.points and not kept:
+        raise SpecError(f"no run is left within exec.max_gpus={request.exec.max_gpus}.")
+    return dataclasses.replace(request, points=kept)
+
+
+def check(request: Request, store: RunStore, points: Sequence[Point]) -> None:
+    """Check a request before anything is trained; raise what the user must correct.
+
+    `points`: its runs, with those of the second stage and of added rounds.
+    """
+    specs = [p.spec for p in request.points]
+    if request.exec.world_size > 1:
+        check_world_size(specs, request.exec, request.cluster, detect.this_machine())
+    if request.hardware and (hardware := hardware_of(request)).has_speeds:
+        must_fit = settings_of if request.cluster.kind == "slurm" else refuse_unfit
+        must_fit(request.points, hardware, request.exec)
+    check_available(request)
+    answer.check_claims(request.sweep)
+    refuse_mixing(points, store, request.exec)
+
+
+def _warn_of_claims(request: Request) -> None:
+    """Print a warning for every claim that the planned runs cannot decide."""
+    for outlook in answer.outlooks(request.points, request.sweep, request.scale):
+        if outlook.warns:
+            notifier(request)(outlook.line())
+
+
+# ---------------------------------------------------------------- training
+
+
+def _train(
+    request: Request,
+    store: RunStore,
+    trainer: Trainer | str | None,
+    follow: dict[str, Any] | None = None,
+) -> Trained:
+    if request.hardware and hardware_of(request).has_speeds:
+        request = within_limit(request)
+    store.prepare()
+    points = runs_of(request, store)
+    check(request, store, points)
+    if request.cluster.kind == "slurm":
+        return _train_on_cluster(request, store, trainer, follow)
+    return _train_here(request, store, points, trainer)
+
+
+def _train_here(
+    request: Request, store: RunStore, points: list[Point], trainer: Trainer | str | None
+) -> Trained:
+    """Run what is missing on this machine: the first stage, then what its results ask for."""
+    notify, quiet = notifier(request), request.format == "json"
+    plan = make_plan(points, store, request.exec, detect.this_machine())
+    if plan.todo and not quiet:
+        _warn_of_claims(request)
+    try:
+        while plan.todo:
+            notify(plan_text(request, plan))
+            with Display(plan.todo, quiet) as display:
+                local.run_points(points, store, request.exec, display.event, trainer, plan=plan)
+            known, points = len(points), runs_of(request, store)
+            if len(points) == known:
+                break
+            plan = make_plan(points, store, request.exec, plan.hardware)
+    except (Stopped, KeyboardInterrupt):
+        print(
+            "stopped; finished runs are kept, the others resume from their checkpoints when you "
+            "run the command again",
+            file=sys.stderr,
+        )
+        return Trained(points, STOPPED)
+    return Trained(points, _status(points, store))
+
+
+def _status(points: Sequence[Point], store: RunStore) -> int:
+    states = store.states(p.id for p in points).values()
+    return int(any(state in ("failed", "interrupted") for state in states))
+
+
+def _train_on_cluster(
+    request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
+) -> Trained:
+    """Submit what is missing, and say whether there is anything to wait for.
+
+    `follow`: the task, inside a follow-up job.
+
+    Raises:
+        GaveUp: no run finished in the last rounds of jobs.
+    """
+    notify, idle = notifier(request), 0
+    for line in unpinned_lines(request.points):
+        notify(line)
+    _warn_of_claims(request)
+    if follow is not None:
+        states = store.states(p.id for p in runs_of(request, store)).values()
+        finished = sum(s in FINAL for s in states)
+        idle = follow["idle"] + 1 if finished <= follow["finished"] else 0
+        if idle >= MAX_IDLE:
+            raise GaveUp(
+                f"no run finished in {idle} rounds of jobs, so no more are submitted. "
+                "See the causes with action=status."
+            )
+    following = FollowUp(FOLLOW_COMMAND, trainer if isinstance(trainer, str) else None, idle)
+    done = submit(request, store, lambda: runs_of(request, store), notify, following)
+    waiting = done.waiting
+    if request.format == "json" and (waiting or done.n_submitted):
+        print(json.dumps(_submitted_plain(done)))
+        waiting = True
+    else:
+        _print_submitted(request, store, done)
+    points = runs_of(request, store)
+    return Trained(points, 0 if waiting else _status(points, store), waiting)
+
+
+def _submitted_plain(done: Outcome) -> dict[str, Any]:
+    work = done.work
+    return {
+        "submitted": done.n_submitted,
+        "queued": done.queued,
+        "running": work.running,
+        "removed": work.n_removed,
+        "pruned": done.pruned,
+        "refused": done.refused,
+        "unknown": work.unknown_runs,
+        "exhausted": len(work.exhausted),
+        "scripts": [str(p) for p in done.scripts],
+        "jobs": [a.job for s in done.submitted for a in s.arrays if a.job],
+    }
+
+
+def _print_submitted(request: Request, store: RunStore, done: Outcome) -> None:
+    """Print what was submitted, what was not and why, and what to do."""
+    work = done.work
+    for s in done.submitted:
+        arrays = [a for a in s.arrays if a.job and a.part != "follow"]
+        jobs = ", ".join(f"{a.n} job(s) as {a.job}" for a in arrays)
+        print(f"submitted {done.n_submitted} runs: {jobs}; records and logs in {s.folder}")
+    for script in done.scripts:
+        print(f"submit it yourself: sbatch {script}")
+    if done.refused:
+        print(
+            f"Slurm did not accept all jobs: {done.refused}\n"
+            "The rest is submitted when jobs have ended, or when you run the command again",
+            file=sys.stderr,
+        )
+    if work.unknown_runs:
+        print(
+            f"{work.unknown_runs} runs may be in jobs of another cluster, or in jobs of another "
+            "user that Slurm hides: run the command there, or as that user. If those jobs are "
+            f"gone, delete their folders in {store.root}/.slurm",
+            file=sys.stderr,
+        )
+    if work.exhausted:
+        print(
+            f"{len(work.exhausted)} runs were killed {request.exec.max_attempts} times and are not "
+            "submitted again: see the causes with action=status, then raise exec.max_attempts",
+            file=sys.stderr,
+        )
+    if done.pruned:
+        print(f"cancelled {done.pruned} queued run(s) that are no longer part of this command line")
+    elif work.n_removed:
+        print(
+            f"{work.n_removed} queued run(s) of this sweep are no longer part of this command "
+            "line; cancel them with prune=true"
+        )
+    if done.waiting:
+        print(
+            f"{done.queued} runs queued, {work.running} running. Watch them with action=status; "
+            "the same command answers when they have finished."
+        )
+
+
+def cancel_jobs(request: Request, store: RunStore) -> int:
+    """Cancel the sweep's jobs on the cluster. Local runs are stopped with Ctrl-C."""
+    n_jobs, n_runs = cancel(request, store, notifier(request))
+    if request.format == "json":
+        print(json.dumps({"jobs": n_jobs, "runs": n_runs}))
+    elif n_jobs:
+        print(
+            f"cancelled {n_jobs} job(s) with {n_runs} unfinished run(s); finished runs are kept, "
+            "the others resume from their checkpoints when you run the sweep's command again"
+        )
+    else:
+        print("nothing to cancel")
+    return 0
+
+
+# ---------------------------------------------------------------- after training
+
+
+def _print_failures(points: Sequence[Point], store: RunStore) -> None:
+    states, names = store.states(p.id for p in points), run_names(points)
+    for i in (i for i, s in states.items() if s == "failed"):
+        log = f"{store.folder(i)}/attempts/{store.last_attempt(i)}/log.txt"
+        print(
+            f"run {i} ({names[i]}) failed: {store.failure(i)}. Log: {log}. "
+            "Try again: exec.retry=true",
+            file=sys.stderr,
+        )
+    for i in (i for i, s in states.items() if s == "interrupted"):
+        print(
+            f"run {i} ({names[i]}) did not finish: its process was killed {store.failures(i)} "
+            "times (out of memory?). Try fewer workers (exec.workers) or a smaller "
+            "exec.micro_batch_size, and a larger exec.max_attempts.",
+            file=sys.stderr,
+        )
+
+
+def _judge_and_report(request: Request, store: RunStore, points: Sequence[Point]) -> None:
+    """Judge the finished runs, print the answer, write the report and record the look."""
+    finished = [p.id for p in points if store.result(p.id)]
+    if not finished:
+        print("no run has finished, so there is no answer yet", file=sys.stderr)
+        return
+    asked = question(request)
+    folder = Path(request.exec.reports_dir) / request.title
+    table = load_runs(store.root, finished)
+    print(answer.judge(table, asked, folder, as_json=request.format == "json"))
+    path = looks.path_of(store.root, request.title)
+    looks.note_look(path, answer.claims_hash(asked), asked["rounds"])
+
+
+def _print_single(request: Request, store: RunStore, point: Point) -> None:
+    result = store.result(point.id)
+    if result is None:
+        return
+    if request.format == "json":
+        print(json.dumps({k: v for k, v in result.items() if k != "curve"}))
+        return
+    metric, measure = metric_of(result), ""
+    value = metric.value(result)
+    if value is not None:
+        start = metric.value(result["curve"][0])
+        measure = f", {metric.label} {value:.4f} (from {start:.4f})"
+    name = run_names([point])[point.id]
+    print(f"run {point.id} ({name}): {result['state']}{measure}. Folder: {store.folder(point.id)}")

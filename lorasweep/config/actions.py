@@ -1,0 +1,170 @@
+"""The actions of the command line: their names, the settings that they read, their help lines.
+
+`lorasweep.cli.actions` adds the function of each. A setting that only some actions read is refused
+with the others.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lorasweep.errors import SpecError, unknown
+
+
+@dataclass(frozen=True)
+class Action:
+    """One action of the command line: action=NAME."""
+
+    name: str
+    help: str
+    """What it does, as shown by --help."""
+    example: str = ""
+    """Settings shown after the name by --help."""
+    reads: tuple[str, ...] = ()
+    """Settings that only this action and some others read."""
+    about: str = "the runs of a sweep or a single run"
+    allows_sweep: bool = True
+    needs_run: bool = True
+    """Without a sweep it is about the single run that the command line describes, or a fleet's."""
+    of_fleet: bool = False
+    """With customers=FILE it is about the runs of a fleet."""
+
+
+FLEET_SETTINGS = ("customers", "rates", "instead_of_full", "out")
+
+ACTIONS: dict[str, Action] = {
+    action.name: action
+    for action in (
+        Action("run", "train what is missing and print the answer (the default)"),
+        Action(
+            "plan",
+            "show what would run and what it costs, here or on other machines (conf/hardware)",
+            "hardware=h100",
+            reads=("hardware",),
+            of_fleet=True,
+        ),
+        Action(
+            "status",
+            "show what is done, running, diverged and failed",
+            "watch=true",
+            reads=("watch",),
+            of_fleet=True,
+        ),
+        Action("cancel", "cancel the sweep's jobs on the cluster", of_fleet=True),
+        Action(
+            "export",
+            "write finished runs as .parquet or .csv",
+            "table=FILE",
+            reads=("table",),
+            needs_run=False,
+        ),
+        Action(
+            "import",
+            "read the runs of a table into the run folder",
+            "table=FILE",
+            reads=("table",),
+            needs_run=False,
+        ),
+        Action(
+            "adapter",
+            "retrain a finished LoRA run and save it in PEFT's format, unless it ends elsewhere; "
+            "max_difference=0.02 accepts that difference of the final loss",
+            "run=ID out=DIR",
+            reads=("run", "out", "max_difference"),
+            needs_run=False,
+        ),
+        Action(
+            "verify",
+            "retrain finished runs alone, to check that packing changes no result",
+            "sample=3",
+            reads=("sample",),
+        ),
+        Action(
+            "extend", "add the runs that help most to undecided claims; start none", needs_run=False
+        ),
+        Action(
+            "qualify",
+            "check first that the sweep's tasks are suitable, with its largest methods",
+            needs_run=False,
+        ),
+        Action(
+            "measure_packs",
+            "time updates alone and in packs on this machine, for later plans",
+            of_fleet=True,
+        ),
+        Action("layers", "show what is trained of each layer set, with counts; needs no weights"),
+        Action(
+            "fetch",
+            "download the weights and data of the runs from the hub, for nodes without network",
+            of_fleet=True,
+        ),
+        Action(
+            "advise",
+            "LoRA or full fine-tuning, with which rank, learning rate and batch size, at what "
+            "cost: for each row of a CSV or YAML table, or for one customer "
+            "(+customer.model=llama-3.1-8b +customer.task=sft ...). out=FILE.html or FILE.md: the "
+            "page; why=NAME: all reasons; write_sweep=NAME: the experiment that would resolve it",
+            "customers=FILE",
+            reads=("customers", "customer", "why", "write_sweep", "out", "hardware"),
+            about="customers",
+            allows_sweep=False,
+            needs_run=False,
+        ),
+        Action(
+            "measure",
+            "measure how many bits a model finds in rows (or in dataset=NAME): steps x batch_size "
+            "of them, under the base model and online during training; action=advise uses the "
+            "result for a customer with these data",
+            "data=FILE",
+            reads=("data", "rates"),
+            about="one model and one data set",
+            allows_sweep=False,
+        ),
+        Action(
+            "fleet",
+            "train an adapter for each customer of a table (column data: a .jsonl file, or a "
+            "folder with train.jsonl). rates=3: learning rates tried around the advised one, or "
+            "rates=advised; instead_of_full=lora; out=DIR. action=plan, status, cancel, fetch and "
+            "measure_packs take customers=FILE, too",
+            "customers=FILE",
+            reads=FLEET_SETTINGS,
+            about="customers",
+            allows_sweep=False,
+        ),
+    )
+}
+
+
+def check_action(config: Any, sweep_name: str | None) -> Action:
+    """Return the requested action, if all settings that were given with it have an effect.
+
+    Args:
+        config: the composed configuration (`schema.Config`).
+        sweep_name: name of the sweep; None: there is none.
+
+    Raises:
+        SpecError: the action does not exist, or does not read a setting that was given.
+    """
+    if config.action not in ACTIONS:
+        raise SpecError(unknown("action", config.action, ACTIONS))
+    action = ACTIONS[config.action]
+    about = "customers" if config.customers else action.about
+    if sweep_name is not None and (about == "customers" or not action.allows_sweep):
+        raise SpecError(f"action={action.name} is about {about}. Leave +sweep={sweep_name} out.")
+    if action.name == "fleet" and not config.customers:
+        raise SpecError(
+            "action=fleet trains an adapter for each row of a table. Add customers=FILE (CSV or "
+            "YAML, with the columns name, model, task and data)."
+        )
+    of_fleet = action.of_fleet and bool(config.customers)
+    allowed = {*action.reads, *(FLEET_SETTINGS if of_fleet else ())}
+    defaults = {f.name: f for f in fields(type(config))}
+    for key in dict.fromkeys(key for other in ACTIONS.values() for key in other.reads):
+        if key == "hardware" or key in allowed:  # compose checks hardware
+            continue
+        default = defaults[key]
+        empty = default.default_factory() if callable(default.default_factory) else default.default
+        if getattr(config, key) != empty:
+            readers = " and ".join(f"action={a.name}" for a in ACTIONS.values() if key in a.reads)
+            hint = " (of a customer: +customer.data)" if key == "data" else ""
+            raise SpecError(f"{key} is only for {readers}. Add it, or leave {key} out{hint}.")
+    return action

@@ -1,0 +1,281 @@
+"""What sweeps take on GPUs with a data sheet: where each kind of run is placed, and the sums.
+
+Also, before runs start on such GPUs: how each is trained, which are left out, which are refused.
+Runs that sweeps share count once in a total.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lorasweep.errors import SpecError
+from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import mean_length, run_flops
+from lorasweep.plan.packing import GPU_SIZES
+from lorasweep.plan.placement import FORWARD_TOKENS, Misfit, Placement, place
+from lorasweep.plan.throughput import Shape, shape_of
+from lorasweep.spec.execution import Exec
+from lorasweep.spec.run import RunSpec
+from lorasweep.sweep.grid import Point, curve_key
+from lorasweep.sweep.question import Replicates
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """Runs of one shape and length, which cost the same."""
+
+    spec: RunSpec
+    pack_size: int
+    """Runs that train together over one base."""
+    place: Placement | Misfit
+    left_out: bool
+    """They need more GPUs than a run may take."""
+
+    @property
+    def label(self) -> str:
+        """The runs in words."""
+        rank = f" rank {self.spec.method.rank}" if hasattr(self.spec.method, "rank") else ""
+        return f"{self.spec.method.name}{rank} of {self.spec.model.name}"
+
+
+Placed = tuple[Kind, Placement, int]
+"""A kind, its place, and its number of runs."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What runs take on some hardware."""
+
+    name: str
+    hardware: Hardware
+    runs: dict[str, Kind]
+    """Each run by its id; a run of the second stage by its curve, seed and number."""
+    first: frozenset[str] = frozenset()
+    """Runs of the first stage."""
+
+    def counts(self) -> Counter[Kind]:
+        """Count the runs of each kind."""
+        return Counter(self.runs.values())
+
+    def placed(self, left_out: bool = False) -> list[Placed]:
+        """List the kinds that are trained, or those that need more GPUs than a run may take."""
+        return [
+            (kind, kind.place, n)
+            for kind, n in self.counts().items()
+            if isinstance(kind.place, Placement) and kind.left_out == left_out
+        ]
+
+    def misfits(self) -> list[tuple[Kind, Misfit, int]]:
+        """List the kinds that fit nowhere."""
+        return [(k, k.place, n) for k, n in self.counts().items() if isinstance(k.place, Misfit)]
+
+    @property
+    def n_runs(self) -> int:
+        """Runs that are trained."""
+        return sum(n for _, _, n in self.placed())
+
+    @property
+    def packs(self) -> int:
+        """Packs that they form."""
+        return sum(math.ceil(n / kind.pack_size) for kind, _, n in self.placed())
+
+    def jobs(self, work_max_min: float) -> int:
+        """Count jobs of at most `work_max_min` minutes, or of one longer pack."""
+        total = 0
+        for kind, where, n in self.placed():
+            each = max(1, int(60 * work_max_min / where.seconds))
+            total += math.ceil(math.ceil(n / kind.pack_size) / each)
+        return total
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours of the runs that are trained."""
+        return sum(hours_of(*entry) for entry in self.placed())
+
+    @property
+    def expert_hours(self) -> float:
+        """GPU-hours of models with experts, which no published measurement covers."""
+        return sum(hours_of(*entry) for entry in self.placed() if entry[0].spec.model.n_experts)
+
+    @property
+    def sampling_hours(self) -> float:
+        """GPU-hours of sampling, which no published measurement covers."""
+        return sum(hours_of(k, w, n) * w.sampling_s / w.seconds for k, w, n in self.placed())
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that the runs train on."""
+        return sum(n * where.tokens / kind.pack_size for kind, where, n in self.placed())
+
+    @property
+    def flops(self) -> float:
+        """Operations of the runs."""
+        return sum(n * run_flops(kind.spec) for kind, _, n in self.placed())
+
+    def stage_hours(self) -> tuple[float, float]:
+        """Return the GPU-hours of the first stage and of the second."""
+        first = replace(self, runs={k: v for k, v in self.runs.items() if k in self.first})
+        return first.gpu_hours, self.gpu_hours - first.gpu_hours
+
+
+def hours_of(kind: Kind, where: Placement, n: int) -> float:
+    """Return the GPU-hours of `n` runs of a kind."""
+    return n * where.gpu_hours / kind.pack_size
+
+
+class Forecaster:
+    """Places runs on some hardware. Each kind is placed once."""
+
+    def __init__(self, hardware: Hardware, exec_: Exec) -> None:
+        """Prepare for `hardware`, whose speeds must be known (`Hardware.has_speeds`)."""
+        self.hardware, self.exec = hardware, exec_
+        self._kinds: dict[Shape, Kind] = {}
+
+    def forecast(self, name: str, points: Sequence[Point], second: Replicates) -> Forecast:
+        """Return what a sweep takes: its grid, and the fresh seeds of its second stage."""
+        runs = {p.id: self.kind(p.spec) for p in points}
+        first = frozenset(runs)
+        runs |= {key: self.kind(spec) for key, spec in _fresh(points, second)}
+        return Forecast(name, self.hardware, runs, first)
+
+    def total(self, parts: Iterable[Forecast]) -> Forecast:
+        """Return the sum of forecasts; runs that they share count once."""
+        runs: dict[str, Kind] = {}
+        for part in parts:
+            runs |= part.runs
+        return Forecast("total", self.hardware, runs)
+
+    def kind(self, spec: RunSpec) -> Kind:
+        """Return the kind of a run.
+
+        Raises:
+            SpecError: the hardware's file has no speed for its precision.
+        """
+        trained = spec.method.n_trainable(spec.model)  # experts share a rank in more than one way
+        rows = spec.dataset.canonical  # how many are evaluated, too
+        early = spec.early_stopping > 0
+        key = (*shape_of(spec), rows, early, spec.steps, spec.schedule, trained)
+        if key not in self._kinds:
+            self._kinds[key] = self._placed(spec)
+        return self._kinds[key]
+
+    def kinds(self, points: Iterable[Point]) -> list[Kind]:
+        """List the kinds of runs, each once."""
+        return list(dict.fromkeys(self.kind(p.spec) for p in points))
+
+    def _placed(self, spec: RunSpec) -> Kind:
+        if spec.precision not in self.hardware.matmul_flops_s:
+            raise SpecError(
+                f"hardware {self.hardware.name!r} has no speed in {spec.precision}. Add "
+                f"matmul_flops_s.{spec.precision} to its file in conf/hardware."
+            )
+        rows, most = self.exec.micro_batch_size, self.exec.max_gpus
+        given = self.exec.world_size if self.exec.world_size > 1 else None
+        ways = (True,) if self.exec.activation_checkpointing else (False, True)
+        how: dict[str, Any] = {"checkpointing": ways, "join_rows": self.exec.join_rows}
+        alone = place([spec], self.hardware, rows, gpus=given, **how)
+        if isinstance(alone, Misfit):
+            return Kind(spec, 1, alone, False)
+        left_out = most is not None and alone.layout.gpus > most
+        if spec.method.MAX_PACK == 1 or alone.layout.gpus > 1:
+            return Kind(spec, 1, alone, left_out)  # several processes train one run at a time
+        # a pack is no reason to compute activations again: it would be slower than its runs
+        how["checkpointing"] = (alone.layout.checkpointing,)
+        asked = self.exec.pack_size
+        for size in reversed(GPU_SIZES[1:]) if asked is None else [asked] if asked > 1 else []:
+            if asked is None and size * spec.batch_size * mean_length(spec) > FORWARD_TOKENS:
+                continue
+            packed = place([spec] * size, self.hardware, rows, gpus=1, **how)
+            if isinstance(packed, Placement):
+                return Kind(spec, size, packed, left_out)
+        return Kind(spec, 1, alone, left_out)
+
+
+def _fresh(points: Sequence[Point], second: Replicates) -> Iterator[tuple[str, RunSpec]]:
+    """Yield the runs of the second stage: each with a key, and a run that costs the same.
+
+    Which learning rates they get is not known before the first stage has finished; their number is.
+    """
+    curves: dict[tuple[str, str], list[Point]] = {}
+    for p in points:
+        if not second.arms or p.arm in second.arms:
+            curves.setdefault(curve_key(p), []).append(p)
+    for (_, curve), runs in curves.items():
+        n_lrs = len({p.spec.lr for p in runs})
+        for seed in sorted(set(second.seeds) - {p.spec.seed for p in runs}):
+            for number in range(min(second.n_lrs, n_lrs)):
+                yield f"{curve} {seed} {number}", runs[0].spec
+
+
+# ---------------------------------------------------------------- before runs start
+
+
+def without_too_large(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> list[Point]:
+    """Return the runs that need no more GPUs than exec.max_gpus."""
+    planner = Forecaster(hardware, exec_)
+    return [p for p in points if not planner.kind(p.spec).left_out]
+
+
+def settings_of(
+    points: Sequence[Point], hardware: Hardware, exec_: Exec
+) -> list[tuple[Exec, list[Point]]]:
+    """Group runs by the settings that the plan chooses for them; what the user set stays.
+
+    These are the number of processes, the size of packs, rows a forward pass, and whether
+    activations are computed again. Without the figures that `Hardware.has_speeds` asks for nothing
+    is chosen.
+
+    Raises:
+        SpecError: runs that fit on no number of GPUs; the message says which, and what would help.
+    """
+    if not hardware.has_speeds:
+        return [(exec_, list(points))]
+    planner = Forecaster(hardware, exec_)
+    _refuse(kind.place for kind in planner.kinds(points))
+    groups: dict[tuple[Any, ...], list[Point]] = {}
+    for point in points:
+        kind = planner.kind(point.spec)
+        assert isinstance(kind.place, Placement)
+        layout = kind.place.layout
+        key = (layout.gpus, kind.pack_size, layout.rows, layout.checkpointing)
+        groups.setdefault(key, []).append(point)
+    names = ("world_size", "pack_size", "micro_batch_size", "activation_checkpointing")
+    found = [
+        (dataclasses.replace(exec_, **dict(zip(names, key, strict=True))), some)
+        for key, some in groups.items()
+    ]
+    _refuse(problem for chosen, _ in found for problem in chosen.problems())
+    return found
+
+
+def refuse_unfit(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> None:
+    """Check that every run fits as it is trained with these settings.
+
+    Raises:
+        SpecError: some do not; the message says which, and what would make them fit.
+    """
+    how: dict[str, Any] = {
+        "gpus": exec_.world_size,
+        "checkpointing": (exec_.activation_checkpointing,),
+        "join_rows": exec_.join_rows,
+    }
+    kinds = Forecaster(hardware, exec_).kinds(points)
+    _refuse(place([kind.spec], hardware, exec_.micro_batch_size, **how) for kind in kinds)
+
+
+def _refuse(problems: Iterable[Placement | Misfit | str]) -> None:
+    lines = [f"  {problem}" for problem in problems if not isinstance(problem, Placement)]
+    if lines:
+        raise SpecError(
+            "\n".join(
+                [
+                    "runs that cannot be trained with these settings, and nothing was started:",
+                    *lines,
+                    "  Or choose larger GPUs (hardware=...), or leave the runs out: "
+                    "exec.max_gpus=N, ~sweep.arms.NAME or sweep.axes.model=[...].",
+                ]
+            )
+        )

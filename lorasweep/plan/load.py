@@ -1,0 +1,216 @@
+"""What a run asks of any machine: tokens, operations, weights, activations. From shapes alone.
+
+Memory and time are computed from the same numbers.
+"""
+
+from dataclasses import dataclass
+
+from lorasweep.spec.method import Method
+from lorasweep.spec.model import LAYER_SETS, Matrix, ModelSpec
+from lorasweep.spec.run import RunSpec
+
+TEXT_FILL = 0.4
+"""Mean length of text rows as a share of max_length. Assumption: GSM8K has 0.37 of 512. Taken for
+prompts and sampled completions of text, too."""
+CURVE_POINTS = 8
+"""Evaluations on the first held-out rows, before the last one."""
+WORD_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+"""Bytes of a number in products, by a run's precision."""
+QKV, MLP_INPUTS = frozenset(("q_proj", "k_proj", "v_proj")), frozenset(("gate_proj", "up_proj"))
+
+
+# ---------------------------------------------------------------- tokens and operations
+
+
+def _fill(spec: RunSpec) -> float:
+    return 1.0 if spec.dataset.source == "synthetic" else TEXT_FILL
+
+
+def mean_length(spec: RunSpec) -> int:
+    """Return the expected tokens per row: max_length, times TEXT_FILL for text."""
+    return round(spec.dataset.max_length * _fill(spec))
+
+
+def completion_tokens(spec: RunSpec) -> float:
+    """Return the expected tokens of a sampled completion; 0 for runs that sample none."""
+    return spec.max_new_tokens * _fill(spec)
+
+
+def prompt_tokens(spec: RunSpec) -> float:
+    """Return the expected tokens of a prompt of sampled completions."""
+    return (spec.dataset.max_length - spec.max_new_tokens) * _fill(spec)
+
+
+def evaluated_completions(spec: RunSpec) -> list[int]:
+    """Return how many completions each evaluation of a run samples, one a prompt.
+
+    Empty for generated data, where the probability of the one right answer is the reward. The first
+    and the last evaluation are on all held-out rows, those between on the first of them; the last
+    samples these again.
+    """
+    if not spec.max_new_tokens or spec.dataset.source == "synthetic":
+        return []
+    few, every = spec.dataset.n_test_curve, spec.dataset.n_test
+    return [every, *[few] * CURVE_POINTS, every, few] if few else [every, every]
+
+
+def sampling_flops(spec: RunSpec, answers: int, prompts: int) -> float:
+    """Estimate the operations of sampling: a forward pass over prompts and completions."""
+    tokens = prompts * prompt_tokens(spec) + answers * completion_tokens(spec)
+    return 2.0 * spec.model.n_active_params * tokens
+
+
+def train_flops(spec: RunSpec) -> float:
+    """Estimate the operations of a run's updates, with what they sample (Method.step_flops)."""
+    update = spec.method.step_flops(spec.model, spec.batch_size * mean_length(spec))
+    if spec.max_new_tokens:
+        update += sampling_flops(spec, spec.batch_size, spec.batch_size // spec.group_size)
+    return update * spec.steps
+
+
+def run_flops(spec: RunSpec) -> float:
+    """Estimate the operations of a run: its updates, and the evaluations on held-out rows."""
+    if sampled := sum(evaluated_completions(spec)):
+        return train_flops(spec) + sampling_flops(spec, sampled, sampled)
+    d = spec.dataset
+    few = (d.n_validation or d.n_test_curve) if spec.has_curve else 0
+    rows = d.n_test + d.n_validation + CURVE_POINTS * few
+    return train_flops(spec) + 2.0 * spec.model.n_active_params * mean_length(spec) * rows
+
+
+def updates_with_evaluations(spec: RunSpec) -> float:
+    """Return the updates that take as many operations as a run with its evaluations."""
+    return spec.steps * run_flops(spec) / train_flops(spec)
+
+
+# ---------------------------------------------------------------- weights and activations
+
+
+@dataclass(frozen=True)
+class Load:
+    """What training a method on a model asks, in weights and operations a token."""
+
+    model: ModelSpec
+    trained: int
+    """Trained parameters."""
+    whole: bool
+    """All or some of the base's own weights are trained; otherwise adapters are."""
+    flops: float
+    """Operations a token of forward and backward, without attention scores."""
+    adapted: tuple[Matrix, ...]
+    """Matrices with adapters."""
+    inputs: frozenset[str]
+    """Names of the matrices whose inputs the backward pass needs: the trained or adapted ones."""
+
+    @property
+    def norms_trained(self) -> bool:
+        """Whether all weights of the base are trained, including the norms."""
+        return self.whole and self.trained == self.model.n_params
+
+    @property
+    def head_params(self) -> int:
+        """Weights of the unembedding."""
+        return self.model.hidden_size * self.model.vocab_size
+
+    @property
+    def recomputed_flops(self) -> float:
+        """Operations a token of a second forward pass through the layers, for checkpointing."""
+        return 2.0 * (self.model.n_active_params - self.head_params)
+
+    @property
+    def layer_params(self) -> float:
+        """Weights of one layer."""
+        return (self.model.n_matmul_params - self.head_params) / self.model.n_layers
+
+    @property
+    def outer_params(self) -> float:
+        """Weights outside the layers: embedding and unembedding."""
+        return self.model.n_params - self.model.n_layers * self.layer_params
+
+    @property
+    def outer_trained(self) -> float:
+        """Trained weights of the base outside the layers."""
+        return self.outer_params if self.norms_trained else self.head_trained
+
+    @property
+    def head_trained(self) -> float:
+        """Trained weights of the unembedding, whether or not it is tied to the embedding."""
+        trained = self.whole and not self.inputs.isdisjoint(self.model.unembedding)
+        return float(trained * self.head_params)
+
+    @property
+    def n_adapters(self) -> float:
+        """Number of adapters; a stack of experts has one."""
+        return sum(m.count / m.n_experts for m in self.adapted)
+
+
+def load_of(model: ModelSpec, method: Method) -> Load:
+    """Return what training `method` on `model` asks."""
+    whole = method.MAX_PACK == 1
+    layers = method.target_layers() or LAYER_SETS
+    return Load(
+        model=model,
+        trained=method.n_trainable(model),
+        whole=whole,
+        flops=method.step_flops(model, 1),
+        adapted=() if whole else model.matrices(layers),
+        inputs=frozenset(name for layer_set in layers for name in getattr(model, layer_set)),
+    )
+
+
+def layer_bytes(load: Load, word: int = 2, stream: int | None = None) -> float:
+    """Return the bytes a token that one layer keeps for the backward pass without checkpointing.
+
+    What a layer of transformers' Llama or Qwen3 keeps with a fused attention kernel, compared with
+    saved tensors in tests/unit/plan/test_saved_tensors.py. The input of a frozen matrix is not
+    kept.
+
+    - Each of two norms: the input in fp32 at least, and if the weight is trained the normalised
+      input.
+    - Inputs of q, k, v and of gate, up: if the stream is wider than the products, each matrix makes
+      and keeps a cast of the norm's output; else they share it.
+    - Rotated queries and keys, values, and attention's output. Norms of queries and keys keep their
+      input in fp32 at least.
+    - gate, the activation of gate, up, and their product where the last matrix needs its input.
+
+    Args:
+        word: bytes of a number in products.
+        stream: bytes of a number of the residual stream; None: as autocast over weights of fp32
+            leaves it, which is fp32.
+    """
+    model, needs = load.model, load.inputs
+    stream, exact = stream or max(4, word), max(4, word)
+    h, active = model.hidden_size, model.n_active_experts
+    q, kv = model.n_heads * model.head_size, model.n_kv_heads * model.head_size
+    f = model.mlp_size * max(1, active)
+    kept = 2 * exact * h + 2 * stream * h * load.norms_trained
+    mlp_inputs = frozenset() if model.n_experts else MLP_INPUTS
+    for inputs in (needs & QKV, needs & mlp_inputs):
+        kept += word * h * (len(inputs) if stream > word else bool(inputs))
+    kept += word * (2 * q + 2 * kv)
+    if model.qk_norm:
+        kept += (exact + word * load.norms_trained) * (q + kv)
+    kept += word * f * ((3 if "gate_proj" in model.mlp else 1) + ("down_proj" in needs))
+    if model.n_experts:
+        # results of each expert, its inputs if they are needed, and the router's
+        kept += word * h * (active * (1 + bool(needs & MLP_INPUTS)) + load.norms_trained)
+    return float(kept)
+
+
+def cache_bytes(model: ModelSpec, word: int) -> float:
+    """Return the bytes of the keys and values of one token."""
+    return 2.0 * model.n_layers * model.n_kv_heads * model.head_size * word
+
+
+def read_params(model: ModelSpec, rows: float) -> float:
+    """Return the weights of products read to decode a token of `rows` completions.
+
+    Of experts, those that any row is routed to.
+    """
+    if not model.n_experts:
+        return model.n_matmul_params
+    # no expert is hit by all rows or none: the expected share of a uniform router
+    missed = (1 - model.n_active_experts / model.n_experts) ** max(rows, 1)
+    idle = model.n_matmul_params - model.n_active_params
+    all_experts = idle / (1 - model.n_active_experts / model.n_experts)
+    return model.n_matmul_params - missed * all_experts
