@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analysis.inference.estimate import Estimate
-from analysis.measures.efficiency import at_best, rho
+from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import fit_all
 from analysis.questions.base import Panel, Series, full_of, lora_of
 from analysis.report.study.answers import Part
@@ -70,7 +70,7 @@ def speeds(runs: pd.DataFrame, to: int) -> Speeds:
     for step in sorted({s for s in (*doubled, to) if s <= to} & evaluated):
         part = at_step(table, step)
         optima = fit_all(lr_curves(part))
-        points = dict(zip(map(id, optima), at_best(part, optima)))
+        points = dict(zip(map(id, optima), curves_at_best(part, optima)))
         full = full_of(optima)
         for o in lora_of(optima) if full is not None else ():
             e = rho(points[id(o)], points[id(full)])
