@@ -1,20 +1,21 @@
-"""Values of runs at each curve's best rate, which usually lies between two tried rates.
+"""Metrics of runs at each curve's optimal learning rate, or at a prescribed one.
 
-Values are interpolated to the best rate, and to draws from its posterior ("likely rates"). A loss
-after few updates, or the distance that weights moved, depends strongly on the rate: an interval
-over seeds at one rate alone would be too narrow.
+The optimum usually lies between two tried learning rates, so metrics are interpolated to it and to
+draws from its posterior. A loss after few updates, or the distance that weights moved, depends
+strongly on the learning rate: an interval over seeds at one learning rate would be too narrow.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate
-from analysis.inference.seeds import PooledVariance, from_sample
+from analysis.inference.estimate import AT_LEAST, Estimate
+from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
+from analysis.inference.seeds import PooledVariance, from_sample, pooled_variance
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import runs_of
 
@@ -22,31 +23,35 @@ T = TypeVar("T")
 U = TypeVar("U")
 V = TypeVar("V")
 
-LIKELY = 120
-"""Number of draws of the best rate at which values are read. With fewer, the draws of two curves
-would be correlated by chance."""
+N_LR_DRAWS = 120
+"""Number of posterior draws of the optimum at which metrics are read. With fewer, the draws of two
+curves would be correlated by chance."""
 UNREAD = 0.05
-"""Share of the likely rates that may lack a value (only a bound, or no run nearby). With more there
-is no interval."""
+"""Share of the posterior draws that may lack a value (only a bound, or no run nearby). With more
+there is no interval."""
 NEAR = math.log(1.5)
-"""A run this close to the best rate, in ln(lr), may represent it when there is no run on the other
+"""A run this close to the optimum, in ln(lr), may represent it when there is no run on the other
 side."""
 REACH = math.log(4.1)
-"""Tried rates further than a factor 4 from the best one are not used."""
+"""Tried learning rates further than a factor 4 from the optimum are not used."""
+Values = dict[Any, float]
+"""Metrics of one run by name."""
+ByLr = dict[int, dict[float, Values]]
+"""Metrics by seed and ln(lr)."""
 
 
 @dataclass(frozen=True)
 class AtBest(Generic[T]):
-    """A value per seed at a curve's best rate, and at LIKELY draws of that rate."""
+    """A value per seed at a curve's optimal learning rate, and at draws of that learning rate."""
 
     best: dict[int, T]
-    likely: tuple[dict[int, T], ...] = ()
+    draws: tuple[dict[int, T], ...] = ()
 
     def map(self, f: Callable[[T], U]) -> "AtBest[U]":
         """Apply f to every seed's value."""
         return AtBest(
             {s: f(v) for s, v in self.best.items()},
-            tuple({s: f(v) for s, v in w.items()} for w in self.likely),
+            tuple({s: f(v) for s, v in w.items()} for w in self.draws),
         )
 
     def without(self, seeds: Collection[int | None]) -> "AtBest[T]":
@@ -55,88 +60,115 @@ class AtBest(Generic[T]):
         def rest(by_seed: dict[int, T]) -> dict[int, T]:
             return {s: v for s, v in by_seed.items() if s not in seeds}
 
-        return AtBest(rest(self.best), tuple(map(rest, self.likely)))
+        return AtBest(rest(self.best), tuple(map(rest, self.draws)))
 
     def paired(self, other: "AtBest[U]", f: Callable[[T, U], V]) -> "AtBest[V]":
         """Apply f to the values of the seeds that both have.
 
-        The likely rates of the two curves are independent of each other.
+        The draws of the two curves are independent of each other.
         """
 
         def pair(a: dict[int, T], b: dict[int, U]) -> dict[int, V]:
             return {s: f(a[s], b[s]) for s in sorted(a.keys() & b.keys())}
 
-        likely = (
-            [*zip(self.likely, other.likely)]
-            if self.likely and other.likely
-            else [(a, other.best) for a in self.likely] or [(self.best, b) for b in other.likely]
+        draws = (
+            [*zip(self.draws, other.draws)]
+            if self.draws and other.draws
+            else [(a, other.best) for a in self.draws] or [(self.best, b) for b in other.draws]
         )
-        return AtBest(pair(self.best, other.best), tuple(pair(a, b) for a, b in likely))
+        return AtBest(pair(self.best, other.best), tuple(pair(a, b) for a, b in draws))
+
+    def minus(self: "AtBest[float]", other: "AtBest[float]") -> "AtBest[float]":
+        """Return the difference of two numbers by seed."""
+        return self.paired(other, lambda a, b: a - b)
 
 
 def over_seeds(
     values: AtBest[float], pooled: PooledVariance | None = None, flags: tuple[str, ...] = ()
 ) -> Estimate:
-    """Average over seeds; the interval covers the seeds' spread and the best rates' error together.
+    """Average over seeds; the interval covers the seeds' spread and the optimum's error together.
 
-    There is no interval if more than UNREAD of the likely rates have no value.
+    There is no interval if more than UNREAD of the draws have no value.
     """
     best = values.best
-    moved = [[v[s] - best[s] for s in v.keys() & best.keys()] for v in values.likely]
+    moved = [[v[s] - best[s] for s in v.keys() & best.keys()] for v in values.draws]
     shifts = [float(np.mean(m)) for m in moved if m and np.isfinite(m).all()]
     sample = [best[s] for s in sorted(best)]
-    if sample and len(shifts) < (1 - UNREAD) * len(values.likely):
+    if sample and len(shifts) < (1 - UNREAD) * len(values.draws):
         return Estimate(
             float(np.mean(sample)), n=len(sample), flags=(*flags, "unread_at_likely_rates")
         )
     return from_sample(sample, pooled=pooled, shifts=shifts, flags=flags)
 
 
-def likely_rates(o: Optimum, which: int) -> list[float]:
-    """Draw LIKELY equally likely best rates of a curve; none if it has no interval.
+def pooled_over(values: Iterable[AtBest[float]]) -> PooledVariance | None:
+    """Pool the variance over seeds of one metric on many curves."""
+    return pooled_variance([list(v.best.values()) for v in values])
+
+
+def mean_of(values: AtBest[float]) -> float:
+    """Return the mean over seeds at the optimum; NaN without seeds."""
+    return float(np.mean(list(values.best.values()))) if values.best else math.nan
+
+
+def is_finite(values: AtBest[float]) -> bool:
+    """Return whether there are seeds, and each has a finite value."""
+    return bool(values.best) and all(map(math.isfinite, values.best.values()))
+
+
+# ---------------------------------------------------------------- at the optimum
+
+
+def lr_draws(o: Optimum, which: int) -> list[float]:
+    """Draw N_LR_DRAWS equally likely optimal learning rates; none if there is no interval.
 
     Args:
         which: index of the curve, which seeds the random order.
     """
     if o.best_lr.value is None or o.best_lr.draws is None:
         return []
-    rates = np.quantile(o.best_lr.draws, (np.arange(LIKELY) + 0.5) / LIKELY)
-    return [float(v) for v in np.random.default_rng([20251126, which]).permutation(rates)]
+    lrs = np.quantile(o.best_lr.draws, (np.arange(N_LR_DRAWS) + 0.5) / N_LR_DRAWS)
+    return [float(v) for v in np.random.default_rng([20251126, which]).permutation(lrs)]
+
+
+def best_and_draws(o: Optimum, which: int) -> list[float]:
+    """Return the optimal learning rate and its draws; empty if it is unknown."""
+    return [] if o.best_lr.value is None else [o.best_lr.value, *lr_draws(o, which)]
 
 
 def values_at_best(
-    table: pd.DataFrame, optima: Sequence[Optimum], read: Callable[[pd.Series], dict[Any, float]]
-) -> list[AtBest[dict[Any, float]]]:
-    """Interpolate values of runs to each curve's best rate and likely rates.
+    table: pd.DataFrame, optima: Sequence[Optimum], read: Callable[[pd.Series], Values]
+) -> list[AtBest[Values]]:
+    """Interpolate metrics of runs to each curve's optimal learning rate and its draws.
 
-    The nearest tried rate would make the answer depend on the grid, so values are interpolated in
-    ln(rate), by `weights`.
+    The nearest tried learning rate would make the answer depend on the grid, so metrics are
+    interpolated in ln(lr), by `weights`.
 
     Args:
-        read: a run's values by name, on a scale on which they interpolate well (losses, logarithms
+        read: a run's metrics by name, on a scale on which they interpolate well (losses, logarithms
             of norms); empty if it has none.
     """
-    return [_read(o, k, _values_of(table, o, read)) for k, o in enumerate(optima)]
+    return [_interpolated(o, k, _runs_values(table, o, read)) for k, o in enumerate(optima)]
 
 
-def _values_of(
-    table: pd.DataFrame, o: Optimum, read: Callable[[pd.Series], dict[Any, float]]
-) -> dict[int, dict[float, dict[Any, float]]]:
-    """Return what `read` finds in a curve's usable runs, by seed and ln(rate)."""
-    finished = table[(table["status"] == "done") & (table["lr"] > 0)]
-    usable = _losses(o)
-    runs: dict[int, dict[float, dict[Any, float]]] = {}
-    for _, row in runs_of(finished, o.curve).iterrows() if o.best_lr.value is not None else ():
-        seed, x = int(row["seed"]), round(math.log(row["lr"]), 6)
-        if x in usable.get(seed, ()) and (values := read(row)):
-            runs.setdefault(seed, {})[x] = values
-    return runs
+def losses_at_best(optima: Sequence[Optimum]) -> list[AtBest[float]]:
+    """Return each curve's losses by seed, in nats, at its optimal learning rate and its draws.
+
+    What is interpolated is the distance of each run from the fitted valley: three learning rates a
+    factor 2 apart, interpolated by themselves, miss a valley's bottom by up to 2e-3 nats, the same
+    way for all seeds.
+    """
+    found = []
+    for k, o in enumerate(optima):
+        runs: ByLr = {s: {x: {"": y} for x, y in ys.items()} for s, ys in _losses(o).items()}
+        found.append(_above_valley(o, k, runs, {"": 1.0}).map(lambda v: v[""]))
+    return found
 
 
 def parts_at_best(
-    table: pd.DataFrame, optima: Sequence[Optimum], read: Callable[[pd.Series], dict[Any, float]]
-) -> list[AtBest[dict[Any, float]]]:
-    """Return the parts of each curve's losses by seed, in nats, at its best and likely rates.
+    table: pd.DataFrame, optima: Sequence[Optimum], read: Callable[[pd.Series], Values]
+) -> list[AtBest[Values]]:
+    """Return the parts of each curve's losses by seed, in nats, at the optimum and its draws.
 
     Like the losses themselves, a part is interpolated as its distance from the fitted valley, of
     which it has the share that fits its runs best. So the parts add up to the loss.
@@ -144,42 +176,60 @@ def parts_at_best(
     Args:
         read: the parts of a run's loss, which add up to it; empty if they are not known.
     """
-    return [_parts_of(o, k, _values_of(table, o, read)) for k, o in enumerate(optima)]
+    runs = [_runs_values(table, o, read) for o in optima]
+    return [
+        _above_valley(o, k, mine, _shares_of_height(mine) if mine else {})
+        for k, (o, mine) in enumerate(zip(optima, runs))
+    ]
 
 
-def _parts_of(
-    o: Optimum, which: int, runs: dict[int, dict[float, dict[Any, float]]]
-) -> AtBest[dict[Any, float]]:
+def _runs_values(table: pd.DataFrame, o: Optimum, read: Callable[[pd.Series], Values]) -> ByLr:
+    """Return what `read` finds in a curve's usable runs."""
+    finished = table[(table["status"] == "done") & (table["lr"] > 0)]
+    usable = _losses(o)
+    runs: ByLr = {}
+    for _, row in runs_of(finished, o.curve).iterrows() if o.best_lr.value is not None else ():
+        seed, x = int(row["seed"]), round(math.log(row["lr"]), 6)
+        if x in usable.get(seed, ()) and (values := read(row)):
+            runs.setdefault(seed, {})[x] = values
+    return runs
+
+
+def _above_valley(o: Optimum, which: int, runs: ByLr, share: Values) -> AtBest[Values]:
+    """Interpolate the runs' distances from the fitted valley, and add its height there.
+
+    Args:
+        share: share of the valley's height that each metric has.
+    """
     shape = o.shape
     if shape is None or o.best_lr.value is None or not runs:
         return AtBest({})
-    share = _shares_of_height(runs)
 
-    def moved(parts: dict[Any, float], height: float) -> dict[Any, float]:
-        return {n: v + share[n] * height for n, v in parts.items()}
+    def moved(values: Values, height: float) -> Values:
+        return {n: v + share[n] * height for n, v in values.items()}
 
     off = {
-        seed: {x: moved(v, -float(shape.height(np.array([x]))[0])) for x, v in by_rate.items()}
-        for seed, by_rate in runs.items()
+        seed: {x: moved(v, -float(shape.height(np.array([x]))[0])) for x, v in by_lr.items()}
+        for seed, by_lr in runs.items()
     }
-    read = _read(o, which, off)
-    heights = shape.height(np.log([o.best_lr.value, *likely_rates(o, which)]))
-    best, *likely = (
+    read = _interpolated(o, which, off)
+    heights = shape.height(np.log(best_and_draws(o, which)))
+    best, *draws = (
         {s: moved(v, float(height)) for s, v in by_seed.items()}
-        for by_seed, height in zip([read.best, *read.likely], heights)
+        for by_seed, height in zip([read.best, *read.draws], heights)
     )
-    return AtBest(best, tuple(likely))
+    return AtBest(best, tuple(draws))
 
 
-def _shares_of_height(runs: dict[int, dict[float, dict[Any, float]]]) -> dict[Any, float]:
-    """Return how much each part rises where the loss rises by 1, over the rates of a seed.
+def _shares_of_height(runs: ByLr) -> Values:
+    """Return how much each part rises where the loss rises by 1, over the LRs of a seed.
 
     By least squares, so the shares add up to 1.
     """
     names = list(next(iter(next(iter(runs.values())).values())))
     deviations = []
-    for by_rate in runs.values():
-        parts = np.array([[v[n] for n in names] for v in by_rate.values()])
+    for by_lr in runs.values():
+        parts = np.array([[v[n] for n in names] for v in by_lr.values()])
         deviations.append(parts - parts.mean(0))
     rise = np.concatenate(deviations)
     total = rise.sum(1)
@@ -188,35 +238,8 @@ def _shares_of_height(runs: dict[int, dict[float, dict[Any, float]]]) -> dict[An
     return dict(zip(names, (total @ rise / (total @ total)).tolist()))
 
 
-def losses_at_best(optima: Sequence[Optimum]) -> list[AtBest[float]]:
-    """Return each curve's losses by seed, in nats, at its best rate and likely rates.
-
-    What is interpolated is the distance of each run from the fitted valley: three rates a factor 2
-    apart, interpolated by themselves, miss a valley's bottom by up to 2e-3 nats, the same way for
-    all seeds.
-    """
-    return [_losses_of(o, k) for k, o in enumerate(optima)]
-
-
-def _losses_of(o: Optimum, which: int) -> AtBest[float]:
-    shape = o.shape
-    if shape is None or o.best_lr.value is None:
-        return AtBest({})
-    runs = {
-        seed: {x: {"off": y - float(shape.height(np.array([x]))[0])} for x, y in losses.items()}
-        for seed, losses in _losses(o).items()
-    }
-    off = _read(o, which, runs)
-    heights = shape.height(np.log([o.best_lr.value, *likely_rates(o, which)]))
-    best, *likely = (
-        {s: v["off"] + float(height) for s, v in by_seed.items()}
-        for by_seed, height in zip([off.best, *off.likely], heights)
-    )
-    return AtBest(best, tuple(likely))
-
-
 def _losses(o: Optimum) -> dict[int, dict[float, float]]:
-    """Return the losses of a curve's usable runs by seed and ln(rate)."""
+    """Return the losses of a curve's usable runs by seed and ln(lr)."""
     out: dict[int, dict[float, float]] = {}
     for s, x, y, u in zip(o.curve.seed, o.curve.x, o.curve.y, o.curve.usable):
         if u:
@@ -224,63 +247,48 @@ def _losses(o: Optimum) -> dict[int, dict[float, float]]:
     return out
 
 
-def _read(
-    o: Optimum, which: int, runs: dict[int, dict[float, dict[Any, float]]]
-) -> AtBest[dict[Any, float]]:
-    """Interpolate runs' values to a curve's best rate and likely rates.
-
-    Args:
-        which: index of the curve, as for `likely_rates`.
-        runs: values by seed, ln(rate) and name.
-    """
-    best = o.best_lr.value
-    if best is None or not runs:
+def _interpolated(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
+    if o.best_lr.value is None or not runs:
         return AtBest({})
-    by_rate: dict[float, list[float]] = {}
+    by_lr: dict[float, list[float]] = {}
     for of_seed in _losses(o).values():
         for x, y in of_seed.items():
-            by_rate.setdefault(x, []).append(y)
-    heights = {x: float(np.mean(ys)) for x, ys in by_rate.items()}
-    at = [_at(runs, math.log(lr), heights) for lr in [best, *likely_rates(o, which)]]
-    return AtBest(at[0], tuple(at[1:]))
+            by_lr.setdefault(x, []).append(y)
+    heights = {x: float(np.mean(ys)) for x, ys in by_lr.items()}
+    best, *draws = (
+        {s: mixed(runs[s], w) for s, w in _weights_by_seed(runs, math.log(lr), heights).items()}
+        for lr in best_and_draws(o, which)
+    )
+    return AtBest(best, tuple(draws))
 
 
-def _at(
-    runs: dict[int, dict[float, dict[Any, float]]], at: float, heights: Mapping[float, float]
-) -> dict[int, dict[Any, float]]:
-    """Interpolate to ln(rate) `at`, by seed."""
-    return {
-        seed: mixed(runs[seed], share) for seed, share in _shares_by_seed(runs, at, heights).items()
-    }
-
-
-def _shares_by_seed(
-    runs: dict[int, dict[float, Any]], at: float, heights: Mapping[float, float]
+def _weights_by_seed(
+    runs: ByLr, at: float, heights: Mapping[float, float]
 ) -> dict[int, dict[float, float]]:
-    """Return the interpolation weights of the rates, by seed.
+    """Return the interpolation weights of the learning rates, by seed.
 
-    If the rates that all seeds have lie on both sides of the best one, only those are used, so that
-    all seeds are treated equally; else each seed uses its own rates. A seed is left out if it has
-    neither rates on both sides nor one within NEAR.
+    If the learning rates that all seeds have lie on both sides of the optimum, only those are used,
+    so that all seeds are treated equally; else each seed uses its own. A seed is left out if it has
+    neither learning rates on both sides nor one within NEAR.
     """
-    common = set.intersection(*(set(by_rate) for by_rate in runs.values()))
+    common = set.intersection(*(set(by_lr) for by_lr in runs.values()))
     if common and min(common) <= at <= max(common):
         return dict.fromkeys(runs, weights(list(common), at, heights))
-    own = {seed: weights(list(by_rate), at, heights) for seed, by_rate in runs.items()}
+    own = {seed: weights(list(by_lr), at, heights) for seed, by_lr in runs.items()}
     return {seed: w for seed, w in own.items() if len(w) > 1 or abs(next(iter(w)) - at) <= NEAR}
 
 
-def mixed(by_rate: dict[float, dict[Any, float]], share: dict[float, float]) -> dict[Any, float]:
-    """Average values by name with the weights that `weights` gave.
+def mixed(by_lr: Mapping[float, Values], share: Mapping[float, float]) -> Values:
+    """Average metrics by name with the weights that `weights` gave.
 
     Args:
-        by_rate: ln(rate) -> name -> value.
-        share: ln(rate) -> weight.
+        by_lr: ln(lr) -> name -> value.
+        share: ln(lr) -> weight.
     """
-    names = set.intersection(*(set(by_rate[x]) for x in share))
+    names = set.intersection(*(set(by_lr[x]) for x in share))
     return {
-        n: sum(w * by_rate[x][n] for x, w in share.items())
-        for n in by_rate[next(iter(share))]
+        n: sum(w * by_lr[x][n] for x, w in share.items())
+        for n in by_lr[next(iter(share))]
         if n in names
     }
 
@@ -288,15 +296,15 @@ def mixed(by_rate: dict[float, dict[Any, float]], share: dict[float, float]) -> 
 def weights(
     tried: Sequence[float], at: float, heights: Mapping[float, float]
 ) -> dict[float, float]:
-    """Return the weights of tried rates for a value at ln(rate) `at`: Lagrange interpolation.
+    """Return the weights of tried learning rates for a value at ln(lr) `at`, by Lagrange.
 
-    Uses the two rates around `at` and a third, the next one on the side where the loss (`heights`)
-    is lower, away from divergence. Without a third within REACH, uses the two alone; if `at` is a
-    tried rate or lies outside them, the nearest alone.
+    Uses the two learning rates around `at` and a third, the next one on the side where the loss
+    (`heights`) is lower, away from divergence. Without a third within REACH, uses the two alone; if
+    `at` is a tried learning rate or lies outside them, the nearest alone.
 
     Args:
-        tried: ln(rate) of the runs.
-        heights: ln(rate) -> loss.
+        tried: ln(lr) of the runs.
+        heights: ln(lr) -> loss.
     """
     below, above = (
         sorted((x for x in tried if x <= at), reverse=True),
@@ -308,3 +316,79 @@ def weights(
     third = [x for x in (*below[1:2], *above[1:2]) if abs(x - at) < REACH]
     nodes = [below[0], above[0], *([min(third, key=lambda x: heights[x])] if third else [])]
     return {x: math.prod((at - y) / (x - y) for y in nodes if y != x) for x in nodes}
+
+
+# ---------------------------------------------------------------- at a prescribed learning rate
+
+
+@dataclass(frozen=True)
+class AtLr:
+    """Losses at a prescribed learning rate, and at draws of it if it has an error itself."""
+
+    losses: AtBest[float]
+    read_at: list[float]
+    """The tried learning rates from which the loss at the first one was interpolated."""
+    near_diverged: list[bool]
+    """For each draw, whether it is next to one that diverged, so that the loss may be higher."""
+
+
+def losses_at(o: Optimum | None, lrs: Sequence[float]) -> AtLr:
+    """Interpolate a curve's losses by seed, in ln(lr), to a prescribed learning rate and its draws.
+
+    Args:
+        lrs: the prescribed learning rate, then equally likely draws of it.
+    """
+    found = [_losses_at(o, at) for at in lrs] if o is not None else []
+    if not found:
+        return AtLr(AtBest({}), [], [])
+    losses = AtBest(found[0][0], tuple(by_seed for by_seed, *_ in found[1:]))
+    return AtLr(losses, sorted(found[0][1]), [near for *_, near in found])
+
+
+def _losses_at(o: Optimum, at: float) -> tuple[dict[int, float], set[float], bool]:
+    c, losses, used, near = o.curve, {}, set(), False
+    heights = {x: float(np.mean(c.y[c.usable & (c.x == x)])) for x in c.x[c.usable]}
+    for seed in sorted(set(c.seed)):
+        of_seed = c.seed == seed
+        mine = dict(zip(c.x[of_seed], zip(c.y[of_seed], c.usable[of_seed])))
+        found = weights(list(mine), math.log(at), {x: heights.get(x, math.inf) for x in mine})
+        broken = not all(mine[x][1] for x in found)
+        if len(found) == 1 or broken:  # at a tried LR, outside them, or next to a diverged one
+            nearest = min(mine, key=lambda x: abs(x - math.log(at)))
+            if abs(nearest - math.log(at)) > NEAR:
+                continue
+            found, near = {nearest: 1.0}, near or (broken and mine[nearest][1])
+        # After a diverged run one would keep the base model, so the whole gain is lost.
+        losses[int(seed)] = sum(
+            w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start)
+            for x, w in found.items()
+        )
+        used |= {math.exp(x) for x in found}
+    return losses, used, near
+
+
+def cost_of(at: AtLr, cost: AtBest[float], pooled: PooledVariance | None = None) -> Estimate:
+    """Average over seeds what a prescribed learning rate costs; flagged as a bound by a cliff.
+
+    Args:
+        cost: by seed, from the losses in `at`.
+        pooled: variance over seeds of similar curves.
+    """
+    return over_seeds(cost, pooled, (AT_LEAST,) if at.near_diverged[:1] == [True] else ())
+
+
+def gates_on_cost(o: Optimum | None, at: AtLr, cost: Estimate, highest: float) -> list[Gate]:
+    """List the gates on the cost of a prescribed learning rate.
+
+    Args:
+        o: None if the curve is missing.
+        highest: upper end of the claim's margin.
+    """
+    gates = [] if cost.n else [Gate(GateCode.RECIPE_OUTSIDE)]
+    if o is None:
+        gates = [Gate(GateCode.MISSING, "the recipe")]
+    if 0 < cost.n < MIN_SEEDS:
+        gates.append(Gate(GateCode.FEW_SEEDS_AT_RECIPE, cost.n))
+    if any(at.near_diverged) and cost.low is not None and cost.low <= highest:
+        gates.append(Gate(GateCode.RECIPE_BY_A_CLIFF, flags=("bounded_by_divergence",)))
+    return gates

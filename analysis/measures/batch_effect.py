@@ -1,4 +1,4 @@
-"""What a doubling of the batch does to rho, apart from what the number of updates does.
+"""The effect of the batch size on rho, apart from that of the number of updates.
 
 For each rank, ln rho = f(updates) + b log2(batch) over the prefixes of all runs. f is free: one
 value at each number of updates. So b compares batches after equally many updates only, and a rho
@@ -14,8 +14,8 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, exp_of
 from analysis.measures.at_best import AtBest, over_seeds
-from analysis.measures.efficiency import at_best, log_rho
 from analysis.measures.regret import Gap, gaps_of
+from analysis.measures.speed import curves_at_best, log_rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.runs.learning_curves import by_run
@@ -29,7 +29,7 @@ EARLIEST = 8
 
 @dataclass(frozen=True)
 class Prefix:
-    """One batch size and rank after one number of updates, each method at its best rate for it."""
+    """One batch size and rank after one number of updates, each method at its optimal LR for it."""
 
     batch: int
     steps: int
@@ -53,7 +53,7 @@ class Prefix:
 def prefixes_of(table: pd.DataFrame) -> list[Prefix]:
     """Measure rho after every number of updates that two batch sizes were evaluated at.
 
-    Runs of one batch may have several lengths: all that are long enough give the best rate.
+    Runs of one batch may have several lengths: all that are long enough give the optimum.
 
     Raises:
         TableError: a schedule is not constant, so that runs have no prefixes.
@@ -62,10 +62,10 @@ def prefixes_of(table: pd.DataFrame) -> list[Prefix]:
     found = []
     for step in _common_steps(table):
         part = _after(table, step)
-        # Likely rates are drawn by a curve's place in the list: small batches, which are seen
+        # Draws of the optimum depend on a curve's place in the list: small batches, which are seen
         # longest, come first, so that a curve's draws at all lengths are in the same order.
         optima = sorted(fit_all(lr_curves(part)), key=lambda o: o.curve.key["batch_size"])
-        points = dict(zip(map(id, optima), at_best(part, optima)))
+        points = dict(zip(map(id, optima), curves_at_best(part, optima)))
         full = {o.curve.group: o for o in optima if o.curve.key["method"] == "fullft"}
         for o in optima:
             if o.curve.key["method"] == "lora" and (other := full.get(o.curve.group)):
@@ -113,11 +113,9 @@ def effect_of(prefixes: Sequence[Prefix]) -> AtBest[float]:
                 found[seed] = b
         return found
 
-    n = max((len(p.logs.likely) for p in prefixes), default=0)
-    likely = [
-        [p.logs.likely[k] if p.logs.likely else p.logs.best for p in prefixes] for k in range(n)
-    ]
-    return AtBest(slopes([p.logs.best for p in prefixes]), tuple(map(slopes, likely)))
+    n = max((len(p.logs.draws) for p in prefixes), default=0)
+    draws = [[p.logs.draws[k] if p.logs.draws else p.logs.best for p in prefixes] for k in range(n)]
+    return AtBest(slopes([p.logs.best for p in prefixes]), tuple(map(slopes, draws)))
 
 
 def within(groups: Sequence[int], x: np.ndarray, y: np.ndarray) -> float | None:
@@ -135,7 +133,7 @@ def within(groups: Sequence[int], x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def effect(prefixes: Sequence[Prefix]) -> Estimate:
-    """Return b over the seeds, with Student's interval; it covers the best rates' error too."""
+    """Return b over the seeds, with Student's interval; it covers the optima's error too."""
     return over_seeds(effect_of(prefixes))
 
 
@@ -145,7 +143,7 @@ def difference(high: Sequence[Prefix], low: Sequence[Prefix]) -> Estimate:
     one, other = (
         effect_of([p for p in part if (p.batch, p.steps) in both]) for part in (high, low)
     )
-    return over_seeds(one.paired(other, lambda a, b: a - b))
+    return over_seeds(one.minus(other))
 
 
 def gaps_at_equal_examples(table: pd.DataFrame) -> tuple[int, dict[int, list[Gap]]]:

@@ -16,7 +16,7 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, number, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.inference.seeds import from_sample
-from analysis.measures.efficiency import at_best
+from analysis.measures.speed import curves_at_best
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import lr_curves
@@ -47,7 +47,7 @@ class Check:
 def qualify(table: pd.DataFrame) -> list[Check]:
     """Check every model and data set (batch and updates) of a table."""
     optima = fit_all(lr_curves(table))
-    points = [found.best for found in at_best(table, optima)]
+    points = [found.best for found in curves_at_best(table, optima)]
     found: list[Check] = []
     for group in dict.fromkeys(o.curve.group for o in optima):
         mine = [(o, p) for o, p in zip(optima, points) if o.curve.group == group]

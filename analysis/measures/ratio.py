@@ -1,18 +1,27 @@
-"""The ratio of LoRA's best learning rate to full fine-tuning's, and their gap in loss.
+"""The ratio of LoRA's optimal learning rate to full fine-tuning's, and its law.
 
 A ratio's interval comes from independent draws of both optima. The arms share seeds and the shape
-of their curves, which makes such an interval conservative. Judges no claim.
+of their curves, which makes such an interval conservative. The law of the ratio over hidden size
+and alpha is compared with published laws ("rivals"). Judges no claim.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from analysis.inference.estimate import Estimate, exp_or_none, from_draws
-from analysis.inference.meta import Drift, RandomEffects, drift, random_effects
-from analysis.inference.seeds import pooled_variance
-from analysis.measures.at_best import losses_at_best, over_seeds
+from analysis.inference.estimate import Estimate, exp_of, exp_or_none, from_draws
+from analysis.inference.meta import (
+    Drift,
+    MetaRegression,
+    RandomEffects,
+    drift,
+    meta_regression,
+    random_effects,
+)
+from analysis.measures.at_best import losses_at_best, over_seeds, pooled_over
 from analysis.optimum.optimum import Optimum
 
 MIN_RANK = 4
@@ -20,7 +29,7 @@ MIN_RANK = 4
 
 
 def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
-    """Return exp(mean ln best LoRA rate - ln best full rate), or a bound if no more is known."""
+    """Return exp(mean ln optimal LoRA LR - ln optimal full LR), or a bound if no more is known."""
     a, f = [o.best_lr for o in lora], full.best_lr
     n = sum(e.n for e in [*a, f])
 
@@ -37,7 +46,7 @@ def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
 
 
 def lr_drift(lora: Sequence[Optimum]) -> Drift:
-    """Return the slope of ln(best rate) per doubling of the rank; none if a rank has no interval.
+    """Return the slope of ln(optimal LR) per doubling of the rank; none if a rank has no interval.
 
     Leaving out the ranks at an edge would bias the slope.
     """
@@ -71,19 +80,14 @@ def rivals(width: int, alpha: float) -> dict[str, float]:
 def gaps(lora: Sequence[Optimum], full: Optimum) -> list[Estimate]:
     """Return each curve's best LoRA NLL - best full fine-tuning NLL, in nats.
 
-    Losses are interpolated to each arm's best rate and paired by seed; the interval is Student's,
-    at least as wide as by the variance pooled over the curves, and includes the error of the best
-    rates. Only seeds that were not used to choose the rates count (all but each curve's first).
+    Losses are interpolated to each arm's optimal LR and paired by seed; the interval is Student's,
+    at least as wide as by the variance pooled over the curves, and includes the error of the
+    optima. Only seeds that were not used to choose the LRs count (all but each curve's first).
     With fewer than two of them, returns the difference of the fitted minima without an interval.
     """
     at = dict(zip(map(id, [full, *lora]), losses_at_best([full, *lora])))
-    fresh = [
-        at[id(o)]
-        .paired(at[id(full)], lambda a, f: a - f)
-        .without({_grid_seed(o), _grid_seed(full)})
-        for o in lora
-    ]
-    pooled = pooled_variance([list(v.best.values()) for v in fresh])
+    fresh = [at[id(o)].minus(at[id(full)]).without({_grid_seed(o), _grid_seed(full)}) for o in lora]
+    pooled = pooled_over(fresh)
     return [
         over_seeds(v, pooled) if len(v.best) > 1 else _of_minima(o, full)
         for o, v in zip(lora, fresh)
@@ -97,6 +101,148 @@ def _of_minima(lora: Optimum, full: Optimum) -> Estimate:
 
 
 def _grid_seed(o: Optimum) -> int | None:
-    """Return the seed that ran at most of the rates; None without a usable run."""
+    """Return the seed that ran at the most learning rates; None without a usable run."""
     seeds = o.curve.seed[o.curve.usable]
     return max(sorted(set(map(int, seeds))), key=lambda s: (seeds == s).sum(), default=None)
+
+
+# ---------------------------------------------------------------- the law of the ratio
+
+RIVALS: dict[str, tuple[float, float | None]] = {
+    "constant 10 (the study)": (0.0, None),
+    "sqrt(hidden) (muA, arXiv 2602.06204)": (0.5, None),
+    "hidden/(2 alpha) (withdrawn by the study's authors)": (1.0, -1.0),
+    "sqrt(3) hidden/alpha (equal first step under Adam)": (1.0, -1.0),
+}
+"""Published laws and the exponents (p, q) of hidden size and alpha that they claim for the ratio;
+None: no claim about alpha."""
+ALPHA = 32.0
+"""The study's alpha. Laws without a claim about alpha are judged at it, if it was tried."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One measured ratio of optimal LRs: its logarithm, and the logarithm's standard error."""
+
+    base: str
+    hidden: float
+    alpha: float
+    log: float
+    error: float
+
+
+@dataclass(frozen=True)
+class RatioLaw:
+    """The fit of ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32), and its rivals."""
+
+    at_reference: Estimate
+    """The ratio at hidden size 1000, at the alpha at which p was fitted."""
+    p: Estimate
+    q: Estimate
+    tau: float
+    """Standard deviation of ln ratio between bases of one hidden size."""
+    bases: int
+    """Number of base models that p is fitted to."""
+    bases_q: int
+    """Number of base models that q is fitted to."""
+    rivals: dict[str, float | None] = field(default_factory=dict)
+    """p-value of each rival's exponents; below 0.05 it is rejected. None: too few bases to test."""
+    flags: tuple[str, ...] = ()
+
+
+def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
+    """Fit the law to measured ratios.
+
+    The sample are base models: the alphas of one base share its full fine-tuning curve, so they
+    count only once for its width. p comes from a regression with one row per base, at one alpha
+    (ALPHA, or the one that most bases have), with a variance between bases. q is the slope over
+    ln(alpha) within each base, averaged over bases. A factor that does not vary has no exponent.
+
+    Args:
+        wider: more bases, used only to estimate the variance between bases.
+    """
+    alpha = _one_alpha(ratios)
+    many = _at(alpha, [*ratios, *(r for r in wider if r not in ratios)])
+    rows = _at(alpha, ratios)
+    width, found_q = _regress(rows, _regress(many)), _alphas(ratios)
+    flags = []
+    if width is None:
+        flags.append(
+            "hidden size does not vary" if len({r.hidden for r in rows}) < 2 else "too few ratios"
+        )
+    if found_q is None:
+        flags.append("alpha does not vary")
+    p = width.term(1) if width else Estimate(None, n=len(rows))
+    q = found_q.term(0) if found_q else Estimate(None, n=len(rows))
+    start = width.term(0) if width else Estimate(None)
+    level = dataclasses.replace(exp_of(start), n=len(rows))
+    rivals = {name: _p_of(width, found_q, *claim) for name, claim in RIVALS.items()}
+    return RatioLaw(
+        level,
+        p,
+        q,
+        width.tau if width else 0.0,
+        len(rows),
+        found_q.n if found_q else 0,
+        rivals,
+        tuple(flags),
+    )
+
+
+def _one_alpha(ratios: Sequence[Ratio]) -> float:
+    """Return ALPHA, or if it was not tried the alpha that most bases have."""
+    count = {
+        a: len({r.base for r in ratios if r.alpha == a}) for a in sorted({r.alpha for r in ratios})
+    }
+    return ALPHA if ALPHA in count else max(count, key=lambda a: count[a], default=ALPHA)
+
+
+def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
+    """Return one ratio per base at this alpha: the mean over its data sets and ranks.
+
+    Its error is their mean error, not smaller, since they share the runs of full fine-tuning.
+    """
+    out = []
+    for base in dict.fromkeys(r.base for r in ratios if r.alpha == alpha):
+        mine = [r for r in ratios if (r.base, r.alpha) == (base, alpha)]
+        log, error = (float(np.mean(v)) for v in zip(*((r.log, r.error) for r in mine)))
+        out.append(Ratio(base, mine[0].hidden, alpha, log, error))
+    return out
+
+
+def _regress(rows: Sequence[Ratio], wider: MetaRegression | None = None) -> MetaRegression | None:
+    if len({r.hidden for r in rows}) < 2:
+        return None
+    design = np.stack([np.ones(len(rows)), np.log([r.hidden / 1000 for r in rows])], 1)
+    return meta_regression(
+        np.array([r.log for r in rows]), np.array([r.error**2 for r in rows]), design, wider
+    )
+
+
+def _alphas(ratios: Sequence[Ratio]) -> MetaRegression | None:
+    """Average over bases the slope of ln ratio over ln(alpha); None if no base has two alphas."""
+    slopes, variances = [], []
+    for base in sorted({r.base for r in ratios}):
+        mine = [r for r in ratios if r.base == base]
+        x, w = np.log([r.alpha for r in mine]), np.array([r.error**-2.0 for r in mine])
+        off = x - np.average(x, weights=w)
+        if (spread := float((w * off**2).sum())) > 1e-12:
+            slopes.append(float((w * off * [r.log for r in mine]).sum()) / spread)
+            variances.append(1 / spread)
+    return (
+        meta_regression(np.array(slopes), np.array(variances), np.ones((len(slopes), 1)))
+        if slopes
+        else None
+    )
+
+
+def _p_of(
+    width: MetaRegression | None, alpha: MetaRegression | None, p: float, q: float | None
+) -> float | None:
+    """Return the p-value of a law's exponents: the smallest known one, Bonferroni-corrected."""
+    of_each = [
+        None if width is None else width.p_of([1], [p]),
+        None if alpha is None or q is None else alpha.p_of([0], [q]),
+    ]
+    known = [v for v in of_each if v is not None]
+    return min(1.0, len(known) * min(known)) if known else None

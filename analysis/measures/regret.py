@@ -1,28 +1,37 @@
-"""How much LoRA gives up against full fine-tuning, and how much is new in the data.
+"""Regret of LoRA against full fine-tuning, how much is new in the data, and the rank it needs.
 
-Each arm is at its own best rate, and losses are paired by seed. A seed is also a draw of what is to
-be learned where the data set is drawn by seed, so an interval is over draws.
+Each arm is at its optimal learning rate, and losses are paired by seed. A seed is also a draw of
+what is to be learned where the data set is drawn by seed, so an interval is over draws.
 """
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.interpolate import PchipInterpolator
 
 from analysis.inference.estimate import Estimate
-from analysis.inference.seeds import PooledVariance, pooled_variance
+from analysis.inference.seeds import PooledVariance
 from analysis.measures import at_best
-from analysis.measures.at_best import AtBest, likely_rates, losses_at_best, over_seeds
-from analysis.measures.at_rate import AtRate, losses_at
+from analysis.measures.at_best import (
+    AtBest,
+    is_finite,
+    losses_at_best,
+    mean_of,
+    over_seeds,
+    pooled_over,
+)
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import runs_of
 
 ALLOWED = 0.05
-"""LoRA gives up nothing if it loses less than this share of what full fine-tuning gains."""
+"""LoRA has no regret if it loses less than this share of what full fine-tuning gains."""
 BITS_PER_PARAMETER = 2.0
 """Capacity of LoRA in the study, bits per trained parameter."""
 GENERATOR, FIRST_PASS, ABOVE_FLOOR = "generator", "first_pass", "above_floor"
@@ -85,7 +94,7 @@ def novelty_of(dataset: dict[str, Any]) -> Novelty | None:
 
 @dataclass(frozen=True)
 class Gap:
-    """LoRA of one rank against full fine-tuning in one cell after one number of updates."""
+    """LoRA of one rank against full fine-tuning in one condition after one number of updates."""
 
     rank: int
     lora: Optimum
@@ -97,11 +106,11 @@ class Gap:
     load: float | None
     """The generator's bits over the capacity at BITS_PER_PARAMETER; None if they are not known."""
     pooled: PooledVariance | None = None
-    """Variance over seeds of the gap, pooled over the ranks of a cell."""
+    """Variance over seeds of the gap, pooled over the ranks of a condition."""
 
     @property
     def beyond_allowed(self) -> AtBest[float]:
-        """The gap minus ALLOWED of the gain, by seed: below 0 LoRA gives up nothing."""
+        """The gap minus ALLOWED of the gain, by seed: below 0 LoRA has no regret."""
         return self.nats.paired(self.gain, lambda gap, gain: gap - ALLOWED * gain)
 
     def over_allowed(self) -> Estimate:
@@ -121,7 +130,7 @@ class Gap:
         """The standard error to expect of the gap, as a share of the gain.
 
         From full fine-tuning's runs alone, so that it does not depend on what is judged: the noise
-        of one run within a seed, from repeats at its rates, in both arms, at the present number of
+        of one run within a seed, from repeats at its LRs, in both arms, at the present number of
         seeds. Infinite without repeats.
         """
         runs, gain = self.full.likelihood, mean_of(self.gain)
@@ -131,21 +140,16 @@ class Gap:
         return math.sqrt(2 / len(self.gain.best)) * noise / gain
 
 
-def mean_of(values: AtBest[float]) -> float:
-    """Return the mean over seeds at the best rate; NaN without seeds."""
-    return float(np.mean(list(values.best.values()))) if values.best else math.nan
-
-
 def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
     """Compare every rank with full fine-tuning; empty without both arms.
 
     Args:
-        table: the runs of one cell, cut at the number of updates that is judged.
+        table: the runs of one condition, cut at the number of updates that is judged.
         optima: of these runs.
     """
     lora = [o for o in optima if o.curve.key["method"] == "lora"]
     found = _against_full(table, optima, lora)
-    pooled = pooled_variance([list(g.nats.best.values()) for g in found])
+    pooled = pooled_over(g.nats for g in found)
     return [
         replace(g, rank=int(g.lora.curve.key["rank"]), load=load_of(table, g.lora), pooled=pooled)
         for g in found
@@ -176,30 +180,14 @@ def _against_full(
     losses = dict(zip(map(id, optima), losses_at_best(optima)))
     full = losses[id(whole[0])]
     gain = gain_from(starts_of(table), full)
-    return [
-        Gap(0, o, whole[0], losses[id(o)].paired(full, lambda a, b: a - b), gain, None)
-        for o in others
-    ]
-
-
-def at_ten_times(gap: Gap) -> tuple[AtRate, AtBest[float]]:
-    """Return LoRA's losses at 10 times full fine-tuning's best rate, and what that costs.
-
-    The cost is by seed: the loss there minus that at LoRA's own best rate, in percent of what full
-    fine-tuning gains. It includes the error of both best rates.
-    """
-    best = gap.full.best_lr.value
-    rates = [] if best is None else [10 * lr for lr in (best, *likely_rates(gap.full, 1))]
-    at, (own,) = losses_at(gap.lora, rates), losses_at_best([gap.lora])
-    nats = at.losses.paired(own, lambda a, b: a - b)
-    return at, nats.paired(gap.gain, lambda lost, gain: 100 * lost / gain)
+    return [Gap(0, o, whole[0], losses[id(o)].minus(full), gain, None) for o in others]
 
 
 def gain_from(start: Mapping[int, float], losses: AtBest[float]) -> AtBest[float]:
     """Return what was gained over the loss before training, by seed, in nats."""
     return AtBest(
         {s: start[s] - v for s, v in losses.best.items()},
-        tuple({s: start[s] - v for s, v in w.items()} for w in losses.likely),
+        tuple({s: start[s] - v for s, v in w.items()} for w in losses.draws),
     )
 
 
@@ -209,12 +197,12 @@ def starts_of(table: pd.DataFrame) -> dict[int, float]:
 
 
 def bits_of(table: pd.DataFrame, full: Optimum) -> dict[str, float]:
-    """Return the bits of a data set by every one of COUNTS that is known, as means over seeds.
+    """Return the bits of a data set by each of COUNTS that is known, as means over seeds.
 
     Args:
         table: the runs of one data set.
-        full: full fine-tuning on it, which codes the rows at its best rate whatever the arm that is
-            judged, or the load would depend on that arm.
+        full: full fine-tuning on it, which codes the rows at its optimal LR: else the load would
+            depend on the arm that is judged.
     """
     found = {} if (known := _generator_bits(table)) is None else {GENERATOR: known}
     (codes,) = at_best.values_at_best(table, [full], _code_bits)
@@ -269,11 +257,11 @@ def load_of(table: pd.DataFrame, o: Optimum) -> float | None:
 def growth(first: Gap, last: Gap) -> Estimate:
     """Return how much the gap of a rank grows between two numbers of updates, in nats.
 
-    The same runs give the best rates of both lengths, so a likely rate of one goes with the likely
-    rate of the same probability of the other. Taken to be independent they would hardly widen the
-    interval (LOG.md): almost all of it is the seeds' spread.
+    The same runs give the optima of both lengths, so a draw of one goes with the draw of the same
+    probability of the other. Taken to be independent they would hardly widen the interval (LOG.md):
+    almost all of it is the seeds' spread.
     """
-    return over_seeds(last.nats.paired(first.nats, lambda b, a: b - a))
+    return over_seeds(last.nats.minus(first.nats))
 
 
 def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:
@@ -283,17 +271,13 @@ def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:
     gap. Empty if the losses were not measured apart, or there is only one kind of contexts.
     """
     lora, full = at_best.parts_at_best(table, [gap.lora, gap.full], _parts)
-    found = {}
-    for part in PARTS:
-
-        def difference(a: dict[Any, float], b: dict[Any, float], part: str = part) -> float:
-            return a.get(part, math.nan) - b.get(part, math.nan)
-
-        both = lora.paired(full, difference)
-        if not both.best or not all(map(math.isfinite, both.best.values())):
-            return {}
-        found[part] = both
-    return found
+    found = {
+        part: lora.map(lambda v, p=part: v.get(p, math.nan)).minus(  # type: ignore[misc]
+            full.map(lambda v, p=part: v.get(p, math.nan))  # type: ignore[misc]
+        )
+        for part in PARTS
+    }
+    return found if all(map(is_finite, found.values())) else {}
 
 
 def _parts(row: pd.Series) -> dict[str, float]:
@@ -310,9 +294,9 @@ class Needed:
     """The smallest rank with no regret, as far as the ranks tried tell: in (above, up_to]."""
 
     above: float
-    """Largest rank that gives up more than allowed; 0 if none does."""
+    """Largest rank whose regret exceeds what is allowed; 0 if none does."""
     up_to: float
-    """Smallest rank from which on none gives up more than allowed; infinite if there is none."""
+    """Smallest rank from which on no regret exceeds what is allowed; infinite if there is none."""
 
     def __str__(self) -> str:
         """Return the range for people."""
@@ -336,3 +320,59 @@ def rank_needed(over_allowed: Mapping[int, Estimate]) -> Needed:
         else:
             up_to = math.inf
     return Needed(above, up_to)
+
+
+def rank_needed_by_seed(gaps: Mapping[int, Gap]) -> AtBest[float]:
+    """Return log2 of the needed rank by seed; infinite, with its sign, outside the ranks tried.
+
+    Each seed is a draw of what is new. Its needed rank is interpolated between the ranks tried, so
+    the spread over seeds is that over draws.
+
+    Args:
+        gaps: of one condition at one number of updates, by rank.
+    """
+    ranks = sorted(gaps)
+    over = [gaps[r].beyond_allowed for r in ranks]
+
+    def read(values: Sequence[Mapping[int, float]]) -> dict[int, float]:
+        seeds = set.intersection(*(set(v) for v in values)) if values else set()
+        return {
+            s: crossing([*map(math.log2, ranks)], [v[s] for v in values]) for s in sorted(seeds)
+        }
+
+    draws = tuple(read(v) for v in zip(*(o.draws for o in over)))
+    return AtBest(read([o.best for o in over]), draws)
+
+
+def crossing(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return where y last falls to 0, by a monotone cubic between the points.
+
+    Negative infinity if all of y lies below 0, infinity if the last of y lies above.
+    """
+    if not np.isfinite(y).all():
+        return math.nan
+    if y[-1] > 0:
+        return math.inf
+    if max(y) <= 0:
+        return -math.inf
+    # Fritsch and Butland (1984): no overshoot, so a crossing lies between the ranks around it.
+    return float(PchipInterpolator(x, y).roots(extrapolate=False).max())
+
+
+def change_of_needed(
+    first: AtBest[float], last: AtBest[float], doublings: float
+) -> AtBest[float] | None:
+    """Return the change of log2 of the needed rank per doubling of the updates.
+
+    None if it lies outside the ranks tried in a seed.
+    """
+    change = last.paired(first, lambda b, a: (b - a) / doublings)
+    return change if is_finite(change) else None
+
+
+def mean_over(values: Sequence[AtBest[float]]) -> AtBest[float] | None:
+    """Average values over conditions, for the seeds that all have; None without any."""
+    if not values:
+        return None
+    total = functools.reduce(lambda a, b: a.paired(b, operator.add), values)
+    return total.map((1 / len(values)).__mul__)

@@ -1,30 +1,39 @@
-"""What all questions share: a sweep's arms, its verdicts, and the parts of its report.
+"""What a question is: estimands, the conditions on which they are measured, and a report.
 
-Each question's module defines ESTIMANDS, LOG_ESTIMANDS (those with a margin for a ratio) and
-`analyse(table, question, kept) -> Analysis`. `analysis.questions.registry` finds it by name.
+A question's module defines `QUESTION = Question(...)`. The scaffold here splits a table into
+conditions, judges every claim on every condition that its estimand applies to, leaves claims
+UNDECIDED where an arm is missing or no condition was run, and puts the answer together. A new
+estimand is one `Estimand` in its question's module.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import pandas as pd
 
 from analysis.inference.decide import holm, judge, look_level
 from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
-from analysis.inference.seeds import PooledVariance, pooled_variance
-from analysis.measures.at_best import AtBest
+from analysis.measures.next_runs import Suggestion, lines, suggest
 from analysis.measures.regret import Gap
 from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.runs.table import TableError
 from analysis.runs.task import task_problems
 
 Rows = list[list[str]]
-Measured = dict[str, tuple[Estimate, list[Gate]]]
-"""Estimand -> (estimate, what forbids a verdict)."""
+UNKNOWN = Estimate(None)
+NO_CELL = "no cell"
+"""Group of the verdicts on claims that no condition of the table can answer."""
+TASK = ("model", "dataset")
+"""Columns that distinguish tasks."""
 
 
-# ---------------------------------------------------------------- what the report draws
+# ---------------------------------------------------------------- parts of a report
 
 
 @dataclass(frozen=True)
@@ -121,13 +130,13 @@ class Analysis:
     members: dict[str, list[Optimum]] = field(default_factory=dict)
     """Curves on which a verdict rests, by the verdict's group."""
     of_rates: bool = False
-    """Whether the claims are about best rates themselves, so that the rates' errors show which runs
-    would narrow them."""
+    """Whether the claims are about optimal learning rates themselves, so that the optima's errors
+    show which runs would narrow them."""
     ratios: list[tuple[str, str, Estimate]] = field(default_factory=list)
-    """(group, name, LoRA's best rate / full fine-tuning's), for the interactive page."""
+    """(group, name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
 
 
-# ---------------------------------------------------------------- arms
+# ---------------------------------------------------------------- curves
 
 
 def full_of(optima: Sequence[Optimum]) -> Optimum | None:
@@ -141,13 +150,9 @@ def lora_of(optima: Sequence[Optimum], min_rank: int = 0) -> list[Optimum]:
     return [o for o in lora if not min_rank or o.curve.key["rank"] >= min_rank]
 
 
-def pairs_of(optima: Sequence[Optimum]) -> list[tuple[Optimum, Optimum]]:
-    """Pair every LoRA curve with its group's full fine-tuning curve.
-
-    LoRA curves without one are left out.
-    """
-    full = {o.curve.group: o for o in reversed(optima) if o.curve.key["method"] == "fullft"}
-    return [(o, full[o.curve.group]) for o in lora_of(optima) if o.curve.group in full]
+def rank_of(o: Optimum) -> int:
+    """Return the rank of a LoRA curve, or 0 for full fine-tuning."""
+    return int(o.curve.key["rank"]) if o.curve.key["method"] == "lora" else 0
 
 
 def distinct(optima: Iterable[Optimum]) -> list[Optimum]:
@@ -155,17 +160,12 @@ def distinct(optima: Iterable[Optimum]) -> list[Optimum]:
     return list({id(o): o for o in optima}.values())
 
 
-def missing_arm(full: Optimum | None, lora: Sequence[Optimum]) -> str:
-    """Name the missing arm; empty if both are there."""
-    return "fullft" if full is None else "" if lora else "lora"
+def fewest_seeds(optima: Sequence[Optimum]) -> int:
+    """Return the smallest number of seeds at any of the optima."""
+    return min((seeds_at_best(o) for o in optima), default=0)
 
 
-def pooled_over(values: Iterable[AtBest[float]]) -> PooledVariance | None:
-    """Pool the variance over seeds of one measure on many curves."""
-    return pooled_variance([list(v.best.values()) for v in values])
-
-
-# ---------------------------------------------------------------- verdicts
+# ---------------------------------------------------------------- gates
 
 
 STOPS = (
@@ -181,14 +181,13 @@ MAX_ERROR = 0.0125
 """Standard error of a gap, as a share of the gain, above which it is shown and not judged."""
 
 
-def gates_on(optima: Sequence[Optimum], missing: str = "") -> list[Gate]:
-    """List the gates (reasons that forbid a verdict) of a measurement on these optima.
+def missing(what: str) -> list[Gate]:
+    """Return the gate that says which curve is missing."""
+    return [Gate(GateCode.MISSING, what)]
 
-    Args:
-        missing: name of an arm that is missing; empty if none is.
-    """
-    if missing:
-        return [Gate(GateCode.MISSING, missing)]
+
+def gates_on(optima: Sequence[Optimum]) -> list[Gate]:
+    """List the gates (reasons that forbid a verdict) of a measurement on these optima."""
     found = []
     for o in optima:
         place = f"{o.curve.name}: "
@@ -214,7 +213,7 @@ def gates_on_speed(optima: Sequence[Optimum]) -> list[Gate]:
 
 
 def gates_on_gap(gap: Gap) -> list[Gate]:
-    """Return what forbids a verdict about a gap: its optima, and too much noise; never the task.
+    """List the gates of a gap: those on its optima, and too much noise; never the task.
 
     A gap in nats with its own error is right on a small or a nearly solved task too.
     """
@@ -226,66 +225,317 @@ def gates_on_gap(gap: Gap) -> list[Gate]:
     return found
 
 
-def fewest_seeds(optima: Sequence[Optimum]) -> int:
-    """Return the smallest number of seeds at any of the optima."""
-    return min((seeds_at_best(o) for o in optima), default=0)
+def gates_on_drift(lora: Sequence[Optimum]) -> list[Gate]:
+    """List the gates of a drift of the optimal learning rate over these ranks."""
+    return gates_on(lora) + ([Gate(GateCode.ONE_RANK)] if len(lora) < 2 else [])
 
 
-def claims_about(question: dict[str, Any], estimand: str) -> dict[str, Any]:
-    """Return the question with only the claims about one estimand."""
-    claims = {k: v for k, v in question["claims"].items() if v["estimand"] == estimand}
-    return {**question, "claims": claims}
+def if_unknown(e: Estimate, gate: Gate) -> list[Gate]:
+    """Return the gate if an estimate has no value."""
+    return [] if e.value is not None else [gate]
 
 
-def claims_on(question: dict[str, Any], model: str) -> dict[str, Any]:
-    """Return the question with only the claims that are asked of a base model."""
-    claims = {k: v for k, v in question["claims"].items() if model not in v.get("not_on", ())}
-    return {**question, "claims": claims}
+# ---------------------------------------------------------------- conditions
 
 
-def judge_claims(
-    question: dict[str, Any],
-    measured: Measured,
-    logs: Sequence[str],
-    group: str,
-    seeds: int = 0,
-) -> list[Verdict]:
-    """Judge every claim of a question for one group of runs, at the level of the planned looks.
+@dataclass(frozen=True)
+class Condition:
+    """Runs that are judged together, such as those of one base model and data set.
 
-    Args:
-        logs: estimands with a margin for a ratio.
-        seeds: present number of seeds at the optima, for estimates that do not know their units.
-
-    Raises:
-        TableError: a claim is about an estimand that was not measured.
+    A question adds as cached properties what its estimands share.
     """
-    level = look_level(int(question.get("rounds", 1)))
-    out = []
-    for name, claim in question["claims"].items():
-        estimand = claim["estimand"]
-        if estimand not in measured:
-            known = ", ".join(measured)
-            raise TableError(
-                f"claim {name!r}: {question['analysis']} measures {known}, not {estimand!r}."
-            )
-        estimate, gates = measured[estimand]
-        out.append(judge(name, claim, group, estimate, gates, seeds, estimand in logs, level))
-    return out
+
+    name: str
+    """The group of its verdicts."""
+    runs: pd.DataFrame = field(repr=False)
+    optima: list[Optimum]
+
+    @property
+    def missing(self) -> str:
+        """Name the arm without which nothing can be measured; empty if all are there."""
+        return ""
+
+    @property
+    def shown(self) -> bool:
+        """Whether the report's sections show it."""
+        return not self.missing
+
+    @property
+    def rests(self) -> list[Optimum]:
+        """The curves on which verdicts rest."""
+        return self.optima
+
+    @property
+    def seeds(self) -> int:
+        """Number of seeds at the optima, for estimates that do not know their units."""
+        return fewest_seeds(self.rests)
+
+    @property
+    def parts(self) -> Sequence["Condition"]:
+        """The conditions that this one spans; empty if it is a single one."""
+        return ()
+
+    @cached_property
+    def by_rank(self) -> dict[int, Optimum]:
+        """The first curve of full fine-tuning as rank 0, then LoRA's by rank."""
+        full = full_of(self.optima)
+        lora = {rank_of(o): o for o in lora_of(self.optima)}
+        return lora if full is None else {0: full, **lora}
+
+    @property
+    def full(self) -> Optimum:
+        """Full fine-tuning; KeyError without it."""
+        return self.by_rank[0]
+
+    @property
+    def lora(self) -> dict[int, Optimum]:
+        """LoRA's curves by rank."""
+        return {r: o for r, o in self.by_rank.items() if r}
+
+    @property
+    def top(self) -> int:
+        """The highest rank; 0 without any."""
+        return max(self.by_rank, default=0)
+
+
+class TwoArms(Condition):
+    """Full fine-tuning and LoRA of several ranks, of which both must be there."""
+
+    @property
+    def missing(self) -> str:
+        """Name the missing arm."""
+        return "fullft" if 0 not in self.by_rank else "" if self.lora else "lora"
+
+    @property
+    def rests(self) -> list[Optimum]:
+        """Full fine-tuning and all ranks."""
+        return list(self.by_rank.values())
+
+
+C = TypeVar("C", bound=Condition)
+
+
+@dataclass(frozen=True)
+class Estimand(Generic[C]):
+    """A quantity that claims can be about, as functions of a condition."""
+
+    name: str
+    measure: Callable[[C], Estimate]
+    gates: Callable[[C], Sequence[Gate]] = lambda c: ()
+    """What forbids a verdict."""
+    log: bool = False
+    """Whether it is a ratio, so that distances to its margin are compared as logarithms."""
+    applies: Callable[[C], bool] = lambda c: True
+    """Whether the condition can answer it."""
+    seeds: Callable[[C], int] | None = None
+    """Number of seeds that it rests on; None: the condition's."""
+    margin_gates: Callable[[C, tuple[float, float]], Sequence[Gate]] = lambda c, margin: ()
+    """Gates that depend on the claim's margin; listed last."""
+    rivals: Callable[[C], dict[str, float]] = lambda c: {}
+    """Predictions of published laws, shown beside the verdict."""
+    each: str = ""
+    """Of a condition that spans others: the estimand of its parts. They are judged by the same
+    margin, and the verdict on the whole is SUPPORTED only if that on every part is."""
+    read: Callable[[C], str] | None = None
+    """The rank and the number of updates at which it is measured, in words."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as it was asked."""
+
+    question: dict[str, Any]
+    """As in question.json."""
+    table: pd.DataFrame
+    kept: Path | None
+    """Folder of kept results, for questions that also show other sweeps' answers."""
+
+    @property
+    def level(self) -> float:
+        """Level of the intervals at the planned looks."""
+        return look_level(int(self.question.get("rounds", 1)))
+
+    def margin(self, estimand: str) -> tuple[float, float] | None:
+        """Return the margin of the first claim about an estimand; None without one."""
+        claims = self.question["claims"].values()
+        return next((tuple(c["margin"]) for c in claims if c["estimand"] == estimand), None)
+
+
+@dataclass(frozen=True)
+class Question(Generic[C]):
+    """A question: what it measures on which conditions, and what its report shows."""
+
+    estimands: Sequence[Estimand[C]]
+    conditions: Callable[[pd.DataFrame], Sequence[C]]
+    """Split a table into conditions and fit their curves."""
+    sections: Callable[[Sequence[C], Asked], list[Section]]
+    """Sections of the report, from the conditions that are shown."""
+    measures: Callable[[Sequence[C], Asked], dict[str, Any]] = lambda conditions, asked: {}
+    """Plain values for results.json, from the same conditions."""
+    ratios: Callable[[C], list[tuple[str, Estimate]]] = lambda c: []
+    """(name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
+    split_by: tuple[str, ...] = ()
+    """Columns: the runs of each of their values are analysed apart, with sections of their own."""
+    shows: tuple[str, ...] = ()
+    """Sweeps whose kept answers the report shows too: they are rendered before it."""
+    by_base: bool = False
+    """Whether a claim may leave out base models (`not_on`)."""
+    of_rates: bool = False
+    """Whether the claims are about optimal learning rates themselves."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the estimands."""
+        return [e.name for e in self.estimands]
+
+    @property
+    def logs(self) -> list[str]:
+        """Names of the estimands that are ratios."""
+        return [e.name for e in self.estimands if e.log]
+
+    def analyse(
+        self, table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None
+    ) -> Analysis:
+        """Fit and judge a sweep's runs; the metric is a loss.
+
+        Args:
+            question: the sweep's question, as in question.json.
+            kept: folder of kept results.
+
+        Raises:
+            TableError: the runs cannot be judged together, or a claim is about an estimand that
+                this question does not measure.
+        """
+        for name, claim in question["claims"].items():
+            if claim["estimand"] not in self.names:
+                known = ", ".join(self.names)
+                raise TableError(
+                    f"claim {name!r}: {question['analysis']} measures {known}, not "
+                    f"{claim['estimand']!r}."
+                )
+        by = list(self.split_by)
+        tasks = {" on ".join(k): runs for k, runs in table.groupby(by, sort=False)} if by else {}
+        if len(tasks) < 2:
+            return self._analyse(Asked(question, table, kept))
+        found = {k: self._analyse(Asked(question, runs, kept)) for k, runs in tasks.items()}
+        return _joined(found, question)
+
+    def _analyse(self, asked: Asked) -> Analysis:
+        conditions = self.conditions(asked.table)
+        whole, shown = [c for c in conditions if not c.missing], [c for c in conditions if c.shown]
+        measures = self.measures(shown, asked) if shown else {}
+        if any(e.read for e in self.estimands):
+            measures["read"] = self._read(whole, asked.question)
+        found = Analysis(
+            optima=distinct(o for c in conditions for o in c.optima),
+            verdicts=correct(self._verdicts(conditions, asked), asked.question),
+            sections=self.sections(shown, asked) if shown else [],
+            measures=measures,
+            members={c.name: c.rests for c in whole},
+            of_rates=self.of_rates,
+            ratios=[(c.name, name, ratio) for c in shown for name, ratio in self.ratios(c)],
+        )
+        if self.of_rates and (wanted := suggest(found)):
+            found.sections.append(_next_runs(wanted))
+        return found
+
+    def _verdicts(self, conditions: Sequence[C], asked: Asked) -> list[Verdict]:
+        estimands = {e.name: e for e in self.estimands}
+        claims = asked.question["claims"]
+        found = []
+        for c in conditions:
+            model = c.optima[0].curve.key["model"] if c.optima else None
+            for name, claim in claims.items():
+                e = estimands[claim["estimand"]]
+                if e.applies(c) and model not in claim.get("not_on", ()):
+                    v = _judged(c, e, name, claim, asked.level)
+                    if e.each:
+                        part = estimands[e.each]
+                        v = _over_parts(
+                            v, [_judged(p, part, name, claim, asked.level) for p in c.parts]
+                        )
+                    found.append(v)
+        for name, claim in claims.items():
+            e = estimands[claim["estimand"]]
+            if not any(e.applies(c) for c in conditions):
+                gates = [Gate(GateCode.NO_CELL)]
+                found.append(judge(name, claim, NO_CELL, UNKNOWN, gates, 0, e.log, asked.level))
+        return found
+
+    def _read(self, conditions: Sequence[C], question: dict[str, Any]) -> dict[str, str]:
+        """Return where each claimed estimand was measured, if all conditions say the same."""
+        claimed = {claim["estimand"] for claim in question["claims"].values()}
+        found = {}
+        for e in self.estimands:
+            if e.read is not None and e.name in claimed:
+                said = {e.read(c) for c in conditions if e.applies(c)} - {""}
+                if len(said) == 1:
+                    found[e.name] = said.pop()
+        return found
+
+
+def _next_runs(wanted: Sequence[Suggestion]) -> Section:
+    text = (
+        "Runs most likely to decide the open claims (`action=extend` adds them as the sweep's next "
+        "round):"
+    )
+    return Section("Next runs", text=[text, "", *(f"- {line}" for line in lines(wanted))])
+
+
+def _judged(c: C, e: Estimand[C], name: str, claim: dict[str, Any], level: float) -> Verdict:
+    """Judge one claim on one condition."""
+    if c.missing:
+        return judge(name, claim, c.name, UNKNOWN, missing(c.missing), 0, e.log, level)
+    if rivals := e.rivals(c):
+        claim = {**claim, "rivals": {**(claim.get("rivals") or {}), **rivals}}
+    low, high = claim["margin"]
+    gates = [*e.gates(c), *e.margin_gates(c, (float(low), float(high)))]
+    seeds = c.seeds if e.seeds is None else e.seeds(c)
+    return judge(name, claim, c.name, e.measure(c), gates, seeds, e.log, level)
+
+
+def _over_parts(v: Verdict, each: Sequence[Verdict]) -> Verdict:
+    """Adjust a verdict over several conditions by the verdicts on each.
+
+    It is SUPPORTED only if each is. If they disagree, the reason lists their outcomes.
+    """
+    outcomes = sorted(w.outcome for w in each)
+    split = {"SUPPORTED", "REFUTED"} <= set(outcomes)
+    if not each or len(set(outcomes)) == 1 or (v.outcome == "UNDECIDED" and not split):
+        return v
+    counts = ", ".join(f"{o} on {outcomes.count(o)}" for o in sorted(set(outcomes)))
+    gate = Gate(GateCode.BY_TASK, counts)
+    outcome = "UNDECIDED" if v.outcome == "SUPPORTED" else v.outcome
+    why = f"{gate.sentence}; {v.why}"
+    return dataclasses.replace(v, why=why, outcome=outcome, gates=(gate, *v.gates))
 
 
 def correct(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[Verdict]:
-    """Correct the primary claims of all groups for multiplicity (Holm)."""
+    """Correct the primary claims of all conditions for multiplicity (Holm)."""
     return holm(verdicts, 1 - look_level(int(question.get("rounds", 1))))
 
 
-def without_an_arm(
-    question: dict[str, Any],
-    optima: list[Optimum],
-    missing: str,
-    estimands: Sequence[str],
-    logs: Sequence[str],
-    group: str,
-) -> Analysis:
-    """Return the analysis of a table that lacks an arm: every claim is UNDECIDED."""
-    nothing = dict.fromkeys(estimands, (Estimate(None), gates_on([], missing)))
-    return Analysis(optima, judge_claims(question, nothing, logs, group))
+def _joined(found: dict[str, Analysis], question: dict[str, Any]) -> Analysis:
+    """Join the analyses of several tasks. Their primary claims are one family of hypotheses.
+
+    A verdict that Holm's correction takes away within its task is taken away in the whole, too.
+    """
+    sections = []
+    for k, (name, one) in enumerate(found.items()):
+        for s in one.sections:
+            figure = s.figure and f"{Path(s.figure).stem}_{k + 1}{Path(s.figure).suffix}"
+            sections.append(dataclasses.replace(s, title=f"{s.title}: {name}", figure=figure))
+    read = [one.measures.get("read", {}) for one in found.values()]
+    common = {k: v for k, v in read[0].items() if all(r.get(k) == v for r in read)}
+    measures = {
+        name: {k: v for k, v in one.measures.items() if k != "read"} for name, one in found.items()
+    }
+    return Analysis(
+        optima=[o for one in found.values() for o in one.optima],
+        verdicts=correct([v for one in found.values() for v in one.verdicts], question),
+        sections=sections,
+        measures={"tasks": measures, "read": common},
+        members={group: curves for one in found.values() for group, curves in one.members.items()},
+        of_rates=any(one.of_rates for one in found.values()),
+        ratios=[ratio for one in found.values() for ratio in one.ratios],
+    )

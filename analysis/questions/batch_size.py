@@ -1,20 +1,21 @@
 """Question: does LoRA fall behind full fine-tuning as the batch grows, at any rank.
 
 The effect of the batch on rho (step efficiency) is measured apart from that of the number of
-updates, from all prefixes of all runs (`measures.batch_effect`). Beside it stands what LoRA gives
-up in nats at each batch after equally many examples, the study's setting. Each method is at its
-best rate for the batch and the number of updates.
+updates, from all prefixes of all runs (`measures.batch_effect`). The regret in nats at each batch
+after equally many examples, the study's setting, is shown too. Each method is at its optimal
+learning rate for the batch and the number of updates.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
-from analysis.inference.decide import at_level, look_level
+from analysis.inference.decide import at_level
 from analysis.inference.estimate import Estimate, number, with_interval
 from analysis.inference.gates import Gate, GateCode
+from analysis.measures.at_best import mean_of
 from analysis.measures.batch_effect import (
     Prefix,
     difference,
@@ -22,165 +23,117 @@ from analysis.measures.batch_effect import (
     gaps_at_equal_examples,
     prefixes_of,
 )
-from analysis.measures.regret import ALLOWED, Gap, mean_of
+from analysis.measures.regret import ALLOWED, Gap
 from analysis.optimum.fit import fit_all
-from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
-    Analysis,
+    TASK,
+    UNKNOWN,
+    Asked,
+    Condition,
+    Estimand,
     Panel,
+    Question,
     Section,
     Series,
-    claims_about,
-    correct,
     distinct,
     fewest_seeds,
     gates_on_gap,
     gates_on_speed,
-    judge_claims,
+    missing,
 )
 from analysis.runs.lr_curves import lr_curves
 
 AT = (32, 256, 512, 1024)
 """Batches of which popular summaries speak."""
-ESTIMANDS = ("batch_effect", "batch_effect_difference", *(f"over_allowed_at_{b}" for b in AT))
-LOG_ESTIMANDS: tuple[str, ...] = ()
-Answer = tuple[Estimate, list[Gate], list[Optimum]]
-"""What was measured, what forbids a verdict, and the optima that it rests on."""
-Gaps = dict[int, list[Gap]]
-"""By batch, the gap of each rank."""
 
 
-def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge the effect of the batch, its difference between ranks, and popular thresholds."""
+class Batches(Condition):
+    """All batch sizes of one model and data set."""
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """The ranks tried, rising."""
+        return sorted(self.lora)
+
+    @cached_property
+    def batches(self) -> list[int]:
+        """The batch sizes tried, rising."""
+        return sorted({int(b) for b in self.runs["batch_size"]})
+
+    @cached_property
+    def prefixes(self) -> list[Prefix]:
+        """rho after every number of updates that two batch sizes share."""
+        return prefixes_of(self.runs)
+
+    @cached_property
+    def _usable(self) -> list[Prefix]:
+        return [p for p in self.prefixes if not p.bound and not gates_on_speed([p.full, p.lora])]
+
+    def usable(self, *ranks: int) -> list[Prefix]:
+        """Return the prefixes of ranks with known optima and a value of rho."""
+        return [p for p in self._usable if p.rank in ranks]
+
+    @cached_property
+    def effects(self) -> dict[int, Estimate]:
+        """The effect of the batch by rank."""
+        return {r: effect(self.usable(r)) for r in self.ranks}
+
+    def difference(self) -> Estimate:
+        """Return the effect at the highest rank minus that at the lowest."""
+        low, high = self.ranks[0], self.ranks[-1]
+        return difference(self.usable(high), self.usable(low)) if low < high else UNKNOWN
+
+    def gates_on_difference(self) -> list[Gate]:
+        """List the gates of both ranks."""
+        if len(self.ranks) < 2:
+            return [Gate(GateCode.ONE_RANK)]
+        ends = (self.ranks[0], self.ranks[-1])
+        return list(dict.fromkeys(g for r in ends for g in self.gates_on_effect(r)))
+
+    def gates_on_effect(self, rank: int) -> list[Gate]:
+        """List what forbids a verdict about the effect of the batch at one rank.
+
+        Every batch has to take part: at least one of its prefixes is beside another batch's.
+        """
+        mine = [p for p in self.prefixes if p.rank == rank]
+        seen = {b: {p.steps for p in self.usable(rank) if p.batch == b} for b in self.batches}
+        found: list[Gate] = []
+        for batch in self.batches:
+            if any(seen[batch] & seen[b] for b in self.batches if b != batch):
+                continue
+            of_batch = (p for p in mine if p.batch == batch)
+            longest = max(of_batch, key=lambda p: p.steps, default=None)
+            closed = gates_on_speed([longest.full, longest.lora]) if longest else []
+            if longest and longest.bound:
+                closed.append(Gate(GateCode.ONLY_A_BOUND, place=f"rank {rank}: "))
+            absent = missing(f"rank {rank} beside another batch after equal updates")
+            found += [g.at(f"batch {batch}, ") for g in closed or absent]
+        return found
+
+    def seeds_of(self, *ranks: int) -> int:
+        """Return the number of seeds behind the effects at these ranks."""
+        return fewest_seeds(distinct(o for p in self.usable(*ranks) for o in (p.full, p.lora)))
+
+    @cached_property
+    def at_equal_examples(self) -> tuple[int, dict[int, list[Gap]]]:
+        """A number of examples, and by batch the gap of each rank after them."""
+        return gaps_at_equal_examples(self.runs)
+
+    def gap_at(self, batch: int) -> Gap | None:
+        """Return the highest rank's gap at the largest batch up to `batch`.
+
+        Batches below half of `batch` do not count.
+        """
+        gaps = self.at_equal_examples[1]
+        near = [b for b in gaps if batch / 2 <= b <= batch and gaps[b]]
+        return max(gaps[max(near)], key=lambda g: g.rank) if near else None
+
+
+def conditions(table: pd.DataFrame) -> list[Batches]:
+    """Return the one condition of a model and data set."""
     optima = fit_all(lr_curves(table))
-    group = f"{optima[0].curve.key['model']} on {optima[0].curve.key['dataset']}"
-    ranks = sorted({int(o.curve.key["rank"]) for o in optima if o.curve.key["method"] == "lora"})
-    batches = sorted({int(b) for b in table["batch_size"]})
-    prefixes = prefixes_of(table)
-    examples, gaps = gaps_at_equal_examples(table)
-    answers = {
-        "batch_effect": _effect(prefixes, ranks, batches),
-        "batch_effect_difference": _difference(prefixes, ranks, batches),
-        **{f"over_allowed_at_{b}": _over_allowed(gaps, b) for b in AT},
-    }
-    verdicts = []
-    for estimand in dict.fromkeys(c["estimand"] for c in question["claims"].values()):
-        measured = {e: (estimate, gates) for e, (estimate, gates, _) in answers.items()}
-        seeds = fewest_seeds(answers[estimand][2]) if estimand in answers else 0
-        asked = claims_about(question, estimand)
-        verdicts += judge_claims(asked, measured, LOG_ESTIMANDS, group, seeds)
-    effects = {r: effect(_usable(prefixes, r)) for r in ranks}
-    sections = [
-        _over_updates(prefixes, effects),
-        _at_equal_examples(gaps, examples),
-        Section(
-            "Batch size",
-            figure="batch.png",
-            panels=[*(_panel(prefixes, r) for r in ranks), _regret_panel(gaps, examples)],
-            caption="step efficiency over updates by batch, and regret over the batch",
-        ),
-    ]
-    level = look_level(int(question.get("rounds", 1)))
-    measures = {
-        "batch_effect": {str(r): e.plain() for r, e in effects.items()},
-        "regrets": [
-            {
-                "batch_size": batch,
-                "updates": examples // batch,
-                "rank": g.rank,
-                "regret_percent": at_level(g.percent(), level).plain(),
-            }
-            for batch, of_ranks in gaps.items()
-            for g in of_ranks
-        ],
-        "read": _read(prefixes, effects, examples),
-    }
-    return Analysis(optima, correct(verdicts, question), sections, measures, {group: optima})
-
-
-# ---------------------------------------------------------------- what is measured
-
-
-def _effect(prefixes: Sequence[Prefix], ranks: Sequence[int], batches: Sequence[int]) -> Answer:
-    """Measure the effect of the batch at the highest rank."""
-    top = ranks[-1] if ranks else 0
-    used = _usable(prefixes, top)
-    return effect(used), _gates(prefixes, top, batches), _optima(used)
-
-
-def _difference(prefixes: Sequence[Prefix], ranks: Sequence[int], batches: Sequence[int]) -> Answer:
-    """Measure the effect at the highest rank minus that at the lowest."""
-    if len(ranks) < 2:
-        return Estimate(None), [Gate(GateCode.ONE_RANK)], []
-    high, low = (_usable(prefixes, r) for r in (ranks[-1], ranks[0]))
-    gates = [g for r in (ranks[0], ranks[-1]) for g in _gates(prefixes, r, batches)]
-    return difference(high, low), list(dict.fromkeys(gates)), _optima([*high, *low])
-
-
-def _over_allowed(gaps: Gaps, batch: int) -> Answer:
-    """Measure the highest rank's gap minus what is allowed, at the largest batch up to `batch`.
-
-    Batches below half of `batch` do not count.
-    """
-    near = [b for b in gaps if batch / 2 <= b <= batch and gaps[b]]
-    if not near:
-        return Estimate(None), [Gate(GateCode.MISSING, f"batch {batch}")], []
-    gap = max(gaps[max(near)], key=lambda g: g.rank)
-    return gap.over_allowed(), gates_on_gap(gap), [gap.lora, gap.full]
-
-
-def _usable(prefixes: Sequence[Prefix], rank: int) -> list[Prefix]:
-    """Return the prefixes of a rank that may bear a verdict: optima are known, rho is no bound."""
-    return [
-        p
-        for p in prefixes
-        if p.rank == rank and not p.bound and not gates_on_speed([p.full, p.lora])
-    ]
-
-
-def _gates(prefixes: Sequence[Prefix], rank: int, batches: Sequence[int]) -> list[Gate]:
-    """List what forbids a verdict about the effect of the batch at one rank.
-
-    Every batch has to take part: with some prefix of its own, beside another batch's.
-    """
-    mine = [p for p in prefixes if p.rank == rank]
-    used = _usable(prefixes, rank)
-    seen = {b: {p.steps for p in used if p.batch == b} for b in batches}
-    found: list[Gate] = []
-    for batch in batches:
-        if any(seen[batch] & seen[b] for b in batches if b != batch):
-            continue
-        place = f"batch {batch}, "
-        longest = max((p for p in mine if p.batch == batch), key=lambda p: p.steps, default=None)
-        closed = gates_on_speed([longest.full, longest.lora]) if longest else []
-        if longest and longest.bound:
-            closed.append(Gate(GateCode.ONLY_A_BOUND, place=f"rank {rank}: "))
-        absent = Gate(GateCode.MISSING, f"rank {rank} beside another batch after equal updates")
-        found += [g.at(place) for g in closed or [absent]]
-    return found
-
-
-def _optima(prefixes: Sequence[Prefix]) -> list[Optimum]:
-    return distinct(o for p in prefixes for o in (p.full, p.lora))
-
-
-def _read(
-    prefixes: Sequence[Prefix], effects: dict[int, Estimate], examples: int
-) -> dict[str, str]:
-    """Describe where each estimand was measured, with the other ranks' effects."""
-    if not effects:
-        return {}
-    *others, top = effects
-    at = f"after {examples:,} examples"
-    return {
-        "batch_effect": "; ".join(
-            [
-                f"rank {top}, {_range(_usable(prefixes, top))}",
-                *(f"rank {r}: {with_interval(effects[r])}" for r in others),
-            ]
-        ),
-        **{f"over_allowed_at_{b}": f"rank {top}, {at}" for b in AT},
-    }
+    key = optima[0].curve.key
+    return [Batches(f"{key['model']} on {key['dataset']}", table, optima)]
 
 
 def _range(used: Sequence[Prefix]) -> str:
@@ -191,34 +144,68 @@ def _range(used: Sequence[Prefix]) -> str:
     return f"batches of {min(batches)} to {max(batches)} after {min(steps)} to {max(steps)} updates"
 
 
-# ---------------------------------------------------------------- what is shown
+def _where(c: Batches) -> str:
+    """Describe where the effect was measured, with the other ranks' effects."""
+    if not c.ranks:
+        return ""
+    *others, top = c.ranks
+    effects = (f"rank {r}: {with_interval(c.effects[r])}" for r in others)
+    return "; ".join([f"rank {top}, {_range(c.usable(top))}", *effects])
 
 
-def _over_updates(prefixes: Sequence[Prefix], effects: dict[int, Estimate]) -> Section:
-    batches = sorted({p.batch for p in prefixes})
+def _over_allowed(batch: int) -> Estimand[Batches]:
+    """Return the regret minus what is allowed at a batch size."""
+
+    def gates(c: Batches) -> list[Gate]:
+        return gates_on_gap(gap) if (gap := c.gap_at(batch)) else missing(f"batch {batch}")
+
+    def read(c: Batches) -> str:
+        return f"rank {c.top}, after {c.at_equal_examples[0]:,} examples" if c.ranks else ""
+
+    return Estimand(
+        f"over_allowed_at_{batch}",
+        lambda c: gap.over_allowed() if (gap := c.gap_at(batch)) else UNKNOWN,
+        gates,
+        seeds=lambda c: fewest_seeds([gap.lora, gap.full]) if (gap := c.gap_at(batch)) else 0,
+        read=read,
+    )
+
+
+# ---------------------------------------------------------------- the report
+
+
+def sections(found: Sequence[Batches], asked: Asked) -> list[Section]:
+    """Return rho at equal updates, regret at equal examples, and their figure."""
+    (c,) = found
+    panels = [*(_panel(c, r) for r in c.ranks), _regret_panel(c)]
+    caption = "step efficiency over updates by batch, and regret over the batch"
+    figure = Section("Batch size", figure="batch.png", panels=panels, caption=caption)
+    return [_at_equal_updates(c), _at_equal_examples(c), figure]
+
+
+def _at_equal_updates(c: Batches) -> Section:
+    batches = sorted({p.batch for p in c.prefixes})
     rows = [["rank", "updates", *(f"rho at batch {b} [95%]" for b in batches)]]
-    for rank in effects:
-        used = {(p.steps, p.batch): with_interval(p.rho) for p in _usable(prefixes, rank)}
+    for rank in c.ranks:
+        used = {(p.steps, p.batch): with_interval(p.rho) for p in c.usable(rank)}
         for steps in sorted({s for s, _ in used}):
-            shown = [used.get((steps, b), "-") for b in batches]
-            rows.append([str(rank), str(steps), *shown])
+            rows.append([str(rank), str(steps), *(used.get((steps, b), "-") for b in batches)])
+    effects = "; ".join(f"rank {r} {with_interval(e)}" for r, e in c.effects.items())
     text = [
         "Change of ln(rho) per doubling of the batch, between batches after equally many updates: "
-        + "; ".join(f"rank {r} {with_interval(e)}" for r, e in effects.items())
-        + ".",
-        "A batch is left out where its best rates, after so many updates, are not between the "
-        "rates tried, or have fewer seeds than a verdict needs.",
+        f"{effects}.",
+        "A batch is left out where its optimal learning rates, after so many updates, are not "
+        "between those tried, or have fewer seeds than a verdict needs.",
     ]
     return Section("At equal updates", rows, text)
 
 
-def _at_equal_examples(gaps: Gaps, examples: int) -> Section:
+def _at_equal_examples(c: Batches) -> Section:
+    examples, gaps = c.at_equal_examples
     rows = [["batch", "updates", "rank", "gain of FullFT", "regret, % of the gain [95%]"]]
-    for batch, of_ranks in gaps.items():
-        for g in of_ranks:
-            gain = number(mean_of(g.gain))
-            regret = with_interval(g.percent())
-            rows.append([str(batch), str(examples // batch), str(g.rank), gain, regret])
+    for batch, g in ((b, g) for b, of_ranks in gaps.items() for g in of_ranks):
+        shown = [number(mean_of(g.gain)), with_interval(g.percent())]
+        rows.append([str(batch), str(examples // batch), str(g.rank), *shown])
     text = (
         f"After {examples:,} examples at every batch. Regret: LoRA's loss minus full fine-tuning's,"
         f" in percent of what full fine-tuning gains; up to {ALLOWED:.0%} counts as none."
@@ -226,37 +213,79 @@ def _at_equal_examples(gaps: Gaps, examples: int) -> Section:
     return Section("At equal examples", rows, [text])
 
 
-def _panel(prefixes: Sequence[Prefix], rank: int) -> Panel:
-    used = _usable(prefixes, rank)
-    series = []
-    for batch in sorted({p.batch for p in used}):
-        mine = [p for p in used if p.batch == batch]
-        label = f"batch {batch}"
-        series.append(Series.of(label, [p.steps for p in mine], [p.rho for p in mine]))
+def _panel(c: Batches, rank: int) -> Panel:
+    used = c.usable(rank)
+    of_batch = {b: [p for p in used if p.batch == b] for b in sorted({p.batch for p in used})}
     return Panel(
         f"rank {rank}",
         "updates",
         "rho: FullFT's updates / LoRA's",
-        series,
+        [
+            Series.of(f"batch {b}", [p.steps for p in mine], [p.rho for p in mine])
+            for b, mine in of_batch.items()
+        ],
         log_x=True,
         log_y=True,
         lines={"full fine-tuning": 1.0},
     )
 
 
-def _regret_panel(gaps: Gaps, examples: int) -> Panel:
-    series = []
-    for rank in sorted({g.rank for of_ranks in gaps.values() for g in of_ranks}):
-        mine = [
-            (b, g.percent()) for b, of_ranks in gaps.items() for g in of_ranks if g.rank == rank
-        ]
-        series.append(Series.of(f"rank {rank}", [b for b, _ in mine], [e for _, e in mine]))
+def _regret_panel(c: Batches) -> Panel:
+    examples, gaps = c.at_equal_examples
+    by_rank: dict[int, dict[int, Estimate]] = {}
+    for batch, g in ((b, g) for b, of_ranks in gaps.items() for g in of_ranks):
+        by_rank.setdefault(g.rank, {})[batch] = g.percent()
     return Panel(
         f"after {examples:,} examples",
         "batch size (sequences)",
         "regret, % of full fine-tuning's gain",
-        series,
+        [
+            Series.of(f"rank {rank}", list(mine), list(mine.values()))
+            for rank, mine in sorted(by_rank.items())
+        ],
         log_x=True,
         band=(0.0, 100 * ALLOWED),
         ticks=[(float(b), str(b)) for b in gaps],
     )
+
+
+def measures(found: Sequence[Batches], asked: Asked) -> dict[str, Any]:
+    """Return the effects by rank, and the regrets by batch and rank."""
+    (c,) = found
+    examples, gaps = c.at_equal_examples
+    regrets = [
+        {
+            "batch_size": batch,
+            "updates": examples // batch,
+            "rank": g.rank,
+            "regret_percent": at_level(g.percent(), asked.level).plain(),
+        }
+        for batch, of_ranks in gaps.items()
+        for g in of_ranks
+    ]
+    effects = {str(r): e.plain() for r, e in c.effects.items()}
+    return {"batch_effect": effects, "regrets": regrets}
+
+
+QUESTION = Question[Batches](
+    estimands=[
+        Estimand(
+            "batch_effect",
+            lambda c: c.effects.get(c.top, UNKNOWN),
+            lambda c: c.gates_on_effect(c.top),
+            seeds=lambda c: c.seeds_of(c.top),
+            read=_where,
+        ),
+        Estimand(
+            "batch_effect_difference",
+            lambda c: c.difference() if c.ranks else UNKNOWN,
+            Batches.gates_on_difference,
+            seeds=lambda c: c.seeds_of(*c.ranks[:1], *c.ranks[-1:]) if len(c.ranks) > 1 else 0,
+        ),
+        *(_over_allowed(batch) for batch in AT),
+    ],
+    conditions=conditions,
+    sections=sections,
+    measures=measures,
+    split_by=TASK,
+)

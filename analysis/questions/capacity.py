@@ -3,13 +3,14 @@
 Every fact has exactly 16 bits. Bits stored = facts x symbols x (ln 16 - NLL on the trained facts) /
 ln 2. They are divided by the adapter's effective parameters, r (m + n) - r^2 per matrix: the
 dimension of the set of m x n matrices of rank r (r^2 parameters of A and B are redundant). Each
-cell (facts, exposures) is at the best rate tried.
+load (facts, exposures) is at the best learning rate tried.
 """
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,18 @@ from analysis.inference.estimate import AT_LEAST, Estimate, exactly, number, rat
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import from_sample
 from analysis.questions.base import (
-    Analysis,
+    UNKNOWN,
+    Asked,
+    Condition,
+    Estimand,
     Panel,
+    Question,
     Section,
     Series,
-    claims_about,
-    correct,
-    judge_claims,
+    if_unknown,
+    missing,
 )
 
-ESTIMANDS = ("bits_per_parameter", "bits_at_100", "unseen_bits")
-LOG_ESTIMANDS = ("bits_per_parameter", "bits_at_100")
 SYMBOLS, VALUES, ROW = 4, 16, 8
 """Symbols per value, values per symbol, facts per row (lorasweep/data/synthetic/facts.py)."""
 CONVERGED = 0.1
@@ -40,8 +42,8 @@ impossible."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A number of facts and of exposures of each, at the best rate tried."""
+class Load:
+    """A number of facts and of exposures of each, at the best learning rate tried."""
 
     facts: int
     exposures: float
@@ -53,6 +55,16 @@ class Cell:
     """Bits per fact that the model appears to know of facts it was never trained on."""
     parameters: int
     at_edge: bool
+
+    @property
+    def load(self) -> float:
+        """Bits to be stored / (2 bits x effective parameters)."""
+        return 16 * self.facts / (2 * self.parameters)
+
+    @property
+    def share(self) -> float:
+        """Share of the facts' bits that is stored."""
+        return float(np.mean(self.bits) / (16 * self.facts))
 
 
 def effective(spec: dict[str, Any]) -> int:
@@ -82,8 +94,8 @@ def bits(nll: float, facts: float = 1.0) -> float:
     return facts * SYMBOLS * (math.log(VALUES) - nll) / math.log(2)
 
 
-def cells_of(table: pd.DataFrame) -> list[Cell]:
-    """Split a table into cells, each at the best rate of the seed that ran at the most rates."""
+def loads_of(table: pd.DataFrame) -> list[Load]:
+    """Split a table into loads, each at the best LR of the seed that ran at the most LRs."""
     specs = [json.loads(t) for t in table["spec"]]
     facts = [int(s["dataset"]["knobs"]["facts"]) for s in specs]
     runs = table.assign(
@@ -99,9 +111,8 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
         first = done[done["seed"] == done["seed"].value_counts().index[0]]
         best = first.loc[first["test_nll"].idxmin()]
         at = done[done["lr"] == best["lr"]]
-        rates = sorted(part["lr"].unique())
         found.append(
-            Cell(
+            Load(
                 int(n),
                 float(exposures),
                 method,
@@ -109,138 +120,131 @@ def cells_of(table: pd.DataFrame) -> list[Cell]:
                 [bits(v, n) for v in at["test_nll"]],
                 [bits(v) for v in at["retain_nll"].dropna()],
                 int(best["effective"]),
-                best["lr"] in (rates[0], rates[-1]),
+                best["lr"] in (part["lr"].min(), part["lr"].max()),
             )
         )
     return found
 
 
-HEAD = (
-    "arm",
-    "facts",
-    "load at 2 bits",
-    "exposures",
-    "best LR tried",
-    "bits stored [95%]",
-    "of all",
-    "bits / parameter",
-    "bits known of unseen facts",
-)
+@dataclass(frozen=True)
+class Facts(Condition):
+    """All loads of one model."""
+
+    loads: list[Load]
+
+    @cached_property
+    def of_lora(self) -> list[Load]:
+        """LoRA's loads."""
+        return [c for c in self.loads if c.method == "lora"]
+
+    @property
+    def hundred(self) -> list[Load]:
+        """LoRA's loads at about 100 exposures."""
+        return [c for c in self.of_lora if 70 <= c.exposures <= 140]
+
+    @property
+    def unseen(self) -> list[float]:
+        """Bits per fact known of unseen facts, over all loads and seeds."""
+        return [b for c in self.loads for b in c.unseen]
+
+    @property
+    def seeds(self) -> int:
+        return min((len(c.bits) for c in self.of_lora), default=0)
+
+    def gates_on_task(self) -> list[Gate]:
+        """Return gates if an arm is missing or full fine-tuning cannot store the facts either."""
+        gates = [] if self.of_lora else missing("lora")
+        stored = [c.share for c in self.loads if c.method == "fullft"]
+        if not stored:
+            gates += missing("fullft to certify the task")
+        elif max(stored) < PLAUSIBLE:
+            share, needed = f"{max(stored):.0%}", f"{PLAUSIBLE:.0%}"
+            why = f"full fine-tuning stores {share} of the bits, {needed} needed"
+            gates.append(Gate(GateCode.TASK, why))
+        return gates
+
+    def gates_on_most(self) -> list[Gate]:
+        """List the gates of the load with the most bits per parameter.
+
+        Too few seeds, the best learning rate at an edge, or exposures that still add bits.
+        """
+        if not self.of_lora:
+            return missing("lora")
+        best = _fullest(self.of_lora)
+        gates, place = [], f"{best.facts} facts x {best.exposures:.0f}: "
+        if len(best.bits) < MIN_SEEDS:
+            gates.append(Gate(GateCode.FEW_SEEDS, len(best.bits), place))
+        if best.at_edge:
+            gates.append(Gate(GateCode.FLAGGED, place=place, flags=("at_edge",)))
+        same = [c for c in self.of_lora if c.facts == best.facts]
+        fewer = [c for c in same if c.exposures < best.exposures]
+        if fewer:
+            before = max(fewer, key=lambda c: c.exposures)
+            gain = 1 - np.mean(before.bits) / np.mean(best.bits)
+            if gain > CONVERGED:
+                last = f"{best.exposures:.0f} exposures still add {gain:.0%}"
+                why = f"{last} to {before.exposures:.0f}"
+                gates.append(Gate(GateCode.NOT_CONVERGED, why))
+        return gates
 
 
-def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge the most bits per parameter, overall and at about 100 exposures, and the checks.
-
-    The checks: full fine-tuning can store the facts, and nothing is known of unseen facts.
-    """
-    cells = cells_of(table)
-    lora = [c for c in cells if c.method == "lora"]
-    group = f"{table['model'].iloc[0]}, facts of 16 bits"
-    gates = _certificate(cells)
-    most, open_ = _most(lora)
-    hundred, _ = _most([c for c in lora if 70 <= c.exposures <= 140])
-    at_100 = [] if hundred.value is not None else [Gate(GateCode.MISSING, "about 100 exposures")]
-    unseen = [b for c in cells for b in c.unseen]
-    leak = exactly(max(unseen), len(unseen)) if unseen else Estimate(None)
-    measured = {
-        "bits_per_parameter": (most, [*gates, *open_]),
-        "bits_at_100": (hundred, [*gates, *at_100]),
-        "unseen_bits": (leak, [] if unseen else [Gate(GateCode.MISSING, "unseen facts")]),
-    }
-    seeds = min((len(c.bits) for c in lora), default=0)
-    verdicts = correct(judge_claims(question, measured, LOG_ESTIMANDS, group, seeds), question)
-    fields = ("method", "facts", "exposures", "lr", "bits", "parameters")
-    measures = {"cells": [{k: getattr(c, k) for k in fields} for c in cells]}
-    claims = claims_about(question, "bits_per_parameter")["claims"].values()
-    margin = next((tuple(c["margin"]) for c in claims), None)
-    return Analysis([], verdicts, [_section(cells, lora, margin)], measures)
+def _fullest(loads: Sequence[Load]) -> Load:
+    return max(loads, key=lambda c: np.mean(c.bits) / c.parameters)
 
 
-def _certificate(cells: list[Cell]) -> list[Gate]:
-    """Return gates if an arm is missing or full fine-tuning cannot store the facts either."""
-    gates = [] if any(c.method == "lora" for c in cells) else [Gate(GateCode.MISSING, "lora")]
-    stored = [np.mean(c.bits) / (16 * c.facts) for c in cells if c.method == "fullft"]
-    if not stored:
-        gates.append(Gate(GateCode.MISSING, "fullft to certify the task"))
-    elif max(stored) < PLAUSIBLE:
-        share, needed = f"{max(stored):.0%}", f"{PLAUSIBLE:.0%}"
-        why = f"full fine-tuning stores {share} of the bits, {needed} needed"
-        gates.append(Gate(GateCode.TASK, why))
-    return gates
+def most(loads: Sequence[Load]) -> Estimate:
+    """Return the most bits per parameter over loads, as a geometric mean over seeds."""
+    if not loads:
+        return UNKNOWN
+    best = _fullest(loads)
+    return from_sample([max(b, 1e-9) / best.parameters for b in best.bits], log=True)
 
 
-def _section(cells: list[Cell], lora: list[Cell], margin: tuple[float, float] | None) -> Section:
-    rows = [list(HEAD)]
-    for c in cells:
-        rows.append(
-            [
-                c.method,
-                str(c.facts),
-                number(_load(c)),
-                number(c.exposures),
-                rate(c.lr) + (" (edge)" if c.at_edge else ""),
-                with_interval(from_sample(c.bits)),
-                f"{np.mean(c.bits) / (16 * c.facts):.0%}",
-                number(float(np.mean(c.bits)) / c.parameters),
-                number(max(c.unseen)) if c.unseen else "-",
-            ]
-        )
-    text = [f"Effective parameters of the adapter: {lora[0].parameters:,}."] if lora else []
+def conditions(table: pd.DataFrame) -> list[Facts]:
+    """Return the one condition of a model."""
+    return [Facts(f"{table['model'].iloc[0]}, facts of 16 bits", table, [], loads_of(table))]
+
+
+def sections(found: Sequence[Facts], asked: Asked) -> list[Section]:
+    """Return the bits stored at every load, and their figure."""
+    (c,) = found
+    head = ["arm", "facts", "load at 2 bits", "exposures", "best LR tried", "bits stored [95%]"]
+    rows = [[*head, "of all", "bits / parameter", "bits known of unseen facts"]]
+    for v in c.loads:
+        lr = rate(v.lr) + (" (edge)" if v.at_edge else "")
+        settings = [v.method, str(v.facts), number(v.load), number(v.exposures), lr]
+        stored = [with_interval(from_sample(v.bits)), f"{v.share:.0%}"]
+        per_parameter = number(float(np.mean(v.bits)) / v.parameters)
+        unseen = number(max(v.unseen)) if v.unseen else "-"
+        rows.append([*settings, *stored, per_parameter, unseen])
+    text = [f"Effective parameters of the adapter: {v.parameters:,}." for v in c.of_lora[:1]]
     text.append(
         "A model that is sure of a wrong value has a high NLL, so the bits known of facts that "
         "it was never trained on are below 0. Verdicts use the geometric mean over seeds. An "
         "update shows 128 facts: with few facts, each comes more than once in an update, and many "
         "exposures take few updates."
     )
-    caption = "bits stored a parameter, over load and exposures"
-    return Section("Cells", rows, text, "capacity.png", _panels(lora, margin), caption)
+    caption = "bits stored per parameter, over load and exposures"
+    panels = _panels(c.of_lora, asked.margin("bits_per_parameter"))
+    return [Section("Loads", rows, text, "capacity.png", panels, caption)]
 
 
-def _load(c: Cell) -> float:
-    """Return the load: bits to be stored / (2 bits x effective parameters)."""
-    return 16 * c.facts / (2 * c.parameters)
-
-
-def _most(cells: list[Cell]) -> tuple[Estimate, list[Gate]]:
-    """Return the most bits per parameter over all loads, and the gates on that cell.
-
-    The gates: too few seeds, the best rate at an edge, or exposures that still add bits.
-    """
-    if not cells:
-        return Estimate(None), [Gate(GateCode.MISSING, "lora")]
-    best = max(cells, key=lambda c: np.mean(c.bits) / c.parameters)
-    gates, place = [], f"{best.facts} facts x {best.exposures:.0f}: "
-    if len(best.bits) < MIN_SEEDS:
-        gates.append(Gate(GateCode.FEW_SEEDS, len(best.bits), place))
-    if best.at_edge:
-        gates.append(Gate(GateCode.FLAGGED, place=place, flags=("at_edge",)))
-    fewer = [c for c in cells if c.facts == best.facts and c.exposures < best.exposures]
-    if fewer:
-        before = max(fewer, key=lambda c: c.exposures)
-        gain = 1 - np.mean(before.bits) / np.mean(best.bits)
-        if gain > CONVERGED:
-            why = f"{best.exposures:.0f} exposures still add {gain:.0%} to {before.exposures:.0f}"
-            gates.append(Gate(GateCode.NOT_CONVERGED, why))
-    value = from_sample([max(b, 1e-9) / best.parameters for b in best.bits], log=True)
-    return value, gates
-
-
-def _panels(cells: list[Cell], margin: tuple[float, float] | None) -> list[Panel]:
-    def line(label: str, mine: list[Cell], x: list[float]) -> Series:
-        # At an edge of the rates tried, more bits may be stored beyond it.
+def _panels(loads: Sequence[Load], margin: tuple[float, float] | None) -> list[Panel]:
+    def line(label: str, mine: list[Load], x: list[float]) -> Series:
+        # At an edge of the learning rates tried, more bits may be stored beyond it.
         flags = [(AT_LEAST,) if c.at_edge else () for c in mine]
         shares = [[b / c.parameters for b in c.bits] for c in mine]
         return Series.of(label, x, [from_sample(v, flags=f) for v, f in zip(shares, flags)])
 
     by_exposure, by_load = [], []
-    for n in sorted({c.facts for c in cells}):
-        mine = sorted((c for c in cells if c.facts == n), key=lambda c: c.exposures)
-        label = f"{n} facts, load {_load(mine[0]):.2g}"
+    for n in sorted({c.facts for c in loads}):
+        mine = sorted((c for c in loads if c.facts == n), key=lambda c: c.exposures)
+        label = f"{n} facts, load {mine[0].load:.2g}"
         by_exposure.append(line(label, mine, [c.exposures for c in mine]))
-    for e in sorted({round(c.exposures, -1) for c in cells}):
-        mine = sorted((c for c in cells if round(c.exposures, -1) == e), key=lambda c: c.facts)
+    for e in sorted({round(c.exposures, -1) for c in loads}):
+        mine = sorted((c for c in loads if round(c.exposures, -1) == e), key=lambda c: c.facts)
         if len(mine) > 1:
-            by_load.append(line(f"{e:g} exposures", mine, [_load(c) for c in mine]))
+            by_load.append(line(f"{e:g} exposures", mine, [c.load for c in mine]))
     y = "bits stored / effective parameter"
     look: dict[str, Any] = {"log_x": True, "lines": {"2 bits": 2.0}, "y_range": (-0.3, 2.9)}
     load = "bits to store / (2 bits x parameters)"
@@ -248,3 +252,40 @@ def _panels(cells: list[Cell], margin: tuple[float, float] | None) -> list[Panel
         Panel("by exposures", "exposures of each fact", y, by_exposure, band=margin, **look),
         Panel("by load", load, y, by_load, band=margin, **look),
     ]
+
+
+def measures(found: Sequence[Facts], asked: Asked) -> dict[str, Any]:
+    """Return the bits stored at every load."""
+    (c,) = found
+    fields = ("method", "facts", "exposures", "lr", "bits", "parameters")
+    return {"cells": [{k: getattr(v, k) for k in fields} for v in c.loads]}
+
+
+QUESTION = Question[Facts](
+    estimands=[
+        Estimand(
+            "bits_per_parameter",
+            lambda c: most(c.of_lora),
+            lambda c: c.gates_on_task() + c.gates_on_most(),
+            log=True,
+        ),
+        Estimand(
+            "bits_at_100",
+            lambda c: most(c.hundred),
+            lambda c: (
+                c.gates_on_task()
+                + if_unknown(most(c.hundred), Gate(GateCode.MISSING, "about 100 exposures"))
+            ),
+            log=True,
+        ),
+        Estimand(
+            "unseen_bits",
+            lambda c: exactly(max(c.unseen), len(c.unseen)) if c.unseen else UNKNOWN,
+            lambda c: [] if c.unseen else missing("unseen facts"),
+        ),
+    ],
+    conditions=conditions,
+    sections=sections,
+    measures=measures,
+    split_by=("model",),
+)

@@ -1,13 +1,14 @@
 """Question: how much popular recipes lose against tuned LoRA, and how much fine-tuning forgets.
 
-A recipe's cost is the loss of its own runs at the rate it prescribes (interpolated in ln(rate)
-between the tried rates around it), minus tuned LoRA's at its best rate, as a share of tuned LoRA's
-gain over the base model. Paired by seed.
+A recipe's cost is the loss of its own runs at the learning rate it prescribes (interpolated in
+ln(lr) between the tried ones around it), minus tuned LoRA's at its optimum, as a share of tuned
+LoRA's gain over the base model. Paired by seed.
 """
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,260 +16,421 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, number, rate, signed, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
-from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import (
-    likely_rates,
+    AtBest,
+    AtLr,
+    best_and_draws,
+    cost_of,
+    gates_on_cost,
+    losses_at,
     losses_at_best,
+    mixed,
     over_seeds,
+    pooled_over,
     values_at_best,
+    weights,
 )
-from analysis.measures.at_rate import AtRate, losses_at, lost_at
-from analysis.measures.efficiency import at_best, rho
-from analysis.measures.retention import at_equal_learning, frontier, retained
+from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
-    Analysis,
-    Measured,
+    UNKNOWN,
+    Asked,
+    Condition,
+    Estimand,
     Panel,
+    Question,
     Rows,
     Section,
     Series,
-    correct,
-    fewest_seeds,
     gates_on,
     gates_on_speed,
-    judge_claims,
     lora_of,
-    pooled_over,
-    without_an_arm,
+    missing,
 )
-from analysis.runs.lr_curves import full_names, lr_curves
+from analysis.runs.lr_curves import full_names, lr_curves, runs_of
 
-ESTIMANDS = (
-    "attention_at_full_lr",
-    "alpha_twice_rank",
-    "default_rate",
-    "original",
-    "ten_times",
-    "small_data_rank",
-    "retention",
-    "retention_equal",
-)
-LOG_ESTIMANDS = ("small_data_rank",)
+EVERY_LAYER = "attention+mlp+unembedding"
 RECIPES = {
-    "attention_at_full_lr": "attention only,\nFullFT's rate",
+    "attention_at_full_lr": "attention only,\nFullFT's LR",
     "alpha_twice_rank": "alpha = 2r",
     "default_rate": "attention and\nMLP at 2e-4",
     "original": "attention,\nalpha = r,\n2e-4, decayed",
-    "ten_times": "10x FullFT's\nrate",
+    "ten_times": "10x FullFT's\nLR",
 }
-"""Names in the figure."""
+"""Estimands, and their names in the figure."""
+STEPS = 200
+"""Number of learning rates at which equal learning is searched for."""
+LOSSES = ("test", "after", "before")
+Losses = dict[str, float]
+"""A run's losses in nats: on the new task (test), on the pretraining task (after, before), and the
+increase of the latter (lost)."""
 
 
-def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge every recipe against tuned LoRA, rank on small data, and retention."""
-    main = _main_dataset(table)
-    is_main = table["dataset"] == main
-    optima = fit_all(lr_curves(table[is_main]))
-    few = [] if is_main.all() else fit_all(lr_curves(table[~is_main]))
-    group = f"{table['model'].iloc[0]} on {main}"
-    full = _one(optima, method="fullft")
-    tuned = _one(
-        optima, method="lora", layers="attention+mlp+unembedding", alpha=32.0, schedule="constant"
-    )
-    if full is None or tuned is None:
-        missing = "fullft" if full is None else "lora, tuned"
-        return without_an_arm(question, optima, missing, ESTIMANDS, LOG_ESTIMANDS, group)
-    gain = tuned.curve.nll_start - (tuned.best_nll or math.nan)
-    measured, recipes = _recipes(table, question, optima, full, tuned, gain)
-    measured["small_data_rank"], few_rows = _few(table, few)
-    of_retention, forgotten = _retention(table, optima, full, tuned)
-    measured |= of_retention
-    seeds = fewest_seeds([full, tuned])
-    verdicts = correct(judge_claims(question, measured, LOG_ESTIMANDS, group, seeds), question)
-    sections = [recipes, Section("Few rows, many epochs", few_rows), forgotten]
-    measures = {
-        "shares": {k: e.plain() for k, (e, _) in measured.items()},
-        "read": {"retention_equal": f"{measured['retention_equal'][0].n} seed(s)"},
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe's curve at the learning rate that it prescribes."""
+
+    optimum: Optimum | None
+    lrs: list[float]
+    """The prescribed learning rate, and draws of it if it has an error itself."""
+    at: AtLr
+    share: Estimate
+    """What it loses against tuned LoRA, as a share of tuned LoRA's gain."""
+
+
+@dataclass(frozen=True)
+class Recipes(Condition):
+    """The recipes, tuned LoRA and full fine-tuning on a model's main data set."""
+
+    every: pd.DataFrame
+    """Runs on all data sets."""
+    main: list[Optimum]
+    """Curves on the main data set."""
+    few: list[Optimum]
+    """Curves on the data set of few rows."""
+
+    @property
+    def missing(self) -> str:
+        if self.one(method="fullft") is None:
+            return "fullft"
+        return "lora, tuned" if self._tuned is None else ""
+
+    @property
+    def rests(self) -> list[Optimum]:
+        return [self.full, self.tuned]
+
+    def one(self, **wanted: Any) -> Optimum | None:
+        """Return the curve with these settings that has the most runs."""
+
+        def setting(o: Optimum, k: str) -> Any:
+            value = o.curve.key.get(k)
+            return EVERY_LAYER if k == "layers" and value == "all" else value
+
+        found = [o for o in self.main if all(setting(o, k) == v for k, v in wanted.items())]
+        return max(found, key=lambda o: len(o.curve.x), default=None)
+
+    @property
+    def full(self) -> Optimum:
+        found = self.one(method="fullft")
+        assert found is not None
+        return found
+
+    @cached_property
+    def _tuned(self) -> Optimum | None:
+        return self.one(method="lora", layers=EVERY_LAYER, alpha=32.0, schedule="constant")
+
+    @property
+    def tuned(self) -> Optimum:
+        """Tuned LoRA."""
+        assert self._tuned is not None
+        return self._tuned
+
+    @property
+    def gain(self) -> float:
+        """What tuned LoRA gains over the base model, in nats."""
+        return self.tuned.curve.nll_start - (self.tuned.best_nll or math.nan)
+
+    @cached_property
+    def recipes(self) -> dict[str, Recipe]:
+        """What each recipe loses as a share of tuned LoRA's gain."""
+        one, rank = self.one, float(self.tuned.curve.key["rank"])
+        of_full, of_tuned = best_and_draws(self.full, 1), best_and_draws(self.tuned, 0)
+        attention = one(method="lora", layers="attention", schedule="constant")
+        arms: dict[str, tuple[Optimum | None, list[float]]] = {
+            "attention_at_full_lr": (attention, of_full),
+            "alpha_twice_rank": (one(method="lora", alpha=2 * rank), of_tuned),
+            "default_rate": (one(method="lora", layers="attention+mlp"), [2e-4]),
+            "original": (one(method="lora", schedule="linear"), [2e-4]),
+            "ten_times": (self.tuned, [10 * lr for lr in of_full]),
+        }
+        (reference,), gain = losses_at_best([self.tuned]), self.gain
+        losses = {name: losses_at(o, lrs) for name, (o, lrs) in arms.items()}
+        costs = {
+            name: at.losses.paired(reference, lambda a, b: (a - b) / gain)
+            for name, at in losses.items()
+        }
+        pooled = pooled_over(costs.values())
+        return {
+            name: Recipe(*arms[name], at, cost_of(at, costs[name], pooled))
+            for name, at in losses.items()
+        }
+
+    # ---- few rows
+
+    @property
+    def few_ends(self) -> list[Optimum]:
+        """The lowest and the highest rank on few rows; empty without two."""
+        lora = lora_of(self.few)
+        return [lora[0], lora[-1]] if len(lora) > 1 else []
+
+    def few_speed(self) -> Estimate:
+        """Return rho of the lowest rank against the highest on few rows."""
+        return rho(*curves_at_best(self.every, self.few_ends)) if self.few_ends else UNKNOWN
+
+    # ---- the pretraining task
+
+    @property
+    def is_retained(self) -> bool:
+        """Whether the pretraining task was evaluated."""
+        return "retain_nll" in self.every and not self.every["retain_nll"].isna().all()
+
+    @cached_property
+    def retained(self) -> dict[int, AtBest[Losses]]:
+        """Losses on both tasks at the optimum, by the curve's id."""
+        return dict(zip(map(id, self.main), values_at_best(self.runs, self.main, losses_of)))
+
+    def lost(self, o: Optimum) -> AtBest[float]:
+        """Return the increase of the loss on the pretraining task at a curve's optimum."""
+        return self.retained[id(o)].map(lambda v: v["lost"])
+
+    @cached_property
+    def retention(self) -> Estimate:
+        """What tuned LoRA forgets over what full fine-tuning forgets."""
+        if not self.is_retained:
+            return UNKNOWN
+        return over_seeds(self.lost(self.tuned).paired(self.lost(self.full), lambda x, y: x / y))
+
+    @cached_property
+    def equal(self) -> AtBest[Losses]:
+        """Full fine-tuning where it has learned as much as tuned LoRA."""
+        return at_equal_learning(self.runs, self.full, self.tuned)
+
+    @cached_property
+    def retention_equal(self) -> Estimate:
+        """What tuned LoRA forgets over what full fine-tuning forgets at equal learning."""
+        if not self.is_retained:
+            return UNKNOWN
+        return over_seeds(self.equal.map(lambda v: v["lora"] / v["lost"]))
+
+    def gates_on_equal(self) -> list[Gate]:
+        """Return a gate if full fine-tuning learned as much as LoRA in too few seeds."""
+        both = self.lost(self.tuned).best.keys() & self.lost(self.full).best.keys()
+        needed, n = max(len(both), MIN_SEEDS), self.retention_equal.n
+        return [] if n >= needed else [Gate(GateCode.FEW_SEEDS_AS_GOOD, f"{n} of {needed}")]
+
+
+# ---------------------------------------------------------------- what is forgotten
+
+
+def losses_of(row: pd.Series) -> Losses:
+    """Return a run's losses on both tasks; empty if the pretraining task was not evaluated."""
+    if pd.isna(row["retain_nll"]):
+        return {}
+    return {
+        "test": float(row["test_nll"]),
+        "after": float(row["retain_nll"]),
+        "before": float(row["retain_start"]),
+        "lost": float(row["retain_nll"] - row["retain_start"]),
     }
-    return Analysis(optima + few, verdicts, sections, measures, {group: [full, tuned]})
 
 
-def _main_dataset(table: pd.DataFrame) -> str:
-    """Return the data set shared by tuned LoRA, the recipes and full fine-tuning.
+def frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> dict[float, Losses]:
+    """Return what a curve's finished runs learned and forgot, by increasing learning rate.
 
-    It is the one with the most arms.
+    Args:
+        seed: of this seed only; None: the mean over seeds.
     """
+    found: dict[float, list[Losses]] = {}
+    for _, row in runs_of(table[table["status"] == "done"], o.curve).iterrows():
+        if seed in (None, row["seed"]) and (losses := losses_of(row)):
+            found.setdefault(float(row["lr"]), []).append(losses)
+    return {
+        lr: {k: float(np.mean([v[k] for v in found[lr]])) for k in found[lr][0]}
+        for lr in sorted(found)
+    }
+
+
+def at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> AtBest[Losses]:
+    """Return what full fine-tuning forgets when it has learned as much as tuned LoRA, by seed.
+
+    That is at the lowest learning rate, up to its optimum, at which its loss on the new task equals
+    tuned LoRA's of the same seed. Seeds without such a learning rate are left out. A draw is left
+    out if the seeds that have one there differ from those at the optimum: the mean would otherwise
+    be over seeds selected by what they learned.
+    """
+    (runs,) = values_at_best(table, [tuned], losses_of)
+    paths = {s: frontier(table, full, s) for s in runs.best}
+    full_lr = full.best_lr.value
+    if full_lr is None:
+        return AtBest({})
+
+    def equal(by_seed: dict[int, Losses]) -> dict[int, Losses]:
+        found = {
+            s: _where_equal(paths[s], full_lr, mine) for s, mine in by_seed.items() if paths.get(s)
+        }
+        return {s: v for s, v in found.items() if v}
+
+    best = equal(runs.best)
+    draws = (w if w.keys() == best.keys() else {} for w in map(equal, runs.draws))
+    return AtBest(best, tuple(draws))
+
+
+def _where_equal(path: dict[float, Losses], best: float, mine: Losses) -> Losses:
+    """Return full fine-tuning's losses at the lowest LR at which it has learned as much as LoRA.
+
+    Interpolated in ln(lr), up to the optimum; empty if there is no such learning rate.
+
+    Args:
+        path: full fine-tuning's losses by learning rate.
+        mine: LoRA's losses.
+    """
+    by_lr = {math.log(lr): v for lr, v in path.items()}
+    heights = {x: v["test"] for x, v in by_lr.items()}
+    before: Losses = {}
+    for x in np.linspace(min(by_lr), math.log(best), STEPS):
+        here = mixed(by_lr, weights(list(by_lr), float(x), heights))
+        if here["test"] <= mine["test"]:
+            return {**here, "lr": math.exp(x), "lora": mine["lost"]} if before else {}
+        before = here
+    return {}
+
+
+def conditions(table: pd.DataFrame) -> list[Recipes]:
+    """Return the one condition of a model, on the data set with the most arms."""
     arms = table.groupby("dataset").apply(
         lambda p: p[["method", "layers", "alpha", "schedule"]].drop_duplicates().shape[0]
     )
-    return str(arms.idxmax())
+    main = str(arms.idxmax())
+    is_main = table["dataset"] == main
+    optima = fit_all(lr_curves(table[is_main]))
+    few = [] if is_main.all() else fit_all(lr_curves(table[~is_main]))
+    name = f"{table['model'].iloc[0]} on {main}"
+    return [Recipes(name, table, optima + few, table, optima, few)]
 
 
-def _one(optima: Sequence[Optimum], **wanted: Any) -> Optimum | None:
-    def key(o: Optimum, k: str) -> Any:
-        value = o.curve.key.get(k)
-        return "attention+mlp+unembedding" if k == "layers" and value == "all" else value
-
-    found = [o for o in optima if all(key(o, k) == v for k, v in wanted.items())]
-    return max(found, key=lambda o: len(o.curve.x), default=None)
+# ---------------------------------------------------------------- the report
 
 
-def _rates(o: Optimum, which: int) -> list[float]:
-    """Return a curve's best rate and likely rates; empty if the best rate is unknown."""
-    return [] if o.best_lr.value is None else [o.best_lr.value, *likely_rates(o, which)]
+def sections(found: Sequence[Recipes], asked: Asked) -> list[Section]:
+    """Return the recipes' costs, few rows, and what is forgotten."""
+    (c,) = found
+    rows: Rows = []
+    if c.few_ends:
+        rows = [["curve", "best LR [95%]", "best NLL", "flags"]]
+        for o in c.few:
+            lr, flags = with_interval(o.best_lr, rate), ", ".join(o.flags) or "-"
+            rows.append([o.curve.name, lr, number(o.best_nll, 5), flags])
+    return [_costs(c), Section("Few rows, many epochs", rows), _forgotten(c)]
 
 
-def _recipes(
-    table: pd.DataFrame,
-    question: dict[str, Any],
-    optima: Sequence[Optimum],
-    full: Optimum,
-    tuned: Optimum,
-    gain: float,
-) -> tuple[Measured, Section]:
-    """Return what each recipe loses as a share of tuned LoRA's gain, and the report's section."""
-    rank, gates = float(tuned.curve.key["rank"]), gates_on([full, tuned])
-    of_full, of_tuned = _rates(full, 1), _rates(tuned, 0)
-    attention = _one(optima, method="lora", layers="attention", schedule="constant")
-    arms: dict[str, tuple[Optimum | None, list[float]]] = {
-        "attention_at_full_lr": (attention, of_full),
-        "alpha_twice_rank": (_one(optima, method="lora", alpha=2 * rank), of_tuned),
-        "default_rate": (_one(optima, method="lora", layers="attention+mlp"), [2e-4]),
-        "original": (_one(optima, method="lora", schedule="linear"), [2e-4]),
-        "ten_times": (tuned, [10 * lr for lr in of_full]),
-    }
-    (reference,) = losses_at_best([tuned])
-    losses = {name: losses_at(o, at) for name, (o, at) in arms.items()}
-    given_up = {
-        name: at.losses.paired(reference, lambda a, b: (a - b) / gain)
-        for name, at in losses.items()
-    }
-    pooled = pooled_over(given_up.values())
-    highest = {c["estimand"]: float(c["margin"][1]) for c in question["claims"].values()}
-    measured: Measured = {}
-    head = ["recipe", "rate", "read at", "loss given up (nats)", "share of tuned LoRA's gain [95%]"]
-    rows: Rows = [[*head, "seeds", "at its own best rate (nats)"]]
-    for name, (o, at) in arms.items():
-        share, stops = lost_at(o, losses[name], given_up[name], highest.get(name, math.inf), pooled)
-        measured[name] = (share, [*gates, *stops])
-        own = None if o is None or o.best_nll is None or o is tuned else o.best_nll - tuned.best_nll
-        rows.append(
-            [
-                name.replace("_", " "),
-                rate(at[0]) if at else "-",
-                _read_at(losses[name]),
-                signed(None if share.value is None else share.value * gain),
-                with_interval(share),
-                str(share.n),
-                signed(own),
-            ]
-        )
+def _costs(c: Recipes) -> Section:
+    head = ["recipe", "LR", "read at", "regret (nats)", "share of tuned LoRA's gain [95%]"]
+    rows: Rows = [[*head, "seeds", "at its own optimal LR (nats)"]]
+    for name, r in c.recipes.items():
+        o, share, own = r.optimum, r.share, None
+        if o is not None and o.best_nll is not None and o is not c.tuned:
+            own = o.best_nll - c.tuned.best_nll
+        lr = rate(r.lrs[0]) if r.lrs else "-"
+        nats = signed(None if share.value is None else share.value * c.gain)
+        shown = [with_interval(share), str(share.n), signed(own)]
+        rows.append([name.replace("_", " "), lr, _read_at(r.at), nats, *shown])
     text = (
-        f"Tuned LoRA (rank {rank:g}) gains {number(gain)} nats over the base. A recipe whose rate "
-        "was not tried is interpolated in ln(rate) between the rates around it. Next to a rate "
-        "that diverged the nearest rate counts, and the recipe gives up at least that much."
+        f"Tuned LoRA (rank {float(c.tuned.curve.key['rank']):g}) gains {number(c.gain)} nats over "
+        "the base. A recipe whose LR was not tried is interpolated in ln(lr) between the LRs "
+        "around it. Next to an LR that diverged the nearest LR counts, and the recipe loses at "
+        "least that much."
     )
-    panels, caption = [_bars(measured)], "what recipes give up"
-    return measured, Section("Recipes", rows, [text], "recipes.png", panels, caption)
+    shares = [r.share for r in c.recipes.values()]
+    bars = Series.of("", range(len(shares)), shares, style="o", colour=1)
+    ticks = [(float(i), RECIPES[k]) for i, k in enumerate(c.recipes)]
+    title, margin = "regret as a share of tuned LoRA's gain", (-0.05, 0.05)
+    panel = Panel(title, "", "share", [bars], band=margin, ticks=ticks)
+    return Section("Recipes", rows, [text], "recipes.png", [panel], "regret of recipes")
 
 
-def _read_at(at: AtRate) -> str:
+def _read_at(at: AtLr) -> str:
     near = []
-    if any(at.near_broken):
-        share = f"{np.mean(at.near_broken):.0%}"
-        near = [f"next to a rate that diverged, at {share} of the likely rates"]
+    if any(at.near_diverged):
+        share = f"{np.mean(at.near_diverged):.0%}"
+        near = [f"next to an LR that diverged, in {share} of the posterior draws"]
     return ", ".join([*map(rate, at.read_at), *near]) or "-"
 
 
-def _few(table: pd.DataFrame, few: Sequence[Optimum]) -> tuple[tuple[Estimate, list[Gate]], Rows]:
-    """Return rho of the lowest rank against the highest on few rows, its gates, and a table."""
-    lora = lora_of(few)
-    if len(lora) < 2:
-        return (Estimate(None), [Gate(GateCode.MISSING, "two ranks on few rows")]), []
-    low, high = at_best(table, [lora[0], lora[-1]])
-    rows = [["curve", "best LR [95%]", "best NLL", "flags"]]
-    for o in few:
-        flags = ", ".join(o.flags) or "-"
-        rows.append([o.curve.name, with_interval(o.best_lr, rate), number(o.best_nll, 5), flags])
-    return (rho(low, high), gates_on_speed([lora[0], lora[-1]])), rows
-
-
-FORGOTTEN = (
-    "curve",
-    "at LR",
-    "test NLL on the new task",
-    "NLL on the pretraining task",
-    "before",
-    "forgotten (nats) [95%]",
-)
-LOSSES = ("test", "after", "before")
-
-
-def _retention(
-    table: pd.DataFrame, optima: Sequence[Optimum], full: Optimum, tuned: Optimum
-) -> tuple[Measured, Section]:
-    """Return what tuned LoRA forgets of the pretraining task over what full fine-tuning forgets.
-
-    With full fine-tuning at its best rate, and at the lower rate at which it has learned as much.
-    """
+def _forgotten(c: Recipes) -> Section:
     title = "What is forgotten"
-    if "retain_nll" not in table or table["retain_nll"].isna().all():
-        nothing = (Estimate(None), [Gate(GateCode.MISSING, "the pretraining task")])
-        return {"retention": nothing, "retention_equal": nothing}, Section(title)
-    rows: Rows = [list(FORGOTTEN)]
+    if not c.is_retained:
+        return Section(title)
+    head = ["curve", "at LR", "test NLL on the new task", "NLL on the pretraining task", "before"]
+    rows: Rows = [[*head, "forgotten (nats) [95%]"]]
     series: list[Series] = []
-    found = dict(zip(map(id, optima), values_at_best(table, optima, retained)))
-    lost = {key: runs.map(lambda v: v["lost"]) for key, runs in found.items()}
-    pooled = pooled_variance([list(v.best.values()) for v in lost.values()])
-    for o, name in zip(optima, full_names([o.curve for o in optima])):
-        runs = found[id(o)].best.values()
+    pooled = pooled_over(c.lost(o) for o in c.main)
+    for o, name in zip(c.main, full_names([o.curve for o in c.main])):
+        runs = c.retained[id(o)].best.values()
         if not runs:
             continue
         mean = {k: float(np.mean([v[k] for v in runs])) for k in LOSSES}
-        cells = [name, rate(o.best_lr.value), *(number(mean[k], 4) for k in LOSSES)]
-        rows.append([*cells, with_interval(over_seeds(lost[id(o)], pooled))])
-        if o in (full, tuned):
-            series += _path(o.curve.name, frontier(table, o), mean, len(series))
-    share = over_seeds(lost[id(tuned)].paired(lost[id(full)], lambda x, y: x / y))
-    equal = at_equal_learning(table, full, tuned)
-    alike = over_seeds(equal.map(lambda v: v["lora"] / v["lost"]))
-    for seed, v in equal.best.items():
+        forgotten = with_interval(over_seeds(c.lost(o), pooled))
+        losses = [number(mean[k], 4) for k in LOSSES]
+        rows.append([name, rate(o.best_lr.value), *losses, forgotten])
+        if o in (c.full, c.tuned):
+            series += _path(o.curve.name, frontier(c.runs, o), mean, len(series))
+    for seed, v in c.equal.best.items():
         name = (
-            "full fine-tuning at the lower rate at which it has learned as much as tuned LoRA: "
-            f"seed {seed}, for which LoRA forgot {number(v['lora'])}"
+            "full fine-tuning at the lower LR at which it has learned as much as tuned LoRA: seed "
+            f"{seed}, for which LoRA forgot {number(v['lora'])}"
         )
-        cells = [name, rate(v["lr"]), *(number(v[k], 4) for k in LOSSES)]
-        rows.append([*cells, number(v["lost"])])
-    gates = gates_on([full, tuned])
-    needed = max(len(lost[id(tuned)].best.keys() & lost[id(full)].best.keys()), MIN_SEEDS)
-    few = [Gate(GateCode.FEW_SEEDS_AS_GOOD, f"{alike.n} of {needed}")] if alike.n < needed else []
+        losses = [number(v[k], 4) for k in LOSSES]
+        rows.append([name, rate(v["lr"]), *losses, number(v["lost"])])
     learned, kept = "test NLL on the new task (nats)", "NLL on the pretraining task (nats)"
-    panel = Panel("one point a rate, mean over seeds", learned, kept, series)
-    caption = "what is left of the pretraining task, against what is learned of the new one"
-    panels = [panel] if series else []
-    return (
-        {"retention": (share, gates), "retention_equal": (alike, gates + few)},
-        Section(title, rows, [], "retention.png", panels, caption),
-    )
+    panel = Panel("one point per LR, mean over seeds", learned, kept, series)
+    caption = "loss on the pretraining task, against the loss on the new one"
+    return Section(title, rows, [], "retention.png", [panel] if series else [], caption)
 
 
-def _path(
-    name: str, path: Sequence[dict[str, float]], mean: dict[str, float], colour: int
-) -> list[Series]:
-    """Return series of a curve's losses on both tasks, over its rates and at its best rate."""
-    label, best = f"{name}, low to high rate", f"{name} at its best rate"
-    learned, left = [v["test"] for v in path], [v["after"] for v in path]
+def _path(name: str, path: dict[float, Losses], mean: Losses, colour: int) -> list[Series]:
+    """Return series of a curve's losses on both tasks, over its LRs and at its optimum."""
+    learned, left = ([v[k] for v in path.values()] for k in ("test", "after"))
+    star: dict[str, Any] = {"style": "*", "colour": colour, "size": 15}
     return [
-        Series(label, learned, left, colour=colour),
-        Series(best, [mean["test"]], [mean["after"]], style="*", colour=colour, size=15),
+        Series(f"{name}, low to high LR", learned, left, colour=colour),
+        Series(f"{name} at its optimal LR", [mean["test"]], [mean["after"]], **star),
     ]
 
 
-def _bars(measured: Measured) -> Panel:
-    shown = [(k, e) for k, (e, _) in measured.items() if k in RECIPES]
-    bars = Series.of("", range(len(shown)), [e for _, e in shown], style="o", colour=1)
-    ticks = [(float(i), RECIPES[k]) for i, (k, _) in enumerate(shown)]
-    title, margin = "share of tuned LoRA's gain that is given up", (-0.05, 0.05)
-    return Panel(title, "", "share", [bars], band=margin, ticks=ticks)
+def measures(found: Sequence[Recipes], asked: Asked) -> dict[str, Any]:
+    """Return every estimand."""
+    (c,) = found
+    return {"shares": {e.name: e.measure(c).plain() for e in QUESTION.estimands}}
+
+
+def _recipe(name: str) -> Estimand[Recipes]:
+    """Return a recipe's cost."""
+    return Estimand(
+        name,
+        lambda c: c.recipes[name].share,
+        lambda c: gates_on(c.rests),
+        margin_gates=lambda c, margin: gates_on_cost(
+            c.recipes[name].optimum, c.recipes[name].at, c.recipes[name].share, margin[1]
+        ),
+    )
+
+
+def _if_retained(gates: Callable[[Recipes], list[Gate]]) -> Callable[[Recipes], list[Gate]]:
+    return lambda c: gates(c) if c.is_retained else missing("the pretraining task")
+
+
+QUESTION = Question[Recipes](
+    estimands=[
+        *(_recipe(name) for name in RECIPES),
+        Estimand(
+            "small_data_rank",
+            Recipes.few_speed,
+            lambda c: (
+                gates_on_speed(c.few_ends) if c.few_ends else missing("two ranks on few rows")
+            ),
+            log=True,
+        ),
+        Estimand("retention", lambda c: c.retention, _if_retained(lambda c: gates_on(c.rests))),
+        Estimand(
+            "retention_equal",
+            lambda c: c.retention_equal,
+            _if_retained(lambda c: gates_on(c.rests) + c.gates_on_equal()),
+            read=lambda c: f"{c.retention_equal.n} seed(s)",
+        ),
+    ],
+    conditions=conditions,
+    sections=sections,
+    measures=measures,
+    split_by=("model",),
+)

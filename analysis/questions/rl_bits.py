@@ -1,142 +1,160 @@
 """Question: is rank 1 enough in reinforcement learning because an episode carries few bits.
 
 A bandit's labels are known bits: 4 a context. Rank 1 should tie with full fine-tuning while they
-fit it at 2 bits a parameter, and fall behind beyond. The same labels taught by cross-entropy show
-what the adapter can hold. Each curve is at its own best rate, paired by seed.
+fit it at 2 bits per parameter, and fall behind beyond. The same labels, supervised by
+cross-entropy, show what the adapter can hold. Each curve is at its best stable learning rate,
+paired by seed.
 """
 
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, Verdict, exp_of, number, with_interval
+from analysis.inference.estimate import Estimate, exp_of, number, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, over_seeds
-from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import BITS_PER_PARAMETER
+from analysis.measures.rewards import gates_on_stable, stable, values_at_stable
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
-    Analysis,
-    Measured,
+    UNKNOWN,
+    Asked,
+    Estimand,
     Panel,
+    Question,
     Rows,
     Section,
     Series,
-    claims_about,
-    correct,
     fewest_seeds,
-    full_of,
     gates_on,
-    judge_claims,
-    lora_of,
-    pooled_over,
+    missing,
+    rank_of,
 )
-from analysis.questions.rl.rewards import (
-    BARS,
-    CAPTION,
-    HEAD,
-    HOW,
-    Curves,
-    compared,
-    learning_at_stable,
-    name_of,
-    points_behind,
-    progress,
-    wider,
-)
-from analysis.questions.rl.stable import gates_on_stable, values_at_stable
-from analysis.questions.rl.taught import LABEL_BITS, behind_if_taught, share_known
+from analysis.questions.rl import CAPTION, HEAD, HOW, Rewarded, compared, name_of, progress, ratios
 from analysis.runs.lr_curves import lr_curves, runs_of
 from analysis.runs.table import TableError
 
-BELOW, BEYOND = "points_rank_1_below", "points_rank_1_beyond"
-TAUGHT = "taught_rank_1"
-EPISODE = "bits_per_episode"
-RATIO, RANGE = "lr_ratio", "good_range_ratio"
-ESTIMANDS = (BELOW, BEYOND, TAUGHT, EPISODE, RATIO, RANGE)
-LOG_ESTIMANDS = (EPISODE, RATIO, RANGE)
-NO_CELL = "no cell"
-TAUGHT_STYLE = "+--"
-"""Of lines in the figure: labels learned by cross-entropy."""
+ACTIONS, LABEL_BITS = 16, 4
+"""Labels to choose from, and their bits (lorasweep/data/synthetic/bandit.py)."""
+ALL = 0.99
+"""Share of the labels' bits of which nothing more can be gained at LRs beyond those tried."""
 Bits = dict[int, Estimate]
 """By rank, 0 for full fine-tuning."""
 
 
+def known_share(nll: float) -> float:
+    """Return the share of a label's bits that is known, from its NLL in nats."""
+    return 1 - nll / math.log(ACTIONS)
+
+
+def share_known(o: Optimum) -> AtBest[float]:
+    """Return the share of the labels' bits that is known at the best stable LR, by seed.
+
+    It is 1 where the parabola is below a loss of 0.
+    """
+    found = stable(o.curve)
+    return AtBest({}) if found is None else found.loss.map(lambda nll: min(1, known_share(nll)))
+
+
 @dataclass(frozen=True)
-class Cell:
-    """One number of contexts: curves of rewarded runs, and of runs that were taught the labels."""
+class Contexts(Rewarded):
+    """One number of contexts: curves of rewarded runs and of supervised ones."""
 
     contexts: int
-    group: str
-    full: Optimum | None
-    lora: dict[int, Optimum]
-    taught: dict[int, Optimum]
+    rewarded: list[Optimum]
+    supervised: dict[int, Optimum]
     """By rank; 0: full fine-tuning."""
-    behind: dict[int, AtBest[float]]
-    """LoRA's reward minus full fine-tuning's by rank, in points."""
-    curves: Curves
-    bits: Bits
-    """Learned from rewards: the least information that reaches the reward."""
-    taught_bits: Bits
-    """Learned by cross-entropy: the labels' bits minus the loss."""
-    episode: dict[int, Estimate]
-    """Bits learned a sampled answer, over a whole run, by rank."""
-    load: float | None
-    """The labels' bits over what rank 1 holds at BITS_PER_PARAMETER; None without rank 1."""
 
-    @property
+    @cached_property
     def by_rank(self) -> dict[int, Optimum]:
-        """The curves of rewarded runs by rank; 0: full fine-tuning, which is first."""
-        return {**({0: self.full} if self.full is not None else {}), **self.lora}
+        """The curves of rewarded runs; 0: full fine-tuning."""
+        return {rank_of(o): o for o in self.rewarded}
 
     @property
-    def optima(self) -> list[Optimum]:
-        """The curves of rewarded runs, full fine-tuning first."""
-        return list(self.by_rank.values())
+    def rests(self) -> list[Optimum]:
+        return self.optima
+
+    @property
+    def seeds(self) -> int:
+        return fewest_seeds(list(self.by_rank.values()))
+
+    @cached_property
+    def load(self) -> float | None:
+        """The labels' bits over what rank 1 holds at BITS_PER_PARAMETER; None without rank 1."""
+        if 1 not in self.lora:
+            return None
+        size = float(runs_of(self.runs, self.lora[1].curve)["n_trainable"].mean())
+        return LABEL_BITS * self.contexts / (BITS_PER_PARAMETER * size)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether full fine-tuning and rank 1 are there."""
+        return 0 in self.by_rank and self.load is not None
+
+    @property
+    def is_below(self) -> bool:
+        """Whether rank 1 has room for the labels."""
+        return self.load is not None and self.load < 1
+
+    @cached_property
+    def episode(self) -> Bits:
+        """Bits learned per sampled completion, over a whole run."""
+        learned = {
+            r: values_at_stable(self.runs, o.curve, _learned) for r, o in self.by_rank.items()
+        }
+        return {r: exp_of(over_seeds(v.map(lambda v: v["bits"]))) for r, v in learned.items()}
+
+    @cached_property
+    def bits(self) -> Bits:
+        """Bits learned from rewards: the least information that reaches the reward."""
+        keys = {r: o.curve.key for r, o in self.by_rank.items()}
+        completions = {r: int(k["batch_size"]) * int(k["steps"]) for r, k in keys.items()}
+        return {r: _scaled(e, completions[r]) for r, e in self.episode.items()}
+
+    @cached_property
+    def supervised_bits(self) -> Bits:
+        """Bits learned by cross-entropy: the labels' bits minus the loss."""
+        total = LABEL_BITS * self.contexts
+        return {
+            r: over_seeds(share_known(o).map(lambda share: total * share))
+            for r, o in self.supervised.items()
+        }
+
+    def behind_if_supervised(self) -> Estimate:
+        """Return the percent of the labels' bits that rank 1 knows minus full fine-tuning's."""
+        if not self.supervised.keys() >= {0, 1}:
+            return UNKNOWN
+        one, full = (share_known(self.supervised[r]) for r in (1, 0))
+        return over_seeds(one.paired(full, lambda a, b: 100 * (a - b)))
+
+    def gates_if_supervised(self) -> list[Gate]:
+        """List the gates; a curve that knows ALL of the bits may end at the edge of its LRs."""
+        for rank, arm in ((0, "full fine-tuning"), (1, "rank 1")):
+            if rank not in self.supervised:
+                return missing(f"{arm} by cross-entropy")
+        both = [self.supervised[r] for r in (0, 1)]
+        learning = [o.curve for o in both if not (over_seeds(share_known(o)).value or 0) > ALL]
+        gates = gates_on_stable([o.curve for o in both])
+        seeds = [g for g in gates if g.code == GateCode.FEW_SEEDS]
+        return [*seeds, *(g for g in gates_on_stable(learning) if g not in seeds)]
 
 
-def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge every claim at each number of contexts that it is about."""
-    cells = _cells(table, fit_all(lr_curves(table)))
-    optima = [o for c in cells for o in (*c.optima, *c.taught.values())]
-    verdicts: list[Verdict] = []
-    members: dict[str, list[Optimum]] = {}
-    unasked = set(ESTIMANDS)
-    for cell in cells:
-        members[cell.group] = [*cell.optima, *cell.taught.values()]
-        measured = _measured(cell)
-        unasked -= measured.keys()
-        for estimand in measured:
-            asked = claims_about(question, estimand)
-            seeds = fewest_seeds(cell.optima)
-            verdicts += judge_claims(asked, measured, LOG_ESTIMANDS, cell.group, seeds)
-    for estimand in sorted(unasked):
-        nothing: Measured = {estimand: (Estimate(None), [Gate(GateCode.NO_CELL)])}
-        asked = claims_about(question, estimand)
-        verdicts += judge_claims(asked, nothing, LOG_ESTIMANDS, NO_CELL)
-    ratios = [
-        (c.group, f"rank {r}", ratio_of([o], c.full))
-        for c in cells
-        if c.full is not None
-        for r, o in c.lora.items()
-    ]
-    measures = {"cells": [_plain(c) for c in cells]}
-    sections = [_rewards(cells), _bits(cells)]
-    return Analysis(optima, correct(verdicts, question), sections, measures, members, False, ratios)
+def _learned(run: pd.Series) -> dict[str, float]:
+    """Return ln(bits learned per sampled completion) of a run; empty if it learned none."""
+    bits = json.loads(run["result"]).get("bits_per_answer")
+    return {"bits": math.log(bits)} if bits else {}
 
 
-def _cells(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Cell]:
-    by_contexts: dict[int, list[Optimum]] = {}
-    for o in optima:
-        by_contexts.setdefault(_contexts(table, o), []).append(o)
-    return [_cell(table, n, mine) for n, mine in sorted(by_contexts.items())]
+def _scaled(e: Estimate, factor: float) -> Estimate:
+    low, value, high = (None if v is None else factor * v for v in (e.low, e.value, e.high))
+    return Estimate(value, low, high, e.n, e.flags)
 
 
 def _contexts(table: pd.DataFrame, o: Optimum) -> int:
@@ -151,163 +169,153 @@ def _contexts(table: pd.DataFrame, o: Optimum) -> int:
     return int(data["knobs"]["contexts"])
 
 
-def _cell(table: pd.DataFrame, contexts: int, optima: Sequence[Optimum]) -> Cell:
-    rewarded = [o for o in optima if _is_rewarded(o)]
-    taught = {int(o.curve.key["rank"]): o for o in lora_of(optima) if not _is_rewarded(o)}
-    full = full_of(rewarded)
-    taught_full = full_of([o for o in optima if not _is_rewarded(o)])
-    if taught_full is not None:
-        taught = {0: taught_full, **taught}
-    lora = {int(o.curve.key["rank"]): o for o in lora_of(rewarded)}
-    behind = [] if full is None else points_behind(full, list(lora.values()))
-    known = {**({0: full} if full is not None else {}), **lora}
-    learned = [values_at_stable(table, o.curve, _learned) for o in known.values()]
-    answers = {r: _answers(table, o) for r, o in known.items()}
-    episode = {r: exp_of(over_seeds(_log_bits(v))) for r, v in zip(known, learned)}
-    load = None
-    if 1 in lora:
-        size = float(runs_of(table, lora[1].curve)["n_trainable"].mean())
-        load = LABEL_BITS * contexts / (BITS_PER_PARAMETER * size)
-    group = next(iter(rewarded or optima)).curve.group
-    bits = {r: _scaled(e, answers[r]) for r, e in episode.items()}
-    taught_bits = {
-        r: over_seeds(share_known(o).map(lambda share: LABEL_BITS * contexts * share))
-        for r, o in taught.items()
-    }
-    by_rank, curves = dict(zip(lora, behind)), learning_at_stable(table, known) if known else {}
-    return Cell(
-        *(contexts, group, full, lora, taught, by_rank, curves, bits, taught_bits, episode, load)
-    )
-
-
-def _is_rewarded(o: Optimum) -> bool:
-    return o.curve.key.get("objective") == "policy_gradient"
-
-
-def _learned(run: pd.Series) -> dict[str, float]:
-    """Return ln(bits learned a sampled answer) of a run; empty if it learned none."""
-    bits = json.loads(run["result"]).get("bits_per_answer")
-    return {"bits": math.log(bits)} if bits else {}
-
-
-def _log_bits(values: AtBest[dict[Any, float]]) -> AtBest[float]:
-    return values.map(lambda v: v["bits"])
-
-
-def _answers(table: pd.DataFrame, o: Optimum) -> int:
-    """Return how many answers a run of a curve samples."""
-    return int(o.curve.key["batch_size"]) * int(o.curve.key["steps"])
-
-
-def _scaled(e: Estimate, factor: float) -> Estimate:
-    low, value, high = (None if v is None else factor * v for v in (e.low, e.value, e.high))
-    return Estimate(value, low, high, e.n, e.flags)
-
-
-# ---------------------------------------------------------------- estimands
-
-
-def _measured(cell: Cell) -> Measured:
-    """Return the estimands that this number of contexts answers."""
-    full, one = cell.full, cell.lora.get(1)
-    if full is None or one is None or cell.load is None:
-        absent = [Gate(GateCode.MISSING, "fullft" if full is None else "lora r1")]
-        return {BELOW: (Estimate(None), absent)}
-    at_both = gates_on_stable([full.curve, one.curve])
-    points = over_seeds(cell.behind[1], pooled_over(cell.behind.values()))
-    found: Measured = {BELOW if cell.load < 1 else BEYOND: (points, at_both)}
-    found[EPISODE] = cell.episode[0], gates_on_stable([full.curve])
-    if cell.load < 1:
-        found[TAUGHT] = behind_if_taught(cell.taught.get(0), cell.taught.get(1))
-    top = max(cell.lora)
-    if top > 1:
-        high = cell.lora[top]
-        gates = gates_on([full, high])
-        found[RATIO] = ratio_of([high], full), gates
-        range_ratio, stops = wider(high, full)
-        found[RANGE] = range_ratio, [*gates, *stops]
+def conditions(table: pd.DataFrame) -> list[Contexts]:
+    """Return every number of contexts, rising."""
+    by_contexts: dict[int, list[Optimum]] = {}
+    for o in fit_all(lr_curves(table)):
+        by_contexts.setdefault(_contexts(table, o), []).append(o)
+    found = []
+    for n, optima in sorted(by_contexts.items()):
+        rewarded = [o for o in optima if o.curve.key.get("objective") == "policy_gradient"]
+        rest = [o for o in optima if o.curve.key.get("objective") != "policy_gradient"]
+        name, supervised = (rewarded or rest)[0].curve.group, {rank_of(o): o for o in rest}
+        found.append(Contexts(name, table, [*rewarded, *rest], n, rewarded, supervised))
     return found
 
 
 # ---------------------------------------------------------------- the report
 
 
-def _rewards(cells: Sequence[Cell]) -> Section:
+def sections(found: Sequence[Contexts], asked: Asked) -> list[Section]:
+    """Return rewards by contexts and rank, and the bits learned."""
     rows: Rows = [["contexts", "load of rank 1", *HEAD]]
-    for c in cells:
-        shown = compared(c.full, c.lora, c.behind)
-        rows += [[str(c.contexts), number(c.load), *row] for row in shown]
-    load = "Load: bits of the labels over 2 bits for each parameter of rank 1."
-    run = [c for c in cells if c.optima]
+    for c in found:
+        rows += [[str(c.contexts), number(c.load), *row] for row in compared(c)]
+    text = f"Load: bits of the labels over 2 bits for each parameter of rank 1. {HOW}"
+    run = [c for c in found if c.by_rank]
     ranks = sorted({r for c in run for r in c.curves})
-    panels = [
-        progress(
-            f"{c.contexts} contexts", c.curves, {r: o.curve for r, o in c.by_rank.items()}, ranks
-        )
-        for c in run
-    ]
-    return Section("Rewards", rows, [f"{load} {HOW} {BARS}"], "rewards.png", panels, CAPTION)
+    panels = [progress(f"{c.contexts} contexts", c, ranks) for c in run]
+    return [Section("Rewards", rows, [text], "rewards.png", panels, CAPTION), _bits(found)]
 
 
-def _bits(cells: Sequence[Cell]) -> Section:
-    head = [
-        "contexts",
-        "bits of the labels",
-        "curve",
-        "from rewards [95%]",
-        "bits an episode [95%]",
-    ]
-    rows: Rows = [[*head, "by cross-entropy [95%]"]]
-    for c in cells:
-        for rank in sorted(c.bits.keys() | c.taught_bits.keys()):
+def _bits(found: Sequence[Contexts]) -> Section:
+    head = ["contexts", "bits of the labels", "curve", "from rewards [95%]"]
+    rows: Rows = [[*head, "bits an episode [95%]", "by cross-entropy [95%]"]]
+    for c in found:
+        for rank in sorted(c.bits.keys() | c.supervised_bits.keys()):
             name = f"lora r{rank}" if rank else "fullft"
             row = [str(c.contexts), str(LABEL_BITS * c.contexts), name]
-            nothing = Estimate(None)
-            gained, taught = (
-                with_interval(of.get(rank, nothing), _whole) for of in (c.bits, c.taught_bits)
+            gained, supervised = (
+                with_interval(of.get(rank, UNKNOWN), _whole) for of in (c.bits, c.supervised_bits)
             )
-            rows.append([*row, gained, with_interval(c.episode.get(rank, nothing)), taught])
+            rows.append([*row, gained, with_interval(c.episode.get(rank, UNKNOWN)), supervised])
     text = [
         "From rewards: the least information about the labels that reaches the mean reward (the "
         "rate-distortion function of a uniform source), so a lower bound. By cross-entropy: the "
         "labels' bits minus the loss on them."
     ]
-    needed = [float(LABEL_BITS * c.contexts) for c in cells]
-    return Section("Bits", rows, text, "bits.png", [_panel(cells, needed)], "bits gained")
+    return Section("Bits", rows, text, "bits.png", [_panel(found)], "bits gained")
 
 
 def _whole(value: float | None) -> str:
     return number(value) if value is None else f"{value:,.0f}"
 
 
-def _panel(cells: Sequence[Cell], needed: Sequence[float]) -> Panel:
-    """Draw bits gained over bits needed; a rank has one colour, from rewards and taught."""
+def _panel(found: Sequence[Contexts]) -> Panel:
+    """Draw bits gained over bits needed; a rank has one colour, rewarded and supervised."""
+    needed = [float(LABEL_BITS * c.contexts) for c in found]
 
-    def line(of: Callable[[Cell], Bits], rank: int, **look: Any) -> Series:
-        mine = [(x, of(c)[rank]) for x, c in zip(needed, cells) if rank in of(c)]
-        label = name_of(rank) + (", taught" if look["style"] == TAUGHT_STYLE else "")
-        return Series.of(
-            label, [x for x, _ in mine], [e for _, e in mine], colour=ranks.index(rank), **look
-        )
+    def line(of: Callable[[Contexts], Bits], rank: int, label: str, **look: Any) -> Series:
+        mine = [(x, of(c)[rank]) for x, c in zip(needed, found) if rank in of(c)]
+        x, bits = [x for x, _ in mine], [e for _, e in mine]
+        return Series.of(label, x, bits, colour=ranks.index(rank), **look)
 
-    ranks = sorted({r for c in cells for r in c.bits.keys() | c.taught_bits.keys()})
-    series = [line(lambda c: c.bits, r, style="o-") for r in ranks]
-    taught = sorted({r for c in cells for r in c.taught_bits})
-    series += [line(lambda c: c.taught_bits, r, style=TAUGHT_STYLE, size=8) for r in taught]
-    series.append(Series("all of them", list(needed), list(needed), style=":", colour="grey"))
-    room = [LABEL_BITS * c.contexts / c.load for c in cells if c.load]
-    lines = {"capacity of rank 1, 2 bits a parameter": float(np.mean(room))} if room else {}
-    x, y = "bits needed: those of the labels", "bits gained"
-    title = "each at its best stable rate"
-    return Panel(title, x, y, series, log_x=True, log_y=True, lines=lines)
+    ranks = sorted({r for c in found for r in c.bits.keys() | c.supervised_bits.keys()})
+    series = [line(lambda c: c.bits, r, name_of(r), style="o-") for r in ranks]
+    series += [
+        line(lambda c: c.supervised_bits, r, f"{name_of(r)}, supervised", style="+--", size=8)
+        for r in sorted({r for c in found for r in c.supervised_bits})
+    ]
+    series.append(Series("all of them", needed, needed, style=":", colour="grey"))
+    capacity = [LABEL_BITS * c.contexts / c.load for c in found if c.load]
+    lines = {}
+    if capacity:
+        lines = {"capacity of rank 1, 2 bits a parameter": float(np.mean(capacity))}
+    x, title = "bits needed: those of the labels", "each at its best stable LR"
+    return Panel(title, x, "bits gained", series, log_x=True, log_y=True, lines=lines)
 
 
-def _plain(c: Cell) -> dict[str, Any]:
+def measures(found: Sequence[Contexts], asked: Asked) -> dict[str, Any]:
+    """Return loads, points and bits by contexts and rank."""
     return {
-        "contexts": c.contexts,
-        "load": c.load,
-        "points_behind": {str(r): over_seeds(v).plain() for r, v in c.behind.items()},
-        "bits": {str(r): e.plain() for r, e in c.bits.items()},
-        "bits_per_episode": {str(r): e.plain() for r, e in c.episode.items()},
-        "taught_bits": {str(r): e.plain() for r, e in c.taught_bits.items()},
+        "cells": [
+            {
+                "contexts": c.contexts,
+                "load": c.load,
+                "points_behind": {str(r): over_seeds(v).plain() for r, v in c.behind.items()},
+                "bits": {str(r): e.plain() for r, e in c.bits.items()},
+                "bits_per_episode": {str(r): e.plain() for r, e in c.episode.items()},
+                "taught_bits": {str(r): e.plain() for r, e in c.supervised_bits.items()},
+            }
+            for c in found
+        ]
     }
+
+
+# ---------------------------------------------------------------- estimands
+
+
+def _points(name: str, applies: Callable[[Contexts], bool]) -> Estimand[Contexts]:
+    """Return how far rank 1 is behind, on the contexts for which something holds."""
+
+    def gates(c: Contexts) -> list[Gate]:
+        if not c.is_complete:
+            return missing("lora r1" if 0 in c.by_rank else "fullft")
+        return c.gates_on_stable(0, 1)
+
+    return Estimand(
+        name, lambda c: c.points(1) if c.is_complete else UNKNOWN, gates, False, applies
+    )
+
+
+def _has_top(c: Contexts) -> bool:
+    return c.is_complete and c.top > 1
+
+
+QUESTION = Question[Contexts](
+    estimands=[
+        _points("points_rank_1_below", lambda c: c.is_below or not c.is_complete),
+        _points("points_rank_1_beyond", lambda c: c.is_complete and not c.is_below),
+        Estimand(
+            "taught_rank_1",
+            Contexts.behind_if_supervised,
+            Contexts.gates_if_supervised,
+            applies=lambda c: c.is_complete and c.is_below,
+        ),
+        Estimand(
+            "bits_per_episode",
+            lambda c: c.episode[0],
+            lambda c: c.gates_on_stable(0),
+            log=True,
+            applies=lambda c: c.is_complete,
+        ),
+        Estimand(
+            "lr_ratio",
+            lambda c: c.ratio(c.top),
+            lambda c: gates_on(c.ends(c.top)),
+            log=True,
+            applies=_has_top,
+        ),
+        Estimand(
+            "good_range_ratio",
+            lambda c: c.ranges[c.top][0],
+            lambda c: c.gates_on_range(c.top),
+            log=True,
+            applies=_has_top,
+        ),
+    ],
+    conditions=conditions,
+    sections=sections,
+    measures=measures,
+    ratios=ratios,
+)

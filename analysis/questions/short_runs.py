@@ -1,160 +1,252 @@
-"""Question: is LoRA's best rate a larger multiple in short runs, and does B outgrow A.
+"""Question: is LoRA's optimal learning rate a larger multiple in short runs, and does B outgrow A.
 
 Shorter horizons are prefixes of the same runs. Spectral norms are those at the end of the runs, at
-each curve's best rate.
+each curve's optimal learning rate.
 """
 
-import dataclasses
+import json
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, from_draws, number, rate, with_interval
+from analysis.inference.estimate import (
+    Estimate,
+    exp_of,
+    from_draws,
+    number,
+    rate,
+    with_interval,
+)
+from analysis.measures.at_best import AtBest, over_seeds, pooled_over, values_at_best
 from analysis.measures.ratio import MIN_RANK, ratio_of
-from analysis.measures.spectra import Spectra, spectra_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import (
-    Analysis,
+    TASK,
+    UNKNOWN,
+    Asked,
+    Estimand,
     Panel,
+    Question,
     Rows,
     Section,
     Series,
-    correct,
-    fewest_seeds,
+    TwoArms,
     full_of,
     gates_on,
-    judge_claims,
     lora_of,
-    missing_arm,
 )
 from analysis.runs.lr_curves import lr_curves, title
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 
-ESTIMANDS = ("short_over_long", "sigma_b_over_a", "movement_ratio")
-LOG_ESTIMANDS = ESTIMANDS
 SHORT = 24
 """The short horizon is the first evaluated step from the longest horizon divided by this."""
 SHORTEST = 4
 """Horizons of fewer updates are ignored."""
+Norms = dict[str, dict[str, float]]
+"""Matrix -> a, b, delta (the change) -> spectral norm."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Horizon:
     """The optima of runs cut at one step; `lora` holds the ranks that the claim is about."""
 
     step: int
-    optima: list[Optimum]
     full: Optimum | None
     lora: list[Optimum]
-    ratio: Estimate
+
+    @cached_property
+    def ratio(self) -> Estimate:
+        """LoRA's optimal learning rate over full fine-tuning's."""
+        return ratio_of(self.lora, self.full) if self.full and self.lora else UNKNOWN
+
+    @property
+    def optima(self) -> list[Optimum]:
+        return [*([self.full] if self.full else []), *self.lora]
 
 
-def horizons(table: pd.DataFrame) -> list[Horizon]:
-    """Fit the optima at every step at which all runs were evaluated, and at the end."""
-    last = int(table["steps"].max())
-    out = []
-    for step in [s for s in steps_seen(table) if s >= SHORTEST] + [last]:
-        optima = fit_all(lr_curves(at_step(table, step)))
-        full, lora = full_of(optima), lora_of(optima, MIN_RANK)
-        ratio = ratio_of(lora, full) if full and lora else Estimate(None)
-        out.append(Horizon(step, optima, full, lora, ratio))
+@dataclass(frozen=True)
+class Spectra:
+    """The norms of one curve by seed, and ratios of them."""
+
+    by_seed: dict[int, Norms]
+    growth: Estimate
+    """Norm of B over norm of A, median over matrices."""
+    movement: Estimate
+    """Norm of the change over full fine-tuning's, median over matrices."""
+
+    def median(self, part: str) -> float:
+        """Return the median of a, b or delta over seeds and matrices; NaN if there is none."""
+        values = [v.get(part, math.nan) for m in self.by_seed.values() for v in m.values()]
+        return float(np.median(values))
+
+
+@dataclass(frozen=True)
+class Lengths(TwoArms):
+    """The runs of one model and data set, cut at several horizons."""
+
+    whole: pd.DataFrame
+    """The uncut runs, whose norms are measured."""
+    horizons: list[Horizon]
+    note: str
+    """A sentence about the cut; empty without one."""
+
+    @property
+    def missing(self) -> str:
+        full, lora = self.long.full, self.long.lora
+        return "fullft" if full is None else "" if lora else "lora"
+
+    @property
+    def shown(self) -> bool:
+        return True
+
+    @property
+    def long(self) -> Horizon:
+        """The longest horizon."""
+        return self.horizons[-1]
+
+    @property
+    def short(self) -> Horizon:
+        """The first horizon from the longest one over SHORT."""
+        return next(h for h in self.horizons if h.step >= self.long.step / SHORT)
+
+    @property
+    def rests(self) -> list[Optimum]:
+        return [*self.short.optima, *self.long.optima]
+
+    @cached_property
+    def ends(self) -> list[Optimum]:
+        """The optima of whole runs."""
+        return fit_all(lr_curves(self.whole)) if self.note else self.optima
+
+    @cached_property
+    def spectra(self) -> list[Spectra]:
+        """The norms of the optima of whole runs; growth and movement only for LoRA."""
+        found = [v.map(_by_matrix) for v in values_at_best(self.whole, self.ends, _log_spectra)]
+        none: AtBest[Norms] = AtBest({})
+        is_lora = [o.curve.key["method"] == "lora" for o in self.ends]
+        full = next((v for v, lora in zip(found, is_lora) if not lora), none)
+        lora = [v if lora else none for v, lora in zip(found, is_lora)]
+        grown = [v.map(lambda m: _median_log(m, "b", m, "a")) for v in lora]
+        moved = [v.paired(full, lambda m, f: _median_log(m, "delta", f, "delta")) for v in lora]
+        pooled = [pooled_over(grown), pooled_over(moved)]
+        return [
+            Spectra(v.best, *(exp_of(over_seeds(x, p)) for x, p in zip(ratios, pooled)))
+            for v, *ratios in zip(found, grown, moved)
+        ]
+
+    @property
+    def of_top(self) -> Spectra | None:
+        """The norms of the highest rank; None if they were not recorded."""
+        known = [
+            s
+            for o, s in zip(self.ends, self.spectra)
+            if o.curve.key["method"] == "lora" and s.by_seed
+        ]
+        return known[-1] if known else None
+
+    @property
+    def end(self) -> str:
+        return f"highest rank, after {self.whole['steps'].max():g} updates"
+
+
+def _log_spectra(row: pd.Series) -> dict[tuple[str, str], float]:
+    """Return the logarithms of a run's spectral norms by (matrix, a, b or delta).
+
+    Logarithms interpolate well between learning rates.
+    """
+    spectra = json.loads(row["result"]).get("spectra") or {}
+    return {
+        (matrix, what): math.log(v)
+        for matrix, norms in spectra.items()
+        for what, v in norms.items()
+        if v > 0
+    }
+
+
+def _by_matrix(logs: dict[tuple[str, str], float]) -> Norms:
+    out: Norms = {}
+    for (matrix, what), v in logs.items():
+        out.setdefault(matrix, {})[what] = math.exp(v)
     return out
 
 
-NORMS = (
-    "curve",
-    "spectral norm of A",
-    "of B",
-    "of the change",
-    "B / A [95%]",
-    "change / FullFT's [95%]",
-)
+def _median_log(a: Norms, of: str, b: Norms, over: str) -> float:
+    """Return the median of ln(a / b) over the matrices that both have."""
+    both = [(a[n][of], b[n][over]) for n in a.keys() & b.keys()]
+    return float(np.median([math.log(x / y) for x, y in both if y > 0 and x > 0]))
 
 
-def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
-    """Judge the ratio of the short and the long horizon's ratios, and the spectral norms."""
-    part, cut = while_unsolved(table)
-    found = horizons(part)
-    long = found[-1]
-    short = next(h for h in found if h.step >= long.step / SHORT)
-    group = long.optima[0].curve.group
-    missing = missing_arm(long.full, long.lora)
-    rests = [o for h in (short, long) for o in (*([h.full] if h.full else []), *h.lora)]
-    rests = [] if missing else rests
-    whole = fit_all(lr_curves(table)) if cut else long.optima  # norms are those at the runs' ends
-    lora = lora_of(whole, MIN_RANK)
-    full = [o for o in whole if o.curve.key["method"] == "fullft"]
-    spectra = spectra_of(table, whole)
-    of_lora = [s for o, s in zip(whole, spectra) if o.curve.key["method"] == "lora" and s.by_seed]
-    growth, movement = (
-        (of_lora[-1].growth, of_lora[-1].movement) if of_lora else (Estimate(None), Estimate(None))
-    )
-    measured = {
-        "short_over_long": (_over(short.ratio, long.ratio), gates_on(rests, missing)),
-        "sigma_b_over_a": (growth, gates_on(lora, missing)),
-        "movement_ratio": (movement, gates_on([*full, *lora], missing)),
-    }
-    seeds = fewest_seeds(rests)
-    verdicts = correct(judge_claims(question, measured, LOG_ESTIMANDS, group, seeds), question)
-    ends = f"highest rank, after {table['steps'].max():g} updates"
-    measures = {
-        "horizons": [{"step": h.step, **h.ratio.plain()} for h in found],
-        "read": {
-            "short_over_long": f"{short.step} updates against {long.step}",
-            "sigma_b_over_a": ends,
-            "movement_ratio": ends,
-        },
-    }
-    sections = [
-        _horizons(found, short, [cut] if cut else []),
-        _norms(whole, spectra),
-    ]
-    return Analysis(long.optima, verdicts, sections, measures, {group: rests})
-
-
-def _horizons(found: Sequence[Horizon], short: Horizon, notes: list[str]) -> Section:
-    long = found[-1]
-    of_lora = [f"best LR, {o.curve.name}" for o in long.lora]
-    rows: Rows = [["updates", "best FullFT LR", *of_lora, "ratio [95%]"]]
-    for h in found:
-        of_full = with_interval(h.full.best_lr, rate) if h.full else "-"
-        rates = [with_interval(o.best_lr, rate) for o in h.lora]
-        rows.append([str(h.step), of_full, *rates, with_interval(h.ratio)])
-    text = (
-        f"Short: {short.step} updates; long: {long.step}. The ratio is over the ranks of "
-        f"{MIN_RANK} and more. Shorter runs are the first updates of the longer ones."
-    )
-    line = Series.of("ratio", [h.step for h in found], [h.ratio for h in found], colour=1)
-    study = {"the study, long runs: 10": 10.0, "the study, short runs: 15": 15.0}
-    y = "best LoRA LR / best FullFT LR"
-    of = f"{title(long.optima[0].curve, length=False)}: beginnings of the same runs"
-    panel = Panel(of, "updates", y, [line], log_x=True, log_y=True, lines=study)
-    caption = "ratio of the best rates over the length of the run"
-    return Section("The ratio by horizon", rows, [text, *notes], "horizons.png", [panel], caption)
+def conditions(table: pd.DataFrame) -> list[Lengths]:
+    """Fit the optima at every step at which all runs were evaluated, and at the end."""
+    part, note = while_unsolved(table)
+    last, horizons, optima = int(part["steps"].max()), [], []
+    for step in [s for s in steps_seen(part) if s >= SHORTEST] + [last]:
+        optima = fit_all(lr_curves(at_step(part, step)))
+        horizons.append(Horizon(step, full_of(optima), lora_of(optima, MIN_RANK)))
+    return [Lengths(optima[0].curve.group, part, optima, table, horizons, note)]
 
 
 def _over(a: Estimate, b: Estimate) -> Estimate:
     if a.draws is None or b.draws is None:
-        return Estimate(None)
+        return UNKNOWN
     return from_draws(a.draws / b.draws, a.n + b.n)
 
 
-def _norms(optima: Sequence[Optimum], spectra: Sequence[Spectra]) -> Section:
-    rows: Rows = [list(NORMS)]
-    for o, s in zip(optima, spectra):
-        if s.by_seed:
-            norms = [number(s.median(part)) for part in ("a", "b", "delta")]
-            rows.append([o.curve.name, *norms, with_interval(s.growth), with_interval(s.movement)])
+# ---------------------------------------------------------------- the report
+
+
+def sections(found: Sequence[Lengths], asked: Asked) -> list[Section]:
+    """Return the ratio by horizon, and the spectral norms."""
+    (c,) = found
+    return [_horizons(c), _norms(c)]
+
+
+def _horizons(c: Lengths) -> Section:
+    of_lora = [f"best LR, {o.curve.name}" for o in c.long.lora]
+    rows: Rows = [["updates", "best FullFT LR", *of_lora, "ratio [95%]"]]
+    for h in c.horizons:
+        of_full = with_interval(h.full.best_lr, rate) if h.full else "-"
+        lrs = [with_interval(o.best_lr, rate) for o in h.lora]
+        rows.append([str(h.step), of_full, *lrs, with_interval(h.ratio)])
+    text = (
+        f"Short: {c.short.step} updates; long: {c.long.step}. The ratio is over the ranks of "
+        f"{MIN_RANK} and more. Shorter runs are the first updates of the longer ones."
+    )
+    line = Series.of("ratio", [h.step for h in c.horizons], [h.ratio for h in c.horizons], colour=1)
+    panel = Panel(
+        f"{title(c.optima[0].curve, length=False)}: beginnings of the same runs",
+        "updates",
+        "best LoRA LR / best FullFT LR",
+        [line],
+        log_x=True,
+        log_y=True,
+        lines={"the study, long runs: 10": 10.0, "the study, short runs: 15": 15.0},
+    )
+    notes = [text, c.note] if c.note else [text]
+    caption = "ratio of the optimal LRs over the length of the run"
+    return Section("The ratio by horizon", rows, notes, "horizons.png", [panel], caption)
+
+
+def _norms(c: Lengths) -> Section:
+    known = [(o, s) for o, s in zip(c.ends, c.spectra) if s.by_seed]
+    head = ["curve", "spectral norm of A", "of B", "of the change"]
+    rows: Rows = [[*head, "B / A [95%]", "change / FullFT's [95%]"]]
+    for o, s in known:
+        norms = [number(s.median(part)) for part in ("a", "b", "delta")]
+        rows.append([o.curve.name, *norms, with_interval(s.growth), with_interval(s.movement)])
     caption = "spectral norms of the change, by matrix"
-    panels = _by_matrix([(o, s) for o, s in zip(optima, spectra) if s.by_seed])
-    title = "Spectral norms at the best rates"
-    return Section(title, rows, figure="norms.png", panels=panels, caption=caption)
+    panels = _matrices(known)
+    heading = "Spectral norms at the optimal LRs"
+    return Section(heading, rows, figure="norms.png", panels=panels, caption=caption)
 
 
-def _by_matrix(known: Sequence[tuple[Optimum, Spectra]]) -> list[Panel]:
+def _matrices(known: Sequence[tuple[Optimum, Spectra]]) -> list[Panel]:
     """Draw the change of every matrix that LoRA adapts, for one seed."""
     first = [(o, next(iter(s.by_seed.values()))) for o, s in known]
     lora = [norms for o, norms in first if o.curve.key["method"] == "lora"]
@@ -178,6 +270,48 @@ def _by_matrix(known: Sequence[tuple[Optimum, Spectra]]) -> list[Panel]:
         )
         for o, v in first
     ]
-    title = "one seed, interpolated to each curve's best rate"
     x = f"matrices of a layer from left to right: {of_one}"
-    return [Panel(title, x, "spectral norm of the change", series, log_y=True, ticks=ticks)]
+    heading, y = "one seed, interpolated to each curve's optimal LR", "spectral norm of the change"
+    return [Panel(heading, x, y, series, log_y=True, ticks=ticks)]
+
+
+def measures(found: Sequence[Lengths], asked: Asked) -> dict[str, Any]:
+    """Return the ratio by horizon."""
+    (c,) = found
+    return {"horizons": [{"step": h.step, **h.ratio.plain()} for h in c.horizons]}
+
+
+QUESTION = Question[Lengths](
+    estimands=[
+        Estimand(
+            "short_over_long",
+            lambda c: _over(c.short.ratio, c.long.ratio),
+            lambda c: gates_on(c.rests),
+            log=True,
+            read=lambda c: f"{c.short.step} updates against {c.long.step}",
+        ),
+        Estimand(
+            "sigma_b_over_a",
+            lambda c: c.of_top.growth if c.of_top else UNKNOWN,
+            lambda c: gates_on(lora_of(c.ends, MIN_RANK)),
+            log=True,
+            read=lambda c: c.end,
+        ),
+        Estimand(
+            "movement_ratio",
+            lambda c: c.of_top.movement if c.of_top else UNKNOWN,
+            lambda c: gates_on(
+                [
+                    *(o for o in c.ends if o.curve.key["method"] == "fullft"),
+                    *lora_of(c.ends, MIN_RANK),
+                ]
+            ),
+            log=True,
+            read=lambda c: c.end,
+        ),
+    ],
+    conditions=conditions,
+    sections=sections,
+    measures=measures,
+    split_by=TASK,
+)

@@ -20,7 +20,7 @@ def in_order(kept: Path) -> list[Path]:
     """Return the folders of all kept answers; one that shows others' answers comes after them."""
     folders = sorted(p.parent for p in kept.glob("*/table.parquet"))
     question = {f: json.loads((f / "question.json").read_text()) for f in folders}
-    shows = {f: getattr(question_named(question[f]["analysis"]), "SHOWS", ()) for f in folders}
+    shows = {f: question_named(question[f]["analysis"]).shows for f in folders}
     graph = {f: [g for g in folders if question[g]["name"] in shows[f]] for f in folders}
     return list(TopologicalSorter(graph).static_order())
 

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from analysis.inference.estimate import Estimate, number, rate, with_interval
-from analysis.measures.laws import lr_law
-from analysis.measures.laws.ratio_law import Ratio, ratio_law
-from analysis.measures.ratio import ratio_of
+from analysis.measures import lr_law
+from analysis.measures.ratio import Ratio, ratio_law, ratio_of
 from analysis.optimum.fit import fit_all
 from analysis.report.text import aligned
 from analysis.runs.lr_curves import lr_curves

@@ -32,19 +32,19 @@ def check_claims(sweep: Sweep | None) -> None:
     from analysis.questions.registry import UnknownQuestion, question_named
 
     try:
-        module = question_named(sweep.analysis or "")
+        asked = question_named(sweep.analysis or "")
     except UnknownQuestion as error:
         raise SpecError(unknown("analysis", sweep.analysis, error.known)) from None
-    estimands = module.ESTIMANDS
+    estimands = asked.names
     for name, claim in sweep.claims.items():
         if claim.estimand not in estimands:
             raise SpecError(f"claim {name!r}: {unknown('estimand', claim.estimand, estimands)}")
-        if claim.estimand in module.LOG_ESTIMANDS and not claim.margin[0] > 0:
+        if claim.estimand in asked.logs and not claim.margin[0] > 0:
             raise SpecError(
                 f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. "
                 "Expected a margin above 0."
             )
-        if claim.except_models and not getattr(module, "BY_BASE", False):
+        if claim.except_models and not asked.by_base:
             raise SpecError(
                 f"claim {name!r}: except_models={claim.except_models}, but analysis "
                 f"{sweep.analysis!r} cannot leave out bases. Remove it, or leave the bases out of "
@@ -83,7 +83,7 @@ def _outlooks(
     from analysis.inference.design import outlook
     from analysis.questions.registry import question_named
 
-    ratios = question_named(sweep.analysis).LOG_ESTIMANDS
+    ratios = question_named(sweep.analysis).logs
     seeds, found = planned_seeds(points, sweep.replicate), []
     for name, claim in sweep.claims.items():
         source = next((s for s in scales if claim.at(s).sd is not None), scales[0])

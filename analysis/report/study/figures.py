@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.inference.decide import scale_of
 from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
-from analysis.measures.efficiency import at_best, rho
+from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import rate_means
 from analysis.optimum.optimum import WITHIN, Optimum
@@ -305,7 +305,7 @@ def speeds(runs: pd.DataFrame, to: int) -> Speeds:
     for step in sorted({s for s in (*doubled, to) if s <= to} & evaluated):
         part = at_step(table, step)
         optima = fit_all(lr_curves(part))
-        points = dict(zip(map(id, optima), at_best(part, optima)))
+        points = dict(zip(map(id, optima), curves_at_best(part, optima)))
         full = full_of(optima)
         for o in lora_of(optima) if full is not None else ():
             e = rho(points[id(o)], points[id(full)])

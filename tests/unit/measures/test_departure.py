@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis.measures.at_best import AtBest
-from analysis.measures.departure import Departure, departure, slope_of
+from analysis.measures.speed import Departure, departure, slope_of
 
 RANKS, LAST, FIRST = (1, 2, 4, 8), 256.0, 1.0
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis.measures.at_best import AtBest
-from analysis.measures.efficiency import rho, steps_to_reach
+from analysis.measures.speed import rho, steps_to_reach
 
 
 def test_steps_to_reach_interpolates_in_ln_steps():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.measures.laws.lr_law import by_loss, by_optima, published, regret
+from analysis.measures.lr_law import by_loss, by_optima, published, regret
 from analysis.optimum.fit import fit_all
 from analysis.optimum.valley import linex
 from analysis.runs.lr_curves import LrCurve

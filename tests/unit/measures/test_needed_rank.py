@@ -5,7 +5,7 @@ import math
 import pytest
 
 from analysis.measures.at_best import AtBest
-from analysis.measures.needed_rank import change_of_needed, crossing
+from analysis.measures.regret import change_of_needed, crossing
 
 
 def test_the_needed_rank_lies_where_the_gap_last_falls_to_what_is_allowed():

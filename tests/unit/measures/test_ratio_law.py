@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.measures.laws.ratio_law import Ratio, ratio_law
+from analysis.measures.ratio import Ratio, ratio_law
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from analysis.measures.at_best import AtBest
-from analysis.measures.straight import bend, least_straight, straightness
+from analysis.measures.speed import bend, least_straight, straightness
 
 STEPS = (1, 2, 3, 4, 6, 8, 16, 24, 32, 64, 100, 128)
 

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from analysis.questions.experts import analyse
+from analysis.questions.experts import QUESTION
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.table import TableError
 from lorasweep.config.compose import compose_request
@@ -112,4 +112,4 @@ def test_a_dense_model_is_refused():
         {**row, "lr": lr, "seed": 0, "test_nll": 2 + abs(lr - 2), "n_trainable": 1} for lr in (1, 2)
     ]
     with pytest.raises(TableError, match="does not tell the rank of its experts"):
-        analyse(pd.DataFrame(runs), asked)
+        QUESTION.analyse(pd.DataFrame(runs), asked)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from analysis.measures import layer_sets
+from analysis.questions import layers
 from tests.planted import FULL_LR, GAIN, LORA_LR, World
 
 pytestmark = pytest.mark.slow  # sweeps of hundreds of planted runs
@@ -68,5 +68,5 @@ def test_attention_and_mlp_have_equal_parameters_at_every_scale(compose, scale):
         size[p.spec.method.layers] = p.spec.method.n_trainable(p.spec.model)
     for size in sizes.values():
         assert abs(math.log(size["attention"] / size["mlp"])) < math.log(
-            1 + layer_sets.PARAMETERS_AGREE
+            1 + layers.PARAMETERS_AGREE
         )

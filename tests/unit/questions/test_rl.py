@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from analysis.questions.rl.rewards import good_range
+from analysis.measures.rewards import good_range
 from tests.rewards import START, Rewards, study_of
 
 RATES = (

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.questions.rl.taught import known_share
+from analysis.questions.rl_bits import known_share
 from lorasweep.train.objectives.rollouts import bits_learned
 from tests.rewards import Rewards, study_of
 

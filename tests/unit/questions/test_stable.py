@@ -7,7 +7,7 @@ import pytest
 
 from analysis.inference.gates import GateCode
 from analysis.measures.at_best import over_seeds
-from analysis.questions.rl.stable import collapsed_at_best, gates_on_stable, stable
+from analysis.measures.rewards import collapsed_at_best, gates_on_stable, stable
 from analysis.runs.lr_curves import LrCurve
 
 X = np.log([1, 1.41, 2, 2.83, 4, 5.66])
@@ -33,7 +33,7 @@ def test_the_top_of_a_parabola_comes_back():
     shifts = np.array([-0.02, 0.0, 0.02])
     c = curve([*(valley[:, None] + shifts), [NAN] * 3], [*X, math.log(8)])
     found = stable(c)
-    assert found.rate == pytest.approx(X[2], abs=1e-5)
+    assert found.x == pytest.approx(X[2], abs=1e-5)
     assert found.loss.best == pytest.approx({s: -0.6 + v for s, v in enumerate(shifts)}, abs=1e-5)
     assert not gates_on_stable([c])
 
@@ -48,7 +48,7 @@ def test_where_rewards_rise_up_to_the_cliff_the_last_stable_rate_counts():
     losses = [[v] * 12 for v in rising]
     losses[-1][4:7] = [NAN] * 3  # a quarter collapses at the highest rate
     c = curve(losses)
-    assert stable(c).rate == pytest.approx(X[-2], abs=1e-5)
+    assert stable(c).x == pytest.approx(X[-2], abs=1e-5)
     # In some samples of the seeds the highest rate is stable, so the estimate lies between the two.
     value = over_seeds(stable(c).loss).value
     assert rising[-1] < value < rising[-2] and value - rising[-1] > rising[-2] - value
@@ -65,7 +65,7 @@ def test_a_rate_is_stable_by_its_share_of_collapses_whatever_the_number_of_seeds
     losses = [[v] * seeds for v in (-0.4, -0.5, -0.6, -0.3)]
     losses[2][:lost] = [NAN] * lost
     c = curve(losses, X[:4])
-    assert stable(c).rate == pytest.approx(X[2 if steady else 1], abs=1e-5)
+    assert stable(c).x == pytest.approx(X[2 if steady else 1], abs=1e-5)
     assert collapsed_at_best(c) == ((lost, seeds) if steady else (0, seeds))
 
 
@@ -88,7 +88,7 @@ def test_the_interval_covers_the_choice_of_the_rates():
     assert share == pytest.approx((5 / 6) ** 6, abs=0.03)
     away = {s: abs(v - over_seeds(found.loss).value) for s, v in found.loss.best.items()}
     assert away[3] > 3 * max(v for s, v in away.items() if s != 3) > 0
-    rates, times = np.unique(found.likely.round(4), return_counts=True)
+    rates, times = np.unique(found.draws.round(4), return_counts=True)
     assert dict(zip(rates, times / times.sum())) == pytest.approx(
         {X[1].round(4): 1 - (5 / 6) ** 6, X[2].round(4): (5 / 6) ** 6}, abs=0.12
     )
@@ -102,7 +102,7 @@ def test_a_rate_that_spoils_every_run_does_not_bend_the_parabola():
 
 def test_only_rates_of_all_seeds_count():
     c = curve([[-0.4] * 3, [-0.5] * 3, [-0.9, None, None], [NAN] * 3], X[:4])
-    assert stable(c).rate == pytest.approx(X[1], abs=1e-5)
+    assert stable(c).x == pytest.approx(X[1], abs=1e-5)
     assert stable(curve([[NAN] * 3, [-0.9, None, None]], X[:2])) is None
 
 

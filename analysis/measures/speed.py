@@ -1,0 +1,411 @@
+"""Learning curves of LoRA and full fine-tuning, each at its optimal learning rate.
+
+The step efficiency rho is full fine-tuning's steps to a common loss over LoRA's. A gap in nats
+depends on where on the learning curve it is read; rho does not: 0.9 means that LoRA needs 11% more
+steps. Also here: when a rank falls behind, whether a curve is straight, and whether ranks learn
+equally at first.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.censored import censored_slope, pseudo_values
+from analysis.inference.estimate import Estimate, exp_of, from_draws
+from analysis.inference.seeds import PooledVariance, from_sample
+from analysis.inference.spread import Spread
+from analysis.measures.at_best import AtBest, is_finite, over_seeds, values_at_best
+from analysis.optimum.optimum import Optimum
+from analysis.runs.learning_curves import Points, by_run, same_rows
+from analysis.runs.lr_curves import runs_of
+
+T = TypeVar("T")
+
+
+def curves_at_best(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[AtBest[Points]]:
+    """Return each curve's learning curves by seed, at its optimal learning rate and its draws.
+
+    Step 0 and the last evaluation, which uses more rows, are left out.
+    """
+    learned = by_run(table)
+    found = values_at_best(table, optima, lambda run: dict(same_rows(learned.get(run.name))))
+    return [mine.map(lambda points: sorted(points.items())) for mine in found]
+
+
+def read_to(curves: Sequence[AtBest[Points]]) -> int:
+    """Return the last update of the shortest curve; 0 without curves."""
+    return min(
+        (int(points[-1][0]) for c in curves for points in c.best.values() if points), default=0
+    )
+
+
+# ---------------------------------------------------------------- step efficiency
+
+
+def steps_to_reach(points: Points, loss: float) -> float | None:
+    """Return the step at which a learning curve first reaches a loss; None if it never does.
+
+    Interpolated in ln(step).
+
+    Args:
+        points: [(step, held-out loss), ...].
+    """
+    before: tuple[float, float] | None = None
+    for step, value in points:
+        if value <= loss:
+            if before is None or before[1] <= value:
+                return step
+            share = (before[1] - loss) / (before[1] - value)
+            return math.exp(math.log(before[0]) + share * (math.log(step) - math.log(before[0])))
+        before = (step, value)
+    return None
+
+
+def _reach(one: Points, other: Points) -> tuple[float, int]:
+    """Return ln(steps of `other` / steps of `one`) to the lowest loss that both reach.
+
+    Also returns its kind: 0 a value; -1 an upper bound, because `other` has the loss at its first
+    evaluation already; 1 a lower bound, because `one` has.
+    """
+    loss = max(one[-1][1], other[-1][1])
+    steps, others = steps_to_reach(one, loss), steps_to_reach(other, loss)
+    assert steps is not None and others is not None  # both end at or below it
+    bound = -1 if other[0][1] <= loss else 1 if one[0][1] <= loss else 0
+    return math.log(others / steps), bound
+
+
+def log_rho(one: AtBest[Points], other: AtBest[Points]) -> AtBest[float]:
+    """Return ln(rho) of one curve against another, by seed; +-inf where only a bound is known."""
+
+    def of(a: Points, b: Points) -> float:
+        value, bound = _reach(a, b) if a and b else (math.nan, 0)
+        return bound * math.inf if bound else value
+
+    return one.paired(other, of)
+
+
+def rho(
+    lora: AtBest[Points], full: AtBest[Points], pooled: PooledVariance | None = None
+) -> Estimate:
+    """Return rho from held-out learning curves, paired by seed.
+
+    Steps are counted to the lowest loss that both reach: the higher of their last losses. The
+    interval covers the seeds' spread and the error of the optima; it needs at least two seeds. If
+    in any seed either curve has that loss at its first evaluation, there is only a bound.
+
+    Args:
+        lora: learning curves without step 0 and the last evaluation, as from `curves_at_best`.
+        full: the same of full fine-tuning.
+        pooled: variance over seeds of ln rho, pooled over similar curves.
+    """
+    pairs = [(lora.best[s], full.best[s]) for s in sorted(lora.best.keys() & full.best.keys())]
+    found = [_reach(a, b) for a, b in pairs if a and b]
+    if not found:
+        return Estimate(None)
+    values, bounds = [math.exp(v) for v, _ in found], {bound for _, bound in found} - {0}
+    if bounds:
+        low = min(values) if bounds == {1} else None
+        high = max(values) if bounds == {-1} else None
+        return Estimate(None, low, high, len(found), ("one is there at its first evaluation",))
+    return exp_of(over_seeds(log_rho(lora, full), pooled))
+
+
+def slope_by_rank(logs: dict[int, AtBest[float]]) -> Estimate:
+    """Return the slope of ln(rho) over log2(rank): least squares by seed, then over seeds.
+
+    All ranks are compared with the same curves of full fine-tuning, so the error of its optimum
+    hardly moves the slope. Without a value if any seed has only a bound, or fewer than two ranks.
+
+    Args:
+        logs: `log_rho` by rank.
+    """
+    ranks = sorted(logs)
+    if len(ranks) < 2:
+        return Estimate(None)
+    x = np.log2(ranks) - np.mean(np.log2(ranks))
+    slopes = _by_rank(logs).map(lambda v: float(x @ np.array(list(v.values())) / (x @ x)))
+    if not np.isfinite(list(slopes.best.values())).all():
+        return Estimate(None, n=len(slopes.best), flags=("only_bounds",))
+    return over_seeds(slopes)
+
+
+def _by_rank(values: Mapping[int, AtBest[T]]) -> AtBest[dict[int, T]]:
+    """Return the values of all ranks by seed, for the seeds that all ranks have."""
+    first, *rest = sorted(values)
+    together = values[first].map(lambda v: {first: v})
+    for r in rest:
+        together = together.paired(values[r], lambda found, v, r=r: {**found, r: v})  # type: ignore[misc]
+    return together
+
+
+# ---------------------------------------------------------------- falling behind
+
+DEPARTED = 0.05
+"""A rank has fallen behind when it lacks this share of full fine-tuning's gain over the run (loss
+at the start minus the last loss)."""
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The step from which a curve stays behind, or the range in which it lies."""
+
+    low: float
+    """0 if the curve was behind at its first evaluation already."""
+    high: float
+    """Infinite if the curve was not behind at its last evaluation."""
+
+    @property
+    def never(self) -> bool:
+        """Whether the curve does not fall behind within the run."""
+        return math.isinf(self.high)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the curve is behind at the first evaluation."""
+        return self.low == 0
+
+
+UNKNOWN = Departure(0.0, math.inf)
+"""The two curves have no step in common."""
+
+
+def departure(lora: Points, full: Points, start: float) -> Departure:
+    """Return the step from which LoRA stays behind full fine-tuning by DEPARTED of its gain.
+
+    Interpolated in ln(step). A curve that is not behind at the end falls behind later, if at all;
+    one that always is does so before the first evaluation.
+
+    Args:
+        start: NLL before training, in nats.
+    """
+    other = dict(full)
+    steps = [s for s, _ in lora if s in other]
+    gain = max(start - full[-1][1], 1e-12)
+    lack = [(nll - other[s]) / gain for s, nll in lora if s in other]
+    if not steps:
+        return UNKNOWN
+    if lack[-1] <= DEPARTED:
+        return Departure(steps[-1], math.inf)
+    inside = [k for k, v in enumerate(lack) if v <= DEPARTED]
+    if not inside:
+        return Departure(0.0, steps[0])
+    k = inside[-1]
+    share = (DEPARTED - lack[k]) / (lack[k + 1] - lack[k])
+    at = math.exp(math.log(steps[k]) + share * (math.log(steps[k + 1]) - math.log(steps[k])))
+    return Departure(at, at)
+
+
+def slope_of(left: dict[int, AtBest[Departure]]) -> Estimate:
+    """Return the slope of ln(departure) over log2(rank), from all ranks and seeds.
+
+    A rank that does not fall behind within the run is a right-censored observation: it does so
+    later, and leaving it out would flatten the slope, since these are the high ranks. One that is
+    behind at the first evaluation is left-censored. The line is fitted to all seeds together
+    (`censored_slope`); seeds share their batches over the ranks, so the interval is Student's over
+    the seeds' jackknife pseudo-values, which without censoring are the slopes of the single seeds.
+    The error of full fine-tuning's optimum, which all ranks share, is included: at a higher
+    learning rate full fine-tuning is ahead at first.
+
+    Without a value if fewer than two ranks fall behind where it can be seen.
+    """
+    together = _by_rank(left)
+    by_seed = together.best
+    whole = _slope(by_seed)
+    flags = (
+        ("censored",) if any(d.low != d.high for v in by_seed.values() for d in v.values()) else ()
+    )
+    if not math.isfinite(whole):
+        return Estimate(None, n=len(by_seed), flags=(*flags, "one_rank_departs"))
+    if len(by_seed) < 2:
+        return Estimate(whole, n=len(by_seed), flags=flags)
+    without = [_slope({s: v for s, v in by_seed.items() if s != out}) for out in by_seed]
+    if not np.isfinite(without).all():
+        return Estimate(whole, n=len(by_seed), flags=(*flags, "one_rank_departs"))
+    own = dict(zip(by_seed, pseudo_values(whole, without)))
+    moved = [_slope(drawn) - whole for drawn in together.draws]
+    shifted = tuple({s: v + m for s, v in own.items()} for m in moved)
+    return over_seeds(AtBest(own, shifted), flags=flags)
+
+
+def _slope(by_seed: dict[int, dict[int, Departure]]) -> float:
+    """Return the slope over all seeds and ranks; NaN where it is not determined."""
+    found = [(r, d) for v in by_seed.values() for r, d in v.items() if d != UNKNOWN]
+    low = [math.log(d.low) if d.low > 0 else -math.inf for _, d in found]
+    return censored_slope(
+        [math.log2(r) for r, _ in found], low, [math.log(d.high) for _, d in found]
+    )
+
+
+def envelope(table: pd.DataFrame, o: Optimum) -> Points:
+    """Return the lowest loss over all learning rates at each step.
+
+    Of the seed with the most learning rates.
+    """
+    seeds, counts = np.unique(o.curve.seed, return_counts=True)
+    rows = runs_of(table, o.curve)
+    lowest: dict[float, float] = {}
+    for points in by_run(rows[rows["seed"] == seeds[np.argmax(counts)]]).values():
+        for step, nll in same_rows(points):
+            lowest[step] = min(nll, lowest.get(step, math.inf))
+    return sorted(lowest.items())
+
+
+# ---------------------------------------------------------------- straight in ln(updates)
+
+SPAN = 4
+"""The two spans that are compared are the last factor SPAN of the updates, and the one before."""
+
+
+def bend(points: Points) -> float:
+    """Return ln(fall of the loss in the last span / in the one before).
+
+    0 on a straight line over ln(updates), below 0 where the curve flattens. Losses between
+    evaluations are interpolated in ln(updates). NaN if the loss does not fall in either span, or
+    the curve begins later than the first span.
+    """
+    steps, losses = np.array(points, dtype=float).T if points else (np.zeros(1), np.zeros(1))
+    ends = steps[-1] / np.array([SPAN**2, SPAN, 1.0])
+    if not 0 < steps[0] <= ends[0]:
+        return math.nan
+    first, middle, last = np.interp(np.log(ends), np.log(steps), losses)
+    if not (first > middle > last):
+        return math.nan
+    return math.log((middle - last) / (first - middle))
+
+
+def straightness(curves: AtBest[Points]) -> Estimate:
+    """Return the fall in the last span over that in the one before: 1 on a straight line.
+
+    Over seeds, at the optimum and its draws. Without a value if a seed has none.
+    """
+    bends = curves.map(bend)
+    return exp_of(over_seeds(bends)) if is_finite(bends) else Estimate(None, n=len(bends.best))
+
+
+def least_straight(*curves: AtBest[Points]) -> Estimate:
+    """Return the straightness furthest from 1; without a value if a curve has none."""
+    found = [straightness(c) for c in curves]
+    unknown = [e for e in found if e.value is None]
+    return unknown[0] if unknown else max(found, key=lambda e: abs(math.log(e.value or 1.0)))
+
+
+# ---------------------------------------------------------------- whether ranks start equally
+
+RESAMPLES = 2000
+Draws = dict[int, dict[int, np.ndarray]]
+"""Losses by rank and seed: [draws of A, steps]."""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """One rank compared with the highest."""
+
+    rank: int
+    difference: np.ndarray
+    """Its mean loss minus the highest rank's, in nats, by step."""
+    band: np.ndarray
+    """Half width of the 95% band of the difference of two runs over draws of A, by step."""
+    leaves: float
+    """The step at which the difference leaves the band; infinite if never."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How long the ranks learn equally, against the spread over random draws of A.
+
+    All ranks train at one learning rate, each from at least two draws of A. Ranks differ once they
+    are further apart than two draws of A at the same rank.
+    """
+
+    lr: float
+    top: int
+    """The highest rank, with which the others are compared."""
+    steps: list[float]
+    ranks: list[Apart]
+    first: Estimate
+    """The step at which the first rank leaves its band."""
+    growth: Estimate
+    """Change of the lowest rank's difference per doubling of the updates, in nats; over seeds."""
+
+
+def start_of(table: pd.DataFrame, top: int) -> Start | None:
+    """Compare ranks with the highest, at the learning rate that was run with several draws of A.
+
+    None if fewer than two ranks have more than one draw.
+    """
+    part = table[table["method"] == "lora"]
+    lrs = part.loc[part["init_seed"].fillna(0) > 0, "lr"].unique()
+    found: dict[int, dict[int, list[dict[float, float]]]] = {}
+    for run, points in by_run(part[part["lr"].isin(lrs)]).items():
+        rank, seed = int(part.at[run, "rank"]), int(part.at[run, "seed"])
+        found.setdefault(rank, {}).setdefault(seed, []).append(dict(same_rows(points)))
+    again = {
+        r: {s: draws for s, draws in seeds.items() if len(draws) > 1} for r, seeds in found.items()
+    }
+    again = {r: seeds for r, seeds in again.items() if seeds}
+    if top not in again or len(again) < 2:
+        return None
+    curves = [c for seeds in again.values() for draws in seeds.values() for c in draws]
+    steps = sorted(set.intersection(*map(set, curves)))
+    drawn = {
+        r: {s: np.array([[c[t] for t in steps] for c in draws]) for s, draws in seeds.items()}
+        for r, seeds in again.items()
+    }
+    spread = {
+        r: np.mean([np.var(c, 0, ddof=1) for c in seeds.values()], 0) for r, seeds in drawn.items()
+    }
+    band = {r: 1.96 * np.sqrt(spread[r] + spread[top]) for r in drawn}
+    ranks = [_apart(r, drawn, band[r], top, steps) for r in sorted(drawn.keys() - {top})]
+    first = _first_to_leave(drawn, band, steps)
+    growth = _growth(drawn[min(drawn)], drawn[top], steps)
+    return Start(float(lrs[0]), top, steps, ranks, first, growth)
+
+
+def _apart(rank: int, drawn: Draws, band: np.ndarray, top: int, steps: Sequence[float]) -> Apart:
+    both = sorted(drawn[rank].keys() & drawn[top].keys())
+    apart = np.mean([drawn[rank][s].mean(0) - drawn[top][s].mean(0) for s in both], 0)
+    return Apart(rank, apart, band, _leaves(apart, band, steps))
+
+
+def _growth(
+    low: dict[int, np.ndarray], high: dict[int, np.ndarray], steps: Sequence[float]
+) -> Estimate:
+    """Return the slope of low's loss minus high's over log2(step): least squares, by seed."""
+    x = np.log2(steps) - np.mean(np.log2(steps))
+    both = sorted(low.keys() & high.keys())
+    return from_sample([float(x @ (low[s].mean(0) - high[s].mean(0)) / (x @ x)) for s in both])
+
+
+def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> float:
+    """Return the first step at which two evaluations in a row lie outside the band.
+
+    The last evaluation counts alone. Infinite if there is none.
+    """
+    out = np.abs(apart) > band
+    twice = [i for i in range(len(steps)) if out[i] and (i + 1 == len(steps) or out[i + 1])]
+    return steps[twice[0]] if twice else math.inf
+
+
+def _first_to_leave(drawn: Draws, band: dict[int, np.ndarray], steps: Sequence[float]) -> Estimate:
+    """Return the step at which the first rank leaves its band.
+
+    The interval is from a bootstrap over seeds and, within them, draws of A. A rank that never
+    leaves counts as twice the last step.
+    """
+    top, rng = max(drawn), np.random.default_rng(20251126)
+    seeds = sorted(set.intersection(*(set(v) for v in drawn.values())))
+    found = []
+    for _ in range(RESAMPLES):
+        mine = rng.choice(seeds, len(seeds))
+        mean = {
+            r: np.mean([c[s][rng.integers(0, len(c[s]), len(c[s]))].mean(0) for s in mine], 0)
+            for r, c in drawn.items()
+        }
+        found.append(min(_leaves(mean[r] - mean[top], band[r], steps) for r in drawn if r != top))
+    n = sum(len(draws) for by_seed in drawn.values() for draws in by_seed.values())
+    spread = Spread(len(seeds), "seeds with other draws of A")  # draws of one seed share batches
+    return from_draws(np.minimum(np.array(found), 2.0 * steps[-1]), n, spread=spread)

@@ -1,0 +1,464 @@
+"""Question: is LoRA on attention only worse than on the MLP only, and does attention add anything.
+
+Compares, on every task, the step efficiency rho of each layer set and its loss at the end, each at
+its optimal learning rate; attention and MLP have equal parameters. Every task has its verdicts;
+claims about all tasks stand beside them. Full fine-tuning of the same matrices shows whether the
+order comes from the location.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.correlation import within_groups
+from analysis.inference.estimate import Estimate, exp_of, number, signed, with_interval
+from analysis.inference.gates import Gate, GateCode
+from analysis.inference.seeds import PooledVariance
+from analysis.measures.at_best import AtBest, is_finite, losses_at_best, over_seeds, pooled_over
+from analysis.measures.qualify import stalled
+from analysis.measures.regret import Gap, gain_from, starts_of
+from analysis.measures.speed import curves_at_best, log_rho, rho
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
+from analysis.questions.base import (
+    UNKNOWN,
+    Asked,
+    Condition,
+    Estimand,
+    Panel,
+    Question,
+    Rows,
+    Section,
+    Series,
+    distinct,
+    fewest_seeds,
+    gates_on,
+    gates_on_gap,
+    gates_on_speed,
+    missing,
+)
+from analysis.runs.learning_curves import Points, learning_curves
+from analysis.runs.lr_curves import lr_curves, runs_of, title
+
+EVERY_LAYER = "attention+mlp+unembedding"
+SETS = (
+    "attention",
+    "mlp",
+    "attention+mlp",
+    "attention+unembedding",
+    "mlp+unembedding",
+    EVERY_LAYER,
+)
+PARAMETERS_AGREE = 0.1
+"""Two curves count as equal in size if their trained parameters differ by at most this share."""
+ABSENT = "attention and mlp at equal parameters, or of attention+mlp at mlp's rank"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One layer set of one task, trained with LoRA or by full fine-tuning of its matrices."""
+
+    optimum: Optimum
+    layers: str
+    rank: int | None
+    n_trainable: int
+    points: AtBest[Points]
+    losses: AtBest[float]
+    """Loss at the end by seed, in nats."""
+    share: float | None
+    """Share of full fine-tuning's squared gradient at the start that lies in the layer set."""
+
+    @property
+    def nll(self) -> float | None:
+        """Loss at the optimum, in nats."""
+        return self.optimum.best_nll
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two layer sets that are compared: their arms, rho ratio, and gap in loss."""
+
+    arms: tuple[Arm, Arm]
+    logs: AtBest[float]
+    """ln(rho of the first / rho of the second), by seed."""
+    gap: Gap
+    """The first's loss minus the second's, and full fine-tuning's gain."""
+
+
+@dataclass(frozen=True)
+class Task(Condition):
+    """All arms on one model and data set."""
+
+    whole: Arm | None
+    """Full fine-tuning of everything."""
+    restricted: list[Arm]
+    """Full fine-tuning of some matrices."""
+    adapted: list[Arm]
+    """LoRA on each layer set."""
+    start: dict[int, float] = field(default_factory=dict)
+    """Loss before training by seed, in nats."""
+
+    @property
+    def arms(self) -> list[Arm]:
+        """All arms, full fine-tuning first."""
+        return [*([self.whole] if self.whole else []), *self.restricted, *self.adapted]
+
+    def get(self, layers: str, rank: int | None = None) -> Arm | None:
+        """Return LoRA's arm of a layer set and rank (default: the highest); None without one."""
+        found = [a for a in self.adapted if a.layers == layers and rank in (None, a.rank)]
+        return max(found, key=lambda a: a.rank or 0, default=None)
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Attention against MLP at equal parameters, and MLP against both at equal rank.
+
+        Empty if an arm of either is missing.
+        """
+        equal, both = equal_pair(self.adapted), self.get("attention+mlp")
+        mlp = self.get("mlp", both.rank) if both else None
+        if self.whole is None or equal is None or both is None or mlp is None:
+            return []
+        found, full = [], self.whole
+        for a, b in (equal, (mlp, both)):
+            logs = log_rho(a.points, full.points).minus(log_rho(b.points, full.points))
+            gain = gain_from(self.start, full.losses)
+            nats = a.losses.minus(b.losses)
+            gap = Gap(a.rank or 0, a.optimum, full.optimum, nats, gain, None)
+            found.append(Pair((a, b), logs, gap))
+        return found
+
+    @cached_property
+    def ratios(self) -> list[Estimate]:
+        """The ratio of rho of each pair; its variance is pooled over this task's ratios only.
+
+        Without a value if a seed has only a bound.
+        """
+        pooled = pooled_over(p.logs for p in self.pairs)
+        return [
+            exp_of(over_seeds(p.logs, pooled))
+            if is_finite(p.logs)
+            else Estimate(None, n=len(p.logs.best))
+            for p in self.pairs
+        ]
+
+    def of_pair(self, which: int) -> list[Optimum]:
+        """Return the optima from which a pair's estimands are computed."""
+        if not self.pairs or self.whole is None:
+            return []
+        return [a.optimum for a in (self.whole, *self.pairs[which].arms)]
+
+    @property
+    def rests(self) -> list[Optimum]:
+        return distinct([*self.of_pair(0), *self.of_pair(1)])
+
+    def gates_on_rho(self, used: Sequence[Optimum], ratios: Sequence[Estimate]) -> list[Gate]:
+        """List what forbids a verdict about rho on these optima."""
+        if not self.pairs or self.whole is None:
+            return missing(ABSENT)
+        gates = stalled([self.whole.optimum], [self.whole.points.best]) + gates_on_speed(used)
+        if not gates and any(e.value is None for e in ratios):
+            gates.append(Gate(GateCode.ONLY_BOUNDS))
+        return gates
+
+    def gates_on_gap(self, which: int) -> list[Gate]:
+        """List what forbids a verdict about the gap in loss of a pair."""
+        if not self.pairs:
+            return missing(ABSENT)
+        # A gap holds the optima of one of its arms and of full fine-tuning.
+        return [*gates_on_gap(self.pairs[which].gap), *gates_on(self.of_pair(which)[-1:])]
+
+    def named(self, gates: Sequence[Gate]) -> list[Gate]:
+        """Return the gates with the task's name before their sentences."""
+        return [gate.at(f"{self.name}: ") for gate in gates]
+
+    @cached_property
+    def pooled(self) -> PooledVariance | None:
+        """Variance over seeds of ln(rho), pooled over all arms."""
+        assert self.whole is not None
+        full = self.whole.points
+        return pooled_over(log_rho(b.points, full) for b in (*self.adapted, *self.restricted))
+
+    def speed(self, a: Arm) -> Estimate:
+        """Return rho of an arm."""
+        assert self.whole is not None
+        return rho(a.points, self.whole.points, self.pooled)
+
+
+@dataclass(frozen=True)
+class AllTasks(Condition):
+    """All tasks together."""
+
+    tasks: list[Task]
+
+    @property
+    def parts(self) -> Sequence[Task]:
+        return self.tasks
+
+    @property
+    def shown(self) -> bool:
+        return False
+
+    @property
+    def rests(self) -> list[Optimum]:
+        return distinct(o for t in self.tasks for o in t.rests)
+
+    def trace(self) -> Estimate:
+        """Return the rank correlation of ln(rho) with ln(gradient share), within tasks."""
+        found = []
+        for t in (t for t in self.tasks if t.pairs and t.whole):
+            equal, joint = (p.arms for p in t.pairs)
+            arms = [a for a in (*equal, joint[1]) if a.share]
+            speeds = [_mean_log(log_rho(a.points, t.whole.points).best) for a in arms]
+            found.append([(math.log(a.share), v) for a, v in zip(arms, speeds) if v is not None])
+        return within_groups(found, "layer sets over all tasks")
+
+    def gates_on_trace(self) -> list[Gate]:
+        """List what forbids a verdict about the correlation."""
+        trace, gates = self.trace(), []
+        if trace.value is None:
+            why = f"{trace.n} layer sets over all tasks are too few to correlate"
+            gates = [Gate(GateCode.TASK, why)]
+        for t in self.tasks:
+            gates += t.named(t.gates_on_rho(t.rests, t.ratios))
+        return gates
+
+
+def _mean_log(logs: dict[int, float]) -> float | None:
+    known = [v for v in logs.values() if math.isfinite(v)]
+    return float(np.mean(known)) if known and len(known) == len(logs) else None
+
+
+def equal_pair(adapted: Sequence[Arm]) -> tuple[Arm, Arm] | None:
+    """Return the attention arm and the MLP arm with the most similar numbers of parameters.
+
+    Neither includes the unembedding. None if no pair agrees within PARAMETERS_AGREE.
+    """
+    known = [a for a in adapted if a.n_trainable]
+    both = [(a, m) for a in known if a.layers == "attention" for m in known if m.layers == "mlp"]
+    pairs = [
+        (abs(math.log(a.n_trainable / m.n_trainable)), k, a, m) for k, (a, m) in enumerate(both)
+    ]
+    if not pairs or min(pairs)[0] > math.log(1 + PARAMETERS_AGREE):
+        return None
+    return min(pairs)[2:]
+
+
+def conditions(table: pd.DataFrame) -> list[Task | AllTasks]:
+    """Split a table into tasks and arms, and join all tasks."""
+    optima = fit_all(lr_curves(table))
+    points, losses = curves_at_best(table, optima), losses_at_best(optima)
+    shares = _gradient_shares(table)
+    tasks = []
+    for group in dict.fromkeys(o.curve.group for o in optima):
+        whole, start = None, {}
+        restricted: list[Arm] = []
+        adapted: list[Arm] = []
+        for o, p, ends in zip(optima, points, losses):
+            if o.curve.group != group:
+                continue
+            key, share = o.curve.key, shares.get(group, {})
+            layers = EVERY_LAYER if key["layers"] == "all" else str(key["layers"])
+            total = sum(share.get(s, math.nan) for s in layers.split("+")) if share else None
+            runs, is_full = runs_of(table, o.curve), key["method"] == "fullft"
+            rank, n = None if is_full else int(key["rank"]), int(runs["n_trainable"].iloc[0])
+            arm = Arm(o, layers, rank, n, p, ends, total)
+            if is_full and key.get("scope") == "all":
+                whole, start = arm, starts_of(runs)
+            else:
+                (restricted if is_full else adapted).append(arm)
+        mine = [a.optimum for a in (*([whole] if whole else []), *restricted, *adapted)]
+        tasks.append(Task(group, table, mine, whole, restricted, adapted, start))
+    names = " and ".join(t.name for t in tasks)
+    return [
+        *tasks,
+        AllTasks(names if len(tasks) < 3 else f"all {len(tasks)} tasks", table, [], tasks),
+    ]
+
+
+def _gradient_shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Return the share of the squared gradient at step 0 by group and layer set.
+
+    A mean over full fine-tuning's runs.
+    """
+    full = table[(table["method"] == "fullft") & (table["scope"] == "all")]
+    out: dict[str, dict[str, float]] = {}
+    for curve in lr_curves(full) if len(full) else []:
+        task = (full[k] == curve.key[k] for k in ("model", "dataset"))
+        first = learning_curves(full[np.logical_and(*task)]).drop_duplicates("run")
+        found = list(first["grad_share"].dropna())
+        if found:
+            out[curve.group] = {k: float(np.mean([f[k] for f in found])) for k in found[0]}
+    return out
+
+
+# ---------------------------------------------------------------- the report
+
+
+def sections(tasks: Sequence[Task], asked: Asked) -> list[Section]:
+    """Return the comparisons over tasks, every task's arms, and their figure."""
+    caption = "step efficiency by layer set and task"
+    panels = [_panel(t) for t in tasks]
+    figure = Section("Layer sets", figure="layers.png", panels=panels, caption=caption)
+    return [_over_tasks(tasks), *(_arms(t) for t in tasks), figure]
+
+
+def _over_tasks(tasks: Sequence[Task]) -> Section:
+    rows = [
+        [
+            "task",
+            "rho attention / rho mlp, equal parameters [95%]",
+            "rho mlp / rho attention+mlp, equal rank [95%]",
+            "attention's loss less mlp's, % of FullFT's gain [95%]",
+            "mlp's loss less attention+mlp's, % [95%]",
+            "the same order under full fine-tuning of the matrices",
+        ]
+    ]
+    for t in (t for t in tasks if t.pairs):
+        nll = {a.layers: a.nll for a in t.restricted}
+        attention, mlp, same = nll.get("attention"), nll.get("mlp"), "-"
+        speed = t.ratios[0].value
+        if attention is not None and mlp is not None and speed is not None:
+            agrees = "yes" if (attention > mlp) == (speed < 1) else "no"
+            same = f"{agrees}: attention {signed(attention - mlp)} nats against mlp"
+        shown = [*t.ratios, *(p.gap.percent() for p in t.pairs)]
+        rows.append([t.name, *map(with_interval, shown), same])
+    text = "A claim about all tasks is judged by the task that is worst for it."
+    return Section("Over the tasks", rows, [text])
+
+
+def _arms(t: Task) -> Section:
+    head = ["arm", "trained parameters", "rho [95%]", "best NLL", "gap to FullFT (nats)"]
+    rows: Rows = [[*head, "share of the squared gradient"]]
+    for a in t.arms:
+        speed, gap = "-", None
+        if t.whole is not None and a is not t.whole:
+            speed = with_interval(t.speed(a))
+            gap = None if a.nll is None or t.whole.nll is None else a.nll - t.whole.nll
+        name = f"FullFT of {a.layers}" if a.rank is None else f"LoRA r{a.rank} on {a.layers}"
+        name = "full fine-tuning" if a is t.whole else name
+        n, share = f"{a.n_trainable:,}", number(a.share)
+        rows.append([name, n, speed, number(a.nll, 5), signed(gap), share])
+    return Section(t.name, rows)
+
+
+def _panel(t: Task) -> Panel:
+    here = [s for s in SETS if any(a.layers == s for a in (*t.adapted, *t.restricted))]
+    order = {s: k for k, s in enumerate(here)}
+    highest = {a.layers: max(b.rank for b in t.adapted if b.layers == a.layers) for a in t.adapted}
+    low = min((a.rank for a in t.adapted), default=0)
+    raised = [a for a in t.adapted if a.rank == highest[a.layers] and a.rank > low]
+    kinds = {
+        "LoRA, rank raised to the MLP's parameters": raised,
+        "LoRA, one rank": [a for a in t.adapted if a not in raised],
+        "FullFT of the same matrices": t.restricted,
+    }
+    series = []
+    for side, (label, arms) in enumerate(kinds.items()):
+        shown = [(order[a.layers], t.speed(a)) for a in arms if a.layers in order and t.whole]
+        shown = sorted(shown, key=lambda x: x[0])
+        apart = 0.16 * (side - 1)  # so that intervals do not cover each other
+        x, speeds = [k + apart for k, _ in shown], [e for _, e in shown]
+        series.append(Series.of(label, x, speeds, style="o"))
+    short = [
+        s.replace("attention", "attn").replace("unembedding", "head").replace("+", "\n+")
+        for s in here
+    ]
+    return Panel(
+        title(t.arms[0].optimum.curve).replace(" on ", " on\n", 1),
+        "layer set",
+        "rho: FullFT's updates / the arm's",
+        series,
+        log_y=True,
+        ticks=[(float(k), s) for k, s in enumerate(short)],
+        lines={"full fine-tuning": 1.0},
+    )
+
+
+def measures(tasks: Sequence[Task], asked: Asked) -> dict[str, Any]:
+    """Return the ratios of rho, the ranks compared, and the gradient's shares."""
+    used = [t for t in tasks if t.pairs]
+    return {
+        "attention_over_mlp": {t.name: t.ratios[0].plain() for t in used},
+        "mlp_over_both": {t.name: t.ratios[1].plain() for t in used},
+        "ranks": {t.name: {a.layers: a.rank for a in t.pairs[0].arms} for t in used},
+        "gradient_share": {t.name: {a.layers: a.share for a in t.adapted} for t in tasks},
+    }
+
+
+# ---------------------------------------------------------------- estimands
+
+
+def _is_task(c: Condition) -> bool:
+    return isinstance(c, Task)
+
+
+def _is_all(c: Condition) -> bool:
+    return isinstance(c, AllTasks)
+
+
+def _speed(name: str, which: int) -> Estimand[Any]:
+    """Return the ratio of rho of a pair. Its margin may start at 0, so it is not a logarithm's."""
+    return Estimand(
+        name,
+        lambda t: t.ratios[which] if t.pairs else UNKNOWN,
+        lambda t: t.gates_on_rho(t.of_pair(which), t.ratios[which : which + 1]),
+        applies=_is_task,
+        seeds=lambda t: fewest_seeds(t.of_pair(which)),
+    )
+
+
+def _loss(name: str, which: int) -> Estimand[Any]:
+    """Return the gap in loss of a pair minus what is allowed."""
+    return Estimand(
+        name,
+        lambda t: t.pairs[which].gap.over_allowed() if t.pairs else UNKNOWN,
+        lambda t: t.gates_on_gap(which),
+        applies=_is_task,
+        seeds=lambda t: fewest_seeds(t.of_pair(which)),
+    )
+
+
+def _everywhere(
+    name: str, which: int, hardest: Callable[..., Estimate], each: Estimand[Any]
+) -> Estimand[Any]:
+    """Return the ratio of rho on the task that is worst for a claim about all tasks."""
+
+    def worst(c: AllTasks) -> Estimate:
+        known = [e for t in c.tasks if (e := each.measure(t)).value is not None]
+        return hardest(known, key=lambda e: e.value, default=UNKNOWN)
+
+    return Estimand(
+        name,
+        worst,
+        lambda c: [g for t in c.tasks for g in t.named(each.gates(t))],
+        applies=_is_all,
+        seeds=lambda c: fewest_seeds(distinct(o for t in c.tasks for o in t.of_pair(which))),
+        each=each.name,
+    )
+
+
+ATTENTION, MLP = _speed("attention_over_mlp", 0), _speed("mlp_over_both", 1)
+QUESTION = Question[Any](
+    estimands=[
+        ATTENTION,
+        MLP,
+        _loss("attention_over_allowed", 0),
+        _loss("mlp_over_allowed", 1),
+        _everywhere("attention_everywhere", 0, max, ATTENTION),
+        _everywhere("mlp_everywhere", 1, min, MLP),
+        Estimand(
+            "trace_correlation",
+            AllTasks.trace,
+            AllTasks.gates_on_trace,
+            applies=_is_all,
+        ),
+    ],
+    conditions=conditions,
+    sections=sections,
+    measures=measures,
+)

@@ -1,0 +1,365 @@
+"""Question: is LoRA's optimal learning rate about 10 times full fine-tuning's.
+
+Per model and data set: the ratio of the optima, for each rank and over the ranks from MIN_RANK up,
+against published laws; the drift, the slope of ln(optimal LoRA LR) per doubling of the rank; the
+gap in loss, the regret of rules of thumb, and rho. Variants of LoRA (alpha, layers, ...) are
+compared apart.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from analysis.inference.estimate import Estimate, number, signed, with_interval
+from analysis.inference.gates import Gate
+from analysis.inference.meta import Drift, RandomEffects
+from analysis.measures.at_best import (
+    AtBest,
+    AtLr,
+    best_and_draws,
+    cost_of,
+    gates_on_cost,
+    losses_at,
+    losses_at_best,
+    pooled_over,
+)
+from analysis.measures.qualify import stalled
+from analysis.measures.ratio import MIN_RANK, gaps, lr_drift, pool_ratios, ratio_of, rivals
+from analysis.measures.regret import Gap, gaps_of
+from analysis.measures.speed import curves_at_best, log_rho, read_to, rho
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
+from analysis.questions.base import (
+    UNKNOWN,
+    Asked,
+    Condition,
+    Estimand,
+    Question,
+    Rows,
+    Section,
+    distinct,
+    fewest_seeds,
+    gates_on,
+    gates_on_drift,
+    gates_on_gap,
+    gates_on_speed,
+    lora_of,
+    rank_of,
+)
+from analysis.runs.learning_curves import Points
+from analysis.runs.lr_curves import lr_curves, runs_of
+from analysis.runs.table import TableError
+
+ONE, TEN = "FullFT's best LR", "10 x FullFT's best LR"
+RULES = {ONE: 1.0, TEN: 10.0}
+"""Rules of thumb: factors on full fine-tuning's optimal learning rate."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """LoRA against full fine-tuning at one rank of one model and data set."""
+
+    group: str
+    rank: int | None
+    """None: over the ranks from MIN_RANK up."""
+    alpha: float
+    ratio: Estimate
+    gap: Estimate
+    """Lowest LoRA NLL - lowest full fine-tuning NLL, in nats; see `measures.ratio.gaps`."""
+    regrets: dict[str, float | None] = field(default_factory=dict)
+    """NLL lost by a rule of thumb compared with the tuned learning rate, in nats; None if the
+    rule's learning rate lies outside those tried."""
+    at: int | None = None
+    """Index of the LoRA curve among the analysis' optima; None over several ranks."""
+    rivals: dict[str, float] = field(default_factory=dict)
+    """The ratio by each published law at this width and alpha; only over ranks."""
+    rho: Estimate = UNKNOWN
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values for results.json."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: v.plain() if isinstance(v, Estimate) else v for k, v in values.items()}
+
+    @property
+    def name(self) -> str:
+        """Name the rank or ranks."""
+        return f"ranks {MIN_RANK} and more" if self.rank is None else f"rank {self.rank}"
+
+
+@dataclass(frozen=True)
+class Variant(Condition):
+    """Full fine-tuning and the ranks of one variant of LoRA, on one model and data set."""
+
+    width: int
+    """Hidden size; 0 if unknown."""
+    points: dict[int, AtBest[Points]] = field(repr=False)
+    """Learning curves at the optimum by the curve's id, of the whole table."""
+
+    @property
+    def missing(self) -> str:
+        if 0 not in self.by_rank or not self.lora:
+            return "lora" if 0 in self.by_rank else "fullft"
+        return "" if self.high else f"lora at a rank of {MIN_RANK} or more"
+
+    @property
+    def shown(self) -> bool:
+        return True
+
+    @cached_property
+    def high(self) -> list[Optimum]:
+        """The ranks from MIN_RANK up."""
+        return lora_of(self.optima, MIN_RANK)
+
+    @property
+    def rests(self) -> list[Optimum]:
+        return [self.full, *self.high]
+
+    @property
+    def ends(self) -> list[Optimum]:
+        """Full fine-tuning and the highest rank."""
+        return [self.full, self.by_rank[self.top]]
+
+    @property
+    def alpha(self) -> float:
+        return float(lora_of(self.optima)[0].curve.key.get("alpha", math.nan))
+
+    @cached_property
+    def ratio(self) -> Estimate:
+        return ratio_of(self.high, self.full)
+
+    @cached_property
+    def laws(self) -> dict[str, float]:
+        """The ratio by each published law."""
+        return rivals(self.width, self.alpha)
+
+    @cached_property
+    def drift(self) -> Drift:
+        return lr_drift(self.high)
+
+    @cached_property
+    def ratios(self) -> list[Ratio]:
+        """Every rank's, and the one over the ranks from MIN_RANK up; none without both arms."""
+        if 0 not in self.by_rank or not self.lora:
+            return []
+        lora, full = lora_of(self.optima), self.full
+        base, found = full.best_lr.value, []
+        for o, gap in zip(lora, gaps(lora, full)):
+            ratio = dataclasses.replace(ratio_of([o], full), flags=(*o.flags, *full.flags))
+            regrets = {name: o.regret(k * base) if base else None for name, k in RULES.items()}
+            alpha = float(o.curve.key.get("alpha", math.nan))
+            speed = rho(self.points[id(o)], self.points[id(full)])
+            found.append(Ratio(self.name, rank_of(o), alpha, ratio, gap, regrets, rho=speed))
+        if self.high:
+            over = Ratio(self.name, None, self.alpha, self.ratio, UNKNOWN, rivals=self.laws)
+            found.append(over)
+        return found
+
+    # ---- the highest rank's speed and losses
+
+    def speed(self) -> Estimate:
+        """Return rho of the highest rank."""
+        full, top = (self.points[id(o)] for o in self.ends)
+        return rho(top, full, pooled_over(log_rho(self.points[id(o)], full) for o in self.high))
+
+    def gates_on_speed(self) -> list[Gate]:
+        curves = [self.points[id(o)].best for o in self.ends]
+        return gates_on_speed(self.ends) + stalled(self.ends, curves)
+
+    @cached_property
+    def gaps(self) -> dict[int, Gap]:
+        """The gap in loss by rank."""
+        mine = pd.concat([runs_of(self.runs, o.curve) for o in self.rests])
+        return {g.rank: g for g in gaps_of(mine, self.rests)}
+
+    @cached_property
+    def at_ten_times(self) -> tuple[AtLr, Estimate]:
+        """The highest rank at 10 times full fine-tuning's optimum, and what that costs it.
+
+        The cost is the loss there minus that at the rank's own optimum, in percent of what full
+        fine-tuning gains. It includes the error of both optima.
+        """
+        found = {}
+        for rank, gap in self.gaps.items():
+            at = losses_at(gap.lora, [10 * lr for lr in best_and_draws(gap.full, 1)])
+            nats = at.losses.minus(losses_at_best([gap.lora])[0])
+            found[rank] = at, nats.paired(gap.gain, lambda lost, gain: 100 * lost / gain)
+        at, cost = found[self.top]
+        return at, cost_of(at, cost, pooled_over(cost for _, cost in found.values()))
+
+
+def conditions(table: pd.DataFrame) -> list[Variant]:
+    """Pair full fine-tuning of every model and data set with each variant of LoRA.
+
+    Raises:
+        TableError: a model and data set has several curves of full fine-tuning.
+    """
+    optima = fit_all(lr_curves(table))
+    points = dict(zip(map(id, optima), curves_at_best(table, optima)))
+    sizes = table["hidden_size"].fillna(0) if "hidden_size" in table else pd.Series(0, table.index)
+    widths = dict(zip(table["model"], sizes.astype(int)))
+    found = []
+    for group in dict.fromkeys(o.curve.group for o in optima):
+        mine = [o for o in optima if o.curve.group == group]
+        full = [o for o in mine if o.curve.key["method"] == "fullft"]
+        if len(full) > 1:
+            raise TableError(
+                f"{group}: {len(full)} fullft curves, but lr_ratio compares with one. Keep a "
+                "single scope, schedule and precision per table."
+            )
+        variants = list(dict.fromkeys(o.curve.variant for o in lora_of(mine))) or [""]
+        for variant in variants:
+            name = group if len(variants) == 1 else f"{group}; {variant}"
+            arms = [*full, *(o for o in lora_of(mine) if o.curve.variant == variant)]
+            found.append(
+                Variant(name, table, arms, widths.get(arms[0].curve.key["model"], 0), points)
+            )
+    return found
+
+
+def _laws(c: Variant) -> list[Section]:
+    head = ["law", "predicts", "inside the interval"]
+    rows = [[k, number(v), _inside(v, c.ratio)] for k, v in c.laws.items()]
+    title = f"Published laws of the ratio, {c.name}, alpha {c.alpha:g}"
+    return [Section(title, [head, *rows])] if c.high and rows else []
+
+
+def _inside(value: float, e: Estimate) -> str:
+    if e.value is None or e.low is None or e.high is None:
+        return "-"
+    return "yes" if e.low <= value <= e.high else "no"
+
+
+def _ratio_rows(found: Sequence[Variant]) -> Rows:
+    head = ["LoRA / FullFT", "model and data", "alpha", "ratio [95%]", "NLL gap", "rho [95%]"]
+    rows = [[*head, "regret of FullFT's LR", "regret of 10x FullFT's LR"]]
+    for r in (r for c in found for r in c.ratios):
+        shown = [with_interval(r.ratio), _gap(r.gap), with_interval(r.rho)]
+        regrets = [signed(r.regrets.get(rule)) for rule in RULES]
+        rows.append([r.name, r.group, f"{r.alpha:g}", *shown, *regrets])
+    return rows
+
+
+def _gap(e: Estimate) -> str:
+    return signed(e.value) + (f" [{signed(e.low)}, {signed(e.high)}]" if e.has_interval() else "")
+
+
+def _pooled(found: Sequence[Variant]) -> RandomEffects | None:
+    """Pool ln ratio over models and data sets, if at least two have one.
+
+    Variants share one full fine-tuning curve, so their ratios are not independent.
+    """
+    of_variants = any(";" in c.name for c in found)
+    return None if of_variants else pool_ratios([c.ratio for c in found if not c.missing])
+
+
+def _notes(found: Sequence[Variant]) -> list[str]:
+    out = []
+    for c in (c for c in found if not c.missing):
+        tests, d = "", c.drift
+        if d.p_slope is not None:
+            tests = f" (no slope: p {d.p_slope:.2g}; all ranks equal: p {d.p_equal:.2g})"
+        slope = with_interval(d.slope)
+        out.append(f"Drift of ln(best LR) per doubling of the rank, {c.name}: {slope}{tests}.")
+    if (p := _pooled(found)) is not None:
+        logs = (p.mean, p.low, p.high, p.tau, p.low_next, p.high_next)
+        mean, low, high, between, low_next, high_next = (number(math.exp(v)) for v in logs)
+        out += [
+            "",
+            f"Ratio pooled over {p.k} groups (random effects): {mean} [{low}, {high}]. Between "
+            f"groups it varies by a factor {between}; the next group would lie in "
+            f"[{low_next}, {high_next}].",
+        ]
+    return [
+        *out,
+        "",
+        "Gap: lowest LoRA NLL minus lowest full fine-tuning NLL, nats per token. It has an "
+        "interval where two fresh seeds are paired, each arm interpolated to its optimal LR. "
+        "Regret: NLL lost by a rule of thumb against the tuned LoRA LR. rho: full fine-tuning's "
+        "updates to LoRA's loss over LoRA's updates.",
+    ]
+
+
+def sections(found: Sequence[Variant], asked: Asked) -> list[Section]:
+    """Return the published laws, and the table of ratios."""
+    laws = [s for c in found for s in _laws(c)]
+    return [*laws, Section("LoRA against full fine-tuning", _ratio_rows(found), _notes(found))]
+
+
+def measures(found: Sequence[Variant], asked: Asked) -> dict[str, Any]:
+    """Return ratios, drifts and the pooled ratio."""
+    place = {id(o): k for k, o in enumerate(distinct(o for c in found for o in c.optima))}
+    ratios = [
+        dataclasses.replace(r, at=None if r.rank is None else place[id(c.by_rank[r.rank])]).plain()
+        for c in found
+        for r in c.ratios
+    ]
+    drifts = {
+        c.name: {
+            "slope": c.drift.slope.plain(),
+            "p_slope": c.drift.p_slope,
+            "p_equal": c.drift.p_equal,
+        }
+        for c in found
+        if not c.missing
+    }
+    pooled = _pooled(found)
+    return {
+        "ratios": ratios,
+        "drift": drifts,
+        "pooled": None if pooled is None else dataclasses.asdict(pooled),
+    }
+
+
+def _rank(c: Variant) -> str:
+    return f"rank {c.top}"
+
+
+QUESTION = Question[Variant](
+    estimands=[
+        Estimand(
+            "lr_ratio",
+            lambda c: c.ratio,
+            lambda c: gates_on(c.rests),
+            log=True,
+            rivals=lambda c: c.laws,
+        ),
+        Estimand(
+            "lr_drift_per_doubling", lambda c: c.drift.slope, lambda c: gates_on_drift(c.high)
+        ),
+        Estimand(
+            "rho_top_rank",
+            Variant.speed,
+            Variant.gates_on_speed,
+            log=True,
+            seeds=lambda c: fewest_seeds(c.ends),
+            read=lambda c: f"{_rank(c)}, to update {read_to([c.points[id(o)] for o in c.ends])}",
+        ),
+        Estimand(
+            "over_allowed_top_rank",
+            lambda c: c.gaps[c.top].over_allowed(),
+            lambda c: gates_on_gap(c.gaps[c.top]),
+            seeds=lambda c: fewest_seeds(c.ends),
+            read=_rank,
+        ),
+        Estimand(
+            "ten_times_regret",
+            lambda c: c.at_ten_times[1],
+            lambda c: gates_on(c.ends),
+            seeds=lambda c: fewest_seeds(c.ends),
+            margin_gates=lambda c, margin: gates_on_cost(
+                c.by_rank[c.top], *c.at_ten_times, margin[1]
+            ),
+            read=_rank,
+        ),
+    ],
+    conditions=conditions,
+    sections=sections,
+    measures=measures,
+    ratios=lambda c: [(r.name, r.ratio) for r in c.ratios],
+    of_rates=True,
+)

@@ -1,4 +1,0 @@
-"""How the best learning rates compare: the answer in numbers, and the question that reports it.
-
-Knows no other question.
-"""

@@ -1,0 +1,590 @@
+"""Question: has LoRA no regret while little is new in the data, and where does that end.
+
+A condition is a data set with a known amount of what is new, on one base. In every condition each
+rank is compared with full fine-tuning, both at their optimal learning rates, after the last update
+and after FIRST updates, which are a prefix of the same runs. Each condition has its verdicts.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.decide import at_level
+from analysis.inference.estimate import Estimate, number, signed, with_interval
+from analysis.inference.gates import Gate, GateCode
+from analysis.measures.at_best import AtBest, is_finite, mean_of, over_seeds
+from analysis.measures.regret import (
+    ALLOWED,
+    BITS_PER_PARAMETER,
+    COUNTS,
+    PARTS,
+    Gap,
+    Needed,
+    Novelty,
+    bits_of,
+    change_of_needed,
+    controls_of,
+    gaps_of,
+    growth,
+    loads_of,
+    mean_over,
+    novelty_of,
+    parts_at_best,
+    rank_needed,
+    rank_needed_by_seed,
+)
+from analysis.optimum.fit import fit_all
+from analysis.optimum.optimum import Optimum
+from analysis.questions.base import (
+    UNKNOWN,
+    Asked,
+    Condition,
+    Estimand,
+    Panel,
+    Question,
+    Rows,
+    Section,
+    Series,
+    distinct,
+    gates_on_gap,
+    missing,
+)
+from analysis.runs.lr_curves import lr_curves, title
+from analysis.runs.prefixes import at_step, on_curve_rows
+from analysis.runs.table import TableError
+
+FIRST = 64
+"""Updates after which the gap is first read, to see whether it grows."""
+EIGHTH = 8
+"""The study's ranks end at an eighth of the hidden size."""
+FITTING = 0.5
+"""A rank of this load or less has room for what is new, with a factor 2 to spare."""
+Gaps = dict[int, Gap]
+"""By rank."""
+
+
+@dataclass(frozen=True)
+class Data(Condition):
+    """One data set on one base."""
+
+    novelty: Novelty | None
+    """None for real data, of which the information is not known."""
+    last: Gaps
+    """After the last update."""
+    first: Gaps
+    """After FIRST updates; empty for shorter runs, and where the LR is not constant."""
+    last_on_first_rows: Gaps
+    """After the last update, on the held-out rows that `first` is on, which may be fewer."""
+    bits: dict[str, float]
+    """Of the data set, by each count that is known."""
+
+    def one(self, column: str) -> Any:
+        """Return the value of a column that all runs share."""
+        return self.runs[column].iloc[0]
+
+    @property
+    def model(self) -> str:
+        return str(self.one("model"))
+
+    @property
+    def steps(self) -> int:
+        """Number of updates."""
+        return int(self.one("steps"))
+
+    @property
+    def wanted(self) -> float:
+        """An eighth of the hidden size."""
+        return int(self.one("hidden_size")) / EIGHTH
+
+    @property
+    def eighth(self) -> int:
+        """The smallest rank tried of an eighth of the hidden size or more; else the highest."""
+        return min((r for r in self.last if r >= self.wanted), default=max(self.last, default=0))
+
+    @property
+    def gap(self) -> Gap:
+        """The gap at rank `eighth`."""
+        return self.last[self.eighth]
+
+    @property
+    def missing(self) -> str:
+        return "" if self.last else "lora" if self.optima else "fullft"
+
+    @property
+    def shown(self) -> bool:
+        return True
+
+    @cached_property
+    def parts_of_gap(self) -> dict[int, dict[str, AtBest[float]]]:
+        """By rank: what the changed and the unchanged contexts add to the gap, in nats."""
+        return {r: parts_at_best(self.runs, g) for r, g in self.last.items()}
+
+    @cached_property
+    def loads(self) -> dict[int, dict[str, float]]:
+        """By rank and count."""
+        return {r: loads_of(self.runs, g.lora, self.bits) for r, g in self.last.items()}
+
+    @cached_property
+    def controls(self) -> list[Gap]:
+        """Full fine-tuning of some matrices alone against that of everything."""
+        return controls_of(self.runs, self.optima)
+
+    @property
+    def fitting(self) -> int | None:
+        """The smallest rank with room for what is new by the generator's bits; None without one."""
+        ranks = [r for r, g in self.last.items() if g.load is not None and g.load <= FITTING]
+        return min(ranks, default=None)
+
+    @property
+    def overfull(self) -> int | None:
+        """The largest rank without room for what is new by that count; None without one."""
+        ranks = [r for r, g in self.last.items() if g.load is not None and g.load > 1]
+        return max(ranks, default=None)
+
+    @cached_property
+    def growing(self) -> tuple[Gap, Gap] | None:
+        """The smallest rank's gap after FIRST and after all updates, on the same rows."""
+        smallest = min(self.last)
+        if smallest not in self.first:
+            return None
+        return self.first[smallest], self.last_on_first_rows[smallest]
+
+    @property
+    def is_new(self) -> bool:
+        """Whether something is known to be new."""
+        return self.novelty is not None and not self.novelty.nothing
+
+    @property
+    def is_low(self) -> bool:
+        """Whether the rules alone are new."""
+        return self.is_new and self.novelty is not None and self.novelty.low
+
+    @property
+    def rests(self) -> list[Optimum]:
+        gap = self.gap
+        if not self.is_new:
+            return [gap.lora, gap.full]
+        used = [gap.lora, gap.full, *(c.lora for c in self.controls)]
+        used += [self.last[r].lora for r in (self.fitting, self.overfull) if r is not None]
+        return distinct([*used, *([self.growing[1].lora] if self.growing else [])])
+
+    def gates_at_eighth(self) -> list[Gate]:
+        """List the gates of the gap at an eighth of the hidden size."""
+        gates = gates_on_gap(self.gap)
+        if max(self.last) < self.wanted:
+            gates += missing(f"a rank of 1/{EIGHTH} of the width or more")
+        return gates
+
+    # ---- the rank that is needed
+
+    @cached_property
+    def log_needed(self) -> AtBest[float]:
+        """log2 of the rank that is needed, by seed."""
+        return _log_needed(self.last)
+
+    @cached_property
+    def rank_needed(self) -> Estimate:
+        """The needed rank, over seeds; no value if it is outside the ranks tried in a seed."""
+        if not is_finite(self.log_needed):
+            return UNKNOWN
+        e = over_seeds(self.log_needed)
+        low, value, high = (None if v is None else 2**v for v in (e.low, e.value, e.high))
+        return Estimate(value, low, high, e.n, e.flags)
+
+    def load_needed(self, count: str) -> Estimate:
+        """Return the load of the needed rank, whose parameters are in proportion to it."""
+        e, loads = self.rank_needed, {r: v[count] for r, v in self.loads.items() if count in v}
+        if not loads:
+            return UNKNOWN
+        of_rank_1 = float(np.mean([r * load for r, load in loads.items()]))
+        low, value, high = (None if v is None else of_rank_1 / v for v in (e.high, e.value, e.low))
+        return Estimate(value, low, high, e.n, e.flags)
+
+    @cached_property
+    def needed_over_updates(self) -> AtBest[float] | None:
+        """Change of `log_needed` per doubling of the updates, from FIRST on; None if unknown."""
+        if not self.first:
+            return None
+        doublings = math.log2(self.steps / FIRST)
+        first, last = _log_needed(self.first), _log_needed(self.last_on_first_rows)
+        return change_of_needed(first, last, doublings)
+
+    @cached_property
+    def needed(self) -> Needed:
+        """The smallest rank with no regret; a rank that must not be judged tells nothing."""
+        return rank_needed(
+            {r: UNKNOWN if gates_on_gap(g) else g.over_allowed() for r, g in self.last.items()}
+        )
+
+
+def _log_needed(gaps: Gaps) -> AtBest[float]:
+    """Return log2 of the needed rank; a gap that must not be judged tells nothing of it."""
+    return rank_needed_by_seed({r: g for r, g in gaps.items() if not gates_on_gap(g)})
+
+
+@dataclass(frozen=True)
+class Base(Condition):
+    """All data sets of one base on which something is new."""
+
+    data: list[Data]
+
+    @property
+    def shown(self) -> bool:
+        return False
+
+    @property
+    def rests(self) -> list[Optimum]:
+        gaps = [g for c in self.data for g in c.last.values()]
+        return distinct(o for g in gaps for o in (g.lora, g.full))
+
+    @cached_property
+    def change(self) -> AtBest[float] | None:
+        """Change of log2 of the needed rank per doubling of the updates: the mean over data."""
+        return mean_over([n for c in self.data if (n := c.needed_over_updates) is not None])
+
+
+def conditions(table: pd.DataFrame) -> list[Data | Base]:
+    """Fit every data set of a table, from little to much that is new; and join those of a base."""
+    found = []
+    for _, part in table.groupby(["model", "dataset", "batch_size", "steps"], sort=False):
+        runs = part.reset_index(drop=True)
+        optima = fit_all(lr_curves(runs))
+        last = _by_rank(gaps_of(runs, optima))
+        first: Gaps = {}
+        again: Gaps = {}
+        constant = (runs["schedule"] == "constant").all()
+        longer = int(runs["steps"].iloc[0]) > FIRST
+        if longer and constant and len(early := at_step(runs, FIRST)):
+            first = _by_rank(gaps_of(early, fit_all(lr_curves(early))))
+            same = on_curve_rows(runs)
+            again = _by_rank(gaps_of(same, fit_all(lr_curves(same))))
+        novelty = novelty_of(json.loads(runs["spec"].iloc[0])["dataset"])
+        bits = bits_of(runs, next(iter(last.values())).full) if last else {}
+        name = novelty.name if novelty else runs["dataset"].iloc[0]
+        name = f"{runs['model'].iloc[0]}, {name}"
+        found.append(Data(name, runs, optima, novelty, last, first, again, bits))
+    # Conditions that share a name, such as those of other lengths, have their full titles instead.
+    times = Counter(c.name for c in found)
+    found = [c if times[c.name] == 1 else replace(c, name=title(c.optima[0].curve)) for c in found]
+    found = sorted(found, key=lambda c: (c.model, _highest_load(c)))
+    bases = []
+    for model in dict.fromkeys(c.model for c in found):
+        mine = [c for c in found if c.model == model and c.is_new and c.last]
+        if mine:
+            bases.append(Base(f"{model}, all cells", table, [], mine))
+    return [*found, *bases]
+
+
+def _by_rank(gaps: Sequence[Gap]) -> Gaps:
+    found = {g.rank: g for g in gaps}
+    if len(found) < len(gaps):
+        raise TableError(
+            "two curves of one data set have one rank. Compare one set of layers at one alpha at a "
+            "time."
+        )
+    return found
+
+
+def _highest_load(c: Data) -> float:
+    return max((g.load for g in c.last.values() if g.load is not None), default=0.0)
+
+
+# ---------------------------------------------------------------- the report
+
+
+def sections(found: Sequence[Data], asked: Asked) -> list[Section]:
+    """Return regret over rank, capacity, growth, the parts of the gap, and controls."""
+    out = [_over_rank(found), _capacity(found), _over_updates(found), _by_context(found)]
+    return out + _controls(found)
+
+
+def _over_rank(found: Sequence[Data]) -> Section:
+    head = ["condition", "updates", "rank", "gain of FullFT", "regret, % of the gain [95%]"]
+    rows: Rows = [head]
+    for c in found:
+        for r, g in c.last.items():
+            gain = number(mean_of(g.gain))
+            rows.append([c.name, str(c.steps), str(r), gain, with_interval(g.percent())])
+    text = [
+        f"Regret: LoRA's loss minus full fine-tuning's at the last update, in percent of what full "
+        f"fine-tuning gains; up to {ALLOWED:.0%} counts as none.",
+        *(f"{c.name}: {said}." for c in found if (said := _needed_text(c))),
+    ]
+    panels = [_regret_panel(found)]
+    return Section("Regret over rank", rows, text, "regret.png", panels, "regret over rank")
+
+
+def _needed_text(c: Data) -> str:
+    """Say which rank is needed, as a range of ranks tried and interpolated; empty if unknown."""
+    if str(c.needed) == "-":
+        return ""
+    said, e = f"the smallest rank with no regret is {c.needed}", c.rank_needed
+    return said if e.value is None else f"{said}; interpolated {with_interval(e)}"
+
+
+LINEAR = 1.0
+"""Percent of the gain below which the axis is linear, so that 0 and less have a place."""
+
+
+def _regret_panel(found: Sequence[Data]) -> Panel:
+    """Draw a line per condition; where nothing is new there is hardly a gain to compare with."""
+    series = []
+    for c in (c for c in found if c.novelty is None or not c.novelty.nothing):
+        known = {r: e for r, g in c.last.items() if (e := g.percent()).value is not None}
+        if known:
+            name = f"{c.name}, {c.steps} updates"
+            series.append(Series.of(name, list(known), list(known.values())))
+    ranks = sorted({int(r) for s in series for r in s.x})
+    lows = [v for s in series for v in s.low if v is not None]
+    return Panel(
+        "each rank and full fine-tuning at their optimal LRs",
+        "rank",
+        "regret, % of full fine-tuning's gain",
+        series,
+        log_x=True,
+        log_y=True,
+        linear_below=LINEAR,
+        lines={f"counts as none: {ALLOWED:.0%}": 100 * ALLOWED},
+        ticks=[(float(r), str(r)) for r in ranks],
+        y_range=(1.5 * min([-LINEAR, *lows]), None),
+    )
+
+
+def _capacity(found: Sequence[Data]) -> Section:
+    """Show the bits of each condition and the load of each rank, by every count."""
+    head = [f"load by {words}" for words in COUNTS.values()]
+    rows: Rows = [["condition", "updates", "rank", *head, "regret, % of the gain [95%]"]]
+    for c in found:
+        for r, g in c.last.items():
+            loads = [number(c.loads[r].get(count)) for count in COUNTS]
+            rows.append([c.name, str(c.steps), str(r), *loads, with_interval(g.percent())])
+        if (rank := c.rank_needed).value is not None:
+            loads = [with_interval(c.load_needed(count)) for count in COUNTS]
+            allowed = f"{100 * ALLOWED:g}"
+            rows.append([c.name, str(c.steps), number(rank.value), *loads, allowed])
+    text = [
+        f"Load: bits over {BITS_PER_PARAMETER:g} bits for each trained parameter. The generator's "
+        "bits are the free numbers of what is new, and the fewest that suffice. The first pass, "
+        "the study's count, is the summed loss of full fine-tuning over the training rows, each "
+        "before it is learned from: an upper bound. Its entropy cannot be learned away; the rest "
+        "is the cost of learning. The last line of each data set is at the interpolated rank "
+        f"that has a regret of {ALLOWED:.0%}.",
+        *(f"{c.name}: {_bits_text(c)}." for c in found if c.bits),
+    ]
+    return Section("Capacity for what is new", rows, text)
+
+
+def _bits_text(c: Data) -> str:
+    rows = int(c.one("batch_size")) * c.steps
+    counted = ", ".join(f"{w} {c.bits[k]:,.0f}" for k, w in COUNTS.items() if k in c.bits)
+    return f"bits of {rows:,} rows: {counted}"
+
+
+def _over_updates(found: Sequence[Data]) -> Section:
+    head = ["condition", "rank", f"gap at {FIRST} updates [95%]", "at the last [95%]", "growth"]
+    rows: Rows = [head]
+    panels = []
+    for c in found:
+        series = []
+        for k, (r, g) in enumerate(c.last_on_first_rows.items(), 1):
+            if r not in c.first:
+                continue
+            estimates = [c.first[r].mean(), g.mean()]
+            shown = [*estimates, growth(c.first[r], g)]
+            rows.append([c.name, str(r), *(with_interval(e, signed) for e in shown)])
+            series.append(Series.of(f"rank {r}", [FIRST, c.steps], estimates, colour=k))
+        if series:
+            y = "LoRA's loss - full fine-tuning's (nats)"
+            lines = {"full fine-tuning": 0.0}
+            ticks = [(float(n), str(n)) for n in (FIRST, c.steps)]
+            panels.append(Panel(c.name, "updates", y, series, log_x=True, lines=lines, ticks=ticks))
+    text = [
+        "A lack of capacity lets the gap grow with updates; slower learning lets it shrink. Both "
+        "gaps are on the same held-out rows."
+    ]
+    caption = "the gap in nats after few and after many updates"
+    return Section("Speed or capacity", rows, text, "growth.png", panels, caption)
+
+
+def _by_context(found: Sequence[Data]) -> Section:
+    rows: Rows = [["condition", "rank", "changed contexts [95%]", "unchanged contexts [95%]"]]
+    for c in found:
+        for r, parts in c.parts_of_gap.items():
+            if parts:
+                shown = [with_interval(over_seeds(parts[k]), signed) for k in PARTS]
+                rows.append([c.name, str(r), *shown])
+    text = [
+        "What the contexts whose next symbols are new, and those where nothing is new, add to the "
+        "gap, in nats: the share of the contexts times the gap on them, interpolated to the "
+        "optimal LRs."
+    ]
+    return Section("Where the gap is", rows, text)
+
+
+def _controls(found: Sequence[Data]) -> list[Section]:
+    """Show the controls, which have no rank; no section without any."""
+    rows: Rows = [["condition", "full fine-tuning of", "its loss less that of everything [95%]"]]
+    rows += [
+        [c.name, str(g.lora.curve.key["layers"]), with_interval(g.mean(), signed)]
+        for c in found
+        for g in c.controls
+    ]
+    text = [
+        "Full fine-tuning of the matrices that LoRA adapts, and nothing else: its regret is due to "
+        "which matrices are trained, not to the rank."
+    ]
+    return [Section("Controls", rows, text)] if len(rows) > 1 else []
+
+
+def measures(found: Sequence[Data], asked: Asked) -> dict[str, Any]:
+    """Return loads, gaps and regrets by condition and rank."""
+    return {"cells": [_plain(c, asked.level) for c in found]}
+
+
+def _plain(c: Data, level: float) -> dict[str, Any]:
+    """Return plain values; regrets with the interval at which verdicts are given."""
+    return {
+        "cell": c.name,
+        "batch_size": int(c.one("batch_size")),
+        "updates": c.steps,
+        "bits": c.bits,
+        "rank_interpolated": c.rank_needed.plain(),
+        "loads_needed": {k: c.load_needed(k).plain() for k in COUNTS},
+        "rank_needed": [c.needed.above, None if math.isinf(c.needed.up_to) else c.needed.up_to],
+        "ranks": [
+            {
+                "rank": r,
+                "load": g.load,
+                "loads": c.loads[r],
+                "gain_nats": mean_of(g.gain) if g.gain.best else None,
+                "gap_nats": g.mean().plain(),
+                "parts_nats": {k: mean_of(v) for k, v in c.parts_of_gap[r].items()},
+                "regret_percent": at_level(g.percent(), level).plain(),
+                "gap_nats_first": c.first[r].mean().plain() if r in c.first else None,
+            }
+            for r, g in c.last.items()
+        ],
+    }
+
+
+# ---------------------------------------------------------------- estimands
+
+
+def _on(applies: Callable[[Data], bool]) -> Callable[[Condition], bool]:
+    """Return whether a condition is a data set with both arms for which something holds."""
+    return lambda c: isinstance(c, Data) and not c.missing and applies(c)
+
+
+def _at(rank_of: Callable[[Data], int | None], name: str) -> Estimand[Any]:
+    """Return the regret minus what is allowed at a rank chosen by its load."""
+
+    def gap(c: Data) -> Gap:
+        rank = rank_of(c)
+        assert rank is not None
+        return c.last[rank]
+
+    return Estimand(
+        name,
+        lambda c: gap(c).over_allowed(),
+        lambda c: gates_on_gap(gap(c)),
+        applies=_on(lambda c: c.is_new and rank_of(c) is not None),
+    )
+
+
+def _is_low_or_incomplete(c: Condition) -> bool:
+    return isinstance(c, Data) and (bool(c.missing) or c.is_low)
+
+
+def _apart(c: Data) -> Estimate:
+    """Return what unchanged contexts add to the gap minus what changed ones add, in nats."""
+    parts = c.parts_of_gap[c.eighth]
+    return over_seeds(parts["unchanged"].minus(parts["changed"]))
+
+
+def _gates_apart(c: Data) -> list[Gate]:
+    better = c.gap.mean().high
+    none = [] if better is not None and better < 0 else [Gate(GateCode.NO_ADVANTAGE)]
+    return c.gates_at_eighth() + none
+
+
+def _gates_on_growth(c: Data) -> list[Gate]:
+    assert c.growing is not None
+    lows = [g.mean().low for g in c.growing]
+    behind = any(low is not None and low > 0 for low in lows)
+    none = [] if behind else [Gate(GateCode.NO_GAP)]
+    return [*(gate for g in c.growing for gate in gates_on_gap(g)), *none]
+
+
+QUESTION = Question[Any](
+    estimands=[
+        Estimand(
+            "over_allowed_low",
+            lambda c: c.gap.over_allowed(),
+            Data.gates_at_eighth,
+            applies=_is_low_or_incomplete,
+            read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
+        ),
+        Estimand(
+            "over_allowed_beyond",
+            lambda c: c.gap.over_allowed(),
+            Data.gates_at_eighth,
+            applies=_on(lambda c: c.is_new and not c.is_low),
+        ),
+        _at(lambda c: c.fitting, "over_allowed_fitting"),
+        _at(lambda c: c.overfull, "over_allowed_overfull"),
+        Estimand(
+            "gap_growth",
+            lambda c: growth(*c.growing),
+            _gates_on_growth,
+            applies=_on(lambda c: c.is_new and c.growing is not None),
+            read=lambda c: f"smallest rank, update {FIRST} to the last",
+        ),
+        Estimand(
+            "gap_low",
+            lambda c: c.gap.mean(),
+            Data.gates_at_eighth,
+            applies=_on(lambda c: c.is_low),
+        ),
+        Estimand(
+            "gap_nothing",
+            lambda c: c.gap.mean(),
+            # Five percent of almost no gain would ask for an error that no number of seeds reaches.
+            lambda c: [g for g in c.gates_at_eighth() if g.code != GateCode.NOISY],
+            applies=_on(lambda c: c.novelty is not None and c.novelty.nothing),
+        ),
+        Estimand(
+            "gap_matrices",
+            lambda c: c.controls[0].mean(),
+            lambda c: gates_on_gap(c.controls[0]),
+            applies=_on(lambda c: c.is_low and bool(c.controls)),
+        ),
+        Estimand(
+            "unchanged_minus_changed",
+            _apart,
+            _gates_apart,
+            applies=_on(lambda c: c.is_low and bool(c.parts_of_gap[c.eighth])),
+        ),
+        Estimand(
+            "over_allowed_real",
+            lambda c: c.gap.over_allowed(),
+            lambda c: gates_on_gap(c.gap),
+            applies=_on(lambda c: c.novelty is None),
+        ),
+        Estimand(
+            "rank_by_updates",
+            lambda c: UNKNOWN if c.change is None else over_seeds(c.change),
+            lambda c: [Gate(GateCode.NO_LAW)] if c.change is None else [],
+            applies=lambda c: isinstance(c, Base),
+        ),
+    ],
+    conditions=conditions,
+    sections=sections,
+    measures=measures,
+)
