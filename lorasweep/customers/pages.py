@@ -55,7 +55,7 @@ def _environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    found.filters |= {"short": short, "amount": amount, "shown": shown}
+    found.filters |= {"short": short, "amount": amount, "shown": shown, "repr": repr}
     return found
 
 
