@@ -45,15 +45,6 @@ class Reason:
     source: str
     sure: Sure
 
-    def line(self) -> str:
-        """Return the reason as text."""
-        given = ", ".join(f"{name} = {shown(value)}" for name, value in self.inputs.items())
-        return (
-            f"{self.name} = {shown(self.value)}\n    {self.formula}"
-            + (f"\n    with {given}" if given else "")
-            + f"\n    source: {self.source}\n    {self.sure.value}"
-        )
-
     def plain(self) -> dict[str, Any]:
         """Return the reason as JSON values."""
         return {**vars(self), "inputs": dict(self.inputs), "sure": self.sure.name.lower()}

@@ -43,6 +43,12 @@ def amount(value: float | None) -> str:
     return "<0.01" if value is not None and value < 0.01 else short(value)
 
 
+def of_all(counts: Mapping[str, int | None]) -> str:
+    """Format how many were measured, and of how many where that is known."""
+    of = "" if counts["all"] is None else f" of {counts['all']:,}"
+    return f"{counts['measured']:,}{of}"
+
+
 @cache
 def _environment() -> Any:
     import jinja2  # takes a moment to load
@@ -55,6 +61,8 @@ def _environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    found.filters["dollars"] = "${:,.0f}".format
+    found.filters["of_all"] = of_all
     found.filters |= {"short": short, "amount": amount, "shown": shown, "repr": repr}
     return found
 
@@ -106,15 +114,7 @@ def cells(advice: Advice | Failed) -> list[str]:
 def summary_lines(found: Sequence[Advice | Failed]) -> list[str]:
     """Return the sums over all customers."""
     t = totals(found)
-    return [
-        f"{t['customers']} customers: {t['lora']} LoRA, {t['full']} full fine-tuning, "
-        f"{t['open']} open, {t['errors']} with errors",
-        f"training as advised: ${t['cost_usd']:,.0f}. {_comparable(t)}: as advised "
-        f"${t['cost_usd_of_these']:,.0f}, LoRA for all ${t['cost_usd_lora']:,.0f}, full "
-        f"fine-tuning for all ${t['cost_usd_full']:,.0f}",
-        f"serving: {t['serving_gib_lora']:,.0f} GiB as adapters on one base a model, "
-        f"{t['serving_gib_full']:,.0f} GiB as copies",
-    ]
+    return render("summary.txt", t=t, comparable=_comparable(t)).splitlines()
 
 
 def _comparable(t: Mapping[str, Any]) -> str:
