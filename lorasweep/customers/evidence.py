@@ -57,13 +57,6 @@ class Trace:
     reasons: dict[str, Reason] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def note(
-        self, name: str, value: Any, formula: str, source: str, sure: Sure, /, **inputs: Any
-    ) -> Any:
-        """Record where a number comes from, and return it."""
-        self.reasons[name] = Reason(name, value, formula, inputs, source, sure)
-        return value
-
     def warn(self, text: str) -> None:
         """Record a warning once."""
         if text not in self.warnings:
@@ -348,6 +341,11 @@ class Known:
     """What was measured in customers' data."""
 
 
+@cache
+def _formulas() -> dict[str, dict[str, str]]:
+    return yaml.safe_load((Path(__file__).parent / "rules/formulas.yaml").read_text())
+
+
 @dataclass(frozen=True)
 class Case:
     """One customer as every rule is given it; the rules add to its trace."""
@@ -356,6 +354,30 @@ class Case:
     model: ModelSpec
     known: Known
     trace: Trace
+
+    def note(
+        self,
+        name: str,
+        value: Any,
+        variant: str = "",
+        inputs: Mapping[str, Any] | None = None,
+        **words: Any,
+    ) -> None:
+        """Record where a number comes from.
+
+        Args:
+            name: of the number; peak_gib_lora has the formula of peak_gib.
+            value: the number.
+            variant: which of its formulas in rules/formulas.yaml.
+            inputs: values that the formula uses.
+            words: fill in the formula and the source.
+        """
+        key = name.removesuffix("_lora").removesuffix("_full")
+        entry = _formulas()[f"{key}.{variant}" if variant else key]
+        words = {**self.published.values["sources"], **words}
+        formula, source = (entry[k].format(**words) for k in ("formula", "source"))
+        sure = Sure[entry["sure"]]
+        self.trace.reasons[name] = Reason(name, value, formula, inputs or {}, source, sure)
 
     @property
     def kept(self) -> Kept:
