@@ -57,11 +57,6 @@ class Trace:
     reasons: dict[str, Reason] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def warn(self, text: str) -> None:
-        """Record a warning once."""
-        if text not in self.warnings:
-            self.warnings.append(text)
-
 
 def shown(value: Any) -> str:
     """Format a value for people: three digits, thousands separated."""
@@ -82,9 +77,6 @@ def shown(value: Any) -> str:
 
 # ---------------------------------------------------------------- published figures
 
-LISTS = ("bits_per_token", "least_rank", "rank_gaps", "attention_gaps", "low_rate_gaps", "rates")
-SINGLE = ("law", "best_rates")
-
 
 @dataclass(frozen=True)
 class Published:
@@ -95,13 +87,13 @@ class Published:
     def without(self, sources: Iterable[str]) -> "Published":
         """Return the entries of all other sources."""
         gone = set(sources)
-        kept = dict(self.values)
-        for name in LISTS:
-            kept[name] = [e for e in kept[name] if e["source"] not in gone]
-        for name in SINGLE:
-            if kept[name] is not None and kept[name]["source"] in gone:
-                kept[name] = None
-        return Published(kept)
+
+        def left(entry: Any) -> Any:
+            if isinstance(entry, list):
+                return [e for e in entry if e["source"] not in gone]
+            return None if isinstance(entry, dict) and entry.get("source") in gone else entry
+
+        return Published({name: left(entry) for name, entry in self.values.items()})
 
     def where(self, source: str) -> str:
         """Return a source in words."""
@@ -342,8 +334,9 @@ class Known:
 
 
 @cache
-def _formulas() -> dict[str, dict[str, str]]:
-    return yaml.safe_load((Path(__file__).parent / "rules/formulas.yaml").read_text())
+def _texts(name: str) -> dict[str, Any]:
+    """Read rules/formulas.yaml or rules/warnings.yaml."""
+    return yaml.safe_load((Path(__file__).parent / f"rules/{name}.yaml").read_text())
 
 
 @dataclass(frozen=True)
@@ -373,7 +366,7 @@ class Case:
             words: fill in the formula and the source.
         """
         key = name.removesuffix("_lora").removesuffix("_full")
-        entry = _formulas()[f"{key}.{variant}" if variant else key]
+        entry = _texts("formulas")[f"{key}.{variant}" if variant else key]
         words = {**self.published.values["sources"], **words}
         formula, source = (entry[k].format(**words) for k in ("formula", "source"))
         sure = Sure[entry["sure"]]
@@ -388,3 +381,9 @@ class Case:
     def published(self) -> Published:
         """The published figures."""
         return self.known.published
+
+    def warn(self, name: str, /, **words: Any) -> None:
+        """Record a warning of rules/warnings.yaml, once."""
+        text = _texts("warnings")[name].format(**words)
+        if text not in self.trace.warnings:
+            self.trace.warnings.append(text)

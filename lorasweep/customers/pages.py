@@ -61,9 +61,8 @@ def _environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    found.filters["dollars"] = "${:,.0f}".format
-    found.filters["of_all"] = of_all
-    found.filters |= {"short": short, "amount": amount, "shown": shown, "repr": repr}
+    filters: dict[str, Any] = {"short": short, "amount": amount, "shown": shown, "of_all": of_all}
+    found.filters |= {**filters, "repr": repr, "dollars": "${:,.0f}".format}
     return found
 
 
@@ -149,7 +148,7 @@ def html(found: Sequence[Advice | Failed], title: str) -> str:
     states = {(c.name, e, c.sure.value) for a in good for c in a.conditions for e in c.evidence}
     cards = []
     for a in found:
-        card = {"name": name_of(a), "kind": "error", "answer": a}
+        card: dict[str, Any] = {"name": name_of(a), "kind": "error", "answer": a}
         if isinstance(a, Advice):
             bits = a.trace.reasons.get("bits")
             measured = bits is not None and bits.sure is Sure.MEASURED

@@ -182,6 +182,4 @@ def _note_rank(case: Case, choice: Choice) -> None:
         experts = f", each of the {model.n_experts} experts with {each}"
     case.note("layers", LAYERS, experts=experts)
     if choice.rank < 8:
-        case.trace.warn(
-            f"rank {choice.rank} is served as rank 8, padded, or merged: servers take 8 and more"
-        )
+        case.warn("low_rank", rank=choice.rank)

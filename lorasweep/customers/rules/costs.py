@@ -222,20 +222,16 @@ def _note(case: Case, work: Workload, found: Costs) -> None:
 
 
 def _warn(case: Case, found: Costs) -> None:
-    c, warn = case.customer, case.trace.warn
+    c, card = case.customer, found.hardware.name
     for name, arm in (("LoRA", found.lora), ("full fine-tuning", found.full)):
         if arm.gpus is None:
-            warn(f"{name} does not fit: {arm.why}")
+            case.warn("no_fit", method=name, why=arm.why)
         elif not arm.fits:
-            available = f"{c.gpus} {'is' if c.gpus == 1 else 'are'} available"
-            warn(f"{name} takes {arm.gpus} {found.hardware.name} GPUs, and {available}")
+            available = f"{c.gpus} {'is' if c.gpus == 1 else 'are'}"
+            case.warn("too_few_gpus", method=name, gpus=arm.gpus, card=card, available=available)
     arms = (found.lora, found.full)
     lora, full = (a.step_s * a.gpus if a.step_s and a.gpus else None for a in arms)
     if lora and full and lora > NOT_FASTER * full:
-        times = f"{lora / full:.2f} times full fine-tuning's GPU time an update"
-        warn(f"LoRA is not faster here: {times}")
+        case.warn("not_faster", times=lora / full)
     if c.task == "rl" and (found.lora.gpu_hours or found.full.gpu_hours):
-        warn(
-            "hours and dollars contain sampling as a serving engine does it at best, on the same "
-            "GPUs: weights, keys and values read once a token"
-        )
+        case.warn("with_sampling")

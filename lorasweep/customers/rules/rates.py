@@ -64,10 +64,7 @@ def rate_of(case: Case, method: str, rank: int, work: Workload) -> Rate:
     if few and case.customer.task == "sft" and method == "lora" and not measured:
         high *= SHORT_FACTOR
         short = f"; high times {SHORT_FACTOR:g} as the run is short"
-        case.trace.warn(
-            f"{work.steps} updates: below {SHORT} the study saw higher best learning rates (about "
-            f"{SHORT_FACTOR:g} times, an anecdote), so try {high:.2g} as well"
-        )
+        case.warn("short_run", steps=work.steps, short=SHORT, factor=SHORT_FACTOR, high=high)
     found_in = "; ".join(found)
     keys = [k for k in published.values["sources"] if f"({k})" in found_in]
     inputs = {"low": low, "high": high, "sources": found_in}

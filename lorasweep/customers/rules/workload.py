@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lorasweep.customers.evidence import Case, Measured
 from lorasweep.customers.read import RowError
@@ -94,10 +95,7 @@ def workload_of(case: Case) -> Workload:
     else:
         bits = _stated_bits(case, examples, trained, tokens)
         if data is not None:
-            case.trace.warn(
-                "the bits of the data are stated, not measured. On a machine with the model: "
-                f"python -m lorasweep action=measure model={case.model.name} data={c.data}"
-            )
+            case.warn("not_measured", model=case.model.name, data=c.data)
     return Workload(examples, tokens, row_tokens, length, batch, steps, rows, *bits)
 
 
@@ -107,10 +105,7 @@ def _data(case: Case) -> Data | None:
     if given is None:
         return None
     if own.is_on_hub(given):
-        case.trace.warn(
-            f"{given} is no local file or folder, so it is read as a data set of the hub, whose "
-            "rows are not counted: state examples and tokens_per_example"
-        )
+        case.warn("on_hub", data=given)
         return None
     try:
         counted = own.count(given)
@@ -126,8 +121,8 @@ def _batch(case: Case, examples: float | None) -> int:
     batch, rows, few = BATCH[c.task], _rows(case, examples, BATCH[c.task]), UPDATES[c.task]
     while c.steps is None and rows is not None and batch > SMALLEST and rows / batch < few:
         batch //= 2
-    words = {"assumed": BATCH[c.task], "smallest": SMALLEST, "few": few}
-    case.note("batch_size", batch, c.task, **words)
+    assumed = BATCH[c.task]
+    case.note("batch_size", batch, c.task, assumed=assumed, smallest=SMALLEST, few=few)
     return batch
 
 
@@ -152,7 +147,7 @@ def _lengths(case: Case, data: Data | None) -> tuple[float, float, int]:
     elif tokens is None and data is not None:
         counted = data.counted
         tokens = counted.answer_bytes / BYTES_PER_TOKEN / counted.rows
-        inputs = {"answer_bytes": counted.answer_bytes, "rows": counted.rows}
+        inputs: dict[str, Any] = {"answer_bytes": counted.answer_bytes, "rows": counted.rows}
         case.note("tokens_per_example", tokens, "counted", inputs, bytes_per_token=BYTES_PER_TOKEN)
     if length is None:
         length = LENGTH if tokens is None else rounded(tokens / TEXT_FILL)
@@ -162,10 +157,7 @@ def _lengths(case: Case, data: Data | None) -> tuple[float, float, int]:
     if tokens is None:
         tokens = TEXT_FILL * length
         case.note("tokens_per_example", tokens, "bound", {"max_length": length}, fill=TEXT_FILL)
-        what = "load and time depend" if c.task == "sft" else "time depends"
-        case.trace.warn(
-            f"tokens_per_example is not stated; {tokens:,.0f} is assumed, and {what} on it"
-        )
+        case.warn(f"tokens_assumed.{c.task}", tokens=tokens)
     return tokens, max(tokens, TEXT_FILL * length), length
 
 
