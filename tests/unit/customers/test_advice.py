@@ -91,6 +91,11 @@ def test_data_are_counted_instead_of_stated(rows_file):
     assert "train.jsonl:1: not a JSON row" in broken.error
 
 
+def test_a_data_set_of_the_hub_is_not_counted():
+    warnings = advice(data="openai/gsm8k", examples=100).trace.warnings
+    assert any("openai/gsm8k" in text and "hub" in text for text in warnings)
+
+
 def measured(folder, sha256, model="mine", **whole):
     """A file as action=measure writes it: three rows of seven were measured."""
     values = {"value": 9000.0, "low": 8000.0, "high": 10_000.0, **whole}
