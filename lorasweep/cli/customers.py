@@ -108,19 +108,11 @@ def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
     if isinstance(mine, Failed):
         raise SpecError(mine.error)
     if request.write_sweep:
-        lines = customer_sweep.write(mine, Path(request.out or customer_sweep.FOLDER))
+        print("\n".join(customer_sweep.write(mine, Path(request.out or customer_sweep.FOLDER))))
     elif request.format == "json":
-        lines = [json.dumps([reason.plain() for reason in mine.trace.reasons.values()])]
+        print(json.dumps([reason.plain() for reason in mine.trace.reasons.values()]))
     else:
-        lines = [f"{mine.name}: {mine.model.name}, {mine.customer.task}", ""]
-        lines += [reason.line() for reason in mine.trace.reasons.values()]
-        lines += ["", "conditions under which LoRA has no regret"]
-        for c in mine.conditions:
-            lines += [f"  {c.state}: {c.name}: {c.why}. {c.sure.value}"]
-            lines += [f"      {line}" for line in c.evidence]
-        if mine.trace.warnings:
-            lines += ["", "warnings", *(f"  {text}" for text in mine.trace.warnings)]
-    print("\n".join(lines))
+        print(pages.render("reasons.txt", a=mine).rstrip())
     return 0
 
 
@@ -162,8 +154,9 @@ def measure(request: Request) -> int:
     path = folder / f"{spec.dataset.name}-{spec.model.name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, json.dumps(found, indent=1).encode())
-    text = "\n".join(measuring.lines(found, path))
-    print(json.dumps(found) if request.format == "json" else text)
+    print(
+        json.dumps(found) if request.format == "json" else measuring.text_of(found, path).rstrip()
+    )
     return 0
 
 

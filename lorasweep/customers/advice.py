@@ -11,7 +11,7 @@ from lorasweep.customers.rules.batches import Batches, batches_of
 from lorasweep.customers.rules.capacity import LAYERS, Choice, choose
 from lorasweep.customers.rules.costs import Arm, Costs, costs_of, hardware_of
 from lorasweep.customers.rules.rates import ALPHA, Rate, rate_of
-from lorasweep.customers.rules.regime import Condition, Found, conditions_of, habits_of
+from lorasweep.customers.rules.regime import Condition, Found, conditions_of, note_habits
 from lorasweep.customers.rules.workload import Workload, workload_of
 from lorasweep.errors import SpecError
 from lorasweep.methods.lora import LoRA
@@ -121,8 +121,7 @@ def advise(c: Customer, known: Known) -> Advice:
     batches = batches_of(case, work)
     costs = costs_of(case, choice.rank, work, hardware)
     found = Found(work, choice, lora, batches)
-    for habit in habits_of(case, found):
-        case.trace.warn(habit)
+    note_habits(case, found)
     conditions = conditions_of(case, found)
     return Advice(
         **vars(case),

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from lorasweep.customers.advice import Advice
+from lorasweep.customers.pages import render
 from lorasweep.customers.rules.capacity import ranks_of
 from lorasweep.customers.rules.rates import family_of, law_rate
 from lorasweep.customers.rules.workload import GROUP
@@ -18,7 +19,7 @@ FOLDER = "settle"
 STEPS = 1000
 """Most updates of the sweep: what tinker-cookbook asks for where possible."""
 RATES, APART = 5, 2
-ALLOWED = 5.0
+ALLOWED = 5
 """Accepted regret of LoRA in the claim, percent of the gain: the analysis has this one limit."""
 POINTS = 3
 """Hundredths of the reward that count as no difference, as in sweeps/rl.yaml."""
@@ -44,7 +45,7 @@ def write(advice: Advice, folder: Path) -> list[str]:
     name, rewarded = f"settle_{plain_name(c.name)}", c.task == "rl"
     dataset = _dataset(advice, name)
     files = {
-        f"sweep/{name}.yaml": "# @package sweep\n" + _text(_sweep(advice, name)),
+        f"sweep/{name}.yaml": _sweep(advice, name),
         f"dataset/{name}.yaml": _text(dataset),
     }
     if not advice.in_catalogue:
@@ -85,73 +86,28 @@ def _text(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _sweep(advice: Advice, name: str) -> dict[str, Any]:
-    work, rank, rewarded = advice.work, advice.choice.rank, advice.customer.task == "rl"
+def _sweep(advice: Advice, name: str) -> str:
+    rank = advice.choice.rank
     lora, full = middle_rates(advice)
-    around = "${{around:{:.3g},{},{}}}"
     low = max((r for r in ranks_of(advice.model) if r < rank), default=rank)
-    no_regret: dict[str, Any] = {
-        "text": "at the highest rank LoRA has no regret",
-        "source": "ours",
-        "measure": f"loss(LoRA) - loss(full fine-tuning) - {ALLOWED:g}% of the gain, nats",
-        "estimand": "over_allowed_top_rank",
-        "expected": -0.01,
-        "margin": [-10, 0],
-        "primary": True,
-    }
-    axes = {
-        "model": [advice.model.name if advice.in_catalogue else name],
-        "dataset": [name],
-        "batch_size": [work.batch_size],
-        "steps": [min(work.steps or STEPS, STEPS)],
-        "seed": [0],
-    }
-    if rewarded:  # judged in points of the reward
-        no_regret |= {
-            "text": "at the highest rank LoRA reaches full fine-tuning's reward",
-            "measure": "reward(highest rank) - reward(full fine-tuning), points",
-            "estimand": "points_top_rank",
-            "expected": 0,
-            "margin": [-POINTS, POINTS],
-            "better": "higher",
-        }
-        axes |= {
-            "objective": ["policy_gradient"],
-            "batch_size": [max(GROUP, work.batch_size // GROUP * GROUP)],
-            "group_size": [GROUP],
-            "max_new_tokens": [work.max_length // 2],
-        }
-    return {
-        "question": "Does LoRA have a regret on these data, at this rank?",
-        "source": "the adviser: its answer was " + advice.choice.method,
-        "how": (
-            f"LoRA at rank {rank} and one below against full fine-tuning, each at the best of "
-            f"{RATES} learning rates a factor {APART} apart, with fresh seeds at the best ones. A "
-            "run of few updates does not show what a longer one would."
-        ),
-        "claims": {
-            "no_regret": no_regret,
-            "order": {
-                "text": "LoRA's best learning rate is of the order of 10 times full fine-tuning's",
-                "source": "study",
-                "measure": "best LoRA learning rate / best full fine-tuning learning rate",
-                "estimand": "lr_ratio",
-                "expected": 10,
-                "margin": [5, 20],
-            },
-        },
-        "axes": axes,
-        "arms": {
-            "fullft": {"method": "fullft", "lr": around.format(full, RATES, APART)},
-            "lora": {
-                "method": "lora",
-                "rank": sorted({low, rank}),
-                "lr": around.format(lora, RATES, APART),
-            },
-        },
-        "replicate": {"seeds": [1, 2, 3], "n_lrs": 2},
-        "analysis": "rl" if rewarded else "lr_ratio",
-    }
+    return render(
+        "sweep.yaml",
+        name=name,
+        rewarded=advice.customer.task == "rl",
+        method=advice.choice.method,
+        model=advice.model.name if advice.in_catalogue else name,
+        steps=min(advice.work.steps or STEPS, STEPS),
+        batch_size=advice.work.batch_size,
+        max_length=advice.work.max_length,
+        ranks=sorted({low, rank}),
+        lora=lora,
+        full=full,
+        rates=RATES,
+        apart=APART,
+        allowed=ALLOWED,
+        points=POINTS,
+        group=GROUP,
+    )
 
 
 def middle_rates(advice: Advice) -> tuple[float, float]:

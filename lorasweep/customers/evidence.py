@@ -45,15 +45,6 @@ class Reason:
     source: str
     sure: Sure
 
-    def line(self) -> str:
-        """Return the reason as text."""
-        given = ", ".join(f"{name} = {shown(value)}" for name, value in self.inputs.items())
-        return (
-            f"{self.name} = {shown(self.value)}\n    {self.formula}"
-            + (f"\n    with {given}" if given else "")
-            + f"\n    source: {self.source}\n    {self.sure.value}"
-        )
-
     def plain(self) -> dict[str, Any]:
         """Return the reason as JSON values."""
         return {**vars(self), "inputs": dict(self.inputs), "sure": self.sure.name.lower()}
@@ -65,18 +56,6 @@ class Trace:
 
     reasons: dict[str, Reason] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-
-    def note(
-        self, name: str, value: Any, formula: str, source: str, sure: Sure, /, **inputs: Any
-    ) -> Any:
-        """Record where a number comes from, and return it."""
-        self.reasons[name] = Reason(name, value, formula, inputs, source, sure)
-        return value
-
-    def warn(self, text: str) -> None:
-        """Record a warning once."""
-        if text not in self.warnings:
-            self.warnings.append(text)
 
 
 def shown(value: Any) -> str:
@@ -98,9 +77,6 @@ def shown(value: Any) -> str:
 
 # ---------------------------------------------------------------- published figures
 
-LISTS = ("bits_per_token", "least_rank", "rank_gaps", "attention_gaps", "low_rate_gaps", "rates")
-SINGLE = ("law", "best_rates")
-
 
 @dataclass(frozen=True)
 class Published:
@@ -111,13 +87,13 @@ class Published:
     def without(self, sources: Iterable[str]) -> "Published":
         """Return the entries of all other sources."""
         gone = set(sources)
-        kept = dict(self.values)
-        for name in LISTS:
-            kept[name] = [e for e in kept[name] if e["source"] not in gone]
-        for name in SINGLE:
-            if kept[name] is not None and kept[name]["source"] in gone:
-                kept[name] = None
-        return Published(kept)
+
+        def left(entry: Any) -> Any:
+            if isinstance(entry, list):
+                return [e for e in entry if e["source"] not in gone]
+            return None if isinstance(entry, dict) and entry.get("source") in gone else entry
+
+        return Published({name: left(entry) for name, entry in self.values.items()})
 
     def where(self, source: str) -> str:
         """Return a source in words."""
@@ -357,6 +333,12 @@ class Known:
     """What was measured in customers' data."""
 
 
+@cache
+def _texts(name: str) -> dict[str, Any]:
+    """Read rules/formulas.yaml or rules/warnings.yaml."""
+    return yaml.safe_load((Path(__file__).parent / f"rules/{name}.yaml").read_text())
+
+
 @dataclass(frozen=True)
 class Case:
     """One customer as every rule is given it; the rules add to its trace."""
@@ -365,6 +347,30 @@ class Case:
     model: ModelSpec
     known: Known
     trace: Trace
+
+    def note(
+        self,
+        name: str,
+        value: Any,
+        variant: str = "",
+        inputs: Mapping[str, Any] | None = None,
+        **words: Any,
+    ) -> None:
+        """Record where a number comes from.
+
+        Args:
+            name: of the number; peak_gib_lora has the formula of peak_gib.
+            value: the number.
+            variant: which of its formulas in rules/formulas.yaml.
+            inputs: values that the formula uses.
+            words: fill in the formula and the source.
+        """
+        key = name.removesuffix("_lora").removesuffix("_full")
+        entry = _texts("formulas")[f"{key}.{variant}" if variant else key]
+        words = {**self.published.values["sources"], **words}
+        formula, source = (entry[k].format(**words) for k in ("formula", "source"))
+        sure = Sure[entry["sure"]]
+        self.trace.reasons[name] = Reason(name, value, formula, inputs or {}, source, sure)
 
     @property
     def kept(self) -> Kept:
@@ -375,3 +381,9 @@ class Case:
     def published(self) -> Published:
         """The published figures."""
         return self.known.published
+
+    def warn(self, name: str, /, **words: Any) -> None:
+        """Record a warning of rules/warnings.yaml, once."""
+        text = _texts("warnings")[name].format(**words)
+        if text not in self.trace.warnings:
+            self.trace.warnings.append(text)

@@ -1,14 +1,12 @@
 """A fleet for people: the card of each adapter, and the page over all customers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from lorasweep.customers.evidence import shown
 from lorasweep.customers.outcome import GAINED, UNKNOWN, WORSE, Outcome, counts, counts_line
 from lorasweep.customers.pages import plain_text, render
-from lorasweep.customers.rows import BY_PROMPT
 from lorasweep.customers.runs import folder_of
 from lorasweep.spec.dataset import FIRST_RENDER
 
@@ -41,99 +39,18 @@ def card(outcome: Outcome) -> str:
     )
 
 
-def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
-    """Yield the facts of a trained adapter: name and text."""
-    p, rows = outcome.plain(), outcome.member.rows
-    yield "adapter", f"LoRA of rank {p['rank']}, alpha {p['alpha']:g}, on {p['layers']} matrices"
-    yield "base", _base(outcome)
-    yield "trained on", f"{p['n_train']:,} rows of {p['data']} ({p['revision']})"
-    if p["n_repeated"]:
-        split = "; duplicates stay in one split" if rows.held_out else ""
-        yield "repetitions", f"{p['n_repeated']:,} rows say the same as another one{split}"
-    if p["n_same_prompt"]:
-        says = f"{p['n_same_prompt']:,} rows have the prompt of another one, and another answer"
-        if rows.held_out and p["prompts_shared"]:
-            says += (
-                "; rows were divided without regard to it, so the gain is that on other answers, "
-                "to prompts that may have been trained on"
-            )
-        elif rows.held_out:
-            says += "; no prompt is both held out and trained on"
-        yield "prompts", says
-    if p["n_left_out"]:
-        what = "row" if rows.dataset.held_out_by != BY_PROMPT else "prompt"
-        yield "left out", f"{p['n_left_out']:,} training rows, whose {what} is held out"
-    yield "prompt form", _form(p)
-    if p["example"]:
-        written = "".join(f"⟦{e['text']}⟧" if e["in_loss"] else e["text"] for e in p["example"])
-        yield "example", f"{written.replace(chr(10), '⏎')} (⟦ ⟧ encloses what is learned)"
-    yield (
-        "training",
-        f"{p['steps_done'] or p['steps']:,} updates of {p['batch_size']} rows, "
-        f"{p['tokens'] or 0:,} tokens, {p['seconds'] or 0:,.1f} s",
-    )
-    if p["early_stopping"]:
-        yield "early stopping", p["early_stopping"]
-    yield "learning rate", _learning_rate(outcome, p)
-    losses = f"{shown(p['loss_before'])} nats a token before, {shown(p['loss_after'])} after"
-    if outcome.gain is None:
-        yield (
-            "loss",
-            f"{losses}, on the training rows themselves: with {p['n_train'] - p['n_repeated']} "
-            "different rows none was held out, so nothing is known of the gain on others",
-        )
-    else:
-        n = p["n_test_prompts"]
-        prompts, over = ("", "rows") if n is None else (f" ({n:,} prompts)", "prompts")
-        text = f"{losses}, on {p['n_test']} test rows{prompts}: a gain of {outcome.gain:.3g}"
-        if outcome.interval is not None:
-            low, high = outcome.interval
-            text += f", 95% interval {low:.3g} to {high:.3g} (Student's t over {over})"
-            if outcome.verdict == UNKNOWN:
-                text += ", so whether it gained is not known"
-        yield "held-out loss", text
-    method = {"lora": "LoRA", "full": "full fine-tuning", "open": "open"}[p["advised"]]
-    forced = ". LoRA was asked for nevertheless" if p["advised"] == "full" else ""
-    yield "the adviser said", f"{method}: {p['advised_why']}{forced}"
-    if p["room"]:
-        yield "capacity", p["room"]
-    if p["tied"]:
-        yield "use", "as it is, never merged: the unembedding it changes is tied to the embedding"
-    for text in p["warnings"]:
-        yield "warning", text
-
-
-def _form(p: Mapping[str, Any]) -> str:
-    """Say how a prompt must be written for the adapter."""
+def _facts(outcome: Outcome) -> list[tuple[str, str]]:
+    """Return the facts of a trained adapter: name and text, each a line of templates/facts.txt."""
+    p, member = outcome.plain(), outcome.member
     form = FORMS[p["render"]]
     if p["template"] is not None:
         plain = p["render"] == FIRST_RENDER
         form = f"{p['template']!r}" if plain else f"{form}, with {p['template']!r} as the message"
-    end = f"; an answer ends with {p['end']!r}" if p["end"] else ""
-    return f"{form}; in the loss: {MASKS[p['mask']]}{end}"
-
-
-def _base(outcome: Outcome) -> str:
-    model = outcome.member.points[0].spec.model
-    load = "load it, then peft.PeftModel.from_pretrained(base, this folder)"
-    if model.source == "hub":
-        return f"{outcome.base}: {load}"
-    shape = f"{model.n_layers} layers, {model.hidden_size:,} wide, {model.vocab_size:,} tokens"
-    return f"{outcome.base} ({shape}), a copy of your own as it is not on the hub: {load}"
-
-
-def _learning_rate(outcome: Outcome, p: Mapping[str, Any]) -> str:
-    if len(outcome.tried) == 1:
-        return f"{p['lr']:g}, the advised one; no other was tried ({p['advised_lr']})"
-    tried = ", ".join(
-        f"{t.lr:g} {'diverged' if t.validation is None else f'{t.validation:.4f}'}"
-        for t in outcome.tried
-    )
-    edge = f"; it is the {p['edge']} one, so the best may lie beyond" if p["edge"] else ""
-    return (
-        f"{p['lr']:g}, the lowest loss on {p['n_validation']} validation rows: {tried}{edge}. They "
-        f"lie around the advised learning rate ({p['advised_lr']})"
-    )
+    model = member.points[0].spec.model
+    mask = MASKS[p["mask"]]
+    text = render("facts.txt", p=p, rows=member.rows, model=model, form=form, mask=mask)
+    facts = (line.partition(": ") for line in text.split("\n") if line)
+    return [(name, fact) for name, _, fact in facts]
 
 
 def cells(outcome: Outcome) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorasweep.customers.pages import render
 from lorasweep.data import own, sources
 from lorasweep.data.examples import Data
 from lorasweep.errors import SpecError, TrainingError
@@ -213,31 +214,12 @@ def _known(data: Data, tokens: int, sums: tuple[float, float]) -> dict[str, Any]
 NAMES = {"as_is": "under the base model", "prequential": "online, during training"}
 
 
-def lines(found: dict[str, Any], path: Path) -> list[str]:
+def text_of(found: dict[str, Any], path: Path) -> str:
     """Return the result for the terminal; `path`: the file that keeps it."""
-    rows, tokens, known = found["rows"], found["loss_tokens"], found["known"]
-    settings = found["settings"]
-    of = "" if rows["all"] is None else f" of {rows['all']:,}"
-    of_tokens = "" if tokens["all"] is None else f" of {tokens['all']:,}"
     head = ["", "", "a token", "an example", "these rows", "all rows [95%]"]
-    table = [head, *(_row(found, name, unit) for name in NAMES for unit in ("bits", "nats"))]
-    tried = ", ".join(f"{run['lr']:.3g} {run['nats'] / math.log(2):,.0f}" for run in found["runs"])
-    diverged = f"; {found['diverged']} diverged" if found["diverged"] else ""
-    text = [
-        f"{found['dataset']} under {found['model']}: {rows['measured']:,}{of} rows, "
-        f"{tokens['measured']:,}{of_tokens} tokens that bear loss",
-        "",
-        *aligned(table),
-        "",
-        f"trained: {settings['method']['name']} at learning rate {settings['lr']:.3g}, batches of "
-        f"{settings['batch_size']}. Bits at each learning rate: {tried}{diverged}",
-    ]
-    if known:
-        said = ", ".join(f"{name} {value:,.0f}" for name, value in known["bits"].items())
-        ratio = "" if known["ratio"] is None else f", {known['ratio']:.2f} times the generator's"
-        above = f"{known['prequential_above_entropy']:,.0f}{ratio}"
-        text.append(f"known bits: {said}. Above the entropy of the rows: {above}")
-    return [*text, f"kept: {path}"]
+    rows = [_row(found, name, unit) for name in NAMES for unit in ("bits", "nats")]
+    table = "\n".join(aligned([head, *rows]))
+    return render("measured.txt", found=found, table=table, ln2=math.log(2), path=path)
 
 
 def _row(found: dict[str, Any], name: str, unit: str) -> list[str]:

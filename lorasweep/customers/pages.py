@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.customers.advice import Advice, plain_of, totals
-from lorasweep.customers.evidence import Reason, Sure, shown
+from lorasweep.customers.evidence import Sure, shown
 from lorasweep.customers.read import Failed
 from lorasweep.customers.rules.capacity import RULES
 from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
@@ -33,11 +33,27 @@ BASIS = (
 )
 
 
+def short(value: float | None) -> str:
+    """Format a number; ? if it is not known."""
+    return "?" if value is None else shown(float(value))
+
+
+def amount(value: float | None) -> str:
+    """Format hours or dollars."""
+    return "<0.01" if value is not None and value < 0.01 else short(value)
+
+
+def of_all(counts: Mapping[str, int | None]) -> str:
+    """Format how many were measured, and of how many where that is known."""
+    of = "" if counts["all"] is None else f" of {counts['all']:,}"
+    return f"{counts['measured']:,}{of}"
+
+
 @cache
 def _environment() -> Any:
     import jinja2  # takes a moment to load
 
-    return jinja2.Environment(
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
@@ -45,6 +61,9 @@ def _environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    filters: dict[str, Any] = {"short": short, "amount": amount, "shown": shown, "of_all": of_all}
+    found.filters |= {**filters, "repr": repr, "dollars": "${:,.0f}".format}
+    return found
 
 
 def render(template: str, **values: Any) -> str:
@@ -81,37 +100,20 @@ def cells(advice: Advice | Failed) -> list[str]:
         str(p["rank"]) if p["method"] != "full" else "-",
         f"{p['lr']:.1e} ({p['lr_low']:.1e} to {p['lr_high']:.1e})",
         f"{p['batch_size_max']:,}",
-        _short(p["load"]),
+        short(p["load"]),
         f"{p['gpus'] or '?'} x {p['gpu']}",
-        _amount(p["hours"]),
-        _amount(p["cost_usd"]),
-        _short(p["peak_gib_lora"]),
-        _short(p["peak_gib_full"]),
+        amount(p["hours"]),
+        amount(p["cost_usd"]),
+        short(p["peak_gib_lora"]),
+        short(p["peak_gib_full"]),
         str(len(p["warnings"])),
     ]
-
-
-def _short(value: float | None) -> str:
-    return "?" if value is None else shown(float(value))
-
-
-def _amount(value: float | None) -> str:
-    """Format hours or dollars."""
-    return "<0.01" if value is not None and value < 0.01 else _short(value)
 
 
 def summary_lines(found: Sequence[Advice | Failed]) -> list[str]:
     """Return the sums over all customers."""
     t = totals(found)
-    return [
-        f"{t['customers']} customers: {t['lora']} LoRA, {t['full']} full fine-tuning, "
-        f"{t['open']} open, {t['errors']} with errors",
-        f"training as advised: ${t['cost_usd']:,.0f}. {_comparable(t)}: as advised "
-        f"${t['cost_usd_of_these']:,.0f}, LoRA for all ${t['cost_usd_lora']:,.0f}, full "
-        f"fine-tuning for all ${t['cost_usd_full']:,.0f}",
-        f"serving: {t['serving_gib_lora']:,.0f} GiB as adapters on one base a model, "
-        f"{t['serving_gib_full']:,.0f} GiB as copies",
-    ]
+    return render("summary.txt", t=t, comparable=_comparable(t)).splitlines()
 
 
 def _comparable(t: Mapping[str, Any]) -> str:
@@ -144,6 +146,15 @@ def html(found: Sequence[Advice | Failed], title: str) -> str:
     good = [a for a in found if isinstance(a, Advice)]
     numbers = {(r.name, r.source, r.sure.value) for a in good for r in a.trace.reasons.values()}
     states = {(c.name, e, c.sure.value) for a in good for c in a.conditions for e in c.evidence}
+    cards = []
+    for a in found:
+        card: dict[str, Any] = {"name": name_of(a), "kind": "error", "answer": a}
+        if isinstance(a, Advice):
+            bits = a.trace.reasons.get("bits")
+            measured = bits is not None and bits.sure is Sure.MEASURED
+            card |= {"kind": a.choice.method, "p": a.plain(), "by": RULES[a.choice.by]}
+            card |= {"measured": measured}
+        cards.append(card)
     return render(
         "advice.html",
         title=title,
@@ -153,56 +164,9 @@ def html(found: Sequence[Advice | Failed], title: str) -> str:
         head=HEAD,
         numbers=NUMBERS,
         rows=[cells(a) for a in found],
-        cards=[_error_card(a) if isinstance(a, Failed) else _card(a) for a in found],
+        cards=cards,
         sources=[
             ("Sources", [": ".join(e) for e in sorted(numbers)]),
             ("Kept results", [": ".join(e) for e in sorted(states)]),
         ],
-    )
-
-
-def _error_card(a: Failed) -> dict[str, Any]:
-    note = f"{a.where} of the table"
-    return {"name": name_of(a), "kind": "error", "problems": a.problems, "note": note}
-
-
-def _card(a: Advice) -> dict[str, Any]:
-    p = a.plain()
-    bits = a.trace.reasons.get("bits")
-    measured = ", measured in the data" if bits and bits.sure is Sure.MEASURED else ""
-    return {
-        "name": p["name"],
-        "kind": p["method"],
-        "note": f"{p['model']}, {p['task']}. {p['why']} (by {RULES[p['by']]})",
-        "facts": {
-            "adapters": f"{p['layers']} matrices at rank {p['rank']}, alpha {p['alpha']}, "
-            f"{p['adapter_mib']:,.0f} MiB",
-            "learning rate": f"{p['lr']:.2e}, {p['lr_low']:.1e} to {p['lr_high']:.1e}: "
-            f"{p['lr_source']}",
-            "batch and length": f"{p['batch_size']:,} rows, at most {p['batch_size_max']:,}; "
-            f"{shown(p['steps'])} updates, at least {p['steps_min']}",
-            "load": f"{_short(p['load'])} from {_short(p['bits'])} bits{measured}",
-            "LoRA": _arm(p, "lora"),
-            "full fine-tuning": _arm(p, "full"),
-            "operations": f"LoRA's update takes {p['flops_ratio']:.2f} times full fine-tuning's",
-        },
-        "conditions": [(c.state, f"{c.name}: {c.state}, {c.why}") for c in a.conditions],
-        "warnings": p["warnings"],
-        "reasons": [_reason(r) for r in a.trace.reasons.values()],
-    }
-
-
-def _reason(r: Reason) -> str:
-    given = ", ".join(f"{name} {shown(value)}" for name, value in r.inputs.items())
-    return f"{r.name} = {shown(r.value)}: {r.formula}" + (f" ({given})" if given else "")
-
-
-def _arm(p: Mapping[str, Any], name: str) -> str:
-    if p[f"gpus_{name}"] is None:
-        return "fits on no number of GPUs as planned"
-    more = "" if p[f"fits_{name}"] else " (more than are available)"
-    return (
-        f"{p[f'gpus_{name}']} x {p['gpu']}{more}, {_short(p[f'peak_gib_{name}'])} GiB each; "
-        f"{_amount(p[f'hours_{name}'])} hours, {_amount(p[f'cost_usd_{name}'])} dollars; served in "
-        f"{_short(p[f'serving_gib_{name}'])} GiB"
     )

@@ -383,16 +383,13 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
         missing = [n for n in NEEDED if n not in stated]
         if not missing:
             return _build(c.model, stated)
-        if stated:
-            raise RowError(
-                f"column model: {c.model!r} is not in the catalogue, and of its shape "
-                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing. Fill "
-                "these columns, or give the path of its config.json as model."
-            )
         names = (name for name in models if "/" not in name)
+        what = unknown("model", c.model, names)
+        if stated:
+            what = f"{c.model!r} is not in the catalogue, and its shape is incomplete."
         raise RowError(
-            f"column model: {unknown('model', c.model, names)} Or give the path of its "
-            f"config.json as model, or fill the columns {', '.join(NEEDED)}."
+            f"column model: {what} Give the path of its config.json as model, or fill the columns "
+            f"{', '.join(missing)}."
         )
     wrong = [n for n, v in stated.items() if getattr(model, n) != v]
     if wrong:

@@ -222,7 +222,7 @@ def _by_units(
         enough = len(groups) >= FEWEST or len(groups) == len({r.whole for r in pool})
         if enough and n_train >= LEFT * len(rows):
             break
-    split = {"n_validation": n_validation, "n_test": n_test, "holdout": holdout}
+    split: dict[str, Any] = {"n_validation": n_validation, "n_test": n_test, "holdout": holdout}
     return dataclasses.replace(spec, held_out_by=by, **split), n_train
 
 

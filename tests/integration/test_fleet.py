@@ -375,6 +375,7 @@ def test_what_a_fleet_does_not_do_is_refused_before_it_reads_rows(world, options
 def test_settings_of_fleets_are_refused_elsewhere(compose):
     for options, says in (
         (["action=fleet"], "customers=FILE"),
+        (["action=fleet", "customers=a.csv", "rates=many"], "rates='many'"),
         (["rates=5"], "only for action=measure and action=fleet"),
         (["action=export", "customers=a.csv"], "only for action=advise"),
         (["action=fleet", "customers=a.csv", "+sweep=lr_ratio"], "Leave"),

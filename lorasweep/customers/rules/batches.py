@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from lorasweep.customers.evidence import Case, Sure
+from lorasweep.customers.evidence import Case
 from lorasweep.customers.rules.workload import UPDATES, Workload
 
 SAFE = 32
@@ -35,35 +35,21 @@ def regret_of_batch(batch: int, rows: float, per_doubling: float) -> float:
 
 def batches_of(case: Case, work: Workload) -> Batches:
     """Return the largest batch and the least updates for a customer's data."""
-    c, published, note = case.customer, case.published, case.trace.note
-    least, rows, rewarded = UPDATES[c.task], work.rows, c.task == "rl"
-    why = "with fewer than 100 the study saw best learning rates 1.5 times higher"
-    if rewarded:
-        why = "shorter runs end before the plateau"
-    source = published.where("zhu" if rewarded else "tinker_law")
-    note("steps_min", least, why, source, Sure.ONCE)
+    c, rows = case.customer, work.rows
+    least = UPDATES[c.task]
+    case.note("steps_min", least, c.task)
     sizes = [2**k for k in range(13) if 2**k <= LARGEST]
-    if rewarded:
+    if c.task == "rl":
         fits = [b for b in sizes if b <= RL_BATCH and (rows is None or rows / b >= least)]
-        formula = f"largest power of two up to {RL_BATCH} that leaves {least} updates, in episodes"
-        largest, source = max(fits, default=1), published.where("tinker_rl")
-        note("batch_size_max", largest, formula, source, Sure.ONCE, episodes=rows)
+        largest = max(fits, default=1)
+        case.note("batch_size_max", largest, "rl", {"episodes": rows}, most=RL_BATCH, least=least)
         return Batches(largest, least, 0.0)
     effects = case.kept.batch_effects
     worst = min([0.0, *(e for _, e in effects)])
     assumed = rows if rows is not None else 1000.0 * SAFE
     fits = [b for b in sizes if regret_of_batch(b, assumed, worst) <= c.max_regret]
     largest = max(fits) if effects else SAFE
-    scales = ", ".join(f"{s} {e:+.3f}" for s, e in effects) or "no scale"
-    formula = (
-        "largest power of two whose regret is at most max_regret: 100 x effect x log2(batch / 32) "
-        "/ ln(rows / batch); effect is the worst change of ln(speed) per doubling in the kept "
-        "results"
-    )
-    source = (
-        f"analysis/results: batch_size at {scales}. {published.where('study')}, figure 3, has no "
-        "numbers; no table of it is public"
-    )
     inputs = {"rows": rows, "effect": worst, "max_regret": c.max_regret}
-    note("batch_size_max", largest, formula, source, Sure.WEAK, **inputs)
+    scales = ", ".join(f"{s} {e:+.3f}" for s, e in effects) or "no scale"
+    case.note("batch_size_max", largest, "sft", inputs, scales=scales)
     return Batches(largest, least, worst)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from lorasweep.customers.evidence import Case, Interval, MeasuredRegret, Sure
+from lorasweep.customers.evidence import Case, Interval, MeasuredRegret
 from lorasweep.customers.rules.workload import Workload
 from lorasweep.errors import SpecError
 from lorasweep.methods.lora import LoRA
@@ -72,18 +72,11 @@ def load_at(bits: float | None, model: ModelSpec, rank: int) -> float | None:
 def choose(case: Case, work: Workload) -> Choice:
     """Choose the method, and LoRA's rank."""
     choice = _by_regret(case, work) or _by_capacity(case, work)
-    model, published, note = case.model, case.published, case.trace.note
-    capacity = published.where("allen_zhu")
-    sure, source = Sure.ONCE, f"{capacity}; {published.where('primer')}"
-    if choice.by == BY_REGRET:
-        sure, source = Sure.MEASURED, "analysis/results: regime, its measured regrets"
-    note("method", choice.method, choice.why, source, sure, rule=RULES[choice.by])
-    low, high = (load_at(bits, model, choice.rank) for bits in (work.bits_low, work.bits_high))
-    inputs = {"bits": work.bits, "lowest": low, "highest": high}
-    inputs["trained"] = trained(model, choice.rank)
-    formula = f"bits / ({BITS_PER_PARAMETER:g} x trained parameters of the rank)"
-    source = f"{published.where('study')}; {capacity}"
-    note("load", choice.load, formula, source, Sure.ASSUMED, **inputs)
+    model, rank = case.model, choice.rank
+    case.note("method", choice.method, choice.by, {"rule": RULES[choice.by]}, why=choice.why)
+    low, high = (load_at(bits, model, rank) for bits in (work.bits_low, work.bits_high))
+    inputs = {"bits": work.bits, "lowest": low, "highest": high, "trained": trained(model, rank)}
+    case.note("load", choice.load, "", inputs, bits_per_parameter=BITS_PER_PARAMETER)
     _note_rank(case, choice)
     return choice
 
@@ -179,21 +172,14 @@ def _note_rank(case: Case, choice: Choice) -> None:
     )
     floors = published.entries("least_rank", task=case.customer.task)
     sources = dict.fromkeys(published.where(e["source"]) for e in floors)
-    formula = f"{choice.why}; {more}. Loss above rank 128's in public, nats: {gaps or 'none known'}"
-    source = "; ".join(sources) or "the smallest standard rank"
+    words = {"why": choice.why, "more": more, "gaps": gaps or "none known"}
+    words["floors"] = "; ".join(sources) or "the smallest standard rank"
     inputs = {"ranks": list(ranks_of(model)), "width": model.hidden_size}
-    case.trace.note("rank", choice.rank, formula, source, Sure.ONCE, **inputs)
+    case.note("rank", choice.rank, "", inputs, **words)
     experts = ""
     if model.n_experts:
         each = f"rank / {model.n_active_experts} active ones"
         experts = f", each of the {model.n_experts} experts with {each}"
-    formula = (
-        f"attention, MLP and unembedding{experts}; a router stays frozen. PEFT's all-linear leaves "
-        "the unembedding out"
-    )
-    source = f"{published.where('study')}, figures 4 and 5"
-    case.trace.note("layers", LAYERS, formula, source, Sure.PUBLISHED)
+    case.note("layers", LAYERS, experts=experts)
     if choice.rank < 8:
-        case.trace.warn(
-            f"rank {choice.rank} is served as rank 8, padded, or merged: servers take 8 and more"
-        )
+        case.warn("low_rank", rank=choice.rank)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from lorasweep.customers.evidence import Case, Sure
+from lorasweep.customers.evidence import Case
 from lorasweep.customers.read import RowError
 from lorasweep.customers.rules.capacity import LAYERS, trained
 from lorasweep.customers.rules.workload import GROUP, Workload
@@ -198,63 +198,39 @@ def _placed(at: _Where, rank: int, available: int | None) -> Placement | Misfit:
 
 
 def _note(case: Case, work: Workload, found: Costs) -> None:
-    note, card = case.trace.note, found.hardware.name
-    served = case.customer.adapters_served
-    sampled = "; and sampling by a serving engine, at best" if case.customer.task == "rl" else ""
+    words = {"card": found.hardware.name, "error": SPEED_ERROR}
+    rewarded = case.customer.task == "rl"
+    words["sampled"] = "; and sampling by a serving engine, at best" if rewarded else ""
+    price = {"price_per_gpu_h": found.hardware.price_per_gpu_h}
     for name, arm in (("lora", found.lora), ("full", found.full)):
-        lora = name == "lora"
         memory = (
             "weights, gradients, moments, activations, logits and buffers of one of "
             f"{arm.gpus} GPU(s): all available, or the fewest that hold it with "
             f"{MEMORY_ERROR:.0%} on top"
         )
-        time = (
-            "updates x seconds of an update: products, attention, activations, optimizer and "
-            f"communication; +-{SPEED_ERROR:.0%}{sampled}"
-        )
-        shared = "one base and all adapters" if lora else "a copy of the model for each"
-        rows = {
-            "trained": arm.trained,
-            "rows_an_update": work.batch_size,
-            "max_length": work.max_length,
-        }
+        rows = {"trained": arm.trained, "rows_an_update": work.batch_size}
+        rows["max_length"] = work.max_length
         steps = {"updates": work.steps, "seconds": arm.step_s}
         steps |= {"tokens_a_row": work.row_tokens, "gpus": arm.gpus}
-        price = {"price_per_gpu_h": found.hardware.price_per_gpu_h}
-        files = {"adapters_served": served, "mib_each": arm.file_mib}
-        source = "lorasweep.plan.memory; analysis/results/plan compares it with published figures"
-        sure = Sure.PLANNED if lora else Sure.ASSUMED
-        note(f"peak_gib_{name}", arm.peak_gib, arm.why or memory, source, sure, **rows)
-        source = f"lorasweep.plan.time; conf/hardware/{card}.yaml, data sheets"
-        note(f"hours_{name}", arm.hours, time, source, Sure.PLANNED, **steps)
-        formula = "hours x GPUs x price of a GPU and hour"
-        source = f"price of {card}: price_per_gpu_h of the row, or of conf/hardware"
-        note(f"cost_usd_{name}", arm.cost_usd, formula, source, Sure.PLANNED, **price)
-        source = "2 bytes a weight, without the cache of keys and values"
-        note(f"serving_gib_{name}", arm.serving_gib, shared, source, Sure.EXACT, **files)
-    formula = (
-        "(4 x active weights + 6 x active adapter weights) / (6 x active weights); 2/3 + 2R/N on a "
-        "square matrix of width N at rank R"
-    )
-    source = f"{case.published.where('study')}, its count of operations"
-    note("flops_ratio", found.flops_ratio, formula, source, Sure.EXACT)
+        files = {"adapters_served": case.customer.adapters_served, "mib_each": arm.file_mib}
+        case.note(f"peak_gib_{name}", arm.peak_gib, name, rows, why=arm.why or memory)
+        case.note(f"hours_{name}", arm.hours, "", steps, **words)
+        case.note(f"cost_usd_{name}", arm.cost_usd, "", price, **words)
+        case.note(f"serving_gib_{name}", arm.serving_gib, name, files)
+    case.note("flops_ratio", found.flops_ratio)
 
 
 def _warn(case: Case, found: Costs) -> None:
-    c, warn = case.customer, case.trace.warn
+    c, card = case.customer, found.hardware.name
     for name, arm in (("LoRA", found.lora), ("full fine-tuning", found.full)):
         if arm.gpus is None:
-            warn(f"{name} does not fit: {arm.why}")
+            case.warn("no_fit", method=name, why=arm.why)
         elif not arm.fits:
-            available = f"{c.gpus} {'is' if c.gpus == 1 else 'are'} available"
-            warn(f"{name} takes {arm.gpus} {found.hardware.name} GPUs, and {available}")
+            available = f"{c.gpus} {'is' if c.gpus == 1 else 'are'}"
+            case.warn("too_few_gpus", method=name, gpus=arm.gpus, card=card, available=available)
     arms = (found.lora, found.full)
     lora, full = (a.step_s * a.gpus if a.step_s and a.gpus else None for a in arms)
     if lora and full and lora > NOT_FASTER * full:
-        times = f"{lora / full:.2f} times full fine-tuning's GPU time an update"
-        warn(f"LoRA is not faster here: {times}")
+        case.warn("not_faster", times=lora / full)
     if c.task == "rl" and (found.lora.gpu_hours or found.full.gpu_hours):
-        warn(
-            "hours and dollars contain sampling as a serving engine does it at best, on the same "
-            "GPUs: weights, keys and values read once a token"
-        )
+        case.warn("with_sampling")

@@ -7,7 +7,7 @@ learning rate measured on one size is never carried to another.
 import math
 from dataclasses import dataclass
 
-from lorasweep.customers.evidence import Case, Published, Sure
+from lorasweep.customers.evidence import Case, Published
 from lorasweep.customers.rules.workload import Workload
 from lorasweep.spec.model import ModelSpec
 
@@ -59,29 +59,21 @@ def rate_of(case: Case, method: str, rank: int, work: Workload) -> Rate:
     if not measured and len(middle) != 1:  # no law, or two families that disagree
         middle = list(found.values())
     rate = math.exp(sum(map(math.log, middle)) / len(middle))
-    formula = (
-        "the measured best learning rate"
-        if measured
-        else "the published law where one family is known, else the geometric mean; low and high "
-        "are the ends of the sources, half a step of their grids further"
-    )
     few = work.steps is not None and work.steps < SHORT
+    short = ""
     if few and case.customer.task == "sft" and method == "lora" and not measured:
         high *= SHORT_FACTOR
-        formula += f"; high times {SHORT_FACTOR:g} as the run is short"
-        case.trace.warn(
-            f"{work.steps} updates: below {SHORT} the study saw higher best learning rates (about "
-            f"{SHORT_FACTOR:g} times, an anecdote), so try {high:.2g} as well"
-        )
-    sources = "; ".join(found)
-    keys = [k for k in published.values["sources"] if f"({k})" in sources]
-    source = "; ".join(published.where(k) for k in keys) or "analysis/results: lr_ratio"
-    inputs = {"low": low, "high": high, "sources": sources}
+        short = f"; high times {SHORT_FACTOR:g} as the run is short"
+        case.warn("short_run", steps=work.steps, short=SHORT, factor=SHORT_FACTOR, high=high)
+    found_in = "; ".join(found)
+    keys = [k for k in published.values["sources"] if f"({k})" in found_in]
+    inputs = {"low": low, "high": high, "sources": found_in}
     inputs |= {"alpha": ALPHA} if method == "lora" else {}
-    sure = Sure.MEASURED if measured else Sure.ONCE
-    case.trace.note("lr", rate, formula, source, sure, **inputs)
+    sources = "; ".join(published.where(k) for k in keys)
+    form = "measured" if measured else "published"
+    case.note("lr", rate, form, inputs, short=short, sources=sources)
     _note_factor(case)
-    return Rate(rate, low, high, sources)
+    return Rate(rate, low, high, found_in)
 
 
 def _measured(case: Case, method: str) -> dict[str, float]:
@@ -120,10 +112,5 @@ def _note_factor(case: Case) -> None:
         for v in case.kept.about("lr_ratio", "ratio")
         if v.found
     )
-    formula = (
-        "best LoRA learning rate over best full fine-tuning learning rate at alpha 32 in SFT; 2 to "
-        f"4 in RL (zhu). Measured here, and only for these models: {measured or 'nothing kept'}. "
-        f"Outdated: {case.published.values['outdated']}"
-    )
-    source = f"{case.published.where('study')}, its fit to 14 models: 9.8"
-    case.trace.note("lr_factor", 10, formula, source, Sure.ONCE)
+    outdated = case.published.values["outdated"]
+    case.note("lr_factor", 10, measured=measured or "nothing kept", outdated=outdated)

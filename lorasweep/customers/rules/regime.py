@@ -1,6 +1,5 @@
 """The conditions under which LoRA has no regret, and five habits that the study calls wrong."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -119,30 +118,33 @@ def _updates(found: Found) -> tuple[str, str]:
 # ---------------------------------------------------------------- habits
 
 
-def habits_of(case: Case, found: Found) -> Iterator[str]:
-    """Yield a warning for each habit in a customer's plan, with its expected cost."""
-    yield from _attention_only(case, found)
-    yield from _rank_habits(case, found)
-    yield from _full_rate(case, found)
-    yield from _large_batch(case, found)
+def note_habits(case: Case, found: Found) -> None:
+    """Warn of each habit in a customer's plan, with its expected cost."""
+    _attention_only(case, found)
+    _rank_habits(case, found)
+    _full_rate(case, found)
+    batch, rows = found.work.batch_size, found.work.rows
+    if case.customer.task == "sft" and case.customer.batch_size and batch >= HUGE_BATCH:
+        cost = regret_of_batch(batch, rows or 1000.0 * batch, found.batches.per_doubling)
+        case.warn("large_batch", batch=batch, cost=cost)
 
 
-def _attention_only(case: Case, found: Found) -> Iterator[str]:
+def _attention_only(case: Case, found: Found) -> None:
     layers = case.customer.layers
     if layers is None or "mlp" in parse_layers(layers):
         return
     gaps = [e["nats"] for e in case.published.entries("attention_gaps")]
     cost = f"{min(gaps):.3f} to {max(gaps):.3f} nats on 4B and 8B models in public" if gaps else "?"
-    here = "; ".join(v.line for v in case.kept.about("layers", "attention_worse"))
+    here = _cited(case, "layers", "attention_worse")
     share = trained(case.model, found.choice.rank, layers) / trained(case.model, found.choice.rank)
-    yield (
-        f"habit: adapters on {layers} alone. Expected cost: {cost} (the answers' accuracy often "
-        f"does not show it), and {share:.0%} of the capacity at one rank. Measured here: "
-        f"{here or 'nothing kept'}"
-    )
+    case.warn("attention_only", layers=layers, cost=cost, share=share, here=here)
 
 
-def _rank_habits(case: Case, found: Found) -> Iterator[str]:
+def _cited(case: Case, sweep: str, *claims: str) -> str:
+    return "; ".join(v.line for v in case.kept.about(sweep, *claims)) or "nothing kept"
+
+
+def _rank_habits(case: Case, found: Found) -> None:
     rank, advised, model = case.customer.rank, found.choice.rank, case.model
     if rank is None or rank == advised:
         return
@@ -154,46 +156,23 @@ def _rank_habits(case: Case, found: Found) -> Iterator[str]:
     room = f"capacity: its load is up to {load:.2g}, and {ROOM} is the most with room to spare"
     if rank == PAPER_RANK:
         wanted = "full fine-tuning" if found.choice.method == "full" else f"rank {advised}"
-        yield (
-            f"habit: rank {PAPER_RANK} because a paper says so. The data ask for {wanted}; "
-            f"expected cost: {room if lacks else price}"
-        )
+        case.warn("paper_rank", rank=rank, wanted=wanted, cost=room if lacks else price)
     elif lacks:
-        yield f"planned rank {rank} may lack {room}"
+        case.warn("low_capacity", rank=rank, cost=room)
     if rank >= EXCESS * advised:
         gain = "; ".join(
             f"{e['model']}: rank 16 to 128 gained {e['gaps'][16]:.4f} nats"
             for e in case.published.entries("rank_gaps")
         )
-        risk = ""
-        if case.customer.task == "rl":
-            risk = ". In RL, ranks of 128 and more collapsed at shared learning rates"
-        yield (
-            f"habit: a higher rank is better. Rank {rank} is {rank / advised:g} times the rank "
-            f"with room; expected cost: {price}; to gain: {gain or 'not known'}{risk}"
-        )
+        words = {"times": rank / advised, "cost": price, "gain": gain or "not known"}
+        case.warn(f"high_rank.{case.customer.task}", rank=rank, **words)
 
 
-def _full_rate(case: Case, found: Found) -> Iterator[str]:
+def _full_rate(case: Case, found: Found) -> None:
     lr, advised = case.customer.lr, found.rate.rate
     if lr is None or lr > advised / FULL_RATE:
         return
     gaps = case.published.entries("low_rate_gaps") if case.customer.task == "sft" else []
-    cost = "; ".join(f"{e['nats']:.3f} nats on {e['model']} at 4e-5" for e in gaps)
-    here = "; ".join(v.line for v in case.kept.about("recipes", "attention_at_full_lr", "original"))
-    yield (
-        f"habit: full fine-tuning's learning rate for LoRA. {lr:.2g} is {advised / lr:.2g} times "
-        f"below {advised:.2g}; expected cost: {cost or 'not known'}. Measured here, together with "
-        f"other habits, as a share of the gain: {here or 'nothing kept'}"
-    )
-
-
-def _large_batch(case: Case, found: Found) -> Iterator[str]:
-    batch, rows = found.work.batch_size, found.work.rows
-    if case.customer.task == "rl" or case.customer.batch_size is None or batch < HUGE_BATCH:
-        return
-    cost = regret_of_batch(batch, rows or 1000.0 * batch, found.batches.per_doubling)
-    yield (
-        f"habit: a batch of {batch:,}. Expected cost: up to {cost:.2g}% of the gain (worst of the "
-        "kept results, on small models); full fine-tuning does best at small batches too"
-    )
+    cost = "; ".join(f"{e['nats']:.3f} nats on {e['model']} at 4e-5" for e in gaps) or "not known"
+    here = _cited(case, "recipes", "attention_at_full_lr", "original")
+    case.warn("full_rate", lr=lr, times=advised / lr, advised=advised, cost=cost, here=here)

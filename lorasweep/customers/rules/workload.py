@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from lorasweep.customers.evidence import Case, Measured, Sure
+from lorasweep.customers.evidence import Case, Measured
 from lorasweep.customers.read import RowError
 from lorasweep.data import own
 from lorasweep.errors import DataError
@@ -24,6 +25,10 @@ BYTES_PER_TOKEN = 4.0
 them?". Other languages and code have fewer."""
 LENGTH = 1024
 """Tokens of the longest row where nothing is stated: as conf/dataset/tulu3.yaml."""
+
+
+Bits = tuple[float | None, float | None, float | None]
+"""Value, low, high."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def workload_of(case: Case) -> Workload:
             stated = f"{examples:,} stated, and {c.data} has {found:,} rows"
             raise RowError(f"columns examples and data: {stated}.")
         examples = float(found)
-        case.trace.note("examples", found, f"rows of {c.data}", "counted", Sure.EXACT)
+        case.note("examples", found, data=c.data)
     batch = c.batch_size or _batch(case, examples)
     rows = _rows(case, examples, batch)
     if c.task == "sft" and examples is None and rows is not None:
@@ -82,16 +87,15 @@ def workload_of(case: Case) -> Workload:
     # a run may end before it has seen all rows
     trained = examples if rows is None or examples is None else min(examples, rows)
     if c.task == "rl":
-        bits = _reward_bits(case, rows)
+        bits: Bits = (rows, rows, rows)
+        if rows is not None:
+            case.note("bits", rows, "rewards", {"episodes": rows})
     elif data is not None and data.measured is not None:
         bits = _measured_bits(case, data.measured, data.counted.rows, trained)
     else:
         bits = _stated_bits(case, examples, trained, tokens)
         if data is not None:
-            case.trace.warn(
-                "the bits of the data are stated, not measured. On a machine with the model: "
-                f"python -m lorasweep action=measure model={case.model.name} data={c.data}"
-            )
+            case.warn("not_measured", model=case.model.name, data=c.data)
     return Workload(examples, tokens, row_tokens, length, batch, steps, rows, *bits)
 
 
@@ -101,10 +105,7 @@ def _data(case: Case) -> Data | None:
     if given is None:
         return None
     if own.is_on_hub(given):
-        case.trace.warn(
-            f"{given} is no local file or folder, so it is read as a data set of the hub, whose "
-            "rows are not counted: state examples and tokens_per_example"
-        )
+        case.warn("on_hub", data=given)
         return None
     try:
         counted = own.count(given)
@@ -120,13 +121,9 @@ def _batch(case: Case, examples: float | None) -> int:
     batch, rows, few = BATCH[c.task], _rows(case, examples, BATCH[c.task]), UPDATES[c.task]
     while c.steps is None and rows is not None and batch > SMALLEST and rows / batch < few:
         batch //= 2
-    what = "the one batch that the study names" if c.task == "sft" else "32 problems x 16 samples"
-    formula = (
-        f"not stated: {BATCH[c.task]}, {what}; halved down to {SMALLEST} while updates are fewer "
-        f"than {few}"
-    )
-    source = case.published.where("study" if c.task == "sft" else "tinker_rl")
-    return int(case.trace.note("batch_size", batch, formula, source, Sure.ASSUMED))
+    assumed = BATCH[c.task]
+    case.note("batch_size", batch, c.task, assumed=assumed, smallest=SMALLEST, few=few)
+    return batch
 
 
 def _rows(case: Case, examples: float | None, batch: int) -> float | None:
@@ -142,34 +139,25 @@ def _rows(case: Case, examples: float | None, batch: int) -> float | None:
 
 def _lengths(case: Case, data: Data | None) -> tuple[float, float, int]:
     """Return the mean tokens that bear loss, the mean tokens computed, and the longest row."""
-    c, trace = case.customer, case.trace
+    c = case.customer
     length, tokens = c.max_length, c.tokens_per_example
     if tokens is None and data is not None and data.measured is not None:
-        tokens, where = data.measured.tokens_per_example, data.measured.where
-        trace.note("tokens_per_example", tokens, "tokens / rows", where, Sure.MEASURED)
+        tokens = data.measured.tokens_per_example
+        case.note("tokens_per_example", tokens, "measured", where=data.measured.where)
     elif tokens is None and data is not None:
         counted = data.counted
         tokens = counted.answer_bytes / BYTES_PER_TOKEN / counted.rows
-        inputs = {"answer_bytes": counted.answer_bytes, "rows": counted.rows}
-        formula = f"bytes of the answers / {BYTES_PER_TOKEN:g} / rows: no tokenizer is loaded here"
-        source = "OpenAI's rule of four letters a token of English"
-        trace.note("tokens_per_example", tokens, formula, source, Sure.ASSUMED, **inputs)
+        inputs: dict[str, Any] = {"answer_bytes": counted.answer_bytes, "rows": counted.rows}
+        case.note("tokens_per_example", tokens, "counted", inputs, bytes_per_token=BYTES_PER_TOKEN)
     if length is None:
-        length, formula = LENGTH, f"not stated: {LENGTH}"
-        if tokens is not None:
-            length = rounded(tokens / TEXT_FILL)
-            formula = (
-                f"not stated: tokens_per_example / {TEXT_FILL}, rounded up to 2^k or 1.5 x 2^k"
-            )
-        source = "lorasweep.plan.load.TEXT_FILL: mean length of text rows over the longest"
-        trace.note("max_length", length, formula, source, Sure.ASSUMED, tokens_per_example=tokens)
+        length = LENGTH if tokens is None else rounded(tokens / TEXT_FILL)
+        form = "assumed" if tokens is None else "of_tokens"
+        inputs = {"tokens_per_example": tokens}
+        case.note("max_length", length, form, inputs, fill=TEXT_FILL, length=LENGTH)
     if tokens is None:
         tokens = TEXT_FILL * length
-        formula = f"not stated: all tokens of a row bear loss, {TEXT_FILL} x max_length"
-        source = "an upper bound for rows of that length"
-        trace.note("tokens_per_example", tokens, formula, source, Sure.ASSUMED, max_length=length)
-        what = "load and time depend" if c.task == "sft" else "time depends"
-        trace.warn(f"tokens_per_example is not stated; {tokens:,.0f} is assumed, and {what} on it")
+        case.note("tokens_per_example", tokens, "bound", {"max_length": length}, fill=TEXT_FILL)
+        case.warn(f"tokens_assumed.{c.task}", tokens=tokens)
     return tokens, max(tokens, TEXT_FILL * length), length
 
 
@@ -179,19 +167,6 @@ def rounded(tokens: float) -> int:
     return next(n for n in (2**k, 3 * 2 ** (k - 1), 2 ** (k + 1)) if n >= tokens)
 
 
-# ---------------------------------------------------------------- bits: value, low, high
-
-Bits = tuple[float | None, float | None, float | None]
-
-
-def _reward_bits(case: Case, episodes: float | None) -> Bits:
-    if episodes is not None:
-        formula = "episodes x 1 bit: the most that a reward can tell about the policy"
-        source = case.published.where("study")
-        case.trace.note("bits", episodes, formula, source, Sure.ONCE, episodes=episodes)
-    return episodes, episodes, episodes
-
-
 def _measured_bits(case: Case, found: Measured, of_file: int, trained: float | None) -> Bits:
     """Return what was measured in a file of rows, with its interval, for the rows trained on."""
     share = 1.0 if trained is None else trained / of_file
@@ -199,8 +174,8 @@ def _measured_bits(case: Case, found: Measured, of_file: int, trained: float | N
     if share < 1:
         over = f"over the {trained:,.0f} rows trained on, at the mean of the file's {of_file:,}"
     bits, low, high = (share * value for value in (found.bits, found.low, found.high))
-    formula = f"summed log-loss of a first pass, of each batch before the update on it, {over}"
-    case.trace.note("bits", bits, formula, found.where, Sure.MEASURED, lowest=low, highest=high)
+    inputs = {"lowest": low, "highest": high}
+    case.note("bits", bits, "measured", inputs, over=over, where=found.where)
     return bits, low, high
 
 
@@ -208,8 +183,8 @@ def _stated_bits(case: Case, examples: float | None, trained: float | None, toke
     """Return the bits of rows at 1 bit a token, or as many as the row states, with their range."""
     if trained is None:
         return None, None, None
-    stated, published = case.customer.bits_per_token, case.published
-    entries = published.entries("bits_per_token")
+    stated = case.customer.bits_per_token
+    entries = case.published.entries("bits_per_token")
     middle = stated or 1.0
     known = [middle] + ([] if stated else [e["nats"] / math.log(2) for e in entries])
     total = trained * tokens * middle
@@ -218,13 +193,8 @@ def _stated_bits(case: Case, examples: float | None, trained: float | None, toke
     if examples is not None and trained < examples:
         counted = f"rows trained on ({trained:,.0f} of {examples:,.0f} examples)"
     losses = "; ".join(f"{e['data']} {e['nats'] / math.log(2):.2f}" for e in entries)
-    source = f"1 bit a token: {published.where('study')}; range: held-out losses of {losses}"
-    formula = (
-        f"{counted} x tokens_per_example x bits_per_token: the code length of a first pass, the "
-        "most that there is to learn; further epochs add nothing"
-    )
     inputs = {"examples": examples, "rows_trained_on": trained, "tokens_per_example": tokens}
     inputs |= {"bits_per_token": middle, "lowest": min(known), "highest": max(known)}
-    source = "stated" if stated else source
-    case.trace.note("bits", total, formula, source, Sure.ASSUMED, **inputs)
+    form = "stated" if stated else "assumed"
+    case.note("bits", total, form, inputs, counted=counted, losses=losses)
     return total, low, high

@@ -5,26 +5,20 @@ import dataclasses
 import pytest
 
 from lorasweep.customers.rules.costs import NOT_FASTER
+from lorasweep.methods.lora import LoRA
 from lorasweep.plan.placement import Placement, place
 from lorasweep.plan.time import served_s
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.run import RunSpec
 from tests.unit.customers.world import advice, known
 
 
 def test_costs_are_those_of_the_plan_for_gpus():
     """The same model, batch and length through `place`: one number for both commands."""
     a = advice(examples=64_000, max_length=1024, tokens_per_example=409.6, batch_size=32)
-    from lorasweep.methods.lora import LoRA
-    from lorasweep.spec.dataset import DatasetSpec
-    from lorasweep.spec.run import RunSpec
-
     dataset = DatasetSpec(name="d", source="jsonl", location="d", max_length=1024)
-    spec = RunSpec(
-        model=a.model,
-        dataset=dataset,
-        method=LoRA(rank=a.choice.rank),
-        batch_size=32,
-        precision="bf16",
-    )
+    method = LoRA(rank=a.choice.rank)
+    spec = RunSpec(model=a.model, dataset=dataset, method=method, batch_size=32, precision="bf16")
     found = place([spec], known().machines["h100"]())
     assert isinstance(found, Placement)
     lora = a.costs.lora

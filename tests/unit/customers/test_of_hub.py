@@ -45,12 +45,8 @@ def read(data):
 def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps():
     found, _ = with_lengths(read(f"{SCHOOL}:main"), llama_like(), None, [])
     spec = found.dataset
-    assert (spec.source, spec.location, spec.config, spec.revision) == (
-        "hub",
-        SCHOOL,
-        "main",
-        COMMIT,
-    )
+    where = (spec.source, spec.location, spec.config, spec.revision)
+    assert where == ("hub", SCHOOL, "main", COMMIT)
     assert (spec.prompt_field, spec.completion_field) == ("question", "answer")
     assert (found.n_train, spec.n_validation, spec.n_test) == (4, 10, 10)  # 20 of 24 are in both
     data = load.load(spec, [], llama_like())
@@ -76,13 +72,9 @@ def test_what_the_hub_does_not_give_is_named(data, says):
         read(data)
 
 
-def test_a_customer_of_the_hub_is_planned_and_one_that_is_not_there_stops_no_other(tmp_path):
+def test_a_customer_of_the_hub_is_planned_and_one_that_is_not_there_does_not_affect_it(tmp_path):
     row = {"model": str(make_base(tmp_path / "base") / "config.json"), "task": "sft"}
-    one, other = plan(
-        [
-            {"name": "one", **row, "data": f"{SCHOOL}:main"},
-            {"name": "other", **row, "data": "openai/gsm9k"},
-        ]
-    )
+    data = {"one": f"{SCHOOL}:main", "other": "openai/gsm9k"}
+    one, other = plan([{"name": name, **row, "data": d} for name, d in data.items()])
     assert [p.spec.dataset.revision for p in one.points] == 3 * [COMMIT]
     assert "column data" in other.problem

@@ -156,7 +156,7 @@ def test_a_model_is_known_by_its_name_and_by_the_hubs():
 def test_columns_give_the_shape_of_a_model_that_is_not_known():
     model = shape(model="qwen3-0.6b", **SHAPE)
     assert model.n_params == pytest.approx(596e6, rel=0.01)  # 0.6B, as its card says
-    with pytest.raises(RowError, match="mlp_size, vocab_size are missing"):
+    with pytest.raises(RowError, match="fill the columns mlp_size, vocab_size"):
         shape(model="x", **{k: v for k, v in SHAPE.items() if k not in ("mlp_size", "vocab_size")})
     with pytest.raises(RowError, match="n_heads=16 is not a multiple of n_kv_heads=5"):
         shape(model="x", **{**SHAPE, "n_kv_heads": 5})
