@@ -1,6 +1,6 @@
 """Turn configuration files and the command line into a checked request.
 
-Knows Hydra, the schema and the groups. Refuses to know torch: composing works on a login node.
+Without torch, so that composing works on a login node.
 """
 
 import dataclasses
@@ -204,7 +204,7 @@ def _changed_parts(parts: Sequence[Request], overrides: Sequence[str]) -> str:
 def _part(overrides: list[str], name: str) -> list[Request]:
     """Compose one part of a sweep that consists of sweeps, with the rest of the command line.
 
-    Empty if it is not asked at this scale.
+    Empty if the part does not have this scale.
     """
     names = option_names("sweep")
     if name not in names:
@@ -215,7 +215,7 @@ def _part(overrides: list[str], name: str) -> list[Request]:
 
 
 def _composed(overrides: list[str]) -> Request:
-    """Compose another request inside the running command, with the same folders of files."""
+    """Compose another request in the running command, with the same configuration folders."""
     cfg = hydra_compose("config", overrides=overrides, return_hydra_config=True)
     return request(without_hydra(cfg), cfg.hydra)
 
