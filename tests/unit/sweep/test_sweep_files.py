@@ -10,7 +10,7 @@ import yaml
 
 from lorasweep.errors import NotAtScale
 from lorasweep.sweep.request import question
-from tests.world import ROOT, compose_request
+from tests.world import ROOT, cli, compose_request
 
 SCALES = sorted(p.stem for p in (ROOT / "conf" / "scale").glob("*.yaml"))
 SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "study")
@@ -58,6 +58,12 @@ def compare_with_kept(today, path):
         assert kept[key] == today[key], key
     assert kept.get("withdrawn", "") == today["withdrawn"]
     assert kept.get("added_after", []) == today["added_after"]
+
+
+def test_the_command_names_the_scales_of_a_sweep(tmp_path):
+    done = cli("+sweep=large_batches", "scale=paper", "action=plan", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "Its file has: smoke, tiny" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_no_shipped_sweep_says_that_runs_were_added_and_judges_as_if_they_were_planned():
