@@ -127,9 +127,8 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     sweep = config.sweep
     check_sweep(sweep_name, sweep, option_names("model"))
     if sweep.parts:
-        rest = [
-            o for o in overrides if o != f"+sweep={sweep_name}" and not o.startswith("sweep.parts=")
-        ]
+        own = (f"+sweep={sweep_name}", "sweep.parts=")
+        rest = [o for o in overrides if not o.startswith(own)]
         parts = [part for name in sweep.parts for part in _part(rest, name)]
         return Request(
             **common,
@@ -210,14 +209,10 @@ def _part(overrides: list[str], name: str) -> list[Request]:
     if name not in names:
         raise SpecError(unknown("sweep", name, names))
     with suppress(NotAtScale):
-        return [_composed([*overrides, f"+sweep={name}"])]
+        part = [*overrides, f"+sweep={name}"]
+        cfg = hydra_compose("config", overrides=part, return_hydra_config=True)
+        return [request(without_hydra(cfg), cfg.hydra)]
     return []
-
-
-def _composed(overrides: list[str]) -> Request:
-    """Compose another request in the running command, with the same configuration folders."""
-    cfg = hydra_compose("config", overrides=overrides, return_hydra_config=True)
-    return request(without_hydra(cfg), cfg.hydra)
 
 
 def _object(cfg: DictConfig) -> Any:

@@ -110,32 +110,25 @@ class RunSpec(Value):
         return self.dataset.n_test_curve > 0 or self.early_stopping > 0
 
     def problems(self) -> Iterator[str]:
-        """Yield what makes this run untrainable."""
-        low, high = LR_RANGE
-        if not low <= self.lr <= high:
-            yield (
-                f"lr={self.lr}: expected a learning rate between {low} and {high}. "
-                "Typical: 1e-5 to 1e-2."
-            )
-        for name in ("batch_size", "steps"):
-            if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)}: expected at least 1."
-        if self.warmup_steps and not 0 <= self.warmup_steps < self.steps:
-            yield (
-                f"warmup_steps={self.warmup_steps}: expected 0 or more, and fewer than "
-                f"steps={self.steps}."
-            )
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)}: expected 0 or more, and below 1."
-        if not 0 < self.eps < 1:
-            yield f"eps={self.eps}: expected a number above 0 and below 1."
-        if self.weight_decay < 0:
-            yield f"weight_decay={self.weight_decay}: expected 0 or more."
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            yield f"clip_norm={self.clip_norm}: expected a number above 0, or null for no clipping."
-        if not 0 <= self.seed < 2**31:
-            yield f"seed={self.seed}: expected a whole number from 0 to 2^31 - 1."
+        """Yield why this run cannot be trained."""
+        (low, high), adam = LR_RANGE, "0 or more, and below 1"
+        between = f"a learning rate between {low} and {high}. Typical: 1e-5 to 1e-2"
+        warmup = not self.warmup_steps or 0 <= self.warmup_steps < self.steps
+        clip = self.clip_norm is None or self.clip_norm > 0
+        for name, valid, expected in (
+            ("lr", low <= self.lr <= high, between),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("steps", self.steps >= 1, "at least 1"),
+            ("warmup_steps", warmup, f"0 or more, and fewer than steps={self.steps}"),
+            ("beta1", 0 <= self.beta1 < 1, adam),
+            ("beta2", 0 <= self.beta2 < 1, adam),
+            ("eps", 0 < self.eps < 1, "a number above 0 and below 1"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("clip_norm", clip, "a number above 0, or null for no clipping"),
+            ("seed", 0 <= self.seed < 2**31, "a whole number from 0 to 2^31 - 1"),
+        ):
+            if not valid:
+                yield f"{name}={getattr(self, name)}: expected {expected}."
         for name, allowed in (
             ("precision", PRECISIONS),
             ("schedule", SCHEDULES),

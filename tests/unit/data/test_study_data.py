@@ -213,7 +213,7 @@ def test_long_rows_are_cut_or_left_out(hub):
     assert [len(e.tokens) for e in list_of(skipped)] == [13, 14]
     two = load(dataclasses.replace(spec, n_train=2))
     assert [len(e.tokens) for e in list_of(two)] == [13, 24]  # rows left out do not count
-    with pytest.raises(DataError, match=r"no rows \(too_long=skip, max_length=4"):
+    with pytest.raises(DataError, match=r"no rows can be used \(too_long=skip, max_length=4"):
         load(dataclasses.replace(spec, too_long="skip", max_length=4))
 
 
