@@ -10,20 +10,14 @@ from typing import Any
 import numpy as np
 
 from lorasweep.data.examples import CHUNK, Data, Example, Rewards, answer_of, prompt_of
+from lorasweep.data.synthetic.generators import GENERATORS, generator
 from lorasweep.data.verifiers import math_checks
 from lorasweep.data.verifiers.reading import boxed, integer
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import VERIFIERS, DatasetSpec
 
-SYNTHETIC = ("bandit", "words")
-"""Generators with a verifier."""
 TURN = "User:"
 """Text that ends a completion in the form `text.role_colon`."""
-
-
-def same_tokens(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
-    """Reward exactly the gold answers of rows, including their end tokens."""
-    return [float(answer.tolist() == answer_of(row).tolist()) for row, answer in pairs]
 
 
 def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
@@ -80,11 +74,12 @@ def check_available(spec: DatasetSpec) -> None:
     Raises:
         DataError: the data set has no verifier.
     """
-    known = spec.location in SYNTHETIC if spec.source == "synthetic" else bool(spec.verifier)
-    if not known:
+    synthetic = spec.source == "synthetic"
+    if not (generator(spec.location).verified if synthetic else spec.verifier):
+        generated = ", ".join(name for name, g in GENERATORS.items() if g.verified)
         raise DataError(
             f"dataset {spec.name!r} has no verifier, so completions cannot be rewarded. Choose one "
-            f"that has (synthetic: {', '.join(SYNTHETIC)}; text: set verifier, one of "
+            f"that has (synthetic: {generated}; text: set verifier, one of "
             f"{', '.join(filter(None, VERIFIERS))}, in its file), or set objective=sft."
         )
     if spec.verifier == "math":

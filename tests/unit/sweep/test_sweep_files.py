@@ -76,9 +76,9 @@ def test_no_shipped_sweep_says_that_runs_were_added_and_judges_as_if_they_were_p
             assert int(yaml.safe_load(text).get("rounds", 1)) >= 2, path.name
 
 
-@pytest.mark.parametrize("scale", ["smoke"])
-def test_the_study_consists_of_sweeps_that_share_runs(scale):
-    request = compose_request(["+sweep=study", f"scale={scale}"])
+def test_the_study_consists_of_sweeps_that_share_runs():
+    request = compose_request(["+sweep=study", "scale=smoke"])
+    assert request.title == "study-smoke"
     parts = {part.sweep_name: part.points for part in request.parts}
     assert list(parts) == request.sweep.parts and all(parts.values())
     known = {p.id for p in parts["rank"]}
