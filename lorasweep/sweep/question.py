@@ -182,20 +182,17 @@ def sweep_from_stored(values: dict[str, Any], scale: str) -> Sweep:
         for key in ("sd", "units"):
             stated = claim.pop(key, None)
             by_scale = stated if isinstance(stated, dict) else {ALL_SCALES: stated}
-            for scale, value in by_scale.items():
+            for at, value in by_scale.items():
                 if value is not None:
-                    setattr(planning.setdefault(scale, Planning()), key, value)
+                    setattr(planning.setdefault(at, Planning()), key, value)
         claims[name] = Claim(**claim, planning=planning)
-    arms = {}
-    for arm, axes in values["arms"].items():
-        added = axes.get(ADDED_AFTER) or {}
+    arms = {arm: dict(axes) for arm, axes in values["arms"].items()}
+    for axes in arms.values():
+        added = axes.pop(ADDED_AFTER, None) or {}
         if "what" not in added:  # version 0.1 stated it by scale
-            added = added.get(scale) or {}
-        arms[arm] = (
-            {**axes, ADDED_AFTER: added}
-            if added
-            else {k: v for k, v in axes.items() if k != ADDED_AFTER}
-        )
+            added = added.get(scale)
+        if added:
+            axes[ADDED_AFTER] = added
     rest = {k: v for k, v in values.items() if k not in ("claims", "arms", "second", "at")}
     return Sweep(**rest, claims=claims, arms=arms, replicate=Replicates(**values["second"]))
 
