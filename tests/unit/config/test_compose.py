@@ -4,12 +4,10 @@ to type next."""
 import pytest
 import yaml
 
-from lorasweep.cli.answer import check_claims
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
 from lorasweep.sweep.grid import expand
-from lorasweep.sweep.question import Claim, Planning, Sweep, check_sweep
-from lorasweep.sweep.request import question
+from lorasweep.sweep.question import Sweep
 from tests.world import ROOT, tiny_spec
 
 
@@ -154,88 +152,6 @@ def test_missing_weights_and_data_say_how_to_get_them(compose, tmp_path):
 def test_data_that_the_model_has_no_symbols_for_is_refused(compose):
     with pytest.raises(SpecError, match="48 symbols"):
         check_available(compose("dataset=skills", "model=tiny64"))
-
-
-def test_a_sweep_must_ask_and_state_its_margin():
-    with pytest.raises(SpecError, match="no question"):
-        check_sweep("x", Sweep())
-    with pytest.raises(SpecError, match="no claims"):
-        check_sweep("x", Sweep(question="?", arms={"a": {"method": "lora"}}))
-    with pytest.raises(SpecError, match="low < high"):
-        check_sweep(
-            "x",
-            Sweep(question="?", claims={"c": Claim(margin=[2, 1])}, arms={"a": {"method": "lora"}}),
-        )
-
-
-@pytest.mark.parametrize(
-    ("stated", "words"),
-    [
-        ({"planning": {"tiny": Planning(sd=-0.1)}}, r"planning\.tiny\.sd="),
-        ({"planning": {"all": Planning(units=0)}}, r"planning\.all\.units="),
-        ({"underpowered": "tiny"}, "underpowered="),
-    ],
-)
-def test_what_is_stated_of_a_claims_power_is_checked(stated, words):
-    claim = Claim(margin=[0, 1], **stated)
-    with pytest.raises(SpecError, match=f"claim 'c': {words}"):
-        check_sweep("x", Sweep(question="?", claims={"c": claim}, arms={"a": {"method": "lora"}}))
-
-
-def asked(rounds, added):
-    claims = {"c": Claim(margin=[0, 1])}
-    arm = {"method": "lora", "lr": [1e-3, 2e-3], "added_after": added}
-    return Sweep(question="?", claims=claims, arms={"a": arm}, rounds=rounds)
-
-
-def test_runs_that_were_added_after_an_interim_analysis_need_two_rounds():
-    added = {"what": "learning rate 2e-3", "why": "four were left"}
-    check_sweep("x", asked(2, added))
-    with pytest.raises(SpecError, match=r"arm 'a': .* but rounds=1\. Write `rounds: 2`"):
-        check_sweep("x", asked(1, added))
-    for wrong in ("2e-3", {"what": "2e-3"}, {"what": "2e-3", "why": ""}):
-        with pytest.raises(SpecError, match=r"Expected \{what: \.\.\., why: \.\.\.\}"):
-            check_sweep("x", asked(2, wrong))
-
-
-def test_what_was_added_is_no_axis_and_is_kept_with_the_question(compose):
-    request = compose("+sweep=large_batches", "scale=tiny")
-    arms = [(a["arm"], a["what"].split(" at ")[0]) for a in question(request)["added_after"]]
-    assert arms == [("fullft", "learning rate 1.1e-3"), ("lora", "learning rate 4.5e-3")]
-    assert {1.1e-3, 4.5e-3} <= {p.spec.lr for p in request.points}
-    assert question(compose("+sweep=large_batches", "scale=smoke"))["added_after"] == []
-
-
-def test_an_answer_may_be_withdrawn_and_a_claim_exploratory_at_a_scale(compose):
-    asked = question(compose("+sweep=rl_bits", "scale=smoke"))
-    assert "unembedding" in asked["withdrawn"]
-    asked = question(compose("+sweep=rl", "scale=smoke"))
-    assert asked["withdrawn"] == "" and set(asked["claims"]["rank_1"]["exploratory"]) == {
-        *("tiny", "small")
-    }
-    claim = Claim(margin=[0, 1], exploratory={"tiny": ""})
-    with pytest.raises(SpecError, match="claim 'c': exploratory="):
-        check_sweep("x", Sweep(question="?", claims={"c": claim}, arms={"a": {"method": "lora"}}))
-
-
-def test_a_claim_that_contradicts_the_metrics_direction_is_refused(compose):
-    claim = "sweep.claims.ratio.better"
-    assert compose("+sweep=lr_ratio", "scale=smoke", f"{claim}=lower").points
-    with pytest.raises(SpecError, match=r"claim 'ratio': better=higher.*lower is better"):
-        compose("+sweep=lr_ratio", "scale=smoke", f"{claim}=higher")
-    with pytest.raises(SpecError, match=r"better='more'. Allowed: lower, higher"):
-        compose("+sweep=lr_ratio", "scale=smoke", f"{claim}=more")
-
-
-def test_a_claim_leaves_out_bases_that_are_known_and_only_where_they_are_judged_apart(compose):
-    left_out = "sweep.claims.%s.except_models=[%s]"
-    with pytest.raises(
-        SpecError, match=r"'rank_1', except_models: model 'tiny46' not found. Did you mean"
-    ):
-        compose("+sweep=rl", "scale=smoke", left_out % ("rank_1", "tiny46"))
-    whole = compose("+sweep=lr_ratio", "scale=smoke", left_out % ("ratio", "tiny64"))
-    with pytest.raises(SpecError, match=r"analysis 'lr_ratio' cannot leave out bases"):
-        check_claims(whole.sweep)
 
 
 def test_expand_drops_duplicates():
