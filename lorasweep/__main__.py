@@ -50,6 +50,7 @@ def _run_hydra() -> None:
     from lorasweep.cli.help import help_template
     from lorasweep.config import compose
     from lorasweep.config.folders import conf_dir
+    from lorasweep.errors import LorasweepError
 
     compose.register(help_template)
     main_of = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
@@ -64,6 +65,8 @@ def _run_hydra() -> None:
     except HydraException as error:
         cause = error.__cause__
         _fail(str(error) if cause is None or str(cause) in str(error) else f"{error}\n{cause}")
+    except LorasweepError as error:  # of a sweep file, while the configuration is composed
+        _fail(str(error))
     except YAMLError as error:
         _fail(f"a configuration file is not valid YAML: {error}")
     except KeyboardInterrupt:

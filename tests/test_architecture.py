@@ -79,7 +79,7 @@ ONLY_IN = {
 }
 STANDARD_LIBRARY_ONLY = r"lorasweep/(errors\.py|spec/(?!streams\.py)|sweep/)"
 NOUNS_OF_NOTHING = {"utils", "util", "helpers", "common", "misc", "manager"}
-# `whose`, `beside` and `knobs` are keys of YAML files, where they stay.
+# `whose`, `beside` and `knobs` are keys of kept answers, where they stay.
 PRIVATE_WORDS = re.compile(
     "told|untold|mend|mended|upkeep|several|company|thereof|knobs|places|kin|lean|ask|"
     "usual|findings|holes|ours"

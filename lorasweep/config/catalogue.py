@@ -1,4 +1,4 @@
-"""The models and machines that files describe, by name, read one at a time when they are asked for.
+"""Models and machines in configuration files, by name, each read when it is first needed.
 
 Composing a whole configuration for each would take a tenth of a second.
 """
@@ -18,7 +18,7 @@ from lorasweep.spec.model import ModelSpec
 
 
 def models(folders: Sequence[Path]) -> dict[str, Callable[[], ModelSpec]]:
-    """Return each model's reader, by its name and by its name on the hub, in lower case."""
+    """Return a reader for each model, by its name and by its name on the hub, in lower case."""
     found: dict[str, Callable[[], ModelSpec]] = {}
     for path in _files(folders, "model"):
         read = cache(lambda path=path: build(ModelSpec, _plain(path)))
@@ -35,7 +35,7 @@ def widths(folders: Sequence[Path]) -> dict[str, int]:
 
 
 def machines(folders: Sequence[Path]) -> dict[str, Callable[[], Hardware]]:
-    """Return each machine's reader, by name; this machine is not among them."""
+    """Return a reader for each machine by name, except this machine."""
     return {
         path.stem.lower(): cache(lambda path=path: hardware.from_plain(_plain(path)))
         for path in _files(folders, "hardware")
@@ -54,7 +54,7 @@ def _plain(path: Path) -> dict[str, Any]:
 
 
 def _head(path: Path) -> dict[str, Any]:
-    """Return a file's values as YAML alone has them: ten times as fast as OmegaConf, for names."""
+    """Read a file as plain YAML, for names: ten times as fast as OmegaConf."""
     return yaml.load(path.read_text(), Loader=LOADER) or {}
 
 

@@ -1,6 +1,6 @@
 """Turn configuration files and the command line into a checked request.
 
-Knows Hydra, the schema and the groups. Refuses to know torch: composing works on a login node.
+Without torch, so that composing works on a login node.
 """
 
 import dataclasses
@@ -131,9 +131,8 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     sweep = config.sweep
     check_sweep(sweep_name, sweep, option_names("model"))
     if sweep.parts:
-        rest = [
-            o for o in overrides if o != f"+sweep={sweep_name}" and not o.startswith("sweep.parts=")
-        ]
+        own = (f"+sweep={sweep_name}", "sweep.parts=")
+        rest = [o for o in overrides if not o.startswith(own)]
         parts = [part for name in sweep.parts for part in _part(rest, name)]
         return Request(
             **common,
@@ -208,20 +207,16 @@ def _changed_parts(parts: Sequence[Request], overrides: Sequence[str]) -> str:
 def _part(overrides: list[str], name: str) -> list[Request]:
     """Compose one part of a sweep that consists of sweeps, with the rest of the command line.
 
-    Empty if it is not asked at this scale.
+    Empty if the part does not have this scale.
     """
     names = option_names("sweep")
     if name not in names:
         raise SpecError(unknown("sweep", name, names))
     with suppress(NotAtScale):
-        return [_composed([*overrides, f"+sweep={name}"])]
+        part = [*overrides, f"+sweep={name}"]
+        cfg = hydra_compose("config", overrides=part, return_hydra_config=True)
+        return [request(without_hydra(cfg), cfg.hydra)]
     return []
-
-
-def _composed(overrides: list[str]) -> Request:
-    """Compose another request inside the running command, with the same folders of files."""
-    cfg = hydra_compose("config", overrides=overrides, return_hydra_config=True)
-    return request(without_hydra(cfg), cfg.hydra)
 
 
 def _object(cfg: DictConfig) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import hydra._internal.hydra as hydra_internal
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 
 from lorasweep.errors import NotAtScale, SpecError
 from lorasweep.sweep.question import Sweep
@@ -67,7 +67,7 @@ class ScaleLoader(ConfigLoaderImpl):
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
     """Return a copy of a composed configuration without Hydra's own part."""
-    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 def install() -> None:
@@ -99,7 +99,7 @@ def _is_mapping(*values: Any) -> bool:
     return all(isinstance(v, dict) for v in values)
 
 
-def _refuse_renamed(group: str, name: str, config: DictConfig) -> None:
+def _refuse_renamed(group: str, name: str, config: Container) -> None:
     """Raise SpecError for a key of version 0.1 in the file of an option."""
     values: Any = OmegaConf.to_container(config, resolve=False)
     for old, new in RENAMED[group].items():

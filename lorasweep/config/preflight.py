@@ -11,11 +11,11 @@ from lorasweep.sweep.request import Request
 def check_available(request: Request) -> None:
     """Check that the weights and data of every point are on this machine.
 
-    What the hub has may be downloaded by the first run that needs it, but not by jobs of a cluster:
-    each would wait for it with its GPUs.
+    The first run that needs a file of the hub may download it, but jobs of a cluster may not: they
+    would wait for it with their GPUs.
 
     Raises:
-        ModelError, DataError: they are not; the message tells how to get them.
+        ModelError, DataError: they are not; the message names how to get them.
         SpecError: a data set has more symbols than the model's vocabulary, or is text for a model
             without a tokenizer, or several processes cannot train what is asked for.
     """
@@ -33,11 +33,11 @@ def check_available(request: Request) -> None:
             rewards.check_available(spec.dataset)
     if request.exec.world_size > 1 and any(s.kl_weight for s in specs):
         raise SpecError(
-            f"exec.world_size={request.exec.world_size} with kl_weight: that compares with the "
-            "base, of which a run on several processes keeps no copy. Set exec.world_size=1, or "
+            f"exec.world_size={request.exec.world_size} with kl_weight: it needs a copy of the "
+            "base, which a run on several processes does not keep. Set exec.world_size=1, or "
             "kl_weight=0."
         )
-    if not request.exec.skip_broken_data:  # else what breaks fails its own runs
+    if not request.exec.skip_broken_data:  # else bad data fails only its own runs
         for dataset in {s.dataset.name: s.dataset for s in specs}.values():
             data.check_available(dataset, request.exec.data_dir)
     pairs = {(s.model.name, s.dataset.name): (s.model, s.dataset) for s in specs}
@@ -62,7 +62,7 @@ def fetch(specs: Iterable[RunSpec], tell: Callable[[str], None]) -> None:
     `tell` gets a line for each.
 
     Raises:
-        ModelError, DataError: one cannot be had.
+        ModelError, DataError: a download fails.
     """
     from lorasweep.data import hub as data
     from lorasweep.models import hub as models

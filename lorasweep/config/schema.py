@@ -1,6 +1,6 @@
 """The schema of the configuration: its keys with types and defaults.
 
-The parts of a run come from `lorasweep.spec`, so a new field there is a new key here.
+The fields of a run come from `lorasweep.spec`, so a new field there is a new key here.
 """
 
 import dataclasses
@@ -12,10 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Cluster, Exec
-from lorasweep.spec.method import Method
-from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.run import RunSpec
 from lorasweep.sweep.question import Sweep
 
 FORMATS = ("text", "json")
@@ -61,8 +59,8 @@ class Scale:
 
 
 @dataclass
-class Config:
-    """The whole configuration: a run's fields (as in RunSpec), the scale, and what to do."""
+class Config(writable(RunSpec)):  # type: ignore[misc]
+    """The whole configuration: the fields of a run, the scale, and the settings of the command."""
 
     action: str = "run"
     format: str = "text"
@@ -86,26 +84,3 @@ class Config:
     exec: writable(Exec) = field(default_factory=writable(Exec))  # type: ignore[valid-type]
     hardware: dict[str, Any] = field(default_factory=dict)
     sweep: Sweep = field(default_factory=Sweep)
-    model: writable(ModelSpec) = field(default_factory=writable(ModelSpec))  # type: ignore[valid-type]
-    dataset: writable(DatasetSpec) = field(default_factory=writable(DatasetSpec))  # type: ignore[valid-type]
-    method: writable(Method) = field(default_factory=writable(Method))  # type: ignore[valid-type]
-    lr: float = 1e-3
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    batch_size: int = 16
-    steps: int = 100
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
-    precision: str = "fp32"
-    seed: int = 0
-    objective: str = "sft"
-    group_size: int = 0
-    max_new_tokens: int = 0
-    reward_scale: str = "none"
-    ratio_level: str = "token"
-    clip_ratio: float | None = None
-    kl_weight: float = 0.0
-    early_stopping: int = 0

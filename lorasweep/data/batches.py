@@ -1,13 +1,13 @@
-"""Lay out examples as arrays: rows end to end, each padded separately, so that padding is small.
+"""Arrange examples in arrays: rows end to end, each padded separately, so that padding is small.
 
-The hand-written passes take them so. Other models take each row padded to the longest (`padded`),
-or a member's rows end to end in one sequence, with positions that start anew at each (`joined`).
+Models take each row padded to the longest (`padded`), or the rows of a run end to end in one
+sequence, with positions that restart at each row (`joined`).
 
 Attention is causal and stays inside a row, so no real token sees padding or another row: results do
 not depend on the padding or on the other rows of the batch.
 
-Shapes: N members, X tokens per member (its rows end to end), M positions per member at which a loss
-token is predicted. Loss tokens are those that count in the loss.
+Shapes: N runs in the pack, X tokens per run (its rows end to end), M positions per run at which a
+loss token is predicted. Loss tokens are the tokens that count in the loss.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from lorasweep.data.examples import Example, Truth
 
 PAD_TO = 16
 """Row lengths, X and M are multiples of this. On many processors, but not on all, matrix products
-then round in the same way in a pack and alone (LOG.md)."""
+are then rounded equally in a pack and alone (LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -28,33 +28,32 @@ class Batch:
 
     tokens_NX: np.ndarray
     lengths: tuple[tuple[int, ...], ...]
-    """Padded length of each row of each member. They sum to X; the last row may be filler."""
+    """Padded length of each row of each run. They sum to X; the last row may be filler."""
     loss_positions_NM: np.ndarray
     """Positions in X whose next token is predicted."""
     targets_NM: np.ndarray
     weight_NM: np.ndarray
     """1 for a real position, 0 for filler."""
     tokens_N: tuple[int, ...]
-    """Tokens of each member, without padding."""
+    """Tokens of each run, without padding."""
     truth: Truth | None = None
-    """Of one member's held-out rows, in the order of the loss positions; merged batches have none.
-    """
+    """For held-out rows of one run, in the order of the loss positions; None after `merge`."""
     join_rows: bool = False
-    """Whether models of any class get the rows end to end instead of padded to the longest."""
+    """Whether models get the rows end to end instead of padded to the longest."""
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens of one member, with padding."""
+        """Tokens of one run, with padding."""
         return self.tokens_NX.shape[1]
 
     @property
     def n_loss(self) -> int:
-        """Number of loss tokens of all members."""
+        """Number of loss tokens of all runs."""
         return int(self.weight_NM.sum())
 
 
 def collate(examples: Sequence[Example], join_rows: bool = False) -> Batch:
-    """Lay out the rows of one member."""
+    """Make the batch of the rows of one run."""
     lengths = [_up(len(e.tokens)) for e in examples]
     starts = np.cumsum([0, *lengths])
     tokens = np.zeros(starts[-1], dtype=np.int64)
@@ -84,7 +83,7 @@ def _joined(truths: Sequence[Truth], n_examples: int) -> Truth | None:
 
 
 def merge(parts: Sequence[Batch]) -> Batch:
-    """Stack the batches of members, each filled up to the longest."""
+    """Stack the batches of the runs in a pack, each filled up to the longest."""
     if len(parts) == 1:
         return parts[0]
     x = max(p.tokens_NX.shape[1] for p in parts)
@@ -104,10 +103,10 @@ def merge(parts: Sequence[Batch]) -> Batch:
 
 
 def joined(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the batch with one sequence a member, for models that keep its rows apart.
+    """Return the batch with one sequence per run, for models that keep its rows apart.
 
-    Tokens [N, X], loss positions, targets and weights [N, M], and each token's position in its row
-    [N, X], by which transformers lets no row attend to another.
+    Tokens [N, X], loss positions, targets and weights [N, M], and the position of each token in its
+    row [N, X], which transformers uses to keep attention inside a row.
     """
     at = [np.concatenate([np.arange(n) for n in lengths]) for lengths in batch.lengths]
     rows = np.stack(at)
@@ -115,24 +114,24 @@ def joined(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 
 
 def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the batch in the usual padded form, for models of any class.
+    """Return the batch in the usual padded form: tokens, loss positions, targets, weights.
 
-    Member by member, B rows each. Filler rows are left out; a member with fewer rows than another
-    gets empty ones.
+    Run by run, with equally many rows each. Filler rows are left out; a run with fewer rows than
+    another gets empty ones.
     """
     n, x = batch.tokens_NX.shape
     most = max(map(len, batch.lengths))
-    lengths = np.array([(*member, *[0] * (most - len(member))) for member in batch.lengths])
+    lengths = np.array([(*rows, *[0] * (most - len(rows))) for rows in batch.lengths])
     starts = np.cumsum(lengths, axis=1) - lengths + np.arange(n)[:, None] * x
-    bears = batch.weight_NM.ravel() > 0
-    at = (batch.loss_positions_NM + np.arange(n)[:, None] * x).ravel()[bears]
-    wanted = batch.targets_NM.ravel()[bears]
-    member, row = np.divmod(np.searchsorted(starts.ravel(), at, side="right") - 1, most)
-    used = np.zeros(n, dtype=np.int64)  # rows of a member up to its last that bears loss: no filler
-    np.maximum.at(used, member, row + 1)
+    real = batch.weight_NM.ravel() > 0
+    at = (batch.loss_positions_NM + np.arange(n)[:, None] * x).ravel()[real]
+    wanted = batch.targets_NM.ravel()[real]
+    run, row = np.divmod(np.searchsorted(starts.ravel(), at, side="right") - 1, most)
+    used = np.zeros(n, dtype=np.int64)  # rows of a run up to the last with a loss token: no filler
+    np.maximum.at(used, run, row + 1)
     rows = max(1, used.max())
     lengths = np.where(np.arange(most) < used[:, None], lengths, 0)[:, :rows].ravel()
-    starts, row_of = starts[:, :rows].ravel(), member * rows + row
+    starts, row_of = starts[:, :rows].ravel(), run * rows + row
     flat = batch.tokens_NX.ravel()
     tokens = np.zeros((n * rows, lengths.max()), dtype=np.int64)
     for k, (start, length) in enumerate(zip(starts, lengths)):

@@ -86,18 +86,6 @@ class Data:
     """Number of training tokens -> bits of new information in them, by measure; None: not known."""
 
 
-@dataclass(frozen=True)
-class Generator:
-    """A synthetic data set. Each is one entry of `load.GENERATORS`."""
-
-    vocab: int
-    """Number of symbols."""
-    check: Callable[[DatasetSpec], None]
-    """Raises DataError for a parameter that is unknown or out of range."""
-    load: Callable[..., Data]
-    """(spec) -> data; with `draw_by_seed` also draw=number."""
-
-
 def parameters(spec: DatasetSpec, defaults: Mapping[str, float]) -> dict[str, float]:
     """Return all parameters of a generator: those of the data set, and defaults for the rest.
 
@@ -121,6 +109,11 @@ def prompt_of(row: Example) -> np.ndarray:
 def answer_of(row: Example) -> np.ndarray:
     """Return the tokens in the loss: of a row with one answer, the gold answer with its end."""
     return row.tokens[row.loss]
+
+
+def same_tokens(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
+    """Reward exactly the gold answers of rows, including their end tokens."""
+    return [float(answer.tolist() == answer_of(row).tolist()) for row, answer in pairs]
 
 
 def prompts_of(rows: Sequence[Example]) -> list[int]:

@@ -40,7 +40,7 @@ def messages_of(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
     A prompt in its template is the user's message, and the completion its answer.
 
     Raises:
-        DataError: the row has not the columns of the format; the message names file and line.
+        DataError: a column of the format is missing; the message names file and line.
     """
     if spec.format in LISTS:
         return _listed(spec, row, where)
@@ -52,7 +52,7 @@ def in_loss(spec: DatasetSpec, row: Any, where: str) -> list[bool]:
     """Return for each of a row's messages whether it is in the loss, by its weight and the mask.
 
     Raises:
-        DataError: the row has not the columns of the format, or a weight is neither 0 nor 1.
+        DataError: a column of the format is missing, or a weight is neither 0 nor 1.
     """
     messages = messages_of(spec, row, where)
     listed = row[spec.format] if spec.format in LISTS else [{}] * len(messages)
@@ -76,7 +76,7 @@ def prompt_and_completion(spec: DatasetSpec, row: Any, where: str) -> tuple[str,
     """Return the prompt in its template and the completion of a row with two columns.
 
     Raises:
-        DataError: the row has not these columns; the message names file and line.
+        DataError: a column is missing; the message names file and line.
     """
     prompt = spec.template.replace("{prompt}", text_of(row, spec.prompt_field, where))
     return prompt, text_of(row, spec.completion_field, where)
@@ -86,7 +86,7 @@ def opening(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
     """Return the messages before a row's first answer: equal for rows with the same prompt.
 
     Raises:
-        DataError: the row has not the columns of the format; the message names file and line.
+        DataError: a column of the format is missing; the message names file and line.
     """
     messages = messages_of(spec, row, where)
     roles = [role for role, _ in messages]
@@ -101,7 +101,7 @@ def prompt_of(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
     share the messages before any answer also share those before the first one.
 
     Raises:
-        DataError: the row has not the columns of the format; the message names file and line.
+        DataError: a column of the format is missing; the message names file and line.
     """
     messages, learned = messages_of(spec, row, where), in_loss(spec, row, where)
     return tuple(messages[: learned.index(True)] if True in learned else messages)

@@ -1,7 +1,4 @@
-"""Rows of data sets of the Hugging Face hub: their splits, and what can be wrong before rows load.
-
-Knows which commit the rows are from. Refuses to know tokenizers and how a row is rendered.
-"""
+"""Rows of data sets of the Hugging Face hub, with checks of splits and columns before they load."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,13 +11,13 @@ from lorasweep.spec.revision import is_commit
 
 
 class _Place(NamedTuple):
-    """Where the rows of a split are."""
+    """The location of the rows of a split."""
 
     location: str
     configs: tuple[str, ...]
     revision: str
     split: str
-    """Split of the hub; with a holdout both splits are parts of it."""
+    """Split of the hub; with a holdout, training and held-out rows are parts of it."""
 
 
 def _place(spec: DatasetSpec, held_out: bool) -> _Place:
@@ -31,12 +28,12 @@ def _place(spec: DatasetSpec, held_out: bool) -> _Place:
 
 
 def source_of(spec: DatasetSpec, held_out: bool) -> Source:
-    """Find out which commit of the hub the revision stands for (empty: its newest one).
+    """Find the commit of a revision (empty: the newest one) and return the rows of a split.
 
     Splits and columns are checked as far as the hub describes them; no row is loaded.
 
     Raises:
-        DataError: the data set cannot be reached, or it has not what `spec` names.
+        DataError: the data set cannot be reached, or a named split or column is missing.
     """
     place = _place(spec, held_out)
     builders = [_builder(spec, place, config) for config in place.configs]
@@ -50,9 +47,9 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
 
 
 def contents(spec: DatasetSpec) -> tuple[list[str], dict[str, int], str]:
-    """Download a data set of which no splits and columns are known yet.
+    """Download a data set whose splits and columns are not known yet.
 
-    Returns its columns, the number of rows of each split, and the commit that they are from.
+    Returns its columns, the number of rows of each split, and the commit.
 
     Raises:
         DataError: it cannot be had.
@@ -64,10 +61,10 @@ def contents(spec: DatasetSpec) -> tuple[list[str], dict[str, int], str]:
 
 
 def fetch(spec: DatasetSpec) -> int:
-    """Download the rows of both splits and make them ready to read; return their number.
+    """Download and prepare the rows of both splits; return their number.
 
     Raises:
-        DataError: they cannot be had, or are not what `spec` names.
+        DataError: they cannot be had, or a named split or column is missing.
     """
     rows: dict[tuple[str, ...], int] = {}
     for place in (_place(spec, held_out) for held_out in (False, True)):
@@ -87,15 +84,15 @@ def _names(place: _Place) -> list[str]:
 def _builder(spec: DatasetSpec, place: _Place, config: str) -> Any:
     import datasets
 
-    datasets.logging.set_verbosity_error()  # it warns of every look into its cache
+    datasets.logging.set_verbosity_error()  # it warns whenever it reads its cache
     try:
         builder = datasets.load_dataset_builder(
             place.location, config or None, revision=place.revision or None
         )
     except Exception as error:
         raise _unavailable(spec, place, error) from error
-    # `datasets` names the folders of its cache by commits. Without a network it takes the newest
-    # folder there, whatever revision is wanted.
+    # Without a network, `datasets` takes the newest folder of its cache, whatever the revision.
+    # These folders are named by commits.
     if is_commit(place.revision) and builder.hash != place.revision:
         raise DataError(
             f"dataset {spec.name!r}: {place.location} is pinned to {place.revision}, but the hub "
@@ -106,7 +103,7 @@ def _builder(spec: DatasetSpec, place: _Place, config: str) -> Any:
 
 
 def _check_described(spec: DatasetSpec, place: _Place, builder: Any) -> None:
-    """Check splits and columns that the data set's card describes; it need not."""
+    """Check splits and columns as far as the card of the data set describes them."""
     info = builder.info
     if info.features is not None:
         _check_columns(spec, place, list(info.features))
@@ -122,12 +119,12 @@ def _check_columns(spec: DatasetSpec, place: _Place, found: Sequence[str]) -> No
             f"dataset {spec.name!r}: {place.location}[{place.split}] has no column "
             f"{', '.join(missing)}. Found: {', '.join(found)}. Expected (format={spec.format}): "
             f"{', '.join(columns(spec))}. Set format, prompt_field, completion_field or "
-            "answer_field to what is there, or pin a revision that has these columns."
+            "answer_field to existing columns, or pin a revision that has these columns."
         )
 
 
 def _check_splits(spec: DatasetSpec, place: _Place, counts: dict[str, int]) -> None:
-    """Check that the named splits are there and have rows enough. `counts`: rows by split."""
+    """Check that the named splits exist and have enough rows. `counts`: rows by split."""
     for name in _names(place):
         if name not in counts:
             raise DataError(
@@ -160,7 +157,7 @@ def _rows(
         _check_columns(spec, place, parts[-1].column_names)
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if spec.holdout:
-        # mixtures are sorted by source: without a shuffle all held-out rows share a source
+        # mixtures are sorted by source: without a shuffle, all held-out rows share a source
         rows = rows.shuffle(seed=0)
         test = range(spec.holdout)
         rows = rows.select(test if held_out else range(len(test), len(rows)))
@@ -170,7 +167,7 @@ def _rows(
 
 
 def _prepared(spec: DatasetSpec, place: _Place, builder: Any) -> dict[str, int]:
-    """Download and read the rows, unless they are in the cache; return their number by split."""
+    """Download the rows, unless they are cached, and check the splits; return rows by split."""
     known = _counts(spec, place, builder)
     _check_splits(spec, place, known)
     return known

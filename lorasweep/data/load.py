@@ -9,15 +9,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 from lorasweep.data import fields, hub, rewards, sources, text
-from lorasweep.data.examples import Data, Generator, fingerprint, prompts_of, shuffled
+from lorasweep.data.examples import Data, fingerprint, prompts_of, shuffled
 from lorasweep.data.sources import Row, Source
-from lorasweep.data.synthetic import dialect, facts, skills
-from lorasweep.errors import DataError, unknown
+from lorasweep.data.synthetic.generators import generator
+from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 
 T = TypeVar("T")
-GENERATORS: dict[str, Generator] = dialect.GENERATORS | facts.GENERATORS | skills.GENERATORS
-"""Synthetic data sets, by the name that is the location of a data set."""
 OF_A_PROMPT = 8
 """Evaluated held-out rows per prompt, at most, with held_out_by=prompt: further answers to the same
 prompt add little information."""
@@ -41,7 +39,7 @@ def load(
     """
     if spec.source == "synthetic":
         more = {} if draw is None else {"draw": draw}
-        return _generator(spec.location).load(spec, **more)
+        return generator(spec.location).load(spec, **more)
     if tokenizer is None:
         raise DataError(
             f"dataset {spec.name!r} is text, but the model has no tokenizer. Choose a model with a "
@@ -227,7 +225,7 @@ def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
         DataError: files are missing (the message tells how to get them) or a row is unreadable.
     """
     if spec.source == "synthetic":
-        _generator(spec.location).check(spec)
+        generator(spec.location).check(spec)
     elif spec.source == "jsonl":
         held_out = spec.train_split if spec.holdout else spec.test_split
         for split in dict.fromkeys((spec.train_split, held_out)):
@@ -238,10 +236,4 @@ def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
 
 def generator_vocab(spec: DatasetSpec) -> int | None:
     """Return the number of symbols of a synthetic data set; None for text."""
-    return _generator(spec.location).vocab if spec.source == "synthetic" else None
-
-
-def _generator(name: str) -> Generator:
-    if name not in GENERATORS:
-        raise DataError(unknown("synthetic data set", name, GENERATORS))
-    return GENERATORS[name]
+    return generator(spec.location).vocab if spec.source == "synthetic" else None

@@ -1,6 +1,6 @@
-"""Somebody's own rows as a data set: JSON Lines, or a name on the hub, in one of the usual forms.
+"""Rows without a data set file: JSON Lines, or a name on the hub, in one of the usual forms.
 
-Tells the form from the first row, or from the columns. Refuses to know tokenizers.
+The form is found from the first row, or from the columns.
 """
 
 import dataclasses
@@ -21,35 +21,32 @@ PAIRS = (
     ("instruction", "response"),
     ("input", "output"),
 )
-"""Names of two columns, what is asked and what is answered, the first that are there."""
+"""Names of prompt and completion columns, in order of preference."""
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w.-]+))?")
-"""A data set of the hub: owner/name, and if need be :configuration and @revision."""
+"""A data set of the hub: owner/name, with an optional :configuration and @revision."""
 HELD_OUT = ("test", "validation")
-"""Splits of the hub that are held out, the first that is there."""
+"""Splits of the hub that are held out, in order of preference."""
 DIGITS = 16
-"""Hexadecimal digits of a file's SHA-256 that name it, as in a revision."""
+"""Hexadecimal digits of the SHA-256 of a file in a revision."""
 
 
 class Counted(NamedTuple):
-    """What a file holds."""
+    """The size of a file of rows."""
 
     rows: int
     answer_bytes: int
-    """UTF-8 bytes of what bears loss: completions, or answers of a conversation (`fields.in_loss`).
-    """
+    """UTF-8 bytes in the loss: of completions, or answers of a conversation (`fields.in_loss`)."""
     sha256: str
 
 
 def is_on_hub(given: str) -> bool:
-    """Return whether rows are named by a data set of the hub: nothing local has that name."""
+    """Return whether a name is a data set of the hub: it has the form, and is no local file."""
     local = given.startswith(("/", ".", "~")) or given.endswith(".jsonl")
     return not local and bool(HUB_NAME.fullmatch(given)) and not Path(given).exists()
 
 
 def on_hub(given: str, name: str = "") -> DatasetSpec:
-    """Describe a data set of the hub, pinned to the commit found there.
-
-    Downloads it, unless it is in the cache.
+    """Describe a data set of the hub, pinned to its present commit. Downloads it once.
 
     Raises:
         DataError: it cannot be had, or its columns have none of the usual forms.
@@ -85,7 +82,7 @@ def path_of(given: str) -> Path:
     """Return the file of rows: a .jsonl file, or train.jsonl in a folder.
 
     Raises:
-        DataError: it is not there.
+        DataError: there is no such file.
     """
     path = Path(given).expanduser().absolute()
     path = path / "train.jsonl" if path.is_dir() else path
@@ -100,13 +97,13 @@ def path_of(given: str) -> Path:
 
 
 def dataset_of(given: str, name: str = "") -> DatasetSpec:
-    """Describe a file of rows, or a data set of the hub, as a data set; of long rows what fits.
+    """Describe a file of rows, or a data set of the hub, as a data set that cuts long rows.
 
-    Held-out rows are those of test.jsonl beside it, or the file's own if there is none. The content
-    is pinned; `name`: of the data set, where it is not to be that of the file and its content.
+    Held-out rows are in test.jsonl beside the file; without one they are the rows of the file. The
+    content is pinned. `name`: of the data set; empty: made from the file and its content.
 
     Raises:
-        DataError: the file is not there, or its first row has none of the usual forms.
+        DataError: there is no such file, or its first row has none of the usual forms.
     """
     if is_on_hub(given):
         return on_hub(given, name)
@@ -131,10 +128,10 @@ def dataset_of(given: str, name: str = "") -> DatasetSpec:
 
 
 def count(given: str) -> Counted:
-    """Count the rows of a file and what bears loss in them.
+    """Count the rows of a file and their bytes in the loss.
 
     Raises:
-        DataError: the file is not there, or a row is not of the form of the first.
+        DataError: there is no such file, or a row has another form than the first.
     """
     spec = dataset_of(given)
     path = path_of(given)
@@ -163,7 +160,7 @@ def _sha256(path: Path) -> str:
 
 
 def _form(where: str, row: Any) -> dict[str, Any]:
-    """Return the fields of a data set that say how its rows are read."""
+    """Return the fields of a data set that describe the form of its rows."""
     columns = set(row) if isinstance(row, dict) else set()
     for name in fields.LISTS:
         if name in columns:

@@ -1,7 +1,6 @@
-"""Rewards of sampled answers, registered with the data set that knows what is right.
+"""Rewards of completions, by the verifier of a data set.
 
-Refuses to know who samples. An answer is right (1) or wrong (0); one that cannot be read is wrong,
-and counted apart.
+A completion is right (1) or wrong (0); one that cannot be read counts as wrong, and separately.
 """
 
 from collections.abc import Sequence
@@ -11,24 +10,18 @@ from typing import Any
 import numpy as np
 
 from lorasweep.data.examples import CHUNK, Data, Example, Rewards, answer_of, prompt_of
+from lorasweep.data.synthetic.generators import GENERATORS, generator
 from lorasweep.data.verifiers import math_checks
 from lorasweep.data.verifiers.reading import boxed, integer
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import VERIFIERS, DatasetSpec
 
-SYNTHETIC = ("bandit", "words")
-"""Generators whose answers can be verified."""
 TURN = "User:"
-"""What follows an answer in the form of a conversation (`render.role_colon`), and so ends it."""
-
-
-def same_tokens(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
-    """Reward exactly the rows' own answers, their end tokens included."""
-    return [float(answer.tolist() == answer_of(row).tolist()) for row, answer in pairs]
+"""Text that ends a completion in the form `text.role_colon`."""
 
 
 def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
-    """Reward answers that have the result of the row's own, as `spec.verifier` reads both."""
+    """Reward completions with the result of the gold answer, as `spec.verifier` reads both."""
     ends: list[tuple[int, ...]] = [(tokenizer.eos_token_id,)]
     if spec.render == "role_colon":
         ends.append(tuple(tokenizer(TURN, add_special_tokens=False).input_ids))
@@ -38,7 +31,7 @@ def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
         own = next((ids[: -len(e)] for e in ends if tuple(ids[-len(e) :]) == e), ids)
         return tokenizer.decode(own, skip_special_tokens=True).strip()
 
-    # a gold answer need not stand in a box if it is all that the row has; a sampled one must
+    # a gold answer that is the whole completion of the row needs no box; a sampled one does
     whole_completion = bool(spec.answer_field)
 
     def of_texts(texts: Sequence[tuple[str, str]]) -> list[float | None]:
@@ -62,7 +55,7 @@ def _same(gold: Decimal | None, answer: Decimal | None) -> float | None:
 
 
 def _of_math(texts: Sequence[tuple[str, str]], whole_completion: bool) -> list[float | None]:
-    """Compare the last boxes of answers with those of the gold solutions, or with whole ones."""
+    """Compare the last boxes of completions with those of gold answers, or with whole ones."""
     found: list[float | None] = [None] * len(texts)
     readable = {}
     for k, (gold, answer) in enumerate(texts):
@@ -76,16 +69,17 @@ def _of_math(texts: Sequence[tuple[str, str]], whole_completion: bool) -> list[f
 
 
 def check_available(spec: DatasetSpec) -> None:
-    """Check that answers can be rewarded. Needs no rows.
+    """Check that completions can be rewarded. Needs no rows.
 
     Raises:
-        DataError: nothing verifies the data set's answers.
+        DataError: the data set has no verifier.
     """
-    known = spec.location in SYNTHETIC if spec.source == "synthetic" else bool(spec.verifier)
-    if not known:
+    synthetic = spec.source == "synthetic"
+    if not (generator(spec.location).verified if synthetic else spec.verifier):
+        generated = ", ".join(name for name, g in GENERATORS.items() if g.verified)
         raise DataError(
-            f"dataset {spec.name!r} has no verifier, so its answers cannot be rewarded. Choose one "
-            f"that has (synthetic: {', '.join(SYNTHETIC)}; text: set verifier, one of "
+            f"dataset {spec.name!r} has no verifier, so completions cannot be rewarded. Choose one "
+            f"that has (synthetic: {generated}; text: set verifier, one of "
             f"{', '.join(filter(None, VERIFIERS))}, in its file), or set objective=sft."
         )
     if spec.verifier == "math":
@@ -98,12 +92,12 @@ def check_available(spec: DatasetSpec) -> None:
 
 
 def check_rows(spec: DatasetSpec, data: Data, max_new_tokens: int) -> None:
-    """Check that every prompt leaves room for an answer, and that every gold answer can be read.
+    """Check that every prompt leaves room for a completion, and every gold answer can be read.
 
-    Of generated rows without end the first ones are looked at.
+    Of unlimited generated rows, the first ones are checked.
 
     Raises:
-        DataError: one does not, or cannot.
+        DataError: a prompt is too long, or a gold answer cannot be read.
     """
     assert data.rewards is not None
     first = data.train(0, 0, data.n_train or CHUNK)

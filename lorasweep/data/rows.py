@@ -1,7 +1,7 @@
 """Keep tokenized rows as arrays, in memory or mapped from a file that all processes share.
 
-A file is written by one process, beside its final name, and then renamed. It is read only if its
-checksum holds; otherwise it is written again.
+A file is written by one process under a temporary name, and then renamed. It is read only if its
+checksum is right; otherwise it is written again.
 
     first 4,096 bytes: {"rows", "tokens", "sha256"} as JSON, filled up with spaces
     ends     int64 [rows]     end of each row in the tokens
@@ -76,8 +76,8 @@ class Rows(Sequence[Example]):
 def kept(path: Path, make: Callable[[], Rows]) -> Rows:
     """Return the rows of a file; make and write them first if it is missing or damaged.
 
-    Processes that need the same file at once wait for the first one. In a folder that this user may
-    only read, rows that are not there are made in memory.
+    Processes that need the same file at once wait for the first one. If the folder is read-only,
+    missing rows are made in memory.
     """
     rows = read(path)
     if rows is None:
@@ -138,9 +138,10 @@ def _write(path: Path, rows: Rows) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file; it ends with the process.
+    """Hold the lock of a file until the process ends.
 
-    On a file system without locks two processes may do the same work; the rename keeps it whole.
+    On a file system without locks, two processes may do the same work; the rename keeps the file
+    whole.
     """
     with path.open("ab") as file:
         with suppress(OSError):

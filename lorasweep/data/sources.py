@@ -1,7 +1,4 @@
-"""Rows of text and the files they are from: JSON Lines in a folder.
-
-Knows which version of the rows is there. Refuses to know tokenizers and how a row is rendered.
-"""
+"""Sources of rows of text, and the one in local files: JSON Lines in a folder."""
 
 import hashlib
 import json
@@ -17,7 +14,7 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
 Row = tuple[str, Any]
-"""Where the row is, for messages, and its content."""
+"""Place of the row, for messages, and its content."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +22,16 @@ class Source:
     """The rows of one split, which are read when `rows` is called."""
 
     identity: str
-    """Names the rows: the SHA-256 of a file, or a name on the hub with the commit found there and
-    the split; and which of these rows, where they are a part. Kept tokens go by it, so two sources
-    with different rows never have the same identity."""
+    """Names the rows: the SHA-256 of a file, or a name on the hub with commit and split; and the
+    part of these rows. It is the key of kept tokens, so two sources with different rows never have
+    the same identity."""
     commit: str | None
     """Commit of the hub that the rows are from; None for a local file."""
     rows: Callable[[], Iterator[Row]]
 
 
 def of_jsonl(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Source:
-    """Find the file of the training rows or of the held-out ones. Reads no row.
+    """Find the file of the training or of the held-out rows. Reads no row.
 
     Raises:
         DataError: it is missing, or not the pinned one.
@@ -56,9 +53,9 @@ def of_jsonl(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sou
 
 
 def holdout_order(n_rows: int) -> np.ndarray:
-    """Return the order of rows of which the first are held out.
+    """Return a shuffled order of rows, of which the first are held out.
 
-    The same for every number of held-out ones: with fewer, the others are trained on.
+    It does not depend on how many are held out.
     """
     return stream("holdout", 0).permutation(n_rows)
 
@@ -104,8 +101,8 @@ def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple
             raise DataError(
                 f"dataset {spec.name!r}: {path} has sha256 {digest[:16]}..., but the revision "
                 f"pins {wanted}. Get the pinned file, or write your own dataset file with another "
-                "name and revision (of a customer's rows: run the command again, which pins what "
-                "is there now)."
+                "name and revision (for a customer's rows: run the command again, which pins the "
+                "present file)."
             )
     return path, digest
 

@@ -1,4 +1,4 @@
-"""Which examples a run is trained and tested on, and which of their tokens count in the loss."""
+"""The examples that a run is trained and tested on, and which of their tokens count in the loss."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,23 +15,18 @@ FIRST_RENDER = "role_eos"
 VERIFIERS = ("", "integer", "math")
 HELD_OUT_BY = ("", "prompt", "row")
 OF_TEXT = (
-    "render",
-    "too_long",
-    "unseen_prompts",
-    "unseen_rows",
-    "answer_field",
-    "verifier",
-    "held_out_by",
+    *("render", "too_long", "unseen_prompts", "unseen_rows"),
+    *("answer_field", "verifier", "held_out_by"),
 )
-"""Fields that say how text is read; generators draw tokens."""
+"""Fields that apply to text only; generators draw tokens."""
 TOO_LONG = ("cut", "cut_or_skip", "skip")
 FIRST_TOO_LONG = "cut"
-"""What was done with long rows before `too_long` was a setting."""
+"""The treatment of long rows before `too_long` was a setting."""
 
 
 @dataclass(frozen=True)
 class DatasetSpec(Value):
-    """Which examples, in which split and form, and which tokens count in the loss."""
+    """A data set: its rows, their split and form, and which tokens count in the loss."""
 
     WHERE: ClassVar[str] = "dataset."
 
@@ -40,15 +35,15 @@ class DatasetSpec(Value):
     location: str = ""
     """Hub name, generator name, or folder looked up under exec.data_dir."""
     config: str = ""
-    """Configuration name on the hub; several, joined by '+', are read one after the other."""
+    """Configuration on the hub; names joined by '+' are read one after the other."""
     revision: str = ""
     """Hub revision, or 'sha256:...' over the files. It pins the rows."""
     train_split: str = "train"
     test_split: str = "test"
-    """Split names; for jsonl, file names without the ending. On the hub 'a+b' is both."""
+    """Split names; for jsonl, file names without the ending. On the hub, 'a+b' means both."""
     format: str = "prompt_completion"
     """prompt_completion: two columns. messages: a column of {role, content}. conversations: a
-    column of {from, value}, from human or gpt. tokens: what a generator draws."""
+    column of {from, value}, from human or gpt. tokens: drawn by a generator."""
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     template: str = "{prompt}\n"
@@ -63,8 +58,8 @@ class DatasetSpec(Value):
     n_test: int = 1024
     """Held-out rows evaluated at the end."""
     n_test_curve: int = 256
-    """The first of these rows, which are also evaluated at log-spaced steps before the end; 0: no
-    rows are, and nothing is measured between start and end, unless a run may end early."""
+    """The first of these rows, which are also evaluated at log-spaced steps before the end. 0: no
+    evaluation between start and end, unless a run may end early."""
     generator_params: dict[str, float] = field(default_factory=dict, metadata={"stored": "knobs"})
     """Settings of a synthetic generator."""
     holdout: int = field(default=0, metadata={"added": 0})
@@ -77,47 +72,42 @@ class DatasetSpec(Value):
     """Whether held-out losses are taken over the true distribution of every next symbol instead of
     one sampled symbol: the same mean with less noise. Only where the generator knows it."""
     draw_by_seed: bool = field(default=False, metadata={"added": False})
-    """Whether each seed has a draw of its own of what is to be learned. All draws have the same
-    generator parameters, so the runs still form one curve."""
+    """Whether each seed gets another draw of the generator. All draws have the same parameters, so
+    the runs still form one curve."""
 
     render: str = field(default=FIRST_RENDER, metadata={"added": FIRST_RENDER})
     """How messages become text. role_colon: the study's form for base models, 'Role: content' and a
     blank line, which ends an answer. role_eos: the same words; the EOS token ends an answer.
-    chat_template: the form of the tokenizer, for instruct models. With format=prompt_completion,
-    anything but role_eos makes the prompt in its template a user's message, and the completion its
-    answer."""
+    chat_template: the form of the tokenizer, for instruct models. With format=prompt_completion and
+    not role_eos, the prompt in its template is a user message, and the completion the answer."""
     too_long: str = field(default=FIRST_TOO_LONG, metadata={"added": FIRST_TOO_LONG})
-    """Rows above max_length. cut: cut on the right; one whose loss is cut off is an error.
-    cut_or_skip: such a row is left out. skip: every longer row is left out."""
+    """Rows above max_length. cut: cut on the right; an error if no loss token is left. cut_or_skip:
+    the same, but rows without a loss token are left out. skip: longer rows are left out."""
     test_location: str = field(default="", metadata={"added": ""})
-    """Another data set of the hub that test_split is a split of; empty: location."""
+    """Data set of the hub with the test_split; empty: location."""
     test_revision: str = field(default="", metadata={"added": ""})
     """The revision of test_location."""
     unseen_prompts: bool = field(default=False, metadata={"added": False})
-    """Whether training rows that have the prompt of a held-out row are left out."""
+    """Whether training rows with the prompt of a held-out row are left out."""
     unseen_rows: bool = field(default=False, metadata={"added": False})
-    """Whether held-out rows that say the same count once, and training rows that say the same as a
-    held-out one are left out; a holdout is drawn from rows that differ. What they say are their
-    messages, or prompt and completion."""
+    """Whether duplicates (equal messages, or prompt and completion) stay on one side: held-out
+    duplicates count once, training duplicates of held-out rows are left out, and a holdout is drawn
+    from distinct rows."""
     answer_field: str = field(default="", metadata={"added": ""})
-    """Column of the gold answer; empty: it stands in the completion, behind '####' or boxed."""
+    """Column of the gold answer; empty: it is in the completion, behind '####' or boxed."""
     n_validation: int = field(default=0, metadata={"added": 0})
-    """Held-out rows, the first ones, that choose between runs: evaluated before the end instead of
-    the first n_test_curve (unless that is 0), and at the end. The n_test rows behind them choose
-    nothing."""
+    """Validation rows: the first held-out rows. They are evaluated at the end, and before the end
+    instead of the first n_test_curve (unless that is 0). The next n_test rows are test rows."""
     verifier: str = field(default="", metadata={"added": ""})
-    """What decides whether a sampled answer is right. integer: the whole number behind the last
-    '####' or in the last box is that of the completion (GSM8K). math: the content of the last box
-    is equal to that of the completion, or to the completion if that is the answer_field, as
-    math-verify reads both (MATH, DeepMath); an answer without a box is unread. Empty:
-    nothing; generators bring their own."""
-
+    """How a completion is compared with the gold answer. integer: whole numbers, behind the last
+    '####' or in the last box (GSM8K). math: contents of the last boxes, by math-verify (MATH,
+    DeepMath); if the completion is the answer_field, the whole gold answer; a completion without a
+    box is unread. Empty: not at all; generators have verifiers of their own."""
     held_out_by: str = field(default="", metadata={"added": ""})
     """How rows are held out. prompt: rows with the same prompt (the messages before the first one
-    in the loss) are all training rows, all validation rows or all test rows, and the error of a
-    gain is taken over prompts. row: the same of rows that say the same. Both hold out in a shuffled
-    order, of a test split too, and leave out training rows with a held-out prompt or row. Empty:
-    by rows, and a test split in its own order, as before this was a setting."""
+    in the loss) are all training, all validation or all test rows, and the error of a gain is
+    computed over prompts. row: the same for duplicates. Both shuffle, test splits too, and leave
+    out training rows with a held-out prompt or row. Empty: by rows; a test split in its order."""
 
     def problems(self) -> Iterator[str]:
         where = f"dataset {self.name!r}: "

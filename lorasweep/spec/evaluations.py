@@ -1,22 +1,18 @@
-"""When a run is measured on held-out rows, and what it takes to end early by it.
-
-Standard library only.
-"""
+"""When a run is evaluated on held-out rows, and the rule of early stopping."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 FEWEST_ROWS = 4
-"""Held-out rows below which no run is ended by their loss: as many as a customer's part has at
-least (fleet/rows.py). A convention."""
+"""Fewest validation rows of early stopping: as many as a customer has at least. A convention."""
 
 EARLY_STOPPING_RULE = 2
-"""Version of the rule by which runs end early, which their results record. Results without one were
-judged by rule 1, which counted every evaluation."""
+"""Version of the rule of early stopping, which results record. Results without one were judged by
+rule 1, which counted every evaluation."""
 HEAD = 10
-"""Patience begins after one part in so many of a run's updates. Evaluations are log-spaced, so the
-first ones are an update or two apart, and at a high learning rate the loss rises in the first
+"""Patience begins after a tenth (1 / HEAD) of the updates of a run. Evaluations are log-spaced, so
+the first ones are an update or two apart, and at a high learning rate the loss rises in the first
 updates before it falls. A convention."""
 
 
@@ -35,13 +31,14 @@ def eval_steps(steps: int, curve: bool = True) -> list[int]:
 
 
 def why_not_early(patience: int, steps: int, rows: int) -> str:
-    """Say why a run cannot end early; empty if it can.
+    """Return why a run cannot end early; empty if it can.
 
-    `patience`: evaluations in a row that are no better than the best one before. `rows`: held-out
-    rows that choose between runs.
+    Args:
+        patience: evaluations in a row that are no better than the best one before.
+        rows: validation rows.
     """
     if rows < FEWEST_ROWS:
-        return f"{rows} held-out rows choose between runs, and {FEWEST_ROWS} are the fewest"
+        return f"{rows} validation rows, and {FEWEST_ROWS} are the fewest"
     measured = eval_steps(steps)
     counted = no_better(measured[0], measured, steps)
     if counted <= patience:
@@ -54,10 +51,12 @@ def why_not_early(patience: int, steps: int, rows: int) -> str:
 
 
 def no_better(best: int, evaluated: Iterable[int], steps: int) -> int:
-    """Count the evaluations since the best one, without those in the head of a run.
+    """Count the evaluations since the best one, without those in the first updates of a run.
 
-    `best`: the update of the best evaluation. `evaluated`: the updates of all so far. `steps`: the
-    run's length.
+    Args:
+        best: update of the best evaluation.
+        evaluated: updates of all evaluations so far.
+        steps: updates of the run.
     """
     return sum(step > best and HEAD * step >= steps for step in evaluated)
 
@@ -72,6 +71,6 @@ class Best:
     """0: there was none yet."""
 
     def note(self, step: int, loss: float) -> None:
-        """Take up an evaluation. Of equal ones the first is the best."""
+        """Record an evaluation. Of equal losses the first is the best."""
         if loss < self.loss:
             self.loss, self.step = loss, step

@@ -21,43 +21,41 @@ class Exec:
     """Largest number of runs trained together over one base. 1: no packing. None: the plan chooses.
     """
     micro_batch_size: int | None = None
-    """Sequences per forward pass and pack member; None: the plan chooses."""
+    """Sequences per forward pass and run of the pack; None: the plan chooses."""
     max_gpus: int | None = None
-    """GPUs that one run may take, at most. A plan prices runs that need more apart, and they are
+    """Largest number of GPUs of a run. A plan prices runs that need more separately, and they are
     left out. None: no limit."""
     forward_parts: int = 1
-    """Sampling and evaluation hold one part in so many of what they usually hold at once. More than
-    one: less memory there, none in the backward pass. It is doubled where their memory runs out."""
+    """Sampling and evaluation are split into this many parts, which take less memory at once; the
+    backward pass is not. It is doubled where their memory runs out."""
     join_rows: bool = False
-    """Lay a forward pass's rows end to end in one sequence per pack member, without attention from
-    one to another, instead of padding each to the longest. For long rows of different lengths.
+    """Join the rows of a forward pass into one sequence per run of the pack, without attention from
+    row to row, instead of padding each to the longest. For long rows of different lengths.
     transformers' sdpa then holds a mask of X * X bytes for X tokens, and in bf16 one of twice that
-    in each layer whose activations are kept; its flash attention none. The hand-written decoder for
-    CPUs never pads."""
+    in each layer whose activations are kept; its flash attention none."""
     world_size: int = 1
     """Processes that train one run together, each on a GPU of its own if there are GPUs. More than
     one: the model is spread over them (FSDP2), and runs are not packed. One: with cluster=slurm and
     a hardware, the plan chooses, for each run what it needs."""
     activation_checkpointing: bool = False
     """Keep the input of each layer only, and compute its activations again in the backward pass:
-    a third more operations, much less memory. No effect on the hand-written CPU passes. False: with
-    cluster=slurm and a hardware, the plan chooses."""
+    a third more operations, much less memory. False: with cluster=slurm and a hardware, the plan
+    chooses."""
     compile: bool = False
-    """Use torch.compile for models without a hand-written decoder (on a GPU: for all models). Not
-    verified on a GPU yet; on a CPU compiling takes minutes."""
+    """Use torch.compile. Not verified on a GPU yet; on a CPU compiling takes minutes."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints."""
     keep_weights: bool = False
     """Keep the trained weights of a finished run in its folder: of adapters, by one process."""
     skip_broken_data: bool = False
-    """Data sets are of different owners: one that cannot be used fails its own runs, and the others
-    of their packs go on. False: it stops the command, so that nothing has to be tried again."""
+    """Bad data fails only its own runs, and the others of their packs continue (for data sets of
+    different owners). False: it stops the command before anything starts."""
     retry: bool = False
     """Try failed runs again."""
     max_attempts: int = 5
 
     def rows_of(self, batch_size: int) -> int:
-        """Return the rows per member, process and forward pass."""
+        """Return the rows per run of the pack, process and forward pass."""
         share = batch_size // self.world_size
         return min(self.micro_batch_size or share, share)
 
@@ -68,12 +66,8 @@ class Exec:
         if self.forward_parts < 1:
             yield f"exec.forward_parts={self.forward_parts}: expected at least 1."
         for name in (
-            "workers",
-            "threads",
-            "micro_batch_size",
-            "pack_size",
-            "max_gpus",
-            "world_size",
+            *("workers", "threads", "micro_batch_size"),
+            *("pack_size", "max_gpus", "world_size"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

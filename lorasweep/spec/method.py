@@ -61,9 +61,9 @@ class Method(Value):
         methods: "Sequence[Any]",
         seeds: Sequence[int],
     ) -> "Trainables":
-        """Attach N = len(methods) members to the loaded `base` and return their Trainables.
+        """Attach the trainables of N = len(methods) runs to the loaded `base` and return them.
 
-        `targets`: name -> what holds the matrices of target_layers() in `base`.
+        `targets`: name -> module with the matrices of target_layers() in `base`.
         """
         raise NotImplementedError
 

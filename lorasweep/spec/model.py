@@ -1,6 +1,6 @@
-"""Which weights a run starts from, and their shape.
+"""The base model of a run: its weights, and the shapes of its matrices.
 
-Knows the shapes of a decoder's matrices, so that costs can be computed without loading anything.
+Costs are computed from shapes, without loading weights.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from lorasweep.spec.canonical import Value, not_allowed
 
 LAYER_SETS = ("attention", "mlp", "unembedding")
 ROUTER = "router"
-"""A layer set of models with experts that 'all' leaves out: it is frozen unless it is named."""
+"""A layer set of models with experts. 'all' does not include it: it is frozen unless named."""
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 MODEL_SOURCES = ("hub", "folder", "gguf", "recipe")
 WEIGHTS_DTYPES = ("fp32", "bf16")
@@ -27,9 +27,9 @@ class Matrix:
     d_out: int
     count: int
     n_experts: int = 1
-    """How many of them one layer chooses from; 1: a matrix that every token passes through."""
+    """Experts of a layer; 1: a matrix that every token passes through."""
     n_active: int = 1
-    """How many of a layer's experts a token passes through."""
+    """Experts of a layer that a token passes through."""
 
     @property
     def size(self) -> int:
@@ -67,7 +67,7 @@ class Recipe(Value):
 
 @dataclass(frozen=True)
 class ModelSpec(Value):
-    """Which weights to load, and their shape."""
+    """A base model: where its weights are, and its shape."""
 
     WHERE: ClassVar[str] = "model."
 
@@ -97,10 +97,10 @@ class ModelSpec(Value):
     unembedding: tuple[str, ...] = ("lm_head",)
     recipe: Recipe | None = None
     weights_dtype: str = field(default="fp32", metadata={"added": "fp32"})
-    """Type of the published weights, fp32 or bf16. Under precision=bf16, matrices published in bf16
-    are held so while they are frozen: half the memory, the same numbers."""
+    """Type of the published weights, fp32 or bf16. With precision=bf16, frozen matrices that were
+    published in bf16 stay in bf16: half the memory, the same numbers."""
     n_experts: int = field(default=0, metadata={"added": 0})
-    """Experts in the MLP of every layer, each with matrices of its own; 0: a dense MLP."""
+    """Experts in the MLP of every layer, with separate matrices; 0: a dense MLP."""
     n_active_experts: int = field(default=0, metadata={"added": 0})
     """Experts that the router chooses for a token."""
 
@@ -147,7 +147,7 @@ class ModelSpec(Value):
         return [Matrix(*shape[name], count * experts[0], *experts) for name in names]
 
     def modules(self, layer_set: str) -> tuple[tuple[str, ...], int]:
-        """Name the modules that hold a layer set (last part of the full name), and count them.
+        """Return the modules of a layer set (last part of the full name) and their number.
 
         Experts of a layer are one module, with a stack of matrices.
         """
@@ -193,16 +193,8 @@ class ModelSpec(Value):
             yield not_allowed(where + "source", self.source, MODEL_SOURCES)
         if self.weights_dtype not in WEIGHTS_DTYPES:
             yield not_allowed(where + "weights_dtype", self.weights_dtype, WEIGHTS_DTYPES)
-        shape = (
-            "hidden_size",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "head_size",
-            "mlp_size",
-            "vocab_size",
-        )
-        for name in shape:
+        heads = ("n_heads", "n_kv_heads", "head_size")
+        for name in ("hidden_size", "n_layers", *heads, "mlp_size", "vocab_size"):
             if getattr(self, name) < 1:
                 yield f"{where}{name}={getattr(self, name)}: expected at least 1."
         if self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads:

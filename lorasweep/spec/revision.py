@@ -1,4 +1,4 @@
-"""Which names of the hub are pinned: the content behind them cannot change."""
+"""Whether names of the hub are pinned to a commit, so that their content cannot change."""
 
 import re
 

@@ -1,7 +1,7 @@
-"""What a run is: RunSpec, its checks and its id (the hash of its canonical form).
+"""RunSpec: one run, its checks and its id (the hash of its canonical form).
 
-Knows every field that changes a run's numbers. Refuses to know where or how it runs: that is
-`Exec`, which is never hashed.
+It has every field that changes the numbers of a run. Where and how it runs is `Exec`, which is
+never hashed.
 """
 
 import dataclasses
@@ -34,14 +34,10 @@ SCHEDULES = ("constant", "linear", "cosine")
 REWARD_SCALES = ("none", "group")
 RATIO_LEVELS = ("token", "sequence")
 OF_SAMPLING = (
-    "group_size",
-    "max_new_tokens",
-    "reward_scale",
-    "ratio_level",
-    "clip_ratio",
-    "kl_weight",
+    *("group_size", "max_new_tokens", "reward_scale"),
+    *("ratio_level", "clip_ratio", "kl_weight"),
 )
-"""Fields of objectives that sample answers."""
+"""Fields of objectives that sample completions."""
 LR_RANGE = (1e-9, 1e2)
 
 
@@ -72,28 +68,26 @@ class RunSpec(Value):
     seed: int = 0
     """Seed of the random streams 'data', 'init' and 'sample'."""
     objective: str = later("sft")
-    """What is optimised: sft (the NLL of given answers) or policy_gradient (the reward of sampled
-    ones)."""
+    """sft: the NLL of given answers. policy_gradient: the reward of sampled completions."""
     group_size: int = later(0)
-    """policy_gradient: answers sampled for each prompt; their mean reward is the baseline. So an
-    update has batch_size / group_size prompts. The others that follow belong to it, too."""
+    """policy_gradient, like the fields below: completions sampled per prompt; their mean reward is
+    the baseline. So an update has batch_size / group_size prompts."""
     max_new_tokens: int = later(0)
-    """Most tokens of a sampled answer, its end token included."""
+    """Largest number of tokens of a completion, including its end token."""
     reward_scale: str = later("none")
-    """What a reward minus its group's mean is divided by: none (the study; Dr. GRPO, arXiv
-    2503.20783), or the group's standard deviation plus 1e-4 (GRPO, arXiv 2402.03300)."""
+    """Divisor of the advantage. none: 1 (the study; Dr. GRPO, arXiv 2503.20783). group: standard
+    deviation of the rewards of the group plus 1e-4 (GRPO, arXiv 2402.03300)."""
     ratio_level: str = later("token")
-    """Importance ratio of learner to sampler: of each token, or of a whole sequence, the geometric
-    mean of its tokens' (GSPO, arXiv 2507.18071)."""
+    """Importance ratio of learner to sampler. token: of each token. sequence: geometric mean over
+    the tokens of a sequence (GSPO, arXiv 2507.18071)."""
     clip_ratio: float | None = later(None)
-    """Distance from 1 beyond which a ratio is clipped (PPO, arXiv 1707.06347). With one update a
-    batch the ratio is 1 but for rounding, so this is for samplers of less precision."""
+    """Distance from 1 beyond which a ratio is clipped (PPO, arXiv 1707.06347). With one update per
+    batch the ratio is 1 up to rounding, so this is for samplers with lower precision."""
     kl_weight: float = later(0.0)
     """Weight of the KL from the base in the loss, by the estimator of arXiv 2402.03300, eq. 4."""
     early_stopping: int = later(0)
-    """sft: a run ends after this many evaluations in a row that are no better than its best one, on
-    the data set's validation rows, and leaves behind what it was at that one. 0: it makes all its
-    updates, and leaves behind what it is after the last."""
+    """sft: a run ends after this many evaluations in a row without a better validation loss, and
+    keeps the weights of its best evaluation. 0: it makes all its updates, and keeps the last."""
     train_version: int = TRAIN_VERSION
 
     def __post_init__(self) -> None:
@@ -116,32 +110,25 @@ class RunSpec(Value):
         return self.dataset.n_test_curve > 0 or self.early_stopping > 0
 
     def problems(self) -> Iterator[str]:
-        """Yield what makes this run untrainable."""
-        low, high = LR_RANGE
-        if not low <= self.lr <= high:
-            yield (
-                f"lr={self.lr}: expected a learning rate between {low} and {high}. "
-                "Typical: 1e-5 to 1e-2."
-            )
-        for name in ("batch_size", "steps"):
-            if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)}: expected at least 1."
-        if self.warmup_steps and not 0 <= self.warmup_steps < self.steps:
-            yield (
-                f"warmup_steps={self.warmup_steps}: expected 0 or more, and fewer than "
-                f"steps={self.steps}."
-            )
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)}: expected 0 or more, and below 1."
-        if not 0 < self.eps < 1:
-            yield f"eps={self.eps}: expected a number above 0 and below 1."
-        if self.weight_decay < 0:
-            yield f"weight_decay={self.weight_decay}: expected 0 or more."
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            yield f"clip_norm={self.clip_norm}: expected a number above 0, or null for no clipping."
-        if not 0 <= self.seed < 2**31:
-            yield f"seed={self.seed}: expected a whole number from 0 to 2^31 - 1."
+        """Yield why this run cannot be trained."""
+        (low, high), adam = LR_RANGE, "0 or more, and below 1"
+        between = f"a learning rate between {low} and {high}. Typical: 1e-5 to 1e-2"
+        warmup = not self.warmup_steps or 0 <= self.warmup_steps < self.steps
+        clip = self.clip_norm is None or self.clip_norm > 0
+        for name, valid, expected in (
+            ("lr", low <= self.lr <= high, between),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("steps", self.steps >= 1, "at least 1"),
+            ("warmup_steps", warmup, f"0 or more, and fewer than steps={self.steps}"),
+            ("beta1", 0 <= self.beta1 < 1, adam),
+            ("beta2", 0 <= self.beta2 < 1, adam),
+            ("eps", 0 < self.eps < 1, "a number above 0 and below 1"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("clip_norm", clip, "a number above 0, or null for no clipping"),
+            ("seed", 0 <= self.seed < 2**31, "a whole number from 0 to 2^31 - 1"),
+        ):
+            if not valid:
+                yield f"{name}={getattr(self, name)}: expected {expected}."
         for name, allowed in (
             ("precision", PRECISIONS),
             ("schedule", SCHEDULES),
@@ -167,12 +154,11 @@ class RunSpec(Value):
 
 
 def _of_rewards(spec: RunSpec) -> Iterator[str]:
-    """Yield what is wrong with the fields of a run that samples answers and is rewarded."""
+    """Yield problems of the fields of a run that is rewarded."""
     if spec.group_size < 2:
         yield (
-            f"group_size={spec.group_size} with objective={spec.objective}: the baseline of an "
-            "answer is the mean reward of its prompt's group. Expected at least 2; typical: 8 or "
-            "16."
+            f"group_size={spec.group_size} with objective={spec.objective}: the baseline of a "
+            "completion is the mean reward of its group. Expected at least 2; typical: 8 or 16."
         )
     elif spec.batch_size % spec.group_size:
         yield (
@@ -183,7 +169,7 @@ def _of_rewards(spec: RunSpec) -> Iterator[str]:
         yield (
             f"max_new_tokens={spec.max_new_tokens} with objective={spec.objective}: expected 1 or "
             f"more, and less than dataset.max_length={spec.dataset.max_length}, which covers "
-            "prompt and answer."
+            "prompt and completion."
         )
     if spec.clip_ratio is not None and not spec.clip_ratio > 0:
         yield f"clip_ratio={spec.clip_ratio}: expected a number above 0, or null for no clipping."
@@ -192,14 +178,14 @@ def _of_rewards(spec: RunSpec) -> Iterator[str]:
 
 
 def _of_early_stopping(spec: RunSpec) -> Iterator[str]:
-    """Yield what is wrong with ending a run by its held-out loss."""
+    """Yield problems of early stopping."""
     n = spec.early_stopping
     if n < 0:
         yield f"early_stopping={n}: expected 0 (off), or a number of evaluations."
     elif n and spec.objective != "sft":
         yield (
-            f"early_stopping={n} with objective={spec.objective}: no prompts are held out that "
-            "choose between runs, and rewards of few answers are noisy. Set it to 0."
+            f"early_stopping={n} with objective={spec.objective}: it has no validation prompts, "
+            "and rewards of few completions are noisy. Set it to 0."
         )
     elif n and (why := why_not_early(n, spec.steps, spec.dataset.n_validation)):
         yield (

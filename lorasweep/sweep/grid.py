@@ -1,7 +1,4 @@
-"""The runs that a sweep's arms and axes expand to.
-
-Pure: no files, no torch. Ten thousand runs take less than a second.
-"""
+"""Expand the arms and axes of a sweep into runs. No files, no torch."""
 
 import dataclasses
 import itertools
@@ -21,7 +18,7 @@ MAX_RUNS = 100_000
 MAX_PROBLEMS = 5
 """Largest number of problems in one message."""
 GENERATOR_PARAMS = "generator_params"
-"""The axis whose values are mappings: settings of a synthetic data set."""
+"""The axis whose values are mappings: parameters of a synthetic data set."""
 Axes = dict[str, Any]
 
 
@@ -179,5 +176,5 @@ def _shown(values: Axes) -> str:
 
 
 def curve_key(point: Point) -> tuple[str, str]:
-    """Return what the runs of one lr curve share: the arm, and the spec without lr and seed."""
+    """Return the key of a run's LR curve: the arm, and the spec without learning rate and seed."""
     return point.arm, dataclasses.replace(point.spec, lr=1.0, seed=0).canonical

@@ -1,6 +1,6 @@
-"""Further rounds of a sweep: the runs that were added after a look at the answer.
+"""Further rounds of a sweep: runs that were added after an interim analysis.
 
-Pure. Which runs to add is decided by the analysis; `store.looks` records them.
+The analysis decides which runs to add; `store.looks` records them.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from lorasweep.sweep.grid import Point
 def points(rounds: Sequence[dict[str, Any]], known: Sequence[Point]) -> list[Point]:
     """Return the runs of recorded rounds: each is a known run with another learning rate and seed.
 
-    A recorded run is left out if the run that it was derived from is not in `known`. This happens
-    when the sweep was edited, or when only a part of it was requested.
+    A recorded run is left out if the run that it was derived from is not in `known`: the sweep was
+    edited, or only a part of it was requested.
     """
     by_id = {p.id: p for p in known}
     extra: dict[str, Point] = {}

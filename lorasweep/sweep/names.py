@@ -15,9 +15,9 @@ FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "
 
 
 def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> dict[str, str]:
-    """Name the runs of a sweep by what differs among them.
+    """Name the runs of a sweep by the fields that differ among them.
 
-    Arm and learning rate are always part of a name. A method's field is compared among the arms
+    Arm and learning rate are always part of a name. A field of a method is compared among the arms
     that have it. `only`: the ids to name; None: all.
     """
     varied = _varied(points)
@@ -58,5 +58,5 @@ def _fields(point: Point) -> dict[str, Any]:
 
 
 def _of_method(method: Method) -> dict[str, Any]:
-    """Return a method's fields by the keys that a user types."""
+    """Return the fields of a method by their keys on the command line."""
     return {f.key: getattr(method, f.name) for f in fields(type(method)) if f.name != "name"}

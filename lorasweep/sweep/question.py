@@ -172,7 +172,7 @@ def stored_sweep(sweep: Sweep) -> dict[str, Any]:
     return {**values, "claims": {k: stored_claim(c) for k, c in sweep.claims.items()}}
 
 
-def sweep_from_stored(values: dict[str, Any]) -> Sweep:
+def sweep_from_stored(values: dict[str, Any], scale: str) -> Sweep:
     """Rebuild a sweep from the values of `stored_sweep`, also those written by version 0.1."""
     new_keys = {old: new for new, old in STORED_KEYS.items()}
     claims = {}
@@ -182,12 +182,19 @@ def sweep_from_stored(values: dict[str, Any]) -> Sweep:
         for key in ("sd", "units"):
             stated = claim.pop(key, None)
             by_scale = stated if isinstance(stated, dict) else {ALL_SCALES: stated}
-            for scale, value in by_scale.items():
+            for at, value in by_scale.items():
                 if value is not None:
-                    setattr(planning.setdefault(scale, Planning()), key, value)
+                    setattr(planning.setdefault(at, Planning()), key, value)
         claims[name] = Claim(**claim, planning=planning)
-    rest = {k: v for k, v in values.items() if k not in ("claims", "second", "at")}
-    return Sweep(**rest, claims=claims, replicate=Replicates(**values["second"]))
+    arms = {arm: dict(axes) for arm, axes in values["arms"].items()}
+    for axes in arms.values():
+        added = axes.pop(ADDED_AFTER, None) or {}
+        if "what" not in added:  # version 0.1 stated it by scale
+            added = added.get(scale)
+        if added:
+            axes[ADDED_AFTER] = added
+    rest = {k: v for k, v in values.items() if k not in ("claims", "arms", "second", "at")}
+    return Sweep(**rest, claims=claims, arms=arms, replicate=Replicates(**values["second"]))
 
 
 def axes_of(arm: dict[str, Any]) -> dict[str, Any]:

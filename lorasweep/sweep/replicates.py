@@ -1,4 +1,4 @@
-"""The second stage of a sweep: fresh seeds at the learning rates around each curve's best."""
+"""The second stage of a sweep: fresh seeds at the learning rates around each curve's optimum."""
 
 import dataclasses
 import math
@@ -9,12 +9,12 @@ from lorasweep.sweep.question import Replicates
 
 
 def second_stage(
-    points: Sequence[Point], second: Replicates, loss: Callable[[str], float | None]
+    points: Sequence[Point], replicate: Replicates, loss: Callable[[str], float | None]
 ) -> list[Point]:
-    """Return runs with fresh seeds at the `n_lrs` learning rates around each curve's best.
+    """Return runs with fresh seeds at the `n_lrs` learning rates around each curve's optimum.
 
     `loss` maps a run id to its loss (lower is better), or None if the run diverged. It is called
-    for the first stage's runs only, so that the selection does not change while the second stage
+    for runs of the first stage only, so that the selection does not change while the second stage
     runs.
     """
     curves: dict[tuple[str, str], dict[float, list[Point]]] = {}
@@ -22,21 +22,21 @@ def second_stage(
         curves.setdefault(curve_key(p), {}).setdefault(p.spec.lr, []).append(p)
     extra: dict[str, Point] = {}
     for (arm, _), by_lr in curves.items():
-        if second.arms and arm not in second.arms:
+        if replicate.arms and arm not in replicate.arms:
             continue
-        for lr in _around_the_best(by_lr, second.n_lrs, loss):
-            for seed in second.seeds:
+        for lr in _around_the_best(by_lr, replicate.n_lrs, loss):
+            for seed in replicate.seeds:
                 spec = dataclasses.replace(by_lr[lr][0].spec, seed=seed)
                 extra.setdefault(spec.id, Point(arm, spec))
     known = {p.id for p in points}
     return [p for p in extra.values() if p.id not in known]
 
 
-def planned_seeds(points: Sequence[Point], second: Replicates) -> int:
-    """Return how many seeds the best rates have after both stages, in the arm that has most."""
+def planned_seeds(points: Sequence[Point], replicate: Replicates) -> int:
+    """Return the number of seeds at the optimum after both stages, in the arm with most seeds."""
     seeds: dict[str, set[int]] = {}
     for p in points:
-        fresh = second.seeds if not second.arms or p.arm in second.arms else []
+        fresh = replicate.seeds if not replicate.arms or p.arm in replicate.arms else []
         seeds.setdefault(p.arm, set(fresh)).add(p.spec.seed)
     return max(map(len, seeds.values()))
 
@@ -44,9 +44,9 @@ def planned_seeds(points: Sequence[Point], second: Replicates) -> int:
 def _around_the_best(
     by_lr: dict[float, list[Point]], n_lrs: int, loss: Callable[[str], float | None]
 ) -> list[float]:
-    """Return `n_lrs` neighbouring rates around the one with the lowest mean loss.
+    """Return `n_lrs` neighbouring learning rates around the one with the lowest mean loss.
 
-    Of an even number one more lies above it than below. Empty if all runs diverged.
+    If the number is even, one more lies above it than below. Empty if all runs diverged.
     """
     lrs = sorted(by_lr)
     scores = [_mean([loss(p.id) for p in by_lr[lr]]) for lr in lrs]

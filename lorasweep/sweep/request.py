@@ -1,4 +1,4 @@
-"""What the user requested, complete and checked.
+"""One command of a user, complete and checked.
 
 It is also written to a file as JSON, for the follow-up job on a cluster.
 """
@@ -22,7 +22,7 @@ HASH_DIGITS = 6
 
 @dataclass
 class Request:
-    """One command."""
+    """One command: the sweep or run, its settings, and where it runs."""
 
     action: str
     format: str
@@ -70,13 +70,12 @@ class Request:
     data: str = ""
     """action=measure: a file of rows, in place of a data set."""
     rates: int = 3
-    """Learning rates that are tried: action=measure: around lr; action=fleet: around the advised
-    one, which 1 is."""
+    """Number of learning rates that are tried. action=measure: around lr. action=fleet: around the
+    advised one; 1 = the advised learning rate only."""
     folders: list[str] = field(default_factory=list)
     """Folders of configuration, the user's first."""
     given: list[str] = field(default_factory=list)
-    """Settings that stand on the command line, by key: others have a value of their scale or file.
-    """
+    """Keys of the settings on the command line."""
 
     @property
     def title(self) -> str:
@@ -90,11 +89,11 @@ class Request:
 
     @property
     def family(self) -> str:
-        """What the titles of all requests of this sweep at this scale begin with."""
+        """Common prefix of the titles of this sweep at this scale."""
         return f"{self.sweep_name}-{self.scale}"
 
     def is_in_family(self, title: str) -> bool:
-        """Return whether a title is that of this sweep at this scale, with any changes."""
+        """Return whether a title belongs to this sweep at this scale, with any changes."""
         rest = title.removeprefix(self.family)
         return title.startswith(self.family) and (
             not rest or bool(re.fullmatch(rf"-[0-9a-f]{{{HASH_DIGITS}}}", rest))
@@ -112,24 +111,25 @@ class Request:
 
 def from_plain(values: dict[str, Any]) -> Request:
     """Rebuild a request from the values of `Request.plain`."""
-    sweep = sweep_from_stored(values["sweep"]) if values["sweep"] else None
+    stored = values["sweep"]
+    sweep = sweep_from_stored(stored, values["scale"]) if stored else None
     points = [Point(p["arm"], spec_from(p["spec"])) for p in values["points"]]
     parts = {"exec": Exec(**values["exec"]), "cluster": Cluster(**values["cluster"])}
     return Request(**{**values, **parts, "sweep": sweep, "points": points})
 
 
 def runs_hash(points: Sequence[Point], sweep: Sweep) -> str:
-    """Hash what a request asks for: the runs of its grid by arm, and its second stage.
+    """Hash the runs of a grid by arm, and the second stage.
 
-    Claims and margins are not part of it. They may not change after a look at the same runs, and
-    another title would hide that they did (`store.looks`).
+    Claims and margins are not part of it: they may not change after an interim analysis of the same
+    runs, and another title would hide that they did (`store.looks`).
     """
     asked = [sorted((p.arm, p.id) for p in points), dataclasses.asdict(sweep.replicate)]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def question(request: Request) -> dict[str, Any]:
-    """Return what the analysis needs of the sweep, as JSON values that are kept with the report."""
+    """Return the parts of a sweep that are kept with its report, as JSON values."""
     assert request.sweep is not None, "a single run asks no question"
     sweep = stored_sweep(request.sweep)
     kept = ("question", "source", "how", "withdrawn", "claims", "rounds")

@@ -1,4 +1,4 @@
-"""What each kind of run trains, by layer set. From shapes alone: no weights, no torch."""
+"""Counts of trained parameters by layer set, from shapes alone: no weights, no torch."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -16,11 +16,11 @@ HEAD = ("layer set", "matrices", "inputs x outputs", "rank", "trained", "weights
 
 @dataclass(frozen=True)
 class Trained:
-    """What one method trains of one layer set of a model."""
+    """Trained parameters of one method in one layer set of a model."""
 
     layer_set: str
     matrices: int
-    """How many there are, every expert's counted."""
+    """Number of matrices, those of all experts included."""
     shapes: tuple[str, ...]
     ranks: tuple[int, ...]
     """Ranks of the adapters; empty without any."""
@@ -29,7 +29,7 @@ class Trained:
 
 
 def trained_by_set(method: Method, model: ModelSpec) -> list[Trained]:
-    """List what a method trains of each layer set; the counts add up to `n_trainable`."""
+    """List the trained parameters of each layer set; the counts add up to `n_trainable`."""
     found = []
     sets = method.target_layers()
     for layer_set in (*LAYER_SETS, *([ROUTER] if model.n_experts else [])):

@@ -22,7 +22,6 @@ import numpy as np
 from lorasweep.data.examples import (
     Data,
     Example,
-    Generator,
     Truth,
     generated,
     of_generator,
@@ -293,6 +292,3 @@ def sample(table: np.ndarray, rng: np.random.Generator, count: int, length: int)
         rows = cumulative[tokens[:, t - 3], tokens[:, t - 2], tokens[:, t - 1]]
         tokens[:, t] = (rng.random(count)[:, None] > rows).sum(-1)
     return tokens
-
-
-GENERATORS = {"dialect": Generator(VOCAB, check, load)}

@@ -21,14 +21,13 @@ import numpy as np
 from lorasweep.data.examples import (
     Data,
     Example,
-    Generator,
     Rewards,
     generated,
     of_generator,
     parameters,
+    same_tokens,
     shuffled,
 )
-from lorasweep.data.rewards import same_tokens
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
@@ -184,9 +183,3 @@ def load_bandit(spec: DatasetSpec) -> Data:
         rewards=Rewards(same_tokens, (), exact=True, choices=VALUES),
     )
     return dataclasses.replace(data, sha256=of_generator(data, tokens))
-
-
-GENERATORS = {
-    "facts": Generator(VOCAB, check_facts, load_facts),
-    "bandit": Generator(VOCAB, check_bandit, load_bandit),
-}

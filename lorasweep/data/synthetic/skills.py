@@ -17,13 +17,12 @@ import numpy as np
 from lorasweep.data.examples import (
     Data,
     Example,
-    Generator,
     Rewards,
     generated,
     of_generator,
     parameters,
+    same_tokens,
 )
-from lorasweep.data.rewards import same_tokens
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
@@ -156,9 +155,3 @@ def _draw_words(rng: np.random.Generator, count: int) -> list[Example]:
         tokens = encoded(f"{prompt}{answer}\n")
         rows.append(Example(tokens, np.arange(len(tokens)) >= len(prompt), len(answer) + 1))
     return rows
-
-
-GENERATORS = {
-    "skills": Generator(VOCAB, check_skills, load_skills),
-    "words": Generator(VOCAB, check_words, load_words),
-}

@@ -1,4 +1,1 @@
-"""What reads a result out of an answer, and what decides whether two results are the same.
-
-Refuses to know tokens, rows of data sets, and who gave the answer.
-"""
+"""Read the result of an answer, and compare two results. Knows neither tokens nor data sets."""

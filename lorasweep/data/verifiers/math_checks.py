@@ -1,7 +1,7 @@
-"""Compare mathematical answers in processes of their own, each check with a hard time limit.
+"""Compare mathematical answers in separate processes, with a hard time limit for each check.
 
 math-verify limits its time by a signal that works in the main thread only, and not inside a call
-into C; whoever ignores that gets rewards of 0, or waits for ever. Here the process is ended.
+into C: checks would return 0 or never end. Here the process is ended.
 """
 
 import importlib.util
@@ -21,13 +21,12 @@ from pathlib import Path
 from lorasweep.errors import DataError
 
 LIMIT_S = 10.0
-"""Longest time of a check; math-verify's own limits are 5 s to read and 5 s to compare. A slower
-machine reads fewer answers in that time."""
+"""Time limit of a check; math-verify's default limits are 5 s to read and 5 s to compare."""
 START_S = 120.0
 """Longest time until a process has imported math-verify, which takes 1 to 3 s."""
 MOST_PROCESSES = 8
 MOST_KNOWN = 1 << 18
-"""Verdicts that are kept."""
+"""Largest number of cached verdicts."""
 VERDICTS = {"right": 1.0, "wrong": 0.0, "unread": None}
 
 
@@ -58,7 +57,7 @@ class MathChecks:
     def check(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Return for each (gold answer, answer) 1, 0, or None if one of them cannot be read.
 
-        One that takes too long cannot be read, nor can one that ends the process.
+        Pairs that take too long, or end the process, count as unread.
 
         Raises:
             DataError: no process can be started.
@@ -100,8 +99,8 @@ class _Worker:
         self._end: Callable[[], object] = lambda: None
 
     def answer(self, question: str) -> str:
-        """Return the process's line on a question; empty if it took too long or ended twice."""
-        for _ in range(2):  # it may have been ended by others, such as a system out of memory
+        """Return the line that answers a question; empty if it took too long or ended twice."""
+        for _ in range(2):  # the system may have ended it, for example when out of memory
             process = self._process or self._start()
             assert process.stdin is not None
             with suppress(BrokenPipeError):

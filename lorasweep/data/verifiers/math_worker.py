@@ -1,9 +1,9 @@
 """Compare mathematical answers by math-verify; run as a program, by `math_checks`.
 
-Reads a line a pair, a JSON list of the gold answer and the answer, in LaTeX as they stand in a box.
-Writes a line for each: right, wrong, or unread if one of them cannot be read. Says `ready` first.
-It may hang or run out of memory at any pair: its parent ends it then, and where that is gone, an
-alarm does. So it imports nothing of lorasweep and starts as fast as math-verify does.
+Reads one line per pair: a JSON list of the gold answer and the answer, in LaTeX, without the box.
+Writes one line for each: right, wrong, or unread if one of them cannot be read. Writes `ready`
+first. It may hang or run out of memory at any pair: then its parent ends it, or an alarm if the
+parent is gone. It imports nothing of lorasweep, to start quickly.
 """
 
 import json
@@ -18,12 +18,12 @@ from typing import Any
 from math_verify import parse, verify
 
 MEMORY_BYTES = 4 << 30
-"""Address space of this process: a tower of powers would take all that there is."""
+"""Address space of this process: a tower of powers would take all memory."""
 
 
 @lru_cache(1 << 16)
 def read(answer: str) -> Any:
-    """Return what math-verify makes of the content of a box; empty if it can read nothing."""
+    """Parse the content of a box by math-verify; empty if it cannot be read."""
     return parse(f"$\\boxed{{{answer}}}$", parsing_timeout=None)
 
 

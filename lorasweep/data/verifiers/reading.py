@@ -8,10 +8,10 @@ NUMBER = re.compile(r"([-+]?\d+)(\.0*)?")
 
 
 def integer(text: str) -> Decimal | None:
-    """Return the number that a solution ends in, behind its last '####' or in its last box.
+    """Return the whole number behind the last '####' of a solution, or in its last box, or None.
 
-    Commas, dollar signs, spaces and a final full stop do not count. None: there is no whole number.
-    It is a Decimal, exact for any number of digits: Python refuses to read an int of over 4,300.
+    Commas, dollar signs, spaces and a final full stop are ignored. It is a Decimal, exact for any
+    number of digits: Python refuses to read an int of over 4,300.
     """
     found = marked(text) or boxed(text) or ""
     number = NUMBER.fullmatch(re.sub(r"[,$\s]|\\\$", "", found).removesuffix("."))
@@ -19,10 +19,7 @@ def integer(text: str) -> Decimal | None:
 
 
 def marked(solution: str) -> str | None:
-    """Return what stands behind the last '####', without the commas of numbers: GSM8K's form.
-
-    None if there is no mark.
-    """
+    """Return the text behind the last '####' (GSM8K's form) without commas; None without a mark."""
     _, mark, rest = solution.rpartition("####")
     lines = rest.strip().splitlines()
     return lines[0].strip().replace(",", "") if mark and lines else None

@@ -178,20 +178,6 @@ def test_dialect_is_a_distribution_and_its_floor_is_its_entropy():
     )  # sampled against exact, over the same contexts
 
 
-def test_the_dialect_differs_from_its_language_by_its_parameters():
-    language = dialect.transition({"rule_shift": 0.0, "new_exceptions": 0.0})
-    assert np.array_equal(language, dialect.transition({"rule_shift": 0.0, "new_exceptions": 0.0}))
-    changed = [
-        np.mean(
-            np.abs(dialect.transition({"rule_shift": s, "new_exceptions": 0.3}) - language).sum(-1)
-        )
-        for s in (0.0, 0.25, 0.5)
-    ]
-    assert 0 < changed[0] < changed[1] < changed[2]
-    with pytest.raises(DataError, match="generator_params"):
-        dialect.transition({"shift": 0.5})
-
-
 def test_skills_have_right_answers():
     rng = stream("test")
     for _ in range(300):

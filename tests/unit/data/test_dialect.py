@@ -108,6 +108,7 @@ def test_with_draws_by_seed_all_seeds_share_one_fingerprint():
         ({"shift_rank": 9}, "shift_rank=9.*from 0 to features=8"),
         ({"shift_rank": 1.5}, "whole number"),
         ({"shift_rank": 2, "shift_nats": 0}, "shift_nats=0.*above 0"),
+        ({"shift": 0.5}, "generator_params.shift is unknown"),
     ],
 )
 def test_wrong_parameters_are_refused(wrong, problem):

@@ -95,40 +95,10 @@ def test_long_and_deep_texts_are_read():
 
 
 PIECES = st.sampled_from(
-    [
-        "#### ",
-        r"\boxed",
-        r"\fbox",
-        "{",
-        "}",
-        r"\{",
-        r"\frac",
-        "^",
-        "_",
-        "/",
-        "\\",
-        "$",
-        ",",
-        ".",
-        "-",
-        "\n",
-    ]
-    + [
-        "0",
-        "7",
-        "9" * 4301,
-        "1e999",
-        "inf",
-        "nan",
-        "\u0663",
-        "\u00b2",
-        "\u2028",
-        "\x00",
-        "\x85",
-        " ",
-    ]
+    [*"{}^_/\\$,.-07 \n\x00\x85", "\u0663", "\u00b2", "\u2028", "9" * 4301, "1e999", "inf", "nan"]
+    + ["#### ", r"\boxed", r"\fbox", r"\{", r"\frac"]
 )
-"""What the texts of solutions are made of, and what trips readers of numbers."""
+"""Pieces of solutions, and characters that break readers of numbers."""
 
 
 @given(st.text() | st.lists(PIECES).map("".join))

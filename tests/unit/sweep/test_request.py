@@ -9,10 +9,23 @@ from lorasweep.sweep.names import run_names
 def test_a_request_comes_back_from_its_file(compose):
     asked = compose("+sweep=lr_ratio", "scale=tiny", "cluster=slurm", "cluster.gpus=2")
     again = request.from_plain(json.loads(json.dumps(asked.plain())))
-    assert [(p.arm, p.id) for p in again.points] == [
-        (p.arm, p.id) for p in asked.points
-    ] and again.title == "lr_ratio-tiny"
+    assert again.points == asked.points and again.title == "lr_ratio-tiny"
     assert (again.exec, again.cluster, again.sweep) == (asked.exec, asked.cluster, asked.sweep)
+
+
+def test_a_request_of_version_0_1_is_read(compose):
+    """Its claims have the stored keys, which are the same today, and `at` and added runs by scale."""
+    asked = compose("+sweep=large_batches", "scale=tiny")
+    stored = json.loads(json.dumps(asked.plain()))
+    claim = stored["sweep"]["claims"]["at_32"]
+    assert (
+        claim["whose"] == "popular" and claim["sd"] == {"tiny": 0.0027} and claim["units"] is None
+    )
+    stored["sweep"]["at"] = {"tiny": {"ranks": [8]}}
+    for axes in stored["sweep"]["arms"].values():
+        axes["added_after"] = {"tiny": axes["added_after"], "small": {"what": "x", "why": "y"}}
+    again = request.from_plain(stored)
+    assert again.sweep == asked.sweep and request.question(again) == request.question(asked)
 
 
 def test_names_say_what_differs_and_no_more(compose):

@@ -10,7 +10,7 @@ import yaml
 
 from lorasweep.errors import NotAtScale
 from lorasweep.sweep.request import question
-from tests.world import ROOT, compose_request
+from tests.world import ROOT, cli, compose_request
 
 SCALES = sorted(p.stem for p in (ROOT / "conf" / "scale").glob("*.yaml"))
 SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "study")
@@ -60,6 +60,12 @@ def compare_with_kept(today, path):
     assert kept.get("added_after", []) == today["added_after"]
 
 
+def test_the_command_names_the_scales_of_a_sweep(tmp_path):
+    done = cli("+sweep=large_batches", "scale=paper", "action=plan", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "Its file has: smoke, tiny" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_no_shipped_sweep_says_that_runs_were_added_and_judges_as_if_they_were_planned():
     """In words, beside `rounds: 1`."""
     words = re.compile(r"added\b.*\b(after|when)\b.*\b(look|seen|decided)", re.IGNORECASE)
@@ -70,9 +76,9 @@ def test_no_shipped_sweep_says_that_runs_were_added_and_judges_as_if_they_were_p
             assert int(yaml.safe_load(text).get("rounds", 1)) >= 2, path.name
 
 
-@pytest.mark.parametrize("scale", ["smoke"])
-def test_the_study_consists_of_sweeps_that_share_runs(scale):
-    request = compose_request(["+sweep=study", f"scale={scale}"])
+def test_the_study_consists_of_sweeps_that_share_runs():
+    request = compose_request(["+sweep=study", "scale=smoke"])
+    assert request.title == "study-smoke"
     parts = {part.sweep_name: part.points for part in request.parts}
     assert list(parts) == request.sweep.parts and all(parts.values())
     known = {p.id for p in parts["rank"]}
