@@ -1,4 +1,4 @@
-"""Draw panels, with the colours, style and hash of inputs that all figures share.
+"""Draw panels. All figures share the colours, the style and the hash of their inputs.
 
 Only `plots*.py` import matplotlib; they draw result objects and compute nothing.
 """
@@ -88,7 +88,8 @@ def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
         for ax, panel in used:
             _panel(ax, panel)
         for ax, panel in used:
-            _one_scale(ax, [other for other, p in used if p.y == panel.y])
+            lows, highs = zip(*(other.get_ylim() for other, p in used if p.y == panel.y))
+            ax.set_ylim(min(lows), max(highs))
         for ax, panel in used:
             _ticks(ax, panel)
         labels = [ax.get_legend_handles_labels()[1] for ax, _ in used]
@@ -102,14 +103,9 @@ def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
             fig.legend(handles, labels[0], bbox_to_anchor=(0.5, 0.0), ncol=2, **look)
 
 
-def _one_scale(ax: Axes, alike: Sequence[Axes]) -> None:
-    lows, highs = zip(*(other.get_ylim() for other in alike))
-    ax.set_ylim(min(lows), max(highs))
-
-
 MANY = 3
-"""A legend with more entries than this is placed below the axes, and so is one of a panel with
-horizontal lines, which would cross it."""
+"""A legend with more entries is placed below the axes, as is that of a panel with horizontal lines,
+which would cross it."""
 
 
 def _panel(ax: Axes, panel: Panel) -> None:

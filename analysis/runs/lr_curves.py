@@ -1,4 +1,4 @@
-"""Lr curves: loss over learning rates, of runs that differ only in rate and seed.
+"""Lr curves: loss over learning rates, of runs that differ only in learning rate and seed.
 
 Curves of loss over updates are in `learning_curves`.
 """
@@ -15,12 +15,12 @@ from analysis.runs.names import in_words
 from analysis.runs.table import CURVE_KEYS, CUT_FROM, GROUP_KEYS, check
 
 IN_NAME = ("method", "rank", "expert_rank", "expert_outer")
-"""Settings that a curve's name tells."""
+"""Settings that are part of a curve's name."""
 
 
 @dataclass(frozen=True)
 class LrCurve:
-    """Loss over learning rates of runs that differ only in rate and seed; arrays are [n]."""
+    """Loss over learning rates of runs that differ in nothing else but the seed; arrays are [n]."""
 
     key: dict[str, Any]
     """The settings that the runs share: columns of CURVE_KEYS and their values."""
@@ -46,7 +46,7 @@ class LrCurve:
 
     @property
     def name(self) -> str:
-        """Return a readable name: method, rank and, of experts, how they get theirs."""
+        """Return a readable name: method, rank and, with experts, how the rank is divided."""
         rank, experts = self.key.get("rank"), self.key.get("expert_rank")
         name = self.key["method"] + (f" r{rank:.0f}" if _known(rank) else "")
         if not _known(experts):
@@ -63,8 +63,7 @@ class LrCurve:
     def unbroken(self) -> np.ndarray:
         """ln of the rates at which all runs are fitted, rising, up to the first that has others.
 
-        A line over rates is drawn along these alone: beyond, the runs that are left are no plain
-        sample.
+        A fitted line is drawn along these alone: beyond, the remaining runs are a biased sample.
         """
         rates = np.unique(self.x)
         whole = np.array([bool(self.usable[self.x == v].all()) for v in rates], bool)
@@ -103,7 +102,7 @@ class LrCurve:
 def title(curve: LrCurve, length: bool = True) -> str:
     """Return the title of figures about a curve's group: model, data set, batch, updates.
 
-    Parameters of the data's generator are in words, and a cut says of what.
+    Parameters of the data's generator are in words. A cut curve shows the updates of the whole run.
 
     Args:
         length: say how many updates the runs have.

@@ -85,6 +85,9 @@ def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
             answers only.
     """
     over_bases = pooled(answers)
+    by_question: dict[str, list[Answer]] = {}
+    for a in answers:
+        by_question.setdefault(a.question["question"], []).append(a)
     text = rendered(
         "study.md",
         kept=kept,
@@ -98,9 +101,9 @@ def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
         bits=bits_rows(answers),
         loads=load_rows(answers),
         ledger=ledger(answers),
-        added=[(a.name, line) for a in answers for line in added_after(a.question)],
+        added=[(a.folder.name, line) for a in answers for line in added_after(a.question)],
         best_rates=best_rates(answers),
-        questions=[_question(mine, over_bases, folder) for mine in _by_question(answers)],
+        questions=[_question(mine, over_bases, folder) for mine in by_question.values()],
     )
     return in_words(text)
 
@@ -181,13 +184,6 @@ def best_rates(answers: Sequence[Answer]) -> Rows:
 
 
 # ---------------------------------------------------------------- one table a question
-
-
-def _by_question(answers: Sequence[Answer]) -> list[list[Answer]]:
-    found: dict[str, list[Answer]] = {}
-    for a in answers:
-        found.setdefault(a.question["question"], []).append(a)
-    return list(found.values())
 
 
 def _question(mine: Sequence[Answer], over_bases: Sequence[Pooled], folder: Path) -> dict[str, Any]:
