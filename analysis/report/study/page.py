@@ -91,7 +91,7 @@ def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
     text = rendered(
         "study.md",
         kept=kept,
-        findings=sentences(answers),
+        conclusions=sentences(answers),
         n_claims=len({(a.sweep, v.claim) for a in answers for v in a.single}),
         n_runs=len(set().union(*(a.run_ids for a in answers))),
         regret=REGRET if figures.regret_lines(answers) else "",

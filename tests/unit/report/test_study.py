@@ -285,7 +285,7 @@ def test_claims_with_one_sentence_share_a_row_and_averages_have_no_verdict(tmp_p
     assert [m.outcome for m in row.marks[Setting.BEYOND]] == ["REFUTED"] * 3 + [""]
     assert row.marks[Setting.BEYOND][0].value == pytest.approx(-5)
     plots_study.forest([row], tmp_path / "forest.png")
-    assert (tmp_path / "forest.png").stat().st_size > 5_000
+    assert (tmp_path / "forest.png").stat().st_size > 1_000
 
 
 def plain(value, half=1.0):
@@ -336,7 +336,7 @@ def test_regret_is_drawn_a_line_a_condition_with_the_other_bases_control(tmp_pat
         "c, only rules new, 384 updates of 32": {8: 7.8},
     }
     plots_study.regret_over_rank(lines, tmp_path / "regret.png")
-    assert (tmp_path / "regret.png").stat().st_size > 5_000
+    assert (tmp_path / "regret.png").stat().st_size > 1_000
 
 
 def test_loads_are_shown_by_all_three_counts(tmp_path):
