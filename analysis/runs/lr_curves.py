@@ -124,9 +124,12 @@ def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
     check(table)
     keys = [k for k in CURVE_KEYS if k in table.columns]
     found = [_curve(dict(zip(keys, key)), part) for key, part in table.groupby(keys, dropna=False)]
-    return sorted(
-        found, key=lambda c: (c.group, c.key["method"] != "fullft", c.key["method"], _rank(c))
-    )
+
+    def place(c: LrCurve) -> tuple[str, bool, str, float]:
+        rank = float(c.key["rank"]) if _known(c.key.get("rank")) else 0.0
+        return c.group, c.key["method"] != "fullft", c.key["method"], rank
+
+    return sorted(found, key=place)
 
 
 def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
@@ -143,6 +146,7 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
         best = min(whole, key=lambda v: y[lr == v].mean())
         broken = lr[~usable & (lr > best)]
         usable &= lr < (broken.min() if len(broken) else np.inf)
+    cut_from = np.nanmax([0.0, *_floats(part, CUT_FROM)])
     return LrCurve(
         key=key,
         x=np.log(lr),
@@ -152,23 +156,13 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
         usable=usable,
         nll_start=_mean(start),
         floor=_mean(_floats(part, "floor_nats")),
-        cut_from=_cut_from(part),
+        cut_from=int(cut_from) if cut_from and cut_from > part["steps"].max() else None,
         shown=shown(part),
     )
 
 
-def _cut_from(part: pd.DataFrame) -> int | None:
-    whole = _floats(part, CUT_FROM)
-    known = whole[np.isfinite(whole)]
-    return int(known.max()) if len(known) and known.max() > part["steps"].max() else None
-
-
 def _floats(part: pd.DataFrame, column: str) -> np.ndarray:
     return part[column].astype(float).to_numpy() if column in part else np.full(len(part), np.nan)
-
-
-def _rank(curve: LrCurve) -> float:
-    return float(curve.key["rank"]) if _known(curve.key.get("rank")) else 0.0
 
 
 def _known(value: Any) -> bool:
@@ -197,19 +191,12 @@ def full_names(curves: Sequence[LrCurve]) -> list[str]:
     of_lora = [k for k in keys if _differ(k, lora)]
     scopes = {(c.key.get("scope"), c.key.get("layers")) for c in full}
     of_full = ["scope", "layers"] if len(scopes) > 1 else []
-    return [
-        ", ".join(
-            [
-                c.name,
-                *(
-                    _setting(k, c.key[k])
-                    for k in (of_lora if c.key["method"] == "lora" else of_full)
-                    if _known(c.key[k])
-                ),
-            ]
-        )
-        for c in curves
-    ]
+    names = []
+    for c in curves:
+        shown = {k: c.key[k] for k in (of_lora if c.key["method"] == "lora" else of_full)}
+        settings = [_setting(k, v) for k, v in shown.items() if _known(v)]
+        names.append(", ".join([c.name, *settings]))
+    return names
 
 
 def _differ(key: str, curves: Sequence[LrCurve]) -> bool:

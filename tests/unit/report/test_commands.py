@@ -123,6 +123,14 @@ def test_tables_without_a_surviving_run_have_no_numbers(tmp_path, capsys, comman
         assert code == 0 and row["best_lr"] is None and "no_usable_points" in row["flags"]
 
 
+def test_names_are_data_on_the_page_and_never_markup(tmp_path, capsys):
+    table = planted(seeds=(0,)).assign(model="</script><img src=x>")
+    page = tmp_path / "<b>.html"
+    assert run(capsys, "html", write(tmp_path, table), "--out", page)[0] == 0
+    text = page.read_text()
+    assert "<img src" not in text and "<b>" not in text and "\\u003cimg src=x" in text
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "fits.json"
