@@ -101,15 +101,12 @@ def test_a_verdict_is_the_one_of_its_own_report(reports):
     assert "What was not tested" not in page.page([kept], reports)
 
 
-def test_an_answer_of_the_same_name_in_the_first_folder_is_used(reports, tmp_path):
-    shutil.copytree(reports / "rank-smoke", tmp_path / "kept" / "rank-smoke")
-    found = read_answers([tmp_path / "kept", reports])
-    assert [a.folder for a in found] == [tmp_path / "kept" / "rank-smoke"]
-
-
 def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(reports, tmp_path):
+    shutil.copytree(reports / "rank-smoke", tmp_path / "kept" / "rank-smoke")
+    found = read_answers([reports, tmp_path / "kept"])  # the first of one name is used
+    assert [a.folder for a in found] == [reports / "rank-smoke"]
     (tmp_path / page.REGRET).write_bytes(b"of an answer that is gone")
-    page.write(read_answers([reports]), tmp_path / "study.md")
+    page.write(found, tmp_path / "study.md")
     text = (tmp_path / "study.md").read_text()
     for figure in (page.FOREST, page.SPEED):
         assert f"]({figure})" in text and (tmp_path / figure).is_file()
