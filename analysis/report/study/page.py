@@ -242,7 +242,7 @@ def verdict_row(a: Answer, v: Verdict) -> list[str]:
         *(a.word(v.claim, k) for k in ("measure", "beside")),
     ]
     return [
-        f"{a.says(v.claim)}{where} (`{v.claim}`, {marks})",
+        f"{a.says(v.claim)}{where} (`{a.sweep}: {v.claim}`, {marks})",
         a.results["scale"],
         with_interval(v.estimate),
         within(v),
