@@ -1,4 +1,4 @@
-"""A straight line through values of which some are known only to lie beyond a bound (censored)."""
+"""A straight line through values of which some are only known to lie beyond a bound."""
 
 import math
 from collections.abc import Sequence
@@ -16,10 +16,9 @@ def censored_slope(x: Sequence[float], low: Sequence[float], high: Sequence[floa
     """Return the slope of a line by maximum likelihood (Tobin, Econometrica 26, 1958).
 
     The values are normal about the line, with one standard deviation sigma. A value counts with its
-    density where it is known, and with the probability of its range where it is censored, so that
-    values that ran out of the observed range pull the line as they should. Without a censored value
-    this is least squares. In (intercept, slope, 1) / sigma the log likelihood is concave (Olsen,
-    Econometrica 46, 1978), so the maximum found is the only one.
+    density where it is known, and with the probability of its range where it is censored. Without a
+    censored value this is least squares. In (intercept, slope, 1) / sigma the log likelihood is
+    concave (Olsen, Econometrica 46, 1978), so the maximum found is the only one.
 
     NaN where the slope has no maximum: fewer than two different x with a known value.
 

@@ -1,7 +1,7 @@
-"""What a first pass over data costs, from its first part: the summed log-loss of all rows.
+"""The code length of data in a first pass, extrapolated from its first rows.
 
-Losses come in batches of rows in random order: as the base is, and along a run that learns from
-each batch after its loss is taken (a prequential code, Dawid 1984).
+Losses come in batches of rows in random order, twice: under the base model, and online during
+training, each batch before it is trained on (a prequential code, Dawid 1984).
 """
 
 import math
@@ -13,14 +13,14 @@ from scipy import stats
 from analysis.inference.estimate import LEVEL, N_DRAWS, Estimate
 
 FITTED = 8
-"""The line is fitted to the rows after the first 1 / FITTED of those measured: what is learned at
-once (the form of an answer) says little of what comes later."""
+"""The line is fitted to the rows after the first 1 / FITTED of those measured: the form of a
+completion is learned at once, and says little about later rows."""
 STEEPER = 1.25
-"""The line may go on this much steeper: in falls that began late its slope still grows."""
+"""The line may continue this much steeper: where the loss began to fall late, its slope grows."""
 LATE = 4
 """The level that is reached is that of the last 1 / LATE of the rows measured."""
 FEWEST = 24
-"""Batches below which nothing is said of further rows: their scatter would not be known."""
+"""With fewer batches the scatter is unknown, and further rows are not extrapolated."""
 
 
 @dataclass(frozen=True)
@@ -34,33 +34,38 @@ class CodeLength:
 def of_all(
     base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float, seed: int = 0
 ) -> CodeLength:
-    """Return what all rows cost as the base is, and when each is learned after it is coded.
+    """Return the code length of all rows, under the base model and online during training.
 
-    Rows are in random order, so further rows cost the base what those measured cost, with the
-    scatter of its batches. Of the base's loss the run leaves a share that falls as it learns. Over
-    the logarithm of the rows, ln(share) is taken to fall, and no more than STEEPER times as fast
-    as on average since the first 1 / FITTED of the rows: so further rows cost at least what a
-    straight line says, and at most what the last 1 / LATE of the rows did. The interval reaches
-    from the low end of the one to the high end of the other; the value is midway between the two.
+    Rows are in random order, so under the base model further rows cost as much as those measured,
+    with the scatter of its batches. During training a share of the base's loss is left, which falls
+    as the model learns. Over the logarithm of the rows, ln(share) is taken to fall, at most STEEPER
+    times as fast as on average since the first 1 / FITTED of the rows. So further rows cost at
+    least what a straight line says, and at most as much as the last 1 / LATE of the rows. The
+    interval reaches from the low end of the one to the high end of the other; the value is midway
+    between the two.
 
     Args:
-        base: nats of each batch as the base is.
-        code: nats of each batch along the run, in its order.
+        base: nats of each batch under the base model.
+        code: nats of each batch during training, in its order.
         tokens: loss tokens of each batch.
         left: loss tokens of the rows that were not measured.
         seed: of the draws.
     """
-    n, coded = len(tokens), float(code.sum())
-    first = float(base.sum())
+    n, coded, first = len(tokens), float(code.sum()), float(base.sum())
     if left <= 0:
-        return CodeLength(_exact(first, n), _exact(coded, n))
+        return CodeLength(Estimate(first, first, first, n), Estimate(coded, coded, coded, n))
     if n < FEWEST:
         return CodeLength(Estimate(None, n=n), Estimate(None, n=n))
     rng = np.random.default_rng(seed)
-    at = np.cumsum(tokens)
-    rest = left * _per_token(base, tokens, left, rng)
+    at, size = np.cumsum(tokens), float(tokens.mean())
+    error, degrees = _scatter(base, tokens, left, size)
+    per_token = base.sum() / tokens.sum() + error * rng.standard_t(degrees, N_DRAWS)
+    rest = left * per_token
     low_share, line = _line(base, code, tokens, at, left, rng)
-    high_share, level = _level(base, code, tokens, at, left, rng)
+    late = at >= (1 - 1 / LATE) * tokens.sum()
+    error, degrees = _scatter(code[late], base[late], left, size)
+    level = float(code[late].sum() / base[late].sum())
+    high_share = level + error * rng.standard_t(degrees, N_DRAWS)
     tail = (1 - LEVEL) / 2
     low = coded + float(np.quantile(rest * np.minimum(low_share, high_share), tail))
     high = coded + float(np.quantile(rest * high_share, 1 - tail))
@@ -71,43 +76,16 @@ def of_all(
     return CodeLength(as_is, Estimate(value, min(low, value), max(high, value), n))
 
 
-def _exact(nats: float, n: int) -> Estimate:
-    return Estimate(nats, nats, nats, n)
-
-
 def _scatter(part: np.ndarray, whole: np.ndarray, left: float, unit: float) -> tuple[float, int]:
-    """Return the standard error of part / whole summed over batches, and its degrees of freedom.
+    """Return the standard error of sum(part) / sum(whole), and its degrees of freedom.
 
-    For further rows as well: those of `left`, in the unit of `unit` a batch, scatter themselves.
+    It includes the scatter of the further rows: `left`, with `unit` a batch.
     """
     n = len(part)
     ratio = part.sum() / whole.sum()
     each = (part - ratio * whole) / whole.mean()
     spread = float(np.sqrt((each**2).sum() / (n - 1)))
     return spread * math.sqrt(1 / n + unit / left), n - 1
-
-
-def _per_token(
-    base: np.ndarray, tokens: np.ndarray, left: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Draw the base's loss of further rows, nats a token."""
-    error, degrees = _scatter(base, tokens, left, float(tokens.mean()))
-    return base.sum() / tokens.sum() + error * rng.standard_t(degrees, N_DRAWS)
-
-
-def _level(
-    base: np.ndarray,
-    code: np.ndarray,
-    tokens: np.ndarray,
-    at: np.ndarray,
-    left: float,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, float]:
-    """Draw the share of the base's loss that the last rows left, and return its mean."""
-    late = at >= (1 - 1 / LATE) * tokens.sum()
-    error, degrees = _scatter(code[late], base[late], left, float(tokens.mean()))
-    level = float(code[late].sum() / base[late].sum())
-    return level + error * rng.standard_t(degrees, N_DRAWS), level
 
 
 def _line(
@@ -118,7 +96,7 @@ def _line(
     left: float,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, float]:
-    """Draw the mean share over further rows if the straight line goes on, and return its middle."""
+    """Draw the mean share over further rows if the straight line continues; return its middle."""
     total = float(tokens.sum())
     used = at >= total / FITTED
     x = np.log(at[used] / total)

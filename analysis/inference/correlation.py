@@ -21,7 +21,7 @@ def within_groups(groups: Sequence[Sequence[tuple[float, float]]], of: str) -> E
     No value where n - k - 2 is below 1.
 
     Args:
-        groups: (x, y) of every pair, by group; groups of one pair tell nothing and do not count.
+        groups: (x, y) of every pair, by group; groups of one pair do not count.
         of: what a pair is, for people.
     """
     known = [np.asarray(g, float) for g in groups if len(g) > 1]

@@ -2,9 +2,9 @@
 
 SUPPORTED: the interval lies inside the margin. REFUTED: the two do not overlap. Otherwise
 UNDECIDED, with the runs that would decide. A gate (a reason that forbids a verdict, such as an
-optimum at the edge of the grid) forces UNDECIDED, whatever the numbers are. The interval is the 95%
-one, or a wider one if the sweep may be extended in rounds: repeated looks must not make it easier
-to support a false claim.
+optimum at the edge of the grid) makes it UNDECIDED, whatever the numbers are. The interval is the
+95% one, or a wider one for a sweep with interim analyses: repeated looks must not make it easier to
+support a false claim.
 """
 
 import dataclasses
@@ -57,8 +57,8 @@ def judge(
 
     Args:
         gates: reasons that forbid a verdict.
-        seeds: present number of seeds at the optima that the estimate rests on. It counts where
-            the estimate does not say itself which units its interval is over.
+        seeds: present number of seeds at the optima of the estimate. It is used where the estimate
+            does not name the units of its interval.
         log: the margin is for a ratio.
         level: of the interval that is compared with the margin.
     """

@@ -26,13 +26,13 @@ class Outlook:
     expected: float
     margin: tuple[float, float]
     level: float
-    """Of the interval that is compared with the margin: that of one look."""
+    """Level of the interval at one look."""
     log: bool
     """The claim is on a ratio; `half_width` and `room` are of its logarithm."""
     planned: int
     """Planned number of units that the interval is over."""
     units: str
-    """What these are, in words."""
+    """Name of the units."""
     room: float
     """Distance of the expected value from the nearest end of the margin; below 0 outside it."""
     half_width: float | None = None
@@ -59,19 +59,17 @@ class Outlook:
         start = f"  {'warning, ' if self.warns else ''}claim {self.claim}: "
         if self.can_decide is None:
             return f"{start}not known: no sd stated"
-        return f"{start}{self._interval()} within {self._margin()}: {self._end()}"
-
-    def _interval(self) -> str:
-        if self.half_width is None:
-            return f"expected {self.expected:g} without an interval"
-        if not self.log:
-            return f"expected interval {self.expected:g} +- {number(self.half_width, 2)}"
-        ends = [self.expected * math.exp(sign * self.half_width) for sign in (-1, 1)]
-        return f"expected interval {self.expected:g} [{number(ends[0])}, {number(ends[1])}]"
-
-    def _margin(self) -> str:
+        value, half = f"{self.expected:g}", self.half_width
+        if half is None:
+            interval = f"expected {value} without an interval"
+        elif self.log:
+            ends = [number(self.expected * math.exp(sign * half)) for sign in (-1, 1)]
+            interval = f"expected interval {value} [{', '.join(ends)}]"
+        else:
+            interval = f"expected interval {value} +- {number(half, 2)}"
         low, high = self.margin
-        return f"[{'..' if low <= -FAR else f'{low:g}'}, {'..' if high >= FAR else f'{high:g}'}]"
+        margin = f"[{'..' if low <= -FAR else f'{low:g}'}, {'..' if high >= FAR else f'{high:g}'}]"
+        return f"{start}{interval} within {margin}: {self._end()}"
 
     def _end(self) -> str:
         if self.can_decide:
@@ -106,7 +104,7 @@ def outlook(
             own unit; 0 for certificates and exact counts, which decide; None: not known.
         planned: number of units.
         rounds: planned looks at the answer.
-        units: what the units are, in words.
+        units: name of the units.
         underpowered: the file says that the claim cannot be decided.
     """
     to, level = scale_of(log), look_level(rounds)
@@ -117,27 +115,15 @@ def outlook(
     value = to(expected)
     room = min(value - ends[0], ends[1] - value)
     base = Outlook(claim, expected, (margin[0], margin[1]), level, log, planned, units, room)
+    base = dataclasses.replace(base, underpowered=underpowered)
     if sd is None:
-        return dataclasses.replace(base, underpowered=underpowered)
+        return base
     if sd == 0:
-        return dataclasses.replace(
-            base, half_width=0.0, needed=1, can_decide=True, underpowered=underpowered
-        )
+        return dataclasses.replace(base, half_width=0.0, needed=1, can_decide=True)
     spread = Spread(2, parts=(Part(sd, 1.0),))  # n units leave n - 1 degrees of freedom
     half, _, _ = spread.at(2, level)
-    n = needed(
-        spread,
-        value,
-        (value - half, value + half),
-        ends,
-        level,
-        MIN_SEEDS,
-        max(MAX_NEEDED, planned),
-    )
-    return dataclasses.replace(
-        base,
-        half_width=spread.at(planned, level)[0] if planned > 1 else None,
-        needed=n,
-        can_decide=n is not None and n <= planned,
-        underpowered=underpowered,
-    )
+    interval, most = (value - half, value + half), max(MAX_NEEDED, planned)
+    n = needed(spread, value, interval, ends, level, MIN_SEEDS, most)
+    half_width = spread.at(planned, level)[0] if planned > 1 else None
+    can_decide = n is not None and n <= planned
+    return dataclasses.replace(base, half_width=half_width, needed=n, can_decide=can_decide)

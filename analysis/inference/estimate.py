@@ -17,7 +17,7 @@ LEVEL = 0.95
 
 
 AT_LEAST = "at_least"
-"""Flag: the estimate is of a lower bound, and the measured quantity lies above it."""
+"""Flag: the estimate is of a lower bound of the measured quantity."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ BETTER = "it is on the better side"
 
 
 EXPLORATORY, WITHDRAWN = "exploratory", "WITHDRAWN"
-"""How a verdict that does not confirm is marked, and what stands in place of one that does not
-count."""
+"""Marks of a verdict that does not confirm, and of one that does not count."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Verdict:
     gates: tuple[Gate, ...] = ()
     """What forbids a decision."""
     exploratory: str = ""
-    """Why it explores and does not confirm; empty: it confirms."""
+    """Why it does not confirm; empty: it confirms."""
     missing: int | None = None
     """How many more units decide it; None if that is unknown or too many. Not written."""
 

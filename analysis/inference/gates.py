@@ -22,10 +22,10 @@ class GateCode(StrEnum):
     FLAGGED = "{1}"
     FEW_SEEDS = f"{{0}} seed(s), {MIN_SEEDS} needed"
     FEW_SEEDS_AT_BEST = f"{{0}} seed(s) at the optimum, {MIN_SEEDS} needed"
-    FEW_SEEDS_AT_RECIPE = f"{{0}} seed(s) at the recipe's rate, {MIN_SEEDS} needed"
-    FEW_SEEDS_AS_GOOD = "{0} seed(s) with such a rate"
-    RECIPE_OUTSIDE = "the recipe's rate lies outside the rates tried"
-    RECIPE_BY_A_CLIFF = "{1}: the recipe's rate lies beside one that broke down"
+    FEW_SEEDS_AT_RECIPE = f"{{0}} seed(s) at the recipe's learning rate, {MIN_SEEDS} needed"
+    FEW_SEEDS_AS_GOOD = "{0} seed(s) with such a learning rate"
+    RECIPE_OUTSIDE = "the recipe's learning rate is outside those tried"
+    RECIPE_BY_A_CLIFF = "{1}: the recipe's learning rate is next to one that diverged"
     ONLY_A_BOUND = "full fine-tuning does not reach LoRA's loss, only a bound"
     ONLY_BOUNDS = "full fine-tuning or a layer set is there at its first evaluation: only bounds"
     NOT_REACHED = "LoRA does not reach the loss within its run"
@@ -37,11 +37,11 @@ class GateCode(StrEnum):
     ONE_RANK = "one rank only"
     NOISY = "the gap's standard error is {0} of the gain; at most 1.25% is judged"
     NO_GAP = "LoRA is not behind here, so there is no gap to grow or shrink"
-    NO_CELL = "no cell that the claim is about was run"
-    NO_LAW = "too few cells whose needed rank lies inside the ranks tried"
-    NO_ADVANTAGE = "LoRA is not better here, so there is no advantage to place"
+    NO_CELL = "no condition that the claim is about was run"
+    NO_LAW = "too few conditions whose needed rank lies inside the ranks tried"
+    NO_ADVANTAGE = "LoRA is not better here, so there is no advantage to explain"
     WITHDRAWN = "withdrawn: {0}"
-    NO_ORDER = "rank(s) {0} have left at the first evaluation: their order is not resolved"
+    NO_ORDER = "rank(s) {0} fall behind by the first evaluation: their order is not resolved"
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Gate:
     subject: str | int = ""
     """What the sentence names."""
     place: str = ""
-    """The curve, batch or task that it is about; it begins the sentence."""
+    """The curve, batch or task; the sentence begins with it."""
     flags: tuple[str, ...] = ()
-    """Those of an optimum that are the reason."""
+    """Flags of an optimum that are the reason."""
 
     @property
     def sentence(self) -> str:
@@ -83,20 +83,20 @@ def gate_of(plain: dict[str, Any]) -> Gate:
 REMEDIES: dict[str, str] = {
     GateCode.WITHDRAWN: "other runs: the reason says which",
     "unread_at_likely_rates": "more learning rates around the best one",
-    "one_rank_departs": "longer runs, or ranks of which two depart within them",
+    "one_rank_departs": "longer runs, or two ranks that fall behind within them",
     GateCode.NOT_REACHED: "longer runs, or higher ranks",
     GateCode.NOT_CONVERGED: "more exposures of each fact",
     GateCode.BUSY: "the same runs on a quiet machine",
     GateCode.TASK: "another task or model: more runs cannot help",
     GateCode.MISSING: "the missing arm",
-    GateCode.NO_GAP: "a cell in which LoRA is behind",
-    GateCode.NO_CELL: "the cells that the claim is about",
-    GateCode.NO_LAW: "more cells, or ranks on both sides of the one that is needed",
-    GateCode.NO_ADVANTAGE: "a cell in which LoRA is better",
+    GateCode.NO_GAP: "a condition in which LoRA is behind",
+    GateCode.NO_CELL: "the conditions that the claim is about",
+    GateCode.NO_LAW: "more conditions, or ranks on both sides of the needed rank",
+    GateCode.NO_ADVANTAGE: "a condition in which LoRA is better",
     GateCode.NOISY: "more seeds, or more held-out rows",
     GateCode.ONE_RANK: "another rank",
-    "bounded_by_divergence": "learning rates between the best one and the first that breaks down",
-    GateCode.NO_ORDER: "a base that learns more slowly, or ranks nearer to full fine-tuning",
+    "bounded_by_divergence": "learning rates between the best one and the first that diverges",
+    GateCode.NO_ORDER: "a base that learns more slowly, or higher ranks",
     "at_edge": "learning rates beyond the edge",
     "few_points": "more learning rates",
     "no_variance": "more seeds or learning rates, to know the noise",

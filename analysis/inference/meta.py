@@ -15,7 +15,7 @@ from analysis.inference.estimate import LEVEL, N_DRAWS, Estimate, from_draws
 from analysis.inference.spread import Part, Spread
 
 BASES = "bases"
-"""What a row of a meta-regression is, to people."""
+"""Name of the rows of a meta-regression."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,8 @@ def drift(
         level: of the interval.
     """
     if len(draws) < 2:
-        return Drift(
-            Estimate(
-                None, n=n, flags=("needs two or more optima with intervals, and none at an edge",)
-            )
-        )
+        few = "needs two or more optima with intervals, and none at an edge"
+        return Drift(Estimate(None, n=n, flags=(few,)))
     x, y = np.log2(np.asarray(ranks, float)), np.array([np.median(d) for d in draws])
     w = 1 / np.array([np.var(d) for d in draws])
     centre = (w * x).sum() / w.sum()
@@ -68,11 +65,8 @@ def drift(
     sloped = slope + off
     p = 2 * min(float((sloped <= 0).mean()), float((sloped >= 0).mean()))
     q = float((w * (y - np.average(y, weights=w)) ** 2).sum())
-    return Drift(
-        from_draws(sloped, n, level),
-        max(p, 2 / len(sloped)),
-        float(stats.chi2.sf(q, len(draws) - 1)),
-    )
+    p_equal = float(stats.chi2.sf(q, len(draws) - 1))
+    return Drift(from_draws(sloped, n, level), max(p, 2 / len(sloped)), p_equal)
 
 
 @dataclass(frozen=True)

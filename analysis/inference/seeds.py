@@ -33,10 +33,8 @@ def pooled_variance(samples: Sequence[Sequence[float]]) -> PooledVariance | None
     known = [np.asarray(s, float) for s in samples if len(s) > 1 and np.isfinite(s).all()]
     if len(known) < 2:
         return None
-    var = float(
-        np.median([np.var(s, ddof=1) * (len(s) - 1) / stats.chi2.median(len(s) - 1) for s in known])
-    )
-    return PooledVariance(var, float(sum(len(s) - 1 for s in known)))
+    each = [np.var(s, ddof=1) * (len(s) - 1) / stats.chi2.median(len(s) - 1) for s in known]
+    return PooledVariance(float(np.median(each)), float(sum(len(s) - 1 for s in known)))
 
 
 def from_sample(
@@ -76,9 +74,8 @@ def from_sample(
     reach = np.max([p.sd / np.sqrt(n) * np.abs(stats.t.ppf(even, p.df)) for p in parts], axis=0)
     draws = x.mean() + np.sign(even - 0.5) * reach
     if len(shifts):
-        draws = draws + np.random.default_rng(20251126).permutation(
-            np.resize(np.asarray(shifts, float), N_DRAWS)
-        )
+        resized = np.resize(np.asarray(shifts, float), N_DRAWS)
+        draws = draws + np.random.default_rng(20251126).permutation(resized)
     shared = float(np.std(shifts)) if len(shifts) else 0.0
     spread = Spread(n, parts=tuple(parts), shared=shared)
     return from_draws(back(draws), n, flags=flags, spread=spread)

@@ -86,7 +86,7 @@ def needed(
     The present value and variances are taken for the true ones. With n units the estimate X has
     standard error s / sqrt(n) and the interval X +- h(n), h(n) = t(level, df(n)) s / sqrt(n). A
     value inside the margin [a, b] is SUPPORTED with probability P(a + h <= X <= b - h), one above
-    b REFUTED with P(X > b + h), one below a alike. X - value over its error is taken to follow
+    b REFUTED with P(X > b + h), one below a likewise. X - value over its error is taken to follow
     Student's t, which approximates the noncentral t of the exact power (Chow, Shao & Wang, Sample
     Size Calculations in Clinical Research, 2003, chapter 3).
 

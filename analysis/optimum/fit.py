@@ -1,9 +1,12 @@
 """Find the best learning rate of lr curves, with an interval or a bound where possible.
 
 `likelihood` summarises a curve's runs, `valley` models its shape, `posterior` pools noise and
-misfit over a sweep, and `answer` turns a posterior into a value or a bound.
+misfit over a sweep. This module turns a posterior into a value with an interval, or a bound: a best
+rate at the edge of the rates tried, or next to one that diverged, is a bound. A curve too flat for
+its noise has neither value nor bound.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +15,11 @@ import numpy as np
 
 from analysis.inference.estimate import LEVEL, Estimate
 from analysis.optimum import valley
-from analysis.optimum.answer import bound_at_end, cubic_vertex, value_or_bound
 from analysis.optimum.likelihood import (
     MIN_DF,
     MIN_RATES,
     Likelihood,
+    first_diverged,
     growth_of,
     lowest_loss,
     n_rates,
@@ -88,81 +91,52 @@ class _Group:
     likelihoods: dict[int, Likelihood]
     """Likelihoods of the curves with enough rates for a fit."""
 
+    def fit(self, members: Sequence[int]) -> None:
+        self.likelihoods = {
+            k: of_curve(self.curves[k], self.growth, self.weights[k]) for k in members
+        }
+
 
 def _group(sweep: int, curves: dict[int, LrCurve]) -> _Group:
     weights = weights_of(list(curves.values()))
     growth = growth_of(list(curves.values()), weights)
     group = _Group(sweep, curves, dict(zip(curves, weights)), growth, {})
-    group.likelihoods = _likelihoods(
-        group, [k for k, c in curves.items() if n_rates(c) >= MIN_RATES]
-    )
+    group.fit([k for k, c in curves.items() if n_rates(c) >= MIN_RATES])
     return group
-
-
-def _likelihoods(group: _Group, members: Sequence[int]) -> dict[int, Likelihood]:
-    return {k: of_curve(group.curves[k], group.growth, group.weights[k]) for k in members}
-
-
-# ---------------------------------------------------------------- related curves
 
 
 def _shape_priors(
     group: _Group, posteriors: Sequence[Posterior], pooled: Pooled
 ) -> list[valley.ShapePrior | None]:
-    """Return a shape prior for every fitted curve.
+    """Return a shape prior for every fitted curve, from those that differ only in rank.
 
-    Curves with too few rates for a fit of their own, but enough with a prior, are added to the
-    group's likelihoods.
+    An empirical-Bayes prior: mean and standard deviation of their asymmetry and ln curvature; the
+    standard deviations are at least 0.2 and 0.15. None with fewer than two such curves whose best
+    rate is not at an edge. Curves with too few rates for a fit of their own, but enough with a
+    prior, are added to the group's likelihoods.
     """
-    shapes = _shapes(group, posteriors, pooled)
-    priors = {
-        k: _shape_prior(k, group.curves, shapes)
-        for k, c in group.curves.items()
-        if n_rates(c) >= MIN_RATES_WITH_PRIOR
-    }
-    fitted = [k for k in priors if priors[k] or n_rates(group.curves[k]) >= MIN_RATES]
-    group.likelihoods = _likelihoods(group, fitted)
-    return [priors[k] for k in fitted]
-
-
-def _shapes(
-    group: _Group, posteriors: Sequence[Posterior], pooled: Pooled
-) -> dict[int, valley.Shape]:
-    """Return the shapes of the curves that have a fit and whose best rate is not at an edge."""
-    out = {}
+    shapes = {}
     for (k, e), posterior in zip(group.likelihoods.items(), posteriors):
         if 0 < e.best < len(e.x) - 1:
             m = float(posterior.quantile(0.5))
-            out[k] = valley.likeliest(e.x, e.root, e.root @ e.loss, m, pooled.noise, pooled.misfit)
-    return out
-
-
-def _shape_prior(
-    k: int, curves: dict[int, LrCurve], shapes: dict[int, valley.Shape]
-) -> valley.ShapePrior | None:
-    """Return an empirical-Bayes prior of curve `k`'s shape, from curves that differ only in rank.
-
-    Mean and standard deviation of their asymmetry and ln curvature; the standard deviations are at
-    least 0.2 and 0.15. None with fewer than two such curves.
-    """
-    found = [
-        s
-        for j, s in shapes.items()
-        if j != k and _key_but_rank(curves[j]) == _key_but_rank(curves[k])
-    ]
-    if len(found) < 2:
-        return None
-    a, c = np.array([s.a for s in found]), np.log([s.c for s in found])
-    return valley.ShapePrior(
-        float(a.mean()),
-        max(float(a.std(ddof=1)), 0.2),
-        float(np.exp(c.mean())),
-        max(float(c.std(ddof=1)), 0.15),
-    )
-
-
-def _key_but_rank(curve: LrCurve) -> tuple:
-    return tuple(sorted((k, str(v)) for k, v in curve.key.items() if k != "rank"))
+            at = (m, pooled.noise, pooled.misfit)
+            shapes[k] = valley.likeliest(e.x, e.root, e.root @ e.loss, *at)
+    key = {
+        k: sorted((name, str(v)) for name, v in c.key.items() if name != "rank")
+        for k, c in group.curves.items()
+    }
+    priors: dict[int, valley.ShapePrior | None] = {}
+    for k, curve in group.curves.items():
+        related = [s for j, s in shapes.items() if j != k and key[j] == key[k]]
+        if n_rates(curve) >= MIN_RATES_WITH_PRIOR and len(related) >= 2:
+            a, c = np.array([s.a for s in related]), np.log([s.c for s in related])
+            spreads = max(float(a.std(ddof=1)), 0.2), max(float(c.std(ddof=1)), 0.15)
+            centre = float(np.exp(c.mean()))
+            priors[k] = valley.ShapePrior(float(a.mean()), spreads[0], centre, spreads[1])
+        elif n_rates(curve) >= MIN_RATES:
+            priors[k] = None
+    group.fit(list(priors))
+    return list(priors.values())
 
 
 # ---------------------------------------------------------------- from a posterior to an optimum
@@ -189,7 +163,7 @@ def _optimum(
         return Estimate(e.value, e.low, e.high, len(x), flags, e.draws, e.level)
 
     if best in (0, len(rates) - 1):
-        bound = bound_at_end(curve, rates, best, posterior)
+        bound = _bound_at_end(curve, rates, best, posterior)
         flags = (*few, *bound.flags)
         side = 1 if best and len(rates) > 1 else -1
         return Optimum(curve, estimate(bound, flags), lowest, flags, pooled=pooled, open_side=side)
@@ -206,12 +180,17 @@ def _optimum(
         bracket = estimate(Estimate(math.exp(value), math.exp(low), math.exp(high)), flags)
         return Optimum(curve, bracket, lowest, flags, None, pooled, 0, posterior, likelihood)
     low, high = (float(v) for v in posterior.quantile(np.array([0.5 - level / 2, 0.5 + level / 2])))
-    vertex = cubic_vertex(rates, means, best)
-    answer = value_or_bound(posterior, (low, high), rates, curve, known, level)
+    vertex = _cubic_vertex(rates, means, best)
+    # The cubic's minimum lies in the interval or near the posterior's median.
+    agrees = vertex is not None and (
+        low <= vertex <= high
+        or abs(vertex - float(posterior.quantile(0.5))) <= math.log(CHECK_RATIO)
+    )
+    answer = _value_or_bound(posterior, (low, high), rates, curve, known, level)
     flags = (
         *few,
         *(() if known else ("no_variance",)),
-        *(() if _agree(vertex, low, high, posterior) else ("checks_disagree",)),
+        *(() if agrees else ("checks_disagree",)),
         *answer.flags,
     )
     return Optimum(
@@ -227,9 +206,90 @@ def _optimum(
     )
 
 
-def _agree(vertex: float | None, low: float, high: float, posterior: Posterior) -> bool:
-    """Return whether the cubic's minimum lies in the interval or near the posterior's median."""
-    if vertex is None:
-        return False
-    off = abs(vertex - float(posterior.quantile(0.5)))
-    return low <= vertex <= high or off <= math.log(CHECK_RATIO)
+def _value_or_bound(
+    posterior: Posterior,
+    ends: tuple[float, float],
+    rates: np.ndarray,
+    curve: LrCurve,
+    known: bool,
+    level: float,
+) -> Estimate:
+    """Return a value with an interval, or a bound if the interval extends beyond the rates tried.
+
+    Args:
+        ends: of the interval, ln(lr).
+        rates: usable rates, ln(lr), rising.
+        known: whether the noise is known; if not, there is no interval.
+        level: of the interval.
+    """
+    low, high = ends
+    open_low, open_high = low < rates[0], high > rates[-1]
+    if not (open_low or open_high):
+        value = math.exp(float(posterior.quantile(0.5)))
+        if not known:
+            return Estimate(value, level=level)
+        # A random stream derived from the curve's settings, the same on every machine.
+        name = repr(sorted((k, str(v)) for k, v in curve.key.items()))
+        stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+        draws = np.exp(posterior.draws(stream))
+        return Estimate(value, math.exp(low), math.exp(high), draws=draws, level=level)
+    if open_low and open_high:
+        return Estimate(None, flags=("flat",), level=level)
+    if open_low:
+        end = math.exp(high) if known else None
+        return Estimate(None, None, end, flags=("at_edge",), level=level)
+    start, (end, flag) = math.exp(low) if known else None, _upper_end(curve)
+    return Estimate(None, start, end, flags=(flag,), level=level)
+
+
+def _bound_at_end(
+    curve: LrCurve, rates: np.ndarray, best: int, posterior: Posterior | None
+) -> Estimate:
+    """Return a bound if the best rate is the first or the last one tried.
+
+    On the inner side the bound is the neighbouring rate, or further if the noise allows it; on the
+    outer side it is the first rate that diverged, if there is one.
+
+    Args:
+        rates: usable rates, ln(lr), rising.
+        best: index of the best one.
+    """
+    low, high = (
+        (-math.inf, math.inf) if posterior is None else posterior.quantile(np.array([0.025, 0.975]))
+    )
+    end, flag = _upper_end(curve)
+    if best == 0 and len(rates) > 1:
+        inner = max(rates[1], high) if math.isfinite(high) else rates[1]
+        if inner >= rates[-1] and len(rates) > 2:
+            return Estimate(None, flags=("at_edge", "flat"))
+        return Estimate(None, None, math.exp(inner), flags=("at_edge",))
+    if best == 0:
+        return Estimate(None, None, end, flags=("at_edge",))
+    inner = min(rates[best - 1], low) if math.isfinite(low) else rates[best - 1]
+    if inner <= rates[0] and len(rates) > 2:
+        return Estimate(None, None, end, flags=("at_edge", "flat"))
+    return Estimate(None, math.exp(inner), end, flags=(flag,))
+
+
+def _upper_end(curve: LrCurve) -> tuple[float | None, str]:
+    """Return the lowest rate that diverged above the usable ones, and the flag of a bound there."""
+    end = first_diverged(curve)
+    return (math.exp(end), "bounded_by_divergence") if math.isfinite(end) else (None, "at_edge")
+
+
+def _cubic_vertex(rates: np.ndarray, means: np.ndarray, best: int) -> float | None:
+    """Return the minimum, in ln(lr), of a least-squares cubic; None if it has none inside.
+
+    The cubic is fitted to the five rates around the best one.
+    """
+    at = slice(min(max(0, best - 2), max(0, len(rates) - 5)), max(best + 3, 5))
+    x, y = rates[at] - rates[best], means[at]
+    if len(x) < 4:
+        return None
+    slope = np.polyder(np.polyfit(x, y, 3))
+    flat = [
+        r.real
+        for r in np.roots(slope)
+        if abs(r.imag) < 1e-12 and np.polyval(np.polyder(slope), r.real) > 0
+    ]
+    return float(rates[best] + flat[0]) if flat and x[0] <= flat[0] <= x[-1] else None

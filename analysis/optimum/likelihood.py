@@ -19,8 +19,7 @@ MIN_RATES = 4
 MIN_DF = 10
 """The pooled variance needs this many degrees of freedom for an interval."""
 RIVAL = 3.5
-"""A rate may be the true lowest one if its loss is within this many standard errors of the lowest.
-"""
+"""A rate within this many standard errors of the lowest loss may be the best one."""
 KEPT = 0.2
 """A rate above the best one has collapsed if it keeps less than this share of the best rate's gain
 over the untrained model."""
@@ -127,15 +126,14 @@ def gather(
         # The shifts of blocks that share no rate cannot be estimated.
         return gather(x, y, np.zeros(len(x), int), first_diverged, growth, weights)
     loss = axes[:, known] @ ((axes[:, known].T @ right) / size[known])
-    squares = sum(_about(weight[r], y[r] - loss[at[r]]) for r in blocks)
+    squares = 0.0
+    for rows in blocks:
+        w, rest = weight[rows], y[rows] - loss[at[rows]]
+        squares += float(w @ (rest - (w @ rest) / w.sum()) ** 2)
     df = len(y) - len(blocks) - int(known.sum())
     return Likelihood(
-        rates, loss, (axes[:, known] * np.sqrt(size[known])).T, float(squares), df, first_diverged
+        rates, loss, (axes[:, known] * np.sqrt(size[known])).T, squares, df, first_diverged
     )
-
-
-def _about(w: np.ndarray, rest: np.ndarray) -> float:
-    return float(w @ (rest - (w @ rest) / w.sum()) ** 2)
 
 
 def without_shifts(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:
@@ -185,42 +183,25 @@ def weights_of(curves: Sequence[LrCurve]) -> list[np.ndarray]:
     GROWTH, at level UNSTEADY over all rates. It needs MIN_DF rates with repeats.
     """
     out = [np.ones(int(c.usable.sum())) for c in curves]
-    cells = [r for k, c in enumerate(curves) for r in _repeats(k, c)]
-    if len(cells) < MIN_DF:
+    repeats = []  # of one curve at one rate: curve, mask of runs, df, variance, ratio, above best
+    for k, c in enumerate(curves):
+        (x, y), (rates, means) = without_shifts(c), rate_means(c)
+        for v in (v for v in rates if (x == v).sum() > 1):
+            runs, above = x == v, v - rates[lowest_loss(means)]
+            # The variance may exceed that at the best rate by the strongest GROWTH.
+            allowed = math.exp(2 * GROWTH[-1] * max(above, 0.0))
+            var = float(np.var(y[runs], ddof=1))
+            repeats.append((k, runs, int(runs.sum()) - 1, var, var / allowed, above > 0))
+    if len(repeats) < MIN_DF:
         return out
-    spreads = [r.var / r.allowed * r.df / stats.chi2.median(r.df) for r in cells]
-    typical, total = float(np.median(spreads)), sum(r.df for r in cells)
-    for r in cells:
-        if r.above and typical > 0:
-            p = stats.f.sf(r.var / r.allowed / typical, r.df, total)
-            if p < UNSTEADY / len(cells):
-                out[r.curve][r.runs] = typical / r.var
+    spreads = [ratio * df / stats.chi2.median(df) for _, _, df, _, ratio, _ in repeats]
+    typical, total = float(np.median(spreads)), sum(df for _, _, df, *_ in repeats)
+    for k, runs, df, var, ratio, above in repeats:
+        if above and typical > 0:
+            p = stats.f.sf(ratio / typical, df, total)
+            if p < UNSTEADY / len(repeats):
+                out[k][runs] = typical / var
     return out
-
-
-@dataclass(frozen=True)
-class _Repeats:
-    """A curve's runs at one rate."""
-
-    curve: int
-    runs: np.ndarray
-    """Mask over the curve's usable runs, [n]."""
-    df: int
-    var: float
-    allowed: float
-    """Factor by which the variance may exceed that at the best rate: the strongest GROWTH."""
-    above: bool
-    """Whether the rate is above the best one."""
-
-
-def _repeats(k: int, curve: LrCurve) -> list[_Repeats]:
-    (x, y), (rates, means), found = without_shifts(curve), rate_means(curve), []
-    for v in (v for v in rates if (x == v).sum() > 1):
-        runs, above = x == v, v - rates[lowest_loss(means)]
-        allowed = math.exp(2 * GROWTH[-1] * max(above, 0.0))
-        var = float(np.var(y[runs], ddof=1))
-        found.append(_Repeats(k, runs, int(runs.sum()) - 1, var, allowed, above > 0))
-    return found
 
 
 def first_diverged(curve: LrCurve) -> float:
@@ -275,16 +256,10 @@ def pools(curves: Sequence[LrCurve]) -> list[list[int]]:
         groups.setdefault((c.shown, c.key.get("model"), c.key.get("dataset")), []).append(k)
     found: dict[tuple, list[int]] = {}
     for (metric, *rest), members in groups.items():
-        df = sum(_df(curves[k]) for k in members)
+        fitted = [of_curve(curves[k], 0.0) for k in members if n_rates(curves[k]) >= MIN_RATES]
+        df = sum(e.df + len(e.x) - MIN_RATES for e in fitted)
         found.setdefault((metric, *(rest if df >= MIN_DF else ())), []).extend(members)
     return list(found.values()) or [[]]
-
-
-def _df(curve: LrCurve) -> int:
-    if n_rates(curve) < MIN_RATES:
-        return 0
-    e = of_curve(curve, 0.0)
-    return e.df + len(e.x) - MIN_RATES
 
 
 def without_collapse(curve: LrCurve) -> LrCurve:

@@ -113,9 +113,5 @@ def _level(curve: LrCurve, shape: valley.Shape, pooled: Pooled) -> float:
     blocks = np.unique(block)
     # A block weighs at most as much as one run at the minimum.
     share = [min(float(weight[block == b].sum()), 1 / pooled.noise**2) for b in blocks]
-    return float(
-        np.average(
-            [np.average((y - height)[block == b], weights=weight[block == b]) for b in blocks],
-            weights=share,
-        )
-    )
+    levels = [np.average((y - height)[block == b], weights=weight[block == b]) for b in blocks]
+    return float(np.average(levels, weights=share))

@@ -36,13 +36,6 @@ class Posterior:
         edges = np.append(self.m - step / 2, self.m[-1] + step / 2)
         return np.interp(p, np.append(0.0, np.cumsum(self.mass)), edges)
 
-    def within(self, low: float, high: float) -> float:
-        """Return the probability that the minimum lies in an interval."""
-        step = self.m[1] - self.m[0]
-        edges = np.append(self.m - step / 2, self.m[-1] + step / 2)
-        below = np.interp([low, high], edges, np.append(0.0, np.cumsum(self.mass)))
-        return float(below[1] - below[0])
-
     def draws(self, stream: int, n: int = N_DRAWS) -> np.ndarray:
         """Return n quantiles, evenly spaced in probability, in a random order given by the stream.
 
@@ -155,10 +148,9 @@ def _all_logs(
 
 
 def _inside(e: Likelihood, m: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """Return 0 where a minimum is possible at a noise level and a large negative number elsewhere.
+    """Return 0 where a minimum is possible at a noise level, else a large negative number, [S, M].
 
-    [S, M]. Without this, the random curvature would allow a second, lower minimum at another tried
-    rate.
+    Without this, the random curvature would allow a second, lower minimum at another tried rate.
     """
     ends = [e.bracket(float(s)) for s in sigmas]
     return np.array([np.where((m >= low) & (m <= high), 0.0, _NEVER) for low, high in ends])
@@ -178,9 +170,8 @@ def _pool(
     if np.median([np.median(np.diff(e.x)) for e in sweep]) > valley.COARSE:
         prior = np.where(np.array(valley.TAUS) < valley.COARSE_TAU, 0.0, prior)
     if misfit is not None:
-        prior = (np.arange(len(prior)) == np.argmin(np.abs(np.array(valley.TAUS) - misfit))).astype(
-            float
-        )
+        nearest = np.argmin(np.abs(np.array(valley.TAUS) - misfit))
+        prior = (np.arange(len(prior)) == nearest).astype(float)
     with np.errstate(divide="ignore"):
         total = np.log(prior)[None] + np.zeros((len(sigmas), 1))
     df = sum(e.df for e in sweep)

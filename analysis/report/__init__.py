@@ -1,4 +1,4 @@
-"""What people read of a sweep or of the whole study: reports, pages, figures.
+"""Reports, pages and figures of a sweep or of the whole study.
 
-Refuses to fit anything: it shows what the questions found.
+Shows what the questions found; judges nothing.
 """

@@ -136,10 +136,8 @@ def _run(
         and row["status"] == "done"
         and round(math.log(row["lr"]), 9) in used[curve]
     )
-    shown = [
-        *(k for k in _DETAILS if k in row),
-        *(k for k in row if k not in _DETAILS and k not in _LONG),
-    ]
+    others = [k for k in row if k not in _DETAILS and k not in _LONG]
+    details = {k: _plain(row[k]) for k in (*_DETAILS, *others) if k in row}
     return {
         "curve": curve,
         "lr": float(row["lr"]),
@@ -148,7 +146,7 @@ def _run(
         "nll": None if nll is None else sign * nll,
         "fitted": fitted,
         "learned": [[step, sign * value] for step, value in points],
-        "details": {k: _plain(row[k]) for k in shown if _plain(row[k]) is not None},
+        "details": {k: v for k, v in details.items() if v is not None},
     }
 
 

@@ -85,7 +85,7 @@ def lr_against_nll(found: Analysis) -> Any:
 
 
 def learning_curves(runs: pd.DataFrame, found: Analysis) -> Any:
-    """Show held-out NLL over steps."""
+    """Show held-out NLL over updates."""
     return _shown(lambda path: plots_curves.learning(runs, found.optima, path))
 
 

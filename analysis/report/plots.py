@@ -1,8 +1,9 @@
-"""Draw panels, with the colours, style and hash of inputs that all figures share.
+"""Draw panels. All figures share the colours, the style and the hash of their inputs.
 
 Only `plots*.py` import matplotlib; they draw result objects and compute nothing.
 """
 
+import io
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from analysis.questions.base import Panel, Series
 
@@ -57,14 +60,14 @@ def drawn(
         for ax in axes.flat[used:] if used is not None else ():
             ax.axis("off")
         yield fig, list(axes.flat)
-        fig.savefig(
-            path,
-            dpi=DPI,
-            metadata={INPUTS: inputs},
-            pil_kwargs={"optimize": True},
-            **options,
-        )
+        drawing = io.BytesIO()
+        fig.savefig(drawing, dpi=DPI, **options)
         plt.close(fig)
+    text = PngInfo()
+    text.add_text(INPUTS, inputs)
+    with Image.open(drawing) as image:  # a palette makes the file three times smaller
+        few_colours = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few_colours.save(path, format="PNG", optimize=True, pnginfo=text)
 
 
 def grid_of(n: int) -> tuple[int, int]:
@@ -88,7 +91,8 @@ def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
         for ax, panel in used:
             _panel(ax, panel)
         for ax, panel in used:
-            _one_scale(ax, [other for other, p in used if p.y == panel.y])
+            lows, highs = zip(*(other.get_ylim() for other, p in used if p.y == panel.y))
+            ax.set_ylim(min(lows), max(highs))
         for ax, panel in used:
             _ticks(ax, panel)
         labels = [ax.get_legend_handles_labels()[1] for ax, _ in used]
@@ -102,14 +106,9 @@ def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
             fig.legend(handles, labels[0], bbox_to_anchor=(0.5, 0.0), ncol=2, **look)
 
 
-def _one_scale(ax: Axes, alike: Sequence[Axes]) -> None:
-    lows, highs = zip(*(other.get_ylim() for other in alike))
-    ax.set_ylim(min(lows), max(highs))
-
-
 MANY = 3
-"""A legend with more entries than this is placed below the axes, and so is one of a panel with
-horizontal lines, which would cross it."""
+"""A legend with more entries is placed below the axes, as is that of a panel with horizontal lines,
+which would cross it."""
 
 
 def _panel(ax: Axes, panel: Panel) -> None:

@@ -17,7 +17,6 @@ from analysis.optimum.optimum import Optimum
 from analysis.report.plots import COLOURS, MARKERS, arrows, drawn, grid_of
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import full_names, runs_of, title
-from analysis.runs.metric import Shown
 
 BELOW = {"frameon": False, "fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
 """A legend below its axes."""
@@ -26,10 +25,10 @@ BELOW = {"frameon": False, "fontsize": 8, "loc": "upper center", "bbox_to_anchor
 def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:
     """Draw the metric over learning rate with fits, optima and intervals, one panel per group.
 
-    As in the fits, the seeds of a curve are moved to their mean: they may differ more than rates.
-    Diverged and collapsed runs are crosses at the worse end. A fitted line ends before the first
-    rate with one; the runs left there are hollow. A bound of an optimum is an arrow. Groups of one
-    model and data set have the same axes, and all rewards.
+    As in the fits, the seeds of a curve are moved to their mean. Diverged and collapsed runs are
+    crosses at the worse end. A fitted line ends before the first rate with one; the other runs
+    there are hollow. A bound of an optimum is an arrow. Groups of one model and data set share
+    their axes; so do all rewards of a model.
     """
     groups = _groups(optima)
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
@@ -37,6 +36,7 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
     with drawn(path, inputs, rows, columns, size, len(groups)) as (fig, axes):
         for ax, members in zip(axes, groups.values()):
             top = _top([o for o in optima if _scale(o) == _scale(members[0])])
+            shown = members[0].curve.shown
             for k, o in enumerate(members):
                 colour, again = _look(k)
                 marker = MARKERS[(colour + again) % len(MARKERS)]
@@ -44,7 +44,7 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
             ax.set(
                 xscale="log",
                 xlabel="learning rate",
-                ylabel=f"{_shown(members).label}, seeds at their mean",
+                ylabel=f"{shown.label}, seeds at their mean",
             )
             ax.set_title(title(members[0].curve), fontsize=10)
             ax.set_ylim(top=top[1])
@@ -61,10 +61,6 @@ def _look(k: int) -> tuple[int, int]:
     """
     again, colour = divmod(k - 1, len(COLOURS) - 1)
     return (0, 0) if k == 0 else (1 + colour, again)
-
-
-def _shown(members: Sequence[Optimum]) -> Shown:
-    return members[0].curve.shown
 
 
 def _scale(o: Optimum) -> tuple[Any, ...]:
@@ -170,12 +166,12 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
                 colour, again = _look(k)
                 dash = ("-", "--", ":")[again % 3]
                 _learned(ax, o, names[id(o)], table, learned, COLOURS[colour], dash)
-            limit = np.nanmax([o.curve.nll_start for o in members])
+            limit, shown = np.nanmax([o.curve.nll_start for o in members]), members[0].curve.shown
             if np.isfinite(limit):
                 ax.axhline(limit, color="grey", lw=0.8, ls=":", label="before training")
-                if _shown(members).sign > 0:  # a reward has its own limits
+                if shown.sign > 0:  # a reward has its own limits
                     ax.set_ylim(top=limit * 1.05)
-            ax.set(xscale="log", xlabel="updates", ylabel=_shown(members).label)
+            ax.set(xscale="log", xlabel="updates", ylabel=shown.label)
             ax.set_title(title(members[0].curve), fontsize=10)
             ax.legend(**BELOW)
         _same_axes(axes, groups)

@@ -75,7 +75,7 @@ def _mark(ax: Axes, mark: Mark, y: float, colour: str) -> None:
         ax.plot([-EDGE], [y], "<", color=colour, ms=4)
     if (math.isfinite(mark.low) and mark.high > EDGE) or mark.value > EDGE:
         ax.plot([EDGE], [y], ">", color=colour, ms=4)
-    # The symbol of a value that has left the figure stands beside its arrow.
+    # A value outside the figure has its symbol next to its arrow.
     value -= math.copysign(0.5, value) * (abs(mark.value) > EDGE)
     ax.plot([value], [y], **_symbol(mark.outcome, colour))
 
@@ -107,7 +107,7 @@ def _paler(colour: str) -> str:
 LOWEST = 0.1
 """Percent of the gain at which the figure of regret over rank ends; lower values are arrows."""
 APART = 0.015
-"""Distance of two lines at one rank, as a share of it, so that intervals can be told apart."""
+"""Horizontal distance of two lines at one rank, as a share of it."""
 
 
 def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Lr curves: loss over learning rates, of runs that differ only in rate and seed.
+"""Lr curves: loss over learning rates, of runs that differ only in learning rate and seed.
 
 Curves of loss over updates are in `learning_curves`.
 """
@@ -15,12 +15,12 @@ from analysis.runs.names import in_words
 from analysis.runs.table import CURVE_KEYS, CUT_FROM, GROUP_KEYS, check
 
 IN_NAME = ("method", "rank", "expert_rank", "expert_outer")
-"""Settings that a curve's name tells."""
+"""Settings that are part of a curve's name."""
 
 
 @dataclass(frozen=True)
 class LrCurve:
-    """Loss over learning rates of runs that differ only in rate and seed; arrays are [n]."""
+    """Loss over learning rates of runs that differ in nothing else but the seed; arrays are [n]."""
 
     key: dict[str, Any]
     """The settings that the runs share: columns of CURVE_KEYS and their values."""
@@ -46,7 +46,7 @@ class LrCurve:
 
     @property
     def name(self) -> str:
-        """Return a readable name: method, rank and, of experts, how they get theirs."""
+        """Return a readable name: method, rank and, with experts, how the rank is divided."""
         rank, experts = self.key.get("rank"), self.key.get("expert_rank")
         name = self.key["method"] + (f" r{rank:.0f}" if _known(rank) else "")
         if not _known(experts):
@@ -63,8 +63,7 @@ class LrCurve:
     def unbroken(self) -> np.ndarray:
         """ln of the rates at which all runs are fitted, rising, up to the first that has others.
 
-        A line over rates is drawn along these alone: beyond, the runs that are left are no plain
-        sample.
+        A fitted line is drawn along these alone: beyond, the remaining runs are a biased sample.
         """
         rates = np.unique(self.x)
         whole = np.array([bool(self.usable[self.x == v].all()) for v in rates], bool)
@@ -103,7 +102,7 @@ class LrCurve:
 def title(curve: LrCurve, length: bool = True) -> str:
     """Return the title of figures about a curve's group: model, data set, batch, updates.
 
-    Parameters of the data's generator are in words, and a cut says of what.
+    Parameters of the data's generator are in words. A cut curve shows the updates of the whole run.
 
     Args:
         length: say how many updates the runs have.
@@ -125,9 +124,12 @@ def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
     check(table)
     keys = [k for k in CURVE_KEYS if k in table.columns]
     found = [_curve(dict(zip(keys, key)), part) for key, part in table.groupby(keys, dropna=False)]
-    return sorted(
-        found, key=lambda c: (c.group, c.key["method"] != "fullft", c.key["method"], _rank(c))
-    )
+
+    def place(c: LrCurve) -> tuple[str, bool, str, float]:
+        rank = float(c.key["rank"]) if _known(c.key.get("rank")) else 0.0
+        return c.group, c.key["method"] != "fullft", c.key["method"], rank
+
+    return sorted(found, key=place)
 
 
 def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
@@ -144,6 +146,7 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
         best = min(whole, key=lambda v: y[lr == v].mean())
         broken = lr[~usable & (lr > best)]
         usable &= lr < (broken.min() if len(broken) else np.inf)
+    cut_from = np.nanmax([0.0, *_floats(part, CUT_FROM)])
     return LrCurve(
         key=key,
         x=np.log(lr),
@@ -153,23 +156,13 @@ def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
         usable=usable,
         nll_start=_mean(start),
         floor=_mean(_floats(part, "floor_nats")),
-        cut_from=_cut_from(part),
+        cut_from=int(cut_from) if cut_from and cut_from > part["steps"].max() else None,
         shown=shown(part),
     )
 
 
-def _cut_from(part: pd.DataFrame) -> int | None:
-    whole = _floats(part, CUT_FROM)
-    known = whole[np.isfinite(whole)]
-    return int(known.max()) if len(known) and known.max() > part["steps"].max() else None
-
-
 def _floats(part: pd.DataFrame, column: str) -> np.ndarray:
     return part[column].astype(float).to_numpy() if column in part else np.full(len(part), np.nan)
-
-
-def _rank(curve: LrCurve) -> float:
-    return float(curve.key["rank"]) if _known(curve.key.get("rank")) else 0.0
 
 
 def _known(value: Any) -> bool:
@@ -198,19 +191,12 @@ def full_names(curves: Sequence[LrCurve]) -> list[str]:
     of_lora = [k for k in keys if _differ(k, lora)]
     scopes = {(c.key.get("scope"), c.key.get("layers")) for c in full}
     of_full = ["scope", "layers"] if len(scopes) > 1 else []
-    return [
-        ", ".join(
-            [
-                c.name,
-                *(
-                    _setting(k, c.key[k])
-                    for k in (of_lora if c.key["method"] == "lora" else of_full)
-                    if _known(c.key[k])
-                ),
-            ]
-        )
-        for c in curves
-    ]
+    names = []
+    for c in curves:
+        shown = {k: c.key[k] for k in (of_lora if c.key["method"] == "lora" else of_full)}
+        settings = [_setting(k, v) for k, v in shown.items() if _known(v)]
+        names.append(", ".join([c.name, *settings]))
+    return names
 
 
 def _differ(key: str, curves: Sequence[LrCurve]) -> bool:

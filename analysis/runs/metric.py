@@ -1,4 +1,4 @@
-"""Turn the metric of runs into a loss, once, where a table enters: all else takes lower as better.
+"""Turn the metric of runs into a loss, once, where a table enters: elsewhere lower is better.
 
 Results name their metric and its direction if it is not the held-out NLL.
 """
@@ -87,8 +87,8 @@ def _lost_its_best(curve: list[dict[str, Any]]) -> bool:
     """Return whether a reward ended below COLLAPSED_SHARE of its best, on the same held-out rows.
 
     Args:
-        curve: evaluations as losses. The last one may be on more rows, and then has the loss on
-            those of the others, too.
+        curve: evaluations as losses. The last one may be on more rows; it then also has the loss
+            on the earlier rows.
     """
     rewards = [-p.get(f"{LOSS}_curve", p[LOSS]) for p in curve if p.get(LOSS) is not None]
     return bool(rewards) and rewards[-1] < COLLAPSED_SHARE * max(rewards)

@@ -46,8 +46,8 @@ STATUS = {
         "failed",
     ),
 }
-"""Words for how a run ended, including W&B's. Failed runs are left out: a failure does not tell
-whether the learning rate was good."""
+"""Words for how a run ended, including W&B's. Failed runs are left out: a failure does not
+show whether the learning rate was good."""
 METHODS = dict.fromkeys(
     (
         *("full", "fft", "full_ft", "full-ft"),

@@ -78,11 +78,8 @@ def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         float(np.nanmean(table[c])) if c in table and table[c].notna().any() else np.nan
         for c in ("floor_nats", "nll_start")
     )
-    if (
-        not np.isfinite(start - floor)
-        or table["steps"].nunique() > 1
-        or (table["schedule"] != "constant").any()
-    ):
+    varies = table["steps"].nunique() > 1 or (table["schedule"] != "constant").any()
+    if varies or not np.isfinite(start - floor):
         return table, ""
     for step in (last := int(table["steps"].max()), *reversed(steps_seen(table))):
         part = table if step == last else at_step(table, step)

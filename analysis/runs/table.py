@@ -39,7 +39,7 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
-    """Write a table of runs as parquet, compressed: results are long JSON texts that are alike."""
+    """Write a table of runs as compressed parquet; its results are long, similar JSON texts."""
     table.to_parquet(path, index=False, compression="zstd", compression_level=12)
 
 

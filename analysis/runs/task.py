@@ -14,7 +14,7 @@ does not separate learning rates."""
 
 
 def gain_in_noise(start: float, lowest: float, noise: float) -> float:
-    """Return what is gained, in standard deviations of the difference of two runs of one seed.
+    """Return the gain, in standard deviations of the difference of two runs of one seed.
 
     Args:
         start: loss before training, lowest: at the best rate; in nats.
@@ -24,7 +24,7 @@ def gain_in_noise(start: float, lowest: float, noise: float) -> float:
 
 
 def task_problems(start: float, floor: float, lowest: float, noise: float) -> list[str]:
-    """List the reasons why the task cannot separate methods; what is NaN is not checked.
+    """List the reasons why the task cannot separate methods; NaN values are not checked.
 
     Args:
         start: full fine-tuning's loss before training, floor: the least possible one, lowest: the

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from analysis.inference.estimate import Estimate, number, rate, with_interval
-from analysis.inference.meta import Drift, RandomEffects, drift
+from analysis.inference.meta import drift
 from analysis.measures.ratio import gaps, pool_ratios, ratio_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import lowest_loss, rate_means
 from analysis.optimum.optimum import WITHIN, Optimum
 from analysis.report import interactive
 from analysis.report.text import aligned, plain
-from analysis.runs.lr_curves import LrCurve, lr_curves
+from analysis.runs.lr_curves import lr_curves
 from analysis.runs.metric import LOSS, NLL, Shown
 from analysis.runs.reading import Reading
 from analysis.runs.table import TableError
@@ -41,52 +41,43 @@ def fit(reading: Reading, within: float = WITHIN, share: bool = False) -> list[d
         within: extra loss allowed in the low-regret band, in units of the metric.
         share: use a model's other ranks as a prior for the shape of each curve.
     """
-    return [_fitted(o, within, reading) for o in optima_of(reading, share)]
-
-
-def _fitted(o: Optimum, within: float, reading: Reading) -> dict[str, Any]:
-    key, e, band = o.curve.key, o.best_lr, o.band(within)
-    best = None if o.best_nll is None else o.best_nll * reading.sign
-    return {
-        "model": key["model"],
-        "dataset": key.get("dataset"),
-        "method": key["method"],
-        "rank": _int(key.get("rank")),
-        "layers": plain(key.get("layers")),
-        "batch_size": _int(key.get("batch_size")),
-        "alpha": plain(key.get("alpha")),
-        "n": len(o.curve.x),
-        "n_usable": int(o.curve.usable.sum()),
-        "best_lr": e.value,
-        "low": e.low,
-        "high": e.high,
-        "best_nll": best,
-        "metric": reading.metric,
-        "flags": list(o.flags),
-        "band": None if band is None else list(band),
-    }
+    rows = []
+    for o in optima_of(reading, share):
+        key, e, band = o.curve.key, o.best_lr, o.band(within)
+        rows.append(
+            {
+                **{k: key[k] for k in ("model", "method")},
+                "dataset": key.get("dataset"),
+                **{k: _int(key.get(k)) for k in ("rank", "batch_size")},
+                **{k: plain(key.get(k)) for k in ("layers", "alpha")},
+                "n": len(o.curve.x),
+                "n_usable": int(o.curve.usable.sum()),
+                **{"best_lr": e.value, "low": e.low, "high": e.high},
+                "best_nll": None if o.best_nll is None else o.best_nll * reading.sign,
+                "metric": reading.metric,
+                "flags": list(o.flags),
+                "band": None if band is None else list(band),
+            }
+        )
+    return rows
 
 
 def _int(value: Any) -> int | None:
     return None if value is None or value != value else int(value)
 
 
-FIT_HEAD = ("model", "data", "curve", "runs", "best LR [95%]", "best")
-
-
 def fit_lines(rows: Sequence[dict[str, Any]], within: float = WITHIN) -> list[str]:
     """Format the fits for the terminal, one line per curve."""
-    out = [[*FIT_HEAD, f"within {within:g}", "flags"]]
+    head = ["model", "data", "curve", "runs", "best LR [95%]", "best", f"within {within:g}"]
+    out = [[*head, "flags"]]
     for r in rows:
-        name = r["method"]
-        name += f" r{r['rank']}" if r["rank"] else ""
-        name += f" {r['layers']}" if r["layers"] else ""
-        name += f" batch {r['batch_size']}" if r["batch_size"] else ""
+        words = [r["method"], f"r{r['rank']}" if r["rank"] else "", r["layers"] or ""]
+        words.append(f"batch {r['batch_size']}" if r["batch_size"] else "")
         best = with_interval(Estimate(r["best_lr"], r["low"], r["high"]), rate)
         band = "-" if r["band"] is None else f"{rate(r['band'][0])} to {rate(r['band'][1])}"
-        cells = [str(r["model"]), str(r["dataset"]), name, str(r["n"]), best]
-        flags = ", ".join(r["flags"]) or "-"
-        out.append([*cells, number(r["best_nll"], 4), band, flags])
+        name, flags = " ".join(filter(None, words)), ", ".join(r["flags"]) or "-"
+        numbers = [str(r["n"]), best, number(r["best_nll"], 4), band]
+        out.append([str(r["model"]), str(r["dataset"]), name, *numbers, flags])
     return aligned(out)
 
 
@@ -94,7 +85,7 @@ def fit_lines(rows: Sequence[dict[str, Any]], within: float = WITHIN) -> list[st
 
 
 def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
-    """Return LoRA's best rate over full fine-tuning's, by group and rank, and pooled over groups.
+    """Return LoRA's best rate / full fine-tuning's, by group and rank, and pooled over groups.
 
     Raises:
         TableError: the table lacks an arm.
@@ -111,12 +102,13 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
     groups = arms_of(optima)
     for group, lora, full in groups:
         for o, g in zip(lora, gaps(lora, full)):
+            e = ratio_of([o], full)
             rows.append(
                 {
                     "group": group,
                     "rank": _int(o.curve.key.get("rank")),
                     "alpha": plain(o.curve.key.get("alpha")),
-                    **_ends(ratio_of([o], full)),
+                    **{"ratio": e.value, "low": e.low, "high": e.high},
                     "gap": None if g.value is None else g.value * reading.sign,
                     "flags": sorted({*o.flags, *full.flags}),
                 }
@@ -124,16 +116,8 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
         overall.append(ratio_of(lora, full))
     # Variants share full fine-tuning's curve, so their ratios are not independent.
     independent = len({id(full) for _, _, full in groups}) == len(overall)
-    pooled = pool_ratios(overall) if independent else None
-    return {
-        "ratios": rows,
-        "pooled": None if pooled is None else _pooled(pooled),
-        "metric": reading.metric,
-    }
-
-
-def _pooled(p: RandomEffects) -> dict[str, Any]:
-    return {
+    p = pool_ratios(overall) if independent else None
+    pooled = p and {
         "ratio": math.exp(p.mean),
         "low": math.exp(p.low),
         "high": math.exp(p.high),
@@ -143,10 +127,7 @@ def _pooled(p: RandomEffects) -> dict[str, Any]:
         "low_next": math.exp(p.low_next),
         "high_next": math.exp(p.high_next),
     }
-
-
-def _ends(e: Estimate) -> dict[str, float | None]:
-    return {"ratio": e.value, "low": e.low, "high": e.high}
+    return {"ratios": rows, "pooled": pooled, "metric": reading.metric}
 
 
 def arms_of(optima: Sequence[Optimum]) -> list[tuple[str, list[Optimum], Optimum]]:
@@ -221,43 +202,29 @@ def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
             [np.log(o.best_lr.draws) for o in known],
             sum(o.best_lr.n for o in known),
         )
-        tried = {int(o.curve.key["rank"]): _best_tried(o.curve) for o in members}
+        tried = {int(o.curve.key["rank"]): rate_means(o.curve) for o in members}
+        best = [math.exp(x[lowest_loss(y)]) if len(x) else None for x, y in tried.values()]
+        left_out = ["ranks at an edge left out"] if 2 <= len(known) < len(members) else []
         rows.append(
             {
                 "group": group,
-                "slope": d.slope.value,
-                "low": d.slope.low,
-                "high": d.slope.high,
+                **{"slope": d.slope.value, "low": d.slope.low, "high": d.slope.high},
                 "p_slope": d.p_slope,
                 "p_equal": d.p_equal,
                 "ranks": list(tried),
-                "best_tried": list(tried.values()),
+                "best_tried": best,
                 "known": len(known),
                 "bounds": len(members) - len(known),
-                "flags": _drift_flags(d, members, known),
+                "flags": [*d.slope.flags, *left_out],
             }
         )
     return rows
 
 
-def _drift_flags(d: Drift, members: Sequence[Optimum], known: Sequence[Optimum]) -> list[str]:
-    return [
-        *d.slope.flags,
-        *(["ranks at an edge left out"] if 2 <= len(known) < len(members) else []),
-    ]
-
-
-def _best_tried(curve: LrCurve) -> float | None:
-    rates, means = rate_means(curve)
-    return math.exp(rates[lowest_loss(means)]) if len(rates) else None
-
-
-DRIFT_HEAD = ("model and data", "ranks: best tried LR", "slope of ln LR a doubling [95%]")
-
-
 def drift_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Format the drifts for the terminal."""
-    out = [[*DRIFT_HEAD, "p (no slope)", "p (equal)", "flags"]]
+    head = ["model and data", "ranks: best tried LR", "slope of ln LR a doubling [95%]"]
+    out = [[*head, "p (no slope)", "p (equal)", "flags"]]
     for r in rows:
         by_rank = zip(r["ranks"], r["best_tried"])
         tried = ", ".join(f"{k}: {v:g}" if v else f"{k}: -" for k, v in by_rank)
@@ -275,12 +242,5 @@ def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = Fal
         for group, lora, full in arms_of(optima)
         for o in lora
     ]
-    interactive.write(
-        path,
-        f"{path.stem}: {len(reading.table)} runs",
-        reading.table,
-        optima,
-        ratios,
-        (),
-        within,
-    )
+    title = f"{path.stem}: {len(reading.table)} runs"
+    interactive.write(path, title, reading.table, optima, ratios, (), within)

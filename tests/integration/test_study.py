@@ -38,7 +38,7 @@ def test_sweeps_of_a_sweep_share_their_runs_and_end_in_one_table(place):
         folder = place / f"reports/{name}-smoke"
         assert (folder / "report.md").is_file() and (folder / "report.html").is_file()
         for figure, _ in json.loads((folder / "results.json").read_text())["figures"]:
-            assert (folder / figure).stat().st_size > 5000
+            assert (folder / figure).stat().st_size > 1000
 
 
 def test_asked_again_the_study_trains_nothing(place):

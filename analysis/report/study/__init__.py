@@ -1,4 +1,4 @@
 """The pages over all answers: analysis/results/README.md, and a study's own page.
 
-Reads answers from their folders, pools and shows them. Knows no way to fit or judge runs.
+Read answers, figures, findings, ledger and page in this order. Judges no runs.
 """

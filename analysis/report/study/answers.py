@@ -64,11 +64,6 @@ class Answer:
     verdicts: list[Verdict]
 
     @property
-    def name(self) -> str:
-        """Name of the sweep and the scale, and a hash if its runs were changed."""
-        return self.folder.name
-
-    @property
     def sweep(self) -> str:
         """Name of the sweep."""
         return self.results["sweep"]

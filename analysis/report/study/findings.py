@@ -322,8 +322,8 @@ def _rewards(answers: Sequence[Answer]) -> str:
     one, top = found(answers, "rl", "rank_1"), found(answers, "rl", "top_rank")
     said = of_claim(
         one,
-        "Rank 1 learns as much from rewards as full fine-tuning",
-        "Rank 1 does not learn as much from rewards as full fine-tuning",
+        "From rewards rank 1 learns as much as full fine-tuning",
+        "From rewards rank 1 does not learn as much as full fine-tuning",
         "The difference of the final reward was",
         points,
         min,

@@ -85,10 +85,13 @@ def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
             answers only.
     """
     over_bases = pooled(answers)
+    by_question: dict[str, list[Answer]] = {}
+    for a in answers:
+        by_question.setdefault(a.question["question"], []).append(a)
     text = rendered(
         "study.md",
         kept=kept,
-        findings=sentences(answers),
+        conclusions=sentences(answers),
         n_claims=len({(a.sweep, v.claim) for a in answers for v in a.single}),
         n_runs=len(set().union(*(a.run_ids for a in answers))),
         regret=REGRET if figures.regret_lines(answers) else "",
@@ -98,9 +101,9 @@ def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
         bits=bits_rows(answers),
         loads=load_rows(answers),
         ledger=ledger(answers),
-        added=[(a.name, line) for a in answers for line in added_after(a.question)],
+        added=[(a.folder.name, line) for a in answers for line in added_after(a.question)],
         best_rates=best_rates(answers),
-        questions=[_question(mine, over_bases, folder) for mine in _by_question(answers)],
+        questions=[_question(mine, over_bases, folder) for mine in by_question.values()],
     )
     return in_words(text)
 
@@ -183,13 +186,6 @@ def best_rates(answers: Sequence[Answer]) -> Rows:
 # ---------------------------------------------------------------- one table a question
 
 
-def _by_question(answers: Sequence[Answer]) -> list[list[Answer]]:
-    found: dict[str, list[Answer]] = {}
-    for a in answers:
-        found.setdefault(a.question["question"], []).append(a)
-    return list(found.values())
-
-
 def _question(mine: Sequence[Answer], over_bases: Sequence[Pooled], folder: Path) -> dict[str, Any]:
     """Return what the page shows of one question: its answers, averages, verdicts and figures."""
     asked = mine[0].question
@@ -246,7 +242,7 @@ def verdict_row(a: Answer, v: Verdict) -> list[str]:
         *(a.word(v.claim, k) for k in ("measure", "beside")),
     ]
     return [
-        f"{a.says(v.claim)}{where} (`{v.claim}`, {marks})",
+        f"{a.says(v.claim)}{where} (`{a.sweep}: {v.claim}`, {marks})",
         a.results["scale"],
         with_interval(v.estimate),
         within(v),

@@ -62,7 +62,7 @@ function lrPlot(at, runs) {
     if (there(c.best_lr) && there(c.best_nll)) traces.push({ type: "scatter", mode: "markers", showlegend: false, legendgroup: String(k), x: [c.best_lr], y: [c.best_nll], hoverinfo: "text", text: [`${legend}<br>best lr ${rate(c.best_lr)} [${rate(c.low)}, ${rate(c.high)}]`], marker: { color, symbol: "line-ns-open", size: 16, line: { width: 2.5, color } }, error_x: there(c.low) ? { type: "data", symmetric: false, array: [c.high - c.best_lr], arrayminus: [c.best_lr - c.low], color, thickness: 1.6, width: 5 } : undefined });
     if (c.band && there(c.best_nll)) traces.push({ type: "scatter", mode: "lines", showlegend: false, legendgroup: String(k), x: c.band, y: [c.best_nll, c.best_nll], hoverinfo: "text", text: `${legend}: within ${DATA.within} of the best from ${rate(c.band[0])} to ${rate(c.band[1])}`, line: { color, width: 9 }, opacity: 0.22 });
   }
-  $("lr-note").textContent = `Lines: fits. Bars: 95% intervals of the optimum. Pale strips: rates within ${DATA.within} of the best. ` + (nBad ? `Crosses on the ${sign < 0 ? "lowest" : "top"} line: ${nBad} runs that diverged or are no part of the fit. ` : "") + "Click a point for its run.";
+  $("lr-note").textContent = `Lines: fits. Bars: 95% intervals of the optimum. Pale strips: learning rates within ${DATA.within} of the best. ` + (nBad ? `Crosses on the ${sign < 0 ? "lowest" : "top"} line: ${nBad} runs that diverged or were not fitted. ` : "") + "Click a point for its run.";
   return Plotly.react("lr-plot", traces, layout({ height: 520, xaxis: axis("learning rate", { type: "log", exponentformat: "e" }), yaxis: axis(metric(at)) }), config).then(pickable);
 }
 

@@ -13,6 +13,8 @@ INF = math.inf
 def test_without_bounds_it_is_least_squares():
     x, y = [0, 1, 2, 3, 1, 2], [0.1, 0.9, 2.3, 2.8, 1.2, 1.9]
     assert censored_slope(x, y, y) == pytest.approx(np.polyfit(x, y, 1)[0])
+    one_abscissa = censored_slope([0, 0, 1], [1.0, 1.1, 2.0], [1.0, 1.1, INF])
+    assert math.isnan(one_abscissa)
 
 
 def test_bounds_pull_the_line_and_points_on_a_line_keep_it():
@@ -43,10 +45,6 @@ def test_it_is_the_maximum_of_the_likelihood():
 
     best = optimize.minimize(loss, [1, 0.5, -1], method="Nelder-Mead", options={"xatol": 1e-8})
     assert censored_slope(x, low, high) == pytest.approx(best.x[1], abs=1e-3)
-
-
-def test_one_known_abscissa_determines_no_slope():
-    assert math.isnan(censored_slope([0, 0, 1], [1.0, 1.1, 2.0], [1.0, 1.1, INF]))
 
 
 def test_pseudo_values_of_slopes_over_units_are_the_units_slopes():

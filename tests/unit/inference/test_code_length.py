@@ -1,4 +1,4 @@
-"""What all rows cost, from a first part: planted losses of known shape come out, with their range."""
+"""Code length of all rows from a first part: planted losses of known shape are recovered."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ SHAPES = {
 
 
 def batches(rng, shape, n, noise=0.1):
-    """Nats of n batches as the base is and learned along, and their tokens."""
+    """Nats of n batches under the base model and during training, and their tokens."""
     tokens = rng.gamma(10, 10, size=n)
     base = 1.3 * tokens * np.exp(noise * rng.standard_normal(n) - noise**2 / 2)
     code = base * shape(np.arange(n, dtype=float)) * (1 + noise / 3 * rng.standard_normal(n))

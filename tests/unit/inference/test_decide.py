@@ -1,4 +1,4 @@
-"""The decision rule: over one interval, rounds and several claims."""
+"""The decision rule: over one interval, interim looks and several claims."""
 
 import math
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from analysis.inference.decide import holm, judge, look_level, p_value
-from analysis.inference.estimate import Estimate, from_draws
+from analysis.inference.estimate import AT_LEAST, Estimate, from_draws, with_interval
+from analysis.inference.gates import REMEDIES, Gate, GateCode
 from analysis.measures.at_best import AtBest, over_seeds
 
 
@@ -15,6 +16,33 @@ def draws(centre, sd, stream, n=4000):
 
 
 CLAIM = {"estimand": "lr_ratio", "expected": 10, "margin": [7.1, 14.1], "primary": True}
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "outcome"),
+    [
+        (8, 10, 12, "SUPPORTED"),
+        (2, 3, 4, "REFUTED"),
+        (15, 20, 25, "REFUTED"),
+        (6, 10, 15, "UNDECIDED"),
+        (None, 10, None, "UNDECIDED"),
+    ],
+)
+def test_the_interval_is_compared_with_the_margin(low, value, high, outcome):
+    verdict = judge("ratio", CLAIM, "g", Estimate(value, low, high), [], 3, True)
+    assert verdict.outcome == outcome
+    assert bool(verdict.needed) == (outcome == "UNDECIDED")
+    gate = Gate(GateCode.TASK, "nearly solved")
+    gated = judge("ratio", CLAIM, "g", Estimate(value, low, high), [gate], 3, True)
+    assert gated.outcome == "UNDECIDED" and gated.why == gate.sentence
+
+
+def test_bounds_are_written_as_bounds():
+    assert with_interval(Estimate(None, 2.0, None)) == "> 2"
+    assert with_interval(Estimate(None, None, 2.0)) == "< 2"
+    assert with_interval(Estimate(3.0, 2.0, 4.0)) == "3 [2, 4]"
+    assert with_interval(Estimate(3.0, 2.0, 4.0, flags=(AT_LEAST,))) == "at least 3 [2, 4]"
+    assert with_interval(Estimate(None)) == "-"
 
 
 def test_looks_are_judged_at_pococks_levels():
@@ -38,8 +66,7 @@ def test_a_refutation_on_the_better_side_says_so(better, centre, said):
 
 
 def test_three_looks_at_the_margins_edge_err_in_five_percent():
-    """Truth outside the margin at its edge, error shrinking from look to look: support in any of
-    them stays rare."""
+    """The truth is at the margin's edge, and the error falls from look to look."""
     rng = np.random.default_rng(0)
     wrong = 0
     for _ in range(2000):
@@ -65,16 +92,11 @@ def test_the_p_value_is_the_level_at_which_it_is_decided():
 
 def test_holm_corrects_primary_claims_only():
     def verdict(name, sd, primary=True):
-        claim = {**CLAIM, "primary": primary}
-        return judge(
-            name, claim, "g", from_draws(np.exp(draws(math.log(10), sd, 5)), 9), [], 5, True
-        )
+        estimate = from_draws(np.exp(draws(math.log(10), sd, 5)), 9)
+        return judge(name, {**CLAIM, "primary": primary}, "g", estimate, [], 5, True)
 
-    sure, close, aside = (
-        verdict("sure", 0.05),
-        verdict("close", 0.16),
-        verdict("aside", 0.16, primary=False),
-    )
+    sure, close = verdict("sure", 0.05), verdict("close", 0.16)
+    aside = verdict("aside", 0.16, primary=False)
     assert {v.outcome for v in (sure, close, aside)} == {"SUPPORTED"}
     # 0.05 / 3 is too strict for the two weak ones once three are judged together
     out = holm([close, sure, verdict("third", 0.165), aside])
@@ -88,8 +110,8 @@ def test_where_likely_rates_say_nothing_there_is_no_interval():
     assert over_seeds(AtBest(best, (best,) * 40)).has_interval()
     one_in_four = over_seeds(AtBest(best, (best,) * 30 + (far,) * 10))
     assert not one_in_four.has_interval() and "unread_at_likely_rates" in one_in_four.flags
-    told = judge("c", {"margin": [-1, 1], "expected": 0}, "g", one_in_four, [], 3, False)
-    assert told.outcome == "UNDECIDED" and told.needed == "more learning rates around the best one"
+    judged = judge("c", {"margin": [-1, 1], "expected": 0}, "g", one_in_four, [], 3, False)
+    assert judged.outcome == "UNDECIDED" and judged.needed == REMEDIES["unread_at_likely_rates"]
 
 
 def test_estimates_are_plain_without_their_draws():

@@ -50,16 +50,10 @@ def test_the_interval_to_expect_is_the_one_that_the_seeds_give():
 @pytest.mark.parametrize(
     ("expected", "margin", "sd", "planned", "says"),
     [
-        (
-            -0.01,
-            [-100, 0],
-            0.0038,
-            6,
-            "expected interval -0.01 +- 0.004 within [.., 0]: can decide",
-        ),
+        (-0.01, [-100, 0], 0.0038, 6, "-0.01 +- 0.004 within [.., 0]: can decide"),
         (-0.01, [-100, 0], 0.0114, 6, "cannot decide: needs 13 seeds (planned 6)"),
         (0.02, [-0.1, 0.05], 0.0, 1, "0.02 +- 0 within [-0.1, 0.05]: can decide"),
-        (1, [1, 1000], 0.01, 6, "within [1, ..]: cannot decide: the expected value lies on the"),
+        (1, [1, 1000], 0.01, 6, "within [1, ..]: cannot decide"),
         (
             0,
             [-0.1, 0.1],

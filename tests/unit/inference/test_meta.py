@@ -9,19 +9,10 @@ from analysis.inference.meta import drift, meta_regression, random_effects
 # and not
 BCG = np.array(
     [
-        (4, 119, 11, 128),
-        (6, 300, 29, 274),
-        (3, 228, 11, 209),
-        (62, 13536, 248, 12619),
-        (33, 5036, 47, 5761),
-        (180, 1361, 372, 1079),
-        (8, 2537, 10, 619),
-        (505, 87886, 499, 87892),
-        (29, 7470, 45, 7232),
-        (17, 1699, 65, 1600),
-        (186, 50448, 141, 27197),
-        (5, 2493, 3, 2338),
-        (27, 16886, 29, 17825),
+        *((4, 119, 11, 128), (6, 300, 29, 274), (3, 228, 11, 209), (62, 13536, 248, 12619)),
+        *((33, 5036, 47, 5761), (180, 1361, 372, 1079), (8, 2537, 10, 619)),
+        *((505, 87886, 499, 87892), (29, 7470, 45, 7232), (17, 1699, 65, 1600)),
+        *((186, 50448, 141, 27197), (5, 2493, 3, 2338), (27, 16886, 29, 17825)),
     ],
     float,
 )
@@ -32,9 +23,7 @@ def test_random_effects_are_those_published_for_the_bcg_trials():
     y = np.log(a / (a + b)) - np.log(c / (c + d))
     v = 1 / a - 1 / (a + b) + 1 / c - 1 / (c + d)
     e = random_effects(y, np.sqrt(v))
-    assert e.tau**2 == pytest.approx(
-        0.318, abs=1e-3
-    )  # Paule-Mandel, as metafor's vignette gives it
+    assert e.tau**2 == pytest.approx(0.318, abs=1e-3)  # Paule-Mandel, as in metafor's vignette
     assert e.mean == pytest.approx(-0.715, abs=1e-3)
     assert e.p_equal < 1e-20 and e.low_next < e.low < e.high < e.high_next and e.i2 > 0.9
 
@@ -62,12 +51,12 @@ def test_a_planted_drift_is_found_and_a_flat_one_is_not():
 
 def test_false_positives_of_the_drift_test_are_as_many_as_promised():
     rng = np.random.default_rng(3)
-    p = [
-        drift(
-            [4, 8, 16], [rng.normal(0, 0.1) + 0.1 * rng.standard_normal(1000) for _ in range(3)], 3
-        )
-        for _ in range(300)
-    ]
+
+    def found():
+        centres = rng.normal(0, 0.1, 3)
+        return drift([4, 8, 16], [c + 0.1 * rng.standard_normal(1000) for c in centres], 3)
+
+    p = [found() for _ in range(300)]
     assert np.mean([d.p_equal < 0.05 for d in p]) <= 0.09
     assert np.mean([not d.slope.low <= 0 <= d.slope.high for d in p]) <= 0.09
 

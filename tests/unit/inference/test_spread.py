@@ -16,31 +16,21 @@ CLAIM = {"estimand": "rho", "expected": 1, "margin": [0.9, 1.11]}
 VALUE, SD, LEVEL = 0.821, 0.0766, 0.9706
 
 
-def sample(n, rng, sd=SD, value=VALUE):
-    """n values whose logarithms are normal about ln(value)."""
-    return np.exp(math.log(value) + sd * rng.standard_normal(n))
-
-
-def exactly(n, sd=SD, value=VALUE):
-    """n values whose logarithms have this mean and standard deviation."""
-    z = np.linspace(-1, 1, n)
-    return np.exp(math.log(value) + sd * (z - z.mean()) / z.std(ddof=1))
-
-
 def test_three_seeds_need_nine_and_not_twenty_three():
     """The interval of three seeds is wide because t is 5.7 there: it narrows faster than 1/sqrt(n),
     which asked for 23. Six seeds decide as often as not, nine in 80% of cases."""
-    now = from_sample(exactly(3), log=True)
-    verdict = judge("c", CLAIM, "g", now, [], 3, True, LEVEL)
+    three = np.exp(math.log(VALUE) + SD * np.linspace(-1, 1, 3))
+    verdict = judge("c", CLAIM, "g", from_sample(three, log=True), [], 3, True, LEVEL)
     assert verdict.needed == "about 9 seeds at each optimum (now 3)" and verdict.missing == 6
-    rng, decided = np.random.default_rng(2), {}
-    for n in (6, 9):
-        found = [
-            judge("c", CLAIM, "g", from_sample(sample(n, rng), log=True), [], n, True, LEVEL)
-            for _ in range(400)
-        ]
-        decided[n] = np.mean([v.outcome == "REFUTED" for v in found])
-    assert 0.4 < decided[6] < 0.62 and 0.74 < decided[9] < 0.87
+    rng = np.random.default_rng(2)
+
+    def decided(n):
+        samples = np.exp(math.log(VALUE) + SD * rng.standard_normal((400, n)))
+        estimates = [from_sample(s, log=True) for s in samples]
+        verdicts = [judge("c", CLAIM, "g", e, [], n, True, LEVEL) for e in estimates]
+        return np.mean([v.outcome == "REFUTED" for v in verdicts])
+
+    assert 0.4 < decided(6) < 0.62 and 0.74 < decided(9) < 0.87
 
 
 def test_a_value_inside_the_margin_needs_room_on_both_sides():

@@ -12,20 +12,20 @@ from analysis.runs.lr_curves import lr_curves
 from tests.tables import GRID, table
 
 
+def fitted(loss, **grid):
+    return fit_all(lr_curves(table(loss, **grid)))
+
+
 @pytest.mark.parametrize("steepness", [-0.8, 0.0, 0.5, 1.2])
-def test_a_noise_free_member_of_the_family_is_found(steepness):
+def test_a_noise_free_curve_of_the_family_is_found(steepness):
     best = 1.37e-3
-    (o,) = fit_all(
-        lr_curves(
-            table(lambda lr, s: 2 + 0.1 * float(linex(np.array(math.log(lr / best)), steepness)))
-        )
-    )
+    (o,) = fitted(lambda lr, s: 2 + 0.1 * float(linex(np.array(math.log(lr / best)), steepness)))
     assert o.best_lr.value == pytest.approx(best, rel=0.02)
     assert o.best_nll == pytest.approx(2.0, abs=2e-3)
 
 
 def test_without_degrees_of_freedom_there_is_no_interval():
-    (o,) = fit_all(lr_curves(table(lambda lr, s: 2 + 0.1 * math.log(lr / 8e-4) ** 2)))
+    (o,) = fitted(lambda lr, s: 2 + 0.1 * math.log(lr / 8e-4) ** 2)
     assert o.pooled.df < MIN_DF and not o.best_lr.has_interval() and "no_variance" in o.flags
 
 
@@ -47,32 +47,22 @@ def test_points_beyond_a_broken_rate_are_no_part_of_the_valley():
 
 
 def test_few_points_give_a_bracket():
-    (o,) = fit_all(lr_curves(table(lambda lr, s: math.log(lr / 2e-4) ** 2, lrs=GRID[:3])))
-    assert (
-        o.best_lr.value is None
-        and o.best_lr.low == pytest.approx(GRID[0])
-        and o.best_lr.high == pytest.approx(GRID[2])
-    )
-    assert "few_points" in o.flags
+    (o,) = fitted(lambda lr, s: math.log(lr / 2e-4) ** 2, lrs=GRID[:3])
+    assert o.best_lr.value is None and "few_points" in o.flags
+    assert o.best_lr.interval == pytest.approx((GRID[0], GRID[2]))
 
 
 @pytest.mark.parametrize("best", [1.9e-4, 2.4e-4, 3.0e-4])
 def test_four_points_that_bracket_their_optimum_get_the_bracket(best):
     """No noise is known: the minimum of a valley lies between the neighbours of the best rate."""
     rng, held = np.random.default_rng(3), 0
+
+    def loss(lr, seed):
+        shape = float(linex(np.array(math.log(lr / best)), 0.6))
+        return 2 + 0.12 * shape + 4e-3 * rng.standard_normal()
+
     for _ in range(40):
-        (o,) = fit_all(
-            lr_curves(
-                table(
-                    lambda lr, s: (
-                        2
-                        + 0.12 * float(linex(np.array(math.log(lr / best)), 0.6))
-                        + 4e-3 * rng.standard_normal()
-                    ),
-                    lrs=GRID[:4],
-                )
-            )
-        )
+        (o,) = fitted(loss, lrs=GRID[:4])
         e = o.best_lr
         assert e.low < e.value < e.high and e.high / e.low == pytest.approx(4) and e.draws is None
         assert {"few_points", "no_variance"} <= set(o.flags)  # no verdict rests on it
@@ -81,13 +71,12 @@ def test_four_points_that_bracket_their_optimum_get_the_bracket(best):
 
 
 def test_coverage_on_valleys_inside_and_outside_the_family():
-    """A small calibration: 60 sweeps of three curves with two fresh seeds; the interval must hold
-    the truth."""
+    """A small calibration: 60 sweeps of three curves with two fresh seeds."""
     shapes = {
         "inside": lambda u: 0.12 * linex(u, 0.6),
         "kink": lambda u: np.where(u < 0, 0.25, 0.5) * (np.sqrt(1 + u * u) - 1),
         "plateau": lambda u: np.where(
-            u < 0, 0.3 * (1 - np.exp(-u * u / 2)), 0.12 * u * u + 0.05 * u**3
+            u < 0, 0.3 * (1 - np.exp(-u * u / 2)), (0.12 + u / 20) * u * u
         ),
     }
     rng = np.random.default_rng(1)
@@ -99,23 +88,15 @@ def test_coverage_on_valleys_inside_and_outside_the_family():
             for rank, best in truth.items():
 
                 def loss(lr, seed, best=best):
-                    return (
-                        2
-                        + float(shape(np.array(math.log(lr / best))))
-                        + 0.004 * seed
-                        + rng.normal(0, 2e-3)
-                    )
+                    height = float(shape(np.array(math.log(lr / best))))
+                    return 2 + height + 0.004 * seed + rng.normal(0, 2e-3)
 
-                frames += [
-                    table(loss, rank=rank),
-                    table(loss, seeds=(1, 2), lrs=GRID[2:5], rank=rank),
-                ]
+                frames.append(table(loss, rank=rank))
+                frames.append(table(loss, seeds=(1, 2), lrs=GRID[2:5], rank=rank))
             for o in fit_all(lr_curves(pd.concat(frames))):
                 total += 1
-                held += (
-                    o.best_lr.has_interval()
-                    and o.best_lr.low <= truth[o.curve.key["rank"]] <= o.best_lr.high
-                )
+                e, best = o.best_lr, truth[o.curve.key["rank"]]
+                held += e.has_interval() and e.low <= best <= e.high
         assert held / total >= 0.9, name
 
 

@@ -1,4 +1,4 @@
-"""What figures show: one scale a quantity, one legend, bounds as arrows, zeros as zeros."""
+"""Figures: one scale for each quantity, one legend, bounds as arrows, zeros as zeros."""
 
 import json
 
@@ -87,29 +87,15 @@ def test_generator_parameters_are_words():
 
 def runs():
     """Five rates and a curve of evaluations each."""
+    common = {"model": "m", "dataset": "dialect(rule_shift=0)", "batch_size": 4, "steps": 16}
+    common |= {"steps_done": 16, "schedule": "constant", "seed": 0, "status": "done"}
     rows = []
-    for method in ("fullft", "lora"):
+    for method, rank in (("fullft", None), ("lora", 4)):
         for lr in 1e-3 * 2.0 ** np.arange(-2, 3):
             off = 0.1 * np.log(lr / 1.1e-3) ** 2
             curve = [{"step": s, "test_nll": 3 - 0.2 * np.log2(s) + off} for s in (1, 2, 4, 8, 16)]
-            rows.append(
-                {
-                    "model": "m",
-                    "dataset": "dialect(rule_shift=0)",
-                    "batch_size": 4,
-                    "steps": 16,
-                    "steps_done": 16,
-                    "schedule": "constant",
-                    "method": method,
-                    "rank": None if method == "fullft" else 4,
-                    "lr": lr,
-                    "seed": 0,
-                    "status": "done",
-                    "test_nll": curve[-1]["test_nll"],
-                    "nll_start": 5.0,
-                    "result": json.dumps({"curve": curve}),
-                }
-            )
+            rows.append({**common, "method": method, "rank": rank, "lr": lr, "nll_start": 5.0})
+            rows[-1] |= {"test_nll": curve[-1]["test_nll"], "result": json.dumps({"curve": curve})}
     return pd.DataFrame(rows)
 
 
@@ -178,7 +164,6 @@ def test_a_fitted_line_ends_before_the_first_rate_at_which_a_run_broke_down(draw
     (ax,) = drawn(lambda path: plots_curves.lr_against_nll(optima, path)).axes
     (fitted,) = [line for line in ax.lines if len(line.get_xdata()) == 200]
     assert max(fitted.get_xdata()) == pytest.approx(rates[2])
-    hollow = [
-        x for line in ax.lines if line.get_markerfacecolor() == "none" for x in line.get_xdata()
-    ]
+    lines = [line for line in ax.lines if line.get_markerfacecolor() == "none"]
+    hollow = [x for line in lines for x in line.get_xdata()]
     assert set(np.round(hollow, 8)) == set(np.round(rates[3:], 8))

@@ -101,15 +101,12 @@ def test_a_verdict_is_the_one_of_its_own_report(reports):
     assert "What was not tested" not in page.page([kept], reports)
 
 
-def test_an_answer_of_the_same_name_in_the_first_folder_is_used(reports, tmp_path):
-    shutil.copytree(reports / "rank-smoke", tmp_path / "kept" / "rank-smoke")
-    found = read_answers([tmp_path / "kept", reports])
-    assert [a.folder for a in found] == [tmp_path / "kept" / "rank-smoke"]
-
-
 def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(reports, tmp_path):
+    shutil.copytree(reports / "rank-smoke", tmp_path / "kept" / "rank-smoke")
+    found = read_answers([reports, tmp_path / "kept"])  # the first of one name is used
+    assert [a.folder for a in found] == [reports / "rank-smoke"]
     (tmp_path / page.REGRET).write_bytes(b"of an answer that is gone")
-    page.write(read_answers([reports]), tmp_path / "study.md")
+    page.write(found, tmp_path / "study.md")
     text = (tmp_path / "study.md").read_text()
     for figure in (page.FOREST, page.SPEED):
         assert f"]({figure})" in text and (tmp_path / figure).is_file()
@@ -285,7 +282,7 @@ def test_claims_with_one_sentence_share_a_row_and_averages_have_no_verdict(tmp_p
     assert [m.outcome for m in row.marks[Setting.BEYOND]] == ["REFUTED"] * 3 + [""]
     assert row.marks[Setting.BEYOND][0].value == pytest.approx(-5)
     plots_study.forest([row], tmp_path / "forest.png")
-    assert (tmp_path / "forest.png").stat().st_size > 5_000
+    assert (tmp_path / "forest.png").stat().st_size > 1_000
 
 
 def plain(value, half=1.0):
@@ -336,7 +333,7 @@ def test_regret_is_drawn_a_line_a_condition_with_the_other_bases_control(tmp_pat
         "c, only rules new, 384 updates of 32": {8: 7.8},
     }
     plots_study.regret_over_rank(lines, tmp_path / "regret.png")
-    assert (tmp_path / "regret.png").stat().st_size > 5_000
+    assert (tmp_path / "regret.png").stat().st_size > 1_000
 
 
 def test_loads_are_shown_by_all_three_counts(tmp_path):

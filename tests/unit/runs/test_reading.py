@@ -22,52 +22,39 @@ def test_our_own_csv_export_fits_like_the_parquet(tmp_path):
     kept.to_csv(table, index=False)
     kept.to_parquet(table.with_suffix(".parquet"))
     assert read(table).table["floor_nats"].isna().all()
-    from_csv, from_parquet = (
-        commands.fit(read(path), 0.01) for path in (table, table.with_suffix(".parquet"))
-    )
+    from_csv, from_parquet = (commands.fit(read(p)) for p in (table, table.with_suffix(".parquet")))
     assert len(from_csv) == 2 and from_csv == from_parquet
     assert all(not c.variant.endswith((" ", ",")) for c in lr_curves(read(table).table))
 
 
-def test_other_peoples_names_are_mapped_and_suggested(tmp_path, capsys):
-    path = write(
-        tmp_path, planted().rename(columns={"lr": "learning_rate", "test_nll": "eval_loss"})
-    )
-    code, _, err = run(capsys, "fit", path)
-    assert code == 2 and "--map learning_rate=lr" in err
-    code, _, err = run(capsys, "fit", path, "--map", "learning_rate=lr")
-    assert code == 2 and "--map eval_loss=test_nll" in err
-    assert (
-        run(capsys, "fit", path, "--map", "learning_rate=lr", "--map", "eval_loss=test_nll")[0] == 0
-    )
-    code, _, err = run(capsys, "fit", path, "--map", "learning_rat=lr")
-    assert code == 2 and "Did you mean 'learning_rate'?" in err
-    code, _, err = run(capsys, "fit", path, "--map", "learning_rate=lrr")
-    assert code == 2 and "Did you mean 'lr'?" in err
-    code, _, err = run(capsys, "fit", path, "--map", "learning_rate")
-    assert code == 2 and "THEIR_COLUMN=OURS" in err
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ([], "--map learning_rate=lr"),
+        (["learning_rate=lr"], "--map eval_loss=test_nll"),
+        (["learning_rat=lr"], "Did you mean 'learning_rate'?"),
+        (["learning_rate=lrr"], "Did you mean 'lr'?"),
+        (["learning_rate"], "--map learning_rate"),
+        (["learning_rate=lr", "eval_loss=test_nll"], ""),
+    ],
+)
+def test_other_peoples_names_are_mapped_and_suggested(tmp_path, capsys, pairs, words):
+    theirs = {"lr": "learning_rate", "test_nll": "eval_loss"}
+    path = write(tmp_path, planted(seeds=(0,)).rename(columns=theirs))
+    code, _, err = run(capsys, "fit", path, *(v for pair in pairs for v in ("--map", pair)))
+    assert code == (2 if words else 0) and words in err
 
 
 def test_wandb_exports(tmp_path, capsys):
-    table = planted()
-    csv = table.rename(columns={"status": "State"}).assign(
-        Name=[f"run{k}" for k in range(len(table))]
-    )
+    csv = planted(seeds=(0,)).rename(columns={"status": "State"})
     csv["State"] = ["crashed" if k == 5 else "finished" for k in range(len(csv))]
     code, _, err = run(capsys, "fit", write(tmp_path, csv))
-    assert code == 0 and "1 run(s) that failed or did not end are left out (row 6)" in err
+    assert code == 0 and "1 run(s)" in err and "row 6" in err
+    keys = ["lr", "rank", "model", "seed"]
+    rows = planted(seeds=(0,)).assign(model="m").astype(object).replace({np.nan: None})
     objects = [
-        {
-            "state": "finished",
-            "config": {
-                "lr": r.lr,
-                "rank": r["rank"] if r["rank"] == r["rank"] else None,
-                "model": "m",
-                "seed": r.seed,
-            },
-            "summary": {"test_nll": r.test_nll},
-        }
-        for _, r in table.iterrows()
+        {"state": "finished", "config": dict(row[keys]), "summary": {"test_nll": row["test_nll"]}}
+        for _, row in rows.iterrows()
     ]
     (tmp_path / "export.json").write_text(json.dumps(objects))
     code, text, _ = run(capsys, "fit", tmp_path / "export.json", "--map", "state=status", "--json")
