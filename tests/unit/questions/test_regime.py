@@ -1,4 +1,4 @@
-"""`regime` on planted runs: what LoRA gives up in cells with little and with much that is new."""
+"""`regime` on planted runs: regret where little and where much is new."""
 
 import json
 import math
@@ -9,22 +9,28 @@ import pytest
 from analysis.measures.regret import UNSCORED
 from analysis.optimum.valley import linex
 from lorasweep.data.synthetic.dialect import load as load_dialect
-from tests.planted import CURVATURE, FULL, GAIN, LORA, World
+from lorasweep.methods.fullft import FullFT
+from tests.planted import CURVATURE, FULL, GAIN, LORA, World, arms, around, ask, base, runs
 
-pytestmark = pytest.mark.slow  # fits hundreds of curves
+pytestmark = pytest.mark.slow  # fits dozens of curves
 
-SHORT, LONGER = (f"{{steps:{n},knobs:{{rule_shift:0.25,shift_rank:2}}}}" for n in (12, 24))
-LOW, BEYOND, NULL = (
-    "{steps:256,knobs:{rule_shift:0.25,shift_rank:2}}",
-    "{steps:256,knobs:{rule_shift:0.25,shift_rank:8,new_exceptions:0.3}}",
-    "{steps:256,knobs:{rule_shift:0.0}}",
-)
-FULL_LRS, LORA_LRS = ([best * 2.0**k for k in range(-3, 4)] for best in (FULL, LORA))
+LOW = {"rule_shift": 0.25, "shift_rank": 2, "new_exceptions": 0.0}
+BEYOND = {"rule_shift": 0.25, "shift_rank": 8, "new_exceptions": 0.3}
+NULL = {"rule_shift": 0.0, "new_exceptions": 0.0}
 SHARE = 0.4
 """Share of changed contexts."""
+ROWS, BATCH = 256 * 4, 4
 
 
-class Cells(World):
+def data(**params):
+    return base("tiny64", "dialect", **params)
+
+
+def params(spec):
+    return spec.plain()["dataset"]["knobs"]
+
+
+class Gaps(World):
     """Full fine-tuning gains GAIN a doubling; LoRA lies `gap(rank, step, exceptions)` of the whole
     gain behind it, in the changed contexts only or in the unchanged ones only."""
 
@@ -35,7 +41,7 @@ class Cells(World):
     def behind(self, spec, step):
         if spec.method.name == "fullft":
             return 0.0
-        exceptions = spec.dataset.generator_params["new_exceptions"]
+        exceptions = params(spec)["new_exceptions"]
         whole = GAIN * math.log2(1 + spec.steps)
         return whole * self.gap(spec.method.rank, step, exceptions)
 
@@ -48,31 +54,33 @@ class Cells(World):
         apart = {"changed": SHARE, "unchanged": 1 - SHARE}
         extra = {k: behind / share if k == self.part else 0.0 for k, share in apart.items()}
         return {
-            "bits_generator": self.bits if spec.dataset.generator_params["rule_shift"] else 0.0,
+            "bits_generator": self.bits if params(spec)["rule_shift"] else 0.0,
             "changed_share": SHARE,
             **{f"test_nll_{k}": common + more for k, more in extra.items()},
         }
 
 
-def cell(out, name):
+def condition(out, name):
     return next(c for c in out["cells"] if name in c["cell"])
 
 
 def verdicts(out, claim):
-    return {
-        v["group"].split(", ", 1)[1]: v["outcome"] for v in out["verdicts"] if v["claim"] == claim
-    }
+    mine = [v for v in out["verdicts"] if v["claim"] == claim]
+    return {v["group"].split(", ", 1)[1]: v["outcome"] for v in mine}
 
 
-def ask_regime(ask, world, *cells, ranks="[1,8]", also=()):
-    arms = []
-    for arm, rates in (("fullft", FULL_LRS), ("lora", LORA_LRS)):
-        shown = [f"{c[:-1]},lr:{rates}}}" for c in cells]
-        arms.append(f"sweep.at.smoke.{arm}=[{','.join(shown)}]")
-    return ask("regime", world, *arms, f"sweep.at.smoke.ranks={ranks}", *also)[0]
+def ask_regime(world, *novelties, ranks=(1, 8), steps=256, seeds=range(4), also=(), **changes):
+    specs = [
+        spec
+        for params in novelties
+        for spec in arms(
+            data(**params), ranks, steps=steps, batch_size=BATCH, seeds=seeds, **changes
+        )
+    ]
+    return ask("regime", world, [*specs, *also])[0]
 
 
-def test_the_boundary_comes_back_by_cell_and_rank(ask):
+def test_the_boundary_comes_back_by_condition_and_rank():
     """An eighth of tiny64's width is rank 8: better than full fine-tuning where only rules are new
     (on unchanged contexts), behind where exceptions are new; rank 1 is behind and falls back."""
 
@@ -81,22 +89,22 @@ def test_the_boundary_comes_back_by_cell_and_rank(ask):
             return 0.12
         return -0.02 if rank == 8 else 0.04 + 0.03 * math.log2(step / 64)
 
-    out = ask_regime(ask, Cells(gap, part="unchanged"), LOW, BEYOND)
+    out = ask_regime(Gaps(gap, part="unchanged"), LOW, BEYOND)
     low, beyond = "8 symbols, change of rank 2", "8 symbols, change of rank 8 + 30% new exceptions"
     assert verdicts(out, "low") == {low: "SUPPORTED"}
     assert verdicts(out, "beyond") == {beyond: "SUPPORTED"}
     assert verdicts(out, "better") == {low: "SUPPORTED"}
     assert verdicts(out, "unchanged") == {low: "SUPPORTED"}
     assert verdicts(out, "growth")[low] == "SUPPORTED"
-    assert cell(out, low)["rank_needed"] == [1.0, 8.0]
-    assert cell(out, beyond)["rank_needed"] == [8.0, None]
-    found = {r["rank"]: r["regret_percent"]["value"] for r in cell(out, low)["ranks"]}
+    assert condition(out, low)["rank_needed"] == [1.0, 8.0]
+    assert condition(out, beyond)["rank_needed"] == [8.0, None]
+    found = {r["rank"]: r["regret_percent"]["value"] for r in condition(out, low)["ranks"]}
     assert found[8] == pytest.approx(-2, abs=0.4) and found[1] == pytest.approx(10, abs=0.4)
 
 
-def test_full_fine_tuning_of_loras_matrices_is_a_control_and_no_rank(ask):
-    """It gives up 3% of the gain, and LoRA nothing."""
-    world = Cells(lambda rank, step, exceptions: 0.0)
+def test_full_fine_tuning_of_loras_matrices_is_a_control_and_no_rank():
+    """Its regret is 3% of the gain, and LoRA has none."""
+    world = Gaps(lambda rank, step, exceptions: 0.0)
     same = world.behind
 
     def behind(spec, step):
@@ -105,25 +113,24 @@ def test_full_fine_tuning_of_loras_matrices_is_a_control_and_no_rank(ask):
 
     world.behind = behind
     world.rho = lambda spec: 1.0
-    control = f"{LOW[:-1]},scope:matrices,lr:{FULL_LRS}}}"
-    full = f"{LOW[:-1]},lr:{FULL_LRS}}}"
-    out = ask_regime(ask, world, LOW, also=[f"sweep.at.smoke.fullft=[{full},{control}]"])
+    common = {"steps": 256, "batch_size": BATCH}
+    control = runs(data(**LOW), FullFT(scope="matrices"), around(FULL), **common)
+    out = ask_regime(world, LOW, also=control)
     low = "8 symbols, change of rank 2"
     assert verdicts(out, "same_matrices") == {low: "REFUTED"}
     (gap,) = [v["estimate"] for v in out["verdicts"] if v["claim"] == "same_matrices"]
     assert gap["value"] == pytest.approx(0.03 * GAIN * 8, abs=2e-3)
     assert verdicts(out, "low") == {low: "SUPPORTED"}
-    assert [r["rank"] for r in cell(out, low)["ranks"]] == [1, 8]
+    assert [r["rank"] for r in condition(out, low)["ranks"]] == [1, 8]
 
 
-def test_claims_about_the_regime_can_be_refuted(ask):
-    """Rank 8 gives up a tenth where only rules are new, nothing where exceptions are; the gap
-    shrinks."""
+def test_claims_about_the_regime_can_be_refuted():
+    """Rank 8 loses a tenth where only rules are new, nothing where exceptions are; the gap shrinks."""
 
     def gap(rank, step, exceptions):
         return 0.0 if exceptions else 0.25 - 0.05 * math.log2(step / 64)
 
-    out = ask_regime(ask, Cells(gap), LOW, BEYOND)
+    out = ask_regime(Gaps(gap), LOW, BEYOND)
     low, beyond = "8 symbols, change of rank 2", "8 symbols, change of rank 8 + 30% new exceptions"
     assert verdicts(out, "low") == {low: "REFUTED"} == verdicts(out, "better")
     assert verdicts(out, "beyond") == {beyond: "REFUTED"}
@@ -132,15 +139,15 @@ def test_claims_about_the_regime_can_be_refuted(ask):
     assert place["outcome"] == "UNDECIDED" and "no advantage to place" in place["why"]
 
 
-def test_an_advantage_on_changed_contexts_is_placed_there(ask):
-    out = ask_regime(ask, Cells(lambda r, s, e: -0.03), LOW)
+def test_an_advantage_on_changed_contexts_is_placed_there():
+    out = ask_regime(Gaps(lambda r, s, e: -0.03), LOW)
     assert verdicts(out, "better") == {"8 symbols, change of rank 2": "SUPPORTED"}
     assert verdicts(out, "unchanged") == {"8 symbols, change of rank 2": "REFUTED"}
 
 
-def test_the_parts_of_no_gap_are_none_where_the_valley_is_no_parabola(ask):
-    """LoRA's best rate lies between two tried ones, and its valley is asymmetric."""
-    world = Cells(lambda r, s, e: 0.0)
+def test_the_parts_of_no_gap_are_none_where_the_valley_is_no_parabola():
+    """LoRA's optimum lies between two tried LRs, and its valley is asymmetric."""
+    world = Gaps(lambda r, s, e: 0.0)
     world.best = lambda spec, step: FULL if spec.method.name == "fullft" else 1.41 * LORA
     parabola = world.loss
 
@@ -149,31 +156,31 @@ def test_the_parts_of_no_gap_are_none_where_the_valley_is_no_parabola(ask):
         return parabola(spec, step) + 0.16 * float(linex(np.array(off), 0.7)) - CURVATURE * off**2
 
     world.loss = loss
-    out = ask_regime(ask, world, SHORT)
-    for rank in cell(out, "8 symbols")["ranks"]:
+    out = ask_regime(world, LOW, steps=12)
+    for rank in condition(out, "8 symbols")["ranks"]:
         parts = rank["parts_nats"]
         assert abs(parts["changed"] + parts["unchanged"] - rank["gap_nats"]["value"]) < 3e-4
         assert max(map(abs, parts.values())) < 4e-4
 
 
-def test_a_rank_that_fits_by_two_bits_a_parameter_is_judged_at_its_load(ask):
+def test_a_rank_that_fits_by_two_bits_a_parameter_is_judged_at_its_load():
     """1e4 bits are a load of 0.96 for rank 1 of tiny64 (5,216 parameters) and 0.48 for rank 2."""
-    out = ask_regime(ask, Cells(lambda r, s, e: 0.1 if r < 4 else 0.0), LOW, ranks="[1,2,4]")
-    loads = {r["rank"]: r["load"] for r in cell(out, "8 symbols")["ranks"]}
+    out = ask_regime(Gaps(lambda r, s, e: 0.1 if r < 4 else 0.0), LOW, ranks=(1, 2, 4))
+    loads = {r["rank"]: r["load"] for r in condition(out, "8 symbols")["ranks"]}
     assert loads[1] == pytest.approx(2 * loads[2], rel=1e-9) and loads[2] <= 0.5 < loads[1]
     assert verdicts(out, "fits") == {"8 symbols, change of rank 2": "REFUTED"}
 
 
 @pytest.mark.parametrize(("gap", "outcome"), [(0.1, "SUPPORTED"), (0.0, "REFUTED")])
-def test_a_rank_without_room_by_two_bits_a_parameter_is_judged_as_well(ask, gap, outcome):
+def test_a_rank_without_room_by_two_bits_a_parameter_is_judged_as_well(gap, outcome):
     """3e4 bits are a load of 1.5 for rank 2, and of 0.7 for rank 4."""
-    world = Cells(lambda r, s, e: {1: 0.2, 2: gap, 4: 0.05}[r], bits=3e4)
-    out = ask_regime(ask, world, LOW, ranks="[1,2,4]")
+    world = Gaps(lambda r, s, e: {1: 0.2, 2: gap, 4: 0.05}[r], bits=3e4)
+    out = ask_regime(world, LOW, ranks=(1, 2, 4))
     assert verdicts(out, "overfull") == {"8 symbols, change of rank 2": outcome}
 
 
-def test_where_nothing_is_new_no_claim_of_load_is_made_and_missing_cells_are_said(ask):
-    out = ask_regime(ask, Cells(lambda r, s, e: 0.0), NULL)
+def test_where_nothing_is_new_no_claim_of_load_is_made_and_missing_conditions_are_said():
+    out = ask_regime(Gaps(lambda r, s, e: 0.0), NULL)
     assert verdicts(out, "nothing") == {"nothing new": "SUPPORTED"}
     missing = [v for v in out["verdicts"] if v["group"] == "no cell"]
     assert {v["claim"] for v in missing} == {v["claim"] for v in out["verdicts"]} - {"nothing"}
@@ -182,9 +189,9 @@ def test_where_nothing_is_new_no_claim_of_load_is_made_and_missing_cells_are_sai
 
 
 @pytest.mark.parametrize("arm", ["fullft", "lora"])
-def test_a_noisy_cell_is_shown_and_not_judged(ask, arm):
+def test_a_noisy_condition_is_shown_and_not_judged(arm):
     """Full fine-tuning's noise alone says so: what is judged must not choose where it is judged."""
-    world = Cells(lambda r, s, e: 0.0)
+    world = Gaps(lambda r, s, e: 0.0)
     quiet = world.loss
 
     def loud(spec, step):
@@ -192,71 +199,68 @@ def test_a_noisy_cell_is_shown_and_not_judged(ask, arm):
         return quiet(spec, step) + (noise if spec.method.name == arm else 0.0)
 
     world.loss = loud
-    out = ask_regime(ask, world, SHORT)
+    out = ask_regime(world, LOW, steps=12)
     low = next(v for v in out["verdicts"] if v["claim"] == "low")
     assert low["outcome"] == "UNDECIDED"
     assert ("standard error" in low["why"]) == (arm == "fullft")
 
 
-def test_an_advantage_that_gets_smaller_is_no_growing_gap_and_a_sixteenth_no_eighth(ask):
+def test_an_advantage_that_gets_smaller_is_no_growing_gap_and_a_sixteenth_no_eighth():
     """LoRA is better at both lengths, by less at the end; the highest rank is 4 of a width of 64."""
-    world = Cells(lambda r, step, e: -0.06 + 0.03 * math.log2(step / 128))
-    out = ask_regime(ask, world, LOW, ranks="[1,4]")
+    world = Gaps(lambda r, step, e: -0.06 + 0.03 * math.log2(step / 128))
+    out = ask_regime(world, LOW, ranks=(1, 4))
     why = {v["claim"]: v["why"] for v in out["verdicts"] if v["outcome"] == "UNDECIDED"}
     assert "no gap to grow" in why["growth"]
     assert all("no curve of a rank of 1/8" in why[c] for c in ("low", "better", "unchanged"))
     assert verdicts(out, "fits") == {"8 symbols, change of rank 2": "SUPPORTED"}
 
 
-def test_cells_of_other_lengths_are_told_apart_and_two_seeds_bound_no_rank(ask):
-    few = ["sweep.at.smoke.fresh_seeds=[1]"]
-    out = ask_regime(ask, Cells(lambda r, s, e: 0.0), SHORT, LONGER, also=few)
+def test_conditions_of_other_lengths_are_told_apart_and_two_seeds_bound_no_rank():
+    two = {"batch_size": BATCH, "seeds": range(2)}
+    longer = arms(data(**LOW), (1, 8), steps=24, **two)
+    out = ask_regime(Gaps(lambda r, s, e: 0.0), LOW, steps=12, seeds=range(2), also=longer)
     groups = {v["group"] for v in out["verdicts"]} - {"no cell", "tiny64, all cells"}
     assert sorted(g.rsplit(", ", 1)[1] for g in groups) == ["12 updates", "24 updates"]
     assert [c["rank_needed"] for c in out["cells"]] == [[0.0, None]] * 2
     assert all(r["gap_nats"]["high"] is not None for c in out["cells"] for r in c["ranks"])
 
 
-def test_an_optimum_at_the_edge_and_a_schedule_leave_no_number_that_is_none(ask):
-    """Full fine-tuning's best rate lies far above those tried: its gain is not known."""
-    world = Cells(lambda r, s, e: 0.0)
+def test_an_optimum_at_the_edge_and_a_schedule_leave_no_number_that_is_none():
+    """Full fine-tuning's optimum lies far above the LRs tried: its gain is not known."""
+    world = Gaps(lambda r, s, e: 0.0)
     world.best = lambda spec, step: 20 * FULL if spec.method.name == "fullft" else LORA
-    out = ask_regime(ask, world, LOW, also=["schedule=linear"])
+    out = ask_regime(world, LOW, schedule="linear")
     json.dumps(out, allow_nan=False)
-    assert [r["gain_nats"] for r in cell(out, "8 symbols")["ranks"]] == [None, None]
+    assert [r["gain_nats"] for r in condition(out, "8 symbols")["ranks"]] == [None, None]
     assert all(v["outcome"] == "UNDECIDED" for v in out["verdicts"])
 
 
-def test_growth_is_read_on_the_same_held_out_rows_at_both_lengths(ask):
+def test_growth_is_read_on_the_same_held_out_rows_at_both_lengths():
     """The final rows are harder for LoRA by 0.05 nats; on the rows of the way the gap is constant."""
-    world = Cells(lambda r, step, e: 0.1)
+    world = Gaps(lambda r, step, e: 0.1)
     on_the_way = world.curve
 
     def loss(spec, step):
         harder = 0.05 if step == spec.steps and spec.method.name == "lora" else 0.0
-        return Cells.loss(world, spec, step) + harder
+        return Gaps.loss(world, spec, step) + harder
 
     def curve(spec):
         points = on_the_way(spec)
-        points[-1]["test_nll_curve"] = Cells.loss(world, spec, spec.steps)
+        points[-1]["test_nll_curve"] = Gaps.loss(world, spec, spec.steps)
         return points
 
     world.loss, world.curve = loss, curve
-    out = ask_regime(ask, world, LOW)
+    out = ask_regime(world, LOW)
     grown = next(v for v in out["verdicts"] if v["claim"] == "growth")
     assert grown["estimate"]["value"] == pytest.approx(0, abs=2e-3)
     assert grown["outcome"] == "UNDECIDED"
 
 
-ROWS = 256 * 4
-"""Training rows of LOW: updates of 4 rows."""
-
-
-def test_bits_are_counted_three_ways_and_by_full_fine_tuning_alone(ask):
-    """Full fine-tuning at its best rate codes the rows in 60,000 bits, of which 50,000 are entropy:
+def test_bits_are_counted_three_ways_and_by_full_fine_tuning_alone():
+    """Full fine-tuning at its optimum codes the rows in 60,000 bits, of which 50,000 are entropy:
     64 symbols a row, the first three without a loss. Rank 1 of tiny64 has
     4 x (2 x 128 + 2 x 80 + 3 x 288) + 96 = 5,216 parameters."""
-    world = Cells(lambda r, s, e: {1: 0.2, 2: 0.1, 4: 0.0}[r])
+    world = Gaps(lambda r, s, e: {1: 0.2, 2: 0.1, 4: 0.0}[r])
     apart = world.results
 
     def results(spec):
@@ -266,7 +270,7 @@ def test_bits_are_counted_three_ways_and_by_full_fine_tuning_alone(ask):
         return {**apart(spec), "code_nats": bits * math.log(2), "floor_nats": floor}
 
     world.more = results
-    found = cell(ask_regime(ask, world, LOW, ranks="[1,2,4]"), "8 symbols")
+    found = condition(ask_regime(world, LOW, ranks=(1, 2, 4)), "8 symbols")
     expected = {"generator": 1e4, "first_pass": 6e4, "above_floor": 1e4}
     assert found["bits"] == pytest.approx(expected, rel=0.02)
     for r in found["ranks"]:
@@ -279,9 +283,9 @@ def test_bits_are_counted_three_ways_and_by_full_fine_tuning_alone(ask):
     assert needed == pytest.approx(6e4 / (2 * 5216 * rank), rel=0.02)
 
 
-def test_the_first_pass_ends_where_rows_come_again(ask):
+def test_the_first_pass_ends_where_rows_come_again():
     """48 rows, seen twice in 24 updates of 4; each costs one bit the first time, and half after."""
-    world = Cells(lambda r, s, e: 0.0)
+    world = Gaps(lambda r, s, e: 0.0)
     apart, on_the_way = world.results, world.curve
     world.more = lambda spec: {**apart(spec), "n_train": 48, "code_nats": 72 * math.log(2)}
 
@@ -291,7 +295,7 @@ def test_the_first_pass_ends_where_rows_come_again(ask):
         return [{**p, "examples": n, "code_nats": c * math.log(2)} for p, n, c in cost]
 
     world.curve = curve
-    found = cell(ask_regime(ask, world, LONGER), "8 symbols")
+    found = condition(ask_regime(world, LOW, steps=24), "8 symbols")
     assert found["bits"]["first_pass"] == pytest.approx(48)
 
 
