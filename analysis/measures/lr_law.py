@@ -59,7 +59,7 @@ def family(model: str) -> str:
 
 
 def published(curve: LrCurve, hidden: float) -> float | None:
-    """Return the published formula's learning rate; None for a family without a published exponent."""
+    """Return the published formula's LR; None for a family without a published exponent."""
     p = PUBLISHED.get(family(curve.key["model"]))
     if p is None or not hidden > 0:
         return None

@@ -142,15 +142,8 @@ def _open_gates(o: Optimum) -> list[Suggestion]:
         ]
     if side:
         end = x[-1] if side > 0 else every[0]
-        return [
-            _make(
-                o,
-                math.exp(end + side * k * step),
-                seed,
-                "beyond the edge of the learning rates tried",
-            )
-            for k in (1, 2)
-        ]
+        why = "beyond the edge of the learning rates tried"
+        return [_make(o, math.exp(end + side * k * step), seed, why) for k in (1, 2)]
     if "few_points" in o.flags or "no_variance" in o.flags:
         best = float(
             x[int(np.argmin([o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x]))]
