@@ -120,8 +120,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("other", ["plateau", "peak"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "other"), [("plateau", "peak"), ("peak", "plateau"), ("to the cliff", "plateau")]
+)
 def test_the_interval_of_a_difference_covers_the_truth(shape, other):
     """Six seeds, with what the seeds share and what they do not, as large as in real runs."""
     rng, inside, off = np.random.default_rng(0), 0, []
@@ -130,11 +131,11 @@ def test_the_interval_of_a_difference_covers_the_truth(shape, other):
         shared, own = rng.normal(0, 0.04, 6), rng.normal(0, 0.045, (6, 6))
         return stable(curve(-0.55 + SHAPES[name][:, None] + shared + own)).loss
 
-    for _ in range(300):
+    for _ in range(200):
         e = over_seeds(drawn(shape).paired(drawn(other), lambda a, b: a - b))
         inside += e.low <= 0 <= e.high
         off.append(e.value)
-    assert inside / 300 > 0.91 and abs(np.mean(off)) < 0.012
+    assert inside / 200 > 0.91 and abs(np.mean(off)) < 0.012
 
 
 COLLAPSES = {
