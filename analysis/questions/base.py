@@ -320,6 +320,7 @@ class Estimand(Generic[C]):
     gates: Callable[[C], Sequence[Gate]] = lambda c: ()
     """What forbids a verdict on what was measured."""
     absent: str | Callable[[C], str] = ""
+    """The curve without which nothing is measured, in words."""
     log: bool = False
     """Whether it is a ratio, so that distances to its margin are compared as logarithms."""
     applies: Callable[[C], bool] = lambda c: True

@@ -138,7 +138,7 @@ class Settings(base.Condition):
     @cached_property
     def drifts(self) -> dict[str, Estimate]:
         """The slope of ln(optimal LR) per doubling of the rank, by scaling rule."""
-        return {r: lr_drift(o).slope for r, o in self.rules.items()}
+        return {r: lr_drift(o).slope if o else base.UNKNOWN for r, o in self.rules.items()}
 
     @cached_property
     def starts(self) -> tuple[Optimum, Optimum] | None:
