@@ -1,64 +1,42 @@
-"""Planted truths: runs whose losses are known functions of what they are, answered in full but for
-the training."""
+"""Planted truths: tables of runs whose losses are known functions of the runs, and their answers."""
 
+import dataclasses
+import functools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from analysis.optimum.valley import linex
 from analysis.questions.registry import analyse
-from analysis.report.report import results_of
+from analysis.report import report
 from lorasweep.cli import answer
-from lorasweep.cli.actions import act
+from lorasweep.config.compose import compose_request
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
 from lorasweep.spec.evaluations import eval_steps
+from lorasweep.spec.metric import METRICS
+from lorasweep.store.table import table_row
 
 FULL_BEST = 1.3e-3
-"""Best rate of full fine-tuning in a `Valley`: off the grid."""
-
-
-class Valley:
-    """NLL over the rate: an asymmetric valley; LoRA's best rate is `ratio` times full fine-tuning's.
-
-    From `cliff` times the best rate on, a run diverges. `drift`: doublings of LoRA's best rate a
-    doubling of the rank.
-    """
-
-    def __init__(self, ratio, noise=5e-4, steep=0.7, cliff=None, drift=0.0):
-        self.ratio, self.noise, self.steep, self.cliff, self.drift = (
-            ratio,
-            noise,
-            steep,
-            cliff,
-            drift,
-        )
-
-    def nll(self, spec):
-        best = FULL_BEST
-        if spec.method.name == "lora":
-            best *= self.ratio * 2 ** (self.drift * math.log2(spec.method.rank / 4))
-        if self.cliff is not None and spec.lr > self.cliff * best:
-            return math.nan
-        rng = np.random.default_rng(int(spec.id, 16))
-        shared = np.random.default_rng(spec.seed)  # one seed sees the same batches at every rate
-        valley = 0.16 * float(linex(np.array(math.log(spec.lr / best)), self.steep))
-        return 2.0 + valley + shared.normal(0, 3 * self.noise) + rng.normal(0, self.noise)
-
-    def rates(self, full="1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3,9.6e-3"):
-        """Overrides of `lr_ratio` whose rates lie around both optima."""
-        lora = ",".join(f"{FULL_BEST * self.ratio * 2.0**k:.3g}" for k in range(-3, 4))
-        return (f"sweep.arms.fullft.lr=[{full}]", f"sweep.arms.lora.lr=[{lora}]")
-
-
+"""Optimal LR of full fine-tuning in a `Valley`: off the grid."""
 START, GAIN, CURVATURE, NOISE = 3.4, 0.14, 0.06, 4e-4
-FULL, LORA = 1.6e-3, 3.2e-3  # best rates of a World: on the grids of scale smoke
-FULL_LR, LORA_LR = "${around:1.6e-3,7,2}", "${around:3.2e-3,7,2}"
-GRIDS = (f"sweep.arms.fullft.lr={FULL_LR}", f"sweep.arms.lora.lr={LORA_LR}")
+FULL, LORA = 1.6e-3, 3.2e-3  # optimal LRs of a World: on the grids of scale smoke
+GRIDS = tuple(
+    f"sweep.arms.{arm}.lr=${{around:{best:g},7,2}}"
+    for arm, best in (("fullft", FULL), ("lora", LORA))
+)
 
 
 class World:
-    """Losses fall by GAIN a doubling of the updates; an arm with rho is at update s where full
-    fine-tuning is at s * rho * falls(s)."""
+    """Losses fall by GAIN a doubling of the updates.
+
+    An arm with rho is at update s where full fine-tuning is at s * rho * falls(s).
+    """
+
+    start = START
 
     def __init__(
         self, rho=lambda spec: 0.5, best=None, more=lambda spec: {}, falls=lambda step: 1.0
@@ -69,15 +47,9 @@ class World:
     def loss(self, spec, step):
         whole = spec.method.name == "fullft" and spec.method.scope == "all"
         off = math.log(spec.lr / self.best(spec, step))
-        rng = np.random.default_rng([int(spec.id, 16), step])
-        shared = np.random.default_rng([spec.seed, step])  # the same batches in every arm
-        return (
-            START
-            - GAIN * math.log2(1 + step * (1.0 if whole else self.rho(spec) * self.falls(step)))
-            + CURVATURE * off**2
-            + shared.normal(0, 3 * NOISE)
-            + rng.normal(0, NOISE)
-        )
+        progress = step * (1.0 if whole else self.rho(spec) * self.falls(step))
+        noise = _noise(spec, step, NOISE)
+        return START - GAIN * math.log2(1 + progress) + CURVATURE * off**2 + noise
 
     def nll(self, spec):
         return self.loss(spec, spec.steps)
@@ -87,13 +59,153 @@ class World:
         return [{"step": 0, "test_nll": START}, *losses]
 
 
+def _noise(spec, step, sd):
+    """What all arms share of one seed (the same batches), and a run's own part."""
+    own, shared = (np.random.default_rng([k, step]) for k in (int(spec.id, 16), spec.seed))
+    return shared.normal(0, 3 * sd) + own.normal(0, sd)
+
+
+class Valley(World):
+    """NLL over the LR: an asymmetric valley; LoRA's optimum is `ratio` times full fine-tuning's.
+
+    From `cliff` times the optimum on, a run diverges. `drift`: doublings of LoRA's optimum per
+    doubling of the rank. `behind`: added loss by rank.
+    """
+
+    def __init__(self, ratio, noise=5e-4, steep=0.7, cliff=None, drift=0.0, behind=()):
+        super().__init__()
+        self.ratio, self.noise, self.steep, self.cliff = ratio, noise, steep, cliff
+        self.drift, self.behind = drift, dict(behind)
+
+    def nll(self, spec):
+        best, rank = FULL_BEST, getattr(spec.method, "rank", 0)
+        if rank:
+            best *= self.ratio * 2 ** (self.drift * math.log2(rank / 4))
+        if self.cliff is not None and spec.lr > self.cliff * best:
+            return math.nan
+        valley = 0.16 * float(linex(np.array(math.log(spec.lr / best)), self.steep))
+        return 2.0 + valley + self.behind.get(rank, 0.0) + _noise(spec, 0, self.noise)
+
+    def curve(self, spec):
+        return [{"step": 1, "test_nll": self.nll(spec)}]
+
+    def rates(self, full="1.5e-4,3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3,9.6e-3"):
+        """Overrides of `lr_ratio` whose LRs lie around both optima."""
+        lora = ",".join(f"{FULL_BEST * self.ratio * 2.0**k:.3g}" for k in range(-3, 4))
+        return (f"sweep.arms.fullft.lr=[{full}]", f"sweep.arms.lora.lr=[{lora}]")
+
+
+class Rewards(World):
+    """`top(spec, step)`: the reward at the optimum; it falls by `bend(spec)` (ln(lr) off)^2."""
+
+    start_reward = 0.1
+
+    def __init__(self, top, best, bend, more=lambda spec: {}, noise=1e-3):
+        super().__init__(best=best)
+        self.top, self.bend, self.also, self.noise = top, bend, more, noise
+        self.more = self.results
+
+    def reward(self, spec, step):
+        off = math.log(spec.lr / self.best(spec))
+        return self.top(spec, step) - self.bend(spec) * off**2 + _noise(spec, step, self.noise)
+
+    def nll(self, spec):
+        return -self.reward(spec, spec.steps)
+
+    def curve(self, spec):
+        points = [{"step": s, "test_reward": self.reward(spec, s)} for s in eval_steps(spec.steps)]
+        points[-1]["test_reward_curve"] = points[-1]["test_reward"]
+        return [{"step": 0, "test_reward": self.start_reward}, *points]
+
+    def results(self, spec):
+        named = {"metric": dataclasses.asdict(METRICS["policy_gradient"])}
+        return {**named, "test_reward": self.reward(spec, spec.steps), **self.also(spec)}
+
+
+# ---------------------------------------------------------------- tables
+
+
+@functools.cache
+def base(model="tiny64", dataset="dialect", *overrides, **params):
+    """A run of a shipped base and data set; `params`: parameters of the data's generator."""
+    spec = compose_request([f"model={model}", f"dataset={dataset}", *overrides]).points[0].spec
+    data = spec.dataset
+    if params:
+        shown = ", ".join(f"{k}={v:g}" for k, v in params.items())
+        merged = {**data.generator_params, **params}
+        name = f"{data.name}({shown})"
+        data = dataclasses.replace(data, name=name, generator_params=merged)
+    return dataclasses.replace(spec, dataset=data)
+
+
+def around(best, n=7):
+    """Return n LRs a factor 2 apart, `best` in the middle."""
+    return [best * 2.0 ** (k - n // 2) for k in range(n)]
+
+
+def runs(spec, method, lrs, seeds=range(4), **changes):
+    """One arm: a run for each LR and seed."""
+    return [
+        dataclasses.replace(spec, method=method, lr=lr, seed=seed, **changes)
+        for lr in lrs
+        for seed in seeds
+    ]
+
+
+def arms(spec, ranks=(1, 4), full=FULL, lora=LORA, n=7, seeds=range(4), alpha=32.0, **changes):
+    """Full fine-tuning and LoRA of several ranks, with LRs around their optima."""
+    found = runs(spec, FullFT(), around(full, n), seeds, **changes)
+    for rank in ranks:
+        found += runs(spec, LoRA(rank=rank, alpha=alpha), around(lora, n), seeds, **changes)
+    return found
+
+
+def planted_table(world, specs):
+    """The table that finished runs give, in the columns of the kept ones."""
+    rows = []
+    for spec in specs:
+        nll = world.nll(spec)
+        done = math.isfinite(nll)
+        result = {
+            "run_id": spec.id,
+            "state": "done" if done else "diverged",
+            "nll_start": world.start,
+            "test_nll": nll if done else None,
+            "curve": world.curve(spec),
+            "steps_done": spec.steps if done else 1,
+            "base_sha256": "planted",
+            "data_sha256": "planted",
+            "floor_nats": None,
+            "n_trainable": spec.method.n_trainable(spec.model),
+        }
+        rows.append(table_row(spec.plain(), {**result, **world.more(spec)}))
+    return pd.DataFrame(rows)
+
+
+def kept_question(sweep, claims=None):
+    """The question of a kept answer, as of another scale; `claims` replaces or adds some."""
+    asked = json.loads((answer.KEPT / f"{sweep}-tiny" / "question.json").read_text())
+    asked |= {"scale": "smoke", "withdrawn": "", "claims": {**asked["claims"], **(claims or {})}}
+    return asked
+
+
+def ask(sweep, world, specs, folder: Path | None = None, claims=None):
+    """Ask a kept question of planted runs: results.json's values, and the verdicts by claim.
+
+    With a folder, the whole report is written into it.
+    """
+    table, asked = planted_table(world, specs), kept_question(sweep, claims)
+    if folder is not None:
+        report.judge_and_report(table, asked, folder, kept=answer.KEPT)
+        out = json.loads((folder / "results.json").read_text())
+    else:
+        found = analyse(table, asked, answer.KEPT)
+        assert report.render(found, asked, table)
+        out = json.loads(json.dumps(report.results_of(found, asked, table)))
+    return out, {v["claim"]: v for v in out["verdicts"]}
+
+
 def analysed(table, question, folder, as_json):
     """What `lorasweep.cli.answer.judge` returns as JSON, without a report's files and figures."""
-    return json.dumps(results_of(analyse(table, question, answer.KEPT), question, table))
-
-
-def answer_to(request, trainer, capsys):
-    """Run a request to its end; returns its JSON and the verdicts by claim."""
-    assert act(request, trainer) == 0
-    out = json.loads(capsys.readouterr().out)
-    return out, {v["claim"]: v for v in out["verdicts"]}
+    found = analyse(table, question, answer.KEPT)
+    return json.dumps(report.results_of(found, question, table))

@@ -13,52 +13,25 @@ GRID = np.array([1e-4 * 2**k for k in range(7)])
 
 def table(loss, seeds=(0,), lrs=GRID, rank=4, start=5.0):
     """One LoRA curve as our own stores export it: `loss(lr, seed)`, diverged where not finite."""
-    rows = []
-    for lr in lrs:
-        for seed in seeds:
-            y = loss(lr, seed)
-            state = "done" if math.isfinite(y) else "diverged"
-            rows.append(
-                {
-                    "model": "m",
-                    "dataset": "d",
-                    "method": "lora",
-                    "rank": rank,
-                    "lr": lr,
-                    "seed": seed,
-                    "status": state,
-                    "test_nll": y,
-                    "nll_start": start,
-                }
-            )
-    return pd.DataFrame(rows)
+    rows = [{"lr": lr, "seed": s, "test_nll": loss(lr, s)} for lr in lrs for s in seeds]
+    found = pd.DataFrame(rows)
+    status = np.where(np.isfinite(found["test_nll"]), "done", "diverged")
+    arm = {"model": "m", "dataset": "d", "method": "lora", "rank": rank}
+    return found.assign(**arm, status=status, nll_start=start)
 
 
 def planted(ranks=(None, 4, 16), seeds=(0, 1, 2), ratio=10.0, noise=1e-3, higher=False):
-    """Seven rates around 1.3e-4 (full fine-tuning, rank None) and `ratio` times that (LoRA)."""
-    rng = np.random.default_rng(3)
-    rows = []
+    """Seven LRs around 1.3e-4 (full fine-tuning, rank None) and `ratio` times that (LoRA)."""
+    rng, rows = np.random.default_rng(3), []
     for rank in ranks:
         best = 1.3e-4 * (1 if rank is None else ratio)
         for k in range(7):
             lr = float(f"{best * 1.15 * 2.0 ** (k - 3):.3g}")
+            valley = 2 + 0.1 * float(linex(np.array(math.log(lr / best)), 0.5))
             for seed in seeds:
-                y = (
-                    2
-                    + 0.1 * float(linex(np.array(math.log(lr / best)), 0.5))
-                    + 0.004 * seed
-                    + noise * rng.standard_normal()
-                )
-                rows.append(
-                    {
-                        "model": "m",
-                        "rank": rank,
-                        "lr": lr,
-                        "seed": seed,
-                        "status": "done",
-                        "test_nll": 1 - y / 10 if higher else y,
-                    }
-                )
+                y = valley + 0.004 * seed + noise * rng.standard_normal()
+                run = {"model": "m", "rank": rank, "lr": lr, "seed": seed, "status": "done"}
+                rows.append({**run, "test_nll": 1 - y / 10 if higher else y})
     return pd.DataFrame(rows)
 
 

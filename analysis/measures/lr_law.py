@@ -2,7 +2,7 @@
 
 M is the factor of LoRA (1 for full fine-tuning); p depends on the model family. The constants are
 fitted twice: as the study did, by minimising the summed loss, interpolated linearly between tried
-rates; and by a regression on fitted optima. Knows curves and optima, reads no file.
+LRs; and by a regression on fitted optima. Knows curves and optima, reads no file.
 """
 
 import math
@@ -35,16 +35,16 @@ class Law:
     p: Estimate
     n_models: int
     regret: float | None
-    """Mean over all curves of (loss at the law's rate - best loss tried) / best loss tried, in
+    """Mean over all curves of (loss at the law's LR - best loss tried) / best loss tried, in
     percent."""
     flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Regret:
-    """The cost of a law's rate on one curve, in percent of the best loss tried.
+    """The cost of a law's LR on one curve, in percent of the best loss tried.
 
-    None if the rate lies outside those tried, or next to one that diverged.
+    None if the LR lies outside those tried, or next to one that diverged.
     """
 
     curve: LrCurve
@@ -59,7 +59,7 @@ def family(model: str) -> str:
 
 
 def published(curve: LrCurve, hidden: float) -> float | None:
-    """Return the published formula's rate; None for a family without a published exponent."""
+    """Return the published formula's LR; None for a family without a published exponent."""
     p = PUBLISHED.get(family(curve.key["model"]))
     if p is None or not hidden > 0:
         return None
@@ -68,15 +68,15 @@ def published(curve: LrCurve, hidden: float) -> float | None:
 
 
 def interpolated(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
-    """Interpolate the loss linearly in ln(lr) between the usable rates; NaN outside them."""
-    rates, means = rate_means(curve)
-    if len(rates) < 2:
+    """Interpolate the loss linearly in ln(lr) between the usable LRs; NaN outside them."""
+    lrs, means = rate_means(curve)
+    if len(lrs) < 2:
         return np.full(np.shape(ln_lr), np.nan)
-    return np.interp(ln_lr, rates, means, left=np.nan, right=np.nan)
+    return np.interp(ln_lr, lrs, means, left=np.nan, right=np.nan)
 
 
 def regret(curve: LrCurve, lr: float) -> Regret:
-    """Return the extra loss at a rate over the best rate tried, in percent of the best loss."""
+    """Return the extra loss at an LR over the best LR tried, in percent of the best loss."""
     loss = float(interpolated(curve, np.array([math.log(lr)]))[0])
     _, means = rate_means(curve)
     if not math.isfinite(loss) or not len(means):
@@ -91,7 +91,7 @@ def regret(curve: LrCurve, lr: float) -> Regret:
 def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
     """Fit each family and method by minimising the summed interpolated loss.
 
-    Intervals come from resampling models. Outside the rates that a curve tried, its last segment is
+    Intervals come from resampling models. Outside the LRs that a curve tried, its last segment is
     extrapolated, but never downward: else a law could win by leaving the data. A family with only
     one hidden size has no exponent.
 
@@ -104,8 +104,8 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
         models = sorted({c.key["model"] for c in members})
         n, one_size, enough = len(members), len(set(sizes)) < 2, len(models) >= 4
         ps = np.array([0.0]) if one_size else _P
-        rates = np.concatenate([c.x[c.usable] for c in members])
-        ks = np.linspace(rates.min() - 1, rates.max() + 1, _N_K)
+        lrs = np.concatenate([c.x[c.usable] for c in members])
+        ks = np.linspace(lrs.min() - 1, lrs.max() + 1, _N_K)
         loss = np.array(
             [
                 _beyond(c, ks[None, :] + ps[:, None] * math.log(REFERENCE / h)).ravel()
@@ -145,12 +145,10 @@ def _families(
 
 
 def _beyond(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
-    rates, means = rate_means(curve)
-    inside = np.interp(ln_lr, rates, means)
-    left = max((means[0] - means[1]) / (rates[1] - rates[0]), 0.0) * np.maximum(rates[0] - ln_lr, 0)
-    right = max((means[-1] - means[-2]) / (rates[-1] - rates[-2]), 0.0) * np.maximum(
-        ln_lr - rates[-1], 0
-    )
+    lrs, means = rate_means(curve)
+    inside = np.interp(ln_lr, lrs, means)
+    left = max((means[0] - means[1]) / (lrs[1] - lrs[0]), 0.0) * np.maximum(lrs[0] - ln_lr, 0)
+    right = max((means[-1] - means[-2]) / (lrs[-1] - lrs[-2]), 0.0) * np.maximum(ln_lr - lrs[-1], 0)
     return (inside + left + right - means.min()) / (abs(means.min()) or 1.0)
 
 
@@ -169,7 +167,7 @@ def by_optima(optima: Sequence[Optimum], hidden: dict[str, float]) -> list[Law]:
 
     One regression per family and method, with one row per model (the mean over its ranks, which
     share its width), and a variance between models in addition to each row's own. Curves with their
-    best rate at an edge have no optimum and are left out. Where that is the largest rate tried, the
+    best LR at an edge have no optimum and are left out. Where that is the largest LR tried, the
     law is biased downward, so the number of missing curves is flagged.
 
     Args:

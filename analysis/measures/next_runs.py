@@ -25,9 +25,9 @@ from analysis.runs.lr_curves import LrCurve
 MAX_NEW_SEEDS = 5
 """At most this many new seeds are suggested for one curve at a time."""
 N_AROUND = 3
-"""Number of rates around the best one that get new seeds."""
+"""Number of learning rates around the optimum that get new seeds."""
 HOPELESS = {GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING, GateCode.WITHDRAWN}
-"""Gates that no run of the grid opens."""
+"""Gates that no run of the grid lifts."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Judged(Protocol):
 
     @property
     def of_rates(self) -> bool:
-        """Whether the claims are about best rates themselves."""
+        """Whether the claims are about optimal learning rates themselves."""
 
 
 def suggest(found: Judged) -> list[Suggestion]:
@@ -98,7 +98,7 @@ def suggest(found: Judged) -> list[Suggestion]:
 
 
 def _more(verdict: Verdict, curves: Sequence[Optimum], of_rates: bool) -> list[Suggestion]:
-    """Suggest the runs that narrow an estimate: rates and seeds if it is of rates, else seeds.
+    """Suggest the runs that narrow an estimate: LRs and seeds if it is of LRs, else seeds.
 
     None if its interval is over other units, such as layer sets.
     """
@@ -122,36 +122,34 @@ def _make(o: Optimum, lr: float, seeds: Iterable[int], why: str) -> Suggestion:
 def _open_gates(o: Optimum) -> list[Suggestion]:
     """Suggest the runs without which a gate forbids a verdict.
 
-    These are rates beyond an edge or below the first that diverged, more rates, or more seeds at
-    the optimum.
+    These are LRs beyond an edge or below the first that diverged, more LRs, or more seeds at the
+    optimum.
     """
     x, every = np.unique(o.curve.x[o.curve.usable]), np.unique(o.curve.x)
     seed = [_grid_seed(o)]
     if not len(x):
         return [
-            _make(o, math.exp(every[0] - k * math.log(2)), seed, "every rate broke down")
+            _make(o, math.exp(every[0] - k * math.log(2)), seed, "every learning rate broke down")
             for k in (1, 2, 3)
         ]
     step = float(np.median(np.diff(x))) if len(x) > 1 else math.log(2)
     first_diverged = min(every[every > x[-1]], default=math.inf)
     side = o.open_side
     if side > 0 and math.isfinite(first_diverged):
-        why = "between the best rate and the first that breaks down"
+        why = "between the best learning rate and the first that breaks down"
         return [
             _make(o, math.exp(x[-1] + (first_diverged - x[-1]) * k / 3), seed, why) for k in (1, 2)
         ]
     if side:
         end = x[-1] if side > 0 else every[0]
-        return [
-            _make(o, math.exp(end + side * k * step), seed, "beyond the edge of the rates tried")
-            for k in (1, 2)
-        ]
+        why = "beyond the edge of the learning rates tried"
+        return [_make(o, math.exp(end + side * k * step), seed, why) for k in (1, 2)]
     if "few_points" in o.flags or "no_variance" in o.flags:
         best = float(
             x[int(np.argmin([o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x]))]
         )
         return [
-            _make(o, math.exp(best + k * step / 2), seed, "more rates about the best one")
+            _make(o, math.exp(best + k * step / 2), seed, "more learning rates around the best one")
             for k in (-1, 1)
         ]
     have = seeds_at_best(o)
@@ -173,7 +171,7 @@ def _more_seeds(o: Optimum, n: int, why: str) -> list[Suggestion]:
 
 
 def _around(o: Optimum) -> np.ndarray:
-    """Return the N_AROUND tried rates around the optimum, in ln(lr)."""
+    """Return the N_AROUND tried learning rates around the optimum, in ln(lr)."""
     x = np.unique(o.curve.x[o.curve.usable])
     means = [o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x]
     at = math.log(o.best_lr.value) if o.best_lr.value else x[int(np.argmin(means))]
@@ -186,8 +184,8 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     """Add runs step by step until the claim would be decided if its value stayed the same.
 
     Each step goes to the curve where it reduces the estimand's variance most per run. A step is
-    either two new rates halfway between those around the optimum (at MIN_SEEDS seeds, so that the
-    gate on seeds stays open), or one more seed at the three rates around it. An open claim gets at
+    either two new LRs halfway between those around the optimum (at MIN_SEEDS seeds, so that the
+    gate on seeds stays open), or one more seed at the three LRs around it. An open claim gets at
     least one step.
     """
     known = [o for o in curves if o.best_lr.draws is not None]
@@ -197,13 +195,11 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     plan = {id(o): (0, False) for o in known}
     cache: dict[tuple[int, int, bool], float] = {}
 
-    def variance(o: Optimum, n: int, rates: bool) -> float:
-        key = (id(o), n, rates)
+    def variance(o: Optimum, n: int, lrs: bool) -> float:
+        key = (id(o), n, lrs)
         if key not in cache:  # scaled to the optimum's present spread
             now = float(np.std(o.best_lr.log_draws))
-            cache[key] = (
-                weight[id(o)] * now * _expected(o, n, rates) / _expected(o, 0, False)
-            ) ** 2
+            cache[key] = (weight[id(o)] * now * _expected(o, n, lrs) / _expected(o, 0, False)) ** 2
         return cache[key]
 
     target = _target(verdict)
@@ -211,11 +207,11 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     while first or math.sqrt(sum(variance(o, *plan[id(o)]) for o in known)) > target:
         steps = []
         for o in known:
-            n, rates = plan[id(o)]
-            now = variance(o, n, rates)
+            n, lrs = plan[id(o)]
+            now = variance(o, n, lrs)
             if n < MAX_NEW_SEEDS:
-                steps.append(((now - variance(o, n + 1, rates)) / N_AROUND, id(o), (n + 1, rates)))
-            if not rates:
+                steps.append(((now - variance(o, n + 1, lrs)) / N_AROUND, id(o), (n + 1, lrs)))
+            if not lrs:
                 steps.append(((now - variance(o, n, True)) / (2 * MIN_SEEDS), id(o), (n, True)))
         if not steps or (max(steps)[0] <= 0 and not first):
             break
@@ -224,12 +220,12 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     return [s for o in known for s in _planned(o, *plan[id(o)])]
 
 
-def _planned(o: Optimum, n: int, rates: bool) -> list[Suggestion]:
+def _planned(o: Optimum, n: int, lrs: bool) -> list[Suggestion]:
     out = []
-    if rates:
+    if lrs:
         seeds = sorted(set(o.curve.seed), key=lambda s: -(o.curve.seed == s).sum())[:MIN_SEEDS]
         out += [
-            _make(o, math.exp(v), seeds, "halfway between the rates around the optimum")
+            _make(o, math.exp(v), seeds, "halfway between the learning rates around the optimum")
             for v in _halfway(o)
         ]
     return out + (_more_seeds(o, n, "narrows the optimum") if n else [])
@@ -256,7 +252,7 @@ def _halfway(o: Optimum) -> np.ndarray:
 def _target(verdict: Verdict) -> float:
     """Return the standard error at which the interval clears the margin's nearest edge with POWER.
 
-    In ln for ratios. The errors of best rates are taken to be normal.
+    In ln for ratios. The errors of optima are taken to be normal.
     """
     e, to = verdict.estimate, scale_of(verdict.log)
     assert e.value is not None
@@ -266,18 +262,18 @@ def _target(verdict: Verdict) -> float:
     return max(room / float(reach), 1e-4)
 
 
-def _expected(o: Optimum, n: int, rates: bool) -> float:
+def _expected(o: Optimum, n: int, lrs: bool) -> float:
     """Return the expected standard deviation of ln(best LR) after adding runs.
 
     Args:
-        n: more seeds at the rates around the optimum.
-        rates: whether two rates halfway between those are added.
+        n: more seeds at the LRs around the optimum.
+        lrs: whether two LRs halfway between those are added.
     """
     use = o.curve.usable
     x, block = o.curve.x[use], o.curve.block[use]
     extra = np.tile(_around(o), n)
     fresh = np.repeat(int(block.max()) + 1 + np.arange(n), N_AROUND)[: len(extra)]
-    if rates:
+    if lrs:
         seeds, counts = np.unique(block, return_counts=True)
         most_used = seeds[np.argsort(-counts, kind="stable")][:MIN_SEEDS]
         extra = np.concatenate([extra, np.repeat(_halfway(o), len(most_used))])

@@ -23,7 +23,7 @@ from analysis.runs.lr_curves import lr_curves
 from analysis.runs.task import MIN_GAIN, MIN_REST, gain_in_noise
 
 EDGES = ("at_edge", "bounded_by_divergence", "flat", "no_usable_points")
-"""Flags of an optimum that is not a single minimum inside the rates tried."""
+"""Flags of an optimum that is not a single minimum inside the LRs tried."""
 MAX_NOISE = 0.1
 """Largest ratio of the standard deviation between seeds to the rise of the loss at a factor 2 from
 the optimum."""

@@ -56,13 +56,13 @@ class Novelty:
     symbols: int
     """Symbols with changed rules, of VOCABULARY."""
     rank: int
-    """Rank of that change; 0: the rules are drawn anew."""
+    """Rank of that change; 0: the rules are redrawn."""
     exceptions: float
     """Share of the memorised exceptions that are new."""
 
     @property
     def nothing(self) -> bool:
-        """Whether nothing is new: pretraining goes on."""
+        """Whether nothing is new, so that the run continues pretraining."""
         return not self.symbols and not self.exceptions
 
     @property

@@ -1,4 +1,4 @@
-"""One file per question, or a room with a `question.py` where it needs several; what they share.
+"""One file per question, each a declaration of estimands, conditions and sections; the scaffold.
 
-Does not know how answers are shown.
+Knows nothing of how answers are shown.
 """

@@ -230,11 +230,6 @@ def gates_on_drift(lora: Sequence[Optimum]) -> list[Gate]:
     return gates_on(lora) + ([Gate(GateCode.ONE_RANK)] if len(lora) < 2 else [])
 
 
-def if_unknown(e: Estimate, gate: Gate) -> list[Gate]:
-    """Return the gate if an estimate has no value."""
-    return [] if e.value is not None else [gate]
-
-
 # ---------------------------------------------------------------- conditions
 
 
@@ -320,9 +315,12 @@ class Estimand(Generic[C]):
     """A quantity that claims can be about, as functions of a condition."""
 
     name: str
-    measure: Callable[[C], Estimate]
+    measure: Callable[[C], Estimate | None]
+    """None: a curve is missing, which `absent` names."""
     gates: Callable[[C], Sequence[Gate]] = lambda c: ()
-    """What forbids a verdict."""
+    """What forbids a verdict on what was measured."""
+    absent: str | Callable[[C], str] = ""
+    """The curve without which nothing is measured, in words."""
     log: bool = False
     """Whether it is a ratio, so that distances to its margin are compared as logarithms."""
     applies: Callable[[C], bool] = lambda c: True
@@ -482,16 +480,19 @@ def _next_runs(wanted: Sequence[Suggestion]) -> Section:
     return Section("Next runs", text=[text, "", *(f"- {line}" for line in lines(wanted))])
 
 
-def _judged(c: C, e: Estimand[C], name: str, claim: dict[str, Any], level: float) -> Verdict:
+def _judged(c: Any, e: Estimand[Any], name: str, claim: dict[str, Any], level: float) -> Verdict:
     """Judge one claim on one condition."""
     if c.missing:
         return judge(name, claim, c.name, UNKNOWN, missing(c.missing), 0, e.log, level)
     if rivals := e.rivals(c):
         claim = {**claim, "rivals": {**(claim.get("rivals") or {}), **rivals}}
+    if (estimate := e.measure(c)) is None:
+        absent = missing(e.absent if isinstance(e.absent, str) else e.absent(c))
+        return judge(name, claim, c.name, UNKNOWN, absent, 0, e.log, level)
     low, high = claim["margin"]
     gates = [*e.gates(c), *e.margin_gates(c, (float(low), float(high)))]
     seeds = c.seeds if e.seeds is None else e.seeds(c)
-    return judge(name, claim, c.name, e.measure(c), gates, seeds, e.log, level)
+    return judge(name, claim, c.name, estimate, gates, seeds, e.log, level)
 
 
 def _over_parts(v: Verdict, each: Sequence[Verdict]) -> Verdict:

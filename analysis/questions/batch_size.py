@@ -15,39 +15,18 @@ import pandas as pd
 from analysis.inference.decide import at_level
 from analysis.inference.estimate import Estimate, number, with_interval
 from analysis.inference.gates import Gate, GateCode
+from analysis.measures import batch_effect
 from analysis.measures.at_best import mean_of
-from analysis.measures.batch_effect import (
-    Prefix,
-    difference,
-    effect,
-    gaps_at_equal_examples,
-    prefixes_of,
-)
 from analysis.measures.regret import ALLOWED, Gap
 from analysis.optimum.fit import fit_all
-from analysis.questions.base import (
-    TASK,
-    UNKNOWN,
-    Asked,
-    Condition,
-    Estimand,
-    Panel,
-    Question,
-    Section,
-    Series,
-    distinct,
-    fewest_seeds,
-    gates_on_gap,
-    gates_on_speed,
-    missing,
-)
+from analysis.questions import base
 from analysis.runs.lr_curves import lr_curves
 
 AT = (32, 256, 512, 1024)
 """Batches of which popular summaries speak."""
 
 
-class Batches(Condition):
+class Batches(base.Condition):
     """All batch sizes of one model and data set."""
 
     @cached_property
@@ -61,27 +40,33 @@ class Batches(Condition):
         return sorted({int(b) for b in self.runs["batch_size"]})
 
     @cached_property
-    def prefixes(self) -> list[Prefix]:
+    def prefixes(self) -> list[batch_effect.Prefix]:
         """rho after every number of updates that two batch sizes share."""
-        return prefixes_of(self.runs)
+        return batch_effect.prefixes_of(self.runs)
 
     @cached_property
-    def _usable(self) -> list[Prefix]:
-        return [p for p in self.prefixes if not p.bound and not gates_on_speed([p.full, p.lora])]
+    def _usable(self) -> list[batch_effect.Prefix]:
+        return [
+            p for p in self.prefixes if not p.bound and not base.gates_on_speed([p.full, p.lora])
+        ]
 
-    def usable(self, *ranks: int) -> list[Prefix]:
+    def usable(self, *ranks: int) -> list[batch_effect.Prefix]:
         """Return the prefixes of ranks with known optima and a value of rho."""
         return [p for p in self._usable if p.rank in ranks]
 
     @cached_property
     def effects(self) -> dict[int, Estimate]:
         """The effect of the batch by rank."""
-        return {r: effect(self.usable(r)) for r in self.ranks}
+        return {r: batch_effect.effect(self.usable(r)) for r in self.ranks}
 
     def difference(self) -> Estimate:
         """Return the effect at the highest rank minus that at the lowest."""
         low, high = self.ranks[0], self.ranks[-1]
-        return difference(self.usable(high), self.usable(low)) if low < high else UNKNOWN
+        return (
+            batch_effect.difference(self.usable(high), self.usable(low))
+            if low < high
+            else base.UNKNOWN
+        )
 
     def gates_on_difference(self) -> list[Gate]:
         """List the gates of both ranks."""
@@ -103,21 +88,23 @@ class Batches(Condition):
                 continue
             of_batch = (p for p in mine if p.batch == batch)
             longest = max(of_batch, key=lambda p: p.steps, default=None)
-            closed = gates_on_speed([longest.full, longest.lora]) if longest else []
+            closed = base.gates_on_speed([longest.full, longest.lora]) if longest else []
             if longest and longest.bound:
                 closed.append(Gate(GateCode.ONLY_A_BOUND, place=f"rank {rank}: "))
-            absent = missing(f"rank {rank} beside another batch after equal updates")
+            absent = base.missing(f"rank {rank} beside another batch after equal updates")
             found += [g.at(f"batch {batch}, ") for g in closed or absent]
         return found
 
     def seeds_of(self, *ranks: int) -> int:
         """Return the number of seeds behind the effects at these ranks."""
-        return fewest_seeds(distinct(o for p in self.usable(*ranks) for o in (p.full, p.lora)))
+        return base.fewest_seeds(
+            base.distinct(o for p in self.usable(*ranks) for o in (p.full, p.lora))
+        )
 
     @cached_property
     def at_equal_examples(self) -> tuple[int, dict[int, list[Gap]]]:
         """A number of examples, and by batch the gap of each rank after them."""
-        return gaps_at_equal_examples(self.runs)
+        return batch_effect.gaps_at_equal_examples(self.runs)
 
     def gap_at(self, batch: int) -> Gap | None:
         """Return the highest rank's gap at the largest batch up to `batch`.
@@ -136,7 +123,7 @@ def conditions(table: pd.DataFrame) -> list[Batches]:
     return [Batches(f"{key['model']} on {key['dataset']}", table, optima)]
 
 
-def _range(used: Sequence[Prefix]) -> str:
+def _range(used: Sequence[batch_effect.Prefix]) -> str:
     """Describe the batches and numbers of updates of prefixes."""
     if not used:
         return "no prefix"
@@ -153,37 +140,32 @@ def _where(c: Batches) -> str:
     return "; ".join([f"rank {top}, {_range(c.usable(top))}", *effects])
 
 
-def _over_allowed(batch: int) -> Estimand[Batches]:
+def _over_allowed(batch: int) -> base.Estimand[Batches]:
     """Return the regret minus what is allowed at a batch size."""
 
-    def gates(c: Batches) -> list[Gate]:
-        return gates_on_gap(gap) if (gap := c.gap_at(batch)) else missing(f"batch {batch}")
-
-    def read(c: Batches) -> str:
-        return f"rank {c.top}, after {c.at_equal_examples[0]:,} examples" if c.ranks else ""
-
-    return Estimand(
+    return base.Estimand(
         f"over_allowed_at_{batch}",
-        lambda c: gap.over_allowed() if (gap := c.gap_at(batch)) else UNKNOWN,
-        gates,
-        seeds=lambda c: fewest_seeds([gap.lora, gap.full]) if (gap := c.gap_at(batch)) else 0,
-        read=read,
+        lambda c: gap.over_allowed() if (gap := c.gap_at(batch)) else None,
+        lambda c: base.gates_on_gap(gap) if (gap := c.gap_at(batch)) else [],
+        absent=f"batch {batch}",
+        seeds=lambda c: base.fewest_seeds([gap.lora, gap.full]) if (gap := c.gap_at(batch)) else 0,
+        read=lambda c: f"rank {c.top}, after {c.at_equal_examples[0]:,} examples",
     )
 
 
 # ---------------------------------------------------------------- the report
 
 
-def sections(found: Sequence[Batches], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
     """Return rho at equal updates, regret at equal examples, and their figure."""
     (c,) = found
     panels = [*(_panel(c, r) for r in c.ranks), _regret_panel(c)]
     caption = "step efficiency over updates by batch, and regret over the batch"
-    figure = Section("Batch size", figure="batch.png", panels=panels, caption=caption)
+    figure = base.Section("Batch size", figure="batch.png", panels=panels, caption=caption)
     return [_at_equal_updates(c), _at_equal_examples(c), figure]
 
 
-def _at_equal_updates(c: Batches) -> Section:
+def _at_equal_updates(c: Batches) -> base.Section:
     batches = sorted({p.batch for p in c.prefixes})
     rows = [["rank", "updates", *(f"rho at batch {b} [95%]" for b in batches)]]
     for rank in c.ranks:
@@ -197,10 +179,10 @@ def _at_equal_updates(c: Batches) -> Section:
         "A batch is left out where its optimal learning rates, after so many updates, are not "
         "between those tried, or have fewer seeds than a verdict needs.",
     ]
-    return Section("At equal updates", rows, text)
+    return base.Section("At equal updates", rows, text)
 
 
-def _at_equal_examples(c: Batches) -> Section:
+def _at_equal_examples(c: Batches) -> base.Section:
     examples, gaps = c.at_equal_examples
     rows = [["batch", "updates", "rank", "gain of FullFT", "regret, % of the gain [95%]"]]
     for batch, g in ((b, g) for b, of_ranks in gaps.items() for g in of_ranks):
@@ -210,18 +192,18 @@ def _at_equal_examples(c: Batches) -> Section:
         f"After {examples:,} examples at every batch. Regret: LoRA's loss minus full fine-tuning's,"
         f" in percent of what full fine-tuning gains; up to {ALLOWED:.0%} counts as none."
     )
-    return Section("At equal examples", rows, [text])
+    return base.Section("At equal examples", rows, [text])
 
 
-def _panel(c: Batches, rank: int) -> Panel:
+def _panel(c: Batches, rank: int) -> base.Panel:
     used = c.usable(rank)
     of_batch = {b: [p for p in used if p.batch == b] for b in sorted({p.batch for p in used})}
-    return Panel(
+    return base.Panel(
         f"rank {rank}",
         "updates",
         "rho: FullFT's updates / LoRA's",
         [
-            Series.of(f"batch {b}", [p.steps for p in mine], [p.rho for p in mine])
+            base.Series.of(f"batch {b}", [p.steps for p in mine], [p.rho for p in mine])
             for b, mine in of_batch.items()
         ],
         log_x=True,
@@ -230,17 +212,17 @@ def _panel(c: Batches, rank: int) -> Panel:
     )
 
 
-def _regret_panel(c: Batches) -> Panel:
+def _regret_panel(c: Batches) -> base.Panel:
     examples, gaps = c.at_equal_examples
     by_rank: dict[int, dict[int, Estimate]] = {}
     for batch, g in ((b, g) for b, of_ranks in gaps.items() for g in of_ranks):
         by_rank.setdefault(g.rank, {})[batch] = g.percent()
-    return Panel(
+    return base.Panel(
         f"after {examples:,} examples",
         "batch size (sequences)",
         "regret, % of full fine-tuning's gain",
         [
-            Series.of(f"rank {rank}", list(mine), list(mine.values()))
+            base.Series.of(f"rank {rank}", list(mine), list(mine.values()))
             for rank, mine in sorted(by_rank.items())
         ],
         log_x=True,
@@ -249,7 +231,7 @@ def _regret_panel(c: Batches) -> Panel:
     )
 
 
-def measures(found: Sequence[Batches], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Batches], asked: base.Asked) -> dict[str, Any]:
     """Return the effects by rank, and the regrets by batch and rank."""
     (c,) = found
     examples, gaps = c.at_equal_examples
@@ -267,18 +249,18 @@ def measures(found: Sequence[Batches], asked: Asked) -> dict[str, Any]:
     return {"batch_effect": effects, "regrets": regrets}
 
 
-QUESTION = Question[Batches](
+QUESTION = base.Question[Batches](
     estimands=[
-        Estimand(
+        base.Estimand(
             "batch_effect",
-            lambda c: c.effects.get(c.top, UNKNOWN),
+            lambda c: c.effects.get(c.top, base.UNKNOWN),
             lambda c: c.gates_on_effect(c.top),
             seeds=lambda c: c.seeds_of(c.top),
             read=_where,
         ),
-        Estimand(
+        base.Estimand(
             "batch_effect_difference",
-            lambda c: c.difference() if c.ranks else UNKNOWN,
+            lambda c: c.difference() if c.ranks else base.UNKNOWN,
             Batches.gates_on_difference,
             seeds=lambda c: c.seeds_of(*c.ranks[:1], *c.ranks[-1:]) if len(c.ranks) > 1 else 0,
         ),
@@ -287,5 +269,5 @@ QUESTION = Question[Batches](
     conditions=conditions,
     sections=sections,
     measures=measures,
-    split_by=TASK,
+    split_by=base.TASK,
 )

@@ -19,18 +19,7 @@ import pandas as pd
 from analysis.inference.estimate import AT_LEAST, Estimate, exactly, number, rate, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import from_sample
-from analysis.questions.base import (
-    UNKNOWN,
-    Asked,
-    Condition,
-    Estimand,
-    Panel,
-    Question,
-    Section,
-    Series,
-    if_unknown,
-    missing,
-)
+from analysis.questions import base
 
 SYMBOLS, VALUES, ROW = 4, 16, 8
 """Symbols per value, values per symbol, facts per row (lorasweep/data/synthetic/facts.py)."""
@@ -127,7 +116,7 @@ def loads_of(table: pd.DataFrame) -> list[Load]:
 
 
 @dataclass(frozen=True)
-class Facts(Condition):
+class Facts(base.Condition):
     """All loads of one model."""
 
     loads: list[Load]
@@ -152,24 +141,21 @@ class Facts(Condition):
         return min((len(c.bits) for c in self.of_lora), default=0)
 
     def gates_on_task(self) -> list[Gate]:
-        """Return gates if an arm is missing or full fine-tuning cannot store the facts either."""
-        gates = [] if self.of_lora else missing("lora")
+        """Return a gate unless full fine-tuning is there and can store the facts."""
         stored = [c.share for c in self.loads if c.method == "fullft"]
         if not stored:
-            gates += missing("fullft to certify the task")
-        elif max(stored) < PLAUSIBLE:
-            share, needed = f"{max(stored):.0%}", f"{PLAUSIBLE:.0%}"
-            why = f"full fine-tuning stores {share} of the bits, {needed} needed"
-            gates.append(Gate(GateCode.TASK, why))
-        return gates
+            return base.missing("fullft to certify the task")
+        if max(stored) >= PLAUSIBLE:
+            return []
+        share, needed = f"{max(stored):.0%}", f"{PLAUSIBLE:.0%}"
+        why = f"full fine-tuning stores {share} of the bits, {needed} needed"
+        return [Gate(GateCode.TASK, why)]
 
     def gates_on_most(self) -> list[Gate]:
         """List the gates of the load with the most bits per parameter.
 
         Too few seeds, the best learning rate at an edge, or exposures that still add bits.
         """
-        if not self.of_lora:
-            return missing("lora")
         best = _fullest(self.of_lora)
         gates, place = [], f"{best.facts} facts x {best.exposures:.0f}: "
         if len(best.bits) < MIN_SEEDS:
@@ -192,10 +178,10 @@ def _fullest(loads: Sequence[Load]) -> Load:
     return max(loads, key=lambda c: np.mean(c.bits) / c.parameters)
 
 
-def most(loads: Sequence[Load]) -> Estimate:
+def most(loads: Sequence[Load]) -> Estimate | None:
     """Return the most bits per parameter over loads, as a geometric mean over seeds."""
     if not loads:
-        return UNKNOWN
+        return None
     best = _fullest(loads)
     return from_sample([max(b, 1e-9) / best.parameters for b in best.bits], log=True)
 
@@ -205,7 +191,7 @@ def conditions(table: pd.DataFrame) -> list[Facts]:
     return [Facts(f"{table['model'].iloc[0]}, facts of 16 bits", table, [], loads_of(table))]
 
 
-def sections(found: Sequence[Facts], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Facts], asked: base.Asked) -> list[base.Section]:
     """Return the bits stored at every load, and their figure."""
     (c,) = found
     head = ["arm", "facts", "load at 2 bits", "exposures", "best LR tried", "bits stored [95%]"]
@@ -226,15 +212,15 @@ def sections(found: Sequence[Facts], asked: Asked) -> list[Section]:
     )
     caption = "bits stored per parameter, over load and exposures"
     panels = _panels(c.of_lora, asked.margin("bits_per_parameter"))
-    return [Section("Loads", rows, text, "capacity.png", panels, caption)]
+    return [base.Section("Loads", rows, text, "capacity.png", panels, caption)]
 
 
-def _panels(loads: Sequence[Load], margin: tuple[float, float] | None) -> list[Panel]:
-    def line(label: str, mine: list[Load], x: list[float]) -> Series:
+def _panels(loads: Sequence[Load], margin: tuple[float, float] | None) -> list[base.Panel]:
+    def line(label: str, mine: list[Load], x: list[float]) -> base.Series:
         # At an edge of the learning rates tried, more bits may be stored beyond it.
         flags = [(AT_LEAST,) if c.at_edge else () for c in mine]
         shares = [[b / c.parameters for b in c.bits] for c in mine]
-        return Series.of(label, x, [from_sample(v, flags=f) for v, f in zip(shares, flags)])
+        return base.Series.of(label, x, [from_sample(v, flags=f) for v, f in zip(shares, flags)])
 
     by_exposure, by_load = [], []
     for n in sorted({c.facts for c in loads}):
@@ -249,39 +235,38 @@ def _panels(loads: Sequence[Load], margin: tuple[float, float] | None) -> list[P
     look: dict[str, Any] = {"log_x": True, "lines": {"2 bits": 2.0}, "y_range": (-0.3, 2.9)}
     load = "bits to store / (2 bits x parameters)"
     return [
-        Panel("by exposures", "exposures of each fact", y, by_exposure, band=margin, **look),
-        Panel("by load", load, y, by_load, band=margin, **look),
+        base.Panel("by exposures", "exposures of each fact", y, by_exposure, band=margin, **look),
+        base.Panel("by load", load, y, by_load, band=margin, **look),
     ]
 
 
-def measures(found: Sequence[Facts], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Facts], asked: base.Asked) -> dict[str, Any]:
     """Return the bits stored at every load."""
     (c,) = found
     fields = ("method", "facts", "exposures", "lr", "bits", "parameters")
     return {"cells": [{k: getattr(v, k) for k in fields} for v in c.loads]}
 
 
-QUESTION = Question[Facts](
+QUESTION = base.Question[Facts](
     estimands=[
-        Estimand(
+        base.Estimand(
             "bits_per_parameter",
             lambda c: most(c.of_lora),
             lambda c: c.gates_on_task() + c.gates_on_most(),
+            absent="lora",
             log=True,
         ),
-        Estimand(
+        base.Estimand(
             "bits_at_100",
             lambda c: most(c.hundred),
-            lambda c: (
-                c.gates_on_task()
-                + if_unknown(most(c.hundred), Gate(GateCode.MISSING, "about 100 exposures"))
-            ),
+            Facts.gates_on_task,
+            absent="about 100 exposures",
             log=True,
         ),
-        Estimand(
+        base.Estimand(
             "unseen_bits",
-            lambda c: exactly(max(c.unseen), len(c.unseen)) if c.unseen else UNKNOWN,
-            lambda c: [] if c.unseen else missing("unseen facts"),
+            lambda c: exactly(max(c.unseen), len(c.unseen)) if c.unseen else None,
+            absent="unseen facts",
         ),
     ],
     conditions=conditions,

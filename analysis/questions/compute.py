@@ -32,21 +32,7 @@ from analysis.measures.at_best import AtBest, pooled_over, values_at_best
 from analysis.measures.speed import curves_at_best, log_rho, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import (
-    TASK,
-    UNKNOWN,
-    Asked,
-    Estimand,
-    Panel,
-    Question,
-    Section,
-    Series,
-    TwoArms,
-    fewest_seeds,
-    gates_on_speed,
-    missing,
-    rank_of,
-)
+from analysis.questions import base
 from analysis.runs.learning_curves import Points, learning_curves
 from analysis.runs.lr_curves import lr_curves, runs_of, title
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
@@ -84,7 +70,7 @@ class Reached:
 
 
 @dataclass(frozen=True)
-class Arms(TwoArms):
+class Arms(base.TwoArms):
     """Full fine-tuning and the ranks of one model and data set, while the task is unsolved."""
 
     note: str
@@ -140,14 +126,16 @@ class Arms(TwoArms):
         seen = steps_seen(self.runs)
         for length in seen:
             optima = fit_all(lr_curves(at_step(self.runs, length)))
-            there = {r: k for k, o in enumerate(optima) if (r := rank_of(o)) and _lowest(o) <= loss}
+            there = {
+                r: k for k, o in enumerate(optima) if (r := base.rank_of(o)) and _lowest(o) <= loss
+            }
             if there.keys() - found.keys():
                 twice = next((s for s in seen if s >= 2 * length), seen[-1])
                 each = self.read(optima, length, twice)
                 found = {r: Reached(optima[k], length, each[k]) for r, k in there.items()} | found
         for o, runs in zip(self.optima, curves_at_best(self.runs, self.optima)):
-            if rank_of(o):
-                found.setdefault(rank_of(o), Reached(o, self.last, runs))
+            if base.rank_of(o):
+                found.setdefault(base.rank_of(o), Reached(o, self.last, runs))
         return found
 
     def seconds(self, method: str, rank: int | None = None) -> list[float]:
@@ -185,12 +173,16 @@ class Arms(TwoArms):
 
     @property
     def seeds(self) -> int:
-        return fewest_seeds(self.ends)
+        return base.fewest_seeds(self.ends)
 
     def gates_to_loss(self) -> list[Gate]:
         """List the gates of the costs to the common loss."""
         aim, goal = self.goal
-        gates = gates_on_speed(self.ends) if aim else missing("full fine-tuning's shorter runs")
+        gates = (
+            base.gates_on_speed(self.ends)
+            if aim
+            else base.missing("full fine-tuning's shorter runs")
+        )
         highest = self.reached[self.top].points.best
         both = highest.keys() & goal.best.keys()
         if any(highest[s][-1][1] > goal.best[s][-1][1] for s in both):
@@ -217,7 +209,7 @@ def _lowest(o: Optimum) -> float:
 def _ratio_of_times(a: list[float], b: list[float]) -> Estimate:
     """Return the ratio of two arms' 10% quantiles of time, bootstrapped over runs."""
     if len(a) < MIN_RUNS or len(b) < MIN_RUNS:
-        return UNKNOWN
+        return base.UNKNOWN
     rng = np.random.default_rng(20251125)
     x, y = (np.quantile(rng.choice(v, (4000, len(v))), FASTEST, axis=1) for v in (a, b))
     return exp_of(from_draws(np.log(x) - np.log(y), len(a) + len(b)))
@@ -243,7 +235,7 @@ def conditions(table: pd.DataFrame) -> list[Arms]:
     return [Arms(optima[0].curve.group, runs, optima, note)]
 
 
-def sections(found: Sequence[Arms], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Arms], asked: base.Asked) -> list[base.Section]:
     """Return the costs by rank, and their figure."""
     (c,) = found
     head = ["rank", "operations per update", "seconds per update [95%]"]
@@ -271,11 +263,11 @@ def sections(found: Sequence[Arms], asked: Asked) -> list[Section]:
         "seconds_to_loss": "seconds to FullFT's loss",
     }
     ranks = sorted(c.costs)
-    panel = Panel(
+    panel = base.Panel(
         title(c.reached[c.top].optimum.curve, length=False),
         "rank",
         "LoRA / FullFT",
-        [Series.of(name, ranks, [c.costs[r][k] for r in ranks]) for k, name in names.items()],
+        [base.Series.of(name, ranks, [c.costs[r][k] for r in ranks]) for k, name in names.items()],
         log_x=True,
         log_y=True,
         band=(0.6, 0.75),
@@ -284,10 +276,10 @@ def sections(found: Sequence[Arms], asked: Asked) -> list[Section]:
     )
     notes = [text, c.note] if c.note else [text]
     caption = "operations and seconds, LoRA over full fine-tuning"
-    return [Section("Compute", rows, notes, "compute.png", [panel], caption)]
+    return [base.Section("Compute", rows, notes, "compute.png", [panel], caption)]
 
 
-def measures(found: Sequence[Arms], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
     """Return all costs by rank, and the lengths at which ranks reach the loss."""
     (c,) = found
     costs = {str(r): {k: e.plain() for k, e in v.items()} for r, v in c.costs.items()}
@@ -298,29 +290,29 @@ def _to_loss(c: Arms) -> str:
     return f"rank {c.top}, the loss of full fine-tuning after {c.short} of {c.last} updates"
 
 
-QUESTION = Question[Arms](
+QUESTION = base.Question[Arms](
     estimands=[
-        Estimand(
+        base.Estimand(
             "flops_per_step",
             lambda c: c.costs[c.top]["flops_per_step"],
             log=True,
             read=lambda c: f"rank {c.top}",
         ),
-        Estimand(
+        base.Estimand(
             "seconds_per_step",
             lambda c: c.costs[c.top]["seconds_per_step"],
             Arms.gates_on_time,
             log=True,
             read=lambda c: f"rank {c.top}",
         ),
-        Estimand(
+        base.Estimand(
             "flops_to_loss",
             lambda c: c.costs[c.top]["flops_to_loss"],
             Arms.gates_to_loss,
             log=True,
             read=_to_loss,
         ),
-        Estimand(
+        base.Estimand(
             "seconds_to_loss",
             lambda c: c.costs[c.top]["seconds_to_loss"],
             lambda c: c.gates_to_loss() + c.gates_on_time(),
@@ -331,5 +323,5 @@ QUESTION = Question[Arms](
     conditions=conditions,
     sections=sections,
     measures=measures,
-    split_by=TASK,
+    split_by=base.TASK,
 )

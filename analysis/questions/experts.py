@@ -21,22 +21,7 @@ from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import ALLOWED, Gap, gaps_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import (
-    UNKNOWN,
-    Asked,
-    Condition,
-    Estimand,
-    Panel,
-    Question,
-    Rows,
-    Section,
-    Series,
-    full_of,
-    gates_on,
-    gates_on_gap,
-    lora_of,
-    missing,
-)
+from analysis.questions import base
 from analysis.runs.lr_curves import lr_curves, runs_of
 from analysis.runs.table import TableError
 
@@ -52,7 +37,7 @@ MATRICES = 3
 
 
 @dataclass(frozen=True)
-class Experts(Condition):
+class Experts(base.Condition):
     """The curves of one model and data set."""
 
     whole: Optimum | None
@@ -70,21 +55,14 @@ class Experts(Condition):
         gaps = [] if self.whole is None else gaps_of(self.runs, self.rests)
         return dict(zip(self.readings, gaps))
 
-    def absent(self, *readings: str) -> list[Gate]:
-        """Return the gate that names the first missing reading, or else full fine-tuning."""
-        names = [READINGS[r] for r in readings if r not in self.readings]
-        return missing(names[0] if names else "fullft")
+    def absent(self, *readings: str) -> str:
+        """Name the first missing reading, or else full fine-tuning."""
+        return next((READINGS[r] for r in readings if r not in self.readings), "fullft")
 
-    def ratio(self, reading: str, other: Optimum | None) -> Estimate:
-        """Return a reading's optimal learning rate over another curve's."""
+    def ratio(self, reading: str, other: Optimum | None) -> Estimate | None:
+        """Return a reading's optimal learning rate over another curve's; None without either."""
         mine = self.readings.get(reading)
-        return UNKNOWN if mine is None or other is None else ratio_of([mine], other)
-
-    def gates_on_ratio(self, reading: str, other: Optimum | None) -> list[Gate]:
-        mine = self.readings.get(reading)
-        if mine is None or other is None:
-            return self.absent(reading, "active")
-        return gates_on([other, mine])
+        return None if mine is None or other is None else ratio_of([mine], other)
 
     def settings(self, o: Optimum) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return a curve's model and method."""
@@ -109,9 +87,9 @@ def conditions(table: pd.DataFrame) -> list[Experts]:
     optima, found = fit_all(lr_curves(table)), []
     for group in dict.fromkeys(o.curve.group for o in optima):
         mine = [o for o in optima if o.curve.group == group]
-        full = full_of([o for o in mine if o.curve.key.get("scope") != "matrices"])
+        full = base.full_of([o for o in mine if o.curve.key.get("scope") != "matrices"])
         lora: dict[str, Optimum] = {}
-        for o in lora_of(mine):
+        for o in base.lora_of(mine):
             reading = _reading(o)
             if reading in lora:
                 raise TableError(
@@ -139,38 +117,38 @@ def _reading(o: Optimum) -> str:
 # ---------------------------------------------------------------- estimands
 
 
-def _over_allowed(reading: str) -> Estimand[Experts]:
-    return Estimand(
+def _over_allowed(reading: str) -> base.Estimand[Experts]:
+    return base.Estimand(
         f"over_allowed_{reading}",
-        lambda c: c.gaps[reading].over_allowed() if reading in c.gaps else UNKNOWN,
-        lambda c: gates_on_gap(c.gaps[reading]) if reading in c.gaps else c.absent(reading),
+        lambda c: c.gaps[reading].over_allowed() if reading in c.gaps else None,
+        lambda c: base.gates_on_gap(c.gaps[reading]),
+        absent=lambda c: c.absent(reading),
     )
 
 
-def _dividing(c: Experts) -> Estimate:
+def _dividing(c: Experts) -> Estimate | None:
     """Return what dividing the rank loses minus what is allowed, in nats."""
     divided, whole = c.gaps.get("active"), c.gaps.get("whole")
     if divided is None or whole is None:
-        return UNKNOWN
+        return None
     lost = divided.nats.minus(whole.nats)
     return over_seeds(lost.paired(divided.gain, lambda nats, gain: nats - ALLOWED * gain))
 
 
 def _gates_on_dividing(c: Experts) -> list[Gate]:
-    both = [c.gaps[r] for r in ("active", "whole") if r in c.gaps]
-    if len(both) < 2:
-        return c.absent("active", "whole")
-    return list(dict.fromkeys(g for gap in both for g in gates_on_gap(gap)))
+    both = [base.gates_on_gap(c.gaps[r]) for r in ("active", "whole")]
+    return list(dict.fromkeys(gate for gates in both for gate in gates))
 
 
 def _ratio(
     name: str, reading: str, other: Callable[[Experts], Optimum | None]
-) -> Estimand[Experts]:
+) -> base.Estimand[Experts]:
     """Return a reading's optimal learning rate over another curve's, as an estimand."""
-    return Estimand(
+    return base.Estimand(
         name,
         lambda c: c.ratio(reading, other(c)),
-        lambda c: c.gates_on_ratio(reading, other(c)),
+        lambda c: base.gates_on([o for o in (other(c), c.readings[reading]) if o]),
+        absent=lambda c: c.absent(reading, "active"),
         log=True,
     )
 
@@ -178,29 +156,29 @@ def _ratio(
 # ---------------------------------------------------------------- the report
 
 
-def sections(found: Sequence[Experts], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Experts], asked: base.Asked) -> list[base.Section]:
     """Return for each model and data set the readings, what they train, and token counts."""
     return [s for c in found for s in (_readings(c), _counts(c), _tokens(c))]
 
 
-def _readings(c: Experts) -> Section:
+def _readings(c: Experts) -> base.Section:
     head = ["reading", "trained parameters", "load", "best LR [95%]", "ratio to FullFT's [95%]"]
-    rows: Rows = [[*head, "gap (nats) [95%]", "regret, % of the gain [95%]"]]
+    rows: base.Rows = [[*head, "gap (nats) [95%]", "regret, % of the gain [95%]"]]
     for reading, o in c.readings.items():
         gap = c.gaps.get(reading)
         trained = runs_of(c.runs, o.curve)["n_trainable"].mean()
         load, lr = number(gap.load if gap else None), with_interval(o.best_lr, rate)
-        ratio = with_interval(c.ratio(reading, c.whole))
+        ratio = with_interval(c.ratio(reading, c.whole) or base.UNKNOWN)
         nats = with_interval(gap.mean(), signed) if gap else "-"
         percent = with_interval(gap.percent()) if gap else "-"
         rows.append([READINGS[reading], f"{trained:,.0f}", load, lr, ratio, nats, percent])
     regrets = [g.percent() for g in c.gaps.values()]
     ticks = [(float(k), textwrap.fill(READINGS[r], 15)) for k, r in enumerate(c.gaps)]
-    series = [Series.of("", range(len(regrets)), regrets, style="o", colour=1)]
+    series = [base.Series.of("", range(len(regrets)), regrets, style="o", colour=1)]
     heading, band = "each at its optimal LR", (-100 * ALLOWED, 100 * ALLOWED)
-    panel = Panel(heading, "", "regret, % of FullFT's gain", series, band=band, ticks=ticks)
+    panel = base.Panel(heading, "", "regret, % of FullFT's gain", series, band=band, ticks=ticks)
     text = ["Load: bits of what is new over 2 bits for each trained parameter, where it is known."]
-    return Section(
+    return base.Section(
         f"Readings of the rank, {c.name}",
         rows,
         text,
@@ -210,10 +188,10 @@ def _readings(c: Experts) -> Section:
     )
 
 
-def _counts(c: Experts) -> Section:
+def _counts(c: Experts) -> base.Section:
     """Count what is trained in the experts, and in a dense MLP as wide as the active ones."""
     head = ["reading", "rank of an expert", "trained in the experts", "per weight"]
-    rows: Rows = [[*head, "that a token uses"]]
+    rows: base.Rows = [[*head, "that a token uses"]]
     for reading, o in c.readings.items():
         model, method = c.settings(o)
         h, i, layers = model["hidden_size"], model["mlp_size"], model["n_layers"]
@@ -235,22 +213,22 @@ def _counts(c: Experts) -> Section:
         "Per weight: trained parameters over the weights of the experts. The study divides the "
         "rank to have the same ratio as in dense models."
     ]
-    return Section("What is trained in the experts", rows, text)
+    return base.Section("What is trained in the experts", rows, text)
 
 
-def _tokens(c: Experts) -> Section:
+def _tokens(c: Experts) -> base.Section:
     """Show how unevenly tokens are spread over experts, whose adapters they train."""
-    rows: Rows = [["curve", "layer", "fewest tokens per expert", "most", "if all were equal"]]
+    rows: base.Rows = [["curve", "layer", "fewest tokens per expert", "most", "if all were equal"]]
     named = [("full fine-tuning", c.whole), *((READINGS[r], o) for r, o in c.readings.items())]
     for name, o in named:
         for layer, shares in enumerate([] if o is None else c.token_shares(o)):
             low, high, equal = (f"{v:.1%}" for v in (min(shares), max(shares), 1 / len(shares)))
             rows.append([name, str(layer), low, high, equal])
     text = ["Shares of a layer's training tokens, mean over the runs of a curve."]
-    return Section("Tokens per expert", rows if len(rows) > 1 else [], text)
+    return base.Section("Tokens per expert", rows if len(rows) > 1 else [], text)
 
 
-def measures(found: Sequence[Experts], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Experts], asked: base.Asked) -> dict[str, Any]:
     """Return gaps, ratios and token shares of every reading."""
     return {
         "cells": {
@@ -259,20 +237,26 @@ def measures(found: Sequence[Experts], asked: Asked) -> dict[str, Any]:
                     "gap_nats": gap.mean().plain(),
                     "regret_percent": gap.percent().plain(),
                     "load": gap.load,
-                    "ratio": None if c.whole is None else c.ratio(reading, c.whole).plain(),
+                    "ratio": ratio and ratio.plain(),
                     "token_shares": c.token_shares(gap.lora),
                 }
                 for reading, gap in c.gaps.items()
+                for ratio in [c.ratio(reading, c.whole)]
             }
             for c in found
         }
     }
 
 
-QUESTION = Question[Experts](
+QUESTION = base.Question[Experts](
     estimands=[
         *(_over_allowed(r) for r in READINGS if r != "divided_alpha"),
-        Estimand("divided_over_allowed", _dividing, _gates_on_dividing),
+        base.Estimand(
+            "divided_over_allowed",
+            _dividing,
+            _gates_on_dividing,
+            absent=lambda c: c.absent("active", "whole"),
+        ),
         _ratio("lr_ratio", "active", lambda c: c.whole),
         _ratio("rate_of_whole", "whole", lambda c: c.readings.get("active")),
         _ratio("rate_of_divided_alpha", "divided_alpha", lambda c: c.readings.get("active")),
@@ -280,5 +264,5 @@ QUESTION = Question[Experts](
     conditions=conditions,
     sections=sections,
     measures=measures,
-    ratios=lambda c: [(READINGS[r], c.ratio(r, c.whole)) for r in c.readings if c.whole],
+    ratios=lambda c: [(READINGS[r], v) for r in c.readings if (v := c.ratio(r, c.whole))],
 )

@@ -19,27 +19,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, exactly, number, rate, signed, with_interval
-from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import losses_at_best, over_seeds
 from analysis.measures.ratio import lr_drift
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import (
-    TASK,
-    UNKNOWN,
-    Asked,
-    Condition,
-    Estimand,
-    Panel,
-    Question,
-    Rows,
-    Section,
-    Series,
-    gates_on,
-    if_unknown,
-    missing,
-    rank_of,
-)
+from analysis.questions import base
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import lr_curves
 
@@ -56,8 +40,10 @@ class Twins:
         """Largest difference of each true pair's held-out NLL at any step, in nats."""
         self.broken: dict[str, float] = {}
         """The same by what breaks the symmetry, over its pairs."""
-        self.rows: Rows = [["one", "other", "what acts", "should be", "largest difference (nats)"]]
-        self.series: list[Series] = []
+        self.rows: base.Rows = [
+            ["one", "other", "what acts", "should be", "largest difference (nats)"]
+        ]
+        self.series: list[base.Series] = []
         learned = by_run(proofs)
         keys = [str(twin_key(r)) for _, r in proofs.iterrows()]
         for _, part in proofs.groupby(keys) if len(proofs) else ():
@@ -85,17 +71,17 @@ class Twins:
             expected = "equal" if one else "different"
             self.rows.append([_settings(a), _settings(b), acts, expected, f"{most:.2g}"])
             label, colour = ("", "grey") if one else (acts, None)
-            self.series.append(Series(label, steps[1:], off[1:].tolist(), colour=colour))
+            self.series.append(base.Series(label, steps[1:], off[1:].tolist(), colour=colour))
 
     @property
-    def largest(self) -> Estimate:
+    def largest(self) -> Estimate | None:
         """The largest difference of true twins."""
-        return exactly(max(self.held), len(self.held)) if self.held else UNKNOWN
+        return exactly(max(self.held), len(self.held)) if self.held else None
 
     @property
-    def smallest_broken(self) -> Estimate:
+    def smallest_broken(self) -> Estimate | None:
         """The smallest difference over the ways of breaking the symmetry."""
-        return exactly(min(self.broken.values()), len(self.broken)) if self.broken else UNKNOWN
+        return exactly(min(self.broken.values()), len(self.broken)) if self.broken else None
 
 
 def twin_key(row: pd.Series) -> tuple[float, ...]:
@@ -136,7 +122,7 @@ def _settings(row: pd.Series) -> str:
     )
 
 
-class Settings(Condition):
+class Settings(base.Condition):
     """The twins and the LR curves of one model and data set."""
 
     @cached_property
@@ -152,20 +138,20 @@ class Settings(Condition):
     @cached_property
     def drifts(self) -> dict[str, Estimate]:
         """The slope of ln(optimal LR) per doubling of the rank, by scaling rule."""
-        return {r: lr_drift(o).slope for r, o in self.rules.items()}
+        return {r: lr_drift(o).slope if o else base.UNKNOWN for r, o in self.rules.items()}
 
     @cached_property
     def starts(self) -> tuple[Optimum, Optimum] | None:
         """The curves of one rank that start with A and with B random; None if one is missing."""
         b = next((o for o in self.optima if o.curve.key["start"] == "b"), None)
-        a = [o for o in self.rules["rank"] if b is not None and rank_of(o) == rank_of(b)]
+        a = [o for o in self.rules["rank"] if b is not None and base.rank_of(o) == base.rank_of(b)]
         return (a[0], b) if a and b is not None else None
 
     @cached_property
-    def start_gap(self) -> Estimate:
+    def start_gap(self) -> Estimate | None:
         """The loss with B random minus that with A random, in nats."""
         if self.starts is None:
-            return UNKNOWN
+            return None
         with_a, with_b = losses_at_best(self.starts)
         return over_seeds(with_b.minus(with_a))
 
@@ -177,101 +163,91 @@ def conditions(table: pd.DataFrame) -> list[Settings]:
     return [Settings(f"{table['model'].iloc[0]} on {table['dataset'].iloc[0]}", table, optima)]
 
 
-def sections(found: Sequence[Settings], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Settings], asked: base.Asked) -> list[base.Section]:
     """Return the twins, the scaling rules, and starting with B random."""
     (c,) = found
     text = (
         "Largest difference of the held-out NLL at any step. If p = q, a single eps scaled by 1/p "
         "keeps the symmetry."
     )
-    panel = Panel(
+    panel = base.Panel(
         "twins in float64",
         "update",
         "|difference of held-out NLL| (nats)",
-        [Series("equal by the claim", [], [], colour="grey"), *c.twins.series],
+        [base.Series("equal by the claim", [], [], colour="grey"), *c.twins.series],
         log_x=True,
         log_y=True,
         linear_below=LAST_BITS,
     )
     caption = "difference of twins' held-out loss over the run"
-    twins = Section("Twins", c.twins.rows, [text], "twins.png", [panel], caption)
-    rows: Rows = []
-    if c.starts is not None:
+    twins = base.Section("Twins", c.twins.rows, [text], "twins.png", [panel], caption)
+    rows: base.Rows = []
+    if c.starts is not None and c.start_gap is not None:
         rows = [["random", "best LR [95%]", "best NLL", "gap [95%]"]]
         for name, o, gap in zip("AB", c.starts, ["-", with_interval(c.start_gap, signed)]):
             rows.append([name, with_interval(o.best_lr, rate), number(o.best_nll, 5), gap])
-    return [twins, _rules(c), Section("B random instead of A", rows)]
+    return [twins, _rules(c), base.Section("B random instead of A", rows)]
 
 
-def _rules(c: Settings) -> Section:
+def _rules(c: Settings) -> base.Section:
     rows = [["scaling", "rank", "best LR [95%]", "best NLL"]]
     for rule, o in ((rule, o) for rule, found in c.rules.items() for o in found):
         lr = with_interval(o.best_lr, rate)
-        rows.append([RULES[rule], str(rank_of(o)), lr, number(o.best_nll, 5)])
+        rows.append([RULES[rule], str(base.rank_of(o)), lr, number(o.best_nll, 5)])
     text = [
         f"Slope of ln(best LR) per doubling of the rank under {RULES[r]}: {with_interval(e)}."
         for r, e in c.drifts.items()
     ]
-    panel = Panel(
+    panel = base.Panel(
         "optimal LR by rank",
         "rank",
         "best LoRA LR",
         [
-            Series.of(RULES[r], [o.curve.key["rank"] for o in found], [o.best_lr for o in found])
+            base.Series.of(
+                RULES[r], [o.curve.key["rank"] for o in found], [o.best_lr for o in found]
+            )
             for r, found in c.rules.items()
         ],
         log_x=True,
         log_y=True,
         ticks=[
-            (float(k), str(k)) for k in sorted({rank_of(o) for v in c.rules.values() for o in v})
+            (float(k), str(k))
+            for k in sorted({base.rank_of(o) for v in c.rules.values() for o in v})
         ],
     )
     caption = "optimal LR by rank and scaling rule"
-    return Section("Scaling rules", rows, text, "rules.png", [panel], caption)
+    return base.Section("Scaling rules", rows, text, "rules.png", [panel], caption)
 
 
-def measures(found: Sequence[Settings], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Settings], asked: base.Asked) -> dict[str, Any]:
     """Return the drifts by scaling rule."""
     (c,) = found
     return {"drifts": {r: e.plain() for r, e in c.drifts.items()}}
 
 
-def _drift(name: str, rule: str) -> Estimand[Settings]:
+def _drift(name: str, rule: str) -> base.Estimand[Settings]:
     """Return the drift under a scaling rule."""
-    return Estimand(
+    return base.Estimand(
         name,
-        lambda c: c.drifts[rule],
-        lambda c: gates_on(c.rules[rule]) if c.rules[rule] else missing(f"scaling {rule}"),
+        lambda c: c.drifts[rule] if c.rules[rule] else None,
+        lambda c: base.gates_on(c.rules[rule]),
+        absent=f"scaling {rule}",
     )
 
 
-def _gate(what: str) -> Gate:
-    return Gate(GateCode.MISSING, what)
-
-
-QUESTION = Question[Settings](
+QUESTION = base.Question[Settings](
     estimands=[
-        Estimand(
-            "twin_difference",
-            lambda c: c.twins.largest,
-            lambda c: if_unknown(c.twins.largest, _gate("twins")),
-        ),
-        Estimand(
-            "broken_difference",
-            lambda c: c.twins.smallest_broken,
-            lambda c: if_unknown(c.twins.smallest_broken, _gate("broken twins")),
+        base.Estimand("twin_difference", lambda c: c.twins.largest, absent="twins"),
+        base.Estimand(
+            "broken_difference", lambda c: c.twins.smallest_broken, absent="broken twins"
         ),
         _drift("drift_alpha_over_rank", "rank"),
         _drift("drift_alpha_over_root", "sqrt_rank"),
         _drift("drift_alpha", "none"),
-        Estimand(
-            "start_b_gap",
-            lambda c: c.start_gap,
-            lambda c: if_unknown(c.start_gap, _gate("start=b")),
-        ),
+        base.Estimand("start_b_gap", lambda c: c.start_gap, absent="start=b"),
     ],
     conditions=conditions,
     sections=sections,
     measures=measures,
-    split_by=TASK,
+    split_by=base.TASK,
 )

@@ -1,8 +1,8 @@
 """Question: is LoRA on attention only worse than on the MLP only, and does attention add anything.
 
 Compares, on every task, the step efficiency rho of each layer set and its loss at the end, each at
-its optimal learning rate; attention and MLP have equal parameters. Every task has its verdicts;
-claims about all tasks stand beside them. Full fine-tuning of the same matrices shows whether the
+its optimal learning rate; attention and MLP have equal parameters. Every task has its verdicts,
+and so do claims about all tasks. Full fine-tuning of the same matrices shows whether the
 order comes from the location.
 """
 
@@ -25,23 +25,7 @@ from analysis.measures.regret import Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import (
-    UNKNOWN,
-    Asked,
-    Condition,
-    Estimand,
-    Panel,
-    Question,
-    Rows,
-    Section,
-    Series,
-    distinct,
-    fewest_seeds,
-    gates_on,
-    gates_on_gap,
-    gates_on_speed,
-    missing,
-)
+from analysis.questions import base
 from analysis.runs.learning_curves import Points, learning_curves
 from analysis.runs.lr_curves import lr_curves, runs_of, title
 
@@ -91,7 +75,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Task(Condition):
+class Task(base.Condition):
     """All arms on one model and data set."""
 
     whole: Arm | None
@@ -154,23 +138,21 @@ class Task(Condition):
 
     @property
     def rests(self) -> list[Optimum]:
-        return distinct([*self.of_pair(0), *self.of_pair(1)])
+        return base.distinct([*self.of_pair(0), *self.of_pair(1)])
 
     def gates_on_rho(self, used: Sequence[Optimum], ratios: Sequence[Estimate]) -> list[Gate]:
         """List what forbids a verdict about rho on these optima."""
         if not self.pairs or self.whole is None:
-            return missing(ABSENT)
-        gates = stalled([self.whole.optimum], [self.whole.points.best]) + gates_on_speed(used)
+            return base.missing(ABSENT)
+        gates = stalled([self.whole.optimum], [self.whole.points.best]) + base.gates_on_speed(used)
         if not gates and any(e.value is None for e in ratios):
             gates.append(Gate(GateCode.ONLY_BOUNDS))
         return gates
 
     def gates_on_gap(self, which: int) -> list[Gate]:
         """List what forbids a verdict about the gap in loss of a pair."""
-        if not self.pairs:
-            return missing(ABSENT)
         # A gap holds the optima of one of its arms and of full fine-tuning.
-        return [*gates_on_gap(self.pairs[which].gap), *gates_on(self.of_pair(which)[-1:])]
+        return [*base.gates_on_gap(self.pairs[which].gap), *base.gates_on(self.of_pair(which)[-1:])]
 
     def named(self, gates: Sequence[Gate]) -> list[Gate]:
         """Return the gates with the task's name before their sentences."""
@@ -190,7 +172,7 @@ class Task(Condition):
 
 
 @dataclass(frozen=True)
-class AllTasks(Condition):
+class AllTasks(base.Condition):
     """All tasks together."""
 
     tasks: list[Task]
@@ -205,7 +187,7 @@ class AllTasks(Condition):
 
     @property
     def rests(self) -> list[Optimum]:
-        return distinct(o for t in self.tasks for o in t.rests)
+        return base.distinct(o for t in self.tasks for o in t.rests)
 
     def trace(self) -> Estimate:
         """Return the rank correlation of ln(rho) with ln(gradient share), within tasks."""
@@ -299,15 +281,15 @@ def _gradient_shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
 # ---------------------------------------------------------------- the report
 
 
-def sections(tasks: Sequence[Task], asked: Asked) -> list[Section]:
+def sections(tasks: Sequence[Task], asked: base.Asked) -> list[base.Section]:
     """Return the comparisons over tasks, every task's arms, and their figure."""
     caption = "step efficiency by layer set and task"
     panels = [_panel(t) for t in tasks]
-    figure = Section("Layer sets", figure="layers.png", panels=panels, caption=caption)
+    figure = base.Section("Layer sets", figure="layers.png", panels=panels, caption=caption)
     return [_over_tasks(tasks), *(_arms(t) for t in tasks), figure]
 
 
-def _over_tasks(tasks: Sequence[Task]) -> Section:
+def _over_tasks(tasks: Sequence[Task]) -> base.Section:
     rows = [
         [
             "task",
@@ -328,12 +310,12 @@ def _over_tasks(tasks: Sequence[Task]) -> Section:
         shown = [*t.ratios, *(p.gap.percent() for p in t.pairs)]
         rows.append([t.name, *map(with_interval, shown), same])
     text = "A claim about all tasks is judged by the task that is worst for it."
-    return Section("Over the tasks", rows, [text])
+    return base.Section("Over the tasks", rows, [text])
 
 
-def _arms(t: Task) -> Section:
+def _arms(t: Task) -> base.Section:
     head = ["arm", "trained parameters", "rho [95%]", "best NLL", "gap to FullFT (nats)"]
-    rows: Rows = [[*head, "share of the squared gradient"]]
+    rows: base.Rows = [[*head, "share of the squared gradient"]]
     for a in t.arms:
         speed, gap = "-", None
         if t.whole is not None and a is not t.whole:
@@ -343,10 +325,10 @@ def _arms(t: Task) -> Section:
         name = "full fine-tuning" if a is t.whole else name
         n, share = f"{a.n_trainable:,}", number(a.share)
         rows.append([name, n, speed, number(a.nll, 5), signed(gap), share])
-    return Section(t.name, rows)
+    return base.Section(t.name, rows)
 
 
-def _panel(t: Task) -> Panel:
+def _panel(t: Task) -> base.Panel:
     here = [s for s in SETS if any(a.layers == s for a in (*t.adapted, *t.restricted))]
     order = {s: k for k, s in enumerate(here)}
     highest = {a.layers: max(b.rank for b in t.adapted if b.layers == a.layers) for a in t.adapted}
@@ -363,12 +345,12 @@ def _panel(t: Task) -> Panel:
         shown = sorted(shown, key=lambda x: x[0])
         apart = 0.16 * (side - 1)  # so that intervals do not cover each other
         x, speeds = [k + apart for k, _ in shown], [e for _, e in shown]
-        series.append(Series.of(label, x, speeds, style="o"))
+        series.append(base.Series.of(label, x, speeds, style="o"))
     short = [
         s.replace("attention", "attn").replace("unembedding", "head").replace("+", "\n+")
         for s in here
     ]
-    return Panel(
+    return base.Panel(
         title(t.arms[0].optimum.curve).replace(" on ", " on\n", 1),
         "layer set",
         "rho: FullFT's updates / the arm's",
@@ -379,7 +361,7 @@ def _panel(t: Task) -> Panel:
     )
 
 
-def measures(tasks: Sequence[Task], asked: Asked) -> dict[str, Any]:
+def measures(tasks: Sequence[Task], asked: base.Asked) -> dict[str, Any]:
     """Return the ratios of rho, the ranks compared, and the gradient's shares."""
     used = [t for t in tasks if t.pairs]
     return {
@@ -393,57 +375,62 @@ def measures(tasks: Sequence[Task], asked: Asked) -> dict[str, Any]:
 # ---------------------------------------------------------------- estimands
 
 
-def _is_task(c: Condition) -> bool:
+def _is_task(c: base.Condition) -> bool:
     return isinstance(c, Task)
 
 
-def _is_all(c: Condition) -> bool:
+def _is_all(c: base.Condition) -> bool:
     return isinstance(c, AllTasks)
 
 
-def _speed(name: str, which: int) -> Estimand[Any]:
+def _speed(name: str, which: int) -> base.Estimand[Any]:
     """Return the ratio of rho of a pair. Its margin may start at 0, so it is not a logarithm's."""
-    return Estimand(
+    return base.Estimand(
         name,
-        lambda t: t.ratios[which] if t.pairs else UNKNOWN,
+        lambda t: t.ratios[which] if t.pairs else None,
         lambda t: t.gates_on_rho(t.of_pair(which), t.ratios[which : which + 1]),
+        ABSENT,
         applies=_is_task,
-        seeds=lambda t: fewest_seeds(t.of_pair(which)),
+        seeds=lambda t: base.fewest_seeds(t.of_pair(which)),
     )
 
 
-def _loss(name: str, which: int) -> Estimand[Any]:
+def _loss(name: str, which: int) -> base.Estimand[Any]:
     """Return the gap in loss of a pair minus what is allowed."""
-    return Estimand(
+    return base.Estimand(
         name,
-        lambda t: t.pairs[which].gap.over_allowed() if t.pairs else UNKNOWN,
+        lambda t: t.pairs[which].gap.over_allowed() if t.pairs else None,
         lambda t: t.gates_on_gap(which),
+        ABSENT,
         applies=_is_task,
-        seeds=lambda t: fewest_seeds(t.of_pair(which)),
+        seeds=lambda t: base.fewest_seeds(t.of_pair(which)),
     )
 
 
 def _everywhere(
-    name: str, which: int, hardest: Callable[..., Estimate], each: Estimand[Any]
-) -> Estimand[Any]:
+    name: str, which: int, hardest: Callable[..., Estimate], each: base.Estimand[Any]
+) -> base.Estimand[Any]:
     """Return the ratio of rho on the task that is worst for a claim about all tasks."""
 
     def worst(c: AllTasks) -> Estimate:
-        known = [e for t in c.tasks if (e := each.measure(t)).value is not None]
-        return hardest(known, key=lambda e: e.value, default=UNKNOWN)
+        ratios = [each.measure(t) for t in c.tasks]
+        known = [e for e in ratios if e is not None and e.value is not None]
+        return hardest(known, key=lambda e: e.value, default=base.UNKNOWN)
 
-    return Estimand(
+    return base.Estimand(
         name,
         worst,
         lambda c: [g for t in c.tasks for g in t.named(each.gates(t))],
         applies=_is_all,
-        seeds=lambda c: fewest_seeds(distinct(o for t in c.tasks for o in t.of_pair(which))),
+        seeds=lambda c: base.fewest_seeds(
+            base.distinct(o for t in c.tasks for o in t.of_pair(which))
+        ),
         each=each.name,
     )
 
 
 ATTENTION, MLP = _speed("attention_over_mlp", 0), _speed("mlp_over_both", 1)
-QUESTION = Question[Any](
+QUESTION = base.Question[Any](
     estimands=[
         ATTENTION,
         MLP,
@@ -451,7 +438,7 @@ QUESTION = Question[Any](
         _loss("mlp_over_allowed", 1),
         _everywhere("attention_everywhere", 0, max, ATTENTION),
         _everywhere("mlp_everywhere", 1, min, MLP),
-        Estimand(
+        base.Estimand(
             "trace_correlation",
             AllTasks.trace,
             AllTasks.gates_on_trace,

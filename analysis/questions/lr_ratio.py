@@ -18,39 +18,14 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, number, signed, with_interval
 from analysis.inference.gates import Gate
 from analysis.inference.meta import Drift, RandomEffects
-from analysis.measures.at_best import (
-    AtBest,
-    AtLr,
-    best_and_draws,
-    cost_of,
-    gates_on_cost,
-    losses_at,
-    losses_at_best,
-    pooled_over,
-)
+from analysis.measures import at_best
 from analysis.measures.qualify import stalled
 from analysis.measures.ratio import MIN_RANK, gaps, lr_drift, pool_ratios, ratio_of, rivals
 from analysis.measures.regret import Gap, gaps_of
 from analysis.measures.speed import curves_at_best, log_rho, read_to, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import (
-    UNKNOWN,
-    Asked,
-    Condition,
-    Estimand,
-    Question,
-    Rows,
-    Section,
-    distinct,
-    fewest_seeds,
-    gates_on,
-    gates_on_drift,
-    gates_on_gap,
-    gates_on_speed,
-    lora_of,
-    rank_of,
-)
+from analysis.questions import base
 from analysis.runs.learning_curves import Points
 from analysis.runs.lr_curves import lr_curves, runs_of
 from analysis.runs.table import TableError
@@ -78,7 +53,7 @@ class Ratio:
     """Index of the LoRA curve among the analysis' optima; None over several ranks."""
     rivals: dict[str, float] = field(default_factory=dict)
     """The ratio by each published law at this width and alpha; only over ranks."""
-    rho: Estimate = UNKNOWN
+    rho: Estimate = base.UNKNOWN
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for results.json."""
@@ -92,12 +67,12 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Variant(Condition):
+class Variant(base.Condition):
     """Full fine-tuning and the ranks of one variant of LoRA, on one model and data set."""
 
     width: int
     """Hidden size; 0 if unknown."""
-    points: dict[int, AtBest[Points]] = field(repr=False)
+    points: dict[int, at_best.AtBest[Points]] = field(repr=False)
     """Learning curves at the optimum by the curve's id, of the whole table."""
 
     @property
@@ -113,7 +88,7 @@ class Variant(Condition):
     @cached_property
     def high(self) -> list[Optimum]:
         """The ranks from MIN_RANK up."""
-        return lora_of(self.optima, MIN_RANK)
+        return base.lora_of(self.optima, MIN_RANK)
 
     @property
     def rests(self) -> list[Optimum]:
@@ -126,7 +101,7 @@ class Variant(Condition):
 
     @property
     def alpha(self) -> float:
-        return float(lora_of(self.optima)[0].curve.key.get("alpha", math.nan))
+        return float(base.lora_of(self.optima)[0].curve.key.get("alpha", math.nan))
 
     @cached_property
     def ratio(self) -> Estimate:
@@ -146,16 +121,18 @@ class Variant(Condition):
         """Every rank's, and the one over the ranks from MIN_RANK up; none without both arms."""
         if 0 not in self.by_rank or not self.lora:
             return []
-        lora, full = lora_of(self.optima), self.full
-        base, found = full.best_lr.value, []
+        lora, full = base.lora_of(self.optima), self.full
+        at_full, found = full.best_lr.value, []
         for o, gap in zip(lora, gaps(lora, full)):
             ratio = dataclasses.replace(ratio_of([o], full), flags=(*o.flags, *full.flags))
-            regrets = {name: o.regret(k * base) if base else None for name, k in RULES.items()}
+            regrets = {
+                name: o.regret(k * at_full) if at_full else None for name, k in RULES.items()
+            }
             alpha = float(o.curve.key.get("alpha", math.nan))
             speed = rho(self.points[id(o)], self.points[id(full)])
-            found.append(Ratio(self.name, rank_of(o), alpha, ratio, gap, regrets, rho=speed))
+            found.append(Ratio(self.name, base.rank_of(o), alpha, ratio, gap, regrets, rho=speed))
         if self.high:
-            over = Ratio(self.name, None, self.alpha, self.ratio, UNKNOWN, rivals=self.laws)
+            over = Ratio(self.name, None, self.alpha, self.ratio, base.UNKNOWN, rivals=self.laws)
             found.append(over)
         return found
 
@@ -164,11 +141,13 @@ class Variant(Condition):
     def speed(self) -> Estimate:
         """Return rho of the highest rank."""
         full, top = (self.points[id(o)] for o in self.ends)
-        return rho(top, full, pooled_over(log_rho(self.points[id(o)], full) for o in self.high))
+        return rho(
+            top, full, at_best.pooled_over(log_rho(self.points[id(o)], full) for o in self.high)
+        )
 
     def gates_on_speed(self) -> list[Gate]:
         curves = [self.points[id(o)].best for o in self.ends]
-        return gates_on_speed(self.ends) + stalled(self.ends, curves)
+        return base.gates_on_speed(self.ends) + stalled(self.ends, curves)
 
     @cached_property
     def gaps(self) -> dict[int, Gap]:
@@ -177,7 +156,7 @@ class Variant(Condition):
         return {g.rank: g for g in gaps_of(mine, self.rests)}
 
     @cached_property
-    def at_ten_times(self) -> tuple[AtLr, Estimate]:
+    def at_ten_times(self) -> tuple[at_best.AtLr, Estimate]:
         """The highest rank at 10 times full fine-tuning's optimum, and what that costs it.
 
         The cost is the loss there minus that at the rank's own optimum, in percent of what full
@@ -185,11 +164,15 @@ class Variant(Condition):
         """
         found = {}
         for rank, gap in self.gaps.items():
-            at = losses_at(gap.lora, [10 * lr for lr in best_and_draws(gap.full, 1)])
-            nats = at.losses.minus(losses_at_best([gap.lora])[0])
+            at = at_best.losses_at(
+                gap.lora, [10 * lr for lr in at_best.best_and_draws(gap.full, 1)]
+            )
+            nats = at.losses.minus(at_best.losses_at_best([gap.lora])[0])
             found[rank] = at, nats.paired(gap.gain, lambda lost, gain: 100 * lost / gain)
         at, cost = found[self.top]
-        return at, cost_of(at, cost, pooled_over(cost for _, cost in found.values()))
+        return at, at_best.cost_of(
+            at, cost, at_best.pooled_over(cost for _, cost in found.values())
+        )
 
 
 def conditions(table: pd.DataFrame) -> list[Variant]:
@@ -211,21 +194,21 @@ def conditions(table: pd.DataFrame) -> list[Variant]:
                 f"{group}: {len(full)} fullft curves, but lr_ratio compares with one. Keep a "
                 "single scope, schedule and precision per table."
             )
-        variants = list(dict.fromkeys(o.curve.variant for o in lora_of(mine))) or [""]
+        variants = list(dict.fromkeys(o.curve.variant for o in base.lora_of(mine))) or [""]
         for variant in variants:
             name = group if len(variants) == 1 else f"{group}; {variant}"
-            arms = [*full, *(o for o in lora_of(mine) if o.curve.variant == variant)]
+            arms = [*full, *(o for o in base.lora_of(mine) if o.curve.variant == variant)]
             found.append(
                 Variant(name, table, arms, widths.get(arms[0].curve.key["model"], 0), points)
             )
     return found
 
 
-def _laws(c: Variant) -> list[Section]:
+def _laws(c: Variant) -> list[base.Section]:
     head = ["law", "predicts", "inside the interval"]
     rows = [[k, number(v), _inside(v, c.ratio)] for k, v in c.laws.items()]
     title = f"Published laws of the ratio, {c.name}, alpha {c.alpha:g}"
-    return [Section(title, [head, *rows])] if c.high and rows else []
+    return [base.Section(title, [head, *rows])] if c.high and rows else []
 
 
 def _inside(value: float, e: Estimate) -> str:
@@ -234,7 +217,7 @@ def _inside(value: float, e: Estimate) -> str:
     return "yes" if e.low <= value <= e.high else "no"
 
 
-def _ratio_rows(found: Sequence[Variant]) -> Rows:
+def _ratio_rows(found: Sequence[Variant]) -> base.Rows:
     head = ["LoRA / FullFT", "model and data", "alpha", "ratio [95%]", "NLL gap", "rho [95%]"]
     rows = [[*head, "regret of FullFT's LR", "regret of 10x FullFT's LR"]]
     for r in (r for c in found for r in c.ratios):
@@ -284,15 +267,15 @@ def _notes(found: Sequence[Variant]) -> list[str]:
     ]
 
 
-def sections(found: Sequence[Variant], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Variant], asked: base.Asked) -> list[base.Section]:
     """Return the published laws, and the table of ratios."""
     laws = [s for c in found for s in _laws(c)]
-    return [*laws, Section("LoRA against full fine-tuning", _ratio_rows(found), _notes(found))]
+    return [*laws, base.Section("LoRA against full fine-tuning", _ratio_rows(found), _notes(found))]
 
 
-def measures(found: Sequence[Variant], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Variant], asked: base.Asked) -> dict[str, Any]:
     """Return ratios, drifts and the pooled ratio."""
-    place = {id(o): k for k, o in enumerate(distinct(o for c in found for o in c.optima))}
+    place = {id(o): k for k, o in enumerate(base.distinct(o for c in found for o in c.optima))}
     ratios = [
         dataclasses.replace(r, at=None if r.rank is None else place[id(c.by_rank[r.rank])]).plain()
         for c in found
@@ -319,39 +302,39 @@ def _rank(c: Variant) -> str:
     return f"rank {c.top}"
 
 
-QUESTION = Question[Variant](
+QUESTION = base.Question[Variant](
     estimands=[
-        Estimand(
+        base.Estimand(
             "lr_ratio",
             lambda c: c.ratio,
-            lambda c: gates_on(c.rests),
+            lambda c: base.gates_on(c.rests),
             log=True,
             rivals=lambda c: c.laws,
         ),
-        Estimand(
-            "lr_drift_per_doubling", lambda c: c.drift.slope, lambda c: gates_on_drift(c.high)
+        base.Estimand(
+            "lr_drift_per_doubling", lambda c: c.drift.slope, lambda c: base.gates_on_drift(c.high)
         ),
-        Estimand(
+        base.Estimand(
             "rho_top_rank",
             Variant.speed,
             Variant.gates_on_speed,
             log=True,
-            seeds=lambda c: fewest_seeds(c.ends),
+            seeds=lambda c: base.fewest_seeds(c.ends),
             read=lambda c: f"{_rank(c)}, to update {read_to([c.points[id(o)] for o in c.ends])}",
         ),
-        Estimand(
+        base.Estimand(
             "over_allowed_top_rank",
             lambda c: c.gaps[c.top].over_allowed(),
-            lambda c: gates_on_gap(c.gaps[c.top]),
-            seeds=lambda c: fewest_seeds(c.ends),
+            lambda c: base.gates_on_gap(c.gaps[c.top]),
+            seeds=lambda c: base.fewest_seeds(c.ends),
             read=_rank,
         ),
-        Estimand(
+        base.Estimand(
             "ten_times_regret",
             lambda c: c.at_ten_times[1],
-            lambda c: gates_on(c.ends),
-            seeds=lambda c: fewest_seeds(c.ends),
-            margin_gates=lambda c, margin: gates_on_cost(
+            lambda c: base.gates_on(c.ends),
+            seeds=lambda c: base.fewest_seeds(c.ends),
+            margin_gates=lambda c, margin: at_best.gates_on_cost(
                 c.by_rank[c.top], *c.at_ten_times, margin[1]
             ),
             read=_rank,

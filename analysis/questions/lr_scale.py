@@ -21,19 +21,7 @@ from analysis.inference.gates import Gate
 from analysis.measures.ratio import Ratio, RatioLaw, ratio_law, ratio_of, rivals
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import (
-    Asked,
-    Condition,
-    Estimand,
-    Panel,
-    Question,
-    Section,
-    Series,
-    distinct,
-    gates_on,
-    lora_of,
-    missing,
-)
+from analysis.questions import base
 from analysis.runs.lr_curves import lr_curves
 
 AGREE = 0.03
@@ -74,7 +62,7 @@ class Elsewhere:
 
 
 @dataclass(frozen=True)
-class Bases(Condition):
+class Bases(base.Condition):
     """All base models and alphas on one data set."""
 
     bases: list[Base]
@@ -99,11 +87,11 @@ class Bases(Condition):
         """List the gates on a law's bases."""
         bases = self.sets[name]
         if not bases:
-            return missing("a base with known tokens or loss")
+            return base.missing("a base with known tokens or loss")
         return [
             gate.at(f"{o.curve.key['model']}, alpha {o.curve.key.get('alpha')}: ")
-            for o in distinct(o for c in bases for o in (c.full, c.lora))
-            for gate in gates_on([o])
+            for o in base.distinct(o for c in bases for o in (c.full, c.lora))
+            for gate in base.gates_on([o])
         ]
 
 
@@ -138,7 +126,7 @@ def conditions(table: pd.DataFrame) -> list[Bases]:
     full = {o.curve.group: o for o in reversed(optima) if o.curve.key["method"] == "fullft"}
     models = table.drop_duplicates("model").set_index("model")
     found = []
-    for lora in (o for o in lora_of(optima) if o.curve.group in full):
+    for lora in (o for o in base.lora_of(optima) if o.curve.group in full):
         row = models.loc[lora.curve.key["model"]]
         recipe = json.loads(row["spec"])["model"].get("recipe")
         found.append(
@@ -178,11 +166,11 @@ def elsewhere(models: Sequence[str], kept: Path | None) -> list[Elsewhere]:
 # ---------------------------------------------------------------- the report
 
 
-def _beyond(c: Bases, asked: Asked) -> list[Elsewhere]:
+def _beyond(c: Bases, asked: base.Asked) -> list[Elsewhere]:
     return elsewhere([b.model for b in c.bases], asked.kept)
 
 
-def sections(found: Sequence[Bases], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Bases], asked: base.Asked) -> list[base.Section]:
     """Return the laws, the ratios they are fitted to, and other sweeps' ratios."""
     (c,) = found
     beyond = _beyond(c, asked)
@@ -190,11 +178,11 @@ def sections(found: Sequence[Bases], asked: Asked) -> list[Section]:
     if beyond:
         head = ["not fitted", "hidden", "alpha", "ratio [95%]"]
         rows = [[o.where, str(o.hidden), f"{o.alpha:g}", with_interval(o.ratio)] for o in beyond]
-        out.append(Section("Other sweeps' ratios, not fitted", [head, *rows]))
+        out.append(base.Section("Other sweeps' ratios, not fitted", [head, *rows]))
     return out
 
 
-def _law_section(laws: dict[str, RatioLaw]) -> Section:
+def _law_section(laws: dict[str, RatioLaw]) -> base.Section:
     head = ["bases", "how many", "exponent of the hidden size [95%]", "of alpha [95%]"]
     rows = [[*head, "bases with more than one alpha", "published laws, p-value"]]
     for name, law in laws.items():
@@ -207,10 +195,10 @@ def _law_section(laws: dict[str, RatioLaw]) -> Section:
         "together. A law with a p-value below 0.05 is rejected. A law that does not depend on "
         "alpha is tested by its p only; the level a is not tested."
     )
-    return Section("The law of the ratio", rows, [text])
+    return base.Section("The law of the ratio", rows, [text])
 
 
-def _ratio_section(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> Section:
+def _ratio_section(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> base.Section:
     head = ["base", "hidden", "alpha", "base NLL", "pretraining tokens", "best FullFT LR"]
     laws = [name.partition(" (")[0] for name in rivals(64, 32.0)]
     rows = [[*head, "best LoRA LR", "ratio [95%]", *laws]]
@@ -221,18 +209,18 @@ def _ratio_section(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> Sectio
         settings = [c.model, str(c.hidden), f"{c.alpha:g}", number(c.base_nll, 4), tokens]
         rows.append([*settings, *lrs, with_interval(c.ratio), *predicted])
     caption = "the ratio over alpha and hidden size, with published laws"
-    return Section("Ratios", rows, [], "law.png", _panels(bases, beyond), caption)
+    return base.Section("Ratios", rows, [], "law.png", _panels(bases, beyond), caption)
 
 
-def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[Panel]:
+def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[base.Panel]:
     models = list(dict.fromkeys(c.model for c in bases))
     # Shifted a little, so that the bases' markers do not overlap.
     shift = {m: 1.035 ** (k - (len(models) - 1) / 2) for k, m in enumerate(models)}
 
-    def line(label: str, part: Sequence[Base], x: str, colour: int, style: str) -> Series:
+    def line(label: str, part: Sequence[Base], x: str, colour: int, style: str) -> base.Series:
         known = sorted(part, key=lambda c: getattr(c, x))
         at = [getattr(c, x) * shift[c.model] for c in known]
-        return Series.of(label, at, [c.ratio for c in known], style=style, colour=colour)
+        return base.Series.of(label, at, [c.ratio for c in known], style=style, colour=colour)
 
     over_alpha = [
         line(m, [c for c in bases if c.model == m], "alpha", k, "o-") for k, m in enumerate(models)
@@ -244,19 +232,19 @@ def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[Panel]:
     names = ", ".join(dict.fromkeys(o.where.partition(" on ")[0] for o in others))
     sizes, ratios = [o.hidden for o in others], [o.ratio for o in others]
     star: dict[str, Any] = {"style": "*", "colour": 3, "size": 9}
-    over_hidden.append(Series.of(f"not fitted: {names}", sizes, ratios, **star))
+    over_hidden.append(base.Series.of(f"not fitted: {names}", sizes, ratios, **star))
     hiddens = [float(c.hidden) for c in bases] + [float(o.hidden) for o in beyond]
     grid = np.geomspace(min(hiddens) / 1.2, max(hiddens) * 1.2, 20)
     for k, name in enumerate(rivals(64, 32.0)):
         label = f"{name.partition(' (')[0]}, alpha {mid:g}"
         heights, style = [rivals(h, mid)[name] for h in grid], ("--", ":", "-.", "-")[k % 4]
-        law = Series(label, list(grid), heights, style=style, colour="grey", width=1.1)
+        law = base.Series(label, list(grid), heights, style=style, colour="grey", width=1.1)
         over_hidden.append(law)
     of_alpha = [(a, f"{a:g}") for a in alphas]
     of_hidden = [(h, f"{h:g}") for h in sorted(set(hiddens))]
     at_mid = f"by hidden size at alpha {mid:g}, with laws"
     return [
-        Panel(
+        base.Panel(
             title, x, "best LoRA LR / best FullFT LR", series, ticks=ticks, log_x=True, log_y=True
         )
         for title, x, series, ticks in (
@@ -266,7 +254,7 @@ def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[Panel]:
     ]
 
 
-def measures(found: Sequence[Bases], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Bases], asked: base.Asked) -> dict[str, Any]:
     """Return the laws, and other sweeps' ratios."""
     (c,) = found
     return {
@@ -277,21 +265,21 @@ def measures(found: Sequence[Bases], asked: Asked) -> dict[str, Any]:
     }
 
 
-def _hidden(name: str, of: str) -> Estimand[Bases]:
+def _hidden(name: str, of: str) -> base.Estimand[Bases]:
     """Return the exponent of the hidden size over one set of bases."""
 
     def gates(c: Bases) -> list[Gate]:
         one_size = len({b.hidden for b in c.sets[of]}) < 2
-        return c.gates_on(of) + (missing("another hidden size") if one_size else [])
+        return c.gates_on(of) + (base.missing("another hidden size") if one_size else [])
 
-    return Estimand(name, lambda c: c.laws[of].p, gates)
+    return base.Estimand(name, lambda c: c.laws[of].p, gates)
 
 
-QUESTION = Question[Bases](
+QUESTION = base.Question[Bases](
     estimands=[
         _hidden("hidden_exponent", TOKENS),
         _hidden("hidden_exponent_equal_loss", LOSS),
-        Estimand("alpha_exponent", lambda c: c.laws[ALL].q, lambda c: c.gates_on(ALL)),
+        base.Estimand("alpha_exponent", lambda c: c.laws[ALL].q, lambda c: c.gates_on(ALL)),
     ],
     conditions=conditions,
     sections=sections,

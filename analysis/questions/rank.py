@@ -45,30 +45,14 @@ from analysis.measures.speed import (
 )
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import (
-    TASK,
-    UNKNOWN,
-    Asked,
-    Estimand,
-    Panel,
-    Question,
-    Rows,
-    Section,
-    Series,
-    TwoArms,
-    gates_on,
-    gates_on_drift,
-    gates_on_speed,
-    lora_of,
-    missing,
-)
+from analysis.questions import base
 from analysis.runs.learning_curves import Points
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import while_unsolved
 
 
 @dataclass(frozen=True)
-class Ranks(TwoArms):
+class Ranks(base.TwoArms):
     """The ranks of one model and data set, while the task is unsolved."""
 
     every: pd.DataFrame
@@ -108,7 +92,7 @@ class Ranks(TwoArms):
         ends = [0, self.top]
         curves = [self.points[r].best for r in ends]
         over = stalled([self.by_rank[r] for r in ends], curves)
-        return gates_on_speed([self.by_rank[r] for r in ranks]) + over
+        return base.gates_on_speed([self.by_rank[r] for r in ranks]) + over
 
     @cached_property
     def in_regime(self) -> bool:
@@ -161,7 +145,7 @@ class Ranks(TwoArms):
     @cached_property
     def high(self) -> list[Optimum]:
         """The ranks from MIN_RANK up."""
-        return lora_of(self.optima, MIN_RANK)
+        return base.lora_of(self.optima, MIN_RANK)
 
 
 def conditions(table: pd.DataFrame) -> list[Ranks]:
@@ -175,7 +159,7 @@ def conditions(table: pd.DataFrame) -> list[Ranks]:
 # ---------------------------------------------------------------- the report
 
 
-def sections(found: Sequence[Ranks], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
     """Return when ranks fall behind, and how they start."""
     (c,) = found
     return [_behind(c), _start(c.start)]
@@ -188,9 +172,9 @@ def _shown(d: Departure) -> str:
     return f"< {number(d.high)}" if d.at_once else number(d.high)
 
 
-def _behind(c: Ranks) -> Section:
+def _behind(c: Ranks) -> base.Section:
     envelopes = {r: envelope(c.runs, o) for r, o in c.by_rank.items()}
-    rows: Rows = [["rank", "behind from step, by seed", "of the envelopes", "rho [95%]"]]
+    rows: base.Rows = [["rank", "behind from step, by seed", "of the envelopes", "rho [95%]"]]
     for rank, by_seed in c.departures.items():
         of_seeds = ", ".join(map(_shown, by_seed.best.values()))
         of_envelope = departure(envelopes[rank], envelopes[0], c.full.curve.nll_start)
@@ -210,29 +194,29 @@ def _behind(c: Ranks) -> Section:
         "learning curves by rank: at the optimal LR, mean over seeds; and the lowest loss over LRs"
     )
     panels = _panels(c, envelopes)
-    return Section("Falling behind", rows, text, "departures.png", panels, caption)
+    return base.Section("Falling behind", rows, text, "departures.png", panels, caption)
 
 
-def _panels(c: Ranks, envelopes: dict[int, Points]) -> list[Panel]:
+def _panels(c: Ranks, envelopes: dict[int, Points]) -> list[base.Panel]:
     single, lowest = [], []
     for r, o in c.by_rank.items():
         curves = [dict(p) for p in c.points[r].best.values()]
         steps = sorted({s for curve in curves for s in curve})
         mean = [float(np.mean([v[s] for v in curves if s in v])) for s in steps]
-        single.append(Series(o.curve.name, steps, mean))
+        single.append(base.Series(o.curve.name, steps, mean))
         points = envelopes[r]
-        lowest.append(Series(o.curve.name, [s for s, _ in points], [v for _, v in points]))
+        lowest.append(base.Series(o.curve.name, [s for s, _ in points], [v for _, v in points]))
     y = "held-out NLL (nats per token)"
     titles = {
         "runs at the optimal LR, mean over seeds": single,
         "envelopes: lowest over all LRs, one seed": lowest,
     }
-    return [Panel(title, "updates", y, series, log_x=True) for title, series in titles.items()]
+    return [base.Panel(title, "updates", y, series, log_x=True) for title, series in titles.items()]
 
 
-def _start(start: Start | None) -> Section:
+def _start(start: Start | None) -> base.Section:
     if start is None:
-        return Section("The start")
+        return base.Section("The start")
     head = ["rank", "leaves the band at step", "difference at the first step (nats)", "band there"]
     rows, series = [head], []
     for k, r in enumerate(start.ranks, 1):
@@ -240,18 +224,20 @@ def _start(start: Start | None) -> Section:
         first, width = float(r.difference[0]), float(r.band[0])
         rows.append([str(r.rank), leaves, signed(first), signed(width)])
         steps, band = [*start.steps, math.nan, *start.steps], [*r.band, math.nan, *-r.band]
-        label, look = f"95% of redraws, rank {r.rank}", {"style": ":", "alpha": 0.7}
+        label = f"95% of redraws, rank {r.rank}"
         series += [
-            Series(f"rank {r.rank}", start.steps, list(r.difference), colour=k),
-            Series(label, steps, band, colour=k, **look),
+            base.Series(f"rank {r.rank}", start.steps, list(r.difference), colour=k),
+            base.Series(label, steps, band, style=":", colour=k, alpha=0.7),
         ]
     title = f"one LR for all ranks ({start.lr:g}), mean over seeds and draws"
-    panel = Panel(title, "updates", f"NLL - NLL of rank {start.top} (nats)", series, log_x=True)
+    panel = base.Panel(
+        title, "updates", f"NLL - NLL of rank {start.top} (nats)", series, log_x=True
+    )
     caption = "ranks against redraws of A, at one LR"
-    return Section("The start", rows, [], "start.png", [panel], caption)
+    return base.Section("The start", rows, [], "start.png", [panel], caption)
 
 
-def measures(found: Sequence[Ranks], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Ranks], asked: base.Asked) -> dict[str, Any]:
     """Return the steps from which ranks are behind, by seed."""
     (c,) = found
     steps = {
@@ -261,42 +247,36 @@ def measures(found: Sequence[Ranks], asked: Asked) -> dict[str, Any]:
     return {"departures": steps}
 
 
-def _slope_where(name: str, in_regime: bool) -> Estimand[Ranks]:
+def _slope_where(name: str, in_regime: bool) -> base.Estimand[Ranks]:
     """Return the slope as an estimand of one regime; of the other no condition was run."""
-    return Estimand(
+    return base.Estimand(
         name,
-        lambda c: c.slope if c.in_regime == in_regime else UNKNOWN,
+        lambda c: c.slope if c.in_regime == in_regime else base.UNKNOWN,
         lambda c: c.gates_on_slope() if c.in_regime == in_regime else [Gate(GateCode.NO_CELL)],
         read=lambda c: f"ranks {min(c.lora)} to {c.top}, to update {c.last}",
     )
 
 
-def _at_start(name: str, value: str) -> Estimand[Ranks]:
-    return Estimand(
+def _at_start(name: str, value: str) -> base.Estimand[Ranks]:
+    return base.Estimand(
         name,
-        lambda c: getattr(c.start, value) if c.start else UNKNOWN,
-        lambda c: [] if c.start else missing("redraws of A at two ranks"),
+        lambda c: getattr(c.start, value) if c.start else None,
+        absent="redraws of A at two ranks",
         read=lambda c: c.common_lr,
     )
 
 
-def _gates_over_rank_1(c: Ranks) -> list[Gate]:
-    if 1 in c.lora and c.high:
-        return gates_on([c.lora[1], *c.high])
-    return missing(f"rank 1, or of ranks from {MIN_RANK} up")
-
-
-QUESTION = Question[Ranks](
+QUESTION = base.Question[Ranks](
     estimands=[
         _slope_where("rho_slope_in_regime", True),
         _slope_where("rho_slope_beyond", False),
-        Estimand(
+        base.Estimand(
             "departure_slope",
             lambda c: slope_of(c.departures),
             lambda c: c.gates_on(list(c.by_rank)) + c.unresolved(),
             read=lambda c: f"to update {c.last}",
         ),
-        Estimand(
+        base.Estimand(
             "rho_top_rank",
             lambda c: c.speed[c.top],
             lambda c: c.gates_on([0, c.top]),
@@ -305,19 +285,20 @@ QUESTION = Question[Ranks](
         ),
         # Not judged on a log scale: it is 0 if a rank leaves at the first evaluation.
         _at_start("identical_steps", "first"),
-        Estimand(
+        base.Estimand(
             "lr_drift_per_doubling",
             lambda c: lr_drift(c.high).slope,
-            lambda c: gates_on_drift(c.high),
+            lambda c: base.gates_on_drift(c.high),
         ),
         _at_start("difference_growth", "growth"),
-        Estimand(
+        base.Estimand(
             "rate_over_rank_1",
-            lambda c: ratio_of(c.high, c.lora[1]) if 1 in c.lora and c.high else UNKNOWN,
-            _gates_over_rank_1,
+            lambda c: ratio_of(c.high, c.lora[1]) if 1 in c.lora and c.high else None,
+            lambda c: base.gates_on([c.lora[1], *c.high]),
+            absent=f"rank 1, or of ranks from {MIN_RANK} up",
             log=True,
         ),
-        Estimand(
+        base.Estimand(
             "straightness",
             lambda c: least_straight(c.points[0], c.points[c.top]),
             lambda c: c.gates_on([0, c.top]),
@@ -331,5 +312,5 @@ QUESTION = Question[Ranks](
     conditions=conditions,
     sections=sections,
     measures=measures,
-    split_by=TASK,
+    split_by=base.TASK,
 )

@@ -6,7 +6,7 @@ LoRA's gain over the base model. Paired by seed.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,38 +16,11 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, number, rate, signed, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
-from analysis.measures.at_best import (
-    AtBest,
-    AtLr,
-    best_and_draws,
-    cost_of,
-    gates_on_cost,
-    losses_at,
-    losses_at_best,
-    mixed,
-    over_seeds,
-    pooled_over,
-    values_at_best,
-    weights,
-)
+from analysis.measures import at_best
 from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import (
-    UNKNOWN,
-    Asked,
-    Condition,
-    Estimand,
-    Panel,
-    Question,
-    Rows,
-    Section,
-    Series,
-    gates_on,
-    gates_on_speed,
-    lora_of,
-    missing,
-)
+from analysis.questions import base
 from analysis.runs.lr_curves import full_names, lr_curves, runs_of
 
 EVERY_LAYER = "attention+mlp+unembedding"
@@ -74,13 +47,13 @@ class Recipe:
     optimum: Optimum | None
     lrs: list[float]
     """The prescribed learning rate, and draws of it if it has an error itself."""
-    at: AtLr
+    at: at_best.AtLr
     share: Estimate
     """What it loses against tuned LoRA, as a share of tuned LoRA's gain."""
 
 
 @dataclass(frozen=True)
-class Recipes(Condition):
+class Recipes(base.Condition):
     """The recipes, tuned LoRA and full fine-tuning on a model's main data set."""
 
     every: pd.DataFrame
@@ -135,7 +108,10 @@ class Recipes(Condition):
     def recipes(self) -> dict[str, Recipe]:
         """What each recipe loses as a share of tuned LoRA's gain."""
         one, rank = self.one, float(self.tuned.curve.key["rank"])
-        of_full, of_tuned = best_and_draws(self.full, 1), best_and_draws(self.tuned, 0)
+        of_full, of_tuned = (
+            at_best.best_and_draws(self.full, 1),
+            at_best.best_and_draws(self.tuned, 0),
+        )
         attention = one(method="lora", layers="attention", schedule="constant")
         arms: dict[str, tuple[Optimum | None, list[float]]] = {
             "attention_at_full_lr": (attention, of_full),
@@ -144,15 +120,15 @@ class Recipes(Condition):
             "original": (one(method="lora", schedule="linear"), [2e-4]),
             "ten_times": (self.tuned, [10 * lr for lr in of_full]),
         }
-        (reference,), gain = losses_at_best([self.tuned]), self.gain
-        losses = {name: losses_at(o, lrs) for name, (o, lrs) in arms.items()}
+        (reference,), gain = at_best.losses_at_best([self.tuned]), self.gain
+        losses = {name: at_best.losses_at(o, lrs) for name, (o, lrs) in arms.items()}
         costs = {
             name: at.losses.paired(reference, lambda a, b: (a - b) / gain)
             for name, at in losses.items()
         }
-        pooled = pooled_over(costs.values())
+        pooled = at_best.pooled_over(costs.values())
         return {
-            name: Recipe(*arms[name], at, cost_of(at, costs[name], pooled))
+            name: Recipe(*arms[name], at, at_best.cost_of(at, costs[name], pooled))
             for name, at in losses.items()
         }
 
@@ -161,12 +137,15 @@ class Recipes(Condition):
     @property
     def few_ends(self) -> list[Optimum]:
         """The lowest and the highest rank on few rows; empty without two."""
-        lora = lora_of(self.few)
+        lora = base.lora_of(self.few)
         return [lora[0], lora[-1]] if len(lora) > 1 else []
 
-    def few_speed(self) -> Estimate:
+    def few_speed(self) -> Estimate | None:
         """Return rho of the lowest rank against the highest on few rows."""
-        return rho(*curves_at_best(self.every, self.few_ends)) if self.few_ends else UNKNOWN
+        if not self.few_ends:
+            return None
+        low, high = curves_at_best(self.every, self.few_ends)
+        return rho(low, high)
 
     # ---- the pretraining task
 
@@ -176,37 +155,41 @@ class Recipes(Condition):
         return "retain_nll" in self.every and not self.every["retain_nll"].isna().all()
 
     @cached_property
-    def retained(self) -> dict[int, AtBest[Losses]]:
+    def retained(self) -> dict[int, at_best.AtBest[Losses]]:
         """Losses on both tasks at the optimum, by the curve's id."""
-        return dict(zip(map(id, self.main), values_at_best(self.runs, self.main, losses_of)))
+        return dict(
+            zip(map(id, self.main), at_best.values_at_best(self.runs, self.main, losses_of))
+        )
 
-    def lost(self, o: Optimum) -> AtBest[float]:
+    def lost(self, o: Optimum) -> at_best.AtBest[float]:
         """Return the increase of the loss on the pretraining task at a curve's optimum."""
         return self.retained[id(o)].map(lambda v: v["lost"])
 
     @cached_property
-    def retention(self) -> Estimate:
+    def retention(self) -> Estimate | None:
         """What tuned LoRA forgets over what full fine-tuning forgets."""
         if not self.is_retained:
-            return UNKNOWN
-        return over_seeds(self.lost(self.tuned).paired(self.lost(self.full), lambda x, y: x / y))
+            return None
+        return at_best.over_seeds(
+            self.lost(self.tuned).paired(self.lost(self.full), lambda x, y: x / y)
+        )
 
     @cached_property
-    def equal(self) -> AtBest[Losses]:
+    def equal(self) -> at_best.AtBest[Losses]:
         """Full fine-tuning where it has learned as much as tuned LoRA."""
         return at_equal_learning(self.runs, self.full, self.tuned)
 
     @cached_property
-    def retention_equal(self) -> Estimate:
+    def retention_equal(self) -> Estimate | None:
         """What tuned LoRA forgets over what full fine-tuning forgets at equal learning."""
         if not self.is_retained:
-            return UNKNOWN
-        return over_seeds(self.equal.map(lambda v: v["lora"] / v["lost"]))
+            return None
+        return at_best.over_seeds(self.equal.map(lambda v: v["lora"] / v["lost"]))
 
     def gates_on_equal(self) -> list[Gate]:
         """Return a gate if full fine-tuning learned as much as LoRA in too few seeds."""
         both = self.lost(self.tuned).best.keys() & self.lost(self.full).best.keys()
-        needed, n = max(len(both), MIN_SEEDS), self.retention_equal.n
+        needed, n = max(len(both), MIN_SEEDS), len(self.equal.best)
         return [] if n >= needed else [Gate(GateCode.FEW_SEEDS_AS_GOOD, f"{n} of {needed}")]
 
 
@@ -241,7 +224,7 @@ def frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> dict[f
     }
 
 
-def at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> AtBest[Losses]:
+def at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> at_best.AtBest[Losses]:
     """Return what full fine-tuning forgets when it has learned as much as tuned LoRA, by seed.
 
     That is at the lowest learning rate, up to its optimum, at which its loss on the new task equals
@@ -249,11 +232,11 @@ def at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> AtB
     out if the seeds that have one there differ from those at the optimum: the mean would otherwise
     be over seeds selected by what they learned.
     """
-    (runs,) = values_at_best(table, [tuned], losses_of)
+    (runs,) = at_best.values_at_best(table, [tuned], losses_of)
     paths = {s: frontier(table, full, s) for s in runs.best}
     full_lr = full.best_lr.value
     if full_lr is None:
-        return AtBest({})
+        return at_best.AtBest({})
 
     def equal(by_seed: dict[int, Losses]) -> dict[int, Losses]:
         found = {
@@ -263,7 +246,7 @@ def at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> AtB
 
     best = equal(runs.best)
     draws = (w if w.keys() == best.keys() else {} for w in map(equal, runs.draws))
-    return AtBest(best, tuple(draws))
+    return at_best.AtBest(best, tuple(draws))
 
 
 def _where_equal(path: dict[float, Losses], best: float, mine: Losses) -> Losses:
@@ -279,7 +262,7 @@ def _where_equal(path: dict[float, Losses], best: float, mine: Losses) -> Losses
     heights = {x: v["test"] for x, v in by_lr.items()}
     before: Losses = {}
     for x in np.linspace(min(by_lr), math.log(best), STEPS):
-        here = mixed(by_lr, weights(list(by_lr), float(x), heights))
+        here = at_best.mixed(by_lr, at_best.weights(list(by_lr), float(x), heights))
         if here["test"] <= mine["test"]:
             return {**here, "lr": math.exp(x), "lora": mine["lost"]} if before else {}
         before = here
@@ -302,21 +285,21 @@ def conditions(table: pd.DataFrame) -> list[Recipes]:
 # ---------------------------------------------------------------- the report
 
 
-def sections(found: Sequence[Recipes], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Recipes], asked: base.Asked) -> list[base.Section]:
     """Return the recipes' costs, few rows, and what is forgotten."""
     (c,) = found
-    rows: Rows = []
+    rows: base.Rows = []
     if c.few_ends:
         rows = [["curve", "best LR [95%]", "best NLL", "flags"]]
         for o in c.few:
             lr, flags = with_interval(o.best_lr, rate), ", ".join(o.flags) or "-"
             rows.append([o.curve.name, lr, number(o.best_nll, 5), flags])
-    return [_costs(c), Section("Few rows, many epochs", rows), _forgotten(c)]
+    return [_costs(c), base.Section("Few rows, many epochs", rows), _forgotten(c)]
 
 
-def _costs(c: Recipes) -> Section:
+def _costs(c: Recipes) -> base.Section:
     head = ["recipe", "LR", "read at", "regret (nats)", "share of tuned LoRA's gain [95%]"]
-    rows: Rows = [[*head, "seeds", "at its own optimal LR (nats)"]]
+    rows: base.Rows = [[*head, "seeds", "at its own optimal LR (nats)"]]
     for name, r in c.recipes.items():
         o, share, own = r.optimum, r.share, None
         if o is not None and o.best_nll is not None and o is not c.tuned:
@@ -332,14 +315,14 @@ def _costs(c: Recipes) -> Section:
         "least that much."
     )
     shares = [r.share for r in c.recipes.values()]
-    bars = Series.of("", range(len(shares)), shares, style="o", colour=1)
+    bars = base.Series.of("", range(len(shares)), shares, style="o", colour=1)
     ticks = [(float(i), RECIPES[k]) for i, k in enumerate(c.recipes)]
     title, margin = "regret as a share of tuned LoRA's gain", (-0.05, 0.05)
-    panel = Panel(title, "", "share", [bars], band=margin, ticks=ticks)
-    return Section("Recipes", rows, [text], "recipes.png", [panel], "regret of recipes")
+    panel = base.Panel(title, "", "share", [bars], band=margin, ticks=ticks)
+    return base.Section("Recipes", rows, [text], "recipes.png", [panel], "regret of recipes")
 
 
-def _read_at(at: AtLr) -> str:
+def _read_at(at: at_best.AtLr) -> str:
     near = []
     if any(at.near_diverged):
         share = f"{np.mean(at.near_diverged):.0%}"
@@ -347,20 +330,20 @@ def _read_at(at: AtLr) -> str:
     return ", ".join([*map(rate, at.read_at), *near]) or "-"
 
 
-def _forgotten(c: Recipes) -> Section:
+def _forgotten(c: Recipes) -> base.Section:
     title = "What is forgotten"
     if not c.is_retained:
-        return Section(title)
+        return base.Section(title)
     head = ["curve", "at LR", "test NLL on the new task", "NLL on the pretraining task", "before"]
-    rows: Rows = [[*head, "forgotten (nats) [95%]"]]
-    series: list[Series] = []
-    pooled = pooled_over(c.lost(o) for o in c.main)
+    rows: base.Rows = [[*head, "forgotten (nats) [95%]"]]
+    series: list[base.Series] = []
+    pooled = at_best.pooled_over(c.lost(o) for o in c.main)
     for o, name in zip(c.main, full_names([o.curve for o in c.main])):
         runs = c.retained[id(o)].best.values()
         if not runs:
             continue
         mean = {k: float(np.mean([v[k] for v in runs])) for k in LOSSES}
-        forgotten = with_interval(over_seeds(c.lost(o), pooled))
+        forgotten = with_interval(at_best.over_seeds(c.lost(o), pooled))
         losses = [number(mean[k], 4) for k in LOSSES]
         rows.append([name, rate(o.best_lr.value), *losses, forgotten])
         if o in (c.full, c.tuned):
@@ -373,60 +356,59 @@ def _forgotten(c: Recipes) -> Section:
         losses = [number(v[k], 4) for k in LOSSES]
         rows.append([name, rate(v["lr"]), *losses, number(v["lost"])])
     learned, kept = "test NLL on the new task (nats)", "NLL on the pretraining task (nats)"
-    panel = Panel("one point per LR, mean over seeds", learned, kept, series)
+    panel = base.Panel("one point per LR, mean over seeds", learned, kept, series)
     caption = "loss on the pretraining task, against the loss on the new one"
-    return Section(title, rows, [], "retention.png", [panel] if series else [], caption)
+    return base.Section(title, rows, [], "retention.png", [panel] if series else [], caption)
 
 
-def _path(name: str, path: dict[float, Losses], mean: Losses, colour: int) -> list[Series]:
+def _path(name: str, path: dict[float, Losses], mean: Losses, colour: int) -> list[base.Series]:
     """Return series of a curve's losses on both tasks, over its LRs and at its optimum."""
     learned, left = ([v[k] for v in path.values()] for k in ("test", "after"))
     star: dict[str, Any] = {"style": "*", "colour": colour, "size": 15}
     return [
-        Series(f"{name}, low to high LR", learned, left, colour=colour),
-        Series(f"{name} at its optimal LR", [mean["test"]], [mean["after"]], **star),
+        base.Series(f"{name}, low to high LR", learned, left, colour=colour),
+        base.Series(f"{name} at its optimal LR", [mean["test"]], [mean["after"]], **star),
     ]
 
 
-def measures(found: Sequence[Recipes], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Recipes], asked: base.Asked) -> dict[str, Any]:
     """Return every estimand."""
     (c,) = found
-    return {"shares": {e.name: e.measure(c).plain() for e in QUESTION.estimands}}
+    return {"shares": {e.name: (e.measure(c) or base.UNKNOWN).plain() for e in QUESTION.estimands}}
 
 
-def _recipe(name: str) -> Estimand[Recipes]:
+def _recipe(name: str) -> base.Estimand[Recipes]:
     """Return a recipe's cost."""
-    return Estimand(
+    return base.Estimand(
         name,
         lambda c: c.recipes[name].share,
-        lambda c: gates_on(c.rests),
-        margin_gates=lambda c, margin: gates_on_cost(
+        lambda c: base.gates_on(c.rests),
+        margin_gates=lambda c, margin: at_best.gates_on_cost(
             c.recipes[name].optimum, c.recipes[name].at, c.recipes[name].share, margin[1]
         ),
     )
 
 
-def _if_retained(gates: Callable[[Recipes], list[Gate]]) -> Callable[[Recipes], list[Gate]]:
-    return lambda c: gates(c) if c.is_retained else missing("the pretraining task")
-
-
-QUESTION = Question[Recipes](
+PRETRAINING = "the pretraining task"
+QUESTION = base.Question[Recipes](
     estimands=[
         *(_recipe(name) for name in RECIPES),
-        Estimand(
+        base.Estimand(
             "small_data_rank",
             Recipes.few_speed,
-            lambda c: (
-                gates_on_speed(c.few_ends) if c.few_ends else missing("two ranks on few rows")
-            ),
+            lambda c: base.gates_on_speed(c.few_ends),
+            absent="two ranks on few rows",
             log=True,
         ),
-        Estimand("retention", lambda c: c.retention, _if_retained(lambda c: gates_on(c.rests))),
-        Estimand(
+        base.Estimand(
+            "retention", lambda c: c.retention, lambda c: base.gates_on(c.rests), absent=PRETRAINING
+        ),
+        base.Estimand(
             "retention_equal",
             lambda c: c.retention_equal,
-            _if_retained(lambda c: gates_on(c.rests) + c.gates_on_equal()),
-            read=lambda c: f"{c.retention_equal.n} seed(s)",
+            lambda c: base.gates_on(c.rests) + c.gates_on_equal(),
+            absent=PRETRAINING,
+            read=lambda c: f"{len(c.equal.best)} seed(s)" if c.is_retained else "0 seed(s)",
         ),
     ],
     conditions=conditions,

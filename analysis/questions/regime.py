@@ -19,43 +19,11 @@ import pandas as pd
 from analysis.inference.decide import at_level
 from analysis.inference.estimate import Estimate, number, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
+from analysis.measures import regret
 from analysis.measures.at_best import AtBest, is_finite, mean_of, over_seeds
-from analysis.measures.regret import (
-    ALLOWED,
-    BITS_PER_PARAMETER,
-    COUNTS,
-    PARTS,
-    Gap,
-    Needed,
-    Novelty,
-    bits_of,
-    change_of_needed,
-    controls_of,
-    gaps_of,
-    growth,
-    loads_of,
-    mean_over,
-    novelty_of,
-    parts_at_best,
-    rank_needed,
-    rank_needed_by_seed,
-)
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import (
-    UNKNOWN,
-    Asked,
-    Condition,
-    Estimand,
-    Panel,
-    Question,
-    Rows,
-    Section,
-    Series,
-    distinct,
-    gates_on_gap,
-    missing,
-)
+from analysis.questions import base
 from analysis.runs.lr_curves import lr_curves, title
 from analysis.runs.prefixes import at_step, on_curve_rows
 from analysis.runs.table import TableError
@@ -65,16 +33,16 @@ FIRST = 64
 EIGHTH = 8
 """The study's ranks end at an eighth of the hidden size."""
 FITTING = 0.5
-"""A rank of this load or less has room for what is new, with a factor 2 to spare."""
-Gaps = dict[int, Gap]
+"""A rank of this load or less can hold what is new, with a factor 2 to spare."""
+Gaps = dict[int, regret.Gap]
 """By rank."""
 
 
 @dataclass(frozen=True)
-class Data(Condition):
+class Data(base.Condition):
     """One data set on one base."""
 
-    novelty: Novelty | None
+    novelty: regret.Novelty | None
     """None for real data, of which the information is not known."""
     last: Gaps
     """After the last update."""
@@ -109,7 +77,7 @@ class Data(Condition):
         return min((r for r in self.last if r >= self.wanted), default=max(self.last, default=0))
 
     @property
-    def gap(self) -> Gap:
+    def gap(self) -> regret.Gap:
         """The gap at rank `eighth`."""
         return self.last[self.eighth]
 
@@ -124,32 +92,32 @@ class Data(Condition):
     @cached_property
     def parts_of_gap(self) -> dict[int, dict[str, AtBest[float]]]:
         """By rank: what the changed and the unchanged contexts add to the gap, in nats."""
-        return {r: parts_at_best(self.runs, g) for r, g in self.last.items()}
+        return {r: regret.parts_at_best(self.runs, g) for r, g in self.last.items()}
 
     @cached_property
     def loads(self) -> dict[int, dict[str, float]]:
         """By rank and count."""
-        return {r: loads_of(self.runs, g.lora, self.bits) for r, g in self.last.items()}
+        return {r: regret.loads_of(self.runs, g.lora, self.bits) for r, g in self.last.items()}
 
     @cached_property
-    def controls(self) -> list[Gap]:
+    def controls(self) -> list[regret.Gap]:
         """Full fine-tuning of some matrices alone against that of everything."""
-        return controls_of(self.runs, self.optima)
+        return regret.controls_of(self.runs, self.optima)
 
     @property
     def fitting(self) -> int | None:
-        """The smallest rank with room for what is new by the generator's bits; None without one."""
+        """The smallest rank that can hold what is new by the generator's bits; None without one."""
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load <= FITTING]
         return min(ranks, default=None)
 
     @property
     def overfull(self) -> int | None:
-        """The largest rank without room for what is new by that count; None without one."""
+        """The largest rank that cannot hold what is new by that count; None without one."""
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load > 1]
         return max(ranks, default=None)
 
     @cached_property
-    def growing(self) -> tuple[Gap, Gap] | None:
+    def growing(self) -> tuple[regret.Gap, regret.Gap] | None:
         """The smallest rank's gap after FIRST and after all updates, on the same rows."""
         smallest = min(self.last)
         if smallest not in self.first:
@@ -173,13 +141,13 @@ class Data(Condition):
             return [gap.lora, gap.full]
         used = [gap.lora, gap.full, *(c.lora for c in self.controls)]
         used += [self.last[r].lora for r in (self.fitting, self.overfull) if r is not None]
-        return distinct([*used, *([self.growing[1].lora] if self.growing else [])])
+        return base.distinct([*used, *([self.growing[1].lora] if self.growing else [])])
 
     def gates_at_eighth(self) -> list[Gate]:
         """List the gates of the gap at an eighth of the hidden size."""
-        gates = gates_on_gap(self.gap)
+        gates = base.gates_on_gap(self.gap)
         if max(self.last) < self.wanted:
-            gates += missing(f"a rank of 1/{EIGHTH} of the width or more")
+            gates += base.missing(f"a rank of 1/{EIGHTH} of the width or more")
         return gates
 
     # ---- the rank that is needed
@@ -193,7 +161,7 @@ class Data(Condition):
     def rank_needed(self) -> Estimate:
         """The needed rank, over seeds; no value if it is outside the ranks tried in a seed."""
         if not is_finite(self.log_needed):
-            return UNKNOWN
+            return base.UNKNOWN
         e = over_seeds(self.log_needed)
         low, value, high = (None if v is None else 2**v for v in (e.low, e.value, e.high))
         return Estimate(value, low, high, e.n, e.flags)
@@ -202,7 +170,7 @@ class Data(Condition):
         """Return the load of the needed rank, whose parameters are in proportion to it."""
         e, loads = self.rank_needed, {r: v[count] for r, v in self.loads.items() if count in v}
         if not loads:
-            return UNKNOWN
+            return base.UNKNOWN
         of_rank_1 = float(np.mean([r * load for r, load in loads.items()]))
         low, value, high = (None if v is None else of_rank_1 / v for v in (e.high, e.value, e.low))
         return Estimate(value, low, high, e.n, e.flags)
@@ -214,23 +182,26 @@ class Data(Condition):
             return None
         doublings = math.log2(self.steps / FIRST)
         first, last = _log_needed(self.first), _log_needed(self.last_on_first_rows)
-        return change_of_needed(first, last, doublings)
+        return regret.change_of_needed(first, last, doublings)
 
     @cached_property
-    def needed(self) -> Needed:
+    def needed(self) -> regret.Needed:
         """The smallest rank with no regret; a rank that must not be judged tells nothing."""
-        return rank_needed(
-            {r: UNKNOWN if gates_on_gap(g) else g.over_allowed() for r, g in self.last.items()}
+        return regret.rank_needed(
+            {
+                r: base.UNKNOWN if base.gates_on_gap(g) else g.over_allowed()
+                for r, g in self.last.items()
+            }
         )
 
 
 def _log_needed(gaps: Gaps) -> AtBest[float]:
     """Return log2 of the needed rank; a gap that must not be judged tells nothing of it."""
-    return rank_needed_by_seed({r: g for r, g in gaps.items() if not gates_on_gap(g)})
+    return regret.rank_needed_by_seed({r: g for r, g in gaps.items() if not base.gates_on_gap(g)})
 
 
 @dataclass(frozen=True)
-class Base(Condition):
+class Base(base.Condition):
     """All data sets of one base on which something is new."""
 
     data: list[Data]
@@ -242,12 +213,12 @@ class Base(Condition):
     @property
     def rests(self) -> list[Optimum]:
         gaps = [g for c in self.data for g in c.last.values()]
-        return distinct(o for g in gaps for o in (g.lora, g.full))
+        return base.distinct(o for g in gaps for o in (g.lora, g.full))
 
     @cached_property
     def change(self) -> AtBest[float] | None:
         """Change of log2 of the needed rank per doubling of the updates: the mean over data."""
-        return mean_over([n for c in self.data if (n := c.needed_over_updates) is not None])
+        return regret.mean_over([n for c in self.data if (n := c.needed_over_updates) is not None])
 
 
 def conditions(table: pd.DataFrame) -> list[Data | Base]:
@@ -256,17 +227,17 @@ def conditions(table: pd.DataFrame) -> list[Data | Base]:
     for _, part in table.groupby(["model", "dataset", "batch_size", "steps"], sort=False):
         runs = part.reset_index(drop=True)
         optima = fit_all(lr_curves(runs))
-        last = _by_rank(gaps_of(runs, optima))
+        last = _by_rank(regret.gaps_of(runs, optima))
         first: Gaps = {}
         again: Gaps = {}
         constant = (runs["schedule"] == "constant").all()
         longer = int(runs["steps"].iloc[0]) > FIRST
         if longer and constant and len(early := at_step(runs, FIRST)):
-            first = _by_rank(gaps_of(early, fit_all(lr_curves(early))))
+            first = _by_rank(regret.gaps_of(early, fit_all(lr_curves(early))))
             same = on_curve_rows(runs)
-            again = _by_rank(gaps_of(same, fit_all(lr_curves(same))))
-        novelty = novelty_of(json.loads(runs["spec"].iloc[0])["dataset"])
-        bits = bits_of(runs, next(iter(last.values())).full) if last else {}
+            again = _by_rank(regret.gaps_of(same, fit_all(lr_curves(same))))
+        novelty = regret.novelty_of(json.loads(runs["spec"].iloc[0])["dataset"])
+        bits = regret.bits_of(runs, next(iter(last.values())).full) if last else {}
         name = novelty.name if novelty else runs["dataset"].iloc[0]
         name = f"{runs['model'].iloc[0]}, {name}"
         found.append(Data(name, runs, optima, novelty, last, first, again, bits))
@@ -282,7 +253,7 @@ def conditions(table: pd.DataFrame) -> list[Data | Base]:
     return [*found, *bases]
 
 
-def _by_rank(gaps: Sequence[Gap]) -> Gaps:
+def _by_rank(gaps: Sequence[regret.Gap]) -> Gaps:
     found = {g.rank: g for g in gaps}
     if len(found) < len(gaps):
         raise TableError(
@@ -299,26 +270,26 @@ def _highest_load(c: Data) -> float:
 # ---------------------------------------------------------------- the report
 
 
-def sections(found: Sequence[Data], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
     """Return regret over rank, capacity, growth, the parts of the gap, and controls."""
     out = [_over_rank(found), _capacity(found), _over_updates(found), _by_context(found)]
     return out + _controls(found)
 
 
-def _over_rank(found: Sequence[Data]) -> Section:
+def _over_rank(found: Sequence[Data]) -> base.Section:
     head = ["condition", "updates", "rank", "gain of FullFT", "regret, % of the gain [95%]"]
-    rows: Rows = [head]
+    rows: base.Rows = [head]
     for c in found:
         for r, g in c.last.items():
             gain = number(mean_of(g.gain))
             rows.append([c.name, str(c.steps), str(r), gain, with_interval(g.percent())])
     text = [
         f"Regret: LoRA's loss minus full fine-tuning's at the last update, in percent of what full "
-        f"fine-tuning gains; up to {ALLOWED:.0%} counts as none.",
+        f"fine-tuning gains; up to {regret.ALLOWED:.0%} counts as none.",
         *(f"{c.name}: {said}." for c in found if (said := _needed_text(c))),
     ]
     panels = [_regret_panel(found)]
-    return Section("Regret over rank", rows, text, "regret.png", panels, "regret over rank")
+    return base.Section("Regret over rank", rows, text, "regret.png", panels, "regret over rank")
 
 
 def _needed_text(c: Data) -> str:
@@ -333,17 +304,17 @@ LINEAR = 1.0
 """Percent of the gain below which the axis is linear, so that 0 and less have a place."""
 
 
-def _regret_panel(found: Sequence[Data]) -> Panel:
+def _regret_panel(found: Sequence[Data]) -> base.Panel:
     """Draw a line per condition; where nothing is new there is hardly a gain to compare with."""
     series = []
     for c in (c for c in found if c.novelty is None or not c.novelty.nothing):
         known = {r: e for r, g in c.last.items() if (e := g.percent()).value is not None}
         if known:
             name = f"{c.name}, {c.steps} updates"
-            series.append(Series.of(name, list(known), list(known.values())))
+            series.append(base.Series.of(name, list(known), list(known.values())))
     ranks = sorted({int(r) for s in series for r in s.x})
     lows = [v for s in series for v in s.low if v is not None]
-    return Panel(
+    return base.Panel(
         "each rank and full fine-tuning at their optimal LRs",
         "rank",
         "regret, % of full fine-tuning's gain",
@@ -351,45 +322,45 @@ def _regret_panel(found: Sequence[Data]) -> Panel:
         log_x=True,
         log_y=True,
         linear_below=LINEAR,
-        lines={f"counts as none: {ALLOWED:.0%}": 100 * ALLOWED},
+        lines={f"counts as none: {regret.ALLOWED:.0%}": 100 * regret.ALLOWED},
         ticks=[(float(r), str(r)) for r in ranks],
         y_range=(1.5 * min([-LINEAR, *lows]), None),
     )
 
 
-def _capacity(found: Sequence[Data]) -> Section:
+def _capacity(found: Sequence[Data]) -> base.Section:
     """Show the bits of each condition and the load of each rank, by every count."""
-    head = [f"load by {words}" for words in COUNTS.values()]
-    rows: Rows = [["condition", "updates", "rank", *head, "regret, % of the gain [95%]"]]
+    head = [f"load by {words}" for words in regret.COUNTS.values()]
+    rows: base.Rows = [["condition", "updates", "rank", *head, "regret, % of the gain [95%]"]]
     for c in found:
         for r, g in c.last.items():
-            loads = [number(c.loads[r].get(count)) for count in COUNTS]
+            loads = [number(c.loads[r].get(count)) for count in regret.COUNTS]
             rows.append([c.name, str(c.steps), str(r), *loads, with_interval(g.percent())])
         if (rank := c.rank_needed).value is not None:
-            loads = [with_interval(c.load_needed(count)) for count in COUNTS]
-            allowed = f"{100 * ALLOWED:g}"
+            loads = [with_interval(c.load_needed(count)) for count in regret.COUNTS]
+            allowed = f"{100 * regret.ALLOWED:g}"
             rows.append([c.name, str(c.steps), number(rank.value), *loads, allowed])
     text = [
-        f"Load: bits over {BITS_PER_PARAMETER:g} bits for each trained parameter. The generator's "
-        "bits are the free numbers of what is new, and the fewest that suffice. The first pass, "
-        "the study's count, is the summed loss of full fine-tuning over the training rows, each "
-        "before it is learned from: an upper bound. Its entropy cannot be learned away; the rest "
-        "is the cost of learning. The last line of each data set is at the interpolated rank "
-        f"that has a regret of {ALLOWED:.0%}.",
+        f"Load: bits over {regret.BITS_PER_PARAMETER:g} bits for each trained parameter. The "
+        "generator's bits are the free numbers of what is new, and the fewest that suffice. The "
+        "first pass, the study's count, is the summed loss of full fine-tuning over the training "
+        "rows, each before it is learned from: an upper bound. Its entropy cannot be learned away; "
+        "the rest is the cost of learning. The last line of each data set is at the interpolated "
+        f"rank that has a regret of {regret.ALLOWED:.0%}.",
         *(f"{c.name}: {_bits_text(c)}." for c in found if c.bits),
     ]
-    return Section("Capacity for what is new", rows, text)
+    return base.Section("Capacity for what is new", rows, text)
 
 
 def _bits_text(c: Data) -> str:
     rows = int(c.one("batch_size")) * c.steps
-    counted = ", ".join(f"{w} {c.bits[k]:,.0f}" for k, w in COUNTS.items() if k in c.bits)
+    counted = ", ".join(f"{w} {c.bits[k]:,.0f}" for k, w in regret.COUNTS.items() if k in c.bits)
     return f"bits of {rows:,} rows: {counted}"
 
 
-def _over_updates(found: Sequence[Data]) -> Section:
+def _over_updates(found: Sequence[Data]) -> base.Section:
     head = ["condition", "rank", f"gap at {FIRST} updates [95%]", "at the last [95%]", "growth"]
-    rows: Rows = [head]
+    rows: base.Rows = [head]
     panels = []
     for c in found:
         series = []
@@ -397,40 +368,44 @@ def _over_updates(found: Sequence[Data]) -> Section:
             if r not in c.first:
                 continue
             estimates = [c.first[r].mean(), g.mean()]
-            shown = [*estimates, growth(c.first[r], g)]
+            shown = [*estimates, regret.growth(c.first[r], g)]
             rows.append([c.name, str(r), *(with_interval(e, signed) for e in shown)])
-            series.append(Series.of(f"rank {r}", [FIRST, c.steps], estimates, colour=k))
+            series.append(base.Series.of(f"rank {r}", [FIRST, c.steps], estimates, colour=k))
         if series:
             y = "LoRA's loss - full fine-tuning's (nats)"
             lines = {"full fine-tuning": 0.0}
             ticks = [(float(n), str(n)) for n in (FIRST, c.steps)]
-            panels.append(Panel(c.name, "updates", y, series, log_x=True, lines=lines, ticks=ticks))
+            panels.append(
+                base.Panel(c.name, "updates", y, series, log_x=True, lines=lines, ticks=ticks)
+            )
     text = [
         "A lack of capacity lets the gap grow with updates; slower learning lets it shrink. Both "
         "gaps are on the same held-out rows."
     ]
     caption = "the gap in nats after few and after many updates"
-    return Section("Speed or capacity", rows, text, "growth.png", panels, caption)
+    return base.Section("Speed or capacity", rows, text, "growth.png", panels, caption)
 
 
-def _by_context(found: Sequence[Data]) -> Section:
-    rows: Rows = [["condition", "rank", "changed contexts [95%]", "unchanged contexts [95%]"]]
+def _by_context(found: Sequence[Data]) -> base.Section:
+    rows: base.Rows = [["condition", "rank", "changed contexts [95%]", "unchanged contexts [95%]"]]
     for c in found:
         for r, parts in c.parts_of_gap.items():
             if parts:
-                shown = [with_interval(over_seeds(parts[k]), signed) for k in PARTS]
+                shown = [with_interval(over_seeds(parts[k]), signed) for k in regret.PARTS]
                 rows.append([c.name, str(r), *shown])
     text = [
         "What the contexts whose next symbols are new, and those where nothing is new, add to the "
         "gap, in nats: the share of the contexts times the gap on them, interpolated to the "
         "optimal LRs."
     ]
-    return Section("Where the gap is", rows, text)
+    return base.Section("Where the gap is", rows, text)
 
 
-def _controls(found: Sequence[Data]) -> list[Section]:
+def _controls(found: Sequence[Data]) -> list[base.Section]:
     """Show the controls, which have no rank; no section without any."""
-    rows: Rows = [["condition", "full fine-tuning of", "its loss less that of everything [95%]"]]
+    rows: base.Rows = [
+        ["condition", "full fine-tuning of", "its loss less that of everything [95%]"]
+    ]
     rows += [
         [c.name, str(g.lora.curve.key["layers"]), with_interval(g.mean(), signed)]
         for c in found
@@ -440,10 +415,10 @@ def _controls(found: Sequence[Data]) -> list[Section]:
         "Full fine-tuning of the matrices that LoRA adapts, and nothing else: its regret is due to "
         "which matrices are trained, not to the rank."
     ]
-    return [Section("Controls", rows, text)] if len(rows) > 1 else []
+    return [base.Section("Controls", rows, text)] if len(rows) > 1 else []
 
 
-def measures(found: Sequence[Data], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Data], asked: base.Asked) -> dict[str, Any]:
     """Return loads, gaps and regrets by condition and rank."""
     return {"cells": [_plain(c, asked.level) for c in found]}
 
@@ -456,7 +431,7 @@ def _plain(c: Data, level: float) -> dict[str, Any]:
         "updates": c.steps,
         "bits": c.bits,
         "rank_interpolated": c.rank_needed.plain(),
-        "loads_needed": {k: c.load_needed(k).plain() for k in COUNTS},
+        "loads_needed": {k: c.load_needed(k).plain() for k in regret.COUNTS},
         "rank_needed": [c.needed.above, None if math.isinf(c.needed.up_to) else c.needed.up_to],
         "ranks": [
             {
@@ -477,28 +452,28 @@ def _plain(c: Data, level: float) -> dict[str, Any]:
 # ---------------------------------------------------------------- estimands
 
 
-def _on(applies: Callable[[Data], bool]) -> Callable[[Condition], bool]:
+def _on(applies: Callable[[Data], bool]) -> Callable[[base.Condition], bool]:
     """Return whether a condition is a data set with both arms for which something holds."""
     return lambda c: isinstance(c, Data) and not c.missing and applies(c)
 
 
-def _at(rank_of: Callable[[Data], int | None], name: str) -> Estimand[Any]:
+def _at(rank_of: Callable[[Data], int | None], name: str) -> base.Estimand[Any]:
     """Return the regret minus what is allowed at a rank chosen by its load."""
 
-    def gap(c: Data) -> Gap:
+    def gap(c: Data) -> regret.Gap:
         rank = rank_of(c)
         assert rank is not None
         return c.last[rank]
 
-    return Estimand(
+    return base.Estimand(
         name,
         lambda c: gap(c).over_allowed(),
-        lambda c: gates_on_gap(gap(c)),
+        lambda c: base.gates_on_gap(gap(c)),
         applies=_on(lambda c: c.is_new and rank_of(c) is not None),
     )
 
 
-def _is_low_or_incomplete(c: Condition) -> bool:
+def _is_low_or_incomplete(c: base.Condition) -> bool:
     return isinstance(c, Data) and (bool(c.missing) or c.is_low)
 
 
@@ -519,19 +494,19 @@ def _gates_on_growth(c: Data) -> list[Gate]:
     lows = [g.mean().low for g in c.growing]
     behind = any(low is not None and low > 0 for low in lows)
     none = [] if behind else [Gate(GateCode.NO_GAP)]
-    return [*(gate for g in c.growing for gate in gates_on_gap(g)), *none]
+    return [*(gate for g in c.growing for gate in base.gates_on_gap(g)), *none]
 
 
-QUESTION = Question[Any](
+QUESTION = base.Question[Any](
     estimands=[
-        Estimand(
+        base.Estimand(
             "over_allowed_low",
             lambda c: c.gap.over_allowed(),
             Data.gates_at_eighth,
             applies=_is_low_or_incomplete,
             read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
         ),
-        Estimand(
+        base.Estimand(
             "over_allowed_beyond",
             lambda c: c.gap.over_allowed(),
             Data.gates_at_eighth,
@@ -539,47 +514,47 @@ QUESTION = Question[Any](
         ),
         _at(lambda c: c.fitting, "over_allowed_fitting"),
         _at(lambda c: c.overfull, "over_allowed_overfull"),
-        Estimand(
+        base.Estimand(
             "gap_growth",
-            lambda c: growth(*c.growing),
+            lambda c: regret.growth(*c.growing),
             _gates_on_growth,
             applies=_on(lambda c: c.is_new and c.growing is not None),
             read=lambda c: f"smallest rank, update {FIRST} to the last",
         ),
-        Estimand(
+        base.Estimand(
             "gap_low",
             lambda c: c.gap.mean(),
             Data.gates_at_eighth,
             applies=_on(lambda c: c.is_low),
         ),
-        Estimand(
+        base.Estimand(
             "gap_nothing",
             lambda c: c.gap.mean(),
             # Five percent of almost no gain would ask for an error that no number of seeds reaches.
             lambda c: [g for g in c.gates_at_eighth() if g.code != GateCode.NOISY],
             applies=_on(lambda c: c.novelty is not None and c.novelty.nothing),
         ),
-        Estimand(
+        base.Estimand(
             "gap_matrices",
             lambda c: c.controls[0].mean(),
-            lambda c: gates_on_gap(c.controls[0]),
+            lambda c: base.gates_on_gap(c.controls[0]),
             applies=_on(lambda c: c.is_low and bool(c.controls)),
         ),
-        Estimand(
+        base.Estimand(
             "unchanged_minus_changed",
             _apart,
             _gates_apart,
             applies=_on(lambda c: c.is_low and bool(c.parts_of_gap[c.eighth])),
         ),
-        Estimand(
+        base.Estimand(
             "over_allowed_real",
             lambda c: c.gap.over_allowed(),
-            lambda c: gates_on_gap(c.gap),
+            lambda c: base.gates_on_gap(c.gap),
             applies=_on(lambda c: c.novelty is None),
         ),
-        Estimand(
+        base.Estimand(
             "rank_by_updates",
-            lambda c: UNKNOWN if c.change is None else over_seeds(c.change),
+            lambda c: base.UNKNOWN if c.change is None else over_seeds(c.change),
             lambda c: [Gate(GateCode.NO_LAW)] if c.change is None else [],
             applies=lambda c: isinstance(c, Base),
         ),

@@ -16,32 +16,13 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, rate, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import from_sample
+from analysis.measures import rewards
 from analysis.measures.at_best import AtBest, over_seeds, pooled_over
 from analysis.measures.ratio import ratio_of
-from analysis.measures.rewards import (
-    GOOD,
-    MAX_COLLAPSED,
-    collapsed_at_best,
-    gates_on_stable,
-    learning_at_stable,
-    range_ratio,
-    reward_of,
-)
 from analysis.measures.speed import rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import (
-    UNKNOWN,
-    Asked,
-    Condition,
-    Estimand,
-    Panel,
-    Question,
-    Section,
-    Series,
-    gates_on,
-    missing,
-)
+from analysis.questions import base
 from analysis.runs.learning_curves import Points
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.metric import COLLAPSED_SHARE
@@ -56,16 +37,16 @@ HEAD = (
 CAPTION = "reward over episodes by rank"
 HOW = (
     "Rewards are at the best stable LR, by a parabola through it and the stable LRs around it. An "
-    f"LR is stable if at most {100 * MAX_COLLAPSED:.0f}% of its runs collapse: they were stopped "
-    f"in training, or ended below {100 * COLLAPSED_SHARE:.0f}% of their own best reward. Means are "
-    "over the other runs. The choice of the LR is part of the interval: it is repeated on "
-    "resampled seeds. Good LRs: those whose fitted reward is within 2 points of the best one. "
+    f"LR is stable if at most {100 * rewards.MAX_COLLAPSED:.0f}% of its runs collapse: they were "
+    f"stopped in training, or ended below {100 * COLLAPSED_SHARE:.0f}% of their own best reward. "
+    "Means are over the other runs. The choice of the LR is part of the interval: it is repeated "
+    "on resampled seeds. Good LRs: those whose fitted reward is within 2 points of the best one. "
     f"Ranges are compared in doublings of the LR, where all LRs have {MIN_SEEDS} seeds. In the "
     "figure, bars are intervals over seeds; an episode is a sampled completion."
 )
 
 
-class Rewarded(Condition):
+class Rewarded(base.Condition):
     """The curves of one model and data set whose runs are rewarded."""
 
     @cached_property
@@ -73,13 +54,13 @@ class Rewarded(Condition):
         """LoRA's reward minus full fine-tuning's by rank, in points; below 0 LoRA is behind."""
         if 0 not in self.by_rank:
             return {}
-        full = reward_of(self.full)
-        return {r: reward_of(o).minus(full) for r, o in self.lora.items()}
+        full = rewards.reward_of(self.full)
+        return {r: rewards.reward_of(o).minus(full) for r, o in self.lora.items()}
 
     @cached_property
     def curves(self) -> dict[int, AtBest[Points]]:
         """Learning curves (losses) at the best stable learning rate by rank."""
-        return learning_at_stable(self.runs, self.by_rank) if self.by_rank else {}
+        return rewards.learning_at_stable(self.runs, self.by_rank) if self.by_rank else {}
 
     @property
     def rests(self) -> list[Optimum]:
@@ -96,7 +77,7 @@ class Rewarded(Condition):
     @cached_property
     def ranges(self) -> dict[int, tuple[Estimate, list[Gate]]]:
         """By rank, the range of good LRs over full fine-tuning's, and its gates."""
-        return {r: range_ratio(o, self.full) for r, o in self.lora.items()}
+        return {r: rewards.range_ratio(o, self.full) for r, o in self.lora.items()}
 
     def ends(self, rank: int) -> list[Optimum]:
         """Return full fine-tuning and a rank."""
@@ -104,11 +85,11 @@ class Rewarded(Condition):
 
     def gates_on_stable(self, *ranks: int) -> list[Gate]:
         """List the gates on rewards at the best stable learning rates."""
-        return gates_on_stable([self.by_rank[r].curve for r in ranks])
+        return rewards.gates_on_stable([self.by_rank[r].curve for r in ranks])
 
     def gates_on_range(self, rank: int) -> list[Gate]:
         """List the gates on a ratio of ranges."""
-        return [*gates_on(self.ends(rank)), *self.ranges[rank][1]]
+        return [*base.gates_on(self.ends(rank)), *self.ranges[rank][1]]
 
     def gates_on_task(self, rank: int) -> list[Gate]:
         """Return what makes the task unfit to tell methods apart: its start, or its end."""
@@ -138,7 +119,7 @@ def name_of(rank: int) -> str:
     return f"rank {rank}" if rank else "FullFT"
 
 
-def progress(title: str, c: Rewarded, ranks: Sequence[int]) -> Panel:
+def progress(title: str, c: Rewarded, ranks: Sequence[int]) -> base.Panel:
     """Return rewards over episodes, the mean over seeds with its interval, by rank.
 
     The means are over the runs that did not collapse; the legend counts the others.
@@ -153,24 +134,24 @@ def progress(title: str, c: Rewarded, ranks: Sequence[int]) -> Panel:
         of_seeds = [dict(points) for points in curve.best.values()]
         steps = sorted(set.intersection(*map(set, of_seeds))) if of_seeds else []
         means = [from_sample([-points[s] for points in of_seeds]) for s in steps]
-        lost, n = collapsed_at_best(c.by_rank[rank].curve)
+        lost, n = rewards.collapsed_at_best(c.by_rank[rank].curve)
         name = name_of(rank) + (f" (without {lost} of {n} runs: collapsed)" if lost else "")
         look: dict[str, Any] = {"size": 4, "colour": ranks.index(rank)}
-        series.append(Series.of(name, [s * completions for s in steps], means, **look))
+        series.append(base.Series.of(name, [s * completions for s in steps], means, **look))
     lines = {"before training": start} if np.isfinite(start) else {}
     title = f"{title}, each at its best stable LR"
-    return Panel(title, "episodes", "held-out reward", series, log_x=True, lines=lines)
+    return base.Panel(title, "episodes", "held-out reward", series, log_x=True, lines=lines)
 
 
 def compared(c: Rewarded) -> list[list[str]]:
     """Return a row of HEAD for each curve, full fine-tuning's first."""
     rows = []
     for rank, o in c.by_rank.items():
-        band = o.band(GOOD)
+        band = o.band(rewards.GOOD)
         good = "-" if band is None else " to ".join(map(rate, band))
         row = [o.curve.name, with_interval(o.best_lr, rate)]
-        row.append(with_interval(over_seeds(reward_of(o))))
-        row.append("{} of {}".format(*collapsed_at_best(o.curve)))
+        row.append(with_interval(over_seeds(rewards.reward_of(o))))
+        row.append("{} of {}".format(*rewards.collapsed_at_best(o.curve)))
         if rank not in c.behind:
             rows.append([*row, "-", "-", good, "-"])
             continue
@@ -180,7 +161,7 @@ def compared(c: Rewarded) -> list[list[str]]:
     return rows
 
 
-def sections(found: Sequence[Rewarded], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Rewarded], asked: base.Asked) -> list[base.Section]:
     """Return rewards by rank, for every model and data set."""
     out = []
     for k, c in enumerate(found, 1):
@@ -188,11 +169,11 @@ def sections(found: Sequence[Rewarded], asked: Asked) -> list[Section]:
         panel = progress(f"{key['model']} on {key['dataset']}", c, sorted(c.curves))
         figure = "rewards.png" if k == 1 else f"rewards_{k}.png"
         rows = [list(HEAD), *compared(c)]
-        out.append(Section(f"Rewards, {c.name}", rows, [HOW], figure, [panel], CAPTION))
+        out.append(base.Section(f"Rewards, {c.name}", rows, [HOW], figure, [panel], CAPTION))
     return out
 
 
-def measures(found: Sequence[Rewarded], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Rewarded], asked: base.Asked) -> dict[str, Any]:
     """Return how far every rank is behind, in points."""
     behind = {c.name: {str(r): over_seeds(v).plain() for r, v in c.behind.items()} for c in found}
     return {"points_behind": behind}
@@ -212,21 +193,22 @@ def _at(
     measure: Callable[[Rewarded, int], Estimate],
     gates: Callable[[Rewarded, int], list[Gate]],
     log: bool = False,
-) -> Estimand[Rewarded]:
+) -> base.Estimand[Rewarded]:
     """Return an estimand at one rank, which is missing without this rank or full fine-tuning."""
 
     def is_there(c: Rewarded) -> bool:
         return 0 in c.by_rank and rank_of(c) in c.lora
 
-    def absent(c: Rewarded) -> list[Gate]:
+    def absent(c: Rewarded) -> str:
         lora = f"lora r{rank_of(c)}" if rank_of(c) else "lora"
-        return missing(lora if 0 in c.by_rank else "fullft")
+        return lora if 0 in c.by_rank else "fullft"
 
-    return Estimand(
+    return base.Estimand(
         name,
-        lambda c: measure(c, rank_of(c)) if is_there(c) else UNKNOWN,
-        lambda c: gates(c, rank_of(c)) if is_there(c) else absent(c),
-        log=log,
+        lambda c: measure(c, rank_of(c)) if is_there(c) else None,
+        lambda c: gates(c, rank_of(c)),
+        absent,
+        log,
     )
 
 
@@ -234,11 +216,13 @@ def _gates_on_points(c: Rewarded, rank: int) -> list[Gate]:
     return [*c.gates_on_stable(0, rank), *c.gates_on_task(rank)]
 
 
-QUESTION = Question[Rewarded](
+QUESTION = base.Question[Rewarded](
     estimands=[
         _at("points_rank_1", lambda c: 1, Rewarded.points, _gates_on_points),
         _at("points_top_rank", lambda c: c.top, Rewarded.points, _gates_on_points),
-        _at("lr_ratio", lambda c: c.top, Rewarded.ratio, lambda c, r: gates_on(c.ends(r)), True),
+        _at(
+            "lr_ratio", lambda c: c.top, Rewarded.ratio, lambda c, r: base.gates_on(c.ends(r)), True
+        ),
         _at(
             "good_range_ratio",
             lambda c: c.top,

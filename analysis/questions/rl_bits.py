@@ -23,20 +23,7 @@ from analysis.measures.regret import BITS_PER_PARAMETER
 from analysis.measures.rewards import gates_on_stable, stable, values_at_stable
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import (
-    UNKNOWN,
-    Asked,
-    Estimand,
-    Panel,
-    Question,
-    Rows,
-    Section,
-    Series,
-    fewest_seeds,
-    gates_on,
-    missing,
-    rank_of,
-)
+from analysis.questions import base
 from analysis.questions.rl import CAPTION, HEAD, HOW, Rewarded, compared, name_of, progress, ratios
 from analysis.runs.lr_curves import lr_curves, runs_of
 from analysis.runs.table import TableError
@@ -75,7 +62,7 @@ class Contexts(Rewarded):
     @cached_property
     def by_rank(self) -> dict[int, Optimum]:
         """The curves of rewarded runs; 0: full fine-tuning."""
-        return {rank_of(o): o for o in self.rewarded}
+        return {base.rank_of(o): o for o in self.rewarded}
 
     @property
     def rests(self) -> list[Optimum]:
@@ -83,7 +70,7 @@ class Contexts(Rewarded):
 
     @property
     def seeds(self) -> int:
-        return fewest_seeds(list(self.by_rank.values()))
+        return base.fewest_seeds(list(self.by_rank.values()))
 
     @cached_property
     def load(self) -> float | None:
@@ -100,7 +87,7 @@ class Contexts(Rewarded):
 
     @property
     def is_below(self) -> bool:
-        """Whether rank 1 has room for the labels."""
+        """Whether rank 1 can hold the labels."""
         return self.load is not None and self.load < 1
 
     @cached_property
@@ -127,18 +114,15 @@ class Contexts(Rewarded):
             for r, o in self.supervised.items()
         }
 
-    def behind_if_supervised(self) -> Estimate:
+    def behind_if_supervised(self) -> Estimate | None:
         """Return the percent of the labels' bits that rank 1 knows minus full fine-tuning's."""
         if not self.supervised.keys() >= {0, 1}:
-            return UNKNOWN
+            return None
         one, full = (share_known(self.supervised[r]) for r in (1, 0))
         return over_seeds(one.paired(full, lambda a, b: 100 * (a - b)))
 
     def gates_if_supervised(self) -> list[Gate]:
         """List the gates; a curve that knows ALL of the bits may end at the edge of its LRs."""
-        for rank, arm in ((0, "full fine-tuning"), (1, "rank 1")):
-            if rank not in self.supervised:
-                return missing(f"{arm} by cross-entropy")
         both = [self.supervised[r] for r in (0, 1)]
         learning = [o.curve for o in both if not (over_seeds(share_known(o)).value or 0) > ALL]
         gates = gates_on_stable([o.curve for o in both])
@@ -178,7 +162,7 @@ def conditions(table: pd.DataFrame) -> list[Contexts]:
     for n, optima in sorted(by_contexts.items()):
         rewarded = [o for o in optima if o.curve.key.get("objective") == "policy_gradient"]
         rest = [o for o in optima if o.curve.key.get("objective") != "policy_gradient"]
-        name, supervised = (rewarded or rest)[0].curve.group, {rank_of(o): o for o in rest}
+        name, supervised = (rewarded or rest)[0].curve.group, {base.rank_of(o): o for o in rest}
         found.append(Contexts(name, table, [*rewarded, *rest], n, rewarded, supervised))
     return found
 
@@ -186,49 +170,52 @@ def conditions(table: pd.DataFrame) -> list[Contexts]:
 # ---------------------------------------------------------------- the report
 
 
-def sections(found: Sequence[Contexts], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Contexts], asked: base.Asked) -> list[base.Section]:
     """Return rewards by contexts and rank, and the bits learned."""
-    rows: Rows = [["contexts", "load of rank 1", *HEAD]]
+    rows: base.Rows = [["contexts", "load of rank 1", *HEAD]]
     for c in found:
         rows += [[str(c.contexts), number(c.load), *row] for row in compared(c)]
     text = f"Load: bits of the labels over 2 bits for each parameter of rank 1. {HOW}"
     run = [c for c in found if c.by_rank]
     ranks = sorted({r for c in run for r in c.curves})
     panels = [progress(f"{c.contexts} contexts", c, ranks) for c in run]
-    return [Section("Rewards", rows, [text], "rewards.png", panels, CAPTION), _bits(found)]
+    return [base.Section("Rewards", rows, [text], "rewards.png", panels, CAPTION), _bits(found)]
 
 
-def _bits(found: Sequence[Contexts]) -> Section:
+def _bits(found: Sequence[Contexts]) -> base.Section:
     head = ["contexts", "bits of the labels", "curve", "from rewards [95%]"]
-    rows: Rows = [[*head, "bits an episode [95%]", "by cross-entropy [95%]"]]
+    rows: base.Rows = [[*head, "bits an episode [95%]", "by cross-entropy [95%]"]]
     for c in found:
         for rank in sorted(c.bits.keys() | c.supervised_bits.keys()):
             name = f"lora r{rank}" if rank else "fullft"
             row = [str(c.contexts), str(LABEL_BITS * c.contexts), name]
             gained, supervised = (
-                with_interval(of.get(rank, UNKNOWN), _whole) for of in (c.bits, c.supervised_bits)
+                with_interval(of.get(rank, base.UNKNOWN), _whole)
+                for of in (c.bits, c.supervised_bits)
             )
-            rows.append([*row, gained, with_interval(c.episode.get(rank, UNKNOWN)), supervised])
+            rows.append(
+                [*row, gained, with_interval(c.episode.get(rank, base.UNKNOWN)), supervised]
+            )
     text = [
         "From rewards: the least information about the labels that reaches the mean reward (the "
         "rate-distortion function of a uniform source), so a lower bound. By cross-entropy: the "
         "labels' bits minus the loss on them."
     ]
-    return Section("Bits", rows, text, "bits.png", [_panel(found)], "bits gained")
+    return base.Section("Bits", rows, text, "bits.png", [_panel(found)], "bits gained")
 
 
 def _whole(value: float | None) -> str:
     return number(value) if value is None else f"{value:,.0f}"
 
 
-def _panel(found: Sequence[Contexts]) -> Panel:
+def _panel(found: Sequence[Contexts]) -> base.Panel:
     """Draw bits gained over bits needed; a rank has one colour, rewarded and supervised."""
     needed = [float(LABEL_BITS * c.contexts) for c in found]
 
-    def line(of: Callable[[Contexts], Bits], rank: int, label: str, **look: Any) -> Series:
+    def line(of: Callable[[Contexts], Bits], rank: int, label: str, **look: Any) -> base.Series:
         mine = [(x, of(c)[rank]) for x, c in zip(needed, found) if rank in of(c)]
         x, bits = [x for x, _ in mine], [e for _, e in mine]
-        return Series.of(label, x, bits, colour=ranks.index(rank), **look)
+        return base.Series.of(label, x, bits, colour=ranks.index(rank), **look)
 
     ranks = sorted({r for c in found for r in c.bits.keys() | c.supervised_bits.keys()})
     series = [line(lambda c: c.bits, r, name_of(r), style="o-") for r in ranks]
@@ -236,16 +223,16 @@ def _panel(found: Sequence[Contexts]) -> Panel:
         line(lambda c: c.supervised_bits, r, f"{name_of(r)}, supervised", style="+--", size=8)
         for r in sorted({r for c in found for r in c.supervised_bits})
     ]
-    series.append(Series("all of them", needed, needed, style=":", colour="grey"))
+    series.append(base.Series("all of them", needed, needed, style=":", colour="grey"))
     capacity = [LABEL_BITS * c.contexts / c.load for c in found if c.load]
     lines = {}
     if capacity:
         lines = {"capacity of rank 1, 2 bits a parameter": float(np.mean(capacity))}
     x, title = "bits needed: those of the labels", "each at its best stable LR"
-    return Panel(title, x, "bits gained", series, log_x=True, log_y=True, lines=lines)
+    return base.Panel(title, x, "bits gained", series, log_x=True, log_y=True, lines=lines)
 
 
-def measures(found: Sequence[Contexts], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Contexts], asked: base.Asked) -> dict[str, Any]:
     """Return loads, points and bits by contexts and rank."""
     return {
         "cells": [
@@ -265,16 +252,15 @@ def measures(found: Sequence[Contexts], asked: Asked) -> dict[str, Any]:
 # ---------------------------------------------------------------- estimands
 
 
-def _points(name: str, applies: Callable[[Contexts], bool]) -> Estimand[Contexts]:
+def _points(name: str, applies: Callable[[Contexts], bool]) -> base.Estimand[Contexts]:
     """Return how far rank 1 is behind, on the contexts for which something holds."""
 
-    def gates(c: Contexts) -> list[Gate]:
-        if not c.is_complete:
-            return missing("lora r1" if 0 in c.by_rank else "fullft")
-        return c.gates_on_stable(0, 1)
-
-    return Estimand(
-        name, lambda c: c.points(1) if c.is_complete else UNKNOWN, gates, False, applies
+    return base.Estimand(
+        name,
+        lambda c: c.points(1) if c.is_complete else None,
+        lambda c: c.gates_on_stable(0, 1),
+        lambda c: "lora r1" if 0 in c.by_rank else "fullft",
+        applies=applies,
     )
 
 
@@ -282,31 +268,32 @@ def _has_top(c: Contexts) -> bool:
     return c.is_complete and c.top > 1
 
 
-QUESTION = Question[Contexts](
+QUESTION = base.Question[Contexts](
     estimands=[
         _points("points_rank_1_below", lambda c: c.is_below or not c.is_complete),
         _points("points_rank_1_beyond", lambda c: c.is_complete and not c.is_below),
-        Estimand(
+        base.Estimand(
             "taught_rank_1",
             Contexts.behind_if_supervised,
             Contexts.gates_if_supervised,
+            lambda c: f"{'rank 1' if 0 in c.supervised else 'full fine-tuning'} by cross-entropy",
             applies=lambda c: c.is_complete and c.is_below,
         ),
-        Estimand(
+        base.Estimand(
             "bits_per_episode",
             lambda c: c.episode[0],
             lambda c: c.gates_on_stable(0),
             log=True,
             applies=lambda c: c.is_complete,
         ),
-        Estimand(
+        base.Estimand(
             "lr_ratio",
             lambda c: c.ratio(c.top),
-            lambda c: gates_on(c.ends(c.top)),
+            lambda c: base.gates_on(c.ends(c.top)),
             log=True,
             applies=_has_top,
         ),
-        Estimand(
+        base.Estimand(
             "good_range_ratio",
             lambda c: c.ranges[c.top][0],
             lambda c: c.gates_on_range(c.top),

@@ -26,21 +26,7 @@ from analysis.measures.at_best import AtBest, over_seeds, pooled_over, values_at
 from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions.base import (
-    TASK,
-    UNKNOWN,
-    Asked,
-    Estimand,
-    Panel,
-    Question,
-    Rows,
-    Section,
-    Series,
-    TwoArms,
-    full_of,
-    gates_on,
-    lora_of,
-)
+from analysis.questions import base
 from analysis.runs.lr_curves import lr_curves, title
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 
@@ -63,7 +49,7 @@ class Horizon:
     @cached_property
     def ratio(self) -> Estimate:
         """LoRA's optimal learning rate over full fine-tuning's."""
-        return ratio_of(self.lora, self.full) if self.full and self.lora else UNKNOWN
+        return ratio_of(self.lora, self.full) if self.full and self.lora else base.UNKNOWN
 
     @property
     def optima(self) -> list[Optimum]:
@@ -87,7 +73,7 @@ class Spectra:
 
 
 @dataclass(frozen=True)
-class Lengths(TwoArms):
+class Lengths(base.TwoArms):
     """The runs of one model and data set, cut at several horizons."""
 
     whole: pd.DataFrame
@@ -188,28 +174,28 @@ def conditions(table: pd.DataFrame) -> list[Lengths]:
     last, horizons, optima = int(part["steps"].max()), [], []
     for step in [s for s in steps_seen(part) if s >= SHORTEST] + [last]:
         optima = fit_all(lr_curves(at_step(part, step)))
-        horizons.append(Horizon(step, full_of(optima), lora_of(optima, MIN_RANK)))
+        horizons.append(Horizon(step, base.full_of(optima), base.lora_of(optima, MIN_RANK)))
     return [Lengths(optima[0].curve.group, part, optima, table, horizons, note)]
 
 
 def _over(a: Estimate, b: Estimate) -> Estimate:
     if a.draws is None or b.draws is None:
-        return UNKNOWN
+        return base.UNKNOWN
     return from_draws(a.draws / b.draws, a.n + b.n)
 
 
 # ---------------------------------------------------------------- the report
 
 
-def sections(found: Sequence[Lengths], asked: Asked) -> list[Section]:
+def sections(found: Sequence[Lengths], asked: base.Asked) -> list[base.Section]:
     """Return the ratio by horizon, and the spectral norms."""
     (c,) = found
     return [_horizons(c), _norms(c)]
 
 
-def _horizons(c: Lengths) -> Section:
+def _horizons(c: Lengths) -> base.Section:
     of_lora = [f"best LR, {o.curve.name}" for o in c.long.lora]
-    rows: Rows = [["updates", "best FullFT LR", *of_lora, "ratio [95%]"]]
+    rows: base.Rows = [["updates", "best FullFT LR", *of_lora, "ratio [95%]"]]
     for h in c.horizons:
         of_full = with_interval(h.full.best_lr, rate) if h.full else "-"
         lrs = [with_interval(o.best_lr, rate) for o in h.lora]
@@ -218,8 +204,10 @@ def _horizons(c: Lengths) -> Section:
         f"Short: {c.short.step} updates; long: {c.long.step}. The ratio is over the ranks of "
         f"{MIN_RANK} and more. Shorter runs are the first updates of the longer ones."
     )
-    line = Series.of("ratio", [h.step for h in c.horizons], [h.ratio for h in c.horizons], colour=1)
-    panel = Panel(
+    line = base.Series.of(
+        "ratio", [h.step for h in c.horizons], [h.ratio for h in c.horizons], colour=1
+    )
+    panel = base.Panel(
         f"{title(c.optima[0].curve, length=False)}: beginnings of the same runs",
         "updates",
         "best LoRA LR / best FullFT LR",
@@ -230,23 +218,23 @@ def _horizons(c: Lengths) -> Section:
     )
     notes = [text, c.note] if c.note else [text]
     caption = "ratio of the optimal LRs over the length of the run"
-    return Section("The ratio by horizon", rows, notes, "horizons.png", [panel], caption)
+    return base.Section("The ratio by horizon", rows, notes, "horizons.png", [panel], caption)
 
 
-def _norms(c: Lengths) -> Section:
+def _norms(c: Lengths) -> base.Section:
     known = [(o, s) for o, s in zip(c.ends, c.spectra) if s.by_seed]
     head = ["curve", "spectral norm of A", "of B", "of the change"]
-    rows: Rows = [[*head, "B / A [95%]", "change / FullFT's [95%]"]]
+    rows: base.Rows = [[*head, "B / A [95%]", "change / FullFT's [95%]"]]
     for o, s in known:
         norms = [number(s.median(part)) for part in ("a", "b", "delta")]
         rows.append([o.curve.name, *norms, with_interval(s.growth), with_interval(s.movement)])
     caption = "spectral norms of the change, by matrix"
     panels = _matrices(known)
     heading = "Spectral norms at the optimal LRs"
-    return Section(heading, rows, figure="norms.png", panels=panels, caption=caption)
+    return base.Section(heading, rows, figure="norms.png", panels=panels, caption=caption)
 
 
-def _matrices(known: Sequence[tuple[Optimum, Spectra]]) -> list[Panel]:
+def _matrices(known: Sequence[tuple[Optimum, Spectra]]) -> list[base.Panel]:
     """Draw the change of every matrix that LoRA adapts, for one seed."""
     first = [(o, next(iter(s.by_seed.values()))) for o, s in known]
     lora = [norms for o, norms in first if o.curve.key["method"] == "lora"]
@@ -265,45 +253,45 @@ def _matrices(known: Sequence[tuple[Optimum, Spectra]]) -> list[Panel]:
         if k == 0 or layer != layers[k - 1]
     ]
     series = [
-        Series(
+        base.Series(
             o.curve.name, range(len(names)), [v.get(m, {}).get("delta") for m in names], style="o"
         )
         for o, v in first
     ]
     x = f"matrices of a layer from left to right: {of_one}"
     heading, y = "one seed, interpolated to each curve's optimal LR", "spectral norm of the change"
-    return [Panel(heading, x, y, series, log_y=True, ticks=ticks)]
+    return [base.Panel(heading, x, y, series, log_y=True, ticks=ticks)]
 
 
-def measures(found: Sequence[Lengths], asked: Asked) -> dict[str, Any]:
+def measures(found: Sequence[Lengths], asked: base.Asked) -> dict[str, Any]:
     """Return the ratio by horizon."""
     (c,) = found
     return {"horizons": [{"step": h.step, **h.ratio.plain()} for h in c.horizons]}
 
 
-QUESTION = Question[Lengths](
+QUESTION = base.Question[Lengths](
     estimands=[
-        Estimand(
+        base.Estimand(
             "short_over_long",
             lambda c: _over(c.short.ratio, c.long.ratio),
-            lambda c: gates_on(c.rests),
+            lambda c: base.gates_on(c.rests),
             log=True,
             read=lambda c: f"{c.short.step} updates against {c.long.step}",
         ),
-        Estimand(
+        base.Estimand(
             "sigma_b_over_a",
-            lambda c: c.of_top.growth if c.of_top else UNKNOWN,
-            lambda c: gates_on(lora_of(c.ends, MIN_RANK)),
+            lambda c: c.of_top.growth if c.of_top else base.UNKNOWN,
+            lambda c: base.gates_on(base.lora_of(c.ends, MIN_RANK)),
             log=True,
             read=lambda c: c.end,
         ),
-        Estimand(
+        base.Estimand(
             "movement_ratio",
-            lambda c: c.of_top.movement if c.of_top else UNKNOWN,
-            lambda c: gates_on(
+            lambda c: c.of_top.movement if c.of_top else base.UNKNOWN,
+            lambda c: base.gates_on(
                 [
                     *(o for o in c.ends if o.curve.key["method"] == "fullft"),
-                    *lora_of(c.ends, MIN_RANK),
+                    *base.lora_of(c.ends, MIN_RANK),
                 ]
             ),
             log=True,
@@ -313,5 +301,5 @@ QUESTION = Question[Lengths](
     conditions=conditions,
     sections=sections,
     measures=measures,
-    split_by=TASK,
+    split_by=base.TASK,
 )

@@ -1,4 +1,4 @@
-"""The best rate over hidden size: planted laws, and the published formula."""
+"""The optimal LR over hidden size: planted laws, and the published formula."""
 
 import math
 
@@ -45,26 +45,23 @@ def test_both_ways_find_a_planted_law(p):
     assert loss.regret < 0.5
 
 
-def test_the_published_formula_gives_its_published_rates():
+@pytest.mark.parametrize(
+    ("changes", "hidden", "lr"),
+    [
+        ({}, 4096, 2.86e-4),
+        ({"method": "fullft"}, 2048, 4.91e-5),
+        ({"model": "Qwen/Qwen3-8B"}, 4096, 4.73e-4),
+        ({"model": "google/gemma"}, 4096, None),
+    ],
+)
+def test_the_published_formula_gives_its_published_lrs(changes, hidden, lr):
     key = {"model": "meta-llama/Llama-3.1-8B", "dataset": "d", "method": "lora", "rank": 16.0}
     none = np.zeros(0)
-    c = LrCurve(key, none, none, none, none, none.astype(bool), math.nan, math.nan)
-    assert published(c, 4096) == pytest.approx(2.86e-4, rel=2e-3)
-    assert published(
-        LrCurve({**key, "method": "fullft"}, *[none] * 4, none.astype(bool), 0, 0), 2048
-    ) == pytest.approx(4.91e-5, rel=2e-3)
-    assert published(
-        LrCurve({**key, "model": "Qwen/Qwen3-8B"}, *[none] * 4, none.astype(bool), 0, 0), 4096
-    ) == pytest.approx(4.73e-4, rel=2e-3)
-    assert (
-        published(
-            LrCurve({**key, "model": "google/gemma"}, *[none] * 4, none.astype(bool), 0, 0), 4096
-        )
-        is None
-    )
+    c = LrCurve({**key, **changes}, *[none] * 4, none.astype(bool), math.nan, math.nan)
+    assert published(c, hidden) == (lr and pytest.approx(lr, rel=2e-3))
 
 
-def test_regret_outside_the_rates_tried_is_no_number():
+def test_regret_outside_the_lrs_tried_is_no_number():
     (c, *_), _ = planted_curves(0.0)
     assert regret(c, 5e-4).percent == pytest.approx(0, abs=0.3)
     assert regret(c, 1.0).percent is None

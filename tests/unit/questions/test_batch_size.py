@@ -1,82 +1,73 @@
-"""`batch_size` on planted runs: what LoRA loses a doubling of the batch, apart from updates."""
+"""`batch_size` on planted runs: what LoRA loses per doubling of the batch, apart from updates."""
 
 import math
 
 import pytest
 
-from tests.planted import World
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA as Lora
+from tests.planted import FULL, LORA, World, around, ask, base, runs
 
-pytestmark = pytest.mark.slow  # fits hundreds of curves
-
+pytestmark = pytest.mark.slow  # fits dozens of curves
 LENGTHS = {4: 256, 16: 128, 64: 32}
-FULL, LORA = "[4e-4,8e-4,1.6e-3,3.2e-3,6.4e-3]", "[8e-4,1.6e-3,3.2e-3,6.4e-3,1.28e-2]"
 
 
-def cells(rates, lengths=LENGTHS):
-    sizes = (f"{{batch_size:{b},steps:{n},lr:{rates}}}" for b, n in lengths.items())
-    return f"[{','.join(sizes)}]"
+def batches(ranks=(4,), models=("tiny64",), lengths=LENGTHS, full=FULL, lora=LORA, n=5):
+    found = []
+    for model in models:
+        spec = base(model, "dialect_smoke")
+        for size, steps in lengths.items():
+            common = {"batch_size": size, "steps": steps}
+            found += runs(spec, FullFT(), around(full, n), **common)
+            for rank in ranks:
+                found += runs(spec, Lora(rank=rank), around(lora, n), **common)
+    return found
 
 
 def falls(step):
-    """LoRA's speed at the start over that after `step` updates: half of it is lost in 64."""
+    """LoRA's speed after `step` updates over that at the start: half of it is lost in 64."""
     return step ** (-1 / 6)
 
 
+def penalty(b):
+    """rho of 0.9 at batch 4, changing by the factor exp(b) per doubling."""
+    return lambda s: 0.9 * math.exp(b[s.model.name] * math.log2(s.batch_size / 4))
+
+
 @pytest.mark.parametrize(("b", "outcome"), [(-0.1, "SUPPORTED"), (0.0, "REFUTED")])
-def test_batch_penalty(ask, b, outcome):
-    out, found = ask(
-        "batch_size",
-        World(lambda s: 0.9 * math.exp(b * math.log2(s.batch_size / 4)), falls=falls),
-        f"sweep.arms.fullft.size={cells(FULL)}",
-        f"sweep.arms.lora.size={cells(LORA)}",
-        "sweep.arms.lora.rank=[1,4]",
-        report=outcome == "SUPPORTED",
-    )
+def test_batch_penalty(b, outcome, tmp_path):
+    world, folder = World(penalty({"tiny64": b}), falls=falls), tmp_path if b else None
+    out, found = ask("batch_size", world, batches((1, 4)), folder)
     assert found["penalty"]["outcome"] == outcome
     assert found["penalty"]["estimate"]["value"] == pytest.approx(b, abs=0.02)
     assert found["any_rank"]["estimate"]["value"] == pytest.approx(0, abs=0.03)
     assert found["any_rank"]["outcome"] == "SUPPORTED"
     assert found["below_32"]["outcome"] == "REFUTED"  # 0.9 and falling: more than 5% of the gain
-    assert found["below_256"]["why"].startswith("no curve of batch 256")
+    assert found["below_256"]["why"] == "no curve of batch 256"
     assert "batches of 4 to 64 after 8 to 128 updates" in out["read"]["batch_effect"]
 
 
-def test_each_model_has_an_effect_of_its_own(ask):
+def test_each_model_has_an_effect_of_its_own():
     """Nothing on one base, a penalty on the other: together they would be neither."""
     b = {"tiny64": -0.1, "tiny64-s1": 0.0}
-    out, _ = ask(
-        "batch_size",
-        World(lambda s: 0.9 * math.exp(b[s.model.name] * math.log2(s.batch_size / 4)), falls=falls),
-        f"sweep.arms.fullft.size={cells(FULL)}",
-        f"sweep.arms.lora.size={cells(LORA)}",
-        "sweep.axes.model=[tiny64,tiny64-s1]",
-    )
+    out, _ = ask("batch_size", World(penalty(b), falls=falls), batches(models=b))
     found = {v["group"].split()[0]: v for v in out["verdicts"] if v["claim"] == "penalty"}
     assert {m: v["estimate"]["value"] for m, v in found.items()} == pytest.approx(b, abs=0.02)
 
 
-def test_runs_of_two_lengths_of_one_batch_are_judged_together(ask):
-    """Best rates fall with updates: at 16 only the short runs reach them, which are tuned for it."""
-    long = cells("[2e-4,4e-4,8e-4,1.6e-3,3.2e-3]", {4: 64, 16: 64})
-    short = cells("[1.6e-3,3.2e-3,6.4e-3,1.28e-2,2.56e-2]", {4: 16, 16: 16})
-    both = f"{long[:-1]},{short[1:]}"
-    out, found = ask(
-        "batch_size",
-        World(best=lambda s, step: 6e-3 if step <= 16 else 8e-4),
-        f"sweep.arms.fullft.size={both}",
-        f"sweep.arms.lora.size={both}",
-    )
+def test_runs_of_two_lengths_of_one_batch_are_judged_together():
+    """Optima fall with updates: at 16 only the short runs reach them."""
+    world = World(best=lambda s, step: 6e-3 if step <= 16 else 8e-4)
+    long = batches(lengths={4: 64, 16: 64}, full=8e-4, lora=8e-4)
+    short = batches(lengths={4: 16, 16: 16}, full=6.4e-3, lora=6.4e-3)
+    out, found = ask("batch_size", world, [*long, *short])
     assert found["penalty"]["estimate"]["value"] == pytest.approx(0, abs=0.03)
     assert "batches of 4 to 16 after 8 to 64 updates" in out["read"]["batch_effect"]
 
 
-def test_every_batch_has_to_take_part(ask):
-    """The rates of batch 64 do not bracket its best: what the others say is not enough."""
-    _, found = ask(
-        "batch_size",
-        World(best=lambda s, step: 1e-2 if s.batch_size == 64 else 1.6e-3),
-        f"sweep.arms.fullft.size={cells(FULL)}",
-        f"sweep.arms.lora.size={cells(FULL)}",
-    )
+def test_every_batch_has_to_take_part():
+    """The LRs of batch 64 do not bracket its optimum: what the others say is not enough."""
+    world = World(best=lambda s, step: 1e-2 if s.batch_size == 64 else 1.6e-3)
+    _, found = ask("batch_size", world, batches(lora=FULL))
     assert found["penalty"]["outcome"] == "UNDECIDED"
-    assert found["penalty"]["why"].startswith("batch 64, ")
+    assert {g["place"].split(",")[0] for g in found["penalty"]["gates"]} == {"batch 64"}

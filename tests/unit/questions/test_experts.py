@@ -1,115 +1,112 @@
-"""`experts` on planted runs: what each reading of the rank gives up, and its best rate."""
+"""`experts` on planted runs: the regret of each reading of the rank, and its optimal LR."""
 
 import math
 
 import pandas as pd
 import pytest
 
-from analysis.questions.experts import QUESTION
+from analysis.questions.experts import QUESTION, READINGS
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.table import TableError
-from lorasweep.config.compose import compose_request
-from lorasweep.sweep.request import question
-from tests.planted import FULL, FULL_LR, GAIN, LORA, LORA_LR, World
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA as Lora
+from tests.planted import (
+    FULL,
+    GAIN,
+    LORA,
+    World,
+    around,
+    ask,
+    base,
+    kept_question,
+    planted_table,
+    runs,
+)
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
-
-GRIDS = (f"sweep.arms.fullft.lr={FULL_LR}", f"sweep.arms.lora.lr={LORA_LR}")
 TOKENS = [[10, 20, 30, 40], [25, 25, 25, 25]]
+METHODS = {
+    "active": Lora(rank=8, layers="mlp"),
+    "all": Lora(rank=8, layers="mlp", expert_rank="all"),
+    "whole": Lora(rank=8, layers="mlp", expert_rank="whole"),
+    "shared": Lora(rank=8, layers="mlp", expert_rank="whole", expert_outer="shared"),
+    "divided_alpha": Lora(rank=8, layers="mlp", expert_alpha=16.0),
+}
 
 
-def reading(method):
-    if method.expert_alpha != method.alpha:
-        return "divided_alpha"
-    return "shared" if method.expert_outer == "shared" else method.expert_rank
+def reading_runs(readings=METHODS):
+    spec = base("tiny64-experts", "dialect_smoke")
+    arms = [(FullFT(), FULL), *((METHODS[r], LORA) for r in readings)]
+    return [s for method, best in arms for s in runs(spec, method, around(best), steps=64)]
 
 
 class Readings(World):
-    """LoRA lies `behind[reading]` of the whole gain behind full fine-tuning; its best rate is `best`
+    """LoRA lies `behind[reading]` of the whole gain behind full fine-tuning; its optimum is `best`
     times LORA for some readings."""
 
     def __init__(self, behind, best):
         super().__init__(
             lambda spec: 1.0,
-            best=lambda spec, step: (
-                FULL if spec.method.name == "fullft" else LORA * best.get(reading(spec.method), 1.0)
-            ),
+            best=lambda s, step: FULL if s.method.name == "fullft" else LORA * of(best, s, 1.0),
             more=lambda spec: {"expert_tokens": TOKENS, "n_trainable": 1000},
         )
         self.behind = behind
 
     def loss(self, spec, step):
-        gap = 0.0
-        if spec.method.name == "lora":
-            gap = self.behind.get(reading(spec.method), 0.0)
+        gap = of(self.behind, spec, 0.0)
         return super().loss(spec, step) + gap * GAIN * math.log2(1 + spec.steps)
 
 
-def test_planted_gaps_and_rates_come_back(ask):
+def of(values, spec, default):
+    name = next((r for r, method in METHODS.items() if method == spec.method), "")
+    return values.get(name, default)
+
+
+def test_planted_gaps_and_optima_come_back():
     world = Readings({"all": 0.1, "shared": -0.02}, {"divided_alpha": 2.0})
-    out, verdicts = ask("experts", world, *GRIDS)
+    out, verdicts = ask("experts", world, reading_runs())
+    refuted = {"all_experts", "ratio", "same_scale"}  # planted ratio: 2
     outcomes = {name: v["outcome"] for name, v in verdicts.items()}
-    assert outcomes == {
-        "active": "SUPPORTED",
-        "all_experts": "REFUTED",
-        "whole": "SUPPORTED",
-        "shared": "SUPPORTED",
-        "dividing": "SUPPORTED",
-        "ratio": "REFUTED",  # planted: 2
-        "one_rate": "SUPPORTED",
-        "same_scale": "REFUTED",
-    }
+    assert outcomes == {k: "REFUTED" if k in refuted else "SUPPORTED" for k in outcomes}
     for name, value in (("ratio", 2), ("one_rate", 1), ("same_scale", 2)):
         assert verdicts[name]["estimate"]["value"] == pytest.approx(value, rel=0.15)
-    (cell,) = out["cells"].values()
-    assert cell["all"]["regret_percent"]["value"] == pytest.approx(10, abs=0.5)
-    assert cell["all"]["token_shares"][0] == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert (
-        len({(c["expert_rank"], c["expert_alpha"], c["expert_outer"]) for c in out["curves"]}) == 6
-    )
+    (found,) = out["cells"].values()
+    assert found["all"]["regret_percent"]["value"] == pytest.approx(10, abs=0.5)
+    assert found["all"]["token_shares"][0] == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
-def test_the_experts_adapters_are_counted_as_they_are_trained(capsys):
-    """By the report and by the method, for every reading of the sweep."""
-    request = compose_request(["+sweep=experts", "scale=smoke"])
-    points = [p for p in request.points if p.arm == "lora"]
-    of = {reading(p.spec.method): p.spec for p in points}
-    assert set(of) == {"active", "all", "whole", "shared", "divided_alpha"}
-    counts = {}
-    for name, spec in of.items():
-        layers = list(spec.model.matrices(("mlp",)))
-        counts[name] = sum(spec.method.n_trained(spec.model, m) for m in layers)
-    per_rank = 4 * 3 * (64 + 112)
-    assert counts["active"] == 8 * 4 * per_rank and counts["whole"] == 8 * 8 * per_rank
-    assert counts["all"] == 8 * per_rank and counts["shared"] == 8 * 4 * 3 * (64 + 8 * 112)
+def test_the_experts_adapters_are_counted_as_they_are_trained():
+    """By the report and by the method, for every reading."""
+    world = Readings({}, {})
+    table, spec = planted_table(world, reading_runs()), base("tiny64-experts", "dialect_smoke")
+    found = QUESTION.analyse(table, kept_question("experts"))
+    (counts,) = [s.rows for s in found.sections if s.title == "What is trained in the experts"]
+    shown = {row[0]: int(row[2].replace(",", "")) for row in counts[1:]}
+    matrices = list(spec.model.matrices(("mlp",)))
+    for reading, method in METHODS.items():
+        trained = sum(method.n_trained(spec.model, m) for m in matrices)
+        assert shown[READINGS[reading]] == trained
+    assert shown[READINGS["whole"]] == 8 * 8 * 4 * 3 * (64 + 112)
 
 
-def test_an_arm_that_is_missing_leaves_its_claims_open(ask):
-    _out, verdicts = ask(
-        "experts", Readings({}, {}), *GRIDS, "sweep.arms.lora.reading=[{expert_rank:whole}]"
-    )
+def test_a_missing_arm_leaves_its_claims_open():
+    _, verdicts = ask("experts", Readings({}, {}), reading_runs(["whole"]))
     assert verdicts["whole"]["outcome"] == "SUPPORTED"
     for name in ("active", "dividing", "ratio", "one_rate"):
         assert verdicts[name]["outcome"] == "UNDECIDED"
-    assert "no curve of rank / active experts" in str(verdicts["one_rate"])
+        assert verdicts[name]["why"] == "no curve of rank / active experts"
 
 
 def test_a_curve_is_named_by_how_its_experts_get_their_rank():
     row = {"model": "m", "dataset": "d", "method": "lora", "rank": 8, "status": "done"}
+    row |= {"lr": 1.0, "seed": 0, "test_nll": 2.0}
     kinds = [("active", "own"), ("whole", "shared"), (None, None)]
-    runs = [
-        {**row, "lr": 1.0, "seed": 0, "test_nll": 2.0, "expert_rank": rank, "expert_outer": outer}
-        for rank, outer in kinds
-    ]
-    names = {c.name for c in lr_curves(pd.DataFrame(runs))}
+    table = [{**row, "expert_rank": rank, "expert_outer": outer} for rank, outer in kinds]
+    names = {c.name for c in lr_curves(pd.DataFrame(table))}
     assert names == {"lora r8 (experts: active)", "lora r8 (experts: whole, shared)", "lora r8"}
 
 
 def test_a_dense_model_is_refused():
-    asked = question(compose_request(["+sweep=experts", "scale=smoke"]))
-    row = {"model": "m", "dataset": "d", "method": "lora", "rank": 4, "status": "done"}
-    runs = [
-        {**row, "lr": lr, "seed": 0, "test_nll": 2 + abs(lr - 2), "n_trainable": 1} for lr in (1, 2)
-    ]
+    table = planted_table(World(), runs(base(dataset="dialect_smoke"), Lora(rank=4), [LORA]))
     with pytest.raises(TableError, match="does not tell the rank of its experts"):
-        QUESTION.analyse(pd.DataFrame(runs), asked)
+        QUESTION.analyse(table, kept_question("experts"))

@@ -1,5 +1,4 @@
-"""Planted ratios through sweep file, grid, store, second stage, table, fit and verdict: they come
-back as what they are, and each verdict can be reached."""
+"""Planted ratios come back as what they are, and each verdict can be reached."""
 
 import json
 import math
@@ -10,23 +9,26 @@ import pytest
 
 from analysis.__main__ import main
 from analysis.optimum.valley import linex
-from tests.planted import FULL_BEST, START, Valley
+from analysis.questions.lr_ratio import QUESTION
+from analysis.runs.table import TableError
+from tests.planted import FULL_BEST, START, Valley, arms, ask, base, kept_question
 
-pytestmark = pytest.mark.slow  # fits hundreds of curves
+pytestmark = pytest.mark.slow  # fits dozens of curves
+GAINED = START - 2.0
+
+
+def ask_ratio(valley, seeds=range(5), full=1.2e-3, folder=None, claims=None):
+    spec = base(dataset="dialect_smoke")
+    specs = arms(spec, (4, 8, 16), full, FULL_BEST * valley.ratio, seeds=seeds, steps=8)
+    return ask("lr_ratio", valley, specs, folder, claims)
 
 
 @pytest.mark.parametrize(
     ("ratio", "primary", "order"),
-    [
-        (1, "REFUTED", "REFUTED"),
-        (3, "REFUTED", "REFUTED"),
-        (6, None, None),
-        (20, "REFUTED", None),
-    ],
+    [(1, "REFUTED", "REFUTED"), (3, "REFUTED", "REFUTED"), (6, None, None), (20, "REFUTED", None)],
 )
-def test_planted_ratio_comes_back(ask_ratio, ratio, primary, order):
-    out, verdicts = ask_ratio(Valley(ratio))
-    check_ratio(out, verdicts, ratio, primary, order)
+def test_planted_ratio_comes_back(ratio, primary, order):
+    check_ratio(*ask_ratio(Valley(ratio)), ratio, primary, order)
 
 
 def check_ratio(out, verdicts, ratio, primary, order):
@@ -39,14 +41,11 @@ def check_ratio(out, verdicts, ratio, primary, order):
     assert all(c["low"] < c["best_lr"] < c["high"] for c in out["curves"])
 
 
-def test_a_ratio_of_ten_is_supported_up_to_the_report_and_a_flipped_table_flips_it(
-    ask_ratio, tmp_path
-):
-    out, verdicts = ask_ratio(Valley(10), report=True)
-    check_ratio(out, verdicts, 10, "SUPPORTED", "SUPPORTED")
-    (report,) = (tmp_path / "reports").glob("lr_ratio-smoke-*")
-    assert "**SUPPORTED**" in (report / "report.md").read_text()
-    table = pd.read_parquet(report / "table.parquet")
+def test_a_ratio_of_ten_is_supported_up_to_the_report_and_a_flipped_table_flips_it(tmp_path):
+    folder = tmp_path / "reports" / "lr_ratio-smoke"
+    check_ratio(*ask_ratio(Valley(10), folder=folder), 10, "SUPPORTED", "SUPPORTED")
+    assert "**SUPPORTED**" in (folder / "report.md").read_text()
+    table = pd.read_parquet(folder / "table.parquet")
     table.loc[table["method"] == "lora", "lr"] /= 5
     table.to_csv(tmp_path / "flipped.csv", index=False)
     places = ("--reports-dir", tmp_path / "reports", "--out", tmp_path / "again")
@@ -56,22 +55,16 @@ def test_a_ratio_of_ten_is_supported_up_to_the_report_and_a_flipped_table_flips_
     assert "**REFUTED**" in primary
 
 
-DRIFT = "sweep.claims.order={says:no drift,estimand:lr_drift_per_doubling,expected:0,margin:[-0.099,0.099]}"
-"""The claim of sweep `rank` in the place of another, asked of runs of 3 ranks."""
+@pytest.mark.parametrize(("drift", "outcome"), [(0.0, "SUPPORTED"), (0.5, "REFUTED")])
+def test_a_planted_drift_comes_back(drift, outcome):
+    claim = {"estimand": "lr_drift_per_doubling", "expected": 0, "margin": [-0.099, 0.099]}
+    valley = Valley(3, noise=2e-4, steep=0.3, drift=drift)
+    _, found = ask_ratio(valley, claims={"order": claim})
+    assert found["order"]["outcome"] == outcome
+    assert found["order"]["estimate"]["value"] == pytest.approx(drift * math.log(2), abs=0.1)
 
 
-def test_no_drift_is_supported(ask_ratio):
-    _, flat = ask_ratio(Valley(3, noise=2e-4, steep=0.3), DRIFT)
-    assert flat["order"]["outcome"] == "SUPPORTED"
-
-
-def test_a_planted_drift_is_refuted(ask_ratio):
-    _, steep = ask_ratio(Valley(3, noise=2e-4, steep=0.3, drift=0.5), DRIFT)
-    assert steep["order"]["outcome"] == "REFUTED"
-    assert steep["order"]["estimate"]["value"] == pytest.approx(0.5 * math.log(2), abs=0.1)
-
-
-def test_a_cliff_just_right_of_the_best_rate_gives_a_bound_and_no_verdict(ask_ratio):
+def test_a_cliff_just_right_of_the_optimum_gives_a_bound_and_no_verdict():
     """The loss falls until the run breaks down: where the optimum would lie is not known."""
     out, verdicts = ask_ratio(Valley(3, cliff=0.9))
     lora = [c for c in out["curves"] if c["method"] == "lora"]
@@ -80,69 +73,53 @@ def test_a_cliff_just_right_of_the_best_rate_gives_a_bound_and_no_verdict(ask_ra
     assert verdicts["ratio"]["outcome"] == "UNDECIDED" and verdicts["ratio"]["needed"]
 
 
-def test_a_cliff_beyond_the_valley_leaves_the_optimum(ask_ratio):
+def test_a_cliff_beyond_the_valley_leaves_the_optimum():
     _, verdicts = ask_ratio(Valley(10, cliff=3.0))
     assert verdicts["ratio"]["estimate"]["low"] <= 10 <= verdicts["ratio"]["estimate"]["high"]
 
 
-def test_an_optimum_off_the_grid_is_a_bound_answered_by_rates_beyond_it(
-    ask_ratio, tmp_path, capsys
-):
-    grid = "sweep.arms.fullft.lr=[1e-5,2e-5,4e-5,8e-5,1.6e-4]"
-    out, verdicts = ask_ratio(Valley(3), grid, report=True)
+def test_an_optimum_off_the_grid_is_a_bound_answered_by_lrs_beyond_it(tmp_path, capsys):
+    folder = tmp_path / "reports" / "lr_ratio-smoke"
+    out, verdicts = ask_ratio(Valley(3), full=4e-5, folder=folder)
     full = next(c for c in out["curves"] if c["method"] == "fullft")
     assert full["best_lr"] is None and "at_edge" in full["flags"] and full["low"] is not None
     assert verdicts["ratio"]["outcome"] == "UNDECIDED" and verdicts["ratio"]["needed"]
+    assert "## Next runs" in (folder / "report.md").read_text()
+    capsys.readouterr()
     assert main(["suggest", "lr_ratio", "--reports-dir", str(tmp_path / "reports"), "--json"]) == 0
     wanted = [s for s in json.loads(capsys.readouterr().out) if s["method"] == "fullft"]
-    assert [s["lr"] for s in wanted] == pytest.approx([3.2e-4, 6.4e-4])
+    assert [s["lr"] for s in wanted] == pytest.approx([6.4e-4, 1.28e-3])
     assert "beyond the edge" in wanted[0]["why"]
 
 
-def test_one_seed_leaves_it_undecided_with_the_seeds_still_needed(ask_ratio):
-    _, few = ask_ratio(Valley(10), seeds=())
-    assert few["ratio"]["outcome"] == "UNDECIDED" and "seed" in few["ratio"]["why"]
-    assert "seeds" in few["ratio"]["needed"]
-
-
-def test_noise_leaves_it_undecided(ask_ratio):
-    _, noisy = ask_ratio(Valley(10, noise=0.04))
-    assert noisy["ratio"]["outcome"] == "UNDECIDED"
-
-
-ALL_RATES = "sweep.replicate.n_lrs=7"
+@pytest.mark.parametrize(("noise", "seeds"), [(5e-4, (0,)), (0.04, range(5))])
+def test_one_seed_or_much_noise_leaves_it_undecided(noise, seeds):
+    _, found = ask_ratio(Valley(10, noise=noise), seeds)
+    assert found["ratio"]["outcome"] == "UNDECIDED"
+    if len(seeds) == 1:
+        assert "seed" in found["ratio"]["why"] and "seeds" in found["ratio"]["needed"]
+        assert "FEW_SEEDS_AT_RECIPE" in {g["code"] for g in found["ten_times"]["gates"]}
 
 
 @pytest.mark.parametrize(("ratio", "outcome"), [(3, "REFUTED"), (10, "SUPPORTED")])
-def test_what_ten_times_the_full_rate_costs(ask_ratio, ratio, outcome):
-    """At a planted ratio of 3 that rate is 3.3 times LoRA's best one."""
+def test_what_ten_times_full_fine_tunings_lr_costs(ratio, outcome):
+    """At a planted ratio of 3 that LR is 3.3 times LoRA's optimum."""
     valley = Valley(ratio)
-    _, verdicts = ask_ratio(valley, ALL_RATES)
     lost = 0.16 * float(linex(np.array(math.log(10 / ratio)), valley.steep))
-    gain = START - 2.0
-    found = verdicts["ten_times"]
+    found = ask_ratio(valley)[1]["ten_times"]
     assert found["outcome"] == outcome, found["why"]
-    assert found["estimate"]["low"] <= 100 * lost / gain <= found["estimate"]["high"]
-
-
-def test_ten_times_the_full_rate_at_rates_that_one_seed_ran_is_not_judged(ask_ratio):
-    _, verdicts = ask_ratio(Valley(3))
-    assert verdicts["ten_times"]["outcome"] == "UNDECIDED"
+    assert found["estimate"]["low"] <= 100 * lost / GAINED <= found["estimate"]["high"]
 
 
 @pytest.mark.parametrize(("behind", "outcome"), [(0.0, "SUPPORTED"), (0.1, "REFUTED")])
-def test_what_the_highest_rank_gives_up(ask_ratio, behind, outcome):
+def test_the_regret_of_the_highest_rank(behind, outcome):
     """Behind by a tenth of the gain, where a twentieth is allowed; rank 4 does not count."""
-    valley = Valley(3)
-    alone = valley.nll
+    found = ask_ratio(Valley(3, behind={4: 0.3 * GAINED, 16: behind * GAINED}))[1]["no_regret"]
+    assert found["outcome"] == outcome, found["why"]
+    assert found["estimate"]["value"] == pytest.approx((behind - 0.05) * GAINED, abs=2e-3)
 
-    def nll(spec):
-        return alone(spec) + {4: 0.3, 16: behind}.get(getattr(spec.method, "rank", 0), 0) * (
-            START - 2.0
-        )
 
-    valley.nll = nll
-    _, verdicts = ask_ratio(valley)
-    assert verdicts["no_regret"]["outcome"] == outcome, verdicts["no_regret"]["why"]
-    value = verdicts["no_regret"]["estimate"]["value"]
-    assert value == pytest.approx((behind - 0.05) * (START - 2.0), abs=2e-3)
+def test_a_claim_about_an_unknown_estimand_is_refused():
+    asked = kept_question("lr_ratio", {"ratio": {"estimand": "rho", "margin": [0, 1]}})
+    with pytest.raises(TableError, match=r"lr_ratio measures lr_ratio, .* not 'rho'"):
+        QUESTION.analyse(pd.DataFrame(), asked)

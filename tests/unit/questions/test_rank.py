@@ -1,92 +1,79 @@
-"""`rank` on planted runs: which ranks keep up, from where on they do not, and at which cost."""
+"""`rank` on planted runs: which ranks keep up, when the others fall behind, and how they start."""
 
 import math
 
 import pytest
 
-from tests.planted import FULL, GRIDS, LORA, World
+from lorasweep.methods.lora import LoRA
+from tests.planted import FULL, LORA, World, arms, ask, base, runs
 
-pytestmark = pytest.mark.slow  # fits hundreds of curves
+pytestmark = pytest.mark.slow  # fits dozens of curves
+RULES = {"rule_shift": 0.25, "new_exceptions": 0.0}
+
+
+def rank_runs(ranks=(1, 4, 8), steps=96, seeds=range(4), models=("tiny64",), **params):
+    """Full fine-tuning and all ranks, and redraws of A at one LR."""
+    found = []
+    for model in models:
+        spec = base(model, "dialect_smoke", **params)
+        found += arms(spec, ranks, steps=steps, seeds=seeds)
+        for rank, draw in ((r, d) for r in ranks for d in (1, 2)):
+            found += runs(spec, LoRA(rank=rank, init_seed=draw), [LORA], seeds, steps=steps)
+    return found
 
 
 @pytest.mark.parametrize(("top", "outcome"), [(1.0, "SUPPORTED"), (0.5, "REFUTED")])
-def test_rank_departures_and_parity(ask, top, outcome):
+def test_parity_and_the_steps_from_which_ranks_are_behind(top, outcome, tmp_path):
     rho = {1: 0.1, 4: 0.3, 8: top}
-    out, found = ask(
-        "rank",
-        World(lambda s: rho[s.method.rank]),
-        *GRIDS,
-        "sweep.arms.lora.rank=[1,4,8]",
-        "sweep.axes.steps=384",
-        "sweep.arms.common.lr=3.2e-3",
-        report=outcome == "SUPPORTED",
-    )
+    world, folder = World(lambda s: rho[s.method.rank]), tmp_path if top == 1 else None
+    out, found = ask("rank", world, rank_runs(steps=384), folder)
     assert found["parity"]["outcome"] == outcome, found["parity"]["why"]
     assert found["parity"]["estimate"]["value"] == pytest.approx(top, rel=0.05)
-    assert (
-        found["start_popular"]["outcome"] == "REFUTED"
-    )  # rank 1 is apart from the first update on
+    assert found["start_popular"]["outcome"] == "REFUTED"  # rank 1 is apart at once
     left = out["departures"]
     assert max(left["1"]) <= min(left["4"])
     assert all(v is None for v in left["8"]) == (top == 1.0)
 
 
-def test_what_a_run_is_at_a_best_rate_that_was_not_tried_is_interpolated(ask):
-    between = {
-        "fullft": 2.1e-3,
-        "lora": 4.4e-3,
-    }  # the tried rates are a factor 2 apart: 1.6e-3, 3.2e-3, 6.4e-3
-    world = World(
-        lambda s: {1: 0.2, 4: 0.8}[s.method.rank], best=lambda spec, step: between[spec.method.name]
-    )
-    _, found = ask("rank", world, *GRIDS, "sweep.axes.steps=384", "sweep.arms.common.lr=3.2e-3")
+def test_an_optimum_between_tried_lrs_is_interpolated():
+    between = {"fullft": 2.1e-3, "lora": 4.4e-3}  # tried: 1.6e-3, 3.2e-3, 6.4e-3
+    rho, best = {1: 0.2, 4: 0.8}, lambda spec, step: between[spec.method.name]
+    _, found = ask("rank", World(lambda s: rho[s.method.rank], best), rank_runs((1, 4), 384))
     assert found["parity"]["estimate"]["value"] == pytest.approx(0.8, rel=0.03)
 
 
-def test_ranks_that_all_leave_at_once_have_no_order(ask):
-    _, found = ask(
-        "rank",
-        World(lambda s: 0.05 * s.method.rank),
-        *GRIDS,
-        "sweep.axes.steps=384",
-        "sweep.arms.common.lr=3.2e-3",
-    )
-    assert (
-        found["order"]["outcome"] == "UNDECIDED"
-        and "order is not resolved" in found["order"]["why"]
-    )
+def test_ranks_that_are_all_behind_at_once_have_no_order():
+    world = World(lambda s: 0.05 * s.method.rank)
+    _, found = ask("rank", world, rank_runs((1, 4), 384))
+    assert found["order"]["outcome"] == "UNDECIDED"
+    assert [g["code"] for g in found["order"]["gates"]] == ["NO_ORDER"]
 
 
-AT = ("sweep.arms.lora.rank=[1,4,8]", "sweep.axes.steps=96", *GRIDS)
-SEEDS = ("sweep.arms.common.seed=[0,1,2]",)
-RULES = "+sweep.axes.generator_params=[{rule_shift:0.25,new_exceptions:0.0}]"
-
-
-@pytest.mark.parametrize(("slope", "outcome"), [(0.2, "SUPPORTED"), (-0.2, "REFUTED")])
-def test_a_higher_rank_that_learns_faster_or_slower_where_exceptions_are_new(ask, slope, outcome):
-    _out, found = ask("rank", World(lambda s: 0.5 * s.method.rank ** (slope / math.log(2))), *AT)
-    assert found["faster"]["outcome"] == outcome, found["faster"]["why"]
-    assert found["faster"]["estimate"]["value"] == pytest.approx(slope, abs=0.03)
-    assert found["alike"]["outcome"] == "UNDECIDED" and "no cell" in found["alike"]["why"]
-
-
-@pytest.mark.parametrize(("slope", "outcome"), [(0.0, "SUPPORTED"), (0.2, "REFUTED")])
-def test_the_rank_makes_no_difference_where_rules_alone_are_new(ask, slope, outcome):
+@pytest.mark.parametrize(
+    ("slope", "params", "claim", "other", "outcome"),
+    [
+        (0.2, {}, "faster", "alike", "SUPPORTED"),
+        (-0.2, {}, "faster", "alike", "REFUTED"),
+        (0.0, RULES, "alike", "faster", "SUPPORTED"),
+        (0.2, RULES, "alike", "faster", "REFUTED"),
+    ],
+)
+def test_the_slope_over_ranks_is_judged_in_its_regime(slope, params, claim, other, outcome):
     world = World(lambda s: 0.5 * s.method.rank ** (slope / math.log(2)))
-    _, found = ask("rank", world, *AT, RULES)
-    assert found["alike"]["outcome"] == outcome, found["alike"]["why"]
-    assert found["alike"]["estimate"]["value"] == pytest.approx(slope, abs=0.03)
-    assert found["faster"]["outcome"] == "UNDECIDED"
+    _, found = ask("rank", world, rank_runs(**params))
+    assert found[claim]["outcome"] == outcome, found[claim]["why"]
+    assert found[claim]["estimate"]["value"] == pytest.approx(slope, abs=0.03)
+    assert [g["code"] for g in found[other]["gates"]] == ["NO_CELL"]
 
 
 @pytest.mark.parametrize(("factor", "outcome"), [(2.0, "SUPPORTED"), (0.5, "REFUTED")])
-def test_whether_rank_1_has_a_lower_best_rate_comes_back(ask, factor, outcome):
+def test_whether_rank_1_has_a_lower_optimal_lr_comes_back(factor, outcome):
     def best(spec, step):
         if spec.method.name == "fullft":
             return FULL
         return LORA / factor if spec.method.rank == 1 else LORA
 
-    _, found = ask("rank", World(lambda s: 0.5, best=best), *AT, RULES)
+    _, found = ask("rank", World(lambda s: 0.5, best=best), rank_runs(**RULES))
     assert found["rank_1_lower"]["outcome"] == outcome, found["rank_1_lower"]["why"]
     assert found["rank_1_lower"]["estimate"]["value"] == pytest.approx(factor, rel=0.1)
     # A line over ln(1 + updates) is nearly one over ln(updates), and ranks of one speed stay equal.
@@ -94,39 +81,34 @@ def test_whether_rank_1_has_a_lower_best_rate_comes_back(ask, factor, outcome):
     assert found["straight"]["estimate"]["value"] == pytest.approx(1.1, abs=0.1)
 
 
-def test_the_difference_of_two_ranks_grows_at_the_planted_slope(ask):
-    """At one rate, rank 1 lies 0.02 nats further behind at every doubling."""
-    world = World(lambda s: 1.0, best=lambda spec, step: 3.2e-3)
-    same = world.loss
+def test_the_difference_of_two_ranks_grows_at_the_planted_slope():
+    """At one LR, rank 1 lies 0.02 nats further behind at every doubling."""
 
-    def loss(spec, step):
-        behind = spec.method.name == "lora" and spec.method.rank == 1
-        return same(spec, step) + (0.02 * math.log2(step) if behind else 0.0)
+    class Grows(World):
+        def loss(self, spec, step):
+            behind = spec.method.name == "lora" and spec.method.rank == 1
+            return super().loss(spec, step) + (0.02 * math.log2(step) if behind else 0.0)
 
-    world.loss = loss
-    _, found = ask("rank", world, *AT, "sweep.arms.common.lr=3.2e-3", *SEEDS)
+    _, found = ask("rank", Grows(lambda s: 1.0), rank_runs())
     assert found["grows"]["outcome"] == "SUPPORTED", found["grows"]["why"]
     assert found["grows"]["estimate"]["value"] == pytest.approx(0.02, abs=1e-3)
 
 
-def test_each_model_is_compared_with_full_fine_tuning_of_itself(ask):
-    """As at the study's size, where one sweep asks two models on two data sets."""
+def test_each_model_is_compared_with_full_fine_tuning_of_itself():
     top = {"tiny64": 1.0, "tiny64-s1": 0.5}
-    out, _ = ask(
-        "rank",
-        World(lambda s: {1: 0.1, 8: top[s.model.name]}[s.method.rank]),
-        *GRIDS,
-        "sweep.axes.model=[tiny64,tiny64-s1]",
-        "sweep.arms.lora.rank=[1,8]",
-        "sweep.axes.steps=384",
-        "sweep.arms.common.lr=3.2e-3",
-        report=True,
-    )
+    world = World(lambda s: {1: 0.1, 8: top[s.model.name]}[s.method.rank])
+    out, _ = ask("rank", world, rank_runs((1, 8), 384, models=top))
     parity = {v["group"].split()[0]: v for v in out["verdicts"] if v["claim"] == "parity"}
-    assert {m: v["outcome"] for m, v in parity.items()} == {
-        "tiny64": "SUPPORTED",
-        "tiny64-s1": "REFUTED",
-    }
-    for model, rho in top.items():
-        assert parity[model]["estimate"]["value"] == pytest.approx(rho, rel=0.05)
+    outcomes = {m: v["outcome"] for m, v in parity.items()}
+    assert outcomes == {"tiny64": "SUPPORTED", "tiny64-s1": "REFUTED"}
+    values = {m: v["estimate"]["value"] for m, v in parity.items()}
+    assert values == pytest.approx(top, rel=0.05)
     assert {name.split()[0] for name in out["tasks"]} == set(top)
+
+
+@pytest.mark.parametrize(("arm", "missing"), [("lora", "fullft"), ("fullft", "lora")])
+def test_a_missing_arm_leaves_every_claim_open(arm, missing):
+    specs = [s for s in rank_runs() if s.method.name == arm]
+    out, _ = ask("rank", World(), specs)
+    assert {v["outcome"] for v in out["verdicts"]} == {"UNDECIDED"}
+    assert {v["why"] for v in out["verdicts"]} == {f"no curve of {missing}"}

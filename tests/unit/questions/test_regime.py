@@ -1,4 +1,4 @@
-"""`regime` on planted runs: what LoRA gives up in cells with little and with much that is new."""
+"""`regime` on planted runs: regret where little and where much is new."""
 
 import json
 import math
@@ -9,72 +9,86 @@ import pytest
 from analysis.measures.regret import UNSCORED
 from analysis.optimum.valley import linex
 from lorasweep.data.synthetic.dialect import load as load_dialect
-from tests.planted import CURVATURE, FULL, GAIN, LORA, World
+from lorasweep.methods.fullft import FullFT
+from tests.planted import CURVATURE, FULL, GAIN, LORA, World, arms, around, ask, base, runs
 
-pytestmark = pytest.mark.slow  # fits hundreds of curves
+pytestmark = pytest.mark.slow  # fits dozens of curves
 
-SHORT, LONGER = (
-    f"{{steps:{n},generator_params:{{rule_shift:0.25,shift_rank:2}}}}" for n in (12, 24)
+LOW = {"rule_shift": 0.25, "shift_rank": 2, "new_exceptions": 0.0}
+BEYOND = {"rule_shift": 0.25, "shift_rank": 8, "new_exceptions": 0.3}
+NULL = {"rule_shift": 0.0, "new_exceptions": 0.0}
+IN_LOW, IN_BEYOND = (
+    "8 symbols, change of rank 2",
+    "8 symbols, change of rank 8 + 30% new exceptions",
 )
-LOW, BEYOND, NULL = (
-    "{steps:256,generator_params:{rule_shift:0.25,shift_rank:2}}",
-    "{steps:256,generator_params:{rule_shift:0.25,shift_rank:8,new_exceptions:0.3}}",
-    "{steps:256,generator_params:{rule_shift:0.0}}",
-)
-FULL_LRS, LORA_LRS = ([best * 2.0**k for k in range(-3, 4)] for best in (FULL, LORA))
 SHARE = 0.4
 """Share of changed contexts."""
+BATCH = 4
 
 
-class Cells(World):
+def data(**params):
+    return base("tiny64", "dialect", **params)
+
+
+def is_full(spec):
+    return spec.method.name == "fullft"
+
+
+def none(spec, step=0):
+    return 0.0
+
+
+class Gaps(World):
     """Full fine-tuning gains GAIN a doubling; LoRA lies `gap(rank, step, exceptions)` of the whole
-    gain behind it, in the changed contexts only or in the unchanged ones only."""
+    gain behind it, in the changed contexts only or in the unchanged ones only.
 
-    def __init__(self, gap, part="changed", bits=1e4):
-        super().__init__(lambda spec: 1.0, more=self.results)
-        self.gap, self.part, self.bits = gap, part, bits
+    `also`: loss to add, of a run and step.
+    """
+
+    def __init__(self, gap=lambda r, s, e: 0.0, part="changed", bits=1e4, best=None, also=none):
+        super().__init__(lambda spec: 1.0, best, self.apart)
+        self.gap, self.part, self.bits, self.also = gap, part, bits, also
 
     def behind(self, spec, step):
-        if spec.method.name == "fullft":
+        if is_full(spec):
             return 0.0
-        exceptions = spec.dataset.generator_params["new_exceptions"]
-        whole = GAIN * math.log2(1 + spec.steps)
-        return whole * self.gap(spec.method.rank, step, exceptions)
+        exceptions = spec.plain()["dataset"]["knobs"]["new_exceptions"]
+        return GAIN * math.log2(1 + spec.steps) * self.gap(spec.method.rank, step, exceptions)
 
     def loss(self, spec, step):
-        return super().loss(spec, step) + self.behind(spec, step)
+        return super().loss(spec, step) + self.behind(spec, step) + self.also(spec, step)
 
-    def results(self, spec):
-        behind, common = self.behind(spec, spec.steps), self.nll(spec)
-        common -= behind
-        apart = {"changed": SHARE, "unchanged": 1 - SHARE}
-        extra = {k: behind / share if k == self.part else 0.0 for k, share in apart.items()}
+    def apart(self, spec):
+        behind = self.behind(spec, spec.steps)
+        common = self.nll(spec) - behind
+        shares = {"changed": SHARE, "unchanged": 1 - SHARE}
+        is_new = spec.plain()["dataset"]["knobs"]["rule_shift"] > 0
         return {
-            "bits_generator": self.bits if spec.dataset.generator_params["rule_shift"] else 0.0,
+            "bits_generator": self.bits * is_new,
             "changed_share": SHARE,
-            **{f"test_nll_{k}": common + more for k, more in extra.items()},
+            **{
+                f"test_nll_{k}": common + (behind / share if k == self.part else 0.0)
+                for k, share in shares.items()
+            },
         }
 
 
-def cell(out, name):
+def condition(out, name=IN_LOW):
     return next(c for c in out["cells"] if name in c["cell"])
 
 
 def verdicts(out, claim):
-    return {
-        v["group"].split(", ", 1)[1]: v["outcome"] for v in out["verdicts"] if v["claim"] == claim
-    }
+    mine = [v for v in out["verdicts"] if v["claim"] == claim]
+    return {v["group"].split(", ", 1)[1]: v["outcome"] for v in mine}
 
 
-def ask_regime(ask, world, *cells, ranks="[1,8]", also=()):
-    arms = []
-    for arm, rates in (("fullft", FULL_LRS), ("lora", LORA_LRS)):
-        shown = [f"{c[:-1]},lr:{rates}}}" for c in cells]
-        arms.append(f"sweep.arms.{arm}.cell=[{','.join(shown)}]")
-    return ask("regime", world, *arms, f"sweep.arms.lora.rank={ranks}", *also)[0]
+def ask_regime(world, *novelties, ranks=(1, 8), steps=256, seeds=range(4), also=(), **changes):
+    common = {"steps": steps, "batch_size": BATCH, "seeds": seeds, **changes}
+    specs = [spec for params in novelties for spec in arms(data(**params), ranks, **common)]
+    return ask("regime", world, [*specs, *also])[0]
 
 
-def test_the_boundary_comes_back_by_cell_and_rank(ask):
+def test_the_boundary_comes_back_by_condition_and_rank():
     """An eighth of tiny64's width is rank 8: better than full fine-tuning where only rules are new
     (on unchanged contexts), behind where exceptions are new; rank 1 is behind and falls back."""
 
@@ -83,217 +97,189 @@ def test_the_boundary_comes_back_by_cell_and_rank(ask):
             return 0.12
         return -0.02 if rank == 8 else 0.04 + 0.03 * math.log2(step / 64)
 
-    out = ask_regime(ask, Cells(gap, part="unchanged"), LOW, BEYOND)
-    low, beyond = "8 symbols, change of rank 2", "8 symbols, change of rank 8 + 30% new exceptions"
-    assert verdicts(out, "low") == {low: "SUPPORTED"}
-    assert verdicts(out, "beyond") == {beyond: "SUPPORTED"}
-    assert verdicts(out, "better") == {low: "SUPPORTED"}
-    assert verdicts(out, "unchanged") == {low: "SUPPORTED"}
-    assert verdicts(out, "growth")[low] == "SUPPORTED"
-    assert cell(out, low)["rank_needed"] == [1.0, 8.0]
-    assert cell(out, beyond)["rank_needed"] == [8.0, None]
-    found = {r["rank"]: r["regret_percent"]["value"] for r in cell(out, low)["ranks"]}
-    assert found[8] == pytest.approx(-2, abs=0.4) and found[1] == pytest.approx(10, abs=0.4)
+    out = ask_regime(Gaps(gap, part="unchanged"), LOW, BEYOND)
+    for claim in ("low", "better", "unchanged"):
+        assert verdicts(out, claim) == {IN_LOW: "SUPPORTED"}
+    assert verdicts(out, "beyond") == {IN_BEYOND: "SUPPORTED"}
+    assert verdicts(out, "growth")[IN_LOW] == "SUPPORTED"
+    assert condition(out)["rank_needed"] == [1.0, 8.0]
+    assert condition(out, IN_BEYOND)["rank_needed"] == [8.0, None]
+    found = {r["rank"]: r["regret_percent"]["value"] for r in condition(out)["ranks"]}
+    assert found == pytest.approx({8: -2, 1: 10}, abs=0.4)
 
 
-def test_full_fine_tuning_of_loras_matrices_is_a_control_and_no_rank(ask):
-    """It gives up 3% of the gain, and LoRA nothing."""
-    world = Cells(lambda rank, step, exceptions: 0.0)
-    same = world.behind
-
-    def behind(spec, step):
-        restricted = spec.method.name == "fullft" and spec.method.scope == "matrices"
-        return 0.03 * GAIN * math.log2(1 + spec.steps) if restricted else same(spec, step)
-
-    world.behind = behind
-    world.rho = lambda spec: 1.0
-    control = f"{LOW[:-1]},scope:matrices,lr:{FULL_LRS}}}"
-    full = f"{LOW[:-1]},lr:{FULL_LRS}}}"
-    out = ask_regime(ask, world, LOW, also=[f"sweep.arms.fullft.cell=[{full},{control}]"])
-    low = "8 symbols, change of rank 2"
-    assert verdicts(out, "same_matrices") == {low: "REFUTED"}
-    (gap,) = [v["estimate"] for v in out["verdicts"] if v["claim"] == "same_matrices"]
-    assert gap["value"] == pytest.approx(0.03 * GAIN * 8, abs=2e-3)
-    assert verdicts(out, "low") == {low: "SUPPORTED"}
-    assert [r["rank"] for r in cell(out, low)["ranks"]] == [1, 8]
-
-
-def test_claims_about_the_regime_can_be_refuted(ask):
-    """Rank 8 gives up a tenth where only rules are new, nothing where exceptions are; the gap
-    shrinks."""
+def test_claims_about_the_regime_can_be_refuted():
+    """Rank 8 loses a tenth where only rules are new, nothing where exceptions are; the gap shrinks."""
 
     def gap(rank, step, exceptions):
         return 0.0 if exceptions else 0.25 - 0.05 * math.log2(step / 64)
 
-    out = ask_regime(ask, Cells(gap), LOW, BEYOND)
-    low, beyond = "8 symbols, change of rank 2", "8 symbols, change of rank 8 + 30% new exceptions"
-    assert verdicts(out, "low") == {low: "REFUTED"} == verdicts(out, "better")
-    assert verdicts(out, "beyond") == {beyond: "REFUTED"}
-    assert verdicts(out, "growth")[low] == "REFUTED"
+    out = ask_regime(Gaps(gap), LOW, BEYOND)
+    assert verdicts(out, "low") == {IN_LOW: "REFUTED"} == verdicts(out, "better")
+    assert verdicts(out, "beyond") == {IN_BEYOND: "REFUTED"}
+    assert verdicts(out, "growth")[IN_LOW] == "REFUTED"
     (place,) = [v for v in out["verdicts"] if v["claim"] == "unchanged"]
-    assert place["outcome"] == "UNDECIDED" and "no advantage to" in place["why"]
+    assert [g["code"] for g in place["gates"]] == ["NO_ADVANTAGE"]
 
 
-def test_an_advantage_on_changed_contexts_is_placed_there(ask):
-    out = ask_regime(ask, Cells(lambda r, s, e: -0.03), LOW)
-    assert verdicts(out, "better") == {"8 symbols, change of rank 2": "SUPPORTED"}
-    assert verdicts(out, "unchanged") == {"8 symbols, change of rank 2": "REFUTED"}
+@pytest.mark.parametrize(
+    ("gaps", "bits", "expected"),
+    [
+        ({1: -0.03, 8: -0.03}, 1e4, {"better": "SUPPORTED", "unchanged": "REFUTED"}),
+        # A load of 0.96 for rank 1 of tiny64 (5,216 parameters), of 0.48 for rank 2
+        ({1: 0.1, 2: 0.1, 4: 0.0}, 1e4, {"fits": "REFUTED"}),
+        # A load of 1.5 for rank 2, and of 0.7 for rank 4
+        ({1: 0.2, 2: 0.1, 4: 0.05}, 3e4, {"overfull": "SUPPORTED"}),
+        ({1: 0.2, 2: 0.0, 4: 0.05}, 3e4, {"overfull": "REFUTED"}),
+    ],
+)
+def test_ranks_are_judged_at_their_load(gaps, bits, expected):
+    out = ask_regime(Gaps(lambda r, s, e: gaps[r], bits=bits), LOW, ranks=tuple(gaps))
+    assert {claim: verdicts(out, claim)[IN_LOW] for claim in expected} == expected
+    loads = {r["rank"]: r["load"] for r in condition(out)["ranks"]}
+    assert loads == pytest.approx({r: bits / (2 * 5216 * r) for r in gaps})
 
 
-def test_the_parts_of_no_gap_are_none_where_the_valley_is_no_parabola(ask):
-    """LoRA's best rate lies between two tried ones, and its valley is asymmetric."""
-    world = Cells(lambda r, s, e: 0.0)
-    world.best = lambda spec, step: FULL if spec.method.name == "fullft" else 1.41 * LORA
-    parabola = world.loss
+def test_full_fine_tuning_of_loras_matrices_is_a_control_and_no_rank():
+    """Its regret is 3% of the gain, and LoRA has none."""
 
-    def loss(spec, step):
-        off = math.log(spec.lr / world.best(spec, step))
-        return parabola(spec, step) + 0.16 * float(linex(np.array(off), 0.7)) - CURVATURE * off**2
+    def restricted(spec, step):
+        control = is_full(spec) and spec.method.scope == "matrices"
+        return control * 0.03 * GAIN * math.log2(1 + spec.steps)
 
-    world.loss = loss
-    out = ask_regime(ask, world, SHORT)
-    for rank in cell(out, "8 symbols")["ranks"]:
+    common = {"steps": 256, "batch_size": BATCH}
+    control = runs(data(**LOW), FullFT(scope="matrices"), around(FULL), **common)
+    out = ask_regime(Gaps(also=restricted), LOW, also=control)
+    assert verdicts(out, "same_matrices") == {IN_LOW: "REFUTED"}
+    (gap,) = [v["estimate"] for v in out["verdicts"] if v["claim"] == "same_matrices"]
+    assert gap["value"] == pytest.approx(0.03 * GAIN * 8, abs=2e-3)
+    assert verdicts(out, "low") == {IN_LOW: "SUPPORTED"}
+    assert [r["rank"] for r in condition(out)["ranks"]] == [1, 8]
+
+
+def test_the_parts_of_no_gap_are_none_where_the_valley_is_no_parabola():
+    """LoRA's optimum lies between two tried LRs, and its valley is asymmetric."""
+
+    def best(spec, step):
+        return FULL if is_full(spec) else 1.41 * LORA
+
+    def asymmetric(spec, step):
+        off = math.log(spec.lr / best(spec, step))
+        return 0.16 * float(linex(np.array(off), 0.7)) - CURVATURE * off**2
+
+    out = ask_regime(Gaps(best=best, also=asymmetric), LOW, steps=12)
+    for rank in condition(out)["ranks"]:
         parts = rank["parts_nats"]
         assert abs(parts["changed"] + parts["unchanged"] - rank["gap_nats"]["value"]) < 3e-4
         assert max(map(abs, parts.values())) < 4e-4
 
 
-def test_a_rank_that_fits_by_two_bits_a_parameter_is_judged_at_its_load(ask):
-    """1e4 bits are a load of 0.96 for rank 1 of tiny64 (5,216 parameters) and 0.48 for rank 2."""
-    out = ask_regime(ask, Cells(lambda r, s, e: 0.1 if r < 4 else 0.0), LOW, ranks="[1,2,4]")
-    loads = {r["rank"]: r["load"] for r in cell(out, "8 symbols")["ranks"]}
-    assert loads[1] == pytest.approx(2 * loads[2], rel=1e-9) and loads[2] <= 0.5 < loads[1]
-    assert verdicts(out, "fits") == {"8 symbols, change of rank 2": "REFUTED"}
-
-
-@pytest.mark.parametrize(("gap", "outcome"), [(0.1, "SUPPORTED"), (0.0, "REFUTED")])
-def test_a_rank_without_room_by_two_bits_a_parameter_is_judged_as_well(ask, gap, outcome):
-    """3e4 bits are a load of 1.5 for rank 2, and of 0.7 for rank 4."""
-    world = Cells(lambda r, s, e: {1: 0.2, 2: gap, 4: 0.05}[r], bits=3e4)
-    out = ask_regime(ask, world, LOW, ranks="[1,2,4]")
-    assert verdicts(out, "overfull") == {"8 symbols, change of rank 2": outcome}
-
-
-def test_where_nothing_is_new_no_claim_of_load_is_made_and_missing_cells_are_said(ask):
-    out = ask_regime(ask, Cells(lambda r, s, e: 0.0), NULL)
+def test_where_nothing_is_new_no_claim_of_load_is_made_and_missing_conditions_are_named():
+    out = ask_regime(Gaps(), NULL)
     assert verdicts(out, "nothing") == {"nothing new": "SUPPORTED"}
-    missing = [v for v in out["verdicts"] if v["group"] == "no cell"]
-    assert {v["claim"] for v in missing} == {v["claim"] for v in out["verdicts"]} - {"nothing"}
-    assert len(missing) >= 10
-    assert all(v["outcome"] == "UNDECIDED" for v in missing)
+    absent = [v for v in out["verdicts"] if v["group"] == "no cell"]
+    assert {v["claim"] for v in absent} == {v["claim"] for v in out["verdicts"]} - {"nothing"}
+    assert len(absent) >= 10 and {v["outcome"] for v in absent} == {"UNDECIDED"}
 
 
-@pytest.mark.parametrize("arm", ["fullft", "lora"])
-def test_a_noisy_cell_is_shown_and_not_judged(ask, arm):
-    """Full fine-tuning's noise alone says so: what is judged must not choose where it is judged."""
-    world = Cells(lambda r, s, e: 0.0)
-    quiet = world.loss
+@pytest.mark.parametrize("full", [True, False])
+def test_a_noisy_condition_is_shown_and_not_judged(full):
+    """Full fine-tuning's noise alone decides: what is judged must not choose where it is judged."""
 
     def loud(spec, step):
-        noise = np.random.default_rng(int(spec.id, 16)).normal(0, 0.03)
-        return quiet(spec, step) + (noise if spec.method.name == arm else 0.0)
+        rng = np.random.default_rng(int(spec.id, 16))
+        return rng.normal(0, 0.03) if is_full(spec) == full else 0.0
 
-    world.loss = loud
-    out = ask_regime(ask, world, SHORT)
+    out = ask_regime(Gaps(also=loud), LOW, steps=12)
     low = next(v for v in out["verdicts"] if v["claim"] == "low")
     assert low["outcome"] == "UNDECIDED"
-    assert ("standard error" in low["why"]) == (arm == "fullft")
+    assert ("NOISY" in {g["code"] for g in low["gates"]}) == full
 
 
-def test_an_advantage_that_gets_smaller_is_no_growing_gap_and_a_sixteenth_no_eighth(ask):
+def test_an_advantage_that_gets_smaller_is_no_growing_gap_and_a_sixteenth_no_eighth():
     """LoRA is better at both lengths, by less at the end; the highest rank is 4 of a width of 64."""
-    world = Cells(lambda r, step, e: -0.06 + 0.03 * math.log2(step / 128))
-    out = ask_regime(ask, world, LOW, ranks="[1,4]")
-    why = {v["claim"]: v["why"] for v in out["verdicts"] if v["outcome"] == "UNDECIDED"}
-    assert "no gap to grow" in why["growth"]
-    assert all("no curve of a rank of 1/8" in why[c] for c in ("low", "better", "unchanged"))
-    assert verdicts(out, "fits") == {"8 symbols, change of rank 2": "SUPPORTED"}
+    world = Gaps(lambda r, step, e: -0.06 + 0.03 * math.log2(step / 128))
+    out = ask_regime(world, LOW, ranks=(1, 4))
+    gates = {v["claim"]: {g["code"] for g in v["gates"]} for v in out["verdicts"]}
+    assert gates["growth"] == {"NO_GAP"}
+    assert all("MISSING" in gates[c] for c in ("low", "better", "unchanged"))
+    assert verdicts(out, "fits") == {IN_LOW: "SUPPORTED"}
 
 
-def test_cells_of_other_lengths_are_told_apart_and_two_seeds_bound_no_rank(ask):
-    few = ["sweep.replicate.seeds=[1]"]
-    out = ask_regime(ask, Cells(lambda r, s, e: 0.0), SHORT, LONGER, also=few)
+def test_conditions_of_other_lengths_are_told_apart_and_two_seeds_bound_no_rank():
+    two = {"batch_size": BATCH, "seeds": range(2)}
+    longer = arms(data(**LOW), (1, 8), steps=24, **two)
+    out = ask_regime(Gaps(), LOW, steps=12, seeds=range(2), also=longer)
     groups = {v["group"] for v in out["verdicts"]} - {"no cell", "tiny64, all cells"}
     assert sorted(g.rsplit(", ", 1)[1] for g in groups) == ["12 updates", "24 updates"]
     assert [c["rank_needed"] for c in out["cells"]] == [[0.0, None]] * 2
     assert all(r["gap_nats"]["high"] is not None for c in out["cells"] for r in c["ranks"])
 
 
-def test_an_optimum_at_the_edge_and_a_schedule_leave_no_number_that_is_none(ask):
-    """Full fine-tuning's best rate lies far above those tried: its gain is not known."""
-    world = Cells(lambda r, s, e: 0.0)
-    world.best = lambda spec, step: 20 * FULL if spec.method.name == "fullft" else LORA
-    out = ask_regime(ask, world, LOW, also=["schedule=linear"])
+def test_an_optimum_at_the_edge_and_a_schedule_leave_no_nan():
+    """Full fine-tuning's optimum lies far above the LRs tried: its gain is not known."""
+    world = Gaps(best=lambda spec, step: 20 * FULL if is_full(spec) else LORA)
+    out = ask_regime(world, LOW, schedule="linear")
     json.dumps(out, allow_nan=False)
-    assert [r["gain_nats"] for r in cell(out, "8 symbols")["ranks"]] == [None, None]
+    assert [r["gain_nats"] for r in condition(out)["ranks"]] == [None, None]
     assert all(v["outcome"] == "UNDECIDED" for v in out["verdicts"])
 
 
-def test_growth_is_read_on_the_same_held_out_rows_at_both_lengths(ask):
-    """The final rows are harder for LoRA by 0.05 nats; on the rows of the way the gap is constant."""
-    world = Cells(lambda r, step, e: 0.1)
-    on_the_way = world.curve
+def test_growth_is_read_on_the_same_held_out_rows_at_both_lengths():
+    """The final rows are harder for LoRA by 0.05 nats; on the earlier rows the gap is constant."""
 
-    def loss(spec, step):
-        harder = 0.05 if step == spec.steps and spec.method.name == "lora" else 0.0
-        return Cells.loss(world, spec, step) + harder
+    class Harder(Gaps):
+        def nll(self, spec):
+            return super().nll(spec) + 0.05 * (not is_full(spec))
 
-    def curve(spec):
-        points = on_the_way(spec)
-        points[-1]["test_nll_curve"] = Cells.loss(world, spec, spec.steps)
-        return points
+        def curve(self, spec):
+            points = super().curve(spec)
+            points[-1] |= {"test_nll_curve": points[-1]["test_nll"], "test_nll": self.nll(spec)}
+            return points
 
-    world.loss, world.curve = loss, curve
-    out = ask_regime(ask, world, LOW)
+    out = ask_regime(Harder(lambda r, step, e: 0.1), LOW)
     grown = next(v for v in out["verdicts"] if v["claim"] == "growth")
     assert grown["estimate"]["value"] == pytest.approx(0, abs=2e-3)
     assert grown["outcome"] == "UNDECIDED"
 
 
-ROWS = 256 * 4
-"""Training rows of LOW: updates of 4 rows."""
-
-
-def test_bits_are_counted_three_ways_and_by_full_fine_tuning_alone(ask):
-    """Full fine-tuning at its best rate codes the rows in 60,000 bits, of which 50,000 are entropy:
+def test_bits_are_counted_three_ways_and_by_full_fine_tuning_alone():
+    """Full fine-tuning at its optimum codes the rows in 60,000 bits, of which 50,000 are entropy:
     64 symbols a row, the first three without a loss. Rank 1 of tiny64 has
     4 x (2 x 128 + 2 x 80 + 3 x 288) + 96 = 5,216 parameters."""
-    world = Cells(lambda r, s, e: {1: 0.2, 2: 0.1, 4: 0.0}[r])
-    apart = world.results
+    world, rows = Gaps(lambda r, s, e: {1: 0.2, 2: 0.1, 4: 0.0}[r]), 256 * BATCH
+    floor = {"floor_nats": 50_000 * math.log(2) / (rows * 61)}
 
     def results(spec):
-        assert spec.batch_size * spec.steps == ROWS
-        bits = 60_000 + 2_000 * math.log(spec.lr / FULL) if spec.method.name == "fullft" else 1e9
-        floor = 50_000 * math.log(2) / (ROWS * 61)
-        return {**apart(spec), "code_nats": bits * math.log(2), "floor_nats": floor}
+        bits = 60_000 + 2_000 * math.log(spec.lr / FULL) if is_full(spec) else 1e9
+        return {**world.apart(spec), "code_nats": bits * math.log(2), **floor}
 
     world.more = results
-    found = cell(ask_regime(ask, world, LOW, ranks="[1,2,4]"), "8 symbols")
+    found = condition(ask_regime(world, LOW, ranks=(1, 2, 4)))
     expected = {"generator": 1e4, "first_pass": 6e4, "above_floor": 1e4}
     assert found["bits"] == pytest.approx(expected, rel=0.02)
     for r in found["ranks"]:
         loads = {count: bits / (2 * 5216 * r["rank"]) for count, bits in expected.items()}
         assert r["loads"] == pytest.approx(loads, rel=0.02)
-    # Regret falls from 10% at rank 2 to 0 at rank 4 and passes 5% between them.
-    rank = found["rank_interpolated"]["value"]
+    rank = found["rank_interpolated"]["value"]  # regret passes 5% between ranks 2 and 4
     assert 2 < rank < 4
     needed = found["loads_needed"]["first_pass"]["value"]
     assert needed == pytest.approx(6e4 / (2 * 5216 * rank), rel=0.02)
 
 
-def test_the_first_pass_ends_where_rows_come_again(ask):
+def test_the_first_pass_ends_where_rows_come_again():
     """48 rows, seen twice in 24 updates of 4; each costs one bit the first time, and half after."""
-    world = Cells(lambda r, s, e: 0.0)
-    apart, on_the_way = world.results, world.curve
-    world.more = lambda spec: {**apart(spec), "n_train": 48, "code_nats": 72 * math.log(2)}
 
-    def curve(spec):
-        rows = [(p, p["step"] * spec.batch_size) for p in on_the_way(spec)]
-        cost = [(p, n, min(n, 48) + max(0, n - 48) / 2) for p, n in rows]
-        return [{**p, "examples": n, "code_nats": c * math.log(2)} for p, n, c in cost]
+    class Repeated(Gaps):
+        def apart(self, spec):
+            return {**super().apart(spec), "n_train": 48, "code_nats": 72 * math.log(2)}
 
-    world.curve = curve
-    found = cell(ask_regime(ask, world, LONGER), "8 symbols")
+        def curve(self, spec):
+            seen = [(p, p["step"] * BATCH) for p in super().curve(spec)]
+            cost = [(p, n, min(n, 48) + max(0, n - 48) / 2) for p, n in seen]
+            return [{**p, "examples": n, "code_nats": c * math.log(2)} for p, n, c in cost]
+
+    found = condition(ask_regime(Repeated(), LOW, steps=24))
     assert found["bits"]["first_pass"] == pytest.approx(48)
 
 

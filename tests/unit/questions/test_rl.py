@@ -1,39 +1,38 @@
-"""`rl` on planted rewards: points behind, best rates, ranges of good rates, episodes needed."""
+"""`rl` on planted rewards: points behind, optimal LRs, ranges of good LRs, episodes needed."""
 
 import math
-import re
 
-import numpy as np
 import pytest
 
-from analysis.measures.rewards import good_range
-from tests.rewards import START, Rewards, study_of
+from analysis.report.study import page
+from analysis.report.study.answers import read_answers
+from tests.planted import Rewards, arms, ask, base
 
-RATES = (
-    "sweep.arms.fullft.lr=${around:1e-4,5,2}",
-    "sweep.arms.lora.lr=${around:%s,5,2}",
-    "sweep.arms.fullft.task=[{model:tiny64-skilled,dataset:words,batch_size:64,group_size:8,max_new_tokens:6,steps:64}]",
-    "sweep.replicate.n_lrs=5",
-)
+pytestmark = pytest.mark.slow  # fits dozens of curves
+START = Rewards.start_reward
+SIZES = ("objective=policy_gradient", "batch_size=64", "group_size=8", "max_new_tokens=6")
 
 
-def world(rho, ratio, full_bend, lora_bend, noise=1e-3):
+def rl_runs(ratio, ranks=(1, 8), models=("tiny64-skilled",)):
+    specs = [base(model, "words", *SIZES) for model in models]
+    grid = {"full": 1e-4, "lora": ratio * 1e-4, "n": 5, "steps": 64}
+    return [s for spec in specs for s in arms(spec, ranks, **grid)]
+
+
+def world(rho, ratio, full_bend, lora_bend):
     """Rewards rise by .06 a doubling of the updates; rank 1 makes `rho` of the progress."""
 
     def top(spec, step):
         share = rho if getattr(spec.method, "rank", 0) == 1 else 1.0
         return START + 0.06 * math.log2(1 + share * step)
 
-    def best(spec):
-        return 1e-4 * (ratio if spec.method.name == "lora" else 1)
-
-    def bend(spec):
-        return lora_bend if spec.method.name == "lora" else full_bend
-
-    return Rewards(top, best, bend, noise=noise)
+    return Rewards(
+        top,
+        lambda spec: 1e-4 * (ratio if spec.method.name == "lora" else 1),
+        lambda spec: lora_bend if spec.method.name == "lora" else full_bend,
+    )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rho", "ratio", "bends", "outcomes"),
     [
@@ -41,9 +40,9 @@ def world(rho, ratio, full_bend, lora_bend, noise=1e-3):
         (1.0, 10, (0.016, 0.04), ("SUPPORTED", "SUPPORTED", "SUPPORTED", "REFUTED", "SUPPORTED")),
     ],
 )
-def test_planted_differences_come_back(ask, rho, ratio, bends, outcomes, tmp_path):
-    rates = [r % f"{ratio * 1e-4:g}" if "%" in r else r for r in RATES]
-    out, found = ask("rl", world(rho, ratio, *bends), *rates, report=rho < 1)
+def test_planted_differences_come_back(rho, ratio, bends, outcomes, tmp_path):
+    folder = tmp_path / "reports" / "rl-smoke"
+    out, found = ask("rl", world(rho, ratio, *bends), rl_runs(ratio), folder if rho < 1 else None)
     claims = ("rank_1", "top_rank", "ratio", "wider", "progress")
     assert tuple(found[c]["outcome"] for c in claims) == outcomes
     planted = 6 * math.log2((1 + 64 * rho) / 65)
@@ -54,36 +53,22 @@ def test_planted_differences_come_back(ask, rho, ratio, bends, outcomes, tmp_pat
     assert found["wider"]["estimate"]["value"] == pytest.approx(wider, rel=0.2)
     (behind,) = out["points_behind"].values()
     assert set(behind) == {"1", "8"}
-    if rho < 1:  # with a report
-        report, study = study_of(tmp_path)
-        assert "Exploratory" not in report  # planted runs at another scale confirm
-        assert (
-            re.search(r"\| 0 of \d+ \|", report)
-            and "| best reward |" in report
-            and "within 0.01 |" in report
-        )
-        assert "reward before training 0.1" in report and "NLL" not in report
-        assert "rank 1 does not learn as much as full fine-tuning**" in study
-        said = r"The difference was [+-]0\.\d points \[.*\] on tiny64-skilled \(words; rank 8, 64 updates\)"
-        assert re.search(said, study)
-        (line,) = [
-            text for text in study.splitlines() if "rank 1 reaches full" in text and "8.6" in text
-        ]
+    if rho < 1:  # with a report, in rewards and not in losses
+        text = (folder / "report.md").read_text()
+        assert "| best reward |" in text and "NLL" not in text and "| 0 of 4 |" in text
+        study = page.page(read_answers([folder.parent]), tmp_path)
+        (line,) = [v for v in study.splitlines() if "rank 1 reaches full" in v and "8.6" in v]
         assert "REFUTED" in line and "parameters an episode" in line
-        assert "tiny64-skilled has practised exercises" in study
 
 
-@pytest.mark.slow
-def test_a_task_that_is_nearly_solved_decides_nothing(ask):
+def test_a_task_that_is_nearly_solved_decides_nothing():
     solved = Rewards(lambda s, step: 0.95, lambda s: 2e-4, lambda s: 0.03)
-    rates = [r % "2e-4" if "%" in r else r for r in RATES]
-    _out, found = ask("rl", solved, *rates)
-    assert found["rank_1"]["outcome"] == "UNDECIDED" and "nearly solved" in str(found["rank_1"])
+    _, found = ask("rl", solved, rl_runs(2))
+    assert {g["code"] for g in found["rank_1"]["gates"]} >= {"TASK"}
 
 
-@pytest.mark.slow
-def test_of_the_base_that_solves_the_task_only_progress_is_asked(ask):
-    """Planted: rank 1 gives up 12 points on the one base, and makes half of the progress on the other."""
+def test_of_the_base_that_solves_the_task_only_progress_is_asked():
+    """Rank 1 is 12 points behind on one base, and makes half of the progress on the other."""
     first, second = "tiny64-skilled", "tiny64-skills"
 
     def top(spec, step):
@@ -93,36 +78,16 @@ def test_of_the_base_that_solves_the_task_only_progress_is_asked(ask):
         return START + 0.06 * math.log2(1 + step) - 0.12 * alone * step / spec.steps
 
     two = Rewards(top, lambda s: 1e-4 * (4 if s.method.name == "lora" else 1), lambda s: 0.03)
-    task = "{model:%s,dataset:words,batch_size:64,group_size:8,max_new_tokens:6,steps:64}"
-    tasks = f"sweep.arms.fullft.task=[{task % first},{task % second}]"
-    rates = [r % "4e-4" if "%" in r else r for r in RATES if "task=" not in r]
-    out, _found = ask("rl", two, tasks, *rates)
+    out, _ = ask("rl", two, rl_runs(4, models=(first, second)))
     judged = {(v["claim"], v["group"].split(" on ")[0]): v for v in out["verdicts"]}
     of_rewards = ("rank_1", "top_rank", "ratio", "wider")
     assert set(judged) == {*((c, first) for c in (*of_rewards, "progress")), ("progress", second)}
-    assert judged["rank_1", first]["outcome"] == "REFUTED"
-    assert judged["rank_1", first]["estimate"]["value"] == pytest.approx(-12, abs=0.5)
-    assert judged["progress", second]["outcome"] == "REFUTED"
-    assert judged["progress", second]["estimate"]["value"] == pytest.approx(0.5, rel=0.1)
+    for at, value in ((("rank_1", first), -12), (("progress", second), 0.5)):
+        assert judged[at]["outcome"] == "REFUTED"
+        assert judged[at]["estimate"]["value"] == pytest.approx(value, rel=0.1)
 
 
-@pytest.mark.slow
-def test_without_rank_1_the_claims_about_it_stay_open(ask):
-    rates = [r % "2e-4" if "%" in r else r for r in RATES]
-    _out, found = ask("rl", world(1, 2, 0.03, 0.03), *rates, "sweep.arms.lora.rank=[8]")
-    assert "no curve of lora r1" in str(found["rank_1"])
+def test_without_rank_1_the_claims_about_it_stay_open():
+    _, found = ask("rl", world(1, 2, 0.03, 0.03), rl_runs(2, ranks=(8,)))
+    assert found["rank_1"]["why"] == "no curve of lora r1"
     assert found["top_rank"]["outcome"] == "SUPPORTED"
-
-
-def test_the_range_of_good_rates_ends_between_rates_or_goes_on():
-    x = np.arange(5.0)
-    reward = np.array([0.50, 0.54, 0.55, 0.51, 0.20])
-    low, high, goes_on = good_range(x, reward)
-    # .53 is crossed a quarter of the way from 1 to 0, and half of the way from 2 to 3
-    assert (low, high, goes_on) == (pytest.approx(0.75), pytest.approx(2.5), False)
-    low, high, goes_on = good_range(x[:3], reward[:3])
-    assert (low, high, goes_on) == (pytest.approx(0.75), 2.0, True)
-    assert good_range(x, np.array([0.0, 0.5, 0.0, 0.0, 0.5]))[:2] == (
-        pytest.approx(0.96),
-        pytest.approx(1.04),
-    )  # one range, around the best rate
