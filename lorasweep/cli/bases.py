@@ -11,17 +11,8 @@ from collections.abc import Sequence
 from lorasweep.config.compose import shipped_model
 
 NAMES = (
-    "tiny64",
-    "tiny64-3m",
-    "tiny64-s1",
-    "tiny64-facts",
-    "tiny64-knows",
-    "tiny64-skills",
-    "tiny64-skilled",
-    "tiny64-experts",
-    "tiny128",
-    "tiny128-3m",
-    "tiny128-4m",
+    *("tiny64", "tiny64-3m", "tiny64-s1", "tiny64-facts", "tiny64-knows", "tiny64-skills"),
+    *("tiny64-skilled", "tiny64-experts", "tiny128", "tiny128-3m", "tiny128-4m"),
 )
 TOLERANCE_NATS = 0.02
 """Largest difference of held-out losses between two trainings of a recipe on two processors."""
@@ -42,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _remake(name: str, check: bool) -> bool:
-    """Retrain one base; save it, or compare its loss with that of the shipped weights."""
+    """Retrain one base; save it, or compare its loss with the loss of the shipped weights."""
     from lorasweep.models.load import SHIPPED, load, recipe_file_name
     from lorasweep.train import pretrain
 

@@ -160,8 +160,8 @@ def _cpu_memory(
     """Return the peak bytes of learning on a CPU: what the hand-written passes keep."""
     model, word, length = load.model, WORD_BYTES[spec.precision], mean_length(spec)
     exact = STATE_BYTES[states][0]
-    tokens = n_runs * layout.rows * length
-    tokens *= 1.0 if spec.dataset.source == "synthetic" else CPU_TEXT_PEAK
+    peak = 1.0 if spec.dataset.source == "synthetic" else CPU_TEXT_PEAK
+    tokens = n_runs * layout.rows * length * peak
     copies = 0  # bytes for each weight of a product
     if word == 2 and (load.whole or held > word):
         copies += 2

@@ -7,6 +7,7 @@ import pytest
 from lorasweep.plan import detect
 from tests.world import ROOT
 
+BATCHES = ("+sweep=batch_size", "scale=paper")
 PAPER = ("+sweep=study", "sweep.parts=[lr_ratio,batch_size]", "scale=paper", "action=plan")
 
 
@@ -48,46 +49,26 @@ def test_a_users_own_card_is_a_file_and_text_says_what_the_plan_rests_on(
     command, nowhere, tmp_path
 ):
     (tmp_path / "mine/hardware").mkdir(parents=True)
-    text = (ROOT / "conf/hardware/h100.yaml").read_text()
-    text = text.replace("name: h100", "name: my_card").replace(
-        "price_per_gpu_h: 2.95", "price_per_gpu_h: 1"
-    )
+    text = (ROOT / "conf/hardware/h100.yaml").read_text().replace("name: h100", "name: my_card")
+    text = text.replace("price_per_gpu_h: 2.95", "price_per_gpu_h: 1")
     (tmp_path / "mine/hardware/my_card.yaml").write_text(text)
-    one = (
-        "+sweep=batch_size",
-        "scale=paper",
-        "action=plan",
-        "hardware=my_card",
-        "hardware.gpus=64",
-    )
-    out = command("--config-dir", tmp_path / "mine", *one).stdout
-    for words in (
-        "on 64 x NVIDIA H100",
-        "price assumed: $1 a GPU and hour",
-        "nothing was measured on my_card",
-        "batch_size: penalty: 3 seeds (planned 4)",
-    ):
+    asked = ("action=plan", "hardware=my_card", "hardware.gpus=64")
+    out = command("--config-dir", tmp_path / "mine", *BATCHES, *asked).stdout
+    for words in ("on 64 x NVIDIA H100", "$1 a GPU and hour", "my_card", "3 seeds (planned 4)"):
         assert words in out
     row = next(line for line in out.splitlines() if line.startswith("batch_size "))
     assert row.split()[1:4] == ["256", "256", "224"]
 
 
 def test_a_card_that_is_too_small_says_what_would_fit(command, nowhere):
-    done = command(
-        "model=llama-3.1-70b",
-        "scale=paper",
-        "method=fullft",
-        "action=plan",
-        "hardware=h100",
-        "hardware.gpu_memory_gib=8",
-        "batch_size=8",
-    )
+    run = ("model=llama-3.1-70b", "scale=paper", "method=fullft", "batch_size=8", "action=plan")
+    done = command(*run, "hardware=h100", "hardware.gpu_memory_gib=8")
     assert done.returncode == 0 and "does not fit: fullft of llama-3.1-70b" in done.stdout
     assert "Give a GPU with" in done.stdout
 
 
 def test_what_fits_nowhere_is_refused_before_anything_is_submitted(command, nowhere):
-    one = ("+sweep=batch_size", "scale=paper", "cluster=slurm", "hardware=h100")
+    one = (*BATCHES, "cluster=slurm", "hardware=h100")
     done = command(*one, "hardware.gpu_memory_gib=4")
     assert done.returncode == 2 and "nothing was started" in done.stderr
     assert "fullft of llama-3.1-8b takes" in done.stderr and "It fits with" in done.stderr
@@ -97,7 +78,7 @@ def test_what_fits_nowhere_is_refused_before_anything_is_submitted(command, nowh
 
 
 def test_the_plan_of_a_cluster_lists_its_jobs_by_what_they_need(command, nowhere):
-    one = ("+sweep=batch_size", "scale=paper", "cluster=slurm", "hardware=h100", "action=plan")
+    one = (*BATCHES, "cluster=slurm", "hardware=h100", "action=plan")
     plan = json.loads(command(*one, "format=json").stdout)
     needed = [(j["nodes"], j["gpus"], j["workers"]) for j in plan["queue"]["jobs"]]
     assert needed == [(1, 1, 1), (1, 4, 1)]

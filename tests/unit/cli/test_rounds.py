@@ -53,15 +53,8 @@ def test_a_failed_run_is_named_kept_apart_and_tried_again_only_on_request(
 def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, capsys, fake_trainer):
     """An open claim, its suggested runs as round 2, and no fourth look."""
     valley = Valley(10, noise=0.05)
-    base = [
-        "+sweep=lr_ratio",
-        "scale=smoke",
-        "sweep.arms.lora.rank=[4,8]",
-        "format=json",
-        "sweep.replicate.seeds=[1,2,3]",
-        "sweep.rounds=3",
-        *valley.rates(),
-    ]
+    grid = ("sweep.arms.lora.rank=[4,8]", "sweep.replicate.seeds=[1,2,3]", "sweep.rounds=3")
+    base = ["+sweep=lr_ratio", "scale=smoke", "format=json", *grid, *valley.rates()]
     trainer = fake_trainer(valley.nll)
     run, extend = compose(*base), compose(*base, "action=extend")
     with pytest.raises(Exception, match="have not finished"):

@@ -1,4 +1,4 @@
-"""Runs that do not tell on which data they were trained are judged as they are, and never continued."""
+"""Curves without a data fingerprint are judged as they are, and never continued."""
 
 import pytest
 
@@ -49,9 +49,8 @@ def test_a_kept_curve_is_not_continued(old, compose, action):
 
 
 def test_a_sweep_of_sweeps_is_checked_before_its_first_part_starts(old, compose):
-    request = compose(
-        "+sweep=study", "scale=smoke", "format=json", "sweep.parts=[rank,lr_ratio]", MORE
-    )
+    parts = ("+sweep=study", "sweep.parts=[rank,lr_ratio]")
+    request = compose(*parts, "scale=smoke", "format=json", MORE)
     with pytest.raises(StoreError, match=ADVICE):
         act(request, old)
     assert not old.trained

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from lorasweep.train.objectives.rollouts import bits_learned
 
 from analysis.questions.rl_bits import known_share
+from lorasweep.train.objectives.rollouts import bits_learned
 from tests.planted import Rewards, arms, ask, base
 
 pytestmark = pytest.mark.slow  # fits a dozen curves
