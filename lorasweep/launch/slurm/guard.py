@@ -1,4 +1,4 @@
-"""Refuse code and tasks that somebody else could have written, or that have changed.
+"""Refuse code and tasks that another user could have written, or that have changed.
 
     python -I -c "<this file>" JOB_FOLDER SHA256 FIRST CODE_FOLDER SHA256
 
