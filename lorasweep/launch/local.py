@@ -68,7 +68,6 @@ def run_points(
     """
     hardware = detect.this_machine()
     command = _Command(store, exec_, report, n_nodes)
-    in_workers = trainer is None or isinstance(trainer, str)
     tried: set[str] = set()
     quiet_since, held = time.monotonic(), None
     while True:
@@ -77,7 +76,7 @@ def run_points(
         mine = [p for p in plan.todo if plan.states[p.id] != "running"]
         others = {p.id for p in plan.todo if plan.states[p.id] == "running"}
         if mine:
-            if in_workers:
+            if trainer is None or isinstance(trainer, str):
                 command.run(plan, trainer=trainer, skip=skip)
             else:
                 for pack in plan.packs:

@@ -31,7 +31,7 @@ def patiently(path: Path, read: Callable[[], T]) -> T | None:
     """Return what `read` returns; None if there is no such file or folder.
 
     Raises:
-        StoreError: it fails otherwise, also when tried again. What `path` holds is then unknown.
+        StoreError: it fails for another reason, also when tried again.
     """
     for pause in (*PAUSES_S, None):
         try:
@@ -41,9 +41,9 @@ def patiently(path: Path, read: Callable[[], T]) -> T | None:
         except OSError as error:
             if pause is None:
                 raise StoreError(
-                    f"{path} cannot be read ({error.strerror or error}), so it is not known what "
-                    "it holds, and nothing was concluded from it. Run the command again when the "
-                    "file system answers and you may read it."
+                    f"{path} cannot be read ({error.strerror or error}). Nothing was concluded "
+                    "from it. Run the command again when the file system answers and you have "
+                    "permission to read it."
                 ) from error
             time.sleep(pause)
     raise AssertionError("unreachable")
