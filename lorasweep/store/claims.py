@@ -286,7 +286,8 @@ class Lock:
         if not files.create_folder_once(claim, {"owner.json": owner}):
             return False
         if files.highest_number(self._folder) != number:
-            shutil.rmtree(claim)  # others took and released it meanwhile; a later one holds it
+            # Others took and released the lock in between. A later holder may delete this, too.
+            shutil.rmtree(claim, ignore_errors=True)
             return False
         self._claim, self._heartbeat = claim, Heartbeat(lambda: [claim])
         return True

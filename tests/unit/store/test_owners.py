@@ -91,6 +91,22 @@ def test_another_user_of_the_group_resumes_a_sweep(group_folder, tmp_path, mode)
     assert [r["step"] for r in store.records(spec.id)] == [1, 2]
 
 
+def test_a_late_claim_that_a_later_holder_deletes_is_made_again(tmp_path, monkeypatch):
+    create = files.create_folder_once
+
+    def late(path, content):
+        made = create(path, content)
+        if path.name == "1":
+            monkeypatch.undo()
+            (path / "released").touch()
+            path.rename(path.with_name("2"))
+        return made
+
+    monkeypatch.setattr(files, "create_folder_once", late)
+    Lock(tmp_path / "lock").acquire(5, print)
+    assert files.highest_number(tmp_path / "lock") == 3
+
+
 COUNT = """
 import sys, time
 from pathlib import Path
