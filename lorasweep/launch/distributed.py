@@ -1,8 +1,8 @@
 """Several processes train one run: process 0 leads, the others follow.
 
 Process 0 owns the run folder and decides; what it decides, every process does at the same update.
-After each update it says whether to write a checkpoint, continue or end. A stop that was asked of
-any process is known to all before. Torch is imported inside functions.
+After each update it orders the others to write a checkpoint, continue or end. Before that, all
+processes learn whether one of them was stopped. Torch is imported inside functions.
 """
 
 import dataclasses

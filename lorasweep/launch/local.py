@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,6 @@ def run_points(
     """
     hardware = detect.this_machine()
     command = _Command(store, exec_, report, n_nodes)
-    in_workers = trainer is None or isinstance(trainer, str)
     tried: set[str] = set()
     quiet_since, held = time.monotonic(), None
     while True:
@@ -81,7 +80,7 @@ def run_points(
         mine = [p for p in now.todo if now.states[p.id] != "running"]
         others = {p.id for p in now.todo if now.states[p.id] == "running"}
         if mine:
-            if in_workers:
+            if trainer is None or isinstance(trainer, str):
                 command.run(now, trainer=trainer, skip=skip)
             else:
                 for pack in now.packs:
@@ -111,9 +110,7 @@ class _Command:
     exec: Exec
     report: Report
     n_nodes: int
-
-    def __post_init__(self) -> None:
-        self.limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
     def run(self, plan: Plan, **settings: Any) -> None:
         """Start the workers with one job file, report their events, and wait for all of them."""
@@ -179,12 +176,7 @@ class _Command:
 
 
 def end_shortage(
-    spec: RunSpec,
-    shortage: Shortage,
-    exec_: Exec,
-    store: RunStore,
-    limits: Limits,
-    report: Report,
+    spec: RunSpec, shortage: Shortage, exec_: Exec, store: RunStore, limits: Limits, report: Report
 ) -> None:
     """End the attempt at a run whose processes are gone because the memory of one ran out.
 
@@ -257,19 +249,12 @@ class Workers:
         """
         size = self._world_size
         if self._nodes > 1:
-            srun = [
-                "srun",
-                "--overlap",
-                f"--nodes={self._nodes}",
-                f"--ntasks={size}",
-                f"--ntasks-per-node={size // self._nodes}",
-                "--distribution=block",
-                f"--wait={LAST_S:.0f}",
-                "--kill-on-bad-exit=0",
-                "--export=ALL",
-                "--unbuffered",
-            ]
-            return srun, [_address(socket.gethostname(), size)]
+            srun = (
+                f"srun --overlap --nodes={self._nodes} --ntasks={size} "
+                f"--ntasks-per-node={size // self._nodes} --distribution=block "
+                f"--wait={LAST_S:.0f} --kill-on-bad-exit=0 --export=ALL --unbuffered"
+            )
+            return srun.split(), [_address(socket.gethostname(), size)]
         if size == 1:
             return [], [devices]
         shared = {**devices, **_address("127.0.0.1", size)}
@@ -303,10 +288,8 @@ class Workers:
 
     def stop(self) -> None:
         """Let each finish its update, write a checkpoint and exit; wait for all."""
-        for group in self._groups:
-            for process in group:
-                if process.poll() is None:
-                    process.send_signal(SRUN_STOP if self._nodes > 1 else signal.SIGTERM)
+        for process in (p for group in self._groups for p in group if p.poll() is None):
+            process.send_signal(SRUN_STOP if self._nodes > 1 else signal.SIGTERM)
         self.wait()
 
 

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import DataError, ModelError, SpecError, StoreError
@@ -123,7 +124,7 @@ class _Pack:
                 return []
         return [s for s in pack if s.id in self.attempts]
 
-    def folders(self) -> list[Any]:
+    def folders(self) -> list[Path]:
         """Return the folders of the attempts, for their heartbeats."""
         return [self.store.attempt(rid, n) for rid, n in list(self.attempts.items())]
 
@@ -174,7 +175,7 @@ class _Pack:
         `limit` is lowered.
 
         Raises:
-            Stopped: a stop was asked for; checkpoints are written.
+            Stopped: `stop` was set; checkpoints are written.
         """
         parts = [runs]
         while parts:
@@ -310,7 +311,7 @@ class _Attempt:
         """Train, and record what is measured. Runs that other workers claimed are dropped.
 
         Raises:
-            Stopped: a stop was asked for, and checkpoints are written.
+            Stopped: `stop` was set; checkpoints are written.
         """
         self._write_env()
         for spec in self.runs:

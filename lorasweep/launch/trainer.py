@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorasweep.models.load import Base
     from lorasweep.models.sharding import Mesh
     from lorasweep.train.first_pass import Batch
+    from lorasweep.train.objectives.base import Objective
 
 TOKENS = ".tokens"
 """Folder in the run folder with tokenized text, which all workers share."""
@@ -182,6 +183,7 @@ def finetune(
     from lorasweep.train.objectives.policy_gradient import PolicyGradient
     from lorasweep.train.objectives.sft import SupervisedFineTuning
 
+    objectives: dict[str, Callable[..., Objective[Any]]]
     objectives = {"sft": SupervisedFineTuning, "policy_gradient": PolicyGradient}
     by_run = data if isinstance(data, Mapping) else {s.id: data for s in pack}
     objective = objectives[pack[0].objective](

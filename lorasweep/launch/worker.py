@@ -55,7 +55,12 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
     stop.install()
     content = Path(job_path).read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
-        print(json.dumps({"error": f"{job_path} was changed by somebody else."}), flush=True)
+        print(
+            json.dumps(
+                {"error": f"{job_path} was changed after it was written. Run the command again."}
+            ),
+            flush=True,
+        )
         return REFUSED
     job = json.loads(content)
     store = RunStore(job["exec"]["runs_dir"], dead=job.get("dead"), jobs=RunningJobs())

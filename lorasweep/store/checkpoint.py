@@ -2,8 +2,8 @@
 
 If several processes train the run, a slot has a folder with a safetensors file of each instead.
 
-A kill during a write leaves the other slot intact. All members of a pack write the same steps, so
-a pack that is killed between two members' writes still has a common step. Nothing is ever
+A kill during a write leaves the other slot intact. All runs of a pack write the same steps, so a
+pack that is killed between the writes of two runs still has a common step. Nothing is ever
 unpickled, and checksums are verified before use.
 """
 
@@ -23,18 +23,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SLOTS = ("a", "b")
-
-
 PARAM = "param/"
-"""What the names of trained tensors begin with in a state; the others are an optimizer's."""
+"""Prefix of the names of trained tensors in a state; the others are an optimizer's."""
 WEIGHTS = "weights.safetensors"
-"""File in the folder of a finished run with what it trained, if that was to be kept."""
+"""File in the folder of a finished run with its trained weights, if they were to be kept."""
 FILES = "files"
 """Key in the description of a checkpoint of several processes: the SHA-256 of each file by name."""
 
 
 class State(TypedDict):
-    """What one run resumes from."""
+    """State that one run resumes from."""
 
     tensors: dict[str, "Tensor"]
     """Empty if several processes hold them, or have written them."""
@@ -50,9 +48,8 @@ class State(TypedDict):
 def save(folder: Path, state: State) -> None:
     """Write a state into the older slot."""
     folder.mkdir(exist_ok=True)
-    described = {slot: _describe(folder, slot) for slot in SLOTS}
-    steps = {slot: d["step"] if d else -1 for slot, d in described.items()}
-    slot = min(SLOTS, key=lambda s: steps[s])
+    steps = {slot: step for step, slot in described(folder).items()}
+    slot = min(SLOTS, key=lambda s: steps.get(s, -1))
     # without a description the slot is invalid
     (folder / f"{slot}.json").unlink(missing_ok=True)
     path, parts = folder / f"{slot}.safetensors", folder / f"{slot}.parts"
@@ -87,7 +84,7 @@ def weights_of(state: State) -> dict[str, "Tensor"]:
 
 
 def save_weights(run: Path, state: State) -> None:
-    """Keep the trained tensors of a state in a run's folder, all of them or none."""
+    """Write the trained tensors of a state into a run's folder, all of them or none."""
     partial = run / f".{WEIGHTS}.{os.getpid()}"
     try:
         _save_file(weights_of(state), partial)
@@ -97,7 +94,7 @@ def save_weights(run: Path, state: State) -> None:
 
 
 def load_weights(run: Path) -> dict[str, "Tensor"] | None:
-    """Return what `save_weights` kept; None if it is not there."""
+    """Return the tensors that `save_weights` wrote; None if there are none."""
     from safetensors.torch import load_file
 
     path = run / WEIGHTS
@@ -109,9 +106,9 @@ def keep_only(folder: Path, step: int | None) -> None:
 
     A checkpoint after the step that a run resumes from belongs to records that are cut away.
     """
+    kept = None if step is None else described(folder).get(step)
     for slot in SLOTS:
-        d = _describe(folder, slot)
-        if d is None or d["step"] != step:
+        if slot != kept:
             (folder / f"{slot}.json").unlink(missing_ok=True)
 
 
@@ -142,8 +139,8 @@ def load(folder: Path, step: int) -> State | None:
     if meta is None:
         return None
     if FILES in meta:
-        parts = folder / f"{slot}.parts"
-        right = files.patiently(parts, lambda: _have(parts, meta[FILES]))
+        parts, sums = folder / f"{slot}.parts", meta[FILES].items()
+        right = files.patiently(parts, lambda: all(_sha256(parts / n) == sha for n, sha in sums))
         return {"tensors": {}, "meta": meta, "path": parts} if right else None
     path = folder / f"{slot}.safetensors"
 
@@ -160,13 +157,8 @@ def load(folder: Path, step: int) -> State | None:
     return None if tensors is None else {"tensors": tensors, "meta": meta, "path": path}
 
 
-def _have(folder: Path, sums: dict[str, str]) -> bool:
-    """Return whether a folder has these files with these checksums."""
-    return all(_sha256(folder / name) == sha256 for name, sha256 in sums.items())
-
-
 def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:
-    """Load the latest step for which every member has a valid checkpoint; None if there is none.
+    """Load the latest step for which every run has a valid checkpoint; None if there is none.
 
     Raises:
         StoreError: one cannot be read now, so which is the latest is unknown.

@@ -33,7 +33,7 @@ interactive job outlives the command, so a running job does not prove that the c
 
 
 class RunningJobs(Protocol):
-    """What a scheduler knows about the jobs that own attempts (see launch/slurm/client)."""
+    """A scheduler's knowledge of the jobs that own attempts (see launch/slurm/client)."""
 
     def refresh(self) -> None:
         """Query all running jobs once."""
@@ -41,11 +41,7 @@ class RunningJobs(Protocol):
     def __call__(
         self, cluster: str, job: str, restart: int, known_before: bool = False
     ) -> bool | None:
-        """Return whether this execution of a job is still running; None if that is unknown.
-
-        `known_before`: the job was known before the last `refresh`, so if the query did not list
-        it, it has ended.
-        """
+        """Return whether this execution of a job is still running; None if that is unknown."""
 
 
 def host() -> str:
@@ -77,8 +73,8 @@ def boot_id() -> str:
 def start_time(pid: int) -> str:
     """Return the start time of a process in clock ticks since boot.
 
-    Empty if the process has ended or is a zombie. UNKNOWN if the system hides it: many login nodes
-    hide the processes of other users.
+    Empty if the process has ended or is a zombie. UNKNOWN if the system hides it, as many login
+    nodes do with other users' processes.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -126,12 +122,12 @@ def read_owner(attempt: Path) -> dict[str, Any]:
 
 
 def restarted(owner: dict[str, Any]) -> bool:
-    """Return whether this process is a later start, by Slurm, of the job that `owner` was."""
-    mine, its = this_process().get("slurm"), owner.get("slurm")
-    if not mine or not its:
+    """Return whether Slurm started the owner's job again, and this process is in it."""
+    mine, before = this_process().get("slurm"), owner.get("slurm")
+    if not mine or not before:
         return False
-    same = (mine["cluster"], mine["job"]) == (its["cluster"], its["job"])
-    return same and mine["restart"] > its["restart"]
+    same = (mine["cluster"], mine["job"]) == (before["cluster"], before["job"])
+    return same and mine["restart"] > before["restart"]
 
 
 class Liveness:
@@ -177,9 +173,9 @@ class Liveness:
                 return started == owner["started"] != ""
         if restarted(owner):
             return False
-        its = owner.get("slurm")
-        if its and self._jobs:
-            return self._jobs(its["cluster"], its["job"], its["restart"], attempt in self._known)
+        job = owner.get("slurm")
+        if job and self._jobs:
+            return self._jobs(job["cluster"], job["job"], job["restart"], attempt in self._known)
         return None
 
     def alive(self, attempt: Path) -> bool:
@@ -290,7 +286,8 @@ class Lock:
         if not files.create_folder_once(claim, {"owner.json": owner}):
             return False
         if files.highest_number(self._folder) != number:
-            shutil.rmtree(claim)  # others took and released it meanwhile; a later one holds it
+            # Others took and released the lock in between. A later holder may delete this, too.
+            shutil.rmtree(claim, ignore_errors=True)
             return False
         self._claim, self._heartbeat = claim, Heartbeat(lambda: [claim])
         return True

@@ -31,7 +31,7 @@ def patiently(path: Path, read: Callable[[], T]) -> T | None:
     """Return what `read` returns; None if there is no such file or folder.
 
     Raises:
-        StoreError: it fails otherwise, also when tried again. What `path` holds is then unknown.
+        StoreError: it fails for another reason, also when tried again.
     """
     for pause in (*PAUSES_S, None):
         try:
@@ -41,9 +41,9 @@ def patiently(path: Path, read: Callable[[], T]) -> T | None:
         except OSError as error:
             if pause is None:
                 raise StoreError(
-                    f"{path} cannot be read ({error.strerror or error}), so it is not known what "
-                    "it holds, and nothing was concluded from it. Run the command again when the "
-                    "file system answers and you may read it."
+                    f"{path} cannot be read ({error.strerror or error}). Nothing was concluded "
+                    "from it. Run the command again when the file system answers and you have "
+                    "permission to read it."
                 ) from error
             time.sleep(pause)
     raise AssertionError("unreachable")
@@ -67,11 +67,10 @@ def read_json(path: Path) -> Any:
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, Any], int] | None:
-    """Return what a safetensors file says of its tensors, and the size it should have.
+    """Return a safetensors file's tensors (name -> dtype, shape, data_offsets) and expected size.
 
-    By name: dtype, shape and data_offsets. None if it has no such header. The file is 8 bytes with
-    the header's length, the header (JSON), and the tensors (github.com/huggingface/safetensors,
-    "Format").
+    None if it has no such header. The file is 8 bytes with the header's length, the header (JSON),
+    and the tensors (github.com/huggingface/safetensors, "Format").
     """
     try:
         with path.open("rb") as file:
@@ -160,7 +159,7 @@ def share_as(folder: Path) -> None:
 
 @contextmanager
 def own_only() -> Iterator[None]:
-    """Make what this process creates meanwhile writable by its user only."""
+    """Make files that this process creates in the block writable by its user only."""
     before = os.umask(0o077)
     os.umask(before | 0o022)
     try:
@@ -179,7 +178,7 @@ def own_folder(path: Path) -> None:
 
 
 def protect_entries(folder: Path) -> None:
-    """Let each user of a group's folder rename and delete only what is theirs (the sticky bit).
+    """Let each user of a group's folder rename and delete only their own files (the sticky bit).
 
     Only the owner of the folder can do this.
     """
@@ -190,27 +189,27 @@ def protect_entries(folder: Path) -> None:
 
 def append(path: Path, content: bytes) -> None:
     """Append to a log of lines. A kill may leave an incomplete last line, which readers skip."""
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
+    with _opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as fd:
         _write_all(fd, content)
-    finally:
-        os.close(fd)
 
 
 def sync(path: Path) -> None:
     """Flush a file's content, or a folder's entries, to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path, os.O_RDONLY) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def truncate(path: Path, size: int) -> None:
     """Cut a log back to `size` bytes; a missing file counts as empty."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-    try:
+    with _opened(path, os.O_WRONLY | os.O_CREAT) as fd:
         os.ftruncate(fd, size)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags, 0o666)
+    try:
+        yield fd
     finally:
         os.close(fd)
 
@@ -220,12 +219,9 @@ def _partial(path: Path) -> Path:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
+    with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
         _write_all(fd, content)
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _write_all(fd: int, content: bytes) -> None:

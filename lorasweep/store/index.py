@@ -19,7 +19,7 @@ VERSION = 3
 
 
 class Entry(NamedTuple):
-    """What the index keeps of a result."""
+    """The part of a result that the index keeps."""
 
     size: int
     mtime_ns: int
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
     wall_s: float | None
     threads: int | None
     data_sha256: str | None
-    """Fingerprint of the data; None for results from before there was one."""
+    """Fingerprint of the data; None for results of versions without one."""
 
 
 def read(

@@ -1,7 +1,7 @@
-"""Record the looks at a sweep's answer.
+"""Record the looks at a sweep's answer (interim analyses).
 
-One JSON file per question asked, `<runs_dir>/.rounds/<title>.json`, holds the claims of the first
-answer and the rounds of runs that were added later. `sweep.looks` turns rounds into runs.
+One JSON file per request, `<runs_dir>/.rounds/<title>.json`, holds the claims of the first answer
+and the rounds of runs that were added later. `sweep.looks` turns rounds into runs.
 """
 
 import json
@@ -70,34 +70,27 @@ def append(
     lock = Lock(path.parent / "lock")
     lock.acquire(LOCK_S, lambda holder: None)
     try:
-        return _append(path, runs, claims_hash, known)
+        read(path)  # raises if the file is damaged
+        record = json.loads(path.read_text())
+        if record["claims_hash"] != claims_hash:
+            raise SpecError(
+                "the sweep's claims, margins or rounds were changed since its first answer. They "
+                "must not change after a look at the runs: restore them, or use another sweep name."
+            )
+        so_far = len(record["rounds"]) + 1
+        if so_far >= record["planned"]:
+            raise SpecError(
+                f"all {record['planned']} planned round(s) of the sweep are used ({so_far} so "
+                "far). Adding runs until the answer is clear would be optional stopping. Plan more "
+                "rounds before the first run of a new sweep: sweep.rounds, at most 5."
+            )
+        record["rounds"].append({"round": so_far + 1, "runs": list(runs)})
+        if not looks.points(record["rounds"][-1:], known):
+            raise SpecError("every run of that round is already part of the sweep: nothing to add.")
+        files.write_atomic(path, _content(record))
+        return so_far + 1
     finally:
         lock.release()
-
-
-def _append(
-    path: Path, runs: Sequence[dict[str, Any]], claims_hash: str, known: Sequence[Point]
-) -> int:
-    read(path)  # raises if the file is damaged
-    record = json.loads(path.read_text())
-    if record["claims_hash"] != claims_hash:
-        raise SpecError(
-            "the sweep's claims, margins or rounds were changed since its first answer. They must "
-            "not change after a look at the runs: restore them, or use another sweep name."
-        )
-    so_far = len(record["rounds"]) + 1
-    if so_far >= record["planned"]:
-        raise SpecError(
-            f"all {record['planned']} planned round(s) of the sweep are used ({so_far} so far). "
-            "Adding runs until the answer is clear would be optional stopping. Plan more rounds "
-            "before the first run of a new sweep: sweep.rounds, at most 5."
-        )
-    number = so_far + 1
-    record["rounds"].append({"round": number, "runs": list(runs)})
-    if not looks.points(record["rounds"][-1:], known):
-        raise SpecError("every run of that round is already part of the sweep: nothing to add.")
-    files.write_atomic(path, _content(record))
-    return number
 
 
 def _content(record: dict[str, Any]) -> bytes:

@@ -31,12 +31,13 @@ SLURM = {
     "restart": "SLURM_RESTART_COUNT",
     "gpus": "CUDA_VISIBLE_DEVICES",
 }
-"""What is recorded of a Slurm job, with the environment variable that it is read from."""
+"""Recorded facts about a Slurm job, with the environment variables that they are read from."""
 
 
 @cache
 def environment() -> dict[str, Any]:
-    """Describe the code, the packages and the machine."""
+    """Describe the code, the packages, the machine and the Slurm job (None outside one)."""
+    slurm = {name: os.environ[key] for name, key in SLURM.items() if key in os.environ}
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -51,16 +52,7 @@ def environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "system": platform.platform(),
         "processor": processor(),
-        "slurm": slurm_job(),
-    }
-
-
-def slurm_job() -> dict[str, str] | None:
-    """Describe the Slurm job that this process is part of; None outside one."""
-    if "SLURM_JOB_ID" not in os.environ:
-        return None
-    return {
-        name: os.environ[variable] for name, variable in SLURM.items() if variable in os.environ
+        "slurm": slurm if "job" in slurm else None,
     }
 
 

@@ -38,7 +38,7 @@ ALREADY_ENDED = ("Invalid job id", "already complet")
 """Error messages of scancel about a job that has already ended; they are ignored."""
 QUERY_BATCH = 200
 """Names or ids per query, because the length of a command line is limited."""
-FILTERS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_")
+FILTERS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SLURM_CLUSTERS")
 """Prefixes of variables that filter the output of Slurm's commands. They are removed, because jobs
 that a filter hides would seem to have ended."""
 TRANSIENT_ERRORS = ("Unable to contact", "timed out", "Connection refused")
@@ -113,9 +113,7 @@ def run(*command: str) -> str:
     Raises:
         ClusterError: it failed (with its error message) or did not answer after a few tries.
     """
-    env = {
-        k: v for k, v in os.environ.items() if not k.startswith(FILTERS) and k != "SLURM_CLUSTERS"
-    }
+    env = {k: v for k, v in os.environ.items() if not k.startswith(FILTERS)}
     for wait in (*PAUSES_S, None):
         try:
             done = subprocess.run(
@@ -133,8 +131,7 @@ def run(*command: str) -> str:
             ) from None
         except subprocess.TimeoutExpired:
             raise ClusterError(
-                f"Slurm does not answer: no output of {command[0]} for {TIMEOUT_S} s. Try again "
-                "later."
+                f"Slurm does not answer: no output of {command[0]} for {TIMEOUT_S} s. Try later."
             ) from None
         if not done.returncode:
             return done.stdout
@@ -197,10 +194,7 @@ def queue(names: Sequence[str]) -> list[Job]:
 
 
 def ended(jobs: Iterable[str]) -> dict[str, Ended]:
-    """Return how jobs and array tasks (12, 12_3) ended, from accounting.
-
-    Empty without accounting; incomplete while accounting is behind.
-    """
+    """Return how jobs (12, 12_3) ended, as far as accounting has recorded it."""
     found: dict[str, Ended] = {}
     for batch in _batches(sorted(set(jobs))):
         columns = "JobID,State,ExitCode,NodeList,ElapsedRaw"
@@ -227,15 +221,11 @@ def by_number(jobs: Iterable[str]) -> dict[str, tuple[str, Ended]]:
         listed = run("sacct", "-n", "-X", "-P", "-j", ",".join(batch), "-o", "JobIDRaw,JobID")
         labels |= dict(line.split("|")[:2] for line in listed.splitlines())
     ends = ended(labels.values())
-    known = {raw: label for raw, label in labels.items() if label in ends and raw in jobs}
-    return {raw: (label, ends[label]) for raw, label in known.items()}
+    return {raw: (labels[raw], ends[labels[raw]]) for raw in jobs if labels.get(raw) in ends}
 
 
 def named(name: str) -> list[str]:
-    """Return the ids (12, 12_3) of jobs with this name, from accounting.
-
-    Empty without accounting.
-    """
+    """Return the ids (12, 12_3) of jobs with this name; empty without accounting."""
     try:
         return run("sacct", "-n", "-X", "-P", "--name", name, "-o", "JobID").split()
     except ClusterError:
@@ -243,10 +233,7 @@ def named(name: str) -> list[str]:
 
 
 def cancel(jobs: Sequence[str]) -> str | None:
-    """Cancel jobs or array tasks (12, 12_3); return Slurm's error messages, or None.
-
-    Messages about jobs that have already ended are left out.
-    """
+    """Cancel jobs (12, 12_3); return Slurm's messages, but for jobs that have ended, or None."""
     complaints = []
     for batch in _batches(jobs):
         try:
@@ -265,10 +252,7 @@ def release(jobs: Sequence[str]) -> None:
 
 
 def hides_jobs() -> bool:
-    """Return whether Slurm shows users only their own jobs.
-
-    Then a job of another user may be running although Slurm does not list it.
-    """
+    """Return whether Slurm shows users only their own jobs: others may run, unlisted."""
     return "jobs" in setting("PrivateData").replace(" ", "").split(",") and os.geteuid() != 0
 
 

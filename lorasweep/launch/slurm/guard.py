@@ -1,4 +1,4 @@
-"""Refuse code and tasks that somebody else could have written, or that have changed.
+"""Refuse code and tasks that another user could have written, or that have changed.
 
     python -I -c "<this file>" JOB_FOLDER SHA256 FIRST CODE_FOLDER SHA256
 
@@ -112,7 +112,7 @@ def main(folder: str, manifest: str, first: str, code: str, code_sha256: str) ->
     if problem:
         sys.exit(
             f"lorasweep: this job is refused, because {problem}: whoever did so could run code as "
-            "you. Find out who; then give the sweep's command again."
+            "you. Find out who; then run the sweep's command again."
         )
 
 

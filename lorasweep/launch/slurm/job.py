@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -47,6 +48,7 @@ CLOSE_S = 20.0
 Slurm kills the job."""
 REQUEUE_S = 30
 """Slurm ends a job that requeued itself within this time."""
+_print = partial(print, flush=True)
 
 
 class Signals:
@@ -89,7 +91,7 @@ def run(path: str) -> None:
         names = ", ".join(signal.Signals(n).name for n in sorted(signals.got))
         _print(
             f"stopped by {names or 'a signal to its workers'}; finished runs are kept, the others "
-            "continue from their checkpoints"
+            "resume from their checkpoints"
         )
         if signals.got == {signal.SIGUSR2}:
             _requeue(task)
@@ -99,9 +101,9 @@ def _train(task: dict[str, Any]) -> None:
     exec_ = Exec(**task["exec"])
     store = RunStore(exec_.runs_dir, jobs=client.RunningJobs())
     files.share_as(store.root)
-    specs = [spec_from(plain) for plain in task["runs"]]
-    points = [Point(s.method.name, s) for s in specs]
-    unwanted = skipped(task["skip"])
+    points = [Point(s.method.name, s) for s in map(spec_from, task["runs"])]
+    trainer, skip = task.get("trainer"), task["skip"]
+    unwanted = skipped(skip)
     left = [p for p in points if p.id not in unwanted and store.state(p.id) not in FINAL]
     _print(f"{len(points)} runs, {len(left)} to do, {exec_.workers} worker(s)")
     if not left:
@@ -111,7 +113,6 @@ def _train(task: dict[str, Any]) -> None:
         if "ended" in event or "note" in event:
             _print(json.dumps(event))
 
-    trainer, skip = task.get("trainer"), task["skip"]
     n_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
     local.run_points(left, store, exec_, report, trainer, PATIENCE_S, skip, n_nodes)
     counts = Counter(store.states(p.id for p in left).values())
@@ -136,17 +137,12 @@ def _release_stuck(folder: Path) -> None:
 
 
 def _requeue(task: dict[str, Any]) -> None:
-    """Requeue this job, unless it has used all its requeues.
-
-    A failure is only printed: the follow-up job, or the same command, submits what is left.
-    """
+    """Requeue this job, unless it has used all its requeues. A failure is only printed."""
     job, before = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     if before >= task["requeues"]:
         _print(f"not queued again: cluster.requeues={task['requeues']} is reached")
         return
-    done = subprocess.run(
-        ["scontrol", "requeue", str(job)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["scontrol", "requeue", str(job)], capture_output=True, text=True)
     _print(f"queued again: {done.stderr.strip() or 'yes'}")
     time.sleep(REQUEUE_S)
 
@@ -180,10 +176,6 @@ def _status_of(command: list[str]) -> int:
         except subprocess.TimeoutExpired:
             process.kill()
         raise
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

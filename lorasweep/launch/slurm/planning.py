@@ -135,7 +135,7 @@ def jobs_of(
     found: dict[tuple[int, int], list[Task]] = {}
     for chosen, points in settings_of(todo, hardware, request.exec):
         size, threads = chosen.world_size, chosen.threads
-        if resources.nodes_of(size, resources.per_node(cluster, partition)) > 1:
+        if resources.nodes_of(size, cluster, partition) > 1:
             threads = threads or cluster.cpus  # the job sees the cores of one node
         workers = resources.workers_of(cluster, size)
         exec_ = dataclasses.replace(chosen, workers=workers, threads=threads)
@@ -152,20 +152,14 @@ def jobs_of(
 
 
 def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
-    """Return what a submission would change in the queue, as JSON values.
-
-    Empty without a cluster and without earlier submissions.
-    """
+    """Return what a submission would change in the queue, as JSON values; empty without one."""
     cluster = request.cluster
     if cluster.kind != "slurm" and files.status(submissions.home(store.root)) is None:
         return {}
     queue = submissions.look(store.root)
     work = work_of(request, store, now, queue)
-    change: dict[str, Any] = {
-        "queued": work.queued,
-        "to_submit": len(work.todo),
-        "removed": work.n_removed,
-    }
+    change: dict[str, Any] = {"queued": work.queued, "to_submit": len(work.todo)}
+    change["removed"] = work.n_removed
     if queue.unavailable:
         change["unknown"] = queue.unavailable
     if cluster.kind == "slurm" and work.todo:

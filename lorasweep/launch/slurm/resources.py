@@ -12,6 +12,8 @@ from lorasweep.plan.packing import Pack
 from lorasweep.spec.execution import Cluster, Exec
 
 KINDS = ("local", "slurm")
+POSITIVE = ("cpus", "parallel", "warn_s", "work_min", "work_max", "follow_min")
+POSITIVE_OR_NONE = ("workers", "mem_gib", "time_min", "runs_per_job", "gpus_per_node")
 RESERVED_OPTIONS = frozenset(
     [
         "job-name",
@@ -27,7 +29,7 @@ RESERVED_OPTIONS = frozenset(
 )
 """sbatch options that lorasweep sets itself, because records and jobs depend on them."""
 UNSAFE = re.compile(r"""['"`\\$;<>\x00-\x1f\x7f]""")
-"""What no setting may have that ends up in a script: a newline ends the line of an option, and the
+"""Characters that no setting in a script may have: a newline ends the line of an option, and the
 rest would be a command."""
 MARGIN_TIME, MARGIN_MIN = 3.0, 15.0
 """The time limit is MARGIN_TIME times the expected time plus MARGIN_MIN minutes. Estimates are
@@ -58,7 +60,7 @@ class JobResources:
 
     @property
     def tasks(self) -> int:
-        """Tasks that Slurm has to place on each node: on several nodes, one a process."""
+        """Tasks of the job on each node: on several nodes, one for each process."""
         return self.gpus if self.nodes > 1 else 1
 
 
@@ -70,23 +72,13 @@ def workers_of(cluster: Cluster, world_size: int = 1) -> int:
     return min(cluster.workers or most, most)
 
 
-def nodes_of(world_size: int, gpus_per_node: int) -> int:
-    """Return the fewest nodes that train a run, each with the same number of its processes.
-
-    `gpus_per_node`: GPUs of a node that a job may take; 0: processes need none, and share one node.
-    """
-    if not gpus_per_node:
-        return 1
-    return next(
-        n
-        for n in range(1, world_size + 1)
-        if world_size % n == 0 and world_size // n <= gpus_per_node
-    )
-
-
-def per_node(cluster: Cluster, partition: Partition) -> int:
-    """Return how many GPUs of a node a job may take; 0: it takes none."""
-    return (cluster.gpus_per_node or partition.gpus) if cluster.gpus else 0
+def nodes_of(world_size: int, cluster: Cluster, partition: Partition) -> int:
+    """Return the fewest nodes that train a run, each with the same number of its processes."""
+    per_node = cluster.gpus_per_node or partition.gpus
+    if not cluster.gpus or not per_node:
+        return 1  # processes without GPUs share one node
+    divisors = (n for n in range(1, world_size + 1) if world_size % n == 0)
+    return next(n for n in divisors if world_size // n <= per_node)
 
 
 def group(
@@ -127,7 +119,7 @@ def resources_for(
     `world_size`: processes of a run; with GPUs each has one, on as few nodes as have them.
     """
     side = workers_of(cluster, world_size)
-    nodes = nodes_of(world_size, per_node(cluster, partition))
+    nodes = nodes_of(world_size, cluster, partition)
     here = world_size // nodes
     work = [[p.flops for p in task] for task in tasks]
     longest_s = max((max(sum(w) / side, max(w)) for w in work), default=0.0) / flops_s
@@ -146,11 +138,10 @@ def resources_for(
 def memory_class(packs: Sequence[Pack], cluster: Cluster) -> int:
     """Return the power of two next to the host memory of a job with GPUs; 0 without GPUs.
 
-    Jobs of one array ask for the same memory, and that of a small model is not a large one's.
+    Jobs of one array ask for the same memory, so jobs of small and of large models are separated.
     """
-    if not cluster.gpus:
-        return 0
-    return max(round(math.log2(_bytes(pack, cluster, 1))) for pack in packs)
+    sizes = (round(math.log2(_bytes(pack, cluster, 1))) for pack in packs)
+    return max(sizes) if cluster.gpus else 0
 
 
 def _bytes(pack: Pack, cluster: Cluster, processes: int) -> float:
@@ -168,62 +159,49 @@ def check(cluster: Cluster) -> None:
     Raises:
         ClusterError: one is wrong on any cluster.
     """
-    if cluster.kind not in KINDS:
-        raise ClusterError(unknown("cluster.kind", cluster.kind, KINDS))
-    if cluster.kind == "local":
+    c = cluster
+    if c.kind not in KINDS:
+        raise ClusterError(unknown("cluster.kind", c.kind, KINDS))
+    if c.kind == "local":
         return
-    _check_text(cluster)
-    for name in ("cpus", "parallel", "warn_s", "work_min", "work_max", "follow_min"):
-        if not getattr(cluster, name) > 0:
-            raise ClusterError(
-                f"cluster.{name}={getattr(cluster, name)}: expected a number above 0."
-            )
-    for name in ("workers", "mem_gib", "time_min", "runs_per_job", "gpus_per_node"):
-        value = getattr(cluster, name)
-        if value is not None and not value > 0:
-            raise ClusterError(
-                f"cluster.{name}={value}: expected a number above 0, or null for the default."
-            )
-    for name in sorted(set(cluster.options) & RESERVED_OPTIONS):
-        raise ClusterError(
-            f"cluster.options.{name} is reserved: lorasweep sets it itself. Leave it out."
-        )
-    if cluster.gpus < 0 or cluster.requeues < 0:
-        raise ClusterError(
-            f"cluster.gpus={cluster.gpus}, cluster.requeues={cluster.requeues}: expected 0 or more."
-        )
-    if cluster.work_max < cluster.work_min:
-        raise ClusterError(
-            f"cluster.work_max={cluster.work_max:g} is below "
-            f"cluster.work_min={cluster.work_min:g} minutes. Raise the first or lower the second."
-        )
-    if cluster.gpus and cluster.workers and cluster.gpus % cluster.workers:
-        raise ClusterError(
-            f"cluster.gpus={cluster.gpus} is not a multiple of cluster.workers={cluster.workers}: "
-            "each worker gets the same number of GPUs. Change one of them."
-        )
-
-
-def _check_text(cluster: Cluster) -> None:
-    """Refuse what a shell could read as more than a value.
-
-    `setup` lines are shell, and are the user's own; each is one line.
-    """
-    named = {f.name: getattr(cluster, f.name) for f in dataclasses.fields(cluster)}
+    named = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
     texts = {name: value for name, value in named.items() if isinstance(value, str)}
-    texts |= {f"options.{name}": value for name, value in cluster.options.items()}
+    texts |= {f"options.{name}": value for name, value in c.options.items()}
     for name, value in texts.items():
         if UNSAFE.search(value) or UNSAFE.search(name) or " " in name:
             raise ClusterError(
                 f"cluster.{name}={value!r} has a quote, a newline or another character that a "
                 "shell could read as a command. Leave it out."
             )
-    for line in cluster.setup:
+    for line in c.setup:  # shell lines of the user
         if re.search(r"[\x00-\x08\n-\x1f]", line):
             raise ClusterError(
                 f"cluster.setup has {line!r}: a newline or a control character. Give one list "
                 "entry a line."
             )
+    for name in (*POSITIVE, *POSITIVE_OR_NONE):
+        optional, value = name in POSITIVE_OR_NONE, named[name]
+        if not (optional and value is None) and not value > 0:
+            default = ", or null for the default" if optional else ""
+            raise ClusterError(f"cluster.{name}={value}: expected a number above 0{default}.")
+    for name in sorted(set(c.options) & RESERVED_OPTIONS):
+        raise ClusterError(
+            f"cluster.options.{name} is reserved: lorasweep sets it itself. Leave it out."
+        )
+    if c.gpus < 0 or c.requeues < 0:
+        raise ClusterError(
+            f"cluster.gpus={c.gpus}, cluster.requeues={c.requeues}: expected 0 or more."
+        )
+    if c.work_max < c.work_min:
+        raise ClusterError(
+            f"cluster.work_max={c.work_max:g} is below cluster.work_min={c.work_min:g} minutes. "
+            "Raise the first or lower the second."
+        )
+    if c.gpus and c.workers and c.gpus % c.workers:
+        raise ClusterError(
+            f"cluster.gpus={c.gpus} is not a multiple of cluster.workers={c.workers}: each worker "
+            "gets the same number of GPUs. Change one of them."
+        )
 
 
 def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> None:
@@ -232,43 +210,47 @@ def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> 
     Raises:
         ClusterError: none is; the message names the setting to change.
     """
-    limit = f"a node of partition {partition.name!r} has at most"
-    if needed.nodes > partition.nodes:
-        raise ClusterError(
+    p, limit = partition, f"a node of partition {partition.name!r} has at most"
+    problems = (
+        (
+            needed.nodes > p.nodes,
             f"a run with {needed.nodes * needed.gpus} processes needs {needed.nodes} nodes with "
-            f"{needed.gpus} GPU(s) each, and partition {partition.name!r} has {partition.nodes} "
-            f"node(s) with at most {partition.gpus}. Leave such runs out with "
-            f"exec.max_gpus={partition.nodes * partition.gpus}, lower exec.world_size, or choose "
-            "another partition."
-        )
-    if needed.gpus > partition.gpus:
-        raise ClusterError(
-            f"cluster.gpus={needed.gpus}, but {limit} {partition.gpus}. Set cluster.gpus to "
-            f"{partition.gpus} or fewer; the runs are spread over more jobs."
-        )
-    if needed.cpus > partition.cpus:
-        raise ClusterError(
+            f"{needed.gpus} GPU(s) each, and partition {p.name!r} has {p.nodes} node(s) with at "
+            f"most {p.gpus}. Leave such runs out with exec.max_gpus={p.nodes * p.gpus}, lower "
+            "exec.world_size, or choose another partition.",
+        ),
+        (
+            needed.gpus > p.gpus,
+            f"cluster.gpus={needed.gpus}, but {limit} {p.gpus}. Set cluster.gpus to {p.gpus} or "
+            "fewer; the runs are spread over more jobs.",
+        ),
+        (
+            needed.cpus > p.cpus,
             f"a job with cluster.cpus={cluster.cpus} for each of its processes (workers: "
-            f"{needed.workers}) needs {needed.cpus} CPU cores, but {limit} {partition.cpus}. Lower "
-            "cluster.cpus or cluster.workers."
-        )
-    if needed.mem_gib * 1024 > partition.memory_mib:
-        raise ClusterError(
-            f"a job needs {needed.mem_gib:g} GiB, but {limit} "
-            f"{partition.memory_mib / 1024:.1f}. Set cluster.mem_gib, lower exec.pack_size or "
-            "exec.micro_batch_size, or choose another partition."
-        )
-    if needed.time_min > partition.time_min:
-        raise ClusterError(
-            f"cluster.time_min={needed.time_min}, but partition {partition.name!r} allows "
-            f"at most {partition.time_min:g}. Lower it: a job that reaches its limit requeues "
-            "itself and loses nothing."
-        )
-    if needed.time_min * 60 <= cluster.warn_s:
-        raise ClusterError(
-            f"a job of {needed.time_min} min would be warned at once "
-            f"(cluster.warn_s={cluster.warn_s}). Raise cluster.time_min or lower cluster.warn_s."
-        )
+            f"{needed.workers}) needs {needed.cpus} CPU cores, but {limit} {p.cpus}. Lower "
+            "cluster.cpus or cluster.workers.",
+        ),
+        (
+            needed.mem_gib * 1024 > p.memory_mib,
+            f"a job needs {needed.mem_gib:g} GiB, but {limit} {p.memory_mib / 1024:.1f}. Set "
+            "cluster.mem_gib, lower exec.pack_size or exec.micro_batch_size, or choose another "
+            "partition.",
+        ),
+        (
+            needed.time_min > p.time_min,
+            f"cluster.time_min={needed.time_min}, but partition {p.name!r} allows at most "
+            f"{p.time_min:g}. Lower it: a job that reaches its limit requeues itself and loses "
+            "nothing.",
+        ),
+        (
+            needed.time_min * 60 <= cluster.warn_s,
+            f"a job of {needed.time_min} min would be warned at once (cluster.warn_s="
+            f"{cluster.warn_s}). Raise cluster.time_min or lower cluster.warn_s.",
+        ),
+    )
+    for wrong, message in problems:
+        if wrong:
+            raise ClusterError(message)
 
 
 def check_pack_size(exec_: Exec, cluster: Cluster) -> None:
@@ -279,7 +261,7 @@ def check_pack_size(exec_: Exec, cluster: Cluster) -> None:
     """
     if exec_.pack_size and cluster.runs_per_job and exec_.pack_size > cluster.runs_per_job:
         raise ClusterError(
-            f"exec.pack_size={exec_.pack_size} is above "
-            f"cluster.runs_per_job={cluster.runs_per_job}, but a pack must fit into a job. Lower "
-            "the first or raise the second."
+            f"exec.pack_size={exec_.pack_size} is above cluster.runs_per_job="
+            f"{cluster.runs_per_job}, but a pack must fit into a job. Lower the first or raise the "
+            "second."
         )

@@ -56,10 +56,8 @@ class Description:
             "requeue": True,
         }
         if self.after:
-            given |= {
-                "dependency": "afterany:" + ":".join(self.after),
-                "kill-on-invalid-dep": "no",
-            }
+            after = ":".join(self.after)
+            given |= {"dependency": f"afterany:{after}", "kill-on-invalid-dep": "no"}
         given |= {k: True if v.lower() == "true" else v for k, v in c.options.items()}
         return {k: v for k, v in given.items() if v is not None}
 
@@ -155,13 +153,8 @@ def _outside_jobs() -> Iterator[None]:
     Otherwise sbatch would pass its variables on to the new job, which then has two memory limits,
     and submitit would confuse the two job ids.
     """
-    hidden = {
-        k: v
-        for k, v in os.environ.items()
-        if k.startswith(("SLURM_", "SUBMITIT_", "SRUN_")) and k != "SLURM_CONF"
-    }
-    for key in hidden:
-        del os.environ[key]
+    names = [k for k in os.environ if k.startswith(("SLURM_", "SUBMITIT_", "SRUN_"))]
+    hidden = {k: os.environ.pop(k) for k in names if k != "SLURM_CONF"}
     try:
         yield
     finally:

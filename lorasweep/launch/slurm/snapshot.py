@@ -1,7 +1,7 @@
 """Copy the current code to where cluster nodes can run it.
 
-Later edits then do not change queued jobs. A snapshot is named by its content and its user, so an
-existing one is used again, if it is still what its name says. Knows only files.
+Later edits then do not change queued jobs. A snapshot is named by its content and its user. An
+existing one is used again if its content still has that name. Knows only files.
 """
 
 import json
@@ -66,7 +66,7 @@ def _checked(folder: Path, sha256: str) -> Snapshot:
 
 
 def _copy(here: Path, root: Path) -> str:
-    """Copy the code; return the digest of the copy, which names it, as files may be edited now."""
+    """Copy the code; return the digest of the copy, because files may be edited during it."""
     partial = root / f".copy.{os.getpid()}.{os.urandom(3).hex()}"
     files.own_folder(partial)
     for source, target in _files(here):
@@ -76,7 +76,9 @@ def _copy(here: Path, root: Path) -> str:
         files.sync(path)
     sha256 = guard.digest(str(partial))
     folder = root / _name(sha256)
-    about = {**provenance.code(), "snapshot": folder.name, "edited": _edited()}
+    copied = (*(f"{p}/" for p in PACKAGES), "conf/", "sweeps/")
+    edited = [f for f in provenance.edited() if f.startswith(copied)]
+    about = {**provenance.code(), "snapshot": folder.name, "edited": edited}
     files.write_atomic(partial / guard.ABOUT, json.dumps(about, indent=1).encode())
     try:
         os.rename(partial, folder)
@@ -91,20 +93,12 @@ def _copy(here: Path, root: Path) -> str:
 def describe(snapshot: Snapshot) -> str:
     """Describe a snapshot for people: its commit, and the files that differ from it."""
     about = json.loads((snapshot.folder / guard.ABOUT).read_bytes())
-    text = f"code snapshot {about['snapshot']}"
+    edited, text = about["edited"], f"code snapshot {about['snapshot']}"
     if about["commit"] is None:
         return f"{text} (the installed package)"
-    text += f" of commit {about['commit'][:10]}"
-    edited = about["edited"]
-    if edited:
-        names = ", ".join(edited[:4]) + (", ..." if len(edited) > 4 else "")
-        text += f", with {len(edited)} file(s) changed since ({names})"
-    return text
-
-
-def _edited() -> list[str]:
-    copied = (*(f"{p}/" for p in PACKAGES), "conf/", "sweeps/")
-    return [f for f in provenance.edited() if f.startswith(copied)]
+    names = ", ".join(edited[:4]) + (", ..." if len(edited) > 4 else "")
+    changed = f", with {len(edited)} file(s) changed since ({names})" if edited else ""
+    return f"{text} of commit {about['commit'][:10]}{changed}"
 
 
 def _files(here: Path) -> Iterator[tuple[Path, Path]]:

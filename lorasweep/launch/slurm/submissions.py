@@ -46,10 +46,7 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Array:
-    """Tasks `first` to `first + n - 1` of a submission, submitted by one sbatch.
-
-    The follow-up job is an array of its own.
-    """
+    """Tasks `first` to `first + n - 1` of a submission, or its follow-up job: one sbatch."""
 
     part: str
     """Number of the array, or FOLLOW."""

@@ -141,47 +141,52 @@ def _submit(
     outcome: Outcome,
     follow_up: FollowUp,
 ) -> None:
-    """Record the submission, then submit its arrays and the follow-up job."""
+    """Record the submission, then submit its arrays and the follow-up job.
+
+    Raises:
+        ClusterError: Slurm refused the first array. If it refuses a later one, the follow-up job
+            will submit the rest.
+    """
     cluster = request.cluster
     tasks = [task for same in jobs for task in same.tasks]
     folder = submissions.home(Path(request.exec.runs_dir)) / submissions.new_name(request.title)
-    needed = _arrays(folder.name, jobs)
-    arrays = [array for array, _ in needed]
-    follow = None
+    described: list[Description] = []
+    first, most = 0, client.max_tasks() if jobs else 0
+    for same in jobs:
+        end = first + len(same.tasks)
+        while first < end:
+            part = str(len(described))
+            array = Array(part, f"{folder.name}-{part}", first, min(most, end - first))
+            described.append(Description(folder, array, same.needed, cluster, code))
+            first += array.n
+    arrays = [d.array for d in described]
     if cluster.follow and cluster.submit:
-        follow = Array(FOLLOW, f"{folder.name}-{FOLLOW}", len(tasks), 1)
-    recorded = [*arrays, follow] if follow else arrays
-    write_submission(folder, request, tasks, recorded, follow_up, code)
-    described = [Description(folder, a, each, cluster, code) for a, each in needed]
+        arrays.append(Array(FOLLOW, f"{folder.name}-{FOLLOW}", len(tasks), 1))
+    write_submission(folder, request, tasks, arrays, follow_up, code)
     if not cluster.submit:
         outcome.scripts += map(sbatch.write_script, described)
         return
-    numbers = _submit_arrays(described, follow, outcome)
-    if follow:
-        refused = _submit_follow_up(request, folder, follow, code, queue, numbers)
-        outcome.refused = refused or outcome.refused
+    numbers: list[str] = []
+    for d in described:
+        try:
+            numbers.append(sbatch.submit(d))
+        except ClusterError as error:
+            for refused in arrays if not numbers else arrays[len(numbers) : len(described)]:
+                submissions.note_array(folder, refused.part, None)
+            if not numbers:
+                raise
+            outcome.refused = str(error)
+            break
+        submissions.note_array(folder, d.array.part, numbers[-1])
+    if cluster.follow:
+        refusal = _submit_follow_up(request, folder, arrays[-1], code, queue, numbers)
+        outcome.refused = refusal or outcome.refused
     if numbers:
-        taken = arrays[: len(numbers)]
-        outcome.n_submitted += sum(
-            len(t.points) for a in taken for t in tasks[a.first : a.first + a.n]
-        )
+        n_tasks = sum(a.n for a in arrays[: len(numbers)])
+        outcome.n_submitted += sum(len(t.points) for t in tasks[:n_tasks])
         submission = submissions.read(folder)
         assert submission is not None
         outcome.submitted.append(submission)
-
-
-def _arrays(name: str, jobs: Sequence[Jobs]) -> list[tuple[Array, JobResources]]:
-    """Split the tasks into arrays of at most the cluster's limit, each with what its jobs need."""
-    longest, first = client.max_tasks(), 0
-    found: list[tuple[Array, JobResources]] = []
-    for same in jobs:
-        left = len(same.tasks)
-        while left:
-            part = str(len(found))
-            array = Array(part, f"{name}-{part}", first, min(longest, left))
-            found.append((array, same.needed))
-            first, left = first + array.n, left - array.n
-    return found
 
 
 def write_submission(
@@ -241,32 +246,6 @@ def write_submission(
             cluster=client.setting("ClusterName"),
             host=socket.gethostname(),
         )
-
-
-def _submit_arrays(
-    described: Sequence[Description], follow: Array | None, outcome: Outcome
-) -> list[str]:
-    """Submit arrays until Slurm refuses one, and return their ids.
-
-    Raises:
-        ClusterError: Slurm refused the first one.
-    """
-    numbers: list[str] = []
-    for d in described:
-        try:
-            numbers.append(sbatch.submit(d))
-        except ClusterError as error:
-            for refused in described[len(numbers) :]:
-                submissions.note_array(refused.folder, refused.array.part, None)
-            if not numbers:
-                if follow:
-                    submissions.note_array(d.folder, follow.part, None)
-                raise
-            # earlier arrays are submitted; the follow-up job will submit the rest
-            outcome.refused = str(error)
-            break
-        submissions.note_array(d.folder, d.array.part, numbers[-1])
-    return numbers
 
 
 # ---------------------------------------------------------------- the follow-up job

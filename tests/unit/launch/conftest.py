@@ -1,7 +1,8 @@
-"""The packs of a small sweep, to be put into jobs."""
+"""The packs of a small sweep, to be put into jobs; Slurm's commands replaced by their output."""
 
 import pytest
 
+from lorasweep.launch.slurm import client
 from lorasweep.plan import detect
 from lorasweep.plan.plan import make_plan
 from lorasweep.store.run_store import RunStore
@@ -9,16 +10,30 @@ from lorasweep.store.run_store import RunStore
 
 @pytest.fixture
 def packs(compose, tmp_path):
-    """packs(): 24 runs of `lr_ratio` at scale smoke, in packs of at most four."""
+    """24 runs of `lr_ratio` at scale smoke, in packs of at most four."""
+    seeds = "sweep.axes.seed=[0,1,2,3]"
+    request = compose("+sweep=lr_ratio", "scale=smoke", seeds, "exec.pack_size=4")
+    store = RunStore(tmp_path / "runs")
+    return make_plan(request.points, store, request.exec, detect.this_machine()).packs
 
-    def make():
-        request = compose(
-            "+sweep=lr_ratio",
-            "scale=smoke",
-            "sweep.axes.seed=[0,1,2,3]",
-            "exec.pack_size=4",
-        )
-        store = RunStore(tmp_path / "runs")
-        return make_plan(request.points, store, request.exec, detect.this_machine()).packs
 
-    return make
+@pytest.fixture
+def slurm(monkeypatch):
+    """`slurm(name, **outputs)`: a cluster of this name; command -> its output, or a function of its
+    arguments. Others print nothing. Returns the list of commands that are given."""
+    asked = []
+
+    def set_up(name, **outputs):
+        outputs["scontrol"] = f"ClusterName = {name}\n"
+
+        def run(command, *arguments):
+            asked.append((command, *arguments))
+            output = outputs.get(command, "")
+            return output(*arguments) if callable(output) else output
+
+        client.setting.cache_clear()
+        monkeypatch.setattr(client, "run", run)
+        return asked
+
+    yield set_up
+    client.setting.cache_clear()

@@ -11,16 +11,15 @@ import pytest
 
 from lorasweep.errors import ClusterError
 from lorasweep.launch import worker
-from lorasweep.launch.slurm import client, guard, resources, sbatch, snapshot, submissions, submit
+from lorasweep.launch.slurm import guard, resources, sbatch, snapshot, submissions, submit
 from lorasweep.launch.slurm.planning import Task
 from lorasweep.plan.packing import Pack
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import files
 from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore
-from tests.world import compose_request
+from tests.world import OTHER_USER, as_another_user, compose_request
 
-GROUP = 4321
 ARRAY = submissions.Array("0", "s-0", 0, 1)
 
 
@@ -37,47 +36,32 @@ def shared(tmp_path):
     os.umask(before)
 
 
-@pytest.fixture(scope="module")
-def code(tmp_path_factory):
-    """A snapshot of some code, not of ours: what it holds does not matter."""
-    folder = tmp_path_factory.mktemp("code") / "x"
-    before = os.umask(0o022)
-    (folder / "package").mkdir(parents=True)
-    os.umask(before)
-    for name in ("package/a.py", "package/b.py", "snapshot.json"):
-        (folder / name).write_text(f"{name} = 1")
-        (folder / name).chmod(0o644)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def request_():
-    return compose_request(["+sweep=lr_ratio", "scale=smoke", "cluster=slurm"])
-
-
 @pytest.fixture
-def described(shared, request_, code, tmp_path, monkeypatch):
-    """A submission of two jobs and one that follows, made as the command makes it."""
-    home = submissions.home(shared.root)
+def described(shared, slurm, tmp_path):
+    """A submission of two jobs and a follow-up job, with a snapshot of some code."""
+    slurm("here")
+    home, code = submissions.home(shared.root), tmp_path / "snapshot"
     home.mkdir()
     files.protect_entries(home)
-    folder = home / "sweep-1"
-    parts = (request_.points[:3], request_.points[3:])
-    tasks = [Task([Pack(part, 1, 0.0, None, 0.0)], request_.exec) for part in parts]
-    copy = shutil.copytree(code, tmp_path / "snapshot")
-    taken = snapshot.Snapshot(copy, guard.digest(str(copy)))
+    with files.own_only():
+        (code / "package").mkdir(parents=True)
+        for name in ("package/a.py", "package/b.py", "snapshot.json"):
+            (code / name).write_text(f"{name} = 1")
+    taken = snapshot.Snapshot(code, guard.digest(str(code)))
+    request = compose_request(["+sweep=lr_ratio", "scale=smoke", "cluster=slurm"])
+    parts = (request.points[:3], request.points[3:])
+    tasks = [Task([Pack(part, 1, 0.0, None, 0.0)], request.exec) for part in parts]
     arrays = [submissions.Array("0", "sweep-1-0", 0, 2), submissions.Array("follow", "f", 2, 1)]
-    monkeypatch.setattr(client, "setting", lambda name: "here")
-    follow_up = submit.FollowUp(("-m", "lorasweep"))
-    submit.write_submission(folder, request_, tasks, arrays, follow_up, taken)
+    follow_up, folder = submit.FollowUp(("-m", "lorasweep")), home / "sweep-1"
+    submit.write_submission(folder, request, tasks, arrays, follow_up, taken)
     needed = resources.JobResources(1, 0, 1.0, 10, 1)
     return sbatch.Description(folder, arrays[0], needed, Cluster(kind="slurm"), taken)
 
 
 def run_job(described, tmp_path, meanwhile=lambda described: None):
-    """Run a job's script, with a stand-in for srun, after what happened while it waited; whether it
-    came as far as srun, and what it said."""
-    script = tmp_path / "spooled.sh"  # Slurm has a copy of the script, and reads the file no more
+    """Run a job's script with a stand-in for srun, after `meanwhile`; return whether it reached
+    srun, and its error messages."""
+    script = tmp_path / "spooled.sh"  # Slurm runs its own copy of the script
     script.write_bytes(sbatch.write_script(described).read_bytes())
     meanwhile(described)
     (tmp_path / "bin").mkdir(exist_ok=True)
@@ -96,22 +80,21 @@ def append(path):
 
 
 def replace(path):
-    """As somebody does who may write the folder: with the same content, writable by all."""
+    """Write a file again with the same content, so that all may write it."""
     content = path.read_bytes()
     path.unlink()
+    plant(path, content=content)
+
+
+def plant(path, mode=0o666, content=b""):
     path.write_bytes(content)
-    path.chmod(0o666)
-
-
-def plant(path, mode=0o666):
-    path.write_bytes(b"")
     path.chmod(mode)
 
 
 def test_a_job_that_nobody_touched_runs(described, tmp_path):
     def meanwhile(described):
         (described.folder / "tasks/0.json").write_text("{}")  # another job's
-        append(described.code.folder / "snapshot.json")  # no code
+        append(described.code.folder / "snapshot.json")  # not code
 
     assert run_job(described, tmp_path, meanwhile) == (True, "")
 
@@ -135,22 +118,21 @@ def test_a_job_that_nobody_touched_runs(described, tmp_path):
         (lambda d: (d.code.folder / "package").chmod(0o775), "others may write .*package"),
         (lambda d: (d.code.folder / "c.py").symlink_to("/etc/passwd"), "c.py is a link"),
         pytest.param(
-            lambda d: os.chown(d.folder / "tasks", GROUP, -1),
-            "tasks belongs to user 4321",
+            lambda d: os.chown(d.folder / "tasks", OTHER_USER, -1),
+            f"tasks belongs to user {OTHER_USER}",
             marks=pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a file away"),
         ),
     ],
 )
 def test_a_job_whose_files_were_changed_or_could_be_is_refused(described, tmp_path, harm, said):
     reached, errors = run_job(described, tmp_path, harm)
-    assert not reached and "this job is refused, because" in errors
-    assert re.search(said, errors), errors
+    assert not reached and re.search(said, errors), errors
 
 
 def test_a_snapshot_that_was_changed_is_not_used_again(tmp_path):
     taken = snapshot.take(tmp_path)
     append(taken.folder / "lorasweep/errors.py")
-    with pytest.raises(ClusterError, match=r"was changed after .*rm -r .* run the command again"):
+    with pytest.raises(ClusterError, match=r"was changed after .*rm -r "):
         snapshot.take(tmp_path)
 
 
@@ -170,58 +152,46 @@ def test_code_that_is_edited_while_it_is_copied_is_named_by_the_copy(tmp_path, m
     assert first.folder != second.folder and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_worker_refuses_a_job_file_that_is_not_its_commands(tmp_path, capsys, monkeypatch):
+def test_a_worker_refuses_a_job_file_with_another_checksum(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(worker.StopFlag, "install", lambda self: None)
     monkeypatch.setattr(worker, "die_with_parent", lambda: None)
     path = tmp_path / "job.json"
     path.write_text(json.dumps({"trainer": "somebody:code"}))
     assert worker.main(str(path), "0" * 64) == worker.REFUSED
-    assert "was changed by somebody else" in capsys.readouterr().out
+    assert str(path) in json.loads(capsys.readouterr().out)["error"]
 
 
 def test_a_group_shares_the_notes_and_nothing_that_a_job_runs(described, shared, tmp_path):
-    """A second user reads a submission, notes what became of it and submits, but cannot change what
-    the first one's jobs read, nor move it away."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root to become another user")
-    for path in (shared.root, *shared.root.rglob("*")):
-        os.chown(path, -1, GROUP)
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == 0 and str(folder).startswith(("/tmp/", "/dev/shm/")):
-            folder.chmod(folder.stat().st_mode | 0o011)
+    """A second user reads a submission, writes notes on it and submits, but cannot change what the
+    first user's jobs read, nor move it away."""
+    home = submissions.home(shared.root)
     submissions.note_array(described.folder, "0", "12")
-    (home := submissions.home(shared.root)).joinpath("code").mkdir()
-    for path in (home / "notes", *(home / "notes").rglob("*"), home / "code"):
-        os.chown(path, -1, GROUP)
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setgroups([])
-            os.setgid(GROUP)
-            os.setuid(GROUP)
-            RunStore(shared.root).prepare()
-            lock = Lock(home / "lock")
-            lock.acquire(5, print)
-            (found,) = submissions.read_all(shared.root)
-            assert found.arrays[0].job == "12" and found.complete(ARRAY, "9") is False
-            submissions.withdraw(found, ["x"])
-            submissions.note_array(found.folder, "0", "13")
-            lock.release()
-            files.own_folder(home / "mine")
-            for harm in (
-                lambda: (found.folder / "tasks/1.json").write_text("{}"),
-                lambda: (found.folder / "tasks/1.json").unlink(),
-                lambda: (found.folder / "jobs/x.pkl").write_text(""),
-                lambda: found.folder.rename(home / "away"),
-                lambda: (found.folder / "jobs").rename(found.folder / "away"),
-            ):
-                with pytest.raises(PermissionError):
-                    harm()
-            os._exit(0)
-        except BaseException as error:
-            os.write(2, repr(error).encode())
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
+    (home / "code").mkdir()
+
+    def second_user():
+        RunStore(shared.root).prepare()
+        lock = Lock(home / "lock")
+        lock.acquire(5, print)
+        (found,) = submissions.read_all(shared.root)
+        assert found.arrays[0].job == "12" and found.complete(ARRAY, "9") is False
+        submissions.withdraw(found, ["x"])
+        submissions.note_array(found.folder, "0", "13")
+        lock.release()
+        files.own_folder(home / "mine")
+        for harm in (
+            lambda: (found.folder / "tasks/1.json").write_text("{}"),
+            lambda: (found.folder / "tasks/1.json").unlink(),
+            lambda: (found.folder / "jobs/x.pkl").write_text(""),
+            lambda: found.folder.rename(home / "away"),
+            lambda: (found.folder / "jobs").rename(found.folder / "away"),
+        ):
+            with pytest.raises(PermissionError):
+                harm()
+
+    if os.geteuid() == 0:
+        for path in (shared.root, *shared.root.rglob("*")):
+            os.chown(path, -1, OTHER_USER)
+    as_another_user(tmp_path, second_user)
     (found,) = submissions.read_all(shared.root)
     assert found.arrays[0].job == "13" and found.withdrawn == {"x"}
     assert run_job(described, tmp_path)[0]
@@ -240,15 +210,3 @@ def test_a_default_acl_of_the_group_does_not_open_a_job_folder(tmp_path):
     with files.own_only():
         (tmp_path / "job" / "x").write_text("")
     assert guard.untrusted([str(tmp_path / "job"), str(tmp_path / "job" / "x")]) is None
-
-
-def test_notes_of_earlier_versions_are_read_beside_the_submission(tmp_path):
-    folder = submissions.home(tmp_path) / "s"
-    folder.mkdir(parents=True)
-    submissions.write_record(folder, "t", [], [["x"]], [ARRAY])
-    (folder / "array-0.json").write_text(json.dumps({"job": "12", "abandoned": False}))
-    (folder / "withdrawn.json").write_text(json.dumps(["x"]))
-    (found,) = submissions.read_all(tmp_path)
-    assert found.arrays[0].job == "12" and found.withdrawn == {"x"}
-    (folder / "ended.json").write_text("{}")
-    assert submissions.read_all(tmp_path) == []

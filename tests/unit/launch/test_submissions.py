@@ -1,82 +1,86 @@
-"""Submissions: their records, the snapshot of the code, both ways to submit, jobs that follow."""
+"""Submissions: their records, the snapshot of the code, both ways to submit, follow-up jobs."""
 
 import contextlib
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from submitit.core.utils import FailedJobError
 
 from lorasweep.errors import ClusterError, LorasweepError
-from lorasweep.launch.slurm import (
-    client,
-    job,
-    resources,
-    sbatch,
-    snapshot,
-    submissions,
-)
+from lorasweep.launch.slurm import client, job, resources, sbatch, snapshot, submissions
+from lorasweep.launch.slurm.submissions import Array, Queue
 from lorasweep.spec.execution import Cluster
 from tests.world import ROOT
 
 
-def test_submissions_are_read_back_and_torn_ones_are_not(tmp_path, monkeypatch):
+@pytest.fixture
+def folder(tmp_path):
+    """A submission of two runs in two jobs, of which one is recorded, and of a follow-up job."""
     folder = submissions.home(tmp_path) / submissions.new_name("lr ratio/x")
     folder.mkdir(parents=True)
     assert "/" not in folder.name and submissions.read_all(tmp_path) == []
-    arrays = [submissions.Array("0", "a-0", 0, 2), submissions.Array("follow", "a-f", 2, 1)]
-    submissions.write_record(
-        folder, "x", ["r1", "r2"], [["r1"], ["r2"]], arrays, script=False, cluster="here"
-    )
+    arrays = [Array("0", "a-0", 0, 2), Array("follow", "a-f", 2, 1)]
+    more = {"script": False, "cluster": "here"}
+    submissions.write_record(folder, "x", ["r1", "r2"], [["r1"], ["r2"]], arrays, **more)
     submissions.note_array(folder, "0", "12")
+    return folder
+
+
+def test_submissions_are_read_back(folder, tmp_path):
     (found,) = submissions.read_all(tmp_path)
-    assert (
-        found.arrays[0].label(1) == "12_1"
-        and found.arrays[1].job is None
-        and found.tasks == [["r1"], ["r2"]]
-    )
+    assert found.arrays[0].label(1) == "12_1" and found.arrays[1].job is None
+    assert found.tasks == [["r1"], ["r2"]]
     submissions.withdraw(found, ["r2"])
     live = client.Job("13", "12", 1, "PENDING", "", 0, "", "a-0")
-    queue = submissions.Queue(
-        submissions.read_all(tmp_path), {found.name: {1: live, 0: live}}, {}, []
-    )
+    queue = Queue(submissions.read_all(tmp_path), {found.name: {1: live, 0: live}}, {}, [])
     assert set(queue.covered()) == {"r1"}
-    monkeypatch.setattr(
-        client, "run", lambda *command: "ClusterName = there\n" if command[0] == "scontrol" else ""
-    )
-    client.setting.cache_clear()
-    other = submissions.look(
-        tmp_path
-    )  # another cluster's Slurm cannot tell: its silence means nothing
-    assert (
-        other.unknown_runs() == {"r1", "r2"}
-        and other.submissions == []
-        and not submissions.note(folder, "ended.json").exists()
-    )
-    monkeypatch.setattr(
-        client, "run", lambda *command: "ClusterName = here\n" if command[0] == "scontrol" else ""
-    )
-    client.setting.cache_clear()
-    monkeypatch.setattr(
-        client, "queue", lambda names: (_ for _ in ()).throw(ClusterError("no Slurm here"))
-    )
-    blind = submissions.look(
-        tmp_path
-    )  # on a machine without Slurm the folder still tells what it can
-    assert (
-        blind.unavailable == "no Slurm here"
-        and blind.covered() == {}
-        and len(blind.submissions) == 1
-    )
-    client.setting.cache_clear()
-    submissions.note_array(folder, "0", "--user=me")  # a note can be written by all of a group
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("submission.json", "{"),
+        ("notes", '{"job": "--user=me"}'),  # a note can be written by all of a group
+    ],
+)
+def test_damaged_submissions_are_refused(folder, tmp_path, name, content):
+    path = submissions.note(folder, "array-0.json") if name == "notes" else folder / name
+    path.write_text(content)
     with pytest.raises(ClusterError, match="damaged"):
         submissions.read_all(tmp_path)
-    (folder / "submission.json").write_text("{")
-    with pytest.raises(ClusterError, match="damaged"):
-        submissions.read_all(tmp_path)
+
+
+def test_another_clusters_slurm_says_nothing_about_a_submission(folder, tmp_path, slurm):
+    slurm("there")
+    queue = submissions.look(tmp_path)
+    assert queue.unknown_runs() == {"r1", "r2"} and queue.submissions == []
+    assert not submissions.note(folder, "ended.json").exists()
+
+
+def test_the_folder_is_read_on_a_machine_without_slurm(folder, tmp_path, slurm):
+    def refuse(*arguments):
+        raise ClusterError("no Slurm here")
+
+    slurm("here", squeue=refuse)
+    queue = submissions.look(tmp_path)
+    assert queue.unavailable == "no Slurm here" and queue.covered() == {}
+    assert len(queue.submissions) == 1
+
+
+def test_notes_of_earlier_versions_are_read_in_the_submissions_folder(tmp_path):
+    folder = submissions.home(tmp_path) / "s"
+    folder.mkdir(parents=True)
+    submissions.write_record(folder, "t", [], [["x"]], [Array("0", "s-0", 0, 1)])
+    (folder / "array-0.json").write_text(json.dumps({"job": "12", "abandoned": False}))
+    (folder / "withdrawn.json").write_text(json.dumps(["x"]))
+    (found,) = submissions.read_all(tmp_path)
+    assert found.arrays[0].job == "12" and found.withdrawn == {"x"}
+    (folder / "ended.json").write_text("{}")
+    assert submissions.read_all(tmp_path) == []
 
 
 def test_a_snapshot_is_named_by_its_content_and_runs(tmp_path):
@@ -86,25 +90,28 @@ def test_a_snapshot_is_named_by_its_content_and_runs(tmp_path):
     assert (folder / "conf/sweep/lr_ratio.yaml").is_file() and not list(folder.rglob("__pycache__"))
     quiet = {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     env = {**os.environ, "PYTHONPATH": str(folder), **quiet}
-    code = "import lorasweep, json; from lorasweep.tracking import provenance; print(lorasweep.__file__, provenance.code()['snapshot'])"
-    said = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert said[0].startswith(str(folder)) and said[1] == folder.name
+    code = (
+        "import lorasweep; from lorasweep.tracking import provenance\n"
+        "print(lorasweep.__file__, provenance.code()['snapshot'])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    path, name = done.stdout.split()
+    assert path.startswith(str(folder)) and name == folder.name
     assert folder.name in snapshot.describe(taken)
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_both_ways_to_submit_ask_for_the_same(tmp_path, monkeypatch, n):
-    """submitit's own batch file and ours have the same options and the same lines of shell."""
+    """submitit's batch file and ours have the same options and the same shell lines."""
     from submitit.slurm.slurm import SlurmExecutor
 
+    (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     for name in ("srun", "sbatch"):
-        (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setattr(sbatch.job, "run", max)  # what is pickled does not matter
+    monkeypatch.setattr(sbatch.job, "run", max)  # any function can be pickled
     texts = []
 
     def submit_command(executor, command):
@@ -112,20 +119,13 @@ def test_both_ways_to_submit_ask_for_the_same(tmp_path, monkeypatch, n):
         raise FailedJobError("error: seen")
 
     monkeypatch.setattr(SlurmExecutor, "_submit_command", submit_command)
-    cluster = Cluster(
-        kind="slurm",
-        partition="gpu",
-        account="a b",
-        qos="q",
-        constraint="c",
-        gpus=2,
-        setup=["module load x"],
-        options={"exclusive": "true", "exclude": "n17"},
-    )
-    array = submissions.Array("0", "name-0", 2, n)
+    given = {"partition": "gpu", "account": "a b", "qos": "q", "constraint": "c", "gpus": 2}
+    more = {"setup": ["module load x"], "options": {"exclusive": "true", "exclude": "n17"}}
+    cluster = Cluster(kind="slurm", **given, **more)
     needed = resources.JobResources(4, 2, 7.3, 33, 2)
     (tmp_path / "manifest.json").write_text("{}")
     code = snapshot.Snapshot(tmp_path / "code", "0" * 64)
+    array = Array("0", "name-0", 2, n)
     described = sbatch.Description(tmp_path, array, needed, cluster, code, ("5", "6"))
     with pytest.raises(ClusterError, match="error: seen"):
         sbatch.submit(described)
@@ -152,16 +152,16 @@ def test_both_ways_to_submit_ask_for_the_same(tmp_path, monkeypatch, n):
         ([2], 1, True),
     ],
 )
-def test_the_following_command_is_tried_again_where_that_may_help(
+def test_the_follow_up_command_is_tried_again_where_that_may_help(
     tmp_path, monkeypatch, codes, tries, fails
 ):
     given, left = [], list(codes)
 
-    def status_of(command):
+    def start(command):
         given.append(command)
-        return left.pop(0)
+        return SimpleNamespace(wait=lambda: left.pop(0))
 
-    monkeypatch.setattr(job, "_status_of", status_of)
+    monkeypatch.setattr(job.subprocess, "Popen", start)
     monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(job.signal, "signal", lambda *_: None)
     path = tmp_path / "task.json"

@@ -1,115 +1,140 @@
-"""Owners of runs and of files: hidden processes, a group's folder, another user of the group."""
+"""Owners of runs, locks and files: hidden processes, a group's folder, other users of the group."""
 
-import json
 import os
 import stat
+import subprocess
+import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from lorasweep.cli.actions import act
-from lorasweep.errors import SpecError
+from lorasweep.errors import SpecError, StoreError
 from lorasweep.store import claims, files
-from lorasweep.store.claims import Lock
+from lorasweep.store.claims import Liveness, Lock
 from lorasweep.store.run_store import RunStore
+from tests.world import ROOT, as_another_user, tiny_spec
 
 
-def test_an_owner_whose_process_the_system_hides_is_not_called_dead(tmp_path, monkeypatch):
+def test_an_owner_whose_process_the_system_hides_is_not_called_dead(store, monkeypatch):
     """Login nodes hide other users' processes (hidepid=2): they exist, and their start time cannot
     be read."""
-    attempt = tmp_path / "1"
-    attempt.mkdir()
-    (attempt / "owner.json").write_text(json.dumps(claims.this_process()))
-    liveness = claims.Liveness()
+    spec = tiny_spec()
+    attempt = store.attempt(spec.id, store.claim(spec))
+    liveness = Liveness()
     assert liveness.verdict(attempt) is True
-    monkeypatch.setattr(
-        Path, "read_text", lambda self, *a: (_ for _ in ()).throw(FileNotFoundError(self))
-    )
+
+    def hidden(path, *arguments):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", hidden)
     assert claims.start_time(os.getpid()) == claims.UNKNOWN and claims.start_time(2**22 - 1) == ""
     assert liveness.verdict(attempt) is None and liveness.alive(attempt)
 
 
-def test_a_folder_of_a_group_stays_the_groups(tmp_path, compose):
-    old = os.umask(0o022)
-    try:
-        runs = tmp_path / "runs"
-        runs.mkdir()
-        runs.chmod(0o2775)
-        store = RunStore(runs)
-        store.prepare()
-        asked = compose("scale=smoke").points[0]
-        assert store.claim(asked.spec) == 1
-        store.record(asked.id, {"step": 1})
-        written = [p for p in runs.rglob("*") if p.name != "store.json"]
-        assert len(written) >= 5 and all(p.stat().st_mode & stat.S_IWGRP for p in written)
-        os.umask(0o022)
-        mine = tmp_path / "mine"
-        mine.mkdir(mode=0o755)
-        files.share_as(mine)
-        (mine / "x").write_text("")
-        assert not (mine / "x").stat().st_mode & stat.S_IWGRP
-    finally:
-        os.umask(old)
+def test_an_owner_that_did_not_know_its_start_time_is_not_called_dead(store, change_owner):
+    """As with too many files open at its claim."""
+    spec = tiny_spec()
+    attempt = store.attempt(spec.id, store.claim(spec))
+    change_owner(spec.id, started=claims.UNKNOWN)
+    assert Liveness().verdict(attempt) is None and Liveness().alive(attempt)
+    change_owner(spec.id, pid=2**22 + 1)
+    assert Liveness().verdict(attempt) is False
+
+
+def test_files_of_a_groups_folder_are_writable_for_the_group(group_folder, tmp_path):
+    store, spec = group_folder(), tiny_spec()
+    assert store.claim(spec) == 1
+    store.record(spec.id, {"step": 1})
+    written = [p for p in store.root.rglob("*") if p.name != "store.json"]
+    assert len(written) >= 5 and all(p.stat().st_mode & stat.S_IWGRP for p in written)
+    os.umask(0o022)
+    mine = tmp_path / "mine"
+    mine.mkdir(mode=0o755)
+    files.share_as(mine)
+    (mine / "x").write_text("")
+    assert not (mine / "x").stat().st_mode & stat.S_IWGRP
 
 
 @pytest.mark.parametrize("action", ["extend", "verify", "adapter", "status"])
-def test_what_any_action_writes_into_a_groups_folder_is_the_groups(tmp_path, compose, action):
-    """The lock of the looks, for one: the next member adds a round, too."""
-    old = os.umask(0o022)
-    try:
-        runs = tmp_path / "runs"
-        runs.mkdir()
-        runs.chmod(0o2775)
-        with suppress(SpecError):  # there is no run yet
-            act(compose("+sweep=lr_ratio", "scale=smoke", f"action={action}"))
-        lock = Lock(runs / "lock")
-        lock.acquire(1, print)
-        lock.release()
-        assert all(p.stat().st_mode & stat.S_IWGRP for p in runs.rglob("*"))
-    finally:
-        os.umask(old)
+def test_all_actions_write_files_that_the_group_may_write(group_folder, compose, action):
+    """The lock of the looks, for example: another user adds a round, too."""
+    runs = group_folder().root
+    with suppress(SpecError):  # there is no run yet
+        act(compose("+sweep=lr_ratio", "scale=smoke", f"action={action}"))
+    lock = Lock(runs / "lock")
+    lock.acquire(1, print)
+    lock.release()
+    written = [p for p in runs.rglob("*") if p.name != "store.json"]
+    assert all(p.stat().st_mode & stat.S_IWGRP for p in written)
 
 
 @pytest.mark.parametrize("mode", [0o2775, 0o3775], ids=["g+ws", "g+ws,+t"])
-def test_another_user_of_the_group_goes_on_with_a_sweep(tmp_path, compose, mode):
-    """A second user, not root, claims what the first left, and finishes it."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root to become another user")
-    old = os.umask(0o022)
-    try:
-        runs = tmp_path / "runs"
-        runs.mkdir()
-        os.chown(runs, 0, 4321)
-        runs.chmod(mode)
-        for folder in (tmp_path, *tmp_path.parents):
-            if folder.stat().st_uid == 0 and str(folder).startswith(("/tmp/", "/dev/shm/")):
-                folder.chmod(folder.stat().st_mode | 0o011)
-        store = RunStore(runs)
-        store.prepare()
-        point = compose("scale=smoke").points[0]
-        n = store.claim(point.spec)
-        store.record(point.id, {"step": 1})
-        store.write_end(point.id, n, "stopped", "asked to stop")
-        child = os.fork()
-        if child == 0:
-            try:
-                os.setgroups([])
-                os.setgid(4321)
-                os.setuid(4321)
-                other = RunStore(runs)
-                other.prepare()
-                assert other.claim(point.spec) == n + 1
-                other.record(point.id, {"step": 2})
-                assert other.finish(point.id, "done", {"test_nll": 1.0})
-                os._exit(0)
-            except BaseException as error:
-                os.write(2, repr(error).encode())
-                os._exit(1)
-        assert os.waitpid(child, 0)[1] == 0
-        assert store.state(point.id) == "done" and [r["step"] for r in store.records(point.id)] == [
-            1,
-            2,
-        ]
-    finally:
-        os.umask(old)
+def test_another_user_of_the_group_resumes_a_sweep(group_folder, tmp_path, mode):
+    """The second user claims a run that the first one left, and finishes it."""
+    store, spec = group_folder(mode), tiny_spec()
+    n = store.claim(spec)
+    store.record(spec.id, {"step": 1})
+    store.write_end(spec.id, n, "stopped", "asked to stop")
+
+    def resume():
+        other = RunStore(store.root)
+        other.prepare()
+        assert other.claim(spec) == n + 1
+        other.record(spec.id, {"step": 2})
+        assert other.finish(spec.id, "done", {"test_nll": 1.0})
+
+    as_another_user(tmp_path, resume)
+    assert store.state(spec.id) == "done"
+    assert [r["step"] for r in store.records(spec.id)] == [1, 2]
+
+
+def test_a_late_claim_that_a_later_holder_deletes_is_made_again(tmp_path, monkeypatch):
+    create = files.create_folder_once
+
+    def late(path, content):
+        made = create(path, content)
+        if path.name == "1":
+            monkeypatch.undo()
+            (path / "released").touch()
+            path.rename(path.with_name("2"))
+        return made
+
+    monkeypatch.setattr(files, "create_folder_once", late)
+    Lock(tmp_path / "lock").acquire(5, print)
+    assert files.highest_number(tmp_path / "lock") == 3
+
+
+COUNT = """
+import sys, time
+from pathlib import Path
+from lorasweep.store.claims import Lock
+folder = Path(sys.argv[1])
+for _ in range(int(sys.argv[2])):
+    lock = Lock(folder / "lock")
+    lock.acquire(60, lambda who: None)
+    n = int((folder / "n").read_text())
+    time.sleep(0.002)
+    (folder / "n").write_text(str(n + 1))
+    if len(sys.argv) < 4:
+        lock.release()
+"""
+
+
+def test_a_lock_has_one_holder_and_outlives_a_dead_one(tmp_path):
+    (tmp_path / "n").write_text("0")
+    command = [sys.executable, "-c", COUNT, str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    workers = [subprocess.Popen([*command, "20"], env=env) for _ in range(4)]
+    assert [w.wait() for w in workers] == [0] * 4 and (tmp_path / "n").read_text() == "80"
+    subprocess.run([*command, "1", "die with the lock"], env=env, check=True)
+    mine = Lock(tmp_path / "lock")
+    mine.acquire(5, lambda who: pytest.fail("waited for a dead process"))
+    waited = []
+    with pytest.raises(StoreError, match=f"process {os.getpid()}"):
+        Lock(tmp_path / "lock").acquire(0.5, waited.append)
+    assert len(waited) == 1
+    threading.Timer(0.5, mine.release).start()
+    Lock(tmp_path / "lock").acquire(5, waited.append)

@@ -4,25 +4,25 @@ failed because of it, and none gives up a checkpoint."""
 import builtins
 import errno
 import io
-import json
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from lorasweep.errors import StoreError
-from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.slurm.submissions import Array, Submission
 from lorasweep.launch.worker import skipped
-from lorasweep.spec.execution import Exec
 from lorasweep.store import checkpoint, claims, files, looks
 from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore
-from lorasweep.train.events import Event
+from tests.unit.launch.trainers import Scripted, steps_of, train
 from tests.world import tiny_spec
 
+ARRAY = Array("0", "s-0", 0, 1)
 RESULT = {"test_nll": 2.5, "curve": [], "base_sha256": "x"}
 FOLDERS = ("attempts", "jobs", "lock", ".slurm")
 ERRORS = {"EIO": errno.EIO, "ESTALE": errno.ESTALE, "EMFILE": errno.EMFILE, "EACCES": errno.EACCES}
@@ -30,8 +30,8 @@ ERRORS = {"EIO": errno.EIO, "ESTALE": errno.ESTALE, "EMFILE": errno.EMFILE, "EAC
 
 @pytest.fixture
 def failing(monkeypatch):
-    """failing(name, number, times): the next `times` reads of a file of this name fail, or lists of a
-    folder."""
+    """failing(name, number, times): the next `times` reads of files, or lists of folders, of this
+    name fail with this error number."""
     monkeypatch.setattr(files, "PAUSES_S", (0, 0))
     left: dict[str, list[int]] = {}
     listdir = os.listdir
@@ -60,16 +60,33 @@ def failing(monkeypatch):
 
 def state(step):
     meta = {"step": step, "layout": ["x"], "records_size": 0, "threads": 1, "wall_s": 0.0}
-    return {
-        "tensors": {"param/w": torch.full((3,), float(step))},
-        "meta": {**meta, "micro_batch_size": None},
-    }
+    tensors = {"param/w": torch.full((3,), float(step))}
+    return {"tensors": tensors, "meta": {**meta, "micro_batch_size": None}}
+
+
+@dataclass
+class Runs:
+    """A store with one run in each of some states, a submission, a record of looks and a lock."""
+
+    store: RunStore
+    specs: dict
+    submission: Path
+    lock: Path
+
+    def id(self, kind):
+        return self.specs[kind].id
+
+    @property
+    def slots(self):
+        return self.store.folder(self.id("running")) / "checkpoint"
+
+    @property
+    def looks(self):
+        return self.store.root / "looks.json"
 
 
 @pytest.fixture
-def runs(tmp_path):
-    """(store, its runs by what they are, a submission's folder, a lock's folder)."""
-    store = RunStore(tmp_path / "runs")
+def runs(store, tmp_path):
     kinds = ("done", "running", "failed", "damaged")
     specs = {kind: tiny_spec(seed=k) for k, kind in enumerate(kinds)}
     for kind, spec in specs.items():
@@ -82,77 +99,70 @@ def runs(tmp_path):
             store.finish(spec.id, "done", RESULT)
     path = store.folder(specs["damaged"].id) / "result.json"
     path.write_bytes(path.read_bytes()[:-9])
-    slots = store.folder(specs["running"].id) / "checkpoint"
-    for step in (3, 4):
-        checkpoint.save(slots, state(step))
     folder = submissions.home(store.root) / "s"
+    found = Runs(store, specs, folder, tmp_path / "lock")
+    for step in (3, 4):
+        checkpoint.save(found.slots, state(step))
     (folder / "jobs").mkdir(parents=True)
     (folder / "jobs" / "12_submitted.pkl").write_bytes(b"")
-    array = Array("0", "s-0", 0, 1)
-    submissions.write_record(folder, "t", [], [["x"]], [array])
+    submissions.write_record(folder, "t", [], [["x"]], [ARRAY])
     submissions.note_array(folder, "0", "12")
     submissions.withdraw(submissions.read(folder), ["x"])
     submissions.note(folder, "ended.json").write_text("{}")
-    looks.note_look(store.root / "looks.json", "x", 2)
-    lock = tmp_path / "lock"
-    Lock(lock).acquire(5, print)
-    return store, specs, folder, lock
+    looks.note_look(found.looks, "x", 2)
+    Lock(found.lock).acquire(5, print)
+    return found
 
 
 READERS = {
     "result.json": (
-        lambda store, specs, *_: store.state(specs["done"].id),
-        lambda store, specs, *_: store.states([specs["done"].id]),
-        lambda store, specs, *_: store.claim(specs["done"]),
-        lambda store, specs, *_: store.claim(specs["damaged"]),
+        lambda r: r.store.state(r.id("done")),
+        lambda r: r.store.states([r.id("done")]),
+        lambda r: r.store.claim(r.specs["done"]),
+        lambda r: r.store.claim(r.specs["damaged"]),
     ),
     "attempts": (
-        lambda store, specs, *_: store.state(specs["running"].id),
-        lambda store, specs, *_: store.claim(specs["running"]),
-        lambda store, specs, *_: store.owns(specs["running"].id, 1),
+        lambda r: r.store.state(r.id("running")),
+        lambda r: r.store.claim(r.specs["running"]),
+        lambda r: r.store.owns(r.id("running"), 1),
     ),
     "end.json": (
-        lambda store, specs, *_: store.states([specs["failed"].id]),
-        lambda store, specs, *_: store.failures(specs["failed"].id),
-        lambda store, specs, *_: store.claim(specs["failed"]),
+        lambda r: r.store.states([r.id("failed")]),
+        lambda r: r.store.failures(r.id("failed")),
+        lambda r: r.store.claim(r.specs["failed"]),
     ),
     "spec.json": (
-        lambda store, specs, *_: store.spec(specs["done"].id),
-        lambda store, specs, *_: store.claim(specs["failed"]),
+        lambda r: r.store.spec(r.id("done")),
+        lambda r: r.store.claim(r.specs["failed"]),
     ),
-    "env.json": (lambda store, specs, *_: store.layout(specs["done"].id),),
+    "env.json": (lambda r: r.store.layout(r.id("done")),),
     "metrics.jsonl": (
-        lambda store, specs, *_: store.records(specs["done"].id),
-        lambda store, specs, *_: store.records_size(specs["done"].id),
+        lambda r: r.store.records(r.id("done")),
+        lambda r: r.store.records_size(r.id("done")),
     ),
     "a.json": (
-        lambda store, specs, *_: checkpoint.load_pack({"x": slots_of(store, specs)}),
-        lambda store, specs, *_: checkpoint.keep_only(slots_of(store, specs), 3),
-        lambda store, specs, *_: checkpoint.save(slots_of(store, specs), state(5)),
-        lambda store, specs, *_: checkpoint.layout(slots_of(store, specs)),
+        lambda r: checkpoint.load_pack({"x": r.slots}),
+        lambda r: checkpoint.keep_only(r.slots, 3),
+        lambda r: checkpoint.save(r.slots, state(5)),
+        lambda r: checkpoint.layout(r.slots),
     ),
-    "b.safetensors": (lambda store, specs, *_: checkpoint.load(slots_of(store, specs), 4),),
-    "submission.json": (lambda store, specs, folder, _: submissions.read(folder),),
-    "array-0.json": (lambda store, specs, folder, _: submissions.read(folder),),
+    "b.safetensors": (lambda r: checkpoint.load(r.slots, 4),),
+    "submission.json": (lambda r: submissions.read(r.submission),),
+    "array-0.json": (lambda r: submissions.read(r.submission),),
     "withdrawn.json": (
-        lambda store, specs, folder, _: submissions.read(folder),
-        lambda store, specs, folder, _: skipped(str(submissions.note(folder, "withdrawn.json"))),
+        lambda r: submissions.read(r.submission),
+        lambda r: skipped(str(submissions.note(r.submission, "withdrawn.json"))),
     ),
-    "ended.json": (lambda store, *_: submissions.read_all(store.root),),
-    ".slurm": (lambda store, *_: submissions.read_all(store.root),),
-    "jobs": (lambda store, specs, folder, _: Submission(folder, {}, []).complete(ARRAY, "12"),),
+    "ended.json": (lambda r: submissions.read_all(r.store.root),),
+    ".slurm": (lambda r: submissions.read_all(r.store.root),),
+    "jobs": (lambda r: Submission(r.submission, {}, []).complete(ARRAY, "12"),),
     "looks.json": (
-        lambda store, *_: looks.read(store.root / "looks.json"),
-        lambda store, *_: looks.note_look(store.root / "looks.json", "x", 1),
+        lambda r: looks.read(r.looks),
+        lambda r: looks.note_look(r.looks, "x", 1),
     ),
-    "released": (lambda store, specs, folder, lock: Lock(lock).acquire(0, print),),
-    "lock": (lambda store, specs, folder, lock: Lock(lock).acquire(0, print),),
+    "released": (lambda r: Lock(r.lock).acquire(0, print),),
+    "lock": (lambda r: Lock(r.lock).acquire(0, print),),
 }
-ARRAY = Array("0", "s-0", 0, 1)
-
-
-def slots_of(store, specs):
-    return store.folder(specs["running"].id) / "checkpoint"
 
 
 def everything(root):
@@ -161,85 +171,88 @@ def everything(root):
 
 @pytest.mark.parametrize("number", ERRORS.values(), ids=ERRORS)
 @pytest.mark.parametrize("name", READERS)
-def test_a_read_error_is_said_and_nothing_follows_from_it(runs, tmp_path, failing, name, number):
+def test_a_read_error_is_raised_and_nothing_follows_from_it(runs, tmp_path, failing, name, number):
     before = everything(tmp_path)
     for reader in READERS[name]:
         failing(name, number)
-        with pytest.raises(StoreError, match=f"{name} cannot be read .*nothing was concluded"):
-            reader(*runs)
+        with pytest.raises(StoreError, match=f"{name} cannot be read"):
+            reader(runs)
         failing.stop()
         assert everything(tmp_path) == before
 
 
-def test_a_read_that_fails_for_a_moment_is_made_again(runs, failing):
-    store, specs, folder, _ = runs
+def test_a_read_that_fails_for_a_moment_is_tried_again(runs, failing):
     failing("result.json", errno.ESTALE, 2)
-    assert store.state(specs["done"].id) == "done"
+    assert runs.store.state(runs.id("done")) == "done"
     failing("b.safetensors", errno.EIO, 1)
-    assert checkpoint.load_pack({"x": slots_of(store, specs)})["x"]["meta"]["step"] == 4
+    assert checkpoint.load_pack({"x": runs.slots})["x"]["meta"]["step"] == 4
     failing("array-0.json", errno.EMFILE, 2)
-    assert submissions.read(folder).arrays[0].job == "12"
+    assert submissions.read(runs.submission).arrays[0].job == "12"
 
 
-def test_a_checkpoint_that_safetensors_cannot_open_is_not_lost(runs, monkeypatch, failing):
+def test_a_checkpoint_that_safetensors_cannot_open_is_not_lost(runs, monkeypatch):
     """Its reader says "no such file" when too many are open."""
-    store, specs, *_ = runs
-    monkeypatch.setattr(
-        "safetensors.torch.load_file", lambda p: (_ for _ in ()).throw(FileNotFoundError(p))
-    )
+
+    def load_file(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(files, "PAUSES_S", ())
+    monkeypatch.setattr("safetensors.torch.load_file", load_file)
     with pytest.raises(StoreError, match="cannot be read"):
-        checkpoint.load(slots_of(store, specs), 4)
+        checkpoint.load(runs.slots, 4)
 
 
-def test_a_worker_that_cannot_read_a_checkpoint_stops_and_loses_nothing(tmp_path, failing):
-    """Not failed, and not from the start: the next attempt goes on where the last one ended."""
-    store, spec, stop, started = RunStore(tmp_path), tiny_spec(), StopFlag(), []
+def test_a_worker_that_cannot_read_a_checkpoint_stops_and_loses_nothing(store, failing):
+    """Not failed, and not from the start: the next attempt resumes where the last one ended."""
+    spec, stop = tiny_spec(), StopFlag()
 
-    def trainer(pack, exec_, resume):
-        started.append(resume[spec.id]["meta"]["step"] if resume else 0)
-        for step in range(started[-1] + 1, 9):
-            stop.set = len(started) == 1 and step == 5
-            ended = {spec.id: ("done", RESULT)} if step == 8 else {}
-            yield Event(step, {spec.id: {"step": step}}, ended, lambda k=step: {spec.id: state(k)})
+    def before(step, *_):
+        stop.set = len(trainer.tried) == 1 and step == 5
 
-    def run():
-        execute([spec], Exec(), store, trainer, lambda event: None, stop)
-
+    trainer = Scripted(8, before)
     with pytest.raises(Stopped):
-        run()
+        train(store, [spec], trainer, stop=stop)
     failing("a.json", errno.EIO)
     with pytest.raises(StoreError, match="cannot be read"):
-        run()
+        train(store, [spec], trainer, stop=stop)
     failing.stop()
     assert store.end(spec.id, 2)["state"] == "stopped" and store.failures(spec.id) == 0
-    run()
-    assert started == [0, 5] and store.state(spec.id) == "done"
-    assert [r["step"] for r in store.records(spec.id)] == list(range(1, 9))
+    train(store, [spec], trainer, stop=stop)
+    assert [t[3] for t in trainer.tried] == [0, 5] and store.state(spec.id) == "done"
+    assert steps_of(store, spec.id) == list(range(1, 9))
 
 
-def test_a_failure_is_recorded_for_the_runs_that_can_be_read(tmp_path, failing):
-    """The cause that is reported is the failure, not what could not be read after it."""
-    store, specs = RunStore(tmp_path), [tiny_spec(seed=k) for k in range(2)]
+def test_a_failure_is_recorded_for_the_runs_that_can_be_read(store, failing):
+    """The reported cause is the failure, not the read that failed after it."""
+    specs = [tiny_spec(seed=k) for k in range(2)]
 
-    def trainer(pack, exec_, resume):
-        yield Event(1, {s.id: {"step": 1} for s in pack}, {}, dict)
-        failing("result.json", errno.EIO, len(files.PAUSES_S) + 1)  # of the first run
-        raise RuntimeError("broken")
+    def before(step, *_):
+        if step == 2:
+            failing("result.json", errno.EIO, len(files.PAUSES_S) + 1)  # of the first run
+            raise RuntimeError("broken")
 
-    execute(specs, Exec(), store, trainer, lambda event: None, StopFlag())
-    assert (
-        store.end(specs[0].id, 1) is None and store.failure(specs[1].id) == "RuntimeError: broken"
-    )
+    train(store, specs, Scripted(3, before))
+    assert store.end(specs[0].id, 1) is None
+    assert store.failure(specs[1].id) == "RuntimeError: broken"
 
 
-def test_a_heartbeat_that_cannot_be_read_is_no_silence(runs, monkeypatch, failing):
-    store, specs, *_ = runs
-    attempt = store.folder(specs["running"].id) / "attempts" / "1"
-    owner = json.loads((attempt / "owner.json").read_text())
-    (attempt / "owner.json").write_text(json.dumps({**owner, "host": "elsewhere"}))
-    clock = [0.0]
+def test_an_owner_that_cannot_be_read_is_not_called_dead(runs, failing):
+    store, spec = runs.store, runs.specs["running"]
+    failing("owner.json", errno.EIO)
+    assert store.states([spec.id]) == {spec.id: "running"} and store.claim(spec) is None
+    with pytest.raises(StoreError, match="cannot be read"):
+        Lock(runs.lock).acquire(0.1, print)
+    failing.stop()
+    assert store.last_attempt(spec.id) == 1
+    (store.attempt(spec.id, 1) / "owner.json").write_bytes(b"{")  # damaged, which is different
+    assert store.state(spec.id) == "interrupted"
+
+
+def test_a_heartbeat_that_cannot_be_read_is_no_silence(runs, change_owner, monkeypatch, failing):
+    rid = runs.id("running")
+    attempt, clock, liveness = runs.store.attempt(rid, 1), [0.0], claims.Liveness()
+    change_owner(rid, host="elsewhere")
     monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
-    liveness = claims.Liveness()
     assert liveness.alive(attempt) and not liveness.sure(attempt)
     failing("heartbeat", errno.ESTALE)
     clock[0] += 10 * claims.SILENCE_S
@@ -249,17 +262,3 @@ def test_a_heartbeat_that_cannot_be_read_is_no_silence(runs, monkeypatch, failin
     assert liveness.alive(attempt)
     clock[0] += 2
     assert not liveness.alive(attempt)
-
-
-def test_an_owner_that_could_not_tell_its_start_time_is_not_called_dead(runs):
-    """As when it had too many files open at its claim."""
-    store, specs, *_ = runs
-    attempt = store.folder(specs["running"].id) / "attempts" / "1"
-    owner = json.loads((attempt / "owner.json").read_text())
-    (attempt / "owner.json").write_text(json.dumps({**owner, "started": claims.UNKNOWN}))
-    liveness = claims.Liveness()
-    assert liveness.verdict(attempt) is None and liveness.alive(attempt)
-    (attempt / "owner.json").write_text(
-        json.dumps({**owner, "started": claims.UNKNOWN, "pid": 2**22 + 1})
-    )
-    assert liveness.verdict(attempt) is False

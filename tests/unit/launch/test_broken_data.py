@@ -1,20 +1,19 @@
-"""Data sets of different owners in one pack: what is wrong with one is wrong for nobody else."""
+"""Data sets of different owners in one pack: a broken one fails only its own runs."""
 
 import json
 
 import pytest
 
 from lorasweep.errors import DataError
-from lorasweep.launch.pack import execute
-from lorasweep.launch.process import StopFlag
+from lorasweep.launch import pack as packs
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.dataset import DatasetSpec
-from lorasweep.spec.execution import Exec
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from lorasweep.train.objectives.sft import SupervisedFineTuning
 from tests.customers import make_base, model_of, write_rows
+from tests.unit.launch import trainers
 from tests.world import tiny_spec
 
 SECRET = "zanzibar 7351"
@@ -27,35 +26,25 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def pack(base, tmp_path):
-    """Four customers' runs; the third one's rows hold the secret."""
-    model, found = model_of(base), []
+    """Four customers' runs; the rows of the third hold the secret."""
+    found = []
     for k, name in enumerate(("ann", "bob", "secret", "dan")):
+        folder = tmp_path / name
         answer = f"{SECRET} {{k}}" if name == "secret" else "357 {k}"
-        write_rows(tmp_path / name / "train.jsonl", 12 + k, answer)
-        dataset = DatasetSpec(
-            name=name,
-            source="jsonl",
-            location=str(tmp_path / name),
-            holdout=6,
-            n_validation=3,
-            n_test=3,
-            n_test_curve=3,
-            max_length=64,
-        )
-        method = LoRA(rank=4)
-        found.append(
-            tiny_spec(model=model, dataset=dataset, method=method, steps=3 + k, batch_size=2)
-        )
+        write_rows(folder / "train.jsonl", 12 + k, answer)
+        sizes = {"holdout": 6, "n_validation": 3, "n_test": 3, "n_test_curve": 3, "max_length": 64}
+        dataset = DatasetSpec(name=name, source="jsonl", location=str(folder), **sizes)
+        fields = {"method": LoRA(rank=4), "steps": 3 + k, "batch_size": 2}
+        found.append(tiny_spec(model=model_of(base), dataset=dataset, **fields))
     return found
 
 
 def train(pack, tmp_path, trainer=None, **settings):
-    store, events = RunStore(tmp_path / "runs"), []
+    store = RunStore(tmp_path / "runs")
     store.prepare()
     given = {"skip_broken_data": True, "keep_weights": True, "checkpoint_s": 0.0, **settings}
-    exec_ = Exec(runs_dir=str(store.root), **given)
-    execute(pack, exec_, store, trainer or TorchTrainer(), events.append, StopFlag())
-    return store, events
+    trainer = trainer or TorchTrainer()
+    return store, trainers.train(store, pack, trainer, runs_dir=str(store.root), **given)
 
 
 def states(store, pack):
@@ -63,36 +52,38 @@ def states(store, pack):
 
 
 def all_text(store, spec):
-    """All that a run's folder says."""
+    """The content of all files in a run's folder."""
     files = [p for p in store.folder(spec.id).rglob("*") if p.is_file()]
     return b"\n".join(p.read_bytes() for p in files).decode(errors="replace")
 
 
 @pytest.mark.parametrize(
-    "breaks, says",
+    "breaks, cause",
     [
-        (lambda path: path.write_text(f"{{{SECRET}\n"), "train.jsonl:1: not a JSON row"),
+        (lambda path: path.write_text(f"{{{SECRET}\n"), r"train\.jsonl:1"),
         (lambda path: path.write_text(9 * (json.dumps({"text": SECRET}) + "\n")), "prompt"),
         (lambda path: path.unlink(), "no file"),
-        (lambda path: write_rows(path, 6, SECRET), "has 6 rows, expected more than 6"),
+        (lambda path: write_rows(path, 6, SECRET), "6 rows"),
     ],
     ids=["broken row", "other columns", "missing file", "all held out"],
 )
-def test_broken_data_are_their_owners_error_alone(pack, tmp_path, breaks, says):
+def test_broken_data_fail_only_their_owners_run(pack, tmp_path, breaks, cause):
     breaks(tmp_path / "secret" / "train.jsonl")
     store, events = train(pack, tmp_path)
     assert states(store, pack) == ["done", "done", "failed", "done"]
-    assert says in store.failure(pack[2].id)
     assert [e["run"] for e in events if e.get("ended") == "failed"] == [pack[2].id]
     for spec in (pack[0], pack[1], pack[3]):
         assert SECRET not in all_text(store, spec) and "secret" not in all_text(store, spec)
         assert store.result(spec.id)["pack_size"] == 3
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=cause):
         train(pack, tmp_path / "again", skip_broken_data=False)
 
 
-def test_an_error_in_training_is_found_by_halves_and_quoted_to_its_owner_only(pack, tmp_path):
-    """Also from checkpoints: who was trained further goes on from there."""
+def test_an_error_in_training_is_found_by_halves_and_quoted_to_its_owner_only(
+    pack, tmp_path, monkeypatch
+):
+    """The runs resume from their checkpoints in smaller packs."""
+    monkeypatch.setattr(packs, "CHECKPOINT_SHARE", 0)
 
     class Broken(TorchTrainer):
         def __call__(self, pack, exec_, resume):
@@ -106,28 +97,23 @@ def test_an_error_in_training_is_found_by_halves_and_quoted_to_its_owner_only(pa
     assert SECRET in store.failure(pack[2].id) and SECRET in all_text(store, pack[2])
     for spec in (pack[0], pack[1], pack[3]):
         assert SECRET not in all_text(store, spec)
-        assert "half of its data sets" in all_text(store, spec)
+        assert store.result(spec.id)["resumed_in_other_company"]
 
 
-def test_a_customer_that_diverges_leaves_and_the_others_end_with_their_weights(
+def test_a_run_that_diverges_leaves_and_the_others_end_with_their_weights(
     pack, tmp_path, monkeypatch
 ):
     wild = pack[2].id
     monkeypatch.setattr(SupervisedFineTuning, "diverged", lambda self, run, loss: run == wild)
     store, _ = train(pack, tmp_path)
     assert states(store, pack) == ["done", "done", "diverged", "done"]
-    for spec in pack:
+    for k, spec in enumerate(pack):
         weights = checkpoint.load_weights(store.folder(spec.id))
-        assert (weights is None) == (spec is pack[2])
+        assert (weights is None) == (spec.id == wild)
         if weights:
             n = sum(t.numel() for t in weights.values())
             assert n == spec.method.n_trainable(spec.model)
+            result = store.result(spec.id)
+            assert (result["n_test"], result["n_train"]) == (3, 6 + k)
+            assert result["test_nll"] != result["test_nll_curve"]  # of test and validation rows
     assert not list(store.root.rglob(".weights*"))
-
-
-def test_results_say_what_validation_and_test_rows_say(pack, tmp_path):
-    store, _ = train(pack, tmp_path)
-    for k, spec in enumerate(pack):
-        result = store.result(spec.id)
-        assert (result["n_test"], result["n_train"]) == (3, 6 + k)
-        assert result["test_nll"] != result["test_nll_curve"]

@@ -1,0 +1,44 @@
+"""A run folder, owners of runs, and a folder of a group."""
+
+import json
+import os
+
+import pytest
+
+from lorasweep.store.run_store import RunStore
+from tests.world import OTHER_USER
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path / "runs")
+
+
+@pytest.fixture
+def group_folder(tmp_path):
+    """`group_folder(mode)`: a run folder of a group, with the usual umask."""
+    before = os.umask(0o022)
+
+    def make(mode=0o2775):
+        runs = tmp_path / "runs"
+        runs.mkdir()
+        if os.geteuid() == 0:
+            os.chown(runs, 0, OTHER_USER)
+        runs.chmod(mode)
+        store = RunStore(runs)
+        store.prepare()
+        return store
+
+    yield make
+    os.umask(before)
+
+
+@pytest.fixture
+def change_owner(store):
+    """`change_owner(rid, **fields)` changes the recorded owner of a run's last attempt."""
+
+    def change(rid, **fields):
+        path = store.attempt(rid, store.last_attempt(rid)) / "owner.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return change
