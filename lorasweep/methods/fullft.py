@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of the base model, or only the matrices that a layer set names.
+"""Full fine-tuning: every weight of the base model, or only the matrices of layer sets.
 
 `scope=all` trains all parameters. `scope=matrices` trains exactly the matrices that LoRA with the
 same `layers` would adapt: the control that separates parametrisation from location.
