@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 DIVERGED_NLL_FACTOR, DIVERGED_PATIENCE = 1.5, 8
 """See Divergence. Assumptions, not tuned."""
-MOST_PADDING = 1.25
-"""Padded tokens divided by tokens, above which a training pass on a CPU is split by row length.
-Assumption, not tuned."""
 ROWS = "rows"
 """Key of the summed NLL of each row among measures, which is not recorded."""
 EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
@@ -110,7 +107,7 @@ class SupervisedFineTuning:
         self._code_nats = dict.fromkeys(data, 0.0)
         self._n_loss: dict[str, int] = {}
         self._eval_tokens = max(1, EVAL_TOKENS // forward_parts)
-        self._mesh, self._on_cpu = Mesh(), True
+        self._mesh = Mesh()
         self._eval_batches: dict[tuple[int, ...], list[Batch]] = {}
 
     def start(self, base: "Base", runs: Sequence[RunSpec]) -> list[Record]:
@@ -118,8 +115,7 @@ class SupervisedFineTuning:
         self._mesh = base.mesh
         if self._join_rows:
             check_rows_stay_apart(base.model)
-        self._on_cpu = next(base.model.parameters()).device.type == "cpu"
-        if not self._on_cpu:
+        if next(base.model.parameters()).device.type != "cpu":
             self._eval_tokens = max(1, GPU_EVAL_TOKENS // len(runs) // self._forward_parts)
         for run in runs:
             data = self._data[run.id]
@@ -142,45 +138,21 @@ class SupervisedFineTuning:
         With several processes, neighbouring micro-batches have the same number of rows, one for
         each process.
         """
-        size, processes = runs[0].batch_size, self._mesh.size  # the same for all runs of a pack
-        examples_N = [
-            sorted(
-                self._data[run.id].train(run.seed, step * size, size), key=lambda e: len(e.tokens)
-            )
-            for run in runs
-        ]
-        most = min(self._micro_batch_size or size, size // processes)
-        rows = processes * self._rows_at_once(examples_N, most)
-        bounds = [
-            (at, at + n)
-            for k in range(0, size, rows)
-            for n in [min(rows, size - k) // processes]
-            for at in range(k, min(k + rows, size), n)
-        ]
-        batches_N = [
-            [collate(examples[a:b], self._join_rows) for a, b in bounds] for examples in examples_N
-        ]
-        for run, batches in zip(runs, batches_N):
-            self._n_loss[run.id] = sum(b.n_loss for b in batches)
-        return [merge(parts) for parts in zip(*batches_N)]
+        rows = [self._rows(run, step) for run in runs]
+        for run, own in zip(runs, rows):
+            self._n_loss[run.id] = sum(b.n_loss for b in own)
+        return [merge(parts) for parts in zip(*rows)]
 
-    def _rows_at_once(self, examples_N: Sequence[Sequence[Example]], most: int) -> int:
-        """Return the rows of each run per forward pass, at most `most`.
-
-        On a CPU fewer where rows would be padded to much more than their length, as long as a pass
-        has work enough. On a GPU a larger pass costs less than its padding (assumption).
-        """
-        if self._join_rows or not self._on_cpu:
-            return most
-        lengths_NB = np.array([[len(e.tokens) for e in own] for own in examples_N])
-        while most > 1:
-            longest = lengths_NB.max(0)  # sorted, so the last row of a part is its longest
-            padded = sum(len(x) * x[-1] for x in np.split(longest, range(most, len(longest), most)))
-            too_little = most * len(lengths_NB) * longest[-1] < 2 * EVAL_TOKENS
-            if too_little or len(lengths_NB) * padded <= MOST_PADDING * lengths_NB.sum():
-                break
-            most = -(-most // 2)
-        return most
+    def _rows(self, run: RunSpec, step: int) -> list[Batch]:
+        size = run.batch_size
+        processes = self._mesh.size
+        rows = processes * min(self._micro_batch_size or size, size // processes)
+        examples = self._data[run.id].train(run.seed, step * size, size)
+        examples = sorted(examples, key=lambda e: len(e.tokens))
+        parts = [examples[k : k + rows] for k in range(0, size, rows)]
+        shares = [(part, len(part) // processes) for part in parts]
+        batches = [part[k : k + n] for part, n in shares for k in range(0, len(part), n)]
+        return [collate(batch, self._join_rows) for batch in batches]
 
     def weights(self, batch: Batch) -> torch.Tensor:
         """Count each run's loss tokens, [N]."""

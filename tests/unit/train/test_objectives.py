@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lorasweep.data import load as data
-from lorasweep.data.examples import Data, Example
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -19,7 +18,6 @@ from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.streams import stream
 from lorasweep.train.loop import train
 from lorasweep.train.objectives.base import Evaluation
-from lorasweep.train.objectives.sft import SupervisedFineTuning
 from tests.training import ROUNDING, copied, results, small_world
 
 PROMPT, GOOD, DRAWS = (1, 2, 3, 4), 16, 32
@@ -210,22 +208,3 @@ def test_without_rows_for_a_curve_runs_are_measured_at_start_and_end_alone(world
     assert [p["step"] for p in a["curve"]] == [0, 1, 2, 3, 4, 6]
     assert [p["step"] for p in b["curve"]] == [0, 6]
     assert a["test_nll"] == b["test_nll"] == b["test_nll_curve"]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "micro", "rows"),
-    [
-        ([500] * 4 + [60] * 4, None, [4, 4]),
-        ([500] * 4 + [60] * 4, 3, [3, 3, 2]),  # the part of 60, 500, 500 wastes too little to save
-        ([500] * 8, None, [8]),
-        ([100] * 4 + [12] * 4, None, [8]),  # a pass needs work enough
-    ],
-)
-def test_a_pass_on_a_cpu_is_split_where_padding_is_large(world, lengths, micro, rows):
-    spec, base = world
-    examples = [Example(np.ones(n, np.int32), np.arange(n) > n // 2) for n in lengths]
-    loaded, run = Data(lambda *_: examples, [], None), dataclasses.replace(spec, batch_size=8)
-    objective = SupervisedFineTuning({run.id: loaded}, "fp64", micro)
-    batches = objective.batches(base.model, 0, [run])
-    assert [len(b.lengths[0]) for b in batches] == rows
-    assert sum(b.n_loss for b in batches) == sum(int(e.loss.sum()) for e in examples)
