@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of the base model, or only the matrices that a layer set names.
+"""Full fine-tuning: every weight of the base model, or only the matrices of layer sets.
 
 `scope=all` trains all parameters. `scope=matrices` trains exactly the matrices that LoRA with the
 same `layers` would adapt: the control that separates parametrisation from location.
@@ -87,8 +87,8 @@ class _WholeModel:
     def __init__(self, base: "nn.Module", chosen: set[int]) -> None:
         """Mark the parameters to train; `chosen` holds their Python ids.
 
-        They train in fp32 at least, as copies; the base's own weights, which may be bf16, are put
-        back by `detach`.
+        They train as copies in fp32 at least; `detach` restores the base's own weights, which may
+        be bf16.
         """
         import torch
 

@@ -19,7 +19,7 @@ class Experts:
 
     module: Any
     n_active: int
-    """Experts that a token passes through."""
+    """Number of experts that a token passes through."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Find, load and check base models, and run them.
+"""Find, load and check base models, compute their forward passes, and spread them over processes.
 
-Refuses to know how they are trained and on what.
+Refuses to know how and on what they are trained.
 """

@@ -21,7 +21,7 @@ class Phase:
 
     name: str = LEARNING
     divisible: bool = False
-    """Whether Exec.forward_parts can make the phase hold less at once."""
+    """Whether Exec.forward_parts can reduce the memory of the phase."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What rows cost a base that learns nothing: the losses of a run's batches, before any update."""
+"""The losses of a run's batches under the base, before any update."""
 
 from typing import NamedTuple
 
@@ -11,19 +11,19 @@ from lorasweep.train.objectives.sft import SupervisedFineTuning
 
 
 class Batch(NamedTuple):
-    """One update's rows."""
+    """The rows of one update."""
 
     nats: float
-    """Summed NLL of their loss tokens."""
+    """Summed NLL of the loss tokens."""
     tokens: int
-    """Loss tokens."""
+    """Number of loss tokens."""
 
 
 @torch.no_grad()
 def first_pass(
     spec: RunSpec, base: Base, data: Data, micro_batch_size: int | None = None
 ) -> list[Batch]:
-    """Return the loss of every batch of a run under the base, by the objective of the run."""
+    """Return the loss of every batch of a supervised run under the base."""
     objective = SupervisedFineTuning({spec.id: data}, spec.precision, micro_batch_size)
     found = []
     for step in range(spec.steps):

@@ -1,4 +1,4 @@
-"""Modules that hold the adapters of a whole pack side by side.
+"""The adapters of a whole pack, stacked in tensors: their modules, norms and export.
 
-Refuses to know where in a model they sit.
+Refuses to know the training loop.
 """

@@ -40,7 +40,7 @@ def save_peft(
     is tied to the embedding, never merge the adapter: that would change the embedding as well.
 
     Raises:
-        ModelError: an expert's change as PEFT reads it is not that of `state`; nothing is written.
+        ModelError: PEFT would read other weights of an expert than `state` has; nothing is written.
     """
     from safetensors.torch import save_file
 
@@ -139,7 +139,7 @@ def _check(experts: str, of: dict[str, tuple[torch.Tensor, torch.Tensor]], found
             read, own = b_OrE[:, :, e] @ a_ErI[e], whole[e]
             if not torch.allclose(read, own, rtol=0, atol=TOLERANCE * float(own.abs().max())):
                 raise ModelError(
-                    f"{where}: in PEFT's layout expert {e} would change by up to "
-                    f"{float((read - own).abs().max()):.1e} otherwise than in training. Nothing "
-                    "was written; this is an error of lorasweep."
+                    f"{where}: in PEFT's layout the change of expert {e} differs from training by "
+                    f"up to {float((read - own).abs().max()):.1e}. Nothing was written. This is a "
+                    "bug in lorasweep: report it."
                 )

@@ -88,8 +88,8 @@ def inputs(model: "nn.Module", batch: Batch) -> Inputs:
     """Move a batch to the model's device: its rows padded, or joined if the batch says so."""
     device = next(model.parameters()).device
     arrays = joined(batch) if batch.join_rows else padded(batch)
-    tensors = [torch.from_numpy(a).to(device) for a in arrays]
-    return Inputs(*tensors) if batch.join_rows else Inputs(*tensors, None)
+    tokens, positions, targets, weight, *more = (torch.from_numpy(a).to(device) for a in arrays)
+    return Inputs(tokens, positions, targets, weight, more[0] if more else None)
 
 
 def _by_chunks(model: Any, given: Inputs, precision: str, measure: Measure) -> list[torch.Tensor]:

@@ -295,5 +295,5 @@ def _merged(parts: Sequence[Rollouts], episodes: int) -> Rollouts:
         rows = [getattr(p, name) for p in parts]
         return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]))) for r in rows])
 
-    names = ("sampler_NM", "advantage_NM", "completion_NM")
-    return Rollouts(batch, *(stacked(name) for name in names), episodes)
+    sampler, advantage, completion = map(stacked, ("sampler_NM", "advantage_NM", "completion_NM"))
+    return Rollouts(batch, sampler, advantage, completion, episodes)

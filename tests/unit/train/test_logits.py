@@ -18,7 +18,7 @@ from lorasweep.models.forward import check_rows_stay_apart, logits_of
 from lorasweep.plan import memory
 from lorasweep.spec.execution import Exec
 from lorasweep.train.objectives import nll
-from tests.training import EPS, ROUNDING
+from tests.training import EPS, ROUNDING, apart
 from tests.world import tiny_spec
 
 VOCAB, LIMIT = 2048, 1 << 14
@@ -90,10 +90,10 @@ def loss_and_gradients(model, trainables, batch):
     return sums.detach(), gradients
 
 
-def assert_equal(found, wanted):
-    assert torch.allclose(found[0], wanted[0], rtol=1e-13, atol=0)
+def assert_equal(found, wanted, rounding=1e-12):
+    assert apart(found[0], wanted[0]) < rounding
     for name, gradient in wanted[1].items():
-        assert torch.allclose(found[1][name], gradient, rtol=1e-9, atol=1e-13), name
+        assert apart(found[1][name], gradient) < 1e3 * rounding, name
     assert any(float(gradient.abs().max()) > 0 for gradient in wanted[1].values())
 
 
@@ -186,9 +186,10 @@ def test_loss_and_gradients_of_joined_rows_are_those_of_padded_rows(
         monkeypatch.setattr(nll, "LOGITS", 1 << 17)
     padded, joined = (batch_of(n, LONG, join) for join in (False, True))
     wanted = loss_and_gradients(model, trainables, padded)
-    assert_equal(loss_and_gradients(model, trainables, joined), wanted)
+    rounding = 1e-7 if family == "Gemma2" else 1e-12  # its norms are in float32
+    assert_equal(loss_and_gradients(model, trainables, joined), wanted, rounding)
     a, b = (nll.log_probabilities(model, batch, "fp64") for batch in (padded, joined))
-    assert all(torch.allclose(x, y, rtol=1e-11, atol=1e-12) for x, y in zip(a, b))
+    assert all(apart(x, y) < 10 * rounding for x, y in zip(a, b))
 
 
 def test_a_model_that_does_not_keep_rows_apart_is_refused(monkeypatch):

@@ -141,8 +141,9 @@ def test_a_sampled_update_has_the_gradient_written_down_by_hand(worlds, options,
         batches = objective.batches(base.model, 3, [spec])
     n = spec.batch_size // spec.group_size
     given = loaded.train(spec.seed, 3 * n, n)
-    answers = kept[0].tokens
-    rewards = loaded.rewards.of([(given[k // spec.group_size], t) for k, t in enumerate(answers)])
+    completions = kept[0].tokens
+    pairs = [(given[k // spec.group_size], t) for k, t in enumerate(completions)]
+    rewards = loaded.rewards.of(pairs)
     assert 0 < sum(rewards) < len(rewards)
     assert (rows is None) == (len(batches) == 1)
     weight = torch.stack([objective.weights(b) for b in batches]).sum(0)
@@ -158,7 +159,7 @@ def test_a_sampled_update_has_the_gradient_written_down_by_hand(worlds, options,
         with torch.no_grad():
             return reference(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
 
-    by_hand(base.model, spec, base_log_p, given, answers, rewards).backward()
+    by_hand(base.model, spec, base_log_p, given, completions, rewards).backward()
     theirs = gradient(trained)
     assert float(theirs.norm()) > 1e-4
     assert float((ours - theirs).norm()) < 1e-9 * float(theirs.norm())
