@@ -57,7 +57,7 @@ def middle(values: Sequence[float]) -> float | None:
 
 
 def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
-    """Fit the sweeps of one condition; return how often answers contain the truth, and their errors."""
+    """Fit the sweeps of a condition; return how often answers hold the truth, and their errors."""
     rng = stream(
         "coverage", family, design.rates, design.factor, design.seeds, design.fresh, design.noise
     )

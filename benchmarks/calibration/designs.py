@@ -38,7 +38,7 @@ OTHERS = (
     Design(7, 1.6, 1, 3, NOISE, 2, 3),
     Design(7, 1.6, 3, 0, NOISE, 2),
 )
-"""The equal-cost rule's, wider first stages, and a plain grid of a user who knows the optimum better."""
+"""Of the equal-cost rule, with wider first stages, and a plain grid around a known optimum."""
 WITH_GAPS = 60
 """Number of sweeps of a condition of which the gaps in loss are measured, which is slow."""
 NEAR, KNOWN, UNKNOWN = 1.25, 2.0, 4.0
@@ -111,8 +111,8 @@ def supported(ratio: Estimate, scale: float) -> bool:
 def _gaps(optima: Sequence[Optimum], staged: bool) -> list[Estimate]:
     """Return each rank's loss - full fine-tuning's at their best rates, paired by seed, in nats.
 
-    As in `analysis.measures.ratio.gaps`: where there are fresh seeds, the first seed, which selected
-    the learning rates, does not count. In a plain grid all seeds selected them, and all count.
+    As in `analysis.measures.ratio.gaps`: where there are fresh seeds, the first seed selected the
+    learning rates and does not count. In a plain grid all seeds selected them, and all count.
     """
     full, *lora = losses_at_best(optima)
     chose = {0} if staged else set()

@@ -79,7 +79,8 @@ def verdicts(family: str, ratio: float, design: Design, cases: int) -> dict[str,
 def flags(family: str, where: str, cases: int) -> dict[str, Any]:
     """Count how often the flags at the edge of the learning rates are right.
 
-    True optima lie at least 1.5 grid spacings inside the learning rates tried, or 0.5 to 1.5 beyond an end.
+    True optima lie at least 1.5 grid spacings inside the learning rates tried, or 0.5 to 1.5 beyond
+    an end.
     """
     rng = stream("flags", family, where)
     design = Design(7, 2.0, 2, noise=1e-3)
@@ -131,7 +132,10 @@ def sharing(family: str, rates: int, factor: float, noise: float, cases: int) ->
 def _related(
     family: str, rates: int, factor: float, noise: float, rng: np.random.Generator
 ) -> tuple[list[LrCurve], np.ndarray]:
-    """Simulate six ranks of one shape, curvatures within 20%: two at seven learning rates, four at fewer."""
+    """Simulate six ranks of one shape, curvatures within 20%.
+
+    Two have seven learning rates, four have fewer.
+    """
     steep = math.exp(rng.uniform(math.log(0.05), math.log(0.2)))
     curves, truths = plant(
         family,
