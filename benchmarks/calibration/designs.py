@@ -16,10 +16,9 @@ from analysis.inference.gates import MIN_SEEDS
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import losses_at_best, over_seeds
 from analysis.measures.ratio import ratio_of
-from analysis.optimum.fit import fit_sweeps
 from analysis.optimum.optimum import Optimum, seeds_at_best
-from benchmarks.calibration.coverage import BATCH, covers, share, stream
-from benchmarks.calibration.generators import MARGIN, Design, plant
+from benchmarks.calibration.coverage import covers, fitted, share, stream
+from benchmarks.calibration.generators import MARGIN, Design
 
 Row = dict[str, Any]
 FAMILIES = ("linex", "plateau", "kink", "well")
@@ -71,19 +70,15 @@ def designs(family: str, design: Design, reach: float, cases: int) -> Row:
     ratios: list[tuple[Estimate, float]] = []
     losses: list[tuple[Estimate, float]] = []
     edge, middle = [], []
-    for start in range(0, cases, BATCH):
-        planted = [
-            plant(family, design, rng, (inside, inside), paired=True)
-            for _ in range(min(BATCH, cases - start))
-        ]
-        for (_, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
-            true, measured = float(np.mean(truths[1:])) - truths[0], ratio_of(optima[1:], optima[0])
-            ratios.append((measured, math.exp(true)))
-            few = min(map(seeds_at_best, optima)) < MIN_SEEDS
-            edge += [not few and supported(measured, r / math.exp(true)) for r in MARGIN]
-            middle.append(not few and supported(measured, 10 / math.exp(true)))
-            if len(ratios) <= WITH_GAPS:
-                losses += [(e, 0.0) for e in _gaps(optima, bool(design.fresh))]
+    options = {"place": (inside, inside), "paired": True}
+    for _, truths, optima in fitted(family, design, rng, cases, **options):
+        true, measured = float(np.mean(truths[1:])) - truths[0], ratio_of(optima[1:], optima[0])
+        ratios.append((measured, math.exp(true)))
+        few = min(map(seeds_at_best, optima)) < MIN_SEEDS
+        edge += [not few and supported(measured, r / math.exp(true)) for r in MARGIN]
+        middle.append(not few and supported(measured, 10 / math.exp(true)))
+        if len(ratios) <= WITH_GAPS:
+            losses += [(e, 0.0) for e in _gaps(optima, bool(design.fresh))]
     return {
         "family": family,
         **design.__dict__,

@@ -28,7 +28,7 @@ from analysis.optimum.fit import fit_sweeps
 from analysis.optimum.optimum import seeds_at_best
 from analysis.runs.lr_curves import LrCurve
 from benchmarks.calibration import page
-from benchmarks.calibration.coverage import BATCH, coverage, covers, middle, share, stream
+from benchmarks.calibration.coverage import coverage, covers, fitted, middle, share, stream
 from benchmarks.calibration.designs import designs, designs_tried
 from benchmarks.calibration.generators import FAMILIES, MARGIN, Design, plant
 
@@ -54,19 +54,15 @@ def verdicts(family: str, ratio: float, design: Design, cases: int) -> dict[str,
     """
     rng = stream("verdicts", family, ratio, design.noise)
     count = {"SUPPORTED": 0, "REFUTED": 0, "UNDECIDED": 0}
-    for start in range(0, cases, BATCH):
-        planted = [
-            plant(family, design, rng, steep=(0.05, 0.3)) for _ in range(min(BATCH, cases - start))
-        ]
-        for (_, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
-            measured = ratio_of(optima[1:], optima[0])
-            # Both arms are simulated on one grid; the measured ratio is scaled to the true one.
-            offset = ratio / math.exp(float(np.mean(truths[1:])) - truths[0])
-            if measured.draws is not None:
-                measured = from_draws(measured.draws * offset, measured.n)
-            seeds = min(seeds_at_best(o) for o in optima)
-            gates = [Gate(GateCode.FEW_SEEDS_AT_BEST, seeds)] if seeds < MIN_SEEDS else []
-            count[judge("ratio", CLAIM, "planted", measured, gates, seeds, True).outcome] += 1
+    for _, truths, optima in fitted(family, design, rng, cases, steep=(0.05, 0.3)):
+        measured = ratio_of(optima[1:], optima[0])
+        # Both arms are simulated on one grid; the measured ratio is scaled to the true one.
+        offset = ratio / math.exp(float(np.mean(truths[1:])) - truths[0])
+        if measured.draws is not None:
+            measured = from_draws(measured.draws * offset, measured.n)
+        seeds = min(seeds_at_best(o) for o in optima)
+        gates = [Gate(GateCode.FEW_SEEDS_AT_BEST, seeds)] if seeds < MIN_SEEDS else []
+        count[judge("ratio", CLAIM, "planted", measured, gates, seeds, True).outcome] += 1
     return {
         "family": family,
         "ratio": ratio,
@@ -85,22 +81,17 @@ def flags(family: str, where: str, cases: int) -> dict[str, Any]:
     rng = stream("flags", family, where)
     design = Design(7, 2.0, 2, noise=1e-3)
     reach = design.rates - 1
-    place = {"inside": (1.5, 1.5), "below": (-1.5, reach + 0.5), "above": (reach + 0.5, -1.5)}[
-        where
-    ]
+    places = {"inside": (1.5, 1.5), "below": (-1.5, reach + 0.5), "above": (reach + 0.5, -1.5)}
+    options = {"place": places[where], "steep": (0.05, 0.3)}
     right = holds = n = 0
-    for start in range(0, cases, BATCH):
-        planted = [
-            plant(family, design, rng, place, (0.05, 0.3)) for _ in range(min(BATCH, cases - start))
-        ]
-        for (_, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
-            for o, truth in zip(optima, truths):
-                n += 1
-                if where == "inside":
-                    right += o.best_lr.value is not None or "bounded_by_divergence" in o.flags
-                else:
-                    right += o.best_lr.value is None and "at_edge" in o.flags
-                holds += covers(o.best_lr, math.exp(float(truth)))
+    for _, truths, optima in fitted(family, design, rng, cases, **options):
+        for o, truth in zip(optima, truths):
+            n += 1
+            if where == "inside":
+                right += o.best_lr.value is not None or "bounded_by_divergence" in o.flags
+            else:
+                right += o.best_lr.value is None and "at_edge" in o.flags
+            holds += covers(o.best_lr, math.exp(float(truth)))
     return {"family": family, "where": where, "cases": n, "right": right / n, "holds": holds / n}
 
 
