@@ -41,6 +41,7 @@ def test_finished_runs_are_mirrored_once_and_read_back(tmp_path):
         "mirror=wandb",
         "+sweep.arms.fullft.method=fullft",
         "+sweep.arms.fullft.lr=[2e-3]",
+        "exec.workers=1",
     )
     done = cli(*arguments, cwd=tmp_path, env=env)
     assert "UNDECIDED" in done.stdout

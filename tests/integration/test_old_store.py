@@ -85,6 +85,7 @@ def curve(result):
     return {p["step"]: p["test_nll"] for p in result["curve"]}
 
 
+@pytest.mark.full
 def test_an_interrupted_run_resumes_from_its_checkpoint(old, tmp_path):
     """From the first of its two checkpoints, so that the updates to the second can be compared."""
     folder = old.folder(INTERRUPTED)

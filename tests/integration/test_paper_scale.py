@@ -50,6 +50,7 @@ def said(method, model):
     return +found
 
 
+@pytest.mark.full
 def test_every_run_is_built_with_its_real_shape_and_trains_what_it_says(runs):
     methods = {}
     for _, _, spec in runs:
