@@ -20,14 +20,8 @@ from tests.world import ROOT, cli
 pytestmark = pytest.mark.slow
 DATA = os.environ.get("LORASWEEP_TEST_DATA", str(ROOT / "data"))
 MIXED = (
-    "+sweep=lr_ratio",
-    "scale=smoke",
-    "~sweep.arms.fullft",
-    "scale.ranks=[1,4]",
-    "sweep.arms.lora.lr=[1e-3,3e-3]",
-    "exec.pack_size=8",
-    "exec.workers=1",
-    "exec.threads=1",
+    *(*SMOKE, "~sweep.arms.fullft", "scale.ranks=[1,4]", "sweep.arms.lora.lr=[1e-3,3e-3]"),
+    *("exec.pack_size=8", "exec.workers=1", "exec.threads=1"),
 )
 
 

@@ -87,16 +87,10 @@ def test_a_dense_run_and_one_with_experts_train_from_the_hubs_cache(tmp_path):
     shape = tuple(f"model.{name}={value}" for name, value in NARROW.items())
     given = [compose_request([f"model={n}", *shape, "scale=paper"]).points[0].spec for n in names]
     env = small_hub.make(tmp_path, [s.model for s in given], [given[0].dataset])
-    done = cli(
-        "+sweep=lr_ratio",
-        "scale=paper",
-        f"scale.models=[{','.join(names)}]",
-        *("scale.ranks=[64]", "scale.lr_lora=[3e-4]", "scale.fresh_seeds=[]"),
-        *("~sweep.arms.fullft", "steps=2", "batch_size=16", "exec.workers=1", *FEW_ROWS, *shape),
-        cwd=tmp_path,
-        env=env,
-        timeout=550,
-    )
+    sweep = ("+sweep=lr_ratio", "scale=paper", f"scale.models=[{','.join(names)}]", *FEW_ROWS)
+    small = ("scale.ranks=[64]", "scale.lr_lora=[3e-4]", "scale.fresh_seeds=[]", *shape)
+    short = ("~sweep.arms.fullft", "steps=2", "batch_size=16", "exec.workers=1")
+    done = cli(*sweep, *small, *short, cwd=tmp_path, env=env, timeout=550)
     assert "lora r64" in done.stdout and "UNDECIDED: ratio" in done.stdout
     store = RunStore(tmp_path / "runs")
     found = {store.result(i)["base_commit"]: store.result(i) for i in store.existing()}
