@@ -149,6 +149,7 @@ def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
     assert max(described(tmp_path / "runs" / rid / "checkpoint")) == max(furthest(tmp_path))
 
 
+@pytest.mark.full
 def test_an_owner_found_dead_on_another_machine_is_replaced(tmp_path, monkeypatch):
     """The command has watched the owner, and tells its workers, which have not."""
     one = ("scale=smoke", "method=lora", "method.rank=4", "lr=3e-3")

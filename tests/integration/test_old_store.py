@@ -59,6 +59,7 @@ def test_old_answers_are_given_again():
         assert a.estimate.value == pytest.approx(b["estimate"]["value"])
 
 
+@pytest.mark.full
 def test_asking_again_trains_nothing(old, tmp_path):
     before = {p: p.read_bytes() for p in old.root.glob("*/result.json")}
     answer = json.loads(cli(*SMOKE, "format=json", cwd=tmp_path).stdout)

@@ -89,7 +89,7 @@ def real(*case, also):
 @pytest.mark.parametrize(
     "scale, method, batch, count",
     [
-        ("tiny", "lora", 16, 1),
+        full("tiny", "lora", 16, 1),
         full("tiny", "lora", 16, 8),
         full("tiny", "lora", 4, 16),
         full("tiny", "fullft", 16, 1),

@@ -166,6 +166,7 @@ def trained(specs, tmp_path, monkeypatch, processes=1):
     return [store.result(s.id) for s in specs]
 
 
+@pytest.mark.full
 def test_a_rewarded_run_trains_from_the_hubs_cache(tmp_path, monkeypatch):
     """MATH, whose rows are in two places and whose answers a separate process verifies."""
     rl = compose_request(["+sweep=rl", "scale=paper"]).points
