@@ -81,8 +81,8 @@ def flags(family: str, where: str, cases: int) -> dict[str, Any]:
     rng = stream("flags", family, where)
     design = Design(7, 2.0, 2, noise=1e-3)
     reach = design.rates - 1
-    places = {"inside": (1.5, 1.5), "below": (-1.5, reach + 0.5), "above": (reach + 0.5, -1.5)}
-    options = {"place": places[where], "steep": (0.05, 0.3)}
+    position = {"inside": (1.5, 1.5), "below": (-1.5, reach + 0.5), "above": (reach + 0.5, -1.5)}
+    options = {"place": position[where], "steep": (0.05, 0.3)}
     right = holds = n = 0
     for _, truths, optima in fitted(family, design, rng, cases, **options):
         for o, truth in zip(optima, truths):
