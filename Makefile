@@ -1,4 +1,4 @@
-# make run: environment, install, the lr_ratio sweep at scale tiny. make test: environment, install, all tests.
+# make run: environment, install, the lr_ratio sweep at scale tiny. make test: environment, install, lint, tests.
 # make help lists all targets.
 PYTHON ?= python3
 VENV := .venv

@@ -12,8 +12,8 @@ by the tokens that are trained on and evaluated.
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,11 +37,10 @@ class Case(NamedTuple):
 
     model: str
     customers: int
-    """How many."""
     updates: tuple[int, int]
-    """Fewest and most of a run."""
+    """Fewest and most updates of a run."""
     options: tuple[str, ...]
-    """Of the command."""
+    """Further options of the command."""
     processes: int
     """Customers that get a TRL process."""
     looped: int
@@ -54,41 +53,33 @@ CASES = {
 }
 
 
-class Watch:
-    """Note the peak resident memory of the workers on this machine while the block runs."""
+@contextmanager
+def watched_workers() -> Iterator[dict[str, int]]:
+    """Note the peak resident bytes of each worker, by process id, while the block runs."""
+    peaks: dict[str, int] = {}
+    over = threading.Event()
 
-    def __init__(self) -> None:
-        """Start with none."""
-        self.peaks: dict[str, int] = {}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> "Watch":
-        """Begin."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End."""
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(WATCH_S):
+    def look() -> None:
+        while not over.wait(WATCH_S):
             for folder in Path("/proc").glob("[0-9]*"):
                 with suppress(OSError):  # a process may end meanwhile
-                    if not self._mine(folder):
-                        continue
-                    lines = (folder / "status").read_text().splitlines()
-                    peak = next((x for x in lines if x.startswith("VmHWM")), "VmHWM 0")
-                    self.peaks[folder.name] = int(peak.split()[1]) * 1024
+                    if _is_worker(folder):
+                        lines = (folder / "status").read_text().splitlines()
+                        peak = next((x for x in lines if x.startswith("VmHWM")), "VmHWM 0")
+                        peaks[folder.name] = int(peak.split()[1]) * 1024
 
-    def _mine(self, folder: Path) -> bool:
-        """Return whether it is a worker of a command that this process has started."""
-        if WORKER.encode() not in (folder / "cmdline").read_bytes():
-            return False
-        parent = Path("/proc") / _parent(folder)
-        return _parent(parent) == str(os.getpid())
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    yield peaks
+    over.set()
+    thread.join()
+
+
+def _is_worker(folder: Path) -> bool:
+    """Return whether a process is a worker of a command that this process has started."""
+    if WORKER.encode() not in (folder / "cmdline").read_bytes():
+        return False
+    return _parent(Path("/proc") / _parent(folder)) == str(os.getpid())
 
 
 def _parent(folder: Path) -> str:
@@ -169,7 +160,7 @@ def _fleet(asked: Sequence[str], folder: Path, log: Log) -> Figures:
     runs, options = folder / "runs", ["action=fleet", *asked, f"out={folder / 'fleet'}"]
     _, plan = command("action=plan", *asked, runs_dir=runs)
     before = cpu_s()
-    with Watch() as watch:
+    with watched_workers() as peaks:
         whole_s, found = command(*options, runs_dir=runs, most_status=1)
     spent_s = cpu_s() - before
     again_s, _ = command(*options, runs_dir=runs, most_status=1)
@@ -185,7 +176,7 @@ def _fleet(asked: Sequence[str], folder: Path, log: Log) -> Figures:
         "cpu_s": spent_s,
         "again_s": again_s,
         "packs": sorted(map(len, packs), reverse=True),
-        "peak_bytes": sum(watch.peaks.values()),
+        "peak_bytes": sum(peaks.values()),
         "planned_bytes": round(plan["cost"]["memory_gib"] * 2**30),
     }
 

@@ -82,8 +82,8 @@ def compare(
 ) -> dict[str, Any]:
     """Compare `whole_s`, the wall seconds of all `points`, with both baselines."""
     process_s = warm_s = 0.0
-    alone_by_arm: list[dict[str, Any]] = []
-    warm_by_arm: list[dict[str, Any]] = []
+    alone_by_arm: list[Figures] = []
+    warm_by_arm: list[Figures] = []
     for arm in by_arm(points):
         alone = baseline("trl", arm, values, 1, folder)
         warm = baseline("loop", arm, values, samples, folder)
@@ -120,20 +120,15 @@ def flops_over_peak(points: Sequence[Point], wall_s: float, peak: float) -> floa
     return sum(run_flops(p.spec) for p in points) / wall_s / peak
 
 
-def whole_sweep(values: dict[str, Any], peak: float, log: Log) -> dict[str, Any]:
+def whole_sweep(values: dict[str, Any], peak: float, log: Log) -> Figures:
     """Run the whole tiny lr_ratio sweep with its command, including process start."""
     with tempfile.TemporaryDirectory() as folder:
-        runs = Path(folder) / "runs"
-        whole_s, _ = command(
-            "+sweep=lr_ratio", "scale=tiny", f"exec.reports_dir={folder}/reports", runs_dir=runs
-        )
-        request = compose_request(["+sweep=lr_ratio", "scale=tiny", f"exec.runs_dir={runs}"])
-        points = all_points(request, RunStore(runs))
-        _check_done(points, RunStore(runs))
-        found = compare(points, whole_s, values, folder, 2)
-    found["flops_over_gemm_peak"] = flops_over_peak(points, whole_s, peak)
+        answer, points = run_answer("tiny", Path(folder))
+        _check_done(points, RunStore(Path(folder) / "runs"))
+        found = compare(points, answer["wall_s"], values, folder, 2)
+    found["flops_over_gemm_peak"] = flops_over_peak(points, answer["wall_s"], peak)
     log(
-        f"tiny sweep, {len(points)} runs: {whole_s:.0f} s; one process per run "
+        f"tiny sweep, {len(points)} runs: {answer['wall_s']:.0f} s; one process per run "
         f"{found['process_per_run_s']:.0f} s, warm PEFT loop {found['warm_peft_s']:.0f} s; "
         f"{found['flops_over_gemm_peak']:.2f} of the matrix-multiply peak"
     )

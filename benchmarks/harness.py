@@ -175,7 +175,11 @@ def table(rows: Rows) -> str:
 
 def render(name: str, **values: Any) -> str:
     """Render a page from benchmarks/templates/NAME.md."""
-    loader = jinja2.FileSystemLoader(ROOT / "benchmarks" / "templates")
-    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    pages = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROOT / "benchmarks" / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     return pages.get_template(f"{name}.md").render(**values)

@@ -5,7 +5,7 @@
 Writes analysis/results/bench/bench.json, and the page from it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure the named parts, or all, and write the page."""
     values = harness.exec_values()
     dirs = (values["models_dir"], values["data_dir"])
-    parts = {
+    parts: dict[str, Callable[[Log], Any]] = {
         "overhead": overhead.measure,
         "steps": partial(steps.measure, *dirs),
         "memory": partial(memory.measure, *dirs),

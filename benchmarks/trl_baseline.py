@@ -288,7 +288,8 @@ def main(kind: str, job_path: str) -> None:
     if not job["out"]:  # and, as single runs, a draw of the data
         shared = load_data(first.dataset, exec_.data_dir, base.tokenizer, draw=first.draw)
         weights = {k: v.clone() for k, v in base.model.state_dict().items()}
-    model, method = None, None
+    model: Any = None
+    method = None
     start_s, start_cpu_s = time.perf_counter() - START, time.process_time()
     for runs in jobs:
         started, cpu = time.perf_counter(), time.process_time()

@@ -4,7 +4,7 @@ A condition is a family of shapes and a design; a case is a sweep of four curves
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,20 @@ WITH_BASELINES = 200
 """Number of sweeps of a condition to which the simpler estimators are applied, too."""
 
 
+def fitted(
+    family: str, design: Design, rng: np.random.Generator, sweeps: int, **options: Any
+) -> Iterator[tuple[list[LrCurve], np.ndarray, list[Optimum]]]:
+    """Simulate sweeps and fit them, BATCH at a time; yield curves, true optima, and fits.
+
+    Args:
+        options: of `plant`.
+    """
+    for start in range(0, sweeps, BATCH):
+        planted = [plant(family, design, rng, **options) for _ in range(min(BATCH, sweeps - start))]
+        for (curves, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
+            yield curves, truths, optima
+
+
 def covers(e: Estimate, truth: float) -> bool:
     """Return whether an interval or bound contains the truth."""
     return (e.low is None or e.low <= truth) and (e.high is None or truth <= e.high)
@@ -57,24 +71,22 @@ def middle(values: Sequence[float]) -> float | None:
 
 
 def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
-    """Fit the sweeps of one condition; return how often answers contain the truth, and their errors."""
+    """Fit the sweeps of a condition; return how often answers hold the truth, and their errors."""
     rng = stream(
         "coverage", family, design.rates, design.factor, design.seeds, design.fresh, design.noise
     )
     rows: dict[str, list[float]] = {k: [] for k in KINDS}
-    for start in range(0, cases, BATCH):
-        planted = [plant(family, design, rng) for _ in range(min(BATCH, cases - start))]
-        for (curves, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
-            for o, truth in zip(optima, truths):
-                _tally(rows, o, float(truth))
-            for o, truth in zip(optima[1:], truths[1:]):
-                r = ratio_of([o], optima[0])
-                if r.value is not None and r.has_interval():
-                    rows["ratio"].append(covers(r, math.exp(truth - truths[0])))
-                    rows["ratio_error"].append(abs(math.log(r.value) - (truth - truths[0])))
-            if start < WITH_BASELINES:
-                for c, truth in zip(curves, truths):
-                    _baselines(rows, c, float(truth), rng)
+    for k, (curves, truths, optima) in enumerate(fitted(family, design, rng, cases)):
+        for o, truth in zip(optima, truths):
+            _tally(rows, o, float(truth))
+        for o, truth in zip(optima[1:], truths[1:]):
+            r = ratio_of([o], optima[0])
+            if r.value is not None and r.has_interval():
+                rows["ratio"].append(covers(r, math.exp(truth - truths[0])))
+                rows["ratio_error"].append(abs(math.log(r.value) - (truth - truths[0])))
+        if k < WITH_BASELINES:
+            for c, truth in zip(curves, truths):
+                _baselines(rows, c, float(truth), rng)
     answers = rows["value"] + rows["bound"]  # a case without any answer is no success
     return {
         "family": family,

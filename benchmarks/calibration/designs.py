@@ -16,10 +16,9 @@ from analysis.inference.gates import MIN_SEEDS
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import losses_at_best, over_seeds
 from analysis.measures.ratio import ratio_of
-from analysis.optimum.fit import fit_sweeps
 from analysis.optimum.optimum import Optimum, seeds_at_best
-from benchmarks.calibration.coverage import BATCH, covers, share, stream
-from benchmarks.calibration.generators import MARGIN, Design, plant
+from benchmarks.calibration.coverage import covers, fitted, share, stream
+from benchmarks.calibration.generators import MARGIN, Design
 
 Row = dict[str, Any]
 FAMILIES = ("linex", "plateau", "kink", "well")
@@ -38,7 +37,7 @@ OTHERS = (
     Design(7, 1.6, 1, 3, NOISE, 2, 3),
     Design(7, 1.6, 3, 0, NOISE, 2),
 )
-"""The equal-cost rule's, wider first stages, and a plain grid of a user who knows the optimum better."""
+"""Of the equal-cost rule, with wider first stages, and a plain grid around a known optimum."""
 WITH_GAPS = 60
 """Number of sweeps of a condition of which the gaps in loss are measured, which is slow."""
 NEAR, KNOWN, UNKNOWN = 1.25, 2.0, 4.0
@@ -71,19 +70,15 @@ def designs(family: str, design: Design, reach: float, cases: int) -> Row:
     ratios: list[tuple[Estimate, float]] = []
     losses: list[tuple[Estimate, float]] = []
     edge, middle = [], []
-    for start in range(0, cases, BATCH):
-        planted = [
-            plant(family, design, rng, (inside, inside), paired=True)
-            for _ in range(min(BATCH, cases - start))
-        ]
-        for (_, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
-            true, measured = float(np.mean(truths[1:])) - truths[0], ratio_of(optima[1:], optima[0])
-            ratios.append((measured, math.exp(true)))
-            few = min(map(seeds_at_best, optima)) < MIN_SEEDS
-            edge += [not few and supported(measured, r / math.exp(true)) for r in MARGIN]
-            middle.append(not few and supported(measured, 10 / math.exp(true)))
-            if len(ratios) <= WITH_GAPS:
-                losses += [(e, 0.0) for e in _gaps(optima, bool(design.fresh))]
+    options = {"place": (inside, inside), "paired": True}
+    for _, truths, optima in fitted(family, design, rng, cases, **options):
+        true, measured = float(np.mean(truths[1:])) - truths[0], ratio_of(optima[1:], optima[0])
+        ratios.append((measured, math.exp(true)))
+        few = min(map(seeds_at_best, optima)) < MIN_SEEDS
+        edge += [not few and supported(measured, r / math.exp(true)) for r in MARGIN]
+        middle.append(not few and supported(measured, 10 / math.exp(true)))
+        if len(ratios) <= WITH_GAPS:
+            losses += [(e, 0.0) for e in _gaps(optima, bool(design.fresh))]
     return {
         "family": family,
         **design.__dict__,
@@ -111,8 +106,8 @@ def supported(ratio: Estimate, scale: float) -> bool:
 def _gaps(optima: Sequence[Optimum], staged: bool) -> list[Estimate]:
     """Return each rank's loss - full fine-tuning's at their best rates, paired by seed, in nats.
 
-    As in `analysis.measures.ratio.gaps`: where there are fresh seeds, the first seed, which selected
-    the learning rates, does not count. In a plain grid all seeds selected them, and all count.
+    As in `analysis.measures.ratio.gaps`: where there are fresh seeds, the first seed selected the
+    learning rates and does not count. In a plain grid all seeds selected them, and all count.
     """
     full, *lora = losses_at_best(optima)
     chose = {0} if staged else set()

@@ -85,9 +85,9 @@ FAMILIES: dict[str, Callable[[np.random.Generator], Shape]] = {
     "unequal": _linex,
     "collapse": _linex,
 }
-"""Families of shapes by name. `cliff`: every run above a learning rate 1.2 to 3 times the optimum diverges.
-`unequal`: the noise grows as lr^0.7. `collapse`: above a learning rate 3 to 12 times the optimum, the loss
-is 0.8 to 10 nats higher, but the run is not reported as diverged."""
+"""Families of shapes by name. `cliff`: every run above a learning rate 1.2 to 3 times the optimum
+diverges. `unequal`: the noise grows as lr^0.7. `collapse`: above a learning rate 3 to 12 times the
+optimum, the loss is 0.8 to 10 nats higher, but the run is not reported as diverged."""
 INSIDE = ("linex", "parabola")
 """Families that belong to the fitted one (LINEX)."""
 HELD_OUT = ("morse", "well", "cliff", "unequal", "collapse")
@@ -134,8 +134,8 @@ def plant(
             negative: beyond it.
         steep: range of the curvature at the optimum, in nats per unit of ln(lr) squared, drawn
             uniformly in its logarithm.
-        paired: a seed shifts the losses of all curves by the same amount, as where arms share batches;
-            otherwise each curve by another one.
+        paired: a seed shifts the losses of all curves by the same amount, as where arms share
+            batches; otherwise each curve by another one.
     """
     x = np.arange(design.rates) * math.log(design.factor) - 8.0
     step = math.log(design.factor)

@@ -28,7 +28,7 @@ from analysis.optimum.fit import fit_sweeps
 from analysis.optimum.optimum import seeds_at_best
 from analysis.runs.lr_curves import LrCurve
 from benchmarks.calibration import page
-from benchmarks.calibration.coverage import BATCH, coverage, covers, middle, share, stream
+from benchmarks.calibration.coverage import coverage, covers, fitted, middle, share, stream
 from benchmarks.calibration.designs import designs, designs_tried
 from benchmarks.calibration.generators import FAMILIES, MARGIN, Design, plant
 
@@ -54,19 +54,15 @@ def verdicts(family: str, ratio: float, design: Design, cases: int) -> dict[str,
     """
     rng = stream("verdicts", family, ratio, design.noise)
     count = {"SUPPORTED": 0, "REFUTED": 0, "UNDECIDED": 0}
-    for start in range(0, cases, BATCH):
-        planted = [
-            plant(family, design, rng, steep=(0.05, 0.3)) for _ in range(min(BATCH, cases - start))
-        ]
-        for (_, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
-            measured = ratio_of(optima[1:], optima[0])
-            # Both arms are simulated on one grid; the measured ratio is scaled to the true one.
-            offset = ratio / math.exp(float(np.mean(truths[1:])) - truths[0])
-            if measured.draws is not None:
-                measured = from_draws(measured.draws * offset, measured.n)
-            seeds = min(seeds_at_best(o) for o in optima)
-            gates = [Gate(GateCode.FEW_SEEDS_AT_BEST, seeds)] if seeds < MIN_SEEDS else []
-            count[judge("ratio", CLAIM, "planted", measured, gates, seeds, True).outcome] += 1
+    for _, truths, optima in fitted(family, design, rng, cases, steep=(0.05, 0.3)):
+        measured = ratio_of(optima[1:], optima[0])
+        # Both arms are simulated on one grid; the measured ratio is scaled to the true one.
+        offset = ratio / math.exp(float(np.mean(truths[1:])) - truths[0])
+        if measured.draws is not None:
+            measured = from_draws(measured.draws * offset, measured.n)
+        seeds = min(seeds_at_best(o) for o in optima)
+        gates = [Gate(GateCode.FEW_SEEDS_AT_BEST, seeds)] if seeds < MIN_SEEDS else []
+        count[judge("ratio", CLAIM, "planted", measured, gates, seeds, True).outcome] += 1
     return {
         "family": family,
         "ratio": ratio,
@@ -79,27 +75,23 @@ def verdicts(family: str, ratio: float, design: Design, cases: int) -> dict[str,
 def flags(family: str, where: str, cases: int) -> dict[str, Any]:
     """Count how often the flags at the edge of the learning rates are right.
 
-    True optima lie at least 1.5 grid spacings inside the learning rates tried, or 0.5 to 1.5 beyond an end.
+    True optima lie at least 1.5 grid spacings inside the learning rates tried, or 0.5 to 1.5 beyond
+    an end.
     """
     rng = stream("flags", family, where)
     design = Design(7, 2.0, 2, noise=1e-3)
     reach = design.rates - 1
-    place = {"inside": (1.5, 1.5), "below": (-1.5, reach + 0.5), "above": (reach + 0.5, -1.5)}[
-        where
-    ]
+    position = {"inside": (1.5, 1.5), "below": (-1.5, reach + 0.5), "above": (reach + 0.5, -1.5)}
+    options = {"place": position[where], "steep": (0.05, 0.3)}
     right = holds = n = 0
-    for start in range(0, cases, BATCH):
-        planted = [
-            plant(family, design, rng, place, (0.05, 0.3)) for _ in range(min(BATCH, cases - start))
-        ]
-        for (_, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
-            for o, truth in zip(optima, truths):
-                n += 1
-                if where == "inside":
-                    right += o.best_lr.value is not None or "bounded_by_divergence" in o.flags
-                else:
-                    right += o.best_lr.value is None and "at_edge" in o.flags
-                holds += covers(o.best_lr, math.exp(float(truth)))
+    for _, truths, optima in fitted(family, design, rng, cases, **options):
+        for o, truth in zip(optima, truths):
+            n += 1
+            if where == "inside":
+                right += o.best_lr.value is not None or "bounded_by_divergence" in o.flags
+            else:
+                right += o.best_lr.value is None and "at_edge" in o.flags
+            holds += covers(o.best_lr, math.exp(float(truth)))
     return {"family": family, "where": where, "cases": n, "right": right / n, "holds": holds / n}
 
 
@@ -131,7 +123,10 @@ def sharing(family: str, rates: int, factor: float, noise: float, cases: int) ->
 def _related(
     family: str, rates: int, factor: float, noise: float, rng: np.random.Generator
 ) -> tuple[list[LrCurve], np.ndarray]:
-    """Simulate six ranks of one shape, curvatures within 20%: two at seven learning rates, four at fewer."""
+    """Simulate six ranks of one shape, curvatures within 20%.
+
+    Two have seven learning rates, four have fewer.
+    """
     steep = math.exp(rng.uniform(math.log(0.05), math.log(0.2)))
     curves, truths = plant(
         family,

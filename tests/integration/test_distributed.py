@@ -25,35 +25,28 @@ pytestmark = pytest.mark.slow
 SMALL = (
     "model=tiny64-skills",
     "dataset=skills",  # rows of different lengths, so processes have different numbers of tokens
-    "dataset.n_test=10",
-    "dataset.n_test_curve=3",
-    "batch_size=8",
-    "precision=fp64",
-    f"eps={EPS}",
-    "exec.micro_batch_size=2",
-    "exec.workers=1",
-    "exec.threads=1",
+    *(
+        "dataset.n_test=10",
+        "dataset.n_test_curve=3",
+        "batch_size=8",
+        "precision=fp64",
+        f"eps={EPS}",
+    ),
+    *("exec.micro_batch_size=2", "exec.workers=1", "exec.threads=1"),
 )
 EXPERTS = ("model=tiny64-experts", "dataset=dialect_smoke", "batch_size=4")
 KINDS = {
     "adapters": ("method=lora", "method.rank=4", "lr=3e-3"),
     "full": ("method=fullft", "lr=1e-3", "clip_norm=0.5"),
     "adapters of experts": (
-        *EXPERTS,
-        "method=lora",
-        "method.rank=4",
+        *(*EXPERTS, "method=lora", "method.rank=4"),
         "method.layers=attention+mlp+unembedding+router",
     ),
     "experts": (*EXPERTS, "method=fullft", "lr=1e-3"),
     "rewards": (  # 21 prompts of 8 answers: a process repeats one, which does not count
         *("model=tiny64-skilled", "dataset=words", "objective=policy_gradient", "batch_size=168"),
-        *(
-            "group_size=8",
-            "max_new_tokens=6",
-            "method=fullft",
-            "lr=1e-3",
-            "exec.micro_batch_size=24",
-        ),
+        *("group_size=8", "max_new_tokens=6", "method=fullft", "lr=1e-3"),
+        "exec.micro_batch_size=24",
     ),
 }
 
@@ -84,16 +77,8 @@ def same(a, b, relative=ROUNDING[1]):
 
 
 MEASURES = (
-    "train_nll",
-    "test_nll",
-    "nll_start",
-    "grad_norm",
-    "norm_delta",
-    "tokens",
-    "padding",
-    "curve",
-    "spectra",
-    "code_nats",
+    *("train_nll", "test_nll", "nll_start", "grad_norm", "norm_delta", "tokens", "padding"),
+    *("curve", "spectra", "code_nats"),
 )
 OF_REWARDS = (
     *("reward", "reward_se", "test_reward", "reward_start", "surrogate", "answer_tokens"),
@@ -114,24 +99,19 @@ def test_two_processes_make_the_update_of_one_in_float64(tmp_path):
     assert one["adapters"]["backend"] == "transformers on cpu"
 
 
-LONG = (
-    *SMALL,
-    *KINDS["full"],
-    "exec.checkpoint_s=0.2",
-    "action=run",
-)
+LONG = (*SMALL, *KINDS["full"], "exec.checkpoint_s=0.2", "action=run")
 
 
 def processes(command):
-    """The process ids that a command has started."""
+    """The ids of the processes that a command has started."""
     with open(f"/proc/{command.pid}/task/{command.pid}/children", encoding="ascii") as file:
         return [int(n) for n in file.read().split()]
 
 
 def killed_and_resumed(folder, sizes, steps):
-    """Train with each number of processes in turn, killed with kill -9 but for the last one.
+    """Train with each number of processes in turn; all but the last are killed with kill -9.
 
-    Before the first of these, one that only follows is killed: the command starts all again.
+    Before the first kill, a process that does not lead is killed: the command starts all again.
     """
     (folder / "killed").mkdir()
     arguments = (*LONG, f"steps={steps}")
@@ -163,8 +143,7 @@ def killed_and_resumed(folder, sizes, steps):
 
 
 def spread(steps):
-    """How far the run is from itself on weights moved by one unit in the last place: the smallest
-    power of ten that its losses and spectra agree within."""
+    """The smallest power of ten within which the run agrees with itself on moved weights."""
     (point,) = compose_request([*SMALL, *KINDS["full"], f"steps={steps}"]).points
     base = models.load(point.spec.model, [], "fp64")
     rows, found = data.load(point.spec.dataset, []), []
@@ -176,14 +155,12 @@ def spread(steps):
     return next(10.0**-k for k in range(15, 0, -1) if same(*found, 10.0**-k))
 
 
+NIGHTLY = (pytest.mark.nightly, pytest.mark.timeout(1800))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("sizes", "steps"),
-    [
-        ((2, 1), 60),
-        pytest.param((4, 2, 1), 150, marks=(pytest.mark.nightly, pytest.mark.timeout(1800))),
-    ],
-    ids=["2 to 1", "4 to 2 to 1"],
+    ("sizes", "steps"), [((2, 1), 60), pytest.param((4, 2, 1), 150, marks=NIGHTLY)]
 )
 def test_killed_it_resumes_with_fewer_processes(tmp_path, sizes, steps):
     result, records = killed_and_resumed(tmp_path, sizes, steps)
@@ -203,8 +180,8 @@ def test_killed_it_resumes_with_fewer_processes(tmp_path, sizes, steps):
 
 @pytest.mark.full
 def test_memory_that_runs_out_in_one_process_halves_the_rows_of_all(tmp_path):
-    """The others wait in a collective meanwhile, so all are started again. Rows are joined, two and
-    then one a forward pass; the run is that of one process, which lays its rows out otherwise."""
+    """The others wait in a collective, so all are started again. Rows are joined, two and then one a
+    forward pass; the run equals that of one process, which joins other rows."""
 
     def trained(name, trainer, *more):
         folder = f"exec.runs_dir={tmp_path}/{name}"

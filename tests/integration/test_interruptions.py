@@ -149,18 +149,17 @@ def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
     assert max(described(tmp_path / "runs" / rid / "checkpoint")) == max(furthest(tmp_path))
 
 
+@pytest.mark.full
 def test_an_owner_found_dead_on_another_machine_is_replaced(tmp_path, monkeypatch):
     """The command has watched the owner, and tells its workers, which have not."""
-    request = compose_request(
-        ["scale=smoke", "method=lora", "method.rank=4", "lr=3e-3", f"exec.runs_dir={tmp_path}/runs"]
-    )
+    one = ("scale=smoke", "method=lora", "method.rank=4", "lr=3e-3")
+    request = compose_request([*one, f"exec.runs_dir={tmp_path}/runs"])
     store, (point,) = RunStore(tmp_path / "runs"), request.points
     store.prepare()
     store.claim(point.spec)
     path = store.folder(point.id) / "attempts/1/owner.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text()), "boot": "other", "host": "elsewhere"})
-    )
+    owner = json.loads(path.read_text())
+    path.write_text(json.dumps({**owner, "boot": "other", "host": "elsewhere"}))
     monkeypatch.setattr(claims, "SILENCE_S", 1.0)
     local.run_points(request.points, store, request.exec, lambda event: None)
     assert store.state(point.id) == "done" and store.last_attempt(point.id) == 2
@@ -180,11 +179,8 @@ def test_two_commands_at_once_share_the_runs(tmp_path):
 def test_a_full_disk_stops_cleanly_and_loses_nothing(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)],
-        capture_output=True,
-        text=True,
-    )
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
     try:

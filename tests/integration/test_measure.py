@@ -43,6 +43,7 @@ def test_the_code_is_what_the_training_recorded(folder, found):
         assert run["nats"] == pytest.approx(whole["code_nats"], rel=1e-9)
 
 
+@pytest.mark.full
 def test_more_rows_than_there_are_end_the_pass(folder):
     done = cli(*FACTS[:-2], "steps=1000", "exec.threads=1", cwd=folder)
     assert "steps=32" in done.stderr and "128 of 128 rows" in done.stdout

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lorasweep.store.run_store import RunStore
+from tests.integration.conftest import SMOKE
 from tests.world import cli
 
 pytestmark = pytest.mark.slow
@@ -33,39 +35,24 @@ def wandb_records(path):
 
 def test_finished_runs_are_mirrored_once_and_read_back(tmp_path):
     env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
-    arguments = (
-        "+sweep=lr_ratio",
-        "scale=smoke",
-        "~sweep.arms.fullft",
-        "sweep.arms.lora.lr=[5e-3]",
-        "mirror=wandb",
-        "+sweep.arms.fullft.method=fullft",
-        "+sweep.arms.fullft.lr=[2e-3]",
-    )
+    one_each = ("sweep.arms.lora.lr=[5e-3]", "sweep.arms.fullft.lr=[2e-3]", "exec.workers=1")
+    arguments = (*SMOKE, *one_each, "mirror=wandb")
     done = cli(*arguments, cwd=tmp_path, env=env)
     assert "UNDECIDED" in done.stdout
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    runs = {
-        p.name for p in (tmp_path / "runs").iterdir() if p.is_dir() and not p.name.startswith(".")
-    }
-    assert len(files) == 2 and {f.stem.removeprefix("run-") for f in files} == runs
+    runs = RunStore(tmp_path / "runs")
+    assert len(files) == 2
+    assert {f.stem.removeprefix("run-") for f in files} == set(runs.existing())
     for path in files:
         records = list(wandb_records(path))
         (run,) = [r.run for r in records if r.HasField("run")][:1]
         assert run.run_group == "lr_ratio"
-        own = [
-            json.loads(line)
-            for line in (tmp_path / "runs" / run.run_id / "metrics.jsonl").read_text().splitlines()
+        own = runs.records(run.run_id)
+        rows = [
+            {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in r.history.item}
+            for r in records
+            if r.HasField("history")
         ]
-        rows = []
-        for r in records:
-            if r.HasField("history"):
-                rows.append(
-                    {
-                        (i.key or ".".join(i.nested_key)): json.loads(i.value_json)
-                        for i in r.history.item
-                    }
-                )
         assert [row["train_nll"] for row in rows] == [r["train_nll"] for r in own]
         assert [row["_step"] for row in rows] == [r["step"] for r in own]
     cli(*arguments, cwd=tmp_path, env=env)

@@ -16,12 +16,12 @@ from lorasweep.models import load as models
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
+from tests.integration.conftest import SMOKE
 from tests.training import copied, moved, worst
 from tests.world import cli
 
 OLD = Path(__file__).resolve().parent.parent / "fixtures" / "store_2026_11"
 INTERRUPTED = "279a02a29be0"
-SWEEP = ("+sweep=lr_ratio", "scale=smoke")
 
 
 @pytest.fixture
@@ -43,9 +43,8 @@ def test_the_table_of_an_old_store_is_the_one_that_was_written_then(old):
     now = load_runs(old.root, list(then["run_id"]))
     assert set(then.columns) <= set(now.columns)
     for column in then.columns.drop(["spec", "result"]):
-        assert [str(v) for v in now[column].fillna("-")] == [
-            str(v) for v in then[column].fillna("-")
-        ], column
+        today, written = (list(map(str, t[column].fillna("-"))) for t in (now, then))
+        assert today == written, column
     for column in ("spec", "result"):
         for a, b in zip(now[column], then[column]):
             assert json.loads(b).items() <= json.loads(a).items()
@@ -60,17 +59,12 @@ def test_old_answers_are_given_again():
         assert a.estimate.value == pytest.approx(b["estimate"]["value"])
 
 
+@pytest.mark.full
 def test_asking_again_trains_nothing(old, tmp_path):
-    before = {
-        rid: (old.folder(rid) / "result.json").read_bytes()
-        for rid in old.existing()
-        if old.result(rid)
-    }
-    answer = json.loads(cli(*SWEEP, "format=json", cwd=tmp_path).stdout)
+    before = {p: p.read_bytes() for p in old.root.glob("*/result.json")}
+    answer = json.loads(cli(*SMOKE, "format=json", cwd=tmp_path).stdout)
     assert {v["outcome"] for v in answer["verdicts"]} == {"UNDECIDED"}
-    assert all(
-        (old.folder(rid) / "result.json").read_bytes() == text for rid, text in before.items()
-    )
+    assert before and all(path.read_bytes() == text for path, text in before.items())
 
 
 # The interrupted run has checkpoints at updates 229 and 232 and records of all updates to 232, and
@@ -85,6 +79,7 @@ def curve(result):
     return {p["step"]: p["test_nll"] for p in result["curve"]}
 
 
+@pytest.mark.full
 def test_an_interrupted_run_resumes_from_its_checkpoint(old, tmp_path):
     """From the first of its two checkpoints, so that the updates to the second can be compared."""
     folder = old.folder(INTERRUPTED)

@@ -19,14 +19,8 @@ from tests.world import ROOT, cli
 pytestmark = pytest.mark.slow
 DATA = os.environ.get("LORASWEEP_TEST_DATA", str(ROOT / "data"))
 MIXED = (
-    "+sweep=lr_ratio",
-    "scale=smoke",
-    "~sweep.arms.fullft",
-    "sweep.arms.lora.rank=[1,4]",
-    "sweep.arms.lora.lr=[1e-3,3e-3]",
-    "exec.pack_size=8",
-    "exec.workers=1",
-    "exec.threads=1",
+    *(*SMOKE, "~sweep.arms.fullft", "sweep.arms.lora.rank=[1,4]", "sweep.arms.lora.lr=[1e-3,3e-3]"),
+    *("exec.pack_size=8", "exec.workers=1", "exec.threads=1"),
 )
 
 
@@ -76,35 +70,31 @@ def test_verify_finds_runs_equal_and_a_falsified_one(smoke_copy, tmp_path, comma
     assert done.returncode == 1 and json.loads(done.stdout)["differing"] == [runs[0]["run"]]
 
 
-def real(*case, also=()):
+def full(*case):
+    return pytest.param(*case, marks=pytest.mark.full)
+
+
+def real(*case, also):
     there = WEIGHTS.is_file() and Path(DATA, "gsm8k", "train.jsonl").is_file()
     fast = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("amx_bf16", "avx512_bf16"))
-    return pytest.param(
-        *case,
-        marks=[
-            *also,
-            pytest.mark.skipif(
-                not fast, reason="this processor has no bf16 products: a step takes minutes"
-            ),
-            pytest.mark.real,
-            pytest.mark.skipif(
-                not there,
-                reason="no weights (make weights), or no gsm8k in data/ or LORASWEEP_TEST_DATA",
-            ),
-        ],
-    )
+    missing = "no weights (make weights), or no gsm8k in data/ or LORASWEEP_TEST_DATA"
+    slow = "this processor has no bf16 products: a step takes minutes"
+    conditions = [
+        pytest.mark.skipif(not ok, reason=r) for ok, r in ((fast, slow), (there, missing))
+    ]
+    return pytest.param(*case, marks=[also, pytest.mark.real, *conditions])
 
 
 @pytest.mark.parametrize(
     "scale, method, batch, count",
     [
-        ("tiny", "lora", 16, 1),
-        ("tiny", "lora", 16, 8),
-        ("tiny", "lora", 4, 16),
-        ("tiny", "fullft", 16, 1),
-        real("small", "lora", 8, 1, also=[pytest.mark.nightly]),
-        real("small", "lora", 2, 2),
-        real("small", "fullft", 4, 1, also=[pytest.mark.nightly]),
+        full("tiny", "lora", 16, 1),
+        full("tiny", "lora", 16, 8),
+        full("tiny", "lora", 4, 16),
+        full("tiny", "fullft", 16, 1),
+        real("small", "lora", 8, 1, also=pytest.mark.nightly),
+        real("small", "lora", 2, 2, also=pytest.mark.full),
+        real("small", "fullft", 4, 1, also=pytest.mark.nightly),
     ],
 )
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, batch, count):

@@ -50,6 +50,7 @@ def said(method, model):
     return +found
 
 
+@pytest.mark.full
 def test_every_run_is_built_with_its_real_shape_and_trains_what_it_says(runs):
     methods = {}
     for _, _, spec in runs:
@@ -86,16 +87,15 @@ def test_a_dense_run_and_one_with_experts_train_from_the_hubs_cache(tmp_path):
     shape = tuple(f"model.{name}={value}" for name, value in NARROW.items())
     given = [compose_request([f"model={n}", *shape, "scale=paper"]).points[0].spec for n in names]
     env = small_hub.make(tmp_path, [s.model for s in given], [given[0].dataset])
-    done = cli(
-        "+sweep=lr_ratio",
-        "scale=paper",
-        f"sweep.axes.model=[{','.join(names)}]",
-        *("sweep.arms.lora.rank=[64]", "sweep.arms.lora.lr=[3e-4]", "sweep.replicate.seeds=[]"),
-        *("~sweep.arms.fullft", "steps=2", "batch_size=16", "exec.workers=1", *FEW_ROWS, *shape),
-        cwd=tmp_path,
-        env=env,
-        timeout=550,
+    sweep = ("+sweep=lr_ratio", "scale=paper", f"sweep.axes.model=[{','.join(names)}]", *FEW_ROWS)
+    small = (
+        "sweep.arms.lora.rank=[64]",
+        "sweep.arms.lora.lr=[3e-4]",
+        "sweep.replicate.seeds=[]",
+        *shape,
     )
+    short = ("~sweep.arms.fullft", "steps=2", "batch_size=16", "exec.workers=1")
+    done = cli(*sweep, *small, *short, cwd=tmp_path, env=env, timeout=550)
     assert "lora r64" in done.stdout and "UNDECIDED: ratio" in done.stdout
     store = RunStore(tmp_path / "runs")
     found = {store.result(i)["base_commit"]: store.result(i) for i in store.existing()}
@@ -171,6 +171,7 @@ def trained(specs, tmp_path, monkeypatch, processes=1):
     return [store.result(s.id) for s in specs]
 
 
+@pytest.mark.full
 def test_a_rewarded_run_trains_from_the_hubs_cache(tmp_path, monkeypatch):
     """MATH, whose rows are in two places and whose answers a separate process verifies."""
     rl = compose_request(["+sweep=rl", "scale=paper"]).points

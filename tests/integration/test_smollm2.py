@@ -50,12 +50,8 @@ def test_text_is_masked_to_the_answer(world, tmp_path):
     folder.mkdir()
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    loaded = data.load(
-        dataclasses.replace(spec.dataset, revision="", n_test_curve=1),
-        [str(tmp_path)],
-        base.tokenizer,
-    )
-    e = loaded.test[0]
+    few = dataclasses.replace(spec.dataset, revision="", n_test_curve=1)
+    e = data.load(few, [str(tmp_path)], base.tokenizer).test[0]
     assert base.tokenizer.decode(e.tokens[e.loss], skip_special_tokens=True) == "It is 7."
     assert e.tokens[-1] == base.tokenizer.eos_token_id
 
@@ -67,15 +63,12 @@ def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, monke
     spec = dataclasses.replace(spec, method=LoRA(rank=4))
     model = copy.deepcopy(base.model).double()
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    # PEFT would tie an adapter on a tied head to the embedding; the reference adapts a head of its
-    # own
+    # PEFT would tie an adapter on a tied head to the embedding; the reference has a separate head
     reference = copy.deepcopy(model)
     reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.detach().clone())
     reference.config.tie_word_embeddings = False
-    reference = get_peft_model(
-        reference, LoraConfig(r=4, lora_alpha=32, target_modules=names, bias="none")
-    )
-    reference = reference.double()
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=names, bias="none")
+    reference = get_peft_model(reference, config).double()
     theirs = {n: p for n, p in reference.named_parameters() if p.requires_grad}
     targets = find_targets(model, spec.model, spec.method.target_layers())
     trainables = spec.method.attach(model, targets, [spec.method], [0])

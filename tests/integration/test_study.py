@@ -21,23 +21,19 @@ def test_sweeps_of_a_sweep_share_their_runs_and_end_in_one_table(place):
     parts = "sweep.parts=[rank,short_runs,compute,invariance,capacity]"
     done = cli("+sweep=study", parts, *ALONE, cwd=place, timeout=500)
     assert done.stdout.count("== ") == 5
-    counts = {
-        n: json.loads((place / f"reports/{n}-smoke/results.json").read_text())["runs"]
-        for n in ("rank", "short_runs", "compute", "invariance", "capacity")
-    }
-    trained = RunStore(place / "runs").existing()
-    assert counts["short_runs"] >= 6 and len(trained) < sum(
-        counts.values()
-    )  # what sweeps share was trained once
-    twins = json.loads((place / "reports/invariance-smoke/results.json").read_text())
-    twin = next(v for v in twins["verdicts"] if v["claim"] == "twins")
+    names = ("rank", "short_runs", "compute", "invariance", "capacity")
+    folders = {n: place / f"reports/{n}-smoke" for n in names}
+    answers = {n: json.loads((f / "results.json").read_text()) for n, f in folders.items()}
+    trained, asked = RunStore(place / "runs").existing(), [a["runs"] for a in answers.values()]
+    assert answers["short_runs"]["runs"] >= 6
+    assert len(trained) < sum(asked)  # what sweeps share was trained once
+    twin = next(v for v in answers["invariance"]["verdicts"] if v["claim"] == "twins")
     assert twin["outcome"] == "SUPPORTED" and twin["estimate"]["value"] <= 1e-9
     (page,) = (path.read_text() for path in (place / "reports").glob("study-smoke-*/study.md"))
     assert page.startswith("# When does LoRA match") and "(`rank: order`, study)" in page
-    for name in ("rank", "short_runs", "compute", "invariance", "capacity"):
-        folder = place / f"reports/{name}-smoke"
+    for name, folder in folders.items():
         assert (folder / "report.md").is_file() and (folder / "report.html").is_file()
-        for figure, _ in json.loads((folder / "results.json").read_text())["figures"]:
+        for figure, _ in answers[name]["figures"]:
             assert (folder / figure).stat().st_size > 1000
 
 
@@ -48,15 +44,11 @@ def test_asked_again_the_study_trains_nothing(place):
 
 
 def test_tasks_are_judged_first_from_a_few_runs(place):
-    judged = json.loads(
-        cli("+sweep=rank", "action=qualify", "format=json", *ALONE, cwd=place, check=False).stdout
-    )
+    asked = ("+sweep=rank", "action=qualify", "format=json", *ALONE)
+    judged = json.loads(cli(*asked, cwd=place, check=False).stdout)
     assert judged["qualified"].keys() == {"tiny64 on dialect_smoke, batch 4, steps 12"}
-    assert {c["name"] for c in judged["checks"]} >= {
-        "to be learned",
-        "not solved",
-        "still learning, fullft",
-    }
+    checks = {c["name"] for c in judged["checks"]}
+    assert checks >= {"to be learned", "not solved", "still learning, fullft"}
     assert json.loads((place / "reports/qualify-rank-smoke.json").read_text()) == judged
     refused = cli("action=qualify", cwd=place, check=False)
     assert refused.returncode == 2 and "+sweep=NAME" in refused.stderr

@@ -44,7 +44,7 @@ def test_one_update_has_the_gradient_of_trls_grpo(tmp_path):
     sizes = {"batch_size": GROUP * PROMPTS, "group_size": GROUP, "max_new_tokens": MOST}
     one = dataclasses.replace(spec, **sizes, steps=1, lr=1e-9)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    trl.trainer(one, model, loaded, list(rows), rows, str(tmp_path), [Keep()]).train()
+    trl.grpo_trainer(one, model, loaded, list(rows), rows, str(tmp_path), [Keep()]).train()
     model.load_state_dict(weights)  # the smallest of steps would move them
     model.eval()
     (theirs,) = grads

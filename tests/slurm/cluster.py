@@ -51,12 +51,9 @@ PATIENCE_S = 400
 def missing_commands():
     """Say why no Slurm can be started here; None if it can."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    missing = [c for c in NEEDED if shutil.which(c, path=path) is None]
+    missing = ", ".join(c for c in NEEDED if shutil.which(c, path=path) is None)
     if missing:
-        return (
-            f"no {', '.join(missing)} here: apt-get install slurmctld slurmd slurm-client munge "
-            "slurmdbd mariadb-server-core mariadb-client-core"
-        )
+        return f"no {missing} here: the packages to install are listed in .ci/run"
     return None if os.geteuid() == 0 else "a Slurm for tests needs root"
 
 
@@ -96,26 +93,19 @@ class Slurm:
             self.stop()  # what did start
             raise
 
+    def _script(self, name, *options):
+        env = {**os.environ, **self.env}
+        return subprocess.run([SCRIPTS / name, *options], env=env, capture_output=True, text=True)
+
     def start(self):
         """Start what does not run: also after a daemon died."""
-        done = subprocess.run(
-            [SCRIPTS / "start.sh"],
-            env={**os.environ, **self.env},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = self._script("start.sh")
         assert done.returncode == 0, done.stderr
         os.environ["SLURM_CONF"] = shlex.split(done.stdout)[1].partition("=")[2]
 
     def stop(self):
-        """Stop all daemons and remove what they wrote."""
-        subprocess.run(
-            [SCRIPTS / "stop.sh", "--wipe"],
-            env={**os.environ, **self.env},
-            capture_output=True,
-            check=False,
-        )
+        """Stop all daemons and remove their files."""
+        self._script("stop.sh", "--wipe")
         os.environ.pop("SLURM_CONF", None)
 
     @staticmethod
@@ -210,9 +200,8 @@ def start(cwd, *args, trainer=None, **more):
 
 
 def request(cwd, *args):
-    """Compose a request whose outputs lie below `cwd`."""
-    places = (f"exec.runs_dir={cwd}/runs", f"exec.reports_dir={cwd}/reports")
-    return compose_request([*places, *args])
+    """Compose a request with outputs below `cwd`."""
+    return compose_request([f"exec.runs_dir={cwd}/runs", f"exec.reports_dir={cwd}/reports", *args])
 
 
 def ask(cwd, *args, trainer=STEPS):
@@ -301,11 +290,9 @@ def submitted(cwd):
     for path in Path(cwd).glob("runs/.slurm/*/submission.json"):
         record = read_json(path)
         arrays = [a for a in record["arrays"] if a["part"] != "follow"]
-        jobs = []
-        for array in arrays:
+        jobs, sizes = [], [a["n"] for a in arrays]
+        for array, n in zip(arrays, sizes):
             number = read_json(note(path.parent, f"array-{array['part']}.json"))["job"]
-            one = array["n"] == 1
-            jobs += [number if one else f"{number}_{k}" for k in range(array["n"])]
-        sizes = [a["n"] for a in arrays]
+            jobs += [number] if n == 1 else [f"{number}_{k}" for k in range(n)]
         found.append(Submission(path.parent, record["tasks"], jobs, sizes, record["created_s"]))
     return sorted(found, key=lambda s: s.created_s)

@@ -32,12 +32,8 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.full
 def test_a_fleet_is_spread_over_jobs_and_collected_by_the_one_that_follows(queue, folder):
-    here = (
-        "exec.pack_size=3",
-        "exec.workers=1",
-        "exec.reports_dir=here",
-        "exec.runs_dir=here_runs",
-    )
+    places = ("exec.reports_dir=here", "exec.runs_dir=here_runs")
+    here = ("exec.pack_size=3", "exec.workers=1", *places)
     cli(*FLEET, *here, cwd=folder, check=False)
     with queue.closed():
         said = ask(folder, *FLEET, *JOBS, trainer=None)
@@ -73,9 +69,8 @@ def test_a_fleet_is_spread_over_jobs_and_collected_by_the_one_that_follows(queue
     queue.drain()
     trained = attempts(folder)
     assert len(trained) == len(before) + 3 and all(trained[i] == before[i] for i in before)
-    assert "4 customers: 3 adapters, 0 not trained yet, 1 with errors" in ask(
-        folder, *FLEET, *JOBS, trainer=None
-    )
+    last = ask(folder, *FLEET, *JOBS, trainer=None)
+    assert "4 customers: 3 adapters, 0 not trained yet, 1 with errors" in last
 
 
 @pytest.mark.full

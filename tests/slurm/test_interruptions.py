@@ -25,26 +25,14 @@ from tests.slurm.cluster import (
 )
 from tests.slurm.trainers import FREE_STEPS, GO
 
-EIGHT_JOBS = (
-    "+sweep=lr_ratio",
-    "scale=smoke",
-    "~sweep.arms.fullft",
-    "sweep.arms.lora.lr=${around:3e-3,8,1.5}",
-    "sweep.axes.seed=[0,1]",
-    "steps=1000",
-    "exec.pack_size=2",
-    "exec.checkpoint_s=0.1",
-)
 SLOWLY = ("steps=1000", "exec.checkpoint_s=0.1")
+EIGHT_JOBS = (
+    *("+sweep=lr_ratio", "scale=smoke", "~sweep.arms.fullft", *SLOWLY, "exec.pack_size=2"),
+    *("sweep.arms.lora.lr=${around:3e-3,8,1.5}", "sweep.axes.seed=[0,1]"),
+)
 HARMS = (
-    "time limit",
-    "preempted with grace",
-    "preempted at once",
-    "requeued",
-    "node failed",
-    "cancelled",
-    "worker killed",
-    "job killed",
+    *("time limit", "preempted with grace", "preempted at once", "requeued"),
+    *("node failed", "cancelled", "worker killed", "job killed"),
 )
 
 

@@ -137,14 +137,9 @@ def test_queued_jobs_run_the_code_as_it_was(queue, tmp_path):
         subprocess.run(["cp", "-r", str(ROOT / name), str(clone)], check=True)
     env = {**environment(tmp_path), "PYTHONPATH": f"{clone}:{ROOT}"}
     with queue.closed():
-        done = subprocess.run(
-            command(*SMOKE, *ALONE, trainer=STEPS),
-            cwd=clone,
-            env=env,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        asked = command(*SMOKE, *ALONE, trainer=STEPS)
+        options = {"capture_output": True, "text": True, "check": True}
+        done = subprocess.run(asked, cwd=clone, env=env, **options)
         assert re.search(r"code snapshot \w+ of commit \w+", done.stderr)
         (clone / "lorasweep/launch/worker.py").write_text("a syntax error")
     queue.drain()

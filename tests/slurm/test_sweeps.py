@@ -64,13 +64,8 @@ def test_a_job_that_slurm_runs_twice_does_nothing_the_second_time(trained):
     _, there, _, _ = trained
     before = curves(there)
     task = submitted(there)[0].folder / "tasks/0.json"
-    again = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "lorasweep.launch.slurm.job", task],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    job = [sys.executable, "-X", "importtime", "-m", "lorasweep.launch.slurm.job", task]
+    again = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "3 runs, 0 to do" in again.stdout and not re.search(r"\btorch\b", again.stderr)
     assert curves(there) == before
 
@@ -79,12 +74,8 @@ def test_a_job_that_slurm_runs_twice_does_nothing_the_second_time(trained):
 def test_more_jobs_than_an_array_may_have_are_several_arrays(queue, tmp_path):
     """A trainer that does nothing; MaxArraySize is 6, so 12 jobs need three arrays."""
     sweep = (
-        "+sweep=lr_ratio",
-        "scale=smoke",
-        "~sweep.arms.fullft",
-        "sweep.arms.lora.lr=${around:3e-3,12,1.5}",
-        f"sweep.axes.seed={list(range(20))}",
-        "exec.pack_size=20",
+        *("+sweep=lr_ratio", "scale=smoke", "~sweep.arms.fullft", "exec.pack_size=20"),
+        *("sweep.arms.lora.lr=${around:3e-3,12,1.5}", f"sweep.axes.seed={list(range(20))}"),
     )
     nothing = "benchmarks.overhead:nothing"
     output = ask(tmp_path, *sweep, *ALONE, "cluster.runs_per_job=20", trainer=nothing)

@@ -93,22 +93,13 @@ def _save(state, step):
 
 
 def _load(saved):
-    return {
-        **{k: v.numpy().copy() for k, v in saved["tensors"].items()},
-        "total": saved["meta"]["total"],
-    }
+    state = {k: v.numpy().copy() for k, v in saved["tensors"].items()}
+    return {**state, "total": saved["meta"]["total"]}
 
 
 def _final(state, step, record):
     nll = record["train_nll"]
-    return {
-        "nll_start": 3.0,
-        "test_nll": nll,
-        "train_nll": nll,
-        "curve": [{"step": step, "examples": step, "tokens": step, "test_nll": nll}],
-        "steps_done": step,
-        "tokens": step,
-        "base_sha256": "none",
-        "data_sha256": "none",
-        "floor_nats": None,
-    }
+    curve = [{"step": step, "examples": step, "tokens": step, "test_nll": nll}]
+    losses = {"nll_start": 3.0, "test_nll": nll, "train_nll": nll, "floor_nats": None}
+    trained = {"steps_done": step, "tokens": step, "base_sha256": "none", "data_sha256": "none"}
+    return {**losses, **trained, "curve": curve}

@@ -18,29 +18,26 @@ from benchmarks.calibration.designs import (
 )
 from benchmarks.calibration.generators import Design, plant
 from benchmarks.calibration.run import CLAIM
-from lorasweep.sweep.replicates import _around_the_best
+from lorasweep.sweep.grid import Point
+from lorasweep.sweep.question import Replicates
+from lorasweep.sweep.replicates import second_stage
+from tests.world import tiny_spec
 
 
 @pytest.mark.parametrize("around", [1, 2, 3, 4])
-def test_fresh_seeds_get_the_rates_that_a_sweep_gives_them(around):
+def test_fresh_seeds_get_the_learning_rates_that_a_sweep_gives_them(around):
     design = Design(7, 2.0, 1, fresh=2, noise=1e-9, fresh_rates=around)
     for _ in range(5):
         curves, _ = plant("linex", design, np.random.default_rng(around))
         for c in curves:
             assert len(c.x) == design.runs == 7 + 2 * around
-            first = {x: [x] for x in c.x[c.seed == 0]}
-            loss = dict(zip(c.x[c.seed == 0], c.y[c.seed == 0]))
+            lrs, losses = np.exp(c.x[c.seed == 0]), c.y[c.seed == 0]
+            points = [Point("lora", tiny_spec(lr=float(lr))) for lr in lrs]
+            by_run = {p.id: float(loss) for p, loss in zip(points, losses)}
+            wanted = second_stage(points, Replicates([1], around), by_run.get)
             for seed in (1, 2):
-                assert list(c.x[c.seed == seed]) == _wanted(first, around, loss)
-
-
-def _wanted(by_rate, n, loss):
-    class Run:
-        def __init__(self, x):
-            self.id = x
-
-    runs = {x: [Run(x)] for x in by_rate}
-    return _around_the_best(runs, n, loss.get)
+                found = np.exp(np.sort(c.x[c.seed == seed]))
+                assert found == pytest.approx(sorted(p.spec.lr for p in wanted), rel=0.01)
 
 
 def test_paired_seeds_shift_all_curves_alike():

@@ -52,6 +52,7 @@ def test_a_margin_cannot_be_changed_by_moving_to_another_title(compose):
     assert other.title == "lr_ratio-smoke"
 
 
+@pytest.mark.full
 def test_a_study_with_changed_parts_has_a_title_of_its_own(compose):
     fewer = compose("+sweep=study", "scale=smoke", "sweep.parts=[lr_ratio,rank]")
     changed = compose("+sweep=study", "scale=smoke", "sweep.parts=[lr_ratio]", "steps=40")

@@ -19,7 +19,7 @@ def test_the_usual_variance_is_that_of_most_samples():
     assert pooled_variance([[1.0, 2.0]]) is None
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("spreads", "shared"),
     [

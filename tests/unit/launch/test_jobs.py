@@ -132,6 +132,7 @@ def test_jobs_train_each_run_as_the_plan_places_it(planned):
     assert sorted(seen) == sorted(p.id for p in request.points)
 
 
+@pytest.mark.full
 def test_runs_that_the_partition_cannot_hold_are_refused(planned):
     one = dataclasses.replace(NODES, nodes=1)
     request, jobs = planned(one)

@@ -112,6 +112,7 @@ def measure(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_plan_counts_what_a_process_of_several_holds_whole(tmp_path):
     """A layer arrives in bf16. Embedding and unembedding arrive in their own type: fp32 where they

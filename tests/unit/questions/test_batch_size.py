@@ -47,6 +47,7 @@ def test_batch_penalty(b, outcome, tmp_path):
     assert "batches of 4 to 64 after 8 to 128 updates" in out["read"]["batch_effect"]
 
 
+@pytest.mark.full
 def test_each_model_has_an_effect_of_its_own():
     """Nothing on one base, a penalty on the other: together they would be neither."""
     b = {"tiny64": -0.1, "tiny64-s1": 0.0}
